@@ -1,0 +1,39 @@
+# Two commands on a fresh machine: each sets up what it needs first.
+#
+#   make pretrain    virtual environment, install, then `fastssl pretrain --arch mobilenetv3_large` on the sample photos
+#   make test        the same environment with the test extras, then the whole suite
+#
+PYTHON ?= python3
+VENV   ?= .venv
+OUT    ?= runs/first-light
+BIN    := $(VENV)/bin
+
+.PHONY: pretrain test lint bench clean
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+
+# The stamps name what they were made from: a change of setup.cfg installs again.
+$(VENV)/.installed: setup.cfg pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet -e .
+	touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet -e '.[test]'
+	touch $@
+
+pretrain: $(VENV)/.installed
+	$(BIN)/fastssl pretrain --arch mobilenetv3_large --out $(OUT)
+
+test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check fastssl pipelines benchmarks tests
+
+bench: $(VENV)/.installed
+	bash benchmarks/gpu.sh --python $(BIN)/python
+
+clean:
+	rm -rf $(VENV) runs build dist *.egg-info

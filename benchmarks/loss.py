@@ -1,0 +1,111 @@
+"""Smoothed InfoNCE, forward and backward: our kernel in turns with the dense form that the paper's public code uses.
+
+The ceiling is the two products with the queue that no exact method can leave out (queries with keys for the logits, probabilities with keys for
+the gradient), over tiles that stay in the caches, and nothing else.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional as F
+
+from fastssl.benchmarks.records import Record
+from fastssl.benchmarks.timing import MIN_RUNS, measure_in_turns, peak_extra_bytes
+from fastssl.losses import SmoothedInfoNCE
+from fastssl.losses.reference import dense_step
+
+PEER = "light-moco (dense logits and target)"
+_CEILING_TILE = 2048
+
+
+def run(
+    device: torch.device | str = "cpu",
+    batch_size: int = 512,
+    queue: int = 65536,
+    dim: int = 128,
+    runs: int = MIN_RUNS,
+    *,
+    temperature: float = 0.1,
+    smoothing: float = 0.2,
+    weighting: str = "stepped",
+    neighbors: int | None = None,
+    seed: int = 0,
+) -> list[Record]:
+    """Measure one setting on random unit vectors.
+
+    A run is one call of the loss and its backward pass: ``batch_size`` queries against one positive each and the queue. The symmetric loss makes two
+    calls a pair, so ``view_per_s`` is ``batch_size / median_s`` and ``pair_per_s`` half of it.
+
+    Args:
+        device: ``cpu`` or ``cuda``.
+        queue, dim: number of negatives and their width.
+        runs: counted runs of each contender, at least five.
+        temperature, smoothing, weighting, neighbors: as in :class:`fastssl.losses.SmoothedInfoNCE`.
+        seed: of the vectors.
+
+    Returns:
+        One record, of the kernel, with ``ratio_to_peer`` and in ``details`` the peer's times, the ratio of processor times and the peak extra memory of
+        both in bytes.
+    """
+    device = torch.device(device)
+    generator = torch.Generator().manual_seed(seed)
+    queries, keys, negatives = (
+        F.normalize(torch.randn(rows, dim, generator=generator), dim=1).to(device) for rows in (batch_size, batch_size, queue)
+    )
+    queries.requires_grad_()
+    criterion = SmoothedInfoNCE(temperature, smoothing, weighting, neighbors)
+
+    def kernel() -> None:
+        queries.grad = None
+        criterion(queries, keys, negatives).backward()
+
+    def peer() -> None:
+        queries.grad = None
+        dense_step(queries, keys, negatives, temperature, smoothing, weighting, neighbors).backward()
+
+    logits = torch.empty(min(queue, _CEILING_TILE), batch_size, device=device)
+    gradient = torch.empty(batch_size, dim, device=device)
+
+    @torch.no_grad()
+    def products_alone() -> None:
+        gradient.zero_()
+        for tile in negatives.split(_CEILING_TILE):
+            part = logits[: len(tile)]
+            torch.mm(tile, queries.t(), out=part)
+            gradient.addmm_(part.t(), tile)
+
+    timings = measure_in_turns({"kernel": kernel, "peer": peer, "ceiling": products_alone}, device=device, runs=runs)
+    ours, theirs, ceiling = timings["kernel"], timings["peer"], timings["ceiling"]
+    fraction = 1 / ceiling.times_faster_than(ours)
+    view_per_s = batch_size / ours.median_s
+    return [
+        Record(
+            bench="loss",
+            device=device.type,
+            batch_size=batch_size,
+            pair_per_s=view_per_s / 2,
+            view_per_s=view_per_s,
+            median_s=ours.median_s,
+            runs=runs,
+            ceiling=view_per_s / fraction,
+            ceiling_name="the two matrix products with the queue alone",
+            fraction_of_ceiling=fraction,
+            bottleneck="matrix products" if fraction >= 0.5 else "exponentials and the search for the nearest",
+            peer=PEER,
+            ratio_to_peer=ours.times_faster_than(theirs),
+            details={
+                "queue": queue,
+                "dim": dim,
+                "weighting": weighting,
+                "neighbors": criterion.neighbors,
+                "smoothing": smoothing,
+                "threads": torch.get_num_threads(),
+                "cpu_s": ours.median_cpu_s,
+                "peer_median_s": theirs.median_s,
+                "peer_cpu_s": theirs.median_cpu_s,
+                "ratio_to_peer_cpu": ours.times_less_cpu_than(theirs),
+                "peak_extra_bytes": peak_extra_bytes(kernel, device),
+                "peer_peak_extra_bytes": peak_extra_bytes(peer, device),
+            },
+        )
+    ]

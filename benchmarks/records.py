@@ -1,0 +1,113 @@
+"""The one form in which every benchmark reports: a JSON object a line, with the machine and the versions beside the figure."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from fastssl.pipelines.errors import FastSSLError
+from fastssl.versions import describe_host, describe_versions
+
+
+def describe_git() -> str | None:
+    """Commit of the running code, ``-dirty`` if files differ from it; None when the code does not come from a checkout."""
+    here = Path(__file__).resolve()
+    # A copy in site-packages may lie inside somebody else's checkout: only a file that git tracks speaks for its commit.
+    if _git(here.parent, "ls-files", "--error-unmatch", here.name) is None:
+        return None
+    return _git(here.parent, "describe", "--always", "--dirty", "--exclude=*")
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+@dataclass
+class Record:
+    """One measured figure. Fields that do not apply stay None and are written as null, so that every line has the same keys in the same order.
+
+    Attributes:
+        bench: which benchmark (``loss``, ``loader``, ``views``, ...).
+        recipe, arch, pipeline: what was configured.
+        device: ``cpu`` or ``cuda``.
+        batch_size: pairs a step and process.
+        workers: threads that decode.
+        pair_per_s, view_per_s: source images, and images through the network, a second.
+        median_s: median time of one run, in seconds, of ``runs`` runs.
+        ceiling, ceiling_name: view/s of the limit that applies, measured in the same process; and what that limit is.
+        fraction_of_ceiling: ``view_per_s / ceiling``.
+        bottleneck: what the time goes into.
+        peer, ratio_to_peer: what was run in turns with ours, and how many times as fast ours is (above 1: ours is faster).
+        host, versions, git: machine, packages and commit; no paths, no host or user names. Filled in when not given.
+        details: further figures of this benchmark.
+    """
+
+    bench: str
+    recipe: str | None = None
+    arch: str | None = None
+    pipeline: str | None = None
+    device: str | None = None
+    batch_size: int | None = None
+    workers: int | None = None
+    pair_per_s: float | None = None
+    view_per_s: float | None = None
+    median_s: float | None = None
+    runs: int | None = None
+    ceiling: float | None = None
+    ceiling_name: str | None = None
+    fraction_of_ceiling: float | None = None
+    bottleneck: str | None = None
+    peer: str | None = None
+    ratio_to_peer: float | None = None
+    host: dict[str, Any] = field(default_factory=describe_host)
+    versions: dict[str, str] = field(default_factory=describe_versions)
+    git: str | None = field(default_factory=describe_git)
+    details: dict[str, Any] | None = None
+
+    def to_json(self) -> str:
+        """One line of JSON without the line end.
+
+        Raises:
+            ValueError: a figure is NaN or infinite, which JSON has no word for and no measurement should give.
+        """
+        return json.dumps(asdict(self), allow_nan=False)
+
+
+def write_records(path: Path | str, records: Iterable[Record], *, append: bool = True) -> None:
+    """Write ``records`` to ``path`` as JSON lines, after those that are there unless ``append`` is false."""
+    lines = "".join(record.to_json() + "\n" for record in records)  # all of them, before the file is touched
+    with open(path, "a" if append else "w", encoding="utf-8") as file:
+        file.write(lines)
+
+
+def read_records(path: Path | str) -> list[Record]:
+    """Records of a JSON-lines file, as ``write_records`` leaves it.
+
+    Raises:
+        FastSSLError: a line is not a record; the message names file and line.
+    """
+    names = {item.name for item in fields(Record)}
+    records = []
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            values = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise FastSSLError(f"{path}, line {number}: not JSON ({error.msg}); expected one benchmark record a line") from error
+        if not isinstance(values, dict) or "bench" not in values:
+            raise FastSSLError(f"{path}, line {number}: not a benchmark record (an object with the key 'bench')")
+        unknown = sorted(values.keys() - names)
+        if unknown:
+            raise FastSSLError(f"{path}, line {number}: unknown fields {', '.join(unknown)}; was it written by another version?")
+        # A field that an older file lacks is unknown for that run; this machine's value must not take its place.
+        records.append(Record(**{"host": {}, "versions": {}, "git": None, **values}))
+    return records

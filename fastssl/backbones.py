@@ -1,0 +1,117 @@
+"""Backbones: timm networks under the short names that people use, without their classifier.
+
+A backbone maps images (N, 3, S, S) to the F-wide vector that the classifier would read: for MobileNet-V3-Large
+that is 1280, after ``conv_head`` and its activation, not the 960 pooled channels before it. Projectors and linear
+probes read the same vector.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import timm
+import torch
+from torch import nn
+
+from fastssl.names import nearest
+from fastssl.pipelines.errors import FastSSLError
+
+#: short name -> timm name
+SHORT_NAMES: dict[str, str] = {
+    "mobilenetv3_large": "mobilenetv3_large_100",
+    "efficientnet_b0": "efficientnet_b0",
+    "efficientnet_b1": "efficientnet_b1",
+    "mobilenetv2": "mobilenetv2_100",
+    "resnet18": "resnet18",
+    "resnet34": "resnet34",
+    "resnet50": "resnet50",
+    "vit_tiny": "vit_tiny_patch16_224",
+}
+
+
+def resolve_arch(name: str) -> str:
+    """The timm name of ``name`` (a short name or timm's own).
+
+    Raises:
+        FastSSLError: no such network; the message names the nearest ones.
+    """
+    if name in SHORT_NAMES:
+        return SHORT_NAMES[name]
+    if timm.is_model(name):
+        return name
+    hint = nearest(name, [*SHORT_NAMES, *timm.list_models()])
+    raise FastSSLError(f"unknown network {name!r}{hint}; `fastssl archs` lists the short names, any timm name works too")
+
+
+def create_backbone(name: str, *, drop_path: float = 0.0) -> nn.Module:
+    """A randomly initialised backbone in channels-last layout.
+
+    Args:
+        name: short name or timm name.
+        drop_path: stochastic depth rate of the deepest block, for networks that have it (0 elsewhere).
+
+    Returns:
+        a timm module; ``module(images (N, 3, S, S)) -> (N, F)``; ``feature_dim(module)`` is F. Vision transformers
+        take any S that their patch size divides: the position embedding is interpolated.
+    """
+    arch = resolve_arch(name)
+    options: dict[str, object] = {"num_classes": 0}
+    if arch.startswith(("vit_", "deit")):
+        options["dynamic_img_size"] = True
+    if drop_path > 0:
+        options["drop_path_rate"] = drop_path
+    return timm.create_model(arch, pretrained=False, **options).to(memory_format=torch.channels_last)
+
+
+def feature_dim(backbone: nn.Module) -> int:
+    """Width F of the vector that ``backbone`` returns.
+
+    timm's ``num_features`` is the width of the last feature map; networks with a head after the pooling
+    (MobileNet-V3) say the width of what they return in ``head_hidden_size``.
+    """
+    return int(getattr(backbone, "head_hidden_size", None) or backbone.num_features)
+
+
+def save_backbone(backbone: nn.Module, path: Path, *, arch: str, **notes: str) -> None:
+    """Write the backbone's tensors as safetensors with what is needed to rebuild it in the header.
+
+    Written to a temporary name and renamed: ``path`` is either whole or absent. ``notes`` (strings) go into the header.
+    """
+    from safetensors.torch import save_file
+
+    tensors = {name: value.detach().cpu().contiguous() for name, value in backbone.state_dict().items()}
+    temporary = path.with_name(path.name + ".tmp")
+    header = {"format": "pt", "fastssl": json.dumps({"arch": resolve_arch(arch), "feature_dim": feature_dim(backbone), **notes})}
+    save_file(tensors, str(temporary), metadata=header)
+    temporary.replace(path)
+
+
+def load_backbone(path: str | Path) -> nn.Module:
+    """The backbone of a checkpoint as a timm module in evaluation mode, on the CPU.
+
+    Args:
+        path: a ``.safetensors`` file that a run wrote (``checkpoints/last.safetensors``).
+
+    Raises:
+        FastSSLError: no such file, not ours, or tensors missing or left over (loading is strict).
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(path)
+    if not path.is_file():
+        raise FastSSLError(f"{path}: no such checkpoint; a run writes checkpoints/last.safetensors")
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            header = (file.metadata() or {}).get("fastssl")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except SafetensorError as error:
+        raise FastSSLError(f"{path}: not a whole safetensors file ({error})") from error
+    if header is None:
+        raise FastSSLError(f"{path}: no fastssl header; only checkpoints that fastssl wrote can be loaded here")
+    try:
+        backbone = create_backbone(json.loads(header)["arch"])
+        backbone.load_state_dict(tensors, strict=True)
+    except (RuntimeError, KeyError, ValueError) as error:
+        raise FastSSLError(f"{path}: tensors do not fit the network named in its header: {error}") from error
+    return backbone.eval()

@@ -1,0 +1,105 @@
+"""Checkpoints: whole or absent, and enough to go on at the very step.
+
+``last.pt`` holds the run (both networks, queue, optimiser, position); ``last.safetensors`` holds the backbone alone, for
+``fastssl.load_backbone``. Because the order of samples and every view are functions of (seed, epoch, sample), the position
+(epoch, step) is all that has to be stored of the data side.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastssl.backbones import save_backbone
+from fastssl.pipelines.errors import FastSSLError
+
+#: raised when the layout of last.pt changes
+VERSION = 1
+
+
+@dataclass
+class Position:
+    """Where a run stands: ``step`` steps are done in all, ``step_in_epoch`` of them in ``epoch``."""
+
+    step: int = 0
+    epoch: int = 0
+    step_in_epoch: int = 0
+    train_seconds: float = 0.0
+
+
+def write_atomically(path: Path, write: Any) -> None:
+    """Call ``write(temporary path)``, flush it to disk and rename it to ``path``: a reader sees the old file or the new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_checkpoint(
+    folder: Path, *, method: nn.Module, optimizer: torch.optim.Optimizer, position: Position, config: dict[str, Any], arch: str
+) -> None:
+    """Write ``last.pt`` and ``last.safetensors`` into ``folder``.
+
+    Raises:
+        FastSSLError: the disk is full or the folder cannot be written; the checkpoint before is untouched.
+    """
+    state = {
+        "version": VERSION,
+        "method": method.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "position": vars(position),
+        "config": config,
+    }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / "last.pt", lambda path: torch.save(state, path))
+        save_backbone(method.student.backbone, folder / "last.safetensors", arch=arch, step=str(position.step))
+    except (OSError, RuntimeError) as error:
+        raise FastSSLError(f"{folder}: checkpoint not written ({error}); the one before it is untouched") from error
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """The content of a ``last.pt``, on the CPU. Nothing in the file is executed (``weights_only``).
+
+    Raises:
+        FastSSLError: missing, damaged, or written by another version.
+    """
+    if not path.is_file():
+        raise FastSSLError(f"{path}: no such checkpoint")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+        first_line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise FastSSLError(f"{path}: damaged checkpoint ({first_line}); start anew with --resume never") from error
+    if not isinstance(state, dict) or state.get("version") != VERSION:
+        raise FastSSLError(f"{path}: not a checkpoint of this version of fastssl (wanted version {VERSION})")
+    return state
+
+
+def restore(state: dict[str, Any], *, method: nn.Module, optimizer: torch.optim.Optimizer) -> Position:
+    """Put a loaded checkpoint into the networks and the optimiser; returns where the run stands."""
+    method.load_state_dict(state["method"], strict=True)
+    optimizer.load_state_dict(state["optimizer"])
+    return Position(**state["position"])
+
+
+def differences(mine: dict[str, Any], theirs: dict[str, Any], prefix: str = "") -> list[str]:
+    """``["optim.lr: 0.1 there, 0.2 here", ...]``: where two resolved configurations differ."""
+    found = []
+    for key in sorted({*mine, *theirs}):
+        here, there = mine.get(key), theirs.get(key)
+        if isinstance(here, dict) and isinstance(there, dict):
+            found += differences(here, there, f"{prefix}{key}.")
+        elif here != there:
+            found.append(f"{prefix}{key}: {there} there, {here} here")
+    return found

@@ -1,0 +1,80 @@
+"""What several commands share: JSON output, progress."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from fastssl.names import nearest
+
+__all__ = ["console", "json_option", "nearest", "progress_bar", "write_json"]
+
+#: Written to stderr, so that ``--json -`` owns standard output.
+console = Console(stderr=True)
+
+
+json_option = click.option(
+    "--json", "json_path", metavar="FILE", default=None, help="Also write the result as JSON to FILE ('-': standard output)."
+)
+
+
+def write_json(path: str | None, records: dict | list[dict]) -> None:
+    """Write one JSON object a line to ``path`` (``-`` is standard output, ``None`` does nothing)."""
+    if path is None:
+        return
+    rows = records if isinstance(records, list) else [records]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    if path == "-":
+        sys.stdout.write(text)
+    else:
+        Path(path).write_text(text)
+
+
+class RateColumn(ProgressColumn):
+    """Items a second, over the recent past."""
+
+    def __init__(self, unit: str):
+        super().__init__()
+        self.unit = unit
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text(f"{speed:,.0f} {self.unit}/s" if speed else f"- {self.unit}/s")
+
+
+@contextmanager
+def progress_bar(label: str, total: int | None, unit: str = "images") -> Iterator:
+    """Yield ``advance(done_so_far)``; a live bar on a terminal, a plain line every ~10 % when piped.
+
+    ``total`` may be None when it is not known.
+    """
+    if console.is_terminal:
+        columns = [SpinnerColumn(), TextColumn(label), BarColumn(), MofNCompleteColumn(), RateColumn(unit), TimeRemainingColumn()]
+        with Progress(*columns, console=console, transient=False) as bar:
+            task = bar.add_task(label, total=total)
+            yield lambda done: bar.update(task, completed=done)
+        return
+
+    started, last = time.monotonic(), 0.0
+
+    def advance(done: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        # A log file wants a line now and then, not one for every picture.
+        if done != total and now - last < 10:
+            return
+        last = now
+        rate = done / max(now - started, 1e-9)
+        left = f", {(total - done) / rate:,.0f} s left" if total and rate > 0 and done < total else ""
+        console.print(f"{label}: {done:,}{f'/{total:,}' if total else ''} {unit}, {rate:,.0f} {unit}/s{left}", highlight=False)
+
+    yield advance

@@ -1,0 +1,95 @@
+"""``fastssl convert-imagenet``: photos in, one ``.beton`` file out."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from fastssl.cli.common import console, json_option, progress_bar, write_json
+
+
+@click.command("convert-imagenet")
+@click.argument("src", type=click.Path(path_type=Path))
+@click.argument("dst", type=click.Path(path_type=Path))
+@click.option("--short-side", type=click.IntRange(min=1), default=None, help="Scale larger photos down to this shorter side.  [default: 256]")
+@click.option("--max-side", type=click.IntRange(min=1), default=None, help="Scale larger photos down to this longer side instead.")
+@click.option("--keep-size", is_flag=True, help="Scale nothing.")
+@click.option("--quality", type=click.IntRange(1, 100), default=90, show_default=True, help="JPEG quality of what is encoded anew.")
+@click.option("--store", type=click.Choice(["jpeg", "raw"]), default="jpeg", show_default=True, help="Store JPEGs, or decoded pixels.")
+@click.option("--workers", type=click.IntRange(min=1), default=None, help="Threads.  [default: one a CPU]")
+@click.option("--limit", type=click.IntRange(min=1), default=None, help="Convert only N photos, evenly spaced over the source.")
+@click.option("--resume/--no-resume", default=True, show_default=True, help="Go on where a stopped conversion stood, or start again.")
+@click.option(
+    "--on-bad", type=click.Choice(["skip", "fail"]), default="skip", show_default=True, help="List bad photos and go on, or stop at the first."
+)
+@json_option
+def convert_imagenet(
+    src: Path,
+    dst: Path,
+    short_side: int | None,
+    max_side: int | None,
+    keep_size: bool,
+    quality: int,
+    store: str,
+    workers: int | None,
+    limit: int | None,
+    resume: bool,
+    on_bad: str,
+    json_path: str | None,
+) -> None:
+    """Turn the photos of SRC into one file, DST, that training reads as fast as it decodes.
+
+    SRC is a folder of class folders (SRC/cat/1.jpg), a folder of photos without labels, the ILSVRC2012 train tar, or any tar that
+    holds such a folder. JPEGs that need no change are copied byte for byte; others are turned upright, scaled and encoded anew.
+
+    DST is whole or absent: an existing one is replaced at the end. Beside it stand DST.json (classes, counts, checksums) and, when
+    there were bad photos, DST.rejects.jsonl. After a crash or Ctrl-C, the same command goes on where it was.
+
+    \b
+    fastssl convert-imagenet photos/ photos.beton
+    fastssl convert-imagenet ILSVRC2012_img_train.tar train.beton --short-side 256 --workers 16
+    """
+    if sum([short_side is not None, max_side is not None, keep_size]) > 1:
+        raise click.UsageError("give one of --short-side, --max-side, --keep-size")
+    from fastssl.pipelines.convert import ConvertOptions, convert, rejects_path
+
+    options = ConvertOptions(
+        short_side=256 if short_side is None else short_side,
+        max_side=max_side,
+        keep_size=keep_size,
+        quality=quality,
+        store=store,
+        workers=workers,
+        limit=limit,
+        resume=resume,
+        on_bad=on_bad,
+    )
+    bar = advance = None
+
+    def progress(done: int, total: int) -> None:
+        # Only now is the total known: listing a large source takes a while.
+        nonlocal bar, advance
+        if bar is None:
+            bar = progress_bar("converting", total)
+            advance = bar.__enter__()
+        advance(done)
+
+    try:
+        summary = convert(src, dst, options, progress)
+    finally:
+        if bar is not None:
+            bar.__exit__(None, None, None)
+    classes = f"{len(summary.classes)} classes" if summary.classes is not None else "no labels"
+    parts = [f"{summary.written:,} photos, {classes}: {summary.copied:,} copied, {summary.reencoded:,} encoded anew"]
+    if summary.rejected:
+        parts.append(f"{summary.rejected:,} rejected (see {rejects_path(dst)})")
+    if summary.ignored:
+        parts.append(f"{summary.ignored:,} other files ignored")
+    if summary.resumed:
+        parts.append(f"{summary.resumed:,} taken over from the stopped run")
+    rate = (summary.written + summary.rejected - summary.resumed) / max(summary.seconds, 1e-9)
+    parts.append(f"{summary.bytes / 1e6:,.1f} MB, {summary.seconds:,.1f} s, {rate:,.0f} images/s")
+    console.print(f"{dst}: {'; '.join(parts)}", highlight=False, markup=False, soft_wrap=True)
+    write_json(json_path, {**asdict(summary), "path": str(summary.path)})

@@ -1,0 +1,109 @@
+"""``fastssl pretrain``."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import click
+
+from fastssl.cli.common import console, json_option, write_json
+
+
+@click.command()
+@click.option("--arch", required=True, metavar="NAME", help="Network: mobilenetv3_large, efficientnet_b0, mobilenetv2, resnet18, resnet34, resnet50, vit_tiny, or any timm name.")
+@click.option("--data", type=click.Path(path_type=Path), metavar="FILE.beton", help="Photos to learn from. Default: the sample set that installs with the package.")
+@click.option("--val", type=click.Path(path_type=Path), metavar="FILE.beton", help="Labelled photos to probe on. Default: a held-out fifth of --data.")
+@click.option("--recipe", "recipe_name", metavar="NAME|FILE.yaml", help="Default: quickstart without --data, light-moco-mobilenetv3 with it.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change one value of the recipe, e.g. --set optim.lr=0.1. May be repeated.")
+@click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Default: runs/RECIPE-ARCH.")
+@click.option("--epochs", type=click.IntRange(min=1), help="Instead of the recipe's.")
+@click.option("--batch-size", type=click.IntRange(min=2), help="Instead of the recipe's; the learning rate follows.")
+@click.option("--pipeline", type=click.Choice(["auto", "native"]), default="auto", show_default=True, help="Engine that decodes and crops.")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--resume", default="auto", show_default=True, metavar="auto|never|PATH", help="auto goes on where the run in --out stopped.")
+@click.option("--workers", type=click.IntRange(min=1), help="Decoding threads. Default: the cores this process may use.")
+@json_option
+def pretrain(
+    arch: str,
+    data: Path | None,
+    val: Path | None,
+    recipe_name: str | None,
+    overrides: tuple[str, ...],
+    out: Path | None,
+    epochs: int | None,
+    batch_size: int | None,
+    pipeline: str,
+    device: str,
+    seed: int,
+    resume: str,
+    workers: int | None,
+    json_path: str | None,
+) -> None:
+    """Pre-train a backbone without labels, and show what it learned.
+
+    \b
+    fastssl pretrain --arch mobilenetv3_large                         # sample photos, minutes on a laptop
+    fastssl pretrain --arch mobilenetv3_large --data photos.beton     # yours
+    """
+    from fastssl.backbones import resolve_arch
+    from fastssl.progress import RunProgress
+    from fastssl.recipe import load_recipe, parse_overrides
+    from fastssl.train import RunOptions
+    from fastssl.train import pretrain as run
+
+    recipe_name = recipe_name or ("quickstart" if data is None else "light-moco-mobilenetv3")
+    changes = parse_overrides(overrides)
+    if epochs is not None:
+        changes["train.epochs"] = str(epochs)
+    if batch_size is not None:
+        changes["train.batch_size"] = str(batch_size)
+    recipe = replace(load_recipe(recipe_name, changes), arch=arch)
+    resolve_arch(arch)  # a mistyped network should fail before the sample set is made
+    short = Path(recipe_name).stem
+    if data is None:
+        from fastssl.sample_set import ensure_sample_set
+
+        samples = ensure_sample_set()
+        data, val = samples.train, val or samples.val
+    options = RunOptions(
+        recipe_name=short,
+        arch=arch,
+        data=data,
+        val=val,
+        out=out or Path("runs") / f"{short}-{arch}",
+        device=device,
+        pipeline=pipeline,
+        seed=seed,
+        workers=workers,
+        resume=resume,
+    )
+    with RunProgress(console) as progress:
+        summary = run(recipe, options, progress)
+    _print_summary(summary, options.out)
+    write_json(json_path, summary)
+
+
+def _print_summary(summary: dict, out: Path) -> None:
+    """The proof that it learned, or that it did not, and where to look."""
+    from rich.table import Table
+
+    probe = summary["probe"]
+    if probe["rows"]:
+        table = Table(title=f"{summary['arch']}, probed on {probe['val_samples']:,} photos of {probe['classes']} classes")
+        table.add_column("features")
+        table.add_column("kNN", justify="right")
+        table.add_column("linear", justify="right")
+        for row in probe["rows"]:
+            table.add_row(row["name"], *(f"{row[kind]:.1f} %" if row[kind] is not None else "-" for kind in ("knn", "linear")))
+        console.print(table)
+    console.print(f"{probe['note']}", highlight=False, soft_wrap=True)
+    console.print(
+        f"{summary['pair_per_s']:,.0f} pair/s ({summary['view_per_s']:,.0f} view/s); {summary['bottleneck']}", highlight=False, soft_wrap=True
+    )
+    if summary["share"]:
+        console.print(summary["share"]["text"], highlight=False, soft_wrap=True)
+    if summary["next_mark"]:
+        console.print(f"next: {summary['next_mark']['note']}\n  {summary['next_mark']['command']}", highlight=False, soft_wrap=True)
+    console.print(f"report: {out / 'report.html'}", highlight=False, soft_wrap=True)

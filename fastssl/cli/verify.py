@@ -1,0 +1,77 @@
+"""``fastssl verify``: is this ``.beton`` file whole?"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from fastssl.cli.common import console, json_option, progress_bar, write_json
+from fastssl.pipelines.errors import BetonError
+
+#: How many damaged samples are printed; the JSON names all of them.
+SHOWN = 20
+
+
+class _Count(click.ParamType):
+    name = "all|N"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int | None:
+        if value == "all" or value is None:
+            return None
+        try:
+            count = int(value)
+        except (TypeError, ValueError):
+            self.fail(f"{value!r} is neither 'all' nor a number", param, ctx)
+        if count < 0:
+            self.fail("a count cannot be negative", param, ctx)
+        return count
+
+
+@click.command("verify")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--decode", type=_Count(), default="100", show_default=True, help="Decode this many samples, evenly spaced, or all.")
+@click.option("--workers", type=click.IntRange(min=1), default=None, help="Threads.  [default: one a CPU]")
+@json_option
+def verify(file: Path, decode: int | None, workers: int | None, json_path: str | None) -> None:
+    """Check FILE's header and tables, its checksums if FILE.json is there, and decode samples. Status 1 when something is damaged.
+
+    \b
+    fastssl verify photos.beton --decode all
+    """
+    from fastssl.pipelines.verify import verify as run
+
+    bar = advance = None
+
+    def progress(done: int, total: int) -> None:
+        nonlocal bar, advance
+        if bar is None:
+            bar = progress_bar("checking", total, "samples")
+            advance = bar.__enter__()
+        advance(done)
+
+    try:
+        report = run(file, decode, workers, progress)
+    except BetonError as error:
+        write_json(json_path, {"path": str(file), "ok": False, "problems": [str(error)], "damaged": []})
+        raise
+    finally:
+        if bar is not None:
+            bar.__exit__(None, None, None)
+    write_json(json_path, {**asdict(report), "path": str(report.path), "ok": report.ok})
+    checksums = f"{report.checksummed:,} checksums compared" if report.checksummed else "no checksums to compare"
+    if not report.side_file:
+        checksums = f"no side file {file}.json, so no checksums"
+    line = f"{report.samples:,} samples, tables in order, {checksums}, {report.decoded:,} decoded, {report.seconds:,.1f} s"
+    console.print(f"{file}: {line}", highlight=False, markup=False, soft_wrap=True)
+    for problem in report.problems:
+        console.print(f"damaged: {problem}", highlight=False, markup=False, soft_wrap=True)
+    for sample, complaint in report.damaged[:SHOWN]:
+        console.print(f"damaged: sample {sample}: {complaint}", highlight=False, markup=False, soft_wrap=True)
+    if len(report.damaged) > SHOWN:
+        console.print(f"damaged: and {len(report.damaged) - SHOWN:,} more samples", highlight=False)
+    if not report.ok:
+        found = [f"{len(report.damaged):,} of {report.samples:,} samples"] if report.damaged else []
+        found += report.problems[:1]
+        raise BetonError(f"{file}: damaged ({'; '.join(found)}); convert it again, or copy it again from a good one")

@@ -1,0 +1,194 @@
+"""Features of a frozen backbone, computed once and kept: what kNN, the linear probe and the pictures read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fastssl.pipelines.beton import BetonReader
+from fastssl.pipelines.errors import FastSSLError
+from fastssl.pipelines.loader import ViewLoader
+from fastssl.pipelines.order import epoch_order
+from fastssl.pipelines.plan import ViewSpec
+
+#: Side of the centre crop relative to the short side: the field's 224 of 256.
+EVALUATION_CROP = 0.875
+
+
+class ProbeError(FastSSLError):
+    """The features or labels given do not allow the evaluation that was asked for."""
+
+
+@dataclass(frozen=True)
+class Features:
+    """One row for each sample.
+
+    Attributes:
+        features: (N, F) float32, on the CPU.
+        labels: (N,) int64, -1 for all where the file has no labels.
+        index: (N,) int64 sample ids in the file.
+    """
+
+    features: Tensor
+    labels: Tensor
+    index: Tensor
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    @property
+    def labelled(self) -> bool:
+        return bool((self.labels >= 0).all())
+
+    def subset(self, rows: np.ndarray) -> Features:
+        """The rows ``rows`` (int64 positions, not sample ids)."""
+        chosen = torch.from_numpy(np.asarray(rows, np.int64))
+        return Features(self.features[chosen], self.labels[chosen], self.index[chosen])
+
+
+def extract_features(
+    backbone: nn.Module,
+    data: BetonReader | str | Path,
+    *,
+    size: int,
+    indices: np.ndarray | None = None,
+    batch_size: int = 256,
+    device: str | torch.device = "cpu",
+    workers: int | None = None,
+    amp: bool = False,
+    crop: float = EVALUATION_CROP,
+    on_bad: str = "fail",
+) -> Features:
+    """Run ``backbone`` in evaluation mode over the centre crops of ``data``, without gradient.
+
+    Args:
+        backbone: images (B, 3, S, S), channels-last, normalised -> features (B, F). Its parameters must be on
+            ``device``; each module's training flag is put back afterwards.
+        data: a ``.beton`` file or an open reader (which stays open).
+        size: S, in pixels.
+        indices: only these sample ids, in this order; default: all.
+        device: where the backbone runs.
+        workers: decoding threads.
+        amp: bfloat16 autocast.
+        crop: side of the centre square relative to the photo's short side.
+        on_bad: ``fail``, or ``skip``: damaged photos are left out of the result.
+
+    Raises:
+        FastSSLError: a damaged photo with ``on_bad="fail"``, or indices outside the file.
+    """
+    device = torch.device(device)
+    flags = [(module, module.training) for module in backbone.modules()]
+    backbone.eval()
+    try:
+
+        def forward(images: Tensor) -> Tensor:
+            with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+                return backbone(images)
+
+        return collect(
+            forward, data, ViewSpec.evaluation(size, crop=crop), indices, batch_size, device=device, workers=workers, on_bad=on_bad
+        )
+    finally:
+        for module, training in flags:
+            module.training = training
+
+
+@torch.no_grad()
+def collect(
+    function: Callable[[Tensor], Tensor],
+    data: BetonReader | str | Path,
+    spec: ViewSpec,
+    indices: np.ndarray | None,
+    batch_size: int,
+    *,
+    device: torch.device,
+    workers: int | None,
+    on_bad: str,
+) -> Features:
+    """Apply ``function`` (B, 3, S, S) -> (B, F) to the one view ``spec`` of every sample, in stored order."""
+    # no_grad and not inference_mode: the tensors may later stand in a computation with gradient.
+    with ViewLoader(
+        data, [spec], batch_size, device, workers=workers, on_bad=on_bad, indices=indices, shuffle=False, drop_last=False
+    ) as loader:
+        features: Tensor | None = None
+        index, labels = torch.empty(len(loader.indices), dtype=torch.int64), torch.empty(len(loader.indices), dtype=torch.int64)
+        first = kept = 0
+        for batch in loader.epoch(0):
+            rows = function(batch.views[0])
+            if features is None:
+                # One block filled in place: joining pieces at the end would need the memory twice.
+                features = torch.empty(len(loader.indices), rows.shape[1], dtype=torch.float32)
+            # Where a damaged photo was skipped, another sample stands in its place: counting that one twice
+            # would bias the probe, so only rows whose sample is the one asked for are kept.
+            asked = torch.from_numpy(loader.indices[first : first + len(batch.index)])
+            good = (batch.index == asked).nonzero().squeeze(1)
+            first += len(batch.index)
+            target = slice(kept, kept + len(good))
+            features[target] = rows[good.to(rows.device)].to("cpu", torch.float32)
+            index[target], labels[target] = batch.index[good], batch.label[good]
+            kept += len(good)
+    return Features(features[:kept], labels[:kept], index[:kept])
+
+
+def split_indices(
+    labels: np.ndarray | None, num_samples: int, *, fraction: float = 0.2, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Hold out a part of one data set, the same share of every class.
+
+    A pure function of its arguments: the split does not change with machine, library version or run.
+
+    Args:
+        labels: (num_samples,) integers, or None for an unlabelled set (then the split is not stratified).
+        num_samples: N.
+        fraction: share to hold out, 0 < fraction < 1; of each class at least one sample is held out if it has two,
+            and at least one stays.
+        seed: of the draw.
+
+    Returns:
+        (train, held_out): two sorted int64 arrays of sample ids, disjoint, together all N.
+    """
+    if not 0 < fraction < 1:
+        raise ProbeError(f"the held-out fraction must lie between 0 and 1, got {fraction}")
+    order = epoch_order(num_samples, seed, 0)
+    groups = np.zeros(num_samples, np.int64) if labels is None else np.asarray(labels)
+    if groups.shape != (num_samples,):
+        raise ProbeError(f"{groups.shape} labels for {num_samples} samples")
+    held_out = np.zeros(num_samples, bool)
+    for group in np.unique(groups):
+        members = order[groups[order] == group]
+        count = min(max(round(fraction * len(members)), 1), len(members) - 1)
+        held_out[members[:count]] = True
+    return np.flatnonzero(~held_out), np.flatnonzero(held_out)
+
+
+def wilson_interval(correct: int, total: int, z: float = 1.96) -> tuple[float, float]:
+    """95 % confidence interval of an accuracy, in percent.
+
+    Wilson's score interval (J. Am. Stat. Assoc. 22, 1927): sound also near 0 and 100 %. It covers the choice of the
+    ``total`` validation samples only, not the seed of the training.
+    """
+    if total == 0:
+        return 0.0, 100.0
+    share = correct / total
+    centre = share + z * z / (2 * total)
+    half = z * (share * (1 - share) / total + z * z / (4 * total * total)) ** 0.5
+    scale = 1 + z * z / total
+    return 100 * max(0.0, (centre - half) / scale), 100 * min(1.0, (centre + half) / scale)
+
+
+def check_probe_input(train: Features, val: Features) -> None:
+    """Refuse what no probe can use: nothing there, no labels, widths that differ, numbers that are not finite."""
+    for name, part in (("training", train), ("validation", val)):
+        if len(part) == 0:
+            raise ProbeError(f"the {name} part is empty")
+        if not part.labelled:
+            raise ProbeError(f"the {name} part has no labels; kNN and linear probes need them (convert a class/file folder tree)")
+        if not torch.isfinite(part.features).all():
+            raise ProbeError(f"features of the {name} part are NaN or infinite: the checkpoint's training has diverged")
+    if train.features.shape[1] != val.features.shape[1]:
+        raise ProbeError(f"features differ in width: {train.features.shape[1]} in training, {val.features.shape[1]} in validation")

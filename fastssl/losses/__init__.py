@@ -1,0 +1,5 @@
+"""Losses. One concept a file, each with a slow twin in ``reference``."""
+
+from fastssl.losses.smoothed_infonce import SmoothedInfoNCE
+
+__all__ = ["SmoothedInfoNCE"]

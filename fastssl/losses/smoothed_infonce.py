@@ -1,0 +1,367 @@
+"""InfoNCE against a queue of negatives, with the target smoothed towards the nearest of them.
+
+Source of the formulas: Lin et al., "Establishing a Stronger Baseline for Lightweight Contrastive Models", arXiv 2212.07158.
+With l+ = q.k+ / tau, l_j = q.n_j / tau, smoothing mass a and a weighting w over ranks that sums to one:
+
+    loss = logsumexp([l+, l_1..l_K]) - (1 - a) l+ - a sum_r w_r l_(r)           l_(r): the r-th largest l_j, ties to the lowest j
+    dloss/dq = (softmax([l+, l]) @ [k+; queue] - (1 - a) k+ - a sum_r w_r n_(r)) / tau
+
+Both need the queue once. It is read in tiles with a running maximum, a running sum and a running softmax-weighted sum of the
+queue (as attention does with keys = values = queue), so the (batch, queue) matrix of logits never exists and the backward
+pass is one multiplication. The obviously right twin, which does build it, is ``fastssl.losses.reference``.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+# Ends of the rank groups of `stepped`, which hold 1/2, 1/4 and 1/4 of the mass, by number of neighbours.
+STEPPED_GROUP_ENDS = {5: (1, 3, 5), 10: (1, 4, 10), 20: (2, 8, 20), 30: (3, 12, 30)}
+THIRDS_GROUP_ENDS = (2, 8, 20)
+
+# The mass that the paper's code uses with each weighting; the names are also the allowed values of `weighting`.
+DEFAULT_SMOOTHING = {"uniform_topk": 0.2, "stepped": 0.2, "geometric": 0.4, "nearest": 0.5, "uniform_all": 0.2, "thirds": 0.2}
+WEIGHTINGS = tuple(DEFAULT_SMOOTHING)
+
+# Keys per block in the search for the nearest. Larger: fewer maxima to rank, more keys to look at again (8 and 16 measured alike, 4 and 32 slower).
+_BLOCK = 16
+# Logits in flight (batch * tile), and the size of the other temporaries. On a CPU 4 MB of float32 stay near the cores; sizes from 2 to 16 MB measured
+# alike. A GPU wants few and large launches: 64 MB, two tiles at batch 512 and queue 65536, where one dense matrix of logits is 128 MB.
+_ELEMENTS_CPU = 2**20
+_ELEMENTS_GPU = 2**24
+
+_INT32_MAX = 2**31 - 1
+
+
+def rank_weights(weighting: str, neighbors: int | None = None) -> tuple[float, ...]:
+    """Share of the smoothing mass on each rank, nearest negative first; sums to one.
+
+    Args:
+        weighting: ``uniform_topk`` (equal on ``neighbors``), ``stepped`` (1/2, 1/4, 1/4 on three rank groups), ``geometric`` (halving,
+            11 ranks), ``nearest`` (all on the first), ``thirds`` (1/3 on ranks 1-2, 3-8 and 9-20) or ``uniform_all`` (equal on the
+            whole queue: no ranks, an empty tuple).
+        neighbors: number of ranks; ``None`` takes the weighting's own (20 for ``uniform_topk``, ``stepped`` and ``thirds``).
+
+    Raises:
+        ValueError: unknown weighting, or a number of neighbours that it does not define; the message lists what is allowed.
+    """
+    if weighting not in DEFAULT_SMOOTHING:
+        raise ValueError(f"weighting={weighting!r} is unknown; choose one of {', '.join(WEIGHTINGS)}")
+    if weighting == "uniform_topk":
+        count = 20 if neighbors is None else neighbors
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise ValueError(f"neighbors={neighbors!r} with weighting='uniform_topk': give a whole number of at least 1")
+        return (1.0 / count,) * count
+    if weighting == "stepped":
+        count = 20 if neighbors is None else neighbors
+        if count not in STEPPED_GROUP_ENDS:
+            allowed = ", ".join(map(str, STEPPED_GROUP_ENDS))
+            raise ValueError(f"neighbors={neighbors!r} with weighting='stepped': its rank groups are defined for {allowed} only")
+        return _grouped(STEPPED_GROUP_ENDS[count], (0.5, 0.25, 0.25))
+    if weighting == "uniform_all":
+        if neighbors is not None:
+            raise ValueError(f"neighbors={neighbors!r} with weighting='uniform_all': the mass goes to every negative, so leave neighbors=None")
+        return ()
+    if weighting == "geometric":
+        weights = tuple(0.5 / 2**i for i in range(10)) + (0.5 / 2**9,)
+    elif weighting == "nearest":
+        weights = (1.0,)
+    else:
+        weights = _grouped(THIRDS_GROUP_ENDS, (1 / 3, 1 / 3, 1 / 3))
+    if neighbors not in (None, len(weights)):
+        raise ValueError(f"neighbors={neighbors!r} with weighting={weighting!r}: it always uses {len(weights)}; pass that or None")
+    return weights
+
+
+def _grouped(ends: tuple[int, ...], masses: tuple[float, ...]) -> tuple[float, ...]:
+    weights: list[float] = []
+    for end, mass in zip(ends, masses):
+        size = end - len(weights)
+        weights += [mass / size] * size
+    return tuple(weights)
+
+
+class SmoothedInfoNCE(nn.Module):
+    """Mean cross-entropy between softmax over (positive, queue) and a target smoothed towards the nearest negatives.
+
+    Only ``query``, and ``key`` if it asks for one, receive a gradient; the queue is a constant. Values and gradients are exact (not
+    sampled) and are accumulated in float32, or in float64 when any input is float64, whatever autocast says. On a GPU the two matrix
+    products obey ``torch.set_float32_matmul_precision`` like any other. Nothing here reads a value back to the host. Extra memory is
+    O(batch * tile). A NaN in any input, or a logit that overflows to +inf, makes the loss NaN instead of passing unnoticed.
+
+    Attributes:
+        temperature: tau, positive.
+        smoothing: mass a on the negatives, in [0, 1). ``None`` takes the published value: 0.4 for ``geometric``, 0.5 for ``nearest``,
+            0.2 otherwise. Exactly 0.0 skips the search for the nearest.
+        weighting, neighbors: see :func:`rank_weights`.
+        tile: queue rows in flight; ``None`` chooses from the batch size and the device.
+
+    Raises:
+        ValueError: settings outside these ranges.
+
+    Example::
+
+        criterion = SmoothedInfoNCE(temperature=0.1, smoothing=0.2, weighting="stepped", neighbors=20)
+        loss = criterion(query, key, queue)             # L2-normalised (B, D), (B, D), (K, D)
+        loss.backward()
+    """
+
+    def __init__(
+        self,
+        temperature: float = 0.1,
+        smoothing: float | None = None,
+        weighting: str = "stepped",
+        neighbors: int | None = None,
+        tile: int | None = None,
+    ) -> None:
+        super().__init__()
+        if not (temperature > 0 and math.isfinite(temperature)):
+            raise ValueError(f"temperature={temperature}: give a positive number (0.1 in the paper's code, 0.2 in MoCo-v2)")
+        if tile is not None and tile < 1:
+            raise ValueError(f"tile={tile}: give a positive number of queue rows, or None to let the loss choose")
+        self.weights = rank_weights(weighting, neighbors)
+        self.temperature = float(temperature)
+        self.smoothing = _checked_smoothing(DEFAULT_SMOOTHING[weighting] if smoothing is None else smoothing)
+        self.weighting = weighting
+        self.neighbors = len(self.weights) if self.weights else None
+        self.tile = tile
+
+    def forward(self, query: Tensor, key: Tensor, queue: Tensor, smoothing: Tensor | float | None = None) -> Tensor:
+        """Mean loss over the batch, in nats.
+
+        Args:
+            query: (B, D) floating point, L2-normalised.
+            key: (B, D), the positive of each query.
+            queue: (K, D) negatives, without gradient; may be of a lower precision than the query.
+            smoothing: the mass a of this step: a number, or a tensor with one element on the device, which a schedule can change without
+                a host sync (it gets no gradient and its range is not checked). ``None`` uses the module's.
+
+        Returns:
+            Scalar tensor: float64 if any input is float64, else float32.
+
+        Raises:
+            ValueError: wrong shapes, fewer negatives than neighbours, a queue or a smoothing that requires a gradient.
+        """
+        mass = self.smoothing if smoothing is None else _checked_smoothing(smoothing)
+        self._check(query, key, queue)
+        return _Loss.apply(query, key, queue, mass, self.temperature, self.weights, self.tile, torch.is_grad_enabled())
+
+    def target_entropy(self, smoothing: Tensor | float | None = None, queue_size: int | None = None) -> Tensor | float:
+        """Entropy of the target in nats: the least value that the loss can reach, so that ``loss - target_entropy`` is the KL divergence.
+
+        Args:
+            smoothing: as in :meth:`forward`; a tensor gives a tensor on its device, without a host sync.
+            queue_size: K; needed (and used) by ``uniform_all`` only.
+
+        Raises:
+            ValueError: ``uniform_all`` without a queue size.
+        """
+        mass = self.smoothing if smoothing is None else _checked_smoothing(smoothing)
+        if self.weighting == "uniform_all":
+            if not queue_size:
+                raise ValueError("queue_size is missing: with weighting='uniform_all' the entropy depends on the number of negatives")
+            spread = math.log(queue_size)
+        else:
+            spread = -sum(w * math.log(w) for w in self.weights)
+        # H = h(1 - a) + h(a) + a * H(w): the choice between positive and negatives first, then the one among the negatives.
+        if isinstance(mass, Tensor):
+            mass = mass.detach() if mass.dtype == torch.float64 else mass.detach().float()
+            return torch.special.entr(1 - mass) + torch.special.entr(mass) + mass * spread
+        return -sum(p * math.log(p) for p in (1 - mass, mass) if p > 0) + mass * spread
+
+    def extra_repr(self) -> str:
+        return (
+            f"temperature={self.temperature}, smoothing={self.smoothing}, weighting={self.weighting!r}, "
+            f"neighbors={self.neighbors}, tile={self.tile}"
+        )
+
+    def _check(self, query: Tensor, key: Tensor, queue: Tensor) -> None:
+        for name, tensor in (("query", query), ("key", key), ("queue", queue)):
+            if tensor.dim() != 2 or not tensor.is_floating_point():
+                raise ValueError(f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}; expected a floating-point matrix (rows, features)")
+            if tensor.device != query.device:
+                raise ValueError(f"{name} is on {tensor.device} and query on {query.device}; move them to one device")
+        if query.shape != key.shape or 0 in query.shape:
+            raise ValueError(f"query {tuple(query.shape)} and key {tuple(key.shape)} must have one shape (B, D) with B and D at least 1")
+        if queue.shape[1] != query.shape[1]:
+            raise ValueError(f"queue has {queue.shape[1]} features and query {query.shape[1]}; both come from the same projector, so they must agree")
+        needed = max(1, len(self.weights))
+        if queue.shape[0] < needed:
+            raise ValueError(
+                f"the queue holds {queue.shape[0]} negatives, and weighting={self.weighting!r} needs at least {needed}: enlarge it or lower neighbors"
+            )
+        if queue.requires_grad:
+            raise ValueError("queue requires a gradient, but the loss treats it as a constant: pass queue.detach()")
+
+
+def _checked_smoothing(smoothing: Tensor | float) -> Tensor | float:
+    if isinstance(smoothing, Tensor):
+        if smoothing.numel() != 1 or not smoothing.is_floating_point() or smoothing.requires_grad:
+            raise ValueError(
+                f"smoothing is a {smoothing.dtype} tensor of shape {tuple(smoothing.shape)}, requires_grad={smoothing.requires_grad}; "
+                "expected one floating-point element without gradient"
+            )
+        return smoothing.reshape(())
+    if not 0 <= smoothing < 1:
+        raise ValueError(f"smoothing={smoothing}: give a mass in [0, 1); the positive keeps the rest")
+    return float(smoothing)
+
+
+class _Loss(torch.autograd.Function):
+    """Value and gradients in one pass over the queue; the backward pass only scales what the forward pass found."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        queue: Tensor,
+        mass: Tensor | float,
+        temperature: float,
+        weights: tuple[float, ...],
+        tile: int | None,
+        grad_enabled: bool,
+    ) -> Tensor:
+        # Inside a Function grad mode is always off and needs_input_grad ignores no_grad, hence the flag: evaluation costs half.
+        wants_query, wants_key = (grad_enabled and needed for needed in ctx.needs_input_grad[:2])
+        dtype = torch.float64 if torch.float64 in (query.dtype, key.dtype, queue.dtype) else torch.float32
+        with torch.autocast(query.device.type, enabled=False):
+            q, k = query.to(dtype), key.to(dtype)  # (B, D)
+            positive = (q * k).sum(1)  # (B,)
+            smoothed = isinstance(mass, Tensor) or mass > 0  # a tensor's value is not known here
+            if isinstance(mass, Tensor):
+                mass = mass.to(dtype)
+            seen = _stream(q, k, positive, queue, temperature, tile, wants_query)
+
+            # Written as differences to the positive, which stay accurate when the loss is near zero.
+            loss = (seen.maximum - positive) / temperature + seen.total.log()
+            if smoothed:
+                # (B, D), or (1, D) where every negative counts alike
+                soft = _nearest_mean(q, queue, seen.peaks, weights) if weights else queue.mean(0, keepdim=True, dtype=dtype)
+                loss = loss + mass * (positive - (q * soft).sum(1)) / temperature
+            loss = loss.mean()
+
+            scale = 1 / (temperature * q.shape[0])
+            grad_query = grad_key = None
+            if wants_query:
+                grad_query = seen.weighted / seen.total[:, None] - (1 - mass) * k
+                if smoothed:
+                    grad_query -= mass * soft
+                grad_query *= scale
+            if wants_key:
+                probability = ((positive - seen.maximum) / temperature).exp() / seen.total
+                grad_key = (probability - (1 - mass))[:, None] * q * scale
+        ctx.save_for_backward(grad_query, grad_key)
+        ctx.dtypes = query.dtype, key.dtype
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        grads = (
+            None if grad is None else (grad * grad_loss).to(dtype) for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes)
+        )
+        return (*grads, None, None, None, None, None, None)
+
+
+class _Seen(NamedTuple):
+    """What one pass over the queue leaves behind, per query."""
+
+    maximum: Tensor  # (B,) largest product q.k, the positive's included
+    total: Tensor  # (B,) sum of exp((q.k - maximum) / temperature)
+    weighted: Tensor  # (B, D) the same sum with each term times its key; the positive's key alone if it was not asked for
+    peaks: Tensor  # (blocks, B) largest product of each block of 16 keys, over the whole queue
+
+
+def _stream(
+    query: Tensor, key: Tensor, positive: Tensor, queue: Tensor, temperature: float, tile: int | None, wants_weighted: bool
+) -> _Seen:
+    batch, rows = query.shape[0], queue.shape[0]
+    if tile is None:
+        tile = max(1024, _elements(query) // batch)
+    tile = _round_up(min(tile, rows), _BLOCK)
+    # torch's exp2 takes a third of the time of its exp on a CPU. The factor is applied to the products, not to the query, so that products
+    # which tie exactly (vectors of small integers) still do when they are ranked.
+    to_base_2 = math.log2(math.e) / temperature
+
+    # Keys run down and queries across, so that a block of neighbouring keys reduces over whole contiguous rows: ten times as fast on a
+    # CPU as a reduction over the 16 innermost elements, and coalesced on a GPU.
+    buffer = query.new_empty(tile, batch)
+    peaks = query.new_empty(_round_up(rows, _BLOCK) // _BLOCK, batch)
+    maximum, total, weighted = positive, torch.ones_like(positive), key.clone()
+    for start in range(0, rows, tile):
+        keys = queue[start : start + tile].to(query.dtype)  # (T, D)
+        filled = keys.shape[0]
+        padded = _round_up(filled, _BLOCK)
+        part, part_peaks = buffer[:padded], peaks[start // _BLOCK : (start + padded) // _BLOCK]
+        torch.mm(keys, query.t(), out=part[:filled])
+        part[filled:] = -math.inf
+        torch.amax(part.view(-1, _BLOCK, batch), 1, out=part_peaks)
+
+        new_maximum = torch.maximum(maximum, part_peaks.amax(0))
+        shrink = ((maximum - new_maximum) * to_base_2).exp2_()
+        part.sub_(new_maximum).mul_(to_base_2).exp2_()
+        total = total.mul(shrink).add_(part.sum(0))
+        if wants_weighted:
+            weighted.mul_(shrink[:, None]).addmm_(part[:filled].t(), keys)
+        maximum = new_maximum
+    return _Seen(maximum, total, weighted, peaks)
+
+
+def _nearest_mean(query: Tensor, queue: Tensor, peaks: Tensor, weights: tuple[float, ...]) -> Tensor:
+    """Weighted mean of each query's nearest negatives, (B, D): ``weights[r]`` on the one with the (r + 1)-th largest product, ties to the lowest row.
+
+    The ``count`` nearest all lie in the ``count`` blocks with the largest peaks (ties to the first block): a block left out has ``count``
+    blocks before it, and each of those holds an element that comes before any of its own. So only the keys of those blocks are looked
+    at again, and their products computed again: cheaper than to search, or to keep, those of every key.
+    """
+    count, rows = len(weights), queue.shape[0]
+    blocks = min(count, peaks.shape[0])
+    profile = _profile(weights, query.dtype, queue.device)
+    in_block = torch.arange(_BLOCK, device=queue.device)
+    # The keys looked at again are a matrix per query; queries go in chunks that hold as much as one tile of products does.
+    chunk = max(1, _elements(query) // (blocks * _BLOCK * query.shape[1]))
+    means = []
+    for queries, columns in zip(query.split(chunk), peaks.split(chunk, 1)):
+        kept = _top_columns(columns.t().contiguous(), blocks).sort(1).values  # (b, n): ascending, so that candidates follow rows
+        index = (kept[:, :, None] * _BLOCK + in_block).flatten(1)  # (b, 16 n)
+        candidates = queue.index_select(0, index.clamp(max=rows - 1).flatten()).to(query.dtype).view(*index.shape, -1)  # (b, 16 n, D)
+        products = torch.bmm(candidates, queries[:, :, None]).squeeze(2)  # (b, 16 n)
+        if rows % _BLOCK:
+            products.masked_fill_(index >= rows, -math.inf)
+        nearest = _top_columns(products, count)  # (b, count)
+        share = torch.zeros_like(products).scatter_(1, nearest, profile.expand_as(nearest))
+        means.append(torch.bmm(share[:, None, :], candidates).squeeze(1))
+    return torch.cat(means)
+
+
+def _top_columns(values: Tensor, count: int) -> Tensor:
+    """Columns of the ``count`` largest values of each row, largest first, equal values by the lowest column: (B, M) -> (B, count) int64."""
+    if values.dtype != torch.float32:
+        return values.sort(dim=1, descending=True, stable=True).indices[:, :count]
+    # torch.topk leaves ties open and a stable sort of everything is slow, so value and column become one integer key: the float's bits,
+    # made monotonic, above the reversed column. Adding zero turns -0.0, which equals 0.0 but has other bits, into 0.0.
+    bits = (values + 0.0).view(torch.int32)
+    bits ^= (bits >> 31) & _INT32_MAX
+    reversed_column = torch.arange(_INT32_MAX, _INT32_MAX - values.shape[1], -1, device=values.device)
+    keys = bits.to(torch.int64).bitwise_left_shift_(32).add_(reversed_column)
+    return _INT32_MAX - (keys.topk(count, 1).values & 0xFFFFFFFF)
+
+
+@functools.lru_cache(maxsize=64)
+def _profile(weights: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    # Kept, because making it is a copy to the device: once per run instead of once per step.
+    return torch.tensor(weights, dtype=dtype, device=device)
+
+
+def _elements(like: Tensor) -> int:
+    return _ELEMENTS_GPU if like.is_cuda else _ELEMENTS_CPU
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple

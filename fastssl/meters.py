@@ -1,0 +1,74 @@
+"""Meters that never make a step wait for the device."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class _Block:
+    values: Tensor  # (steps, metrics), on the host once ``copied`` has passed
+    copied: torch.cuda.Event | None
+    row: dict[str, Any]
+
+
+class MetricRing:
+    """Collects a vector of metrics a step on the device, and hands out their means a block later.
+
+    ``push`` and ``flush`` only queue work. On a GPU ``collect`` returns the blocks whose copy has arrived by now; reading
+    ``loss.item()`` instead would stop the host until the device has caught up, every step.
+
+    Args:
+        names: of the metrics, in the order of the pushed vectors.
+        capacity: steps in the largest block.
+        device: where the vectors live.
+    """
+
+    def __init__(self, names: tuple[str, ...], capacity: int, device: torch.device):
+        self.names = names
+        self._ring = torch.zeros(capacity, len(names), device=device)
+        self._filled = 0
+        self._blocks: deque[_Block] = deque()
+
+    def __len__(self) -> int:
+        """Steps pushed since the last flush."""
+        return self._filled
+
+    def push(self, metrics: Tensor) -> None:
+        """Add one step's vector (len(names),), float32, on the device."""
+        self._ring[self._filled].copy_(metrics)
+        self._filled += 1
+
+    def flush(self, row: dict[str, Any]) -> None:
+        """Close the block; ``row`` is what the host knows about it (step, lr, ...)."""
+        values, copied = self._ring[: self._filled], None
+        if values.is_cuda:
+            host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            # Ordered behind the pushes on this stream, and before those of the next block: the ring may be reused at once.
+            values = host.copy_(values, non_blocking=True)
+            copied = torch.cuda.Event()
+            copied.record()
+        else:
+            values = values.clone()
+        self._blocks.append(_Block(values, copied, row))
+        self._filled = 0
+
+    def collect(self, wait: bool = False) -> list[dict[str, Any]]:
+        """Rows that are complete: the host's values and the means of the metrics. ``wait``: all of them, at the end."""
+        rows = []
+        while self._blocks:
+            block = self._blocks[0]
+            if block.copied is not None:
+                if wait:
+                    block.copied.synchronize()
+                elif not block.copied.query():
+                    break
+            self._blocks.popleft()
+            means = block.values.mean(dim=0).tolist()
+            rows.append({**block.row, **dict(zip(self.names, means))})
+        return rows

@@ -1,0 +1,274 @@
+"""Recipes: one yaml file holds every number of a published row, and is checked to the last key.
+
+A recipe is read into dataclasses that are owned by the parts they configure (``ViewSpec``, ``MoCoConfig``, ...). A key
+that does not exist is an error that names the nearest one: an ignored typo costs a training run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fastssl.methods.moco import MoCoConfig
+from fastssl.names import nearest
+from fastssl.optim import OptimConfig
+from fastssl.pipelines.errors import FastSSLError
+from fastssl.pipelines.plan import ViewSpec
+
+RECIPE_FOLDER = Path(__file__).parent / "recipes"
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The loop.
+
+    Attributes:
+        epochs: passes over the data.
+        batch_size: samples a step.
+        amp: ``auto`` (bfloat16 on a GPU, float32 on the CPU), ``bf16`` or ``off``.
+        log_every: steps between two lines of metrics.jsonl; the host reads the device's metrics only then.
+        checkpoint_minutes: a checkpoint is written at the end of an epoch when the last one is older than this, and at the end.
+        on_bad: what to do with a damaged picture: ``fail`` or ``skip``.
+    """
+
+    epochs: int = 200
+    batch_size: int = 512
+    amp: str = "auto"
+    log_every: int = 50
+    checkpoint_minutes: float = 10.0
+    on_bad: str = "fail"
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1 or self.batch_size < 2 or self.log_every < 1 or self.checkpoint_minutes < 0:
+            raise ValueError("train.epochs and train.log_every must be at least 1, train.batch_size at least 2, checkpoint_minutes not negative")
+        if self.amp not in ("auto", "bf16", "off"):
+            raise ValueError(f"train.amp={self.amp!r} is not one of auto, bf16, off")
+        if self.on_bad not in ("fail", "skip"):
+            raise ValueError(f"train.on_bad={self.on_bad!r} is not one of fail, skip")
+
+
+@dataclass(frozen=True)
+class ProbeConfig:
+    """The checks during and after training; they need labels only for kNN and linear.
+
+    Attributes:
+        size: pixels of the centre-crop view that the network is probed with.
+        every_epochs: epochs between two online probes (0: only at the end).
+        online_samples: bank and query pictures together of the online probe.
+        final_samples: pictures of the probe at the end (bank and queries together; 0: all).
+    """
+
+    size: int = 224
+    every_epochs: int = 5
+    online_samples: int = 2000
+    final_samples: int = 20000
+
+    def __post_init__(self) -> None:
+        if self.size < 8 or self.every_epochs < 0 or self.online_samples < 20 or self.final_samples < 0:
+            raise ValueError("probe.size must be at least 8, probe.online_samples at least 20, the others not negative")
+
+
+@dataclass(frozen=True)
+class NextMark:
+    """What to run when the linear probe stays below a mark: a command, and what it was measured to reach."""
+
+    command: str
+    note: str
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All numbers of a run but the data.
+
+    Attributes:
+        arch: the network the recipe was made for; ``--arch`` may put another in its place.
+        views: the view groups.
+        full_samples: pictures that a whole run of the published recipe sees (epochs x data set), the measure of "what share
+            of a full recipe was this"; None where the recipe is the full one.
+        full_recipe: the name of the recipe that ``full_samples`` belongs to.
+        next_mark: shown when the network ends below random initialisation or raw pixels.
+    """
+
+    arch: str
+    method: str = "moco"
+    views: list[ViewSpec] = field(default_factory=list)
+    moco: MoCoConfig = field(default_factory=MoCoConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
+    full_samples: int | None = None
+    full_recipe: str | None = None
+    next_mark: NextMark | None = None
+
+    def __post_init__(self) -> None:
+        if self.method != "moco":
+            raise ValueError(f"method={self.method!r} does not exist; there is: moco")
+        sizes = {spec.size for spec in self.views}
+        count = sum(spec.count for spec in self.views)
+        if count != 2 or len(sizes) != 1:
+            raise ValueError(f"moco takes two views of one size; the recipe has {count} of sizes {sorted(sizes)}")
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that install with the package."""
+    return sorted(path.stem for path in RECIPE_FOLDER.glob("*.yaml"))
+
+
+def recipe_path(name: str) -> Path:
+    """The file of a recipe: one of ours by name, or any yaml file by path.
+
+    Raises:
+        FastSSLError: neither exists; the message names the nearest recipe.
+    """
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml"):
+        if not path.is_file():
+            raise FastSSLError(f"{name}: no such recipe file")
+        return path
+    ours = RECIPE_FOLDER / f"{name}.yaml"
+    if not ours.is_file():
+        raise FastSSLError(f"no recipe {name!r}{nearest(name, recipe_names())}; `fastssl recipes` lists them, a .yaml path works too")
+    return ours
+
+
+def load_recipe(name: str, overrides: Mapping[str, str] | None = None) -> Recipe:
+    """Read and check a recipe.
+
+    Args:
+        name: a recipe of ours, or the path of a yaml file.
+        overrides: ``{"optim.lr": "0.1", "views.0.size": "64"}``: values are yaml.
+
+    Raises:
+        FastSSLError: unknown recipe or key (with the nearest), wrong type, or a value out of range; names file and key.
+    """
+    path = recipe_path(name)
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise FastSSLError(f"{path}: not a yaml file: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise FastSSLError(f"{path}: a recipe is a mapping of keys to values")
+    for key, text in (overrides or {}).items():
+        try:
+            _override(tree, key, yaml.safe_load(text))
+        except yaml.YAMLError as error:
+            raise FastSSLError(f"--set {key}: {text!r} is not a value: {' '.join(str(error).split())}") from error
+    return build_recipe(tree, where=path.name)
+
+
+def build_recipe(tree: Mapping[str, Any], *, where: str) -> Recipe:
+    """A ``Recipe`` from plain values (as yaml gives them); ``where`` opens every error message."""
+    return _build(Recipe, tree, where, "")
+
+
+def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
+    """Plain values of all keys, resolved: what config.yaml holds, and what ``build_recipe`` reads back."""
+    return _plain(dataclasses.asdict(recipe))
+
+
+def parse_overrides(pairs: typing.Iterable[str]) -> dict[str, str]:
+    """``["optim.lr=0.1"]`` -> ``{"optim.lr": "0.1"}``."""
+    parsed = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key:
+            raise FastSSLError(f"--set {pair!r}: write key=value, for instance --set optim.lr=0.1")
+        parsed[key.strip()] = value
+    return parsed
+
+
+def _override(tree: Any, key: str, value: Any) -> None:
+    """Set ``a.b.0.c`` in nested mappings and lists. Keys that the dataclasses do not know are found later, in one place."""
+    *parents, last = key.split(".")
+    node = tree
+    for number, part in enumerate(parents):
+        if isinstance(node, list):
+            node = node[_position(node, part, key)]
+        else:
+            node = node.setdefault(part, {})
+        if not isinstance(node, (dict, list)):
+            raise FastSSLError(f"--set {key}: {'.'.join(parents[: number + 1])} is a value, it holds no keys")
+    if isinstance(node, list):
+        node[_position(node, last, key)] = value
+    else:
+        node[last] = value
+
+
+def _position(node: list, part: str, key: str) -> int:
+    if not part.isdigit() or int(part) >= len(node):
+        raise FastSSLError(f"--set {key}: {part!r} is not a position in a list of {len(node)} (counted from 0)")
+    return int(part)
+
+
+def _build(kind: Any, value: Any, where: str, key: str) -> Any:
+    """``value`` as ``kind`` (a type hint), or an error that names the key."""
+    origin, options = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in options:
+            return None
+        (kind,) = [option for option in options if option is not type(None)]
+        return _build(kind, value, where, key)
+    if dataclasses.is_dataclass(kind):
+        return _build_dataclass(kind, value, where, key)
+    if origin is list:
+        if not isinstance(value, list):
+            raise FastSSLError(f"{where}: {key} must be a list, got {value!r}")
+        return [_build(options[0], item, where, f"{key}.{number}") for number, item in enumerate(value)]
+    if origin is tuple:
+        kinds = options if options[-1] is not Ellipsis else (options[0],) * len(value)
+        if not isinstance(value, (list, tuple)) or len(value) != len(kinds):
+            raise FastSSLError(f"{where}: {key} must be a list of {len(kinds)} values, got {value!r}")
+        return tuple(_build(option, item, where, key) for option, item in zip(kinds, value))
+    return _build_scalar(kind, value, where, key)
+
+
+def _build_scalar(kind: type, value: Any, where: str, key: str) -> Any:
+    # bool is an int to Python, and yaml reads 1e-4 (no dot) as a string: both would pass or fail silently.
+    if kind is float and isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            pass
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
+        raise FastSSLError(f"{where}: {key} must be {kind.__name__}, got {value!r}")
+    return value
+
+
+def _build_dataclass(kind: type, value: Any, where: str, key: str) -> Any:
+    if not isinstance(value, Mapping):
+        raise FastSSLError(f"{where}: {key or 'the recipe'} must be a mapping of keys to values, got {value!r}")
+    hints = typing.get_type_hints(kind)
+    prefix = f"{key}." if key else ""
+    for name in value:
+        if name not in hints:
+            raise FastSSLError(f"{where}: no key {prefix}{name}{nearest(str(name), hints)}")
+    arguments = {name: _build(hints[name], item, where, f"{prefix}{name}") for name, item in value.items()}
+    missing = [
+        f.name
+        for f in dataclasses.fields(kind)
+        if f.name not in arguments and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise FastSSLError(f"{where}: {prefix}{missing[0]} is missing")
+    try:
+        return kind(**arguments)
+    except ValueError as error:
+        raise FastSSLError(f"{where}: {key + ': ' if key and key.split('.')[0] == 'views' else ''}{error}") from error
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists, so that yaml writes what it can read back."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value

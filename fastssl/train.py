@@ -1,0 +1,375 @@
+"""The training loop, from top to bottom.
+
+    pretrain(...)  sets up, resumes, runs the epochs, probes, writes the run's folder
+    Run._epoch    one epoch: batch -> step -> now and then a line of metrics and a checkpoint
+    Run._step     forward, backward, optimiser, key network: nothing in it waits for the device
+    finish_run     (finish.py) what is left to do after the last step
+
+Everything random comes from the seed: the networks' first weights, the queue, the order of samples, every view, and the
+BatchNorm groups of the keys. A run that is stopped and resumed makes the same steps as one that was not.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import yaml
+
+from fastssl import schedules
+from fastssl.backbones import create_backbone, resolve_arch
+from fastssl.checkpoint import Position, differences, load_checkpoint, restore, save_checkpoint
+from fastssl.finish import finish_run
+from fastssl.meters import MetricRing
+from fastssl.methods.moco import MoCo
+from fastssl.optim import create_optimizer, set_lr
+from fastssl.pipelines.beton import BetonReader
+from fastssl.pipelines.errors import FastSSLError, Interrupted
+from fastssl.pipelines.loader import Batch, ViewLoader
+from fastssl.pipelines.order import batch_permutation
+from fastssl.probe import OnlineProbe, choose_split
+from fastssl.recipe import Recipe, recipe_to_dict
+from fastssl.versions import describe_host, describe_versions
+
+
+class Progress(Protocol):
+    """Where the loop tells how it stands (a rich display, or plain lines)."""
+
+    def row(self, row: dict[str, Any], done: int, total: int) -> None:
+        """One block of steps: its metrics, and how many of the run's steps are done."""
+
+    def message(self, text: str) -> None:
+        """One line for the reader."""
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What is not the recipe's: data, place, machine.
+
+    Attributes:
+        recipe_name: for the records.
+        arch: the network, any name that ``create_backbone`` takes.
+        data: the ``.beton`` file to learn from; its labels are used by the probes alone.
+        val: a labelled ``.beton`` to probe on; None: a fifth of ``data`` is held out from the probe (not from the training).
+        out: the run's folder.
+        device: ``auto``, ``cpu`` or ``cuda``.
+        resume: ``auto`` (go on if the folder holds a run), ``never``, or the path of a ``last.pt``.
+    """
+
+    recipe_name: str
+    arch: str
+    data: Path
+    out: Path
+    val: Path | None = None
+    device: str = "auto"
+    pipeline: str = "auto"
+    seed: int = 0
+    workers: int | None = None
+    resume: str = "auto"
+
+
+def choose_device(name: str) -> torch.device:
+    """``auto`` is the GPU when there is one.
+
+    Raises:
+        FastSSLError: a GPU was asked for and torch sees none.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise FastSSLError("--device cuda: torch sees no NVIDIA GPU here; `fastssl doctor` says what is missing, --device cpu works anywhere")
+    return torch.device(name)
+
+
+def pretrain(recipe: Recipe, options: RunOptions, progress: Progress) -> dict[str, Any]:
+    """Train, probe, and write the run's folder.
+
+    Returns:
+        the summary, as in ``summary.json``.
+
+    Raises:
+        Interrupted: by SIGINT or SIGTERM, after a checkpoint was written.
+        FastSSLError: bad data, a run of other settings in the folder, or a loss that is no longer finite.
+    """
+    started = time.monotonic()
+    with ExitStack() as files:
+        reader = files.enter_context(BetonReader(options.data))
+        val = files.enter_context(BetonReader(options.val)) if options.val else None
+        run = Run(recipe, options, reader, val, progress)
+        with run.stop_on_signal():
+            run.train()
+        return finish_run(run, started)
+
+
+class Run:
+    """One run: its networks, its position, its files."""
+
+    def __init__(self, recipe: Recipe, options: RunOptions, reader: BetonReader, val: BetonReader | None, progress: Progress):
+        self.recipe, self.options, self.reader, self.val, self.progress = recipe, options, reader, val, progress
+        self.device = choose_device(options.device)
+        self.amp = recipe.train.amp == "bf16" or (recipe.train.amp == "auto" and self.device.type == "cuda")
+        self.out = options.out
+        self.batch_size = recipe.train.batch_size
+        if self.device.type == "cuda":
+            torch.backends.cudnn.benchmark = True  # every step has the same shapes
+        self._check_batch()
+        torch.manual_seed(options.seed)
+        self.backbone = create_backbone(options.arch)
+        generator = torch.Generator().manual_seed(options.seed)
+        try:
+            method = MoCo(self.backbone, recipe.moco, batch_size=self.batch_size, generator=generator)
+        except ValueError as error:
+            raise FastSSLError(f"recipe {options.recipe_name}: {error}") from error
+        self.method = method.to(self.device, memory_format=torch.channels_last).train()
+        self.optimizer = create_optimizer(self.method, recipe.optim)
+        self.position = Position()
+        self.config = self._config()
+        self._stop = threading.Event()
+        self._prepare_folder()
+
+    # ------------------------------------------------------------------ setting up
+
+    def _check_batch(self) -> None:
+        if len(self.reader) < self.batch_size:
+            raise FastSSLError(
+                f"{self.options.data}: {len(self.reader)} photos are fewer than one batch of {self.batch_size}; "
+                f"--batch-size {max(2, len(self.reader) // 2)} or lower would do"
+            )
+
+    def _config(self) -> dict[str, Any]:
+        """Every value that the run's numbers depend on, resolved."""
+        return {
+            "recipe": self.options.recipe_name,
+            "arch": resolve_arch(self.options.arch),
+            # names, not paths: a report is passed on, and the folder it was made in is nobody's business
+            "data": {"name": self.options.data.name, "samples": len(self.reader)},
+            "val": self.options.val.name if self.options.val else None,
+            "seed": self.options.seed,
+            **{key: value for key, value in recipe_to_dict(self.recipe).items() if key != "arch"},
+        }
+
+    def _prepare_folder(self) -> None:
+        """Make the folder, resume what is in it or clear it, and write config.yaml."""
+        last = self.out / "checkpoints" / "last.pt"
+        if self.options.resume not in ("auto", "never"):
+            last = Path(self.options.resume)
+            if not last.is_file():
+                raise FastSSLError(f"--resume {last}: no such checkpoint (auto, never, or the path of a last.pt)")
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+            if self.options.resume != "never" and last.is_file():
+                self._resume(last)
+            else:
+                self.metrics_path.write_text("")
+            resolved = {**self.config, "device": self.device.type, "host": describe_host(), "versions": describe_versions()}
+            (self.out / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False))
+        except OSError as error:
+            raise FastSSLError(f"{self.out}: cannot write the run's folder ({error.strerror or error}); choose another with --out") from error
+
+    def _resume(self, path: Path) -> None:
+        state = load_checkpoint(path)
+        found = differences(self.config, state["config"])
+        if found:
+            raise FastSSLError(
+                f"{path} belongs to a run with other settings ({'; '.join(found[:3])}{'; ...' if len(found) > 3 else ''}): "
+                "choose another --out, or --resume never to start over"
+            )
+        self.position = restore(state, method=self.method, optimizer=self.optimizer)
+        self._cut_metrics()
+        self.progress.message(f"resumed at step {self.position.step:,} (epoch {self.position.epoch})")
+
+    def _cut_metrics(self) -> None:
+        """Drop the lines behind the checkpoint: those steps are about to be made again."""
+        rows = []
+        if self.metrics_path.is_file():
+            for line in self.metrics_path.read_text().splitlines():
+                try:
+                    row = json.loads(line)
+                except json.JSONDecodeError:
+                    continue  # the line that the kill cut short
+                if row.get("step", 0) <= self.position.step:
+                    rows.append(line)
+        self.metrics_path.write_text("".join(line + "\n" for line in rows))
+
+    @property
+    def metrics_path(self) -> Path:
+        return self.out / "metrics.jsonl"
+
+    @contextmanager
+    def stop_on_signal(self) -> Iterator[None]:
+        """SIGINT and SIGTERM end the run after the step in hand, with a checkpoint. A second one ends it at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield  # signals belong to the main thread; used as a library, the caller decides
+            return
+
+        def ask(number: int, frame: object) -> None:
+            if self._stop.is_set():
+                raise KeyboardInterrupt
+            self._stop.set()
+
+        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    # ------------------------------------------------------------------ training
+
+    def train(self) -> None:
+        """All epochs that are left."""
+        train = self.recipe.train
+        loader = ViewLoader(
+            self.reader,
+            views=self.recipe.views,
+            batch_size=self.batch_size,
+            device=self.device,
+            pipeline=self.options.pipeline,
+            seed=self.options.seed,
+            workers=self.options.workers,
+            on_bad=train.on_bad,
+        )
+        with loader:
+            self.steps_per_epoch = len(loader)
+            self.total_steps = train.epochs * self.steps_per_epoch
+            self.ring = MetricRing(self.method.METRICS, train.log_every, self.device)
+            self.probe = self._online_probe()
+            self._last_saved = time.monotonic()
+            for epoch in range(self.position.epoch, train.epochs):
+                self._epoch(loader, epoch)
+            self.skipped = list(loader.stats.skipped)
+
+    def _online_probe(self) -> OnlineProbe:
+        probe = self.recipe.probe
+        split = choose_split(self.reader, self.val, probe.online_samples, self.options.seed)
+        return OnlineProbe(split, probe.size, **self.extraction)
+
+    @property
+    def extraction(self) -> dict[str, Any]:
+        """How features are taken on this machine (arguments of ``extract_features``)."""
+        return {"device": self.device, "workers": self.options.workers, "amp": self.amp, "on_bad": self.recipe.train.on_bad}
+
+    def _epoch(self, loader: ViewLoader, epoch: int) -> None:
+        train = self.recipe.train
+        self._start_block(loader)
+        batches = loader.epoch(epoch, start_step=self.position.step_in_epoch)
+        for batch in batches:
+            self._step(batch, epoch)
+            self.position.step += 1
+            self.position.step_in_epoch += 1
+            if len(self.ring) == train.log_every or self.position.step_in_epoch == self.steps_per_epoch:
+                self._close_block(loader)
+            if self._stop.is_set():
+                batches.close()
+                self._close_block(loader)
+                self._save()
+                raise Interrupted(f"stopped at step {self.position.step:,}; everything is saved in {self.out}; the same command goes on from here")
+        self.position.epoch, self.position.step_in_epoch = epoch + 1, 0
+        last = epoch + 1 == train.epochs
+        every = self.recipe.probe.every_epochs
+        if every and ((epoch + 1) % every == 0) and not last:
+            self._write(self.probe.run(self.method.student.backbone, step=self.position.step, epoch=epoch + 1))
+        if last or time.monotonic() - self._last_saved > 60 * train.checkpoint_minutes:
+            self._save()
+
+    def _step(self, batch: Batch, epoch: int) -> None:
+        """One step. No value is read back from the device here."""
+        recipe, step = self.recipe, self.position.step
+        self._lr = schedules.learning_rate(
+            step,
+            total_steps=self.total_steps,
+            steps_per_epoch=self.steps_per_epoch,
+            peak=recipe.optim.peak_lr(self.batch_size),
+            final=recipe.optim.final_lr,
+            warmup_epochs=recipe.optim.warmup_epochs,
+            per_epoch=recipe.optim.per_epoch,
+        )
+        self._momentum = schedules.ema_momentum(step, total_steps=self.total_steps, base=recipe.moco.momentum, schedule=recipe.moco.momentum_schedule)
+        self._smoothing = schedules.smoothing(
+            step,
+            total_steps=self.total_steps,
+            steps_per_epoch=self.steps_per_epoch,
+            base=recipe.moco.smoothing,
+            schedule=recipe.moco.smoothing_schedule,
+            warm_epochs=recipe.moco.smoothing_warm_epochs,
+        )
+        set_lr(self.optimizer, self._lr)
+        permutation = self._host_to_device(torch.from_numpy(batch_permutation(2 * self.batch_size, self.options.seed, epoch, self.position.step_in_epoch)))
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.amp):
+            loss, metrics = self.method(batch.views, permutation, self._smoothing)
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.method.update_teacher(self._momentum)
+        self.ring.push(metrics)
+
+    def _host_to_device(self, tensor: torch.Tensor) -> torch.Tensor:
+        if self.device.type != "cuda":
+            return tensor
+        return tensor.pin_memory().to(self.device, non_blocking=True)
+
+    # ------------------------------------------------------------------ metrics and files
+
+    def _start_block(self, loader: ViewLoader) -> None:
+        self._block_started = time.monotonic()
+        self._waited = loader.stats.wait_s
+
+    def _close_block(self, loader: ViewLoader) -> None:
+        """A line of metrics for the steps since the last one."""
+        steps = len(self.ring)
+        if steps == 0:
+            return
+        seconds = max(time.monotonic() - self._block_started, 1e-9)
+        self.position.train_seconds += seconds
+        views = sum(spec.count for spec in self.recipe.views)
+        self.ring.flush(
+            {
+                "kind": "step",
+                "step": self.position.step,
+                "epoch": self.position.step / self.steps_per_epoch,
+                "lr": self._lr,
+                "momentum": self._momentum,
+                "smoothing": self._smoothing,
+                "pair_per_s": steps * self.batch_size / seconds,
+                "view_per_s": steps * self.batch_size * views / seconds,
+                "data_wait": (loader.stats.wait_s - self._waited) / seconds,
+                "seconds": self.position.train_seconds,
+            }
+        )
+        self._report(self.ring.collect(wait=self._stop.is_set() or self.position.step == self.total_steps))
+        self._start_block(loader)
+
+    def _report(self, rows: list[dict[str, Any]]) -> None:
+        for row in rows:
+            self._write(row)
+            self.progress.row(row, self.position.step, self.total_steps)
+            if not math.isfinite(row["loss"]):
+                raise FastSSLError(
+                    f"the loss is {row['loss']} at step {row['step']:,}: the run has diverged. Lower optim.lr (now {self.recipe.optim.lr:g}) or lengthen "
+                    f"optim.warmup_epochs; checkpoints up to the last one are in {self.out / 'checkpoints'}"
+                )
+
+    def _write(self, row: dict[str, Any]) -> None:
+        with self.metrics_path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def _save(self) -> None:
+        save_checkpoint(
+            self.out / "checkpoints",
+            method=self.method,
+            optimizer=self.optimizer,
+            position=self.position,
+            config=self.config,
+            arch=self.options.arch,
+        )
+        self._last_saved = time.monotonic()

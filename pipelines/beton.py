@@ -1,0 +1,399 @@
+"""``.beton``, FFCV's file format (version 2), read and written with NumPy alone.
+
+A file is: header | field descriptors | one metadata record a sample | data pages | allocation table up to the end of the file.
+Everything is little-endian and packed except the metadata record, which is laid out as a C struct would be::
+
+    header, 24 bytes        version u2, num_fields u2, page_size u4, num_samples u8, alloc_table_ptr u8
+    descriptor, 1041 bytes  type id u1, name 16 bytes NUL-padded, arguments 1024 bytes
+    image record, 13 bytes  mode u1 (0 JPEG, 1 raw height x width x 3), width u2, height u2, data_ptr u8
+    table entry, 24 bytes   sample_id u8, ptr u8, size u8
+
+A data region's size stands only in the allocation table, under the same ``ptr``. No region crosses a multiple of ``page_size``,
+because FFCV's process cache loads whole pages and finds them as ``ptr >> log2(page_size)``. The format has no checksums: the
+converter keeps them in a side file, ``FILE.beton.json``.
+
+The reader trusts no number from a file before it has compared it with the file's size: a damaged or hostile file ends in a
+``BetonError``, never in a read outside the map.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from fastssl.pipelines import jpeg
+from fastssl.pipelines.errors import BetonError, JpegError
+
+VERSION = 2
+MODE_JPEG, MODE_RAW = 0, 1
+#: FFCV's smallest allowed page, and the size it takes unless told otherwise.
+MIN_PAGE_SIZE, DEFAULT_PAGE_SIZE = 2 << 20, 8 << 20
+#: ``page_size`` is 32 bits and a power of two.
+MAX_PAGE_SIZE = 1 << 31
+
+HEADER_DTYPE = np.dtype(
+    [("version", "<u2"), ("num_fields", "<u2"), ("page_size", "<u4"), ("num_samples", "<u8"), ("alloc_table_ptr", "<u8")]
+)
+FIELD_DTYPE = np.dtype([("type_id", "u1"), ("name", "S16"), ("arguments", "u1", (1024,))])
+IMAGE_DTYPE = np.dtype([("mode", "u1"), ("width", "<u2"), ("height", "<u2"), ("data_ptr", "<u8")])
+TABLE_DTYPE = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
+
+_TYPE_INT, _TYPE_IMAGE = 1, 2
+_REGION_DTYPE = np.dtype([("ptr", "<u8"), ("size", "<u8")])
+#: field type id -> (what it is called, its part of a metadata record)
+FIELD_TYPES: dict[int, tuple[str, np.dtype]] = {
+    0: ("float", np.dtype("<f8")),
+    _TYPE_INT: ("int", np.dtype("<i8")),
+    _TYPE_IMAGE: ("image", IMAGE_DTYPE),
+    3: ("bytes", _REGION_DTYPE),
+    4: ("ndarray", np.dtype("<u8")),
+    5: ("json", _REGION_DTYPE),
+    6: ("torch tensor", np.dtype("<u8")),
+}
+
+#: One sample as the writer remembers it; also what a conversion journal stores.
+RECORD_DTYPE = np.dtype([("offset", "<u8"), ("size", "<u8"), ("label", "<i8"), ("height", "<u4"), ("width", "<u4"), ("mode", "u1")])
+
+
+def side_path(path: str | os.PathLike) -> Path:
+    """Where the side file of ``path`` stands: ``photos.beton`` -> ``photos.beton.json``."""
+    return Path(f"{os.fspath(path)}.json")
+
+
+def read_side_file(path: str | os.PathLike) -> dict | None:
+    """Load the side file of the ``.beton`` file ``path``; None when there is none. ``BetonError`` when it is not what we write."""
+    side = side_path(path)
+    try:
+        content = json.loads(side.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise BetonError(f"{side}: unreadable side file ({error}); delete it, or convert again") from None
+    classes = content.get("classes") if isinstance(content, dict) else 0
+    named = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
+    if not (named or classes is None) or not isinstance(content.get("bytes"), int):
+        raise BetonError(f"{side}: not a side file of ours (needs 'classes' and 'bytes'); delete it, or convert again")
+    return content
+
+
+class BetonReader:
+    """A memory-mapped ``.beton`` file with one image field and, usually, one integer label.
+
+    All tables are checked when the file is opened (about 0.2 s per million samples); afterwards any sample can be read from any
+    thread. Fields other than the first image and the first integer are skipped with a warning. Use it as a context manager, or
+    call :meth:`close`.
+
+    Attributes:
+        path: the file. num_samples: N, also ``len(reader)``.
+        heights, widths: (N,) int32, in pixels. modes: (N,) uint8, 0 JPEG, 1 raw. offsets, sizes: (N,) int64, in bytes.
+        labels: (N,) int64, or None when the file has no integer field.
+
+    Raises:
+        BetonError: the file is missing, damaged, unfinished or empty, or uses a custom field; the message says where.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = Path(path)
+        try:
+            self.num_bytes = self.path.stat().st_size
+            if self.num_bytes < HEADER_DTYPE.itemsize:
+                raise self._error(f"only {self.num_bytes} bytes, shorter than a header: empty or cut off")
+            # The plain-array view: slicing np.memmap itself costs several microseconds each time.
+            self._bytes: np.ndarray | None = np.memmap(self.path, dtype=np.uint8, mode="r").view(np.ndarray)
+        except OSError as error:
+            raise BetonError(f"{self.path}: cannot open: {error.strerror or error}") from None
+        self._read_tables(self._bytes)
+
+    def _read_tables(self, data: np.ndarray) -> None:
+        header = data[: HEADER_DTYPE.itemsize].view(HEADER_DTYPE)[0]
+        # Python integers from here on: they cannot overflow, whatever the file says.
+        version, num_fields, page_size, self.num_samples, table_at = (int(header[name]) for name in HEADER_DTYPE.names)
+        if version in (0, VERSION) and table_at == 0:
+            raise self._error("unfinished: its writer was stopped before the header was written; convert again")
+        if version != VERSION:
+            raise self._error(f"not a .beton file of version {VERSION} (the first two bytes say {version})")
+        if page_size < MIN_PAGE_SIZE or page_size & (page_size - 1):
+            raise self._error(f"damaged header: page size {page_size} is not a power of two of at least {MIN_PAGE_SIZE}")
+        if self.num_samples == 0:
+            raise self._error("holds no samples")
+        self.page_size = page_size
+
+        fields_end = HEADER_DTYPE.itemsize + num_fields * FIELD_DTYPE.itemsize
+        if num_fields == 0 or fields_end > self.num_bytes:
+            raise self._error(f"damaged header: {num_fields} field descriptors do not fit into {self.num_bytes} bytes")
+        record_dtype, image_field, label_field = self._read_fields(data[HEADER_DTYPE.itemsize : fields_end].view(FIELD_DTYPE))
+
+        self._metadata_end = fields_end + self.num_samples * record_dtype.itemsize
+        if self._metadata_end > self.num_bytes:
+            raise self._error(
+                f"damaged header or cut off: {self.num_samples} samples need {self._metadata_end} bytes of metadata, "
+                f"the file has {self.num_bytes}"
+            )
+        if not self._metadata_end <= table_at <= self.num_bytes:
+            raise self._error(
+                f"cut off or damaged header: the allocation table should start at byte {table_at}, "
+                f"between {self._metadata_end} and {self.num_bytes}"
+            )
+        if table_at == self.num_bytes or (self.num_bytes - table_at) % TABLE_DTYPE.itemsize:
+            raise self._error(f"cut off: the allocation table has {self.num_bytes - table_at} bytes, not a multiple of 24")
+        self._table_at = table_at
+
+        records = data[fields_end : self._metadata_end].view(record_dtype)
+        images = records[image_field]
+        self.modes = np.ascontiguousarray(images["mode"])
+        self.heights = images["height"].astype(np.int32)
+        self.widths = images["width"].astype(np.int32)
+        self.labels = None if label_field is None else records[label_field].astype(np.int64)
+        self._read_regions(images["data_ptr"].astype(np.uint64), data[table_at:].view(TABLE_DTYPE))
+        self._check_samples()
+
+    def _read_fields(self, descriptors: np.ndarray) -> tuple[np.dtype, str, str | None]:
+        """Return the metadata record's dtype and the names in it (f0, f1, ...) of the image and of the label."""
+        names = [bytes(name).split(b"\0")[0].decode("ascii", "backslashreplace") for name in descriptors["name"]]
+        types = descriptors["type_id"].tolist()
+        for name, type_id in zip(names, types):
+            if type_id not in FIELD_TYPES:
+                raise self._error(f"field {name!r} has the unknown or custom type {type_id}, whose size only its own program knows")
+        if _TYPE_IMAGE not in types:
+            raise self._error(f"has no image field, only {', '.join(names)}")
+        image, label = types.index(_TYPE_IMAGE), types.index(_TYPE_INT) if _TYPE_INT in types else None
+        skipped = [f"{name} ({FIELD_TYPES[t][0]})" for k, (name, t) in enumerate(zip(names, types)) if k not in (image, label)]
+        if skipped:
+            warnings.warn(f"{self.path}: fields not read: {', '.join(skipped)}", stacklevel=4)
+        dtype = np.dtype([("", FIELD_TYPES[type_id][1]) for type_id in types], align=True)
+        return dtype, f"f{image}", None if label is None else f"f{label}"
+
+    def _read_regions(self, pointers: np.ndarray, table: np.ndarray) -> None:
+        """Find the allocation of every image and check that it lies between the metadata and the table."""
+        entry_ptr, entry_size, entry_id = (np.ascontiguousarray(table[name]) for name in ("ptr", "size", "sample_id"))
+        if not np.array_equal(entry_ptr, pointers):
+            # FFCV's workers write the table in the order in which they finish, with entries for every other field too.
+            # An empty bytes field takes no room, so its pointer can be the same as the image's that follows: it must not win.
+            order = np.flatnonzero(entry_size)
+            order = order[np.argsort(entry_ptr[order], kind="stable")]
+            place = np.searchsorted(entry_ptr[order], pointers)
+            self._require(place < len(order), "no entry in the allocation table for its image")
+            found = order[place]
+            entry_ptr, entry_size, entry_id = entry_ptr[found], entry_size[found], entry_id[found]
+            self._require(entry_ptr == pointers, "no entry in the allocation table for its image")
+        if table["sample_id"].max() >= self.num_samples:
+            raise self._error(f"damaged header: the allocation table knows more samples than the {self.num_samples} of the header")
+        low, high = np.uint64(self._metadata_end), np.uint64(self._table_at)
+        inside = (pointers >= low) & (pointers <= high)
+        # Subtract before comparing: ptr + size could wrap around.
+        self._require(inside & (entry_size <= high - np.where(inside, pointers, high)), "its image lies outside the data pages")
+        self._require(entry_size > 0, "its image has no bytes")
+        self._require(entry_id == np.arange(self.num_samples, dtype=np.uint64), "its image belongs to another sample")
+        self.offsets, self.sizes = pointers.astype(np.int64), entry_size.astype(np.int64)
+
+    def _check_samples(self) -> None:
+        pixels = self.heights.astype(np.int64) * self.widths
+        self._require(pixels > 0, "height or width is zero")
+        self._require(pixels <= jpeg.MAX_PIXELS, f"more than {jpeg.MAX_PIXELS:,} pixels")
+        self._require(self.modes <= MODE_RAW, "its storage mode is neither 0 (JPEG) nor 1 (raw)")
+        self._require((self.modes != MODE_RAW) | (self.sizes == 3 * pixels), "raw pixels whose size is not height x width x 3")
+
+    def _require(self, good: np.ndarray, complaint: str) -> None:
+        if not good.all():
+            bad = np.flatnonzero(~good)
+            more = f" (and {len(bad) - 1} more samples)" if len(bad) > 1 else ""
+            raise self._error(f"sample {bad[0]}: {complaint}{more}")
+
+    def _error(self, message: str) -> BetonError:
+        return BetonError(f"{self.path}: {message}")
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def __enter__(self) -> BetonReader:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the map. Views that :meth:`encoded` gave out stay valid, and hold the file open, as long as they live."""
+        self._bytes = None
+
+    @property
+    def classes(self) -> list[str] | None:
+        """The class names, label k being ``classes[k]``, from the side file; None without one or for unlabelled photos."""
+        side = read_side_file(self.path)
+        if side is None:
+            return None
+        if side["bytes"] != self.num_bytes:
+            warnings.warn(f"{side_path(self.path)}: belongs to another version of the file; class names not used", stacklevel=2)
+            return None
+        return side["classes"]
+
+    def encoded(self, i: int) -> np.ndarray:
+        """The stored bytes of sample ``i``: a read-only 1-D uint8 view into the map, nothing is copied."""
+        if not 0 <= i < self.num_samples:
+            raise IndexError(f"{self.path}: no sample {i}, there are {self.num_samples}")
+        if self._bytes is None:
+            raise self._error("the reader is closed")
+        offset = self.offsets[i]
+        return self._bytes[offset : offset + self.sizes[i]]
+
+    def decode_into(self, i: int, out: np.ndarray) -> None:
+        """Decode sample ``i`` into ``out``, (heights[i], widths[i], 3) uint8 C-contiguous. ``JpegError`` names file and sample."""
+        data = self.encoded(i)
+        shape = (int(self.heights[i]), int(self.widths[i]), 3)
+        if out.shape != shape or out.dtype != np.uint8:
+            raise JpegError(f"{self.path}: sample {i} is {shape} uint8, the buffer {out.shape} {out.dtype}")
+        if self.modes[i] == MODE_RAW:
+            np.copyto(out, data.reshape(shape))
+            return
+        try:
+            jpeg.decode_into(data, out)
+        except JpegError as error:
+            raise JpegError(f"{self.path}: sample {i}: {error}") from None
+
+    def decode(self, i: int) -> np.ndarray:
+        """Decode sample ``i`` to a new (heights[i], widths[i], 3) uint8 RGB array."""
+        if not 0 <= i < self.num_samples:
+            raise IndexError(f"{self.path}: no sample {i}, there are {self.num_samples}")
+        out = np.empty((self.heights[i], self.widths[i], 3), np.uint8)
+        self.decode_into(i, out)
+        return out
+
+    def table_checksums(self) -> dict[str, int]:
+        """CRC-32 of header + descriptors + metadata (``head``) and of the allocation table (``table``)."""
+        if self._bytes is None:
+            raise self._error("the reader is closed")
+        return {"head": zlib.crc32(self._bytes[: self._metadata_end]), "table": zlib.crc32(self._bytes[self._table_at :])}
+
+
+class BetonWriter:
+    """Write samples one after the other into a ``.beton`` file that FFCV reads too.
+
+    The number of samples need not be known: room is reserved for ``capacity`` of them and the header, written last, says how many
+    came. A file whose writer was stopped has a header of zeros and is refused by every reader. Memory: 33 bytes a sample.
+
+    A sample larger than a page doubles ``page_size`` as often as needed. That is safe at any time, because whatever does not
+    cross a multiple of P does not cross a multiple of 2P either.
+
+    Args:
+        path: the file; it is replaced. capacity: most samples that may come.
+        labels: with an integer field ``label`` behind ``image``, or without.
+        page_size: in bytes, a power of two of at least 2 MiB.
+        written: RECORD_DTYPE records of samples that ``path`` already holds, from a writer that was stopped and had the same
+            ``capacity``, ``labels`` and ``page_size``: writing goes on behind them, and what lies behind them is cut off.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        capacity: int,
+        *,
+        labels: bool = True,
+        page_size: int = DEFAULT_PAGE_SIZE,
+        written: np.ndarray | None = None,
+    ):
+        if capacity < 1:
+            raise BetonError(f"{path}: a .beton file needs at least one sample")
+        if not MIN_PAGE_SIZE <= page_size <= MAX_PAGE_SIZE or page_size & (page_size - 1):
+            raise BetonError(f"page size {page_size} is not a power of two from {MIN_PAGE_SIZE} to {MAX_PAGE_SIZE}")
+        self.path = Path(path)
+        self.labels = labels
+        self._fields = [("image", _TYPE_IMAGE)] + ([("label", _TYPE_INT)] if labels else [])
+        self._record_dtype = np.dtype([("", FIELD_TYPES[type_id][1]) for _, type_id in self._fields], align=True)
+        self._metadata_at = HEADER_DTYPE.itemsize + len(self._fields) * FIELD_DTYPE.itemsize
+        metadata_end = self._metadata_at + capacity * self._record_dtype.itemsize
+        self._page_size = page_size
+        self._position = -(-metadata_end // page_size) * page_size
+        self._records = np.zeros(capacity, RECORD_DTYPE)
+        self.num_samples = 0
+        if written is None or len(written) == 0:
+            self._file = open(self.path, "wb", buffering=1 << 20)
+        else:
+            self.num_samples = len(written)
+            self._records[: self.num_samples] = written
+            self._grow_page(int(written["size"].max()))
+            self._position = int(written[-1]["offset"] + written[-1]["size"])
+            self._file = open(self.path, "r+b", buffering=1 << 20)
+            self._file.truncate(self._position)
+            # It may have been stopped between its header and its rename: unfinished again.
+            self._file.write(bytes(HEADER_DTYPE.itemsize))
+
+    def __enter__(self) -> BetonWriter:
+        return self
+
+    def __exit__(self, exc_type: type | None, *exc: object) -> None:
+        """Finish the file; after an exception only close it, so that it stays recognisably unfinished."""
+        try:
+            if exc_type is None:
+                self.finish()
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Close the file as it is: unless :meth:`finish` came before, every reader will call it unfinished."""
+        self._file.close()
+
+    @property
+    def records(self) -> np.ndarray:
+        """RECORD_DTYPE records of the samples so far."""
+        return self._records[: self.num_samples]
+
+    def add(self, data: bytes | np.ndarray, height: int, width: int, label: int = 0, mode: int = MODE_JPEG) -> None:
+        """Append one sample: the bytes of a JPEG of ``height`` x ``width`` pixels, or with ``mode`` 1 its raw (H, W, 3) uint8 pixels."""
+        data = memoryview(data).cast("B")
+        size = len(data)
+        if self.num_samples == len(self._records):
+            raise BetonError(f"{self.path}: room was reserved for {self.num_samples} samples only")
+        if not (0 < height <= 0xFFFF and 0 < width <= 0xFFFF) or size == 0 or (mode == MODE_RAW and size != height * width * 3):
+            raise BetonError(f"{self.path}: cannot store {size} bytes as a picture of {height}x{width} (sides are 1 to 65535)")
+        self._grow_page(size)
+        if self._position % self._page_size + size > self._page_size:
+            self._position += -self._position % self._page_size
+        # Seeking over the rest of a page leaves a hole of zeros that takes no disk space.
+        if self._file.tell() != self._position:
+            self._file.seek(self._position)
+        self._file.write(data)
+        self._records[self.num_samples] = (self._position, size, label, height, width, mode)
+        self.num_samples += 1
+        self._position += size
+
+    def _grow_page(self, size: int) -> None:
+        if size > MAX_PAGE_SIZE:
+            raise BetonError(f"{self.path}: a sample of {size} bytes is larger than the format's largest page")
+        while size > self._page_size:
+            self._page_size *= 2
+
+    def sync(self) -> None:
+        """Bring everything written so far to the disk."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def finish(self) -> None:
+        """Write the allocation table, the metadata and, last, the header; bring all of it to the disk."""
+        if self.num_samples == 0:
+            raise BetonError(f"{self.path}: no samples were written")
+        records = self.records
+        table = np.empty(len(records), TABLE_DTYPE)
+        table["sample_id"], table["ptr"], table["size"] = np.arange(len(records)), records["offset"], records["size"]
+        metadata = np.zeros(len(records), self._record_dtype)
+        metadata["f0"]["mode"], metadata["f0"]["data_ptr"] = records["mode"], records["offset"]
+        metadata["f0"]["height"], metadata["f0"]["width"] = records["height"], records["width"]
+        if self.labels:
+            metadata["f1"] = records["label"]
+        fields = np.zeros(len(self._fields), FIELD_DTYPE)
+        for descriptor, (name, type_id) in zip(fields, self._fields):
+            descriptor["type_id"], descriptor["name"] = type_id, name.encode("ascii")
+
+        table_at = self._position + -self._position % 8
+        self._file.seek(table_at)
+        self._file.write(table.tobytes())
+        self._file.seek(HEADER_DTYPE.itemsize)
+        self._file.write(fields.tobytes() + metadata.tobytes())
+        self.sync()
+        header = np.array((VERSION, len(fields), self._page_size, len(records), table_at), HEADER_DTYPE)
+        self._file.seek(0)
+        self._file.write(header.tobytes())
+        self.sync()

@@ -1,0 +1,193 @@
+"""``ViewLoader``: from a ``.beton`` file to batches of augmented views, ready for the network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastssl.pipelines.augment import augment
+from fastssl.pipelines.beton import BetonReader
+from fastssl.pipelines.engine import EngineStats, Request
+from fastssl.pipelines.errors import FastSSLError
+from fastssl.pipelines.native import NativeEngine
+from fastssl.pipelines.order import batch_indices, steps_per_epoch
+from fastssl.pipelines.plan import ViewSpec, draw_plan
+
+
+@dataclass
+class Batch:
+    """What a training step reads.
+
+    Attributes:
+        views: one (count * B, 3, S, S) float tensor for each ``ViewSpec``, channels-last, normalised, on the loader's
+            device, view-major: rows ``v * B : (v + 1) * B`` are view v of all samples.
+        index: (B,) int64 sample ids, on the host.
+        label: (B,) int64, on the host; -1 where the file has no labels.
+    """
+
+    views: list[Tensor]
+    index: Tensor
+    label: Tensor
+
+
+class ViewLoader:
+    """Batches of views. Every random choice is a function of (seed, epoch, sample id, view): nothing else.
+
+    Use it as a context manager: leaving it joins its threads and frees its buffers, also after an early ``break``.
+
+    Args:
+        data: a ``.beton`` file, or an open ``BetonReader`` (which then stays open).
+        views: the view groups, for instance two global and six local views.
+        batch_size: samples a step on this rank.
+        device: where the views are wanted.
+        pipeline: ``native`` (``auto`` chooses it).
+        seed: of the order and of the views.
+        workers: decoding threads; default: the cores that this process may use.
+        rank, world: which part of each global batch is ours.
+        crops: ``host`` cuts views on the decoding threads, ``device`` on the device from the decoded pictures;
+            ``auto`` takes the device when it is a GPU.
+        on_bad: what to do with a damaged picture: ``fail``, or ``skip`` (counted in ``stats.skipped``).
+        indices: restrict the loader to these sample ids.
+        shuffle: draw a new order every epoch; otherwise samples come as they are stored.
+        drop_last: leave out the last, partial batch (on one rank only may it be kept).
+        dtype: of the views.
+
+    Raises:
+        FastSSLError: the file has fewer samples than one global batch, or an option has a value that does not exist.
+    """
+
+    def __init__(
+        self,
+        data: str | Path | BetonReader,
+        views: Sequence[ViewSpec],
+        batch_size: int,
+        device: str | torch.device = "cpu",
+        pipeline: str = "auto",
+        seed: int = 0,
+        workers: int | None = None,
+        rank: int = 0,
+        world: int = 1,
+        crops: str = "auto",
+        on_bad: str = "fail",
+        indices: np.ndarray | None = None,
+        shuffle: bool = True,
+        drop_last: bool = True,
+        dtype: torch.dtype = torch.float32,
+    ):
+        _one_of("pipeline", pipeline, ("auto", "native"))
+        _one_of("crops", crops, ("auto", "host", "device"))
+        _one_of("on_bad", on_bad, ("fail", "skip"))
+        if not views:
+            raise FastSSLError("a loader needs at least one view")
+        if batch_size < 1 or (workers is not None and workers < 1):
+            raise FastSSLError(f"batch_size and workers must be at least 1, got {batch_size} and {workers}")
+        if not drop_last and world > 1:
+            raise FastSSLError("drop_last=False is for one process: ranks would get batches of different sizes")
+        self.device = torch.device(device)
+        self.views, self.batch_size, self.seed, self.dtype = list(views), batch_size, seed, dtype
+        self.rank, self.world, self.shuffle, self.drop_last = rank, world, shuffle, drop_last
+        self._owns_reader = not isinstance(data, BetonReader)
+        self.reader = BetonReader(data) if self._owns_reader else data
+        self.indices = np.arange(len(self.reader)) if indices is None else np.asarray(indices, np.int64)
+        if crops == "auto":
+            crops = "device" if self.device.type == "cuda" else "host"
+        try:
+            self._check_size()
+            self.engine = NativeEngine(
+                self.reader, self.views, device=self.device, workers=workers, crops=crops, on_bad=on_bad
+            )
+        except Exception:
+            self._close_reader()
+            raise
+
+    def _check_size(self) -> None:
+        count = len(self.indices)
+        if count and (self.indices.min() < 0 or self.indices.max() >= len(self.reader)):
+            raise FastSSLError(f"{self.reader.path}: indices reach beyond its {len(self.reader)} samples")
+        if len(self) < 1:
+            raise FastSSLError(
+                f"{self.reader.path}: {count} samples are fewer than one batch of {self.batch_size * self.world}; "
+                "lower the batch size"
+            )
+
+    def __len__(self) -> int:
+        """Steps in an epoch."""
+        if self.drop_last:
+            return steps_per_epoch(len(self.indices), self.batch_size, self.world)
+        return -(-len(self.indices) // self.batch_size)
+
+    @property
+    def stats(self) -> EngineStats:
+        """Host cost and skipped samples."""
+        return self.engine.stats
+
+    def request(self, epoch: int, step: int) -> Request:
+        """The ids and the view plan of one step: a pure function, the same on any machine."""
+        if self.shuffle:
+            chosen = batch_indices(len(self.indices), self.seed, epoch, step, self.batch_size, self.rank, self.world)
+        else:
+            first = (step * self.world + self.rank) * self.batch_size
+            chosen = np.arange(first, min(first + self.batch_size, len(self.indices)))
+        index = self.indices[chosen]
+        heights, widths = self.reader.heights[index], self.reader.widths[index]
+        plans, first_view = [], 0
+        for spec in self.views:
+            plans.append(
+                draw_plan(
+                    spec, first_view=first_view, seed=self.seed, epoch=epoch, sample_ids=index, heights=heights, widths=widths
+                )
+            )
+            first_view += spec.count
+        return Request(index, plans)
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
+        """The batches of one epoch, from ``start_step`` on (to go on where a run was stopped)."""
+
+        def drawer(step: int) -> Callable[[], Request]:
+            return lambda: self.request(epoch, step)
+
+        requests = (drawer(step) for step in range(start_step, len(self)))
+        rendered_batches = self.engine.run(requests)
+        try:
+            for rendered in rendered_batches:
+                index = rendered.request.index
+                yield Batch(
+                    views=[
+                        augment(pixels, plan.reshape(-1), spec, dtype=self.dtype)
+                        for pixels, plan, spec in zip(rendered.views, rendered.request.plans, self.views)
+                    ],
+                    index=torch.from_numpy(index),
+                    label=torch.from_numpy(self._labels(index)),
+                )
+        finally:
+            rendered_batches.close()
+
+    def _labels(self, index: np.ndarray) -> np.ndarray:
+        if self.reader.labels is None:
+            return np.full(len(index), -1, np.int64)
+        return self.reader.labels[index].astype(np.int64)
+
+    def _close_reader(self) -> None:
+        if self._owns_reader:
+            self.reader.close()
+
+    def close(self) -> None:
+        """Join the threads and free the buffers; also closes the file if the loader opened it."""
+        self.engine.close()
+        self._close_reader()
+
+    def __enter__(self) -> ViewLoader:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise FastSSLError(f"{name}={value!r} is not one of {', '.join(allowed)}")

@@ -1,0 +1,288 @@
+"""The ``native`` engine: libjpeg-turbo on threads, each picture decoded once whatever the number of views.
+
+Two ways to crop, one interface:
+
+* ``host``: a worker decodes into its own scratch memory and cuts every view from it with torch's antialiased resize.
+  For CPU training, where host and device are the same silicon.
+* ``device``: a worker decodes straight into a packed, pinned buffer; one copy moves it; all views of all samples are
+  then cut by two batched matrix products on the device. The host's work does not grow with the number of views.
+
+Threads, not processes: decoding and resizing release the GIL, so nothing is pickled and nothing is copied between
+address spaces. The consumer owns the ring: a slot is filled again only when the consumer comes back for the next
+batch, so views handed out are never overwritten under its hands.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastssl.pipelines.beton import BetonReader
+from fastssl.pipelines.crop import crop_resize_device, crop_resize_host
+from fastssl.pipelines.engine import EngineStats, Rendered, Request
+from fastssl.pipelines.errors import BetonError, FastSSLError, JpegError
+from fastssl.pipelines.plan import ViewSpec
+
+
+def available_cores() -> int:
+    """Cores that this process may use (its affinity mask, which containers and SLURM set; not the machine's count)."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class _Slot:
+    """One place of the ring: host buffers that grow to the largest batch seen and stay allocated.
+
+    ``copied`` is recorded behind the copy to a GPU: whoever fills the slot again waits for it first.
+    """
+
+    def __init__(self, pin: bool):
+        self.pin = pin
+        self.packed = torch.empty(0, dtype=torch.uint8)
+        self.views: list[Tensor] = []
+        self.copied = torch.cuda.Event() if pin else None
+        self.job: Future | None = None
+
+    def reserve(self, numel: int) -> Tensor:
+        """At least ``numel`` bytes of packed source memory."""
+        if self.packed.numel() < numel:
+            # A quarter of slack: batches of photos differ by a few percent, and pinning memory is slow.
+            self.packed = torch.empty(numel + numel // 4, dtype=torch.uint8, pin_memory=self.pin)
+        return self.packed
+
+    def reserve_views(self, specs: Sequence[ViewSpec], batch: int) -> list[Tensor]:
+        """One (count * batch, S, S, 3) uint8 tensor a group, on memory that is kept for the largest batch."""
+        for group, spec in enumerate(specs):
+            numel = spec.count * batch * spec.size * spec.size * 3
+            if len(self.views) <= group:
+                self.views.append(torch.empty(numel, dtype=torch.uint8, pin_memory=self.pin))
+            elif self.views[group].numel() < numel:
+                self.views[group] = torch.empty(numel, dtype=torch.uint8, pin_memory=self.pin)
+        return [
+            flat[: spec.count * batch * spec.size * spec.size * 3].view(spec.count * batch, spec.size, spec.size, 3)
+            for flat, spec in zip(self.views, specs)
+        ]
+
+
+class _Job:
+    """A request on its way: what the workers were told, and what they found damaged."""
+
+    def __init__(self, request: Request, offsets: np.ndarray, numel: int):
+        self.request = request
+        self.offsets = offsets  # (B,) int64, first byte of each decoded picture in the packed buffer
+        self.numel = numel
+        self.parts: list[Future] = []
+        self.views: list[Tensor] = []
+        self.bad: list[tuple[int, Exception]] = []
+
+
+class NativeEngine:
+    """Decode and crop on threads; see the module's text.
+
+    Args:
+        reader: the open ``.beton`` file. Not closed here.
+        specs: the view groups.
+        device: where the views are wanted.
+        workers: decoding threads; default: the cores that this process may use.
+        crops: ``host`` or ``device``.
+        on_bad: ``fail`` raises at the first damaged picture; ``skip`` puts another sample of the batch in its place,
+            counts it in ``stats.skipped`` and goes on.
+        prefetch: batches rendered ahead of the consumer.
+    """
+
+    def __init__(
+        self,
+        reader: BetonReader,
+        specs: Sequence[ViewSpec],
+        *,
+        device: torch.device,
+        workers: int | None = None,
+        crops: str = "host",
+        on_bad: str = "fail",
+        prefetch: int = 3,
+    ):
+        self.reader, self.specs, self.device = reader, list(specs), device
+        self.crops, self.on_bad = crops, on_bad
+        self.workers = workers or available_cores()
+        self.stats = EngineStats()
+        pin = device.type == "cuda"
+        # Two more slots than batches ahead: one is in the consumer's hands, one may still be copying.
+        self._slots = [_Slot(pin) for _ in range(prefetch + 2)]
+        self._copy_stream = torch.cuda.Stream(device) if pin else None
+        self._pool = ThreadPoolExecutor(self.workers, thread_name_prefix="fastssl-decode")
+        self._scratch = threading.local()
+        self._lock = threading.Lock()
+        self._runs: list[Iterator[Rendered]] = []
+        self._closed = False
+
+    # ------------------------------------------------------------------ the consumer's side
+
+    def run(self, requests: Iterator[Callable[[], Request]]) -> Iterator[Rendered]:
+        if self._closed:
+            raise FastSSLError("this loader is closed; open a new ViewLoader")
+        for other in self._runs:  # one epoch at a time: the ring has one consumer
+            other.close()
+        iterator = self._run(requests)
+        self._runs = [iterator]
+        return iterator
+
+    def _run(self, requests: Iterator[Callable[[], Request]]) -> Iterator[Rendered]:
+        free, pending = deque(self._slots), deque()
+
+        def fill() -> None:
+            while free and (draw := next(requests, None)) is not None:
+                slot = free.popleft()
+                slot.job = self._pool.submit(self._begin, slot, draw)
+                pending.append(slot)
+
+        try:
+            fill()
+            while pending:
+                slot = pending[0]
+                started = time.perf_counter()
+                job: _Job = slot.job.result()
+                for part in job.parts:
+                    part.result()
+                self.stats.wait_s += time.perf_counter() - started
+                self._replace_bad(job)
+                yield Rendered(job.request, self._deliver(slot, job))
+                free.append(pending.popleft())
+                fill()
+        finally:
+            self._drain(pending)
+
+    @staticmethod
+    def _drain(pending: deque) -> None:
+        """Cancel what has not begun and wait for what has: nobody writes into a slot after this."""
+        for slot in pending:
+            slot.job.cancel()
+        for slot in pending:
+            try:
+                job = slot.job.result()
+            except (CancelledError, Exception):
+                continue  # the consumer has left, or was given the first error already
+            for part in job.parts:
+                part.cancel()
+            wait(job.parts)
+
+    def _deliver(self, slot: _Slot, job: _Job) -> list[Tensor]:
+        """Views on the device. Nothing here waits for the device."""
+        if self.crops == "host":
+            views = [view.permute(0, 3, 1, 2) for view in job.views]
+            return [self._to_device(slot, view) for view in views] if slot.copied else views
+        packed = slot.packed[: job.numel]
+        if slot.copied:
+            packed = self._to_device(slot, packed)
+        index = job.request.index
+        return crop_resize_device(
+            packed, job.offsets, self.reader.heights[index], self.reader.widths[index], job.request.plans, self.specs
+        )
+
+    def _to_device(self, slot: _Slot, host: Tensor) -> Tensor:
+        """Copy pinned memory on the long-lived copy stream; the current stream waits for it, the host does not."""
+        current = torch.cuda.current_stream(self.device)
+        with torch.cuda.stream(self._copy_stream):
+            copy = host.to(self.device, non_blocking=True)
+            slot.copied.record(self._copy_stream)
+        current.wait_event(slot.copied)
+        # The memory was taken on the copy stream; without this the allocator could hand it on while it is being read.
+        copy.record_stream(current)
+        return copy
+
+    def _replace_bad(self, job: _Job) -> None:
+        """Give the place of every damaged sample to the nearest good one of the batch."""
+        if not job.bad:
+            return
+        index = job.request.index
+        broken = {position for position, _ in job.bad}
+        good = np.array([p for p in range(len(index)) if p not in broken], dtype=np.int64)
+        if not len(good):
+            raise FastSSLError(f"{self.reader.path}: every picture of a batch is damaged; the first: {job.bad[0][1]}")
+        for position in sorted(broken):
+            donor = int(good[np.abs(good - position).argmin()])
+            self.stats.skipped.append(int(index[position]))
+            index[position] = index[donor]
+            job.offsets[position] = job.offsets[donor]
+            for plan in job.request.plans:
+                plan[:, position] = plan[:, donor]
+            for view, spec in zip(job.views, self.specs):
+                batch = view.view(spec.count, len(index), *view.shape[1:])
+                batch[:, position] = batch[:, donor]
+
+    def close(self) -> None:
+        """Stop a running epoch, join the threads, free the ring. Harmless when called twice."""
+        self._closed = True
+        for iterator in self._runs:
+            iterator.close()
+        self._runs = []
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._slots = []
+
+    # ------------------------------------------------------------------ the workers' side
+
+    def _begin(self, slot: _Slot, draw: Callable[[], Request]) -> _Job:
+        """Draw the plan, make room, and hand the samples out in parts."""
+        cpu = time.thread_time()
+        request = draw()
+        if slot.copied:
+            slot.copied.synchronize()  # the slot's last content may still be on its way to the GPU
+        batch = len(request.index)
+        numel = self.reader.heights[request.index].astype(np.int64) * self.reader.widths[request.index] * 3
+        offsets = np.concatenate([[0], np.cumsum(numel)])
+        job = _Job(request, offsets[:-1].copy(), int(offsets[-1]))
+        if self.crops == "host":
+            job.views = slot.reserve_views(self.specs, batch)
+        else:
+            slot.reserve(job.numel)
+        # Four parts a worker: small enough that no thread idles at the end of a batch, large enough that handing
+        # them out costs nothing.
+        part = max(1, batch // (4 * self.workers))
+        job.parts = [self._pool.submit(self._render, slot, job, low, min(low + part, batch)) for low in range(0, batch, part)]
+        with self._lock:
+            self.stats.host_cpu_s += time.thread_time() - cpu
+        return job
+
+    def _render(self, slot: _Slot, job: _Job, low: int, high: int) -> None:
+        """Decode samples ``low:high`` of the batch and, for host crops, cut their views."""
+        cpu = time.thread_time()
+        for position in range(low, high):
+            try:
+                self._render_one(slot, job, position)
+            except (JpegError, BetonError) as error:
+                if self.on_bad == "fail":
+                    raise
+                with self._lock:
+                    job.bad.append((position, error))
+        with self._lock:
+            self.stats.samples += high - low
+            self.stats.host_cpu_s += time.thread_time() - cpu
+
+    def _render_one(self, slot: _Slot, job: _Job, position: int) -> None:
+        sample = int(job.request.index[position])
+        height, width = int(self.reader.heights[sample]), int(self.reader.widths[sample])
+        if self.crops == "device":
+            start = int(job.offsets[position])
+            source = slot.packed[start : start + height * width * 3].view(height, width, 3).numpy()
+            self.reader.decode_into(sample, source)
+            return
+        source = self._scratch_for(height, width)
+        self.reader.decode_into(sample, source)
+        batch = len(job.request.index)
+        for plan, view, spec in zip(job.request.plans, job.views, self.specs):
+            for number in range(spec.count):
+                crop_resize_host(source, plan[number, position], spec, view[number * batch + position])
+
+    def _scratch_for(self, height: int, width: int) -> np.ndarray:
+        """This thread's decode memory, shaped (height, width, 3)."""
+        numel = height * width * 3
+        memory = getattr(self._scratch, "memory", None)
+        if memory is None or memory.size < numel:
+            memory = self._scratch.memory = np.empty(numel, np.uint8)
+        return memory[:numel].reshape(height, width, 3)

@@ -1,0 +1,282 @@
+"""The view plan: every random choice of every view, drawn up front into a table of numbers.
+
+A view group (`ViewSpec`) says what may happen to a picture; `draw_plan` decides what does happen, for each view of each
+sample, as one record of `VIEW_DTYPE`. The draws follow torchvision's RandomResizedCrop, ColorJitter, RandomGrayscale,
+GaussianBlur, RandomSolarize and RandomHorizontalFlip. A record depends on (seed, epoch, sample id, view number, picture
+size) and on nothing else, so any batch size, worker or rank that asks for it gets the same bytes; the arithmetic is limited
+to IEEE-exact operations, so any machine does as well.
+
+Blocks of four random words used by a view (see `fastssl.pipelines.rng`):
+
+======  =======================================================
+slot    words
+======  =======================================================
+0 - 9   one try of the crop each: area, ratio, top, left
+10      flip, jitter, order of the jitter's operations, grey
+11      brightness, contrast, saturation, hue
+12      whether to blur, blur sigma, solarise, (not used)
+======  =======================================================
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import permutations
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from fastssl.pipelines.errors import FastSSLError
+from fastssl.pipelines.rng import Stream, below, keyed_words, uniform
+
+#: Values of ``order``: the jitter's operations.
+BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
+
+#: One view of one sample. A choice that was not drawn is stored as its neutral value (factor 1, hue 0, sigma 0), so a record can be applied without its flags.
+VIEW_DTYPE = np.dtype(
+    [
+        ("top", "<i4"),  # crop box in pixels of the decoded picture
+        ("left", "<i4"),
+        ("height", "<i4"),
+        ("width", "<i4"),
+        ("brightness", "<f4"),
+        ("contrast", "<f4"),
+        ("saturation", "<f4"),
+        ("hue", "<f4"),  # in turns of the colour circle, -0.5 .. 0.5
+        ("blur_sigma", "<f4"),  # in pixels of the view; 0 = no blur
+        ("order", "u1", (4,)),  # the jitter's operations, first to last
+        ("flip", "?"),
+        ("jitter", "?"),
+        ("grey", "?"),
+        ("solarise", "?"),
+    ]
+)
+
+CROP_TRIES = 10
+_SLOT_FLAGS, _SLOT_FACTORS, _SLOT_BLUR = CROP_TRIES, CROP_TRIES + 1, CROP_TRIES + 2
+_ORDERS = np.array(list(permutations(range(4))), dtype=np.uint8)  # (24, 4)
+
+_Number = TypeVar("_Number", float, NDArray[np.float64])
+
+
+class ViewSpecError(FastSSLError, ValueError):
+    """A view group's parameter has no meaning; the message names the field."""
+
+
+@dataclass(frozen=True)
+class ViewSpec:
+    """A group of views that share their size and the distribution of their augmentation.
+
+    Attributes:
+        size: side of the square view in pixels.
+        count: views of this kind per sample.
+        area: range of the crop's area as a share of the picture's.
+        ratio: range of the crop's aspect ratio width / height, drawn log-uniformly.
+        interpolation: "bilinear" or "bicubic", both antialiased.
+        flip: probability of the horizontal flip.
+        jitter: probability of the colour jitter.
+        brightness, contrast, saturation: factors are uniform in max(0, 1 - x) .. 1 + x.
+        hue: uniform in -x .. x turns, at most 0.5.
+        grey: probability of turning grey.
+        blur: probability of the Gaussian blur.
+        blur_sigma: range of its sigma in pixels of the view.
+        solarise: probability of inverting the pixels at or above the threshold.
+        solarise_threshold: 0 .. 256, in grey levels of 0 .. 255.
+        mean, std: per channel, of pictures scaled to 0 .. 1; the output is (picture - mean) / std.
+        center: None, or the side of a centred square crop as a share of the picture's shorter side; then area and ratio are not used.
+
+    Raises:
+        ViewSpecError: a field is out of range.
+    """
+
+    size: int = 224
+    count: int = 1
+    area: tuple[float, float] = (0.2, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    interpolation: str = "bilinear"
+    flip: float = 0.5
+    jitter: float = 0.8
+    brightness: float = 0.4
+    contrast: float = 0.4
+    saturation: float = 0.4
+    hue: float = 0.1
+    grey: float = 0.2
+    blur: float = 0.5
+    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    solarise: float = 0.0
+    solarise_threshold: int = 128
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    center: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, most in (("size", 4096), ("count", 1024)):
+            _check_integer(name, getattr(self, name), 1, most)
+        _check_integer("solarise_threshold", self.solarise_threshold, 0, 256)
+        for name, low, high in (("area", 1e-6, 1.0), ("ratio", 1e-3, 1e3), ("blur_sigma", 1e-2, 100.0)):
+            self._check_numbers(name, 2, low, high)
+            if getattr(self, name)[0] > getattr(self, name)[1]:
+                raise ViewSpecError(f"{name}: the lower end must not exceed the upper one, got {getattr(self, name)}")
+        for name in ("flip", "jitter", "grey", "blur", "solarise"):
+            _check_number(name, getattr(self, name), 0.0, 1.0)
+        for name in ("brightness", "contrast", "saturation"):
+            _check_number(name, getattr(self, name), 0.0, 100.0)
+        _check_number("hue", self.hue, 0.0, 0.5)
+        self._check_numbers("mean", 3, 0.0, 1.0)
+        self._check_numbers("std", 3, 1e-6, 1e6)
+        if self.interpolation not in ("bilinear", "bicubic"):
+            raise ViewSpecError(f"interpolation must be 'bilinear' or 'bicubic', got {self.interpolation!r}")
+        if self.center is not None:
+            _check_number("center", self.center, 1e-6, 1.0)
+
+    def _check_numbers(self, name: str, length: int, low: float, high: float) -> None:
+        """Check a tuple field, and store it as a tuple: a list from a recipe file would not be hashable."""
+        value = getattr(self, name)
+        if not isinstance(value, (tuple, list)) or len(value) != length:
+            raise ViewSpecError(f"{name} must be {length} numbers, got {value!r}")
+        for number in value:
+            _check_number(name, number, low, high)
+        object.__setattr__(self, name, tuple(float(number) for number in value))
+
+    @classmethod
+    def evaluation(cls, size: int, crop: float = 0.875) -> ViewSpec:
+        """The view for evaluation: the centred square of side ``crop`` x shorter side, resized; nothing random, no colour.
+
+        With the default it is what ``Resize(size / 0.875)`` and ``CenterCrop(size)`` show, up to a box of whole source pixels.
+        """
+        return cls(size=size, flip=0.0, jitter=0.0, grey=0.0, blur=0.0, solarise=0.0, center=crop)
+
+
+def _check_number(name: str, value: object, low: float, high: float) -> None:
+    # The comparison is false for NaN, so NaN is refused too.
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+        raise ViewSpecError(f"{name} must lie in {low:g} .. {high:g}, got {value!r}")
+
+
+def _check_integer(name: str, value: object, low: int, high: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise ViewSpecError(f"{name} must be a whole number in {low} .. {high}, got {value!r}")
+
+
+def draw_plan(
+    spec: ViewSpec, *, first_view: int, seed: int, epoch: int, sample_ids: ArrayLike, heights: ArrayLike, widths: ArrayLike
+) -> NDArray[np.void]:
+    """Draw every random choice of a view group for a batch.
+
+    Args:
+        spec: the view group.
+        first_view: number of views in the groups before this one; view k of the group draws as view first_view + k.
+        seed, epoch: the run's seed and the epoch's number.
+        sample_ids: (B,) non-negative integers. The draws belong to the id, not to the place in the batch.
+        heights, widths: (B,) sizes of the decoded pictures in pixels, at least 1.
+
+    Returns:
+        (count, B) records of VIEW_DTYPE. No global random state is read or changed.
+
+    Raises:
+        ValueError: the arrays' shapes differ, or a picture is empty.
+        SeedError: seed, epoch, id or view number is out of range.
+    """
+    ids, heights, widths = (np.asarray(array, dtype=np.int64) for array in (sample_ids, heights, widths))
+    if ids.ndim != 1 or heights.shape != ids.shape or widths.shape != ids.shape:
+        raise ValueError(f"sample_ids, heights and widths must have one shape (B,), got {ids.shape}, {heights.shape} and {widths.shape}")
+    if ids.size and min(heights.min(), widths.min()) < 1:
+        raise ValueError(f"sample {ids[np.minimum(heights, widths).argmin()]} has an empty picture")
+    views = first_view + np.arange(spec.count)[:, None]  # (count, 1)
+
+    def words(slot: int) -> NDArray[np.uint32]:
+        return keyed_words(seed, Stream.PLAN, epoch, ids, views, slot)  # (4, count, B)
+
+    plan = np.zeros((spec.count, ids.size), dtype=VIEW_DTYPE)
+    if spec.center is None:
+        _draw_crops(spec, plan, seed, epoch, *np.broadcast_arrays(ids, views, heights, widths))
+    else:
+        side = np.maximum(np.rint(spec.center * np.minimum(heights, widths)), 1).astype(np.int64)
+        plan["height"], plan["width"] = side, side
+        plan["top"], plan["left"] = (heights - side) // 2, (widths - side) // 2
+
+    flip, jitter, order, grey = words(_SLOT_FLAGS)
+    plan["flip"] = uniform(flip) < spec.flip
+    plan["grey"] = uniform(grey) < spec.grey
+    drawn = uniform(jitter) < spec.jitter
+    plan["jitter"] = drawn
+    plan["order"] = _ORDERS[np.where(drawn, below(order, len(_ORDERS)), 0)]
+    factors = uniform(words(_SLOT_FACTORS))
+    for row, name in enumerate(("brightness", "contrast", "saturation", "hue")):
+        low, high, neutral = factor_range(spec, name)
+        plan[name] = np.where(drawn, low + factors[row] * (high - low), neutral)
+
+    blur, sigma, solarise, _ = uniform(words(_SLOT_BLUR))
+    low, high = spec.blur_sigma
+    plan["blur_sigma"] = np.where(blur < spec.blur, low + sigma * (high - low), 0.0)
+    plan["solarise"] = solarise < spec.solarise
+    return plan
+
+
+def factor_range(spec: ViewSpec, name: str) -> tuple[float, float, float]:
+    """Lowest, highest and neutral factor of one of the jitter's operations, as in torchvision's ColorJitter."""
+    strength = getattr(spec, name)
+    if name == "hue":
+        return -strength, strength, 0.0
+    return max(0.0, 1.0 - strength), 1.0 + strength, 1.0
+
+
+def _draw_crops(
+    spec: ViewSpec, plan: NDArray[np.void], seed: int, epoch: int, ids: NDArray, views: NDArray, heights: NDArray, widths: NDArray
+) -> None:
+    """Fill in the crop boxes; all arrays (count, B). torchvision's rule: ten tries, then the centred crop of the nearest allowed ratio."""
+    box = np.zeros((4, plan.size), dtype=np.int64)
+    ids, views, heights, widths = (array.reshape(-1) for array in (ids, views, heights, widths))
+    log_low, log_span = log_ratio_range(spec)
+    # Few views need a second try, so each try draws only for those that are still without a box.
+    left_over = np.arange(plan.size)
+    for attempt in range(CROP_TRIES):
+        if not left_over.size:
+            break
+        height, width = heights[left_over], widths[left_over]
+        words = keyed_words(seed, Stream.PLAN, epoch, ids[left_over], views[left_over], attempt)
+        area = (height * width) * (spec.area[0] + uniform(words[0]) * (spec.area[1] - spec.area[0]))
+        ratio = portable_exp(log_low + uniform(words[1]) * log_span)
+        w = np.rint(np.sqrt(area * ratio)).astype(np.int64)
+        h = np.rint(np.sqrt(area / ratio)).astype(np.int64)
+        fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
+        chosen, h, w = left_over[fits], h[fits], w[fits]
+        top, left = below(words[2][fits], height[fits] - h + 1), below(words[3][fits], width[fits] - w + 1)
+        box[:, chosen] = top, left, h, w
+        left_over = left_over[~fits]
+    if left_over.size:
+        height, width = heights[left_over], widths[left_over]
+        ratio, (low, high) = width / height, spec.ratio
+        w = np.where(ratio > high, np.rint(height * high).astype(np.int64), width)
+        h = np.where(ratio < low, np.rint(width / low).astype(np.int64), height)
+        # A picture of a few pixels can round to nothing or to one more than there is.
+        w, h = np.clip(w, 1, width), np.clip(h, 1, height)
+        box[:, left_over] = (height - h) // 2, (width - w) // 2, h, w
+    for row, name in enumerate(("top", "left", "height", "width")):
+        plan[name] = box[row].reshape(plan.shape)
+
+
+def log_ratio_range(spec: ViewSpec) -> tuple[float, float]:
+    """Lower end and length of the range of log(ratio).
+
+    Rounded to float32: the last bit of a logarithm differs between C libraries, and boxes must not.
+    """
+    low = float(np.float32(math.log(spec.ratio[0])))
+    return low, float(np.float32(math.log(spec.ratio[1]))) - low
+
+
+def portable_exp(x: _Number) -> _Number:
+    """exp(x) for |x| <= 7 to about 1e-14 relative, from additions and multiplications only.
+
+    NumPy's own exp takes another code path for other array lengths and processors and may differ in the last bit, which would
+    make a box depend on the batch it was drawn in. Here: Taylor series of degree 12 at x / 32, then five squarings.
+    """
+    small = x * (1.0 / 32.0)
+    result = small * 0.0 + 1.0
+    for n in range(12, 0, -1):
+        result = result * small * (1.0 / n) + 1.0
+    for _ in range(5):
+        result = result * result
+    return result

@@ -1,0 +1,321 @@
+"""Where photos come from: a folder of class folders, a flat folder, a tar, or the ILSVRC2012 tar of class tars.
+
+A listing is made first, without reading any picture: it gives the classes, the count for the progress bar, and a fingerprint by
+which a resumed conversion knows that it looks at the same photos. Tars are never extracted: a listing remembers where in the
+file each member's bytes lie, so that any thread can read them with one ``pread``. Member names are only ever data.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO
+
+import numpy as np
+
+from fastssl.pipelines.errors import FastSSLError
+
+#: Compared in lower case; the contents decide how a file is decoded.
+IMAGE_EXTENSIONS = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
+#: No photo has this many bytes; a larger file is a mistake or an attack on our memory.
+MAX_FILE_BYTES = 1 << 30
+
+
+class SourceError(FastSSLError):
+    """A source of photos is missing, empty, or not of a kind that we read."""
+
+
+@dataclass
+class Listing:
+    """The photos of a source in the order in which they are converted.
+
+    Attributes:
+        source: the folder or tar. names: N paths inside it. labels: (N,) int64, index into ``classes`` (all 0 when flat).
+        classes: sorted class names, or None for photos without labels.
+        offsets: (N,) int64, where in the tar each photo's bytes start; None for a folder. sizes: (N,) int64, in bytes.
+        rejected: (path inside the source, reason) of what looks like a photo but cannot be one.
+        ignored: number of other files: no image extension, hidden, or not a regular file.
+        fingerprint: hex digest over names, sizes, places, times of change and labels.
+    """
+
+    source: Path
+    names: list[str]
+    labels: np.ndarray
+    classes: list[str] | None
+    offsets: np.ndarray | None
+    sizes: np.ndarray
+    rejected: list[tuple[str, str]]
+    ignored: int
+    fingerprint: str
+    _tar: BinaryIO | None = field(default=None, repr=False)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __enter__(self) -> Listing:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the tar, if it is one."""
+        if self._tar is not None:
+            self._tar.close()
+
+    def read(self, i: int) -> bytes:
+        """The encoded bytes of photo ``i``; from any thread. ``SourceError`` when it changed since the listing, ``OSError`` as usual."""
+        size = int(self.sizes[i])
+        if size > MAX_FILE_BYTES:
+            raise SourceError(f"{size:,} bytes, more than the limit of {MAX_FILE_BYTES:,}")
+        if self._tar is not None:
+            data = os.pread(self._tar.fileno(), size, int(self.offsets[i]))
+            if len(data) != size:
+                raise SourceError(f"cut off: the tar ends after {len(data)} of {size} bytes")
+            return data
+        with open(self.source / self.names[i], "rb") as file:
+            # One byte more than expected shows a file that has grown.
+            data = file.read(size + 1)
+        if len(data) != size:
+            raise SourceError("changed while it was being converted")
+        return data
+
+
+def list_source(source: str | os.PathLike) -> Listing:
+    """List the photos of a folder or a tar.
+
+    Folder: with photos in sub-folders, the first folder level is the class; with photos only directly inside, there are no labels.
+    Tar: a tar of tars takes each inner tar's name as the class; a plain tar is read as a folder would be, below the folders that
+    all its photos share, and without labels when all of them lie in one folder.
+    Symbolic links are followed in folders, never in tars. Hidden files (``.x``, macOS' ``._x``) are ignored.
+
+    Raises:
+        SourceError: missing, neither folder nor tar, compressed, damaged, or without a single photo.
+    """
+    source = Path(source)
+    try:
+        mode = os.stat(source).st_mode
+        if stat.S_ISDIR(mode):
+            listing = _list_folder(source)
+        elif stat.S_ISREG(mode):
+            listing = _list_tar(source)
+        else:
+            raise SourceError(f"{source}: neither a folder nor a tar file")
+    except OSError as error:
+        raise SourceError(f"{error.filename or source}: cannot read: {error.strerror or error}") from None
+    if not listing.names:
+        listing.close()
+        others = f"{listing.ignored} other files"
+        if listing.rejected:
+            others += f"; {len(listing.rejected)} rejected, first {listing.rejected[0][0]}: {listing.rejected[0][1]}"
+        raise SourceError(f"{source}: no photos found ({others}); expected {source}/CLASS/photo.jpg, {source}/photo.jpg, or a tar")
+    return listing
+
+
+def is_photo_name(name: str) -> bool:
+    """Whether a file of this name is taken for a photo: an image extension in any case, and not hidden."""
+    base = name.rsplit("/", 1)[-1]
+    return not base.startswith(".") and os.path.splitext(base)[1].lower() in IMAGE_EXTENSIONS
+
+
+# ---------------------------------------------------------------- folders
+
+
+def _list_folder(root: Path) -> Listing:
+    found: list[tuple[str, int, int]] = []
+    rejected: list[tuple[str, str]] = []
+    ignored = 0
+    for name, info in _walk(root):
+        if not is_photo_name(name):
+            ignored += 1
+        elif isinstance(info, str):
+            rejected.append((name, info))
+        elif not stat.S_ISREG(info.st_mode):
+            # A named pipe called x.jpg would block the reader for ever.
+            ignored += 1
+        else:
+            found.append((name, info.st_size, info.st_mtime_ns))
+    # By parts, so that a class's photos stay together: "cat-2/x" sorts before "cat/x" as a string.
+    found.sort(key=lambda row: row[0].split("/"))
+    flat = all("/" not in name for name, _, _ in found)
+    class_of = {} if flat else {name: name.split("/", 1)[0] for name, _, _ in found if "/" in name}
+    return _listing(root, found, class_of, flat, rejected, ignored)
+
+
+def _walk(root: Path) -> Iterator[tuple[str, os.stat_result | str]]:
+    """Yield (path below root, stat or the reason why there is none) of every file; links are followed, loops are not."""
+    seen: set[tuple[int, int]] = set()
+    waiting = [""]
+    while waiting:
+        prefix = waiting.pop()
+        folder = root / prefix
+        here = os.stat(folder)
+        if (here.st_dev, here.st_ino) in seen:
+            continue
+        seen.add((here.st_dev, here.st_ino))
+        with os.scandir(folder) as entries:
+            # Sorted, so that of two links to one folder always the same one is taken.
+            ordered = sorted(entries, key=lambda entry: entry.name)
+        for entry in ordered:
+            name = f"{prefix}{entry.name}"
+            try:
+                info = entry.stat()
+            except OSError as error:
+                yield name, f"cannot be read: {error.strerror}"
+                continue
+            if stat.S_ISDIR(info.st_mode):
+                if not entry.name.startswith("."):
+                    waiting.append(f"{name}/")
+            else:
+                yield name, info
+
+
+# ---------------------------------------------------------------- tars
+
+
+class _Window:
+    """A part of an open file as a file of its own: how a tar inside a tar is read without copying it."""
+
+    def __init__(self, file: BinaryIO, start: int, size: int):
+        self._file, self._start, self.size, self._position = file, start, size, 0
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, position: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self.size}[whence]
+        self._position = max(0, base + position)
+        return self._position
+
+    def read(self, count: int = -1) -> bytes:
+        left = max(0, self.size - self._position)
+        self._file.seek(self._start + self._position)
+        data = self._file.read(left if count < 0 else min(count, left))
+        self._position += len(data)
+        return data
+
+
+def _list_tar(path: Path) -> Listing:
+    handle = open(path, "rb")
+    try:
+        return _list_open_tar(path, handle)
+    except BaseException:
+        handle.close()
+        raise
+
+
+def _list_open_tar(path: Path, handle: BinaryIO) -> Listing:
+    size, mtime = os.fstat(handle.fileno()).st_size, os.fstat(handle.fileno()).st_mtime_ns
+    magic = handle.read(6)
+    if magic[:2] == b"\x1f\x8b" or magic[:3] == b"BZh" or magic == b"\xfd7zXZ\0" or magic[:4] == b"\x28\xb5\x2f\xfd":
+        raise SourceError(f"{path}: a compressed tar cannot be read at random places; uncompress it first (gunzip, bunzip2, unxz, unzstd)")
+    found: list[tuple[str, int, int]] = []
+    offsets: dict[str, int] = {}
+    rejected: list[tuple[str, str]] = []
+    inner_class: dict[str, str] = {}
+    ignored = 0
+
+    def take(member: tarfile.TarInfo, name: str, start: int, end: int) -> bool:
+        """Sort one member into photos, rejects and ignored files; True for a photo."""
+        nonlocal ignored
+        if not is_photo_name(name) or member.isdir():
+            ignored += not member.isdir()
+        elif member.issym() or member.islnk():
+            rejected.append((name, "a link inside a tar, which is not followed"))
+        elif not member.isreg() or member.issparse():
+            rejected.append((name, "not a plain file inside the tar"))
+        elif member.size > end - start:
+            rejected.append((name, "cut off: the tar ends before the file does"))
+        elif ".." in name.split("/"):
+            rejected.append((name, "its name leads out of the tar ('..')"))
+        elif name in offsets:
+            rejected.append((name, "a second member of the same name; the first one is used"))
+        else:
+            found.append((name, member.size, mtime))
+            offsets[name] = start
+            return True
+        return False
+
+    for member in _members(handle, size, str(path)):
+        name = _clean(member.name)
+        if not (member.isreg() and name.lower().endswith(".tar") and not name.rsplit("/", 1)[-1].startswith(".")):
+            take(member, name, member.offset_data, size)
+            continue
+        label = PurePosixPath(name).name[: -len(".tar")]
+        window = _Window(handle, member.offset_data, min(member.size, size - member.offset_data))
+        try:
+            for inner in _members(window, window.size, name):
+                inner_name = f"{name}/{_clean(inner.name)}"
+                if take(inner, inner_name, member.offset_data + inner.offset_data, member.offset_data + window.size):
+                    inner_class[inner_name] = label
+        except SourceError as error:
+            # What could be listed before the damage is used; the damage itself is on record.
+            rejected.append((name, str(error)))
+
+    if inner_class:
+        class_of, flat = inner_class, False
+    else:
+        folders = {name.rpartition("/")[0] for name, _, _ in found}
+        flat = len(folders) <= 1
+        shared = 0 if flat else len(os.path.commonprefix([folder.split("/") if folder else [] for folder in folders]))
+        parts = {name: name.split("/")[shared:] for name, _, _ in found}
+        class_of = {} if flat else {name: rest[0] for name, rest in parts.items() if len(rest) > 1}
+    listing = _listing(path, found, class_of, flat, rejected, ignored)
+    listing.offsets = np.array([offsets[name] for name in listing.names], np.int64)
+    listing._tar = handle
+    return listing
+
+
+def _members(file: BinaryIO | _Window, size: int, what: str) -> Iterator[tarfile.TarInfo]:
+    """Yield the members of a tar in its order; ``SourceError`` when it is no tar or damaged."""
+    last, count = -1, 0
+    try:
+        file.seek(0)
+        with tarfile.open(fileobj=file, mode="r:") as archive:
+            while (member := archive.next()) is not None:
+                # A member of negative size sends older Pythons' tarfile backwards, for ever (CVE-2025-8194).
+                if member.offset <= last or member.size < 0:
+                    raise SourceError(f"{what}: damaged tar: the member header at byte {member.offset} leads backwards")
+                last, count = member.offset, count + 1
+                # tarfile remembers every member: over a gigabyte for ImageNet.
+                archive.members = []
+                yield member
+            end = archive.offset
+    except (tarfile.TarError, ValueError, OverflowError, RecursionError, EOFError, MemoryError) as error:
+        kind = f"damaged or cut off tar, behind member {count} at byte {last}" if count else "not a tar file"
+        raise SourceError(f"{what}: {kind} ({error})") from None
+    # tarfile takes a damaged header for the end of the archive, without a word.
+    file.seek(min(end, size))
+    if file.read(tarfile.BLOCKSIZE).strip(b"\0"):
+        raise SourceError(f"{what}: damaged tar: no valid member header at byte {end}")
+
+
+def _clean(name: str) -> str:
+    """Drop what carries no meaning from a member name: leading '/', './', doubled '/'."""
+    return "/".join(part for part in name.split("/") if part not in ("", "."))
+
+
+# ---------------------------------------------------------------- both
+
+
+def _listing(
+    source: Path, found: list[tuple[str, int, int]], class_of: dict[str, str], flat: bool, rejected: list[tuple[str, str]], ignored: int
+) -> Listing:
+    if not flat:
+        rejected += [(name, "not inside a class folder, unlike other photos here") for name, _, _ in found if name not in class_of]
+        found = [row for row in found if row[0] in class_of]
+    classes = None if flat else sorted(set(class_of.values()))
+    index = {name: k for k, name in enumerate(classes or [])}
+    labels = np.array([0 if flat else index[class_of[name]] for name, _, _ in found], np.int64)
+    digest = hashlib.sha256(repr(classes).encode())
+    for name, size, mtime in found:
+        digest.update(f"{name!r} {size} {mtime}\n".encode())
+    digest.update(repr(rejected).encode())
+    names = [name for name, _, _ in found]
+    sizes = np.array([size for _, size, _ in found], np.int64)
+    return Listing(source, names, labels, classes, None, sizes, rejected, ignored, digest.hexdigest())

@@ -1,0 +1,162 @@
+"""Check a ``.beton`` file: header and tables, checksums from the side file, and that its pictures decode."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import os
+import time
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from fastssl.pipelines.beton import BetonReader, read_side_file, side_path
+from fastssl.pipelines.convert import default_workers
+from fastssl.pipelines.errors import BetonError, JpegError
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What :func:`verify` found.
+
+    Attributes:
+        path: the file. samples: how many it holds. checksummed, decoded: how many of them were checked in each way.
+        problems: damage that concerns no single sample, such as a side file that does not fit.
+        damaged: (sample, what is wrong), in order.
+        side_file: whether one was there; without it there are no checksums. seconds: what the check took.
+    """
+
+    path: Path
+    samples: int
+    checksummed: int
+    decoded: int
+    problems: list[str]
+    damaged: list[tuple[int, str]]
+    side_file: bool
+    seconds: float
+
+    @property
+    def ok(self) -> bool:
+        """Nothing wrong was found."""
+        return not self.problems and not self.damaged
+
+
+def verify(
+    path: str | os.PathLike,
+    decode: int | None = None,
+    workers: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> VerifyReport:
+    """Check ``path``; every sample's checksum is compared when there is a side file.
+
+    ``decode``: decode this many samples, evenly spaced; None: all. ``workers``: threads, None: one a CPU.
+    ``progress(done, total)`` is called from this thread.
+
+    Raises:
+        BetonError: the header or a table is damaged, so that no sample can be trusted.
+    """
+    started = time.monotonic()
+    with BetonReader(path) as reader:
+        problems: list[str] = []
+        checksums: np.ndarray | None = None
+        side_file = side_path(path).exists()
+        try:
+            side = read_side_file(path)
+            if side is not None:
+                problems, checksums = _check_side_file(reader, side)
+        except BetonError as error:
+            problems.append(str(error))
+        count = reader.num_samples if decode is None else min(decode, reader.num_samples)
+        to_decode = np.zeros(reader.num_samples, bool)
+        to_decode[np.arange(count) * reader.num_samples // max(count, 1)] = True
+        damaged = []
+        for i, complaint in _check_samples(reader, checksums, to_decode, workers or default_workers(), progress):
+            if complaint is not None:
+                damaged.append((i, complaint))
+        return VerifyReport(
+            reader.path,
+            reader.num_samples,
+            0 if checksums is None else len(checksums),
+            count,
+            problems,
+            damaged,
+            side_file,
+            time.monotonic() - started,
+        )
+
+
+def _check_side_file(reader: BetonReader, side: dict) -> tuple[list[str], np.ndarray | None]:
+    """Compare file and side file as wholes; return the complaints and the samples' checksums, (N,) uint32."""
+    name = side_path(reader.path)
+    if side["bytes"] != reader.num_bytes:
+        return [f"the file has {reader.num_bytes} bytes, its side file {name} says {side['bytes']}: they do not belong together"], None
+    try:
+        expected = {key: int(side["crc32"][key]) for key in ("head", "table")}
+        checksums = np.frombuffer(base64.b64decode(side["crc32"]["samples"], validate=True), "<u4")
+    except (KeyError, TypeError, ValueError, binascii.Error) as error:
+        return [f"{name}: unreadable checksums ({type(error).__name__}: {error})"], None
+    if len(checksums) != reader.num_samples:
+        return [f"{name}: {len(checksums)} checksums for {reader.num_samples} samples"], None
+    problems = [
+        f"checksum of the {what} is wrong"
+        for key, what in (("head", "header or metadata"), ("table", "allocation table"))
+        if reader.table_checksums()[key] != expected[key]
+    ]
+    classes = side.get("classes")
+    if classes is not None and reader.labels is not None:
+        outside = np.flatnonzero((reader.labels < 0) | (reader.labels >= len(classes)))
+        if len(outside):
+            problems.append(f"sample {outside[0]} has the label {reader.labels[outside[0]]}, but there are {len(classes)} classes")
+    return problems, checksums
+
+
+def _check_samples(
+    reader: BetonReader,
+    checksums: np.ndarray | None,
+    to_decode: np.ndarray,
+    workers: int,
+    progress: Callable[[int, int], None] | None,
+) -> Iterator[tuple[int, str | None]]:
+    """Yield (sample, complaint or None) in order for all samples that there is something to check about."""
+    wanted = np.flatnonzero(to_decode) if checksums is None else np.arange(reader.num_samples)
+    chunk = 64  # samples a task: a checksum alone takes microseconds
+
+    def check(some: np.ndarray) -> list[tuple[int, str | None]]:
+        return [(int(i), _check_sample(reader, int(i), None if checksums is None else int(checksums[i]), to_decode[i])) for i in some]
+
+    pending: deque[Future] = deque()
+    done = 0
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="fastssl-verify")
+    try:
+        if progress is not None:
+            progress(0, len(wanted))
+        starts = iter(range(0, len(wanted), chunk))
+        while True:
+            while len(pending) < 2 * workers and (start := next(starts, None)) is not None:
+                pending.append(pool.submit(check, wanted[start : start + chunk]))
+            if not pending:
+                return
+            results = pending.popleft().result()
+            yield from results
+            done += len(results)
+            if progress is not None:
+                progress(done, len(wanted))
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _check_sample(reader: BetonReader, i: int, checksum: int | None, decode: bool) -> str | None:
+    complaints = []
+    if checksum is not None and zlib.crc32(reader.encoded(i)) != checksum:
+        complaints.append("wrong checksum")
+    if decode:
+        try:
+            reader.decode(i)
+        except (JpegError, MemoryError) as error:
+            complaints.append(str(error).removeprefix(f"{reader.path}: sample {i}: "))
+    return "; ".join(complaints) or None

@@ -1,0 +1,55 @@
+"""Pictures and files that several tests need, made on the spot: nothing binary is stored."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+# Two cores are what a test machine has; more threads than that make small operations slower, not faster.
+torch.set_num_threads(2)
+
+
+def make_photo(seed: int, height: int, width: int) -> np.ndarray:
+    """A picture (height, width, 3) uint8 with the spectrum of a photo: smooth shapes, some edges, a little grain."""
+    rng = np.random.default_rng(seed)
+    coarse = rng.integers(0, 256, (max(2, height // 16), max(2, width // 16), 3), dtype=np.uint8)
+    smooth = np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC), np.int16)
+    grain = rng.integers(-6, 7, (height, width, 1))
+    return np.clip(smooth + grain, 0, 255).astype(np.uint8)
+
+
+def jpeg_bytes(rgb: np.ndarray, quality: int = 90, **options: object) -> bytes:
+    """``rgb`` as JPEG, encoded by Pillow (not by the code under test)."""
+    buffer = io.BytesIO()
+    Image.fromarray(rgb).save(buffer, "JPEG", quality=quality, **options)
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="session")
+def photo_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An image folder: 3 classes x 16 photos of several sizes. The classes differ in colour, so they can be told apart."""
+    root = tmp_path_factory.mktemp("photos")
+    sizes = [(48, 64), (64, 48), (56, 56), (50, 71)]
+    for label, name in enumerate(("blue", "green", "red")):
+        (root / name).mkdir()
+        for number in range(16):
+            rgb = make_photo(100 * label + number, *sizes[number % 4])
+            rgb = (rgb * 0.6).astype(np.uint8)
+            rgb[..., 2 - label] += 90
+            (root / name / f"{number:02}.jpg").write_bytes(jpeg_bytes(rgb))
+    return root
+
+
+@pytest.fixture(scope="session")
+def beton(photo_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``photo_tree`` through the real converter."""
+    from fastssl.pipelines.convert import ConvertOptions, convert
+
+    path = tmp_path_factory.mktemp("beton") / "photos.beton"
+    convert(photo_tree, path, ConvertOptions(keep_size=True, short_side=None))
+    return path

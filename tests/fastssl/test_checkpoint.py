@@ -1,0 +1,85 @@
+"""Checkpoints: whole or absent, strict, and nothing in them is executed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from fastssl.checkpoint import Position, differences, load_checkpoint, restore, save_checkpoint, write_atomically
+from fastssl.heads import ProjectorConfig
+from fastssl.methods.moco import MoCo, MoCoConfig
+from fastssl.optim import OptimConfig, create_optimizer
+from fastssl.pipelines.errors import FastSSLError
+
+from fastssl.backbones import create_backbone, load_backbone
+
+
+def make(seed: int = 0) -> tuple[MoCo, torch.optim.Optimizer]:
+    torch.manual_seed(seed)
+    config = MoCoConfig(queue=16, neighbors=5, split_bn=1, projector=ProjectorConfig(hidden=8, out=4))
+    method = MoCo(create_backbone("mobilenetv3_small_050"), config, batch_size=4)
+    return method, create_optimizer(method, OptimConfig(lr=0.1))
+
+
+def step(method: MoCo, optimizer: torch.optim.Optimizer, seed: int) -> None:
+    views = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
+    loss, _ = method([views], torch.arange(8), 0.2)
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    method.update_teacher(0.9)
+
+
+def test_a_restored_run_makes_the_very_same_step(tmp_path: Path) -> None:
+    method, optimizer = make()
+    for seed in range(3):
+        step(method, optimizer, seed)
+    position = Position(step=3, epoch=1, step_in_epoch=2, train_seconds=1.5)
+    save_checkpoint(tmp_path, method=method, optimizer=optimizer, position=position, config={"a": 1}, arch="mobilenetv3_small_050")
+    other, other_optimizer = make(seed=9)
+    state = load_checkpoint(tmp_path / "last.pt")
+    assert restore(state, method=other, optimizer=other_optimizer) == position and state["config"] == {"a": 1}
+    step(method, optimizer, 7)
+    step(other, other_optimizer, 7)
+    for name, tensor in method.state_dict().items():
+        assert torch.equal(tensor, other.state_dict()[name]), name
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["last.pt", "last.safetensors"]
+    assert load_backbone(tmp_path / "last.safetensors").num_features
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "last.pt"
+    path.write_text("old")
+
+    def fail(temporary: Path) -> None:
+        temporary.write_text("half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write_atomically(path, fail)
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_damaged_and_foreign_checkpoints(tmp_path: Path) -> None:
+    path = tmp_path / "last.pt"
+    with pytest.raises(FastSSLError, match="no such checkpoint"):
+        load_checkpoint(path)
+    method, optimizer = make()
+    save_checkpoint(tmp_path, method=method, optimizer=optimizer, position=Position(), config={}, arch="mobilenetv3_small_050")
+    whole = path.read_bytes()
+    for cut in (0, 10, len(whole) // 2, len(whole) - 30):
+        path.write_bytes(whole[:cut])
+        with pytest.raises(FastSSLError, match="damaged checkpoint"):
+            load_checkpoint(path)
+    torch.save({"version": 0}, path)
+    with pytest.raises(FastSSLError, match="not a checkpoint of this version"):
+        load_checkpoint(path)
+    torch.save(Path("x"), path)  # an object that would have to be executed to be read
+    with pytest.raises(FastSSLError, match="damaged checkpoint"):
+        load_checkpoint(path)
+
+
+def test_differences_are_named() -> None:
+    found = differences({"a": 1, "b": {"c": 2}, "e": 5}, {"a": 1, "b": {"c": 3}, "d": 4, "e": 5})
+    assert found == ["b.c: 3 there, 2 here", "d: 4 there, None here"]

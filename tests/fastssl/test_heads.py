@@ -1,0 +1,31 @@
+"""Projector shapes and parameter counts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from fastssl.heads import Projector, ProjectorConfig
+from torch import nn
+
+
+def test_light_moco_head_has_the_published_parameters() -> None:
+    head = Projector(1280, ProjectorConfig())
+    assert sum(p.numel() for p in head.parameters()) == 2_885_760
+    assert not any(isinstance(m, nn.BatchNorm1d) for m in head)
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3])
+@pytest.mark.parametrize("norm", [False, True])
+def test_output_is_unit_float32_also_under_autocast(layers: int, norm: bool) -> None:
+    head = Projector(24, ProjectorConfig(hidden=16, out=8, layers=layers, norm=norm, norm_out=norm))
+    with torch.autocast("cpu", torch.bfloat16):
+        embedding = head(torch.randn(6, 24))
+    assert embedding.dtype == torch.float32 and embedding.shape == (6, 8)
+    torch.testing.assert_close(embedding.norm(dim=1), torch.ones(6))
+    assert sum(isinstance(m, nn.Linear) for m in head) == layers
+    assert sum(isinstance(m, nn.BatchNorm1d) for m in head) == layers * norm
+
+
+def test_zero_width_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"projector\.hidden"):
+        ProjectorConfig(hidden=0)

@@ -1,0 +1,229 @@
+"""A run from the command line: it writes what it promises, learns something measurable, stops cleanly and goes on exactly."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from fastssl.cli import main
+from fastssl.pipelines.errors import FastSSLError
+from fastssl.recipe import load_recipe, parse_overrides
+from fastssl.train import RunOptions, choose_device, pretrain
+
+#: the quick start, small enough for a test: a network of 0.6 M parameters, 2 epochs of 6 steps on 48 photos
+SMALL = ["train.epochs=2", "train.batch_size=8", "train.log_every=4", "moco.queue=64", "moco.projector.hidden=16", "probe.online_samples=40", "probe.every_epochs=1"]
+ARCH = "mobilenetv3_small_050"
+
+
+class Silent:
+    def __init__(self) -> None:
+        self.rows: list[dict] = []
+        self.messages: list[str] = []
+
+    def row(self, row: dict, done: int, total: int) -> None:
+        self.rows.append(row)
+
+    def message(self, text: str) -> None:
+        self.messages.append(text)
+
+
+def cli(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as stop:
+        main(list(arguments))
+    return stop.value.code
+
+
+def options(beton: Path, out: Path, **changes: object) -> RunOptions:
+    return RunOptions(**{"recipe_name": "quickstart", "arch": ARCH, "data": beton, "out": out, "device": "cpu", "workers": 1, **changes})
+
+
+def small(*overrides: str):
+    return load_recipe("quickstart", parse_overrides([*SMALL, *overrides]))
+
+
+@pytest.fixture(scope="module")
+def finished(beton: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("run") / "run"
+    overrides = [argument for item in SMALL for argument in ("--set", item)]
+    status = cli("pretrain", "--arch", ARCH, "--data", str(beton), "--recipe", "quickstart", "--out", str(out), "--device", "cpu", *overrides, "--json", str(out.parent / "r.json"))
+    assert status == 0
+    return out
+
+
+def test_the_folder_holds_what_was_promised(finished: Path) -> None:
+    for name in ("config.yaml", "metrics.jsonl", "summary.json", "views.png", "neighbours.png", "report.html", "checkpoints/last.pt", "checkpoints/last.safetensors"):
+        assert (finished / name).stat().st_size > 0, name
+    assert not list(finished.rglob("*.tmp"))
+    config = yaml.safe_load((finished / "config.yaml").read_text())
+    assert config["train"]["epochs"] == 2 and config["moco"]["queue"] == 64 and config["arch"] == ARCH
+    rows = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    steps = [row for row in rows if row["kind"] == "step"]
+    assert [row["step"] for row in steps] == [4, 6, 10, 12]
+    assert all(math.isfinite(row["loss"]) and 0 <= row["data_wait"] <= 1 and row["pair_per_s"] > 0 for row in steps)
+    probes = [row for row in rows if row["kind"] == "probe"]
+    assert [row["epoch"] for row in probes] == [1] and 0 <= probes[0]["knn"] <= 100
+    summary = json.loads((finished / "summary.json").read_text())
+    assert summary == json.loads((finished.parent / "r.json").read_text())
+    assert [row["name"] for row in summary["probe"]["rows"]] == ["raw pixels (16x16)", "random initialisation", "after pre-training"]
+    assert all(0 <= row[kind] <= 100 for row in summary["probe"]["rows"] for kind in ("knn", "linear"))
+    assert summary["samples_seen"] == 96 and summary["steps"] == 12 and summary["share"]["percent"] < 1
+    page = (finished / "report.html").read_text()
+    assert "data:image/png;base64" in page and str(finished) not in page and "/root" not in page
+
+
+def test_no_paths_of_this_machine_in_the_records(finished: Path, beton: Path) -> None:
+    for name in ("config.yaml", "metrics.jsonl", "summary.json", "report.html"):
+        assert str(beton.parent) not in (finished / name).read_text(), name
+
+
+def test_a_finished_run_is_reported_again_not_trained_again(finished: Path, beton: Path) -> None:
+    before = (finished / "checkpoints" / "last.pt").stat().st_mtime_ns
+    metrics = (finished / "metrics.jsonl").read_text()
+    progress = Silent()
+    summary = pretrain(small(), options(beton, finished), progress)
+    assert (finished / "checkpoints" / "last.pt").stat().st_mtime_ns == before
+    assert (finished / "metrics.jsonl").read_text() == metrics
+    assert summary["steps"] == 12 and any("resumed at step 12" in text for text in progress.messages)
+
+
+def test_other_settings_in_the_same_folder_are_refused_by_name(finished: Path, beton: Path) -> None:
+    with pytest.raises(FastSSLError, match=r"optim\.lr: 0\.\d+ there, 0\.5 here.*--resume never"):
+        pretrain(small("optim.lr=0.5"), options(beton, finished), Silent())
+
+
+def test_the_same_seed_makes_the_same_run(finished: Path, beton: Path, tmp_path: Path) -> None:
+    pretrain(small(), options(beton, tmp_path / "again", workers=2), Silent())
+    pretrain(small(), options(beton, tmp_path / "other", seed=1), Silent())
+
+    def weights(folder: Path) -> dict:
+        return torch.load(folder / "checkpoints" / "last.pt", weights_only=True)["method"]
+
+    first, again, other = weights(finished), weights(tmp_path / "again"), weights(tmp_path / "other")
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["student.projector.0.weight"], other["student.projector.0.weight"])
+
+
+def test_a_run_stopped_by_ctrl_c_goes_on_to_the_same_weights(finished: Path, beton: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    overrides = [argument for item in SMALL for argument in ("--set", item)]
+    command = [sys.executable, "-c", "from fastssl.cli import main; main()", "pretrain", "--arch", ARCH, "--data", str(beton), "--recipe", "quickstart"]
+    command += ["--out", str(out), "--device", "cpu", *overrides]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"})
+    while process.poll() is None and not (out.exists() and (out / "metrics.jsonl").exists() and (out / "metrics.jsonl").read_text()):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, text = process.communicate(timeout=120)
+    # The signal may arrive behind the last step: then the run ends as usual. Either way the next command completes it.
+    assert process.returncode in (0, 130), text
+    if process.returncode == 130:
+        assert "everything is saved" in text and "Traceback" not in text
+    pretrain(small(), options(beton, out), Silent())
+    mine = torch.load(out / "checkpoints" / "last.pt", weights_only=True)
+    reference = torch.load(finished / "checkpoints" / "last.pt", weights_only=True)
+    assert mine["position"]["step"] == 12
+    assert all(torch.equal(mine["method"][name], reference["method"][name]) for name in reference["method"])
+    steps = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines() if '"step"' in line]
+    assert steps == sorted(steps)
+
+
+def test_stop_mid_epoch_resumes_bit_for_bit(finished: Path, beton: Path, tmp_path: Path) -> None:
+    from fastssl.pipelines.errors import Interrupted
+    from fastssl.train import Run
+
+    out, original = tmp_path / "run", Run._step
+
+    def stop_after_three(run: Run, batch: object, epoch: int) -> None:
+        original(run, batch, epoch)
+        if run.position.step == 2:
+            run._stop.set()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "_step", stop_after_three)
+        with pytest.raises(Interrupted, match="step 3"):
+            pretrain(small(), options(beton, out), Silent())
+    pretrain(small(), options(beton, out), Silent())
+    mine = torch.load(out / "checkpoints" / "last.pt", weights_only=True)["method"]
+    reference = torch.load(finished / "checkpoints" / "last.pt", weights_only=True)["method"]
+    assert all(torch.equal(mine[name], reference[name]) for name in reference)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_by_name(beton: Path, tmp_path: Path) -> None:
+    with pytest.raises(FastSSLError, match="diverged"):
+        pretrain(small("optim.lr=1e30", "optim.warmup_epochs=0"), options(beton, tmp_path / "run"), Silent())
+
+
+def test_photos_without_labels_train_and_report(photo_tree: Path, tmp_path: Path) -> None:
+    from fastssl.pipelines.convert import ConvertOptions, convert
+
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for number, path in enumerate(sorted(photo_tree.rglob("*.jpg"))):
+        (flat / f"{number:03}.jpg").write_bytes(path.read_bytes())
+    convert(flat, tmp_path / "flat.beton", ConvertOptions(keep_size=True, short_side=None))
+    summary = pretrain(small("train.epochs=1"), options(tmp_path / "flat.beton", tmp_path / "run"), Silent())
+    assert summary["probe"]["rows"] == [] and "no labels" in summary["probe"]["note"] and summary["next_mark"] is None
+    assert (tmp_path / "run" / "neighbours.png").exists() and (tmp_path / "run" / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--arch", "mobilnetv3"], "no network"),
+        (["--arch", ARCH, "--data", "missing.beton"], "missing.beton"),
+        (["--arch", ARCH, "--recipe", "quick-start"], "nearest: quickstart"),
+        (["--arch", ARCH, "--set", "optim.lrr=1"], "no key optim.lrr"),
+        (["--arch", ARCH, "--resume", "nothing.pt", "--data", "BETON"], "no such checkpoint"),
+        (["--arch", ARCH, "--batch-size", "4096", "--data", "BETON", "--set", "moco.queue=8192"], "fewer than one batch"),
+        (["--arch", ARCH, "--batch-size", "7", "--data", "BETON"], "multiple of twice the batch size"),
+    ],
+)
+def test_mistakes_are_one_line_with_status_1(arguments: list[str], message: str, beton: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    arguments = [str(beton) if a == "BETON" else a for a in arguments]
+    recipe = [] if "--recipe" in arguments else ["--recipe", "quickstart"]
+    assert cli("pretrain", *arguments, *recipe, "--out", str(tmp_path / "run"), "--device", "cpu") == 1
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error and len(error.strip().splitlines()) == 1
+
+
+def test_cuda_is_refused_where_there_is_none() -> None:
+    if torch.cuda.is_available():
+        assert choose_device("auto").type == "cuda"
+    else:
+        assert choose_device("auto").type == "cpu"
+        with pytest.raises(FastSSLError, match="no NVIDIA GPU"):
+            choose_device("cuda")
+
+
+def test_wrong_usage_is_status_2(capsys: pytest.CaptureFixture) -> None:
+    assert cli("pretrain") == 2
+    assert cli("pretrian") == 2
+    assert "nearest: pretrain" in capsys.readouterr().err
+    assert cli("--help") == 0
+
+
+@pytest.mark.gpu
+def test_a_run_on_the_gpu_has_no_host_sync_in_its_steps(beton: Path, tmp_path: Path) -> None:
+    from fastssl.train import Run
+
+    original = Run._step
+
+    def watched(run: Run, batch: object, epoch: int) -> None:
+        torch.cuda.set_sync_debug_mode("error" if run.position.step > 2 else "default")
+        try:
+            original(run, batch, epoch)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "_step", watched)
+        summary = pretrain(small(), options(beton, tmp_path / "run", device="cuda"), Silent())
+    assert summary["device"] == "cuda"

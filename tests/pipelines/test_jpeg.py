@@ -1,0 +1,188 @@
+"""JPEG in and out: equal to Pillow where the picture is good, an error where it is not."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastssl.pipelines import jpeg
+from fastssl.pipelines.errors import JpegError
+
+
+def picture(height=45, width=61, seed=0):
+    """A smooth colour picture: JPEG keeps it nearly as it is."""
+    small = np.random.default_rng(seed).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    return np.asarray(Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC))
+
+
+def saved(array, mode="RGB", **options):
+    buffer = io.BytesIO()
+    Image.fromarray(array).convert(mode).save(buffer, "JPEG", **options)
+    return buffer.getvalue()
+
+
+def opened(data):
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+
+
+@pytest.mark.parametrize(
+    ("options", "colorspace", "subsampling"),
+    [
+        ({}, "YCbCr", "420"),
+        ({"subsampling": 0}, "YCbCr", "444"),
+        ({"progressive": True}, "YCbCr", "420"),
+        ({"mode": "L"}, "Gray", "Gray"),
+        ({"keep_rgb": True}, "RGB", "444"),
+    ],
+)
+def test_decode_equals_pillow(options, colorspace, subsampling):
+    data = saved(picture(), **options)
+    assert jpeg.read_header(data) == (45, 61, colorspace, subsampling)
+    pixels = jpeg.decode(data)
+    assert pixels.shape == (45, 61, 3) and pixels.dtype == np.uint8
+    assert np.abs(pixels.astype(int) - opened(data)).max() <= 1
+    for kind in (memoryview(data), np.frombuffer(data, np.uint8), bytearray(data)):
+        np.testing.assert_array_equal(jpeg.decode(kind), pixels)
+
+
+def test_grey_has_three_equal_channels():
+    pixels = jpeg.decode(saved(picture(), mode="L"))
+    assert (pixels == pixels[:, :, :1]).all()
+
+
+def test_decode_into_writes_the_buffer_and_nothing_else():
+    data = saved(picture())
+    around = np.full((45 * 61 * 3 + 200,), 7, np.uint8)
+    out = around[100:-100].reshape(45, 61, 3)
+    jpeg.decode_into(data, out)
+    np.testing.assert_array_equal(out, jpeg.decode(data))
+    assert (around[:100] == 7).all() and (around[-100:] == 7).all()
+
+
+@pytest.mark.parametrize(
+    "out",
+    [
+        np.empty((61, 45, 3), np.uint8),
+        np.empty((45, 60, 3), np.uint8),
+        np.empty((46, 61, 3), np.uint8),
+        np.empty((45, 61), np.uint8),
+        np.empty((45, 61, 3), np.int8),
+        np.empty((45, 61, 6), np.uint8)[:, :, ::2],
+    ],
+    ids=["swapped", "narrow", "high", "flat", "signed", "strided"],
+)
+def test_decode_into_refuses_a_buffer_that_does_not_fit(out):
+    with pytest.raises(JpegError, match="45x61"):
+        jpeg.decode_into(saved(picture()), out)
+
+
+@pytest.mark.parametrize("data", [b"", b"\xff\xd8", b"GIF89a", b"\x89PNG\r\n\x1a\n" + bytes(100), bytes(1000), saved(picture())[:100]])
+def test_what_is_no_jpeg_is_refused(data):
+    for call in (jpeg.read_header, jpeg.decode, lambda d: jpeg.decode_into(d, np.empty((45, 61, 3), np.uint8))):
+        with pytest.raises(JpegError):
+            call(data)
+
+
+def test_cmyk_is_refused():
+    data = saved(picture(), mode="CMYK")
+    with pytest.raises(JpegError, match="CMYK"):
+        jpeg.decode(data)
+    with pytest.raises(JpegError, match="CMYK"):
+        jpeg.decode_into(data, np.empty((45, 61, 3), np.uint8))
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_every_cut_is_noticed(progressive):
+    """Strict means strict: no prefix of a JPEG decodes, not even the one that only lacks the end marker."""
+    data = saved(picture(), progressive=progressive)
+    for length in [*range(0, len(data), 17), len(data) - 2, len(data) - 1]:
+        with pytest.raises(JpegError):
+            jpeg.decode(data[:length])
+
+
+def test_random_damage_gives_an_error_or_a_picture_of_the_right_size():
+    rng = np.random.default_rng(1)
+    good = np.frombuffer(saved(picture()), np.uint8)
+    out = np.empty((45, 61, 3), np.uint8)
+    refused = 0
+    for _ in range(300):
+        bad = good.copy()
+        bad[rng.integers(0, len(bad), 3)] = rng.integers(0, 256, 3)
+        try:
+            jpeg.decode_into(bad, out)
+        except JpegError:
+            refused += 1
+    assert 30 < refused < 300
+
+
+def test_a_bomb_is_refused_by_its_header():
+    data = bytearray(saved(picture()))
+    at = data.index(b"\xff\xc0") + 5
+    data[at : at + 4] = b"\xff\xdc\xff\xdc"  # 65500 x 65500: 12.9 GB of pixels
+    with pytest.raises(JpegError, match="limit"):
+        jpeg.decode(bytes(data))
+
+
+def test_at_least_scales_in_the_decoder_but_not_below():
+    data = saved(picture(400, 600), quality=95)
+    for at_least, scale in [((100, 150), 2), ((90, 120), 2), ((101, 100), 3), ((160, 9), 4), ((10, 300), 4), ((201, 9), 8)]:
+        pixels = jpeg.decode(data, at_least=at_least)
+        shape = (400 * scale // 8, 600 * scale // 8, 3)
+        assert pixels.shape == shape
+        expected = Image.fromarray(jpeg.decode(data)).resize((shape[1], shape[0]), Image.Resampling.BOX)
+        assert np.abs(pixels.astype(int) - np.asarray(expected)).mean() < 1.5
+
+
+def test_encode_keeps_the_picture_and_is_repeatable():
+    array = picture()
+    data = jpeg.encode(array, 90)
+    assert data == jpeg.encode(array.copy(), 90) == jpeg.encode(np.asfortranarray(array), 90)
+    assert np.abs(jpeg.decode(data).astype(int) - array).mean() < 3
+    assert jpeg.read_header(data).subsampling == "420"
+    assert jpeg.read_header(jpeg.encode(array, 94)).subsampling == "420"
+    assert jpeg.read_header(jpeg.encode(array, 95)).subsampling == "444"
+    assert len(jpeg.encode(array, 30)) < len(data) < len(jpeg.encode(array, 100))
+    np.testing.assert_array_equal(jpeg.decode(jpeg.encode(np.full((1, 1, 3), 128, np.uint8), 90)), 128)
+
+
+@pytest.mark.parametrize("bad", [np.zeros((4, 4), np.uint8), np.zeros((4, 4, 4), np.uint8), np.zeros((4, 4, 3), np.float32)])
+def test_encode_refuses_other_arrays(bad):
+    with pytest.raises(JpegError, match="expected"):
+        jpeg.encode(bad, 90)
+
+
+@pytest.mark.parametrize("quality", [0, 101, -1])
+def test_encode_refuses_other_qualities(quality):
+    with pytest.raises(JpegError, match="1 to 100"):
+        jpeg.encode(picture(), quality)
+
+
+def tiff(order, value, kind=3):
+    """A TIFF block whose directory holds one other tag and the orientation."""
+    put = lambda number, size: number.to_bytes(size, order)  # noqa: E731
+    entry = put(0x0112, 2) + put(kind, 2) + put(1, 4) + (put(value, 4) if kind == 4 else put(value, 2) + bytes(2))
+    other = put(0x010F, 2) + put(2, 2) + put(4, 4) + b"abc\0"
+    return {"little": b"II", "big": b"MM"}[order] + put(42, 2) + put(8, 4) + put(2, 2) + other + entry + put(0, 4)
+
+
+@pytest.mark.parametrize("order", ["little", "big"])
+@pytest.mark.parametrize("kind", [3, 4])
+def test_exif_orientation_equals_pillow(order, kind):
+    for value in range(1, 9):
+        data = saved(picture(), exif=b"Exif\0\0" + tiff(order, value, kind))
+        assert jpeg.exif_orientation(data) == Image.open(io.BytesIO(data)).getexif()[0x0112] == value
+    assert jpeg.exif_orientation(saved(picture())) == 1
+    assert jpeg.exif_orientation(saved(picture(), exif=b"Exif\0\0" + tiff(order, 9, kind))) == 1
+
+
+def test_damaged_exif_is_harmless():
+    rng = np.random.default_rng(2)
+    good = np.frombuffer(saved(picture(), exif=b"Exif\0\0" + tiff("big", 6)), np.uint8)
+    for _ in range(500):
+        bad = good.copy()
+        bad[rng.integers(0, 100, 4)] = rng.integers(0, 256, 4)
+        assert 1 <= jpeg.exif_orientation(bad.tobytes()) <= 8
+        assert 1 <= jpeg.exif_orientation(bad[: rng.integers(0, 120)].tobytes()) <= 8

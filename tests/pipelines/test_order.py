@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from fastssl.pipelines.order import batch_indices, batch_permutation, epoch_order, steps_per_epoch
+from fastssl.pipelines.rng import Stream, keyed_words
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 3, 1000, 20_001])
+def test_epoch_order_is_a_permutation(n: int) -> None:
+    order = epoch_order(n, 5, 0)
+    assert order.dtype == np.int64 and np.array_equal(np.sort(order), np.arange(n))
+
+
+def test_epoch_order_equals_sorting_one_key_at_a_time() -> None:
+    keys = []
+    for sample in range(101):
+        words = [int(word) for word in keyed_words(9, Stream.ORDER, 4, sample // 2)]
+        high, low = words[2:] if sample % 2 else words[:2]
+        keys.append(((high << 32) | low, sample))
+    assert epoch_order(101, 9, 4).tolist() == [sample for _, sample in sorted(keys)]
+
+
+def test_epoch_order_is_pure_and_read_only() -> None:
+    first = epoch_order(500, 1, 2).copy()
+    epoch_order.cache_clear()
+    np.random.seed(0)
+    assert np.array_equal(epoch_order(500, 1, 2), first)
+    assert not np.array_equal(epoch_order(500, 1, 3), first)
+    assert not np.array_equal(epoch_order(500, 2, 2), first)
+    with pytest.raises(ValueError, match="read-only"):
+        epoch_order(500, 1, 2)[0] = 0
+
+
+def test_order_is_uniform() -> None:
+    # Where sample 0 lands, over many epochs: chi-square with 9 degrees of freedom, 33.7 is 1 in 10,000.
+    places = [int(np.flatnonzero(epoch_order(10, 3, epoch) == 0)[0]) for epoch in range(2000)]
+    counts = np.bincount(places, minlength=10)
+    assert ((counts - 200) ** 2 / 200).sum() < 33.7
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 6, 12])
+def test_the_global_batch_does_not_depend_on_the_world_size(world: int) -> None:
+    n, total = 1003, 24
+    assert steps_per_epoch(n, total // world, world) == n // total
+    for step in (0, 1, n // total - 1):
+        parts = [batch_indices(n, 7, 1, step, total // world, rank, world) for rank in range(world)]
+        assert np.array_equal(np.concatenate(parts), epoch_order(n, 7, 1)[step * total : (step + 1) * total])
+
+
+def test_batches_of_an_epoch_are_disjoint() -> None:
+    seen = np.concatenate([batch_indices(100, 0, 0, step, 8) for step in range(steps_per_epoch(100, 8))])
+    assert seen.size == 96 and np.unique(seen).size == 96
+
+
+@pytest.mark.parametrize("arguments, message", [((10, 0, 0, 2, 5), "outside the epoch"), ((10, 0, 0, -1, 5), "outside"), ((10, 0, 0, 0, 5, 2, 2), "rank"), ((10, 0, 0, 0, 0), "batch_size"), ((4, 0, 0, 0, 5), "4 samples make 0 steps")])
+def test_wrong_steps_and_ranks_are_refused(arguments: tuple, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        batch_indices(*arguments)
+
+
+def test_batch_permutation() -> None:
+    permutations = {batch_permutation(64, 0, epoch, step).tobytes() for epoch in range(3) for step in range(4)}
+    assert len(permutations) == 12
+    assert np.array_equal(np.sort(batch_permutation(37, 0, 0, 5)), np.arange(37))
+    assert np.array_equal(batch_permutation(37, 0, 1, 5), batch_permutation(37, 0, 1, 5))
+    assert not np.array_equal(batch_permutation(37, 0, 1, 5), epoch_order(37, 0, 1))
+    with pytest.raises(ValueError, match="step"):
+        batch_permutation(4, 0, 0, -1)
