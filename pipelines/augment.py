@@ -4,10 +4,11 @@ Takes uint8 views and their plan, gives normalised channels-last tensors. The se
 float pictures in 0 .. 1, operation by operation, clamped in between; the order is jitter (in the sample's own order), grey, blur,
 solarise (the flip happened in the crop).
 
-Two drivers share the operations:
+Two drivers share the operations, which work on three colour planes of shape (N, S * S):
 
-* `augment_host` sorts the samples by what was drawn, does only that, and works in pieces that stay in the cache and
-  below the size at which torch would wake its thread pool: it is meant to run beside a training step that owns the pool.
+* `augment_host` sorts the samples by what was drawn, does only that, and works in pieces whose planes stay in the cache and below
+  the size at which torch wakes its thread pool. It is meant to run beside decoding threads and a training step: measured
+  on two cores, the pool halves the time of an operation and takes ten times its processor time, because idle workers spin.
 * `augment_device` has no branch, no shape and no host value that depends on the plan: the same kernels for every batch, so it can be
   captured in a CUDA graph or compiled. Hue has one place in each sample's order, so three blends, hue, three blends
   hold all 24 orders; places that a sample does not need blend with factor one, which changes nothing.
@@ -16,15 +17,16 @@ Two drivers share the operations:
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
 import torch
+from fastssl.pipelines.crop import to_device
+from fastssl.pipelines.plan import CONTRAST, HUE, SATURATION, VIEW_DTYPE, ViewSpec
 from numpy.typing import NDArray
 from torch import Tensor
-
-from fastssl.pipelines.crop import to_device
-from fastssl.pipelines.plan import BRIGHTNESS, CONTRAST, HUE, SATURATION, VIEW_DTYPE, ViewSpec
 
 _LUMINANCE = (0.2989, 0.587, 0.114)  # ITU-R 601-2, with torchvision's digits
 
@@ -36,17 +38,18 @@ _COLUMNS = 3 * _BLENDS + 5
 # torch runs element-wise operations of fewer elements than this on the calling thread alone.
 _SERIAL_ELEMENTS = 32768
 
-# On the host, the blur of larger views works in bands of this many rows: a full matrix would mostly multiply zeros.
-_BAND = 64
+# Lines that `blur_in_bands` makes at a time: wider bands multiply more zeros, narrower ones make more calls.
+_BAND = 32
 
 
 def augment(views: Tensor, plan: NDArray[np.void], spec: ViewSpec, dtype: torch.dtype = torch.float32) -> Tensor:
     """Apply the plan's colour operations and normalise.
 
     Args:
-        views: (N, 3, S, S) uint8, channels-last (other layouts give the same numbers more slowly).
-        plan: (N,) records of VIEW_DTYPE; the crop box and the flip are not used.
-        spec: the view group: solarise threshold, largest sigma, mean and std; an operation whose probability there is 0 is left out.
+        views: (N, 3, S, S) uint8, channels-last (other layouts give the same numbers).
+        plan: (N,) records of VIEW_DTYPE, drawn for ``spec``; the crop box and the flip are not used.
+        spec: the view group: solarise threshold, largest sigma, mean and std; jitter, hue, grey, blur and solarise are left out
+            where it gives them no probability or strength.
         dtype: of the result. Everything is computed in float32 (on a GPU the blur multiplies in float16).
 
     Returns:
@@ -73,7 +76,8 @@ def _check(views: Tensor, count: int) -> None:
 def parameter_table(plan: NDArray[np.void]) -> NDArray[np.float32]:
     """The plan as plain numbers for the kernels.
 
-    A blend is ``x * factor + (1 - factor) * (to_luminance * luminance + to_mean * mean luminance)``: brightness has (0, 0), saturation (1, 0), contrast (0, 1).
+    A blend is ``x * factor + (1 - factor) * (to_luminance * luminance + to_mean * mean luminance)``: brightness has (0, 0),
+    saturation (1, 0), contrast (0, 1).
 
     Returns:
         (N, 23) float32: six blends of (factor, (1 - factor) * to_luminance, (1 - factor) * to_mean), the hue's shift, grey, blur,
@@ -103,7 +107,10 @@ def parameter_table(plan: NDArray[np.void]) -> NDArray[np.float32]:
 
 
 def augment_device(views: Tensor, table: Tensor, spec: ViewSpec, dtype: torch.dtype = torch.float32) -> Tensor:
-    """`augment` with the parameters already on the device; the same kernels whatever the plan, no allocation that depends on it, no host sync.
+    """`augment` with the parameters already on the device.
+
+    The same kernels and allocations whatever the plan, and no host sync. Runs on any device. The blur's constants are made and
+    cached by the first call for a size, so call once before capturing a graph.
 
     Args:
         views: (N, 3, S, S) uint8.
@@ -114,128 +121,141 @@ def augment_device(views: Tensor, table: Tensor, spec: ViewSpec, dtype: torch.dt
         (N, 3, S, S) of ``dtype``, channels-last.
     """
     _check(views, len(table))
-    column = table[:, :, None, None, None].unbind(1)  # per-sample numbers that broadcast over (N, 3, S, S)
-    picture = torch.empty(views.shape, dtype=torch.float32, device=views.device).copy_(views).div_(255)
+    count, _, size, _ = views.shape
+    column = table.split(1, dim=1)  # (N, 1) each: per-sample numbers that broadcast over (N, S * S)
+    planes = [views[:, channel].float(memory_format=torch.contiguous_format).view(count, size * size).div_(255) for channel in range(3)]
     if spec.jitter > 0:
         for blend in range(_BLENDS):
             if blend == _BLENDS // 2 and spec.hue > 0:
-                adjust_hue(picture, column[_HUE])
-            adjust(picture, *column[3 * blend : 3 * blend + 3])
+                adjust_hue(planes, column[_HUE])
+            adjust(planes, *column[3 * blend : 3 * blend + 3])
     if spec.grey > 0:
-        # lerp gives its end points exactly, so samples that are not grey keep their bits.
-        picture.lerp_(luminance(picture), column[_GREY])
+        mix_grey(planes, column[_GREY])
     if spec.blur > 0:
-        exact = torch.float16 if views.is_cuda else torch.float32
-        picture = torch.where(column[_BLUR] > 0, gaussian_blur(picture, table[:, _FALLOFF], blur_radius(spec, views.shape[-1]), exact), picture)
+        matrices = blur_matrices(column[_FALLOFF], blur_radius(spec, size), size, torch.float16 if views.is_cuda else torch.float32)
+        planes = [torch.where(column[_BLUR] > 0, blur_by_matrices(plane, matrices), plane) for plane in planes]
     if spec.solarise > 0:
-        inverted = (picture >= spec.solarise_threshold / 255) & (column[_SOLARISE] > 0)
-        picture = torch.where(inverted, 1 - picture, picture)
-    scale, shift = _normalisation(spec)
-    scale, shift = (_constant(values, views.device) for values in (scale, shift))
+        planes = [torch.where(column[_SOLARISE] > 0, solarised(plane, spec.solarise_threshold), plane) for plane in planes]
     result = torch.empty(views.shape, dtype=dtype, device=views.device, memory_format=torch.channels_last)
-    return result.copy_(picture.mul_(scale).add_(shift))
+    for channel, plane in enumerate(planes):
+        result[:, channel].copy_(_normalise(plane, spec, channel).view(count, size, size))
+    return result
 
 
 def augment_host(views: Tensor, plan: NDArray[np.void], spec: ViewSpec, dtype: torch.dtype = torch.float32) -> Tensor:
-    """`augment` on the CPU: only what was drawn is computed, a few samples at a time. Arguments and result as there."""
+    """`augment` on the CPU: only what was drawn is computed, a few samples at a time. Arguments and result as there.
+
+    Views above 181 px have planes that torch shares among its threads even one at a time.
+    """
     _check(views, len(plan))
     size = views.shape[-1]
     result = torch.empty(views.shape, dtype=dtype, memory_format=torch.channels_last)
     order = plan["order"].astype(np.int64)
     hue_place = np.where(plan["jitter"], (order == HUE).argmax(axis=1), -1)
-    kind = np.stack([hue_place, plan["grey"], plan["blur_sigma"] > 0, plan["solarise"]], axis=1)
-    # Samples of a piece share what was drawn; within it, equal operations lie side by side and most blends are of one operation.
-    sequence = np.lexsort((order[:, 3], order[:, 2], order[:, 1], order[:, 0], *kind.T))
-    kind, table = kind[sequence], torch.from_numpy(parameter_table(plan)[sequence])
-    operations = order[sequence]
-    most = max(1, (_SERIAL_ELEMENTS - 1) // (3 * size * size))
+    drawn = np.stack([hue_place, plan["blur_sigma"] > 0, plan["solarise"]], axis=1)
+    # Samples of a piece share hue's place and the costly operations; equal orders lie side by side, so that most blends of a
+    # piece are of one operation.
+    sequence = np.lexsort((order[:, 3], order[:, 2], order[:, 1], order[:, 0], plan["grey"], *drawn.T))
+    drawn, order, table = drawn[sequence], order[sequence], torch.from_numpy(parameter_table(plan)[sequence])
+    borders = [0, *(np.flatnonzero((drawn[1:] != drawn[:-1]).any(axis=1)) + 1).tolist(), len(plan)]
+    most = max(1, (_SERIAL_ELEMENTS - 1) // (size * size))
+    pieces = [(start, min(start + most, last)) for first, last in pairwise(borders) for start in range(first, last, most)]
     radius = blur_radius(spec, size)
-    scale, shift = _normalisation(spec)
-    start = 0
-    while start < len(plan):
-        end = start + 1
-        while end < len(plan) and end - start < most and (kind[end] == kind[start]).all():
-            end += 1
-        samples = sequence[start:end].tolist()
-        picture = torch.empty((len(samples), 3, size, size))
-        for row, sample in enumerate(samples):
-            picture[row].copy_(views[sample])
-        picture.div_(255)
-        hue_at, grey, blur, solarise = (int(value) for value in kind[start])
+    for start, end in pieces:
+        samples = torch.from_numpy(sequence[start:end])
+        column = table[start:end].split(1, dim=1)
+        planes = [views[:, channel].index_select(0, samples).float().view(end - start, size * size).div_(255) for channel in range(3)]
+        hue_at, blur, solarise = drawn[start].tolist()
         if hue_at >= 0:
-            column = table[start:end, :, None, None, None].unbind(1)
             for place in range(4):
-                if place == hue_at:
-                    if spec.hue > 0:
-                        adjust_hue(picture, column[_HUE])
-                    continue
-                present = set(operations[start:end, place].tolist())
-                factor, to_luminance, to_mean = column[3 * (place + 2 * (place > hue_at)) :][:3]
-                adjust(picture, factor, to_luminance if SATURATION in present else None, to_mean if CONTRAST in present else None)
-        if grey:
-            picture.copy_(luminance(picture).expand_as(picture))
+                if place != hue_at:
+                    present = order[start:end, place]
+                    factor, to_luminance, to_mean = column[3 * (place + 2 * (place > hue_at)) :][:3]
+                    adjust(
+                        planes,
+                        factor,
+                        to_luminance if (present == SATURATION).any() else None,
+                        to_mean if (present == CONTRAST).any() else None,
+                    )
+                elif spec.hue > 0:
+                    adjust_hue(planes, column[_HUE])
+        if column[_GREY].any():
+            mix_grey(planes, column[_GREY])
         if blur:
-            picture = gaussian_blur(picture, table[start:end, _FALLOFF], radius, torch.float32)
+            planes = [blur_in_bands(plane, column[_FALLOFF], radius) for plane in planes]
         if solarise:
-            picture = torch.where(picture >= spec.solarise_threshold / 255, 1 - picture, picture)
-        for channel in range(3):
-            picture[:, channel].mul_(scale[channel]).add_(shift[channel])
-        for row, sample in enumerate(samples):
-            result[sample].copy_(picture[row])
-        start = end
+            planes = [solarised(plane, spec.solarise_threshold) for plane in planes]
+        for channel, plane in enumerate(planes):
+            result[:, channel].index_copy_(0, samples, _normalise(plane, spec, channel).to(dtype).view(-1, size, size))
     return result
 
 
-def luminance(picture: Tensor) -> Tensor:
-    """(N, 3, S, S) -> (N, 1, S, S)."""
-    red, green, blue = picture[:, 0:1], picture[:, 1:2], picture[:, 2:3]
+def _normalise(plane: Tensor, spec: ViewSpec, channel: int) -> Tensor:
+    """(plane - mean) / std as one multiplication and one addition, in a new tensor."""
+    return plane.mul(1 / spec.std[channel]).add_(-spec.mean[channel] / spec.std[channel])
+
+
+def luminance(planes: Sequence[Tensor]) -> Tensor:
+    """Three (N, P) planes -> (N, P), a new tensor."""
+    red, green, blue = planes
     return red.mul(_LUMINANCE[0]).add_(green, alpha=_LUMINANCE[1]).add_(blue, alpha=_LUMINANCE[2])
 
 
-def adjust(picture: Tensor, factor: Tensor, to_luminance: Tensor | None, to_mean: Tensor | None) -> None:
+def adjust(planes: Sequence[Tensor], factor: Tensor, to_luminance: Tensor | None, to_mean: Tensor | None) -> None:
     """Brightness, contrast or saturation of each sample, in place: blend with black, the mean luminance, or the luminance.
 
     Args:
-        picture: (N, 3, S, S) float32 in 0 .. 1.
-        factor, to_luminance, to_mean: (N, 1, 1, 1), three columns of `parameter_table`; None for a share that is 0 in every sample.
+        planes: red, green, blue, each (N, P) float32 in 0 .. 1.
+        factor, to_luminance, to_mean: (N, 1), three columns of `parameter_table`; None for a share that is 0 in every sample.
     """
     other = None
     if to_luminance is not None or to_mean is not None:
-        grey = luminance(picture)
+        grey = luminance(planes)
         # The mean is taken here, after the operations that precede this one, as ColorJitter does.
-        other = None if to_mean is None else grey.mean(dim=(2, 3), keepdim=True) * to_mean
+        other = None if to_mean is None else grey.mean(dim=1, keepdim=True) * to_mean
         if to_luminance is not None:
             grey.mul_(to_luminance)
             other = grey if other is None else grey.add_(other)
-    picture.mul_(factor)
-    if other is not None:
-        picture.add_(other)
-    picture.clamp_(0, 1)
+    for plane in planes:
+        plane.mul_(factor)
+        if other is not None:
+            plane.add_(other)
+        plane.clamp_(0, 1)
 
 
-def adjust_hue(picture: Tensor, shift: Tensor) -> None:
-    """Turn the hue of each sample, in place, with value and saturation kept as in HSV.
+def adjust_hue(planes: Sequence[Tensor], shift: Tensor) -> None:
+    """Turn the hue of each sample, in place, with value and chroma kept: torchvision's way through HSV without its choices.
 
-    The way back from HSV is the closed form low + chroma * clamp(|h - 3| - 1) and its two rotations, which equals torchvision's choice among six sectors.
+    With the lowest channel moved to 0 and the highest to 1, the hue in sixths of a turn is q = 1 + green + blue - red, counted
+    from red towards green when green >= blue and the other way round otherwise; that covers all six sectors. Back, a channel
+    is low + chroma * clamp(2 - distance of the hue from the channel's own). Neither way needs a comparison, which torch's CPU
+    kernels are slow at.
 
     Args:
-        picture: (N, 3, S, S) float32 in 0 .. 1.
-        shift: (N, 1, 1, 1) in turns.
+        planes: red, green, blue, each (N, P) float32 in 0 .. 1.
+        shift: (N, 1) in turns.
     """
-    red, green, blue = picture.unbind(1)
-    high, low = torch.maximum(red, green).maximum(blue), torch.minimum(red, green).minimum(blue)
-    chroma = high - low
-    inverse = chroma.clamp_min(1e-12).reciprocal_()  # a grey pixel has differences of zero, and stays at hue zero
-    hue = torch.where(
-        high == red,
-        (green - blue).mul_(inverse),
-        torch.where(high == green, (blue - red).mul_(inverse).add_(2), (red - green).mul_(inverse).add_(4)),
-    )
-    hue.add_(shift[:, 0], alpha=6)
+    red, green, blue = planes
+    low = torch.minimum(red, green).minimum(blue)
+    chroma = torch.maximum(red, green).maximum(blue).sub_(low)
+    hue = (green + blue).sub_(red).sub_(low).div_(chroma.clamp_min(1e-12)).add_(1)  # of grey pixels: 1, without effect as chroma is 0
+    hue.copysign_(green - blue).add_(shift * 6)
     hue.sub_((hue / 6).floor_(), alpha=6)  # 0 .. 6
     torch.addcmul(low, chroma, (hue - 3).abs_().sub_(1).clamp_(0, 1), out=red)
     torch.addcmul(low, chroma, (hue - 2).abs_().neg_().add_(2).clamp_(0, 1), out=green)
-    torch.addcmul(low, chroma, (hue - 4).abs_().neg_().add_(2).clamp_(0, 1), out=blue)
+    torch.addcmul(low, chroma, hue.sub_(4).abs_().neg_().add_(2).clamp_(0, 1), out=blue)
+
+
+def mix_grey(planes: Sequence[Tensor], share: Tensor) -> None:
+    """Turn samples with a share (N, 1) of 1 grey, in place. lerp gives its end points exactly: a share of 0 keeps every bit."""
+    grey = luminance(planes)
+    for plane in planes:
+        plane.lerp_(grey, share)
+
+
+def solarised(plane: Tensor, threshold: int) -> Tensor:
+    """Invert the values at or above a threshold given in grey levels of 0 .. 255; a new tensor."""
+    return torch.where(plane >= threshold / 255, 1 - plane, plane)
 
 
 def blur_radius(spec: ViewSpec, size: int) -> int:
@@ -243,62 +263,82 @@ def blur_radius(spec: ViewSpec, size: int) -> int:
     return min(math.ceil(3 * spec.blur_sigma[1]), size - 1)
 
 
-def gaussian_blur(picture: Tensor, falloff: Tensor, radius: int, exact: torch.dtype) -> Tensor:
-    """Blur each sample with its own sigma, borders reflected; equals torchvision's gaussian_blur with kernel size 2 * radius + 1.
+def _blur_weights(falloff: Tensor, radius: int) -> Tensor:
+    """(N, 1) of 1 / (2 sigma^2) -> (N, 2 * radius + 1) weights that sum to one."""
+    distance = torch.arange(-radius, radius + 1, device=falloff.device, dtype=torch.float32)
+    return torch.softmax(-falloff * distance**2, dim=1)
 
-    A blur along one axis is a product with an S x S band matrix in which the reflection is folded in, so the whole batch is a
-    few batched matrix products with no padding and no loop over taps.
+
+def blur_in_bands(plane: Tensor, falloff: Tensor, radius: int) -> Tensor:
+    """Gaussian blur of each sample with its own sigma, borders reflected; torchvision's gaussian_blur with kernel size 2 * radius + 1.
+
+    For the CPU. Away from the border every line is blurred by the same weights, so one small Toeplitz matrix per sample blurs
+    `_BAND` lines of the padded picture at a time. NumPy multiplies, because its BLAS keeps products this small on the
+    calling thread; torch's would wake a pool of threads that spins for longer than the product takes.
 
     Args:
-        picture: (N, 3, S, S) float32.
-        falloff: (N,) 1 / (2 sigma^2).
+        plane: (N, S * S) float32 on the host.
+        falloff: (N, 1), 1 / (2 sigma^2).
         radius: 0 <= radius < S.
-        exact: type of the factors of the products. With float16 the error is below 0.3/255.
 
     Returns:
-        (N, 3, S, S) float32, a new tensor.
+        (N, S * S), a new tensor.
     """
-    count, _, size, _ = picture.shape
-    distance = torch.arange(-radius, radius + 1, device=picture.device, dtype=torch.float32)
-    weights = torch.exp(-falloff[:, None] * distance**2)
-    weights = weights / weights.sum(1, keepdim=True)
-    matrices = (weights.to(exact) @ _reflected_taps(size, radius, picture.device, exact)).view(count, size, size)
-    planes = picture.to(exact)
-    along = torch.empty_like(planes)
-    blurred = torch.empty_like(planes)
-    # A GPU is faster with one product over everything than with bands.
-    band = size if picture.is_cuda else _BAND
-    for start in range(0, size, band):
-        rows = slice(start, min(start + band, size))
-        near = slice(max(0, start - radius), min(size, start + band + radius))
-        part = planes.view(count, 3 * size, size)[:, :, near]
-        along.view(count, 3 * size, size)[:, :, rows] = torch.bmm(part, matrices[:, rows, near].transpose(1, 2))
-    for start in range(0, size, band):
-        rows = slice(start, min(start + band, size))
-        near = slice(max(0, start - radius), min(size, start + band + radius))
-        for channel in range(3):
-            blurred[:, channel, rows] = torch.bmm(matrices[:, rows, near], along[:, channel, near])
-    return blurred.float()
+    count, area = plane.shape
+    size = math.isqrt(area)
+    weights = _blur_weights(falloff, radius).numpy()
+    toeplitz = np.zeros((count, _BAND, _BAND + 2 * radius), dtype=np.float32)
+    for line in range(_BAND):
+        toeplitz[:, line, line : line + 2 * radius + 1] = weights
+    bands = [(start, min(_BAND, size - start)) for start in range(0, size, _BAND)]
+    before, after = slice(radius, 0, -1), slice(size - 2, size - 2 - radius, -1) if radius < size - 1 else slice(size - 2, None, -1)
+
+    tall = np.empty((count, size + 2 * radius, size), dtype=np.float32)
+    source = plane.view(count, size, size).numpy()
+    tall[:, radius : radius + size] = source
+    if radius:
+        tall[:, :radius], tall[:, radius + size :] = source[:, before], source[:, after]
+    wide = np.empty((count, size, size + 2 * radius), dtype=np.float32)
+    center = wide[:, :, radius : radius + size]
+    for start, lines in bands:
+        np.matmul(
+            toeplitz[:, :lines, : lines + 2 * radius], tall[:, start : start + lines + 2 * radius], out=center[:, start : start + lines]
+        )
+    if radius:
+        wide[:, :, :radius], wide[:, :, radius + size :] = center[:, :, before], center[:, :, after]
+    result = np.empty((count, size, size), dtype=np.float32)
+    for start, lines in bands:
+        across = toeplitz[:, :lines, : lines + 2 * radius].transpose(0, 2, 1)
+        np.matmul(wide[:, :, start : start + lines + 2 * radius], across, out=result[:, :, start : start + lines])
+    return torch.from_numpy(result.reshape(count, area))
+
+
+def blur_matrices(falloff: Tensor, radius: int, size: int, dtype: torch.dtype) -> Tensor:
+    """The same blur along one axis as matrices, reflection included: (N, 1) of 1 / (2 sigma^2) -> (N, S, S) of ``dtype``."""
+    taps = _tap_matrices(size, radius, falloff.device, dtype)
+    return (_blur_weights(falloff, radius).to(dtype) @ taps).view(len(falloff), size, size)
+
+
+def blur_by_matrices(plane: Tensor, matrices: Tensor) -> Tensor:
+    """The blur of `blur_in_bands` as two batched products M X M^T: more multiplications, but few kernels and all of them for tensor cores.
+
+    With float16 matrices a result is off by less than 0.3/255; the products accumulate in float32.
+
+    Args:
+        plane: (N, S * S) float32.
+        matrices: (N, S, S), from `blur_matrices`.
+
+    Returns:
+        (N, S * S) float32, a new tensor.
+    """
+    square = plane.view(matrices.shape).to(matrices.dtype)
+    return torch.bmm(torch.bmm(matrices, square), matrices.transpose(1, 2)).float().flatten(1)
 
 
 @lru_cache(maxsize=32)
-def _reflected_taps(size: int, radius: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """(2 * radius + 1, size * size) of 0 and 1: entry (k, i * size + j) says that tap k of output i reads input j."""
-    taps = np.zeros((2 * radius + 1, size, size), dtype=np.float32)
-    places = np.arange(size)
-    for k in range(2 * radius + 1):
-        source = np.abs(places + k - radius)
-        source = np.where(source >= size, 2 * (size - 1) - source, source)
-        taps[k, places, source] = 1.0
-    return torch.from_numpy(taps.reshape(2 * radius + 1, -1)).to(device=device, dtype=dtype)
-
-
-def _normalisation(spec: ViewSpec) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Per channel: (x - mean) / std = x * scale + shift."""
-    return tuple(1 / std for std in spec.std), tuple(-mean / std for mean, std in zip(spec.mean, spec.std))
-
-
-@lru_cache(maxsize=64)
-def _constant(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """(1, 3, 1, 1) float32. Cached: a graph under capture must not copy from the host."""
-    return torch.tensor(values, dtype=torch.float32, device=device).view(1, 3, 1, 1)
+def _tap_matrices(size: int, radius: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """(2 * radius + 1, S * S) of 0 and 1: entry (k, i * S + j) says that tap k of place i reads place j."""
+    line = torch.arange(-radius, size + radius).abs()
+    line = torch.where(line >= size, 2 * (size - 1) - line, line)  # reflected; the border itself is not repeated
+    taps = torch.stack([torch.eye(size)[line[k : k + size]] for k in range(2 * radius + 1)])
+    return taps.flatten(1).to(device=device, dtype=dtype)

@@ -310,13 +310,13 @@ class BetonWriter:
         self._records = np.zeros(capacity, RECORD_DTYPE)
         self.num_samples = 0
         if written is None or len(written) == 0:
-            self._file = open(self.path, "wb", buffering=1 << 20)
+            self._file = open(self.path, "wb", buffering=1 << 20)  # noqa: SIM115 - lives on, see close()
         else:
             self.num_samples = len(written)
             self._records[: self.num_samples] = written
             self._grow_page(int(written["size"].max()))
             self._position = int(written[-1]["offset"] + written[-1]["size"])
-            self._file = open(self.path, "r+b", buffering=1 << 20)
+            self._file = open(self.path, "r+b", buffering=1 << 20)  # noqa: SIM115 - lives on, see close()
             self._file.truncate(self._position)
             # It may have been stopped between its header and its rename: unfinished again.
             self._file.write(bytes(HEADER_DTYPE.itemsize))

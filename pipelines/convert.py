@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -48,7 +49,7 @@ CHECKPOINT_SECONDS = 2.0
 #: Below this many photos the small page keeps the file small: the metadata alone takes a whole page.
 SMALL_SET = 10_000
 #: Only formats that Pillow decodes by itself: EPS, for one, would start Ghostscript on a stranger's program.
-PILLOW_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 
 _TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -207,8 +208,8 @@ def encode_photo(data: bytes, options: ConvertOptions) -> Encoded:
     if not data:
         raise JpegError("the file is empty")
     is_jpeg = data[:3] == b"\xff\xd8\xff"
-    header = jpeg.read_header(data) if is_jpeg else None
-    if header is not None and header.colorspace in ("YCbCr", "Gray", "RGB"):
+    header = _readable_header(data) if is_jpeg else None
+    if header is not None:
         size = options.target_size(header.height, header.width)
         orientation = jpeg.exif_orientation(data)
         unchanged = size == (header.height, header.width) and orientation == 1
@@ -234,6 +235,15 @@ def encode_photo(data: bytes, options: ConvertOptions) -> Encoded:
     return Encoded(stored, height, width, MODE_JPEG if options.store == "jpeg" else MODE_RAW, False, zlib.crc32(stored))
 
 
+def _readable_header(data: bytes) -> jpeg.JpegHeader | None:
+    """The header of a JPEG, or None when it is one that only Pillow can decode: CMYK, or unusual sampling factors."""
+    try:
+        header = jpeg.read_header(data)
+    except JpegError:
+        return None
+    return header if header.colorspace in jpeg.DECODABLE else None
+
+
 def _decode_jpeg(data: bytes, at_least: tuple[int, int] | None) -> tuple[np.ndarray, bool]:
     """Decode strictly; (pixels, whether the file may be stored as it is)."""
     try:
@@ -248,7 +258,7 @@ def _decode_jpeg(data: bytes, at_least: tuple[int, int] | None) -> tuple[np.ndar
 def _decode_pillow(data: bytes, is_jpeg: bool) -> tuple[Image.Image, int]:
     """Decode with Pillow; (RGB picture, EXIF orientation still to be applied)."""
     try:
-        image = Image.open(io.BytesIO(data), formats=PILLOW_FORMATS)
+        image = Image.open(io.BytesIO(data), formats=_pillow_formats())
     except PIL.UnidentifiedImageError:
         raise JpegError("not a picture in a format that we read (by its contents, not by its name)") from None
     # Before load(): the size in the header costs nothing, the pixels behind it may cost gigabytes.
@@ -270,6 +280,13 @@ def _decode_pillow(data: bytes, is_jpeg: bool) -> tuple[Image.Image, int]:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
     return image.convert("RGB"), orientation if orientation in _TRANSPOSE else 1
+
+
+@cache
+def _pillow_formats() -> tuple[str, ...]:
+    """Those of our formats that this Pillow was built with."""
+    Image.init()
+    return tuple(name for name in PILLOW_FORMATS if name in Image.OPEN)
 
 
 class _Conversion:
@@ -303,7 +320,7 @@ class _Conversion:
 
     def run(self, progress: Callable[[int, int], None] | None) -> None:
         """Convert all photos that are not done yet; whatever stops it, what is done so far is kept for the next run."""
-        Image.init()  # here, because it is not made for several threads at once
+        _pillow_formats()  # here, because loading plugins is not made for several threads at once
         total = len(self.chosen)
         checkpoint_at, progress_at = time.monotonic() + CHECKPOINT_SECONDS, 0.0
         try:
@@ -348,7 +365,7 @@ class _Conversion:
     def _photo(self, i: int) -> Encoded | str:
         try:
             return encode_photo(self.listing.read(i), self.options)
-        except Exception as error:  # noqa: BLE001 - decoders raise anything at all for damaged input, and one photo must not end the run
+        except Exception as error:  # decoders raise anything at all for damaged input, and one photo must not end the run
             reason = str(error).strip()
             return reason if isinstance(error, FastSSLError) and reason else f"{type(error).__name__}: {reason}"
 
@@ -374,7 +391,7 @@ class _Conversion:
     # ---- stopping and going on
 
     def _open_journal(self) -> None:
-        self._journal = open(self.journal_path, "ab")
+        self._journal = open(self.journal_path, "ab")  # noqa: SIM115 - lives on, see _close()
         if not self.resumed:
             self._journal.write(json.dumps(self.key()).encode() + b"\n")
 
@@ -428,17 +445,19 @@ class _Conversion:
         for line in lines[1:]:
             try:
                 position, *row = json.loads(line)
+                reason = str(row[0]) if len(row) == 1 else None
+                checksum, copied, *record = [0, 0] if reason is not None else map(int, row)
             except (ValueError, TypeError):
                 break
             # A write that failed half-way may have been tried again: take each photo once, in order.
-            if position != self.num_done:
+            if position != self.num_done or self.num_done == len(self.chosen) or len(record) not in (0, len(RECORD_DTYPE)):
                 break
-            if len(row) == 1:
-                self.rejects.append((self.listing.names[self.chosen[position]], row[0]))
+            if reason is not None:
+                self.rejects.append((self.listing.names[self.chosen[position]], reason))
             else:
-                self.checksums.append(row[0])
-                self.num_copied += row[1]
-                rows.append(tuple(row[2:]))
+                self.checksums.append(checksum)
+                self.num_copied += copied
+                rows.append(tuple(record))
             self.num_done += 1
             good += len(line) + 1
         records = np.array(rows, RECORD_DTYPE)

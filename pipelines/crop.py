@@ -16,17 +16,17 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 import torch.nn.functional as F
+from fastssl.pipelines.plan import ViewSpec
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
-
-from fastssl.pipelines.plan import ViewSpec
 
 # Radius of the filter in output pixels when reducing, in source pixels when enlarging.
 _SUPPORT = {"bilinear": 1, "bicubic": 2}
 
-# torch splits element-wise work of 32768 elements and more over its thread pool. From a decoding thread that is never a gain: all
-# cores decode already, and a pool that has to wait for a busy core costs up to a scheduler's time slice (measured: 8 ms
-# instead of 0.02 ms for the flip of a 224 px view). So worker threads touch fewer elements at a time. The resize itself does not use the pool for one picture.
+# torch splits element-wise work of 32768 elements and more over its thread pool. From a decoding thread that is never a gain:
+# all cores decode already, and a pool that has to wait for a busy core costs up to a scheduler's time slice (measured: 8 ms
+# instead of 0.02 ms for the flip of a 224 px view). So worker threads touch fewer elements at a time. The resize itself does
+# not use the pool for one picture.
 _SERIAL_ELEMENTS = 32767
 
 
@@ -42,7 +42,8 @@ def crop_resize_host(image: NDArray[np.uint8], record: np.void, spec: ViewSpec, 
         out: (S, S, 3) uint8 host tensor with contiguous rows, for example a slot of a pinned buffer; overwritten.
     """
     top, left, height, width = (int(record[name]) for name in ("top", "left", "height", "width"))
-    crop = np.ascontiguousarray(image[top : top + height, left : left + width])
+    # torch wants writable memory as well: a raw sample can be a view of a file.
+    crop = np.require(image[top : top + height, left : left + width], requirements=["C", "W"])
     # The batch axis is added before the permutation: only then does torch see channels-last and take its vectorised path.
     source = torch.from_numpy(crop)[None].permute(0, 3, 1, 2)
     view = F.interpolate(source, (spec.size, spec.size), mode=spec.interpolation, align_corners=False, antialias=True)[0].permute(1, 2, 0)
@@ -132,11 +133,14 @@ def _last_byte(offsets: NDArray[np.int64], heights: NDArray[np.int64], widths: N
     return int((offsets[chunk] + 3 * (heights[chunk] - 1) * widths[chunk]).max()) + 3 * _padded(widths[chunk])
 
 
-def plan_chunks(heights: NDArray[np.int64], widths: NDArray[np.int64], specs: Sequence[ViewSpec], itemsize: int, budget: int) -> list[NDArray[np.int64]]:
+def plan_chunks(
+    heights: NDArray[np.int64], widths: NDArray[np.int64], specs: Sequence[ViewSpec], itemsize: int, budget: int
+) -> list[NDArray[np.int64]]:
     """Group samples of similar size, so that padding to a common size wastes little and a chunk's tensors fit the budget.
 
     A chunk grows, in order of orientation and area, until padding would make it more than 1.4 times its pictures' own pixels
-    (chunks below two megapixels may: they cost less than the kernel launches that splitting adds) or its tensors exceed the budget. One picture is always a chunk, whatever its size.
+    (chunks below two megapixels may: they cost less than the kernel launches that splitting adds) or its tensors exceed the
+    budget. One picture is always a chunk, whatever its size.
 
     Args:
         heights, widths: (B,) sizes.
@@ -156,7 +160,11 @@ def plan_chunks(heights: NDArray[np.int64], widths: NDArray[np.int64], specs: Se
         height, width = max(tallest, int(heights[sample])), max(widest, int(widths[sample]))
         area, count = int(heights[sample] * widths[sample]), end - start + 1
         padded = count * height * width
-        size = count * (3 * height * width * (1 + itemsize) + (height + width) * rows_of_weights * itemsize + 3 * (height + largest) * largest * itemsize)
+        size = count * (
+            3 * height * width * (1 + itemsize)
+            + (height + width) * rows_of_weights * itemsize
+            + 3 * (height + largest) * largest * itemsize
+        )
         wasteful = padded > max(1.4 * (pixels + area), 2e6)
         if count > 1 and (wasteful or size > budget):
             chunks.append(order[start:end])
@@ -203,10 +211,14 @@ def _crop_group(source: Tensor, boxes: Tensor, plan: NDArray[np.void], spec: Vie
             narrow.clamp_(0, 255)  # Pillow stores this stage in 8 bits, which cuts the cubic's overshoot
         small = torch.bmm(rows[:, view], narrow.view(batch, height, 3 * size))  # (b, S, 3S)
         small.clamp_(0, 255).add_(0.5)  # the conversion to uint8 cuts the fraction off
-        output[view].index_copy_(0, index, small.view(batch, size, 3, size).permute(0, 1, 3, 2).to(torch.uint8, memory_format=torch.contiguous_format))
+        output[view].index_copy_(
+            0, index, small.view(batch, size, 3, size).permute(0, 1, 3, 2).to(torch.uint8, memory_format=torch.contiguous_format)
+        )
 
 
-def filter_matrices(start: Tensor, length: Tensor, flip: Tensor | None, spec: ViewSpec, extent: int, longest: int, dtype: torch.dtype) -> Tensor:
+def filter_matrices(
+    start: Tensor, length: Tensor, flip: Tensor | None, spec: ViewSpec, extent: int, longest: int, dtype: torch.dtype
+) -> Tensor:
     """Resize weights along one axis for a batch of boxes.
 
     Source: Pillow's resampling (Resample.c, precompute_coeffs). Only the few taps of each row are computed, then written into a
@@ -248,5 +260,5 @@ def _filter(x: Tensor, interpolation: str) -> Tensor:
         return (1.0 - x).clamp_min_(0.0)
     a = -0.5  # Keys' cubic as Pillow has it; torch's resize without antialiasing uses -0.75
     near = ((a + 2.0) * x - (a + 3.0)) * x * x + 1.0
-    far = ((x - 5.0) * x + 8.0) * x * a - 4.0 * a
-    return torch.where(x < 1.0, near, torch.where(x < 2.0, far, 0.0))
+    far = (((x - 5.0) * x + 8.0) * x * a - 4.0 * a) * (x < 2.0)
+    return torch.where(x < 1.0, near, far)

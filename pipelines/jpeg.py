@@ -19,7 +19,8 @@ MAX_PIXELS = 178_956_970
 #: From this quality on the encoder keeps full colour resolution: whoever asks for it wants the colours too.
 FULL_CHROMA_QUALITY = 95
 
-_DECODABLE = frozenset({"YCbCr", "Gray", "RGB"})
+#: The colour spaces that :func:`decode` accepts.
+DECODABLE = frozenset({"YCbCr", "Gray", "RGB"})
 
 
 class JpegHeader(NamedTuple):
@@ -43,7 +44,10 @@ def decode(data: bytes | memoryview | np.ndarray, *, at_least: tuple[int, int] |
     """Decode to a new (H, W, 3) uint8 RGB array; grey pictures get three equal channels.
 
     ``at_least``: (height, width) in pixels; the decoder may then shrink the picture by itself to n/8, at most to half its
-    size (in the DCT, several times cheaper), as long as neither side falls below. ``JpegError``: not a JPEG, damaged, short, CMYK, or over ``MAX_PIXELS``.
+    size (in the DCT, several times cheaper), as long as neither side falls below.
+
+    Raises:
+        JpegError: not a JPEG, damaged, cut off, CMYK, or more than ``MAX_PIXELS``.
     """
     _checked_header(data)
     scale = {} if at_least is None else {"min_height": at_least[0], "min_width": at_least[1], "min_factor": 2}
@@ -119,7 +123,7 @@ def _checked_header(data: bytes | memoryview | np.ndarray) -> JpegHeader:
     header = read_header(data)
     if header.height * header.width > MAX_PIXELS:
         raise JpegError(f"the header asks for {header.height}x{header.width} pixels, more than the limit of {MAX_PIXELS:,}")
-    if header.colorspace not in _DECODABLE:
+    if header.colorspace not in DECODABLE:
         # libjpeg-turbo would turn it into RGB with a formula that ignores ink inversion: plausible, wrong colours.
         raise JpegError(f"the picture is {header.colorspace}: convert it to RGB first")
     return header

@@ -77,7 +77,7 @@ class _Job:
     def __init__(self, request: Request, offsets: np.ndarray, numel: int):
         self.request = request
         self.offsets = offsets  # (B,) int64, first byte of each decoded picture in the packed buffer
-        self.numel = numel
+        self.numel = numel  # bytes of the packed buffer that are used
         self.parts: list[Future] = []
         self.views: list[Tensor] = []
         self.bad: list[tuple[int, Exception]] = []
@@ -236,7 +236,9 @@ class NativeEngine:
         batch = len(request.index)
         numel = self.reader.heights[request.index].astype(np.int64) * self.reader.widths[request.index] * 3
         offsets = np.concatenate([[0], np.cumsum(numel)])
-        job = _Job(request, offsets[:-1].copy(), int(offsets[-1]))
+        # crop_resize_device reads rows in windows of the widest picture: spare bytes behind the last one save it a copy.
+        spare = 3 * (int(self.reader.widths[request.index].max()) + 8)
+        job = _Job(request, offsets[:-1].copy(), int(offsets[-1]) + spare)
         if self.crops == "host":
             job.views = slot.reserve_views(self.specs, batch)
         else:

@@ -26,15 +26,15 @@ from itertools import permutations
 from typing import TypeVar
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
-
 from fastssl.pipelines.errors import FastSSLError
 from fastssl.pipelines.rng import Stream, below, keyed_words, uniform
+from numpy.typing import ArrayLike, NDArray
 
 #: Values of ``order``: the jitter's operations.
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 
-#: One view of one sample. A choice that was not drawn is stored as its neutral value (factor 1, hue 0, sigma 0), so a record can be applied without its flags.
+#: One view of one sample. A choice that was not drawn is stored as its neutral value (factor 1, hue 0, sigma 0),
+#: so a record can be applied without its flags.
 VIEW_DTYPE = np.dtype(
     [
         ("top", "<i4"),  # crop box in pixels of the decoded picture
@@ -144,7 +144,8 @@ class ViewSpec:
     def evaluation(cls, size: int, crop: float = 0.875) -> ViewSpec:
         """The view for evaluation: the centred square of side ``crop`` x shorter side, resized; nothing random, no colour.
 
-        With the default it is what ``Resize(size / 0.875)`` and ``CenterCrop(size)`` show, up to a box of whole source pixels.
+        With the default it is what ``Resize(size / 0.875)`` and ``CenterCrop(size)`` show, up to a shift of less than one
+        pixel of the source, because boxes are whole pixels.
         """
         return cls(size=size, flip=0.0, jitter=0.0, grey=0.0, blur=0.0, solarise=0.0, center=crop)
 

@@ -13,6 +13,7 @@ import stat
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
@@ -201,7 +202,7 @@ class _Window:
 
 
 def _list_tar(path: Path) -> Listing:
-    handle = open(path, "rb")
+    handle = open(path, "rb")  # noqa: SIM115 - lives on, see close()
     try:
         return _list_open_tar(path, handle)
     except BaseException:
@@ -262,7 +263,9 @@ def _list_open_tar(path: Path, handle: BinaryIO) -> Listing:
     else:
         folders = {name.rpartition("/")[0] for name, _, _ in found}
         flat = len(folders) <= 1
-        shared = 0 if flat else len(os.path.commonprefix([folder.split("/") if folder else [] for folder in folders]))
+        # The first and the last in order share what all of them share.
+        ordered = sorted(folder.split("/") if folder else [] for folder in folders)
+        shared = 0 if flat else sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(ordered[0], ordered[-1])))
         parts = {name: name.split("/")[shared:] for name, _, _ in found}
         class_of = {} if flat else {name: rest[0] for name, rest in parts.items() if len(rest) > 1}
     listing = _listing(path, found, class_of, flat, rejected, ignored)

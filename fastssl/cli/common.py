@@ -64,17 +64,19 @@ def progress_bar(label: str, total: int | None, unit: str = "images") -> Iterato
             yield lambda done: bar.update(task, completed=done)
         return
 
-    started, last = time.monotonic(), 0.0
+    # A rate over what was done since the first call: work that was taken over from a stopped run is not this run's speed.
+    started, last, first = time.monotonic(), 0.0, None
 
     def advance(done: int) -> None:
-        nonlocal last
+        nonlocal last, first
         now = time.monotonic()
-        # A log file wants a line now and then, not one for every picture.
-        if done != total and now - last < 10:
+        first = done if first is None else first
+        # A log file wants a line now and then, not one for every picture, and none before there is anything to say.
+        if done == first or (done != total and now - last < 10):
             return
         last = now
-        rate = done / max(now - started, 1e-9)
-        left = f", {(total - done) / rate:,.0f} s left" if total and rate > 0 and done < total else ""
+        rate = (done - first) / max(now - started, 1e-9)
+        left = f", {(total - done) / rate:,.0f} s left" if total and done < total else ""
         console.print(f"{label}: {done:,}{f'/{total:,}' if total else ''} {unit}, {rate:,.0f} {unit}/s{left}", highlight=False)
 
     yield advance

@@ -13,8 +13,8 @@ from fastssl.cli.common import console, json_option, progress_bar, write_json
 @click.command("convert-imagenet")
 @click.argument("src", type=click.Path(path_type=Path))
 @click.argument("dst", type=click.Path(path_type=Path))
-@click.option("--short-side", type=click.IntRange(min=1), default=None, help="Scale larger photos down to this shorter side.  [default: 256]")
-@click.option("--max-side", type=click.IntRange(min=1), default=None, help="Scale larger photos down to this longer side instead.")
+@click.option("--short-side", type=click.IntRange(min=1), help="Scale larger photos down to this shorter side.  [default: 256]")
+@click.option("--max-side", type=click.IntRange(min=1), help="Scale larger photos down to this longer side instead.")
 @click.option("--keep-size", is_flag=True, help="Scale nothing.")
 @click.option("--quality", type=click.IntRange(1, 100), default=90, show_default=True, help="JPEG quality of what is encoded anew.")
 @click.option("--store", type=click.Choice(["jpeg", "raw"]), default="jpeg", show_default=True, help="Store JPEGs, or decoded pixels.")
@@ -22,7 +22,11 @@ from fastssl.cli.common import console, json_option, progress_bar, write_json
 @click.option("--limit", type=click.IntRange(min=1), default=None, help="Convert only N photos, evenly spaced over the source.")
 @click.option("--resume/--no-resume", default=True, show_default=True, help="Go on where a stopped conversion stood, or start again.")
 @click.option(
-    "--on-bad", type=click.Choice(["skip", "fail"]), default="skip", show_default=True, help="List bad photos and go on, or stop at the first."
+    "--on-bad",
+    type=click.Choice(["skip", "fail"]),
+    default="skip",
+    show_default=True,
+    help="List bad photos and go on, or stop at the first.",
 )
 @json_option
 def convert_imagenet(

@@ -30,9 +30,10 @@ WEIGHTINGS = tuple(DEFAULT_SMOOTHING)
 
 # Keys per block in the search for the nearest. Larger: fewer maxima to rank, more keys to look at again (8 and 16 measured alike, 4 and 32 slower).
 _BLOCK = 16
-# Logits in flight (batch * tile), and the size of the other temporaries. On a CPU 4 MB of float32 stay near the cores; sizes from 2 to 16 MB measured
-# alike. A GPU wants few and large launches: 64 MB, two tiles at batch 512 and queue 65536, where one dense matrix of logits is 128 MB.
-_ELEMENTS_CPU = 2**20
+# Products in flight (batch * tile), and the size of the other large temporaries. On a CPU 16 MB of float32 is within 10 % of the best size on a quiet
+# machine, and on a crowded one, where every parallel operation waits for its slowest thread, the few large tiles win by far. A GPU wants few
+# launches too: 64 MB, two tiles at batch 512 and queue 65536, where one dense matrix of logits is 128 MB.
+_ELEMENTS_CPU = 2**22
 _ELEMENTS_GPU = 2**24
 
 _INT32_MAX = 2**31 - 1
@@ -326,10 +327,10 @@ def _nearest_mean(query: Tensor, queue: Tensor, peaks: Tensor, weights: tuple[fl
     in_block = torch.arange(_BLOCK, device=queue.device)
     # The keys looked at again are a matrix per query; queries go in chunks that hold as much as one tile of products does.
     chunk = max(1, _elements(query) // (blocks * _BLOCK * query.shape[1]))
+    kept = _top_columns(peaks.t().contiguous(), blocks).sort(1).values  # (B, n): ascending, so that candidates follow rows
     means = []
-    for queries, columns in zip(query.split(chunk), peaks.split(chunk, 1)):
-        kept = _top_columns(columns.t().contiguous(), blocks).sort(1).values  # (b, n): ascending, so that candidates follow rows
-        index = (kept[:, :, None] * _BLOCK + in_block).flatten(1)  # (b, 16 n)
+    for queries, its_blocks in zip(query.split(chunk), kept.split(chunk)):
+        index = (its_blocks[:, :, None] * _BLOCK + in_block).flatten(1)  # (b, 16 n)
         candidates = queue.index_select(0, index.clamp(max=rows - 1).flatten()).to(query.dtype).view(*index.shape, -1)  # (b, 16 n, D)
         products = torch.bmm(candidates, queries[:, :, None]).squeeze(2)  # (b, 16 n)
         if rows % _BLOCK:
@@ -347,7 +348,7 @@ def _top_columns(values: Tensor, count: int) -> Tensor:
     # torch.topk leaves ties open and a stable sort of everything is slow, so value and column become one integer key: the float's bits,
     # made monotonic, above the reversed column. Adding zero turns -0.0, which equals 0.0 but has other bits, into 0.0.
     bits = (values + 0.0).view(torch.int32)
-    bits ^= (bits >> 31) & _INT32_MAX
+    bits ^= (bits >> 31).bitwise_and_(_INT32_MAX)
     reversed_column = torch.arange(_INT32_MAX, _INT32_MAX - values.shape[1], -1, device=values.device)
     keys = bits.to(torch.int64).bitwise_left_shift_(32).add_(reversed_column)
     return _INT32_MAX - (keys.topk(count, 1).values & 0xFFFFFFFF)

@@ -162,7 +162,7 @@ class MoCo(nn.Module):
         The loss of a soft target is at least the target's entropy: ``kl`` is what stands above that. ``embedding_std`` is 1
         for directions spread evenly over the sphere and 0 when all embeddings are one point.
         """
-        kl = loss - 2 * self.loss.target_entropy(smoothing)
+        kl = loss - 2 * self.loss.target_entropy(smoothing, queue_size=len(self.queue))
         alignment = (query - key).square().sum(dim=1).mean()
         spread = query.std(dim=0).mean() * query.shape[1] ** 0.5
         return torch.stack([loss.detach(), kl.detach(), alignment, spread]).float()

@@ -145,7 +145,7 @@ def test_an_unfinished_file_is_refused(tmp_path):
     with pytest.raises(ZeroDivisionError), BetonWriter(path, 3) as writer:
         writer.add(b"x" * 12, 2, 2, mode=MODE_RAW)
         raise ZeroDivisionError
-    with pytest.raises(BetonError, match="a.beton: unfinished"):
+    with pytest.raises(BetonError, match=r"a.beton: unfinished"):
         BetonReader(path)
 
 
@@ -210,7 +210,7 @@ def test_other_fields_are_skipped_with_a_notice(tmp_path, types, label, empty_by
     path = tmp_path / "a.beton"
     images = foreign_file(path, types, lambda n: np.random.default_rng(0).permutation(n), empty_bytes)
     if len(types) > 2 or 0 in types:
-        with pytest.warns(UserWarning, match="fields not read: .*field"):
+        with pytest.warns(UserWarning, match=r"fields not read: .*field"):
             reader = BetonReader(path)
     else:
         reader = BetonReader(path)
@@ -230,7 +230,7 @@ def test_custom_fields_and_files_without_images_are_refused(tmp_path):
     data = bytearray(path.read_bytes())
     data[24 + 1041] = 255
     path.write_bytes(data)
-    with pytest.raises(BetonError, match="field1.*custom type 255"):
+    with pytest.raises(BetonError, match=r"field1.*custom type 255"):
         BetonReader(path)
     foreign_file(path, [1, 3])
     with pytest.raises(BetonError, match="no image field, only field0, field1"):
@@ -251,7 +251,7 @@ def test_classes_come_from_the_side_file(tmp_path):
         assert reader.classes is None
     for text in ("{", "[]", '{"classes": [1], "bytes": 3}', '{"classes": null}', "\udcff"):
         side.write_bytes(text.encode("utf-8", "surrogateescape"))
-        with pytest.raises(BetonError, match="a.beton.json"):
+        with pytest.raises(BetonError, match=r"a.beton.json"):
             _ = reader.classes
 
 

@@ -85,13 +85,19 @@ DAMAGE = {
     "raw too wide": (lambda d: patched(d, METADATA_AT + 24 + 1, "<H", 25), "sample 1: raw pixels"),
     "pointer into the header": (lambda d: patched(d, METADATA_AT + 5, "<Q", 0), "sample 0: no entry"),
     "pointer off by one": (lambda d: patched(d, METADATA_AT + 5, "<Q", (2 << 20) + 1), "sample 0: no entry"),
-    "another's picture": (lambda d: d[: METADATA_AT + 5] + d[METADATA_AT + 48 + 5 :][:8] + d[METADATA_AT + 13 :], "sample 0: .*another sample"),
+    "another's picture": (
+        lambda d: d[: METADATA_AT + 5] + d[METADATA_AT + 48 + 5 :][:8] + d[METADATA_AT + 13 :],
+        "sample 0: .*another sample",
+    ),
     "size 0": (lambda d: patched(d, table_at(d) + 16, "<Q", 0), "sample 0: "),
     **{f"{n:#x} samples": (lambda d, n=n: patched(d, 8, "<Q", n), "bytes of metadata") for n in HUGE},
     **{f"table at {n:#x}": (lambda d, n=n: patched(d, 16, "<Q", n), "allocation table should start") for n in HUGE},
     **{f"sample of {n:#x} bytes": (lambda d, n=n: patched(d, table_at(d) + 24 + 16, "<Q", n), "sample 1: .*outside") for n in HUGE},
     **{
-        f"both pointers {n:#x}": (lambda d, n=n: patched(patched(d, METADATA_AT + 5, "<Q", n), table_at(d) + 8, "<Q", n), "sample 0: .*outside")
+        f"both pointers {n:#x}": (
+            lambda d, n=n: patched(patched(d, METADATA_AT + 5, "<Q", n), table_at(d) + 8, "<Q", n),
+            "sample 0: .*outside",
+        )
         for n in [0, 24, METADATA_AT, *HUGE]
     },
     "65535 fields": (lambda d: patched(d, 2, "<H", 65535), "65535 field descriptors"),
@@ -193,5 +199,5 @@ def test_random_bytes_are_no_file(tmp_path):
             noise[:24] = np.array([(2, 1, 2 << 20, 1 + size % 7, size - 24)], beton.HEADER_DTYPE).view(np.uint8)
             noise[24] = 2 if size > 1100 else noise[24]
         path.write_bytes(noise.tobytes())
-        with pytest.raises(FastSSLError, match="noise.beton"):
+        with pytest.raises(FastSSLError, match=r"noise.beton"):
             read_all(path)

@@ -53,7 +53,16 @@ def test_batches_of_an_epoch_are_disjoint() -> None:
     assert seen.size == 96 and np.unique(seen).size == 96
 
 
-@pytest.mark.parametrize("arguments, message", [((10, 0, 0, 2, 5), "outside the epoch"), ((10, 0, 0, -1, 5), "outside"), ((10, 0, 0, 0, 5, 2, 2), "rank"), ((10, 0, 0, 0, 0), "batch_size"), ((4, 0, 0, 0, 5), "4 samples make 0 steps")])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ((10, 0, 0, 2, 5), "outside the epoch"),
+        ((10, 0, 0, -1, 5), "outside"),
+        ((10, 0, 0, 0, 5, 2, 2), "rank"),
+        ((10, 0, 0, 0, 0), "batch_size"),
+        ((4, 0, 0, 0, 5), "4 samples make 0 steps"),
+    ],
+)
 def test_wrong_steps_and_ranks_are_refused(arguments: tuple, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         batch_indices(*arguments)

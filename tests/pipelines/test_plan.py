@@ -15,7 +15,15 @@ FULL = ViewSpec(size=96, count=3, area=(0.05, 0.9), jitter=0.8, brightness=0.4, 
 
 
 def plan_of(spec: ViewSpec, n: int, size: tuple[int, int] = (375, 500), seed: int = 0, epoch: int = 0, first_view: int = 0) -> np.ndarray:
-    return draw_plan(spec, first_view=first_view, seed=seed, epoch=epoch, sample_ids=np.arange(n), heights=np.full(n, size[0]), widths=np.full(n, size[1]))
+    return draw_plan(
+        spec,
+        first_view=first_view,
+        seed=seed,
+        epoch=epoch,
+        sample_ids=np.arange(n),
+        heights=np.full(n, size[0]),
+        widths=np.full(n, size[1]),
+    )
 
 
 def slow_view(spec: ViewSpec, seed: int, epoch: int, sample: int, view: int, height: int, width: int) -> np.void:
@@ -127,7 +135,14 @@ def test_crop_boxes_follow_torchvision(size: tuple[int, int], area: tuple[float,
     def statistics(box: np.ndarray) -> dict[str, np.ndarray]:
         top, left, height, width = box.T.astype(float)
         free_y, free_x = np.maximum(size[0] - height, 1), np.maximum(size[1] - width, 1)
-        return {"area": height * width, "ratio": width / height, "top": top / free_y, "left": left / free_x, "height": height, "width": width}
+        return {
+            "area": height * width,
+            "ratio": width / height,
+            "top": top / free_y,
+            "left": left / free_x,
+            "height": height,
+            "width": width,
+        }
 
     mine, reference = statistics(ours), statistics(theirs)
     for name in mine:
@@ -136,7 +151,11 @@ def test_crop_boxes_follow_torchvision(size: tuple[int, int], area: tuple[float,
 
 def test_the_fallback_is_torchvisions_centred_crop() -> None:
     # No box of this ratio and at least this area fits, so ten tries always fail.
-    for size, spec in [((10, 400), ViewSpec(area=(0.5, 1.0))), ((400, 10), ViewSpec(area=(0.5, 1.0))), ((7, 401), ViewSpec(area=(0.9, 1.0)))]:
+    for size, spec in [
+        ((10, 400), ViewSpec(area=(0.5, 1.0))),
+        ((400, 10), ViewSpec(area=(0.5, 1.0))),
+        ((7, 401), ViewSpec(area=(0.9, 1.0))),
+    ]:
         expected = RandomResizedCrop.get_params(torch.empty(1, *size), list(spec.area), list(spec.ratio))
         plan = plan_of(spec, 50, size)
         assert {tuple(int(record[name]) for name in ("top", "left", "height", "width")) for record in plan[0]} == {tuple(expected)}
@@ -144,7 +163,10 @@ def test_the_fallback_is_torchvisions_centred_crop() -> None:
 
 def test_fallback_within_the_ratio_takes_the_whole_picture() -> None:
     # Area 1 with ratio 1.1 in a square picture: never fits, and the picture's own ratio lies outside; then inside.
-    assert [int(plan_of(ViewSpec(area=(1.0, 1.0), ratio=(1.1, 1.2)), 1, (110, 110))[0, 0][name]) for name in ("height", "width")] == [100, 110]
+    assert [int(plan_of(ViewSpec(area=(1.0, 1.0), ratio=(1.1, 1.2)), 1, (110, 110))[0, 0][name]) for name in ("height", "width")] == [
+        100,
+        110,
+    ]
     box = plan_of(ViewSpec(area=(1.0, 1.0), ratio=(1e-3, 1e3)), 300, (50, 50))[0]
     assert (box["height"] * box["width"] >= 2400).all()
 
@@ -167,7 +189,13 @@ def test_order_of_the_jitter_is_uniform() -> None:
 def test_probabilities() -> None:
     n = 12_000
     plan = plan_of(replace(FULL, flip=0.5, jitter=0.8, grey=0.2, blur=0.1, solarise=0.3, count=1), n)[0]
-    drawn = {"flip": plan["flip"], "jitter": plan["jitter"], "grey": plan["grey"], "blur": plan["blur_sigma"] > 0, "solarise": plan["solarise"]}
+    drawn = {
+        "flip": plan["flip"],
+        "jitter": plan["jitter"],
+        "grey": plan["grey"],
+        "blur": plan["blur_sigma"] > 0,
+        "solarise": plan["solarise"],
+    }
     for (name, hits), p in zip(drawn.items(), (0.5, 0.8, 0.2, 0.1, 0.3)):
         assert abs(hits.mean() - p) < 4 * math.sqrt(p * (1 - p) / n), name
     assert abs(np.corrcoef(np.stack(list(drawn.values())))[np.triu_indices(5, 1)]).max() < 0.04
@@ -186,7 +214,9 @@ def test_without_jitter_the_factors_are_neutral() -> None:
     plan = plan_of(FULL, 500)
     idle = plan[~plan["jitter"]]
     assert len(idle) > 100
-    assert (idle["brightness"] == 1).all() and (idle["contrast"] == 1).all() and (idle["saturation"] == 1).all() and (idle["hue"] == 0).all()
+    assert (
+        (idle["brightness"] == 1).all() and (idle["contrast"] == 1).all() and (idle["saturation"] == 1).all() and (idle["hue"] == 0).all()
+    )
     assert (idle["order"] == np.arange(4)).all()
 
 
@@ -197,15 +227,21 @@ def test_evaluation_view() -> None:
         assert [int(record[name]) for name in ("top", "left", "height", "width")] == [16, 58, 224, 224]
         assert not (record["flip"] or record["jitter"] or record["grey"] or record["solarise"] or record["blur_sigma"])
     assert plan.tobytes() == plan_of(spec, 3, (256, 341), seed=9, epoch=4).tobytes()
-    assert [int(plan_of(ViewSpec.evaluation(8, crop=0.1), 1, (1, 3))[0, 0][name]) for name in ("top", "left", "height", "width")] == [0, 1, 1, 1]
+    assert [int(plan_of(ViewSpec.evaluation(8, crop=0.1), 1, (1, 3))[0, 0][name]) for name in ("top", "left", "height", "width")] == [
+        0,
+        1,
+        1,
+        1,
+    ]
 
 
 @pytest.mark.parametrize(
     "field, value",
-    [("size", 0), ("size", 32.5), ("size", True), ("count", 0), ("area", (0.0, 1.0)), ("area", (0.5, 0.2)), ("area", (0.5, 1.5)), ("area", 0.5),
-     ("area", (0.1, 0.2, 0.3)), ("ratio", (0, 1)), ("ratio", (2.0, 1.0)), ("interpolation", "nearest"), ("flip", 1.5), ("flip", -0.1), ("flip", "yes"),
-     ("jitter", 2), ("brightness", -1), ("contrast", -0.1), ("saturation", float("nan")), ("hue", 0.6), ("grey", -1), ("blur", 1.01), ("blur_sigma", (0.0, 1.0)),
-     ("blur_sigma", (2.0, 0.1)), ("solarise", 3), ("solarise_threshold", 300), ("solarise_threshold", 1.5), ("mean", (0.5, 0.5)), ("std", (0.1, 0.0, 0.1)), ("center", 0.0), ("center", 1.2)],
+    [("size", 0), ("size", 32.5), ("size", True), ("count", 0), ("area", (0.0, 1.0)), ("area", (0.5, 0.2)), ("area", (0.5, 1.5)),
+     ("area", 0.5), ("area", (0.1, 0.2, 0.3)), ("ratio", (0, 1)), ("ratio", (2.0, 1.0)), ("interpolation", "nearest"), ("flip", 1.5),
+     ("flip", -0.1), ("flip", "yes"), ("jitter", 2), ("brightness", -1), ("contrast", -0.1), ("saturation", float("nan")), ("hue", 0.6),
+     ("grey", -1), ("blur", 1.01), ("blur_sigma", (0.0, 1.0)), ("blur_sigma", (2.0, 0.1)), ("solarise", 3), ("solarise_threshold", 300),
+     ("solarise_threshold", 1.5), ("mean", (0.5, 0.5)), ("std", (0.1, 0.0, 0.1)), ("center", 0.0), ("center", 1.2)],
 )  # fmt: skip
 def test_errors_name_the_field(field: str, value: object) -> None:
     with pytest.raises(ViewSpecError, match=field):

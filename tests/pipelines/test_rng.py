@@ -65,7 +65,10 @@ def test_every_part_of_the_key_changes_the_words() -> None:
     assert len({keyed_words(**arguments).tobytes() for arguments in changed}) == len(changed)
 
 
-@pytest.mark.parametrize("name, value", [("seed", -1), ("seed", 2**64), ("epoch", -1), ("epoch", 2**32), ("item", -1), ("view", 2**16), ("slot", 256), ("epoch", 1.5)])
+@pytest.mark.parametrize(
+    "name, value",
+    [("seed", -1), ("seed", 2**64), ("epoch", -1), ("epoch", 2**32), ("item", -1), ("view", 2**16), ("slot", 256), ("epoch", 1.5)],
+)
 def test_what_does_not_fit_is_refused_by_name(name: str, value: object) -> None:
     arguments = dict(seed=0, stream=Stream.PLAN, epoch=0, item=0, view=0, slot=0) | {name: value}
     with pytest.raises(SeedError, match=name):

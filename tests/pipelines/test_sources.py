@@ -52,7 +52,8 @@ def test_what_is_a_photo():
 
 
 def test_class_folders(tmp_path):
-    files = {"dog/2.jpg": b"d2", "dog/1.JPEG": b"d1", "cat/z.png": b"cz", "cat-2/deep/down/a.jpg": b"ca", "dog/readme.txt": b"", "dog/._1.jpg": b""}
+    files = {"dog/2.jpg": b"d2", "dog/1.JPEG": b"d1", "cat/z.png": b"cz", "cat-2/deep/down/a.jpg": b"ca"}
+    files |= {"dog/readme.txt": b"", "dog/._1.jpg": b""}
     with list_source(grow(tmp_path, files)) as listing:
         assert listing.classes == ["cat", "cat-2", "dog"]
         assert content(listing) == [
@@ -185,7 +186,7 @@ def test_cut_tars(tmp_path):
     whole = tar_bytes({"cat/a.jpg": b"a" * 1000, "dog/b.jpg": b"b" * 3000})
     path = tmp_path / "cut.tar"
     path.write_bytes(whole[: 512 + 1024 + 512 + 100])
-    with pytest.raises(SourceError, match="cut.tar: damaged or cut off tar, behind member 2 at byte 1536"):
+    with pytest.raises(SourceError, match=r"cut.tar: damaged or cut off tar, behind member 2 at byte 1536"):
         list_source(path)
     inner_cut = whole[: 512 + 1024 + 512 + 100]
     path.write_bytes(tar_bytes({"n01.tar": whole, "n02.tar": inner_cut}))
@@ -210,7 +211,8 @@ def test_damaged_tar_headers_are_noticed(tmp_path):
 
 def test_random_damage_to_a_tar_ends(tmp_path):
     """Any damage gives an error or a listing whose photos lie inside the file; never an endless loop."""
-    good = np.frombuffer(tar_bytes({"n01.tar": tar_bytes({f"{k}.jpg": b"a" * 90 for k in range(3)}), "n02.tar": tar_bytes({"b.jpg": b"b"})}), np.uint8)
+    inner = {"n01.tar": tar_bytes({f"{k}.jpg": b"a" * 90 for k in range(3)}), "n02.tar": tar_bytes({"b.jpg": b"b"})}
+    good = np.frombuffer(tar_bytes(inner), np.uint8)
     rng = np.random.default_rng(0)
     path = tmp_path / "bad.tar"
     listed = 0

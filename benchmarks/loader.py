@@ -1,0 +1,233 @@
+"""The loader, stage by stage: what the host's decoding can give at most, what the engine makes of it, and what arrives as views.
+
+Three records for each setting:
+
+``decode``      the engine with its device stage left out, beside a bare loop over the same JPEGs with the same binding on as many threads
+``host cost``   processor time a picture for one view, for two, and for two global and six local views, when crops run on the device
+``views``       a whole ``ViewLoader``: decode, crop, colour, on the device; beside what the bare loop could have fed
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import simplejpeg
+import torch
+from torch import Tensor
+
+from fastssl.benchmarks.photos import describe_data, find_data
+from fastssl.benchmarks.records import Record
+from fastssl.benchmarks.timing import MIN_RUNS
+from fastssl.benchmarks.windows import Window, measure_windows, rate, ratio, stream_window, wait_share
+from fastssl.pipelines.beton import MODE_RAW, BetonReader
+from fastssl.pipelines.crop import crop_resize_host
+from fastssl.pipelines.engine import Request
+from fastssl.pipelines.loader import ViewLoader
+from fastssl.pipelines.native import NativeEngine, available_cores
+from fastssl.pipelines.plan import ViewSpec, draw_plan
+from fastssl.recipe import Recipe
+
+#: Samples of an epoch: small files are read again and again, because a real epoch is not over after a handful of batches.
+_EPOCH = 65536
+#: Batch on a CPU when none is asked for: a recipe's own would need gigabytes of buffers, and rates do not depend on it.
+CPU_BATCH = 32
+
+
+class DecodeEngine(NativeEngine):
+    """The engine up to the decoded batch: reading, plan, decoding, the ring; nothing is rendered from it."""
+
+    def _deliver(self, slot: object, job: object) -> list[Tensor]:
+        return []
+
+
+def default_batch(recipe: Recipe, device: torch.device, batch_size: int | None) -> int:
+    """``batch_size`` if given; else the recipe's, on a CPU at most CPU_BATCH."""
+    if batch_size is not None:
+        return batch_size
+    return recipe.train.batch_size if device.type == "cuda" else min(recipe.train.batch_size, CPU_BATCH)
+
+
+def open_loader(reader: BetonReader, views: Sequence[ViewSpec], batch_size: int, device: torch.device, **options: object) -> ViewLoader:
+    """A loader whose epochs are long, however few samples the file has."""
+    repeats = max(1, -(-max(_EPOCH, 16 * batch_size) // len(reader)))
+    indices = np.tile(np.arange(len(reader)), repeats)
+    return ViewLoader(reader, views=views, batch_size=batch_size, device=device, indices=indices, **options)
+
+
+def endless(loader: ViewLoader) -> Iterator:
+    """The loader's batches, epoch after epoch."""
+    for epoch in itertools.count():
+        yield from loader.epoch(epoch)
+
+
+def _requests(loader: ViewLoader) -> Iterator[Callable[[], Request]]:
+    for epoch in itertools.count():
+        for step in range(len(loader)):
+            yield partial(loader.request, epoch, step)
+
+
+class BareLoop:
+    """Nothing but the work itself: the same JPEGs through the same binding, on ``threads`` threads that share nothing.
+
+    Args:
+        specs: also cut these views from each picture, as the engine's host crops do; empty: only decode.
+    """
+
+    def __init__(self, reader: BetonReader, threads: int, specs: Sequence[ViewSpec] = ()):
+        self.reader, self.threads, self.specs = reader, threads, list(specs)
+        ids = np.arange(len(reader))
+        self.plans, first_view = [], 0
+        for spec in self.specs:
+            plan = draw_plan(spec, first_view=first_view, seed=0, epoch=0, sample_ids=ids, heights=reader.heights, widths=reader.widths)
+            self.plans.append(plan)
+            first_view += spec.count
+
+    def __call__(self, seconds: float) -> Window:
+        started = time.perf_counter()
+        with ThreadPoolExecutor(self.threads) as pool:
+            counts = list(pool.map(lambda number: self._loop(number, started + seconds), range(self.threads)))
+        return Window(time.perf_counter() - started, sum(counts))
+
+    def _loop(self, number: int, deadline: float) -> int:
+        reader, count = self.reader, len(self.reader)
+        scratch = np.empty(int((reader.heights.astype(np.int64) * reader.widths).max()) * 3, np.uint8)
+        outs = [torch.empty(spec.size, spec.size, 3, dtype=torch.uint8) for spec in self.specs]
+        # Each thread begins elsewhere: two that decode the same picture would share the caches' content.
+        for done in itertools.count(1):
+            sample = (number * count // self.threads + done) % count
+            height, width = int(reader.heights[sample]), int(reader.widths[sample])
+            picture = scratch[: height * width * 3].reshape(height, width, 3)
+            if reader.modes[sample] == MODE_RAW:
+                np.copyto(picture, reader.encoded(sample).reshape(picture.shape))
+            else:
+                simplejpeg.decode_jpeg(reader.encoded(sample), colorspace="RGB", buffer=picture, strict=True)
+            for plan, spec, out in zip(self.plans, self.specs, outs):
+                for view in range(spec.count):
+                    crop_resize_host(picture, plan[view, sample], spec, out)
+            if time.perf_counter() >= deadline:
+                return done
+        raise AssertionError("unreachable: itertools.count does not end")
+
+
+def run(
+    recipe: Recipe,
+    recipe_name: str,
+    data: str = "synthetic",
+    device: torch.device | str = "cpu",
+    workers: int | None = None,
+    batch_size: int | None = None,
+    seconds: float = 10.0,
+    runs: int = MIN_RUNS,
+    photos: int = 512,
+) -> list[Record]:
+    """Measure one recipe's loader on one file.
+
+    Args:
+        recipe: its views and, on a GPU, its batch size.
+        data, photos: see :func:`fastssl.benchmarks.photos.find_data`.
+        workers: decoding threads; default: the cores that this process may use.
+        batch_size: default: the recipe's; at most 32 on a CPU.
+        seconds: of all counted windows together; warm-up comes on top.
+        runs: windows of each contender, at least five.
+
+    Returns:
+        The records ``decode``, ``host cost`` and ``views`` (``details["part"]``). A pair is one source picture with all views of the recipe, and
+        ``median_s`` the time of one batch.
+    """
+    device = torch.device(device)
+    workers = workers or available_cores()
+    path, name = find_data(data, photos)
+    size = default_batch(recipe, device, batch_size)
+    # One global view; the recipe's two; two global and six local ones. The host does not look at a view's size when crops run on the device.
+    single, pair = replace(recipe.views[0], count=1), replace(recipe.views[0], count=2)
+    local = replace(single, size=max(8, single.size * 3 // 7), count=6, area=(0.05, 0.2))
+    groups = {"1 view": [single], "2 views": [pair], "2 + 6 views": [pair, local]}
+    with BetonReader(path) as reader:
+        loaders = {key: open_loader(reader, specs, size, device, workers=workers, crops="device") for key, specs in groups.items()}
+        engines = {key: DecodeEngine(reader, specs, device=device, workers=workers, crops="device") for key, specs in groups.items()}
+        whole = open_loader(reader, recipe.views, size, device, workers=workers)
+        host_crops = whole.engine.crops == "host"
+        contenders: dict[str, Callable[[float], Window]] = {"bare, 1 thread": BareLoop(reader, 1), "bare": BareLoop(reader, workers)}
+
+        def stream(start: Callable[[], Iterator], engine: NativeEngine) -> Callable[[float], Window]:
+            return partial(stream_window, start, lambda batch: None, engine.stats, size, device)
+
+        for key, engine in engines.items():
+            contenders[key] = stream(partial(lambda e, requests: e.run(_requests(requests)), engine, loaders[key]), engine)
+        if host_crops:
+            contenders["bare crops"] = BareLoop(reader, workers, recipe.views)
+            contenders["crops"] = stream(lambda: whole.engine.run(_requests(whole)), whole.engine)
+        contenders["views"] = stream(lambda: endless(whole), whole.engine)
+        try:
+            windows = measure_windows(contenders, seconds=seconds, runs=runs)
+        finally:
+            for loader in (*loaders.values(), whole):
+                loader.close()
+            for engine in engines.values():
+                engine.close()
+        about = {"data": describe_data(reader, name), "crops": whole.engine.crops}
+    views = sum(spec.count for spec in recipe.views)
+
+    def record(part: str, **values: object) -> Record:
+        details = {"part": part, **about, **values.pop("details")}
+        common = {"recipe": recipe_name, "pipeline": "native", "device": device.type, "batch_size": size, "workers": workers, "runs": runs}
+        return Record(bench="loader", **common, **values, details=details)
+
+    def rates(mine: str, ceiling: str) -> dict[str, float]:
+        pair_per_s, fraction = rate(windows[mine]), ratio(windows[mine], windows[ceiling])
+        return {
+            "pair_per_s": pair_per_s,
+            "view_per_s": pair_per_s * views,
+            "median_s": size / pair_per_s,
+            "ceiling": pair_per_s * views / fraction,
+            "fraction_of_ceiling": fraction,
+        }
+
+    bare = {"bare_per_s": rate(windows["bare"]), "bare_per_s_1_thread": rate(windows["bare, 1 thread"])}
+    cost = {key: [1e3 * w.host_cpu_s / max(w.decoded, 1) for w in windows[key]] for key in engines}
+    growth = {key: float(np.median([more / one for more, one in zip(cost[key], cost["1 view"])])) for key in engines}
+    top = "bare crops" if host_crops else "bare"
+    bottleneck, shares = _bottleneck(windows, host_crops)
+    return [
+        record(
+            "decode",
+            **rates("2 views", "bare"),
+            ceiling_name=f"bare decode loop, {workers} threads",
+            bottleneck="decode",
+            details={**bare, "threads_help": ratio(windows["bare"], windows["bare, 1 thread"])},
+        ),
+        record(
+            "host cost",
+            details={
+                "host_cpu_ms": {key: float(np.median(values)) for key, values in cost.items()},
+                "times_1_view": growth,
+            },
+        ),
+        record(
+            "views",
+            **rates("views", top),
+            ceiling_name=f"bare decode {'and crop ' if host_crops else ''}loop, {workers} threads (colour not counted)",
+            bottleneck=bottleneck,
+            details={**bare, **shares, "consumer_wait_share": wait_share(windows["views"])},
+        ),
+    ]
+
+
+def _bottleneck(windows: dict[str, list[Window]], host_crops: bool) -> tuple[str, dict[str, float]]:
+    """What the whole loader's time goes into, in words and as figures."""
+    of_decode = ratio(windows["views"], windows["2 views"])
+    if not host_crops:
+        # The device works beside the decoding threads: what is slower sets the pace.
+        return ("decode" if of_decode >= 0.9 else "crop and colour on the device"), {"fraction_of_engine_decode": of_decode}
+    # Everything runs on the same cores, one after the other: times add up.
+    decode, crops = ratio(windows["views"], windows["bare"]), ratio(windows["views"], windows["bare crops"])
+    shares = {"decode": decode, "crop": max(0.0, crops - decode), "colour and hand-over": max(0.0, 1 - crops)}
+    details = {"share": shares, "engine_crops_of_bare_crops": ratio(windows["crops"], windows["bare crops"])}
+    largest = max(shares, key=shares.__getitem__)
+    return f"{largest} ({shares[largest]:.0%} of the time)", details

@@ -1,0 +1,123 @@
+"""Rates of things that run by themselves: a loader works ahead of its consumer, so a single call of it cannot be timed.
+
+Each contender runs for a window of time and says how many samples it finished in it; windows of all contenders come in turns, as in
+``fastssl.benchmarks.timing``, and ratios are taken within a round.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fastssl.benchmarks.timing import MIN_RUNS
+from fastssl.pipelines.engine import EngineStats
+
+#: Batches taken before a window opens: more than a loader's ring holds, so that those which were ready beforehand are gone.
+WARM_BATCHES = 6
+
+
+@dataclass(frozen=True)
+class Window:
+    """What one contender did in one turn.
+
+    Attributes:
+        seconds: length, from the first sample asked for to the last one finished.
+        samples: source pictures finished.
+        decoded, host_cpu_s: pictures decoded meanwhile (some for later), and the processor time of the threads that did it.
+        wait_s: for which the consumer stood waiting for data.
+    """
+
+    seconds: float
+    samples: int
+    decoded: int = 0
+    host_cpu_s: float = 0.0
+    wait_s: float = 0.0
+
+
+#: Runs for about that many seconds, at least one sample.
+Contender = Callable[[float], Window]
+
+
+def measure_windows(contenders: dict[str, Contender], *, seconds: float, runs: int = MIN_RUNS) -> dict[str, list[Window]]:
+    """``runs`` windows of each contender in turns, the order turning round, after one short round that is not counted.
+
+    Args:
+        seconds: for all counted windows together.
+
+    Raises:
+        ValueError: fewer than five runs, or no time.
+    """
+    if runs < MIN_RUNS or seconds <= 0:
+        raise ValueError(f"runs={runs}, seconds={seconds}: give at least {MIN_RUNS} runs and some time")
+    length = seconds / (runs * len(contenders))
+    for run in contenders.values():
+        run(length / 4)
+    windows: dict[str, list[Window]] = {name: [] for name in contenders}
+    names = list(contenders)
+    for number in range(runs):
+        for name in names if number % 2 == 0 else reversed(names):
+            windows[name].append(contenders[name](length))
+    return windows
+
+
+def rate(windows: Sequence[Window]) -> float:
+    """Median samples a second."""
+    return statistics.median(window.samples / window.seconds for window in windows)
+
+
+def ratio(ours: Sequence[Window], theirs: Sequence[Window]) -> float:
+    """Median over rounds of our rate over theirs: above 1, ours is faster."""
+    return statistics.median((a.samples / a.seconds) / (b.samples / b.seconds) for a, b in zip(ours, theirs))
+
+
+def wait_share(windows: Sequence[Window]) -> float:
+    """Median share of the time for which the consumer waited."""
+    return statistics.median(window.wait_s / window.seconds for window in windows)
+
+
+def stream_window(
+    start: Callable[[], Iterator[Any]],
+    consume: Callable[[Any], object],
+    stats: EngineStats,
+    batch_size: int,
+    device: torch.device,
+    seconds: float,
+) -> Window:
+    """A window over a stream of batches, in its steady state.
+
+    Args:
+        start: begins the stream; it is closed at the end, so that its threads leave the other contenders alone.
+        consume: what is done with each batch.
+        stats: of the engine behind the stream.
+        device: waited for at both ends of the window.
+    """
+    stream = start()
+    try:
+        # Slow consumers (a large network on a CPU) fill the ring at once: for them two batches are warm-up enough.
+        warm_until = time.perf_counter() + seconds
+        for number in range(WARM_BATCHES):
+            if number >= 2 and time.perf_counter() > warm_until:
+                break
+            consume(next(stream))
+        synchronize(device)
+        samples, cpu, wait = stats.samples, stats.host_cpu_s, stats.wait_s
+        started, batches = time.perf_counter(), 0
+        while batches == 0 or time.perf_counter() - started < seconds:
+            consume(next(stream))
+            batches += 1
+        synchronize(device)
+        elapsed = time.perf_counter() - started
+        return Window(elapsed, batches * batch_size, stats.samples - samples, stats.host_cpu_s - cpu, stats.wait_s - wait)
+    finally:
+        stream.close()
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until ``device`` has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

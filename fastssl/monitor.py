@@ -1,0 +1,93 @@
+"""Has the network collapsed? Cheap statistics of a batch of features, all of them tensors on the features' device.
+
+A self-supervised loss can fall while the features become useless (all alike, or along a few directions only): these
+figures show it, without labels. Except for :func:`effective_rank` nothing here waits for the device.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+def feature_std(features: Tensor) -> Tensor:
+    """Mean standard deviation of each dimension of the L2-normalised features, times sqrt(D).
+
+    1: spread evenly over the sphere; 0: collapsed to one point. As in Chen & He, "Exploring simple Siamese
+    representation learning", CVPR 2021, section 4.1, scaled so that it does not depend on the width.
+
+    Args:
+        features: (N, D) floating point, any scale.
+
+    Returns:
+        () float32.
+    """
+    normalised = functional.normalize(features.detach().float(), dim=1)
+    return normalised.std(dim=0, unbiased=False).mean() * features.shape[1] ** 0.5
+
+
+def effective_rank(features: Tensor) -> Tensor:
+    """Number of directions that the features use: exp of the entropy of the singular values' distribution.
+
+    Garrido, Balestriero, Najman, LeCun, "RankMe", ICML 2023, after Roy & Vetterli 2007; here of the *centred*
+    features, so that a large common offset (which a fresh network has) does not count as structure.
+
+    On a GPU the singular value decomposition waits for the device: call it between steps, not in one.
+
+    Args:
+        features: (N, D) floating point.
+
+    Returns:
+        () float32 from 1 to min(N - 1, D); 0 when all rows are equal up to rounding; NaN when a feature is not finite.
+    """
+    features = features.detach().float()
+    finite = torch.isfinite(features).all()
+    # The decomposition raises on NaN; a monitor has to report a diverged run, not to end it.
+    features = torch.nan_to_num(features, posinf=0.0, neginf=0.0)
+    singular = torch.linalg.svdvals(features - features.mean(dim=0))
+    # What subtracting the mean leaves of equal rows is rounding noise, which looks like a full rank: it does not count.
+    noise = torch.finfo(torch.float32).eps * torch.linalg.vector_norm(features) * 4
+    singular = torch.where(singular > noise, singular, torch.zeros_like(singular))
+    share = singular / singular.sum().clamp_min(torch.finfo(torch.float32).tiny)
+    rank = torch.special.entr(share).sum().exp()
+    rank = torch.where(singular.sum() > 0, rank, torch.zeros_like(rank))
+    return torch.where(finite, rank, torch.full_like(rank, torch.nan))
+
+
+def alignment(first: Tensor, second: Tensor) -> Tensor:
+    """Mean squared distance of two views of the same photos on the unit sphere: 0 means equal, 2 unrelated.
+
+    Wang & Isola, "Understanding contrastive representation learning through alignment and uniformity", ICML 2020,
+    with alpha = 2.
+
+    Args:
+        first, second: (N, D) floating point, row n of both from photo n, any scale.
+
+    Returns:
+        () float32.
+    """
+    first = functional.normalize(first.detach().float(), dim=1)
+    second = functional.normalize(second.detach().float(), dim=1)
+    return (first - second).square().sum(dim=1).mean()
+
+
+def uniformity(features: Tensor, t: float = 2.0) -> Tensor:
+    """log of the mean of exp(-t |x - y|^2) over all pairs of different rows, on the unit sphere (Wang & Isola 2020).
+
+    0: collapsed to one point; about -2 t for features spread evenly in many dimensions (-4 for t = 2), and a little
+    lower at best for few rows.
+
+    Args:
+        features: (N, D) floating point, any scale, N >= 2. Takes N^2 floats of memory.
+
+    Returns:
+        () float32.
+    """
+    normalised = functional.normalize(features.detach().float(), dim=1)
+    count = len(normalised)
+    exponent = 2 * t * (normalised @ normalised.T - 1)
+    exponent.fill_diagonal_(-torch.inf)
+    return torch.logsumexp(exponent.flatten(), dim=0) - math.log(count * (count - 1))

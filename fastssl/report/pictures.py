@@ -1,0 +1,269 @@
+"""views.png: what the network is shown. neighbours.png: what it finds alike, before and after training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from fastssl.evaluate.features import Features
+from fastssl.evaluate.knn import nearest_neighbors
+from fastssl.pipelines.beton import BetonReader
+from fastssl.pipelines.errors import FastSSLError, JpegError
+from fastssl.pipelines.loader import ViewLoader
+from fastssl.pipelines.plan import ViewSpec
+
+if TYPE_CHECKING:
+    from fastssl.probe import ProbeSplit
+
+_PAPER, _INK, _QUIET, _LINE = "#ffffff", "#1c2430", "#667085", "#e4e7ec"
+#: Blue-green and orange-red: apart also for the colour-blind, who also have the counts in the captions.
+_SAME, _OTHER = "#0f9d76", "#e0533a"
+_MARGIN = 24
+#: At most this many view columns: 2 + 6 views fit, a picture of 100 columns helps nobody.
+_MAX_VIEWS = 10
+
+
+def views_picture(
+    data: BetonReader | str | Path,
+    views: Sequence[ViewSpec],
+    out: Path | None = None,
+    *,
+    samples: int = 9,
+    seed: int = 0,
+    epoch: int = 0,
+    tile: int = 112,
+) -> Image.Image:
+    """Draw photos as they are stored and, side by side, the views that training makes of them.
+
+    The views are the very ones that a run with this ``seed`` shows in this ``epoch``: they come from the loader.
+
+    Args:
+        data: a ``.beton`` file or an open reader.
+        views: the view groups of a recipe; the first ten views are drawn.
+        out: where to write the PNG; None: only return the picture.
+        samples: rows, spread evenly over the file.
+        tile: side of a drawn square in pixels.
+    """
+    owned = not isinstance(data, BetonReader)
+    reader = BetonReader(data) if owned else data
+    try:
+        chosen = _spread(len(reader), samples)
+        with ViewLoader(reader, views, len(chosen), seed=seed, indices=chosen, shuffle=False, on_bad="skip") as loader:
+            batch = next(batches := loader.epoch(epoch))
+            batches.close()
+        columns = [
+            (f"{'view' if len(views) == 1 else f'group {group + 1}, view'} {number + 1}", f"{spec.size} px", pixels)
+            for group, (spec, rendered) in enumerate(zip(views, batch.views))
+            for number, pixels in enumerate(to_pictures(rendered, spec).reshape(spec.count, len(chosen), spec.size, spec.size, 3))
+        ][:_MAX_VIEWS]
+        # Where a damaged photo was skipped, the batch names the one that took its place.
+        rows = batch.index.tolist()
+        picture = _draw_views(reader, rows, columns, tile)
+    finally:
+        if owned:
+            reader.close()
+    if out is not None:
+        picture.save(out, optimize=True)
+    return picture
+
+
+def neighbours_picture(
+    split: ProbeSplit,
+    *,
+    before: tuple[Features, Features],
+    after: tuple[Features, Features],
+    out: Path | None = None,
+    queries: int = 8,
+    neighbours: int = 6,
+    tile: int = 70,
+) -> Image.Image:
+    """Draw query photos with their nearest photos (cosine) by two networks, one row each.
+
+    Args:
+        split: the photos: ``split.bank`` and ``split.queries`` are the open files that the features came from.
+        before, after: (bank, queries) features of the random and of the trained network. Rows are paired by sample
+            id; photos that one of them lacks are left out.
+        out: where to write the PNG; None: only return the picture.
+        queries: number of query photos, spread over the classes (the file when there are none); the choice depends on
+            nothing but the data.
+        neighbours: photos in a row.
+        tile: side of a drawn neighbour in pixels.
+
+    Raises:
+        FastSSLError: bank or queries have no photo.
+    """
+    before, after = (tuple(pair) for pair in zip(*(_paired(b, a) for b, a in zip(before, after))))
+    bank, asked = after
+    if not len(bank) or not len(asked):
+        raise FastSSLError("a picture of neighbours needs at least one photo in the bank and one query")
+    labelled = bank.labelled and asked.labelled
+    names = split.bank.classes if labelled else None
+    rows = _choose_queries(asked.labels.numpy() if labelled else None, len(asked), queries)
+    found = [
+        nearest_neighbors(part[0].features, part[1].features[torch.from_numpy(rows)], k=neighbours)[1] for part in (before, after)
+    ]
+    blocks = []
+    for number, row in enumerate(rows.tolist()):
+        label = int(asked.labels[row])
+        lines = []
+        for title, nearest in zip(("random initialisation", "after pre-training"), found):
+            hits = [bool(bank.labels[i] == label) for i in nearest[number].tolist()] if labelled else None
+            photos = [_photo(split.bank, int(bank.index[i]), tile) for i in nearest[number].tolist()]
+            lines.append((title, photos, hits))
+        title = names[label] if names and label < len(names) else f"class {label}" if labelled else f"photo {int(asked.index[row])}"
+        blocks.append((title, _photo(split.queries, int(asked.index[row]), 2 * tile), lines))
+    picture = _draw_neighbours(blocks, neighbours, tile, labelled)
+    if out is not None:
+        picture.save(out, optimize=True)
+    return picture
+
+
+def to_pictures(views: Tensor, spec: ViewSpec) -> np.ndarray:
+    """Undo the normalisation: (N, 3, S, S) float -> (N, S, S, 3) uint8 RGB."""
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (spec.mean, spec.std))
+    pixels = (views.detach().to("cpu", torch.float32) * std + mean) * 255
+    return pixels.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
+
+
+def _spread(count: int, wanted: int) -> np.ndarray:
+    """At most ``wanted`` of ``count`` positions, evenly spaced, each in the middle of its part. int64, sorted."""
+    wanted = max(1, min(wanted, count))
+    return (2 * np.arange(wanted, dtype=np.int64) + 1) * count // (2 * wanted)
+
+
+def _choose_queries(labels: np.ndarray | None, count: int, wanted: int) -> np.ndarray:
+    """Positions of the queries: of evenly spaced classes the middle photo, more of each when classes are few."""
+    wanted = min(wanted, count)
+    if labels is None:
+        return _spread(count, wanted)
+    members = [np.flatnonzero(labels == label) for label in np.unique(labels)]
+    if len(members) >= wanted:
+        return np.array([members[k][len(members[k]) // 2] for k in _spread(len(members), wanted)])
+    share = [wanted // len(members) + (k < wanted % len(members)) for k in range(len(members))]
+    return np.concatenate([rows[_spread(len(rows), n)] for rows, n in zip(members, share) if n])
+
+
+def _paired(first: Features, second: Features) -> tuple[Features, Features]:
+    """Both, restricted to the sample ids that they share, in the same order."""
+    _, left, right = np.intersect1d(first.index.numpy(), second.index.numpy(), return_indices=True)
+    return first.subset(left), second.subset(right)
+
+
+def _photo(reader: BetonReader, sample: int, side: int) -> Image.Image:
+    """The whole photo, fitted into a square and centred; a damaged one becomes a grey square that says so."""
+    square = Image.new("RGB", (side, side), "#f2f4f7")
+    try:
+        photo = Image.fromarray(reader.decode(sample))
+    except JpegError:
+        _text(ImageDraw.Draw(square), (side / 2, side / 2), "damaged", 12, _QUIET, anchor="mm")
+        return square
+    photo = _scaled(photo, side)
+    square.paste(photo, ((side - photo.width) // 2, (side - photo.height) // 2))
+    return square
+
+
+def _scaled(photo: Image.Image, side: int) -> Image.Image:
+    """Scale so that the longer side is ``side``. Thumbnails are enlarged in whole pixels first: blocks stay sharp."""
+    factor = side / max(photo.size)
+    size = tuple(max(1, round(length * factor)) for length in photo.size)
+    if factor > 1.5:
+        whole = int(np.ceil(factor))
+        photo = photo.resize((photo.width * whole, photo.height * whole), Image.Resampling.NEAREST)
+    return photo.resize(size, Image.Resampling.LANCZOS)
+
+
+def _text(draw: ImageDraw.ImageDraw, at: tuple[float, float], text: str, size: int, fill: str, anchor: str = "la") -> None:
+    draw.text(at, text, fill=fill, font=ImageFont.load_default(size), anchor=anchor)
+
+
+def _fitting(text: str, size: int, width: int) -> str:
+    """``text``, cut with an ellipsis to ``width`` pixels."""
+    font = ImageFont.load_default(size)
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "…") > width:
+        text = text[:-1]
+    return text.rstrip() + "…"
+
+
+def _draw_views(reader: BetonReader, rows: list[int], columns: list[tuple[str, str, np.ndarray]], tile: int) -> Image.Image:
+    """A block for each photo: as stored, then its views. Narrow blocks stand side by side, so that the picture is wide, not tall."""
+    gap, head, caption = 8, 40, 18
+    names, labels = reader.classes, reader.labels
+    stored = tile + 2 * gap  # the photo stands apart from its views
+    block = stored + len(columns) * (tile + gap) - gap
+    across = next(n for n in (3, 2, 1) if n == 1 or (n * (1 + len(columns)) <= 9 and n <= len(rows)))
+    down = -(-len(rows) // across)
+    width = 2 * _MARGIN + across * block + (across - 1) * 2 * _MARGIN
+    picture = Image.new("RGB", (width, 2 * _MARGIN + head + down * (tile + caption + gap) - gap), _PAPER)
+    draw = ImageDraw.Draw(picture)
+
+    def heading(left: int, title: str, note: str) -> None:
+        _text(draw, (left, _MARGIN), _fitting(title, 13, tile), 13, _INK)
+        _text(draw, (left, _MARGIN + 17), _fitting(note, 11, tile), 11, _QUIET)
+
+    for number, sample in enumerate(rows):
+        left = _MARGIN + (number % across) * (block + 2 * _MARGIN)
+        top = _MARGIN + head + (number // across) * (tile + caption + gap)
+        if number < across:
+            heading(left, "as stored", "the whole photo")
+            for place, (title, note, _) in enumerate(columns):
+                heading(left + stored + place * (tile + gap), title, note)
+        picture.paste(_photo(reader, sample, tile), (left, top))
+        label = None if labels is None else int(labels[sample])
+        name = f"photo {sample}" if label is None or not names or not 0 <= label < len(names) else names[label]
+        size = f"{reader.widths[sample]}x{reader.heights[sample]}"
+        _text(draw, (left, top + tile + 3), _fitting(f"{name}, {size}", 11, tile), 11, _QUIET)
+        for place, (_, _, pixels) in enumerate(columns):
+            view = _scaled(Image.fromarray(pixels[number]), tile)
+            picture.paste(view, (left + stored + place * (tile + gap), top))
+    return picture
+
+
+def _draw_neighbours(
+    blocks: list[tuple[str, Image.Image, list[tuple[str, list[Image.Image], list[bool] | None]]]],
+    neighbours: int,
+    tile: int,
+    labelled: bool,
+) -> Image.Image:
+    """Two columns of blocks; a block is a query and two captioned rows of neighbours."""
+    frame, gap, caption, head = 3, 6, 20, 36
+    cell = tile + 2 * frame
+    line = caption + cell + gap
+    block_width = 2 * tile + 16 + neighbours * (cell + gap)
+    block_height = 2 * line + 26
+    per_row = 1 if len(blocks) == 1 else 2
+    block_rows = -(-len(blocks) // per_row)
+    width = 2 * _MARGIN + per_row * block_width + (per_row - 1) * 2 * _MARGIN
+    picture = Image.new("RGB", (width, 2 * _MARGIN + head + block_rows * block_height - 26), _PAPER)
+    draw = ImageDraw.Draw(picture)
+
+    _text(draw, (_MARGIN, _MARGIN - 4), f"Query, and its {neighbours} nearest photos by feature similarity", 17, _INK)
+    if labelled:
+        left = width - _MARGIN - 250
+        for text, colour, offset in (("same class", _SAME, 0), ("another class", _OTHER, 120)):
+            draw.rectangle((left + offset, _MARGIN - 2, left + offset + 12, _MARGIN + 10), outline=colour, width=frame)
+            _text(draw, (left + offset + 20, _MARGIN - 3), text, 14, _QUIET)
+
+    for number, (title, query, lines) in enumerate(blocks):
+        left = _MARGIN + (number % per_row) * (block_width + 2 * _MARGIN)
+        top = _MARGIN + head + (number // per_row) * block_height
+        _text(draw, (left, top), _fitting(title, 15, 2 * tile), 15, _INK)
+        picture.paste(query, (left, top + caption))
+        draw.rectangle((left, top + caption, left + 2 * tile - 1, top + caption + 2 * tile - 1), outline=_LINE)
+        for place, (name, photos, hits) in enumerate(lines):
+            row_left, row_top = left + 2 * tile + 16, top + place * line
+            count = "" if hits is None else f": {sum(hits)} of {len(hits)} of the same class"
+            _text(draw, (row_left, row_top), name + count, 14, _INK if place else _QUIET)
+            for position, photo in enumerate(photos):
+                x, y = row_left + position * (cell + gap), row_top + caption
+                picture.paste(photo, (x + frame, y + frame))
+                if hits is not None:
+                    draw.rectangle((x, y, x + cell - 1, y + cell - 1), outline=_SAME if hits[position] else _OTHER, width=frame)
+    return picture

@@ -1,0 +1,76 @@
+"""The form of a benchmark record, and how it gets to a file and back."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import socket
+from pathlib import Path
+
+import pytest
+
+from fastssl.benchmarks import records
+from fastssl.benchmarks.records import Record, describe_git, read_records, write_records
+from fastssl.pipelines.errors import FastSSLError
+
+PUBLIC_FIELDS = [
+    "bench", "recipe", "arch", "pipeline", "device", "batch_size", "workers", "pair_per_s", "view_per_s", "median_s", "runs",
+    "ceiling", "ceiling_name", "fraction_of_ceiling", "bottleneck", "peer", "ratio_to_peer", "host", "versions", "git",
+]  # fmt: skip
+
+
+def test_a_line_has_the_public_fields_in_order_and_null_where_nothing_applies() -> None:
+    values = json.loads(Record(bench="loader").to_json())
+    assert list(values) == [*PUBLIC_FIELDS, "details"]
+    assert [name for name, value in values.items() if value is None] == [*PUBLIC_FIELDS[1:17], "details"] + ([] if values["git"] else ["git"])
+    assert values["host"]["cores"] >= 1
+    assert "torch" in values["versions"]
+
+
+def test_nothing_in_a_line_tells_where_or_who() -> None:
+    line = Record(bench="loader").to_json()
+    for secret in (str(Path.home()), str(Path(__file__).resolve().parents[2]), os.getcwd()):
+        if len(secret) > 1:
+            assert secret not in line
+    if len(socket.gethostname()) > 3:
+        assert socket.gethostname() not in line
+
+
+def test_written_records_come_back(tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    first, second = Record(bench="loss", view_per_s=12.5, details={"queue": 7}), Record(bench="loader", workers=2)
+    write_records(path, [first])
+    write_records(path, [second])
+    assert read_records(path) == [first, second]
+    write_records(path, [second], append=False)
+    assert read_records(path) == [second]
+
+
+def test_a_record_that_is_no_json_leaves_the_file_alone(tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    write_records(path, [Record(bench="loss")])
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="JSON"):
+        write_records(path, [Record(bench="loss"), Record(bench="loss", median_s=math.nan)])
+    assert path.read_bytes() == before
+
+
+def test_an_older_line_does_not_borrow_this_machine(tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    path.write_text('{"bench": "loss", "view_per_s": 3.0}\n\n')
+    (record,) = read_records(path)
+    assert (record.host, record.versions, record.git, record.view_per_s) == ({}, {}, None, 3.0)
+
+
+@pytest.mark.parametrize(("line", "message"), [("{", "not JSON"), ("[1]", "not a benchmark record"), ('{"bench": "x", "speed": 1}', "unknown fields speed")])
+def test_a_bad_line_is_named(tmp_path: Path, line: str, message: str) -> None:
+    path = tmp_path / "results.jsonl"
+    path.write_text('{"bench": "loss"}\n' + line + "\n")
+    with pytest.raises(FastSSLError, match=rf"results\.jsonl, line 2: {message}"):
+        read_records(path)
+
+
+def test_git_is_none_outside_a_checkout(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(records, "__file__", str(tmp_path / "records.py"))
+    assert describe_git() is None
