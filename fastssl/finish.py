@@ -61,7 +61,7 @@ def _three_features(run: Run, split: ProbeSplit) -> dict[str, tuple[Features, Fe
     """(bank, queries) of raw pixels, of the network as it was before the first step, and of the trained one."""
     options = run.extraction
     raw = tuple(
-        raw_pixel_features(reader, indices=index, workers=options["workers"], on_bad=options["on_bad"])
+        raw_pixel_features(reader, indices=index, **{name: options[name] for name in ("workers", "crop", "on_bad")})
         for reader, index in ((split.bank, split.bank_index), (split.queries, split.query_index))
     )
     trained = run.method.student.backbone

@@ -60,12 +60,15 @@ class ProbeConfig:
 
     Attributes:
         size: pixels of the centre-crop view that the network is probed with.
+        crop: side of the centre square as a share of the shorter side (0.875: the usual 224 of 256; 1 for photos that are cut
+            tight already).
         every_epochs: epochs between two online probes (0: only at the end).
         online_samples: bank and query pictures together of the online probe.
         final_samples: pictures of the probe at the end (bank and queries together; 0: all).
     """
 
     size: int = 224
+    crop: float = 0.875
     every_epochs: int = 5
     online_samples: int = 2000
     final_samples: int = 20000
@@ -73,6 +76,8 @@ class ProbeConfig:
     def __post_init__(self) -> None:
         if self.size < 8 or self.every_epochs < 0 or self.online_samples < 20 or self.final_samples < 0:
             raise ValueError("probe.size must be at least 8, probe.online_samples at least 20, the others not negative")
+        if not 0 < self.crop <= 1:
+            raise ValueError(f"probe.crop must lie above 0 and not above 1, got {self.crop}")
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import math
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -257,7 +256,13 @@ class Run:
     @property
     def extraction(self) -> dict[str, Any]:
         """How features are taken on this machine (arguments of ``extract_features``)."""
-        return {"device": self.device, "workers": self.options.workers, "amp": self.amp, "on_bad": self.recipe.train.on_bad}
+        return {
+            "device": self.device,
+            "workers": self.options.workers,
+            "amp": self.amp,
+            "crop": self.recipe.probe.crop,
+            "on_bad": self.recipe.train.on_bad,
+        }
 
     def _epoch(self, loader: ViewLoader, epoch: int) -> None:
         train = self.recipe.train

@@ -6,9 +6,9 @@ solarise (the flip happened in the crop).
 
 Two drivers share the operations, which work on three colour planes of shape (N, S * S):
 
-* `augment_host` sorts the samples by what was drawn, does only that, and works in pieces whose planes stay in the cache and below
-  the size at which torch wakes its thread pool. It is meant to run beside decoding threads and a training step: measured
-  on two cores, the pool halves the time of an operation and takes ten times its processor time, because idle workers spin.
+* `augment_host` sorts the samples by what was drawn, does only that, and works in pieces that stay in the cache and below the
+  size at which torch wakes its thread pool. It is meant to run beside decoding threads and a training step: on two busy cores a
+  call that wakes the pool waits for the other core's time slice, and the same work took 10 to 25 times as long.
 * `augment_device` has no branch, no shape and no host value that depends on the plan: the same kernels for every batch, so it can be
   captured in a CUDA graph or compiled. Hue has one place in each sample's order, so three blends, hue, three blends
   hold all 24 orders; places that a sample does not need blend with factor one, which changes nothing.
@@ -23,10 +23,11 @@ from itertools import pairwise
 
 import numpy as np
 import torch
-from fastssl.pipelines.crop import to_device
-from fastssl.pipelines.plan import CONTRAST, HUE, SATURATION, VIEW_DTYPE, ViewSpec
 from numpy.typing import NDArray
 from torch import Tensor
+
+from fastssl.pipelines.crop import to_device
+from fastssl.pipelines.plan import CONTRAST, HUE, SATURATION, VIEW_DTYPE, ViewSpec
 
 _LUMINANCE = (0.2989, 0.587, 0.114)  # ITU-R 601-2, with torchvision's digits
 
@@ -125,10 +126,13 @@ def augment_device(views: Tensor, table: Tensor, spec: ViewSpec, dtype: torch.dt
     column = table.split(1, dim=1)  # (N, 1) each: per-sample numbers that broadcast over (N, S * S)
     planes = [views[:, channel].float(memory_format=torch.contiguous_format).view(count, size * size).div_(255) for channel in range(3)]
     if spec.jitter > 0:
-        for blend in range(_BLENDS):
-            if blend == _BLENDS // 2 and spec.hue > 0:
-                adjust_hue(planes, column[_HUE])
-            adjust(planes, *column[3 * blend : 3 * blend + 3])
+        for place in range(_BLENDS):
+            if place == _BLENDS // 2 and spec.hue > 0:
+                # Samples whose hue stays must keep their bits: a rounding error could carry a value over the solarise threshold.
+                planes = [torch.where(column[_HUE] != 0, turned, plane) for turned, plane in zip(turn_hue(planes, column[_HUE]), planes)]
+            factor, to_luminance, to_mean = column[3 * place : 3 * place + 3]
+            grey = luminance(planes)
+            blend(planes, factor, grey.mean(dim=1, keepdim=True) * to_mean + grey * to_luminance)
     if spec.grey > 0:
         mix_grey(planes, column[_GREY])
     if spec.blur > 0:
@@ -143,10 +147,7 @@ def augment_device(views: Tensor, table: Tensor, spec: ViewSpec, dtype: torch.dt
 
 
 def augment_host(views: Tensor, plan: NDArray[np.void], spec: ViewSpec, dtype: torch.dtype = torch.float32) -> Tensor:
-    """`augment` on the CPU: only what was drawn is computed, a few samples at a time. Arguments and result as there.
-
-    Views above 181 px have planes that torch shares among its threads even one at a time.
-    """
+    """`augment` on the CPU: only what was drawn is computed, a few samples at a time. Arguments and result as there."""
     _check(views, len(plan))
     size = views.shape[-1]
     result = torch.empty(views.shape, dtype=dtype, memory_format=torch.channels_last)
@@ -164,30 +165,55 @@ def augment_host(views: Tensor, plan: NDArray[np.void], spec: ViewSpec, dtype: t
     for start, end in pieces:
         samples = torch.from_numpy(sequence[start:end])
         column = table[start:end].split(1, dim=1)
-        planes = [views[:, channel].index_select(0, samples).float().view(end - start, size * size).div_(255) for channel in range(3)]
+        planes = [torch.empty(end - start, size * size) for _ in range(3)]
+        # Views above 181 px are worked on in spans of rows. Pieces of several samples have one span.
+        rows = (_SERIAL_ELEMENTS - 1) // ((end - start) * size)
+        spans = [(row, min(row + rows, size)) for row in range(0, size, rows)]
+        for (top, bottom), part in zip(spans, _parts(planes, spans)):
+            for channel, plane in enumerate(part):
+                plane.copy_(views[:, channel, top:bottom].index_select(0, samples).flatten(1)).div_(255)
         hue_at, blur, solarise = drawn[start].tolist()
         if hue_at >= 0:
             for place in range(4):
                 if place != hue_at:
-                    present = order[start:end, place]
-                    factor, to_luminance, to_mean = column[3 * (place + 2 * (place > hue_at)) :][:3]
-                    adjust(
-                        planes,
-                        factor,
-                        to_luminance if (present == SATURATION).any() else None,
-                        to_mean if (present == CONTRAST).any() else None,
-                    )
+                    _blend_place(planes, spans, order[start:end, place], column[3 * (place + 2 * (place > hue_at)) :][:3])
                 elif spec.hue > 0:
-                    adjust_hue(planes, column[_HUE])
+                    for part in _parts(planes, spans):
+                        for plane, turned in zip(part, turn_hue(part, column[_HUE])):
+                            plane.copy_(turned)
         if column[_GREY].any():
-            mix_grey(planes, column[_GREY])
+            for part in _parts(planes, spans):
+                mix_grey(part, column[_GREY])
         if blur:
             planes = [blur_in_bands(plane, column[_FALLOFF], radius) for plane in planes]
-        if solarise:
-            planes = [solarised(plane, spec.solarise_threshold) for plane in planes]
-        for channel, plane in enumerate(planes):
-            result[:, channel].index_copy_(0, samples, _normalise(plane, spec, channel).to(dtype).view(-1, size, size))
+        for (top, bottom), part in zip(spans, _parts(planes, spans)):
+            for channel, plane in enumerate(part):
+                plane = _normalise(solarised(plane, spec.solarise_threshold) if solarise else plane, spec, channel)
+                result[:, channel, top:bottom].index_copy_(0, samples, plane.to(dtype).view(end - start, bottom - top, size))
     return result
+
+
+def _parts(planes: Sequence[Tensor], spans: Sequence[tuple[int, int]]) -> list[list[Tensor]]:
+    """Views of the planes, (N, rows * S) for each span of rows."""
+    size = math.isqrt(planes[0].shape[1])
+    return [[plane[:, top * size : bottom * size] for plane in planes] for top, bottom in spans]
+
+
+def _blend_place(
+    planes: Sequence[Tensor], spans: Sequence[tuple[int, int]], operations: NDArray[np.int64], column: Sequence[Tensor]
+) -> None:
+    """One place of the jitter's order for one piece, in place: what none of its samples needs is not computed."""
+    factor, to_luminance, to_mean = column
+    parts = _parts(planes, spans)
+    shift = None
+    if (operations == CONTRAST).any():
+        shift = sum(luminance(part).sum(dim=1, keepdim=True) for part in parts) * (to_mean / planes[0].shape[1])
+    for part in parts:
+        other = shift
+        if (operations == SATURATION).any():
+            grey = luminance(part).mul_(to_luminance)
+            other = grey if shift is None else grey.add_(shift)
+        blend(part, factor, other)
 
 
 def _normalise(plane: Tensor, spec: ViewSpec, channel: int) -> Tensor:
@@ -201,21 +227,16 @@ def luminance(planes: Sequence[Tensor]) -> Tensor:
     return red.mul(_LUMINANCE[0]).add_(green, alpha=_LUMINANCE[1]).add_(blue, alpha=_LUMINANCE[2])
 
 
-def adjust(planes: Sequence[Tensor], factor: Tensor, to_luminance: Tensor | None, to_mean: Tensor | None) -> None:
-    """Brightness, contrast or saturation of each sample, in place: blend with black, the mean luminance, or the luminance.
+def blend(planes: Sequence[Tensor], factor: Tensor, other: Tensor | None) -> None:
+    """Brightness, contrast or saturation of each sample, in place: ``clamp(plane * factor + other)``.
+
+    The mean luminance of contrast is that of the picture as the operations before it left it, as ColorJitter has it.
 
     Args:
         planes: red, green, blue, each (N, P) float32 in 0 .. 1.
-        factor, to_luminance, to_mean: (N, 1), three columns of `parameter_table`; None for a share that is 0 in every sample.
+        factor: (N, 1).
+        other: (N, 1) or (N, P), (1 - factor) times what to blend with: black, the mean luminance, or the luminance. None is black.
     """
-    other = None
-    if to_luminance is not None or to_mean is not None:
-        grey = luminance(planes)
-        # The mean is taken here, after the operations that precede this one, as ColorJitter does.
-        other = None if to_mean is None else grey.mean(dim=1, keepdim=True) * to_mean
-        if to_luminance is not None:
-            grey.mul_(to_luminance)
-            other = grey if other is None else grey.add_(other)
     for plane in planes:
         plane.mul_(factor)
         if other is not None:
@@ -223,27 +244,30 @@ def adjust(planes: Sequence[Tensor], factor: Tensor, to_luminance: Tensor | None
         plane.clamp_(0, 1)
 
 
-def adjust_hue(planes: Sequence[Tensor], shift: Tensor) -> None:
-    """Turn the hue of each sample, in place, with value and chroma kept: torchvision's way through HSV without its choices.
+def turn_hue(planes: Sequence[Tensor], shift: Tensor) -> list[Tensor]:
+    """Turn the hue of each sample with value and chroma kept: torchvision's way through HSV without its choices.
 
     With the lowest channel moved to 0 and the highest to 1, the hue in sixths of a turn is q = 1 + green + blue - red, counted
     from red towards green when green >= blue and the other way round otherwise; that covers all six sectors. Back, a channel
-    is low + chroma * clamp(2 - distance of the hue from the channel's own). Neither way needs a comparison, which torch's CPU
-    kernels are slow at.
+    is low + chroma * clamp(2 - distance of the hue from the channel's own), and |||difference| - 3| - 3| is the distance on the
+    circle of six for differences up to 9. On the CPU, torch's comparisons and remainders are ten times slower than these
+    operations, and its floor wakes the thread pool.
 
     Args:
         planes: red, green, blue, each (N, P) float32 in 0 .. 1.
-        shift: (N, 1) in turns.
+        shift: (N, 1) in turns, -0.5 .. 0.5.
+
+    Returns:
+        The three planes, new tensors.
     """
     red, green, blue = planes
     low = torch.minimum(red, green).minimum(blue)
     chroma = torch.maximum(red, green).maximum(blue).sub_(low)
     hue = (green + blue).sub_(red).sub_(low).div_(chroma.clamp_min(1e-12)).add_(1)  # of grey pixels: 1, without effect as chroma is 0
-    hue.copysign_(green - blue).add_(shift * 6)
-    hue.sub_((hue / 6).floor_(), alpha=6)  # 0 .. 6
-    torch.addcmul(low, chroma, (hue - 3).abs_().sub_(1).clamp_(0, 1), out=red)
-    torch.addcmul(low, chroma, (hue - 2).abs_().neg_().add_(2).clamp_(0, 1), out=green)
-    torch.addcmul(low, chroma, hue.sub_(4).abs_().neg_().add_(2).clamp_(0, 1), out=blue)
+    hue.copysign_(green - blue).add_(shift * 6)  # -6 .. 6
+    top = low.add_(chroma, alpha=2)
+    own = (0, 2, -2)  # red, green, blue on the circle
+    return [torch.addcmul(top, chroma, (hue - at).abs_().sub_(3).abs_().sub_(3).abs_().clamp_(1, 2), value=-1) for at in own]
 
 
 def mix_grey(planes: Sequence[Tensor], share: Tensor) -> None:
@@ -266,7 +290,8 @@ def blur_radius(spec: ViewSpec, size: int) -> int:
 def _blur_weights(falloff: Tensor, radius: int) -> Tensor:
     """(N, 1) of 1 / (2 sigma^2) -> (N, 2 * radius + 1) weights that sum to one."""
     distance = torch.arange(-radius, radius + 1, device=falloff.device, dtype=torch.float32)
-    return torch.softmax(-falloff * distance**2, dim=1)
+    weights = torch.exp(-falloff * distance**2)  # torch.softmax would use the thread pool even for these few numbers
+    return weights / weights.sum(dim=1, keepdim=True)
 
 
 def blur_in_bands(plane: Tensor, falloff: Tensor, radius: int) -> Tensor:

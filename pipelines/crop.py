@@ -16,9 +16,10 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 import torch.nn.functional as F
-from fastssl.pipelines.plan import ViewSpec
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
+
+from fastssl.pipelines.plan import ViewSpec
 
 # Radius of the filter in output pixels when reducing, in source pixels when enlarging.
 _SUPPORT = {"bilinear": 1, "bicubic": 2}

@@ -9,8 +9,9 @@ from __future__ import annotations
 from functools import lru_cache
 
 import numpy as np
-from fastssl.pipelines.rng import Stream, keyed_words
 from numpy.typing import NDArray
+
+from fastssl.pipelines.rng import Stream, keyed_words
 
 
 def _random_keys(count: int, seed: int, stream: Stream, epoch: int, high_word: int = 0) -> NDArray[np.uint64]:

@@ -26,9 +26,10 @@ from itertools import permutations
 from typing import TypeVar
 
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
 from fastssl.pipelines.errors import FastSSLError
 from fastssl.pipelines.rng import Stream, below, keyed_words, uniform
-from numpy.typing import ArrayLike, NDArray
 
 #: Values of ``order``: the jitter's operations.
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)

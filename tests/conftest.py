@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
-# Two cores are what a test machine has; more threads than that make small operations slower, not faster.
-torch.set_num_threads(2)
+# One thread: the tests' tensors are small, and a pool of spinning threads that has to share its cores with anything else makes
+# a step of milliseconds take seconds. Set for the processes that tests start, too.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
 
 
 def make_photo(seed: int, height: int, width: int) -> np.ndarray:

@@ -65,7 +65,8 @@ def progress_bar(label: str, total: int | None, unit: str = "images") -> Iterato
         return
 
     # A rate over what was done since the first call: work that was taken over from a stopped run is not this run's speed.
-    started, last, first = time.monotonic(), 0.0, None
+    started = last = time.monotonic()
+    first = None
 
     def advance(done: int) -> None:
         nonlocal last, first

@@ -63,6 +63,7 @@ def extract_features(
     amp: bool = False,
     crop: float = EVALUATION_CROP,
     on_bad: str = "fail",
+    progress: Callable[[int], None] | None = None,
 ) -> Features:
     """Run ``backbone`` in evaluation mode over the centre crops of ``data``, without gradient.
 
@@ -77,6 +78,7 @@ def extract_features(
         amp: bfloat16 autocast.
         crop: side of the centre square relative to the photo's short side.
         on_bad: ``fail``, or ``skip``: damaged photos are left out of the result.
+        progress: called with the number of photos done, after each batch.
 
     Raises:
         FastSSLError: a damaged photo with ``on_bad="fail"``, or indices outside the file.
@@ -90,9 +92,8 @@ def extract_features(
             with torch.autocast(device.type, torch.bfloat16, enabled=amp):
                 return backbone(images)
 
-        return collect(
-            forward, data, ViewSpec.evaluation(size, crop=crop), indices, batch_size, device=device, workers=workers, on_bad=on_bad
-        )
+        spec = ViewSpec.evaluation(size, crop=crop)
+        return collect(forward, data, spec, indices, batch_size, device=device, workers=workers, on_bad=on_bad, progress=progress)
     finally:
         for module, training in flags:
             module.training = training
@@ -109,6 +110,7 @@ def collect(
     device: torch.device,
     workers: int | None,
     on_bad: str,
+    progress: Callable[[int], None] | None = None,
 ) -> Features:
     """Apply ``function`` (B, 3, S, S) -> (B, F) to the one view ``spec`` of every sample, in stored order."""
     # no_grad and not inference_mode: the tensors may later stand in a computation with gradient.
@@ -132,12 +134,12 @@ def collect(
             features[target] = rows[good.to(rows.device)].to("cpu", torch.float32)
             index[target], labels[target] = batch.index[good], batch.label[good]
             kept += len(good)
+            if progress is not None:
+                progress(first)
     return Features(features[:kept], labels[:kept], index[:kept])
 
 
-def split_indices(
-    labels: np.ndarray | None, num_samples: int, *, fraction: float = 0.2, seed: int = 0
-) -> tuple[np.ndarray, np.ndarray]:
+def split_indices(labels: np.ndarray | None, num_samples: int, *, fraction: float = 0.2, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Hold out a part of one data set, the same share of every class.
 
     A pure function of its arguments: the split does not change with machine, library version or run.

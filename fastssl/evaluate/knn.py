@@ -31,7 +31,9 @@ class KnnResult:
     classes: int
 
 
-def knn_accuracy(train: Features, val: Features, *, k: int = 20, temperature: float = 0.07, device: str | torch.device = "cpu") -> KnnResult:
+def knn_accuracy(
+    train: Features, val: Features, *, k: int = 20, temperature: float = 0.07, device: str | torch.device = "cpu"
+) -> KnnResult:
     """Top-1 accuracy on ``val`` of the weighted kNN vote of ``train``.
 
     Samples of a class that ``train`` does not have count as wrong.
@@ -40,9 +42,7 @@ def knn_accuracy(train: Features, val: Features, *, k: int = 20, temperature: fl
         ProbeError: no labels, an empty part, features that are not finite, k < 1 or temperature <= 0.
     """
     check_probe_input(train, val)
-    predicted = knn_predict(
-        train.features.to(device), train.labels.to(device), val.features.to(device), k=k, temperature=temperature
-    )
+    predicted = knn_predict(train.features.to(device), train.labels.to(device), val.features.to(device), k=k, temperature=temperature)
     return _result(predicted.cpu(), val.labels, train, k=min(k, len(train)), temperature=temperature)
 
 

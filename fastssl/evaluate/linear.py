@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -23,10 +22,11 @@ L2_DEFAULT = 0.1
 
 #: Principal directions with less than this share of the largest variance are rounding noise of float32 features.
 _RANK_TOLERANCE = 1e-11
-_MAX_ITERATIONS = 500
-#: Largest entry of the preconditioned gradient at which a solution counts as found; the loss is then within about
-#: the square of it. Choosing a strength needs no more digits than a held-out accuracy has.
-_TOLERANCE, _TOLERANCE_GRID = 1e-5, 1e-4
+#: When a solution counts as found: largest entry of the preconditioned gradient (the loss is then off by about its
+#: square), or number of iterations. Choosing a strength needs no more digits than a held-out accuracy has.
+_SEARCH = {"tolerance": 1e-4, "max_iterations": 200}
+_FINAL = {"tolerance": 1e-5, "max_iterations": 1000}
+_EXACT = {"tolerance": 1e-7, "max_iterations": 5000}
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,8 @@ def linear_probe(train: Features, val: Features, *, grid: tuple[float, ...] = L2
     """Fit on ``train``, measure on ``val``. Deterministic.
 
     The L2 strength is the one with the best accuracy on a held-out fifth of ``train`` (equal ones: the stronger); the
-    search goes from strong to weak and ends when two strengths in a row are worse than the best one. The fit is then
-    repeated on all of ``train``. ``val`` is looked at once, at the end.
+    search goes from strong to weak and ends when two strengths in a row bring nothing. The fit is then repeated on all
+    of ``train``. ``val`` is looked at once, at the end.
 
     Raises:
         ProbeError: no labels, an empty part, features that are not finite, or a training part of a single class.
@@ -71,23 +71,23 @@ def linear_probe(train: Features, val: Features, *, grid: tuple[float, ...] = L2
 
     scores: dict[float, float] = {}
     fit_rows, held_rows = (torch.from_numpy(rows).to(device) for rows in split_indices(train.labels.numpy(), len(train)))
-    whole = LogisticRegression(features, targets, len(classes))
+    # float32 iterations: an accuracy does not need float64, which costs three times as much.
+    whole = LogisticRegression(features, targets, len(classes), dtype=torch.float32)
     l2 = L2_DEFAULT
     if len(held_rows):
-        # A held-out accuracy does not need float64, which costs twice the time.
         part = LogisticRegression(features[fit_rows], targets[fit_rows], len(classes), dtype=torch.float32)
         for strength in sorted(grid, reverse=True):
             # Each solution is the start for the next, weaker strength: the path costs little more than its last point.
-            weight, bias = part.solve(strength, tolerance=_TOLERANCE_GRID)
+            weight, bias = part.solve(strength, **_SEARCH)
             score = _percent_correct(features[held_rows], targets[held_rows], weight, bias)
             if not scores or score > max(scores.values()):
                 l2 = strength
                 whole.start_from(weight, bias)
             scores[strength] = score
-            if max([*scores.values()][-2:]) < scores[l2]:
+            if list(scores).index(l2) < len(scores) - 2:
                 break
 
-    weight, bias = whole.solve(l2)
+    weight, bias = whole.solve(l2, **_FINAL)
     predicted = classes[_predict(val.features.to(device), weight, bias).cpu()]
     correct = int((predicted == val.labels).sum())
     return LinearResult(
@@ -116,7 +116,7 @@ def fit_logistic(features: Tensor, labels: Tensor, num_classes: int, l2: float) 
         (weight (num_classes, F), bias (num_classes,)) float64, for the features as given. Features without spread get
         weight 0.
     """
-    return LogisticRegression(features, labels, num_classes).solve(l2)
+    return LogisticRegression(features, labels, num_classes).solve(l2, **_EXACT)
 
 
 class LogisticRegression:
@@ -140,9 +140,7 @@ class LogisticRegression:
         self._spread = torch.where(constant, torch.zeros_like(spread), spread)
         self._scale = torch.where(self._spread > 0, 1 / self._spread.clamp_min(1e-300), self._spread)
         standardised = (features - self._mean) * self._scale
-        variance, directions = torch.linalg.eigh(standardised.T @ standardised / len(features))
-        kept = variance > _RANK_TOLERANCE * variance[-1].clamp_min(1e-300)
-        self._directions = directions[:, kept]  # (F, R)
+        self._directions = _principal_directions(standardised)  # (F, R)
         self._inputs = (standardised @ self._directions).to(dtype)  # (N, R)
         self._target = functional.one_hot(labels, num_classes).to(dtype)
         self._weight = self._inputs.new_zeros(num_classes, self._inputs.shape[1])
@@ -155,15 +153,23 @@ class LogisticRegression:
         self._weight = ((weight * self._spread) @ self._directions).to(dtype)
         self._bias = (bias + weight @ self._mean).to(dtype)
 
-    def solve(self, l2: float, tolerance: float = _TOLERANCE) -> tuple[Tensor, Tensor]:
-        """(weight (C, F), bias (C,)) float64 at strength ``l2``; see :func:`fit_logistic`."""
+    def solve(self, l2: float, *, tolerance: float, max_iterations: int) -> tuple[Tensor, Tensor]:
+        """(weight (C, F), bias (C,)) float64 at strength ``l2``; see :func:`fit_logistic`.
+
+        ``tolerance``: largest entry of the preconditioned gradient at which to stop.
+        """
         if not l2 > 0:
             raise ProbeError(f"the L2 strength must be above 0, got {l2}")
         rank = self._weight.shape[1]
         step = self._diagonal_scale(l2)  # (C, R)
         parameter = torch.cat([self._weight / step, self._bias[:, None]], dim=1).requires_grad_()
         optimiser = torch.optim.LBFGS(
-            [parameter], max_iter=_MAX_ITERATIONS, tolerance_grad=tolerance, tolerance_change=1e-11, line_search_fn="strong_wolfe"
+            [parameter],
+            max_iter=max_iterations,
+            tolerance_grad=tolerance,
+            tolerance_change=1e-12,
+            history_size=30,
+            line_search_fn="strong_wolfe",
         )
         inputs, target = self._inputs, self._target
 
@@ -187,6 +193,17 @@ class LogisticRegression:
         probability = torch.softmax(torch.addmm(self._bias, self._inputs, self._weight.T), dim=1)
         curvature = (probability * (1 - probability)).T @ self._inputs.square() / len(self._inputs)
         return 1 / torch.sqrt(curvature + l2)
+
+
+def _principal_directions(centred: Tensor) -> Tensor:
+    """Orthonormal directions (F, R) in which the rows of ``centred`` (N, F) vary, from the smaller of its two Gram matrices."""
+    count, width = centred.shape
+    gram = centred @ centred.T if count < width else centred.T @ centred
+    square, vectors = torch.linalg.eigh(gram)
+    kept = square > _RANK_TOLERANCE * square[-1].clamp_min(1e-300)
+    if count >= width:
+        return vectors[:, kept]
+    return centred.T @ vectors[:, kept] / square[kept].sqrt()
 
 
 def _predict(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

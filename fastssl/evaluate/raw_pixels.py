@@ -34,6 +34,4 @@ def raw_pixel_features(
         return views.flatten(1)
 
     spec = ViewSpec.evaluation(SIZE, crop=crop)
-    return collect(
-        flatten, data, spec, indices, batch_size, device=torch.device("cpu"), workers=workers, on_bad=on_bad
-    )
+    return collect(flatten, data, spec, indices, batch_size, device=torch.device("cpu"), workers=workers, on_bad=on_bad)

@@ -30,11 +30,11 @@ WEIGHTINGS = tuple(DEFAULT_SMOOTHING)
 
 # Keys per block in the search for the nearest. Larger: fewer maxima to rank, more keys to look at again (8 and 16 measured alike, 4 and 32 slower).
 _BLOCK = 16
-# Products in flight (batch * tile), and the size of the other large temporaries. On a CPU 16 MB of float32 is within 10 % of the best size on a quiet
-# machine, and on a crowded one, where every parallel operation waits for its slowest thread, the few large tiles win by far. A GPU wants few
-# launches too: 64 MB, two tiles at batch 512 and queue 65536, where one dense matrix of logits is 128 MB.
-_ELEMENTS_CPU = 2**22
-_ELEMENTS_GPU = 2**24
+# Size of the large temporaries in elements: products in flight (batch * tile), and keys looked at again in the search (queries * keys * features).
+# On a quiet CPU 2**20 to 2**23 are within 15 % of each other; on a crowded one, where every parallel operation waits for its slowest thread, few large
+# tiles win by far (2**23 took half the time of 2**21). A GPU wants few launches: 64 MB, two tiles at batch 512 and queue 65536.
+_CPU_ELEMENTS = (2**23, 2**22)
+_GPU_ELEMENTS = (2**24, 2**24)
 
 _INT32_MAX = 2**31 - 1
 
@@ -284,7 +284,7 @@ def _stream(
 ) -> _Seen:
     batch, rows = query.shape[0], queue.shape[0]
     if tile is None:
-        tile = max(1024, _elements(query) // batch)
+        tile = max(1024, _elements(query)[0] // batch)
     tile = _round_up(min(tile, rows), _BLOCK)
     # torch's exp2 takes a third of the time of its exp on a CPU. The factor is applied to the products, not to the query, so that products
     # which tie exactly (vectors of small integers) still do when they are ranked.
@@ -325,8 +325,8 @@ def _nearest_mean(query: Tensor, queue: Tensor, peaks: Tensor, weights: tuple[fl
     blocks = min(count, peaks.shape[0])
     profile = _profile(weights, query.dtype, queue.device)
     in_block = torch.arange(_BLOCK, device=queue.device)
-    # The keys looked at again are a matrix per query; queries go in chunks that hold as much as one tile of products does.
-    chunk = max(1, _elements(query) // (blocks * _BLOCK * query.shape[1]))
+    # The keys looked at again are a matrix per query, too much for the whole batch at once.
+    chunk = max(1, _elements(query)[1] // (blocks * _BLOCK * query.shape[1]))
     kept = _top_columns(peaks.t().contiguous(), blocks).sort(1).values  # (B, n): ascending, so that candidates follow rows
     means = []
     for queries, its_blocks in zip(query.split(chunk), kept.split(chunk)):
@@ -360,8 +360,8 @@ def _profile(weights: tuple[float, ...], dtype: torch.dtype, device: torch.devic
     return torch.tensor(weights, dtype=dtype, device=device)
 
 
-def _elements(like: Tensor) -> int:
-    return _ELEMENTS_GPU if like.is_cuda else _ELEMENTS_CPU
+def _elements(like: Tensor) -> tuple[int, int]:
+    return _GPU_ELEMENTS if like.is_cuda else _CPU_ELEMENTS
 
 
 def _round_up(value: int, multiple: int) -> int:

@@ -195,7 +195,8 @@ def _header(run: RunRecord, title: str) -> str:
         for name, value in facts
         if value is not None
     )
-    notice = "" if run.summary else '<p class="notice">Interrupted or still running: run the same command again to go on where it stopped.</p>'
+    unfinished = '<p class="notice">Interrupted or still running: run the same command again to go on where it stopped.</p>'
+    notice = "" if run.summary else unfinished
     return (
         f'<header><p class="kicker">fastssl pre-training report</p><h1>{escape(title)}</h1>'
         f'<p class="lead">{escape(headline(run))}</p>{notice}<dl class="facts">{items}</dl></header>'
@@ -250,7 +251,7 @@ def _verdict(trained: float | None, mark: float | None) -> str:
     difference = trained - mark
     if difference > 0:
         return f'<span class="yes">&#10003; passed by {difference:.1f} points</span>'
-    return f'<span class="no">&#10007; {-difference:.1f} points below</span>' if difference < 0 else '<span class="no">&#10007; equal</span>'
+    return f'<span class="no">&#10007; {f"{-difference:.1f} points below" if difference < 0 else "equal"}</span>'
 
 
 def _share(run: RunRecord) -> str:
@@ -260,10 +261,12 @@ def _share(run: RunRecord) -> str:
     seen, full, percent = (_number(share.get(key)) for key in ("samples_seen", "full_samples", "percent"))
     if seen is None or full is None or percent is None:
         return ""
-    text = share.get("text") or f"this run saw {seen:,.0f} photos: {percent:.2g} % of the {full:,.0f} of {share.get('full_recipe', 'a full recipe')}"
-    text = _sentence(text)
+    recipe = share.get("full_recipe", "a full recipe")
+    text = _sentence(share.get("text") or f"this run saw {seen:,.0f} photos: {percent:.2g} % of the {full:,.0f} of {recipe}")
+    # A sliver stays visible where the share would round to nothing.
+    width = min(max(percent, 0.3), 100)
     return (
-        f'<div class="card"><h3>Share of a full recipe</h3><div class="bar wide"><i style="width:{min(max(percent, 0.3), 100):.2f}%"></i></div>'
+        f'<div class="card"><h3>Share of a full recipe</h3><div class="bar wide"><i style="width:{width:.2f}%"></i></div>'
         f"<p>{escape(text[:1].upper() + text[1:])}</p></div>"
     )
 
@@ -274,7 +277,7 @@ def _next_mark(run: RunRecord) -> str:
         return ""
     return (
         f'<div class="card"><h3>Next mark: {escape(str(mark.get("name", "")))}</h3>'
-        f'<pre><code>{escape(str(mark.get("command", "")))}</code></pre><p>{escape(str(mark.get("note", "")))}</p></div>'
+        f"<pre><code>{escape(str(mark.get('command', '')))}</code></pre><p>{escape(str(mark.get('note', '')))}</p></div>"
     )
 
 
@@ -336,7 +339,8 @@ def _pictures(run: RunRecord) -> str:
         (
             "neighbours.png",
             "What it finds alike",
-            "A query photo with its nearest photos by the features of the untrained and of the trained network. Labels only colour the frames; training never saw them.",
+            "A query photo with its nearest photos by the features of the untrained and of the trained network. "
+            "Labels only colour the frames; training never saw them.",
         ),
     ):
         path = run.folder / name
@@ -353,12 +357,15 @@ def _throughput(run: RunRecord) -> str:
     step = _points(run.steps)
     waits = [(x, None if y is None else 100 * y) for x, y in step("data_wait")]
     charts = [
-        line_chart([Series("photos/s", step("pair_per_s"))], title="Photos per second", x_label="epoch", y_label="photos/s", y_range=(0.0, None)),
-        line_chart([Series("waiting", waits)], title="Time spent waiting for data", x_label="epoch", y_label="percent", y_range=(0.0, None)),
+        line_chart([Series(what, points)], title=title, x_label="epoch", y_label=what, y_range=(0.0, None))
+        for title, what, points in (
+            ("Photos per second", "photos/s", step("pair_per_s")),
+            ("Time spent waiting for data", "percent", waits),
+        )
     ]
     pair, view, wait = (_number(run.summary.get(key)) for key in ("pair_per_s", "view_per_s", "data_wait"))
     figures = "".join(
-        f'<div><b>{text}</b><span>{what}</span></div>'
+        f"<div><b>{text}</b><span>{what}</span></div>"
         for value, text, what in (
             (pair, f"{pair:,.0f}" if pair is not None else "", "photos/s (pairs of views)"),
             (view, f"{view:,.0f}" if view is not None else "", "views/s"),
@@ -388,7 +395,9 @@ def _details(run: RunRecord) -> str:
         for heading, rows in (("Machine", machine), ("Versions", versions))
         if rows
     )
-    config = f"<details><summary>Resolved configuration</summary><pre><code>{escape(run.config_text)}</code></pre></details>" if run.config_text else ""
+    config = ""
+    if run.config_text:
+        config = f"<details><summary>Resolved configuration</summary><pre><code>{escape(run.config_text)}</code></pre></details>"
     cut = f'<p class="small">{run.unreadable} line(s) of metrics.jsonl were unreadable and left out.</p>' if run.unreadable else ""
     if not (tables or config or cut):
         return ""

@@ -69,7 +69,7 @@ def views_picture(
         if owned:
             reader.close()
     if out is not None:
-        picture.save(out, optimize=True)
+        picture.save(out, format="PNG", optimize=True)
     return picture
 
 
@@ -105,9 +105,7 @@ def neighbours_picture(
     labelled = bank.labelled and asked.labelled
     names = split.bank.classes if labelled else None
     rows = _choose_queries(asked.labels.numpy() if labelled else None, len(asked), queries)
-    found = [
-        nearest_neighbors(part[0].features, part[1].features[torch.from_numpy(rows)], k=neighbours)[1] for part in (before, after)
-    ]
+    found = [nearest_neighbors(part[0].features, part[1].features[torch.from_numpy(rows)], k=neighbours)[1] for part in (before, after)]
     blocks = []
     for number, row in enumerate(rows.tolist()):
         label = int(asked.labels[row])
@@ -120,7 +118,7 @@ def neighbours_picture(
         blocks.append((title, _photo(split.queries, int(asked.index[row]), 2 * tile), lines))
     picture = _draw_neighbours(blocks, neighbours, tile, labelled)
     if out is not None:
-        picture.save(out, optimize=True)
+        picture.save(out, format="PNG", optimize=True)
     return picture
 
 

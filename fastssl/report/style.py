@@ -17,7 +17,8 @@ CSS = """
   }
 }
 * { box-sizing: border-box; }
-body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
+body { margin: 0; background: var(--paper); color: var(--ink);
+  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
 main { max-width: 1060px; margin: 0 auto; padding: 40px 24px 72px; }
 h1 { font-size: 30px; line-height: 1.2; margin: 0 0 12px; letter-spacing: -0.01em; overflow-wrap: anywhere; }
 h2 { font-size: 20px; margin: 0 0 12px; letter-spacing: -0.005em; }
@@ -28,7 +29,8 @@ section { margin-top: 44px; }
 .lead { font-size: 19px; line-height: 1.45; max-width: 46em; }
 .small { color: var(--quiet); font-size: 14px; max-width: 60em; }
 .notice { background: var(--note); border: 1px solid var(--note-edge); border-radius: 8px; padding: 10px 14px; font-size: 15px; }
-.facts { display: flex; flex-wrap: wrap; gap: 12px 36px; margin: 22px 0 0; padding: 16px 0; border-top: 1px solid var(--edge); border-bottom: 1px solid var(--edge); }
+.facts { display: flex; flex-wrap: wrap; gap: 12px 36px; margin: 22px 0 0; padding: 16px 0; border-top: 1px solid var(--edge);
+  border-bottom: 1px solid var(--edge); }
 .facts dt { color: var(--quiet); font-size: 13px; }
 .facts dd { margin: 0; font-weight: 600; }
 table { width: 100%; border-collapse: collapse; margin-bottom: 14px; font-variant-numeric: tabular-nums; }
@@ -39,26 +41,30 @@ tbody th { font-weight: 500; }
 tr.ours th, tr.ours b { font-weight: 700; }
 tr.ours .bar i { background: var(--series-1); }
 td .bar { display: inline-block; width: calc(100% - 70px); margin-right: 12px; vertical-align: middle; }
-@media (max-width: 640px) { td .bar { display: none; } .yes, .no { white-space: normal; } }
+@media (max-width: 640px) { td .bar { display: none; } }
 td b { font-weight: 500; }
 .bar { height: 10px; background: var(--grid); border-radius: 5px; overflow: hidden; }
 .bar i { display: block; height: 100%; background: var(--bar); border-radius: 5px; }
 .bar.wide { margin: 4px 0 10px; }
 .bar.wide i { background: var(--series-1); }
-.yes { color: var(--good); font-weight: 600; white-space: nowrap; }
-.no { color: var(--bad); font-weight: 600; white-space: nowrap; }
+.yes { color: var(--good); font-weight: 600; }
+.no { color: var(--bad); font-weight: 600; }
 .none { color: var(--quiet); }
 .card { background: var(--card); border: 1px solid var(--edge); border-radius: 10px; padding: 16px 20px; margin-top: 16px; }
 .card p:last-child { margin-bottom: 0; }
-pre { background: var(--grid); border-radius: 8px; padding: 12px 14px; margin: 0 0 12px; overflow-x: auto; font-size: 13.5px; line-height: 1.5; }
+pre { background: var(--grid); border-radius: 8px; padding: 12px 14px; margin: 0 0 12px; overflow-x: auto; font-size: 13.5px;
+  line-height: 1.5; }
 code { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(420px, 100%), 1fr)); gap: 18px; }
-.chart { margin: 0; background: var(--card); border: 1px solid var(--edge); border-radius: 10px; padding: 14px 16px 8px; display: flex; flex-direction: column; }
+.chart { margin: 0; background: var(--card); border: 1px solid var(--edge); border-radius: 10px; padding: 14px 16px 8px; display: flex;
+  flex-direction: column; }
 .chart figcaption { font-weight: 600; font-size: 15px; margin-bottom: 4px; line-height: 1.35; }
 .chart svg { width: 100%; height: auto; display: block; margin-top: auto; }
 .legend { display: flex; gap: 18px; font-size: 13px; color: var(--quiet); }
-.legend i { display: inline-block; width: 14px; height: 3px; border-radius: 2px; margin-right: 6px; vertical-align: middle; background: var(--c); }
-.s1 { --c: var(--series-1); } .s2 { --c: var(--series-2); } .s3 { --c: var(--series-3); } .s4 { --c: var(--series-4); } .s5 { --c: var(--series-5); }
+.legend i { display: inline-block; width: 14px; height: 3px; border-radius: 2px; margin-right: 6px; vertical-align: middle;
+  background: var(--c); }
+.s1 { --c: var(--series-1); } .s2 { --c: var(--series-2); } .s3 { --c: var(--series-3); }
+.s4 { --c: var(--series-4); } .s5 { --c: var(--series-5); }
 svg text { font-family: inherit; fill: var(--quiet); font-size: 12px; }
 svg .label { font-size: 12.5px; }
 svg .grid { stroke: var(--grid); } svg .axis { stroke: var(--quiet); }

@@ -41,7 +41,7 @@ def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
         return [low]
     rough = (high - low) / max(count, 1)
     power = 10.0 ** math.floor(math.log10(rough))
-    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * (1 - 1e-9))
+    step = min((factor * power for factor in (1, 2, 5, 10)), key=lambda step: abs((high - low) / step - count))
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     # An integer times the step, rounded to the step's digits: no 0.30000000000000004, and no -0.
     digits = max(0, -math.floor(math.log10(step)) + 1)

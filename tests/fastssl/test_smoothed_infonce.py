@@ -114,7 +114,7 @@ def test_equals_dense_in_float64(
 ) -> None:
     inputs = whole_numbers(seed, batch, rows, dim, torch.float64) if ties else vectors(seed, batch, rows, dim)
     criterion = SmoothedInfoNCE(temperature, smoothing, weighting, tile=tile)
-    # Away from a loss of zero, where "relative" has no meaning; atol in units of the largest gradient the loss can have.
+    # Draws include losses next to zero, where relative means nothing: hence a floor, of rounding size.
     loss = criterion(*inputs)
     gradients = torch.autograd.grad(loss, inputs[:2])
     query, key = (tensor.detach().clone().requires_grad_() for tensor in inputs[:2])

@@ -177,11 +177,11 @@ def test_photos_without_labels_train_and_report(photo_tree: Path, tmp_path: Path
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--arch", "mobilnetv3"], "no network"),
+        (["--arch", "mobilnetv3"], "unknown network"),
         (["--arch", ARCH, "--data", "missing.beton"], "missing.beton"),
         (["--arch", ARCH, "--recipe", "quick-start"], "nearest: quickstart"),
         (["--arch", ARCH, "--set", "optim.lrr=1"], "no key optim.lrr"),
-        (["--arch", ARCH, "--resume", "nothing.pt", "--data", "BETON"], "no such checkpoint"),
+        (["--arch", ARCH, "--resume", "nothing.pt", "--data", "BETON", "--batch-size", "8"], "no such checkpoint"),
         (["--arch", ARCH, "--batch-size", "4096", "--data", "BETON", "--set", "moco.queue=8192"], "fewer than one batch"),
         (["--arch", ARCH, "--batch-size", "7", "--data", "BETON"], "multiple of twice the batch size"),
     ],

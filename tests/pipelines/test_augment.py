@@ -8,22 +8,23 @@ import numpy as np
 import pytest
 import torch
 import torchvision.transforms.v2.functional as V2
+from PIL import Image, ImageEnhance, ImageFilter, ImageOps
+from sklearn.datasets import load_sample_images
+
 from fastssl.pipelines.augment import (
-    adjust,
-    adjust_hue,
     augment,
     augment_device,
     augment_host,
+    blend,
     blur_by_matrices,
     blur_in_bands,
     blur_matrices,
     blur_radius,
     luminance,
     parameter_table,
+    turn_hue,
 )
 from fastssl.pipelines.plan import BRIGHTNESS, CONTRAST, HUE, SATURATION, ViewSpec, draw_plan
-from PIL import Image, ImageEnhance, ImageFilter, ImageOps
-from sklearn.datasets import load_sample_images
 
 STRONG = ViewSpec(brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2, solarise=0.3, solarise_threshold=100)
 RAW = dict(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))  # the output is the picture in 0 .. 1
@@ -185,8 +186,7 @@ def test_hue_of_every_colour() -> None:
     levels = torch.tensor([0.0, 1 / 255, 0.2, 0.5, 0.5000001, 254 / 255, 1.0])
     cube = torch.cartesian_prod(levels, levels, levels).T.reshape(1, 3, 7, 49)
     for shift in (-0.5, -0.3, -1 / 6, 0.0, 1e-4, 0.1, 1 / 3, 0.5):
-        planes = planes_of(cube)
-        adjust_hue(planes, torch.full((1, 1), shift))
+        planes = turn_hue(planes_of(cube), torch.full((1, 1), shift))
         expected = V2.adjust_hue(cube, shift)
         assert (torch.stack(planes, 1).view_as(cube) - expected).abs().max() < 3e-6, shift
 
@@ -194,14 +194,14 @@ def test_hue_of_every_colour() -> None:
 def test_blends_with_factors_outside_zero_to_one_are_clamped() -> None:
     picture = photos(3, 20).float() / 255
     for factor in (0.0, 0.5, 1.0, 2.5):
-        column = torch.full((3, 1), factor)
-        for shares, expected in [
-            ((None, None), V2.adjust_brightness(picture, factor)),
-            ((1 - column, None), V2.adjust_saturation(picture, factor)),
-            ((None, 1 - column), V2.adjust_contrast(picture, factor)),
+        column, grey = torch.full((3, 1), factor), luminance(planes_of(picture))
+        for other, expected in [
+            (None, V2.adjust_brightness(picture, factor)),
+            (grey * (1 - column), V2.adjust_saturation(picture, factor)),
+            (grey.mean(dim=1, keepdim=True) * (1 - column), V2.adjust_contrast(picture, factor)),
         ]:
             planes = planes_of(picture)
-            adjust(planes, column, *shares)
+            blend(planes, column, other)
             assert (torch.stack(planes, 1).view_as(picture) - expected).abs().max() < 2e-6
     assert torch.allclose(luminance(planes_of(picture)).view(3, 1, 20, 20), V2.rgb_to_grayscale(picture), atol=1e-6)
 

@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import torch
 import torchvision.transforms.v2.functional as V2
-from fastssl.pipelines import crop
-from fastssl.pipelines.crop import crop_resize_device, crop_resize_host, filter_matrices, plan_chunks
-from fastssl.pipelines.plan import VIEW_DTYPE, ViewSpec, draw_plan
 from PIL import Image
 from sklearn.datasets import load_sample_images
 from torchvision.transforms import InterpolationMode
+
+from fastssl.pipelines import crop
+from fastssl.pipelines.crop import crop_resize_device, crop_resize_host, filter_matrices, plan_chunks
+from fastssl.pipelines.plan import VIEW_DTYPE, ViewSpec, draw_plan
 
 PIL_FILTER = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 SIZES = [(427, 640), (240, 320), (320, 213), (64, 64), (65, 63), (30, 200), (200, 24), (2, 30), (1, 1), (3, 2), (131, 97), (28, 28)]

@@ -124,7 +124,7 @@ def test_early_exit_leaves_no_thread_and_no_buffer(beton: Path, crops: str) -> N
             break
         slots = [id(slot) for slot in loader.engine._slots]
     assert slots and not loader.engine._slots
-    del batch, loader
+    del loader
     gc.collect()
     assert not threads()
 

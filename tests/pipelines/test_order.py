@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 from fastssl.pipelines.order import batch_indices, batch_permutation, epoch_order, steps_per_epoch
 from fastssl.pipelines.rng import Stream, keyed_words
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 from fastssl.pipelines.errors import FastSSLError
 from fastssl.pipelines.rng import SeedError, Stream, below, keyed_words, philox4x32, uniform
 

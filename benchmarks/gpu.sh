@@ -1,0 +1,150 @@
+#!/usr/bin/env bash
+# Measure everything that `fastssl bench` knows on this machine's NVIDIA GPU, for every recipe, in under nine minutes and without network.
+#
+#   bash benchmarks/gpu.sh [--python PATH] [--out DIR] [--data FILE.beton] [--smoke]
+#
+#   --python  Python with torch and fastssl's other needs.   [default: the checkout's .venv, else python3]
+#   --out     gets results.jsonl, results.md and log.txt.    [default: runs/bench in the checkout]
+#   --data    real JPEGs to read.                            [default: the sample set that comes with the package]
+#   --smoke   the same parts with tiny settings, about a minute on two CPU cores: shows that they run, its figures mean nothing.
+#
+# Parts run one after the other, the most valuable first, each as its own process with its own time limit. One that fails or runs out of time leaves
+# the others alone; what it had finished is kept. Exit status: 0 all done, 1 a part failed or was not reached (they are listed), 2 wrong usage.
+#
+# fastssl need not be installed: where Python does not import this checkout, a temporary folder of links is put on PYTHONPATH, with pipelines/ and
+# benchmarks/ where the installed package has them.
+set -uo pipefail
+
+ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
+PYTHON="" OUT="" DATA="" SMOKE=""
+BUDGET=530 # seconds for all parts; with the table at the end it stays below nine minutes
+
+usage() { sed -n '2,/^set /p' "${BASH_SOURCE[0]}" | grep '^#' | cut -c3-; }
+refuse() { echo "gpu.sh: $1 (gpu.sh --help)" >&2; exit 2; }
+absolute() { (cd "$(dirname "$1")" 2>/dev/null && echo "$PWD/$(basename "$1")") || echo "$1"; }
+
+while (($#)); do
+    case "$1" in
+        --python | --out | --data)
+            (($# > 1)) && [[ -n "$2" ]] || refuse "$1 needs a value"
+            case "$1" in --python) PYTHON="$2" ;; --out) OUT="$2" ;; --data) DATA="$2" ;; esac
+            shift 2
+            ;;
+        --smoke) SMOKE=1; shift ;;
+        -h | --help) usage; exit 0 ;;
+        *) refuse "unknown option $1" ;;
+    esac
+done
+if [[ -z "$PYTHON" ]]; then
+    PYTHON=python3
+    [[ -x "$ROOT/.venv/bin/python" ]] && PYTHON="$ROOT/.venv/bin/python"
+fi
+# Parts run in another folder: relative paths are made absolute here. A virtual environment's python is a link and must stay one.
+[[ "$PYTHON" == */* ]] && PYTHON="$(absolute "$PYTHON")"
+command -v "$PYTHON" >/dev/null || refuse "--python $PYTHON: no such program"
+if [[ -n "$DATA" ]]; then
+    [[ -f "$DATA" ]] || refuse "--data $DATA: no such file"
+    DATA="$(absolute "$DATA")"
+fi
+OUT="${OUT:-$ROOT/runs/bench}"
+mkdir -p "$OUT" && OUT="$(cd "$OUT" && pwd)" || { echo "gpu.sh: cannot make the folder $OUT" >&2; exit 1; }
+
+WORK="$(mktemp -d)"
+RESULTS="$OUT/results.jsonl" LOG="$OUT/log.txt"
+: >"$RESULTS" >"$LOG" || exit 1
+unfinished=""
+keep() { # the records that the running part has finished
+    [[ -n "$unfinished" && -s "$unfinished" ]] && cat "$unfinished" >>"$RESULTS"
+    unfinished=""
+}
+trap 'keep; rm -rf "$WORK"' EXIT
+trap 'exit 130' INT TERM
+
+say() { printf '[%3d s] %s\n' "$SECONDS" "$*" | tee -a "$LOG"; }
+
+# Is it this checkout that Python imports, or nothing, or some other copy?
+imported() { (cd "$WORK" && "$PYTHON" -c 'import os, fastssl.pipelines as p, fastssl.benchmarks; print(os.path.realpath(p.__path__[0]))' 2>/dev/null); }
+if [[ "$(imported)" != "$ROOT/pipelines" ]]; then
+    mkdir -p "$WORK/links/fastssl"
+    ln -s "$ROOT"/fastssl/* "$ROOT/pipelines" "$ROOT/benchmarks" "$WORK/links/fastssl/"
+    export PYTHONPATH="$WORK/links${PYTHONPATH:+:$PYTHONPATH}"
+    [[ "$(imported)" == "$ROOT/pipelines" ]] || { echo "gpu.sh: $PYTHON cannot import fastssl from $ROOT" >&2; exit 1; }
+    say "fastssl is not installed here: importing it from $ROOT"
+fi
+missing="$("$PYTHON" -c '
+from importlib.util import find_spec
+print(*[name for name in "torch torchvision timm numpy PIL click rich yaml safetensors simplejpeg".split() if find_spec(name) is None])')" || exit 1
+[[ -z "$missing" ]] || { echo "gpu.sh: $PYTHON lacks the packages: $missing" >&2; exit 1; }
+
+export PYTHONUNBUFFERED=1 PYTHONWARNINGS="${PYTHONWARNINGS:-ignore}"
+REAL="${DATA:-samples}"
+MAIN=(--recipe light-moco-mobilenetv3)
+OTHER=(--recipe light-moco-efficientnet_b0 --recipe moco-v2-resnet50 --recipe quickstart)
+if [[ -n "$SMOKE" ]]; then
+    # The compiled parts go the same way but compile nothing, and their records say so: a compiler needs minutes on two cores.
+    export TORCH_COMPILE_DISABLE=1
+    # Tensors this small gain nothing from a second thread, and lose much when others use the cores.
+    export OMP_NUM_THREADS=1
+    TINY=(--device cpu --set views.0.size=32 --set moco.queue=256 --set moco.split_bn=2)
+    NET=(--arch mobilenetv3_small_050 --batch-size 4)
+    INPUT=(--photos 16)
+    BATCH=(--batch-size 4)
+    QUERIES=(--batch-size 16)
+    LONG=(--seconds 0.5) SHORT=(--seconds 0.2)
+    THREADS=(--workers 1 --workers 2)
+else
+    "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || {
+        echo "gpu.sh: torch sees no NVIDIA GPU here; --smoke runs the same parts on a CPU" >&2
+        exit 1
+    }
+    TINY=(--device cuda) NET=() BATCH=() INPUT=(--photos 1024)
+    QUERIES=(--batch-size 256 --batch-size 512)
+    LONG=(--seconds 8) SHORT=(--seconds 4)
+    THREADS=(--workers 1 --workers 4 --workers 8)
+fi
+
+failed=()
+part() { # NAME SECONDS ARGUMENTS-OF-BENCH...
+    local name="$1" limit="$2" left=$((BUDGET - SECONDS)) status began=$SECONDS
+    shift 2
+    ((limit > left)) && limit=$left
+    if ((limit < 10)); then
+        say "$name: not reached"
+        failed+=("$name: not reached within $BUDGET s")
+        return
+    fi
+    say "$name: fastssl bench $*"
+    unfinished="$WORK/$name.jsonl"
+    (cd "$WORK" && timeout --kill-after=5 "$limit" "$PYTHON" -c 'from fastssl.cli import main; main()' bench "$@" --json "$unfinished") 2>&1 |
+        while IFS= read -r line; do say "  $line"; done
+    status=${PIPESTATUS[0]}
+    keep
+    case "$status" in
+        0) say "$name: done in $((SECONDS - began)) s" ;;
+        124 | 137) say "$name: stopped after its $limit s"; failed+=("$name: stopped after $limit s") ;;
+        *) say "$name: failed with status $status"; failed+=("$name: status $status") ;;
+    esac
+}
+
+part step-bf16 100 step "${MAIN[@]}" "${OTHER[@]}" "${TINY[@]}" "${NET[@]}" --amp bf16
+part loader 60 loader "${MAIN[@]}" "${TINY[@]}" "${BATCH[@]}" "${INPUT[@]}" --data synthetic --data "$REAL" "${LONG[@]}"
+part train 80 train "${MAIN[@]}" "${TINY[@]}" "${NET[@]}" "${INPUT[@]}" --data synthetic --data "$REAL" --amp bf16 "${LONG[@]}"
+part step-compiled 120 step "${MAIN[@]}" "${TINY[@]}" "${NET[@]}" --amp bf16 --compile
+part views 45 views "${MAIN[@]}" "${OTHER[@]}" "${TINY[@]}" "${BATCH[@]}" "${INPUT[@]}" --data synthetic --data "$REAL"
+part loss 45 loss "${MAIN[@]}" --recipe moco-v2-resnet50 "${TINY[@]}" "${QUERIES[@]}"
+part step-float32 80 step "${MAIN[@]}" "${OTHER[@]}" "${TINY[@]}" "${NET[@]}" --amp off
+part loader-threads 45 loader "${MAIN[@]}" "${TINY[@]}" "${BATCH[@]}" "${INPUT[@]}" "${THREADS[@]}" "${SHORT[@]}"
+part train-recipes 90 train "${OTHER[@]}" "${TINY[@]}" "${NET[@]}" "${INPUT[@]}" --data synthetic --data "$REAL" --amp bf16 "${SHORT[@]}"
+part loader-recipes 70 loader "${OTHER[@]}" "${TINY[@]}" "${BATCH[@]}" "${INPUT[@]}" --data synthetic --data "$REAL" "${SHORT[@]}"
+part step-compiled-recipes 180 step "${OTHER[@]}" "${TINY[@]}" "${NET[@]}" --amp bf16 --compile
+
+if [[ -s "$RESULTS" ]]; then
+    (cd "$WORK" && "$PYTHON" -m fastssl.benchmarks.table "$RESULTS") >"$OUT/results.md" || failed+=("the table in results.md")
+else
+    failed+=("no record at all")
+fi
+say "$(wc -l <"$RESULTS") records in $RESULTS"
+if ((${#failed[@]})); then
+    for one in "${failed[@]}"; do say "FAILED $one"; done
+    exit 1
+fi

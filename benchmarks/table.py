@@ -1,0 +1,109 @@
+"""Records as a table: one line each, in the terminal and in markdown.
+
+    python -m fastssl.benchmarks.table results.jsonl > results.md
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from fastssl.benchmarks.records import Record, read_records
+from fastssl.pipelines.errors import FastSSLError
+
+COLUMNS = ("what", "recipe", "setting", "pair/s", "view/s", "of ceiling", "ceiling", "bottleneck")
+#: Column widths in a terminal, where lines come one by one and the widest is not known; text to the left, figures to the right.
+_WIDTHS = (-17, -26, -34, 9, 9, 10, -46, 0)
+
+
+def cells(record: Record) -> tuple[str, ...]:
+    """A record in the order of COLUMNS; what does not apply is empty."""
+    details = record.details or {}
+    part = details.get("part") or details.get("stage")
+    fraction = record.fraction_of_ceiling
+    return (
+        f"{record.bench}: {part}" if part else record.bench,
+        record.recipe or "",
+        ", ".join(_setting(record, details)),
+        _figure(record.pair_per_s),
+        _figure(record.view_per_s),
+        "" if fraction is None else f"{fraction:.1%}",
+        record.ceiling_name or "",
+        "; ".join(filter(None, [record.bottleneck, *_remarks(record, details)])),
+    )
+
+
+def _setting(record: Record, details: dict) -> list[str]:
+    found = [record.device, f"batch {record.batch_size}" if record.batch_size else None]
+    if record.workers:
+        found.append(f"{record.workers} threads")
+    if "amp" in details:
+        found.append("bf16" if details["amp"] == "bf16" else "float32")
+        found.append("compiled" if details["compiled"] else None)
+    if "queue" in details:
+        found.append(f"queue {details['queue']}")
+    if details.get("data"):
+        found.append(details["data"]["name"])
+    return [item for item in found if item]
+
+
+def _remarks(record: Record, details: dict) -> list[str]:
+    remarks = []
+    if details.get("compile_failed"):
+        remarks.append(f"not compiled: {details['compile_failed']}")
+    if details.get("asked_batch_size") not in (None, record.batch_size):
+        remarks.append(f"batch {details['asked_batch_size']} was too large for the memory")
+    if "times_1_view" in details:
+        remarks.append(", ".join(f"{key}: {value:.2f}x the host time of one" for key, value in details["times_1_view"].items() if key != "1 view"))
+    if record.ratio_to_peer is not None:
+        remarks.append(f"{record.ratio_to_peer:.2f}x {record.peer}")
+    return remarks
+
+
+def _figure(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def line(texts: Sequence[str]) -> str:
+    """One line for a terminal, columns aligned."""
+    return "  ".join(text.ljust(-width) if width <= 0 else text.rjust(width) for text, width in zip(texts, _WIDTHS)).rstrip()
+
+
+def markdown(records: Iterable[Record]) -> str:
+    """A table for every machine that the records name, with its versions above."""
+    groups: dict[str, list[Record]] = {}
+    for record in records:
+        groups.setdefault(_machine(record), []).append(record)
+    parts = []
+    for machine, members in groups.items():
+        rows = [COLUMNS, tuple(":--" if width <= 0 else "--:" for width in _WIDTHS), *(cells(record) for record in members)]
+        parts.append(machine + "\n\n" + "\n".join("| " + " | ".join(text.replace("|", "\\|") for text in row) + " |" for row in rows) + "\n")
+    return "\n".join(parts)
+
+
+def _machine(record: Record) -> str:
+    host, versions = record.host, record.versions
+    gpu = f"{host['gpu']}, " if "gpu" in host else ""
+    cores = f"{host.get('cpu', 'unknown processor')}, {host.get('cores', '?')} cores"
+    packages = ", ".join(f"{name} {versions[name]}" for name in ("python", "torch", "cuda", "timm", "fastssl") if name in versions)
+    return f"**{gpu}{cores}** ({packages}{f', commit {record.git}' if record.git else ''})"
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print the table of a results file; 0 done, 1 unreadable, 2 wrong usage."""
+    if len(argv) != 1:
+        print("usage: python -m fastssl.benchmarks.table RESULTS.jsonl", file=sys.stderr)
+        return 2
+    try:
+        print(markdown(read_records(Path(argv[0]))), end="")
+    except (OSError, FastSSLError) as error:
+        print(f"table: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

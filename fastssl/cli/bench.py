@@ -1,0 +1,296 @@
+"""``fastssl bench``: images a second of each part, beside what limits it."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import sys
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import TYPE_CHECKING, TextIO
+
+import click
+
+from fastssl.cli.common import console, json_option
+from fastssl.pipelines.errors import FastSSLError
+
+if TYPE_CHECKING:
+    from fastssl.benchmarks.records import Record
+    from fastssl.recipe import Recipe
+
+#: A name for the reader, and the measurement.
+Job = tuple[str, "Callable[[], list[Record]]"]
+
+recipe_option = click.option(
+    "--recipe", "recipes", multiple=True, default=("light-moco-mobilenetv3",), show_default=True, metavar="NAME|FILE.yaml", help="May be repeated."
+)
+arch_option = click.option("--arch", metavar="NAME", help="Another network than the recipe's.")
+set_option = click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change one value of the recipes, e.g. --set views.0.size=96.")
+data_option = click.option(
+    "--data",
+    multiple=True,
+    default=("synthetic",),
+    show_default=True,
+    metavar="FILE.beton",
+    help="JPEGs to read; 'synthetic' makes some of ImageNet's usual size, 'samples' is the sample set of the package. May be repeated.",
+)
+photos_option = click.option("--photos", type=click.IntRange(min=1), default=512, show_default=True, help="Number of synthetic photos.")
+device_option = click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+batch_option = click.option("--batch-size", type=click.IntRange(min=2), help="Pictures a batch. Default: the recipe's, at most 32 on a CPU.")
+runs_option = click.option("--runs", type=click.IntRange(min=5), default=5, show_default=True, help="Counted runs; figures are their medians.")
+seconds_option = click.option(
+    "--seconds", type=click.FloatRange(min=0, min_open=True), default=10.0, show_default=True, help="Counted time of each setting; warm-up comes on top."
+)
+amp_option = click.option(
+    "--amp", type=click.Choice(["auto", "bf16", "off"]), default="auto", show_default=True, help="bfloat16 autocast; auto: on a GPU."
+)
+compile_option = click.option("--compile", "compiled", is_flag=True, help="Compile the networks first (minutes).")
+
+
+@click.group(subcommand_metavar="WHAT [ARGS]...")
+def bench() -> None:
+    """Measure images/s of the loader, the views, the loss, the step, or of training as a whole.
+
+    Every figure is a median of alternating runs after a warm-up, and stands beside a ceiling that was measured in the same process. A pair is one
+    source picture with all its views.
+
+    \b
+    fastssl bench loader --seconds 10 --json loader.jsonl
+    fastssl bench train --recipe light-moco-mobilenetv3 --data photos.beton
+    """
+    # torch's profiler, which counts bytes here, talks to the terminal unless told not to before torch is loaded.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+
+
+@bench.command()
+@recipe_option
+@set_option
+@data_option
+@photos_option
+@device_option
+@click.option("--workers", type=click.IntRange(min=1), multiple=True, help="Decoding threads; may be repeated. Default: one a core.")
+@batch_option
+@seconds_option
+@runs_option
+@json_option
+def loader(recipes, overrides, data, photos, device, workers, batch_size, seconds, runs, json_path) -> None:
+    """Decoding, the host's cost in the number of views, and the whole loader.
+
+    \b
+    fastssl bench loader --recipe light-moco-mobilenetv3 --seconds 10 --json out.jsonl
+    fastssl bench loader --data photos.beton --workers 1 --workers 8
+    """
+    from fastssl.benchmarks.loader import run
+    from fastssl.train import choose_device
+
+    place = choose_device(device)
+    settings = itertools.product(_load(recipes, overrides), data, workers or (None,))
+    _measure(
+        json_path,
+        [
+            (
+                f"loader, {name}, {source}{f', {threads} threads' if threads else ''}",
+                lambda recipe=recipe, name=name, source=source, threads=threads: run(
+                    recipe, name, source, place, threads, batch_size, seconds, runs, photos
+                ),
+            )
+            for (recipe, name), source, threads in settings
+        ],
+    )
+
+
+@bench.command()
+@recipe_option
+@set_option
+@data_option
+@photos_option
+@device_option
+@batch_option
+@runs_option
+@json_option
+def views(recipes, overrides, data, photos, device, batch_size, runs, json_path) -> None:
+    """Crop and colour of decoded pictures that lie on the device.
+
+    \b
+    fastssl bench views --recipe light-moco-mobilenetv3 --recipe quickstart --json out.jsonl
+    """
+    from fastssl.benchmarks.views import run
+    from fastssl.train import choose_device
+
+    place = choose_device(device)
+    _measure(
+        json_path,
+        [
+            (f"views, {name}, {source}", lambda recipe=recipe, name=name, source=source: run(recipe, name, source, place, batch_size, runs, photos))
+            for (recipe, name), source in itertools.product(_load(recipes, overrides), data)
+        ],
+    )
+
+
+@bench.command()
+@recipe_option
+@set_option
+@device_option
+@click.option("--batch-size", type=click.IntRange(min=1), multiple=True, help="Queries; may be repeated. Default: the recipe's batch.")
+@runs_option
+@json_option
+def loss(recipes, overrides, device, batch_size, runs, json_path) -> None:
+    """The loss, forward and backward, in turns with the dense form of it.
+
+    \b
+    fastssl bench loss --batch-size 256 --batch-size 512 --json out.jsonl
+    fastssl bench loss --set moco.queue=16384 --set moco.weighting=geometric --set moco.neighbors=null
+    """
+    from fastssl.benchmarks.loss import run
+    from fastssl.train import choose_device
+
+    place = choose_device(device)
+
+    def measure(recipe: Recipe, name: str, queries: int) -> list[Record]:
+        moco = recipe.moco
+        records = run(
+            place,
+            queries,
+            moco.queue,
+            moco.projector.out,
+            runs,
+            temperature=moco.temperature,
+            smoothing=moco.smoothing,
+            weighting=moco.weighting,
+            neighbors=moco.neighbors,
+        )
+        return [replace(record, recipe=name) for record in records]
+
+    _measure(
+        json_path,
+        [
+            (f"loss, {name}, {queries} queries", lambda recipe=recipe, name=name, queries=queries: measure(recipe, name, queries))
+            for recipe, name in _load(recipes, overrides)
+            for queries in batch_size or (recipe.train.batch_size,)
+        ],
+    )
+
+
+@bench.command()
+@recipe_option
+@arch_option
+@set_option
+@device_option
+@batch_option
+@amp_option
+@compile_option
+@runs_option
+@json_option
+def step(recipes, arch, overrides, device, batch_size, amp, compiled, runs, json_path) -> None:
+    """The training step on views that are on the device already. A batch that does not fit is halved.
+
+    \b
+    fastssl bench step --recipe light-moco-mobilenetv3 --amp bf16 --compile --json out.jsonl
+    fastssl bench step --arch resnet18 --batch-size 64
+    """
+    from fastssl.benchmarks.step import run
+    from fastssl.train import choose_device
+
+    place = choose_device(device)
+    _measure(
+        json_path,
+        [
+            (f"step, {name}", lambda recipe=recipe, name=name: run(recipe, name, place, batch_size, amp, compiled, runs))
+            for recipe, name in _load(recipes, overrides, arch)
+        ],
+    )
+
+
+@bench.command()
+@recipe_option
+@arch_option
+@set_option
+@data_option
+@photos_option
+@device_option
+@click.option("--workers", type=click.IntRange(min=1), help="Decoding threads. Default: one a core.")
+@batch_option
+@amp_option
+@compile_option
+@seconds_option
+@runs_option
+@json_option
+def train(recipes, arch, overrides, data, photos, device, workers, batch_size, amp, compiled, seconds, runs, json_path) -> None:
+    """Loader and step together, and how much faster the same steps are on cached batches.
+
+    \b
+    fastssl bench train --recipe light-moco-mobilenetv3 --data photos.beton --seconds 30 --json out.jsonl
+    """
+    from fastssl.benchmarks.train import run
+    from fastssl.train import choose_device
+
+    place = choose_device(device)
+    _measure(
+        json_path,
+        [
+            (
+                f"train, {name}, {source}",
+                lambda recipe=recipe, name=name, source=source: run(
+                    recipe, name, source, place, workers, batch_size, amp, compiled, seconds, runs, photos
+                ),
+            )
+            for (recipe, name), source in itertools.product(_load(recipes, overrides, arch), data)
+        ],
+    )
+
+
+def _load(names: Iterable[str], overrides: Iterable[str], arch: str | None = None) -> list[tuple[Recipe, str]]:
+    from pathlib import Path
+
+    from fastssl.backbones import resolve_arch
+    from fastssl.recipe import load_recipe, parse_overrides
+
+    if arch is not None:
+        resolve_arch(arch)  # a mistyped network should fail before anything is measured
+    changes = parse_overrides(overrides)
+    loaded = [(load_recipe(name, changes), Path(name).stem) for name in names]
+    return [(replace(recipe, arch=arch) if arch else recipe, name) for recipe, name in loaded]
+
+
+def _measure(json_path: str | None, jobs: list[Job]) -> None:
+    """Run the jobs one after the other; every record is printed and written when it is there, so that a stop loses none.
+
+    Raises:
+        FastSSLError: after all jobs, if some failed; the first failure is its cause.
+    """
+    from fastssl.benchmarks.table import COLUMNS, cells, line
+
+    def show(texts: Iterable[str]) -> None:
+        console.print(line(tuple(texts)), highlight=False, markup=False, soft_wrap=True)
+
+    failures: list[tuple[str, Exception]] = []
+    with _open(json_path) as file:
+        show(COLUMNS)
+        for label, job in jobs:
+            try:
+                records = job()
+            except Exception as error:  # the other settings are worth their figures all the same
+                failures.append((label, error))
+                console.print(f"failed: {label}: {_words(error)}", highlight=False, markup=False, soft_wrap=True)
+                continue
+            for record in records:
+                show(cells(record))
+                if file is not None:
+                    file.write(record.to_json() + "\n")
+                    file.flush()
+    if failures:
+        label, error = failures[0]
+        others = f" ({len(failures)} of {len(jobs)} settings failed)" if len(jobs) > 1 else ""
+        raise FastSSLError(f"{label}: {_words(error)}{others}") from error
+
+
+def _words(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if isinstance(error, FastSSLError) else f"{type(error).__name__}: {text}"
+
+
+def _open(json_path: str | None) -> nullcontext[TextIO | None] | TextIO:
+    if json_path is None:
+        return nullcontext(None)
+    return nullcontext(sys.stdout) if json_path == "-" else open(json_path, "w", encoding="utf-8")

@@ -1,0 +1,31 @@
+"""``fastssl views``: look at what a recipe makes of your photos before training on them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+
+@click.command()
+@click.argument("file", type=click.Path(path_type=Path), metavar="FILE.beton")
+@click.option("--recipe", "recipe_name", required=True, metavar="NAME|FILE.yaml", help="Whose views.")
+@click.option(
+    "--out", required=True, type=click.Path(path_type=Path, dir_okay=False), metavar="FILE.png", help="Where to write the picture."
+)
+@click.option("--samples", type=click.IntRange(1, 64), default=9, show_default=True, help="Photos, spread evenly over the file.")
+@click.option(
+    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="The seed of a run: the picture shows that run's views."
+)
+@click.option("--epoch", type=click.IntRange(min=0), default=0, show_default=True, help="Which epoch's views.")
+def views(file: Path, recipe_name: str, out: Path, samples: int, seed: int, epoch: int) -> None:
+    """Draw photos beside the very views that a run with this recipe and seed would see.
+
+    \b
+    fastssl views photos.beton --recipe light-moco-mobilenetv3 --out views.png
+    """
+    from fastssl.recipe import load_recipe
+    from fastssl.report.pictures import views_picture
+
+    picture = views_picture(file, load_recipe(recipe_name).views, out, samples=samples, seed=seed, epoch=epoch)
+    click.echo(f"{out}: {picture.width}x{picture.height} px")

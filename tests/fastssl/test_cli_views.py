@@ -1,0 +1,57 @@
+"""``fastssl views`` and ``fastssl report``."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from PIL import Image
+
+from fastssl.cli import main
+
+
+def run(capsys, *arguments):
+    with pytest.raises(SystemExit) as stop:
+        main([*map(str, arguments)])
+    captured = capsys.readouterr()
+    return stop.value.code, captured.out, captured.err
+
+
+def test_views_draws_a_recipes_views(capsys, beton, tmp_path):
+    out = tmp_path / "grid.png"
+    status, printed, _ = run(capsys, "views", beton, "--recipe", "quickstart", "--out", out, "--samples", 2)
+    assert status == 0 and str(out) in printed
+    with Image.open(out) as picture:
+        assert picture.format == "PNG" and picture.width > 300
+        assert f"{picture.width}x{picture.height}" in printed
+
+
+def test_views_follow_the_seed(capsys, beton, tmp_path):
+    pictures = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        # No suffix: the file is a PNG whatever its name.
+        assert run(capsys, "views", beton, "--recipe", "quickstart", "--out", tmp_path / name, "--samples", 2, "--seed", seed)[0] == 0
+        pictures.append((tmp_path / name).read_bytes())
+    assert pictures[0] == pictures[1] != pictures[2]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "file", "message"),
+    [("quickstrat", None, "quickstart"), ("quickstart", "missing.beton", "missing.beton")],
+)
+def test_views_failures_are_one_line(capsys, beton, tmp_path, recipe, file, message):
+    status, _, err = run(capsys, "views", tmp_path / file if file else beton, "--recipe", recipe, "--out", tmp_path / "x.png")
+    assert status == 1 and message in err and "Traceback" not in err
+    assert not (tmp_path / "x.png").exists()
+
+
+def test_report_is_written_again(capsys, tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"kind": "step", "step": 1, "epoch": 0.1, "loss": 3.0}) + "\n")
+    status, printed, _ = run(capsys, "report", tmp_path)
+    assert status == 0 and printed.strip() == str(tmp_path / "report.html")
+    assert "not finished" in (tmp_path / "report.html").read_text()
+
+
+def test_report_of_no_run(capsys, tmp_path):
+    status, _, err = run(capsys, "report", tmp_path / "nowhere")
+    assert status == 1 and err.startswith("fastssl: ") and "no such run directory" in err

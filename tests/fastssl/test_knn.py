@@ -1,0 +1,111 @@
+"""Weighted kNN against a slow twin and scikit-learn."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from fastssl.evaluate import knn
+from fastssl.evaluate.features import Features, ProbeError
+from fastssl.evaluate.knn import knn_accuracy, knn_leave_one_out, knn_predict, nearest_neighbors
+
+
+def slow_knn(bank, labels, query, k, temperature, exclude_self=False):
+    """The formula, one query and one bank sample at a time, in Python floats."""
+    predicted = []
+    for q, row in enumerate(query.tolist()):
+        scored = []
+        for b, other in enumerate(bank.tolist()):
+            if exclude_self and b == q:
+                continue
+            dot = sum(x * y for x, y in zip(row, other))
+            scored.append((dot / math.sqrt(sum(x * x for x in row)) / math.sqrt(sum(y * y for y in other)), b))
+        votes = {}
+        for cosine, b in sorted(scored, reverse=True)[:k]:
+            votes[int(labels[b])] = votes.get(int(labels[b]), 0.0) + math.exp(cosine / temperature)
+        predicted.append(max(sorted(votes), key=votes.get))
+    return predicted
+
+
+def clusters(count, classes=5, width=12, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, classes, (count,), generator=generator)
+    centres = torch.randn(classes, width, generator=torch.Generator().manual_seed(99))
+    return centres[labels] + 1.5 * torch.randn(count, width, generator=generator), labels
+
+
+@pytest.mark.parametrize(("k", "temperature"), [(1, 0.07), (5, 0.07), (20, 0.5), (500, 1.0)])
+def test_equals_the_slow_twin(k, temperature):
+    bank, labels = clusters(90)
+    query, _ = clusters(40, seed=1)
+    assert knn_predict(bank, labels, query, k=k, temperature=temperature).tolist() == slow_knn(bank, labels, query, k, temperature)
+
+
+def test_leave_one_out_equals_the_slow_twin():
+    bank, labels = clusters(70)
+    expected = slow_knn(bank, labels, bank, 7, 0.1, exclude_self=True)
+    assert knn_predict(bank, labels, bank, k=7, temperature=0.1, exclude_self=True).tolist() == expected
+    result = knn_leave_one_out(Features(bank, labels, torch.arange(70)), k=7, temperature=0.1)
+    assert result.accuracy == pytest.approx(100 * np.mean(np.array(expected) == labels.numpy()))
+
+
+def test_equals_scikit_learn():
+    neighbors = pytest.importorskip("sklearn.neighbors")
+    bank, labels = clusters(400, classes=7, width=16)
+    query, truth = clusters(300, classes=7, width=16, seed=5)
+    reference = neighbors.KNeighborsClassifier(20, metric="cosine", algorithm="brute", weights=lambda d: np.exp((1 - d) / 0.07))
+    expected = reference.fit(bank.double().numpy(), labels.numpy()).predict(query.double().numpy())
+    assert knn_predict(bank, labels, query).tolist() == expected.tolist()
+    result = knn_accuracy(Features(bank, labels, torch.arange(400)), Features(query, truth, torch.arange(300)))
+    assert result.accuracy == pytest.approx(100 * float((expected == truth.numpy()).mean()))
+    assert result.confidence[0] < result.accuracy < result.confidence[1] and result.classes == 7
+
+
+@pytest.mark.parametrize("exclude_self", [False, True])
+def test_tiles_do_not_change_the_neighbours(monkeypatch, exclude_self):
+    bank, _ = clusters(2500, width=8)
+    query = bank if exclude_self else clusters(1300, width=8, seed=2)[0]
+    similarity, index = nearest_neighbors(bank, query, k=9, exclude_self=exclude_self)
+    monkeypatch.setattr(knn, "_TILE_ELEMENTS", 64 * 1024)
+    tiled, tiled_index = nearest_neighbors(bank, query, k=9, exclude_self=exclude_self)
+    torch.testing.assert_close(tiled, similarity, atol=1e-6, rtol=0)
+    # An index may differ only where two samples are equally near up to rounding.
+    assert (tiled_index == index).float().mean() > 0.999
+    whole = torch.nn.functional.normalize(query, dim=1) @ torch.nn.functional.normalize(bank, dim=1).T
+    if exclude_self:
+        whole.fill_diagonal_(-torch.inf)
+    torch.testing.assert_close(similarity, whole.topk(9, dim=1).values, atol=1e-6, rtol=0)
+
+
+def test_low_temperatures_neither_overflow_nor_vanish():
+    bank, labels = clusters(60)
+    query, _ = clusters(20, seed=3)
+    # As T goes to 0 the nearest neighbour alone decides.
+    assert knn_predict(bank, labels, query, k=10, temperature=1e-4).tolist() == knn_predict(bank, labels, query, k=1).tolist()
+
+
+def test_equal_votes_go_to_the_lower_label():
+    bank = torch.tensor([[1.0, 0.1], [1.0, -0.1]])
+    assert knn_predict(bank, torch.tensor([4, 2]), torch.tensor([[1.0, 0.0]]), k=2).tolist() == [2]
+
+
+def test_scale_is_ignored_and_a_class_missing_from_the_bank_is_wrong():
+    bank, labels = clusters(50)
+    query, _ = clusters(10, seed=1)
+    scale = torch.rand(50, 1) * 100 + 0.1
+    assert knn_predict(bank * scale, labels, query).tolist() == knn_predict(bank, labels, query * 7).tolist()
+    unseen = Features(query, torch.full((10,), 77), torch.arange(10))
+    assert knn_accuracy(Features(bank, labels, torch.arange(50)), unseen).accuracy == 0
+
+
+def test_wrong_arguments():
+    bank, labels = clusters(10)
+    with pytest.raises(ProbeError, match="k >= 1"):
+        knn_predict(bank, labels, bank, k=0)
+    with pytest.raises(ProbeError, match="temperature"):
+        knn_predict(bank, labels, bank, temperature=0.0)
+    with pytest.raises(ProbeError, match="two samples"):
+        knn_leave_one_out(Features(bank[:1], labels[:1], torch.arange(1)))

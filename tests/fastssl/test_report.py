@@ -1,0 +1,280 @@
+"""The report page: whole runs, stopped runs, runs without labels, and hostile strings."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from html.parser import HTMLParser
+
+import pytest
+from PIL import Image
+
+from fastssl.pipelines.errors import FastSSLError
+from fastssl.report.page import duration, headline, read_run, render, write_report
+from fastssl.report.svg import Mark, Series, format_number, line_chart, nice_ticks
+
+VOID = {"meta", "img", "line", "circle", "polyline", "br"}
+
+
+class Checker(HTMLParser):
+    """Every tag is closed in order; collects what would be fetched, and scripts."""
+
+    def __init__(self):
+        super().__init__()
+        self.stack, self.fetched, self.tags = [], [], []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.fetched += [value for name, value in attributes if name in ("src", "href", "srcset", "data")]
+        if tag not in VOID or tag == "polyline":
+            self.stack.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.stack.pop() == tag
+
+
+def parse(html):
+    checker = Checker()
+    checker.feed(html)
+    assert checker.stack == []
+    assert "script" not in checker.tags and "link" not in checker.tags
+    assert all(value.startswith("data:image/png;base64,") for value in checker.fetched)
+    assert "http" not in html.replace("http-equiv", "") and "nan" not in re.sub(r"base64,[^\"]*", "", html).lower()
+    return checker
+
+
+def step_row(step, **changes):
+    row = {"kind": "step", "step": step, "epoch": step / 10, "loss": 9 - step / 50, "kl": 5 - step / 50, "alignment": 0.5}
+    row |= {
+        "embedding_std": 0.9,
+        "lr": 0.1,
+        "momentum": 0.99,
+        "smoothing": 0.1,
+        "pair_per_s": 200.0,
+        "view_per_s": 400.0,
+        "data_wait": 0.02,
+        "seconds": step / 2,
+    }
+    return row | changes
+
+
+def probe_row(step, **changes):
+    row = {"kind": "probe", "step": step, "epoch": step // 10, "knn": 50 + step / 10, "feature_std": 0.5, "effective_rank": 30.0}
+    return row | {"uniformity": -2.0, "seconds": 1.0} | changes
+
+
+def summary(trained=(70.0, 81.4), random=(50.0, 71.2), raw=(75.0, 83.1), **changes):
+    names = ("raw pixels (16x16)", "random initialisation", "after pre-training")
+    rows = [{"name": name, "knn": knn, "linear": linear} for name, (knn, linear) in zip(names, (raw, random, trained))]
+    return {
+        "arch": "mobilenetv3_large",
+        "recipe": "quickstart",
+        "data": {"name": "photos.beton", "samples": 4000, "classes": 10, "val_name": "val.beton"},
+        "device": "cpu",
+        "host": {"cpu": "a processor", "cores": 2},
+        "versions": {"python": "3.11", "torch": "2.9"},
+        "epochs": 10,
+        "steps": 100,
+        "samples_seen": 40000,
+        "train_seconds": 540.0,
+        "total_seconds": 600.0,
+        "pair_per_s": 231.7,
+        "view_per_s": 463.4,
+        "data_wait": 0.031,
+        "bottleneck": "compute-bound: the network",
+        "probe": {"note": "judged on val.beton", "train_samples": 4000, "val_samples": 2000, "classes": 10, "rows": rows},
+        "share": {"samples_seen": 40000, "full_samples": 256000000, "percent": 0.0156, "full_recipe": "light-moco-mobilenetv3"},
+        "next_mark": {"name": "raw pixels (16x16)", "command": "fastssl pretrain --epochs 99", "note": "measured: 31 min"},
+        "skipped": 0,
+    } | changes
+
+
+def make_run(folder, result=None, rows=None, config="recipe: quickstart\narch: mobilenetv3_large\n", pictures=False):
+    folder.mkdir()
+    rows = [step_row(s) for s in range(10, 101, 10)] + [probe_row(50), probe_row(100)] if rows is None else rows
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if config is not None:
+        (folder / "config.yaml").write_text(config)
+    if result is not None:
+        (folder / "summary.json").write_text(json.dumps(result))
+    if pictures:
+        for name in ("views.png", "neighbours.png"):
+            Image.new("RGB", (4, 4)).save(folder / name)
+    return folder
+
+
+def test_a_finished_run(tmp_path):
+    path = write_report(make_run(tmp_path / "run", summary(), pictures=True))
+    assert path == tmp_path / "run" / "report.html" and not (tmp_path / "run" / "report.html.tmp").exists()
+    html = path.read_text()
+    checker = parse(html)
+    assert checker.tags.count("svg") == 8 and checker.tags.count("img") == 2 and checker.tags.count("details") == 1
+    for text in (
+        "MobileNet-V3-Large learned from 4,000 photos without labels in 9 min: "
+        "linear probe 81.4 %, random initialisation 71.2 %, raw pixels 83.1 %.",
+        "It passes random initialisation, not yet raw pixels.",
+        "passed by 10.2 points",
+        "1.7 points below",
+        "0.016 % of the 256,000,000 of light-moco-mobilenetv3",
+        "fastssl pretrain --epochs 99",
+        "measured: 31 min",
+        "compute-bound: the network.",
+        "recipe: quickstart",
+        "a processor",
+    ):
+        assert text in html, text
+
+
+@pytest.mark.parametrize(
+    ("trained", "expected"),
+    [
+        (60.0, "was trained on 4,000 photos without labels in 9 min: linear probe 60.0 %, random initialisation 71.2 %, raw pixels 83.1 %. "
+               "It is not above random initialisation or raw pixels yet."),
+        (71.2, "It is not above random initialisation or raw pixels yet."),
+        (90.0, "learned from 4,000 photos without labels in 9 min: linear probe 90.0 %, random initialisation 71.2 %, raw pixels 83.1 %."),
+    ],
+)  # fmt: skip
+def test_the_headline_is_honest(tmp_path, trained, expected):
+    line = headline(read_run(make_run(tmp_path / "run", summary(trained=(70.0, trained)))))
+    assert line.endswith(expected)
+
+
+def test_without_labels(tmp_path):
+    result = summary() | {"probe": {"note": "the photos have no labels", "rows": []}, "next_mark": None, "share": None}
+    rows = [step_row(10), step_row(20), probe_row(20, knn=None)]
+    html = render(read_run(make_run(tmp_path / "run", result, rows)))
+    parse(html)
+    assert "There are no probe figures: the photos have no labels." in html
+    assert "<table class='marks'>" not in html and "kNN accuracy" not in html and "Effective rank" in html
+
+
+def test_null_figures_in_rows(tmp_path):
+    html = render(read_run(make_run(tmp_path / "run", summary(trained=(70.0, None), random=(None, None)))))
+    parse(html)
+    assert "kNN 70.0 %, raw pixels 75.0 %" in html and "not measured" in html
+
+
+def test_an_interrupted_run(tmp_path):
+    run = make_run(tmp_path / "run")
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"kind": "step", "lo')  # the line that the kill cut off
+    html = write_report(run).read_text()
+    parse(html)
+    assert "not finished. The last logged step is 100 (epoch 10.0) after 50 s of training." in html
+    assert "run the same command again" in html and "1 line(s) of metrics.jsonl were unreadable" in html
+
+
+@pytest.mark.parametrize("rows", [[], [step_row(10)]])
+def test_a_run_that_has_hardly_begun(tmp_path, rows):
+    html = render(read_run(make_run(tmp_path / "run", rows=rows)))
+    parse(html)
+    assert ("has not logged a step yet" in html) == (not rows)
+
+
+def test_nan_and_infinity_leave_gaps_and_a_warning(tmp_path):
+    rows = [step_row(s, loss=math.nan if s > 50 else 5.0, kl=math.inf) for s in range(10, 101, 10)]
+    rows.append(probe_row(100, effective_rank=math.nan, knn=None, feature_std=math.nan, uniformity=math.nan))
+    html = render(read_run(make_run(tmp_path / "run", summary(trained=(math.nan, math.nan), pair_per_s=math.nan), rows)))
+    parse(html)
+    assert "not a finite number in 5 of 10" in html
+
+
+def test_strings_are_escaped(tmp_path):
+    evil = "<script>alert('x')</script>&\"'"
+    result = summary(arch=evil, recipe=evil, bottleneck=evil, device=evil, host={evil: evil}, versions=evil)
+    result["data"]["name"] = result["probe"]["note"] = evil
+    result["probe"]["rows"][0]["name"] += evil
+    result["next_mark"] = {"name": evil, "command": evil, "note": evil}
+    result["share"]["full_recipe"] = evil
+    html = render(read_run(make_run(tmp_path / "run", result, config=json.dumps({"a": evil}))))
+    parse(html)
+    assert "<script" not in html and html.count("&lt;script&gt;") >= 10
+
+
+def test_what_is_no_run_is_refused(tmp_path):
+    with pytest.raises(FastSSLError, match="no such run directory"):
+        write_report(tmp_path / "nowhere")
+    with pytest.raises(FastSSLError, match="not a run directory"):
+        write_report(tmp_path)
+    run = make_run(tmp_path / "run", config="a: [1,\n")
+    with pytest.raises(FastSSLError, match=r"config\.yaml: not valid yaml"):
+        write_report(run)
+    run = make_run(tmp_path / "other")
+    (run / "summary.json").write_text("{")
+    with pytest.raises(FastSSLError, match=r"summary\.json: not valid JSON"):
+        write_report(run)
+
+
+def test_skipped_photos_are_mentioned(tmp_path):
+    assert "3 damaged photos were skipped" in render(read_run(make_run(tmp_path / "run", summary(skipped=3))))
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.4, "0 s"),
+        (59, "59 s"),
+        (59.6, "1 min"),
+        (250, "4 min 10 s"),
+        (599.7, "10 min"),
+        (1490, "25 min"),
+        (3599, "1 h"),
+        (12000, "3 h 20 min"),
+    ],
+)
+def test_duration(seconds, text):
+    assert duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "ticks"),
+    [
+        (0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1]),
+        (0.02, 0.11, [0.02, 0.04, 0.06, 0.08, 0.1]),
+        (-4, 0, [-4, -3, -2, -1, 0]),
+        (130, 980, [200, 400, 600, 800]),
+        (3, 3, [3]),
+    ],
+)
+def test_nice_ticks(low, high, ticks):
+    assert nice_ticks(low, high) == pytest.approx(ticks)
+
+
+def test_nice_ticks_are_round_and_inside_over_many_scales():
+    for power in range(-6, 7):
+        for low, high in ((0.13, 0.97), (-3.3, 8.1), (1.01, 1.02)):
+            ticks = nice_ticks(low * 10**power, high * 10**power)
+            assert 3 <= len(ticks) <= 8
+            assert ticks[0] >= low * 10**power - 1e-12 and ticks[-1] <= high * 10**power * (1 + 1e-9)
+    with pytest.raises(ValueError, match="ticks"):
+        nice_ticks(0, math.nan)
+
+
+def test_numbers_are_short():
+    assert [format_number(v) for v in (0, 0.1, 2.5, 12, 1500, -4, 2e-5, 3e6)] == ["0", "0.1", "2.5", "12", "1,500", "-4", "2e-5", "3e6"]
+
+
+def test_chart_places_points_and_leaves_gaps():
+    svg = line_chart(
+        [Series("a", [(0, 0.0), (5, 1.0), (6, None), (8, 0.0), (10, 0.5)])], title="t", x_label="x", y_label="y", y_range=(0.0, 1.0)
+    )
+    lines = [[tuple(map(float, p.split(","))) for p in points.split()] for points in re.findall(r'polyline[^>]*points="([^"]*)"', svg)]
+    assert [len(line) for line in lines] == [2, 2]
+    (x0, y0), (x1, y1) = lines[0]
+    (_, y2), (x3, y3) = lines[1]
+    assert y0 == y2 > y3 > y1  # svg's y points down
+    assert x1 - x0 == pytest.approx((x3 - x0) / 2, abs=0.2) and y3 - y1 == pytest.approx((y0 - y1) / 2, abs=0.2)
+
+
+def test_chart_of_nothing_of_one_point_and_of_very_many():
+    options = {"title": "t", "x_label": "x", "y_label": "y"}
+    assert line_chart([Series("a", [(1, None), (2, math.nan)])], **options) == ""
+    assert line_chart([], **options) == ""
+    single = line_chart([Series("a", [(3, 2.0)])], **options)
+    assert "<circle" in single and "polyline" not in single
+    many = line_chart([Series("a", [(i, i % 7) for i in range(50_000)])], marks=[Mark("m", 12.0)], **options)
+    assert len(many) < 12_000 and ">m</text>" in many
