@@ -109,7 +109,7 @@ class Fitted:
     Attributes:
         step, views: the step, and random views to feed it: a list of (count * B, 3, S, S) float32, channels-last.
         asked: batch size before it was halved for want of memory.
-        flop: floating-point operations of one step's matrix products and convolutions.
+        flop: see :func:`network_flop`.
         compiled: whether the networks are compiled, and if they should be and are not, ``why_not``.
         compile_s: seconds from the first compiled call to its end.
     """
@@ -134,6 +134,18 @@ class Fitted:
             "tf32": torch.backends.cudnn.allow_tf32 if self.step.device.type == "cuda" and not self.step.amp else None,
             "threads": torch.get_num_threads() if self.step.device.type == "cpu" else None,
         }
+
+
+def network_flop(step: Step, views: list[Tensor]) -> int:
+    """Floating-point operations of a step's matrix products and convolutions in both networks, two for a multiplication with its addition.
+
+    Counted in a forward pass, which the student and the teacher make once each; the student's backward pass is taken as two more. (torch's own count
+    of a grouped convolution's backward pass forgets the groups: for depthwise networks it is several times too high.)
+    """
+    images = views[0] if len(views) == 1 else torch.cat(views)
+    with torch.no_grad(), step.autocast(), FlopCounterMode(display=False) as counter:
+        step.method.student(images)
+    return 4 * counter.get_total_flops()
 
 
 def random_views(recipe: Recipe, batch_size: int, device: torch.device) -> list[Tensor]:
@@ -168,10 +180,9 @@ def _try_step(recipe: Recipe, device: torch.device, batch_size: int, *, amp: boo
     """None: out of memory."""
     try:
         step, views = Step(recipe, device, batch_size, amp=amp), random_views(recipe, batch_size, device)
-        with FlopCounterMode(display=False) as counter:
-            step(views)
+        step(views)
         synchronize(device)
-        fitted = Fitted(step, views, batch_size, counter.get_total_flops())
+        fitted = Fitted(step, views, batch_size, network_flop(step, views))
         return _compile(fitted) if compiled else fitted
     except torch.OutOfMemoryError:
         return None
@@ -194,7 +205,7 @@ def _compile(fitted: Fitted) -> Fitted:
 
 
 def busy_share(run: Callable[[], object], device: torch.device) -> tuple[float, int] | None:
-    """Share of a run's time for which a kernel or copy was on the GPU, and how many there were; None on a CPU.
+    """Share of a run's time for which a kernel or copy was on the GPU, and how many there were; None on a CPU, or where the profiler sees no kernels.
 
     What is left is the GPU waiting for the host. The profiler itself slows the host a little, so the share is a lower bound.
     """
@@ -209,16 +220,16 @@ def busy_share(run: Callable[[], object], device: torch.device) -> tuple[float, 
         profiler.export_chrome_trace(str(trace))
         events = json.loads(trace.read_text())["traceEvents"]
     spans = sorted((e["ts"], e["ts"] + e["dur"]) for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset"))
-    return busy_of_spans(spans), len(spans)
+    return (busy_of_spans(spans), len(spans)) if spans else None
 
 
 def busy_of_spans(spans: list[tuple[float, float]]) -> float:
-    """Length of the union of ``(begin, end)`` spans, sorted by begin, over the time from the first begin to the last end; 0 for none."""
+    """Length of the union of ``(begin, end)`` spans, sorted by begin, over the time from the first begin to the last end."""
     covered, reached = 0.0, float("-inf")
     for begin, end in spans:
         covered += max(0.0, end - max(begin, reached))
         reached = max(reached, end)
-    return covered / (reached - spans[0][0]) if covered else 0.0
+    return covered / (reached - spans[0][0])
 
 
 def run(

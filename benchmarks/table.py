@@ -56,6 +56,8 @@ def _remarks(record: Record, details: dict) -> list[str]:
         remarks.append(f"batch {details['asked_batch_size']} was too large for the memory")
     if "times_1_view" in details:
         remarks.append(", ".join(f"{key}: {value:.2f}x the host time of one" for key, value in details["times_1_view"].items() if key != "1 view"))
+    if "host_cpu_of_bare" in details:
+        remarks.append(f"{details['host_cpu_of_bare']:.2f}x the processor time of the bare loop")
     if record.ratio_to_peer is not None:
         remarks.append(f"{record.ratio_to_peer:.2f}x {record.peer}")
     return remarks

@@ -61,6 +61,7 @@ def bench() -> None:
     """
     # torch's profiler, which counts bytes here, talks to the terminal unless told not to before torch is loaded.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
 @bench.command()
@@ -178,11 +179,19 @@ def loss(recipes, overrides, device, batch_size, runs, json_path) -> None:
 @set_option
 @device_option
 @batch_option
-@amp_option
+@click.option(
+    "--amp",
+    "amps",
+    type=click.Choice(["auto", "bf16", "off"]),
+    multiple=True,
+    default=("auto",),
+    show_default=True,
+    help="bfloat16 autocast; auto: on a GPU. May be repeated.",
+)
 @compile_option
 @runs_option
 @json_option
-def step(recipes, arch, overrides, device, batch_size, amp, compiled, runs, json_path) -> None:
+def step(recipes, arch, overrides, device, batch_size, amps, compiled, runs, json_path) -> None:
     """The training step on views that are on the device already. A batch that does not fit is halved.
 
     \b
@@ -196,8 +205,8 @@ def step(recipes, arch, overrides, device, batch_size, amp, compiled, runs, json
     _measure(
         json_path,
         [
-            (f"step, {name}", lambda recipe=recipe, name=name: run(recipe, name, place, batch_size, amp, compiled, runs))
-            for recipe, name in _load(recipes, overrides, arch)
+            (f"step, {name}, amp {amp}", lambda recipe=recipe, name=name, amp=amp: run(recipe, name, place, batch_size, amp, compiled, runs))
+            for amp, (recipe, name) in itertools.product(amps, _load(recipes, overrides, arch))
         ],
     )
 

@@ -1,0 +1,212 @@
+"""Synthetic photos, windows and the loader benchmark."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fastssl.benchmarks import photos
+from fastssl.benchmarks.loader import BareLoop, DecodeEngine, _requests, open_loader, run
+from fastssl.benchmarks.photos import describe_data, ensure_photos, find_data, write_photos
+from fastssl.benchmarks.windows import WARM_BATCHES, Window, measure_windows, rate, ratio, stream_window
+from fastssl.pipelines.beton import BetonReader
+from fastssl.pipelines.engine import EngineStats
+from fastssl.pipelines.plan import ViewSpec
+from fastssl.recipe import load_recipe
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def full_size(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("photos") / "full.beton"
+    write_photos(path, 12)
+    return path
+
+
+# ------------------------------------------------------------------ photos
+
+
+def test_synthetic_photos_cost_what_photos_cost(full_size: Path) -> None:
+    with BetonReader(full_size) as reader:
+        bits = 8 * reader.sizes / (reader.heights.astype(float) * reader.widths)
+        assert sorted(set(zip(reader.heights.tolist(), reader.widths.tolist()))) == [(375, 500), (500, 375)]
+        assert 3.0 <= bits.mean() <= 4.5
+        assert bits.min() > 2.5 and bits.max() < 5.0
+        assert 60_000 <= reader.sizes.mean() <= 110_000
+        # Different pictures, not one under several names.
+        assert len({reader.encoded(i).tobytes() for i in range(len(reader))}) == len(reader)
+
+
+def test_synthetic_photos_are_the_same_every_time(tmp_path: Path) -> None:
+    sizes = ((48, 64), (64, 48))
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        write_photos(tmp_path / name, 5, seed=seed, sizes=sizes)
+    a, b, c = ((tmp_path / name).read_bytes() for name in "abc")
+    assert a == b and a != c
+
+
+def test_photos_are_kept_and_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = ensure_photos(3, tmp_path)
+    written = path.stat().st_mtime_ns
+    assert ensure_photos(3, tmp_path) == path and path.stat().st_mtime_ns == written
+
+    def fail(*args: object) -> bytes:
+        raise RuntimeError("no encoder")
+
+    monkeypatch.setattr(photos.jpeg, "encode", fail)
+    with pytest.raises(RuntimeError, match="no encoder"):
+        ensure_photos(4, tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [path.name]
+
+
+def test_photos_go_elsewhere_when_the_cache_cannot_be_written(tmp_path: Path) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("a file where a folder should be")
+    with pytest.warns(UserWarning, match="cannot be written"):
+        path = ensure_photos(2, blocked / "cache")
+    with BetonReader(path) as reader:
+        assert len(reader) == 2
+
+
+def test_records_name_synthetic_and_real_data_apart(beton: Path) -> None:
+    assert find_data(str(beton)) == (beton, beton.name)
+    with BetonReader(beton) as reader:
+        about = describe_data(reader, "photos")
+        pixels = np.mean(reader.heights.astype(float) * reader.widths)
+        assert about["samples"] == len(reader) == 48
+        assert about["pixels"] == round(pixels)
+        assert about["bits_per_pixel"] == pytest.approx(8 * reader.sizes.mean() / pixels, abs=0.01)
+
+
+# ------------------------------------------------------------------ windows
+
+
+def test_windows_come_in_turns_and_ratios_are_within_rounds() -> None:
+    calls: list[str] = []
+    slow = itertools.cycle([1.0, 2.0, 4.0])  # the machine's speed changes from round to round, the ratio does not
+
+    state = {"factor": 1.0}
+
+    def contender(name: str, speed: float):
+        def run(seconds: float) -> Window:
+            if len(calls) % 2 == 0:
+                state["factor"] = next(slow)
+            calls.append(name)
+            return Window(seconds=state["factor"], samples=int(100 * speed))
+
+        return run
+
+    windows = measure_windows({"a": contender("a", 3.0), "b": contender("b", 1.0)}, seconds=1.0, runs=5)
+    assert calls == list("ab" + "ab" + "ba" + "ab" + "ba" + "ab")  # the first round is the warm-up
+    assert len(windows["a"]) == 5
+    assert ratio(windows["a"], windows["b"]) == pytest.approx(3.0)
+    assert rate(windows["b"]) == pytest.approx(50.0)
+    with pytest.raises(ValueError, match="at least 5"):
+        measure_windows({"a": contender("a", 1.0)}, seconds=1.0, runs=4)
+
+
+def test_a_window_leaves_out_what_was_ready_before_and_closes_the_stream() -> None:
+    stats, closed = EngineStats(), []
+
+    def stream():
+        try:
+            for number in itertools.count():
+                stats.samples += 10
+                # Ready beforehand: no time at all. Steady state: 10 ms a batch.
+                if number >= WARM_BATCHES - 1:
+                    time.sleep(0.01)
+                stats.wait_s += 0.005
+                yield number
+        finally:
+            closed.append(True)
+
+    taken: list[int] = []
+    window = stream_window(stream, taken.append, stats, 10, CPU, 0.15)
+    assert closed == [True]
+    assert window.samples == window.decoded == 10 * (len(taken) - WARM_BATCHES)
+    assert window.samples / window.seconds <= 10 / 0.01
+    assert window.wait_s == pytest.approx(0.005 * (len(taken) - WARM_BATCHES))
+    assert window.seconds >= 0.15
+
+
+# ------------------------------------------------------------------ the loader
+
+
+def test_the_bare_loop_does_the_work_that_it_says(beton: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every picture in turn, each thread from its own start; the views are those of the engine's crop."""
+    from fastssl.benchmarks import loader
+
+    seen: list[tuple[int, int]] = []
+    real = loader.crop_resize_host
+
+    def spy(image, record, spec, out):
+        real(image, record, spec, out)
+        seen.append((threading.get_ident(), image.shape[0] * 1000 + image.shape[1]))
+
+    monkeypatch.setattr(loader, "crop_resize_host", spy)
+    spec = ViewSpec(size=16, count=2)
+    with BetonReader(beton) as reader:
+        window = BareLoop(reader, 2, [spec])(0.1)
+    assert window.samples == window.decoded == len(seen) / 2 > 2
+    assert len({thread for thread, _ in seen}) == 2
+    assert {48 * 1000 + 64, 64 * 1000 + 48} <= {shape for _, shape in seen}
+    assert 0 < window.host_cpu_s <= 2.2 * window.seconds
+
+
+def test_a_file_smaller_than_a_batch_still_makes_long_epochs(beton: Path) -> None:
+    with BetonReader(beton) as reader, open_loader(reader, [ViewSpec(size=16)], 100, CPU, workers=1) as loader:
+        assert len(loader) > 500
+        assert len(next(loader.epoch(0)).index) == 100
+
+
+def test_the_decode_engine_decodes_and_renders_nothing(beton: Path) -> None:
+    with BetonReader(beton) as reader, open_loader(reader, [ViewSpec(size=16)], 8, CPU, workers=2, crops="device") as loader:
+        engine = DecodeEngine(reader, loader.views, device=CPU, workers=2, crops="device")
+        run_ = engine.run(_requests(loader))
+        rendered = next(run_)
+        # What lies in the ring is the decoded batch, packed: the work that is being timed was done.
+        slot = next(slot for slot in engine._slots if slot.job is not None and slot.job.result().request is rendered.request)
+        start = 0
+        for sample in rendered.request.index:
+            picture = reader.decode(int(sample))
+            assert torch.equal(slot.packed[start : start + picture.size], torch.from_numpy(picture).flatten())
+            start += picture.size
+        assert rendered.views == []
+        run_.close()
+        engine.close()
+
+
+def test_loader_records(full_size: Path) -> None:
+    recipe = load_recipe("quickstart", {"views.0.size": "32"})
+    decode, cost, views = run(recipe, "quickstart", str(full_size), "cpu", workers=2, batch_size=32, seconds=2.0)
+    assert [r.details["part"] for r in (decode, cost, views)] == ["decode", "host cost", "views"]
+    for record in (decode, views):
+        assert record.bench == "loader" and record.runs == 5 and record.workers == 2 and record.batch_size == 32
+        assert record.view_per_s == pytest.approx(2 * record.pair_per_s)
+        assert record.median_s == pytest.approx(32 / record.pair_per_s)
+        assert record.fraction_of_ceiling == pytest.approx(record.view_per_s / record.ceiling)
+        assert record.details["data"]["name"] == "full.beton"
+    # Processor time, because the test machine is shared: the engine adds little to the decoding, and views add next to nothing.
+    assert decode.details["host_cpu_of_bare"] < 1.35
+    assert cost.details["times_1_view"]["2 + 6 views"] < 1.3
+    assert cost.pair_per_s is None and cost.ceiling is None
+    assert sum(views.details["share"].values()) == pytest.approx(1.0, abs=0.35)
+    assert 0 <= views.details["consumer_wait_share"] <= 1
+    for record in (decode, cost, views):
+        record.to_json()
+    assert not [t for t in threading.enumerate() if t.name.startswith("fastssl-decode")]

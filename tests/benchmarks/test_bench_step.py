@@ -1,0 +1,193 @@
+"""The benchmark of the training step."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from fastssl.benchmarks import step as bench
+from fastssl.benchmarks.step import Step, bottleneck, busy_of_spans, busy_share, fit_step, network_flop, random_views, run, use_amp
+from fastssl.pipelines.errors import FastSSLError
+from fastssl.pipelines.order import batch_permutation
+from fastssl.recipe import Recipe, load_recipe
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> Recipe:
+    """A recipe whose step takes milliseconds: a backbone of two convolutions."""
+
+    class Backbone(torch.nn.Sequential):
+        num_features = 8
+
+        def __init__(self) -> None:
+            super().__init__(
+                torch.nn.Conv2d(3, 8, 3, 2, 1, bias=False),
+                torch.nn.BatchNorm2d(8),
+                torch.nn.ReLU(),
+                torch.nn.Conv2d(8, 8, 3, 2, 1),
+                torch.nn.AdaptiveAvgPool2d(1),
+                torch.nn.Flatten(),
+            )
+
+    monkeypatch.setattr(bench, "create_backbone", lambda name: Backbone().to(memory_format=torch.channels_last))
+    changes = {"views.0.size": "16", "moco.queue": "64", "moco.projector.hidden": "16", "moco.projector.out": "8", "moco.smoothing": "0.2"}
+    return load_recipe("quickstart", changes)
+
+
+def test_a_step_is_the_training_loops_step(tiny: Recipe) -> None:
+    """Against the same step written out by hand, on a copy."""
+    step = Step(tiny, CPU, 8, amp=False)
+    twin = copy.deepcopy(step.method)
+    twin._student_parameters, twin._teacher_parameters = list(twin.student.parameters()), list(twin.teacher.parameters())
+    views = random_views(tiny, 8, CPU)
+    assert views[0].is_contiguous(memory_format=torch.channels_last) and views[0].shape == (16, 3, 16, 16)
+    rate, decay = step.optimizer.param_groups[0]["lr"], [group["weight_decay"] for group in step.optimizer.param_groups]
+    before = {name: value.clone() for name, value in step.method.named_parameters()}
+    step(views)
+
+    loss, _ = twin(views, torch.from_numpy(batch_permutation(16, 0, 0, 0)), tiny.moco.smoothing)
+    loss.backward()
+    assert decay == [tiny.optim.weight_decay, 0.0]
+    for name, parameter in twin.student.named_parameters():
+        expected = parameter - rate * (parameter.grad + (tiny.optim.weight_decay * parameter if parameter.ndim > 1 else 0))
+        torch.testing.assert_close(dict(step.method.student.named_parameters())[name], expected, rtol=1e-5, atol=1e-7)
+    for name, parameter in step.method.teacher.named_parameters():
+        student = dict(step.method.student.named_parameters())[name]
+        expected = tiny.moco.momentum * before[f"teacher.{name}"] + (1 - tiny.moco.momentum) * student
+        torch.testing.assert_close(parameter, expected, rtol=1e-5, atol=1e-7)
+    assert torch.equal(step.method.queue, twin.queue) and int(step.method.queue_pointer) == 16
+    assert all(parameter.grad is None for parameter in step.method.parameters())
+
+
+def test_networks_alone_leaves_weights_and_queue(tiny: Recipe) -> None:
+    step = Step(tiny, CPU, 8, amp=False)
+    before = {name: value.clone() for name, value in step.method.named_parameters()}
+    queue = step.method.queue.clone()
+    step.networks_alone(random_views(tiny, 8, CPU))
+    assert all(torch.equal(value, before[name]) for name, value in step.method.named_parameters())
+    assert torch.equal(step.method.queue, queue)
+    # Both networks did run: their BatchNorm statistics moved.
+    assert all(int(network.backbone[1].num_batches_tracked) > 0 for network in (step.method.student, step.method.teacher))
+
+
+def test_step_record(tiny: Recipe) -> None:
+    (record,) = run(tiny, "quickstart", "cpu", batch_size=8)
+    assert record.bench == "step" and record.recipe == "quickstart" and record.arch == "mobilenetv3_large_100"
+    assert record.batch_size == 8 and record.view_per_s == pytest.approx(2 * record.pair_per_s)
+    assert record.pair_per_s == pytest.approx(8 / record.median_s)
+    assert record.fraction_of_ceiling == pytest.approx(record.view_per_s / record.ceiling)
+    details = record.details
+    assert details["amp"] == "off" and details["compiled"] is False and details["compile_failed"] is None
+    assert details["peak_bytes"] > 16 * 8 * 8 * 8 * 4  # at least the first feature map
+    assert details["flop_per_s"] == pytest.approx(details["flop_per_pair"] * record.pair_per_s)
+    record.to_json()
+
+
+def test_operations_against_a_count_by_hand(tiny: Recipe) -> None:
+    step = Step(tiny, CPU, 8, amp=False)
+    images = 16
+    first, second = images * 64 * 8 * 27, images * 16 * 8 * 72
+    projector = images * (8 * 16 + 16 * 8)
+    assert network_flop(step, random_views(tiny, 8, CPU)) == 4 * 2 * (first + second + projector)
+
+
+def test_memory_that_runs_out_halves_the_batch(tiny: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, tried = bench.random_views, []
+
+    def limited(recipe: Recipe, batch_size: int, device: torch.device) -> list[torch.Tensor]:
+        tried.append(batch_size)
+        if batch_size > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(recipe, batch_size, device)
+
+    monkeypatch.setattr(bench, "random_views", limited)
+    (record,) = run(tiny, "quickstart", "cpu", batch_size=16)
+    assert tried == [16, 8, 4]
+    assert record.batch_size == 4 and record.details["asked_batch_size"] == 16
+    monkeypatch.setattr(bench, "random_views", lambda *args: limited(tiny, 99, CPU))
+    with pytest.raises(FastSSLError, match="out of memory even with 2 pictures"):
+        fit_step(tiny, CPU, 16, amp=False)
+
+
+def test_a_compiler_that_fails_is_reported_and_the_eager_step_measured(tiny: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(module: torch.nn.Module) -> None:
+        def forward(*args: object) -> None:
+            raise RuntimeError("no C++ compiler\nfound")
+
+        module.forward = forward
+
+    monkeypatch.setattr(torch.nn.Module, "compile", broken)
+    (record,) = run(tiny, "quickstart", "cpu", batch_size=4, compiled=True)
+    assert record.details["compiled"] is False
+    assert record.details["compile_failed"] == "RuntimeError: no C++ compiler found"
+    assert record.pair_per_s > 0
+
+
+def test_a_compiler_that_is_switched_off_is_reported(tiny: Recipe) -> None:
+    with torch._dynamo.config.patch(disable=True):
+        fitted = fit_step(tiny, CPU, 4, amp=False, compiled=True)
+    assert not fitted.compiled and "TORCH_COMPILE_DISABLE" in fitted.why_not
+
+
+def test_a_compiled_step_says_how_long_that_took(tiny: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[torch.nn.Module] = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compiled.append(module))
+    fitted = fit_step(tiny, CPU, 4, amp=False, compiled=True)
+    assert fitted.compiled and fitted.why_not is None and fitted.compile_s > 0
+    assert compiled == [fitted.step.method.student, fitted.step.method.teacher]
+
+
+def test_a_batch_that_does_not_fit_the_queue_is_an_error_of_words(tiny: Recipe) -> None:
+    with pytest.raises(FastSSLError, match=r"multiple of twice the batch size .*--batch-size"):
+        Step(tiny, CPU, 7, amp=False)
+
+
+def test_amp() -> None:
+    assert use_amp("bf16", CPU) and not use_amp("off", torch.device("cuda"))
+    assert use_amp("auto", torch.device("cuda")) and not use_amp("auto", CPU)
+
+
+def test_autocast_reaches_the_networks(tiny: Recipe) -> None:
+    dtypes = []
+    step = Step(tiny, CPU, 4, amp=True)
+    step.method.student.backbone.register_forward_hook(lambda module, inputs, output: dtypes.append(output.dtype))
+    step(random_views(tiny, 4, CPU))
+    assert dtypes == [torch.bfloat16]
+
+
+def test_busy_time_counts_overlap_once() -> None:
+    assert busy_of_spans([(0, 1), (2, 3)]) == pytest.approx(2 / 3)
+    assert busy_of_spans([(0, 4), (1, 2), (3, 5)]) == pytest.approx(1.0)
+    assert busy_share(lambda: None, CPU) is None
+
+
+def test_bottlenecks_in_words() -> None:
+    assert bottleneck(0.9, (0.5, 1234)) == "launches: the GPU waits for the host 50% of the step (1,234 kernels)"
+    assert bottleneck(0.6, (0.95, 10)).startswith("arithmetic")
+    assert bottleneck(0.1, None).startswith("memory traffic")
+
+
+@pytest.mark.gpu
+def test_busy_share_of_a_long_product() -> None:
+    device = torch.device("cuda")
+    a = torch.randn(4096, 4096, device=device)
+
+    def products() -> None:
+        for _ in range(20):
+            a @ a
+
+    products()
+    share, kernels = busy_share(products, device)
+    assert share > 0.9 and kernels >= 20

@@ -1,0 +1,73 @@
+"""The benchmark of training end to end."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastssl.benchmarks import train as bench
+from fastssl.benchmarks.step import Fitted
+from fastssl.recipe import load_recipe
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+class FakeStep:
+    """A step of known length."""
+
+    def __init__(self, seconds: float):
+        self.seconds, self.batch_size, self.device, self.amp = seconds, 8, torch.device("cpu"), False
+        self.batches: set[int] = set()
+
+    def __call__(self, views: list[torch.Tensor]) -> None:
+        assert views[0].shape == (16, 3, 32, 32)
+        self.batches.add(views[0].data_ptr())
+        time.sleep(self.seconds)
+
+
+def measure(beton: Path, step: FakeStep, monkeypatch: pytest.MonkeyPatch, seconds: float = 1.0):
+    monkeypatch.setattr(bench, "fit_step", lambda *args, **options: Fitted(step, [], 8, 0))
+    (record,) = bench.run(load_recipe("quickstart"), "quickstart", str(beton), "cpu", workers=1, batch_size=8, seconds=seconds)
+    assert record.view_per_s == pytest.approx(2 * record.pair_per_s)
+    assert record.fraction_of_ceiling == pytest.approx(record.view_per_s / record.ceiling)
+    assert record.details["headspace"] == pytest.approx(1 / record.fraction_of_ceiling - 1)
+    assert not [t for t in threading.enumerate() if t.name.startswith("fastssl-decode")]
+    return record
+
+
+def test_a_step_that_costs_nothing_is_bound_by_data(beton: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = measure(beton, FakeStep(0.0), monkeypatch)
+    assert record.fraction_of_ceiling < 0.5
+    assert record.bottleneck.startswith("data (")
+
+
+def test_a_slow_step_hides_the_loader(beton: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = measure(beton, FakeStep(0.08), monkeypatch, seconds=2.0)
+    # Decoding runs while the step sleeps; what is left is the colour, which the consumer computes itself.
+    assert record.fraction_of_ceiling > 0.6
+    assert record.pair_per_s <= 8 / 0.08
+    assert record.details["data_wait"] < 0.3
+
+
+def test_train_record_of_a_real_network(beton: Path) -> None:
+    recipe = load_recipe("quickstart", {"moco.queue": "64", "arch": "lcnet_035"})
+    (record,) = bench.run(recipe, "quickstart", str(beton), "cpu", workers=2, batch_size=4, seconds=0.2)
+    assert record.bench == "train" and record.arch == "lcnet_035" and record.workers == 2 and record.batch_size == 4
+    assert record.details["data"]["name"] == beton.name and record.details["amp"] == "off"
+    assert record.pair_per_s > 0
+    record.to_json()
+
+
+def test_bottlenecks_in_words() -> None:
+    assert bench.bottleneck(0.37) == "data (37% of the time)"
+    assert bench.bottleneck(-0.02) == "step (data costs 0% of the time)"

@@ -1,0 +1,70 @@
+"""The benchmark of crop and colour."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fastssl.benchmarks import views as bench
+from fastssl.pipelines.beton import BetonReader
+from fastssl.pipelines.plan import draw_plan
+from fastssl.recipe import load_recipe
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_views_records(beton: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "_COPY_CPU", 2**22)
+    recipe = load_recipe("quickstart")
+    records = bench.run(recipe, "quickstart", str(beton), "cpu", batch_size=6)
+    by_stage = {record.details["stage"]: record for record in records}
+    assert list(by_stage) == ["crop", "colour", "whole"]
+    for record in records:
+        assert record.bench == "views" and record.recipe == "quickstart" and record.batch_size == 6
+        assert record.view_per_s == pytest.approx(2 * record.pair_per_s) == pytest.approx(12 / record.median_s)
+        assert record.fraction_of_ceiling == pytest.approx(record.view_per_s / record.ceiling)
+        record.to_json()
+    # The bytes that a stage must move, counted here from the same plan.
+    (spec,) = recipe.views
+    with BetonReader(beton) as reader:
+        ids = np.arange(6)
+        plan = draw_plan(spec, first_view=0, seed=0, epoch=0, sample_ids=ids, heights=reader.heights[ids], widths=reader.widths[ids])
+    view, box = 3 * 32 * 32, 3 * float(np.mean(plan["height"].astype(float) * plan["width"]))
+    assert by_stage["crop"].details["bytes_per_view"] == pytest.approx(box + view)
+    assert by_stage["colour"].details["bytes_per_view"] == pytest.approx(view + 4 * view)
+    assert by_stage["whole"].details["bytes_per_view"] == pytest.approx(box + 4 * view)
+    # The whole is its parts (half as much again allowed: the machine is shared).
+    parts = by_stage["crop"].median_s + by_stage["colour"].median_s
+    assert by_stage["whole"].median_s < 3 * parts
+    assert by_stage["whole"].median_s > max(by_stage["crop"].median_s, by_stage["colour"].median_s) / 3
+
+
+def test_every_view_of_every_group_is_made(beton: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "_COPY_CPU", 2**20)
+    shapes = set()
+    real = bench.augment
+
+    def spy(pixels, plan, spec):
+        shapes.add((tuple(pixels.shape), len(plan)))
+        assert pixels.is_contiguous(memory_format=torch.channels_last)
+        # Decoded photos, not empty memory: every view has more than one colour.
+        assert all(view.float().std() > 1 for view in pixels)
+        return real(pixels, plan, spec)
+
+    monkeypatch.setattr(bench, "augment", spy)
+    bench.run(load_recipe("quickstart", {"views.0.size": "24"}), "quickstart", str(beton), "cpu", batch_size=3)
+    assert shapes == {((6, 3, 24, 24), 6)}
+
+
+def test_the_larger_stage_is_named() -> None:
+    assert bench._larger(3.0, 1.0) == "crop (75% of the time)"
+    assert bench._larger(1.0, 4.0) == "colour (80% of the time)"

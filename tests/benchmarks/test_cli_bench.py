@@ -1,0 +1,158 @@
+"""``fastssl bench``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from fastssl.benchmarks import loader, loss, step, train, views
+from fastssl.benchmarks.records import Record, read_records
+from fastssl.cli import main
+from fastssl.cli.bench import bench
+from fastssl.pipelines.errors import FastSSLError
+
+MODULES = {"loader": loader, "views": views, "loss": loss, "step": step, "train": train}
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
+    """The benchmarks give a record without measuring; the list holds their arguments."""
+    made: list[tuple] = []
+    for name, module in MODULES.items():
+
+        def fake(*args: object, name: str = name, **options: object) -> list[Record]:
+            made.append((name, args, options))
+            return [Record(bench=name, recipe="from the benchmark", device="cpu", host={}, versions={}, git=None)]
+
+        monkeypatch.setattr(module, "run", fake)
+    return made
+
+
+def invoke(*arguments: str) -> int:
+    """Exit status of ``fastssl bench ARGUMENTS``."""
+    with pytest.raises(SystemExit) as stop:
+        main(["bench", *arguments])
+    return int(stop.value.code or 0)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_help_has_an_example(name: str) -> None:
+    result = CliRunner().invoke(bench, [name, "--help"])
+    assert result.exit_code == 0
+    assert f"fastssl bench {name} " in result.output and "--json FILE" in result.output
+
+
+def test_settings_are_crossed_and_passed_on(calls: list[tuple], tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    status = invoke(
+        *("loader", "--recipe", "quickstart", "--recipe", "moco-v2-resnet50", "--data", "synthetic", "--data", "x.beton"),
+        *("--workers", "1", "--workers", "3", "--batch-size", "16", "--seconds", "2", "--runs", "7", "--photos", "9"),
+        *("--set", "views.0.size=48", "--device", "cpu", "--json", str(out)),
+    )
+    assert status == 0 and len(calls) == len(read_records(out)) == 8
+    assert [(args[1], args[2], args[4]) for _, args, _ in calls] == [
+        (recipe, data, workers) for recipe in ("quickstart", "moco-v2-resnet50") for data in ("synthetic", "x.beton") for workers in (1, 3)
+    ]
+    for _, (recipe, _, _, device, _, *rest), _ in calls:
+        assert recipe.views[0].size == 48 and device == torch.device("cpu") and rest == [16, 2.0, 7, 9]
+
+
+def test_step_and_train_take_another_network(calls: list[tuple]) -> None:
+    assert invoke("step", "--arch", "resnet18", "--amp", "bf16", "--compile", "--device", "cpu") == 0
+    assert invoke("train", "--arch", "resnet18", "--workers", "2", "--device", "cpu") == 0
+    (_, of_step, _), (_, of_train, _) = calls
+    assert of_step[0].arch == of_train[0].arch == "resnet18"
+    assert of_step[1:] == ("light-moco-mobilenetv3", torch.device("cpu"), None, "bf16", True, 5)
+    assert of_train[1:] == ("light-moco-mobilenetv3", "synthetic", torch.device("cpu"), 2, None, "auto", False, 10.0, 5, 512)
+
+
+def test_step_goes_through_both_precisions(calls: list[tuple]) -> None:
+    both = ["--recipe", "quickstart", "--recipe", "moco-v2-resnet50"]
+    assert invoke("step", *both, "--amp", "bf16", "--amp", "off", "--device", "cpu") == 0
+    assert [(args[4], args[1]) for _, args, _ in calls] == [(amp, name) for amp in ("bf16", "off") for name in ("quickstart", "moco-v2-resnet50")]
+
+
+def test_loss_takes_the_recipes_numbers(calls: list[tuple], tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    assert invoke("loss", "--recipe", "light-moco-mobilenetv3", "--batch-size", "8", "--batch-size", "16", "--device", "cpu", "--json", str(out)) == 0
+    assert [args[1:] for _, args, _ in calls] == [(8, 65536, 128, 5), (16, 65536, 128, 5)]
+    assert calls[0][2] == {"temperature": 0.1, "smoothing": 0.2, "weighting": "stepped", "neighbors": 20}
+    assert [record.recipe for record in read_records(out)] == ["light-moco-mobilenetv3"] * 2
+
+
+def test_json_on_standard_output_is_alone_there(calls: list[tuple], capfd: pytest.CaptureFixture[str]) -> None:
+    assert invoke("views", "--device", "cpu", "--json", "-") == 0
+    captured = capfd.readouterr()
+    assert json.loads(captured.out)["bench"] == "views"
+    assert "from the benchmark" in captured.err and captured.err.startswith("what ")
+
+
+def test_one_setting_that_fails_leaves_the_others(
+    calls: list[tuple], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    real = step.run
+
+    def run(recipe, name, *args):
+        if name == "quickstart":
+            raise RuntimeError("the device\nis gone")
+        return real(recipe, name, *args)
+
+    monkeypatch.setattr(step, "run", run)
+    out = tmp_path / "out.jsonl"
+    assert invoke("step", "--recipe", "quickstart", "--recipe", "moco-v2-resnet50", "--device", "cpu", "--json", str(out)) == 1
+    assert len(read_records(out)) == 1
+    errors = capfd.readouterr().err
+    assert "failed: step, quickstart, amp auto: RuntimeError: the device is gone" in errors
+    assert "fastssl: step, quickstart, amp auto: RuntimeError: the device is gone (1 of 2 settings failed)" in errors
+
+
+def test_records_are_on_disk_before_the_next_setting_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    out, lines = tmp_path / "out.jsonl", []
+
+    def run(*args: object) -> list[Record]:
+        lines.append(len(read_records(out)))
+        return [Record(bench="step", host={}, versions={}, git=None)] * 2
+
+    monkeypatch.setattr(step, "run", run)
+    assert invoke("step", "--recipe", "quickstart", "--recipe", "quickstart", "--device", "cpu", "--json", str(out)) == 0
+    assert lines == [0, 2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status"),
+    [
+        (["loader", "--runs", "4"], 2),  # a median of four runs says little
+        (["loader", "--seconds", "0"], 2),
+        (["nothing"], 2),
+        (["step", "--arch", "mobilenetv3_lagre"], 1),
+        (["step", "--recipe", "nothing"], 1),
+        (["views", "--data", "absent.beton", "--device", "cpu"], 1),
+    ],
+)
+def test_wrong_use(arguments: list[str], status: int, capfd: pytest.CaptureFixture[str]) -> None:
+    assert invoke(*arguments) == status
+    errors = capfd.readouterr().err
+    assert "Traceback" not in errors and errors.strip()
+
+
+def test_debug_shows_the_cause(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(*args: object) -> list[Record]:
+        raise ZeroDivisionError("here")
+
+    monkeypatch.setattr(step, "run", run)
+    with pytest.raises(FastSSLError, match="ZeroDivisionError: here") as failure:
+        main(["bench", "step", "--device", "cpu", "--debug"])
+    assert isinstance(failure.value.__cause__, ZeroDivisionError)
+
+
+def test_a_whole_measurement(beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(views, "_COPY_CPU", 2**20)
+    out = tmp_path / "out.jsonl"
+    assert invoke("views", "--recipe", "quickstart", "--data", str(beton), "--batch-size", "4", "--device", "cpu", "--json", str(out)) == 0
+    records = read_records(out)
+    assert [record.details["stage"] for record in records] == ["crop", "colour", "whole"]
+    assert {record.recipe for record in records} == {"quickstart"} and records[0].details["data"]["name"] == beton.name
