@@ -206,7 +206,11 @@ def run(
             **rates("2 views", "bare"),
             ceiling_name=f"bare decode loop, {workers} threads",
             bottleneck="decode",
-            details={**bare, "threads_help": ratio(windows["bare"], windows["bare, 1 thread"]), "host_cpu_of_bare": growth("2 views", "bare")},
+            details={
+                **bare,
+                "threads_help": ratio(windows["bare"], windows["bare, 1 thread"]),
+                "host_cpu_of_bare": growth("2 views", "bare"),
+            },
         ),
         record(
             "host cost",

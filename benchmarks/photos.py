@@ -35,7 +35,9 @@ def make_photo(seed: int, height: int, width: int) -> NDArray[np.uint8]:
 
     def noise(cells: int) -> NDArray[np.float32]:
         """Smooth noise of about ``cells`` bumps across the longer side; standard deviation near 1."""
-        grid = rng.standard_normal((max(2, cells * height // max(height, width)), max(2, cells * width // max(height, width)))).astype(np.float32)
+        grid = rng.standard_normal((max(2, cells * height // max(height, width)), max(2, cells * width // max(height, width)))).astype(
+            np.float32
+        )
         return np.asarray(Image.fromarray(grid).resize((width, height), Image.Resampling.BICUBIC))
 
     # Amplitude falls as 1 / frequency: the spectrum of natural photos (Field 1987).
@@ -110,4 +112,10 @@ def find_data(name: str, count: int = 512) -> tuple[Path, str]:
 def describe_data(reader: BetonReader, name: str) -> dict[str, str | int | float]:
     """What a rate depends on: how many pictures, their pixels and their bytes, as means."""
     pixels, size = float((reader.heights.astype(np.int64) * reader.widths).mean()), float(reader.sizes.mean())
-    return {"name": name, "samples": len(reader), "pixels": round(pixels), "bytes": round(size), "bits_per_pixel": round(8 * size / pixels, 2)}
+    return {
+        "name": name,
+        "samples": len(reader),
+        "pixels": round(pixels),
+        "bytes": round(size),
+        "bits_per_pixel": round(8 * size / pixels, 2),
+    }

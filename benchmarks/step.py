@@ -20,28 +20,21 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastssl.backbones import create_backbone, resolve_arch
+from fastssl.backbones import resolve_arch
 from fastssl.benchmarks.loader import default_batch
 from fastssl.benchmarks.records import Record
 from fastssl.benchmarks.timing import MIN_RUNS, measure_in_turns, peak_extra_bytes
 from fastssl.benchmarks.windows import synchronize
-from fastssl.methods.moco import MoCo
-from fastssl.optim import create_optimizer, set_lr
 from fastssl.pipelines.errors import FastSSLError
-from fastssl.pipelines.order import batch_permutation
 from fastssl.recipe import Recipe
+from fastssl.step import TrainStep, use_amp
 
 #: Side of the square matrices whose product stands for the device's arithmetic.
 _MATMUL_CPU, _MATMUL_GPU = 1024, 8192
 
 
-def use_amp(amp: str, device: torch.device) -> bool:
-    """``auto`` is bfloat16 on a GPU and float32 on a CPU, as in training."""
-    return amp == "bf16" or (amp == "auto" and device.type == "cuda")
-
-
 class Step:
-    """One step of the training loop, the same calls in the same order: forward, backward, optimiser, moving average, queue.
+    """The training loop's own step, again and again at rates that stand still.
 
     Args:
         recipe: arch, method and optimiser.
@@ -53,18 +46,15 @@ class Step:
     """
 
     def __init__(self, recipe: Recipe, device: torch.device, batch_size: int, *, amp: bool, seed: int = 0):
-        self.recipe, self.device, self.batch_size, self.amp, self.seed = recipe, device, batch_size, amp, seed
-        if device.type == "cuda":
-            torch.backends.cudnn.benchmark = True  # every step has the same shapes
-        torch.manual_seed(seed)
-        try:
-            method = MoCo(create_backbone(recipe.arch), recipe.moco, batch_size=batch_size, generator=torch.Generator().manual_seed(seed))
-        except ValueError as error:
-            raise FastSSLError(f"{error}; another --batch-size or --set changes that") from error
-        self.method = method.to(device, memory_format=torch.channels_last).train()
-        self.optimizer = create_optimizer(self.method, recipe.optim)
-        # A rate so small that the weights stay where they are: every run then does the same arithmetic, and none diverges.
-        set_lr(self.optimizer, 1e-4 * recipe.optim.peak_lr(batch_size))
+        self.recipe = recipe = replace(recipe, train=replace(recipe.train, batch_size=batch_size))
+        self.inner = TrainStep(recipe, device, amp=amp, seed=seed)
+        self.device, self.batch_size, self.amp, self.method, self.optimizer = (
+            device,
+            batch_size,
+            amp,
+            self.inner.method,
+            self.inner.optimizer,
+        )
         self.number = 0
         self.metrics: Tensor | None = None
 
@@ -73,30 +63,20 @@ class Step:
         self.method.student.compile()
         self.method.teacher.compile()
 
-    def permutation(self) -> Tensor:
-        """The order of the keys in this step's BatchNorm groups, (2B,) int64 on the device."""
-        order = torch.from_numpy(batch_permutation(2 * self.batch_size, self.seed, 0, self.number))
-        return order.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else order
-
-    def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.amp)
-
     def __call__(self, views: list[Tensor]) -> None:
         """Views as ``ViewLoader`` gives them. Nothing here waits for the device."""
-        with self.autocast():
-            loss, self.metrics = self.method(views, self.permutation(), self.recipe.moco.smoothing)
-        loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.method.update_teacher(self.recipe.moco.momentum)
+        # A rate so small that the weights stay where they are: every run then does the same arithmetic, and none diverges.
+        lr = 1e-4 * self.recipe.optim.peak_lr(self.batch_size)
+        moco = self.recipe.moco
+        self.metrics = self.inner(views, self.inner.permutation(0, self.number), lr=lr, momentum=moco.momentum, smoothing=moco.smoothing)
         self.number += 1
 
     def networks_alone(self, views: list[Tensor]) -> None:
         """The passes through the networks that a step makes, and nothing else."""
         images = views[0] if len(views) == 1 else torch.cat(views)
-        with self.autocast():
+        with self.inner.autocast():
             embeddings = self.method.student(images)
-            self.method.keys(images, self.permutation())
+            self.method.keys(images, self.inner.permutation(0, self.number))
         embeddings.sum().backward()
         self.optimizer.zero_grad(set_to_none=True)
         self.number += 1
@@ -143,7 +123,7 @@ def network_flop(step: Step, views: list[Tensor]) -> int:
     of a grouped convolution's backward pass forgets the groups: for depthwise networks it is several times too high.)
     """
     images = views[0] if len(views) == 1 else torch.cat(views)
-    with torch.no_grad(), step.autocast(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), step.inner.autocast(), FlopCounterMode(display=False) as counter:
         step.method.student(images)
     return 4 * counter.get_total_flops()
 
@@ -259,7 +239,9 @@ def run(
     side = _MATMUL_GPU if device.type == "cuda" else _MATMUL_CPU
     left, right = (torch.randn(side, side, device=device, dtype=torch.bfloat16 if step.amp else torch.float32) for _ in range(2))
     timings = measure_in_turns(
-        {"step": lambda: step(views), "networks": lambda: step.networks_alone(views), "product": lambda: left @ right}, device=device, runs=runs
+        {"step": lambda: step(views), "networks": lambda: step.networks_alone(views), "product": lambda: left @ right},
+        device=device,
+        runs=runs,
     )
     seconds, batch = timings["step"].median_s, step.batch_size
     count = sum(spec.count for spec in recipe.views)

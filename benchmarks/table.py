@@ -1,6 +1,6 @@
 """Records as a table: one line each, in the terminal and in markdown.
 
-    python -m fastssl.benchmarks.table results.jsonl > results.md
+python -m fastssl.benchmarks.table results.jsonl > results.md
 """
 
 from __future__ import annotations
@@ -55,7 +55,9 @@ def _remarks(record: Record, details: dict) -> list[str]:
     if details.get("asked_batch_size") not in (None, record.batch_size):
         remarks.append(f"batch {details['asked_batch_size']} was too large for the memory")
     if "times_1_view" in details:
-        remarks.append(", ".join(f"{key}: {value:.2f}x the host time of one" for key, value in details["times_1_view"].items() if key != "1 view"))
+        remarks.append(
+            ", ".join(f"{key}: {value:.2f}x the host time of one" for key, value in details["times_1_view"].items() if key != "1 view")
+        )
     if "host_cpu_of_bare" in details:
         remarks.append(f"{details['host_cpu_of_bare']:.2f}x the processor time of the bare loop")
     if record.ratio_to_peer is not None:
@@ -82,7 +84,9 @@ def markdown(records: Iterable[Record]) -> str:
     parts = []
     for machine, members in groups.items():
         rows = [COLUMNS, tuple(":--" if width <= 0 else "--:" for width in _WIDTHS), *(cells(record) for record in members)]
-        parts.append(machine + "\n\n" + "\n".join("| " + " | ".join(text.replace("|", "\\|") for text in row) + " |" for row in rows) + "\n")
+        parts.append(
+            machine + "\n\n" + "\n".join("| " + " | ".join(text.replace("|", "\\|") for text in row) + " |" for row in rows) + "\n"
+        )
     return "\n".join(parts)
 
 

@@ -14,13 +14,14 @@ from fastssl.backbones import resolve_arch
 from fastssl.benchmarks.loader import default_batch, endless, open_loader
 from fastssl.benchmarks.photos import describe_data, find_data
 from fastssl.benchmarks.records import Record
-from fastssl.benchmarks.step import fit_step, use_amp
+from fastssl.benchmarks.step import fit_step
 from fastssl.benchmarks.timing import MIN_RUNS
 from fastssl.benchmarks.windows import measure_windows, rate, ratio, stream_window, wait_share
 from fastssl.pipelines.beton import BetonReader
 from fastssl.pipelines.engine import EngineStats
 from fastssl.pipelines.loader import Batch
 from fastssl.recipe import Recipe
+from fastssl.step import use_amp
 
 #: Batches that are replayed: more than one, so that no cache holds the input of a step.
 _CACHED = 4

@@ -64,18 +64,17 @@ def _three_features(run: Run, split: ProbeSplit) -> dict[str, tuple[Features, Fe
         raw_pixel_features(reader, indices=index, **{name: options[name] for name in ("workers", "crop", "on_bad")})
         for reader, index in ((split.bank, split.bank_index), (split.queries, split.query_index))
     )
-    trained = run.method.student.backbone
     return {
         RAW: raw,
         RANDOM: split.features(_initial_backbone(run), run.recipe.probe.size, **options),
-        TRAINED: split.features(trained, run.recipe.probe.size, **options),
+        TRAINED: split.features(run.backbone, run.recipe.probe.size, **options),
     }
 
 
 def _initial_backbone(run: Run) -> nn.Module:
     """The backbone with the very weights that the run began with: the seed makes them again."""
     torch.manual_seed(run.options.seed)
-    return create_backbone(run.options.arch).to(run.device)
+    return create_backbone(run.recipe.arch).to(run.device)
 
 
 def _identity(run: Run) -> dict[str, Any]:

@@ -108,4 +108,3 @@ def probe_features(name: str, bank: Features, queries: Features, labelled: bool)
     if not labelled:
         return {"name": name, "knn": None, "linear": None}
     return {"name": name, "knn": knn_accuracy(bank, queries).accuracy, "linear": linear_probe(bank, queries).accuracy}
-

@@ -59,7 +59,11 @@ class RunProgress:
             self._live.update(self._task, description=text, completed=done, total=total)
         elif now - self._last_line >= self.interval or done == total:
             self._last_line = now
-            self.console.print(f"step {done:,}/{total:,}  epoch {row['epoch']:.1f}  {text}{self._time_left(now, done, total)}", highlight=False, soft_wrap=True)
+            self.console.print(
+                f"step {done:,}/{total:,}  epoch {row['epoch']:.1f}  {text}{self._time_left(now, done, total)}",
+                highlight=False,
+                soft_wrap=True,
+            )
 
     def _time_left(self, now: float, done: int, total: int) -> str:
         made = done - self._first_step

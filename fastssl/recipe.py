@@ -47,7 +47,9 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         if self.epochs < 1 or self.batch_size < 2 or self.log_every < 1 or self.checkpoint_minutes < 0:
-            raise ValueError("train.epochs and train.log_every must be at least 1, train.batch_size at least 2, checkpoint_minutes not negative")
+            raise ValueError(
+                "train.epochs and train.log_every must be at least 1, train.batch_size at least 2, checkpoint_minutes not negative"
+            )
         if self.amp not in ("auto", "bf16", "off"):
             raise ValueError(f"train.amp={self.amp!r} is not one of auto, bf16, off")
         if self.on_bad not in ("fail", "skip"):
@@ -194,10 +196,7 @@ def _override(tree: Any, key: str, value: Any) -> None:
     *parents, last = key.split(".")
     node = tree
     for number, part in enumerate(parents):
-        if isinstance(node, list):
-            node = node[_position(node, part, key)]
-        else:
-            node = node.setdefault(part, {})
+        node = node[_position(node, part, key)] if isinstance(node, list) else node.setdefault(part, {})
         if not isinstance(node, (dict, list)):
             raise FastSSLError(f"--set {key}: {'.'.join(parents[: number + 1])} is a value, it holds no keys")
     if isinstance(node, list):

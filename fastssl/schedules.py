@@ -84,9 +84,7 @@ def ema_momentum(step: int, *, total_steps: int, base: float, schedule: str = "c
     raise ValueError(f"momentum schedule {schedule!r} is unknown; choose one of {', '.join(MOMENTUM_SCHEDULES)}")
 
 
-def smoothing(
-    step: int, *, total_steps: int, steps_per_epoch: int, base: float, schedule: str = "constant", warm_epochs: int = 0
-) -> float:
+def smoothing(step: int, *, total_steps: int, steps_per_epoch: int, base: float, schedule: str = "constant", warm_epochs: int = 0) -> float:
     """Mass a that the target of smoothed InfoNCE gives to the nearest negatives.
 
     Args:

@@ -2,7 +2,7 @@
 
     pretrain(...)  sets up, resumes, runs the epochs, probes, writes the run's folder
     Run._epoch    one epoch: batch -> step -> now and then a line of metrics and a checkpoint
-    Run._step     forward, backward, optimiser, key network: nothing in it waits for the device
+    Run._step     schedules and TrainStep (step.py): nothing in it waits for the device
     finish_run     (finish.py) what is left to do after the last step
 
 Everything random comes from the seed: the networks' first weights, the queue, the order of samples, every view, and the
@@ -24,20 +24,20 @@ from typing import Any, Protocol
 
 import torch
 import yaml
+from torch import nn
 
 from fastssl import schedules
-from fastssl.backbones import create_backbone, resolve_arch
+from fastssl.backbones import resolve_arch
 from fastssl.checkpoint import Position, differences, load_checkpoint, restore, save_checkpoint
 from fastssl.finish import finish_run
 from fastssl.meters import MetricRing
 from fastssl.methods.moco import MoCo
-from fastssl.optim import create_optimizer, set_lr
 from fastssl.pipelines.beton import BetonReader
 from fastssl.pipelines.errors import FastSSLError, Interrupted
 from fastssl.pipelines.loader import Batch, ViewLoader
-from fastssl.pipelines.order import batch_permutation
 from fastssl.probe import OnlineProbe, choose_split
 from fastssl.recipe import Recipe, recipe_to_dict
+from fastssl.step import TrainStep, use_amp
 from fastssl.versions import describe_host, describe_versions
 
 
@@ -57,7 +57,6 @@ class RunOptions:
 
     Attributes:
         recipe_name: for the records.
-        arch: the network, any name that ``create_backbone`` takes.
         data: the ``.beton`` file to learn from; its labels are used by the probes alone.
         val: a labelled ``.beton`` to probe on; None: a fifth of ``data`` is held out from the probe (not from the training).
         out: the run's folder.
@@ -66,7 +65,6 @@ class RunOptions:
     """
 
     recipe_name: str
-    arch: str
     data: Path
     out: Path
     val: Path | None = None
@@ -86,7 +84,9 @@ def choose_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name.startswith("cuda") and not torch.cuda.is_available():
-        raise FastSSLError("--device cuda: torch sees no NVIDIA GPU here; `fastssl doctor` says what is missing, --device cpu works anywhere")
+        raise FastSSLError(
+            "--device cuda: torch sees no NVIDIA GPU here; `fastssl doctor` says what is missing, --device cpu works anywhere"
+        )
     return torch.device(name)
 
 
@@ -116,21 +116,11 @@ class Run:
     def __init__(self, recipe: Recipe, options: RunOptions, reader: BetonReader, val: BetonReader | None, progress: Progress):
         self.recipe, self.options, self.reader, self.val, self.progress = recipe, options, reader, val, progress
         self.device = choose_device(options.device)
-        self.amp = recipe.train.amp == "bf16" or (recipe.train.amp == "auto" and self.device.type == "cuda")
+        self.amp = use_amp(recipe.train.amp, self.device)
         self.out = options.out
         self.batch_size = recipe.train.batch_size
-        if self.device.type == "cuda":
-            torch.backends.cudnn.benchmark = True  # every step has the same shapes
         self._check_batch()
-        torch.manual_seed(options.seed)
-        self.backbone = create_backbone(options.arch)
-        generator = torch.Generator().manual_seed(options.seed)
-        try:
-            method = MoCo(self.backbone, recipe.moco, batch_size=self.batch_size, generator=generator)
-        except ValueError as error:
-            raise FastSSLError(f"recipe {options.recipe_name}: {error}") from error
-        self.method = method.to(self.device, memory_format=torch.channels_last).train()
-        self.optimizer = create_optimizer(self.method, recipe.optim)
+        self.step = TrainStep(recipe, self.device, amp=self.amp, seed=options.seed)
         self.position = Position()
         self.config = self._config()
         self._stop = threading.Event()
@@ -149,7 +139,7 @@ class Run:
         """Every value that the run's numbers depend on, resolved."""
         return {
             "recipe": self.options.recipe_name,
-            "arch": resolve_arch(self.options.arch),
+            "arch": resolve_arch(self.recipe.arch),
             # names, not paths: a report is passed on, and the folder it was made in is nobody's business
             "data": {"name": self.options.data.name, "samples": len(self.reader)},
             "val": self.options.val.name if self.options.val else None,
@@ -173,7 +163,9 @@ class Run:
             resolved = {**self.config, "device": self.device.type, "host": describe_host(), "versions": describe_versions()}
             (self.out / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False))
         except OSError as error:
-            raise FastSSLError(f"{self.out}: cannot write the run's folder ({error.strerror or error}); choose another with --out") from error
+            raise FastSSLError(
+                f"{self.out}: cannot write the run's folder ({error.strerror or error}); choose another with --out"
+            ) from error
 
     def _resume(self, path: Path) -> None:
         state = load_checkpoint(path)
@@ -183,7 +175,7 @@ class Run:
                 f"{path} belongs to a run with other settings ({'; '.join(found[:3])}{'; ...' if len(found) > 3 else ''}): "
                 "choose another --out, or --resume never to start over"
             )
-        self.position = restore(state, method=self.method, optimizer=self.optimizer)
+        self.position = restore(state, method=self.step.method, optimizer=self.step.optimizer)
         self._cut_metrics()
         self.progress.message(f"resumed at step {self.position.step:,} (epoch {self.position.epoch})")
 
@@ -199,6 +191,11 @@ class Run:
                 if row.get("step", 0) <= self.position.step:
                     rows.append(line)
         self.metrics_path.write_text("".join(line + "\n" for line in rows))
+
+    @property
+    def backbone(self) -> nn.Module:
+        """The network that is being trained."""
+        return self.step.method.student.backbone
 
     @property
     def metrics_path(self) -> Path:
@@ -241,7 +238,7 @@ class Run:
         with loader:
             self.steps_per_epoch = len(loader)
             self.total_steps = train.epochs * self.steps_per_epoch
-            self.ring = MetricRing(self.method.METRICS, train.log_every, self.device)
+            self.ring = MetricRing(MoCo.METRICS, train.log_every, self.device)
             self.probe = self._online_probe()
             self._last_saved = time.monotonic()
             for epoch in range(self.position.epoch, train.epochs):
@@ -278,12 +275,14 @@ class Run:
                 batches.close()
                 self._close_block(loader)
                 self._save()
-                raise Interrupted(f"stopped at step {self.position.step:,}; everything is saved in {self.out}; the same command goes on from here")
+                raise Interrupted(
+                    f"stopped at step {self.position.step:,}; everything is saved in {self.out}; the same command goes on from here"
+                )
         self.position.epoch, self.position.step_in_epoch = epoch + 1, 0
         last = epoch + 1 == train.epochs
         every = self.recipe.probe.every_epochs
         if every and ((epoch + 1) % every == 0) and not last:
-            self._write(self.probe.run(self.method.student.backbone, step=self.position.step, epoch=epoch + 1))
+            self._write(self.probe.run(self.backbone, step=self.position.step, epoch=epoch + 1))
         if last or time.monotonic() - self._last_saved > 60 * train.checkpoint_minutes:
             self._save()
 
@@ -299,7 +298,9 @@ class Run:
             warmup_epochs=recipe.optim.warmup_epochs,
             per_epoch=recipe.optim.per_epoch,
         )
-        self._momentum = schedules.ema_momentum(step, total_steps=self.total_steps, base=recipe.moco.momentum, schedule=recipe.moco.momentum_schedule)
+        self._momentum = schedules.ema_momentum(
+            step, total_steps=self.total_steps, base=recipe.moco.momentum, schedule=recipe.moco.momentum_schedule
+        )
         self._smoothing = schedules.smoothing(
             step,
             total_steps=self.total_steps,
@@ -308,20 +309,8 @@ class Run:
             schedule=recipe.moco.smoothing_schedule,
             warm_epochs=recipe.moco.smoothing_warm_epochs,
         )
-        set_lr(self.optimizer, self._lr)
-        permutation = self._host_to_device(torch.from_numpy(batch_permutation(2 * self.batch_size, self.options.seed, epoch, self.position.step_in_epoch)))
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.amp):
-            loss, metrics = self.method(batch.views, permutation, self._smoothing)
-        loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.method.update_teacher(self._momentum)
-        self.ring.push(metrics)
-
-    def _host_to_device(self, tensor: torch.Tensor) -> torch.Tensor:
-        if self.device.type != "cuda":
-            return tensor
-        return tensor.pin_memory().to(self.device, non_blocking=True)
+        permutation = self.step.permutation(epoch, self.position.step_in_epoch)
+        self.ring.push(self.step(batch.views, permutation, lr=self._lr, momentum=self._momentum, smoothing=self._smoothing))
 
     # ------------------------------------------------------------------ metrics and files
 
@@ -371,10 +360,10 @@ class Run:
     def _save(self) -> None:
         save_checkpoint(
             self.out / "checkpoints",
-            method=self.method,
-            optimizer=self.optimizer,
+            method=self.step.method,
+            optimizer=self.step.optimizer,
             position=self.position,
             config=self.config,
-            arch=self.options.arch,
+            arch=self.recipe.arch,
         )
         self._last_saved = time.monotonic()

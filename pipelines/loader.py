@@ -98,9 +98,7 @@ class ViewLoader:
             crops = "device" if self.device.type == "cuda" else "host"
         try:
             self._check_size()
-            self.engine = NativeEngine(
-                self.reader, self.views, device=self.device, workers=workers, crops=crops, on_bad=on_bad
-            )
+            self.engine = NativeEngine(self.reader, self.views, device=self.device, workers=workers, crops=crops, on_bad=on_bad)
         except Exception:
             self._close_reader()
             raise
@@ -111,8 +109,7 @@ class ViewLoader:
             raise FastSSLError(f"{self.reader.path}: indices reach beyond its {len(self.reader)} samples")
         if len(self) < 1:
             raise FastSSLError(
-                f"{self.reader.path}: {count} samples are fewer than one batch of {self.batch_size * self.world}; "
-                "lower the batch size"
+                f"{self.reader.path}: {count} samples are fewer than one batch of {self.batch_size * self.world}; lower the batch size"
             )
 
     def __len__(self) -> int:
@@ -138,9 +135,7 @@ class ViewLoader:
         plans, first_view = [], 0
         for spec in self.views:
             plans.append(
-                draw_plan(
-                    spec, first_view=first_view, seed=self.seed, epoch=epoch, sample_ids=index, heights=heights, widths=widths
-                )
+                draw_plan(spec, first_view=first_view, seed=self.seed, epoch=epoch, sample_ids=index, heights=heights, widths=widths)
             )
             first_view += spec.count
         return Request(index, plans)

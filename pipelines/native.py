@@ -181,9 +181,7 @@ class NativeEngine:
         if slot.copied:
             packed = self._to_device(slot, packed)
         index = job.request.index
-        return crop_resize_device(
-            packed, job.offsets, self.reader.heights[index], self.reader.widths[index], job.request.plans, self.specs
-        )
+        return crop_resize_device(packed, job.offsets, self.reader.heights[index], self.reader.widths[index], job.request.plans, self.specs)
 
     def _to_device(self, slot: _Slot, host: Tensor) -> Tensor:
         """Copy pinned memory on the long-lived copy stream; the current stream waits for it, the host does not."""

@@ -23,10 +23,18 @@ if TYPE_CHECKING:
 Job = tuple[str, "Callable[[], list[Record]]"]
 
 recipe_option = click.option(
-    "--recipe", "recipes", multiple=True, default=("light-moco-mobilenetv3",), show_default=True, metavar="NAME|FILE.yaml", help="May be repeated."
+    "--recipe",
+    "recipes",
+    multiple=True,
+    default=("light-moco-mobilenetv3",),
+    show_default=True,
+    metavar="NAME|FILE.yaml",
+    help="May be repeated.",
 )
 arch_option = click.option("--arch", metavar="NAME", help="Another network than the recipe's.")
-set_option = click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change one value of the recipes, e.g. --set views.0.size=96.")
+set_option = click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change one value of the recipes, e.g. --set views.0.size=96."
+)
 data_option = click.option(
     "--data",
     multiple=True,
@@ -37,10 +45,18 @@ data_option = click.option(
 )
 photos_option = click.option("--photos", type=click.IntRange(min=1), default=512, show_default=True, help="Number of synthetic photos.")
 device_option = click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
-batch_option = click.option("--batch-size", type=click.IntRange(min=2), help="Pictures a batch. Default: the recipe's, at most 32 on a CPU.")
-runs_option = click.option("--runs", type=click.IntRange(min=5), default=5, show_default=True, help="Counted runs; figures are their medians.")
+batch_option = click.option(
+    "--batch-size", type=click.IntRange(min=2), help="Pictures a batch. Default: the recipe's, at most 32 on a CPU."
+)
+runs_option = click.option(
+    "--runs", type=click.IntRange(min=5), default=5, show_default=True, help="Counted runs; figures are their medians."
+)
 seconds_option = click.option(
-    "--seconds", type=click.FloatRange(min=0, min_open=True), default=10.0, show_default=True, help="Counted time of each setting; warm-up comes on top."
+    "--seconds",
+    type=click.FloatRange(min=0, min_open=True),
+    default=10.0,
+    show_default=True,
+    help="Counted time of each setting; warm-up comes on top.",
 )
 amp_option = click.option(
     "--amp", type=click.Choice(["auto", "bf16", "off"]), default="auto", show_default=True, help="bfloat16 autocast; auto: on a GPU."
@@ -123,7 +139,10 @@ def views(recipes, overrides, data, photos, device, batch_size, runs, json_path)
     _measure(
         json_path,
         [
-            (f"views, {name}, {source}", lambda recipe=recipe, name=name, source=source: run(recipe, name, source, place, batch_size, runs, photos))
+            (
+                f"views, {name}, {source}",
+                lambda recipe=recipe, name=name, source=source: run(recipe, name, source, place, batch_size, runs, photos),
+            )
             for (recipe, name), source in itertools.product(_load(recipes, overrides), data)
         ],
     )
@@ -205,7 +224,10 @@ def step(recipes, arch, overrides, device, batch_size, amps, compiled, runs, jso
     _measure(
         json_path,
         [
-            (f"step, {name}, amp {amp}", lambda recipe=recipe, name=name, amp=amp: run(recipe, name, place, batch_size, amp, compiled, runs))
+            (
+                f"step, {name}, amp {amp}",
+                lambda recipe=recipe, name=name, amp=amp: run(recipe, name, place, batch_size, amp, compiled, runs),
+            )
             for amp, (recipe, name) in itertools.product(amps, _load(recipes, overrides, arch))
         ],
     )

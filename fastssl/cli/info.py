@@ -29,7 +29,9 @@ def recipes(name: str | None, json_path: str | None) -> None:
     for known in recipe_names():
         recipe = load_recipe(known)
         title = recipe_path(known).read_text().splitlines()[0].lstrip("# ")
-        rows.append({"recipe": known, "arch": recipe.arch, "epochs": recipe.train.epochs, "batch_size": recipe.train.batch_size, "title": title})
+        rows.append(
+            {"recipe": known, "arch": recipe.arch, "epochs": recipe.train.epochs, "batch_size": recipe.train.batch_size, "title": title}
+        )
         if json_path != "-":
             click.echo(f"{known:28} {title}")
     write_json(json_path, rows)
@@ -75,7 +77,9 @@ def doctor(json_path: str | None) -> None:
         if gpu:
             click.echo(f"GPU         {gpu} x {host['gpus']}")
         elif torch.version.cuda:
-            click.echo(f"GPU         none found (torch is built for CUDA {torch.version.cuda}: is the driver installed, does nvidia-smi list the card?)")
+            click.echo(
+                f"GPU         none found (torch is built for CUDA {torch.version.cuda}: is the driver installed, does nvidia-smi list the card?)"
+            )
         else:
             click.echo("GPU         none usable: this torch is a CPU build; pip install torch torchvision from PyPI brings the CUDA build")
         for name, version in versions.items():

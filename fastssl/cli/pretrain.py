@@ -11,11 +11,31 @@ from fastssl.cli.common import console, json_option, write_json
 
 
 @click.command()
-@click.option("--arch", required=True, metavar="NAME", help="Network: mobilenetv3_large, efficientnet_b0, mobilenetv2, resnet18, resnet34, resnet50, vit_tiny, or any timm name.")
-@click.option("--data", type=click.Path(path_type=Path), metavar="FILE.beton", help="Photos to learn from. Default: the sample set that installs with the package.")
-@click.option("--val", type=click.Path(path_type=Path), metavar="FILE.beton", help="Labelled photos to probe on. Default: a held-out fifth of --data.")
-@click.option("--recipe", "recipe_name", metavar="NAME|FILE.yaml", help="Default: quickstart without --data, light-moco-mobilenetv3 with it.")
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change one value of the recipe, e.g. --set optim.lr=0.1. May be repeated.")
+@click.option(
+    "--arch",
+    required=True,
+    metavar="NAME",
+    help="Network: mobilenetv3_large, efficientnet_b0, mobilenetv2, resnet18, resnet34, resnet50, vit_tiny, or any timm name.",
+)
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path),
+    metavar="FILE.beton",
+    help="Photos to learn from. Default: the sample set that installs with the package.",
+)
+@click.option(
+    "--val", type=click.Path(path_type=Path), metavar="FILE.beton", help="Labelled photos to probe on. Default: a held-out fifth of --data."
+)
+@click.option(
+    "--recipe", "recipe_name", metavar="NAME|FILE.yaml", help="Default: quickstart without --data, light-moco-mobilenetv3 with it."
+)
+@click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Change one value of the recipe, e.g. --set optim.lr=0.1. May be repeated.",
+)
 @click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Default: runs/RECIPE-ARCH.")
 @click.option("--epochs", type=click.IntRange(min=1), help="Instead of the recipe's.")
 @click.option("--batch-size", type=click.IntRange(min=2), help="Instead of the recipe's; the learning rate follows.")
@@ -69,7 +89,6 @@ def pretrain(
         data, val = samples.train, val or samples.val
     options = RunOptions(
         recipe_name=short,
-        arch=arch,
         data=data,
         val=val,
         out=out or Path("runs") / f"{short}-{arch}",
@@ -100,7 +119,9 @@ def _print_summary(summary: dict, out: Path) -> None:
         console.print(table)
     console.print(f"{probe['note']}", highlight=False, soft_wrap=True)
     console.print(
-        f"{summary['pair_per_s']:,.0f} pair/s ({summary['view_per_s']:,.0f} view/s); {summary['bottleneck']}", highlight=False, soft_wrap=True
+        f"{summary['pair_per_s']:,.0f} pair/s ({summary['view_per_s']:,.0f} view/s); {summary['bottleneck']}",
+        highlight=False,
+        soft_wrap=True,
     )
     if summary["share"]:
         console.print(summary["share"]["text"], highlight=False, soft_wrap=True)

@@ -66,7 +66,9 @@ def rank_weights(weighting: str, neighbors: int | None = None) -> tuple[float, .
         return _grouped(STEPPED_GROUP_ENDS[count], (0.5, 0.25, 0.25))
     if weighting == "uniform_all":
         if neighbors is not None:
-            raise ValueError(f"neighbors={neighbors!r} with weighting='uniform_all': the mass goes to every negative, so leave neighbors=None")
+            raise ValueError(
+                f"neighbors={neighbors!r} with weighting='uniform_all': the mass goes to every negative, so leave neighbors=None"
+            )
         return ()
     if weighting == "geometric":
         weights = tuple(0.5 / 2**i for i in range(10)) + (0.5 / 2**9,)
@@ -184,13 +186,17 @@ class SmoothedInfoNCE(nn.Module):
     def _check(self, query: Tensor, key: Tensor, queue: Tensor) -> None:
         for name, tensor in (("query", query), ("key", key), ("queue", queue)):
             if tensor.dim() != 2 or not tensor.is_floating_point():
-                raise ValueError(f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}; expected a floating-point matrix (rows, features)")
+                raise ValueError(
+                    f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}; expected a floating-point matrix (rows, features)"
+                )
             if tensor.device != query.device:
                 raise ValueError(f"{name} is on {tensor.device} and query on {query.device}; move them to one device")
         if query.shape != key.shape or 0 in query.shape:
             raise ValueError(f"query {tuple(query.shape)} and key {tuple(key.shape)} must have one shape (B, D) with B and D at least 1")
         if queue.shape[1] != query.shape[1]:
-            raise ValueError(f"queue has {queue.shape[1]} features and query {query.shape[1]}; both come from the same projector, so they must agree")
+            raise ValueError(
+                f"queue has {queue.shape[1]} features and query {query.shape[1]}; both come from the same projector, so they must agree"
+            )
         needed = max(1, len(self.weights))
         if queue.shape[0] < needed:
             raise ValueError(
@@ -264,9 +270,7 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        grads = (
-            None if grad is None else (grad * grad_loss).to(dtype) for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes)
-        )
+        grads = (None if grad is None else (grad * grad_loss).to(dtype) for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes))
         return (*grads, None, None, None, None, None, None)
 
 

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from fastssl.benchmarks import step as bench
-from fastssl.benchmarks.step import Step, bottleneck, busy_of_spans, busy_share, fit_step, network_flop, random_views, run, use_amp
+from fastssl.benchmarks.step import Step, bottleneck, busy_of_spans, busy_share, fit_step, network_flop, random_views, run
 from fastssl.pipelines.errors import FastSSLError
 from fastssl.pipelines.order import batch_permutation
 from fastssl.recipe import Recipe, load_recipe
+from fastssl.step import use_amp
 
 CPU = torch.device("cpu")
 
@@ -41,7 +42,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> Recipe:
                 torch.nn.Flatten(),
             )
 
-    monkeypatch.setattr(bench, "create_backbone", lambda name: Backbone().to(memory_format=torch.channels_last))
+    monkeypatch.setattr("fastssl.step.create_backbone", lambda name: Backbone().to(memory_format=torch.channels_last))
     changes = {"views.0.size": "16", "moco.queue": "64", "moco.projector.hidden": "16", "moco.projector.out": "8", "moco.smoothing": "0.2"}
     return load_recipe("quickstart", changes)
 

@@ -48,7 +48,16 @@ def test_cells_say_what_ran_and_what_limited_it() -> None:
         "the networks' passes alone",
         "launches; not compiled: RuntimeError: a | b; batch 512 was too large for the memory",
     )
-    assert cells(COST) == ("loader: host cost", "", "cpu, 4 threads, photos.beton", "", "", "", "", "2 + 6 views: 1.06x the host time of one")
+    assert cells(COST) == (
+        "loader: host cost",
+        "",
+        "cpu, 4 threads, photos.beton",
+        "",
+        "",
+        "",
+        "",
+        "2 + 6 views: 1.06x the host time of one",
+    )
     peer = Record(bench="loss", peer="dense", ratio_to_peer=1.5, pair_per_s=3.14159, host={}, versions={}, git=None, details={"queue": 64})
     assert cells(peer)[2:4] == ("queue 64", "3.14") and cells(peer)[-1] == "1.50x dense"
 

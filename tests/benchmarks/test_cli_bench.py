@@ -73,12 +73,19 @@ def test_step_and_train_take_another_network(calls: list[tuple]) -> None:
 def test_step_goes_through_both_precisions(calls: list[tuple]) -> None:
     both = ["--recipe", "quickstart", "--recipe", "moco-v2-resnet50"]
     assert invoke("step", *both, "--amp", "bf16", "--amp", "off", "--device", "cpu") == 0
-    assert [(args[4], args[1]) for _, args, _ in calls] == [(amp, name) for amp in ("bf16", "off") for name in ("quickstart", "moco-v2-resnet50")]
+    assert [(args[4], args[1]) for _, args, _ in calls] == [
+        (amp, name) for amp in ("bf16", "off") for name in ("quickstart", "moco-v2-resnet50")
+    ]
 
 
 def test_loss_takes_the_recipes_numbers(calls: list[tuple], tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
-    assert invoke("loss", "--recipe", "light-moco-mobilenetv3", "--batch-size", "8", "--batch-size", "16", "--device", "cpu", "--json", str(out)) == 0
+    assert (
+        invoke(
+            "loss", "--recipe", "light-moco-mobilenetv3", "--batch-size", "8", "--batch-size", "16", "--device", "cpu", "--json", str(out)
+        )
+        == 0
+    )
     assert [args[1:] for _, args, _ in calls] == [(8, 65536, 128, 5), (16, 65536, 128, 5)]
     assert calls[0][2] == {"temperature": 0.1, "smoothing": 0.2, "weighting": "stepped", "neighbors": 20}
     assert [record.recipe for record in read_records(out)] == ["light-moco-mobilenetv3"] * 2

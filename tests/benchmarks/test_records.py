@@ -23,7 +23,9 @@ PUBLIC_FIELDS = [
 def test_a_line_has_the_public_fields_in_order_and_null_where_nothing_applies() -> None:
     values = json.loads(Record(bench="loader").to_json())
     assert list(values) == [*PUBLIC_FIELDS, "details"]
-    assert [name for name, value in values.items() if value is None] == [*PUBLIC_FIELDS[1:17], "details"] + ([] if values["git"] else ["git"])
+    assert [name for name, value in values.items() if value is None] == [*PUBLIC_FIELDS[1:17], "details"] + (
+        [] if values["git"] else ["git"]
+    )
     assert values["host"]["cores"] >= 1
     assert "torch" in values["versions"]
 
@@ -63,7 +65,9 @@ def test_an_older_line_does_not_borrow_this_machine(tmp_path: Path) -> None:
     assert (record.host, record.versions, record.git, record.view_per_s) == ({}, {}, None, 3.0)
 
 
-@pytest.mark.parametrize(("line", "message"), [("{", "not JSON"), ("[1]", "not a benchmark record"), ('{"bench": "x", "speed": 1}', "unknown fields speed")])
+@pytest.mark.parametrize(
+    ("line", "message"), [("{", "not JSON"), ("[1]", "not a benchmark record"), ('{"bench": "x", "speed": 1}', "unknown fields speed")]
+)
 def test_a_bad_line_is_named(tmp_path: Path, line: str, message: str) -> None:
     path = tmp_path / "results.jsonl"
     path.write_text('{"bench": "loss"}\n' + line + "\n")

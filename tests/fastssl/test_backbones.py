@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import fastssl
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+
+import fastssl
 from fastssl.backbones import SHORT_NAMES, create_backbone, feature_dim, save_backbone
 from fastssl.pipelines.errors import FastSSLError
-from safetensors.torch import load_file, save_file
 
 #: short name -> (feature width, parameters without the classifier), as the papers count them
 EXPECTED = {

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from fastssl.backbones import create_backbone, load_backbone
 from fastssl.checkpoint import Position, differences, load_checkpoint, restore, save_checkpoint, write_atomically
 from fastssl.heads import ProjectorConfig
 from fastssl.methods.moco import MoCo, MoCoConfig
 from fastssl.optim import OptimConfig, create_optimizer
 from fastssl.pipelines.errors import FastSSLError
-
-from fastssl.backbones import create_backbone, load_backbone
 
 
 def make(seed: int = 0) -> tuple[MoCo, torch.optim.Optimizer]:

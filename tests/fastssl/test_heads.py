@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fastssl.heads import Projector, ProjectorConfig
 from torch import nn
+
+from fastssl.heads import Projector, ProjectorConfig
 
 
 def test_light_moco_head_has_the_published_parameters() -> None:

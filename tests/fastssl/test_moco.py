@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
 from fastssl.heads import ProjectorConfig
 from fastssl.losses import SmoothedInfoNCE
 from fastssl.methods.moco import MoCo, MoCoConfig
-from torch import Tensor, nn
-from torch.nn import functional
 
 B = 6
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+
 from fastssl.pipelines.errors import FastSSLError
 from fastssl.recipe import build_recipe, load_recipe, parse_overrides, recipe_names, recipe_path, recipe_to_dict
 
@@ -38,7 +39,16 @@ def test_the_named_recipes_exist_with_the_published_numbers() -> None:
 def test_overrides_reach_every_depth() -> None:
     recipe = load_recipe(
         "quickstart",
-        parse_overrides(["optim.lr=0.5", "views.0.size=48", "moco.projector.norm=false", "moco.neighbors=10", "views.0.area=[0.5, 1]", "optim.weight_decay=1e-4"]),
+        parse_overrides(
+            [
+                "optim.lr=0.5",
+                "views.0.size=48",
+                "moco.projector.norm=false",
+                "moco.neighbors=10",
+                "views.0.area=[0.5, 1]",
+                "optim.weight_decay=1e-4",
+            ]
+        ),
     )
     assert recipe.optim.lr == 0.5 and recipe.views[0].size == 48 and recipe.moco.projector.norm is False
     assert recipe.moco.neighbors == 10 and recipe.views[0].area == (0.5, 1.0) and recipe.optim.weight_decay == 1e-4

@@ -45,7 +45,8 @@ def test_learning_rate_without_warmup_starts_at_the_peak() -> None:
 @pytest.mark.parametrize("per_epoch", [False, True])
 def test_learning_rate_of_a_run_within_its_warmup_only_climbs(per_epoch: bool) -> None:
     rates = [
-        schedules.learning_rate(step, total_steps=20, steps_per_epoch=10, peak=1.0, warmup_epochs=2, per_epoch=per_epoch) for step in range(21)
+        schedules.learning_rate(step, total_steps=20, steps_per_epoch=10, peak=1.0, warmup_epochs=2, per_epoch=per_epoch)
+        for step in range(21)
     ]
     assert rates == sorted(rates)
     assert rates[0] > 0

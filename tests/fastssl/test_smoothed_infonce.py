@@ -20,7 +20,9 @@ from fastssl.losses.smoothed_infonce import WEIGHTINGS, _top_columns, rank_weigh
 def vectors(seed: int, batch: int, rows: int, dim: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
     """Unit vectors: query and key (batch, dim), both asking for a gradient, and queue (rows, dim)."""
     generator = torch.Generator().manual_seed(seed)
-    query, key, queue = (F.normalize(torch.randn(n, dim, generator=generator, dtype=torch.float64), dim=1).to(dtype) for n in (batch, batch, rows))
+    query, key, queue = (
+        F.normalize(torch.randn(n, dim, generator=generator, dtype=torch.float64), dim=1).to(dtype) for n in (batch, batch, rows)
+    )
     return query.requires_grad_(), key.requires_grad_(), queue
 
 
@@ -31,7 +33,9 @@ def whole_numbers(seed: int, batch: int, rows: int, dim: int, dtype: torch.dtype
     return query.requires_grad_(), key.requires_grad_(), queue
 
 
-def assert_equals_dense(criterion: SmoothedInfoNCE, query: Tensor, key: Tensor, queue: Tensor, *, rtol: float, smoothing: float | None = None) -> None:
+def assert_equals_dense(
+    criterion: SmoothedInfoNCE, query: Tensor, key: Tensor, queue: Tensor, *, rtol: float, smoothing: float | None = None
+) -> None:
     """Value and both gradients, each relative to its own size, against the dense twin in float64."""
     mass = criterion.smoothing if smoothing is None else smoothing
     loss = criterion(query, key, queue, smoothing)

@@ -14,13 +14,22 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+
 from fastssl.cli import main
 from fastssl.pipelines.errors import FastSSLError
 from fastssl.recipe import load_recipe, parse_overrides
 from fastssl.train import RunOptions, choose_device, pretrain
 
 #: the quick start, small enough for a test: a network of 0.6 M parameters, 2 epochs of 6 steps on 48 photos
-SMALL = ["train.epochs=2", "train.batch_size=8", "train.log_every=4", "moco.queue=64", "moco.projector.hidden=16", "probe.online_samples=40", "probe.every_epochs=1"]
+SMALL = [
+    "train.epochs=2",
+    "train.batch_size=8",
+    "train.log_every=4",
+    "moco.queue=64",
+    "moco.projector.hidden=16",
+    "probe.online_samples=40",
+    "probe.every_epochs=1",
+]
 ARCH = "mobilenetv3_small_050"
 
 
@@ -43,24 +52,48 @@ def cli(*arguments: str) -> int:
 
 
 def options(beton: Path, out: Path, **changes: object) -> RunOptions:
-    return RunOptions(**{"recipe_name": "quickstart", "arch": ARCH, "data": beton, "out": out, "device": "cpu", "workers": 1, **changes})
+    return RunOptions(**{"recipe_name": "quickstart", "data": beton, "out": out, "device": "cpu", "workers": 1, **changes})
 
 
 def small(*overrides: str):
-    return load_recipe("quickstart", parse_overrides([*SMALL, *overrides]))
+    return load_recipe("quickstart", parse_overrides([f"arch={ARCH}", *SMALL, *overrides]))
 
 
 @pytest.fixture(scope="module")
 def finished(beton: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("run") / "run"
     overrides = [argument for item in SMALL for argument in ("--set", item)]
-    status = cli("pretrain", "--arch", ARCH, "--data", str(beton), "--recipe", "quickstart", "--out", str(out), "--device", "cpu", *overrides, "--json", str(out.parent / "r.json"))
+    status = cli(
+        "pretrain",
+        "--arch",
+        ARCH,
+        "--data",
+        str(beton),
+        "--recipe",
+        "quickstart",
+        "--out",
+        str(out),
+        "--device",
+        "cpu",
+        *overrides,
+        "--json",
+        str(out.parent / "r.json"),
+    )
     assert status == 0
     return out
 
 
 def test_the_folder_holds_what_was_promised(finished: Path) -> None:
-    for name in ("config.yaml", "metrics.jsonl", "summary.json", "views.png", "neighbours.png", "report.html", "checkpoints/last.pt", "checkpoints/last.safetensors"):
+    for name in (
+        "config.yaml",
+        "metrics.jsonl",
+        "summary.json",
+        "views.png",
+        "neighbours.png",
+        "report.html",
+        "checkpoints/last.pt",
+        "checkpoints/last.safetensors",
+    ):
         assert (finished / name).stat().st_size > 0, name
     assert not list(finished.rglob("*.tmp"))
     config = yaml.safe_load((finished / "config.yaml").read_text())
@@ -115,7 +148,18 @@ def test_the_same_seed_makes_the_same_run(finished: Path, beton: Path, tmp_path:
 def test_a_run_stopped_by_ctrl_c_goes_on_to_the_same_weights(finished: Path, beton: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     overrides = [argument for item in SMALL for argument in ("--set", item)]
-    command = [sys.executable, "-c", "from fastssl.cli import main; main()", "pretrain", "--arch", ARCH, "--data", str(beton), "--recipe", "quickstart"]
+    command = [
+        sys.executable,
+        "-c",
+        "from fastssl.cli import main; main()",
+        "pretrain",
+        "--arch",
+        ARCH,
+        "--data",
+        str(beton),
+        "--recipe",
+        "quickstart",
+    ]
     command += ["--out", str(out), "--device", "cpu", *overrides]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"})
     while process.poll() is None and not (out.exists() and (out / "metrics.jsonl").exists() and (out / "metrics.jsonl").read_text()):
@@ -186,7 +230,9 @@ def test_photos_without_labels_train_and_report(photo_tree: Path, tmp_path: Path
         (["--arch", ARCH, "--batch-size", "7", "--data", "BETON"], "multiple of twice the batch size"),
     ],
 )
-def test_mistakes_are_one_line_with_status_1(arguments: list[str], message: str, beton: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_mistakes_are_one_line_with_status_1(
+    arguments: list[str], message: str, beton: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     arguments = [str(beton) if a == "BETON" else a for a in arguments]
     recipe = [] if "--recipe" in arguments else ["--recipe", "quickstart"]
     assert cli("pretrain", *arguments, *recipe, "--out", str(tmp_path / "run"), "--device", "cpu") == 1

@@ -574,7 +574,7 @@ def test_interrupted_and_changed(many, tmp_path, caplog):
         caplog.clear()
 
     # A torn, a repeated and a senseless journal line.
-    for tail in (b'[9, 123, true, 2', b'[0, 1, true, 2097152, 5, 0, 1, 1, 0]\n', b"\xff\xfe\n", b"7\n", b'[40, "x", 1]\n', b"[40, 1]\n"):
+    for tail in (b"[9, 123, true, 2", b"[0, 1, true, 2097152, 5, 0, 1, 1, 0]\n", b"\xff\xfe\n", b"7\n", b'[40, "x", 1]\n', b"[40, 1]\n"):
         stopped(source, dst, 1)
         journal = tmp_path / "out.beton.partial.journal"
         journal.write_bytes(journal.read_bytes() + tail)

@@ -141,9 +141,7 @@ def test_we_read_what_ffcv_writes(tmp_path, mode, extra):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         reader = BetonReader(path)
-    assert [str(w.message) for w in caught] == (
-        [f"{path}: fields not read: f (float), a (ndarray), j (json), b (bytes)"] if extra else []
-    )
+    assert [str(w.message) for w in caught] == ([f"{path}: fields not read: f (float), a (ndarray), j (json), b (bytes)"] if extra else [])
     with reader:
         assert len(reader) == 25 and reader.classes is None
         np.testing.assert_array_equal(reader.labels, np.arange(25) * 7 - 3)

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
 from fastssl.pipelines import BetonReader, FastSSLError, JpegError, ViewLoader, ViewSpec
 
 GLOBAL = ViewSpec(size=32, count=2, area=(0.3, 1.0))
@@ -45,7 +46,10 @@ def test_shapes_layout_and_labels(beton: Path) -> None:
 
 def test_views_do_not_depend_on_batch_size_workers_or_rank(beton: Path) -> None:
     reference = by_sample(batches(beton, batch_size=12, workers=1))
-    others = [batches(beton, batch_size=4, workers=3), *([b for b in batches(beton, batch_size=6, rank=rank, world=2)] for rank in range(2))]
+    others = [
+        batches(beton, batch_size=4, workers=3),
+        *([b for b in batches(beton, batch_size=6, rank=rank, world=2)] for rank in range(2)),
+    ]
     for made in others:
         for sample, views in by_sample(made).items():
             for mine, theirs in zip(views, reference[sample]):
