@@ -8,7 +8,6 @@ Sources: He et al. (MoCo, arXiv 1911.05722), Lin et al. (light-moco, arXiv 2212.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 MOMENTUM_SCHEDULES = ("constant", "cosine")
 SMOOTHING_SCHEDULES = ("constant", "warm", "cosine")
@@ -55,15 +54,6 @@ def learning_rate(
         return peak * (unit + 1) / (warmup + 1)
     # The last unit of a run that ends with its warm-up is the peak itself, whence the guard.
     return half_cosine((unit - warmup) / (units - warmup) if units > warmup else 0.0, peak, final)
-
-
-def step_decay(step: int, *, base: float, milestones: Sequence[int], factor: float = 0.1) -> float:
-    """``base`` times ``factor`` for every milestone reached, as the linear probes of MoCo and light-moco do (x0.1 at epochs 60 and 80).
-
-    Args:
-        step: in the unit of ``milestones``, epochs or steps; a milestone counts from the very step that it names.
-    """
-    return base * factor ** sum(step >= milestone for milestone in milestones)
 
 
 def ema_momentum(step: int, *, total_steps: int, base: float, schedule: str = "constant") -> float:

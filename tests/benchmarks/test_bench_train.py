@@ -14,14 +14,6 @@ from fastssl.benchmarks.step import Fitted
 from fastssl.recipe import load_recipe
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 class FakeStep:
     """A step of known length."""
 

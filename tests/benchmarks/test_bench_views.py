@@ -14,14 +14,6 @@ from fastssl.pipelines.plan import draw_plan
 from fastssl.recipe import load_recipe
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def test_views_records(beton: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "_COPY_CPU", 2**22)
     recipe = load_recipe("quickstart")

@@ -17,15 +17,6 @@ from fastssl.pipelines.beton import BetonWriter, side_path
 from fastssl.pipelines.convert import ConvertOptions, convert
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Problems of this size are faster on one thread, many times so when the machine's other cores are busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     torch.manual_seed(0)

@@ -10,15 +10,6 @@ from fastssl.evaluate.features import Features, ProbeError
 from fastssl.evaluate.linear import L2_DEFAULT, fit_logistic, linear_probe
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Problems of this size are faster on one thread, many times so when the machine's other cores are busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def make(count, classes=4, width=20, noise=2.0, seed=0):
     """Overlapping clusters behind a ReLU with features of very different scale, as networks give them."""
     generator = torch.Generator().manual_seed(seed)

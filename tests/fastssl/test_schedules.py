@@ -53,13 +53,6 @@ def test_learning_rate_of_a_run_within_its_warmup_only_climbs(per_epoch: bool) -
     assert rates[-1] == 1.0
 
 
-def test_step_decay_counts_from_the_milestone_itself() -> None:
-    values = [schedules.step_decay(epoch, base=30.0, milestones=(60, 80)) for epoch in (0, 59, 60, 79, 80, 99)]
-    assert values == pytest.approx([30, 30, 3, 3, 0.3, 0.3])
-    assert schedules.step_decay(7, base=1.0, milestones=(3,), factor=0.5) == 0.5
-    assert schedules.step_decay(7, base=1.0, milestones=()) == 1.0
-
-
 def test_ema_momentum_end_points() -> None:
     assert {schedules.ema_momentum(step, total_steps=100, base=0.999) for step in (0, 50, 100)} == {0.999}
     assert schedules.ema_momentum(0, total_steps=100, base=0.99, schedule="cosine") == 0.99

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -28,14 +27,6 @@ from fastssl.pipelines.plan import BRIGHTNESS, CONTRAST, HUE, SATURATION, ViewSp
 
 STRONG = ViewSpec(brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2, solarise=0.3, solarise_threshold=100)
 RAW = dict(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))  # the output is the picture in 0 .. 1
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def photos(count: int, size: int) -> torch.Tensor:

@@ -123,7 +123,7 @@ def threads() -> set[str]:
 def test_early_exit_leaves_no_thread_and_no_buffer(beton: Path, crops: str) -> None:
     assert not threads()
     with ViewLoader(beton, views=[GLOBAL, LOCAL], batch_size=4, crops=crops) as loader:
-        for batch in loader.epoch(0):
+        for _ in loader.epoch(0):
             assert threads()
             break
         slots = [id(slot) for slot in loader.engine._slots]
