@@ -47,6 +47,7 @@ class Step:
 
     def __init__(self, recipe: Recipe, device: torch.device, batch_size: int, *, amp: bool, seed: int = 0):
         self.recipe = recipe = replace(recipe, train=replace(recipe.train, batch_size=batch_size))
+        self.seed = seed
         self.inner = TrainStep(recipe, device, amp=amp, seed=seed)
         self.device, self.batch_size, self.amp, self.method, self.optimizer = (
             device,

@@ -46,9 +46,10 @@ def test_a_step_is_the_training_loops_step(tiny: Recipe) -> None:
     twin._student_parameters, twin._teacher_parameters = list(twin.student.parameters()), list(twin.teacher.parameters())
     views = random_views(tiny, 8, CPU)
     assert views[0].is_contiguous(memory_format=torch.channels_last) and views[0].shape == (16, 3, 16, 16)
-    rate, decay = step.optimizer.param_groups[0]["lr"], [group["weight_decay"] for group in step.optimizer.param_groups]
     before = {name: value.clone() for name, value in step.method.named_parameters()}
     step(views)
+    rate, decay = step.optimizer.param_groups[0]["lr"], [group["weight_decay"] for group in step.optimizer.param_groups]
+    assert rate == pytest.approx(1e-4 * tiny.optim.peak_lr(8))
 
     loss, _ = twin(views, torch.from_numpy(batch_permutation(16, 0, 0, 0)), tiny.moco.smoothing)
     loss.backward()

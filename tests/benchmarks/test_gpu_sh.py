@@ -108,6 +108,8 @@ def test_a_stop_keeps_what_is_finished(stand_in, tmp_path: Path) -> None:
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        # A shell that was itself started in the background hands SIGINT on as ignored, and bash cannot trap what was ignored at its start.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     for line in process.stdout:
         if "measuring loader" in line:

@@ -534,7 +534,7 @@ def test_killed_at_random_moments_until_it_is_done(many, tmp_path):
         kills += process.wait() == -signal.SIGKILL
         if dst.exists():
             break
-    assert kills >= 2
+    assert kills >= 1  # a quick machine may be through before the second
     assert not dst.exists() or dst.read_bytes() == whole[""]
     convert(source, dst)
     assert outputs(dst) == whole
