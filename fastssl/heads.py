@@ -16,6 +16,9 @@ class ProjectorConfig:
         hidden: width of each hidden layer.
         out: width of the embedding.
         layers: number of linear layers (2: one hidden layer, as in MoCo-v2 and light-moco).
+        norm_in: LayerNorm without scale and shift on the feature. MobileNet-V3's squeeze-and-excite gates multiply up to heavy tails: in
+            a fresh network the longest feature of a batch is 19 times the median (ResNet-18: 3), and the BatchNorms that follow
+            would spend their unit of variance on those few photos and make all others alike.
         norm: BatchNorm after each hidden linear layer (MoCo-v2 and light-moco have none; SimCLR and MoCo-v3 do).
         norm_out: BatchNorm without scale and shift on the embedding (MoCo-v3). It keeps the embeddings of a fresh
             network from being all alike, which is what holds small networks at the start.
@@ -24,6 +27,7 @@ class ProjectorConfig:
     hidden: int = 2048
     out: int = 128
     layers: int = 2
+    norm_in: bool = False
     norm: bool = False
     norm_out: bool = False
 
@@ -41,7 +45,7 @@ class Projector(nn.Sequential):
     """
 
     def __init__(self, in_features: int, config: ProjectorConfig):
-        layers: list[nn.Module] = []
+        layers: list[nn.Module] = [nn.LayerNorm(in_features, elementwise_affine=False)] if config.norm_in else []
         width = in_features
         for _ in range(config.layers - 1):
             layers.append(nn.Linear(width, config.hidden, bias=not config.norm))

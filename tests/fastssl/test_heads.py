@@ -30,3 +30,15 @@ def test_output_is_unit_float32_also_under_autocast(layers: int, norm: bool) -> 
 def test_zero_width_is_refused() -> None:
     with pytest.raises(ValueError, match=r"projector\.hidden"):
         ProjectorConfig(hidden=0)
+
+
+def test_norm_in_keeps_one_long_feature_from_making_all_others_alike() -> None:
+    torch.manual_seed(0)
+    features = torch.randn(64, 24)
+    features[0] *= 1000
+    spread = {}
+    for norm_in in (False, True):
+        torch.manual_seed(1)
+        head = Projector(24, ProjectorConfig(hidden=32, out=16, norm_in=norm_in, norm=True, norm_out=True))
+        spread[norm_in] = float(head(features).std(dim=0).mean() * 16**0.5)
+    assert spread[False] < 0.5 and spread[True] > 0.9
