@@ -79,8 +79,10 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        first_line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise FastSSLError(f"{path}: damaged checkpoint ({first_line}); start anew with --resume never") from error
+        # torch's own words would advise to load it without weights_only, which runs whatever code the file holds.
+        raise FastSSLError(
+            f"{path}: damaged checkpoint, or no last.pt at all ({type(error).__name__}); start anew with --resume never"
+        ) from error
     if not isinstance(state, dict) or state.get("version") != VERSION:
         raise FastSSLError(f"{path}: not a checkpoint of this version of fastssl (wanted version {VERSION})")
     return state
@@ -88,9 +90,15 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 def restore(state: dict[str, Any], *, method: nn.Module, optimizer: torch.optim.Optimizer) -> Position:
     """Put a loaded checkpoint into the networks and the optimiser; returns where the run stands."""
-    method.load_state_dict(state["method"], strict=True)
-    optimizer.load_state_dict(state["optimizer"])
-    return Position(**state["position"])
+    try:
+        method.load_state_dict(state["method"], strict=True)
+        optimizer.load_state_dict(state["optimizer"])
+        return Position(**state["position"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        first_line = (str(error).splitlines() or [""])[0]
+        raise FastSSLError(
+            f"the checkpoint does not fit this run ({type(error).__name__}: {first_line}); --resume never starts over"
+        ) from error
 
 
 def differences(mine: dict[str, Any], theirs: dict[str, Any], prefix: str = "") -> list[str]:

@@ -99,6 +99,14 @@ def _identity(run: Run) -> dict[str, Any]:
 def _throughput(run: Run, total_seconds: float) -> dict[str, Any]:
     """Rates over all training steps; the first block (warm-up of libraries and caches) is left out where there are more."""
     rows = [row for row in map(json.loads, run.metrics_path.read_text().splitlines()) if row["kind"] == "step"]
+    if not rows:  # resumed from a checkpoint whose metrics are gone
+        unknown = dict.fromkeys(("pair_per_s", "view_per_s", "data_wait"))
+        return {
+            "train_seconds": run.position.train_seconds,
+            "total_seconds": total_seconds,
+            **unknown,
+            "bottleneck": "unknown: no metrics of this run are left",
+        }
     steady = rows[1:] or rows
     # Blocks have different lengths: a rate is pairs over seconds, not a mean of rates.
     seconds = pairs = waited = 0.0
@@ -130,11 +138,12 @@ def _bottleneck(wait: float) -> str:
 def _probe_note(split: ProbeSplit) -> str:
     if not split.labelled:
         return "the photos have no labels (or one class), so kNN and linear probes were left out; neighbours.png shows what the network finds alike"
-    where = (
-        "a held-out fifth of the probed photos (pre-training saw them too, without labels)"
-        if split.held_out
-        else f"{split.queries.path.name}, which pre-training never saw"
-    )
+    if split.held_out:
+        where = "a held-out fifth of the probed photos (pre-training saw them too, without labels)"
+    elif split.queries.path.samefile(split.bank.path):
+        where = f"{split.queries.path.name}, the very photos it was fitted on: these figures say nothing"
+    else:
+        where = f"{split.queries.path.name}, which pre-training never saw"
     return f"kNN (k 20, T 0.07) and the fast linear probe (logistic regression on cached centre-crop features), judged on {where}"
 
 

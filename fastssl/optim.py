@@ -39,6 +39,8 @@ class OptimConfig:
             raise ValueError(f"optim.name={self.name!r} is not one of sgd, adamw")
         if self.lr <= 0 or self.lr_batch < 0 or self.weight_decay < 0 or self.warmup_epochs < 0 or self.final_lr < 0:
             raise ValueError("optim.lr must be positive; lr_batch, weight_decay, warmup_epochs and final_lr not negative")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"optim.momentum must lie in 0..1 (1 excluded), got {self.momentum}")
 
     def peak_lr(self, batch_size: int) -> float:
         """The rate after warm-up for ``batch_size`` samples a step (of all ranks together)."""

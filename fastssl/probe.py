@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from fastssl import monitor
-from fastssl.evaluate.features import Features, extract_features, split_indices
+from fastssl.evaluate.features import Features, ProbeError, extract_features, split_indices
 from fastssl.evaluate.knn import knn_accuracy
 from fastssl.evaluate.linear import linear_probe
 from fastssl.pipelines.beton import BetonReader
@@ -81,6 +81,27 @@ def _subset(labels: np.ndarray | None, count: int, limit: int, seed: int) -> np.
     if not limit or limit >= count:
         return np.arange(count)
     return split_indices(labels, count, fraction=limit / count, seed=seed)[1]
+
+
+def require_same_classes(train: BetonReader, val: BetonReader) -> None:
+    """Label k must mean the same class in both files. Folders are numbered by name, so one missing folder shifts all after it.
+
+    Raises:
+        ProbeError: both files are labelled, and differently.
+    """
+    if train.labels is None or val.labels is None:
+        return
+    if train.classes and val.classes:
+        if train.classes == val.classes:
+            return
+        only = sorted(set(train.classes) ^ set(val.classes))
+        what = f"{len(train.classes)} and {len(val.classes)} classes, different: {', '.join(only[:5])}{', ...' if len(only) > 5 else ''}"
+    else:
+        counts = [len(np.unique(reader.labels)) for reader in (train, val)]
+        if counts[0] == counts[1]:
+            return
+        what = f"{counts[0]} and {counts[1]} classes"
+    raise ProbeError(f"{train.path} and {val.path} do not have the same classes ({what}); convert both from the same class folders")
 
 
 class OnlineProbe:

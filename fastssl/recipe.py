@@ -7,6 +7,7 @@ that does not exist is an error that names the nearest one: an ignored typo cost
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -242,6 +243,8 @@ def _build_scalar(kind: type, value: Any, where: str, key: str) -> Any:
             pass
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise FastSSLError(f"{where}: {key} must be a finite number, got {value!r}")
     if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
         raise FastSSLError(f"{where}: {key} must be {kind.__name__}, got {value!r}")
     return value

@@ -11,6 +11,7 @@ BatchNorm groups of the keys. A run that is stopped and resumed makes the same s
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import signal
@@ -35,7 +36,7 @@ from fastssl.methods.moco import MoCo
 from fastssl.pipelines.beton import BetonReader
 from fastssl.pipelines.errors import FastSSLError, Interrupted
 from fastssl.pipelines.loader import Batch, ViewLoader
-from fastssl.probe import OnlineProbe, choose_split
+from fastssl.probe import OnlineProbe, choose_split, require_same_classes
 from fastssl.recipe import Recipe, recipe_to_dict
 from fastssl.step import TrainStep, use_amp
 from fastssl.versions import describe_host, describe_versions
@@ -120,7 +121,10 @@ class Run:
         self.out = options.out
         self.batch_size = recipe.train.batch_size
         self._check_batch()
+        if val is not None:
+            require_same_classes(reader, val)
         self.step = TrainStep(recipe, self.device, amp=self.amp, seed=options.seed)
+        self._check_sizes()
         self.position = Position()
         self.config = self._config()
         self._stop = threading.Event()
@@ -135,13 +139,30 @@ class Run:
                 f"--batch-size {max(2, len(self.reader) // 2)} or lower would do"
             )
 
+    def _check_sizes(self) -> None:
+        """Show the network one black picture of every size that it will meet: better now than after the last epoch."""
+        for size in sorted({spec.size for spec in self.recipe.views} | {self.recipe.probe.size}):
+            try:
+                with torch.no_grad():
+                    self.backbone.eval()(torch.zeros(1, 3, size, size, device=self.device))
+            except (RuntimeError, AssertionError, ValueError) as error:
+                reason = " ".join(str(error).split())
+                raise FastSSLError(
+                    f"{self.recipe.arch} cannot take pictures of {size} px ({reason}): change views.0.size or probe.size"
+                ) from error
+        self.backbone.train()
+
     def _config(self) -> dict[str, Any]:
         """Every value that the run's numbers depend on, resolved."""
         return {
             "recipe": self.options.recipe_name,
             "arch": resolve_arch(self.recipe.arch),
             # names, not paths: a report is passed on, and the folder it was made in is nobody's business
-            "data": {"name": self.options.data.name, "samples": len(self.reader)},
+            "data": {
+                "name": self.options.data.name,
+                "samples": len(self.reader),
+                "tables": "{head:08x}{table:08x}".format(**self.reader.table_checksums()),
+            },
             "val": self.options.val.name if self.options.val else None,
             "seed": self.options.seed,
             **{key: value for key, value in recipe_to_dict(self.recipe).items() if key != "arch"},
@@ -156,16 +177,35 @@ class Run:
                 raise FastSSLError(f"--resume {last}: no such checkpoint (auto, never, or the path of a last.pt)")
         try:
             self.out.mkdir(parents=True, exist_ok=True)
+            self._lock()
             if self.options.resume != "never" and last.is_file():
                 self._resume(last)
             else:
-                self.metrics_path.write_text("")
+                self._clear()
             resolved = {**self.config, "device": self.device.type, "host": describe_host(), "versions": describe_versions()}
             (self.out / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False))
         except OSError as error:
             raise FastSSLError(
                 f"{self.out}: cannot write the run's folder ({error.strerror or error}); choose another with --out"
             ) from error
+
+    def _clear(self) -> None:
+        """Remove what another run left here: its weights, figures and pictures beside the new run's would be a lie."""
+        for name in ("summary.json", "report.html", "views.png", "neighbours.png", "checkpoints/last.pt", "checkpoints/last.safetensors"):
+            (self.out / name).unlink(missing_ok=True)
+        self.metrics_path.write_text("")
+
+    def _lock(self) -> None:
+        """Hold the folder while this process lives: two runs in one folder would write over each other's files.
+
+        Raises:
+            FastSSLError: another process holds it.
+        """
+        self._lock_file = open(self.out / ".lock", "w")  # noqa: SIM115 (held open for the whole run)
+        try:
+            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise FastSSLError(f"{self.out}: another fastssl pretrain is writing here; choose another --out") from error
 
     def _resume(self, path: Path) -> None:
         state = load_checkpoint(path)
@@ -183,12 +223,12 @@ class Run:
         """Drop the lines behind the checkpoint: those steps are about to be made again."""
         rows = []
         if self.metrics_path.is_file():
-            for line in self.metrics_path.read_text().splitlines():
+            for line in self.metrics_path.read_text(errors="replace").splitlines():
                 try:
                     row = json.loads(line)
                 except json.JSONDecodeError:
                     continue  # the line that the kill cut short
-                if row.get("step", 0) <= self.position.step:
+                if isinstance(row, dict) and row.get("kind") in ("step", "probe") and row.get("step", 0) <= self.position.step:
                     rows.append(line)
         self.metrics_path.write_text("".join(line + "\n" for line in rows))
 

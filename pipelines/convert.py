@@ -178,6 +178,11 @@ def convert(
         raise ConvertError(f"{dst}: is a folder; name the .beton file to write")
     if not dst.parent.is_dir():
         raise ConvertError(f"{dst.parent}: no such folder; create it first")
+    # The result takes its name by renaming, which would put a plain file in the place of a device, or of the photos themselves.
+    if dst.exists() and not dst.is_file():
+        raise ConvertError(f"{dst}: exists and is not a plain file; name another DST")
+    if dst.exists() and os.path.samefile(src, dst):
+        raise ConvertError(f"{dst}: SRC and DST are one file; the photos would be overwritten by the result")
     started = time.monotonic()
     with list_source(src) as listing, _reserve(dst) as partial:
         job = _Conversion(listing, dst, partial, options)

@@ -86,14 +86,14 @@ class ViewLoader:
             raise FastSSLError("a loader needs at least one view")
         if batch_size < 1 or (workers is not None and workers < 1):
             raise FastSSLError(f"batch_size and workers must be at least 1, got {batch_size} and {workers}")
-        if not drop_last and world > 1:
-            raise FastSSLError("drop_last=False is for one process: ranks would get batches of different sizes")
+        if not drop_last and (world > 1 or shuffle):
+            raise FastSSLError("drop_last=False goes with shuffle=False and one process: training steps all have one size")
         self.device = torch.device(device)
         self.views, self.batch_size, self.seed, self.dtype = list(views), batch_size, seed, dtype
         self.rank, self.world, self.shuffle, self.drop_last = rank, world, shuffle, drop_last
         self._owns_reader = not isinstance(data, BetonReader)
         self.reader = BetonReader(data) if self._owns_reader else data
-        self.indices = np.arange(len(self.reader)) if indices is None else np.asarray(indices, np.int64)
+        self.indices = np.arange(len(self.reader)) if indices is None else _sample_ids(indices)
         if crops == "auto":
             crops = "device" if self.device.type == "cuda" else "host"
         try:
@@ -181,6 +181,16 @@ class ViewLoader:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+def _sample_ids(indices: np.ndarray) -> np.ndarray:
+    """``indices`` as (n,) int64. A mask of booleans would pass as the ids 0 and 1, floats would be cut: both are refused."""
+    ids = np.asarray(indices)
+    if ids.ndim != 1 or not (np.issubdtype(ids.dtype, np.integer) or ids.size == 0):
+        raise FastSSLError(
+            f"indices must be a list of sample ids, got {ids.dtype} of shape {ids.shape} (np.flatnonzero turns a mask into ids)"
+        )
+    return ids.astype(np.int64)
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:

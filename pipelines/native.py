@@ -17,8 +17,9 @@ from __future__ import annotations
 import os
 import threading
 import time
+import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 
 import numpy as np
@@ -119,7 +120,7 @@ class NativeEngine:
         self._pool = ThreadPoolExecutor(self.workers, thread_name_prefix="fastssl-decode")
         self._scratch = threading.local()
         self._lock = threading.Lock()
-        self._runs: list[Iterator[Rendered]] = []
+        self._epoch: weakref.ref[Generator[Rendered, None, None]] | None = None
         self._closed = False
 
     # ------------------------------------------------------------------ the consumer's side
@@ -127,13 +128,18 @@ class NativeEngine:
     def run(self, requests: Iterator[Callable[[], Request]]) -> Iterator[Rendered]:
         if self._closed:
             raise FastSSLError("this loader is closed; open a new ViewLoader")
-        for other in self._runs:  # one epoch at a time: the ring has one consumer
-            other.close()
+        # The ring has one consumer. An epoch that was left by `break` is gone with its last reference, hence the weak one here.
+        if self._unfinished() is not None:
+            raise FastSSLError("an epoch of this loader is still running: finish it or close() its iterator first, or open a second loader")
         iterator = self._run(requests)
-        self._runs = [iterator]
+        self._epoch = weakref.ref(iterator)
         return iterator
 
-    def _run(self, requests: Iterator[Callable[[], Request]]) -> Iterator[Rendered]:
+    def _unfinished(self) -> Generator[Rendered, None, None] | None:
+        iterator = self._epoch() if self._epoch else None
+        return iterator if iterator is not None and iterator.gi_frame is not None else None
+
+    def _run(self, requests: Iterator[Callable[[], Request]]) -> Generator[Rendered, None, None]:
         free, pending = deque(self._slots), deque()
 
         def fill() -> None:
@@ -217,9 +223,8 @@ class NativeEngine:
     def close(self) -> None:
         """Stop a running epoch, join the threads, free the ring. Harmless when called twice."""
         self._closed = True
-        for iterator in self._runs:
+        if (iterator := self._unfinished()) is not None:
             iterator.close()
-        self._runs = []
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._slots = []
 

@@ -68,6 +68,15 @@ def cli(ctx: click.Context, debug: bool) -> None:
     ctx.obj = {"debug": debug}
 
 
+#: commands that only print
+_PRINTING = ("recipes", "archs", "doctor", "--version", "-h")
+
+
+def _interrupt(number: int, frame: object) -> None:
+    """SIGTERM ends a command as Ctrl-C does: files that are half written are put in order, and the status is 130."""
+    raise KeyboardInterrupt
+
+
 def main(argv: list[str] | None = None) -> None:
     """Run the command line and leave with 0 (done), 1 (failed), 2 (wrong usage) or 130 (interrupted)."""
     argv = sys.argv[1:] if argv is None else list(argv)
@@ -77,6 +86,10 @@ def main(argv: list[str] | None = None) -> None:
     # --debug is accepted anywhere on the line: nobody remembers on which side of the command it goes.
     debug = "--debug" in argv
     argv = [a for a in argv if a != "--debug"]
+    signal.signal(signal.SIGTERM, _interrupt)
+    if hasattr(signal, "SIGPIPE") and (not argv or argv[0] in _PRINTING or "--help" in argv):
+        # `fastssl recipes | head`: these only print, so when the reader leaves there is nothing to do but to end, as any filter does.
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     try:
         status = cli.main(args=argv, prog_name="fastssl", standalone_mode=False)
         sys.exit(status if isinstance(status, int) else 0)
@@ -91,10 +104,6 @@ def main(argv: list[str] | None = None) -> None:
     except click.ClickException as error:
         error.show()
         sys.exit(2)
-    except BrokenPipeError:
-        # `fastssl recipes | head`: the reader left, which is no failure; keep Python's exit flush quiet.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(128 + signal.SIGPIPE)
     except Interrupted as stop:
         click.echo(f"fastssl: {stop}", err=True)
         sys.exit(130)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, TextIO
 
 import click
 
-from fastssl.cli.common import console, json_option
+from fastssl.cli.common import console, finite, json_option
 from fastssl.pipelines.errors import FastSSLError
 
 if TYPE_CHECKING:
@@ -54,6 +54,7 @@ runs_option = click.option(
 seconds_option = click.option(
     "--seconds",
     type=click.FloatRange(min=0, min_open=True),
+    callback=finite,
     default=10.0,
     show_default=True,
     help="Counted time of each setting; warm-up comes on top.",

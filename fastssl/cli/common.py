@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -16,15 +17,53 @@ from rich.text import Text
 
 from fastssl.names import nearest
 
-__all__ = ["console", "json_option", "nearest", "progress_bar", "write_json"]
+__all__ = ["SomePath", "console", "finite", "json_option", "nearest", "progress_bar", "write_json"]
 
 #: Written to stderr, so that ``--json -`` owns standard output.
 console = Console(stderr=True)
 
 
+class SomePath(click.Path):
+    """A path that is not the empty string: an unset ``"$VAR"`` in a script should not mean "the current folder"."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        if value == "":
+            self.fail("the path is empty", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+def _check_json_path(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    """Refuse before the work what could not be written behind it, and what must not be written over."""
+    if value is None or value == "-":
+        return value
+    path = Path(value)
+    if value == "" or path.is_dir():
+        raise click.BadParameter(f"{value!r} is not a file; '-' is standard output", ctx, param)
+    if not path.parent.is_dir():
+        raise click.BadParameter(f"{path.parent}: no such folder; create it first", ctx, param)
+    if path.name.endswith((".beton", ".beton.json")):
+        raise click.BadParameter(f"{value}: that name belongs to a .beton file; choose another", ctx, param)
+    return value
+
+
 json_option = click.option(
-    "--json", "json_path", metavar="FILE", default=None, help="Also write the result as JSON to FILE ('-': standard output)."
+    "--json",
+    "json_path",
+    metavar="FILE",
+    default=None,
+    callback=_check_json_path,
+    help="Also write the result as JSON to FILE ('-': standard output).",
 )
+
+
+def finite(ctx: click.Context, param: click.Parameter, value: float) -> float:
+    """For float options: NaN passes every comparison of a range."""
+    if not math.isfinite(value):
+        raise click.BadParameter(f"{value} is not a number to work with", ctx, param)
+    return value
 
 
 def write_json(path: str | None, records: dict | list[dict]) -> None:

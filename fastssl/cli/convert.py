@@ -7,12 +7,12 @@ from pathlib import Path
 
 import click
 
-from fastssl.cli.common import console, json_option, progress_bar, write_json
+from fastssl.cli.common import SomePath, console, json_option, progress_bar, write_json
 
 
 @click.command("convert-imagenet")
-@click.argument("src", type=click.Path(path_type=Path))
-@click.argument("dst", type=click.Path(path_type=Path))
+@click.argument("src", type=SomePath())
+@click.argument("dst", type=SomePath())
 @click.option("--short-side", type=click.IntRange(min=1), help="Scale larger photos down to this shorter side.  [default: 256]")
 @click.option("--max-side", type=click.IntRange(min=1), help="Scale larger photos down to this longer side instead.")
 @click.option("--keep-size", is_flag=True, help="Scale nothing.")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import numpy as np
 
-from fastssl.cli.common import json_option, progress_bar, write_json
+from fastssl.cli.common import SomePath, finite, json_option, progress_bar, write_json
 
 if TYPE_CHECKING:
     from fastssl.evaluate.features import Features
@@ -30,13 +30,11 @@ def evaluate() -> None:
 def _shared_options(command: Callable) -> Callable:
     for option in reversed(
         (
-            click.argument("checkpoint", type=click.Path(path_type=Path)),
-            click.option(
-                "--data", required=True, type=click.Path(path_type=Path), metavar="FILE.beton", help="Labelled photos to learn from."
-            ),
+            click.argument("checkpoint", type=SomePath()),
+            click.option("--data", required=True, type=SomePath(), metavar="FILE.beton", help="Labelled photos to learn from."),
             click.option(
                 "--val",
-                type=click.Path(path_type=Path),
+                type=SomePath(),
                 metavar="FILE.beton",
                 help="Labelled photos to judge on. Default: a fifth of --data is held out, the same one every time.",
             ),
@@ -53,7 +51,7 @@ def _shared_options(command: Callable) -> Callable:
             click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True),
             click.option("--batch-size", type=click.IntRange(min=1), default=256, show_default=True),
             click.option("--workers", type=click.IntRange(min=1), help="Decoding threads. Default: the cores this process may use."),
-            click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the held-out fifth."),
+            click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of the held-out fifth."),
             json_option,
         )
     ):
@@ -64,7 +62,14 @@ def _shared_options(command: Callable) -> Callable:
 @evaluate.command()
 @_shared_options
 @click.option("--k", type=click.IntRange(min=1), default=20, show_default=True, help="Neighbours that vote.")
-@click.option("--temperature", type=click.FloatRange(min=0, min_open=True), default=0.07, show_default=True, help="Of the votes' weights.")
+@click.option(
+    "--temperature",
+    type=click.FloatRange(min=0, min_open=True),
+    default=0.07,
+    show_default=True,
+    callback=finite,
+    help="Of the votes' weights.",
+)
 def knn(k: int, temperature: float, json_path: str | None, **options: Any) -> None:
     """Weighted k-nearest-neighbour accuracy; nothing is trained.
 
@@ -112,6 +117,7 @@ def _extract(
     from fastssl.backbones import load_backbone
     from fastssl.evaluate.features import extract_features, split_indices
     from fastssl.pipelines.beton import BetonReader
+    from fastssl.probe import require_same_classes
     from fastssl.train import choose_device
 
     started = time.monotonic()
@@ -124,7 +130,7 @@ def _extract(
         else:
             val_reader = stack.enter_context(BetonReader(val))
             _require_labels(val_reader)
-            _require_same_classes(train_reader, val_reader)
+            require_same_classes(train_reader, val_reader)
             train_index, val_index = np.arange(len(train_reader)), np.arange(len(val_reader))
         chosen = choose_device(device)
         backbone = load_backbone(checkpoint).to(chosen)
@@ -162,23 +168,6 @@ def _require_labels(reader: BetonReader) -> None:
 
     if reader.labels is None or (reader.labels < 0).any():
         raise ProbeError(f"{reader.path}: has no labels; convert a class/file folder tree to evaluate on")
-
-
-def _require_same_classes(train: BetonReader, val: BetonReader) -> None:
-    """Label k must mean the same class in both files. Folders are numbered by name, so one missing folder shifts all after it."""
-    from fastssl.evaluate.features import ProbeError
-
-    if train.classes and val.classes:
-        if train.classes == val.classes:
-            return
-        only = sorted(set(train.classes) ^ set(val.classes))
-        what = f"{len(train.classes)} and {len(val.classes)} classes, different: {', '.join(only[:5])}{', ...' if len(only) > 5 else ''}"
-    else:
-        counts = [len(np.unique(reader.labels)) for reader in (train, val)]
-        if counts[0] == counts[1]:
-            return
-        what = f"{counts[0]} and {counts[1]} classes"
-    raise ProbeError(f"{train.path} and {val.path} do not have the same classes ({what}); convert both from the same class folders")
 
 
 def _report(kind: str, title: str, result: dict[str, Any], record: dict[str, Any], json_path: str | None) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from fastssl.cli.common import console, json_option, write_json
+from fastssl.cli.common import SomePath, console, json_option, write_json
 
 
 @click.command()
@@ -19,13 +19,11 @@ from fastssl.cli.common import console, json_option, write_json
 )
 @click.option(
     "--data",
-    type=click.Path(path_type=Path),
+    type=SomePath(),
     metavar="FILE.beton",
     help="Photos to learn from. Default: the sample set that installs with the package.",
 )
-@click.option(
-    "--val", type=click.Path(path_type=Path), metavar="FILE.beton", help="Labelled photos to probe on. Default: a held-out fifth of --data."
-)
+@click.option("--val", type=SomePath(), metavar="FILE.beton", help="Labelled photos to probe on. Default: a held-out fifth of --data.")
 @click.option(
     "--recipe", "recipe_name", metavar="NAME|FILE.yaml", help="Default: quickstart without --data, light-moco-mobilenetv3 with it."
 )
@@ -36,12 +34,12 @@ from fastssl.cli.common import console, json_option, write_json
     metavar="KEY=VALUE",
     help="Change one value of the recipe, e.g. --set optim.lr=0.1. May be repeated.",
 )
-@click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Default: runs/RECIPE-ARCH.")
+@click.option("--out", type=SomePath(), metavar="DIR", help="Default: runs/RECIPE-ARCH.")
 @click.option("--epochs", type=click.IntRange(min=1), help="Instead of the recipe's.")
 @click.option("--batch-size", type=click.IntRange(min=2), help="Instead of the recipe's; the learning rate follows.")
 @click.option("--pipeline", type=click.Choice(["auto", "native"]), default="auto", show_default=True, help="Engine that decodes and crops.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True)
 @click.option("--resume", default="auto", show_default=True, metavar="auto|never|PATH", help="auto goes on where the run in --out stopped.")
 @click.option("--workers", type=click.IntRange(min=1), help="Decoding threads. Default: the cores this process may use.")
 @json_option
@@ -75,6 +73,9 @@ def pretrain(
 
     recipe_name = recipe_name or ("quickstart" if data is None else "light-moco-mobilenetv3")
     changes = parse_overrides(overrides)
+    for option, key, value in (("--epochs", "train.epochs", epochs), ("--batch-size", "train.batch_size", batch_size)):
+        if value is not None and key in changes:
+            raise click.UsageError(f"{option} and --set {key} say the same thing; give one")
     if epochs is not None:
         changes["train.epochs"] = str(epochs)
     if batch_size is not None:
@@ -118,11 +119,8 @@ def _print_summary(summary: dict, out: Path) -> None:
             table.add_row(row["name"], *(f"{row[kind]:.1f} %" if row[kind] is not None else "-" for kind in ("knn", "linear")))
         console.print(table)
     console.print(f"{probe['note']}", highlight=False, soft_wrap=True)
-    console.print(
-        f"{summary['pair_per_s']:,.0f} pair/s ({summary['view_per_s']:,.0f} view/s); {summary['bottleneck']}",
-        highlight=False,
-        soft_wrap=True,
-    )
+    rate = f"{summary['pair_per_s']:,.0f} pair/s ({summary['view_per_s']:,.0f} view/s); " if summary["pair_per_s"] else ""
+    console.print(f"{rate}{summary['bottleneck']}", highlight=False, soft_wrap=True)
     if summary["share"]:
         console.print(summary["share"]["text"], highlight=False, soft_wrap=True)
     if summary["next_mark"]:

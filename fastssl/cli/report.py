@@ -6,9 +6,11 @@ from pathlib import Path
 
 import click
 
+from fastssl.cli.common import SomePath
+
 
 @click.command()
-@click.argument("run_dir", type=click.Path(path_type=Path), metavar="RUN_DIR")
+@click.argument("run_dir", type=SomePath(), metavar="RUN_DIR")
 def report(run_dir: Path) -> None:
     """Write RUN_DIR/report.html from what the run has left so far, also while it runs or after it was interrupted.
 

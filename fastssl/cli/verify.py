@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from fastssl.cli.common import console, json_option, progress_bar, write_json
+from fastssl.cli.common import SomePath, console, json_option, progress_bar, write_json
 from fastssl.pipelines.errors import BetonError
 
 #: How many damaged samples are printed; the JSON names all of them.
@@ -30,7 +30,7 @@ class _Count(click.ParamType):
 
 
 @click.command("verify")
-@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("file", type=SomePath())
 @click.option("--decode", type=_Count(), default="100", show_default=True, help="Decode this many samples, evenly spaced, or all.")
 @click.option("--workers", type=click.IntRange(min=1), default=None, help="Threads.  [default: one a CPU]")
 @json_option

@@ -6,16 +6,16 @@ from pathlib import Path
 
 import click
 
+from fastssl.cli.common import SomePath
+
 
 @click.command()
-@click.argument("file", type=click.Path(path_type=Path), metavar="FILE.beton")
+@click.argument("file", type=SomePath(), metavar="FILE.beton")
 @click.option("--recipe", "recipe_name", required=True, metavar="NAME|FILE.yaml", help="Whose views.")
-@click.option(
-    "--out", required=True, type=click.Path(path_type=Path, dir_okay=False), metavar="FILE.png", help="Where to write the picture."
-)
+@click.option("--out", required=True, type=SomePath(), metavar="FILE.png", help="Where to write the picture.")
 @click.option("--samples", type=click.IntRange(1, 64), default=9, show_default=True, help="Photos, spread evenly over the file.")
 @click.option(
-    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="The seed of a run: the picture shows that run's views."
+    "--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="The seed of a run: the picture shows that run's views."
 )
 @click.option("--epoch", type=click.IntRange(min=0), default=0, show_default=True, help="Which epoch's views.")
 def views(file: Path, recipe_name: str, out: Path, samples: int, seed: int, epoch: int) -> None:
@@ -24,6 +24,8 @@ def views(file: Path, recipe_name: str, out: Path, samples: int, seed: int, epoc
     \b
     fastssl views photos.beton --recipe light-moco-mobilenetv3 --out views.png
     """
+    if out.name.endswith((".beton", ".beton.json")):
+        raise click.BadParameter(f"{out}: that name belongs to the photos; name a .png", param_hint="--out")
     from fastssl.recipe import load_recipe
     from fastssl.report.pictures import views_picture
 

@@ -105,6 +105,10 @@ class MoCo(nn.Module):
         self.loss = SmoothedInfoNCE(
             temperature=config.temperature, smoothing=config.smoothing, weighting=config.weighting, neighbors=config.neighbors
         )
+        if self.loss.neighbors and self.loss.neighbors > config.queue:
+            raise ValueError(
+                f"moco.queue={config.queue} holds fewer keys than the {self.loss.neighbors} neighbours that share the smoothing"
+            )
         queue = torch.randn(config.queue, config.projector.out, generator=generator)
         # Buffers, and persistent: a run that resumed with a fresh queue would be another run.
         self.register_buffer("queue", functional.normalize(queue, dim=1))

@@ -76,6 +76,9 @@ def read_run(folder: str | Path) -> RunRecord:
         summary = json.loads(_text(folder / "summary.json") or "{}")
     except ValueError as error:
         raise FastSSLError(f"{folder / 'summary.json'}: not valid JSON ({error})") from error
+    for name, value in (("config.yaml", config), ("summary.json", summary)):
+        if not isinstance(value, dict):
+            raise FastSSLError(f"{folder / name}: holds no mapping of keys to values")
     steps, probes, unreadable = [], [], 0
     for line in _text(folder / "metrics.jsonl").splitlines():
         try:

@@ -1,0 +1,194 @@
+"""What a hurried or clumsy user does: nothing is overwritten, mixed or found out too late."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fastssl.cli import main
+from fastssl.pipelines import BetonReader, BetonWriter
+
+TINY = ["train.epochs=1", "train.batch_size=8", "train.log_every=4", "moco.queue=64", "moco.projector.hidden=16", "probe.online_samples=40"]
+ARCH = "mobilenetv3_small_050"
+COMMAND = [sys.executable, "-c", "from fastssl.cli import main; main()"]
+
+
+def cli(*arguments: object) -> int:
+    with pytest.raises(SystemExit) as stop:
+        main([str(argument) for argument in arguments])
+    return stop.value.code
+
+
+def pretrain(data: Path, out: Path, *more: object) -> int:
+    overrides = [argument for item in TINY for argument in ("--set", item)]
+    return cli("pretrain", "--arch", ARCH, "--recipe", "quickstart", "--device", "cpu", "--data", data, "--out", out, *overrides, *more)
+
+
+@pytest.fixture(autouse=True)
+def signals():
+    """The command line sets handlers for the whole process; the tests' process wants its own back."""
+    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGPIPE)}
+    yield
+    for number, handler in kept.items():
+        signal.signal(number, handler)
+
+
+def test_the_source_is_never_overwritten(photo_tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    source = tmp_path / "photos.tar"
+    with tarfile.open(source, "w") as tar:
+        tar.add(photo_tree, "photos")
+    before = source.read_bytes()
+    assert cli("convert-imagenet", source, source) == 1
+    assert "SRC and DST are one file" in capsys.readouterr().err and source.read_bytes() == before
+    os.mkfifo(tmp_path / "pipe")
+    assert cli("convert-imagenet", photo_tree, tmp_path / "pipe") == 1
+    assert "not a plain file" in capsys.readouterr().err and (tmp_path / "pipe").is_fifo()
+
+
+@pytest.mark.parametrize("arguments", [["verify", "X", "--json", "X"], ["views", "X", "--recipe", "quickstart", "--out", "X"]])
+def test_results_are_not_written_over_the_photos(arguments: list[str], beton: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "x.beton"
+    shutil.copy(beton, copy)
+    assert cli(*[str(copy) if argument == "X" else argument for argument in arguments]) == 2
+    assert copy.read_bytes() == beton.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["recipes", "--json", "/no/such/folder/x.json"], "no such folder"),
+        (["recipes", "--json", ""], "is not a file"),
+        (["convert-imagenet", "", "x.beton"], "path is empty"),
+        (["pretrain", "--arch", ARCH, "--out", ""], "path is empty"),
+        (["pretrain", "--arch", ARCH, "--seed", "-1"], "seed"),
+        (["pretrain", "--arch", ARCH, "--epochs", "3", "--set", "train.epochs=4"], "say the same thing"),
+        (["bench", "loader", "--seconds", "nan"], "not a number to work with"),
+    ],
+)
+def test_wrong_usage_is_found_before_the_work(arguments: list[str], message: str, capsys: pytest.CaptureFixture) -> None:
+    assert cli(*arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_starting_over_removes_what_the_other_run_left(beton: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert pretrain(beton, out) == 0
+    first = torch.load(out / "checkpoints" / "last.pt", weights_only=True)["position"]
+    assert first["step"] == 6
+    assert pretrain(beton, out, "--resume", "never", "--seed", 5, "--set", "optim.lr=1e30", "--set", "optim.warmup_epochs=0") == 1
+    left = {path.name for path in out.rglob("*") if path.is_file()}
+    assert left == {"config.yaml", "metrics.jsonl", ".lock"}
+
+
+def test_two_runs_do_not_share_a_folder(beton: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    import fcntl
+
+    out = tmp_path / "run"
+    out.mkdir()
+    with open(out / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert pretrain(beton, out) == 1
+    assert "another fastssl pretrain is writing here" in capsys.readouterr().err
+    assert pretrain(beton, out) == 0
+
+
+def test_resuming_asks_for_the_same_photos(beton: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    out, other = tmp_path / "run", tmp_path / beton.name
+    assert pretrain(beton, out) == 0
+    with BetonReader(beton) as reader, BetonWriter(other, len(reader)) as writer:
+        for sample in reversed(range(len(reader))):
+            writer.add(reader.encoded(sample), int(reader.heights[sample]), int(reader.widths[sample]), int(reader.labels[sample]))
+        writer.finish()
+    assert pretrain(other, out) == 1
+    assert "data.tables" in capsys.readouterr().err
+
+
+def test_a_finished_run_without_its_metrics_is_reported_all_the_same(beton: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert pretrain(beton, out) == 0
+    (out / "metrics.jsonl").write_bytes(b'[1]\n{}\n\xff\n{"kind": "st')
+    assert pretrain(beton, out) == 0
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["pair_per_s"] is None and summary["probe"]["rows"]
+
+
+def test_val_must_have_the_same_classes(beton: Path, photo_tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    from fastssl.pipelines.convert import ConvertOptions, convert
+
+    shutil.copytree(photo_tree, tmp_path / "two")
+    shutil.rmtree(tmp_path / "two" / "blue")
+    convert(tmp_path / "two", tmp_path / "two.beton", ConvertOptions(keep_size=True))
+    assert pretrain(beton, tmp_path / "run", "--val", tmp_path / "two.beton") == 1
+    assert "do not have the same classes" in capsys.readouterr().err
+
+
+def test_sizes_that_the_network_cannot_take_are_found_before_training(beton: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    overrides = [argument for item in TINY for argument in ("--set", item)]
+    status = cli(
+        *["pretrain", "--arch", "vit_tiny", "--recipe", "quickstart", "--device", "cpu", "--data", beton, "--out", tmp_path / "run"],
+        *[*overrides, "--set", "probe.size=30"],
+    )
+    assert status == 1
+    assert "vit_tiny cannot take pictures of 30 px" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_sigterm_ends_a_conversion_like_ctrl_c(tmp_path: Path, photo_tree: Path) -> None:
+    big = tmp_path / "big"
+    for number in range(40):
+        shutil.copytree(photo_tree, big / f"{number:02}", dirs_exist_ok=True)
+    tree = tmp_path / "flat"
+    tree.mkdir()
+    for number, path in enumerate(sorted(big.rglob("*.jpg"))):
+        (tree / f"{number:05}.jpg").write_bytes(path.read_bytes())
+    command = [*COMMAND, "convert-imagenet", str(tree), str(tmp_path / "x.beton"), "--no-resume", "--short-side", "20", "--workers", "1"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not (tmp_path / "x.beton.partial").exists():
+        time.sleep(0.005)
+    process.terminate()
+    process.communicate(timeout=60)
+    # The signal may come when all is done; then the file is whole. Otherwise nothing is left.
+    assert process.returncode in (0, 130)
+    assert (tmp_path / "x.beton").exists() == (process.returncode == 0)
+    assert not (tmp_path / "x.beton.partial").exists()
+
+
+def test_a_reader_that_leaves_is_no_failure() -> None:
+    process = subprocess.Popen([*COMMAND, "recipes"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    error = process.stderr.read()
+    process.stderr.close()
+    assert process.wait(timeout=60) in (0, -signal.SIGPIPE) and error == b""
+
+
+def test_ids_are_ids(beton: Path) -> None:
+    from fastssl.pipelines import FastSSLError, ViewLoader, ViewSpec
+
+    for wrong in (np.arange(48) % 2 == 0, np.array([0.5, 1.5]), np.zeros((2, 2), int)):
+        with pytest.raises(FastSSLError, match="indices must be a list of sample ids"):
+            ViewLoader(beton, [ViewSpec(size=16)], 1, indices=wrong)
+    with pytest.raises(FastSSLError, match="drop_last=False goes with shuffle=False"):
+        ViewLoader(beton, [ViewSpec(size=16)], 5, drop_last=False)
+
+
+def test_one_epoch_at_a_time(beton: Path) -> None:
+    from fastssl.pipelines import FastSSLError, ViewLoader, ViewSpec
+
+    with ViewLoader(beton, [ViewSpec(size=16)], 8) as loader:
+        first = loader.epoch(0)
+        next(first)
+        with pytest.raises(FastSSLError, match="still running"):
+            next(loader.epoch(1))
+        assert len(list(first)) == len(loader) - 1
+        assert len(list(loader.epoch(1))) == len(loader)
