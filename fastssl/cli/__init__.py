@@ -82,7 +82,7 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else list(argv)
     # Read by GNU OpenMP when torch is loaded: how long a thread that waits for another spins before it sleeps. Its own 300,000 turns
     # make a training step on the CPU several times slower as soon as a core is busy with anything else; sleeping at once costs a
-    # quarter on an idle machine. Quick-start step on 2 cores, idle / one core busy, pair/s: spinning 391 / 107, sleeping 300 / 214,
+    # quarter on an idle machine. Quick-start step on 2 cores, idle / one core busy, pair/s, one noisy measurement each: spinning 391 / 107, sleeping 300 / 214,
     # 3,000 turns 376 / 135.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "3000")
