@@ -44,12 +44,13 @@ def resolve_arch(name: str) -> str:
     raise FastSSLError(f"unknown network {name!r}{hint}; `fastssl archs` lists the short names, any timm name works too")
 
 
-def create_backbone(name: str, *, drop_path: float = 0.0) -> nn.Module:
+def create_backbone(name: str, *, drop_path: float = 0.0, zero_init_residual: bool = False) -> nn.Module:
     """A randomly initialised backbone in channels-last layout.
 
     Args:
         name: short name or timm name.
         drop_path: stochastic depth rate of the deepest block, for networks that have it (0 elsewhere).
+        zero_init_residual: see ``zero_residual_branches``.
 
     Returns:
         a timm module; ``module(images (N, 3, S, S)) -> (N, F)``; ``feature_dim(module)`` is F. Vision transformers
@@ -61,7 +62,29 @@ def create_backbone(name: str, *, drop_path: float = 0.0) -> nn.Module:
         options["dynamic_img_size"] = True
     if drop_path > 0:
         options["drop_path_rate"] = drop_path
-    return timm.create_model(arch, pretrained=False, **options).to(memory_format=torch.channels_last)
+    backbone = timm.create_model(arch, pretrained=False, **options)
+    if zero_init_residual and not zero_residual_branches(backbone):
+        raise FastSSLError(f"zero_init_residual: {name} has no residual branch that ends in a BatchNorm; leave the option out")
+    return backbone.to(memory_format=torch.channels_last)
+
+
+def zero_residual_branches(backbone: nn.Module) -> int:
+    """Set the scale of the BatchNorm that ends each residual branch to zero; returns the number of branches.
+
+    Every residual block then begins as the identity, and the network as its short stem of down-sampling blocks (Goyal et
+    al. 2017, arXiv 1706.02677, section 5.1, for ResNet; torchvision has the option under the same name, and timm does it
+    to every ResNet unasked, but not to the inverted residuals of the MobileNets and EfficientNets).
+    """
+    count = 0
+    for block in backbone.modules():
+        if callable(getattr(block, "zero_init_last", None)):
+            block.zero_init_last()
+            count += 1
+        elif getattr(block, "has_skip", False):
+            *_, last = [child for child in block.children() if isinstance(child, nn.BatchNorm2d)]
+            nn.init.zeros_(last.weight)
+            count += 1
+    return count
 
 
 def feature_dim(backbone: nn.Module) -> int:
@@ -110,8 +133,14 @@ def load_backbone(path: str | Path) -> nn.Module:
     if header is None:
         raise FastSSLError(f"{path}: no fastssl header; only checkpoints that fastssl wrote can be loaded here")
     try:
-        backbone = create_backbone(json.loads(header)["arch"])
+        arch = json.loads(header)["arch"]
+        if not isinstance(arch, str):
+            raise TypeError(f"arch is {arch!r}")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise FastSSLError(f"{path}: its fastssl header does not name a network ({type(error).__name__}: {error})") from error
+    try:
+        backbone = create_backbone(arch)
         backbone.load_state_dict(tensors, strict=True)
-    except (RuntimeError, KeyError, ValueError) as error:
+    except RuntimeError as error:
         raise FastSSLError(f"{path}: tensors do not fit the network named in its header: {error}") from error
     return backbone.eval()

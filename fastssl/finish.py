@@ -6,15 +6,12 @@ import json
 import time
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
-
-from fastssl.backbones import create_backbone
 from fastssl.evaluate.features import Features
 from fastssl.evaluate.raw_pixels import raw_pixel_features
 from fastssl.probe import ProbeSplit, choose_split, probe_features
 from fastssl.report.page import write_report
 from fastssl.report.pictures import neighbours_picture, views_picture
+from fastssl.step import initial_backbone
 from fastssl.versions import describe_host, describe_versions
 
 if TYPE_CHECKING:
@@ -66,15 +63,9 @@ def _three_features(run: Run, split: ProbeSplit) -> dict[str, tuple[Features, Fe
     )
     return {
         RAW: raw,
-        RANDOM: split.features(_initial_backbone(run), run.recipe.probe.size, **options),
+        RANDOM: split.features(initial_backbone(run.recipe, run.options.seed).to(run.device), run.recipe.probe.size, **options),
         TRAINED: split.features(run.backbone, run.recipe.probe.size, **options),
     }
-
-
-def _initial_backbone(run: Run) -> nn.Module:
-    """The backbone with the very weights that the run began with: the seed makes them again."""
-    torch.manual_seed(run.options.seed)
-    return create_backbone(run.recipe.arch).to(run.device)
 
 
 def _identity(run: Run) -> dict[str, Any]:

@@ -26,6 +26,19 @@ from fastssl.pipelines.plan import ViewSpec
 RECIPE_FOLDER = Path(__file__).parent / "recipes"
 
 
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """The safe loader, which would let the second of two equal keys win in silence, made to refuse it."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            name = str(key.value)
+            if name in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {name!r} stands twice", key.start_mark)
+            seen.add(name)
+        return super().construct_mapping(node, deep)
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """The loop.
@@ -97,6 +110,7 @@ class Recipe:
 
     Attributes:
         arch: the network the recipe was made for; ``--arch`` may put another in its place.
+        zero_init_residual: begin with every residual block as the identity, see ``fastssl.backbones.zero_residual_branches``.
         views: the view groups.
         full_samples: pictures that a whole run of the published recipe sees (epochs x data set), the measure of "what share
             of a full recipe was this"; None where the recipe is the full one.
@@ -106,6 +120,7 @@ class Recipe:
 
     arch: str
     method: str = "moco"
+    zero_init_residual: bool = False
     views: list[ViewSpec] = field(default_factory=list)
     moco: MoCoConfig = field(default_factory=MoCoConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -158,7 +173,7 @@ def load_recipe(name: str, overrides: Mapping[str, str] | None = None) -> Recipe
     """
     path = recipe_path(name)
     try:
-        tree = yaml.safe_load(path.read_text())
+        tree = yaml.load(path.read_text(), Loader=_UniqueKeyLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise FastSSLError(f"{path}: not a yaml file: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastssl.backbones import create_backbone
 from fastssl.methods.moco import MoCo
@@ -16,6 +16,12 @@ from fastssl.recipe import Recipe
 def use_amp(amp: str, device: torch.device) -> bool:
     """Whether to compute in bfloat16: ``auto`` does on a GPU and not on a CPU, where float32 is often the faster one."""
     return amp == "bf16" or (amp == "auto" and device.type == "cuda")
+
+
+def initial_backbone(recipe: Recipe, seed: int) -> nn.Module:
+    """The backbone as a run with this seed begins with it, on the CPU: the same weights at every call."""
+    torch.manual_seed(seed)
+    return create_backbone(recipe.arch, zero_init_residual=recipe.zero_init_residual)
 
 
 class TrainStep:
@@ -36,12 +42,16 @@ class TrainStep:
         self.batch_size = recipe.train.batch_size
         if device.type == "cuda":
             torch.backends.cudnn.benchmark = True  # every step has the same shapes
-        torch.manual_seed(seed)
-        backbone = create_backbone(recipe.arch)
+        backbone = initial_backbone(recipe, seed)
         try:
             method = MoCo(backbone, recipe.moco, batch_size=self.batch_size, generator=torch.Generator().manual_seed(seed))
         except ValueError as error:
             raise FastSSLError(f"batch of {self.batch_size}: {error}; --batch-size or --set changes that") from error
+        except RuntimeError as error:  # torch's allocator: "you tried to allocate ... bytes"
+            raise FastSSLError(
+                f"no memory for the networks and a queue of {recipe.moco.queue:,} keys ({' '.join(str(error).split())[:120]}); "
+                "lower moco.queue or projector.hidden with --set"
+            ) from error
         self.method = method.to(device, memory_format=torch.channels_last).train()
         self.optimizer = create_optimizer(self.method, recipe.optim)
 

@@ -36,6 +36,7 @@ from fastssl.methods.moco import MoCo
 from fastssl.pipelines.beton import BetonReader
 from fastssl.pipelines.errors import FastSSLError, Interrupted
 from fastssl.pipelines.loader import Batch, ViewLoader
+from fastssl.pipelines.verify import verify
 from fastssl.probe import OnlineProbe, choose_split, require_same_classes
 from fastssl.recipe import Recipe, recipe_to_dict
 from fastssl.step import TrainStep, use_amp
@@ -123,6 +124,7 @@ class Run:
         self._check_batch()
         if val is not None:
             require_same_classes(reader, val)
+            self._check_val()
         self.step = TrainStep(recipe, self.device, amp=self.amp, seed=options.seed)
         self._check_sizes()
         self.position = Position()
@@ -137,6 +139,18 @@ class Run:
             raise FastSSLError(
                 f"{self.options.data}: {len(self.reader)} photos are fewer than one batch of {self.batch_size}; "
                 f"--batch-size {max(2, len(self.reader) // 2)} or lower would do"
+            )
+
+    def _check_val(self) -> None:
+        """Decode the photos to be judged on once: better now than at the probe behind the last epoch."""
+        if self.recipe.train.on_bad != "fail":
+            return
+        damaged = verify(self.options.val, workers=self.options.workers).damaged
+        if damaged:
+            sample, complaint = damaged[0]
+            raise FastSSLError(
+                f"{self.options.val}: {len(damaged)} of {len(self.val):,} photos are damaged, the first is sample {sample} ({complaint}); "
+                "convert again without them, or leave them out with --set train.on_bad=skip"
             )
 
     def _check_sizes(self) -> None:
@@ -278,7 +292,7 @@ class Run:
         with loader:
             self.steps_per_epoch = len(loader)
             self.total_steps = train.epochs * self.steps_per_epoch
-            self.ring = MetricRing(MoCo.METRICS, train.log_every, self.device)
+            self.ring = MetricRing(MoCo.METRICS, min(train.log_every, self.steps_per_epoch), self.device)
             self.probe = self._online_probe()
             self._last_saved = time.monotonic()
             for epoch in range(self.position.epoch, train.epochs):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,11 +85,12 @@ class ViewLoader:
         _one_of("on_bad", on_bad, ("fail", "skip"))
         if not views:
             raise FastSSLError("a loader needs at least one view")
-        if batch_size < 1 or (workers is not None and workers < 1):
-            raise FastSSLError(f"batch_size and workers must be at least 1, got {batch_size} and {workers}")
+        batch_size, workers = _count("batch_size", batch_size), workers if workers is None else _count("workers", workers)
         if not drop_last and (world > 1 or shuffle):
             raise FastSSLError("drop_last=False goes with shuffle=False and one process: training steps all have one size")
-        self.device = torch.device(device)
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise FastSSLError(f"dtype={dtype!r} is not a floating-point dtype of torch; views are normalised")
+        self.device = _device(device)
         self.views, self.batch_size, self.seed, self.dtype = list(views), batch_size, seed, dtype
         self.rank, self.world, self.shuffle, self.drop_last = rank, world, shuffle, drop_last
         self._owns_reader = not isinstance(data, BetonReader)
@@ -191,6 +193,27 @@ def _sample_ids(indices: np.ndarray) -> np.ndarray:
             f"indices must be a list of sample ids, got {ids.dtype} of shape {ids.shape} (np.flatnonzero turns a mask into ids)"
         )
     return ids.astype(np.int64)
+
+
+def _count(name: str, value: object) -> int:
+    """``value`` as an int of at least 1; NumPy's integers pass, True and 2.0 do not."""
+    try:
+        number = 0 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = 0
+    if number < 1:
+        raise FastSSLError(f"{name} must be a whole number of at least 1, got {value!r}")
+    return number
+
+
+def _device(device: str | torch.device) -> torch.device:
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise FastSSLError(f"device={device!r} is not a device of torch (cpu, cuda, cuda:1)") from error
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise FastSSLError(f"device={device!r}: torch sees no NVIDIA GPU here; `fastssl doctor` says what is missing")
+    return found
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -56,3 +56,17 @@ def beton(photo_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("beton") / "photos.beton"
     convert(photo_tree, path, ConvertOptions(keep_size=True, short_side=None))
     return path
+
+
+@pytest.fixture
+def damaged(beton: Path, tmp_path: Path) -> tuple[Path, int]:
+    """A copy of ``beton`` in which the entropy-coded data of one sample is cut short, and that sample's number."""
+    from fastssl.pipelines.beton import BetonReader
+
+    path, sample = tmp_path / "damaged.beton", 13
+    with BetonReader(beton) as reader:
+        start, size = int(reader.offsets[sample]), int(reader.sizes[sample])
+    content = bytearray(beton.read_bytes())
+    content[start + size // 2 : start + size] = b"\xff\xd9" + bytes(size - size // 2 - 2)
+    path.write_bytes(content)
+    return path, sample

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from fastssl.cli.common import SomePath
+from fastssl.cli.common import SomePath, console
 
 
 @click.command()
@@ -29,5 +29,13 @@ def views(file: Path, recipe_name: str, out: Path, samples: int, seed: int, epoc
     from fastssl.recipe import load_recipe
     from fastssl.report.pictures import views_picture
 
-    picture = views_picture(file, load_recipe(recipe_name).views, out, samples=samples, seed=seed, epoch=epoch)
+    picture = views_picture(
+        file,
+        load_recipe(recipe_name).views,
+        out,
+        samples=samples,
+        seed=seed,
+        epoch=epoch,
+        notice=lambda line: console.print(line, highlight=False, soft_wrap=True, markup=False),
+    )
     click.echo(f"{out}: {picture.width}x{picture.height} px")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,6 +38,7 @@ def views_picture(
     seed: int = 0,
     epoch: int = 0,
     tile: int = 112,
+    notice: Callable[[str], None] | None = None,
 ) -> Image.Image:
     """Draw photos as they are stored and, side by side, the views that training makes of them.
 
@@ -49,6 +50,7 @@ def views_picture(
         out: where to write the PNG; None: only return the picture.
         samples: rows, spread evenly over the file.
         tile: side of a drawn square in pixels.
+        notice: called with a line of text when a damaged photo was left out.
     """
     owned = not isinstance(data, BetonReader)
     reader = BetonReader(data) if owned else data
@@ -57,6 +59,9 @@ def views_picture(
         with ViewLoader(reader, views, len(chosen), seed=seed, indices=chosen, shuffle=False, on_bad="skip") as loader:
             batch = next(batches := loader.epoch(epoch))
             batches.close()
+            if notice is not None and loader.stats.skipped:
+                names = ", ".join(map(str, loader.stats.skipped))
+                notice(f"{reader.path}: damaged and not shown: sample {names}; another photo stands in its place")
         columns = [
             (f"{'view' if len(views) == 1 else f'group {group + 1}, view'} {number + 1}", f"{spec.size} px", pixels)
             for group, (spec, rendered) in enumerate(zip(views, batch.views))

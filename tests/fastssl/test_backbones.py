@@ -45,6 +45,37 @@ def test_timm_names_work_and_wrong_names_get_a_hint() -> None:
         create_backbone("mobilnetv3_large")
 
 
+@pytest.mark.parametrize("name", ["mobilenetv3_large", "efficientnet_b0", "mobilenetv2", "resnet18", "resnet50"])
+def test_zero_init_residual_makes_every_residual_block_the_identity(name: str) -> None:
+    """Found without knowing timm's classes: a block is residual if its input comes out again when its branch is silent."""
+    backbone = create_backbone(name, zero_init_residual=True)
+    untouched = create_backbone(name)
+    blocks = [(block, twin) for block, twin in zip(backbone.modules(), untouched.modules()) if _is_residual(block)]
+    assert len(blocks) == RESIDUAL_BLOCKS[name]
+    for block, twin in blocks:
+        first = next(child for child in block.modules() if isinstance(child, torch.nn.Conv2d))
+        images = torch.rand(2, first.in_channels, 8, 8)  # not negative: ResNet has a ReLU behind the sum
+        with torch.no_grad():
+            shortcut = block.downsample(images) if getattr(block, "downsample", None) is not None else images
+            expected = shortcut.relu() if name.startswith("resnet") else shortcut
+            torch.testing.assert_close(block(images), expected)
+            if not name.startswith("resnet"):  # timm does it to ResNets unasked
+                assert not torch.allclose(twin(images), images)
+
+
+#: counted by hand from the papers' tables: MobileNet-V3-Large has 15 blocks, of which 10 keep size and width
+RESIDUAL_BLOCKS = {"mobilenetv3_large": 10, "efficientnet_b0": 9, "mobilenetv2": 10, "resnet18": 8, "resnet50": 16}
+
+
+def _is_residual(block: torch.nn.Module) -> bool:
+    return bool(getattr(block, "has_skip", False)) or type(block).__name__ in ("BasicBlock", "Bottleneck")
+
+
+def test_zero_init_residual_is_refused_where_it_would_do_nothing() -> None:
+    with pytest.raises(FastSSLError, match="zero_init_residual: vit_tiny"):
+        create_backbone("vit_tiny", zero_init_residual=True)
+
+
 def test_saved_backbone_loads_as_a_timm_module(tmp_path: Path) -> None:
     backbone = create_backbone("mobilenetv3_large")
     backbone(torch.randn(4, 3, 32, 32))  # moves the BatchNorm statistics, which must be stored too
@@ -66,6 +97,10 @@ def test_a_wrong_checkpoint_is_one_clear_line(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(1)}, str(path))
     with pytest.raises(FastSSLError, match="no fastssl header"):
         fastssl.load_backbone(path)
+    for header in ('{"arch": 5}', '["resnet18"]', "{", "{}", "[" * 100_000):
+        save_file({"a": torch.zeros(1)}, str(path), metadata={"fastssl": header})
+        with pytest.raises(FastSSLError, match="does not name a network"):
+            fastssl.load_backbone(path)
     save_backbone(create_backbone("resnet18"), path, arch="resnet18")
     tensors = load_file(str(path))
     tensors.pop("conv1.weight")

@@ -133,6 +133,31 @@ def test_val_must_have_the_same_classes(beton: Path, photo_tree: Path, tmp_path:
     assert "do not have the same classes" in capsys.readouterr().err
 
 
+def test_damaged_photos_in_val_are_found_before_training(
+    beton: Path, damaged: tuple[Path, int], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    path, sample = damaged
+    assert pretrain(beton, tmp_path / "run", "--val", path) == 1
+    assert f"1 of 48 photos are damaged, the first is sample {sample}" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    assert pretrain(beton, tmp_path / "run", "--val", path, "--set", "train.on_bad=skip") == 0
+
+
+def test_a_photo_that_cannot_be_shown_is_named(damaged: tuple[Path, int], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    path, sample = damaged
+    assert cli("views", path, "--recipe", "quickstart", "--out", tmp_path / "views.png", "--samples", 48) == 0
+    assert f"damaged and not shown: sample {sample};" in capsys.readouterr().err
+
+
+def test_a_queue_that_no_memory_holds_is_one_clear_line(beton: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert pretrain(beton, tmp_path / "run", "--set", f"moco.queue={2**50}") == 1
+    assert "no memory for the networks and a queue of 1,125,899,906,842,624 keys" in capsys.readouterr().err
+
+
+def test_blocks_longer_than_the_run_cost_nothing(beton: Path, tmp_path: Path) -> None:
+    assert pretrain(beton, tmp_path / "run", "--set", f"train.log_every={2**50}") == 0
+
+
 def test_sizes_that_the_network_cannot_take_are_found_before_training(beton: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     overrides = [argument for item in TINY for argument in ("--set", item)]
     status = cli(

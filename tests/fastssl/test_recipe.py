@@ -92,6 +92,9 @@ def test_files(tmp_path: Path) -> None:
     mine.write_text("arch: [")
     with pytest.raises(FastSSLError, match="not a yaml file"):
         load_recipe(str(mine))
+    mine.write_text("arch: resnet18\ntrain: {epochs: 2, epochs: 3}")
+    with pytest.raises(FastSSLError, match=r"key .epochs. stands twice"):
+        load_recipe(str(mine))
     mine.write_text("- 1")
     with pytest.raises(FastSSLError, match="a mapping"):
         load_recipe(str(mine))

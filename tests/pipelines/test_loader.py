@@ -146,18 +146,6 @@ def test_thread_count_of_torch_is_left_alone(beton: Path) -> None:
     assert torch.get_num_threads() == before
 
 
-@pytest.fixture
-def damaged(beton: Path, tmp_path: Path) -> tuple[Path, int]:
-    """A copy of ``beton`` in which the entropy-coded data of one sample is cut short."""
-    path, sample = tmp_path / "damaged.beton", 13
-    with BetonReader(beton) as reader:
-        start, size = int(reader.offsets[sample]), int(reader.sizes[sample])
-    content = bytearray(beton.read_bytes())
-    content[start + size // 2 : start + size] = b"\xff\xd9" + bytes(size - size // 2 - 2)
-    path.write_bytes(content)
-    return path, sample
-
-
 @pytest.mark.parametrize("crops", ["host", "device"])
 def test_a_damaged_sample_fails_by_name(damaged: tuple[Path, int], crops: str) -> None:
     path, sample = damaged
@@ -185,10 +173,26 @@ def test_wrong_options_are_named(beton: Path) -> None:
         ViewLoader(beton, views=[GLOBAL], batch_size=1000)
     with pytest.raises(FastSSLError, match="crops='gpu' is not one of auto, host, device"):
         ViewLoader(beton, views=[GLOBAL], batch_size=4, crops="gpu")
+    for wrong in (0, 2.5, "8", True, None):
+        with pytest.raises(FastSSLError, match=r"batch_size must be a whole number of at least 1, got"):
+            ViewLoader(beton, views=[GLOBAL], batch_size=wrong)
+    with pytest.raises(FastSSLError, match=r"workers must be a whole number of at least 1, got 1\.5"):
+        ViewLoader(beton, views=[GLOBAL], batch_size=4, workers=1.5)
+    with pytest.raises(FastSSLError, match="device='gpu' is not a device of torch"):
+        ViewLoader(beton, views=[GLOBAL], batch_size=4, device="gpu")
+    with pytest.raises(FastSSLError, match="is not a floating-point dtype"):
+        ViewLoader(beton, views=[GLOBAL], batch_size=4, dtype=torch.uint8)
+    ViewLoader(beton, views=[GLOBAL], batch_size=np.int64(4)).close()  # NumPy's whole numbers are whole numbers
     with ViewLoader(beton, views=[GLOBAL], batch_size=4) as loader:
         pass
     with pytest.raises(FastSSLError, match="closed"):
         next(iter(loader.epoch(0)))
+
+
+def test_a_missing_gpu_is_said_at_once(beton: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(FastSSLError, match="torch sees no NVIDIA GPU here"):
+        ViewLoader(beton, views=[GLOBAL], batch_size=4, device="cuda")
 
 
 def test_host_work_is_counted(beton: Path) -> None:
