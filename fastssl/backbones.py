@@ -8,10 +8,12 @@ probes read the same vector.
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 
 import timm
 import torch
+from timm.models.vision_transformer import Block as VisionTransformerBlock
 from torch import nn
 
 from fastssl.names import nearest
@@ -64,16 +66,17 @@ def create_backbone(name: str, *, drop_path: float = 0.0, zero_init_residual: bo
         options["drop_path_rate"] = drop_path
     backbone = timm.create_model(arch, pretrained=False, **options)
     if zero_init_residual and not zero_residual_branches(backbone):
-        raise FastSSLError(f"zero_init_residual: {name} has no residual branch that ends in a BatchNorm; leave the option out")
+        warnings.warn(f"zero_init_residual changes nothing: {name} has no residual branches that are known here", stacklevel=2)
     return backbone.to(memory_format=torch.channels_last)
 
 
 def zero_residual_branches(backbone: nn.Module) -> int:
-    """Set the scale of the BatchNorm that ends each residual branch to zero; returns the number of branches.
+    """Silence the last layer of each residual branch; returns the number of branches.
 
-    Every residual block then begins as the identity, and the network as its short stem of down-sampling blocks (Goyal et
+    Every residual block then begins as the identity, and the network as its short chain of down-sampling blocks (Goyal et
     al. 2017, arXiv 1706.02677, section 5.1, for ResNet; torchvision has the option under the same name, and timm does it
-    to every ResNet unasked, but not to the inverted residuals of the MobileNets and EfficientNets).
+    to every ResNet unasked, but not to the inverted residuals of the MobileNets and EfficientNets). In those the last layer is a
+    BatchNorm, whose scale becomes zero; in a vision transformer it is the linear layer behind the attention or in the MLP.
     """
     count = 0
     for block in backbone.modules():
@@ -84,6 +87,11 @@ def zero_residual_branches(backbone: nn.Module) -> int:
             *_, last = [child for child in block.children() if isinstance(child, nn.BatchNorm2d)]
             nn.init.zeros_(last.weight)
             count += 1
+        elif isinstance(block, VisionTransformerBlock):
+            for last in (block.attn.proj, block.mlp.fc2):
+                nn.init.zeros_(last.weight)
+                nn.init.zeros_(last.bias)
+                count += 1
     return count
 
 

@@ -162,6 +162,7 @@ class BetonReader:
         if _TYPE_IMAGE not in types:
             raise self._error(f"has no image field, only {', '.join(names)}")
         image, label = types.index(_TYPE_IMAGE), types.index(_TYPE_INT) if _TYPE_INT in types else None
+        self.field_names, self.image_field = names, names[image]
         skipped = [f"{name} ({FIELD_TYPES[t][0]})" for k, (name, t) in enumerate(zip(names, types)) if k not in (image, label)]
         if skipped:
             warnings.warn(f"{self.path}: fields not read: {', '.join(skipped)}", stacklevel=4)

@@ -6,12 +6,15 @@ request to the same pixels within rounding, and a run can change its engine with
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import numpy as np
 from torch import Tensor
+
+from fastssl.pipelines.errors import FastSSLError
 
 
 @dataclass
@@ -61,18 +64,49 @@ class EngineStats:
         self.samples, self.host_cpu_s, self.wait_s = 0, 0.0, 0.0
 
 
-class Engine(Protocol):
-    """Renders requests in order, some way ahead of the consumer."""
+class Engine(ABC):
+    """Renders requests in order, some way ahead of the consumer; one epoch at a time.
 
+    Attributes:
+        name: what ``--pipeline`` calls it.
+        stats: see ``EngineStats``.
+    """
+
+    name: str
     stats: EngineStats
+    _epoch: weakref.ref[Generator[Rendered, None, None]] | None = None
+    _closed = False
 
     def run(self, requests: Iterator[Callable[[], Request]]) -> Iterator[Rendered]:
         """Render one after the other. Requests come as callables, so that drawing the plan is the workers' job too.
 
         Closing the iterator early stops the work that was begun ahead.
+
+        Raises:
+            FastSSLError: the engine is closed, or its last epoch is still running.
         """
-        ...
+        if self._closed:
+            raise FastSSLError("this loader is closed; open a new ViewLoader")
+        # The buffers have one consumer. An epoch that was left by `break` is gone with its last reference, hence the weak one here.
+        if self._unfinished() is not None:
+            raise FastSSLError("an epoch of this loader is still running: finish it or close() its iterator first, or open a second loader")
+        iterator = self._run(requests)
+        self._epoch = weakref.ref(iterator)
+        return iterator
 
     def close(self) -> None:
-        """Join all threads and free all buffers."""
-        ...
+        """Stop a running epoch, join all threads, free all buffers. Harmless when called twice."""
+        self._closed = True
+        if (iterator := self._unfinished()) is not None:
+            iterator.close()
+        self._free()
+
+    def _unfinished(self) -> Generator[Rendered, None, None] | None:
+        iterator = self._epoch() if self._epoch else None
+        return iterator if iterator is not None and iterator.gi_frame is not None else None
+
+    @abstractmethod
+    def _run(self, requests: Iterator[Callable[[], Request]]) -> Generator[Rendered, None, None]: ...
+
+    @abstractmethod
+    def _free(self) -> None: ...

@@ -14,8 +14,8 @@ from torch import Tensor
 from fastssl.pipelines.augment import augment
 from fastssl.pipelines.beton import BetonReader
 from fastssl.pipelines.engine import EngineStats, Request
+from fastssl.pipelines.engines import PIPELINES, open_engine
 from fastssl.pipelines.errors import FastSSLError
-from fastssl.pipelines.native import NativeEngine
 from fastssl.pipelines.order import batch_indices, steps_per_epoch
 from fastssl.pipelines.plan import ViewSpec, draw_plan
 
@@ -46,12 +46,12 @@ class ViewLoader:
         views: the view groups, for instance two global and six local views.
         batch_size: samples a step on this rank.
         device: where the views are wanted.
-        pipeline: ``native`` (``auto`` chooses it).
+        pipeline: the engine: ``native``, ``dali``, ``ffcv``, or ``auto`` (see ``engines.choose_engine``). All render the same plan.
         seed: of the order and of the views.
         workers: decoding threads; default: the cores that this process may use.
         rank, world: which part of each global batch is ours.
         crops: ``host`` cuts views on the decoding threads, ``device`` on the device from the decoded pictures;
-            ``auto`` takes the device when it is a GPU.
+            ``auto`` takes the device when it is a GPU. For ``native`` only.
         on_bad: what to do with a damaged picture: ``fail``, or ``skip`` (counted in ``stats.skipped``).
         indices: restrict the loader to these sample ids.
         shuffle: draw a new order every epoch; otherwise samples come as they are stored.
@@ -80,7 +80,7 @@ class ViewLoader:
         drop_last: bool = True,
         dtype: torch.dtype = torch.float32,
     ):
-        _one_of("pipeline", pipeline, ("auto", "native"))
+        _one_of("pipeline", pipeline, PIPELINES)
         _one_of("crops", crops, ("auto", "host", "device"))
         _one_of("on_bad", on_bad, ("fail", "skip"))
         if not views:
@@ -96,11 +96,18 @@ class ViewLoader:
         self._owns_reader = not isinstance(data, BetonReader)
         self.reader = BetonReader(data) if self._owns_reader else data
         self.indices = np.arange(len(self.reader)) if indices is None else _sample_ids(indices)
-        if crops == "auto":
-            crops = "device" if self.device.type == "cuda" else "host"
         try:
             self._check_size()
-            self.engine = NativeEngine(self.reader, self.views, device=self.device, workers=workers, crops=crops, on_bad=on_bad)
+            self.engine = open_engine(
+                pipeline,
+                self.reader,
+                self.views,
+                device=self.device,
+                batch_size=batch_size,
+                workers=workers,
+                crops=crops,
+                on_bad=on_bad,
+            )
         except Exception:
             self._close_reader()
             raise

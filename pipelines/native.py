@@ -17,7 +17,6 @@ from __future__ import annotations
 import os
 import threading
 import time
-import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
@@ -27,9 +26,10 @@ import torch
 from torch import Tensor
 
 from fastssl.pipelines.beton import BetonReader
+from fastssl.pipelines.check import give_places
 from fastssl.pipelines.crop import crop_resize_device, crop_resize_host
-from fastssl.pipelines.engine import EngineStats, Rendered, Request
-from fastssl.pipelines.errors import BetonError, FastSSLError, JpegError
+from fastssl.pipelines.engine import Engine, EngineStats, Rendered, Request
+from fastssl.pipelines.errors import BetonError, JpegError
 from fastssl.pipelines.plan import ViewSpec
 
 
@@ -84,7 +84,7 @@ class _Job:
         self.bad: list[tuple[int, Exception]] = []
 
 
-class NativeEngine:
+class NativeEngine(Engine):
     """Decode and crop on threads; see the module's text.
 
     Args:
@@ -97,6 +97,8 @@ class NativeEngine:
             counts it in ``stats.skipped`` and goes on.
         prefetch: batches rendered ahead of the consumer.
     """
+
+    name = "native"
 
     def __init__(
         self,
@@ -120,24 +122,8 @@ class NativeEngine:
         self._pool = ThreadPoolExecutor(self.workers, thread_name_prefix="fastssl-decode")
         self._scratch = threading.local()
         self._lock = threading.Lock()
-        self._epoch: weakref.ref[Generator[Rendered, None, None]] | None = None
-        self._closed = False
 
     # ------------------------------------------------------------------ the consumer's side
-
-    def run(self, requests: Iterator[Callable[[], Request]]) -> Iterator[Rendered]:
-        if self._closed:
-            raise FastSSLError("this loader is closed; open a new ViewLoader")
-        # The ring has one consumer. An epoch that was left by `break` is gone with its last reference, hence the weak one here.
-        if self._unfinished() is not None:
-            raise FastSSLError("an epoch of this loader is still running: finish it or close() its iterator first, or open a second loader")
-        iterator = self._run(requests)
-        self._epoch = weakref.ref(iterator)
-        return iterator
-
-    def _unfinished(self) -> Generator[Rendered, None, None] | None:
-        iterator = self._epoch() if self._epoch else None
-        return iterator if iterator is not None and iterator.gi_frame is not None else None
 
     def _run(self, requests: Iterator[Callable[[], Request]]) -> Generator[Rendered, None, None]:
         free, pending = deque(self._slots), deque()
@@ -205,26 +191,15 @@ class NativeEngine:
         if not job.bad:
             return
         index = job.request.index
-        broken = {position for position, _ in job.bad}
-        good = np.array([p for p in range(len(index)) if p not in broken], dtype=np.int64)
-        if not len(good):
-            raise FastSSLError(f"{self.reader.path}: every picture of a batch is damaged; the first: {job.bad[0][1]}")
-        for position in sorted(broken):
-            donor = int(good[np.abs(good - position).argmin()])
-            self.stats.skipped.append(int(index[position]))
-            index[position] = index[donor]
+        self.stats.skipped.extend(int(index[position]) for position, _ in sorted(job.bad, key=lambda bad: bad[0]))
+        donors = give_places(job.request, [position for position, _ in job.bad], job.bad[0][1])
+        for position, donor in donors.items():
             job.offsets[position] = job.offsets[donor]
-            for plan in job.request.plans:
-                plan[:, position] = plan[:, donor]
             for view, spec in zip(job.views, self.specs):
                 batch = view.view(spec.count, len(index), *view.shape[1:])
                 batch[:, position] = batch[:, donor]
 
-    def close(self) -> None:
-        """Stop a running epoch, join the threads, free the ring. Harmless when called twice."""
-        self._closed = True
-        if (iterator := self._unfinished()) is not None:
-            iterator.close()
+    def _free(self) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._slots = []
 

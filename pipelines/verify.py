@@ -90,6 +90,18 @@ def verify(
         )
 
 
+def sample_checksums(reader: BetonReader) -> np.ndarray | None:
+    """CRC-32 of every sample's bytes, (N,) uint32, from the side file; None where there is none that fits this file."""
+    try:
+        side = read_side_file(reader.path)
+        if side is None:
+            return None
+        problems, checksums = _check_side_file(reader, side)
+    except BetonError:
+        return None
+    return None if problems else checksums
+
+
 def _check_side_file(reader: BetonReader, side: dict) -> tuple[list[str], np.ndarray | None]:
     """Compare file and side file as wholes; return the complaints and the samples' checksums, (N,) uint32."""
     name = side_path(reader.path)

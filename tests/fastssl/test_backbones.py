@@ -71,9 +71,17 @@ def _is_residual(block: torch.nn.Module) -> bool:
     return bool(getattr(block, "has_skip", False)) or type(block).__name__ in ("BasicBlock", "Bottleneck")
 
 
-def test_zero_init_residual_is_refused_where_it_would_do_nothing() -> None:
-    with pytest.raises(FastSSLError, match="zero_init_residual: vit_tiny"):
-        create_backbone("vit_tiny", zero_init_residual=True)
+def test_zero_init_residual_makes_a_transformers_blocks_the_identity() -> None:
+    backbone = create_backbone("vit_tiny", zero_init_residual=True)
+    tokens = torch.randn(2, 5, 192)
+    assert len(backbone.blocks) == 12
+    for block in backbone.blocks:
+        assert torch.equal(block(tokens), tokens)
+
+
+def test_zero_init_residual_says_where_it_does_nothing() -> None:
+    with pytest.warns(UserWarning, match="zero_init_residual changes nothing: lcnet_035"):
+        create_backbone("lcnet_035", zero_init_residual=True)
 
 
 def test_saved_backbone_loads_as_a_timm_module(tmp_path: Path) -> None:

@@ -1,0 +1,90 @@
+"""Damaged samples, for engines that would not notice them.
+
+libjpeg goes on after most kinds of damage and leaves grey or stale pixels; DALI and FFCV do not ask it whether it did. So
+each sample is looked at once before such an engine is given it. Where a side file holds checksums of what the converter
+decoded without complaint that costs a CRC, and otherwise one strict decode: in a file of other origin the first epoch decodes twice.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Collection
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from fastssl.pipelines.beton import BetonReader
+from fastssl.pipelines.engine import EngineStats, Request
+from fastssl.pipelines.errors import BetonError, FastSSLError, JpegError
+from fastssl.pipelines.verify import sample_checksums
+
+
+class SampleCheck:
+    """Says which samples of a request are damaged; remembers what it has looked at.
+
+    Args:
+        reader: the open file. Not closed here.
+        on_bad: ``fail`` or ``skip``.
+        stats: ``skipped`` is filled in here.
+        pool: runs the strict decodes.
+    """
+
+    def __init__(self, reader: BetonReader, on_bad: str, stats: EngineStats, pool: ThreadPoolExecutor):
+        self.reader, self.on_bad, self.stats, self._pool = reader, on_bad, stats, pool
+        self._checksums = sample_checksums(reader)
+        self._sound = np.zeros(len(reader), bool)
+        self._damaged: dict[int, JpegError | BetonError] = {}
+
+    def __call__(self, request: Request) -> Request:
+        """The request without damaged samples: each one's place is given to a good one of the batch.
+
+        Raises:
+            JpegError: a damaged sample, and ``on_bad`` is ``fail``; names file and sample.
+            FastSSLError: all are damaged.
+        """
+        new = [int(sample) for sample in np.unique(request.index) if not self._sound[sample] and int(sample) not in self._damaged]
+        for sample, error in zip(new, self._pool.map(self._look, new)):
+            if error is None:
+                self._sound[sample] = True
+            else:
+                self._damaged[sample] = error
+        broken = np.flatnonzero(~self._sound[request.index])
+        if len(broken):
+            if self.on_bad == "fail":
+                raise self._damaged[int(request.index[broken[0]])]
+            self.stats.skipped.extend(int(sample) for sample in request.index[broken])
+            give_places(request, broken.tolist(), self._damaged[int(request.index[broken[0]])])
+        return request
+
+    def _look(self, sample: int) -> JpegError | BetonError | None:
+        # A wrong checksum alone is not damage here: the picture may still decode, as `native` would find.
+        if self._checksums is not None and zlib.crc32(self.reader.encoded(sample)) == self._checksums[sample]:
+            return None
+        try:
+            self.reader.decode(sample)
+        except (JpegError, BetonError) as error:
+            return error
+        return None
+
+
+def give_places(request: Request, broken: Collection[int], first_error: Exception) -> dict[int, int]:
+    """Let the nearest good sample of the batch stand in for each damaged one, in ``request`` itself.
+
+    Args:
+        broken: positions in the batch.
+        first_error: for the message when no sample is good.
+
+    Returns:
+        the position that each broken one took its sample from.
+    """
+    index = request.index
+    good = np.setdiff1d(np.arange(len(index)), list(broken))
+    if not len(good):
+        raise FastSSLError(f"every picture of a batch is damaged; the first: {first_error}")
+    donors = {}
+    for position in sorted(broken):
+        donor = donors[position] = int(good[np.abs(good - position).argmin()])
+        index[position] = index[donor]
+        for plan in request.plans:
+            plan[:, position] = plan[:, donor]
+    return donors

@@ -1,0 +1,206 @@
+"""The ``dali`` engine: NVIDIA DALI decodes each picture once and cuts all views of the plan from it.
+
+The boxes are inputs of the graph, so DALI draws nothing. Colour is ours as in every engine: DALI's contrast pivots on grey 128 and
+its hue is a rotation in YIQ, 8.6 grey levels from torchvision on average at MoCo-v2's strength.
+
+On a machine without a GPU the same graph is built from the operators' CPU versions.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastssl.pipelines.beton import MODE_RAW, BetonReader
+from fastssl.pipelines.check import SampleCheck
+from fastssl.pipelines.engine import Engine, EngineStats, Rendered, Request
+from fastssl.pipelines.errors import FastSSLError
+from fastssl.pipelines.native import available_cores
+from fastssl.pipelines.plan import ViewSpec
+
+
+class DaliEngine(Engine):
+    """Decode and crop with DALI; see the module's text.
+
+    Args:
+        reader: the open ``.beton`` file, all JPEG. Not closed here.
+        specs: the view groups.
+        device: where the views are wanted; on a GPU decoding is DALI's ``mixed`` and everything behind it runs there.
+        batch_size: most samples of a request.
+        workers: DALI's threads; default: the cores that this process may use.
+        on_bad: ``fail`` raises at the first damaged picture; ``skip`` puts another sample of the batch in its place,
+            counts it in ``stats.skipped`` and goes on.
+        prefetch: batches rendered ahead of the consumer.
+        hardware_load: share of the pictures that goes to the GPU's JPEG engine (GPU only).
+
+    Raises:
+        FastSSLError: the file holds raw pictures, which DALI's decoder does not take.
+    """
+
+    name = "dali"
+
+    def __init__(
+        self,
+        reader: BetonReader,
+        specs: Sequence[ViewSpec],
+        *,
+        device: torch.device,
+        batch_size: int,
+        workers: int | None = None,
+        on_bad: str = "fail",
+        prefetch: int = 2,
+        hardware_load: float = 0.65,
+    ):
+        if (reader.modes == MODE_RAW).any():
+            count = int((reader.modes == MODE_RAW).sum())
+            raise FastSSLError(f"{reader.path}: {count:,} of its pictures are stored raw, which DALI cannot decode; use --pipeline native")
+        self.reader, self.specs, self.device, self.batch_size = reader, list(specs), device, batch_size
+        self.workers = workers or available_cores()
+        self.prefetch, self.hardware_load = prefetch, hardware_load
+        self.stats = EngineStats()
+        # One thread draws plans in order; the other ones look at samples that were not seen before.
+        self._drawer = ThreadPoolExecutor(1, thread_name_prefix="fastssl-dali-plan")
+        self._checkers = ThreadPoolExecutor(self.workers, thread_name_prefix="fastssl-dali-check")
+        self._check = SampleCheck(reader, on_bad, self.stats, self._checkers)
+        self._pipeline: Any = None
+        self._requests: Iterator[Callable[[], Request]] = iter(())
+        self._drawn: deque[Future[Request]] = deque()
+        self._fed: deque[Request] = deque()
+
+    # ------------------------------------------------------------------ the consumer's side
+
+    def _run(self, requests: Iterator[Callable[[], Request]]) -> Generator[Rendered, None, None]:
+        self._requests = requests
+        self._draw_ahead()
+        if self._pipeline is None:
+            self._pipeline = self._build()
+        finished = False
+        try:
+            while True:
+                started = time.perf_counter()
+                try:
+                    outputs = self._pipeline.run()
+                except StopIteration:
+                    finished = True
+                    break
+                request = self._fed.popleft()
+                views = self._views(outputs, len(request.index))
+                self.stats.wait_s += time.perf_counter() - started
+                self.stats.samples += len(request.index)
+                yield Rendered(request, views)
+        except RuntimeError as error:
+            raise self._explain(error) from error
+        finally:
+            self._end_epoch(finished)
+
+    def _views(self, outputs: tuple, batch: int) -> list[Tensor]:
+        """DALI's outputs as (count * B, 3, S, S). A tensor owns the memory it was made on: batches that are kept stay whole."""
+        # DLPack hands over without a copy and makes torch's current stream wait for DALI's, not the host.
+        views = [torch.from_dlpack(output.as_tensor()) for output in outputs]
+        groups, first = [], 0
+        for spec in self.specs:
+            mine = views[first : first + spec.count]
+            first += spec.count
+            # Views of one size become one batch for the network. DALI has one output a view: they are joined here, as uint8.
+            joined = mine[0] if spec.count == 1 else torch.cat(mine)
+            groups.append(joined.permute(0, 3, 1, 2))
+        return groups
+
+    def _end_epoch(self, finished: bool) -> None:
+        """Bring the graph back to its beginning, or let go of it after an error: DALI's object is of no more use then."""
+        self._requests = iter(())
+        for future in self._drawn:
+            future.cancel()
+        left_early = not finished and self._pipeline is not None
+        self._drawn.clear()
+        if left_early:
+            self._pipeline = None  # batches that it has begun cannot be taken back
+        elif self._pipeline is not None:
+            self._pipeline.reset()
+        self._fed.clear()
+
+    def _explain(self, error: RuntimeError) -> FastSSLError:
+        text = " ".join(str(error).split())
+        samples = ", ".join(str(int(sample)) for sample in (self._fed[0].index[:8] if self._fed else []))
+        return FastSSLError(f"{self.reader.path}: DALI failed at the batch that begins with samples {samples}: {text[:300]}")
+
+    def _free(self) -> None:
+        self._pipeline = None
+        self._drawer.shutdown(wait=True, cancel_futures=True)
+        self._checkers.shutdown(wait=True, cancel_futures=True)
+
+    # ------------------------------------------------------------------ what DALI is fed
+
+    def _draw_ahead(self) -> None:
+        while len(self._drawn) < self.prefetch + 1 and (draw := next(self._requests, None)) is not None:
+            self._drawn.append(self._drawer.submit(self._draw, draw))
+
+    def _draw(self, draw: Callable[[], Request]) -> Request:
+        cpu = time.thread_time()
+        request = self._check(draw())
+        self.stats.host_cpu_s += time.thread_time() - cpu
+        return request
+
+    def _feed(self) -> list:
+        """DALI asks for its next batch, in the thread that called ``run``: the pictures, then each view's box."""
+        if not self._drawn:
+            raise StopIteration
+        request = self._drawn.popleft().result()
+        self._draw_ahead()
+        self._fed.append(request)
+        inputs: list = [[self.reader.encoded(int(sample)) for sample in request.index]]
+        for plan in request.plans:
+            for view in plan:
+                start = np.stack([view["top"], view["left"]], axis=1).astype(np.int32)
+                size = np.stack([view["height"], view["width"]], axis=1).astype(np.int32)
+                inputs += [start, start + size, view["flip"].astype(np.int32)]
+        return inputs
+
+    def _build(self) -> Any:
+        from nvidia.dali import fn, pipeline_def, types
+        from nvidia.dali.backend import GetSchema
+
+        gpu = self.device.type == "cuda"
+        filters = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
+        total = sum(spec.count for spec in self.specs)
+
+        @pipeline_def(
+            batch_size=self.batch_size,
+            num_threads=self.workers,
+            device_id=(self.device.index or 0) if gpu else None,
+            prefetch_queue_depth=self.prefetch,
+        )
+        def graph():
+            encoded, *boxes = fn.external_source(
+                source=self._feed,
+                num_outputs=1 + 3 * total,
+                batch=True,
+                dtype=[types.UINT8] + [types.INT32] * (3 * total),
+                ndim=[1] + [1, 1, 0] * total,
+            )
+            # The slow, smooth chroma upsampling is what libjpeg does in the other engines.
+            options: dict = {"output_type": types.RGB, "jpeg_fancy_upsampling": True}
+            if GetSchema("decoders__Image").HasArgument("adjust_orientation"):
+                options["adjust_orientation"] = False  # DALI 2 turns by EXIF unasked; the converter has done it, other engines never do
+            if gpu:
+                options["hw_decoder_load"] = self.hardware_load
+            pictures = fn.decoders.image(encoded, device="mixed" if gpu else "cpu", **options)
+            outputs = []
+            every_view = [spec for spec in self.specs for _ in range(spec.count)]
+            for spec, start, end, flip in zip(every_view, boxes[0::3], boxes[1::3], boxes[2::3]):
+                # Cut first, resize then: with `roi_start` the filter would reach for pixels outside the box.
+                crop = fn.slice(pictures, start=start, end=end, axes=[0, 1])
+                view = fn.resize(crop, size=[spec.size, spec.size], interp_type=filters[spec.interpolation], antialias=True)
+                outputs.append(fn.flip(view, horizontal=flip))
+            return tuple(outputs)
+
+        pipeline = graph()
+        pipeline.build()
+        return pipeline

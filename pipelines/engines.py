@@ -1,0 +1,112 @@
+"""The engines by name: which can run here, what is missing for the others, and which ``auto`` takes."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from fastssl.pipelines.beton import BetonReader
+from fastssl.pipelines.engine import Engine
+from fastssl.pipelines.errors import FastSSLError
+from fastssl.pipelines.native import NativeEngine
+from fastssl.pipelines.plan import ViewSpec
+
+PIPELINES = ("auto", "native", "dali", "ffcv")
+
+_HOW = {
+    "dali": "pip install 'fastssl-vision[dali]'",
+    "ffcv": "apt-get install g++ pkg-config libopencv-dev libturbojpeg0-dev, then pip install 'fastssl-vision[ffcv]'",
+}
+
+
+@dataclass(frozen=True)
+class EngineState:
+    """Whether an engine can run here.
+
+    Attributes:
+        name: of the engine. version: of what it stands on; None where that is missing.
+        problem: why it cannot run; None if it can. remedy: what to type about that.
+    """
+
+    name: str
+    version: str | None
+    problem: str | None = None
+    remedy: str | None = None
+
+
+def engine_state(name: str) -> EngineState:
+    """Try the engine's imports. Packages are loaded by this, some hundred milliseconds each."""
+    if name == "native":
+        return EngineState(name, f"simplejpeg {importlib.metadata.version('simplejpeg')}")
+    package, version = ("ffcv", _version("ffcv")) if name == "ffcv" else ("nvidia.dali", _version("nvidia-dali-cuda"))
+    try:
+        importlib.import_module(package)
+    except Exception as error:  # whatever a half-installed extension module raises
+        missing = isinstance(error, ModuleNotFoundError) and error.name in ("ffcv", "nvidia", "nvidia.dali")
+        problem = (
+            "not installed" if missing else f"installed, but does not load ({type(error).__name__}: {' '.join(str(error).split())[:150]})"
+        )
+        return EngineState(name, version, problem, _HOW[name])
+    return EngineState(name, version)
+
+
+def _version(start: str) -> str | None:
+    """Name and version of the first installed distribution whose name begins so."""
+    for distribution in importlib.metadata.distributions():
+        found = distribution.metadata["Name"]
+        if found and found.startswith(start) and "nightly" not in found:
+            return f"{found} {distribution.version}"
+    return None
+
+
+def choose_engine(device: torch.device) -> tuple[str, str]:
+    """What ``auto`` stands for on ``device``, and why: (name, reason)."""
+    if device.type == "cuda":
+        return "native", "decodes on the host's cores and crops on the GPU; measure the others with `fastssl bench loader`"
+    return "native", "the fastest of the three on CPUs (benchmarks/results/)"
+
+
+def open_engine(
+    name: str,
+    reader: BetonReader,
+    specs: Sequence[ViewSpec],
+    *,
+    device: torch.device,
+    batch_size: int,
+    workers: int | None = None,
+    crops: str = "auto",
+    on_bad: str = "fail",
+) -> Engine:
+    """Open an engine by name.
+
+    Args:
+        name: one of PIPELINES.
+        reader, specs, device, workers, on_bad: as the engines take them.
+        batch_size: most samples of a request.
+        crops: where `native` cuts views: ``host``, ``device`` or ``auto``; the other engines have one way only.
+
+    Raises:
+        FastSSLError: the engine is not installed (the message says what to type), or does not take this file or these crops.
+    """
+    if name == "auto":
+        name, _ = choose_engine(device)
+    if name == "native":
+        if crops == "auto":
+            crops = "device" if device.type == "cuda" else "host"
+        return NativeEngine(reader, specs, device=device, workers=workers, crops=crops, on_bad=on_bad)
+    if crops != "auto":
+        raise FastSSLError(f"crops={crops!r} is a choice of the native engine; {name} has one way to crop")
+    state = engine_state(name)
+    if state.problem:
+        raise FastSSLError(f"--pipeline {name}: {state.problem}; {state.remedy}")
+    if name == "dali":
+        from fastssl.pipelines.dali import DaliEngine
+
+        return DaliEngine(reader, specs, device=device, batch_size=batch_size, workers=workers, on_bad=on_bad)
+    from fastssl.pipelines.ffcv import FfcvEngine
+
+    return FfcvEngine(reader, specs, device=device, batch_size=batch_size, workers=workers, on_bad=on_bad)

@@ -1,0 +1,314 @@
+"""The ``ffcv`` engine: FFCV's loader and decoder, with an operation of ours that decodes once and cuts every view of the plan.
+
+FFCV decodes once per *pipeline*, so two views cost two decodes there, and its crops come from a generator that cannot be seeded. Here
+its loader runs one operation whose compiled loop reads boxes that were drawn outside, and resizes with the same antialiased filter
+as the other engines, where FFCV's own takes areas.
+
+What else is kept away from the user: FFCV sets torch's number of threads when a loader is made or started; an error in its thread
+leaves the consumer waiting for ever; a thread outlives an early ``break``; batches that are kept are overwritten; scratch
+memory is taken for every place of a batch and of the queue at the size of the file's largest picture.
+"""
+
+from __future__ import annotations
+
+import math
+import queue
+import threading
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from ctypes import c_int, c_ulong, c_void_p
+from dataclasses import replace
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from ffcv.fields.rgb_image import IMAGE_MODES, SimpleRGBImageDecoder
+from ffcv.libffcv import lib
+from ffcv.loader import Loader
+from ffcv.loader.epoch_iterator import EpochIterator
+from ffcv.pipeline.allocation_query import AllocationQuery
+from ffcv.pipeline.compiler import Compiler
+from torch import Tensor
+
+from fastssl.pipelines.beton import BetonReader
+from fastssl.pipelines.check import SampleCheck
+from fastssl.pipelines.engine import Engine, EngineStats, Rendered, Request
+from fastssl.pipelines.native import available_cores
+from fastssl.pipelines.plan import ViewSpec
+
+#: numbers a view in a row of the request table: top, left, height, width, flip
+_BOX = 5
+
+
+# ---------------------------------------------------------------------- compiled: decode, antialiased resize
+
+# libturbojpeg as FFCV has it loaded. FFCV's own call asks for the fast DCT and for chroma without smoothing, which is 1 grey level
+# from what every other decoder gives.
+_RGB, _ACCURATE_DCT = 0, 4096
+_open_decoder, _close_decoder, _decompress = lib.tjInitDecompress, lib.tjDestroy, lib.tjDecompress2
+_open_decoder.argtypes, _open_decoder.restype = [], c_void_p
+_close_decoder.argtypes, _close_decoder.restype = [c_void_p], c_int
+_decompress.argtypes, _decompress.restype = [c_void_p, c_void_p, c_ulong, c_void_p, c_int, c_int, c_int, c_int, c_int], c_int
+
+
+@numba.njit(nogil=True, error_model="numpy")
+def _decode(data: np.ndarray, height: int, width: int) -> np.ndarray:
+    """(H, W, 3) uint8. Taken and given back for each picture: memory for the largest one at every place of the queue could be gigabytes."""
+    image = np.empty((height, width, 3), np.uint8)
+    decoder = _open_decoder()
+    _decompress(decoder, data.ctypes.data, data.size, image.ctypes.data, width, 3 * width, height, _RGB, _ACCURATE_DCT)
+    _close_decoder(decoder)
+    return image
+
+
+@numba.njit(nogil=True, error_model="numpy")
+def _weights(length: int, size: int, cubic: bool) -> tuple:
+    """First source pixel, number of taps and weights of every output pixel: Pillow's filters, normalised inside the box."""
+    scale = length / size
+    reduction = max(scale, 1.0)
+    support = (2.0 if cubic else 1.0) * reduction
+    first, taps = np.empty(size, np.int64), np.empty(size, np.int64)
+    weights = np.zeros((size, 2 * math.ceil(support) + 1), np.float32)
+    for i in range(size):
+        center = (i + 0.5) * scale
+        low, high = max(int(center - support + 0.5), 0), min(int(center + support + 0.5), length)
+        first[i], taps[i] = low, high - low
+        total = 0.0
+        for k in range(high - low):
+            x = abs((low + k - center + 0.5) / reduction)
+            if cubic:
+                if x < 1:
+                    w = (1.5 * x - 2.5) * x * x + 1
+                elif x < 2:
+                    w = ((-0.5 * x + 2.5) * x - 4) * x + 2
+                else:
+                    w = 0.0
+            else:
+                w = max(1.0 - x, 0.0)
+            weights[i, k] = w
+            total += w
+        for k in range(high - low):
+            weights[i, k] /= total
+    return first, taps, weights
+
+
+@numba.njit(nogil=True, error_model="numpy", fastmath=True)
+def _to_byte(value: float) -> int:
+    return np.uint8(min(max(value + np.float32(0.5), np.float32(0.0)), np.float32(255.0)))
+
+
+@numba.njit(nogil=True, error_model="numpy", fastmath=True)
+def crop_resize(image: np.ndarray, box: np.ndarray, cubic: bool, out: np.ndarray) -> None:
+    """Crop, resize and flip one view of one decoded picture, compiled; `crop.crop_resize_host` is its twin.
+
+    Args:
+        image: (H, W, 3) uint8. box: top, left, height, width, flip. cubic: bicubic instead of bilinear.
+        out: (S, S, 3) uint8, overwritten.
+    """
+    top, left, height, width, flip = box[0], box[1], box[2], box[3], box[4]
+    size = out.shape[0]
+    row_first, row_taps, row_weights = _weights(height, size, cubic)
+    column_first, column_taps, column_weights = _weights(width, size, cubic)
+    # Down the columns first: whole rows are added up, which the compiler turns into vector instructions.
+    rows = image.reshape((image.shape[0], 3 * image.shape[1]))
+    line = np.empty(3 * width, np.float32)
+    for y in range(size):
+        line[:] = 0
+        for k in range(row_taps[y]):
+            w = row_weights[y, k]
+            source = rows[top + row_first[y] + k, 3 * left : 3 * (left + width)]
+            for x in range(3 * width):
+                line[x] += w * source[x]
+        for x in range(size):
+            at = size - 1 - x if flip else x
+            red, green, blue = np.float32(0), np.float32(0), np.float32(0)
+            start = 3 * column_first[x]
+            for k in range(column_taps[x]):
+                w = column_weights[x, k]
+                red += w * line[start + 3 * k]
+                green += w * line[start + 3 * k + 1]
+                blue += w * line[start + 3 * k + 2]
+            out[y, at, 0], out[y, at, 1], out[y, at, 2] = _to_byte(red), _to_byte(green), _to_byte(blue)
+
+
+class _DecodeOnce(SimpleRGBImageDecoder):
+    """FFCV operation: one decode, all views. Its "batch indices" are rows of (sample, box of view 0, box of view 1, ...)."""
+
+    def __init__(self, specs: Sequence[ViewSpec]):
+        super().__init__()
+        self.specs = [spec for spec in specs for _ in range(spec.count)]
+
+    def declare_state_and_memory(self, previous_state: Any) -> tuple:
+        shapes = [(spec.size, spec.size, 3) for spec in self.specs]
+        byte = np.dtype("<u1")
+        return replace(previous_state, jit_mode=True, shape=shapes[0], dtype=byte), tuple(AllocationQuery(shape, byte) for shape in shapes)
+
+    def generate_code(self) -> Callable:
+        read, decode_jpeg, cut, places = self.memory_read, _decode, crop_resize, Compiler.get_iterator()
+        jpg, views, box = IMAGE_MODES["jpg"], len(self.specs), _BOX
+        cubic = np.array([spec.interpolation == "bicubic" for spec in self.specs])
+
+        def decode(rows, destinations, metadata, storage_state):
+            for place in places(len(rows)):
+                row = rows[place]
+                field = metadata[row[0]]
+                data = read(field["data_ptr"], storage_state)
+                height, width = np.int64(field["height"]), np.int64(field["width"])
+                image = decode_jpeg(data, height, width) if field["mode"] == jpg else data.reshape((height, width, 3))
+                for view in range(views):
+                    cut(image, row[1 + box * view : 1 + box * (view + 1)], cubic[view], destinations[view][place])
+            return destinations
+
+        decode.is_parallel = True
+        return decode
+
+
+# ---------------------------------------------------------------------- the engine
+
+
+class FfcvEngine(Engine):
+    """Decode and crop with FFCV; see the module's text.
+
+    Args:
+        reader: the open ``.beton`` file. Not closed here.
+        specs: the view groups.
+        device: where the views are wanted.
+        batch_size: most samples of a request.
+        workers: FFCV's threads; default: the cores that this process may use.
+        on_bad: ``fail`` raises at the first damaged picture; ``skip`` puts another sample of the batch in its place,
+            counts it in ``stats.skipped`` and goes on.
+        prefetch: batches rendered ahead of the consumer.
+    """
+
+    name = "ffcv"
+
+    def __init__(
+        self,
+        reader: BetonReader,
+        specs: Sequence[ViewSpec],
+        *,
+        device: torch.device,
+        batch_size: int,
+        workers: int | None = None,
+        on_bad: str = "fail",
+        prefetch: int = 3,
+    ):
+        self.reader, self.specs, self.device, self.batch_size = reader, list(specs), device, batch_size
+        # numba starts its threads once, as many as the machine has cores, and refuses more.
+        self.workers = min(workers or available_cores(), numba.config.NUMBA_NUM_THREADS)
+        self.prefetch = prefetch
+        self.stats = EngineStats()
+        self._checkers = ThreadPoolExecutor(self.workers, thread_name_prefix="fastssl-ffcv-check")
+        self._check = SampleCheck(reader, on_bad, self.stats, self._checkers)
+        self._loader: Loader | None = None
+
+    def _run(self, requests: Iterator[Callable[[], Request]]) -> Generator[Rendered, None, None]:
+        if self._loader is None:
+            self._loader = self._open()
+        epoch = _Epoch(self._loader, requests, self._check, self.workers)
+        try:
+            while True:
+                started = time.perf_counter()
+                got = epoch.get()
+                if got is None:
+                    return
+                request, views, cpu = got
+                groups = self._groups(views, len(request.index))
+                self.stats.wait_s += time.perf_counter() - started
+                self.stats.samples += len(request.index)
+                self.stats.host_cpu_s += cpu
+                yield Rendered(request, groups)
+        finally:
+            epoch.stop()
+
+    def _groups(self, views: Sequence[np.ndarray], batch: int) -> list[Tensor]:
+        """FFCV's buffers as (count * B, 3, S, S) tensors on memory of their own: FFCV will write over its."""
+        groups, first = [], 0
+        for spec in self.specs:
+            # Pinned memory from torch's cache is not handed out again before a copy from it has arrived.
+            host = torch.empty(spec.count * batch, spec.size, spec.size, 3, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
+            for number in range(spec.count):
+                np.copyto(host[number * batch : (number + 1) * batch].numpy(), views[first + number])
+            first += spec.count
+            groups.append(host.to(self.device, non_blocking=True).permute(0, 3, 1, 2))
+        return groups
+
+    def _open(self) -> Loader:
+        threads = torch.get_num_threads()
+        try:
+            fields: dict = dict.fromkeys(self.reader.field_names)
+            fields[self.reader.image_field] = [_DecodeOnce(self.specs)]
+            loader = Loader(
+                str(self.reader.path),
+                batch_size=self.batch_size,
+                num_workers=self.workers,
+                os_cache=True,
+                pipelines=fields,
+                drop_last=False,
+                batches_ahead=self.prefetch,
+            )
+        finally:
+            torch.set_num_threads(threads)
+        # Tables for FFCV's own cache, which is not used here: 680 MB for ImageNet.
+        manager = loader.memory_manager
+        manager.sample_to_pages = manager.page_to_samples = manager.ptr_to_size = None
+        return loader
+
+    def _free(self) -> None:
+        self._loader = None
+        self._checkers.shutdown(wait=True, cancel_futures=True)
+
+
+class _Epoch(EpochIterator):
+    """FFCV's epoch, whose thread also draws the plans, hands errors on, and can be stopped and joined."""
+
+    def __init__(self, loader: Loader, requests: Iterator[Callable[[], Request]], check: SampleCheck, threads: int):
+        self._requests, self._check, self._threads = requests, check, threads
+        self._wanted = threading.Event()
+        super().__init__(loader, np.zeros(0, np.int64))
+
+    def run(self) -> None:
+        numba.set_num_threads(self._threads)
+        slot = 0
+        try:
+            while not self.terminate_event.is_set() and (draw := next(self._requests, None)) is not None:
+                cpu = time.thread_time()
+                request = self._check(draw())
+                views = self.run_pipeline(0, _table(request), slot, None)[0]
+                slot = (slot + 1) % (self.loader.batches_ahead + 2)
+                self._put((request, views, time.thread_time() - cpu))
+            self._put(None)
+        except BaseException as error:  # for whoever waits at the other end
+            self._put(error)
+
+    def _put(self, item: object) -> None:
+        while not self.terminate_event.is_set():
+            try:
+                self.output_queue.put(item, timeout=0.1)
+                return
+            except queue.Full:
+                continue
+
+    def get(self) -> tuple[Request, Sequence[np.ndarray], float] | None:
+        """The next batch; None behind the last one."""
+        item = self.output_queue.get()
+        if isinstance(item, BaseException):
+            raise item
+        return item
+
+    def stop(self) -> None:
+        """End the thread and wait for it."""
+        self.close()
+        self.closed = True
+        self.join()
+
+
+def _table(request: Request) -> np.ndarray:
+    """(B, 1 + 5 V) int64: the sample, then each view's box and flip."""
+    columns = [request.index]
+    for plan in request.plans:
+        for view in plan:
+            columns += [view["top"], view["left"], view["height"], view["width"], view["flip"]]
+    return np.stack([np.asarray(column, np.int64) for column in columns], axis=1)

@@ -1,0 +1,201 @@
+"""The three engines: one plan, one picture, whoever renders it; and the same manners."""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_photo
+
+from fastssl.pipelines import BetonReader, BetonWriter, FastSSLError, JpegError, ViewLoader, ViewSpec
+from fastssl.pipelines.beton import MODE_RAW
+from fastssl.pipelines.crop import crop_resize_host
+from fastssl.pipelines.engines import choose_engine, engine_state
+from fastssl.pipelines.plan import VIEW_DTYPE
+
+TWO = [ViewSpec(size=32, count=2, area=(0.2, 1.0))]
+TWO_AND_SIX = [ViewSpec(size=40, count=2, area=(0.3, 1.0), interpolation="bicubic"), ViewSpec(size=24, count=6, area=(0.05, 0.3), solarise=0.2)]
+OTHERS = ["dali", "ffcv"]
+
+
+def views(path: Path, specs: list[ViewSpec], **options: object) -> list[tuple[list[int], list[torch.Tensor]]]:
+    with ViewLoader(path, specs, 12, seed=5, **options) as loader:
+        return [(batch.index.tolist(), [v.clone() for v in batch.views]) for batch in loader.epoch(2)]
+
+
+def grey_levels(made: list, reference: list, specs: list[ViewSpec]) -> tuple[float, float]:
+    """Mean and largest difference in 1/255, over all views, before normalisation."""
+    scale = 255 * torch.tensor(specs[0].std).view(3, 1, 1)
+    pairs = [(a, b) for (_, mine), (_, theirs) in zip(made, reference) for a, b in zip(mine, theirs)]
+    apart = [((a - b) * scale).abs().flatten() for a, b in pairs]
+    return float(torch.cat(apart).mean()), float(torch.cat(apart).max())
+
+
+@pytest.mark.parametrize("specs", [TWO, TWO_AND_SIX], ids=["2 views", "2 + 6 views"])
+@pytest.mark.parametrize("engine", OTHERS)
+def test_the_views_are_natives(engine: str, specs: list[ViewSpec], beton: Path) -> None:
+    reference, made = views(beton, specs), views(beton, specs, pipeline=engine)
+    assert [index for index, _ in made] == [index for index, _ in reference]
+    for (_, mine), spec in zip(made, [specs] * len(made)):
+        for view, group in zip(mine, spec):
+            assert view.shape == (12 * group.count, 3, group.size, group.size)
+            assert view.is_contiguous(memory_format=torch.channels_last)
+    mean, _ = grey_levels(made, reference, specs)
+    assert mean <= 0.5  # the pictures' own noise apart: the promise is 1
+
+
+@pytest.mark.parametrize("engine", OTHERS)
+def test_the_crops_are_natives_to_a_few_grey_levels(engine: str, beton: Path) -> None:
+    """Without colour, which can amplify a rounding (hue of a near-grey pixel)."""
+    plain = [ViewSpec(size=32, count=2, area=(0.1, 1.0), jitter=0, grey=0, blur=0)]
+    mean, largest = grey_levels(views(beton, plain, pipeline=engine), views(beton, plain), plain)
+    assert mean <= 0.3 and largest <= (1.01 if engine == "ffcv" else 12)
+
+
+@pytest.mark.parametrize("engine", OTHERS)
+def test_batches_of_any_size_and_kept_ones(engine: str, beton: Path) -> None:
+    with ViewLoader(beton, [ViewSpec.evaluation(32)], 20, shuffle=False, drop_last=False, pipeline=engine) as loader:
+        for _ in range(2):  # a second epoch on the same loader
+            kept, copies = [], []
+            for batch in loader.epoch(0):
+                kept.append(batch)
+                copies.append(batch.views[0].clone())
+            assert torch.cat([b.index for b in kept]).tolist() == list(range(48))
+            assert all(torch.equal(b.views[0], c) for b, c in zip(kept, copies))
+
+
+@pytest.mark.parametrize("engine", OTHERS)
+def test_leaving_early_leaves_nothing(engine: str, beton: Path) -> None:
+    before, torch_threads = set(threading.enumerate()), torch.get_num_threads()
+    with ViewLoader(beton, TWO, 8, pipeline=engine, seed=5) as loader:
+        for _ in loader.epoch(2):
+            break
+        again = [batch.index.tolist() for batch in loader.epoch(2, start_step=3)]
+        assert again == [loader.request(2, step).index.tolist() for step in range(3, 6)]
+        loader.epoch(2).close()
+        assert torch.get_num_threads() == torch_threads
+        iterator = loader.epoch(0)
+        next(iterator)
+        with pytest.raises(FastSSLError, match="still running"):
+            next(iter(loader.epoch(0)))
+        del iterator
+    with pytest.raises(FastSSLError, match="closed"):
+        next(iter(loader.epoch(0)))
+    del loader
+    gc.collect()
+    assert set(threading.enumerate()) <= before
+    assert torch.get_num_threads() == torch_threads
+
+
+@pytest.mark.parametrize("side_file", [False, True], ids=["no checksums", "checksums"])
+@pytest.mark.parametrize("engine", ["native", *OTHERS])
+def test_a_damaged_picture_is_named_or_passed_over(engine: str, side_file: bool, beton: Path, damaged: tuple[Path, int]) -> None:
+    path, sample = damaged
+    if side_file:
+        Path(f"{path}.json").write_text(Path(f"{beton}.json").read_text())
+    with pytest.raises(JpegError, match=rf"sample {sample}\b"):
+        views(path, TWO, pipeline=engine)
+    with ViewLoader(path, TWO, 24, seed=5, pipeline=engine, on_bad="skip") as loader:
+        made = [(b.index.tolist(), b.views[0].clone()) for b in loader.epoch(0)]
+        assert loader.stats.skipped == [sample]
+    for index, pixels in made:
+        assert sample not in index
+        for twice in {n for n in index if index.count(n) > 1}:
+            first, second = [p for p, n in enumerate(index) if n == twice]
+            assert torch.equal(pixels[first], pixels[second])
+
+
+@pytest.mark.parametrize("engine", ["native", *OTHERS])
+def test_a_batch_of_nothing_but_damage_is_an_error(engine: str, damaged: tuple[Path, int]) -> None:
+    path, sample = damaged
+    with (
+        ViewLoader(path, TWO, 1, indices=[sample], pipeline=engine, on_bad="skip") as loader,
+        pytest.raises(FastSSLError, match="every picture of a batch is damaged"),
+    ):
+        list(loader.epoch(0))
+
+
+def test_raw_pictures(tmp_path: Path) -> None:
+    path = tmp_path / "raw.beton"
+    with BetonWriter(path, 12) as writer:
+        for k in range(12):
+            pixels = make_photo(k, 40, 50)
+            writer.add(np.ascontiguousarray(pixels), 40, 50, label=k, mode=MODE_RAW)
+    mean, _ = grey_levels(views(path, TWO, pipeline="ffcv"), views(path, TWO), TWO)
+    assert mean <= 0.5
+    with pytest.raises(FastSSLError, match="12 of its pictures are stored raw, which DALI cannot decode"):
+        ViewLoader(path, TWO, 4, pipeline="dali")
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_the_compiled_resize_is_pillows(interpolation: str) -> None:
+    from fastssl.pipelines.ffcv import crop_resize
+
+    rng = np.random.default_rng(0)
+    for trial in range(60):
+        height, width = rng.integers(1, 90, 2)
+        picture = make_photo(trial, int(height), int(width))
+        size = int(rng.integers(8, 60))
+        record = np.zeros((), VIEW_DTYPE)
+        record["height"], record["width"] = rng.integers(1, height + 1), rng.integers(1, width + 1)
+        record["top"], record["left"] = rng.integers(0, height - record["height"] + 1), rng.integers(0, width - record["width"] + 1)
+        record["flip"] = trial % 2
+        expected, made = torch.empty(size, size, 3, dtype=torch.uint8), np.empty((size, size, 3), np.uint8)
+        crop_resize_host(picture, record, ViewSpec(size=size, interpolation=interpolation), expected)
+        box = np.array([record[name] for name in ("top", "left", "height", "width", "flip")], np.int64)
+        crop_resize(picture, box, interpolation == "bicubic", made)
+        apart = np.abs(made.astype(int) - expected.numpy().astype(int))
+        # The cubic's negative lobes leave 0 .. 255 in between: Pillow cuts them off there, the compiled one at the end.
+        assert apart.max() <= (1 if interpolation == "bilinear" else 3) and apart.mean() < 0.3, (picture.shape, record, size)
+
+
+def test_what_is_missing_is_said_with_its_remedy(beton: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = importlib.import_module
+
+    def without(name: str, *rest: object):
+        if name == "ffcv":
+            raise ModuleNotFoundError("No module named 'ffcv'", name="ffcv")
+        if name == "nvidia.dali":
+            raise OSError("libnvjpeg.so.13: cannot open shared object file")
+        return real(name, *rest)
+
+    monkeypatch.setattr(importlib, "import_module", without)
+    assert engine_state("native").problem is None
+    with pytest.raises(FastSSLError, match=r"--pipeline ffcv: not installed; apt-get install .*libopencv-dev.*pip install 'fastssl-vision\[ffcv\]'"):
+        ViewLoader(beton, TWO, 4, pipeline="ffcv")
+    with pytest.raises(FastSSLError, match=r"--pipeline dali: installed, but does not load \(OSError: libnvjpeg.*pip install 'fastssl-vision\[dali\]'"):
+        ViewLoader(beton, TWO, 4, pipeline="dali")
+
+
+def test_options_that_do_not_belong_together(beton: Path) -> None:
+    with pytest.raises(FastSSLError, match="crops='device' is a choice of the native engine"):
+        ViewLoader(beton, TWO, 4, pipeline="dali", crops="device")
+    with pytest.raises(FastSSLError, match="pipeline='tfdata' is not one of auto, native, dali, ffcv"):
+        ViewLoader(beton, TWO, 4, pipeline="tfdata")
+
+
+def test_auto_chooses_and_says_why(beton: Path) -> None:
+    name, why = choose_engine(torch.device("cpu"))
+    assert name == "native" and "fastest" in why
+    assert choose_engine(torch.device("cuda"))[0] == "native"
+    with ViewLoader(beton, TWO, 4) as loader:
+        assert loader.engine.name == "native"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("engine", ["native", *OTHERS])
+def test_the_views_on_a_gpu_are_the_ones_on_a_cpu(engine: str, beton: Path) -> None:
+    reference = views(beton, TWO_AND_SIX)
+    made = [(index, [v.cpu() for v in mine]) for index, mine in views(beton, TWO_AND_SIX, pipeline=engine, device="cuda")]
+    mean, _ = grey_levels(made, reference, TWO_AND_SIX)
+    assert mean <= 1
+
+
+def test_readers_know_their_fields(beton: Path) -> None:
+    with BetonReader(beton) as reader:
+        assert reader.field_names == ["image", "label"] and reader.image_field == "image"
