@@ -70,6 +70,17 @@ def choose_engine(device: torch.device) -> tuple[str, str]:
     return "native", "the fastest of the three on CPUs (benchmarks/results/)"
 
 
+def jpeg_hardware() -> str:
+    """Whether the GPU has a unit of its own for JPEGs, in words."""
+    if not torch.cuda.is_available():
+        return "no GPU"
+    capability = torch.cuda.get_device_capability()
+    known = {(8, 0): "A100 class", (9, 0): "Hopper", (10, 0): "Blackwell data centre"}
+    if capability in known:
+        return f"{known[capability]}: hardware JPEG decoder, which the dali engine uses"
+    return f"compute capability {capability[0]}.{capability[1]}: none known; the dali engine decodes with CUDA kernels"
+
+
 def open_engine(
     name: str,
     reader: BetonReader,

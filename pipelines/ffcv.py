@@ -101,7 +101,7 @@ def _to_byte(value: float) -> int:
 
 @numba.njit(nogil=True, error_model="numpy", fastmath=True)
 def crop_resize(image: np.ndarray, box: np.ndarray, cubic: bool, out: np.ndarray) -> None:
-    """Crop, resize and flip one view of one decoded picture, compiled; `crop.crop_resize_host` is its twin.
+    """Crop, resize and flip one view of one decoded picture, compiled. Differs from Pillow by at most 1/255, with the cubic by at most 3.
 
     Args:
         image: (H, W, 3) uint8. box: top, left, height, width, flip. cubic: bicubic instead of bilinear.
@@ -111,26 +111,30 @@ def crop_resize(image: np.ndarray, box: np.ndarray, cubic: bool, out: np.ndarray
     size = out.shape[0]
     row_first, row_taps, row_weights = _weights(height, size, cubic)
     column_first, column_taps, column_weights = _weights(width, size, cubic)
-    # Down the columns first: whole rows are added up, which the compiler turns into vector instructions.
-    rows = image.reshape((image.shape[0], 3 * image.shape[1]))
-    line = np.empty(3 * width, np.float32)
+    # Along the rows first, rounded and cut to 8 bits in between, as Pillow does: a cubic's overshoot at an edge is gone behind that.
+    narrow = np.empty((height, 3 * size), np.uint8)
+    for y in range(height):
+        row = image[top + y]
+        for x in range(size):
+            red, green, blue = np.float32(0), np.float32(0), np.float32(0)
+            for k in range(column_taps[x]):
+                w, pixel = column_weights[x, k], left + column_first[x] + k
+                red += w * row[pixel, 0]
+                green += w * row[pixel, 1]
+                blue += w * row[pixel, 2]
+            at = 3 * (size - 1 - x if flip else x)
+            narrow[y, at], narrow[y, at + 1], narrow[y, at + 2] = _to_byte(red), _to_byte(green), _to_byte(blue)
+    # Whole lines are added up here, which the compiler turns into vector instructions.
+    line = np.empty(3 * size, np.float32)
+    target = out.reshape((size, 3 * size))
     for y in range(size):
         line[:] = 0
         for k in range(row_taps[y]):
-            w = row_weights[y, k]
-            source = rows[top + row_first[y] + k, 3 * left : 3 * (left + width)]
-            for x in range(3 * width):
+            w, source = row_weights[y, k], narrow[row_first[y] + k]
+            for x in range(3 * size):
                 line[x] += w * source[x]
-        for x in range(size):
-            at = size - 1 - x if flip else x
-            red, green, blue = np.float32(0), np.float32(0), np.float32(0)
-            start = 3 * column_first[x]
-            for k in range(column_taps[x]):
-                w = column_weights[x, k]
-                red += w * line[start + 3 * k]
-                green += w * line[start + 3 * k + 1]
-                blue += w * line[start + 3 * k + 2]
-            out[y, at, 0], out[y, at, 1], out[y, at, 2] = _to_byte(red), _to_byte(green), _to_byte(blue)
+        for x in range(3 * size):
+            target[y, x] = _to_byte(line[x])
 
 
 class _DecodeOnce(SimpleRGBImageDecoder):

@@ -17,7 +17,7 @@ from rich.text import Text
 
 from fastssl.names import nearest
 
-__all__ = ["SomePath", "console", "finite", "json_option", "nearest", "progress_bar", "write_json"]
+__all__ = ["PIPELINES", "SomePath", "console", "finite", "json_option", "nearest", "pipeline_option", "progress_bar", "write_json"]
 
 #: Written to stderr, so that ``--json -`` owns standard output.
 console = Console(stderr=True)
@@ -56,6 +56,18 @@ json_option = click.option(
     default=None,
     callback=_check_json_path,
     help="Also write the result as JSON to FILE ('-': standard output).",
+)
+
+
+#: fastssl.pipelines.engines.PIPELINES, written out: that module loads torch, which --help should not wait for.
+PIPELINES = ("auto", "native", "dali", "ffcv")
+
+pipeline_option = click.option(
+    "--pipeline",
+    type=click.Choice(PIPELINES),
+    default="auto",
+    show_default=True,
+    help="Engine that decodes and crops; all give the same views. `fastssl doctor` says which can run here.",
 )
 
 

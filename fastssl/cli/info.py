@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import click
 
 from fastssl.cli.common import json_option, write_json
@@ -60,18 +62,30 @@ def archs(json_path: str | None) -> None:
 @click.command()
 @json_option
 def doctor(json_path: str | None) -> None:
-    """Say what this machine has and what is missing.
+    """Say what this machine has, which engines can run on it, and what is missing.
 
     \b
     fastssl doctor
     """
     import torch
 
+    from fastssl.pipelines.engines import PIPELINES, choose_engine, engine_state, jpeg_hardware
     from fastssl.versions import describe_host, describe_versions
 
     host, versions = describe_host(), describe_versions()
     gpu = host.get("gpu")
-    record = {"host": host, "versions": versions, "cuda_build": torch.version.cuda, "gpu": gpu}
+    device = torch.device("cuda" if gpu else "cpu")
+    engines = [engine_state(name) for name in PIPELINES if name != "auto"]
+    choice, reason = choose_engine(device)
+    record = {
+        "host": host,
+        "versions": versions,
+        "cuda_build": torch.version.cuda,
+        "gpu": gpu,
+        "engines": [dataclasses.asdict(engine) for engine in engines],
+        "auto": {"engine": choice, "reason": reason},
+        "jpeg_hardware": jpeg_hardware(),
+    }
     if json_path != "-":
         click.echo(f"processor   {host['cpu']}, {host['cores']} cores for this process, {host.get('memory_gib', '?')} GiB")
         if gpu:
@@ -84,4 +98,11 @@ def doctor(json_path: str | None) -> None:
             click.echo("GPU         none usable: this torch is a CPU build; pip install torch torchvision from PyPI brings the CUDA build")
         for name, version in versions.items():
             click.echo(f"{name:11} {version}")
+        click.echo(f"\nJPEG engine {record['jpeg_hardware']}")
+        for engine in engines:
+            found = engine.version or "-"
+            click.echo(f"{engine.name:11} {f'cannot run: {engine.problem}' if engine.problem else f'ready ({found})'}")
+            if engine.remedy:
+                click.echo(f"{'':11} {engine.remedy}")
+        click.echo(f"auto        {choice}: {reason}")
     write_json(json_path, record)

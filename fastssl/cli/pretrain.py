@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from fastssl.cli.common import SomePath, console, json_option, write_json
+from fastssl.cli.common import SomePath, console, json_option, pipeline_option, write_json
 
 
 @click.command()
@@ -37,7 +37,7 @@ from fastssl.cli.common import SomePath, console, json_option, write_json
 @click.option("--out", type=SomePath(), metavar="DIR", help="Default: runs/RECIPE-ARCH.")
 @click.option("--epochs", type=click.IntRange(min=1), help="Instead of the recipe's.")
 @click.option("--batch-size", type=click.IntRange(min=2), help="Instead of the recipe's; the learning rate follows.")
-@click.option("--pipeline", type=click.Choice(["auto", "native"]), default="auto", show_default=True, help="Engine that decodes and crops.")
+@pipeline_option
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True)
 @click.option("--resume", default="auto", show_default=True, metavar="auto|never|PATH", help="auto goes on where the run in --out stopped.")

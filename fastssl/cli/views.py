@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from fastssl.cli.common import SomePath, console
+from fastssl.cli.common import PIPELINES, SomePath, console
 
 
 @click.command()
@@ -17,25 +17,33 @@ from fastssl.cli.common import SomePath, console
 @click.option(
     "--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="The seed of a run: the picture shows that run's views."
 )
+@click.option(
+    "--pipeline",
+    "pipelines",
+    type=click.Choice(PIPELINES),
+    multiple=True,
+    help="Engine that makes them; given more than once, the engines' views stand side by side, with their differences. Default: auto.",
+)
 @click.option("--epoch", type=click.IntRange(min=0), default=0, show_default=True, help="Which epoch's views.")
-def views(file: Path, recipe_name: str, out: Path, samples: int, seed: int, epoch: int) -> None:
+def views(file: Path, recipe_name: str, out: Path, samples: int, seed: int, pipelines: tuple[str, ...], epoch: int) -> None:
     """Draw photos beside the very views that a run with this recipe and seed would see.
 
     \b
     fastssl views photos.beton --recipe light-moco-mobilenetv3 --out views.png
+    fastssl views photos.beton --recipe quickstart --pipeline native --pipeline dali --pipeline ffcv --out engines.png
     """
     if out.name.endswith((".beton", ".beton.json")):
         raise click.BadParameter(f"{out}: that name belongs to the photos; name a .png", param_hint="--out")
     from fastssl.recipe import load_recipe
-    from fastssl.report.pictures import views_picture
+    from fastssl.report.pictures import engines_picture, views_picture
 
-    picture = views_picture(
-        file,
-        load_recipe(recipe_name).views,
-        out,
-        samples=samples,
-        seed=seed,
-        epoch=epoch,
-        notice=lambda line: console.print(line, highlight=False, soft_wrap=True, markup=False),
-    )
+    def notice(line: str) -> None:
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+    specs = load_recipe(recipe_name).views
+    options = {"samples": samples, "seed": seed, "epoch": epoch, "notice": notice}
+    if len(pipelines) > 1:
+        picture = engines_picture(file, specs, out, pipelines=list(dict.fromkeys(pipelines)), **options)
+    else:
+        picture = views_picture(file, specs, out, pipeline=pipelines[0] if pipelines else "auto", **options)
     click.echo(f"{out}: {picture.width}x{picture.height} px")

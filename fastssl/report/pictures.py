@@ -38,6 +38,7 @@ def views_picture(
     seed: int = 0,
     epoch: int = 0,
     tile: int = 112,
+    pipeline: str = "auto",
     notice: Callable[[str], None] | None = None,
 ) -> Image.Image:
     """Draw photos as they are stored and, side by side, the views that training makes of them.
@@ -50,25 +51,14 @@ def views_picture(
         out: where to write the PNG; None: only return the picture.
         samples: rows, spread evenly over the file.
         tile: side of a drawn square in pixels.
+        pipeline: the engine that makes the views.
         notice: called with a line of text when a damaged photo was left out.
     """
     owned = not isinstance(data, BetonReader)
     reader = BetonReader(data) if owned else data
     try:
-        chosen = _spread(len(reader), samples)
-        with ViewLoader(reader, views, len(chosen), seed=seed, indices=chosen, shuffle=False, on_bad="skip") as loader:
-            batch = next(batches := loader.epoch(epoch))
-            batches.close()
-            if notice is not None and loader.stats.skipped:
-                names = ", ".join(map(str, loader.stats.skipped))
-                notice(f"{reader.path}: damaged and not shown: sample {names}; another photo stands in its place")
-        columns = [
-            (f"{'view' if len(views) == 1 else f'group {group + 1}, view'} {number + 1}", f"{spec.size} px", pixels)
-            for group, (spec, rendered) in enumerate(zip(views, batch.views))
-            for number, pixels in enumerate(to_pictures(rendered, spec).reshape(spec.count, len(chosen), spec.size, spec.size, 3))
-        ][:_MAX_VIEWS]
-        # Where a damaged photo was skipped, the batch names the one that took its place.
-        rows = batch.index.tolist()
+        rows, pixels = _render(reader, views, samples, seed, epoch, pipeline, notice)
+        columns = [(title, f"{side.shape[1]} px", side) for title, side in pixels][:_MAX_VIEWS]
         picture = _draw_views(reader, rows, columns, tile)
     finally:
         if owned:
@@ -76,6 +66,71 @@ def views_picture(
     if out is not None:
         picture.save(out, format="PNG", optimize=True)
     return picture
+
+
+def engines_picture(
+    data: BetonReader | str | Path,
+    views: Sequence[ViewSpec],
+    out: Path | None = None,
+    *,
+    pipelines: Sequence[str],
+    samples: int = 9,
+    seed: int = 0,
+    epoch: int = 0,
+    tile: int = 112,
+    notice: Callable[[str], None] | None = None,
+) -> Image.Image:
+    """Draw the first view of each photo as several engines make it, and how far each stands from the first engine's, 32 times enlarged.
+
+    Args:
+        pipelines: the engines; the first is the one that the others are compared with.
+        data, views, out, samples, seed, epoch, tile, notice: as in ``views_picture``.
+    """
+    owned = not isinstance(data, BetonReader)
+    reader = BetonReader(data) if owned else data
+    try:
+        rendered = {}
+        for name in pipelines:
+            rows, pixels = _render(reader, views, samples, seed, epoch, name, notice)
+            rendered[name] = pixels[0][1]
+        first = rendered[pipelines[0]].astype(np.int16)
+        columns = [(pipelines[0], f"{first.shape[1]} px", rendered[pipelines[0]])]
+        for name in pipelines[1:]:
+            apart = np.abs(rendered[name].astype(np.int16) - first)
+            columns.append((name, f"mean {apart.mean():.2f} / 255", rendered[name]))
+            columns.append(("difference", f"x 32, max {apart.max()}", np.minimum(32 * apart, 255).astype(np.uint8)))
+        picture = _draw_views(reader, rows, columns, tile)
+    finally:
+        if owned:
+            reader.close()
+    if out is not None:
+        picture.save(out, format="PNG", optimize=True)
+    return picture
+
+
+def _render(
+    reader: BetonReader,
+    views: Sequence[ViewSpec],
+    samples: int,
+    seed: int,
+    epoch: int,
+    pipeline: str,
+    notice: Callable[[str], None] | None,
+) -> tuple[list[int], list[tuple[str, np.ndarray]]]:
+    """Sample ids, and each view's name and pixels (samples, S, S, 3) uint8. Where a damaged photo was skipped, the one in its place is named."""
+    chosen = _spread(len(reader), samples)
+    with ViewLoader(reader, views, len(chosen), seed=seed, indices=chosen, shuffle=False, on_bad="skip", pipeline=pipeline) as loader:
+        batch = next(batches := loader.epoch(epoch))
+        batches.close()
+        if notice is not None and loader.stats.skipped:
+            names = ", ".join(map(str, loader.stats.skipped))
+            notice(f"{reader.path}: damaged and not shown: sample {names}; another photo stands in its place")
+    pixels = [
+        (f"{'view' if len(views) == 1 else f'group {group + 1}, view'} {number + 1}", side)
+        for group, (spec, rendered) in enumerate(zip(views, batch.views))
+        for number, side in enumerate(to_pictures(rendered, spec).reshape(spec.count, len(chosen), spec.size, spec.size, 3))
+    ]
+    return batch.index.tolist(), pixels
 
 
 def neighbours_picture(

@@ -10,6 +10,7 @@ import torchvision.transforms.v2.functional as V2
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from sklearn.datasets import load_sample_images
 
+from fastssl.benchmarks.reference_views import torchvision_colour
 from fastssl.pipelines.augment import (
     augment,
     augment_device,
@@ -50,30 +51,6 @@ def neutral(count: int) -> np.ndarray:
     return draw(ViewSpec(jitter=0.0, grey=0.0, blur=0.0), count)
 
 
-def reference(view: torch.Tensor, record: np.void, spec: ViewSpec) -> tuple[torch.Tensor, torch.Tensor]:
-    """One view with torchvision's float operations: the result before normalisation, and each value's distance to the threshold."""
-    picture = view.float() / 255
-    if record["jitter"]:
-        for operation in record["order"]:
-            if operation == BRIGHTNESS:
-                picture = V2.adjust_brightness(picture, float(record["brightness"]))
-            elif operation == CONTRAST:
-                picture = V2.adjust_contrast(picture, float(record["contrast"]))
-            elif operation == SATURATION:
-                picture = V2.adjust_saturation(picture, float(record["saturation"]))
-            elif operation == HUE:
-                picture = V2.adjust_hue(picture, float(record["hue"]))
-    if record["grey"]:
-        picture = V2.rgb_to_grayscale(picture, num_output_channels=3)
-    if record["blur_sigma"] > 0:
-        picture = V2.gaussian_blur(picture, [2 * blur_radius(spec, picture.shape[-1]) + 1] * 2, [float(record["blur_sigma"])] * 2)
-    margin = torch.ones_like(picture)
-    if record["solarise"]:
-        margin = (picture - spec.solarise_threshold / 255).abs()
-        picture = V2.solarize(picture, spec.solarise_threshold / 255)
-    return picture, margin
-
-
 def on_device(views: torch.Tensor, plan: np.ndarray, spec: ViewSpec, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """The device driver on CPU tensors."""
     return augment_device(views, torch.from_numpy(parameter_table(plan)), spec, dtype)
@@ -96,7 +73,7 @@ def test_random_plans_equal_torchvision(driver, size: int, count: int, dtype: to
     result = driver(views, plan, spec, dtype)
     assert result.dtype == dtype and result.shape == views.shape
     assert result.is_contiguous(memory_format=torch.channels_last)
-    expected, margin = (torch.stack(part) for part in zip(*(reference(view, record, spec) for view, record in zip(views, plan))))
+    expected, margin = (torch.stack(part) for part in zip(*(torchvision_colour(view, record, spec) for view, record in zip(views, plan))))
     expected = V2.normalize(expected, list(spec.mean), list(spec.std))
     # A value that lies on the threshold to a rounding error may fall on either side of it.
     clear = margin > 1e-5
@@ -113,7 +90,7 @@ def test_the_samples_own_order_is_kept(driver, order: tuple[int, ...]) -> None:
     plan = neutral(4)
     plan["jitter"], plan["order"] = True, order
     plan["brightness"], plan["contrast"], plan["saturation"], plan["hue"] = 1.7, 0.4, 1.6, [0.3, -0.4, 0.1, 0.5]
-    expected = torch.stack([reference(view, record, spec)[0] for view, record in zip(views, plan)])
+    expected = torch.stack([torchvision_colour(view, record, spec)[0] for view, record in zip(views, plan)])
     assert (driver(views, plan, spec) - expected).abs().max() < 1e-5
     other = plan.copy()
     other["order"] = order[::-1]

@@ -6,15 +6,13 @@ import numpy as np
 import pytest
 import torch
 import torchvision.transforms.v2.functional as V2
-from PIL import Image
 from sklearn.datasets import load_sample_images
-from torchvision.transforms import InterpolationMode
 
+from fastssl.benchmarks.reference_views import pillow_crop, torchvision_crop
 from fastssl.pipelines import crop
 from fastssl.pipelines.crop import crop_resize_device, crop_resize_host, filter_matrices, plan_chunks
 from fastssl.pipelines.plan import VIEW_DTYPE, ViewSpec, draw_plan
 
-PIL_FILTER = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 SIZES = [(427, 640), (240, 320), (320, 213), (64, 64), (65, 63), (30, 200), (200, 24), (2, 30), (1, 1), (3, 2), (131, 97), (28, 28)]
 
 
@@ -55,21 +53,11 @@ def host(picture: np.ndarray, record: np.void, spec: ViewSpec) -> np.ndarray:
 
 
 def pillow(picture: np.ndarray, record: np.void, spec: ViewSpec) -> np.ndarray:
-    top, left, height, width = (int(record[name]) for name in ("top", "left", "height", "width"))
-    view = (
-        Image.fromarray(picture)
-        .crop((left, top, left + width, top + height))
-        .resize((spec.size, spec.size), PIL_FILTER[spec.interpolation])
-    )
-    return np.asarray(view)[:, ::-1] if record["flip"] else np.asarray(view)
+    return np.asarray(pillow_crop(picture, record, spec))
 
 
 def torchvision(picture: np.ndarray, record: np.void, spec: ViewSpec) -> np.ndarray:
-    box = [int(record[name]) for name in ("top", "left", "height", "width")]
-    view = V2.resized_crop(
-        torch.from_numpy(picture).permute(2, 0, 1), *box, [spec.size, spec.size], InterpolationMode(spec.interpolation), antialias=True
-    )
-    return (V2.horizontal_flip(view) if record["flip"] else view).permute(1, 2, 0).numpy()
+    return torchvision_crop(picture, record, spec).permute(1, 2, 0).numpy()
 
 
 def difference(a: np.ndarray, b: np.ndarray) -> tuple[float, int]:
