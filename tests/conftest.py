@@ -17,6 +17,14 @@ os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 
 
+def need_engine(name: str) -> None:
+    """Skip the test where an optional engine is not installed; fail it where FASTSSL_ALL_ENGINES says that all must be there."""
+    from fastssl.pipelines.engines import engine_state
+
+    if problem := engine_state(name).problem:
+        (pytest.fail if os.environ.get("FASTSSL_ALL_ENGINES") else pytest.skip)(f"{name}: {problem}")
+
+
 def make_photo(seed: int, height: int, width: int) -> np.ndarray:
     """A picture (height, width, 3) uint8 with the spectrum of a photo: smooth shapes, some edges, a little grain."""
     rng = np.random.default_rng(seed)

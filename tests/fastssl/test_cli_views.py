@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from conftest import need_engine
 from PIL import Image
 
 from fastssl.cli import main
@@ -33,6 +34,34 @@ def test_views_follow_the_seed(capsys, beton, tmp_path):
         assert run(capsys, "views", beton, "--recipe", "quickstart", "--out", tmp_path / name, "--samples", 2, "--seed", seed)[0] == 0
         pictures.append((tmp_path / name).read_bytes())
     assert pictures[0] == pictures[1] != pictures[2]
+
+
+def test_engines_stand_side_by_side(capsys, beton, tmp_path):
+    need_engine("dali")
+    need_engine("ffcv")
+
+    def width(*engines):
+        arguments = [argument for engine in engines for argument in ("--pipeline", engine)]
+        out = tmp_path / f"{len(engines)}.png"
+        assert run(capsys, "views", beton, "--recipe", "quickstart", "--out", out, "--samples", 1, *arguments)[0] == 0
+        with Image.open(out) as picture:
+            return picture.width
+
+    one, two, three = width("dali"), width("native", "dali"), width("native", "dali", "ffcv")
+    # Stored photo and two views; photo and (view, view, difference); two columns more for the third engine.
+    assert two - one == three - two - 120 == 120
+    assert run(capsys, "views", beton, "--recipe", "quickstart", "--out", tmp_path / "x.png", "--pipeline", "tfdata")[0] == 2
+
+
+def test_doctor_lists_the_engines(capsys, tmp_path):
+    need_engine("dali")
+    need_engine("ffcv")
+    status, printed, _ = run(capsys, "doctor", "--json", tmp_path / "doctor.json")
+    found = json.loads((tmp_path / "doctor.json").read_text())
+    assert status == 0 and [engine["name"] for engine in found["engines"]] == ["native", "dali", "ffcv"]
+    assert all(engine["problem"] is None for engine in found["engines"])
+    assert found["auto"]["engine"] == "native" and found["jpeg_hardware"]
+    assert "auto        native: " in printed and "dali        ready (nvidia-dali-cuda" in printed
 
 
 @pytest.mark.parametrize(

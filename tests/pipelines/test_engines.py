@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import make_photo
+from conftest import make_photo, need_engine
 
 from fastssl.benchmarks.reference_views import pillow_crop
 from fastssl.pipelines import BetonReader, BetonWriter, FastSSLError, JpegError, ViewLoader, ViewSpec
@@ -24,6 +24,13 @@ TWO_AND_SIX = [
     ViewSpec(size=24, count=6, area=(0.05, 0.3), solarise=0.2),
 ]
 OTHERS = ["dali", "ffcv"]
+
+
+@pytest.fixture(autouse=True)
+def installed(request: pytest.FixtureRequest) -> None:
+    engine = getattr(request.node, "callspec", None) and request.node.callspec.params.get("engine")
+    if engine in OTHERS:
+        need_engine(engine)
 
 
 def views(path: Path, specs: list[ViewSpec], **options: object) -> list[tuple[list[int], list[torch.Tensor]]]:
@@ -124,6 +131,8 @@ def test_a_batch_of_nothing_but_damage_is_an_error(engine: str, damaged: tuple[P
 
 
 def test_raw_pictures(tmp_path: Path) -> None:
+    need_engine("ffcv")
+    need_engine("dali")
     path = tmp_path / "raw.beton"
     with BetonWriter(path, 12) as writer:
         for k in range(12):
@@ -137,6 +146,7 @@ def test_raw_pictures(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 def test_the_compiled_resize_is_pillows(interpolation: str) -> None:
+    need_engine("ffcv")
     from fastssl.pipelines.ffcv import crop_resize
 
     rng = np.random.default_rng(0)
