@@ -66,7 +66,7 @@ def endless(loader: ViewLoader) -> Iterator:
         yield from loader.epoch(epoch)
 
 
-def _requests(loader: ViewLoader) -> Iterator[Callable[[], Request]]:
+def requests_of(loader: ViewLoader) -> Iterator[Callable[[], Request]]:
     for epoch in itertools.count():
         for step in range(len(loader)):
             yield partial(loader.request, epoch, step)
@@ -162,10 +162,10 @@ def run(
             return partial(stream_window, start, lambda batch: None, engine.stats, size, device)
 
         for key, engine in engines.items():
-            contenders[key] = stream(partial(lambda e, requests: e.run(_requests(requests)), engine, loaders[key]), engine)
+            contenders[key] = stream(partial(lambda e, requests: e.run(requests_of(requests)), engine, loaders[key]), engine)
         if host_crops:
             contenders["bare crops"] = BareLoop(reader, workers, recipe.views)
-            contenders["crops"] = stream(lambda: whole.engine.run(_requests(whole)), whole.engine)
+            contenders["crops"] = stream(lambda: whole.engine.run(requests_of(whole)), whole.engine)
         contenders["views"] = stream(lambda: endless(whole), whole.engine)
         try:
             windows = measure_windows(contenders, seconds=seconds, runs=runs)

@@ -35,7 +35,7 @@ def cells(record: Record) -> tuple[str, ...]:
 
 
 def _setting(record: Record, details: dict) -> list[str]:
-    found = [record.device, f"batch {record.batch_size}" if record.batch_size else None]
+    found = [details.get("loader"), record.device, f"batch {record.batch_size}" if record.batch_size else None]
     if record.workers:
         found.append(f"{record.workers} threads")
     if "amp" in details:
@@ -61,7 +61,8 @@ def _remarks(record: Record, details: dict) -> list[str]:
     if "host_cpu_of_bare" in details:
         remarks.append(f"{details['host_cpu_of_bare']:.2f}x the processor time of the bare loop")
     if record.ratio_to_peer is not None:
-        remarks.append(f"{record.ratio_to_peer:.2f}x {record.peer}")
+        ours = "native is " if "loader" in details else ""
+        remarks.append(f"{ours}{record.ratio_to_peer:.2f}x {record.peer}")
     return remarks
 
 

@@ -91,14 +91,22 @@ def bench() -> None:
 @batch_option
 @seconds_option
 @runs_option
+@click.option(
+    "--peers", is_flag=True, help="Instead: our three engines and other people's loaders, two MoCo-v2 views of 224 px, on the CPU."
+)
 @json_option
-def loader(recipes, overrides, data, photos, device, workers, batch_size, seconds, runs, json_path) -> None:
+@click.pass_context
+def loader(ctx, recipes, overrides, data, photos, device, workers, batch_size, seconds, runs, peers, json_path) -> None:
     """Decoding, the host's cost in the number of views, and the whole loader.
 
     \b
     fastssl bench loader --recipe light-moco-mobilenetv3 --seconds 10 --json out.jsonl
     fastssl bench loader --data photos.beton --workers 1 --workers 8
+    fastssl bench loader --peers --seconds 200 --json peers.jsonl
     """
+    if peers:
+        _peers(ctx, data, workers or (None,), batch_size, seconds, runs, photos, json_path)
+        return
     from fastssl.benchmarks.loader import run
     from fastssl.train import choose_device
 
@@ -114,6 +122,27 @@ def loader(recipes, overrides, data, photos, device, workers, batch_size, second
                 ),
             )
             for (recipe, name), source, threads in settings
+        ],
+    )
+
+
+def _peers(ctx: click.Context, data, workers, batch_size, seconds, runs, photos, json_path) -> None:
+    from fastssl.benchmarks.peers import run
+
+    for name in ("recipes", "overrides", "device"):
+        if ctx.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT:
+            raise click.UsageError(
+                f"--peers compares fixed views on the CPU; leave --{ {'recipes': 'recipe', 'overrides': 'set'}.get(name, name) } out"
+            )
+    options = {"seconds": seconds, "runs": runs, "photos": photos, **({} if batch_size is None else {"batch_size": batch_size})}
+    _measure(
+        json_path,
+        [
+            (
+                f"loaders, {source}{f', {threads} threads' if threads else ''}",
+                lambda source=source, threads=threads: run(source, workers=threads, **options),
+            )
+            for source, threads in itertools.product(data, workers)
         ],
     )
 

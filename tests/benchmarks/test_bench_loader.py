@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fastssl.benchmarks import photos
-from fastssl.benchmarks.loader import BareLoop, DecodeEngine, _requests, open_loader, run
+from fastssl.benchmarks.loader import BareLoop, DecodeEngine, open_loader, requests_of, run
 from fastssl.benchmarks.photos import describe_data, ensure_photos, find_data, write_photos
 from fastssl.benchmarks.windows import WARM_BATCHES, Window, measure_windows, rate, ratio, stream_window
 from fastssl.pipelines.beton import BetonReader
@@ -169,7 +169,7 @@ def test_a_file_smaller_than_a_batch_still_makes_long_epochs(beton: Path) -> Non
 def test_the_decode_engine_decodes_and_renders_nothing(beton: Path) -> None:
     with BetonReader(beton) as reader, open_loader(reader, [ViewSpec(size=16)], 8, CPU, workers=2, crops="device") as loader:
         engine = DecodeEngine(reader, loader.views, device=CPU, workers=2, crops="device")
-        run_ = engine.run(_requests(loader))
+        run_ = engine.run(requests_of(loader))
         rendered = next(run_)
         # What lies in the ring is the decoded batch, packed: the work that is being timed was done.
         slot = next(slot for slot in engine._slots if slot.job is not None and slot.job.result().request is rendered.request)

@@ -1,0 +1,251 @@
+"""Other people's ways to make two views of a photo, beside our engines, in one alternating run.
+
+Two tables. ``crops``: decode, two antialiased random crops, flip; uint8. ``augmented``: MoCo-v2's whole augmentation, normalised float32. Every contender reads the same
+``.beton`` file, from the page cache, with the same number of threads or worker processes, and gives batches of the same size.
+
+Peers are written here in the way that their documentation shows, or are installed packages (lightly: ``pip install 'fastssl-vision[peers]'``). One that is not installed is
+named in the result, not left out silently.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torchvision.transforms as T
+from PIL import Image, ImageFilter
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from fastssl.benchmarks.loader import endless, open_loader, requests_of
+from fastssl.benchmarks.photos import describe_data, find_data
+from fastssl.benchmarks.records import Record
+from fastssl.benchmarks.timing import MIN_RUNS
+from fastssl.benchmarks.windows import Window, measure_windows, rate, ratio, stream_window
+from fastssl.pipelines.beton import BetonReader
+from fastssl.pipelines.engine import EngineStats
+from fastssl.pipelines.engines import engine_state
+from fastssl.pipelines.native import available_cores
+from fastssl.pipelines.plan import ViewSpec
+
+#: The two views of MoCo-v2, and the same without colour.
+AUGMENTED = ViewSpec(size=224, count=2, area=(0.2, 1.0))
+CROPS = replace(AUGMENTED, jitter=0.0, grey=0.0, blur=0.0)
+_MEAN, _STD = AUGMENTED.mean, AUGMENTED.std
+
+Stream = Callable[[], Iterator[Any]]
+
+
+# ---------------------------------------------------------------------- DataLoader with Pillow
+
+
+class _Photos(IterableDataset):
+    """Photos for ever, in random order, decoded by Pillow; ``transform(picture)`` is called once a view."""
+
+    def __init__(self, path: Path, transform: Callable[[Image.Image], Any], views: int = 2):
+        self.path, self.transform, self.views = path, transform, views
+
+    def __iter__(self) -> Iterator[Any]:
+        # Opened here, in the worker: a map that is inherited would do, but this is how a careful user writes it.
+        with BetonReader(self.path) as reader:
+            while True:
+                for sample in torch.randperm(len(reader)).tolist():
+                    picture = Image.open(io.BytesIO(reader.encoded(sample).tobytes())).convert("RGB")
+                    yield self.transform(picture) if self.views == 1 else tuple(self.transform(picture) for _ in range(self.views))
+
+
+def _as_bytes(picture: Image.Image) -> torch.Tensor:
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+
+
+class _PillowBlur:
+    """MoCo's blur: Pillow's, sigma uniform in 0.1 .. 2."""
+
+    def __call__(self, picture: Image.Image) -> Image.Image:
+        return picture.filter(ImageFilter.GaussianBlur(random.uniform(*AUGMENTED.blur_sigma)))
+
+
+def torchvision_crops(size: int) -> Callable[[Image.Image], torch.Tensor]:
+    """torchvision's random crop and flip on Pillow pictures."""
+    return T.Compose([T.RandomResizedCrop(size, scale=CROPS.area), T.RandomHorizontalFlip(), T.Lambda(_as_bytes)])
+
+
+def torchvision_moco(size: int) -> Callable[[Image.Image], torch.Tensor]:
+    """MoCo-v2's augmentation from torchvision's transforms."""
+    return T.Compose(
+        [
+            T.RandomResizedCrop(size, scale=AUGMENTED.area),
+            T.RandomApply([T.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
+            T.RandomGrayscale(p=0.2),
+            T.RandomApply([_PillowBlur()], p=0.5),
+            T.RandomHorizontalFlip(),
+            T.ToTensor(),
+            T.Normalize(_MEAN, _STD),
+        ]
+    )
+
+
+def _data_loader(dataset: Dataset, batch_size: int, workers: int) -> Iterator[Any]:
+    loader = DataLoader(dataset, batch_size=batch_size, num_workers=workers, prefetch_factor=2)
+    iterator = iter(loader)
+    try:
+        yield from iterator
+    finally:
+        iterator._shutdown_workers()
+
+
+# ---------------------------------------------------------------------- FFCV and DALI as their documentation has them
+
+
+def _ffcv_per_view(path: Path, size: int, batch_size: int, workers: int) -> Stream:
+    """FFCV's loader with one pipeline a view: each decodes the photo again."""
+    from ffcv.fields.rgb_image import RandomResizedCropRGBImageDecoder
+    from ffcv.loader import Loader, OrderOption
+    from ffcv.pipeline.pipeline_spec import PipelineSpec
+    from ffcv.transforms import RandomHorizontalFlip, ToTensor
+
+    def pipeline() -> list:
+        return [RandomResizedCropRGBImageDecoder((size, size), scale=CROPS.area), RandomHorizontalFlip(), ToTensor()]
+
+    with BetonReader(path) as reader:
+        image, fields = reader.image_field, reader.field_names
+        repeated = np.tile(np.arange(len(reader)), max(1, -(-64 * batch_size // len(reader))))
+    second = PipelineSpec(image, decoder=None, transforms=pipeline())
+    threads = torch.get_num_threads()
+    pipelines = {**dict.fromkeys(fields), image: pipeline(), "second": second}
+    loader = Loader(str(path), batch_size, workers, os_cache=True, order=OrderOption.RANDOM, indices=repeated, pipelines=pipelines, seed=0)
+    torch.set_num_threads(threads)
+
+    def stream() -> Iterator[Any]:
+        try:
+            while True:
+                yield from loader
+        finally:
+            torch.set_num_threads(threads)
+
+    return stream
+
+
+def _dali_per_view(path: Path, size: int, batch_size: int, workers: int) -> Stream:
+    """DALI with a decoding random crop for each view."""
+    from nvidia.dali import fn, pipeline_def, types
+
+    def stream() -> Iterator[Any]:
+        with BetonReader(path) as reader:
+            order = np.random.default_rng(0)
+
+            def encoded() -> list[np.ndarray]:
+                return [reader.encoded(int(sample)) for sample in order.integers(0, len(reader), batch_size)]
+
+            @pipeline_def(batch_size=batch_size, num_threads=workers, device_id=None, prefetch_queue_depth=2)
+            def graph():
+                source = fn.external_source(source=encoded, batch=True, dtype=types.UINT8, ndim=1)
+                views = []
+                for seed in (1, 2):
+                    crop = fn.decoders.image_random_crop(
+                        source, device="cpu", output_type=types.RGB, random_area=list(CROPS.area), seed=seed
+                    )
+                    view = fn.resize(crop, size=[size, size], interp_type=types.INTERP_LINEAR, antialias=True)
+                    views.append(fn.flip(view, horizontal=fn.random.coin_flip()))
+                return tuple(views)
+
+            pipeline = graph()
+            pipeline.build()
+            while True:
+                yield [torch.from_dlpack(view.as_tensor()) for view in pipeline.run()]
+
+    return stream
+
+
+# ---------------------------------------------------------------------- the run
+
+
+def run(
+    data: str = "synthetic",
+    *,
+    size: int = AUGMENTED.size,
+    workers: int | None = None,
+    batch_size: int = 32,
+    seconds: float = 120.0,
+    runs: int = MIN_RUNS,
+    photos: int = 512,
+) -> list[Record]:
+    """Measure all contenders of both tables on the CPU.
+
+    Args:
+        data, photos: see :func:`fastssl.benchmarks.photos.find_data`.
+        size: of the views.
+        workers: threads or worker processes of each contender; default: the cores that this process may use.
+        seconds: of all counted windows together.
+
+    Returns:
+        One record for each of our engines and peer: ``details["part"]`` is ``crops`` or ``augmented``; a peer's ``ratio_to_peer`` is how many times
+        as fast `native` is in the same rounds.
+    """
+    workers = workers or available_cores()
+    path, name = find_data(data, photos)
+    missing: dict[str, str] = {}
+    with BetonReader(path) as reader:
+        about = {"data": describe_data(reader, name), "size": size}
+        loaders, contenders = [], {}
+        device = torch.device("cpu")
+
+        def add(part: str, contender: str, stream: Stream, stats: EngineStats | None = None) -> None:
+            window: Callable[[float], Window] = partial(
+                stream_window, stream, lambda batch: None, stats or EngineStats(), batch_size, device
+            )
+            contenders[part, contender] = window
+
+        for part, spec in (("crops", CROPS), ("augmented", AUGMENTED)):
+            for engine in ("native", "dali", "ffcv"):
+                if problem := engine_state(engine).problem:
+                    missing[engine] = problem
+                    continue
+                loader = open_loader(reader, [replace(spec, size=size)], batch_size, device, workers=workers, pipeline=engine)
+                loaders.append(loader)
+                if part == "crops":  # the engine's own work: uint8 views, as the peers give them
+                    add(part, engine, partial(lambda one: one.engine.run(requests_of(one)), loader), loader.stats)
+                else:
+                    add(part, engine, partial(endless, loader), loader.stats)
+        for part, transform in (("crops", torchvision_crops(size)), ("augmented", torchvision_moco(size))):
+            add(part, "torchvision on Pillow in a DataLoader", partial(_data_loader, _Photos(path, transform), batch_size, workers))
+        if importlib.util.find_spec("lightly"):
+            from lightly.transforms import MoCoV2Transform
+
+            dataset = _Photos(path, MoCoV2Transform(input_size=size), views=1)
+            add("augmented", "lightly's MoCoV2Transform in a DataLoader", partial(_data_loader, dataset, batch_size, workers))
+        else:
+            missing["lightly"] = "not installed"
+        if "ffcv" not in missing:
+            add("crops", "FFCV, a pipeline for each view", _ffcv_per_view(path, size, batch_size, workers))
+        if "dali" not in missing:
+            add("crops", "DALI, decoding for each view", _dali_per_view(path, size, batch_size, workers))
+        try:
+            windows = measure_windows(contenders, seconds=seconds, runs=runs)
+        finally:
+            for loader in loaders:
+                loader.close()
+    return [
+        Record(
+            bench="loader",
+            pipeline=contender if contender in ("native", "dali", "ffcv") else None,
+            device="cpu",
+            batch_size=batch_size,
+            workers=workers,
+            runs=runs,
+            pair_per_s=rate(found),
+            view_per_s=2 * rate(found),
+            median_s=batch_size / rate(found),
+            peer=None if contender == "native" else contender,
+            ratio_to_peer=None if contender == "native" else ratio(windows[part, "native"], found),
+            details={"part": part, "loader": contender, **about, "missing": missing},
+        )
+        for (part, contender), found in windows.items()
+    ]
