@@ -4,11 +4,9 @@ Takes uint8 views and their plan, gives normalised channels-last tensors. The se
 float pictures in 0 .. 1, operation by operation, clamped in between; the order is jitter (in the sample's own order), grey, blur,
 solarise (the flip happened in the crop).
 
-Two drivers share the operations, which work on three colour planes of shape (N, S * S):
+Two drivers give the same numbers:
 
-* `augment_host` sorts the samples by what was drawn, does only that, and works in pieces that stay in the cache and below the
-  size at which torch wakes its thread pool. It is meant to run beside decoding threads and a training step: on two busy cores a
-  call that wakes the pool waits for the other core's time slice, and the same work took 10 to 25 times as long.
+* `augment_host` is a compiled loop over samples, which does what was drawn and nothing else (see `compiled.py`).
 * `augment_device` has no branch, no shape and no host value that depends on the plan: the same kernels for every batch, so it can be
   captured in a CUDA graph or compiled. Hue has one place in each sample's order, so three blends, hue, three blends
   hold all 24 orders; places that a sample does not need blend with factor one, which changes nothing.
@@ -18,8 +16,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from concurrent.futures import Executor
 from functools import lru_cache
-from itertools import pairwise
 
 import numpy as np
 import torch
@@ -36,14 +34,13 @@ _BLENDS = 6
 _HUE, _GREY, _BLUR, _FALLOFF, _SOLARISE = range(3 * _BLENDS, 3 * _BLENDS + 5)
 _COLUMNS = 3 * _BLENDS + 5
 
-# torch runs element-wise operations of fewer elements than this on the calling thread alone.
-_SERIAL_ELEMENTS = 32768
-
-# Lines that `blur_in_bands` makes at a time: wider bands multiply more zeros, narrower ones make more calls.
-_BAND = 32
+# Samples that a thread takes at a time.
+_PART = 4
 
 
-def augment(views: Tensor, plan: NDArray[np.void], spec: ViewSpec, dtype: torch.dtype = torch.float32) -> Tensor:
+def augment(
+    views: Tensor, plan: NDArray[np.void], spec: ViewSpec, dtype: torch.dtype = torch.float32, pool: Executor | None = None
+) -> Tensor:
     """Apply the plan's colour operations and normalise.
 
     Args:
@@ -52,6 +49,7 @@ def augment(views: Tensor, plan: NDArray[np.void], spec: ViewSpec, dtype: torch.
         spec: the view group: solarise threshold, largest sigma, mean and std; jitter, hue, grey, blur and solarise are left out
             where it gives them no probability or strength.
         dtype: of the result. Everything is computed in float32 (on a GPU the blur multiplies in float16).
+        pool: threads that share the work on a CPU; None: the calling one alone. The result is the same to the last bit.
 
     Returns:
         (N, 3, S, S) of ``dtype`` in channels-last layout on the device of ``views``: (picture / 255 - mean) / std.
@@ -64,7 +62,7 @@ def augment(views: Tensor, plan: NDArray[np.void], spec: ViewSpec, dtype: torch.
         raise ValueError(f"plan must be a one-dimensional array of VIEW_DTYPE, got shape {plan.shape}")
     if views.is_cuda:
         return augment_device(views, to_device(parameter_table(plan), views.device), spec, dtype)
-    return augment_host(views, plan, spec, dtype)
+    return augment_host(views, plan, spec, dtype, pool)
 
 
 def _check(views: Tensor, count: int) -> None:
@@ -146,74 +144,33 @@ def augment_device(views: Tensor, table: Tensor, spec: ViewSpec, dtype: torch.dt
     return result
 
 
-def augment_host(views: Tensor, plan: NDArray[np.void], spec: ViewSpec, dtype: torch.dtype = torch.float32) -> Tensor:
-    """`augment` on the CPU: only what was drawn is computed, a few samples at a time. Arguments and result as there."""
+def augment_host(
+    views: Tensor, plan: NDArray[np.void], spec: ViewSpec, dtype: torch.dtype = torch.float32, pool: Executor | None = None
+) -> Tensor:
+    """`augment` on the CPU, compiled: only what was drawn is computed. Arguments and result as there."""
     _check(views, len(plan))
-    size = views.shape[-1]
-    result = torch.empty(views.shape, dtype=dtype, memory_format=torch.channels_last)
-    order = plan["order"].astype(np.int64)
-    hue_place = np.where(plan["jitter"], (order == HUE).argmax(axis=1), -1)
-    drawn = np.stack([hue_place, plan["blur_sigma"] > 0, plan["solarise"]], axis=1)
-    # Samples of a piece share hue's place and the costly operations; equal orders lie side by side, so that most blends of a
-    # piece are of one operation.
-    sequence = np.lexsort((order[:, 3], order[:, 2], order[:, 1], order[:, 0], plan["grey"], *drawn.T))
-    drawn, order, table = drawn[sequence], order[sequence], torch.from_numpy(parameter_table(plan)[sequence])
-    borders = [0, *(np.flatnonzero((drawn[1:] != drawn[:-1]).any(axis=1)) + 1).tolist(), len(plan)]
-    most = max(1, (_SERIAL_ELEMENTS - 1) // (size * size))
-    pieces = [(start, min(start + most, last)) for first, last in pairwise(borders) for start in range(first, last, most)]
-    radius = blur_radius(spec, size)
-    for start, end in pieces:
-        samples = torch.from_numpy(sequence[start:end])
-        column = table[start:end].split(1, dim=1)
-        planes = [torch.empty(end - start, size * size) for _ in range(3)]
-        # Views above 181 px are worked on in spans of rows. Pieces of several samples have one span.
-        rows = (_SERIAL_ELEMENTS - 1) // ((end - start) * size)
-        spans = [(row, min(row + rows, size)) for row in range(0, size, rows)]
-        for (top, bottom), part in zip(spans, _parts(planes, spans)):
-            for channel, plane in enumerate(part):
-                plane.copy_(views[:, channel, top:bottom].index_select(0, samples).flatten(1)).div_(255)
-        hue_at, blur, solarise = drawn[start].tolist()
-        if hue_at >= 0:
-            for place in range(4):
-                if place != hue_at:
-                    _blend_place(planes, spans, order[start:end, place], column[3 * (place + 2 * (place > hue_at)) :][:3])
-                elif spec.hue > 0:
-                    for part in _parts(planes, spans):
-                        for plane, turned in zip(part, turn_hue(part, column[_HUE])):
-                            plane.copy_(turned)
-        if column[_GREY].any():
-            for part in _parts(planes, spans):
-                mix_grey(part, column[_GREY])
-        if blur:
-            planes = [blur_in_bands(plane, column[_FALLOFF], radius) for plane in planes]
-        for (top, bottom), part in zip(spans, _parts(planes, spans)):
-            for channel, plane in enumerate(part):
-                plane = _normalise(solarised(plane, spec.solarise_threshold) if solarise else plane, spec, channel)
-                result[:, channel, top:bottom].index_copy_(0, samples, plane.to(dtype).view(end - start, bottom - top, size))
-    return result
+    from fastssl.pipelines.compiled import colour
 
+    count, size = len(plan), views.shape[-1]
+    source = views.permute(0, 2, 3, 1).contiguous().numpy().reshape(count, 3 * size * size)
+    result = torch.empty(count, size, size, 3)
+    out = result.numpy().reshape(count, 3 * size * size)
+    flags = np.stack([plan["jitter"], plan["grey"], plan["solarise"]], axis=1)
+    # By the operations' numbers: brightness, contrast, saturation, hue.
+    factors = np.stack([plan["brightness"], plan["contrast"], plan["saturation"], plan["hue"]], axis=1)
+    order, sigmas = plan["order"].astype(np.int64), np.ascontiguousarray(plan["blur_sigma"])
+    std, mean = np.array(spec.std, np.float32), np.array(spec.mean, np.float32)
+    radius, threshold = blur_radius(spec, size), np.float32(spec.solarise_threshold / 255)
 
-def _parts(planes: Sequence[Tensor], spans: Sequence[tuple[int, int]]) -> list[list[Tensor]]:
-    """Views of the planes, (N, rows * S) for each span of rows."""
-    size = math.isqrt(planes[0].shape[1])
-    return [[plane[:, top * size : bottom * size] for plane in planes] for top, bottom in spans]
+    def part(rows: slice) -> None:
+        mine = (source[rows], flags[rows], order[rows], factors[rows], sigmas[rows])
+        colour(*mine, radius, threshold, 1 / std, -mean / std, out[rows])
 
-
-def _blend_place(
-    planes: Sequence[Tensor], spans: Sequence[tuple[int, int]], operations: NDArray[np.int64], column: Sequence[Tensor]
-) -> None:
-    """One place of the jitter's order for one piece, in place: what none of its samples needs is not computed."""
-    factor, to_luminance, to_mean = column
-    parts = _parts(planes, spans)
-    shift = None
-    if (operations == CONTRAST).any():
-        shift = sum(luminance(part).sum(dim=1, keepdim=True) for part in parts) * (to_mean / planes[0].shape[1])
-    for part in parts:
-        other = shift
-        if (operations == SATURATION).any():
-            grey = luminance(part).mul_(to_luminance)
-            other = grey if shift is None else grey.add_(shift)
-        blend(part, factor, other)
+    # Costs differ from sample to sample: parts of a few samples even out between the threads.
+    step = count if pool is None else _PART
+    parts = [slice(start, start + step) for start in range(0, count, max(step, 1))]
+    list(map(part, parts) if pool is None else pool.map(part, parts))
+    return result.to(dtype).permute(0, 3, 1, 2)
 
 
 def _normalise(plane: Tensor, spec: ViewSpec, channel: int) -> Tensor:
@@ -294,50 +251,6 @@ def _blur_weights(falloff: Tensor, radius: int) -> Tensor:
     return weights / weights.sum(dim=1, keepdim=True)
 
 
-def blur_in_bands(plane: Tensor, falloff: Tensor, radius: int) -> Tensor:
-    """Gaussian blur of each sample with its own sigma, borders reflected; torchvision's gaussian_blur with kernel size 2 * radius + 1.
-
-    For the CPU. Away from the border every line is blurred by the same weights, so one small Toeplitz matrix per sample blurs
-    `_BAND` lines of the padded picture at a time. NumPy multiplies, because its BLAS keeps products this small on the
-    calling thread; torch's would wake a pool of threads that spins for longer than the product takes.
-
-    Args:
-        plane: (N, S * S) float32 on the host.
-        falloff: (N, 1), 1 / (2 sigma^2).
-        radius: 0 <= radius < S.
-
-    Returns:
-        (N, S * S), a new tensor.
-    """
-    count, area = plane.shape
-    size = math.isqrt(area)
-    weights = _blur_weights(falloff, radius).numpy()
-    toeplitz = np.zeros((count, _BAND, _BAND + 2 * radius), dtype=np.float32)
-    for line in range(_BAND):
-        toeplitz[:, line, line : line + 2 * radius + 1] = weights
-    bands = [(start, min(_BAND, size - start)) for start in range(0, size, _BAND)]
-    before, after = slice(radius, 0, -1), slice(size - 2, size - 2 - radius, -1) if radius < size - 1 else slice(size - 2, None, -1)
-
-    tall = np.empty((count, size + 2 * radius, size), dtype=np.float32)
-    source = plane.view(count, size, size).numpy()
-    tall[:, radius : radius + size] = source
-    if radius:
-        tall[:, :radius], tall[:, radius + size :] = source[:, before], source[:, after]
-    wide = np.empty((count, size, size + 2 * radius), dtype=np.float32)
-    center = wide[:, :, radius : radius + size]
-    for start, lines in bands:
-        np.matmul(
-            toeplitz[:, :lines, : lines + 2 * radius], tall[:, start : start + lines + 2 * radius], out=center[:, start : start + lines]
-        )
-    if radius:
-        wide[:, :, :radius], wide[:, :, radius + size :] = center[:, :, before], center[:, :, after]
-    result = np.empty((count, size, size), dtype=np.float32)
-    for start, lines in bands:
-        across = toeplitz[:, :lines, : lines + 2 * radius].transpose(0, 2, 1)
-        np.matmul(wide[:, :, start : start + lines + 2 * radius], across, out=result[:, :, start : start + lines])
-    return torch.from_numpy(result.reshape(count, area))
-
-
 def blur_matrices(falloff: Tensor, radius: int, size: int, dtype: torch.dtype) -> Tensor:
     """The same blur along one axis as matrices, reflection included: (N, 1) of 1 / (2 sigma^2) -> (N, S, S) of ``dtype``."""
     taps = _tap_matrices(size, radius, falloff.device, dtype)
@@ -345,7 +258,7 @@ def blur_matrices(falloff: Tensor, radius: int, size: int, dtype: torch.dtype) -
 
 
 def blur_by_matrices(plane: Tensor, matrices: Tensor) -> Tensor:
-    """The blur of `blur_in_bands` as two batched products M X M^T: more multiplications, but few kernels and all of them for tensor cores.
+    """The blur as two batched products M X M^T: more multiplications, but few kernels and all of them for tensor cores.
 
     With float16 matrices a result is off by less than 0.3/255; the products accumulate in float32.
 

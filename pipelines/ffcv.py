@@ -11,7 +11,6 @@ memory is taken for every place of a batch and of the queue at the size of the f
 
 from __future__ import annotations
 
-import math
 import queue
 import threading
 import time
@@ -34,6 +33,7 @@ from torch import Tensor
 
 from fastssl.pipelines.beton import BetonReader
 from fastssl.pipelines.check import SampleCheck
+from fastssl.pipelines.compiled import crop_resize
 from fastssl.pipelines.engine import Engine, EngineStats, Rendered, Request
 from fastssl.pipelines.native import available_cores
 from fastssl.pipelines.plan import ViewSpec
@@ -42,7 +42,7 @@ from fastssl.pipelines.plan import ViewSpec
 _BOX = 5
 
 
-# ---------------------------------------------------------------------- compiled: decode, antialiased resize
+# ---------------------------------------------------------------------- compiled: decode, and cut all views
 
 # libturbojpeg as FFCV has it loaded. FFCV's own call asks for the fast DCT and for chroma without smoothing, which is 1 grey level
 # from what every other decoder gives.
@@ -61,80 +61,6 @@ def _decode(data: np.ndarray, height: int, width: int) -> np.ndarray:
     _decompress(decoder, data.ctypes.data, data.size, image.ctypes.data, width, 3 * width, height, _RGB, _ACCURATE_DCT)
     _close_decoder(decoder)
     return image
-
-
-@numba.njit(nogil=True, error_model="numpy")
-def _weights(length: int, size: int, cubic: bool) -> tuple:
-    """First source pixel, number of taps and weights of every output pixel: Pillow's filters, normalised inside the box."""
-    scale = length / size
-    reduction = max(scale, 1.0)
-    support = (2.0 if cubic else 1.0) * reduction
-    first, taps = np.empty(size, np.int64), np.empty(size, np.int64)
-    weights = np.zeros((size, 2 * math.ceil(support) + 1), np.float32)
-    for i in range(size):
-        center = (i + 0.5) * scale
-        low, high = max(int(center - support + 0.5), 0), min(int(center + support + 0.5), length)
-        first[i], taps[i] = low, high - low
-        total = 0.0
-        for k in range(high - low):
-            x = abs((low + k - center + 0.5) / reduction)
-            if cubic:
-                if x < 1:
-                    w = (1.5 * x - 2.5) * x * x + 1
-                elif x < 2:
-                    w = ((-0.5 * x + 2.5) * x - 4) * x + 2
-                else:
-                    w = 0.0
-            else:
-                w = max(1.0 - x, 0.0)
-            weights[i, k] = w
-            total += w
-        for k in range(high - low):
-            weights[i, k] /= total
-    return first, taps, weights
-
-
-@numba.njit(nogil=True, error_model="numpy", fastmath=True)
-def _to_byte(value: float) -> int:
-    return np.uint8(min(max(value + np.float32(0.5), np.float32(0.0)), np.float32(255.0)))
-
-
-@numba.njit(nogil=True, error_model="numpy", fastmath=True)
-def crop_resize(image: np.ndarray, box: np.ndarray, cubic: bool, out: np.ndarray) -> None:
-    """Crop, resize and flip one view of one decoded picture, compiled. Differs from Pillow by at most 1/255, with the cubic by at most 3.
-
-    Args:
-        image: (H, W, 3) uint8. box: top, left, height, width, flip. cubic: bicubic instead of bilinear.
-        out: (S, S, 3) uint8, overwritten.
-    """
-    top, left, height, width, flip = box[0], box[1], box[2], box[3], box[4]
-    size = out.shape[0]
-    row_first, row_taps, row_weights = _weights(height, size, cubic)
-    column_first, column_taps, column_weights = _weights(width, size, cubic)
-    # Along the rows first, rounded and cut to 8 bits in between, as Pillow does: a cubic's overshoot at an edge is gone behind that.
-    narrow = np.empty((height, 3 * size), np.uint8)
-    for y in range(height):
-        row = image[top + y]
-        for x in range(size):
-            red, green, blue = np.float32(0), np.float32(0), np.float32(0)
-            for k in range(column_taps[x]):
-                w, pixel = column_weights[x, k], left + column_first[x] + k
-                red += w * row[pixel, 0]
-                green += w * row[pixel, 1]
-                blue += w * row[pixel, 2]
-            at = 3 * (size - 1 - x if flip else x)
-            narrow[y, at], narrow[y, at + 1], narrow[y, at + 2] = _to_byte(red), _to_byte(green), _to_byte(blue)
-    # Whole lines are added up here, which the compiler turns into vector instructions.
-    line = np.empty(3 * size, np.float32)
-    target = out.reshape((size, 3 * size))
-    for y in range(size):
-        line[:] = 0
-        for k in range(row_taps[y]):
-            w, source = row_weights[y, k], narrow[row_first[y] + k]
-            for x in range(3 * size):
-                line[x] += w * source[x]
-        for x in range(3 * size):
-            target[y, x] = _to_byte(line[x])
 
 
 class _DecodeOnce(SimpleRGBImageDecoder):
@@ -265,6 +191,10 @@ class FfcvEngine(Engine):
         self._checkers.shutdown(wait=True, cancel_futures=True)
 
 
+#: numba's own thread pool, which it falls back to where neither TBB nor OpenMP loads, ends the process when two threads use it at once.
+_COMPILED_LOOP = threading.Lock()
+
+
 class _Epoch(EpochIterator):
     """FFCV's epoch, whose thread also draws the plans, hands errors on, and can be stopped and joined."""
 
@@ -280,7 +210,8 @@ class _Epoch(EpochIterator):
             while not self.terminate_event.is_set() and (draw := next(self._requests, None)) is not None:
                 cpu = time.thread_time()
                 request = self._check(draw())
-                views = self.run_pipeline(0, _table(request), slot, None)[0]
+                with _COMPILED_LOOP:
+                    views = self.run_pipeline(0, _table(request), slot, None)[0]
                 slot = (slot + 1) % (self.loader.batches_ahead + 2)
                 self._put((request, views, time.thread_time() - cpu))
             self._put(None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from fastssl.pipelines.beton import BetonReader
 from fastssl.pipelines.engine import EngineStats, Request
 from fastssl.pipelines.engines import PIPELINES, open_engine
 from fastssl.pipelines.errors import FastSSLError
+from fastssl.pipelines.native import available_cores
 from fastssl.pipelines.order import batch_indices, steps_per_epoch
 from fastssl.pipelines.plan import ViewSpec, draw_plan
 
@@ -111,6 +113,8 @@ class ViewLoader:
         except Exception:
             self._close_reader()
             raise
+        # Threads start when they are first needed: none on a GPU.
+        self._colour = ThreadPoolExecutor(workers or available_cores(), "fastssl-colour")
 
     def _check_size(self) -> None:
         count = len(self.indices)
@@ -162,7 +166,7 @@ class ViewLoader:
                 index = rendered.request.index
                 yield Batch(
                     views=[
-                        augment(pixels, plan.reshape(-1), spec, dtype=self.dtype)
+                        augment(pixels, plan.reshape(-1), spec, self.dtype, self._colour)
                         for pixels, plan, spec in zip(rendered.views, rendered.request.plans, self.views)
                     ],
                     index=torch.from_numpy(index),
@@ -183,6 +187,7 @@ class ViewLoader:
     def close(self) -> None:
         """Join the threads and free the buffers; also closes the file if the loader opened it."""
         self.engine.close()
+        self._colour.shutdown(wait=True, cancel_futures=True)
         self._close_reader()
 
     def __enter__(self) -> ViewLoader:

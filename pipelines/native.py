@@ -192,7 +192,8 @@ class NativeEngine(Engine):
             return
         index = job.request.index
         self.stats.skipped.extend(int(index[position]) for position, _ in sorted(job.bad, key=lambda bad: bad[0]))
-        donors = give_places(job.request, [position for position, _ in job.bad], job.bad[0][1])
+        first = min(job.bad, key=lambda bad: bad[0])
+        donors = give_places(job.request, [position for position, _ in job.bad], first[1])
         for position, donor in donors.items():
             job.offsets[position] = job.offsets[donor]
             for view, spec in zip(job.views, self.specs):

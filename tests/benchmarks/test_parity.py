@@ -50,7 +50,7 @@ def test_every_engine_keeps_the_bound_of_every_operation(rows: list[parity.Row])
 
 def test_decoding_alone_is_the_same_everywhere(rows: list[parity.Row]) -> None:
     for (engine, _), found in rows[0].differences.items():
-        assert found.mean == 0 and found.most == 0, engine
+        assert found.most < 1e-3, engine  # the roundings of value / 255 * 255
 
 
 def test_an_engine_that_is_off_is_seen(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:

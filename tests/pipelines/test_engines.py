@@ -15,6 +15,7 @@ from conftest import make_photo, need_engine
 from fastssl.benchmarks.reference_views import pillow_crop
 from fastssl.pipelines import BetonReader, BetonWriter, FastSSLError, JpegError, ViewLoader, ViewSpec
 from fastssl.pipelines.beton import MODE_RAW
+from fastssl.pipelines.compiled import crop_resize
 from fastssl.pipelines.engines import choose_engine, engine_state
 from fastssl.pipelines.plan import VIEW_DTYPE
 
@@ -146,9 +147,6 @@ def test_raw_pictures(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 def test_the_compiled_resize_is_pillows(interpolation: str) -> None:
-    need_engine("ffcv")
-    from fastssl.pipelines.ffcv import crop_resize
-
     rng = np.random.default_rng(0)
     for trial in range(60):
         height, width = rng.integers(1, 90, 2)
