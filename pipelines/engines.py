@@ -67,7 +67,7 @@ def choose_engine(device: torch.device) -> tuple[str, str]:
     """What ``auto`` stands for on ``device``, and why: (name, reason)."""
     if device.type == "cuda":
         return "native", "decodes on the host's cores and crops on the GPU; measure the others with `fastssl bench loader`"
-    return "native", "the fastest of the three on CPUs (benchmarks/results/)"
+    return "native", "it needs no further package, and crops fastest on CPUs (benchmarks/results/)"
 
 
 def jpeg_hardware() -> str:
