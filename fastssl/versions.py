@@ -10,7 +10,7 @@ import torch
 
 from fastssl._version import __version__
 
-_PACKAGES = ("torch", "torchvision", "timm", "numpy", "simplejpeg", "pillow", "ffcv", "nvidia-dali-cuda130")
+_PACKAGES = ("torch", "torchvision", "timm", "numpy", "numba", "simplejpeg", "pillow", "ffcv", "nvidia-dali-cuda130")
 
 
 def describe_versions() -> dict[str, str]:

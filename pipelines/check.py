@@ -42,7 +42,9 @@ class SampleCheck:
             JpegError: a damaged sample, and ``on_bad`` is ``fail``; names file and sample.
             FastSSLError: all are damaged.
         """
-        new = [int(sample) for sample in np.unique(request.index) if not self._sound[sample] and int(sample) not in self._damaged]
+        # After the first epoch this is empty: looking costs one indexing a batch.
+        unknown = np.unique(request.index[~self._sound[request.index]]).tolist()
+        new = [sample for sample in unknown if sample not in self._damaged]
         for sample, error in zip(new, self._pool.map(self._look, new)):
             if error is None:
                 self._sound[sample] = True
