@@ -26,7 +26,7 @@ from fastssl.benchmarks.records import Record
 from fastssl.benchmarks.timing import MIN_RUNS
 from fastssl.benchmarks.windows import Window, measure_windows, rate, ratio, stream_window, wait_share
 from fastssl.pipelines.beton import MODE_RAW, BetonReader
-from fastssl.pipelines.crop import crop_resize_host
+from fastssl.pipelines.crop import boxes_of, crop_resize_host
 from fastssl.pipelines.engine import Request
 from fastssl.pipelines.loader import ViewLoader
 from fastssl.pipelines.native import NativeEngine, available_cores
@@ -82,10 +82,10 @@ class BareLoop:
     def __init__(self, reader: BetonReader, threads: int, specs: Sequence[ViewSpec] = ()):
         self.reader, self.threads, self.specs = reader, threads, list(specs)
         ids = np.arange(len(reader))
-        self.plans, first_view = [], 0
+        self.boxes, first_view = [], 0
         for spec in self.specs:
             plan = draw_plan(spec, first_view=first_view, seed=0, epoch=0, sample_ids=ids, heights=reader.heights, widths=reader.widths)
-            self.plans.append(plan)
+            self.boxes.append(boxes_of(plan))
             first_view += spec.count
 
     def __call__(self, seconds: float) -> Window:
@@ -100,7 +100,7 @@ class BareLoop:
         cpu = time.thread_time()
         reader, count = self.reader, len(self.reader)
         scratch = np.empty(int((reader.heights.astype(np.int64) * reader.widths).max()) * 3, np.uint8)
-        outs = [torch.empty(spec.size, spec.size, 3, dtype=torch.uint8) for spec in self.specs]
+        outs = [np.empty((spec.count, 1, spec.size, spec.size, 3), np.uint8) for spec in self.specs]
         # Each thread begins elsewhere: two that decode the same picture would share the caches' content.
         for done in itertools.count(1):
             sample = (number * count // self.threads + done) % count
@@ -110,9 +110,8 @@ class BareLoop:
                 np.copyto(picture, reader.encoded(sample).reshape(picture.shape))
             else:
                 simplejpeg.decode_jpeg(reader.encoded(sample), colorspace="RGB", buffer=picture, strict=True)
-            for plan, spec, out in zip(self.plans, self.specs, outs):
-                for view in range(spec.count):
-                    crop_resize_host(picture, plan[view, sample], spec, out)
+            for boxes, spec, out in zip(self.boxes, self.specs, outs):
+                crop_resize_host(picture, boxes[sample], spec, out, 0)
             if time.perf_counter() >= deadline:
                 return done, time.thread_time() - cpu
         raise AssertionError("unreachable: itertools.count does not end")

@@ -16,7 +16,7 @@ from fastssl.benchmarks.records import Record
 from fastssl.benchmarks.timing import MIN_RUNS, measure_in_turns
 from fastssl.pipelines.augment import augment
 from fastssl.pipelines.beton import BetonReader
-from fastssl.pipelines.crop import crop_resize_device, crop_resize_host
+from fastssl.pipelines.crop import boxes_of, crop_resize_device, crop_resize_host
 from fastssl.pipelines.plan import draw_plan
 from fastssl.recipe import Recipe
 
@@ -58,15 +58,15 @@ def run(
         first_view += spec.count
     packed = torch.from_numpy(np.concatenate([pictures[int(sample)].reshape(-1) for sample in ids])).to(device)
     offsets = np.concatenate([[0], np.cumsum(heights * widths * 3)[:-1]])
+    boxes = [boxes_of(plan) for plan in plans]
     slots = [torch.empty(spec.count, batch, spec.size, spec.size, 3, dtype=torch.uint8) for spec in recipe.views]
 
     def crop() -> list[Tensor]:
         if device.type == "cuda":
             return crop_resize_device(packed, offsets, heights, widths, plans, recipe.views)
         for position, sample in enumerate(ids):
-            for plan, spec, slot in zip(plans, recipe.views, slots):
-                for view in range(spec.count):
-                    crop_resize_host(pictures[int(sample)], plan[view, position], spec, slot[view, position])
+            for table, spec, slot in zip(boxes, recipe.views, slots):
+                crop_resize_host(pictures[int(sample)], table[position], spec, slot.numpy(), position)
         return [slot.flatten(0, 1).permute(0, 3, 1, 2) for slot in slots]
 
     def colour(cropped: list[Tensor]) -> list[Tensor]:
@@ -83,10 +83,10 @@ def run(
         runs=runs,
     )
     bandwidth = 2 * source.numel() / timings["copy"].median_s
-    boxes = float(sum(3 * (plan["height"].astype(np.int64) * plan["width"]).sum() for plan in plans))
+    box_pixels = float(sum(3 * (plan["height"].astype(np.int64) * plan["width"]).sum() for plan in plans))
     pixels = float(sum(spec.count * batch * 3 * spec.size**2 for spec in recipe.views))
     # crop: boxes in, bytes out. colour: bytes in, float32 out. whole: the bytes between the two need not exist.
-    moved = {"crop": boxes + pixels, "colour": 5 * pixels, "whole": boxes + 4 * pixels}
+    moved = {"crop": box_pixels + pixels, "colour": 5 * pixels, "whole": box_pixels + 4 * pixels}
     views = sum(spec.count for spec in recipe.views)
     records = []
     for stage, size in moved.items():

@@ -34,13 +34,10 @@ from torch import Tensor
 from fastssl.pipelines.beton import BetonReader
 from fastssl.pipelines.check import SampleCheck
 from fastssl.pipelines.compiled import crop_resize
+from fastssl.pipelines.crop import BOX, boxes_of
 from fastssl.pipelines.engine import Engine, EngineStats, Rendered, Request
 from fastssl.pipelines.native import available_cores
 from fastssl.pipelines.plan import ViewSpec
-
-#: numbers a view in a row of the request table: top, left, height, width, flip
-_BOX = 5
-
 
 # ---------------------------------------------------------------------- compiled: decode, and cut all views
 
@@ -77,7 +74,8 @@ class _DecodeOnce(SimpleRGBImageDecoder):
 
     def generate_code(self) -> Callable:
         read, decode_jpeg, cut, places = self.memory_read, _decode, crop_resize, Compiler.get_iterator()
-        jpg, views, box = IMAGE_MODES["jpg"], len(self.specs), _BOX
+        jpg, views, box = IMAGE_MODES["jpg"], len(self.specs), len(BOX)
+        largest = max(spec.size for spec in self.specs)
         cubic = np.array([spec.interpolation == "bicubic" for spec in self.specs])
 
         def decode(rows, destinations, metadata, storage_state):
@@ -87,8 +85,9 @@ class _DecodeOnce(SimpleRGBImageDecoder):
                 data = read(field["data_ptr"], storage_state)
                 height, width = np.int64(field["height"]), np.int64(field["width"])
                 image = decode_jpeg(data, height, width) if field["mode"] == jpg else data.reshape((height, width, 3))
+                scratch = np.empty((height, 3 * largest + 1), np.uint8)
                 for view in range(views):
-                    cut(image, row[1 + box * view : 1 + box * (view + 1)], cubic[view], destinations[view][place])
+                    cut(image, row[1 + box * view : 1 + box * (view + 1)], cubic[view], scratch, destinations[view][place])
             return destinations
 
         decode.is_parallel = True
@@ -242,8 +241,7 @@ class _Epoch(EpochIterator):
 
 def _table(request: Request) -> np.ndarray:
     """(B, 1 + 5 V) int64: the sample, then each view's box and flip."""
-    columns = [request.index]
-    for plan in request.plans:
-        for view in plan:
-            columns += [view["top"], view["left"], view["height"], view["width"], view["flip"]]
-    return np.stack([np.asarray(column, np.int64) for column in columns], axis=1)
+    batch = len(request.index)
+    return np.concatenate(
+        [request.index.reshape(batch, 1), *(boxes_of(plan).reshape(batch, len(BOX) * len(plan)) for plan in request.plans)], axis=1
+    )

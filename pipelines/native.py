@@ -2,7 +2,7 @@
 
 Two ways to crop, one interface:
 
-* ``host``: a worker decodes into its own scratch memory and cuts every view from it with torch's antialiased resize.
+* ``host``: a worker decodes into its own scratch memory and cuts every view from it in one compiled call.
   For CPU training, where host and device are the same silicon.
 * ``device``: a worker decodes straight into a packed, pinned buffer; one copy moves it; all views of all samples are
   then cut by two batched matrix products on the device. The host's work does not grow with the number of views.
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from fastssl.pipelines.beton import BetonReader
 from fastssl.pipelines.check import give_places
-from fastssl.pipelines.crop import crop_resize_device, crop_resize_host
+from fastssl.pipelines.crop import boxes_of, crop_resize_device, crop_resize_host
 from fastssl.pipelines.engine import Engine, EngineStats, Rendered, Request
 from fastssl.pipelines.errors import BetonError, JpegError
 from fastssl.pipelines.plan import ViewSpec
@@ -81,6 +81,8 @@ class _Job:
         self.numel = numel  # bytes of the packed buffer that are used
         self.parts: list[Future] = []
         self.views: list[Tensor] = []
+        self.boxes: list[np.ndarray] = []  # (B, count, 5) a group, and its views as (count, B, S, S, 3): what host crops are told
+        self.arrays: list[np.ndarray] = []
         self.bad: list[tuple[int, Exception]] = []
 
 
@@ -220,6 +222,8 @@ class NativeEngine(Engine):
         job = _Job(request, offsets[:-1].copy(), int(offsets[-1]) + spare)
         if self.crops == "host":
             job.views = slot.reserve_views(self.specs, batch)
+            job.boxes = [boxes_of(plan) for plan in request.plans]
+            job.arrays = [view.numpy().reshape(spec.count, batch, *view.shape[1:]) for view, spec in zip(job.views, self.specs)]
         else:
             slot.reserve(job.numel)
         # Four parts a worker: small enough that no thread idles at the end of a batch, large enough that handing
@@ -255,10 +259,8 @@ class NativeEngine(Engine):
             return
         source = self._scratch_for(height, width)
         self.reader.decode_into(sample, source)
-        batch = len(job.request.index)
-        for plan, view, spec in zip(job.request.plans, job.views, self.specs):
-            for number in range(spec.count):
-                crop_resize_host(source, plan[number, position], spec, view[number * batch + position])
+        for boxes, views, spec in zip(job.boxes, job.arrays, self.specs):
+            crop_resize_host(source, boxes[position], spec, views, position)
 
     def _scratch_for(self, height: int, width: int) -> np.ndarray:
         """This thread's decode memory, shaped (height, width, 3)."""

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 import torchvision.transforms.v2.functional as V2
+from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from fastssl.benchmarks.reference_views import pillow_crop, torchvision_crop
 from fastssl.pipelines import crop
-from fastssl.pipelines.crop import crop_resize_device, crop_resize_host, filter_matrices, plan_chunks
+from fastssl.pipelines.crop import boxes_of, crop_resize_device, crop_resize_host, filter_matrices, plan_chunks
 from fastssl.pipelines.plan import VIEW_DTYPE, ViewSpec, draw_plan
 
 SIZES = [(427, 640), (240, 320), (320, 213), (64, 64), (65, 63), (30, 200), (200, 24), (2, 30), (1, 1), (3, 2), (131, 97), (28, 28)]
@@ -47,13 +48,22 @@ def plans_for(specs: list[ViewSpec], heights: np.ndarray, widths: np.ndarray, se
 
 
 def host(picture: np.ndarray, record: np.void, spec: ViewSpec) -> np.ndarray:
-    out = torch.zeros(spec.size, spec.size, 3, dtype=torch.uint8)
-    crop_resize_host(picture, record, spec, out)
-    return out.numpy()
+    views = np.zeros((1, 1, spec.size, spec.size, 3), np.uint8)
+    crop_resize_host(picture, boxes_of(np.array([[record]]))[0], spec, views, 0)
+    return views[0, 0]
 
 
 def pillow(picture: np.ndarray, record: np.void, spec: ViewSpec) -> np.ndarray:
     return np.asarray(pillow_crop(picture, record, spec))
+
+
+def pillow_in_passes(picture: np.ndarray, record: np.void, spec: ViewSpec) -> np.ndarray:
+    """Pillow along the rows, then along the columns, as it always did until version 13 chose by the shape."""
+    top, left, height, width = (int(record[name]) for name in ("top", "left", "height", "width"))
+    how = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}[spec.interpolation]
+    narrow = Image.fromarray(picture[top : top + height, left : left + width]).resize((spec.size, height), how)
+    view = np.asarray(narrow.resize((spec.size, spec.size), how))
+    return view[:, ::-1] if record["flip"] else view
 
 
 def torchvision(picture: np.ndarray, record: np.void, spec: ViewSpec) -> np.ndarray:
@@ -94,14 +104,53 @@ def test_both_paths_equal_torchvision_and_pillow(photos: list[np.ndarray], inter
         for (view, sample), record in np.ndenumerate(plan):
             expected = torchvision(photos[sample], record, spec)
             on_host = host(photos[sample], record, spec)
-            mean, most = difference(on_host, expected)
-            assert most <= 1 and mean <= 0.1, (photos[sample].shape, record)
-            mean, most = difference(views[view, sample], expected)
-            assert most <= 3 and mean <= 0.5, (photos[sample].shape, record)
             for ours in (on_host, views[view, sample]):
                 mean, most = difference(ours, pillow(photos[sample], record, spec))
-                # The cubic overshoots and is cut to 8 bits between the passes; Pillow may choose the other pass first.
+                # The cubic overshoots and is cut to 8 bits between the passes; which pass is first then matters.
                 assert mean <= 0.5 and most <= (1 if interpolation == "bilinear" else 12), (photos[sample].shape, record)
+            for ours, bound in ((on_host, 0.2), (views[view, sample], 0.5)):
+                mean, most = difference(ours, expected)  # torchvision's uint8 cubic keeps its weights in 16 bits
+                assert most <= 3 and mean <= bound, (photos[sample].shape, record)
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_the_host_path_equals_pillow_whatever_the_box(interpolation: str) -> None:
+    """Few rows, one column, boxes up to the last pixel, enlarged and reduced: every way through the compiled loops."""
+    rng = np.random.default_rng(0)
+    for trial in range(300):
+        height, width = rng.integers(1, 90, 2)
+        picture = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        spec = ViewSpec(size=int(rng.integers(8, 60)), interpolation=interpolation)
+        high, wide = rng.integers(1, height + 1), rng.integers(1, width + 1)
+        record = box(rng.integers(0, height - high + 1), rng.integers(0, width - wide + 1), high, wide, flip=bool(trial % 2))
+        mean, most = difference(host(picture, record, spec), pillow_in_passes(picture, record, spec))
+        # What lies half way between two grey levels may round otherwise, in both passes.
+        assert most <= 2 and mean < 0.2, (picture.shape, record, spec.size)
+
+
+def test_the_host_path_reads_and_writes_nothing_else() -> None:
+    """Its vectors are a byte longer than a pixel: neighbours in the batch and the bytes behind the picture are left alone."""
+    spec = ViewSpec(size=9, count=2)
+    picture = np.random.default_rng(0).integers(0, 256, (7, 11, 3), dtype=np.uint8)
+    boxes = boxes_of(np.array([[box(0, 0, 7, 11)], [box(3, 5, 4, 6, flip=True)]]))[0]
+    views = np.full((2, 3, 9, 9, 3), 77, np.uint8)
+    crop_resize_host(picture, boxes, spec, views, 1)
+    assert (views[:, [0, 2]] == 77).all()
+    guarded = np.full(picture.size + 64, 255, np.uint8)
+    guarded[: picture.size] = picture.ravel()
+    again = np.zeros_like(views)
+    crop_resize_host(guarded[: picture.size].reshape(picture.shape), boxes, spec, again, 1)
+    assert np.array_equal(views[:, 1], again[:, 1])
+
+
+def test_the_host_path_refuses_what_would_leave_its_memory() -> None:
+    spec, picture, views = ViewSpec(size=8), np.zeros((10, 12, 3), np.uint8), np.zeros((1, 2, 8, 8, 3), np.uint8)
+    for wrong in ([-1, 0, 5, 5, 0], [0, -1, 5, 5, 0], [6, 0, 5, 5, 0], [0, 8, 5, 5, 0], [0, 0, 0, 5, 0], [0, 0, 5, 0, 0]):
+        with pytest.raises(ValueError, match="outside its picture"):
+            crop_resize_host(picture, np.array([wrong]), spec, views, 0)
+    for place, sizes in ((2, (1, 2, 8, 8, 3)), (-1, (1, 2, 8, 8, 3)), (0, (2, 2, 8, 8, 3)), (0, (1, 2, 9, 9, 3))):
+        with pytest.raises(ValueError, match="do not go to place"):
+            crop_resize_host(picture, np.array([[0, 0, 5, 5, 0]]), spec, np.zeros(sizes, np.uint8), place)
 
 
 def test_device_path_with_half_precision(photos: list[np.ndarray], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,12 +12,9 @@ import pytest
 import torch
 from conftest import make_photo, need_engine
 
-from fastssl.benchmarks.reference_views import pillow_crop
 from fastssl.pipelines import BetonReader, BetonWriter, FastSSLError, JpegError, ViewLoader, ViewSpec
 from fastssl.pipelines.beton import MODE_RAW
-from fastssl.pipelines.compiled import crop_resize
 from fastssl.pipelines.engines import choose_engine, engine_state
-from fastssl.pipelines.plan import VIEW_DTYPE
 
 TWO = [ViewSpec(size=32, count=2, area=(0.2, 1.0))]
 TWO_AND_SIX = [
@@ -143,25 +140,6 @@ def test_raw_pictures(tmp_path: Path) -> None:
     assert mean <= 0.5
     with pytest.raises(FastSSLError, match="12 of its pictures are stored raw, which DALI cannot decode"):
         ViewLoader(path, TWO, 4, pipeline="dali")
-
-
-@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
-def test_the_compiled_resize_is_pillows(interpolation: str) -> None:
-    rng = np.random.default_rng(0)
-    for trial in range(60):
-        height, width = rng.integers(1, 90, 2)
-        picture = make_photo(trial, int(height), int(width))
-        size = int(rng.integers(8, 60))
-        record = np.zeros((), VIEW_DTYPE)
-        record["height"], record["width"] = rng.integers(1, height + 1), rng.integers(1, width + 1)
-        record["top"], record["left"] = rng.integers(0, height - record["height"] + 1), rng.integers(0, width - record["width"] + 1)
-        record["flip"] = trial % 2
-        made = np.empty((size, size, 3), np.uint8)
-        expected = np.asarray(pillow_crop(picture, record, ViewSpec(size=size, interpolation=interpolation)))
-        box = np.array([record[name] for name in ("top", "left", "height", "width", "flip")], np.int64)
-        crop_resize(picture, box, interpolation == "bicubic", made)
-        apart = np.abs(made.astype(int) - expected.astype(int))
-        assert apart.max() <= (1 if interpolation == "bilinear" else 3) and apart.mean() < 0.3, (picture.shape, record, size)
 
 
 def test_what_is_missing_is_said_with_its_remedy(beton: Path, monkeypatch: pytest.MonkeyPatch) -> None:
