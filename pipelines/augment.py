@@ -24,7 +24,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fastssl.pipelines.compiled import colour
 from fastssl.pipelines.crop import to_device
+from fastssl.pipelines.memory import RecycledMemory
 from fastssl.pipelines.plan import CONTRAST, HUE, SATURATION, VIEW_DTYPE, ViewSpec
 
 _LUMINANCE = (0.2989, 0.587, 0.114)  # ITU-R 601-2, with torchvision's digits
@@ -39,7 +41,12 @@ _PART = 4
 
 
 def augment(
-    views: Tensor, plan: NDArray[np.void], spec: ViewSpec, dtype: torch.dtype = torch.float32, pool: Executor | None = None
+    views: Tensor,
+    plan: NDArray[np.void],
+    spec: ViewSpec,
+    dtype: torch.dtype = torch.float32,
+    pool: Executor | None = None,
+    memory: RecycledMemory | None = None,
 ) -> Tensor:
     """Apply the plan's colour operations and normalise.
 
@@ -50,6 +57,7 @@ def augment(
             where it gives them no probability or strength.
         dtype: of the result. Everything is computed in float32 (on a GPU the blur multiplies in float16).
         pool: threads that share the work on a CPU; None: the calling one alone. The result is the same to the last bit.
+        memory: where the result lies, on a CPU; None: new memory.
 
     Returns:
         (N, 3, S, S) of ``dtype`` in channels-last layout on the device of ``views``: (picture / 255 - mean) / std.
@@ -62,7 +70,7 @@ def augment(
         raise ValueError(f"plan must be a one-dimensional array of VIEW_DTYPE, got shape {plan.shape}")
     if views.is_cuda:
         return augment_device(views, to_device(parameter_table(plan), views.device), spec, dtype)
-    return augment_host(views, plan, spec, dtype, pool)
+    return augment_host(views, plan, spec, dtype, pool, memory)
 
 
 def _check(views: Tensor, count: int) -> None:
@@ -145,15 +153,18 @@ def augment_device(views: Tensor, table: Tensor, spec: ViewSpec, dtype: torch.dt
 
 
 def augment_host(
-    views: Tensor, plan: NDArray[np.void], spec: ViewSpec, dtype: torch.dtype = torch.float32, pool: Executor | None = None
+    views: Tensor,
+    plan: NDArray[np.void],
+    spec: ViewSpec,
+    dtype: torch.dtype = torch.float32,
+    pool: Executor | None = None,
+    memory: RecycledMemory | None = None,
 ) -> Tensor:
     """`augment` on the CPU, compiled: only what was drawn is computed. Arguments and result as there."""
     _check(views, len(plan))
-    from fastssl.pipelines.compiled import colour
-
     count, size = len(plan), views.shape[-1]
     source = views.permute(0, 2, 3, 1).contiguous().numpy().reshape(count, 3 * size * size)
-    result = torch.empty(count, size, size, 3)
+    result = (memory or RecycledMemory()).take(count, size, size, 3)
     out = result.numpy().reshape(count, 3 * size * size)
     flags = np.stack([plan["jitter"], plan["grey"], plan["solarise"]], axis=1)
     # By the operations' numbers: brightness, contrast, saturation, hue.

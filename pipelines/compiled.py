@@ -225,28 +225,33 @@ def _turn_hue(planes: np.ndarray, shift: float) -> None:
 
 
 @_compiled
-def _blur(plane: np.ndarray, size: int, weights: np.ndarray, half: np.ndarray, line: np.ndarray) -> None:
-    """Gaussian blur of one (S * S) plane in place, borders reflected. half: (S, S) and line: (S + 2 radius) are scratch."""
-    radius = len(weights) // 2
+def _blur(plane: np.ndarray, weights: np.ndarray, half: np.ndarray, line: np.ndarray) -> None:
+    """Gaussian blur of one (S, S) plane in place, borders reflected. half: (S, S) and line: (S + 2 radius) are scratch.
+
+    The two neighbours at a distance share a weight. Loops run over slices, whose indices the compiler knows to be positive: that makes
+    them vector instructions.
+    """
+    size, radius = len(plane), len(weights) // 2
     for y in range(size):
-        half[y] = _ZERO
-        for k in range(len(weights)):
-            row = abs(y + k - radius)
-            row = min(row, 2 * (size - 1) - row)
-            w = weights[k]
-            for x in range(size):
-                half[y, x] += w * plane[row * size + x]
-    for y in range(size):
+        w, row, total = weights[radius], plane[y], half[y]
         for x in range(size):
-            line[radius + x] = half[y, x]
+            total[x] = w * row[x]
         for k in range(1, radius + 1):
-            line[radius - k], line[radius + size - 1 + k] = half[y, k], half[y, size - 1 - k]
-        out = plane[y * size : (y + 1) * size]
-        out[:] = _ZERO
-        for k in range(len(weights)):
-            w = weights[k]
+            w, above, below = weights[radius + k], plane[abs(y - k)], plane[min(y + k, 2 * (size - 1) - y - k)]
             for x in range(size):
-                out[x] += w * line[k + x]
+                total[x] += w * (above[x] + below[x])
+    for y in range(size):
+        row, out, middle = half[y], plane[y], line[radius : radius + size]
+        middle[:] = row
+        for k in range(1, radius + 1):
+            line[radius - k], line[radius + size - 1 + k] = row[k], row[size - 1 - k]
+        w = weights[radius]
+        for x in range(size):
+            out[x] = w * middle[x]
+        for k in range(1, radius + 1):
+            w, left, right = weights[radius + k], line[radius - k : radius - k + size], line[radius + k : radius + k + size]
+            for x in range(size):
+                out[x] += w * (left[x] + right[x])
 
 
 @_compiled
@@ -308,7 +313,7 @@ def colour(
         if sigmas[sample] > 0:
             weights = _gaussian(sigmas[sample], radius)
             for c in range(3):
-                _blur(planes[c], size, weights, half, line)
+                _blur(planes[c].reshape((size, size)), weights, half, line)
         if flags[sample, 2]:
             for c in range(3):
                 for i in range(count):

@@ -17,6 +17,7 @@ from fastssl.pipelines.beton import BetonReader
 from fastssl.pipelines.engine import EngineStats, Request
 from fastssl.pipelines.engines import PIPELINES, open_engine
 from fastssl.pipelines.errors import FastSSLError
+from fastssl.pipelines.memory import RecycledMemory
 from fastssl.pipelines.native import available_cores
 from fastssl.pipelines.order import batch_indices, steps_per_epoch
 from fastssl.pipelines.plan import ViewSpec, draw_plan
@@ -115,6 +116,7 @@ class ViewLoader:
             raise
         # Threads start when they are first needed: none on a GPU.
         self._colour = ThreadPoolExecutor(workers or available_cores(), "fastssl-colour")
+        self._memory = [RecycledMemory() for _ in self.views]
 
     def _check_size(self) -> None:
         count = len(self.indices)
@@ -166,8 +168,8 @@ class ViewLoader:
                 index = rendered.request.index
                 yield Batch(
                     views=[
-                        augment(pixels, plan.reshape(-1), spec, self.dtype, self._colour)
-                        for pixels, plan, spec in zip(rendered.views, rendered.request.plans, self.views)
+                        augment(pixels, plan.reshape(-1), spec, self.dtype, self._colour, memory)
+                        for pixels, plan, spec, memory in zip(rendered.views, rendered.request.plans, self.views, self._memory)
                     ],
                     index=torch.from_numpy(index),
                     label=torch.from_numpy(self._labels(index)),

@@ -187,30 +187,29 @@ def draw_plan(
     if ids.size and min(heights.min(), widths.min()) < 1:
         raise ValueError(f"sample {ids[np.minimum(heights, widths).argmin()]} has an empty picture")
     views = first_view + np.arange(spec.count)[:, None]  # (count, 1)
-
-    def words(slot: int) -> NDArray[np.uint32]:
-        return keyed_words(seed, Stream.PLAN, epoch, ids, views, slot)  # (4, count, B)
+    # In one call, because at small batches a call costs more than its numbers. (4, slot, count, B)
+    words = keyed_words(seed, Stream.PLAN, epoch, ids, views, np.array([0, _SLOT_FLAGS, _SLOT_FACTORS, _SLOT_BLUR])[:, None, None])
 
     plan = np.zeros((spec.count, ids.size), dtype=VIEW_DTYPE)
     if spec.center is None:
-        _draw_crops(spec, plan, seed, epoch, *np.broadcast_arrays(ids, views, heights, widths))
+        _draw_crops(spec, plan, seed, epoch, *np.broadcast_arrays(ids, views, heights, widths), words[:, 0])
     else:
         side = np.maximum(np.rint(spec.center * np.minimum(heights, widths)), 1).astype(np.int64)
         plan["height"], plan["width"] = side, side
         plan["top"], plan["left"] = (heights - side) // 2, (widths - side) // 2
 
-    flip, jitter, order, grey = words(_SLOT_FLAGS)
+    flip, jitter, order, grey = words[:, 1]
     plan["flip"] = uniform(flip) < spec.flip
     plan["grey"] = uniform(grey) < spec.grey
     drawn = uniform(jitter) < spec.jitter
     plan["jitter"] = drawn
     plan["order"] = _ORDERS[np.where(drawn, below(order, len(_ORDERS)), 0)]
-    factors = uniform(words(_SLOT_FACTORS))
+    factors = uniform(words[:, 2])
     for row, name in enumerate(("brightness", "contrast", "saturation", "hue")):
         low, high, neutral = factor_range(spec, name)
         plan[name] = np.where(drawn, low + factors[row] * (high - low), neutral)
 
-    blur, sigma, solarise, _ = uniform(words(_SLOT_BLUR))
+    blur, sigma, solarise, _ = uniform(words[:, 3])
     low, high = spec.blur_sigma
     plan["blur_sigma"] = np.where(blur < spec.blur, low + sigma * (high - low), 0.0)
     plan["solarise"] = solarise < spec.solarise
@@ -226,28 +225,33 @@ def factor_range(spec: ViewSpec, name: str) -> tuple[float, float, float]:
 
 
 def _draw_crops(
-    spec: ViewSpec, plan: NDArray[np.void], seed: int, epoch: int, ids: NDArray, views: NDArray, heights: NDArray, widths: NDArray
+    spec: ViewSpec,
+    plan: NDArray[np.void],
+    seed: int,
+    epoch: int,
+    ids: NDArray,
+    views: NDArray,
+    heights: NDArray,
+    widths: NDArray,
+    words: NDArray[np.uint32],
 ) -> None:
-    """Fill in the crop boxes; all arrays (count, B). torchvision's rule: ten tries, then the centred crop of the nearest allowed ratio."""
+    """Fill in the crop boxes; all arrays (count, B). torchvision's rule: ten tries, then the centred crop of the nearest allowed ratio.
+
+    ``words``: (4, count, B), those of the first try; the others are drawn at once for the few views that need them.
+    """
     box = np.zeros((4, plan.size), dtype=np.int64)
     ids, views, heights, widths = (array.reshape(-1) for array in (ids, views, heights, widths))
-    log_low, log_span = log_ratio_range(spec)
-    # Few views need a second try, so each try draws only for those that are still without a box.
     left_over = np.arange(plan.size)
-    for attempt in range(CROP_TRIES):
+    attempts = np.arange(CROP_TRIES)[:, None]
+    for tries in (attempts[:1], attempts[1:]):
+        if tries[0] > 0:
+            words = keyed_words(seed, Stream.PLAN, epoch, ids[left_over], views[left_over], tries)
+        tried, fits = _try_crops(spec, words.reshape(4, len(tries), left_over.size), heights[left_over], widths[left_over])
+        first = fits.argmax(axis=0)  # of those that fit, if any does
+        box[:, left_over] = tried[:, first, np.arange(left_over.size)]
+        left_over = left_over[~fits.any(axis=0)]
         if not left_over.size:
             break
-        height, width = heights[left_over], widths[left_over]
-        words = keyed_words(seed, Stream.PLAN, epoch, ids[left_over], views[left_over], attempt)
-        area = (height * width) * (spec.area[0] + uniform(words[0]) * (spec.area[1] - spec.area[0]))
-        ratio = portable_exp(log_low + uniform(words[1]) * log_span)
-        w = np.rint(np.sqrt(area * ratio)).astype(np.int64)
-        h = np.rint(np.sqrt(area / ratio)).astype(np.int64)
-        fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
-        chosen, h, w = left_over[fits], h[fits], w[fits]
-        top, left = below(words[2][fits], height[fits] - h + 1), below(words[3][fits], width[fits] - w + 1)
-        box[:, chosen] = top, left, h, w
-        left_over = left_over[~fits]
     if left_over.size:
         height, width = heights[left_over], widths[left_over]
         ratio, (low, high) = width / height, spec.ratio
@@ -258,6 +262,19 @@ def _draw_crops(
         box[:, left_over] = (height - h) // 2, (width - w) // 2, h, w
     for row, name in enumerate(("top", "left", "height", "width")):
         plan[name] = box[row].reshape(plan.shape)
+
+
+def _try_crops(spec: ViewSpec, words: NDArray[np.uint32], heights: NDArray, widths: NDArray) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """Boxes (4, tries, n) from words (4, tries, n) for pictures of sizes (n,), and which of them fit: (tries, n)."""
+    log_low, log_span = log_ratio_range(spec)
+    area = (heights * widths) * (spec.area[0] + uniform(words[0]) * (spec.area[1] - spec.area[0]))
+    ratio = portable_exp(log_low + uniform(words[1]) * log_span)
+    w = np.rint(np.sqrt(area * ratio)).astype(np.int64)
+    h = np.rint(np.sqrt(area / ratio)).astype(np.int64)
+    fits = (w > 0) & (w <= widths) & (h > 0) & (h <= heights)
+    # What does not fit has no place; any number will do there.
+    top, left = below(words[2], np.maximum(heights - h + 1, 1)), below(words[3], np.maximum(widths - w + 1, 1))
+    return np.stack([top, left, h, w]), fits
 
 
 def log_ratio_range(spec: ViewSpec) -> tuple[float, float]:
