@@ -66,48 +66,70 @@ def _weights(length: int, size: int, cubic: bool) -> tuple:
     return first, taps, weights
 
 
-#: Rows that `_weigh` takes at a time: the weight of a tap is fetched once for all of them.
+#: Rows that `_weigh` takes at a time: the weights of two taps are fetched once for all of them.
 _ROWS = 4
+#: Weights along a row are whole numbers of 1 / 2^14: a cubic's can exceed one, and 16 bits have to hold them.
+_BITS = 14
+
+
+@_compiled
+def _whole(taps: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """(S, T) float32 weights as (S, an even number of at least T) int16 in units of 1 / 2^_BITS, each row's sum exact: what is even stays even."""
+    whole = np.zeros((len(weights), (weights.shape[1] + 1) // 2 * 2), np.int16)
+    for i in range(len(weights)):
+        total, largest = 0, 0
+        for k in range(taps[i]):
+            w = math.floor(weights[i, k] * (1 << _BITS) + 0.5)
+            whole[i, k] = w
+            total += w
+            largest = k if weights[i, k] > weights[i, largest] else largest
+        whole[i, largest] += (1 << _BITS) - total
+    return whole
 
 
 @intrinsic
-def _weigh(typing: Any, source: Any, row: Any, weights: Any, taps: Any, target: Any, target_row: Any) -> tuple:
-    """One output pixel in each of `_ROWS` rows: the weighted sum of ``taps`` neighbouring RGB pixels, rounded and cut to 8 bits.
+def _weigh(typing: Any, source: Any, row: Any, weights: Any, pairs: Any, target: Any, target_row: Any) -> tuple:
+    """One output pixel in each of `_ROWS` rows: the weighted sum of neighbouring RGB pixels, two at a time, rounded and cut to 8 bits.
 
-    A pixel is one vector of four lanes here (red, green, blue, and whatever byte comes next), which numba's own vectoriser does not see: 3.5 times as fast.
+    Numba's own vectoriser does not see that the colours of a pixel belong together. Written as vectors of eight bytes (red, red, green, green, blue,
+    blue, and two that come next), products and sums of a pair of taps are one instruction on any x86 processor: five times as fast.
 
-    All arguments are addresses or distances in bytes: the first tap in the first row, from row to row, the float32 weights, their number,
-    the first result, from result to result. Reads and writes one byte more than the pixels have.
+    All arguments are addresses or distances in bytes: the first tap in the first row, from row to row, the int16 weights, the number of
+    pairs, the first result, from result to result. Reads up to five bytes behind the last pixel, and writes one behind each result.
     """
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Sequence[ir.Value]) -> ir.Value:
-        source, row, weights, taps, target, target_row = arguments
-        pixel, lanes = ir.VectorType(ir.IntType(8), 4), ir.VectorType(ir.FloatType(), 4)
-        wide = ir.VectorType(ir.IntType(32), 4)
-        undefined, every = ir.Constant(lanes, ir.Undefined), ir.Constant(wide, [0] * 4)
+        source, row, weights, pairs, target, target_row = arguments
 
-        def place(base: ir.Value, distance: ir.Value, times: ir.Value, kind: ir.Type) -> ir.Value:
-            return builder.inttoptr(builder.add(base, builder.mul(distance, times)), kind.as_pointer())
+        def vector(bits: int, lanes: int) -> ir.VectorType:
+            return ir.VectorType(ir.IntType(bits), lanes)
 
         def number(value: int) -> ir.Constant:
             return ir.Constant(source.type, value)
 
-        sums = [cgutils.alloca_once_value(builder, ir.Constant(lanes, [0.5] * 4)) for _ in range(_ROWS)]
-        with cgutils.for_range(builder, taps) as loop:
-            weight = builder.load(place(weights, number(4), loop.index, ir.FloatType()))
-            weight = builder.shuffle_vector(builder.insert_element(undefined, weight, ir.IntType(32)(0)), undefined, every)
-            first = builder.add(source, builder.mul(number(3), loop.index))
+        def place(base: ir.Value, distance: ir.Value, times: ir.Value, kind: ir.Type) -> ir.Value:
+            return builder.inttoptr(builder.add(base, builder.mul(distance, times)), kind.as_pointer())
+
+        def pick(values: ir.Value, *lanes: int) -> ir.Value:
+            return builder.shuffle_vector(values, ir.Constant(values.type, ir.Undefined), ir.Constant(vector(32, len(lanes)), list(lanes)))
+
+        half = 1 << (_BITS - 1)
+        sums = [cgutils.alloca_once_value(builder, ir.Constant(vector(32, 4), [half] * 4)) for _ in range(_ROWS)]
+        with cgutils.for_range(builder, pairs) as loop:
+            two = builder.load(place(weights, number(4), loop.index, vector(16, 2)), align=2)
+            both = builder.sext(pick(two, 0, 1, 0, 1, 0, 1, 0, 1), vector(32, 8))
+            first = builder.add(source, builder.mul(number(6), loop.index))
             for k, total in enumerate(sums):
-                values = builder.uitofp(builder.load(place(first, row, number(k), pixel), align=1), lanes)
-                product = builder.fmul(values, weight, flags=("fast",))
-                builder.store(builder.fadd(builder.load(total), product, flags=("fast",)), total)
+                pixels = pick(builder.load(place(first, row, number(k), vector(8, 8)), align=1), 0, 3, 1, 4, 2, 5, 6, 7)
+                product = builder.mul(builder.zext(pixels, vector(32, 8)), both)
+                pair = builder.add(pick(product, 0, 2, 4, 6), pick(product, 1, 3, 5, 7))
+                builder.store(builder.add(builder.load(total), pair), total)
         for k, total in enumerate(sums):
-            value = builder.load(total)
-            for bound, beyond in ((0.0, "<"), (255.0, ">")):
-                limit = ir.Constant(lanes, [bound] * 4)
-                value = builder.select(builder.fcmp_ordered(beyond, value, limit), limit, value)
-            rounded = builder.trunc(builder.fptosi(value, wide), pixel)
-            builder.store(rounded, place(target, target_row, number(k), pixel), align=1)
+            value = builder.ashr(builder.load(total), ir.Constant(vector(32, 4), [_BITS] * 4))
+            for bound, beyond in ((0, "<"), (255, ">")):
+                limit = ir.Constant(vector(32, 4), [bound] * 4)
+                value = builder.select(builder.icmp_signed(beyond, value, limit), limit, value)
+            builder.store(builder.trunc(value, vector(8, 4)), place(target, target_row, number(k), vector(8, 4)), align=1)
         return context.get_dummy_value()
 
     return types.void(*[types.intp] * 6), generate
@@ -128,27 +150,27 @@ def crop_resize(image: np.ndarray, box: np.ndarray, cubic: bool, scratch: np.nda
     column_first, column_taps, column_weights = _weights(width, size, cubic)
     # Rounded and cut to 8 bits in between, as Pillow and torchvision do: a cubic's overshoot at an edge is gone behind that.
     stride, narrow = image.strides[0], scratch.strides[0]
-    # The last row is read from a copy, because there may be no byte behind its last pixel.
-    last = np.empty((width + 1, 3), np.uint8)
-    last[:width] = image[top + height - 1, left : left + width]
+    whole = _whole(column_taps, column_weights)
+    weights, weights_row = np.intp(whole.ctypes.data), whole.strides[0]
     # As signed numbers: numba adds an unsigned and a signed one as floats.
-    corner = np.intp(image.ctypes.data) + top * stride + 3 * left
-    behind, scratch_at = np.intp(last.ctypes.data), np.intp(scratch.ctypes.data)
-    weights, weights_row = np.intp(column_weights.ctypes.data), column_weights.strides[0]
-    step = -1 if flip else 1
+    corner, target = np.intp(image.ctypes.data) + top * stride + 3 * left, np.intp(scratch.ctypes.data)
+    # The last rows are read from a copy, because the bytes behind their last pixels may belong to somebody else.
+    spare = np.empty((width + 2, 3), np.uint8)
+    spare[width:] = 0
     y = 0
     while y < height:
         # What is left over goes row by row, as _ROWS rows that are all the same one.
-        many = y + _ROWS < height
-        source_row, target_row = (stride, narrow) if many else (0, 0)
-        source = corner + y * stride if y < height - 1 else behind
-        target = scratch_at + y * narrow
-        column = size - 1 if flip else 0
-        for _ in range(size):
-            _weigh(source + 3 * column_first[column], source_row, weights + column * weights_row, column_taps[column], target, target_row)
-            target += 3
-            column += step
+        many = y + _ROWS + 1 < height
+        source, source_row, target_row = corner + y * stride, stride, narrow
+        if not many:
+            spare[:width] = image[top + y, left : left + width]
+            source, source_row, target_row = np.intp(spare.ctypes.data), 0, 0
+        for x in range(size):
+            column = size - 1 - x if flip else x
+            pairs = (column_taps[column] + 1) // 2
+            _weigh(source + 3 * column_first[column], source_row, weights + column * weights_row, pairs, target + 3 * x, target_row)
         y += _ROWS if many else 1
+        target += narrow * (_ROWS if many else 1)
     # Whole lines are added up here, which the compiler turns into vector instructions.
     line = np.empty(3 * size, np.float32)
     lines = out.reshape((size, 3 * size))
