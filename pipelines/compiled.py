@@ -7,26 +7,16 @@ threads it does not get faster at all: each of its hundreds of small calls has t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import numba
 import numpy as np
 from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
+from fastssl.pipelines.jit import fast
 from fastssl.pipelines.plan import BRIGHTNESS, CONTRAST, HUE
-
-
-def _compiled(function: Callable) -> Callable:
-    """Compile at the first call, and keep what was compiled on disk where there is a place for it."""
-    options = {"nogil": True, "error_model": "numpy", "fastmath": True}
-    try:
-        return numba.njit(cache=True, **options)(function)
-    except RuntimeError:  # neither the package's folder nor the user's cache can be written
-        return numba.njit(**options)(function)
-
 
 _RED, _GREEN, _BLUE = np.float32(0.2989), np.float32(0.587), np.float32(0.114)  # ITU-R 601-2, with torchvision's digits
 _ZERO, _ONE, _TWO, _THREE, _SIX = (np.float32(value) for value in (0, 1, 2, 3, 6))
@@ -35,7 +25,7 @@ _ZERO, _ONE, _TWO, _THREE, _SIX = (np.float32(value) for value in (0, 1, 2, 3, 6
 # ---------------------------------------------------------------------- crop, antialiased resize, flip
 
 
-@_compiled
+@fast
 def _weights(length: int, size: int, cubic: bool) -> tuple:
     """First source pixel, number of taps and weights of every output pixel: Pillow's filters, normalised inside the box."""
     scale = length / size
@@ -72,7 +62,7 @@ _ROWS = 4
 _BITS = 14
 
 
-@_compiled
+@fast
 def _whole(taps: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """(S, T) float32 weights as (S, an even number of at least T) int16 in units of 1 / 2^_BITS, each row's sum exact: what is even stays even."""
     whole = np.zeros((len(weights), (weights.shape[1] + 1) // 2 * 2), np.int16)
@@ -135,7 +125,7 @@ def _weigh(typing: Any, source: Any, row: Any, weights: Any, pairs: Any, target:
     return types.void(*[types.intp] * 6), generate
 
 
-@_compiled
+@fast
 def crop_resize(image: np.ndarray, box: np.ndarray, cubic: bool, scratch: np.ndarray, out: np.ndarray) -> None:
     """Crop, resize and flip one view of one decoded picture, along the rows first; Pillow's passes in that order differ by 1/255, at most by 2. Checks nothing.
 
@@ -155,15 +145,16 @@ def crop_resize(image: np.ndarray, box: np.ndarray, cubic: bool, scratch: np.nda
     # As signed numbers: numba adds an unsigned and a signed one as floats.
     corner, target = np.intp(image.ctypes.data) + top * stride + 3 * left, np.intp(scratch.ctypes.data)
     # The last rows are read from a copy, because the bytes behind their last pixels may belong to somebody else.
-    spare = np.empty((width + 2, 3), np.uint8)
-    spare[width:] = 0
+    spare = np.zeros((width + 2, 3), np.uint8)
     y = 0
     while y < height:
         # What is left over goes row by row, as _ROWS rows that are all the same one.
         many = y + _ROWS + 1 < height
         source, source_row, target_row = corner + y * stride, stride, narrow
         if not many:
-            spare[:width] = image[top + y, left : left + width]
+            for x in range(width):
+                for c in range(3):
+                    spare[x, c] = image[top + y, left + x, c]
             source, source_row, target_row = np.intp(spare.ctypes.data), 0, 0
         for x in range(size):
             column = size - 1 - x if flip else x
@@ -175,7 +166,8 @@ def crop_resize(image: np.ndarray, box: np.ndarray, cubic: bool, scratch: np.nda
     line = np.empty(3 * size, np.float32)
     lines = out.reshape((size, 3 * size))
     for y in range(size):
-        line[:] = np.float32(0.5)
+        for x in range(3 * size):
+            line[x] = np.float32(0.5)
         for k in range(row_taps[y]):
             w, row = row_weights[y, k], scratch[row_first[y] + k]
             for x in range(3 * size):
@@ -184,7 +176,7 @@ def crop_resize(image: np.ndarray, box: np.ndarray, cubic: bool, scratch: np.nda
             lines[y, x] = np.uint8(min(max(line[x], np.float32(0)), np.float32(255)))
 
 
-@_compiled
+@fast
 def crop_views(image: np.ndarray, boxes: np.ndarray, cubic: bool, scratch: np.ndarray, views: np.ndarray, position: int) -> None:
     """`crop_resize` of each box into ``views[k, position]``: boxes (count, 5) int64, views (count, B, S, S, 3). Refuses boxes outside the image."""
     for k in range(len(boxes)):
@@ -198,12 +190,12 @@ def crop_views(image: np.ndarray, boxes: np.ndarray, cubic: bool, scratch: np.nd
 # ---------------------------------------------------------------------- colour
 
 
-@_compiled
+@fast
 def _clamp(value: float) -> float:
     return min(max(value, _ZERO), _ONE)
 
 
-@_compiled
+@fast
 def _blend(planes: np.ndarray, operation: int, factor: float) -> None:
     """Brightness, contrast or saturation in place: a blend with black, with the mean luminance, with the luminance."""
     red, green, blue = planes[0], planes[1], planes[2]
@@ -224,13 +216,13 @@ def _blend(planes: np.ndarray, operation: int, factor: float) -> None:
             red[i], green[i], blue[i] = _clamp(red[i] * factor + grey), _clamp(green[i] * factor + grey), _clamp(blue[i] * factor + grey)
 
 
-@_compiled
+@fast
 def _on_circle(difference: float) -> float:
     """Distance on a circle of six, for differences up to 9, cut to 1 .. 2."""
     return min(max(abs(abs(abs(difference) - _THREE) - _THREE), _ONE), _TWO)
 
 
-@_compiled
+@fast
 def _turn_hue(planes: np.ndarray, shift: float) -> None:
     """Hue in place, by the formula that `augment.turn_hue` explains."""
     red, green, blue = planes[0], planes[1], planes[2]
@@ -246,7 +238,7 @@ def _turn_hue(planes: np.ndarray, shift: float) -> None:
         blue[i] = top - chroma * _on_circle(hue + _TWO)
 
 
-@_compiled
+@fast
 def _blur(plane: np.ndarray, weights: np.ndarray, half: np.ndarray, line: np.ndarray) -> None:
     """Gaussian blur of one (S, S) plane in place, borders reflected. half: (S, S) and line: (S + 2 radius) are scratch.
 
@@ -264,7 +256,8 @@ def _blur(plane: np.ndarray, weights: np.ndarray, half: np.ndarray, line: np.nda
                 total[x] += w * (above[x] + below[x])
     for y in range(size):
         row, out, middle = half[y], plane[y], line[radius : radius + size]
-        middle[:] = row
+        for x in range(size):
+            middle[x] = row[x]
         for k in range(1, radius + 1):
             line[radius - k], line[radius + size - 1 + k] = row[k], row[size - 1 - k]
         w = weights[radius]
@@ -276,7 +269,7 @@ def _blur(plane: np.ndarray, weights: np.ndarray, half: np.ndarray, line: np.nda
                 out[x] += w * (left[x] + right[x])
 
 
-@_compiled
+@fast
 def _gaussian(sigma: float, radius: int) -> np.ndarray:
     """(2 * r + 1,) float32 that sum to one; beyond five sigmas, where a weight is below 4e-6, nothing is added up."""
     radius = min(radius, math.ceil(5 * sigma))
@@ -289,7 +282,7 @@ def _gaussian(sigma: float, radius: int) -> np.ndarray:
     return weights
 
 
-@_compiled
+@fast
 def colour(
     views: np.ndarray,
     flags: np.ndarray,

@@ -226,9 +226,8 @@ class NativeEngine(Engine):
             job.arrays = [view.numpy().reshape(spec.count, batch, *view.shape[1:]) for view, spec in zip(job.views, self.specs)]
         else:
             slot.reserve(job.numel)
-        # Four parts a worker: small enough that no thread idles at the end of a batch, large enough that handing
-        # them out costs nothing.
-        part = max(1, batch // (4 * self.workers))
+        # A part a worker: nobody idles at the end of a batch, because the next ones are waiting already.
+        part = max(1, batch // self.workers)
         job.parts = [self._pool.submit(self._render, slot, job, low, min(low + part, batch)) for low in range(0, batch, part)]
         with self._lock:
             self.stats.host_cpu_s += time.thread_time() - cpu

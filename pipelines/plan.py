@@ -23,13 +23,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from itertools import permutations
-from typing import TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fastssl.pipelines.errors import FastSSLError
-from fastssl.pipelines.rng import Stream, below, keyed_words, uniform
+from fastssl.pipelines.rng import Stream, check_range, stream_word
 
 #: Values of ``order``: the jitter's operations.
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
@@ -55,11 +54,7 @@ VIEW_DTYPE = np.dtype(
     ]
 )
 
-CROP_TRIES = 10
-_SLOT_FLAGS, _SLOT_FACTORS, _SLOT_BLUR = CROP_TRIES, CROP_TRIES + 1, CROP_TRIES + 2
 _ORDERS = np.array(list(permutations(range(4))), dtype=np.uint8)  # (24, 4)
-
-_Number = TypeVar("_Number", float, NDArray[np.float64])
 
 
 class ViewSpecError(FastSSLError, ValueError):
@@ -181,38 +176,39 @@ def draw_plan(
         ValueError: the arrays' shapes differ, or a picture is empty.
         SeedError: seed, epoch, id or view number is out of range.
     """
+    from fastssl.pipelines.draw import draw_views  # numba takes half a second to load, and recipes are read without it
+
     ids, heights, widths = (np.asarray(array, dtype=np.int64) for array in (sample_ids, heights, widths))
     if ids.ndim != 1 or heights.shape != ids.shape or widths.shape != ids.shape:
         raise ValueError(f"sample_ids, heights and widths must have one shape (B,), got {ids.shape}, {heights.shape} and {widths.shape}")
     if ids.size and min(heights.min(), widths.min()) < 1:
         raise ValueError(f"sample {ids[np.minimum(heights, widths).argmin()]} has an empty picture")
-    views = first_view + np.arange(spec.count)[:, None]  # (count, 1)
-    # In one call, because at small batches a call costs more than its numbers. (4, slot, count, B)
-    words = keyed_words(seed, Stream.PLAN, epoch, ids, views, np.array([0, _SLOT_FLAGS, _SLOT_FACTORS, _SLOT_BLUR])[:, None, None])
-
+    first = stream_word(Stream.PLAN, first_view, first_view + spec.count - 1)
     plan = np.zeros((spec.count, ids.size), dtype=VIEW_DTYPE)
-    if spec.center is None:
-        _draw_crops(spec, plan, seed, epoch, *np.broadcast_arrays(ids, views, heights, widths), words[:, 0])
-    else:
+    if spec.center is not None:
         side = np.maximum(np.rint(spec.center * np.minimum(heights, widths)), 1).astype(np.int64)
         plan["height"], plan["width"] = side, side
         plan["top"], plan["left"] = (heights - side) // 2, (widths - side) // 2
-
-    flip, jitter, order, grey = words[:, 1]
-    plan["flip"] = uniform(flip) < spec.flip
-    plan["grey"] = uniform(grey) < spec.grey
-    drawn = uniform(jitter) < spec.jitter
-    plan["jitter"] = drawn
-    plan["order"] = _ORDERS[np.where(drawn, below(order, len(_ORDERS)), 0)]
-    factors = uniform(words[:, 2])
-    for row, name in enumerate(("brightness", "contrast", "saturation", "hue")):
-        low, high, neutral = factor_range(spec, name)
-        plan[name] = np.where(drawn, low + factors[row] * (high - low), neutral)
-
-    blur, sigma, solarise, _ = uniform(words[:, 3])
-    low, high = spec.blur_sigma
-    plan["blur_sigma"] = np.where(blur < spec.blur, low + sigma * (high - low), 0.0)
-    plan["solarise"] = solarise < spec.solarise
+    chances = np.array([spec.flip, spec.jitter, spec.grey, spec.blur, spec.solarise])
+    ranges = np.array([factor_range(spec, name) for name in ("brightness", "contrast", "saturation", "hue")])
+    ranges[:, 1] -= ranges[:, 0]
+    draw_views(
+        plan,
+        check_range("item", ids, 63),
+        heights,
+        widths,
+        first,
+        check_range("epoch", epoch, 32)[()],
+        check_range("seed", seed, 64)[()],
+        spec.center is None,
+        (spec.area[0], spec.area[1] - spec.area[0]),
+        log_ratio_range(spec),
+        spec.ratio,
+        chances,
+        ranges,
+        (spec.blur_sigma[0], spec.blur_sigma[1] - spec.blur_sigma[0]),
+        _ORDERS,
+    )
     return plan
 
 
@@ -224,59 +220,6 @@ def factor_range(spec: ViewSpec, name: str) -> tuple[float, float, float]:
     return max(0.0, 1.0 - strength), 1.0 + strength, 1.0
 
 
-def _draw_crops(
-    spec: ViewSpec,
-    plan: NDArray[np.void],
-    seed: int,
-    epoch: int,
-    ids: NDArray,
-    views: NDArray,
-    heights: NDArray,
-    widths: NDArray,
-    words: NDArray[np.uint32],
-) -> None:
-    """Fill in the crop boxes; all arrays (count, B). torchvision's rule: ten tries, then the centred crop of the nearest allowed ratio.
-
-    ``words``: (4, count, B), those of the first try; the others are drawn at once for the few views that need them.
-    """
-    box = np.zeros((4, plan.size), dtype=np.int64)
-    ids, views, heights, widths = (array.reshape(-1) for array in (ids, views, heights, widths))
-    left_over = np.arange(plan.size)
-    attempts = np.arange(CROP_TRIES)[:, None]
-    for tries in (attempts[:1], attempts[1:]):
-        if tries[0] > 0:
-            words = keyed_words(seed, Stream.PLAN, epoch, ids[left_over], views[left_over], tries)
-        tried, fits = _try_crops(spec, words.reshape(4, len(tries), left_over.size), heights[left_over], widths[left_over])
-        first = fits.argmax(axis=0)  # of those that fit, if any does
-        box[:, left_over] = tried[:, first, np.arange(left_over.size)]
-        left_over = left_over[~fits.any(axis=0)]
-        if not left_over.size:
-            break
-    if left_over.size:
-        height, width = heights[left_over], widths[left_over]
-        ratio, (low, high) = width / height, spec.ratio
-        w = np.where(ratio > high, np.rint(height * high).astype(np.int64), width)
-        h = np.where(ratio < low, np.rint(width / low).astype(np.int64), height)
-        # A picture of a few pixels can round to nothing or to one more than there is.
-        w, h = np.clip(w, 1, width), np.clip(h, 1, height)
-        box[:, left_over] = (height - h) // 2, (width - w) // 2, h, w
-    for row, name in enumerate(("top", "left", "height", "width")):
-        plan[name] = box[row].reshape(plan.shape)
-
-
-def _try_crops(spec: ViewSpec, words: NDArray[np.uint32], heights: NDArray, widths: NDArray) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """Boxes (4, tries, n) from words (4, tries, n) for pictures of sizes (n,), and which of them fit: (tries, n)."""
-    log_low, log_span = log_ratio_range(spec)
-    area = (heights * widths) * (spec.area[0] + uniform(words[0]) * (spec.area[1] - spec.area[0]))
-    ratio = portable_exp(log_low + uniform(words[1]) * log_span)
-    w = np.rint(np.sqrt(area * ratio)).astype(np.int64)
-    h = np.rint(np.sqrt(area / ratio)).astype(np.int64)
-    fits = (w > 0) & (w <= widths) & (h > 0) & (h <= heights)
-    # What does not fit has no place; any number will do there.
-    top, left = below(words[2], np.maximum(heights - h + 1, 1)), below(words[3], np.maximum(widths - w + 1, 1))
-    return np.stack([top, left, h, w]), fits
-
-
 def log_ratio_range(spec: ViewSpec) -> tuple[float, float]:
     """Lower end and length of the range of log(ratio).
 
@@ -284,18 +227,3 @@ def log_ratio_range(spec: ViewSpec) -> tuple[float, float]:
     """
     low = float(np.float32(math.log(spec.ratio[0])))
     return low, float(np.float32(math.log(spec.ratio[1]))) - low
-
-
-def portable_exp(x: _Number) -> _Number:
-    """exp(x) for |x| <= 7 to about 1e-14 relative, from additions and multiplications only.
-
-    NumPy's own exp takes another code path for other array lengths and processors and may differ in the last bit, which would
-    make a box depend on the batch it was drawn in. Here: Taylor series of degree 12 at x / 32, then five squarings.
-    """
-    small = x * (1.0 / 32.0)
-    result = small * 0.0 + 1.0
-    for n in range(12, 0, -1):
-        result = result * small * (1.0 / n) + 1.0
-    for _ in range(5):
-        result = result * result
-    return result

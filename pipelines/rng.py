@@ -99,29 +99,26 @@ def keyed_words(seed: int, stream: Stream, epoch: int, item: ArrayLike, view: Ar
     Raises:
         SeedError: a value does not fit; it would silently share another one's stream.
     """
-    seed, epoch = _in_range("seed", seed, 64), _in_range("epoch", epoch, 32)
-    item, view, slot = _in_range("item", item, 63), _in_range("view", view, 16), _in_range("slot", slot, 8)
-    last = (np.uint64(int(stream)) << np.uint64(24)) | (view << np.uint64(8)) | slot
+    seed, epoch = check_range("seed", seed, 64), check_range("epoch", epoch, 32)
+    item, view, slot = check_range("item", item, 63), check_range("view", view, 16), check_range("slot", slot, 8)
+    last = (np.uint64(stream) << np.uint64(24)) | (view << np.uint64(8)) | slot
     shape = np.broadcast_shapes(item.shape, last.shape)
     counter = np.empty((4, *shape), dtype=np.uint64)
     counter[0], counter[1], counter[2], counter[3] = item & _MASK, item >> _SHIFT, epoch, last
     return philox4x32(counter, (int(seed & _MASK), int(seed >> _SHIFT)))
 
 
-def _in_range(name: str, value: ArrayLike, bits: int) -> NDArray[np.uint64]:
+def stream_word(stream: Stream, view: int, last_view: int) -> np.uint64:
+    """The counter's last word for slot 0 of a view, when all views up to ``last_view`` will be used."""
+    check_range("view", [view, last_view], 16)
+    return np.uint64((stream << 24) | (view << 8))
+
+
+def check_range(name: str, value: ArrayLike, bits: int) -> NDArray[np.uint64]:
+    """``value`` as uint64. `SeedError` if it is no integer of 0 .. 2^bits - 1: it would silently share another one's words."""
     array = np.asarray(value)
     if array.dtype.kind not in "ui":
         raise SeedError(f"{name} must be an integer, got {value!r}")
     if array.size and (int(array.min()) < 0 or int(array.max()) >> bits):
         raise SeedError(f"{name} must lie in 0 .. 2**{bits} - 1, got values from {array.min()} to {array.max()}")
     return array.astype(np.uint64)
-
-
-def uniform(words: NDArray[np.uint32]) -> NDArray[np.float64]:
-    """Uniform numbers in [0, 1): all 32 bits of each word over 2**32, exact in float64."""
-    return words * 2.0**-32
-
-
-def below(words: NDArray[np.uint32], bound: ArrayLike) -> NDArray[np.int64]:
-    """Uniform integers in 0 .. bound - 1 (0 < bound < 2**32) in integer arithmetic; no value's probability is off by more than 2**-32."""
-    return ((words.astype(np.uint64) * np.asarray(bound, dtype=np.uint64)) >> _SHIFT).astype(np.int64)
