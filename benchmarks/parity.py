@@ -179,7 +179,7 @@ def crop_statistics(draws: int = 20000) -> list[dict[str, float | str]]:
             picture = torch.empty(1, height, width)
             theirs = np.array([RandomResizedCrop.get_params(picture, list(area), [3 / 4, 4 / 3]) for _ in range(draws)], float)
             ours = np.stack([plan[name] for name in ("top", "left", "height", "width")], axis=1).astype(float)
-            row: dict[str, float | str] = {"photo": f"{height}x{width}", "area": f"{area[0]:g} to {area[1]:g}"}
+            row: dict[str, float | str] = {"photo": f"{height}x{width}", "scale": f"{area[0]:g} to {area[1]:g}"}
             for name, of in _BOX_STATISTICS.items():
                 row[name] = _ks_distance(of(ours, height, width), of(theirs, height, width))
             row["chance"] = 1.358 * (2 / draws) ** 0.5
@@ -234,7 +234,7 @@ def to_markdown(rows: list[Row], boxes: list[dict[str, float | str]], about: dic
         "",
         "Kolmogorov-Smirnov distance between our boxes and torchvision's `RandomResizedCrop` (0: the same distribution); equal distributions stay below `chance` 95 times in 100.",
         "",
-        "| photo | area | " + " | ".join(_BOX_STATISTICS) + " | chance |",
+        "| photo | scale | " + " | ".join(_BOX_STATISTICS) + " | chance |",
         "| --- | --- |" + " --- |" * (len(_BOX_STATISTICS) + 1),
         *("| " + " | ".join(v if isinstance(v, str) else f"{v:.4f}" for v in box.values()) + " |" for box in boxes),
         "",

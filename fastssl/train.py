@@ -34,6 +34,7 @@ from fastssl.finish import finish_run
 from fastssl.meters import MetricRing
 from fastssl.methods.moco import MoCo
 from fastssl.pipelines.beton import BetonReader
+from fastssl.pipelines.engines import require_engine
 from fastssl.pipelines.errors import FastSSLError, Interrupted
 from fastssl.pipelines.loader import Batch, ViewLoader
 from fastssl.pipelines.verify import verify
@@ -122,6 +123,7 @@ class Run:
         self.out = options.out
         self.batch_size = recipe.train.batch_size
         self._check_batch()
+        require_engine(options.pipeline, reader, recipe.views)
         if val is not None:
             require_same_classes(reader, val)
             self._check_val()

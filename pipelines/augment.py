@@ -195,7 +195,7 @@ def luminance(planes: Sequence[Tensor]) -> Tensor:
     return red.mul(_LUMINANCE[0]).add_(green, alpha=_LUMINANCE[1]).add_(blue, alpha=_LUMINANCE[2])
 
 
-def blend(planes: Sequence[Tensor], factor: Tensor, other: Tensor | None) -> None:
+def blend(planes: Sequence[Tensor], factor: Tensor, other: Tensor) -> None:
     """Brightness, contrast or saturation of each sample, in place: ``clamp(plane * factor + other)``.
 
     The mean luminance of contrast is that of the picture as the operations before it left it, as ColorJitter has it.
@@ -203,13 +203,10 @@ def blend(planes: Sequence[Tensor], factor: Tensor, other: Tensor | None) -> Non
     Args:
         planes: red, green, blue, each (N, P) float32 in 0 .. 1.
         factor: (N, 1).
-        other: (N, 1) or (N, P), (1 - factor) times what to blend with: black, the mean luminance, or the luminance. None is black.
+        other: (N, 1) or (N, P), (1 - factor) times what to blend with: black, the mean luminance, or the luminance.
     """
     for plane in planes:
-        plane.mul_(factor)
-        if other is not None:
-            plane.add_(other)
-        plane.clamp_(0, 1)
+        plane.mul_(factor).add_(other).clamp_(0, 1)
 
 
 def turn_hue(planes: Sequence[Tensor], shift: Tensor) -> list[Tensor]:

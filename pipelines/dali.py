@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastssl.pipelines.beton import MODE_RAW, BetonReader
+from fastssl.pipelines.beton import BetonReader
 from fastssl.pipelines.check import SampleCheck
 from fastssl.pipelines.engine import Engine, EngineStats, Rendered, Request
 from fastssl.pipelines.errors import FastSSLError
@@ -30,7 +30,7 @@ class DaliEngine(Engine):
     """Decode and crop with DALI; see the module's text.
 
     Args:
-        reader: the open ``.beton`` file, all JPEG. Not closed here.
+        reader: the open ``.beton`` file, all JPEG (`engines.require_engine` sees to that). Not closed here.
         specs: the view groups.
         device: where the views are wanted; on a GPU decoding is DALI's ``mixed`` and everything behind it runs there.
         batch_size: most samples of a request.
@@ -39,9 +39,6 @@ class DaliEngine(Engine):
             counts it in ``stats.skipped`` and goes on.
         prefetch: batches rendered ahead of the consumer.
         hardware_load: share of the pictures that goes to the GPU's JPEG engine (GPU only).
-
-    Raises:
-        FastSSLError: the file holds raw pictures, which DALI's decoder does not take.
     """
 
     name = "dali"
@@ -58,9 +55,6 @@ class DaliEngine(Engine):
         prefetch: int = 2,
         hardware_load: float = 0.65,
     ):
-        if (reader.modes == MODE_RAW).any():
-            count = int((reader.modes == MODE_RAW).sum())
-            raise FastSSLError(f"{reader.path}: {count:,} of its pictures are stored raw, which DALI cannot decode; use --pipeline native")
         self.reader, self.specs, self.device, self.batch_size = reader, list(specs), device, batch_size
         self.workers = workers or available_cores()
         self.prefetch, self.hardware_load = prefetch, hardware_load

@@ -9,13 +9,16 @@ from dataclasses import dataclass
 
 import torch
 
-from fastssl.pipelines.beton import BetonReader
+from fastssl.pipelines.beton import MODE_RAW, BetonReader
 from fastssl.pipelines.engine import Engine
 from fastssl.pipelines.errors import FastSSLError
 from fastssl.pipelines.native import NativeEngine
 from fastssl.pipelines.plan import ViewSpec
 
 PIPELINES = ("auto", "native", "dali", "ffcv")
+
+#: DALI's mean difference to the other engines grows as views shrink: 0.2 grey levels at 32 px, 0.4 at 16, 1.0 at 8.
+_DALI_SMALLEST = 16
 
 _HOW = {
     "dali": "pip install 'fastssl-vision[dali]'",
@@ -67,7 +70,7 @@ def choose_engine(device: torch.device) -> tuple[str, str]:
     """What ``auto`` stands for on ``device``, and why: (name, reason)."""
     if device.type == "cuda":
         return "native", "decodes on the host's cores and crops on the GPU; measure the others with `fastssl bench loader`"
-    return "native", "it needs no further package, and crops fastest on CPUs (benchmarks/results/)"
+    return "native", "the fastest on a CPU, and it needs no further package (benchmarks/results/)"
 
 
 def jpeg_hardware() -> str:
@@ -81,6 +84,28 @@ def jpeg_hardware() -> str:
     return f"compute capability {capability[0]}.{capability[1]}: none known; the dali engine decodes with CUDA kernels"
 
 
+def require_engine(name: str, reader: BetonReader, specs: Sequence[ViewSpec]) -> None:
+    """Whether `open_engine` will take this engine, file and views; nothing is opened.
+
+    Raises:
+        FastSSLError: the engine is not installed (the message says what to type), or does not take this file or these views.
+    """
+    if name in ("auto", "native"):
+        return
+    state = engine_state(name)
+    if state.problem:
+        raise FastSSLError(f"--pipeline {name}: {state.problem}; {state.remedy}")
+    if name == "dali":
+        if raw := int((reader.modes == MODE_RAW).sum()):
+            raise FastSSLError(f"{reader.path}: {raw:,} of its pictures are stored raw, which DALI cannot decode; use --pipeline native")
+        smallest = min(spec.size for spec in specs)
+        if smallest < _DALI_SMALLEST:
+            raise FastSSLError(
+                f"--pipeline dali: views of {smallest} px are below {_DALI_SMALLEST}; DALI's resize repeats the pixels at the border of a crop, which "
+                "at such sizes is no longer what the other engines give; use --pipeline native"
+            )
+
+
 def open_engine(
     name: str,
     reader: BetonReader,
@@ -91,6 +116,7 @@ def open_engine(
     workers: int | None = None,
     crops: str = "auto",
     on_bad: str = "fail",
+    hardware_load: float | None = None,
 ) -> Engine:
     """Open an engine by name.
 
@@ -99,25 +125,32 @@ def open_engine(
         reader, specs, device, workers, on_bad: as the engines take them.
         batch_size: most samples of a request.
         crops: where `native` cuts views: ``host``, ``device`` or ``auto``; the other engines have one way only.
+        hardware_load: for `dali` on a GPU, the share of the pictures that its JPEG unit decodes (0 .. 1); None: 0.65.
 
     Raises:
-        FastSSLError: the engine is not installed (the message says what to type), or does not take this file or these crops.
+        FastSSLError: as `require_engine`, or an option that the engine does not have.
     """
     if name == "auto":
         name, _ = choose_engine(device)
+    if hardware_load is not None:
+        if name != "dali" or device.type != "cuda":
+            raise FastSSLError(
+                f"hardware_load={hardware_load!r} is a choice of the dali engine on a GPU; here it is {name} on {device.type}"
+            )
+        if not 0 <= hardware_load <= 1:
+            raise FastSSLError(f"hardware_load is a share, 0 .. 1, not {hardware_load!r}")
     if name == "native":
         if crops == "auto":
             crops = "device" if device.type == "cuda" else "host"
         return NativeEngine(reader, specs, device=device, workers=workers, crops=crops, on_bad=on_bad)
     if crops != "auto":
         raise FastSSLError(f"crops={crops!r} is a choice of the native engine; {name} has one way to crop")
-    state = engine_state(name)
-    if state.problem:
-        raise FastSSLError(f"--pipeline {name}: {state.problem}; {state.remedy}")
+    require_engine(name, reader, specs)
     if name == "dali":
         from fastssl.pipelines.dali import DaliEngine
 
-        return DaliEngine(reader, specs, device=device, batch_size=batch_size, workers=workers, on_bad=on_bad)
+        load = {} if hardware_load is None else {"hardware_load": hardware_load}
+        return DaliEngine(reader, specs, device=device, batch_size=batch_size, workers=workers, on_bad=on_bad, **load)
     from fastssl.pipelines.ffcv import FfcvEngine
 
     return FfcvEngine(reader, specs, device=device, batch_size=batch_size, workers=workers, on_bad=on_bad)

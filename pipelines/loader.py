@@ -60,6 +60,7 @@ class ViewLoader:
         shuffle: draw a new order every epoch; otherwise samples come as they are stored.
         drop_last: leave out the last, partial batch (on one rank only may it be kept).
         dtype: of the views.
+        hardware_load: for ``dali`` on a GPU, the share of the pictures that its JPEG unit decodes; None: 0.65.
 
     Raises:
         FastSSLError: the file has fewer samples than one global batch, or an option has a value that does not exist.
@@ -82,6 +83,7 @@ class ViewLoader:
         shuffle: bool = True,
         drop_last: bool = True,
         dtype: torch.dtype = torch.float32,
+        hardware_load: float | None = None,
     ):
         _one_of("pipeline", pipeline, PIPELINES)
         _one_of("crops", crops, ("auto", "host", "device"))
@@ -110,6 +112,7 @@ class ViewLoader:
                 workers=workers,
                 crops=crops,
                 on_bad=on_bad,
+                hardware_load=hardware_load,
             )
         except Exception:
             self._close_reader()

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import need_engine
 
 from fastssl.cli import main
 from fastssl.pipelines import BetonReader, BetonWriter
@@ -89,6 +90,16 @@ def test_starting_over_removes_what_the_other_run_left(beton: Path, tmp_path: Pa
     assert pretrain(beton, out, "--resume", "never", "--seed", 5, "--set", "optim.lr=1e30", "--set", "optim.warmup_epochs=0") == 1
     left = {path.name for path in out.rglob("*") if path.is_file()}
     assert left == {"config.yaml", "metrics.jsonl", ".lock"}
+
+
+def test_an_engine_that_cannot_run_touches_no_earlier_run(beton: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    need_engine("dali")
+    out = tmp_path / "run"
+    assert pretrain(beton, out) == 0
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    assert pretrain(beton, out, "--resume", "never", "--pipeline", "dali", "--set", "views.0.size=12") == 1
+    assert "views of 12 px are below 16" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
 def test_two_runs_do_not_share_a_folder(beton: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

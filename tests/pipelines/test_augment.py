@@ -173,7 +173,7 @@ def test_blends_with_factors_outside_zero_to_one_are_clamped() -> None:
     for factor in (0.0, 0.5, 1.0, 2.5):
         column, grey = torch.full((3, 1), factor), luminance(planes_of(picture))
         for other, expected in [
-            (None, V2.adjust_brightness(picture, factor)),
+            (torch.zeros_like(column), V2.adjust_brightness(picture, factor)),
             (grey * (1 - column), V2.adjust_saturation(picture, factor)),
             (grey.mean(dim=1, keepdim=True) * (1 - column), V2.adjust_contrast(picture, factor)),
         ]:

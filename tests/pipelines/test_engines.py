@@ -164,7 +164,18 @@ def test_what_is_missing_is_said_with_its_remedy(beton: Path, monkeypatch: pytes
         ViewLoader(beton, TWO, 4, pipeline="dali")
 
 
+def test_dali_refuses_views_that_it_would_render_otherwise(beton: Path) -> None:
+    need_engine("dali")
+    with pytest.raises(FastSSLError, match="views of 15 px are below 16"):
+        ViewLoader(beton, [*TWO, ViewSpec(size=15)], 4, pipeline="dali")
+    smallest = [ViewSpec(size=16, count=2, area=(0.2, 1.0))]
+    mean, _ = grey_levels(views(beton, smallest, pipeline="dali"), views(beton, smallest), smallest)
+    assert mean <= 1.0
+
+
 def test_options_that_do_not_belong_together(beton: Path) -> None:
+    with pytest.raises(FastSSLError, match=r"hardware_load=0\.5 is a choice of the dali engine on a GPU; here it is native on cpu"):
+        ViewLoader(beton, TWO, 4, hardware_load=0.5)
     with pytest.raises(FastSSLError, match="crops='device' is a choice of the native engine"):
         ViewLoader(beton, TWO, 4, pipeline="dali", crops="device")
     with pytest.raises(FastSSLError, match="pipeline='tfdata' is not one of auto, native, dali, ffcv"):
