@@ -27,7 +27,7 @@ from fastssl.benchmarks.timing import MIN_RUNS
 from fastssl.benchmarks.windows import Window, measure_windows, rate, ratio, stream_window, wait_share
 from fastssl.pipelines.beton import MODE_RAW, BetonReader
 from fastssl.pipelines.crop import boxes_of, crop_resize_host
-from fastssl.pipelines.engine import Request
+from fastssl.pipelines.engine import Engine, Request
 from fastssl.pipelines.loader import ViewLoader
 from fastssl.pipelines.native import NativeEngine, available_cores
 from fastssl.pipelines.plan import ViewSpec, draw_plan
@@ -127,6 +127,7 @@ def run(
     seconds: float = 10.0,
     runs: int = MIN_RUNS,
     photos: int = 512,
+    pipeline: str = "native",
 ) -> list[Record]:
     """Measure one recipe's loader on one file.
 
@@ -137,6 +138,7 @@ def run(
         batch_size: default: the recipe's; at most 32 on a CPU.
         seconds: of all counted windows together; warm-up comes on top.
         runs: windows of each contender, at least five.
+        pipeline: the engine. Of ``dali`` and ``ffcv`` only the whole loader is measured: their stages cannot be taken apart.
 
     Returns:
         The records ``decode``, ``host cost`` and ``views`` (``details["part"]``). A pair is one source picture with all views of the recipe, and
@@ -149,15 +151,15 @@ def run(
     # One global view; the recipe's two; two global and six local ones. The host does not look at a view's size when crops run on the device.
     single, pair = replace(recipe.views[0], count=1), replace(recipe.views[0], count=2)
     local = replace(single, size=max(8, single.size * 3 // 7), count=6, area=(0.05, 0.2))
-    groups = {"1 view": [single], "2 views": [pair], "2 + 6 views": [pair, local]}
+    groups = {"1 view": [single], "2 views": [pair], "2 + 6 views": [pair, local]} if pipeline == "native" else {}
     with BetonReader(path) as reader:
         loaders = {key: open_loader(reader, specs, size, device, workers=workers, crops="device") for key, specs in groups.items()}
         engines = {key: DecodeEngine(reader, specs, device=device, workers=workers, crops="device") for key, specs in groups.items()}
-        whole = open_loader(reader, recipe.views, size, device, workers=workers)
-        host_crops = whole.engine.crops == "host"
+        whole = open_loader(reader, recipe.views, size, device, workers=workers, pipeline=pipeline)
+        host_crops = device.type == "cpu"
         contenders: dict[str, Callable[[float], Window]] = {"bare, 1 thread": BareLoop(reader, 1), "bare": BareLoop(reader, workers)}
 
-        def stream(start: Callable[[], Iterator], engine: NativeEngine) -> Callable[[float], Window]:
+        def stream(start: Callable[[], Iterator], engine: Engine) -> Callable[[float], Window]:
             return partial(stream_window, start, lambda batch: None, engine.stats, size, device)
 
         for key, engine in engines.items():
@@ -173,12 +175,12 @@ def run(
                 loader.close()
             for engine in engines.values():
                 engine.close()
-        about = {"data": describe_data(reader, name), "crops": whole.engine.crops}
+        about = {"data": describe_data(reader, name), "crops": "host" if host_crops else "device", "seconds": seconds}
     views = sum(spec.count for spec in recipe.views)
 
     def record(part: str, **values: object) -> Record:
         details = {"part": part, **about, **values.pop("details")}
-        common = {"recipe": recipe_name, "pipeline": "native", "device": device.type, "batch_size": size, "workers": workers, "runs": runs}
+        common = {"recipe": recipe_name, "pipeline": pipeline, "device": device.type, "batch_size": size, "workers": workers, "runs": runs}
         return Record(bench="loader", **common, **values, details=details)
 
     def rates(mine: str, ceiling: str) -> dict[str, float]:
@@ -199,6 +201,15 @@ def run(
 
     top = "bare crops" if host_crops else "bare"
     bottleneck, shares = _bottleneck(windows, host_crops)
+    loader_record = record(
+        "views",
+        **rates("views", top),
+        ceiling_name=f"bare decode {'and crop loop' if host_crops else 'loop'}, {workers} threads",
+        bottleneck=bottleneck,
+        details={**bare, **shares, "consumer_wait_share": wait_share(windows["views"])},
+    )
+    if pipeline != "native":
+        return [loader_record]
     return [
         record(
             "decode",
@@ -218,20 +229,16 @@ def run(
                 "times_1_view": {key: growth(key, "1 view") for key in engines},
             },
         ),
-        record(
-            "views",
-            **rates("views", top),
-            ceiling_name=f"bare decode {'and crop loop' if host_crops else 'loop'}, {workers} threads",
-            bottleneck=bottleneck,
-            details={**bare, **shares, "consumer_wait_share": wait_share(windows["views"])},
-        ),
+        loader_record,
     ]
 
 
-def _bottleneck(windows: dict[str, list[Window]], host_crops: bool) -> tuple[str, dict[str, float]]:
+def _bottleneck(windows: dict[str, list[Window]], host_crops: bool) -> tuple[str | None, dict[str, float]]:
     """What the whole loader's time goes into, in words and as figures."""
-    of_decode = ratio(windows["views"], windows["2 views"])
     if not host_crops:
+        if "2 views" not in windows:  # an engine of others: nothing of it was measured alone
+            return None, {}
+        of_decode = ratio(windows["views"], windows["2 views"])
         # The device works beside the decoding threads: what is slower sets the pace.
         return ("decode" if of_decode >= 0.9 else "crop and colour on the device"), {"fraction_of_engine_decode": of_decode}
     # Everything runs on the same cores, one after the other: times add up.

@@ -93,7 +93,8 @@ def torchvision_moco(size: int) -> Callable[[Image.Image], torch.Tensor]:
 
 
 def _data_loader(dataset: Dataset, batch_size: int, workers: int) -> Iterator[Any]:
-    loader = DataLoader(dataset, batch_size=batch_size, num_workers=workers, prefetch_factor=2)
+    # Not by fork, for our engines have threads by then.
+    loader = DataLoader(dataset, batch_size=batch_size, num_workers=workers, prefetch_factor=2, multiprocessing_context="forkserver")
     iterator = iter(loader)
     try:
         yield from iterator
@@ -165,6 +166,15 @@ def _dali_per_view(path: Path, size: int, batch_size: int, workers: int) -> Stre
 
 
 # ---------------------------------------------------------------------- the run
+
+
+def left_out() -> list[str]:
+    """What cannot take part here, each with the reason."""
+    engines = [(name, engine_state(name).problem) for name in ("dali", "ffcv")]
+    missing = [f"{name}, ours and as its documentation has it ({problem})" for name, problem in engines if problem]
+    if not importlib.util.find_spec("lightly"):
+        missing.append("lightly (not installed; pip install -e '.[peers]')")
+    return missing
 
 
 def run(
@@ -245,7 +255,7 @@ def run(
             median_s=batch_size / rate(found),
             peer=None if contender == "native" else contender,
             ratio_to_peer=None if contender == "native" else ratio(windows[part, "native"], found),
-            details={"part": part, "loader": contender, **about, "missing": missing},
+            details={"part": part, "loader": contender, **about, "seconds": seconds, "missing": missing},
         )
         for (part, contender), found in windows.items()
     ]

@@ -64,32 +64,38 @@ _BITS = 14
 
 @fast
 def _whole(taps: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """(S, T) float32 weights as (S, an even number of at least T) int16 in units of 1 / 2^_BITS, each row's sum exact: what is even stays even."""
+    """(S, T) float32 weights as (S, an even number of at least T) int16 in units of 1 / 2^_BITS.
+
+    What a weight loses by rounding goes on to the next one: each row's sum is exact, so that what is even stays even, and the thousands of taps of an
+    extreme reduction are not all rounded to nothing.
+    """
     whole = np.zeros((len(weights), (weights.shape[1] + 1) // 2 * 2), np.int16)
     for i in range(len(weights)):
-        total, largest = 0, 0
+        total, given = 0.0, 0
         for k in range(taps[i]):
-            w = math.floor(weights[i, k] * (1 << _BITS) + 0.5)
-            whole[i, k] = w
-            total += w
-            largest = k if weights[i, k] > weights[i, largest] else largest
-        whole[i, largest] += (1 << _BITS) - total
+            total += weights[i, k] * (1 << _BITS)
+            here = (1 << _BITS) if k == taps[i] - 1 else math.floor(total + 0.5)
+            whole[i, k] = here - given
+            given = here
     return whole
 
 
 @intrinsic
-def _weigh(typing: Any, source: Any, row: Any, weights: Any, pairs: Any, target: Any, target_row: Any) -> tuple:
+def _weigh(typing: Any, source: Any, row: Any, weights: Any, column: Any, pairs: Any, target: Any, target_row: Any) -> tuple:
     """One output pixel in each of `_ROWS` rows: the weighted sum of neighbouring RGB pixels, two at a time, rounded and cut to 8 bits.
 
     Numba's own vectoriser does not see that the colours of a pixel belong together. Written as vectors of eight bytes (red, red, green, green, blue,
     blue, and two that come next), products and sums of a pair of taps are one instruction on any x86 processor: five times as fast.
 
-    All arguments are addresses or distances in bytes: the first tap in the first row, from row to row, the int16 weights, the number of
-    pairs, the first result, from result to result. Reads up to five bytes behind the last pixel, and writes one behind each result.
+    ``weights`` is the array of `_whole`, of which row ``column`` is used and ``pairs`` pairs of it. (The array and not its address: numba frees what is
+    not named any more.) The others are addresses or distances in bytes: the first tap in the first row, from row to row; the first result, from
+    result to result. Reads up to five bytes behind the last pixel, and writes one behind each result.
     """
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Sequence[ir.Value]) -> ir.Value:
-        source, row, weights, pairs, target, target_row = arguments
+        source, row, weights, column, pairs, target, target_row = arguments
+        table = context.make_array(signature.args[2])(context, builder, weights)
+        weights_at = builder.add(builder.ptrtoint(table.data, source.type), builder.mul(column, builder.extract_value(table.strides, 0)))
 
         def vector(bits: int, lanes: int) -> ir.VectorType:
             return ir.VectorType(ir.IntType(bits), lanes)
@@ -106,7 +112,7 @@ def _weigh(typing: Any, source: Any, row: Any, weights: Any, pairs: Any, target:
         half = 1 << (_BITS - 1)
         sums = [cgutils.alloca_once_value(builder, ir.Constant(vector(32, 4), [half] * 4)) for _ in range(_ROWS)]
         with cgutils.for_range(builder, pairs) as loop:
-            two = builder.load(place(weights, number(4), loop.index, vector(16, 2)), align=2)
+            two = builder.load(place(weights_at, number(4), loop.index, vector(16, 2)), align=2)
             both = builder.sext(pick(two, 0, 1, 0, 1, 0, 1, 0, 1), vector(32, 8))
             first = builder.add(source, builder.mul(number(6), loop.index))
             for k, total in enumerate(sums):
@@ -122,7 +128,7 @@ def _weigh(typing: Any, source: Any, row: Any, weights: Any, pairs: Any, target:
             builder.store(builder.trunc(value, vector(8, 4)), place(target, target_row, number(k), vector(8, 4)), align=1)
         return context.get_dummy_value()
 
-    return types.void(*[types.intp] * 6), generate
+    return types.void(types.intp, types.intp, weights, *[types.intp] * 4), generate
 
 
 @fast
@@ -141,7 +147,6 @@ def crop_resize(image: np.ndarray, box: np.ndarray, cubic: bool, scratch: np.nda
     # Rounded and cut to 8 bits in between, as Pillow and torchvision do: a cubic's overshoot at an edge is gone behind that.
     stride, narrow = image.strides[0], scratch.strides[0]
     whole = _whole(column_taps, column_weights)
-    weights, weights_row = np.intp(whole.ctypes.data), whole.strides[0]
     # As signed numbers: numba adds an unsigned and a signed one as floats.
     corner, target = np.intp(image.ctypes.data) + top * stride + 3 * left, np.intp(scratch.ctypes.data)
     # The last rows are read from a copy, because the bytes behind their last pixels may belong to somebody else.
@@ -159,7 +164,7 @@ def crop_resize(image: np.ndarray, box: np.ndarray, cubic: bool, scratch: np.nda
         for x in range(size):
             column = size - 1 - x if flip else x
             pairs = (column_taps[column] + 1) // 2
-            _weigh(source + 3 * column_first[column], source_row, weights + column * weights_row, pairs, target + 3 * x, target_row)
+            _weigh(source + 3 * column_first[column], source_row, whole, column, pairs, target + 3 * x, target_row)
         y += _ROWS if many else 1
         target += narrow * (_ROWS if many else 1)
     # Whole lines are added up here, which the compiler turns into vector instructions.
@@ -181,7 +186,7 @@ def crop_views(image: np.ndarray, boxes: np.ndarray, cubic: bool, scratch: np.nd
     """`crop_resize` of each box into ``views[k, position]``: boxes (count, 5) int64, views (count, B, S, S, 3). Refuses boxes outside the image."""
     for k in range(len(boxes)):
         top, left, height, width = boxes[k, 0], boxes[k, 1], boxes[k, 2], boxes[k, 3]
-        if top < 0 or left < 0 or height < 1 or width < 1 or top + height > image.shape[0] or left + width > image.shape[1]:
+        if top < 0 or left < 0 or height < 1 or width < 1 or top > image.shape[0] - height or left > image.shape[1] - width:
             raise ValueError("a box lies outside its picture")
     for k in range(len(boxes)):
         crop_resize(image, boxes[k], cubic, scratch, views[k, position])

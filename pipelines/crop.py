@@ -3,8 +3,9 @@
 Both paths compute Pillow's ``picture.crop(box).resize((S, S), filter)``: a triangle or a cubic (a = -0.5) filter whose support grows
 with the reduction, normalised inside the box; pixels outside the box play no part.
 
-Host: a compiled loop with Pillow's 8-bit intermediate, six times as fast as Pillow (`compiled.crop_resize`). Device: resizing is separable, so a view is ``Wy @ X @ Wx^T`` with the filter's weights as rows of two small matrices.
-Boxes, ragged picture sizes and flips are only entries of these matrices, and a batch is two batched matrix products per view.
+Host: a compiled loop with Pillow's 8-bit intermediate, several times as fast as Pillow (`compiled.crop_resize`). Device: resizing is
+separable, so a view is ``Wy @ X @ Wx^T`` with the filter's weights as rows of two small matrices. Boxes, ragged picture sizes and flips are
+only entries of these matrices, and a batch is two batched matrix products per view.
 """
 
 from __future__ import annotations
@@ -55,13 +56,12 @@ def crop_resize_host(image: NDArray[np.uint8], boxes: NDArray[np.int64], spec: V
     Raises:
         ValueError: types, layouts or shapes are others, or a box lies outside the image.
     """
-    if (
-        boxes.dtype != np.int64
-        or image.dtype != np.uint8
-        or views.dtype != np.uint8
-        or not (image.flags.c_contiguous and views.flags.c_contiguous)
-    ):
-        raise ValueError("boxes must be int64, pictures and views uint8 and C-contiguous")
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.flags.c_contiguous:
+        raise ValueError(f"a picture must be (H, W, 3) uint8 and C-contiguous, not {image.shape} {image.dtype}")
+    if boxes.ndim != 2 or boxes.shape[1] != len(BOX) or boxes.dtype != np.int64:
+        raise ValueError(f"boxes must be (count, {len(BOX)}) int64, not {boxes.shape} {boxes.dtype}")
+    if views.ndim != 5 or views.dtype != np.uint8 or not (views.flags.c_contiguous and views.flags.writeable):
+        raise ValueError(f"views must be (count, B, S, S, 3) uint8, C-contiguous and writable, not {views.shape} {views.dtype}")
     if views.shape[0] != len(boxes) or views.shape[2:] != (spec.size, spec.size, 3) or not 0 <= position < views.shape[1]:
         raise ValueError(f"{len(boxes)} views of {spec.size} px do not go to place {position} of {views.shape}")
     rows, columns = image.shape[0], 3 * spec.size + 1
@@ -70,7 +70,7 @@ def crop_resize_host(image: NDArray[np.uint8], boxes: NDArray[np.int64], spec: V
         # Kept for the thread: memory of this size comes from the system page by page, each with a fault that all threads queue for.
         had = (0, 0) if scratch is None else scratch.shape
         scratch = _memory.scratch = np.empty((max(rows, had[0]), max(columns, had[1])), np.uint8)
-    crop_views(image, boxes, spec.interpolation == "bicubic", scratch, views, position)
+    crop_views(image, boxes, spec.interpolation == "bicubic", scratch, views, int(position))
 
 
 def crop_resize_device(

@@ -6,6 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import numba
+from numba.core.caching import FunctionCache
+
+from fastssl.pipelines.errors import FastSSLError
 
 
 def fast(function: Callable) -> Callable:
@@ -18,9 +21,28 @@ def exact(function: Callable) -> Callable:
     return _compile(function, fastmath=False)
 
 
+class _Cache(FunctionCache):
+    """Numba's files of compiled code, which may be damaged, cut short or impossible to write: then the function is compiled for this process only."""
+
+    def load_overload(self, *arguments: Any) -> Any:
+        try:
+            return super().load_overload(*arguments)
+        except Exception:  # unpickling a file that somebody else has cut short can fail in any way
+            return None
+
+    def save_overload(self, *arguments: Any) -> None:
+        try:
+            super().save_overload(*arguments)
+        except Exception:  # no space, no right, or an index that cannot be read
+            return
+
+
 def _compile(function: Callable, **options: Any) -> Callable:
-    options.update(nogil=True, error_model="numpy")
+    if numba.config.DISABLE_JIT:
+        raise FastSSLError("NUMBA_DISABLE_JIT is set; the loops of fastssl run compiled only: unset it")
+    compiled = numba.njit(nogil=True, error_model="numpy", **options)(function)
     try:
-        return numba.njit(cache=True, **options)(function)
+        compiled._cache = _Cache(function)  # as njit(cache=True) does
     except RuntimeError:  # neither the package's folder nor the user's cache can be written
-        return numba.njit(**options)(function)
+        pass
+    return compiled

@@ -111,7 +111,7 @@ def keyed_words(seed: int, stream: Stream, epoch: int, item: ArrayLike, view: Ar
 def stream_word(stream: Stream, view: int, last_view: int) -> np.uint64:
     """The counter's last word for slot 0 of a view, when all views up to ``last_view`` will be used."""
     check_range("view", [view, last_view], 16)
-    return np.uint64((stream << 24) | (view << 8))
+    return np.uint64((int(stream) << 24) | (int(view) << 8))
 
 
 def check_range(name: str, value: ArrayLike, bits: int) -> NDArray[np.uint64]:

@@ -57,12 +57,16 @@ seconds_option = click.option(
     callback=finite,
     default=10.0,
     show_default=True,
-    help="Counted time of each setting; warm-up comes on top.",
+    help="Counted time of each setting, of all that is compared in it together; warm-up comes on top. With --peers 160.",
 )
 amp_option = click.option(
     "--amp", type=click.Choice(["auto", "bf16", "off"]), default="auto", show_default=True, help="bfloat16 autocast; auto: on a GPU."
 )
 compile_option = click.option("--compile", "compiled", is_flag=True, help="Compile the networks first (minutes).")
+
+
+#: Eleven contenders in turns: with less than three seconds a turn the rates are those of their queues.
+_PEERS_SECONDS = 160.0
 
 
 @click.group(subcommand_metavar="WHAT [ARGS]...")
@@ -89,6 +93,15 @@ def bench() -> None:
 @device_option
 @click.option("--workers", type=click.IntRange(min=1), multiple=True, help="Decoding threads; may be repeated. Default: one a core.")
 @batch_option
+@click.option(
+    "--pipeline",
+    "pipelines",
+    type=click.Choice(["native", "dali", "ffcv"]),
+    multiple=True,
+    default=("native",),
+    show_default=True,
+    help="Engine; may be repeated.",
+)
 @seconds_option
 @runs_option
 @click.option(
@@ -96,13 +109,14 @@ def bench() -> None:
 )
 @json_option
 @click.pass_context
-def loader(ctx, recipes, overrides, data, photos, device, workers, batch_size, seconds, runs, peers, json_path) -> None:
-    """Decoding, the host's cost in the number of views, and the whole loader.
+def loader(ctx, recipes, overrides, data, photos, device, workers, batch_size, pipelines, seconds, runs, peers, json_path) -> None:
+    """Decoding, the host's cost in the number of views, and the whole loader; of the other engines the whole loader.
 
     \b
     fastssl bench loader --recipe light-moco-mobilenetv3 --seconds 10 --json out.jsonl
     fastssl bench loader --data photos.beton --workers 1 --workers 8
-    fastssl bench loader --peers --seconds 200 --json peers.jsonl
+    fastssl bench loader --device cuda --pipeline native --pipeline dali --json engines.jsonl
+    fastssl bench loader --peers --json peers.jsonl
     """
     if peers:
         _peers(ctx, data, workers or (None,), batch_size, seconds, runs, photos, json_path)
@@ -111,29 +125,34 @@ def loader(ctx, recipes, overrides, data, photos, device, workers, batch_size, s
     from fastssl.train import choose_device
 
     place = choose_device(device)
-    settings = itertools.product(_load(recipes, overrides), data, workers or (None,))
+    settings = itertools.product(_load(recipes, overrides), data, workers or (None,), dict.fromkeys(pipelines))
     _measure(
         json_path,
         [
             (
-                f"loader, {name}, {source}{f', {threads} threads' if threads else ''}",
-                lambda recipe=recipe, name=name, source=source, threads=threads: run(
-                    recipe, name, source, place, threads, batch_size, seconds, runs, photos
+                f"loader, {name}, {engine}, {source}{f', {threads} threads' if threads else ''}",
+                lambda recipe=recipe, name=name, source=source, threads=threads, engine=engine: run(
+                    recipe, name, source, place, threads, batch_size, seconds, runs, photos, engine
                 ),
             )
-            for (recipe, name), source, threads in settings
+            for (recipe, name), source, threads, engine in settings
         ],
     )
 
 
 def _peers(ctx: click.Context, data, workers, batch_size, seconds, runs, photos, json_path) -> None:
-    from fastssl.benchmarks.peers import run
+    from fastssl.benchmarks.peers import left_out, run
 
-    for name in ("recipes", "overrides", "device"):
+    option = {"recipes": "recipe", "overrides": "set", "pipelines": "pipeline"}
+    for name in ("recipes", "overrides", "device", "pipelines"):
         if ctx.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT:
-            raise click.UsageError(
-                f"--peers compares fixed views on the CPU; leave --{ {'recipes': 'recipe', 'overrides': 'set'}.get(name, name) } out"
-            )
+            raise click.UsageError(f"--peers compares fixed views of all engines on the CPU; leave --{option.get(name, name)} out")
+    if ctx.get_parameter_source("seconds") is click.core.ParameterSource.DEFAULT:
+        seconds = _PEERS_SECONDS
+    for missing in left_out():
+        console.print(f"left out: {missing}", highlight=False, markup=False, soft_wrap=True)
+    settings = len(data) * len(workers)
+    console.print(f"about {settings * seconds * 1.5 / 60:.0f} minutes ...", highlight=False, markup=False)
     options = {"seconds": seconds, "runs": runs, "photos": photos, **({} if batch_size is None else {"batch_size": batch_size})}
     _measure(
         json_path,

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -145,12 +148,75 @@ def test_the_host_path_reads_and_writes_nothing_else() -> None:
 
 def test_the_host_path_refuses_what_would_leave_its_memory() -> None:
     spec, picture, views = ViewSpec(size=8), np.zeros((10, 12, 3), np.uint8), np.zeros((1, 2, 8, 8, 3), np.uint8)
-    for wrong in ([-1, 0, 5, 5, 0], [0, -1, 5, 5, 0], [6, 0, 5, 5, 0], [0, 8, 5, 5, 0], [0, 0, 0, 5, 0], [0, 0, 5, 0, 0]):
+    for wrong in (
+        [2**63 - 10, 0, 20, 12, 0],
+        [-1, 0, 5, 5, 0],
+        [0, -1, 5, 5, 0],
+        [6, 0, 5, 5, 0],
+        [0, 8, 5, 5, 0],
+        [0, 0, 0, 5, 0],
+        [0, 0, 5, 0, 0],
+    ):
         with pytest.raises(ValueError, match="outside its picture"):
             crop_resize_host(picture, np.array([wrong]), spec, views, 0)
+    box_ = np.array([[0, 0, 5, 5, 0]])
+    frozen = views.copy()
+    frozen.setflags(write=False)
+    for image, boxes, target in (
+        (picture[..., :1].copy(), box_, views),
+        (np.zeros((10, 12, 4), np.uint8), box_, views),
+        (picture[None], box_, views),
+        (picture[:, ::2], box_, views),
+        (picture.astype(np.float32), box_, views),
+        (picture, box_[:, :4], views),
+        (picture, box_[0], views),
+        (picture, box_.astype(np.int32), views),
+        (picture, box_, frozen),
+        (picture, box_, views[0]),
+    ):
+        with pytest.raises(ValueError, match="must be"):
+            crop_resize_host(image, boxes, spec, target, 0)
     for place, sizes in ((2, (1, 2, 8, 8, 3)), (-1, (1, 2, 8, 8, 3)), (0, (2, 2, 8, 8, 3)), (0, (1, 2, 9, 9, 3))):
         with pytest.raises(ValueError, match="do not go to place"):
             crop_resize_host(picture, np.array([[0, 0, 5, 5, 0]]), spec, np.zeros(sizes, np.uint8), place)
+
+
+def test_an_extreme_reduction_keeps_its_many_small_weights() -> None:
+    """60,000 pixels become one: each weighs less than a unit of the weights' 14 bits."""
+    rng = np.random.default_rng(0)
+    for width, size in ((60_000, 1), (60_000, 7), (9_000, 16)):
+        picture = (rng.random((3, width, 3)) * np.linspace(0, 255, width)[:, None]).astype(np.uint8)
+        for interpolation in ("bilinear", "bicubic"):
+            spec, record = ViewSpec(size=size, interpolation=interpolation), box(0, 0, 3, width)
+            assert difference(host(picture, record, spec), pillow_in_passes(picture, record, spec))[1] <= 2, (width, size, interpolation)
+
+
+def test_the_compiled_loops_read_only_memory_that_is_theirs() -> None:
+    """What the C library writes over freed memory must not show: numba frees an array behind the last line that names it."""
+    code = """
+import zlib
+import numpy as np
+from fastssl.pipelines.augment import augment_host
+from fastssl.pipelines.crop import boxes_of, crop_resize_host
+from fastssl.pipelines.plan import ViewSpec, draw_plan
+import torch
+rng, check = np.random.default_rng(0), 0
+for trial in range(120):
+    height, width, size = (int(n) for n in rng.integers((4, 4, 8), (400, 400, 100)))
+    spec = ViewSpec(size=size, count=2, interpolation=("bilinear", "bicubic")[trial % 2], solarise=0.3)
+    plan = draw_plan(spec, first_view=0, seed=0, epoch=0, sample_ids=[trial], heights=[height], widths=[width])
+    views = np.zeros((2, 1, size, size, 3), np.uint8)
+    crop_resize_host(rng.integers(0, 256, (height, width, 3), dtype=np.uint8), boxes_of(plan)[0], spec, views, 0)
+    check = zlib.crc32(plan.tobytes(), zlib.crc32(views.tobytes(), check))
+    coloured = augment_host(torch.from_numpy(views[:, 0]).permute(0, 3, 1, 2), plan[:, 0], spec)
+    check = zlib.crc32(coloured.contiguous().numpy().tobytes(), check)
+print(check)
+"""
+    found = set()
+    for byte in ("0", "85", "170"):
+        environment = {**os.environ, "MALLOC_PERTURB_": byte, "MALLOC_ARENA_MAX": "1", "OMP_NUM_THREADS": "1"}
+        found.add(subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True).stdout)
+    assert len(found) == 1
 
 
 def test_device_path_with_half_precision(photos: list[np.ndarray], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,10 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 
 from fastssl.pipelines import draw
@@ -13,6 +18,30 @@ def test_the_compiled_generator_equals_the_vectorised_one() -> None:
         epoch, last = (int(value) for value in rng.integers(0, 2**32, 2))
         expected = philox4x32([item & 0xFFFFFFFF, item >> 32, epoch, last], (key & 0xFFFFFFFF, key >> 32))
         assert list(draw.philox(np.uint64(item), np.uint64(epoch), np.uint64(last), np.uint64(key))) == expected.tolist()
+
+
+def test_compiled_code_that_cannot_be_read_or_kept_is_compiled_again(tmp_path: Path) -> None:
+    """The files of an earlier run, cut short or replaced; and a folder without room."""
+    code = "from fastssl.pipelines import draw; print(draw.portable_exp(1.5))"
+
+    def run(folder: Path) -> str:
+        environment = {**os.environ, "NUMBA_CACHE_DIR": str(folder), "OMP_NUM_THREADS": "1"}
+        return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True).stdout
+
+    first = run(tmp_path)
+    kept = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(kept) == 2 and float(first) == draw.portable_exp(1.5)
+    for damage in (lambda path: path.write_bytes(b""), lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])):
+        for path in kept:
+            damage(path)
+        assert run(tmp_path) == first
+    assert run(Path("/dev/full")) == first  # not a folder at all
+
+
+def test_without_the_compiler_it_says_so() -> None:
+    environment = {**os.environ, "NUMBA_DISABLE_JIT": "1"}
+    result = subprocess.run([sys.executable, "-c", "import fastssl.pipelines.draw"], env=environment, capture_output=True, text=True)
+    assert "FastSSLError: NUMBA_DISABLE_JIT is set" in result.stderr
 
 
 def test_uniform_and_below_use_all_bits() -> None:
