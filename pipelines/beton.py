@@ -116,7 +116,8 @@ class BetonReader:
         if version in (0, VERSION) and table_at == 0:
             raise self._error("unfinished: its writer was stopped before the header was written; convert again")
         if version != VERSION:
-            raise self._error(f"not a .beton file of version {VERSION} (the first two bytes say {version})")
+            about = "a photo" if version in (0xD8FF, 0x5089) else f"the first two bytes say {version}"
+            raise self._error(f"not a .beton file of version {VERSION} ({about}); fastssl convert-imagenet makes one from photos")
         if page_size < MIN_PAGE_SIZE or page_size & (page_size - 1):
             raise self._error(f"damaged header: page size {page_size} is not a power of two of at least {MIN_PAGE_SIZE}")
         if self.num_samples == 0:

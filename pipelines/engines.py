@@ -21,8 +21,8 @@ PIPELINES = ("auto", "native", "dali", "ffcv")
 _DALI_SMALLEST = 16
 
 _HOW = {
-    "dali": "pip install 'fastssl-vision[dali]'",
-    "ffcv": "apt-get install g++ pkg-config libopencv-dev libturbojpeg0-dev, then pip install 'fastssl-vision[ffcv]'",
+    "dali": "pip install -e '.[dali]' where fastssl was checked out",
+    "ffcv": "apt-get install libopencv-dev libturbojpeg0-dev pkg-config g++ make, then pip install -e '.[ffcv]' where fastssl was checked out",
 }
 
 
@@ -69,7 +69,7 @@ def _version(start: str) -> str | None:
 def choose_engine(device: torch.device) -> tuple[str, str]:
     """What ``auto`` stands for on ``device``, and why: (name, reason)."""
     if device.type == "cuda":
-        return "native", "decodes on the host's cores and crops on the GPU; measure the others with `fastssl bench loader`"
+        return "native", "decodes on the host's cores and crops on the GPU; measure the others with `fastssl bench loader --pipeline dali`"
     return "native", "the fastest on a CPU, and it needs no further package (benchmarks/results/)"
 
 

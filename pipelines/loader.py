@@ -88,6 +88,8 @@ class ViewLoader:
         _one_of("pipeline", pipeline, PIPELINES)
         _one_of("crops", crops, ("auto", "host", "device"))
         _one_of("on_bad", on_bad, ("fail", "skip"))
+        if isinstance(views, ViewSpec):
+            raise FastSSLError("views is a list of ViewSpec: [ViewSpec(...)]")
         if not views:
             raise FastSSLError("a loader needs at least one view")
         batch_size, workers = _count("batch_size", batch_size), workers if workers is None else _count("workers", workers)

@@ -22,7 +22,7 @@ from fastssl.cli.common import PIPELINES, SomePath, console
     "pipelines",
     type=click.Choice(PIPELINES),
     multiple=True,
-    help="Engine that makes them; given more than once, the engines' views stand side by side, with their differences. Default: auto.",
+    help="Engine that makes them; given more than once, the first view of each photo by every engine stands side by side, with the differences. Default: auto.",
 )
 @click.option("--epoch", type=click.IntRange(min=0), default=0, show_default=True, help="Which epoch's views.")
 def views(file: Path, recipe_name: str, out: Path, samples: int, seed: int, pipelines: tuple[str, ...], epoch: int) -> None:
@@ -34,6 +34,11 @@ def views(file: Path, recipe_name: str, out: Path, samples: int, seed: int, pipe
     """
     if out.name.endswith((".beton", ".beton.json")):
         raise click.BadParameter(f"{out}: that name belongs to the photos; name a .png", param_hint="--out")
+    if not out.parent.is_dir():
+        raise click.BadParameter(f"{out.parent}: no such folder", param_hint="--out")
+    import torch
+
+    from fastssl.pipelines.engines import choose_engine
     from fastssl.recipe import load_recipe
     from fastssl.report.pictures import engines_picture, views_picture
 
@@ -43,7 +48,9 @@ def views(file: Path, recipe_name: str, out: Path, samples: int, seed: int, pipe
     specs = load_recipe(recipe_name).views
     options = {"samples": samples, "seed": seed, "epoch": epoch, "notice": notice}
     if len(pipelines) > 1:
-        picture = engines_picture(file, specs, out, pipelines=list(dict.fromkeys(pipelines)), **options)
+        # `auto` beside what it stands for would be a comparison with itself.
+        named = [choose_engine(torch.device("cpu"))[0] if name == "auto" else name for name in pipelines]
+        picture = engines_picture(file, specs, out, pipelines=list(dict.fromkeys(named)), **options)
     else:
         picture = views_picture(file, specs, out, pipeline=pipelines[0] if pipelines else "auto", **options)
     click.echo(f"{out}: {picture.width}x{picture.height} px")

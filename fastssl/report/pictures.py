@@ -91,7 +91,7 @@ def engines_picture(
     try:
         rendered = {}
         for name in pipelines:
-            rows, pixels = _render(reader, views, samples, seed, epoch, name, notice)
+            rows, pixels = _render(reader, views, samples, seed, epoch, name, notice if name == pipelines[0] else None)
             rendered[name] = pixels[0][1]
         first = rendered[pipelines[0]].astype(np.int16)
         columns = [(pipelines[0], f"{first.shape[1]} px", rendered[pipelines[0]])]

@@ -154,12 +154,10 @@ def test_what_is_missing_is_said_with_its_remedy(beton: Path, monkeypatch: pytes
 
     monkeypatch.setattr(importlib, "import_module", without)
     assert engine_state("native").problem is None
-    with pytest.raises(
-        FastSSLError, match=r"--pipeline ffcv: not installed; apt-get install .*libopencv-dev.*pip install 'fastssl-vision\[ffcv\]'"
-    ):
+    with pytest.raises(FastSSLError, match=r"--pipeline ffcv: not installed; apt-get install .*libopencv-dev.*pip install -e '\.\[ffcv\]'"):
         ViewLoader(beton, TWO, 4, pipeline="ffcv")
     with pytest.raises(
-        FastSSLError, match=r"--pipeline dali: installed, but does not load \(OSError: libnvjpeg.*pip install 'fastssl-vision\[dali\]'"
+        FastSSLError, match=r"--pipeline dali: installed, but does not load \(OSError: libnvjpeg.*pip install -e '\.\[dali\]'"
     ):
         ViewLoader(beton, TWO, 4, pipeline="dali")
 
