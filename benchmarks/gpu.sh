@@ -158,6 +158,18 @@ part train-recipes 90 train "${OTHER[@]}" "${TINY[@]}" "${NET[@]}" "${INPUT[@]}"
 part loader-recipes 70 loader "${OTHER[@]}" "${TINY[@]}" "${BATCH[@]}" "${INPUT[@]}" "${REST[@]}" "${SHORT[@]}"
 part step-compiled-recipes 180 step "${OTHER[@]}" "${TINY[@]}" "${NET[@]}" --amp bf16 --compile
 
+# Other engines, where they are installed: each with 1, 4, 8 and all threads.
+ENGINES=()
+ready="$(cd "$WORK" && "$PYTHON" -c '
+from fastssl.pipelines.engines import engine_state
+print(*[name for name in ("dali", "ffcv") if not engine_state(name).problem])' 2>/dev/null)"
+for engine in $ready; do ENGINES+=(--pipeline "$engine"); done
+if ((${#ENGINES[@]})); then
+    part engines 90 loader "${MAIN[@]}" "${TINY[@]}" "${BATCH[@]}" "${INPUT[@]}" "${THREADS[@]}" "${ENGINES[@]}" "${SHORT[@]}"
+else
+    say "engines: neither dali nor ffcv is installed"
+fi
+
 if [[ -s "$RESULTS" ]]; then
     (cd "$WORK" && "$PYTHON" -m fastssl.benchmarks.table "$RESULTS") >"$OUT/results.md" || failed+=("the table in results.md")
 else

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import need_engine
 
 from fastssl.benchmarks import photos
 from fastssl.benchmarks.loader import BareLoop, DecodeEngine, open_loader, requests_of, run
@@ -202,3 +203,13 @@ def test_loader_records(full_size: Path) -> None:
     for record in (decode, cost, views):
         record.to_json()
     assert not [t for t in threading.enumerate() if t.name.startswith("fastssl-decode")]
+
+
+@pytest.mark.parametrize("engine", ["dali", "ffcv"])
+def test_other_engines_have_one_record(engine: str, beton: Path) -> None:
+    need_engine(engine)
+    recipe = load_recipe("quickstart", {"views.0.size": "32"})
+    (views,) = run(recipe, "quickstart", str(beton), "cpu", workers=1, batch_size=8, seconds=0.5, pipeline=engine)
+    assert views.pipeline == engine and views.details["part"] == "views" and views.details["seconds"] == 0.5
+    assert views.pair_per_s > 0 and views.fraction_of_ceiling == pytest.approx(views.view_per_s / views.ceiling)
+    assert views.ceiling_name == "bare decode and crop loop, 1 threads" and "colour" in views.bottleneck + str(views.details["share"])

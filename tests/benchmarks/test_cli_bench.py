@@ -58,7 +58,29 @@ def test_settings_are_crossed_and_passed_on(calls: list[tuple], tmp_path: Path) 
         (recipe, data, workers) for recipe in ("quickstart", "moco-v2-resnet50") for data in ("synthetic", "x.beton") for workers in (1, 3)
     ]
     for _, (recipe, _, _, device, _, *rest), _ in calls:
-        assert recipe.views[0].size == 48 and device == torch.device("cpu") and rest == [16, 2.0, 7, 9]
+        assert recipe.views[0].size == 48 and device == torch.device("cpu") and rest == [16, 2.0, 7, 9, "native"]
+
+
+def test_loader_goes_through_the_engines(calls: list[tuple]) -> None:
+    assert invoke("loader", "--device", "cpu", "--workers", "1", "--workers", "4", "--pipeline", "dali", "--pipeline", "ffcv") == 0
+    assert [(args[4], args[-1]) for _, args, _ in calls] == [(1, "dali"), (1, "ffcv"), (4, "dali"), (4, "ffcv")]
+    assert invoke("loader", "--pipeline", "auto") == 2
+
+
+def test_peers_take_their_time_and_say_who_is_missing(
+    calls: list[tuple], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from fastssl.benchmarks import peers
+
+    asked: list[dict] = []
+    monkeypatch.setattr(peers, "run", lambda data, **options: asked.append(options) or [])
+    monkeypatch.setattr(peers, "left_out", lambda: ["ffcv, ours and as its documentation has it (not installed)"])
+    assert invoke("loader", "--peers") == 0 and invoke("loader", "--peers", "--seconds", "9") == 0
+    assert [options["seconds"] for options in asked] == [160.0, 9.0]
+    printed = capfd.readouterr()
+    assert "left out: ffcv, ours and as its documentation has it (not installed)" in printed.out + printed.err
+    for one in (["--pipeline", "dali"], ["--recipe", "quickstart"], ["--device", "cpu"]):
+        assert invoke("loader", "--peers", *one) == 2
 
 
 def test_step_and_train_take_another_network(calls: list[tuple]) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import fastssl.benchmarks
+from fastssl.pipelines.engines import engine_state
 
 ROOT = Path(fastssl.benchmarks.__path__[0]).resolve().parent
 SCRIPT = ROOT / "benchmarks" / "gpu.sh"
@@ -32,6 +33,8 @@ echo "{{\\"bench\\": \\"$name\\", \\"host\\": {{}}, \\"versions\\": {{}}}}" >"$o
 case "$name" in {failing}) exit 3 ;; {hanging}) sleep 60 ;; esac
 """
 PARTS = ["step", "loader", "train", "step-compiled", "views", "loss", "train-recipes", "loader-recipes", "step-compiled-recipes"]
+ENGINES = [name for name in ("dali", "ffcv") if not engine_state(name).problem]
+PARTS += ["engines"] if ENGINES else []
 
 
 @pytest.fixture
@@ -77,7 +80,8 @@ def test_all_parts_run_from_any_folder_without_an_installed_package(stand_in, tm
         if bench != "step":
             assert "--data synthetic" in mine and f"--data {tmp_path / 'photos.beton'}" in mine
     text = "\n".join(commands)
-    assert "--compile" in text and "--amp bf16" in text and "--amp off" in text and text.count("--workers") == 2
+    assert "--compile" in text and "--amp bf16" in text and "--amp off" in text and text.count("--workers") == (4 if ENGINES else 2)
+    assert all(f"--pipeline {name}" in text for name in ENGINES)
     # Nothing is left behind: the parts ran in a folder that is gone.
     assert not Path((tmp_path / "log.cwd").read_text().split()[0]).exists()
 

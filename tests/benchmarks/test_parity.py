@@ -12,7 +12,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from fastssl.benchmarks import parity
-from fastssl.pipelines import BetonWriter, jpeg
+from fastssl.pipelines import BetonReader, BetonWriter, jpeg
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,17 @@ def test_decoding_alone_is_the_same_everywhere(rows: list[parity.Row]) -> None:
         assert found.most < 1e-3, engine  # the roundings of value / 255 * 255
 
 
-def test_an_engine_that_is_off_is_seen(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_photos_of_several_sizes_are_not_said_to_be_unresized(beton: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parity, "available", lambda: [("native", {"crops": "host"})])
+    with BetonReader(beton) as reader:
+        several = len({min(size) for size in zip(reader.heights.tolist(), reader.widths.tolist())}) > 1
+    (row,) = parity.measure(beton, samples=12, operations=parity.OPERATIONS[:1])
+    assert row.operation.name == ("whole photo, reduced" if several else "decode, no resize")
+
+
+def test_an_engine_that_is_off_is_seen(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     real = parity._render
 
     def shifted(reader, chosen, specs, seed, device, options):
@@ -63,11 +73,20 @@ def test_an_engine_that_is_off_is_seen(photos: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(parity, "available", lambda: [("native", {"crops": "host"})])
     (row,) = parity.measure(photos, samples=4, operations=parity.OPERATIONS[1:2])
     found = row.differences["native", "torchvision"]
-    assert found.mean > row.operation.mean and found.most > row.operation.most
+    assert found.mean > row.operation.mean and found.most > row.operation.most and row.beyond("native")
+    text = parity.to_markdown([row], [], {"command": "", "host": {"cpu": ""}, "versions": {}, "samples": 4, "data": {"name": ""}})
+    assert f"| 0.5 / 3 (12) | **{found.mean:.2f} / " in text
+    # As the command: the report is written, and the status says that it is not good.
+    monkeypatch.setattr(parity.measure, "__kwdefaults__", {**parity.measure.__kwdefaults__, "operations": parity.OPERATIONS[1:2]})
+    assert parity.main(["--data", str(photos), "--out", str(tmp_path), "--samples", "3"]) == 1
+    assert "further from torchvision than the bound: crop, reduced, bilinear (native)" in capsys.readouterr().err
+    assert (tmp_path / "parity.md").is_file()
 
 
 def test_crop_boxes_are_torchvisions() -> None:
-    for row in parity.crop_statistics(4000):
+    rows = parity.crop_statistics(4000)
+    assert {row["scale"] for row in rows} == {"0.2 to 1", "0.05 to 0.14"}
+    for row in rows:
         for name in ("area", "ratio", "top", "left"):
             assert row[name] < 1.6 * row["chance"], row
 
@@ -75,7 +94,7 @@ def test_crop_boxes_are_torchvisions() -> None:
 def test_the_command_writes_table_picture_and_figures(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parity, "OPERATIONS", parity.OPERATIONS[:2])
     monkeypatch.setattr(parity.measure, "__kwdefaults__", {**parity.measure.__kwdefaults__, "operations": parity.OPERATIONS})
-    monkeypatch.setattr(parity, "crop_statistics", lambda: [{"photo": "1x1", "area": "1", "ratio": 0.1, "chance": 0.2}])
+    monkeypatch.setattr(parity, "crop_statistics", lambda: [{"photo": "1x1", "scale": "1", "ratio": 0.1, "chance": 0.2}])
     assert parity.main(["--data", str(photos), "--out", str(tmp_path / "out"), "--samples", "3"]) == 0
     text = (tmp_path / "out" / "parity.md").read_text()
     assert "| crop, reduced, bilinear |" in text and "| 1x1 | 1 | 0.1000 | 0.2000 |" in text and str(photos.parent) not in text

@@ -50,6 +50,7 @@ def test_engines_stand_side_by_side(capsys, beton, tmp_path):
     one, two, three = width("dali"), width("native", "dali"), width("native", "dali", "ffcv")
     # Stored photo and two views; photo and (view, view, difference); two columns more for the third engine.
     assert two - one == three - two - 120 == 120
+    assert width("auto", "native", "dali", "native") == two  # auto is native: it does not stand beside itself
     assert run(capsys, "views", beton, "--recipe", "quickstart", "--out", tmp_path / "x.png", "--pipeline", "tfdata")[0] == 2
 
 
@@ -72,6 +73,11 @@ def test_views_failures_are_one_line(capsys, beton, tmp_path, recipe, file, mess
     status, _, err = run(capsys, "views", tmp_path / file if file else beton, "--recipe", recipe, "--out", tmp_path / "x.png")
     assert status == 1 and message in err and "Traceback" not in err
     assert not (tmp_path / "x.png").exists()
+
+
+def test_views_into_no_folder_is_found_out_first(capsys, beton, tmp_path):
+    status, _, err = run(capsys, "views", beton, "--recipe", "quickstart", "--out", tmp_path / "none" / "x.png")
+    assert status == 2 and "no such folder" in err
 
 
 def test_report_is_written_again(capsys, tmp_path):

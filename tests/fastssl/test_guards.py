@@ -92,6 +92,17 @@ def test_starting_over_removes_what_the_other_run_left(beton: Path, tmp_path: Pa
     assert left == {"config.yaml", "metrics.jsonl", ".lock"}
 
 
+def test_the_default_recipe_suits_the_machine(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    from fastssl import train
+    from fastssl.cli.pretrain import _default_recipe
+
+    assert _default_recipe(None, "auto") == "quickstart"
+    assert _default_recipe(Path("x.beton"), "cpu") == "few-photos"
+    assert "--recipe light-moco-mobilenetv3" in "".join(capsys.readouterr())
+    monkeypatch.setattr(train, "choose_device", lambda name: torch.device("cuda"))
+    assert _default_recipe(Path("x.beton"), "auto") == "light-moco-mobilenetv3"
+
+
 def test_an_engine_that_cannot_run_touches_no_earlier_run(beton: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     need_engine("dali")
     out = tmp_path / "run"

@@ -119,6 +119,11 @@ def threads() -> set[str]:
     return {t.name for t in threading.enumerate() if t.name.startswith("fastssl")}
 
 
+def test_one_view_group_that_is_no_list_is_refused(beton: Path) -> None:
+    with pytest.raises(FastSSLError, match="views is a list of ViewSpec"):
+        ViewLoader(beton, ViewSpec(size=16), 4)
+
+
 @pytest.mark.parametrize("crops", ["host", "device"])
 def test_early_exit_leaves_no_thread_and_no_buffer(beton: Path, crops: str) -> None:
     assert not threads()
