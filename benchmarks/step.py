@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastssl.backbones import resolve_arch
 from fastssl.benchmarks.loader import default_batch
+from fastssl.benchmarks.plain_step import PlainStep
 from fastssl.benchmarks.records import Record
 from fastssl.benchmarks.timing import MIN_RUNS, measure_in_turns, peak_extra_bytes
 from fastssl.benchmarks.windows import synchronize
@@ -221,6 +223,7 @@ def run(
     amp: str = "auto",
     compiled: bool = False,
     runs: int = MIN_RUNS,
+    peers: bool = False,
 ) -> list[Record]:
     """Measure one recipe's training step.
 
@@ -230,37 +233,43 @@ def run(
         amp: ``auto``, ``bf16`` or ``off``.
         compiled: compile the networks; if that fails the record says so and is of the eager step.
         runs: counted runs, at least five.
+        peers: in turns with a step as public code writes it (`PlainStep`) at the same precision; with autocast also in float32.
 
     Returns:
-        One record. ``pair_per_s``: source pictures a second; a pair is trained on in both of its views.
+        One record, and one more for each peer, whose ``ratio_to_peer`` is how many times as fast our step is. ``pair_per_s``: source pictures a second; a pair is trained on in both of its views.
     """
     device = torch.device(device)
     fitted = fit_step(recipe, device, default_batch(recipe, device, batch_size), amp=use_amp(amp, device), compiled=compiled)
     step, views = fitted.step, fitted.views
     side = _MATMUL_GPU if device.type == "cuda" else _MATMUL_CPU
     left, right = (torch.randn(side, side, device=device, dtype=torch.bfloat16 if step.amp else torch.float32) for _ in range(2))
-    timings = measure_in_turns(
-        {"step": lambda: step(views), "networks": lambda: step.networks_alone(views), "product": lambda: left @ right},
-        device=device,
-        runs=runs,
-    )
+    contenders: dict[str, Callable[[], object]] = {
+        "step": lambda: step(views),
+        "networks": lambda: step.networks_alone(views),
+        "product": lambda: left @ right,
+    }
+    plain = _plain_steps(fitted) if peers else {}
+    timings = measure_in_turns({**contenders, **plain}, device=device, runs=runs)
     seconds, batch = timings["step"].median_s, step.batch_size
     count = sum(spec.count for spec in recipe.views)
     fraction = timings["step"].times_faster_than(timings["networks"])
     arithmetic = fitted.flop / seconds
     product = 2 * side**3 / timings["product"].median_s
     busy = busy_share(lambda: step(views), device)
+    common = {
+        "bench": "step",
+        "recipe": recipe_name,
+        "arch": resolve_arch(recipe.arch),
+        "device": device.type,
+        "batch_size": batch,
+        "runs": runs,
+    }
     return [
         Record(
-            bench="step",
-            recipe=recipe_name,
-            arch=resolve_arch(recipe.arch),
-            device=device.type,
-            batch_size=batch,
+            **common,
             pair_per_s=batch / seconds,
             view_per_s=count * batch / seconds,
             median_s=seconds,
-            runs=runs,
             ceiling=count * batch / seconds / fraction,
             ceiling_name="the networks' passes alone",
             fraction_of_ceiling=fraction,
@@ -275,8 +284,32 @@ def run(
                 "busy_share": busy and busy[0],
                 "kernels": busy and busy[1],
             },
-        )
+        ),
+        *(
+            Record(
+                **common,
+                pair_per_s=batch / timings[name].median_s,
+                view_per_s=count * batch / timings[name].median_s,
+                median_s=timings[name].median_s,
+                peer=name,
+                ratio_to_peer=timings["step"].times_faster_than(timings[name]),
+                details={**fitted.details, "cpu_ratio_to_peer": timings["step"].times_less_cpu_than(timings[name])},
+            )
+            for name in plain
+        ),
     ]
+
+
+def _plain_steps(fitted: Fitted) -> dict[str, Callable[[], object]]:
+    """The peers by name, ready to run on the same images in NCHW memory."""
+    step, recipe = fitted.step, fitted.step.recipe
+    first, second = (view.contiguous() for view in fitted.views[0].chunk(2))
+    lr = 1e-4 * recipe.optim.peak_lr(step.batch_size)
+    found: dict[str, Callable[[], object]] = {}
+    for amp in dict.fromkeys((step.amp, False)):
+        plain = PlainStep(recipe, step.device, step.batch_size, amp=amp, lr=lr, seed=step.seed)
+        found[f"plain MoCo step, NCHW, {'bf16 autocast' if amp else 'float32'}"] = partial(plain, first, second)
+    return found
 
 
 def bottleneck(arithmetic: float, busy: tuple[float, int] | None) -> str:

@@ -258,11 +258,13 @@ def loss(recipes, overrides, device, batch_size, runs, json_path) -> None:
 )
 @compile_option
 @runs_option
+@click.option("--peers", is_flag=True, help="In turns with a MoCo step as public code writes it, in NCHW memory.")
 @json_option
-def step(recipes, arch, overrides, device, batch_size, amps, compiled, runs, json_path) -> None:
+def step(recipes, arch, overrides, device, batch_size, amps, compiled, runs, peers, json_path) -> None:
     """The training step on views that are on the device already. A batch that does not fit is halved.
 
     \b
+    fastssl bench step --peers --json out.jsonl
     fastssl bench step --recipe light-moco-mobilenetv3 --amp bf16 --compile --json out.jsonl
     fastssl bench step --arch resnet18 --batch-size 64
     """
@@ -275,7 +277,7 @@ def step(recipes, arch, overrides, device, batch_size, amps, compiled, runs, jso
         [
             (
                 f"step, {name}, amp {amp}",
-                lambda recipe=recipe, name=name, amp=amp: run(recipe, name, place, batch_size, amp, compiled, runs),
+                lambda recipe=recipe, name=name, amp=amp: run(recipe, name, place, batch_size, amp, compiled, runs, peers),
             )
             for amp, (recipe, name) in itertools.product(amps, _load(recipes, overrides, arch))
         ],

@@ -1,0 +1,86 @@
+"""A MoCo step as public code writes it: the peer of our own.
+
+What is plain about it: NCHW memory, a forward pass for each view, the keys dealt anew by a random permutation and brought back, a copy of the whole queue for each
+loss, dense logits and a dense soft target, an optimiser and a moving average that go from tensor to tensor, and the loss read back every step for the
+progress line. The arithmetic is that of MoCo-v2 with a symmetric loss and, where the recipe smooths, light-moco's target; BatchNorm sees one view at a time.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from fastssl.losses.reference import dense_step
+from fastssl.methods.moco import Encoder
+from fastssl.optim import parameter_groups
+from fastssl.recipe import Recipe
+from fastssl.step import initial_backbone
+
+
+class PlainStep:
+    """Networks, queue, optimiser and one step.
+
+    Args:
+        recipe: arch, method, optimiser; as for `TrainStep`.
+        device: where everything lives.
+        batch_size: samples a step.
+        amp: autocast to bfloat16.
+        lr: of every step.
+        seed: of the first weights, the same as `TrainStep` begins with, and of the queue.
+    """
+
+    def __init__(self, recipe: Recipe, device: torch.device, batch_size: int, *, amp: bool, lr: float, seed: int = 0):
+        self.moco, self.device, self.amp, self.batch_size = recipe.moco, device, amp, batch_size
+        backbone = initial_backbone(recipe, seed)
+        self.query = Encoder(backbone, recipe.moco.projector).to(device, memory_format=torch.contiguous_format).train()
+        self.key = copy.deepcopy(self.query)
+        for parameter in self.key.parameters():
+            parameter.requires_grad = False
+        queue = torch.randn(recipe.moco.projector.out, recipe.moco.queue, generator=torch.Generator().manual_seed(seed))
+        self.queue = functional.normalize(queue, dim=0).to(device)  # (D, K), as MoCo keeps it
+        self.pointer = 0
+        groups = parameter_groups(self.query, recipe.optim)
+        options = {"lr": lr, "foreach": False, "fused": False}
+        if recipe.optim.name == "sgd":
+            self.optimizer = torch.optim.SGD(groups, momentum=recipe.optim.momentum, **options)
+        else:
+            self.optimizer = torch.optim.AdamW(groups, **options)
+
+    def __call__(self, first: Tensor, second: Tensor) -> float:
+        """Two views of the batch, (B, 3, S, S) each, NCHW. Returns the loss."""
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.amp):
+            queries = [self.query(view) for view in (first, second)]
+            with torch.no_grad():
+                self.move_keys()
+                keys = [self._shuffled_keys(view) for view in (first, second)]
+        loss = self._loss(queries[0], keys[1]) + self._loss(queries[1], keys[0])
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        for batch in keys:
+            self._enqueue(batch)
+        return loss.item()
+
+    @torch.no_grad()
+    def move_keys(self) -> None:
+        """The moving average, one tensor after the other."""
+        momentum = self.moco.momentum
+        for query, key in zip(self.query.parameters(), self.key.parameters()):
+            key.data = key.data * momentum + query.data * (1.0 - momentum)
+
+    def _shuffled_keys(self, view: Tensor) -> Tensor:
+        order = torch.randperm(len(view), device=view.device)
+        return self.key(view[order])[torch.argsort(order)]
+
+    def _loss(self, query: Tensor, key: Tensor) -> Tensor:
+        moco = self.moco
+        # `dense_step` copies the queue, as public code does.
+        return dense_step(query.float(), key.float(), self.queue.t(), moco.temperature, moco.smoothing, moco.weighting, moco.neighbors)
+
+    @torch.no_grad()
+    def _enqueue(self, keys: Tensor) -> None:
+        self.queue[:, self.pointer : self.pointer + len(keys)] = keys.t().to(self.queue.dtype)
+        self.pointer = (self.pointer + len(keys)) % self.queue.shape[1]
