@@ -168,13 +168,21 @@ def _dali_per_view(path: Path, size: int, batch_size: int, workers: int) -> Stre
 # ---------------------------------------------------------------------- the run
 
 
-def left_out() -> list[str]:
-    """What cannot take part here, each with the reason."""
-    engines = [(name, engine_state(name).problem) for name in ("dali", "ffcv")]
-    missing = [f"{name}, ours and as its documentation has it ({problem})" for name, problem in engines if problem]
+def missing() -> dict[str, str]:
+    """What cannot take part here, and why."""
+    found = {name: problem for name in ("dali", "ffcv") if (problem := engine_state(name).problem)}
     if not importlib.util.find_spec("lightly"):
-        missing.append("lightly (not installed; pip install -e '.[peers]')")
-    return missing
+        found["lightly"] = "not installed"
+    return found
+
+
+def left_out() -> list[str]:
+    """`missing` in words: an engine stands for our use of it and for that of its documentation."""
+    more = {"lightly": "; pip install -e '.[peers]'"}
+    return [
+        f"{name}{'' if name == 'lightly' else ', ours and as its documentation has it'} ({problem}{more.get(name, '')})"
+        for name, problem in missing().items()
+    ]
 
 
 def run(
@@ -201,7 +209,7 @@ def run(
     """
     workers = workers or available_cores()
     path, name = find_data(data, photos)
-    missing: dict[str, str] = {}
+    absent = missing()
     with BetonReader(path) as reader:
         about = {"data": describe_data(reader, name), "size": size}
         loaders, contenders = [], {}
@@ -215,8 +223,7 @@ def run(
 
         for part, spec in (("crops", CROPS), ("augmented", AUGMENTED)):
             for engine in ("native", "dali", "ffcv"):
-                if problem := engine_state(engine).problem:
-                    missing[engine] = problem
+                if engine in absent:
                     continue
                 loader = open_loader(reader, [replace(spec, size=size)], batch_size, device, workers=workers, pipeline=engine)
                 loaders.append(loader)
@@ -226,16 +233,14 @@ def run(
                     add(part, engine, partial(endless, loader), loader.stats)
         for part, transform in (("crops", torchvision_crops(size)), ("augmented", torchvision_moco(size))):
             add(part, "torchvision on Pillow in a DataLoader", partial(_data_loader, _Photos(path, transform), batch_size, workers))
-        if importlib.util.find_spec("lightly"):
+        if "lightly" not in absent:
             from lightly.transforms import MoCoV2Transform
 
             dataset = _Photos(path, MoCoV2Transform(input_size=size), views=1)
             add("augmented", "lightly's MoCoV2Transform in a DataLoader", partial(_data_loader, dataset, batch_size, workers))
-        else:
-            missing["lightly"] = "not installed"
-        if "ffcv" not in missing:
+        if "ffcv" not in absent:
             add("crops", "FFCV, a pipeline for each view", _ffcv_per_view(path, size, batch_size, workers))
-        if "dali" not in missing:
+        if "dali" not in absent:
             add("crops", "DALI, decoding for each view", _dali_per_view(path, size, batch_size, workers))
         try:
             windows = measure_windows(contenders, seconds=seconds, runs=runs)
@@ -255,7 +260,7 @@ def run(
             median_s=batch_size / rate(found),
             peer=None if contender == "native" else contender,
             ratio_to_peer=None if contender == "native" else ratio(windows[part, "native"], found),
-            details={"part": part, "loader": contender, **about, "seconds": seconds, "missing": missing},
+            details={"part": part, "loader": contender, **about, "seconds": seconds, "missing": absent},
         )
         for (part, contender), found in windows.items()
     ]
