@@ -10,14 +10,44 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from fastssl.losses.reference import dense_step
 from fastssl.methods.moco import Encoder
-from fastssl.optim import parameter_groups
+from fastssl.optim import OptimConfig, parameter_groups
 from fastssl.recipe import Recipe
 from fastssl.step import initial_backbone
+
+
+class PlainLARS(torch.optim.Optimizer):
+    """LARS as its paper writes it, one tensor after the other; the formula is `fastssl.optim.LARS`'s."""
+
+    def __init__(self, groups: list[dict], lr: float, momentum: float, trust: float):
+        super().__init__(groups, {"lr": lr, "momentum": momentum, "trust": trust})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                direction = parameter.grad + group["weight_decay"] * parameter
+                weight, length = parameter.norm(), direction.norm()
+                if parameter.ndim > 1 and weight > 0 and length > 0:
+                    direction = direction * (group["trust"] * weight / length)
+                buffer = self.state[parameter].get("momentum_buffer")
+                buffer = direction if buffer is None else group["momentum"] * buffer + direction
+                self.state[parameter]["momentum_buffer"] = buffer
+                parameter -= group["lr"] * buffer
+
+
+def plain_optimizer(model: nn.Module, config: OptimConfig, lr: float) -> torch.optim.Optimizer:
+    """The recipe's optimiser in the form that goes from tensor to tensor."""
+    groups = parameter_groups(model, config)
+    if config.name == "lars":
+        return PlainLARS(groups, lr, config.momentum, config.trust)
+    if config.name == "sgd":
+        return torch.optim.SGD(groups, lr=lr, momentum=config.momentum, foreach=False, fused=False)
+    return torch.optim.AdamW(groups, lr=lr, foreach=False, fused=False)
 
 
 class PlainStep:
@@ -42,12 +72,7 @@ class PlainStep:
         queue = torch.randn(recipe.moco.projector.out, recipe.moco.queue, generator=torch.Generator().manual_seed(seed))
         self.queue = functional.normalize(queue, dim=0).to(device)  # (D, K), as MoCo keeps it
         self.pointer = 0
-        groups = parameter_groups(self.query, recipe.optim)
-        options = {"lr": lr, "foreach": False, "fused": False}
-        if recipe.optim.name == "sgd":
-            self.optimizer = torch.optim.SGD(groups, momentum=recipe.optim.momentum, **options)
-        else:
-            self.optimizer = torch.optim.AdamW(groups, **options)
+        self.optimizer = plain_optimizer(self.query, recipe.optim, lr)
 
     def __call__(self, first: Tensor, second: Tensor) -> float:
         """Two views of the batch, (B, 3, S, S) each, NCHW. Returns the loss."""

@@ -1,8 +1,8 @@
 """The training step alone, on views that are on the device already: no loader, no files.
 
-Its ceiling is what the method cannot do without: the student's forward and backward pass and the teacher's forward pass over the same images. What
-the step takes above that is loss, optimiser, moving average and queue. Beside it stand the step's matrix arithmetic as a share of a measured matrix
-product and, on a GPU, the share of the time for which any kernel ran: what is missing there is waiting for launches.
+Its ceiling is a roofline (``roofline.py``) over both networks' layers, at the rates of a matrix product and of a large copy that are measured in the same
+turns. Where the time goes is measured too: the networks' passes alone, optimiser and moving average alone, and what is left for loss and queue; on a GPU
+also the share of the time for which any kernel ran: what is missing there is waiting for launches.
 """
 
 from __future__ import annotations
@@ -11,28 +11,30 @@ import gc
 import json
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode
 
 from fastssl.backbones import resolve_arch
+from fastssl.benchmarks.limits import copy_bytes, copy_call, product_call, product_flop
 from fastssl.benchmarks.loader import default_batch
 from fastssl.benchmarks.plain_step import PlainStep
 from fastssl.benchmarks.records import Record
-from fastssl.benchmarks.timing import MIN_RUNS, measure_in_turns, peak_extra_bytes
+from fastssl.benchmarks.roofline import Cost, forward_cost
+from fastssl.benchmarks.timing import MIN_RUNS, Timing, measure_in_turns, peak_extra_bytes
 from fastssl.benchmarks.windows import synchronize
 from fastssl.pipelines.errors import FastSSLError
 from fastssl.recipe import Recipe
 from fastssl.step import TrainStep, use_amp
 
-#: Side of the square matrices whose product stands for the device's arithmetic.
-_MATMUL_CPU, _MATMUL_GPU = 1024, 8192
+#: Runs of the optimiser alone, which takes milliseconds.
+_UPDATE_RUNS = 21
 
 
 class Step:
@@ -42,13 +44,20 @@ class Step:
         recipe: arch, method and optimiser.
         batch_size: source pictures a step.
         amp: autocast to bfloat16.
+        compiled, graph: the recipe's switches of those names.
 
     Raises:
         FastSSLError: the batch does not fit the recipe's queue or BatchNorm groups, or the network does not exist.
     """
 
-    def __init__(self, recipe: Recipe, device: torch.device, batch_size: int, *, amp: bool, seed: int = 0):
-        self.recipe = recipe = replace(recipe, train=replace(recipe.train, batch_size=batch_size))
+    def __init__(
+        self, recipe: Recipe, device: torch.device, batch_size: int, *, amp: bool, compiled: bool = False, graph: bool = False, seed: int = 0
+    ):
+        train = recipe.train
+        # A batch smaller than the recipe's may have no parts of two samples and more.
+        parts = train.accumulate if batch_size % train.accumulate == 0 and batch_size >= 2 * train.accumulate else 1
+        train = replace(train, batch_size=batch_size, accumulate=parts, compile=compiled, graph=graph)
+        self.recipe = recipe = replace(recipe, train=train)
         self.seed = seed
         self.inner = TrainStep(recipe, device, amp=amp, seed=seed)
         self.device, self.batch_size, self.amp, self.method, self.optimizer = (
@@ -61,28 +70,30 @@ class Step:
         self.number = 0
         self.metrics: Tensor | None = None
 
-    def compile(self) -> None:
-        """Compile both networks at their next call; loss, optimiser and queue stay as they are."""
-        self.method.student.compile()
-        self.method.teacher.compile()
-
-    def __call__(self, views: list[Tensor]) -> None:
-        """Views as ``ViewLoader`` gives them. Nothing here waits for the device."""
+    def __call__(self, views: list[Tensor], tables: Sequence[Tensor] = ()) -> None:
+        """Views (and colour tables) as ``ViewLoader`` gives them. Nothing here waits for the device."""
         # A rate so small that the weights stay where they are: every run then does the same arithmetic, and none diverges.
         lr = 1e-4 * self.recipe.optim.peak_lr(self.batch_size)
         moco = self.recipe.moco
-        self.metrics = self.inner(views, self.inner.permutation(0, self.number), lr=lr, momentum=moco.momentum, smoothing=moco.smoothing)
+        rates = {"lr": lr, "momentum": moco.momentum, "smoothing": moco.smoothing}
+        self.metrics = self.inner(views, self.inner.permutation(0, self.number), **rates, tables=tables)
         self.number += 1
 
     def networks_alone(self, views: list[Tensor]) -> None:
         """The passes through the networks that a step makes, and nothing else."""
-        images = views[0] if len(views) == 1 else torch.cat(views)
+        images, parts = self.method.images(views), self.recipe.train.accumulate
         with self.inner.autocast():
-            embeddings = self.method.student(images)
             self.method.keys(images, self.inner.permutation(0, self.number))
-        embeddings.sum().backward()
-        self.optimizer.zero_grad(set_to_none=True)
+        for part in images.chunk(parts):
+            with self.inner.autocast():
+                embeddings = self.method.encode(part)
+            embeddings.sum().backward()
+        self.inner.clear_gradients()
         self.number += 1
+
+    def update_alone(self) -> None:
+        """Optimiser and moving average over whatever gradients there are, and nothing else."""
+        self.inner.update(1e-4 * self.recipe.optim.peak_lr(self.batch_size), self.recipe.moco.momentum)
 
 
 @dataclass
@@ -92,43 +103,31 @@ class Fitted:
     Attributes:
         step, views: the step, and random views to feed it: a list of (count * B, 3, S, S) float32, channels-last.
         asked: batch size before it was halved for want of memory.
-        flop: see :func:`network_flop`.
-        compiled: whether the networks are compiled, and if they should be and are not, ``why_not``.
-        compile_s: seconds from the first compiled call to its end.
+        cost: of a forward pass over the views; a step is four of them (the student's backward pass is taken as two).
+        first_s: seconds of the first call, in which libraries choose kernels, networks are compiled and the step is recorded.
     """
 
     step: Step
     views: list[Tensor]
     asked: int
-    flop: int
-    compiled: bool = False
-    why_not: str | None = None
-    compile_s: float | None = None
+    cost: Cost
+    first_s: float = 0.0
 
     @property
     def details(self) -> dict[str, object]:
         """The part of a record's details that says what ran."""
+        train, fallbacks = self.step.recipe.train, self.step.inner.fallbacks
         return {
             "amp": "bf16" if self.step.amp else "off",
-            "compiled": self.compiled,
-            "compile_failed": self.why_not,
-            "compile_s": self.compile_s,
+            "compiled": train.compile and "compile" not in fallbacks,
+            "graph": train.graph and "graph" not in fallbacks,
+            "fallbacks": fallbacks,
+            "first_s": self.first_s,
+            "accumulate": train.accumulate,
             "asked_batch_size": self.asked,
             "tf32": torch.backends.cudnn.allow_tf32 if self.step.device.type == "cuda" and not self.step.amp else None,
             "threads": torch.get_num_threads() if self.step.device.type == "cpu" else None,
         }
-
-
-def network_flop(step: Step, views: list[Tensor]) -> int:
-    """Floating-point operations of a step's matrix products and convolutions in both networks, two for a multiplication with its addition.
-
-    Counted in a forward pass, which the student and the teacher make once each; the student's backward pass is taken as two more. (torch's own count
-    of a grouped convolution's backward pass forgets the groups: for depthwise networks it is several times too high.)
-    """
-    images = views[0] if len(views) == 1 else torch.cat(views)
-    with torch.no_grad(), step.inner.autocast(), FlopCounterMode(display=False) as counter:
-        step.method.student(images)
-    return 4 * counter.get_total_flops()
 
 
 def random_views(recipe: Recipe, batch_size: int, device: torch.device) -> list[Tensor]:
@@ -137,17 +136,19 @@ def random_views(recipe: Recipe, batch_size: int, device: torch.device) -> list[
     return [torch.randn(shape, device=device).contiguous(memory_format=torch.channels_last) for shape in shapes]
 
 
-def fit_step(recipe: Recipe, device: torch.device, batch_size: int, *, amp: bool, compiled: bool = False) -> Fitted:
+def fit_step(
+    recipe: Recipe, device: torch.device, batch_size: int, *, amp: bool, compiled: bool = False, graph: bool = False
+) -> Fitted:
     """A step of the largest batch that fits: ``batch_size``, or half of it as often as memory runs out.
 
-    A network that cannot be compiled here runs as it is, and the result says why.
+    A network that cannot be compiled or recorded here runs as it is, and the result's details say why.
 
     Raises:
         FastSSLError: not even two pictures a BatchNorm group fit.
     """
     size = batch_size
     while True:
-        fitted = _try_step(recipe, device, size, amp=amp, compiled=compiled)
+        fitted = _try_step(recipe, device, size, amp=amp, compiled=compiled, graph=graph)
         if fitted is not None:
             return replace(fitted, asked=batch_size)
         # Only here, out of the exception's reach, are the tensors of the failed try nobody's.
@@ -159,32 +160,19 @@ def fit_step(recipe: Recipe, device: torch.device, batch_size: int, *, amp: bool
             raise FastSSLError(f"{recipe.arch}: out of memory even with {2 * size} pictures a step on this {device.type} device")
 
 
-def _try_step(recipe: Recipe, device: torch.device, batch_size: int, *, amp: bool, compiled: bool) -> Fitted | None:
+def _try_step(recipe: Recipe, device: torch.device, batch_size: int, *, amp: bool, compiled: bool, graph: bool) -> Fitted | None:
     """None: out of memory."""
     try:
-        step, views = Step(recipe, device, batch_size, amp=amp), random_views(recipe, batch_size, device)
+        step, views = Step(recipe, device, batch_size, amp=amp, compiled=compiled, graph=graph), random_views(recipe, batch_size, device)
+        started = time.perf_counter()
         step(views)
         synchronize(device)
-        fitted = Fitted(step, views, batch_size, network_flop(step, views))
-        return _compile(fitted) if compiled else fitted
+        first_s = time.perf_counter() - started
+        with step.inner.autocast():
+            cost = forward_cost(step.method.student, step.method.images(views), 2 if amp else 4)
+        return Fitted(step, views, batch_size, cost, first_s)
     except torch.OutOfMemoryError:
         return None
-
-
-def _compile(fitted: Fitted) -> Fitted:
-    if torch._dynamo.config.disable:
-        return replace(fitted, why_not="switched off by TORCH_COMPILE_DISABLE")
-    step, started = fitted.step, time.perf_counter()
-    step.compile()
-    try:
-        step(fitted.views)
-        synchronize(step.device)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # whatever a compiler may fail with, the eager step can still be measured
-        fresh = Step(step.recipe, step.device, step.batch_size, amp=step.amp, seed=step.seed)
-        return replace(fitted, step=fresh, why_not=f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
-    return replace(fitted, compiled=True, compile_s=time.perf_counter() - started)
 
 
 def busy_share(run: Callable[[], object], device: torch.device) -> tuple[float, int] | None:
@@ -224,6 +212,7 @@ def run(
     compiled: bool = False,
     runs: int = MIN_RUNS,
     peers: bool = False,
+    graph: bool = False,
 ) -> list[Record]:
     """Measure one recipe's training step.
 
@@ -231,73 +220,124 @@ def run(
         recipe: all numbers of the step; its ``arch`` is the network.
         batch_size: default: the recipe's, at most 32 on a CPU. Halved while memory runs out; the record says so.
         amp: ``auto``, ``bf16`` or ``off``.
-        compiled: compile the networks; if that fails the record says so and is of the eager step.
+        compiled, graph: compile the networks; record the step as a CUDA graph. If that fails the record says so and is of the step without it.
         runs: counted runs, at least five.
-        peers: in turns with a step as public code writes it (`PlainStep`) at the same precision; with autocast also in float32.
+        peers: in turns with a step as public code writes it (`PlainStep`) at the same precision, with autocast also in float32; and its optimiser and
+            moving average with ours.
 
     Returns:
-        One record, and one more for each peer, whose ``ratio_to_peer`` is how many times as fast our step is. ``pair_per_s``: source pictures a second; a pair is trained on in both of its views.
+        One record, and one more for each peer, whose ``ratio_to_peer`` is how many times as fast ours is. ``pair_per_s``: source pictures a second; a pair is
+        trained on in both of its views.
     """
     device = torch.device(device)
-    fitted = fit_step(recipe, device, default_batch(recipe, device, batch_size), amp=use_amp(amp, device), compiled=compiled)
+    size = default_batch(recipe, device, batch_size)
+    fitted = fit_step(recipe, device, size, amp=use_amp(amp, device), compiled=compiled, graph=graph)
     step, views = fitted.step, fitted.views
-    side = _MATMUL_GPU if device.type == "cuda" else _MATMUL_CPU
-    left, right = (torch.randn(side, side, device=device, dtype=torch.bfloat16 if step.amp else torch.float32) for _ in range(2))
     contenders: dict[str, Callable[[], object]] = {
         "step": lambda: step(views),
         "networks": lambda: step.networks_alone(views),
-        "product": lambda: left @ right,
+        "product": product_call(device, torch.bfloat16 if step.amp else torch.float32),
+        "copy": copy_call(device),
     }
     plain = _plain_steps(fitted) if peers else {}
     timings = measure_in_turns({**contenders, **plain}, device=device, runs=runs)
-    seconds, batch = timings["step"].median_s, step.batch_size
-    count = sum(spec.count for spec in recipe.views)
-    fraction = timings["step"].times_faster_than(timings["networks"])
-    arithmetic = fitted.flop / seconds
-    product = 2 * side**3 / timings["product"].median_s
+    # Apart from the steps: the gradients that it works on lie in memory that a step would want.
+    updates = _measure_updates(step, runs)
+    batch, count = step.batch_size, sum(spec.count for spec in recipe.views)
+    flop_per_s, bytes_per_s = product_flop(device) / timings["product"].median_s, copy_bytes(device) / timings["copy"].median_s
+    least_s = 4 * fitted.cost.seconds(flop_per_s, bytes_per_s)
+    common = {"bench": "step", "recipe": recipe_name, "arch": resolve_arch(recipe.arch), "device": device.type, "batch_size": batch, "runs": runs}
+
+    def record(timing: Timing, **values: Any) -> Record:
+        seconds = timing.median_s
+        limits = {"ceiling": count * batch / least_s, "ceiling_name": CEILING_NAME, "fraction_of_ceiling": least_s / seconds}
+        rates = {"pair_per_s": batch / seconds, "view_per_s": count * batch / seconds, "median_s": seconds}
+        return Record(**{**common, **rates, **limits, **values})
+
+    ours, arithmetic = timings["step"], 4 * fitted.cost.flop / timings["step"].median_s
+    networks, update = 1 / timings["networks"].times_faster_than(ours), updates["ours"].median_s / ours.median_s
     busy = busy_share(lambda: step(views), device)
-    common = {
-        "bench": "step",
-        "recipe": recipe_name,
-        "arch": resolve_arch(recipe.arch),
-        "device": device.type,
-        "batch_size": batch,
-        "runs": runs,
-    }
-    return [
-        Record(
-            **common,
-            pair_per_s=batch / seconds,
-            view_per_s=count * batch / seconds,
-            median_s=seconds,
-            ceiling=count * batch / seconds / fraction,
-            ceiling_name="the networks' passes alone",
-            fraction_of_ceiling=fraction,
-            bottleneck=bottleneck(arithmetic / product, busy),
+    records = [
+        record(
+            ours,
+            bottleneck=bottleneck(arithmetic / flop_per_s, busy),
             details={
                 **fitted.details,
+                "share": _shares(networks, update),
+                "networks_fraction": networks,
                 "peak_bytes": _peak_bytes(lambda: step(views), device),
-                "cpu_s": timings["step"].median_cpu_s,
-                "flop_per_pair": fitted.flop / batch,
+                "cpu_s": ours.median_cpu_s,
+                "flop_per_pair": 4 * fitted.cost.flop / batch,
+                "bytes_per_pair": 4 * fitted.cost.bytes / batch,
                 "flop_per_s": arithmetic,
-                "product_flop_per_s": product,
+                "product_flop_per_s": flop_per_s,
+                "copy_bytes_per_s": bytes_per_s,
                 "busy_share": busy and busy[0],
                 "kernels": busy and busy[1],
             },
-        ),
-        *(
-            Record(
-                **common,
-                pair_per_s=batch / timings[name].median_s,
-                view_per_s=count * batch / timings[name].median_s,
-                median_s=timings[name].median_s,
-                peer=name,
-                ratio_to_peer=timings["step"].times_faster_than(timings[name]),
-                details={**fitted.details, "cpu_ratio_to_peer": timings["step"].times_less_cpu_than(timings[name])},
-            )
-            for name in plain
-        ),
+        )
     ]
+    for name in plain:
+        faster, less_cpu = ours.times_faster_than(timings[name]), ours.times_less_cpu_than(timings[name])
+        records.append(record(timings[name], peer=name, ratio_to_peer=faster, details={**fitted.details, "cpu_ratio_to_peer": less_cpu}))
+    if peers:
+        records.append(_update_record(step, updates, bytes_per_s, common))
+    return records
+
+
+#: What a step's rate is held against.
+CEILING_NAME = "roofline of both networks' layers"
+
+
+def _shares(networks: float, update: float) -> dict[str, float]:
+    """Where a step's time goes. The parts were measured alone: together they may come to more than the whole, and are then scaled to it."""
+    total = max(1.0, networks + update)
+    shares = {"networks": networks / total, "optimiser and moving average": update / total}
+    return {**shares, "loss, queue, metrics": max(0.0, 1 - sum(shares.values()))}
+
+
+def _measure_updates(step: Step, runs: int) -> dict[str, Timing]:
+    """Optimiser and moving average, ours in turns with the loops over tensors, on gradients that stay."""
+    lr = 1e-4 * step.recipe.optim.peak_lr(step.batch_size)
+    plain = PlainStep(step.recipe, step.device, step.batch_size, amp=step.amp, lr=lr, seed=step.seed)
+    for network in (step.method.student, plain.query):
+        for parameter in network.parameters():
+            parameter.grad = torch.full_like(parameter, 1e-6)
+
+    def loops() -> None:
+        plain.optimizer.step()
+        plain.move_keys()
+
+    timings = measure_in_turns({"ours": step.update_alone, "loops": loops}, device=step.device, runs=max(runs, _UPDATE_RUNS))
+    step.inner.clear_gradients()
+    return timings
+
+
+def _update_record(step: Step, updates: dict[str, Timing], bytes_per_s: float, common: dict[str, Any]) -> Record:
+    """Ours beside the loops over tensors; the ceiling is the memory traffic that it cannot avoid."""
+    ours, batch = updates["ours"], step.batch_size
+    parameters = sum(p.numel() for p in step.method.student.parameters())
+    # Optimiser: weight, gradient and buffer are read, weight and buffer written; Adam has one buffer more. Moving average: two read, one written.
+    moved = 4 * parameters * ((7 if step.recipe.optim.name == "adamw" else 5) + 3)
+    least_s = moved / bytes_per_s
+    return Record(
+        **{**common, "runs": len(ours.wall)},
+        pair_per_s=batch / ours.median_s,
+        median_s=ours.median_s,
+        ceiling=2 * batch / least_s,
+        ceiling_name="memory traffic of weights, gradients and buffers (measured copy)",
+        fraction_of_ceiling=least_s / ours.median_s,
+        bottleneck="memory bandwidth" if least_s > 0.5 * ours.median_s else "small operations",
+        peer="optimiser and moving average tensor by tensor",
+        ratio_to_peer=ours.times_faster_than(updates["loops"]),
+        details={
+            "part": "update",
+            "parameters": parameters,
+            "optimiser": step.recipe.optim.name,
+            "amp": "bf16" if step.amp else "off",
+            "peer_median_s": updates["loops"].median_s,
+        },
+    )
 
 
 def _plain_steps(fitted: Fitted) -> dict[str, Callable[[], object]]:

@@ -46,6 +46,10 @@ class TrainConfig:
     Attributes:
         epochs: passes over the data.
         batch_size: samples a step.
+        accumulate: parts into which a step's batch is cut for the pass with gradient, so that larger batches fit into memory. Batch, learning rate, keys
+            and queue stay those of the whole batch; the query network's BatchNorms see one part at a time.
+        compile: compile the networks with ``torch.compile`` (minutes at the start).
+        graph: capture the whole step as a CUDA graph, colour operations included: one launch a step.
         amp: ``auto`` (bfloat16 on a GPU, float32 on the CPU), ``bf16`` or ``off``.
         log_every: steps between two lines of metrics.jsonl; the host reads the device's metrics only then.
         checkpoint_minutes: a checkpoint is written at the end of an epoch when the last one is older than this, and at the end.
@@ -54,6 +58,9 @@ class TrainConfig:
 
     epochs: int = 200
     batch_size: int = 512
+    accumulate: int = 1
+    compile: bool = False
+    graph: bool = False
     amp: str = "auto"
     log_every: int = 50
     checkpoint_minutes: float = 10.0
@@ -63,6 +70,10 @@ class TrainConfig:
         if self.epochs < 1 or self.batch_size < 2 or self.log_every < 1 or self.checkpoint_minutes < 0:
             raise ValueError(
                 "train.epochs and train.log_every must be at least 1, train.batch_size at least 2, checkpoint_minutes not negative"
+            )
+        if self.accumulate < 1 or self.batch_size % self.accumulate or self.batch_size < 2 * self.accumulate:
+            raise ValueError(
+                f"train.accumulate={self.accumulate} must divide the batch of {self.batch_size} into equal parts of at least 2 samples"
             )
         if self.amp not in ("auto", "bf16", "off"):
             raise ValueError(f"train.amp={self.amp!r} is not one of auto, bf16, off")

@@ -292,6 +292,8 @@ class Run:
             seed=self.options.seed,
             workers=self.options.workers,
             on_bad=train.on_bad,
+            dtype=self.step.view_dtype,
+            colour=not self.step.takes_crops,
         )
         with loader:
             self.steps_per_epoch = len(loader)
@@ -368,7 +370,12 @@ class Run:
             warm_epochs=recipe.moco.smoothing_warm_epochs,
         )
         permutation = self.step.permutation(epoch, self.position.step_in_epoch)
-        self.ring.push(self.step(batch.views, permutation, lr=self._lr, momentum=self._momentum, smoothing=self._smoothing))
+        first = not self.step.prepared
+        rates = {"lr": self._lr, "momentum": self._momentum, "smoothing": self._smoothing}
+        self.ring.push(self.step(batch.views, permutation, **rates, tables=batch.tables))
+        if first:
+            for switch, reason in self.step.fallbacks.items():
+                self.progress.message(f"without {switch}: {reason}")
 
     # ------------------------------------------------------------------ metrics and files
 

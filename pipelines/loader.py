@@ -5,14 +5,15 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastssl.pipelines.augment import augment
+from fastssl.pipelines.augment import augment, parameter_table
+from fastssl.pipelines.crop import to_device
 from fastssl.pipelines.beton import BetonReader
 from fastssl.pipelines.engine import EngineStats, Request
 from fastssl.pipelines.engines import PIPELINES, open_engine
@@ -29,14 +30,16 @@ class Batch:
 
     Attributes:
         views: one (count * B, 3, S, S) float tensor for each ``ViewSpec``, channels-last, normalised, on the loader's
-            device, view-major: rows ``v * B : (v + 1) * B`` are view v of all samples.
+            device, view-major: rows ``v * B : (v + 1) * B`` are view v of all samples. With ``colour=False`` uint8, as they were cropped.
         index: (B,) int64 sample ids, on the host.
         label: (B,) int64, on the host; -1 where the file has no labels.
+        tables: with ``colour=False`` what ``augment_device`` wants beside each of ``views``, (count * B, 23) float32 on the loader's device.
     """
 
     views: list[Tensor]
     index: Tensor
     label: Tensor
+    tables: list[Tensor] = field(default_factory=list)
 
 
 class ViewLoader:
@@ -60,6 +63,8 @@ class ViewLoader:
         shuffle: draw a new order every epoch; otherwise samples come as they are stored.
         drop_last: leave out the last, partial batch (on one rank only may it be kept).
         dtype: of the views.
+        colour: apply the colour operations here. Without it the batch holds the uint8 crops and the tables that ``augment_device`` takes,
+            for a step that does it itself.
         hardware_load: for ``dali`` on a GPU, the share of the pictures that its JPEG unit decodes; None: 0.65.
 
     Raises:
@@ -83,6 +88,7 @@ class ViewLoader:
         shuffle: bool = True,
         drop_last: bool = True,
         dtype: torch.dtype = torch.float32,
+        colour: bool = True,
         hardware_load: float | None = None,
     ):
         _one_of("pipeline", pipeline, PIPELINES)
@@ -99,7 +105,7 @@ class ViewLoader:
             raise FastSSLError(f"dtype={dtype!r} is not a floating-point dtype of torch; views are normalised")
         self.device = _device(device)
         self.views, self.batch_size, self.seed, self.dtype = list(views), batch_size, seed, dtype
-        self.rank, self.world, self.shuffle, self.drop_last = rank, world, shuffle, drop_last
+        self.rank, self.world, self.shuffle, self.drop_last, self.colour = rank, world, shuffle, drop_last, colour
         self._owns_reader = not isinstance(data, BetonReader)
         self.reader = BetonReader(data) if self._owns_reader else data
         self.indices = np.arange(len(self.reader)) if indices is None else _sample_ids(indices)
@@ -120,7 +126,7 @@ class ViewLoader:
             self._close_reader()
             raise
         # Threads start when they are first needed: none on a GPU.
-        self._colour = ThreadPoolExecutor(workers or available_cores(), "fastssl-colour")
+        self._pool = ThreadPoolExecutor(workers or available_cores(), "fastssl-colour")
         self._memory = [RecycledMemory() for _ in self.views]
 
     def _check_size(self) -> None:
@@ -170,15 +176,18 @@ class ViewLoader:
         rendered_batches = self.engine.run(requests)
         try:
             for rendered in rendered_batches:
-                index = rendered.request.index
-                yield Batch(
-                    views=[
-                        augment(pixels, plan.reshape(-1), spec, self.dtype, self._colour, memory)
-                        for pixels, plan, spec, memory in zip(rendered.views, rendered.request.plans, self.views, self._memory)
-                    ],
-                    index=torch.from_numpy(index),
-                    label=torch.from_numpy(self._labels(index)),
-                )
+                index, plans = rendered.request.index, [plan.reshape(-1) for plan in rendered.request.plans]
+                batch = Batch(rendered.views, torch.from_numpy(index), torch.from_numpy(self._labels(index)))
+                if self.colour:
+                    batch.views = [
+                        augment(pixels, plan, spec, self.dtype, self._pool, memory)
+                        for pixels, plan, spec, memory in zip(rendered.views, plans, self.views, self._memory)
+                    ]
+                else:
+                    # Host crops lie in the engine's ring, which the next batch writes over.
+                    batch.views = [pixels if pixels.is_cuda else pixels.clone() for pixels in rendered.views]
+                    batch.tables = [to_device(parameter_table(plan), self.device) for plan in plans]
+                yield batch
         finally:
             rendered_batches.close()
 
@@ -194,7 +203,7 @@ class ViewLoader:
     def close(self) -> None:
         """Join the threads and free the buffers; also closes the file if the loader opened it."""
         self.engine.close()
-        self._colour.shutdown(wait=True, cancel_futures=True)
+        self._pool.shutdown(wait=True, cancel_futures=True)
         self._close_reader()
 
     def __enter__(self) -> ViewLoader:

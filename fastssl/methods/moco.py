@@ -115,6 +115,11 @@ class MoCo(nn.Module):
         self.register_buffer("queue_pointer", torch.zeros((), dtype=torch.int64))
         self._student_parameters = list(self.student.parameters())
         self._teacher_parameters = list(self.teacher.parameters())
+        self.compute_with(self.student, self.teacher)
+
+    def compute_with(self, student: nn.Module, teacher: nn.Module) -> None:
+        """Let these networks make the passes: bfloat16 or compiled forms of ``student`` and ``teacher``, which stay what is trained and saved."""
+        self._computing = (student, teacher)  # in a tuple, which nn.Module does not register: they are no part of the state
 
     def forward(self, views: list[Tensor], permutation: Tensor, smoothing: Tensor | float) -> tuple[Tensor, Tensor]:
         """Loss of one batch; the batch's keys are then in the queue.
@@ -127,24 +132,53 @@ class MoCo(nn.Module):
         Returns:
             the loss (scalar, with gradient) and (len(METRICS),) float32 without gradient, both on the device.
         """
-        images = views[0] if len(views) == 1 else torch.cat(views)
-        first_query, second_query = self.student(images).chunk(2)
+        images = self.images(views)
         keys = self.keys(images, permutation)
+        loss, metrics = self.part_loss(images, keys, smoothing)
+        self.enqueue(keys)
+        return loss, metrics
+
+    @staticmethod
+    def images(views: list[Tensor]) -> Tensor:
+        """The views as one batch, (2B, 3, S, S), view-major."""
+        return views[0] if len(views) == 1 else torch.cat(views)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Queries (N, out) of ``images``, by the form of the student that computes."""
+        return self._computing[0](images)
+
+    def part_loss(self, images: Tensor, keys: Tensor, smoothing: Tensor | float, part: int = 0, parts: int = 1) -> tuple[Tensor, Tensor]:
+        """Loss of one part of the batch against the queue as it stands: a pass with gradient over 2B / parts images.
+
+        The mean over all parts is the loss of the whole batch but for one thing: the query network's BatchNorms see a part at a time.
+
+        Args:
+            images: (2B, 3, S, S), view-major.
+            keys: (2B, out), those of all images.
+            smoothing: the schedule's present value.
+            part, parts: which of how many; ``parts`` divides B.
+
+        Returns:
+            as ``forward``.
+        """
+        size = len(images) // (2 * parts)
+        if parts > 1:
+            images, keys = (torch.cat([half.narrow(0, part * size, size) for half in tensor.chunk(2)]) for tensor in (images, keys))
+        first_query, second_query = self.encode(images).chunk(2)
         first_key, second_key = keys.chunk(2)
         loss = self.loss(first_query, second_key, self.queue, smoothing) + self.loss(second_query, first_key, self.queue, smoothing)
         with torch.no_grad():
-            metrics = self._metrics(loss, first_query, second_key, smoothing)
-            self.enqueue(keys)
-        return loss, metrics
+            return loss, self._metrics(loss, first_query, second_key, smoothing)
 
     @torch.no_grad()
     def keys(self, images: Tensor, permutation: Tensor) -> Tensor:
         """Keys (2B, out) of ``images``, each BatchNorm group normalised for itself, in the order of ``images``."""
+        teacher = self._computing[1]
         if self.config.split_bn == 1:
-            return self.teacher(images)
+            return teacher(images)
         # index_select keeps channels-last; each group is one forward pass, so that any network's BatchNorm is served.
         shuffled = images.index_select(0, permutation)
-        keys = torch.cat([self.teacher(group) for group in shuffled.tensor_split(self.config.split_bn)])
+        keys = torch.cat([teacher(group) for group in shuffled.tensor_split(self.config.split_bn)])
         return torch.empty_like(keys).index_copy_(0, permutation, keys)
 
     @torch.no_grad()
@@ -156,9 +190,18 @@ class MoCo(nn.Module):
         self.queue_pointer.add_(count).remainder_(len(self.queue))
 
     @torch.no_grad()
-    def update_teacher(self, momentum: float) -> None:
-        """key <- momentum * key + (1 - momentum) * query: parameters only; the key network keeps its own BN statistics."""
-        torch._foreach_lerp_(self._teacher_parameters, self._student_parameters, 1 - momentum)
+    def update_teacher(self, momentum: float | Tensor) -> None:
+        """key <- momentum * key + (1 - momentum) * query: parameters only; the key network keeps its own BN statistics.
+
+        Args:
+            momentum: a number, or a tensor with one element on the device: a schedule may then change it under a captured graph.
+        """
+        if not isinstance(momentum, Tensor):
+            torch._foreach_lerp_(self._teacher_parameters, self._student_parameters, 1 - momentum)
+            return
+        way = torch._foreach_sub(self._student_parameters, self._teacher_parameters)
+        torch._foreach_mul_(way, 1 - momentum)
+        torch._foreach_add_(self._teacher_parameters, way)
 
     def _metrics(self, loss: Tensor, query: Tensor, key: Tensor, smoothing: Tensor | float) -> Tensor:
         """The values named in METRICS.

@@ -1,0 +1,83 @@
+"""A call on tensors that is recorded once and then replayed: a CUDA graph with fixed places for what changes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+#: Runs before the recording, as PyTorch asks for: libraries choose their kernels and allocate their workspaces in them.
+WARM_UP_RUNS = 3
+
+#: Takes a call without arguments; returns what replays it, and the tensor that each replay fills.
+Recorder = Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]]
+
+
+def record_cuda_graph(call: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+    """Record ``call`` as a CUDA graph. The decoding threads may go on with copies of their own meanwhile."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        result = call()
+    return graph.replay, result
+
+
+class RecordedCall:
+    """``call(inputs)`` recorded with inputs of these shapes; calling it copies new inputs into their places and replays.
+
+    Args:
+        call: takes a list of tensors, returns a tensor, changes whatever it likes on the device. It must not read a value back.
+        inputs: the first ones; all later ones have the same shapes, types and layout.
+        undo: called after the warm-up runs, which change the state as any run does; puts it back as it was.
+        record: how; another one than CUDA's serves tests.
+
+    Raises:
+        RuntimeError: the call cannot be recorded (by CUDA: it waits for the device, or allocates outside torch).
+    """
+
+    def __init__(
+        self,
+        call: Callable[[list[Tensor]], Tensor],
+        inputs: Sequence[Tensor],
+        *,
+        undo: Callable[[], None],
+        record: Recorder = record_cuda_graph,
+    ):
+        self._places = [torch.empty_like(tensor).copy_(tensor) for tensor in inputs]  # the layout stays, channels-last too
+        try:
+            with _side_stream(self._places):
+                for _ in range(WARM_UP_RUNS):
+                    call(self._places)
+        finally:
+            undo()
+        self._replay, self._result = record(lambda: call(self._places))
+
+    def __call__(self, inputs: Sequence[Tensor]) -> Tensor:
+        """Replay with ``inputs``. The result's memory is written again by the next replay."""
+        for place, tensor in zip(self._places, inputs):
+            if place.shape != tensor.shape or place.dtype != tensor.dtype:
+                raise ValueError(
+                    f"recorded with {tuple(place.shape)} {place.dtype}, called with {tuple(tensor.shape)} {tensor.dtype}: a graph takes one shape"
+                )
+            place.copy_(tensor)
+        self._replay()
+        return self._result
+
+
+class _side_stream:
+    """Warm-up on a stream of its own, which both waits for and is waited for by the present one. Nothing on a CPU."""
+
+    def __init__(self, tensors: Sequence[Tensor]):
+        self._used = any(tensor.is_cuda for tensor in tensors)
+
+    def __enter__(self) -> None:
+        if self._used:
+            self._stream = torch.cuda.Stream()
+            self._stream.wait_stream(torch.cuda.current_stream())
+            self._context = torch.cuda.stream(self._stream)
+            self._context.__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        if self._used:
+            self._context.__exit__(*error)
+            torch.cuda.current_stream().wait_stream(self._stream)

@@ -1,0 +1,73 @@
+"""Optimisers: those that take all tensors together against the plain loops."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from fastssl.benchmarks.plain_step import plain_optimizer
+from fastssl.optim import LARS, OptimConfig, create_optimizer, set_lr
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.Flatten(), nn.Linear(6 * 36, 5))
+
+
+def gradients(model: nn.Module, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+
+
+@pytest.mark.parametrize("decay_1d", [True, False])
+@pytest.mark.parametrize("name", ["sgd", "adamw", "lars"])
+@pytest.mark.parametrize("on_device", [False, True])
+def test_all_tensors_together_make_the_steps_of_the_loop(name: str, decay_1d: bool, on_device: bool) -> None:
+    config = OptimConfig(name=name, lr=0.3, weight_decay=0.05, decay_1d=decay_1d)
+    ours = network()
+    theirs = copy.deepcopy(ours)
+    fast, plain = create_optimizer(ours, config), plain_optimizer(theirs, config, 0.3)
+    rate = torch.zeros(())
+    for step in range(4):
+        for model in (ours, theirs):
+            gradients(model, step)
+        rate.fill_(0.1 * (step + 1))
+        set_lr(fast, rate if on_device else float(rate))
+        set_lr(plain, float(rate))
+        fast.step()
+        plain.step()
+    for mine, other in zip(ours.parameters(), theirs.parameters()):
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6)
+
+
+def test_a_lars_step_is_a_share_of_the_tensors_norm() -> None:
+    weight, bias = nn.Parameter(torch.full((2, 8), 3.0)), nn.Parameter(torch.ones(4))
+    optimizer = LARS([weight, bias], lr=2.0, momentum=0.9, trust=0.01)
+    for length in (1e-6, 1e6):  # whatever the gradient's own length
+        before = weight.detach().clone()
+        weight.grad, bias.grad = torch.full_like(weight, length), torch.zeros_like(bias)
+        optimizer.state.clear()
+        optimizer.step()
+        torch.testing.assert_close((before - weight).norm(), 2.0 * 0.01 * before.norm())
+    bias.grad, weight.grad = torch.full_like(bias, 0.5), None
+    optimizer.step()
+    torch.testing.assert_close(bias, torch.zeros(4) + 1.0 - 2.0 * 0.5)  # one dimension: no trust ratio
+
+
+def test_a_zero_tensor_and_a_zero_gradient_leave_lars_finite() -> None:
+    zero, still = nn.Parameter(torch.zeros(3, 3)), nn.Parameter(torch.ones(3, 3))
+    optimizer = LARS([zero, still], lr=1.0, momentum=0.0)
+    zero.grad, still.grad = torch.ones_like(zero), torch.zeros_like(still)
+    optimizer.step()
+    assert torch.equal(zero, -torch.ones(3, 3)) and torch.equal(still, torch.ones(3, 3))
+
+
+def test_wrong_settings_are_named() -> None:
+    with pytest.raises(ValueError, match="sgd, adamw, lars"):
+        OptimConfig(name="lamb")
+    with pytest.raises(ValueError, match="trust"):
+        OptimConfig(name="lars", trust=0)

@@ -1,0 +1,300 @@
+"""The step and its switches: whatever way it runs, it is the same step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastssl import step as step_module
+from fastssl.backbones import SHORT_NAMES, create_backbone
+from fastssl.graph import RecordedCall
+from fastssl.layout import channels_last_breaks
+from fastssl.pipelines.loader import ViewLoader
+from fastssl.precision import HalfCopy
+from fastssl.recipe import Recipe, load_recipe
+from fastssl.step import TrainStep
+
+CPU, BATCH, SIZE = torch.device("cpu"), 8, 32
+
+
+def recipe(arch: str = "mobilenetv3_small_050", **changes: object) -> Recipe:
+    small = {"arch": arch, "views.0.size": SIZE, "train.batch_size": BATCH, "moco.queue": 32, "moco.projector.hidden": 16, "moco.split_bn": 2}
+    given = {name.replace("__", "."): value for name, value in changes.items()}
+    return load_recipe("few-photos", {name: str(value) for name, value in {**small, "moco.weighting": "nearest", **given}.items()})
+
+
+def views(seed: int, size: int = SIZE) -> Tensor:
+    images = torch.randn(2 * BATCH, 3, size, size, generator=torch.Generator().manual_seed(seed))
+    return images.contiguous(memory_format=torch.channels_last)
+
+
+def train(step: TrainStep, steps: int = 4, **inputs: object) -> list[list[float]]:
+    """The metrics of some steps whose rates change from step to step, as a schedule's do."""
+    found = []
+    for number in range(steps):
+        batch = inputs.get("batch", lambda number: {"views": [views(number)]})(number)
+        rates = {"lr": 0.05 * (number + 1), "momentum": 0.5 + 0.1 * number, "smoothing": 0.05 * number}
+        found.append(step(**batch, permutation=step.permutation(0, number), **rates).tolist())
+    return found
+
+
+def replayed(call: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+    """What a CUDA graph does, on the CPU: every replay runs the call again and fills the same result."""
+    result = torch.zeros(4)
+
+    def replay() -> None:
+        result.copy_(call())
+
+    return replay, result
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "lars"])
+@pytest.mark.parametrize("amp", [False, True])
+def test_a_recorded_step_makes_the_same_steps(optimizer: str, amp: bool) -> None:
+    eager = TrainStep(recipe(optim__name=optimizer), CPU, amp=amp, seed=0)
+    graphed = TrainStep(recipe(optim__name=optimizer, train__graph="true"), CPU, amp=amp, seed=0, record=replayed)
+    assert graphed.takes_crops and not eager.takes_crops
+    expected, found = train(eager), train(graphed)
+    assert not graphed.fallbacks
+    # A schedule's value reaches the recorded step in float32, where the eager one has it in float64; bfloat16 makes more of that.
+    np.testing.assert_allclose(found, expected, rtol=2e-2 if amp else 1e-3, atol=1e-3)
+    assert len({tuple(row) for row in found}) == len(found)
+    if not amp and optimizer != "adamw":  # Adam makes a whole step of a gradient that is rounding noise
+        for name, value in eager.method.state_dict().items():
+            torch.testing.assert_close(graphed.method.state_dict()[name], value, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_recording_takes_what_changes_from_its_inputs() -> None:
+    """Rates that were baked in would give the first step again and again."""
+    graphed = TrainStep(recipe(train__graph="true"), CPU, amp=False, seed=0, record=replayed)
+    batch, order = [views(0)], graphed.permutation(0, 0)
+    graphed(batch, order, lr=0.0, momentum=1.0, smoothing=0.2)
+    before = {name: value.clone() for name, value in graphed.method.state_dict().items() if name.endswith("weight")}
+    graphed(batch, order, lr=0.0, momentum=1.0, smoothing=0.2)
+    assert all(torch.equal(graphed.method.state_dict()[name], value) for name, value in before.items())
+    graphed(batch, order, lr=0.1, momentum=0.5, smoothing=0.2)
+    for network in ("student", "teacher"):
+        assert not torch.equal(graphed.method.state_dict()[f"{network}.backbone.conv_stem.weight"], before[f"{network}.backbone.conv_stem.weight"])
+
+
+def test_a_step_that_cannot_be_recorded_runs_without_and_says_why() -> None:
+    def refuse(call: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        call()
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    plain = TrainStep(recipe(), CPU, amp=False, seed=0)
+    refused = TrainStep(recipe(train__graph="true"), CPU, amp=False, seed=0, record=refuse)
+    assert train(refused) == train(plain)
+    assert "stream is capturing" in refused.fallbacks["graph"]
+    here = TrainStep(recipe(train__graph="true"), CPU, amp=False, seed=0)
+    assert "needs an NVIDIA GPU" in here.fallbacks["graph"] and not here.takes_crops
+
+
+def test_a_network_that_cannot_be_compiled_runs_without_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken(nn.Module):
+        def __init__(self, network: nn.Module):
+            super().__init__()
+            self.network = network
+
+        def forward(self, images: Tensor) -> Tensor:
+            self.network(images)  # moves the BatchNorms' statistics, which must not stay moved
+            raise RuntimeError("no compiler\nfound")
+
+    plain = TrainStep(recipe(), CPU, amp=False, seed=0)
+    monkeypatch.setattr(torch, "compile", lambda network, **options: Broken(network))
+    broken = TrainStep(recipe(train__compile="true"), CPU, amp=False, seed=0)
+    with torch._dynamo.config.patch(disable=False):
+        assert train(broken) == train(plain)
+    assert broken.fallbacks == {"compile": "RuntimeError: no compiler found"}
+
+
+def test_compiled_networks_are_what_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[nn.Module] = []
+    monkeypatch.setattr(torch, "compile", lambda network, **options: compiled.append(network) or network)
+    plain, step = TrainStep(recipe(), CPU, amp=False, seed=0), TrainStep(recipe(train__compile="true"), CPU, amp=False, seed=0)
+    # The trial of the compiled form leaves no trace: the same steps follow.
+    with torch._dynamo.config.patch(disable=False):
+        assert train(step) == train(plain)
+    assert compiled == [step.method.student, step.method.teacher] and not step.fallbacks
+    off = TrainStep(recipe(train__compile="true"), CPU, amp=False, seed=0)
+    with torch._dynamo.config.patch(disable=True):
+        train(off, 1)
+    assert "TORCH_COMPILE_DISABLE" in off.fallbacks["compile"]
+
+
+# ---------------------------------------------------------------------- precision
+
+
+@pytest.mark.parametrize("arch", ["mobilenetv3_small_050", "resnet10t", "vit_tiny_patch16_224"])
+def test_weights_cast_once_a_step_give_what_autocast_gives(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = TrainStep(recipe(arch), CPU, amp=True, seed=0)
+    autocast = TrainStep(recipe(arch), CPU, amp=True, seed=0)
+    autocast._half = []
+    autocast.method.compute_with(autocast.method.student, autocast.method.teacher)
+    assert train(ours, 3) == train(autocast, 3)
+    for name, value in autocast.method.state_dict().items():
+        assert torch.equal(ours.method.state_dict()[name], value), name
+    assert all(p.dtype == torch.float32 for p in ours.method.parameters())
+
+
+def test_no_weight_is_cast_inside_the_passes() -> None:
+    """Counted: autocast casts each weight in every pass of the teacher, the copies hold theirs ready."""
+
+    class Casts(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is torch.ops.aten._to_copy.default and (kwargs or {}).get("dtype") in (torch.bfloat16, torch.float32):
+                self.count += 1
+            return function(*args, **(kwargs or {}))
+
+    def casts(half: bool) -> int:
+        step = TrainStep(recipe(moco__split_bn=4), CPU, amp=True, seed=0)
+        if not half:
+            step._half = []
+            step.method.compute_with(step.method.student, step.method.teacher)
+        images = views(0).to(torch.bfloat16)
+        step([images], step.permutation(0, 0), lr=0.1, momentum=0.9, smoothing=0.1)
+        with Casts() as counter:
+            step([images], step.permutation(0, 1), lr=0.1, momentum=0.9, smoothing=0.1)
+        return counter.count
+
+    layers = sum(isinstance(m, (nn.Conv2d, nn.Linear)) for m in TrainStep(recipe(), CPU, amp=False, seed=0).method.student.modules())
+    assert casts(False) - casts(True) >= (2 + 4) * layers  # the student's, there and back, and the teacher's four passes
+
+
+def test_a_restored_checkpoint_reaches_the_bfloat16_weights() -> None:
+    trained, fresh = TrainStep(recipe(), CPU, amp=True, seed=0), TrainStep(recipe(), CPU, amp=True, seed=1)
+    train(trained, 2)
+    fresh.method.load_state_dict(trained.method.state_dict())
+    fresh.optimizer.load_state_dict(trained.optimizer.state_dict())
+    # The order of the keys comes from the seed: the same one for both.
+    rates = {"permutation": torch.arange(2 * BATCH), "lr": 0.1, "momentum": 0.9, "smoothing": 0.1}
+    assert torch.equal(trained([views(7)], **rates), fresh([views(7)], **rates))
+
+
+def test_a_half_copy_shares_all_but_the_cast_weights() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2))
+    half = HalfCopy(network)
+    assert half.network[1].weight is network[1].weight and half.network[1].running_mean is network[1].running_mean
+    assert half.network[0].weight.dtype == half.network[3].bias.dtype == torch.bfloat16
+    assert network[0].weight.dtype == torch.float32
+    half.network[0].weight.grad = torch.ones_like(half.network[0].weight)
+    half.collect_gradients()
+    half.network[0].weight.grad = torch.ones_like(half.network[0].weight)
+    half.collect_gradients()
+    assert torch.equal(network[0].weight.grad, torch.full_like(network[0].weight, 2.0)) and half.network[0].weight.grad is None
+    assert network[3].weight.grad is None
+
+
+# ---------------------------------------------------------------------- accumulation
+
+
+def test_accumulation_keeps_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without BatchNorm in the query network, any number of parts makes the very same step."""
+
+    class Backbone(nn.Sequential):
+        num_features = 8
+
+        def __init__(self) -> None:
+            super().__init__(nn.Conv2d(3, 8, 3, 2, 1), nn.GELU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+    monkeypatch.setattr(step_module, "create_backbone", lambda name, **options: Backbone())
+    plain = {"moco__projector__norm": "false", "moco__projector__norm_out": "false"}
+    whole, parts = (TrainStep(recipe(train__accumulate=n, **plain), CPU, amp=False, seed=0) for n in (1, 4))
+    expected, found = np.array(train(whole)), np.array(train(parts))
+    names = whole.method.METRICS
+    for name in ("loss", "kl", "alignment"):  # a spread over a part's photos is not that over all
+        np.testing.assert_allclose(found[:, names.index(name)], expected[:, names.index(name)], rtol=1e-4)
+    for name, value in whole.method.state_dict().items():
+        torch.testing.assert_close(parts.method.state_dict()[name], value, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_accumulation_bounds_the_pass_with_gradient() -> None:
+    step, seen = TrainStep(recipe(train__accumulate=4), CPU, amp=False, seed=0), []
+    step.method.student.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
+    train(step, 1)
+    assert seen == [2 * BATCH // 4] * 4
+    assert int(step.method.queue_pointer) == 2 * BATCH  # all keys of the batch, once
+
+
+@pytest.mark.parametrize("parts", [3, 8, 0])
+def test_parts_that_do_not_divide_the_batch_are_refused(parts: int) -> None:
+    with pytest.raises(Exception, match="train.accumulate"):
+        recipe(train__accumulate=parts)
+
+
+# ---------------------------------------------------------------------- layout, host
+
+
+@pytest.mark.parametrize("arch", [name for name in SHORT_NAMES if name != "efficientnet_b1"])
+def test_networks_keep_channels_last_to_the_end(arch: str) -> None:
+    images = torch.randn(2, 3, 64, 64).contiguous(memory_format=torch.channels_last)
+    assert channels_last_breaks(create_backbone(arch), images) == []
+
+
+def test_a_break_in_the_layout_is_found_by_name() -> None:
+    class Contiguous(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            return images.contiguous()
+
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), Contiguous(), nn.Conv2d(8, 8, 3)).to(memory_format=torch.channels_last).train()
+    assert channels_last_breaks(network, torch.randn(2, 3, 9, 9).contiguous(memory_format=torch.channels_last)) == ["1"]
+    assert network.training and network[0].training
+
+
+def test_views_in_another_layout_or_number_are_refused() -> None:
+    step = TrainStep(recipe(), CPU, amp=False, seed=0)
+    rates = {"permutation": step.permutation(0, 0), "lr": 0.1, "momentum": 0.9, "smoothing": 0.0}
+    with pytest.raises(ValueError, match="channels-last"):
+        step([views(0).contiguous()], **rates)
+    with pytest.raises(ValueError, match="a batch of 8 has 16"):
+        step([views(0)[:6]], **rates)
+
+
+def test_no_value_is_read_back_in_a_recorded_step() -> None:
+    """What would make the host wait for a GPU, and break a capture: any tensor turned into a number."""
+
+    class NoReading(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            assert function is not torch.ops.aten._local_scalar_dense.default, "a value was read back"
+            assert function is not torch.ops.aten.nonzero.default, "a shape depends on a value"
+            return function(*args, **(kwargs or {}))
+
+    def watched(call: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        result = torch.zeros(4)
+
+        def replay() -> None:
+            with NoReading():
+                result.copy_(call())
+
+        return replay, result
+
+    # SGD's fused kernel reads the rate on a CPU alone; LARS is ours throughout.
+    step = TrainStep(recipe(train__graph="true", optim__name="lars", moco__weighting="stepped", moco__queue=64), CPU, amp=True, seed=0, record=watched)
+    train(step, 2)
+    assert not step.fallbacks
+
+
+def test_crops_with_their_tables_are_the_coloured_views(beton) -> None:
+    (spec,) = recipe().views
+    with ViewLoader(beton, [spec], BATCH, seed=3) as coloured, ViewLoader(beton, [spec], BATCH, seed=3, colour=False) as crops:
+        expected, raw = next(iter(coloured.epoch(0))), next(iter(crops.epoch(0)))
+    assert raw.views[0].dtype == torch.uint8 and raw.tables[0].shape == (2 * BATCH, 23) and not expected.tables
+    steps = [TrainStep(recipe(**change), CPU, amp=False, seed=0, record=replayed) for change in ({}, {"train__graph": "true"})]
+    rates = {"permutation": torch.arange(2 * BATCH), "lr": 0.1, "momentum": 0.9, "smoothing": 0.1}
+    first = steps[0](expected.views, **rates)
+    second = steps[1](raw.views, **rates, tables=raw.tables)
+    torch.testing.assert_close(first, second, rtol=1e-3, atol=1e-3)
+
+
+def test_a_recorded_call_takes_one_shape() -> None:
+    call = RecordedCall(lambda tensors: tensors[0] * 2, [torch.ones(4)], undo=lambda: None, record=replayed)
+    assert call([torch.full((4,), 3.0)]).tolist() == [6.0] * 4
+    with pytest.raises(ValueError, match="one shape"):
+        call([torch.ones(5)])
