@@ -199,6 +199,13 @@ def run(
     def growth(key: str, base: str) -> float:
         return float(np.median([more / one for more, one in zip(cost[key], cost[base])]))
 
+    def host_rates() -> dict[str, float]:
+        """Photos a second of one core that does nothing else, with the most views; beside the bare loop's."""
+        most, views_each = "2 + 6 views", 8
+        per_s, fraction = 1e3 / float(np.median(cost[most])), 1 / growth(most, "bare")
+        limit = {"ceiling": per_s * views_each / fraction, "fraction_of_ceiling": fraction}
+        return {"pair_per_s": per_s, "view_per_s": per_s * views_each, "median_s": size / per_s, **limit}
+
     top = "bare crops" if host_crops else "bare"
     bottleneck, shares = _bottleneck(windows, host_crops)
     loader_record = record(
@@ -224,7 +231,11 @@ def run(
         ),
         record(
             "host cost",
+            **host_rates(),
+            ceiling_name="bare decode loop, per processor second",
+            bottleneck="decode",
             details={
+                "rates": "per processor second, of 2 + 6 views",
                 "host_cpu_ms": {key: float(np.median(values)) for key, values in cost.items()},
                 "times_1_view": {key: growth(key, "1 view") for key in engines},
             },

@@ -24,7 +24,7 @@ import torchvision.transforms as T
 from PIL import Image, ImageFilter
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from fastssl.benchmarks.loader import endless, open_loader, requests_of
+from fastssl.benchmarks.loader import BareLoop, endless, open_loader, requests_of
 from fastssl.benchmarks.photos import describe_data, find_data
 from fastssl.benchmarks.records import Record
 from fastssl.benchmarks.timing import MIN_RUNS
@@ -39,6 +39,9 @@ from fastssl.pipelines.plan import ViewSpec
 AUGMENTED = ViewSpec(size=224, count=2, area=(0.2, 1.0))
 CROPS = replace(AUGMENTED, jitter=0.0, grey=0.0, blur=0.0)
 _MEAN, _STD = AUGMENTED.mean, AUGMENTED.std
+
+#: The contender that is the ceiling of all others.
+BARE = ("bare", "bare")
 
 Stream = Callable[[], Iterator[Any]]
 
@@ -242,6 +245,8 @@ def run(
             add("crops", "FFCV, a pipeline for each view", _ffcv_per_view(path, size, batch_size, workers))
         if "dali" not in absent:
             add("crops", "DALI, decoding for each view", _dali_per_view(path, size, batch_size, workers))
+        # What no loader on as many threads can pass: the same photos decoded and cropped, and nothing else.
+        contenders[BARE] = BareLoop(reader, workers, [replace(CROPS, size=size)])
         try:
             windows = measure_windows(contenders, seconds=seconds, runs=runs)
         finally:
@@ -258,9 +263,13 @@ def run(
             pair_per_s=rate(found),
             view_per_s=2 * rate(found),
             median_s=batch_size / rate(found),
+            ceiling=2 * rate(windows[BARE]),
+            ceiling_name=f"bare decode and crop loop, {workers} threads",
+            fraction_of_ceiling=ratio(found, windows[BARE]),
             peer=None if contender == "native" else contender,
             ratio_to_peer=None if contender == "native" else ratio(windows[part, "native"], found),
             details={"part": part, "loader": contender, **about, "seconds": seconds, "missing": absent},
         )
         for (part, contender), found in windows.items()
+        if (part, contender) != BARE
     ]

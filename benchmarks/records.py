@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
@@ -40,10 +41,10 @@ class Record:
         device: ``cpu`` or ``cuda``.
         batch_size: pairs a step and process.
         workers: threads that decode.
-        pair_per_s, view_per_s: source images, and images through the network, a second.
+        pair_per_s, view_per_s: source images, and images through the network, a second. A conversion makes no views: its photos count as pairs.
         median_s: median time of one run, in seconds, of ``runs`` runs.
-        ceiling, ceiling_name: view/s of the limit that applies, measured in the same process; and what that limit is.
-        fraction_of_ceiling: ``view_per_s / ceiling``.
+        ceiling, ceiling_name: view/s of the limit that applies, photos/s where no views are made, measured in the same process; and what that limit is.
+        fraction_of_ceiling: ``view_per_s / ceiling``; ``pair_per_s / ceiling`` where no views are made.
         bottleneck: what the time goes into.
         peer, ratio_to_peer: what was run in turns with ours, and how many times as fast ours is (above 1: ours is faster).
         host, versions, git: machine, packages and commit; no paths, no host or user names. Filled in when not given.
@@ -93,10 +94,15 @@ def read_records(path: Path | str) -> list[Record]:
 
     Raises:
         FastSSLError: a line is not a record; the message names file and line.
+        OSError: the file cannot be read.
     """
     names = {item.name for item in fields(Record)}
     records = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise FastSSLError(f"{path}: not text; expected one benchmark record in JSON a line") from error
+    for number, line in enumerate(text.splitlines(), 1):
         if not line.strip():
             continue
         try:
@@ -108,6 +114,30 @@ def read_records(path: Path | str) -> list[Record]:
         unknown = sorted(values.keys() - names)
         if unknown:
             raise FastSSLError(f"{path}, line {number}: unknown fields {', '.join(unknown)}; was it written by another version?")
+        wrong = [name for name, value in values.items() if not _fits(name, value)]
+        if wrong:
+            raise FastSSLError(f"{path}, line {number}: {', '.join(wrong)} holds no value of its kind; the line is damaged")
         # A field that an older file lacks is unknown for that run; this machine's value must not take its place.
         records.append(Record(**{"host": {}, "versions": {}, "git": None, **values}))
     return records
+
+
+_WORDS = {"bench", "recipe", "arch", "pipeline", "device", "ceiling_name", "bottleneck", "peer", "git"}
+_COUNTS = {"batch_size", "workers", "runs"}
+_OBJECTS = {"host", "versions", "details"}
+
+
+def _fits(name: str, value: object) -> bool:
+    """Whether ``value`` can stand in the field ``name``: words, a count, an object, or a finite figure."""
+    if value is None:
+        return name not in ("bench", "host", "versions")
+    if name in _WORDS:
+        return isinstance(value, str)
+    if name in _OBJECTS:
+        return isinstance(value, dict)
+    if name in _COUNTS:
+        return isinstance(value, int) and not isinstance(value, bool)
+    try:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # a whole number beyond any float
+        return False

@@ -44,7 +44,7 @@ class Step:
         recipe: arch, method and optimiser.
         batch_size: source pictures a step.
         amp: autocast to bfloat16.
-        compiled, graph: the recipe's switches of those names.
+        compiled, graph: turn the recipe's switches of those names on.
 
     Raises:
         FastSSLError: the batch does not fit the recipe's queue or BatchNorm groups, or the network does not exist.
@@ -56,7 +56,7 @@ class Step:
         train = recipe.train
         # A batch smaller than the recipe's may have no parts of two samples and more.
         parts = train.accumulate if batch_size % train.accumulate == 0 and batch_size >= 2 * train.accumulate else 1
-        train = replace(train, batch_size=batch_size, accumulate=parts, compile=compiled, graph=graph)
+        train = replace(train, batch_size=batch_size, accumulate=parts, compile=compiled or train.compile, graph=graph or train.graph)
         self.recipe = recipe = replace(recipe, train=train)
         self.seed = seed
         self.inner = TrainStep(recipe, device, amp=amp, seed=seed)

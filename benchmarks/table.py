@@ -15,6 +15,8 @@ from fastssl.pipelines.errors import FastSSLError
 COLUMNS = ("what", "recipe", "setting", "pair/s", "view/s", "of ceiling", "ceiling", "bottleneck")
 #: Column widths in a terminal, where lines come one by one and the widest is not known; text to the left, figures to the right.
 _WIDTHS = (-17, -26, -34, 9, 9, 10, -46, 0)
+#: Which columns hold figures.
+RIGHT = tuple(width > 0 for width in _WIDTHS)
 
 
 def cells(record: Record) -> tuple[str, ...]:
@@ -26,8 +28,8 @@ def cells(record: Record) -> tuple[str, ...]:
         f"{record.bench}: {part}" if part else record.bench,
         record.recipe or "",
         ", ".join(_setting(record, details)),
-        _figure(record.pair_per_s),
-        _figure(record.view_per_s),
+        figure(record.pair_per_s),
+        figure(record.view_per_s),
         "" if fraction is None else f"{fraction:.1%}",
         record.ceiling_name or "",
         "; ".join(filter(None, [record.bottleneck, *_remarks(record, details)])),
@@ -40,7 +42,7 @@ def _setting(record: Record, details: dict) -> list[str]:
         found.append(f"{record.workers} threads")
     if "amp" in details:
         found.append("bf16" if details["amp"] == "bf16" else "float32")
-        found.append("compiled" if details["compiled"] else None)
+        found += [name for key, name in (("compiled", "compiled"), ("graph", "CUDA graph")) if details.get(key)]
     if "queue" in details:
         found.append(f"queue {details['queue']}")
     if details.get("data"):
@@ -50,8 +52,9 @@ def _setting(record: Record, details: dict) -> list[str]:
 
 def _remarks(record: Record, details: dict) -> list[str]:
     remarks = []
-    if details.get("compile_failed"):
-        remarks.append(f"not compiled: {details['compile_failed']}")
+    remarks += [f"without {switch}: {reason}" for switch, reason in (details.get("fallbacks") or {}).items()]
+    if details.get("advice"):
+        remarks.append(details["advice"])
     if details.get("asked_batch_size") not in (None, record.batch_size):
         remarks.append(f"batch {details['asked_batch_size']} was too large for the memory")
     if "times_1_view" in details:
@@ -66,7 +69,8 @@ def _remarks(record: Record, details: dict) -> list[str]:
     return remarks
 
 
-def _figure(value: float | None) -> str:
+def figure(value: float | None) -> str:
+    """A rate as it is printed: 12,346 or 3.14; empty when there is none."""
     if value is None:
         return ""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
@@ -81,17 +85,24 @@ def markdown(records: Iterable[Record]) -> str:
     """A table for every machine that the records name, with its versions above."""
     groups: dict[str, list[Record]] = {}
     for record in records:
-        groups.setdefault(_machine(record), []).append(record)
+        groups.setdefault(machine(record), []).append(record)
     parts = []
-    for machine, members in groups.items():
-        rows = [COLUMNS, tuple(":--" if width <= 0 else "--:" for width in _WIDTHS), *(cells(record) for record in members)]
-        parts.append(
-            machine + "\n\n" + "\n".join("| " + " | ".join(text.replace("|", "\\|") for text in row) + " |" for row in rows) + "\n"
-        )
+    for name, members in groups.items():
+        rows = [COLUMNS, tuple("--:" if right else ":--" for right in RIGHT), *(cells(record) for record in members)]
+        parts.append(name + "\n\n" + "\n".join("| " + " | ".join(escape_markdown(text) for text in row) + " |" for row in rows) + "\n")
     return "\n".join(parts)
 
 
-def _machine(record: Record) -> str:
+def escape_markdown(text: str) -> str:
+    """``text`` on one line, as words only: no table cell, tag, picture or link begins in it."""
+    # The backslash goes first; as an entity, because before an escaped bar it would be ambiguous.
+    for mark, safe in (("\\", "&#92;"), ("<", "&lt;"), ("|", "\\|"), ("[", "\\["), ("`", "\\`"), ("*", "\\*")):
+        text = text.replace(mark, safe)
+    return " ".join(text.split())
+
+
+def machine(record: Record) -> str:
+    """Markdown that names the machine, the versions and the commit."""
     host, versions = record.host, record.versions
     gpu = f"{host['gpu']}, " if "gpu" in host else ""
     cores = f"{host.get('cpu', 'unknown processor')}, {host.get('cores', '?')} cores"

@@ -1,25 +1,30 @@
 """Training end to end: the loader and the step of the real loop, and how much faster the same steps go on batches that are there already.
 
-The difference is the *headspace*: all that any work on the input side could win. Real and replayed windows come in turns.
+The difference is the *headspace*: all that any work on the input side could win. Real and replayed windows come in turns, and with them the loader
+alone. Where there is headspace, ``advice.py`` says what to do about it and what that will bring; the loop is then run that way, too.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 
 import torch
 
 from fastssl.backbones import resolve_arch
+from fastssl.benchmarks.advice import WORTH, Loop, Remedy, in_words, more_threads, per_sample, shrunken, smaller_side
 from fastssl.benchmarks.loader import default_batch, endless, open_loader
 from fastssl.benchmarks.photos import describe_data, find_data
 from fastssl.benchmarks.records import Record
 from fastssl.benchmarks.step import fit_step
 from fastssl.benchmarks.timing import MIN_RUNS
-from fastssl.benchmarks.windows import measure_windows, rate, ratio, stream_window, wait_share
+from fastssl.benchmarks.windows import Window, measure_windows, rate, ratio, stream_window, wait_share
 from fastssl.pipelines.beton import BetonReader
 from fastssl.pipelines.engine import EngineStats
-from fastssl.pipelines.loader import Batch
+from fastssl.pipelines.loader import Batch, ViewLoader
+from fastssl.pipelines.native import available_cores
 from fastssl.recipe import Recipe
 from fastssl.step import use_amp
 
@@ -39,44 +44,76 @@ def run(
     seconds: float = 10.0,
     runs: int = MIN_RUNS,
     photos: int = 512,
+    graph: bool = False,
+    pipeline: str = "native",
 ) -> list[Record]:
     """Train for a while on one file.
 
     Args:
         data, photos: see :func:`fastssl.benchmarks.photos.find_data`.
         workers: decoding threads; default: the cores that this process may use.
-        batch_size, amp, compiled: as in :func:`fastssl.benchmarks.step.run`.
-        seconds: of all counted windows together, half of them replayed; warm-up comes on top.
+        batch_size, amp, compiled, graph: as in :func:`fastssl.benchmarks.step.run`.
+        seconds: of all counted windows together, a third of them replayed, a third the loader alone; warm-up comes on top, and the same time again
+            where there is advice to try.
         runs: windows of each kind, at least five.
+        pipeline: the engine.
 
     Returns:
-        One record. ``details``: ``data_wait``, the share of the time for which the loop stood waiting for a batch, and ``headspace``, how much
-        faster (0.2: 20 %) the loop would be if data cost nothing.
+        One record. ``details``: ``data_wait``, the share of the time for which the loop stood waiting for a batch; ``headspace``, how much
+        faster (0.2: 20 %) the loop would be if data cost nothing; ``advice`` in words; and its ``remedies`` with ``predicted`` and ``measured`` gain.
     """
     device = torch.device(device)
     path, name = find_data(data, photos)
-    fitted = fit_step(recipe, device, default_batch(recipe, device, batch_size), amp=use_amp(amp, device), compiled=compiled)
+    size = default_batch(recipe, device, batch_size)
+    fitted = fit_step(recipe, device, size, amp=use_amp(amp, device), compiled=compiled, graph=graph)
     step, size = fitted.step, fitted.step.batch_size
-    with BetonReader(path) as reader, open_loader(reader, recipe.views, size, device, workers=workers) as loader:
+    options = {"pipeline": pipeline, "dtype": step.inner.view_dtype, "colour": not step.inner.takes_crops}
+
+    def train(batch: Batch) -> None:
+        step(batch.views, batch.tables)
+
+    def loop(loader: ViewLoader, consume: Callable[[Batch], None] = train) -> Callable[[float], Window]:
+        return partial(stream_window, lambda: endless(loader), consume, loader.stats, size, device)
+
+    with ExitStack() as opened:
+        reader = opened.enter_context(BetonReader(path))
+
+        def loader_of(source: BetonReader, threads: int | None) -> ViewLoader:
+            return opened.enter_context(open_loader(source, recipe.views, size, device, workers=threads, **options))
+
+        loader = loader_of(reader, workers)
+        threads = workers or available_cores()
         batches = loader.epoch(0)
         cached = [next(batches) for _ in range(_CACHED)]
         batches.close()
-
-        def train(batch: Batch) -> None:
-            step(batch.views)
-
-        real = partial(stream_window, lambda: endless(loader), train, loader.stats, size, device)
         replay = partial(stream_window, lambda: (batch for batch in itertools.cycle(cached)), train, EngineStats(), size, device)
-        windows = measure_windows({"real": real, "replay": replay}, seconds=seconds, runs=runs)
-        about, threads = describe_data(reader, name), loader.engine.workers
-    fraction, waited = ratio(windows["real"], windows["replay"]), wait_share(windows["real"])
+        contenders = {"real": loop(loader), "replay": replay, "loader": loop(loader, lambda batch: None)}
+        # The same photos, smaller, through the loader alone: what decoding them would cost.
+        side, small = smaller_side(reader, recipe.views), None
+        if side is not None:
+            small = loader_of(opened.enter_context(BetonReader(opened.enter_context(shrunken(reader, side)))), threads)
+            contenders["small"] = loop(small, lambda batch: None)
+        windows = measure_windows(contenders, seconds=seconds, runs=runs)
+        fraction = ratio(windows["real"], windows["replay"])
+        model = Loop(*per_sample(windows["replay"]), *per_sample(windows["loader"]), threads=threads, cores=available_cores())
+        tried: list[tuple[Remedy, ViewLoader]] = []
+        if fraction < 1 / WORTH:
+            if (found := more_threads(model)) is not None:
+                tried.append((found[1], loader_of(reader, found[0])))
+            if small is not None:
+                gain = model.gain(model.with_loader(*per_sample(windows["small"])))
+                if gain >= WORTH:
+                    tried.append((Remedy(f"convert with --short-side {side}", gain), small))
+        outcomes = _try(loop(loader), [loop(other) for _, other in tried], seconds, runs)
+        about = describe_data(reader, name)
+    remedies = sorted(zip((remedy for remedy, _ in tried), outcomes), key=lambda pair: -pair[0].predicted)
     pair_per_s, count = rate(windows["real"]), sum(spec.count for spec in recipe.views)
     return [
         Record(
             bench="train",
             recipe=recipe_name,
             arch=resolve_arch(recipe.arch),
-            pipeline="native",
+            pipeline=pipeline,
             device=device.type,
             batch_size=size,
             workers=threads,
@@ -88,9 +125,30 @@ def run(
             ceiling_name="the same steps on cached batches",
             fraction_of_ceiling=fraction,
             bottleneck=bottleneck(1 - fraction),
-            details={**fitted.details, "data": about, "data_wait": waited, "headspace": 1 / fraction - 1},
+            details={
+                **fitted.details,
+                "data": about,
+                "data_wait": wait_share(windows["real"]),
+                "headspace": 1 / fraction - 1,
+                "share": {"step": min(1.0, fraction), "data": max(0.0, 1 - fraction)},
+                "loader_pair_per_s": rate(windows["loader"]),
+                "step_pair_per_s": rate(windows["replay"]),
+                "advice": in_words(1 - fraction, remedies, shared=device.type == "cpu"),
+                "remedies": [{"do": remedy.words, "predicted": remedy.predicted, "measured": outcome} for remedy, outcome in remedies],
+                "model": {"sample_s": model.sample_s, "step_cpu_s": model.step_cpu_s, "loader_cpu_s": model.loader_cpu_s, "cores": model.cores},
+            },
         )
     ]
+
+
+def _try(
+    before: Callable[[float], Window], after: list[Callable[[float], Window]], seconds: float, runs: int
+) -> list[float]:
+    """How many times as fast the loop is with each remedy, in turns with the loop as it was."""
+    if not after:
+        return []
+    windows = measure_windows({"before": before, **{str(number): run for number, run in enumerate(after)}}, seconds=seconds, runs=runs)
+    return [ratio(windows[str(number)], windows["before"]) for number in range(len(after))]
 
 
 def bottleneck(data_share: float) -> str:

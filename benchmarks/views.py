@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastssl.benchmarks.limits import copy_bytes, copy_call
 from fastssl.benchmarks.loader import default_batch
 from fastssl.benchmarks.photos import describe_data, find_data
 from fastssl.benchmarks.records import Record
@@ -19,9 +20,6 @@ from fastssl.pipelines.beton import BetonReader
 from fastssl.pipelines.crop import boxes_of, crop_resize_device, crop_resize_host
 from fastssl.pipelines.plan import draw_plan
 from fastssl.recipe import Recipe
-
-#: Bytes of the copy that measures memory: several times any cache.
-_COPY_CPU, _COPY_GPU = 2**26, 2**29
 
 
 def run(
@@ -75,14 +73,12 @@ def run(
     cropped = crop()
     if device.type == "cpu":
         cropped = [pixels.clone(memory_format=torch.channels_last) for pixels in cropped]  # `crop` writes its result again and again
-    source = torch.zeros(_COPY_GPU if device.type == "cuda" else _COPY_CPU, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
     timings = measure_in_turns(
-        {"crop": crop, "colour": lambda: colour(cropped), "whole": lambda: colour(crop()), "copy": lambda: target.copy_(source)},
+        {"crop": crop, "colour": lambda: colour(cropped), "whole": lambda: colour(crop()), "copy": copy_call(device)},
         device=device,
         runs=runs,
     )
-    bandwidth = 2 * source.numel() / timings["copy"].median_s
+    bandwidth = copy_bytes(device) / timings["copy"].median_s
     box_pixels = float(sum(3 * (plan["height"].astype(np.int64) * plan["width"]).sum() for plan in plans))
     pixels = float(sum(spec.count * batch * 3 * spec.size**2 for spec in recipe.views))
     # crop: boxes in, bytes out. colour: bytes in, float32 out. whole: the bytes between the two need not exist.

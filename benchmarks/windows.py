@@ -30,6 +30,7 @@ class Window:
         samples: source pictures finished.
         decoded, host_cpu_s: pictures decoded meanwhile (some for later), and the processor time of the threads that did it.
         wait_s: for which the consumer stood waiting for data.
+        cpu_s: processor time of the whole process.
     """
 
     seconds: float
@@ -37,6 +38,7 @@ class Window:
     decoded: int = 0
     host_cpu_s: float = 0.0
     wait_s: float = 0.0
+    cpu_s: float = 0.0
 
 
 #: Runs for about that many seconds, at least one sample.
@@ -106,13 +108,13 @@ def stream_window(
             consume(next(stream))
         synchronize(device)
         samples, cpu, wait = stats.samples, stats.host_cpu_s, stats.wait_s
-        started, batches = time.perf_counter(), 0
+        process, started, batches = time.process_time(), time.perf_counter(), 0
         while batches == 0 or time.perf_counter() - started < seconds:
             consume(next(stream))
             batches += 1
         synchronize(device)
-        elapsed = time.perf_counter() - started
-        return Window(elapsed, batches * batch_size, stats.samples - samples, stats.host_cpu_s - cpu, stats.wait_s - wait)
+        elapsed, process = time.perf_counter() - started, time.process_time() - process
+        return Window(elapsed, batches * batch_size, stats.samples - samples, stats.host_cpu_s - cpu, stats.wait_s - wait, process)
     finally:
         stream.close()
 

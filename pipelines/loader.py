@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from fastssl.pipelines.augment import augment, parameter_table
-from fastssl.pipelines.crop import to_device
 from fastssl.pipelines.beton import BetonReader
+from fastssl.pipelines.crop import to_device
 from fastssl.pipelines.engine import EngineStats, Request
 from fastssl.pipelines.engines import PIPELINES, open_engine
 from fastssl.pipelines.errors import FastSSLError

@@ -12,10 +12,13 @@ from typing import TYPE_CHECKING, TextIO
 
 import click
 
-from fastssl.cli.common import console, finite, json_option
+from fastssl.cli.command import command_line
+from fastssl.cli.common import SomePath, console, finite, json_option
 from fastssl.pipelines.errors import FastSSLError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from fastssl.benchmarks.records import Record
     from fastssl.recipe import Recipe
 
@@ -63,6 +66,7 @@ amp_option = click.option(
     "--amp", type=click.Choice(["auto", "bf16", "off"]), default="auto", show_default=True, help="bfloat16 autocast; auto: on a GPU."
 )
 compile_option = click.option("--compile", "compiled", is_flag=True, help="Compile the networks first (minutes).")
+graph_option = click.option("--graph", is_flag=True, help="Record the whole step as one CUDA graph, colour operations included.")
 
 
 #: Eleven contenders in turns: with less than three seconds a turn the rates are those of their queues.
@@ -257,15 +261,16 @@ def loss(recipes, overrides, device, batch_size, runs, json_path) -> None:
     help="bfloat16 autocast; auto: on a GPU. May be repeated.",
 )
 @compile_option
+@graph_option
 @runs_option
 @click.option("--peers", is_flag=True, help="In turns with a MoCo step as public code writes it, in NCHW memory.")
 @json_option
-def step(recipes, arch, overrides, device, batch_size, amps, compiled, runs, peers, json_path) -> None:
+def step(recipes, arch, overrides, device, batch_size, amps, compiled, graph, runs, peers, json_path) -> None:
     """The training step on views that are on the device already. A batch that does not fit is halved.
 
     \b
     fastssl bench step --peers --json out.jsonl
-    fastssl bench step --recipe light-moco-mobilenetv3 --amp bf16 --compile --json out.jsonl
+    fastssl bench step --recipe light-moco-mobilenetv3 --amp bf16 --compile --graph --json out.jsonl
     fastssl bench step --arch resnet18 --batch-size 64
     """
     from fastssl.benchmarks.step import run
@@ -277,7 +282,7 @@ def step(recipes, arch, overrides, device, batch_size, amps, compiled, runs, pee
         [
             (
                 f"step, {name}, amp {amp}",
-                lambda recipe=recipe, name=name, amp=amp: run(recipe, name, place, batch_size, amp, compiled, runs, peers),
+                lambda recipe=recipe, name=name, amp=amp: run(recipe, name, place, batch_size, amp, compiled, runs, peers, graph),
             )
             for amp, (recipe, name) in itertools.product(amps, _load(recipes, overrides, arch))
         ],
@@ -295,11 +300,17 @@ def step(recipes, arch, overrides, device, batch_size, amps, compiled, runs, pee
 @batch_option
 @amp_option
 @compile_option
+@graph_option
+@click.option("--pipeline", type=click.Choice(["native", "dali", "ffcv"]), default="native", show_default=True, help="Engine.")
 @seconds_option
 @runs_option
 @json_option
-def train(recipes, arch, overrides, data, photos, device, workers, batch_size, amp, compiled, seconds, runs, json_path) -> None:
-    """Loader and step together, and how much faster the same steps are on cached batches.
+def train(
+    recipes, arch, overrides, data, photos, device, workers, batch_size, amp, compiled, graph, pipeline, seconds, runs, json_path
+) -> None:
+    """Loader and step together, how much faster the same steps are on cached batches, and what would help.
+
+    What would help is tried: the sentence that is printed holds the predicted and the measured gain.
 
     \b
     fastssl bench train --recipe light-moco-mobilenetv3 --data photos.beton --seconds 30 --json out.jsonl
@@ -314,12 +325,28 @@ def train(recipes, arch, overrides, data, photos, device, workers, batch_size, a
             (
                 f"train, {name}, {source}",
                 lambda recipe=recipe, name=name, source=source: run(
-                    recipe, name, source, place, workers, batch_size, amp, compiled, seconds, runs, photos
+                    recipe, name, source, place, workers, batch_size, amp, compiled, seconds, runs, photos, graph, pipeline
                 ),
             )
             for (recipe, name), source in itertools.product(_load(recipes, overrides, arch), data)
         ],
     )
+
+
+@bench.command()
+@click.argument("results", nargs=-1, required=True, type=SomePath(), metavar="RESULTS...")
+@click.option("--out", type=SomePath(), default="bench-report", show_default=True, metavar="DIR", help="Made if it is not there.")
+def report(results: tuple[Path, ...], out: Path) -> None:
+    """Write what the records in RESULTS say into DIR: report.md, report.html with its plots inside, the plots, and recipes.md.
+
+    \b
+    fastssl bench train --json train.jsonl
+    fastssl bench report train.jsonl loader.jsonl --out bench-report
+    """
+    from fastssl.benchmarks.report import write_report
+
+    for path in write_report(results, out):
+        click.echo(path)
 
 
 def _load(names: Iterable[str], overrides: Iterable[str], arch: str | None = None) -> list[tuple[Recipe, str]]:
@@ -338,10 +365,14 @@ def _load(names: Iterable[str], overrides: Iterable[str], arch: str | None = Non
 def _measure(json_path: str | None, jobs: list[Job]) -> None:
     """Run the jobs one after the other; every record is printed and written when it is there, so that a stop loses none.
 
+    Each gets the running command in its details, so that its reader can make it again.
+
     Raises:
         FastSSLError: after all jobs, if some failed; the first failure is its cause.
     """
     from fastssl.benchmarks.table import COLUMNS, cells, line
+
+    command = command_line(click.get_current_context())
 
     def show(texts: Iterable[str]) -> None:
         console.print(line(tuple(texts)), highlight=False, markup=False, soft_wrap=True)
@@ -357,6 +388,7 @@ def _measure(json_path: str | None, jobs: list[Job]) -> None:
                 console.print(f"failed: {label}: {_words(error)}", highlight=False, markup=False, soft_wrap=True)
                 continue
             for record in records:
+                record = replace(record, details={**(record.details or {}), "command": command})
                 show(cells(record))
                 if file is not None:
                     file.write(record.to_json() + "\n")

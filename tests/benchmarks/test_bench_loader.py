@@ -197,7 +197,9 @@ def test_loader_records(full_size: Path) -> None:
     # Processor time, because the test machine is shared: the engine adds little to the decoding, and views add next to nothing.
     assert decode.details["host_cpu_of_bare"] < 1.35
     assert cost.details["times_1_view"]["2 + 6 views"] < 1.3
-    assert cost.pair_per_s is None and cost.ceiling is None
+    assert cost.view_per_s == pytest.approx(8 * cost.pair_per_s)
+    assert cost.pair_per_s == pytest.approx(1e3 / cost.details["host_cpu_ms"]["2 + 6 views"])
+    assert cost.ceiling_name == "bare decode loop, per processor second"
     assert sum(views.details["share"].values()) == pytest.approx(1.0, abs=0.35)
     assert 0 <= views.details["consumer_wait_share"] <= 1
     for record in (decode, cost, views):

@@ -24,7 +24,7 @@ STEP = Record(
     host=HOST,
     versions={"torch": "2.11"},
     git="abc",
-    details={"amp": "bf16", "compiled": False, "compile_failed": "RuntimeError: a | b", "asked_batch_size": 512},
+    details={"amp": "bf16", "compiled": False, "fallbacks": {"compile": "RuntimeError: a | b"}, "asked_batch_size": 512},
 )
 COST = Record(
     bench="loader",
@@ -46,7 +46,7 @@ def test_cells_say_what_ran_and_what_limited_it() -> None:
         "24,691",
         "82.3%",
         "the networks' passes alone",
-        "launches; not compiled: RuntimeError: a | b; batch 512 was too large for the memory",
+        "launches; without compile: RuntimeError: a | b; batch 512 was too large for the memory",
     )
     assert cells(COST) == (
         "loader: host cost",

@@ -5,12 +5,15 @@ from __future__ import annotations
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from fastssl.benchmarks import train as bench
+from fastssl.benchmarks.roofline import Cost
 from fastssl.benchmarks.step import Fitted
+from fastssl.pipelines.native import available_cores
 from fastssl.recipe import load_recipe
 
 
@@ -20,15 +23,18 @@ class FakeStep:
     def __init__(self, seconds: float):
         self.seconds, self.batch_size, self.device, self.amp = seconds, 8, torch.device("cpu"), False
         self.batches: set[int] = set()
+        train = SimpleNamespace(compile=False, graph=False, accumulate=1)
+        self.recipe = SimpleNamespace(train=train)
+        self.inner = SimpleNamespace(fallbacks={}, view_dtype=torch.float32, takes_crops=False)
 
-    def __call__(self, views: list[torch.Tensor]) -> None:
+    def __call__(self, views: list[torch.Tensor], tables: object = ()) -> None:
         assert views[0].shape == (16, 3, 32, 32)
         self.batches.add(views[0].data_ptr())
         time.sleep(self.seconds)
 
 
 def measure(beton: Path, step: FakeStep, monkeypatch: pytest.MonkeyPatch, seconds: float = 1.0):
-    monkeypatch.setattr(bench, "fit_step", lambda *args, **options: Fitted(step, [], 8, 0))
+    monkeypatch.setattr(bench, "fit_step", lambda *args, **options: Fitted(step, [], 8, Cost((), 0)))
     (record,) = bench.run(load_recipe("quickstart"), "quickstart", str(beton), "cpu", workers=1, batch_size=8, seconds=seconds)
     assert record.view_per_s == pytest.approx(2 * record.pair_per_s)
     assert record.fraction_of_ceiling == pytest.approx(record.view_per_s / record.ceiling)
@@ -49,6 +55,28 @@ def test_a_slow_step_hides_the_loader(beton: Path, monkeypatch: pytest.MonkeyPat
     assert record.fraction_of_ceiling > 0.6
     assert record.pair_per_s <= 8 / 0.08
     assert record.details["data_wait"] < 0.3
+
+
+def test_advice_is_tried_and_its_outcome_stands_beside_the_prediction(beton: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Photos that take far longer to decode than the step takes: smaller ones, and another thread where there is a core for it, must help."""
+    monkeypatch.setattr(bench, "fit_step", lambda *args, **options: Fitted(FakeStep(0.0), [], 8, Cost((), 0)))
+    (record,) = bench.run(
+        load_recipe("quickstart"), "quickstart", "synthetic", "cpu", workers=1, batch_size=8, seconds=2.0, runs=5, photos=64
+    )
+    remedies = record.details["remedies"]
+    (smaller,) = [remedy for remedy in remedies if remedy["do"] == "convert with --short-side 48"]
+    assert smaller["predicted"] > 2 and smaller["measured"] > 1.5
+    assert f"{smaller['predicted']:.2f}x" in record.details["advice"] and f"{smaller['measured']:.2f}x" in record.details["advice"]
+    assert record.details["advice"].startswith("data-bound ")
+    threads = [remedy for remedy in remedies if "decode thread" in remedy["do"]]
+    assert len(threads) == (available_cores() > 1)
+    assert not [t for t in threading.enumerate() if t.name.startswith("fastssl-decode")]
+
+
+def test_a_loop_that_waits_for_nothing_needs_no_advice(beton: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = measure(beton, FakeStep(0.15), monkeypatch, seconds=3.0)
+    if record.fraction_of_ceiling > 0.95:
+        assert record.details["remedies"] == [] and record.details["advice"].startswith("step-bound")
 
 
 def test_train_record_of_a_real_network(beton: Path) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from fastssl.benchmarks import limits
 from fastssl.benchmarks import views as bench
 from fastssl.pipelines.beton import BetonReader
 from fastssl.pipelines.plan import draw_plan
@@ -15,7 +16,7 @@ from fastssl.recipe import load_recipe
 
 
 def test_views_records(beton: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "_COPY_CPU", 2**22)
+    monkeypatch.setattr(limits, "_COPY_CPU", 2**22)
     recipe = load_recipe("quickstart")
     records = bench.run(recipe, "quickstart", str(beton), "cpu", batch_size=6)
     by_stage = {record.details["stage"]: record for record in records}
@@ -41,7 +42,7 @@ def test_views_records(beton: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_view_of_every_group_is_made(beton: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "_COPY_CPU", 2**20)
+    monkeypatch.setattr(limits, "_COPY_CPU", 2**20)
     shapes = set()
     real = bench.augment
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from fastssl.benchmarks import loader, loss, step, train, views
+from fastssl.benchmarks import limits, loader, loss, step, train, views
 from fastssl.benchmarks.records import Record, read_records
 from fastssl.cli import main
 from fastssl.cli.bench import bench
@@ -88,8 +88,8 @@ def test_step_and_train_take_another_network(calls: list[tuple]) -> None:
     assert invoke("train", "--arch", "resnet18", "--workers", "2", "--device", "cpu") == 0
     (_, of_step, _), (_, of_train, _) = calls
     assert of_step[0].arch == of_train[0].arch == "resnet18"
-    assert of_step[1:] == ("light-moco-mobilenetv3", torch.device("cpu"), None, "bf16", True, 5, False)
-    assert of_train[1:] == ("light-moco-mobilenetv3", "synthetic", torch.device("cpu"), 2, None, "auto", False, 10.0, 5, 512)
+    assert of_step[1:] == ("light-moco-mobilenetv3", torch.device("cpu"), None, "bf16", True, 5, False, False)
+    assert of_train[1:] == ("light-moco-mobilenetv3", "synthetic", torch.device("cpu"), 2, None, "auto", False, 10.0, 5, 512, False, "native")
 
 
 def test_step_goes_through_both_precisions(calls: list[tuple]) -> None:
@@ -179,7 +179,7 @@ def test_debug_shows_the_cause(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_whole_measurement(beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(views, "_COPY_CPU", 2**20)
+    monkeypatch.setattr(limits, "_COPY_CPU", 2**20)
     out = tmp_path / "out.jsonl"
     assert invoke("views", "--recipe", "quickstart", "--data", str(beton), "--batch-size", "4", "--device", "cpu", "--json", str(out)) == 0
     records = read_records(out)

@@ -32,9 +32,10 @@ echo "measuring $name" >&2
 echo "{{\\"bench\\": \\"$name\\", \\"host\\": {{}}, \\"versions\\": {{}}}}" >"$out"
 case "$name" in {failing}) exit 3 ;; {hanging}) sleep 60 ;; esac
 """
-PARTS = ["step", "loader", "train", "step-compiled", "views", "loss", "train-recipes", "loader-recipes", "step-compiled-recipes"]
+PARTS = ["ceilings", "step", "step-graph", "train", "step-compiled", "loader", "step-recipes", "views", "loss", "train-recipes", "loader-recipes"]
 ENGINES = [name for name in ("dali", "ffcv") if not engine_state(name).problem]
 PARTS += ["engines"] if ENGINES else []
+PARTS += ["convert", "peers", "step-compiled-recipes"]
 
 
 @pytest.fixture
@@ -64,7 +65,9 @@ def test_all_parts_run_from_any_folder_without_an_installed_package(stand_in, tm
     done = script("--smoke", "--python", "./python", "--out", "out", "--data", "photos.beton", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert benches(tmp_path / "out") == PARTS
-    assert (tmp_path / "out" / "results.md").read_text().count("\n| ") == len(PARTS) + 2
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert all(f"| {part} " in report for part in PARTS)
+    assert (tmp_path / "out" / "report.html").is_file() and (tmp_path / "out" / "recipes.md").is_file()
     assert "importing it from" in done.stdout
     assert set((tmp_path / "log.from").read_text().split()) == {str(ROOT / "fastssl" / "recipes")}
     # Every line carries the clock, those of the parts too; the log is what was printed.
@@ -80,7 +83,7 @@ def test_all_parts_run_from_any_folder_without_an_installed_package(stand_in, tm
         if bench != "step":
             assert "--data synthetic" in mine and f"--data {tmp_path / 'photos.beton'}" in mine
     text = "\n".join(commands)
-    assert "--compile" in text and "--amp bf16" in text and "--amp off" in text and text.count("--workers") == (4 if ENGINES else 2)
+    assert "--compile --graph" in text and "loader --peers" in text and " bench convert " in text and "--amp bf16" in text and "--amp off" in text and text.count("--workers") == (4 if ENGINES else 2)
     assert all(f"--pipeline {name}" in text for name in ENGINES)
     # Nothing is left behind: the parts ran in a folder that is gone.
     assert not Path((tmp_path / "log.cwd").read_text().split()[0]).exists()
@@ -95,11 +98,11 @@ def test_a_part_that_fails_is_listed_and_the_rest_runs(stand_in, tmp_path: Path)
 
 
 def test_time_limits(stand_in, tmp_path: Path) -> None:
-    done = script("--smoke", "--python", stand_in(hanging="step"), "--out", tmp_path / "out", "--budget", 4)
+    done = script("--smoke", "--python", stand_in(hanging="step"), "--out", tmp_path / "out", "--budget", 5)
     assert done.returncode == 1
     assert "FAILED step: stopped after" in done.stdout
-    assert "FAILED loader: not reached within 4 s" in done.stdout
-    assert benches(tmp_path / "out") == ["step"]
+    assert "FAILED step-graph: not reached within 5 s" in done.stdout
+    assert benches(tmp_path / "out") == ["ceilings", "step"]
 
 
 def test_a_stop_keeps_what_is_finished(stand_in, tmp_path: Path) -> None:
@@ -121,7 +124,7 @@ def test_a_stop_keeps_what_is_finished(stand_in, tmp_path: Path) -> None:
     process.stdout.read()
     assert process.wait(timeout=20) == 130
     process.stdout.close()
-    assert benches(tmp_path / "out")[0] == "step"
+    assert benches(tmp_path / "out")[:2] == ["ceilings", "step"]
     assert not Path((tmp_path / "log.cwd").read_text().split()[0]).exists()
     # The part went with the script.
     pid = int((tmp_path / "log.pid").read_text().split()[-1])

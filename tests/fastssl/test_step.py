@@ -225,7 +225,7 @@ def test_accumulation_bounds_the_pass_with_gradient() -> None:
 
 @pytest.mark.parametrize("parts", [3, 8, 0])
 def test_parts_that_do_not_divide_the_batch_are_refused(parts: int) -> None:
-    with pytest.raises(Exception, match="train.accumulate"):
+    with pytest.raises(Exception, match=r"train\.accumulate"):
         recipe(train__accumulate=parts)
 
 

@@ -1,0 +1,308 @@
+"""``fastssl bench report``: what records say, for a reader: images a second of each recipe, what limits them, and what they are compared with.
+
+from fastssl.benchmarks.report import write_report
+write_report([Path("train.jsonl"), Path("loader.jsonl")], Path("bench-report"))
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from fastssl.benchmarks import plots
+from fastssl.benchmarks.complete import incomplete
+from fastssl.benchmarks.document import Block, Bullets, Code, Heading, Paragraph, Picture, Table, table_markdown, to_html, to_markdown
+from fastssl.benchmarks.records import Record, read_records
+from fastssl.benchmarks.table import COLUMNS, RIGHT, cells, figure
+from fastssl.pipelines.errors import FastSSLError
+
+TITLE = "Images per second"
+#: file name without suffix, what draws it, what it shows
+PLOTS: tuple[tuple[str, Callable, str], ...] = (
+    ("images_per_s", plots.images_per_s, "Pairs and views a second of each part, beside its ceiling"),
+    ("share_of_time", plots.share_of_time, "What the time goes into"),
+    ("scaling", plots.scaling, "Rates by decoding threads, and the host's time for a picture by its views"),
+)
+#: Figures of a ``ceilings`` record: key in the details, words, factor, unit.
+_CEILINGS = (
+    ("decode_per_s_1_thread", "JPEG decoding, 1 thread", 1.0, "photos/s"),
+    ("decode_per_s", "JPEG decoding, {decode_threads} threads", 1.0, "photos/s"),
+    ("copy_bytes_per_s", "memory copy, read and written", 1e-9, "GB/s"),
+    ("product_flop_per_s", "matrix product, {product_dtype}", 1e-12, "TFLOP/s"),
+    ("disk_read_bytes_per_s", "reading from disk", 1e-6, "MB/s"),
+)
+
+
+def write_report(results: Iterable[Path], out: Path) -> list[Path]:
+    """Write report.md, report.html, recipes.md and the plots of all records in ``results`` into ``out``.
+
+    Each file is written to a temporary name and renamed. Plots of a second and further machine have its number in their names.
+
+    Returns:
+        The paths that were written.
+
+    Raises:
+        FastSSLError: a file is missing, damaged or holds no record, or ``out`` is a file; nothing is written then.
+    """
+    records = [record for path in dict.fromkeys(results) for record in _read(path)]
+    if out.exists() and not out.is_dir():
+        raise FastSSLError(f"{out}: is a file; --out takes a folder")
+    blocks = build(records)
+    files = {block.name: block.png for block in blocks if isinstance(block, Picture)}
+    files["report.md"] = to_markdown(blocks).encode()
+    files["report.html"] = to_html(f"{TITLE} - fastssl", blocks).encode()
+    files["recipes.md"] = (recipe_table(records) or "No record of a step or of training.").encode() + b"\n"
+    out.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        temporary = out / f"{name}.tmp"
+        temporary.write_bytes(content)
+        temporary.replace(out / name)
+    return [out / name for name in ("report.html", "report.md", "recipes.md", *(name for name in files if name.endswith(".png")))]
+
+
+def _read(path: Path) -> list[Record]:
+    if path.is_dir():
+        raise FastSSLError(f"{path}: is a folder; give the files in it that `fastssl bench ... --json FILE` wrote")
+    if not path.exists():
+        raise FastSSLError(f"{path}: no such file; `fastssl bench ... --json FILE` writes one")
+    records = read_records(path)
+    if not records:
+        raise FastSSLError(f"{path}: holds no records")
+    for number, record in enumerate(records, 1):
+        try:
+            cells(record)
+        except (TypeError, ValueError, KeyError, AttributeError) as error:
+            raise FastSSLError(f"{path}, record {number}: its details are damaged ({type(error).__name__}: {error})") from error
+    return records
+
+
+def build(records: Sequence[Record]) -> list[Block]:
+    """The report's blocks, plots drawn."""
+    machines: dict[str, list[Record]] = {}
+    for record in records:
+        machines.setdefault(machine_name(record), []).append(record)
+    blocks: list[Block] = [Heading(TITLE, 1)]
+    for name, members in machines.items():
+        if len(machines) > 1:
+            blocks.append(Paragraph(f"On {name}:"))
+        blocks.extend(_lead(members))
+    blocks.append(
+        Paragraph(
+            "A pair is one source picture with all its views. Every figure is a median of alternating runs and stands beside a ceiling that was "
+            "measured in the same process.",
+            quiet=True,
+        )
+    )
+    for number, (name, members) in enumerate(machines.items(), 1):
+        blocks.extend(_section(name, members, f"-{number}" if number > 1 else ""))
+    return blocks
+
+
+def machine_name(record: Record) -> str:
+    """GPU, processor and cores."""
+    host = record.host
+    gpu = f"{host['gpu']}, " if host.get("gpu") else ""
+    return f"{gpu}{host.get('cpu') or 'unknown processor'}, {host.get('cores', '?')} cores"
+
+
+# ---------------------------------------------------------------------- what matters first
+
+
+def _lead(records: Sequence[Record]) -> list[Block]:
+    """One sentence for each recipe that was trained end to end, and one for those that were not."""
+    rows = _by_recipe(records)
+    items = [(_row_name(recipe, train), _sentence(train)) for (recipe, *_), (_, train) in rows.items() if train]
+    trained = {recipe for (recipe, *_), (_, train) in rows.items() if train}
+    absent = [recipe for recipe in dict.fromkeys(record.recipe for record in records) if recipe and recipe not in trained]
+    blocks: list[Block] = [Bullets(items, lead=True)] if items else []
+    if absent or not items:
+        which = f" of {_listed(absent)}" if absent else ""
+        blocks.append(
+            Paragraph(f"Not measured: training{which} end to end. This measures it: fastssl bench train --recipe NAME --json FILE")
+        )
+    return blocks
+
+
+def _row_name(recipe: str, record: Record) -> str:
+    return ", ".join(filter(None, [recipe, record.arch]))
+
+
+def _sentence(train: Record) -> str:
+    """End-to-end figure, ceiling, bottleneck, advice."""
+    text = f"trains end to end at {figure(train.pair_per_s)} pair/s ({figure(train.view_per_s)} view/s)"
+    if train.ceiling:
+        share = f"{train.fraction_of_ceiling:.0%} of " if train.fraction_of_ceiling is not None else "below "
+        text += f": {share}its ceiling of {figure(train.ceiling)} view/s ({train.ceiling_name or 'unnamed'})"
+    text += f". Bottleneck: {train.bottleneck or 'not named'}."
+    advice = (train.details or {}).get("advice")
+    return f"{text} Advice: {str(advice).rstrip('.')}." if advice else text
+
+
+def _by_recipe(records: Iterable[Record]) -> dict[tuple[str, str | None, str], tuple[Record | None, Record | None]]:
+    """(recipe, network, machine) -> the step's and the training's record; peers are left out.
+
+    Where a recipe ran in several settings (precision, batch, threads, photos) the fastest counts, and of a setting that was measured again the
+    last. A run with ``--set`` is of another recipe in all but its name, and counts only where there is no run of the recipe itself.
+    """
+    found: dict[tuple[str, str | None, str], dict[str, dict[str, Record]]] = {}
+    for record in records:
+        if record.bench in ("step", "train") and record.recipe and not record.peer and record.pair_per_s:
+            of_recipe = found.setdefault((record.recipe, record.arch, _short_machine(record)), {"step": {}, "train": {}})
+            of_recipe[record.bench][cells(record)[2] + (" --set" if _changed(record) else "")] = record
+
+    def best(settings: dict[str, Record]) -> Record | None:
+        return max(settings.values(), key=lambda record: (not _changed(record), record.pair_per_s), default=None)
+
+    return {key: (best(kinds["step"]), best(kinds["train"])) for key, kinds in found.items()}
+
+
+def _changed(record: Record) -> bool:
+    return " --set " in str((record.details or {}).get("command"))
+
+
+def _short_machine(record: Record) -> str:
+    """The GPU where it did the work, else the processor with its cores."""
+    if record.device == "cuda" and record.host.get("gpu"):
+        return str(record.host["gpu"])
+    return f"{record.host.get('cpu') or 'unknown processor'}, {record.host.get('cores', '?')} cores"
+
+
+def recipe_table(records: Iterable[Record]) -> str:
+    """Markdown table of each recipe's step and end-to-end rate, as README files show it; empty if there are no such records.
+
+    A row is a recipe with its network on one machine. ``of its ceiling`` and ``bottleneck`` are those of the end-to-end figure; where there is
+    none, the bottleneck is the step's.
+    """
+    table = _recipes(records)
+    return table_markdown(table) if table.rows else ""
+
+
+def _recipes(records: Iterable[Record]) -> Table:
+    header = ("recipe", "network", "step pair/s", "end to end pair/s", "of its ceiling", "bottleneck", "machine", "command")
+    rows = []
+    for (recipe, network, machine), (step, train) in _by_recipe(records).items():
+        fraction = train.fraction_of_ceiling if train else None
+        bottleneck = train.bottleneck if train else step and f"step alone: {step.bottleneck}"
+        commands = [(record.details or {}).get("command") for record in (step, train) if record]
+        rows.append(
+            (
+                recipe,
+                network or "",
+                figure(step and step.pair_per_s),
+                figure(train and train.pair_per_s),
+                "" if fraction is None else f"{fraction:.0%}",
+                bottleneck or "",
+                machine,
+                Code(tuple(dict.fromkeys(str(command) for command in commands if command))),
+            )
+        )
+    return Table(header, rows, (False, False, True, True, True, False, False, False))
+
+
+# ---------------------------------------------------------------------- one machine
+
+
+def _section(name: str, records: Sequence[Record], suffix: str) -> list[Block]:
+    blocks: list[Block] = [Heading(name)]
+    recipes = _recipes(records)
+    if recipes.rows:
+        blocks += [Heading("Recipes", 3), recipes]
+    for stem, plot, words in PLOTS:
+        drawn = plots.draw(plot, records)
+        blocks.append(Heading(words, 3))
+        if isinstance(drawn, str):
+            blocks.append(Paragraph(f"No plot {stem}: {drawn}."))
+        else:
+            blocks.append(Picture(f"{stem}{suffix}.png", words, drawn))
+    blocks += [Heading("Beside other people's code", 3), *_peers(records)]
+    blocks += [Heading("Ceilings of this machine", 3), *_ceilings(records)]
+    blocks += [Heading("All records", 3), *_incomplete(records)]
+    versions: dict[str, list[Record]] = {}
+    for record in records:
+        versions.setdefault(_versions(record), []).append(record)
+    for text, members in versions.items():
+        blocks += [Paragraph(text, quiet=True), Table(COLUMNS, [cells(record) for record in members], RIGHT)]
+    return blocks
+
+
+def _versions(record: Record) -> str:
+    named = [f"{name} {record.versions[name]}" for name in ("python", "torch", "cuda", "timm", "fastssl") if name in record.versions]
+    return f"{', '.join(named) or 'Versions unknown'}; commit {record.git or 'unknown'}"
+
+
+def _peers(records: Sequence[Record]) -> list[Block]:
+    """Ratios above 1: ours is faster."""
+    rows = []
+    for number, record in enumerate(records):
+        if record.peer is None or record.ratio_to_peer is None:
+            continue
+        ours, theirs = _rates_beside(record, records[:number])
+        what, recipe, setting = cells(replace(record, details={**(record.details or {}), "loader": None}))[:3]
+        rows.append(
+            (", ".join(filter(None, [what, recipe, setting])), record.peer, f"{record.ratio_to_peer:.2f}", figure(ours), figure(theirs))
+        )
+    if not rows:
+        return [Paragraph("No record has a peer. These commands make some: fastssl bench loader --peers; fastssl bench step --peers")]
+    return [
+        Paragraph("How many times as fast ours is, both in turns in one process group: the median of the rounds' ratios.", quiet=True),
+        Table(("what", "peer", "ratio", "ours, pair/s", "peer, pair/s"), rows, (False, False, True, True, True)),
+    ]
+
+
+def _rates_beside(record: Record, before: Sequence[Record]) -> tuple[float | None, float | None]:
+    """Pairs a second of ours and of the peer. A record is of the peer and follows ours, but where its details hold the peer's time, as of the loss."""
+    details = record.details or {}
+    if _positive(details.get("peer_median_s")) and record.median_s and record.pair_per_s:
+        return record.pair_per_s, record.pair_per_s * record.median_s / details["peer_median_s"]
+
+    def run(one: Record) -> tuple[Any, ...]:
+        about = one.details or {}
+        return one.bench, one.recipe, one.arch, one.device, one.batch_size, one.workers, one.git, about.get("part"), about.get("data")
+
+    ours = next((one for one in reversed(before) if one.peer is None and run(one) == run(record)), None)
+    return ours and ours.pair_per_s, record.pair_per_s
+
+
+def _ceilings(records: Sequence[Record]) -> list[Block]:
+    rows = []
+    for record in records:
+        details = record.details or {}
+        for key, words, factor, unit in _CEILINGS if record.bench == "ceilings" else ():
+            known = {
+                "decode_threads": details.get("decode_threads") or "all",
+                "product_dtype": details.get("product_dtype") or "dtype unknown",
+            }
+            value = f"{figure(details[key] * factor)} {unit}" if _positive(details.get(key)) else "not measured"
+            rows.append((words.format(**known), value, record.device or ""))
+    if not rows:
+        return [
+            Paragraph("Not measured: no record of ceilings. The ceilings in the tables are those that were measured beside each figure.")
+        ]
+    return [Table(("what", "at most", "device"), rows, (False, True, False))]
+
+
+def _incomplete(records: Sequence[Record]) -> list[Block]:
+    """Which records lack something that makes a figure evidence."""
+    lacking = incomplete(records)
+    if not lacking:
+        return [Paragraph(f"All {len(records)} records are complete: machine, versions, runs, commit, command, ceiling.", quiet=True)]
+    items = []
+    for part, members in lacking.items():
+        kinds: dict[str, int] = {}
+        for record in members:
+            kinds[cells(record)[0]] = kinds.get(cells(record)[0], 0) + 1
+        items.append((f"{part}:", ", ".join(f"{count} of {kind}" for kind, count in kinds.items())))
+    count = len({id(record) for members in lacking.values() for record in members})
+    verb = "records lack" if count > 1 else "record lacks"
+    return [Paragraph(f"{count} {verb}: {_listed(list(lacking))}."), Bullets(items)]
+
+
+def _positive(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
+
+
+def _listed(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

@@ -1,0 +1,51 @@
+"""The command line that made a result, so that its reader can make it again."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import PureWindowsPath
+
+import click
+
+#: Parameters that say where the result goes, not what it is.
+_LEFT_OUT = frozenset({"json_path"})
+
+
+def command_line(ctx: click.Context) -> str:
+    """The call in ``ctx``, quoted for a shell: the options that were given, in the order of ``--help``, without ``--json`` and ``--debug``.
+
+    It is put together from the parsed values and not taken from ``sys.argv``, so that it is the same however the command was started. Of a path
+    only the file's name is left: results are passed on, and folders tell where somebody works.
+    """
+    words = ctx.command_path.split()
+    words = words if words[:1] == ["fastssl"] else ["fastssl", *words]
+    places: list[str] = []
+    for param in ctx.command.params:
+        given = ctx.get_parameter_source(param.name) is click.core.ParameterSource.COMMANDLINE
+        if not given or param.name in _LEFT_OUT:
+            continue
+        value = ctx.params[param.name]
+        values = value if isinstance(value, tuple) else (value,)
+        if isinstance(param, click.Argument):
+            places.extend(map(_word, values))
+        elif param.is_flag:
+            words.append((param.opts if value else param.secondary_opts)[-1])
+        else:
+            words.extend(word for one in values for word in (_long(param), _word(one)))
+    return shlex.join([*words, *places])
+
+
+def _long(option: click.Option) -> str:
+    return max(option.opts, key=len)
+
+
+def _word(value: object) -> str:
+    """As one would type it: 30 and not 30.0; ``key=value`` and file names without folders."""
+    if isinstance(value, float):
+        return f"{value:.10g}"
+    text = str(value)
+    key, equals, rest = text.partition("=")
+    if "/" in key or not equals:
+        key, equals, rest = "", "", text
+    # This flavour of paths knows both separators.
+    return key + equals + (PureWindowsPath(rest).name if "/" in rest or "\\" in rest else rest)
