@@ -66,7 +66,22 @@ def _remarks(record: Record, details: dict) -> list[str]:
     if record.ratio_to_peer is not None:
         ours = "native is " if "loader" in details else ""
         remarks.append(f"{ours}{record.ratio_to_peer:.2f}x {record.peer}")
-    return remarks
+    return remarks + (_limits(details) if record.bench == "ceilings" else [])
+
+
+def _limits(details: dict) -> list[str]:
+    """The figures of a ``ceilings`` record, which has no rate of its own."""
+    product = details.get("product_flop_per_s")
+    rows = [
+        ("decoding, 1 thread", details.get("decode_per_s_1_thread"), 1.0, "photos/s"),
+        ("decoding, all threads", details.get("decode_per_s"), 1.0, "photos/s"),
+        ("memory copy", details.get("copy_bytes_per_s"), 1e-9, "GB/s"),
+        *((f"{name} product", value, 1e-12, "TFLOP/s") for name, value in (product.items() if isinstance(product, dict) else ())),
+        ("disk read", details.get("disk_read_bytes_per_s"), 1e-6, "MB/s"),
+        ("disk written", details.get("disk_write_bytes_per_s"), 1e-6, "MB/s"),
+    ]
+    found = [f"{words} {figure(value * factor)} {unit}" for words, value, factor, unit in rows if isinstance(value, (int, float))]
+    return found + ([f"disk: {details['disk_problem']}"] if details.get("disk_problem") else [])
 
 
 def figure(value: float | None) -> str:

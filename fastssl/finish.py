@@ -79,6 +79,7 @@ def _identity(run: Run) -> dict[str, Any]:
             "val_name": run.options.val.name if run.options.val else None,
         },
         "device": run.device.type,
+        "fallbacks": run.step.fallbacks,
         "host": describe_host(),
         "versions": describe_versions(),
         "epochs": run.recipe.train.epochs,

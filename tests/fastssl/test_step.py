@@ -298,3 +298,45 @@ def test_a_recorded_call_takes_one_shape() -> None:
     assert call([torch.full((4,), 3.0)]).tolist() == [6.0] * 4
     with pytest.raises(ValueError, match="one shape"):
         call([torch.ones(5)])
+
+
+# ---------------------------------------------------------------------- on a GPU
+
+CUDA = torch.device("cuda")
+
+
+def train_on_gpu(step: TrainStep, steps: int = 6) -> list[list[float]]:
+    return train(step, steps, batch=lambda number: {"views": [views(number).to(CUDA)]})
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "lars"])
+@pytest.mark.parametrize("amp", [False, True])
+def test_a_cuda_graph_makes_the_same_steps(optimizer: str, amp: bool) -> None:
+    eager = TrainStep(recipe(optim__name=optimizer), CUDA, amp=amp, seed=0)
+    graphed = TrainStep(recipe(optim__name=optimizer, train__graph="true"), CUDA, amp=amp, seed=0)
+    expected, found = train_on_gpu(eager), train_on_gpu(graphed)
+    assert graphed.fallbacks == {}
+    np.testing.assert_allclose(found, expected, rtol=3e-2 if amp else 5e-3, atol=5e-3)
+
+
+@pytest.mark.gpu
+def test_compiled_and_recorded_makes_the_same_steps() -> None:
+    eager = TrainStep(recipe(), CUDA, amp=True, seed=0)
+    both = TrainStep(recipe(train__compile="true", train__graph="true"), CUDA, amp=True, seed=0)
+    expected, found = train_on_gpu(eager), train_on_gpu(both)
+    assert both.fallbacks == {}
+    np.testing.assert_allclose(found, expected, rtol=5e-2, atol=1e-2)
+
+
+@pytest.mark.gpu
+def test_a_recorded_step_colours_the_crops_it_is_given(beton) -> None:
+    step = TrainStep(recipe(train__graph="true"), CUDA, amp=True, seed=0)
+    spec = step.recipe.views
+    with ViewLoader(beton, spec, BATCH, device="cuda", seed=3, dtype=torch.bfloat16) as coloured:
+        expected = TrainStep(recipe(), CUDA, amp=True, seed=0)
+        first = [train(expected, 1, batch=lambda n, one=one: {"views": one.views}) for one in coloured.epoch(0)]
+    with ViewLoader(beton, spec, BATCH, device="cuda", seed=3, colour=False) as crops:
+        second = [train(step, 1, batch=lambda n, one=one: {"views": one.views, "tables": one.tables}) for one in crops.epoch(0)]
+    assert step.fallbacks == {}
+    np.testing.assert_allclose(second, first, rtol=5e-2, atol=1e-2)

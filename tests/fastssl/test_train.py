@@ -273,3 +273,34 @@ def test_a_run_on_the_gpu_has_no_host_sync_in_its_steps(beton: Path, tmp_path: P
         patch.setattr(Run, "_step", watched)
         summary = pretrain(small(), options(beton, tmp_path / "run", device="cuda"), Silent())
     assert summary["device"] == "cuda"
+
+
+def test_switches_that_cannot_be_used_are_said_and_change_nothing(finished: Path, beton: Path, tmp_path: Path) -> None:
+    said = Silent()
+    summary = pretrain(small("train.graph=true"), options(beton, tmp_path / "run"), said)
+    assert "without graph: a CUDA graph needs an NVIDIA GPU, this is the cpu" in said.messages
+    assert list(summary["fallbacks"]) == ["graph"]
+    mine = torch.load(tmp_path / "run" / "checkpoints" / "last.pt", weights_only=True)["method"]
+    reference = torch.load(finished / "checkpoints" / "last.pt", weights_only=True)["method"]
+    assert all(torch.equal(mine[name], reference[name]) for name in reference)
+
+
+def test_a_run_in_parts_and_bfloat16_resumes_bit_for_bit(beton: Path, tmp_path: Path) -> None:
+    from fastssl.pipelines.errors import Interrupted
+    from fastssl.train import Run
+
+    recipe, original = small("train.accumulate=2", "train.amp=bf16", "optim.name=lars"), Run._step
+
+    def stop_after_three(run: Run, batch: object, epoch: int) -> None:
+        original(run, batch, epoch)
+        if run.position.step == 2:
+            run._stop.set()
+
+    whole = pretrain(recipe, options(beton, tmp_path / "whole"), Silent())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "_step", stop_after_three)
+        with pytest.raises(Interrupted):
+            pretrain(recipe, options(beton, tmp_path / "cut"), Silent())
+    pretrain(recipe, options(beton, tmp_path / "cut"), Silent())
+    mine, reference = (torch.load(tmp_path / name / "checkpoints" / "last.pt", weights_only=True)["method"] for name in ("cut", "whole"))
+    assert all(torch.equal(mine[name], reference[name]) for name in reference) and whole["steps"] == 12
