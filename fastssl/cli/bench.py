@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 import click
@@ -17,8 +18,6 @@ from fastssl.cli.common import SomePath, console, finite, json_option
 from fastssl.pipelines.errors import FastSSLError
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from fastssl.benchmarks.records import Record
     from fastssl.recipe import Recipe
 
@@ -67,7 +66,12 @@ amp_option = click.option(
 )
 compile_option = click.option("--compile", "compiled", is_flag=True, help="Compile the networks first (minutes).")
 graph_option = click.option("--graph", is_flag=True, help="Record the whole step as one CUDA graph, colour operations included.")
-
+folder_option = click.option(
+    "--folder",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    metavar="DIR",
+    help="Where temporary files are written, on the disk that is meant.  [default: the system's folder for them]",
+)
 
 #: Eleven contenders in turns: with less than three seconds a turn the rates are those of their queues.
 _PEERS_SECONDS = 160.0
@@ -75,7 +79,7 @@ _PEERS_SECONDS = 160.0
 
 @click.group(subcommand_metavar="WHAT [ARGS]...")
 def bench() -> None:
-    """Measure images/s of the loader, the views, the loss, the step, or of training as a whole.
+    """Measure images/s of the loader, the views, the loss, the step, of training as a whole, or of the conversion; and what the machine can do.
 
     Every figure is a median of alternating runs after a warm-up, and stands beside a ceiling that was measured in the same process. A pair is one
     source picture with all its views.
@@ -333,6 +337,82 @@ def train(
     )
 
 
+@bench.command("convert")
+@click.option(
+    "--data",
+    multiple=True,
+    default=("synthetic",),
+    show_default=True,
+    metavar="SRC",
+    help="Folder or tar of photos, as convert-imagenet takes it; 'synthetic' makes JPEGs of ImageNet's usual size. May be repeated.",
+)
+@click.option(
+    "--photos", type=click.IntRange(min=1), default=512, show_default=True, help="Number of synthetic photos; of SRC at most so many, evenly spaced."
+)
+@click.option("--workers", type=click.IntRange(min=1), multiple=True, help="Threads; may be repeated. Default: one a core.")
+@folder_option
+@runs_option
+@click.option("--peers", is_flag=True, help="In turns with ffcv's DatasetWriter, where that is installed.")
+@json_option
+def convert_bench(data, photos, workers, folder, runs, peers, json_path) -> None:
+    """Whole conversions: JPEGs copied through, and scaled to a short side of 256 px and encoded anew. pair/s are photos/s.
+
+    \b
+    fastssl bench convert --workers 1 --workers 8 --json out.jsonl
+    fastssl bench convert --data photos/ --peers
+    """
+    from fastssl.benchmarks.convert import run
+    from fastssl.pipelines.engines import engine_state
+
+    if peers and (problem := engine_state("ffcv").problem):
+        console.print(f"left out: ffcv's DatasetWriter ({problem})", highlight=False, markup=False, soft_wrap=True)
+    _measure(
+        json_path,
+        [
+            (
+                f"convert, {source}{f', {threads} threads' if threads else ''}",
+                lambda source=source, threads=threads: run(source, threads, runs, photos, peers, folder),
+            )
+            for source, threads in itertools.product(data, workers or (None,))
+        ],
+    )
+
+
+@bench.command()
+@data_option
+@photos_option
+@device_option
+@click.option("--workers", type=click.IntRange(min=1), help="Decoding threads, beside one. Default: one a core.")
+@click.option(
+    "--seconds",
+    type=click.FloatRange(min=0, min_open=True),
+    callback=finite,
+    default=10.0,
+    show_default=True,
+    help="Counted time of decoding; the other figures take as long as their runs do.",
+)
+@folder_option
+@runs_option
+@json_option
+def ceilings(data, photos, device, workers, seconds, folder, runs, json_path) -> None:
+    """What this machine can do at most: bare JPEG decoding, memory copies, matrix products, and the disk past the page cache.
+
+    Each run writes a file of up to 256 MB and reads it.
+
+    \b
+    fastssl bench ceilings --json out.jsonl
+    fastssl bench ceilings --data photos.beton --folder /mnt/photos --seconds 30
+    """
+    from fastssl.benchmarks.ceilings import run
+    from fastssl.train import choose_device
+
+    place = choose_device(device)
+    _measure(
+        json_path,
+        [(f"ceilings, {source}", lambda source=source: run(source, place, workers, seconds, runs, photos, folder)) for source in data],
+    )
+
+
 @bench.command()
 @click.argument("results", nargs=-1, required=True, type=SomePath(), metavar="RESULTS...")
 @click.option("--out", type=SomePath(), default="bench-report", show_default=True, metavar="DIR", help="Made if it is not there.")
@@ -350,8 +430,6 @@ def report(results: tuple[Path, ...], out: Path) -> None:
 
 
 def _load(names: Iterable[str], overrides: Iterable[str], arch: str | None = None) -> list[tuple[Recipe, str]]:
-    from pathlib import Path
-
     from fastssl.backbones import resolve_arch
     from fastssl.recipe import load_recipe, parse_overrides
 

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from fastssl.cli.common import SomePath, console, json_option, pipeline_option, write_json
+
+if TYPE_CHECKING:
+    from fastssl.recipe import Recipe
 
 
 @click.command()
@@ -68,24 +72,11 @@ def pretrain(
     fastssl pretrain --arch mobilenetv3_large                         # sample photos, minutes on a laptop
     fastssl pretrain --arch mobilenetv3_large --data photos.beton     # yours
     """
-    from fastssl.backbones import resolve_arch
     from fastssl.progress import RunProgress
-    from fastssl.recipe import load_recipe, parse_overrides
     from fastssl.train import RunOptions
     from fastssl.train import pretrain as run
 
-    recipe_name = recipe_name or _default_recipe(data, device)
-    changes = parse_overrides(overrides)
-    for option, key, value in (("--epochs", "train.epochs", epochs), ("--batch-size", "train.batch_size", batch_size)):
-        if value is not None and key in changes:
-            raise click.UsageError(f"{option} and --set {key} say the same thing; give one")
-    if epochs is not None:
-        changes["train.epochs"] = str(epochs)
-    if batch_size is not None:
-        changes["train.batch_size"] = str(batch_size)
-    recipe = replace(load_recipe(recipe_name, changes), arch=arch)
-    resolve_arch(arch)  # a mistyped network should fail before the sample set is made
-    short = Path(recipe_name).stem
+    recipe, short = choose_recipe(arch, data, device, recipe_name, overrides, epochs, batch_size)
     if data is None:
         from fastssl.sample_set import ensure_sample_set
 
@@ -106,6 +97,36 @@ def pretrain(
         summary = run(recipe, options, progress)
     _print_summary(summary, options.out)
     write_json(json_path, summary)
+
+
+def choose_recipe(
+    arch: str,
+    data: Path | None,
+    device: str,
+    recipe_name: str | None,
+    overrides: tuple[str, ...],
+    epochs: int | None,
+    batch_size: int | None,
+) -> tuple[Recipe, str]:
+    """The recipe that the options ask for, with all their changes, and its name for the records.
+
+    Raises:
+        click.UsageError: an option and a --set of the same value.
+        FastSSLError: no such recipe, key or network.
+    """
+    from fastssl.backbones import resolve_arch
+    from fastssl.recipe import load_recipe, parse_overrides
+
+    recipe_name = recipe_name or _default_recipe(data, device)
+    changes = parse_overrides(overrides)
+    for option, key, value in (("--epochs", "train.epochs", epochs), ("--batch-size", "train.batch_size", batch_size)):
+        if value is not None and key in changes:
+            raise click.UsageError(f"{option} and --set {key} say the same thing; give one")
+        if value is not None:
+            changes[key] = str(value)
+    recipe = replace(load_recipe(recipe_name, changes), arch=arch)
+    resolve_arch(arch)  # a mistyped network should fail before the sample set is made
+    return recipe, Path(recipe_name).stem
 
 
 def _default_recipe(data: Path | None, device: str) -> str:

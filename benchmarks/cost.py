@@ -1,0 +1,140 @@
+"""The arithmetic of an estimate: from a few measured figures to a run. No measuring here, only numbers in and numbers out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+#: Share of the memory that a run may fill, by device: a computer has other things to do, and its heap goes on growing after the few steps measured here
+#: (a process of MobileNet-V3-Large at 224 px held a sixth more after some steps).
+USABLE = {"cpu": 0.75, "cuda": 0.9}
+
+
+@dataclass(frozen=True)
+class Line:
+    """``fixed + slope * x``."""
+
+    fixed: float
+    slope: float
+
+    def at(self, x: float) -> float:
+        return self.fixed + self.slope * x
+
+
+def fit_line(points: Sequence[tuple[float, float]]) -> Line:
+    """The line nearest to ``(x, y)`` points (least squares), for what cannot shrink when a batch grows: time, memory.
+
+    Where noise would have it fall, or begin below zero, and where there is one point only, it is the line through the origin and the point of the
+    largest x: larger batches are then rather over- than underestimated.
+
+    Raises:
+        ValueError: no points, or an x that is not positive.
+    """
+    if not points or min(x for x, _ in points) <= 0:
+        raise ValueError(f"a line needs points with positive x, got {list(points)}")
+    last_x, last_y = max(points)
+    mean_x, mean_y = (sum(values) / len(points) for values in zip(*points))
+    spread = sum((x - mean_x) ** 2 for x, _ in points)
+    if spread > 0:
+        slope = sum((x - mean_x) * (y - mean_y) for x, y in points) / spread
+        fixed = mean_y - slope * mean_x
+        if slope >= 0 and fixed >= 0:
+            return Line(fixed, slope)
+    return Line(0.0, last_y / last_x)
+
+
+def combine_rates(loader: float, step: float, *, shared: bool) -> float:
+    """Pairs a second of loader and step together, from the rates that each has alone.
+
+    Args:
+        loader, step: pairs a second, positive.
+        shared: both run on the same cores, so that their times add up; otherwise they run side by side and the slower one decides.
+    """
+    return 1 / (1 / loader + 1 / step) if shared else min(loader, step)
+
+
+def step_with_data_s(step_s: float, batch: int, loader: float, *, shared: bool, together: tuple[int, float, float] | None) -> float:
+    """Seconds of one step of the training loop, waiting for data included.
+
+    Args:
+        step_s: of the step alone, at ``batch``.
+        loader: its rate alone, pairs a second.
+        shared: see ``combine_rates``.
+        together: if both were measured at once: the batch of that, seconds a step of both, and of the step alone. At ``batch`` itself this is the
+            answer; at another size, what data added to a pair there is added here, and on cores of its own the loader stays the least.
+    """
+    if together is None:
+        return batch / combine_rates(loader, batch / step_s, shared=shared)
+    size, both_s, alone_s = together
+    if size == batch:
+        return both_s
+    longer = step_s + max(0.0, both_s - alone_s) * batch / size
+    return longer if shared else max(longer, batch / loader)
+
+
+def probe_count(epochs: int, every: int) -> int:
+    """Online probes of a run: after every ``every`` epochs (0: never), but not after the last epoch, which has the final one."""
+    return (epochs - 1) // every if every else 0
+
+
+def run_seconds(samples: int, batch: int, epochs: int, step_s: float, *, probes: int = 0, probe_s: float = 0.0) -> tuple[float, float]:
+    """(seconds of an epoch's steps, seconds of all epochs with their probes); the last, partial batch of an epoch is left out, as in training.
+
+    Raises:
+        ValueError: fewer samples than one batch.
+    """
+    if samples < batch:
+        raise ValueError(f"{samples} samples are fewer than one batch of {batch}")
+    epoch_s = samples // batch * step_s
+    return epoch_s, epochs * epoch_s + probes * probe_s
+
+
+@dataclass(frozen=True)
+class MemoryModel:
+    """Bytes that a training process holds at the peak of a step.
+
+    Attributes:
+        static: networks, optimiser, queue.
+        step: what a step adds to that: a line over the pairs of one pass with gradient.
+        images: of one pair's views as the network reads them; the keys' pass holds a second, shuffled copy of the whole batch.
+        data: of one pair, whole batch: views and the loader's buffers, where they share this memory.
+    """
+
+    static: float
+    step: Line
+    images: float
+    data: float
+
+    def at(self, batch: int, parts: int = 1) -> float:
+        """Bytes with steps of ``batch`` pairs, whose pass with gradient is cut into ``parts``."""
+        part = batch / parts
+        return self.static + self.step.at(part) + self.images * (batch - part) + self.data * batch
+
+
+def allowed_batches(queue: int, split_bn: int, most: int) -> list[int]:
+    """Batch sizes up to ``most``, largest first, of which the queue is a multiple of twice, and which leave two keys to every BatchNorm group."""
+    half = queue // 2 if queue % 2 == 0 else 0
+    return [batch for batch in range(min(half, most), 1, -1) if half % batch == 0 and 2 * batch // split_bn >= 2]
+
+
+def largest_batch(memory: MemoryModel, limit: float, *, queue: int, split_bn: int, most: int) -> tuple[int | None, str]:
+    """The largest batch that a recipe allows and ``limit`` bytes hold, and what stops it: ``memory``, ``moco.queue`` or ``photos``.
+
+    Args:
+        most: photos in the file.
+
+    Returns:
+        None for the batch where not even the smallest one fits, or none is allowed.
+    """
+    allowed = allowed_batches(queue, split_bn, most)
+    fitting = [batch for batch in allowed if memory.at(batch) <= limit]
+    if not fitting:
+        return None, "memory" if allowed else "moco.queue"
+    if fitting[0] != allowed[0]:
+        return fitting[0], "memory"
+    return fitting[0], "photos" if allowed_batches(queue, split_bn, queue)[0] > most else "moco.queue"
+
+
+def parts_that_fit(memory: MemoryModel, limit: float, batch: int) -> int | None:
+    """Fewest equal parts of at least two pairs (``train.accumulate``) with which steps of ``batch`` stay below ``limit`` bytes; None: no number does."""
+    return next((parts for parts in range(1, batch // 2 + 1) if batch % parts == 0 and memory.at(batch, parts) <= limit), None)

@@ -1,0 +1,269 @@
+"""What a whole run will cost on this machine, from less than a minute of measuring: time, memory, the largest batch, and what limits.
+
+    loader alone  ->  step at two or three batch sizes  ->  features for the probes  ->  loader and step together  ->  arithmetic (cost.py)
+
+A step of the recipe's whole batch is run only where it is quick enough; else time and memory are taken as lines over the batch, and the estimate says so.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastssl.backbones import resolve_arch
+from fastssl.benchmarks import cost, memory
+from fastssl.benchmarks.gauge import Measured, measure
+from fastssl.benchmarks.records import describe_git
+from fastssl.pipelines.beton import BetonReader
+from fastssl.pipelines.engines import choose_engine
+from fastssl.pipelines.errors import FastSSLError
+from fastssl.probe import choose_split
+from fastssl.recipe import Recipe
+from fastssl.versions import describe_host, describe_versions
+
+#: Networks whose features the run's end takes: the trained one and the one before training.
+_FINAL_NETWORKS = 2
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The cost of a run. Seconds, bytes, and pairs (source photos with both views) a second.
+
+    Attributes:
+        recipe, arch, pipeline, device, workers: what would run.
+        devices: how many of them.
+        data: name and number of photos of the file.
+        epochs, batch_size, accumulate, steps_per_epoch: of the run.
+        step_s: one step of the training loop, waiting for data included.
+        epoch_s: the steps of an epoch. run_s: all epochs, the online probes and the features of the final one.
+        device_hours: ``run_s`` in hours, times ``devices``.
+        probes: online probes; ``probe_s`` each. ``final_probe_s``: features of the last one.
+        loader_pair_per_s, step_pair_per_s: each alone; pair_per_s: the training loop.
+        limit: the slower of the two: ``data`` or ``step``.
+        memory_bytes: of the process at the peak of a step, on the device: ``static_bytes`` (networks, queue, optimiser), ``activation_bytes`` (what a step
+            adds, on a CPU with what the allocator keeps) and ``data_bytes`` (views; on a CPU the loader's ring too). The interpreter and its libraries are not in it.
+        host_bytes: the loader's ring on the host, for a GPU run.
+        checkpoint_bytes: of the files in ``checkpoints/``; while one is written, the one before is there too.
+        available_bytes, total_bytes: memory of the device, before the measurement; ``usable_bytes`` is the share that is planned with.
+        fits: whether the recipe's batch does.
+        largest_batch, largest_batch_limit: the largest batch that fits in one pass and that the recipe allows, and what stops it (``memory``,
+            ``moco.queue``, ``photos``).
+        fitting_accumulate: where the batch does not fit, the ``train.accumulate`` with which it would; None: none does, or none is needed.
+        measured: the figures under the estimate.
+        extrapolated, left_out: in words.
+        seconds: that the measurement took.
+        host, versions, git: as in a benchmark's record.
+    """
+
+    recipe: str
+    arch: str
+    pipeline: str
+    device: str
+    workers: int
+    devices: int
+    data: dict[str, Any]
+    epochs: int
+    batch_size: int
+    accumulate: int
+    steps_per_epoch: int
+    step_s: float
+    epoch_s: float
+    run_s: float
+    device_hours: float
+    probes: int
+    probe_s: float
+    final_probe_s: float
+    loader_pair_per_s: float
+    step_pair_per_s: float
+    pair_per_s: float
+    limit: str
+    memory_bytes: int
+    static_bytes: int
+    activation_bytes: int
+    data_bytes: int
+    host_bytes: int
+    checkpoint_bytes: int
+    available_bytes: int
+    usable_bytes: int
+    total_bytes: int
+    fits: bool
+    largest_batch: int | None
+    largest_batch_limit: str
+    fitting_accumulate: int | None
+    measured: dict[str, Any]
+    extrapolated: list[str]
+    left_out: list[str]
+    seconds: float
+    host: dict[str, Any] = field(default_factory=describe_host)
+    versions: dict[str, str] = field(default_factory=describe_versions)
+    git: str | None = field(default_factory=describe_git)
+
+
+def run(
+    recipe: Recipe,
+    recipe_name: str,
+    data: Path,
+    val: Path | None = None,
+    device: torch.device | str = "cpu",
+    pipeline: str = "auto",
+    workers: int | None = None,
+    seconds: float = 40.0,
+) -> Estimate:
+    """Measure for about ``seconds`` and work out what the run will cost.
+
+    Args:
+        data: the ``.beton`` file to learn from.
+        val: a file to probe on, as in training.
+        pipeline, workers: of the loader.
+
+    Raises:
+        FastSSLError: a file, network, batch or engine with which training would not begin either.
+    """
+    started, device = time.perf_counter(), torch.device(device)
+    resolve_arch(recipe.arch)
+    batch = recipe.train.batch_size
+    with BetonReader(data) as reader:
+        if len(reader) < batch:
+            raise FastSSLError(f"{data}: {len(reader)} photos are fewer than one batch of {batch}; give a smaller --batch-size")
+        measured = measure(recipe, reader, device, pipeline, workers, started, seconds)
+        split_sizes = _probe_sizes(recipe, reader, val)
+        host_data = memory.loader_bytes(recipe, reader, device)
+        about = {"name": data.name, "samples": len(reader)}
+    engine = choose_engine(device)[0] if pipeline == "auto" else pipeline
+    return _estimate(recipe, recipe_name, about, device, engine, measured, split_sizes, host_data, started)
+
+
+def _probe_sizes(recipe: Recipe, reader: BetonReader, val: Path | None) -> tuple[int, int]:
+    """Photos of an online probe, and of the final one."""
+
+    def count(queries: BetonReader | None, limit: int) -> int:
+        split = choose_split(reader, queries, limit, seed=0)
+        return len(split.bank_index) + len(split.query_index)
+
+    limits = (recipe.probe.online_samples, recipe.probe.final_samples)
+    if val is None:
+        return count(None, limits[0]), count(None, limits[1])
+    with BetonReader(val) as queries:
+        return count(queries, limits[0]), count(queries, limits[1])
+
+
+def _estimate(
+    recipe: Recipe,
+    recipe_name: str,
+    data: dict[str, Any],
+    device: torch.device,
+    pipeline: str,
+    measured: Measured,
+    probe_sizes: tuple[int, int],
+    buffers: tuple[int, int],
+    started: float,
+) -> Estimate:
+    train, gauges, cpu = recipe.train, measured.gauges, device.type == "cpu"
+    batch, parts, top = train.batch_size, train.accumulate, gauges[-1]
+    part = batch // parts
+    # Steps with fewer BatchNorm groups than the recipe's make other passes: they count only where there is nothing else.
+    alike = [one for one in gauges if one.batch >= recipe.moco.split_bn] or gauges[-1:]
+    time_line = cost.fit_line([(one.batch, one.median_s) for one in alike[-2:]])
+    part_s = top.median_s if top.batch == part else time_line.at(part)
+    alone_s = parts * part_s
+    together = measured.together if parts == 1 else None
+    step_s = cost.step_with_data_s(alone_s, batch, measured.loader, shared=cpu, together=together)
+    probes = cost.probe_count(train.epochs, recipe.probe.every_epochs)
+    probe_s, final_s = probe_sizes[0] / measured.features, _FINAL_NETWORKS * probe_sizes[1] / measured.features
+    epoch_s, run_s = cost.run_seconds(data["samples"], batch, train.epochs, step_s, probes=probes, probe_s=probe_s)
+    run_s += final_s
+
+    static, backbone = memory.state_bytes(top.step)
+    on_device, on_host = buffers
+    if not cpu and measured.device_data:
+        on_device = measured.device_data / top.batch
+    images = memory.image_bytes(recipe, device) if recipe.moco.split_bn > 1 else 0
+    need = cost.MemoryModel(
+        static,
+        cost.fit_line([(one.batch, measured.overhead * one.peak_bytes) for one in alike]),
+        images,
+        on_device + (on_host if cpu else 0),
+    )
+    usable = cost.USABLE[device.type] * measured.available
+    fits = need.at(batch, parts) <= usable
+    largest, stopped = cost.largest_batch(need, usable, queue=recipe.moco.queue, split_bn=recipe.moco.split_bn, most=data["samples"])
+    peak = need.at(batch, parts)
+    return Estimate(
+        recipe=recipe_name,
+        arch=resolve_arch(recipe.arch),
+        pipeline=pipeline,
+        device=device.type,
+        workers=measured.workers,
+        devices=1,
+        data=data,
+        epochs=train.epochs,
+        batch_size=batch,
+        accumulate=parts,
+        steps_per_epoch=data["samples"] // batch,
+        step_s=step_s,
+        epoch_s=epoch_s,
+        run_s=run_s,
+        device_hours=run_s / 3600,
+        probes=probes,
+        probe_s=probe_s,
+        final_probe_s=final_s,
+        loader_pair_per_s=measured.loader,
+        step_pair_per_s=batch / min(alone_s, step_s),  # where the loop came out the faster one, that was noise
+        pair_per_s=batch / step_s,
+        limit="data" if measured.loader < batch / alone_s else "step",
+        memory_bytes=round(peak),
+        static_bytes=static,
+        activation_bytes=round(peak - static - need.data * batch),
+        data_bytes=round(need.data * batch),
+        host_bytes=0 if cpu else round(on_host * batch),
+        checkpoint_bytes=static + backbone,
+        available_bytes=measured.available,
+        usable_bytes=round(usable),
+        total_bytes=measured.total,
+        fits=fits,
+        largest_batch=largest,
+        largest_batch_limit=stopped,
+        fitting_accumulate=None if fits else cost.parts_that_fit(need, usable, batch),
+        measured={
+            "loader": {"pair_per_s": measured.loader, "workers": measured.workers},
+            "step": [
+                {"batch_size": one.batch, "median_s": one.median_s, "runs": len(one.seconds), "peak_bytes": one.peak_bytes}
+                for one in gauges
+            ],
+            "together": measured.together and {"batch_size": measured.together[0], "step_s": measured.together[1]},
+            "features_per_s": measured.features,
+            "step_overhead": measured.overhead,
+        },
+        extrapolated=_extrapolated(recipe, measured, len(alike)),
+        left_out=_left_out(recipe),
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _extrapolated(recipe: Recipe, measured: Measured, points: int) -> list[str]:
+    """What was not measured as the run will do it, in words."""
+    train, top = recipe.train, measured.gauges[-1].batch
+    part, found = train.batch_size // train.accumulate, []
+    if top < part:
+        how = "linearly" if points > 1 else "in proportion"
+        found.append(f"time and memory of a step: {how} from batch {top} to {part}")
+    if train.accumulate > 1:
+        found.append(f"train.accumulate: {train.accumulate} times the time of a whole step of {part}, which is a little too long")
+    if measured.together is None or train.accumulate > 1:
+        found.append("loader and step together: from the rates that each has alone")
+    elif top < train.batch_size:
+        found.append(f"loader and step together: measured at batch {top}")
+    for switch in ("compile", "graph"):
+        if getattr(train, switch):
+            found.append(f"train.{switch}: measured without it, the run should be faster")
+    return found
+
+
+def _left_out(recipe: Recipe) -> list[str]:
+    """What the run will do besides, in words."""
+    online = "kNN of the online probes, " if recipe.probe.every_epochs else ""
+    return [f"{online}kNN, linear probe, pictures and report at the end", "writing checkpoints"]

@@ -1,0 +1,113 @@
+"""Memory that a run needs and that a machine has, in bytes."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastssl.benchmarks.step import Step
+from fastssl.pipelines.beton import BetonReader
+from fastssl.recipe import Recipe
+from fastssl.step import use_amp
+
+#: Batches that the loader keeps ready (the native engine's ring), and float batches that are alive at once: the step's and the next.
+_RING, _FLOAT_BATCHES = 5, 2
+
+
+def tensor_bytes(value: object) -> int:
+    """Bytes of all tensors in nested dicts and lists."""
+    if isinstance(value, Tensor):
+        return value.numel() * value.element_size()
+    if isinstance(value, dict):
+        return sum(map(tensor_bytes, value.values()))
+    return sum(map(tensor_bytes, value)) if isinstance(value, (list, tuple)) else 0
+
+
+def state_bytes(step: Step) -> tuple[int, int]:
+    """(bytes of both networks, queue and optimiser, bytes of the backbone alone)."""
+    method = step.method
+    whole = tensor_bytes(method.state_dict()) + tensor_bytes(step.optimizer.state_dict()["state"])
+    return whole, tensor_bytes(method.student.backbone.state_dict())
+
+
+def image_bytes(recipe: Recipe, device: torch.device) -> int:
+    """Bytes of one pair's views as the network reads them."""
+    size = 2 if use_amp(recipe.train.amp, device) else 4
+    return sum(spec.count * 3 * spec.size**2 for spec in recipe.views) * size
+
+
+def loader_bytes(recipe: Recipe, reader: BetonReader, device: torch.device) -> tuple[int, int]:
+    """(bytes a pair of the batch's views on the device, bytes a pair of the host's ring), computed from the native engine's way to work."""
+    views = sum(spec.count * 3 * spec.size**2 for spec in recipe.views)
+    if device.type == "cuda":  # the decoded pictures wait in pinned memory, a quarter of slack included
+        pixels = float((reader.heights.astype(np.int64) * reader.widths).mean())
+        return _FLOAT_BATCHES * image_bytes(recipe, device), round(_RING * 1.25 * 3 * pixels)
+    return _FLOAT_BATCHES * 4 * views, _RING * views
+
+
+def memory_bytes(device: torch.device) -> tuple[int, int]:
+    """(bytes that a run could take now, bytes there are): the GPU's memory, or the computer's within the limits of a container."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return _host_memory(total, Path("/proc/meminfo"), Path("/sys/fs/cgroup"))
+
+
+def _host_memory(total: int, meminfo: Path, group: Path) -> tuple[int, int]:
+    """(available, total) bytes from Linux' own files; where there are none, all of ``total``."""
+    free = total
+    try:
+        lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+        free = 1024 * int(lines["MemAvailable"].split()[0])
+    except (OSError, KeyError, ValueError):
+        pass
+    try:
+        limit, used = int((group / "memory.max").read_text()), int((group / "memory.current").read_text())
+        counts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        # Cached files count as used, and go when somebody needs the room.
+        cached = int(counts.get("inactive_file", 0)) + int(counts.get("active_file", 0))
+        free, total = min(free, limit - used + cached), min(total, limit)
+    except (OSError, ValueError):
+        pass  # no control group, or one without a limit ("max")
+    return free, total
+
+
+def resident_bytes(key: str) -> int | None:
+    """Of this process, from Linux: ``VmRSS`` (now) or ``VmHWM`` (the most since ``forget_peak``); None on other systems."""
+    try:
+        lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        return 1024 * int(lines[key].split()[0])
+    except (OSError, KeyError, ValueError):
+        return None
+
+
+def forget_peak() -> None:
+    """Give freed memory back to the system and let ``VmHWM`` begin again at what is in use now, where the system allows that."""
+    gc.collect()
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+    except (OSError, AttributeError, TypeError):
+        pass  # no glibc, or a sandbox: the peak may then be one of before, and `step_overhead` has a bound
+
+
+def step_overhead(grown: int, expected: int, step: int) -> float:
+    """How many times as much as its tensors a step takes from the system on a CPU: gaps in the heap, buffers of the convolution library.
+
+    glibc keeps what is freed in pieces below 32 MiB: MobileNet-V3-Large at 224 px took 1.4 times its tensors, and 1.1 times with
+    MALLOC_MMAP_THRESHOLD_=1048576.
+
+    Args:
+        grown: bytes by which the process grew until the peak of its first steps, networks included.
+        expected: bytes of all tensors that came with it, ``step`` of them the step's own.
+
+    Returns:
+        1 to 3: beyond that the growth has other reasons.
+    """
+    return min(3.0, max(1.0, 1 + (grown - expected) / max(step, 1)))

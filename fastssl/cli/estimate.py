@@ -1,0 +1,159 @@
+"""``fastssl estimate``."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from fastssl.cli.common import SomePath, console, finite, json_option, pipeline_option, write_json
+from fastssl.cli.pretrain import choose_recipe
+
+if TYPE_CHECKING:
+    from fastssl.benchmarks.estimate import Estimate
+
+
+@click.command()
+@click.option("--arch", required=True, metavar="NAME", help="Network, as `fastssl pretrain` takes it.")
+@click.option(
+    "--data", type=SomePath(), metavar="FILE.beton", help="Photos to learn from. Default: the sample set that installs with the package."
+)
+@click.option("--val", type=SomePath(), metavar="FILE.beton", help="Photos to probe on, as `fastssl pretrain` takes them.")
+@click.option("--recipe", "recipe_name", metavar="NAME|FILE.yaml", help="Default: the one that `fastssl pretrain` would take.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change one value of the recipe. May be repeated.")
+@click.option("--epochs", type=click.IntRange(min=1), help="Instead of the recipe's.")
+@click.option("--batch-size", type=click.IntRange(min=2), help="Instead of the recipe's.")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option("--workers", type=click.IntRange(min=1), help="Decoding threads. Default: the cores this process may use.")
+@pipeline_option
+@click.option(
+    "--seconds",
+    type=click.FloatRange(min=1),
+    callback=finite,
+    default=40.0,
+    show_default=True,
+    help="Time for measuring; more of it comes closer to the recipe's batch.",
+)
+@json_option
+def estimate(
+    arch: str,
+    data: Path | None,
+    val: Path | None,
+    recipe_name: str | None,
+    overrides: tuple[str, ...],
+    epochs: int | None,
+    batch_size: int | None,
+    device: str,
+    workers: int | None,
+    pipeline: str,
+    seconds: float,
+    json_path: str | None,
+) -> None:
+    """What a run will cost on this machine: time, memory, the largest batch, and what limits it.
+
+    Measures the loader and the training step for less than a minute; where the recipe's batch is too slow for that, smaller ones.
+
+    \b
+    fastssl estimate --arch mobilenetv3_large --data photos.beton
+    fastssl estimate --arch resnet18 --data photos.beton --recipe light-moco-mobilenetv3 --batch-size 256 --json -
+    """
+    # torch's profiler, which counts bytes here, talks to the terminal unless told not to before torch is loaded.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    from fastssl.benchmarks.estimate import run
+    from fastssl.train import choose_device
+
+    recipe, name = choose_recipe(arch, data, device, recipe_name, overrides, epochs, batch_size)
+    place = choose_device(device)
+    if data is None:
+        from fastssl.sample_set import ensure_sample_set
+
+        samples = ensure_sample_set()
+        data, val = samples.train, val or samples.val
+    _say(f"measuring {name} with {arch} on this {_device(place.type)} for about {seconds:.0f} s ...")
+    result = run(recipe, name, data, val, place, pipeline, workers, seconds)
+    for line in describe(result):
+        _say(line)
+    write_json(json_path, asdict(result))
+
+
+def describe(result: Estimate) -> list[str]:
+    """The estimate in words, the most wanted figures first."""
+    lines = [
+        f"One epoch: {_time(result.epoch_s)} ({result.steps_per_epoch:,} step{'s' * (result.steps_per_epoch != 1)} of {result.batch_size:,}). "
+        f"{result.epochs:,} epoch{'s' * (result.epochs != 1)}: {_time(result.run_s)} on this {_device(result.device)}, "
+        f"{_number(result.device_hours)} {'GPU-hours' if result.device == 'cuda' else 'device hours'}.",
+        _limit(result),
+        f"Memory: {_bytes(result.memory_bytes)} at the peak of a step (networks, queue, optimiser {_bytes(result.static_bytes)}, activations "
+        f"{_bytes(result.activation_bytes)}, {'views and loader' if result.device == 'cpu' else 'views'} {_bytes(result.data_bytes)}) "
+        f"of {_bytes(result.available_bytes)} free"
+        + (f"; {_bytes(result.host_bytes)} on the host for the loader" if result.host_bytes else "")
+        + f". Checkpoints: {_bytes(result.checkpoint_bytes)} on disk, twice that while one is written.",
+        _batch(result),
+        _probes(result),
+    ]
+    sizes = ", ".join(str(step["batch_size"]) for step in result.measured["step"])
+    lines.append(f"Measured in {result.seconds:.0f} s: the step at batch {sizes}. " + _sentence("Extrapolated", result.extrapolated))
+    lines.append(_sentence("Not counted", result.left_out))
+    return [line.strip() for line in lines]
+
+
+def _limit(result: Estimate) -> str:
+    rates = {"step": result.step_pair_per_s, "data": result.loader_pair_per_s}
+    if result.limit == "step":
+        text = f"Limit: the step, {_number(rates['step'])} pair/s; the loader alone could feed {_number(rates['data'])}"
+    else:
+        text = f"Limit: the data, {_number(rates['data'])} pair/s from {result.workers} decoding threads; the step alone could take {_number(rates['step'])}"
+    return f"{text}. Both together: {_number(result.pair_per_s)} pair/s."
+
+
+def _batch(result: Estimate) -> str:
+    """Whether the batch fits, and which would."""
+    reason = {
+        "memory": "memory is the limit",
+        "moco.queue": "moco.queue, a multiple of twice the batch, allows no more",
+        "photos": f"the file has {result.data['samples']:,} photos",
+    }[result.largest_batch_limit]
+    if result.fits:
+        return f"Largest batch that fits and that the recipe allows: {result.largest_batch:,} ({reason})."
+    ways = [f"--batch-size {result.largest_batch}"] if result.largest_batch else []
+    ways += [f"--set train.accumulate={result.fitting_accumulate}"] if result.fitting_accumulate else []
+    return f"The batch of {result.batch_size:,} does not fit" + (f"; {' or '.join(ways)} does." if ways else ", and no smaller one does.")
+
+
+def _probes(result: Estimate) -> str:
+    online = f"{result.probes:,} online probe{'s' * (result.probes != 1)} of {_time(result.probe_s)}, " if result.probes else ""
+    return f"Included: {online}{_time(result.final_probe_s)} for the features of the final probe."
+
+
+def _sentence(opening: str, items: list[str]) -> str:
+    return f"{opening}: {'; '.join(items)}." if items else ""
+
+
+def _say(text: str) -> None:
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def _device(kind: str) -> str:
+    return "GPU" if kind == "cuda" else "CPU"
+
+
+def _time(seconds: float) -> str:
+    """0.3 s, 12 min, 3 h 12 min, 26.7 days."""
+    from fastssl.report.page import duration
+
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    return duration(seconds) if seconds < 48 * 3600 else f"{seconds / 86400:,.1f} days"
+
+
+def _number(value: float) -> str:
+    """Two digits at least: 0.32, 4.1, 14, 1,100."""
+    return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
+
+
+def _bytes(count: int) -> str:
+    return f"{count / 2**30:,.1f} GiB" if count >= 2**30 else f"{count / 2**20:,.0f} MiB"
