@@ -136,5 +136,9 @@ def in_words(data_share: float, remedies: list[tuple[Remedy, float]], *, shared:
     found = ", or ".join(f"{remedy.words} (predicted {remedy.predicted:.2f}x, measured {outcome:.2f}x)" for remedy, outcome in remedies)
     if found:
         return f"data-bound {data_share:.0%}: {found}"
-    why = "step and decoding share all cores, and smaller photos would help little" if shared else "neither more threads nor smaller photos would help"
+    why = (
+        "step and decoding share all cores, and smaller photos would help little"
+        if shared
+        else "neither more threads nor smaller photos would help"
+    )
     return f"data-bound {data_share:.0%}: {why}"

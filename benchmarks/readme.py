@@ -1,0 +1,136 @@
+"""The README's figures, taken from the records: nobody types one in.
+
+python -m fastssl.benchmarks.readme README.md benchmarks/results/cpu-2core-epyc/*.jsonl
+
+Replaces what stands between ``<!-- figures: NAME -->`` and ``<!-- /figures -->``. A test holds the README to the records that are committed.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from fastssl.benchmarks.records import Record, read_records
+from fastssl.benchmarks.report import recipe_table
+from fastssl.benchmarks.table import figure
+from fastssl.pipelines.errors import FastSSLError
+
+_PLACE = re.compile(r"(<!-- figures: ([\w-]+) -->\n).*?(<!-- /figures -->)", re.DOTALL)
+
+
+def part_table(records: Iterable[Record]) -> str:
+    """What was measured, the figure in words, and the command that made it: one row for each command and thing."""
+    rows: dict[tuple[str, str], list[str]] = {}
+    for record in records:
+        said = in_words(record)
+        if said is not None:
+            rows.setdefault((said[0], str((record.details or {}).get("command"))), []).append(said[1])
+    lines = ["| what | figure | command |", "| --- | --- | --- |"]
+    lines += [f"| {what} | {'; '.join(dict.fromkeys(figures))} | `{command}` |" for (what, command), figures in rows.items()]
+    return "\n".join(lines) + "\n"
+
+
+def in_words(record: Record) -> tuple[str, str] | None:
+    """(what, figure) of one record; None: it has no row of its own (recipes and loaders have tables of theirs)."""
+    details = record.details or {}
+    part, times = details.get("part"), record.ratio_to_peer
+    threads = f"{record.workers} thread{'s' if record.workers and record.workers > 1 else ''}"
+    if record.bench == "ceilings":
+        product = details["product_flop_per_s"]["float32"] / 1e9
+        disk = details.get("disk_read_bytes_per_s")
+        read = f", reading from disk {disk / 1e6:,.0f} MB/s" if disk else ""
+        return (
+            "ceilings of the machine",
+            f"JPEG decoding {details['decode_per_s_1_thread']:,.0f} photos/s on one thread and {details['decode_per_s']:,.0f} on "
+            f"{details['decode_threads']}, memory {details['copy_bytes_per_s'] / 1e9:.1f} GB/s, float32 products {product:,.0f} GFLOP/s{read}",
+        )
+    if record.bench == "loader" and "loader" not in details:
+        if part == "decode":
+            return "decode-only rate of the engine, of a bare loop over the same JPEGs", f"{record.fraction_of_ceiling:.0%} ({threads})"
+        if part == "host cost":
+            return (
+                "host time of 2 + 6 views against 1 view, crops on the device",
+                f"{details['times_1_view']['2 + 6 views']:.2f}x ({threads})",
+            )
+        crops = details.get("engine_crops_of_bare_crops")
+        alone = f"; its crops alone {crops:.0%} of that loop" if crops else ""
+        return (
+            "whole loader: decode, two crops, colour, normalised",
+            f"{figure(record.pair_per_s)} photos/s ({threads}), {record.fraction_of_ceiling:.0%} of a loop that decodes and crops and does no colour{alone}",
+        )
+    if record.bench == "step" and record.peer:
+        what = "optimiser and moving average" if part == "update" else f"training step of {record.recipe}, batch {record.batch_size}"
+        return what, f"{times:.2f}x {'the loops over tensors' if part == 'update' else record.peer}"
+    if record.bench == "loss":
+        memory = details["peer_peak_extra_bytes"] / details["peak_extra_bytes"]
+        return (
+            f"smoothed InfoNCE, forward and backward, batch {record.batch_size}, queue {details['queue']:,}",
+            f"{times:.1f}x the dense way, 1/{memory:.0f} of its extra memory",
+        )
+    if record.bench == "convert":
+        return (
+            f"convert-imagenet, {part}",
+            f"{figure(record.pair_per_s)} photos/s ({threads}), {record.fraction_of_ceiling:.0%} of its ceiling ({record.ceiling_name})",
+        )
+    if record.bench == "train" and details.get("remedies"):
+        return f"what would help {record.recipe}, and did ({threads})", details["advice"]
+    return None
+
+
+def loader_table(records: Iterable[Record]) -> str:
+    """Loaders side by side: photos a second with and without colour, and how many times as fast `native` was."""
+    found: dict[str, dict[str, Record]] = {}
+    for record in records:
+        details = record.details or {}
+        if record.bench == "loader" and "loader" in details:
+            found.setdefault(details["loader"], {})[details["part"]] = record
+    lines = ["| loader | decode, 2 antialiased crops, flip | MoCo-v2's whole augmentation |", "| --- | --- | --- |"]
+    for name, parts in found.items():
+        ours = f"**fastssl {name}**" if name in ("native", "dali", "ffcv") else name
+        lines.append(f"| {ours} | {_beside(parts.get('crops'))} | {_beside(parts.get('augmented'))} |")
+    return "\n".join(lines) + "\n"
+
+
+def _beside(record: Record | None) -> str:
+    if record is None:
+        return ""
+    return figure(record.pair_per_s) + (f" ({record.ratio_to_peer:.1f})" if record.ratio_to_peer is not None else "")
+
+
+TABLES = {"recipes": recipe_table, "parts": part_table, "loaders": loader_table}
+
+
+def fill(text: str, records: Sequence[Record]) -> str:
+    """``text`` with its marked places filled from ``records``.
+
+    Raises:
+        FastSSLError: a place has a name that is not one of TABLES.
+    """
+
+    def replace(found: re.Match[str]) -> str:
+        if found[2] not in TABLES:
+            raise FastSSLError(f"figures: {found[2]} is not one of {', '.join(TABLES)}")
+        return f"{found[1]}{TABLES[found[2]](records)}{found[3]}"
+
+    return _PLACE.sub(replace, text)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Fill a file in place; 0 done, 1 unreadable, 2 wrong usage."""
+    if len(argv) < 2:
+        print("usage: python -m fastssl.benchmarks.readme README.md RESULTS.jsonl...", file=sys.stderr)
+        return 2
+    try:
+        records = [record for path in argv[1:] for record in read_records(path)]
+        page = Path(argv[0])
+        page.write_text(fill(page.read_text(), records))
+    except (OSError, FastSSLError) as error:
+        print(f"readme: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
