@@ -1,9 +1,10 @@
 """What would make a training loop faster, by how much, and was that so?
 
 A batch costs the host some processor time for its photos and some for the step; photos are decoded beside the step, on threads of their own. So a batch takes
-the longest of three times: the step's alone, the loader's alone, and both together spread over all cores. A remedy changes one of them; what
-it changes it to is measured on the loader alone, and the model says what the loop will make of it. Then the loop is run with the remedy, in turns with the
-loop as it was, and both figures go into the record.
+the longest of three times: the step's alone, the loader's alone, and both together spread over all cores. What the loop takes above that, because the
+two get into each other's way, is measured, and taken to shrink with the loader's processor time. A remedy changes one of these; what it changes it to is
+measured on the loader alone, and the model says what the loop will make of it. Then the loop is run with the remedy, in turns with the loop as it was, and both
+figures go into the record.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ class Loop:
         loader_cpu_s: its processor time.
         threads: that decode.
         cores: that the process may use.
+        excess_s: what a sample takes above the longest of the three times.
     """
 
     step_s: float
@@ -46,11 +48,16 @@ class Loop:
     loader_cpu_s: float
     threads: int
     cores: int
+    excess_s: float = 0.0
 
     @property
     def sample_s(self) -> float:
         """Seconds a sample, as the model has it."""
-        return max(self.step_s, self.loader_s, (self.step_cpu_s + self.loader_cpu_s) / self.cores)
+        return max(self.step_s, self.loader_s, (self.step_cpu_s + self.loader_cpu_s) / self.cores) + self.excess_s
+
+    def seen(self, sample_s: float) -> Loop:
+        """The same, fitted to the time that the loop was seen to take."""
+        return replace(self, excess_s=max(0.0, sample_s - replace(self, excess_s=0.0).sample_s))
 
     def with_threads(self, threads: int) -> Loop:
         """The same with other threads: the loader's time falls with their number, down to its processor time on all cores."""
@@ -59,7 +66,8 @@ class Loop:
 
     def with_loader(self, seconds: float, cpu_s: float) -> Loop:
         """The same with a loader of other costs."""
-        return replace(self, loader_s=seconds, loader_cpu_s=cpu_s)
+        shrunk = min(1.0, cpu_s / self.loader_cpu_s) if self.loader_cpu_s else 1.0
+        return replace(self, loader_s=seconds, loader_cpu_s=cpu_s, excess_s=shrunk * self.excess_s)
 
     def gain(self, other: Loop) -> float:
         """How many times as fast the loop will be as ``other``."""

@@ -31,8 +31,9 @@ _CEILINGS = (
     ("decode_per_s_1_thread", "JPEG decoding, 1 thread", 1.0, "photos/s"),
     ("decode_per_s", "JPEG decoding, {decode_threads} threads", 1.0, "photos/s"),
     ("copy_bytes_per_s", "memory copy, read and written", 1e-9, "GB/s"),
-    ("product_flop_per_s", "matrix product, {product_dtype}", 1e-12, "TFLOP/s"),
+    ("product_flop_per_s", "matrix product, {kind}", 1e-12, "TFLOP/s"),
     ("disk_read_bytes_per_s", "reading from disk", 1e-6, "MB/s"),
+    ("disk_write_bytes_per_s", "writing to disk", 1e-6, "MB/s"),
 )
 
 
@@ -271,12 +272,11 @@ def _ceilings(records: Sequence[Record]) -> list[Block]:
     for record in records:
         details = record.details or {}
         for key, words, factor, unit in _CEILINGS if record.bench == "ceilings" else ():
-            known = {
-                "decode_threads": details.get("decode_threads") or "all",
-                "product_dtype": details.get("product_dtype") or "dtype unknown",
-            }
-            value = f"{figure(details[key] * factor)} {unit}" if _positive(details.get(key)) else "not measured"
-            rows.append((words.format(**known), value, record.device or ""))
+            values = details.get(key)
+            # A matrix product has a figure for each type of number.
+            for kind, value in values.items() if isinstance(values, dict) else [("", values)]:
+                shown = f"{figure(value * factor)} {unit}" if _positive(value) else details.get("disk_problem") or "not measured"
+                rows.append((words.format(decode_threads=details.get("decode_threads") or "all", kind=kind), shown, record.device or ""))
     if not rows:
         return [
             Paragraph("Not measured: no record of ceilings. The ceilings in the tables are those that were measured beside each figure.")

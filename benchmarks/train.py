@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import asdict
 from functools import partial
 
 import torch
@@ -96,6 +97,7 @@ def run(
         windows = measure_windows(contenders, seconds=seconds, runs=runs)
         fraction = ratio(windows["real"], windows["replay"])
         model = Loop(*per_sample(windows["replay"]), *per_sample(windows["loader"]), threads=threads, cores=available_cores())
+        model = model.seen(per_sample(windows["real"])[0])
         tried: list[tuple[Remedy, ViewLoader]] = []
         if fraction < 1 / WORTH:
             if (found := more_threads(model)) is not None:

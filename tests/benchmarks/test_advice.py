@@ -48,6 +48,14 @@ def test_a_cheaper_loader_helps_as_far_as_it_was_the_limit() -> None:
     assert shared.gain(shared.with_loader(1e-3, 2e-3)) == pytest.approx(14 / 12)
 
 
+def test_what_the_loop_takes_above_the_model_shrinks_with_the_loaders_work() -> None:
+    shared = Loop(step_s=4e-3, step_cpu_s=6e-3, loader_s=1e-3, loader_cpu_s=2e-3, threads=2, cores=2).seen(5e-3)
+    assert shared.excess_s == pytest.approx(1e-3) and shared.sample_s == pytest.approx(5e-3)
+    assert shared.gain(shared.with_loader(0.5e-3, 0.5e-3)) == pytest.approx(5 / 4.25)
+    assert shared.gain(shared.with_threads(1)) == pytest.approx(1.0)
+    assert shared.seen(3e-3).excess_s == 0  # a loop cannot be faster than its parts: what was measured faster is noise
+
+
 def test_costs_are_medians_over_windows() -> None:
     windows = [Window(seconds=s, samples=10, cpu_s=2 * s) for s in (1.0, 2.0, 9.0)]
     assert per_sample(windows) == (pytest.approx(0.2), pytest.approx(0.4))

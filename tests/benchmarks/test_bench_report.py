@@ -76,8 +76,7 @@ CEILINGS = record(
         "decode_per_s": 4567.0,
         "decode_threads": 4,
         "copy_bytes_per_s": 18.5e9,
-        "product_flop_per_s": 1.25e11,
-        "product_dtype": "float32",
+        "product_flop_per_s": {"float32": 1.25e11},
         "disk_read_bytes_per_s": None,
     },
 )
