@@ -137,12 +137,7 @@ def run(
                 "step_pair_per_s": rate(windows["replay"]),
                 "advice": in_words(1 - fraction, remedies, shared=device.type == "cpu"),
                 "remedies": [{"do": remedy.words, "predicted": remedy.predicted, "measured": outcome} for remedy, outcome in remedies],
-                "model": {
-                    "sample_s": model.sample_s,
-                    "step_cpu_s": model.step_cpu_s,
-                    "loader_cpu_s": model.loader_cpu_s,
-                    "cores": model.cores,
-                },
+                "model": asdict(model),
             },
         )
     ]
