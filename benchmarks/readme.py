@@ -61,7 +61,11 @@ def in_words(record: Record) -> tuple[str, str] | None:
             f"{figure(record.pair_per_s)} photos/s ({threads}), {record.fraction_of_ceiling:.0%} of a loop that decodes and crops and does no colour{alone}",
         )
     if record.bench == "step" and record.peer:
-        what = "optimiser and moving average" if part == "update" else f"training step of {record.recipe}, batch {record.batch_size}"
+        what = (
+            f"optimiser and moving average of {record.recipe}"
+            if part == "update"
+            else f"training step of {record.recipe}, batch {record.batch_size}"
+        )
         return what, f"{times:.2f}x {'the loops over tensors' if part == 'update' else record.peer}"
     if record.bench == "loss":
         memory = details["peer_peak_extra_bytes"] / details["peak_extra_bytes"]
@@ -75,7 +79,7 @@ def in_words(record: Record) -> tuple[str, str] | None:
             f"{figure(record.pair_per_s)} photos/s ({threads}), {record.fraction_of_ceiling:.0%} of its ceiling ({record.ceiling_name})",
         )
     if record.bench == "train" and details.get("remedies"):
-        return f"what would help {record.recipe}, and did ({threads})", details["advice"]
+        return f"what would help {record.recipe} with {record.arch}, and did ({threads})", details["advice"]
     return None
 
 
@@ -99,7 +103,12 @@ def _beside(record: Record | None) -> str:
     return figure(record.pair_per_s) + (f" ({record.ratio_to_peer:.1f})" if record.ratio_to_peer is not None else "")
 
 
-TABLES = {"recipes": recipe_table, "parts": part_table, "loaders": loader_table}
+def own_recipe_table(records: Iterable[Record]) -> str:
+    """``recipe_table`` of the recipes with the networks that they were made for."""
+    return recipe_table([record for record in records if "--arch" not in str((record.details or {}).get("command")).split()])
+
+
+TABLES = {"recipes": own_recipe_table, "parts": part_table, "loaders": loader_table}
 
 
 def fill(text: str, records: Sequence[Record]) -> str:
@@ -112,7 +121,7 @@ def fill(text: str, records: Sequence[Record]) -> str:
     def replace(found: re.Match[str]) -> str:
         if found[2] not in TABLES:
             raise FastSSLError(f"figures: {found[2]} is not one of {', '.join(TABLES)}")
-        return f"{found[1]}{TABLES[found[2]](records)}{found[3]}"
+        return f"{found[1]}{TABLES[found[2]](records).rstrip()}\n{found[3]}"
 
     return _PLACE.sub(replace, text)
 

@@ -68,5 +68,3 @@ def forward_cost(network: nn.Module, images: Tensor, itemsize: int) -> Cost:
         for hook in hooks:
             hook.remove()
     return Cost(tuple(layers), counter.get_total_flops())
-
-

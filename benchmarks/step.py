@@ -52,7 +52,15 @@ class Step:
     """
 
     def __init__(
-        self, recipe: Recipe, device: torch.device, batch_size: int, *, amp: bool, compiled: bool = False, graph: bool = False, seed: int = 0
+        self,
+        recipe: Recipe,
+        device: torch.device,
+        batch_size: int,
+        *,
+        amp: bool,
+        compiled: bool = False,
+        graph: bool = False,
+        seed: int = 0,
     ):
         train = recipe.train
         # A batch smaller than the recipe's may have no parts of two samples and more.
@@ -137,9 +145,7 @@ def random_views(recipe: Recipe, batch_size: int, device: torch.device) -> list[
     return [torch.randn(shape, device=device).contiguous(memory_format=torch.channels_last) for shape in shapes]
 
 
-def fit_step(
-    recipe: Recipe, device: torch.device, batch_size: int, *, amp: bool, compiled: bool = False, graph: bool = False
-) -> Fitted:
+def fit_step(recipe: Recipe, device: torch.device, batch_size: int, *, amp: bool, compiled: bool = False, graph: bool = False) -> Fitted:
     """A step of the largest batch that fits: ``batch_size``, or half of it as often as memory runs out.
 
     A network that cannot be compiled or recorded here runs as it is, and the result's details say why.
@@ -247,7 +253,14 @@ def run(
     batch, count = step.batch_size, sum(spec.count for spec in recipe.views)
     flop_per_s, bytes_per_s = product_flop(device) / timings["product"].median_s, copy_bytes(device) / timings["copy"].median_s
     least_s = 4 * fitted.cost.seconds(flop_per_s, bytes_per_s)
-    common = {"bench": "step", "recipe": recipe_name, "arch": resolve_arch(recipe.arch), "device": device.type, "batch_size": batch, "runs": runs}
+    common = {
+        "bench": "step",
+        "recipe": recipe_name,
+        "arch": resolve_arch(recipe.arch),
+        "device": device.type,
+        "batch_size": batch,
+        "runs": runs,
+    }
 
     def record(timing: Timing, **values: Any) -> Record:
         seconds = timing.median_s

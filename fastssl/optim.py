@@ -115,7 +115,9 @@ def create_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optim
         return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, fused=True)
     if config.name == "lars":
         return LARS(groups, lr=config.lr, momentum=config.momentum, trust=config.trust)
-    return torch.optim.AdamW(groups, lr=config.lr, fused=True)
+    # A step that is recorded as a CUDA graph counts on the device; torch asks for the promise beforehand.
+    on_gpu = any(parameter.is_cuda for parameter in model.parameters())
+    return torch.optim.AdamW(groups, lr=config.lr, fused=True, capturable=on_gpu)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float | Tensor) -> None:

@@ -136,8 +136,9 @@ class TrainStep:
         Raises:
             ValueError: the views are not in channels-last memory, or not those of one batch.
         """
-        for view in views:
-            require_channels_last(view)
+        if not tables:  # crops are coloured here, into the right layout
+            for view in views:
+                require_channels_last(view)
         if sum(map(len, views)) != 2 * self.batch_size:
             raise ValueError(f"{sum(map(len, views))} views, but a batch of {self.batch_size} has {2 * self.batch_size}")
         inputs = [permutation, *views, *tables]
@@ -203,7 +204,7 @@ class TrainStep:
         """Compile and record as the recipe asks, on the first batch; the state is afterwards as it was before."""
         self.prepared = True
         train, backbone = self.recipe.train, self.method.student.backbone
-        sample = torch.zeros_like(inputs[1][:2], dtype=torch.float32)
+        sample = torch.zeros(2, *inputs[1].shape[1:], device=self.device).contiguous(memory_format=torch.channels_last)
         if broken := channels_last_breaks(backbone, sample):
             self.fallbacks["channels_last"] = f"{self.recipe.arch} leaves the layout behind {', '.join(broken[:3])}"
         if train.compile:

@@ -200,3 +200,10 @@ def test_busy_share_of_a_long_product() -> None:
     products()
     share, kernels = busy_share(products, device)
     assert share > 0.9 and kernels >= 20
+
+
+@pytest.mark.gpu
+def test_optimiser_and_average_are_three_times_as_fast_as_the_loops() -> None:
+    recipe = load_recipe("light-moco-mobilenetv3", {"moco.queue": "4096"})
+    updates = bench._measure_updates(Step(recipe, torch.device("cuda"), 32, amp=True), 21)
+    assert updates["ours"].times_faster_than(updates["loops"]) >= 3

@@ -89,7 +89,20 @@ def test_step_and_train_take_another_network(calls: list[tuple]) -> None:
     (_, of_step, _), (_, of_train, _) = calls
     assert of_step[0].arch == of_train[0].arch == "resnet18"
     assert of_step[1:] == ("light-moco-mobilenetv3", torch.device("cpu"), None, "bf16", True, 5, False, False)
-    assert of_train[1:] == ("light-moco-mobilenetv3", "synthetic", torch.device("cpu"), 2, None, "auto", False, 10.0, 5, 512, False, "native")
+    assert of_train[1:] == (
+        "light-moco-mobilenetv3",
+        "synthetic",
+        torch.device("cpu"),
+        2,
+        None,
+        "auto",
+        False,
+        10.0,
+        5,
+        512,
+        False,
+        "native",
+    )
 
 
 def test_step_goes_through_both_precisions(calls: list[tuple]) -> None:

@@ -32,7 +32,19 @@ echo "measuring $name" >&2
 echo "{{\\"bench\\": \\"$name\\", \\"host\\": {{}}, \\"versions\\": {{}}}}" >"$out"
 case "$name" in {failing}) exit 3 ;; {hanging}) sleep 60 ;; esac
 """
-PARTS = ["ceilings", "step", "step-graph", "train", "step-compiled", "loader", "step-recipes", "views", "loss", "train-recipes", "loader-recipes"]
+PARTS = [
+    "ceilings",
+    "step",
+    "step-graph",
+    "train",
+    "step-compiled",
+    "loader",
+    "step-recipes",
+    "views",
+    "loss",
+    "train-recipes",
+    "loader-recipes",
+]
 ENGINES = [name for name in ("dali", "ffcv") if not engine_state(name).problem]
 PARTS += ["engines"] if ENGINES else []
 PARTS += ["convert", "peers", "step-compiled-recipes"]
@@ -83,7 +95,14 @@ def test_all_parts_run_from_any_folder_without_an_installed_package(stand_in, tm
         if bench != "step":
             assert "--data synthetic" in mine and f"--data {tmp_path / 'photos.beton'}" in mine
     text = "\n".join(commands)
-    assert "--compile --graph" in text and "loader --peers" in text and " bench convert " in text and "--amp bf16" in text and "--amp off" in text and text.count("--workers") == (4 if ENGINES else 2)
+    assert (
+        "--compile --graph" in text
+        and "loader --peers" in text
+        and " bench convert " in text
+        and "--amp bf16" in text
+        and "--amp off" in text
+        and text.count("--workers") == (4 if ENGINES else 2)
+    )
     assert all(f"--pipeline {name}" in text for name in ENGINES)
     # Nothing is left behind: the parts ran in a folder that is gone.
     assert not Path((tmp_path / "log.cwd").read_text().split()[0]).exists()

@@ -23,7 +23,14 @@ CPU, BATCH, SIZE = torch.device("cpu"), 8, 32
 
 
 def recipe(arch: str = "mobilenetv3_small_050", **changes: object) -> Recipe:
-    small = {"arch": arch, "views.0.size": SIZE, "train.batch_size": BATCH, "moco.queue": 32, "moco.projector.hidden": 16, "moco.split_bn": 2}
+    small = {
+        "arch": arch,
+        "views.0.size": SIZE,
+        "train.batch_size": BATCH,
+        "moco.queue": 32,
+        "moco.projector.hidden": 16,
+        "moco.split_bn": 2,
+    }
     given = {name.replace("__", "."): value for name, value in changes.items()}
     return load_recipe("few-photos", {name: str(value) for name, value in {**small, "moco.weighting": "nearest", **given}.items()})
 
@@ -79,7 +86,9 @@ def test_recording_takes_what_changes_from_its_inputs() -> None:
     assert all(torch.equal(graphed.method.state_dict()[name], value) for name, value in before.items())
     graphed(batch, order, lr=0.1, momentum=0.5, smoothing=0.2)
     for network in ("student", "teacher"):
-        assert not torch.equal(graphed.method.state_dict()[f"{network}.backbone.conv_stem.weight"], before[f"{network}.backbone.conv_stem.weight"])
+        assert not torch.equal(
+            graphed.method.state_dict()[f"{network}.backbone.conv_stem.weight"], before[f"{network}.backbone.conv_stem.weight"]
+        )
 
 
 def test_a_step_that_cannot_be_recorded_runs_without_and_says_why() -> None:
@@ -276,14 +285,20 @@ def test_no_value_is_read_back_in_a_recorded_step() -> None:
         return replay, result
 
     # SGD's fused kernel reads the rate on a CPU alone; LARS is ours throughout.
-    step = TrainStep(recipe(train__graph="true", optim__name="lars", moco__weighting="stepped", moco__queue=64), CPU, amp=True, seed=0, record=watched)
+    step = TrainStep(
+        recipe(train__graph="true", optim__name="lars", moco__weighting="stepped", moco__queue=64), CPU, amp=True, seed=0, record=watched
+    )
     train(step, 2)
     assert not step.fallbacks
 
 
-def test_crops_with_their_tables_are_the_coloured_views(beton) -> None:
+@pytest.mark.parametrize("crops_on", ["host", "device"])
+def test_crops_with_their_tables_are_the_coloured_views(beton, crops_on: str) -> None:
     (spec,) = recipe().views
-    with ViewLoader(beton, [spec], BATCH, seed=3) as coloured, ViewLoader(beton, [spec], BATCH, seed=3, colour=False) as crops:
+    with (
+        ViewLoader(beton, [spec], BATCH, seed=3) as coloured,
+        ViewLoader(beton, [spec], BATCH, seed=3, colour=False, crops=crops_on) as crops,
+    ):
         expected, raw = next(iter(coloured.epoch(0))), next(iter(crops.epoch(0)))
     assert raw.views[0].dtype == torch.uint8 and raw.tables[0].shape == (2 * BATCH, 23) and not expected.tables
     steps = [TrainStep(recipe(**change), CPU, amp=False, seed=0, record=replayed) for change in ({}, {"train__graph": "true"})]
