@@ -85,6 +85,7 @@ def measured_parts(records: Iterable[Record]) -> dict[tuple[str, str], Record]:
     wanted = {("loader", "views"): "loader", ("views", "whole"): "views", ("step", None): "step", ("train", None): "train"}
     devices = {record.device for record in records}
     found: dict[tuple[str, str], Record] = {}
+    networks: dict[str, str] = {}  # of each recipe the first one: others get a place of their own
     for record in records:
         details = record.details or {}
         stage = details.get("part") or details.get("stage")
@@ -94,7 +95,9 @@ def measured_parts(records: Iterable[Record]) -> dict[tuple[str, str], Record]:
         # More than one engine or device: each is worth its own bar.
         more = [record.pipeline if record.pipeline != "native" else None, record.device if len(devices) > 1 else None]
         name = f"{part} ({', '.join(filter(None, more))})" if any(more) else part
-        key = (record.recipe or "no recipe", name)
+        recipe = record.recipe or "no recipe"
+        first = networks.setdefault(recipe, record.arch) if record.arch else record.arch
+        key = (recipe if record.arch == first else f"{recipe} with {record.arch}", name)
         if key not in found or record.pair_per_s > (found[key].pair_per_s or 0):
             found[key] = record
     order = list(wanted.values())
