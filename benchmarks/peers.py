@@ -95,14 +95,23 @@ def torchvision_moco(size: int) -> Callable[[Image.Image], torch.Tensor]:
     )
 
 
-def _data_loader(dataset: Dataset, batch_size: int, workers: int) -> Iterator[Any]:
-    # Not by fork, for our engines have threads by then.
-    loader = DataLoader(dataset, batch_size=batch_size, num_workers=workers, prefetch_factor=2, multiprocessing_context="forkserver")
-    iterator = iter(loader)
-    try:
-        yield from iterator
-    finally:
-        iterator._shutdown_workers()
+class _Workers:
+    """A ``DataLoader`` whose worker processes live from the first stream to ``close``: they take seconds to start, which is not what is measured.
+
+    Between streams they fill their queue and sleep.
+    """
+
+    def __init__(self, dataset: Dataset, batch_size: int, workers: int):
+        # Not by fork, for our engines have threads by then.
+        options = {"prefetch_factor": 2, "multiprocessing_context": "forkserver", "persistent_workers": True}
+        self._loader = DataLoader(dataset, batch_size=batch_size, num_workers=workers, **options)
+
+    def __call__(self) -> Iterator[Any]:
+        yield from self._loader
+
+    def close(self) -> None:
+        if self._loader._iterator is not None:
+            self._loader._iterator._shutdown_workers()
 
 
 # ---------------------------------------------------------------------- FFCV and DALI as their documentation has them
@@ -215,7 +224,7 @@ def run(
     absent = missing()
     with BetonReader(path) as reader:
         about = {"data": describe_data(reader, name), "size": size}
-        loaders, contenders = [], {}
+        opened, contenders = [], {}
         device = torch.device("cpu")
 
         def add(part: str, contender: str, stream: Stream, stats: EngineStats | None = None) -> None:
@@ -229,18 +238,19 @@ def run(
                 if engine in absent:
                     continue
                 loader = open_loader(reader, [replace(spec, size=size)], batch_size, device, workers=workers, pipeline=engine)
-                loaders.append(loader)
+                opened.append(loader)
                 if part == "crops":  # the engine's own work: uint8 views, as the peers give them
                     add(part, engine, partial(lambda one: one.engine.run(requests_of(one)), loader), loader.stats)
                 else:
                     add(part, engine, partial(endless, loader), loader.stats)
         for part, transform in (("crops", torchvision_crops(size)), ("augmented", torchvision_moco(size))):
-            add(part, "torchvision on Pillow in a DataLoader", partial(_data_loader, _Photos(path, transform), batch_size, workers))
+            opened.append(_Workers(_Photos(path, transform), batch_size, workers))
+            add(part, "torchvision on Pillow in a DataLoader", opened[-1])
         if "lightly" not in absent:
             from lightly.transforms import MoCoV2Transform
 
-            dataset = _Photos(path, MoCoV2Transform(input_size=size), views=1)
-            add("augmented", "lightly's MoCoV2Transform in a DataLoader", partial(_data_loader, dataset, batch_size, workers))
+            opened.append(_Workers(_Photos(path, MoCoV2Transform(input_size=size), views=1), batch_size, workers))
+            add("augmented", "lightly's MoCoV2Transform in a DataLoader", opened[-1])
         if "ffcv" not in absent:
             add("crops", "FFCV, a pipeline for each view", _ffcv_per_view(path, size, batch_size, workers))
         if "dali" not in absent:
@@ -250,8 +260,8 @@ def run(
         try:
             windows = measure_windows(contenders, seconds=seconds, runs=runs)
         finally:
-            for loader in loaders:
-                loader.close()
+            for one in opened:
+                one.close()
     return [
         Record(
             bench="loader",

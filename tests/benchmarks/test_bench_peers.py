@@ -29,9 +29,17 @@ def take(stream, count: int = 2) -> list:
     ("transform", "dtype"), [(peers.torchvision_crops, torch.uint8), (peers.torchvision_moco, torch.float32)], ids=["crops", "augmented"]
 )
 def test_a_data_loader_gives_two_different_views(transform, dtype: torch.dtype, beton: Path) -> None:
-    for first, second in take(peers._data_loader(peers._Photos(beton, transform(SIZE)), 4, 1)):
-        assert first.shape == second.shape == (4, 3, SIZE, SIZE) and first.dtype == dtype
-        assert not torch.equal(first, second)
+    workers = peers._Workers(peers._Photos(beton, transform(SIZE)), 4, 1)
+    try:
+        for _ in range(2):  # a stream that was left can be followed by another, from the same processes
+            for first, second in take(workers()):
+                assert first.shape == second.shape == (4, 3, SIZE, SIZE) and first.dtype == dtype
+                assert not torch.equal(first, second)
+            processes = list(workers._loader._iterator._workers)
+            assert all(process.is_alive() for process in processes)
+    finally:
+        workers.close()
+    assert not any(process.is_alive() for process in processes)
 
 
 @pytest.mark.parametrize("engine", ["ffcv", "dali"])
