@@ -74,10 +74,9 @@ def in_words(record: Record) -> tuple[str, str] | None:
             f"{times:.1f}x the dense way, 1/{memory:.0f} of its extra memory",
         )
     if record.bench == "convert":
-        return (
-            f"convert-imagenet, {part}",
-            f"{figure(record.pair_per_s)} photos/s ({threads}), {record.fraction_of_ceiling:.0%} of its ceiling ({record.ceiling_name})",
-        )
+        beside = f", {times:.2f}x {record.peer}" if times else ""
+        rate = f"{figure(record.pair_per_s)} photos/s ({threads}), {record.fraction_of_ceiling:.0%} of its ceiling ({record.ceiling_name})"
+        return f"convert-imagenet, {part}", rate + beside
     if record.bench == "train" and details.get("remedies"):
         return f"what would help {record.recipe} with {record.arch}, and did ({threads})", details["advice"]
     return None
