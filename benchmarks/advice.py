@@ -9,6 +9,7 @@ figures go into the record.
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -126,8 +127,11 @@ def shrunken(reader: BetonReader, side: int) -> Iterator[Path]:
         samples = np.linspace(0, len(reader) - 1, count).round().astype(int)
         with BetonWriter(path, count, page_size=MIN_PAGE_SIZE) as writer:
             for sample in samples.tolist():
-                photo = encode_photo(reader.encoded(sample).tobytes(), options)
-                writer.add(photo.data, photo.height, photo.width, label=0)
+                with contextlib.suppress(
+                    Exception
+                ):  # a damaged photo, whose decoder raises anything at all: training names it, or passes over it
+                    photo = encode_photo(reader.encoded(sample).tobytes(), options)
+                    writer.add(photo.data, photo.height, photo.width, label=0)
         yield path
 
 

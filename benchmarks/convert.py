@@ -100,7 +100,12 @@ class BareLoop:
         waiting = iter(self.chosen)  # shared: a thread takes the next photo when it is done with one
         started = time.perf_counter()
         with ThreadPoolExecutor(self.threads) as pool:
-            parts = list(pool.map(lambda _: self._loop(waiting), range(self.threads)))
+            try:
+                parts = list(pool.map(lambda _: self._loop(waiting), range(self.threads)))
+            except BaseException:  # Ctrl-C too: what is left is taken from the threads, which the pool waits for
+                for _ in waiting:
+                    pass
+                raise
         elapsed = time.perf_counter() - started
         self.spent += np.sum(parts, axis=0)
         return Window(elapsed, len(self.chosen), host_cpu_s=float(np.sum(parts)))

@@ -117,17 +117,18 @@ def allowed_batches(queue: int, split_bn: int, most: int) -> list[int]:
     return [batch for batch in range(min(half, most), 1, -1) if half % batch == 0 and 2 * batch // split_bn >= 2]
 
 
-def largest_batch(memory: MemoryModel, limit: float, *, queue: int, split_bn: int, most: int) -> tuple[int | None, str]:
+def largest_batch(memory: MemoryModel, limit: float, *, queue: int, split_bn: int, most: int, parts: int = 1) -> tuple[int | None, str]:
     """The largest batch that a recipe allows and ``limit`` bytes hold, and what stops it: ``memory``, ``moco.queue`` or ``photos``.
 
     Args:
         most: photos in the file.
+        parts: into which the pass with gradient is cut; they divide the batch into two pairs each or more.
 
     Returns:
         None for the batch where not even the smallest one fits, or none is allowed.
     """
-    allowed = allowed_batches(queue, split_bn, most)
-    fitting = [batch for batch in allowed if memory.at(batch) <= limit]
+    allowed = [batch for batch in allowed_batches(queue, split_bn, most) if batch % parts == 0 and batch >= 2 * parts]
+    fitting = [batch for batch in allowed if memory.at(batch, parts) <= limit]
     if not fitting:
         return None, "memory" if allowed else "moco.queue"
     if fitting[0] != allowed[0]:

@@ -21,7 +21,7 @@ from fastssl.benchmarks.records import describe_git
 from fastssl.pipelines.beton import BetonReader
 from fastssl.pipelines.engines import choose_engine
 from fastssl.pipelines.errors import FastSSLError
-from fastssl.probe import choose_split
+from fastssl.probe import choose_split, require_same_classes
 from fastssl.recipe import Recipe
 from fastssl.versions import describe_host, describe_versions
 
@@ -50,8 +50,8 @@ class Estimate:
         checkpoint_bytes: of the files in ``checkpoints/``; while one is written, the one before is there too.
         available_bytes, total_bytes: memory of the device, before the measurement; ``usable_bytes`` is the share that is planned with.
         fits: whether the recipe's batch does.
-        largest_batch, largest_batch_limit: the largest batch that fits in one pass and that the recipe allows, and what stops it (``memory``,
-            ``moco.queue``, ``photos``).
+        largest_batch, largest_batch_limit: the largest batch that fits, in as many parts as the recipe has, and that the recipe allows, and what
+            stops it (``memory``, ``moco.queue``, ``photos``).
         fitting_accumulate: where the batch does not fit, the ``train.accumulate`` with which it would; None: none does, or none is needed.
         measured: the figures under the estimate.
         extrapolated, left_out: in words.
@@ -148,6 +148,7 @@ def _probe_sizes(recipe: Recipe, reader: BetonReader, val: Path | None) -> tuple
     if val is None:
         return count(None, limits[0]), count(None, limits[1])
     with BetonReader(val) as queries:
+        require_same_classes(reader, queries)
         return count(queries, limits[0]), count(queries, limits[1])
 
 
@@ -177,7 +178,8 @@ def _estimate(
     epoch_s, run_s = cost.run_seconds(data["samples"], batch, train.epochs, step_s, probes=probes, probe_s=probe_s)
     run_s += final_s
 
-    static, backbone = memory.state_bytes(top.step)
+    saved, backbone = memory.state_bytes(top.step)
+    static = saved + memory.half_bytes(top.step)
     on_device, on_host = buffers
     if not cpu and measured.device_data:
         on_device = measured.device_data / top.batch
@@ -190,7 +192,8 @@ def _estimate(
     )
     usable = cost.USABLE[device.type] * measured.available
     fits = need.at(batch, parts) <= usable
-    largest, stopped = cost.largest_batch(need, usable, queue=recipe.moco.queue, split_bn=recipe.moco.split_bn, most=data["samples"])
+    groups = recipe.moco.split_bn
+    largest, stopped = cost.largest_batch(need, usable, queue=recipe.moco.queue, split_bn=groups, most=data["samples"], parts=parts)
     peak = need.at(batch, parts)
     return Estimate(
         recipe=recipe_name,
@@ -220,7 +223,7 @@ def _estimate(
         activation_bytes=round(peak - static - need.data * batch),
         data_bytes=round(need.data * batch),
         host_bytes=0 if cpu else round(on_host * batch),
-        checkpoint_bytes=static + backbone,
+        checkpoint_bytes=saved + backbone,
         available_bytes=measured.available,
         usable_bytes=round(usable),
         total_bytes=measured.total,

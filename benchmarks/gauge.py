@@ -108,6 +108,8 @@ def gauge_step(recipe: Recipe, device: torch.device, batch: int) -> Gauge:
     except torch.OutOfMemoryError as error:
         raise FastSSLError(f"{recipe.arch}: out of memory with {batch} pictures a step on this {device.type} device") from error
     except (RuntimeError, AssertionError, ValueError) as error:
+        if "you tried to allocate" in str(error):  # torch's words for it on a CPU
+            raise FastSSLError(f"{recipe.arch}: out of memory with {batch} pictures a step on this {device.type} device") from error
         size, reason = recipe.views[0].size, " ".join(str(error).split())
         raise FastSSLError(f"{recipe.arch} cannot take pictures of {size} px ({reason}): change views.0.size") from error
     return gauge

@@ -52,6 +52,7 @@ OUT="${OUT:-$ROOT/runs/bench}"
 mkdir -p "$OUT" && OUT="$(cd "$OUT" && pwd)" || { echo "gpu.sh: cannot make the folder $OUT" >&2; exit 1; }
 
 WORK="$(mktemp -d)"
+trap 'rm -rf "$WORK"' EXIT
 RESULTS="$OUT/results.jsonl" LOG="$OUT/log.txt"
 : >"$RESULTS" >"$LOG" || exit 1
 unfinished=""

@@ -36,6 +36,11 @@ def state_bytes(step: Step) -> tuple[int, int]:
     return whole, tensor_bytes(method.student.backbone.state_dict())
 
 
+def half_bytes(step: Step) -> int:
+    """Bytes of the bfloat16 weights that compute beside the float32 ones."""
+    return sum(tensor_bytes([p for p in half.network.parameters() if p.dtype == torch.bfloat16]) for half in step.inner.half_copies)
+
+
 def image_bytes(recipe: Recipe, device: torch.device) -> int:
     """Bytes of one pair's views as the network reads them."""
     size = 2 if use_amp(recipe.train.amp, device) else 4

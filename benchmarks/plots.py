@@ -59,6 +59,8 @@ _STYLE = {
 }
 #: Panels of one picture at most; more would be too narrow to read.
 _PANELS = 3
+#: Rows of one picture at most, the last measured ones: the tables have them all.
+_ROWS = 40
 
 
 def draw(plot: Callable[[Sequence[Record]], Figure | str], records: Sequence[Record]) -> bytes | str:
@@ -176,6 +178,7 @@ def share_of_time(records: Sequence[Record]) -> Figure | str:
     rows = [(" · ".join(filter(None, _what(record))), shares) for record in records if (shares := shares_of(record))]
     if not rows:
         return "no record has the shares of its time"
+    rows = rows[-_ROWS:]
     parts = list(dict.fromkeys(name for _, shares in rows for name in shares))
     looks = {
         name: {"facecolor": _COLOURS[number % len(_COLOURS)], "hatch": "//" if number >= len(_COLOURS) else None, "edgecolor": "white"}
@@ -306,7 +309,8 @@ def _draw_costs(axes: Axes, records: Sequence[Record]) -> None:
 
 
 def _number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < math.inf
+    # Beyond this no rate or share lies, and an axis has no room for it.
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and (value == 0 or 1e-30 < abs(value) < 1e30)
 
 
 def _short(text: str, length: int) -> str:

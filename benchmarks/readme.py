@@ -134,6 +134,9 @@ def main(argv: Sequence[str]) -> int:
         records = [record for path in argv[1:] for record in read_records(path)]
         page = Path(argv[0])
         page.write_text(fill(page.read_text(), records))
+    except (KeyError, TypeError) as error:
+        print(f"readme: a record's details are damaged ({type(error).__name__}: {error})", file=sys.stderr)
+        return 1
     except (OSError, FastSSLError) as error:
         print(f"readme: {error}", file=sys.stderr)
         return 1

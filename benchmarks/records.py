@@ -107,6 +107,9 @@ def read_records(path: Path | str) -> list[Record]:
             continue
         try:
             values = json.loads(line)
+            line.encode("utf-8"), json.dumps(values, ensure_ascii=False).encode("utf-8")
+        except (RecursionError, UnicodeEncodeError) as error:
+            raise FastSSLError(f"{path}, line {number}: no benchmark record; the line is damaged") from error
         except json.JSONDecodeError as error:
             raise FastSSLError(f"{path}, line {number}: not JSON ({error.msg}); expected one benchmark record a line") from error
         if not isinstance(values, dict) or "bench" not in values:
@@ -136,8 +139,13 @@ def _fits(name: str, value: object) -> bool:
     if name in _OBJECTS:
         return isinstance(value, dict)
     if name in _COUNTS:
-        return isinstance(value, int) and not isinstance(value, bool)
+        return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**53
     try:
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        return (
+            isinstance(value, (int, float))
+            and not isinstance(value, bool)
+            and math.isfinite(value)
+            and (value == 0 or 1e-30 < abs(value) < 1e30)
+        )
     except OverflowError:  # a whole number beyond any float
         return False

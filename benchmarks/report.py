@@ -59,8 +59,11 @@ def write_report(results: Iterable[Path], out: Path) -> list[Path]:
     out.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         temporary = out / f"{name}.tmp"
-        temporary.write_bytes(content)
-        temporary.replace(out / name)
+        try:
+            temporary.write_bytes(content)
+            temporary.replace(out / name)
+        finally:
+            temporary.unlink(missing_ok=True)
     return [out / name for name in ("report.html", "report.md", "recipes.md", *(name for name in files if name.endswith(".png")))]
 
 
@@ -275,7 +278,7 @@ def _ceilings(records: Sequence[Record]) -> list[Block]:
             values = details.get(key)
             # A matrix product has a figure for each type of number.
             for kind, value in values.items() if isinstance(values, dict) else [("", values)]:
-                shown = f"{figure(value * factor)} {unit}" if _positive(value) else details.get("disk_problem") or "not measured"
+                shown = f"{figure(value * factor)} {unit}" if _positive(value) else str(details.get("disk_problem") or "not measured")
                 rows.append((words.format(decode_threads=details.get("decode_threads") or "all", kind=kind), shown, record.device or ""))
     if not rows:
         return [

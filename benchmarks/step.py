@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
@@ -30,7 +31,10 @@ from fastssl.benchmarks.roofline import Cost, forward_cost
 from fastssl.benchmarks.timing import MIN_RUNS, Timing, measure_in_turns, peak_extra_bytes
 from fastssl.benchmarks.windows import synchronize
 from fastssl.optim import create_optimizer
+from fastssl.pipelines.augment import parameter_table
+from fastssl.pipelines.crop import to_device
 from fastssl.pipelines.errors import FastSSLError
+from fastssl.pipelines.plan import draw_plan
 from fastssl.recipe import Recipe
 from fastssl.step import TrainStep, use_amp
 
@@ -110,7 +114,8 @@ class Fitted:
     """A step that was seen to run on this machine.
 
     Attributes:
-        step, views: the step, and random views to feed it: a list of (count * B, 3, S, S) float32, channels-last.
+        step, views: the step, and random views for its networks: a list of (count * B, 3, S, S) channels-last.
+        inputs: what the step is called with: ``views``, or uint8 crops with their colour tables where it colours them itself.
         asked: batch size before it was halved for want of memory.
         cost: of a forward pass over the views; a step is four of them (the student's backward pass is taken as two).
         first_s: seconds of the first call, in which libraries choose kernels, networks are compiled and the step is recorded.
@@ -121,6 +126,7 @@ class Fitted:
     asked: int
     cost: Cost
     first_s: float = 0.0
+    inputs: tuple[list[Tensor], list[Tensor]] = ([], [])
 
     @property
     def details(self) -> dict[str, object]:
@@ -131,6 +137,7 @@ class Fitted:
             "compiled": train.compile and "compile" not in fallbacks,
             "graph": train.graph and "graph" not in fallbacks,
             "fallbacks": fallbacks,
+            "colours_crops": bool(self.inputs[1]),
             "first_s": self.first_s,
             "accumulate": train.accumulate,
             "asked_batch_size": self.asked,
@@ -143,6 +150,20 @@ def random_views(recipe: Recipe, batch_size: int, device: torch.device) -> list[
     """Standard normal numbers in the shape and layout of the recipe's views."""
     shapes = [(spec.count * batch_size, 3, spec.size, spec.size) for spec in recipe.views]
     return [torch.randn(shape, device=device).contiguous(memory_format=torch.channels_last) for shape in shapes]
+
+
+def random_crops(recipe: Recipe, batch_size: int, device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
+    """Random bytes in the shape and layout of the recipe's crops, and the colour tables of a drawn plan, as a loader with ``colour=False`` gives them."""
+    crops, tables, first_view, side = [], [], 0, np.full(batch_size, 512)
+    for spec in recipe.views:
+        shape = (spec.count * batch_size, 3, spec.size, spec.size)
+        pixels = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
+        crops.append(pixels.contiguous(memory_format=torch.channels_last))
+        ids = np.arange(batch_size)
+        plan = draw_plan(spec, first_view=first_view, seed=0, epoch=0, sample_ids=ids, heights=side, widths=side)
+        tables.append(to_device(parameter_table(plan.reshape(-1)), device))
+        first_view += spec.count
+    return crops, tables
 
 
 def fit_step(recipe: Recipe, device: torch.device, batch_size: int, *, amp: bool, compiled: bool = False, graph: bool = False) -> Fitted:
@@ -170,14 +191,16 @@ def fit_step(recipe: Recipe, device: torch.device, batch_size: int, *, amp: bool
 def _try_step(recipe: Recipe, device: torch.device, batch_size: int, *, amp: bool, compiled: bool, graph: bool) -> Fitted | None:
     """None: out of memory."""
     try:
-        step, views = Step(recipe, device, batch_size, amp=amp, compiled=compiled, graph=graph), random_views(recipe, batch_size, device)
+        step = Step(recipe, device, batch_size, amp=amp, compiled=compiled, graph=graph)
+        views = [view.to(step.inner.view_dtype) for view in random_views(recipe, batch_size, device)]
+        inputs = random_crops(recipe, batch_size, device) if step.inner.takes_crops else (views, [])
         started = time.perf_counter()
-        step(views)
+        step(*inputs)
         synchronize(device)
         first_s = time.perf_counter() - started
         with step.inner.autocast():
             cost = forward_cost(step.method.student, step.method.images(views), 2 if amp else 4)
-        return Fitted(step, views, batch_size, cost, first_s)
+        return Fitted(step, views, batch_size, cost, first_s, inputs)
     except torch.OutOfMemoryError:
         return None
 
@@ -241,7 +264,7 @@ def run(
     fitted = fit_step(recipe, device, size, amp=use_amp(amp, device), compiled=compiled, graph=graph)
     step, views = fitted.step, fitted.views
     contenders: dict[str, Callable[[], object]] = {
-        "step": lambda: step(views),
+        "step": lambda: step(*fitted.inputs),
         "networks": lambda: step.networks_alone(views),
         "product": product_call(device, torch.bfloat16 if step.amp else torch.float32),
         "copy": copy_call(device),
@@ -270,16 +293,17 @@ def run(
 
     ours, arithmetic = timings["step"], 4 * fitted.cost.flop / timings["step"].median_s
     networks, update = 1 / timings["networks"].times_faster_than(ours), updates["ours"].median_s / ours.median_s
-    busy = busy_share(lambda: step(views), device)
+    busy = busy_share(lambda: step(*fitted.inputs), device)
     records = [
         record(
             ours,
             bottleneck=bottleneck(arithmetic / flop_per_s, busy),
             details={
                 **fitted.details,
-                "share": _shares(networks, update),
+                # The parts are run as they are written: beside a recorded step their shares would say nothing.
+                "share": None if step.inner.recorded else _shares(networks, update),
                 "networks_fraction": networks,
-                "peak_bytes": _peak_bytes(lambda: step(views), device),
+                "peak_bytes": _peak_bytes(lambda: step(*fitted.inputs), device, step.inner.recorded),
                 "cpu_s": ours.median_cpu_s,
                 "flop_per_pair": 4 * fitted.cost.flop / batch,
                 "bytes_per_pair": 4 * fitted.cost.bytes / batch,
@@ -322,16 +346,17 @@ def _measure_updates(step: Step, runs: int) -> dict[str, Timing]:
         plain.optimizer.step()
         plain.move_keys()
 
-    one = nn.ParameterDict({"flat": torch.cat([p.detach().flatten() for p in step.method.student.parameters()])})
+    flat = torch.cat([p.detach().flatten() for p in step.method.student.parameters()])
+    one = nn.ParameterDict({"flat": flat[None]})  # two dimensions: LARS takes norms of such
     average, weight = one["flat"].detach().clone(), 1 - step.recipe.moco.momentum
     one["flat"].grad = torch.full_like(one["flat"], 1e-6)
     of_one = create_optimizer(one, replace(step.recipe.optim, decay_1d=True, lr=lr))
 
-    def flat() -> None:
+    def of_all() -> None:
         of_one.step()
         average.lerp_(one["flat"].detach(), weight)
 
-    contenders = {"ours": step.update_alone, "loops": loops, "flat": flat}
+    contenders = {"ours": step.update_alone, "loops": loops, "flat": of_all}
     timings = measure_in_turns(contenders, device=step.device, runs=max(runs, _UPDATE_RUNS))
     step.inner.clear_gradients()
     return timings
@@ -365,7 +390,7 @@ def _update_record(step: Step, updates: dict[str, Timing], common: dict[str, Any
 def _plain_steps(fitted: Fitted) -> dict[str, Callable[[], object]]:
     """The peers by name, ready to run on the same images in NCHW memory."""
     step, recipe = fitted.step, fitted.step.recipe
-    first, second = (view.contiguous() for view in fitted.views[0].chunk(2))
+    first, second = (view.float().contiguous() for view in fitted.views[0].chunk(2))
     lr = 1e-4 * recipe.optim.peak_lr(step.batch_size)
     found: dict[str, Callable[[], object]] = {}
     for amp in dict.fromkeys((step.amp, False)):
@@ -383,10 +408,15 @@ def bottleneck(arithmetic: float, busy: tuple[float, int] | None) -> str:
     return f"memory traffic and small operations (arithmetic at {arithmetic:.0%} of a matrix product's rate)"
 
 
-def _peak_bytes(run: Callable[[], object], device: torch.device) -> int:
-    """On a GPU all that is allocated at the peak of a step, weights and queue included; on a CPU what a step adds to them."""
+def _peak_bytes(run: Callable[[], object], device: torch.device, recorded: bool) -> int:
+    """On a GPU all that is allocated at the peak of a step, weights and queue included; on a CPU what a step adds to them.
+
+    A recorded step allocates nothing when it is replayed: its memory is what torch has reserved.
+    """
     if device.type != "cuda":
         return peak_extra_bytes(run, device)
+    if recorded:
+        return torch.cuda.memory_reserved(device)
     torch.cuda.reset_peak_memory_stats(device)
     run()
     torch.cuda.synchronize(device)

@@ -69,6 +69,7 @@ def run(
     fitted = fit_step(recipe, device, size, amp=use_amp(amp, device), compiled=compiled, graph=graph)
     step, size = fitted.step, fitted.step.batch_size
     options = {"pipeline": pipeline, "dtype": step.inner.view_dtype, "colour": not step.inner.takes_crops}
+    options["on_bad"] = recipe.train.on_bad
 
     def train(batch: Batch) -> None:
         step(batch.views, batch.tables)

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from fastssl.backbones import save_backbone
+from fastssl.optim import after_restore
 from fastssl.pipelines.errors import FastSSLError
 
 #: raised when the layout of last.pt changes
@@ -93,6 +94,7 @@ def restore(state: dict[str, Any], *, method: nn.Module, optimizer: torch.optim.
     try:
         method.load_state_dict(state["method"], strict=True)
         optimizer.load_state_dict(state["optimizer"])
+        after_restore(optimizer)
         return Position(**state["position"])
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         first_line = (str(error).splitlines() or [""])[0]

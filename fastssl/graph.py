@@ -54,6 +54,8 @@ class RecordedCall:
 
     def __call__(self, inputs: Sequence[Tensor]) -> Tensor:
         """Replay with ``inputs``. The result's memory is written again by the next replay."""
+        if len(inputs) != len(self._places):
+            raise ValueError(f"recorded with {len(self._places)} inputs, called with {len(inputs)}")
         for place, tensor in zip(self._places, inputs):
             if place.shape != tensor.shape or place.dtype != tensor.dtype:
                 raise ValueError(

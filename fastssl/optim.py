@@ -124,3 +124,10 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float | Tensor) -> None:
     """Give every group the rate ``lr``; a tensor (one element, on the device) is read by the kernels at every step."""
     for group in optimizer.param_groups:
         group["lr"] = lr
+
+
+def after_restore(optimizer: torch.optim.Optimizer) -> None:
+    """Set again what belongs to this machine and not to the checkpoint, which may come from a run on another device."""
+    for group in optimizer.param_groups:
+        if "capturable" in group:
+            group["capturable"] = any(parameter.is_cuda for parameter in group["params"])

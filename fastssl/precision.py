@@ -17,6 +17,12 @@ from torch import Tensor, nn
 _CAST_LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
 
+def _only_multiplies(layer: nn.Module) -> bool:
+    """Whether the layer's weights go into the product as they are. Some kinds standardise them first, in float32, and are left to autocast."""
+    kinds = [kind for kind in _CAST_LAYERS if isinstance(layer, kind)]
+    return any(type(layer).forward is kind.forward for kind in kinds) or type(layer).__name__ == "Conv2dSame"
+
+
 class HalfCopy:
     """A copy of a network that computes with bfloat16 weights where autocast would.
 
@@ -30,7 +36,7 @@ class HalfCopy:
     """
 
     def __init__(self, original: nn.Module):
-        layers = [layer for layer in original.modules() if isinstance(layer, _CAST_LAYERS)]
+        layers = [layer for layer in original.modules() if _only_multiplies(layer)]
         cast = {id(p): p for layer in layers for p in layer.parameters(recurse=False)}
         shared = {id(t): t for t in (*original.parameters(), *original.buffers()) if id(t) not in cast}
         self.network: nn.Module = copy.deepcopy(original, shared)

@@ -99,6 +99,16 @@ class TrainStep:
             self.fallbacks["graph"] = f"a CUDA graph needs an NVIDIA GPU, this is the {device.type}"
         self.takes_crops = recipe.train.graph and "graph" not in self.fallbacks
 
+    @property
+    def half_copies(self) -> tuple[HalfCopy, ...]:
+        """Of student and teacher; none without ``amp``."""
+        return tuple(self._half)
+
+    @property
+    def recorded(self) -> bool:
+        """Whether calls replay a recorded step."""
+        return self._recorded is not None
+
     def permutation(self, epoch: int, step: int) -> Tensor:
         """The order in which this step's keys are dealt into BatchNorm groups, (2B,) int64 on the device."""
         return to_device(batch_permutation(2 * self.batch_size, self.seed, epoch, step), self.device)

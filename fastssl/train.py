@@ -11,6 +11,7 @@ BatchNorm groups of the keys. A run that is stopped and resumed makes the same s
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import json
 import math
@@ -39,7 +40,7 @@ from fastssl.pipelines.errors import FastSSLError, Interrupted
 from fastssl.pipelines.loader import Batch, ViewLoader
 from fastssl.pipelines.verify import verify
 from fastssl.probe import OnlineProbe, choose_split, require_same_classes
-from fastssl.recipe import Recipe, recipe_to_dict
+from fastssl.recipe import Recipe, build_recipe, recipe_to_dict
 from fastssl.step import TrainStep, use_amp
 from fastssl.versions import describe_host, describe_versions
 
@@ -227,7 +228,7 @@ class Run:
 
     def _resume(self, path: Path) -> None:
         state = load_checkpoint(path)
-        found = differences(self.config, state["config"])
+        found = differences(self.config, _with_defaults(state["config"]))
         if found:
             raise FastSSLError(
                 f"{path} belongs to a run with other settings ({'; '.join(found[:3])}{'; ...' if len(found) > 3 else ''}): "
@@ -374,6 +375,8 @@ class Run:
         rates = {"lr": self._lr, "momentum": self._momentum, "smoothing": self._smoothing}
         self.ring.push(self.step(batch.views, permutation, **rates, tables=batch.tables))
         if first:
+            if recipe.train.compile or recipe.train.graph:
+                self._block_started = time.monotonic()  # minutes of compiling are not the rate of a step
             for switch, reason in self.step.fallbacks.items():
                 self.progress.message(f"without {switch}: {reason}")
 
@@ -432,3 +435,16 @@ class Run:
             arch=self.recipe.arch,
         )
         self._last_saved = time.monotonic()
+
+
+def _with_defaults(config: dict[str, Any]) -> dict[str, Any]:
+    """A stored configuration with the keys that its version of fastssl did not have yet, at what that version did."""
+    recipe = {key: value for key, value in config.items() if key in _RECIPE_KEYS}
+    try:
+        filled = recipe_to_dict(build_recipe(recipe, where="the checkpoint"))
+    except FastSSLError:  # written by another version, with keys that are gone: compared as it is
+        return config
+    return {**filled, **config, **{key: filled[key] for key in recipe}}
+
+
+_RECIPE_KEYS = frozenset(field.name for field in dataclasses.fields(Recipe))

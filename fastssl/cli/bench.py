@@ -347,7 +347,11 @@ def train(
     help="Folder or tar of photos, as convert-imagenet takes it; 'synthetic' makes JPEGs of ImageNet's usual size. May be repeated.",
 )
 @click.option(
-    "--photos", type=click.IntRange(min=1), default=512, show_default=True, help="Number of synthetic photos; of SRC at most so many, evenly spaced."
+    "--photos",
+    type=click.IntRange(min=1),
+    default=512,
+    show_default=True,
+    help="Number of synthetic photos; of SRC at most so many, evenly spaced.",
 )
 @click.option("--workers", type=click.IntRange(min=1), multiple=True, help="Threads; may be repeated. Default: one a core.")
 @folder_option

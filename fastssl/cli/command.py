@@ -31,7 +31,8 @@ def command_line(ctx: click.Context) -> str:
         elif param.is_flag:
             words.append((param.opts if value else param.secondary_opts)[-1])
         else:
-            words.extend(word for one in values for word in (_long(param), _word(one)))
+            shown = str if param.name == "overrides" else _word  # --set's values are the recipe's, and may hold anything
+            words.extend(word for one in values for word in (_long(param), shown(one)))
     return shlex.join([*words, *places])
 
 
@@ -40,12 +41,9 @@ def _long(option: click.Option) -> str:
 
 
 def _word(value: object) -> str:
-    """As one would type it: 30 and not 30.0; ``key=value`` and file names without folders."""
+    """As one would type it: 30 and not 30.0; file names without folders."""
     if isinstance(value, float):
         return f"{value:.10g}"
     text = str(value)
-    key, equals, rest = text.partition("=")
-    if "/" in key or not equals:
-        key, equals, rest = "", "", text
     # This flavour of paths knows both separators.
-    return key + equals + (PureWindowsPath(rest).name if "/" in rest or "\\" in rest else rest)
+    return PureWindowsPath(text).name or text if "/" in text or "\\" in text else text

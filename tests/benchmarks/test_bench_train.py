@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from fastssl.benchmarks import step as step_bench
 from fastssl.benchmarks import train as bench
 from fastssl.benchmarks.roofline import Cost
 from fastssl.benchmarks.step import Fitted
+from fastssl.pipelines.errors import FastSSLError
 from fastssl.pipelines.native import available_cores
 from fastssl.recipe import load_recipe
+from fastssl.step import TrainStep
 
 
 class FakeStep:
@@ -74,9 +78,9 @@ def test_advice_is_tried_and_its_outcome_stands_beside_the_prediction(beton: Pat
 
 
 def test_a_loop_that_waits_for_nothing_needs_no_advice(beton: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    record = measure(beton, FakeStep(0.15), monkeypatch, seconds=3.0)
-    if record.fraction_of_ceiling > 0.95:
-        assert record.details["remedies"] == [] and record.details["advice"].startswith("step-bound")
+    monkeypatch.setattr(bench, "ratio", lambda ours, theirs: 0.97)  # whatever this machine makes of it
+    record = measure(beton, FakeStep(0.05), monkeypatch, seconds=1.0)
+    assert record.details["remedies"] == [] and record.details["advice"].startswith("step-bound: data costs 3%")
 
 
 def test_train_record_of_a_real_network(beton: Path) -> None:
@@ -86,6 +90,29 @@ def test_train_record_of_a_real_network(beton: Path) -> None:
     assert record.details["data"]["name"] == beton.name and record.details["amp"] == "off"
     assert record.pair_per_s > 0
     record.to_json()
+
+
+def test_a_recorded_step_is_fed_the_crops_that_it_was_recorded_with(beton: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def replayed(call):
+        result = torch.zeros(4)
+        return lambda: result.copy_(call()), result
+
+    monkeypatch.setattr(step_bench, "TrainStep", partial(TrainStep, record=replayed))
+    recipe = load_recipe("quickstart", {"moco.queue": "64", "arch": "lcnet_035", "zero_init_residual": "false"})
+    (record,) = bench.run(recipe, "quickstart", str(beton), "cpu", workers=1, batch_size=4, seconds=0.2, graph=True, amp="bf16")
+    assert record.details["graph"] and record.details["colours_crops"] and record.details["fallbacks"] == {}
+    (record,) = step_bench.run(recipe, "quickstart", "cpu", batch_size=4, graph=True)
+    assert record.details["graph"] and record.details["share"] is None
+
+
+def test_damaged_photos_are_passed_over_as_the_recipe_says(damaged: tuple[Path, int]) -> None:
+    path, _ = damaged
+    options = {"moco.queue": "64", "arch": "lcnet_035", "zero_init_residual": "false"}
+    with pytest.raises(FastSSLError, match="sample"):
+        bench.run(load_recipe("quickstart", options), "quickstart", str(path), "cpu", workers=1, batch_size=4, seconds=0.2)
+    skipping = load_recipe("quickstart", {**options, "train.on_bad": "skip"})
+    (record,) = bench.run(skipping, "quickstart", str(path), "cpu", workers=1, batch_size=4, seconds=0.2)
+    assert record.pair_per_s > 0
 
 
 def test_bottlenecks_in_words() -> None:

@@ -266,3 +266,10 @@ def test_a_batch_beyond_the_memory(beton: Path, monkeypatch: pytest.MonkeyPatch)
 def test_what_would_not_train(beton: Path, changes: dict[str, str], message: str) -> None:
     with pytest.raises(FastSSLError, match=message):
         run(tiny(**changes), "quickstart", beton, workers=1, seconds=1)
+
+
+def test_the_largest_batch_goes_with_the_recipes_parts() -> None:
+    memory = cost.MemoryModel(0.0, cost.Line(0.0, 1.0), 0.0, 0.0)
+    assert cost.largest_batch(memory, 30, queue=2040, split_bn=1, most=10_000) == (30, "memory")
+    # In four parts only a quarter of the batch is held at once, and the batch is a multiple of four.
+    assert cost.largest_batch(memory, 30, queue=2040, split_bn=1, most=10_000, parts=4) == (68, "memory")

@@ -201,6 +201,20 @@ def test_a_half_copy_shares_all_but_the_cast_weights() -> None:
     assert network[3].weight.grad is None
 
 
+def test_layers_that_work_on_their_weights_are_left_to_autocast() -> None:
+    class StandardisedConv(nn.Conv2d):
+        def forward(self, images: Tensor) -> Tensor:
+            weight = (self.weight - self.weight.mean((1, 2, 3), keepdim=True)) / self.weight.std((1, 2, 3), keepdim=True)
+            return self._conv_forward(images, weight, self.bias)
+
+    network = nn.Sequential(StandardisedConv(3, 4, 3), nn.Conv2d(4, 4, 3))
+    half = HalfCopy(network)
+    assert half.network[0].weight is network[0].weight and half.network[1].weight.dtype == torch.bfloat16
+    images = torch.randn(2, 3, 9, 9)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(half.network(images), network(images))
+
+
 # ---------------------------------------------------------------------- accumulation
 
 
@@ -296,7 +310,7 @@ def test_no_value_is_read_back_in_a_recorded_step() -> None:
 def test_crops_with_their_tables_are_the_coloured_views(beton, crops_on: str) -> None:
     (spec,) = recipe().views
     with (
-        ViewLoader(beton, [spec], BATCH, seed=3) as coloured,
+        ViewLoader(beton, [spec], BATCH, seed=3, crops=crops_on) as coloured,
         ViewLoader(beton, [spec], BATCH, seed=3, colour=False, crops=crops_on) as crops,
     ):
         expected, raw = next(iter(coloured.epoch(0))), next(iter(crops.epoch(0)))
@@ -313,6 +327,8 @@ def test_a_recorded_call_takes_one_shape() -> None:
     assert call([torch.full((4,), 3.0)]).tolist() == [6.0] * 4
     with pytest.raises(ValueError, match="one shape"):
         call([torch.ones(5)])
+    with pytest.raises(ValueError, match="recorded with 1 inputs, called with 2"):
+        call([torch.ones(4), torch.ones(4)])
 
 
 # ---------------------------------------------------------------------- on a GPU

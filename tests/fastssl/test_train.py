@@ -304,3 +304,15 @@ def test_a_run_in_parts_and_bfloat16_resumes_bit_for_bit(beton: Path, tmp_path: 
     pretrain(recipe, options(beton, tmp_path / "cut"), Silent())
     mine, reference = (torch.load(tmp_path / name / "checkpoints" / "last.pt", weights_only=True)["method"] for name in ("cut", "whole"))
     assert all(torch.equal(mine[name], reference[name]) for name in reference) and whole["steps"] == 12
+
+
+def test_a_run_from_before_a_key_existed_goes_on(finished: Path, beton: Path, tmp_path: Path) -> None:
+    state = torch.load(finished / "checkpoints" / "last.pt", weights_only=True)
+    for part, key in (("optim", "trust"), ("train", "accumulate"), ("train", "graph")):
+        del state["config"][part][key]
+    torch.save(state, tmp_path / "last.pt")
+    said = Silent()
+    pretrain(small(), options(beton, tmp_path / "run", resume=str(tmp_path / "last.pt")), said)
+    assert any("resumed at step 12" in message for message in said.messages)
+    with pytest.raises(FastSSLError, match=r"train\.accumulate: 1 there, 2 here"):
+        pretrain(small("train.accumulate=2"), options(beton, tmp_path / "other", resume=str(tmp_path / "last.pt")), Silent())
