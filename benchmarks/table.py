@@ -37,7 +37,7 @@ def cells(record: Record) -> tuple[str, ...]:
 
 
 def _setting(record: Record, details: dict) -> list[str]:
-    found = [details.get("loader"), record.device, f"batch {record.batch_size}" if record.batch_size else None]
+    found = [record.arch, details.get("loader"), record.device, f"batch {record.batch_size}" if record.batch_size else None]
     if record.workers:
         found.append(f"{record.workers} threads")
     if "amp" in details:

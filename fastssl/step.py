@@ -11,6 +11,7 @@ the above as one CUDA graph. Where one cannot be had here, the step runs without
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -58,7 +59,7 @@ class TrainStep:
         method: both networks and the queue; what is saved.
         fallbacks: {switch: why it is not used here}; also ``channels_last``, where a network does not keep the layout.
         networks: student and teacher in the form that computes: with ``amp`` copies that hold bfloat16 weights.
-        prepared: whether the first call was made.
+        prepared: whether the first call was made, and ``prepare_s``, the seconds of it that went before the step itself.
         takes_crops: whether the step wants uint8 crops and colour tables (``ViewLoader(colour=False)``), to record the colour with the rest.
 
     Raises:
@@ -94,7 +95,7 @@ class TrainStep:
         self.fallbacks: dict[str, str] = {}
         self._record = record
         self._recorded: RecordedCall | None = None
-        self.prepared = False
+        self.prepared, self.prepare_s = False, 0.0
         if recipe.train.graph and device.type != "cuda" and record is record_cuda_graph:
             self.fallbacks["graph"] = f"a CUDA graph needs an NVIDIA GPU, this is the {device.type}"
         self.takes_crops = recipe.train.graph and "graph" not in self.fallbacks
@@ -153,7 +154,9 @@ class TrainStep:
             raise ValueError(f"{sum(map(len, views))} views, but a batch of {self.batch_size} has {2 * self.batch_size}")
         inputs = [permutation, *views, *tables]
         if not self.prepared:
+            started = time.monotonic()
             self._prepare(inputs, len(views), (lr, momentum, smoothing))
+            self.prepare_s = time.monotonic() - started
         if self._recorded is None:
             return self._run(inputs, len(views), lr, momentum, smoothing)
         # What the schedules say is an input like any other: a recorded number would stay what it was.

@@ -375,8 +375,7 @@ class Run:
         rates = {"lr": self._lr, "momentum": self._momentum, "smoothing": self._smoothing}
         self.ring.push(self.step(batch.views, permutation, **rates, tables=batch.tables))
         if first:
-            if recipe.train.compile or recipe.train.graph:
-                self._block_started = time.monotonic()  # minutes of compiling are not the rate of a step
+            self._block_started += self.step.prepare_s  # minutes of compiling are not the rate of a step
             for switch, reason in self.step.fallbacks.items():
                 self.progress.message(f"without {switch}: {reason}")
 

@@ -21,7 +21,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "verify": ("fastssl.cli.verify", "verify", "Check a .beton file: header, tables, checksums, pictures."),
     "pretrain": ("fastssl.cli.pretrain", "pretrain", "Pre-train a backbone without labels."),
     "evaluate": ("fastssl.cli.evaluate", "evaluate", "Probe a checkpoint: kNN and linear."),
-    "bench": ("fastssl.cli.bench", "bench", "Measure images/s of the loader, the views, the loss, the step."),
+    "bench": ("fastssl.cli.bench", "bench", "Measure images/s of every part, beside its ceiling; write the report."),
     "estimate": ("fastssl.cli.estimate", "estimate", "Say what a run will cost here, from a minute of measuring."),
     "views": ("fastssl.cli.views", "views", "Draw the views a recipe makes from your photos."),
     "report": ("fastssl.cli.report", "report", "Write the report page of a run again."),

@@ -82,8 +82,10 @@ def estimate(
 
 def describe(result: Estimate) -> list[str]:
     """The estimate in words, the most wanted figures first."""
+    # From one small batch in proportion: what is fixed in a step was taken to grow with it.
+    most = "at most " if any("in proportion" in item for item in result.extrapolated) else ""
     lines = [
-        f"One epoch: {_time(result.epoch_s)} ({result.steps_per_epoch:,} step{'s' * (result.steps_per_epoch != 1)} of {result.batch_size:,}). "
+        f"One epoch: {most}{_time(result.epoch_s)} ({result.steps_per_epoch:,} step{'s' * (result.steps_per_epoch != 1)} of {result.batch_size:,}). "
         f"{result.epochs:,} epoch{'s' * (result.epochs != 1)}: {_time(result.run_s)} on this {_device(result.device)}, "
         f"{_number(result.device_hours)} {'GPU-hours' if result.device == 'cuda' else 'device hours'}.",
         _limit(result),

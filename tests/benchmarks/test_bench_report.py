@@ -211,7 +211,7 @@ def test_one_command_is_named_once_and_a_step_alone_says_so() -> None:
 
 def test_peers_stand_beside_ours(whole: Path) -> None:
     text = (whole / "report.md").read_text()
-    assert "| step, first, cpu, batch 32 | plain step | 2.16 | 43.2 | 20 |" in text
+    assert "| step, first, resnet18, cpu, batch 32 | plain step | 2.16 | 43.2 | 20 |" in text
     loss = record("loss", "first", 100.0, peer="dense", ratio_to_peer=2.5, median_s=0.2, details={"peer_median_s": 0.5})
     alone = record("loader", None, 30.0, peer="others", ratio_to_peer=3.0, details={"part": "crops"})
     table = next(block for block in build([loss, alone]) if getattr(block, "header", ("",))[1:2] == ("peer",))

@@ -316,3 +316,11 @@ def test_a_run_from_before_a_key_existed_goes_on(finished: Path, beton: Path, tm
     assert any("resumed at step 12" in message for message in said.messages)
     with pytest.raises(FastSSLError, match=r"train\.accumulate: 1 there, 2 here"):
         pretrain(small("train.accumulate=2"), options(beton, tmp_path / "other", resume=str(tmp_path / "last.pt")), Silent())
+
+
+def test_a_switch_that_was_asked_for_and_not_used_takes_nothing_from_the_clock(beton: Path, tmp_path: Path) -> None:
+    """With a single step in the run, its time is all there is."""
+    one = small("train.graph=true", "train.epochs=1", "train.batch_size=32")
+    summary = pretrain(one, options(beton, tmp_path / "run"), Silent())
+    assert summary["steps"] == 1 and 0 <= summary["data_wait"] <= 1
+    assert summary["pair_per_s"] == pytest.approx(32 / summary["train_seconds"]) and summary["train_seconds"] > 0.01
