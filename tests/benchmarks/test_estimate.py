@@ -200,8 +200,8 @@ def test_an_epoch_takes_about_what_was_estimated(estimate: Estimate, beton: Path
                 step(batch.views)
             epochs.append(time.perf_counter() - started)
     # Loose: both are medians, but the machine may have other things to do in one of the two.
-    assert estimate.epoch_s == pytest.approx(statistics.median(epochs[1:]), rel=1.0)
-    assert estimate.epoch_s > 0.5 * min(epochs)
+    assert estimate.epoch_s < 4 * statistics.median(epochs[1:])
+    assert estimate.epoch_s > 0.25 * min(epochs)
 
 
 def test_memory_grows_with_the_batch() -> None:
@@ -231,13 +231,13 @@ def test_a_slow_step_is_measured_in_small_and_extrapolated(beton: Path, monkeypa
     recipe = tiny(train__batch_size="48", moco__queue="960", moco__split_bn="4")
     started = time.perf_counter()
     found = run(recipe, "slow", beton, workers=1, seconds=3)
-    assert time.perf_counter() - started < 4.5
+    assert time.perf_counter() - started < 9  # half as much again by itself, and as much for a busy machine
     top = found.measured["step"][-1]["batch_size"]
     assert top < 48 and any(f"from batch {top} to 48" in words for words in found.extrapolated)
-    assert 48 / found.step_pair_per_s == pytest.approx(0.5, rel=0.3)
+    assert 48 / found.step_pair_per_s == pytest.approx(0.5, rel=0.6)
     # In parts: the same work in two passes.
     parts = run(replace(recipe, train=replace(recipe.train, accumulate=2)), "slow", beton, workers=1, seconds=2)
-    assert 48 / parts.step_pair_per_s == pytest.approx(0.52, rel=0.3)
+    assert 48 / parts.step_pair_per_s == pytest.approx(0.52, rel=0.6)
     assert any(words.startswith("train.accumulate") for words in parts.extrapolated)
 
 
