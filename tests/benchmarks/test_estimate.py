@@ -234,10 +234,10 @@ def test_a_slow_step_is_measured_in_small_and_extrapolated(beton: Path, monkeypa
     assert time.perf_counter() - started < 9  # half as much again by itself, and as much for a busy machine
     top = found.measured["step"][-1]["batch_size"]
     assert top < 48 and any(f"from batch {top} to 48" in words for words in found.extrapolated)
-    assert 48 / found.step_pair_per_s == pytest.approx(0.5, rel=0.6)
+    assert 0.25 < 48 / found.step_pair_per_s < 1.5  # 0.5 s, and room for a busy machine
     # In parts: the same work in two passes.
     parts = run(replace(recipe, train=replace(recipe.train, accumulate=2)), "slow", beton, workers=1, seconds=2)
-    assert 48 / parts.step_pair_per_s == pytest.approx(0.52, rel=0.6)
+    assert 0.25 < 48 / parts.step_pair_per_s < 1.5
     assert any(words.startswith("train.accumulate") for words in parts.extrapolated)
 
 
