@@ -272,7 +272,7 @@ def run(
     plain = _plain_steps(fitted) if peers else {}
     timings = measure_in_turns({**contenders, **plain}, device=device, runs=runs)
     # Apart from the steps: the gradients that it works on lie in memory that a step would want.
-    updates = _measure_updates(step, runs)
+    updates = _measure_updates(step, runs, peers)
     batch, count = step.batch_size, sum(spec.count for spec in recipe.views)
     flop_per_s, bytes_per_s = product_flop(device) / timings["product"].median_s, copy_bytes(device) / timings["copy"].median_s
     least_s = 4 * fitted.cost.seconds(flop_per_s, bytes_per_s)
@@ -334,32 +334,40 @@ def _shares(networks: float, update: float) -> dict[str, float]:
     return {**shares, "loss, queue, metrics": max(0.0, 1 - sum(shares.values()))}
 
 
-def _measure_updates(step: Step, runs: int) -> dict[str, Timing]:
-    """Optimiser and moving average: ours, the loops over tensors, and the same on one flat tensor, in turns, on gradients that stay."""
+def _measure_updates(step: Step, runs: int, peers: bool = True) -> dict[str, Timing]:
+    """Optimiser and moving average on gradients that stay: ours; with ``peers`` in turns with the loops over tensors and with one flat tensor."""
+    _fill_gradients(step.method.student)
+    contenders = {"ours": step.update_alone, **(_update_peers(step) if peers else {})}
+    timings = measure_in_turns(contenders, device=step.device, runs=max(runs, _UPDATE_RUNS))
+    step.inner.clear_gradients()
+    return timings
+
+
+def _update_peers(step: Step) -> dict[str, Callable[[], None]]:
+    """The same work in loops over tensors, and on a single tensor."""
     lr = 1e-4 * step.recipe.optim.peak_lr(step.batch_size)
     plain = PlainStep(step.recipe, step.device, step.batch_size, amp=step.amp, lr=lr, seed=step.seed)
-    for network in (step.method.student, plain.query):
-        for parameter in network.parameters():
-            parameter.grad = torch.full_like(parameter, 1e-6)
+    flat = torch.cat([p.detach().flatten() for p in step.method.student.parameters()])
+    one = nn.ParameterDict({"flat": flat[None]})  # two dimensions: LARS takes norms of such
+    average, weight = one["flat"].detach().clone(), 1 - step.recipe.moco.momentum
+    of_one = create_optimizer(one, replace(step.recipe.optim, decay_1d=True, lr=lr))
+    for network in (plain.query, one):
+        _fill_gradients(network)
 
     def loops() -> None:
         plain.optimizer.step()
         plain.move_keys()
 
-    flat = torch.cat([p.detach().flatten() for p in step.method.student.parameters()])
-    one = nn.ParameterDict({"flat": flat[None]})  # two dimensions: LARS takes norms of such
-    average, weight = one["flat"].detach().clone(), 1 - step.recipe.moco.momentum
-    one["flat"].grad = torch.full_like(one["flat"], 1e-6)
-    of_one = create_optimizer(one, replace(step.recipe.optim, decay_1d=True, lr=lr))
-
     def of_all() -> None:
         of_one.step()
         average.lerp_(one["flat"].detach(), weight)
 
-    contenders = {"ours": step.update_alone, "loops": loops, "flat": of_all}
-    timings = measure_in_turns(contenders, device=step.device, runs=max(runs, _UPDATE_RUNS))
-    step.inner.clear_gradients()
-    return timings
+    return {"loops": loops, "flat": of_all}
+
+
+def _fill_gradients(network: nn.Module) -> None:
+    for parameter in network.parameters():
+        parameter.grad = torch.full_like(parameter, 1e-6)
 
 
 def _update_record(step: Step, updates: dict[str, Timing], common: dict[str, Any]) -> Record:

@@ -6,8 +6,6 @@ import os
 import subprocess
 import sys
 
-import pytest
-
 # Sixteen 64 MB blocks, taken, touched and freed again and again: what a training step does with its activations.
 SCRIPT = """
 import resource, sys
@@ -33,9 +31,11 @@ def faults(keep: bool, **variables: str) -> tuple[bool, int]:
     return kept == "True", int(count)
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's malloc")
 def test_pages_are_not_faulted_in_again() -> None:
     (_, before), (kept, after) = faults(False), faults(True)
+    if not sys.platform.startswith("linux"):
+        assert not kept  # another malloc, which is left alone and said to be
+        return
     assert kept and after < before / 20
 
 
