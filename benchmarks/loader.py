@@ -253,8 +253,10 @@ def _bottleneck(windows: dict[str, list[Window]], host_crops: bool) -> tuple[str
         # The device works beside the decoding threads: what is slower sets the pace.
         return ("decode" if of_decode >= 0.9 else "crop and colour on the device"), {"fraction_of_engine_decode": of_decode}
     # Everything runs on the same cores, one after the other: times add up.
-    decode, crops = ratio(windows["views"], windows["bare"]), ratio(windows["views"], windows["bare crops"])
-    shares = {"decode": decode, "crop": max(0.0, crops - decode), "colour and hand-over": max(0.0, 1 - crops)}
+    # A loop that a busy neighbour held up would look slower than the whole of which it is a part: no share is more than what is left.
+    decode = min(1.0, ratio(windows["views"], windows["bare"]))
+    crops = min(1.0, max(decode, ratio(windows["views"], windows["bare crops"])))
+    shares = {"decode": decode, "crop": crops - decode, "colour and hand-over": 1 - crops}
     details = {"share": shares, "engine_crops_of_bare_crops": ratio(windows["crops"], windows["bare crops"])}
     largest = max(shares, key=shares.__getitem__)
     return f"{largest} ({shares[largest]:.0%} of the time)", details
