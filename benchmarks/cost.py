@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fastssl.methods.method import MethodConfig
 
 #: Share of the memory that a run may fill, by device: a computer has other things to do, and its heap goes on growing after the few steps measured here
 #: (a process of MobileNet-V3-Large at 224 px held a sixth more after some steps).
@@ -111,29 +115,31 @@ class MemoryModel:
         return self.static + self.step.at(part) + self.images * (batch - part) + self.data * batch
 
 
-def allowed_batches(queue: int, split_bn: int, most: int) -> list[int]:
-    """Batch sizes up to ``most``, largest first, of which the queue is a multiple of twice, and which leave two keys to every BatchNorm group."""
-    half = queue // 2 if queue % 2 == 0 else 0
-    return [batch for batch in range(min(half, most), 1, -1) if half % batch == 0 and 2 * batch // split_bn >= 2]
+def allowed_batches(settings: MethodConfig, most: int) -> list[int]:
+    """Batch sizes up to ``most``, largest first, that go with a method's numbers."""
+    bound = settings.largest_batch
+    return [batch for batch in range(most if bound is None else min(bound, most), 1, -1) if settings.allows(batch)]
 
 
-def largest_batch(memory: MemoryModel, limit: float, *, queue: int, split_bn: int, most: int, parts: int = 1) -> tuple[int | None, str]:
-    """The largest batch that a recipe allows and ``limit`` bytes hold, and what stops it: ``memory``, ``moco.queue`` or ``photos``.
+def largest_batch(memory: MemoryModel, limit: float, *, settings: MethodConfig, most: int, parts: int = 1) -> tuple[int | None, str]:
+    """The largest batch that a recipe allows and ``limit`` bytes hold, and what stops it: ``memory``, ``photos`` or the recipe's key.
 
     Args:
+        settings: the numbers of the recipe's method.
         most: photos in the file.
         parts: into which the pass with gradient is cut; they divide the batch into two pairs each or more.
 
     Returns:
         None for the batch where not even the smallest one fits, or none is allowed.
     """
-    allowed = [batch for batch in allowed_batches(queue, split_bn, most) if batch % parts == 0 and batch >= 2 * parts]
+    allowed = [batch for batch in allowed_batches(settings, most) if batch % parts == 0 and batch >= 2 * parts]
     fitting = [batch for batch in allowed if memory.at(batch, parts) <= limit]
     if not fitting:
-        return None, "memory" if allowed else "moco.queue"
+        return None, "memory" if allowed else settings.BATCH_KEY
     if fitting[0] != allowed[0]:
         return fitting[0], "memory"
-    return fitting[0], "photos" if allowed_batches(queue, split_bn, queue)[0] > most else "moco.queue"
+    bound = settings.largest_batch
+    return fitting[0], "photos" if bound is None or allowed_batches(settings, bound)[0] > most else settings.BATCH_KEY
 
 
 def parts_that_fit(memory: MemoryModel, limit: float, batch: int) -> int | None:

@@ -51,7 +51,7 @@ class Estimate:
         available_bytes, total_bytes: memory of the device, before the measurement; ``usable_bytes`` is the share that is planned with.
         fits: whether the recipe's batch does.
         largest_batch, largest_batch_limit: the largest batch that fits, in as many parts as the recipe has, and that the recipe allows, and what
-            stops it (``memory``, ``moco.queue``, ``photos``).
+            stops it (``memory``, ``photos``, or a key of the recipe such as ``moco.queue``).
         fitting_accumulate: where the batch does not fit, the ``train.accumulate`` with which it would; None: none does, or none is needed.
         measured: the figures under the estimate.
         extrapolated, left_out: in words.
@@ -166,8 +166,9 @@ def _estimate(
     train, gauges, cpu = recipe.train, measured.gauges, device.type == "cpu"
     batch, parts, top = train.batch_size, train.accumulate, gauges[-1]
     part = batch // parts
+    groups = recipe.settings.groups
     # Steps with fewer BatchNorm groups than the recipe's make other passes: they count only where there is nothing else.
-    alike = [one for one in gauges if one.batch >= recipe.moco.split_bn] or gauges[-1:]
+    alike = [one for one in gauges if one.batch >= groups] or gauges[-1:]
     time_line = cost.fit_line([(one.batch, one.median_s) for one in alike[-2:]])
     part_s = top.median_s if top.batch == part else time_line.at(part)
     alone_s = parts * part_s
@@ -183,7 +184,7 @@ def _estimate(
     on_device, on_host = buffers
     if not cpu and measured.device_data:
         on_device = measured.device_data / top.batch
-    images = memory.image_bytes(recipe, device) if recipe.moco.split_bn > 1 else 0
+    images = memory.image_bytes(recipe, device) if groups > 1 else 0
     need = cost.MemoryModel(
         static,
         cost.fit_line([(one.batch, measured.overhead * one.peak_bytes) for one in alike]),
@@ -192,8 +193,7 @@ def _estimate(
     )
     usable = cost.USABLE[device.type] * measured.available
     fits = need.at(batch, parts) <= usable
-    groups = recipe.moco.split_bn
-    largest, stopped = cost.largest_batch(need, usable, queue=recipe.moco.queue, split_bn=groups, most=data["samples"], parts=parts)
+    largest, stopped = cost.largest_batch(need, usable, settings=recipe.settings, most=data["samples"], parts=parts)
     peak = need.at(batch, parts)
     return Estimate(
         recipe=recipe_name,

@@ -77,10 +77,9 @@ class Gauge:
 
 def scaled(recipe: Recipe, batch: int) -> Recipe:
     """The recipe with steps of ``batch`` in one pass, eager; a queue and BatchNorm groups that would not go with this batch are adapted to it."""
-    queue = -(-recipe.moco.queue // (2 * batch)) * 2 * batch
     return replace(
         recipe,
-        moco=replace(recipe.moco, queue=queue, split_bn=min(recipe.moco.split_bn, batch)),
+        **{recipe.method: recipe.settings.scaled(batch)},
         train=replace(recipe.train, batch_size=batch, accumulate=1, compile=False, graph=False),
     )
 
@@ -110,8 +109,10 @@ def gauge_step(recipe: Recipe, device: torch.device, batch: int) -> Gauge:
     except (RuntimeError, AssertionError, ValueError) as error:
         if "you tried to allocate" in str(error):  # torch's words for it on a CPU
             raise FastSSLError(f"{recipe.arch}: out of memory with {batch} pictures a step on this {device.type} device") from error
-        size, reason = recipe.views[0].size, " ".join(str(error).split())
-        raise FastSSLError(f"{recipe.arch} cannot take pictures of {size} px ({reason}): change views.0.size") from error
+        sizes, reason = sorted({spec.size for spec in recipe.views}), " ".join(str(error).split())
+        raise FastSSLError(
+            f"{recipe.arch} cannot take pictures of {', '.join(map(str, sizes))} px ({reason}): change the views' sizes"
+        ) from error
     return gauge
 
 
@@ -158,7 +159,7 @@ def gauge_steps(recipe: Recipe, device: torch.device, most: int, first: Gauge, d
         deadline: of the timing, by ``time.perf_counter``.
         room: bytes that a step may take.
     """
-    groups = recipe.moco.split_bn
+    groups = recipe.settings.groups
     top = affordable_batch(first, most, groups, deadline - time.perf_counter(), room)
     sizes = {size for size in (top // 2, top) if size >= min(groups, most) and size != first.batch}
     gauges = sorted([first, *(gauge_step(recipe, device, size) for size in sizes)], key=lambda gauge: gauge.batch)

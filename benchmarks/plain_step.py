@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fastssl.losses.reference import dense_step
-from fastssl.methods.moco import Encoder
+from fastssl.methods.method import new_encoder
 from fastssl.optim import OptimConfig, parameter_groups
 from fastssl.recipe import Recipe
 from fastssl.step import initial_backbone
@@ -30,6 +30,8 @@ class PlainLARS(torch.optim.Optimizer):
     def step(self) -> None:
         for group in self.param_groups:
             for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
                 direction = parameter.grad + group["weight_decay"] * parameter
                 weight, length = parameter.norm(), direction.norm()
                 if parameter.ndim > 1 and weight > 0 and length > 0:
@@ -50,6 +52,12 @@ def plain_optimizer(model: nn.Module, config: OptimConfig, lr: float) -> torch.o
     return torch.optim.AdamW(groups, lr=lr, foreach=False, fused=False)
 
 
+def has_peer(recipe: Recipe) -> bool:
+    """Whether a recipe's step is one that ``PlainStep`` makes."""
+    weights = recipe.pair_weights
+    return recipe.method == "moco" and recipe.moco.symmetric and not weights.local_views and not recipe.drop_path
+
+
 class PlainStep:
     """Networks, queue, optimiser and one step.
 
@@ -65,7 +73,7 @@ class PlainStep:
     def __init__(self, recipe: Recipe, device: torch.device, batch_size: int, *, amp: bool, lr: float, seed: int = 0):
         self.moco, self.device, self.amp, self.batch_size = recipe.moco, device, amp, batch_size
         backbone = initial_backbone(recipe, seed)
-        self.query = Encoder(backbone, recipe.moco.projector).to(device, memory_format=torch.contiguous_format).train()
+        self.query = new_encoder(backbone, recipe.moco.projector).to(device, memory_format=torch.contiguous_format).train()
         self.key = copy.deepcopy(self.query)
         for parameter in self.key.parameters():
             parameter.requires_grad = False

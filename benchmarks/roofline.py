@@ -6,6 +6,7 @@ and its weights and writing its output once: BatchNorm, activations and squeeze-
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,6 +38,12 @@ class Cost:
     def bytes(self) -> float:
         return sum(layer.bytes for layer in self.layers)
 
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.layers + other.layers, self.flop + other.flop)
+
+    def __mul__(self, times: int) -> Cost:
+        return Cost(self.layers * times, self.flop * times)
+
     def seconds(self, flop_per_s: float, bytes_per_s: float) -> float:
         """The least time of the pass at these rates."""
         outside = max(0.0, self.flop - sum(layer.flop for layer in self.layers))
@@ -44,12 +51,12 @@ class Cost:
 
 
 @torch.no_grad()
-def forward_cost(network: nn.Module, images: Tensor, itemsize: int) -> Cost:
+def forward_cost(network: nn.Module, images: Tensor | Sequence[Tensor], itemsize: int) -> Cost:
     """Count one forward pass.
 
     Args:
         network: in the mode that is to be counted.
-        images: (N, 3, S, S).
+        images: (N, 3, S, S), or what else the network takes.
         itemsize: bytes of an activation: 2 under autocast, else 4.
     """
     layers: list[Layer] = []

@@ -25,7 +25,7 @@ from torch.profiler import ProfilerActivity, profile
 from fastssl.backbones import resolve_arch
 from fastssl.benchmarks.limits import copy_bytes, copy_call, product_call, product_flop
 from fastssl.benchmarks.loader import default_batch
-from fastssl.benchmarks.plain_step import PlainStep
+from fastssl.benchmarks.plain_step import PlainStep, has_peer
 from fastssl.benchmarks.records import Record
 from fastssl.benchmarks.roofline import Cost, forward_cost
 from fastssl.benchmarks.timing import MIN_RUNS, Timing, measure_in_turns, peak_extra_bytes
@@ -36,6 +36,7 @@ from fastssl.pipelines.crop import to_device
 from fastssl.pipelines.errors import FastSSLError
 from fastssl.pipelines.plan import draw_plan
 from fastssl.recipe import Recipe
+from fastssl.schedules import RunLength
 from fastssl.step import TrainStep, use_amp
 
 #: Runs of the optimiser alone, which takes milliseconds.
@@ -85,28 +86,50 @@ class Step:
 
     def __call__(self, views: list[Tensor], tables: Sequence[Tensor] = ()) -> None:
         """Views (and colour tables) as ``ViewLoader`` gives them. Nothing here waits for the device."""
-        # A rate so small that the weights stay where they are: every run then does the same arithmetic, and none diverges.
-        lr = 1e-4 * self.recipe.optim.peak_lr(self.batch_size)
-        moco = self.recipe.moco
-        rates = {"lr": lr, "momentum": moco.momentum, "smoothing": moco.smoothing}
-        self.metrics = self.inner(views, self.inner.permutation(0, self.number), **rates, tables=tables)
+        self.metrics = self.inner(views, self.inner.noise(0, self.number), self.rates, tables=tables)
         self.number += 1
 
+    @property
+    def rates(self) -> dict[str, float]:
+        """Those of the first step, but for smoothing, which is there in full, and a learning rate so small that the weights stay where they are: every run
+        then does the same arithmetic, and none diverges."""
+        found = self.inner.rates(0, RunLength(1, 1))
+        found["lr"] = self.small_lr
+        if "smoothing" in found:
+            found["smoothing"] = self.recipe.settings.smoothing
+        return found
+
+    @property
+    def small_lr(self) -> float:
+        """A ten-thousandth of the peak."""
+        return 1e-4 * self.recipe.optim.peak_lr(self.batch_size)
+
     def networks_alone(self, views: list[Tensor]) -> None:
-        """The passes through the networks that a step makes, and nothing else."""
-        images, parts = self.method.images(views), self.recipe.train.accumulate
+        """The passes through the networks that a step makes, and nothing else but the teacher's targets."""
+        method, parts = self.method, self.recipe.train.accumulate
+        images, noise = method.images(views), self.inner.noise(0, self.number)
+        if method.student.drop is not None:
+            method.student.drop.coins = noise["drop_path"]
         with self.inner.autocast():
-            self.method.keys(images, self.inner.permutation(0, self.number))
-        for part in images.chunk(parts):
+            method.targets(images, noise, self.rates)
+        for part in range(parts):
             with self.inner.autocast():
-                embeddings = self.method.encode(part)
+                embeddings = method.encode([method.part_of(batch, part, parts) for batch in method.student_images(images)])
             embeddings.sum().backward()
         self.inner.clear_gradients()
         self.number += 1
 
     def update_alone(self) -> None:
         """Optimiser and moving average over whatever gradients there are, and nothing else."""
-        self.inner.update(1e-4 * self.recipe.optim.peak_lr(self.batch_size), self.recipe.moco.momentum)
+        self.inner.update(self.rates)
+
+    def cost(self, views: list[Tensor]) -> Cost:
+        """The least work of the networks in a step: the student's pass, its backward pass taken as two more, and the teacher's."""
+        itemsize, images = 2 if self.amp else 4, self.method.images(views)
+        with self.inner.autocast():
+            found = forward_cost(self.method.student, self.method.student_images(images), itemsize) * 3
+            looked_at = self.method.teacher_images(images)
+            return found if looked_at is None else found + forward_cost(self.method.teacher, looked_at, itemsize)
 
 
 @dataclass
@@ -117,7 +140,7 @@ class Fitted:
         step, views: the step, and random views for its networks: a list of (count * B, 3, S, S) channels-last.
         inputs: what the step is called with: ``views``, or uint8 crops with their colour tables where it colours them itself.
         asked: batch size before it was halved for want of memory.
-        cost: of a forward pass over the views; a step is four of them (the student's backward pass is taken as two).
+        cost: of a step's passes through the networks.
         first_s: seconds of the first call, in which libraries choose kernels, networks are compiled and the step is recorded.
     """
 
@@ -184,7 +207,7 @@ def fit_step(recipe: Recipe, device: torch.device, batch_size: int, *, amp: bool
         if device.type == "cuda":
             torch.cuda.empty_cache()
         size //= 2
-        if size < max(2, recipe.moco.split_bn):
+        if size < max(2, recipe.settings.groups):
             raise FastSSLError(f"{recipe.arch}: out of memory even with {2 * size} pictures a step on this {device.type} device")
 
 
@@ -198,9 +221,7 @@ def _try_step(recipe: Recipe, device: torch.device, batch_size: int, *, amp: boo
         step(*inputs)
         synchronize(device)
         first_s = time.perf_counter() - started
-        with step.inner.autocast():
-            cost = forward_cost(step.method.student, step.method.images(views), 2 if amp else 4)
-        return Fitted(step, views, batch_size, cost, first_s, inputs)
+        return Fitted(step, views, batch_size, step.cost(views), first_s, inputs)
     except torch.OutOfMemoryError:
         return None
 
@@ -260,6 +281,10 @@ def run(
         trained on in both of its views.
     """
     device = torch.device(device)
+    if peers and not has_peer(recipe):
+        raise FastSSLError(
+            f"{recipe_name}: the peers are steps of MoCo with two views of one kind; bench step without --peers measures any recipe"
+        )
     size = default_batch(recipe, device, batch_size)
     fitted = fit_step(recipe, device, size, amp=use_amp(amp, device), compiled=compiled, graph=graph)
     step, views = fitted.step, fitted.views
@@ -275,7 +300,7 @@ def run(
     updates = _measure_updates(step, runs, peers)
     batch, count = step.batch_size, sum(spec.count for spec in recipe.views)
     flop_per_s, bytes_per_s = product_flop(device) / timings["product"].median_s, copy_bytes(device) / timings["copy"].median_s
-    least_s = 4 * fitted.cost.seconds(flop_per_s, bytes_per_s)
+    least_s = fitted.cost.seconds(flop_per_s, bytes_per_s)
     common = {
         "bench": "step",
         "recipe": recipe_name,
@@ -291,7 +316,7 @@ def run(
         rates = {"pair_per_s": batch / seconds, "view_per_s": count * batch / seconds, "median_s": seconds}
         return Record(**{**common, **rates, **limits, **values})
 
-    ours, arithmetic = timings["step"], 4 * fitted.cost.flop / timings["step"].median_s
+    ours, arithmetic = timings["step"], fitted.cost.flop / timings["step"].median_s
     networks, update = 1 / timings["networks"].times_faster_than(ours), updates["ours"].median_s / ours.median_s
     busy = busy_share(lambda: step(*fitted.inputs), device)
     records = [
@@ -305,8 +330,8 @@ def run(
                 "networks_fraction": networks,
                 "peak_bytes": _peak_bytes(lambda: step(*fitted.inputs), device, step.inner.recorded),
                 "cpu_s": ours.median_cpu_s,
-                "flop_per_pair": 4 * fitted.cost.flop / batch,
-                "bytes_per_pair": 4 * fitted.cost.bytes / batch,
+                "flop_per_pair": fitted.cost.flop / batch,
+                "bytes_per_pair": fitted.cost.bytes / batch,
                 "flop_per_s": arithmetic,
                 "product_flop_per_s": flop_per_s,
                 "copy_bytes_per_s": bytes_per_s,
@@ -345,7 +370,7 @@ def _measure_updates(step: Step, runs: int, peers: bool = True) -> dict[str, Tim
 
 def _update_peers(step: Step) -> dict[str, Callable[[], None]]:
     """The same work in loops over tensors, and on a single tensor."""
-    lr = 1e-4 * step.recipe.optim.peak_lr(step.batch_size)
+    lr = step.small_lr
     plain = PlainStep(step.recipe, step.device, step.batch_size, amp=step.amp, lr=lr, seed=step.seed)
     flat = torch.cat([p.detach().flatten() for p in step.method.student.parameters()])
     one = nn.ParameterDict({"flat": flat[None]})  # two dimensions: LARS takes norms of such
@@ -372,14 +397,14 @@ def _fill_gradients(network: nn.Module) -> None:
 
 def _update_record(step: Step, updates: dict[str, Timing], common: dict[str, Any]) -> Record:
     """Ours beside the loops over tensors; the ceiling is the same work on one flat tensor."""
-    ours, batch = updates["ours"], step.batch_size
+    ours, batch, views = updates["ours"], step.batch_size, step.method.views.count
     fraction = ours.times_faster_than(updates["flat"])
     return Record(
         **{**common, "runs": len(ours.wall)},
         pair_per_s=batch / ours.median_s,
-        view_per_s=2 * batch / ours.median_s,
+        view_per_s=views * batch / ours.median_s,
         median_s=ours.median_s,
-        ceiling=2 * batch / ours.median_s / fraction,
+        ceiling=views * batch / ours.median_s / fraction,
         ceiling_name="the same on one flat tensor",
         fraction_of_ceiling=fraction,
         bottleneck="memory bandwidth" if fraction > 0.7 else "many small tensors",
@@ -399,7 +424,7 @@ def _plain_steps(fitted: Fitted) -> dict[str, Callable[[], object]]:
     """The peers by name, ready to run on the same images in NCHW memory."""
     step, recipe = fitted.step, fitted.step.recipe
     first, second = (view.float().contiguous() for view in fitted.views[0].chunk(2))
-    lr = 1e-4 * recipe.optim.peak_lr(step.batch_size)
+    lr = step.small_lr
     found: dict[str, Callable[[], object]] = {}
     for amp in dict.fromkeys((step.amp, False)):
         plain = PlainStep(recipe, step.device, step.batch_size, amp=amp, lr=lr, seed=step.seed)

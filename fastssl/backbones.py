@@ -46,12 +46,13 @@ def resolve_arch(name: str) -> str:
     raise FastSSLError(f"unknown network {name!r}{hint}; `fastssl archs` lists the short names, any timm name works too")
 
 
-def create_backbone(name: str, *, drop_path: float = 0.0, zero_init_residual: bool = False) -> nn.Module:
+def create_backbone(name: str, *, drop_path: float = 0.0, init: str = "timm", zero_init_residual: bool = False) -> nn.Module:
     """A randomly initialised backbone in channels-last layout.
 
     Args:
         name: short name or timm name.
         drop_path: stochastic depth rate of the deepest block, for networks that have it (0 elsewhere).
+        init: ``timm``: as the network's definition there does; ``kaiming``: see ``kaiming_init``.
         zero_init_residual: see ``zero_residual_branches``.
 
     Returns:
@@ -65,9 +66,28 @@ def create_backbone(name: str, *, drop_path: float = 0.0, zero_init_residual: bo
     if drop_path > 0:
         options["drop_path_rate"] = drop_path
     backbone = timm.create_model(arch, pretrained=False, **options)
+    if init == "kaiming":
+        kaiming_init(backbone)
     if zero_init_residual and not zero_residual_branches(backbone):
         warnings.warn(f"zero_init_residual changes nothing: {name} has no residual branches that are known here", stacklevel=2)
     return backbone.to(memory_format=torch.channels_last)
+
+
+@torch.no_grad()
+def kaiming_init(backbone: nn.Module) -> None:
+    """Draw all convolutions Kaiming normal by fan-out (ReLU), and let every BatchNorm begin at scale 1 and shift 0, as torchvision does.
+
+    He et al., arXiv 1502.01852. timm differs from it for depth-wise filters (its fan-out counts the channels of a group) and silences the last BatchNorm
+    of each of ResNet's residual blocks; SSLight's networks begin in torchvision's way.
+    """
+    for layer in backbone.modules():
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+        elif isinstance(layer, nn.BatchNorm2d) and layer.affine:
+            nn.init.ones_(layer.weight)
+            nn.init.zeros_(layer.bias)
 
 
 def zero_residual_branches(backbone: nn.Module) -> int:

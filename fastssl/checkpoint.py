@@ -1,7 +1,7 @@
 """Checkpoints: whole or absent, and enough to go on at the very step.
 
-``last.pt`` holds the run (both networks, queue, optimiser, position); ``last.safetensors`` holds the backbone alone, for
-``fastssl.load_backbone``. Because the order of samples and every view are functions of (seed, epoch, sample), the position
+``last.pt`` holds the run (all networks, queue or centre, optimiser, position); ``last.safetensors`` holds the backbone alone, for
+``fastssl.load_backbone``, and ``last-teacher.safetensors`` the teacher's, where the method has one. Because the order of samples and every view are functions of (seed, epoch, sample), the position
 (epoch, step) is all that has to be stored of the data side.
 """
 
@@ -49,7 +49,7 @@ def write_atomically(path: Path, write: Any) -> None:
 def save_checkpoint(
     folder: Path, *, method: nn.Module, optimizer: torch.optim.Optimizer, position: Position, config: dict[str, Any], arch: str
 ) -> None:
-    """Write ``last.pt`` and ``last.safetensors`` into ``folder``.
+    """Write ``last.pt``, ``last.safetensors`` and, where there is a teacher, ``last-teacher.safetensors`` into ``folder``.
 
     Raises:
         FastSSLError: the disk is full or the folder cannot be written; the checkpoint before is untouched.
@@ -64,7 +64,9 @@ def save_checkpoint(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / "last.pt", lambda path: torch.save(state, path))
-        save_backbone(method.student.backbone, folder / "last.safetensors", arch=arch, step=str(position.step))
+        save_backbone(method.student.backbone, folder / "last.safetensors", arch=arch, step=str(position.step), network="student")
+        if method.teacher is not None:
+            save_backbone(method.teacher.backbone, folder / "last-teacher.safetensors", arch=arch, step=str(position.step), network="teacher")
     except (OSError, RuntimeError) as error:
         raise FastSSLError(f"{folder}: checkpoint not written ({error}); the one before it is untouched") from error
 

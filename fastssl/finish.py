@@ -6,6 +6,7 @@ import json
 import time
 from typing import TYPE_CHECKING, Any
 
+from fastssl.evaluate.batchnorm import has_batchnorm, reestimated
 from fastssl.evaluate.features import Features
 from fastssl.evaluate.raw_pixels import raw_pixel_features
 from fastssl.probe import ProbeSplit, choose_split, probe_features
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 RAW = "raw pixels (16x16)"
 RANDOM = "random initialisation"
 TRAINED = "after pre-training"
+TEACHER = "its teacher"
+REESTIMATED = ", BatchNorm statistics of centre crops"
 
 
 def finish_run(run: Run, started: float) -> dict[str, Any]:
@@ -31,7 +34,7 @@ def finish_run(run: Run, started: float) -> dict[str, Any]:
     run.progress.message("probing: the trained network, the same network before training, raw pixels")
     probe = run.recipe.probe
     split = choose_split(run.reader, run.val, probe.final_samples, run.options.seed)
-    features = _three_features(run, split)
+    features = _all_features(run, split)
     rows = [probe_features(name, *parts, split.labelled) for name, parts in features.items()]
     summary = {
         **_identity(run),
@@ -54,18 +57,23 @@ def finish_run(run: Run, started: float) -> dict[str, Any]:
     return summary
 
 
-def _three_features(run: Run, split: ProbeSplit) -> dict[str, tuple[Features, Features]]:
-    """(bank, queries) of raw pixels, of the network as it was before the first step, and of the trained one."""
-    options = run.extraction
+def _all_features(run: Run, split: ProbeSplit) -> dict[str, tuple[Features, Features]]:
+    """(bank, queries) of raw pixels, of the network as it was before the first step, of the trained one, and of the forms of it that the recipe names."""
+    options, probe = run.extraction, run.recipe.probe
     raw = tuple(
         raw_pixel_features(reader, indices=index, **{name: options[name] for name in ("workers", "crop", "on_bad")})
         for reader, index in ((split.bank, split.bank_index), (split.queries, split.query_index))
     )
-    return {
-        RAW: raw,
-        RANDOM: split.features(initial_backbone(run.recipe, run.options.seed).to(run.device), run.recipe.probe.size, **options),
-        TRAINED: split.features(run.backbone, run.recipe.probe.size, **options),
-    }
+    networks = {RANDOM: initial_backbone(run.recipe, run.options.seed).to(run.device), TRAINED: run.backbone}
+    if probe.teacher and run.step.method.teacher is not None:
+        networks[TEACHER] = run.step.method.teacher.backbone
+    if probe.reestimate_bn and has_batchnorm(run.backbone):
+        for name in (TRAINED, TEACHER):
+            if name in networks:
+                networks[name + REESTIMATED] = reestimated(
+                    networks[name], run.reader, samples=probe.reestimate_bn, size=probe.size, seed=run.options.seed, **options
+                )
+    return {RAW: raw, **{name: split.features(network, probe.size, **options) for name, network in networks.items()}}
 
 
 def _identity(run: Run) -> dict[str, Any]:

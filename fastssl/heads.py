@@ -1,11 +1,19 @@
-"""Heads: what stands between the backbone's feature and the loss, thrown away after pre-training."""
+"""Heads: what stands between the backbone's feature and the loss, thrown away after pre-training.
+
+Projector     MLP, then unit length: MoCo, SimCLR, and the first part of the two below
+CosineLogits  unit vectors to K logits by weight-normalised rows: the last layer of DINO's head
+Prototypes    unit vectors to K scores by unit rows: SwAV's
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+ACTIVATIONS = {"relu": lambda: nn.ReLU(inplace=True), "gelu": nn.GELU}
 
 
 @dataclass(frozen=True)
@@ -19,9 +27,13 @@ class ProjectorConfig:
         norm_in: LayerNorm without scale and shift on the feature. MobileNet-V3's squeeze-and-excite gates multiply up to heavy tails: in
             a fresh network the longest feature of a batch is 19 times the median (ResNet-18: 3), and the BatchNorms that follow
             would spend their unit of variance on those few photos and make all others alike.
-        norm: BatchNorm after each hidden linear layer (MoCo-v2 and light-moco have none; SimCLR and MoCo-v3 do).
+        norm: BatchNorm after each hidden linear layer (MoCo-v2 and light-moco have none; SimCLR, SwAV, DINO on CNNs and MoCo-v3 do).
         norm_out: BatchNorm without scale and shift on the embedding (MoCo-v3). It keeps the embeddings of a fresh
             network from being all alike, which is what holds small networks at the start.
+        bias: a bias also in linear layers that a BatchNorm follows. It has no effect on what is computed; published heads have it.
+        activation: ``relu`` or ``gelu``.
+        init: ``torch`` (its default for linear layers), ``truncated`` (DINO, SSLight's MoCo: weights truncated normal of std 0.02, biases 0) or
+            ``normal`` (SwAV: normal of std 0.01, biases 0).
     """
 
     hidden: int = 2048
@@ -30,11 +42,23 @@ class ProjectorConfig:
     norm_in: bool = False
     norm: bool = False
     norm_out: bool = False
+    bias: bool = False
+    activation: str = "relu"
+    init: str = "torch"
 
     def __post_init__(self) -> None:
         for name in ("hidden", "out", "layers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"projector.{name} must be at least 1, got {getattr(self, name)}")
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"projector.activation={self.activation!r} is not one of {', '.join(ACTIVATIONS)}")
+        if self.init not in ("torch", "truncated", "normal"):
+            raise ValueError(f"projector.init={self.init!r} is not one of torch, truncated, normal")
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """``tensor`` in float32, or as it is where it is float64 (in which tests prove what rounding would hide)."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 class Projector(nn.Sequential):
@@ -48,15 +72,72 @@ class Projector(nn.Sequential):
         layers: list[nn.Module] = [nn.LayerNorm(in_features, elementwise_affine=False)] if config.norm_in else []
         width = in_features
         for _ in range(config.layers - 1):
-            layers.append(nn.Linear(width, config.hidden, bias=not config.norm))
+            layers.append(nn.Linear(width, config.hidden, bias=config.bias or not config.norm))
             if config.norm:
                 layers.append(nn.BatchNorm1d(config.hidden))
-            layers.append(nn.ReLU(inplace=True))
+            layers.append(ACTIVATIONS[config.activation]())
             width = config.hidden
-        layers.append(nn.Linear(width, config.out, bias=not config.norm_out))
+        layers.append(nn.Linear(width, config.out, bias=config.bias or not config.norm_out))
         if config.norm_out:
             layers.append(nn.BatchNorm1d(config.out, affine=False))
         super().__init__(*layers)
+        if config.init != "torch":
+            initialise_linear(self, config.init)
 
     def forward(self, features: Tensor) -> Tensor:
-        return functional.normalize(super().forward(features).float(), dim=1)
+        return functional.normalize(at_least_float32(super().forward(features)), dim=1)
+
+
+class CosineLogits(nn.Module):
+    """Unit vectors (N, D) -> (N, K): each row of the weight has unit length, times its gain; no bias.
+
+    The last layer of DINO's head (Caron et al., arXiv 2104.14294). Always in float32: its results are cosines, which the loss divides by
+    temperatures down to 0.04.
+
+    Args:
+        learned_gain: train the gains, which start at 1; otherwise they stay there.
+    """
+
+    def __init__(self, in_features: int, out_features: int, *, learned_gain: bool = False):
+        super().__init__()
+        self.direction = nn.Parameter(nn.Linear(in_features, out_features, bias=False).weight.detach().clone())
+        # (K, 1), not (K,): a matrix to the optimiser, which lets it decay as the published recipe does.
+        self.gain = nn.Parameter(torch.ones(out_features, 1), requires_grad=learned_gain)
+
+    def forward(self, embeddings: Tensor) -> Tensor:
+        with torch.autocast(embeddings.device.type, enabled=False):
+            return functional.linear(at_least_float32(embeddings), functional.normalize(self.direction, dim=1) * self.gain)
+
+
+class Prototypes(nn.Module):
+    """Unit vectors (N, D) -> scores (N, K) against K unit vectors that are learned. Source: SwAV (Caron et al., arXiv 2006.09882).
+
+    Always in float32: the scores are divided by 0.05 in an exponential. ``normalise_`` brings the rows back to unit length, in place, before each pass.
+    """
+
+    def __init__(self, in_features: int, count: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(count, in_features).normal_(std=0.01))
+        self.normalise_()
+
+    @torch.no_grad()
+    def normalise_(self) -> None:
+        """Give every prototype unit length."""
+        self.weight.copy_(functional.normalize(self.weight, dim=1))
+
+    def forward(self, embeddings: Tensor) -> Tensor:
+        with torch.autocast(embeddings.device.type, enabled=False):
+            return functional.linear(at_least_float32(embeddings), self.weight)
+
+
+@torch.no_grad()
+def initialise_linear(module: nn.Module, init: str) -> None:
+    """Draw the weights of all linear layers in ``module`` as ``ProjectorConfig.init`` says; biases become zero."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            if init == "truncated":
+                nn.init.trunc_normal_(layer.weight, std=0.02)
+            else:
+                nn.init.normal_(layer.weight, std=0.01)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)

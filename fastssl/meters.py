@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastssl.distributed import all_reduce_mean, world_size
+
 
 @dataclass
 class _Block:
@@ -22,6 +24,8 @@ class MetricRing:
 
     ``push`` and ``flush`` only queue work. On a GPU ``collect`` returns the blocks whose copy has arrived by now; reading
     ``loss.item()`` instead would stop the host until the device has caught up, every step.
+
+    Of several processes each hands out the mean over all; they flush together.
 
     Args:
         names: of the metrics, in the order of the pushed vectors.
@@ -47,6 +51,8 @@ class MetricRing:
     def flush(self, row: dict[str, Any]) -> None:
         """Close the block; ``row`` is what the host knows about it (step, lr, ...)."""
         values, copied = self._ring[: self._filled], None
+        if world_size() > 1:
+            values = all_reduce_mean(values.clone())
         if values.is_cuda:
             host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
             # Ordered behind the pushes on this stream, and before those of the next block: the ring may be reused at once.

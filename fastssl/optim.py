@@ -19,9 +19,12 @@ class OptimConfig:
         lr_batch: 256 by convention; 0: ``lr`` is taken as it is.
         momentum: of SGD and LARS.
         trust: of LARS: the step of a tensor as a share of its norm, before the rate.
-        weight_decay: on every tensor, or without the 1-D ones (biases, norms) when ``decay_1d`` is false.
-        decay_1d: MoCo's code decays everything; most recipes for small networks do not.
+        weight_decay: on every tensor but those that the next two leave out.
+        decay_1d: also on 1-D tensors (biases, norms): MoCo's code decays everything; most recipes for small networks do not.
+        decay_depthwise: also on depth-wise filters (4-D, one input channel), which SSLight spares.
+        final_weight_decay: half a cosine leads from ``weight_decay`` to it; None: constant.
         warmup_epochs: linear warm-up, in epochs.
+        warmup_lr: rate of the very first step (not scaled with the batch), the last of the warm-up having the peak; None: see ``schedules.learning_rate``.
         final_lr: rate of the last step (not scaled).
         per_epoch: change the rate once an epoch, as MoCo does, instead of every step.
     """
@@ -33,7 +36,10 @@ class OptimConfig:
     trust: float = 0.001
     weight_decay: float = 1e-4
     decay_1d: bool = True
+    decay_depthwise: bool = True
+    final_weight_decay: float | None = None
     warmup_epochs: float = 0.0
+    warmup_lr: float | None = None
     final_lr: float = 0.0
     per_epoch: bool = False
 
@@ -42,6 +48,10 @@ class OptimConfig:
             raise ValueError(f"optim.name={self.name!r} is not one of sgd, adamw, lars")
         if self.lr <= 0 or self.lr_batch < 0 or self.weight_decay < 0 or self.warmup_epochs < 0 or self.final_lr < 0:
             raise ValueError("optim.lr must be positive; lr_batch, weight_decay, warmup_epochs and final_lr not negative")
+        if (self.final_weight_decay or 0) < 0 or (self.warmup_lr or 0) < 0:
+            raise ValueError("optim.final_weight_decay and optim.warmup_lr must not be negative")
+        if self.warmup_lr is not None and (self.per_epoch or not self.warmup_epochs):
+            raise ValueError("optim.warmup_lr needs warmup_epochs, and a rate that changes every step (per_epoch: false)")
         if not 0 <= self.momentum < 1:
             raise ValueError(f"optim.momentum must lie in 0..1 (1 excluded), got {self.momentum}")
         if self.trust <= 0:
@@ -53,14 +63,23 @@ class OptimConfig:
 
 
 def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict]:
-    """Trainable parameters, in one group or in two (with and without weight decay)."""
+    """Trainable parameters, in one group or in two (with and without weight decay).
+
+    A group's ``weight_decay`` is 0 where the decay follows a schedule: ``ScheduledDecay`` then takes it on, and ``decays`` says of which groups.
+    """
     trainable = [p for p in model.parameters() if p.requires_grad]
-    if config.decay_1d:
-        return [{"params": trainable, "weight_decay": config.weight_decay}]
-    return [
-        {"params": [p for p in trainable if p.ndim > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
-    ]
+    spared = [p for p in trainable if (p.ndim <= 1 and not config.decay_1d) or (is_depthwise(p) and not config.decay_depthwise)]
+    chosen = {id(p) for p in spared}
+    decay = config.weight_decay if config.final_weight_decay is None else 0.0
+    groups = [{"params": [p for p in trainable if id(p) not in chosen], "weight_decay": decay, "decays": True}]
+    if spared:
+        groups.append({"params": spared, "weight_decay": 0.0, "decays": False})
+    return groups
+
+
+def is_depthwise(parameter: Tensor) -> bool:
+    """Whether this is the filter of a depth-wise convolution: (C, 1, k, k)."""
+    return parameter.ndim == 4 and parameter.shape[1] == 1
 
 
 class LARS(torch.optim.Optimizer):
@@ -118,6 +137,30 @@ def create_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optim
     # A step that is recorded as a CUDA graph counts on the device; torch asks for the promise beforehand.
     on_gpu = any(parameter.is_cuda for parameter in model.parameters())
     return torch.optim.AdamW(groups, lr=config.lr, fused=True, capturable=on_gpu)
+
+
+class ScheduledDecay:
+    """Weight decay that changes every step, also under a recorded step: torch's fused kernels take a number and would keep the recorded one.
+
+    Args:
+        optimizer: as ``create_optimizer`` makes it for a recipe with ``final_weight_decay``: with no decay of its own.
+        decoupled: shrink the weights (AdamW: p <- p - lr * decay * p), or add decay * p to the gradient (SGD, LARS).
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, *, decoupled: bool):
+        self._parameters = [p for group in optimizer.param_groups if group["decays"] for p in group["params"]]
+        self._decoupled = decoupled
+
+    @torch.no_grad()
+    def apply(self, lr: float | Tensor, decay: float | Tensor) -> None:
+        """To be called between the backward pass and the optimiser's step. Parameters without a gradient are passed over, as the optimiser does."""
+        parameters = [p for p in self._parameters if p.grad is not None]
+        if self._decoupled:
+            torch._foreach_mul_(parameters, 1 - lr * decay)
+        elif isinstance(decay, Tensor):
+            torch._foreach_add_([p.grad for p in parameters], torch._foreach_mul(parameters, decay))
+        else:
+            torch._foreach_add_([p.grad for p in parameters], parameters, alpha=decay)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float | Tensor) -> None:

@@ -17,10 +17,12 @@ from typing import Any
 
 import yaml
 
-from fastssl.methods.moco import MoCoConfig
+from fastssl.losses.pairs import PairWeights
+from fastssl.methods import METHODS, DINOConfig, MoCoConfig, SimCLRConfig, SwAVConfig
 from fastssl.names import nearest
 from fastssl.optim import OptimConfig
 from fastssl.pipelines.errors import FastSSLError
+from fastssl.pipelines.multicrop import PRESETS, MultiCrop
 from fastssl.pipelines.plan import ViewSpec
 
 RECIPE_FOLDER = Path(__file__).parent / "recipes"
@@ -92,6 +94,9 @@ class ProbeConfig:
         every_epochs: epochs between two online probes (0: only at the end).
         online_samples: bank and query pictures together of the online probe.
         final_samples: pictures of the probe at the end (bank and queries together; 0: all).
+        teacher: at the end also probe the teacher (the key network), which is saved beside the student in any case.
+        reestimate_bn: at the end also probe with BatchNorm statistics taken anew from that many centre-crop views, unlabelled: the stored ones are a
+            mix of all kinds of views. 0: not.
     """
 
     size: int = 224
@@ -99,8 +104,12 @@ class ProbeConfig:
     every_epochs: int = 5
     online_samples: int = 2000
     final_samples: int = 20000
+    teacher: bool = False
+    reestimate_bn: int = 0
 
     def __post_init__(self) -> None:
+        if self.reestimate_bn < 0 or self.reestimate_bn == 1:
+            raise ValueError(f"probe.reestimate_bn must be 0 (not at all) or at least 2 photos, got {self.reestimate_bn}")
         if self.size < 8 or self.every_epochs < 0 or self.online_samples < 20 or self.final_samples < 0:
             raise ValueError("probe.size must be at least 8, probe.online_samples at least 20, the others not negative")
         if not 0 < self.crop <= 1:
@@ -121,8 +130,11 @@ class Recipe:
 
     Attributes:
         arch: the network the recipe was made for; ``--arch`` may put another in its place.
+        method: ``moco``, ``dino``, ``swav`` or ``simclr``; its numbers stand in the section of that name, and no other section may be given.
+        init: ``timm`` (what the network's definition there does) or ``kaiming``, see ``fastssl.backbones.kaiming_init``.
         zero_init_residual: begin with every residual block as the identity, see ``fastssl.backbones.zero_residual_branches``.
-        views: the view groups.
+        drop_path: stochastic depth of the deepest block, of the student alone, for networks that have it.
+        views: two views as a list of groups, or a multi-crop (``MultiCrop``), which a preset's name may stand for.
         full_samples: pictures that a whole run of the published recipe sees (epochs x data set), the measure of "what share
             of a full recipe was this"; None where the recipe is the full one.
         full_recipe: the name of the recipe that ``full_samples`` belongs to.
@@ -131,9 +143,14 @@ class Recipe:
 
     arch: str
     method: str = "moco"
+    init: str = "timm"
     zero_init_residual: bool = False
-    views: list[ViewSpec] = field(default_factory=list)
+    drop_path: float = 0.0
+    views: list[ViewSpec] | MultiCrop = field(default_factory=list)
     moco: MoCoConfig = field(default_factory=MoCoConfig)
+    dino: DINOConfig = field(default_factory=DINOConfig)
+    swav: SwAVConfig = field(default_factory=SwAVConfig)
+    simclr: SimCLRConfig = field(default_factory=SimCLRConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     probe: ProbeConfig = field(default_factory=ProbeConfig)
@@ -142,12 +159,34 @@ class Recipe:
     next_mark: NextMark | None = None
 
     def __post_init__(self) -> None:
-        if self.method != "moco":
-            raise ValueError(f"method={self.method!r} does not exist; there is: moco")
-        sizes = {spec.size for spec in self.views}
-        count = sum(spec.count for spec in self.views)
-        if count != 2 or len(sizes) != 1:
-            raise ValueError(f"moco takes two views of one size; the recipe has {count} of sizes {sorted(sizes)}")
+        if self.method not in METHODS:
+            raise ValueError(f"method={self.method!r} does not exist; there are: {', '.join(METHODS)}")
+        if self.init not in ("timm", "kaiming"):
+            raise ValueError(f"init={self.init!r} is not one of timm, kaiming")
+        if not 0 <= self.drop_path < 1:
+            raise ValueError(f"drop_path must lie in 0..1 (1 excluded), got {self.drop_path}")
+        if not isinstance(self.views, MultiCrop):
+            sizes = {spec.size for spec in self.views}
+            count = sum(spec.count for spec in self.views)
+            if count != 2 or len(sizes) != 1:
+                raise ValueError(
+                    f"views as a list must be two views of one size; this one has {count} of sizes {sorted(sizes)}. "
+                    "Local views come with a multi-crop: `views: {threshold: 0.3, local_count: 6, ...}`"
+                )
+        if self.train.accumulate > 1 and not METHODS[self.method][0].DIVISIBLE:
+            raise ValueError(f"train.accumulate={self.train.accumulate}: {self.method} looks at the whole batch at once; it must be 1")
+
+    @property
+    def pair_weights(self) -> PairWeights:
+        """What the pairs of views weigh; also the number of local views."""
+        if isinstance(self.views, MultiCrop):
+            return PairWeights(self.views.local_count, *self.views.pair_weights)
+        return PairWeights(0, 1.0, 0.0)
+
+    @property
+    def settings(self) -> MoCoConfig | DINOConfig | SwAVConfig | SimCLRConfig:
+        """The section of the recipe's method."""
+        return getattr(self, self.method)
 
 
 def recipe_names() -> list[str]:
@@ -199,12 +238,17 @@ def load_recipe(name: str, overrides: Mapping[str, str] | None = None) -> Recipe
 
 def build_recipe(tree: Mapping[str, Any], *, where: str) -> Recipe:
     """A ``Recipe`` from plain values (as yaml gives them); ``where`` opens every error message."""
+    method = tree.get("method", "moco")
+    for other in METHODS:
+        if other in tree and other != method and method in METHODS:
+            raise FastSSLError(f"{where}: {other}.* has no effect with method: {method}; its numbers stand under {method}.*")
     return _build(Recipe, tree, where, "")
 
 
 def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
-    """Plain values of all keys, resolved: what config.yaml holds, and what ``build_recipe`` reads back."""
-    return _plain(dataclasses.asdict(recipe))
+    """Plain values of all keys, resolved: what config.yaml holds, and what ``build_recipe`` reads back. Of the methods' sections only the recipe's own."""
+    plain = _plain(dataclasses.asdict(recipe))
+    return {key: value for key, value in plain.items() if key == recipe.method or key not in METHODS}
 
 
 def parse_overrides(pairs: typing.Iterable[str]) -> dict[str, str]:
@@ -220,7 +264,14 @@ def parse_overrides(pairs: typing.Iterable[str]) -> dict[str, str]:
 
 def _override(tree: Any, key: str, value: Any) -> None:
     """Set ``a.b.0.c`` in nested mappings and lists. Keys that the dataclasses do not know are found later, in one place."""
+    if key == "views.preset":
+        _override_views(tree, value)
+        return
     *parents, last = key.split(".")
+    if parents == ["views"] and isinstance(tree.get("views"), list) and not last.isdigit():
+        raise FastSSLError(
+            f"--set {key}: this recipe lists its two views (views.0.size ...); a threshold belongs to a multi-crop, e.g. --set views.preset=sslight-cnn"
+        )
     node = tree
     for number, part in enumerate(parents):
         node = node[_position(node, part, key)] if isinstance(node, list) else node.setdefault(part, {})
@@ -230,6 +281,17 @@ def _override(tree: Any, key: str, value: Any) -> None:
         node[_position(node, last, key)] = value
     else:
         node[last] = value
+
+
+def _override_views(tree: dict[str, Any], name: Any) -> None:
+    """Put a preset's design of the views in the place of the recipe's; how a view is augmented stays as it is."""
+    if name not in PRESETS:
+        raise FastSSLError(f"--set views.preset={name}: no such preset{nearest(str(name), PRESETS)}; there are {', '.join(PRESETS)}")
+    before = tree.get("views")
+    if isinstance(before, list):
+        kept = dict(before[0]) if before and isinstance(before[0], dict) else {}
+        before = {"augment": {key: value for key, value in kept.items() if key not in ("size", "count", "area", "center")}}
+    tree["views"] = {**(before or {}), **PRESETS[name]}
 
 
 def _position(node: list, part: str, key: str) -> int:
@@ -244,10 +306,16 @@ def _build(kind: Any, value: Any, where: str, key: str) -> Any:
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in options:
             return None
-        (kind,) = [option for option in options if option is not type(None)]
-        return _build(kind, value, where, key)
+        kinds = [option for option in options if option is not type(None)]
+        # Of several kinds (a list of views, or a multi-crop) the value's own form tells which is meant.
+        fitting = [option for option in kinds if (typing.get_origin(option) is list) == isinstance(value, list)]
+        return _build((fitting or kinds)[0], value, where, key)
     if dataclasses.is_dataclass(kind):
         return _build_dataclass(kind, value, where, key)
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise FastSSLError(f"{where}: {key} must be a mapping of keys to values, got {value!r}")
+        return dict(value)
     if origin is list:
         if not isinstance(value, list):
             raise FastSSLError(f"{where}: {key} must be a list, got {value!r}")
@@ -277,6 +345,10 @@ def _build_scalar(kind: type, value: Any, where: str, key: str) -> Any:
 
 
 def _build_dataclass(kind: type, value: Any, where: str, key: str) -> Any:
+    if kind is MultiCrop and isinstance(value, str):
+        if value not in PRESETS:
+            raise FastSSLError(f"{where}: {key}: no preset {value!r}{nearest(value, PRESETS)}; there are {', '.join(PRESETS)}")
+        value = PRESETS[value]
     if not isinstance(value, Mapping):
         raise FastSSLError(f"{where}: {key or 'the recipe'} must be a mapping of keys to values, got {value!r}")
     hints = typing.get_type_hints(kind)

@@ -8,9 +8,22 @@ Sources: He et al. (MoCo, arXiv 1911.05722), Lin et al. (light-moco, arXiv 2212.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 MOMENTUM_SCHEDULES = ("constant", "cosine")
 SMOOTHING_SCHEDULES = ("constant", "warm", "cosine")
+
+
+@dataclass(frozen=True)
+class RunLength:
+    """Length of a run and of an epoch, in optimiser steps."""
+
+    total_steps: int
+    steps_per_epoch: int
+
+    def epoch(self, step: int) -> int:
+        """The epoch that ``step`` belongs to."""
+        return step // self.steps_per_epoch
 
 
 def half_cosine(progress: float, first: float, last: float) -> float:
@@ -27,14 +40,17 @@ def learning_rate(
     peak: float,
     final: float = 0.0,
     warmup_epochs: float = 0.0,
+    warmup_lr: float | None = None,
     per_epoch: bool = False,
 ) -> float:
     """Linear warm-up, then half a cosine from ``peak`` to ``final``.
 
     With W units of warm-up out of U, unit u < W has ``peak * (u + 1) / (W + 1)``: no step is spent at rate zero, and unit W is the first at
-    ``peak``. The cosine reaches ``final`` at u = U. A run no longer than its warm-up only climbs.
+    ``peak``. With ``warmup_lr`` the warm-up is a line with both end points instead, ``warmup_lr`` at unit 0 and ``peak`` at unit W - 1 (DINO, SwAV, SSLight).
+    The cosine begins at unit W and reaches ``final`` at u = U. A run no longer than its warm-up only climbs.
 
     Args:
+        warmup_lr: rate of the first step; None: a share of the peak.
         step: 0 .. total_steps.
         total_steps, steps_per_epoch: length of the run and of an epoch, in optimiser steps.
         warmup_epochs: may be a fraction when the rate changes every step.
@@ -51,6 +67,8 @@ def learning_rate(
     else:
         unit, units, warmup = step, total_steps, warmup_epochs * steps_per_epoch
     if unit < warmup:
+        if warmup_lr is not None:
+            return warmup_lr + (peak - warmup_lr) * unit / (warmup - 1) if warmup > 1 else peak
         return peak * (unit + 1) / (warmup + 1)
     # The last unit of a run that ends with its warm-up is the peak itself, whence the guard.
     return half_cosine((unit - warmup) / (units - warmup) if units > warmup else 0.0, peak, final)
@@ -74,6 +92,20 @@ def ema_momentum(step: int, *, total_steps: int, base: float, schedule: str = "c
     raise ValueError(f"momentum schedule {schedule!r} is unknown; choose one of {', '.join(MOMENTUM_SCHEDULES)}")
 
 
+def weight_decay(step: int, *, total_steps: int, base: float, final: float | None = None) -> float:
+    """From ``base`` along half a cosine to ``final`` at ``total_steps`` (DINO on vision transformers: 0.04 to 0.4); constant without ``final``."""
+    _check_run(step, total_steps)
+    return base if final is None else half_cosine(step / total_steps, base, final)
+
+
+def teacher_temperature(step: int, *, steps_per_epoch: int, first: float, last: float, warm_epochs: int) -> float:
+    """A line from ``first`` in epoch 0 to ``last`` in epoch ``warm_epochs - 1``, constant within an epoch and ever after (DINO, arXiv 2104.14294)."""
+    epoch = step // steps_per_epoch
+    if epoch >= warm_epochs - 1:
+        return last
+    return first + (last - first) * epoch / (warm_epochs - 1)
+
+
 def smoothing(step: int, *, total_steps: int, steps_per_epoch: int, base: float, schedule: str = "constant", warm_epochs: int = 0) -> float:
     """Mass a that the target of smoothed InfoNCE gives to the nearest negatives.
 
@@ -94,6 +126,18 @@ def smoothing(step: int, *, total_steps: int, steps_per_epoch: int, base: float,
     if schedule == "cosine":
         return half_cosine(epoch * steps_per_epoch / total_steps, 0.0, base)
     raise ValueError(f"smoothing schedule {schedule!r} is unknown; choose one of {', '.join(SMOOTHING_SCHEDULES)}")
+
+
+def check_smoothing(section: str, schedule: str, warm_epochs: int) -> None:
+    """Refuse a smoothing schedule that does not exist, or a warm-up that it does not read; ``section`` is the recipe's.
+
+    Raises:
+        ValueError: names the recipe's key.
+    """
+    if schedule not in SMOOTHING_SCHEDULES:
+        raise ValueError(f"{section}.smoothing_schedule={schedule!r} is not one of {', '.join(SMOOTHING_SCHEDULES)}")
+    if warm_epochs and schedule != "warm":
+        raise ValueError(f"{section}.smoothing_warm_epochs is read only with smoothing_schedule: warm")
 
 
 def _check_run(step: int, total_steps: int, steps_per_epoch: int = 1) -> None:

@@ -1,35 +1,40 @@
 """One training step: what the loop calls thousands of times, and what the benchmarks measure.
 
-    views (uint8 crops and their colour table, or coloured already)
-      -> teacher: keys, in BatchNorm groups        without gradient
-      -> student: queries, loss, backward           in `train.accumulate` parts
-      -> optimiser, moving average, queue
+    views (uint8 crops and their colour table, or coloured already), grouped by size
+      -> teacher: keys or probabilities             without gradient
+      -> student: one pass for each size, loss, backward      in `train.accumulate` parts
+      -> gradients averaged over the ranks
+      -> optimiser, moving average, queue or centre
 
-Two switches of the recipe change how it runs and not what it computes: ``train.compile`` compiles the networks, ``train.graph`` records all of
+What is computed between views and loss is the method's (``methods/``). Two switches of the recipe change how it runs and not what it computes: ``train.compile`` compiles the networks, ``train.graph`` records all of
 the above as one CUDA graph. Where one cannot be had here, the step runs without it and `TrainStep.fallbacks` says why.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fastssl.backbones import create_backbone
+from fastssl.distributed import World, agree_any, average_gradients
 from fastssl.graph import RecordedCall, Recorder, record_cuda_graph
 from fastssl.host_memory import keep_freed_memory
 from fastssl.layout import channels_last_breaks, require_channels_last
-from fastssl.methods.moco import MoCo
-from fastssl.optim import create_optimizer, set_lr
+from fastssl.methods import METHODS
+from fastssl.methods.method import Method, Views
+from fastssl.optim import ScheduledDecay, create_optimizer, set_lr
 from fastssl.pipelines.augment import augment_device
 from fastssl.pipelines.crop import to_device
 from fastssl.pipelines.errors import FastSSLError
-from fastssl.pipelines.order import batch_permutation
 from fastssl.precision import HalfCopy
 from fastssl.recipe import Recipe
+from fastssl.schedules import RunLength, learning_rate, weight_decay
+from fastssl.sync_batchnorm import synchronise_batchnorm
 
 
 def use_amp(amp: str, device: torch.device) -> bool:
@@ -40,7 +45,7 @@ def use_amp(amp: str, device: torch.device) -> bool:
 def initial_backbone(recipe: Recipe, seed: int) -> nn.Module:
     """The backbone as a run with this seed begins with it, on the CPU: the same weights at every call."""
     torch.manual_seed(seed)
-    return create_backbone(recipe.arch, zero_init_residual=recipe.zero_init_residual)
+    return create_backbone(recipe.arch, drop_path=recipe.drop_path, init=recipe.init, zero_init_residual=recipe.zero_init_residual)
 
 
 class TrainStep:
@@ -49,56 +54,84 @@ class TrainStep:
     The first call looks for breaks in the memory layout, compiles and records; it makes one step like all others.
 
     Args:
-        recipe: arch, method, optimiser, and the switches in ``train``.
+        recipe: arch, method, optimiser, and the switches in ``train``; its batch is that of all ranks together.
         device: where everything lives.
         amp: autocast to bfloat16.
-        seed: of the first weights, of the queue's first content and of the BatchNorm groups.
+        seed: of the first weights, of the queue's first content and of what is drawn for each step.
         record: how a step is recorded for ``train.graph``; tests give another.
+        world: which of how many processes this is; the process group is there already.
 
     Attributes:
-        method: both networks and the queue; what is saved.
+        method: the networks, the queue or centre; what is saved.
+        batch_size: samples a step on this rank.
         fallbacks: {switch: why it is not used here}; also ``channels_last``, where a network does not keep the layout.
-        networks: student and teacher in the form that computes: with ``amp`` copies that hold bfloat16 weights.
+        networks: student and teacher (or None) in the form that computes: with ``amp`` copies that hold bfloat16 weights.
         prepared: whether the first call was made, and ``prepare_s``, the seconds of it that went before the step itself.
         takes_crops: whether the step wants uint8 crops and colour tables (``ViewLoader(colour=False)``), to record the colour with the rest.
 
     Raises:
-        FastSSLError: no such network, or a batch that does not fit the queue or the BatchNorm groups.
+        FastSSLError: no such network, or a batch that does not fit the ranks, the queue or the BatchNorm groups.
     """
 
-    def __init__(self, recipe: Recipe, device: torch.device, *, amp: bool, seed: int, record: Recorder = record_cuda_graph):
-        self.recipe, self.device, self.amp, self.seed = recipe, device, amp, seed
+    def __init__(
+        self,
+        recipe: Recipe,
+        device: torch.device,
+        *,
+        amp: bool,
+        seed: int,
+        record: Recorder = record_cuda_graph,
+        world: World = World(),  # noqa: B008 (frozen)
+    ):
+        self.recipe, self.device, self.amp, self.seed, self.world = recipe, device, amp, seed, world
         if device.type == "cpu":
             keep_freed_memory()
-        self.batch_size = recipe.train.batch_size
+        total, parts = recipe.train.batch_size, recipe.train.accumulate
+        if total % world.size or total // world.size < 2 * parts or total // world.size % parts:
+            raise FastSSLError(
+                f"batch of {total}: {world.size} processes with train.accumulate={parts} need equal parts of at least 2 samples; --batch-size changes it"
+            )
+        self.batch_size = total // world.size
         if device.type == "cuda":
             torch.backends.cudnn.benchmark = True  # every step has the same shapes
-        backbone = initial_backbone(recipe, seed)
-        try:
-            method = MoCo(backbone, recipe.moco, batch_size=self.batch_size, generator=torch.Generator().manual_seed(seed))
-        except ValueError as error:
-            raise FastSSLError(f"batch of {self.batch_size}: {error}; --batch-size or --set changes that") from error
-        except RuntimeError as error:  # torch's allocator: "you tried to allocate ... bytes"
-            raise FastSSLError(
-                f"no memory for the networks and a queue of {recipe.moco.queue:,} keys ({' '.join(str(error).split())[:120]}); "
-                "lower moco.queue or projector.hidden with --set"
-            ) from error
-        self.method = method.to(device, memory_format=torch.channels_last).train()
+        self.method = self._new_method().to(device, memory_format=torch.channels_last).train()
+        if world.size > 1:
+            self.method.synchronise(lambda network: synchronise_batchnorm(network, device))
         self.optimizer = create_optimizer(self.method, recipe.optim)
+        self._decay = None
+        if recipe.optim.final_weight_decay is not None:
+            self._decay = ScheduledDecay(self.optimizer, decoupled=recipe.optim.name == "adamw")
+        self._trained = [p for p in self.method.parameters() if p.requires_grad]
         self._half: list[HalfCopy] = []
-        self.networks: tuple[nn.Module, nn.Module] = (self.method.student, self.method.teacher)
+        self.networks: tuple[nn.Module, nn.Module | None] = (self.method.student, self.method.teacher)
         if amp:
-            self._half = [HalfCopy(network) for network in self.networks]
-            self.networks = (self._half[0].network, self._half[1].network)
+            self._half = [HalfCopy(network) for network in self.networks if network is not None]
+            self.networks = (self._half[0].network, self._half[1].network if len(self._half) > 1 else None)
             self.method.register_load_state_dict_post_hook(lambda *_: self._refresh())
         self.method.compute_with(*self.networks)
         self.fallbacks: dict[str, str] = {}
         self._record = record
         self._recorded: RecordedCall | None = None
+        self._phase: tuple | None = None
         self.prepared, self.prepare_s = False, 0.0
         if recipe.train.graph and device.type != "cuda" and record is record_cuda_graph:
             self.fallbacks["graph"] = f"a CUDA graph needs an NVIDIA GPU, this is the {device.type}"
         self.takes_crops = recipe.train.graph and "graph" not in self.fallbacks
+
+    def _new_method(self) -> Method:
+        recipe = self.recipe
+        kind, _ = METHODS[recipe.method]
+        views = Views(self.batch_size, recipe.pair_weights, self.world.size)
+        backbone = initial_backbone(recipe, self.seed)
+        try:
+            return kind(backbone, recipe.settings, views=views, generator=torch.Generator().manual_seed(self.seed))
+        except ValueError as error:
+            raise FastSSLError(f"batch of {recipe.train.batch_size}: {error}; --batch-size or --set changes that") from error
+        except RuntimeError as error:  # torch's allocator: "you tried to allocate ... bytes"
+            raise FastSSLError(
+                f"no memory for the networks of {recipe.method} ({' '.join(str(error).split())[:120]}); lower its sizes (queue, out, prototypes, "
+                "projector.hidden) with --set"
+            ) from error
 
     @property
     def half_copies(self) -> tuple[HalfCopy, ...]:
@@ -110,9 +143,36 @@ class TrainStep:
         """Whether calls replay a recorded step."""
         return self._recorded is not None
 
-    def permutation(self, epoch: int, step: int) -> Tensor:
-        """The order in which this step's keys are dealt into BatchNorm groups, (2B,) int64 on the device."""
-        return to_device(batch_permutation(2 * self.batch_size, self.seed, epoch, step), self.device)
+    def noise(self, epoch: int, step: int, index: np.ndarray | Sequence[int] | None = None) -> dict[str, Tensor]:
+        """What is drawn for step ``step`` of ``epoch``, by name, on the device: a function of the seed and these.
+
+        Args:
+            index: (B,) the samples of this rank's batch; None: 0 .. B - 1.
+        """
+        drawn = self.method.noise(self.seed, epoch, step)
+        if self.method.student.drop is not None:
+            samples = np.arange(self.batch_size) if index is None else np.asarray(index)
+            drawn["drop_path"] = self.method.student.drop.draw(self.seed, epoch, samples, self.method.views.count)
+        return {name: to_device(array, self.device) for name, array in drawn.items()}
+
+    def rates(self, step: int, run: RunLength) -> dict[str, float]:
+        """What the schedules say for ``step`` (of the whole run), by name."""
+        optim, total = self.recipe.optim, run.total_steps
+        found = {
+            "lr": learning_rate(
+                step,
+                total_steps=total,
+                steps_per_epoch=run.steps_per_epoch,
+                peak=optim.peak_lr(self.recipe.train.batch_size),
+                final=optim.final_lr,
+                warmup_epochs=optim.warmup_epochs,
+                warmup_lr=optim.warmup_lr,
+                per_epoch=optim.per_epoch,
+            )
+        }
+        if self._decay is not None:
+            found["weight_decay"] = weight_decay(step, total_steps=total, base=optim.weight_decay, final=optim.final_weight_decay)
+        return {**found, **self.method.rates(step, run)}
 
     def autocast(self) -> torch.autocast:
         """The precision of the networks."""
@@ -126,23 +186,23 @@ class TrainStep:
     def __call__(
         self,
         views: list[Tensor],
-        permutation: Tensor,
+        noise: Mapping[str, Tensor],
+        rates: Mapping[str, float],
         *,
-        lr: float,
-        momentum: float,
-        smoothing: float,
+        phase: tuple = (),
         tables: Sequence[Tensor] = (),
     ) -> Tensor:
-        """Forward, backward, optimiser, key network, queue.
+        """Forward, backward, optimiser, teacher, queue.
 
         Args:
             views: as ``ViewLoader`` gives them.
-            permutation: see ``permutation``.
-            lr, momentum, smoothing: this step's values of the schedules.
+            noise: see ``noise``.
+            rates: see ``rates``; the same names at every call.
+            phase: ``method.phase`` of this step.
             tables: the colour tables that belong to uint8 crops (``Batch.tables``); none: ``views`` are coloured and normalised.
 
         Returns:
-            the method's metrics, (len(MoCo.METRICS),) float32 on the device. With ``train.graph`` the next step writes over them.
+            the method's metrics, (len(method.METRICS),) float32 on the device. With ``train.graph`` the next step writes over them.
 
         Raises:
             ValueError: the views are not in channels-last memory, or not those of one batch.
@@ -150,55 +210,63 @@ class TrainStep:
         if not tables:  # crops are coloured here, into the right layout
             for view in views:
                 require_channels_last(view)
-        if sum(map(len, views)) != 2 * self.batch_size:
-            raise ValueError(f"{sum(map(len, views))} views, but a batch of {self.batch_size} has {2 * self.batch_size}")
-        inputs = [permutation, *views, *tables]
+        wanted = self.method.views.count * self.batch_size
+        if sum(map(len, views)) != wanted:
+            raise ValueError(f"{sum(map(len, views))} views, but a batch of {self.batch_size} has {wanted}")
+        call = _Call(len(views), len(tables), tuple(noise), tuple(rates), phase)
+        inputs = [*views, *tables, *noise.values()]
         if not self.prepared:
             started = time.monotonic()
-            self._prepare(inputs, len(views), (lr, momentum, smoothing))
+            self._phase = phase
+            self._prepare(call, inputs, tuple(rates.values()))
             self.prepare_s = time.monotonic() - started
+        elif phase != self._phase:
+            self._phase = phase
+            if self._recorded is not None:  # a recorded step does what it did when it was recorded
+                self._recorded = None
+                self._try("graph", lambda: self._capture(call, inputs, tuple(rates.values())))
         if self._recorded is None:
-            return self._run(inputs, len(views), lr, momentum, smoothing)
+            return self._run(call, inputs, rates)
         # What the schedules say is an input like any other: a recorded number would stay what it was.
-        return self._recorded([to_device(np.array([lr, momentum, smoothing], np.float32), self.device), *inputs])
+        return self._recorded([to_device(np.array(list(rates.values()), np.float32), self.device), *inputs])
 
     # ------------------------------------------------------------------ the step itself
 
-    def _run(self, inputs: list[Tensor], views: int, lr: float | Tensor, momentum: float | Tensor, smoothing: float | Tensor) -> Tensor:
+    def _run(self, call: _Call, inputs: list[Tensor], rates: Mapping[str, Tensor | float]) -> Tensor:
         method, parts = self.method, self.recipe.train.accumulate
-        permutation, tables = inputs[0], inputs[1 + views :]
+        views, tables, noise = call.split(inputs)
         with torch.no_grad():
-            coloured = [
-                augment_device(crops, table, spec, self.view_dtype)
-                for crops, table, spec in zip(inputs[1 : 1 + views], tables, self.recipe.views)
-            ]
-        images = method.images(coloured or inputs[1 : 1 + views])
+            coloured = [augment_device(crops, table, spec, self.view_dtype) for crops, table, spec in zip(views, tables, self.recipe.views)]
+        images = method.images(coloured or views)
+        if method.student.drop is not None:
+            method.student.drop.coins = noise["drop_path"]
         with self.autocast():
-            keys = method.keys(images, permutation)
-        found = []
+            targets = method.targets(images, noise, rates)
+        found, kept = [], []
         for part in range(parts):
             with self.autocast():
-                loss, metrics = method.part_loss(images, keys, smoothing, part, parts)
-            (loss / parts if parts > 1 else loss).backward()
+                result = method.part_loss(images, targets, rates, call.phase, part, parts)
+            (result.loss / parts if parts > 1 else result.loss).backward()
             if self._half:
                 self._half[0].collect_gradients()
-            found.append(metrics)
-        self.update(lr, momentum)
+            found.append(result.metrics)
+            kept.append(result.kept)
+        for parameter in method.frozen(call.phase):
+            parameter.grad = None
+        average_gradients(self._trained)
+        self.update(rates)
         self.clear_gradients()
-        method.enqueue(keys)
+        method.after_step(targets, kept, call.phase)
         return found[0] if parts == 1 else torch.stack(found).mean(0)
 
-    def _run_recorded(self, inputs: list[Tensor], views: int) -> Tensor:
-        """The step with the schedules' values read from the device: (3,) float32, the first input."""
-        lr, momentum, smoothing = inputs[0].unbind()
-        # Recipes without smoothing would otherwise search for neighbours that weigh nothing.
-        return self._run(inputs[1:], views, lr, momentum, smoothing if self.recipe.moco.smoothing else 0.0)
-
-    def update(self, lr: float | Tensor, momentum: float | Tensor) -> None:
-        """The optimiser's step on the gradients that are there, then the moving average."""
-        set_lr(self.optimizer, lr)
+    def update(self, rates: Mapping[str, Tensor | float]) -> None:
+        """Weight decay and the optimiser's step on the gradients that are there, then the moving average."""
+        if self._decay is not None:
+            self._decay.apply(rates["lr"], rates["weight_decay"])
+        set_lr(self.optimizer, rates["lr"])
         self.optimizer.step()
-        self.method.update_teacher(momentum)
+        if "momentum" in rates:
+            self.method.update_teacher(rates["momentum"])
         self._refresh()
 
     def clear_gradients(self) -> None:
@@ -213,44 +281,49 @@ class TrainStep:
 
     # ------------------------------------------------------------------ the first call
 
-    def _prepare(self, inputs: list[Tensor], views: int, rates: tuple[float, float, float]) -> None:
+    def _prepare(self, call: _Call, inputs: list[Tensor], rates: tuple[float, ...]) -> None:
         """Compile and record as the recipe asks, on the first batch; the state is afterwards as it was before."""
         self.prepared = True
         train, backbone = self.recipe.train, self.method.student.backbone
-        sample = torch.zeros(2, *inputs[1].shape[1:], device=self.device).contiguous(memory_format=torch.channels_last)
+        sample = torch.zeros(2, *inputs[0].shape[1:], device=self.device).contiguous(memory_format=torch.channels_last)
         if broken := channels_last_breaks(backbone, sample):
             self.fallbacks["channels_last"] = f"{self.recipe.arch} leaves the layout behind {', '.join(broken[:3])}"
         if train.compile:
-            self._try("compile", lambda: self._compile(inputs, views, rates))
+            self._try("compile", lambda: self._compile(call, inputs, rates))
         if self.takes_crops:
-            self._try("graph", lambda: self._capture(inputs, views, rates))
+            self._try("graph", lambda: self._capture(call, inputs, rates))
 
     def _try(self, switch: str, prepare: Callable[[], None]) -> None:
-        undo = self._snapshot()
+        undo, reason = self._snapshot(), ""
         try:
             prepare()
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # whatever a compiler or a capture may fail with, the step runs without it
-            self.fallbacks[switch] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        finally:
+            self.clear_gradients()
+            undo()
+        if agree_any(bool(reason)):  # all ranks do the same, or wait for each other for ever
+            self.fallbacks[switch] = reason or "another process cannot"
             if switch == "compile":
                 self.method.compute_with(*self.networks)
             else:
                 self._recorded = None
-        finally:
-            self.clear_gradients()
-            undo()
 
-    def _compile(self, inputs: list[Tensor], views: int, rates: tuple[float, float, float]) -> None:
+    def _compile(self, call: _Call, inputs: list[Tensor], rates: tuple[float, ...]) -> None:
         if torch._dynamo.config.disable:
             raise FastSSLError("switched off by TORCH_COMPILE_DISABLE")
-        self.method.compute_with(*(torch.compile(network, dynamic=False) for network in self.networks))
-        self._run(inputs, views, *rates)
+        self.method.compute_with(*(network and torch.compile(network, dynamic=False) for network in self.networks))
+        self._run(call, inputs, dict(zip(call.rates, rates)))
 
-    def _capture(self, inputs: list[Tensor], views: int, rates: tuple[float, float, float]) -> None:
+    def _capture(self, call: _Call, inputs: list[Tensor], rates: tuple[float, ...]) -> None:
         controls = to_device(np.array(rates, np.float32), self.device)
         self._recorded = RecordedCall(
-            lambda places: self._run_recorded(places, views), [controls, *inputs], undo=self._snapshot(), record=self._record
+            lambda places: self._run(call, places[1:], dict(zip(call.rates, places[0].unbind()))),
+            [controls, *inputs],
+            undo=self._snapshot(),
+            record=self._record,
         )
 
     def _snapshot(self) -> Callable[[], None]:
@@ -270,3 +343,19 @@ class TrainStep:
             self._refresh()
 
         return undo
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What the flat list of a step's inputs holds: views, colour tables, noise; and the names of its rates."""
+
+    views: int
+    tables: int
+    noise: tuple[str, ...]
+    rates: tuple[str, ...]
+    phase: tuple
+
+    def split(self, inputs: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], dict[str, Tensor]]:
+        """(views, tables, noise by name)."""
+        rest = self.views + self.tables
+        return list(inputs[: self.views]), list(inputs[self.views : rest]), dict(zip(self.noise, inputs[rest:]))

@@ -5,8 +5,11 @@
     Run._step     schedules and TrainStep (step.py): nothing in it waits for the device
     finish_run     (finish.py) what is left to do after the last step
 
-Everything random comes from the seed: the networks' first weights, the queue, the order of samples, every view, and the
-BatchNorm groups of the keys. A run that is stopped and resumed makes the same steps as one that was not.
+Everything random comes from the seed: the networks' first weights, the queue, the order of samples, every view, the
+BatchNorm groups of the keys, the coins of drop path. A run that is stopped and resumed makes the same steps as one that was not.
+
+Under torchrun or srun each process runs this with its share of every batch; the batch of the recipe is that of all of them. The first process alone
+writes, probes and reports.
 """
 
 from __future__ import annotations
@@ -22,18 +25,17 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO
 
 import torch
 import yaml
 from torch import nn
 
-from fastssl import schedules
 from fastssl.backbones import resolve_arch
 from fastssl.checkpoint import Position, differences, load_checkpoint, restore, save_checkpoint
+from fastssl.distributed import World, agree_any, broadcast_module, joined, share, world_from_environment
 from fastssl.finish import finish_run
 from fastssl.meters import MetricRing
-from fastssl.methods.moco import MoCo
 from fastssl.pipelines.beton import BetonReader
 from fastssl.pipelines.engines import require_engine
 from fastssl.pipelines.errors import FastSSLError, Interrupted
@@ -41,6 +43,7 @@ from fastssl.pipelines.loader import Batch, ViewLoader
 from fastssl.pipelines.verify import verify
 from fastssl.probe import OnlineProbe, choose_split, require_same_classes
 from fastssl.recipe import Recipe, build_recipe, recipe_to_dict
+from fastssl.schedules import RunLength
 from fastssl.step import TrainStep, use_amp
 from fastssl.versions import describe_host, describe_versions
 
@@ -79,47 +82,78 @@ class RunOptions:
     resume: str = "auto"
 
 
-def choose_device(name: str) -> torch.device:
-    """``auto`` is the GPU when there is one.
+class _Silence:
+    """The progress of all processes but the first."""
+
+    def row(self, row: dict[str, Any], done: int, total: int) -> None:
+        pass
+
+    def message(self, text: str) -> None:
+        pass
+
+
+def choose_device(name: str, world: World = World()) -> torch.device:  # noqa: B008 (frozen)
+    """``auto`` is the GPU when there is one; of several processes on a machine each has its own.
 
     Raises:
         FastSSLError: a GPU was asked for and torch sees none.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise FastSSLError(
             "--device cuda: torch sees no NVIDIA GPU here; `fastssl doctor` says what is missing, --device cpu works anywhere"
         )
-    return torch.device(name)
+    if name != "cuda" or world.size == 1:
+        return torch.device(name)
+    if world.local_rank >= torch.cuda.device_count():
+        raise FastSSLError(
+            f"process {world.local_rank} of this machine has no GPU: there are {torch.cuda.device_count()}; start as many processes"
+        )
+    torch.cuda.set_device(world.local_rank)
+    return torch.device("cuda", world.local_rank)
 
 
-def pretrain(recipe: Recipe, options: RunOptions, progress: Progress) -> dict[str, Any]:
+def pretrain(recipe: Recipe, options: RunOptions, progress: Progress) -> dict[str, Any] | None:
     """Train, probe, and write the run's folder.
 
     Returns:
-        the summary, as in ``summary.json``.
+        the summary, as in ``summary.json``; None in all processes but the first.
 
     Raises:
         Interrupted: by SIGINT or SIGTERM, after a checkpoint was written.
         FastSSLError: bad data, a run of other settings in the folder, or a loss that is no longer finite.
     """
     started = time.monotonic()
+    world = world_from_environment()
     with ExitStack() as files:
+        device = choose_device(options.device, world)
         reader = files.enter_context(BetonReader(options.data))
         val = files.enter_context(BetonReader(options.val)) if options.val else None
-        run = Run(recipe, options, reader, val, progress)
-        with run.stop_on_signal():
-            run.train()
-        return finish_run(run, started)
+        with joined(world, device):
+            run = Run(recipe, options, reader, val, progress if world.is_main else _Silence(), world, device)
+            files.callback(run.unlock)
+            with run.stop_on_signal():
+                run.train()
+        # The processes have parted: what follows is the first one's alone.
+        return finish_run(run, started) if world.is_main else None
 
 
 class Run:
     """One run: its networks, its position, its files."""
 
-    def __init__(self, recipe: Recipe, options: RunOptions, reader: BetonReader, val: BetonReader | None, progress: Progress):
+    def __init__(
+        self,
+        recipe: Recipe,
+        options: RunOptions,
+        reader: BetonReader,
+        val: BetonReader | None,
+        progress: Progress,
+        world: World,
+        device: torch.device,
+    ):
         self.recipe, self.options, self.reader, self.val, self.progress = recipe, options, reader, val, progress
-        self.device = choose_device(options.device)
+        self.world, self.device = world, device
         self.amp = use_amp(recipe.train.amp, self.device)
         self.out = options.out
         self.batch_size = recipe.train.batch_size
@@ -127,13 +161,19 @@ class Run:
         require_engine(options.pipeline, reader, recipe.views)
         if val is not None:
             require_same_classes(reader, val)
-            self._check_val()
-        self.step = TrainStep(recipe, self.device, amp=self.amp, seed=options.seed)
+            if world.is_main:
+                self._check_val()
+        self.step = TrainStep(recipe, self.device, amp=self.amp, seed=options.seed, world=world)
         self._check_sizes()
         self.position = Position()
         self.config = self._config()
         self._stop = threading.Event()
-        self._prepare_folder()
+        self._lock_file: TextIO | None = None
+        try:
+            self._prepare_folder()
+        except BaseException:
+            self.unlock()
+            raise
 
     # ------------------------------------------------------------------ setting up
 
@@ -188,19 +228,23 @@ class Run:
         }
 
     def _prepare_folder(self) -> None:
-        """Make the folder, resume what is in it or clear it, and write config.yaml."""
+        """Make the folder, resume what is in it or clear it, and write config.yaml. All processes do what the first one finds to be done."""
         last = self.out / "checkpoints" / "last.pt"
         if self.options.resume not in ("auto", "never"):
             last = Path(self.options.resume)
             if not last.is_file():
                 raise FastSSLError(f"--resume {last}: no such checkpoint (auto, never, or the path of a last.pt)")
         try:
-            self.out.mkdir(parents=True, exist_ok=True)
-            self._lock()
-            if self.options.resume != "never" and last.is_file():
+            if self.world.is_main:
+                self.out.mkdir(parents=True, exist_ok=True)
+                self._lock()
+            if share(self.options.resume != "never" and last.is_file()):
                 self._resume(last)
-            else:
+            elif self.world.is_main:
                 self._clear()
+            broadcast_module(self.step.method)
+            if not self.world.is_main:
+                return
             resolved = {**self.config, "device": self.device.type, "host": describe_host(), "versions": describe_versions()}
             (self.out / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False))
         except OSError as error:
@@ -210,7 +254,7 @@ class Run:
 
     def _clear(self) -> None:
         """Remove what another run left here: its weights, figures and pictures beside the new run's would be a lie."""
-        for name in ("summary.json", "report.html", "views.png", "neighbours.png", "checkpoints/last.pt", "checkpoints/last.safetensors"):
+        for name in (*_RESULTS, *(f"checkpoints/{name}" for name in ("last.pt", "last.safetensors", "last-teacher.safetensors"))):
             (self.out / name).unlink(missing_ok=True)
         self.metrics_path.write_text("")
 
@@ -226,6 +270,11 @@ class Run:
         except BlockingIOError as error:
             raise FastSSLError(f"{self.out}: another fastssl pretrain is writing here; choose another --out") from error
 
+    def unlock(self) -> None:
+        """Let other processes, and later runs of this one, have the folder."""
+        if self._lock_file is not None:
+            self._lock_file.close()
+
     def _resume(self, path: Path) -> None:
         state = load_checkpoint(path)
         found = differences(self.config, _with_defaults(state["config"]))
@@ -235,7 +284,8 @@ class Run:
                 "choose another --out, or --resume never to start over"
             )
         self.position = restore(state, method=self.step.method, optimizer=self.step.optimizer)
-        self._cut_metrics()
+        if self.world.is_main:
+            self._cut_metrics()
         self.progress.message(f"resumed at step {self.position.step:,} (epoch {self.position.epoch})")
 
     def _cut_metrics(self) -> None:
@@ -287,7 +337,9 @@ class Run:
         loader = ViewLoader(
             self.reader,
             views=self.recipe.views,
-            batch_size=self.batch_size,
+            batch_size=self.step.batch_size,
+            rank=self.world.rank,
+            world=self.world.size,
             device=self.device,
             pipeline=self.options.pipeline,
             seed=self.options.seed,
@@ -299,8 +351,9 @@ class Run:
         with loader:
             self.steps_per_epoch = len(loader)
             self.total_steps = train.epochs * self.steps_per_epoch
-            self.ring = MetricRing(MoCo.METRICS, min(train.log_every, self.steps_per_epoch), self.device)
-            self.probe = self._online_probe()
+            self.length = RunLength(self.total_steps, self.steps_per_epoch)
+            self.ring = MetricRing(self.step.method.METRICS, min(train.log_every, self.steps_per_epoch), self.device)
+            self.probe = self._online_probe() if self.world.is_main else None
             self._last_saved = time.monotonic()
             for epoch in range(self.position.epoch, train.epochs):
                 self._epoch(loader, epoch)
@@ -332,7 +385,7 @@ class Run:
             self.position.step_in_epoch += 1
             if len(self.ring) == train.log_every or self.position.step_in_epoch == self.steps_per_epoch:
                 self._close_block(loader)
-            if self._stop.is_set():
+            if self._stopped():
                 batches.close()
                 self._close_block(loader)
                 self._save()
@@ -342,38 +395,24 @@ class Run:
         self.position.epoch, self.position.step_in_epoch = epoch + 1, 0
         last = epoch + 1 == train.epochs
         every = self.recipe.probe.every_epochs
-        if every and ((epoch + 1) % every == 0) and not last:
+        if self.probe and every and ((epoch + 1) % every == 0) and not last:
             self._write(self.probe.run(self.backbone, step=self.position.step, epoch=epoch + 1))
         if last or time.monotonic() - self._last_saved > 60 * train.checkpoint_minutes:
             self._save()
 
+    def _stopped(self) -> bool:
+        """Whether a signal asked any process to end here. Several processes ask each other now and then: all must stop behind the same step."""
+        if self.world.size == 1:
+            return self._stop.is_set()
+        return self.position.step % _ASK_EVERY == 0 and agree_any(self._stop.is_set())
+
     def _step(self, batch: Batch, epoch: int) -> None:
         """One step. No value is read back from the device here."""
-        recipe, step = self.recipe, self.position.step
-        self._lr = schedules.learning_rate(
-            step,
-            total_steps=self.total_steps,
-            steps_per_epoch=self.steps_per_epoch,
-            peak=recipe.optim.peak_lr(self.batch_size),
-            final=recipe.optim.final_lr,
-            warmup_epochs=recipe.optim.warmup_epochs,
-            per_epoch=recipe.optim.per_epoch,
-        )
-        self._momentum = schedules.ema_momentum(
-            step, total_steps=self.total_steps, base=recipe.moco.momentum, schedule=recipe.moco.momentum_schedule
-        )
-        self._smoothing = schedules.smoothing(
-            step,
-            total_steps=self.total_steps,
-            steps_per_epoch=self.steps_per_epoch,
-            base=recipe.moco.smoothing,
-            schedule=recipe.moco.smoothing_schedule,
-            warm_epochs=recipe.moco.smoothing_warm_epochs,
-        )
-        permutation = self.step.permutation(epoch, self.position.step_in_epoch)
-        first = not self.step.prepared
-        rates = {"lr": self._lr, "momentum": self._momentum, "smoothing": self._smoothing}
-        self.ring.push(self.step(batch.views, permutation, **rates, tables=batch.tables))
+        step, first = self.position.step, not self.step.prepared
+        self._rates = self.step.rates(step, self.length)
+        noise = self.step.noise(epoch, self.position.step_in_epoch, batch.index.numpy())
+        phase = self.step.method.phase(step, self.length)
+        self.ring.push(self.step(batch.views, noise, self._rates, phase=phase, tables=batch.tables))
         if first:
             self._block_started += self.step.prepare_s  # minutes of compiling are not the rate of a step
             for switch, reason in self.step.fallbacks.items():
@@ -398,9 +437,7 @@ class Run:
                 "kind": "step",
                 "step": self.position.step,
                 "epoch": self.position.step / self.steps_per_epoch,
-                "lr": self._lr,
-                "momentum": self._momentum,
-                "smoothing": self._smoothing,
+                **self._rates,
                 "pair_per_s": steps * self.batch_size / seconds,
                 "view_per_s": steps * self.batch_size * views / seconds,
                 "data_wait": (loader.stats.wait_s - self._waited) / seconds,
@@ -421,10 +458,15 @@ class Run:
                 )
 
     def _write(self, row: dict[str, Any]) -> None:
+        if not self.world.is_main:
+            return
         with self.metrics_path.open("a") as file:
             file.write(json.dumps(row) + "\n")
 
     def _save(self) -> None:
+        self._last_saved = time.monotonic()
+        if not self.world.is_main:
+            return
         save_checkpoint(
             self.out / "checkpoints",
             method=self.step.method,
@@ -433,7 +475,6 @@ class Run:
             config=self.config,
             arch=self.recipe.arch,
         )
-        self._last_saved = time.monotonic()
 
 
 def _with_defaults(config: dict[str, Any]) -> dict[str, Any]:
@@ -446,4 +487,7 @@ def _with_defaults(config: dict[str, Any]) -> dict[str, Any]:
     return {**filled, **config, **{key: filled[key] for key in recipe}}
 
 
+_RESULTS = ("summary.json", "report.html", "views.png", "neighbours.png")
+#: Steps between two questions whether to stop, among several processes: an answer waits for all of them.
+_ASK_EVERY = 10
 _RECIPE_KEYS = frozenset(field.name for field in dataclasses.fields(Recipe))

@@ -14,11 +14,12 @@ _LAZY = {
     "Batch": "fastssl.pipelines.loader",
     "BetonReader": "fastssl.pipelines.beton",
     "BetonWriter": "fastssl.pipelines.beton",
+    "MultiCrop": "fastssl.pipelines.multicrop",
     "ViewLoader": "fastssl.pipelines.loader",
     "ViewSpec": "fastssl.pipelines.plan",
 }
 
-__all__ = ["Batch", "BetonError", "BetonReader", "BetonWriter", "FastSSLError", "JpegError", "ViewLoader", "ViewSpec"]
+__all__ = ["Batch", "BetonError", "BetonReader", "BetonWriter", "FastSSLError", "JpegError", "MultiCrop", "ViewLoader", "ViewSpec"]
 
 
 def __getattr__(name: str) -> Any:

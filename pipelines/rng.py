@@ -48,6 +48,7 @@ class Stream(IntEnum):
     ORDER = 1
     PLAN = 2
     BATCH_PERMUTATION = 3
+    DROP_PATH = 4
 
 
 def philox4x32(counter: ArrayLike, key: tuple[int, int]) -> NDArray[np.uint32]:

@@ -227,6 +227,8 @@ def loss(recipes, overrides, device, batch_size, runs, json_path) -> None:
     place = choose_device(device)
 
     def measure(recipe: Recipe, name: str, queries: int) -> list[Record]:
+        if recipe.method != "moco":
+            raise FastSSLError(f"{name}: bench loss measures smoothed InfoNCE, which {recipe.method} does not use; name a MoCo recipe")
         moco = recipe.moco
         records = run(
             place,

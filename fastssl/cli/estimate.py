@@ -116,7 +116,9 @@ def _batch(result: Estimate) -> str:
     """Whether the batch fits, and which would."""
     reason = {
         "memory": "memory is the limit",
-        "moco.queue": "moco.queue, a multiple of twice the batch, allows no more",
+        "moco.queue": "moco.queue, a multiple of the keys of a step, allows no more",
+        "swav.queue": "swav.queue, which holds whole batches, allows no more",
+        "simclr.neighbors": "the smoothing's neighbours want more negatives than a batch has",
         "photos": f"the file has {result.data['samples']:,} photos",
     }[result.largest_batch_limit]
     if result.fits:

@@ -52,6 +52,12 @@ def _shared_options(command: Callable) -> Callable:
             click.option("--batch-size", type=click.IntRange(min=1), default=256, show_default=True),
             click.option("--workers", type=click.IntRange(min=1), help="Decoding threads. Default: the cores this process may use."),
             click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of the held-out fifth."),
+            click.option(
+                "--reestimate-bn",
+                type=click.IntRange(min=2),
+                metavar="N",
+                help="First take the BatchNorm statistics anew from the centre crops of N photos of --data.",
+            ),
             json_option,
         )
     ):
@@ -110,11 +116,13 @@ def _extract(
     batch_size: int,
     workers: int | None,
     seed: int,
+    reestimate_bn: int | None,
 ) -> tuple[Features, Features, str, dict[str, Any]]:
     """Features of both parts, the device they were made on, and what the JSON record says of all this."""
     from contextlib import ExitStack
 
     from fastssl.backbones import load_backbone
+    from fastssl.evaluate.batchnorm import reestimated
     from fastssl.evaluate.features import extract_features, split_indices
     from fastssl.pipelines.beton import BetonReader
     from fastssl.probe import require_same_classes
@@ -134,6 +142,10 @@ def _extract(
             train_index, val_index = np.arange(len(train_reader)), np.arange(len(val_reader))
         chosen = choose_device(device)
         backbone = load_backbone(checkpoint).to(chosen)
+        if reestimate_bn:
+            backbone = reestimated(
+                backbone, train_reader, samples=reestimate_bn, size=size, seed=seed, device=chosen, workers=workers, crop=crop
+            )
         features = []
         for label, reader, index in (("training photos", train_reader, train_index), ("validation photos", val_reader, val_index)):
             with progress_bar(label, len(index)) as advance:
@@ -157,6 +169,7 @@ def _extract(
         "held_out_seed": None if val else seed,
         "size": size,
         "crop": crop,
+        "reestimate_bn": reestimate_bn,
         "device": chosen.type,
         "extract_seconds": time.monotonic() - started,
     }

@@ -72,9 +72,13 @@ def pretrain(
     fastssl pretrain --arch mobilenetv3_large                         # sample photos, minutes on a laptop
     fastssl pretrain --arch mobilenetv3_large --data photos.beton     # yours
     """
+    from fastssl.distributed import world_from_environment
     from fastssl.progress import RunProgress
     from fastssl.train import RunOptions
     from fastssl.train import pretrain as run
+
+    if not world_from_environment().is_main:
+        console.quiet = True  # the first process speaks for all
 
     recipe, short = choose_recipe(arch, data, device, recipe_name, overrides, epochs, batch_size)
     if data is None:
@@ -95,6 +99,8 @@ def pretrain(
     )
     with RunProgress(console) as progress:
         summary = run(recipe, options, progress)
+    if summary is None:
+        return
     _print_summary(summary, options.out)
     write_json(json_path, summary)
 

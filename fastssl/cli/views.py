@@ -12,6 +12,13 @@ from fastssl.cli.common import PIPELINES, SomePath, console
 @click.command()
 @click.argument("file", type=SomePath(), metavar="FILE.beton")
 @click.option("--recipe", "recipe_name", required=True, metavar="NAME|FILE.yaml", help="Whose views.")
+@click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Change one value of the recipe, e.g. --set views.threshold=0.2 or --set views.preset=sslight-cnn. May be repeated.",
+)
 @click.option("--out", required=True, type=SomePath(), metavar="FILE.png", help="Where to write the picture.")
 @click.option("--samples", type=click.IntRange(1, 64), default=9, show_default=True, help="Photos, spread evenly over the file.")
 @click.option(
@@ -25,11 +32,14 @@ from fastssl.cli.common import PIPELINES, SomePath, console
     help="Engine that makes them; given more than once, the first view of each photo by every engine stands side by side, with the differences. Default: auto.",
 )
 @click.option("--epoch", type=click.IntRange(min=0), default=0, show_default=True, help="Which epoch's views.")
-def views(file: Path, recipe_name: str, out: Path, samples: int, seed: int, pipelines: tuple[str, ...], epoch: int) -> None:
+def views(
+    file: Path, recipe_name: str, overrides: tuple[str, ...], out: Path, samples: int, seed: int, pipelines: tuple[str, ...], epoch: int
+) -> None:
     """Draw photos beside the very views that a run with this recipe and seed would see.
 
     \b
     fastssl views photos.beton --recipe light-moco-mobilenetv3 --out views.png
+    fastssl views photos.beton --recipe dino-mobilenetv2-sslight --set views.threshold=0.2 --out views.png
     fastssl views photos.beton --recipe quickstart --pipeline native --pipeline dali --pipeline ffcv --out engines.png
     """
     if out.name.endswith((".beton", ".beton.json")):
@@ -39,13 +49,16 @@ def views(file: Path, recipe_name: str, out: Path, samples: int, seed: int, pipe
     import torch
 
     from fastssl.pipelines.engines import choose_engine
-    from fastssl.recipe import load_recipe
+    from fastssl.pipelines.multicrop import MultiCrop
+    from fastssl.recipe import load_recipe, parse_overrides
     from fastssl.report.pictures import engines_picture, views_picture
 
     def notice(line: str) -> None:
         console.print(line, highlight=False, soft_wrap=True, markup=False)
 
-    specs = load_recipe(recipe_name).views
+    specs = load_recipe(recipe_name, parse_overrides(overrides)).views
+    if isinstance(specs, MultiCrop):
+        notice(specs.describe())
     options = {"samples": samples, "seed": seed, "epoch": epoch, "notice": notice}
     if len(pipelines) > 1:
         # `auto` beside what it stands for would be a comparison with itself.

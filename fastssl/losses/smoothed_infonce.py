@@ -129,7 +129,7 @@ class SmoothedInfoNCE(nn.Module):
             raise ValueError(f"tile={tile}: give a positive number of queue rows, or None to let the loss choose")
         self.weights = rank_weights(weighting, neighbors)
         self.temperature = float(temperature)
-        self.smoothing = _checked_smoothing(DEFAULT_SMOOTHING[weighting] if smoothing is None else smoothing)
+        self.smoothing = checked_smoothing(DEFAULT_SMOOTHING[weighting] if smoothing is None else smoothing)
         self.weighting = weighting
         self.neighbors = len(self.weights) if self.weights else None
         self.tile = tile
@@ -150,7 +150,7 @@ class SmoothedInfoNCE(nn.Module):
         Raises:
             ValueError: wrong shapes, fewer negatives than neighbours, a queue or a smoothing that requires a gradient.
         """
-        mass = self.smoothing if smoothing is None else _checked_smoothing(smoothing)
+        mass = self.smoothing if smoothing is None else checked_smoothing(smoothing)
         self._check(query, key, queue)
         return _Loss.apply(query, key, queue, mass, self.temperature, self.weights, self.tile, torch.is_grad_enabled())
 
@@ -164,7 +164,7 @@ class SmoothedInfoNCE(nn.Module):
         Raises:
             ValueError: ``uniform_all`` without a queue size.
         """
-        mass = self.smoothing if smoothing is None else _checked_smoothing(smoothing)
+        mass = self.smoothing if smoothing is None else checked_smoothing(smoothing)
         if self.weighting == "uniform_all":
             if not queue_size:
                 raise ValueError("queue_size is missing: with weighting='uniform_all' the entropy depends on the number of negatives")
@@ -206,7 +206,7 @@ class SmoothedInfoNCE(nn.Module):
             raise ValueError("queue requires a gradient, but the loss treats it as a constant: pass queue.detach()")
 
 
-def _checked_smoothing(smoothing: Tensor | float) -> Tensor | float:
+def checked_smoothing(smoothing: Tensor | float) -> Tensor | float:
     if isinstance(smoothing, Tensor):
         if smoothing.numel() != 1 or not smoothing.is_floating_point() or smoothing.requires_grad:
             raise ValueError(
@@ -331,7 +331,7 @@ def _nearest_mean(query: Tensor, queue: Tensor, peaks: Tensor, weights: tuple[fl
     in_block = torch.arange(_BLOCK, device=queue.device)
     # The keys looked at again are a matrix per query, too much for the whole batch at once.
     chunk = max(1, _elements(query)[1] // (blocks * _BLOCK * query.shape[1]))
-    kept = _top_columns(peaks.t().contiguous(), blocks).sort(1).values  # (B, n): ascending, so that candidates follow rows
+    kept = top_columns(peaks.t().contiguous(), blocks).sort(1).values  # (B, n): ascending, so that candidates follow rows
     means = []
     for queries, its_blocks in zip(query.split(chunk), kept.split(chunk)):
         index = (its_blocks[:, :, None] * _BLOCK + in_block).flatten(1)  # (b, 16 n)
@@ -339,13 +339,13 @@ def _nearest_mean(query: Tensor, queue: Tensor, peaks: Tensor, weights: tuple[fl
         products = torch.bmm(candidates, queries[:, :, None]).squeeze(2)  # (b, 16 n)
         if rows % _BLOCK:
             products.masked_fill_(index >= rows, -math.inf)
-        nearest = _top_columns(products, count)  # (b, count)
+        nearest = top_columns(products, count)  # (b, count)
         share = torch.zeros_like(products).scatter_(1, nearest, profile.expand_as(nearest))
         means.append(torch.bmm(share[:, None, :], candidates).squeeze(1))
     return torch.cat(means)
 
 
-def _top_columns(values: Tensor, count: int) -> Tensor:
+def top_columns(values: Tensor, count: int) -> Tensor:
     """Columns of the ``count`` largest values of each row, largest first, equal values by the lowest column: (B, M) -> (B, count) int64."""
     if values.dtype != torch.float32:
         return values.sort(dim=1, descending=True, stable=True).indices[:, :count]

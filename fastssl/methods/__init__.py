@@ -1,1 +1,17 @@
 """Self-supervised methods. A method knows networks, heads and losses; it knows no files and no command line."""
+
+from fastssl.methods.dino import DINO, DINOConfig
+from fastssl.methods.method import Method
+from fastssl.methods.moco import MoCo, MoCoConfig
+from fastssl.methods.simclr import SimCLR, SimCLRConfig
+from fastssl.methods.swav import SwAV, SwAVConfig
+
+#: name in a recipe -> (class, its configuration)
+METHODS: dict[str, tuple[type[Method], type]] = {
+    "moco": (MoCo, MoCoConfig),
+    "dino": (DINO, DINOConfig),
+    "swav": (SwAV, SwAVConfig),
+    "simclr": (SimCLR, SimCLRConfig),
+}
+
+__all__ = ["DINO", "METHODS", "DINOConfig", "Method", "MoCo", "MoCoConfig", "SimCLR", "SimCLRConfig", "SwAV", "SwAVConfig"]

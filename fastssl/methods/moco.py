@@ -1,31 +1,38 @@
-"""MoCo-v2 with a symmetric loss and smoothed InfoNCE (light-moco).
+"""MoCo-v2: one- or two-sided, with local views, with smoothed InfoNCE (light-moco).
 
-Sources: He et al. 2020 (arXiv 1911.05722), Chen et al. 2020 (arXiv 2003.04297), Lin et al. 2022 (arXiv 2212.07158).
+Sources: He et al. 2020 (arXiv 1911.05722), Chen et al. 2020 (arXiv 2003.04297), Lin et al. 2022 (arXiv 2212.07158), multi-crop as in SSLight (arXiv 2210.02808).
 
-    q1, q2 = query(view 1), query(view 2)           k1, k2 = key(view 1), key(view 2)     (no gradient)
-    loss   = nce(q1, k2, queue) + nce(q2, k1, queue)        a sum of the two terms, as light-moco has it
-    after the step:  key <- m * key + (1 - m) * query;  both key batches enter the queue
+    symmetric (light-moco)    keys of both global views; the loss is the SUM of both keys' terms
+    otherwise (SSLight)       keys of global view 1 alone
+    term of key g             reduce( nce(q_g', k_g, queue), mean over local views of nce(q_v, k_g, queue) )        g' the other global view
+    after the step            key <- m * key + (1 - m) * query;  the keys enter the queue
 
-Both views go through the query network in one pass of 2B images: they are drawn from one distribution, so BatchNorm
+Both global views go through the query network in one pass: the light-moco views are drawn from one distribution, so BatchNorm
 sees two samples of the same statistics at once.
 """
 
 from __future__ import annotations
 
-import copy
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fastssl.backbones import feature_dim
-from fastssl.heads import Projector, ProjectorConfig
+from fastssl import schedules
+from fastssl.distributed import gather_rows, gather_views, rank
+from fastssl.heads import ProjectorConfig
 from fastssl.losses import SmoothedInfoNCE
+from fastssl.losses.pairs import reduce_pairs
+from fastssl.methods.method import Method, MethodConfig, PartLoss, Rates, Views, embedding_std, new_encoder
+from fastssl.pipelines.order import batch_permutation
+from fastssl.schedules import RunLength
 
 
 @dataclass(frozen=True)
-class MoCoConfig:
+class MoCoConfig(MethodConfig):
     """The method's own numbers.
 
     Attributes:
@@ -35,11 +42,12 @@ class MoCoConfig:
         neighbors: number of nearest negatives that share it; None: the weighting's published number.
         smoothing_schedule: ``constant``, ``warm`` (0 for ``smoothing_warm_epochs``, then all of it) or ``cosine`` (grows from 0).
         smoothing_warm_epochs: read by ``warm`` only.
-        queue: number of keys kept as negatives; a multiple of twice the batch.
+        symmetric: keys of both global views, each with the queries of all other views.
+        queue: number of keys kept as negatives; a multiple of the keys of a step, two (or, if not symmetric, one) for each sample of the batch.
         momentum: of the key network.
         momentum_schedule: ``constant``, or ``cosine`` up to 1.
-        split_bn: groups into which the permuted key batch is cut before the key network, so that a query and its key do not
-            share BatchNorm statistics (shuffle-BN without a second GPU). 1: none.
+        split_bn: groups into which the permuted keys of the whole batch are cut before the key network, so that a query and its key do not
+            share BatchNorm statistics (shuffle-BN, also without a second GPU). 1: one group, the statistics of the whole batch.
         projector: shape of the head.
     """
 
@@ -49,6 +57,7 @@ class MoCoConfig:
     neighbors: int | None = None
     smoothing_schedule: str = "constant"
     smoothing_warm_epochs: int = 0
+    symmetric: bool = True
     queue: int = 65536
     momentum: float = 0.999
     momentum_schedule: str = "constant"
@@ -56,52 +65,67 @@ class MoCoConfig:
     projector: ProjectorConfig = field(default_factory=ProjectorConfig)
 
     def __post_init__(self) -> None:
-        if self.smoothing_schedule not in ("constant", "warm", "cosine"):
-            raise ValueError(f"moco.smoothing_schedule={self.smoothing_schedule!r} is not one of constant, warm, cosine")
-        if self.momentum_schedule not in ("constant", "cosine"):
-            raise ValueError(f"moco.momentum_schedule={self.momentum_schedule!r} is not one of constant, cosine")
-        if self.smoothing_warm_epochs and self.smoothing_schedule != "warm":
-            raise ValueError("moco.smoothing_warm_epochs is read only with smoothing_schedule: warm")
+        if self.momentum_schedule not in schedules.MOMENTUM_SCHEDULES:
+            raise ValueError(f"moco.momentum_schedule={self.momentum_schedule!r} is not one of {', '.join(schedules.MOMENTUM_SCHEDULES)}")
+        schedules.check_smoothing("moco", self.smoothing_schedule, self.smoothing_warm_epochs)
         if not 0 <= self.momentum <= 1:
             raise ValueError(f"moco.momentum must lie in 0..1, got {self.momentum}")
         if self.split_bn < 1 or self.queue < 1:
             raise ValueError("moco.split_bn and moco.queue must be at least 1")
 
+    BATCH_KEY = "moco.queue"
 
-class Encoder(nn.Module):
-    """Backbone and projector: images (N, 3, S, S) -> unit vectors (N, out)."""
+    @property
+    def key_views(self) -> int:
+        """Global views that keys are made of."""
+        return 2 if self.symmetric else 1
 
-    def __init__(self, backbone: nn.Module, config: ProjectorConfig):
-        super().__init__()
-        self.backbone = backbone
-        self.projector = Projector(feature_dim(backbone), config)
+    @property
+    def groups(self) -> int:
+        return self.split_bn
 
-    def forward(self, images: Tensor) -> Tensor:
-        return self.projector(self.backbone(images))
+    @property
+    def largest_batch(self) -> int:
+        return self.queue // self.key_views
+
+    def allows(self, batch: int) -> bool:
+        keys = self.key_views * batch
+        return batch >= 2 and self.queue % keys == 0 and keys // self.split_bn >= 2
+
+    def scaled(self, batch: int) -> MoCoConfig:
+        keys = self.key_views * batch
+        return replace(self, queue=-(-self.queue // keys) * keys, split_bn=min(self.split_bn, keys // 2))
 
 
-class MoCo(nn.Module):
+class MoCo(Method):
     """The two networks, the queue, and one training step's loss.
 
     Args:
         backbone: the query network's backbone; the key network starts as its copy.
         config: see ``MoCoConfig``.
-        batch_size: samples a step, for the check that the queue is a whole number of steps long.
+        views: batch, views and pair weights.
         generator: draws the queue's first content (random unit vectors, as in MoCo); on the CPU.
+
+    Raises:
+        ValueError: the batch does not fit the queue or the BatchNorm groups.
     """
 
-    #: names of the values in ``metrics``, in the order of the vector that ``forward`` returns
     METRICS = ("loss", "kl", "alignment", "embedding_std")
 
-    def __init__(self, backbone: nn.Module, config: MoCoConfig, *, batch_size: int, generator: torch.Generator | None = None):
-        super().__init__()
-        if config.queue % (2 * batch_size):
-            raise ValueError(f"moco.queue={config.queue} must be a multiple of twice the batch size ({2 * batch_size})")
-        if (2 * batch_size) // config.split_bn < 2:
-            raise ValueError(f"moco.split_bn={config.split_bn} leaves fewer than 2 of {2 * batch_size} keys in a group")
+    def __init__(self, backbone: nn.Module, config: MoCoConfig, *, views: Views, generator: torch.Generator | None = None):
+        keys = config.key_views * views.global_batch
+        if config.queue % keys:
+            times = "twice the batch size" if config.symmetric else "the batch size"
+            raise ValueError(f"moco.queue={config.queue} must be a multiple of {times} ({keys})")
+        if keys // config.split_bn < 2:
+            raise ValueError(f"moco.split_bn={config.split_bn} leaves fewer than 2 of {keys} keys in a group")
+        if config.split_bn > 1 and (config.split_bn % views.world or (keys % config.split_bn and views.world > 1)):
+            raise ValueError(
+                f"moco.split_bn={config.split_bn} must be 1, or a multiple of the {views.world} processes that divides their {keys} keys"
+            )
+        super().__init__(new_encoder(backbone, config.projector), views, with_teacher=True)
         self.config = config
-        self.student = Encoder(backbone, config.projector)
-        self.teacher = copy.deepcopy(self.student).requires_grad_(False)
+        self.key_views = config.key_views
         self.loss = SmoothedInfoNCE(
             temperature=config.temperature, smoothing=config.smoothing, weighting=config.weighting, neighbors=config.neighbors
         )
@@ -113,103 +137,114 @@ class MoCo(nn.Module):
         # Buffers, and persistent: a run that resumed with a fresh queue would be another run.
         self.register_buffer("queue", functional.normalize(queue, dim=1))
         self.register_buffer("queue_pointer", torch.zeros((), dtype=torch.int64))
-        self._student_parameters = list(self.student.parameters())
-        self._teacher_parameters = list(self.teacher.parameters())
-        self.compute_with(self.student, self.teacher)
 
-    def compute_with(self, student: nn.Module, teacher: nn.Module) -> None:
-        """Let these networks make the passes: bfloat16 or compiled forms of ``student`` and ``teacher``, which stay what is trained and saved."""
-        self._computing = (student, teacher)  # in a tuple, which nn.Module does not register: they are no part of the state
+    def rates(self, step: int, run: RunLength) -> dict[str, float]:
+        config = self.config
+        found = {
+            "momentum": schedules.ema_momentum(step, total_steps=run.total_steps, base=config.momentum, schedule=config.momentum_schedule)
+        }
+        if config.smoothing:  # without it the search for neighbours is left out, also of a recorded step
+            found["smoothing"] = schedules.smoothing(
+                step,
+                total_steps=run.total_steps,
+                steps_per_epoch=run.steps_per_epoch,
+                base=config.smoothing,
+                schedule=config.smoothing_schedule,
+                warm_epochs=config.smoothing_warm_epochs,
+            )
+        return found
 
-    def forward(self, views: list[Tensor], permutation: Tensor, smoothing: Tensor | float) -> tuple[Tensor, Tensor]:
-        """Loss of one batch; the batch's keys are then in the queue.
+    def synchronise(self, convert: Callable[[nn.Module], nn.Module]) -> None:
+        """As of any method; but keys that are dealt into groups have the statistics of their group."""
+        if self.config.split_bn == 1:
+            super().synchronise(convert)
+        else:
+            self.student = convert(self.student)
+            self.compute_with(self.student, self.teacher)
 
-        Args:
-            views: one tensor (2B, 3, S, S), view-major; or two of (B, 3, S, S).
-            permutation: (2B,) int64, the order in which the keys are dealt into BatchNorm groups.
-            smoothing: the schedule's present value.
+    def noise(self, seed: int, epoch: int, step: int) -> dict[str, Any]:
+        """``permutation``: (key views * global batch,) int64, the order in which the keys are dealt into BatchNorm groups."""
+        return {"permutation": batch_permutation(self.key_views * self.views.global_batch, seed, epoch, step)}
 
-        Returns:
-            the loss (scalar, with gradient) and (len(METRICS),) float32 without gradient, both on the device.
-        """
-        images = self.images(views)
-        keys = self.keys(images, permutation)
-        loss, metrics = self.part_loss(images, keys, smoothing)
-        self.enqueue(keys)
-        return loss, metrics
+    def targets(self, images: Sequence[Tensor], noise: Mapping[str, Tensor], rates: Rates) -> Tensor:
+        """Keys (key views * B, out) of this rank's global views."""
+        return self.keys(self.teacher_images(images), noise["permutation"])
 
-    @staticmethod
-    def images(views: list[Tensor]) -> Tensor:
-        """The views as one batch, (2B, 3, S, S), view-major."""
-        return views[0] if len(views) == 1 else torch.cat(views)
-
-    def encode(self, images: Tensor) -> Tensor:
-        """Queries (N, out) of ``images``, by the form of the student that computes."""
-        return self._computing[0](images)
-
-    def part_loss(self, images: Tensor, keys: Tensor, smoothing: Tensor | float, part: int = 0, parts: int = 1) -> tuple[Tensor, Tensor]:
-        """Loss of one part of the batch against the queue as it stands: a pass with gradient over 2B / parts images.
+    def part_loss(
+        self, images: Sequence[Tensor], targets: Tensor, rates: Rates, phase: tuple = (), part: int = 0, parts: int = 1
+    ) -> PartLoss:
+        """Loss of one part of the batch against the queue as it stands.
 
         The mean over all parts is the loss of the whole batch but for one thing: the query network's BatchNorms see a part at a time.
-
-        Args:
-            images: (2B, 3, S, S), view-major.
-            keys: (2B, out), those of all images.
-            smoothing: the schedule's present value.
-            part, parts: which of how many; ``parts`` divides B.
-
-        Returns:
-            as ``forward``.
         """
-        size = len(images) // (2 * parts)
-        if parts > 1:
-            images, keys = (torch.cat([half.narrow(0, part * size, size) for half in tensor.chunk(2)]) for tensor in (images, keys))
-        first_query, second_query = self.encode(images).chunk(2)
-        first_key, second_key = keys.chunk(2)
-        loss = self.loss(first_query, second_key, self.queue, smoothing) + self.loss(second_query, first_key, self.queue, smoothing)
+        smoothing = rates.get("smoothing", 0.0)
+        keys = self.part_of(targets, part, parts)
+        queries = self.encode([self.part_of(batch, part, parts) for batch in self.student_images(images)])
+        size = self.views.batch_size // parts
+        terms = [self._term(queries, keys[view * size : (view + 1) * size], view, smoothing) for view in range(self.key_views)]
+        loss = terms[0] + terms[1] if self.config.symmetric else terms[0]
         with torch.no_grad():
-            return loss, self._metrics(loss, first_query, second_key, smoothing)
+            return PartLoss(loss, self._metrics(loss, queries, keys, smoothing))
+
+    def student_images(self, images: Sequence[Tensor]) -> list[Tensor]:
+        """All views, or all but the first where that is the key's alone."""
+        return list(images) if self.config.symmetric else [images[0][self.views.batch_size :], *images[1:]]
+
+    def teacher_images(self, images: Sequence[Tensor]) -> Tensor:
+        return self.global_images(images, self.key_views)
+
+    def _term(self, queries: Tensor, key: Tensor, view: int, smoothing: Tensor | float) -> Tensor:
+        """All queries but those of the key's own view against ``key`` (n, out): the reduced loss."""
+        size, local = len(key), self.views.weights.local_views
+        other = (1 - view) * size if self.config.symmetric else 0
+        rest = (2 if self.config.symmetric else 1) * size
+        gg = self.loss(queries[other : other + size], key, self.queue, smoothing)
+        gl = self.loss(queries[rest:], key.repeat(local, 1), self.queue, smoothing) if local else None
+        return reduce_pairs(gg, gl, self.views.weights)
 
     @torch.no_grad()
     def keys(self, images: Tensor, permutation: Tensor) -> Tensor:
-        """Keys (2B, out) of ``images``, each BatchNorm group normalised for itself, in the order of ``images``."""
+        """Keys of ``images`` (key views * B, 3, S, S), each BatchNorm group normalised for itself, in the order of ``images``.
+
+        The groups are dealt over the samples of all ranks, and each rank makes the keys of its share of the groups. The images go to all ranks for
+        that: a gather has the same shape at every step, which a recorded step needs and an exchange of just the images wanted has not.
+        """
         teacher = self._computing[1]
         if self.config.split_bn == 1:
             return teacher(images)
+        views, world = self.key_views, self.views.world
+        groups = self.config.split_bn // world
+        everyone = gather_views(images, views)
+        mine = permutation.view(world, -1)[rank()] if world > 1 else permutation
         # index_select keeps channels-last; each group is one forward pass, so that any network's BatchNorm is served.
-        shuffled = images.index_select(0, permutation)
-        keys = torch.cat([teacher(group) for group in shuffled.tensor_split(self.config.split_bn)])
-        return torch.empty_like(keys).index_copy_(0, permutation, keys)
+        shuffled = everyone.index_select(0, mine)
+        keys = gather_rows(torch.cat([teacher(group) for group in shuffled.tensor_split(groups)]))
+        keys = torch.empty_like(keys).index_copy_(0, permutation, keys)
+        if world == 1:
+            return keys
+        batch, first = self.views.global_batch, rank() * self.views.batch_size
+        return torch.cat([keys.narrow(0, view * batch + first, self.views.batch_size) for view in range(views)])
+
+    def after_step(self, targets: Tensor, kept: Sequence[Tensor], phase: tuple = ()) -> None:
+        self.enqueue(gather_views(targets, self.key_views))
 
     @torch.no_grad()
     def enqueue(self, keys: Tensor) -> None:
-        """Write the keys over the oldest ones. The pointer lives on the device: no host sync."""
+        """Write the keys of all ranks over the oldest ones. The pointer lives on the device: no host sync."""
         count = len(keys)
         places = (self.queue_pointer + torch.arange(count, device=keys.device)) % len(self.queue)
         self.queue.index_copy_(0, places, keys.to(self.queue.dtype))
         self.queue_pointer.add_(count).remainder_(len(self.queue))
 
-    @torch.no_grad()
-    def update_teacher(self, momentum: float | Tensor) -> None:
-        """key <- momentum * key + (1 - momentum) * query: parameters only; the key network keeps its own BN statistics.
-
-        Args:
-            momentum: a number, or a tensor with one element on the device: a schedule may then change it under a captured graph.
-        """
-        if not isinstance(momentum, Tensor):
-            torch._foreach_lerp_(self._teacher_parameters, self._student_parameters, 1 - momentum)
-            return
-        way = torch._foreach_sub(self._student_parameters, self._teacher_parameters)
-        torch._foreach_mul_(way, 1 - momentum)
-        torch._foreach_add_(self._teacher_parameters, way)
-
-    def _metrics(self, loss: Tensor, query: Tensor, key: Tensor, smoothing: Tensor | float) -> Tensor:
+    def _metrics(self, loss: Tensor, queries: Tensor, keys: Tensor, smoothing: Tensor | float) -> Tensor:
         """The values named in METRICS.
 
-        The loss of a soft target is at least the target's entropy: ``kl`` is what stands above that. ``embedding_std`` is 1
-        for directions spread evenly over the sphere and 0 when all embeddings are one point.
+        The loss of a soft target is at least the target's entropy: ``kl`` is what stands above that. ``alignment`` is the squared distance of the
+        first key's pair of global views.
         """
-        kl = loss - 2 * self.loss.target_entropy(smoothing, queue_size=len(self.queue))
+        size = len(keys) // self.key_views
+        # first key: view 2's where there are two (light-moco's order), else view 1's
+        key, query = (keys[size:], queries[:size]) if self.config.symmetric else (keys, queries[:size])
+        kl = loss - self.key_views * self.loss.target_entropy(smoothing, queue_size=len(self.queue))
         alignment = (query - key).square().sum(dim=1).mean()
-        spread = query.std(dim=0).mean() * query.shape[1] ** 0.5
-        return torch.stack([loss.detach(), kl.detach(), alignment, spread]).float()
+        return torch.stack([loss.detach(), kl.detach(), alignment, embedding_std(query)]).float()

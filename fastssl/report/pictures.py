@@ -16,6 +16,7 @@ from fastssl.evaluate.knn import nearest_neighbors
 from fastssl.pipelines.beton import BetonReader
 from fastssl.pipelines.errors import FastSSLError, JpegError
 from fastssl.pipelines.loader import ViewLoader
+from fastssl.pipelines.multicrop import MultiCrop
 from fastssl.pipelines.plan import ViewSpec
 
 if TYPE_CHECKING:
@@ -25,8 +26,8 @@ _PAPER, _INK, _QUIET, _LINE = "#ffffff", "#1c2430", "#667085", "#e4e7ec"
 #: Blue-green and orange-red: apart also for the colour-blind, who also have the counts in the captions.
 _SAME, _OTHER = "#0f9d76", "#e0533a"
 _MARGIN = 24
-#: At most this many view columns: 2 + 6 views fit, a picture of 100 columns helps nobody.
-_MAX_VIEWS = 10
+#: At most this many view columns: 2 + 10 views fit, a picture of 100 columns helps nobody.
+_MAX_VIEWS = 12
 
 
 def views_picture(
@@ -47,7 +48,7 @@ def views_picture(
 
     Args:
         data: a ``.beton`` file or an open reader.
-        views: the view groups of a recipe; the first ten views are drawn.
+        views: the view groups of a recipe; the first twelve views are drawn.
         out: where to write the PNG; None: only return the picture.
         samples: rows, spread evenly over the file.
         tile: side of a drawn square in pixels.
@@ -125,12 +126,19 @@ def _render(
         if notice is not None and loader.stats.skipped:
             names = ", ".join(map(str, loader.stats.skipped))
             notice(f"{reader.path}: damaged and not shown: sample {names}; another photo stands in its place")
+    names = views.names if isinstance(views, MultiCrop) else _names(views)
     pixels = [
-        (f"{'view' if len(views) == 1 else f'group {group + 1}, view'} {number + 1}", side)
+        (names[group][number], side)
         for group, (spec, rendered) in enumerate(zip(views, batch.views))
         for number, side in enumerate(to_pictures(rendered, spec).reshape(spec.count, len(chosen), spec.size, spec.size, 3))
     ]
     return batch.index.tolist(), pixels
+
+
+def _names(views: Sequence[ViewSpec]) -> list[list[str]]:
+    """What the views of each group are called."""
+    groups = ["view"] if len(views) == 1 else [f"group {group + 1}, view" for group in range(len(views))]
+    return [[f"{group} {number + 1}" for number in range(spec.count)] for group, spec in zip(groups, views)]
 
 
 def neighbours_picture(

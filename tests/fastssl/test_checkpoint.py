@@ -10,6 +10,8 @@ import torch
 from fastssl.backbones import create_backbone, load_backbone
 from fastssl.checkpoint import Position, differences, load_checkpoint, restore, save_checkpoint, write_atomically
 from fastssl.heads import ProjectorConfig
+from fastssl.losses.pairs import PairWeights
+from fastssl.methods.method import Views
 from fastssl.methods.moco import MoCo, MoCoConfig
 from fastssl.optim import OptimConfig, create_optimizer
 from fastssl.pipelines.errors import FastSSLError
@@ -18,14 +20,15 @@ from fastssl.pipelines.errors import FastSSLError
 def make(seed: int = 0) -> tuple[MoCo, torch.optim.Optimizer]:
     torch.manual_seed(seed)
     config = MoCoConfig(queue=16, neighbors=5, split_bn=1, projector=ProjectorConfig(hidden=8, out=4))
-    method = MoCo(create_backbone("mobilenetv3_small_050"), config, batch_size=4)
+    method = MoCo(create_backbone("mobilenetv3_small_050"), config, views=Views(4, PairWeights(0, 1.0, 0.0)))
     return method, create_optimizer(method, OptimConfig(lr=0.1))
 
 
 def step(method: MoCo, optimizer: torch.optim.Optimizer, seed: int) -> None:
     views = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
-    loss, _ = method([views], torch.arange(8), 0.2)
-    loss.backward()
+    keys = method.targets([views], {"permutation": torch.arange(8)}, {})
+    method.part_loss([views], keys, {"smoothing": 0.2}).loss.backward()
+    method.after_step(keys, [])
     optimizer.step()
     optimizer.zero_grad()
     method.update_teacher(0.9)
@@ -44,8 +47,17 @@ def test_a_restored_run_makes_the_very_same_step(tmp_path: Path) -> None:
     step(other, other_optimizer, 7)
     for name, tensor in method.state_dict().items():
         assert torch.equal(tensor, other.state_dict()[name]), name
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["last.pt", "last.safetensors"]
-    assert load_backbone(tmp_path / "last.safetensors").num_features
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["last-teacher.safetensors", "last.pt", "last.safetensors"]
+
+
+def test_student_and_teacher_are_both_kept(tmp_path: Path) -> None:
+    method, optimizer = make()
+    step(method, optimizer, 0)
+    save_checkpoint(tmp_path, method=method, optimizer=optimizer, position=Position(), config={}, arch="mobilenetv3_small_050")
+    for name, network in (("last", method.student), ("last-teacher", method.teacher)):
+        loaded = load_backbone(tmp_path / f"{name}.safetensors").state_dict()
+        assert all(torch.equal(loaded[key], value) for key, value in network.backbone.state_dict().items())
+    assert not torch.equal(method.student.backbone.conv_stem.weight, method.teacher.backbone.conv_stem.weight)
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:

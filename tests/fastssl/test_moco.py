@@ -1,40 +1,34 @@
-"""MoCo: the symmetric loss, the queue, the key network, split-BN."""
+"""MoCo: symmetric and one-sided losses, local views, the queue, the key network, split-BN."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor, nn
+from tiny import TWO, B, TinyBackbone, images
+from torch import Tensor
 from torch.nn import functional
 
 from fastssl.heads import ProjectorConfig
 from fastssl.losses import SmoothedInfoNCE
+from fastssl.losses.pairs import PairWeights
+from fastssl.methods.method import PartLoss, Views
 from fastssl.methods.moco import MoCo, MoCoConfig
-
-B = 6
-
-
-class TinyBackbone(nn.Module):
-    """Convolution, BatchNorm, pool: enough to have statistics and a gradient."""
-
-    num_features = 12
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body = nn.Sequential(nn.Conv2d(3, 12, 3, bias=False), nn.BatchNorm2d(12), nn.ReLU())
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.body(images).mean((2, 3))
+from fastssl.schedules import RunLength
 
 
-def make(**options: object) -> MoCo:
+def make(weights: PairWeights = TWO, **options: object) -> MoCo:
     torch.manual_seed(0)
-    config = MoCoConfig(queue=8 * B, neighbors=5, split_bn=1, projector=ProjectorConfig(hidden=16, out=8), **options)
-    return MoCo(TinyBackbone(), config, batch_size=B, generator=torch.Generator().manual_seed(1)).train()
+    config = MoCoConfig(**{"queue": 8 * B, "neighbors": 5, "split_bn": 1, "projector": ProjectorConfig(hidden=16, out=8), **options})
+    return MoCo(TinyBackbone(), config, views=Views(B, weights), generator=torch.Generator().manual_seed(1)).train()
 
 
-def images(seed: int = 0) -> Tensor:
-    return torch.randn(2 * B, 3, 9, 9, generator=torch.Generator().manual_seed(seed))
+def step(method: MoCo, views: list[Tensor], smoothing: float = 0.2) -> PartLoss:
+    """One batch's loss; its keys are then in the queue."""
+    joined = method.images(views)
+    keys = method.targets(joined, {"permutation": torch.arange(method.key_views * B)}, {})
+    found = method.part_loss(joined, keys, {"smoothing": smoothing})
+    method.after_step(keys, [])
+    return found
 
 
 def test_loss_is_the_sum_of_both_directions_over_the_old_queue() -> None:
@@ -45,20 +39,64 @@ def test_loss_is_the_sum_of_both_directions_over_the_old_queue() -> None:
         key = method.teacher(views)
     single = SmoothedInfoNCE(temperature=0.1, smoothing=0.2, weighting="stepped", neighbors=5)
     expected = single(query[:B], key[B:], queue) + single(query[B:], key[:B], queue)
-    loss, metrics = method([views], torch.arange(2 * B), 0.2)
+    found = step(method, [views])
+    loss, metrics = found.loss, found.metrics
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(metrics[0], expected)
     assert not metrics.requires_grad
     torch.testing.assert_close(metrics[1], expected - 2 * single.target_entropy(0.2))
     # Two view groups of B each are the same as one of 2B.
-    again, _ = make()([views[:B], views[B:]], torch.arange(2 * B), 0.2)
-    torch.testing.assert_close(again, loss)
+    torch.testing.assert_close(step(make(), [views[:B], views[B:]]).loss, loss)
+
+
+SSLIGHT = PairWeights(3, 0.4, 0.6)
+
+
+def test_one_sided_loss_has_the_first_views_key_and_all_other_queries() -> None:
+    """SSLight: key of global view 1; queries of global view 2 (weight 0.4) and of the local views (0.6 for their mean)."""
+    method, globals_, locals_ = make(SSLIGHT, symmetric=False), images(), images(1, views=3, size=7)
+    queue = method.queue.clone()
+    single = SmoothedInfoNCE(temperature=0.1, smoothing=0.0, weighting="stepped", neighbors=5)
+    with torch.no_grad():
+        key = method.teacher(globals_[:B])
+        second, local = method.student.backbone(globals_[B:]), method.student.backbone(locals_)
+        queries = method.student.projector(torch.cat([second, local]))
+    pairs = [single(query, key, queue) for query in queries.split(B)]
+    found = step(method, [globals_[:B], globals_[B:], locals_], smoothing=0.0)
+    torch.testing.assert_close(found.loss, 0.4 * pairs[0] + 0.6 * torch.stack(pairs[1:]).mean())
+    assert int(method.queue_pointer) == B
+    torch.testing.assert_close(method.queue[:B], key)
+    torch.testing.assert_close(method.queue[B:], queue[B:])
+    # Weights by the number of pairs: the plain mean over 1 + L of them.
+    plain = step(make(PairWeights(3, 1 / 4, 3 / 4), symmetric=False), [globals_, locals_], smoothing=0.0)
+    torch.testing.assert_close(plain.loss, torch.stack(pairs).mean())
+
+
+def test_symmetric_loss_with_local_views_is_the_sum_over_both_keys() -> None:
+    method, globals_, locals_ = make(SSLIGHT), images(), images(1, views=3, size=7)
+    queue = method.queue.clone()
+    single = SmoothedInfoNCE(temperature=0.1, smoothing=0.2, weighting="stepped", neighbors=5)
+    with torch.no_grad():
+        keys = method.teacher(globals_).split(B)
+        queries = method.student([globals_, locals_]).split(B)
+    expected = 0.0
+    for own, key in enumerate(keys):
+        gl = torch.stack([single(query, key, queue) for query in queries[2:]]).mean()
+        expected = expected + 0.4 * single(queries[1 - own], key, queue) + 0.6 * gl
+    torch.testing.assert_close(step(method, [globals_, locals_]).loss, expected)
+    assert int(method.queue_pointer) == 2 * B
+
+
+def test_the_keys_of_a_step_are_not_among_its_negatives() -> None:
+    """Enqueued after the logits: a second step on the same batch finds its own keys in the queue, the first one does not."""
+    method, views = make(), images()
+    first, again = (step(method, [views], smoothing=0.0).loss.detach() for _ in range(2))
+    assert float(again) > float(first) + 0.1  # each query's positive now is a negative, too
 
 
 def test_gradient_reaches_the_student_alone() -> None:
     method = make()
-    loss, _ = method([images()], torch.arange(2 * B), 0.2)
-    loss.backward()
+    step(method, [images()]).loss.backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in method.student.parameters())
     assert all(p.grad is None and not p.requires_grad for p in method.teacher.parameters())
 
@@ -78,7 +116,7 @@ def test_queue_is_first_in_first_out_and_wraps() -> None:
 
 def test_queue_and_pointer_are_in_the_state() -> None:
     method, other = make(), make()
-    method([images()], torch.arange(2 * B), 0.2)
+    step(method, [images()])
     other.load_state_dict(method.state_dict())
     assert torch.equal(other.queue, method.queue) and int(other.queue_pointer) == 2 * B
 
@@ -92,8 +130,7 @@ def test_keys_are_unit_vectors_of_the_teacher_in_order() -> None:
 
 def test_split_bn_normalises_each_group_for_itself_and_puts_the_order_back() -> None:
     torch.manual_seed(0)
-    config = MoCoConfig(queue=8 * B, neighbors=5, split_bn=3, projector=ProjectorConfig(hidden=16, out=8))
-    method, views = MoCo(TinyBackbone(), config, batch_size=B).train(), images()
+    method, views = make(split_bn=3), images()
     permutation = torch.randperm(2 * B, generator=torch.Generator().manual_seed(5))
     keys = method.keys(views, permutation)
     for group in permutation.chunk(3):
@@ -120,8 +157,8 @@ def test_collapse_shows_in_the_metrics() -> None:
     method = make()
     same = functional.normalize(torch.ones(B, 8), dim=1)
     spread = functional.normalize(torch.randn(4096, 8, generator=torch.Generator().manual_seed(0)), dim=1)
-    collapsed = method._metrics(torch.tensor(1.0), same, same, 0.0)
-    healthy = method._metrics(torch.tensor(1.0), spread, spread, 0.0)
+    collapsed = method._metrics(torch.tensor(1.0), same.repeat(2, 1), same.repeat(2, 1), 0.0)
+    healthy = method._metrics(torch.tensor(1.0), spread.repeat(2, 1), spread.repeat(2, 1), 0.0)
     assert float(collapsed[3]) == pytest.approx(0, abs=1e-6) and float(healthy[3]) == pytest.approx(1, abs=0.02)
     assert float(collapsed[2]) == 0
 
@@ -141,8 +178,32 @@ def test_wrong_settings_are_named(options: dict, message: str) -> None:
         MoCoConfig(**options)
 
 
-def test_queue_must_be_whole_steps_and_groups_large_enough() -> None:
-    with pytest.raises(ValueError, match="multiple of twice the batch size"):
-        MoCo(TinyBackbone(), MoCoConfig(queue=100), batch_size=B)
-    with pytest.raises(ValueError, match="fewer than 2"):
-        MoCo(TinyBackbone(), MoCoConfig(queue=8 * B, split_bn=B + 1), batch_size=B)
+@pytest.mark.parametrize(
+    ("options", "world", "message"),
+    [
+        ({"queue": 100}, 1, "multiple of twice the batch size"),
+        ({"queue": 100, "symmetric": False}, 1, "multiple of the batch size"),
+        ({"split_bn": B + 1}, 1, "fewer than 2"),
+        ({"split_bn": 3}, 2, "must be 1, or a multiple of the 2 processes"),
+        ({"queue": 2 * B}, 2, "multiple of twice the batch size"),
+    ],
+)
+def test_queue_must_be_whole_steps_and_groups_large_enough(options: dict, world: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        MoCo(TinyBackbone(), MoCoConfig(**{"queue": 8 * B, "split_bn": 1, "neighbors": 5, **options}), views=Views(B, TWO, world))
+
+
+def test_rates_follow_the_schedules_and_no_smoothing_is_none() -> None:
+    run = RunLength(100, 10)
+    rates = make(momentum=0.5, momentum_schedule="cosine", smoothing_schedule="warm", smoothing_warm_epochs=2).rates(0, run)
+    assert rates == {"momentum": 0.5, "smoothing": 0.0}
+    assert make(smoothing=0.0).rates(50, run) == {"momentum": 0.999}
+
+
+def test_numbers_that_go_with_another_batch() -> None:
+    config = MoCoConfig(queue=64, split_bn=8)
+    assert [batch for batch in range(1, 40) if config.allows(batch)] == [8, 16, 32] and config.largest_batch == 32
+    scaled = config.scaled(6)
+    assert scaled.allows(6) and (scaled.queue, scaled.split_bn) == (72, 6)
+    one_sided = MoCoConfig(queue=64, split_bn=1, symmetric=False)
+    assert one_sided.largest_batch == 64 and one_sided.allows(64)

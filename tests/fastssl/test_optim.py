@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 
+from fastssl.backbones import create_backbone
 from fastssl.benchmarks.plain_step import plain_optimizer
-from fastssl.optim import LARS, OptimConfig, create_optimizer, set_lr
+from fastssl.optim import LARS, OptimConfig, ScheduledDecay, create_optimizer, parameter_groups, set_lr
 
 
 def network() -> nn.Module:
@@ -71,3 +72,71 @@ def test_wrong_settings_are_named() -> None:
         OptimConfig(name="lamb")
     with pytest.raises(ValueError, match="trust"):
         OptimConfig(name="lars", trust=0)
+
+
+def names_by_decay(model: nn.Module, config: OptimConfig) -> tuple[set[str], set[str]]:
+    """Names of the parameters that decay and of those that do not."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    found: tuple[set[str], set[str]] = (set(), set())
+    for group in parameter_groups(model, config):
+        found[0 if group["decays"] else 1].update(names[id(p)] for p in group["params"])
+    return found
+
+
+def test_depthwise_filters_and_one_dimensional_tensors_do_not_decay() -> None:
+    backbone = create_backbone("mobilenetv2")
+    decayed, spared = names_by_decay(backbone, OptimConfig(name="lars", decay_1d=False, decay_depthwise=False))
+    shapes = {name: tuple(p.shape) for name, p in backbone.named_parameters()}
+    assert decayed | spared == set(shapes) and not decayed & spared
+    depthwise = {name for name in shapes if name.endswith("conv_dw.weight")}
+    assert len(depthwise) == 17 and depthwise <= spared
+    assert all(len(shapes[name]) == 1 for name in spared - depthwise) and all(len(shapes[name]) == 4 for name in decayed)
+    again, only_1d = names_by_decay(backbone, OptimConfig(decay_1d=False))
+    assert again == decayed | depthwise and only_1d == spared - depthwise
+    # Position embedding and class token of a vision transformer count as matrices, and decay.
+    decayed, spared = names_by_decay(create_backbone("vit_tiny"), OptimConfig(name="adamw", decay_1d=False))
+    assert {"pos_embed", "cls_token"} <= decayed and "norm.weight" in spared
+
+
+def test_depthwise_filters_keep_their_trust_ratio() -> None:
+    weight = nn.Parameter(torch.full((6, 1, 3, 3), 2.0))
+    model = nn.ParameterDict({"filter": weight})
+    optimizer = create_optimizer(model, OptimConfig(name="lars", lr=1.0, weight_decay=0.5, decay_1d=False, decay_depthwise=False))
+    before = weight.detach().clone()
+    weight.grad = torch.full_like(weight, 1e-3)
+    optimizer.step()
+    torch.testing.assert_close((before - weight).norm(), 0.001 * before.norm())
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+@pytest.mark.parametrize("name", ["sgd", "adamw", "lars"])
+def test_a_scheduled_decay_makes_the_steps_of_an_optimiser_that_was_given_it(name: str, on_device: bool) -> None:
+    config = OptimConfig(name=name, lr=0.3, weight_decay=0.04, final_weight_decay=0.4, decay_1d=False)
+    ours = network()
+    theirs = copy.deepcopy(ours)
+    fast, plain = create_optimizer(ours, config), plain_optimizer(theirs, config, 0.3)
+    decay = ScheduledDecay(fast, decoupled=name == "adamw")
+    rate, mass = torch.zeros(()), torch.zeros(())
+    for step in range(4):
+        for model in (ours, theirs):
+            gradients(model, step)
+        if step == 2:  # a frozen layer neither moves nor decays
+            ours[3].weight.grad = theirs[3].weight.grad = None
+        rate.fill_(0.1 * (step + 1))
+        mass.fill_(0.04 + 0.1 * step)
+        for group in plain.param_groups:
+            group["weight_decay"] = float(mass) if group["decays"] else 0.0
+        decay.apply(*((rate, mass) if on_device else (float(rate), float(mass))))
+        set_lr(fast, rate if on_device else float(rate))
+        set_lr(plain, float(rate))
+        fast.step()
+        plain.step()
+    for mine, other in zip(ours.parameters(), theirs.parameters()):
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6)
+
+
+def test_a_warm_up_rate_without_a_warm_up_is_refused() -> None:
+    with pytest.raises(ValueError, match="warmup_lr needs warmup_epochs"):
+        OptimConfig(warmup_lr=0.0)
+    with pytest.raises(ValueError, match="final_weight_decay"):
+        OptimConfig(final_weight_decay=-1.0)

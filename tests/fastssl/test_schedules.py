@@ -84,3 +84,50 @@ def test_mistakes_are_named() -> None:
         schedules.learning_rate(11, total_steps=10, steps_per_epoch=5, peak=0.1)
     with pytest.raises(ValueError, match="at least one step"):
         schedules.learning_rate(0, total_steps=10, steps_per_epoch=0, peak=0.1)
+
+
+SSLIGHT = {"steps_per_epoch": 1251, "total_steps": 200 * 1251}
+
+
+def test_sslight_learning_rate_at_its_end_points() -> None:
+    """DINO on CNNs at batch 1024: a line from 0 to 1.92 over 10 epochs, both ends included, then a cosine to 0.0048."""
+
+    def rate(step: int, **changes: float) -> float:
+        return schedules.learning_rate(step, peak=1.92, final=0.0048, warmup_epochs=10, warmup_lr=changes.get("start", 0.0), **SSLIGHT)
+
+    assert rate(0) == 0.0 and rate(12_509) == 1.92 and rate(12_510) == 1.92
+    assert rate(1) == pytest.approx(1.92 / 12_509) and rate(12_511) < 1.92
+    left = 190 * 1251
+    middle = 0.0048 + 0.5 * (1.92 - 0.0048) * (1 + math.cos(math.pi * 1000 / left))
+    assert rate(12_510 + 1000) == pytest.approx(middle, rel=1e-12)
+    assert rate(SSLIGHT["total_steps"] - 1) == pytest.approx(0.0048, abs=1e-9)
+    assert rate(0, start=0.075) == 0.075  # SwAV's warm-up begins there
+    one = schedules.learning_rate(0, total_steps=10, steps_per_epoch=1, peak=1.0, warmup_epochs=1, warmup_lr=0.0)
+    assert one == 1.0  # a warm-up of one step has one end: the peak
+
+
+def test_sslight_ema_ends_at_one() -> None:
+    def momentum(step: int) -> float:
+        return schedules.ema_momentum(step, total_steps=SSLIGHT["total_steps"], base=0.996, schedule="cosine")
+
+    assert momentum(0) == 0.996 and momentum(SSLIGHT["total_steps"]) == 1.0
+    assert 1 - momentum(SSLIGHT["total_steps"] - 1) < 1e-12  # the last step
+
+
+def test_teacher_temperature_rises_by_the_epoch() -> None:
+    def tau(epoch: int, warm: int = 50) -> float:
+        return schedules.teacher_temperature(epoch * 7, steps_per_epoch=7, first=0.04, last=0.07, warm_epochs=warm)
+
+    assert tau(0) == 0.04 and tau(49) == tau(50) == tau(199) == 0.07 and tau(48) < 0.07
+    assert tau(10) == pytest.approx(0.04 + 0.03 * 10 / 49)
+    within = [schedules.teacher_temperature(70 + k, steps_per_epoch=7, first=0.04, last=0.07, warm_epochs=50) for k in range(7)]
+    assert len(set(within)) == 1
+    assert tau(0, warm=0) == tau(0, warm=1) == 0.07
+
+
+def test_weight_decay_follows_half_a_cosine() -> None:
+    def decay(step: int, final: float | None = 0.4) -> float:
+        return schedules.weight_decay(step, total_steps=100, base=0.04, final=final)
+
+    assert decay(0) == 0.04 and decay(100) == 0.4 and decay(50) == pytest.approx(0.22)
+    assert decay(0, None) == decay(77, None) == 0.04

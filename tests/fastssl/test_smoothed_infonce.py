@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from fastssl.benchmarks.timing import peak_extra_bytes
 from fastssl.losses import SmoothedInfoNCE
 from fastssl.losses.reference import dense_smoothed_infonce, dense_step, dense_target
-from fastssl.losses.smoothed_infonce import WEIGHTINGS, _top_columns, rank_weights
+from fastssl.losses.smoothed_infonce import WEIGHTINGS, rank_weights, top_columns
 
 
 def vectors(seed: int, batch: int, rows: int, dim: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
@@ -184,8 +184,8 @@ def test_ranking_equals_a_stable_sort() -> None:
     values[0, 5], values[1, 7], values[2, :] = math.inf, -math.inf, -math.inf
     expected = values.sort(dim=1, descending=True, stable=True).indices
     for count in (1, 20, 300):
-        assert torch.equal(_top_columns(values, count), expected[:, :count])
-        assert torch.equal(_top_columns(values.double(), count), expected[:, :count])
+        assert torch.equal(top_columns(values, count), expected[:, :count])
+        assert torch.equal(top_columns(values.double(), count), expected[:, :count])
 
 
 def test_gradcheck() -> None:
@@ -249,7 +249,7 @@ def test_zero_smoothing_skips_the_search(monkeypatch: pytest.MonkeyPatch) -> Non
     def no_search(*_: object) -> Tensor:
         raise AssertionError("searched for the nearest without need")
 
-    monkeypatch.setattr("fastssl.losses.smoothed_infonce._top_columns", no_search)
+    monkeypatch.setattr("fastssl.losses.smoothed_infonce.top_columns", no_search)
     plain = F.cross_entropy(torch.cat([(query * key).sum(1, keepdim=True), query @ queue.t()], 1) / 0.1, torch.zeros(5, dtype=torch.int64))
     torch.testing.assert_close(SmoothedInfoNCE()(query, key, queue, 0.0), plain)
     with pytest.raises(AssertionError, match="searched"):

@@ -17,6 +17,7 @@ from fastssl.layout import channels_last_breaks
 from fastssl.pipelines.loader import ViewLoader
 from fastssl.precision import HalfCopy
 from fastssl.recipe import Recipe, load_recipe
+from fastssl.schedules import RunLength
 from fastssl.step import TrainStep
 
 CPU, BATCH, SIZE = torch.device("cpu"), 8, 32
@@ -45,17 +46,29 @@ def train(step: TrainStep, steps: int = 4, **inputs: object) -> list[list[float]
     found = []
     for number in range(steps):
         batch = inputs.get("batch", lambda number: {"views": [views(number)]})(number)
-        rates = {"lr": 0.05 * (number + 1), "momentum": 0.5 + 0.1 * number, "smoothing": 0.05 * number}
-        found.append(step(**batch, permutation=step.permutation(0, number), **rates).tolist())
+        found.append(step(**batch, noise=step.noise(0, number), rates=rates(step, number), phase=inputs.get("phase", ())).tolist())
     return found
+
+
+def rates(step: TrainStep, number: int = 0, **given: float) -> dict[str, float]:
+    """Values for every rate that the step takes, others for each number."""
+    values = {
+        "lr": 0.05 * (number + 1),
+        "momentum": 0.5 + 0.1 * number,
+        "smoothing": 0.05 * number,
+        "teacher_temperature": 0.04 + 0.01 * number,
+        "weight_decay": 0.01 * (number + 1),
+    }
+    return {name: given.get(name, values[name]) for name in step.rates(0, RunLength(10, 5))}
 
 
 def replayed(call: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
     """What a CUDA graph does, on the CPU: every replay runs the call again and fills the same result."""
-    result = torch.zeros(4)
+    result = torch.empty(0)
 
     def replay() -> None:
-        result.copy_(call())
+        values = call()
+        result.resize_(values.shape).copy_(values)
 
     return replay, result
 
@@ -79,12 +92,12 @@ def test_a_recorded_step_makes_the_same_steps(optimizer: str, amp: bool) -> None
 def test_recording_takes_what_changes_from_its_inputs() -> None:
     """Rates that were baked in would give the first step again and again."""
     graphed = TrainStep(recipe(train__graph="true"), CPU, amp=False, seed=0, record=replayed)
-    batch, order = [views(0)], graphed.permutation(0, 0)
-    graphed(batch, order, lr=0.0, momentum=1.0, smoothing=0.2)
+    batch, noise = [views(0)], graphed.noise(0, 0)
+    graphed(batch, noise, rates(graphed, lr=0.0, momentum=1.0, smoothing=0.2))
     before = {name: value.clone() for name, value in graphed.method.state_dict().items() if name.endswith("weight")}
-    graphed(batch, order, lr=0.0, momentum=1.0, smoothing=0.2)
+    graphed(batch, noise, rates(graphed, lr=0.0, momentum=1.0, smoothing=0.2))
     assert all(torch.equal(graphed.method.state_dict()[name], value) for name, value in before.items())
-    graphed(batch, order, lr=0.1, momentum=0.5, smoothing=0.2)
+    graphed(batch, noise, rates(graphed, lr=0.1, momentum=0.5, smoothing=0.2))
     for network in ("student", "teacher"):
         assert not torch.equal(
             graphed.method.state_dict()[f"{network}.backbone.conv_stem.weight"], before[f"{network}.backbone.conv_stem.weight"]
@@ -168,9 +181,9 @@ def test_no_weight_is_cast_inside_the_passes() -> None:
             step._half = []
             step.method.compute_with(step.method.student, step.method.teacher)
         images = views(0).to(torch.bfloat16)
-        step([images], step.permutation(0, 0), lr=0.1, momentum=0.9, smoothing=0.1)
+        step([images], step.noise(0, 0), rates(step))
         with Casts() as counter:
-            step([images], step.permutation(0, 1), lr=0.1, momentum=0.9, smoothing=0.1)
+            step([images], step.noise(0, 1), rates(step))
         return counter.count
 
     layers = sum(isinstance(m, (nn.Conv2d, nn.Linear)) for m in TrainStep(recipe(), CPU, amp=False, seed=0).method.student.modules())
@@ -183,8 +196,8 @@ def test_a_restored_checkpoint_reaches_the_bfloat16_weights() -> None:
     fresh.method.load_state_dict(trained.method.state_dict())
     fresh.optimizer.load_state_dict(trained.optimizer.state_dict())
     # The order of the keys comes from the seed: the same one for both.
-    rates = {"permutation": torch.arange(2 * BATCH), "lr": 0.1, "momentum": 0.9, "smoothing": 0.1}
-    assert torch.equal(trained([views(7)], **rates), fresh([views(7)], **rates))
+    given = {"permutation": torch.arange(2 * BATCH)}, rates(fresh)
+    assert torch.equal(trained([views(7)], *given), fresh([views(7)], *given))
 
 
 def test_a_half_copy_shares_all_but_the_cast_weights() -> None:
@@ -240,7 +253,7 @@ def test_accumulation_keeps_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_accumulation_bounds_the_pass_with_gradient() -> None:
     step, seen = TrainStep(recipe(train__accumulate=4), CPU, amp=False, seed=0), []
-    step.method.student.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
+    step.method.student.register_forward_pre_hook(lambda module, inputs: seen.append(sum(map(len, inputs[0]))))
     train(step, 1)
     assert seen == [2 * BATCH // 4] * 4
     assert int(step.method.queue_pointer) == 2 * BATCH  # all keys of the batch, once
@@ -273,11 +286,11 @@ def test_a_break_in_the_layout_is_found_by_name() -> None:
 
 def test_views_in_another_layout_or_number_are_refused() -> None:
     step = TrainStep(recipe(), CPU, amp=False, seed=0)
-    rates = {"permutation": step.permutation(0, 0), "lr": 0.1, "momentum": 0.9, "smoothing": 0.0}
+    given = step.noise(0, 0), rates(step)
     with pytest.raises(ValueError, match="channels-last"):
-        step([views(0).contiguous()], **rates)
+        step([views(0).contiguous()], *given)
     with pytest.raises(ValueError, match="a batch of 8 has 16"):
-        step([views(0)[:6]], **rates)
+        step([views(0)[:6]], *given)
 
 
 def test_no_value_is_read_back_in_a_recorded_step() -> None:
@@ -316,9 +329,9 @@ def test_crops_with_their_tables_are_the_coloured_views(beton, crops_on: str) ->
         expected, raw = next(iter(coloured.epoch(0))), next(iter(crops.epoch(0)))
     assert raw.views[0].dtype == torch.uint8 and raw.tables[0].shape == (2 * BATCH, 23) and not expected.tables
     steps = [TrainStep(recipe(**change), CPU, amp=False, seed=0, record=replayed) for change in ({}, {"train__graph": "true"})]
-    rates = {"permutation": torch.arange(2 * BATCH), "lr": 0.1, "momentum": 0.9, "smoothing": 0.1}
-    first = steps[0](expected.views, **rates)
-    second = steps[1](raw.views, **rates, tables=raw.tables)
+    given = {"permutation": torch.arange(2 * BATCH)}, rates(steps[0], 1)
+    first = steps[0](expected.views, *given)
+    second = steps[1](raw.views, *given, tables=raw.tables)
     torch.testing.assert_close(first, second, rtol=1e-3, atol=1e-3)
 
 
@@ -371,3 +384,134 @@ def test_a_recorded_step_colours_the_crops_it_is_given(beton) -> None:
         second = [train(step, 1, batch=lambda n, one=one: {"views": one.views, "tables": one.tables}) for one in crops.epoch(0)]
     assert step.fallbacks == {}
     np.testing.assert_allclose(second, first, rtol=5e-2, atol=1e-2)
+
+
+# ---------------------------------------------------------------------- every method
+
+METHODS = {
+    "moco, one-sided": ("moco-mobilenetv2-sslight", {"moco.queue": 32, "moco.projector.hidden": 16}),
+    "dino": ("dino-mobilenetv2-sslight", {"dino.out": 32, "dino.projector.hidden": 16, "dino.projector.out": 16}),
+    "dino, ViT": (
+        "dino-vit_tiny-sslight",
+        {"arch": "vit_tiny_patch16_224", "dino.out": 32, "dino.projector.hidden": 16, "dino.projector.out": 16, "optim.lr": 0.001},
+    ),
+    "swav": (
+        "swav-mobilenetv2-sslight",
+        {"swav.prototypes": 16, "swav.queue": 16, "swav.queue_epoch": 0, "swav.projector.hidden": 16, "swav.projector.out": 16},
+    ),
+    "simclr, local views": (
+        "simclr-mobilenetv3",
+        {"views.preset": "sslight-cnn", "simclr.neighbors": 5, "simclr.projector.hidden": 16},
+    ),
+}
+
+
+def multicrop(case: str, **changes: object) -> Recipe:
+    name, own = METHODS[case]
+    small = {"arch": "resnet10t", **own, "views.global_size": SIZE, "views.local_size": 16, "views.local_count": 2, "train.batch_size": BATCH}
+    given = {key.replace("__", "."): value for key, value in changes.items()}
+    return load_recipe(name, {key: str(value) for key, value in {**small, **given}.items()})
+
+
+def all_views(recipe: Recipe, dtype: torch.dtype = torch.float32) -> dict[str, list[Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    shapes = [(spec.count * BATCH, 3, spec.size, spec.size) for spec in recipe.views]
+    images = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+    return {"views": [view.contiguous(memory_format=torch.channels_last) for view in images]}
+
+
+def run_phases(step: TrainStep, steps: int = 6) -> list[list[float]]:
+    """Steps through all phases of the method: an epoch of two steps, the first of them frozen."""
+    run, found = RunLength(20, 2), []
+    batch = all_views(step.recipe)
+    for number in range(steps):
+        phase = step.method.phase(number, run)
+        found.append(step(**batch, noise=step.noise(number // 2, number % 2), rates=rates(step, number, lr=0.02), phase=phase).tolist())
+    return found
+
+
+@pytest.mark.parametrize("case", METHODS)
+def test_a_recorded_step_of_any_method_is_recorded_again_for_each_phase(case: str) -> None:
+    eager = TrainStep(multicrop(case), CPU, amp=False, seed=0)
+    graphed = TrainStep(multicrop(case, train__graph="true"), CPU, amp=False, seed=0, record=replayed)
+    expected, found = run_phases(eager), run_phases(graphed)
+    assert graphed.recorded and not graphed.fallbacks
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("case", METHODS)
+def test_no_method_reads_a_value_back(case: str) -> None:
+    class NoReading(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            assert function is not torch.ops.aten._local_scalar_dense.default, "a value was read back"
+            assert function is not torch.ops.aten.nonzero.default, "a shape depends on a value"
+            return function(*args, **(kwargs or {}))
+
+    def watched(call: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        result = torch.empty(0)
+
+        def replay() -> None:
+            with NoReading():
+                values = call()
+            result.resize_(values.shape).copy_(values)
+
+        return replay, result
+
+    # torch's fused kernels read the rate on a CPU alone; LARS is ours throughout.
+    step = TrainStep(multicrop(case, train__graph="true", optim__name="lars"), CPU, amp=True, seed=0, record=watched)
+    run_phases(step)
+    assert step.recorded and not step.fallbacks
+
+
+@pytest.mark.parametrize("case", METHODS)
+def test_bfloat16_changes_the_loss_by_little(case: str) -> None:
+    """Everything behind the networks is float32; what is left is the networks' own rounding."""
+    exact, half = (TrainStep(multicrop(case), CPU, amp=amp, seed=0) for amp in (False, True))
+    losses = [
+        step(**all_views(step.recipe, step.view_dtype), noise=step.noise(0, 0), rates=rates(step, 1)).tolist()[0] for step in (exact, half)
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=0.03)
+    assert all(p.dtype == torch.float32 for p in half.method.parameters())
+
+
+@pytest.mark.parametrize("case", ["dino", "swav"])
+def test_a_frozen_layer_stands_still_and_then_moves(case: str) -> None:
+    step, run = TrainStep(multicrop(case), CPU, amp=False, seed=0), RunLength(20, 1)
+    (frozen, *_) = step.method.frozen(("frozen",))
+    before = frozen.detach().clone()
+    for number in range(2):
+        phase = step.method.phase(number, run)
+        step(**all_views(step.recipe), noise=step.noise(0, number), rates=rates(step, 0, lr=1.0), phase=phase)
+        assert ("frozen" in phase) == (number == 0)
+        assert torch.allclose(frozen, before, atol=1e-6) == (number == 0)
+
+
+def test_drop_path_is_of_the_student_alone_and_follows_the_samples() -> None:
+    step = TrainStep(multicrop("dino, ViT", drop_path=0.5), CPU, amp=False, seed=0)
+    assert step.noise(0, 0)["drop_path"].shape == (22, 4 * BATCH)
+    assert step.method.teacher.drop is None and not any("PlannedDropPath" in type(m).__name__ for m in step.method.teacher.modules())
+    batch = all_views(step.recipe)
+    with torch.no_grad():
+        embeddings = []
+        for epoch in (0, 0, 1):
+            step.method.student.drop.coins = step.noise(epoch, 0)["drop_path"]
+            embeddings.append(step.method.encode(step.method.images(batch["views"])))
+    assert torch.equal(embeddings[0], embeddings[1]) and not torch.allclose(embeddings[0], embeddings[2], atol=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", METHODS)
+@pytest.mark.parametrize("amp", [False, True])
+def test_a_cuda_graph_of_any_method_makes_the_same_steps(case: str, amp: bool) -> None:
+    def on_gpu(step: TrainStep) -> list[list[float]]:
+        run, batch = RunLength(20, 2), {"views": [view.to(CUDA) for view in all_views(step.recipe)["views"]]}
+        return [
+            step(**batch, noise=step.noise(n // 2, n % 2), rates=rates(step, n, lr=0.02), phase=step.method.phase(n, run)).tolist()
+            for n in range(6)
+        ]
+
+    eager = TrainStep(multicrop(case), CUDA, amp=amp, seed=0)
+    graphed = TrainStep(multicrop(case, train__graph="true"), CUDA, amp=amp, seed=0)
+    expected, found = on_gpu(eager), on_gpu(graphed)
+    assert graphed.recorded and graphed.fallbacks == {}
+    np.testing.assert_allclose(found, expected, rtol=5e-2 if amp else 1e-2, atol=1e-2)

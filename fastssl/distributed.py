@@ -1,0 +1,350 @@
+"""One process per GPU: who this process is, how all of them meet, and what they tell each other.
+
+    torchrun --nproc-per-node 8 -m fastssl pretrain ...        sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT
+    srun --ntasks 16 fastssl pretrain ...                      sets SLURM_PROCID, SLURM_STEP_NUM_TASKS, SLURM_LOCALID, SLURM_STEP_NODELIST
+    fastssl pretrain ...                                       neither: one process
+
+The environment decides, the command is the same. Every collective below is the identity in a single process: it returns what it was given, uncopied, so
+that the code which calls it reads the same for any number of processes. All ranks must call the same collectives in the same order. None of them waits for
+the device but those that answer the host: ``agree_any``, ``share`` and ``barrier``, and these travel beside the device, over the network of the hosts.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from fastssl.pipelines.errors import FastSSLError
+
+_Value = TypeVar("_Value")
+
+#: Where srun's processes meet without MASTER_PORT: 10000 + job id modulo 20000. Below the ports that Linux hands out by itself (from 32768).
+_FIRST_PORT, _PORTS = 10000, 20000
+
+
+# ---------------------------------------------------------------------- who is who
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all that train together.
+
+    Attributes:
+        rank: its number, from 0.
+        size: how many there are.
+        local_rank: its number on this machine: the GPU to take.
+        address, port: where rank 0 waits for the others; not read where ``size`` is 1.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    address: str = ""
+    port: int = 0
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and talks to the user."""
+        return self.rank == 0
+
+
+def world_from_environment(environ: Mapping[str, str] = os.environ) -> World:
+    """Who this process is, as torchrun says, or else srun, or else the only one.
+
+    srun's number of processes is ``SLURM_STEP_NUM_TASKS``. ``SLURM_NTASKS`` is not read: it is also set in the shell of sbatch and salloc, where a
+    plain ``fastssl pretrain`` is one process and would wait for others for ever.
+
+    Raises:
+        FastSSLError: the variables contradict each other, or some are missing or no numbers; the message names them.
+    """
+    if any(name in environ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")):
+        return _world(environ, "torchrun", "RANK", "WORLD_SIZE", "LOCAL_RANK")
+    if "SLURM_STEP_NUM_TASKS" in environ and _number(environ, "SLURM_STEP_NUM_TASKS") > 1:
+        return _world(environ, "srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
+    return World()
+
+
+def _world(environ: Mapping[str, str], starter: str, *names: str) -> World:
+    missing = [name for name in names if name not in environ]
+    if missing:
+        present = [name for name in names if name in environ]
+        raise FastSSLError(
+            f"{' and '.join(present)} {'is' if len(present) == 1 else 'are'} set, but {' and '.join(missing)} not: "
+            f"start with {starter}, which sets them all, or unset all of them for a single process"
+        )
+    rank, size, local_rank = (_number(environ, name) for name in names)
+    if not rank < size or not local_rank < size:
+        raise FastSSLError(f"{names[0]}={rank} and {names[2]}={local_rank} must lie below {names[1]}={size}")
+    if size == 1:
+        return World()
+    return World(rank, size, local_rank, *_meeting_place(environ, starter))
+
+
+def _meeting_place(environ: Mapping[str, str], starter: str) -> tuple[str, int]:
+    """(address, port) of rank 0."""
+    if starter == "torchrun":
+        if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if not environ.get(name)]:
+            raise FastSSLError(f"RANK, WORLD_SIZE and LOCAL_RANK are set, but {' and '.join(missing)} not: where is rank 0?")
+        return environ["MASTER_ADDR"], _number(environ, "MASTER_PORT")
+    address = environ.get("MASTER_ADDR", "")
+    # Rank 0 runs on the first host of the step. The address srun was called from may be that of a login node: the last resort.
+    for name in ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST"):
+        if not address and environ.get(name):
+            address = first_host(environ[name])
+    address = address or environ.get("SLURM_LAUNCH_NODE_IPADDR", "")
+    if not address:
+        raise FastSSLError(
+            "srun started several processes, but none of MASTER_ADDR, SLURM_STEP_NODELIST, SLURM_JOB_NODELIST and SLURM_LAUNCH_NODE_IPADDR says where "
+            "rank 0 is: set MASTER_ADDR to the host of the first process"
+        )
+    if environ.get("MASTER_PORT"):
+        return address, _number(environ, "MASTER_PORT")
+    if "SLURM_JOB_ID" not in environ:
+        raise FastSSLError(
+            "srun started several processes, but neither MASTER_PORT nor SLURM_JOB_ID is set: set MASTER_PORT to a free port"
+        )
+    return address, _FIRST_PORT + _number(environ, "SLURM_JOB_ID") % _PORTS
+
+
+def _number(environ: Mapping[str, str], name: str) -> int:
+    if not re.fullmatch(r"[0-9]+", environ[name].strip()):
+        raise FastSSLError(f"{name}={environ[name]!r} in the environment is not a number from 0")
+    return int(environ[name])
+
+
+def first_host(nodelist: str) -> str:
+    """The first host of a list as Slurm writes it: ``node[01-03,07],other`` -> ``node01``.
+
+    Raises:
+        FastSSLError: this is no such list.
+    """
+    found = re.match(r"(?:[^,\[\]\s]|\[[^\[\]]+\])+(?=,|$)", nodelist.strip())
+    if not found:
+        raise FastSSLError(f"cannot read the list of hosts {nodelist!r}: set MASTER_ADDR to the host of the first process")
+    return re.sub(r"\[([^],-]+)[^]]*\]", r"\1", found[0])
+
+
+# ---------------------------------------------------------------------- meeting and leaving
+
+
+@contextmanager
+def joined(world: World, device: torch.device, timeout_minutes: float = 60) -> Iterator[None]:
+    """Be one of ``world`` inside the block; nothing happens for a world of one.
+
+    All ranks leave a block that ends well together. One that fails leaves at once, and what the others then wait for fails in them too: over gloo when the
+    connection breaks, over NCCL when the launcher (torchrun, ``srun --kill-on-bad-exit``) ends them, at the latest after the time limit.
+
+    Args:
+        device: where this rank's tensors are. ``cuda``: NCCL, and gloo beside it for what hosts tell each other; ``cpu``: gloo.
+        timeout_minutes: for all to be there, and for each collective: longer than anything that one rank does while the others wait.
+
+    Raises:
+        FastSSLError: the others are not met, or another kind of device.
+    """
+    if world.size == 1:
+        yield
+        return
+    if device.type not in ("cpu", "cuda"):
+        raise FastSSLError(f"{world.size} processes can train together on cpu and cuda, not on {device.type}")
+    if device.type == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+        torch.cuda.set_device(device)
+    try:
+        dist.init_process_group(
+            # One group with two ways: a tensor on the host goes by gloo, and no GPU waits for it.
+            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+            init_method=f"tcp://{'[' + world.address + ']' if ':' in world.address else world.address}:{world.port}",
+            rank=world.rank,
+            world_size=world.size,
+            timeout=timedelta(minutes=timeout_minutes),
+            device_id=device if device.type == "cuda" else None,
+        )
+    except (RuntimeError, ValueError, OSError) as error:
+        raise FastSSLError(
+            f"process {world.rank} of {world.size} did not meet the others at {world.address}:{world.port} within {timeout_minutes:g} minutes: is that the host "
+            f"of rank 0, is the port open and free there, and were all {world.size} started? ({' '.join(str(error).split())[:200]})"
+        ) from error
+    try:
+        yield
+        barrier()
+    except BaseException:
+        # NCCL's orderly end waits for all ranks of a machine, and these may be waiting in a collective that this one will never reach.
+        if device.type == "cuda" and hasattr(dist.group.WORLD, "abort"):
+            with suppress(RuntimeError):
+                dist.group.WORLD.abort()
+        raise
+    finally:
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    """This process's number; 0 without a group."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Number of processes; 1 without a group."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+# ---------------------------------------------------------------------- collectives on the device
+
+
+@torch.no_grad()
+def all_reduce_sum(tensor: Tensor) -> Tensor:
+    """The sum over ranks, in place, without gradient. Returns ``tensor``."""
+    if world_size() > 1:
+        whole = tensor.contiguous()
+        dist.all_reduce(whole)
+        if whole.data_ptr() != tensor.data_ptr():
+            tensor.copy_(whole)
+    return tensor
+
+
+@torch.no_grad()
+def all_reduce_mean(tensor: Tensor) -> Tensor:
+    """The mean over ranks of a floating-point tensor, in place, without gradient. Returns ``tensor``."""
+    return all_reduce_sum(tensor).div_(world_size()) if world_size() > 1 else tensor
+
+
+def gather_rows(tensor: Tensor) -> Tensor:
+    """The rows of all ranks in the order of the ranks, without gradient: (n, ...) -> (world * n, ...), ``n`` alike on all ranks. Keeps channels-last."""
+    if world_size() == 1:
+        return tensor
+    rows, last = _channels_to_the_end(tensor.detach())
+    rows = rows.contiguous()
+    everyone = rows.new_empty((world_size() * len(rows), *rows.shape[1:]))
+    dist.all_gather_into_tensor(everyone, rows)
+    return everyone.movedim(-1, 1) if last else everyone
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        ctx.rows = len(tensor)
+        return gather_rows(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        total = all_reduce_sum(grad.clone(memory_format=torch.contiguous_format))  # autograd may show `grad` to others, too
+        return total.narrow(0, rank() * ctx.rows, ctx.rows)
+
+
+def gather_rows_with_gradient(tensor: Tensor) -> Tensor:
+    """``gather_rows`` whose gradient at a row is the sum of what all ranks' losses say about it.
+
+    With ``average_gradients`` behind it, ranks that each take a mean over their own rows against everyone's make the gradient of the mean over all rows; and
+    so do ranks that all compute the whole loss.
+    """
+    return tensor if world_size() == 1 else _GatherRows.apply(tensor)
+
+
+def gather_views(tensor: Tensor, views: int, gradient: bool = False) -> Tensor:
+    """View-major rows of each rank's samples -> view-major rows of all samples, as one process with the whole batch would hold them.
+
+    Args:
+        tensor: (views * B, ...), rows (view, sample). Channels-last maps stay so.
+        views: how many each sample has.
+        gradient: as of ``gather_rows_with_gradient``.
+
+    Returns:
+        (views * world * B, ...), rows (view, rank, sample).
+
+    Raises:
+        ValueError: the rows are no multiple of ``views``.
+    """
+    if len(tensor) % views:
+        raise ValueError(f"{len(tensor)} rows are not {views} views of the same samples")
+    if world_size() == 1:
+        return tensor
+    everyone = gather_rows_with_gradient(tensor) if gradient else gather_rows(tensor)
+    if views == 1:
+        return everyone
+    rows, last = _channels_to_the_end(everyone)
+    rows = rows.unflatten(0, (world_size(), views, -1)).transpose(0, 1).flatten(0, 2)
+    return rows.movedim(-1, 1) if last else rows
+
+
+def _channels_to_the_end(tensor: Tensor) -> tuple[Tensor, bool]:
+    """Channels-last maps as the contiguous (N, H, W, C) which they are in memory, and whether ``tensor`` is such."""
+    last = tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+    return (tensor.movedim(1, -1), True) if last else (tensor, False)
+
+
+@torch.no_grad()
+def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Put the mean over ranks into every ``.grad`` that is there. Which ones are there must be the same on all ranks.
+
+    All gradients of a type go through one buffer and one all-reduce. These networks have 20 MB of them: there is no backward pass long enough to
+    hide buckets behind, as DistributedDataParallel does, and its hooks know nothing of bfloat16 copies whose gradients are collected later, of
+    parts of a batch, or of a recorded CUDA graph. This is a plain call at a plain place, and can be recorded.
+    """
+    size = world_size()
+    if size == 1:
+        return
+    kinds: dict[tuple[torch.dtype, torch.device], list[nn.Parameter]] = {}
+    for parameter in parameters:
+        if parameter.grad is not None:
+            kinds.setdefault((parameter.grad.dtype, parameter.grad.device), []).append(parameter)
+    for (dtype, device), group in kinds.items():
+        buffer = torch.empty(sum(parameter.numel() for parameter in group), dtype=dtype, device=device)
+        pieces = [_shaped_like(parameter, piece) for parameter, piece in zip(group, buffer.split([p.numel() for p in group]))]
+        gradients = [parameter.grad for parameter in group]
+        torch._foreach_copy_(pieces, gradients)
+        dist.all_reduce(buffer)
+        buffer.div_(size)
+        torch._foreach_copy_(gradients, pieces)
+
+
+def _shaped_like(parameter: Tensor, piece: Tensor) -> Tensor:
+    """``piece`` (numel,) in the shape and layout of the parameter: alike on all ranks, whatever the gradient's, and copied in one launch where they agree."""
+    if parameter.dim() == 4 and parameter.is_contiguous(memory_format=torch.channels_last):
+        return piece.as_strided(parameter.shape, parameter.stride())
+    return piece.view(parameter.shape)
+
+
+@torch.no_grad()
+def broadcast_module(module: nn.Module) -> None:
+    """Give all ranks the parameters and buffers of rank 0, in place."""
+    if world_size() == 1:
+        return
+    for tensor in (*module.parameters(), *module.buffers()):
+        whole = tensor.contiguous()
+        dist.broadcast(whole, src=0)
+        if whole.data_ptr() != tensor.data_ptr():
+            tensor.copy_(whole)
+
+
+# ---------------------------------------------------------------------- between the hosts
+
+
+def agree_any(flag: bool) -> bool:
+    """Whether any rank says so; the answer is the same on all."""
+    if world_size() == 1:
+        return flag
+    said = torch.tensor([int(flag)], dtype=torch.int32)
+    dist.all_reduce(said, op=dist.ReduceOp.MAX)
+    return bool(said.item())
+
+
+def share(value: _Value) -> _Value:
+    """What rank 0 says, on all ranks: any value that can be pickled."""
+    if world_size() == 1:
+        return value
+    said: list[Any] = [value]
+    dist.broadcast_object_list(said, src=0, device=torch.device("cpu"))
+    return said[0]
+
+
+def barrier() -> None:
+    """Wait until all ranks are here. What they have queued on their GPUs may still run."""
+    agree_any(False)

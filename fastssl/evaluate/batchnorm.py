@@ -1,0 +1,76 @@
+"""BatchNorm statistics taken anew from the views that a network is judged on.
+
+In training a backbone's running statistics mix what it saw: global and local crops, jittered and blurred, the last few dozen steps of each. A probe shows it
+plain centre crops. Taking mean and variance from those again costs one pass over some photos, without labels, and leaves all weights alone.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from fastssl.evaluate.features import EVALUATION_CROP, collect
+from fastssl.pipelines.beton import BetonReader
+from fastssl.pipelines.errors import FastSSLError
+from fastssl.pipelines.order import epoch_order
+from fastssl.pipelines.plan import ViewSpec
+from fastssl.sync_batchnorm import separate_batchnorm
+
+
+def has_batchnorm(network: nn.Module) -> bool:
+    """Whether there are statistics to take."""
+    return any(isinstance(layer, _BatchNorm) and layer.track_running_stats for layer in network.modules())
+
+
+def reestimated(
+    backbone: nn.Module,
+    data: BetonReader,
+    *,
+    samples: int,
+    size: int,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+    batch_size: int = 256,
+    workers: int | None = None,
+    amp: bool = False,
+    crop: float = EVALUATION_CROP,
+    on_bad: str = "fail",
+) -> nn.Module:
+    """A copy of ``backbone`` whose BatchNorms hold the statistics of centre crops: the mean over batches of each batch's mean and variance.
+
+    Args:
+        backbone: on ``device``; left as it is.
+        data: photos; their labels are not read.
+        samples: how many of them, at least 2, drawn by ``seed``. All are taken where the file has fewer.
+        size, batch_size, workers, amp, crop, on_bad: as in ``extract_features``.
+
+    Raises:
+        FastSSLError: the network has no BatchNorm.
+    """
+    if not has_batchnorm(backbone):
+        raise FastSSLError("this network has no BatchNorm: there are no statistics to take again")
+    device = torch.device(device)
+    network = separate_batchnorm(copy.deepcopy(backbone).eval())  # of several processes this one is alone here
+    for layer in network.modules():
+        if isinstance(layer, _BatchNorm) and layer.track_running_stats:
+            layer.reset_running_stats()
+            layer.momentum = None  # the mean over all batches instead of a moving one
+            layer.train()  # these layers alone: drop path and dropout stay still
+    count = min(samples, len(data))
+    # A last batch of a handful of photos would count as much as a whole one.
+    batch = min(batch_size, count)
+    chosen = np.sort(epoch_order(len(data), seed, 0)[: count - count % batch])
+
+    def forward(images: Tensor) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+            return network(images)
+
+    collect(forward, data, ViewSpec.evaluation(size, crop=crop), chosen, batch, device=device, workers=workers, on_bad=on_bad)
+    for layer, original in zip(network.modules(), backbone.modules()):
+        if isinstance(layer, _BatchNorm):
+            layer.momentum = original.momentum
+    return network.train(backbone.training)

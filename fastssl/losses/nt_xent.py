@@ -1,0 +1,144 @@
+"""InfoNCE within the batch (NT-Xent), with the target smoothed towards the nearest negatives.
+
+Sources: Chen et al., "A Simple Framework for Contrastive Learning of Visual Representations" (SimCLR), arXiv 2002.05709; the smoothing is that of
+Lin et al., arXiv 2212.07158. For anchor (v, b) and global view g of the same sample as its positive, with l the products of embeddings over tau, the
+negatives are both global views of all OTHER samples, with smoothing mass a and a weighting w over ranks:
+
+    loss = log(exp(l+) + sum_j exp(l_j)) - (1 - a) l+ - a sum_r w_r l_(r)          l_(r): the r-th largest l_j, ties to the lowest column
+
+The negatives do not depend on g, so each anchor has one logsumexp and one search for the nearest for both its positives.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor, nn
+
+from fastssl.losses.smoothed_infonce import SmoothedInfoNCE, checked_smoothing, top_columns
+
+
+class SmoothedNTXent(nn.Module):
+    """Pair losses between all views of a batch and its global views.
+
+    Anchors and candidates both receive their gradients; as a rule the candidates are the anchors' first two views, gathered over the ranks. Values are in
+    float32, or in float64 when an input is float64, whatever autocast says; on a GPU the matrix product obeys ``torch.set_float32_matmul_precision``
+    like any other. Nothing here reads a value back to the host. Extra memory is a few matrices (V * B, 2 * M). A NaN in an input reaches the loss.
+
+    Attributes:
+        temperature, smoothing, weighting, neighbors: as of :class:`fastssl.losses.SmoothedInfoNCE`, defaults and checks included.
+        weights: share of the smoothing mass on each rank; empty for ``uniform_all``.
+
+    Raises:
+        ValueError: settings outside their ranges.
+
+    Example::
+
+        criterion = SmoothedNTXent(temperature=0.1, smoothing=0.2, weighting="stepped", neighbors=20)
+        pairs = criterion(embeddings, embeddings[:2])             # L2-normalised (V, B, D), (2, B, D) -> (2, V)
+        loss = (pairs[0, 1] + pairs[1, 0]) / 2                    # of two views; split_pairs and reduce_pairs of more
+    """
+
+    def __init__(
+        self, temperature: float = 0.1, smoothing: float | None = None, weighting: str = "stepped", neighbors: int | None = None
+    ) -> None:
+        super().__init__()
+        # Settings, their checks and the entropy of the target are those of the loss against a queue.
+        self._infonce = SmoothedInfoNCE(temperature, smoothing, weighting, neighbors)
+        self.temperature = self._infonce.temperature
+        self.smoothing = self._infonce.smoothing
+        self.weighting = weighting
+        self.neighbors = self._infonce.neighbors
+        self.weights = self._infonce.weights
+
+    def forward(self, anchors: Tensor, candidates: Tensor, first: int = 0, smoothing: Tensor | float | None = None) -> Tensor:
+        """Loss of each pair of a positive's global view and an anchor's view, mean over the samples, in nats.
+
+        Args:
+            anchors: (V, B, D) floating point, L2-normalised: all views of this rank's samples.
+            candidates: (2, M, D), the global views of the samples of all ranks, M >= B. They count as 2 * M columns, those of view 0 first.
+            first: the anchors' samples are the candidates' samples ``first`` to ``first + B - 1``.
+            smoothing: the mass a of this step: a number, or a tensor with one element on the device, which a schedule can change without
+                a host sync (it gets no gradient and its range is not checked). ``None`` uses the module's. The number 0.0 skips the search for
+                the nearest.
+
+        Returns:
+            (2, V) float32 (float64 if an input is float64). Entry [g, v]: anchors of view v, positive in global view g. Entry [v, v] of a
+            global view that is also a candidate compares each anchor with itself: finite, and of no meaning.
+
+        Raises:
+            ValueError: wrong shapes, samples that the candidates do not hold, fewer negatives than neighbours, a smoothing that requires a gradient.
+        """
+        mass = self.smoothing if smoothing is None else checked_smoothing(smoothing)
+        smoothed = isinstance(mass, Tensor) or mass > 0  # a tensor's value is not known here
+        self._check(anchors, candidates, first, smoothed)
+        views, batch, samples = *anchors.shape[:2], candidates.shape[1]
+        dtype = torch.float64 if torch.float64 in (anchors.dtype, candidates.dtype) else torch.float32
+        with torch.autocast(anchors.device.type, enabled=False):
+            logits = anchors.flatten(0, 1).to(dtype) @ candidates.flatten(0, 1).to(dtype).t() / self.temperature  # (V * B, 2 * M)
+            by_view = logits.view(views, batch, 2, samples)
+            positive = by_view[..., first : first + batch].diagonal(dim1=1, dim2=3).transpose(0, 1)  # (2, V, B)
+            own = torch.arange(batch, device=logits.device)[:, None] + first == torch.arange(samples, device=logits.device)  # (B, M)
+            own = own[:, None, :]  # neither candidate of the anchor's sample is a negative
+            negatives = by_view.masked_fill(own, -torch.inf).flatten(2)  # (V, B, 2 * M)
+
+            # Differences to the positive, which stay accurate when the loss is near zero.
+            behind = negatives.logsumexp(2) - positive
+            loss = torch.logaddexp(behind, torch.zeros_like(behind))  # (2, V, B)
+            if smoothed:
+                if self.weights:
+                    nearest = top_columns(negatives.detach().flatten(0, 1), len(self.weights))  # (V * B, n)
+                    soft = (logits.gather(1, nearest) * _weight_row(self.weights, dtype, logits.device)).sum(1).view(views, batch)
+                else:
+                    soft = by_view.masked_fill(own, 0).sum((2, 3)) / (2 * (samples - 1))
+                loss = loss + (mass.to(dtype) if isinstance(mass, Tensor) else mass) * (positive - soft)
+            return loss.mean(2)
+
+    def target_entropy(self, smoothing: Tensor | float | None = None, negatives: int | None = None) -> Tensor | float:
+        """Entropy of the target in nats: the least value that a pair's loss can reach.
+
+        Args:
+            smoothing: as in :meth:`forward`; a tensor gives a tensor on its device, without a host sync.
+            negatives: 2 * (M - 1); needed (and used) by ``uniform_all`` only.
+
+        Raises:
+            ValueError: ``uniform_all`` without the number of negatives.
+        """
+        if self.weighting == "uniform_all" and not negatives:
+            raise ValueError("negatives is missing: with weighting='uniform_all' the entropy depends on their number")
+        return self._infonce.target_entropy(smoothing, queue_size=negatives)
+
+    def _check(self, anchors: Tensor, candidates: Tensor, first: int, smoothed: bool) -> None:
+        for name, tensor in (("anchors", anchors), ("candidates", candidates)):
+            if tensor.dim() != 3 or not tensor.is_floating_point() or 0 in tensor.shape:
+                raise ValueError(
+                    f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}; expected floating point (views, samples, features), each at least 1"
+                )
+        if anchors.device != candidates.device:
+            raise ValueError(f"anchors are on {anchors.device} and candidates on {candidates.device}; move them to one device")
+        if anchors.shape[2] != candidates.shape[2]:
+            raise ValueError(
+                f"anchors have {anchors.shape[2]} features and candidates {candidates.shape[2]}; both come from the same projector, so they must agree"
+            )
+        if len(candidates) != 2:
+            raise ValueError(f"candidates have {len(candidates)} views; expected the two global views")
+        batch, samples = anchors.shape[1], candidates.shape[1]
+        if not 0 <= first <= samples - batch:
+            raise ValueError(
+                f"the anchors are samples {first} to {first + batch - 1} of the candidates, which hold {samples}: "
+                "pass the candidates of all ranks, and as first the offset of this rank's samples"
+            )
+        available, needed = 2 * (samples - 1), max(1, len(self.weights) if smoothed else 1)
+        if available < needed:
+            raise ValueError(
+                f"{samples} samples give {available} negatives, and weighting={self.weighting!r} needs at least {needed}: enlarge the batch or lower neighbors"
+            )
+
+
+@functools.lru_cache(maxsize=64)
+def _weight_row(weights: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    # Kept, because making it is a copy to the device: once per run instead of once per step. An ordinary tensor also if the first call is made in
+    # inference mode: autograd refuses to save any other.
+    with torch.inference_mode(False):
+        return torch.tensor(weights, dtype=dtype, device=device)

@@ -1,0 +1,131 @@
+"""Cross-entropy of every view against every target distribution, for methods whose targets are soft: DINO and SwAV.
+
+Sources: Caron et al., "Emerging Properties in Self-Supervised Vision Transformers" (DINO), arXiv 2104.14294, and "Unsupervised Learning of Visual
+Features by Contrasting Cluster Assignments" (SwAV), arXiv 2006.09882. With p_t a target of one sample, z_v the logits of view v of it and tau the temperature,
+
+    pair(t, v)        = - sum_k p_t[k] log softmax(z_v / tau)[k] = logsumexp(z_v / tau) - sum_k p_t[k] z_v[k] / tau      as p_t sums to one
+    d pair(t, v)/d z_v = (softmax(z_v / tau) - p_t) / tau
+
+Neither needs the log-probabilities of more than one view at a time, and the gradient needs of the softmax only its logsumexp. So what is kept from
+the forward to the backward pass is one number a sample and view, beside the inputs. The twin is ``fastssl.losses.reference_views``.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def soft_cross_entropy(targets: Tensor, logits: Tensor, temperature: float) -> Tensor:
+    """Loss of each pair of a target and a view, mean over the samples, in nats.
+
+    Computed in float32, or in float64 when an input is float64, whatever autocast says; nothing is read back to the host. Extra memory is two
+    (B, K) matrices in the forward pass, the gradient and at most two (B, K) matrices in the backward pass. A NaN in an input makes its pairs NaN.
+
+    Args:
+        targets: (T, B, K) floating point, no gradient; each row over K is a distribution and sums to one, which the gradient relies on.
+        logits: (V, B, K) floating point, before the division by the temperature; the gradient comes back in their dtype.
+        temperature: tau of the softmax over the logits, positive.
+
+    Returns:
+        (T, V) float32 (float64 if an input is float64): entry [t, v] is ``- mean_b sum_k targets[t, b, k] log softmax(logits[v, b] / tau)[k]``.
+
+    Raises:
+        ValueError: shapes or devices that do not agree, a temperature that is not positive, targets that require a gradient.
+
+    Example::
+
+        pairs = soft_cross_entropy(teacher_probabilities(teacher_logits, center, 0.04), student_logits, 0.1)
+        loss = reduce_pairs(*split_pairs(pairs, (0, 1)), weights)
+    """
+    _check_temperature(temperature)
+    for name, tensor in (("targets", targets), ("logits", logits)):
+        if tensor.dim() != 3 or not tensor.is_floating_point() or 0 in tensor.shape:
+            raise ValueError(
+                f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}; expected floating point (views, samples, classes), each at least 1"
+            )
+    if targets.shape[1:] != logits.shape[1:]:
+        raise ValueError(f"targets {tuple(targets.shape)} and logits {tuple(logits.shape)} must agree in samples and classes")
+    if targets.device != logits.device:
+        raise ValueError(f"targets are on {targets.device} and logits on {logits.device}; move them to one device")
+    if targets.requires_grad:
+        raise ValueError("targets require a gradient, but the loss treats them as constants: pass targets.detach()")
+    return _SoftCrossEntropy.apply(targets, logits, float(temperature))
+
+
+@torch.no_grad()
+def teacher_probabilities(logits: Tensor, center: Tensor, temperature: Tensor | float) -> Tensor:
+    """DINO's targets, ``softmax((logits - center) / temperature)``, without gradient.
+
+    Args:
+        logits: (T, B, K) floating point, of the teacher.
+        center: (K,) floating point, the running mean of the teacher's logits.
+        temperature: tau_t, positive; or a tensor with one element on the device, which a schedule can change without a host sync (its range
+            is not checked).
+
+    Returns:
+        (T, B, K) float32, or float64 if logits or centre are float64, whatever autocast says; sums to one over K.
+
+    Raises:
+        ValueError: a centre of another width, a temperature that is not positive or has several elements.
+    """
+    if center.shape != logits.shape[-1:]:
+        raise ValueError(f"center has shape {tuple(center.shape)} and the logits {tuple(logits.shape)}; expected one number for each class")
+    if isinstance(temperature, Tensor):
+        if temperature.numel() != 1:
+            raise ValueError(f"temperature is a tensor of shape {tuple(temperature.shape)}; expected one element")
+        temperature = temperature.reshape(())
+    else:
+        _check_temperature(temperature)
+    with torch.autocast(logits.device.type, enabled=False):
+        dtype = _working_dtype(logits, center)
+        return (logits.to(dtype) - center.to(dtype)).div_(temperature).softmax(-1)
+
+
+def _check_temperature(temperature: float) -> None:
+    if not (temperature > 0 and math.isfinite(temperature)):
+        raise ValueError(f"temperature={temperature}: give a positive number (0.1 for the student of DINO and for SwAV)")
+
+
+def _working_dtype(*tensors: Tensor) -> torch.dtype:
+    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+
+
+class _SoftCrossEntropy(torch.autograd.Function):
+    """Keeps the inputs and the (V, B) logsumexp, and goes view by view in both directions."""
+
+    @staticmethod
+    def forward(ctx: Any, targets: Tensor, logits: Tensor, temperature: float) -> Tensor:
+        dtype = _working_dtype(targets, logits)
+        normaliser = logits.new_empty(logits.shape[:2], dtype=dtype)  # (V, B)
+        pairs = logits.new_empty(len(targets), len(logits), dtype=dtype)
+        with torch.autocast(logits.device.type, enabled=False):
+            for view, raw in enumerate(logits):
+                # Relative to the largest logit, which keeps both terms small and the exponential finite.
+                maximum = raw.amax(1, keepdim=True).to(dtype)  # (B, 1)
+                shifted = raw.to(dtype).sub(maximum).div_(temperature)  # (B, K)
+                products = [(target * shifted).sum(1) for target in targets]  # T of (B,); no matrix product, which might run in TF32
+                total = shifted.exp_().sum(1).log()  # (B,)
+                for row, product in enumerate(products):
+                    pairs[row, view] = (total - product).mean()
+                normaliser[view] = total + maximum.squeeze(1) / temperature
+        ctx.save_for_backward(targets, logits, normaliser)
+        ctx.temperature = temperature
+        return pairs
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_pairs: Tensor) -> tuple[Tensor | None, ...]:
+        targets, logits, normaliser = ctx.saved_tensors
+        scaled = grad_pairs / (ctx.temperature * logits.shape[1])  # (T, V)
+        grad_logits = torch.empty_like(logits)
+        with torch.autocast(logits.device.type, enabled=False):
+            for view, raw in enumerate(logits):
+                part = raw.to(normaliser.dtype).div(ctx.temperature).sub_(normaliser[view, :, None]).exp_().mul_(scaled[:, view].sum())
+                for row, target in enumerate(targets):
+                    part.addcmul_(target.to(part.dtype), scaled[row, view], value=-1)
+                grad_logits[view] = part
+        return None, grad_logits, None

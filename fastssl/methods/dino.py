@@ -1,0 +1,154 @@
+"""DINO: a student matches the sharpened, centred output of its own moving average.
+
+Source: Caron et al., "Emerging Properties in Self-Supervised Vision Transformers", arXiv 2104.14294; for small networks SSLight, arXiv 2210.02808.
+
+    P_g = softmax((teacher(x_g) - centre) / tau_t)        g in the two global views, no gradient
+    Q_v = softmax(student(x_v) / tau_s)                   v in all views
+    pair(g, v) = - mean_b sum_k P_g[k] log Q_v[k]         g != v
+    after the step:  centre <- 0.9 centre + 0.1 mean of the teacher's logits;  teacher <- m teacher + (1 - m) student
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fastssl import schedules
+from fastssl.backbones import feature_dim
+from fastssl.distributed import all_reduce_mean
+from fastssl.drop_path import DropTable
+from fastssl.heads import CosineLogits, Projector, ProjectorConfig
+from fastssl.losses.pairs import reduce_pairs, split_pairs
+from fastssl.losses.soft_targets import soft_cross_entropy, teacher_probabilities
+from fastssl.methods.method import Encoder, Method, MethodConfig, PartLoss, Rates, Views, embedding_std
+from fastssl.schedules import RunLength
+
+
+@dataclass(frozen=True)
+class DINOConfig(MethodConfig):
+    """The method's own numbers.
+
+    Attributes:
+        out: width K of the output; 4096 for CNNs, 65536 for vision transformers.
+        student_temperature: tau_s.
+        teacher_temperature: tau_t after its warm-up.
+        warmup_teacher_temperature: tau_t in the first epoch.
+        warmup_teacher_epochs: epochs over which it rises.
+        center_momentum: of the centre.
+        momentum: of the teacher.
+        momentum_schedule: ``constant``, or ``cosine`` up to 1.
+        freeze_epochs: epochs at the start in which the last layer gets no update.
+        learned_gain: train the gains of the last layer's rows (the published ViT recipe does, the CNNs' does not).
+        projector: the MLP before the last layer.
+    """
+
+    out: int = 4096
+    student_temperature: float = 0.1
+    teacher_temperature: float = 0.07
+    warmup_teacher_temperature: float = 0.04
+    warmup_teacher_epochs: int = 50
+    center_momentum: float = 0.9
+    momentum: float = 0.996
+    momentum_schedule: str = "cosine"
+    freeze_epochs: int = 1
+    learned_gain: bool = False
+    projector: ProjectorConfig = field(
+        default_factory=lambda: ProjectorConfig(hidden=2048, out=256, layers=3, norm=True, bias=True, activation="gelu", init="truncated")
+    )
+
+    def __post_init__(self) -> None:
+        if self.out < 2:
+            raise ValueError(f"dino.out must be at least 2, got {self.out}")
+        for name in ("student_temperature", "teacher_temperature", "warmup_teacher_temperature"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"dino.{name} must be positive, got {getattr(self, name)}")
+        if self.momentum_schedule not in schedules.MOMENTUM_SCHEDULES:
+            raise ValueError(f"dino.momentum_schedule={self.momentum_schedule!r} is not one of {', '.join(schedules.MOMENTUM_SCHEDULES)}")
+        for name in ("center_momentum", "momentum"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"dino.{name} must lie in 0..1, got {getattr(self, name)}")
+        if self.warmup_teacher_epochs < 0 or self.freeze_epochs < 0:
+            raise ValueError("dino.warmup_teacher_epochs and dino.freeze_epochs must not be negative")
+
+
+class DINOHead(nn.Module):
+    """Projector to unit vectors, then cosines with K rows: (N, F) -> (N, out) float32."""
+
+    def __init__(self, in_features: int, config: DINOConfig):
+        super().__init__()
+        self.mlp = Projector(in_features, config.projector)
+        self.last = CosineLogits(config.projector.out, config.out, learned_gain=config.learned_gain)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.last(self.mlp(features))
+
+
+class DINO(Method):
+    """Student, teacher, centre.
+
+    METRICS: ``loss``; ``kl``, what stands above the entropy of the teacher's output; ``alignment``, the squared distance of the two global views' outputs on the unit
+    sphere; ``embedding_std`` of the student's output; ``target_entropy`` as a share of ln K: 1 is a uniform teacher, 0 a teacher that always says the same with
+    certainty. Collapse shows as a loss that stays at ln K.
+    """
+
+    METRICS = ("loss", "kl", "alignment", "embedding_std", "target_entropy")
+
+    def __init__(self, backbone: nn.Module, config: DINOConfig, *, views: Views, generator: torch.Generator | None = None):
+        head = DINOHead(feature_dim(backbone), config)
+        super().__init__(Encoder(backbone, head, DropTable.install(backbone)), views, with_teacher=True)
+        self.config = config
+        self.register_buffer("center", torch.zeros(config.out))
+
+    def rates(self, step: int, run: RunLength) -> dict[str, float]:
+        config = self.config
+        return {
+            "momentum": schedules.ema_momentum(step, total_steps=run.total_steps, base=config.momentum, schedule=config.momentum_schedule),
+            "teacher_temperature": schedules.teacher_temperature(
+                step,
+                steps_per_epoch=run.steps_per_epoch,
+                first=config.warmup_teacher_temperature,
+                last=config.teacher_temperature,
+                warm_epochs=config.warmup_teacher_epochs,
+            ),
+        }
+
+    def phase(self, step: int, run: RunLength) -> tuple:
+        return ("frozen",) if run.epoch(step) < self.config.freeze_epochs else ()
+
+    def frozen(self, phase: tuple) -> Sequence[nn.Parameter]:
+        return list(self.student.projector.last.parameters()) if phase == ("frozen",) else ()
+
+    @torch.no_grad()
+    def targets(self, images: Sequence[Tensor], noise: Mapping[str, Tensor], rates: Rates) -> tuple[Tensor, Tensor]:
+        """The teacher's logits and probabilities for the global views, (2, B, K) float32 both."""
+        logits = self._computing[1](self.teacher_images(images)).unflatten(0, (2, -1))
+        return logits, teacher_probabilities(logits, self.center, rates["teacher_temperature"])
+
+    def part_loss(
+        self, images: Sequence[Tensor], targets: tuple[Tensor, Tensor], rates: Rates, phase: tuple = (), part: int = 0, parts: int = 1
+    ) -> PartLoss:
+        logits = self.encode([self.part_of(batch, part, parts) for batch in images]).unflatten(0, (self.views.count, -1))
+        probabilities = self.part_of(targets[1].flatten(0, 1), part, parts).unflatten(0, (2, -1))
+        pairs = soft_cross_entropy(probabilities, logits, self.config.student_temperature)
+        loss = reduce_pairs(*split_pairs(pairs, (0, 1)), self.views.weights)
+        with torch.no_grad():
+            return PartLoss(loss, self._metrics(loss, logits, probabilities))
+
+    def _metrics(self, loss: Tensor, logits: Tensor, probabilities: Tensor) -> Tensor:
+        entropy = torch.special.entr(probabilities).sum(-1).mean()
+        first, second = functional.normalize(logits[:2].detach().float(), dim=-1)
+        alignment = (first - second).square().sum(-1).mean()
+        return torch.stack(
+            [loss.detach(), loss.detach() - entropy, alignment, embedding_std(first), entropy / math.log(self.config.out)]
+        ).float()
+
+    @torch.no_grad()
+    def after_step(self, targets: tuple[Tensor, Tensor], kept: Sequence[Tensor], phase: tuple = ()) -> None:
+        """Move the centre towards the mean of the teacher's logits over both global views of all ranks."""
+        mean = all_reduce_mean(targets[0].mean((0, 1)))
+        self.center.lerp_(mean, 1 - self.config.center_momentum)

@@ -1,0 +1,107 @@
+"""SimCLR with a smoothed target: the other photos of the batch are the negatives; no teacher, no queue.
+
+Sources: Chen et al., "A Simple Framework for Contrastive Learning of Visual Representations", arXiv 2002.05709; the smoothing is light-moco's (arXiv 2212.07158), local views
+are paired as in SSLight (arXiv 2210.02808).
+
+    pair(g, v) = nce of view v's embedding: positive is global view g of the same photo, negatives are both global views of all others       g != v
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastssl import schedules
+from fastssl.distributed import gather_views, rank
+from fastssl.heads import ProjectorConfig
+from fastssl.losses.nt_xent import SmoothedNTXent
+from fastssl.losses.pairs import reduce_pairs, split_pairs
+from fastssl.losses.smoothed_infonce import rank_weights
+from fastssl.methods.method import Method, MethodConfig, PartLoss, Rates, Views, embedding_std, new_encoder
+from fastssl.schedules import RunLength
+
+
+@dataclass(frozen=True)
+class SimCLRConfig(MethodConfig):
+    """The method's own numbers.
+
+    Attributes:
+        temperature: of the softmax.
+        smoothing, weighting, neighbors, smoothing_schedule, smoothing_warm_epochs: as of ``MoCoConfig``.
+        projector: shape of the MLP.
+    """
+
+    temperature: float = 0.1
+    smoothing: float = 0.2
+    weighting: str = "stepped"
+    neighbors: int | None = None
+    smoothing_schedule: str = "constant"
+    smoothing_warm_epochs: int = 0
+    projector: ProjectorConfig = field(default_factory=lambda: ProjectorConfig(hidden=2048, out=128, layers=2, norm=True))
+
+    def __post_init__(self) -> None:
+        schedules.check_smoothing("simclr", self.smoothing_schedule, self.smoothing_warm_epochs)
+
+    BATCH_KEY = "simclr.neighbors"
+
+    def allows(self, batch: int) -> bool:
+        needed = len(rank_weights(self.weighting, self.neighbors)) if self.smoothing else 0
+        return batch >= 2 and 2 * (batch - 1) >= needed
+
+    def scaled(self, batch: int) -> SimCLRConfig:
+        return self if self.allows(batch) else replace(self, weighting="nearest", neighbors=None)
+
+
+class SimCLR(Method):
+    """One network. METRICS: as of ``MoCo``."""
+
+    METRICS = ("loss", "kl", "alignment", "embedding_std")
+    DIVISIBLE = False  # the batch is the negatives
+
+    def __init__(self, backbone: nn.Module, config: SimCLRConfig, *, views: Views, generator: torch.Generator | None = None):
+        super().__init__(new_encoder(backbone, config.projector), views, with_teacher=False)
+        self.config = config
+        self.loss = SmoothedNTXent(
+            temperature=config.temperature, smoothing=config.smoothing, weighting=config.weighting, neighbors=config.neighbors
+        )
+        negatives = 2 * (views.global_batch - 1)
+        if not config.allows(views.global_batch):
+            raise ValueError(
+                f"the batch gives {negatives} negatives, fewer than the {self.loss.neighbors} neighbours that share the smoothing"
+            )
+
+    def rates(self, step: int, run: RunLength) -> dict[str, float]:
+        config = self.config
+        if not config.smoothing:
+            return {}
+        return {
+            "smoothing": schedules.smoothing(
+                step,
+                total_steps=run.total_steps,
+                steps_per_epoch=run.steps_per_epoch,
+                base=config.smoothing,
+                schedule=config.smoothing_schedule,
+                warm_epochs=config.smoothing_warm_epochs,
+            )
+        }
+
+    def part_loss(self, images: Sequence[Tensor], targets: Any, rates: Rates, phase: tuple = (), part: int = 0, parts: int = 1) -> PartLoss:
+        batch, smoothing = self.views.batch_size, rates.get("smoothing", 0.0)
+        anchors = self.encode(list(images))
+        candidates = gather_views(anchors[: 2 * batch], 2, gradient=True)
+        pairs = self.loss(
+            anchors.unflatten(0, (self.views.count, -1)), candidates.unflatten(0, (2, -1)), first=rank() * batch, smoothing=smoothing
+        )
+        loss = reduce_pairs(*split_pairs(pairs, (0, 1)), self.views.weights)
+        with torch.no_grad():
+            return PartLoss(loss, self._metrics(loss.detach(), anchors.detach(), smoothing))
+
+    def _metrics(self, loss: Tensor, anchors: Tensor, smoothing: Tensor | float) -> Tensor:
+        first, second = anchors[: 2 * self.views.batch_size].chunk(2)
+        entropy = self.loss.target_entropy(smoothing, negatives=2 * (self.views.global_batch - 1))
+        alignment = (first - second).square().sum(1).mean()
+        return torch.stack([loss, loss - entropy, alignment, embedding_std(first)]).float()

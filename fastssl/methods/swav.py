@@ -1,0 +1,180 @@
+"""SwAV: views predict each other's assignment to learned prototypes; the assignments share the prototypes out evenly.
+
+Source: Caron et al., "Unsupervised Learning of Visual Features by Contrasting Cluster Assignments", arXiv 2006.09882; for small networks SSLight, arXiv 2210.02808.
+
+    z_v = unit embedding of view v,   S_v = z_v C^T with unit rows C
+    q_g = sinkhorn(S_g, the queue's scores beside it)     g in the two global views, no gradient
+    pair(g, v) = - mean_b sum_k q_g[k] log softmax(S_v / tau)[k]        g != v
+
+There is no teacher.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastssl.backbones import feature_dim
+from fastssl.distributed import all_reduce_sum, gather_views, rank
+from fastssl.drop_path import DropTable
+from fastssl.heads import Projector, ProjectorConfig, Prototypes
+from fastssl.losses.pairs import reduce_pairs, split_pairs
+from fastssl.losses.sinkhorn import sinkhorn
+from fastssl.losses.soft_targets import soft_cross_entropy
+from fastssl.methods.method import Encoder, Method, MethodConfig, PartLoss, Rates, Views, embedding_std
+from fastssl.schedules import RunLength
+
+
+@dataclass(frozen=True)
+class SwAVConfig(MethodConfig):
+    """The method's own numbers.
+
+    Attributes:
+        prototypes: number K of them.
+        temperature: tau of the prediction.
+        epsilon: entropy of the assignments; the smaller, the sharper.
+        sinkhorn_iterations: rounds of sharing out.
+        queue: features of earlier batches that are assigned beside the present one, for each global view; rounded down to whole batches; 0: none. It
+            lets a small batch be shared out over many prototypes.
+        queue_epoch: the epoch (from 0) in which the queue begins to fill; it is used from when it is full.
+        freeze_epochs: epochs at the start in which the prototypes get no update.
+        projector: shape of the MLP.
+    """
+
+    prototypes: int = 3000
+    temperature: float = 0.1
+    epsilon: float = 0.05
+    sinkhorn_iterations: int = 3
+    queue: int = 3840
+    queue_epoch: int = 15
+    freeze_epochs: int = 1
+    projector: ProjectorConfig = field(
+        default_factory=lambda: ProjectorConfig(hidden=4096, out=128, layers=2, norm=True, bias=True, init="normal")
+    )
+
+    def __post_init__(self) -> None:
+        if self.prototypes < 2 or self.sinkhorn_iterations < 1:
+            raise ValueError("swav.prototypes must be at least 2 and swav.sinkhorn_iterations at least 1")
+        if self.temperature <= 0 or self.epsilon <= 0:
+            raise ValueError("swav.temperature and swav.epsilon must be positive")
+        if self.queue < 0 or self.queue_epoch < 0 or self.freeze_epochs < 0:
+            raise ValueError("swav.queue, swav.queue_epoch and swav.freeze_epochs must not be negative")
+
+    BATCH_KEY = "swav.queue"
+
+    @property
+    def largest_batch(self) -> int | None:
+        return self.queue or None
+
+    def allows(self, batch: int) -> bool:
+        return batch >= 2 and (not self.queue or batch <= self.queue)
+
+    def scaled(self, batch: int) -> SwAVConfig:
+        return replace(self, queue=max(self.queue, batch)) if self.queue else self
+
+
+class SwAVHead(nn.Module):
+    """Projector and prototypes: (N, F) -> (N, D + K) float32, the unit embedding and its scores side by side.
+
+    One tensor, because both leave the network: the scores for the loss, the embedding for the queue.
+    """
+
+    def __init__(self, in_features: int, config: SwAVConfig):
+        super().__init__()
+        self.mlp = Projector(in_features, config.projector)
+        self.prototypes = Prototypes(config.projector.out, config.prototypes)
+
+    def forward(self, features: Tensor) -> Tensor:
+        embeddings = self.mlp(features)
+        return torch.cat([embeddings, self.prototypes(embeddings)], 1)
+
+
+class SwAV(Method):
+    """The network, its prototypes, the queue.
+
+    METRICS: as of ``DINO``, with the assignments in the teacher's place: ``target_entropy`` near 1 for long means that the scores do not tell the
+    prototypes apart.
+
+    The queue is the same on all ranks, and each takes its share of it into the assignment: the number of ranks changes nothing.
+    """
+
+    METRICS = ("loss", "kl", "alignment", "embedding_std", "target_entropy")
+    DIVISIBLE = False  # the assignment looks at the whole batch
+
+    def __init__(self, backbone: nn.Module, config: SwAVConfig, *, views: Views, generator: torch.Generator | None = None):
+        head = SwAVHead(feature_dim(backbone), config)
+        super().__init__(Encoder(backbone, head, DropTable.install(backbone)), views, with_teacher=False)
+        self.config = config
+        self.queue_batches = config.queue // views.global_batch
+        if config.queue and not self.queue_batches:
+            raise ValueError(f"swav.queue={config.queue} holds no whole batch of {views.global_batch}; enlarge it, or set it to 0 for none")
+        self.register_buffer("queue", torch.zeros(2, self.queue_batches * views.global_batch, config.projector.out))
+
+    @property
+    def prototypes(self) -> Prototypes:
+        """The student's."""
+        return self.student.projector.prototypes
+
+    def phase(self, step: int, run: RunLength) -> tuple:
+        """Of ``frozen``, ``fill`` (the batch enters the queue) and ``queue`` (the full queue is used) those that hold."""
+        config, found = self.config, []
+        if run.epoch(step) < config.freeze_epochs:
+            found.append("frozen")
+        since = step - config.queue_epoch * run.steps_per_epoch
+        if self.queue_batches and since >= 0:
+            found.append("fill")
+            if since >= self.queue_batches:
+                found.append("queue")
+        return tuple(found)
+
+    def frozen(self, phase: tuple) -> Sequence[nn.Parameter]:
+        return [self.prototypes.weight] if "frozen" in phase else ()
+
+    def part_loss(self, images: Sequence[Tensor], targets: Any, rates: Rates, phase: tuple = (), part: int = 0, parts: int = 1) -> PartLoss:
+        self.prototypes.normalise_()
+        out, width = self.encode(list(images)), self.config.projector.out
+        embeddings, scores = out[:, :width], out[:, width:].unflatten(0, (self.views.count, -1))
+        kept = embeddings[: 2 * self.views.batch_size].detach()
+        assigned = self.assign(scores[:2].detach(), use_queue="queue" in phase)
+        pairs = soft_cross_entropy(assigned, scores, self.config.temperature)
+        loss = reduce_pairs(*split_pairs(pairs, (0, 1)), self.views.weights)
+        with torch.no_grad():
+            return PartLoss(loss, self._metrics(loss, kept, assigned), kept)
+
+    @torch.no_grad()
+    def assign(self, scores: Tensor, *, use_queue: bool) -> Tensor:
+        """Assignments (2, B, K) float32 of this rank's global views, shared out over the samples (and the queue) of all ranks."""
+        found = []
+        for view, own in enumerate(scores):
+            columns = own
+            if use_queue:
+                share = self.queue.shape[1] // self.views.world
+                mine = self.queue[view, rank() * share : (rank() + 1) * share]
+                columns = torch.cat([self.prototypes(mine), own])  # with the present prototypes; the batch comes last
+            found.append(self._sinkhorn(columns)[-len(own) :])
+        return torch.stack(found)
+
+    def _sinkhorn(self, scores: Tensor) -> Tensor:
+        world = self.views.world
+        reduce = all_reduce_sum if world > 1 else None
+        return sinkhorn(scores, self.config.epsilon, self.config.sinkhorn_iterations, all_reduce=reduce, ranks=world)
+
+    def _metrics(self, loss: Tensor, embeddings: Tensor, assigned: Tensor) -> Tensor:
+        entropy = torch.special.entr(assigned).sum(-1).mean()
+        first, second = embeddings.chunk(2)
+        alignment = (first - second).square().sum(1).mean()
+        loss = loss.detach()
+        return torch.stack([loss, loss - entropy, alignment, embedding_std(first), entropy / math.log(self.config.prototypes)]).float()
+
+    @torch.no_grad()
+    def after_step(self, targets: Any, kept: Sequence[Tensor], phase: tuple = ()) -> None:
+        """Put this step's embeddings of all ranks into the queue, in the place of the oldest."""
+        if "fill" not in phase:
+            return
+        fresh = gather_views(kept[0], 2).unflatten(0, (2, -1))  # (2, global batch, D)
+        self.queue.copy_(torch.cat([self.queue[:, fresh.shape[1] :], fresh], 1))

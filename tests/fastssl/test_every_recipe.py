@@ -1,0 +1,109 @@
+"""Every recipe, at reduced size, through the real command line: it trains, stops, saves, goes on where it stood, and ends."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastssl.backbones import load_backbone
+from fastssl.cli import main
+from fastssl.methods import METHODS
+from fastssl.recipe import load_recipe, recipe_names
+from fastssl.train import Run
+
+#: What makes a recipe small. The number of views, the pair weights, the optimiser and the schedules stay its own.
+ALWAYS = ["train.epochs=1", "train.batch_size=8", "train.log_every=3", "probe.size=32", "probe.online_samples=20", "probe.final_samples=24"]
+SMALLER = {
+    "moco": ["moco.queue=64", "moco.projector.hidden=16"],
+    "dino": ["dino.out=64", "dino.projector.hidden=16", "dino.projector.out=16"],
+    "swav": ["swav.prototypes=20", "swav.queue=20", "swav.queue_epoch=0", "swav.projector.hidden=16", "swav.projector.out=16"],
+    "simclr": ["simclr.neighbors=5", "simclr.projector.hidden=16"],
+}
+
+
+def command(name: str, beton: Path, out: Path) -> list[str]:
+    recipe = load_recipe(name)
+    sizes = ["views.0.size=32"] if len(recipe.views) == 1 else ["views.global_size=32", "views.local_size=16"]
+    overrides = [*ALWAYS, *SMALLER[recipe.method], *sizes]
+    if recipe.method == "moco" and recipe.moco.split_bn > 1:
+        overrides.append("moco.split_bn=2")
+    found = [
+        "pretrain",
+        "--arch",
+        recipe.arch,
+        "--recipe",
+        name,
+        "--data",
+        str(beton),
+        "--out",
+        str(out),
+        "--device",
+        "cpu",
+        "--workers",
+        "1",
+    ]
+    return found + [argument for item in overrides for argument in ("--set", item)]
+
+
+def cli(arguments: list[str]) -> int:
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    return stop.value.code
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_it_trains_stops_and_goes_on(name: str, beton: Path, tmp_path: Path) -> None:
+    out, original = tmp_path / "run", Run._step
+
+    def stop_at_three(run: Run, batch: object, epoch: int) -> None:
+        original(run, batch, epoch)
+        if run.position.step == 2:
+            run._stop.set()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "_step", stop_at_three)
+        assert cli(command(name, beton, out)) == 130
+    saved = torch.load(out / "checkpoints" / "last.pt", weights_only=True)
+    assert saved["position"]["step"] == 3
+    assert cli(command(name, beton, out)) == 0
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    steps = [row for row in rows if row["kind"] == "step"]
+    method, _ = METHODS[load_recipe(name).method]
+    assert [row["step"] for row in steps] == [3, 6]
+    assert all(math.isfinite(row[value]) for row in steps for value in method.METRICS)
+    # What moved: the weights, in both halves of the run.
+    ended = torch.load(out / "checkpoints" / "last.pt", weights_only=True)["method"]
+    weight = next(key for key in ended if key.startswith("student.backbone") and ended[key].dim() == 4)
+    assert not torch.equal(ended[weight], saved["method"][weight])
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["steps"] == 6 and summary["recipe"] == name and not summary["fallbacks"]
+    assert all(math.isfinite(row["linear"]) for row in summary["probe"]["rows"])
+    backbone = load_backbone(out / "checkpoints" / "last.safetensors")
+    assert torch.isfinite(backbone(torch.zeros(1, 3, 32, 32))).all()
+    with_teacher = any(key.startswith("teacher.") for key in ended)
+    assert (out / "checkpoints" / "last-teacher.safetensors").exists() == with_teacher
+    if load_recipe(name).probe.teacher:
+        assert summary["probe"]["rows"][-1]["name"] == "its teacher"
+
+
+@pytest.mark.parametrize("name", ["dino-vit_tiny-sslight", "swav-mobilenetv2-sslight", "moco-mobilenetv2-sslight", "simclr-mobilenetv3"])
+def test_a_stopped_run_ends_with_the_weights_of_one_that_was_not(name: str, beton: Path, tmp_path: Path) -> None:
+    """Queues, centres, coins of drop path and all: resuming is exact for every method."""
+    original = Run._step
+
+    def stop_at_four(run: Run, batch: object, epoch: int) -> None:
+        original(run, batch, epoch)
+        if run.position.step == 3:
+            run._stop.set()
+
+    assert cli(command(name, beton, tmp_path / "whole")) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "_step", stop_at_four)
+        assert cli(command(name, beton, tmp_path / "stopped")) == 130
+    assert cli(command(name, beton, tmp_path / "stopped")) == 0
+    whole, stopped = (torch.load(tmp_path / run / "checkpoints" / "last.pt", weights_only=True)["method"] for run in ("whole", "stopped"))
+    assert all(torch.equal(whole[key], stopped[key]) for key in whole)

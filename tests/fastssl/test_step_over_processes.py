@@ -1,0 +1,152 @@
+"""Two processes that share a batch make the step that one process makes with the whole of it, for every method.
+
+In float64: the steps of fresh networks blow rounding errors up, in float32 to 1e-3 within four of them, which would hide a mistake of that size.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from processes import run_processes
+from torch import Tensor
+
+from fastssl.distributed import rank, world_from_environment, world_size
+from fastssl.pipelines.errors import FastSSLError
+from fastssl.recipe import Recipe, load_recipe
+from fastssl.schedules import RunLength
+from fastssl.step import TrainStep
+
+CPU, BATCH, STEPS = torch.device("cpu"), 16, 4
+MULTICROP = {"views.global_size": 32, "views.local_size": 16, "views.local_count": 3, "train.batch_size": BATCH, "optim.lr": 0.5}
+CASES = {
+    "moco, symmetric, split BatchNorm": (
+        "few-photos",
+        {
+            "views.0.size": 32,
+            "train.batch_size": BATCH,
+            "moco.queue": 64,
+            "moco.projector.hidden": 16,
+            "moco.split_bn": 4,
+            "arch": "resnet10t",
+        },
+    ),
+    "moco, one-sided, local views": (
+        "moco-mobilenetv2-sslight",
+        {**MULTICROP, "moco.queue": 64, "moco.projector.hidden": 16, "moco.smoothing": 0.2, "moco.weighting": "nearest"},
+    ),
+    "moco, symmetric, local views, one group": (
+        "light-moco-mobilenetv3-sslight",
+        {**MULTICROP, "moco.queue": 64, "moco.projector.hidden": 16, "moco.split_bn": 1},
+    ),
+    "dino": ("dino-mobilenetv2-sslight", {**MULTICROP, "dino.out": 48, "dino.projector.hidden": 16, "dino.projector.out": 16}),
+    "dino, drop path, weight decay that changes": (
+        "dino-vit_tiny-sslight",
+        {
+            **MULTICROP,
+            "optim.lr": 0.005,
+            "dino.out": 48,
+            "dino.projector.hidden": 16,
+            "dino.projector.out": 16,
+            "arch": "vit_tiny_patch16_224",
+        },
+    ),
+    "swav, with its queue": (
+        "swav-mobilenetv2-sslight",
+        {
+            **MULTICROP,
+            "swav.prototypes": 24,
+            "swav.queue": 2 * BATCH,
+            "swav.queue_epoch": 0,
+            "swav.projector.hidden": 16,
+            "swav.projector.out": 16,
+        },
+    ),
+    "simclr, smoothed": (
+        "simclr-mobilenetv3",
+        {"views.0.size": 32, "train.batch_size": BATCH, "simclr.projector.hidden": 16, "simclr.smoothing_schedule": "constant"},
+    ),
+}
+
+
+def recipe(case: str) -> Recipe:
+    name, changes = CASES[case]
+    # One network for all: BatchNorm with an activation in it, and small. A rate at which four steps move it visibly.
+    changes = {"arch": "resnet10t", **changes}
+    return load_recipe(name, {key: str(value) for key, value in changes.items()})
+
+
+def batch(recipe: Recipe, number: int) -> list[Tensor]:
+    """The views of the whole batch, (count * B, 3, S, S) for each group, of the default dtype."""
+    generator = torch.Generator().manual_seed(number)
+    return [torch.randn(spec.count * BATCH, 3, spec.size, spec.size, generator=generator) for spec in recipe.views]
+
+
+def share(view: Tensor) -> Tensor:
+    """This rank's samples of each of a group's views."""
+    own = BATCH // world_size()
+    rows = view.unflatten(0, (-1, BATCH))[:, rank() * own : (rank() + 1) * own].flatten(0, 1)
+    return rows.contiguous(memory_format=torch.channels_last)
+
+
+def train(cases: list[str]) -> dict[str, dict[str, Tensor]]:
+    """State and metrics behind four steps of each case, in float64."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        return {case: train_one(case) for case in cases}
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def train_one(case: str) -> dict[str, Tensor]:
+    own = BATCH // world_size()
+    index = np.arange(100, 100 + BATCH)[rank() * own : (rank() + 1) * own]
+    chosen, run, metrics = recipe(case), RunLength(2 * STEPS, 2), []
+    step = TrainStep(chosen, CPU, amp=False, seed=0, world=world_from_environment() if world_size() > 1 else ONE)
+    before = {name: value.clone() for name, value in step.method.student.state_dict().items()}
+    for number in range(STEPS):
+        views = [share(view) for view in batch(chosen, number)]
+        # As of the middle of the run, where warm-ups are over.
+        noise, rates = step.noise(0, number, index), step.rates(STEPS + number, run)
+        rates["lr"] = chosen.optim.lr / 10
+        metrics.append(step(views, noise, rates, phase=step.method.phase(2 + number, run)).clone())
+    return {**step.method.state_dict(), "metrics": torch.stack(metrics), "moved": _distance(before, step)}
+
+
+def _distance(before: dict[str, Tensor], step: TrainStep) -> Tensor:
+    now = step.method.student.state_dict()
+    return torch.stack([(now[name] - value).abs().max() for name, value in before.items() if value.is_floating_point()]).max()
+
+
+ONE = world_from_environment({})
+
+
+@pytest.fixture(scope="module")
+def both() -> tuple[dict, list[dict]]:
+    """(of one process, of each of two)."""
+    return train(list(CASES)), run_processes(train, 2, list(CASES), timeout=400)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_are_one(case: str, both: tuple[dict, list[dict]]) -> None:
+    one, two = both[0][case], [found[case] for found in both[1]]
+    assert one["moved"] > 1e-3, "a network that stands still proves nothing"
+    names = recipe(case).method
+    for name, value in one.items():
+        if name == "metrics":
+            # The loss and its KL are means over samples; a spread over half of the photos is another number.
+            torch.testing.assert_close(torch.stack([found[name] for found in two]).mean(0)[:, :2], value[:, :2], rtol=1e-5, atol=1e-5)
+        elif "split" in case and name.startswith("teacher") and ("running" in name or "num_batches" in name):
+            continue  # of groups that the ranks have shared out among them
+        elif value.is_floating_point():
+            for found in two:
+                torch.testing.assert_close(found[name], value, rtol=1e-6, atol=1e-7, msg=lambda text, name=name: f"{names} {name}: {text}")
+        else:
+            assert all(torch.equal(found[name], value) for found in two), name
+
+
+def test_a_batch_that_cannot_be_shared_out_is_refused() -> None:
+    from fastssl.distributed import World
+
+    with pytest.raises(FastSSLError, match="batch of 16: 3 processes"):
+        TrainStep(recipe("dino"), CPU, amp=False, seed=0, world=World(0, 3, 0))

@@ -1,0 +1,115 @@
+"""The same command under torchrun: two processes make one run, which one process can take over, and the other way round."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from processes import free_port
+
+from fastssl.pipelines.errors import Interrupted
+from fastssl.recipe import load_recipe, parse_overrides
+from fastssl.train import Run, RunOptions, pretrain
+
+SMALL = [
+    "views.global_size=32",
+    "views.local_size=16",
+    "views.local_count=2",
+    "dino.out=32",
+    "dino.projector.hidden=16",
+    "dino.projector.out=16",
+    "train.epochs=2",
+    "train.batch_size=8",
+    "train.log_every=3",
+    "optim.warmup_epochs=1",
+    "probe.size=32",
+    "probe.every_epochs=1",
+    "probe.online_samples=20",
+    "probe.final_samples=24",
+    "probe.reestimate_bn=16",
+]
+RECIPE, ARCH = "dino-mobilenetv2-sslight", "resnet10t"
+ROWS = ("raw pixels (16x16)", "random initialisation", "after pre-training", "its teacher")
+
+
+class Silent:
+    def row(self, row: dict, done: int, total: int) -> None: ...
+    def message(self, text: str) -> None: ...
+
+
+def alone(beton: Path, out: Path) -> None:
+    options = RunOptions(recipe_name=RECIPE, data=beton, out=out, device="cpu", workers=1)
+    pretrain(load_recipe(RECIPE, parse_overrides([f"arch={ARCH}", *SMALL])), options, Silent())
+
+
+def together(beton: Path, out: Path, processes: int = 2) -> subprocess.CompletedProcess:
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", str(free_port()), "-m", "fastssl"]
+    command = ["pretrain", "--arch", ARCH, "--recipe", RECIPE, "--data", str(beton), "--out", str(out), "--device", "cpu", "--workers", "1"]
+    overrides = [argument for item in SMALL for argument in ("--set", item)]
+    return subprocess.run(
+        [sys.executable, *launcher, *command, *overrides],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+    )
+
+
+def steps(out: Path) -> list[dict]:
+    return [row for row in map(json.loads, (out / "metrics.jsonl").read_text().splitlines()) if row["kind"] == "step"]
+
+
+@pytest.fixture(scope="module")
+def one(beton: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("one") / "run"
+    alone(beton, out)
+    return out
+
+
+def test_two_processes_write_one_run(one: Path, beton: Path, tmp_path: Path) -> None:
+    found = together(beton, tmp_path / "run")
+    assert found.returncode == 0, found.stderr
+    assert found.stderr.count("probed on") == 1, "one process speaks for all"
+    mine, theirs = steps(tmp_path / "run"), steps(one)
+    assert [row["step"] for row in mine] == [row["step"] for row in theirs] == [3, 6, 9, 12]
+    # Rounding grows from step to step; the first blocks show that these are the same photos, views, weights and rates.
+    assert mine[0]["loss"] == pytest.approx(theirs[0]["loss"], rel=1e-4)
+    assert mine[1]["loss"] == pytest.approx(theirs[1]["loss"], rel=1e-2)
+    assert [row["lr"] for row in mine] == [row["lr"] for row in theirs]
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["samples_seen"] == 96 and tuple(row["name"] for row in summary["probe"]["rows"][:4]) == ROWS
+    assert len(summary["probe"]["rows"]) == 6  # student and teacher, and both with statistics of centre crops
+
+
+def test_one_process_takes_over_from_two_and_two_from_one(one: Path, beton: Path, tmp_path: Path) -> None:
+    original = Run._step
+
+    def stop(run: Run, batch: object, epoch: int) -> None:
+        original(run, batch, epoch)
+        if run.position.step == 3:
+            run._stop.set()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "_step", stop)
+        with pytest.raises(Interrupted, match="step 4"):
+            alone(beton, tmp_path / "run")
+    found = together(beton, tmp_path / "run")
+    assert found.returncode == 0 and "resumed at step 4" in found.stderr, found.stderr
+    before = (tmp_path / "run" / "checkpoints" / "last.pt").stat().st_mtime_ns
+    alone(beton, tmp_path / "run")  # finished: reported again, not trained again
+    assert (tmp_path / "run" / "checkpoints" / "last.pt").stat().st_mtime_ns == before
+    assert steps(tmp_path / "run")[0]["loss"] == steps(one)[0]["loss"]
+    assert torch.load(tmp_path / "run" / "checkpoints" / "last.pt", weights_only=True)["position"]["step"] == 12
+
+
+def test_what_cannot_work_ends_all_processes_with_one_reason(beton: Path, tmp_path: Path) -> None:
+    started = time.monotonic()
+    found = together(beton, tmp_path / "run", processes=3)  # 8 samples a step are not shared out over 3
+    assert found.returncode != 0 and time.monotonic() - started < 120
+    assert "fastssl: batch of 8: 3 processes with train.accumulate=1 need equal parts" in found.stderr

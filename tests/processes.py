@@ -1,0 +1,102 @@
+"""Several processes that meet over gloo on this machine, and a time limit, so that one that waits for ever fails."""
+
+from __future__ import annotations
+
+import faulthandler
+import multiprocessing
+import os
+import socket
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def free_port() -> int:
+    """A port of 127.0.0.1 that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def run_processes(function: Callable[..., Any], world: int, *args: Any, join: bool = True, timeout: float = 120) -> list[Any]:
+    """Call ``function(*args)`` in ``world`` processes; what each returned, by rank.
+
+    The environment of each is torchrun's, so that ``world_from_environment`` finds its place in it. The tests' own process is not one of them.
+
+    Args:
+        function: at the top of a module that can be imported.
+        args: and the results: whatever can be pickled.
+        join: call it inside ``joined``; otherwise it does that itself.
+        timeout: seconds for all of it, the start of the processes (some seconds of imports) included.
+
+    Raises:
+        RuntimeError: one of them raised; with the traceback of the first that did.
+        TimeoutError: not all were done in time; with where each stood.
+    """
+    environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world), "GLOO_SOCKET_IFNAME": "lo"}
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder) / str(rank) for rank in range(world)]
+        processes = [
+            context.Process(
+                target=_child,
+                args=(function, args, {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}, files[rank], join, timeout),
+                daemon=True,
+            )
+            for rank in range(world)
+        ]
+        try:
+            for process in processes:
+                process.start()
+            _wait(processes, files, time.monotonic() + timeout)
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
+        return [torch.load(file.with_suffix(".result"), weights_only=False) for file in files]
+
+
+def _wait(processes: list, files: list[Path], deadline: float) -> None:
+    while True:
+        running = [rank for rank, process in enumerate(processes) if process.is_alive()]
+        # The others fail as a consequence, or wait for ever: the first to fail says why.
+        if errors := sorted((file.with_suffix(".error") for file in files if file.with_suffix(".error").exists()), key=os.path.getmtime):
+            raise RuntimeError(f"process {errors[0].stem} of {len(files)} failed:\n{errors[0].read_text()}")
+        if any(process.exitcode for process in processes):
+            raise RuntimeError(f"processes left with {[process.exitcode for process in processes]} and without a word")
+        if not running:
+            return
+        if time.monotonic() >= deadline:
+            stacks = [file.with_suffix(".stack") for file in files]
+            where = "\n".join(f"process {stack.stem}:\n{stack.read_text()}" for stack in stacks if stack.exists())
+            raise TimeoutError(f"still running: {running}\n{where}")
+        wait([processes[rank].sentinel for rank in running], max(0.0, deadline - time.monotonic()))
+
+
+def _child(function: Callable[..., Any], args: tuple, environment: dict[str, str], file: Path, join: bool, timeout: float) -> None:
+    from fastssl.distributed import joined, world_from_environment
+
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    with file.with_suffix(".stack").open("w") as stack:
+        faulthandler.dump_traceback_later(0.8 * timeout, file=stack)
+        try:
+            if join:
+                with joined(world_from_environment(), torch.device("cpu")):
+                    result = function(*args)
+            else:
+                result = function(*args)
+            torch.save(result, file.with_suffix(".result"))
+        except BaseException:
+            draft = file.with_suffix(".draft")
+            draft.write_text(traceback.format_exc())
+            draft.rename(file.with_suffix(".error"))  # whole, or not there
+            os._exit(1)
+        finally:
+            faulthandler.cancel_dump_traceback_later()
