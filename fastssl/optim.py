@@ -131,7 +131,14 @@ def create_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optim
     """The optimiser over ``model``'s trainable parameters, in the form that takes all tensors together."""
     groups = parameter_groups(model, config)
     if config.name == "sgd":
-        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, fused=True)
+        optimizer = torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, fused=True)
+        if config.momentum:
+            # torch makes the buffers at the first step, for all parameters or none: a layer that is frozen then could never begin to move. From zero the
+            # first step is the same.
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        return optimizer
     if config.name == "lars":
         return LARS(groups, lr=config.lr, momentum=config.momentum, trust=config.trust)
     # A step that is recorded as a CUDA graph counts on the device; torch asks for the promise beforehand.

@@ -314,6 +314,11 @@ def _curves(run: RunRecord) -> str:
             y_range=(0.0, None),
         ),
         line_chart(
+            [Series("target entropy", step("target_entropy"))],
+            title="Entropy of the target (1: says nothing, 0: always sure)", x_label="epoch", y_label="share of ln K",
+            y_range=(0.0, 1.0),
+        ),
+        line_chart(
             [Series("uniformity", probe("uniformity"))],
             title="Uniformity (0: collapsed, -4: evenly spread)", x_label="epoch", y_label="log mean exp",
         ),

@@ -45,6 +45,7 @@ def test_a_step_is_the_training_loops_step(tiny: Recipe) -> None:
     step = Step(tiny, CPU, 8, amp=False)
     twin = copy.deepcopy(step.method)
     twin._student_parameters, twin._teacher_parameters = list(twin.student.parameters()), list(twin.teacher.parameters())
+    twin.compute_with(twin.student, twin.teacher)
     views = random_views(tiny, 8, CPU)
     assert views[0].is_contiguous(memory_format=torch.channels_last) and views[0].shape == (16, 3, 16, 16)
     before = {name: value.clone() for name, value in step.method.named_parameters()}
@@ -52,8 +53,9 @@ def test_a_step_is_the_training_loops_step(tiny: Recipe) -> None:
     rate, decay = step.optimizer.param_groups[0]["lr"], [group["weight_decay"] for group in step.optimizer.param_groups]
     assert rate == pytest.approx(1e-4 * tiny.optim.peak_lr(8))
 
-    loss, _ = twin(views, torch.from_numpy(batch_permutation(16, 0, 0, 0)), tiny.moco.smoothing)
-    loss.backward()
+    keys = twin.targets(views, {"permutation": torch.from_numpy(batch_permutation(16, 0, 0, 0))}, {})
+    twin.part_loss(views, keys, {"smoothing": tiny.moco.smoothing}).loss.backward()
+    twin.after_step(keys, [])
     assert decay == [tiny.optim.weight_decay, 0.0]
     for name, parameter in twin.student.named_parameters():
         expected = parameter - rate * (parameter.grad + (tiny.optim.weight_decay * parameter if parameter.ndim > 1 else 0))

@@ -13,6 +13,7 @@ import torch
 
 from fastssl.benchmarks import cost, gauge, memory
 from fastssl.benchmarks.cost import Line, MemoryModel
+from fastssl.methods import DINOConfig, MoCoConfig, SimCLRConfig, SwAVConfig
 from fastssl.benchmarks.estimate import Estimate, run
 from fastssl.benchmarks.step import Step
 from fastssl.pipelines.beton import BetonReader
@@ -88,12 +89,26 @@ def test_seconds_of_a_run() -> None:
     assert [cost.probe_count(4, 2), cost.probe_count(1, 1), cost.probe_count(100, 0)] == [1, 0, 0]
 
 
+def moco(queue: int, split_bn: int) -> MoCoConfig:
+    return MoCoConfig(queue=queue, split_bn=split_bn)
+
+
 def test_batches_that_a_recipe_allows() -> None:
-    assert cost.allowed_batches(256, 2, 1000) == [128, 64, 32, 16, 8, 4, 2]
-    assert cost.allowed_batches(256, 16, 1000) == [128, 64, 32, 16]  # two keys in each of 16 groups
-    assert cost.allowed_batches(256, 2, 100) == [64, 32, 16, 8, 4, 2]
-    assert cost.allowed_batches(96, 1, 1000) == [48, 24, 16, 12, 8, 6, 4, 3, 2]
-    assert cost.allowed_batches(7, 1, 1000) == []
+    assert cost.allowed_batches(moco(256, 2), 1000) == [128, 64, 32, 16, 8, 4, 2]
+    assert cost.allowed_batches(moco(256, 16), 1000) == [128, 64, 32, 16]  # two keys in each of 16 groups
+    assert cost.allowed_batches(moco(256, 2), 100) == [64, 32, 16, 8, 4, 2]
+    assert cost.allowed_batches(moco(96, 1), 1000) == [48, 24, 16, 12, 8, 6, 4, 3, 2]
+    assert cost.allowed_batches(moco(7, 1), 1000) == []
+    assert cost.allowed_batches(DINOConfig(), 5) == [5, 4, 3, 2]
+    assert cost.allowed_batches(SwAVConfig(queue=4), 9) == [4, 3, 2]  # whole batches fit into the queue
+    assert cost.allowed_batches(SimCLRConfig(neighbors=20), 13) == [13, 12, 11]
+
+
+def test_a_method_without_a_bound_stops_at_the_photos() -> None:
+    need = MemoryModel(0, Line(0, 1), 0, 0)
+    assert cost.largest_batch(need, 1000, settings=DINOConfig(), most=77) == (77, "photos")
+    assert cost.largest_batch(need, 50, settings=DINOConfig(), most=77) == (50, "memory")
+    assert cost.largest_batch(need, 1000, settings=SwAVConfig(queue=40), most=77) == (40, "swav.queue")
 
 
 def test_largest_batch() -> None:
@@ -102,7 +117,7 @@ def test_largest_batch() -> None:
     assert need.at(8, parts=2) == 100 + 20 + 40 + 4 + 16  # the keys' pass still holds all images
 
     def largest(limit: float, queue: int = 256, split_bn: int = 2, most: int = 1000) -> tuple[int | None, str]:
-        return cost.largest_batch(need, limit, queue=queue, split_bn=split_bn, most=most)
+        return cost.largest_batch(need, limit, settings=moco(queue, split_bn), most=most)
 
     assert largest(need.at(32)) == (32, "memory")
     assert largest(need.at(32) - 1) == (16, "memory")
@@ -112,7 +127,7 @@ def test_largest_batch() -> None:
     assert largest(need.at(8), split_bn=32) == (None, "memory")
     assert largest(1e9, queue=7) == (None, "moco.queue")
     # What needs no more for more pairs always fits.
-    assert cost.largest_batch(MemoryModel(5, Line(0, 0), 0, 0), 5, queue=64, split_bn=1, most=99) == (32, "moco.queue")
+    assert cost.largest_batch(MemoryModel(5, Line(0, 0), 0, 0), 5, settings=moco(64, 1), most=99) == (32, "moco.queue")
 
 
 def test_parts_that_fit() -> None:
@@ -270,6 +285,6 @@ def test_what_would_not_train(beton: Path, changes: dict[str, str], message: str
 
 def test_the_largest_batch_goes_with_the_recipes_parts() -> None:
     memory = cost.MemoryModel(0.0, cost.Line(0.0, 1.0), 0.0, 0.0)
-    assert cost.largest_batch(memory, 30, queue=2040, split_bn=1, most=10_000) == (30, "memory")
+    assert cost.largest_batch(memory, 30, settings=moco(2040, 1), most=10_000) == (30, "memory")
     # In four parts only a quarter of the batch is held at once, and the batch is a multiple of four.
-    assert cost.largest_batch(memory, 30, queue=2040, split_bn=1, most=10_000, parts=4) == (68, "memory")
+    assert cost.largest_batch(memory, 30, settings=moco(2040, 1), most=10_000, parts=4) == (68, "memory")

@@ -49,7 +49,8 @@ def test_two_steps_of_both_end_at_the_same_weights(recipe: Recipe) -> None:
         torch.manual_seed(number)
         (views,) = random_views(recipe, BATCH, CPU)
         loss = plain(*(view.contiguous() for view in views.chunk(2)))
-        metrics = ours([views], order, lr=LR, momentum=recipe.moco.momentum, smoothing=recipe.moco.smoothing)
+        rates = {"lr": LR, "momentum": recipe.moco.momentum, "smoothing": recipe.moco.smoothing}
+        metrics = ours([views], {"permutation": order}, rates)
         assert loss == pytest.approx(metrics[0].item(), rel=1e-4)
     for name, value in plain.query.state_dict().items():
         torch.testing.assert_close(ours.method.student.state_dict()[name], value, rtol=1e-3, atol=1e-5)

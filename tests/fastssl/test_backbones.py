@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 import fastssl
 from fastssl.backbones import SHORT_NAMES, create_backbone, feature_dim, save_backbone
@@ -115,3 +116,31 @@ def test_a_wrong_checkpoint_is_one_clear_line(tmp_path: Path) -> None:
     save_file(tensors, str(path), metadata={"format": "pt", "fastssl": '{"arch": "resnet18"}'})
     with pytest.raises(FastSSLError, match=r"conv1\.weight"):
         fastssl.load_backbone(path)
+
+
+@pytest.mark.parametrize(("size", "tokens"), [(96, 36), (128, 64), (224, 196)])
+def test_the_position_embedding_of_a_vit_follows_the_size(size: int, tokens: int) -> None:
+    backbone, seen = create_backbone("vit_tiny").eval(), []
+    backbone.blocks[0].register_forward_pre_hook(lambda block, inputs: seen.append(inputs[0]))
+    with torch.no_grad():
+        backbone.patch_embed.proj.weight.zero_()
+        backbone.patch_embed.proj.bias.zero_()
+        features = backbone(torch.zeros(1, 3, size, size))
+    assert features.shape == (1, 192) and seen[0].shape == (1, tokens + 1, 192)
+    # With empty patches the tokens are the embedding: bicubic from the 14 x 14 of 224 px.
+    side = size // 16
+    grid = backbone.pos_embed[:, 1:].detach().reshape(1, 14, 14, 192).permute(0, 3, 1, 2)
+    resized = torch.nn.functional.interpolate(grid, (side, side), mode="bicubic", antialias=True) if side != 14 else grid
+    torch.testing.assert_close(seen[0][:, 1:].transpose(1, 2), resized.flatten(2), rtol=1e-4, atol=1e-5)
+
+
+def test_kaiming_initialisation_is_torchvisions() -> None:
+    """ResNet-18: the very distribution, and no silent residual branch; depth-wise filters: fan-out over all output channels."""
+    torch.manual_seed(0)
+    ours = create_backbone("resnet18", init="kaiming")
+    assert all(bool((m.weight == 1).all()) and not m.bias.any() for m in ours.modules() if isinstance(m, nn.BatchNorm2d))
+    assert any(not m.weight.any() for m in create_backbone("resnet18").modules() if isinstance(m, nn.BatchNorm2d)), "timm silences some"
+    conv = ours.layer3[1].conv2  # 256 -> 256, 3x3
+    assert float(conv.weight.detach().std()) == pytest.approx((2 / (256 * 9)) ** 0.5, rel=0.02)
+    depthwise = create_backbone("mobilenetv2", init="kaiming").blocks[5][0].conv_dw  # 576 channels, 3x3
+    assert float(depthwise.weight.detach().std()) == pytest.approx((2 / (576 * 9)) ** 0.5, rel=0.05)

@@ -112,3 +112,111 @@ def test_learning_rate_scales_with_the_batch() -> None:
     optim = load_recipe("quickstart").optim
     assert replace(optim, lr=0.1, lr_batch=256).peak_lr(512) == pytest.approx(0.2)
     assert replace(optim, lr=0.1, lr_batch=0).peak_lr(512) == pytest.approx(0.1)
+
+
+#: recipe -> (threshold, local pixels, local views, weights): the specification's table of the two designs
+VIEWS = {
+    "baseline": (0.14, 96, 6, (1 / 7, 6 / 7)),
+    "sslight": (0.30, 128, 6, (0.4, 0.6)),
+    "vit baseline": (0.25, 96, 10, (1 / 11, 10 / 11)),
+    "vit sslight": (0.30, 128, 10, (0.4, 0.6)),
+}
+PUBLISHED = {
+    "dino": ("mobilenetv2", "resnet18", "resnet34", "vit_tiny"),
+    "swav": ("mobilenetv2",),
+    "moco": ("mobilenetv2",),
+}
+
+
+@pytest.mark.parametrize("design", ["baseline", "sslight"])
+@pytest.mark.parametrize(("method", "arch"), [(method, arch) for method, archs in PUBLISHED.items() for arch in archs])
+def test_sslight_recipes_hold_the_published_numbers(method: str, arch: str, design: str) -> None:
+    recipe = load_recipe(f"{method}-{arch}-{design}")
+    vit = arch.startswith("vit")
+    threshold, size, count, weights = VIEWS[f"vit {design}" if vit else design]
+    assert (recipe.arch, recipe.method, recipe.train.epochs, recipe.train.batch_size) == (arch, method, 200, 1024)
+    first, second, local = recipe.views
+    assert (first.area, local.area, local.size, local.count) == ((threshold, 1.0), (0.05, threshold), size, count)
+    assert (recipe.pair_weights.gg, recipe.pair_weights.gl) == pytest.approx(weights)
+    blurs = {"swav": (0.5, 0.5, 0.5)}.get(method, (1.0, 0.1, 0.5))
+    assert (first.blur, second.blur, local.blur) == blurs and second.solarise == (0.0 if method == "swav" else 0.2)
+    assert first.interpolation == "bicubic" and first.hue == (0.2 if method == "swav" else 0.1)
+    optim = recipe.optim
+    if vit:
+        assert (optim.name, optim.peak_lr(1024), optim.final_lr) == ("adamw", 0.002, 1e-5)
+        assert (optim.weight_decay, optim.final_weight_decay, recipe.drop_path) == (0.04, 0.4, 0.1)
+        assert (recipe.dino.out, recipe.dino.warmup_teacher_epochs, recipe.dino.learned_gain) == (65536, 30, True)
+        assert not recipe.dino.projector.norm
+    else:
+        assert (optim.name, optim.peak_lr(1024), optim.final_lr) == ("lars", {"swav": 1.2}.get(method, 1.92), 0.0048)
+        assert optim.warmup_lr == {"swav": 0.075}.get(method, 0.0) and optim.weight_decay == 1e-6 and recipe.init == "kaiming"
+        assert not optim.decay_depthwise
+    assert optim.warmup_epochs == 10 and not optim.decay_1d
+    if method == "dino" and not vit:
+        assert (recipe.dino.out, recipe.dino.warmup_teacher_epochs, recipe.dino.momentum) == (4096, 50, 0.996)
+    if method == "swav":
+        assert (recipe.swav.prototypes, recipe.swav.queue, recipe.swav.queue_epoch) == (3000, 3840, 15)
+    if method == "moco":
+        assert (recipe.moco.temperature, recipe.moco.symmetric, recipe.moco.queue, recipe.moco.smoothing) == (0.2, False, 65536, 0.0)
+
+
+def test_baseline_and_sslight_differ_in_the_views_alone() -> None:
+    for method, archs in PUBLISHED.items():
+        for arch in archs:
+            one, other = (recipe_to_dict(load_recipe(f"{method}-{arch}-{design}")) for design in ("baseline", "sslight"))
+            different = {
+                f"{key}.{name}" for key in one if one[key] != other[key] for name in one[key] if one[key][name] != other[key][name]
+            }
+            assert different == {"views.threshold", "views.local_size", "views.weights"}
+
+
+def test_view_sampling_is_swept_from_the_command_line() -> None:
+    name = "dino-mobilenetv2-sslight"
+    assert load_recipe(name, {"views.threshold": "0.2"}).views[2].area == (0.05, 0.2)
+    assert load_recipe(name, {"views.local_count": "4"}).pair_weights.local_views == 4
+    by_count = load_recipe(name, {"views.local_count": "4", "views.weights": "null"}).pair_weights
+    assert (by_count.gg, by_count.gl) == pytest.approx((0.2, 0.8))
+    baseline = load_recipe(name, {"views.preset": "baseline-cnn"})
+    assert baseline.views == load_recipe("dino-mobilenetv2-baseline").views
+    # On a recipe of two views a preset brings the multi-crop, and the recipe's own augmentation stays.
+    crossed = load_recipe("light-moco-mobilenetv3", {"views.preset": "sslight-cnn"})
+    assert [spec.count for spec in crossed.views] == [1, 1, 6] and crossed.views[2].blur == 0.5 and crossed.views[0].hue == 0.1
+    assert crossed.views == load_recipe("light-moco-mobilenetv3-sslight").views
+    assert load_recipe(name, {"views": "sslight-vit"}).views.local_count == 10
+    # A number behind the preset is a change of it.
+    assert load_recipe(name, {"views.preset": "baseline-cnn", "views.local_size": "112"}).views[2].size == 112
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("views.weights=[0.5, 0.6]", r"views: weights=\[0\.5, 0\.6\] must be two numbers"),
+        ("views.weights=[0.5]", r"views\.weights must be a list of 2"),
+        ("views.treshold=0.3", r"no key views\.treshold \(nearest: threshold"),
+        ("views.local.blurr=0.3", r"local\.blurr: no such setting"),
+        ("views.preset=sslight", r"no such preset \(nearest: sslight-"),
+        ("views=sslight-cn", r"no preset 'sslight-cn' \(nearest: sslight-cnn"),
+        ("views.augment=3", r"views\.augment must be a mapping"),
+        ("moco.temperature=0.2", r"moco\.\* has no effect with method: dino"),
+        ("dino.outt=3", r"no key dino\.outt \(nearest: out"),
+        ("init=xavier", r"init='xavier' is not one of"),
+        ("drop_path=1.0", r"drop_path must lie"),
+        ("probe.reestimate_bn=1", r"probe\.reestimate_bn"),
+    ],
+)
+def test_mistakes_in_a_multi_crop_recipe_are_named(override: str, message: str) -> None:
+    with pytest.raises(FastSSLError, match=message):
+        load_recipe("dino-mobilenetv2-sslight", parse_overrides([override]))
+
+
+def test_a_threshold_for_a_list_of_views_and_parts_of_a_whole_batch_are_refused() -> None:
+    with pytest.raises(FastSSLError, match=r"lists its two views.*views\.preset=sslight-cnn"):
+        load_recipe("quickstart", {"views.threshold": "0.2"})
+    for name in ("swav-mobilenetv2-sslight", "simclr-mobilenetv3"):
+        with pytest.raises(FastSSLError, match="looks at the whole batch at once"):
+            load_recipe(name, {"train.accumulate": "2"})
+
+
+def test_only_the_methods_own_section_is_in_the_resolved_recipe() -> None:
+    resolved = recipe_to_dict(load_recipe("swav-mobilenetv2-sslight"))
+    assert "swav" in resolved and not {"moco", "dino", "simclr"} & set(resolved)

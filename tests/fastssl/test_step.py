@@ -474,9 +474,10 @@ def test_bfloat16_changes_the_loss_by_little(case: str) -> None:
     assert all(p.dtype == torch.float32 for p in half.method.parameters())
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "lars"])
 @pytest.mark.parametrize("case", ["dino", "swav"])
-def test_a_frozen_layer_stands_still_and_then_moves(case: str) -> None:
-    step, run = TrainStep(multicrop(case), CPU, amp=False, seed=0), RunLength(20, 1)
+def test_a_frozen_layer_stands_still_and_then_moves(case: str, optimizer: str) -> None:
+    step, run = TrainStep(multicrop(case, optim__name=optimizer), CPU, amp=False, seed=0), RunLength(20, 1)
     (frozen, *_) = step.method.frozen(("frozen",))
     before = frozen.detach().clone()
     for number in range(2):
