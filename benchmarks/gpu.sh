@@ -88,6 +88,8 @@ export PYTHONUNBUFFERED=1 PYTHONWARNINGS="${PYTHONWARNINGS:-ignore}"
 REAL="${DATA:-samples}"
 MAIN=(--recipe light-moco-mobilenetv3)
 OTHER=(--recipe light-moco-efficientnet_b0 --recipe moco-v2-resnet50 --recipe quickstart)
+# Local views beside the global ones: every method that takes them, and the ViT.
+LOCAL=(--recipe dino-mobilenetv2-sslight --recipe dino-vit_tiny-sslight --recipe swav-mobilenetv2-sslight --recipe moco-mobilenetv2-sslight)
 if [[ -n "$SMOKE" ]]; then
     # The compiled parts go the same way but compile nothing, and their records say so: a compiler needs minutes on two cores.
     export TORCH_COMPILE_DISABLE=1
@@ -95,6 +97,7 @@ if [[ -n "$SMOKE" ]]; then
     export OMP_NUM_THREADS=1
     DEVICE=(--device cpu)
     TINY=("${DEVICE[@]}" --set views.0.size=32 --set moco.queue=256 --set moco.split_bn=2)
+    TINY_LOCAL=("${DEVICE[@]}" --set views.global_size=32 --set views.local_size=16)
     NET=(--arch mobilenetv3_small_050 --batch-size 4)
     INPUT=(--photos 16)
     BATCH=(--batch-size 4)
@@ -110,7 +113,7 @@ else
         exit 1
     }
     DEVICE=(--device cuda)
-    TINY=("${DEVICE[@]}") NET=() BATCH=() INPUT=()
+    TINY=("${DEVICE[@]}") TINY_LOCAL=("${DEVICE[@]}") NET=() BATCH=() INPUT=()
     QUERIES=(--batch-size 256 --batch-size 512)
     LONG=(--seconds 8) SHORT=(--seconds 4)
     CORES="$(nproc)"
@@ -163,6 +166,9 @@ part train 80 train "${MAIN[@]}" "${TINY[@]}" "${NET[@]}" "${INPUT[@]}" --data s
 part step-compiled 120 step "${MAIN[@]}" "${TINY[@]}" "${NET[@]}" --amp bf16 --compile --graph --peers
 part loader 70 loader "${MAIN[@]}" "${TINY[@]}" "${BATCH[@]}" "${INPUT[@]}" "${THREADS[@]}" --data synthetic --data "$REAL" "${SHORT[@]}"
 part step-recipes 80 step "${OTHER[@]}" "${TINY[@]}" "${NET[@]}" --amp bf16 --graph
+part step-local 100 step "${LOCAL[@]}" "${TINY_LOCAL[@]}" "${NET[@]}" --amp bf16 --graph
+part train-local 40 train --recipe dino-mobilenetv2-sslight "${TINY_LOCAL[@]}" "${NET[@]}" "${INPUT[@]}" --data synthetic --amp bf16 --graph "${SHORT[@]}"
+part loader-local 30 loader --recipe dino-mobilenetv2-sslight "${TINY_LOCAL[@]}" "${BATCH[@]}" "${INPUT[@]}" --data synthetic "${SHORT[@]}"
 part views 40 views "${MAIN[@]}" "${OTHER[@]}" "${TINY[@]}" "${BATCH[@]}" "${INPUT[@]}" --data synthetic --data "$REAL"
 part loss 40 loss "${MAIN[@]}" --recipe moco-v2-resnet50 "${TINY[@]}" "${QUERIES[@]}"
 part train-recipes 80 train "${OTHER[@]}" "${TINY[@]}" "${NET[@]}" "${INPUT[@]}" "${REST[@]}" --amp bf16 --graph "${SHORT[@]}"

@@ -238,6 +238,7 @@ def run(
                 "rates": "per processor second, of 2 + 6 views",
                 "host_cpu_ms": {key: float(np.median(values)) for key, values in cost.items()},
                 "times_1_view": {key: growth(key, "1 view") for key in engines},
+                "times_2_views": growth("2 + 6 views", "2 views"),
             },
         ),
         loader_record,

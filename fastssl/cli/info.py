@@ -32,10 +32,17 @@ def recipes(name: str | None, json_path: str | None) -> None:
         recipe = load_recipe(known)
         title = recipe_path(known).read_text().splitlines()[0].lstrip("# ")
         rows.append(
-            {"recipe": known, "arch": recipe.arch, "epochs": recipe.train.epochs, "batch_size": recipe.train.batch_size, "title": title}
+            {
+                "recipe": known,
+                "arch": recipe.arch,
+                "method": recipe.method,
+                "epochs": recipe.train.epochs,
+                "batch_size": recipe.train.batch_size,
+                "title": title,
+            }
         )
         if json_path != "-":
-            click.echo(f"{known:28} {title}")
+            click.echo(f"{known:34} {title}")
     write_json(json_path, rows)
 
 

@@ -13,9 +13,9 @@ import torch
 
 from fastssl.benchmarks import cost, gauge, memory
 from fastssl.benchmarks.cost import Line, MemoryModel
-from fastssl.methods import DINOConfig, MoCoConfig, SimCLRConfig, SwAVConfig
 from fastssl.benchmarks.estimate import Estimate, run
 from fastssl.benchmarks.step import Step
+from fastssl.methods import DINOConfig, MoCoConfig, SimCLRConfig, SwAVConfig
 from fastssl.pipelines.beton import BetonReader
 from fastssl.pipelines.errors import FastSSLError
 from fastssl.pipelines.loader import ViewLoader
