@@ -18,6 +18,7 @@ from fastssl.backbones import resolve_arch
 from fastssl.benchmarks import cost, memory
 from fastssl.benchmarks.gauge import Measured, measure
 from fastssl.benchmarks.records import describe_git
+from fastssl.methods import METHODS
 from fastssl.pipelines.beton import BetonReader
 from fastssl.pipelines.engines import choose_engine
 from fastssl.pipelines.errors import FastSSLError
@@ -25,8 +26,12 @@ from fastssl.probe import choose_split, require_same_classes
 from fastssl.recipe import Recipe
 from fastssl.versions import describe_host, describe_versions
 
-#: Networks whose features the run's end takes: the trained one and the one before training.
-_FINAL_NETWORKS = 2
+
+def _final_passes(recipe: Recipe, photos: int) -> int:
+    """Photos that pass through a network at the run's end, ``photos`` of them for each network that is probed (``finish.py``)."""
+    judged = 1 + (recipe.probe.teacher and METHODS[recipe.method][0].HAS_TEACHER)
+    networks = 1 + judged * (2 if recipe.probe.reestimate_bn else 1)  # the first is the one before training
+    return networks * photos + judged * recipe.probe.reestimate_bn
 
 
 @dataclass(frozen=True)
@@ -175,7 +180,7 @@ def _estimate(
     together = measured.together if parts == 1 else None
     step_s = cost.step_with_data_s(alone_s, batch, measured.loader, shared=cpu, together=together)
     probes = cost.probe_count(train.epochs, recipe.probe.every_epochs)
-    probe_s, final_s = probe_sizes[0] / measured.features, _FINAL_NETWORKS * probe_sizes[1] / measured.features
+    probe_s, final_s = probe_sizes[0] / measured.features, _final_passes(recipe, probe_sizes[1]) / measured.features
     epoch_s, run_s = cost.run_seconds(data["samples"], batch, train.epochs, step_s, probes=probes, probe_s=probe_s)
     run_s += final_s
 

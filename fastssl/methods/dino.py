@@ -100,7 +100,7 @@ class DINO(Method):
 
     def __init__(self, backbone: nn.Module, config: DINOConfig, *, views: Views, generator: torch.Generator | None = None):
         head = DINOHead(feature_dim(backbone), config)
-        super().__init__(Encoder(backbone, head, DropTable.install(backbone)), views, with_teacher=True)
+        super().__init__(Encoder(backbone, head, DropTable.install(backbone)), views)
         self.config = config
         self.register_buffer("center", torch.zeros(config.out))
 

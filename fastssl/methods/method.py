@@ -132,18 +132,20 @@ class Method(nn.Module):
 
     Attributes:
         METRICS: names of the values in ``PartLoss.metrics``.
+        HAS_TEACHER: whether there is a moving average of the student.
         DIVISIBLE: whether a batch's loss is the mean of its parts' losses, so that ``train.accumulate`` may cut it.
         student, teacher: the network that is trained, and its moving average, or None.
     """
 
     METRICS: ClassVar[tuple[str, ...]] = ("loss",)
+    HAS_TEACHER: ClassVar[bool] = True
     DIVISIBLE: ClassVar[bool] = True
 
-    def __init__(self, student: Encoder, views: Views, *, with_teacher: bool):
+    def __init__(self, student: Encoder, views: Views):
         super().__init__()
         self.views = views
         self.student = student
-        self.teacher = _teacher_of(student) if with_teacher else None
+        self.teacher = _teacher_of(student) if self.HAS_TEACHER else None
         if self.teacher is not None:
             self._student_parameters = list(self.student.parameters())
             self._teacher_parameters = list(self.teacher.parameters())

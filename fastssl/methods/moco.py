@@ -123,7 +123,7 @@ class MoCo(Method):
             raise ValueError(
                 f"moco.split_bn={config.split_bn} must be 1, or a multiple of the {views.world} processes that divides their {keys} keys"
             )
-        super().__init__(new_encoder(backbone, config.projector), views, with_teacher=True)
+        super().__init__(new_encoder(backbone, config.projector), views)
         self.config = config
         self.key_views = config.key_views
         self.loss = SmoothedInfoNCE(

@@ -60,10 +60,11 @@ class SimCLR(Method):
     """One network. METRICS: as of ``MoCo``."""
 
     METRICS = ("loss", "kl", "alignment", "embedding_std")
+    HAS_TEACHER = False
     DIVISIBLE = False  # the batch is the negatives
 
     def __init__(self, backbone: nn.Module, config: SimCLRConfig, *, views: Views, generator: torch.Generator | None = None):
-        super().__init__(new_encoder(backbone, config.projector), views, with_teacher=False)
+        super().__init__(new_encoder(backbone, config.projector), views)
         self.config = config
         self.loss = SmoothedNTXent(
             temperature=config.temperature, smoothing=config.smoothing, weighting=config.weighting, neighbors=config.neighbors

@@ -104,11 +104,12 @@ class SwAV(Method):
     """
 
     METRICS = ("loss", "kl", "alignment", "embedding_std", "target_entropy")
+    HAS_TEACHER = False
     DIVISIBLE = False  # the assignment looks at the whole batch
 
     def __init__(self, backbone: nn.Module, config: SwAVConfig, *, views: Views, generator: torch.Generator | None = None):
         head = SwAVHead(feature_dim(backbone), config)
-        super().__init__(Encoder(backbone, head, DropTable.install(backbone)), views, with_teacher=False)
+        super().__init__(Encoder(backbone, head, DropTable.install(backbone)), views)
         self.config = config
         self.queue_batches = config.queue // views.global_batch
         if config.queue and not self.queue_batches:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from fastssl.benchmarks import cost, gauge, memory
+from fastssl.benchmarks import estimate as estimate_module
 from fastssl.benchmarks.cost import Line, MemoryModel
 from fastssl.benchmarks.estimate import Estimate, run
 from fastssl.benchmarks.step import Step
@@ -288,3 +289,13 @@ def test_the_largest_batch_goes_with_the_recipes_parts() -> None:
     assert cost.largest_batch(memory, 30, settings=moco(2040, 1), most=10_000) == (30, "memory")
     # In four parts only a quarter of the batch is held at once, and the batch is a multiple of four.
     assert cost.largest_batch(memory, 30, settings=moco(2040, 1), most=10_000, parts=4) == (68, "memory")
+
+
+def test_the_final_probe_counts_every_network() -> None:
+    def passes(name: str, **changes: str) -> int:
+        return estimate_module._final_passes(load_recipe(name, {f"probe.{key}": value for key, value in changes.items()}), 100)
+
+    assert passes("quickstart") == 200  # the trained network, and the one before training
+    assert passes("dino-mobilenetv2-sslight") == 300  # the teacher, too
+    assert passes("dino-mobilenetv2-sslight", reestimate_bn="50") == 500 + 100
+    assert passes("swav-mobilenetv2-sslight", teacher="true") == 200  # has none
