@@ -16,6 +16,7 @@ from fastssl.benchmarks.records import Record, read_records
 from fastssl.benchmarks.report import recipe_table
 from fastssl.benchmarks.table import figure
 from fastssl.pipelines.errors import FastSSLError
+from fastssl.recipe import recipe_names
 
 _PLACE = re.compile(r"(<!-- figures: ([\w-]+) -->\n).*?(<!-- /figures -->)", re.DOTALL)
 
@@ -103,8 +104,11 @@ def _beside(record: Record | None) -> str:
 
 
 def own_recipe_table(records: Iterable[Record]) -> str:
-    """``recipe_table`` of the recipes with the networks that they were made for."""
-    return recipe_table([record for record in records if "--arch" not in str((record.details or {}).get("command")).split()])
+    """``recipe_table`` of the recipes with the networks that they were made for, and below it which of our recipes are not in it."""
+    own = [record for record in records if "--arch" not in str((record.details or {}).get("command")).split()]
+    measured = {bench: {record.recipe for record in own if record.bench == bench} for bench in ("step", "train")}
+    missing = [name for name in recipe_names() if name not in measured["step"] & measured["train"]]
+    return recipe_table(own) + (f"\nNot measured yet: {', '.join(missing)}.\n" if missing else "")
 
 
 TABLES = {"recipes": own_recipe_table, "parts": part_table, "loaders": loader_table}

@@ -268,6 +268,8 @@ def _override(tree: Any, key: str, value: Any) -> None:
         _override_views(tree, value)
         return
     *parents, last = key.split(".")
+    if parents == ["views"] and isinstance(tree.get("views"), str) and tree["views"] in PRESETS:  # a preset's name, of which one number is to be another
+        tree["views"] = dict(PRESETS[tree["views"]])
     if parents == ["views"] and isinstance(tree.get("views"), list) and not last.isdigit():
         raise FastSSLError(
             f"--set {key}: this recipe lists its two views (views.0.size ...); a threshold belongs to a multi-crop, e.g. --set views.preset=sslight-cnn"

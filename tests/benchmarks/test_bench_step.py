@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 
+from fastssl.benchmarks import gauge
 from fastssl.benchmarks import step as bench
 from fastssl.benchmarks.roofline import Cost, Layer, forward_cost
 from fastssl.benchmarks.step import Step, bottleneck, busy_of_spans, busy_share, fit_step, random_views, run
@@ -209,3 +210,43 @@ def test_optimiser_and_average_are_three_times_as_fast_as_the_loops() -> None:
     recipe = load_recipe("light-moco-mobilenetv3", {"moco.queue": "4096"})
     updates = bench._measure_updates(Step(recipe, torch.device("cuda"), 32, amp=True), 21)
     assert updates["ours"].times_faster_than(updates["loops"]) >= 3
+
+
+LOCAL = {"views.global_size": "32", "views.local_size": "16", "views.local_count": "3"}
+WITH_LOCAL_VIEWS = {
+    "dino-mobilenetv2-sslight": {"dino.out": "32", "dino.projector.hidden": "16"},
+    "dino-vit_tiny-sslight": {"dino.out": "32", "dino.projector.hidden": "16"},
+    "swav-mobilenetv2-sslight": {"swav.prototypes": "32", "swav.projector.hidden": "16"},
+    "moco-mobilenetv2-sslight": {"moco.queue": "64", "moco.projector.hidden": "16"},
+}
+
+
+@pytest.mark.parametrize("name", WITH_LOCAL_VIEWS)
+def test_recipes_with_local_views_are_measured(name: str) -> None:
+    recipe = load_recipe(name, {**LOCAL, **WITH_LOCAL_VIEWS[name]})
+    (record,) = run(recipe, name, "cpu", batch_size=4)
+    assert record.view_per_s == pytest.approx(5 * record.pair_per_s) and record.batch_size == 4
+    assert 0 < record.fraction_of_ceiling < 1.5 and not record.details["fallbacks"]
+    with pytest.raises(FastSSLError, match="the peers are steps of MoCo with two views of one kind"):
+        run(recipe, name, "cpu", batch_size=4, peers=True)
+
+
+def test_the_work_of_a_step_counts_each_network_over_what_it_sees(tiny: Recipe) -> None:
+    """One-sided MoCo: the student sees three views of 32 px and none of the key's, the teacher one of 48 px."""
+    views = {"views": "sslight-cnn", "views.global_size": "48", "views.local_size": "32", "views.local_count": "2"}
+    changes = {"moco.queue": "64", "moco.projector.hidden": "16", "moco.projector.out": "8", "method": "moco", **views}
+    step = Step(load_recipe("moco-mobilenetv2-sslight", changes), CPU, 8, amp=False)
+    cost = step.cost(random_views(step.recipe, 8, CPU))
+    one_global, one_local = (
+        forward_cost(step.method.student.backbone, torch.randn(8, 3, size, size).contiguous(memory_format=torch.channels_last), 4).flop
+        for size in (48, 32)
+    )
+    head = 8 * 2 * (8 * 16 + 16 * 8)
+    assert cost.flop == 3 * (one_global + 2 * one_local + 3 * head) + one_global + head
+
+
+def test_a_batch_that_a_recipe_does_not_take_is_scaled_for_the_estimate() -> None:
+    for name, settings in (("swav-mobilenetv2-sslight", "swav"), ("simclr-mobilenetv3", "simclr"), ("moco-mobilenetv2-sslight", "moco")):
+        recipe = load_recipe(name)
+        scaled = gauge.scaled(recipe, 6)
+        assert getattr(scaled, settings).allows(6) and scaled.train.batch_size == 6

@@ -30,7 +30,13 @@ def test_the_readmes_figures_are_those_of_the_records() -> None:
 
 def test_every_recipe_has_a_row_with_the_command_that_made_it() -> None:
     table = TABLES["recipes"](records())
+    missing = re.search(r"\nNot measured yet: (.*)\.\n", table)
+    unmeasured = missing[1].split(", ") if missing else []
+    assert {"light-moco-mobilenetv3", "light-moco-efficientnet_b0", "quickstart", "few-photos", "moco-v2-resnet50"}.isdisjoint(unmeasured)
     for name in recipe_names():
+        if name in unmeasured:
+            assert f"| {name} |" not in table
+            continue
         (row,) = [line for line in table.splitlines() if line.startswith(f"| {name} |")]
         assert "fastssl bench step" in row and "fastssl bench train" in row
         cells = [cell.strip() for cell in row.strip("|").split("|")]

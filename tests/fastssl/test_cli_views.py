@@ -90,3 +90,19 @@ def test_report_is_written_again(capsys, tmp_path):
 def test_report_of_no_run(capsys, tmp_path):
     status, _, err = run(capsys, "report", tmp_path / "nowhere")
     assert status == 1 and err.startswith("fastssl: ") and "no such run directory" in err
+
+
+def test_a_multi_crop_is_drawn_named_and_described(capsys, beton, tmp_path):
+    arguments = ["views", beton, "--recipe", "dino-mobilenetv2-sslight", "--samples", 2, "--out"]
+    small = ["--set", "views.global_size=32", "--set", "views.local_size=16"]
+    status, _, said = run(capsys, *arguments, tmp_path / "six.png", *small)
+    assert status == 0 and "2 global views of 32 px, area 0.3 .. 1; 6 local views of 16 px" in said and "0.4 global-global" in said
+    status, _, said = run(capsys, *arguments, tmp_path / "two.png", *small, "--set", "views.local_count=2", "--set", "views.weights=null")
+    assert status == 0 and "2 local views" in said and "0.333 global-global, 0.667 global-local (by the number of pairs)" in said
+    widths = []
+    for name in ("six", "two"):
+        with Image.open(tmp_path / f"{name}.png") as picture:
+            widths.append(picture.width)
+    assert widths[0] > widths[1]
+    status, _, said = run(capsys, *arguments, tmp_path / "none.png", "--set", "views.treshold=0.2")
+    assert status == 1 and "nearest: threshold" in said and not (tmp_path / "none.png").exists()

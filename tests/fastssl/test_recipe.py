@@ -183,6 +183,7 @@ def test_view_sampling_is_swept_from_the_command_line() -> None:
     assert [spec.count for spec in crossed.views] == [1, 1, 6] and crossed.views[2].blur == 0.5 and crossed.views[0].hue == 0.1
     assert crossed.views == load_recipe("light-moco-mobilenetv3-sslight").views
     assert load_recipe(name, {"views": "sslight-vit"}).views.local_count == 10
+    assert load_recipe(name, {"views": "sslight-vit", "views.local_count": "3"}).views.local_count == 3
     # A number behind the preset is a change of it.
     assert load_recipe(name, {"views.preset": "baseline-cnn", "views.local_size": "112"}).views[2].size == 112
 

@@ -1,0 +1,97 @@
+"""The study of view sampling: its cells, its table, and one small study from end to end."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fastssl.benchmarks import view_study
+from fastssl.benchmarks.view_study import Cell, cells, main, table
+from fastssl.finish import RANDOM, RAW, REESTIMATED, TEACHER, TRAINED
+from fastssl.recipe import load_recipe, parse_overrides
+
+RECIPES = Path(view_study.__file__).parent / "results" / "view-sampling" / "recipes"
+
+
+def made(method: str, design: str, seed: int, knn: float) -> dict:
+    probe = {RAW: 80.0, RANDOM: 30.0, TRAINED: knn, TRAINED + REESTIMATED: knn + 1, TEACHER: knn + 2}
+    return {"method": method, "design": design, "seed": seed, "probe": {name: {"knn": v, "linear": v + 5} for name, v in probe.items()}}
+
+
+def test_a_study_has_both_designs_of_each_method_and_the_smoothed_ones() -> None:
+    found = cells(["moco", "dino"], ["moco"])
+    assert [(cell.method, cell.design) for cell in found] == [
+        ("moco", "baseline"),
+        ("moco", "sslight"),
+        ("dino", "baseline"),
+        ("dino", "sslight"),
+        ("moco", "smoothed"),
+    ]
+
+
+@pytest.mark.parametrize("method", ["moco", "simclr", "dino", "swav"])
+def test_the_designs_differ_in_what_the_study_is_about_alone(method: str) -> None:
+    def recipe(design: str):
+        return load_recipe(str(RECIPES / f"{method}.yaml"), parse_overrides(Cell(method, design).overrides))
+
+    baseline, sslight = recipe("baseline"), recipe("sslight")
+    assert baseline.views.threshold == 0.14 and baseline.views.pair_weights == pytest.approx((0.2, 0.8))
+    assert sslight.views.threshold == 0.3 and sslight.views.pair_weights == (0.4, 0.6)
+    # As 96 and 128 are of 224.
+    assert (baseline.views.local_size, sslight.views.local_size) == (round(64 * 96 / 224 / 4) * 4, round(64 * 128 / 224 / 4) * 4)
+    assert baseline.settings == sslight.settings and baseline.optim == sslight.optim and baseline.train == sslight.train
+    if method in view_study.CONTRASTIVE:
+        smoothed = recipe("smoothed")
+        assert smoothed.views == sslight.views and smoothed.settings.smoothing == 0.2 and sslight.settings.smoothing == 0.0
+
+
+def test_the_table_has_means_spreads_and_gains_seed_by_seed() -> None:
+    runs = [made("moco", "baseline", seed, knn) for seed, knn in enumerate((50.0, 52.0, 54.0))]
+    runs += [made("moco", "sslight", seed, knn) for seed, knn in ((2, 57.0), (0, 55.0), (1, 56.0))]
+    text = table(runs)
+    assert "| moco | baseline | 52.0 ± 2.0 | 57.0 ± 2.0 | 53.0 ± 2.0 | 54.0 ± 2.0 | 3 |" in text
+    assert "| moco | sslight | 56.0 ± 1.0 |" in text
+    assert "| moco | sslight - baseline | +4.0 ± 1.0 | +4.0 ± 1.0 |" in text  # 5, 4, 3
+    assert "| | raw pixels (16x16) | 80.0 ± 0.0 |" in text and "smoothed - sslight" not in text
+
+
+def test_a_small_study_runs_and_goes_on_where_it_stood(beton: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    tree = yaml.safe_load((RECIPES / "simclr.yaml").read_text())
+    tree["arch"], tree["views"]["global_size"] = "lcnet_035", 32
+    tree["train"].update(batch_size=8, log_every=3)
+    tree["probe"].update(size=32, online_samples=20, final_samples=24, reestimate_bn=16)
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "simclr.yaml").write_text(yaml.safe_dump(tree))
+    out = tmp_path / "study"
+    command = [
+        "--recipes",
+        tmp_path / "recipes",
+        "--data",
+        beton,
+        "--val",
+        beton,
+        "--out",
+        out,
+        "--methods",
+        "simclr",
+        "--smoothed",
+        "simclr",
+    ]
+    command = [*map(str, command), "--seeds", "1", "--epochs", "1"]
+    assert main(command) == 0
+    runs = [json.loads(line) for line in (out / "runs.jsonl").read_text().splitlines()]
+    assert [(one["method"], one["design"], one["seed"]) for one in runs] == [
+        ("simclr", name, 0) for name in ("baseline", "sslight", "smoothed")
+    ]
+    assert all(0 <= one["probe"][TRAINED]["knn"] <= 100 and one["steps"] == 6 for one in runs)
+    first = (out / "table.md").read_text()
+    assert "simclr | sslight - baseline" in first and "simclr | smoothed - sslight" in first
+    stamps = {path: path.stat().st_mtime_ns for path in out.glob("*/summary.json")}
+    assert main(command) == 0 and (out / "table.md").read_text() == first
+    assert {path: path.stat().st_mtime_ns for path in out.glob("*/summary.json")} == stamps
+    with pytest.raises(SystemExit):
+        main([*command, "--smoothed", "dino"])
+    assert "only moco and simclr have a target to smooth" in capsys.readouterr().err
