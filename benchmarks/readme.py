@@ -108,7 +108,7 @@ def own_recipe_table(records: Iterable[Record]) -> str:
     own = [record for record in records if "--arch" not in str((record.details or {}).get("command")).split()]
     measured = {bench: {record.recipe for record in own if record.bench == bench} for bench in ("step", "train")}
     missing = [name for name in recipe_names() if name not in measured["step"] & measured["train"]]
-    return recipe_table(own) + (f"\nNot measured yet: {', '.join(missing)}.\n" if missing else "")
+    return recipe_table(own).rstrip() + "\n" + (f"\nNot measured yet: {', '.join(missing)}.\n" if missing else "")
 
 
 TABLES = {"recipes": own_recipe_table, "parts": part_table, "loaders": loader_table}
