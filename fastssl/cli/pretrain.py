@@ -71,6 +71,8 @@ def pretrain(
     \b
     fastssl pretrain --arch mobilenetv3_large                         # sample photos, minutes on a laptop
     fastssl pretrain --arch mobilenetv3_large --data photos.beton     # yours
+    fastssl pretrain --arch mobilenetv2 --recipe dino-mobilenetv2-sslight --data photos.beton
+    torchrun --nproc-per-node 8 -m fastssl pretrain --arch ...        # several GPUs: the same command, the batch shared out
     """
     from fastssl.distributed import world_from_environment
     from fastssl.progress import RunProgress

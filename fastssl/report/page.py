@@ -171,8 +171,20 @@ def duration(seconds: float) -> str:
 
 def probe_rows(run: RunRecord) -> dict[str, dict[str, Any]]:
     """The table's rows by mark: ``RAW``, ``RANDOM``, ``TRAINED``, those that are there."""
+    found: dict[str, dict[str, Any]] = {}
+    for row in _get(run.summary, "probe", "rows") or []:
+        name = str(row.get("name", ""))
+        mark = RAW if name.startswith(RAW) else name  # the size of the pixels stands behind
+        if mark in (RAW, RANDOM, TRAINED):
+            found[mark] = row
+    return found
+
+
+def other_rows(run: RunRecord) -> list[dict[str, Any]]:
+    """The rows of the trained network's other forms: its teacher, BatchNorm statistics taken anew."""
     rows = _get(run.summary, "probe", "rows") or []
-    return {mark: row for mark in (RAW, RANDOM, TRAINED) for row in rows if str(row.get("name", "")).startswith(mark)}
+    marked = [id(row) for row in probe_rows(run).values()]
+    return [row for row in rows if id(row) not in marked]
 
 
 def _no_probe_reason(run: RunRecord) -> str:
@@ -207,7 +219,7 @@ def _header(run: RunRecord, title: str) -> str:
 
 
 def _marks(run: RunRecord) -> str:
-    """The table of the three rows, what was passed, what is next, and what share of a full recipe this was."""
+    """The table of the three marks and of the network's other forms, what was passed, what is next, and what share of a full recipe this was."""
     rows = probe_rows(run)
     if not run.summary:
         return ""
@@ -223,6 +235,9 @@ def _marks(run: RunRecord) -> str:
             verdict = "" if name == TRAINED else _verdict(_number(trained.get("linear")), _number(row.get("linear")))
             css = ' class="ours"' if name == TRAINED else ""
             body.append(f"<tr{css}><th scope='row'>{escape(str(row.get('name', name)))}</th>{cells}<td>{verdict}</td></tr>")
+        for row in other_rows(run):
+            cells = "".join(f"<td>{_bar(_number(row.get(kind)))}</td>" for kind in ("knn", "linear"))
+            body.append(f"<tr><th scope='row'>{escape(str(row.get('name', '')))}</th>{cells}<td></td></tr>")
         parts.append(
             "<table class='marks'><thead><tr><th>features</th><th>kNN, %</th><th>linear probe, %</th><th>passed (linear)?</th></tr></thead>"
             f"<tbody>{''.join(body)}</tbody></table>"

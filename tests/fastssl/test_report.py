@@ -107,6 +107,19 @@ def make_run(folder, result=None, rows=None, config="recipe: quickstart\narch: m
     return folder
 
 
+def test_teacher_and_reestimated_statistics_have_rows_beside_the_trained_network(tmp_path):
+    result = summary()
+    result["probe"]["rows"] += [
+        {"name": "its teacher", "knn": 60.0, "linear": 61.5},
+        {"name": "after pre-training, BatchNorm statistics of centre crops", "knn": 98.0, "linear": 99.0},
+    ]
+    rows = [step_row(s) | {"target_entropy": 0.5} for s in range(10, 101, 10)]
+    html = write_report(make_run(tmp_path / "run", result, rows=[*rows, probe_row(50), probe_row(100)])).read_text()
+    assert "linear probe 81.4 %" in html, "the headline is of the network as it was trained"
+    assert "<b>61.5</b>" in html and "its teacher" in html and "<b>99.0</b>" in html and "1.7 points below" in html
+    assert "Entropy of the target" in html
+
+
 def test_a_finished_run(tmp_path):
     path = write_report(make_run(tmp_path / "run", summary(), pictures=True))
     assert path == tmp_path / "run" / "report.html" and not (tmp_path / "run" / "report.html.tmp").exists()

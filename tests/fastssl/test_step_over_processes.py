@@ -150,3 +150,27 @@ def test_a_batch_that_cannot_be_shared_out_is_refused() -> None:
 
     with pytest.raises(FastSSLError, match="batch of 16: 3 processes"):
         TrainStep(recipe("dino"), CPU, amp=False, seed=0, world=World(0, 3, 0))
+
+
+def centre_by_hand() -> tuple[Tensor, Tensor]:
+    """Rank r's teacher says r + 1 everywhere for global view 1 and twice that for global view 2."""
+    from tiny import TinyBackbone
+
+    from fastssl.losses.pairs import PairWeights
+    from fastssl.methods import DINO, DINOConfig
+    from fastssl.methods.method import Views
+
+    method = DINO(TinyBackbone(), DINOConfig(out=4), views=Views(3, PairWeights(0, 1.0, 0.0), world_size()))
+    method.center.fill_(1.0)
+    logits = torch.full((2, 3, 4), float(rank() + 1))
+    logits[1] *= 2
+    kept = logits.clone()
+    method.after_step((logits, torch.zeros(())), [])
+    return method.center, logits - kept
+
+
+def test_the_centre_of_two_ranks_by_hand() -> None:
+    for center, change in run_processes(centre_by_hand, 2):
+        # mean over ranks and views: (1 + 2 + 2 + 4) / 4 = 2.25
+        torch.testing.assert_close(center, torch.full((4,), 0.9 * 1.0 + 0.1 * 2.25))
+        assert not change.any()
