@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from fastssl import schedules
 from fastssl.backbones import feature_dim
 from fastssl.drop_path import DropTable
 from fastssl.heads import Projector, ProjectorConfig
@@ -241,6 +242,26 @@ class Method(nn.Module):
         way = torch._foreach_sub(self._student_parameters, self._teacher_parameters)
         torch._foreach_mul_(way, 1 - momentum)
         torch._foreach_add_(self._teacher_parameters, way)
+
+
+def smoothing_rates(config: Any, step: int, run: RunLength) -> dict[str, float]:
+    """The present smoothing of a target, under its name; empty without smoothing: the search for neighbours is then left out, also of a recorded step.
+
+    Args:
+        config: with ``smoothing``, ``smoothing_schedule`` and ``smoothing_warm_epochs``.
+    """
+    if not config.smoothing:
+        return {}
+    return {
+        "smoothing": schedules.smoothing(
+            step,
+            total_steps=run.total_steps,
+            steps_per_epoch=run.steps_per_epoch,
+            base=config.smoothing,
+            schedule=config.smoothing_schedule,
+            warm_epochs=config.smoothing_warm_epochs,
+        )
+    }
 
 
 def new_encoder(backbone: nn.Module, config: ProjectorConfig) -> Encoder:

@@ -26,7 +26,7 @@ from fastssl.distributed import gather_rows, gather_views, rank
 from fastssl.heads import ProjectorConfig
 from fastssl.losses import SmoothedInfoNCE
 from fastssl.losses.pairs import reduce_pairs
-from fastssl.methods.method import Method, MethodConfig, PartLoss, Rates, Views, embedding_std, new_encoder
+from fastssl.methods.method import Method, MethodConfig, PartLoss, Rates, Views, embedding_std, new_encoder, smoothing_rates
 from fastssl.pipelines.order import batch_permutation
 from fastssl.schedules import RunLength
 
@@ -140,19 +140,8 @@ class MoCo(Method):
 
     def rates(self, step: int, run: RunLength) -> dict[str, float]:
         config = self.config
-        found = {
-            "momentum": schedules.ema_momentum(step, total_steps=run.total_steps, base=config.momentum, schedule=config.momentum_schedule)
-        }
-        if config.smoothing:  # without it the search for neighbours is left out, also of a recorded step
-            found["smoothing"] = schedules.smoothing(
-                step,
-                total_steps=run.total_steps,
-                steps_per_epoch=run.steps_per_epoch,
-                base=config.smoothing,
-                schedule=config.smoothing_schedule,
-                warm_epochs=config.smoothing_warm_epochs,
-            )
-        return found
+        momentum = schedules.ema_momentum(step, total_steps=run.total_steps, base=config.momentum, schedule=config.momentum_schedule)
+        return {"momentum": momentum, **smoothing_rates(config, step, run)}
 
     def synchronise(self, convert: Callable[[nn.Module], nn.Module]) -> None:
         """As of any method; but keys that are dealt into groups have the statistics of their group."""

@@ -21,7 +21,7 @@ from fastssl.heads import ProjectorConfig
 from fastssl.losses.nt_xent import SmoothedNTXent
 from fastssl.losses.pairs import reduce_pairs, split_pairs
 from fastssl.losses.smoothed_infonce import rank_weights
-from fastssl.methods.method import Method, MethodConfig, PartLoss, Rates, Views, embedding_std, new_encoder
+from fastssl.methods.method import Method, MethodConfig, PartLoss, Rates, Views, embedding_std, new_encoder, smoothing_rates
 from fastssl.schedules import RunLength
 
 
@@ -76,19 +76,7 @@ class SimCLR(Method):
             )
 
     def rates(self, step: int, run: RunLength) -> dict[str, float]:
-        config = self.config
-        if not config.smoothing:
-            return {}
-        return {
-            "smoothing": schedules.smoothing(
-                step,
-                total_steps=run.total_steps,
-                steps_per_epoch=run.steps_per_epoch,
-                base=config.smoothing,
-                schedule=config.smoothing_schedule,
-                warm_epochs=config.smoothing_warm_epochs,
-            )
-        }
+        return smoothing_rates(self.config, step, run)
 
     def part_loss(self, images: Sequence[Tensor], targets: Any, rates: Rates, phase: tuple = (), part: int = 0, parts: int = 1) -> PartLoss:
         batch, smoothing = self.views.batch_size, rates.get("smoothing", 0.0)

@@ -293,24 +293,26 @@ def test_views_in_another_layout_or_number_are_refused() -> None:
         step([views(0)[:6]], *given)
 
 
-def test_no_value_is_read_back_in_a_recorded_step() -> None:
+class NoReading(TorchDispatchMode):
     """What would make the host wait for a GPU, and break a capture: any tensor turned into a number."""
 
-    class NoReading(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            assert function is not torch.ops.aten._local_scalar_dense.default, "a value was read back"
-            assert function is not torch.ops.aten.nonzero.default, "a shape depends on a value"
-            return function(*args, **(kwargs or {}))
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert function is not torch.ops.aten._local_scalar_dense.default, "a value was read back"
+        assert function is not torch.ops.aten.nonzero.default, "a shape depends on a value"
+        return function(*args, **(kwargs or {}))
 
-    def watched(call: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        result = torch.zeros(4)
 
-        def replay() -> None:
-            with NoReading():
-                result.copy_(call())
+def watched(call: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+    """As ``replayed``, and no replay may read a value back."""
 
-        return replay, result
+    def strict() -> Tensor:
+        with NoReading():
+            return call()
 
+    return replayed(strict)
+
+
+def test_no_value_is_read_back_in_a_recorded_step() -> None:
     # SGD's fused kernel reads the rate on a CPU alone; LARS is ours throughout.
     step = TrainStep(
         recipe(train__graph="true", optim__name="lars", moco__weighting="stepped", moco__queue=64), CPU, amp=True, seed=0, record=watched
@@ -408,7 +410,14 @@ METHODS = {
 
 def multicrop(case: str, **changes: object) -> Recipe:
     name, own = METHODS[case]
-    small = {"arch": "resnet10t", **own, "views.global_size": SIZE, "views.local_size": 16, "views.local_count": 2, "train.batch_size": BATCH}
+    small = {
+        "arch": "resnet10t",
+        **own,
+        "views.global_size": SIZE,
+        "views.local_size": 16,
+        "views.local_count": 2,
+        "train.batch_size": BATCH,
+    }
     given = {key.replace("__", "."): value for key, value in changes.items()}
     return load_recipe(name, {key: str(value) for key, value in {**small, **given}.items()})
 
@@ -441,22 +450,6 @@ def test_a_recorded_step_of_any_method_is_recorded_again_for_each_phase(case: st
 
 @pytest.mark.parametrize("case", METHODS)
 def test_no_method_reads_a_value_back(case: str) -> None:
-    class NoReading(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            assert function is not torch.ops.aten._local_scalar_dense.default, "a value was read back"
-            assert function is not torch.ops.aten.nonzero.default, "a shape depends on a value"
-            return function(*args, **(kwargs or {}))
-
-    def watched(call: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        result = torch.empty(0)
-
-        def replay() -> None:
-            with NoReading():
-                values = call()
-            result.resize_(values.shape).copy_(values)
-
-        return replay, result
-
     # torch's fused kernels read the rate on a CPU alone; LARS is ours throughout.
     step = TrainStep(multicrop(case, train__graph="true", optim__name="lars"), CPU, amp=True, seed=0, record=watched)
     run_phases(step)
