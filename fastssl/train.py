@@ -167,6 +167,7 @@ class Run:
         self._check_sizes()
         self.position = Position()
         self.config = self._config()
+        self._agree()
         self._stop = threading.Event()
         self._lock_file: TextIO | None = None
         try:
@@ -226,6 +227,14 @@ class Run:
             "seed": self.options.seed,
             **{key: value for key, value in recipe_to_dict(self.recipe).items() if key != "arch"},
         }
+
+    def _agree(self) -> None:
+        """Processes that were started with different settings would wait for each other for ever: better to say so now."""
+        mine = {**self.config, "out": str(self.out), "resume": self.options.resume, "device": self.device.type, "bfloat16": self.amp}
+        found = differences(mine, share(mine))
+        if agree_any(bool(found)):
+            what = f"this is process {self.world.rank}: {'; '.join(found[:3])}" if found else "another one says which"
+            raise FastSSLError(f"the processes of this run were started with different settings ('there' is process 0; {what})")
 
     def _prepare_folder(self) -> None:
         """Make the folder, resume what is in it or clear it, and write config.yaml. All processes do what the first one finds to be done."""

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import free_port
+from processes import free_port, run_processes
 
-from fastssl.pipelines.errors import Interrupted
+from fastssl.pipelines.errors import FastSSLError, Interrupted
 from fastssl.recipe import load_recipe, parse_overrides
 from fastssl.train import Run, RunOptions, pretrain
 
@@ -106,6 +106,25 @@ def test_one_process_takes_over_from_two_and_two_from_one(one: Path, beton: Path
     assert (tmp_path / "run" / "checkpoints" / "last.pt").stat().st_mtime_ns == before
     assert steps(tmp_path / "run")[0]["loss"] == steps(one)[0]["loss"]
     assert torch.load(tmp_path / "run" / "checkpoints" / "last.pt", weights_only=True)["position"]["step"] == 12
+
+
+def started_apart(beton: str, out: str) -> str:
+    """A run of which process 1 was told another number of epochs; what it says."""
+    from fastssl.distributed import world_from_environment
+
+    world = world_from_environment()
+    overrides = [f"arch={ARCH}", *SMALL, *(["train.epochs=3"] if world.rank else [])]
+    options = RunOptions(recipe_name=RECIPE, data=Path(beton), out=Path(out), device="cpu", workers=1)
+    with pytest.raises(FastSSLError) as error:
+        pretrain(load_recipe(RECIPE, parse_overrides(overrides)), options, Silent())
+    return str(error.value)
+
+
+def test_processes_with_different_settings_say_so_instead_of_waiting(beton: Path, tmp_path: Path) -> None:
+    first, second = run_processes(started_apart, 2, str(beton), str(tmp_path / "run"), join=False)
+    assert "different settings" in first and "another one says which" in first
+    assert "this is process 1: train.epochs: 2 there, 3 here" in second
+    assert not (tmp_path / "run").exists()
 
 
 def test_what_cannot_work_ends_all_processes_with_one_reason(beton: Path, tmp_path: Path) -> None:
