@@ -108,11 +108,11 @@ class Step:
         """The passes through the networks that a step makes, and nothing else but the teacher's targets."""
         method, parts = self.method, self.recipe.train.accumulate
         images, noise = method.images(views), self.inner.noise(0, self.number)
-        if method.student.drop is not None:
-            method.student.drop.coins = noise["drop_path"]
         with self.inner.autocast():
             method.targets(images, noise, self.rates)
         for part in range(parts):
+            if method.student.drop is not None:
+                method.student.drop.coins = method.part_of(method.student_coins(noise["drop_path"]), part, parts).t()
             with self.inner.autocast():
                 embeddings = method.encode([method.part_of(batch, part, parts) for batch in method.student_images(images)])
             embeddings.sum().backward()

@@ -65,7 +65,13 @@ def create_backbone(name: str, *, drop_path: float = 0.0, init: str = "timm", ze
         options["dynamic_img_size"] = True
     if drop_path > 0:
         options["drop_path_rate"] = drop_path
-    backbone = timm.create_model(arch, pretrained=False, **options)
+    try:
+        backbone = timm.create_model(arch, pretrained=False, **options)
+    except TypeError as error:  # its constructor does not know one of them
+        reason = (
+            f"has no drop path: drop_path={drop_path} must be 0" if "drop_path_rate" in str(error) else f"cannot be built here: {error}"
+        )
+        raise FastSSLError(f"{name} {reason}") from error
     if init == "kaiming":
         kaiming_init(backbone)
     if zero_init_residual and not zero_residual_branches(backbone):

@@ -240,7 +240,7 @@ def build_recipe(tree: Mapping[str, Any], *, where: str) -> Recipe:
     """A ``Recipe`` from plain values (as yaml gives them); ``where`` opens every error message."""
     method = tree.get("method", "moco")
     for other in METHODS:
-        if other in tree and other != method and method in METHODS:
+        if other in tree and isinstance(method, str) and other != method and method in METHODS:
             raise FastSSLError(f"{where}: {other}.* has no effect with method: {method}; its numbers stand under {method}.*")
     return _build(Recipe, tree, where, "")
 
@@ -268,7 +268,9 @@ def _override(tree: Any, key: str, value: Any) -> None:
         _override_views(tree, value)
         return
     *parents, last = key.split(".")
-    if parents == ["views"] and isinstance(tree.get("views"), str) and tree["views"] in PRESETS:  # a preset's name, of which one number is to be another
+    if (
+        parents[:1] == ["views"] and isinstance(tree.get("views"), str) and tree["views"] in PRESETS
+    ):  # a preset's name, of which one number is to be another
         tree["views"] = dict(PRESETS[tree["views"]])
     if parents == ["views"] and isinstance(tree.get("views"), list) and not last.isdigit():
         raise FastSSLError(
@@ -287,9 +289,11 @@ def _override(tree: Any, key: str, value: Any) -> None:
 
 def _override_views(tree: dict[str, Any], name: Any) -> None:
     """Put a preset's design of the views in the place of the recipe's; how a view is augmented stays as it is."""
-    if name not in PRESETS:
+    if not isinstance(name, str) or name not in PRESETS:
         raise FastSSLError(f"--set views.preset={name}: no such preset{nearest(str(name), PRESETS)}; there are {', '.join(PRESETS)}")
     before = tree.get("views")
+    if isinstance(before, str):  # another preset's name: nothing of it stays
+        before = {}
     if isinstance(before, list):
         kept = dict(before[0]) if before and isinstance(before[0], dict) else {}
         before = {"augment": {key: value for key, value in kept.items() if key not in ("size", "count", "area", "center")}}
@@ -338,7 +342,9 @@ def _build_scalar(kind: type, value: Any, where: str, key: str) -> Any:
         except ValueError:
             pass
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
+        value = float(value) if abs(value) < 2**1000 else math.inf
+    if kind is str and value is False:
+        value = "off"  # yaml takes the bare word for a boolean
     if isinstance(value, float) and not math.isfinite(value):
         raise FastSSLError(f"{where}: {key} must be a finite number, got {value!r}")
     if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):

@@ -101,8 +101,10 @@ def weight_decay(step: int, *, total_steps: int, base: float, final: float | Non
 def teacher_temperature(step: int, *, steps_per_epoch: int, first: float, last: float, warm_epochs: int) -> float:
     """A line from ``first`` in epoch 0 to ``last`` in epoch ``warm_epochs - 1``, constant within an epoch and ever after (DINO, arXiv 2104.14294)."""
     epoch = step // steps_per_epoch
-    if epoch >= warm_epochs - 1:
+    if epoch >= max(1, warm_epochs - 1) or not warm_epochs:
         return last
+    if warm_epochs == 1:
+        return first
     return first + (last - first) * epoch / (warm_epochs - 1)
 
 

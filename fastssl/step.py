@@ -238,12 +238,12 @@ class TrainStep:
         with torch.no_grad():
             coloured = [augment_device(crops, table, spec, self.view_dtype) for crops, table, spec in zip(views, tables, self.recipe.views)]
         images = method.images(coloured or views)
-        if method.student.drop is not None:
-            method.student.drop.coins = noise["drop_path"]
         with self.autocast():
             targets = method.targets(images, noise, rates)
         found, kept = [], []
         for part in range(parts):
+            if method.student.drop is not None:
+                method.student.drop.coins = method.part_of(method.student_coins(noise["drop_path"]), part, parts).t()
             with self.autocast():
                 result = method.part_loss(images, targets, rates, call.phase, part, parts)
             (result.loss / parts if parts > 1 else result.loss).backward()

@@ -187,6 +187,10 @@ class Method(nn.Module):
         """What the student's pass is over."""
         return list(images)
 
+    def student_coins(self, table: Tensor) -> Tensor:
+        """Of drop path: (layers, views * B) as drawn -> (rows of the student's pass, layers)."""
+        return table.t()
+
     def teacher_images(self, images: Sequence[Tensor]) -> Tensor | None:
         """What the teacher's pass is over; None: there is no teacher."""
         return None if self.teacher is None else self.global_images(images)

@@ -179,6 +179,9 @@ class MoCo(Method):
         """All views, or all but the first where that is the key's alone."""
         return list(images) if self.config.symmetric else [images[0][self.views.batch_size :], *images[1:]]
 
+    def student_coins(self, table: Tensor) -> Tensor:
+        return table.t() if self.config.symmetric else table.t()[self.views.batch_size :]
+
     def teacher_images(self, images: Sequence[Tensor]) -> Tensor:
         return self.global_images(images, self.key_views)
 

@@ -144,3 +144,8 @@ def test_kaiming_initialisation_is_torchvisions() -> None:
     assert float(conv.weight.detach().std()) == pytest.approx((2 / (256 * 9)) ** 0.5, rel=0.02)
     depthwise = create_backbone("mobilenetv2", init="kaiming").blocks[5][0].conv_dw  # 576 channels, 3x3
     assert float(depthwise.weight.detach().std()) == pytest.approx((2 / (576 * 9)) ** 0.5, rel=0.05)
+
+
+def test_a_network_that_knows_no_drop_path_says_so() -> None:
+    with pytest.raises(FastSSLError, match=r"vgg11 has no drop path: drop_path=0\.1 must be 0"):
+        create_backbone("vgg11", drop_path=0.1)

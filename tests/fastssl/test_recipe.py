@@ -188,9 +188,21 @@ def test_view_sampling_is_swept_from_the_command_line() -> None:
     assert load_recipe(name, {"views.preset": "baseline-cnn", "views.local_size": "112"}).views[2].size == 112
 
 
+def test_a_preset_by_name_in_a_file_takes_changes_and_another_preset(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("arch: mobilenetv2\nmethod: dino\nviews: sslight-cnn\ntrain: {amp: off}\n")
+    assert load_recipe(str(mine)).train.amp == "off"
+    assert load_recipe(str(mine), {"views.preset": "baseline-cnn"}).views.threshold == 0.14
+    assert load_recipe(str(mine), {"views.local.blur": "0.0"}).views[2].blur == 0.0
+    assert load_recipe(str(mine), {"train.amp": "off"}).train.amp == "off"
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
+        ("method=[]", r"method must be str"),
+        ("views.preset=[]", r"no such preset"),
+        (f"optim.lr=1{'0' * 400}", r"optim\.lr must be a finite number"),
         ("views.weights=[0.5, 0.6]", r"views: weights=\[0\.5, 0\.6\] must be two numbers"),
         ("views.weights=[0.5]", r"views\.weights must be a list of 2"),
         ("views.treshold=0.3", r"no key views\.treshold \(nearest: threshold"),

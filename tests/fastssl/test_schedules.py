@@ -122,7 +122,7 @@ def test_teacher_temperature_rises_by_the_epoch() -> None:
     assert tau(10) == pytest.approx(0.04 + 0.03 * 10 / 49)
     within = [schedules.teacher_temperature(70 + k, steps_per_epoch=7, first=0.04, last=0.07, warm_epochs=50) for k in range(7)]
     assert len(set(within)) == 1
-    assert tau(0, warm=0) == tau(0, warm=1) == 0.07
+    assert tau(0, warm=0) == 0.07 and (tau(0, warm=1), tau(1, warm=1)) == (0.04, 0.07)
 
 
 def test_weight_decay_follows_half_a_cosine() -> None:

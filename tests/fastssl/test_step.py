@@ -493,6 +493,23 @@ def test_drop_path_is_of_the_student_alone_and_follows_the_samples() -> None:
     assert torch.equal(embeddings[0], embeddings[1]) and not torch.allclose(embeddings[0], embeddings[2], atol=1e-3)
 
 
+@pytest.mark.parametrize("name", ["dino", "moco, one-sided", "moco, symmetric"])
+def test_parts_toss_the_coins_of_their_own_samples(name: str) -> None:
+    """A ViT has no BatchNorm: with drop path, too, four parts make the step of the whole."""
+    vit = {"arch": "vit_tiny_patch16_224", "drop_path": 0.5, "optim.name": "sgd"}
+    if name == "dino":
+        changes = {**vit, "dino.projector.norm": "false"}
+        recipes = [multicrop("dino", **changes, **{"train.accumulate": parts}) for parts in (1, 4)]
+    else:
+        symmetric = {"moco.symmetric": name.endswith("symmetric"), "moco.queue": 32}
+        recipes = [multicrop("moco, one-sided", **vit, **symmetric, **{"train.accumulate": parts}) for parts in (1, 4)]
+    losses = []
+    for chosen in recipes:
+        step = TrainStep(chosen, CPU, amp=False, seed=0)
+        losses.append([step(**all_views(chosen), noise=step.noise(0, n), rates=rates(step, n, lr=0.05)).tolist()[0] for n in range(3)])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", METHODS)
 @pytest.mark.parametrize("amp", [False, True])
