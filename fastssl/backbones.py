@@ -74,6 +74,10 @@ def create_backbone(name: str, *, drop_path: float = 0.0, init: str = "timm", ze
         raise FastSSLError(f"{name} {reason}") from error
     if init == "kaiming":
         kaiming_init(backbone)
+    if zero_init_residual and getattr(backbone, "global_pool", "") == "token":
+        # Silent blocks would leave the class token, which is what is read, the same for every photo.
+        warnings.warn(f"zero_init_residual is left out: {name} reads its feature from a class token", stacklevel=2)
+        zero_init_residual = False
     if zero_init_residual and not zero_residual_branches(backbone):
         warnings.warn(f"zero_init_residual changes nothing: {name} has no residual branches that are known here", stacklevel=2)
     return backbone.to(memory_format=torch.channels_last)

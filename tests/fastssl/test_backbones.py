@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import fastssl
-from fastssl.backbones import SHORT_NAMES, create_backbone, feature_dim, save_backbone
+from fastssl.backbones import SHORT_NAMES, create_backbone, feature_dim, save_backbone, zero_residual_branches
 from fastssl.pipelines.errors import FastSSLError
 
 #: short name -> (feature width, parameters without the classifier), as the papers count them
@@ -73,7 +73,10 @@ def _is_residual(block: torch.nn.Module) -> bool:
 
 
 def test_zero_init_residual_makes_a_transformers_blocks_the_identity() -> None:
-    backbone = create_backbone("vit_tiny", zero_init_residual=True)
+    with pytest.warns(UserWarning, match="class token"):  # which would be the same for every photo
+        assert create_backbone("vit_tiny", zero_init_residual=True).blocks[0].mlp.fc2.weight.any()
+    backbone = create_backbone("vit_tiny")
+    assert zero_residual_branches(backbone) == 24
     tokens = torch.randn(2, 5, 192)
     assert len(backbone.blocks) == 12
     for block in backbone.blocks:
