@@ -17,14 +17,13 @@ import torch
 from fastssl.backbones import resolve_arch
 from fastssl.benchmarks import cost, memory
 from fastssl.benchmarks.gauge import Measured, measure
-from fastssl.benchmarks.records import describe_git
 from fastssl.methods import METHODS
 from fastssl.pipelines.beton import BetonReader
 from fastssl.pipelines.engines import choose_engine
 from fastssl.pipelines.errors import FastSSLError
 from fastssl.probe import choose_split, require_same_classes
 from fastssl.recipe import Recipe
-from fastssl.versions import describe_host, describe_versions
+from fastssl.versions import describe_git, describe_host, describe_versions
 
 
 def _final_passes(recipe: Recipe, photos: int) -> int:

@@ -4,31 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from fastssl.pipelines.errors import FastSSLError
-from fastssl.versions import describe_host, describe_versions
-
-
-def describe_git() -> str | None:
-    """Commit of the running code, ``-dirty`` if files differ from it; None when the code does not come from a checkout."""
-    here = Path(__file__).resolve()
-    # A copy in site-packages may lie inside somebody else's checkout: only a file that git tracks speaks for its commit.
-    if _git(here.parent, "ls-files", "--error-unmatch", here.name) is None:
-        return None
-    return _git(here.parent, "describe", "--always", "--dirty", "--exclude=*")
-
-
-def _git(folder: Path, *arguments: str) -> str | None:
-    try:
-        done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
+from fastssl.versions import describe_git, describe_host, describe_versions
 
 
 @dataclass

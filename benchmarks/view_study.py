@@ -14,6 +14,7 @@ import argparse
 import itertools
 import json
 import os
+import shlex
 import statistics
 import subprocess
 import sys
@@ -61,12 +62,12 @@ def run(cell: Cell, seed: int, recipes: Path, data: Path, val: Path, out: Path, 
         RuntimeError: it failed; with the end of what it said.
     """
     recipe, folder = recipes / f"{cell.method}.yaml", out / f"{cell.method}-{cell.design}-{seed}"
-    arch = load_recipe(str(recipe)).arch
-    command = [sys.executable, "-m", "fastssl", "pretrain", "--arch", arch, "--recipe", str(recipe), "--data", str(data), "--val", str(val)]
-    command += ["--out", str(folder), "--seed", str(seed), "--device", "cpu", "--workers", "1"]
-    command += ["--epochs", str(epochs)] if epochs else []
-    command += [argument for change in cell.overrides for argument in ("--set", change)]
+    changes = [f"--epochs={epochs}"] if epochs else []
+    changes += [argument for change in cell.overrides for argument in ("--set", change)]
+    options = ["--arch", load_recipe(str(recipe)).arch, "--seed", str(seed), "--device", "cpu", "--workers", "1", *changes]
     if not (folder / "summary.json").is_file():
+        files = ["--recipe", recipe, "--data", data, "--val", val, "--out", folder]
+        command = [sys.executable, "-m", "fastssl", "pretrain", *map(str, files), *options]
         done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"{folder.name}: status {done.returncode}: {done.stderr[-500:]}")
@@ -77,12 +78,13 @@ def run(cell: Cell, seed: int, recipes: Path, data: Path, val: Path, out: Path, 
         for name in ("loss", "kl", "alignment", "embedding_std", "target_entropy")
         if name in steps[0]
     }
-    kept = ("arch", "data", "host", "versions", "epochs", "steps", "train_seconds")
+    kept = ("arch", "data", "host", "versions", "git", "epochs", "steps", "train_seconds")
+    files = f"--recipe {recipe.name} --data {data.name} --val {val.name}"  # names, not paths: records are passed on
     return {
         "method": cell.method,
         "design": cell.design,
         "seed": seed,
-        "overrides": list(cell.overrides),
+        "command": f"OMP_NUM_THREADS=1 fastssl pretrain {files} {shlex.join(options)}",
         "probe": {row["name"]: {kind: row[kind] for kind in ("knn", "linear")} for row in summary["probe"]["rows"]},
         "first_and_last": ends,
         **{name: summary[name] for name in kept},

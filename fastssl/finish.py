@@ -90,6 +90,7 @@ def _identity(run: Run) -> dict[str, Any]:
         "fallbacks": run.step.fallbacks,
         "host": describe_host(),
         "versions": describe_versions(),
+        "git": run.git,
         "epochs": run.recipe.train.epochs,
         "steps": run.total_steps,
         "samples_seen": run.total_steps * run.batch_size,

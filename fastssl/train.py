@@ -45,7 +45,7 @@ from fastssl.probe import OnlineProbe, choose_split, require_same_classes
 from fastssl.recipe import Recipe, build_recipe, recipe_to_dict
 from fastssl.schedules import RunLength
 from fastssl.step import TrainStep, use_amp
-from fastssl.versions import describe_host, describe_versions
+from fastssl.versions import describe_git, describe_host, describe_versions
 
 
 class Progress(Protocol):
@@ -154,6 +154,7 @@ class Run:
     ):
         self.recipe, self.options, self.reader, self.val, self.progress = recipe, options, reader, val, progress
         self.world, self.device = world, device
+        self.git = describe_git()  # now: the files may be others when the run ends
         self.amp = use_amp(recipe.train.amp, self.device)
         self.out = options.out
         self.batch_size = recipe.train.batch_size
@@ -254,7 +255,8 @@ class Run:
             broadcast_module(self.step.method)
             if not self.world.is_main:
                 return
-            resolved = {**self.config, "device": self.device.type, "host": describe_host(), "versions": describe_versions()}
+            about = {"host": describe_host(), "versions": describe_versions(), "git": self.git}
+            resolved = {**self.config, "device": self.device.type, **about}
             (self.out / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False))
         except OSError as error:
             raise FastSSLError(

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fastssl.benchmarks import records
-from fastssl.benchmarks.records import Record, describe_git, read_records, write_records
+from fastssl.benchmarks.records import Record, read_records, write_records
 from fastssl.pipelines.errors import FastSSLError
 
 PUBLIC_FIELDS = [
@@ -73,8 +72,3 @@ def test_a_bad_line_is_named(tmp_path: Path, line: str, message: str) -> None:
     path.write_text('{"bench": "loss"}\n' + line + "\n")
     with pytest.raises(FastSSLError, match=rf"results\.jsonl, line 2: {message}"):
         read_records(path)
-
-
-def test_git_is_none_outside_a_checkout(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(records, "__file__", str(tmp_path / "records.py"))
-    assert describe_git() is None
