@@ -146,7 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs, of runs.jsonl and table.md")
     parser.add_argument("--methods", nargs="+", default=["moco", "simclr", "dino", "swav"])
     parser.add_argument("--smoothed", nargs="*", default=list(CONTRASTIVE), help="methods that also run with a smoothed target")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--jobs", type=int, default=1, help="runs at once, one thread each")
     chosen = parser.parse_args(arguments)
@@ -154,7 +154,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--smoothed {' '.join(wrong)}: only {' and '.join(CONTRASTIVE)} have a target to smooth")
     chosen.out.mkdir(parents=True, exist_ok=True)
     # Seed by seed, so that a study that is stopped early has whole rows.
-    jobs = [(cell, seed) for seed in range(chosen.seeds) for cell in cells(chosen.methods, chosen.smoothed)]
+    jobs = [(cell, seed) for seed in chosen.seeds for cell in cells(chosen.methods, chosen.smoothed)]
     with ThreadPoolExecutor(chosen.jobs) as pool:
         started = [pool.submit(run, *job, chosen.recipes, chosen.data, chosen.val, chosen.out, chosen.epochs) for job in jobs]
         runs = []
