@@ -13,7 +13,8 @@ from fastssl.benchmarks.view_study import Cell, cells, main, table
 from fastssl.finish import RANDOM, RAW, REESTIMATED, TEACHER, TRAINED
 from fastssl.recipe import load_recipe, parse_overrides
 
-RECIPES = Path(view_study.__file__).parent / "results" / "view-sampling" / "recipes"
+STUDY = Path(view_study.__file__).parent / "results" / "view-sampling"
+RECIPES = STUDY / "recipes"
 
 
 def made(method: str, design: str, seed: int, knn: float) -> dict:
@@ -58,6 +59,17 @@ def test_the_table_has_means_spreads_and_gains_seed_by_seed() -> None:
     assert "| | raw pixels (16x16) | 80.0 ± 0.0 |" in text and "smoothed - sslight" not in text
 
 
+def test_the_published_study_is_whole_and_its_page_shows_its_runs() -> None:
+    """Three seeds of every cell, each run with what it takes to place and repeat it, and no figure on the page that the runs do not give."""
+    runs = [json.loads(line) for line in (STUDY / "runs.jsonl").read_text().splitlines()]
+    wanted = {(cell.method, cell.design, seed) for cell in cells(["moco", "simclr", "dino", "swav"], view_study.CONTRASTIVE) for seed in range(3)}
+    assert {(one["method"], one["design"], one["seed"]) for one in runs} == wanted and len(runs) == len(wanted)
+    for one in runs:
+        assert one["host"]["cpu"] and one["versions"]["torch"] and one["git"] and f"--seed {one['seed']} " in one["command"]
+        assert all(change in one["command"] for change in Cell(one["method"], one["design"]).overrides[:2])
+    assert table(runs).strip() in (STUDY / "README.md").read_text()
+
+
 def test_a_small_study_runs_and_goes_on_where_it_stood(beton: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     tree = yaml.safe_load((RECIPES / "simclr.yaml").read_text())
     tree["arch"], tree["views"]["global_size"] = "lcnet_035", 32
@@ -87,6 +99,7 @@ def test_a_small_study_runs_and_goes_on_where_it_stood(beton: Path, tmp_path: Pa
         ("simclr", name, 0) for name in ("baseline", "sslight", "smoothed")
     ]
     assert all(0 <= one["probe"][TRAINED]["knn"] <= 100 and one["steps"] == 6 for one in runs)
+    assert str(tmp_path) not in (out / "runs.jsonl").read_text(), "a record is passed on: it holds names, no paths"
     first = (out / "table.md").read_text()
     assert "simclr | sslight - baseline" in first and "simclr | smoothed - sslight" in first
     stamps = {path: path.stat().st_mtime_ns for path in out.glob("*/summary.json")}
