@@ -10,11 +10,12 @@ from __future__ import annotations
 import json
 import warnings
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
 from timm.models.vision_transformer import Block as VisionTransformerBlock
-from torch import nn
+from torch import Tensor, nn
 
 from fastssl.names import nearest
 from fastssl.pipelines.errors import FastSSLError
@@ -148,6 +149,15 @@ def save_backbone(backbone: nn.Module, path: Path, *, arch: str, **notes: str) -
     temporary.replace(path)
 
 
+def read_header(path: str | Path) -> dict[str, Any]:
+    """What a ``.safetensors`` checkpoint says of itself: ``arch`` and ``feature_dim``, as a rule ``step`` and ``network``.
+
+    Raises:
+        FastSSLError: no such file, not safetensors, or not written by fastssl.
+    """
+    return _open_checkpoint(Path(path), tensors=False)[0]
+
+
 def load_backbone(path: str | Path) -> nn.Module:
     """The backbone of a checkpoint as a timm module in evaluation mode, on the CPU.
 
@@ -157,28 +167,33 @@ def load_backbone(path: str | Path) -> nn.Module:
     Raises:
         FastSSLError: no such file, not ours, or tensors missing or left over (loading is strict).
     """
-    from safetensors import SafetensorError, safe_open
-
-    path = Path(path)
-    if not path.is_file():
-        raise FastSSLError(f"{path}: no such checkpoint; a run writes checkpoints/last.safetensors")
+    header, tensors = _open_checkpoint(Path(path), tensors=True)
     try:
-        with safe_open(str(path), framework="pt") as file:
-            header = (file.metadata() or {}).get("fastssl")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except SafetensorError as error:
-        raise FastSSLError(f"{path}: not a whole safetensors file ({error})") from error
-    if header is None:
-        raise FastSSLError(f"{path}: no fastssl header; only checkpoints that fastssl wrote can be loaded here")
-    try:
-        arch = json.loads(header)["arch"]
-        if not isinstance(arch, str):
-            raise TypeError(f"arch is {arch!r}")
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise FastSSLError(f"{path}: its fastssl header does not name a network ({type(error).__name__}: {error})") from error
-    try:
-        backbone = create_backbone(arch)
+        backbone = create_backbone(header["arch"])
         backbone.load_state_dict(tensors, strict=True)
     except RuntimeError as error:
         raise FastSSLError(f"{path}: tensors do not fit the network named in its header: {error}") from error
     return backbone.eval()
+
+
+def _open_checkpoint(path: Path, *, tensors: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(header, tensors by name, if they are wanted)."""
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise FastSSLError(f"{path}: no such checkpoint; a run writes checkpoints/last.safetensors")
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            text = (file.metadata() or {}).get("fastssl")
+            found = {name: file.get_tensor(name) for name in (file.keys() if tensors else ())}
+    except SafetensorError as error:
+        raise FastSSLError(f"{path}: not a whole safetensors file ({error})") from error
+    if text is None:
+        raise FastSSLError(f"{path}: no fastssl header; only checkpoints that fastssl wrote can be loaded here")
+    try:
+        header = json.loads(text)
+        if not isinstance(header["arch"], str):
+            raise TypeError(f"arch is {header['arch']!r}")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise FastSSLError(f"{path}: its fastssl header does not name a network ({type(error).__name__}: {error})") from error
+    return header, found

@@ -227,6 +227,19 @@ def gather_rows(tensor: Tensor) -> Tensor:
     return everyone.movedim(-1, 1) if last else everyone
 
 
+def gather_uneven(tensor: Tensor) -> Tensor:
+    """``gather_rows`` of ranks that have different numbers of rows; waits for the device. (n_r, ...) -> (sum of n_r, ...)."""
+    if world_size() == 1:
+        return tensor
+    count = torch.tensor([len(tensor)], dtype=torch.int64)
+    counts = [torch.empty_like(count) for _ in range(world_size())]
+    dist.all_gather(counts, count)
+    most = int(max(counts))
+    padded = torch.cat([tensor.detach(), tensor.new_zeros(most - len(tensor), *tensor.shape[1:])])
+    rows = gather_rows(padded).unflatten(0, (world_size(), most))
+    return torch.cat([part[: int(own)] for part, own in zip(rows, counts)])
+
+
 class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor) -> Tensor:

@@ -5,7 +5,6 @@ Importing torch takes seconds; ``fastssl --help`` and ``fastssl verify`` should 
 
 from __future__ import annotations
 
-import importlib
 import os
 import signal
 import sys
@@ -13,49 +12,25 @@ import sys
 import click
 
 from fastssl._version import __version__
+from fastssl.cli.lazy import LazyCommand, LazyGroup
 from fastssl.pipelines.errors import FastSSLError, Interrupted
 
-#: command name -> (module, attribute, the line that ``fastssl --help`` shows)
-COMMANDS: dict[str, tuple[str, str, str]] = {
-    "convert-imagenet": ("fastssl.cli.convert", "convert_imagenet", "Turn a folder or tar of photos into a .beton file."),
-    "verify": ("fastssl.cli.verify", "verify", "Check a .beton file: header, tables, checksums, pictures."),
-    "pretrain": ("fastssl.cli.pretrain", "pretrain", "Pre-train a backbone without labels."),
-    "evaluate": ("fastssl.cli.evaluate", "evaluate", "Probe a checkpoint: kNN and linear."),
-    "bench": ("fastssl.cli.bench", "bench", "Measure images/s of every part, beside its ceiling; write the report."),
-    "estimate": ("fastssl.cli.estimate", "estimate", "Say what a run will cost here, from a minute of measuring."),
-    "views": ("fastssl.cli.views", "views", "Draw the views a recipe makes from your photos."),
-    "report": ("fastssl.cli.report", "report", "Write the report page of a run again."),
-    "recipes": ("fastssl.cli.info", "recipes", "List the recipes, or print one."),
-    "archs": ("fastssl.cli.info", "archs", "List the networks with their short names."),
-    "doctor": ("fastssl.cli.info", "doctor", "Say what this machine has and what is missing."),
+COMMANDS = {
+    "convert-imagenet": LazyCommand("fastssl.cli.convert", "convert_imagenet", "Turn a folder or tar of photos into a .beton file."),
+    "verify": LazyCommand("fastssl.cli.verify", "verify", "Check a .beton file: header, tables, checksums, pictures."),
+    "pretrain": LazyCommand("fastssl.cli.pretrain", "pretrain", "Pre-train a backbone without labels."),
+    "evaluate": LazyCommand("fastssl.cli.evaluate", "evaluate", "What a checkpoint is worth: kNN, linear probe, ..."),
+    "bench": LazyCommand("fastssl.cli.bench", "bench", "Measure images/s of every part, beside its ceiling; write the report."),
+    "estimate": LazyCommand("fastssl.cli.estimate", "estimate", "Say what a run will cost here, from a minute of measuring."),
+    "views": LazyCommand("fastssl.cli.views", "views", "Draw the views a recipe makes from your photos."),
+    "report": LazyCommand("fastssl.cli.report", "report", "Write the report page of a run again."),
+    "recipes": LazyCommand("fastssl.cli.info", "recipes", "List the recipes, or print one."),
+    "archs": LazyCommand("fastssl.cli.info", "archs", "List the networks with their short names."),
+    "doctor": LazyCommand("fastssl.cli.info", "doctor", "Say what this machine has and what is missing."),
 }
 
 
-class LazyGroup(click.Group):
-    """A click group that knows its commands by name and imports one when it is asked for."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(COMMANDS)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in COMMANDS:
-            return None
-        module, attribute, _ = COMMANDS[cmd_name]
-        return getattr(importlib.import_module(module), attribute)
-
-    def resolve_command(self, ctx: click.Context, args: list[str]):
-        from fastssl.names import nearest
-
-        if args and args[0] not in COMMANDS and not args[0].startswith("-"):
-            raise click.UsageError(f"no command {args[0]!r}{nearest(args[0], COMMANDS)}", ctx)
-        return super().resolve_command(ctx, args)
-
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, line) for name, (_, _, line) in COMMANDS.items()])
-
-
-@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=LazyGroup, lazy=COMMANDS, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="fastssl")
 @click.option("--debug", is_flag=True, help="Show the full traceback when something fails.")
 @click.pass_context

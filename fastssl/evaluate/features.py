@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastssl.distributed import gather_uneven, rank, world_size
 from fastssl.pipelines.beton import BetonReader
 from fastssl.pipelines.errors import FastSSLError
 from fastssl.pipelines.loader import ViewLoader
@@ -137,6 +138,18 @@ def collect(
             if progress is not None:
                 progress(first)
     return Features(features[:kept], labels[:kept], index[:kept])
+
+
+def share(index: np.ndarray) -> np.ndarray:
+    """This process's part of ``index``: neighbours stay together, parts differ by one at most. All of it for a single process."""
+    return np.array_split(index, world_size())[rank()]
+
+
+def gathered(features: Features) -> Features:
+    """The features of all processes on each of them, in the order that ``share`` dealt their samples out."""
+    if world_size() == 1:
+        return features
+    return Features(*(gather_uneven(part) for part in (features.features, features.labels, features.index)))
 
 
 def split_indices(labels: np.ndarray | None, num_samples: int, *, fraction: float = 0.2, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

@@ -1,0 +1,123 @@
+"""What the evaluations share on the command line: their options, the photos' features, the line and the record at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from fastssl.cli.common import SomePath, json_option, progress_bar, write_json
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import nn
+
+    from fastssl.evaluate.features import Features
+    from fastssl.evaluate.photos import LabelledSplit
+    from fastssl.evaluate.session import Session
+    from fastssl.pipelines.beton import BetonReader
+
+checkpoint_argument = click.argument("checkpoint", type=SomePath())
+which_option = click.option(
+    "--which",
+    type=click.Choice(["student", "teacher"]),
+    help="Which of a run's networks. Default: what the file holds; of a run's folder the student.",
+)
+data_option = click.option("--data", required=True, type=SomePath(), metavar="FILE.beton|DIR", help="Labelled photos to learn from.")
+val_option = click.option(
+    "--val",
+    type=SomePath(),
+    metavar="FILE.beton|DIR",
+    help="Labelled photos to judge on. Default: a fifth of --data is held out, the same one every time.",
+)
+size_option = click.option(
+    "--size", type=click.IntRange(min=8), default=224, show_default=True, help="Pixels of the centre crop that the network sees."
+)
+crop_option = click.option(
+    "--crop", type=click.FloatRange(0.1, 1.0), default=0.875, show_default=True, help="Centre crop's share of the short side."
+)
+device_option = click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+workers_option = click.option("--workers", type=click.IntRange(min=1), help="Decoding threads. Default: the cores this process may use.")
+seed_option = click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of everything that is drawn.")
+reestimate_option = click.option(
+    "--reestimate-bn",
+    type=click.IntRange(min=2),
+    metavar="N",
+    help="First take the BatchNorm statistics anew from the centre crops of N photos of --data.",
+)
+feature_batch_option = click.option(
+    "--batch-size", type=click.IntRange(min=1), default=256, show_default=True, help="Photos a pass of the network."
+)
+
+#: Of the commands that read frozen features of one centre crop.
+FEATURE_OPTIONS = (
+    checkpoint_argument,
+    which_option,
+    data_option,
+    val_option,
+    size_option,
+    crop_option,
+    device_option,
+    feature_batch_option,
+    workers_option,
+    seed_option,
+    reestimate_option,
+    json_option,
+)
+
+
+def options(*wanted: Callable) -> Callable[[Callable], Callable]:
+    """A decorator that gives a command these options, in this order."""
+
+    def decorate(command: Callable) -> Callable:
+        for option in reversed(wanted):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+def split_features(
+    session: Session,
+    split: LabelledSplit,
+    *,
+    size: int,
+    crop: float,
+    batch_size: int,
+    workers: int | None,
+    reestimate_bn: int | None,
+    seed: int,
+) -> tuple[Features, Features]:
+    """This process's share of the features of both parts, by the session's network, with BatchNorm statistics taken anew if that is asked for."""
+    from fastssl.evaluate.batchnorm import reestimated
+
+    backbone = session.trained.backbone
+    if reestimate_bn:
+        how = {"samples": reestimate_bn, "size": size, "seed": seed, "device": session.device, "workers": workers, "crop": crop}
+        backbone = reestimated(backbone, split.train, **how)
+    kept = {"size": size, "crop": crop, "batch_size": batch_size, "workers": workers}
+    parts = (("training photos", split.train, split.train_index), ("validation photos", split.val, split.val_index))
+    return tuple(share_features(session, backbone, label, reader, index, **kept) for label, reader, index in parts)
+
+
+def share_features(session: Session, backbone: nn.Module, label: str, reader: BetonReader, index: np.ndarray, **how: Any) -> Features:
+    """This process's share of the features of the samples ``index``, as ``evaluate.features.share`` deals them out; with a bar."""
+    from fastssl.evaluate.features import extract_features, share
+
+    mine = share(index)
+    with progress_bar(label, len(mine)) if session.is_main else nullcontext() as advance:
+        return extract_features(backbone, reader, indices=mine, device=session.device, progress=advance, **how)
+
+
+def finish(session: Session, line: str, record: dict[str, Any], json_path: str | None) -> None:
+    """Say ``line`` and write ``record``, in the first process alone."""
+    if session.is_main:
+        click.echo(line, err=json_path == "-")
+        write_json(json_path, record)
+
+
+def percent(accuracy: float, confidence: tuple[float, float]) -> str:
+    """``68.30 % (95 %: 67.9 to 68.7)``."""
+    return f"{accuracy:.2f} % (95 %: {confidence[0]:.1f} to {confidence[1]:.1f})"

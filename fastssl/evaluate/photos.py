@@ -1,0 +1,104 @@
+"""The photos of an evaluation: a ``.beton`` file, or a folder, with labels; a part to learn from and a part to be judged on."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastssl.distributed import world_size
+from fastssl.evaluate.features import ProbeError, split_indices
+from fastssl.pipelines.beton import BetonReader
+from fastssl.pipelines.convert import ConvertOptions, convert
+from fastssl.probe import require_same_classes
+
+
+@contextmanager
+def open_photos(path: str | Path, workers: int | None = None) -> Iterator[BetonReader]:
+    """A ``.beton`` file; or a folder of class folders, converted for the length of the block into a temporary file, JPEGs byte for byte.
+
+    Raises:
+        FastSSLError: neither; a folder without photos; or a folder where several processes evaluate, each of which would convert it.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        with BetonReader(path) as reader:
+            yield reader
+        return
+    if world_size() > 1:
+        raise ProbeError(
+            f"{path}: several processes read one .beton file; make it with `fastssl convert-imagenet {path.name} {path.name}.beton`"
+        )
+    with tempfile.TemporaryDirectory(prefix="fastssl-") as folder:
+        target = Path(folder) / f"{path.name}.beton"
+        convert(path, target, ConvertOptions(keep_size=True, short_side=None, quality=95, workers=workers, resume=False))
+        with BetonReader(target) as reader:
+            yield reader
+
+
+def require_labels(reader: BetonReader) -> None:
+    """
+    Raises:
+        ProbeError: the file has no labels.
+    """
+    if reader.labels is None or (reader.labels < 0).any():
+        raise ProbeError(f"{reader.path}: has no labels; convert a class/file folder tree to evaluate on")
+
+
+@dataclass
+class LabelledSplit:
+    """The part to learn from and the part to be judged on: open files and (n,) int64 sample ids in them; one file where nothing was given to judge on.
+
+    Attributes:
+        held_out_seed: of the draw of the held-out fifth; None where the second part is a file of its own.
+    """
+
+    train: BetonReader
+    train_index: np.ndarray
+    val: BetonReader
+    val_index: np.ndarray
+    held_out_seed: int | None
+
+    @property
+    def classes(self) -> np.ndarray:
+        """(C,) int64, the labels that the first part has, sorted: class c of a classifier is label ``classes[c]``."""
+        return np.unique(self.train.labels[self.train_index])
+
+    def targets(self, labels: np.ndarray) -> np.ndarray:
+        """Labels -> (n,) int64 classes 0 .. C - 1; -1 for a label that the first part does not have, which no prediction gets right."""
+        classes = self.classes
+        place = np.searchsorted(classes, labels).clip(max=len(classes) - 1)
+        return np.where(classes[place] == labels, place, -1)
+
+    def record(self) -> dict[str, Any]:
+        """What a result says of its photos."""
+        val = None if self.held_out_seed is not None else self.val.path.name
+        return {"data": self.train.path.name, "val": val, "held_out_seed": self.held_out_seed}
+
+
+@contextmanager
+def open_split(data: str | Path, val: str | Path | None, *, seed: int = 0, workers: int | None = None) -> Iterator[LabelledSplit]:
+    """Both parts, open inside the block. Without ``val`` a fifth of ``data`` is held out, the same one for a seed.
+
+    Raises:
+        FastSSLError: no labels, or other classes in one file than in the other; what ``open_photos`` raises.
+    """
+    with open_photos(data, workers) as train:
+        require_labels(train)
+        if val is None:
+            yield LabelledSplit(train, *_halves(train, seed), held_out_seed=seed)
+            return
+        with open_photos(val, workers) as judged:
+            require_labels(judged)
+            require_same_classes(train, judged)
+            yield LabelledSplit(train, np.arange(len(train)), judged, np.arange(len(judged)), held_out_seed=None)
+
+
+def _halves(reader: BetonReader, seed: int) -> tuple[np.ndarray, BetonReader, np.ndarray]:
+    kept, held_out = split_indices(reader.labels, len(reader), seed=seed)
+    return kept, reader, held_out

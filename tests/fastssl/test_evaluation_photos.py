@@ -1,0 +1,53 @@
+"""The photos of an evaluation: files and folders, the held-out fifth, classes."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fastssl.evaluate import photos
+from fastssl.evaluate.photos import open_photos, open_split
+from fastssl.pipelines.errors import FastSSLError
+
+
+def test_a_folder_is_as_good_as_a_file(beton: Path, photo_tree: Path) -> None:
+    with open_photos(beton, 1) as file, open_photos(photo_tree, 1) as folder:
+        assert np.array_equal(file.labels, folder.labels) and file.classes == folder.classes == ["blue", "green", "red"]
+        assert all(np.array_equal(file.decode(sample), folder.decode(sample)) for sample in (0, 17, 40))
+        made = folder.path
+        assert made.is_file()
+    assert not made.exists() and not made.parent.exists()
+
+
+def test_several_processes_want_a_file(photo_tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(photos, "world_size", lambda: 2)
+    with pytest.raises(FastSSLError, match=r"several processes read one \.beton file"), open_photos(photo_tree):
+        pass
+
+
+def test_a_split_holds_out_a_fifth_or_takes_another_file(beton: Path) -> None:
+    with open_split(beton, None, seed=3) as split:
+        assert split.train is split.val and split.record() == {"data": beton.name, "val": None, "held_out_seed": 3}
+        assert sorted([*split.train_index, *split.val_index]) == list(range(48)) and len(split.val_index) == 9
+    with open_split(beton, beton) as split:
+        assert split.record() == {"data": beton.name, "val": beton.name, "held_out_seed": None}
+        assert len(split.train_index) == len(split.val_index) == 48 and split.classes.tolist() == [0, 1, 2]
+
+
+def test_a_class_that_the_first_part_lacks_has_no_number(beton: Path) -> None:
+    with open_split(beton, beton) as split:
+        split.train_index = np.flatnonzero(split.train.labels != 1)
+        assert split.classes.tolist() == [0, 2]
+        assert split.targets(np.array([0, 1, 2, 3])).tolist() == [0, -1, 1, -1]
+
+
+def test_photos_without_labels(photo_tree: Path, beton: Path, tmp_path: Path) -> None:
+    for number, photo in enumerate(sorted(photo_tree.rglob("*.jpg"))[:4]):
+        shutil.copy(photo, tmp_path / f"{number}.jpg")
+    with pytest.raises(FastSSLError, match="has no labels"), open_split(tmp_path, None, workers=1):
+        pass
+    with pytest.raises(FastSSLError, match="has no labels"), open_split(beton, tmp_path, workers=1):
+        pass

@@ -1,0 +1,81 @@
+"""Which network a checkpoint gives: from a run's folder, its weights, its whole state; and one clear line where it gives none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastssl.backbones import create_backbone, save_backbone
+from fastssl.cli import main
+from fastssl.evaluate.trained import load_trained
+from fastssl.pipelines.errors import FastSSLError
+
+
+@pytest.fixture(scope="module")
+def run(beton: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A MoCo run of six steps, which has both networks."""
+    out = tmp_path_factory.mktemp("runs") / "mine"
+    settings = ["views.0.size=32", "train.epochs=1", "train.batch_size=8", "moco.queue=64", "moco.projector.hidden=16", "moco.split_bn=2"]
+    settings += ["probe.size=32", "probe.online_samples=20"]
+    command = [
+        "pretrain",
+        "--arch",
+        "lcnet_035",
+        "--recipe",
+        "quickstart",
+        "--data",
+        str(beton),
+        "--out",
+        str(out),
+        "--device",
+        "cpu",
+        "--workers",
+        "1",
+    ]
+    with pytest.raises(SystemExit) as stop:
+        main([*command, *(word for setting in settings for word in ("--set", setting))])
+    assert stop.value.code == 0
+    return out
+
+
+def test_every_form_of_a_run_gives_the_same_network(run: Path) -> None:
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    for network, weights in (("student", "last.safetensors"), ("teacher", "last-teacher.safetensors")):
+        places = [run, run / "checkpoints", run / "checkpoints" / "last.pt", run / "checkpoints" / "last.safetensors"]
+        found = [load_trained(place, network) for place in places] + [load_trained(run / "checkpoints" / weights)]
+        outputs = [one.backbone(images) for one in found]
+        assert all(torch.equal(output, outputs[0]) for output in outputs)
+        assert {(one.arch, one.network, one.step) for one in found} == {("lcnet_035", network, 6)}
+        assert found[2].name == "mine/last.pt" and found[-1].name == f"mine/{weights}"
+        assert not found[0].backbone.training
+    assert load_trained(run).network == load_trained(run / "checkpoints" / "last.pt").network == "student"
+    assert not torch.equal(load_trained(run, "student").backbone(images), load_trained(run, "teacher").backbone(images))
+
+
+def test_what_is_not_there_is_said(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(FastSSLError, match=r"no last\.safetensors"):
+        load_trained(tmp_path)
+    with pytest.raises(FastSSLError, match="no such checkpoint"):
+        load_trained(tmp_path / "last.pt")
+    with pytest.raises(FastSSLError, match="no such checkpoint"):
+        load_trained(tmp_path / "last.safetensors")
+    save_backbone(create_backbone("lcnet_035"), tmp_path / "last.safetensors", arch="lcnet_035", network="student", step="3")
+    with pytest.raises(FastSSLError, match="has no teacher"):
+        load_trained(tmp_path, "teacher")
+    with pytest.raises(FastSSLError, match="holds the student network, not the teacher's, and there is no last-teacher"):
+        load_trained(tmp_path / "last.safetensors", "teacher")
+    save_backbone(create_backbone("lcnet_035"), tmp_path / "other.safetensors", arch="lcnet_035")
+    assert load_trained(tmp_path / "other.safetensors").network == "imported"
+    with pytest.raises(FastSSLError, match="holds the imported network"):
+        load_trained(tmp_path / "other.safetensors", "student")
+    state = torch.load(run / "checkpoints" / "last.pt", weights_only=True)
+    state["method"] = {name: value for name, value in state["method"].items() if not name.startswith("teacher.")}
+    torch.save(state, tmp_path / "alone.pt")
+    with pytest.raises(FastSSLError, match="has no teacher network"):
+        load_trained(tmp_path / "alone.pt", "teacher")
+    state["config"]["arch"] = "resnet18"
+    torch.save(state, tmp_path / "another.pt")
+    with pytest.raises(FastSSLError, match="tensors do not fit resnet18"):
+        load_trained(tmp_path / "another.pt")
