@@ -14,10 +14,10 @@ from typing import Any
 
 from fastssl.benchmarks import plots
 from fastssl.benchmarks.complete import incomplete
-from fastssl.benchmarks.document import Block, Bullets, Code, Heading, Paragraph, Picture, Table, table_markdown, to_html, to_markdown
 from fastssl.benchmarks.records import Record, read_records
 from fastssl.benchmarks.table import COLUMNS, RIGHT, cells, figure
 from fastssl.pipelines.errors import FastSSLError
+from fastssl.report.document import Block, Bullets, Code, Heading, Paragraph, Picture, Table, table_markdown, to_html, to_markdown
 
 TITLE = "Images per second"
 #: file name without suffix, what draws it, what it shows

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from fastssl.benchmarks.records import Record, read_records
 from fastssl.pipelines.errors import FastSSLError
+from fastssl.report.document import escape_markdown
 
 COLUMNS = ("what", "recipe", "setting", "pair/s", "view/s", "of ceiling", "ceiling", "bottleneck")
 #: Column widths in a terminal, where lines come one by one and the widest is not known; text to the left, figures to the right.
@@ -106,14 +107,6 @@ def markdown(records: Iterable[Record]) -> str:
         rows = [COLUMNS, tuple("--:" if right else ":--" for right in RIGHT), *(cells(record) for record in members)]
         parts.append(name + "\n\n" + "\n".join("| " + " | ".join(escape_markdown(text) for text in row) + " |" for row in rows) + "\n")
     return "\n".join(parts)
-
-
-def escape_markdown(text: str) -> str:
-    """``text`` on one line, as words only: no table cell, tag, picture or link begins in it."""
-    # The backslash goes first; as an entity, because before an escaped bar it would be ambiguous.
-    for mark, safe in (("\\", "&#92;"), ("<", "&lt;"), ("|", "\\|"), ("[", "\\["), ("`", "\\`"), ("*", "\\*")):
-        text = text.replace(mark, safe)
-    return " ".join(text.split())
 
 
 def machine(record: Record) -> str:

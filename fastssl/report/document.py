@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-from fastssl.benchmarks.table import escape_markdown
 from fastssl.report.style import CSS
 
 _MORE_CSS = """
@@ -97,6 +96,14 @@ def _markdown(block: Block) -> str:
             return table_markdown(block)
         case Picture(name, words):
             return f"![{escape_markdown(words)}]({name})"
+
+
+def escape_markdown(text: str) -> str:
+    """``text`` on one line, as words only: no table cell, tag, picture or link begins in it."""
+    # The backslash goes first; as an entity, because before an escaped bar it would be ambiguous.
+    for mark, safe in (("\\", "&#92;"), ("<", "&lt;"), ("|", "\\|"), ("[", "\\["), ("`", "\\`"), ("*", "\\*")):
+        text = text.replace(mark, safe)
+    return " ".join(text.split())
 
 
 def table_markdown(table: Table) -> str:

@@ -1,0 +1,30 @@
+"""``fastssl evaluate compare``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from fastssl.cli.common import SomePath
+
+
+@click.command()
+@click.argument("records", nargs=-1, required=True, type=SomePath(), metavar="RECORD.json...")
+@click.option("--out", type=SomePath(), required=True, metavar="DIR", help="Folder for evaluations.md and evaluations.html.")
+def compare(records: tuple[Path, ...], out: Path) -> None:
+    """Put evaluations side by side: a row for each network, a column for each kind of figure.
+
+    \b
+    fastssl evaluate knn runs/a --data train.beton --val val.beton --json a.json
+    fastssl evaluate knn runs/b --data train.beton --val val.beton --json b.json
+    fastssl evaluate compare a.json b.json --out comparison
+    """
+    from fastssl.evaluate.compare import comparison, read_evaluations, write_comparison
+    from fastssl.report.document import to_markdown
+
+    found = read_evaluations(records)
+    paths = write_comparison(found, out)
+    click.echo(to_markdown(comparison(found)))
+    for path in paths:
+        click.echo(path)

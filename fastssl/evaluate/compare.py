@@ -1,0 +1,138 @@
+"""Several evaluations side by side: a table for each set of photos, a row for each network, a column for each kind of figure."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastssl.pipelines.errors import FastSSLError
+from fastssl.report.document import Block, Heading, Paragraph, Table, to_html, to_markdown
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One number of a record.
+
+    Attributes:
+        name: of its column.
+        value: in percent.
+        interval: its 95 % confidence interval, or None.
+    """
+
+    name: str
+    value: float
+    interval: tuple[float, float] | None = None
+
+    def __str__(self) -> str:
+        if self.interval is None:
+            return f"{self.value:.1f}"
+        return f"{self.value:.1f} ({self.interval[0]:.1f} to {self.interval[1]:.1f})"
+
+
+def _knn(record: Record) -> list[Figure]:
+    return [Figure(f"kNN, k {record['k']}, T {record['temperature']:g}", record["accuracy"], tuple(record["confidence"]))]
+
+
+def _linear(record: Record) -> list[Figure]:
+    return [Figure("linear probe, fast", record["accuracy"], tuple(record["confidence"]))]
+
+
+#: What of a record of each kind stands in the table.
+FIGURES: dict[str, Callable[[Record], list[Figure]]] = {"knn": _knn, "linear": _linear}
+
+
+def read_evaluations(paths: Iterable[str | Path]) -> list[Record]:
+    """The records in files that ``fastssl evaluate ... --json`` wrote, one JSON object a line.
+
+    Raises:
+        FastSSLError: a line is no such record; the message names file and line.
+        OSError: a file cannot be read.
+    """
+    found = []
+    for path in paths:
+        for number, line in enumerate(Path(path).read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+            if line.strip():
+                found.append(_record(line, f"{path}, line {number}"))
+    if not found:
+        raise FastSSLError("no evaluations in these files; `fastssl evaluate ... --json FILE` writes them")
+    return found
+
+
+def _record(line: str, where: str) -> Record:
+    try:
+        record = json.loads(line)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise FastSSLError(f"{where}: not JSON; expected a record of `fastssl evaluate ... --json FILE`") from error
+    if not isinstance(record, dict) or record.get("evaluation") not in FIGURES:
+        kinds = ", ".join(FIGURES)
+        raise FastSSLError(f"{where}: not a record of an evaluation ({kinds})")
+    try:
+        figures = FIGURES[record["evaluation"]](record)
+        wrong = [one for one in figures if not all(map(math.isfinite, (one.value, *(one.interval or ()))))]
+        _network(record), _photos(record)
+    except (KeyError, TypeError, ValueError) as error:
+        raise FastSSLError(f"{where}: the record lacks a value or holds one of another kind ({type(error).__name__}: {error})") from error
+    if wrong:
+        raise FastSSLError(f"{where}: {wrong[0].name} is no finite number")
+    return record
+
+
+def comparison(records: Sequence[Record]) -> list[Block]:
+    """The document. Of several records of one network, one kind and the same photos the last one counts."""
+    blocks: list[Block] = [Heading("Evaluations", 1)]
+    tables: dict[str, dict[str, dict[str, Figure]]] = {}
+    for record in records:
+        row = tables.setdefault(_photos(record), {}).setdefault(_network(record), {})
+        row.update((figure.name, figure) for figure in FIGURES[record["evaluation"]](record))
+    for photos, rows in tables.items():
+        columns = list(dict.fromkeys(name for row in rows.values() for name in row))
+        blocks.append(Heading(photos))
+        cells = [[network, *(str(row.get(name, "")) for name in columns)] for network, row in rows.items()]
+        blocks.append(Table(["network", *columns], cells, [False] + [True] * len(columns)))
+    blocks.append(Heading("How"))
+    blocks.append(
+        Paragraph(
+            "Percent right, or average precision in percent; in brackets the 95 % interval by the number of photos that were judged, which says nothing of another seed of the training."
+        )
+    )
+    blocks += [Paragraph(text, quiet=True) for text in dict.fromkeys(map(_machine, records))]
+    return blocks
+
+
+def write_comparison(records: Sequence[Record], out: str | Path) -> list[Path]:
+    """Write ``evaluations.md`` and ``evaluations.html`` into the folder ``out`` and return their paths."""
+    folder, blocks = Path(out), comparison(records)
+    folder.mkdir(parents=True, exist_ok=True)
+    pages = {folder / "evaluations.md": to_markdown(blocks), folder / "evaluations.html": to_html("Evaluations - fastssl", blocks)}
+    for path, text in pages.items():
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    return list(pages)
+
+
+def _network(record: Record) -> str:
+    step = "" if record["step"] is None else f", step {record['step']:,}"
+    return f"{record['checkpoint']} ({record['arch']}, {record['network']}{step})"
+
+
+def _photos(record: Record) -> str:
+    """What was judged on, and what was learned from."""
+    if record["val"] is None:
+        return f"{record['data']}, a fifth held out (seed {record['held_out_seed']})"
+    return f"{record['val']}, learned from {record['data']}"
+
+
+def _machine(record: Record) -> str:
+    versions = ", ".join(
+        f"{name} {record['versions'][name]}" for name in ("python", "torch", "timm", "fastssl") if name in record["versions"]
+    )
+    host = record["host"]
+    commit = f", commit {record['git']}" if record.get("git") else ""
+    return f"{host.get('gpu') or host['cpu']}, {versions}{commit}"

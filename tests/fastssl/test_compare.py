@@ -1,0 +1,103 @@
+"""Evaluations side by side: what becomes of records in the table, and records that are none."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastssl.cli import main
+from fastssl.evaluate.compare import FIGURES, comparison, read_evaluations, write_comparison
+from fastssl.pipelines.errors import FastSSLError
+from fastssl.report.document import Table
+
+
+def record(evaluation: str, checkpoint: str = "mine/last.safetensors", **values: Any) -> dict[str, Any]:
+    """As ``Session.record`` makes one, with what this kind needs."""
+    kinds = {
+        "knn": {"k": 20, "temperature": 0.07, "accuracy": 61.0, "confidence": [60.0, 62.0]},
+        "linear": {"accuracy": 68.25, "confidence": [67.8, 68.7]},
+    }
+    about = {
+        "checkpoint": checkpoint,
+        "arch": "mobilenetv2_100",
+        "network": "student",
+        "step": 1000,
+        "data": "train.beton",
+        "val": "val.beton",
+    }
+    machine = {"held_out_seed": None, "host": {"cpu": "Some CPU"}, "versions": {"python": "3.11", "torch": "2.11"}, "git": "abc"}
+    return {"evaluation": evaluation, **about, **machine, **kinds[evaluation], **values}
+
+
+def write(path: Path, *records: dict[str, Any]) -> Path:
+    path.write_text("".join(json.dumps(one) + "\n" for one in records))
+    return path
+
+
+def tables(records: list[dict[str, Any]]) -> list[Table]:
+    return [block for block in comparison(records) if isinstance(block, Table)]
+
+
+def test_a_row_for_each_network_and_a_column_for_each_kind() -> None:
+    (table,) = tables([record("knn"), record("linear"), record("linear", "other/last.safetensors", accuracy=70.0, step=None)])
+    assert table.header == ["network", "kNN, k 20, T 0.07", "linear probe, fast"]
+    assert table.rows == [
+        ["mine/last.safetensors (mobilenetv2_100, student, step 1,000)", "61.0 (60.0 to 62.0)", "68.2 (67.8 to 68.7)"],
+        ["other/last.safetensors (mobilenetv2_100, student)", "", "70.0 (67.8 to 68.7)"],
+    ]
+
+
+def test_other_photos_are_another_table_and_the_last_of_equal_records_counts() -> None:
+    first, second = tables([record("knn"), record("knn", accuracy=61.5), record("knn", val=None, held_out_seed=3)])
+    assert [row[1][:4] for row in (*first.rows, *second.rows)] == ["61.5", "61.0"]
+    assert len(first.rows) == 1
+
+
+def test_pages_are_written_and_names_stay_words(tmp_path: Path) -> None:
+    paths = write_comparison([record("knn", "<b>/a|b.safetensors")], tmp_path / "new" / "folder")
+    markdown, html = (path.read_text() for path in paths)
+    assert [path.name for path in paths] == ["evaluations.md", "evaluations.html"]
+    assert "&lt;b>/a\\|b.safetensors" in markdown and "&lt;b&gt;/a|b.safetensors" in html and "<b>/a" not in html
+    assert "Some CPU, python 3.11, torch 2.11, commit abc" in markdown
+    assert sorted(path.name for path in (tmp_path / "new" / "folder").iterdir()) == ["evaluations.html", "evaluations.md"]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "line 2: not JSON"),
+        ("[]", "not a record of an evaluation"),
+        ('{"bench": "step"}', "not a record of an evaluation"),
+        (json.dumps({**record("knn"), "accuracy": None}), "holds one of another kind"),
+        (json.dumps({**record("knn"), "accuracy": float("nan")}), "no finite number"),
+        (json.dumps({**record("knn"), "step": "x"}), "holds one of another kind"),
+        (json.dumps({key: value for key, value in record("linear").items() if key != "data" and key != "val"}), "lacks a value"),
+    ],
+)
+def test_what_is_no_record_is_named(tmp_path: Path, line: str, message: str) -> None:
+    path = write(tmp_path / "records.json", record("knn"))
+    path.write_text(path.read_text() + line + "\n")
+    with pytest.raises(FastSSLError, match=rf"records\.json.*{message}"):
+        read_evaluations([path])
+    (tmp_path / "empty.json").write_text("\n")
+    with pytest.raises(FastSSLError, match="no evaluations in these files"):
+        read_evaluations([tmp_path / "empty.json"])
+
+
+def test_every_kind_is_tried_here() -> None:
+    assert set(FIGURES) == {"knn", "linear"}
+    for kind in FIGURES:
+        assert all(str(figure) for figure in FIGURES[kind](record(kind)))
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    path = write(tmp_path / "records.json", record("knn"), record("linear"))
+    with pytest.raises(SystemExit) as stop:
+        main(["evaluate", "compare", str(path), "--out", str(tmp_path / "out")])
+    assert stop.value.code == 0 and "61.0 (60.0 to 62.0)" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stop:
+        main(["evaluate", "compare", str(tmp_path / "none.json"), "--out", str(tmp_path / "out")])
+    assert stop.value.code == 1 and "none.json" in capsys.readouterr().err
