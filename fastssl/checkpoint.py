@@ -66,7 +66,9 @@ def save_checkpoint(
         write_atomically(folder / "last.pt", lambda path: torch.save(state, path))
         save_backbone(method.student.backbone, folder / "last.safetensors", arch=arch, step=str(position.step), network="student")
         if method.teacher is not None:
-            save_backbone(method.teacher.backbone, folder / "last-teacher.safetensors", arch=arch, step=str(position.step), network="teacher")
+            save_backbone(
+                method.teacher.backbone, folder / "last-teacher.safetensors", arch=arch, step=str(position.step), network="teacher"
+            )
     except (OSError, RuntimeError) as error:
         raise FastSSLError(f"{folder}: checkpoint not written ({error}); the one before it is untouched") from error
 
@@ -112,6 +114,8 @@ def differences(mine: dict[str, Any], theirs: dict[str, Any], prefix: str = "") 
         here, there = mine.get(key), theirs.get(key)
         if isinstance(here, dict) and isinstance(there, dict):
             found += differences(here, there, f"{prefix}{key}.")
+        elif isinstance(here, dict) or isinstance(there, dict):
+            found.append(f"{prefix}{key}: only {'here' if there is None else 'there'}")
         elif here != there:
             found.append(f"{prefix}{key}: {there} there, {here} here")
     return found

@@ -143,9 +143,8 @@ def _extract(
         chosen = choose_device(device)
         backbone = load_backbone(checkpoint).to(chosen)
         if reestimate_bn:
-            backbone = reestimated(
-                backbone, train_reader, samples=reestimate_bn, size=size, seed=seed, device=chosen, workers=workers, crop=crop
-            )
+            how = {"samples": reestimate_bn, "size": size, "seed": seed, "batch_size": batch_size, "indices": train_index}
+            backbone = reestimated(backbone, train_reader, device=chosen, workers=workers, crop=crop, **how)
         features = []
         for label, reader, index in (("training photos", train_reader, train_index), ("validation photos", val_reader, val_index)):
             with progress_bar(label, len(index)) as advance:
