@@ -19,12 +19,13 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fastssl.finish import RANDOM, RAW, REESTIMATED, TEACHER, TRAINED
+from fastssl.pipelines.errors import FastSSLError
 from fastssl.recipe import load_recipe
 
 DESIGNS: dict[str, tuple[str, ...]] = {
@@ -59,18 +60,25 @@ def run(cell: Cell, seed: int, recipes: Path, data: Path, val: Path, out: Path, 
     """One run, or what it left behind if it is done already.
 
     Raises:
-        RuntimeError: it failed; with the end of what it said.
+        FastSSLError: it failed, with the end of what it said; or what is there was made by another command.
     """
     recipe, folder = recipes / f"{cell.method}.yaml", out / f"{cell.method}-{cell.design}-{seed}"
     changes = [f"--epochs={epochs}"] if epochs else []
     changes += [argument for change in cell.overrides for argument in ("--set", change)]
     options = ["--arch", load_recipe(str(recipe)).arch, "--seed", str(seed), "--device", "cpu", "--workers", "1", *changes]
-    if not (folder / "summary.json").is_file():
+    names = f"--recipe {recipe.name} --data {data.name} --val {val.name}"  # names, not paths: records are passed on
+    shown = f"OMP_NUM_THREADS=1 fastssl pretrain {names} {shlex.join(options)}"
+    made_by, told = folder / "study.txt", f"{shown}\n{recipe.read_text()}"
+    if (folder / "summary.json").is_file():
+        if not made_by.is_file() or made_by.read_text() != told:
+            raise FastSSLError(f"{folder}: holds a run of another command or recipe; remove it, or choose another --out")
+    else:
         files = ["--recipe", recipe, "--data", data, "--val", val, "--out", folder]
         command = [sys.executable, "-m", "fastssl", "pretrain", *map(str, files), *options]
         done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
         if done.returncode:
-            raise RuntimeError(f"{folder.name}: status {done.returncode}: {done.stderr[-500:]}")
+            raise FastSSLError(f"{folder.name}: status {done.returncode}: {done.stderr[-500:].strip()}")
+        made_by.write_text(told)
     summary = json.loads((folder / "summary.json").read_text())
     steps = [row for row in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()) if row["kind"] == "step"]
     ends = {
@@ -79,12 +87,13 @@ def run(cell: Cell, seed: int, recipes: Path, data: Path, val: Path, out: Path, 
         if name in steps[0]
     }
     kept = ("arch", "data", "host", "versions", "git", "epochs", "steps", "train_seconds")
-    files = f"--recipe {recipe.name} --data {data.name} --val {val.name}"  # names, not paths: records are passed on
+    if not summary["probe"]["rows"]:
+        raise FastSSLError(f"{data} and {val}: the photos have no labels to judge by")
     return {
         "method": cell.method,
         "design": cell.design,
         "seed": seed,
-        "command": f"OMP_NUM_THREADS=1 fastssl pretrain {files} {shlex.join(options)}",
+        "command": shown,
         "probe": {row["name"]: {kind: row[kind] for kind in ("knn", "linear")} for row in summary["probe"]["rows"]},
         "first_and_last": ends,
         **{name: summary[name] for name in kept},
@@ -155,14 +164,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen.out.mkdir(parents=True, exist_ok=True)
     # Seed by seed, so that a study that is stopped early has whole rows.
     jobs = [(cell, seed) for seed in chosen.seeds for cell in cells(chosen.methods, chosen.smoothed)]
-    with ThreadPoolExecutor(chosen.jobs) as pool:
-        started = [pool.submit(run, *job, chosen.recipes, chosen.data, chosen.val, chosen.out, chosen.epochs) for job in jobs]
-        runs = []
-        for (cell, seed), future in zip(jobs, started):
-            runs.append(future.result())
-            print(f"{cell.method} {cell.design} seed {seed}: kNN {runs[-1]['probe'][TRAINED]['knn']:.1f}", flush=True)
-            (chosen.out / "runs.jsonl").write_text("".join(json.dumps(one) + "\n" for one in runs))
-            (chosen.out / "table.md").write_text(table(runs))
+    pool = ThreadPoolExecutor(chosen.jobs)
+    try:
+        started = {pool.submit(run, *job, chosen.recipes, chosen.data, chosen.val, chosen.out, chosen.epochs): job for job in jobs}
+        runs: dict[tuple[Cell, int], dict[str, Any]] = {}
+        for future in as_completed(started):
+            (cell, seed), one = started[future], future.result()
+            runs[cell, seed] = one
+            print(f"{cell.method} {cell.design} seed {seed}: kNN {one['probe'][TRAINED]['knn']:.1f}", flush=True)
+            in_order = [runs[job] for job in jobs if job in runs]
+            (chosen.out / "runs.jsonl").write_text("".join(json.dumps(one) + "\n" for one in in_order))
+            (chosen.out / "table.md").write_text(table(in_order))
+    except FastSSLError as error:
+        print(error, file=sys.stderr)
+        return 1
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)  # runs in hand end, no other begins
     return 0
 
 

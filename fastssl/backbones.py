@@ -17,6 +17,7 @@ import torch
 from timm.models.vision_transformer import Block as VisionTransformerBlock
 from torch import Tensor, nn
 
+from fastssl.drop_path import drop_path_layers
 from fastssl.names import nearest
 from fastssl.pipelines.errors import FastSSLError
 
@@ -73,6 +74,8 @@ def create_backbone(name: str, *, drop_path: float = 0.0, init: str = "timm", ze
             f"has no drop path: drop_path={drop_path} must be 0" if "drop_path_rate" in str(error) else f"cannot be built here: {error}"
         )
         raise FastSSLError(f"{name} {reason}") from error
+    if drop_path > 0 and not drop_path_layers(backbone):
+        warnings.warn(f"drop_path={drop_path} changes nothing: {name} has no drop path", stacklevel=2)
     if init == "kaiming":
         kaiming_init(backbone)
     if zero_init_residual and getattr(backbone, "global_pool", "") == "token":

@@ -114,6 +114,8 @@ def differences(mine: dict[str, Any], theirs: dict[str, Any], prefix: str = "") 
         here, there = mine.get(key), theirs.get(key)
         if isinstance(here, dict) and isinstance(there, dict):
             found += differences(here, there, f"{prefix}{key}.")
+        elif isinstance(here, dict) or isinstance(there, dict):
+            found.append(f"{prefix}{key}: only {'here' if there is None else 'there'}")
         elif here != there:
             found.append(f"{prefix}{key}: {there} there, {here} here")
     return found

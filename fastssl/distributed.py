@@ -6,13 +6,16 @@
 
 The environment decides, the command is the same. Every collective below is the identity in a single process: it returns what it was given, uncopied, so
 that the code which calls it reads the same for any number of processes. All ranks must call the same collectives in the same order. None of them waits for
-the device but those that answer the host: ``agree_any``, ``share`` and ``barrier``, and these travel beside the device, over the network of the hosts.
+the device but those that answer the host: ``agree_any``, ``share``, ``gather_values`` and ``barrier``, and these travel beside the device, over the network of the hosts.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import signal
+import threading
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -29,6 +32,10 @@ _Value = TypeVar("_Value")
 
 #: Where srun's processes meet without MASTER_PORT: 10000 + job id modulo 20000. Below the ports that Linux hands out by itself (from 32768).
 _FIRST_PORT, _PORTS = 10000, 20000
+
+
+#: What gloo says where the process at the other end is gone.
+_PEER_GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
 
 
 # ---------------------------------------------------------------------- who is who
@@ -158,32 +165,50 @@ def joined(world: World, device: torch.device, timeout_minutes: float = 60) -> I
     if device.type == "cuda":
         device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
         torch.cuda.set_device(device)
+    started = time.monotonic()
     try:
-        dist.init_process_group(
-            # One group with two ways: a tensor on the host goes by gloo, and no GPU waits for it.
-            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-            init_method=f"tcp://{'[' + world.address + ']' if ':' in world.address else world.address}:{world.port}",
-            rank=world.rank,
-            world_size=world.size,
-            timeout=timedelta(minutes=timeout_minutes),
-            device_id=device if device.type == "cuda" else None,
-        )
+        with _signals_end_the_process():
+            dist.init_process_group(
+                # One group with two ways: a tensor on the host goes by gloo, and no GPU waits for it.
+                "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+                init_method=f"tcp://{'[' + world.address + ']' if ':' in world.address else world.address}:{world.port}",
+                rank=world.rank,
+                world_size=world.size,
+                timeout=timedelta(minutes=timeout_minutes),
+                device_id=device if device.type == "cuda" else None,
+            )
     except (RuntimeError, ValueError, OSError) as error:
         raise FastSSLError(
-            f"process {world.rank} of {world.size} did not meet the others at {world.address}:{world.port} within {timeout_minutes:g} minutes: is that the host "
+            f"process {world.rank} of {world.size} did not meet the others at {world.address}:{world.port} in {time.monotonic() - started:.0f} s: is that the host "
             f"of rank 0, is the port open and free there, and were all {world.size} started? ({' '.join(str(error).split())[:200]})"
         ) from error
     try:
         yield
         barrier()
-    except BaseException:
+    except BaseException as error:
         # NCCL's orderly end waits for all ranks of a machine, and these may be waiting in a collective that this one will never reach.
         if device.type == "cuda" and hasattr(dist.group.WORLD, "abort"):
             with suppress(RuntimeError):
                 dist.group.WORLD.abort()
+        if isinstance(error, RuntimeError) and any(words in str(error) for words in _PEER_GONE):
+            raise FastSSLError("another process of this run has ended; its message says why") from error
         raise
     finally:
         dist.destroy_process_group()
+
+
+@contextmanager
+def _signals_end_the_process() -> Iterator[None]:
+    """SIGINT and SIGTERM end the process at once inside the block: it waits in compiled code, where a handler written in Python does not get its turn."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def rank() -> int:
@@ -356,6 +381,15 @@ def share(value: _Value) -> _Value:
     said: list[Any] = [value]
     dist.broadcast_object_list(said, src=0, device=torch.device("cpu"))
     return said[0]
+
+
+def gather_values(value: _Value) -> list[_Value]:
+    """What each rank says, by rank, on all ranks: any value that can be pickled."""
+    if world_size() == 1:
+        return [value]
+    said: list[Any] = [None] * world_size()
+    dist.all_gather_object(said, value)
+    return said
 
 
 def barrier() -> None:

@@ -17,6 +17,16 @@ from torch import Tensor, nn
 from fastssl.pipelines.rng import Stream, keyed_words
 
 
+def drop_path_layers(backbone: nn.Module) -> list[tuple[nn.Module, str, DropPath]]:
+    """(parent, name, layer) of every drop-path layer that drops something: timm's convolution blocks hold one also where they have no shortcut to drop it from."""
+    return [
+        (parent, name, layer)
+        for parent in backbone.modules()
+        for name, layer in parent.named_children()
+        if isinstance(layer, DropPath) and layer.drop_prob > 0 and getattr(parent, "has_skip", True)
+    ]
+
+
 class DropTable:
     """The coins of one step, shared by all layers of a network.
 
@@ -37,12 +47,7 @@ class DropTable:
     @classmethod
     def install(cls, backbone: nn.Module) -> DropTable | None:
         """Put a ``PlannedDropPath`` in the place of every drop-path layer of timm's; None if there are none."""
-        places = [
-            (parent, name, layer)
-            for parent in backbone.modules()
-            for name, layer in parent.named_children()
-            if isinstance(layer, DropPath) and layer.drop_prob > 0
-        ]
+        places = drop_path_layers(backbone)
         if not places:
             return None
         table = cls(len(places))

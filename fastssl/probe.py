@@ -62,6 +62,9 @@ def choose_split(bank: BetonReader, queries: BetonReader | None, limit: int, see
         everything = _subset(bank.labels, len(bank), limit, seed)
         labels = None if bank.labels is None else bank.labels[everything]
         keep, held_out = split_indices(labels, len(everything), seed=seed)
+        if not len(held_out):  # one photo in each class: the labels cannot judge anything
+            labelled = False
+            keep, held_out = split_indices(None, len(everything), seed=seed)
         return ProbeSplit(bank, everything[keep], bank, everything[held_out], labelled, held_out=True)
     labelled = labelled and queries.labels is not None
     total = len(bank) + len(queries)

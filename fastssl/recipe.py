@@ -228,7 +228,8 @@ def load_recipe(name: str, overrides: Mapping[str, str] | None = None) -> Recipe
         raise FastSSLError(f"{path}: not a yaml file: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
         raise FastSSLError(f"{path}: a recipe is a mapping of keys to values")
-    for key, text in (overrides or {}).items():
+    # A whole design of the views first, wherever it stands: what was said of single numbers is a change of it.
+    for key, text in sorted((overrides or {}).items(), key=lambda item: ("views", "views.preset", item[0]).index(item[0])):
         try:
             _override(tree, key, yaml.safe_load(text))
         except yaml.YAMLError as error:
@@ -295,8 +296,14 @@ def _override_views(tree: dict[str, Any], name: Any) -> None:
     if isinstance(before, str):  # another preset's name: nothing of it stays
         before = {}
     if isinstance(before, list):
-        kept = dict(before[0]) if before and isinstance(before[0], dict) else {}
-        before = {"augment": {key: value for key, value in kept.items() if key not in ("size", "count", "area", "center")}}
+        kept = [
+            {key: value for key, value in view.items() if key not in ("size", "count", "area", "center")}
+            for view in before
+            if isinstance(view, dict)
+        ]
+        before = {"augment": kept[0]} if kept else {}
+        if len(kept) == 2 and kept[0] != kept[1]:  # each global view keeps its own; local ones are as the first
+            before = {"global_1": kept[0], "global_2": kept[1], "local": kept[0]}
     tree["views"] = {**(before or {}), **PRESETS[name]}
 
 

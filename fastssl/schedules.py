@@ -46,7 +46,7 @@ def learning_rate(
     """Linear warm-up, then half a cosine from ``peak`` to ``final``.
 
     With W units of warm-up out of U, unit u < W has ``peak * (u + 1) / (W + 1)``: no step is spent at rate zero, and unit W is the first at
-    ``peak``. With ``warmup_lr`` the warm-up is a line with both end points instead, ``warmup_lr`` at unit 0 and ``peak`` at unit W - 1 (DINO, SwAV, SSLight).
+    ``peak``. With ``warmup_lr`` the warm-up is a line with both end points instead, ``warmup_lr`` at unit 0 and ``peak`` at the last unit below W (DINO, SwAV, SSLight).
     The cosine begins at unit W and reaches ``final`` at u = U. A run no longer than its warm-up only climbs.
 
     Args:
@@ -68,7 +68,8 @@ def learning_rate(
         unit, units, warmup = step, total_steps, warmup_epochs * steps_per_epoch
     if unit < warmup:
         if warmup_lr is not None:
-            return warmup_lr + (peak - warmup_lr) * unit / (warmup - 1) if warmup > 1 else peak
+            last = math.ceil(warmup) - 1
+            return warmup_lr + (peak - warmup_lr) * unit / last if last else peak
         return peak * (unit + 1) / (warmup + 1)
     # The last unit of a run that ends with its warm-up is the peak itself, whence the guard.
     return half_cosine((unit - warmup) / (units - warmup) if units > warmup else 0.0, peak, final)

@@ -24,6 +24,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
@@ -33,13 +34,14 @@ from torch import nn
 
 from fastssl.backbones import resolve_arch
 from fastssl.checkpoint import Position, differences, load_checkpoint, restore, save_checkpoint
-from fastssl.distributed import World, agree_any, broadcast_module, joined, share, world_from_environment
+from fastssl.distributed import World, agree_any, broadcast_module, gather_values, joined, share, world_from_environment
 from fastssl.finish import finish_run
 from fastssl.meters import MetricRing
 from fastssl.pipelines.beton import BetonReader
 from fastssl.pipelines.engines import require_engine
 from fastssl.pipelines.errors import FastSSLError, Interrupted
 from fastssl.pipelines.loader import Batch, ViewLoader
+from fastssl.pipelines.multicrop import MultiCrop
 from fastssl.pipelines.verify import verify
 from fastssl.probe import OnlineProbe, choose_split, require_same_classes
 from fastssl.recipe import Recipe, build_recipe, recipe_to_dict
@@ -130,6 +132,8 @@ def pretrain(recipe: Recipe, options: RunOptions, progress: Progress) -> dict[st
         device = choose_device(options.device, world)
         reader = files.enter_context(BetonReader(options.data))
         val = files.enter_context(BetonReader(options.val)) if options.val else None
+        if world.size > 1 and world.is_main:
+            progress.message(f"{world.size} processes meet at {world.address}:{world.port}")
         with joined(world, device):
             run = Run(recipe, options, reader, val, progress if world.is_main else _Silence(), world, device)
             files.callback(run.unlock)
@@ -181,10 +185,10 @@ class Run:
 
     def _check_batch(self) -> None:
         if len(self.reader) < self.batch_size:
-            raise FastSSLError(
-                f"{self.options.data}: {len(self.reader)} photos are fewer than one batch of {self.batch_size}; "
-                f"--batch-size {max(2, len(self.reader) // 2)} or lower would do"
+            enough = (
+                f"--batch-size {max(2, len(self.reader) // 2)} or lower would do" if len(self.reader) > 1 else "a batch has at least two"
             )
+            raise FastSSLError(f"{self.options.data}: {len(self.reader)} photos are fewer than one batch of {self.batch_size}; {enough}")
 
     def _check_val(self) -> None:
         """Decode the photos to be judged on once: better now than at the probe behind the last epoch."""
@@ -202,6 +206,7 @@ class Run:
 
     def _check_sizes(self) -> None:
         """Show the network one black picture of every size that it will meet: better now than after the last epoch."""
+        keys = "views.global_size, views.local_size" if isinstance(self.recipe.views, MultiCrop) else "views.0.size"
         for size in sorted({spec.size for spec in self.recipe.views} | {self.recipe.probe.size}):
             try:
                 with torch.no_grad():
@@ -209,7 +214,7 @@ class Run:
             except (RuntimeError, AssertionError, ValueError) as error:
                 reason = " ".join(str(error).split())
                 raise FastSSLError(
-                    f"{self.recipe.arch} cannot take pictures of {size} px ({reason}): change views.0.size or probe.size"
+                    f"{self.recipe.arch} cannot take pictures of {size} px ({reason}): change {keys} or probe.size"
                 ) from error
         self.backbone.train()
 
@@ -368,7 +373,7 @@ class Run:
             self._last_saved = time.monotonic()
             for epoch in range(self.position.epoch, train.epochs):
                 self._epoch(loader, epoch)
-            self.skipped = list(loader.stats.skipped)
+            self.skipped = sorted(set(chain.from_iterable(gather_values(loader.stats.skipped))))
 
     def _online_probe(self) -> OnlineProbe:
         probe = self.recipe.probe
@@ -415,7 +420,7 @@ class Run:
         """Whether a signal asked any process to end here. Several processes ask each other now and then: all must stop behind the same step."""
         if self.world.size == 1:
             return self._stop.is_set()
-        return self.position.step % _ASK_EVERY == 0 and agree_any(self._stop.is_set())
+        return (self.position.step % _ASK_EVERY == 0 or self.position.step == self.total_steps) and agree_any(self._stop.is_set())
 
     def _step(self, batch: Batch, epoch: int) -> None:
         """One step. No value is read back from the device here."""

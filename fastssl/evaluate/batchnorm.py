@@ -39,20 +39,26 @@ def reestimated(
     amp: bool = False,
     crop: float = EVALUATION_CROP,
     on_bad: str = "fail",
+    indices: np.ndarray | None = None,
 ) -> nn.Module:
     """A copy of ``backbone`` whose BatchNorms hold the statistics of centre crops: the mean over batches of each batch's mean and variance.
 
     Args:
         backbone: on ``device``; left as it is.
         data: photos; their labels are not read.
-        samples: how many of them, at least 2, drawn by ``seed``. All are taken where the file has fewer.
+        samples: how many of them, at least 2, drawn by ``seed``. All are taken where there are fewer; a few less are where they do not fill equal batches.
+        indices: draw from these sample ids alone; default: from all.
         size, batch_size, workers, amp, crop, on_bad: as in ``extract_features``.
 
     Raises:
-        FastSSLError: the network has no BatchNorm.
+        FastSSLError: the network has no BatchNorm, or there are fewer than two photos.
     """
     if not has_batchnorm(backbone):
         raise FastSSLError("this network has no BatchNorm: there are no statistics to take again")
+    ids = np.arange(len(data)) if indices is None else np.asarray(indices)
+    count = min(samples, len(ids))
+    if count < 2:
+        raise FastSSLError(f"{data.path}: BatchNorm statistics need at least two photos, not {count}")
     device = torch.device(device)
     network = separate_batchnorm(copy.deepcopy(backbone).eval())  # of several processes this one is alone here
     for layer in network.modules():
@@ -60,10 +66,9 @@ def reestimated(
             layer.reset_running_stats()
             layer.momentum = None  # the mean over all batches instead of a moving one
             layer.train()  # these layers alone: drop path and dropout stay still
-    count = min(samples, len(data))
-    # A last batch of a handful of photos would count as much as a whole one.
-    batch = min(batch_size, count)
-    chosen = np.sort(epoch_order(len(data), seed, 0)[: count - count % batch])
+    # Equal batches: a last one of a handful of photos would count as much as a whole one.
+    batch = max(2, count // -(-count // batch_size))
+    chosen = np.sort(ids[epoch_order(len(ids), seed, 0)[: count - count % batch]])
 
     def forward(images: Tensor) -> Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):

@@ -91,7 +91,10 @@ def open_split(data: str | Path, val: str | Path | None, *, seed: int = 0, worke
     with open_photos(data, workers) as train:
         require_labels(train)
         if val is None:
-            yield LabelledSplit(train, *_halves(train, seed), held_out_seed=seed)
+            split = LabelledSplit(train, *_halves(train, seed), held_out_seed=seed)
+            if not len(split.val_index):
+                raise ProbeError(f"{data}: one photo in each class leaves nothing to hold out; give --val")
+            yield split
             return
         with open_photos(val, workers) as judged:
             require_labels(judged)

@@ -11,6 +11,7 @@ import yaml
 from fastssl.benchmarks import view_study
 from fastssl.benchmarks.view_study import Cell, cells, main, table
 from fastssl.finish import RANDOM, RAW, REESTIMATED, TEACHER, TRAINED
+from fastssl.pipelines.errors import FastSSLError
 from fastssl.recipe import load_recipe, parse_overrides
 
 STUDY = Path(view_study.__file__).parent / "results" / "view-sampling"
@@ -62,7 +63,9 @@ def test_the_table_has_means_spreads_and_gains_seed_by_seed() -> None:
 def test_the_published_study_is_whole_and_its_page_shows_its_runs() -> None:
     """Three seeds of every cell, each run with what it takes to place and repeat it, and no figure on the page that the runs do not give."""
     runs = [json.loads(line) for line in (STUDY / "runs.jsonl").read_text().splitlines()]
-    wanted = {(cell.method, cell.design, seed) for cell in cells(["moco", "simclr", "dino", "swav"], view_study.CONTRASTIVE) for seed in range(3)}
+    wanted = {
+        (cell.method, cell.design, seed) for cell in cells(["moco", "simclr", "dino", "swav"], view_study.CONTRASTIVE) for seed in range(3)
+    }
     assert {(one["method"], one["design"], one["seed"]) for one in runs} == wanted and len(runs) == len(wanted)
     for one in runs:
         assert one["host"]["cpu"] and one["versions"]["torch"] and one["git"] and f"--seed {one['seed']} " in one["command"]
@@ -105,6 +108,25 @@ def test_a_small_study_runs_and_goes_on_where_it_stood(beton: Path, tmp_path: Pa
     stamps = {path: path.stat().st_mtime_ns for path in out.glob("*/summary.json")}
     assert main(command) == 0 and (out / "table.md").read_text() == first
     assert {path: path.stat().st_mtime_ns for path in out.glob("*/summary.json")} == stamps
+    # What was made by other settings is neither taken for this study's nor written over.
+    capsys.readouterr()
+    assert main([*command[:-1], "2"]) == 1
+    assert "holds a run of another command or recipe" in capsys.readouterr().err and (out / "table.md").read_text() == first
     with pytest.raises(SystemExit):
         main([*command, "--smoothed", "dino"])
     assert "only moco and simclr have a target to smooth" in capsys.readouterr().err
+
+
+def test_a_run_that_fails_ends_the_study_at_once(
+    beton: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[str] = []
+
+    def fails(cell: Cell, seed: int, *rest: object) -> dict:
+        tried.append(cell.design)
+        raise FastSSLError("no such thing")
+
+    monkeypatch.setattr(view_study, "run", fails)
+    arguments = ["--recipes", RECIPES, "--data", beton, "--val", beton, "--out", tmp_path / "out"]
+    assert main([*map(str, arguments), "--seeds", "0", "1", "2"]) == 1
+    assert "no such thing" in capsys.readouterr().err and len(tried) <= 2

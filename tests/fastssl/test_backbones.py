@@ -152,3 +152,8 @@ def test_kaiming_initialisation_is_torchvisions() -> None:
 def test_a_network_that_knows_no_drop_path_says_so() -> None:
     with pytest.raises(FastSSLError, match=r"vgg11 has no drop path: drop_path=0\.1 must be 0"):
         create_backbone("vgg11", drop_path=0.1)
+
+
+def test_drop_path_without_a_layer_that_reads_it_is_said() -> None:
+    with pytest.warns(UserWarning, match=r"drop_path=0\.1 changes nothing: lcnet_035 has no drop path"):
+        create_backbone("lcnet_035", drop_path=0.1)

@@ -37,9 +37,9 @@ def test_statistics_are_the_mean_over_batches_of_centre_crops(beton: Path) -> No
     first = next(name for name, layer in backbone.named_modules() if isinstance(layer, nn.BatchNorm2d))
     with BetonReader(beton) as reader:
         found = reestimated(backbone, reader, samples=40, size=SIZE, batch_size=16, seed=3)
-        chosen = sorted(epoch_order(len(reader), 3, 0)[:32].tolist())  # two whole batches of the 40
+        chosen = sorted(epoch_order(len(reader), 3, 0)[:39].tolist())  # three equal batches of the 40
         spec = ViewSpec.evaluation(SIZE, crop=0.875)
-        with ViewLoader(reader, [spec], 16, indices=torch.tensor(chosen).numpy(), shuffle=False) as loader:
+        with ViewLoader(reader, [spec], 13, indices=torch.tensor(chosen).numpy(), shuffle=False) as loader:
             maps = [backbone.conv_stem(batch.views[0]) for batch in loader.epoch(0)]
     mean = torch.stack([m.mean((0, 2, 3)) for m in maps]).mean(0)
     var = torch.stack([m.var((0, 2, 3)) for m in maps]).mean(0)
@@ -97,3 +97,17 @@ def test_evaluate_takes_them_when_asked(beton: Path, tmp_path: Path) -> None:
         records[name] = json.loads(out.read_text())
     assert records["stored"]["reestimate_bn"] is None and records["anew"]["reestimate_bn"] == 32
     assert records["anew"]["accuracy"] >= records["stored"]["accuracy"]  # the colours of the classes survive sane statistics
+
+
+def test_photos_come_from_those_that_may_be_looked_at_and_one_is_too_few(beton: Path) -> None:
+    some = torch.arange(0, 48, 3).numpy()
+    with BetonReader(beton) as reader:
+        found, all_of_them = (reestimated(network(), reader, samples=16, size=SIZE, indices=ids) for ids in (some, None))
+        twice = reestimated(network(), reader, samples=48, size=SIZE, indices=some[::-1].copy())
+        with pytest.raises(FastSSLError, match=r"photos\.beton: BatchNorm statistics need at least two photos, not 1"):
+            reestimated(network(), reader, samples=16, size=SIZE, indices=some[:1])
+    means = [
+        next(layer for layer in net.modules() if isinstance(layer, nn.BatchNorm2d)).running_mean for net in (found, all_of_them, twice)
+    ]
+    torch.testing.assert_close(means[0], means[2])  # the sixteen, in whatever order they were named
+    assert not torch.allclose(means[0], means[1])

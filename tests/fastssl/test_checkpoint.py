@@ -95,3 +95,4 @@ def test_damaged_and_foreign_checkpoints(tmp_path: Path) -> None:
 def test_differences_are_named() -> None:
     found = differences({"a": 1, "b": {"c": 2}, "e": 5}, {"a": 1, "b": {"c": 3}, "d": 4, "e": 5})
     assert found == ["b.c: 3 there, 2 here", "d: 4 there, None here"]
+    assert differences({"moco": {"queue": 64}}, {"dino": {"out": 4}}) == ["dino: only there", "moco: only here"]

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -20,6 +24,7 @@ from fastssl.distributed import (
     first_host,
     gather_rows,
     gather_rows_with_gradient,
+    gather_values,
     gather_views,
     joined,
     rank,
@@ -134,6 +139,7 @@ def test_alone_every_collective_is_the_identity() -> None:
         assert rows.grad.eq(1).all()
         broadcast_module(nn.Linear(2, 2))
         assert (rank(), world_size(), agree_any(True), agree_any(False), share("x")) == (0, 1, True, False, "x")
+        assert gather_values("x") == ["x"]
         barrier()
     with pytest.raises(ValueError, match="3 views"):
         gather_views(rows, 3)
@@ -142,13 +148,28 @@ def test_alone_every_collective_is_the_identity() -> None:
 def test_those_who_do_not_come_are_missed_by_address_and_port() -> None:
     port = free_port()
     with (
-        pytest.raises(FastSSLError, match=f"process 0 of 2 did not meet the others at 127.0.0.1:{port} within 0.01 minutes"),
+        pytest.raises(FastSSLError, match=f"process 0 of 2 did not meet the others at 127.0.0.1:{port} in [0-9]+ s"),
         joined(World(0, 2, 0, "127.0.0.1", port), CPU, timeout_minutes=0.01),
     ):
         pytest.fail("nobody else was started")
     assert world_size() == 1
     with pytest.raises(FastSSLError, match="not on meta"), joined(World(0, 2, 0, "127.0.0.1", port), torch.device("meta")):
         pytest.fail("no such device")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_one_that_waits_for_others_can_be_ended(number: int) -> None:
+    code = "from fastssl.distributed import World, joined; import torch, signal, sys\n"
+    code += "signal.signal(signal.SIGTERM, lambda *_: sys.exit(3))\nprint('waiting', flush=True)\n"
+    code += f"with joined(World(0, 2, 0, '127.0.0.1', {free_port()}), torch.device('cpu'), timeout_minutes=2): pass"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        try:
+            assert process.stdout.readline() == "waiting\n"
+            time.sleep(1)
+            os.kill(process.pid, number)
+            assert process.wait(timeout=20) == -number
+        finally:
+            process.kill()
 
 
 # ---------------------------------------------------------------------- together
@@ -217,7 +238,7 @@ def together() -> dict[str, object]:
     found["same tensors"] = all(parameter.grad is old for parameter, old in zip(parameters, before))
 
     found["any"] = (agree_any(me == size - 1), agree_any(False))
-    found["shared"] = share({"from": me})
+    found["shared"], found["said"] = share({"from": me}), gather_values([me] * me)
     barrier()
     return found
 
@@ -276,6 +297,7 @@ def test_reductions_broadcasts_and_answers(world: list[dict]) -> None:
             assert torch.equal(value, world[0]["module"][name]) and (number == 0 or value.lt(100).all()), name
         assert found["module"]["1.num_batches_tracked"].dtype == torch.int64
         assert found["any"] == (True, False) and found["shared"] == {"from": 0}
+        assert found["said"] == [[me] * me for me in range(size)]
 
 
 # ---------------------------------------------------------------------- when something goes wrong
@@ -288,12 +310,24 @@ def one_fails() -> None:
             if world.rank == 1:
                 raise KeyError("of rank 1")
             all_reduce_sum(torch.zeros(1))  # would wait for ever
-    except (KeyError, RuntimeError):
+    except (KeyError, FastSSLError):
         if world_size() != 1:
             raise AssertionError("the group is still there") from None
         if world.rank == 0:
             time.sleep(3)  # the first failure is that of rank 1
         raise
+
+
+def what_each_says() -> str:
+    world = world_from_environment()
+    try:
+        with joined(world, CPU):
+            if world.rank == 1:
+                raise KeyError("of rank 1")
+            all_reduce_sum(torch.zeros(1))
+    except (KeyError, FastSSLError) as error:
+        return str(error)
+    return "nothing"
 
 
 def one_does_not_come() -> None:
@@ -306,6 +340,10 @@ def one_does_not_come() -> None:
 def test_a_failure_is_that_of_the_first_and_ends_the_others() -> None:
     with pytest.raises(RuntimeError, match=r"process 1 of 2 failed:(.|\n)*KeyError: 'of rank 1'"):
         run_processes(one_fails, 2, join=False)
+
+
+def test_those_who_are_left_alone_say_that_another_one_knows_why() -> None:
+    assert run_processes(what_each_says, 2, join=False) == ["another process of this run has ended; its message says why", "'of rank 1'"]
 
 
 def test_a_hang_ends_at_the_time_limit_and_says_where() -> None:

@@ -51,3 +51,11 @@ def test_photos_without_labels(photo_tree: Path, beton: Path, tmp_path: Path) ->
         pass
     with pytest.raises(FastSSLError, match="has no labels"), open_split(beton, tmp_path, workers=1):
         pass
+
+
+def test_one_photo_in_each_class_leaves_nothing_to_judge_on(photo_tree: Path, tmp_path: Path) -> None:
+    for number, photo in enumerate(sorted(photo_tree.rglob("*.jpg"))[:3]):
+        (tmp_path / str(number)).mkdir()
+        shutil.copy(photo, tmp_path / str(number))
+    with pytest.raises(FastSSLError, match="leaves nothing to hold out; give --val"), open_split(tmp_path, None, workers=1):
+        pass

@@ -19,6 +19,7 @@ from conftest import need_engine
 
 from fastssl.cli import main
 from fastssl.pipelines import BetonReader, BetonWriter
+from fastssl.pipelines.convert import ConvertOptions, convert
 
 TINY = ["train.epochs=1", "train.batch_size=8", "train.log_every=4", "moco.queue=64", "moco.projector.hidden=16", "probe.online_samples=40"]
 ARCH = "mobilenetv3_small_050"
@@ -189,6 +190,34 @@ def test_sizes_that_the_network_cannot_take_are_found_before_training(beton: Pat
     assert status == 1
     assert "vit_tiny cannot take pictures of 30 px" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+    command = [
+        "pretrain",
+        "--arch",
+        "vit_tiny",
+        "--recipe",
+        "dino-vit_tiny-sslight",
+        "--device",
+        "cpu",
+        "--data",
+        beton,
+        "--out",
+        tmp_path / "run",
+    ]
+    small = ["train.batch_size=8", "dino.out=16", "dino.projector.hidden=16", "views.local_size=30"]
+    assert cli(*command, *(word for change in small for word in ("--set", change))) == 1
+    assert "pictures of 30 px" in (said := capsys.readouterr().err) and "change views.global_size, views.local_size or probe.size" in said
+
+
+def test_one_photo_in_each_class_is_a_run_without_a_probe(photo_tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    for number, photo in enumerate(sorted(photo_tree.rglob("*.jpg"))[:8]):
+        (tmp_path / "photos" / str(number)).mkdir(parents=True)
+        (tmp_path / "photos" / str(number) / "1.jpg").write_bytes(photo.read_bytes())
+    convert(tmp_path / "photos", tmp_path / "eight.beton", ConvertOptions(keep_size=True, short_side=None))
+    assert pretrain(tmp_path / "eight.beton", tmp_path / "run") == 0
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["probe"]["rows"] == []
+    convert(tmp_path / "photos", tmp_path / "one.beton", ConvertOptions(keep_size=True, short_side=None, limit=1))
+    assert pretrain(tmp_path / "one.beton", tmp_path / "other") == 1
+    assert "1 photos are fewer than one batch of 8; a batch has at least two" in capsys.readouterr().err
 
 
 def test_sigterm_ends_a_conversion_like_ctrl_c(tmp_path: Path, photo_tree: Path) -> None:

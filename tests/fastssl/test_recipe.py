@@ -188,6 +188,24 @@ def test_view_sampling_is_swept_from_the_command_line() -> None:
     assert load_recipe(name, {"views.preset": "baseline-cnn", "views.local_size": "112"}).views[2].size == 112
 
 
+def test_a_preset_comes_before_single_numbers_wherever_it_stands() -> None:
+    name = "dino-mobilenetv2-sslight"
+    for changes in ({"views.threshold": "0.2", "views.preset": "sslight-cnn"}, {"views.preset": "sslight-cnn", "views.threshold": "0.2"}):
+        assert load_recipe(name, changes).views.threshold == 0.2
+    assert load_recipe(name, {"views.local_count": "3", "views": "sslight-vit"}).views.local_count == 3
+
+
+def test_two_different_views_keep_their_own_augmentation_under_a_preset(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(
+        "arch: mobilenetv2\nviews:\n- {size: 32, count: 1, blur: 1.0, hue: 0.2}\n- {size: 32, count: 1, blur: 0.1, solarise: 0.2}\n"
+    )
+    before = load_recipe(str(mine)).views
+    first, second, local = load_recipe(str(mine), {"views.preset": "sslight-cnn"}).views
+    assert [(v.blur, v.solarise, v.hue) for v in (first, second, local)] == [(1.0, 0.0, 0.2), (0.1, 0.2, 0.1), (1.0, 0.0, 0.2)]
+    assert (before[0].hue, before[1].hue) == (first.hue, second.hue)
+
+
 def test_a_preset_by_name_in_a_file_takes_changes_and_another_preset(tmp_path: Path) -> None:
     mine = tmp_path / "mine.yaml"
     mine.write_text("arch: mobilenetv2\nmethod: dino\nviews: sslight-cnn\ntrain: {amp: off}\n")

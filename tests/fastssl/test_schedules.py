@@ -131,3 +131,13 @@ def test_weight_decay_follows_half_a_cosine() -> None:
 
     assert decay(0) == 0.04 and decay(100) == 0.4 and decay(50) == pytest.approx(0.22)
     assert decay(0, None) == decay(77, None) == 0.04
+
+
+@pytest.mark.parametrize(("epochs", "steps"), [(0.2, 6), (0.25, 6), (0.5, 5), (0.5, 1251), (1.3, 7), (3, 10)])
+def test_a_warm_up_of_a_fraction_of_an_epoch_ends_at_the_peak(epochs: float, steps: int) -> None:
+    run = {"total_steps": 10 * steps, "steps_per_epoch": steps, "warmup_epochs": epochs, "warmup_lr": 0.25}
+    rates = [schedules.learning_rate(step, peak=2.0, **run) for step in range(10 * steps)]
+    last = math.ceil(epochs * steps) - 1
+    assert max(rates) == rates[last] == 2.0
+    if last:
+        assert rates[: last + 1] == pytest.approx([0.25 + 1.75 * step / last for step in range(last + 1)])

@@ -13,6 +13,7 @@ import pytest
 import torch
 from processes import free_port, run_processes
 
+from fastssl.pipelines.beton import BetonReader
 from fastssl.pipelines.errors import FastSSLError, Interrupted
 from fastssl.recipe import load_recipe, parse_overrides
 from fastssl.train import Run, RunOptions, pretrain
@@ -132,3 +133,22 @@ def test_what_cannot_work_ends_all_processes_with_one_reason(beton: Path, tmp_pa
     found = together(beton, tmp_path / "run", processes=3)  # 8 samples a step are not shared out over 3
     assert found.returncode != 0 and time.monotonic() - started < 120
     assert "fastssl: batch of 8: 3 processes with train.accumulate=1 need equal parts" in found.stderr
+
+
+def skipping(data: str, out: str) -> int | None:
+    """A run over damaged photos that passes them over; how many it says it has left out."""
+    overrides = [f"arch={ARCH}", *SMALL, "train.on_bad=skip"]
+    options = RunOptions(recipe_name=RECIPE, data=Path(data), out=Path(out), device="cpu", workers=1)
+    summary = pretrain(load_recipe(RECIPE, parse_overrides(overrides)), options, Silent())
+    return summary and summary["skipped"]
+
+
+def test_damaged_photos_of_all_processes_are_counted(beton: Path, tmp_path: Path) -> None:
+    path, content = tmp_path / "damaged.beton", bytearray(beton.read_bytes())
+    with BetonReader(beton) as reader:
+        for sample in range(0, 48, 4):
+            start, size = int(reader.offsets[sample]), int(reader.sizes[sample])
+            content[start : start + size] = bytes(size)
+    path.write_bytes(content)
+    assert skipping(str(path), str(tmp_path / "one")) == 12
+    assert run_processes(skipping, 2, str(path), str(tmp_path / "two"), join=False) == [12, None]

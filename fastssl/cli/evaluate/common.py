@@ -95,8 +95,8 @@ def split_features(
 
     backbone = session.trained.backbone
     if reestimate_bn:
-        how = {"samples": reestimate_bn, "size": size, "seed": seed, "device": session.device, "workers": workers, "crop": crop}
-        backbone = reestimated(backbone, split.train, **how)
+        how = {"samples": reestimate_bn, "size": size, "seed": seed, "batch_size": batch_size, "indices": split.train_index}
+        backbone = reestimated(backbone, split.train, device=session.device, workers=workers, crop=crop, **how)
     kept = {"size": size, "crop": crop, "batch_size": batch_size, "workers": workers}
     parts = (("training photos", split.train, split.train_index), ("validation photos", split.val, split.val_index))
     return tuple(share_features(session, backbone, label, reader, index, **kept) for label, reader, index in parts)
