@@ -124,7 +124,7 @@ def fine_tune(
 
     Args:
         evaluation: name of the record's kind.
-        pick: split -> (int64 sample ids that keep their label, what the record says of them).
+        pick: split -> (int64 sample ids that keep their label, what the record says of them; ``labels`` is their share).
         epochs: share of the labels -> number of epochs.
     """
     from fastssl.evaluate.features import ProbeError
@@ -142,7 +142,7 @@ def fine_tune(
         if not len(chosen):
             raise ProbeError(f"{data}: no labelled photos to learn from")
         split = dataclasses.replace(split, train_index=chosen)
-        config = FinetuneConfig(optim, epochs(len(chosen) / available), batch_size, head_lr_factor, size, crop)
+        config = FinetuneConfig(optim, epochs(about["labels"]), batch_size, head_lr_factor, size, crop)
         network = _network(session, checkpoint, head, len(split.classes), from_scratch=from_scratch, seed=seed)
         amp = use_amp("auto", session.device)
         steps = len(chosen) // batch_size
