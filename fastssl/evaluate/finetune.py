@@ -17,14 +17,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
-from fastssl.backbones import feature_dim
 from fastssl.distributed import all_reduce_sum, average_gradients, broadcast_module, rank, world_size
+from fastssl.evaluate.classifier import Classifier
 from fastssl.evaluate.features import EVALUATION_CROP, ProbeError, collect, share, wilson_interval
 from fastssl.evaluate.photos import LabelledSplit
-from fastssl.heads import at_least_float32
 from fastssl.host_memory import keep_freed_memory
 from fastssl.optim import OptimConfig, create_optimizer, parameter_groups
 from fastssl.pipelines.crop import to_device
@@ -82,32 +81,6 @@ class FinetuneConfig:
     def test_view(self) -> ViewSpec:
         """The centre crop, bicubic."""
         return dataclasses.replace(ViewSpec.evaluation(self.size, self.crop), interpolation="bicubic")
-
-
-class Classifier(nn.Module):
-    """Backbone, layers kept of a head, and a new linear layer: images (N, 3, S, S) -> logits (N, C), at least float32.
-
-    The last layer is never computed in bfloat16: its 8 bits would make ties among a thousand classes.
-
-    Args:
-        backbone: images -> (N, F).
-        classes: C.
-        head: (N, F) -> (N, H) and H; None: the linear layer reads the feature itself.
-        seed: of the linear layer's first weights (torch's default for such layers).
-    """
-
-    def __init__(self, backbone: nn.Module, classes: int, head: tuple[nn.Module, int] | None = None, *, seed: int = 0):
-        super().__init__()
-        self.backbone = backbone
-        self.hidden, width = head if head is not None else (nn.Identity(), feature_dim(backbone))
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            self.linear = nn.Linear(width, classes)
-
-    def forward(self, images: Tensor) -> Tensor:
-        features = at_least_float32(self.hidden(self.backbone(images)))
-        with torch.autocast(images.device.type, enabled=False):
-            return self.linear(features)
 
 
 @dataclass(frozen=True)

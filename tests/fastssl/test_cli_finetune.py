@@ -8,16 +8,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from runs import finished_run
+from safetensors import safe_open
 
 from fastssl.cli import main
+from fastssl.evaluate.classifier import Classifier
 from fastssl.evaluate.few_labels import draw_labels
-from fastssl.evaluate.finetune import Classifier, FinetuneConfig, finetune
+from fastssl.evaluate.finetune import FinetuneConfig, finetune
 from fastssl.evaluate.photos import open_split
 from fastssl.evaluate.trained import load_trained
 from fastssl.pipelines.beton import side_path
 from fastssl.pipelines.convert import ConvertOptions, convert
+from fastssl.pipelines.loader import ViewLoader
 
 SMALL = ("--size", 32, "--device", "cpu", "--workers", 1)
 QUICK = (*SMALL, "--batch-size", 8, "--epochs", 1)
@@ -166,6 +170,24 @@ def test_from_scratch_is_the_same_network_with_other_weights(capsys, dino: Path,
     assert scratch["losses"] == again["losses"] and len({trained["losses"][0], scratch["losses"][0], other["losses"][0]}) == 3
 
 
+def test_the_network_is_written_for_timm(capsys, dino: Path, beton: Path, tmp_path: Path) -> None:
+    path = tmp_path / "colours.safetensors"
+    found = record(capsys, "finetune", dino, "--data", beton, "--val", beton, *QUICK, "--crop", "1", "--out", path)
+    network = timm.create_model("lcnet_035", num_classes=3, checkpoint_path=str(path)).eval()
+    view = FinetuneConfig(size=32, crop=1.0).test_view
+    with ViewLoader(beton, [view], 48, workers=1, shuffle=False) as loader, torch.no_grad():
+        (batch,) = loader.epoch(0)
+        assert 100 * float((network(batch.views[0]).argmax(1) == batch.label).double().mean()) == pytest.approx(found["accuracy"])
+    with safe_open(str(path), framework="pt") as file:
+        assert json.loads(file.metadata()["fastssl-classifier"])["classes"] == ["blue", "green", "red"]
+    # Of a list that lacks a class, the two that it has.
+    (tmp_path / "list.txt").write_text("".join(f"{n}\n" for n in (0, 1, 2, 3, 32, 33, 34, 35)))
+    record(capsys, "semi", dino, "--data", beton, "--val", beton, "--list", tmp_path / "list.txt", *QUICK, "--out", path)
+    with safe_open(str(path), framework="pt") as file:
+        assert json.loads(file.metadata()["fastssl-classifier"])["classes"] == ["blue", "red"]
+        assert file.get_slice("classifier.weight").get_shape()[0] == 2
+
+
 def test_one_line_says_what_came_out(capsys, dino: Path, beton: Path, tmp_path: Path) -> None:
     status, out, _ = run(capsys, "semi", dino, "--data", beton, "--val", beton, "--labels", "50%", *QUICK, "--json", tmp_path / "a.json")
     found = json.loads((tmp_path / "a.json").read_text())
@@ -218,6 +240,9 @@ def test_no_such_checkpoint(capsys, beton: Path, tmp_path: Path) -> None:
         ("finetune", "x", "--data", "y", "--optimizer", "lars"),
         ("finetune", "x", "--data", "y", "--head-lr-factor", "0"),
         ("finetune", "x", "--data", "y", "--weight-decay", "inf"),
+        ("finetune", "x", "--data", "y", "--out", "a.pt"),
+        ("finetune", "x", "--data", "y", "--out", "no-such-folder/a.safetensors"),
+        ("finetune", "x", "--data", "y", "--out", "a.safetensors", "--head", "dino"),
         ("finetune", "x"),
     ],
 )

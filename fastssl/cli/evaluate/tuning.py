@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fastssl.cli.common import finite, json_option, progress_bar
+from fastssl.cli.common import SomePath, finite, json_option, progress_bar
 from fastssl.cli.evaluate.common import (
     checkpoint_argument,
     crop_option,
@@ -28,7 +28,8 @@ from fastssl.cli.evaluate.common import (
 if TYPE_CHECKING:
     import numpy as np
 
-    from fastssl.evaluate.finetune import Classifier, FinetuneConfig, FinetuneResult
+    from fastssl.evaluate.classifier import Classifier
+    from fastssl.evaluate.finetune import FinetuneConfig, FinetuneResult
     from fastssl.evaluate.photos import LabelledSplit
     from fastssl.evaluate.session import Session
     from fastssl.optim import OptimConfig
@@ -83,6 +84,26 @@ scratch_option = click.option(
     "--from-scratch", is_flag=True, help="The same network with random weights: what pre-training has to be compared with."
 )
 
+
+def _check_out(ctx: click.Context, param: click.Parameter, value: Path | None) -> Path | None:
+    """Refuse before the work what could not be written behind it."""
+    if value is None:
+        return None
+    if value.suffix != ".safetensors" or value.is_dir():
+        raise click.BadParameter(f"{value}: the file's name ends in .safetensors", ctx, param)
+    if not value.parent.is_dir():
+        raise click.BadParameter(f"{value.parent}: no such folder; create it first", ctx, param)
+    return value
+
+
+out_option = click.option(
+    "--out",
+    type=SomePath(),
+    metavar="FILE.safetensors",
+    callback=_check_out,
+    help="Write the network of the last epoch as timm reads it (create_model's checkpoint_path).",
+)
+
 #: Of both commands, around their own.
 BEFORE = (checkpoint_argument, which_option, data_option, val_option)
 AFTER = (
@@ -95,6 +116,7 @@ AFTER = (
     device_option,
     workers_option,
     seed_option,
+    out_option,
     json_option,
 )
 
@@ -118,6 +140,7 @@ def fine_tune(
     device: str,
     workers: int | None,
     seed: int,
+    out: Path | None,
     json_path: str | None,
 ) -> None:
     """Open checkpoint and photos, fine-tune, say and write what came out.
@@ -127,6 +150,7 @@ def fine_tune(
         pick: split -> (int64 sample ids that keep their label, what the record says of them; ``labels`` is their share).
         epochs: share of the labels -> number of epochs.
     """
+    from fastssl.evaluate.classifier import save_classifier, timm_classifier_name
     from fastssl.evaluate.features import ProbeError
     from fastssl.evaluate.finetune import FinetuneConfig, finetune
     from fastssl.evaluate.half_head import run_file
@@ -134,6 +158,8 @@ def fine_tune(
     from fastssl.evaluate.session import open_session
     from fastssl.step import use_amp
 
+    if out is not None and head != "linear":
+        raise click.UsageError("--out writes timm's network, which has no place for the layers of a DINO head; it goes with --head linear")
     if head == "dino":
         checkpoint = run_file(checkpoint)  # backbone and head of one moment
     with open_session(checkpoint, which=which, device=device) as session, open_split(data, val, seed=seed, workers=workers) as split:
@@ -141,6 +167,8 @@ def fine_tune(
         chosen, about = pick(split)
         if not len(chosen):
             raise ProbeError(f"{data}: no labelled photos to learn from")
+        if out is not None:
+            timm_classifier_name(session.trained.arch)  # better said now than behind the work
         split = dataclasses.replace(split, train_index=chosen)
         config = FinetuneConfig(optim, epochs(about["labels"]), batch_size, head_lr_factor, size, crop)
         network = _network(session, checkpoint, head, len(split.classes), from_scratch=from_scratch, seed=seed)
@@ -158,6 +186,10 @@ def fine_tune(
             **_protocol(config),
             **dataclasses.asdict(result),
         )
+        if out is not None and session.is_main:
+            names = split.train.classes or [str(label) for label in range(int(split.train.labels.max()) + 1)]
+            classes = [names[label] for label in split.classes.tolist()]
+            save_classifier(network, out, arch=session.trained.arch, classes=classes, view=config.test_view)
         finish(session, _line(session, result, available), record, json_path)
 
 
@@ -165,7 +197,7 @@ def _network(session: Session, checkpoint: Path, head: str, classes: int, *, fro
     import torch
 
     from fastssl.backbones import create_backbone
-    from fastssl.evaluate.finetune import Classifier
+    from fastssl.evaluate.classifier import Classifier
     from fastssl.evaluate.half_head import load_half_head
 
     with torch.random.fork_rng(devices=[]):
