@@ -59,11 +59,11 @@ def draw_labels(labels: np.ndarray, share: float, seed: int) -> np.ndarray:
         raise ProbeError(f"the share of labels must lie above 0 and not above 1, got {share}")
     labels = np.asarray(labels)
     order = epoch_order(len(labels), seed, 0)
-    drawn = []
-    for label in np.unique(labels):
-        members = order[labels[order] == label]
-        drawn.append(members[: max(1, round(share * len(members)))])
-    return np.sort(np.concatenate(drawn)) if drawn else np.zeros(0, np.int64)
+    # Class by class, each in the drawn order: one sort, where a thousand classes would be a thousand searches.
+    by_class = order[np.argsort(labels[order], kind="stable")]
+    _, first, count = np.unique(labels[by_class], return_index=True, return_counts=True)
+    kept = [by_class[start : start + max(1, round(share * size))] for start, size in zip(first.tolist(), count.tolist())]
+    return np.sort(np.concatenate([np.zeros(0, np.int64), *kept]))
 
 
 # ---------------------------------------------------------------------- lists
