@@ -66,6 +66,12 @@ def test_a_head_of_one_layer_leaves_nothing(tmp_path: Path) -> None:
         load_half_head(run_file(run))
 
 
+def test_a_head_without_batchnorm(tmp_path: Path) -> None:
+    """As of a vision transformer's recipe."""
+    run = finished_run(tmp_path, "dino-mobilenetv2-sslight", {"dino.projector.norm": "false"}, steps=0)
+    assert [type(layer) for layer in load_half_head(run_file(run))[0]] == [nn.Linear, nn.GELU] * 2
+
+
 def test_tensors_that_do_not_fit(run: Path, tmp_path: Path) -> None:
     state = load_checkpoint(run_file(run))
     state["config"]["dino"]["projector"]["hidden"] = 24

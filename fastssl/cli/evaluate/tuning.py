@@ -187,8 +187,8 @@ def fine_tune(
             **dataclasses.asdict(result),
         )
         if out is not None and session.is_main:
-            names = split.train.classes or [str(label) for label in range(int(split.train.labels.max()) + 1)]
-            classes = [names[label] for label in split.classes.tolist()]
+            names = split.train.classes or []
+            classes = [names[label] if label < len(names) else str(label) for label in split.classes.tolist()]
             save_classifier(network, out, arch=session.trained.arch, classes=classes, view=config.test_view)
         finish(session, _line(session, result, available), record, json_path)
 
