@@ -48,7 +48,7 @@ def plain_optimizer(model: nn.Module, config: OptimConfig, lr: float) -> torch.o
     if config.name == "lars":
         return PlainLARS(groups, lr, config.momentum, config.trust)
     if config.name == "sgd":
-        return torch.optim.SGD(groups, lr=lr, momentum=config.momentum, foreach=False, fused=False)
+        return torch.optim.SGD(groups, lr=lr, momentum=config.momentum, nesterov=config.nesterov, foreach=False, fused=False)
     return torch.optim.AdamW(groups, lr=lr, foreach=False, fused=False)
 
 

@@ -14,10 +14,11 @@ class OptimConfig:
     """Optimiser and learning-rate schedule.
 
     Attributes:
-        name: ``sgd`` (momentum, no Nesterov), ``adamw`` or ``lars``.
+        name: ``sgd``, ``adamw`` or ``lars``.
         lr: peak rate at ``lr_batch`` samples a step; scaled linearly with the batch.
         lr_batch: 256 by convention; 0: ``lr`` is taken as it is.
         momentum: of SGD and LARS.
+        nesterov: of SGD: look ahead along the momentum (Sutskever et al. 2013), in torch's form.
         trust: of LARS: the step of a tensor as a share of its norm, before the rate.
         weight_decay: on every tensor but those that the next two leave out.
         decay_1d: also on 1-D tensors (biases, norms): MoCo's code decays everything; most recipes for small networks do not.
@@ -33,6 +34,7 @@ class OptimConfig:
     lr: float = 0.03
     lr_batch: int = 256
     momentum: float = 0.9
+    nesterov: bool = False
     trust: float = 0.001
     weight_decay: float = 1e-4
     decay_1d: bool = True
@@ -54,6 +56,8 @@ class OptimConfig:
             raise ValueError("optim.warmup_lr needs warmup_epochs, and a rate that changes every step (per_epoch: false)")
         if not 0 <= self.momentum < 1:
             raise ValueError(f"optim.momentum must lie in 0..1 (1 excluded), got {self.momentum}")
+        if self.nesterov and (self.name != "sgd" or not self.momentum):
+            raise ValueError("optim.nesterov needs optim.name: sgd with momentum")
         if self.trust <= 0:
             raise ValueError(f"optim.trust must be positive, got {self.trust}")
 
@@ -127,11 +131,15 @@ class LARS(torch.optim.Optimizer):
                 torch._foreach_add_(parameters, buffers, alpha=-group["lr"])
 
 
-def create_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """The optimiser over ``model``'s trainable parameters, in the form that takes all tensors together."""
-    groups = parameter_groups(model, config)
+def create_optimizer(model: nn.Module, config: OptimConfig, groups: list[dict] | None = None) -> torch.optim.Optimizer:
+    """The optimiser over ``model``'s trainable parameters, in the form that takes all tensors together.
+
+    Args:
+        groups: of these parameters, where something shall differ between them that ``parameter_groups(model, config)`` does not part.
+    """
+    groups = parameter_groups(model, config) if groups is None else groups
     if config.name == "sgd":
-        optimizer = torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, fused=True)
+        optimizer = torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=True)
         if config.momentum:
             # torch makes the buffers at the first step, for all parameters or none: a layer that is frozen then could never begin to move. From zero the
             # first step is the same.

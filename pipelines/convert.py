@@ -154,6 +154,12 @@ class Encoded(NamedTuple):
     crc32: int
 
 
+def chosen_photos(count: int, limit: int | None) -> np.ndarray:
+    """Which of a listing's ``count`` photos are converted: all, or ``limit`` of them, evenly spaced. Ascending int64 positions."""
+    total = count if limit is None else min(limit, count)
+    return np.arange(total) * count // max(1, total)
+
+
 def rejects_path(dst: str | os.PathLike) -> Path:
     """Where the rejected photos of a conversion to ``dst`` are listed."""
     return Path(f"{os.fspath(dst)}.rejects.jsonl")
@@ -299,8 +305,8 @@ class _Conversion:
 
     def __init__(self, listing: Listing, dst: Path, partial: Path, options: ConvertOptions):
         self.listing, self.dst, self.partial, self.options = listing, dst, partial, options
-        total = len(listing) if options.limit is None else min(options.limit, len(listing))
-        self.chosen = np.arange(total) * len(listing) // total
+        self.chosen = chosen_photos(len(listing), options.limit)
+        total = len(self.chosen)
         self.journal_path = Path(f"{partial}.journal")
         self._journal: BinaryIO | None = None
         self._unsaved: list[str] = []

@@ -43,6 +43,15 @@ def _linear(record: Record) -> list[Figure]:
     return [Figure("linear probe, fast", record["accuracy"], tuple(record["confidence"]))]
 
 
+def _semi(record: Record) -> list[Figure]:
+    how = f"fine-tuned, {record['labels']:.3g} of the labels" + (", half of the DINO head" if record["head"] == "dino" else "")
+    return [Figure(how, record["accuracy"], tuple(record["confidence"]))]
+
+
+def _finetune(record: Record) -> list[Figure]:
+    return _semi(record) if record["labels"] < 1 else [Figure("fine-tuned, all labels", record["accuracy"], tuple(record["confidence"]))]
+
+
 #: What of a record of each kind stands in the table.
 FIGURES: dict[str, Callable[[Record], list[Figure]]] = {"knn": _knn, "linear": _linear}
 

@@ -25,10 +25,11 @@ def gradients(model: nn.Module, seed: int) -> None:
 
 
 @pytest.mark.parametrize("decay_1d", [True, False])
-@pytest.mark.parametrize("name", ["sgd", "adamw", "lars"])
+@pytest.mark.parametrize("name", ["sgd", "sgd nesterov", "adamw", "lars"])
 @pytest.mark.parametrize("on_device", [False, True])
 def test_all_tensors_together_make_the_steps_of_the_loop(name: str, decay_1d: bool, on_device: bool) -> None:
-    config = OptimConfig(name=name, lr=0.3, weight_decay=0.05, decay_1d=decay_1d)
+    kind, *nesterov = name.split()
+    config = OptimConfig(name=kind, lr=0.3, weight_decay=0.05, decay_1d=decay_1d, nesterov=bool(nesterov))
     ours = network()
     theirs = copy.deepcopy(ours)
     fast, plain = create_optimizer(ours, config), plain_optimizer(theirs, config, 0.3)
@@ -57,6 +58,27 @@ def test_a_lars_step_is_a_share_of_the_tensors_norm() -> None:
     bias.grad, weight.grad = torch.full_like(bias, 0.5), None
     optimizer.step()
     torch.testing.assert_close(bias, torch.zeros(4) + 1.0 - 2.0 * 0.5)  # one dimension: no trust ratio
+
+
+def test_nesterov_by_hand_from_the_first_step() -> None:
+    weight = nn.Parameter(torch.tensor([1.0]))
+    model = nn.Module()
+    model.weight = weight
+    optimizer = create_optimizer(model, OptimConfig(name="sgd", momentum=0.9, nesterov=True, weight_decay=0.0))
+    set_lr(optimizer, 0.1)
+    value, buffer = 1.0, 0.0
+    for gradient in (2.0, -1.0, 0.5):
+        weight.grad = torch.tensor([gradient])
+        optimizer.step()
+        buffer = 0.9 * buffer + gradient
+        value -= 0.1 * (gradient + 0.9 * buffer)
+        assert weight.item() == pytest.approx(value, rel=1e-6)
+
+
+@pytest.mark.parametrize("settings", [{"name": "adamw"}, {"name": "lars"}, {"momentum": 0.0}])
+def test_nesterov_is_of_sgd_with_momentum(settings: dict) -> None:
+    with pytest.raises(ValueError, match=r"optim\.nesterov"):
+        OptimConfig(nesterov=True, **settings)
 
 
 def test_a_zero_tensor_and_a_zero_gradient_leave_lars_finite() -> None:

@@ -9,6 +9,8 @@ from fastssl.cli.lazy import LazyCommand, LazyGroup
 EVALUATIONS = {
     "knn": LazyCommand("fastssl.cli.evaluate.knn", "knn", "Nearest neighbours vote; nothing is trained."),
     "linear": LazyCommand("fastssl.cli.evaluate.linear", "linear", "A linear classifier on frozen features."),
+    "semi": LazyCommand("fastssl.cli.evaluate.semi", "semi", "The whole network fine-tuned with few of the labels."),
+    "finetune": LazyCommand("fastssl.cli.evaluate.finetune", "finetune", "The whole network fine-tuned on a data set of its own."),
     "compare": LazyCommand("fastssl.cli.evaluate.compare", "compare", "Several evaluations side by side."),
 }
 

@@ -1,0 +1,241 @@
+"""What ``semi`` and ``finetune`` share: their options, and the way from a checkpoint to a record."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from fastssl.cli.common import SomePath, finite, json_option, progress_bar
+from fastssl.cli.evaluate.common import (
+    checkpoint_argument,
+    crop_option,
+    data_option,
+    device_option,
+    finish,
+    percent,
+    seed_option,
+    size_option,
+    val_option,
+    which_option,
+    workers_option,
+)
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from fastssl.evaluate.classifier import Classifier
+    from fastssl.evaluate.finetune import FinetuneConfig, FinetuneResult
+    from fastssl.evaluate.photos import LabelledSplit
+    from fastssl.evaluate.session import Session
+    from fastssl.optim import OptimConfig
+
+
+class ShareOfLabels(click.ParamType):
+    """``1%`` or ``0.01`` -> 0.01."""
+
+    name = "share"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        from fastssl.evaluate.few_labels import parse_share
+        from fastssl.pipelines.errors import FastSSLError
+
+        if isinstance(value, float):
+            return value
+        try:
+            return parse_share(value)
+        except FastSSLError as error:
+            self.fail(str(error), param, ctx)
+
+
+labels_option = click.option(
+    "--labels", type=ShareOfLabels(), metavar="SHARE", help="Share of each class's labels to learn from, drawn by --seed: 1%, 10%, 0.05."
+)
+head_option = click.option(
+    "--head",
+    type=click.Choice(["linear", "dino"]),
+    default="linear",
+    show_default=True,
+    help="What stands on the backbone: a new linear layer; or the hidden layers of the run's DINO head, then a new linear layer.",
+)
+
+
+def optional_finite(ctx: click.Context, param: click.Parameter, value: float | None) -> float | None:
+    """``finite`` for an option that may be left out."""
+    return None if value is None else finite(ctx, param, value)
+
+
+factor_option = click.option(
+    "--head-lr-factor",
+    type=click.FloatRange(min=0, min_open=True),
+    default=1.0,
+    show_default=True,
+    callback=finite,
+    help="The head's rate in units of the backbone's.",
+)
+batch_option = click.option(
+    "--batch-size", type=click.IntRange(min=2), default=256, show_default=True, help="Photos a step, of all processes together."
+)
+scratch_option = click.option(
+    "--from-scratch", is_flag=True, help="The same network with random weights: what pre-training has to be compared with."
+)
+
+
+def _check_out(ctx: click.Context, param: click.Parameter, value: Path | None) -> Path | None:
+    """Refuse before the work what could not be written behind it."""
+    if value is None:
+        return None
+    if value.suffix != ".safetensors" or value.is_dir():
+        raise click.BadParameter(f"{value}: the file's name ends in .safetensors", ctx, param)
+    if not value.parent.is_dir():
+        raise click.BadParameter(f"{value.parent}: no such folder; create it first", ctx, param)
+    return value
+
+
+out_option = click.option(
+    "--out",
+    type=SomePath(),
+    metavar="FILE.safetensors",
+    callback=_check_out,
+    help="Write the network of the last epoch as timm reads it (create_model's checkpoint_path).",
+)
+
+#: Of both commands, around their own.
+BEFORE = (checkpoint_argument, which_option, data_option, val_option)
+AFTER = (
+    head_option,
+    batch_option,
+    factor_option,
+    scratch_option,
+    size_option,
+    crop_option,
+    device_option,
+    workers_option,
+    seed_option,
+    out_option,
+    json_option,
+)
+
+
+def fine_tune(
+    evaluation: str,
+    *,
+    pick: Callable[[LabelledSplit], tuple[np.ndarray, dict[str, Any]]],
+    epochs: Callable[[float], int],
+    optim: OptimConfig,
+    checkpoint: Path,
+    which: str | None,
+    data: Path,
+    val: Path | None,
+    head: str,
+    batch_size: int,
+    head_lr_factor: float,
+    from_scratch: bool,
+    size: int,
+    crop: float,
+    device: str,
+    workers: int | None,
+    seed: int,
+    out: Path | None,
+    json_path: str | None,
+) -> None:
+    """Open checkpoint and photos, fine-tune, say and write what came out.
+
+    Args:
+        evaluation: name of the record's kind.
+        pick: split -> (int64 sample ids that keep their label, what the record says of them; ``labels`` is their share).
+        epochs: share of the labels -> number of epochs.
+    """
+    from fastssl.evaluate.classifier import save_classifier, timm_classifier_name
+    from fastssl.evaluate.features import ProbeError
+    from fastssl.evaluate.finetune import FinetuneConfig, finetune
+    from fastssl.evaluate.half_head import run_file
+    from fastssl.evaluate.photos import open_split
+    from fastssl.evaluate.session import open_session
+    from fastssl.step import use_amp
+
+    if out is not None and head != "linear":
+        raise click.UsageError("--out writes timm's network, which has no place for the layers of a DINO head; it goes with --head linear")
+    if head == "dino":
+        checkpoint = run_file(checkpoint)  # backbone and head of one moment
+    with open_session(checkpoint, which=which, device=device) as session, open_split(data, val, seed=seed, workers=workers) as split:
+        available = len(split.train_index)
+        chosen, about = pick(split)
+        if not len(chosen):
+            raise ProbeError(f"{data}: no labelled photos to learn from")
+        if out is not None:
+            timm_classifier_name(session.trained.arch)  # better said now than behind the work
+        split = dataclasses.replace(split, train_index=chosen)
+        config = FinetuneConfig(optim, epochs(about["labels"]), batch_size, head_lr_factor, size, crop)
+        network = _network(session, checkpoint, head, len(split.classes), from_scratch=from_scratch, seed=seed)
+        amp = use_amp("auto", session.device)
+        steps = len(chosen) // batch_size
+        with progress_bar(f"{config.epochs} epochs", config.epochs * steps * batch_size) if session.is_main else nullcontext() as advance:
+            result = finetune(network, split, config, device=session.device, amp=amp, seed=seed, workers=workers, progress=advance)
+        record = session.record(
+            evaluation,
+            **{**split.record(), **about},
+            head=head,
+            from_scratch=from_scratch,
+            seed=seed,
+            bfloat16=amp,
+            **_protocol(config),
+            **dataclasses.asdict(result),
+        )
+        if out is not None and session.is_main:
+            names = split.train.classes or []
+            classes = [names[label] if label < len(names) else str(label) for label in split.classes.tolist()]
+            save_classifier(network, out, arch=session.trained.arch, classes=classes, view=config.test_view)
+        finish(session, _line(session, result, available), record, json_path)
+
+
+def _network(session: Session, checkpoint: Path, head: str, classes: int, *, from_scratch: bool, seed: int) -> Classifier:
+    import torch
+
+    from fastssl.backbones import create_backbone
+    from fastssl.evaluate.classifier import Classifier
+    from fastssl.evaluate.half_head import load_half_head
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if from_scratch:
+            backbone = create_backbone(session.trained.arch)
+            session.trained = dataclasses.replace(session.trained, backbone=backbone, network="random", step=None)
+        source = "student" if from_scratch else session.trained.network
+        hidden = load_half_head(checkpoint, source, fresh=from_scratch) if head == "dino" else None
+    return Classifier(session.trained.backbone, classes, hidden, seed=seed)
+
+
+def _protocol(config: FinetuneConfig) -> dict[str, Any]:
+    optim = config.optim
+    return {
+        "optimizer": optim.name,
+        "lr": optim.lr,
+        "lr_batch": optim.lr_batch,
+        "peak_lr": optim.peak_lr(config.batch_size),
+        "final_lr": optim.final_lr,
+        "momentum": optim.momentum if optim.name == "sgd" else None,
+        "nesterov": optim.nesterov,
+        "weight_decay": optim.weight_decay,
+        "head_lr_factor": config.head_lr_factor,
+        "epochs": config.epochs,
+        "batch_size": config.batch_size,
+        "size": config.size,
+        "crop": config.crop,
+    }
+
+
+def _line(session: Session, result: FinetuneResult, available: int) -> str:
+    name = "random weights" if session.trained.network == "random" else session.trained.network
+    of_labels = f"{result.train_samples:,} of {available:,} labels" if result.train_samples < available else f"{available:,} labels"
+    line = f"fine-tuned {name}, {of_labels}, {result.classes} classes: {percent(result.accuracy, result.confidence)} of {result.val_samples:,} photos"
+    if result.top5 is not None:
+        line += f", top-5 {result.top5:.2f} %"
+    line += f"; best epoch {result.best_epoch} of {len(result.accuracies)}: {result.best_accuracy:.2f} %"
+    if result.unseen:
+        line += f"; {result.unseen:,} photos are of classes without a label, and count as wrong"
+    return line

@@ -1,0 +1,306 @@
+"""Fine-tuning: a new classifier on a backbone, both trained with labels, judged after every epoch.
+
+    photo -> random resized crop (0.08 to 1 of its area, bicubic), flip -> backbone in training mode -> [half of a DINO head] -> Linear -> cross-entropy
+    photo to be judged on -> bicubic centre crop (224 of 256) -> the same in evaluation mode
+
+It is what the semi-supervised figures (1 % and 10 % of the labels) and the transfer to another data set are measured by. Protocol of SSLight (Tan et al., arXiv
+2210.02808): SGD with Nesterov momentum 0.9 without weight decay, rate 0.03 for 256 photos, half a cosine to 1e-6 that changes once an epoch, no warm-up, BatchNorm
+in training mode over all processes. Crops, order and first weights are functions of the seed: a run repeats bit for bit on a CPU, and several processes
+make the steps of one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from fastssl.distributed import all_reduce_sum, average_gradients, broadcast_module, rank, world_size
+from fastssl.evaluate.classifier import Classifier
+from fastssl.evaluate.features import EVALUATION_CROP, ProbeError, collect, share, wilson_interval
+from fastssl.evaluate.photos import LabelledSplit
+from fastssl.host_memory import keep_freed_memory
+from fastssl.optim import OptimConfig, create_optimizer, parameter_groups
+from fastssl.pipelines.crop import to_device
+from fastssl.pipelines.loader import Batch, ViewLoader
+from fastssl.pipelines.plan import ViewSpec
+from fastssl.schedules import learning_rate
+from fastssl.sync_batchnorm import synchronise_batchnorm
+
+#: The published optimiser of the semi-supervised figures.
+SSLIGHT_OPTIM = OptimConfig(
+    name="sgd", lr=0.03, momentum=0.9, nesterov=True, weight_decay=0.0, decay_1d=False, final_lr=1e-6, per_epoch=True
+)
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """How to fine-tune.
+
+    Attributes:
+        optim: optimiser and schedule; the rate is for 256 photos and scales with the batch.
+        epochs: passes over the labelled photos.
+        batch_size: photos a step, of all processes together.
+        head_lr_factor: the head's rate in units of the backbone's.
+        size: pixels of both views.
+        crop: share of the short side that the centre crop shows.
+    """
+
+    optim: OptimConfig = SSLIGHT_OPTIM
+    epochs: int = 30
+    batch_size: int = 256
+    head_lr_factor: float = 1.0
+    size: int = 224
+    crop: float = EVALUATION_CROP
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1:
+            raise ProbeError(f"fine-tuning takes at least one epoch, got {self.epochs}")
+        if not 0 < self.head_lr_factor < math.inf:
+            raise ProbeError(f"the head's factor of the learning rate must be positive, got {self.head_lr_factor}")
+        if not self.optim.per_epoch or self.optim.warmup_lr is not None or self.optim.final_weight_decay is not None:
+            raise ProbeError("fine-tuning changes its rate once an epoch, without warmup_lr, and keeps its weight decay")
+
+    def lr(self, epoch: int) -> float:
+        """The backbone's rate in ``epoch`` (0 .. epochs; at ``epochs``, one past the last, the schedule has arrived)."""
+        optim = self.optim
+        schedule = {"peak": optim.peak_lr(self.batch_size), "final": optim.final_lr, "warmup_epochs": optim.warmup_epochs}
+        return learning_rate(epoch, total_steps=self.epochs, steps_per_epoch=1, per_epoch=True, **schedule)
+
+    @property
+    def train_view(self) -> ViewSpec:
+        """Random resized crop and flip, no colour: torchvision's defaults for classification, bicubic."""
+        return ViewSpec(size=self.size, area=(0.08, 1.0), interpolation="bicubic", flip=0.5, jitter=0.0, grey=0.0, blur=0.0)
+
+    @property
+    def test_view(self) -> ViewSpec:
+        """The centre crop, bicubic."""
+        return dataclasses.replace(ViewSpec.evaluation(self.size, self.crop), interpolation="bicubic")
+
+
+@dataclass(frozen=True)
+class FinetuneResult:
+    """What came out.
+
+    Attributes:
+        accuracy, top5: of the last epoch, percent; top5 is None with five classes or fewer, of which it would say nothing.
+        confidence, top5_confidence: their 95 % intervals, percent.
+        best_accuracy, best_confidence, best_top5, best_epoch: of the epoch (from 1) that was best on the photos judged on, which is how papers report
+            it: slightly optimistic, because it was chosen by them.
+        accuracies: by epoch. losses, train_accuracies: mean cross-entropy and top-1 over the epoch's training views, while the network was changing.
+        learning_rates: of the backbone, by epoch.
+        unseen: photos judged on of a class that the labelled ones do not have; they count as wrong.
+        steps_per_epoch: whole batches; what is left over is passed over, another part in every epoch.
+    """
+
+    accuracy: float
+    confidence: tuple[float, float]
+    top5: float | None
+    top5_confidence: tuple[float, float] | None
+    best_accuracy: float
+    best_confidence: tuple[float, float]
+    best_top5: float | None
+    best_epoch: int
+    accuracies: list[float]
+    losses: list[float]
+    train_accuracies: list[float]
+    learning_rates: list[float]
+    train_samples: int
+    val_samples: int
+    classes: int
+    unseen: int
+    steps_per_epoch: int
+
+
+def finetune(
+    network: Classifier,
+    split: LabelledSplit,
+    config: FinetuneConfig,
+    *,
+    device: torch.device,
+    amp: bool = False,
+    seed: int = 0,
+    workers: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> FinetuneResult:
+    """Train ``network``, all of it, on the first part of ``split``; judge it on the second after every epoch. All processes get the result.
+
+    Args:
+        network: with an output for each of ``split.classes``; changed in place, moved to ``device``, in evaluation mode afterwards.
+        amp: bfloat16 autocast, all but the last layer.
+        seed: of the order of photos and of their crops.
+        workers: decoding threads.
+        progress: called with the number of photos (of all processes) trained on so far.
+
+    Raises:
+        FastSSLError: fewer photos than a batch, one class alone, a size that the network cannot take, or a loss that is no longer finite.
+    """
+    classes = len(split.classes)
+    own = _own_batch(config.batch_size, len(split.train_index))
+    if classes < 2:
+        raise ProbeError(f"{split.train.path}: the labelled photos are of one class only; a classifier needs at least two")
+    if device.type == "cpu":
+        keep_freed_memory()
+    else:
+        torch.backends.cudnn.benchmark = True  # every step has the same shapes
+    network.to(device, memory_format=torch.channels_last)
+    _check_size(network, config.size, device)
+    broadcast_module(network)
+    if world_size() > 1:
+        synchronise_batchnorm(network, device)
+    tuner = _Tuner(network, split, config, device=device, amp=amp, workers=workers)
+    loader = ViewLoader(
+        split.train,
+        [config.train_view],
+        own,
+        device,
+        seed=seed,
+        workers=workers,
+        rank=rank(),
+        world=world_size(),
+        indices=split.train_index,
+        dtype=tuner.dtype,
+    )
+    losses, train_accuracies, counts, rates = [], [], [], []
+    with loader:
+        for epoch in range(config.epochs):
+            rates.append(config.lr(epoch))
+            network.train()
+            loss, train_accuracy = tuner.epoch(loader, epoch, rates[-1], progress)
+            if not math.isfinite(loss):
+                raise ProbeError(f"fine-tuning has diverged: the loss is {loss} in epoch {epoch + 1} of {config.epochs}; lower --lr")
+            losses.append(loss)
+            train_accuracies.append(100 * train_accuracy)
+            counts.append(tuner.count_correct())
+    return _result(split, counts, len(loader), accuracies=(losses, train_accuracies, rates))
+
+
+class _Tuner:
+    """The parts of a step: network, optimiser, targets."""
+
+    def __init__(
+        self, network: Classifier, split: LabelledSplit, config: FinetuneConfig, *, device: torch.device, amp: bool, workers: int | None
+    ):
+        self.network, self.split, self.config, self.device, self.amp, self.workers = network, split, config, device, amp, workers
+        self.targets = split.targets(split.train.labels)
+        parts = ((network.backbone, 1.0), (network.hidden, config.head_lr_factor), (network.linear, config.head_lr_factor))
+        groups = [
+            {**group, "lr_factor": factor} for part, factor in parts for group in parameter_groups(part, config.optim) if group["params"]
+        ]
+        self.optimizer = create_optimizer(network, config.optim, groups)
+        self.parameters = [parameter for group in groups for parameter in group["params"]]
+        # Views in the type that the first layer reads, so that no pass casts them again.
+        self.dtype = torch.bfloat16 if amp else network.linear.weight.dtype
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp)
+
+    def epoch(self, loader: ViewLoader, epoch: int, lr: float, progress: Callable[[int], None] | None) -> tuple[float, float]:
+        """One pass over the labelled photos: (mean loss, share right). The device's numbers are read once, at its end."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group["lr_factor"]
+        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+        whole = self.config.batch_size
+        for step, batch in enumerate(loader.epoch(epoch)):
+            sums += self.step(batch)
+            if progress is not None:
+                progress((epoch * len(loader) + step + 1) * whole)
+        loss, right = (all_reduce_sum(sums) / (len(loader) * whole)).tolist()
+        return loss, right
+
+    def step(self, batch: Batch) -> Tensor:
+        """Forward, backward, mean gradient of all processes, optimiser; (2,) float64 on the device: summed loss and number right of this process."""
+        targets = to_device(self.targets[batch.index.numpy()], self.device)
+        with self.autocast():
+            logits = self.network(batch.views[0])
+        loss = functional.cross_entropy(logits, targets)
+        loss.backward()
+        average_gradients(self.parameters)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            return torch.stack([loss.double() * len(targets), (logits.argmax(1) == targets).sum().double()])
+
+    def count_correct(self) -> tuple[int, int]:
+        """In evaluation mode, over all photos to be judged on: how many have their class first, and among the first five."""
+        split, config, best = self.split, self.config, min(5, self.network.linear.out_features)
+        self.network.eval()
+        mine = share(split.val_index)
+        right = torch.zeros(2, dtype=torch.int64)
+        if len(mine):
+
+            def guesses(images: Tensor) -> Tensor:
+                with self.autocast():
+                    logits = self.network(images.to(self.dtype))
+                return logits.topk(best, dim=1).indices  # float32 holds them exactly
+
+            found = collect(
+                guesses, split.val, config.test_view, mine, config.batch_size, device=self.device, workers=self.workers, on_bad="fail"
+            )
+            hits = found.features.long() == torch.from_numpy(split.targets(found.labels.numpy()))[:, None]
+            right[0], right[1] = hits[:, 0].sum(), hits.sum()
+        first, five = all_reduce_sum(right).tolist()
+        return first, five
+
+
+def _own_batch(batch: int, photos: int) -> int:
+    """This process's share of a batch; refuses one that cannot be dealt out, or that there are too few photos for."""
+    world = world_size()
+    if batch < 2 or batch % world:
+        wanted = "at least 2 photos" if batch < 2 else f"a multiple of the {world} processes"
+        raise ProbeError(f"a batch of {batch}: must be {wanted}; --batch-size changes it")
+    if photos < batch:
+        largest = photos - photos % world
+        if largest < 2:
+            raise ProbeError(f"{photos} labelled photos are too few to train on with {world} process{'es' if world > 1 else ''}")
+        raise ProbeError(
+            f"{photos:,} labelled photos are fewer than one batch of {batch:,}; the largest that works is --batch-size {largest}"
+        )
+    return batch // world
+
+
+@torch.no_grad()
+def _check_size(network: Classifier, size: int, device: torch.device) -> None:
+    """Show the network one black picture: better now than behind a first epoch."""
+    picture = torch.zeros(1, 3, size, size, device=device, dtype=network.linear.weight.dtype)
+    try:
+        logits = network.eval()(picture)
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise ProbeError(f"the network cannot take pictures of {size} px ({' '.join(str(error).split())[:200]}): change --size") from error
+    if not torch.isfinite(logits).all():
+        raise ProbeError("the network's outputs are NaN or infinite: the checkpoint's training has diverged")
+
+
+def _result(split: LabelledSplit, counts: list[tuple[int, int]], steps: int, accuracies: tuple[list[float], ...]) -> FinetuneResult:
+    losses, train_accuracies, rates = accuracies
+    total, classes = len(split.val_index), len(split.classes)
+    best = max(range(len(counts)), key=lambda epoch: counts[epoch][0])  # the first of equals
+    tells = classes > 5
+
+    def percent(right: int) -> float:
+        return 100 * right / total
+
+    return FinetuneResult(
+        accuracy=percent(counts[-1][0]),
+        confidence=wilson_interval(counts[-1][0], total),
+        top5=percent(counts[-1][1]) if tells else None,
+        top5_confidence=wilson_interval(counts[-1][1], total) if tells else None,
+        best_accuracy=percent(counts[best][0]),
+        best_confidence=wilson_interval(counts[best][0], total),
+        best_top5=percent(counts[best][1]) if tells else None,
+        best_epoch=best + 1,
+        accuracies=[percent(first) for first, _ in counts],
+        losses=losses,
+        train_accuracies=train_accuracies,
+        learning_rates=rates,
+        train_samples=len(split.train_index),
+        val_samples=total,
+        classes=classes,
+        unseen=int((split.targets(split.val.labels[split.val_index]) < 0).sum()),
+        steps_per_epoch=steps,
+    )
