@@ -141,7 +141,13 @@ def collect(
 
 
 def share(index: np.ndarray) -> np.ndarray:
-    """This process's part of ``index``: neighbours stay together, parts differ by one at most. All of it for a single process."""
+    """This process's part of ``index``: neighbours stay together, parts differ by one at most. All of it for a single process.
+
+    Raises:
+        ProbeError: there are fewer samples than processes; on all of them.
+    """
+    if len(index) < world_size():
+        raise ProbeError(f"{len(index)} photos cannot be shared out to {world_size()} processes; start fewer")
     return np.array_split(index, world_size())[rank()]
 
 
@@ -203,7 +209,8 @@ def check_probe_input(train: Features, val: Features) -> None:
             raise ProbeError(f"the {name} part is empty")
         if not part.labelled:
             raise ProbeError(f"the {name} part has no labels; kNN and linear probes need them (convert a class/file folder tree)")
-        if not torch.isfinite(part.features).all():
+        # The extremes are NaN or infinite if any number is, and a table of which ones are would be as large as a quarter of the features.
+        if not all(torch.isfinite(extreme) for extreme in torch.aminmax(part.features)):
             raise ProbeError(f"features of the {name} part are NaN or infinite: the checkpoint's training has diverged")
     if train.features.shape[1] != val.features.shape[1]:
         raise ProbeError(f"features differ in width: {train.features.shape[1]} in training, {val.features.shape[1]} in validation")
