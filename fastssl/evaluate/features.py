@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +63,7 @@ def extract_features(
     workers: int | None = None,
     amp: bool = False,
     crop: float = EVALUATION_CROP,
+    interpolation: str = "bilinear",
     on_bad: str = "fail",
     progress: Callable[[int], None] | None = None,
 ) -> Features:
@@ -78,6 +79,7 @@ def extract_features(
         workers: decoding threads.
         amp: bfloat16 autocast.
         crop: side of the centre square relative to the photo's short side.
+        interpolation: of the resize, ``bilinear`` or ``bicubic``.
         on_bad: ``fail``, or ``skip``: damaged photos are left out of the result.
         progress: called with the number of photos done, after each batch.
 
@@ -93,7 +95,7 @@ def extract_features(
             with torch.autocast(device.type, torch.bfloat16, enabled=amp):
                 return backbone(images)
 
-        spec = ViewSpec.evaluation(size, crop=crop)
+        spec = replace(ViewSpec.evaluation(size, crop=crop), interpolation=interpolation)
         return collect(forward, data, spec, indices, batch_size, device=device, workers=workers, on_bad=on_bad, progress=progress)
     finally:
         for module, training in flags:
