@@ -25,7 +25,9 @@ class ClassTokens(nn.Module):
         super().__init__()
         name = type(backbone).__name__
         if not isinstance(backbone, VisionTransformer) or getattr(backbone, "global_pool", "") != "token":
-            raise ProbeError(f"this protocol reads a vision transformer's class tokens, and the network ({name}) has none: choose another --protocol")
+            raise ProbeError(
+                f"this protocol reads a vision transformer's class tokens, and the network ({name}) has none: choose another --protocol"
+            )
         if len(backbone.blocks) < blocks:
             raise ProbeError(f"the network has {len(backbone.blocks)} blocks, and this protocol reads the last {blocks}")
         self.backbone, self.blocks = backbone, blocks

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastssl.distributed import gather_uneven, rank, world_size
+from fastssl.distributed import agree_any, gather_uneven, rank, world_size
 from fastssl.pipelines.beton import BetonReader
 from fastssl.pipelines.errors import FastSSLError
 from fastssl.pipelines.loader import ViewLoader
@@ -216,3 +216,14 @@ def check_probe_input(train: Features, val: Features) -> None:
             raise ProbeError(f"features of the {name} part are NaN or infinite: the checkpoint's training has diverged")
     if train.features.shape[1] != val.features.shape[1]:
         raise ProbeError(f"features differ in width: {train.features.shape[1]} in training, {val.features.shape[1]} in validation")
+
+
+def check_shared_input(train: Features, val: Features) -> None:
+    """``check_probe_input`` of every process's share: where one cannot be used, all raise, and none waits for the others in vain."""
+    problem: ProbeError | None = None
+    try:
+        check_probe_input(train, val)
+    except ProbeError as error:
+        problem = error
+    if agree_any(problem is not None):
+        raise problem or ProbeError("another process's share of the features cannot be used: it says why")

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fastssl.distributed import agree_any, gather_rows, gather_uneven, rank, world_size
-from fastssl.evaluate.features import Features, ProbeError, check_probe_input, wilson_interval
+from fastssl.distributed import gather_rows, gather_uneven, rank, world_size
+from fastssl.evaluate.features import Features, ProbeError, check_probe_input, check_shared_input, wilson_interval
 
 #: Similarities held at a time: 16 MiB of float32 stay in a CPU's last-level cache.
 _TILE_ELEMENTS = 1 << 22
@@ -93,7 +93,8 @@ def knn_accuracies(
     Raises:
         ProbeError: no labels, an empty part, features that are not finite, k < 1 or temperature <= 0, or a single sample to leave out.
     """
-    _check(train, val, ks, temperature, shared)
+    _check_vote(min(ks), temperature)
+    (check_shared_input if shared else check_probe_input)(train, val)
     labels = gather_uneven(train.labels) if shared else train.labels
     if leave_one_out and len(labels) < 2:
         raise ProbeError("leave-one-out needs at least two samples")
@@ -125,18 +126,6 @@ def knn_accuracies(
             )
         )
     return results
-
-
-def _check(train: Features, val: Features, ks: Sequence[int], temperature: float, shared: bool) -> None:
-    problem: ProbeError | None = None
-    try:
-        check_probe_input(train, val)
-        _check_vote(min(ks), temperature)
-    except ProbeError as error:
-        problem = error
-    # Features that are not finite may be one process's: the others must not wait for it.
-    if agree_any(problem is not None) if shared else problem:
-        raise problem or ProbeError("another process's share of the features cannot be used")
 
 
 def _check_vote(k: int, temperature: float) -> None:

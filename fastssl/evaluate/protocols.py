@@ -93,10 +93,22 @@ PROTOCOLS = {
     for protocol in (
         LinearProtocol("light-moco", _LIGHT_MOCO, "sgd", lr=30.0, batch_size=256, epochs=100, milestones=(60, 80)),
         LinearProtocol(
-            "light-moco-lars", _LIGHT_MOCO + ", its LARS variant (SimSiam's probe: arXiv 2011.10566)", "lars", lr=0.1, batch_size=4096, epochs=90
+            "light-moco-lars",
+            _LIGHT_MOCO + ", its LARS variant (SimSiam's probe: arXiv 2011.10566)",
+            "lars",
+            lr=0.1,
+            batch_size=4096,
+            epochs=90,
         ),
         LinearProtocol(
-            "sslight", _SSLIGHT + ", convolutional networks", "lars", 0.05, batch_size=4096, epochs=100, final_lr=1e-6, interpolation="bicubic"
+            "sslight",
+            _SSLIGHT + ", convolutional networks",
+            "lars",
+            0.05,
+            batch_size=4096,
+            epochs=100,
+            final_lr=1e-6,
+            interpolation="bicubic",
         ),
         LinearProtocol(
             "sslight-vit",
@@ -134,5 +146,5 @@ def trials(protocol: LinearProtocol, lrs: Sequence[float] = (), weight_decays: S
     """
     if sweep and lrs:
         raise ProbeError("a sweep goes around the protocol's rate: give either rates (--lr) or --sweep")
-    lrs = [float(f"{protocol.lr * factor:.6g}") for factor in (SWEEP if sweep else (1.0,))] if not lrs else lrs
+    lrs = lrs if lrs else [float(f"{protocol.lr * factor:.6g}") for factor in (SWEEP if sweep else (1.0,))]
     return list(dict.fromkeys(Trial(lr, decay) for decay in (weight_decays or [protocol.weight_decay]) for lr in lrs))

@@ -69,7 +69,9 @@ def _all_finite(ctx: click.Context, param: click.Parameter, values: tuple[float,
     callback=_all_finite,
     help="May be repeated, likewise; every rate goes with every decay. Default: the protocol's, 0.",
 )
-@click.option("--sweep", is_flag=True, help="Also 0.01, 0.03, 0.1, 0.3, 3 and 10 times the protocol's rate: the best one depends on the network.")
+@click.option(
+    "--sweep", is_flag=True, help="Also 0.01, 0.03, 0.1, 0.3, 3 and 10 times the protocol's rate: the best one depends on the network."
+)
 @click.option(
     "--select",
     type=click.Choice(["val", "held-out"]),
@@ -182,7 +184,7 @@ def _trained(
 
     from fastssl.evaluate.class_tokens import ClassTokens
     from fastssl.evaluate.feature_stream import FeatureStream
-    from fastssl.evaluate.features import ProbeError, check_probe_input, split_indices
+    from fastssl.evaluate.features import ProbeError, check_shared_input, split_indices
     from fastssl.evaluate.sgd_linear import Classifiers, Judged, summary, train_classifiers
 
     classes = len(split.classes)
@@ -216,7 +218,7 @@ def _trained(
             view = {"size": how["size"], "crop": how["crop"], "interpolation": protocol.interpolation}
             label = {"val": "validation photos", "held_out": "held-out photos"}[name]
             found = share_features(session, backbone, label, reader, index, batch_size=_PASS, workers=how["workers"], amp=amp, **view)
-            check_probe_input(found, found)
+            check_shared_input(found, found)
             targets = torch.from_numpy(split.targets(found.labels.numpy()))
             judged[name] = Judged(found.features.to(session.device), targets.to(session.device), len(index))
         width = judged["val"].features.shape[1]
