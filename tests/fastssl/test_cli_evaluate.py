@@ -217,7 +217,10 @@ def assert_one_line(status, err, *words):
 def test_unlabelled_photos(capsys, checkpoint, beton, unlabelled):
     status, _, err = run(capsys, "knn", checkpoint, "--data", unlabelled, *SMALL)
     assert_one_line(status, err, str(unlabelled), "no labels")
-    status, _, err = run(capsys, "linear", checkpoint, "--data", beton, "--val", unlabelled, *SMALL)
+    for protocol in ((), BRIEF):
+        status, _, err = run(capsys, "linear", checkpoint, "--data", beton, "--val", unlabelled, *SMALL, *protocol)
+        assert_one_line(status, err, str(unlabelled), "no labels")
+    status, _, err = run(capsys, "knn", checkpoint, "--data", unlabelled, *SMALL, "--leave-one-out")
     assert_one_line(status, err, str(unlabelled), "no labels")
 
 
@@ -234,13 +237,22 @@ def test_classes_that_differ(capsys, checkpoint, beton, photo_tree, tmp_path):
     assert_one_line(status, err, "3 and 2 classes")
 
 
+def test_a_split_that_is_not_there(capsys, small, beton, tmp_path):
+    for command in (("knn",), ("knn", "--leave-one-out"), ("linear", *BRIEF)):
+        status, _, err = run(capsys, *command, small, "--data", beton, "--val", tmp_path / "none.beton", *SMALL)
+        assert_one_line(status, err, "none.beton")
+    status, _, err = run(capsys, "linear", small, "--data", tmp_path / "none.beton", *SMALL, *BRIEF)
+    assert_one_line(status, err, "none.beton")
+
+
 def test_one_class(capsys, checkpoint, tmp_path):
     path = tmp_path / "one.beton"
     with BetonWriter(path, 10) as writer:
         for shade in range(10):
             writer.add(np.full((20, 20, 3), 20 * shade, np.uint8).tobytes(), 20, 20, 0, 1)
-    status, _, err = run(capsys, "linear", checkpoint, "--data", path, *SMALL)
-    assert_one_line(status, err, "one class")
+    for protocol in ((), BRIEF):
+        status, _, err = run(capsys, "linear", checkpoint, "--data", path, *SMALL, *protocol)
+        assert_one_line(status, err, "one class")
 
 
 def test_wrong_checkpoints(capsys, beton, tmp_path):
