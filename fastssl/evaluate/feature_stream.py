@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -81,15 +81,12 @@ class FeatureStream:
         self._features: Tensor | None = None  # (epochs kept, steps, batch, F)
         self._labels = torch.empty(cached_epochs, self.steps, self.batch, dtype=torch.int64)
 
-    def epoch(self, epoch: int, progress: Callable[[], None] = lambda: None) -> Iterator[tuple[Tensor, Tensor]]:
+    def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """(features (B, F) float32, targets (B,) int64) of each step, on the device; B is this process's part of the batch.
 
-        Epochs that are kept must come first, and in their order. ``progress`` is called behind each step's features.
+        Epochs that are kept must come first, and in their order.
         """
-        source = self._fresh(epoch) if epoch < self._kept or not self._kept else self._again(epoch)
-        for features, targets in source:
-            progress()
-            yield features, targets
+        return self._fresh(epoch) if epoch < self._kept or not self._kept else self._again(epoch)
 
     @torch.no_grad()
     def _fresh(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:

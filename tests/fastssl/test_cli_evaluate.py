@@ -121,7 +121,7 @@ def test_the_choice_can_be_made_on_training_photos(capsys, small, beton):
     record = json.loads(out)
     # 9 of 48 to judge on, 13 of each class are left, and of these one is held out.
     assert status == 0 and (record["val_samples"], record["train_samples"]) == (9, 36) and record["lr"] == 1
-    assert record["chosen_on"] == "held-out training photos" and "select" in record["changed"] and "lr" in record["changed"]
+    assert record["chosen_on"] == "held-out training photos" and "choose_on" in record["changed"] and "lr" in record["changed"]
     assert all(round(row["held_out_accuracy"] * 3 / 100, 6) in range(4) for row in record["grid"])
     assert "chosen on the held-out training photos" in err
 

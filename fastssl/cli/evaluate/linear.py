@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,21 +16,17 @@ from fastssl.cli.evaluate.common import (
     network,
     options,
     percent,
-    share_features,
     split_features,
 )
 
 if TYPE_CHECKING:
     from fastssl.evaluate.photos import LabelledSplit
-    from fastssl.evaluate.protocols import LinearProtocol, Trial
     from fastssl.evaluate.session import Session
 
 #: fastssl.evaluate.protocols.PROTOCOLS, written out: that module loads torch, which --help should not wait for.
-PROTOCOLS = ("light-moco", "light-moco-lars", "sslight", "sslight-vit")
-#: Photos a pass of the network where the batch size is the classifier's, or is not given.
+_PROTOCOLS = ("light-moco", "light-moco-lars", "sslight", "sslight-vit")
+#: Photos a pass of the network, of the fast probe.
 _PASS = 256
-#: Share of the training photos that --select held-out keeps from the training.
-_HELD_OUT = 0.1
 
 
 def _all_finite(ctx: click.Context, param: click.Parameter, values: tuple[float, ...]) -> tuple[float, ...]:
@@ -42,7 +37,7 @@ def _all_finite(ctx: click.Context, param: click.Parameter, values: tuple[float,
 @options(*(option for option in FEATURE_OPTIONS if option is not feature_batch_option))
 @click.option(
     "--protocol",
-    type=click.Choice(["fast", *PROTOCOLS]),
+    type=click.Choice(["fast", *_PROTOCOLS]),
     default="fast",
     show_default=True,
     help="fast: logistic regression on features of one centre crop, to compare networks with each other. The others: published ones, SGD on random crops.",
@@ -77,7 +72,7 @@ def _all_finite(ctx: click.Context, param: click.Parameter, values: tuple[float,
     type=click.Choice(["val", "held-out"]),
     default=None,
     help="What the best epoch and the best of a grid are chosen on: the validation photos (as papers do), "
-    f"or {100 * _HELD_OUT:.0f} % of the training photos, which are then not trained on. Default: val.",
+    "or 10 % of the training photos, which are then not trained on. Default: val.",
 )
 @click.option(
     "--cached-epochs",
@@ -120,7 +115,7 @@ def linear(
         "--cached-epochs": cached_epochs,
     }
     if protocol == "fast" and (given := [name for name, value in training.items() if value]):
-        raise click.UsageError(f"{given[0]} belongs to a protocol that trains: --protocol {', '.join(PROTOCOLS)}")
+        raise click.UsageError(f"{given[0]} belongs to a protocol that trains: --protocol {', '.join(_PROTOCOLS)}")
     if sweep and lrs:
         raise click.UsageError("--sweep goes around the protocol's rate: give either --lr or --sweep")
 
@@ -134,19 +129,17 @@ def linear(
         if protocol == "fast":
             line, figures = _fast(session, split, batch_size=batch_size or _PASS, **how)
         else:
-            from fastssl.evaluate.protocols import PROTOCOLS as known
-            from fastssl.evaluate.protocols import trials
-
-            chosen = known[protocol]
-            line, figures = _trained(
+            line, figures = _published(
                 session,
                 split,
-                chosen,
-                trials(chosen, lrs, decays, sweep=sweep),
-                epochs=epochs or chosen.epochs,
-                batch_size=batch_size or chosen.batch_size,
-                select=(select or "val").replace("-", "_"),
-                cached_epochs=cached_epochs or 0,
+                protocol,
+                {"lrs": lrs, "weight_decays": decays, "sweep": sweep},
+                {
+                    "epochs": epochs,
+                    "batch_size": batch_size,
+                    "choose_on": (select or "val").replace("-", "_"),
+                    "cached_epochs": cached_epochs or 0,
+                },
                 **how,
             )
         about = {**split.record(), **{name: how[name] for name in ("size", "crop", "reestimate_bn")}}
@@ -167,99 +160,27 @@ def _fast(session: Session, split: LabelledSplit, **how: Any) -> tuple[str, dict
     return line, {"protocol": "fast", **asdict(result)}
 
 
-def _trained(
-    session: Session,
-    split: LabelledSplit,
-    protocol: LinearProtocol,
-    grid: list[Trial],
-    *,
-    epochs: int,
-    batch_size: int,
-    select: str,
-    cached_epochs: int,
-    **how: Any,
+def _published(
+    session: Session, split: LabelledSplit, protocol: str, grid: dict[str, Any], chosen: dict[str, Any], **how: Any
 ) -> tuple[str, dict[str, Any]]:
     """(what is said, what the record holds) of a protocol that trains."""
-    import torch
+    from fastssl.evaluate.protocols import PROTOCOLS, trials
+    from fastssl.evaluate.published_probe import ProbeOptions, published_probe, silent
 
-    from fastssl.evaluate.class_tokens import ClassTokens
-    from fastssl.evaluate.feature_stream import FeatureStream
-    from fastssl.evaluate.features import ProbeError, check_shared_input, split_indices
-    from fastssl.evaluate.sgd_linear import Classifiers, Judged, summary, train_classifiers
-
-    classes = len(split.classes)
-    if classes < 2:
-        raise ProbeError(f"{split.train.path}: the training photos are of one class only; a linear probe needs at least two")
-    backbone = network(session, split.train, **how)
-    if protocol.class_tokens:
-        backbone = ClassTokens(backbone, protocol.class_tokens)
-    learned, sets = split.train_index, {"val": (split.val, split.val_index)}
-    if select == "held_out":
-        kept, held_out = split_indices(split.train.labels[learned], len(learned), fraction=_HELD_OUT, seed=how["seed"])
-        learned, sets["held_out"] = learned[kept], (split.train, learned[held_out])
-    amp = session.device.type == "cuda"
-    # Opened first: a batch that does not fit is said before any photo is read.
-    with FeatureStream(
-        backbone,
-        split.train,
-        learned,
-        torch.from_numpy(split.targets(split.train.labels)),
-        protocol.view(how["size"]),
-        batch_size=batch_size,
+    options = ProbeOptions(**chosen, **{name: how[name] for name in ("size", "crop", "seed", "workers")})
+    numbers = PROTOCOLS[protocol]
+    figures = published_probe(
+        network(session, split.train, **how),
+        split,
+        numbers,
+        trials(numbers, **grid),
+        options,
         device=session.device,
-        seed=how["seed"],
-        workers=how["workers"],
-        amp=amp,
-        # As many as there are, or more, and none would be read again.
-        cached_epochs=cached_epochs if cached_epochs < epochs else 0,
-    ) as stream:
-        judged = {}
-        for name, (reader, index) in sets.items():
-            view = {"size": how["size"], "crop": how["crop"], "interpolation": protocol.interpolation}
-            label = {"val": "validation photos", "held_out": "held-out photos"}[name]
-            found = share_features(session, backbone, label, reader, index, batch_size=_PASS, workers=how["workers"], amp=amp, **view)
-            check_shared_input(found, found)
-            targets = torch.from_numpy(split.targets(found.labels.numpy()))
-            judged[name] = Judged(found.features.to(session.device), targets.to(session.device), len(index))
-        width = judged["val"].features.shape[1]
-        classifiers = Classifiers(protocol, grid, width, classes, device=session.device, seed=how["seed"])
-        done = 0
-        with progress_bar("training views", epochs * stream.steps * batch_size) if session.is_main else nullcontext() as advance:
-
-            def count() -> None:
-                nonlocal done
-                done += batch_size
-                if advance is not None:
-                    advance(done)
-
-            curves = train_classifiers(
-                classifiers,
-                protocol,
-                grid,
-                lambda epoch: stream.epoch(epoch, count),
-                judged,
-                epochs=epochs,
-                batch_size=batch_size,
-            )
-    figures = summary(curves, grid, classes, choose_on=select)
-    used = {"lr": grid[0].lr, "weight_decay": grid[0].weight_decay, "epochs": epochs, "batch_size": batch_size}
-    changed = [name for name, value in used.items() if value != getattr(protocol, name)]
-    changed += [name for name, usual in (("size", 224), ("crop", 0.875), ("reestimate_bn", None)) if how[name] != usual]
-    changed += ["cached_epochs"] * (0 < cached_epochs < epochs) + ["select"] * (select != "val")
-    record = {
-        **protocol.record(),
-        **used,
-        "steps_per_epoch": stream.steps,
-        "changed": changed,
-        "cached_epochs": cached_epochs if cached_epochs < epochs else 0,
-        "cache_dtype": "float32" if 0 < cached_epochs < epochs else None,
-        "features": width,
-        "train_samples": len(learned),
-        "val_samples": judged["val"].total,
-        "classes": classes,
-        **figures,
-    }
-    return _line(record), record
+        bar=progress_bar if session.is_main else silent,
+    )
+    if how["reestimate_bn"]:
+        figures["changed"].append("reestimate_bn")
+    return _line(figures), figures
 
 
 def _line(record: dict[str, Any]) -> str:
