@@ -173,7 +173,8 @@ def summary(curves: Curves, grid: list[Trial], classes: int, *, choose_on: str =
     """The figures of a probe, as they stand in its record.
 
     The headline is the last epoch of the grid's first trial: nothing was chosen for it. Beside it, chosen on the set ``choose_on``: ``best_epoch`` of that trial
-    (what papers often report), and, where the grid has several, the trial with the best last epoch as ``chosen_...``. All figures are of the set ``val``;
+    (what papers often report), and, where the grid has several, the trial with the best last epoch as ``chosen_...``; ``chosen_at_edge`` says that its rate is the
+    grid's smallest or largest, so that better ones may lie beyond. All figures are of the set ``val``;
     percent, with their 95 % interval; top-5 is None where there are no more than five classes.
     """
     tables = {name: 100 * counts.double() / curves.totals[name] for name, counts in curves.right.items()}  # (E, 2, R) percent
@@ -203,9 +204,11 @@ def summary(curves: Curves, grid: list[Trial], classes: int, *, choose_on: str =
             row[f"{choose_on}_accuracy"] = float(deciding[-1, number])
         rows.append(row)
     chosen = int(deciding[-1].argmax())
+    rates = sorted({trial.lr for trial in grid})
     return {
         **{name: value for name, value in rows[0].items() if name not in ("lr", "weight_decay")},
         **with_prefix("chosen", {"lr": grid[chosen].lr, "weight_decay": grid[chosen].weight_decay, **figures(-1, chosen)}),
+        "chosen_at_edge": len(rates) > 1 and grid[chosen].lr in (rates[0], rates[-1]),
         "chosen_on": {"val": "validation photos", "held_out": "held-out training photos"}[choose_on],
         "accuracy_by_epoch": tables["val"][:, 0, 0].tolist(),
         "grid": rows,

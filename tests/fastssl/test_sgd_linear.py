@@ -182,7 +182,9 @@ def test_the_headline_is_the_last_epoch_of_the_first_trial() -> None:
     )
     assert found["chosen_on"] == "validation photos" and found["accuracy_by_epoch"] == [30.0, 50.0, 40.0]
     assert [row["best_epoch"] for row in found["grid"]] == [2, 2] and [row["train_loss"] for row in found["grid"]] == [0.5, None]
-    assert "lr" not in found
+    assert "lr" not in found and found["chosen_at_edge"]
+    middle = summary(Curves(loss, loss, {"val": val}, {"val": 10}), [Trial(2.0, 0.0), Trial(2.0, 0.1)], 9)
+    assert not middle["chosen_at_edge"]  # all have one rate
     on_training = summary(curves, grid, 5, choose_on="held_out")
     assert (on_training["best_epoch"], on_training["best_accuracy"], on_training["chosen_lr"]) == (3, 40.0, 1.0)
     assert on_training["chosen_on"] == "held-out training photos" and on_training["top5_accuracy"] is None

@@ -201,5 +201,6 @@ def _line(record: dict[str, Any]) -> str:
         lines.append(
             f"  best of {len(record['grid'])} (lr {record['chosen_lr']:g}, weight decay {record['chosen_weight_decay']:g}), "
             f"chosen on the {record['chosen_on']}: {top('chosen_')}"
+            + ("; its rate is an end of the grid: better ones may lie beyond (--lr)" if record["chosen_at_edge"] else "")
         )
     return "\n".join(lines)
