@@ -187,7 +187,7 @@ def over_processes():
 def test_shares_of_several_processes_find_what_one_finds():
     alone = over_processes()
     assert "NaN" in alone[-1]
-    for number, found in enumerate(run_processes(over_processes, 3)):
+    for number, found in enumerate(run_processes(over_processes, 3, timeout=300)):
         assert found[:-1] == alone[:-1]
         assert ("NaN" if number == 2 else "another process") in found[-1]
 
