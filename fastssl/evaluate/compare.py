@@ -35,25 +35,37 @@ class Figure:
         return f"{self.value:.1f} ({self.interval[0]:.1f} to {self.interval[1]:.1f})"
 
 
+def _accuracy(name: str, record: Record) -> list[Figure]:
+    return [Figure(name, record["accuracy"], tuple(record["confidence"]))]
+
+
 def _knn(record: Record) -> list[Figure]:
-    return [Figure(f"kNN, k {record['k']}, T {record['temperature']:g}", record["accuracy"], tuple(record["confidence"]))]
+    return _accuracy(f"kNN, k {record['k']}, T {record['temperature']:g}", record)
+
+
+def _leave_one_out(record: Record) -> list[Figure]:
+    return _accuracy(f"leave-one-out kNN, k {record['k']}, T {record['temperature']:g}", record)
 
 
 def _linear(record: Record) -> list[Figure]:
-    return [Figure("linear probe, fast", record["accuracy"], tuple(record["confidence"]))]
+    changed = f" (not as published: {', '.join(record['changed'])})" if record.get("changed") else ""
+    return _accuracy(f"linear probe, {record['protocol']}{changed}", record)
 
 
-def _semi(record: Record) -> list[Figure]:
-    how = f"fine-tuned, {record['labels']:.3g} of the labels" + (", half of the DINO head" if record["head"] == "dino" else "")
-    return [Figure(how, record["accuracy"], tuple(record["confidence"]))]
-
-
-def _finetune(record: Record) -> list[Figure]:
-    return _semi(record) if record["labels"] < 1 else [Figure("fine-tuned, all labels", record["accuracy"], tuple(record["confidence"]))]
+def _tuned(record: Record) -> list[Figure]:
+    share = "all labels" if record["labels"] == 1 else f"{100 * record['labels']:.3g} % of the labels"
+    head = ", half of the DINO head" if record["head"] == "dino" else ""
+    return _accuracy(f"fine-tuned, {share}{head}, {record['epochs']} epochs, {record['optimizer']} lr {record['lr']:g}", record)
 
 
 #: What of a record of each kind stands in the table.
-FIGURES: dict[str, Callable[[Record], list[Figure]]] = {"knn": _knn, "linear": _linear}
+FIGURES: dict[str, Callable[[Record], list[Figure]]] = {
+    "knn": _knn,
+    "knn_leave_one_out": _leave_one_out,
+    "linear": _linear,
+    "semi": _tuned,
+    "finetune": _tuned,
+}
 
 
 def read_evaluations(paths: Iterable[str | Path]) -> list[Record]:
@@ -133,6 +145,8 @@ def _network(record: Record) -> str:
 
 def _photos(record: Record) -> str:
     """What was judged on, and what was learned from."""
+    if record["evaluation"] == "knn_leave_one_out":
+        return f"{record['val'] or record['data']}, among themselves"
     if record["val"] is None:
         return f"{record['data']}, a fifth held out (seed {record['held_out_seed']})"
     return f"{record['val']}, learned from {record['data']}"

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastssl.distributed import gather_uneven, rank, world_size
+from fastssl.distributed import agree_any, gather_uneven, rank, world_size
 from fastssl.pipelines.beton import BetonReader
 from fastssl.pipelines.errors import FastSSLError
 from fastssl.pipelines.loader import ViewLoader
@@ -63,6 +63,7 @@ def extract_features(
     workers: int | None = None,
     amp: bool = False,
     crop: float = EVALUATION_CROP,
+    interpolation: str = "bilinear",
     on_bad: str = "fail",
     progress: Callable[[int], None] | None = None,
 ) -> Features:
@@ -78,6 +79,7 @@ def extract_features(
         workers: decoding threads.
         amp: bfloat16 autocast.
         crop: side of the centre square relative to the photo's short side.
+        interpolation: of the resize, ``bilinear`` or ``bicubic``.
         on_bad: ``fail``, or ``skip``: damaged photos are left out of the result.
         progress: called with the number of photos done, after each batch.
 
@@ -93,7 +95,7 @@ def extract_features(
             with torch.autocast(device.type, torch.bfloat16, enabled=amp):
                 return backbone(images)
 
-        spec = ViewSpec.evaluation(size, crop=crop)
+        spec = replace(ViewSpec.evaluation(size, crop=crop), interpolation=interpolation)
         return collect(forward, data, spec, indices, batch_size, device=device, workers=workers, on_bad=on_bad, progress=progress)
     finally:
         for module, training in flags:
@@ -141,7 +143,13 @@ def collect(
 
 
 def share(index: np.ndarray) -> np.ndarray:
-    """This process's part of ``index``: neighbours stay together, parts differ by one at most. All of it for a single process."""
+    """This process's part of ``index``: neighbours stay together, parts differ by one at most. All of it for a single process.
+
+    Raises:
+        ProbeError: there are fewer samples than processes; on all of them.
+    """
+    if len(index) < world_size():
+        raise ProbeError(f"{len(index)} photos cannot be shared out to {world_size()} processes; start fewer")
     return np.array_split(index, world_size())[rank()]
 
 
@@ -203,7 +211,19 @@ def check_probe_input(train: Features, val: Features) -> None:
             raise ProbeError(f"the {name} part is empty")
         if not part.labelled:
             raise ProbeError(f"the {name} part has no labels; kNN and linear probes need them (convert a class/file folder tree)")
-        if not torch.isfinite(part.features).all():
+        # The extremes are NaN or infinite if any number is, and a table of which ones are would be as large as a quarter of the features.
+        if not all(torch.isfinite(extreme) for extreme in torch.aminmax(part.features)):
             raise ProbeError(f"features of the {name} part are NaN or infinite: the checkpoint's training has diverged")
     if train.features.shape[1] != val.features.shape[1]:
         raise ProbeError(f"features differ in width: {train.features.shape[1]} in training, {val.features.shape[1]} in validation")
+
+
+def check_shared_input(train: Features, val: Features) -> None:
+    """``check_probe_input`` of every process's share: where one cannot be used, all raise, and none waits for the others in vain."""
+    problem: ProbeError | None = None
+    try:
+        check_probe_input(train, val)
+    except ProbeError as error:
+        problem = error
+    if agree_any(problem is not None):
+        raise problem or ProbeError("another process's share of the features cannot be used: it says why")

@@ -2,28 +2,50 @@
 
 Formula: Wu, Xiong, Yu, Lin, "Unsupervised feature learning via non-parametric instance discrimination", CVPR 2018,
 section 3.4: each of the k most similar bank samples votes for its class with exp(cosine / temperature).
+
+The usual protocol has the training photos as the bank and judges the validation photos. ``leave_one_out`` is a monitor, not that protocol: every
+sample of one set is judged by all the others, so its figures cannot be compared with published ones.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fastssl.evaluate.features import Features, ProbeError, check_probe_input, wilson_interval
+from fastssl.distributed import gather_rows, gather_uneven, rank, world_size
+from fastssl.evaluate.features import Features, ProbeError, check_probe_input, check_shared_input, wilson_interval
 
 #: Similarities held at a time: 16 MiB of float32 stay in a CPU's last-level cache.
 _TILE_ELEMENTS = 1 << 22
+#: Queries that are compared with a tile at once; and features of the queries that are normalised for one way through the bank (256 MiB).
+_QUERY_TILE, _QUERY_ELEMENTS = 1024, 1 << 26
+#: Neighbours looked for beyond the k wanted: float32 products tell two that are equal to six digits apart by chance, the exact cosines behind them do not.
+_SPARE = 8
+#: Elements of the float64 blocks in which cosines are taken again, and votes counted.
+_EXACT_ELEMENTS = 1 << 21
 
 
 @dataclass(frozen=True)
 class KnnResult:
-    """Attributes: accuracy in percent; confidence: its 95 % interval; k, temperature as used; sizes of both parts."""
+    """How often the vote was right.
+
+    Attributes:
+        accuracy, confidence: top-1 in percent, and its 95 % interval.
+        top5_accuracy, top5_confidence: the class is one of the five with the most votes (a class without votes is none of them); None where there are no
+            more than five classes.
+        k, temperature: as used.
+        train_samples, val_samples: sizes of the bank and of what was judged.
+        classes: of the bank.
+    """
 
     accuracy: float
     confidence: tuple[float, float]
+    top5_accuracy: float | None
+    top5_confidence: tuple[float, float] | None
     k: int
     temperature: float
     train_samples: int
@@ -34,29 +56,81 @@ class KnnResult:
 def knn_accuracy(
     train: Features, val: Features, *, k: int = 20, temperature: float = 0.07, device: str | torch.device = "cpu"
 ) -> KnnResult:
-    """Top-1 accuracy on ``val`` of the weighted kNN vote of ``train``.
-
-    Samples of a class that ``train`` does not have count as wrong.
-
-    Raises:
-        ProbeError: no labels, an empty part, features that are not finite, k < 1 or temperature <= 0.
-    """
-    check_probe_input(train, val)
-    predicted = knn_predict(train.features.to(device), train.labels.to(device), val.features.to(device), k=k, temperature=temperature)
-    return _result(predicted.cpu(), val.labels, train, k=min(k, len(train)), temperature=temperature)
+    """Accuracy on ``val`` of the weighted kNN vote of ``train``. For the arguments and errors see ``knn_accuracies``."""
+    return knn_accuracies(train, val, ks=[k], temperature=temperature, device=device)[0]
 
 
 def knn_leave_one_out(data: Features, *, k: int = 20, temperature: float = 0.07, device: str | torch.device = "cpu") -> KnnResult:
-    """Top-1 accuracy when every sample is classified by all the others: no sample is lost to a split.
+    """Accuracy when every sample is classified by all the others: no sample is lost to a split.
 
     Not to be compared with :func:`knn_accuracy` on another set: the bank is larger by everything that is classified.
     """
-    check_probe_input(data, data)
-    if len(data) < 2:
+    return knn_accuracies(data, data, ks=[k], temperature=temperature, device=device, leave_one_out=True)[0]
+
+
+def knn_accuracies(
+    train: Features,
+    val: Features,
+    *,
+    ks: Sequence[int],
+    temperature: float = 0.07,
+    device: str | torch.device = "cpu",
+    leave_one_out: bool = False,
+    shared: bool = False,
+) -> list[KnnResult]:
+    """One search, a vote for each of ``ks``. Samples of a class that ``train`` does not have count as wrong.
+
+    Args:
+        train: the bank. It stays where it is; tiles of it go to ``device``.
+        val: to be judged.
+        ks: numbers of neighbours that vote, at most the whole bank.
+        temperature: of the votes' weights.
+        device: where similarities are computed.
+        leave_one_out: ``val`` is the bank itself (with ``shared`` all of it), and no sample votes for itself.
+        shared: ``train`` is this process's part of the bank, as ``features.share`` deals it out, and ``val`` is whole on every process. All
+            processes must call this, and get what one would get that has all of the bank.
+
+    Raises:
+        ProbeError: no labels, an empty part, features that are not finite, k < 1 or temperature <= 0, or a single sample to leave out.
+    """
+    _check_vote(min(ks), temperature)
+    (check_shared_input if shared else check_probe_input)(train, val)
+    labels = gather_uneven(train.labels) if shared else train.labels
+    if leave_one_out and len(labels) < 2:
         raise ProbeError("leave-one-out needs at least two samples")
-    features, labels = data.features.to(device), data.labels.to(device)
-    predicted = knn_predict(features, labels, features, k=k, temperature=temperature, exclude_self=True)
-    return _result(predicted.cpu(), data.labels, data, k=min(k, len(data) - 1), temperature=temperature)
+    most = min(max(ks), len(labels) - leave_one_out)
+    first = 0
+    if shared and world_size() > 1:
+        lengths = gather_rows(torch.tensor([len(train)]))
+        first = int(lengths[: rank()].sum())
+    similarity, index = _search(train.features, val.features, most, torch.device(device), first if leave_one_out else None)
+    if shared:
+        similarity, index = _merged(similarity, index + first, most, len(labels))
+    neighbours, classes = labels.to(index.device)[index], len(labels.unique())
+    results = []
+    for k in (min(k, most) for k in ks):
+        ranked = ranked_classes(similarity[:, :k], neighbours[:, :k], temperature, places=5).cpu()
+        hits = ranked == val.labels[:, None]
+        top1, top5 = int(hits[:, 0].sum()), int(hits.sum())
+        results.append(
+            KnnResult(
+                accuracy=100 * top1 / len(val),
+                confidence=wilson_interval(top1, len(val)),
+                top5_accuracy=100 * top5 / len(val) if classes > 5 else None,
+                top5_confidence=wilson_interval(top5, len(val)) if classes > 5 else None,
+                k=k,
+                temperature=temperature,
+                train_samples=len(labels),
+                val_samples=len(val),
+                classes=classes,
+            )
+        )
+    return results
+
+
+def _check_vote(k: int, temperature: float) -> None:
+    if k < 1 or not temperature > 0:
+        raise ProbeError(f"kNN needs k >= 1 and a temperature above 0, got k={k} and temperature={temperature}")
 
 
 def knn_predict(
@@ -65,68 +139,127 @@ def knn_predict(
     """Classify ``query`` by the votes of its k most similar bank samples.
 
     Args:
-        bank: (N, F) floating point; normalised here.
+        bank: (N, F) floating point, of any scale.
         bank_labels: (N,) int64, not negative.
-        query: (Q, F) on the bank's device.
+        query: (Q, F); the work is done on its device.
         k: neighbours that vote; at most the whole bank does.
         temperature: of the weights exp(cosine / temperature).
         exclude_self: query row q is bank row q and gets no vote for itself.
 
     Returns:
-        (Q,) int64 labels. Ties: equal votes go to the lower label. Where several bank samples are exactly as similar
-        as the k-th neighbour, which of them vote is not specified.
+        (Q,) int64 labels. Ties: equal votes go to the lower label; of equally similar neighbours see ``nearest_neighbors``.
     """
-    if k < 1 or temperature <= 0:
-        raise ProbeError(f"kNN needs k >= 1 and a temperature above 0, got k={k} and temperature={temperature}")
-    similarity, neighbor = nearest_neighbors(bank, query, k=k, exclude_self=exclude_self)
-    # Relative to the nearest neighbour: the same ratios of votes, and exp() cannot overflow at low temperatures.
-    weight = torch.exp((similarity - similarity[:, :1]) / temperature)
-    votes = torch.zeros(len(query), int(bank_labels.max()) + 1, dtype=weight.dtype, device=weight.device)
-    votes.scatter_add_(1, bank_labels[neighbor], weight)
-    return votes.argmax(dim=1)
+    _check_vote(k, temperature)
+    similarity, index = _search(bank, query, min(k, len(bank) - exclude_self), query.device, 0 if exclude_self else None)
+    return ranked_classes(similarity, bank_labels.to(index.device)[index], temperature, places=1)[:, 0]
 
 
 def nearest_neighbors(bank: Tensor, query: Tensor, *, k: int, exclude_self: bool = False) -> tuple[Tensor, Tensor]:
-    """The k most similar bank rows of each query by cosine, the nearest first.
+    """The k most similar bank rows of each query by cosine, the nearest first; of equally similar ones the lower row (among those that a float32
+    search brings to within a few places of the k-th).
 
-    The (Q, N) similarity matrix is never whole: tiles of it are computed and merged into a running top k.
+    The (Q, N) similarity matrix is never whole: tiles of it are computed and merged into a running top k. Nor is the bank ever copied: a tile of it is
+    normalised when it is read, and may be read from another device.
 
     Args:
-        bank: (N, F), query: (Q, F), same device, any scale. k: neighbours, at most N (N - 1 with ``exclude_self``).
+        bank: (N, F), query: (Q, F), any scale. The work is done on the query's device. k: neighbours, at most N (N - 1 with ``exclude_self``).
         exclude_self: leave out bank row q for query row q.
 
     Returns:
-        (similarity (Q, k) float32 in [-1, 1] up to rounding, index (Q, k) int64 bank rows).
+        (similarity (Q, k) float32 in [-1, 1] up to rounding, index (Q, k) int64 bank rows), on the query's device.
     """
-    bank, query = functional.normalize(bank.float(), dim=1), functional.normalize(query.float(), dim=1)
-    k = min(k, len(bank) - exclude_self)
-    query_tile = min(len(query), 1024)
-    bank_tile = max(k, _TILE_ELEMENTS // max(query_tile, 1))
+    similarity, index = _search(bank, query, min(k, len(bank) - exclude_self), query.device, 0 if exclude_self else None)
+    return similarity.float(), index
+
+
+def ranked_classes(similarity: Tensor, labels: Tensor, temperature: float, *, places: int) -> Tensor:
+    """The classes with the most votes.
+
+    Args:
+        similarity: (Q, k) cosines of the neighbours, the nearest first. labels: (Q, k) int64, not negative, their classes.
+        temperature: of the weights exp(cosine / temperature).
+        places: how many classes.
+
+    Returns:
+        (Q, places) int64: the class with the most votes first, of equal ones the lower; -1 where no further class has a vote.
+    """
+    classes = int(labels.max()) + 1
+    ranked = []
+    for rows in torch.arange(len(labels), device=labels.device).split(max(1, _EXACT_ELEMENTS // classes)):
+        # Relative to the nearest neighbour: the same ratios of votes, and exp() cannot overflow at low temperatures.
+        weight = torch.exp((similarity[rows] - similarity[rows, :1]).double() / temperature)
+        votes = weight.new_zeros(len(rows), classes).scatter_add_(1, labels[rows], weight)
+        found = []
+        for _ in range(places):
+            most, place = votes.max(dim=1, keepdim=True)
+            found.append(torch.where(most > 0, place, -1))
+            votes.scatter_(1, place, -1.0)
+        ranked.append(torch.cat(found, dim=1))
+    return torch.cat(ranked)
+
+
+def _search(bank: Tensor, query: Tensor, k: int, device: torch.device, own: int | None) -> tuple[Tensor, Tensor]:
+    """(similarity (Q, K) float64, index (Q, K) int64) on ``device``, K = min(k, len(bank)), the nearest first. ``own``: query row ``own + b`` is bank row b
+    and is left out there: its similarity is -inf."""
+    wanted = min(k, len(bank))
     similarities, indices = [], []
-    for rows in torch.arange(len(query), device=query.device).split(query_tile):
-        best = query.new_empty(len(rows), 0)
-        where = rows.new_empty(len(rows), 0)
-        for first in range(0, len(bank), bank_tile):
-            tile = query[rows] @ bank[first : first + bank_tile].T
-            columns = torch.arange(first, first + tile.shape[1], device=tile.device)
-            if exclude_self:
-                tile.masked_fill_(rows[:, None] == columns, -torch.inf)
-            found, position = tile.topk(min(k, tile.shape[1]), dim=1)
-            best, chosen = torch.cat([best, found], dim=1).topk(min(k, best.shape[1] + found.shape[1]), dim=1)
-            where = torch.cat([where, position + first], dim=1).gather(1, chosen)
-        similarities.append(best)
-        indices.append(where)
+    for first in range(0, len(query), block := max(_QUERY_TILE, _QUERY_ELEMENTS // max(query.shape[1], 1))):
+        rows = query[first : first + block].to(device)
+        itself = None if own is None else first - own  # bank row of the block's first query
+        candidates = _candidates(bank, functional.normalize(rows.float(), dim=1), min(k + _SPARE, len(bank)), itself)
+        similarity = _cosines(bank, rows, candidates)
+        if itself is not None:
+            similarity.masked_fill_(candidates == torch.arange(itself, itself + len(rows), device=device)[:, None], -torch.inf)
+        similarity, index = _nearest_first(similarity, candidates, wanted)
+        similarities.append(similarity)
+        indices.append(index)
     return torch.cat(similarities), torch.cat(indices)
 
 
-def _result(predicted: Tensor, labels: Tensor, train: Features, *, k: int, temperature: float) -> KnnResult:
-    correct, total = int((predicted == labels).sum()), len(labels)
-    return KnnResult(
-        accuracy=100 * correct / total,
-        confidence=wilson_interval(correct, total),
-        k=k,
-        temperature=temperature,
-        train_samples=len(train),
-        val_samples=total,
-        classes=len(train.labels.unique()),
-    )
+def _candidates(bank: Tensor, query: Tensor, count: int, itself: int | None) -> Tensor:
+    """(Q, count) int64: the bank rows with the largest products with the normalised ``query``, in no order that is promised."""
+    best = query.new_full((len(query), count), -torch.inf)
+    where = torch.zeros(len(query), count, dtype=torch.int64, device=query.device)
+    tile_rows = max(count, _TILE_ELEMENTS // min(max(len(query), 1), _QUERY_TILE))
+    for first in range(0, len(bank), tile_rows):
+        tile = functional.normalize(bank[first : first + tile_rows].to(query.device).float(), dim=1)
+        for start in range(0, len(query), _QUERY_TILE):
+            rows = slice(start, start + _QUERY_TILE)
+            product = query[rows] @ tile.T
+            if itself is not None and -len(product) < (shift := itself + start - first) < len(tile):
+                product.diagonal(shift).fill_(-torch.inf)  # of the whole matrix's diagonal what crosses this tile
+            found, position = product.topk(min(count, len(tile)), dim=1)
+            best[rows], chosen = torch.cat([best[rows], found], dim=1).topk(count, dim=1)
+            where[rows] = torch.cat([where[rows], position + first], dim=1).gather(1, chosen)
+    return where
+
+
+def _cosines(bank: Tensor, query: Tensor, index: Tensor) -> Tensor:
+    """(Q, K) float64 cosines of each query with its bank rows ``index``: each from the two rows alone, so that it is the same number in any tile or process."""
+    found = torch.empty(index.shape, dtype=torch.float64, device=query.device)
+    for rows in torch.arange(len(query), device=query.device).split(max(1, _EXACT_ELEMENTS // max(index.shape[1] * query.shape[1], 1))):
+        one, others = query[rows].double(), bank[index[rows].to(bank.device)].to(query.device).double()
+        length = one.norm(dim=1, keepdim=True).clamp_min(1e-12) * others.norm(dim=2).clamp_min(1e-12)
+        found[rows] = (one[:, None] * others).sum(dim=2) / length
+    return found
+
+
+def _nearest_first(similarity: Tensor, index: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of each row in falling order; equal ones by their index."""
+    index, order = index.sort(dim=1)
+    similarity, order = similarity.gather(1, order).sort(dim=1, descending=True, stable=True)
+    return similarity[:, :k], index.gather(1, order[:, :k])
+
+
+def _merged(similarity: Tensor, index: Tensor, k: int, total: int) -> tuple[Tensor, Tensor]:
+    """The nearest k of what every process found in its part of a bank of ``total`` rows, on every process; a block of queries at a time."""
+    if world_size() == 1:
+        return similarity, index
+    width = min(k, -(-total // world_size()))  # of the largest part
+    missing = (0, width - similarity.shape[1])
+    similarity, index = functional.pad(similarity, missing, value=-torch.inf), functional.pad(index, missing, value=total)
+    found = []
+    for values, places in zip(similarity.split(_QUERY_TILE), index.split(_QUERY_TILE)):
+        everyone = [gather_rows(part).unflatten(0, (world_size(), -1)).transpose(0, 1).flatten(1) for part in (values, places)]
+        found.append(_nearest_first(*everyone, k))
+    return tuple(torch.cat(parts) for parts in zip(*found))

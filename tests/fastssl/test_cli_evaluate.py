@@ -8,11 +8,12 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from processes import run_processes
 
 from fastssl.backbones import create_backbone, load_backbone, save_backbone
 from fastssl.cli import main
 from fastssl.evaluate.features import extract_features, split_indices
-from fastssl.evaluate.knn import knn_accuracy
+from fastssl.evaluate.knn import knn_accuracy, knn_leave_one_out
 from fastssl.pipelines.beton import BetonWriter, side_path
 from fastssl.pipelines.convert import ConvertOptions, convert
 
@@ -22,6 +23,19 @@ def checkpoint(tmp_path_factory):
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("run") / "last.safetensors"
     save_backbone(create_backbone("resnet18"), path, arch="resnet18")
+    return path
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A network that takes no time, whose BatchNorms have seen something."""
+    torch.manual_seed(0)
+    path, network = tmp_path_factory.mktemp("small") / "last.safetensors", create_backbone("resnet10t")
+    for layer in network.modules():
+        if isinstance(layer, torch.nn.BatchNorm2d):
+            layer.running_mean.normal_(0, 0.1)
+            layer.running_var.uniform_(0.2, 1)
+    save_backbone(network, path, arch="resnet10t")
     return path
 
 
@@ -57,6 +71,126 @@ def test_knn_with_validation_photos_equals_the_functions(capsys, checkpoint, bet
     assert record["val"] == beton.name and record["held_out_seed"] is None and record["device"] == "cpu"
 
 
+def test_several_k_are_records_of_one_search(capsys, checkpoint, beton):
+    status, out, err = run(capsys, "knn", checkpoint, "--data", beton, "--val", beton, *SMALL, "--k", 5, "--k", 1, "--k", 5, "--json", "-")
+    records = [json.loads(line) for line in out.splitlines()]
+    assert status == 0 and [record["k"] for record in records] == [5, 1] and records[1]["accuracy"] == 100  # each finds itself
+    assert "kNN (k 5," in err and "kNN (k 1," in err and records[0]["top5_accuracy"] is None  # of three classes
+
+
+def test_leave_one_out_is_a_kind_of_its_own(capsys, checkpoint, beton, tmp_path):
+    features = extract_features(load_backbone(checkpoint), beton, size=32, workers=1)
+    expected = knn_leave_one_out(features, k=5)
+    for photos, data, val in ((("--data", beton), beton.name, None), (("--data", beton, "--val", beton), None, beton.name)):
+        status, out, err = run(capsys, "knn", checkpoint, *photos, *SMALL, "--k", 5, "--leave-one-out", "--json", "-")
+        record = json.loads(out)
+        assert status == 0 and record["evaluation"] == "knn_leave_one_out" and "not comparable" in err
+        assert record["accuracy"] == pytest.approx(expected.accuracy) and record["accuracy"] < 100
+        assert (record["data"], record["val"], record["train_samples"], record["val_samples"]) == (data, val, 48, 48)
+
+
+BRIEF = ("--protocol", "sslight", "--batch-size", 16, "--epochs", 3)
+
+
+def test_a_published_protocol(capsys, small, beton):
+    options = (*BRIEF, "--sweep", "--weight-decay", 0, "--weight-decay", 0.01, "--cached-epochs", 2, "--json", "-")
+    status, out, err = run(capsys, "linear", small, "--data", beton, "--val", beton, *SMALL, *options)
+    record = json.loads(out)
+    assert status == 0 and (record["protocol"], record["lr"], record["batch_size"], record["epochs"]) == ("sslight", 0.05, 16, 3)
+    assert len(record["grid"]) == 14 and record["steps_per_epoch"] == 3 and len(record["accuracy_by_epoch"]) == 3
+    assert record["changed"] == ["epochs", "batch_size", "size", "cached_epochs"]
+    assert (record["cached_epochs"], record["cache_dtype"], record["interpolation"]) == (2, "float32", "bicubic")
+    assert record["grid"][0]["accuracy"] == record["accuracy"] == record["accuracy_by_epoch"][-1]
+    assert record["confidence"][0] <= record["accuracy"] <= record["confidence"][1]
+    assert "not as published: epochs, batch_size" in err and "chosen on the validation photos" in err and "best of 14" in err
+
+
+def test_a_protocol_learns(capsys, small, beton):
+    options = ("--protocol", "light-moco", "--batch-size", 24, "--epochs", 20, "--lr", 10, "--cached-epochs", 4)
+    status, out, _ = run(capsys, "linear", small, "--data", beton, "--val", beton, *SMALL, *options, "--json", "-")
+    record = json.loads(out)
+    # Three colours, which a random network keeps: labels that got mixed up would give 33 %.
+    assert status == 0 and record["accuracy"] > 80 and record["train_accuracy"] > 60 and record["train_loss"] < 1
+    assert record["best_accuracy"] == max(record["accuracy_by_epoch"]) == record["accuracy_by_epoch"][record["best_epoch"] - 1]
+
+
+def test_the_choice_can_be_made_on_training_photos(capsys, small, beton):
+    status, out, err = run(
+        capsys, "linear", small, "--data", beton, *SMALL, *BRIEF, "--lr", 1, "--lr", 2, "--select", "held-out", "--json", "-"
+    )
+    record = json.loads(out)
+    # 9 of 48 to judge on, 13 of each class are left, and of these one is held out.
+    assert status == 0 and (record["val_samples"], record["train_samples"]) == (9, 36) and record["lr"] == 1
+    assert record["chosen_on"] == "held-out training photos" and "choose_on" in record["changed"] and "lr" in record["changed"]
+    assert all(round(row["held_out_accuracy"] * 3 / 100, 6) in range(4) for row in record["grid"])
+    assert "chosen on the held-out training photos" in err
+
+
+def test_statistics_taken_anew_serve_a_protocol_too(capsys, small, beton):
+    status, out, _ = run(capsys, "linear", small, "--data", beton, *SMALL, *BRIEF, "--lr", 3, "--reestimate-bn", 32, "--json", "-")
+    record = json.loads(out)
+    assert status == 0 and record["reestimate_bn"] == 32 and "reestimate_bn" in record["changed"]
+    status, plain, _ = run(capsys, "linear", small, "--data", beton, *SMALL, *BRIEF, "--lr", 3, "--json", "-")
+    assert json.loads(plain)["train_loss"] != record["train_loss"]
+
+
+def test_protocols_that_do_not_fit(capsys, small, beton):
+    status, _, err = run(capsys, "linear", small, "--data", beton, *SMALL, "--protocol", "sslight")
+    assert_one_line(status, err, "39 photos", "one batch of 4096", "--batch-size")
+    status, _, err = run(capsys, "linear", small, "--data", beton, *SMALL, "--protocol", "sslight-vit", "--batch-size", 16)
+    assert_one_line(status, err, "class tokens", "another --protocol")
+
+
+def both(checkpoint, beton, folder):
+    """Every evaluation by a process's command line; the first process writes."""
+    from fastssl.distributed import world_from_environment
+
+    name = world_from_environment().size
+    for number, options in enumerate(OVER_PROCESSES):
+        with pytest.raises(SystemExit) as stop:
+            main(
+                [
+                    "evaluate",
+                    *map(str, (options[0], checkpoint, "--data", beton, *SMALL, *options[1:], "--json", folder / f"{name}-{number}.json")),
+                ]
+            )
+        assert stop.value.code == 0
+
+
+OVER_PROCESSES = (
+    ("knn", "--k", 3, "--k", 40),
+    ("knn", "--k", 3, "--leave-one-out"),
+    ("linear",),
+    ("linear", *BRIEF, "--sweep", "--cached-epochs", 2, "--select", "held-out", "--reestimate-bn", 32),
+    ("linear", "--protocol", "light-moco", "--batch-size", 16, "--epochs", 3, "--lr", 1),
+)
+
+
+def test_two_processes_write_what_one_writes(capsys, small, beton, tmp_path):
+    both(small, beton, tmp_path)
+    run_processes(both, 2, small, beton, tmp_path, join=False, timeout=300)
+    for number in range(len(OVER_PROCESSES)):
+        alone, together = (
+            [json.loads(line) for line in (tmp_path / f"{world}-{number}.json").read_text().splitlines()] for world in (1, 2)
+        )
+        assert [record["processes"] for record in together] == [2] * len(alone)
+        for one, two in zip(alone, together):
+            assert_alike(one, two, ignored=("seconds", "processes"))
+
+
+def assert_alike(one, two, ignored=()):
+    """Figures to float rounding, all else exactly."""
+    assert one.keys() == two.keys()
+    for name in one.keys() - set(ignored):
+        if name == "grid" and isinstance(one[name], list):
+            for row, other in zip(one[name], two[name], strict=True):
+                assert_alike(row, other)
+        elif isinstance(one[name], float):
+            assert two[name] == pytest.approx(one[name], rel=1e-4), name
+        else:
+            assert two[name] == one[name], name
+
+
 def test_linear_holds_out_the_same_fifth_every_time(capsys, checkpoint, beton, tmp_path):
     records = []
     for name in ("a.json", "b.json"):
@@ -83,7 +217,10 @@ def assert_one_line(status, err, *words):
 def test_unlabelled_photos(capsys, checkpoint, beton, unlabelled):
     status, _, err = run(capsys, "knn", checkpoint, "--data", unlabelled, *SMALL)
     assert_one_line(status, err, str(unlabelled), "no labels")
-    status, _, err = run(capsys, "linear", checkpoint, "--data", beton, "--val", unlabelled, *SMALL)
+    for protocol in ((), BRIEF):
+        status, _, err = run(capsys, "linear", checkpoint, "--data", beton, "--val", unlabelled, *SMALL, *protocol)
+        assert_one_line(status, err, str(unlabelled), "no labels")
+    status, _, err = run(capsys, "knn", checkpoint, "--data", unlabelled, *SMALL, "--leave-one-out")
     assert_one_line(status, err, str(unlabelled), "no labels")
 
 
@@ -100,13 +237,22 @@ def test_classes_that_differ(capsys, checkpoint, beton, photo_tree, tmp_path):
     assert_one_line(status, err, "3 and 2 classes")
 
 
+def test_a_split_that_is_not_there(capsys, small, beton, tmp_path):
+    for command in (("knn",), ("knn", "--leave-one-out"), ("linear", *BRIEF)):
+        status, _, err = run(capsys, *command, small, "--data", beton, "--val", tmp_path / "none.beton", *SMALL)
+        assert_one_line(status, err, "none.beton")
+    status, _, err = run(capsys, "linear", small, "--data", tmp_path / "none.beton", *SMALL, *BRIEF)
+    assert_one_line(status, err, "none.beton")
+
+
 def test_one_class(capsys, checkpoint, tmp_path):
     path = tmp_path / "one.beton"
     with BetonWriter(path, 10) as writer:
         for shade in range(10):
             writer.add(np.full((20, 20, 3), 20 * shade, np.uint8).tobytes(), 20, 20, 0, 1)
-    status, _, err = run(capsys, "linear", checkpoint, "--data", path, *SMALL)
-    assert_one_line(status, err, "one class")
+    for protocol in ((), BRIEF):
+        status, _, err = run(capsys, "linear", checkpoint, "--data", path, *SMALL, *protocol)
+        assert_one_line(status, err, "one class")
 
 
 def test_wrong_checkpoints(capsys, beton, tmp_path):
@@ -116,9 +262,22 @@ def test_wrong_checkpoints(capsys, beton, tmp_path):
     broken.write_bytes(b"not a checkpoint")
     status, _, err = run(capsys, "knn", broken, "--data", beton, *SMALL)
     assert_one_line(status, err, "broken.safetensors")
+    other = tmp_path / "other.safetensors"
+    save_backbone(create_backbone("lcnet_035"), other, arch="resnet10t")
+    status, _, err = run(capsys, "linear", other, "--data", beton, *SMALL, *BRIEF)
+    assert_one_line(status, err, "other.safetensors", "do not fit")
 
 
-@pytest.mark.parametrize("arguments", [("knn",), ("nearest", "x"), ("knn", "x"), ("knn", "x", "--data", "y", "--k", "0")])
+MIXED = [
+    ("linear", "x", "--data", "y", "--epochs", "3"),
+    ("linear", "x", "--data", "y", "--sweep"),
+    ("linear", "x", "--data", "y", "--protocol", "sslight", "--sweep", "--lr", "1"),
+    ("linear", "x", "--data", "y", "--protocol", "sslight", "--lr", "nan"),
+    ("linear", "x", "--data", "y", "--protocol", "sslight", "--weight-decay", "inf"),
+]
+
+
+@pytest.mark.parametrize("arguments", [("knn",), ("nearest", "x"), ("knn", "x"), ("knn", "x", "--data", "y", "--k", "0"), *MIXED])
 def test_wrong_usage(capsys, arguments):
     assert run(capsys, *arguments)[0] == 2
 

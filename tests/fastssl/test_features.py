@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from fastssl.evaluate.features import Features, ProbeError, check_probe_input, extract_features, split_indices, wilson_interval
+from fastssl.evaluate import features
+from fastssl.evaluate.features import Features, ProbeError, check_probe_input, extract_features, share, split_indices, wilson_interval
 from fastssl.evaluate.raw_pixels import raw_pixel_features
 from fastssl.pipelines import jpeg
 from fastssl.pipelines.beton import MODE_RAW, BetonReader, BetonWriter
 from fastssl.pipelines.errors import FastSSLError
+from fastssl.pipelines.loader import ViewLoader
+from fastssl.pipelines.plan import ViewSpec
 
 
 def write_colours(path, colours, labels=None, side=(20, 30)):
@@ -145,3 +150,35 @@ def test_unusable_input_is_named():
     ):
         with pytest.raises(ProbeError, match=message):
             check_probe_input(train, val)
+
+
+def test_interpolation_is_the_views(beton):
+    class Pixels(nn.Module):
+        def forward(self, images):
+            return images.flatten(1)
+
+    found = [extract_features(Pixels(), beton, size=8, workers=1, interpolation=kind).features for kind in ("bilinear", "bicubic")]
+    spec = replace(ViewSpec.evaluation(8), interpolation="bicubic")
+    with ViewLoader(beton, [spec], 48, shuffle=False, workers=1) as loader:
+        expected = next(iter(loader.epoch(0))).views[0].flatten(1)
+    assert torch.equal(found[1], expected) and not torch.equal(found[0], found[1])
+
+
+def test_shares_are_neighbours_and_none_is_empty(monkeypatch):
+    monkeypatch.setattr(features, "world_size", lambda: 3)
+    parts = []
+    for rank in range(3):
+        monkeypatch.setattr(features, "rank", lambda rank=rank: rank)
+        parts.append(share(np.arange(100, 110)).tolist())
+    assert [row for part in parts for row in part] == list(range(100, 110)) and {len(part) for part in parts} == {3, 4}
+    with pytest.raises(ProbeError, match="2 photos cannot be shared out to 3 processes"):
+        share(np.arange(2))
+
+
+def test_numbers_that_are_not_finite_are_found_wherever_they_are():
+    labels = torch.zeros(50, dtype=torch.int64)
+    for spoilt in (torch.nan, torch.inf, -torch.inf):
+        values = torch.randn(50, 7)
+        values[31, 4] = spoilt
+        with pytest.raises(ProbeError, match="validation part are NaN or infinite"):
+            check_probe_input(Features(torch.randn(50, 7), labels, labels), Features(values, labels, labels))

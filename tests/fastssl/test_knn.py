@@ -7,10 +7,12 @@ import math
 import numpy as np
 import pytest
 import torch
+from processes import run_processes
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastssl.evaluate import knn
-from fastssl.evaluate.features import Features, ProbeError
-from fastssl.evaluate.knn import knn_accuracy, knn_leave_one_out, knn_predict, nearest_neighbors
+from fastssl.evaluate.features import Features, ProbeError, gathered, share
+from fastssl.evaluate.knn import knn_accuracies, knn_accuracy, knn_leave_one_out, knn_predict, nearest_neighbors, ranked_classes
 
 
 def slow_knn(bank, labels, query, k, temperature, exclude_self=False):
@@ -99,6 +101,95 @@ def test_scale_is_ignored_and_a_class_missing_from_the_bank_is_wrong():
     assert knn_predict(bank * scale, labels, query).tolist() == knn_predict(bank, labels, query * 7).tolist()
     unseen = Features(query, torch.full((10,), 77), torch.arange(10))
     assert knn_accuracy(Features(bank, labels, torch.arange(50)), unseen).accuracy == 0
+
+
+def test_classes_are_ranked_by_their_votes():
+    """Against scikit-learn's probabilities: the class is one of the five most probable, and has a vote."""
+    neighbors = pytest.importorskip("sklearn.neighbors")
+    bank, labels = clusters(300, classes=9, width=6)
+    query, truth = clusters(200, classes=9, width=6, seed=5)
+    results = knn_accuracies(Features(bank, labels, torch.arange(300)), Features(query, truth, torch.arange(200)), ks=[20, 7, 500])
+    assert [result.k for result in results] == [20, 7, 300]
+    for result in results:
+        reference = neighbors.KNeighborsClassifier(result.k, metric="cosine", algorithm="brute", weights=lambda d: np.exp((1 - d) / 0.07))
+        probability = reference.fit(bank.double().numpy(), labels.numpy()).predict_proba(query.double().numpy())
+        order = np.argsort(-probability, axis=1, kind="stable")[:, :5]
+        hits = (order == truth.numpy()[:, None]) & (np.take_along_axis(probability, order, 1) > 0)
+        assert result.accuracy == pytest.approx(100 * hits[:, 0].mean()) and result.top5_accuracy == pytest.approx(100 * hits.mean() * 5)
+        assert result.accuracy < result.top5_accuracy and result.top5_confidence[0] < result.top5_accuracy < result.top5_confidence[1]
+
+
+def test_a_class_without_votes_has_no_place():
+    ranked = ranked_classes(torch.tensor([[0.9, 0.5, 0.4]]), torch.tensor([[3, 1, 3]]), 0.1, places=5)
+    assert ranked.tolist() == [[3, 1, -1, -1, -1]]
+
+
+def test_top5_of_five_classes_says_nothing():
+    bank, labels = clusters(40)
+    assert knn_accuracy(Features(bank, labels, torch.arange(40)), Features(bank, labels, torch.arange(40))).top5_accuracy is None
+
+
+def test_equal_neighbours_come_in_the_banks_order(monkeypatch):
+    monkeypatch.setattr(knn, "_TILE_ELEMENTS", 16)
+    bank = torch.randn(5, 6, generator=torch.Generator().manual_seed(0)).repeat(4, 1)  # every row four times
+    index = nearest_neighbors(bank, bank[:5], k=6)[1]
+    assert index[:, :4].tolist() == [[row, row + 5, row + 10, row + 15] for row in range(5)]
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes the largest tensor that any operation makes."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        for tensor in found if isinstance(found, (tuple, list)) else [found]:
+            # A view is no memory: it shows its whole base.
+            if isinstance(tensor, torch.Tensor) and not tensor._is_view():
+                self.elements = max(self.elements, tensor.numel())
+        return found
+
+
+@pytest.mark.parametrize("leave_one_out", [False, True])
+def test_neither_the_bank_nor_the_similarities_are_ever_whole(monkeypatch, leave_one_out):
+    for name, elements in (("_TILE_ELEMENTS", 1 << 15), ("_QUERY_ELEMENTS", 1 << 14), ("_EXACT_ELEMENTS", 1 << 14), ("_QUERY_TILE", 256)):
+        monkeypatch.setattr(knn, name, elements)
+    bank, labels = clusters(20_000 if not leave_one_out else 4_000, width=48)
+    query, truth = clusters(600, width=48, seed=1)
+    data = Features(bank, labels, torch.arange(len(bank)))
+    asked = data if leave_one_out else Features(query, truth, torch.arange(600))
+    with LargestTensor() as largest:
+        knn_accuracies(data, asked, ks=[5], leave_one_out=leave_one_out)
+    assert 0 < largest.elements <= 1 << 16 < bank.numel() / 2
+
+
+CASES = [{"ks": [1, 20]}, {"ks": [1000]}, {"ks": [7], "leave_one_out": True}, {"ks": [1000], "leave_one_out": True}]
+
+
+def over_processes():
+    """What this process finds when it has a share of the bank, and the whole of the queries."""
+    bank, labels = clusters(401, classes=7, width=16)
+    bank[300:] = bank[:101]  # neighbours that are equally near, in parts of two processes
+    mine = Features(bank, labels, torch.arange(401)).subset(share(np.arange(401)))
+    query, truth = clusters(90, classes=7, width=16, seed=5)
+    asked = Features(query, truth, torch.arange(90))
+    found = [knn_accuracies(mine, gathered(mine) if "leave_one_out" in case else asked, shared=True, **case) for case in CASES]
+    spoilt = Features(mine.features.clone(), mine.labels, mine.index)
+    if int(mine.index[-1]) == 400:
+        spoilt.features[3, 3] = torch.nan
+    try:
+        knn_accuracies(spoilt, asked, ks=[3], shared=True)
+    except ProbeError as error:
+        found.append(str(error))
+    return found
+
+
+def test_shares_of_several_processes_find_what_one_finds():
+    alone = over_processes()
+    assert "NaN" in alone[-1]
+    for number, found in enumerate(run_processes(over_processes, 3, timeout=300)):
+        assert found[:-1] == alone[:-1]
+        assert ("NaN" if number == 2 else "another process") in found[-1]
 
 
 def test_wrong_arguments():

@@ -79,9 +79,10 @@ def options(*wanted: Callable) -> Callable[[Callable], Callable]:
     return decorate
 
 
-def split_features(
+def network(
     session: Session,
-    split: LabelledSplit,
+    photos: BetonReader,
+    indices: np.ndarray | None = None,
     *,
     size: int,
     crop: float,
@@ -89,15 +90,21 @@ def split_features(
     workers: int | None,
     reestimate_bn: int | None,
     seed: int,
-) -> tuple[Features, Features]:
-    """This process's share of the features of both parts, by the session's network, with BatchNorm statistics taken anew if that is asked for."""
+    **_: Any,
+) -> nn.Module:
+    """The session's network, with BatchNorm statistics taken anew from ``photos`` (of them ``indices`` alone) if that is asked for."""
     from fastssl.evaluate.batchnorm import reestimated
 
-    backbone = session.trained.backbone
-    if reestimate_bn:
-        how = {"samples": reestimate_bn, "size": size, "seed": seed, "batch_size": batch_size, "indices": split.train_index}
-        backbone = reestimated(backbone, split.train, device=session.device, workers=workers, crop=crop, **how)
-    kept = {"size": size, "crop": crop, "batch_size": batch_size, "workers": workers}
+    if not reestimate_bn:
+        return session.trained.backbone
+    how = {"samples": reestimate_bn, "size": size, "seed": seed, "batch_size": batch_size, "workers": workers, "crop": crop}
+    return reestimated(session.trained.backbone, photos, indices=indices, device=session.device, **how)
+
+
+def split_features(session: Session, split: LabelledSplit, **how: Any) -> tuple[Features, Features]:
+    """This process's share of the features of both parts, by ``network``; ``how``: the values of the options of FEATURE_OPTIONS."""
+    backbone = network(session, split.train, split.train_index, **how)
+    kept = {name: how[name] for name in ("size", "crop", "batch_size", "workers")}
     parts = (("training photos", split.train, split.train_index), ("validation photos", split.val, split.val_index))
     return tuple(share_features(session, backbone, label, reader, index, **kept) for label, reader, index in parts)
 
@@ -111,8 +118,8 @@ def share_features(session: Session, backbone: nn.Module, label: str, reader: Be
         return extract_features(backbone, reader, indices=mine, device=session.device, progress=advance, **how)
 
 
-def finish(session: Session, line: str, record: dict[str, Any], json_path: str | None) -> None:
-    """Say ``line`` and write ``record``, in the first process alone."""
+def finish(session: Session, line: str, record: dict[str, Any] | list[dict[str, Any]], json_path: str | None) -> None:
+    """Say ``line`` and write ``record`` (or several), in the first process alone."""
     if session.is_main:
         click.echo(line, err=json_path == "-")
         write_json(json_path, record)

@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from fastssl.cli.common import finite
-from fastssl.cli.evaluate.common import FEATURE_OPTIONS, finish, options, percent, split_features
+from fastssl.cli.evaluate.common import FEATURE_OPTIONS, finish, network, options, percent, share_features, split_features
+
+if TYPE_CHECKING:
+    from fastssl.evaluate.features import Features
+    from fastssl.evaluate.session import Session
 
 
 @click.command()
 @options(*FEATURE_OPTIONS)
-@click.option("--k", type=click.IntRange(min=1), default=20, show_default=True, help="Neighbours that vote.")
+@click.option(
+    "--k",
+    "ks",
+    type=click.IntRange(min=1),
+    multiple=True,
+    default=(20,),
+    show_default=True,
+    help="Neighbours that vote. May be repeated: one search, a result for each.",
+)
 @click.option(
     "--temperature",
     type=click.FloatRange(min=0, min_open=True),
@@ -23,40 +37,81 @@ from fastssl.cli.evaluate.common import FEATURE_OPTIONS, finish, options, percen
     callback=finite,
     help="Of the votes' weights.",
 )
+@click.option(
+    "--leave-one-out",
+    is_flag=True,
+    help="A monitor, not comparable with kNN figures: within --val (without it --data), each photo judged by all the others.",
+)
 def knn(
     checkpoint: Path,
     which: str | None,
     data: Path,
     val: Path | None,
     device: str,
-    k: int,
+    ks: tuple[int, ...],
     temperature: float,
+    leave_one_out: bool,
     json_path: str | None,
     **how: Any,
 ) -> None:
     """Weighted k-nearest-neighbour accuracy; nothing is trained.
 
+    The photos of --data vote on those of --val.
+
     \b
-    fastssl evaluate knn runs/mine --data train.beton --val val.beton --json knn.json
+    fastssl evaluate knn runs/mine --data train.beton --val val.beton --k 20 --k 200 --json knn.json
     """
-    from fastssl.evaluate.features import gathered
-    from fastssl.evaluate.knn import knn_accuracy
-    from fastssl.evaluate.photos import open_split
+    from fastssl.evaluate.knn import knn_accuracies
     from fastssl.evaluate.session import open_session
 
-    with (
-        open_session(checkpoint, which=which, device=device) as session,
-        open_split(data, val, seed=how["seed"], workers=how["workers"]) as split,
-    ):
-        train, judged = map(gathered, split_features(session, split, **how))
-        result = knn_accuracy(train, judged, k=k, temperature=temperature, device=session.device)
-        line = (
-            f"kNN (k {result.k}, T {result.temperature:g}): {percent(result.accuracy, result.confidence)} of {result.val_samples:,} photos"
+    features = _one_set if leave_one_out else _two_sets
+    with open_session(checkpoint, which=which, device=device) as session, features(session, data, val, **how) as (bank, judged, photos):
+        results = knn_accuracies(
+            bank,
+            judged,
+            ks=list(dict.fromkeys(ks)),
+            temperature=temperature,
+            device=session.device,
+            leave_one_out=leave_one_out,
+            shared=True,
         )
-        about = {**split.record(), **{name: how[name] for name in ("size", "crop", "reestimate_bn")}}
-        finish(
-            session,
-            f"{line}, {result.classes} classes, {result.train_samples:,} photos to learn from",
-            session.record("knn", **about, **asdict(result)),
-            json_path,
-        )
+        about = {**photos, **{name: how[name] for name in ("size", "crop", "reestimate_bn")}}
+        lines, records = [], []
+        for result in results:
+            kind = "leave-one-out kNN, not comparable with kNN" if leave_one_out else "kNN"
+            among = "among them" if leave_one_out else f"{result.train_samples:,} photos to learn from"
+            top5 = "" if result.top5_accuracy is None else f", top-5 {result.top5_accuracy:.2f} %"
+            lines.append(
+                f"{kind} (k {result.k}, T {result.temperature:g}): {percent(result.accuracy, result.confidence)}{top5} "
+                f"of {result.val_samples:,} photos, {result.classes} classes, {among}"
+            )
+            records.append(session.record("knn_leave_one_out" if leave_one_out else "knn", **about, **asdict(result)))
+        finish(session, "\n".join(lines), records, json_path)
+
+
+@contextmanager
+def _two_sets(session: Session, data: Path, val: Path | None, **how: Any) -> Iterator[tuple[Features, Features, dict[str, Any]]]:
+    """This process's share of the bank, all that is judged, and what a record says of the photos."""
+    from fastssl.evaluate.features import gathered
+    from fastssl.evaluate.photos import open_split
+
+    with open_split(data, val, seed=how["seed"], workers=how["workers"]) as split:
+        bank, judged = split_features(session, split, **how)
+        yield bank, gathered(judged), split.record()
+
+
+@contextmanager
+def _one_set(session: Session, data: Path, val: Path | None, **how: Any) -> Iterator[tuple[Features, Features, dict[str, Any]]]:
+    """The same for leave-one-out, where what is judged is the bank."""
+    import numpy as np
+
+    from fastssl.evaluate.features import gathered
+    from fastssl.evaluate.photos import open_photos, require_labels
+
+    with open_photos(data, how["workers"]) as train, open_photos(val, how["workers"]) if val else nullcontext(train) as reader:
+        require_labels(reader)
+        kept = {name: how[name] for name in ("size", "crop", "batch_size", "workers")}
+        backbone = network(session, train, **how)
+        bank = share_features(session, backbone, "photos", reader, np.arange(len(reader)), **kept)
+        read = reader is train or how["reestimate_bn"]
+        yield bank, gathered(bank), {"data": train.path.name if read else None, "val": val and reader.path.name, "held_out_seed": None}

@@ -1,0 +1,133 @@
+"""Features of training views, batch by batch: fresh views every epoch, or those of a few epochs, kept and gone round."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fastssl.distributed import rank, world_size
+from fastssl.evaluate.features import ProbeError
+from fastssl.pipelines.beton import BetonReader
+from fastssl.pipelines.loader import Batch, ViewLoader
+from fastssl.pipelines.order import epoch_order
+from fastssl.pipelines.plan import ViewSpec
+
+#: Photos that go through the network at once, at most: a probe's batch of 4096 is a step of its classifier, not of the network.
+_PASS = 256
+
+
+class FeatureStream:
+    """``stream.epoch(e)``: what the classifier's steps of epoch ``e`` read.
+
+    Every photo's view is a function of (seed, epoch, sample), and this process has its part of every batch, so that all processes together see what one
+    would. A last, partial batch of an epoch is left out. Use it as a context manager, as the loader that it holds.
+
+    Args:
+        network: images (B, 3, S, S) -> (B, F), on ``device``. It is put into evaluation mode, and no gradient is kept.
+        reader: the photos. indices: (n,) sample ids to learn from.
+        targets: (len(reader),) int64 class of each sample of the file, on the CPU.
+        view: the training view.
+        batch_size: of all processes together.
+        device, seed, workers, amp: as in ``extract_features``.
+        cached_epochs: 0, or how many epochs' features are kept, in float32 on the host. Later epochs take their batches, as they were, in an order drawn anew.
+
+    Attributes:
+        steps: batches in an epoch.
+        batch: photos of this process in each.
+
+    Raises:
+        ProbeError: fewer photos than one batch, or a batch that the processes cannot share.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        reader: BetonReader,
+        indices: np.ndarray,
+        targets: Tensor,
+        view: ViewSpec,
+        *,
+        batch_size: int,
+        device: torch.device,
+        seed: int = 0,
+        workers: int | None = None,
+        amp: bool = False,
+        cached_epochs: int = 0,
+    ):
+        if batch_size % world_size():
+            raise ProbeError(f"a batch of {batch_size} cannot be shared by {world_size()} processes: choose a multiple (--batch-size)")
+        self.steps, self.batch = len(indices) // batch_size, batch_size // world_size()
+        if not self.steps:
+            raise ProbeError(
+                f"{reader.path}: {len(indices)} photos to learn from are fewer than one batch of {batch_size}: lower --batch-size"
+            )
+        self._network, self._targets, self._device, self._amp, self._seed = network.eval(), targets, device, amp, seed
+        self._passes = _passes(self.batch)
+        self._loader = ViewLoader(
+            reader,
+            [view],
+            self.batch // self._passes,
+            device,
+            seed=seed,
+            workers=workers,
+            rank=rank(),
+            world=world_size(),
+            indices=indices,
+        )
+        self._kept = cached_epochs
+        self._features: Tensor | None = None  # (epochs kept, steps, batch, F)
+        self._labels = torch.empty(cached_epochs, self.steps, self.batch, dtype=torch.int64)
+
+    def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """(features (B, F) float32, targets (B,) int64) of each step, on the device; B is this process's part of the batch.
+
+        Epochs that are kept must come first, and in their order.
+        """
+        return self._fresh(epoch) if epoch < self._kept or not self._kept else self._again(epoch)
+
+    @torch.no_grad()
+    def _fresh(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        batches = self._loader.epoch(epoch)
+        try:
+            for step in range(self.steps):
+                features, targets = zip(*(self._read(next(batches)) for _ in range(self._passes)))
+                found = torch.cat(features), torch.cat(targets)
+                if epoch < self._kept:
+                    self._keep(epoch, step, *found)
+                yield found[0], found[1].to(self._device, non_blocking=True)
+        finally:
+            batches.close()
+
+    def _read(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._amp):
+            features = self._network(batch.views[0])
+        return features.float(), self._targets[batch.index]
+
+    def _keep(self, epoch: int, step: int, features: Tensor, targets: Tensor) -> None:
+        if self._features is None:
+            # Pinned for a GPU: copies both ways then go by its queue, and the host does not wait for them.
+            shape = (self._kept, self.steps, *features.shape)
+            self._features = torch.empty(shape, pin_memory=self._device.type == "cuda")
+        self._features[epoch, step].copy_(features, non_blocking=True)
+        self._labels[epoch, step] = targets
+
+    def _again(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        kept = epoch % self._kept
+        for step in epoch_order(self.steps, self._seed, epoch).tolist():
+            features, targets = self._features[kept, step], self._labels[kept, step]
+            yield features.to(self._device, non_blocking=True), targets.to(self._device, non_blocking=True)
+
+    def __enter__(self) -> FeatureStream:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._loader.close()
+
+
+def _passes(batch: int) -> int:
+    """Into how many equal passes of the network a batch is cut: as few as there may be, or one where it has no divisor that is worth it."""
+    fewest = -(-batch // _PASS)
+    return next((passes for passes in range(fewest, 4 * fewest) if batch % passes == 0), 1)

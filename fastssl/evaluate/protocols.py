@@ -1,0 +1,150 @@
+"""The numbers of the published linear probes, each with its source.
+
+What all have in common: the backbone is frozen, in evaluation mode; a linear layer (weights normal with standard deviation 0.01, bias 0) is trained on its
+features of random resized crops, flipped at random; the rate changes once an epoch; judged is one centre crop (the photo's short side to 256 pixels, 224 of
+them), after every epoch.
+
+Rates are per 256 photos of a batch, as the papers state them, and are scaled linearly: that of a step is ``lr * batch / 256``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from fastssl.evaluate.features import ProbeError
+from fastssl.pipelines.plan import ViewSpec
+from fastssl.schedules import half_cosine
+
+#: A batch for which rates are stated.
+LR_BATCH = 256
+#: What ``--sweep`` multiplies a protocol's rate with, the protocol's own first. Three decades: the best rate goes by the scale of the features, and that
+#: differs between networks (DINO's ResNet-50 is published with a probe's rate of 0.3, and reads far too low at 0.002).
+SWEEP = (1.0, 0.01, 0.03, 0.1, 0.3, 3.0, 10.0)
+
+
+@dataclass(frozen=True)
+class LinearProtocol:
+    """How a linear classifier is trained on frozen features.
+
+    Attributes:
+        name: on the command line and in records.
+        source: where the numbers stand.
+        optimizer: ``sgd`` (momentum, no Nesterov), or ``lars`` as in ``fastssl.optim``, which takes the plain step for the bias.
+        lr: rate per 256 photos.
+        batch_size: of all processes together.
+        epochs: over the training photos.
+        milestones: epochs from which on the rate is a tenth of what it was; without any it follows half a cosine to ``final_lr``.
+        final_lr: where that would arrive after the last epoch; not scaled with the batch.
+        momentum: of the optimiser.
+        weight_decay: on the weights; under ``sgd`` on the bias too, as torch does, under ``lars`` not.
+        trust: of LARS.
+        area: of the random crops, as a share of the photo's.
+        interpolation: of training and test views.
+        class_tokens: 0: the classifier reads what the backbone returns; n: a vision transformer's class tokens behind each of the last n blocks.
+        init_std: of the classifier's weights.
+    """
+
+    name: str
+    source: str
+    optimizer: str
+    lr: float
+    batch_size: int
+    epochs: int
+    milestones: tuple[int, ...] = ()
+    final_lr: float = 0.0
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    trust: float = 0.001
+    area: tuple[float, float] = (0.08, 1.0)
+    interpolation: str = "bilinear"
+    class_tokens: int = 0
+    init_std: float = 0.01
+
+    def view(self, size: int = 224) -> ViewSpec:
+        """The training view: random resized crop and flip, no colour."""
+        return ViewSpec(size=size, area=self.area, interpolation=self.interpolation, flip=0.5, jitter=0.0, grey=0.0, blur=0.0)
+
+    def rate(self, lr: float, epoch: int, epochs: int, batch_size: int) -> float:
+        """The rate of all steps of ``epoch`` (from 0).
+
+        Args:
+            lr: per 256 photos.
+            epochs: of this training. Milestones of a shorter or longer one than the protocol's move with it.
+            batch_size: of all processes together.
+        """
+        peak = lr * batch_size / LR_BATCH
+        if self.milestones:
+            return peak * 0.1 ** sum(epoch * self.epochs >= milestone * epochs for milestone in self.milestones)
+        return half_cosine(epoch / epochs, peak, self.final_lr)
+
+    def record(self) -> dict[str, Any]:
+        """All numbers by name, for a result."""
+        values = asdict(self)
+        return {"protocol": values.pop("name"), **values}
+
+
+_LIGHT_MOCO = "Lin et al., arXiv 2212.07158, public code of light-moco (MoCo's probe: He et al., arXiv 1911.05722)"
+_SSLIGHT = "Tan et al., arXiv 2210.02808 (SSLight), public code"
+
+PROTOCOLS = {
+    protocol.name: protocol
+    for protocol in (
+        LinearProtocol("light-moco", _LIGHT_MOCO, "sgd", lr=30.0, batch_size=256, epochs=100, milestones=(60, 80)),
+        LinearProtocol(
+            "light-moco-lars",
+            _LIGHT_MOCO + ", its LARS variant (SimSiam's probe: arXiv 2011.10566)",
+            "lars",
+            lr=0.1,
+            batch_size=4096,
+            epochs=90,
+        ),
+        LinearProtocol(
+            "sslight",
+            _SSLIGHT + ", convolutional networks",
+            "lars",
+            0.05,
+            batch_size=4096,
+            epochs=100,
+            final_lr=1e-6,
+            interpolation="bicubic",
+        ),
+        LinearProtocol(
+            "sslight-vit",
+            _SSLIGHT + ", vision transformer",
+            "sgd",
+            lr=0.01,
+            batch_size=1024,
+            epochs=100,
+            final_lr=1e-6,
+            interpolation="bicubic",
+            class_tokens=4,
+        ),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One classifier of a grid: rate per 256 photos, and weight decay."""
+
+    lr: float
+    weight_decay: float
+
+
+def trials(protocol: LinearProtocol, lrs: Sequence[float] = (), weight_decays: Sequence[float] = (), *, sweep: bool = False) -> list[Trial]:
+    """The grid: every rate with every decay, without repeats. Its first is the one whose last epoch is the headline.
+
+    Args:
+        lrs: rates per 256 photos; none: the protocol's own, or ``sweep``'s around it.
+        weight_decays: none: the protocol's own.
+        sweep: ``SWEEP`` times the protocol's rate.
+
+    Raises:
+        ProbeError: both rates and a sweep.
+    """
+    if sweep and lrs:
+        raise ProbeError("a sweep goes around the protocol's rate: give either rates (--lr) or --sweep")
+    lrs = lrs if lrs else [float(f"{protocol.lr * factor:.6g}") for factor in (SWEEP if sweep else (1.0,))]
+    return list(dict.fromkeys(Trial(lr, decay) for decay in (weight_decays or [protocol.weight_decay]) for lr in lrs))

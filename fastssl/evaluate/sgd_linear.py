@@ -1,0 +1,220 @@
+"""Linear classifiers trained by a published protocol on the features of a frozen backbone: a whole grid of rates and decays at once.
+
+The features of a batch cost a pass of the network, a classifier on them next to nothing; so all classifiers of a grid read the same features, as one tensor of
+weights, and each moves as it would alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from fastssl.distributed import all_reduce_mean, all_reduce_sum
+from fastssl.evaluate.features import wilson_interval
+from fastssl.evaluate.protocols import LinearProtocol, Trial
+
+#: Scores held at a time when classifiers are judged: 64 MiB of float32.
+_SCORES = 1 << 24
+
+
+class Classifiers:
+    """R linear classifiers with C classes on F features, one for each trial. They begin alike.
+
+    Args:
+        protocol: optimiser and initialisation.
+        grid: the R trials. Their rates come with each step.
+        width, classes: F and C.
+        seed: of the weights, drawn on the host: alike on all processes and devices.
+
+    Attributes:
+        weight: (R, C, F) float32. bias: (R, C).
+    """
+
+    def __init__(self, protocol: LinearProtocol, grid: list[Trial], width: int, classes: int, *, device: torch.device, seed: int = 0):
+        first = torch.empty(classes, width).normal_(0.0, protocol.init_std, generator=torch.Generator().manual_seed(seed))
+        self.weight = first.to(device).expand(len(grid), -1, -1).clone()
+        self.bias = torch.zeros(len(grid), classes, device=device)
+        self._weight_step, self._bias_step = torch.zeros_like(self.weight), torch.zeros_like(self.bias)
+        self._decay = torch.tensor([trial.weight_decay for trial in grid], device=device)
+        self._protocol = protocol
+
+    def scores(self, features: Tensor) -> Tensor:
+        """(B, F) -> (B, R, C): one matrix product for all classifiers."""
+        return torch.addmm(self.bias.flatten(), features, self.weight.flatten(0, 1).T).unflatten(1, self.bias.shape)
+
+    @torch.no_grad()
+    def step(self, features: Tensor, targets: Tensor, rate: Tensor) -> tuple[Tensor, Tensor]:
+        """One step of each on the mean cross-entropy of a batch; under several processes, of all their parts, which are equally large.
+
+        Args:
+            features: (B, F) float32. targets: (B,) int64 in 0 .. C - 1.
+            rate: (R,), on the device.
+
+        Returns:
+            (loss (R,), share of the batch that was classified rightly (R,)), before the step, of this process's part; on the device.
+        """
+        log_probability = functional.log_softmax(self.scores(features), dim=2)
+        place = targets[:, None, None].expand(-1, len(self.bias), 1)
+        true = log_probability.gather(2, place)
+        right = ((log_probability >= true).sum(dim=2) == 1).float().mean(dim=0)
+        # The gradient of cross-entropy by the scores: probability - 1 at the true class.
+        residual = log_probability.exp_().scatter_add_(2, place, -torch.ones_like(true)).div_(len(features))
+        weight_grad = all_reduce_mean((residual.flatten(1).T @ features).view_as(self.weight))
+        self._move(weight_grad, all_reduce_mean(residual.sum(dim=0)), rate)
+        return -true.squeeze(2).mean(dim=0), right
+
+    def _move(self, weight_grad: Tensor, bias_grad: Tensor, rate: Tensor) -> None:
+        protocol = self._protocol
+        weight_grad = weight_grad.addcmul_(self.weight, self._decay[:, None, None])
+        if protocol.optimizer == "lars":
+            length, step = self.weight.flatten(1).norm(dim=1), weight_grad.flatten(1).norm(dim=1)
+            ratio = torch.where((length > 0) & (step > 0), protocol.trust * length / step, torch.ones_like(length))
+            weight_grad *= ratio[:, None, None]
+        else:
+            bias_grad = bias_grad.addcmul_(self.bias, self._decay[:, None])
+        self._weight_step.mul_(protocol.momentum).add_(weight_grad)
+        self._bias_step.mul_(protocol.momentum).add_(bias_grad)
+        self.weight.addcmul_(self._weight_step, rate[:, None, None], value=-1)
+        self.bias.addcmul_(self._bias_step, rate[:, None], value=-1)
+
+    @torch.no_grad()
+    def right(self, features: Tensor, targets: Tensor) -> Tensor:
+        """(2, R) int64: how many of the (B, F) features have their class first, and among the first five.
+
+        A class scored as high as the true one counts as better, and scores that are not numbers as wrong: what a diverged classifier says is no hit. So is
+        a target of -1, a class that was not learned.
+        """
+        found = torch.zeros(2, len(self.bias), dtype=torch.int64, device=self.bias.device)
+        rows = max(1, _SCORES // self.bias.numel())
+        for part, classes in zip(features.split(rows), targets.split(rows)):
+            scores = self.scores(part)
+            true = scores.gather(2, classes.clamp_min(0)[:, None, None].expand(-1, len(self.bias), 1))
+            place = (scores >= true).sum(dim=2)  # 1: first; 0: not a number
+            known = (classes >= 0)[:, None]
+            found += torch.stack([((place == 1) & known).sum(dim=0), ((place >= 1) & (place <= 5) & known).sum(dim=0)])
+        return found
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Photos that the classifiers are judged on after every epoch: this process's share of them.
+
+    Attributes:
+        features: (n, F) float32 and targets: (n,) int64 (-1: a class that is not learned), on the device.
+        total: how many there are on all processes.
+    """
+
+    features: Tensor
+    targets: Tensor
+    total: int
+
+
+@dataclass(frozen=True)
+class Curves:
+    """What became of R trials over E epochs, on the host.
+
+    Attributes:
+        loss, train_accuracy: (E, R) float64, means over the epoch's steps, each taken before its step; accuracy in percent, of the random crops.
+        right: (E, 2, R) int64 for each set that was judged, by name: how many were right behind the epoch, top-1 and top-5.
+        totals: the sets' sizes.
+    """
+
+    loss: Tensor
+    train_accuracy: Tensor
+    right: dict[str, Tensor]
+    totals: dict[str, int]
+
+
+def train_classifiers(
+    classifiers: Classifiers,
+    protocol: LinearProtocol,
+    grid: list[Trial],
+    batches: Callable[[int], Iterable[tuple[Tensor, Tensor]]],
+    judged: Mapping[str, Judged],
+    *,
+    epochs: int,
+    batch_size: int,
+) -> Curves:
+    """Train ``classifiers`` for ``epochs``, judged behind each. The device is waited for once an epoch.
+
+    Args:
+        batches: the (features, targets) of each step of an epoch (from 0), as ``FeatureStream.epoch`` gives them.
+        judged: sets by name.
+        batch_size: of all processes together; rates are scaled to it.
+    """
+    device = classifiers.bias.device
+    losses, shares, right = [], [], {name: [] for name in judged}
+    for epoch in range(epochs):
+        rate = torch.tensor([protocol.rate(trial.lr, epoch, epochs, batch_size) for trial in grid], device=device)
+        means = torch.zeros(2, len(grid), dtype=torch.float64, device=device)
+        steps = 0
+        for features, targets in batches(epoch):
+            means += torch.stack(classifiers.step(features, targets, rate))
+            steps += 1
+        means = all_reduce_mean(means / steps).cpu()
+        losses.append(means[0])
+        shares.append(100 * means[1])
+        for name, part in judged.items():
+            right[name].append(all_reduce_sum(classifiers.right(part.features, part.targets)).cpu())
+    return Curves(
+        torch.stack(losses),
+        torch.stack(shares),
+        {name: torch.stack(counts) for name, counts in right.items()},
+        {name: part.total for name, part in judged.items()},
+    )
+
+
+def summary(curves: Curves, grid: list[Trial], classes: int, *, choose_on: str = "val") -> dict[str, Any]:
+    """The figures of a probe, as they stand in its record.
+
+    The headline is the last epoch of the grid's first trial: nothing was chosen for it. Beside it, chosen on the set ``choose_on``: ``best_epoch`` of that trial
+    (what papers often report), and, where the grid has several, the trial with the best last epoch as ``chosen_...``; ``chosen_at_edge`` says that its rate is the
+    grid's smallest or largest, so that better ones may lie beyond. All figures are of the set ``val``;
+    percent, with their 95 % interval; top-5 is None where there are no more than five classes.
+    """
+    tables = {name: 100 * counts.double() / curves.totals[name] for name, counts in curves.right.items()}  # (E, 2, R) percent
+    deciding = tables[choose_on][:, 0]
+    best = deciding.argmax(dim=0)  # (R,) of equal epochs the first
+
+    def figures(epoch: int, trial: int) -> dict[str, Any]:
+        top1, top5 = (int(count) for count in curves.right["val"][epoch, :, trial])
+        total = curves.totals["val"]
+        found: dict[str, Any] = {"accuracy": 100 * top1 / total, "confidence": wilson_interval(top1, total)}
+        known = classes > 5
+        return {
+            **found,
+            "top5_accuracy": 100 * top5 / total if known else None,
+            "top5_confidence": wilson_interval(top5, total) if known else None,
+        }
+
+    def with_prefix(prefix: str, values: dict[str, Any]) -> dict[str, Any]:
+        return {f"{prefix}_{name}": value for name, value in values.items()}
+
+    rows = []
+    for number, trial in enumerate(grid):
+        row = {"lr": trial.lr, "weight_decay": trial.weight_decay, **figures(-1, number), "best_epoch": int(best[number]) + 1}
+        row.update(with_prefix("best", figures(int(best[number]), number)))
+        row.update(train_loss=_finite(curves.loss[-1, number]), train_accuracy=float(curves.train_accuracy[-1, number]))
+        if choose_on != "val":
+            row[f"{choose_on}_accuracy"] = float(deciding[-1, number])
+        rows.append(row)
+    chosen = int(deciding[-1].argmax())
+    rates = sorted({trial.lr for trial in grid})
+    return {
+        **{name: value for name, value in rows[0].items() if name not in ("lr", "weight_decay")},
+        **with_prefix("chosen", {"lr": grid[chosen].lr, "weight_decay": grid[chosen].weight_decay, **figures(-1, chosen)}),
+        "chosen_at_edge": len(rates) > 1 and grid[chosen].lr in (rates[0], rates[-1]),
+        "chosen_on": {"val": "validation photos", "held_out": "held-out training photos"}[choose_on],
+        "accuracy_by_epoch": tables["val"][:, 0, 0].tolist(),
+        "grid": rows,
+    }
+
+
+def _finite(value: Tensor) -> float | None:
+    """JSON has no NaN; a loss that is none says that the trial diverged."""
+    return float(value) if torch.isfinite(value) else None
