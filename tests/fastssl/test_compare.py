@@ -16,9 +16,15 @@ from fastssl.report.document import Table
 
 def record(evaluation: str, checkpoint: str = "mine/last.safetensors", **values: Any) -> dict[str, Any]:
     """As ``Session.record`` makes one, with what this kind needs."""
+    top = {"accuracy": 68.25, "confidence": [67.8, 68.7]}
+    tuned = {**top, "head": "linear", "epochs": 30, "optimizer": "sgd", "lr": 0.03}
+    near = {"k": 20, "temperature": 0.07, "accuracy": 61.0, "confidence": [60.0, 62.0]}
     kinds = {
-        "knn": {"k": 20, "temperature": 0.07, "accuracy": 61.0, "confidence": [60.0, 62.0]},
-        "linear": {"accuracy": 68.25, "confidence": [67.8, 68.7]},
+        "knn": near,
+        "knn_leave_one_out": near,
+        "linear": {**top, "protocol": "fast"},
+        "semi": {**tuned, "labels": 0.01, "head": "dino"},
+        "finetune": {**tuned, "labels": 1.0},
     }
     about = {
         "checkpoint": checkpoint,
@@ -88,9 +94,18 @@ def test_what_is_no_record_is_named(tmp_path: Path, line: str, message: str) -> 
 
 
 def test_every_kind_is_tried_here() -> None:
-    assert set(FIGURES) == {"knn", "linear"}
-    for kind in FIGURES:
-        assert all(str(figure) for figure in FIGURES[kind](record(kind)))
+    named = {kind: FIGURES[kind](record(kind))[0].name for kind in FIGURES}
+    assert named == {
+        "knn": "kNN, k 20, T 0.07",
+        "knn_leave_one_out": "leave-one-out kNN, k 20, T 0.07",
+        "linear": "linear probe, fast",
+        "semi": "fine-tuned, 1 % of the labels, half of the DINO head, 30 epochs, sgd lr 0.03",
+        "finetune": "fine-tuned, all labels, 30 epochs, sgd lr 0.03",
+    }
+    shorter = record("linear", protocol="sslight", changed=["epochs", "size"])
+    assert FIGURES["linear"](shorter)[0].name == "linear probe, sslight (not as published: epochs, size)"
+    # Neither what was learned from nor a held-out part: photos that are judged among themselves.
+    assert [block.text for block in comparison([record("knn_leave_one_out")])[1:2]] == ["val.beton, among themselves"]
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
