@@ -142,13 +142,13 @@ def collect(
     return Features(features[:kept], labels[:kept], index[:kept])
 
 
-def share(index: np.ndarray) -> np.ndarray:
+def share(index: np.ndarray, *, may_be_empty: bool = False) -> np.ndarray:
     """This process's part of ``index``: neighbours stay together, parts differ by one at most. All of it for a single process.
 
     Raises:
-        ProbeError: there are fewer samples than processes; on all of them.
+        ProbeError: there are fewer samples than processes, on all of them, unless the part ``may_be_empty``.
     """
-    if len(index) < world_size():
+    if len(index) < world_size() and not may_be_empty:
         raise ProbeError(f"{len(index)} photos cannot be shared out to {world_size()} processes; start fewer")
     return np.array_split(index, world_size())[rank()]
 

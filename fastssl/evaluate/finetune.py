@@ -230,7 +230,7 @@ class _Tuner:
         """In evaluation mode, over all photos to be judged on: how many have their class first, and among the first five."""
         split, config, best = self.split, self.config, min(5, self.network.linear.out_features)
         self.network.eval()
-        mine = share(split.val_index)
+        mine = share(split.val_index, may_be_empty=True)
         right = torch.zeros(2, dtype=torch.int64)
         if len(mine):
 
