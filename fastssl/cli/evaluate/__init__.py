@@ -9,6 +9,7 @@ from fastssl.cli.lazy import LazyCommand, LazyGroup
 EVALUATIONS = {
     "knn": LazyCommand("fastssl.cli.evaluate.knn", "knn", "Nearest neighbours vote; nothing is trained."),
     "linear": LazyCommand("fastssl.cli.evaluate.linear", "linear", "A linear classifier on frozen features."),
+    "detect": LazyCommand("fastssl.cli.evaluate.detect", "detect", "Object detection, fine-tuned; with --masks instance segmentation."),
 }
 
 
