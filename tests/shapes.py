@@ -69,3 +69,27 @@ def make_shapes(folder: Path, pictures: int, *, height: int = 96, width: int = 1
     path = folder / f"instances-{seed}.json"
     path.write_text(json.dumps(document))
     return path, images
+
+
+def make_voc(folder: Path, shapes: tuple[Path, Path]) -> Path:
+    """The same pictures in Pascal VOC's folders: all but two in ``trainval.txt``, the last two in ``test.txt``; the folder VOC2007."""
+    document, voc = json.loads(shapes[0].read_text()), folder / "VOC2007"
+    for part in ("Annotations", "JPEGImages", "ImageSets/Main"):
+        (voc / part).mkdir(parents=True)
+    names = []
+    for image in document["images"]:
+        name = Path(image["file_name"]).stem
+        names.append(name)
+        (voc / "JPEGImages" / image["file_name"]).write_bytes((shapes[1] / image["file_name"]).read_bytes())
+        objects = ""
+        for row in document["annotations"]:
+            if row["image_id"] == image["id"]:
+                left, top, width, height = row["bbox"]
+                sides = {"xmin": left + 1, "ymin": top + 1, "xmax": left + width, "ymax": top + height}
+                box = "".join(f"<{side}>{round(value)}</{side}>" for side, value in sides.items())
+                objects += f"<object><name>{CATEGORIES[row['category_id']]}</name><difficult>0</difficult><bndbox>{box}</bndbox></object>"
+        size = f"<size><width>{image['width']}</width><height>{image['height']}</height><depth>3</depth></size>"
+        (voc / "Annotations" / f"{name}.xml").write_text(f"<annotation>{size}{objects}</annotation>")
+    (voc / "ImageSets/Main/trainval.txt").write_text("\n".join(names[:-2]) + "\n")
+    (voc / "ImageSets/Main/test.txt").write_text("\n".join(names[-2:]) + "\n")
+    return voc

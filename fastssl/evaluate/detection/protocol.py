@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -15,9 +16,11 @@ from fastssl.checkpoint import write_atomically
 from fastssl.distributed import World
 from fastssl.evaluate.detection.annotations import DetectionSet, require_same_categories
 from fastssl.evaluate.detection.average_precision import average_precision, require_pycocotools
+from fastssl.evaluate.detection.batches import check_pictures
 from fastssl.evaluate.detection.model import Detector, DetectorConfig
 from fastssl.evaluate.detection.predict import of_kind, predict
 from fastssl.evaluate.detection.train import TrainingConfig, fine_tune
+from fastssl.evaluate.features import share
 from fastssl.pipelines.errors import FastSSLError
 
 #: (label, total, unit) -> a bar whose value is told how many are done: ``fastssl.cli.common.progress_bar``.
@@ -69,6 +72,9 @@ def detection_figures(
     require_pycocotools()
     require_same_categories(train, val)
     _make_folder(out)
+    mine = [val.pictures[number] for number in share(np.arange(len(val)))]
+    with bar("checking the validation pictures", len(mine), "images") as advance:
+        check_pictures(mine, workers, advance)
     torch.manual_seed(training.seed)  # of the first weights of pyramid and heads
     detector = Detector(backbone, len(train.categories), shape, amp=amp).to(device)
     with bar("fine-tuning", training.iterations, "iterations") as advance:
@@ -83,7 +89,7 @@ def detection_figures(
             about=about,
             progress=None if advance is None else lambda done, losses: advance(done),
         )
-    with bar("validation pictures", len(val) // world.size, "images") as advance:
+    with bar("validation pictures", len(mine), "images") as advance:
         sizes = {"short_side": test_side, "long_side": training.long_side}
         rows = predict(detector, val, device=device, workers=workers, progress=advance, **sizes)
     figures: dict[str, Any] = {}
