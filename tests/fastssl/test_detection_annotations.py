@@ -68,7 +68,9 @@ def test_pictures_without_boxes_are_judged_on_but_not_learned_from(shapes: tuple
     empty = stored["images"][2]["id"]
     stored["annotations"] = [row for row in stored["annotations"] if row["image_id"] != empty]
     found = detection_set(stored, shapes[1], where="x.json")
-    assert len(found) == 4 and [picture.id for picture in found.with_boxes()] == [row["id"] for row in stored["images"] if row["id"] != empty]
+    assert len(found) == 4 and [picture.id for picture in found.with_boxes()] == [
+        row["id"] for row in stored["images"] if row["id"] != empty
+    ]
     assert found.pictures[2].boxes.shape == (0, 4)
 
 
@@ -87,20 +89,35 @@ WRONG = {
     "no categories": (lambda stored: stored.update(categories=[]), "'categories' is empty"),
     "annotations are no list": (lambda stored: stored.update(annotations={"id": 1}), "no list 'annotations'"),
     "twice the same picture": (lambda stored: stored["images"].append(stored["images"][0]), r"images\[4\]: id 1000 stands there twice"),
-    "twice the same category": (lambda stored: stored["categories"].append(stored["categories"][1]), r"categories\[3\]: id 7 stands there twice"),
+    "twice the same category": (
+        lambda stored: stored["categories"].append(stored["categories"][1]),
+        r"categories\[3\]: id 7 stands there twice",
+    ),
     "an id that is a word": (lambda stored: stored["images"][1].update(id="one"), r"images\[1\]: 'id' is 'one'"),
     "no size": (lambda stored: stored["images"][1].pop("width"), r"images\[1\] \(id 1007\): 'width' is None"),
     "no file name": (lambda stored: stored["images"][1].pop("file_name"), r"images\[1\] \(id 1007\): no 'file_name'"),
-    "missing picture": (lambda stored: stored["images"][3].update(file_name="gone.jpg"), "1 of its 4 pictures are not there, the first: .*gone.jpg"),
+    "missing picture": (
+        lambda stored: stored["images"][3].update(file_name="gone.jpg"),
+        "1 of its 4 pictures are not there, the first: .*gone.jpg",
+    ),
     "unknown picture": (lambda stored: stored["annotations"][2].update(image_id=5), r"annotations\[2\]: image_id 5 is not in 'images'"),
-    "unknown category": (lambda stored: stored["annotations"][2].update(category_id=4), r"annotations\[2\]: category_id 4 is not in 'categories'"),
+    "unknown category": (
+        lambda stored: stored["annotations"][2].update(category_id=4),
+        r"annotations\[2\]: category_id 4 is not in 'categories'",
+    ),
     "box of three": (lambda stored: stored["annotations"][0].update(bbox=[1, 2, 3]), r"annotations\[0\]: 'bbox' is \[1, 2, 3\]"),
     "box that is no number": (lambda stored: stored["annotations"][0].update(bbox=[1, 2, 3, float("nan")]), r"annotations\[0\]: 'bbox' is"),
     "no box": (lambda stored: stored["annotations"][0].pop("bbox"), r"annotations\[0\]: 'bbox' is None"),
     "only crowds": (no_boxes, "not one box in it"),
     "no outlines": (no_masks, "not one of its annotations has a 'segmentation': leave out --masks"),
-    "an outline that is a word": (lambda stored: stored["annotations"][0].update(segmentation="x"), r"annotations\[0\]: 'segmentation' is x"),
-    "run lengths without size": (lambda stored: stored["annotations"][0].update(segmentation={"counts": [1]}), r"annotations\[0\]: 'segmentation' has no"),
+    "an outline that is a word": (
+        lambda stored: stored["annotations"][0].update(segmentation="x"),
+        r"annotations\[0\]: 'segmentation' is x",
+    ),
+    "run lengths without size": (
+        lambda stored: stored["annotations"][0].update(segmentation={"counts": [1]}),
+        r"annotations\[0\]: 'segmentation' has no",
+    ),
 }
 
 
@@ -117,9 +134,9 @@ def test_wrong_annotations_are_named_in_one_line(case: str, shapes: tuple[Path, 
 @pytest.mark.parametrize("content", [b"{", b"\xff\xfe", b"[1, 2]", b"null"])
 def test_files_that_are_no_annotations(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "x.json").write_bytes(content)
-    with pytest.raises(DetectionError, match="x.json: (not a JSON file|no list 'categories')"):
+    with pytest.raises(DetectionError, match=r"x.json: (not a JSON file|no list 'categories')"):
         load_coco(tmp_path / "x.json", tmp_path)
-    with pytest.raises(DetectionError, match="none.json: cannot read"):
+    with pytest.raises(DetectionError, match=r"none.json: cannot read"):
         load_coco(tmp_path / "none.json", tmp_path)
 
 
@@ -128,5 +145,7 @@ def test_sets_of_other_categories(shapes: tuple[Path, Path]) -> None:
     stored["categories"].append({"id": 22, "name": "star"})
     one, other = load_coco(*shapes), detection_set(stored, shapes[1], where="other.json")
     require_same_categories(one, one)
-    with pytest.raises(DetectionError, match="instances-0.json and other.json have other categories .3 and 4; first difference: id 22, 'star'"):
+    with pytest.raises(
+        DetectionError, match=r"instances-0.json and other.json have other categories .3 and 4; first difference: id 22, 'star'"
+    ):
         require_same_categories(one, other)

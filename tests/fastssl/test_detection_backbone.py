@@ -86,11 +86,11 @@ class Mapless(nn.Module):
 
 
 def test_what_cannot_be_used_is_refused() -> None:
-    with pytest.raises(DetectionError, match="Mapless does not show its feature maps"):
+    with pytest.raises(DetectionError, match=r"Mapless does not show its feature maps"):
         create_pyramid(Mapless())
     backbone = create_backbone("lcnet_035")
     for levels in ((), (4, 16), (32, 16), (0, 0)):
-        with pytest.raises(DetectionError, match="strides that double from one to the next"):
+        with pytest.raises(DetectionError, match=r"strides that double from one to the next"):
             create_pyramid(backbone, levels)
     with pytest.raises(DetectionError, match=r"has no map of stride 64, only of 2,4,8,16,32"):
         create_pyramid(backbone, (32, 64))

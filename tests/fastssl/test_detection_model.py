@@ -28,7 +28,7 @@ def test_anchor_sizes() -> None:
     # SSLight's MobileNetV2
     assert anchor_sizes(sizes, 3) == ((32, 64, 128), (64, 128, 256), (128, 256, 512))
     assert anchor_sizes(sizes, 4) == ((32, 64), (64, 128), (128, 256), (256, 512))
-    with pytest.raises(DetectionError, match="5 anchor sizes for 6 maps"):
+    with pytest.raises(DetectionError, match=r"5 anchor sizes for 6 maps"):
         anchor_sizes(sizes, 6)
 
 

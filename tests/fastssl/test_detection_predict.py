@@ -77,14 +77,19 @@ def test_masks_lie_in_their_boxes_as_torchvision_lays_them(data: DetectionSet) -
     for row in rows:
         mask = mask_tools().decode({**row["segmentation"], "counts": row["segmentation"]["counts"].encode()})
         left, top, width, height = row["bbox"]
-        expected = paste_masks_in_image(torch.ones(1, 1, 28, 28), torch.tensor([[left, top, left + width, top + height]]), (96, 128))[0, 0] >= 0.5
+        expected = (
+            paste_masks_in_image(torch.ones(1, 1, 28, 28), torch.tensor([[left, top, left + width, top + height]]), (96, 128))[0, 0] >= 0.5
+        )
         assert mask.shape == (96, 128) and (mask.astype(bool) != expected.numpy()).mean() < 0.01
         assert mask.sum() == pytest.approx(width * height, rel=0.15)
 
 
 def test_nothing_found(data: DetectionSet, monkeypatch: pytest.MonkeyPatch) -> None:
-    nothing = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64), "scores": torch.zeros(0), "masks": torch.zeros(0, 1, 28, 28)}
+    nothing = {
+        "boxes": torch.zeros(0, 4),
+        "labels": torch.zeros(0, dtype=torch.int64),
+        "scores": torch.zeros(0),
+        "masks": torch.zeros(0, 1, 28, 28),
+    }
     monkeypatch.setattr(Oracle, "forward", lambda self, images, sizes: [nothing])
     assert found(data)[0] == []
-
-

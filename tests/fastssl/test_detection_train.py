@@ -86,17 +86,17 @@ def test_a_stopped_run_goes_on_where_it_stood(data: DetectionSet, tmp_path: Path
     assert losses["loss"] > 0
     with pytest.raises(DetectionError, match=r"detect.pt belongs to a run with other settings \(lr: 0.02 there, 0.1 here\)"):
         trained(data, TrainingConfig(**{**vars(CONFIG), "lr": 0.1}), checkpoint=path)
-    with pytest.raises(DetectionError, match="other settings .about: 1 there|other settings .about: None there, 1 here"):
+    with pytest.raises(DetectionError, match=r"other settings .about: 1 there|other settings .about: None there, 1 here"):
         trained(data, checkpoint=path, about={"about": 1})
     path.write_bytes(b"nothing")
-    with pytest.raises(FastSSLError, match="damaged checkpoint"):
+    with pytest.raises(FastSSLError, match=r"damaged checkpoint"):
         trained(data, checkpoint=path)
 
 
 def test_what_cannot_be_trained_is_refused(data: DetectionSet) -> None:
-    with pytest.raises(DetectionError, match="instances-0.json: 7 pictures with boxes are fewer than one batch of 8; lower --batch-size"):
+    with pytest.raises(DetectionError, match=r"instances-0.json: 7 pictures with boxes are fewer than one batch of 8; lower --batch-size"):
         trained(data, TrainingConfig(iterations=1, batch_size=8))
-    with pytest.raises(DetectionError, match="a batch of 4 cannot be shared by 3 processes"):
+    with pytest.raises(DetectionError, match=r"a batch of 4 cannot be shared by 3 processes"):
         trained(data, world=World(0, 3, 0))
     with pytest.raises(DetectionError, match=r"the loss is not finite at iteration 4 \(learning rate .*\): lower --lr"):
         trained(data, TrainingConfig(**{**vars(CONFIG), "lr": 1e12}))

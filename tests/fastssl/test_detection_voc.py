@@ -52,20 +52,20 @@ def test_the_first_pixel_is_number_one_and_the_last_belongs_to_the_box(voc: Path
 
 def test_wrong_folders(voc: Path, tmp_path: Path) -> None:
     train, test = (voc / f"ImageSets/Main/{name}.txt" for name in ("trainval", "test"))
-    with pytest.raises(DetectionError, match="test.txt: has objects of the category '.*', which the training pictures do not have"):
+    with pytest.raises(DetectionError, match=r"test.txt: has objects of the category '.*', which the training pictures do not have"):
         load_voc([test], categories=["star"])
-    with pytest.raises(DetectionError, match="cannot read the list"):
+    with pytest.raises(DetectionError, match=r"cannot read the list"):
         load_voc([voc / "ImageSets/Main/none.txt"])
     (tmp_path / "list.txt").write_text("0000\n")
-    with pytest.raises(DetectionError, match="list.txt: no Annotations and JPEGImages in"):
+    with pytest.raises(DetectionError, match=r"list.txt: no Annotations and JPEGImages in"):
         load_voc([tmp_path / "list.txt"])
     test.write_text("\n")
-    with pytest.raises(DetectionError, match="test.txt: names no picture"):
+    with pytest.raises(DetectionError, match=r"test.txt: names no picture"):
         load_voc([test])
     for content, words in (("<annotation>", "not an annotation of Pascal VOC"), ("<annotation/>", "not an annotation of Pascal VOC")):
         (voc / "Annotations/0001.xml").write_text(content)
-        with pytest.raises(DetectionError, match=f"0001.xml: {words}"):
+        with pytest.raises(DetectionError, match=rf"0001.xml: {words}"):
             load_voc([train])
     (voc / "Annotations/0001.xml").unlink()
-    with pytest.raises(DetectionError, match="0001.xml: cannot read the annotation"):
+    with pytest.raises(DetectionError, match=r"0001.xml: cannot read the annotation"):
         load_voc([train])
