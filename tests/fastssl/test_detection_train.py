@@ -16,7 +16,7 @@ from fastssl.evaluate.detection.annotations import DetectionError, DetectionSet,
 from fastssl.evaluate.detection.batches import load_batches, to_device, training_requests
 from fastssl.evaluate.detection.model import Detector, DetectorConfig
 from fastssl.evaluate.detection.predict import predict
-from fastssl.evaluate.detection.train import TrainingConfig, fine_tune
+from fastssl.evaluate.detection.train import TrainingConfig, create_optimizer, fine_tune
 from fastssl.pipelines.errors import FastSSLError
 
 CPU = torch.device("cpu")
@@ -102,6 +102,21 @@ def test_what_cannot_be_trained_is_refused(data: DetectionSet) -> None:
         trained(data, TrainingConfig(**{**vars(CONFIG), "lr": 1e12}))
 
 
+def test_norms_do_not_decay_and_biases_do() -> None:
+    detector = new_detector()
+    names = {id(each): name for name, each in detector.named_parameters()}
+    for kind, optimizer in (("sgd", torch.optim.SGD), ("adamw", torch.optim.AdamW)):
+        made = create_optimizer(detector, TrainingConfig(iterations=1, optimizer=kind, weight_decay=0.25))
+        assert type(made) is optimizer
+        decays = {names[id(each)]: group["weight_decay"] for group in made.param_groups for each in group["params"]}
+        assert set(decays) == set(names.values())
+        assert decays["pyramid.body.bn1.weight"] == decays["pyramid.body.bn1.bias"] == 0
+        assert decays["pyramid.body.conv_stem.weight"] == decays["heads.box_head.fc6.bias"] == decays["rpn.head.bbox_pred.bias"] == 0.25
+        assert sum(not decay for decay in decays.values()) == 2 * sum(
+            isinstance(layer, torch.nn.BatchNorm2d) for layer in detector.modules()
+        )
+
+
 # ---------------------------------------------------------------------- two processes
 
 
@@ -138,7 +153,12 @@ def test_two_processes_keep_the_same_weights(arch: str, two: list[dict]) -> None
 def test_two_processes_make_the_mean_of_their_gradients(data: DetectionSet, two: list[dict]) -> None:
     """One process that computes both halves, each with the samples that its process drew. Without BatchNorm, whose statistics join the halves."""
     detector = new_detector("vit_tiny_patch16_224").train()
-    optimizer = torch.optim.SGD(detector.parameters(), lr=1.0, momentum=0.9, weight_decay=CONFIG.weight_decay)
+    spared = [name for name, layer in detector.named_modules() if isinstance(layer, torch.nn.LayerNorm)]
+    groups = [
+        {"params": [each], "weight_decay": 0.0 if name.rpartition(".")[0] in spared else CONFIG.weight_decay}
+        for name, each in detector.named_parameters()
+    ]
+    optimizer = torch.optim.SGD(groups, lr=1.0, momentum=0.9)
     peak = CONFIG.lr * CONFIG.batch_size / 16
     for iteration in range(CONFIG.iterations):
         optimizer.zero_grad()
@@ -149,7 +169,8 @@ def test_two_processes_make_the_mean_of_their_gradients(data: DetectionSet, two:
             module._seed_sampling(CONFIG.seed, iteration, half)
             images, targets = to_device(batch, CPU, detector.normalise)
             (sum(detector(images, batch.sizes, targets).values()) / 2).backward()
-        optimizer.param_groups[0]["lr"] = peak * (0.001 if iteration == 0 else 1.0) * (0.1 if iteration == 3 else 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = peak * (0.001 if iteration == 0 else 1.0) * (0.1 if iteration == 3 else 1.0)
         optimizer.step()
     start = new_detector("vit_tiny_patch16_224").state_dict()
     for name, value in two[0]["weights"]["vit_tiny_patch16_224"].items():

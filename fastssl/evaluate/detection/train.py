@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from fastssl.checkpoint import VERSION, differences, load_checkpoint, write_atomically
 from fastssl.distributed import World, agree_any, average_gradients, broadcast_module, share
@@ -24,7 +25,7 @@ from fastssl.evaluate.detection.annotations import DetectionError, DetectionSet
 from fastssl.evaluate.detection.batches import load_batches, to_device, training_requests
 from fastssl.evaluate.detection.model import Detector
 from fastssl.evaluate.detection.schedule import Rates
-from fastssl.optim import OptimConfig, create_optimizer, set_lr
+from fastssl.optim import set_lr
 from fastssl.pipelines.errors import FastSSLError
 from fastssl.pipelines.rng import Stream, keyed_words
 from fastssl.sync_batchnorm import synchronise_batchnorm
@@ -42,7 +43,7 @@ class TrainingConfig:
         batch_size: pictures a step, of all processes together.
         optimizer: ``sgd`` or ``adamw``.
         lr: peak rate for 16 pictures; scaled linearly with the batch.
-        weight_decay: on everything.
+        weight_decay: on everything but norms.
         warmup: iterations; None: see ``Rates``.
         short_sides: in pixels; each picture gets one of them.
         long_side: at most, in pixels.
@@ -81,8 +82,8 @@ def fine_tune(
         detector: on ``device``; alike on all processes behind the first step, whatever it was before.
         world: this process among those that train together; the group is there.
         workers: decoding threads.
-        checkpoint: file of the detector and of what is needed to go on, written every ``checkpoint_minutes`` and at the end; if it is there, the run goes on
-            from it.
+        checkpoint: file of the detector and of what is needed to go on, written every ``checkpoint_minutes`` (with the next look at the loss) and at the end;
+            if it is there, the run goes on from it.
         about: what else must be equal for that (which backbone, which pictures); must be what JSON can hold.
         progress: called with the number of iterations done and the last losses, every ``LOOK_EVERY`` iterations and at the end.
 
@@ -95,10 +96,9 @@ def fine_tune(
     """
     pictures = data.with_boxes()
     _check(pictures, config, world, data.name)
-    optim = OptimConfig(name=config.optimizer, lr=config.lr, lr_batch=16, weight_decay=config.weight_decay)
-    rates = Rates(config.iterations, optim.peak_lr(config.batch_size), config.warmup)
+    rates = Rates(config.iterations, config.lr * config.batch_size / 16, config.warmup)
     synchronise_batchnorm(detector.pyramid.body, device)
-    optimizer = create_optimizer(detector, optim)
+    optimizer = create_optimizer(detector, config)
     resume = _Checkpoint(checkpoint, {**(about or {}), **asdict(config)}, world, checkpoint_minutes)
     first, losses = resume.load(detector, optimizer)
     broadcast_module(detector)
@@ -130,9 +130,24 @@ def fine_tune(
                 losses = _look(parts, done, rates.at(iteration))
                 if progress is not None:
                     progress(done, losses)
-            if done == config.iterations or resume.is_due():
-                resume.save(detector, optimizer, done, losses)
+                # Here, where the loss is known to be finite.
+                if done == config.iterations or resume.is_due():
+                    resume.save(detector, optimizer, done, losses)
     return losses
+
+
+def create_optimizer(detector: Detector, config: TrainingConfig) -> torch.optim.Optimizer:
+    """SGD with momentum 0.9, or AdamW; as in Detectron2, norms do not decay and biases do."""
+    kinds = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
+    norms = {id(each) for layer in detector.modules() if isinstance(layer, kinds) for each in layer.parameters(recurse=False)}
+    groups = [
+        {"params": [each for each in detector.parameters() if (id(each) in norms) == spared], "weight_decay": decay}
+        for spared, decay in ((False, config.weight_decay), (True, 0.0))
+    ]
+    groups = [group for group in groups if group["params"]]
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=config.lr, momentum=0.9, fused=True)
+    return torch.optim.AdamW(groups, lr=config.lr, fused=True)
 
 
 def _check(pictures: list, config: TrainingConfig, world: World, name: str) -> None:
