@@ -58,9 +58,13 @@ def test_what_is_left_out_is_counted(shapes: tuple[Path, Path]) -> None:
     np.testing.assert_array_equal(found.pictures[0].boxes[-1], [120, 0, 128, 10])
     # All are still there for the judge, with what it needs filled in.
     assert len(found.document["annotations"]) == len(stored["annotations"])
-    assert found.document["annotations"][-1] == {"iscrowd": 0, "area": 300.0, **extra, "id": 901, "bbox": [120.0, -5.0, 20.0, 15.0]}
+    count = len(stored["annotations"])
+    assert found.document["annotations"][-1] == {"iscrowd": 0, "area": 300.0, **extra, "id": count, "bbox": [120.0, -5.0, 20.0, 15.0]}
+    # pycocotools loses what has the number 0, or a number twice.
+    assert [row["id"] for row in found.document["annotations"]] == list(range(1, count + 1))
     masked = detection_set(stored, shapes[1], where="x.json", masks=True)
     assert masked.left_out["without_mask"] == 1
+    assert ["segmentation" in row for row in masked.document["annotations"]] == [True] * (count - 2) + [False] * 2
 
 
 def test_pictures_without_boxes_are_judged_on_but_not_learned_from(shapes: tuple[Path, Path]) -> None:
@@ -113,6 +117,10 @@ WRONG = {
     "an outline that is a word": (
         lambda stored: stored["annotations"][0].update(segmentation="x"),
         r"annotations\[0\]: 'segmentation' is x",
+    ),
+    "run lengths of another picture": (
+        lambda stored: stored["annotations"][0].update(segmentation={"counts": [1], "size": [1, 1]}),
+        r"annotations\[0\]: 'segmentation' has the size \[1, 1\], its picture \[96, 128\]",
     ),
     "run lengths without size": (
         lambda stored: stored["annotations"][0].update(segmentation={"counts": [1]}),

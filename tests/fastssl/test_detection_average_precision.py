@@ -59,6 +59,16 @@ def test_masks_are_judged_by_their_own_size() -> None:
     assert all("bbox" not in row for row in of_kind(rows, "segm")) and all("segmentation" not in row for row in of_kind(rows, "bbox"))
 
 
+def test_annotations_without_a_mask_are_not_judged_as_masks() -> None:
+    from fastssl.evaluate.detection.average_precision import mask_tools
+
+    tools, truth = mask_tools(), document()
+    packed = tools.merge(tools.frPyObjects(SQUARE, 100, 100))
+    del truth["annotations"][1]["segmentation"]
+    rows = [{**found(1, [0, 0, 1, 1]), "segmentation": {"size": [100, 100], "counts": packed["counts"].decode()}}]
+    assert average_precision(truth, of_kind(rows, "segm"), "segm")["ap"] == pytest.approx(100)
+
+
 def test_without_pycocotools_one_line_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 

@@ -172,3 +172,5 @@ def test_damaged_pictures_are_named(tmp_path: Path) -> None:
 def test_outlines_that_cannot_be_drawn_are_named(shapes: DetectionSet) -> None:
     with pytest.raises(DetectionError, match=r"0000.jpg: one of its segmentations cannot be drawn"):
         draw_mask([["a", "b", "c", "d", "e", "f"]], View(shapes.pictures[0], 96, 128))
+    with pytest.raises(DetectionError, match=r"0000.jpg: one of its segmentations cannot be drawn"):
+        check_pictures([dataclasses.replace(shapes.pictures[0], segmentations=({"size": [96, 128], "counts": [1.5, "x"]},))])

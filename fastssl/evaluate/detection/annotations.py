@@ -123,7 +123,7 @@ def detection_set(document: Any, images: str | Path, *, where: str | Path, masks
     kept = reader.annotations(document, rows, categories)
     pictures = [reader.picture(row, kept[identity]) for identity, row in rows.items()]
     reader.check_files(pictures)
-    return DetectionSet(Path(where).name, pictures, categories, reader.for_judging(document), reader.left_out)
+    return DetectionSet(Path(where).name, pictures, categories, reader.for_judging(document, rows), reader.left_out)
 
 
 def require_same_categories(train: DetectionSet, val: DetectionSet) -> None:
@@ -213,7 +213,7 @@ class _Reader:
                 self.left_out["degenerate"] += 1
                 continue
             boxes += 1
-            segmentation = self.segmentation(row, place) if self.masks else None
+            segmentation = self.segmentation(row, images[picture], place) if self.masks else None
             if self.masks and segmentation is None:
                 self.left_out["without_mask"] += 1
                 continue
@@ -238,12 +238,14 @@ class _Reader:
         top, bottom = max(top, 0.0), min(top + height, image["height"])
         return None if min(right - left, bottom - top) < SMALLEST else (left, top, right, bottom)
 
-    def segmentation(self, row: dict, place: str) -> Segmentation | None:
+    def segmentation(self, row: dict, image: dict, place: str) -> Segmentation | None:
         """What of the row's segmentation can be drawn; None where it has none."""
         found = row.get("segmentation")
         if isinstance(found, dict):
             if not isinstance(found.get("counts"), (list, str)) or not isinstance(found.get("size"), list) or len(found["size"]) != 2:
                 raise self.error(f"{place}: 'segmentation' has no 'size' and 'counts'")
+            if found["size"] != [image["height"], image["width"]]:
+                raise self.error(f"{place}: 'segmentation' has the size {found['size']}, its picture {[image['height'], image['width']]}")
             return found
         if found is None or found == []:
             return None
@@ -272,11 +274,16 @@ class _Reader:
                 f"{len(missing):,} of its {len(pictures):,} pictures are not there, the first: {missing[0]}; is that the folder?"
             )
 
-    def for_judging(self, document: dict) -> dict[str, Any]:
-        """A copy with what pycocotools needs filled in and, without masks, with the segmentations left out."""
+    def for_judging(self, document: dict, images: dict[int, dict]) -> dict[str, Any]:
+        """A copy with what pycocotools needs filled in, and with the segmentations left out that are not wanted or cannot be drawn.
+
+        Annotations are numbered from 1: pycocotools takes whatever matches number 0 for not found.
+        """
         rows = []
         for number, row in enumerate(document["annotations"], start=1):
-            row = {key: value for key, value in row.items() if self.masks or key != "segmentation"}
             _, _, width, height = row["bbox"]
-            rows.append({"id": number, "iscrowd": 0, "area": width * height, **row})
+            filled = {"iscrowd": 0, "area": width * height, **row, "id": number}
+            if not self.masks or self.segmentation(row, images[row["image_id"]], f"annotations[{number - 1}]") is None:
+                filled.pop("segmentation", None)
+            rows.append(filled)
         return {"info": {}, "images": document["images"], "categories": document["categories"], "annotations": rows}

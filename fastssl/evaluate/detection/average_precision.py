@@ -37,7 +37,7 @@ def average_precision(document: dict[str, Any], predictions: list[dict[str, Any]
     Args:
         document: annotations in COCO's format, as in ``DetectionSet.document``. Not changed.
         predictions: in COCO's format for results: ``image_id``, ``category_id``, ``score`` and ``bbox`` or ``segmentation``. Not changed.
-        kind: ``bbox`` or ``segm``.
+        kind: ``bbox`` or ``segm``; of masks only annotations that have one are judged.
 
     Returns:
         ``FIGURES`` by name. None where there is no object of that size.
@@ -48,8 +48,8 @@ def average_precision(document: dict[str, Any], predictions: list[dict[str, Any]
 
     with contextlib.redirect_stdout(io.StringIO()):  # it talks
         truth = COCO()
-        # It writes into the annotations.
-        truth.dataset = {**document, "annotations": [dict(row) for row in document["annotations"]]}
+        rows = [row for row in document["annotations"] if kind == "bbox" or "segmentation" in row]
+        truth.dataset = {**document, "annotations": [dict(row) for row in rows]}  # it writes into them
         truth.createIndex()
         if predictions:
             found = truth.loadRes([dict(row) for row in predictions])

@@ -183,23 +183,25 @@ def read_picture(picture: Picture) -> np.ndarray:
 
 
 def check_pictures(pictures: Sequence[Picture], workers: int | None = None, progress: Callable[[int], None] | None = None) -> None:
-    """Decode all once: better now than behind the training.
+    """Decode all once, and draw their masks: better now than behind the training.
 
     Raises:
-        DetectionError: names the first that is damaged or of another size than its annotation says.
+        DetectionError: names the first that is damaged, of another size than its annotation says, or has a mask that cannot be drawn.
     """
     Image.init()
     # A few hundred at a time: pictures that nobody waits for should not fill the memory.
     with ThreadPoolExecutor(workers or available_cores(), thread_name_prefix="fastssl-detect") as pool:
         for first in range(0, len(pictures), 256):
-            for _ in pool.map(_decodes, pictures[first : first + 256]):
+            for _ in pool.map(_check, pictures[first : first + 256]):
                 pass
             if progress is not None:
                 progress(min(first + 256, len(pictures)))
 
 
-def _decodes(picture: Picture) -> None:
+def _check(picture: Picture) -> None:
     read_picture(picture)
+    for segmentation in picture.segmentations:
+        draw_mask(segmentation, View(picture, picture.height, picture.width))
 
 
 #: pycocotools draws under the GIL anyway, and says nowhere that two threads may.
