@@ -49,6 +49,7 @@ class Stream(IntEnum):
     PLAN = 2
     BATCH_PERMUTATION = 3
     DROP_PATH = 4
+    DETECTION = 6
 
 
 def philox4x32(counter: ArrayLike, key: tuple[int, int]) -> NDArray[np.uint32]:

@@ -1,0 +1,224 @@
+"""``fastssl evaluate detect``."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from fastssl.cli.common import SomePath, finite, json_option, progress_bar
+from fastssl.cli.evaluate.common import checkpoint_argument, device_option, finish, seed_option, which_option, workers_option
+
+if TYPE_CHECKING:
+    from fastssl.evaluate.detection.annotations import DetectionSet
+
+
+def _levels(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in value.split(","))
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is not a list of strides such as 4,8,16,32", ctx, param) from None
+
+
+def _short_sides(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int, ...]:
+    """``640-800`` -> 640, 672, ..., 800; ``640`` -> 640."""
+    low, _, high = value.partition("-")
+    try:
+        first, last = int(low), int(high or low)
+    except ValueError:
+        first, last = 0, 0
+    if not 32 <= first <= last:
+        raise click.BadParameter(f"{value!r} is not a side in pixels (from 32 on) or a range of them such as 640-800", ctx, param)
+    return tuple(range(first, last + 1, 32))
+
+
+@click.command()
+@checkpoint_argument
+@which_option
+@click.option(
+    "--data", required=True, multiple=True, type=SomePath(), metavar="FILE", help="Annotations to learn from: .json or a VOC list."
+)
+@click.option("--images", type=SomePath(), metavar="DIR", help="Pictures that the .json of --data speaks of.")
+@click.option("--val", required=True, type=SomePath(), metavar="FILE", help="Annotations to judge on.")
+@click.option("--val-images", type=SomePath(), metavar="DIR", help="Their pictures. Default: --images.")
+@click.option("--masks", is_flag=True, help="Also segment: Mask R-CNN in place of Faster R-CNN. Needs segmentations.")
+@click.option(
+    "--schedule",
+    type=click.Choice(["1x", "2x"]),
+    default="1x",
+    show_default=True,
+    help="1x: 12.28 passes over the pictures with boxes, which is 90,000 iterations of 16 for COCO.",
+)
+@click.option("--iterations", type=click.IntRange(min=1), help="In place of --schedule.")
+@click.option("--batch-size", type=click.IntRange(min=1), default=16, show_default=True, help="Pictures a step, of all processes.")
+@click.option("--optimizer", type=click.Choice(["sgd", "adamw"]), help="Default: sgd, for vision transformers adamw.")
+@click.option(
+    "--lr",
+    type=click.FloatRange(min=0, min_open=True),
+    callback=lambda ctx, param, value: value if value is None else finite(ctx, param, value),
+    help="Peak rate for 16 pictures, scaled with the batch. Default: 0.02, with adamw 0.0001.",
+)
+@click.option(
+    "--short-side",
+    default="640-800",
+    show_default=True,
+    callback=_short_sides,
+    metavar="PIXELS|FROM-TO",
+    help="Of training pictures, in steps of 32.",
+)
+@click.option(
+    "--test-side", type=click.IntRange(min=32), default=800, show_default=True, help="Short side of the pictures to be judged on."
+)
+@click.option("--long-side", type=click.IntRange(min=32), default=1333, show_default=True, help="Of all pictures, at most.")
+@click.option(
+    "--levels",
+    default="4,8,16,32",
+    show_default=True,
+    callback=_levels,
+    help="Strides of the maps that are used; 16,32 is SSLight's form for MobileNetV2.",
+)
+@click.option(
+    "--from-scratch", is_flag=True, help="Begin with new weights instead of the checkpoint's: what pre-training is compared with."
+)
+@click.option(
+    "--out",
+    type=SomePath(),
+    metavar="DIR",
+    help="Folder for detector and predictions. A run that was stopped goes on from there (at most ten minutes are lost).",
+)
+@device_option
+@workers_option
+@seed_option
+@json_option
+def detect(
+    checkpoint: Path,
+    which: str | None,
+    data: tuple[Path, ...],
+    images: Path | None,
+    val: Path,
+    val_images: Path | None,
+    masks: bool,
+    schedule: str,
+    iterations: int | None,
+    batch_size: int,
+    optimizer: str | None,
+    lr: float | None,
+    short_side: tuple[int, ...],
+    test_side: int,
+    long_side: int,
+    levels: tuple[int, ...],
+    from_scratch: bool,
+    out: Path | None,
+    device: str,
+    workers: int | None,
+    seed: int,
+    json_path: str | None,
+) -> None:
+    """Object detection: the backbone is fine-tuned under Faster R-CNN with FPN (vision transformers: a simple pyramid), all layers, and judged by COCO's AP.
+
+    Annotations are a .json in COCO's format, or a list of Pascal VOC (a .txt in ImageSets/Main); VOC lists may be several. Under torchrun or srun the
+    processes share the pictures.
+
+    \b
+    fastssl evaluate detect runs/mine --json detect.json \\
+        --data instances_train2017.json --images train2017 --val instances_val2017.json --val-images val2017
+    fastssl evaluate detect runs/mine --iterations 24000 --short-side 480-800 --data VOC2007/ImageSets/Main/trainval.txt \\
+        --data VOC2012/ImageSets/Main/trainval.txt --val VOC2007/ImageSets/Main/test.txt
+    """
+    import torch
+
+    from fastssl.backbones import create_backbone
+    from fastssl.evaluate.detection.average_precision import require_pycocotools
+    from fastssl.evaluate.detection.model import DetectorConfig
+    from fastssl.evaluate.detection.protocol import detection_figures
+    from fastssl.evaluate.detection.schedule import iterations_of
+    from fastssl.evaluate.detection.train import TrainingConfig
+    from fastssl.evaluate.session import open_session
+    from fastssl.step import use_amp
+
+    require_pycocotools()
+    with open_session(checkpoint, which=which, device=device) as session:
+        train = _read(data, images, masks, "--images")
+        judged = _read((val,), val_images or images, masks, "--val-images", categories=list(train.categories.values()))
+        backbone, arch = session.trained.backbone, session.trained.arch
+        if from_scratch:
+            torch.manual_seed(seed)
+            backbone = create_backbone(arch).to(session.device)
+        optimizer = optimizer or ("adamw" if arch.startswith(("vit_", "deit")) else "sgd")
+        training = TrainingConfig(
+            iterations=iterations or iterations_of(schedule, len(train.with_boxes()), batch_size),
+            batch_size=batch_size,
+            optimizer=optimizer,
+            lr=lr or {"sgd": 0.02, "adamw": 1e-4}[optimizer],
+            weight_decay={"sgd": 1e-4, "adamw": 0.1}[optimizer],
+            short_sides=short_side,
+            long_side=long_side,
+            seed=seed,
+        )
+        about = {
+            "data": train.name,
+            "val": judged.name,
+            "categories": len(train.categories),
+            "train_images": len(train.with_boxes()),
+            "val_images": len(judged),
+            "masks": masks,
+            "levels": list(levels),
+            "from_scratch": from_scratch,
+            "test_side": test_side,
+        }
+        for reason, count in train.left_out.items():
+            if count and session.is_main:
+                click.echo(f"{train.name}: {count:,} {reason.replace('_', ' ')} annotations are not learned from", err=True)
+        figures = detection_figures(
+            backbone,
+            train,
+            judged,
+            DetectorConfig(levels=levels, masks=masks),
+            training,
+            device=session.device,
+            world=session.world,
+            test_side=test_side,
+            amp=use_amp("auto", session.device),
+            out=out,
+            workers=workers,
+            about={**session.trained.record(), **about},
+            bar=progress_bar if session.is_main else lambda *about: nullcontext(),
+        )
+        settings = {
+            name: getattr(training, name) for name in ("iterations", "batch_size", "optimizer", "lr", "weight_decay", "long_side", "seed")
+        }
+        left_out = {f"left_out_{reason}": count for reason, count in train.left_out.items()}
+        record = session.record("detect", **about, **settings, short_sides=list(short_side), **left_out, **figures)
+        finish(session, _line(figures, len(judged)), record, json_path)
+
+
+def _read(lists: tuple[Path, ...], images: Path | None, masks: bool, option: str, categories: list[str] | None = None) -> DetectionSet:
+    """COCO's format or VOC's, as the files' names say."""
+    from fastssl.evaluate.detection.annotations import DetectionError, load_coco
+    from fastssl.evaluate.detection.voc import load_voc
+
+    if all(path.suffix == ".txt" for path in lists):
+        if masks:
+            raise DetectionError(f"{lists[0]}: Pascal VOC's boxes have no masks; leave out --masks, or give COCO's format")
+        return load_voc(lists, categories=categories)
+    if len(lists) > 1 or lists[0].suffix != ".json":
+        raise DetectionError(f"{lists[-1]}: expected one .json in COCO's format, or lists of Pascal VOC (ImageSets/Main/trainval.txt)")
+    if images is None:
+        raise click.UsageError(f"{lists[0].name} is in COCO's format: {option} says where its pictures are")
+    return load_coco(lists[0], images, masks=masks)
+
+
+def _line(figures: dict, pictures: int) -> str:
+    """``box AP 34.1 (AP50 53.6, AP75 36.5); mask AP ... on 5,000 pictures``."""
+    parts = []
+    for name in ("box", "mask"):
+        if f"{name}_ap" in figures:
+            mean, half, strict = (_number(figures[f"{name}_{figure}"]) for figure in ("ap", "ap50", "ap75"))
+            parts.append(f"{name} AP {mean} (AP50 {half}, AP75 {strict})")
+    return f"{'; '.join(parts)} on {pictures:,} pictures"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"

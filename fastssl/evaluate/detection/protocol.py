@@ -1,0 +1,118 @@
+"""The whole evaluation: a backbone becomes a detector, is fine-tuned on one set of pictures and judged on another."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from fastssl.checkpoint import write_atomically
+from fastssl.distributed import World
+from fastssl.evaluate.detection.annotations import DetectionSet, require_same_categories
+from fastssl.evaluate.detection.average_precision import average_precision, require_pycocotools
+from fastssl.evaluate.detection.batches import check_pictures
+from fastssl.evaluate.detection.model import Detector, DetectorConfig
+from fastssl.evaluate.detection.predict import of_kind, predict
+from fastssl.evaluate.detection.train import TrainingConfig, fine_tune
+from fastssl.evaluate.features import share
+from fastssl.pipelines.errors import FastSSLError
+
+#: (label, total, unit) -> a bar whose value is told how many are done: ``fastssl.cli.common.progress_bar``.
+Bar = Callable[[str, int, str], AbstractContextManager[Callable[[int], None] | None]]
+
+#: kind of pycocotools -> what the figures' names begin with, and the file of the predictions
+KINDS = {"bbox": ("box", "predictions-boxes.json"), "segm": ("mask", "predictions-masks.json")}
+
+
+def _no_bar(label: str, total: int, unit: str) -> AbstractContextManager[None]:
+    return nullcontext()
+
+
+def detection_figures(
+    backbone: nn.Module,
+    train: DetectionSet,
+    val: DetectionSet,
+    shape: DetectorConfig,
+    training: TrainingConfig,
+    *,
+    device: torch.device,
+    world: World = World(),  # noqa: B008 (frozen)
+    test_side: int = 800,
+    amp: bool = False,
+    out: Path | None = None,
+    workers: int | None = None,
+    about: dict[str, Any] | None = None,
+    bar: Bar = _no_bar,
+) -> dict[str, Any]:
+    """Fine-tune a detector over ``backbone`` on ``train``, judge it on ``val``.
+
+    Args:
+        backbone: a timm network without its classifier, in float32; it is trained in place.
+        train, val: of the same categories; read with ``masks`` if ``shape`` has them.
+        world: this process among those that evaluate together; the group is there.
+        test_side: short side of the pictures to be judged on, in pixels; the long one is at most ``training.long_side``.
+        amp: compute backbone and pyramid in bfloat16.
+        out: a folder for the predictions and for ``detect.pt``: the detector, and what is needed to go on with its training.
+        about: as of ``fine_tune``.
+
+    Returns:
+        ``box_ap``, ``box_ap50``, ``box_ap75``, ``box_ap_small``, ``box_ap_medium``, ``box_ap_large`` in percent (None where there is no object of the kind), with
+        masks the same of ``mask_``, and ``train_loss``: the last one, of this process's pictures.
+
+    Raises:
+        DetectionError: see ``fine_tune`` and ``require_same_categories``.
+        FastSSLError: pycocotools is missing, or ``out`` cannot be written.
+    """
+    require_pycocotools()
+    require_same_categories(train, val)
+    _make_folder(out)
+    mine = [val.pictures[number] for number in share(np.arange(len(val)))]
+    with bar("checking the validation pictures", len(mine), "images") as advance:
+        check_pictures(mine, workers, advance)
+    torch.manual_seed(training.seed)  # of the first weights of pyramid and heads
+    detector = Detector(backbone, len(train.categories), shape, amp=amp).to(device)
+    with bar("fine-tuning", training.iterations, "iterations") as advance:
+        losses = fine_tune(
+            detector,
+            train,
+            training,
+            device=device,
+            world=world,
+            workers=workers,
+            checkpoint=out / "detect.pt" if out else None,
+            about=about,
+            progress=None if advance is None else lambda done, losses: advance(done),
+        )
+    with bar("validation pictures", len(mine), "images") as advance:
+        sizes = {"short_side": test_side, "long_side": training.long_side}
+        rows = predict(detector, val, device=device, workers=workers, progress=advance, **sizes)
+    figures: dict[str, Any] = {}
+    for kind in ("bbox", "segm") if shape.masks else ("bbox",):
+        name, file = KINDS[kind]
+        predictions = of_kind(rows, kind)
+        if out is not None and world.is_main:
+            _write(out / file, predictions)
+        found = average_precision(val.document, predictions, kind) if world.is_main else {}
+        figures.update({f"{name}_{figure}": value for figure, value in found.items()})
+    return {**figures, "train_loss": losses["loss"]}
+
+
+def _make_folder(out: Path | None) -> None:
+    try:
+        if out is not None:
+            out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FastSSLError(f"{out}: cannot make the folder ({error.strerror or error}); choose another --out") from error
+
+
+def _write(path: Path, predictions: list[dict[str, Any]]) -> None:
+    try:
+        write_atomically(path, lambda temporary: temporary.write_text(json.dumps(predictions)))
+    except OSError as error:
+        raise FastSSLError(f"{path}: predictions not written ({error.strerror or error})") from error

@@ -1,0 +1,216 @@
+"""Fine-tuning: batch -> losses -> gradients, averaged over the processes -> one step. Every layer is trained.
+
+What is random is a function of (seed, iteration, process): the pictures, their scale and flip (``batches.draw``), and the proposals that torchvision's heads
+sample, for which torch's generator is set anew at every iteration. So a run that goes on from a checkpoint makes the steps that it would have made. Two
+processes do not sample the proposals that one would: the steps are equally good ones, not the same.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastssl.checkpoint import VERSION, differences, load_checkpoint, write_atomically
+from fastssl.distributed import World, agree_any, average_gradients, broadcast_module, share
+from fastssl.evaluate.detection.annotations import DetectionError, DetectionSet
+from fastssl.evaluate.detection.batches import load_batches, to_device, training_requests
+from fastssl.evaluate.detection.model import Detector
+from fastssl.evaluate.detection.schedule import Rates
+from fastssl.optim import set_lr
+from fastssl.pipelines.errors import FastSSLError
+from fastssl.pipelines.rng import Stream, keyed_words
+from fastssl.sync_batchnorm import synchronise_batchnorm
+
+#: Iterations between two looks at the loss, for which the host waits.
+LOOK_EVERY = 20
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How a detector is fine-tuned; the defaults are Detectron2's.
+
+    Attributes:
+        iterations: steps, see ``schedule.iterations_of``.
+        batch_size: pictures a step, of all processes together.
+        optimizer: ``sgd`` or ``adamw``.
+        lr: peak rate for 16 pictures; scaled linearly with the batch.
+        weight_decay: on everything but norms.
+        warmup: iterations; None: see ``Rates``.
+        short_sides: in pixels; each picture gets one of them.
+        long_side: at most, in pixels.
+        flip: with probability one half.
+        seed: of everything that is drawn.
+    """
+
+    iterations: int
+    batch_size: int = 16
+    optimizer: str = "sgd"
+    lr: float = 0.02
+    weight_decay: float = 1e-4
+    warmup: int | None = None
+    short_sides: tuple[int, ...] = (640, 672, 704, 736, 768, 800)
+    long_side: int = 1333
+    flip: bool = True
+    seed: int = 0
+
+
+def fine_tune(
+    detector: Detector,
+    data: DetectionSet,
+    config: TrainingConfig,
+    *,
+    device: torch.device,
+    world: World = World(),  # noqa: B008 (frozen)
+    workers: int | None = None,
+    checkpoint: Path | None = None,
+    checkpoint_minutes: float = 10.0,
+    about: dict[str, Any] | None = None,
+    progress: Callable[[int, dict[str, float]], None] | None = None,
+) -> dict[str, float]:
+    """Train ``detector``, in place, on the pictures of ``data`` that have boxes.
+
+    Args:
+        detector: on ``device``; alike on all processes behind the first step, whatever it was before.
+        world: this process among those that train together; the group is there.
+        workers: decoding threads.
+        checkpoint: file of the detector and of what is needed to go on, written every ``checkpoint_minutes`` (with the next look at the loss) and at the end;
+            if it is there, the run goes on from it.
+        about: what else must be equal for that (which backbone, which pictures); must be what JSON can hold.
+        progress: called with the number of iterations done and the last losses, every ``LOOK_EVERY`` iterations and at the end.
+
+    Returns:
+        the last losses that were looked at, by name, ``loss`` being their sum; of this process's pictures.
+
+    Raises:
+        DetectionError: fewer pictures than a batch, a batch that the processes cannot share, a loss that is no longer finite, or a damaged picture.
+        FastSSLError: the checkpoint is damaged or of another run.
+    """
+    pictures = data.with_boxes()
+    _check(pictures, config, world, data.name)
+    rates = Rates(config.iterations, config.lr * config.batch_size / 16, config.warmup)
+    synchronise_batchnorm(detector.pyramid.body, device)
+    optimizer = create_optimizer(detector, config)
+    resume = _Checkpoint(checkpoint, {**(about or {}), **asdict(config)}, world, checkpoint_minutes)
+    first, losses = resume.load(detector, optimizer)
+    broadcast_module(detector)
+
+    requests = training_requests(
+        pictures,
+        range(first, config.iterations),
+        batch_size=config.batch_size // world.size,
+        short_sides=config.short_sides,
+        long_side=config.long_side,
+        flip=config.flip,
+        seed=config.seed,
+        rank=world.rank,
+        world=world.size,
+    )
+    detector.train()
+    with closing(load_batches(requests, divisible=detector.pyramid.divisible, masks=detector.config.masks, workers=workers)) as batches:
+        for iteration, batch in enumerate(batches, start=first):
+            _seed_sampling(config.seed, iteration, world.rank)
+            set_lr(optimizer, rates.at(iteration))
+            images, targets = to_device(batch, device, detector.normalise)
+            parts = detector(images, batch.sizes, targets)
+            optimizer.zero_grad(set_to_none=True)
+            torch.stack(list(parts.values())).sum().backward()
+            average_gradients(detector.parameters())
+            optimizer.step()
+            done = iteration + 1
+            if done % LOOK_EVERY == 0 or done == config.iterations:
+                losses = _look(parts, done, rates.at(iteration))
+                if progress is not None:
+                    progress(done, losses)
+                # Here, where the loss is known to be finite.
+                if done == config.iterations or resume.is_due():
+                    resume.save(detector, optimizer, done, losses)
+    return losses
+
+
+def create_optimizer(detector: Detector, config: TrainingConfig) -> torch.optim.Optimizer:
+    """SGD with momentum 0.9, or AdamW; as in Detectron2, norms do not decay and biases do."""
+    kinds = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
+    norms = {id(each) for layer in detector.modules() if isinstance(layer, kinds) for each in layer.parameters(recurse=False)}
+    groups = [
+        {"params": [each for each in detector.parameters() if (id(each) in norms) == spared], "weight_decay": decay}
+        for spared, decay in ((False, config.weight_decay), (True, 0.0))
+    ]
+    groups = [group for group in groups if group["params"]]
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=config.lr, momentum=0.9, fused=True)
+    return torch.optim.AdamW(groups, lr=config.lr, fused=True)
+
+
+def _check(pictures: list, config: TrainingConfig, world: World, name: str) -> None:
+    if config.batch_size % world.size:
+        raise DetectionError(f"a batch of {config.batch_size} cannot be shared by {world.size} processes: make --batch-size a multiple")
+    if len(pictures) < config.batch_size:
+        raise DetectionError(
+            f"{name}: {len(pictures)} pictures with boxes are fewer than one batch of {config.batch_size}; lower --batch-size"
+        )
+
+
+def _seed_sampling(seed: int, iteration: int, rank: int) -> None:
+    """Set torch's generators, of which torchvision's samplers draw."""
+    high, low, _, _ = (int(word) for word in keyed_words(seed, Stream.DETECTION, iteration, rank, view=1))
+    torch.manual_seed((high >> 1) << 32 | low)
+
+
+def _look(parts: dict[str, torch.Tensor], done: int, lr: float) -> dict[str, float]:
+    values = torch.stack([value.detach() for value in parts.values()]).tolist()
+    losses = {"loss": sum(values), **dict(zip(parts, values))}
+    if agree_any(not math.isfinite(losses["loss"])):
+        raise DetectionError(f"the loss is not finite at iteration {done:,} (learning rate {lr:g}): lower --lr")
+    return losses
+
+
+class _Checkpoint:
+    """Where a long run stands, in one file; does nothing without one."""
+
+    def __init__(self, path: Path | None, config: dict[str, Any], world: World, minutes: float):
+        # Through JSON, as what is read back: tuples are lists there.
+        self.path, self.config, self.world, self.minutes = path, json.loads(json.dumps(config)), world, minutes
+        self.saved = time.monotonic()
+
+    def load(self, detector: Detector, optimizer: torch.optim.Optimizer) -> tuple[int, dict[str, float]]:
+        """Put the file's state into both; how many iterations it has done, and the last losses. (0, {}) where there is none."""
+        if self.path is None or not share(self.path.is_file()):
+            return 0, {}
+        state = load_checkpoint(self.path)
+        if found := differences(self.config, state.get("config", {})):
+            raise DetectionError(
+                f"{self.path} belongs to a run with other settings ({'; '.join(found[:3])}): choose another --out, or remove it"
+            )
+        try:
+            detector.load_state_dict(state["detector"])
+            optimizer.load_state_dict(state["optimizer"])
+            return int(state["iteration"]), state["losses"]
+        except (KeyError, ValueError, RuntimeError) as error:
+            raise DetectionError(
+                f"{self.path}: does not fit this detector ({type(error).__name__}); choose another --out, or remove it"
+            ) from error
+
+    def is_due(self) -> bool:
+        """Whether the last one is old enough."""
+        return self.path is not None and time.monotonic() - self.saved >= 60 * self.minutes
+
+    def save(self, detector: Detector, optimizer: torch.optim.Optimizer, iteration: int, losses: dict[str, float]) -> None:
+        """Write the file: whole, or the one before stays."""
+        if self.path is None or not self.world.is_main:
+            return
+        state = {"version": VERSION, "config": self.config, "iteration": iteration, "losses": losses}
+        state.update(detector=detector.state_dict(), optimizer=optimizer.state_dict())
+        try:
+            write_atomically(self.path, lambda path: torch.save(state, path))
+        except (OSError, RuntimeError) as error:
+            raise FastSSLError(f"{self.path}: checkpoint not written ({error}); the one before it is untouched") from error
+        self.saved = time.monotonic()

@@ -1,0 +1,30 @@
+"""How long, and at which rate."""
+
+from __future__ import annotations
+
+import pytest
+
+from fastssl.evaluate.detection.schedule import Rates, iterations_of
+
+
+def test_coco_gets_the_published_number_of_iterations() -> None:
+    assert iterations_of("1x", 117_266, 16) == 90_000 and iterations_of("2x", 117_266, 16) == 180_000
+    assert iterations_of("1x", 117_266, 64) == 22_500
+    assert iterations_of("1x", 5_011, 16) == round(12.2798 * 5_011 / 16)  # VOC 2007: as many passes
+    assert iterations_of("1x", 1, 1000) == 1
+
+
+def test_rates_of_the_published_schedule() -> None:
+    rates = Rates(90_000, 0.02)
+    assert rates.at(0) == pytest.approx(0.02 / 1000) and rates.at(500) == pytest.approx(0.02 * (0.001 + 0.999 / 2))
+    for iteration, rate in ((1000, 0.02), (59_999, 0.02), (60_000, 0.002), (79_999, 0.002), (80_000, 0.0002), (89_999, 0.0002)):
+        assert rates.at(iteration) == pytest.approx(rate), iteration
+    double = Rates(180_000, 0.02)
+    assert [double.at(iteration) for iteration in (119_999, 120_000, 160_000)] == pytest.approx([0.02, 0.002, 0.0002])
+
+
+def test_short_runs_warm_up_for_a_tenth() -> None:
+    rates = Rates(50, 1.0)
+    assert rates.at(0) == pytest.approx(0.001) and rates.at(4) < 1 and rates.at(5) == 1
+    assert Rates(1, 1.0).at(0) == 1
+    assert Rates(50, 1.0, warmup=0).at(0) == 1 and Rates(50, 1.0, warmup=20).at(19) < 1
