@@ -58,6 +58,12 @@ def _tuned(record: Record) -> list[Figure]:
     return _accuracy(f"fine-tuned, {share}{head}, {record['epochs']} epochs, {record['optimizer']} lr {record['lr']:g}", record)
 
 
+def _detection(record: Record) -> list[Figure]:
+    names = (("box_ap", "box AP"), ("box_ap50", "box AP50"), ("mask_ap", "mask AP"), ("mask_ap50", "mask AP50"))
+    length = f", {record['iterations']:,} iterations of {record['batch_size']}"
+    return [Figure(name + length, record[key]) for key, name in names if record.get(key) is not None]
+
+
 #: What of a record of each kind stands in the table.
 FIGURES: dict[str, Callable[[Record], list[Figure]]] = {
     "knn": _knn,
@@ -65,6 +71,7 @@ FIGURES: dict[str, Callable[[Record], list[Figure]]] = {
     "linear": _linear,
     "semi": _tuned,
     "finetune": _tuned,
+    "detect": _detection,
 }
 
 

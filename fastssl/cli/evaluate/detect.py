@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -142,10 +143,11 @@ def detect(
     with open_session(checkpoint, which=which, device=device) as session:
         train = _read(data, images, masks, "--images")
         judged = _read((val,), val_images or images, masks, "--val-images", categories=list(train.categories.values()))
-        backbone, arch = session.trained.backbone, session.trained.arch
+        arch = session.trained.arch
         if from_scratch:
             torch.manual_seed(seed)
             backbone = create_backbone(arch).to(session.device)
+            session.trained = dataclasses.replace(session.trained, backbone=backbone, network="random", step=None)
         optimizer = optimizer or ("adamw" if arch.startswith(("vit_", "deit")) else "sgd")
         training = TrainingConfig(
             iterations=iterations or iterations_of(schedule, len(train.with_boxes()), batch_size),
@@ -172,7 +174,7 @@ def detect(
             if count and session.is_main:
                 click.echo(f"{train.name}: {count:,} {reason.replace('_', ' ')} annotations are not learned from", err=True)
         figures = detection_figures(
-            backbone,
+            session.trained.backbone,
             train,
             judged,
             DetectorConfig(levels=levels, masks=masks),
