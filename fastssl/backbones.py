@@ -62,7 +62,7 @@ def create_backbone(name: str, *, drop_path: float = 0.0, init: str = "timm", ze
     """
     arch = resolve_arch(name)
     options: dict[str, object] = {"num_classes": 0}
-    if arch.startswith(("vit_", "deit")):
+    if resizes_positions(arch):
         options["dynamic_img_size"] = True
     if drop_path > 0:
         options["drop_path_rate"] = drop_path
@@ -82,6 +82,11 @@ def create_backbone(name: str, *, drop_path: float = 0.0, init: str = "timm", ze
     if zero_init_residual and not zero_residual_branches(backbone):
         warnings.warn(f"zero_init_residual changes nothing: {name} has no residual branches that are known here", stacklevel=2)
     return backbone.to(memory_format=torch.channels_last)
+
+
+def resizes_positions(arch: str) -> bool:
+    """Whether the network is made with ``dynamic_img_size``: timm's vision transformers take only one size without it."""
+    return arch.startswith(("vit_", "deit"))
 
 
 @torch.no_grad()
