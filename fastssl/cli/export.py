@@ -44,9 +44,9 @@ def export(checkpoint: Path, dst: Path, format_: str, which: str | None, size: i
     safetensors  DST.safetensors: plain tensors under timm's names
     onnx         DST.onnx: images (N, 3, size, size) -> features (N, F), any N
 
-    The tensors must be exactly those of the network there. What was written is loaded and must give the same features, to 1e-5 (ONNX: 1e-4, run
-    with onnxruntime at batch 1 and 3); otherwise DST stays as it was. An earlier export of the same kind is replaced; anything else that is there,
-    a run's checkpoint above all, is left alone.
+    The tensors must be exactly those of the network there. What was written is loaded and must give the same features, to 1e-5 of their spread
+    over images (ONNX: 1e-4, run with onnxruntime at batch 1 and 3); otherwise DST stays as it was. An earlier export of the same kind is
+    replaced; anything else that is there, a run's checkpoint above all, is left alone.
 
     \b
     fastssl export runs/mine mine.safetensors
@@ -61,7 +61,7 @@ def export(checkpoint: Path, dst: Path, format_: str, which: str | None, size: i
     step = f", step {trained.step:,}" if trained.step is not None else ""
     click.echo(
         f"{trained.name} ({trained.arch}, {trained.network}{step}) -> {dst}: {done.tensors} tensors, {done.size_bytes / 1e6:.1f} MB, "
-        f"features differ by at most {done.difference:.1g}\n{done.recipe}",
+        f"features differ by {done.difference:.1g} of their spread\n{done.recipe}",
         err=json_path == "-",
     )
     record = {**trained.record(), **asdict(done), "path": dst.name, "recipe": done.recipe.replace(str(dst), dst.name)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,8 +34,8 @@ class Exported:
         path: the file or folder.
         tensors: how many.
         size_bytes: of the file, or of the folder's files.
-        difference: the largest one found between the backbone's features and those of the export, right after it was written; as a share of the
-            largest feature if that is above 1.
+        difference: the largest one found between the backbone's features and those of the export, right after it was written, as a share of
+            how far features are from their mean.
         recipe: a line of Python that uses it.
     """
 
@@ -78,8 +79,8 @@ def export_backbone(trained: Trained, destination: Path, format: str = "timm", *
         from fastssl.export.torchvision import twin_of
 
         twin_of(arch)  # before anything is written
-    require_replaceable(destination)
-    with staged(destination) as place:
+    require_replaceable(Path(os.path.abspath(destination)))
+    with staged(Path(os.path.abspath(destination))) as place:
         if format == "timm" and suffix:
             from fastssl.export.timm import write_file
 

@@ -97,8 +97,8 @@ def find_network(path: Path, tensors: dict[str, Tensor], *, layout: str = "auto"
     wanted = NETWORK[which] if which else None
     picked = [(root, network) for root, network in roots if wanted is None or network == wanted]
     if not picked:
-        there = ", ".join(network for _, network in roots if network) or "one network, and does not say which"
-        raise FastSSLError(f"{path}: has no {which} network: it holds {there}")
+        there = " and ".join(sorted({f"the {network}'s" for _, network in roots if network})) or "only one network; leave --which out"
+        raise FastSSLError(f"{path}: does not hold the {which}'s network; it holds {there}")
     root, network = picked[0]
     lead = re.compile(re.escape(root) + chosen.inner)
     mine: dict[str, Tensor] = {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import pickle
 import re
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -15,12 +16,12 @@ from fastssl.pipelines.errors import FastSSLError
 
 
 def _settings(module: str) -> type:
-    """An empty class that answers to ``module.CfgNode``, a dict of settings that yacs and fvcore define."""
-    return type("CfgNode", (dict,), {"__module__": module, "__qualname__": "CfgNode"})
+    """A stand-in for ``module.CfgNode``, the dict of settings of yacs and fvcore: making one makes an OrderedDict, of which torch knows how to fill it."""
+    return type("CfgNode", (), {"__module__": module, "__qualname__": "CfgNode", "__new__": lambda cls: OrderedDict()})
 
 
 #: Classes that these projects keep beside their tensors and that can do no harm: reading one sets attributes or keys, and runs no code of its own.
-#: ``argparse.Namespace`` (DINO's ``args``) is Python's; the settings of SSLight are stood in for by an empty dict class, so that fvcore need not be here.
+#: ``argparse.Namespace`` (DINO's ``args``) is Python's; SSLight's settings become dicts, so that fvcore need not be here.
 HARMLESS = (argparse.Namespace, _settings("fvcore.common.config"), _settings("yacs.config"))
 
 
