@@ -167,7 +167,7 @@ def load_backbone(path: str | Path) -> nn.Module:
     """The backbone of a checkpoint as a timm module in evaluation mode, on the CPU.
 
     Args:
-        path: a ``.safetensors`` file that a run wrote (``checkpoints/last.safetensors``).
+        path: a ``.safetensors`` file that a run (``checkpoints/last.safetensors``) or ``fastssl import`` wrote.
 
     Raises:
         FastSSLError: no such file, not ours, or tensors missing or left over (loading is strict).
@@ -194,7 +194,7 @@ def _open_checkpoint(path: Path, *, tensors: bool) -> tuple[dict[str, Any], dict
     except SafetensorError as error:
         raise FastSSLError(f"{path}: not a whole safetensors file ({error})") from error
     if text is None:
-        raise FastSSLError(f"{path}: no fastssl header; only checkpoints that fastssl wrote can be loaded here")
+        raise FastSSLError(f"{path}: no fastssl header; checkpoints that others wrote come in by `fastssl import`")
     try:
         header = json.loads(text)
         if not isinstance(header["arch"], str):

@@ -23,7 +23,7 @@ FORMATS = ("timm", "torchvision", "safetensors", "onnx")
     type=click.Choice(FORMATS),
     default="timm",
     show_default=True,
-    help="Who will read it: see below what DST is then.",
+    help="Who will read it: see above what DST is then.",
 )
 @which_option
 @click.option(

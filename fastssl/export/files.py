@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from fastssl.pipelines.errors import FastSSLError
@@ -27,8 +29,6 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, about: dict[str, str]) 
         # A tensor that is a part of a larger one would take all of it along.
         torch.save({name: value.clone() for name, value in plain.items()}, path)
         return
-    from safetensors.torch import save_file
-
     save_file(plain, str(path), metadata={"format": "pt", **about})
 
 
@@ -43,10 +43,12 @@ def require_replaceable(destination: Path) -> None:
     """
     if not destination.parent.is_dir():
         raise FastSSLError(f"{destination.parent}: no such folder; create it first")
-    if destination.is_symlink() or not destination.exists():
-        if destination.is_symlink():
-            raise FastSSLError(f"{destination}: is a link; name the place that it leads to")
+    if destination.is_symlink():
+        raise FastSSLError(f"{destination}: is a link; name the place that it leads to")
+    if not destination.exists():
         return
+    if destination.is_dir() and destination.samefile(Path.cwd()):
+        raise FastSSLError(f"{destination}: is the current folder, which would be replaced; name a new one")
     kind = "folder" if destination.is_dir() else {".safetensors": "safetensors", ".onnx": "onnx"}.get(destination.suffix, "torch")
     known = {"folder": _is_exported_folder, "safetensors": _is_plain_safetensors, "onnx": _is_onnx, "torch": _is_plain_torch}
     if not known[kind](destination):
@@ -58,8 +60,6 @@ def _is_exported_folder(path: Path) -> bool:
 
 
 def _is_plain_safetensors(path: Path) -> bool:
-    from safetensors import SafetensorError, safe_open
-
     try:
         with safe_open(str(path), framework="pt") as file:
             return "fastssl" not in (file.metadata() or {})
@@ -98,6 +98,7 @@ def staged(destination: Path) -> Iterator[Path]:
     try:
         yield place
         for file in place.iterdir() if place.is_dir() else [place]:
+            file.chmod(0o666 & ~_umask())  # safetensors writes for its owner's eyes only
             with file.open("rb") as opened:
                 os.fsync(opened.fileno())
         if destination.is_dir():
@@ -108,7 +109,14 @@ def staged(destination: Path) -> Iterator[Path]:
             if aside.exists():
                 aside.rename(destination)
             raise
-    except OSError as error:
-        raise FastSSLError(f"{destination}: not written ({error}); what was there before is untouched") from error
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch says a full disk in a RuntimeError, safetensors in its own
+        reason = " ".join(str(error).split())[:300]
+        raise FastSSLError(f"{destination}: not written ({reason}); what was there before is untouched") from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from fastssl.backbones import create_backbone, read_header, resolve_arch, save_backbone
 from fastssl.foreign.layouts import find_network
 from fastssl.foreign.match import Matched, match
@@ -35,7 +37,10 @@ def import_backbone(source: Path, destination: Path, arch: str, *, layout: str =
     backbone = create_backbone(arch)
     backbone.load_state_dict(matched.tensors, strict=True)
     origin = {"origin": source.name, "origin_layout": matched.layout, "origin_network": found.network or "the only one"}
-    save_backbone(backbone, destination, arch=arch, network="imported", **origin)
+    try:
+        save_backbone(backbone, destination, arch=arch, network="imported", **origin)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise FastSSLError(f"{destination}: not written ({error})") from error
     return matched
 
 

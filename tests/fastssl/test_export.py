@@ -205,7 +205,7 @@ def test_what_cannot_be(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_only_exports_are_replaced(capsys: pytest.CaptureFixture, runs: Path, tmp_path: Path) -> None:
+def test_only_exports_are_replaced(capsys: pytest.CaptureFixture, runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run_folder = runs / "lcnet_035"
     weights = run_folder / "checkpoints" / "last.safetensors"
     before = weights.read_bytes()
@@ -217,6 +217,9 @@ def test_only_exports_are_replaced(capsys: pytest.CaptureFixture, runs: Path, tm
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "1.jpg").touch()
     (tmp_path / "link.pth").symlink_to(tmp_path / "text.pth")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert_one_line(*run(capsys, run_folder, ".")[::2], "is the current folder")
     for name in ("last.pt", "text.pth", "photos", "link.pth"):
         assert run(capsys, run_folder, tmp_path / name)[0] == 1
     assert run(capsys, run_folder, tmp_path / "text.onnx", "--format", "onnx")[0] == 1
@@ -229,6 +232,9 @@ def test_only_exports_are_replaced(capsys: pytest.CaptureFixture, runs: Path, tm
         found = torch.load(file, weights_only=True) if file.suffix == ".pth" else load_file(str(file))
         expected = load_trained(run_folder, "teacher").backbone.state_dict()
         torch.testing.assert_close(found, dict(expected), rtol=0, atol=0)
+    (tmp_path / "mask").touch()
+    for name in ("mine.safetensors", "mine.pth", "mine/model.safetensors"):  # others may read it, as any new file
+        assert (tmp_path / name).stat().st_mode == (tmp_path / "mask").stat().st_mode
     assert {entry.name for entry in (tmp_path / "mine").iterdir()} == {"config.json", "model.safetensors"}
     assert not [entry for entry in tmp_path.iterdir() if entry.name.startswith(".")]
 

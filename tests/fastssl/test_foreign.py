@@ -13,6 +13,7 @@ import pytest
 import timm
 import torch
 import torchvision
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from test_export import assert_one_line
 from test_torchvision_names import with_statistics
@@ -315,7 +316,11 @@ def test_what_is_no_checkpoint_of_others(tmp_path: Path) -> None:
     assert "is a checkpoint of fastssl" in why("ours.safetensors") and "is a checkpoint of fastssl" in why("last.pt")
 
 
-def test_only_what_was_imported_is_replaced(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+def full_disk(*arguments: object, **options: object) -> None:
+    raise SafetensorError("No space left on device")
+
+
+def test_only_what_was_imported_is_replaced(capsys: pytest.CaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.save(timm.create_model("lcnet_035").state_dict(), tmp_path / "theirs.pth")
     save_backbone(create_backbone("lcnet_035"), tmp_path / "last.safetensors", arch="lcnet_035", network="student")
     (tmp_path / "text.safetensors").write_text("a diary")
@@ -329,6 +334,9 @@ def test_only_what_was_imported_is_replaced(capsys: pytest.CaptureFixture, tmp_p
     assert read_header(tmp_path / "last.safetensors")["network"] == "student"
     for _ in range(2):
         assert run(capsys, tmp_path / "theirs.pth", tmp_path / "mine.safetensors", "--arch", "lcnet_035")[0] == 0
+    with monkeypatch.context() as patch:
+        patch.setattr("safetensors.torch.save_file", full_disk)
+        assert_one_line(*run(capsys, tmp_path / "theirs.pth", tmp_path / "mine.safetensors", "--arch", "lcnet_035")[::2], "not written")
     header = read_header(tmp_path / "mine.safetensors")
     assert (header["network"], header["origin"], header["origin_layout"]) == ("imported", "theirs.pth", "timm")
 
