@@ -18,6 +18,7 @@ from timm.models.vision_transformer import Block as VisionTransformerBlock
 from torch import Tensor, nn
 
 from fastssl.drop_path import drop_path_layers
+from fastssl.files import write_atomically
 from fastssl.names import nearest
 from fastssl.pipelines.errors import FastSSLError
 
@@ -63,7 +64,7 @@ def create_backbone(name: str, *, drop_path: float = 0.0, init: str = "timm", ze
     """
     arch = resolve_arch(name)
     options: dict[str, object] = {"num_classes": 0}
-    if arch.startswith(("vit_", "deit")):
+    if resizes_positions(arch):
         options["dynamic_img_size"] = True
     if drop_path > 0:
         options["drop_path_rate"] = drop_path
@@ -85,6 +86,11 @@ def create_backbone(name: str, *, drop_path: float = 0.0, init: str = "timm", ze
     if zero_init_residual and not zero_residual_branches(backbone):
         warnings.warn(f"zero_init_residual changes nothing: {name} has no residual branches that are known here", stacklevel=2)
     return backbone.to(memory_format=torch.channels_last)
+
+
+def resizes_positions(arch: str) -> bool:
+    """Whether the network is made with ``dynamic_img_size``: timm's vision transformers take only one size without it."""
+    return arch.startswith(("vit_", "deit"))
 
 
 @torch.no_grad()
@@ -146,10 +152,8 @@ def save_backbone(backbone: nn.Module, path: Path, *, arch: str, **notes: str) -
     from safetensors.torch import save_file
 
     tensors = {name: value.detach().cpu().contiguous() for name, value in backbone.state_dict().items()}
-    temporary = path.with_name(path.name + ".tmp")
     header = {"format": "pt", "fastssl": json.dumps({"arch": resolve_arch(arch), "feature_dim": feature_dim(backbone), **notes})}
-    save_file(tensors, str(temporary), metadata=header)
-    temporary.replace(path)
+    write_atomically(path, lambda temporary: save_file(tensors, str(temporary), metadata=header))
 
 
 def read_header(path: str | Path) -> dict[str, Any]:
@@ -165,7 +169,7 @@ def load_backbone(path: str | Path) -> nn.Module:
     """The backbone of a checkpoint as a timm module in evaluation mode, on the CPU.
 
     Args:
-        path: a ``.safetensors`` file that a run wrote (``checkpoints/last.safetensors``).
+        path: a ``.safetensors`` file that a run (``checkpoints/last.safetensors``) or ``fastssl import`` wrote.
 
     Raises:
         FastSSLError: no such file, not ours, or tensors missing or left over (loading is strict).
@@ -192,7 +196,7 @@ def _open_checkpoint(path: Path, *, tensors: bool) -> tuple[dict[str, Any], dict
     except SafetensorError as error:
         raise FastSSLError(f"{path}: not a whole safetensors file ({error})") from error
     if text is None:
-        raise FastSSLError(f"{path}: no fastssl header; only checkpoints that fastssl wrote can be loaded here")
+        raise FastSSLError(f"{path}: no fastssl header; checkpoints that others wrote come in by `fastssl import`")
     try:
         header = json.loads(text)
         if not isinstance(header["arch"], str):

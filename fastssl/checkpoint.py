@@ -7,16 +7,17 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from fastssl.backbones import save_backbone
+from fastssl.files import write_atomically
 from fastssl.optim import after_restore
 from fastssl.pipelines.errors import FastSSLError
 
@@ -32,18 +33,6 @@ class Position:
     epoch: int = 0
     step_in_epoch: int = 0
     train_seconds: float = 0.0
-
-
-def write_atomically(path: Path, write: Any) -> None:
-    """Call ``write(temporary path)``, flush it to disk and rename it to ``path``: a reader sees the old file or the new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        write(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def save_checkpoint(
@@ -69,7 +58,7 @@ def save_checkpoint(
             save_backbone(
                 method.teacher.backbone, folder / "last-teacher.safetensors", arch=arch, step=str(position.step), network="teacher"
             )
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, SafetensorError) as error:
         raise FastSSLError(f"{folder}: checkpoint not written ({error}); the one before it is untouched") from error
 
 

@@ -20,6 +20,8 @@ COMMANDS = {
     "verify": LazyCommand("fastssl.cli.verify", "verify", "Check a .beton file: header, tables, checksums, pictures."),
     "pretrain": LazyCommand("fastssl.cli.pretrain", "pretrain", "Pre-train a backbone without labels."),
     "evaluate": LazyCommand("fastssl.cli.evaluate", "evaluate", "What a checkpoint is worth: kNN, linear probe, ..."),
+    "export": LazyCommand("fastssl.cli.export", "export", "Write a backbone for timm, torchvision or ONNX."),
+    "import": LazyCommand("fastssl.cli.import_", "import_", "Take over a backbone that others trained."),
     "bench": LazyCommand("fastssl.cli.bench", "bench", "Measure images/s of every part, beside its ceiling; write the report."),
     "estimate": LazyCommand("fastssl.cli.estimate", "estimate", "Say what a run will cost here, from a minute of measuring."),
     "views": LazyCommand("fastssl.cli.views", "views", "Draw the views a recipe makes from your photos."),

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from fastssl.backbones import create_backbone, feature_dim, resolve_arch
-from fastssl.checkpoint import write_atomically
 from fastssl.evaluate.features import ProbeError
+from fastssl.files import write_atomically
 from fastssl.heads import at_least_float32
 from fastssl.pipelines.plan import ViewSpec
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastssl.backbones import create_backbone, load_backbone
-from fastssl.checkpoint import Position, differences, load_checkpoint, restore, save_checkpoint, write_atomically
+from fastssl.checkpoint import Position, differences, load_checkpoint, restore, save_checkpoint
 from fastssl.heads import ProjectorConfig
 from fastssl.losses.pairs import PairWeights
 from fastssl.methods.method import Views
@@ -58,19 +58,6 @@ def test_student_and_teacher_are_both_kept(tmp_path: Path) -> None:
         loaded = load_backbone(tmp_path / f"{name}.safetensors").state_dict()
         assert all(torch.equal(loaded[key], value) for key, value in network.backbone.state_dict().items())
     assert not torch.equal(method.student.backbone.conv_stem.weight, method.teacher.backbone.conv_stem.weight)
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
-    path = tmp_path / "last.pt"
-    path.write_text("old")
-
-    def fail(temporary: Path) -> None:
-        temporary.write_text("half")
-        raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        write_atomically(path, fail)
-    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
 def test_damaged_and_foreign_checkpoints(tmp_path: Path) -> None:

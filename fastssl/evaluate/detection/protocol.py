@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from fastssl.checkpoint import write_atomically
 from fastssl.distributed import World
 from fastssl.evaluate.detection.annotations import DetectionSet, require_same_categories
 from fastssl.evaluate.detection.average_precision import average_precision, require_pycocotools
@@ -21,6 +20,7 @@ from fastssl.evaluate.detection.model import Detector, DetectorConfig
 from fastssl.evaluate.detection.predict import of_kind, predict
 from fastssl.evaluate.detection.train import TrainingConfig, fine_tune
 from fastssl.evaluate.features import share
+from fastssl.files import write_atomically
 from fastssl.pipelines.errors import FastSSLError
 
 #: (label, total, unit) -> a bar whose value is told how many are done: ``fastssl.cli.common.progress_bar``.

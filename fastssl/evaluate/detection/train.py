@@ -19,12 +19,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastssl.checkpoint import VERSION, differences, load_checkpoint, write_atomically
+from fastssl.checkpoint import VERSION, differences, load_checkpoint
 from fastssl.distributed import World, agree_any, average_gradients, broadcast_module, share
 from fastssl.evaluate.detection.annotations import DetectionError, DetectionSet
 from fastssl.evaluate.detection.batches import load_batches, to_device, training_requests
 from fastssl.evaluate.detection.model import Detector
 from fastssl.evaluate.detection.schedule import Rates
+from fastssl.files import write_atomically
 from fastssl.optim import set_lr
 from fastssl.pipelines.errors import FastSSLError
 from fastssl.pipelines.rng import Stream, keyed_words

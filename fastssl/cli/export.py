@@ -1,0 +1,68 @@
+"""``fastssl export``: a backbone in the form in which others take it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from fastssl.cli.common import SomePath, json_option, write_json
+from fastssl.cli.evaluate.common import which_option
+
+#: fastssl.export.ENDINGS, written out: that package loads torch, which --help should not wait for.
+FORMATS = ("timm", "torchvision", "safetensors", "onnx")
+
+
+@click.command()
+@click.argument("checkpoint", type=SomePath())
+@click.argument("dst", type=SomePath())
+@click.option(
+    "--format",
+    "format_",
+    type=click.Choice(FORMATS),
+    default="timm",
+    show_default=True,
+    help="Who will read it: see above what DST is then.",
+)
+@which_option
+@click.option(
+    "--size",
+    type=click.IntRange(min=8, max=4096),
+    metavar="N",
+    help="Side of the pictures: of onnx's input; of timm's folder for its config.json.  [default: 224]",
+)
+@json_option
+def export(checkpoint: Path, dst: Path, format_: str, which: str | None, size: int | None, json_path: str | None) -> None:
+    """Write the backbone of CHECKPOINT, a run's folder or one of its files, to DST.
+
+    \b
+    timm         DST.safetensors, DST.pth: timm.create_model(NAME, num_classes=0, checkpoint_path=DST)
+                 any other DST: a folder as on the Hugging Face hub: timm.create_model("local-dir:DST", pretrained=True)
+    torchvision  DST.pth, DST.safetensors: torchvision's names. Put an Identity where the network makes classes, then load strictly:
+                 net.fc (resnet18, 34, 50), net.classifier[3] (mobilenet_v3_large), net.classifier[1] (mobilenet_v2, efficientnet_b0, b1)
+    safetensors  DST.safetensors: plain tensors under timm's names
+    onnx         DST.onnx: images (N, 3, size, size) -> features (N, F), any N
+
+    The tensors must be exactly those of the network there. What was written is loaded and must give the same features, to 1e-5 of their spread
+    over images (ONNX: 1e-4, run with onnxruntime at batch 1 and 3); otherwise DST stays as it was. An earlier export of the same kind is
+    replaced; anything else that is there, a run's checkpoint above all, is left alone.
+
+    \b
+    fastssl export runs/mine mine.safetensors
+    fastssl export runs/mine mine.pth --format torchvision --which teacher
+    fastssl export runs/mine mine.onnx --format onnx --size 224
+    """
+    from fastssl.evaluate.trained import load_trained
+    from fastssl.export import export_backbone
+
+    trained = load_trained(checkpoint, which)
+    done = export_backbone(trained, dst, format_, size=size)
+    step = f", step {trained.step:,}" if trained.step is not None else ""
+    click.echo(
+        f"{trained.name} ({trained.arch}, {trained.network}{step}) -> {dst}: {done.tensors} tensors, {done.size_bytes / 1e6:.1f} MB, "
+        f"features differ by {done.difference:.1g} of their spread\n{done.recipe}",
+        err=json_path == "-",
+    )
+    record = {**trained.record(), **asdict(done), "path": dst.name, "recipe": done.recipe.replace(str(dst), dst.name)}
+    write_json(json_path, record)

@@ -1,0 +1,73 @@
+"""``fastssl import``: a backbone that others trained, for evaluate and export."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from fastssl.cli.common import SomePath, json_option, write_json
+
+if TYPE_CHECKING:
+    from fastssl.foreign.match import Matched
+
+#: fastssl.foreign.layouts.LAYOUTS and NETWORK, written out: that package loads torch, which --help should not wait for.
+LAYOUTS = ("auto", "timm", "torchvision", "moco", "dino", "sslight")
+WHICH = ("student", "teacher", "query", "key")
+
+
+@click.command("import")
+@click.argument("foreign", type=SomePath())
+@click.argument("dst", type=SomePath())
+@click.option("--arch", required=True, metavar="NAME", help="The network that is in it: a short name or timm's.")
+@click.option("--layout", type=click.Choice(LAYOUTS), default="auto", show_default=True, help="Who wrote it.")
+@click.option(
+    "--which",
+    type=click.Choice(WHICH),
+    help="Of two networks: the student is MoCo's query encoder, the teacher its key encoder.  [default: student]",
+)
+@json_option
+def import_(foreign: Path, dst: Path, arch: str, layout: str, which: str | None, json_path: str | None) -> None:
+    """Take the backbone out of FOREIGN, a checkpoint of MoCo, light-moco, DINO or SSLight or weights for timm or torchvision, and write
+    it to DST.safetensors, which every command here takes.
+
+    Every tensor is matched by name and shape; one that is missing is an error. Projectors, classifiers, queues and optimisers are left out and
+    listed. Nothing in FOREIGN is run: a file that needs more than tensors and settings is refused. DST is replaced only if it was imported.
+
+    \b
+    fastssl import checkpoint_0199.pth.tar moco.safetensors --arch mobilenetv3_large
+    fastssl import DINO_mobilenet_v2_last_ckpt.pth.tar sslight.safetensors --arch mobilenetv2 --which teacher
+    fastssl evaluate knn sslight.safetensors --data train.beton --val val.beton
+    """
+    from fastssl.foreign import import_backbone
+
+    matched = import_backbone(foreign, dst, arch, layout=layout, which=which)
+    _show(matched, foreign, dst, err=json_path == "-")
+    write_json(json_path, {"source": foreign.name, "path": dst.name, **matched.record()})
+
+
+def _show(matched: Matched, source: Path, destination: Path, *, err: bool) -> None:
+    """A table on a terminal, plain lines when piped."""
+    from rich.console import Console
+    from rich.table import Table
+
+    scaled = f", BatchNorm weights scaled from eps {matched.eps:g}" if matched.eps else ""
+    rows = [("backbone", matched.taken, f"taken, by {matched.names}'s names{scaled}")]
+    if matched.counters:
+        rows.append(("num_batches_tracked", matched.counters, "not in the file: begin at 0, evaluation does not read them"))
+    rows += [(group, count, f"left out: {why}") for group, count, why in matched.left_out]
+    network = f"{matched.network} network, " if matched.network else ""
+    title = f"{source.name}: {matched.arch}, {network}layout {matched.layout}"
+    console = Console(stderr=err)
+    if console.is_terminal:
+        table = Table("tensors of", "number", "what became of them", title=title)
+        table.columns[1].justify = "right"
+        for group, count, why in rows:
+            table.add_row(group, f"{count:,}", why)
+        console.print(table)
+    else:
+        click.echo(title, err=err)
+        for group, count, why in rows:
+            click.echo(f"  {group:20} {count:6,}  {why}", err=err)
+    click.echo(f"written: {destination}", err=err)

@@ -1,0 +1,118 @@
+"""A backbone in the forms in which other programs take it. One module for each; the table of torchvision's names is ``fastssl.foreign``'s."""
+
+from __future__ import annotations
+
+import copy
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastssl._version import __version__
+from fastssl.evaluate.trained import Trained
+from fastssl.pipelines.errors import FastSSLError
+
+#: format -> endings of the files that it writes; "" is a folder
+ENDINGS: dict[str, tuple[str, ...]] = {
+    "timm": (".safetensors", ".pth", ".pt", ""),
+    "torchvision": (".pth", ".pt", ".safetensors"),
+    "safetensors": (".safetensors",),
+    "onnx": (".onnx",),
+}
+#: endings that people give to weights: a DST with one of them is not meant to be a folder
+_KNOWN = (".safetensors", ".pth", ".pt", ".onnx", ".bin", ".ckpt", ".tar", ".npz")
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written.
+
+    Attributes:
+        format: ``timm``, ``torchvision``, ``safetensors`` or ``onnx``.
+        path: the file or folder.
+        tensors: how many.
+        size_bytes: of the file, or of the folder's files.
+        difference: the largest one found between the backbone's features and those of the export, right after it was written, as a share of
+            how far features are from their mean.
+        recipe: a line of Python that uses it.
+    """
+
+    format: str
+    path: Path
+    tensors: int
+    size_bytes: int
+    difference: float
+    recipe: str
+
+
+def export_backbone(trained: Trained, destination: Path, format: str = "timm", *, size: int | None = None) -> Exported:
+    """Write the backbone to ``destination``, which is whole or as it was before, and compare its features with the backbone's.
+
+    Args:
+        trained: as ``load_trained`` gives it; on the CPU, in evaluation mode.
+        destination: ends as ``ENDINGS[format]`` says; an earlier export of the same kind is replaced.
+        format: a key of ``ENDINGS``.
+        size: side of the pictures, for ``onnx`` and for a folder of ``timm``; None: 224.
+
+    Raises:
+        FastSSLError: another ending, a network that the format does not know, something there that is no export, or features that differ.
+    """
+    from fastssl.export.files import require_replaceable, staged
+
+    suffix = destination.suffix if destination.suffix in _KNOWN and not destination.is_dir() else ""
+    if suffix not in ENDINGS[format]:
+        fitting = [name for name, endings in ENDINGS.items() if suffix and suffix in endings]
+        other = f"; or give --format {' or '.join(fitting)}" if fitting else ""
+        wanted = [ending for ending in ENDINGS[format] if ending]
+        folder = ", or is a folder" if "" in ENDINGS[format] else ""
+        raise FastSSLError(f"{destination}: --format {format} writes a file that ends in {' or '.join(wanted)}{folder}{other}")
+    if size is not None and not (format == "onnx" or (format == "timm" and suffix == "")):
+        raise FastSSLError(
+            f"{destination}: --size is for --format onnx and for a folder of --format timm; this export takes pictures of any size"
+        )
+    # Plain layout, as the networks have it that will take the tensors; the caller's network is left as it is.
+    backbone, arch = copy.deepcopy(trained.backbone).to(memory_format=torch.contiguous_format), trained.arch
+    about = _about(trained)
+    if format == "torchvision":
+        from fastssl.export.torchvision import twin_of
+
+        twin_of(arch)  # before anything is written
+    require_replaceable(Path(os.path.abspath(destination)))
+    with staged(Path(os.path.abspath(destination))) as place:
+        if format == "timm" and suffix:
+            from fastssl.export.timm import write_file
+
+            difference = write_file(backbone, arch, place, about)
+            recipe = f"net = timm.create_model({arch!r}, num_classes=0, checkpoint_path={str(destination)!r})"
+        elif format == "timm":
+            from fastssl.export.timm import write_folder
+
+            difference = write_folder(backbone, arch, place, about, size=size or 224)
+            recipe = f"net = timm.create_model({f'local-dir:{destination}'!r}, pretrained=True)"
+        elif format == "torchvision":
+            from fastssl.export.torchvision import twin_of, write_file
+
+            difference = write_file(backbone, arch, place, about)
+            load = "safetensors.torch.load_file({})" if suffix == ".safetensors" else "torch.load({}, weights_only=True)"
+            recipe = f"{twin_of(arch).recipe}; net.load_state_dict({load.format(repr(str(destination)))})"
+        elif format == "safetensors":
+            from fastssl.export.safetensors import write_file
+
+            difference = write_file(backbone, place, about)
+            recipe = f"tensors = safetensors.torch.load_file({str(destination)!r})"
+        else:
+            from fastssl.export.onnx import write_file
+
+            difference = write_file(backbone, arch, place, about, size=size or 224)
+            recipe = f"features = onnxruntime.InferenceSession({str(destination)!r}).run(['features'], {{'images': images}})[0]"
+        files = list(place.iterdir()) if place.is_dir() else [place]
+        written = sum(file.stat().st_size for file in files)
+    return Exported(format, destination, len(backbone.state_dict()), written, difference, recipe)
+
+
+def _about(trained: Trained) -> dict[str, str]:
+    """What the file says of itself, as far as its format has a place for that."""
+    said: dict[str, Any] = {"description": f"backbone pre-trained without labels by fastssl {__version__}", **trained.record()}
+    return {name: str(value) for name, value in said.items() if value is not None}

@@ -1,0 +1,70 @@
+"""An export is compared with the backbone that it was made from before anybody else gets it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from fastssl.pipelines.errors import FastSSLError
+
+
+def check_names(path: Path, have: Iterable[str], want: Iterable[str], network: str) -> None:
+    """Refuse a set of tensors that is not exactly the one that ``network`` has.
+
+    Raises:
+        FastSSLError: one line that counts what is missing and what is left over, and names the first few of each.
+    """
+    have, want = set(have), set(want)
+    parts = [some_names(found, word) for found, word in ((want - have, "missing"), (have - want, "left over"))]
+    if any(parts):
+        raise FastSSLError(f"{path.name}: the tensors are not those of {network}: {'; '.join(part for part in parts if part)}")
+
+
+def some_names(names: Iterable[str], word: str, most: int = 3) -> str:
+    """``5 missing (a, b, c, ...)``, or the empty string if there are none."""
+    names = sorted(names)
+    return f"{len(names)} {word} ({', '.join(names[:most])}{', ...' if len(names) > most else ''})" if names else ""
+
+
+@torch.no_grad()
+def check_features(
+    path: Path, backbone: nn.Module, other: Callable[[Tensor], Tensor], *, size: int, tolerance: float, batches: Iterable[int] = (2,)
+) -> float:
+    """The largest difference between the backbone's features and the export's, on random images, as a share of how far features are from their mean.
+
+    A share of that and not of the features: much of a feature can be the same for every image, and hide an export that reads no image at all.
+    Rounding alone makes two correct float32 networks differ, by as much as the weights let it grow. How much that is is measured on the
+    backbone itself, against its copy in float64; a network in which rounding grows past ``tolerance`` is not refused for that.
+
+    Args:
+        path: for the message.
+        backbone: what was exported, in evaluation mode, on the CPU.
+        other: images (N, 3, size, size) float32 -> features (N, F).
+        size: side of the images.
+        tolerance: what the result may be; or ten times what rounding does, if that is more.
+        batches: sizes N to try, at least two images in all.
+
+    Raises:
+        FastSSLError: the features differ by more, are not finite, or have another shape.
+    """
+    exact = copy.deepcopy(backbone).double()
+    wanted, ours, found = [], [], []
+    for number, batch in enumerate(batches):
+        images = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(number))
+        wanted.append(exact(images.double()))
+        ours.append(backbone(images))
+        found.append(other(images))
+        if found[-1].shape != ours[-1].shape:
+            raise FastSSLError(
+                f"{path.name}: gives features of shape {tuple(found[-1].shape)}, the backbone {tuple(ours[-1].shape)}; not written"
+            )
+    wanted, ours, found = torch.cat(wanted), torch.cat(ours), torch.cat(found)
+    spread = max(float((wanted - wanted.mean(0)).abs().max()), 1e-30)
+    rounding, difference = float((ours - wanted).abs().max()) / spread, float((found - ours).abs().max()) / spread
+    if not difference <= max(tolerance, 10 * rounding):  # NaN is no number to pass on either
+        raise FastSSLError(f"{path.name}: gives features that differ by {difference:.2g} of their spread from the backbone's; not written")
+    return difference

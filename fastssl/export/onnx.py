@@ -1,0 +1,101 @@
+"""``--format onnx``: one file with graph and weights, for runtimes without PyTorch.
+
+Input ``images`` (N, 3, size, size) float32, normalised as in training; output ``features`` (N, F) float32; N is free, the size is not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from fastssl.export.check import check_features
+from fastssl.pipelines.errors import FastSSLError
+
+INPUT, OUTPUT = "images", "features"
+
+
+def require_onnx() -> None:
+    """Say in one line what is missing.
+
+    Raises:
+        FastSSLError: onnx, onnxscript (torch's exporter stands on it) or onnxruntime (which checks the file) is not installed.
+    """
+    import importlib.util
+
+    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise FastSSLError(f"--format onnx needs {' and '.join(missing)}: pip install 'fastssl-vision[onnx]'")
+
+
+def write_file(backbone: nn.Module, arch: str, path: Path, about: dict[str, str], *, size: int) -> float:
+    """Write ``path`` and run it with onnxruntime at batch 1 and 3; returns the largest difference of features.
+
+    torch has two exporters. The older one, by tracing TorchScript, cannot express the antialiased bicubic resize of a vision transformer's
+    position embedding; the newer one (``dynamo=True``) takes all networks that have a short name.
+
+    Args:
+        backbone: in plain layout: channels-last would put a transposition around every convolution.
+        size: side of the images that the file will take.
+
+    Raises:
+        FastSSLError: the network cannot be expressed in ONNX at this size, or the file gives features that differ by more than 1e-4.
+    """
+    require_onnx()
+    import onnx
+    import onnxruntime
+
+    try:
+        # Two images: an example of one would be taken for a constant.
+        example = torch.zeros(2, 3, size, size)
+        with torch.no_grad():
+            backbone(example)
+        with _quiet():
+            program = torch.onnx.export(
+                backbone,
+                (example,),
+                dynamo=True,
+                input_names=[INPUT],
+                output_names=[OUTPUT],
+                dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
+                verbose=False,
+            )
+            program.save(str(path), external_data=False)
+    except OSError:
+        raise  # a full disk is not the network's fault
+    except Exception as error:  # the exporter raises whatever an operator's translation does
+        reason = " ".join(str(error).split())[:200]
+        raise FastSSLError(f"{arch} cannot be exported to ONNX at {size} px ({type(error).__name__}: {reason})") from error
+    model = onnx.load(str(path))
+    model.doc_string = "; ".join(f"{name}: {value}" for name, value in about.items())
+    onnx.helper.set_model_props(model, about)
+    onnx.save(model, str(path))
+
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+
+    def run(images: Tensor) -> Tensor:
+        return torch.from_numpy(session.run([OUTPUT], {INPUT: images.numpy()})[0])
+
+    return check_features(path, backbone, run, size=size, tolerance=1e-4, batches=(1, 3))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter talks by print, by warnings and by logging; errors come as exceptions all the same."""
+    noisy = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in noisy]
+    try:
+        for logger in noisy:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(noisy, levels):
+            logger.setLevel(level)

@@ -1,0 +1,159 @@
+"""Each tensor's place in the backbone, by name and shape, or one line that says why not."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from fastssl.backbones import SHORT_NAMES, create_backbone
+from fastssl.export.check import some_names
+from fastssl.foreign.layouts import Found
+from fastssl.foreign.torchvision_names import TWINS, torchvision_names, with_eps
+from fastssl.pipelines.errors import FastSSLError
+
+#: first parts of names that belong to what stands behind a backbone
+HEADS = frozenset({"fc", "classifier", "head", "head_dist", "projector", "projection", "predictor", "prototypes", "mlp", "last_layer"})
+#: SSLight wraps torchvision's ResNets in a Sequential, which numbers the layers; 2 and 3 are the activation and the pooling.
+_NUMBERED = {"conv1": "0", "bn1": "1", "layer1": "4", "layer2": "5", "layer3": "6", "layer4": "7"}
+
+
+@dataclass(frozen=True)
+class Matched:
+    """A backbone's tensors, taken from somewhere else.
+
+    Attributes:
+        arch: timm name.
+        layout: of the file.
+        network: ``student``, ``teacher``, or None where the file holds only one.
+        names: whose names the tensors had: ``timm``, ``torchvision`` or ``sslight``.
+        tensors: under timm's names, complete.
+        taken: how many were in the file.
+        counters: how many were not, because they only count batches: evaluation never reads them, and they begin at 0.
+        eps: of the BatchNorms there, if it was another than here and the weights were scaled for it; or None.
+        left_out: (group, tensors, why): all else in the file.
+    """
+
+    arch: str
+    layout: str
+    network: str | None
+    names: str
+    tensors: dict[str, Tensor]
+    taken: int
+    counters: int
+    eps: float | None
+    left_out: tuple[tuple[str, int, str], ...]
+
+    def record(self) -> dict:
+        """All but the tensors, as JSON has it."""
+        kept = {name: getattr(self, name) for name in ("arch", "layout", "network", "names", "taken", "counters", "eps")}
+        return {**kept, "left_out": [{"group": group, "tensors": count, "why": why} for group, count, why in self.left_out]}
+
+
+@dataclass(frozen=True)
+class _Attempt:
+    """How the tensors of a file fit one network under one set of names."""
+
+    names: str
+    table: dict[str, str]  # timm's name -> theirs
+    missing: list[str]
+    wrong: list[str]  # wrong shape
+    extra: list[str]
+
+    @property
+    def fits(self) -> bool:
+        return not (self.missing or self.wrong or self.extra)
+
+
+def match(path: Path, found: Found, arch: str) -> Matched:
+    """The backbone's tensors from those that were found.
+
+    Args:
+        path: for messages.
+        found: as ``find_network`` gives it.
+        arch: timm name of the network that they should be.
+
+    Raises:
+        FastSSLError: tensors are missing, have another shape, or are neither the backbone's nor a head's; the message names the first
+            few and, if there is one, the network with a short name that they fit.
+    """
+    backbone = create_backbone(arch)
+    attempts = _attempts(found, arch, backbone.state_dict())
+    if not attempts:
+        raise FastSSLError(f"{path}: torchvision has no counterpart of {arch}, only of {', '.join(TWINS)}; try --layout timm")
+    # In a bare state dict both libraries' ResNets are called the same; the first is meant.
+    best = min(attempts, key=lambda one: len(one.missing) + len(one.wrong))
+    if not best.fits:
+        parts = (some_names(best.missing, "missing"), some_names(best.wrong, "of another shape"), some_names(best.extra, "left over"))
+        raise FastSSLError(f"{path}: does not fit {arch}: {'; '.join(part for part in parts if part)}{_guess(found, arch)}")
+    tensors = {}
+    for name, wanted in backbone.state_dict().items():
+        theirs = found.tensors.get(best.table[name])
+        tensors[name] = wanted if theirs is None else theirs.reshape(wanted.shape).to(wanted.dtype)
+    eps = TWINS[arch].eps if best.names != "timm" else None
+    if eps is not None and all(layer.eps == eps for layer in backbone.modules() if isinstance(layer, nn.BatchNorm2d)):
+        eps = None
+    if eps is not None:
+        tensors = with_eps(tensors, backbone, have=eps)
+    used = {best.table[name] for name in tensors} & found.tensors.keys()
+    heads = Counter(name.split(".")[0] for name in found.tensors.keys() - used)
+    left_out = tuple((group, count, "projector or classifier") for group, count in sorted(heads.items()))
+    layout = found.layouts[0] if len(found.layouts) == 1 else best.names
+    counters = len(tensors) - len(used)
+    return Matched(arch, layout, found.network, best.names, tensors, len(used), counters, eps, (*left_out, *found.left_out))
+
+
+def _attempts(found: Found, arch: str, wanted: dict[str, Tensor]) -> list[_Attempt]:
+    """One for each set of names that the file may use for ``arch``."""
+    tables = {"timm": {name: name for name in wanted}}
+    if arch in TWINS:
+        tables["torchvision"] = torchvision_names(arch, wanted)
+        tables["sslight"] = _sslight_names(tables["torchvision"])
+    if found.layouts == ("sslight",):
+        # Its vision transformers are named as timm's are, its other networks number what torchvision names.
+        usable = ["sslight" if "sslight" in tables else "timm"]
+    elif found.layouts in (("timm",), ("torchvision",)):
+        usable = [found.layouts[0]]
+    else:
+        usable = ["timm", "torchvision"]
+    return [_attempt(name, tables[name], found.tensors, wanted) for name in usable if name in tables]
+
+
+def _sslight_names(torchvision: dict[str, str]) -> dict[str, str]:
+    """SSLight keeps torchvision's ``features`` alone, or the layers of a ResNet up to the pooling as a list."""
+    if "conv1.weight" not in torchvision:
+        return {ours: theirs.removeprefix("features.") for ours, theirs in torchvision.items()}
+    parts = {ours: theirs.partition(".") for ours, theirs in torchvision.items()}
+    return {ours: f"{_NUMBERED[layer]}.{rest}" for ours, (layer, _, rest) in parts.items()}
+
+
+def _attempt(names: str, table: dict[str, str], tensors: dict[str, Tensor], wanted: dict[str, Tensor]) -> _Attempt:
+    missing, wrong = [], []
+    for ours, theirs in table.items():
+        if theirs not in tensors:
+            if not ours.endswith(".num_batches_tracked"):  # torch did not always write it
+                missing.append(theirs)
+        elif not _same_shape(tensors[theirs].shape, wanted[ours].shape):
+            wrong.append(f"{theirs} {tuple(tensors[theirs].shape)} for {tuple(wanted[ours].shape)}")
+    extra = [name for name in tensors.keys() - set(table.values()) if name.split(".")[0] not in HEADS]
+    return _Attempt(names, table, missing, wrong, extra)
+
+
+def _same_shape(theirs: torch.Size, ours: torch.Size) -> bool:
+    """A Linear (out, in) is a convolution (out, in, 1, 1)."""
+    return theirs == ours or (len(ours) == 4 and ours == (*theirs, 1, 1))
+
+
+def _guess(found: Found, arch: str) -> str:
+    """The networks with a short name that the tensors fit; only shapes are made, no weights."""
+    fitting = []
+    for short, name in SHORT_NAMES.items():
+        if name != arch:
+            with torch.device("meta"):
+                wanted = create_backbone(name).state_dict()
+            if any(attempt.fits for attempt in _attempts(found, name, wanted)):
+                fitting.append(short)
+    return f"; it fits --arch {' or '.join(fitting)}" if fitting else ""

@@ -1,0 +1,83 @@
+"""Checkpoints of other programs, read as data: nothing that is in the file is run."""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+import re
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fastssl.pipelines.errors import FastSSLError
+
+
+def _settings(module: str) -> type:
+    """A stand-in for ``module.CfgNode``, the dict of settings of yacs and fvcore: making one makes an OrderedDict, of which torch knows how to fill it."""
+    return type("CfgNode", (), {"__module__": module, "__qualname__": "CfgNode", "__new__": lambda cls: OrderedDict()})
+
+
+#: Classes that these projects keep beside their tensors and that can do no harm: reading one sets attributes or keys, and runs no code of its own.
+#: ``argparse.Namespace`` (DINO's ``args``) is Python's; SSLight's settings become dicts, so that fvcore need not be here.
+HARMLESS = (argparse.Namespace, _settings("fvcore.common.config"), _settings("yacs.config"))
+
+
+def read_foreign(path: Path) -> dict[str, Tensor]:
+    """All tensors of a checkpoint, on the CPU: nested dicts become names with dots, and what is not a tensor or stands in a list is left out.
+
+    Args:
+        path: what ``torch.save`` wrote, whatever its ending, or a ``.safetensors`` file.
+
+    Raises:
+        FastSSLError: no such file, damaged, written by fastssl, without tensors, or in need of classes that reading would have to trust.
+    """
+    if not path.is_file():
+        raise FastSSLError(f"{path}: no such file")
+    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+    if isinstance(content, Mapping) and isinstance(content.get("method"), Mapping) and "position" in content:
+        raise FastSSLError(f"{path}: is a checkpoint of fastssl, which every command takes as it is")
+    tensors = dict(_flat(content))
+    if not tensors:
+        raise FastSSLError(f"{path}: holds no dict of tensors (a {type(content).__name__}); save the network's state_dict() there")
+    return tensors
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            if "fastssl" in (file.metadata() or {}):
+                raise FastSSLError(f"{path}: is a checkpoint of fastssl, which every command takes as it is")
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise FastSSLError(f"{path}: not a whole safetensors file ({error})") from error
+
+
+def _read_torch(path: Path) -> object:
+    try:
+        with torch.serialization.safe_globals(list(HARMLESS)):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        # torch's own words would advise to load it without weights_only, which runs whatever code the file holds.
+        wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if wanted is None:
+            raise FastSSLError(f"{path}: neither what torch.save writes nor safetensors, or damaged") from error
+        raise FastSSLError(
+            f"{path}: refused, because reading it means running {wanted[1]}, which is not a tensor; "
+            "where you trust the file, save its state_dict alone with the program that wrote it, and import that"
+        ) from error
+    except (RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError, IndexError, OSError) as error:
+        raise FastSSLError(f"{path}: neither what torch.save writes nor safetensors, or damaged ({type(error).__name__})") from error
+
+
+def _flat(content: object, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    if isinstance(content, Tensor):
+        yield prefix.removesuffix("."), content
+    elif isinstance(content, Mapping):
+        for name, value in content.items():
+            if isinstance(name, str):  # optimisers number their states
+                yield from _flat(value, f"{prefix}{name}.")

@@ -1,0 +1,35 @@
+"""Files that are whole or absent, and may be read by others."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from fastssl.backbones import create_backbone, save_backbone
+from fastssl.files import usual_mode, write_atomically
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "last.pt"
+    path.write_text("old")
+
+    def fail(temporary: Path) -> None:
+        temporary.write_text("half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write_atomically(path, fail)
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_checkpoint_may_be_read_by_whom_any_new_file_may(tmp_path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        save_backbone(create_backbone("lcnet_035"), tmp_path / "last.safetensors", arch="lcnet_035")
+        assert stat.S_IMODE((tmp_path / "last.safetensors").stat().st_mode) == usual_mode() == 0o644
+    finally:
+        os.umask(before)
+    assert os.umask(before) == before, "asking for the mask leaves it as it was"
