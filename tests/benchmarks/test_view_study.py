@@ -72,7 +72,7 @@ def test_the_published_study_is_whole_and_its_page_shows_its_runs() -> None:
         assert all(change in one["command"] for change in Cell(one["method"], one["design"]).overrides[:2])
     # Those from before runs named their commit; the page says so, and how they are known to be alike.
     assert (
-        sum(one["git"] is None for one in runs) == 13 and "Thirteen lines of runs.jsonl name no commit" in (STUDY / "README.md").read_text()
+        sum(one["git"] is None for one in runs) == 15 and "Fifteen lines of runs.jsonl name no commit" in (STUDY / "README.md").read_text()
     )
     assert table(runs).strip() in (STUDY / "README.md").read_text()
 
