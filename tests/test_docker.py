@@ -26,7 +26,7 @@ def test_the_images_follow_the_documented_steps(name: str) -> None:
     image, readme = (ROOT / name).read_text(), (ROOT / "README.md").read_text()
     section = readme[readme.index("## Engines and extras") :]
     assert apt_packages(image) == apt_packages(section) == apt_packages((ROOT / ".ci/run").read_text())
-    assert extras(image) == extras(section) == {"ffcv", "dali"}
+    assert extras(image) == extras(section) == {"ffcv", "dali", "onnx", "detect"}
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -48,7 +48,9 @@ def test_the_pins_cover_what_is_installed_and_fit_it() -> None:
     pins = {name.lower(): version for name, version in pins.items()}
     config = configparser.ConfigParser()
     config.read(ROOT / "setup.cfg")
-    wanted = config["options"]["install_requires"] + config["options.extras_require"]["ffcv"] + config["options.extras_require"]["dali"]
+    wanted = config["options"]["install_requires"] + "".join(
+        config["options.extras_require"][name] for name in ("ffcv", "dali", "onnx", "detect")
+    )
     requirements = [packaging.Requirement(line) for line in wanted.splitlines() if line.strip() and not line.strip().startswith("#")]
     assert len(requirements) > 10
     for requirement in requirements:
