@@ -48,8 +48,9 @@ def _leave_one_out(record: Record) -> list[Figure]:
 
 
 def _linear(record: Record) -> list[Figure]:
-    changed = f" (not as published: {', '.join(record['changed'])})" if record.get("changed") else ""
-    return _accuracy(f"linear probe, {record['protocol']}{changed}", record)
+    # What is not as published makes another figure of it.
+    changed = "; ".join(f"{name.replace('_', ' ')} {record[name]}" for name in record.get("changed", ()))
+    return _accuracy(f"linear probe, {record['protocol']}" + (f", but {changed}" if changed else ""), record)
 
 
 def _tuned(record: Record) -> list[Figure]:
@@ -114,15 +115,15 @@ def _record(line: str, where: str) -> Record:
 def comparison(records: Sequence[Record]) -> list[Block]:
     """The document. Of several records of one network, one kind and the same photos the last one counts."""
     blocks: list[Block] = [Heading("Evaluations", 1)]
-    tables: dict[str, dict[str, dict[str, Figure]]] = {}
+    tables: dict[str, dict[tuple[str, str], dict[str, Figure]]] = {}
     for record in records:
         row = tables.setdefault(_photos(record), {}).setdefault(_network(record), {})
         row.update((figure.name, figure) for figure in FIGURES[record["evaluation"]](record))
     for photos, rows in tables.items():
         columns = list(dict.fromkeys(name for row in rows.values() for name in row))
         blocks.append(Heading(photos))
-        cells = [[network, *(str(row.get(name, "")) for name in columns)] for network, row in rows.items()]
-        blocks.append(Table(["network", *columns], cells, [False] + [True] * len(columns)))
+        cells = [[*network, *(str(row.get(name, "")) for name in columns)] for network, row in rows.items()]
+        blocks.append(Table(["checkpoint", "network", *columns], cells, [False, False] + [True] * len(columns)))
     blocks.append(Heading("How"))
     blocks.append(
         Paragraph(
@@ -145,9 +146,12 @@ def write_comparison(records: Sequence[Record], out: str | Path) -> list[Path]:
     return list(pages)
 
 
-def _network(record: Record) -> str:
+def _network(record: Record) -> tuple[str, str]:
+    """(which file, what is in it); random weights are those of no file."""
+    if record["network"] == "random":
+        return "random weights", record["arch"]
     step = "" if record["step"] is None else f", step {record['step']:,}"
-    return f"{record['checkpoint']} ({record['arch']}, {record['network']}{step})"
+    return record["checkpoint"], f"{record['arch']}, {record['network']}{step}"
 
 
 def _photos(record: Record) -> str:

@@ -15,6 +15,8 @@ main { max-width: 1240px; }
 .wide table { margin-bottom: 0; }
 .wide th, .wide td { font-size: 14px; padding: 7px 16px 7px 0; vertical-align: top; }
 .wide .right { text-align: right; white-space: nowrap; }
+.wide th { vertical-align: bottom; }
+.wide th.right { white-space: normal; min-width: 90px; }
 .wide code { font-size: 12.5px; overflow-wrap: anywhere; }
 td code { display: inline-block; min-width: 260px; }
 .wide td { min-width: 90px; }

@@ -11,7 +11,7 @@ import pytest
 from fastssl.cli import main
 from fastssl.evaluate.compare import FIGURES, comparison, read_evaluations, write_comparison
 from fastssl.pipelines.errors import FastSSLError
-from fastssl.report.document import Table
+from fastssl.report.document import Table, table_markdown
 
 
 def record(evaluation: str, checkpoint: str = "mine/last.safetensors", **values: Any) -> dict[str, Any]:
@@ -50,16 +50,16 @@ def tables(records: list[dict[str, Any]]) -> list[Table]:
 
 def test_a_row_for_each_network_and_a_column_for_each_kind() -> None:
     (table,) = tables([record("knn"), record("linear"), record("linear", "other/last.safetensors", accuracy=70.0, step=None)])
-    assert table.header == ["network", "kNN, k 20, T 0.07", "linear probe, fast"]
+    assert table.header == ["checkpoint", "network", "kNN, k 20, T 0.07", "linear probe, fast"]
     assert table.rows == [
-        ["mine/last.safetensors (mobilenetv2_100, student, step 1,000)", "61.0 (60.0 to 62.0)", "68.2 (67.8 to 68.7)"],
-        ["other/last.safetensors (mobilenetv2_100, student)", "", "70.0 (67.8 to 68.7)"],
+        ["mine/last.safetensors", "mobilenetv2_100, student, step 1,000", "61.0 (60.0 to 62.0)", "68.2 (67.8 to 68.7)"],
+        ["other/last.safetensors", "mobilenetv2_100, student", "", "70.0 (67.8 to 68.7)"],
     ]
 
 
 def test_other_photos_are_another_table_and_the_last_of_equal_records_counts() -> None:
     first, second = tables([record("knn"), record("knn", accuracy=61.5), record("knn", val=None, held_out_seed=3)])
-    assert [row[1][:4] for row in (*first.rows, *second.rows)] == ["61.5", "61.0"]
+    assert [row[2][:4] for row in (*first.rows, *second.rows)] == ["61.5", "61.0"]
     assert len(first.rows) == 1
 
 
@@ -105,8 +105,10 @@ def test_every_kind_is_tried_here() -> None:
         "detect": "box AP, 90,000 iterations of 16",
     }
     assert list(map(str, FIGURES["detect"](record("detect")))) == ["34.1", "53.6"]
-    shorter = record("linear", protocol="sslight", changed=["epochs", "size"])
-    assert FIGURES["linear"](shorter)[0].name == "linear probe, sslight (not as published: epochs, size)"
+    shorter = record("linear", protocol="sslight", changed=["epochs", "cached_epochs"], epochs=30, cached_epochs=3)
+    assert FIGURES["linear"](shorter)[0].name == "linear probe, sslight, but epochs 30; cached epochs 3"
+    scratch = record("semi", network="random", step=None)
+    assert tables([scratch])[0].rows[0][:2] == ["random weights", "mobilenetv2_100"]
     # Neither what was learned from nor a held-out part: photos that are judged among themselves.
     assert [block.text for block in comparison([record("knn_leave_one_out")])[1:2]] == ["val.beton, among themselves"]
 
@@ -119,3 +121,11 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as stop:
         main(["evaluate", "compare", str(tmp_path / "none.json"), "--out", str(tmp_path / "out")])
     assert stop.value.code == 1 and "none.json" in capsys.readouterr().err
+
+
+def test_the_published_page_shows_its_records() -> None:
+    folder = Path(__file__).parents[2] / "benchmarks" / "results" / "evaluations"
+    records = read_evaluations([folder / "records.json"])
+    (table,) = tables(records)
+    assert table_markdown(table) in (folder / "README.md").read_text()
+    assert all(one["git"] and one["versions"]["torch"] and one["host"]["cpu"] for one in records)
