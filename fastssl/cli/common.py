@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from fastssl.files import write_atomically
 from fastssl.names import nearest
 
 __all__ = ["PIPELINES", "SomePath", "console", "finite", "json_option", "nearest", "pipeline_option", "progress_bar", "write_json"]
@@ -46,7 +47,22 @@ def _check_json_path(ctx: click.Context, param: click.Parameter, value: str | No
         raise click.BadParameter(f"{path.parent}: no such folder; create it first", ctx, param)
     if path.name.endswith((".beton", ".beton.json")):
         raise click.BadParameter(f"{value}: that name belongs to a .beton file; choose another", ctx, param)
+    if path.suffix.lower() in _OF_OTHERS or _holds_something_else(path):
+        raise click.BadParameter(f"{value}: is the name of something else than results in JSON; choose another", ctx, param)
     return value
+
+
+#: endings of weights, recipes and pages
+_OF_OTHERS = frozenset({".pt", ".pth", ".tar", ".safetensors", ".onnx", ".yaml", ".yml", ".html", ".md", ".png", ".jpg", ".jpeg"})
+
+
+def _holds_something_else(path: Path) -> bool:
+    """Whether there is a file whose first character is none that JSON begins with."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        begin = file.read(4096).lstrip()
+    return bool(begin) and begin[:1] not in (b"{", b"[")
 
 
 json_option = click.option(
@@ -87,7 +103,11 @@ def write_json(path: str | None, records: dict | list[dict]) -> None:
     if path == "-":
         sys.stdout.write(text)
     else:
-        Path(path).write_text(text)
+        target = Path(path)
+        if target.is_file() or not target.exists():
+            write_atomically(target, lambda temporary: temporary.write_text(text))
+        else:  # a pipe or a device
+            target.write_text(text)
 
 
 class RateColumn(ProgressColumn):

@@ -89,3 +89,14 @@ def save_classifier(network: Classifier, path: Path, *, arch: str, classes: list
         )
     except (OSError, RuntimeError, SafetensorError) as error:
         raise ProbeError(f"{path}: not written ({' '.join(str(error).split())[:200]})") from error
+
+
+def is_classifier(path: Path) -> bool:
+    """Whether ``save_classifier`` wrote this file."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return "fastssl-classifier" in (file.metadata() or {})
+    except (SafetensorError, OSError):
+        return False

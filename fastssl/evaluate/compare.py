@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,6 +77,13 @@ FIGURES: dict[str, Callable[[Record], list[Figure]]] = {
 }
 
 
+#: What may differ between two figures of one name: where it does among the records compared, it goes into the name.
+SETTINGS = (
+    "size", "crop", "reestimate_bn", "epochs", "batch_size", "lr", "weight_decay", "cached_epochs", "chosen_on", "optimizer", "head_lr_factor",
+    "list", "seed", "levels", "test_side", "short_sides",
+)  # fmt: skip
+
+
 def read_evaluations(paths: Iterable[str | Path]) -> list[Record]:
     """The records in files that ``fastssl evaluate ... --json`` wrote, one JSON object a line.
 
@@ -98,14 +106,14 @@ def _record(line: str, where: str) -> Record:
         record = json.loads(line)
     except (json.JSONDecodeError, RecursionError) as error:
         raise FastSSLError(f"{where}: not JSON; expected a record of `fastssl evaluate ... --json FILE`") from error
-    if not isinstance(record, dict) or record.get("evaluation") not in FIGURES:
+    if not isinstance(record, dict) or str(record.get("evaluation")) not in FIGURES:
         kinds = ", ".join(FIGURES)
         raise FastSSLError(f"{where}: not a record of an evaluation ({kinds})")
     try:
         figures = FIGURES[record["evaluation"]](record)
         wrong = [one for one in figures if not all(map(math.isfinite, (one.value, *(one.interval or ()))))]
-        _network(record), _photos(record)
-    except (KeyError, TypeError, ValueError) as error:
+        _network(record), _photos(record), _machine(record)
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise FastSSLError(f"{where}: the record lacks a value or holds one of another kind ({type(error).__name__}: {error})") from error
     if wrong:
         raise FastSSLError(f"{where}: {wrong[0].name} is no finite number")
@@ -113,25 +121,67 @@ def _record(line: str, where: str) -> Record:
 
 
 def comparison(records: Sequence[Record]) -> list[Block]:
-    """The document. Of several records of one network, one kind and the same photos the last one counts."""
+    """The document. Figures of one name that were made with other settings have columns of their own, and other weights a row of their own; of several
+    records that agree in all that the last one counts, and the page says how many it replaced."""
     blocks: list[Block] = [Heading("Evaluations", 1)]
     tables: dict[str, dict[tuple[str, str], dict[str, Figure]]] = {}
+    rows, differing = _row_names(records), _differing(records)
+    replaced = 0
     for record in records:
-        row = tables.setdefault(_photos(record), {}).setdefault(_network(record), {})
-        row.update((figure.name, figure) for figure in FIGURES[record["evaluation"]](record))
-    for photos, rows in tables.items():
-        columns = list(dict.fromkeys(name for row in rows.values() for name in row))
+        cells = tables.setdefault(_photos(record), {}).setdefault(rows[_identity(record)], {})
+        for figure in FIGURES[record["evaluation"]](record):
+            name = figure.name + "".join(f", {_word(key)} {_word(record.get(key))}" for key in differing[figure.name])
+            replaced += name in cells and cells[name] != figure
+            cells[name] = figure
+    for photos, networks in tables.items():
+        columns = list(dict.fromkeys(name for cells in networks.values() for name in cells))
         blocks.append(Heading(photos))
-        cells = [[*network, *(str(row.get(name, "")) for name in columns)] for network, row in rows.items()]
-        blocks.append(Table(["checkpoint", "network", *columns], cells, [False, False] + [True] * len(columns)))
+        lines = [[*network, *(str(cells.get(name, "")) for name in columns)] for network, cells in networks.items()]
+        blocks.append(Table(["checkpoint", "network", *columns], lines, [False, False] + [True] * len(columns)))
     blocks.append(Heading("How"))
     blocks.append(
         Paragraph(
-            "Percent right, or average precision in percent; in brackets the 95 % interval by the number of photos that were judged, which says nothing of another seed of the training."
+            "Percent right, or average precision in percent; in brackets the 95 % interval by the number of photos that were judged, which says nothing of "
+            "another seed of the training."
         )
     )
+    if replaced:
+        blocks.append(
+            Paragraph(f"Of records that agree in network, photos and settings the last one is shown; {replaced} others had other figures.")
+        )
     blocks += [Paragraph(text, quiet=True) for text in dict.fromkeys(map(_machine, records))]
     return blocks
+
+
+def _differing(records: Sequence[Record]) -> dict[str, list[str]]:
+    """For each name of a figure the settings in which its records differ."""
+    seen: dict[str, dict[str, set[str]]] = {}
+    for record in records:
+        for figure in FIGURES[record["evaluation"]](record):
+            values = seen.setdefault(figure.name, {key: set() for key in SETTINGS})
+            for key in SETTINGS:
+                values[key].add(json.dumps(record.get(key)))
+    return {name: [key for key, found in values.items() if len(found) > 1] for name, values in seen.items()}
+
+
+def _identity(record: Record) -> tuple[str, str, str]:
+    return (*_network(record), str(record.get("weights") or ""))
+
+
+def _row_names(records: Sequence[Record]) -> dict[tuple[str, str, str], tuple[str, str]]:
+    """What each network is called: by its file, and by its weights too where two files of one name hold different ones."""
+    known = list(dict.fromkeys(map(_identity, records)))
+    called = Counter((file, network) for file, network, _ in known)
+    return {
+        (file, network, weights): (f"{file} [{weights or 'weights unknown'}]" if called[file, network] > 1 else file, network)
+        for file, network, weights in known
+    }
+
+
+def _word(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:g}"
+    return str(value).replace("_", " ")
 
 
 def write_comparison(records: Sequence[Record], out: str | Path) -> list[Path]:

@@ -103,6 +103,22 @@ def extract_features(
 
 
 @torch.no_grad()
+def require_size(network: nn.Module, size: int, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
+    """Show the network one black picture: better now than behind the first photos. It is in evaluation mode afterwards.
+
+    Raises:
+        ProbeError: it cannot take pictures of ``size`` pixels, or what it says of one is NaN or infinite.
+    """
+    picture = torch.zeros(1, 3, size, size, device=device, dtype=dtype)
+    try:
+        found = network.eval()(picture)
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise ProbeError(f"the network cannot take pictures of {size} px ({' '.join(str(error).split())[:200]}): change --size") from error
+    if not torch.isfinite(found).all():
+        raise ProbeError("the network's outputs are NaN or infinite: the checkpoint's training has diverged")
+
+
+@torch.no_grad()
 def collect(
     function: Callable[[Tensor], Tensor],
     data: BetonReader | str | Path,

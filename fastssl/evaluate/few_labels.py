@@ -94,7 +94,7 @@ def read_list(path: str | Path) -> list[ListedPhoto]:
     """
     path = Path(path)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except FileNotFoundError:
         raise ProbeError(f"{path}: no such list of photos") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -128,7 +128,7 @@ def _listed(line: int, fields: list[str]) -> ListedPhoto | None:
 
 
 def _is_number(text: str) -> bool:
-    return text.isascii() and text.isdigit()
+    return text.isascii() and text.isdigit() and len(text) < 19
 
 
 def listed_labels(path: str | Path, reader: BetonReader, photos: str | Path | None = None) -> np.ndarray:

@@ -22,7 +22,7 @@ from torch.nn import functional
 
 from fastssl.distributed import all_reduce_sum, average_gradients, broadcast_module, rank, world_size
 from fastssl.evaluate.classifier import Classifier
-from fastssl.evaluate.features import EVALUATION_CROP, ProbeError, collect, share, wilson_interval
+from fastssl.evaluate.features import EVALUATION_CROP, ProbeError, collect, require_size, share, wilson_interval
 from fastssl.evaluate.photos import LabelledSplit
 from fastssl.host_memory import keep_freed_memory
 from fastssl.optim import OptimConfig, create_optimizer, parameter_groups
@@ -149,7 +149,7 @@ def finetune(
     else:
         torch.backends.cudnn.benchmark = True  # every step has the same shapes
     network.to(device, memory_format=torch.channels_last)
-    _check_size(network, config.size, device)
+    require_size(network, config.size, device, network.linear.weight.dtype)
     broadcast_module(network)
     if world_size() > 1:
         synchronise_batchnorm(network, device)
@@ -262,18 +262,6 @@ def _own_batch(batch: int, photos: int) -> int:
             f"{photos:,} labelled photos are fewer than one batch of {batch:,}; the largest that works is --batch-size {largest}"
         )
     return batch // world
-
-
-@torch.no_grad()
-def _check_size(network: Classifier, size: int, device: torch.device) -> None:
-    """Show the network one black picture: better now than behind a first epoch."""
-    picture = torch.zeros(1, 3, size, size, device=device, dtype=network.linear.weight.dtype)
-    try:
-        logits = network.eval()(picture)
-    except (RuntimeError, AssertionError, ValueError) as error:
-        raise ProbeError(f"the network cannot take pictures of {size} px ({' '.join(str(error).split())[:200]}): change --size") from error
-    if not torch.isfinite(logits).all():
-        raise ProbeError("the network's outputs are NaN or infinite: the checkpoint's training has diverged")
 
 
 def _result(split: LabelledSplit, counts: list[tuple[int, int]], steps: int, accuracies: tuple[list[float], ...]) -> FinetuneResult:

@@ -83,7 +83,7 @@ def knn_accuracies(
     Args:
         train: the bank. It stays where it is; tiles of it go to ``device``.
         val: to be judged.
-        ks: numbers of neighbours that vote, at most the whole bank.
+        ks: numbers of neighbours that vote, at most the whole bank; those that come to the same number are one.
         temperature: of the votes' weights.
         device: where similarities are computed.
         leave_one_out: ``val`` is the bank itself (with ``shared`` all of it), and no sample votes for itself.
@@ -108,7 +108,7 @@ def knn_accuracies(
         similarity, index = _merged(similarity, index + first, most, len(labels))
     neighbours, classes = labels.to(index.device)[index], len(labels.unique())
     results = []
-    for k in (min(k, most) for k in ks):
+    for k in dict.fromkeys(min(k, most) for k in ks):
         ranked = ranked_classes(similarity[:, :k], neighbours[:, :k], temperature, places=5).cpu()
         hits = ranked == val.labels[:, None]
         top1, top5 = int(hits[:, 0].sum()), int(hits.sum())
@@ -183,7 +183,8 @@ def ranked_classes(similarity: Tensor, labels: Tensor, temperature: float, *, pl
     Returns:
         (Q, places) int64: the class with the most votes first, of equal ones the lower; -1 where no further class has a vote.
     """
-    classes = int(labels.max()) + 1
+    known, labels = labels.unique(return_inverse=True)  # labels may be any numbers; votes are counted for those that are there
+    classes = len(known)
     ranked = []
     for rows in torch.arange(len(labels), device=labels.device).split(max(1, _EXACT_ELEMENTS // classes)):
         # Relative to the nearest neighbour: the same ratios of votes, and exp() cannot overflow at low temperatures.
@@ -192,7 +193,7 @@ def ranked_classes(similarity: Tensor, labels: Tensor, temperature: float, *, pl
         found = []
         for _ in range(places):
             most, place = votes.max(dim=1, keepdim=True)
-            found.append(torch.where(most > 0, place, -1))
+            found.append(torch.where(most > 0, known[place], -1))
             votes.scatter_(1, place, -1.0)
         ranked.append(torch.cat(found, dim=1))
     return torch.cat(ranked)

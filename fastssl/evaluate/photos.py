@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from fastssl.distributed import world_size
 from fastssl.evaluate.features import ProbeError, split_indices
 from fastssl.pipelines.beton import BetonReader
 from fastssl.pipelines.convert import ConvertOptions, convert
+from fastssl.pipelines.errors import FastSSLError
 from fastssl.probe import require_same_classes
 
 
@@ -36,9 +38,17 @@ def open_photos(path: str | Path, workers: int | None = None) -> Iterator[BetonR
         )
     with tempfile.TemporaryDirectory(prefix="fastssl-") as folder:
         target = Path(folder) / f"{path.name}.beton"
-        convert(path, target, ConvertOptions(keep_size=True, short_side=None, quality=95, workers=workers, resume=False))
-        with BetonReader(target) as reader:
-            yield reader
+        try:
+            # As of a .beton file: a damaged photo is an error, and no figure is over what is left.
+            convert(path, target, ConvertOptions(keep_size=True, short_side=None, quality=95, workers=workers, resume=False, on_bad="fail"))
+            with BetonReader(target) as reader:
+                yield reader
+        except FastSSLError as error:  # whoever gave a folder knows nothing of the file
+            said = str(error).replace(str(target), str(path))
+            said = said.replace(
+                "--on-bad skip lists bad photos and goes on", "mend or remove it; `fastssl convert-imagenet` can leave bad photos out"
+            )
+            raise FastSSLError(said) from error
 
 
 def require_labels(reader: BetonReader) -> None:
@@ -96,6 +106,8 @@ def open_split(data: str | Path, val: str | Path | None, *, seed: int = 0, worke
                 raise ProbeError(f"{data}: one photo in each class leaves nothing to hold out; give --val")
             yield split
             return
+        if Path(val).exists() and Path(val).samefile(data):
+            warnings.warn(f"{val}: is --data itself; photos are judged that were learned from", stacklevel=3)
         with open_photos(val, workers) as judged:
             require_labels(judged)
             require_same_classes(train, judged)

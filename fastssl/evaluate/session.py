@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from fastssl.distributed import World, joined, world_from_environment
+from fastssl.evaluate.fingerprint import weights_fingerprint
 from fastssl.evaluate.trained import Trained, load_trained
 from fastssl.train import choose_device
 from fastssl.versions import describe_git, describe_host, describe_versions
@@ -25,12 +26,14 @@ class Session:
         trained: the checkpoint's network, on ``device``.
         device: where it runs.
         world: this process among those that evaluate together; the group is there.
+        weights: fingerprint of the network as it was loaded.
         started: ``time.monotonic()`` at the start.
     """
 
     trained: Trained
     device: torch.device
     world: World
+    weights: str
     started: float = field(default_factory=time.monotonic)
 
     @property
@@ -48,6 +51,7 @@ class Session:
         return {
             "evaluation": evaluation,
             **self.trained.record(),
+            "weights": self.weights if self.trained.network != "random" else None,
             **values,
             "device": self.device.type,
             "processes": self.world.size,
@@ -69,6 +73,7 @@ def open_session(checkpoint: str | Path, *, which: str | None = None, device: st
     chosen = choose_device(device, world)
     started = time.monotonic()
     trained = load_trained(checkpoint, which)
+    weights = weights_fingerprint(trained.backbone)
     with joined(world, chosen):
         trained.backbone.to(chosen)
-        yield Session(trained, chosen, world, started)
+        yield Session(trained, chosen, world, weights, started)

@@ -13,6 +13,7 @@ from processes import run_processes
 from fastssl.backbones import create_backbone, load_backbone, save_backbone
 from fastssl.cli import main
 from fastssl.evaluate.features import extract_features, split_indices
+from fastssl.evaluate.fingerprint import weights_fingerprint
 from fastssl.evaluate.knn import knn_accuracy, knn_leave_one_out
 from fastssl.pipelines.beton import BetonWriter, side_path
 from fastssl.pipelines.convert import ConvertOptions, convert
@@ -286,3 +287,31 @@ def test_help_has_an_example(capsys):
     for command in ("knn", "linear"):
         status, out, _ = run(capsys, command, "--help")
         assert status == 0 and f"fastssl evaluate {command} runs/" in out
+
+
+@pytest.mark.parametrize("command", ["knn", "linear"])
+def test_a_size_that_the_network_cannot_take(capsys, beton, tmp_path, command):
+    save_backbone(create_backbone("vit_tiny"), tmp_path / "vit.safetensors", arch="vit_tiny")
+    status, _, err = run(capsys, command, tmp_path / "vit.safetensors", "--data", beton, "--size", 40, "--device", "cpu", "--workers", 1)
+    assert_one_line(status, err, "cannot take pictures of 40 px", "change --size")
+
+
+def test_one_class_cannot_vote(capsys, checkpoint, tmp_path):
+    path = tmp_path / "one.beton"
+    with BetonWriter(path, 10) as writer:
+        for shade in range(10):
+            writer.add(np.full((20, 20, 3), 20 * shade, np.uint8).tobytes(), 20, 20, 4, 1)
+    for more in ((), ("--leave-one-out",)):
+        status, _, err = run(capsys, "knn", checkpoint, "--data", path, *SMALL, *more)
+        assert_one_line(status, err, "one class only")
+
+
+def test_a_record_names_its_weights(capsys, checkpoint, beton, tmp_path):
+    other = tmp_path / "last.safetensors"
+    save_backbone(create_backbone("resnet18"), other, arch="resnet18")
+    found = [
+        json.loads(run(capsys, "knn", path, "--data", beton, *SMALL, "--json", "-")[1])["weights"]
+        for path in (checkpoint, other, checkpoint)
+    ]
+    assert found[0] == found[2] != found[1] and found[0] == weights_fingerprint(load_backbone(checkpoint))
+    assert weights_fingerprint(load_backbone(checkpoint).to(memory_format=torch.contiguous_format)) == found[0]

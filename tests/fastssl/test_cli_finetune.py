@@ -14,7 +14,9 @@ from runs import finished_run
 from safetensors import safe_open
 
 from fastssl.cli import main
+from fastssl.evaluate import classifier
 from fastssl.evaluate.classifier import Classifier
+from fastssl.evaluate.features import ProbeError
 from fastssl.evaluate.few_labels import draw_labels
 from fastssl.evaluate.finetune import FinetuneConfig, finetune
 from fastssl.evaluate.photos import open_split
@@ -254,3 +256,24 @@ def test_help_has_an_example(capsys) -> None:
     for command in ("semi", "finetune"):
         status, out, _ = run(capsys, command, "--help")
         assert status == 0 and f"fastssl evaluate {command} runs/" in out
+
+
+def test_a_network_that_cannot_be_written_costs_no_figures(
+    capsys, dino: Path, beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: object, **options: object) -> None:
+        raise ProbeError("no space left")
+
+    monkeypatch.setattr(classifier, "save_classifier", full)
+    status, out, err = run(
+        capsys, "finetune", dino, "--data", beton, *QUICK, "--out", tmp_path / "n.safetensors", "--json", tmp_path / "r.json"
+    )
+    assert status == 1 and "no space left" in err and "fine-tuned student" in out
+    assert json.loads((tmp_path / "r.json").read_text())["evaluation"] == "finetune"
+
+
+def test_a_checkpoint_is_not_written_over(capsys, dino: Path, beton: Path) -> None:
+    path = dino / "checkpoints" / "last.safetensors"
+    before = path.read_bytes()
+    status, _, err = run(capsys, "finetune", dino, "--data", beton, *QUICK, "--out", path)
+    assert status == 2 and "is no fine-tuned network" in err and path.read_bytes() == before

@@ -11,7 +11,7 @@ import pytest
 from fastssl.cli import main
 from fastssl.evaluate.compare import FIGURES, comparison, read_evaluations, write_comparison
 from fastssl.pipelines.errors import FastSSLError
-from fastssl.report.document import Table, table_markdown
+from fastssl.report.document import Paragraph, Table, table_markdown
 
 
 def record(evaluation: str, checkpoint: str = "mine/last.safetensors", **values: Any) -> dict[str, Any]:
@@ -81,6 +81,9 @@ def test_pages_are_written_and_names_stay_words(tmp_path: Path) -> None:
         (json.dumps({**record("knn"), "accuracy": None}), "holds one of another kind"),
         (json.dumps({**record("knn"), "accuracy": float("nan")}), "no finite number"),
         (json.dumps({**record("knn"), "step": "x"}), "holds one of another kind"),
+        (json.dumps({**record("knn"), "host": None}), "holds one of another kind"),
+        (json.dumps({**record("knn"), "evaluation": ["knn"]}), "not a record of an evaluation"),
+        (json.dumps({**record("knn"), "accuracy": 10**400}), "holds one of another kind"),
         (json.dumps({key: value for key, value in record("linear").items() if key != "data" and key != "val"}), "lacks a value"),
     ],
 )
@@ -129,3 +132,23 @@ def test_the_published_page_shows_its_records() -> None:
     (table,) = tables(records)
     assert table_markdown(table) in (folder / "README.md").read_text()
     assert all(one["git"] and one["versions"]["torch"] and one["host"]["cpu"] for one in records)
+
+
+def test_settings_that_differ_are_columns_and_other_weights_are_rows() -> None:
+    one, other = record("knn", size=32, seed=0, weights="aa"), record("knn", size=64, seed=0, weights="aa", accuracy=70.0)
+    (table,) = tables([one, other])
+    assert table.header[2:] == ["kNN, k 20, T 0.07, size 32", "kNN, k 20, T 0.07, size 64"] and len(table.rows) == 1
+    (table,) = tables([record("linear", seed=seed, accuracy=60.0 + seed) for seed in range(3)])
+    assert [cell[:4] for cell in table.rows[0][2:]] == ["60.0", "61.0", "62.0"] and table.header[4].endswith(", seed 2")
+    # Two runs whose folders are called the same.
+    (table,) = tables([record("knn", weights="aa"), record("linear", weights="aa"), record("knn", weights="bb", accuracy=70.0)])
+    assert [row[0] for row in table.rows] == ["mine/last.safetensors [aa]", "mine/last.safetensors [bb]"]
+    assert [row[2][:4] for row in table.rows] == ["61.0", "70.0"]
+
+
+def test_what_was_replaced_is_said() -> None:
+    def said(*records: dict[str, Any]) -> str:
+        return " ".join(block.text for block in comparison(records) if isinstance(block, Paragraph))
+
+    assert "2 others had other figures" in said(record("knn"), record("knn", accuracy=1.0), record("knn", accuracy=2.0))
+    assert "others had" not in said(record("knn"), record("knn"))

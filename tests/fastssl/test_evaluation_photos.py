@@ -59,3 +59,23 @@ def test_one_photo_in_each_class_leaves_nothing_to_judge_on(photo_tree: Path, tm
         shutil.copy(photo, tmp_path / str(number))
     with pytest.raises(FastSSLError, match="leaves nothing to hold out; give --val"), open_split(tmp_path, None, workers=1):
         pass
+
+
+def test_a_damaged_photo_in_a_folder_is_an_error_that_names_the_folder(photo_tree: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "photos"
+    shutil.copytree(photo_tree, folder)
+    damaged = sorted(folder.rglob("*.jpg"))[5]
+    whole = damaged.read_bytes()
+    damaged.write_bytes(whole[:200])
+    with pytest.raises(FastSSLError, match=rf"photos: blue/{damaged.name}.*mend or remove it"), open_photos(folder, 1):
+        pass
+    damaged.write_bytes(whole)
+    shutil.rmtree(folder / "green")
+    with pytest.raises(FastSSLError) as error, open_split(photo_tree, folder, workers=1):
+        pass
+    assert str(photo_tree) in str(error.value) and "fastssl-" not in str(error.value)
+
+
+def test_judging_on_what_was_learned_from_is_said(beton: Path) -> None:
+    with pytest.warns(UserWarning, match="is --data itself"), open_split(beton, beton):
+        pass

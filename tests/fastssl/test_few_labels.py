@@ -108,6 +108,14 @@ def test_the_order_is_that_of_an_image_folder(photos: Path, reader: BetonReader)
     assert stored_names(reader, photos) == ORDER
 
 
+def test_a_byte_order_mark_is_no_part_of_a_name(tmp_path: Path) -> None:
+    path = tmp_path / "list.txt"
+    path.write_bytes(b"\xef\xbb\xbf12\n13\n")
+    assert [photo.position for photo in read_list(path)] == [12, 13]
+    path.write_text("1" * 5000)
+    assert read_list(path)[0].position is None
+
+
 def test_the_forms_of_a_line(tmp_path: Path) -> None:
     assert read_list(write(tmp_path, "4", "", " 17 ")) == [ListedPhoto(1, position=4), ListedPhoto(3, position=17)]
     assert read_list(write(tmp_path, "n01440764_10026.JPEG")) == [ListedPhoto(1, name="n01440764_10026.JPEG")]

@@ -66,6 +66,19 @@ def test_results_are_not_written_over_the_photos(arguments: list[str], beton: Pa
     assert copy.read_bytes() == beton.read_bytes()
 
 
+def test_results_are_not_written_over_anything_else(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    for name, content in (("last.pt", b"PK\x03\x04"), ("new.safetensors", None), ("notes.txt", b"mine"), ("page.json", b"\x89PNG")):
+        path = tmp_path / name
+        if content is not None:
+            path.write_bytes(content)
+        assert cli("archs", "--json", path) == 2 and "something else than results" in capsys.readouterr().err
+        assert path.read_bytes() == content if content else not path.exists()
+    results = tmp_path / "results.json"
+    results.write_text(' \n{"old": 1}\n')
+    assert cli("archs", "--json", results) == 0 and "old" not in results.read_text()
+    assert [path.name for path in tmp_path.iterdir() if "tmp" in path.name] == []
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

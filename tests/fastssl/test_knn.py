@@ -200,3 +200,16 @@ def test_wrong_arguments():
         knn_predict(bank, labels, bank, temperature=0.0)
     with pytest.raises(ProbeError, match="two samples"):
         knn_leave_one_out(Features(bank[:1], labels[:1], torch.arange(1)))
+
+
+def test_labels_may_be_any_numbers():
+    bank, labels = clusters(60)
+    query, _ = clusters(20, seed=1)
+    wide = torch.tensor([3, 10**12, 5, 7 * 10**15, 11])
+    assert knn_predict(bank, wide[labels], query).tolist() == wide[knn_predict(bank, labels, query)].tolist()
+
+
+def test_numbers_of_neighbours_beyond_the_bank_are_one_result():
+    bank, labels = clusters(30)
+    data = Features(bank, labels, torch.arange(30))
+    assert [result.k for result in knn_accuracies(data, data, ks=[10**12, 5, 30, 31])] == [30, 5]

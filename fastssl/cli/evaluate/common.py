@@ -30,7 +30,7 @@ val_option = click.option(
     "--val",
     type=SomePath(),
     metavar="FILE.beton|DIR",
-    help="Labelled photos to judge on. Default: a fifth of --data is held out, the same one every time.",
+    help="Labelled photos to judge on. Default: a fifth of --data is held out, the same one for a --seed.",
 )
 size_option = click.option(
     "--size", type=click.IntRange(min=8), default=224, show_default=True, help="Pixels of the centre crop that the network sees."
@@ -94,7 +94,9 @@ def network(
 ) -> nn.Module:
     """The session's network, with BatchNorm statistics taken anew from ``photos`` (of them ``indices`` alone) if that is asked for."""
     from fastssl.evaluate.batchnorm import reestimated
+    from fastssl.evaluate.features import require_size
 
+    require_size(session.trained.backbone, size, session.device)
     if not reestimate_bn:
         return session.trained.backbone
     how = {"samples": reestimate_bn, "size": size, "seed": seed, "batch_size": batch_size, "workers": workers, "crop": crop}

@@ -14,8 +14,11 @@ from fastssl.cli.common import finite
 from fastssl.cli.evaluate.common import FEATURE_OPTIONS, finish, network, options, percent, share_features, split_features
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from fastssl.evaluate.features import Features
     from fastssl.evaluate.session import Session
+    from fastssl.pipelines.beton import BetonReader
 
 
 @click.command()
@@ -96,6 +99,7 @@ def _two_sets(session: Session, data: Path, val: Path | None, **how: Any) -> Ite
     from fastssl.evaluate.photos import open_split
 
     with open_split(data, val, seed=how["seed"], workers=how["workers"]) as split:
+        _require_classes(split.classes, split.train)
         bank, judged = split_features(session, split, **how)
         yield bank, gathered(judged), split.record()
 
@@ -110,8 +114,17 @@ def _one_set(session: Session, data: Path, val: Path | None, **how: Any) -> Iter
 
     with open_photos(data, how["workers"]) as train, open_photos(val, how["workers"]) if val else nullcontext(train) as reader:
         require_labels(reader)
+        _require_classes(np.unique(reader.labels), reader)
         kept = {name: how[name] for name in ("size", "crop", "batch_size", "workers")}
         backbone = network(session, train, **how)
         bank = share_features(session, backbone, "photos", reader, np.arange(len(reader)), **kept)
         read = reader is train or how["reestimate_bn"]
         yield bank, gathered(bank), {"data": train.path.name if read else None, "val": val and reader.path.name, "held_out_seed": None}
+
+
+def _require_classes(classes: np.ndarray, reader: BetonReader) -> None:
+    """Of one class alone every vote is right, which says nothing."""
+    from fastssl.evaluate.features import ProbeError
+
+    if len(classes) < 2:
+        raise ProbeError(f"{reader.path}: the photos that vote are of one class only; kNN needs at least two")

@@ -93,6 +93,11 @@ def _check_out(ctx: click.Context, param: click.Parameter, value: Path | None) -
         raise click.BadParameter(f"{value}: the file's name ends in .safetensors", ctx, param)
     if not value.parent.is_dir():
         raise click.BadParameter(f"{value.parent}: no such folder; create it first", ctx, param)
+    if value.exists():
+        from fastssl.evaluate.classifier import is_classifier
+
+        if not is_classifier(value):
+            raise click.BadParameter(f"{value}: exists and is no fine-tuned network; it is left alone: choose another name", ctx, param)
     return value
 
 
@@ -186,11 +191,12 @@ def fine_tune(
             **_protocol(config),
             **dataclasses.asdict(result),
         )
+        # First: whatever becomes of --out, the figures are not lost.
+        finish(session, _line(session, result, available), record, json_path)
         if out is not None and session.is_main:
             names = split.train.classes or []
             classes = [names[label] if label < len(names) else str(label) for label in split.classes.tolist()]
             save_classifier(network, out, arch=session.trained.arch, classes=classes, view=config.test_view)
-        finish(session, _line(session, result, available), record, json_path)
 
 
 def _network(session: Session, checkpoint: Path, head: str, classes: int, *, from_scratch: bool, seed: int) -> Classifier:
