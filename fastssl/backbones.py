@@ -172,15 +172,31 @@ def load_backbone(path: str | Path) -> nn.Module:
         path: a ``.safetensors`` file that a run (``checkpoints/last.safetensors``) or ``fastssl import`` wrote.
 
     Raises:
-        FastSSLError: no such file, not ours, or tensors missing or left over (loading is strict).
+        FastSSLError: no such file, not ours, or tensors missing, left over (loading is strict) or of another kind, such as int8.
     """
     header, tensors = _open_checkpoint(Path(path), tensors=True)
     try:
         backbone = create_backbone(header["arch"])
+        if odd := other_kinds(tensors, backbone.state_dict()):
+            raise FastSSLError(f"{path}: tensors are of another kind than in the network named in its header: {odd[0]}")
         backbone.load_state_dict(tensors, strict=True)
     except RuntimeError as error:
-        raise FastSSLError(f"{path}: tensors do not fit the network named in its header: {error}") from error
+        raise FastSSLError(f"{path}: tensors do not fit the network named in its header: {' '.join(str(error).split())[:300]}") from error
     return backbone.eval()
+
+
+def other_kinds(tensors: dict[str, Tensor], wanted: dict[str, Tensor]) -> list[str]:
+    """Names and types of the tensors that are whole numbers where ``wanted`` has floating-point ones, complex, or the other way round.
+
+    ``load_state_dict`` would cast them without a word: quantised weights, which mean nothing without their scales, would pass for the network's.
+    float16, bfloat16 and float64 are floating-point too and do not count.
+    """
+    return [
+        f"{name} {str(value.dtype).removeprefix('torch.')} for {str(wanted[name].dtype).removeprefix('torch.')}"
+        for name, value in tensors.items()
+        if name in wanted
+        and (value.is_floating_point(), value.is_complex()) != (wanted[name].is_floating_point(), wanted[name].is_complex())
+    ]
 
 
 def _open_checkpoint(path: Path, *, tensors: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -8,6 +8,8 @@
 from __future__ import annotations
 
 import pickle
+import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,11 @@ from fastssl.pipelines.errors import FastSSLError
 
 #: raised when the layout of last.pt changes
 VERSION = 1
+#: what ``torch.load(weights_only=True)`` raises at files that are damaged, or that ``torch.save`` did not write
+UNREADABLE = (
+    pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError, AssertionError, OverflowError,
+    struct.error, OSError,
+)  # fmt: skip
 
 
 @dataclass
@@ -62,24 +69,63 @@ def save_checkpoint(
         raise FastSSLError(f"{folder}: checkpoint not written ({error}); the one before it is untouched") from error
 
 
-def load_checkpoint(path: Path) -> dict[str, Any]:
+def load_checkpoint(path: Path, *, advice: str = "") -> dict[str, Any]:
     """The content of a ``last.pt``, on the CPU. Nothing in the file is executed (``weights_only``).
 
+    A run's has ``method``, ``position`` and ``config``, of the types that ``save_checkpoint`` writes; what is in them ``restore`` and
+    ``load_trained`` check. The state of a detector, which ``fastssl evaluate detect`` keeps (see ``is_detector``), has only ``config`` of them.
+
+    Args:
+        advice: what to do about a file that cannot be used, for the message.
+
     Raises:
-        FastSSLError: missing, damaged, or written by another version.
+        FastSSLError: missing, damaged, written by another version, or neither a run's nor a detector's.
     """
     if not path.is_file():
         raise FastSSLError(f"{path}: no such checkpoint")
+    end = f"; {advice}" if advice else ""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+    except UNREADABLE as error:
         # torch's own words would advise to load it without weights_only, which runs whatever code the file holds.
-        raise FastSSLError(
-            f"{path}: damaged checkpoint, or no last.pt at all ({type(error).__name__}); start anew with --resume never"
-        ) from error
-    if not isinstance(state, dict) or state.get("version") != VERSION:
-        raise FastSSLError(f"{path}: not a checkpoint of this version of fastssl (wanted version {VERSION})")
+        raise FastSSLError(f"{path}: damaged checkpoint, or no last.pt at all ({type(error).__name__}){end}") from error
+    version = state.get("version") if isinstance(state, dict) else None
+    if type(version) is not int or version != VERSION:
+        raise FastSSLError(f"{path}: not a checkpoint of this version of fastssl (wanted version {VERSION}){end}")
+    if odd := _odd_part(state):
+        raise FastSSLError(f"{path}: is not a whole checkpoint of a {'detector' if is_detector(state) else 'run'} ({odd}){end}")
     return state
+
+
+def is_detector(state: dict[str, Any]) -> bool:
+    """Whether this is the state of a detector in training and not a run's."""
+    kind = state.get("kind")
+    return (isinstance(kind, str) and kind == "detector") or (kind is None and "detector" in state and "method" not in state)
+
+
+def _odd_part(state: dict[str, Any]) -> str:
+    """What is not as it is written; empty if all is."""
+    detector = is_detector(state)
+    for part in ("config",) if detector else ("method", "position", "config"):
+        if part not in state:
+            return f"no {part}"
+        if not _has_names(state[part]):
+            return f"{part} is no dict with names"
+    if detector:
+        return ""
+    for name, value in vars(Position()).items():
+        found = state["position"].get(name)
+        if type(found) not in {type(value), int} or not found >= 0:
+            return f"position.{name} is no number of {'seconds' if isinstance(value, float) else 'steps or epochs'}"
+    return ""
+
+
+def _has_names(content: object, depth: int = 0) -> bool:
+    """Whether all keys are strings, in the dicts inside too. Settings are a few levels deep; a dict that holds itself has no end."""
+    if not isinstance(content, Mapping) or depth > 32:
+        return False
+    inner = [value for value in content.values() if isinstance(value, Mapping)]
+    return all(isinstance(name, str) for name in content) and all(_has_names(value, depth + 1) for value in inner)
 
 
 def restore(state: dict[str, Any], *, method: nn.Module, optimizer: torch.optim.Optimizer) -> Position:
@@ -89,7 +135,7 @@ def restore(state: dict[str, Any], *, method: nn.Module, optimizer: torch.optim.
         optimizer.load_state_dict(state["optimizer"])
         after_restore(optimizer)
         return Position(**state["position"])
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         first_line = (str(error).splitlines() or [""])[0]
         raise FastSSLError(
             f"the checkpoint does not fit this run ({type(error).__name__}: {first_line}); --resume never starts over"

@@ -45,14 +45,20 @@ def export(checkpoint: Path, dst: Path, format_: str, which: str | None, size: i
     onnx         DST.onnx: images (N, 3, size, size) -> features (N, F), any N
 
     The tensors must be exactly those of the network there. What was written is loaded and must give the same features, to 1e-5 of their spread
-    over images (ONNX: 1e-4, run with onnxruntime at batch 1 and 3); otherwise DST stays as it was. An earlier export of the same kind is
-    replaced; anything else that is there, a run's checkpoint above all, is left alone.
+    over images (ONNX: 1e-4, run with onnxruntime at batch 1 and 3); otherwise DST stays as it was. An earlier export of the same kind,
+    known by what it says of itself, is replaced; anything else that is there, a run's checkpoint or weights from elsewhere, is left alone.
+    Of several processes (torchrun, srun) only the first one writes.
 
     \b
     fastssl export runs/mine mine.safetensors
     fastssl export runs/mine mine.pth --format torchvision --which teacher
     fastssl export runs/mine mine.onnx --format onnx --size 224
     """
+    from fastssl.distributed import world_from_environment
+
+    if not world_from_environment().is_main:
+        return  # the first process does it for all
+
     from fastssl.evaluate.trained import load_trained
     from fastssl.export import export_backbone
 

@@ -34,12 +34,21 @@ def import_(foreign: Path, dst: Path, arch: str, layout: str, which: str | None,
 
     Every tensor is matched by name and shape; one that is missing is an error. Projectors, classifiers, queues and optimisers are left out and
     listed. Nothing in FOREIGN is run: a file that needs more than tensors and settings is refused. DST is replaced only if it was imported.
+    Of several processes (torchrun, srun) only the first one writes.
+
+    timm's tf_ networks (tf_efficientnet_b0, ...) have the names and shapes of the plain ones but pad as TensorFlow does, which the file does
+    not tell: give --arch their own name, never the plain network's, which would take them and give other features.
 
     \b
     fastssl import checkpoint_0199.pth.tar moco.safetensors --arch mobilenetv3_large
     fastssl import DINO_mobilenet_v2_last_ckpt.pth.tar sslight.safetensors --arch mobilenetv2 --which teacher
     fastssl evaluate knn sslight.safetensors --data train.beton --val val.beton
     """
+    from fastssl.distributed import world_from_environment
+
+    if not world_from_environment().is_main:
+        return  # the first process does it for all
+
     from fastssl.foreign import import_backbone
 
     matched = import_backbone(foreign, dst, arch, layout=layout, which=which)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from fastssl.backbones import create_backbone, load_backbone, read_header
-from fastssl.checkpoint import load_checkpoint
+from fastssl.backbones import create_backbone, load_backbone, other_kinds, read_header
+from fastssl.checkpoint import is_detector, load_checkpoint
 from fastssl.pipelines.errors import FastSSLError
 
 NETWORKS = ("student", "teacher")
+#: a number of steps in a header; str.isdigit would take "\u00b2" too
+_STEP = re.compile(r"[0-9]{1,18}")
 
 
 @dataclass
@@ -49,15 +52,17 @@ def load_trained(path: str | Path, which: str | None = None) -> Trained:
         FastSSLError: no such file, not a checkpoint of fastssl, no teacher in it, or tensors that do not fit the network it names.
     """
     path = Path(path)
-    if path.is_dir():
+    from_folder = path.is_dir()
+    if from_folder:
         folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
         path = folder / ("last-teacher.safetensors" if which == "teacher" else "last.safetensors")
         if not path.is_file():
             raise FastSSLError(_missing(folder, which))
     if path.suffix == ".pt":
         return _from_run(path, which or "student")
-    header = read_header(path)
-    network = header.get("network", "imported")
+    network = _network(path)
+    if which is None and from_folder and network != "imported":
+        which = "student"
     if which is not None and network != which:
         other = path.with_name("last-teacher.safetensors" if which == "teacher" else "last.safetensors")
         if network not in NETWORKS or not other.is_file():
@@ -65,24 +70,42 @@ def load_trained(path: str | Path, which: str | None = None) -> Trained:
                 f"{path}: holds the {network} network, not the {which}'s"
                 + ("" if network == "imported" else f", and there is no {other.name} beside it")
             )
-        path, header, network = other, read_header(other), which
-    step = header.get("step")
-    return Trained(load_backbone(path), header["arch"], network, int(step) if str(step).isdigit() else None, _short(path))
+        path, network = other, _network(other)
+        if network != which:  # a file's name says what a run writes there, its header what is in it
+            raise FastSSLError(f"{path}: holds the {network} network, not the {which}'s, as its name says")
+    header = read_header(path)
+    step = str(header.get("step"))
+    return Trained(load_backbone(path), header["arch"], network, int(step) if _STEP.fullmatch(step) else None, _short(path))
+
+
+def _network(path: Path) -> str:
+    """What the header says that it is."""
+    network = read_header(path).get("network")
+    return network if network in NETWORKS else "imported"
 
 
 def _from_run(path: Path, which: str) -> Trained:
     state = load_checkpoint(path)
+    if is_detector(state):
+        raise FastSSLError(
+            f"{path}: is a detector, which `fastssl evaluate detect` keeps; give the run's own checkpoint, from which it was trained"
+        )
+    arch = state["config"].get("arch")
+    if not isinstance(arch, str):
+        raise FastSSLError(f"{path}: is not a whole checkpoint of a run (its config names no network)")
     prefix = f"{which}.backbone."
     tensors = {name.removeprefix(prefix): value for name, value in state["method"].items() if name.startswith(prefix)}
     if not tensors:
         raise FastSSLError(f"{path}: the run has no {which} network ({state['config'].get('method')} has none)")
-    arch = state["config"]["arch"]
     backbone = create_backbone(arch)
+    odd = [name for name, value in tensors.items() if not isinstance(value, Tensor)] or other_kinds(tensors, backbone.state_dict())
+    if odd:
+        raise FastSSLError(f"{path}: tensors do not fit {arch}: {prefix}{odd[0]} is of another kind")
     try:
         backbone.load_state_dict(tensors, strict=True)
     except RuntimeError as error:
         raise FastSSLError(f"{path}: tensors do not fit {arch}: {' '.join(str(error).split())[:300]}") from error
-    return Trained(backbone.eval(), arch, which, int(state["position"]["step"]), _short(path))
+    return Trained(backbone.eval(), arch, which, state["position"]["step"], _short(path))
 
 
 def _missing(folder: Path, which: str | None) -> str:

@@ -52,7 +52,7 @@ def export_backbone(trained: Trained, destination: Path, format: str = "timm", *
 
     Args:
         trained: as ``load_trained`` gives it; on the CPU, in evaluation mode.
-        destination: ends as ``ENDINGS[format]`` says; an earlier export of the same kind is replaced.
+        destination: ends as ``ENDINGS[format]`` says; an earlier export of the same kind is replaced, see ``require_replaceable``.
         format: a key of ``ENDINGS``.
         size: side of the pictures, for ``onnx`` and for a folder of ``timm``; None: 224.
 
@@ -114,5 +114,8 @@ def export_backbone(trained: Trained, destination: Path, format: str = "timm", *
 
 def _about(trained: Trained) -> dict[str, str]:
     """What the file says of itself, as far as its format has a place for that."""
-    said: dict[str, Any] = {"description": f"backbone pre-trained without labels by fastssl {__version__}", **trained.record()}
+    from fastssl.export.files import SIGNATURE
+
+    origin = "that others trained" if trained.network == "imported" else "pre-trained without labels"
+    said: dict[str, Any] = {"description": f"backbone {origin}, {SIGNATURE} {__version__}", **trained.record()}
     return {name: str(value) for name, value in said.items() if value is not None}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
-import pickle
+import re
 import shutil
 import tempfile
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,20 +17,31 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fastssl.checkpoint import UNREADABLE
 from fastssl.files import usual_mode
 from fastssl.pipelines.errors import FastSSLError
 
 #: what a folder of ``--format timm`` holds
 FOLDER_FILES = frozenset({"config.json", "model.safetensors"})
 TORCH_ENDINGS = (".pth", ".pt")
+#: the end of every export's description, by which it is known again: ``..., exported by fastssl 0.1.0``
+SIGNATURE = "exported by fastssl"
+_SIGNED = re.compile(rf"\b{SIGNATURE} \d")
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, about: dict[str, str]) -> None:
-    """Write ``tensors`` as ``path``'s ending says: safetensors, with ``about`` (all strings) in its header, or a dict by ``torch.save``."""
+    """Write ``tensors`` as ``path``'s ending says: safetensors, or a dict by ``torch.save``.
+
+    Args:
+        about: what the file says of itself, all strings; ``description`` is signed. It goes into safetensors' header; ``torch.save`` has none,
+            so there it is an attribute of the dict, ``torch.load(path).about``, as torch's own state dicts have ``_metadata``.
+    """
     plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     if path.suffix in TORCH_ENDINGS:
         # A tensor that is a part of a larger one would take all of it along.
-        torch.save({name: value.clone() for name, value in plain.items()}, path)
+        content = OrderedDict((name, value.clone()) for name, value in plain.items())
+        content.about = about
+        torch.save(content, path)
         return
     save_file(plain, str(path), metadata={"format": "pt", **about})
 
@@ -36,11 +49,12 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, about: dict[str, str]) 
 def require_replaceable(destination: Path) -> None:
     """Refuse to write over what is not an earlier export.
 
-    A file may be replaced by an export if it is one of the same kind: tensors in a safetensors file without fastssl's header, a flat
-    dict of tensors by ``torch.save``, an ONNX file. A folder may be, if it holds nothing but what ``--format timm`` writes, or nothing.
+    A file may be replaced by an export if it is one of the same kind, which its description says: weights that were downloaded, a run's
+    checkpoints and fine-tuned classifiers do not have it. A folder may be if it is empty, or holds just the two files that
+    ``--format timm`` writes, of which the one with the tensors has that description.
 
     Raises:
-        FastSSLError: ``destination`` is something else, or is in a folder that does not exist.
+        FastSSLError: ``destination`` is something else, or is in a folder that does not exist; or it is an ONNX file, and onnx is missing.
     """
     if not destination.parent.is_dir():
         raise FastSSLError(f"{destination.parent}: no such folder; create it first")
@@ -51,51 +65,74 @@ def require_replaceable(destination: Path) -> None:
     if destination.is_dir() and destination.samefile(Path.cwd()):
         raise FastSSLError(f"{destination}: is the current folder, which would be replaced; name a new one")
     kind = "folder" if destination.is_dir() else {".safetensors": "safetensors", ".onnx": "onnx"}.get(destination.suffix, "torch")
-    known = {"folder": _is_exported_folder, "safetensors": _is_plain_safetensors, "onnx": _is_onnx, "torch": _is_plain_torch}
+    known = {"folder": _is_exported_folder, "safetensors": _is_signed_safetensors, "onnx": _is_signed_onnx, "torch": _is_signed_torch}
     if not known[kind](destination):
         raise FastSSLError(f"{destination}: exists and is no export of this kind; it is left alone: choose another name or remove it")
 
 
+def _is_signed(description: object) -> bool:
+    return isinstance(description, str) and _SIGNED.search(description) is not None
+
+
 def _is_exported_folder(path: Path) -> bool:
-    return {entry.name for entry in path.iterdir()} <= FOLDER_FILES
+    names = {entry.name for entry in path.iterdir()}
+    if not names:
+        return True
+    if names != FOLDER_FILES:
+        return False
+    try:
+        config = json.loads((path / "config.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(config, dict) and "architecture" in config and _is_signed_safetensors(path / "model.safetensors")
 
 
-def _is_plain_safetensors(path: Path) -> bool:
+def _is_signed_safetensors(path: Path) -> bool:
     try:
         with safe_open(str(path), framework="pt") as file:
-            return "fastssl" not in (file.metadata() or {})
-    except SafetensorError:
+            return _is_signed((file.metadata() or {}).get("description"))
+    except (SafetensorError, OSError):
         return False
 
 
-def _is_plain_torch(path: Path) -> bool:
+def _is_signed_torch(path: Path) -> bool:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError):
+    except UNREADABLE:
         return False
-    return isinstance(content, dict) and bool(content) and all(isinstance(value, Tensor) for value in content.values())
+    about = getattr(content, "about", None)
+    return isinstance(content, OrderedDict) and isinstance(about, dict) and _is_signed(about.get("description"))
 
 
-def _is_onnx(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(1) == b"\x08"  # an ONNX file is a protobuf that begins with field 1, its version
+def _is_signed_onnx(path: Path) -> bool:
+    from fastssl.export.onnx import require_onnx
+
+    require_onnx()
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    try:
+        model = onnx.load(str(path), load_external_data=False)
+    except (DecodeError, OSError):
+        return False
+    return any(entry.key == "description" and _is_signed(entry.value) for entry in model.metadata_props)
 
 
 @contextmanager
 def staged(destination: Path) -> Iterator[Path]:
     """A place with ``destination``'s name to write to; when the block ends well it is flushed to disk and renamed to ``destination``.
 
-    If the block fails, ``destination`` is as it was. A folder cannot be renamed over one that holds files, so there an earlier export is
-    put aside first, and back if the last step fails.
+    If the block fails or is interrupted, ``destination`` is as it was. A folder cannot be renamed over one that holds files, so there an
+    earlier export is put aside first, and back if the new one does not get its place.
 
     Raises:
-        FastSSLError: the folder cannot be written, or the disk is full.
+        FastSSLError: the folder cannot be written, or the disk is full. Should the earlier export not get back, it is kept, and said where.
     """
     try:
         beside = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=destination.parent))
     except OSError as error:
         raise FastSSLError(f"{destination.parent}: cannot be written ({error.strerror})") from error
-    place, aside = beside / destination.name, beside / "before"
+    place, aside = beside / destination.name, beside / f"{destination.name}.before"
     try:
         yield place
         for file in place.iterdir() if place.is_dir() else [place]:
@@ -104,14 +141,14 @@ def staged(destination: Path) -> Iterator[Path]:
                 os.fsync(opened.fileno())
         if destination.is_dir():
             destination.rename(aside)
-        try:
-            place.replace(destination)
-        except OSError:
-            if aside.exists():
-                aside.rename(destination)
-            raise
+        place.replace(destination)
     except (OSError, RuntimeError, SafetensorError) as error:  # torch says a full disk in a RuntimeError, safetensors in its own
         reason = " ".join(str(error).split())[:300]
         raise FastSSLError(f"{destination}: not written ({reason}); what was there before is untouched") from error
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        if aside.exists() and place.exists():  # stopped between the two renames, by whatever it was
+            try:
+                aside.rename(destination)
+            except OSError as error:
+                raise FastSSLError(f"{destination}: not written, and what was there before is in {aside} now ({error.strerror})") from error
+        shutil.rmtree(beside, ignore_errors=True)  # not reached while the earlier export is still in there

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,9 +85,10 @@ def find_network(path: Path, tensors: dict[str, Tensor], *, layout: str = "auto"
         which: a key of ``NETWORK``; None: the one with the gradient, or the only one.
 
     Raises:
-        FastSSLError: nothing is named as ``layout`` has it, or it holds no such network.
+        FastSSLError: nothing is named as ``layout`` has it, it holds no such network, or two tensors have the same name once what is wrapped
+            around the network is taken off.
     """
-    inside, left_out = _unpacked(tensors)
+    inside, left_out = _unpacked(path, tensors)
     packed = any(name.startswith(_CONTAINERS[0]) for name in tensors)
     names = _fitting(inside, packed) if layout == "auto" else (layout,)
     chosen = LAYOUTS[names[0]]
@@ -100,23 +102,28 @@ def find_network(path: Path, tensors: dict[str, Tensor], *, layout: str = "auto"
         there = " and ".join(sorted({f"the {network}'s" for _, network in roots if network})) or "only one network; leave --which out"
         raise FastSSLError(f"{path}: does not hold the {which}'s network; it holds {there}")
     root, network = picked[0]
-    lead = re.compile(re.escape(root) + chosen.inner)
-    mine: dict[str, Tensor] = {}
-    others: Counter[str] = Counter()
-    for name, value in inside.items():
-        if found := lead.match(name):
-            mine[name[found.end() :]] = value
-        else:
-            others[name.split(".")[0]] += 1
+    lead = re.compile("^" + re.escape(root) + chosen.inner)
+    others = Counter(name.split(".")[0] for name in inside if not lead.match(name))
+    mine = _renamed(path, {name: value for name, value in inside.items() if lead.match(name)}, lambda name: lead.sub("", name, count=1))
     rest = [(group, count, _reason(group, network, root)) for group, count in sorted(others.items())]
     return Found(names, network, mine, (*rest, *left_out))
 
 
-def _unpacked(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[tuple[str, int, str]]]:
+def _renamed(path: Path, tensors: dict[str, Tensor], rename: Callable[[str], str]) -> dict[str, Tensor]:
+    """The tensors under their new names, of which no two may be the same: the file does not say which one the network is made of."""
+    before: dict[str, str] = {}
+    for name in tensors:
+        if (other := before.setdefault(rename(name), name)) != name:
+            raise FastSSLError(f"{path}: {other} and {name} would both be {rename(name)}: keep the one that the network is made of")
+    return {new: tensors[name] for new, name in before.items()}
+
+
+def _unpacked(path: Path, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[tuple[str, int, str]]]:
     """(the networks' tensors without container and ``module.``, what stands beside the container)."""
     container = next((one for one in _CONTAINERS if any(name.startswith(one) for name in tensors)), "")
     beside = Counter(name.split(".")[0] for name in tensors if not name.startswith(container))
-    inside = {_WRAPPER.sub("", name.removeprefix(container)): value for name, value in tensors.items() if name.startswith(container)}
+    packed = {name: value for name, value in tensors.items() if name.startswith(container)}
+    inside = _renamed(path, packed, lambda name: _WRAPPER.sub("", name.removeprefix(container)))
     return inside, [(group, count, "not a part of the network") for group, count in sorted(beside.items())]
 
 

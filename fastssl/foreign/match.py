@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fastssl.backbones import SHORT_NAMES, create_backbone
+from fastssl.backbones import SHORT_NAMES, create_backbone, other_kinds
 from fastssl.export.check import some_names
 from fastssl.foreign.layouts import Found
 from fastssl.foreign.torchvision_names import TWINS, torchvision_names, with_eps
@@ -78,7 +78,8 @@ def match(path: Path, found: Found, arch: str) -> Matched:
 
     Raises:
         FastSSLError: tensors are missing, have another shape, or are neither the backbone's nor a head's; the message names the first
-            few and, if there is one, the network with a short name that they fit.
+            few and, if there is one, the network with a short name that they fit. Or they are not what a network computes with: whole
+            numbers, complex, sparse, quantised, without values, NaN or infinite.
     """
     backbone = create_backbone(arch)
     attempts = _attempts(found, arch, backbone.state_dict())
@@ -89,10 +90,12 @@ def match(path: Path, found: Found, arch: str) -> Matched:
     if not best.fits:
         parts = (some_names(best.missing, "missing"), some_names(best.wrong, "of another shape"), some_names(best.extra, "left over"))
         raise FastSSLError(f"{path}: does not fit {arch}: {'; '.join(part for part in parts if part)}{_guess(found, arch)}")
-    tensors = {}
-    for name, wanted in backbone.state_dict().items():
-        theirs = found.tensors.get(best.table[name])
-        tensors[name] = wanted if theirs is None else theirs.reshape(wanted.shape).to(wanted.dtype)
+    begun = backbone.state_dict()
+    theirs = {name: found.tensors[best.table[name]] for name in begun if best.table[name] in found.tensors}
+    _require_usable(path, theirs, begun)
+    tensors = {**begun, **{name: value.reshape(begun[name].shape).to(begun[name].dtype) for name, value in theirs.items()}}
+    if broken := [best.table[name] for name, value in tensors.items() if not value.isfinite().all()]:
+        raise FastSSLError(f"{path}: {some_names(broken, 'tensors with NaN or infinite values')}: no network that computes anything")
     eps = TWINS[arch].eps if best.names != "timm" else None
     if eps is not None and all(layer.eps == eps for layer in backbone.modules() if isinstance(layer, nn.BatchNorm2d)):
         eps = None
@@ -104,6 +107,18 @@ def match(path: Path, found: Found, arch: str) -> Matched:
     layout = found.layouts[0] if len(found.layouts) == 1 else best.names
     counters = len(tensors) - len(used)
     return Matched(arch, layout, found.network, best.names, tensors, len(used), counters, eps, (*left_out, *found.left_out))
+
+
+def _require_usable(path: Path, theirs: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    """Refuse what torch.save can write but no copy makes weights of; names are timm's."""
+    for state, names in (
+        ("on the meta device, without values", [name for name, value in theirs.items() if value.is_meta]),
+        ("sparse", [name for name, value in theirs.items() if value.layout != torch.strided]),
+        ("quantised", [name for name, value in theirs.items() if value.is_quantized]),
+        ("of another kind", other_kinds(theirs, wanted)),
+    ):
+        if names:
+            raise FastSSLError(f"{path}: {some_names(names, state)}: save the network in float32, with all its values, and import that")
 
 
 def _attempts(found: Found, arch: str, wanted: dict[str, Tensor]) -> list[_Attempt]:

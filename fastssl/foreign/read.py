@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fastssl.checkpoint import UNREADABLE
 from fastssl.pipelines.errors import FastSSLError
 
 
@@ -24,6 +25,9 @@ def _settings(module: str) -> type:
 #: ``argparse.Namespace`` (DINO's ``args``) is Python's; SSLight's settings become dicts, so that fvcore need not be here.
 HARMLESS = (argparse.Namespace, _settings("fvcore.common.config"), _settings("yacs.config"))
 
+#: Dicts in dicts: trainers' settings are a few levels deep.
+DEEPEST = 32
+
 
 def read_foreign(path: Path) -> dict[str, Tensor]:
     """All tensors of a checkpoint, on the CPU: nested dicts become names with dots, and what is not a tensor or stands in a list is left out.
@@ -32,14 +36,21 @@ def read_foreign(path: Path) -> dict[str, Tensor]:
         path: what ``torch.save`` wrote, whatever its ending, or a ``.safetensors`` file.
 
     Raises:
-        FastSSLError: no such file, damaged, written by fastssl, without tensors, or in need of classes that reading would have to trust.
+        FastSSLError: no such file, damaged, written by fastssl, without tensors, in need of classes that reading would have to trust, with two
+            tensors that have the same name, or with dicts that have no end.
     """
     if not path.is_file():
         raise FastSSLError(f"{path}: no such file")
     content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
     if isinstance(content, Mapping) and isinstance(content.get("method"), Mapping) and "position" in content:
         raise FastSSLError(f"{path}: is a checkpoint of fastssl, which every command takes as it is")
-    tensors = dict(_flat(content))
+    tensors: dict[str, Tensor] = {}
+    keys_of: dict[str, tuple[str, ...]] = {}
+    for keys, value in _flat(path, content):
+        name = ".".join(keys)
+        if name in tensors:
+            raise FastSSLError(f"{path}: two tensors are called {name}: {_shown(keys_of[name])} and {_shown(keys)}; keep one of them")
+        tensors[name], keys_of[name] = value, keys
     if not tensors:
         raise FastSSLError(f"{path}: holds no dict of tensors (a {type(content).__name__}); save the network's state_dict() there")
     return tensors
@@ -70,14 +81,25 @@ def _read_torch(path: Path) -> object:
             f"{path}: refused, because reading it means running {wanted[1]}, which is not a tensor; "
             "where you trust the file, save its state_dict alone with the program that wrote it, and import that"
         ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError, IndexError, OSError) as error:
+    except UNREADABLE as error:
         raise FastSSLError(f"{path}: neither what torch.save writes nor safetensors, or damaged ({type(error).__name__})") from error
 
 
-def _flat(content: object, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+def _flat(path: Path, content: object, keys: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Tensor]]:
+    """(keys of the dicts on the way, tensor)."""
     if isinstance(content, Tensor):
-        yield prefix.removesuffix("."), content
+        yield keys, content
     elif isinstance(content, Mapping):
+        if len(keys) > DEEPEST:
+            raise FastSSLError(
+                f"{path}: dicts lie more than {DEEPEST} deep in one another, or one in itself ({_shown(keys[:3])}...); "
+                "save the network's state_dict() alone"
+            )
         for name, value in content.items():
             if isinstance(name, str):  # optimisers number their states
-                yield from _flat(value, f"{prefix}{name}.")
+                yield from _flat(path, value, (*keys, name))
+
+
+def _shown(keys: tuple[str, ...]) -> str:
+    """``['model']['conv.weight']``"""
+    return "".join(f"[{key!r}]" for key in keys)

@@ -117,8 +117,21 @@ def test_a_wrong_checkpoint_is_one_clear_line(tmp_path: Path) -> None:
     tensors = load_file(str(path))
     tensors.pop("conv1.weight")
     save_file(tensors, str(path), metadata={"format": "pt", "fastssl": '{"arch": "resnet18"}'})
-    with pytest.raises(FastSSLError, match=r"conv1\.weight"):
+    with pytest.raises(FastSSLError, match=r"conv1\.weight") as error:
         fastssl.load_backbone(path)
+    assert "\n" not in str(error.value)
+
+
+def test_tensors_of_another_kind_are_not_cast(tmp_path: Path) -> None:
+    path = tmp_path / "last.safetensors"
+    save_backbone(create_backbone("lcnet_035"), path, arch="lcnet_035")
+    tensors = load_file(str(path))
+    header = {"fastssl": '{"arch": "lcnet_035"}'}
+    save_file({**tensors, "conv_stem.weight": tensors["conv_stem.weight"].to(torch.int8)}, str(path), header)
+    with pytest.raises(FastSSLError, match=r"conv_stem\.weight int8 for float32"):
+        fastssl.load_backbone(path)
+    save_file({**tensors, "conv_stem.weight": tensors["conv_stem.weight"].half()}, str(path), header)
+    assert fastssl.load_backbone(path).conv_stem.weight.dtype == torch.float32
 
 
 @pytest.mark.parametrize(("size", "tokens"), [(96, 36), (128, 64), (224, 196)])

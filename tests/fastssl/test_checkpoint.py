@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastssl.backbones import create_backbone, load_backbone
-from fastssl.checkpoint import Position, differences, load_checkpoint, restore, save_checkpoint
+from fastssl.checkpoint import Position, differences, is_detector, load_checkpoint, restore, save_checkpoint
 from fastssl.heads import ProjectorConfig
 from fastssl.losses.pairs import PairWeights
 from fastssl.methods.method import Views
@@ -77,6 +77,50 @@ def test_damaged_and_foreign_checkpoints(tmp_path: Path) -> None:
     torch.save(Path("x"), path)  # an object that would have to be executed to be read
     with pytest.raises(FastSSLError, match="damaged checkpoint"):
         load_checkpoint(path)
+
+
+def test_what_is_not_whole_is_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "last.pt"
+    method, optimizer = make()
+    save_checkpoint(tmp_path, method=method, optimizer=optimizer, position=Position(3, 1, 2, 0.5), config={"a": {"b": 1}}, arch="lcnet_035")
+    whole = torch.load(path, weights_only=True)
+    endless: dict = {}
+    endless["again"] = endless
+    place = whole["position"]
+    for change, words in (
+        ({"method": 5}, "method is no dict"),
+        ({"method": {0: torch.zeros(1)}}, "method is no dict with names"),
+        ({"config": {"optim": {1: 2}}}, "config is no dict with names"),
+        ({"config": endless}, "config is no dict with names"),
+        ({"position": {**place, "step": "x"}}, r"position\.step is no number"),
+        ({"position": {**place, "step": torch.tensor(3)}}, r"position\.step is no number"),
+        ({"position": {**place, "train_seconds": float("nan")}}, r"position\.train_seconds is no number of seconds"),
+        ({"position": {"step": 3}}, r"position\.epoch is no number"),
+        ({"version": torch.tensor([1, 2])}, "not a checkpoint of this version"),
+        ({"version": True}, "not a checkpoint of this version"),
+        ({"kind": torch.zeros(2), "method": None}, "method is no dict"),
+    ):
+        torch.save({**whole, **change}, path)
+        with pytest.raises(FastSSLError, match=words) as error:
+            load_checkpoint(path)
+        assert "\n" not in str(error.value) and "--resume" not in str(error.value)
+    for missing in ("method", "position", "config"):
+        torch.save({name: value for name, value in whole.items() if name != missing}, path)
+        with pytest.raises(FastSSLError, match=rf"is not a whole checkpoint of a run \(no {missing}\); start anew"):
+            load_checkpoint(path, advice="start anew")
+    for odd in ({**whole, "optimizer": 5}, {**whole, "method": {**whole["method"], "student.backbone.conv_stem.weight": 5}}):
+        with pytest.raises(FastSSLError, match="does not fit this run"):
+            restore(odd, method=method, optimizer=optimizer)
+
+
+def test_a_detectors_state_is_told_from_a_runs(tmp_path: Path) -> None:
+    for state in ({"version": 1, "config": {}, "detector": {}}, {"version": 1, "config": {"a": 1}, "kind": "detector", "iteration": 2}):
+        torch.save(state, tmp_path / "detect.pt")
+        assert load_checkpoint(tmp_path / "detect.pt") == state and is_detector(state)
+    torch.save({"version": 1, "kind": "detector"}, tmp_path / "detect.pt")
+    with pytest.raises(FastSSLError, match=r"is not a whole checkpoint of a detector \(no config\)"):
+        load_checkpoint(tmp_path / "detect.pt")
+    assert not is_detector({"version": 1, "method": {}, "detector": {}}) and not is_detector({"version": 1, "kind": "run", "detector": {}})
 
 
 def test_differences_are_named() -> None:

@@ -20,7 +20,7 @@ from fastssl.cli import main
 from fastssl.evaluate.trained import Trained, load_trained
 from fastssl.export import export_backbone
 from fastssl.export.check import check_features
-from fastssl.export.files import staged
+from fastssl.export.files import SIGNATURE, require_replaceable, save_tensors, staged
 from fastssl.pipelines.errors import FastSSLError
 
 ARCHS = {"lcnet_035": "lcnet_035", "mobilenetv3_large": "mobilenetv3_large_100", "vit_tiny": "vit_tiny_patch16_224"}
@@ -123,7 +123,12 @@ def test_plain_safetensors_and_the_record(capsys: pytest.CaptureFixture, runs: P
     assert record["tensors"] == len(expected) and record["size_bytes"] == path.stat().st_size and record["difference"] == 0
     with safe_open(str(path), framework="pt") as file:
         about = file.metadata()
-    assert about["format"] == "pt" and "fastssl" in about["description"] and about["arch"] == "lcnet_035" and "fastssl" not in about
+    assert (
+        about["format"] == "pt"
+        and "exported by fastssl" in about["description"]
+        and about["arch"] == "lcnet_035"
+        and "fastssl" not in about
+    )
 
 
 def test_onnx_runs_at_any_batch(capsys: pytest.CaptureFixture, runs: Path, tmp_path: Path) -> None:
@@ -220,8 +225,30 @@ def test_only_exports_are_replaced(capsys: pytest.CaptureFixture, runs: Path, tm
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     assert_one_line(*run(capsys, run_folder, ".")[::2], "is the current folder")
-    for name in ("last.pt", "text.pth", "photos", "link.pth"):
+    tensors = {name: value.contiguous() for name, value in load_trained(run_folder).backbone.state_dict().items()}
+    torch.save(tensors, tmp_path / "downloaded.pth")
+    save_file(tensors, str(tmp_path / "downloaded.safetensors"), {"format": "pt", "description": "a network, exported by others"})
+    save_file(tensors, str(tmp_path / "classifier.safetensors"), {"format": "pt", "fastssl-classifier": "{}"})
+    for name, config in (("foreign", None), ("hub", '{"architecture": "lcnet_035"}')):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(config or "{}")
+        if config:
+            save_file(tensors, str(tmp_path / name / "model.safetensors"), {"format": "pt"})
+    theirs = ("downloaded.pth", "downloaded.safetensors", "classifier.safetensors", "foreign/config.json", "hub/model.safetensors")
+    contents = [(tmp_path / name).read_bytes() for name in theirs]
+    for name in (
+        "last.pt",
+        "text.pth",
+        "photos",
+        "link.pth",
+        "downloaded.pth",
+        "downloaded.safetensors",
+        "classifier.safetensors",
+        "foreign",
+        "hub",
+    ):
         assert run(capsys, run_folder, tmp_path / name)[0] == 1
+    assert [(tmp_path / name).read_bytes() for name in theirs] == contents
     assert run(capsys, run_folder, tmp_path / "text.onnx", "--format", "onnx")[0] == 1
     assert (tmp_path / "text.pth").read_text() == (tmp_path / "text.onnx").read_text() == "a diary"
 
@@ -240,8 +267,8 @@ def test_only_exports_are_replaced(capsys: pytest.CaptureFixture, runs: Path, tm
 
 
 def test_a_failure_leaves_what_was_there(tmp_path: Path) -> None:
-    for destination in (tmp_path / "file", tmp_path / "folder"):
-        if destination.name == "folder":
+    for destination in (tmp_path / "file", tmp_path / "folder", tmp_path / "before"):
+        if destination.name != "file":
             destination.mkdir()
             (destination / "config.json").write_text("before")
         else:
@@ -253,7 +280,79 @@ def test_a_failure_leaves_what_was_there(tmp_path: Path) -> None:
         with pytest.raises(FastSSLError, match=r"not written .*untouched"), staged(destination):
             pass  # nothing was written
         assert (destination / "config.json" if destination.is_dir() else destination).read_text() == "before"
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["file", "folder"]
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["before", "file", "folder"]
+
+
+def test_an_export_is_known_again_by_what_it_says(tmp_path: Path) -> None:
+    import onnx
+
+    def replaceable(name: str) -> bool:
+        try:
+            require_replaceable(tmp_path / name)
+        except FastSSLError as error:
+            assert "no export of this kind" in str(error)
+            return False
+        return True
+
+    about = {"description": f"backbone pre-trained without labels, {SIGNATURE} 0.1.0", "arch": "lcnet_035"}
+    save_tensors({"a": torch.zeros(2)}, tmp_path / "a.pth", about)
+    save_tensors({"a": torch.zeros(2)}, tmp_path / "a.safetensors", about)
+    content = torch.load(tmp_path / "a.pth", weights_only=True)
+    assert content.about == about and list(content) == ["a"]
+    for folder, config in (("folder", '{"architecture": "lcnet_035"}'), ("list", '["architecture"]'), ("none", '{"model_type": "x"}')):
+        (tmp_path / folder).mkdir()
+        assert replaceable(folder)  # an empty one
+        save_tensors({"a": torch.zeros(2)}, tmp_path / folder / "model.safetensors", about)
+        assert not replaceable(folder)
+        (tmp_path / folder / "config.json").write_text(config)
+    for name, props in (("a", about), ("theirs", {"arch": "x"})):
+        model = onnx.helper.make_model(onnx.helper.make_graph([], "g", [], []))
+        onnx.helper.set_model_props(model, props)
+        onnx.save(model, str(tmp_path / f"{name}.onnx"))
+    assert [replaceable(name) for name in ("a.pth", "a.safetensors", "a.onnx", "folder")] == [True] * 4
+    assert [replaceable(name) for name in ("theirs.onnx", "list", "none")] == [False] * 3
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, OSError])
+def test_a_folder_is_back_when_the_exchange_is_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: type) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "config.json").write_text("before")
+    entered = []
+
+    def interrupted(self: Path, target: Path) -> None:
+        entered.append(target.exists())  # False: the earlier one has been put aside
+        raise stop
+
+    monkeypatch.setattr(Path, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt if stop is KeyboardInterrupt else FastSSLError), staged(tmp_path / "mine") as place:
+        place.mkdir()
+        (place / "config.json").write_text("after")
+    assert entered == [False] and (tmp_path / "mine" / "config.json").read_text() == "before"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["mine"]
+
+
+def test_what_cannot_go_back_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "config.json").write_text("before")
+
+    def interrupted(self: Path, target: Path) -> None:
+        target.mkdir()  # somebody else was quicker
+        (target / "theirs").touch()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "replace", interrupted)
+    with pytest.raises(FastSSLError, match="what was there before is in") as error, staged(tmp_path / "mine") as place:
+        place.mkdir()
+    (kept,) = tmp_path.glob(".mine.*/mine.before/config.json")
+    assert kept.read_text() == "before" and str(kept.parent) in str(error.value)
+
+
+def test_only_the_first_process_exports(capsys: pytest.CaptureFixture, runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"WORLD_SIZE": "2", "LOCAL_RANK": "1", "RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert run(capsys, runs / "lcnet_035", tmp_path / "mine.pth") == (0, "", "") and list(tmp_path.iterdir()) == []
+    monkeypatch.setenv("RANK", "0")
+    assert run(capsys, runs / "lcnet_035", tmp_path / "mine.pth")[0] == 0 and (tmp_path / "mine.pth").is_file()
 
 
 def test_a_tensor_too_many_or_too_few_is_named(tmp_path: Path) -> None:

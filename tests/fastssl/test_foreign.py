@@ -25,7 +25,7 @@ from fastssl.cli import main
 from fastssl.evaluate.trained import load_trained
 from fastssl.export import export_backbone
 from fastssl.foreign import import_backbone
-from fastssl.foreign.layouts import LAYOUTS, NETWORK
+from fastssl.foreign.layouts import LAYOUTS, NETWORK, find_network
 from fastssl.foreign.read import read_foreign
 from fastssl.pipelines.errors import FastSSLError
 
@@ -278,6 +278,64 @@ def test_what_does_not_fit_is_named_and_the_right_network_guessed(capsys: pytest
     assert_one_line(*refused(tensors, "lcnet_53"), "unknown network 'lcnet_53'")
 
 
+def test_two_tensors_for_one_place_are_both_named(tmp_path: Path) -> None:
+    one = torch.zeros(1)
+    for content, words in (
+        ({"module.conv.weight": one, "conv.weight": one + 1}, "module.conv.weight and conv.weight would both be conv.weight"),
+        ({"state_dict": {"module.encoder_q.a": one, "encoder_q.a": one}}, "state_dict.module.encoder_q.a and state_dict.encoder_q.a"),
+        ({"student": {"module.backbone.a": one, "backbone.a": one}}, "student.module.backbone.a and student.backbone.a would both be a"),
+        ({"conv": {"weight": one}, "conv.weight": one}, "['conv']['weight'] and ['conv.weight']"),
+    ):
+        torch.save(content, tmp_path / "theirs.pth")
+        with pytest.raises(FastSSLError) as error:
+            find_network(tmp_path / "theirs.pth", read_foreign(tmp_path / "theirs.pth"))
+        assert words in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's, about sparse and quantised tensors
+def test_tensors_that_are_no_weights_are_named(tmp_path: Path) -> None:
+    tensors = timm.create_model("lcnet_035", num_classes=0).state_dict()
+    name = "conv_stem.weight"
+    weight = tensors[name]
+    holed = weight.clone()
+    holed[0, 0, 0, 0] = torch.nan
+    for odd, words in (
+        (weight.to(torch.int8), f"of another kind ({name} int8 for float32)"),
+        (weight.to(torch.complex64), f"of another kind ({name} complex64 for float32)"),
+        (weight.to("meta"), f"on the meta device, without values ({name})"),
+        (weight.to_sparse(), f"sparse ({name})"),
+        (torch.quantize_per_tensor(weight, 0.1, 0, torch.qint8), f"quantised ({name})"),
+        (holed, f"NaN or infinite values ({name})"),
+        (weight / 0, f"NaN or infinite values ({name})"),
+    ):
+        torch.save({**tensors, name: odd}, tmp_path / "theirs.pth")
+        with pytest.raises(FastSSLError) as error:
+            import_backbone(tmp_path / "theirs.pth", tmp_path / "mine.safetensors", "lcnet_035")
+        assert words in str(error.value) and "\n" not in str(error.value)
+        assert not (tmp_path / "mine.safetensors").exists()
+    torch.save({name: value.half() if value.is_floating_point() else value.int() for name, value in tensors.items()}, tmp_path / "half.pth")
+    import_backbone(tmp_path / "half.pth", tmp_path / "mine.safetensors", "lcnet_035")
+    assert torch.equal(fastssl.load_backbone(tmp_path / "mine.safetensors").conv_stem.weight, weight.half().float())
+
+
+def test_a_dict_without_end(tmp_path: Path) -> None:
+    content: dict = {"conv.weight": torch.zeros(1)}
+    content["settings"] = {"all": content}
+    torch.save(content, tmp_path / "theirs.pth")
+    with pytest.raises(FastSSLError, match="or one in itself"):
+        read_foreign(tmp_path / "theirs.pth")
+
+
+def test_only_the_first_process_imports(capsys: pytest.CaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.save(timm.create_model("lcnet_035").state_dict(), tmp_path / "theirs.pth")
+    for name, value in {"WORLD_SIZE": "2", "LOCAL_RANK": "1", "RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    command = (tmp_path / "theirs.pth", tmp_path / "mine.safetensors", "--arch", "lcnet_035")
+    assert run(capsys, *command) == (0, "", "") and not (tmp_path / "mine.safetensors").exists()
+    monkeypatch.setenv("RANK", "0")
+    assert run(capsys, *command)[0] == 0 and (tmp_path / "mine.safetensors").is_file()
+
+
 class Executed:
     """Leaves a folder behind when it is unpickled."""
 
@@ -346,5 +404,6 @@ def test_help_has_an_example_and_knows_the_layouts(capsys: pytest.CaptureFixture
 
     status, out, _ = run(capsys, "--help")
     assert status == 0 and "fastssl import checkpoint_0199.pth.tar moco.safetensors --arch mobilenetv3_large" in out
+    assert "tf_efficientnet_b0" in out
     assert sorted(command.LAYOUTS) == sorted(["auto", *LAYOUTS]) and set(command.WHICH) == NETWORK.keys()
     assert run(capsys, "x", "y.safetensors")[0] == 2

@@ -79,3 +79,42 @@ def test_what_is_not_there_is_said(run: Path, tmp_path: Path) -> None:
     torch.save(state, tmp_path / "another.pt")
     with pytest.raises(FastSSLError, match="tensors do not fit resnet18"):
         load_trained(tmp_path / "another.pt")
+    for arch in (5, None, "lcnet_035"):
+        state["config"]["arch"] = arch
+        if arch == "lcnet_035":
+            state["method"]["student.backbone.conv_stem.weight"] = torch.zeros(8, 3, 3, 3, dtype=torch.int8)
+        torch.save(state, tmp_path / "odd.pt")
+        with pytest.raises(
+            FastSSLError, match=r"conv_stem\.weight.*another kind" if arch == "lcnet_035" else "its config names no network"
+        ):
+            load_trained(tmp_path / "odd.pt")
+    torch.save({"version": 1}, tmp_path / "odd.pt")
+    with pytest.raises(FastSSLError, match=r"is not a whole checkpoint of a run \(no method\)$"):
+        load_trained(tmp_path / "odd.pt")
+
+
+def test_a_detector_is_no_run(tmp_path: Path) -> None:
+    for more in ({"kind": "detector"}, {}):
+        torch.save({"version": 1, "config": {}, "detector": {"a": torch.zeros(1)}, "iteration": 5, **more}, tmp_path / "detect.pt")
+        with pytest.raises(FastSSLError, match=r"detect\.pt: is a detector.*the run's own checkpoint"):
+            load_trained(tmp_path / "detect.pt")
+
+
+def test_a_header_is_believed_and_a_files_name_is_not(tmp_path: Path) -> None:
+    def save(name: str, **header: str) -> None:
+        save_backbone(create_backbone("lcnet_035"), tmp_path / name, arch="lcnet_035", **header)
+
+    save("last.safetensors", network="student", step="3")
+    save("last-teacher.safetensors", network="student", step="3")  # a copy
+    for place in (tmp_path, tmp_path / "last.safetensors"):
+        with pytest.raises(
+            FastSSLError, match=r"last-teacher\.safetensors: holds the student network, not the teacher's, as its name says"
+        ):
+            load_trained(place, "teacher")
+    save("last.safetensors", network="teacher", step="3")
+    with pytest.raises(FastSSLError, match="holds the teacher network, not the student's"):
+        load_trained(tmp_path)
+    assert load_trained(tmp_path / "last.safetensors").network == "teacher"
+    for step in ("\u00b2", "\u0663", "-1", "3.5", "9" * 5000):
+        save("last.safetensors", network="student", step=step)
+        assert load_trained(tmp_path).step is None
