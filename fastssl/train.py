@@ -292,7 +292,7 @@ class Run:
             self._lock_file.close()
 
     def _resume(self, path: Path) -> None:
-        state = load_checkpoint(path)
+        state = load_checkpoint(path, advice="start anew with --resume never")
         found = differences(self.config, _with_defaults(state["config"]))
         if found:
             raise FastSSLError(
