@@ -120,10 +120,12 @@ def as_process(arguments: list[str]) -> int:
 
 
 def test_two_processes_write_one_record(checkpoint, shapes, tmp_path) -> None:
-    arguments = ["evaluate", "detect", checkpoint, *files(shapes), *SMALL, "--out", tmp_path / "out", "--json", tmp_path / "detect.json"]
+    arguments = ["evaluate", "detect", checkpoint, *files(shapes), *SMALL, "--masks", "--out", tmp_path / "out"]
+    arguments += ["--json", tmp_path / "detect.json"]
     assert run_processes(as_process, 2, list(map(str, arguments)), join=False) == [0, 0]
     [record] = map(json.loads, (tmp_path / "detect.json").read_text().splitlines())
     assert record["processes"] == 2 and record["val_images"] == 8 and 0 <= record["box_ap"] <= 100
+    assert 0 <= record["mask_ap"] <= 100
     found = json.loads((tmp_path / "out/predictions-boxes.json").read_text())
     assert len(found) == len({(row["image_id"], *row["bbox"], row["category_id"]) for row in found}), "a picture was judged twice"
 
@@ -165,6 +167,29 @@ def test_wrong_annotations(case: str, capsys, checkpoint, shapes, tmp_path) -> N
     annotations, images = changed(tmp_path, change)
     status, _, err = run(capsys, checkpoint, *files(shapes), "--val", annotations, "--val-images", images, *SMALL, *more)
     assert_one_line(status, err, *words)
+
+
+def test_the_folder_of_another_network_or_other_boxes_is_refused(capsys, checkpoint, shapes, tmp_path) -> None:
+    """Of the same name, step and number of pictures."""
+    for folder in ("one", "other"):
+        (tmp_path / folder / "mine").mkdir(parents=True)
+        torch.manual_seed(len(folder))
+        save_backbone(create_backbone("lcnet_035"), tmp_path / folder / "mine/last.safetensors", arch="lcnet_035")
+    own, images = changed(tmp_path / "shapes", lambda stored: None)
+    kept = own.read_text()
+    more = ("--data", own, "--images", images, "--val", shapes[0], "--val-images", shapes[1], *SMALL, "--out", tmp_path / "out")
+    status, _, err = run(capsys, tmp_path / "one/mine/last.safetensors", *more)
+    assert status == 0, err
+    status, _, err = run(capsys, tmp_path / "other/mine/last.safetensors", *more)
+    assert_one_line(status, err, "detect.pt belongs to a run with other settings", "backbone_weights: ")
+    document = json.loads(kept)
+    document["annotations"][0]["bbox"][2] -= 1
+    own.write_text(json.dumps(document))
+    status, _, err = run(capsys, tmp_path / "one/mine/last.safetensors", *more)
+    assert_one_line(status, err, "detect.pt belongs to a run with other settings", "train_annotations: ")
+    own.write_text(kept)
+    status, _, err = run(capsys, tmp_path / "one/mine/last.safetensors", *more)
+    assert status == 0, err
 
 
 def test_damaged_pictures(capsys, checkpoint, shapes, tmp_path) -> None:

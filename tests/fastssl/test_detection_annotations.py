@@ -11,7 +11,15 @@ import numpy as np
 import pytest
 from shapes import CATEGORIES, make_shapes
 
-from fastssl.evaluate.detection.annotations import DetectionError, detection_set, load_coco, require_same_categories
+from fastssl.evaluate.detection.annotations import (
+    DetectionError,
+    _unpacked,
+    detection_set,
+    load_coco,
+    require_same_categories,
+    require_something_to_find,
+)
+from fastssl.evaluate.detection.average_precision import mask_tools
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +137,40 @@ WRONG = {
 }
 
 
+def first(**values: Any):
+    return lambda stored: stored["annotations"][0].update(values)
+
+
+def crowd(counts: Any):
+    return first(iscrowd=1, segmentation={"size": [96, 128], "counts": counts})
+
+
+HUGE, RUNS = 10**400, r"annotations\[0\]: the 'counts' of its 'segmentation' are no run lengths of 12,288 pixels"
+CORNER = r"annotations\[0\]: a polygon of 'segmentation' has a corner that is no number, or far outside"
+WRONG |= {
+    "a corner far away": (first(segmentation=[[0, 0, 1e300, 0, 1e300, 1e300, 0, 1e9]]), CORNER),
+    "a crowd's corner far away": (first(segmentation=[[0, 0, 1e300, 0, 1e300, 1e300]], iscrowd=1), CORNER),
+    "a corner that is no number": (first(segmentation=[[0, 0, 9, float("nan"), 9, 9]]), CORNER),
+    "a corner without end": (first(segmentation=[[0, 0, 9, float("inf"), 9, 9]]), CORNER),
+    "a corner beyond floats": (first(segmentation=[[float("nan"), HUGE, 9, 0, 9, 9]]), CORNER),
+    "a corner that is true": (first(segmentation=[[0, 0, 9, True, 9, 9]]), CORNER),
+    "a crowd of garbage": (crowd("garbage"), RUNS),
+    "a crowd of other letters": (crowd("\u00fc\n"), RUNS),
+    "a crowd that is too long": (crowd([0, 10**9]), RUNS),
+    "a crowd with a word": (crowd(["a", 5]), RUNS),
+    "run lengths below zero": (first(segmentation={"size": [96, 128], "counts": [-5, 12293]}), RUNS),
+    "a word for the area": (first(area="x"), r"annotations\[0\]: 'area' is 'x'"),
+    "an area below zero": (first(area=-1), r"annotations\[0\]: 'area' is '-1'"),
+    "a word for iscrowd": (first(iscrowd="0"), r"annotations\[0\]: 'iscrowd' is '0', expected 0 or 1"),
+    "a box beyond floats": (first(bbox=[1, 2, 3, HUGE]), r"annotations\[0\]: 'bbox' is"),
+    "an id of 64 bits": (lambda stored: stored["images"][1].update(id=2**63), r"images\[1\]: 'id' is more than"),
+    "twice the same file": (
+        lambda stored: stored["images"][1].update(file_name="./0000.jpg"),
+        r"images\[1\] .id 1007.: ./0000.jpg is listed a second time",
+    ),
+}
+
+
 @pytest.mark.parametrize("case", WRONG)
 def test_wrong_annotations_are_named_in_one_line(case: str, shapes: tuple[Path, Path]) -> None:
     change, words = WRONG[case]
@@ -157,3 +199,37 @@ def test_sets_of_other_categories(shapes: tuple[Path, Path]) -> None:
         DetectionError, match=r"instances-0.json and other.json have other categories .3 and 4; first difference: id 22, 'star'"
     ):
         require_same_categories(one, other)
+
+
+def test_only_checked_keys_reach_the_judge(shapes: tuple[Path, Path]) -> None:
+    stored = document(shapes)
+    for row in stored["annotations"]:
+        row.update(area=None, iscrowd=None, ignore="x", score=1)
+    stored["images"][0]["license"] = stored["categories"][0]["supercategory"] = "x"
+    found = detection_set(stored, shapes[1], where="x.json", masks=True).document
+    keys = {
+        "images": "id file_name height width",
+        "categories": "id name",
+        "annotations": "id image_id category_id bbox area iscrowd segmentation",
+    }
+    for part, known in keys.items():
+        assert len(found[part]) == len(stored[part]) and all(set(row) == set(known.split()) for row in found[part])
+    for row, own in zip(found["annotations"], stored["annotations"]):
+        assert row["iscrowd"] == 0 and row["area"] == own["bbox"][2] * own["bbox"][3]
+
+
+def test_packed_run_lengths_are_pycocotools_own() -> None:
+    for seed in range(20):
+        mask = np.asfortranarray(np.random.default_rng(seed).random((50, 70)) < seed / 19, np.uint8)
+        edges = np.flatnonzero(np.diff(np.concatenate([[0], mask.T.reshape(-1)])))
+        assert _unpacked(mask_tools().encode(mask)["counts"].decode()) == np.diff([0, *edges, mask.size]).tolist()
+    assert _unpacked("o") is None and _unpacked("oooooooo0") is None and _unpacked("\n") is None
+
+
+def test_a_set_whose_objects_are_all_difficult_judges_nobody(shapes: tuple[Path, Path]) -> None:
+    stored = document(shapes)
+    stored["annotations"] = [{**row, "iscrowd": 1, "difficult": 1} for row in stored["annotations"]]
+    with pytest.raises(DetectionError, match=r"x.json: all of its objects are difficult"):
+        require_something_to_find(detection_set(stored, shapes[1], where="x.json"))
+    stored["annotations"][3]["iscrowd"] = 0
+    require_something_to_find(detection_set(stored, shapes[1], where="x.json"))

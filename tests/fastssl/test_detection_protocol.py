@@ -67,3 +67,29 @@ def test_damaged_validation_pictures_are_found_before_the_training(tmp_path: Pat
     endless = TrainingConfig(iterations=10**9, batch_size=4, short_sides=(96,))
     with pytest.raises(DetectionError, match=r"val/pictures/0003.jpg: cannot decode the picture"):
         detection_figures(create_backbone("lcnet_035"), train, val, DetectorConfig(), endless, device=CPU, workers=1)
+
+
+def test_damaged_training_pictures_are_found_before_the_training(tmp_path: Path) -> None:
+    train = load_coco(*make_shapes(tmp_path / "train", 4))
+    val = load_coco(*make_shapes(tmp_path / "val", 4, seed=1))
+    path = train.pictures[2].path
+    path.write_bytes(path.read_bytes()[:-200])  # its header is whole
+    endless = TrainingConfig(iterations=10**9, batch_size=1, short_sides=(96,))
+    bars: list[tuple[str, int]] = []
+
+    def bar(label: str, total: int, unit: str) -> contextlib.AbstractContextManager[None]:
+        bars.append((label, total))
+        return contextlib.nullcontext()
+
+    with pytest.raises(DetectionError, match=r"train/pictures/0002.jpg: cannot decode the picture"):
+        detection_figures(create_backbone("lcnet_035"), train, val, DetectorConfig(), endless, device=CPU, workers=1, bar=bar)
+    assert bars == [("checking the validation pictures", 4), ("checking the training pictures", 4)]
+
+
+def test_a_set_without_anything_to_find_is_refused_at_once(tmp_path: Path) -> None:
+    data = load_coco(*make_shapes(tmp_path, 4))
+    for row in data.document["annotations"]:
+        row["iscrowd"] = 1
+    endless = TrainingConfig(iterations=10**9, batch_size=4, short_sides=(96,))
+    with pytest.raises(DetectionError, match=r"instances-0.json: all of its objects are difficult"):
+        detection_figures(create_backbone("lcnet_035"), data, data, DetectorConfig(), endless, device=CPU, workers=1)

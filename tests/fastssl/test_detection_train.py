@@ -102,6 +102,52 @@ def test_what_cannot_be_trained_is_refused(data: DetectionSet) -> None:
         trained(data, TrainingConfig(**{**vars(CONFIG), "lr": 1e12}))
 
 
+@pytest.mark.parametrize("lr", [1e30, 1e38])
+def test_what_the_last_step_broke_is_neither_kept_nor_judged(lr: float, data: DetectionSet, tmp_path: Path) -> None:
+    config = TrainingConfig(**{**vars(CONFIG), "lr": lr, "iterations": 1, "warmup": 0})
+    with pytest.raises(DetectionError, match=r"(loss is|weights are) not finite .*iteration 1 \(learning rate .*\): lower --lr"):
+        trained(data, config, checkpoint=tmp_path / "detect.pt")
+    assert not (tmp_path / "detect.pt").exists()
+
+
+def test_weights_that_are_not_finite_are_not_kept() -> None:
+    detector = new_detector()
+    module._require_finite(detector, 7, 0.1)
+    detector.pyramid.body.bn1.running_var[0] = float("inf")
+    with pytest.raises(DetectionError, match=r"the weights are not finite behind iteration 7 \(learning rate 0.1\): lower --lr"):
+        module._require_finite(detector, 7, 0.1)
+
+
+DAMAGED = {
+    "no losses": {"losses": {}},
+    "a loss that is a word": {"losses": {"loss": "x"}},
+    "losses that are none": {"losses": None},
+    "before the start": {"iteration": -5},
+    "behind the end": {"iteration": 99},
+    "no number": {"iteration": "1"},
+    "no detector": {"detector": None},
+    "no optimizer": {"optimizer": []},
+    "of another kind": {"kind": "probe"},
+    "no settings": {"config": None},
+}
+
+
+@pytest.fixture(scope="module")
+def saved(data: DetectionSet, tmp_path_factory: pytest.TempPathFactory) -> dict:
+    path = tmp_path_factory.mktemp("saved") / "detect.pt"
+    trained(data, TrainingConfig(**{**vars(CONFIG), "iterations": 1}), checkpoint=path)
+    return torch.load(path, weights_only=True)
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_damaged_files_are_named_in_one_line(case: str, saved: dict, data: DetectionSet, tmp_path: Path) -> None:
+    assert saved["kind"] == "detector"
+    torch.save({**saved, **DAMAGED[case]}, tmp_path / "detect.pt")
+    with pytest.raises(DetectionError, match=r"detect.pt: (does not fit this detector|holds no detector).*choose another --out") as error:
+        trained(data, TrainingConfig(**{**vars(CONFIG), "iterations": 1}), checkpoint=tmp_path / "detect.pt")
+    assert "\n" not in str(error.value)
+
+
 def test_norms_do_not_decay_and_biases_do() -> None:
     detector = new_detector()
     names = {id(each): name for name, each in detector.named_parameters()}

@@ -62,10 +62,25 @@ def test_wrong_folders(voc: Path, tmp_path: Path) -> None:
     test.write_text("\n")
     with pytest.raises(DetectionError, match=r"test.txt: names no picture"):
         load_voc([test])
-    for content, words in (("<annotation>", "not an annotation of Pascal VOC"), ("<annotation/>", "not an annotation of Pascal VOC")):
+    size = "<annotation><size><width>128</width><height>96</height></size><object>"
+    box = "<bndbox><xmin>1</xmin><ymin>1</ymin><xmax>{}</xmax><ymax>9</ymax></bndbox></object></annotation>"
+    for content, words in (
+        ("<annotation>", "not an annotation of Pascal VOC"),
+        ("<annotation/>", "not an annotation of Pascal VOC"),
+        ('<?xml version="1.0" encoding="foo"?><annotation/>', "not an annotation of Pascal VOC"),
+        (size + box.format(9), r"not an annotation of Pascal VOC \(an <object> without <name>"),
+        (size + "<name>disc</name>" + box.format("nan"), r"not an annotation of Pascal VOC \(a <bndbox> that is not finite"),
+    ):
         (voc / "Annotations/0001.xml").write_text(content)
         with pytest.raises(DetectionError, match=rf"0001.xml: {words}"):
             load_voc([train])
     (voc / "Annotations/0001.xml").unlink()
     with pytest.raises(DetectionError, match=r"0001.xml: cannot read the annotation"):
         load_voc([train])
+
+
+def test_a_picture_in_two_lists_is_judged_once(voc: Path) -> None:
+    lists = [voc / "ImageSets/Main/trainval.txt", voc / "ImageSets/Main/test.txt"]
+    lists[1].write_text(lists[1].read_text() + "0000\n0000\n")
+    found = load_voc(lists)
+    assert len(found) == len({picture.path for picture in found.pictures}) == 8

@@ -131,6 +131,7 @@ def detect(
     import torch
 
     from fastssl.backbones import create_backbone
+    from fastssl.evaluate.detection import fingerprints
     from fastssl.evaluate.detection.average_precision import require_pycocotools
     from fastssl.evaluate.detection.model import DetectorConfig
     from fastssl.evaluate.detection.protocol import detection_figures
@@ -170,6 +171,11 @@ def detect(
             "from_scratch": from_scratch,
             "test_side": test_side,
         }
+        # Names and steps are alike in runs that are not. New weights are said by the seed, and may differ in their last bit from machine to machine.
+        resumed = {
+            "backbone_weights": None if from_scratch else fingerprints.of_network(session.trained.backbone),
+            "train_annotations": fingerprints.of_annotations(train),
+        }
         for reason, count in train.left_out.items():
             if count and session.is_main:
                 click.echo(f"{train.name}: {count:,} {reason.replace('_', ' ')} annotations are not learned from", err=True)
@@ -185,7 +191,7 @@ def detect(
             amp=use_amp("auto", session.device),
             out=out,
             workers=workers,
-            about={**session.trained.record(), **about},
+            about={**session.trained.record(), **about, **resumed},
             bar=progress_bar if session.is_main else lambda *about: nullcontext(),
         )
         settings = {

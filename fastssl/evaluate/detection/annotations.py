@@ -22,6 +22,9 @@ from fastssl.pipelines.errors import FastSSLError
 Segmentation = Sequence[Sequence[float]] | Mapping[str, Any]
 
 
+#: Numbers in a box beyond this are no pixels, and their products soon no numbers.
+_LARGEST = 1e15
+
 #: Side in pixels under which a box is taken for empty: scaling and flipping in float32 could close it, and the logarithm of its size is learned.
 SMALLEST = 0.01
 
@@ -60,7 +63,7 @@ class DetectionSet:
         name: of the file that the annotations come from, without its folder.
         pictures: all of them, in the order of the file.
         categories: id -> name, sorted by id; label k of a ``Picture`` is the k-th, from 1.
-        document: the annotations in COCO's format, for ``average_precision``.
+        document: the annotations in COCO's format, for ``average_precision``: only what it reads, and all of it checked.
         left_out: how many annotations are not learned from, by reason: ``crowd``, ``degenerate`` (an empty box, or outside its picture), ``without_mask``.
     """
 
@@ -114,8 +117,9 @@ def detection_set(document: Any, images: str | Path, *, where: str | Path, masks
         masks: keep the segmentations; an instance without one is left out then.
 
     Raises:
-        DetectionError: a part or a key is missing or of another kind, an id stands for nothing or for two, a picture's file is missing, there is no box
-            at all, or no mask where masks are asked for. One line, with the file and the place in it.
+        DetectionError: a part or a key is missing or of another kind, an id stands for nothing or for two, a picture is listed twice or its file is missing,
+            there is no box at all, or no mask where masks are asked for; with masks also: a corner far outside its picture, or run lengths (crowds'
+            too) that do not fill it, for pycocotools would crash or hang on them. One line, with the file and the place in it.
     """
     reader = _Reader(where, Path(images), masks)
     categories = reader.categories(document)
@@ -123,7 +127,7 @@ def detection_set(document: Any, images: str | Path, *, where: str | Path, masks
     kept = reader.annotations(document, rows, categories)
     pictures = [reader.picture(row, kept[identity]) for identity, row in rows.items()]
     reader.check_files(pictures)
-    return DetectionSet(Path(where).name, pictures, categories, reader.for_judging(document, rows), reader.left_out)
+    return DetectionSet(Path(where).name, pictures, categories, reader.for_judging(rows, categories), reader.left_out)
 
 
 def require_same_categories(train: DetectionSet, val: DetectionSet) -> None:
@@ -141,11 +145,21 @@ def require_same_categories(train: DetectionSet, val: DetectionSet) -> None:
     )
 
 
+def require_something_to_find(val: DetectionSet) -> None:
+    """
+    Raises:
+        DetectionError: every object of the set is one that it costs nothing to miss: of Pascal VOC, that is a difficult one.
+    """
+    if not any(not row["iscrowd"] and min(row["bbox"][2:]) > 0 for row in val.document["annotations"]):
+        raise DetectionError(f"{val.name}: all of its objects are difficult, which nobody is to find: there is nothing to judge on")
+
+
 class _Reader:
     """What is known while one file is read: where we are, for messages, and what was left out."""
 
     def __init__(self, where: str | Path, folder: Path, masks: bool):
         self.where, self.folder, self.masks = where, folder, masks
+        self.judged: list[dict[str, Any]] = []
         self.left_out = {"crowd": 0, "degenerate": 0, **({"without_mask": 0} if masks else {})}
 
     def error(self, text: str) -> DetectionError:
@@ -161,6 +175,8 @@ class _Reader:
         value = row.get(key)
         if not isinstance(value, int) or isinstance(value, bool) or value < 0:
             raise self.error(f"{place}: {key!r} is {value!r}, expected a whole number from 0")
+        if value >= 2**63:
+            raise self.error(f"{place}: {key!r} is more than 2^63 - 1")
         return value
 
     def categories(self, document: Any) -> dict[int, str]:
@@ -176,6 +192,7 @@ class _Reader:
 
     def images(self, document: Any) -> dict[int, dict]:
         found: dict[int, dict] = {}
+        files: set[Path] = set()
         for number, row in enumerate(self.rows(document, "images")):
             place = f"images[{number}]"
             identity = self.identity(row, "id", place)
@@ -183,6 +200,10 @@ class _Reader:
                 raise self.error(f"{place}: id {identity} stands there twice")
             if not isinstance(row.get("file_name"), str) or not row["file_name"]:
                 raise self.error(f"{place} (id {identity}): no 'file_name'")
+            file = Path(row["file_name"])
+            if file in files:
+                raise self.error(f"{place} (id {identity}): {row['file_name']} is listed a second time, and would be judged twice")
+            files.add(file)
             for side in ("height", "width"):
                 if self.identity(row, side, f"{place} (id {identity})") < 1:
                     raise self.error(f"{place} (id {identity}): {side!r} is 0")
@@ -205,15 +226,17 @@ class _Reader:
             if category not in labels:
                 raise self.error(f"{place}: category_id {category} is not in 'categories'")
             box = self.box(row, images[picture], place)
+            crowd = self.crowd(row, place)
+            segmentation = self.segmentation(row, images[picture], place) if self.masks else None
+            self.judged.append(self.row_for_judging(row, crowd, segmentation, place))
             # VOC's difficult objects are learned from, as everywhere, but cost nothing when they are missed.
-            if row.get("iscrowd") and not row.get("difficult"):
+            if crowd and not row.get("difficult"):
                 self.left_out["crowd"] += 1
                 continue
             if box is None:
                 self.left_out["degenerate"] += 1
                 continue
             boxes += 1
-            segmentation = self.segmentation(row, images[picture], place) if self.masks else None
             if self.masks and segmentation is None:
                 self.left_out["without_mask"] += 1
                 continue
@@ -228,8 +251,7 @@ class _Reader:
     def box(self, row: dict, image: dict, place: str) -> tuple[float, float, float, float] | None:
         """Left, top, right, bottom inside the picture; None where nothing is left of it."""
         box = row.get("bbox")
-        numbers = isinstance(box, list) and len(box) == 4 and all(isinstance(x, (int, float)) and not isinstance(x, bool) for x in box)
-        if not numbers or not all(map(math.isfinite, box)):
+        if not isinstance(box, list) or len(box) != 4 or not _within(box, _LARGEST):
             raise self.error(f"{place}: 'bbox' is {str(box)[:80]}, expected [left, top, width, height] in pixels")
         left, top, width, height = box
         if width <= 0 or height <= 0:
@@ -246,14 +268,49 @@ class _Reader:
                 raise self.error(f"{place}: 'segmentation' has no 'size' and 'counts'")
             if found["size"] != [image["height"], image["width"]]:
                 raise self.error(f"{place}: 'segmentation' has the size {found['size']}, its picture {[image['height'], image['width']]}")
-            return found
+            self.run_lengths(found["counts"], image["height"] * image["width"], place)
+            return {"size": found["size"], "counts": found["counts"]}
         if found is None or found == []:
             return None
         if not isinstance(found, list) or not all(isinstance(polygon, list) for polygon in found):
             raise self.error(f"{place}: 'segmentation' is {str(found)[:80]}, expected polygons or run lengths")
+        # pycocotools, in C, takes memory for whatever lies between two corners.
+        limit = 4 * max(image["height"], image["width"])
+        if not all(_within(polygon, limit) for polygon in found):
+            raise self.error(f"{place}: a polygon of 'segmentation' has a corner that is no number, or far outside its picture")
         # A polygon of less than three corners has no inside, and pycocotools takes one of two for a box.
         polygons = [polygon for polygon in found if len(polygon) >= 6 and len(polygon) % 2 == 0]
         return polygons or None
+
+    def run_lengths(self, counts: list | str, pixels: int, place: str) -> None:
+        """That they fill the picture: pycocotools believes whatever they say, and reads past its memory or never ends."""
+        lengths = _unpacked(counts) if isinstance(counts, str) else counts
+        numbers = lengths is not None and all(type(length) is int and length >= 0 for length in lengths)
+        if not numbers or sum(lengths) != pixels:
+            raise self.error(
+                f"{place}: the 'counts' of its 'segmentation' are no run lengths of {pixels:,} pixels in all, as many as its picture has"
+            )
+
+    def crowd(self, row: dict, place: str) -> bool:
+        value = row.get("iscrowd")
+        if value is not None and value not in (0, 1):
+            raise self.error(f"{place}: 'iscrowd' is {str(value)[:80]!r}, expected 0 or 1")
+        return bool(value)
+
+    def row_for_judging(self, row: dict, crowd: bool, segmentation: Segmentation | None, place: str) -> dict[str, Any]:
+        """What pycocotools reads of an annotation, checked or filled in.
+
+        Annotations are numbered from 1: pycocotools takes whatever matches number 0 for not found.
+        """
+        _, _, width, height = row["bbox"]
+        area = row.get("area")
+        if area is None:
+            area = max(0, width) * max(0, height)
+        if not _within([area], _LARGEST**2) or area < 0:
+            raise self.error(f"{place}: 'area' is {str(area)[:80]!r}, expected the number of pixels")
+        filled = {"image_id": row["image_id"], "category_id": row["category_id"], "bbox": row["bbox"], "area": area, "iscrowd": int(crowd)}
+        filled["id"] = len(self.judged) + 1
+        return filled if segmentation is None else {**filled, "segmentation": segmentation}
 
     def picture(self, row: dict, kept: list[tuple]) -> Picture:
         return Picture(
@@ -274,16 +331,42 @@ class _Reader:
                 f"{len(missing):,} of its {len(pictures):,} pictures are not there, the first: {missing[0]}; is that the folder?"
             )
 
-    def for_judging(self, document: dict, images: dict[int, dict]) -> dict[str, Any]:
-        """A copy with what pycocotools needs filled in, and with the segmentations left out that are not wanted or cannot be drawn.
+    def for_judging(self, images: dict[int, dict], categories: dict[int, str]) -> dict[str, Any]:
+        """The checked part of the document: no key that nobody knows reaches pycocotools."""
+        return {
+            "info": {},
+            "images": [{key: row[key] for key in ("id", "file_name", "height", "width")} for row in images.values()],
+            "categories": [{"id": identity, "name": name} for identity, name in categories.items()],
+            "annotations": self.judged,
+        }
 
-        Annotations are numbered from 1: pycocotools takes whatever matches number 0 for not found.
-        """
-        rows = []
-        for number, row in enumerate(document["annotations"], start=1):
-            _, _, width, height = row["bbox"]
-            filled = {"iscrowd": 0, "area": width * height, **row, "id": number}
-            if not self.masks or self.segmentation(row, images[row["image_id"]], f"annotations[{number - 1}]") is None:
-                filled.pop("segmentation", None)
-            rows.append(filled)
-        return {"info": {}, "images": document["images"], "categories": document["categories"], "annotations": rows}
+
+def _within(numbers: list, limit: float) -> bool:
+    """Whether all are numbers (no truth values, not NaN) from -limit to limit. Of COCO's 45 million corners too, so without a loop in Python."""
+    if not set(map(type, numbers)) <= {int, float}:
+        return False
+    # max passes over a NaN that is not the first; a sum never does. An integer too large for a float is never added.
+    return not numbers or (max(map(abs, numbers)) <= limit and not math.isnan(sum(numbers)))
+
+
+def _unpacked(text: str) -> list[int] | None:
+    """COCO's compressed run lengths, as numbers; None where the text holds none.
+
+    Six bits a character, from "0" on: five of the number, lowest first, and one that says whether it goes on; the last of the five is the sign. From the
+    fourth on a number is the difference to the one two before (cocodataset/cocoapi, rleToString).
+    """
+    lengths: list[int] = []
+    value = shift = 0
+    for letter in text:
+        bits = ord(letter) - 48
+        if not 0 <= bits < 64 or shift > 30:
+            return None
+        value |= (bits & 31) << shift
+        shift += 5
+        if bits & 32:
+            continue
+        if bits & 16:
+            value -= 1 << shift
+        lengths.append(value + lengths[-2] if len(lengths) > 2 else value)
+        value = shift = 0
+    return None if shift else lengths

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from fastssl.distributed import World
-from fastssl.evaluate.detection.annotations import DetectionSet, require_same_categories
+from fastssl.evaluate.detection.annotations import DetectionSet, require_same_categories, require_something_to_find
 from fastssl.evaluate.detection.average_precision import average_precision, require_pycocotools
 from fastssl.evaluate.detection.batches import check_pictures
 from fastssl.evaluate.detection.model import Detector, DetectorConfig
@@ -52,6 +52,9 @@ def detection_figures(
 ) -> dict[str, Any]:
     """Fine-tune a detector over ``backbone`` on ``train``, judge it on ``val``.
 
+    Before the first step every picture of both is decoded once and compared with its annotation's size, each process its share: of the training pictures
+    (those with boxes) that is one pass, where the schedule has twelve. The masks of ``val`` are drawn too; those of ``train`` were checked when they were read.
+
     Args:
         backbone: a timm network without its classifier, in float32; it is trained in place.
         train, val: of the same categories; read with ``masks`` if ``shape`` has them.
@@ -66,15 +69,20 @@ def detection_figures(
         masks the same of ``mask_``, and ``train_loss``: the last one, of this process's pictures.
 
     Raises:
-        DetectionError: see ``fine_tune`` and ``require_same_categories``.
+        DetectionError: see ``fine_tune``, ``check_pictures``, ``require_same_categories`` and ``require_something_to_find``.
         FastSSLError: pycocotools is missing, or ``out`` cannot be written.
     """
     require_pycocotools()
     require_same_categories(train, val)
+    require_something_to_find(val)
     _make_folder(out)
     mine = [val.pictures[number] for number in share(np.arange(len(val)))]
     with bar("checking the validation pictures", len(mine), "images") as advance:
         check_pictures(mine, workers, advance)
+    learned = train.with_boxes()
+    checked = [learned[number] for number in share(np.arange(len(learned)))]
+    with bar("checking the training pictures", len(checked), "images") as advance:
+        check_pictures(checked, workers, advance, masks=False)
     torch.manual_seed(training.seed)  # of the first weights of pyramid and heads
     detector = Detector(backbone, len(train.categories), shape, amp=amp).to(device)
     with bar("fine-tuning", training.iterations, "iterations") as advance:

@@ -35,6 +35,10 @@ from fastssl.sync_batchnorm import synchronise_batchnorm
 LOOK_EVERY = 20
 
 
+#: What tells a detector's file from the other checkpoints.
+KIND = "detector"
+
+
 @dataclass(frozen=True)
 class TrainingConfig:
     """How a detector is fine-tuned; the defaults are Detectron2's.
@@ -92,7 +96,8 @@ def fine_tune(
         the last losses that were looked at, by name, ``loss`` being their sum; of this process's pictures.
 
     Raises:
-        DetectionError: fewer pictures than a batch, a batch that the processes cannot share, a loss that is no longer finite, or a damaged picture.
+        DetectionError: fewer pictures than a batch, a batch that the processes cannot share, a loss or weights that are no longer finite (the last step's
+            too), or a damaged picture.
         FastSSLError: the checkpoint is damaged or of another run.
     """
     pictures = data.with_boxes()
@@ -131,8 +136,11 @@ def fine_tune(
                 losses = _look(parts, done, rates.at(iteration))
                 if progress is not None:
                     progress(done, losses)
-                # Here, where the loss is known to be finite.
+                # Here, where the loss is known to be finite; of what the step made of the weights the next loss would tell.
+                if done == config.iterations:
+                    _look_behind(detector, images, batch.sizes, targets, done, rates.at(iteration))
                 if done == config.iterations or resume.is_due():
+                    _require_finite(detector, done, rates.at(iteration))
                     resume.save(detector, optimizer, done, losses)
     return losses
 
@@ -174,6 +182,25 @@ def _look(parts: dict[str, torch.Tensor], done: int, lr: float) -> dict[str, flo
     return losses
 
 
+@torch.no_grad()
+def _look_behind(
+    detector: Detector, images: torch.Tensor, sizes: list[tuple[int, int]], targets: list[dict[str, torch.Tensor]], done: int, lr: float
+) -> None:
+    """The loss once more, behind the last step. What the BatchNorms keep of it is put back."""
+    kept = [buffer.clone() for buffer in detector.buffers()]
+    parts = detector(images, sizes, targets)
+    for buffer, value in zip(detector.buffers(), kept):
+        buffer.copy_(value)
+    _look(parts, done, lr)
+
+
+def _require_finite(detector: Detector, done: int, lr: float) -> None:
+    """All processes have the same weights, and come to the same end."""
+    tensors = [value for value in detector.state_dict().values() if value.is_floating_point()]
+    if not torch.stack([value.isfinite().all() for value in tensors]).all():
+        raise DetectionError(f"the weights are not finite behind iteration {done:,} (learning rate {lr:g}): lower --lr")
+
+
 class _Checkpoint:
     """Where a long run stands, in one file; does nothing without one."""
 
@@ -187,18 +214,27 @@ class _Checkpoint:
         if self.path is None or not share(self.path.is_file()):
             return 0, {}
         state = load_checkpoint(self.path)
-        if found := differences(self.config, state.get("config", {})):
+        if state.get("kind") != KIND or not isinstance(state.get("config"), dict):
+            raise DetectionError(f"{self.path}: holds no detector of this version of fastssl; choose another --out, or remove it")
+        if found := differences(self.config, state["config"]):
             raise DetectionError(
                 f"{self.path} belongs to a run with other settings ({'; '.join(found[:3])}): choose another --out, or remove it"
             )
         try:
             detector.load_state_dict(state["detector"])
             optimizer.load_state_dict(state["optimizer"])
-            return int(state["iteration"]), state["losses"]
-        except (KeyError, ValueError, RuntimeError) as error:
+            return self._position(state)
+        except (KeyError, ValueError, RuntimeError, TypeError, AttributeError, IndexError) as error:
             raise DetectionError(
                 f"{self.path}: does not fit this detector ({type(error).__name__}); choose another --out, or remove it"
             ) from error
+
+    def _position(self, state: dict[str, Any]) -> tuple[int, dict[str, float]]:
+        """(iterations done, losses): only such as ``save`` writes."""
+        iteration, losses = state["iteration"], state["losses"]
+        if type(iteration) is not int or not 1 <= iteration <= self.config["iterations"] or not math.isfinite(losses["loss"]):
+            raise ValueError(f"iteration {iteration!r}, losses {losses!r}")
+        return iteration, losses
 
     def is_due(self) -> bool:
         """Whether the last one is old enough."""
@@ -206,9 +242,12 @@ class _Checkpoint:
 
     def save(self, detector: Detector, optimizer: torch.optim.Optimizer, iteration: int, losses: dict[str, float]) -> None:
         """Write the file: whole, or the one before stays."""
-        if self.path is None or not self.world.is_main:
+        if self.path is None:
             return
-        state = {"version": VERSION, "config": self.config, "iteration": iteration, "losses": losses}
+        if not self.world.is_main:
+            self.saved = time.monotonic()
+            return
+        state = {"version": VERSION, "kind": KIND, "config": self.config, "iteration": iteration, "losses": losses}
         state.update(detector=detector.state_dict(), optimizer=optimizer.state_dict())
         try:
             write_atomically(self.path, lambda path: torch.save(state, path))

@@ -10,6 +10,7 @@ are learned from; in the judging they neither count as missed nor as wrongly fou
 
 from __future__ import annotations
 
+import math
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,7 +30,8 @@ def load_voc(lists: Sequence[str | Path], *, categories: Sequence[str] | None = 
         DetectionError: a file is missing or damaged, an object has another category than these, or what ``detection_set`` raises.
     """
     lists = [Path(path) for path in lists]
-    entries = [(folder, name) for path in lists for folder, name in _names(path)]
+    # Once each: a picture is in the lists of several classes.
+    entries = list(dict.fromkeys((folder, name) for path in lists for folder, name in _names(path)))
     parsed = [_read(folder, name) for folder, name in entries]
     found = sorted({label for _, _, objects in parsed for label, _, _ in objects})
     names = list(categories) if categories is not None else found
@@ -77,10 +79,15 @@ def _read(folder: Path, name: str) -> tuple[int, int, list[tuple[str, list[float
         for item in root.iter("object"):
             sides = (float(item.findtext(f"bndbox/{side}", "")) for side in ("xmin", "ymin", "xmax", "ymax"))
             left, top, right, bottom = sides
+            if not all(map(math.isfinite, (left, top, right, bottom))):
+                raise ValueError("a <bndbox> that is not finite")
+            label = item.findtext("name", "").strip()
+            if not label:
+                raise ValueError("an <object> without <name>")
             box = [left - 1, top - 1, right - left + 1, bottom - top + 1]
-            objects.append((item.findtext("name", "").strip(), box, item.findtext("difficult", "0").strip() == "1"))
+            objects.append((label, box, item.findtext("difficult", "0").strip() == "1"))
     except OSError as error:
         raise DetectionError(f"{path}: cannot read the annotation: {error.strerror or error}") from None
-    except (ElementTree.ParseError, ValueError) as error:
+    except (ElementTree.ParseError, ValueError, LookupError) as error:  # LookupError: an encoding that nobody knows
         raise DetectionError(f"{path}: not an annotation of Pascal VOC ({error})") from None
     return height, width, objects
