@@ -131,8 +131,8 @@ def detect(
     import torch
 
     from fastssl.backbones import create_backbone
-    from fastssl.evaluate.detection import fingerprints
     from fastssl.evaluate.detection.average_precision import require_pycocotools
+    from fastssl.evaluate.detection.fingerprint import annotations_fingerprint
     from fastssl.evaluate.detection.model import DetectorConfig
     from fastssl.evaluate.detection.protocol import detection_figures
     from fastssl.evaluate.detection.schedule import iterations_of
@@ -173,8 +173,8 @@ def detect(
         }
         # Names and steps are alike in runs that are not. New weights are said by the seed, and may differ in their last bit from machine to machine.
         resumed = {
-            "backbone_weights": None if from_scratch else fingerprints.of_network(session.trained.backbone),
-            "train_annotations": fingerprints.of_annotations(train),
+            "backbone_weights": None if from_scratch else session.weights,
+            "train_annotations": annotations_fingerprint(train),
         }
         for reason, count in train.left_out.items():
             if count and session.is_main:

@@ -213,7 +213,10 @@ class _Checkpoint:
         """Put the file's state into both; how many iterations it has done, and the last losses. (0, {}) where there is none."""
         if self.path is None or not share(self.path.is_file()):
             return 0, {}
-        state = load_checkpoint(self.path)
+        try:
+            state = load_checkpoint(self.path)
+        except FastSSLError as error:
+            raise DetectionError(f"{error}; choose another --out, or remove it") from error
         if state.get("kind") != KIND or not isinstance(state.get("config"), dict):
             raise DetectionError(f"{self.path}: holds no detector of this version of fastssl; choose another --out, or remove it")
         if found := differences(self.config, state["config"]):
