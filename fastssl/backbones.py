@@ -210,7 +210,9 @@ def _open_checkpoint(path: Path, *, tensors: bool) -> tuple[dict[str, Any], dict
             text = (file.metadata() or {}).get("fastssl")
             found = {name: file.get_tensor(name) for name in (file.keys() if tensors else ())}
     except SafetensorError as error:
-        raise FastSSLError(f"{path}: not a whole safetensors file ({error})") from error
+        raise FastSSLError(
+            f"{path}: not a whole safetensors file ({error}); what other programs trained comes in by `fastssl import`"
+        ) from error
     if text is None:
         raise FastSSLError(f"{path}: no fastssl header; checkpoints that others wrote come in by `fastssl import`")
     try:

@@ -195,7 +195,11 @@ def test_one_line_says_what_came_out(capsys, dino: Path, beton: Path, tmp_path: 
     found = json.loads((tmp_path / "a.json").read_text())
     assert status == 0 and len(out.splitlines()) == 1
     assert out.startswith(f"fine-tuned student, 24 of 48 labels, 3 classes: {found['accuracy']:.2f} % (95 %: ")
-    assert f"best epoch 1 of 1: {found['best_accuracy']:.2f} %" in out
+    assert f"best epoch 1 of 1: {found['best_accuracy']:.2f} %" in out and "passed over" not in out
+    status, out, _ = run(
+        capsys, "semi", dino, "--data", beton, "--val", beton, "--labels", "50%", *SMALL, "--batch-size", 10, "--epochs", 1
+    )
+    assert status == 0 and "4 labels do not fill a batch of 10 and are passed over" in out
 
 
 # ---------------------------------------------------------------------- what cannot be

@@ -86,7 +86,7 @@ def knn(
             top5 = "" if result.top5_accuracy is None else f", top-5 {result.top5_accuracy:.2f} %"
             lines.append(
                 f"{kind} (k {result.k}, T {result.temperature:g}): {percent(result.accuracy, result.confidence)}{top5} "
-                f"of {result.val_samples:,} photos, {result.classes} classes, {among}"
+                f"of {result.val_samples:,} photos, {result.classes} classes, {among}, {how['size']} px"
             )
             records.append(session.record("knn_leave_one_out" if leave_one_out else "knn", **about, **asdict(result)))
         finish(session, "\n".join(lines), records, json_path)

@@ -155,7 +155,7 @@ def _fast(session: Session, split: LabelledSplit, **how: Any) -> tuple[str, dict
     result = linear_probe(train, judged, device=session.device)
     line = (
         f"fast linear probe (cached features, L2 {result.l2:g}): {percent(result.accuracy, result.confidence)} of {result.val_samples:,} photos, "
-        f"{result.classes} classes, {result.train_samples:,} photos to learn from"
+        f"{result.classes} classes, {result.train_samples:,} photos to learn from, {how['size']} px"
     )
     return line, {"protocol": "fast", **asdict(result)}
 
@@ -180,10 +180,10 @@ def _published(
     )
     if how["reestimate_bn"]:
         figures["changed"].append("reestimate_bn")
-    return _line(figures), figures
+    return _line(figures, how["size"]), figures
 
 
-def _line(record: dict[str, Any]) -> str:
+def _line(record: dict[str, Any], size: int) -> str:
     """What is said: the headline, and below it what was chosen, and on what."""
 
     def top(prefix: str = "") -> str:
@@ -194,7 +194,7 @@ def _line(record: dict[str, Any]) -> str:
     lines = [
         f"linear probe, {record['protocol']} ({record['optimizer'].upper()}, lr {record['lr']:g} per 256, batch {record['batch_size']}, "
         f"{record['epochs']} epochs{changed}): {top()} of {record['val_samples']:,} photos, {record['classes']} classes, "
-        f"{record['train_samples']:,} photos to learn from",
+        f"{record['train_samples']:,} photos to learn from, {size} px",
         f"  best epoch ({record['best_epoch']}), chosen on the {record['chosen_on']}: {top('best_')}",
     ]
     if len(record["grid"]) > 1:

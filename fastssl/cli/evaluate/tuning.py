@@ -192,7 +192,7 @@ def fine_tune(
             **dataclasses.asdict(result),
         )
         # First: whatever becomes of --out, the figures are not lost.
-        finish(session, _line(session, result, available), record, json_path)
+        finish(session, _line(session, result, available, config), record, json_path)
         if out is not None and session.is_main:
             names = split.train.classes or []
             classes = [names[label] if label < len(names) else str(label) for label in split.classes.tolist()]
@@ -235,13 +235,15 @@ def _protocol(config: FinetuneConfig) -> dict[str, Any]:
     }
 
 
-def _line(session: Session, result: FinetuneResult, available: int) -> str:
+def _line(session: Session, result: FinetuneResult, available: int, config: FinetuneConfig) -> str:
     name = "random weights" if session.trained.network == "random" else session.trained.network
     of_labels = f"{result.train_samples:,} of {available:,} labels" if result.train_samples < available else f"{available:,} labels"
     line = f"fine-tuned {name}, {of_labels}, {result.classes} classes: {percent(result.accuracy, result.confidence)} of {result.val_samples:,} photos"
     if result.top5 is not None:
         line += f", top-5 {result.top5:.2f} %"
     line += f"; best epoch {result.best_epoch} of {len(result.accuracies)}: {result.best_accuracy:.2f} %"
+    if left := result.train_samples - result.steps_per_epoch * config.batch_size:
+        line += f"; {left:,} labels do not fill a batch of {config.batch_size:,} and are passed over, others in every epoch"
     if result.unseen:
         line += f"; {result.unseen:,} photos are of classes without a label, and count as wrong"
     return line
