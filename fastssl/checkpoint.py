@@ -122,9 +122,7 @@ def save_checkpoint(
         except (OSError, RuntimeError, SafetensorError) as error:
             if not (_may_be_full(folder, error) and _drop_oldest(folder)):
                 raise NotSaved(f"{folder}: checkpoint not written ({_first_line(error)}); the one before it is untouched") from error
-    # Files of later steps are of a run that was set back to this one, by hand or because they were damaged: it is making these steps again.
-    earlier = [other for other in _steps(folder) if other != path and _step_of(other) <= position.step]
-    for other in (*earlier[max(keep, 1) - 1 :], *(other for other in _steps(folder) if _step_of(other) > position.step)):
+    for other in [other for other in _steps(folder) if other != path][max(keep, 1) - 1 :]:
         with suppress(OSError):
             other.unlink()
 
@@ -217,6 +215,21 @@ def find_checkpoint(folder: Path, *, say: Callable[[str], None] = lambda text: N
     if damaged:
         raise FastSSLError(f"{damaged[0]}; there is no other to go on from; start anew with --resume never")
     return None
+
+
+def set_aside(folder: Path, step: int) -> None:
+    """Rename the ``step-*.pt`` of later steps than ``step``, from where a run goes on: it makes these steps again, and they would be taken for newer ones.
+
+    They are damaged, or the run was set back by hand. The newest of them is kept as ``....pt.aside``, for a look.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    later = [path for path in _steps(folder) if _step_of(path) > step]
+    for path in (*folder.glob("*.aside"), *later[1:]) if later else ():
+        path.unlink()
+    if later:
+        later[0].rename(later[0].with_name(later[0].name + ".aside"))
 
 
 def load_checkpoint(path: Path, *, advice: str = "") -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import Any, TextIO
 import yaml
 
 from fastssl.bad_step import BAD_STEPS
-from fastssl.checkpoint import differences, find_checkpoint, load_checkpoint
+from fastssl.checkpoint import differences, find_checkpoint, load_checkpoint, set_aside
 from fastssl.files import remove_unfinished, write_atomically
 from fastssl.metrics_file import MetricsFile
 from fastssl.pipelines.errors import FastSSLError
@@ -24,7 +24,7 @@ from fastssl.recipe import Recipe, build_recipe, recipe_to_dict
 from fastssl.run_status import write_status
 
 _RESULTS = ("summary.json", "report.html", "views.png", "neighbours.png", "status.json")
-_CHECKPOINTS = ("last*.pt", "last*.safetensors", "step-*.pt", "epoch-*.pt", "epoch-*.safetensors")
+_CHECKPOINTS = ("last*.pt", "last*.safetensors", "step-*.pt", "epoch-*.pt", "epoch-*.safetensors", "*.aside")
 #: What may be another when a run goes on: it decides what is told, kept and put up with, and no step that was made.
 _FREE = frozenset(
     {
@@ -87,6 +87,7 @@ class RunFolder:
                 self._clear()
             else:
                 at = state["position"]
+                set_aside(self.checkpoints, at["step"])
                 self.metrics.cut(at["step"], probed=at["step_in_epoch"] == 0)
             text = yaml.safe_dump({**config, **about}, sort_keys=False)
             write_atomically(self.path / "config.yaml", lambda path: path.write_text(text))

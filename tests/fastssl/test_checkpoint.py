@@ -22,6 +22,7 @@ from fastssl.checkpoint import (
     load_checkpoint,
     restore,
     save_checkpoint,
+    set_aside,
     write_state,
 )
 from fastssl.heads import ProjectorConfig
@@ -202,10 +203,17 @@ def test_milestones_stay(save: Callable, tmp_path: Path) -> None:
     assert load_backbone(tmp_path / "epoch-0005.safetensors") and load_backbone(tmp_path / "epoch-0005-teacher.safetensors")
 
 
-def test_a_run_that_was_set_back_leaves_nothing_of_the_steps_it_makes_again(save: Callable, tmp_path: Path) -> None:
-    for number in (10, 20, 15):
-        save(number, keep=2)
+def test_checkpoints_of_later_steps_are_set_aside(save: Callable, tmp_path: Path) -> None:
+    for number in (10, 20, 30):
+        save(number, keep=3)
+    set_aside(tmp_path, 30)
+    assert len(names(tmp_path)) == 4
+    set_aside(tmp_path, 10)
+    assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-00000010.pt", "step-00000030.pt.aside"]
+    save(15, keep=2)
     assert names(tmp_path) == ["last.pt", "step-00000010.pt", "step-00000015.pt"]
+    set_aside(tmp_path, 12)
+    assert [path.name for path in tmp_path.glob("*.aside")] == ["step-00000015.pt.aside"], "the newest one alone"
 
 
 def test_where_files_have_one_name_last_is_a_copy(save: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
