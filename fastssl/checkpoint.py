@@ -137,7 +137,7 @@ def write_state(path: Path, state: dict[str, Any]) -> None:
     Raises:
         OSError, RuntimeError: the file cannot be written; what was there is untouched.
     """
-    state = _on_host(state)
+    state = {name: _on_host(value) for name, value in state.items() if name != "digest"}
     state["digest"] = digest(state)
     write_atomically(path, lambda temporary: torch.save(state, temporary))
 

@@ -471,9 +471,9 @@ class Run:
 
     def _advice(self, where: str | None) -> str:
         batch = f"; the step's batch is in {where}" if where else ""
-        change = "a higher" if self.recipe.train.skip_nonfinite else "with a"
+        change = "a higher train.skip_nonfinite" if self.recipe.train.skip_nonfinite else "train.skip_nonfinite=1 (or more)"
         return (
-            f". Lower optim.lr (now {self.recipe.optim.lr:g}) or lengthen optim.warmup_epochs; or go on {change} train.skip_nonfinite, which passes over single "
+            f". Lower optim.lr (now {self.recipe.optim.lr:g}) or lengthen optim.warmup_epochs; or go on with {change}, which passes over single "
             f"steps{batch}; {self._newest()}"
         )
 
