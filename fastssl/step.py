@@ -95,8 +95,6 @@ class TrainStep:
         self.batch_size = total // world.size
         if device.type == "cuda":
             torch.backends.cudnn.benchmark = not recipe.train.deterministic  # every step has the same shapes
-        if recipe.train.deterministic:
-            torch.use_deterministic_algorithms(True)
         self.method = self._new_method().to(device, memory_format=torch.channels_last).train()
         if world.size > 1:
             self.method.synchronise(lambda network: synchronise_batchnorm(network, device))

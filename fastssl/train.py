@@ -129,10 +129,9 @@ def pretrain(recipe: Recipe, options: RunOptions, progress: Progress) -> dict[st
     """
     started = time.monotonic()
     world = world_from_environment()
-    if recipe.train.deterministic:
-        # Read by cuBLAS when it starts: with workspaces of its own choice the same product may differ from call to call.
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     with ExitStack() as files:
+        if recipe.train.deterministic:
+            files.enter_context(_only_deterministic())
         device = choose_device(options.device, world)
         reader = files.enter_context(BetonReader(options.data))
         val = files.enter_context(BetonReader(options.val)) if options.val else None
@@ -149,6 +148,25 @@ def pretrain(recipe: Recipe, options: RunOptions, progress: Progress) -> dict[st
         summary = finish_run(run, started)
         run.tell_status("finished")
         return summary
+
+
+@contextmanager
+def _only_deterministic() -> Iterator[None]:
+    """Let torch take only algorithms that give the same bits at every call, and fail where there is none."""
+    # Read by cuBLAS when it starts: with workspaces of its own choice the same product may differ from call to call.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.deterministic
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.deterministic = True
+    try:
+        yield
+    except RuntimeError as error:
+        if "deterministic" not in str(error):
+            raise
+        raise FastSSLError(f"train.deterministic: {' '.join(str(error).split())[:200]}") from error
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.backends.cudnn.deterministic = before[1]
 
 
 class Run:

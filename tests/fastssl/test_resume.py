@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import run_processes
 
 from fastssl import run_folder, train
 from fastssl.checkpoint import NotSaved
@@ -313,3 +314,80 @@ def test_what_a_kill_left_half_written_is_cleared(beton: Path, tmp_path: Path) -
         path.write_bytes(b"half")
     pretrain(small("train.epochs=1"), options(beton, out), Silent())
     assert not list(out.rglob("*.tmp"))
+
+
+# ------------------------------------------------------------------ several processes, and GPUs
+
+
+def stopped_by_one_of_two(data: str, out: str, number: int) -> int:
+    """Process 1 is sent a signal behind step 4; where this process stopped."""
+    from fastssl.distributed import world_from_environment
+
+    original = Run._step
+
+    def step(run: Run, batch: object) -> object:
+        metrics = original(run, batch)
+        if run.position.step == 3 and world_from_environment().rank == 1:
+            os.kill(os.getpid(), number)
+        return metrics
+
+    Run._step = step
+    with pytest.raises(Interrupted) as stop:
+        pretrain(small("moco.split_bn=2"), options(Path(data), Path(out)), Silent())
+    return int(str(stop.value).split("stopped at step ")[1].split(";")[0])
+
+
+def test_a_signal_to_one_process_stops_all_behind_the_same_step(beton: Path, tmp_path: Path) -> None:
+    """At once, not some steps later: a launcher kills after half a minute whoever has not left."""
+    assert run_processes(stopped_by_one_of_two, 2, str(beton), str(tmp_path / "run"), signal.SIGUSR1, join=False) == [5, 5]
+    assert state(tmp_path / "run")["position"]["step"] == 5
+
+
+def said_by_one_of_two() -> list[tuple[bool, ...]]:
+    from fastssl.distributed import Vote, rank
+
+    vote = Vote(2)
+    answers = [vote(rank() == 1, False), vote(False, rank() == 0), vote(False, False), vote(False, False)]
+    with pytest.raises(ValueError, match="1 answers to 2 questions"):
+        vote(True)
+    return [*answers, vote.close(), vote.close()]
+
+
+def test_a_vote_is_known_to_all_one_call_later() -> None:
+    from fastssl.distributed import Vote
+
+    expected = [(False, False), (True, False), (False, True), (False, False), (False, False), (False, False)]
+    assert run_processes(said_by_one_of_two, 2) == [expected, expected]
+    assert Vote(2)(True, False) == (True, False), "alone the answer is at hand"
+
+
+def test_only_deterministic_algorithms_leave_torch_as_it_was(whole: Path, beton: Path, tmp_path: Path) -> None:
+    pretrain(small("train.deterministic=true"), options(beton, tmp_path / "run"), Silent())
+    assert same(state(tmp_path / "run"), state(whole)) and not torch.are_deterministic_algorithms_enabled()
+
+    def refuse(*_: object) -> None:
+        raise RuntimeError("some_op does not have a deterministic implementation")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "_step", refuse)
+        with pytest.raises(FastSSLError, match=r"train\.deterministic: some_op does not have"):
+            pretrain(small("train.deterministic=true"), options(beton, tmp_path / "other"), Silent())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("graph", ["false", "true"])
+def test_on_a_gpu_a_killed_run_goes_on_bit_for_bit(graph: str, beton: Path, tmp_path: Path) -> None:
+    recipe, original = small("train.deterministic=true", "train.checkpoint_minutes=0", f"train.graph={graph}"), Run._step
+    pretrain(recipe, options(beton, tmp_path / "whole", device="cuda"), Silent())
+
+    def crash(run: Run, batch: object) -> object:
+        if run.position.step == 7:
+            raise Crash
+        return original(run, batch)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "_step", crash)
+        with pytest.raises(Crash):
+            pretrain(recipe, options(beton, tmp_path / "run", device="cuda"), Silent())
+    pretrain(recipe, options(beton, tmp_path / "run", device="cuda"), Silent())
+    assert same(state(tmp_path / "run"), state(tmp_path / "whole"))
