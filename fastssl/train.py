@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from fastssl.backbones import resolve_arch
 from fastssl.bad_step import BAD_STEPS, save_bad_step
-from fastssl.checkpoint import NotSaved, Position, differences, restore, save_checkpoint
+from fastssl.checkpoint import Position, differences, restore
 from fastssl.distributed import Vote, World, agree_any, broadcast_module, gather_values, joined, share, world_from_environment
 from fastssl.finish import finish_run
 from fastssl.meters import MetricRing
@@ -39,11 +39,11 @@ from fastssl.pipelines.beton import BetonReader
 from fastssl.pipelines.engines import require_engine
 from fastssl.pipelines.errors import FastSSLError, Interrupted
 from fastssl.pipelines.loader import Batch, ViewLoader
-from fastssl.pipelines.multicrop import MultiCrop
-from fastssl.pipelines.verify import verify
 from fastssl.probe import OnlineProbe, choose_split, require_same_classes
 from fastssl.recipe import Recipe, recipe_to_dict
+from fastssl.requirements import require_a_batch, require_sizes, require_whole_photos
 from fastssl.run_folder import RunFolder
+from fastssl.saver import NotSaved, Saver
 from fastssl.schedules import RunLength
 from fastssl.step import TrainStep, use_amp
 from fastssl.stop import StopRequest
@@ -188,22 +188,20 @@ class Run:
         self.amp = use_amp(recipe.train.amp, self.device)
         self.out = options.out
         self.batch_size = recipe.train.batch_size
-        self._check_batch()
+        require_a_batch(reader, self.batch_size)
         require_engine(options.pipeline, reader, recipe.views)
         if val is not None:
             require_same_classes(reader, val)
-            if world.is_main:
-                self._check_val()
+            if world.is_main and recipe.train.on_bad == "fail":
+                require_whole_photos(val, workers=options.workers)
         self.step = TrainStep(recipe, self.device, amp=self.amp, seed=options.seed, world=world)
-        self._check_sizes()
+        require_sizes(recipe, self.backbone, device)
         self.position = Position()
         self.config = self._config()
         self._agree()
         self.stop = StopRequest()
         self.folder = RunFolder(self.out, progress.message) if world.is_main else None
-        self._saved_step: int | None = None
-        self._unsaved: NotSaved | None = None
-        self._said_at = {"checkpoint": -math.inf, "metrics": -math.inf}
+        self.saver = Saver(self.folder, recipe, self.config, progress.message) if self.folder else None
         try:
             self._begin()
         except BaseException:
@@ -211,41 +209,6 @@ class Run:
             raise
 
     # ------------------------------------------------------------------ setting up
-
-    def _check_batch(self) -> None:
-        if len(self.reader) < self.batch_size:
-            enough = (
-                f"--batch-size {max(2, len(self.reader) // 2)} or lower would do" if len(self.reader) > 1 else "a batch has at least two"
-            )
-            raise FastSSLError(f"{self.options.data}: {len(self.reader)} photos are fewer than one batch of {self.batch_size}; {enough}")
-
-    def _check_val(self) -> None:
-        """Decode the photos to be judged on once: better now than at the probe behind the last epoch."""
-        if self.recipe.train.on_bad != "fail":
-            return
-        # A wrong checksum alone is no reason: the photo decodes, and training would take it too.
-        found = verify(self.options.val, workers=self.options.workers).damaged
-        damaged = [(sample, complaint) for sample, complaint in found if complaint != "wrong checksum"]
-        if damaged:
-            sample, complaint = damaged[0]
-            raise FastSSLError(
-                f"{self.options.val}: {len(damaged)} of {len(self.val):,} photos are damaged, the first is sample {sample} ({complaint}); "
-                "convert again without them, or leave them out with --set train.on_bad=skip"
-            )
-
-    def _check_sizes(self) -> None:
-        """Show the network one black picture of every size that it will meet: better now than after the last epoch."""
-        keys = "views.global_size, views.local_size" if isinstance(self.recipe.views, MultiCrop) else "views.0.size"
-        for size in sorted({spec.size for spec in self.recipe.views} | {self.recipe.probe.size}):
-            try:
-                with torch.no_grad():
-                    self.backbone.eval()(torch.zeros(1, 3, size, size, device=self.device))
-            except (RuntimeError, AssertionError, ValueError) as error:
-                reason = " ".join(str(error).split())
-                raise FastSSLError(
-                    f"{self.recipe.arch} cannot take pictures of {size} px ({reason}): change {keys} or probe.size"
-                ) from error
-        self.backbone.train()
 
     def _config(self) -> dict[str, Any]:
         """Every value that the run's numbers depend on, resolved."""
@@ -285,7 +248,8 @@ class Run:
             raise FastSSLError(found)
         if found is not None:
             self.position = restore(found, method=self.step.method, optimizer=self.step.optimizer)
-            self._saved_step = self.position.step
+            if self.saver:
+                self.saver.saved_step = self.position.step
             self.progress.message(f"resumed at step {self.position.step:,} (epoch {self.position.epoch})")
         broadcast_module(self.step.method)
 
@@ -313,11 +277,14 @@ class Run:
             raise
         self.tell_status("trained")
 
-    def tell_status(self, state: str, **more: Any) -> None:
+    def tell_status(self, state: str, **more: str) -> None:
         """Write status.json, where this is the first process."""
         if self.folder:
             total = getattr(self, "total_steps", None)
-            self.folder.status(state, step=self.position.step, total_steps=total, saved_step=self._saved_step, **more)
+            # Folders are nobody's business, and reports are passed on: names alone are left.
+            for path in filter(None, (self.out, self.options.data, self.options.val)):
+                more = {key: value.replace(f"{path.parent}/", "") for key, value in more.items()}
+            self.folder.status(state, step=self.position.step, total_steps=total, saved_step=self.saver.saved_step, **more)
 
     # ------------------------------------------------------------------ training
 
@@ -333,8 +300,8 @@ class Run:
             self._vote = Vote(2)
             self._careful_until = 0
             self._known_skipped = list(self.position.skipped)
-            # The first checkpoint comes soon: a folder that takes none should be known in the first minutes, not in the first night.
-            self._ask_to_save_in(min(60 * train.checkpoint_minutes, 60.0))
+            if self.saver:
+                self.saver.begin()
             while self.position.epoch < train.epochs:
                 self._epoch(loader)
             self._vote.close()
@@ -393,7 +360,7 @@ class Run:
                 ended = position.step_in_epoch % self.recipe.train.log_every == 0 or position.step_in_epoch == self.steps_per_epoch
                 if ended and not self._close_block(loader):
                     return
-                stop, save = self._vote(bool(self.stop), self._save_is_due())
+                stop, save = self._vote(bool(self.stop), self.saver is not None and self.saver.is_due())
                 if (stop or save) and not self._leave_or_save(loader, stop):
                     return
 
@@ -407,13 +374,9 @@ class Run:
         if not stop:
             return True
         if not share(saved):
-            why = f"; {self._unsaved}" if self._unsaved else ""
-            raise NotSaved(f"stopped at step {self.position.step:,}, which could not be saved: {self._newest()}{why}")
+            why = self.saver.why() if self.saver else "its first process says why"
+            raise NotSaved(f"stopped at step {self.position.step:,}, which could not be saved: {why}")
         raise Interrupted(f"stopped at step {self.position.step:,}; everything is saved in {self.out}; the same command goes on from here")
-
-    def _newest(self) -> str:
-        """What the next start will go on from."""
-        return "there is no checkpoint" if self._saved_step is None else f"the newest checkpoint is of step {self._saved_step:,}"
 
     def _end_epoch(self, loader: ViewLoader) -> None:
         """The probe, and a checkpoint at the very end and at milestones."""
@@ -425,10 +388,8 @@ class Run:
             self._write(self.probe.run(self.backbone, step=position.step, epoch=ended))
         position.epoch, position.step_in_epoch = ended, 0
         milestone = ended if train.milestone_epochs and ended % train.milestone_epochs == 0 else None
-        if last:
-            self._save_the_end(milestone)
-        elif milestone:
-            self._save(milestone)
+        if last or milestone:
+            self._save(milestone, patiently=last)
 
     def _gather_skipped(self, loader: ViewLoader) -> None:
         """Put the damaged photos that all processes have met so far on record."""
@@ -492,7 +453,7 @@ class Run:
         change = "a higher train.skip_nonfinite" if self.recipe.train.skip_nonfinite else "train.skip_nonfinite=1 (or more)"
         return (
             f". Lower optim.lr (now {self.recipe.optim.lr:g}) or lengthen optim.warmup_epochs; or go on with {change}, which passes over single "
-            f"steps{batch}; {self._newest()}"
+            f"steps{batch}{f'; {self.saver.newest()}' if self.saver else ''}"
         )
 
     def _keep_batch(self, batch: Batch, number: int, reason: str) -> str | None:
@@ -556,28 +517,11 @@ class Run:
             raise self._diverged(loader, bad, f"the loss is {row['loss']}")
 
     def _write(self, row: dict[str, Any]) -> None:
-        if self.folder and not self.folder.metrics.append(row):
-            self._say_now_and_then(
-                "metrics", f"{self.folder.metrics.path}: not written ({self.folder.metrics.failure}); kept in memory until there is room"
-            )
+        if self.saver:
+            self.saver.write(row)
 
-    def _say_now_and_then(self, about: str, text: str) -> None:
-        """What goes wrong every few seconds is told every ten minutes."""
-        if time.monotonic() - self._said_at[about] >= _SAY_EVERY_S:
-            self._said_at[about] = time.monotonic()
-            self.progress.message(text)
-
-    def _ask_to_save_in(self, seconds: float) -> None:
-        self._save_at, self._asked = time.monotonic() + seconds, False
-
-    def _save_is_due(self) -> bool:
-        """Whether the first process wants a checkpoint now. It asks once: among several processes the answer comes a step later."""
-        due = self.folder is not None and not self._asked and time.monotonic() >= self._save_at
-        self._asked = self._asked or due
-        return due
-
-    def _save(self, milestone: int | None = None) -> bool:
-        """A checkpoint. False: the disk did not take it. The run goes on, and tries again soon.
+    def _save(self, milestone: int | None = None, *, patiently: bool = False) -> bool:
+        """A checkpoint; False: the disk did not take it. ``patiently``: wait for room, as there is nothing else left to do.
 
         Raises:
             FastSSLError: the state is not finite; a checkpoint of it would be worse than none.
@@ -586,45 +530,9 @@ class Run:
             raise FastSSLError(
                 f"the networks are no longer finite at step {self.position.step:,}, though the loss is: the run has diverged{self._advice(None)}"
             )
-        if self.folder is None:
+        if not self.saver:
             return True
-        train = self.recipe.train
-        self.folder.metrics.sync()
-        try:
-            save_checkpoint(
-                self.folder.checkpoints,
-                method=self.step.method,
-                optimizer=self.step.optimizer,
-                position=self.position,
-                config=self.config,
-                arch=self.recipe.arch,
-                keep=train.keep_last,
-                milestone=milestone,
-            )
-        except NotSaved as error:
-            self._unsaved = error
-            self._say_now_and_then("checkpoint", f"{error}; {self._newest()}; the run goes on, and tries again every {_RETRY_S:g} s")
-            self._ask_to_save_in(_RETRY_S)
-            return False
-        if self._unsaved is not None:
-            self.progress.message(f"saved at step {self.position.step:,}: there is room again")
-        self._unsaved, self._saved_step = None, self.position.step
-        self._said_at["checkpoint"] = -math.inf
-        self._ask_to_save_in(60 * train.checkpoint_minutes)
-        self.tell_status("training")
-        return True
-
-    def _save_the_end(self, milestone: int | None) -> None:
-        """The last checkpoint: waits for room, because what would be lost is the whole run."""
-        deadline = time.monotonic() + 60 * _WAIT_MINUTES
-        while not self._save(milestone):
-            if time.monotonic() > deadline or self.stop.wait(_RETRY_S):
-                raise NotSaved(f"all steps are made, but there was no room to save the last of them: {self._newest()}; {self._unsaved}")
-        if self.folder:
-            self.folder.metrics.flush()
-
-
-#: Seconds between two tries to write a checkpoint that the disk did not take, and between two messages about it.
-_RETRY_S, _SAY_EVERY_S = 60.0, 600.0
-#: How long a run that has made all its steps waits for room. The other processes wait too, an hour at most.
-_WAIT_MINUTES = 30.0
+        saved = self.saver.save(self.step, self.position, milestone=milestone, stop=self.stop if patiently else None)
+        if saved:
+            self.tell_status("training")
+        return saved

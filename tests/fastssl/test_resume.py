@@ -14,7 +14,7 @@ import pytest
 import torch
 from processes import run_processes
 
-from fastssl import run_folder, train
+from fastssl import run_folder, saver
 from fastssl.checkpoint import NotSaved
 from fastssl.pipelines.errors import FastSSLError, Interrupted
 from fastssl.recipe import Recipe, load_recipe, parse_overrides
@@ -240,7 +240,7 @@ class Disk:
 
     def __init__(self, full: set[int], patch: pytest.MonkeyPatch):
         self.tried: list[int] = []
-        original = train.save_checkpoint
+        original = saver.save_checkpoint
 
         def save(folder: Path, **options: object) -> None:
             self.tried.append(options["position"].step)
@@ -248,8 +248,8 @@ class Disk:
                 raise NotSaved(f"{folder}: checkpoint not written ([Errno 28] No space left on device); the one before it is untouched")
             original(folder, **options)
 
-        patch.setattr(train, "save_checkpoint", save)
-        patch.setattr(train, "_RETRY_S", 0.0)
+        patch.setattr(saver, "save_checkpoint", save)
+        patch.setattr(saver, "_RETRY_S", 0.0)
 
 
 def test_a_run_lives_on_while_the_disk_is_full(whole: Path, beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -272,7 +272,7 @@ def test_the_last_checkpoint_waits_for_room(whole: Path, beton: Path, tmp_path: 
             full.clear()
         return False
 
-    monkeypatch.setattr(train.StopRequest, "wait", wait)
+    monkeypatch.setattr(saver.StopRequest, "wait", wait)
     pretrain(small(), options(beton, out), Silent())
     assert len(tries) == 3 and disk.tried == [12] * 4 and same(state(out), state(whole))
 
