@@ -373,6 +373,7 @@ class Run:
         self._start_block(loader)  # what was spent on the checkpoint is not the rate of a step
         if not stop:
             return True
+        self._vote.close()
         if not share(saved):
             why = self.saver.why() if self.saver else "its first process says why"
             raise NotSaved(f"stopped at step {self.position.step:,}, which could not be saved: {why}")

@@ -12,58 +12,14 @@ import torch
 from PIL import Image
 from processes import run_processes
 from safetensors.torch import load_file
+from small_run import Silent, options, rows, same, small, state, status
 
 from fastssl.bad_step import save_bad_step
 from fastssl.pipelines.errors import FastSSLError, Interrupted
 from fastssl.pipelines.loader import Batch, ViewLoader
 from fastssl.pipelines.plan import ViewSpec
-from fastssl.recipe import Recipe, load_recipe, parse_overrides
 from fastssl.step import TrainStep
-from fastssl.train import Run, RunOptions, pretrain
-
-#: 2 epochs of 6 steps on 48 photos, blocks of 4 steps
-SMALL = [
-    "arch=lcnet_035",
-    "views.0.size=32",
-    "train.epochs=2",
-    "train.batch_size=8",
-    "train.log_every=4",
-    "moco.queue=64",
-    "moco.projector.hidden=16",
-    "moco.projector.out=8",
-    "probe.online_samples=40",
-    "probe.final_samples=40",
-    "probe.size=32",
-    "probe.every_epochs=0",
-    "optim.warmup_epochs=0",
-]
-
-
-class Silent:
-    def __init__(self) -> None:
-        self.messages: list[str] = []
-
-    def row(self, row: dict, done: int, total: int) -> None: ...
-
-    def message(self, text: str) -> None:
-        self.messages.append(text)
-
-
-def small(*overrides: str) -> Recipe:
-    return load_recipe("quickstart", parse_overrides([*SMALL, *overrides]))
-
-
-def options(beton: Path, out: Path) -> RunOptions:
-    return RunOptions(recipe_name="quickstart", data=beton, out=out, device="cpu", workers=1)
-
-
-def state(out: Path) -> dict:
-    return torch.load(out / "checkpoints" / "last.pt", weights_only=True)
-
-
-def same(one: dict, other: dict) -> bool:
-    moments = [[state["momentum_buffer"] for state in found["optimizer"]["state"].values()] for found in (one, other)]
-    return all(torch.equal(one["method"][name], other["method"][name]) for name in other["method"]) and all(map(torch.equal, *moments))
+from fastssl.train import Run, pretrain
 
 
 @pytest.fixture
@@ -119,8 +75,8 @@ def test_a_step_that_is_passed_over_leaves_no_trace(
     assert told[0].startswith("step 2: the loss is nan; passed over") and told[1].startswith(
         "step 7: a gradient is not finite; passed over"
     )
-    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == [4, 6, 10, 12] and all(np.isfinite(row["loss"]) for row in rows)
+    blocks = [row for row in rows(tmp_path / "run") if row["kind"] == "step"]
+    assert [row["step"] for row in blocks] == [4, 6, 10, 12] and all(np.isfinite(row["loss"]) for row in blocks)
 
 
 def test_a_run_without_bad_steps_is_not_changed_by_the_option(beton: Path, tmp_path: Path) -> None:
@@ -145,8 +101,8 @@ def test_the_batch_of_the_step_that_ends_a_run_is_kept(beton: Path, tmp_path: Pa
     assert about["reason"] == "the loss is nan" and about["lr"] > 0
     picture = Image.open(folder / "views.png")
     assert picture.size == (2 * 34, 8 * 34)
-    status = json.loads((tmp_path / "run" / "status.json").read_text())
-    assert status["state"] == "failed" and "diverged" in status["why"] and str(tmp_path) not in status["why"]
+    told = status(tmp_path / "run")
+    assert told["state"] == "failed" and "diverged" in told["why"] and str(tmp_path) not in told["why"]
 
 
 def test_the_same_command_with_the_option_goes_on(beton: Path, tmp_path: Path, break_steps: Callable) -> None:

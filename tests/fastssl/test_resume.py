@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -13,63 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 from processes import run_processes
+from small_run import SMALL, Silent, options, rows, same, small, state, status
 
-from fastssl import run_folder, saver
-from fastssl.checkpoint import NotSaved
 from fastssl.pipelines.errors import FastSSLError, Interrupted
-from fastssl.recipe import Recipe, load_recipe, parse_overrides
-from fastssl.train import Run, RunOptions, pretrain
-
-#: 2 epochs of 6 steps on 48 photos
-SMALL = [
-    "arch=lcnet_035",
-    "views.0.size=32",
-    "train.epochs=2",
-    "train.batch_size=8",
-    "train.log_every=4",
-    "moco.queue=64",
-    "moco.projector.hidden=16",
-    "moco.projector.out=8",
-    "probe.online_samples=40",
-    "probe.final_samples=40",
-    "probe.size=32",
-    "probe.every_epochs=1",
-]
-
-
-class Silent:
-    def __init__(self) -> None:
-        self.messages: list[str] = []
-
-    def row(self, row: dict, done: int, total: int) -> None: ...
-
-    def message(self, text: str) -> None:
-        self.messages.append(text)
+from fastssl.train import Run, pretrain
 
 
 class Crash(Exception):
     """The process is gone: nothing behind this line is run."""
-
-
-def small(*overrides: str) -> Recipe:
-    return load_recipe("quickstart", parse_overrides([*SMALL, *overrides]))
-
-
-def options(beton: Path, out: Path, **changes: object) -> RunOptions:
-    return RunOptions(**{"recipe_name": "quickstart", "data": beton, "out": out, "device": "cpu", "workers": 1, **changes})
-
-
-def state(out: Path) -> dict:
-    return torch.load(out / "checkpoints" / "last.pt", weights_only=True)
-
-
-def same(one: dict, other: dict) -> bool:
-    moments = [[state["momentum_buffer"] for state in found["optimizer"]["state"].values()] for found in (one, other)]
-    return all(torch.equal(one["method"][name], other["method"][name]) for name in other["method"]) and all(map(torch.equal, *moments))
-
-
-def rows(out: Path) -> list[dict]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +46,7 @@ def test_killed_behind_every_single_step(whole: Path, beton: Path, tmp_path: Pat
             pretrain(small("train.checkpoint_minutes=0"), options(beton, out), said)
         assert state(out)["position"]["step"] == done + 1
         assert any(f"resumed at step {done}" in text for text in said.messages) == (done > 0)
-        assert json.loads((out / "status.json").read_text()) | {"why": ""} == {
+        assert status(out) | {"why": ""} == {
             "state": "failed", "step": done + 1, "total_steps": 12, "saved_step": done + 1, "why": "",
         }  # fmt: skip
     done = 11
@@ -106,7 +56,7 @@ def test_killed_behind_every_single_step(whole: Path, beton: Path, tmp_path: Pat
         (kind, step) for step in range(1, 13) for kind in ("step", *["probe"] * (step == 6))
     ]
     assert [row["knn"] for row in rows(out) if row["kind"] == "probe"] == [row["knn"] for row in rows(whole) if row["kind"] == "probe"]
-    assert json.loads((out / "status.json").read_text())["state"] == "finished"
+    assert status(out)["state"] == "finished"
 
 
 def test_a_damaged_newest_checkpoint_is_passed_over(whole: Path, beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,8 +117,8 @@ def test_a_scheduler_that_asks_gets_a_checkpoint_and_status_130(number: int, who
         process.kill()
     assert process.returncode == 130 and "everything is saved" in text and "Traceback" not in text, text
     assert time.monotonic() - started < 30
-    status, position = json.loads((out / "status.json").read_text()), state(out)["position"]
-    assert status["state"] == "stopped" and status["saved_step"] == status["step"] == position["step"] > 0
+    told, position = status(out), state(out)["position"]
+    assert told["state"] == "stopped" and told["saved_step"] == told["step"] == position["step"] > 0
     assert str(tmp_path) not in (out / "status.json").read_text()
 
 
@@ -202,17 +152,6 @@ def test_what_decides_no_step_may_be_another(whole: Path, beton: Path, tmp_path:
             pretrain(small(other), options(beton, out), Silent())
 
 
-def test_all_free_keys_exist() -> None:
-    """A key that was renamed would silently decide again."""
-    from fastssl.recipe import recipe_to_dict
-
-    config = recipe_to_dict(small())
-    for key in run_folder._FREE - {"data.name", "val"}:
-        section, name = key.split(".")
-        assert name in config[section], key
-    assert all(section in config for section in run_folder._FREE_SECTIONS)
-
-
 def test_damaged_photos_are_remembered_over_a_stop(damaged: tuple[Path, int], tmp_path: Path) -> None:
     data, sample = damaged
     out, original = tmp_path / "run", Run._step
@@ -230,90 +169,6 @@ def test_damaged_photos_are_remembered_over_a_stop(damaged: tuple[Path, int], tm
             pretrain(recipe, options(data, out), Silent())
     assert state(out)["position"]["skipped"] == [sample]
     assert pretrain(recipe, options(data, out), Silent())["skipped"] == 1
-
-
-# ------------------------------------------------------------------ no room
-
-
-class Disk:
-    """``save_checkpoint`` on a disk that is full at the steps in ``full``."""
-
-    def __init__(self, full: set[int], patch: pytest.MonkeyPatch):
-        self.tried: list[int] = []
-        original = saver.save_checkpoint
-
-        def save(folder: Path, **options: object) -> None:
-            self.tried.append(options["position"].step)
-            if self.tried[-1] in full:
-                raise NotSaved(f"{folder}: checkpoint not written ([Errno 28] No space left on device); the one before it is untouched")
-            original(folder, **options)
-
-        patch.setattr(saver, "save_checkpoint", save)
-        patch.setattr(saver, "_RETRY_S", 0.0)
-
-
-def test_a_run_lives_on_while_the_disk_is_full(whole: Path, beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    disk, said, out = Disk({3, 4, 5}, monkeypatch), Silent(), tmp_path / "run"
-    pretrain(small("train.checkpoint_minutes=0"), options(beton, out), said)
-    assert disk.tried == [*range(1, 13), 12] and same(state(out), state(whole))
-    told = [text for text in said.messages if "not written" in text]
-    assert len(told) == 1 and "No space left" in told[0] and "the newest checkpoint is of step 2; the run goes on" in told[0]
-    assert "saved at step 6: there is room again" in said.messages
-
-
-def test_the_last_checkpoint_waits_for_room(whole: Path, beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    full, out = {12}, tmp_path / "run"
-    disk = Disk(full, monkeypatch)
-    tries: list[float] = []
-
-    def wait(stop: object, seconds: float) -> bool:
-        tries.append(seconds)
-        if len(tries) == 3:
-            full.clear()
-        return False
-
-    monkeypatch.setattr(saver.StopRequest, "wait", wait)
-    pretrain(small(), options(beton, out), Silent())
-    assert len(tries) == 3 and disk.tried == [12] * 4 and same(state(out), state(whole))
-
-
-def test_a_stop_without_room_does_not_say_that_all_is_saved(beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    Disk({5}, monkeypatch)
-    original = Run._step
-
-    def stop(run: Run, batch: object) -> object:
-        metrics = original(run, batch)
-        if run.position.step == 4:
-            run.stop.set()
-        return metrics
-
-    monkeypatch.setattr(Run, "_step", stop)
-    with pytest.raises(NotSaved, match=r"stopped at step 5, which could not be saved: the newest checkpoint is of step 4; .*No space left"):
-        pretrain(small("train.checkpoint_minutes=0"), options(beton, tmp_path / "run"), Silent())
-    status = json.loads((tmp_path / "run" / "status.json").read_text())
-    assert status["state"] == "failed" and status["saved_step"] == 4
-    assert state(tmp_path / "run")["position"]["step"] == 4
-
-
-def test_a_file_system_without_locks_is_said(beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import errno
-
-    def no_locks(*_: object) -> None:
-        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
-
-    monkeypatch.setattr(run_folder.fcntl, "flock", no_locks)
-    said = Silent()
-    pretrain(small("train.epochs=1"), options(beton, tmp_path / "run"), said)
-    assert any("has no locks" in text for text in said.messages)
-
-
-def test_what_a_kill_left_half_written_is_cleared(beton: Path, tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    (out / "checkpoints").mkdir(parents=True)
-    for path in (out / "config.yaml.tmp", out / "checkpoints" / "step-00000003.pt.tmp"):
-        path.write_bytes(b"half")
-    pretrain(small("train.epochs=1"), options(beton, out), Silent())
-    assert not list(out.rglob("*.tmp"))
 
 
 # ------------------------------------------------------------------ several processes, and GPUs
