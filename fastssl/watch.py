@@ -30,8 +30,12 @@ from fastssl.meeting import read
 BEAT_S = 2.0
 #: Times ``silent_s`` for a process that can be reached and yet says nothing.
 _STANDS_STILL = 10
+#: Seconds between two looks at the very beginning.
+_SOON_S = 0.1
 #: Seconds for a connection to answer.
 _REACH_S = 5.0
+#: Looks for which the keeper of the store stays behind the others, at most.
+_SEEING_OFF = 3
 #: What stands in the place of the next sign of life when a process has left, in order or not.
 _LEFT = "left"
 
@@ -73,13 +77,16 @@ class Watch:
         self._listener, self._place = _listen(address, port)
         self._words: str | None = None  # the last ones of this process: "" in order, else its failure
         self._rounds = 0
-        self._look_now, self._told, self._done, self._away = (threading.Event() for _ in range(4))
+        self._look_now, self._told, self._away = (threading.Event() for _ in range(3))
         self._neighbour = _Neighbour((rank + 1) % size, silent_s)
+        self._threads = [
+            threading.Thread(target=work, name=f"fastssl-watch{work.__name__}", daemon=True) for work in (self._talk, self._judge)
+        ]
 
     def start(self) -> Watch:
         """Begin; all processes have met."""
-        for work in (self._talk, self._judge):
-            threading.Thread(target=work, name=f"fastssl-watch{work.__name__}", daemon=True).start()
+        for thread in self._threads:
+            thread.start()
         return self
 
     def reason(self, wait_s: float | None = None) -> str | None:
@@ -100,8 +107,10 @@ class Watch:
     def close(self) -> None:
         """End the threads. The process that keeps the store first lets all others read in it."""
         self.leave()
-        self._done.wait(3 * self._beat_s)
         self._away.set()
+        # Waited for, as an interpreter that ends while a thread is in compiled code may abort.
+        for thread in self._threads:
+            thread.join(_SEEING_OFF * self._beat_s + _REACH_S)
         if self._listener is not None:
             self._listener.close()
 
@@ -117,7 +126,8 @@ class Watch:
                 self._rounds += 1
                 if words is not None:
                     break
-                self._look_now.wait(self._beat_s)
+                # Until the line to the neighbour stands there is but its silence to tell of its end.
+                self._look_now.wait(self._beat_s if self._neighbour.place else min(self._beat_s, _SOON_S))
                 self._look_now.clear()
             self._told.set()
             if self._keeps_store:
@@ -127,7 +137,6 @@ class Watch:
                 self.failure = self._words or f"{self._keeper} is gone"
         finally:
             self._told.set()
-            self._done.set()
 
     def _look(self, store: dist.Store, words: str | None) -> None:
         """One sign of life, or the last words; one look at the others."""
@@ -142,7 +151,7 @@ class Watch:
 
     def _see_the_others_off(self, store: dist.Store) -> None:
         """Wait until all have left, for some looks at most: some may never."""
-        deadline = time.monotonic() + 3 * self._beat_s
+        deadline = time.monotonic() + _SEEING_OFF * self._beat_s
         while store.add("left", 0) < self._size and time.monotonic() < deadline:
             time.sleep(0.05)
 
@@ -153,12 +162,10 @@ class Watch:
         if found.place is None and (place := read(store, f"place/{found.rank}")):
             found.reach(json.loads(place))
         found.hear(said, at_most=2 * self._beat_s)
-        if said != _LEFT and found.line is not None and found.line.has_ended():
+        if said != _LEFT and found.has_ended():
             said = read(store, key)  # it may have left since, and its last words stand in the store before its end
             if said != _LEFT:
-                if found.line.is_refused():
-                    return f"{self._name(found.rank, found.host)} has ended without a word (killed, or out of memory?)"
-                found.reach(found.place)
+                return f"{self._name(found.rank, found.host)} has ended without a word (killed, or out of memory?)"
         if said == _LEFT:
             # What it watched is this one's to watch now. The last one watches itself.
             found.forget()
@@ -255,8 +262,25 @@ class _Neighbour:
         """Connect; without a connection its signs of life are all there is."""
         self.forget()
         self.place, self.host = place, place["host"]
-        if place["port"] and (self.host == socket.gethostname() or not place["address"].startswith(("127.", "::1"))):
+        if place["port"] and (self._is_near or not place["address"].startswith(("127.", "::1"))):
             self.line = _Line.to((place["address"], place["port"]))
+
+    @property
+    def _is_near(self) -> bool:
+        return self.host == socket.gethostname()
+
+    def has_ended(self) -> bool:
+        """Whether it is certain that the process is no more."""
+        if self.place is None or not self.place["port"]:
+            return False
+        if self.line is None:  # never reached: of another machine that may be a firewall's doing
+            return self._is_near and _is_refused((self.place["address"], self.place["port"]))
+        if not self.line.has_ended():
+            return False
+        if _is_refused((self.place["address"], self.place["port"])):
+            return True
+        self.reach(self.place)  # the connection alone had ended
+        return False
 
     def forget(self) -> None:
         if self.line is not None:
@@ -288,22 +312,23 @@ class _Line:
         except OSError:
             return True
 
-    def is_refused(self) -> bool:
-        """Whether the other machine says that nobody is there any more."""
-        try:
-            socket.create_connection(self._place, timeout=_REACH_S).close()
-        except ConnectionRefusedError:
-            return True
-        except OSError:
-            return False
-        return False
-
     def answers(self) -> bool:
         """Whether the process is there, be it stopped."""
         return _answers(self._place)
 
     def close(self) -> None:
         self._connection.close()
+
+
+def _is_refused(place: tuple[str, int]) -> bool:
+    """Whether the other machine says that nobody is there any more."""
+    try:
+        socket.create_connection(place, timeout=_REACH_S).close()
+    except ConnectionRefusedError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def _answers(place: tuple[str, int]) -> bool:
