@@ -26,7 +26,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fastssl.pipelines.errors import FastSSLError
+from fastssl.meeting import NotMet, Patience, agent_keeps_store, connect, meet
+from fastssl.pipelines.errors import FastSSLError, Interrupted
+from fastssl.watch import Watch, ended_line
 
 _Value = TypeVar("_Value")
 
@@ -34,8 +36,17 @@ _Value = TypeVar("_Value")
 _FIRST_PORT, _PORTS = 10000, 20000
 
 
-#: What gloo says where the process at the other end is gone.
-_PEER_GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+#: What gloo and NCCL say in a collective where the process at the other end is gone, or does not come.
+_LOST_ANOTHER = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "Timed out waiting",
+    "remote process exited",
+    "NCCL communicator was aborted",
+)
+#: Seconds for which the others wait with their line for that of the process that failed.
+_SPEAKS_FIRST_S = 0.5
 
 
 # ---------------------------------------------------------------------- who is who
@@ -144,18 +155,20 @@ def first_host(nodelist: str) -> str:
 
 
 @contextmanager
-def joined(world: World, device: torch.device, timeout_minutes: float = 60) -> Iterator[None]:
+def joined(world: World, device: torch.device, timeout_minutes: float = 60, patience: Patience | None = None) -> Iterator[None]:
     """Be one of ``world`` inside the block; nothing happens for a world of one.
 
-    All ranks leave a block that ends well together. One that fails leaves at once, and what the others then wait for fails in them too: over gloo when the
-    connection breaks, over NCCL when the launcher (torchrun, ``srun --kill-on-bad-exit``) ends them, at the latest after the time limit.
+    All ranks leave a block that ends well together. The failure of one ends the others within seconds, and what they say begins with its words: over gloo their
+    collective fails when the connection breaks; over NCCL, or where a process is killed, stopped or cut off, the watch (watch.py) notices.
+    ``Interrupted`` is no failure: all ranks raise it behind the same step.
 
     Args:
         device: where this rank's tensors are. ``cuda``: NCCL, and gloo beside it for what hosts tell each other; ``cpu``: gloo.
-        timeout_minutes: for all to be there, and for each collective: longer than anything that one rank does while the others wait.
+        timeout_minutes: for each collective: longer than anything that one rank does while the others wait.
+        patience: for all to be there, and with a process that gives no sign of life; None: as the environment says, or 10 minutes and 60 seconds.
 
     Raises:
-        FastSSLError: the others are not met, or another kind of device.
+        FastSSLError: the others are not met, or another kind of device; or another process has failed, with its name and words.
     """
     if world.size == 1:
         yield
@@ -165,13 +178,66 @@ def joined(world: World, device: torch.device, timeout_minutes: float = 60) -> I
     if device.type == "cuda":
         device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
         torch.cuda.set_device(device)
-    started = time.monotonic()
+    kept, group, watch = _meet(world, patience or Patience.from_environment(os.environ))
+    try:
+        _make_group(world, device, group, timeout_minutes)
+        yield
+        barrier()
+    except BaseException as error:
+        lost = isinstance(error, RuntimeError) and any(words in str(error) for words in _LOST_ANOTHER)
+        if lost:
+            _learn_why(watch)
+        if not isinstance(error, Interrupted) and not (lost and watch.failure):
+            watch.leave(failure=_one_line(error))
+        # NCCL's orderly end waits for all ranks of a machine, and these may be waiting in a collective that this one will never reach.
+        if device.type == "cuda" and dist.is_initialized() and hasattr(dist.group.WORLD, "abort"):
+            with suppress(RuntimeError):
+                dist.group.WORLD.abort()
+        if lost:
+            raise FastSSLError(ended_line(watch.failure)) from error
+        raise
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        watch.close()
+        del kept  # the store, if it is this process that keeps it
+
+
+def _meet(world: World, patience: Patience) -> tuple[dist.Store, dist.Store, Watch]:
+    """Wait for all to be there: (the store, the part of it that is for the group, the watch, which has begun)."""
+    agent = agent_keeps_store(world.address, world.port, os.environ)
+    seconds, started = 60 * patience.meet_minutes, time.monotonic()
+    try:
+        with _signals_end_the_process():
+            store = connect(world.address, world.port, seconds, keep=world.is_main and not agent)
+            call = meet(store, world.rank, world.size, seconds - (time.monotonic() - started))
+    except (RuntimeError, ValueError, OSError, NotMet) as error:
+        reason = str(error) if isinstance(error, NotMet) else _one_line(error)
+        raise FastSSLError(
+            f"process {world.rank} of {world.size} did not meet the others at {world.address}:{world.port} in {time.monotonic() - started:.0f} s: {reason}; is that the "
+            f"host of rank 0, is the port open and free there, and were all {world.size} started? FASTSSL_MEET_MINUTES gives them longer"
+        ) from error
+    watch = Watch(
+        lambda: connect(world.address, world.port, patience.silent_s),
+        world.rank,
+        world.size,
+        prefix=f"{call}/watch",
+        address=world.address,
+        port=world.port,
+        keeper=f"torchrun's store at {world.address}:{world.port}" if agent else f"process 0 of {world.size} ({world.address})",
+        keeps_store=world.is_main and not agent,
+        silent_s=patience.silent_s,
+    )
+    return store, dist.PrefixStore(f"{call}/group", store), watch.start()
+
+
+def _make_group(world: World, device: torch.device, store: dist.Store, timeout_minutes: float) -> None:
     try:
         with _signals_end_the_process():
             dist.init_process_group(
                 # One group with two ways: a tensor on the host goes by gloo, and no GPU waits for it.
                 "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-                init_method=f"tcp://{'[' + world.address + ']' if ':' in world.address else world.address}:{world.port}",
+                store=store,
                 rank=world.rank,
                 world_size=world.size,
                 timeout=timedelta(minutes=timeout_minutes),
@@ -179,22 +245,29 @@ def joined(world: World, device: torch.device, timeout_minutes: float = 60) -> I
             )
     except (RuntimeError, ValueError, OSError) as error:
         raise FastSSLError(
-            f"process {world.rank} of {world.size} did not meet the others at {world.address}:{world.port} in {time.monotonic() - started:.0f} s: is that the host "
-            f"of rank 0, is the port open and free there, and were all {world.size} started? ({' '.join(str(error).split())[:200]})"
+            f"process {world.rank} of {world.size} met the others but cannot connect to them: {_one_line(error)}; does GLOO_SOCKET_IFNAME (or NCCL_SOCKET_IFNAME) name "
+            "the network between the hosts?"
         ) from error
+
+
+def _learn_why(watch: Watch) -> None:
+    """Find out what ended the others' side of a collective, and let the process that failed speak first. torchrun ends all as soon as one has failed; not before that."""
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN) if main else None
     try:
-        yield
-        barrier()
-    except BaseException as error:
-        # NCCL's orderly end waits for all ranks of a machine, and these may be waiting in a collective that this one will never reach.
-        if device.type == "cuda" and hasattr(dist.group.WORLD, "abort"):
-            with suppress(RuntimeError):
-                dist.group.WORLD.abort()
-        if isinstance(error, RuntimeError) and any(words in str(error) for words in _PEER_GONE):
-            raise FastSSLError("another process of this run has ended; its message says why") from error
-        raise
+        watch.reason()
+        time.sleep(_SPEAKS_FIRST_S)
     finally:
-        dist.destroy_process_group()
+        if main:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _one_line(error: BaseException) -> str:
+    """What the others are told of this process's failure."""
+    if isinstance(error, KeyboardInterrupt):
+        return "was interrupted"
+    text = " ".join(str(error).split())[:400]
+    return text if isinstance(error, FastSSLError) else f"{type(error).__name__}: {text}"
 
 
 @contextmanager

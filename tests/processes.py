@@ -6,10 +6,12 @@ import faulthandler
 import multiprocessing
 import os
 import socket
+import subprocess
+import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
@@ -100,3 +102,60 @@ def _child(function: Callable[..., Any], args: tuple, environment: dict[str, str
             os._exit(1)
         finally:
             faulthandler.cancel_dump_traceback_later()
+
+
+#: What ``start_processes`` puts before the code that it is given.
+_PREAMBLE = """
+import sys, time, torch
+from fastssl.distributed import all_reduce_sum, barrier, joined, rank, world_from_environment, world_size
+from fastssl.pipelines.errors import FastSSLError, Interrupted
+torch.set_num_threads(1)
+world = world_from_environment()
+"""
+
+
+class Started:
+    """Processes that run by themselves, each with its own standard error; for tests that kill them."""
+
+    def __init__(self, commands: list[list[str]], folder: Path, **environ: str):
+        common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(len(commands)), "GLOO_SOCKET_IFNAME": "lo"}
+        self.files = [folder / f"{rank}.err" for rank in range(len(commands))]
+        self.processes = []
+        for rank, (command, file) in enumerate(zip(commands, self.files)):
+            own = {**os.environ, **common, **environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
+            with file.open("w") as stderr:
+                self.processes.append(subprocess.Popen([sys.executable, *command], stdout=stderr, stderr=stderr, env=own))
+
+    def __enter__(self) -> Started:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for process in self.processes:
+            process.kill()
+            process.wait()
+
+    def said(self, rank: int) -> str:
+        """What a process has written so far."""
+        return self.files[rank].read_text(errors="replace")
+
+    def wait_until_said(self, rank: int, words: str, timeout: float = 60) -> None:
+        """Wait for ``words`` of a process."""
+        deadline = time.monotonic() + timeout
+        while words not in self.said(rank):
+            if time.monotonic() > deadline or self.processes[rank].poll() is not None:
+                raise TimeoutError(f"process {rank} never said {words!r}:\n{self.said(rank)}")
+            time.sleep(0.05)
+
+    def ended(self, ranks: Iterable[int], timeout: float) -> list[int]:
+        """The statuses of these processes, which end within ``timeout`` seconds from now."""
+        deadline = time.monotonic() + timeout
+        try:
+            return [self.processes[rank].wait(max(0.0, deadline - time.monotonic())) for rank in ranks]
+        except subprocess.TimeoutExpired as error:
+            said = "\n".join(f"process {rank}:\n{self.said(rank)}" for rank in range(len(self.files)))
+            raise TimeoutError(f"still running after {timeout} s\n{said}") from error
+
+
+def start_processes(code: str, world: int, folder: Path, **environ: str) -> Started:
+    """``code`` in ``world`` processes, with the names of ``_PREAMBLE``; the environment is torchrun's and ``environ``."""
+    return Started([["-c", _PREAMBLE + code]] * world, folder, **environ)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fastssl import schedules
+from fastssl.dealt_batchnorm import DealtStatistics
 from fastssl.distributed import gather_rows, gather_views, rank
 from fastssl.heads import ProjectorConfig
 from fastssl.losses import SmoothedInfoNCE
@@ -126,6 +127,7 @@ class MoCo(Method):
         super().__init__(new_encoder(backbone, config.projector), views)
         self.config = config
         self.key_views = config.key_views
+        self._dealt: DealtStatistics | None = None
         self.loss = SmoothedInfoNCE(
             temperature=config.temperature, smoothing=config.smoothing, weighting=config.weighting, neighbors=config.neighbors
         )
@@ -144,12 +146,14 @@ class MoCo(Method):
         return {"momentum": momentum, **smoothing_rates(config, step, run)}
 
     def synchronise(self, convert: Callable[[nn.Module], nn.Module]) -> None:
-        """As of any method; but keys that are dealt into groups have the statistics of their group."""
+        """As of any method; but keys that are dealt into groups have the statistics of their group, and the running ones are put together."""
         if self.config.split_bn == 1:
             super().synchronise(convert)
         else:
             self.student = convert(self.student)
             self.compute_with(self.student, self.teacher)
+            world = self.views.world
+            self._dealt = DealtStatistics(self.teacher, groups=self.config.split_bn // world, rank=rank(), world=world)
 
     def noise(self, seed: int, epoch: int, step: int) -> dict[str, Any]:
         """``permutation``: (key views * global batch,) int64, the order in which the keys are dealt into BatchNorm groups."""
@@ -210,7 +214,10 @@ class MoCo(Method):
         mine = permutation.view(world, -1)[rank()] if world > 1 else permutation
         # index_select keeps channels-last; each group is one forward pass, so that any network's BatchNorm is served.
         shuffled = everyone.index_select(0, mine)
+        before = self._dealt.before() if self._dealt else None
         keys = gather_rows(torch.cat([teacher(group) for group in shuffled.tensor_split(groups)]))
+        if before is not None:
+            self._dealt.combine(before)
         keys = torch.empty_like(keys).index_copy_(0, permutation, keys)
         if world == 1:
             return keys

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -32,6 +33,7 @@ from fastssl.distributed import (
     world_from_environment,
     world_size,
 )
+from fastssl.meeting import Patience
 from fastssl.pipelines.errors import FastSSLError
 
 CPU = torch.device("cpu")
@@ -149,7 +151,7 @@ def test_those_who_do_not_come_are_missed_by_address_and_port() -> None:
     port = free_port()
     with (
         pytest.raises(FastSSLError, match=f"process 0 of 2 did not meet the others at 127.0.0.1:{port} in [0-9]+ s"),
-        joined(World(0, 2, 0, "127.0.0.1", port), CPU, timeout_minutes=0.01),
+        joined(World(0, 2, 0, "127.0.0.1", port), CPU, patience=Patience(meet_minutes=0.01)),
     ):
         pytest.fail("nobody else was started")
     assert world_size() == 1
@@ -159,9 +161,9 @@ def test_those_who_do_not_come_are_missed_by_address_and_port() -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_one_that_waits_for_others_can_be_ended(number: int) -> None:
-    code = "from fastssl.distributed import World, joined; import torch, signal, sys\n"
+    code = "from fastssl.distributed import World, joined; from fastssl.meeting import Patience; import torch, signal, sys\n"
     code += "signal.signal(signal.SIGTERM, lambda *_: sys.exit(3))\nprint('waiting', flush=True)\n"
-    code += f"with joined(World(0, 2, 0, '127.0.0.1', {free_port()}), torch.device('cpu'), timeout_minutes=2): pass"
+    code += f"with joined(World(0, 2, 0, '127.0.0.1', {free_port()}), torch.device('cpu'), patience=Patience(meet_minutes=2)): pass"
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
         try:
             assert process.stdout.readline() == "waiting\n"
@@ -342,8 +344,9 @@ def test_a_failure_is_that_of_the_first_and_ends_the_others() -> None:
         run_processes(one_fails, 2, join=False)
 
 
-def test_those_who_are_left_alone_say_that_another_one_knows_why() -> None:
-    assert run_processes(what_each_says, 2, join=False) == ["another process of this run has ended; its message says why", "'of rank 1'"]
+def test_those_who_are_left_alone_say_what_ended_the_other() -> None:
+    first, second = run_processes(what_each_says, 2, join=False)
+    assert re.fullmatch(r"another process of this run has ended: process 1 of 2 \(.+\): KeyError: 'of rank 1'", first) and second == "'of rank 1'"
 
 
 def test_a_hang_ends_at_the_time_limit_and_says_where() -> None:
