@@ -58,6 +58,11 @@ class SampleCheck:
             give_places(request, broken.tolist(), self._damaged[int(request.index[broken[0]])])
         return request
 
+    def lost(self, sample: int, error: BetonError) -> None:
+        """``sample`` was sound when it was looked at, and can no longer be read."""
+        self._sound[sample] = False
+        self._damaged[sample] = error
+
     def _look(self, sample: int) -> JpegError | BetonError | None:
         try:
             # A wrong checksum alone is not damage here: the picture may still decode, as `native` would find.

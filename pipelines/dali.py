@@ -21,7 +21,7 @@ from torch import Tensor
 from fastssl.pipelines.beton import BetonReader
 from fastssl.pipelines.check import SampleCheck
 from fastssl.pipelines.engine import Engine, EngineStats, Rendered, Request
-from fastssl.pipelines.errors import FastSSLError, worker_error
+from fastssl.pipelines.errors import BetonError, FastSSLError, worker_error
 from fastssl.pipelines.native import available_cores
 from fastssl.pipelines.plan import ViewSpec
 from fastssl.pipelines.stall import STALL_MINUTES, Patience
@@ -146,13 +146,25 @@ class DaliEngine(Engine):
         cpu = time.thread_time()
         try:
             request = self._check(draw())
-            encoded = [self.reader.encoded(int(sample)) for sample in request.index]
+            while (encoded := self._read(request)) is None:
+                request = self._check(request)
         except FastSSLError:
             raise
         except Exception as error:
             raise worker_error(self.reader.path, "drawing the views of a batch", error) from error
         self.stats.host_cpu_s += time.thread_time() - cpu
         return request, encoded
+
+    def _read(self, request: Request) -> list[np.ndarray] | None:
+        """The bytes of its samples; None where some can no longer be read, which the next look at the request knows."""
+        encoded, lost = [], False
+        for sample in request.index.tolist():
+            try:
+                encoded.append(self.reader.encoded(sample))
+            except BetonError as error:
+                self._check.lost(sample, error)
+                lost = True
+        return None if lost else encoded
 
     def _feed(self) -> list:
         """DALI asks for its next batch, in the thread that called ``run``: the pictures, then each view's box."""
