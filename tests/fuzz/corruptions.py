@@ -198,7 +198,7 @@ def _with_picture(rng: np.random.Generator, file: Beton, change: Callable[[bytes
 
 
 def _touched(rng: np.random.Generator, data: bytes) -> bytes:
-    changed = bytearray(data)
+    changed = bytearray(data or b"\0")
     how = int(rng.integers(5))
     for _ in range(int(rng.choice([1, 2, 6]))):
         at = int(rng.integers(len(changed)))
@@ -278,6 +278,8 @@ def edit_markers(rng: np.random.Generator, data: bytes) -> bytes:
             changed[at:] = (
                 changed[at:][: int(rng.integers(0, 4))] + [b"", b"\xff\xd9", b"\xff\xd0\xff\xd1", bytes(50)][int(rng.integers(4))]
             )
+        if len(changed) > 1 << 20:  # repeats of repeats
+            break
         data = bytes(changed)
     return data
 
