@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import struct
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,13 +28,6 @@ class Wrong(Exception):
 
 
 @dataclass(frozen=True)
-class Truth:
-    """What stands in a file that is whole, under what is stored: (mode, height, width, bytes) -> (pixels or None, the view's pixels)."""
-
-    pictures: dict[tuple, tuple[np.ndarray | None, np.ndarray | None]]
-
-
-@dataclass(frozen=True)
 class Verdict:
     """What became of a case: ``refused``, ``exact`` (all pictures are the originals), ``damaged`` (some are named errors) or ``altered`` (some are others,
     of the size that the file promises); and the first message, with its numbers taken out."""
@@ -51,7 +45,9 @@ class Judge:
 
     def __init__(self, files: list[Beton], path: Path):
         self.path, self._out = path, Guarded()
+        #: what stands in whole files: (mode, height, width, bytes) -> (pixels, the view's pixels), None where they cannot be decoded
         self.pictures: dict[tuple, tuple[np.ndarray | None, np.ndarray | None]] = {}
+        self.whole: set[tuple] = set()
         for file in files:
             path.write_bytes(file.layout().content)
             with warnings.catch_warnings():
@@ -60,6 +56,7 @@ class Judge:
             with reader:
                 found, failed = self._decode(reader)
                 views, _ = self._views(reader, failed, "host")
+                self.whole.add(tuple(self._key(reader, i) for i in range(len(reader))))
                 for i, picture in enumerate(found):
                     self.pictures[self._key(reader, i)] = (picture, None if picture is None else views[i])
 
@@ -73,8 +70,13 @@ class Judge:
         except BetonError as error:
             return Verdict("refused", self._named(error, f"{self.path}: "))
         with reader:
+            table = _table(content)
+            for i in range(len(reader)):
+                if (i, int(reader.offsets[i]), int(reader.sizes[i])) not in table:
+                    raise Wrong(f"sample {i}: read from byte {reader.offsets[i]}, which the allocation table does not give to it")
             found, failed = self._decode(reader)
-            known = [self.pictures.get(self._key(reader, i)) for i in range(len(reader))]
+            keys = tuple(self._key(reader, i) for i in range(len(reader)))
+            known = [self.pictures.get(key) for key in keys]
             for i, (picture, original) in enumerate(zip(found, known)):
                 if original is not None and not _same(picture, original[0]):
                     raise Wrong(f"sample {i}: its bytes are the original's, its pixels are not")
@@ -84,7 +86,7 @@ class Judge:
             for i, original in enumerate(known):
                 if views is not None and i not in failed and original is not None and crops == "host" and not _same(views[i], original[1]):
                     raise Wrong(f"sample {i}: its bytes are the original's, its view is not")
-        kind = "damaged" if failed else "exact" if all(original is not None for original in known) else "altered"
+        kind = "damaged" if failed else "exact" if keys in self.whole else "altered"
         return Verdict(kind, next(iter(failed.values()), ""))
 
     def _decode(self, reader: GuardedReader) -> tuple[list[np.ndarray | None], dict[int, str]]:
@@ -133,6 +135,12 @@ class Judge:
         if not message.startswith(begin) or "\n" in message:
             raise Wrong(f"a message that does not begin with {begin!r} on one line: {message!r}")
         return re.sub(r"\d[\d,]*|0x\w+|'.*?'", "#", message.removeprefix(f"{self.path}: "))
+
+
+def _table(content: bytes) -> set[tuple[int, int, int]]:
+    """(sample, offset, size) of all entries of a file's allocation table, as the bytes say it."""
+    (at,) = struct.unpack_from("<Q", content, 16)
+    return set(struct.iter_unpack("<QQQ", content[at:]))
 
 
 def judge_photo(data: bytes) -> Verdict:
