@@ -45,6 +45,8 @@ def main() -> int:
     deadline = None if options.minutes is None else started + 60 * options.minutes
     # In memory where there is such a place: ten thousand files would wait for a disk otherwise.
     with tempfile.TemporaryDirectory(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None) as folder:
+        if not options.photos:
+            Judge(Corruptor().files[:1], Path(folder) / "first.beton")  # compiles what is not compiled yet, once
         work = worker(make, options.seed, Path(folder), options.photos)
         found = run(work, count, first=options.first, workers=options.workers, deadline=deadline)
     seconds = time.monotonic() - started

@@ -16,6 +16,8 @@ from multiprocessing.connection import Connection, Pipe, wait
 
 #: Seconds for one case; they take milliseconds.
 LIMIT = 5.0
+#: status of a child whose judge raised before or behind its cases
+_BROKEN = 71
 
 
 @dataclass
@@ -48,12 +50,11 @@ class _Child:
                 self._run(work(), theirs)
             except BaseException:
                 traceback.print_exc()
-                os._exit(71)
+                os._exit(_BROKEN)
             os._exit(0)
         theirs.close()
 
     def _run(self, judge: Callable[[int], tuple[str, str]], pipe: Connection) -> None:
-        rows, told = [], time.monotonic()
         for number in range(self.first, self.end, self.step):
             started = time.monotonic()
             self.now[:] = struct.pack("<qd", number, started)
@@ -64,11 +65,7 @@ class _Child:
                 kind, message = "failed", ""
                 where = traceback.extract_tb(error.__traceback__)[-1]
                 failure = f"{type(error).__name__}: {error} ({os.path.basename(where.filename)}:{where.lineno})"
-            rows.append((number, kind, message, failure, time.monotonic() - started))
-            if time.monotonic() - told > 0.2:
-                pipe.send_bytes(json.dumps(rows).encode())
-                rows, told = [], time.monotonic()
-        pipe.send_bytes(json.dumps(rows).encode())
+            pipe.send_bytes(json.dumps((number, kind, message, failure, time.monotonic() - started)).encode())
 
     def stands_at(self) -> tuple[int, float]:
         return struct.unpack("<qd", self.now[:])
@@ -89,38 +86,42 @@ def run(
         ready = wait([child.pipe for child in children], 0.25)
         now = time.monotonic()
         for child in list(children):
-            ended = False
-            if child.pipe in ready:
-                try:
-                    _add(found, json.loads(child.pipe.recv_bytes()))
-                except (EOFError, OSError):
-                    ended = True
+            ended = child.pipe in ready and not _take(found, child.pipe)
             number, since = child.stands_at()
-            hangs = not ended and since and now - since > LIMIT
+            hangs = not ended and since > 0 and now - since > LIMIT
             late = deadline is not None and now > deadline
+            if not (ended or hangs or late):
+                continue
             if hangs or late:
                 os.kill(child.pid, signal.SIGKILL)
-            if ended or hangs or late:
-                _, status = os.waitpid(child.pid, 0)
-                children.remove(child)
-                if late or (ended and status == 0):
-                    continue
-                reason = f"took more than {LIMIT:g} s" if hangs else f"ended the process ({_named(status)})"
-                found.failures.append((number, reason))
-                found.done += 1
-                if number + child.step < child.end:
-                    children.append(_Child(work, number + child.step, child.step, child.end))
+            _, status = os.waitpid(child.pid, 0)
+            _take(found, child.pipe)
+            children.remove(child)
+            if late or (ended and status == 0):
+                continue
+            if not since or (os.WIFEXITED(status) and os.WEXITSTATUS(status) == _BROKEN):
+                raise RuntimeError("the judge itself does not work; see above")
+            found.failures.append((number, f"took more than {LIMIT:g} s" if hangs else f"ended the process ({_named(status)})"))
+            found.done += 1
+            if number + child.step < child.end:
+                children.append(_Child(work, number + child.step, child.step, child.end))
     return found
 
 
-def _add(found: Found, rows: list) -> None:
-    for number, kind, message, failure, seconds in rows:
-        found.done += 1
-        found.kinds[kind] += 1
-        found.slowest = max(found.slowest, (seconds, number))
-        if failure is not None:
-            found.failures.append((number, failure))
-        found.examples.setdefault(f"{kind}: {message}", number)
+def _take(found: Found, pipe: Connection) -> bool:
+    """Take what has arrived; False when nothing can come any more."""
+    try:
+        while pipe.poll():
+            number, kind, message, failure, seconds = json.loads(pipe.recv_bytes())
+            found.done += 1
+            found.kinds[kind] += 1
+            found.slowest = max(found.slowest, (seconds, number))
+            if failure is not None:
+                found.failures.append((number, failure))
+            found.examples.setdefault(f"{kind}: {message}", number)
+    except (EOFError, OSError):
+        return False
+    return True
 
 
 def _named(status: int) -> str:
