@@ -31,7 +31,7 @@ from pathlib import Path
 import numpy as np
 
 from fastssl.pipelines import jpeg
-from fastssl.pipelines.errors import BetonError, JpegError
+from fastssl.pipelines.errors import BetonError, JpegError, printable
 
 VERSION = 2
 MODE_JPEG, MODE_RAW = 0, 1
@@ -222,7 +222,7 @@ class BetonReader:
 
     def _read_fields(self, descriptors: np.ndarray) -> tuple[np.dtype, str, str | None]:
         """Return the metadata record's dtype and the names in it (f0, f1, ...) of the image and of the label."""
-        names = [bytes(name).split(b"\0")[0].decode("ascii", "backslashreplace") for name in descriptors["name"]]
+        names = [printable(bytes(name).split(b"\0")[0].decode("ascii", "backslashreplace")) for name in descriptors["name"]]
         types = descriptors["type_id"].tolist()
         for name, type_id in zip(names, types):
             if type_id not in FIELD_TYPES:
