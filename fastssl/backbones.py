@@ -176,6 +176,10 @@ def load_backbone(path: str | Path) -> nn.Module:
     """
     header, tensors = _open_checkpoint(Path(path), tensors=True)
     try:
+        # Shapes first, without memory: a header of a few bytes can name a network of gigabytes.
+        with torch.device("meta"):
+            if unfit := _unfit(tensors, create_backbone(header["arch"]).state_dict()):
+                raise RuntimeError(unfit)
         backbone = create_backbone(header["arch"])
         if odd := other_kinds(tensors, backbone.state_dict()):
             raise FastSSLError(f"{path}: tensors are of another kind than in the network named in its header: {odd[0]}")
@@ -183,6 +187,20 @@ def load_backbone(path: str | Path) -> nn.Module:
     except RuntimeError as error:
         raise FastSSLError(f"{path}: tensors do not fit the network named in its header: {' '.join(str(error).split())[:300]}") from error
     return backbone.eval()
+
+
+def _unfit(tensors: dict[str, Tensor], wanted: dict[str, Tensor]) -> str:
+    """What ``load_state_dict`` would say of these tensors; empty when they fit."""
+    missing, extra = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
+    wrong = [
+        f"{name} {tuple(tensors[name].shape)} for {tuple(wanted[name].shape)}"
+        for name in wanted.keys() & tensors.keys()
+        if tensors[name].shape != wanted[name].shape
+    ]
+    said = (("Missing key(s)", missing), ("Unexpected key(s)", extra), ("size mismatch", sorted(wrong)))
+    return "; ".join(
+        f"{what}: {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}" for what, names in said if names
+    )
 
 
 def other_kinds(tensors: dict[str, Tensor], wanted: dict[str, Tensor]) -> list[str]:
@@ -209,9 +227,9 @@ def _open_checkpoint(path: Path, *, tensors: bool) -> tuple[dict[str, Any], dict
         with safe_open(str(path), framework="pt") as file:
             text = (file.metadata() or {}).get("fastssl")
             found = {name: file.get_tensor(name) for name in (file.keys() if tensors else ())}
-    except SafetensorError as error:
+    except (SafetensorError, OSError, RuntimeError, ValueError, MemoryError) as error:
         raise FastSSLError(
-            f"{path}: not a whole safetensors file ({error}); what other programs trained comes in by `fastssl import`"
+            f"{path}: not a whole safetensors file ({' '.join(str(error).split())[:300]}); what other programs trained comes in by `fastssl import`"
         ) from error
     if text is None:
         raise FastSSLError(f"{path}: no fastssl header; checkpoints that others wrote come in by `fastssl import`")

@@ -8,6 +8,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from fastssl.pipelines.errors import printable
+
 
 def describe_row(row: dict[str, Any]) -> str:
     """One block of steps in words: ``loss 11.34 (kl 10.1)  1,234 pair/s  data-wait 3 %  lr 0.06``."""
@@ -74,4 +76,4 @@ class RunProgress:
 
     def message(self, text: str) -> None:
         """One line above the display."""
-        self.console.print(text, highlight=False, soft_wrap=True)
+        self.console.print(printable(text), highlight=False, markup=False, soft_wrap=True)

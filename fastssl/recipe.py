@@ -15,8 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from fastssl.losses.pairs import PairWeights
 from fastssl.methods import METHODS, DINOConfig, MoCoConfig, SimCLRConfig, SwAVConfig
 from fastssl.names import nearest
@@ -24,21 +22,9 @@ from fastssl.optim import OptimConfig
 from fastssl.pipelines.errors import FastSSLError
 from fastssl.pipelines.multicrop import PRESETS, MultiCrop
 from fastssl.pipelines.plan import ViewSpec
+from fastssl.yaml_file import parse_yaml, read_yaml, shown
 
 RECIPE_FOLDER = Path(__file__).parent / "recipes"
-
-
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """The safe loader, which would let the second of two equal keys win in silence, made to refuse it."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            name = str(key.value)
-            if name in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {name!r} stands twice", key.start_mark)
-            seen.add(name)
-        return super().construct_mapping(node, deep)
 
 
 @dataclass(frozen=True)
@@ -215,7 +201,7 @@ def recipe_path(name: str) -> Path:
     """
     path = Path(name)
     if path.suffix in (".yaml", ".yml"):
-        if not path.is_file():
+        if not path.exists():
             raise FastSSLError(f"{name}: no such recipe file")
         return path
     ours = RECIPE_FOLDER / f"{name}.yaml"
@@ -235,18 +221,12 @@ def load_recipe(name: str, overrides: Mapping[str, str] | None = None) -> Recipe
         FastSSLError: unknown recipe or key (with the nearest), wrong type, or a value out of range; names file and key.
     """
     path = recipe_path(name)
-    try:
-        tree = yaml.load(path.read_text(), Loader=_UniqueKeyLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise FastSSLError(f"{path}: not a yaml file: {' '.join(str(error).split())}") from error
+    tree = read_yaml(path)
     if not isinstance(tree, dict):
         raise FastSSLError(f"{path}: a recipe is a mapping of keys to values")
     # A whole design of the views first, wherever it stands: what was said of single numbers is a change of it.
     for key, text in sorted((overrides or {}).items(), key=lambda item: ("views", "views.preset", item[0]).index(item[0])):
-        try:
-            _override(tree, key, yaml.safe_load(text))
-        except yaml.YAMLError as error:
-            raise FastSSLError(f"--set {key}: {text!r} is not a value: {' '.join(str(error).split())}") from error
+        _override(tree, key, parse_yaml(text, f"--set {key}: {shown(text)} is not a value"))
     return build_recipe(tree, where=path.name)
 
 
@@ -304,7 +284,9 @@ def _override(tree: Any, key: str, value: Any) -> None:
 def _override_views(tree: dict[str, Any], name: Any) -> None:
     """Put a preset's design of the views in the place of the recipe's; how a view is augmented stays as it is."""
     if not isinstance(name, str) or name not in PRESETS:
-        raise FastSSLError(f"--set views.preset={name}: no such preset{nearest(str(name), PRESETS)}; there are {', '.join(PRESETS)}")
+        raise FastSSLError(
+            f"--set views.preset={shown(name)}: no such preset{nearest(str(name)[:100], PRESETS)}; there are {', '.join(PRESETS)}"
+        )
     before = tree.get("views")
     if isinstance(before, str):  # another preset's name: nothing of it stays
         before = {}
@@ -340,16 +322,16 @@ def _build(kind: Any, value: Any, where: str, key: str) -> Any:
         return _build_dataclass(kind, value, where, key)
     if origin is dict:
         if not isinstance(value, Mapping):
-            raise FastSSLError(f"{where}: {key} must be a mapping of keys to values, got {value!r}")
+            raise FastSSLError(f"{where}: {key} must be a mapping of keys to values, got {shown(value)}")
         return dict(value)
     if origin is list:
         if not isinstance(value, list):
-            raise FastSSLError(f"{where}: {key} must be a list, got {value!r}")
+            raise FastSSLError(f"{where}: {key} must be a list, got {shown(value)}")
         return [_build(options[0], item, where, f"{key}.{number}") for number, item in enumerate(value)]
     if origin is tuple:
         kinds = options if options[-1] is not Ellipsis else (options[0],) * len(value)
         if not isinstance(value, (list, tuple)) or len(value) != len(kinds):
-            raise FastSSLError(f"{where}: {key} must be a list of {len(kinds)} values, got {value!r}")
+            raise FastSSLError(f"{where}: {key} must be a list of {len(kinds)} values, got {shown(value)}")
         return tuple(_build(option, item, where, key) for option, item in zip(kinds, value))
     return _build_scalar(kind, value, where, key)
 
@@ -366,24 +348,25 @@ def _build_scalar(kind: type, value: Any, where: str, key: str) -> Any:
     if kind is str and value is False:
         value = "off"  # yaml takes the bare word for a boolean
     if isinstance(value, float) and not math.isfinite(value):
-        raise FastSSLError(f"{where}: {key} must be a finite number, got {value!r}")
+        raise FastSSLError(f"{where}: {key} must be a finite number, got {shown(value)}")
     if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
-        raise FastSSLError(f"{where}: {key} must be {kind.__name__}, got {value!r}")
+        raise FastSSLError(f"{where}: {key} must be {kind.__name__}, got {shown(value)}")
     return value
 
 
 def _build_dataclass(kind: type, value: Any, where: str, key: str) -> Any:
     if kind is MultiCrop and isinstance(value, str):
         if value not in PRESETS:
-            raise FastSSLError(f"{where}: {key}: no preset {value!r}{nearest(value, PRESETS)}; there are {', '.join(PRESETS)}")
+            raise FastSSLError(f"{where}: {key}: no preset {shown(value)}{nearest(value[:100], PRESETS)}; there are {', '.join(PRESETS)}")
         value = PRESETS[value]
     if not isinstance(value, Mapping):
-        raise FastSSLError(f"{where}: {key or 'the recipe'} must be a mapping of keys to values, got {value!r}")
+        raise FastSSLError(f"{where}: {key or 'the recipe'} must be a mapping of keys to values, got {shown(value)}")
     hints = typing.get_type_hints(kind)
     prefix = f"{key}." if key else ""
     for name in value:
         if name not in hints:
-            raise FastSSLError(f"{where}: no key {prefix}{name}{nearest(str(name), hints)}")
+            written = name if isinstance(name, str) and len(name) <= 100 else shown(name)
+            raise FastSSLError(f"{where}: no key {prefix}{written}{nearest(str(name)[:100], hints)}")
     arguments = {name: _build(hints[name], item, where, f"{prefix}{name}") for name, item in value.items()}
     missing = [
         f.name

@@ -13,21 +13,25 @@ because FFCV's process cache loads whole pages and finds them as ``ptr >> log2(p
 converter keeps them in a side file, ``FILE.beton.json``.
 
 The reader trusts no number from a file before it has compared it with the file's size: a damaged or hostile file ends in a
-``BetonError``, never in a read outside the map.
+``BetonError``, never in a read outside of it. It reads with ``preadv`` and maps nothing: a file that is cut short, or a disk that
+fails, while a run reads it would end the process with SIGBUS at the next touch of a map, and no program can make an error of that.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import stat
+import threading
 import warnings
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from fastssl.pipelines import jpeg
-from fastssl.pipelines.errors import BetonError, JpegError
+from fastssl.pipelines.errors import BetonError, JpegError, printable
 
 VERSION = 2
 MODE_JPEG, MODE_RAW = 0, 1
@@ -56,6 +60,9 @@ FIELD_TYPES: dict[int, tuple[str, np.dtype]] = {
     6: ("torch tensor", np.dtype("<u8")),
 }
 
+#: Samples whose metadata is read at a time; bytes that are summed up at a time.
+_BLOCK, _PART = 1 << 20, 16 << 20
+
 #: One sample as the writer remembers it; also what a conversion journal stores.
 RECORD_DTYPE = np.dtype([("offset", "<u8"), ("size", "<u8"), ("label", "<i8"), ("height", "<u4"), ("width", "<u4"), ("mode", "u1")])
 
@@ -81,12 +88,41 @@ def read_side_file(path: str | os.PathLike) -> dict | None:
     return content
 
 
+class _OpenFile:
+    """A file descriptor that is closed with the last reference to it: a thread that still reads keeps its file, whoever closes the reader.
+
+    Closed in time, its number could be given to another file while a thread that the disk holds up is about to read from it.
+    """
+
+    def __init__(self, path: Path):
+        self.descriptor = -1
+        # A named pipe would wait here for its writer; a plain file knows nothing of the flag.
+        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        about = os.fstat(self.descriptor)
+        self.num_bytes, self.plain = about.st_size, stat.S_ISREG(about.st_mode)
+
+    def __del__(self) -> None:
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+
+    def read_into(self, out: np.ndarray, offset: int) -> int:
+        """Fill ``out``, 1-D uint8, from byte ``offset`` on; how many bytes there were, fewer than wanted at the end of the file only."""
+        view, done = memoryview(out), 0
+        while done < len(view):
+            got = os.preadv(self.descriptor, [view[done:]], offset + done)
+            if got == 0:
+                break
+            done += got
+        return done
+
+
 class BetonReader:
-    """A memory-mapped ``.beton`` file with one image field and, usually, one integer label.
+    """An open ``.beton`` file with one image field and, usually, one integer label.
 
     All tables are checked when the file is opened (about 0.2 s per million samples); afterwards any sample can be read from any
-    thread. Fields other than the first image and the first integer are skipped with a warning. Use it as a context manager, or
-    call :meth:`close`.
+    thread. It keeps to the file that it opened: one that is put in its place under the same name is not seen, and one that is cut short
+    or written over meanwhile gives errors that name the sample. Fields other than the first image and the first integer are skipped
+    with a warning. Use it as a context manager, or call :meth:`close`.
 
     Attributes:
         path: the file. num_samples: N, also ``len(reader)``.
@@ -100,17 +136,22 @@ class BetonReader:
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
         try:
-            self.num_bytes = self.path.stat().st_size
-            if self.num_bytes < HEADER_DTYPE.itemsize:
-                raise self._error(f"only {self.num_bytes} bytes, shorter than a header: empty or cut off")
-            # The plain-array view: slicing np.memmap itself costs several microseconds each time.
-            self._bytes: np.ndarray | None = np.memmap(self.path, dtype=np.uint8, mode="r").view(np.ndarray)
+            self._file: _OpenFile | None = _OpenFile(self.path)
         except OSError as error:
             raise BetonError(f"{self.path}: cannot open: {error.strerror or error}") from None
-        self._read_tables(self._bytes)
+        self._scratch = threading.local()
+        self.num_bytes = self._file.num_bytes
+        if not self._file.plain:
+            raise self._error("is not a plain file")
+        if self.num_bytes < HEADER_DTYPE.itemsize:
+            raise self._error(f"only {self.num_bytes} bytes, shorter than a header: empty or cut off")
+        try:
+            self._read_tables()
+        except MemoryError:
+            raise self._error(f"no memory for its tables: the header speaks of {self.num_samples:,} samples") from None
 
-    def _read_tables(self, data: np.ndarray) -> None:
-        header = data[: HEADER_DTYPE.itemsize].view(HEADER_DTYPE)[0]
+    def _read_tables(self) -> None:
+        header = self._read_array(0, 1, HEADER_DTYPE)[0]
         # Python integers from here on: they cannot overflow, whatever the file says.
         version, num_fields, page_size, self.num_samples, table_at = (int(header[name]) for name in HEADER_DTYPE.names)
         if version in (0, VERSION) and table_at == 0:
@@ -127,7 +168,7 @@ class BetonReader:
         fields_end = HEADER_DTYPE.itemsize + num_fields * FIELD_DTYPE.itemsize
         if num_fields == 0 or fields_end > self.num_bytes:
             raise self._error(f"damaged header: {num_fields} field descriptors do not fit into {self.num_bytes} bytes")
-        record_dtype, image_field, label_field = self._read_fields(data[HEADER_DTYPE.itemsize : fields_end].view(FIELD_DTYPE))
+        record_dtype, image_field, label_field = self._read_fields(self._read_array(HEADER_DTYPE.itemsize, num_fields, FIELD_DTYPE))
 
         self._metadata_end = fields_end + self.num_samples * record_dtype.itemsize
         if self._metadata_end > self.num_bytes:
@@ -142,20 +183,46 @@ class BetonReader:
             )
         if table_at == self.num_bytes or (self.num_bytes - table_at) % TABLE_DTYPE.itemsize:
             raise self._error(f"cut off: the allocation table has {self.num_bytes - table_at} bytes, not a multiple of 24")
+        entries = (self.num_bytes - table_at) // TABLE_DTYPE.itemsize
+        if entries > self.num_samples * num_fields:
+            raise self._error(
+                f"damaged header: {entries} entries in the allocation table for {self.num_samples} samples of {num_fields} fields"
+            )
         self._table_at = table_at
 
-        records = data[fields_end : self._metadata_end].view(record_dtype)
-        images = records[image_field]
-        self.modes = np.ascontiguousarray(images["mode"])
-        self.heights = images["height"].astype(np.int32)
-        self.widths = images["width"].astype(np.int32)
-        self.labels = None if label_field is None else records[label_field].astype(np.int64)
-        self._read_regions(images["data_ptr"].astype(np.uint64), data[table_at:].view(TABLE_DTYPE))
-        self._check_samples()
+        pointers = self._read_metadata(fields_end, record_dtype, image_field, label_field)
+        self._read_regions(pointers, self._read_array(table_at, entries, TABLE_DTYPE))
+        self._require((self.modes != MODE_RAW) | (self.sizes == 3 * self._pixels()), "raw pixels whose size is not height x width x 3")
+
+    def _read_metadata(self, start: int, record_dtype: np.dtype, image_field: str, label_field: str | None) -> np.ndarray:
+        """Fill in what stands in the samples' records; returns their data pointers, (N,) uint64.
+
+        In blocks, and each is checked before memory for the next is touched: a file with terabytes of holes is refused at its first one.
+        """
+        count = self.num_samples
+        self.modes, self.heights, self.widths = np.empty(count, np.uint8), np.empty(count, np.int32), np.empty(count, np.int32)
+        self.labels = None if label_field is None else np.empty(count, np.int64)
+        pointers = np.empty(count, np.uint64)
+        for low in range(0, count, _BLOCK):
+            high = min(low + _BLOCK, count)
+            records = self._read_array(start + low * record_dtype.itemsize, high - low, record_dtype)
+            images = records[image_field]
+            self.modes[low:high], self.heights[low:high], self.widths[low:high] = images["mode"], images["height"], images["width"]
+            pointers[low:high] = images["data_ptr"]
+            if self.labels is not None:
+                self.labels[low:high] = records[label_field]
+            pixels = self._pixels(low, high)
+            self._require(pixels > 0, "height or width is zero", low)
+            self._require(pixels <= jpeg.MAX_PIXELS, f"more than {jpeg.MAX_PIXELS:,} pixels", low)
+            self._require(self.modes[low:high] <= MODE_RAW, "its storage mode is neither 0 (JPEG) nor 1 (raw)", low)
+        return pointers
+
+    def _pixels(self, low: int = 0, high: int | None = None) -> np.ndarray:
+        return self.heights[low:high].astype(np.int64) * self.widths[low:high]
 
     def _read_fields(self, descriptors: np.ndarray) -> tuple[np.dtype, str, str | None]:
         """Return the metadata record's dtype and the names in it (f0, f1, ...) of the image and of the label."""
-        names = [bytes(name).split(b"\0")[0].decode("ascii", "backslashreplace") for name in descriptors["name"]]
+        names = [printable(bytes(name).split(b"\0")[0].decode("ascii", "backslashreplace")) for name in descriptors["name"]]
         types = descriptors["type_id"].tolist()
         for name, type_id in zip(names, types):
             if type_id not in FIELD_TYPES:
@@ -190,21 +257,16 @@ class BetonReader:
         # Subtract before comparing: ptr + size could wrap around.
         self._require(inside & (entry_size <= high - np.where(inside, pointers, high)), "its image lies outside the data pages")
         self._require(entry_size > 0, "its image has no bytes")
+        self._require(entry_size <= np.uint64(self.page_size), f"its image is larger than a page of {self.page_size} bytes")
         self._require(entry_id == np.arange(self.num_samples, dtype=np.uint64), "its image belongs to another sample")
         self.offsets, self.sizes = pointers.astype(np.int64), entry_size.astype(np.int64)
 
-    def _check_samples(self) -> None:
-        pixels = self.heights.astype(np.int64) * self.widths
-        self._require(pixels > 0, "height or width is zero")
-        self._require(pixels <= jpeg.MAX_PIXELS, f"more than {jpeg.MAX_PIXELS:,} pixels")
-        self._require(self.modes <= MODE_RAW, "its storage mode is neither 0 (JPEG) nor 1 (raw)")
-        self._require((self.modes != MODE_RAW) | (self.sizes == 3 * pixels), "raw pixels whose size is not height x width x 3")
-
-    def _require(self, good: np.ndarray, complaint: str) -> None:
+    def _require(self, good: np.ndarray, complaint: str, first: int = 0) -> None:
+        """Refuse the file where not all are ``good``, of which the first one belongs to sample ``first``."""
         if not good.all():
             bad = np.flatnonzero(~good)
             more = f" (and {len(bad) - 1} more samples)" if len(bad) > 1 else ""
-            raise self._error(f"sample {bad[0]}: {complaint}{more}")
+            raise self._error(f"sample {first + bad[0]}: {complaint}{more}")
 
     def _error(self, message: str) -> BetonError:
         return BetonError(f"{self.path}: {message}")
@@ -219,8 +281,8 @@ class BetonReader:
         self.close()
 
     def close(self) -> None:
-        """Let go of the map. Views that :meth:`encoded` gave out stay valid, and hold the file open, as long as they live."""
-        self._bytes = None
+        """Let go of the file; a thread that is still reading from it finishes first."""
+        self._file = None
 
     @property
     def classes(self) -> list[str] | None:
@@ -234,41 +296,104 @@ class BetonReader:
         return side["classes"]
 
     def encoded(self, i: int) -> np.ndarray:
-        """The stored bytes of sample ``i``: a read-only 1-D uint8 view into the map, nothing is copied."""
-        if not 0 <= i < self.num_samples:
-            raise IndexError(f"{self.path}: no sample {i}, there are {self.num_samples}")
-        if self._bytes is None:
-            raise self._error("the reader is closed")
-        offset = self.offsets[i]
-        return self._bytes[offset : offset + self.sizes[i]]
+        """The stored bytes of sample ``i``: 1-D uint8, a copy of the caller's own.
+
+        Raises:
+            BetonError: they cannot be read, or are no longer there; names file and sample.
+        """
+        self._require_sample(i)
+        try:
+            out = np.empty(int(self.sizes[i]), np.uint8)
+        except MemoryError:
+            raise self._error(f"sample {i}: no memory for its {self.sizes[i]:,} bytes") from None
+        self._read(self._open_file(), int(self.offsets[i]), out, f"sample {i}")
+        return out
 
     def decode_into(self, i: int, out: np.ndarray) -> None:
-        """Decode sample ``i`` into ``out``, (heights[i], widths[i], 3) uint8 C-contiguous. ``JpegError`` names file and sample."""
-        data = self.encoded(i)
+        """Decode sample ``i`` into ``out``, (heights[i], widths[i], 3) uint8 C-contiguous; after an error its contents are undefined.
+
+        Raises:
+            JpegError: the picture is damaged, or ``out`` is of another shape. BetonError: as `encoded`. Both name file and sample.
+        """
+        self._require_sample(i)
+        file, offset, size = self._open_file(), int(self.offsets[i]), int(self.sizes[i])
         shape = (int(self.heights[i]), int(self.widths[i]), 3)
-        if out.shape != shape or out.dtype != np.uint8:
+        if out.shape != shape or out.dtype != np.uint8 or not out.flags.c_contiguous:
             raise JpegError(f"{self.path}: sample {i} is {shape} uint8, the buffer {out.shape} {out.dtype}")
         if self.modes[i] == MODE_RAW:
-            np.copyto(out, data.reshape(shape))
+            self._read(file, offset, out.reshape(-1), f"sample {i}")
             return
+        try:
+            data = self._memory(size)
+        except MemoryError:
+            raise self._error(f"sample {i}: no memory for its {size:,} bytes") from None
+        self._read(file, offset, data, f"sample {i}")
         try:
             jpeg.decode_into(data, out)
         except JpegError as error:
             raise JpegError(f"{self.path}: sample {i}: {error}") from None
 
-    def decode(self, i: int) -> np.ndarray:
-        """Decode sample ``i`` to a new (heights[i], widths[i], 3) uint8 RGB array."""
+    def _memory(self, size: int) -> np.ndarray:
+        """``size`` bytes to read into, this thread's own and overwritten by its next sample: new memory costs a fault a page."""
+        kept = getattr(self._scratch, "kept", None)
+        if kept is None or kept.size < size:
+            kept = self._scratch.kept = np.empty(size + size // 4, np.uint8)
+        return kept[:size]
+
+    def _open_file(self) -> _OpenFile:
+        file = self._file
+        if file is None:
+            raise self._error("the reader is closed")
+        return file
+
+    def _require_sample(self, i: int) -> None:
         if not 0 <= i < self.num_samples:
             raise IndexError(f"{self.path}: no sample {i}, there are {self.num_samples}")
+
+    def _read(self, file: _OpenFile, offset: int, out: np.ndarray, what: str) -> None:
+        """Fill ``out``, 1-D uint8, from byte ``offset`` on, or raise a ``BetonError`` that says ``what`` could not be read."""
+        try:
+            got = file.read_into(out, offset)
+        except OSError as error:
+            raise self._error(f"{what}: cannot be read: {error.strerror or error}") from None
+        if got < len(out):
+            raise self._error(f"{what}: cut off since it was opened: {got:,} of {len(out):,} bytes are there; put the whole file back")
+
+    def _read_array(self, offset: int, count: int, dtype: np.dtype) -> np.ndarray:
+        """(count,) of ``dtype``, as they stand at byte ``offset``."""
+        out = np.empty(count * dtype.itemsize, np.uint8)
+        self._read(self._open_file(), offset, out, "its tables")
+        return out.view(dtype)
+
+    def decode(self, i: int) -> np.ndarray:
+        """Decode sample ``i`` to a new (heights[i], widths[i], 3) uint8 RGB array."""
+        self._require_sample(i)
         out = np.empty((self.heights[i], self.widths[i], 3), np.uint8)
         self.decode_into(i, out)
         return out
 
     def table_checksums(self) -> dict[str, int]:
         """CRC-32 of header + descriptors + metadata (``head``) and of the allocation table (``table``)."""
-        if self._bytes is None:
-            raise self._error("the reader is closed")
-        return {"head": zlib.crc32(self._bytes[: self._metadata_end]), "table": zlib.crc32(self._bytes[self._table_at :])}
+        return {"head": self._checksum(0, self._metadata_end), "table": self._checksum(self._table_at, self.num_bytes)}
+
+    def _checksum(self, start: int, end: int) -> int:
+        found = 0
+        for part in self._parts(start, end):
+            found = zlib.crc32(part, found)
+        return found
+
+    def _parts(self, start: int, end: int) -> Iterator[np.ndarray]:
+        for low in range(start, end, _PART):
+            yield self._read_array(low, min(_PART, end - low), np.dtype(np.uint8))
+
+    def same_file(self) -> str:
+        """A name under which others open the very file that is open here, also if its path leads elsewhere by now."""
+        return f"/proc/self/fd/{self._open_file().descriptor}" if os.path.isdir("/proc/self/fd") else os.fspath(self.path)
+
+    def require_whole(self) -> None:
+        """For those that map the file themselves: it is as long as when it was opened, or ``BetonError``. One call to the system."""
+        if (now := os.fstat(self._open_file().descriptor).st_size) < self.num_bytes:
+            raise self._error(f"cut off since it was opened: {now:,} of {self.num_bytes:,} bytes are there; put the whole file back")
 
 
 class BetonWriter:

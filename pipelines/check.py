@@ -15,7 +15,7 @@ import numpy as np
 
 from fastssl.pipelines.beton import BetonReader
 from fastssl.pipelines.engine import EngineStats, Request
-from fastssl.pipelines.errors import BetonError, FastSSLError, JpegError
+from fastssl.pipelines.errors import BetonError, FastSSLError, JpegError, worker_error
 from fastssl.pipelines.verify import sample_checksums
 
 
@@ -40,7 +40,7 @@ class SampleCheck:
 
         Raises:
             JpegError: a damaged sample, and ``on_bad`` is ``fail``; names file and sample.
-            FastSSLError: all are damaged.
+            FastSSLError: all are damaged, or looking at one went wrong (``WorkerError``).
         """
         # After the first epoch this is empty: looking costs one indexing a batch.
         unknown = np.unique(request.index[~self._sound[request.index]]).tolist()
@@ -58,14 +58,21 @@ class SampleCheck:
             give_places(request, broken.tolist(), self._damaged[int(request.index[broken[0]])])
         return request
 
+    def lost(self, sample: int, error: BetonError) -> None:
+        """``sample`` was sound when it was looked at, and can no longer be read."""
+        self._sound[sample] = False
+        self._damaged[sample] = error
+
     def _look(self, sample: int) -> JpegError | BetonError | None:
-        # A wrong checksum alone is not damage here: the picture may still decode, as `native` would find.
-        if self._checksums is not None and zlib.crc32(self.reader.encoded(sample)) == self._checksums[sample]:
-            return None
         try:
+            # A wrong checksum alone is not damage here: the picture may still decode, as `native` would find.
+            if self._checksums is not None and zlib.crc32(self.reader.encoded(sample)) == self._checksums[sample]:
+                return None
             self.reader.decode(sample)
         except (JpegError, BetonError) as error:
             return error
+        except Exception as error:
+            raise worker_error(self.reader.path, f"sample {sample}", error) from error
         return None
 
 

@@ -275,6 +275,8 @@ def _decode_pillow(data: bytes, is_jpeg: bool) -> tuple[Image.Image, int]:
     # Before load(): the size in the header costs nothing, the pixels behind it may cost gigabytes.
     if image.width * image.height > jpeg.MAX_PIXELS:
         raise JpegError(f"the header asks for {image.height}x{image.width} pixels, more than the limit of {jpeg.MAX_PIXELS:,}")
+    if is_jpeg:
+        jpeg.require_few_scans(data, image.width * image.height)
     if image.format == "PNG":
         with Image.open(io.BytesIO(data), formats=("PNG",)) as check:
             check.verify()  # the chunks' checksums, which load() leaves out

@@ -21,9 +21,10 @@ from torch import Tensor
 from fastssl.pipelines.beton import BetonReader
 from fastssl.pipelines.check import SampleCheck
 from fastssl.pipelines.engine import Engine, EngineStats, Rendered, Request
-from fastssl.pipelines.errors import FastSSLError
+from fastssl.pipelines.errors import BetonError, FastSSLError, worker_error
 from fastssl.pipelines.native import available_cores
 from fastssl.pipelines.plan import ViewSpec
+from fastssl.pipelines.stall import STALL_MINUTES, Patience
 
 
 class DaliEngine(Engine):
@@ -39,6 +40,7 @@ class DaliEngine(Engine):
             counts it in ``stats.skipped`` and goes on.
         prefetch: batches rendered ahead of the consumer.
         hardware_load: share of the pictures that goes to the GPU's JPEG engine (GPU only).
+        stall_minutes: how long the consumer waits for a batch's bytes before it is an error.
     """
 
     name = "dali"
@@ -54,18 +56,20 @@ class DaliEngine(Engine):
         on_bad: str = "fail",
         prefetch: int = 2,
         hardware_load: float = 0.65,
+        stall_minutes: float = STALL_MINUTES,
     ):
+        self.patience = Patience(reader.path, stall_minutes)
         self.reader, self.specs, self.device, self.batch_size = reader, list(specs), device, batch_size
         self.workers = workers or available_cores()
         self.prefetch, self.hardware_load = prefetch, hardware_load
         self.stats = EngineStats()
-        # One thread draws plans in order; the other ones look at samples that were not seen before.
+        # One thread draws plans in order and reads; the other ones look at samples that were not seen before.
         self._drawer = ThreadPoolExecutor(1, thread_name_prefix="fastssl-dali-plan")
         self._checkers = ThreadPoolExecutor(self.workers, thread_name_prefix="fastssl-dali-check")
         self._check = SampleCheck(reader, on_bad, self.stats, self._checkers)
         self._pipeline: Any = None
         self._requests: Iterator[Callable[[], Request]] = iter(())
-        self._drawn: deque[Future[Request]] = deque()
+        self._drawn: deque[Future[tuple[Request, list[np.ndarray]]]] = deque()
         self._fed: deque[Request] = deque()
 
     # ------------------------------------------------------------------ the consumer's side
@@ -112,6 +116,7 @@ class DaliEngine(Engine):
         self._requests = iter(())
         for future in self._drawn:
             future.cancel()
+        self.patience.settled(self._drawn)
         left_early = not finished and self._pipeline is not None
         self._drawn.clear()
         if left_early:
@@ -127,8 +132,8 @@ class DaliEngine(Engine):
 
     def _free(self) -> None:
         self._pipeline = None
-        self._drawer.shutdown(wait=True, cancel_futures=True)
-        self._checkers.shutdown(wait=True, cancel_futures=True)
+        for pool in (self._drawer, self._checkers):
+            pool.shutdown(wait=not self.patience.given_up, cancel_futures=True)
 
     # ------------------------------------------------------------------ what DALI is fed
 
@@ -136,20 +141,40 @@ class DaliEngine(Engine):
         while len(self._drawn) < self.prefetch + 1 and (draw := next(self._requests, None)) is not None:
             self._drawn.append(self._drawer.submit(self._draw, draw))
 
-    def _draw(self, draw: Callable[[], Request]) -> Request:
+    def _draw(self, draw: Callable[[], Request]) -> tuple[Request, list[np.ndarray]]:
+        """A request and its samples' bytes. Read here and not where DALI asks for them: the consumer waits there, and must not hang."""
         cpu = time.thread_time()
-        request = self._check(draw())
+        try:
+            request = self._check(draw())
+            while (encoded := self._read(request)) is None:
+                request = self._check(request)
+        except FastSSLError:
+            raise
+        except Exception as error:
+            raise worker_error(self.reader.path, "drawing the views of a batch", error) from error
         self.stats.host_cpu_s += time.thread_time() - cpu
-        return request
+        return request, encoded
+
+    def _read(self, request: Request) -> list[np.ndarray] | None:
+        """The bytes of its samples; None where some can no longer be read, which the next look at the request knows."""
+        encoded, lost = [], False
+        for sample in request.index.tolist():
+            try:
+                encoded.append(self.reader.encoded(sample))
+            except BetonError as error:
+                self._check.lost(sample, error)
+                lost = True
+        return None if lost else encoded
 
     def _feed(self) -> list:
         """DALI asks for its next batch, in the thread that called ``run``: the pictures, then each view's box."""
         if not self._drawn:
             raise StopIteration
-        request = self._drawn.popleft().result()
+        request, encoded = self.patience.result(self._drawn[0], lambda: "while a batch was to begin")
+        self._drawn.popleft()
         self._draw_ahead()
         self._fed.append(request)
-        inputs: list = [[self.reader.encoded(int(sample)) for sample in request.index]]
+        inputs: list = [encoded]
         for plan in request.plans:
             for view in plan:
                 start = np.stack([view["top"], view["left"]], axis=1).astype(np.int32)

@@ -15,6 +15,7 @@ import numpy as np
 from torch import Tensor
 
 from fastssl.pipelines.errors import FastSSLError
+from fastssl.pipelines.stall import Patience
 
 
 @dataclass
@@ -28,6 +29,11 @@ class Request:
 
     index: np.ndarray
     plans: list[np.ndarray]
+
+
+def batch_name(request: Request) -> str:
+    """What a message calls a batch: ``at the batch that begins with samples 7, 0, 3``."""
+    return f"at the batch that begins with samples {', '.join(str(int(sample)) for sample in request.index[:3])}"
 
 
 @dataclass
@@ -70,10 +76,12 @@ class Engine(ABC):
     Attributes:
         name: what ``--pipeline`` calls it.
         stats: see ``EngineStats``.
+        patience: with which the consumer waits for batches.
     """
 
     name: str
     stats: EngineStats
+    patience: Patience
     _epoch: weakref.ref[Generator[Rendered, None, None]] | None = None
     _closed = False
 
@@ -83,10 +91,12 @@ class Engine(ABC):
         Closing the iterator early stops the work that was begun ahead.
 
         Raises:
-            FastSSLError: the engine is closed, or its last epoch is still running.
+            FastSSLError: the engine is closed, or its last epoch is still running. While iterating, also: a damaged picture (unless skipped),
+                ``WorkerError`` for what went wrong in a thread, ``Stalled``.
         """
         if self._closed:
             raise FastSSLError("this loader is closed; open a new ViewLoader")
+        self.patience.require_threads()
         # The buffers have one consumer. An epoch that was left by `break` is gone with its last reference, hence the weak one here.
         if self._unfinished() is not None:
             raise FastSSLError("an epoch of this loader is still running: finish it or close() its iterator first, or open a second loader")
@@ -95,7 +105,7 @@ class Engine(ABC):
         return iterator
 
     def close(self) -> None:
-        """Stop a running epoch, join all threads, free all buffers. Harmless when called twice."""
+        """Stop a running epoch, join all threads but those that were given up, free all buffers. Harmless when called twice."""
         self._closed = True
         if (iterator := self._unfinished()) is not None:
             iterator.close()

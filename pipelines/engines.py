@@ -14,6 +14,7 @@ from fastssl.pipelines.engine import Engine
 from fastssl.pipelines.errors import FastSSLError
 from fastssl.pipelines.native import NativeEngine
 from fastssl.pipelines.plan import ViewSpec
+from fastssl.pipelines.stall import STALL_MINUTES
 
 PIPELINES = ("auto", "native", "dali", "ffcv")
 
@@ -117,6 +118,7 @@ def open_engine(
     crops: str = "auto",
     on_bad: str = "fail",
     hardware_load: float | None = None,
+    stall_minutes: float = STALL_MINUTES,
 ) -> Engine:
     """Open an engine by name.
 
@@ -126,6 +128,7 @@ def open_engine(
         batch_size: most samples of a request.
         crops: where `native` cuts views: ``host``, ``device`` or ``auto``; the other engines have one way only.
         hardware_load: for `dali` on a GPU, the share of the pictures that its JPEG unit decodes (0 .. 1); None: 0.65.
+        stall_minutes: see ``ViewLoader``.
 
     Raises:
         FastSSLError: as `require_engine`, or an option that the engine does not have.
@@ -142,15 +145,16 @@ def open_engine(
     if name == "native":
         if crops == "auto":
             crops = "device" if device.type == "cuda" else "host"
-        return NativeEngine(reader, specs, device=device, workers=workers, crops=crops, on_bad=on_bad)
+        return NativeEngine(reader, specs, device=device, workers=workers, crops=crops, on_bad=on_bad, stall_minutes=stall_minutes)
     if crops != "auto":
         raise FastSSLError(f"crops={crops!r} is a choice of the native engine; {name} has one way to crop")
     require_engine(name, reader, specs)
+    common = {"device": device, "batch_size": batch_size, "workers": workers, "on_bad": on_bad, "stall_minutes": stall_minutes}
     if name == "dali":
         from fastssl.pipelines.dali import DaliEngine
 
         load = {} if hardware_load is None else {"hardware_load": hardware_load}
-        return DaliEngine(reader, specs, device=device, batch_size=batch_size, workers=workers, on_bad=on_bad, **load)
+        return DaliEngine(reader, specs, **common, **load)
     from fastssl.pipelines.ffcv import FfcvEngine
 
-    return FfcvEngine(reader, specs, device=device, batch_size=batch_size, workers=workers, on_bad=on_bad)
+    return FfcvEngine(reader, specs, **common)

@@ -4,6 +4,11 @@ Every message says what is wrong, with which file, sample or key, and what to do
 line prints it as one line and leaves with status 1. Anything else that escapes is a bug of ours.
 """
 
+from __future__ import annotations
+
+import os
+import unicodedata
+
 
 class FastSSLError(Exception):
     """Base of all failures that are the input's, the machine's or the caller's, not the program's."""
@@ -17,5 +22,33 @@ class JpegError(FastSSLError):
     """A picture cannot be decoded, or decodes to something other than its header promises."""
 
 
+class Stalled(FastSSLError):
+    """The disk or network file system under the photos did not answer. Threads may still hang in it: leave the process with ``os._exit``."""
+
+
+class WorkerError(FastSSLError):
+    """A thread met what it was not made for: no memory, or a bug of ours. Its cause is the error that the thread met."""
+
+
 class Interrupted(FastSSLError):
     """The work was asked to stop (SIGINT, SIGTERM), and what was done is saved. The command line leaves with 130."""
+
+
+def worker_error(path: str | os.PathLike, what: str, error: Exception) -> WorkerError:
+    """What to raise, ``from error``, at something unexpected in a thread that was at work on ``what``."""
+    if isinstance(error, MemoryError):
+        return WorkerError(f"{os.fspath(path)}: {what}: no memory left; fewer --workers or a smaller batch need less")
+    said = " ".join(str(error).split())
+    return WorkerError(f"{os.fspath(path)}: {what}: unexpected {type(error).__name__}: {said} (run again with --debug for the traceback)")
+
+
+def printable(text: str) -> str:
+    r"""``text`` on one line and without what a terminal would act on: control, format and surrogate characters become ``\x1b`` and the like.
+
+    File names and messages about strangers' files are printed; escape sequences in them could move the cursor, or worse.
+    """
+    # Cc: control, Cf: also those that turn the direction of writing, Cs: bytes of a name that are no UTF-8, Zl and Zp: line ends.
+    odd = {char for char in text if unicodedata.category(char) in ("Cc", "Cf", "Cs", "Zl", "Zp")}
+    for char in odd:
+        text = text.replace(char, char.encode("unicode_escape").decode("ascii"))
+    return text

@@ -35,9 +35,11 @@ from fastssl.pipelines.beton import BetonReader
 from fastssl.pipelines.check import SampleCheck
 from fastssl.pipelines.compiled import crop_resize
 from fastssl.pipelines.crop import BOX, boxes_of
-from fastssl.pipelines.engine import Engine, EngineStats, Rendered, Request
+from fastssl.pipelines.engine import Engine, EngineStats, Rendered, Request, batch_name
+from fastssl.pipelines.errors import FastSSLError, worker_error
 from fastssl.pipelines.native import available_cores
 from fastssl.pipelines.plan import ViewSpec
+from fastssl.pipelines.stall import LEAVE_SECONDS, STALL_MINUTES, Patience
 
 # ---------------------------------------------------------------------- compiled: decode, and cut all views
 
@@ -109,6 +111,7 @@ class FfcvEngine(Engine):
         on_bad: ``fail`` raises at the first damaged picture; ``skip`` puts another sample of the batch in its place,
             counts it in ``stats.skipped`` and goes on.
         prefetch: batches rendered ahead of the consumer.
+        stall_minutes: how long the consumer waits for a batch before it is an error.
     """
 
     name = "ffcv"
@@ -123,7 +126,9 @@ class FfcvEngine(Engine):
         workers: int | None = None,
         on_bad: str = "fail",
         prefetch: int = 3,
+        stall_minutes: float = STALL_MINUTES,
     ):
+        self.patience = Patience(reader.path, stall_minutes)
         self.reader, self.specs, self.device, self.batch_size = reader, list(specs), device, batch_size
         # numba starts its threads once, as many as the machine has cores, and refuses more.
         self.workers = min(workers or available_cores(), numba.config.NUMBA_NUM_THREADS)
@@ -136,7 +141,7 @@ class FfcvEngine(Engine):
     def _run(self, requests: Iterator[Callable[[], Request]]) -> Generator[Rendered, None, None]:
         if self._loader is None:
             self._loader = self._open()
-        epoch = _Epoch(self._loader, requests, self._check, self.workers)
+        epoch = _Epoch(self._loader, requests, self._checked, self.workers, self.patience)
         try:
             while True:
                 started = time.perf_counter()
@@ -151,6 +156,17 @@ class FfcvEngine(Engine):
                 yield Rendered(request, groups)
         finally:
             epoch.stop()
+
+    def _checked(self, draw: Callable[[], Request]) -> Request:
+        """Draw, look at what was not seen before; FFCV maps the file, and what is cut off of a map would end the process."""
+        try:
+            request = self._check(draw())
+        except FastSSLError:
+            raise
+        except Exception as error:
+            raise worker_error(self.reader.path, "drawing the views of a batch", error) from error
+        self.reader.require_whole()
+        return request
 
     def _groups(self, views: Sequence[np.ndarray], batch: int) -> list[Tensor]:
         """FFCV's buffers as (count * B, 3, S, S) tensors on memory of their own: FFCV will write over its."""
@@ -170,7 +186,7 @@ class FfcvEngine(Engine):
             fields: dict = dict.fromkeys(self.reader.field_names)
             fields[self.reader.image_field] = [_DecodeOnce(self.specs)]
             loader = Loader(
-                str(self.reader.path),
+                self.reader.same_file(),
                 batch_size=self.batch_size,
                 num_workers=self.workers,
                 os_cache=True,
@@ -187,7 +203,7 @@ class FfcvEngine(Engine):
 
     def _free(self) -> None:
         self._loader = None
-        self._checkers.shutdown(wait=True, cancel_futures=True)
+        self._checkers.shutdown(wait=not self.patience.given_up, cancel_futures=True)
 
 
 #: numba's own thread pool, which it falls back to where neither TBB nor OpenMP loads, ends the process when two threads use it at once.
@@ -197,8 +213,8 @@ _COMPILED_LOOP = threading.Lock()
 class _Epoch(EpochIterator):
     """FFCV's epoch, whose thread also draws the plans, hands errors on, and can be stopped and joined."""
 
-    def __init__(self, loader: Loader, requests: Iterator[Callable[[], Request]], check: SampleCheck, threads: int):
-        self._requests, self._check, self._threads = requests, check, threads
+    def __init__(self, loader: Loader, requests: Iterator[Callable[[], Request]], check: Callable, threads: int, patience: Patience):
+        self._requests, self._check, self._threads, self._patience = requests, check, threads, patience
         self._wanted = threading.Event()
         super().__init__(loader, np.zeros(0, np.int64))
 
@@ -208,14 +224,20 @@ class _Epoch(EpochIterator):
         try:
             while not self.terminate_event.is_set() and (draw := next(self._requests, None)) is not None:
                 cpu = time.thread_time()
-                request = self._check(draw())
+                request = self._check(draw)
                 with _COMPILED_LOOP:
-                    views = self.run_pipeline(0, _table(request), slot, None)[0]
+                    views = self._rendered(request, slot)
                 slot = (slot + 1) % (self.loader.batches_ahead + 2)
                 self._put((request, views, time.thread_time() - cpu))
             self._put(None)
         except BaseException as error:  # for whoever waits at the other end
             self._put(error)
+
+    def _rendered(self, request: Request, slot: int) -> Sequence[np.ndarray]:
+        try:
+            return self.run_pipeline(0, _table(request), slot, None)[0]
+        except Exception as error:
+            raise worker_error(self._patience.path, batch_name(request), error) from error
 
     def _put(self, item: object) -> None:
         while not self.terminate_event.is_set():
@@ -227,16 +249,21 @@ class _Epoch(EpochIterator):
 
     def get(self) -> tuple[Request, Sequence[np.ndarray], float] | None:
         """The next batch; None behind the last one."""
-        item = self.output_queue.get()
+        item = self._patience.take(self.output_queue, lambda: "while a batch was to come")
         if isinstance(item, BaseException):
             raise item
         return item
 
     def stop(self) -> None:
-        """End the thread and wait for it."""
-        self.close()
+        """End the thread and wait for it, unless it was given up."""
+        self.terminate_event.set()
+        if not self._patience.given_up:
+            self.join(LEAVE_SECONDS)
+        if self.is_alive():
+            self._patience.give_up()
+        else:
+            self.close()  # lets go of the map, which a thread may be reading
         self.closed = True
-        self.join()
 
 
 def _table(request: Request) -> np.ndarray:

@@ -16,6 +16,10 @@ from fastssl.pipelines.errors import JpegError
 #: Above this a header is taken for a decompression bomb (a few KB that ask for GBs). It is also Pillow's own limit.
 MAX_PIXELS = 178_956_970
 
+#: Scans of a progressive JPEG, and scans times pixels. The standard allows thousands of scans, and each costs a pass over all pixels however
+#: few bytes it has: 390 KB can keep a decoder busy for half a minute. Encoders write 10 or so; this budget is about two seconds.
+MAX_SCANS, MAX_SCANNED_PIXELS = 100, 4_000_000_000
+
 #: From this quality on the encoder keeps full colour resolution: whoever asks for it wants the colours too.
 FULL_CHROMA_QUALITY = 95
 
@@ -119,6 +123,38 @@ def _tiff_orientation(tiff: bytes) -> int:
     return 1
 
 
+def require_few_scans(data: bytes | memoryview | np.ndarray, pixels: int) -> None:
+    """``JpegError`` where a picture of ``pixels`` is sent in so many passes that decoding it is an attack on our time.
+
+    Sequential Huffman coding spends bits on every block of every scan, so there the file's size is the bound, and nothing is looked for.
+    """
+    view = memoryview(data).cast("B")
+    if _frame_marker(view) in (0xC0, 0xC1):
+        return
+    # 0xFF is followed by 0 in coded data: this is a marker, or a few bytes of a comment.
+    scans = bytes(view).count(b"\xff\xda")
+    if scans > MAX_SCANS or scans * pixels > MAX_SCANNED_PIXELS:
+        raise JpegError(f"comes in {scans} scans, more than the limit of {MAX_SCANS} and of {MAX_SCANNED_PIXELS:,} pixels in all of them")
+
+
+def _frame_marker(data: memoryview) -> int | None:
+    """The second byte of the marker that opens the frame, 0xC0 (baseline) to 0xCF; None where it is not plain what a decoder takes for it."""
+    at, end = 2, len(data) - 3
+    while at < end and data[at] == 0xFF:
+        marker = data[at + 1]
+        if marker == 0xFF:  # fill byte
+            at += 1
+        elif marker == 0x01 or 0xD0 <= marker <= 0xD7:  # stand alone, without a length
+            at += 2
+        elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # tables, reserved, conditioning
+            return marker
+        elif marker in (0xD9, 0xDA):
+            return None
+        else:
+            at += 2 + max(2, data[at + 2] << 8 | data[at + 3])
+    return None
+
+
 def _checked_header(data: bytes | memoryview | np.ndarray) -> JpegHeader:
     header = read_header(data)
     if header.height * header.width > MAX_PIXELS:
@@ -126,6 +162,7 @@ def _checked_header(data: bytes | memoryview | np.ndarray) -> JpegHeader:
     if header.colorspace not in DECODABLE:
         # libjpeg-turbo would turn it into RGB with a formula that ignores ink inversion: plausible, wrong colours.
         raise JpegError(f"the picture is {header.colorspace}: convert it to RGB first")
+    require_few_scans(data, header.height * header.width)
     return header
 
 

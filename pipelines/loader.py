@@ -22,6 +22,7 @@ from fastssl.pipelines.memory import RecycledMemory
 from fastssl.pipelines.native import available_cores
 from fastssl.pipelines.order import batch_indices, steps_per_epoch
 from fastssl.pipelines.plan import ViewSpec, draw_plan
+from fastssl.pipelines.stall import STALL_MINUTES
 
 
 @dataclass
@@ -66,6 +67,7 @@ class ViewLoader:
         colour: apply the colour operations here. Without it the batch holds the uint8 crops and the tables that ``augment_device`` takes,
             for a step that does it itself.
         hardware_load: for ``dali`` on a GPU, the share of the pictures that its JPEG unit decodes; None: 0.65.
+        stall_minutes: how long a batch is waited for; a warning comes after the first minute, ``Stalled`` at the end. ``math.inf``: for ever.
 
     Raises:
         FastSSLError: the file has fewer samples than one global batch, or an option has a value that does not exist.
@@ -90,6 +92,7 @@ class ViewLoader:
         dtype: torch.dtype = torch.float32,
         colour: bool = True,
         hardware_load: float | None = None,
+        stall_minutes: float = STALL_MINUTES,
     ):
         _one_of("pipeline", pipeline, PIPELINES)
         _one_of("crops", crops, ("auto", "host", "device"))
@@ -121,6 +124,7 @@ class ViewLoader:
                 crops=crops,
                 on_bad=on_bad,
                 hardware_load=hardware_load,
+                stall_minutes=stall_minutes,
             )
         except Exception:
             self._close_reader()
@@ -201,7 +205,7 @@ class ViewLoader:
             self.reader.close()
 
     def close(self) -> None:
-        """Join the threads and free the buffers; also closes the file if the loader opened it."""
+        """Join the threads (not those that a dead disk holds) and free the buffers; also closes the file if the loader opened it."""
         self.engine.close()
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._close_reader()

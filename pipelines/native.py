@@ -19,7 +19,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import torch
@@ -28,9 +29,10 @@ from torch import Tensor
 from fastssl.pipelines.beton import BetonReader
 from fastssl.pipelines.check import give_places
 from fastssl.pipelines.crop import boxes_of, crop_resize_device, crop_resize_host
-from fastssl.pipelines.engine import Engine, EngineStats, Rendered, Request
-from fastssl.pipelines.errors import BetonError, JpegError
+from fastssl.pipelines.engine import Engine, EngineStats, Rendered, Request, batch_name
+from fastssl.pipelines.errors import BetonError, FastSSLError, JpegError, worker_error
 from fastssl.pipelines.plan import ViewSpec
+from fastssl.pipelines.stall import STALL_MINUTES, Patience
 
 
 def available_cores() -> int:
@@ -79,7 +81,7 @@ class _Job:
         self.request = request
         self.offsets = offsets  # (B,) int64, first byte of each decoded picture in the packed buffer
         self.numel = numel  # bytes of the packed buffer that are used
-        self.parts: list[Future] = []
+        self.parts: list[Future[None]] = []
         self.views: list[Tensor] = []
         self.boxes: list[np.ndarray] = []  # (B, count, 5) a group, and its views as (count, B, S, S, 3): what host crops are told
         self.arrays: list[np.ndarray] = []
@@ -98,6 +100,7 @@ class NativeEngine(Engine):
         on_bad: ``fail`` raises at the first damaged picture; ``skip`` puts another sample of the batch in its place,
             counts it in ``stats.skipped`` and goes on.
         prefetch: batches rendered ahead of the consumer.
+        stall_minutes: how long the consumer waits for a batch before it is an error.
     """
 
     name = "native"
@@ -112,8 +115,10 @@ class NativeEngine(Engine):
         crops: str = "host",
         on_bad: str = "fail",
         prefetch: int = 3,
+        stall_minutes: float = STALL_MINUTES,
     ):
         self.reader, self.specs, self.device = reader, list(specs), device
+        self.patience = Patience(reader.path, stall_minutes)
         self.crops, self.on_bad = crops, on_bad
         self.workers = workers or available_cores()
         self.stats = EngineStats()
@@ -141,9 +146,9 @@ class NativeEngine(Engine):
             while pending:
                 slot = pending[0]
                 started = time.perf_counter()
-                job: _Job = slot.job.result()
+                job: _Job = self.patience.result(slot.job, lambda: "while a batch was to begin")
                 for part in job.parts:
-                    part.result()
+                    self.patience.result(part, partial(batch_name, job.request))
                 self.stats.wait_s += time.perf_counter() - started
                 self._replace_bad(job)
                 yield Rendered(job.request, self._deliver(slot, job))
@@ -152,19 +157,18 @@ class NativeEngine(Engine):
         finally:
             self._drain(pending)
 
-    @staticmethod
-    def _drain(pending: deque) -> None:
-        """Cancel what has not begun and wait for what has: nobody writes into a slot after this."""
-        for slot in pending:
-            slot.job.cancel()
-        for slot in pending:
-            try:
-                job = slot.job.result()
-            except (CancelledError, Exception):
-                continue  # the consumer has left, or was given the first error already
-            for part in job.parts:
-                part.cancel()
-            wait(job.parts)
+    def _drain(self, pending: deque) -> None:
+        """Cancel what has not begun and wait for what has: nobody writes into a slot after this, unless its thread was given up."""
+        jobs = [slot.job for slot in pending]
+        for job in jobs:
+            job.cancel()
+        if not self.patience.settled(jobs):
+            return
+        # One that failed has handed nothing out; the consumer has left, or was given the first error already.
+        parts = [part for job in jobs if not job.cancelled() and job.exception() is None for part in job.result().parts]
+        for part in parts:
+            part.cancel()
+        self.patience.settled(parts)
 
     def _deliver(self, slot: _Slot, job: _Job) -> list[Tensor]:
         """Views on the device. Nothing here waits for the device."""
@@ -203,7 +207,7 @@ class NativeEngine(Engine):
                 batch[:, position] = batch[:, donor]
 
     def _free(self) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._pool.shutdown(wait=not self.patience.given_up, cancel_futures=True)
         self._slots = []
 
     # ------------------------------------------------------------------ the workers' side
@@ -211,7 +215,18 @@ class NativeEngine(Engine):
     def _begin(self, slot: _Slot, draw: Callable[[], Request]) -> _Job:
         """Draw the plan, make room, and hand the samples out in parts."""
         cpu = time.thread_time()
-        request = draw()
+        try:
+            request = draw()
+        except FastSSLError:
+            raise
+        except Exception as error:
+            raise worker_error(self.reader.path, "drawing the views of a batch", error) from error
+        try:
+            return self._hand_out(slot, request, cpu)
+        except Exception as error:
+            raise worker_error(self.reader.path, batch_name(request), error) from error
+
+    def _hand_out(self, slot: _Slot, request: Request, cpu: float) -> _Job:
         if slot.copied:
             slot.copied.synchronize()  # the slot's last content may still be on its way to the GPU
         batch = len(request.index)
@@ -244,6 +259,8 @@ class NativeEngine(Engine):
                     raise
                 with self._lock:
                     job.bad.append((position, error))
+            except Exception as error:
+                raise worker_error(self.reader.path, f"sample {job.request.index[position]}", error) from error
         with self._lock:
             self.stats.samples += high - low
             self.stats.host_cpu_s += time.thread_time() - cpu

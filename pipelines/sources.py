@@ -7,6 +7,7 @@ file each member's bytes lie, so that any thread can read them with one ``pread`
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import stat
@@ -292,6 +293,11 @@ def _members(file: BinaryIO | _Window, size: int, what: str) -> Iterator[tarfile
     except (tarfile.TarError, ValueError, OverflowError, RecursionError, EOFError, MemoryError) as error:
         kind = f"damaged or cut off tar, behind member {count} at byte {last}" if count else "not a tar file"
         raise SourceError(f"{what}: {kind} ({error})") from None
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        # A size that leads further than any file is long.
+        raise SourceError(f"{what}: damaged tar: the member behind byte {last} claims more bytes than a file can have") from None
     # tarfile takes a damaged header for the end of the archive, without a word.
     file.seek(min(end, size))
     if file.read(tarfile.BLOCKSIZE).strip(b"\0"):

@@ -164,11 +164,11 @@ def _check_samples(
 
 def _check_sample(reader: BetonReader, i: int, checksum: int | None, decode: bool) -> str | None:
     complaints = []
-    if checksum is not None and zlib.crc32(reader.encoded(i)) != checksum:
-        complaints.append("wrong checksum")
-    if decode:
-        try:
+    try:
+        if checksum is not None and zlib.crc32(reader.encoded(i)) != checksum:
+            complaints.append("wrong checksum")
+        if decode:
             reader.decode(i)
-        except (JpegError, MemoryError) as error:
-            complaints.append(str(error).removeprefix(f"{reader.path}: sample {i}: "))
+    except (JpegError, BetonError, MemoryError) as error:
+        complaints.append(str(error).removeprefix(f"{reader.path}: sample {i}: "))
     return "; ".join(complaints) or None

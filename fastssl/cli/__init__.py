@@ -8,12 +8,15 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import traceback
+from typing import NoReturn
 
 import click
 
 from fastssl._version import __version__
 from fastssl.cli.lazy import LazyCommand, LazyGroup
-from fastssl.pipelines.errors import FastSSLError, Interrupted
+from fastssl.pipelines.errors import FastSSLError, Interrupted, printable
+from fastssl.pipelines.stall import threads_given_up
 
 COMMANDS = {
     "convert-imagenet": LazyCommand("fastssl.cli.convert", "convert_imagenet", "Turn a folder or tar of photos into a .beton file."),
@@ -74,28 +77,40 @@ def main(argv: list[str] | None = None) -> None:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     try:
         status = cli.main(args=argv, prog_name="fastssl", standalone_mode=False)
-        sys.exit(status if isinstance(status, int) else 0)
+        _leave(status if isinstance(status, int) else 0)
     except click.exceptions.Exit as stop:
-        sys.exit(stop.exit_code)
-    except click.Abort:
-        click.echo("interrupted", err=True)
-        sys.exit(130)
-    except KeyboardInterrupt:
-        click.echo("interrupted", err=True)
-        sys.exit(130)
+        _leave(stop.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        _leave(130, "interrupted")
     except click.ClickException as error:
         error.show()
-        sys.exit(2)
+        _leave(2)
     except Interrupted as stop:
-        click.echo(f"fastssl: {stop}", err=True)
-        sys.exit(130)
+        _leave(130, f"fastssl: {stop}")
     except (FastSSLError, OSError) as error:
-        if debug:
-            raise
-        click.echo(f"fastssl: {error}", err=True)
-        sys.exit(1)
+        _show_traceback(debug)
+        _leave(1, f"fastssl: {error}")
     except Exception as error:
-        if debug:
-            raise
-        click.echo(f"fastssl: unexpected {type(error).__name__}: {error} (run again with --debug for the traceback)", err=True)
-        sys.exit(1)
+        _show_traceback(debug)
+        _leave(1, f"fastssl: unexpected {type(error).__name__}: {error} (run again with --debug for the traceback)")
+
+
+def _show_traceback(debug: bool) -> None:
+    """With ``--debug`` the error goes on as it is, unless the end of the interpreter would never come."""
+    if not debug:
+        return
+    if not threads_given_up():
+        raise
+    traceback.print_exc()
+
+
+def _leave(status: int, message: str | None = None) -> NoReturn:
+    """Say ``message``, which may quote a stranger's file, on one line, and end the process."""
+    if message is not None:
+        click.echo(printable(message), err=True)
+    if threads_given_up():
+        # The interpreter's end joins all threads of pools, and these hang in the kernel at a disk that does not answer.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)

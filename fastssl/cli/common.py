@@ -17,11 +17,36 @@ from rich.text import Text
 
 from fastssl.files import write_atomically
 from fastssl.names import nearest
+from fastssl.pipelines.errors import printable
 
-__all__ = ["PIPELINES", "SomePath", "console", "finite", "json_option", "nearest", "pipeline_option", "progress_bar", "write_json"]
+__all__ = [
+    "PIPELINES",
+    "PlainConsole",
+    "SomePath",
+    "console",
+    "finite",
+    "json_option",
+    "nearest",
+    "pipeline_option",
+    "progress_bar",
+    "write_json",
+]
+
+
+class PlainConsole(Console):
+    """A console to which text is text: names of files and of classes are strangers' and may hold markup or what a terminal acts on."""
+
+    def __init__(self, **options: object):
+        super().__init__(markup=False, **options)
+
+    def print(self, *objects: object, **options: object) -> None:
+        """As rich does it; strings line by line through ``printable``."""
+        shown = ["\n".join(map(printable, one.split("\n"))) if isinstance(one, str) else one for one in objects]
+        super().print(*shown, **options)
+
 
 #: Written to stderr, so that ``--json -`` owns standard output.
-console = Console(stderr=True)
+console = PlainConsole(stderr=True)
 
 
 class SomePath(click.Path):

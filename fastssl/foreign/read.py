@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import pickle
 import re
+import zipfile
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -25,8 +26,9 @@ def _settings(module: str) -> type:
 #: ``argparse.Namespace`` (DINO's ``args``) is Python's; SSLight's settings become dicts, so that fvcore need not be here.
 HARMLESS = (argparse.Namespace, _settings("fvcore.common.config"), _settings("yacs.config"))
 
-#: Dicts in dicts: trainers' settings are a few levels deep.
-DEEPEST = 32
+#: Dicts in dicts: trainers' settings are a few levels deep. Values in all of them, each counted as often as it is held: a dict that holds one dict
+#: twice, which holds one twice, and so on, is 4 billion values at 32 levels.
+DEEPEST, MOST = 32, 1_000_000
 
 
 def read_foreign(path: Path) -> dict[str, Tensor]:
@@ -46,7 +48,7 @@ def read_foreign(path: Path) -> dict[str, Tensor]:
         raise FastSSLError(f"{path}: is a checkpoint of fastssl, which every command takes as it is")
     tensors: dict[str, Tensor] = {}
     keys_of: dict[str, tuple[str, ...]] = {}
-    for keys, value in _flat(path, content):
+    for keys, value in _flat(path, content, [MOST]):
         name = ".".join(keys)
         if name in tensors:
             raise FastSSLError(f"{path}: two tensors are called {name}: {_shown(keys_of[name])} and {_shown(keys)}; keep one of them")
@@ -64,11 +66,12 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
             if "fastssl" in (file.metadata() or {}):
                 raise FastSSLError(f"{path}: is a checkpoint of fastssl, which every command takes as it is")
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise FastSSLError(f"{path}: not a whole safetensors file ({error})") from error
+    except (SafetensorError, OSError, RuntimeError, ValueError, MemoryError) as error:
+        raise FastSSLError(f"{path}: not a whole safetensors file ({' '.join(str(error).split())[:300]})") from error
 
 
 def _read_torch(path: Path) -> object:
+    require_stored_as_is(path)
     try:
         with torch.serialization.safe_globals(list(HARMLESS)):
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -81,12 +84,32 @@ def _read_torch(path: Path) -> object:
             f"{path}: refused, because reading it means running {wanted[1]}, which is not a tensor; "
             "where you trust the file, save its state_dict alone with the program that wrote it, and import that"
         ) from error
-    except UNREADABLE as error:
+    except (*UNREADABLE, MemoryError) as error:
         raise FastSSLError(f"{path}: neither what torch.save writes nor safetensors, or damaged ({type(error).__name__})") from error
 
 
-def _flat(path: Path, content: object, keys: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Tensor]]:
-    """(keys of the dicts on the way, tensor)."""
+def require_stored_as_is(path: Path) -> None:
+    """``torch.save`` packs its parts into a zip archive without compressing them. One that is compressed can become a thousand times as large in memory.
+
+    Raises:
+        FastSSLError: a compressed or encrypted part, or parts that are larger in all than the file.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            parts = archive.infolist()
+    except (zipfile.BadZipFile, *UNREADABLE, MemoryError, NotImplementedError):
+        return  # another format, or damaged: the reader itself will say
+    if odd := [part.filename for part in parts if part.compress_type != zipfile.ZIP_STORED or part.flag_bits & 1]:
+        raise FastSSLError(f"{path}: {len(odd)} of its parts are compressed, which torch.save never does; save it again with torch.save")
+    if (claimed := sum(part.file_size for part in parts)) > (size := path.stat().st_size):
+        raise FastSSLError(f"{path}: damaged: its parts should have {claimed:,} bytes, the file has {size:,}")
+
+
+def _flat(path: Path, content: object, left: list[int], keys: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Tensor]]:
+    """(keys of the dicts on the way, tensor). ``left``: how many values may still come."""
+    left[0] -= 1
+    if left[0] < 0:
+        raise FastSSLError(f"{path}: more than {MOST:,} values in its dicts; save the network's state_dict() alone")
     if isinstance(content, Tensor):
         yield keys, content
     elif isinstance(content, Mapping):
@@ -97,7 +120,7 @@ def _flat(path: Path, content: object, keys: tuple[str, ...] = ()) -> Iterator[t
             )
         for name, value in content.items():
             if isinstance(name, str):  # optimisers number their states
-                yield from _flat(path, value, (*keys, name))
+                yield from _flat(path, value, left, (*keys, name))
 
 
 def _shown(keys: tuple[str, ...]) -> str:

@@ -83,11 +83,16 @@ def test_reader_equals_slow_reader(tmp_path, labels, seed):
         assert labels or reader.labels is None
 
 
-def test_encoded_is_a_read_only_view(tmp_path):
+def test_encoded_is_the_callers_own(tmp_path):
+    """What one holds is neither the file nor memory that the next sample is read into."""
     write(tmp_path / "a.beton", pictures(2))
     with BetonReader(tmp_path / "a.beton") as reader:
-        view = reader.encoded(0)
-        assert view.dtype == np.uint8 and view.ndim == 1 and not view.flags.writeable and not view.flags.owndata
+        first, before = reader.encoded(0), reader.encoded(0).tobytes()
+        reader.encoded(1)
+        reader.decode(1)
+        assert first.dtype == np.uint8 and first.ndim == 1 and first.tobytes() == before
+        first[:] = 0
+        assert reader.encoded(0).tobytes() == before
 
 
 def test_decode_into_checks_its_buffer(tmp_path):

@@ -64,7 +64,7 @@ DAMAGE = {
     "page size 3": (lambda d: patched(d, 4, "<I", 3 << 20), "page size"),
     "no samples": (lambda d: patched(d, 8, "<Q", 0), "no samples"),
     "fewer samples": (lambda d: patched(d, 8, "<Q", 5), "more samples than the 5"),
-    "more samples": (lambda d: patched(d, 8, "<Q", 9), "sample 8: no entry"),
+    "more samples": (lambda d: patched(d, 8, "<Q", 9), "sample 8: height or width is zero"),
     "table in the header": (lambda d: patched(d, 16, "<Q", 24), "allocation table should start"),
     "table behind the end": (lambda d: patched(d, 16, "<Q", len(d) + 24), "allocation table should start"),
     "table empty": (lambda d: patched(d, 16, "<Q", len(d)), "allocation table has 0 bytes"),

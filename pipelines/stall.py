@@ -1,0 +1,115 @@
+"""Waiting with a limit: a disk or a network file system that does not answer holds a thread inside the kernel, where nothing can wake it.
+
+Whoever waits for such a thread would wait for ever, and so would the end of the program, which joins all threads of its pools. Hence two
+rules: a wait ends with `Stalled`, and a program whose threads were given up leaves with ``os._exit`` (`threads_given_up`).
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+import time
+import warnings
+from collections.abc import Callable, Collection
+from concurrent.futures import Future, wait
+from pathlib import Path
+from typing import Any
+
+from fastssl.pipelines.errors import FastSSLError, Stalled
+
+#: From then on a wait is worth a line: no disk that works is that slow.
+WARN_SECONDS = 60.0
+#: How long a loader waits for one batch unless told otherwise. Disks of a cluster come back after minutes.
+STALL_MINUTES = 10.0
+#: How long one who leaves waits for what its threads have begun.
+LEAVE_SECONDS = 30.0
+
+_given_up = False
+
+
+def threads_given_up() -> bool:
+    """Whether threads of this process were left behind: its ordinary end would wait for them, ``os._exit`` does not."""
+    return _given_up
+
+
+class Patience:
+    """The waits of one consumer.
+
+    Args:
+        path: the file that is read, for messages.
+        minutes: how long one wait may take; ``math.inf``: for ever.
+
+    Attributes:
+        given_up: a wait was not answered, or interrupted: threads may still hang, and nobody may wait for them any more.
+    """
+
+    def __init__(self, path: str | os.PathLike, minutes: float = STALL_MINUTES):
+        if isinstance(minutes, bool) or not isinstance(minutes, (int, float)) or not minutes > 0:
+            raise FastSSLError(f"stall_minutes={minutes!r} is not a number of minutes above 0")
+        self.path, self.minutes, self.given_up = Path(path), minutes, False
+
+    def result(self, future: Future, what: Callable[[], str]) -> Any:
+        """``future.result()``. Raises what the future raised, or ``Stalled``, which says ``what()`` was waited for."""
+        if not future.done():
+            self._until(lambda seconds: bool(wait([future], seconds).done), what)
+        return future.result()
+
+    def take(self, source: queue.Queue, what: Callable[[], str]) -> Any:
+        """``source.get()``, or ``Stalled``."""
+        taken: list = []
+
+        def arrived(seconds: float | None) -> bool:
+            try:
+                taken.append(source.get(timeout=seconds))
+            except queue.Empty:
+                return False
+            return True
+
+        self._until(arrived, what)
+        return taken[0]
+
+    def settled(self, futures: Collection[Future]) -> bool:
+        """Wait, not for ever, until none of ``futures`` is running; False where some still are: they are given up."""
+        if self.given_up:
+            return False
+        try:
+            # One that was cancelled has not begun, and counts as done only when a thread comes across it.
+            running = [future for future in futures if not future.cancelled()]
+            if not wait(running, LEAVE_SECONDS).not_done:
+                return True
+        except BaseException:  # an impatient Ctrl-C
+            self.give_up()
+            raise
+        self.give_up()
+        return False
+
+    def give_up(self) -> None:
+        """From now on nobody waits for the threads behind this."""
+        global _given_up
+        self.given_up = _given_up = True
+
+    def require_threads(self) -> None:
+        """``FastSSLError`` where threads were given up: they may still write into buffers that a new epoch would use."""
+        if self.given_up:
+            raise FastSSLError(f"{self.path}: threads of this loader still wait for the disk; open a new ViewLoader")
+
+    def _until(self, arrived: Callable[[float | None], bool], what: Callable[[], str]) -> None:
+        """Call ``arrived(seconds)``, which waits that long, until it is true: twice at most, with a warning between."""
+        since, limit = time.time(), 60 * self.minutes
+        if arrived(min(WARN_SECONDS, limit)):
+            return
+        if limit > WARN_SECONDS:
+            end = "" if limit > threading.TIMEOUT_MAX else f"; an error in {(limit - WARN_SECONDS) / 60:.0f} min"
+            warnings.warn(
+                f"{self.path}: nothing was read for {WARN_SECONDS:.0f} s, {what()}: the disk or network file system does not answer{end}",
+                stacklevel=2,
+            )
+            if arrived(None if limit > threading.TIMEOUT_MAX else limit - WARN_SECONDS):
+                return
+        self.give_up()
+        spent = f"{self.minutes:g} min" if self.minutes >= 1 else f"{limit:g} s"
+        raise Stalled(
+            f"{self.path}: nothing was read for {spent}, since {time.strftime('%H:%M:%S', time.localtime(since))}, {what()}: the disk or network "
+            "file system does not answer; see whether the file can be read at all (cat FILE > /dev/null, dmesg), then give the same command again"
+        )

@@ -1,0 +1,262 @@
+"""Disks that do not answer, and threads that meet what they were not made for: the consumer gets an error, and the process can end."""
+
+from __future__ import annotations
+
+import math
+import queue
+import threading
+import time
+import warnings
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures.thread import _python_exit
+from pathlib import Path
+
+import pytest
+from children import Ended, in_child
+from conftest import need_engine
+
+from fastssl.cli import main
+from fastssl.pipelines import beton as beton_module
+from fastssl.pipelines import native, stall
+from fastssl.pipelines.errors import FastSSLError, Stalled, WorkerError
+from fastssl.pipelines.loader import ViewLoader
+from fastssl.pipelines.plan import ViewSpec
+from fastssl.pipelines.stall import Patience
+
+TWO = [ViewSpec(size=16, count=2)]
+
+
+@pytest.fixture(autouse=True)
+def forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether threads were given up is known to the whole process, and it leaves otherwise than usual then."""
+    monkeypatch.setattr(stall, "_given_up", False)
+
+
+class DeadDisk:
+    """Reads in threads hang until ``answer`` is set, from the ``after``-th on; the main thread's tables are read."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch | None = None, after: int = 0):
+        self.answer, self.asked, self.after = threading.Event(), 0, after
+        real = beton_module._OpenFile.read_into
+
+        def read_into(file, out, offset):
+            if threading.current_thread() is not threading.main_thread():
+                self.asked += 1
+                if self.asked > self.after:
+                    self.answer.wait()
+            return real(file, out, offset)
+
+        if monkeypatch is None:
+            beton_module._OpenFile.read_into = read_into
+        else:
+            monkeypatch.setattr(beton_module._OpenFile, "read_into", read_into)
+
+
+@pytest.mark.parametrize("engine", ["native", "dali", "ffcv"])
+def test_a_disk_that_does_not_answer(engine: str, beton: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    need_engine(engine)
+    disk = DeadDisk(monkeypatch)
+    before = set(threading.enumerate())
+    with ViewLoader(beton, TWO, 8) as loader:
+        loader.request(0, 0)  # what is compiled for this takes longer than the limit below
+    loader = ViewLoader(beton, TWO, 8, pipeline=engine, workers=2, stall_minutes=0.2 / 60)
+    if engine == "ffcv":
+        monkeypatch.setattr(type(loader.engine), "_open", lambda self: Opened())
+    try:
+        started = time.monotonic()
+        with pytest.raises(
+            Stalled, match=r"photos.beton: nothing was read for 0\.2 s, since \d\d:\d\d:\d\d, .*batch.*does not answer; see"
+        ) as caught:
+            next(iter(loader.epoch(0)))
+        # The samples are known where the plan was drawn, not where it waits for the samples' check.
+        assert engine != "native" or "at the batch that begins with samples" in str(caught.value)
+        with pytest.raises(FastSSLError, match="still wait for the disk"):
+            next(iter(loader.epoch(0)))
+        loader.close()
+        loader.close()
+        assert 0.2 <= time.monotonic() - started < 4 and stall.threads_given_up()
+    finally:
+        disk.answer.set()
+    for thread in set(threading.enumerate()) - before:
+        thread.join(5)
+        assert not thread.is_alive()
+
+
+class Opened:
+    """FFCV's loader before it has compiled anything: seconds that say nothing about a disk."""
+
+    batches_ahead, batch_size = 3, 8
+    memory_manager = type(
+        "",
+        (),
+        {"schedule_epoch": lambda self, batches: type("", (), {"state": None, "__enter__": lambda s: s, "__exit__": lambda s, *a: None})()},
+    )()
+    graph = type("", (), {"allocate_memory": lambda self, *sizes: None})()
+    reader = type("", (), {"metadata": None})()
+
+
+def test_a_slow_disk_is_waited_for(beton: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line after a while, and the batch when it comes; without a hint of it where the disk is quick."""
+    monkeypatch.setattr(stall, "WARN_SECONDS", 0.05)
+    disk = DeadDisk(monkeypatch, after=12)
+    threading.Timer(0.4, disk.answer.set).start()
+    with (
+        ViewLoader(beton, TWO, 8, workers=1) as loader,
+        pytest.warns(UserWarning, match=r"photos.beton: nothing was read for 0 s, .*an error in 10 min"),
+    ):
+        assert len(list(loader.epoch(0))) == 6
+    assert not stall.threads_given_up()
+    monkeypatch.setattr(stall, "WARN_SECONDS", 60.0)
+    with warnings.catch_warnings(), ViewLoader(beton, TWO, 8, stall_minutes=math.inf) as loader:
+        warnings.simplefilter("error")
+        assert len(list(loader.epoch(0))) == 6
+
+
+def test_leaving_early_does_not_wait_for_ever(beton: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stall, "LEAVE_SECONDS", 0.2)
+    disk = DeadDisk(monkeypatch, after=20)
+    try:
+        started = time.monotonic()
+        with ViewLoader(beton, TWO, 8, workers=2) as loader:
+            for _ in loader.epoch(0):
+                break
+        assert time.monotonic() - started < 3 and stall.threads_given_up()
+    finally:
+        disk.answer.set()
+
+
+@pytest.mark.parametrize("value", [0, -1, math.nan, True, "10", None])
+def test_the_limit_is_a_number(value: object, beton: Path) -> None:
+    with pytest.raises(FastSSLError, match=r"stall_minutes=.* is not a number of minutes above 0"):
+        ViewLoader(beton, TWO, 8, stall_minutes=value)
+
+
+def test_a_time_out_of_the_work_itself_is_no_stall() -> None:
+    patience = Patience("x.beton", 0.1)
+    failed: Future = Future()
+    failed.set_exception(TimeoutError("the server's"))
+    with pytest.raises(TimeoutError, match="the server's"):
+        patience.result(failed, str)
+    full: queue.Queue = queue.Queue()
+    full.put(3)
+    assert patience.take(full, str) == 3 and not patience.given_up
+
+
+def test_one_who_leaves_waits_for_what_runs_and_not_for_what_was_cancelled() -> None:
+    patience, gate = Patience("x.beton"), threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        running, waiting = pool.submit(gate.wait), pool.submit(gate.wait)
+        waiting.cancel()
+        threading.Timer(0.2, gate.set).start()
+        assert patience.settled([running, waiting]) and running.done() and not patience.given_up
+
+
+def command_on_a_dead_disk(beton: Path, out: Path) -> None:
+    kept = Patience.__init__
+    Patience.__init__ = lambda self, path, minutes=0: kept(self, path, 0.2 / 60)
+    DeadDisk()
+    main(["views", str(beton), "--recipe", "quickstart", "--out", str(out)])
+
+
+def test_the_command_ends_although_threads_hang(beton: Path, tmp_path: Path) -> None:
+    """With the reader's threads held for ever, the command says its line and is gone, where the interpreter's own end would join them."""
+    ended = in_child(command_on_a_dead_disk, beton, tmp_path / "views.png", seconds=5)
+    assert ended.status == 1 and ended.signal is None, ended
+    (line,) = ended.output.splitlines()
+    assert line.startswith(f"fastssl: {beton}: nothing was read for 0.2 s")
+
+
+def end_as_usual() -> None:
+    ThreadPoolExecutor(1).submit(threading.Event().wait)
+    _python_exit()
+
+
+def test_without_that_the_end_would_not_come() -> None:
+    """The interpreter joins the threads of every pool: what ``os._exit`` is for."""
+    assert in_child(end_as_usual, seconds=0.5) == Ended(None, None, "")
+
+
+UNEXPECTED = [
+    (MemoryError(), r"no memory left; fewer --workers"),
+    (RuntimeError("a bug\nof two lines"), r"unexpected RuntimeError: a bug of two lines \(run again with --debug"),
+]
+
+
+@pytest.mark.parametrize("on_bad", ["fail", "skip"])
+@pytest.mark.parametrize(("error", "message"), UNEXPECTED, ids=["memory", "bug"])
+@pytest.mark.parametrize("engine", ["native", "dali", "ffcv"])
+def test_what_a_thread_throws_reaches_the_consumer(
+    engine: str, error: Exception, message: str, on_bad: str, beton: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the sample named, and nothing hangs. It is no damage of the photo: skipping does not hide it."""
+    need_engine(engine)
+    real = {name: getattr(beton_module.BetonReader, name) for name in ("decode", "decode_into", "encoded")}
+
+    def broken(name: str):
+        def call(reader, sample, *rest):
+            if sample == 13:
+                raise error
+            return real[name](reader, sample, *rest)
+
+        return call
+
+    for name in real:
+        monkeypatch.setattr(beton_module.BetonReader, name, broken(name))
+    with ViewLoader(beton, TWO, 24, pipeline=engine, on_bad=on_bad, workers=2) as loader:
+        if engine == "ffcv":
+            monkeypatch.setattr(type(loader.engine), "_open", lambda self: Opened())
+            monkeypatch.setattr("fastssl.pipelines.ffcv._Epoch.run_pipeline", lambda self, *rest: [[]])
+            monkeypatch.setattr(type(loader.engine), "_groups", lambda self, *rest: [])
+            batches = (rendered for rendered in loader.engine.run(iter([lambda: loader.request(0, 0), lambda: loader.request(0, 1)])))
+        else:
+            batches = loader.epoch(0)
+        with pytest.raises(WorkerError, match=rf"photos.beton: sample 13: {message}") as caught:
+            list(batches)
+        assert caught.value.__cause__ is error and loader.stats.skipped == []
+    assert not stall.threads_given_up()
+
+
+def test_what_the_plan_throws_reaches_the_consumer(beton: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for engine in ("native", "dali"):
+        need_engine(engine)
+        with ViewLoader(beton, TWO, 24, pipeline=engine) as loader:
+            monkeypatch.setattr(loader, "request", lambda *step: 1 / 0)
+            with pytest.raises(WorkerError, match=r"photos.beton: drawing the views of a batch: unexpected ZeroDivisionError"):
+                list(loader.epoch(0))
+
+
+def test_no_memory_for_a_batch(beton: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(*sizes):
+        raise MemoryError
+
+    monkeypatch.setattr(native._Slot, "reserve_views", none)
+    with (
+        ViewLoader(beton, TWO, 24) as loader,
+        pytest.raises(WorkerError, match=r"at the batch that begins with samples \d+, \d+, \d+: no memory"),
+    ):
+        list(loader.epoch(0))
+
+
+def test_a_generator_that_is_closed_leaves_no_thread_busy(beton: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was begun ahead is done or cancelled when ``close`` returns."""
+    busy, most = [0], [0]
+    lock, real = threading.Lock(), native.NativeEngine._render_one
+
+    def counted(engine, slot, job, position):
+        with lock:
+            busy[0] += 1
+            most[0] += 1
+        time.sleep(0.005)
+        real(engine, slot, job, position)
+        with lock:
+            busy[0] -= 1
+
+    monkeypatch.setattr(native.NativeEngine, "_render_one", counted)
+    with ViewLoader(beton, TWO, 8, workers=2) as loader:
+        epoch = loader.epoch(0)
+        next(epoch)
+        epoch.close()
+        assert busy[0] == 0
+        rendered = most[0]
+        time.sleep(0.1)
+        assert most[0] == rendered < 48  # nor does anything begin behind it
