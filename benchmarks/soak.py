@@ -152,13 +152,14 @@ def _left(run: Path, temporary: Path) -> list[str]:
     return [str(path.relative_to(run.parent)) for path in (*unfinished, *sorted(temporary.rglob("*")))]
 
 
-def judge(watched: Watched, batch_size: int) -> tuple[list[Verdict], list[Window]]:
+def judge(watched: Watched, batch_size: int, least: float = 5.0) -> tuple[list[Verdict], list[Window]]:
     """All verdicts, and the windows that the rate was read off.
 
     Args:
         batch_size: source pictures a step.
+        least: seconds of a window.
     """
-    found = windows(watched.samples, watched.rows, batch_size)
+    found = windows(watched.samples, watched.rows, batch_size, least=least)
     verdicts = [_life(watched), memory(watched.samples)]
     if any(sample.gpu_bytes is not None for sample in watched.samples):
         verdicts.append(memory(watched.samples, "GPU memory", "gpu_bytes"))
