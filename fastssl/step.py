@@ -181,7 +181,7 @@ class TrainStep:
     @property
     def view_dtype(self) -> torch.dtype:
         """What views are best given in: the first layer's own input type, so that no pass casts them again."""
-        return torch.bfloat16 if self.amp else torch.float32
+        return torch.bfloat16 if self.amp else torch.get_default_dtype()
 
     def __call__(
         self,
