@@ -1,54 +1,97 @@
-"""Checkpoints: whole or absent, and enough to go on at the very step.
+"""Checkpoints: whole or absent, checked when they are read, and enough to go on at the very step.
 
-``last.pt`` holds the run (all networks, queue or centre, optimiser, position); ``last.safetensors`` holds the backbone alone, for
-``fastssl.load_backbone``, and ``last-teacher.safetensors`` the teacher's, where the method has one. Because the order of samples and every view are functions of (seed, epoch, sample), the position
-(epoch, step) is all that has to be stored of the data side.
+A run's ``checkpoints/`` holds::
+
+    step-00012000.pt, ...       the run (all networks, queue or centre, optimiser, position) as it was; the newest few are kept
+    last.pt                     the newest of them: a second name of the same file
+    last.safetensors            the backbone alone, for ``fastssl.load_backbone``
+    last-teacher.safetensors    the teacher's, where the method has one
+    epoch-0050.pt, ...          milestones, where the recipe asks for them, with ``epoch-0050.safetensors`` (and ``-teacher``): never deleted
+
+Because the order of samples and every view are functions of (seed, epoch, sample), the position (epoch, step) is all that has to be stored of the data side.
 """
 
 from __future__ import annotations
 
+import errno
 import pickle
+import re
+import shutil
 import struct
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 
 from fastssl.backbones import save_backbone
-from fastssl.files import write_atomically
+from fastssl.digest import digest
+from fastssl.files import link_atomically, write_atomically
 from fastssl.optim import after_restore
 from fastssl.pipelines.errors import FastSSLError
 
-#: raised when the layout of last.pt changes
-VERSION = 1
+#: raised when the layout of last.pt changes; 1 had no digest
+VERSION, READABLE = 2, (1, 2)
 #: what ``torch.load(weights_only=True)`` raises at files that are damaged, or that ``torch.save`` did not write
 UNREADABLE = (
     pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError, AssertionError, OverflowError,
     struct.error, OSError,
 )  # fmt: skip
+LAST = "last.pt"
+
+
+class DamagedCheckpoint(FastSSLError):
+    """A checkpoint that is not as it was written."""
+
+
+class NotSaved(FastSSLError):
+    """A checkpoint could not be written; the ones before are untouched."""
 
 
 @dataclass
 class Position:
-    """Where a run stands: ``step`` steps are done in all, ``step_in_epoch`` of them in ``epoch``."""
+    """Where a run stands, and what it has to tell at its end.
+
+    Attributes:
+        step: steps that are done in all. epoch, step_in_epoch: ``step_in_epoch`` of them in ``epoch``.
+        train_seconds: spent on them.
+        skipped: ids of damaged samples that were passed over so far.
+        passed_over: steps (counted from 1) that were not made because their loss or gradient was not finite.
+    """
 
     step: int = 0
     epoch: int = 0
     step_in_epoch: int = 0
     train_seconds: float = 0.0
+    skipped: list[int] = field(default_factory=list)
+    passed_over: list[int] = field(default_factory=list)
 
 
 def save_checkpoint(
-    folder: Path, *, method: nn.Module, optimizer: torch.optim.Optimizer, position: Position, config: dict[str, Any], arch: str
+    folder: Path,
+    *,
+    method: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    position: Position,
+    config: dict[str, Any],
+    arch: str,
+    keep: int = 2,
+    milestone: int | None = None,
 ) -> None:
-    """Write ``last.pt``, ``last.safetensors`` and, where there is a teacher, ``last-teacher.safetensors`` into ``folder``.
+    """Write the files of this step into ``folder``, and delete those of earlier steps beyond the newest ``keep``.
+
+    On a disk that is full it makes room: of the older ``step-*.pt`` the oldest go first, the newest whole one never.
+
+    Args:
+        keep: how many ``step-*.pt`` stay, this one included; at least 1.
+        milestone: the epoch that has just ended, to be kept for ever.
 
     Raises:
-        FastSSLError: the disk is full or the folder cannot be written; the checkpoint before is untouched.
+        NotSaved: the disk is full or the folder cannot be written; the newest checkpoint before is untouched.
     """
     state = {
         "version": VERSION,
@@ -57,20 +100,140 @@ def save_checkpoint(
         "position": vars(position),
         "config": config,
     }
-    try:
+    path = folder / f"step-{position.step:08}.pt"
+    networks = {"last": ("student", method.student)}
+    if method.teacher is not None:
+        networks["last-teacher"] = ("teacher", method.teacher)
+
+    def write() -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / "last.pt", lambda path: torch.save(state, path))
-        save_backbone(method.student.backbone, folder / "last.safetensors", arch=arch, step=str(position.step), network="student")
-        if method.teacher is not None:
-            save_backbone(
-                method.teacher.backbone, folder / "last-teacher.safetensors", arch=arch, step=str(position.step), network="teacher"
-            )
-    except (OSError, RuntimeError, SafetensorError) as error:
-        raise FastSSLError(f"{folder}: checkpoint not written ({error}); the one before it is untouched") from error
+        write_state(path, state)
+        link_atomically(path, folder / LAST)
+        for name, (which, network) in networks.items():
+            save_backbone(network.backbone, folder / f"{name}.safetensors", arch=arch, step=str(position.step), network=which)
+        if milestone is not None:
+            for source, name in ((path, f"epoch-{milestone:04}.pt"), *_exports(folder, networks, milestone)):
+                link_atomically(source, folder / name)
+
+    while True:
+        try:
+            write()
+            break
+        except (OSError, RuntimeError, SafetensorError) as error:
+            if not (_may_be_full(folder, error) and _drop_oldest(folder)):
+                raise NotSaved(f"{folder}: checkpoint not written ({_first_line(error)}); the one before it is untouched") from error
+    for other in [other for other in _steps(folder) if other != path][max(keep, 1) - 1 :]:
+        with suppress(OSError):
+            other.unlink()
+
+
+def _exports(folder: Path, networks: Mapping[str, Any], epoch: int) -> list[tuple[Path, str]]:
+    return [(folder / f"{name}.safetensors", f"epoch-{epoch:04}{name.removeprefix('last')}.safetensors") for name in networks]
+
+
+def write_state(path: Path, state: dict[str, Any]) -> None:
+    """Write ``state`` to ``path`` with the digest of all that is in it; ``load_checkpoint`` compares it.
+
+    Raises:
+        OSError, RuntimeError: the file cannot be written; what was there is untouched.
+    """
+    state = {name: _on_host(value) for name, value in state.items() if name != "digest"}
+    state["digest"] = digest(state)
+    write_atomically(path, lambda temporary: torch.save(state, temporary))
+
+
+def _on_host(content: Any) -> Any:
+    """The same with all tensors on the CPU, so that they are copied from a GPU once and not again for the file."""
+    if isinstance(content, Tensor):
+        return content.detach().cpu()
+    if isinstance(content, Mapping):
+        return {key: _on_host(value) for key, value in content.items()}
+    return [_on_host(value) for value in content] if isinstance(content, list) else content
+
+
+def _steps(folder: Path) -> list[Path]:
+    """The ``step-*.pt`` of a folder, newest first."""
+    return sorted((path for path in folder.glob("step-*.pt") if _step_of(path) >= 0), key=_step_of, reverse=True)
+
+
+def _step_of(path: Path) -> int:
+    found = re.fullmatch(r"step-([0-9]{1,18})\.pt", path.name)
+    return int(found[1]) if found else -1
+
+
+def _may_be_full(folder: Path, error: Exception) -> bool:
+    """Whether more room could help. torch's writer says that it failed and not why."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    try:
+        newest = max((path.stat().st_size for path in _steps(folder)), default=0)
+        return shutil.disk_usage(folder).free < 2 * newest
+    except OSError:
+        return False
+
+
+def _drop_oldest(folder: Path) -> bool:
+    """Delete the oldest ``step-*.pt`` that has a newer one beside it which is also last.pt; whether there was such a one."""
+    steps = _steps(folder)
+    try:
+        if len(steps) < 2 or not steps[0].samefile(folder / LAST):
+            return False
+        steps[-1].unlink()
+    except OSError:
+        return False
+    return True
+
+
+def _first_line(error: Exception) -> str:
+    return " ".join((str(error).splitlines() or [type(error).__name__])[0].split())[:200]
+
+
+def find_checkpoint(folder: Path, *, say: Callable[[str], None] = lambda text: None) -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint of a run's ``checkpoints/`` that is whole, and its content; None where there is none at all.
+
+    Args:
+        say: is told of every damaged one that is passed over.
+
+    Raises:
+        FastSSLError: there are checkpoints and none of them is whole, or one is of another version.
+    """
+    seen: list[Path] = []
+    damaged: list[str] = []
+    # Milestones are a last resort: all that was learned since is lost.
+    for path in (folder / LAST, *_steps(folder), *sorted(folder.glob("epoch-*.pt"), reverse=True)):
+        if not path.is_file() or any(path.samefile(other) for other in seen):
+            continue
+        seen.append(path)
+        try:
+            found = load_checkpoint(path)
+        except DamagedCheckpoint as error:
+            damaged.append(str(error))
+            continue
+        for complaint in damaged:
+            say(f"passed over: {complaint}")
+        return path, found
+    if damaged:
+        raise FastSSLError(f"{damaged[0]}; there is no other to go on from; start anew with --resume never")
+    return None
+
+
+def set_aside(folder: Path, step: int) -> None:
+    """Rename the ``step-*.pt`` of later steps than ``step``, from where a run goes on: it makes these steps again, and they would be taken for newer ones.
+
+    They are damaged, or the run was set back by hand. The newest of them is kept as ``....pt.aside``, for a look.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    later = [path for path in _steps(folder) if _step_of(path) > step]
+    for path in (*folder.glob("*.aside"), *later[1:]) if later else ():
+        path.unlink()
+    if later:
+        later[0].rename(later[0].with_name(later[0].name + ".aside"))
 
 
 def load_checkpoint(path: Path, *, advice: str = "") -> dict[str, Any]:
-    """The content of a ``last.pt``, on the CPU. Nothing in the file is executed (``weights_only``).
+    """The content of a ``last.pt``, on the CPU. Nothing in the file is executed (``weights_only``), and every bit is as it was written.
 
     A run's has ``method``, ``position`` and ``config``, of the types that ``save_checkpoint`` writes; what is in them ``restore`` and
     ``load_trained`` check. The state of a detector, which ``fastssl evaluate detect`` keeps (see ``is_detector``), has only ``config`` of them.
@@ -79,21 +242,28 @@ def load_checkpoint(path: Path, *, advice: str = "") -> dict[str, Any]:
         advice: what to do about a file that cannot be used, for the message.
 
     Raises:
-        FastSSLError: missing, damaged, written by another version, or neither a run's nor a detector's.
+        DamagedCheckpoint: not as it was written, or not written by us.
+        FastSSLError: missing, written by another version, or neither a run's nor a detector's.
     """
     if not path.is_file():
         raise FastSSLError(f"{path}: no such checkpoint")
     end = f"; {advice}" if advice else ""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
+        said = state.pop("digest", None) if isinstance(state, dict) else None
+        found = None if said is None else digest(state)
     except UNREADABLE as error:
         # torch's own words would advise to load it without weights_only, which runs whatever code the file holds.
-        raise FastSSLError(f"{path}: damaged checkpoint, or no last.pt at all ({type(error).__name__}){end}") from error
+        raise DamagedCheckpoint(f"{path}: damaged checkpoint, or no last.pt at all ({type(error).__name__}){end}") from error
+    if said != found:
+        raise DamagedCheckpoint(f"{path}: damaged checkpoint (its content is not what was written){end}")
     version = state.get("version") if isinstance(state, dict) else None
-    if type(version) is not int or version != VERSION:
+    if type(version) is not int or version not in READABLE:
         raise FastSSLError(f"{path}: not a checkpoint of this version of fastssl (wanted version {VERSION}){end}")
+    if version > 1 and said is None:
+        raise DamagedCheckpoint(f"{path}: damaged checkpoint (its digest is missing){end}")
     if odd := _odd_part(state):
-        raise FastSSLError(f"{path}: is not a whole checkpoint of a {'detector' if is_detector(state) else 'run'} ({odd}){end}")
+        raise DamagedCheckpoint(f"{path}: is not a whole checkpoint of a {'detector' if is_detector(state) else 'run'} ({odd}){end}")
     return state
 
 
@@ -114,8 +284,11 @@ def _odd_part(state: dict[str, Any]) -> str:
     if detector:
         return ""
     for name, value in vars(Position()).items():
-        found = state["position"].get(name)
-        if type(found) not in {type(value), int} or not found >= 0:
+        found = state["position"].get(name, [] if isinstance(value, list) else None)  # version 1 had no lists
+        if isinstance(value, list):
+            if type(found) is not list or not all(type(number) is int and number >= 0 for number in found):
+                return f"position.{name} is no list of numbers"
+        elif type(found) not in {type(value), int} or not found >= 0:
             return f"position.{name} is no number of {'seconds' if isinstance(value, float) else 'steps or epochs'}"
     return ""
 

@@ -374,6 +374,40 @@ def agree_any(flag: bool) -> bool:
     return bool(said.item())
 
 
+class Vote:
+    """What any rank says, known to all of them one call later: nobody waits for the slowest of them to have said it.
+
+    All ranks call it at the same places. In a single process the answer is what was just said.
+
+    Args:
+        questions: how many flags each call has.
+    """
+
+    def __init__(self, questions: int):
+        self._questions = questions
+        self._pending: tuple[dist.Work, Tensor] | None = None
+
+    def __call__(self, *flags: bool) -> tuple[bool, ...]:
+        """Say ``flags``; whether any rank said so at the call before."""
+        if len(flags) != self._questions:
+            raise ValueError(f"{len(flags)} answers to {self._questions} questions")
+        if world_size() == 1:
+            return flags
+        answer = self.close()
+        said = torch.tensor([int(flag) for flag in flags], dtype=torch.int32)
+        self._pending = (dist.all_reduce(said, op=dist.ReduceOp.MAX, async_op=True), said)
+        return answer
+
+    def close(self) -> tuple[bool, ...]:
+        """Wait for the call before; what any rank said at it."""
+        if self._pending is None:
+            return (False,) * self._questions
+        work, said = self._pending
+        self._pending = None
+        work.wait()
+        return tuple(bool(value) for value in said.tolist())
+
+
 def share(value: _Value) -> _Value:
     """What rank 0 says, on all ranks: any value that can be pickled."""
     if world_size() == 1:

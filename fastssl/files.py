@@ -4,23 +4,69 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+
+#: what a file is called until it is whole
+UNFINISHED = ".tmp"
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Call ``write(temporary path)``, flush it to disk and rename it to ``path``: a reader sees the old file or the new one.
+    """Call ``write(temporary path)``, flush it to disk and rename it to ``path``: a reader sees the old file or the new one, also after a power cut.
 
     The file may be read by whom any other new file may: safetensors writes for its owner's eyes only.
     """
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(path.name + UNFINISHED)
     try:
         write(temporary)
         temporary.chmod(usual_mode())
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        sync_folder(path.parent)
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # the folder may be gone or read-only by now, and the first error is the one that matters
+            temporary.unlink(missing_ok=True)
+
+
+def link_atomically(source: Path, path: Path) -> None:
+    """Make ``path`` a second name of the file ``source``, or where the file system has no such thing a copy of it, in the place of what is there."""
+    temporary = path.with_name(path.name + UNFINISHED)
+    with suppress(FileNotFoundError):
+        temporary.unlink()
+    try:
+        os.link(source, temporary)
+    except OSError:
+        write_atomically(path, lambda copy: copy.write_bytes(source.read_bytes()))
+        return
+    try:
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    finally:
+        # Renaming one name of a file to another name of it does nothing, and leaves both.
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring a folder's list of names to the disk: without that a renamed file may be lost with the power."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:  # not every file system lets a folder be opened
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        pass
+    finally:
+        os.close(descriptor)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Delete what a process that was killed left half-written in ``folder``. Only for a folder that nobody else writes into."""
+    for path in folder.glob(f"*{UNFINISHED}"):
+        with suppress(OSError):
+            path.unlink()
 
 
 def usual_mode() -> int:

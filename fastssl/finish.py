@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from fastssl.evaluate.batchnorm import has_batchnorm, reestimated
 from fastssl.evaluate.features import Features
 from fastssl.evaluate.raw_pixels import raw_pixel_features
+from fastssl.files import write_atomically
 from fastssl.probe import ProbeSplit, choose_split, probe_features
 from fastssl.report.page import write_report
 from fastssl.report.pictures import neighbours_picture, views_picture
@@ -48,9 +49,11 @@ def finish_run(run: Run, started: float) -> dict[str, Any]:
         },
         "share": _share(run),
         "next_mark": _next_mark(run, rows) if split.labelled else None,
-        "skipped": len(run.skipped),
+        "skipped": len(run.position.skipped),
+        "passed_over_steps": run.position.passed_over,
     }
-    (run.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    text = json.dumps(summary, indent=2) + "\n"
+    write_atomically(run.out / "summary.json", lambda path: path.write_text(text))
     views_picture(run.reader, run.recipe.views, run.out / "views.png", seed=run.options.seed)
     neighbours_picture(split, before=features[RANDOM], after=features[TRAINED], out=run.out / "neighbours.png")
     write_report(run.out)
@@ -99,7 +102,7 @@ def _identity(run: Run) -> dict[str, Any]:
 
 def _throughput(run: Run, total_seconds: float) -> dict[str, Any]:
     """Rates over all training steps; the first block (warm-up of libraries and caches) is left out where there are more."""
-    rows = [row for row in map(json.loads, run.metrics_path.read_text().splitlines()) if row["kind"] == "step"]
+    rows = [row for row in run.folder.metrics.rows() if row["kind"] == "step"]
     if not rows:  # resumed from a checkpoint whose metrics are gone
         unknown = dict.fromkeys(("pair_per_s", "view_per_s", "data_wait"))
         return {

@@ -54,8 +54,15 @@ class TrainConfig:
         graph: capture the whole step as a CUDA graph, colour operations included: one launch a step.
         amp: ``auto`` (bfloat16 on a GPU, float32 on the CPU), ``bf16`` or ``off``.
         log_every: steps between two lines of metrics.jsonl; the host reads the device's metrics only then.
-        checkpoint_minutes: a checkpoint is written at the end of an epoch when the last one is older than this, and at the end.
+        checkpoint_minutes: a checkpoint is written when the last one is older than this (0: behind every step), and at the end; the first one a minute after
+            the start at the latest.
+        keep_last: how many checkpoints are kept, the newest included: what a damaged one falls back to.
+        milestone_epochs: epochs between two checkpoints that are kept for ever; 0: none.
         on_bad: what to do with a damaged picture: ``fail`` or ``skip``.
+        skip_nonfinite: how many steps of the run may be passed over because their loss or gradient is not finite. 0: the first one ends the run. Otherwise
+            the state is copied at the beginning of every block of ``log_every`` steps, to go back to.
+        deterministic: only algorithms that give the same bits at every call. On a CPU they do so anyway; on a GPU it costs speed, and a network that has an
+            operation without such an algorithm is refused at its first step.
     """
 
     epochs: int = 200
@@ -66,13 +73,19 @@ class TrainConfig:
     amp: str = "auto"
     log_every: int = 50
     checkpoint_minutes: float = 10.0
+    keep_last: int = 2
+    milestone_epochs: int = 0
     on_bad: str = "fail"
+    skip_nonfinite: int = 0
+    deterministic: bool = False
 
     def __post_init__(self) -> None:
         if self.epochs < 1 or self.batch_size < 2 or self.log_every < 1 or self.checkpoint_minutes < 0:
             raise ValueError(
                 "train.epochs and train.log_every must be at least 1, train.batch_size at least 2, checkpoint_minutes not negative"
             )
+        if self.keep_last < 1 or self.milestone_epochs < 0 or self.skip_nonfinite < 0:
+            raise ValueError("train.keep_last must be at least 1, train.milestone_epochs and train.skip_nonfinite not negative")
         if self.accumulate < 1 or self.batch_size % self.accumulate or self.batch_size < 2 * self.accumulate:
             raise ValueError(
                 f"train.accumulate={self.accumulate} must divide the batch of {self.batch_size} into equal parts of at least 2 samples"

@@ -12,6 +12,7 @@ the above as one CUDA graph. Where one cannot be had here, the step runs without
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -93,7 +94,7 @@ class TrainStep:
             )
         self.batch_size = total // world.size
         if device.type == "cuda":
-            torch.backends.cudnn.benchmark = True  # every step has the same shapes
+            torch.backends.cudnn.benchmark = not recipe.train.deterministic  # every step has the same shapes
         self.method = self._new_method().to(device, memory_format=torch.channels_last).train()
         if world.size > 1:
             self.method.synchronise(lambda network: synchronise_batchnorm(network, device))
@@ -294,7 +295,7 @@ class TrainStep:
             self._try("graph", lambda: self._capture(call, inputs, rates))
 
     def _try(self, switch: str, prepare: Callable[[], None]) -> None:
-        undo, reason = self._snapshot(), ""
+        undo, reason = self.snapshot(), ""
         try:
             prepare()
         except torch.OutOfMemoryError:
@@ -322,12 +323,22 @@ class TrainStep:
         self._recorded = RecordedCall(
             lambda places: self._run(call, places[1:], dict(zip(call.rates, places[0].unbind()))),
             [controls, *inputs],
-            undo=self._snapshot(),
+            undo=self.snapshot(),
             record=self._record,
         )
 
-    def _snapshot(self) -> Callable[[], None]:
-        """What puts networks, queue and optimiser back, in place, as they are now."""
+    def is_finite(self) -> bool:
+        """Whether all numbers of the networks, the queue or centre and the optimiser are. Waits for the device."""
+        tensors = [
+            *self.method.state_dict().values(),
+            *(t for state in self.optimizer.state.values() for t in state.values() if isinstance(t, Tensor)),
+        ]
+        floats = [tensor for tensor in tensors if tensor.is_floating_point() and tensor.numel() and tensor.device.type == self.device.type]
+        # The largest magnitude is finite if all are: one launch for all tensors, and one number to wait for.
+        return bool(torch.isfinite(torch.stack(torch._foreach_norm(floats, math.inf)).sum()))
+
+    def snapshot(self) -> Callable[[], None]:
+        """What puts networks, queue and optimiser back, in place, as they are now. Takes as much memory as they do, and does not wait for the device."""
         kept = [(tensor, tensor.clone()) for tensor in self.method.state_dict().values()]
         before = {id(t): t.clone() for state in self.optimizer.state.values() for t in state.values() if isinstance(t, Tensor)}
 

@@ -1,12 +1,13 @@
 """The training loop, from top to bottom.
 
     pretrain(...)  sets up, resumes, runs the epochs, probes, writes the run's folder
-    Run._epoch    one epoch: batch -> step -> now and then a line of metrics and a checkpoint
+    Run._steps    batch -> step -> now and then a line of metrics and a checkpoint
     Run._step     schedules and TrainStep (step.py): nothing in it waits for the device
     finish_run     (finish.py) what is left to do after the last step
 
 Everything random comes from the seed: the networks' first weights, the queue, the order of samples, every view, the
-BatchNorm groups of the keys, the coins of drop path. A run that is stopped and resumed makes the same steps as one that was not.
+BatchNorm groups of the keys, the coins of drop path. A run that is stopped and resumed makes the same steps as one that was not,
+and one that comes upon a loss that is not finite can go back and make its steps again without the guilty one.
 
 Under torchrun or srun each process runs this with its share of every batch; the batch of the recipe is that of all of them. The first process alone
 writes, probes and reports.
@@ -15,38 +16,37 @@ writes, probes and reports.
 from __future__ import annotations
 
 import dataclasses
-import fcntl
-import json
 import math
-import signal
-import threading
+import os
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any, Protocol
 
 import torch
-import yaml
-from torch import nn
+from torch import Tensor, nn
 
 from fastssl.backbones import resolve_arch
-from fastssl.checkpoint import Position, differences, load_checkpoint, restore, save_checkpoint
-from fastssl.distributed import World, agree_any, broadcast_module, gather_values, joined, share, world_from_environment
+from fastssl.bad_step import BAD_STEPS, save_bad_step
+from fastssl.checkpoint import Position, differences, restore
+from fastssl.distributed import Vote, World, agree_any, broadcast_module, gather_values, joined, share, world_from_environment
 from fastssl.finish import finish_run
 from fastssl.meters import MetricRing
 from fastssl.pipelines.beton import BetonReader
 from fastssl.pipelines.engines import require_engine
 from fastssl.pipelines.errors import FastSSLError, Interrupted
 from fastssl.pipelines.loader import Batch, ViewLoader
-from fastssl.pipelines.multicrop import MultiCrop
-from fastssl.pipelines.verify import verify
 from fastssl.probe import OnlineProbe, choose_split, require_same_classes
-from fastssl.recipe import Recipe, build_recipe, recipe_to_dict
+from fastssl.recipe import Recipe, recipe_to_dict
+from fastssl.requirements import require_a_batch, require_sizes, require_whole_photos
+from fastssl.run_folder import RunFolder
+from fastssl.saver import NotSaved, Saver
 from fastssl.schedules import RunLength
 from fastssl.step import TrainStep, use_amp
+from fastssl.stop import StopRequest
 from fastssl.versions import describe_git, describe_host, describe_versions
 
 
@@ -70,7 +70,7 @@ class RunOptions:
         val: a labelled ``.beton`` to probe on; None: a fifth of ``data`` is held out from the probe (not from the training).
         out: the run's folder.
         device: ``auto``, ``cpu`` or ``cuda``.
-        resume: ``auto`` (go on if the folder holds a run), ``never``, or the path of a ``last.pt``.
+        resume: ``auto`` (go on if the folder holds a run, from its newest checkpoint that is whole), ``never``, or the path of a checkpoint.
     """
 
     recipe_name: str
@@ -123,12 +123,15 @@ def pretrain(recipe: Recipe, options: RunOptions, progress: Progress) -> dict[st
         the summary, as in ``summary.json``; None in all processes but the first.
 
     Raises:
-        Interrupted: by SIGINT or SIGTERM, after a checkpoint was written.
+        Interrupted: by a signal, after a checkpoint was written.
+        NotSaved: there was no room for the checkpoint when a signal came, or for a long time at the end.
         FastSSLError: bad data, a run of other settings in the folder, or a loss that is no longer finite.
     """
     started = time.monotonic()
     world = world_from_environment()
     with ExitStack() as files:
+        if recipe.train.deterministic:
+            files.enter_context(_only_deterministic())
         device = choose_device(options.device, world)
         reader = files.enter_context(BetonReader(options.data))
         val = files.enter_context(BetonReader(options.val)) if options.val else None
@@ -136,11 +139,34 @@ def pretrain(recipe: Recipe, options: RunOptions, progress: Progress) -> dict[st
             progress.message(f"{world.size} processes meet at {world.address}:{world.port}")
         with joined(world, device):
             run = Run(recipe, options, reader, val, progress if world.is_main else _Silence(), world, device)
-            files.callback(run.unlock)
-            with run.stop_on_signal():
+            files.callback(run.close)
+            with run.stop.by_signals(), run.telling_status():
                 run.train()
         # The processes have parted: what follows is the first one's alone.
-        return finish_run(run, started) if world.is_main else None
+        if not world.is_main:
+            return None
+        summary = finish_run(run, started)
+        run.tell_status("finished")
+        return summary
+
+
+@contextmanager
+def _only_deterministic() -> Iterator[None]:
+    """Let torch take only algorithms that give the same bits at every call, and fail where there is none."""
+    # Read by cuBLAS when it starts: with workspaces of its own choice the same product may differ from call to call.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.deterministic
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.deterministic = True
+    try:
+        yield
+    except RuntimeError as error:
+        if "deterministic" not in str(error):
+            raise
+        raise FastSSLError(f"train.deterministic: {' '.join(str(error).split())[:200]}") from error
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.backends.cudnn.deterministic = before[1]
 
 
 class Run:
@@ -162,61 +188,27 @@ class Run:
         self.amp = use_amp(recipe.train.amp, self.device)
         self.out = options.out
         self.batch_size = recipe.train.batch_size
-        self._check_batch()
+        require_a_batch(reader, self.batch_size)
         require_engine(options.pipeline, reader, recipe.views)
         if val is not None:
             require_same_classes(reader, val)
-            if world.is_main:
-                self._check_val()
+            if world.is_main and recipe.train.on_bad == "fail":
+                require_whole_photos(val, workers=options.workers)
         self.step = TrainStep(recipe, self.device, amp=self.amp, seed=options.seed, world=world)
-        self._check_sizes()
+        require_sizes(recipe, self.backbone, device)
         self.position = Position()
         self.config = self._config()
         self._agree()
-        self._stop = threading.Event()
-        self._lock_file: TextIO | None = None
+        self.stop = StopRequest()
+        self.folder = RunFolder(self.out, progress.message) if world.is_main else None
+        self.saver = Saver(self.folder, recipe, self.config, progress.message) if self.folder else None
         try:
-            self._prepare_folder()
+            self._begin()
         except BaseException:
-            self.unlock()
+            self.close()
             raise
 
     # ------------------------------------------------------------------ setting up
-
-    def _check_batch(self) -> None:
-        if len(self.reader) < self.batch_size:
-            enough = (
-                f"--batch-size {max(2, len(self.reader) // 2)} or lower would do" if len(self.reader) > 1 else "a batch has at least two"
-            )
-            raise FastSSLError(f"{self.options.data}: {len(self.reader)} photos are fewer than one batch of {self.batch_size}; {enough}")
-
-    def _check_val(self) -> None:
-        """Decode the photos to be judged on once: better now than at the probe behind the last epoch."""
-        if self.recipe.train.on_bad != "fail":
-            return
-        # A wrong checksum alone is no reason: the photo decodes, and training would take it too.
-        found = verify(self.options.val, workers=self.options.workers).damaged
-        damaged = [(sample, complaint) for sample, complaint in found if complaint != "wrong checksum"]
-        if damaged:
-            sample, complaint = damaged[0]
-            raise FastSSLError(
-                f"{self.options.val}: {len(damaged)} of {len(self.val):,} photos are damaged, the first is sample {sample} ({complaint}); "
-                "convert again without them, or leave them out with --set train.on_bad=skip"
-            )
-
-    def _check_sizes(self) -> None:
-        """Show the network one black picture of every size that it will meet: better now than after the last epoch."""
-        keys = "views.global_size, views.local_size" if isinstance(self.recipe.views, MultiCrop) else "views.0.size"
-        for size in sorted({spec.size for spec in self.recipe.views} | {self.recipe.probe.size}):
-            try:
-                with torch.no_grad():
-                    self.backbone.eval()(torch.zeros(1, 3, size, size, device=self.device))
-            except (RuntimeError, AssertionError, ValueError) as error:
-                reason = " ".join(str(error).split())
-                raise FastSSLError(
-                    f"{self.recipe.arch} cannot take pictures of {size} px ({reason}): change {keys} or probe.size"
-                ) from error
-        self.backbone.train()
 
     def _config(self) -> dict[str, Any]:
         """Every value that the run's numbers depend on, resolved."""
@@ -242,115 +234,80 @@ class Run:
             what = f"this is process {self.world.rank}: {'; '.join(found[:3])}" if found else "another one says which"
             raise FastSSLError(f"the processes of this run were started with different settings ('there' is process 0; {what})")
 
-    def _prepare_folder(self) -> None:
-        """Make the folder, resume what is in it or clear it, and write config.yaml. All processes do what the first one finds to be done."""
-        last = self.out / "checkpoints" / "last.pt"
-        if self.options.resume not in ("auto", "never"):
-            last = Path(self.options.resume)
-            if not last.is_file():
-                raise FastSSLError(f"--resume {last}: no such checkpoint (auto, never, or the path of a last.pt)")
-        try:
-            if self.world.is_main:
-                self.out.mkdir(parents=True, exist_ok=True)
-                self._lock()
-            if share(self.options.resume != "never" and last.is_file()):
-                self._resume(last)
-            elif self.world.is_main:
-                self._clear()
-            broadcast_module(self.step.method)
-            if not self.world.is_main:
-                return
+    def _begin(self) -> None:
+        """Take the folder, and go on with what is in it or begin. The first process alone looks at the files, and tells the others."""
+        found: dict[str, Any] | str | None = None
+        if self.folder:
             about = {"host": describe_host(), "versions": describe_versions(), "git": self.git}
-            resolved = {**self.config, "device": self.device.type, **about}
-            (self.out / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False))
-        except OSError as error:
-            raise FastSSLError(
-                f"{self.out}: cannot write the run's folder ({error.strerror or error}); choose another with --out"
-            ) from error
+            try:
+                found = self.folder.open(self.config, self.options.resume, {"device": self.device.type, **about})
+            except FastSSLError as error:
+                found = str(error)
+        found = share(found)
+        if isinstance(found, str):
+            raise FastSSLError(found)
+        if found is not None:
+            self.position = restore(found, method=self.step.method, optimizer=self.step.optimizer)
+            if self.saver:
+                self.saver.saved_step = self.position.step
+            self.progress.message(f"resumed at step {self.position.step:,} (epoch {self.position.epoch})")
+        broadcast_module(self.step.method)
 
-    def _clear(self) -> None:
-        """Remove what another run left here: its weights, figures and pictures beside the new run's would be a lie."""
-        for name in (*_RESULTS, *(f"checkpoints/{name}" for name in ("last.pt", "last.safetensors", "last-teacher.safetensors"))):
-            (self.out / name).unlink(missing_ok=True)
-        self.metrics_path.write_text("")
-
-    def _lock(self) -> None:
-        """Hold the folder while this process lives: two runs in one folder would write over each other's files.
-
-        Raises:
-            FastSSLError: another process holds it.
-        """
-        self._lock_file = open(self.out / ".lock", "w")  # noqa: SIM115 (held open for the whole run)
-        try:
-            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise FastSSLError(f"{self.out}: another fastssl pretrain is writing here; choose another --out") from error
-
-    def unlock(self) -> None:
+    def close(self) -> None:
         """Let other processes, and later runs of this one, have the folder."""
-        if self._lock_file is not None:
-            self._lock_file.close()
-
-    def _resume(self, path: Path) -> None:
-        state = load_checkpoint(path, advice="start anew with --resume never")
-        found = differences(self.config, _with_defaults(state["config"]))
-        if found:
-            raise FastSSLError(
-                f"{path} belongs to a run with other settings ({'; '.join(found[:3])}{'; ...' if len(found) > 3 else ''}): "
-                "choose another --out, or --resume never to start over"
-            )
-        self.position = restore(state, method=self.step.method, optimizer=self.step.optimizer)
-        if self.world.is_main:
-            self._cut_metrics()
-        self.progress.message(f"resumed at step {self.position.step:,} (epoch {self.position.epoch})")
-
-    def _cut_metrics(self) -> None:
-        """Drop the lines behind the checkpoint: those steps are about to be made again."""
-        rows = []
-        if self.metrics_path.is_file():
-            for line in self.metrics_path.read_text(errors="replace").splitlines():
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError:
-                    continue  # the line that the kill cut short
-                if isinstance(row, dict) and row.get("kind") in ("step", "probe") and row.get("step", 0) <= self.position.step:
-                    rows.append(line)
-        self.metrics_path.write_text("".join(line + "\n" for line in rows))
+        if self.folder:
+            self.folder.close()
 
     @property
     def backbone(self) -> nn.Module:
         """The network that is being trained."""
         return self.step.method.student.backbone
 
-    @property
-    def metrics_path(self) -> Path:
-        return self.out / "metrics.jsonl"
-
     @contextmanager
-    def stop_on_signal(self) -> Iterator[None]:
-        """SIGINT and SIGTERM end the run after the step in hand, with a checkpoint. A second one ends it at once."""
-        if threading.current_thread() is not threading.main_thread():
-            yield  # signals belong to the main thread; used as a library, the caller decides
-            return
-
-        def ask(number: int, frame: object) -> None:
-            if self._stop.is_set():
-                raise KeyboardInterrupt
-            self._stop.set()
-
-        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    def telling_status(self) -> Iterator[None]:
+        """Keep status.json while the block lasts."""
+        self.tell_status("training")
         try:
             yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        except (Interrupted, KeyboardInterrupt) as error:
+            self.tell_status("stopped", why=str(error) or "interrupted")
+            raise
+        except BaseException as error:
+            self.tell_status("failed", why=f"{'' if isinstance(error, FastSSLError) else type(error).__name__ + ': '}{error}"[:1000])
+            raise
+        self.tell_status("trained")
+
+    def tell_status(self, state: str, **more: str) -> None:
+        """Write status.json, where this is the first process."""
+        if self.folder:
+            total = getattr(self, "total_steps", None)
+            # Folders are nobody's business, and reports are passed on: names alone are left.
+            for path in filter(None, (self.out, self.options.data, self.options.val)):
+                more = {key: value.replace(f"{path.parent}/", "") for key, value in more.items()}
+            self.folder.status(state, step=self.position.step, total_steps=total, saved_step=self.saver.saved_step, **more)
 
     # ------------------------------------------------------------------ training
 
     def train(self) -> None:
         """All epochs that are left."""
         train = self.recipe.train
-        loader = ViewLoader(
+        with self._loader() as loader:
+            self.steps_per_epoch = len(loader)
+            self.total_steps = train.epochs * self.steps_per_epoch
+            self.length = RunLength(self.total_steps, self.steps_per_epoch)
+            self.ring = MetricRing(self.step.method.METRICS, min(train.log_every, self.steps_per_epoch), self.device)
+            self.probe = self._online_probe() if self.world.is_main else None
+            self._vote = Vote(2)
+            self._careful_until = 0
+            self._known_skipped = list(self.position.skipped)
+            if self.saver:
+                self.saver.begin()
+            while self.position.epoch < train.epochs:
+                self._epoch(loader)
+            self._vote.close()
+
+    def _loader(self) -> ViewLoader:
+        return ViewLoader(
             self.reader,
             views=self.recipe.views,
             batch_size=self.step.batch_size,
@@ -360,20 +317,10 @@ class Run:
             pipeline=self.options.pipeline,
             seed=self.options.seed,
             workers=self.options.workers,
-            on_bad=train.on_bad,
+            on_bad=self.recipe.train.on_bad,
             dtype=self.step.view_dtype,
             colour=not self.step.takes_crops,
         )
-        with loader:
-            self.steps_per_epoch = len(loader)
-            self.total_steps = train.epochs * self.steps_per_epoch
-            self.length = RunLength(self.total_steps, self.steps_per_epoch)
-            self.ring = MetricRing(self.step.method.METRICS, min(train.log_every, self.steps_per_epoch), self.device)
-            self.probe = self._online_probe() if self.world.is_main else None
-            self._last_saved = time.monotonic()
-            for epoch in range(self.position.epoch, train.epochs):
-                self._epoch(loader, epoch)
-            self.skipped = sorted(set(chain.from_iterable(gather_values(loader.stats.skipped))))
 
     def _online_probe(self) -> OnlineProbe:
         probe = self.recipe.probe
@@ -391,119 +338,201 @@ class Run:
             "on_bad": self.recipe.train.on_bad,
         }
 
-    def _epoch(self, loader: ViewLoader, epoch: int) -> None:
-        train = self.recipe.train
-        self._start_block(loader)
-        batches = loader.epoch(epoch, start_step=self.position.step_in_epoch)
-        for batch in batches:
-            self._step(batch, epoch)
-            self.position.step += 1
-            self.position.step_in_epoch += 1
-            if len(self.ring) == train.log_every or self.position.step_in_epoch == self.steps_per_epoch:
-                self._close_block(loader)
-            if self._stopped():
-                batches.close()
-                self._close_block(loader)
-                self._save()
-                raise Interrupted(
-                    f"stopped at step {self.position.step:,}; everything is saved in {self.out}; the same command goes on from here"
-                )
-        self.position.epoch, self.position.step_in_epoch = epoch + 1, 0
-        last = epoch + 1 == train.epochs
-        every = self.recipe.probe.every_epochs
-        if self.probe and every and ((epoch + 1) % every == 0) and not last:
-            self._write(self.probe.run(self.backbone, step=self.position.step, epoch=epoch + 1))
-        if last or time.monotonic() - self._last_saved > 60 * train.checkpoint_minutes:
-            self._save()
+    def _epoch(self, loader: ViewLoader) -> None:
+        """From where the run stands to the end of that epoch."""
+        while self.position.step_in_epoch < self.steps_per_epoch:
+            self._steps(loader)
+        self._end_epoch(loader)
 
-    def _stopped(self) -> bool:
-        """Whether a signal asked any process to end here. Several processes ask each other now and then: all must stop behind the same step."""
-        if self.world.size == 1:
-            return self._stop.is_set()
-        return (self.position.step % _ASK_EVERY == 0 or self.position.step == self.total_steps) and agree_any(self._stop.is_set())
+    def _steps(self, loader: ViewLoader) -> None:
+        """Steps up to the end of the epoch, or until the run was set back."""
+        position = self.position
+        with closing(loader.epoch(position.epoch, start_step=position.step_in_epoch)) as batches:
+            self._start_block(loader)
+            for batch in batches:
+                if position.step < self._careful_until:
+                    self._careful_step(batch)
+                elif position.step + 1 not in position.passed_over:
+                    self._step(batch)
+                position.step += 1
+                position.step_in_epoch += 1
+                # By the position and not by the number of steps made: blocks end where those of an uninterrupted run do.
+                ended = position.step_in_epoch % self.recipe.train.log_every == 0 or position.step_in_epoch == self.steps_per_epoch
+                if ended and not self._close_block(loader):
+                    return
+                stop, save = self._vote(bool(self.stop), self.saver is not None and self.saver.is_due())
+                if (stop or save) and not self._leave_or_save(loader, stop):
+                    return
 
-    def _step(self, batch: Batch, epoch: int) -> None:
-        """One step. No value is read back from the device here."""
-        step, first = self.position.step, not self.step.prepared
-        self._rates = self.step.rates(step, self.length)
-        noise = self.step.noise(epoch, self.position.step_in_epoch, batch.index.numpy())
-        phase = self.step.method.phase(step, self.length)
-        self.ring.push(self.step(batch.views, noise, self._rates, phase=phase, tables=batch.tables))
+    def _leave_or_save(self, loader: ViewLoader, stop: bool) -> bool:
+        """A checkpoint between two steps; the end of the run where a signal asked for it. False: the run was set back, and nothing saved."""
+        if not self._close_block(loader, wait=True):
+            return False
+        self._gather_skipped(loader)
+        saved = self._save()
+        self._start_block(loader)  # what was spent on the checkpoint is not the rate of a step
+        if not stop:
+            return True
+        if not share(saved):
+            why = self.saver.why() if self.saver else "its first process says why"
+            raise NotSaved(f"stopped at step {self.position.step:,}, which could not be saved: {why}")
+        raise Interrupted(f"stopped at step {self.position.step:,}; everything is saved in {self.out}; the same command goes on from here")
+
+    def _end_epoch(self, loader: ViewLoader) -> None:
+        """The probe, and a checkpoint at the very end and at milestones."""
+        train, position, every = self.recipe.train, self.position, self.recipe.probe.every_epochs
+        self._gather_skipped(loader)
+        ended = position.epoch + 1
+        last = ended == train.epochs
+        if self.probe and every and ended % every == 0 and not last:
+            self._write(self.probe.run(self.backbone, step=position.step, epoch=ended))
+        position.epoch, position.step_in_epoch = ended, 0
+        milestone = ended if train.milestone_epochs and ended % train.milestone_epochs == 0 else None
+        if last or milestone:
+            self._save(milestone, patiently=last)
+
+    def _gather_skipped(self, loader: ViewLoader) -> None:
+        """Put the damaged photos that all processes have met so far on record."""
+        self.position.skipped = sorted({*self._known_skipped, *chain.from_iterable(gather_values(loader.stats.skipped))})
+
+    def _step(self, batch: Batch) -> Tensor:
+        """One step; its metrics, on the device. No value is read back from there."""
+        position, first = self.position, not self.step.prepared
+        self._rates = self.step.rates(position.step, self.length)
+        noise = self.step.noise(position.epoch, position.step_in_epoch, batch.index.numpy())
+        phase = self.step.method.phase(position.step, self.length)
+        metrics = self.step(batch.views, noise, self._rates, phase=phase, tables=batch.tables)
+        self.ring.push(metrics, position.step + 1)
         if first:
             self._block_started += self.step.prepare_s  # minutes of compiling are not the rate of a step
             for switch, reason in self.step.fallbacks.items():
                 self.progress.message(f"without {switch}: {reason}")
+        return metrics
+
+    # ------------------------------------------------------------------ steps that are not finite
+
+    def _careful_step(self, batch: Batch) -> None:
+        """One step that is taken back if its loss, or what it made of the networks, is not finite. Waits for the device."""
+        number, most = self.position.step + 1, self.recipe.train.skip_nonfinite
+        if number in self.position.passed_over:
+            return
+        undo = self.step.snapshot()
+        loss = float(self._step(batch)[0])
+        if not agree_any(not (math.isfinite(loss) and self.step.is_finite())):
+            return
+        undo()
+        self.ring.pop()
+        reason = "a gradient is not finite" if math.isfinite(loss) else f"the loss is {loss}"
+        where = self._keep_batch(batch, number, reason)
+        if len(self.position.passed_over) >= most:
+            raise FastSSLError(
+                f"step {number:,}: {reason}, and {most} such steps were passed over before (train.skip_nonfinite){self._advice(where)}"
+            )
+        self.position.passed_over.append(number)
+        self.progress.message(f"step {number:,}: {reason}; passed over{f', its batch is in {where}' if where else ''}")
+
+    def _set_back(self) -> None:
+        """To the beginning of this block, to make its steps again one by one."""
+        self._careful_until = self.position.step
+        self._undo_block()
+        self.ring.clear()
+        self.position = dataclasses.replace(self._block_position)
+        self.progress.message(f"a loss or gradient is not finite: back to step {self.position.step:,}, to find out which")
+
+    def _diverged(self, loader: ViewLoader, number: int, reason: str) -> FastSSLError:
+        """The error for step ``number``, whose batch is drawn once more for a look."""
+        epoch, step_in_epoch = divmod(number - 1, self.steps_per_epoch)
+        where = None
+        # The loader has one consumer, and an epoch of it is running: this one is of its own.
+        with self._loader() as other, closing(other.epoch(epoch, start_step=step_in_epoch)) as batches:
+            where = self._keep_batch(next(batches), number, reason)
+        return FastSSLError(f"{reason} at step {number:,}: the run has diverged{self._advice(where)}")
+
+    def _advice(self, where: str | None) -> str:
+        batch = f"; the step's batch is in {where}" if where else ""
+        change = "a higher train.skip_nonfinite" if self.recipe.train.skip_nonfinite else "train.skip_nonfinite=1 (or more)"
+        return (
+            f". Lower optim.lr (now {self.recipe.optim.lr:g}) or lengthen optim.warmup_epochs; or go on with {change}, which passes over single "
+            f"steps{batch}{f'; {self.saver.newest()}' if self.saver else ''}"
+        )
+
+    def _keep_batch(self, batch: Batch, number: int, reason: str) -> str | None:
+        """Save what this process was given at step ``number``; where, for the message. None: the disk did not take it."""
+        epoch, step_in_epoch = divmod(number - 1, self.steps_per_epoch)
+        about = {"step": number, "epoch": epoch, "step_in_epoch": step_in_epoch, "seed": self.options.seed, "reason": reason}
+        folder = self.out / BAD_STEPS / f"step-{number:08}"
+        try:
+            save_bad_step(
+                folder, batch, self.recipe.views, rank=self.world.rank, about={**about, **self.step.rates(number - 1, self.length)}
+            )
+        except OSError as error:
+            self.progress.message(f"{folder}: the batch could not be saved ({error.strerror or error})")
+            return None
+        return str(folder)
 
     # ------------------------------------------------------------------ metrics and files
 
     def _start_block(self, loader: ViewLoader) -> None:
         self._block_started = time.monotonic()
         self._waited = loader.stats.wait_s
+        if self.recipe.train.skip_nonfinite and self.position.step >= self._careful_until:
+            self._undo_block = self.step.snapshot()
+            self._block_position = dataclasses.replace(self.position)
 
-    def _close_block(self, loader: ViewLoader) -> None:
-        """A line of metrics for the steps since the last one."""
-        steps = len(self.ring)
-        if steps == 0:
-            return
-        seconds = max(time.monotonic() - self._block_started, 1e-9)
-        self.position.train_seconds += seconds
-        views = sum(spec.count for spec in self.recipe.views)
-        self.ring.flush(
-            {
-                "kind": "step",
-                "step": self.position.step,
-                "epoch": self.position.step / self.steps_per_epoch,
-                **self._rates,
-                "pair_per_s": steps * self.batch_size / seconds,
-                "view_per_s": steps * self.batch_size * views / seconds,
-                "data_wait": (loader.stats.wait_s - self._waited) / seconds,
-                "seconds": self.position.train_seconds,
-            }
-        )
-        self._report(self.ring.collect(wait=self._stop.is_set() or self.position.step == self.total_steps))
+    def _close_block(self, loader: ViewLoader, wait: bool = False) -> bool:
+        """A line of metrics for the steps since the last one. False: something in them was not finite, and the run was set back to before them.
+
+        Args:
+            wait: for the metrics of these very steps; otherwise on a GPU they may be written a block later.
+        """
+        if self.recipe.train.skip_nonfinite and agree_any(not (self.ring.is_finite() and self.step.is_finite())):
+            self._set_back()
+            return False
+        if steps := len(self.ring):
+            seconds = max(time.monotonic() - self._block_started, 1e-9)
+            self.position.train_seconds += seconds
+            views = sum(spec.count for spec in self.recipe.views)
+            self.ring.flush(
+                {
+                    "kind": "step",
+                    "step": self.position.step,
+                    "epoch": self.position.step / self.steps_per_epoch,
+                    **self._rates,
+                    "pair_per_s": steps * self.batch_size / seconds,
+                    "view_per_s": steps * self.batch_size * views / seconds,
+                    "data_wait": (loader.stats.wait_s - self._waited) / seconds,
+                    "seconds": self.position.train_seconds,
+                }
+            )
+        for row in self.ring.collect(wait=wait or self.position.step == self.total_steps):
+            self._report(row, loader)
         self._start_block(loader)
+        return True
 
-    def _report(self, rows: list[dict[str, Any]]) -> None:
-        for row in rows:
-            self._write(row)
-            self.progress.row(row, self.position.step, self.total_steps)
-            if not math.isfinite(row["loss"]):
-                raise FastSSLError(
-                    f"the loss is {row['loss']} at step {row['step']:,}: the run has diverged. Lower optim.lr (now {self.recipe.optim.lr:g}) or lengthen "
-                    f"optim.warmup_epochs; checkpoints up to the last one are in {self.out / 'checkpoints'}"
-                )
+    def _report(self, row: dict[str, Any], loader: ViewLoader) -> None:
+        bad = row.pop("nonfinite", None)
+        self._write(row)
+        self.progress.row(row, self.position.step, self.total_steps)
+        if bad is not None:
+            raise self._diverged(loader, bad, f"the loss is {row['loss']}")
 
     def _write(self, row: dict[str, Any]) -> None:
-        if not self.world.is_main:
-            return
-        with self.metrics_path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        if self.saver:
+            self.saver.write(row)
 
-    def _save(self) -> None:
-        self._last_saved = time.monotonic()
-        if not self.world.is_main:
-            return
-        save_checkpoint(
-            self.out / "checkpoints",
-            method=self.step.method,
-            optimizer=self.step.optimizer,
-            position=self.position,
-            config=self.config,
-            arch=self.recipe.arch,
-        )
+    def _save(self, milestone: int | None = None, *, patiently: bool = False) -> bool:
+        """A checkpoint; False: the disk did not take it. ``patiently``: wait for room, as there is nothing else left to do.
 
-
-def _with_defaults(config: dict[str, Any]) -> dict[str, Any]:
-    """A stored configuration with the keys that its version of fastssl did not have yet, at what that version did."""
-    recipe = {key: value for key, value in config.items() if key in _RECIPE_KEYS}
-    try:
-        filled = recipe_to_dict(build_recipe(recipe, where="the checkpoint"))
-    except FastSSLError:  # written by another version, with keys that are gone: compared as it is
-        return config
-    return {**filled, **config, **{key: filled[key] for key in recipe}}
-
-
-_RESULTS = ("summary.json", "report.html", "views.png", "neighbours.png")
-#: Steps between two questions whether to stop, among several processes: an answer waits for all of them.
-_ASK_EVERY = 10
-_RECIPE_KEYS = frozenset(field.name for field in dataclasses.fields(Recipe))
+        Raises:
+            FastSSLError: the state is not finite; a checkpoint of it would be worse than none.
+        """
+        if not self.step.is_finite():
+            raise FastSSLError(
+                f"the networks are no longer finite at step {self.position.step:,}, though the loss is: the run has diverged{self._advice(None)}"
+            )
+        if not self.saver:
+            return True
+        saved = self.saver.save(self.step, self.position, milestone=milestone, stop=self.stop if patiently else None)
+        if saved:
+            self.tell_status("training")
+        return saved

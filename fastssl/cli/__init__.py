@@ -51,7 +51,7 @@ _PRINTING = ("recipes", "archs", "doctor", "--version", "-h")
 
 
 def _interrupt(number: int, frame: object) -> None:
-    """SIGTERM ends a command as Ctrl-C does: files that are half written are put in order, and the status is 130."""
+    """SIGTERM and SIGUSR1 (Slurm's early warning) end a command as Ctrl-C does: files that are half written are put in order, and the status is 130."""
     raise KeyboardInterrupt
 
 
@@ -68,6 +68,7 @@ def main(argv: list[str] | None = None) -> None:
     debug = "--debug" in argv
     argv = [a for a in argv if a != "--debug"]
     signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGUSR1, _interrupt)
     if hasattr(signal, "SIGPIPE") and (not argv or argv[0] in _PRINTING or "--help" in argv):
         # `fastssl recipes | head`: these only print, so when the reader leaves there is nothing to do but to end, as any filter does.
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)

@@ -401,6 +401,11 @@ def _throughput(run: RunRecord) -> str:
     skipped = run.summary.get("skipped")
     if isinstance(skipped, int) and skipped:
         sentence += f'<p class="notice">{skipped:,} damaged photo{"s were" if skipped != 1 else " was"} skipped.</p>'
+    passed = run.summary.get("passed_over_steps")
+    if isinstance(passed, list) and passed:
+        named = ", ".join(f"{step:,}" for step in passed[:10] if isinstance(step, int)) + (", ..." if len(passed) > 10 else "")
+        steps = f"{len(passed):,} step{'s were' if len(passed) != 1 else ' was'} passed over, because a loss or gradient was not finite"
+        sentence += f'<p class="notice">{steps}: {named}. Their batches are in <code>nonfinite/</code>.</p>'
     drawn = "".join(charts)
     if not (drawn or figures or sentence):
         return ""

@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
+import errno
+import os
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from fastssl.backbones import create_backbone, load_backbone
-from fastssl.checkpoint import Position, differences, is_detector, load_checkpoint, restore, save_checkpoint
+from fastssl.checkpoint import (
+    DamagedCheckpoint,
+    NotSaved,
+    Position,
+    differences,
+    find_checkpoint,
+    is_detector,
+    load_checkpoint,
+    restore,
+    save_checkpoint,
+    set_aside,
+    write_state,
+)
 from fastssl.heads import ProjectorConfig
 from fastssl.losses.pairs import PairWeights
 from fastssl.methods.method import Views
@@ -47,7 +63,7 @@ def test_a_restored_run_makes_the_very_same_step(tmp_path: Path) -> None:
     step(other, other_optimizer, 7)
     for name, tensor in method.state_dict().items():
         assert torch.equal(tensor, other.state_dict()[name]), name
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["last-teacher.safetensors", "last.pt", "last.safetensors"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["last-teacher.safetensors", "last.pt", "last.safetensors", "step-00000003.pt"]
 
 
 def test_student_and_teacher_are_both_kept(tmp_path: Path) -> None:
@@ -83,7 +99,8 @@ def test_what_is_not_whole_is_one_line(tmp_path: Path) -> None:
     path = tmp_path / "last.pt"
     method, optimizer = make()
     save_checkpoint(tmp_path, method=method, optimizer=optimizer, position=Position(3, 1, 2, 0.5), config={"a": {"b": 1}}, arch="lcnet_035")
-    whole = torch.load(path, weights_only=True)
+    whole = {**torch.load(path, weights_only=True), "version": 1}  # one without a digest: what is wrong in it is told by its parts
+    del whole["digest"]
     endless: dict = {}
     endless["again"] = endless
     place = whole["position"]
@@ -96,6 +113,8 @@ def test_what_is_not_whole_is_one_line(tmp_path: Path) -> None:
         ({"position": {**place, "step": torch.tensor(3)}}, r"position\.step is no number"),
         ({"position": {**place, "train_seconds": float("nan")}}, r"position\.train_seconds is no number of seconds"),
         ({"position": {"step": 3}}, r"position\.epoch is no number"),
+        ({"position": {**place, "skipped": 5}}, r"position\.skipped is no list of numbers"),
+        ({"position": {**place, "passed_over": [1, -2]}}, r"position\.passed_over is no list of numbers"),
         ({"version": torch.tensor([1, 2])}, "not a checkpoint of this version"),
         ({"version": True}, "not a checkpoint of this version"),
         ({"kind": torch.zeros(2), "method": None}, "method is no dict"),
@@ -127,3 +146,155 @@ def test_differences_are_named() -> None:
     found = differences({"a": 1, "b": {"c": 2}, "e": 5}, {"a": 1, "b": {"c": 3}, "d": 4, "e": 5})
     assert found == ["b.c: 3 there, 2 here", "d: 4 there, None here"]
     assert differences({"moco": {"queue": 64}}, {"dino": {"out": 4}}) == ["dino: only there", "moco: only here"]
+
+
+# ------------------------------------------------------------------ what is kept, and what is read
+
+
+@pytest.fixture(scope="module")
+def run() -> tuple[MoCo, torch.optim.Optimizer]:
+    method, optimizer = make()
+    step(method, optimizer, 0)
+    return method, optimizer
+
+
+@pytest.fixture
+def save(run: tuple[MoCo, torch.optim.Optimizer], tmp_path: Path) -> Callable[..., None]:
+    """``save(step, ...)`` into ``tmp_path``."""
+
+    def at(step: int, **options: object) -> None:
+        place = {"method": run[0], "optimizer": run[1], "config": {}, "arch": "mobilenetv3_small_050"}
+        save_checkpoint(tmp_path, position=Position(step=step), **place, **options)
+
+    return at
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("*.pt"))
+
+
+def flip(path: Path, at: int, bit: int = 0) -> None:
+    with path.open("r+b") as file:
+        file.seek(at)
+        byte = file.read(1)[0]
+        file.seek(at)
+        file.write(bytes([byte ^ (1 << bit)]))
+
+
+def test_the_newest_are_kept_and_last_is_one_of_them(save: Callable, tmp_path: Path) -> None:
+    for number in (1, 2, 3):
+        save(number, keep=2)
+    assert names(tmp_path) == ["last.pt", "step-00000002.pt", "step-00000003.pt"]
+    assert (tmp_path / "last.pt").samefile(tmp_path / "step-00000003.pt"), "not stored twice"
+    save(3, keep=2)  # the same step once more
+    assert (
+        names(tmp_path) == ["last.pt", "step-00000002.pt", "step-00000003.pt"]
+        and load_checkpoint(tmp_path / "last.pt")["position"]["step"] == 3
+    )
+    save(4, keep=1)
+    assert names(tmp_path) == ["last.pt", "step-00000004.pt"] and not list(tmp_path.glob("*.tmp"))
+
+
+def test_milestones_stay(save: Callable, tmp_path: Path) -> None:
+    save(10, keep=1, milestone=5)
+    save(20, keep=1)
+    assert names(tmp_path) == ["epoch-0005.pt", "last.pt", "step-00000020.pt"]
+    assert load_checkpoint(tmp_path / "epoch-0005.pt")["position"]["step"] == 10
+    assert load_backbone(tmp_path / "epoch-0005.safetensors") and load_backbone(tmp_path / "epoch-0005-teacher.safetensors")
+
+
+def test_checkpoints_of_later_steps_are_set_aside(save: Callable, tmp_path: Path) -> None:
+    for number in (10, 20, 30):
+        save(number, keep=3)
+    set_aside(tmp_path, 30)
+    assert len(names(tmp_path)) == 4
+    set_aside(tmp_path, 10)
+    assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-00000010.pt", "step-00000030.pt.aside"]
+    save(15, keep=2)
+    assert names(tmp_path) == ["last.pt", "step-00000010.pt", "step-00000015.pt"]
+    set_aside(tmp_path, 12)
+    assert [path.name for path in tmp_path.glob("*.aside")] == ["step-00000015.pt.aside"], "the newest one alone"
+
+
+def test_where_files_have_one_name_last_is_a_copy(save: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_links(*_: object) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", no_links)
+    save(1)
+    assert (tmp_path / "last.pt").read_bytes() == (tmp_path / "step-00000001.pt").read_bytes()
+    assert not (tmp_path / "last.pt").samefile(tmp_path / "step-00000001.pt")
+
+
+def test_any_flipped_bit_is_noticed_or_means_nothing(save: Callable, tmp_path: Path) -> None:
+    """torch itself would load most of these without a word."""
+    save(1)
+    path = tmp_path / "step-00000001.pt"
+    whole, size = load_checkpoint(path), path.stat().st_size
+    rng = np.random.default_rng(0)
+    silent = noticed = 0
+    for at, bit in zip(rng.integers(0, size, 150).tolist(), rng.integers(0, 8, 150).tolist()):
+        flip(path, at, bit)
+        try:
+            found = load_checkpoint(path)
+            same = all(torch.equal(found["method"][name], value) for name, value in whole["method"].items())
+            assert same and found["position"] == whole["position"] and str(found["optimizer"]) == str(whole["optimizer"])
+            silent += 1  # padding, or a date of the archive
+        except DamagedCheckpoint as error:
+            assert "\n" not in str(error)
+            noticed += 1
+        flip(path, at, bit)
+    assert noticed > 100 and load_checkpoint(path)["position"] == whole["position"]
+    print(f"{noticed} noticed, {silent} without effect")
+
+
+def test_resume_passes_over_what_is_damaged_and_says_so(save: Callable, tmp_path: Path) -> None:
+    said: list[str] = []
+    assert find_checkpoint(tmp_path, say=said.append) is None
+    for number in (10, 20, 30):
+        save(number, keep=3)
+    assert find_checkpoint(tmp_path, say=said.append)[1]["position"]["step"] == 30 and said == []
+    size = (tmp_path / "last.pt").stat().st_size
+    flip(tmp_path / "last.pt", size // 2)  # step-00000030.pt is the same file: it is not tried twice
+    path, state = find_checkpoint(tmp_path, say=said.append)
+    assert path.name == "step-00000020.pt" and state["position"]["step"] == 20
+    assert len(said) == 1 and said[0].startswith(f"passed over: {tmp_path / 'last.pt'}: damaged checkpoint")
+    (tmp_path / "last.pt").unlink()  # killed between the file and its second name
+    assert find_checkpoint(tmp_path)[0].name == "step-00000020.pt"
+    for path in tmp_path.glob("*.pt"):
+        path.write_bytes(b"")
+    with pytest.raises(FastSSLError, match=r"damaged checkpoint.*no other to go on from; start anew with --resume never"):
+        find_checkpoint(tmp_path)
+
+
+def test_a_checkpoint_of_another_version_is_not_passed_over(save: Callable, tmp_path: Path) -> None:
+    """It is whole: going back to an older one would throw away what was learned since."""
+    save(10)
+    write_state(tmp_path / "last.pt", {"version": 3, "method": {}, "position": {}, "config": {}})
+    with pytest.raises(FastSSLError, match="not a checkpoint of this version"):
+        find_checkpoint(tmp_path)
+
+
+def test_a_full_disk_takes_the_oldest_never_the_newest(save: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in (1, 2, 3):
+        save(number, keep=3)
+    original = torch.save
+
+    def full(state: dict, path: Path) -> None:
+        if len(list(tmp_path.glob("step-*.pt"))) > 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        original(state, path)
+
+    monkeypatch.setattr(torch, "save", full)
+    save(4, keep=3)
+    assert names(tmp_path) == ["last.pt", "step-00000003.pt", "step-00000004.pt"]
+
+    def fuller(state: dict, path: Path) -> None:
+        Path(path).write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", fuller)
+    with pytest.raises(NotSaved, match=r"No space left on device.*the one before it is untouched"):
+        save(5, keep=3)
+    assert names(tmp_path) == ["last.pt", "step-00000004.pt"] and not list(tmp_path.glob("*.tmp"))
+    assert find_checkpoint(tmp_path)[1]["position"]["step"] == 4

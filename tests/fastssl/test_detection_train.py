@@ -10,6 +10,7 @@ from processes import run_processes
 from shapes import make_shapes
 
 from fastssl.backbones import create_backbone
+from fastssl.checkpoint import write_state
 from fastssl.distributed import World, rank, world_from_environment, world_size
 from fastssl.evaluate.detection import train as module
 from fastssl.evaluate.detection.annotations import DetectionError, DetectionSet, load_coco
@@ -142,7 +143,7 @@ def saved(data: DetectionSet, tmp_path_factory: pytest.TempPathFactory) -> dict:
 @pytest.mark.parametrize("case", DAMAGED)
 def test_damaged_files_are_named_in_one_line(case: str, saved: dict, data: DetectionSet, tmp_path: Path) -> None:
     assert saved["kind"] == "detector"
-    torch.save({**saved, **DAMAGED[case]}, tmp_path / "detect.pt")
+    write_state(tmp_path / "detect.pt", {**saved, **DAMAGED[case]})
     with pytest.raises(
         DetectionError, match=r"detect.pt: (does not fit this detector|holds no detector|is not a whole checkpoint).*choose another --out"
     ) as error:

@@ -59,10 +59,11 @@ def cli(arguments: list[str]) -> int:
 def test_it_trains_stops_and_goes_on(name: str, beton: Path, tmp_path: Path) -> None:
     out, original = tmp_path / "run", Run._step
 
-    def stop_at_three(run: Run, batch: object, epoch: int) -> None:
-        original(run, batch, epoch)
+    def stop_at_three(run: Run, batch: object) -> object:
+        metrics = original(run, batch)
         if run.position.step == 2:
-            run._stop.set()
+            run.stop.set()
+        return metrics
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Run, "_step", stop_at_three)
@@ -95,10 +96,11 @@ def test_a_stopped_run_ends_with_the_weights_of_one_that_was_not(name: str, beto
     """Queues, centres, coins of drop path and all: resuming is exact for every method."""
     original = Run._step
 
-    def stop_at_four(run: Run, batch: object, epoch: int) -> None:
-        original(run, batch, epoch)
+    def stop_at_four(run: Run, batch: object) -> object:
+        metrics = original(run, batch)
         if run.position.step == 3:
-            run._stop.set()
+            run.stop.set()
+        return metrics
 
     assert cli(command(name, beton, tmp_path / "whole")) == 0
     with pytest.MonkeyPatch.context() as patch:

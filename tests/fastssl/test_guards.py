@@ -103,7 +103,8 @@ def test_starting_over_removes_what_the_other_run_left(beton: Path, tmp_path: Pa
     assert first["step"] == 6
     assert pretrain(beton, out, "--resume", "never", "--seed", 5, "--set", "optim.lr=1e30", "--set", "optim.warmup_epochs=0") == 1
     left = {path.name for path in out.rglob("*") if path.is_file()}
-    assert left == {"config.yaml", "metrics.jsonl", ".lock"}
+    kept = {"batch.safetensors", "step.json", "views.png"}  # of the step that ended this one
+    assert left == {"config.yaml", "metrics.jsonl", "status.json", ".lock"} | kept
 
 
 def test_the_default_recipe_suits_the_machine(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:

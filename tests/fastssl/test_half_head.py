@@ -9,7 +9,7 @@ import torch
 from runs import finished_run
 from torch import nn
 
-from fastssl.checkpoint import load_checkpoint
+from fastssl.checkpoint import load_checkpoint, write_state
 from fastssl.evaluate.half_head import load_half_head, run_file
 from fastssl.pipelines.errors import FastSSLError
 
@@ -75,7 +75,7 @@ def test_a_head_without_batchnorm(tmp_path: Path) -> None:
 def test_tensors_that_do_not_fit(run: Path, tmp_path: Path) -> None:
     state = load_checkpoint(run_file(run))
     state["config"]["dino"]["projector"]["hidden"] = 24
-    torch.save(state, tmp_path / "last.pt")
+    write_state(tmp_path / "last.pt", state)
     with pytest.raises(FastSSLError, match="the student's head does not fit") as error:
         load_half_head(tmp_path / "last.pt")
     assert "\n" not in str(error.value)

@@ -222,6 +222,13 @@ def test_what_is_no_run_is_refused(tmp_path):
         write_report(run)
 
 
+def test_steps_that_were_passed_over_are_mentioned(tmp_path):
+    page = render(read_run(make_run(tmp_path / "run", summary(passed_over_steps=[7, 1200]))))
+    assert "2 steps were passed over, because a loss or gradient was not finite: 7, 1,200." in page
+    page = render(read_run(make_run(tmp_path / "many", summary(passed_over_steps=list(range(11))))))
+    assert "11 steps were" in page and "9, ..." in page
+
+
 def test_skipped_photos_are_mentioned(tmp_path):
     assert "3 damaged photos were skipped" in render(read_run(make_run(tmp_path / "run", summary(skipped=3))))
 

@@ -91,10 +91,11 @@ def test_two_processes_write_one_run(one: Path, beton: Path, tmp_path: Path) -> 
 def test_one_process_takes_over_from_two_and_two_from_one(one: Path, beton: Path, tmp_path: Path) -> None:
     original = Run._step
 
-    def stop(run: Run, batch: object, epoch: int) -> None:
-        original(run, batch, epoch)
+    def stop(run: Run, batch: object) -> object:
+        metrics = original(run, batch)
         if run.position.step == 3:
-            run._stop.set()
+            run.stop.set()
+        return metrics
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Run, "_step", stop)

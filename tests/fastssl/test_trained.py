@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fastssl.backbones import create_backbone, save_backbone
+from fastssl.checkpoint import write_state
 from fastssl.cli import main
 from fastssl.evaluate.trained import load_trained
 from fastssl.pipelines.errors import FastSSLError
@@ -72,18 +73,18 @@ def test_what_is_not_there_is_said(run: Path, tmp_path: Path) -> None:
         load_trained(tmp_path / "other.safetensors", "student")
     state = torch.load(run / "checkpoints" / "last.pt", weights_only=True)
     state["method"] = {name: value for name, value in state["method"].items() if not name.startswith("teacher.")}
-    torch.save(state, tmp_path / "alone.pt")
+    write_state(tmp_path / "alone.pt", state)
     with pytest.raises(FastSSLError, match="has no teacher network"):
         load_trained(tmp_path / "alone.pt", "teacher")
     state["config"]["arch"] = "resnet18"
-    torch.save(state, tmp_path / "another.pt")
+    write_state(tmp_path / "another.pt", state)
     with pytest.raises(FastSSLError, match="tensors do not fit resnet18"):
         load_trained(tmp_path / "another.pt")
     for arch in (5, None, "lcnet_035"):
         state["config"]["arch"] = arch
         if arch == "lcnet_035":
             state["method"]["student.backbone.conv_stem.weight"] = torch.zeros(8, 3, 3, 3, dtype=torch.int8)
-        torch.save(state, tmp_path / "odd.pt")
+        write_state(tmp_path / "odd.pt", state)
         with pytest.raises(
             FastSSLError, match=r"conv_stem\.weight.*another kind" if arch == "lcnet_035" else "its config names no network"
         ):

@@ -19,13 +19,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastssl.checkpoint import VERSION, differences, load_checkpoint
+from fastssl.checkpoint import VERSION, differences, load_checkpoint, write_state
 from fastssl.distributed import World, agree_any, average_gradients, broadcast_module, share
 from fastssl.evaluate.detection.annotations import DetectionError, DetectionSet
 from fastssl.evaluate.detection.batches import load_batches, to_device, training_requests
 from fastssl.evaluate.detection.model import Detector
 from fastssl.evaluate.detection.schedule import Rates
-from fastssl.files import write_atomically
 from fastssl.optim import set_lr
 from fastssl.pipelines.errors import FastSSLError
 from fastssl.pipelines.rng import Stream, keyed_words
@@ -253,7 +252,7 @@ class _Checkpoint:
         state = {"version": VERSION, "kind": KIND, "config": self.config, "iteration": iteration, "losses": losses}
         state.update(detector=detector.state_dict(), optimizer=optimizer.state_dict())
         try:
-            write_atomically(self.path, lambda path: torch.save(state, path))
+            write_state(self.path, state)
         except (OSError, RuntimeError) as error:
             raise FastSSLError(f"{self.path}: checkpoint not written ({error}); the one before it is untouched") from error
         self.saved = time.monotonic()

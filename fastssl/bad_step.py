@@ -1,0 +1,78 @@
+"""The batch of a step whose loss is not finite, kept for a look: what the network was given, exactly, and as a picture."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from fastssl.files import write_atomically
+from fastssl.pipelines.augment import augment_device
+from fastssl.pipelines.loader import Batch
+from fastssl.pipelines.plan import ViewSpec
+
+#: the folder for them in a run's folder
+BAD_STEPS = "nonfinite"
+#: samples and views of each that the picture shows
+_ROWS, _COLUMNS = 16, 12
+
+
+@torch.no_grad()
+def save_bad_step(folder: Path, batch: Batch, views: Sequence[ViewSpec], *, rank: int, about: dict[str, Any]) -> None:
+    """Write ``batch.safetensors``, ``step.json`` and ``views.png`` into ``folder`` (of rank r > 0 ``batch-r.safetensors`` and so on).
+
+    ``batch.safetensors`` holds ``index`` and ``label`` (B,) int64 and ``views.0``, ``views.1``, ...: (count * B, 3, S, S), view-major, as the step was given
+    them: normalised floats, or uint8 crops together with their colour tables ``tables.0``, ... (see ``augment_device``).
+
+    Args:
+        batch: of the step.
+        views: the view groups that made it.
+        rank: of the process whose share of the batch this is.
+        about: what step.json says besides the samples' ids.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    from safetensors.torch import save_file
+
+    mine = f"-{rank}" if rank else ""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {"index": batch.index, "label": batch.label}
+    for number, view in enumerate(batch.views):
+        tensors[f"views.{number}"] = view.detach().cpu().contiguous()
+    for number, table in enumerate(batch.tables):
+        tensors[f"tables.{number}"] = table.detach().cpu().contiguous()
+    write_atomically(folder / f"batch{mine}.safetensors", lambda path: save_file(tensors, str(path)))
+    text = json.dumps({**about, "rank": rank, "samples": batch.index.tolist()}, indent=2) + "\n"
+    write_atomically(folder / f"step{mine}.json", lambda path: path.write_text(text))
+    picture = _picture(_coloured(batch, views), views, len(batch.index))
+    write_atomically(folder / f"views{mine}.png", lambda path: picture.save(path, format="PNG"))
+
+
+def _coloured(batch: Batch, views: Sequence[ViewSpec]) -> list[Tensor]:
+    if not batch.tables:
+        return batch.views
+    return [augment_device(crops, table, spec, torch.float32) for crops, table, spec in zip(batch.views, batch.tables, views)]
+
+
+def _picture(groups: Sequence[Tensor], views: Sequence[ViewSpec], batch: int) -> Image.Image:
+    """A sample a row, a view a column, at their own size; values that are not finite are red."""
+    columns = [
+        (spec, group.unflatten(0, (spec.count, batch))[view, :_ROWS]) for group, spec in zip(groups, views) for view in range(spec.count)
+    ][:_COLUMNS]
+    tile = max(spec.size for spec, _ in columns)
+    canvas = Image.new("RGB", (len(columns) * (tile + 2), min(batch, _ROWS) * (tile + 2)), "white")
+    for column, (spec, pictures) in enumerate(columns):
+        std, mean = (torch.tensor(values).view(3, 1, 1) for values in (spec.std, spec.mean))
+        for row, normalised in enumerate(pictures.float().cpu()):
+            broken = ~torch.isfinite(normalised).all(0)
+            grey_levels = (torch.nan_to_num(normalised) * std + mean).mul(255).round().clamp(0, 255)
+            grey_levels[:, broken] = torch.tensor([255.0, 0.0, 0.0]).unsqueeze(1)
+            shown = Image.fromarray(grey_levels.to(torch.uint8).permute(1, 2, 0).contiguous().numpy())
+            canvas.paste(shown, (column * (tile + 2), row * (tile + 2)))
+    return canvas

@@ -1,0 +1,109 @@
+"""``metrics.jsonl``: one line a block of steps, whole or absent, also on a disk that is full for a while."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from fastssl.files import write_atomically
+
+#: Rows that wait for the disk to take them. A block is 50 steps as a rule: this many are some days of training.
+_MOST = 100_000
+
+
+class MetricsFile:
+    """Rows (dicts) appended to a file of JSON lines.
+
+    Where the disk does not take a row, it waits in memory for the next one: a run is worth more than its diary.
+
+    Args:
+        path: the file; it need not exist.
+
+    Attributes:
+        failure: why the last row could not be written; None where all are.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.failure: OSError | None = None
+        self._waiting: list[str] = []
+
+    def append(self, row: dict[str, Any]) -> bool:
+        """Add one row; whether it is in the file now."""
+        self._waiting = [*self._waiting[-_MOST:], json.dumps(row) + "\n"]
+        return self.flush()
+
+    def flush(self) -> bool:
+        """Try to write what waits; whether nothing is left."""
+        if not self._waiting:
+            return True
+        try:
+            self._write("".join(self._waiting).encode())
+        except OSError as error:
+            self.failure = error
+            return False
+        self._waiting, self.failure = [], None
+        return True
+
+    def _write(self, data: bytes) -> None:
+        """All of ``data`` behind the last whole line, or nothing of it."""
+        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        try:
+            size = os.fstat(descriptor).st_size
+            if size and os.pread(descriptor, 1, size - 1) != b"\n":
+                data = b"\n" + data  # a line that a kill cut short: it is passed over by `rows`, and must not spoil this one
+            try:
+                while data:
+                    data = data[os.write(descriptor, data) :]
+            except OSError:
+                os.ftruncate(descriptor, size)
+                raise
+        finally:
+            os.close(descriptor)
+
+    def sync(self) -> None:
+        """Bring the file to the disk: the rows of a checkpoint's steps should not be younger than the checkpoint."""
+        try:
+            descriptor = os.open(self.path, os.O_RDONLY)
+        except OSError:
+            return
+        try:
+            os.fsync(descriptor)
+        except OSError as error:
+            self.failure = error
+        finally:
+            os.close(descriptor)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """All whole rows, also those that still wait; a line that a kill cut short is passed over."""
+        lines = self.path.read_text(errors="replace").splitlines() if self.path.is_file() else []
+        found = []
+        for line in (*lines, *self._waiting):
+            try:
+                row = json.loads(line)
+            except (json.JSONDecodeError, RecursionError):
+                continue
+            if isinstance(row, dict):
+                found.append(row)
+        return found
+
+    def cut(self, step: int, *, probed: bool) -> None:
+        """Drop the rows behind ``step``: those steps are about to be made again.
+
+        Args:
+            probed: whether the probe that follows ``step`` was made already (or there is none); otherwise its row goes too.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        rows = [row for row in self.rows() if row.get("kind") in ("step", "probe") and isinstance(row.get("step"), int)]
+        kept = [row for row in rows if row["step"] < step or (row["step"] == step and (row["kind"] == "step" or probed))]
+        self._waiting = []
+        write_atomically(self.path, lambda path: path.write_text("".join(json.dumps(row) + "\n" for row in kept)))
+
+    def clear(self) -> None:
+        """Begin anew with an empty file."""
+        self._waiting, self.failure = [], None
+        self.path.write_text("")

@@ -1,0 +1,170 @@
+"""The folder of a run: who may write into it, what is in it when a run begins, and what is written there while it lasts.
+
+Only the first process of a run has one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import fcntl
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TextIO
+
+import yaml
+
+from fastssl.bad_step import BAD_STEPS
+from fastssl.checkpoint import differences, find_checkpoint, load_checkpoint, set_aside
+from fastssl.files import remove_unfinished, write_atomically
+from fastssl.metrics_file import MetricsFile
+from fastssl.pipelines.errors import FastSSLError
+from fastssl.recipe import Recipe, build_recipe, recipe_to_dict
+from fastssl.run_status import write_status
+
+_RESULTS = ("summary.json", "report.html", "views.png", "neighbours.png", "status.json")
+_CHECKPOINTS = ("last*.pt", "last*.safetensors", "step-*.pt", "epoch-*.pt", "epoch-*.safetensors", "*.aside")
+#: What may be another when a run goes on: it decides what is told, kept and put up with, and no step that was made.
+_FREE = frozenset(
+    {
+        "data.name",
+        "val",
+        "train.log_every",
+        "train.checkpoint_minutes",
+        "train.keep_last",
+        "train.milestone_epochs",
+        "train.skip_nonfinite",
+        "train.on_bad",
+    }
+)
+_FREE_SECTIONS = ("probe", "next_mark", "full_samples", "full_recipe")
+_RECIPE_KEYS = frozenset(field.name for field in dataclasses.fields(Recipe))
+
+
+class RunFolder:
+    """``--out`` of a run.
+
+    Args:
+        path: the folder; it need not exist.
+        say: is told one line at a time what the user should know.
+
+    Attributes:
+        metrics: the rows of metrics.jsonl.
+    """
+
+    def __init__(self, path: Path, say: Callable[[str], None]):
+        self.path, self.say = path, say
+        self.metrics = MetricsFile(path / "metrics.jsonl")
+        self._lock_file: TextIO | None = None
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where they are."""
+        return self.path / "checkpoints"
+
+    def open(self, config: dict[str, Any], resume: str, about: dict[str, Any]) -> dict[str, Any] | None:
+        """Take the folder, and make it ready to go on, or for a new run.
+
+        Args:
+            config: every value that the run's numbers depend on.
+            resume: ``auto``, ``never`` or the path of a checkpoint.
+            about: what config.yaml says besides.
+
+        Returns:
+            the content of the checkpoint to go on from; None for a new run.
+
+        Raises:
+            FastSSLError: the folder is taken or cannot be written; no checkpoint is whole; or it is that of other settings.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock()
+            for folder in (self.path, self.checkpoints):
+                remove_unfinished(folder)
+            state = self._find(config, resume)
+            if state is None:
+                self._clear()
+            else:
+                at = state["position"]
+                set_aside(self.checkpoints, at["step"])
+                self.metrics.cut(at["step"], probed=at["step_in_epoch"] == 0)
+            text = yaml.safe_dump({**config, **about}, sort_keys=False)
+            write_atomically(self.path / "config.yaml", lambda path: path.write_text(text))
+            return state
+        except OSError as error:
+            raise FastSSLError(
+                f"{self.path}: cannot write the run's folder ({error.strerror or error}); choose another with --out"
+            ) from error
+
+    def status(self, state: str, **values: Any) -> None:
+        """Write status.json. Folders are nobody's business: of this one only the name is left in what is said."""
+        clean = {key: value.replace(str(self.path), self.path.name) if isinstance(value, str) else value for key, value in values.items()}
+        write_status(self.path, state, **clean)
+
+    def close(self) -> None:
+        """Let other processes, and later runs of this one, have the folder."""
+        if self._lock_file is not None:
+            self._lock_file.close()
+
+    def _lock(self) -> None:
+        """Hold the folder while this process lives: two runs in one folder would write over each other's files."""
+        self._lock_file = open(self.path / ".lock", "a")  # noqa: SIM115 (held open for the whole run)
+        try:
+            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise FastSSLError(f"{self.path}: another fastssl pretrain is writing here; choose another --out") from error
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+            self.say(f"{self.path}: this file system has no locks; see to it that no other run writes here")
+
+    def _find(self, config: dict[str, Any], resume: str) -> dict[str, Any] | None:
+        if resume == "never":
+            return None
+        if resume == "auto":
+            if (found := find_checkpoint(self.checkpoints, say=self.say)) is None:
+                return None
+            path, state = found
+        else:
+            path = Path(resume)
+            if not path.is_file():
+                raise FastSSLError(f"--resume {path}: no such checkpoint (auto, never, or the path of a last.pt)")
+            state = load_checkpoint(path, advice="start anew with --resume never")
+        found = differences(_deciding(config), _deciding(_with_defaults(state["config"])))
+        if found:
+            raise FastSSLError(
+                f"{path} belongs to a run with other settings ({'; '.join(found[:3])}{'; ...' if len(found) > 3 else ''}): "
+                "choose another --out, or --resume never to start over"
+            )
+        return state
+
+    def _clear(self) -> None:
+        """Remove what another run left here: its weights, figures and pictures beside the new run's would be a lie."""
+        for name in _RESULTS:
+            (self.path / name).unlink(missing_ok=True)
+        for pattern in _CHECKPOINTS:
+            for path in self.checkpoints.glob(pattern):
+                path.unlink()
+        if (self.path / BAD_STEPS).is_dir():
+            shutil.rmtree(self.path / BAD_STEPS)
+        self.metrics.clear()
+
+
+def _deciding(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The settings that decide what the steps are."""
+    return {
+        key: _deciding(value, f"{prefix}{key}.") if isinstance(value, dict) else value
+        for key, value in config.items()
+        if prefix + key not in _FREE and not (prefix == "" and key in _FREE_SECTIONS)
+    }
+
+
+def _with_defaults(config: dict[str, Any]) -> dict[str, Any]:
+    """A stored configuration with the keys that its version of fastssl did not have yet, at what that version did."""
+    recipe = {key: value for key, value in config.items() if key in _RECIPE_KEYS}
+    try:
+        filled = recipe_to_dict(build_recipe(recipe, where="the checkpoint"))
+    except FastSSLError:  # written by another version, with keys that are gone: compared as it is
+        return config
+    return {**filled, **config, **{key: filled[key] for key in recipe}}

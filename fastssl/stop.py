@@ -1,0 +1,58 @@
+"""Signals that ask a run to stop, turned into a flag that the loop looks at between two steps."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+#: Ctrl-C, the launcher's end, Slurm's ``--signal=USR1@120``, and a terminal that was closed.
+_NAMES = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")
+#: Seconds between two Ctrl-C that are two. torchrun and srun pass on what the terminal has sent to all processes already.
+_TWICE_S = 2.0
+
+
+class StopRequest:
+    """Whether a signal asked for the end. A second Ctrl-C, some seconds behind the first, ends the process at once."""
+
+    def __init__(self) -> None:
+        self._flag = threading.Event()
+        self._since = 0.0
+        self.name = ""
+
+    def __bool__(self) -> bool:
+        return self._flag.is_set()
+
+    def set(self, name: str = "asked to") -> None:
+        """Ask for the end."""
+        self.name, self._since = name, time.monotonic()
+        self._flag.set()
+
+    def wait(self, seconds: float) -> bool:
+        """Wait for a request at most so long; whether there is one."""
+        return self._flag.wait(seconds)
+
+    @contextmanager
+    def by_signals(self) -> Iterator[None]:
+        """Listen inside the block. Signals belong to the main thread: in any other nothing happens, and the caller decides."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def ask(number: int, frame: object) -> None:
+            if not self:
+                self.set(signal.Signals(number).name)
+            elif number == signal.SIGINT and time.monotonic() - self._since > _TWICE_S:
+                raise KeyboardInterrupt
+
+        before = {}
+        for number in (getattr(signal, name) for name in _NAMES if hasattr(signal, name)):
+            if number == signal.SIGINT or signal.getsignal(number) is not signal.SIG_IGN:  # nohup: it asked not to be told
+                before[number] = signal.signal(number, ask)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)

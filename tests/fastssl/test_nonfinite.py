@@ -1,0 +1,241 @@
+"""A loss or gradient that is not finite: the run stops and keeps the batch, or passes over the step as if it had not been."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from processes import run_processes
+from safetensors.torch import load_file
+
+from fastssl.bad_step import save_bad_step
+from fastssl.pipelines.errors import FastSSLError, Interrupted
+from fastssl.pipelines.loader import Batch, ViewLoader
+from fastssl.pipelines.plan import ViewSpec
+from fastssl.recipe import Recipe, load_recipe, parse_overrides
+from fastssl.step import TrainStep
+from fastssl.train import Run, RunOptions, pretrain
+
+#: 2 epochs of 6 steps on 48 photos, blocks of 4 steps
+SMALL = [
+    "arch=lcnet_035",
+    "views.0.size=32",
+    "train.epochs=2",
+    "train.batch_size=8",
+    "train.log_every=4",
+    "moco.queue=64",
+    "moco.projector.hidden=16",
+    "moco.projector.out=8",
+    "probe.online_samples=40",
+    "probe.final_samples=40",
+    "probe.size=32",
+    "probe.every_epochs=0",
+    "optim.warmup_epochs=0",
+]
+
+
+class Silent:
+    def __init__(self) -> None:
+        self.messages: list[str] = []
+
+    def row(self, row: dict, done: int, total: int) -> None: ...
+
+    def message(self, text: str) -> None:
+        self.messages.append(text)
+
+
+def small(*overrides: str) -> Recipe:
+    return load_recipe("quickstart", parse_overrides([*SMALL, *overrides]))
+
+
+def options(beton: Path, out: Path) -> RunOptions:
+    return RunOptions(recipe_name="quickstart", data=beton, out=out, device="cpu", workers=1)
+
+
+def state(out: Path) -> dict:
+    return torch.load(out / "checkpoints" / "last.pt", weights_only=True)
+
+
+def same(one: dict, other: dict) -> bool:
+    moments = [[state["momentum_buffer"] for state in found["optimizer"]["state"].values()] for found in (one, other)]
+    return all(torch.equal(one["method"][name], other["method"][name]) for name in other["method"]) and all(map(torch.equal, *moments))
+
+
+@pytest.fixture
+def break_steps(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """``break_steps({step: "loss" or "gradient"})``: what becomes NaN at steps counted from 1; whatever the run does about it, it does with real batches."""
+
+    def install(broken: dict[int, str]) -> None:
+        step, update = Run._step, TrainStep.update
+
+        def poisoned(run: Run, batch: Batch) -> torch.Tensor:
+            kind = broken.get(run.position.step + 1)
+            run.step.poison = kind is not None
+            metrics = step(run, batch)
+            if kind == "loss":
+                metrics = metrics.clone()
+                metrics[0] = float("nan")
+                run.ring.pop()
+                run.ring.push(metrics, run.position.step + 1)
+            return metrics
+
+        def nan_gradients(self: TrainStep, rates: dict) -> None:
+            if getattr(self, "poison", False):
+                for parameter in self._trained:
+                    if parameter.grad is not None:
+                        parameter.grad.fill_(float("nan"))
+            update(self, rates)
+
+        monkeypatch.setattr(Run, "_step", poisoned)
+        monkeypatch.setattr(TrainStep, "update", nan_gradients)
+
+    return install
+
+
+def test_a_step_that_is_passed_over_leaves_no_trace(
+    beton: Path, tmp_path: Path, break_steps: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against the obvious way: a run that does not make steps 2 and 7 in the first place."""
+    original = Run._step
+
+    def leave_out(run: Run, batch: Batch) -> torch.Tensor | None:
+        return None if run.position.step + 1 in (2, 7) else original(run, batch)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "_step", leave_out)
+        pretrain(small(), options(beton, tmp_path / "left-out"), Silent())
+
+    break_steps({2: "loss", 7: "gradient"})
+    said = Silent()
+    summary = pretrain(small("train.skip_nonfinite=2"), options(beton, tmp_path / "run"), said)
+    assert same(state(tmp_path / "run"), state(tmp_path / "left-out"))
+    assert summary["passed_over_steps"] == [2, 7] == state(tmp_path / "run")["position"]["passed_over"]
+    told = [text for text in said.messages if "passed over" in text]
+    assert told[0].startswith("step 2: the loss is nan; passed over") and told[1].startswith(
+        "step 7: a gradient is not finite; passed over"
+    )
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [4, 6, 10, 12] and all(np.isfinite(row["loss"]) for row in rows)
+
+
+def test_a_run_without_bad_steps_is_not_changed_by_the_option(beton: Path, tmp_path: Path) -> None:
+    pretrain(small(), options(beton, tmp_path / "plain"), Silent())
+    pretrain(small("train.skip_nonfinite=3"), options(beton, tmp_path / "ready"), Silent())
+    assert same(state(tmp_path / "ready"), state(tmp_path / "plain"))
+
+
+def test_the_batch_of_the_step_that_ends_a_run_is_kept(beton: Path, tmp_path: Path, break_steps: Callable) -> None:
+    break_steps({3: "loss"})
+    with pytest.raises(
+        FastSSLError, match=r"the loss is nan at step 3: the run has diverged.*train\.skip_nonfinite.*there is no checkpoint"
+    ):
+        pretrain(small(), options(beton, tmp_path / "run"), Silent())
+    folder = tmp_path / "run" / "nonfinite" / "step-00000003"
+    about = json.loads((folder / "step.json").read_text())
+    with ViewLoader(beton, views=small().views, batch_size=8, seed=0, workers=1) as loader:
+        expected = next(iter(loader.epoch(0, start_step=2)))
+        kept = load_file(folder / "batch.safetensors")
+        assert torch.equal(kept["views.0"], expected.views[0]) and torch.equal(kept["index"], expected.index)
+    assert about["samples"] == kept["index"].tolist() and (about["step"], about["epoch"], about["step_in_epoch"]) == (3, 0, 2)
+    assert about["reason"] == "the loss is nan" and about["lr"] > 0
+    picture = Image.open(folder / "views.png")
+    assert picture.size == (2 * 34, 8 * 34)
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert status["state"] == "failed" and "diverged" in status["why"] and str(tmp_path) not in status["why"]
+
+
+def test_the_same_command_with_the_option_goes_on(beton: Path, tmp_path: Path, break_steps: Callable) -> None:
+    break_steps({8: "gradient"})
+    with pytest.raises(FastSSLError, match=r"no longer finite at step 8, though the loss is.*the newest checkpoint is of step 7"):
+        pretrain(small("train.checkpoint_minutes=0"), options(beton, tmp_path / "run"), Silent())
+    summary = pretrain(small("train.skip_nonfinite=1"), options(beton, tmp_path / "run"), Silent())
+    assert summary["passed_over_steps"] == [8]
+    pretrain(small("train.skip_nonfinite=1"), options(beton, tmp_path / "whole"), Silent())
+    assert same(state(tmp_path / "run"), state(tmp_path / "whole"))
+
+
+def test_a_state_that_is_not_finite_is_never_saved(beton: Path, tmp_path: Path, break_steps: Callable) -> None:
+    break_steps({12: "gradient"})  # the very last: no later loss would tell
+    with pytest.raises(FastSSLError, match=r"no longer finite at step 12.*there is no checkpoint"):
+        pretrain(small(), options(beton, tmp_path / "run"), Silent())
+    assert not (tmp_path / "run" / "checkpoints" / "last.pt").exists()
+
+
+def test_more_bad_steps_than_allowed_end_the_run_in_a_good_state(beton: Path, tmp_path: Path, break_steps: Callable) -> None:
+    break_steps({2: "loss", 3: "gradient", 4: "loss"})
+    with pytest.raises(FastSSLError, match=r"step 4: the loss is nan, and 2 such steps were passed over before"):
+        pretrain(small("train.skip_nonfinite=2"), options(beton, tmp_path / "run"), Silent())
+    assert sorted(path.name for path in (tmp_path / "run" / "nonfinite").iterdir()) == [f"step-0000000{number}" for number in (2, 3, 4)]
+
+
+def test_what_was_passed_over_is_known_behind_a_resume(
+    beton: Path, tmp_path: Path, break_steps: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    break_steps({2: "loss", 9: "loss"})
+    recipe, poisoned = small("train.skip_nonfinite=2"), Run._step
+
+    def stop(run: Run, batch: Batch) -> torch.Tensor:
+        metrics = poisoned(run, batch)
+        if run.position.step == 6:
+            run.stop.set()
+        return metrics
+
+    pretrain(recipe, options(beton, tmp_path / "whole"), Silent())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "_step", stop)
+        with pytest.raises(Interrupted):
+            pretrain(recipe, options(beton, tmp_path / "run"), Silent())
+    assert state(tmp_path / "run")["position"]["passed_over"] == [2]
+    summary = pretrain(recipe, options(beton, tmp_path / "run"), Silent())
+    assert summary["passed_over_steps"] == [2, 9] and same(state(tmp_path / "run"), state(tmp_path / "whole"))
+
+
+def in_one_of_two(beton: str, out: str) -> None:
+    """The loss of process 1 is NaN at step 3; the gradients of both are then, as they are averaged."""
+    from fastssl.distributed import world_from_environment
+
+    original = Run._step
+
+    def poisoned(run: Run, batch: Batch) -> torch.Tensor:
+        if run.position.step == 2 and world_from_environment().rank == 1:
+            batch.views = [view * float("nan") for view in batch.views]
+        return original(run, batch)
+
+    Run._step = poisoned
+    pretrain(small("train.skip_nonfinite=1", "moco.split_bn=2"), options(Path(beton), Path(out)), Silent())
+
+
+def test_processes_pass_over_a_step_together(beton: Path, tmp_path: Path) -> None:
+    run_processes(in_one_of_two, 2, str(beton), str(tmp_path / "run"), join=False)
+    assert state(tmp_path / "run")["position"] | {"train_seconds": 0} == {
+        "step": 12, "epoch": 2, "step_in_epoch": 0, "train_seconds": 0, "skipped": [], "passed_over": [3],
+    }  # fmt: skip
+    kept = [load_file(tmp_path / "run" / "nonfinite" / "step-00000003" / name) for name in ("batch.safetensors", "batch-1.safetensors")]
+    assert len({*kept[0]["index"].tolist(), *kept[1]["index"].tolist()}) == 8, "both halves of the batch"
+    assert torch.isfinite(kept[0]["views.0"]).all() and not torch.isfinite(kept[1]["views.0"]).any()
+
+
+def test_crops_that_are_coloured_on_the_device_are_kept_with_their_tables(beton: Path, tmp_path: Path) -> None:
+    views = [ViewSpec(size=32, count=2), ViewSpec(size=16, count=1, area=(0.05, 0.3))]
+    with ViewLoader(beton, views=views, batch_size=4, workers=1, colour=False) as loader:
+        batch = next(iter(loader.epoch(0)))
+        save_bad_step(tmp_path, batch, views, rank=0, about={})
+    kept = load_file(tmp_path / "batch.safetensors")
+    assert kept["views.0"].dtype == torch.uint8 and kept["tables.1"].shape == (4, 23)
+    picture = np.asarray(Image.open(tmp_path / "views.png"))
+    assert picture.shape == (4 * 34, 3 * 34, 3) and picture[:32, :32].std() > 5
+
+
+def test_values_that_are_not_finite_are_red_in_the_picture(beton: Path, tmp_path: Path) -> None:
+    views = [ViewSpec(size=16, count=1)]
+    with ViewLoader(beton, views=views, batch_size=2, workers=1) as loader:
+        batch = next(iter(loader.epoch(0)))
+    batch.views[0][1, :, 3, 5] = float("inf")
+    save_bad_step(tmp_path, batch, views, rank=0, about={})
+    red = (np.asarray(Image.open(tmp_path / "views.png")) == [255, 0, 0]).all(-1)
+    assert red.sum() == 1 and red[18 + 3, 5]

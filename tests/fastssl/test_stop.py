@@ -1,0 +1,59 @@
+"""Signals become a flag; only a later second Ctrl-C ends the process at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+
+import pytest
+
+from fastssl import stop as module
+from fastssl.stop import StopRequest
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"])
+def test_each_signal_asks_and_is_given_back(name: str) -> None:
+    number, stop = getattr(signal, name), StopRequest()
+    before = signal.getsignal(number)
+    with stop.by_signals():
+        assert not stop and not stop.wait(0)
+        os.kill(os.getpid(), number)
+        assert stop and stop.name == name and stop.wait(0)
+        os.kill(os.getpid(), number)  # passed on by a launcher: no second request
+    assert signal.getsignal(number) == before
+
+
+def test_a_second_ctrl_c_some_seconds_later_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_TWICE_S", 0.0)
+    stop = StopRequest()
+    with stop.by_signals():
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGUSR1)  # schedulers repeat themselves; they have SIGKILL where they mean it
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_hangup_that_was_to_be_ignored_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        stop = StopRequest()
+        with stop.by_signals():
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_in_another_thread_nothing_happens() -> None:
+    before, stop, inside = signal.getsignal(signal.SIGTERM), StopRequest(), []
+
+    def work() -> None:
+        with stop.by_signals():
+            inside.append(signal.getsignal(signal.SIGTERM))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert inside == [before]
