@@ -6,7 +6,7 @@ import itertools
 import os
 import sys
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
@@ -536,12 +536,21 @@ def _measure(json_path: str | None, jobs: list[Job]) -> None:
                 record = replace(record, details={**(record.details or {}), "command": command})
                 show(cells(record))
                 if file is not None:
-                    file.write(record.to_json() + "\n")
-                    file.flush()
+                    _add(file, json_path, record)
     if failures:
         label, error = failures[0]
         others = f" ({len(failures)} of {len(jobs)} settings failed)" if len(jobs) > 1 else ""
         raise FastSSLError(f"{label}: {_words(error)}{others}") from error
+
+
+def _add(file: TextIO, json_path: str, record: Record) -> None:
+    try:
+        file.write(record.to_json() + "\n")
+        file.flush()
+    except OSError as error:
+        with suppress(OSError):
+            file.close()  # what is left in its buffer would be tried again at the end
+        raise FastSSLError(f"{json_path}: a result was not written ({error.strerror or error}); it is in the table above") from error
 
 
 def _words(error: Exception) -> str:
