@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -56,7 +57,8 @@ _COMMON = [
     "probe.final_samples=24",
 ]
 _CROPS = ["views.global_size=32", "views.local_size=16", "views.local_count=2"]
-#: Its checkpoints are 60 MB, and take a while to be written.
+#: Its checkpoints are 60 MB, and take a while to be written. And its steps do not blow differences up as those of LCNet do with batches of 8: there 1e-16
+#: becomes 1 within 20 steps, with nobody killed, in double precision too.
 LARGE = "resnet10t"
 #: Per method: recipe, network, what makes it small. 48 photos: 6 steps an epoch.
 METHODS = {
@@ -252,7 +254,7 @@ def _compare_rows(whole: list[dict], killed: list[dict], outcome: Outcome, toler
             for name in theirs.keys() - _BY_THE_CLOCK:
                 # Spreads over a part of the photos are other numbers with another number of processes; the loss is not.
                 exact = tolerance is None
-                if (exact and mine.get(name) != theirs[name]) or (name == "loss" and abs(mine["loss"] - theirs["loss"]) > 1e-5):
+                if (exact and mine.get(name) != theirs[name]) or (name == "loss" and abs(mine["loss"] - theirs["loss"]) > (tolerance or 0)):
                     outcome.problems.append(f"{kind} {theirs['step']}: {name} is {mine.get(name)}, wanted {theirs[name]}")
 
 
@@ -282,8 +284,12 @@ def training(
     epochs: int = 8,
     tolerance: float | None = None,
     probe: bool = True,
+    arch: str | None = None,
 ) -> Outcome:
-    """Kill at ``kills`` random steps; start ``sizes`` processes in turn. Against a run of ``sizes[0]`` processes that nobody disturbs."""
+    """Kill at ``kills`` random steps; start ``sizes`` processes in turn. Against a run of ``sizes[0]`` processes that nobody disturbs.
+
+    ``tolerance`` None: equal to the last bit; infinite: the difference is noted and not judged.
+    """
     rng, steps = random.Random(f"training {method} {seed}"), 6 * epochs
     form = f"{'-'.join(map(str, sizes))} processes, {'float64' if float64 else 'float32'}"
     outcome = Outcome(f"training {method}, {form}", seed)
@@ -291,8 +297,8 @@ def training(
     folder = Path(tempfile.mkdtemp(dir=lab.folder))
     whole, killed = folder / "whole", folder / "killed"
     options = {"float64": float64}
-    lab.run(pretrain(method, data, whole, epochs, probe=probe), world=sizes[0], **options)
-    command, turns = pretrain(method, data, killed, epochs, probe=probe), itertools.cycle(sizes)
+    lab.run(pretrain(method, data, whole, epochs, probe=probe, arch=arch), world=sizes[0], **options)
+    command, turns = pretrain(method, data, killed, epochs, probe=probe, arch=arch), itertools.cycle(sizes)
     for target in sorted(rng.sample(range(1, steps), min(kills, steps - 1))):
         pause = rng.uniform(0, 0.1)
         processes = lab.start(command, world=next(turns), **options)
@@ -470,7 +476,9 @@ def run_all(what: str, kills: int, seed: int, say: Callable[[str], None] = print
             add(checkpointing(lab, data, kills, seed))
         if what in ("processes", "all"):
             for method, number in at_steps.items():
-                add(training(lab, data, method, number, seed, sizes=(1, 2), float64=True, tolerance=1e-5, probe=False))
+                add(training(lab, data, method, number, seed, sizes=(1, 2), float64=True, tolerance=1e-5, probe=False, arch=LARGE))
+            # What single precision makes of it in the same steps: told, not judged.
+            add(training(lab, data, "moco", 5, seed, sizes=(1, 2), tolerance=math.inf, probe=False, arch=LARGE))
             add(training(lab, data, "moco", at_steps["moco"], seed, sizes=(2,), probe=False))
     return outcomes
 
