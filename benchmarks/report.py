@@ -16,6 +16,7 @@ from fastssl.benchmarks import plots
 from fastssl.benchmarks.complete import incomplete
 from fastssl.benchmarks.records import Record, read_records
 from fastssl.benchmarks.table import COLUMNS, RIGHT, cells, figure
+from fastssl.files import write_atomically
 from fastssl.pipelines.errors import FastSSLError
 from fastssl.report.document import Block, Bullets, Code, Heading, Paragraph, Picture, Table, table_markdown, to_html, to_markdown
 
@@ -58,12 +59,7 @@ def write_report(results: Iterable[Path], out: Path) -> list[Path]:
     files["recipes.md"] = (recipe_table(records) or "No record of a step or of training.").encode() + b"\n"
     out.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
-        temporary = out / f"{name}.tmp"
-        try:
-            temporary.write_bytes(content)
-            temporary.replace(out / name)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_atomically(out / name, lambda temporary, content=content: temporary.write_bytes(content))
     return [out / name for name in ("report.html", "report.md", "recipes.md", *(name for name in files if name.endswith(".png")))]
 
 

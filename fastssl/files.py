@@ -15,6 +15,10 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Call ``write(temporary path)``, flush it to disk and rename it to ``path``: a reader sees the old file or the new one, also after a power cut.
 
     The file may be read by whom any other new file may: safetensors writes for its owner's eyes only.
+
+    Raises:
+        OSError: with the name of ``path``; of itself a write says "No space left on device" and not where.
+        Whatever else ``write`` raises.
     """
     temporary = path.with_name(path.name + UNFINISHED)
     try:
@@ -24,6 +28,10 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
         sync_folder(path.parent)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from error
     finally:
         with suppress(OSError):  # the folder may be gone or read-only by now, and the first error is the one that matters
             temporary.unlink(missing_ok=True)

@@ -6,7 +6,7 @@ import itertools
 import os
 import sys
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
@@ -422,6 +422,65 @@ def ceilings(data, photos, device, workers, seconds, folder, runs, json_path) ->
 
 
 @bench.command()
+@click.option(
+    "--minutes",
+    type=click.FloatRange(min=0.5),
+    callback=finite,
+    default=60.0,
+    show_default=True,
+    help="How long each run is watched. The first third is warm-up; what leaks 1 MB a minute shows within 2 minutes.",
+)
+@click.option(
+    "--recipe", "recipes", multiple=True, default=("few-photos",), show_default=True, metavar="NAME|FILE.yaml", help="May be repeated."
+)
+@arch_option
+@set_option
+@data_option
+@photos_option
+@device_option
+@click.option("--workers", type=click.IntRange(min=1), help="Decoding threads. Default: one a core.")
+@batch_option
+@folder_option
+@json_option
+def soak(minutes, recipes, arch, overrides, data, photos, device, workers, batch_size, folder, json_path) -> None:
+    """Watch a real pre-training from outside: does its memory grow, its rate fall, does it leave threads or files behind?
+
+    Epochs without end, a probe behind each, forty checkpoints or more; then it is stopped as Ctrl-C does. Each line of the judgement has its numbers and its
+    limit; the status is 1 when one fails.
+
+    \b
+    fastssl bench soak --minutes 60 --json soak.jsonl
+    fastssl bench soak --minutes 2 --arch lcnet_035 --data samples --batch-size 64 --workers 1
+    """
+    from fastssl.benchmarks.loader import default_batch
+    from fastssl.benchmarks.soak import require_steady, run
+    from fastssl.train import choose_device
+
+    place, found = choose_device(device), []
+
+    def watch(recipe: Recipe, name: str, source: str) -> list[Record]:
+        sized = replace(recipe, train=replace(recipe.train, batch_size=default_batch(recipe, place, batch_size)))
+        records = run(sized, name, source, place.type, workers, minutes, photos, folder, say)
+        for verdict in records[0].details["verdicts"]:
+            say(f"{'ok  ' if verdict['passed'] else 'FAIL'}  {verdict['name']}: {verdict['words']}")
+        found.extend(records)
+        return records
+
+    def say(text: str) -> None:
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    _measure(
+        json_path,
+        [
+            (f"soak, {name}, {source}", lambda recipe=recipe, name=name, source=source: watch(recipe, name, source))
+            for (recipe, name), source in itertools.product(_load(recipes, overrides, arch), data)
+        ],
+    )
+    for record in found:
+        require_steady(record)
+
+
+@bench.command()
 @click.argument("results", nargs=-1, required=True, type=SomePath(), metavar="RESULTS...")
 @click.option("--out", type=SomePath(), default="bench-report", show_default=True, metavar="DIR", help="Made if it is not there.")
 def report(results: tuple[Path, ...], out: Path) -> None:
@@ -477,12 +536,21 @@ def _measure(json_path: str | None, jobs: list[Job]) -> None:
                 record = replace(record, details={**(record.details or {}), "command": command})
                 show(cells(record))
                 if file is not None:
-                    file.write(record.to_json() + "\n")
-                    file.flush()
+                    _add(file, json_path, record)
     if failures:
         label, error = failures[0]
         others = f" ({len(failures)} of {len(jobs)} settings failed)" if len(jobs) > 1 else ""
         raise FastSSLError(f"{label}: {_words(error)}{others}") from error
+
+
+def _add(file: TextIO, json_path: str, record: Record) -> None:
+    try:
+        file.write(record.to_json() + "\n")
+        file.flush()
+    except OSError as error:
+        with suppress(OSError):
+            file.close()  # what is left in its buffer would be tried again at the end
+        raise FastSSLError(f"{json_path}: a result was not written ({error.strerror or error}); it is in the table above") from error
 
 
 def _words(error: Exception) -> str:

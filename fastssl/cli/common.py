@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import click
@@ -126,13 +127,25 @@ def write_json(path: str | None, records: dict | list[dict]) -> None:
     rows = records if isinstance(records, list) else [records]
     text = "".join(json.dumps(row) + "\n" for row in rows)
     if path == "-":
-        sys.stdout.write(text)
+        _print(text)
     else:
         target = Path(path)
         if target.is_file() or not target.exists():
             write_atomically(target, lambda temporary: temporary.write_text(text))
         else:  # a pipe or a device
             target.write_text(text)
+
+
+def _print(text: str) -> None:
+    """To standard output, now: what fails when the interpreter ends is no error that a command could tell."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except OSError as error:
+        with suppress(OSError, ValueError):  # what is left in the buffer would be tried again at the end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        error.filename = "standard output"
+        raise
 
 
 class RateColumn(ProgressColumn):

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastssl.files import write_atomically
 from fastssl.pipelines.errors import FastSSLError
 from fastssl.report.document import Block, Heading, Paragraph, Table, to_html, to_markdown
 
@@ -190,9 +191,7 @@ def write_comparison(records: Sequence[Record], out: str | Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     pages = {folder / "evaluations.md": to_markdown(blocks), folder / "evaluations.html": to_html("Evaluations - fastssl", blocks)}
     for path, text in pages.items():
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
+        write_atomically(path, lambda temporary, text=text: temporary.write_text(text, encoding="utf-8"))
     return list(pages)
 
 

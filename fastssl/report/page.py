@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from fastssl.files import write_atomically
 from fastssl.pipelines.errors import FastSSLError
 from fastssl.report.style import CSS
 from fastssl.report.svg import Mark, Series, line_chart
@@ -101,9 +102,8 @@ def write_report(run_dir: str | Path) -> Path:
     """
     run = read_run(run_dir)
     path = run.folder / "report.html"
-    temporary = path.with_name("report.html.tmp")
-    temporary.write_text(render(run), encoding="utf-8")
-    temporary.replace(path)
+    page = render(run)
+    write_atomically(path, lambda temporary: temporary.write_text(page, encoding="utf-8"))
     return path
 
 

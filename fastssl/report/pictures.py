@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastssl.evaluate.features import Features
 from fastssl.evaluate.knn import nearest_neighbors
+from fastssl.files import write_atomically
 from fastssl.pipelines.beton import BetonReader
 from fastssl.pipelines.errors import FastSSLError, JpegError
 from fastssl.pipelines.loader import ViewLoader
@@ -65,7 +66,7 @@ def views_picture(
         if owned:
             reader.close()
     if out is not None:
-        picture.save(out, format="PNG", optimize=True)
+        _write_png(picture, out)
     return picture
 
 
@@ -105,8 +106,16 @@ def engines_picture(
         if owned:
             reader.close()
     if out is not None:
-        picture.save(out, format="PNG", optimize=True)
+        _write_png(picture, out)
     return picture
+
+
+def _write_png(picture: Image.Image, out: Path) -> None:
+    """Whole or as it was before; into a pipe or a device as it comes."""
+    if out.exists() and not out.is_file():
+        picture.save(out, format="PNG", optimize=True)
+    else:
+        write_atomically(out, lambda temporary: picture.save(temporary, format="PNG", optimize=True))
 
 
 def _render(
@@ -186,7 +195,7 @@ def neighbours_picture(
         blocks.append((title, _photo(split.queries, int(asked.index[row]), 2 * tile), lines))
     picture = _draw_neighbours(blocks, neighbours, tile, labelled)
     if out is not None:
-        picture.save(out, format="PNG", optimize=True)
+        _write_png(picture, out)
     return picture
 
 

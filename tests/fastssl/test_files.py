@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from pathlib import Path
@@ -33,3 +34,18 @@ def test_a_checkpoint_may_be_read_by_whom_any_new_file_may(tmp_path: Path) -> No
     finally:
         os.umask(before)
     assert os.umask(before) == before, "asking for the mask leaves it as it was"
+
+
+def test_an_error_of_the_disk_names_the_file_that_was_meant(tmp_path: Path) -> None:
+    """Of itself a write says "No space left on device", and a rename speaks of the temporary name."""
+
+    def full(temporary: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    for write in (full, lambda temporary: (tmp_path / "absent" / "file").write_text(""), lambda temporary: None):
+        with pytest.raises(OSError, match=r"results\.json'$") as error:
+            write_atomically(tmp_path / "results.json", write)
+        assert ".tmp" not in str(error.value)
+    with pytest.raises(OSError, match="no errno"):
+        write_atomically(tmp_path / "results.json", lambda temporary: (_ for _ in ()).throw(OSError("no errno")))
+    assert not list(tmp_path.iterdir())
