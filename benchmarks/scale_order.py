@@ -20,7 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 from fastssl.pipelines.errors import FastSSLError
 from fastssl.pipelines.rng import check_range, philox4x32
 
-#: Rounds of the network. Three are told apart from random permutations by counting (see the tests), four by clever questions; twice as many cost little.
+#: Rounds of the network. Of two the tests see a pattern, four random functions are the least that theory asks for (Luby and Rackoff); ours are cheap ones: twice that.
 ROUNDS = 8
 #: Of the counter's last word: no stream of ``pipelines.rng`` has this number.
 _STREAM = 15

@@ -24,6 +24,7 @@ from fastssl.benchmarks.scale_order import Windows, feistel_order, windowed_orde
 from fastssl.benchmarks.timing import MIN_RUNS
 from fastssl.checkpoint import Position, save_checkpoint
 from fastssl.pipelines.beton import FIELD_DTYPE, FIELD_TYPES, HEADER_DTYPE, MIN_PAGE_SIZE, TABLE_DTYPE, BetonReader
+from fastssl.pipelines.errors import FastSSLError
 from fastssl.pipelines.order import epoch_order
 from fastssl.pipelines.rng import Stream, keyed_words
 from fastssl.recipe import load_recipe
@@ -145,7 +146,12 @@ def reads(runs: int = MIN_RUNS, folder: Path | None = None) -> list[Record]:
             for _ in range(_FILE // 2**22):
                 file.write(noise)
             os.fsync(file.fileno())
-        handle = os.open(path, os.O_RDONLY | os.O_DIRECT)
+        try:
+            handle = os.open(path, os.O_RDONLY | os.O_DIRECT)
+        except OSError as error:
+            raise FastSSLError(
+                f"{place}: no way past the page cache here ({error.strerror}); name a folder on a disk with --folder"
+            ) from error
         try:
             whole = _median(lambda: [os.preadv(handle, [block], at) for at in range(0, _FILE, 2**22)], runs)
             places = np.random.default_rng(1).integers(0, (_FILE - _PHOTO) // 4096, (runs + 1, 512)) * 4096
@@ -161,11 +167,7 @@ def reads(runs: int = MIN_RUNS, folder: Path | None = None) -> list[Record]:
 def starting(runs: int = MIN_RUNS, clients: int = 16) -> list[Record]:
     """Importing what a training process imports, and questions a second to the store at which processes meet."""
 
-    def imported(what: str) -> float:
-        code = f"import time; started = time.perf_counter(); import {what}; print(time.perf_counter() - started)"
-        return float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
-
-    ours, theirs = zip(*[(imported("fastssl.train"), imported("torch")) for _ in range(runs)])
+    ours, theirs = zip(*[(_imported("fastssl.train"), _imported("torch")) for _ in range(runs)])
     server = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=60))
     stores = [torch.distributed.TCPStore("127.0.0.1", server.port, is_master=False, timeout=timedelta(seconds=60)) for _ in range(clients)]
     server.set("address", "x" * 64)
@@ -173,6 +175,12 @@ def starting(runs: int = MIN_RUNS, clients: int = 16) -> list[Record]:
     ceiling = {"ceiling": 1 / statistics.median(theirs), "ceiling_name": "importing torch alone"}
     record = _record("starting", 1 / statistics.median(ours), runs, ceiling, store_get_s=asked)
     return [record]
+
+
+def _imported(what: str) -> float:
+    """Seconds that a new interpreter takes to import ``what``."""
+    code = f"import time; started = time.perf_counter(); import {what}; print(time.perf_counter() - started)"
+    return float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
 
 
 def checkpoints(name: str, runs: int = MIN_RUNS, folder: Path | None = None) -> list[Record]:

@@ -437,7 +437,12 @@ def ceilings(data, photos, device, workers, seconds, folder, runs, json_path) ->
     help="Instead: measure what docs/scale.md multiplies: orders, opening files, reads, starting, checkpoints (minutes).",
 )
 @click.option(
-    "--samples", type=click.IntRange(min=1), multiple=True, default=(10**6, 10**7), show_default=True, help="Of --parts; may be repeated."
+    "--samples",
+    type=click.IntRange(min=200_000),
+    multiple=True,
+    default=(10**6, 10**7),
+    show_default=True,
+    help="Of --parts; may be repeated.",
 )
 @data_option
 @photos_option
