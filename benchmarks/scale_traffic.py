@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -60,7 +61,8 @@ def traffic(recipe: Recipe, batch: int, world: int) -> Traffic:
     if recipe.method == "moco" and settings.split_bn > 1:
         settings = replace(settings, split_bn=max(settings.split_bn, world))
     views = Views(batch, recipe.pair_weights)
-    method = METHODS[recipe.method][0](initial_backbone(recipe, seed=0), settings, views=views)
+    with torch.device("meta"):  # shapes alone: nothing is allocated or drawn
+        method = METHODS[recipe.method][0](initial_backbone(recipe, seed=0), settings, views=views)
     trained = sum(parameter.numel() for parameter in method.parameters() if parameter.requires_grad)
     state = sum(tensor.numel() * tensor.element_size() for tensor in method.state_dict().values())
     layers, channels = _synchronised(method, recipe, settings)
