@@ -104,7 +104,9 @@ def order_table(records: Sequence[Record]) -> str:
         rows.append((f"{count:,}", seconds(once), size(record.details["bytes_per_sample"] * count), size(8 * count), *others))
     count, record = max(whole.items())
     once = count / record.pair_per_s * IMAGES * math.log(IMAGES) / (count * math.log(count))
-    rows.append((f"{IMAGES:,} (extrapolated)", seconds(once), size(record.details["bytes_per_sample"] * IMAGES), size(8 * IMAGES), *[""] * 4))
+    rows.append(
+        (f"{IMAGES:,} (extrapolated)", seconds(once), size(record.details["bytes_per_sample"] * IMAGES), size(8 * IMAGES), *[""] * 4)
+    )
     head = ("samples", "sorted: time", "touched", "kept", "Feistel, 512 at a time", "65,536", "windows, 512", "65,536")
     return table(head, rows) + f"\n{machine(record)}; nanoseconds an index.\n"
 
@@ -127,12 +129,26 @@ def start_table(records: Sequence[Record]) -> str:
     processes, get = HOSTS * GPUS, start.details["store_get_s"]
     rows = [
         ("importing fastssl.train", seconds(start.median_s), f"{1 / start.fraction_of_ceiling:.1f} times torch alone"),
-        ("a question to the store at which processes meet", seconds(get), f"gloo's full mesh asks {processes * (processes - 1):,}: {seconds(processes * (processes - 1) * get)}"),
-        (f"a random read of {size(read.details['bytes'])}, one thread", seconds(read.details["read_s"]), f"{read.pair_per_s:,.0f} a second, {read.fraction_of_ceiling:.0%} of the bytes that come in order"),
+        (
+            "a question to the store at which processes meet",
+            seconds(get),
+            f"gloo's full mesh asks {processes * (processes - 1):,}: {seconds(processes * (processes - 1) * get)}",
+        ),
+        (
+            f"a random read of {size(read.details['bytes'])}, one thread",
+            seconds(read.details["read_s"]),
+            f"{read.pair_per_s:,.0f} a second, {read.fraction_of_ceiling:.0%} of the bytes that come in order",
+        ),
     ]
     for record in _of(records, "checkpoint"):
         total = sum(record.details["bytes"].values())
-        rows.append((f"writing the checkpoint of {record.recipe}", seconds(record.median_s), f"{size(total)} in {len(record.details['bytes'])} files"))
+        rows.append(
+            (
+                f"writing the checkpoint of {record.recipe}",
+                seconds(record.median_s),
+                f"{size(total)} in {len(record.details['bytes'])} files",
+            )
+        )
     return table(("what", "time", ""), rows) + f"\n{machine(start)}.\n"
 
 
@@ -173,8 +189,29 @@ def storage_table(_: Sequence[Record]) -> str:
     rows = []
     for photos in (IMAGES, 10**7, 10**6, 10**5):
         count = -(-IMAGES // photos)
-        rows.append((f"{photos:,}", f"{count:,}", size(photos * PHOTO), f"{count / HOSTS:.3g}", seconds(photos * PHOTO / 1e9), seconds(photos / CONVERT / 96), size(photos * 57)))
-    return table(("photos a file", "files", "bytes each", "files a host", "copied at 1 GB/s", "converted again on 96 cores", "memory of a process that has it open"), rows)
+        rows.append(
+            (
+                f"{photos:,}",
+                f"{count:,}",
+                size(photos * PHOTO),
+                f"{count / HOSTS:.3g}",
+                seconds(photos * PHOTO / 1e9),
+                seconds(photos / CONVERT / 96),
+                size(photos * 57),
+            )
+        )
+    return table(
+        (
+            "photos a file",
+            "files",
+            "bytes each",
+            "files a host",
+            "copied at 1 GB/s",
+            "converted again on 96 cores",
+            "memory of a process that has it open",
+        ),
+        rows,
+    )
 
 
 def order_choice_table(_: Sequence[Record]) -> str:
@@ -182,8 +219,27 @@ def order_choice_table(_: Sequence[Record]) -> str:
     rows = []
     for chunk, chunks in ((1, 65536), (64, 1024), (256, 256), (256, 1024), (1024, 1024)):
         windows = Windows(chunk, chunks)
-        rows.append((f"{chunk:,} x {chunks:,}", size(windows.samples * PHOTO), size(chunk * PHOTO), f"{8 * 4000 / chunk:,.0f}", *(f"{neighbours(batch, windows):.2f}" for batch in (64, 512, 4096))))
-    return table(("chunk x chunks", "a window in memory", "a read", "reads/s of a host at 8 x 4,000 samples/s", "neighbours in a batch of 64", "512", "4,096"), rows)
+        rows.append(
+            (
+                f"{chunk:,} x {chunks:,}",
+                size(windows.samples * PHOTO),
+                size(chunk * PHOTO),
+                f"{8 * 4000 / chunk:,.0f}",
+                *(f"{neighbours(batch, windows):.2f}" for batch in (64, 512, 4096)),
+            )
+        )
+    return table(
+        (
+            "chunk x chunks",
+            "a window in memory",
+            "a read",
+            "reads/s of a host at 8 x 4,000 samples/s",
+            "neighbours in a batch of 64",
+            "512",
+            "4,096",
+        ),
+        rows,
+    )
 
 
 def rate_table(_: Sequence[Record]) -> str:
@@ -192,7 +248,17 @@ def rate_table(_: Sequence[Record]) -> str:
     for rate in (500, *RATES):
         host = GPUS * rate
         day = IMAGES / (HOSTS * host)
-        rows.append((f"{rate:,}", f"{host:,}", f"{rate / DECODE:.1f}", f"{host / DECODE:.0f}", size(host * PHOTO) + "/s", size(HOSTS * host * PHOTO) + "/s", seconds(day)))
+        rows.append(
+            (
+                f"{rate:,}",
+                f"{host:,}",
+                f"{rate / DECODE:.1f}",
+                f"{host / DECODE:.0f}",
+                size(host * PHOTO) + "/s",
+                size(HOSTS * host * PHOTO) + "/s",
+                seconds(day),
+            )
+        )
     return table(("samples/s a GPU (assumed)", "a host", "decoding cores a GPU", "a host", "read by a host", "by all", "an epoch"), rows)
 
 
@@ -215,7 +281,17 @@ def traffic_table(_: Sequence[Record]) -> str:
                 size(one.checkpoint_bytes),
             )
         )
-    head = ("recipe", "trained", "gradients", "BatchNorm passes over all", "gathered for them", "collectives, their latency", "images gathered", "keys, scores, sums", "checkpoint")
+    head = (
+        "recipe",
+        "trained",
+        "gradients",
+        "BatchNorm passes over all",
+        "gathered for them",
+        "collectives, their latency",
+        "images gathered",
+        "keys, scores, sums",
+        "checkpoint",
+    )
     return table(head, rows)
 
 
@@ -227,7 +303,10 @@ def cluster(name: str, world: int, batch: int, rate: float, built: bool) -> Clus
     if built:
         near = math.ceil(math.log2(gpus)) / max(1, math.ceil(math.log2(world)))
         own = min(calls, 12)  # the method's collectives, which stay between all
-        calls, gathered = round(own + (calls - own) * near), one.embedding_bytes + one.image_bytes / world + one.batchnorm_bytes * gpus / world
+        calls, gathered = (
+            round(own + (calls - own) * near),
+            one.embedding_bytes + one.image_bytes / world + one.batchnorm_bytes * gpus / world,
+        )
     return Cluster(
         hosts=max(1, world // GPUS),
         gpus=gpus,
@@ -266,8 +345,17 @@ def run_table(_: Sequence[Record]) -> str:
         for rate in RATES:
             for built in (False, True):
                 outcome = simulate(cluster("light-moco-mobilenetv3", world, batch, rate, built))
-                shares = ", ".join(f"{name} {share:.0%}" for name, share in sorted(outcome.shares.items(), key=lambda pair: -pair[1]) if share >= 0.01)
-                rows.append((f"{batch:,} ({batch // world} a GPU), {rate:,}/s, {'built' if built else 'as it is'}", f"{outcome.images_per_s:,.0f}", seconds(outcome.days * 86400), shares))
+                shares = ", ".join(
+                    f"{name} {share:.0%}" for name, share in sorted(outcome.shares.items(), key=lambda pair: -pair[1]) if share >= 0.01
+                )
+                rows.append(
+                    (
+                        f"{batch:,} ({batch // world} a GPU), {rate:,}/s, {'built' if built else 'as it is'}",
+                        f"{outcome.images_per_s:,.0f}",
+                        seconds(outcome.days * 86400),
+                        shares,
+                    )
+                )
     return table(("global batch, a GPU's rate", "samples/s", "an epoch", "time of a step"), rows)
 
 
@@ -280,12 +368,18 @@ def failure_table(_: Sequence[Record]) -> str:
             best = young_s(cost, mtbf)
             lost = [daly_s(work, every, cost, mtbf, restart) / work - 1 for every in (best, 3600, 8 * 3600)]
             rows.append((f"{hours:,.0f} h, {seconds(mtbf)}, {cost:.0f} s", seconds(best), *(f"{share:.1%}" for share in lost)))
-    return table(("a host's time between failures, all hosts', a checkpoint", "Young's interval", "lost with it", "every hour", "every 8 hours"), rows)
+    return table(
+        ("a host's time between failures, all hosts', a checkpoint", "Young's interval", "lost with it", "every hour", "every 8 hours"),
+        rows,
+    )
 
 
 def worlds_table(_: Sequence[Record]) -> str:
     """Numbers of GPUs on whole hosts that a global batch allows, at least 8 samples each."""
-    rows = [(f"{batch:,}", ", ".join(map(str, [n for n in worlds(batch, least=8) if 256 <= n <= 512])) or "none") for batch in (4096, 4032, 8064, 16384, 20160, 32256)]
+    rows = [
+        (f"{batch:,}", ", ".join(map(str, [n for n in worlds(batch, least=8) if 256 <= n <= 512])) or "none")
+        for batch in (4096, 4032, 8064, 16384, 20160, 32256)
+    ]
     return table(("global batch", "256 to 512 GPUs on whole hosts of 8"), rows)
 
 

@@ -189,3 +189,17 @@ def test_the_command_writes_what_was_simulated(tmp_path: Path) -> None:
 )
 def test_options_without_effect_are_refused(arguments: tuple[str, ...]) -> None:
     assert invoke(*arguments) == 2
+
+
+def test_check_and_parts_are_passed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastssl.benchmarks import scale_check, scale_parts
+    from fastssl.benchmarks.records import Record
+
+    asked: list[tuple] = []
+    monkeypatch.setattr(scale_check, "run", lambda *args: asked.append(args) or [Record(bench="scale")])
+    monkeypatch.setattr(scale_parts, "jobs", lambda *args: asked.append(args) or [("a part", lambda: [Record(bench="scale")])])
+    assert invoke("--check", "--data", "x.beton", "--seconds", "3", "--runs", "6", "--photos", "7") == 0
+    assert asked == [(situation, "x.beton", 3.0, 6, 7) for situation in scale_check.SITUATIONS]
+    asked.clear()
+    assert invoke("--parts", "--samples", "300000", "--folder", str(tmp_path)) == 0
+    assert asked == [((300_000,), 5, tmp_path)]

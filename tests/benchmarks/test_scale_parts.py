@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -39,7 +40,7 @@ def test_every_part_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
             assert what == "reads" and "page cache" in str(error)
             records[what] = []
     assert set(records) == {"orders of 200,000", "opening 200,000", "reads", "starting", "checkpoint, quickstart"}
-    for record in sum(records.values(), []):
+    for record in chain.from_iterable(records.values()):
         assert set(missing_parts(record)) <= {"command", "git"}
         assert record.pair_per_s > 0 and record.fraction_of_ceiling == pytest.approx(record.pair_per_s / record.ceiling)
     orders = [(record.details["order"], record.details["asked"]) for record in records["orders of 200,000"]]
