@@ -204,7 +204,7 @@ class Outcome:
     Attributes:
         images_per_s: of all processes in the steady state, checkpoints and failures left out.
         step_s: seconds from one step's end to the next one's.
-        shares: of ``step_s``: ``step`` (undisturbed), ``contention`` (decoders on the step's cores), ``data`` (waiting for a batch), ``stragglers`` (waiting for
+        shares: of ``step_s``: ``step`` (undisturbed), ``contention`` (decoders, and others, on the step's cores), ``data`` (waiting for a batch), ``stragglers`` (waiting for
             the slowest process), ``collectives``; they sum to 1.
         limit: the largest of the shares but the step's, or ``step``, in words.
         days: of all epochs with checkpoints and failures. lost: shares of them: ``checkpoints``, ``rework`` (done again), ``restarts``.
@@ -261,22 +261,27 @@ def _steady(cluster: Cluster, rng: np.random.Generator, steps: int) -> tuple[flo
     return total / steps, {name: seconds / total for name, seconds in spent.items()}
 
 
-def _paces(cluster: Cluster, threads: int) -> tuple[float, float]:
-    """``pace`` of a host whose processes each compute on ``threads``; the decoders' against what they have alone, which ``load_s`` knows."""
+def _paces(cluster: Cluster, threads: int) -> tuple[float, float, float]:
+    """Paces of a host whose processes each compute on ``threads``: the consumers' beside the decoders, the decoders' against what they have alone, which
+    ``load_s`` knows, and the consumers' when the decoders rest."""
     decoders = cluster.decoders * cluster.gpus
     if not threads:  # a GPU's
-        return 1.0, 1.0
+        return 1.0, 1.0, 1.0
     work, load = pace(cluster.cores, threads * cluster.gpus, decoders, cluster.others)
-    return work, load / pace(cluster.cores, 0, decoders, cluster.others)[1]
+    alone, _ = pace(cluster.cores, threads * cluster.gpus, 0, cluster.others)
+    return work, load / pace(cluster.cores, 0, decoders, cluster.others)[1], alone
 
 
-def _work(work: np.ndarray, paces: tuple[float, float], ready: np.ndarray, room: float, load: float) -> tuple[np.ndarray, np.ndarray]:
+def _work(
+    work: np.ndarray, paces: tuple[float, float, float], ready: np.ndarray, room: float, load: float
+) -> tuple[np.ndarray, np.ndarray]:
     """(seconds that the consumer's ``work`` takes, batches ready behind it): both run until the ring is full or the work is done; a full ring leaves the cores
     to the consumer."""
+    beside, loading, alone = paces
     if not load:
-        return work, np.full_like(ready, room)
-    together = np.minimum(work / paces[0], (room - ready) * load / paces[1])
-    return together + (work - paces[0] * together), np.minimum(room, ready + paces[1] * together / load)
+        return work / alone, np.full_like(ready, room)
+    together = np.minimum(work / beside, (room - ready) * load / loading)
+    return together + (work - beside * together) / alone, np.minimum(room, ready + loading * together / load)
 
 
 def _limit(cluster: Cluster, shares: dict[str, float]) -> str:

@@ -33,6 +33,8 @@ def test_one_core_does_one_thing_after_the_other() -> None:
     assert predict(PARTS, situation, cores=1).images_per_s == pytest.approx(1 / 5.1e-3)
     # half of a second core is gone: 1.5 cores for both while there is something to decode
     assert predict(PARTS, situation, cores=2, others=0.5).images_per_s == pytest.approx(1 / (1e-3 / 0.75 + (4.1e-3 - 1e-3)))
+    # a core and a half are gone: 0.25 of one for each while there is something to decode, then half of one
+    assert predict(PARTS, situation, cores=2, others=1.5).images_per_s == pytest.approx(1 / (1e-3 / 0.25 + (4.1e-3 - 1e-3) / 0.5))
 
 
 def test_the_quietest_windows_of_the_loop_count(monkeypatch: pytest.MonkeyPatch) -> None:
