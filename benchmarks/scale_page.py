@@ -30,6 +30,8 @@ PHOTO = 32e3
 LINK, HOP, FIXED = 25e9, 10e-6, 8e-3
 #: Assumption: bytes a second between the GPUs of one host (NVLink at less than half of its 450 GB/s).
 INSIDE = 200e9
+#: Assumption: bytes of a GPU's memory.
+MEMORY = 80e9
 #: Assumption: samples a second of one GPU, in large batches; no GPU was measured.
 RATES = (1000, 4000, 10000)
 #: Seconds between unexpected interruptions for a host of 8 GPUs: 419 of them in 54 days of 16,384 GPUs (Llama 3, arXiv 2407.21783), and worse.
@@ -273,7 +275,7 @@ def traffic_table(_: Sequence[Record]) -> str:
                 name,
                 f"{one.parameters / 1e6:.1f} M",
                 f"{size(one.gradient_bytes)}, {seconds(reduce_s(one.gradient_bytes, world, 0, LINK))}",
-                one.batchnorm_layers,
+                one.batchnorm_passes,
                 size(one.batchnorm_bytes),
                 f"{one.collectives}, {seconds(latency)}",
                 f"{size(one.image_bytes)}, {seconds(gather_s(one.image_bytes, world, 0, LINK))}" if one.image_bytes else "none",
@@ -301,12 +303,10 @@ def cluster(name: str, world: int, batch: int, rate: float, built: bool) -> Clus
     one, gpus = sent(name, world, batch), min(GPUS, world)
     calls, gathered = one.collectives - (world > 1), one.gathered_bytes
     if built:
+        # Latency is a number of messages: fewer for a host's processes than for all.
         near = math.ceil(math.log2(gpus)) / max(1, math.ceil(math.log2(world)))
-        own = min(calls, 12)  # the method's collectives, which stay between all
-        calls, gathered = (
-            round(own + (calls - own) * near),
-            one.embedding_bytes + one.image_bytes / world + one.batchnorm_bytes * gpus / world,
-        )
+        calls = round(calls - one.batchnorm_collectives * (1 - near))
+        gathered = one.embedding_bytes + one.image_bytes / world + one.batchnorm_bytes * gpus / world
     return Cluster(
         hosts=max(1, world // GPUS),
         gpus=gpus,
@@ -344,6 +344,12 @@ def run_table(_: Sequence[Record]) -> str:
     for batch in (BATCH, 8 * BATCH, 64 * BATCH):
         for rate in RATES:
             for built in (False, True):
+                images = sent("light-moco-mobilenetv3", world, batch).image_bytes
+                if not built and images > MEMORY:
+                    rows.append(
+                        (f"{batch:,} ({batch // world} a GPU), {rate:,}/s, as it is", "", "", f"does not fit: {size(images)} of images")
+                    )
+                    continue
                 outcome = simulate(cluster("light-moco-mobilenetv3", world, batch, rate, built))
                 shares = ", ".join(
                     f"{name} {share:.0%}" for name, share in sorted(outcome.shares.items(), key=lambda pair: -pair[1]) if share >= 0.01

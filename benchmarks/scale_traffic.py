@@ -29,7 +29,8 @@ class Traffic:
 
     Attributes:
         parameters: that are trained. gradient_bytes: summed over the processes.
-        batchnorm_layers: of student and teacher that look at all processes, once for each of their passes; batchnorm_bytes: gathered for them.
+        batchnorm_passes: through layers of student and teacher that look at all processes; batchnorm_collectives: calls for them, and
+        batchnorm_bytes: gathered by them.
         image_bytes: of views gathered to be dealt into BatchNorm groups (MoCo).
         embedding_bytes: keys, embeddings, scores and sums that the method gathers or adds up.
         collectives: calls a step, the gradients' included.
@@ -38,7 +39,8 @@ class Traffic:
 
     parameters: int
     gradient_bytes: int
-    batchnorm_layers: int
+    batchnorm_passes: int
+    batchnorm_collectives: int
     batchnorm_bytes: int
     image_bytes: int
     embedding_bytes: int
@@ -71,7 +73,8 @@ def traffic(recipe: Recipe, batch: int, world: int) -> Traffic:
     return Traffic(
         parameters=trained,
         gradient_bytes=_FLOAT * trained,
-        batchnorm_layers=len(layers),
+        batchnorm_passes=len(layers),
+        batchnorm_collectives=several * sum(layers),
         batchnorm_bytes=several * world * sum(_FLOAT * (2 * c + 1) for c in channels),
         image_bytes=several * images,
         embedding_bytes=several * (sums + gathered),
