@@ -1,6 +1,6 @@
 """The tables of docs/scale.md: arithmetic on assumptions that stand here with their sources, and figures from the committed records. Nobody types one in.
 
-python -m fastssl.benchmarks.scale_page docs/scale.md benchmarks/results/scale/*.jsonl
+python -m fastssl.benchmarks.scale_page docs/scale.md benchmarks/results/scale/*.jsonl benchmarks/results/cpu-2core-epyc/train.jsonl
 
 Replaces what stands between ``<!-- scale: NAME -->`` and ``<!-- /scale -->``. A test holds the page to what this makes of the code and the records.
 """
@@ -175,6 +175,39 @@ def check_table(records: Sequence[Record]) -> str:
     head = ("loop (threads)", "decode + crop, ms", "colour", "step", "cores of others", "predicted/s", "measured/s", "ratio", "limit")
     told = f"Off by {off[len(off) // 2]:.0%} in the median and {off[-1]:.0%} at most; {within} of {len(off)} within 15 %."
     return table(head, rows) + f"\n{told} {machine(_of(records, 'check')[0])}.\n"
+
+
+def earlier_table(records: Sequence[Record]) -> str:
+    """The model on the records of ``fastssl bench train``, whose parts were measured alone and whose loop was measured in turns with them; nobody else ran then."""
+    rows, found = [], [record for record in records if record.bench == "train"]
+    if not found:
+        raise FastSSLError("scale: no record of `fastssl bench train`; name the file that holds them, too")
+    for record in found:
+        model = record.details["model"]
+        outcome = simulate(
+            Cluster(
+                hosts=1,
+                gpus=1,
+                cores=model["cores"],
+                workers=model["threads"],
+                batch=record.batch_size,
+                cached=0.0,
+                storage_rate=math.inf,
+                decode_s=model["loader_s"] * min(model["threads"], model["cores"]),
+                gpu_rate=1 / model["step_s"],
+                gpu_fixed_s=0.0,
+                step_threads=record.details["threads"],
+                jitter=0.0,
+                checkpoint_s=0.0,
+                host_mtbf_s=1e12,
+            )
+        )
+        loop = f"{record.recipe}, {record.arch}, decoding on {record.workers}"
+        alone = (f"{1e3 * model[name]:.2f}" for name in ("loader_s", "step_s"))
+        rates = (f"{value:,.1f}" for value in (outcome.images_per_s, record.pair_per_s))
+        rows.append((loop, *alone, *rates, f"{outcome.images_per_s / record.pair_per_s:.2f}"))
+    head = ("loop (step on 2 threads)", "loader alone, ms", "step alone, ms", "predicted/s", "measured/s", "ratio")
+    return table(head, rows)
 
 
 # ---------------------------------------------------------------------- arithmetic
@@ -402,6 +435,7 @@ TABLES: dict[str, Callable[[Sequence[Record]], str]] = {
     "failures": failure_table,
     "worlds": worlds_table,
     "check": check_table,
+    "earlier": earlier_table,
 }
 
 

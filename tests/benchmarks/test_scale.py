@@ -203,3 +203,9 @@ def test_check_and_parts_are_passed_on(tmp_path: Path, monkeypatch: pytest.Monke
     asked.clear()
     assert invoke("--parts", "--samples", "300000", "--folder", str(tmp_path)) == 0
     assert asked == [((300_000,), 5, tmp_path)]
+
+
+def test_help_has_examples(capsys: pytest.CaptureFixture[str]) -> None:
+    assert invoke("--help") == 0
+    printed = capsys.readouterr().out
+    assert "fastssl bench scale --check" in printed and "--json FILE" in printed
