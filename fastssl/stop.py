@@ -5,13 +5,20 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
+
+_Result = TypeVar("_Result")
 
 #: Ctrl-C, the launcher's end, Slurm's ``--signal=USR1@120``, and a terminal that was closed.
 _NAMES = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")
 #: Seconds between two Ctrl-C that are two. torchrun and srun pass on what the terminal has sent to all processes already.
 _TWICE_S = 2.0
+
+
+class _Stopped(BaseException):
+    """Ends work that may be left in the middle; no `except Exception` on the way takes it for an error."""
 
 
 class StopRequest:
@@ -20,6 +27,7 @@ class StopRequest:
     def __init__(self) -> None:
         self._flag = threading.Event()
         self._since = 0.0
+        self._impatient = False
         self.name = ""
 
     def __bool__(self) -> bool:
@@ -34,6 +42,23 @@ class StopRequest:
         """Wait for a request at most so long; whether there is one."""
         return self._flag.wait(seconds)
 
+    def unless_asked(self, work: Callable[[], _Result]) -> _Result | None:
+        """What ``work()`` returns; None where a signal asks for the end before it is done. For what may be left in the middle and is made again later.
+
+        A launcher gives half a minute, and a probe may take longer than that.
+        """
+        if self:
+            return None
+        try:
+            try:
+                self._impatient = True
+                return work()
+            finally:
+                self._impatient = False
+        except _Stopped:
+            self._impatient = False
+            return None
+
     @contextmanager
     def by_signals(self) -> Iterator[None]:
         """Listen inside the block. Signals belong to the main thread: in any other nothing happens, and the caller decides."""
@@ -44,6 +69,8 @@ class StopRequest:
         def ask(number: int, frame: object) -> None:
             if not self:
                 self.set(signal.Signals(number).name)
+                if self._impatient:
+                    raise _Stopped
             elif number == signal.SIGINT and time.monotonic() - self._since > _TWICE_S:
                 raise KeyboardInterrupt
 

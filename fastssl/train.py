@@ -24,7 +24,7 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -369,10 +369,15 @@ class Run:
         if not self._close_block(loader, wait=True):
             return False
         self._gather_skipped(loader)
-        saved = self._save()
+        if stop:
+            self._leave()
+        self._save()
         self._start_block(loader)  # what was spent on the checkpoint is not the rate of a step
-        if not stop:
-            return True
+        return True
+
+    def _leave(self) -> NoReturn:
+        """Save, and end the run, as all processes do here."""
+        saved = self._save()
         self._vote.close()
         if not share(saved):
             why = self.saver.why() if self.saver else "its first process says why"
@@ -385,8 +390,12 @@ class Run:
         self._gather_skipped(loader)
         ended = position.epoch + 1
         last = ended == train.epochs
-        if self.probe and every and ended % every == 0 and not last:
-            self._write(self.probe.run(self.backbone, step=position.step, epoch=ended))
+        if every and ended % every == 0 and not last:
+            row = self.probe and self.stop.unless_asked(lambda: self.probe.run(self.backbone, step=position.step, epoch=ended))
+            # The others wait here for the first process, which probes alone. A run that goes on from here makes the probe again.
+            if agree_any(bool(self.stop)):
+                self._leave()
+            self._write(row)
         position.epoch, position.step_in_epoch = ended, 0
         milestone = ended if train.milestone_epochs and ended % train.milestone_epochs == 0 else None
         if last or milestone:

