@@ -1,7 +1,7 @@
 """A disk that is full when a test says so.
 
 ``mounted``: a tmpfs of its own, filled with a file and, for read-only, mounted again. Where mounting is not allowed, ``limited``: the kernel refuses writes
-beyond a size (RLIMIT_FSIZE: EFBIG, as on a disk whose quota is used up), and read-only is a folder of another user's.
+beyond a size (RLIMIT_FSIZE: EFBIG, as on a disk whose quota is used up), and read-only are the calls that open, rename and link files there.
 """
 
 from __future__ import annotations
@@ -13,13 +13,10 @@ import signal
 import socket
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-
-#: An arbitrary user that is not root.
-NOBODY = 65534
 
 
 @dataclass
@@ -29,7 +26,7 @@ class SmallDisk:
     folder: Path
     how: str
     limit: int | None = None
-    strange: bool = False
+    covered: bool = False
 
     def fill(self, leave: int = 0, processes: tuple[int, ...] = ()) -> None:
         """Leave room for ``leave`` bytes more. ``limited``: in any file, for processes that are started from now on and for ``processes``."""
@@ -55,21 +52,26 @@ class SmallDisk:
 
     def read_only(self) -> None:
         """Nothing may be written any more."""
-        if self.how == "mounted":
-            subprocess.run(["mount", "-o", "remount,ro", str(self.folder)], check=True)
+        if self.how == "mounted":  # a second, read-only view of it on top: the first one is busy while a lock file is open
+            subprocess.run(["mount", "--bind", str(self.folder), str(self.folder)], check=True)
+            subprocess.run(["mount", "-o", "remount,bind,ro", str(self.folder)], check=True)
+            self.covered = True
             return
-        for path in (self.folder, *self.folder.rglob("*")):
-            path.chmod(0o555 if path.is_dir() else 0o444)
-        self.strange = os.geteuid() == 0  # permissions do not stop root
+        self.flag.touch()
 
     def writable(self) -> None:
         """It may again."""
+        if self.covered:
+            subprocess.run(["umount", str(self.folder)], check=True)
+            self.covered = False
         if self.how == "mounted":
-            subprocess.run(["mount", "-o", "remount,rw", str(self.folder)], check=True)
             return
-        for path in (self.folder, *self.folder.rglob("*")):
-            path.chmod(0o777 if path.is_dir() else 0o666)
-        self.strange = False
+        self.flag.unlink(missing_ok=True)
+
+    @property
+    def flag(self) -> Path:
+        """``limited``: nothing may be written while this file is there."""
+        return self.folder.with_name(self.folder.name + ".read-only")
 
 
 @contextmanager
@@ -81,9 +83,11 @@ def small_disk(folder: Path, way: str, megabytes: int = 64) -> Iterator[SmallDis
         if os.geteuid() == 0
         else False
     )
+    disk = SmallDisk(folder, "mounted" if mounted else "limited")
     try:
-        yield SmallDisk(folder, "mounted" if mounted else "limited")
+        yield disk
     finally:
+        disk.writable()
         if mounted:
             subprocess.run(["umount", "-l", str(folder)], check=True)
 
@@ -135,9 +139,26 @@ def speaking_child(command: list[str], said: socket.socket, disk: SmallDisk, pat
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     if disk.limit is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (disk.limit, resource.RLIM_INFINITY))
-    if disk.strange:
-        os.seteuid(NOBODY)
+    if disk.how == "limited":
+        refuse_while(disk)
     main(command)
+
+
+def refuse_while(disk: SmallDisk) -> None:
+    """Let the calls that change a folder fail in this process while ``disk.flag`` is there, as the kernel does on a read-only disk."""
+
+    def guarded(function: Callable) -> Callable:
+        def call(*args: object, **kwargs: object) -> object:
+            writes = function is not os.open or args[1] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+            inside = any(str(arg).startswith(f"{disk.folder}/") for arg in args)
+            if writes and inside and os.path.exists(disk.flag):
+                raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(args[0]))
+            return function(*args, **kwargs)
+
+        return call
+
+    for name in ("open", "replace", "link", "mkdir"):
+        setattr(os, name, guarded(getattr(os, name)))
 
 
 #: What the kernel says of a disk that is full, in either way.
