@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -28,8 +29,10 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
         sync_folder(path.parent)
-    except OSError as error:
-        if error.errno is None:
+    except BaseException as error:
+        # An exception that somebody keeps holds the frames that it went through, and those the file, open: a full disk would not get its room back.
+        traceback.clear_frames(error.__traceback__)
+        if not isinstance(error, OSError) or error.errno is None:
             raise
         raise OSError(error.errno, error.strerror, os.fspath(path)) from error
     finally:
