@@ -75,7 +75,7 @@ class SmallDisk:
 
 
 @contextmanager
-def small_disk(folder: Path, way: str, megabytes: int = 64) -> Iterator[SmallDisk]:
+def small_disk(folder: Path, way: str, megabytes: int = 16) -> Iterator[SmallDisk]:
     """A disk at ``folder``; ``way`` is what is wanted, ``SmallDisk.how`` what it is: without the right to mount all are ``limited``."""
     folder.mkdir()
     mounted = way == "mounted" and (
