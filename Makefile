@@ -2,13 +2,14 @@
 #
 #   make pretrain    virtual environment, install, then `fastssl pretrain --arch mobilenetv3_large` on the sample photos
 #   make test        the same environment with the test extras, then the whole suite
+#   make soak        two hours of what a long run meets: is it steady, does it survive being killed
 #
 PYTHON ?= python3
 VENV   ?= .venv
 OUT    ?= runs/first-light
 BIN    := $(VENV)/bin
 
-.PHONY: pretrain test lint bench clean
+.PHONY: pretrain test lint bench soak clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -34,6 +35,12 @@ lint: $(VENV)/.installed-test
 
 bench: $(VENV)/.installed
 	bash benchmarks/gpu.sh --python $(BIN)/python
+
+# An hour's run watched from outside, then commands killed at random moments; what came out last is in benchmarks/results/soak.
+soak: $(VENV)/.installed-test
+	mkdir -p runs
+	$(BIN)/fastssl bench soak --minutes 60 --json runs/soak.jsonl; steady=$$?; \
+	$(BIN)/python tests/soak/kills.py --kills 50 --json runs/kills.json && exit $$steady
 
 clean:
 	rm -rf $(VENV) runs build dist *.egg-info

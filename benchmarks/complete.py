@@ -15,7 +15,8 @@ def missing_parts(record: Record) -> list[str]:
     """Names of what ``record`` lacks, in a fixed order; empty when it is complete.
 
     Every record needs its machine (processor and cores), the versions of Python and torch, at least five runs, the commit and the command that
-    made it. A measured rate or time stands beside a ceiling; a ``ceilings`` record is one itself and needs one of CEILING_FIGURES instead.
+    made it. A measured rate or time stands beside a ceiling; a ``ceilings`` record is one itself and needs one of CEILING_FIGURES instead, a ``soak``
+    its verdicts: it asks whether a rate stays what it is, not how high it could be.
     """
     details = record.details or {}
     checks = {
@@ -27,6 +28,8 @@ def missing_parts(record: Record) -> list[str]:
     }
     if record.bench == "ceilings":
         checks["figure"] = any(details.get(name) for name in CEILING_FIGURES)
+    elif record.bench == "soak":
+        checks["verdicts"] = bool(details.get("verdicts"))
     else:
         checks["ceiling"] = bool(record.ceiling) and bool(record.ceiling_name)
         checks["rate or time"] = any((record.pair_per_s, record.view_per_s, record.median_s))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -28,13 +29,22 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
         sync_folder(path.parent)
-    except OSError as error:
-        if error.errno is None:
+    except BaseException as error:
+        _let_go(error)
+        if not isinstance(error, OSError) or error.errno is None:
             raise
         raise OSError(error.errno, error.strerror, os.fspath(path)) from error
     finally:
         with suppress(OSError):  # the folder may be gone or read-only by now, and the first error is the one that matters
             temporary.unlink(missing_ok=True)
+
+
+def _let_go(error: BaseException | None) -> None:
+    """Empty the frames that ``error`` and those before it went through. Who keeps an exception keeps them, and they the file, open: the room that the file
+    takes on a full disk would not come back, though its name is gone."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__context__
 
 
 def link_atomically(source: Path, path: Path) -> None:

@@ -84,3 +84,11 @@ def test_ceilings_are_their_own_ceiling() -> None:
 def test_records_are_listed_by_what_they_lack() -> None:
     first, second = replace(WHOLE, git=None, runs=1), replace(WHOLE, runs=2)
     assert incomplete([first, WHOLE, second]) == {"runs": [first, second], "git": [first]}
+
+
+def test_a_soak_has_verdicts_and_no_ceiling() -> None:
+    soak = replace(
+        WHOLE, bench="soak", ceiling=None, ceiling_name=None, details={"command": "fastssl bench soak", "verdicts": [{"name": "memory"}]}
+    )
+    assert missing_parts(soak) == []
+    assert missing_parts(replace(soak, details={"command": "fastssl bench soak"})) == ["verdicts"]

@@ -49,3 +49,23 @@ def test_an_error_of_the_disk_names_the_file_that_was_meant(tmp_path: Path) -> N
     with pytest.raises(OSError, match="no errno"):
         write_atomically(tmp_path / "results.json", lambda temporary: (_ for _ in ()).throw(OSError("no errno")))
     assert not list(tmp_path.iterdir())
+
+
+def test_an_error_that_is_kept_keeps_no_file_open(tmp_path: Path) -> None:
+    """A file without a name that is still open takes room on the disk that is full already."""
+
+    def inner(temporary: Path) -> None:
+        file = open(temporary, "wb")  # noqa: SIM115 (as torch's writer, which does not close it)
+        file.write(bytes(1 << 16))
+        raise RuntimeError("no room")
+
+    def half(temporary: Path) -> None:
+        try:
+            inner(temporary)
+        except RuntimeError:
+            raise RuntimeError("cannot end the file") from None
+
+    before = set(os.listdir("/proc/self/fd"))
+    with pytest.raises(RuntimeError) as kept:
+        write_atomically(tmp_path / "last.pt", half)
+    assert set(os.listdir("/proc/self/fd")) == before and "cannot end" in str(kept.value)
