@@ -44,10 +44,10 @@ SMALL = {
 }
 
 
-def run(*arguments: object) -> None:
+def run(*arguments: object, status: int = 0) -> None:
     with pytest.raises(SystemExit) as stop:
         main([str(one) for one in arguments])
-    assert not stop.value.code, arguments
+    assert (stop.value.code or 0) == status, arguments
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,13 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, b
     with pytest.MonkeyPatch.context() as patch:
         for name, value in SECRETS.items():
             patch.setenv(name, value)
-        run("convert-imagenet", photos, data)
+        run("convert-imagenet", photos, data, "--json", out / "convert.json")
+        run("verify", data, "--json", out / "verify.json")
+        (out / "cut.beton").write_bytes(data.read_bytes()[:5000])
+        (out / "side.beton").write_bytes(data.read_bytes())
+        (out / "side.beton.json").write_text('{"classes": null, "bytes": 5}')
+        for name in ("cut", "side"):
+            run("verify", out / f"{name}.beton", "--json", out / f"{name}.json", status=1)
         overrides = [word for key, value in SMALL.items() for word in ("--set", f"{key}={value}")]
         run(
             "pretrain", "--arch", "lcnet_035", "--recipe", "quickstart", "--device", "cpu", "--data", data, "--out", out / "run", *overrides
@@ -115,7 +121,9 @@ def test_no_metadata_of_the_photos(written: tuple[Path, dict[str, bytes]]) -> No
     _, files = written
     assert _holds(files["photos.beton"], DESCRIPTION)
     assert [
-        name for name, content in files.items() if name != "photos.beton" and (_holds(content, DESCRIPTION) or _holds(content, "Mabuse"))
+        name
+        for name, content in files.items()
+        if not name.endswith(".beton") and (_holds(content, DESCRIPTION) or _holds(content, "Mabuse"))
     ] == []
     drawn = 0
     for name, content in files.items():
