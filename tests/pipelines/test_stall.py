@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import queue
 import threading
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 from children import Ended, in_child
 from conftest import need_engine
+from rich.console import Console
 
 from fastssl.cli import main
 from fastssl.pipelines import beton as beton_module
@@ -22,6 +24,7 @@ from fastssl.pipelines.errors import FastSSLError, Stalled, WorkerError
 from fastssl.pipelines.loader import ViewLoader
 from fastssl.pipelines.plan import ViewSpec
 from fastssl.pipelines.stall import Patience
+from fastssl.progress import RunProgress
 
 TWO = [ViewSpec(size=16, count=2)]
 
@@ -110,6 +113,23 @@ def test_a_slow_disk_is_waited_for(beton: Path, monkeypatch: pytest.MonkeyPatch)
     with warnings.catch_warnings(), ViewLoader(beton, TWO, 8, stall_minutes=math.inf) as loader:
         warnings.simplefilter("error")
         assert len(list(loader.epoch(0))) == 6
+
+
+def warn_under_a_display() -> None:
+    shown = io.StringIO()
+    with RunProgress(Console(file=shown, force_terminal=True, width=300)):
+        with pytest.raises(Stalled):
+            Patience("photos.beton", 0.2 / 60).take(queue.Queue(), lambda: "at the batch [red]")
+        stall.WARN_SECONDS = 0.05
+        with pytest.raises(Stalled):
+            Patience("photos.beton", 0.2 / 60).take(queue.Queue(), lambda: "at the batch [red]")
+    assert shown.getvalue().count("nothing was read for 0 s, at the batch [red]: the disk or network file system does not answer") == 1
+
+
+def test_the_warning_stands_above_the_live_display() -> None:
+    """Rich takes over standard error while it draws: the line is seen, and the bar is drawn again below it."""
+    ended = in_child(warn_under_a_display)
+    assert ended.status == 0, ended
 
 
 def test_leaving_early_does_not_wait_for_ever(beton: Path, monkeypatch: pytest.MonkeyPatch) -> None:
