@@ -96,4 +96,4 @@ def convert_imagenet(
     rate = (summary.written + summary.rejected - summary.resumed) / max(summary.seconds, 1e-9)
     parts.append(f"{summary.bytes / 1e6:,.1f} MB, {summary.seconds:,.1f} s, {rate:,.0f} images/s")
     console.print(f"{dst}: {'; '.join(parts)}", highlight=False, markup=False, soft_wrap=True)
-    write_json(json_path, {**asdict(summary), "path": str(summary.path)})
+    write_json(json_path, {**asdict(summary), "path": summary.path.name})

@@ -54,12 +54,13 @@ def verify(file: Path, decode: int | None, workers: int | None, json_path: str |
     try:
         report = run(file, decode, workers, progress)
     except BetonError as error:
-        write_json(json_path, {"path": str(file), "ok": False, "problems": [str(error)], "damaged": []})
+        write_json(json_path, {"path": file.name, "ok": False, "problems": [_passed_on(file, str(error))], "damaged": []})
         raise
     finally:
         if bar is not None:
             bar.__exit__(None, None, None)
-    write_json(json_path, {**asdict(report), "path": str(report.path), "ok": report.ok})
+    problems = [_passed_on(file, problem) for problem in report.problems]
+    write_json(json_path, {**asdict(report), "path": file.name, "ok": report.ok, "problems": problems})
     checksums = f"{report.checksummed:,} checksums compared" if report.checksummed else "no checksums to compare"
     if not report.side_file:
         checksums = f"no side file {file}.json, so no checksums"
@@ -75,3 +76,8 @@ def verify(file: Path, decode: int | None, workers: int | None, json_path: str |
         found = [f"{len(report.damaged):,} of {report.samples:,} samples"] if report.damaged else []
         found += report.problems[:1]
         raise BetonError(f"{file}: damaged ({'; '.join(found)}); convert it again, or copy it again from a good one")
+
+
+def _passed_on(file: Path, message: str) -> str:
+    """As in every record: the file's name without the folders that tell where somebody works."""
+    return message.replace(str(file), file.name)

@@ -45,8 +45,8 @@ class Corruptor:
     def case(self, seed: int, number: int) -> Case:
         """Case ``number`` of ``seed``."""
         rng = np.random.default_rng([seed, number])
-        # The file with real pages costs as much as all others together.
-        weights = np.array([0.2 if file.paged else 1.0 for file in self.files])
+        # A file with real pages costs as much as all others together.
+        weights = np.array([0.1 if file.stored else 0.2 if file.paged else 1.0 for file in self.files])
         chosen = int(rng.choice(len(self.files), p=weights / weights.sum()))
         file, layout = self.files[chosen], self.layouts[chosen]
         change = _CHANGES[int(rng.choice(len(_CHANGES), p=_WEIGHTS))]
@@ -192,8 +192,7 @@ def _with_picture(rng: np.random.Generator, file: Beton, change: Callable[[bytes
     changed = with_data(file, number, data or b"\0")
     if rng.integers(8) == 0:  # and a record that says what the picture says of itself
         sample = replace(changed.samples[number], height=int(rng.choice([1, 8, 24, 65535])), width=int(rng.choice([1, 8, 16, 65535])))
-        samples = (*changed.samples[:number], sample, *changed.samples[number + 1 :])
-        changed = replace(changed, samples=samples)
+        changed = replace(changed, samples=(*changed.samples[:number], sample, *changed.samples[number + 1 :]))
     return changed.layout().content
 
 

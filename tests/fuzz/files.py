@@ -5,9 +5,11 @@ The layout is written down here a second time, byte by byte: what is put togethe
 
 from __future__ import annotations
 
+import gzip
 import io
 import struct
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -35,6 +37,7 @@ class Beton:
     Attributes:
         fields: type ids, in the order of the descriptors.
         backwards: the allocation table lists the last sample first.
+        stored: the layout as somebody else wrote it; what is changed in a sample is laid out anew.
         paged: data begins at a multiple of the page size, as real writers have it; otherwise right behind the metadata, which keeps files small.
     """
 
@@ -45,9 +48,12 @@ class Beton:
     paged: bool = False
     page_size: int = 2 << 20
     extra: bytes = field(default=b"some bytes", repr=False)
+    stored: Layout | None = field(default=None, repr=False)
 
     def layout(self) -> Layout:
         """The bytes, and where what stands in them."""
+        if self.stored is not None:
+            return self.stored
         record, at_field = 0, []
         for type_id in self.fields:
             _, align = _RECORD[type_id]
@@ -154,6 +160,7 @@ def seed_files() -> list[Beton]:
         Beton("kinds of JPEG", kinds),
         Beton("as written", mixed[:4], paged=True),
         Beton("large page", mixed[:4], page_size=1 << 31),
+        written_by_ffcv(),
     ]
 
 
@@ -161,4 +168,18 @@ def with_data(file: Beton, number: int, data: bytes) -> Beton:
     """``file`` with other bytes for one picture."""
     samples = list(file.samples)
     samples[number] = replace(samples[number], data=data)
-    return replace(file, samples=tuple(samples))
+    return replace(file, samples=tuple(samples), stored=None, paged=False)
+
+
+def written_by_ffcv() -> Beton:
+    """What ffcv 1.0.2's ``DatasetWriter`` wrote: six pictures with a weight before and a label behind each."""
+    content = gzip.decompress((Path(__file__).parent / "written-by-ffcv.beton.gz").read_bytes())
+    count, table = struct.unpack_from("<QQ", content, 8)
+    fields = tuple(content[24 + 1041 * k] for k in range(struct.unpack_from("<H", content, 2)[0]))
+    metadata = 24 + 1041 * len(fields)
+    assert fields == (FLOAT, IMAGE, INT)
+    records = [struct.unpack_from("<dBHHQ3xq", content, metadata + 32 * k) for k in range(count)]
+    sizes = {at: size for _, at, size in struct.iter_unpack("<QQQ", content[table:])}
+    places = tuple((record[4], sizes[record[4]]) for record in records)
+    samples = tuple(Sample(content[at : at + size], row[3], row[2], row[1], row[5]) for (at, size), row in zip(places, records))
+    return Beton("written by ffcv", samples, fields, paged=True, stored=Layout(content, metadata, 32, places[0][0], table, places))

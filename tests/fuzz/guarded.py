@@ -6,7 +6,6 @@ import ctypes
 import mmap
 import os
 import threading
-from pathlib import Path
 
 import numpy as np
 
@@ -43,31 +42,22 @@ class Guarded:
 class GuardedReader(BetonReader):
     """The reader, whose decoder gets the stored bytes in guarded memory."""
 
-    def __init__(self, path: Path):
-        self._memories = threading.local()
-        super().__init__(path)
-
     def _memory(self, size: int) -> np.ndarray:
-        if not hasattr(self._memories, "guarded"):
-            self._memories.guarded = _take()
-        return self._memories.guarded.last(size)
+        return _of_this_thread().last(size)
 
 
-_free: list[Guarded] = []
-_used: list[tuple[threading.Thread, Guarded]] = []
+_blocks: dict[threading.Thread, Guarded] = {}
 _lock = threading.Lock()
 
 
-def _take() -> Guarded:
-    """A block for this thread; those of threads that have ended are given out again."""
+def _of_this_thread() -> Guarded:
+    """A block for this thread; one of a thread that has ended is given out again."""
+    me = threading.current_thread()
     with _lock:
-        ended = [pair for pair in _used if not pair[0].is_alive()]
-        for pair in ended:
-            _used.remove(pair)
-            _free.append(pair[1])
-        block = _free.pop() if _free else Guarded()
-        _used.append((threading.current_thread(), block))
-        return block
+        if me not in _blocks:
+            ended = next((thread for thread in _blocks if not thread.is_alive()), None)
+            _blocks[me] = Guarded() if ended is None else _blocks.pop(ended)
+        return _blocks[me]
 
 
 def watch_reads() -> None:

@@ -599,7 +599,7 @@ def test_the_command(folder, tmp_path, capsys):
     assert run("convert-imagenet", folder, dst, "--short-side", 64, "--workers", 1, "--json", "-") == 0
     captured = capsys.readouterr()
     record = json.loads(captured.out)
-    assert record["written"] == 12 + len(pictures_of_all_kinds()) and record["path"] == str(dst)
+    assert record["written"] == 12 + len(pictures_of_all_kinds()) and record["path"] == dst.name
     assert "images/s" in captured.err and "rejects.jsonl" in captured.err and "2 other files ignored" in captured.err
     with BetonReader(dst) as reader:
         assert np.minimum(reader.heights, reader.widths).max() == 64

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -69,12 +70,12 @@ def test_files_are_what_the_writer_writes(tmp_path: Path) -> None:
         path = tmp_path / "a.beton"
         path.write_bytes(file.layout().content)
         with (
-            pytest.warns(UserWarning, match="fields not read") if file.name == "more fields" else np.errstate(),
+            pytest.warns(UserWarning, match="fields not read") if len(file.fields) > 2 else nullcontext(),
             BetonReader(path) as reader,
         ):
             assert [reader.encoded(i).tobytes() for i in range(len(reader))] == [sample.data for sample in file.samples]
             assert reader.labels is None or reader.labels.tolist() == [sample.label for sample in file.samples]
-        if file.paged:
+        if file.paged and file.stored is None:
             with beton.BetonWriter(path, len(file.samples), page_size=file.page_size) as writer:
                 for sample in file.samples:
                     writer.add(sample.data, sample.height, sample.width, sample.label, sample.mode)
@@ -85,7 +86,7 @@ def test_a_seed_and_a_number_make_a_case() -> None:
     one, other = Corruptor(), Corruptor()
     cases = [one.case(3, number) for number in range(300)]
     assert cases[250] == other.case(3, 250) and cases[250] != other.case(4, 250)
-    assert len({case.how for case in cases}) == 13 and len({case.origin for case in cases}) == 9
+    assert len({case.how for case in cases}) == 13 and len({case.origin for case in cases}) == 10
     originals = {file.name: file.layout().content for file in seed_files()}
     assert sum(case.content == originals[case.origin] for case in cases) < 30  # zeros written over zeros
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import math
 import queue
 import threading
 import time
 import warnings
+from collections.abc import Collection
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures.thread import _python_exit
 from pathlib import Path
@@ -14,6 +16,7 @@ from pathlib import Path
 import pytest
 from children import Ended, in_child
 from conftest import need_engine
+from rich.console import Console
 
 from fastssl.cli import main
 from fastssl.pipelines import beton as beton_module
@@ -22,6 +25,7 @@ from fastssl.pipelines.errors import FastSSLError, Stalled, WorkerError
 from fastssl.pipelines.loader import ViewLoader
 from fastssl.pipelines.plan import ViewSpec
 from fastssl.pipelines.stall import Patience
+from fastssl.progress import RunProgress
 
 TWO = [ViewSpec(size=16, count=2)]
 
@@ -33,17 +37,15 @@ def forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class DeadDisk:
-    """Reads in threads hang until ``answer`` is set, from the ``after``-th on; the main thread's tables are read."""
+    """Reads in threads hang until ``answer`` is set, but for those at ``answered`` offsets; the main thread's tables are read."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch | None = None, after: int = 0):
-        self.answer, self.asked, self.after = threading.Event(), 0, after
+    def __init__(self, monkeypatch: pytest.MonkeyPatch | None = None, answered: Collection[int] = ()):
+        self.answer = threading.Event()
         real = beton_module._OpenFile.read_into
 
         def read_into(file, out, offset):
-            if threading.current_thread() is not threading.main_thread():
-                self.asked += 1
-                if self.asked > self.after:
-                    self.answer.wait()
+            if threading.current_thread() is not threading.main_thread() and offset not in answered:
+                self.answer.wait()
             return real(file, out, offset)
 
         if monkeypatch is None:
@@ -98,7 +100,7 @@ class Opened:
 def test_a_slow_disk_is_waited_for(beton: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A line after a while, and the batch when it comes; without a hint of it where the disk is quick."""
     monkeypatch.setattr(stall, "WARN_SECONDS", 0.05)
-    disk = DeadDisk(monkeypatch, after=12)
+    disk = DeadDisk(monkeypatch)
     threading.Timer(0.4, disk.answer.set).start()
     with (
         ViewLoader(beton, TWO, 8, workers=1) as loader,
@@ -112,9 +114,28 @@ def test_a_slow_disk_is_waited_for(beton: Path, monkeypatch: pytest.MonkeyPatch)
         assert len(list(loader.epoch(0))) == 6
 
 
+def warn_under_a_display() -> None:
+    shown = io.StringIO()
+    with RunProgress(Console(file=shown, force_terminal=True, width=300)):
+        with pytest.raises(Stalled):
+            Patience("photos.beton", 0.2 / 60).take(queue.Queue(), lambda: "at the batch [red]")
+        stall.WARN_SECONDS = 0.05
+        with pytest.raises(Stalled):
+            Patience("photos.beton", 0.2 / 60).take(queue.Queue(), lambda: "at the batch [red]")
+    assert shown.getvalue().count("nothing was read for 0 s, at the batch [red]: the disk or network file system does not answer") == 1
+
+
+def test_the_warning_stands_above_the_live_display() -> None:
+    """Rich takes over standard error while it draws: the line is seen, and the bar is drawn again below it."""
+    ended = in_child(warn_under_a_display)
+    assert ended.status == 0, ended
+
+
 def test_leaving_early_does_not_wait_for_ever(beton: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stall, "LEAVE_SECONDS", 0.2)
-    disk = DeadDisk(monkeypatch, after=20)
+    with ViewLoader(beton, TWO, 8) as loader:
+        first = set(loader.reader.offsets[loader.request(0, 0).index].tolist())
+    disk = DeadDisk(monkeypatch, first)
     try:
         started = time.monotonic()
         with ViewLoader(beton, TWO, 8, workers=2) as loader:

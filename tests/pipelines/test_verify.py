@@ -122,7 +122,7 @@ def test_the_command(beton, capsys):
     assert run("verify", beton, "--decode", "all", "--json", "-") == 0
     captured = capsys.readouterr()
     record = json.loads(captured.out)
-    assert record["ok"] and record["decoded"] == 20 and record["path"] == str(beton)
+    assert record["ok"] and record["decoded"] == 20 and record["path"] == beton.name
     assert "20 checksums compared, 20 decoded" in captured.err
 
     with BetonReader(beton) as reader:
