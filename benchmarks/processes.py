@@ -62,7 +62,12 @@ def exact_jobs(arch: str, batch: int, epochs: int) -> dict[str, Job]:
     found = {}
     for method, (recipe, small) in EXACT.items():
         own = {"moco": (f"moco.queue={4 * batch}",), "swav": (f"swav.queue={2 * batch}",)}.get(method, ())
-        length = (f"train.batch_size={batch}", f"train.epochs={epochs}", f"optim.warmup_epochs={min(1, epochs - 1)}", "optim.warmup_lr=null")
+        length = (
+            f"train.batch_size={batch}",
+            f"train.epochs={epochs}",
+            f"optim.warmup_epochs={min(1, epochs - 1)}",
+            "optim.warmup_lr=null",
+        )
         found[method] = Job(recipe, arch, (*small, *own, *length), exact=True)
     return found
 
@@ -211,7 +216,13 @@ def measure(data: Path, *, exact_arch: str, arch: str, exact_batch: int, batch: 
         **{key: found["losses"] for key, found in zip(double, together[len(exact) :])},
     }
     curves = [
-        {"name": name, "processes": CURVES[name][0], "split_bn": CURVES[name][1], "seed": seed, "losses": [round(v, 6) for v in losses[name, seed]]}
+        {
+            "name": name,
+            "processes": CURVES[name][0],
+            "split_bn": CURVES[name][1],
+            "seed": seed,
+            "losses": [round(v, 6) for v in losses[name, seed]],
+        }
         for name, seed in kinds
     ]
     weights = compare_weights(exact, alone[: len(exact)], together[: len(exact)])
@@ -224,7 +235,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("processes"), help="folder to write to; default: processes/")
     parser.add_argument("--exact-arch", default="resnet10t", help="network where weights are compared; default: resnet10t")
     parser.add_argument("--arch", default="lcnet_035", help="of the curves; default: lcnet_035")
-    parser.add_argument("--exact-batch", type=int, default=128, help="photos a step where weights are compared, for one epoch; default: 128")
+    parser.add_argument(
+        "--exact-batch", type=int, default=128, help="photos a step where weights are compared, for one epoch; default: 128"
+    )
     parser.add_argument("--batch-size", type=int, default=64, help="photos a step of the curves; default: 64")
     parser.add_argument("--epochs", type=int, default=4, help="of the curves; default: 4")
     parser.add_argument("--seeds", type=int, default=3, help="of the curves, at least 2; default: 3")

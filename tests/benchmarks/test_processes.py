@@ -7,7 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastssl.benchmarks.processes import EXACT, compare_weights, curve_job, difference, exact_jobs, run_here, run_under_torchrun, summarise, to_markdown
+from fastssl.benchmarks.processes import (
+    EXACT,
+    compare_weights,
+    curve_job,
+    difference,
+    exact_jobs,
+    run_here,
+    run_under_torchrun,
+    summarise,
+    to_markdown,
+)
 
 
 @pytest.fixture(scope="module")
@@ -48,5 +58,7 @@ def test_the_summary_by_hand() -> None:
     assert found["kinds"][0]["between_seeds"] == pytest.approx(2**0.5)
     same, off = found["pairs"]
     assert (same["mean"], same["largest"], same["largest_step"]) == (0.25, 0.5, 0.5) and (off["mean"], off["largest"]) == (1.25, 1.5)
-    text = to_markdown({"weights": [{"method": "moco", "steps": 2, "values": 5000, "max_difference": 1e-9, "moved": 0.5}], "summary": found})
+    text = to_markdown(
+        {"weights": [{"method": "moco", "steps": 2, "values": 5000, "max_difference": 1e-9, "moved": 0.5}], "summary": found}
+    )
     assert "| moco | 2 | 5,000 | 1.0e-09 | 0.5 |" in text and "| two processes, on - one process, on | +0.2500 | 0.5000 | 0.5000 |" in text

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from processes import Started, free_port, start_processes
 
 from fastssl.meeting import connect, read
-from fastssl.watch import Watch, _Line, _Patience, _Silence, _is_refused, ended_line
+from fastssl.watch import Watch, _is_refused, _Line, _Patience, _Silence, ended_line
 
 # ---------------------------------------------------------------------- one process, several watches
 
@@ -261,10 +261,27 @@ def test_what_all_raise_is_what_each_says(kind: str, tmp_path: Path) -> None:
 def test_a_photo_that_only_one_process_reads_ends_all_with_its_name(damaged: tuple[Path, int], tmp_path: Path) -> None:
     path, sample = damaged
     small = ["views.0.size=32", "train.batch_size=12", "moco.queue=48", "moco.projector.hidden=8", "moco.split_bn=1", "train.epochs=3"]
-    command = ["-m", "fastssl", "pretrain", "--arch", "resnet10t", "--recipe", "few-photos", "--data", str(path), "--out", str(tmp_path / "run")]
+    command = [
+        "-m",
+        "fastssl",
+        "pretrain",
+        "--arch",
+        "resnet10t",
+        "--recipe",
+        "few-photos",
+        "--data",
+        str(path),
+        "--out",
+        str(tmp_path / "run"),
+    ]
     command += ["--device", "cpu", "--workers", "1", *(word for item in small for word in ("--set", item))]
     with Started([command] * 3, tmp_path) as started:
-        assert started.ended(range(3), timeout=90) == [1, 1, 1]
+        deadline = time.monotonic() + 240
+        while all(process.poll() is None for process in started.processes):
+            assert time.monotonic() < deadline, [started.said(rank) for rank in range(3)]
+            time.sleep(0.05)
+        assert started.ended(range(3), timeout=20) == [1, 1, 1]
+        assert not any("frame #" in started.said(rank) for rank in range(3)), "torch's own traces"
         lines = [[line for line in started.said(rank).splitlines() if line.startswith("fastssl: ")] for rank in range(3)]
     assert all(len(own) == 1 and f"sample {sample}" in own[0] for own in lines), lines
     others = [own[0] for own in lines if "another process of this run has ended: process" in own[0]]
