@@ -36,7 +36,7 @@ def test_the_weights_of_two_processes_are_those_of_one(both: tuple[list[dict], l
 
 
 def test_the_losses_of_two_processes_are_those_of_one(both: tuple[list[dict], list[dict]]) -> None:
-    for one, two in zip(*both):
+    for one in both[0]:
         assert len(one["losses"]) == 12 and one["losses"][0] != one["losses"][-1]
     for one, two in list(zip(*both))[: len(EXACT)]:
         assert two["losses"] == pytest.approx(one["losses"], abs=1e-5)

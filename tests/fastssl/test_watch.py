@@ -22,16 +22,16 @@ from fastssl.watch import Watch, _is_refused, _Line, _Patience, _Silence, ended_
 class Watched:
     """Watches of several "processes" in one, over a real store; instead of ending the process they note what they would have said."""
 
-    def __init__(self, size: int, silent_s: float = 0.5):
+    def __init__(self, size: int, silent_s: float = 0.5, leave_s: float = 0.3):
         self.port = free_port()
         self.store = connect("127.0.0.1", self.port, 5, keep=True)
         self.ended: dict[int, str] = {}
-        self.watches = [self._watch(rank, size, silent_s) for rank in range(size)]
+        self.watches = [self._watch(rank, size, silent_s, leave_s) for rank in range(size)]
 
-    def _watch(self, rank: int, size: int, silent_s: float) -> Watch:
+    def _watch(self, rank: int, size: int, silent_s: float, leave_s: float) -> Watch:
         watch = Watch(
             lambda: connect("127.0.0.1", self.port, 5), rank, size, prefix="test", address="127.0.0.1", port=self.port, keeper="the keeper",
-            keeps_store=rank == 0, silent_s=silent_s, leave_s=0.3,
+            keeps_store=rank == 0, silent_s=silent_s, leave_s=leave_s,
         )  # fmt: skip
         watch._end = lambda failure: self.ended.__setitem__(rank, failure)
         return watch
@@ -66,6 +66,17 @@ def test_the_first_failure_is_everyones(three: Watched) -> None:
     reason = three.watches[0].reason()
     assert reason.startswith("process 1 of 3 (") and reason.endswith("): sample 13 is damaged")
     assert wait_for(lambda: set(three.ended) == {0, 1, 2}) and set(three.ended.values()) == {reason}
+
+
+def test_who_leaves_by_itself_in_time_is_not_ended() -> None:
+    found = Watched(2, leave_s=5)
+    for watch in found.watches:
+        watch.start()
+    found.watches[1].leave("of its own")
+    assert found.watches[0].reason() is not None
+    for watch in reversed(found.watches):
+        watch.close()
+    assert not found.ended and not any(thread.is_alive() for watch in found.watches for thread in watch._threads)
 
 
 def test_who_leaves_in_order_is_not_missed_and_its_part_is_watched_by_another(three: Watched) -> None:
