@@ -8,10 +8,11 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
-from processes import free_port, run_processes
+from processes import free_port, run_processes, start_processes
 from torch import Tensor, nn
 
 from fastssl.distributed import (
@@ -303,6 +304,19 @@ def test_reductions_broadcasts_and_answers(world: list[dict]) -> None:
         assert found["module"]["1.num_batches_tracked"].dtype == torch.int64
         assert found["any"] == (True, False) and found["shared"] == {"from": 0}
         assert found["said"] == [[me] * me for me in range(size)]
+
+
+SUM = """
+with joined(world, torch.device("cpu")):
+    total = all_reduce_sum(torch.tensor([float(rank() + 1)]))
+    print(rank(), world_size(), total.item(), file=sys.stderr)
+"""
+
+
+def test_processes_that_srun_started_meet_where_the_first_host_is(tmp_path: Path) -> None:
+    with start_processes(SUM, 2, tmp_path, srun=True) as started:
+        assert started.ended([0, 1], timeout=90) == [0, 0]
+        assert [started.said(number).splitlines()[-1] for number in (0, 1)] == ["0 2 3.0", "1 2 3.0"]
 
 
 # ---------------------------------------------------------------------- when something goes wrong
