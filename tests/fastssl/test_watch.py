@@ -199,7 +199,7 @@ def test_a_killed_process_is_named_and_the_others_are_gone(victim: int, tmp_path
         at_work(started)
         started.processes[victim].kill()
         others = [rank for rank in range(3) if rank != victim]
-        assert started.ended(others, timeout=15) == [1, 1]
+        assert started.ended(others, timeout=25) == [1, 1]
         for rank in others:
             said = started.said(rank).strip().splitlines()[-1]
             # Where the keeper of the store is killed, two ways lead to the news.
@@ -221,7 +221,7 @@ def test_one_that_sits_in_compiled_code_for_ever_is_ended_from_outside(tmp_path:
     with start_processes(FOR_EVER, 2, tmp_path) as started:
         at_work(started)
         started.processes[1].kill()
-        assert started.ended([0], timeout=20) == [1]
+        assert started.ended([0], timeout=30) == [1]
         assert "fastssl: another process of this run has ended: process 1 of 2 (" in started.said(0)
 
 
@@ -230,7 +230,7 @@ def test_a_stopped_process_is_given_up(victim: int, tmp_path: Path) -> None:
     with start_processes(STEPS, 2, tmp_path, FASTSSL_SILENT_SECONDS="0.4") as started:
         at_work(started)
         os.kill(started.processes[victim].pid, signal.SIGSTOP)
-        assert started.ended([1 - victim], timeout=20) == [1]
+        assert started.ended([1 - victim], timeout=30) == [1]
         said = started.said(1 - victim)
         assert f"process {victim} of 2 (" in said and ("has stood still for 4 s" if victim else "has not answered for 4 s") in said, said
 
