@@ -263,7 +263,7 @@ def _learn_why(watch: Watch) -> str | None:
         return reason
     finally:
         if main:
-            signal.signal(signal.SIGTERM, before)
+            signal.signal(signal.SIGTERM, before or signal.SIG_DFL)  # None: a handler that was not written in Python
 
 
 def _one_line(error: BaseException) -> str:
