@@ -1,6 +1,6 @@
 """Do two processes make the run that one makes? The weights behind a whole run, and MoCo's loss curves with and without shuffle-BN.
 
-    weights    every method through the real loop and loader, in float64, BatchNorm groups off: the largest difference of any value behind the last step
+    weights    every method through the real loop and loader, in float64: the largest difference of any value behind the last step
     curves     MoCo in float32: one process without BatchNorm groups, one with them, two with them; "noise" is the spread between seeds
 
 Two processes are started by torchrun over gloo on this machine. Written are ``processes.json`` with everything, and ``processes.md``, the tables.
@@ -32,9 +32,10 @@ from fastssl.versions import describe_git, describe_host, describe_versions
 
 _SMALL = ("views.global_size=32", "views.local_size=16", "views.local_count=2", "probe.every_epochs=0", "train.log_every=1")
 _SMALL_PLAIN = ("views.0.size=32", "probe.every_epochs=0", "train.log_every=1")
-#: method -> recipe, and what makes it small; shuffle-BN is off
+#: method -> recipe, and what makes it small
 EXACT: dict[str, tuple[str, tuple[str, ...]]] = {
     "moco": ("light-moco-mobilenetv3-sslight", (*_SMALL, "moco.projector.hidden=32", "moco.split_bn=1")),
+    "moco, shuffle-BN": ("light-moco-mobilenetv3-sslight", (*_SMALL, "moco.projector.hidden=32", "moco.split_bn=4")),
     "simclr": ("simclr-mobilenetv3", (*_SMALL_PLAIN, "simclr.projector.hidden=32", "simclr.neighbors=1", "simclr.weighting=nearest")),
     "swav": (
         "swav-mobilenetv2-sslight",
@@ -61,7 +62,7 @@ def exact_jobs(arch: str, batch: int, epochs: int) -> dict[str, Job]:
     """A run of each method, by name; the queues hold two batches."""
     found = {}
     for method, (recipe, small) in EXACT.items():
-        own = {"moco": (f"moco.queue={4 * batch}",), "swav": (f"swav.queue={2 * batch}",)}.get(method, ())
+        own = {"moco": (f"moco.queue={4 * batch}",), "swav": (f"swav.queue={2 * batch}",)}.get(method.partition(",")[0], ())
         length = (
             f"train.batch_size={batch}",
             f"train.epochs={epochs}",
