@@ -23,7 +23,7 @@ from fastssl.benchmarks.processes import (
 @pytest.fixture(scope="module")
 def both(beton: Path) -> tuple[list[dict], list[dict]]:
     """12 steps of each method in float64, and of MoCo with shuffle-BN: (of one process, of two)."""
-    jobs = [*exact_jobs("resnet10t", 16, 4).values(), curve_job("lcnet_035", 4, 16, 4, seed=1)]
+    jobs = [*exact_jobs("resnet10t", 16, 4).values(), curve_job("resnet10t", 4, 16, 4, seed=1)]
     return run_here(jobs, beton), run_under_torchrun(jobs, beton)
 
 
@@ -40,8 +40,11 @@ def test_the_losses_of_two_processes_are_those_of_one(both: tuple[list[dict], li
         assert len(one["losses"]) == 12 and one["losses"][0] != one["losses"][-1]
     for one, two in list(zip(*both))[: len(EXACT)]:
         assert two["losses"] == pytest.approx(one["losses"], abs=1e-5)
-    shuffled, again = both[0][-1]["losses"], both[1][-1]["losses"]  # in float32, where rounding grows
-    assert again[:3] == pytest.approx(shuffled[:3], abs=1e-3)
+    shuffled, again = (
+        both[0][-1]["losses"],
+        both[1][-1]["losses"],
+    )  # in float32, where rounding grows by ten times and more from step to step
+    assert again[0] == pytest.approx(shuffled[0], abs=1e-4)
 
 
 def test_a_difference_is_the_largest_one_and_counters_must_agree() -> None:
