@@ -1,6 +1,6 @@
 """Do two processes make the run that one makes? The weights behind a whole run, and MoCo's loss curves with and without shuffle-BN.
 
-    weights    every method through the real loop and loader, in float64, BatchNorm groups off: the largest difference of any value behind the last step
+    weights    every method through the real loop and loader, in float64: the largest difference of any value behind the last step
     curves     MoCo in float32: one process without BatchNorm groups, one with them, two with them; "noise" is the spread between seeds
 
 Two processes are started by torchrun over gloo on this machine. Written are ``processes.json`` with everything, and ``processes.md``, the tables.
@@ -32,9 +32,10 @@ from fastssl.versions import describe_git, describe_host, describe_versions
 
 _SMALL = ("views.global_size=32", "views.local_size=16", "views.local_count=2", "probe.every_epochs=0", "train.log_every=1")
 _SMALL_PLAIN = ("views.0.size=32", "probe.every_epochs=0", "train.log_every=1")
-#: method -> recipe, and what makes it small; shuffle-BN is off
+#: method -> recipe, and what makes it small
 EXACT: dict[str, tuple[str, tuple[str, ...]]] = {
     "moco": ("light-moco-mobilenetv3-sslight", (*_SMALL, "moco.projector.hidden=32", "moco.split_bn=1")),
+    "moco, shuffle-BN": ("light-moco-mobilenetv3-sslight", (*_SMALL, "moco.projector.hidden=32", "moco.split_bn=4")),
     "simclr": ("simclr-mobilenetv3", (*_SMALL_PLAIN, "simclr.projector.hidden=32", "simclr.neighbors=1", "simclr.weighting=nearest")),
     "swav": (
         "swav-mobilenetv2-sslight",
@@ -61,8 +62,13 @@ def exact_jobs(arch: str, batch: int, epochs: int) -> dict[str, Job]:
     """A run of each method, by name; the queues hold two batches."""
     found = {}
     for method, (recipe, small) in EXACT.items():
-        own = {"moco": (f"moco.queue={4 * batch}",), "swav": (f"swav.queue={2 * batch}",)}.get(method, ())
-        length = (f"train.batch_size={batch}", f"train.epochs={epochs}", f"optim.warmup_epochs={min(1, epochs - 1)}", "optim.warmup_lr=null")
+        own = {"moco": (f"moco.queue={4 * batch}",), "swav": (f"swav.queue={2 * batch}",)}.get(method.partition(",")[0], ())
+        length = (
+            f"train.batch_size={batch}",
+            f"train.epochs={epochs}",
+            f"optim.warmup_epochs={min(1, epochs - 1)}",
+            "optim.warmup_lr=null",
+        )
         found[method] = Job(recipe, arch, (*small, *own, *length), exact=True)
     return found
 
@@ -211,7 +217,13 @@ def measure(data: Path, *, exact_arch: str, arch: str, exact_batch: int, batch: 
         **{key: found["losses"] for key, found in zip(double, together[len(exact) :])},
     }
     curves = [
-        {"name": name, "processes": CURVES[name][0], "split_bn": CURVES[name][1], "seed": seed, "losses": [round(v, 6) for v in losses[name, seed]]}
+        {
+            "name": name,
+            "processes": CURVES[name][0],
+            "split_bn": CURVES[name][1],
+            "seed": seed,
+            "losses": [round(v, 6) for v in losses[name, seed]],
+        }
         for name, seed in kinds
     ]
     weights = compare_weights(exact, alone[: len(exact)], together[: len(exact)])
@@ -224,7 +236,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("processes"), help="folder to write to; default: processes/")
     parser.add_argument("--exact-arch", default="resnet10t", help="network where weights are compared; default: resnet10t")
     parser.add_argument("--arch", default="lcnet_035", help="of the curves; default: lcnet_035")
-    parser.add_argument("--exact-batch", type=int, default=128, help="photos a step where weights are compared, for one epoch; default: 128")
+    parser.add_argument(
+        "--exact-batch", type=int, default=128, help="photos a step where weights are compared, for one epoch; default: 128"
+    )
     parser.add_argument("--batch-size", type=int, default=64, help="photos a step of the curves; default: 64")
     parser.add_argument("--epochs", type=int, default=4, help="of the curves; default: 4")
     parser.add_argument("--seeds", type=int, default=3, help="of the curves, at least 2; default: 3")

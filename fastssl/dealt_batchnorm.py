@@ -34,7 +34,9 @@ class DealtStatistics:
     """
 
     def __init__(self, network: nn.Module, *, groups: int, rank: int, world: int):
-        layers = [(name, layer) for name, layer in network.named_modules() if isinstance(layer, _BatchNorm) and layer.running_mean is not None]
+        layers = [
+            (name, layer) for name, layer in network.named_modules() if isinstance(layer, _BatchNorm) and layer.running_mean is not None
+        ]
         for name, layer in layers:
             if layer.momentum is None:
                 raise FastSSLError(
@@ -46,7 +48,11 @@ class DealtStatistics:
         self._sizes = [tensor.numel() for tensor in self._running]
         self._counted_elsewhere = groups * (world - 1)
         keep = torch.cat(
-            [torch.full((tensor.numel(),), 1 - layer.momentum, dtype=torch.float64) for _, layer in layers for tensor in (layer.running_mean,) * 2]
+            [
+                torch.full((tensor.numel(),), 1 - layer.momentum, dtype=torch.float64)
+                for _, layer in layers
+                for tensor in (layer.running_mean,) * 2
+            ]
             or [torch.empty(0, dtype=torch.float64)]
         )
         like = self._running[0] if self._running else torch.empty(0)

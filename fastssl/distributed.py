@@ -36,12 +36,13 @@ _Value = TypeVar("_Value")
 _FIRST_PORT, _PORTS = 10000, 20000
 
 
+_TIMED_OUT = "Timed out waiting"
 #: What gloo and NCCL say in a collective where the process at the other end is gone, or does not come.
 _LOST_ANOTHER = (
     "Connection closed by peer",
     "Connection reset by peer",
     "Broken pipe",
-    "Timed out waiting",
+    _TIMED_OUT,
     "remote process exited",
     "NCCL communicator was aborted",
 )
@@ -184,17 +185,19 @@ def joined(world: World, device: torch.device, timeout_minutes: float = 60, pati
         yield
         barrier()
     except BaseException as error:
-        lost = isinstance(error, RuntimeError) and any(words in str(error) for words in _LOST_ANOTHER)
-        if lost:
-            _learn_why(watch)
-        if not isinstance(error, Interrupted) and not (lost and watch.failure):
-            watch.leave(failure=_one_line(error))
+        told, another = error, None
+        if isinstance(error, RuntimeError) and any(words in str(error) for words in _LOST_ANOTHER):
+            another = _learn_why(watch)
+            late = another is None and _TIMED_OUT in str(error)
+            told = FastSSLError(f"waited {timeout_minutes:g} min for the other processes in vain" if late else ended_line(another))
+        if another is None and not isinstance(error, Interrupted):
+            watch.leave(failure=_one_line(told))
         # NCCL's orderly end waits for all ranks of a machine, and these may be waiting in a collective that this one will never reach.
         if device.type == "cuda" and dist.is_initialized() and hasattr(dist.group.WORLD, "abort"):
             with suppress(RuntimeError):
                 dist.group.WORLD.abort()
-        if lost:
-            raise FastSSLError(ended_line(watch.failure)) from error
+        if told is not error:
+            raise told from error
         raise
     finally:
         if dist.is_initialized():
@@ -250,16 +253,17 @@ def _make_group(world: World, device: torch.device, store: dist.Store, timeout_m
         ) from error
 
 
-def _learn_why(watch: Watch) -> None:
-    """Find out what ended the others' side of a collective, and let the process that failed speak first. torchrun ends all as soon as one has failed; not before that."""
+def _learn_why(watch: Watch) -> str | None:
+    """What ended the others' side of a collective; the process that failed speaks first. torchrun, which ends all as soon as one has failed, has to wait so long."""
     main = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGTERM, signal.SIG_IGN) if main else None
     try:
-        watch.reason()
+        reason = watch.reason()
         time.sleep(_SPEAKS_FIRST_S)
+        return reason
     finally:
         if main:
-            signal.signal(signal.SIGTERM, before)
+            signal.signal(signal.SIGTERM, before or signal.SIG_DFL)  # None: a handler that was not written in Python
 
 
 def _one_line(error: BaseException) -> str:

@@ -35,7 +35,7 @@ _SOON_S = 0.1
 #: Seconds for a connection to answer.
 _REACH_S = 5.0
 #: Looks for which the keeper of the store stays behind the others, at most.
-_SEEING_OFF = 3
+_SEEING_OFF = 2
 #: What stands in the place of the next sign of life when a process has left, in order or not.
 _LEFT = "left"
 

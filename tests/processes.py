@@ -117,12 +117,19 @@ world = world_from_environment()
 class Started:
     """Processes that run by themselves, each with its own standard error; for tests that kill them."""
 
-    def __init__(self, commands: list[list[str]], folder: Path, **environ: str):
-        common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(len(commands)), "GLOO_SOCKET_IFNAME": "lo"}
+    def __init__(self, commands: list[list[str]], folder: Path, srun: bool = False, **environ: str):
+        common = {"MASTER_PORT": str(free_port()), "GLOO_SOCKET_IFNAME": "lo"}
+        if srun:
+            rank_names, size = ("SLURM_PROCID", "SLURM_LOCALID"), "SLURM_STEP_NUM_TASKS"
+            common["SLURM_STEP_NODELIST"] = "localhost"
+        else:
+            rank_names, size = ("RANK", "LOCAL_RANK"), "WORLD_SIZE"
+            common["MASTER_ADDR"] = "127.0.0.1"
+        common[size] = str(len(commands))
         self.files = [folder / f"{rank}.err" for rank in range(len(commands))]
         self.processes = []
         for rank, (command, file) in enumerate(zip(commands, self.files)):
-            own = {**os.environ, **common, **environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
+            own = {**os.environ, **common, **environ, **dict.fromkeys(rank_names, str(rank)), "OMP_NUM_THREADS": "1"}
             with file.open("w") as stderr:
                 self.processes.append(subprocess.Popen([sys.executable, *command], stdout=stderr, stderr=stderr, env=own))
 
@@ -156,6 +163,6 @@ class Started:
             raise TimeoutError(f"still running after {timeout} s\n{said}") from error
 
 
-def start_processes(code: str, world: int, folder: Path, **environ: str) -> Started:
-    """``code`` in ``world`` processes, with the names of ``_PREAMBLE``; the environment is torchrun's and ``environ``."""
-    return Started([["-c", _PREAMBLE + code]] * world, folder, **environ)
+def start_processes(code: str, world: int, folder: Path, srun: bool = False, **environ: str) -> Started:
+    """``code`` in ``world`` processes, with the names of ``_PREAMBLE``; the environment is torchrun's (or srun's) and ``environ``."""
+    return Started([["-c", _PREAMBLE + code]] * world, folder, srun, **environ)

@@ -67,6 +67,8 @@ def main(argv: list[str] | None = None) -> None:
     # 3,000 turns 376 / 135.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+    # Read when torch is loaded: where another process of the run has ended, torch writes a trace of its own C++ frames before our one line. Errors still come.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     # --debug is accepted anywhere on the line: nobody remembers on which side of the command it goes.
     debug = "--debug" in argv
     argv = [a for a in argv if a != "--debug"]

@@ -8,10 +8,11 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
-from processes import free_port, run_processes
+from processes import free_port, run_processes, start_processes
 from torch import Tensor, nn
 
 from fastssl.distributed import (
@@ -150,7 +151,10 @@ def test_alone_every_collective_is_the_identity() -> None:
 def test_those_who_do_not_come_are_missed_by_address_and_port() -> None:
     port = free_port()
     with (
-        pytest.raises(FastSSLError, match=f"process 0 of 2 did not meet the others at 127.0.0.1:{port} in [0-9]+ s"),
+        pytest.raises(
+            FastSSLError,
+            match=f"process 0 of 2 did not meet the others at 127.0.0.1:{port} in [0-9]+ s: process 1 is missing; .* FASTSSL_MEET_MINUTES",
+        ),
         joined(World(0, 2, 0, "127.0.0.1", port), CPU, patience=Patience(meet_minutes=0.01)),
     ):
         pytest.fail("nobody else was started")
@@ -302,6 +306,19 @@ def test_reductions_broadcasts_and_answers(world: list[dict]) -> None:
         assert found["said"] == [[me] * me for me in range(size)]
 
 
+SUM = """
+with joined(world, torch.device("cpu")):
+    total = all_reduce_sum(torch.tensor([float(rank() + 1)]))
+    print(rank(), world_size(), total.item(), file=sys.stderr)
+"""
+
+
+def test_processes_that_srun_started_meet_where_the_first_host_is(tmp_path: Path) -> None:
+    with start_processes(SUM, 2, tmp_path, srun=True) as started:
+        assert started.ended([0, 1], timeout=90) == [0, 0]
+        assert [started.said(number).splitlines()[-1] for number in (0, 1)] == ["0 2 3.0", "1 2 3.0"]
+
+
 # ---------------------------------------------------------------------- when something goes wrong
 
 
@@ -332,6 +349,18 @@ def what_each_says() -> str:
     return "nothing"
 
 
+def one_comes_late() -> str:
+    world = world_from_environment()
+    try:
+        with joined(world, CPU, timeout_minutes=1 / 60):
+            if world.rank == 1:
+                time.sleep(4)
+            barrier()
+    except FastSSLError as error:
+        return str(error)
+    return "nothing"
+
+
 def one_does_not_come() -> None:
     if rank() == 0:
         barrier()
@@ -346,7 +375,18 @@ def test_a_failure_is_that_of_the_first_and_ends_the_others() -> None:
 
 def test_those_who_are_left_alone_say_what_ended_the_other() -> None:
     first, second = run_processes(what_each_says, 2, join=False)
-    assert re.fullmatch(r"another process of this run has ended: process 1 of 2 \(.+\): KeyError: 'of rank 1'", first) and second == "'of rank 1'"
+    assert (
+        re.fullmatch(r"another process of this run has ended: process 1 of 2 \(.+\): KeyError: 'of rank 1'", first)
+        and second == "'of rank 1'"
+    )
+
+
+def test_a_collective_that_one_does_not_reach_in_time_fails_in_all_with_one_reason() -> None:
+    first, second = run_processes(one_comes_late, 2, join=False)
+    assert first == "waited 0.0166667 min for the other processes in vain"
+    assert re.fullmatch(
+        r"another process of this run has ended: process 0 of 2 \(.+\): waited 0.0166667 min for the other processes in vain", second
+    )
 
 
 def test_a_hang_ends_at_the_time_limit_and_says_where() -> None:

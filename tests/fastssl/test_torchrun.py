@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -62,6 +63,15 @@ def together(beton: Path, out: Path, processes: int = 2) -> subprocess.Completed
     )
 
 
+def workers(launcher: int) -> dict[int, int]:
+    """The launcher's processes: their numbers by rank."""
+    found = {}
+    for child in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split():
+        environ = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+        found.update({int(item[5:]): int(child) for item in environ if item.startswith(b"RANK=")})
+    return found
+
+
 def steps(out: Path) -> list[dict]:
     return [row for row in map(json.loads, (out / "metrics.jsonl").read_text().splitlines()) if row["kind"] == "step"]
 
@@ -108,6 +118,50 @@ def test_one_process_takes_over_from_two_and_two_from_one(one: Path, beton: Path
     assert (tmp_path / "run" / "checkpoints" / "last.pt").stat().st_mtime_ns == before
     assert steps(tmp_path / "run")[0]["loss"] == steps(one)[0]["loss"]
     assert torch.load(tmp_path / "run" / "checkpoints" / "last.pt", weights_only=True)["position"]["step"] == 12
+
+
+def test_a_killed_process_is_started_again_by_torchrun_and_the_run_goes_on(beton: Path, tmp_path: Path) -> None:
+    out, last = tmp_path / "run", tmp_path / "run" / "checkpoints" / "last.pt"
+    overrides = [
+        *SMALL,
+        "train.epochs=12",
+        "train.log_every=1",
+        "train.checkpoint_minutes=0",
+        "probe.every_epochs=0",
+        "probe.final_samples=0",
+    ]
+    launcher = [
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--max-restarts",
+        "2",
+        "--master-port",
+        str(free_port()),
+        "-m",
+        "fastssl",
+    ]
+    command = ["pretrain", "--arch", ARCH, "--recipe", RECIPE, "--data", str(beton), "--out", str(out), "--device", "cpu", "--workers", "1"]
+    arguments = [*launcher, *command, *(argument for item in overrides for argument in ("--set", item))]
+    environ = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    with (tmp_path / "stderr").open("w") as stderr, subprocess.Popen([sys.executable, *arguments], stderr=stderr, env=environ) as process:
+        try:
+            deadline = time.monotonic() + 200
+            while not last.is_file():
+                assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "stderr").read_text()
+                time.sleep(0.02)
+            first = workers(process.pid)
+            os.kill(first[1], signal.SIGKILL)
+            assert process.wait(timeout=300) == 0, (tmp_path / "stderr").read_text()
+        finally:
+            process.kill()
+    said = (tmp_path / "stderr").read_text()
+    assert set(first) == {0, 1} and said.count("2 processes meet") == 2 and "resumed at step" in said, said
+    # torchrun ends process 0 as soon as it sees that process 1 is gone: it may have nothing to say any more.
+    assert said.count("another process of this run has ended") <= 1
+    assert [row["step"] for row in steps(out)] == list(range(1, 73))
+    assert torch.load(last, weights_only=True)["position"]["step"] == 72
 
 
 def started_apart(beton: str, out: str) -> str:
