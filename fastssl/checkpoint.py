@@ -121,7 +121,8 @@ def save_checkpoint(
             break
         except (OSError, RuntimeError, SafetensorError) as error:
             if not (_may_be_full(folder, error) and _drop_oldest(folder)):
-                raise NotSaved(f"{folder}: checkpoint not written ({_first_line(error)}); the one before it is untouched") from error
+                why = "the disk is full" if _may_be_full(folder, error) else _first_line(error)
+                raise NotSaved(f"{folder}: checkpoint not written ({why}); the one before it is untouched") from error
     for other in [other for other in _steps(folder) if other != path][max(keep, 1) - 1 :]:
         with suppress(OSError):
             other.unlink()
@@ -167,7 +168,7 @@ def _may_be_full(folder: Path, error: Exception) -> bool:
         return error.errno in (errno.ENOSPC, errno.EDQUOT)
     try:
         newest = max((path.stat().st_size for path in _steps(folder)), default=0)
-        return shutil.disk_usage(folder).free < 2 * newest
+        return shutil.disk_usage(folder).free < 2 * max(newest, 1 << 20)
     except OSError:
         return False
 

@@ -39,7 +39,7 @@ class Saver:
     def __init__(self, folder: RunFolder, recipe: Recipe, config: dict[str, Any], say: Callable[[str], None]):
         self.folder, self.recipe, self.config, self.say = folder, recipe, config, say
         self.saved_step: int | None = None
-        self._failure: NotSaved | None = None
+        self._failure: str | None = None  # words alone: an exception keeps all that its frames hold
         self._said_at = {"checkpoint": -math.inf, "metrics": -math.inf}
         self.begin()
 
@@ -89,7 +89,7 @@ class Saver:
                 milestone=milestone,
             )
         except NotSaved as error:
-            self._failure = error
+            self._failure = str(error)
             self._say_now_and_then("checkpoint", f"{error}; {self.newest()}; the run goes on, and tries again every {_RETRY_S:g} s")
             self._ask_in(_RETRY_S)
             return False

@@ -294,7 +294,7 @@ def test_a_full_disk_takes_the_oldest_never_the_newest(save: Callable, tmp_path:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(torch, "save", fuller)
-    with pytest.raises(NotSaved, match=r"No space left on device.*the one before it is untouched"):
+    with pytest.raises(NotSaved, match=r"the disk is full.*the one before it is untouched"):
         save(5, keep=3)
     assert names(tmp_path) == ["last.pt", "step-00000004.pt"] and not list(tmp_path.glob("*.tmp"))
     assert find_checkpoint(tmp_path)[1]["position"]["step"] == 4
