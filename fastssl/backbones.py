@@ -17,6 +17,7 @@ import torch
 from timm.models.vision_transformer import Block as VisionTransformerBlock
 from torch import Tensor, nn
 
+from fastssl.digest import digest
 from fastssl.drop_path import drop_path_layers
 from fastssl.files import write_atomically
 from fastssl.names import nearest
@@ -152,7 +153,8 @@ def save_backbone(backbone: nn.Module, path: Path, *, arch: str, **notes: str) -
     from safetensors.torch import save_file
 
     tensors = {name: value.detach().cpu().contiguous() for name, value in backbone.state_dict().items()}
-    header = {"format": "pt", "fastssl": json.dumps({"arch": resolve_arch(arch), "feature_dim": feature_dim(backbone), **notes})}
+    about = {"arch": resolve_arch(arch), "feature_dim": feature_dim(backbone), "digest": _digest(tensors), **notes}
+    header = {"format": "pt", "fastssl": json.dumps(about)}
     write_atomically(path, lambda temporary: save_file(tensors, str(temporary), metadata=header))
 
 
@@ -239,4 +241,11 @@ def _open_checkpoint(path: Path, *, tensors: bool) -> tuple[dict[str, Any], dict
             raise TypeError(f"arch is {header['arch']!r}")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise FastSSLError(f"{path}: its fastssl header does not name a network ({type(error).__name__}: {error})") from error
+    # The format has no checksum. Files from before there was a digest are taken as they are.
+    if tensors and "digest" in header and header["digest"] != _digest(found):
+        raise FastSSLError(f"{path}: damaged: its tensors are not what was written")
     return header, found
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    return digest(dict(sorted(tensors.items())))

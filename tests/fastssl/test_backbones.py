@@ -10,7 +10,15 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import fastssl
-from fastssl.backbones import SHORT_NAMES, create_backbone, feature_dim, save_backbone, zero_residual_branches
+from fastssl.backbones import (
+    SHORT_NAMES,
+    create_backbone,
+    feature_dim,
+    load_backbone,
+    read_header,
+    save_backbone,
+    zero_residual_branches,
+)
 from fastssl.pipelines.errors import FastSSLError
 
 #: short name -> (feature width, parameters without the classifier), as the papers count them
@@ -170,3 +178,15 @@ def test_a_network_that_knows_no_drop_path_says_so() -> None:
 def test_drop_path_without_a_layer_that_reads_it_is_said() -> None:
     with pytest.warns(UserWarning, match=r"drop_path=0\.1 changes nothing: lcnet_035 has no drop path"):
         create_backbone("lcnet_035", drop_path=0.1)
+
+
+def test_a_flipped_bit_in_a_weight_is_noticed(tmp_path: Path) -> None:
+    """safetensors itself would load it without a word."""
+    path = tmp_path / "last.safetensors"
+    save_backbone(create_backbone("lcnet_035"), path, arch="lcnet_035")
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(FastSSLError, match="damaged: its tensors are not what was written"):
+        load_backbone(path)
+    assert read_header(path)["arch"] == "lcnet_035"
