@@ -178,10 +178,8 @@ def load_backbone(path: str | Path) -> nn.Module:
     """
     header, tensors = _open_checkpoint(Path(path), tensors=True)
     try:
-        # Shapes first, without memory: a header of a few bytes can name a network of gigabytes.
-        with torch.device("meta"):
-            if unfit := _unfit(tensors, create_backbone(header["arch"]).state_dict()):
-                raise RuntimeError(unfit)
+        if unfit := unfit_for(header["arch"], tensors):
+            raise RuntimeError(unfit)
         backbone = create_backbone(header["arch"])
         if odd := other_kinds(tensors, backbone.state_dict()):
             raise FastSSLError(f"{path}: tensors are of another kind than in the network named in its header: {odd[0]}")
@@ -191,8 +189,13 @@ def load_backbone(path: str | Path) -> nn.Module:
     return backbone.eval()
 
 
-def _unfit(tensors: dict[str, Tensor], wanted: dict[str, Tensor]) -> str:
-    """What ``load_state_dict`` would say of these tensors; empty when they fit."""
+def unfit_for(arch: str, tensors: dict[str, Tensor]) -> str:
+    """What ``load_state_dict`` of the network ``arch`` would say of these tensors; empty when they fit.
+
+    Looks at shapes alone and takes no memory: a file of a few bytes can name a network of gigabytes.
+    """
+    with torch.device("meta"):
+        wanted = create_backbone(arch).state_dict()
     missing, extra = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
     wrong = [
         f"{name} {tuple(tensors[name].shape)} for {tuple(wanted[name].shape)}"

@@ -14,10 +14,8 @@ Because the order of samples and every view are functions of (seed, epoch, sampl
 from __future__ import annotations
 
 import errno
-import pickle
 import re
 import shutil
-import struct
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -33,14 +31,10 @@ from fastssl.digest import digest
 from fastssl.files import link_atomically, write_atomically
 from fastssl.optim import after_restore
 from fastssl.pipelines.errors import FastSSLError
+from fastssl.torch_file import UNREADABLE, require_stored_as_is
 
 #: raised when the layout of last.pt changes; 1 had no digest
 VERSION, READABLE = 2, (1, 2)
-#: what ``torch.load(weights_only=True)`` raises at files that are damaged, or that ``torch.save`` did not write
-UNREADABLE = (
-    pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError, AssertionError, OverflowError,
-    struct.error, OSError,
-)  # fmt: skip
 LAST = "last.pt"
 
 
@@ -250,6 +244,10 @@ def load_checkpoint(path: Path, *, advice: str = "") -> dict[str, Any]:
         raise FastSSLError(f"{path}: no such checkpoint")
     end = f"; {advice}" if advice else ""
     try:
+        require_stored_as_is(path)
+    except FastSSLError as error:
+        raise DamagedCheckpoint(f"{error}{end}") from error
+    try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         said = state.pop("digest", None) if isinstance(state, dict) else None
         found = None if said is None else digest(state)
@@ -294,12 +292,17 @@ def _odd_part(state: dict[str, Any]) -> str:
     return ""
 
 
-def _has_names(content: object, depth: int = 0) -> bool:
-    """Whether all keys are strings, in the dicts inside too. Settings are a few levels deep; a dict that holds itself has no end."""
-    if not isinstance(content, Mapping) or depth > 32:
+def _has_names(content: object, depth: int = 0, left: list[int] | None = None) -> bool:
+    """Whether this is a dict whose keys are strings, in the dicts inside too.
+
+    Settings are a few levels deep, and some hundred dicts in all: one that holds itself has no end, and dicts that each hold the next one twice nearly none.
+    """
+    left = left or [10_000]
+    left[0] -= 1
+    if not isinstance(content, Mapping) or depth > 32 or left[0] < 1:
         return False
     inner = [value for value in content.values() if isinstance(value, Mapping)]
-    return all(isinstance(name, str) for name in content) and all(_has_names(value, depth + 1) for value in inner)
+    return all(isinstance(name, str) for name in content) and all(_has_names(value, depth + 1, left) for value in inner)
 
 
 def restore(state: dict[str, Any], *, method: nn.Module, optimizer: torch.optim.Optimizer) -> Position:

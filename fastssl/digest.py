@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
-#: Settings and optimiser states are a few levels deep; a dict that holds itself has no end.
-_DEEPEST = 32
+#: Settings and optimiser states are a few levels deep; a dict that holds itself has no end. Parts in all, each counted as often as it is held: dicts that each
+#: hold the next one twice are 4 billion parts at 32 levels.
+_DEEPEST, _MOST = 32, 5_000_000
 
 
 def digest(content: Any) -> str:
@@ -22,10 +23,10 @@ def digest(content: Any) -> str:
     Names, order, types, shapes and values all count; the device and the memory layout of a tensor do not.
 
     Raises:
-        TypeError: there is something else in it. ValueError: it is nested too deeply.
+        TypeError: there is something else in it. ValueError: it is nested too deeply, or has too many parts.
     """
     total = hashlib.sha256()
-    _add(total, content, 0)
+    _add(total, content, 0, [_MOST])
     return total.hexdigest()
 
 
@@ -35,7 +36,10 @@ def add_tensor(total: Any, value: torch.Tensor) -> None:
     total.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
 
 
-def _add(total: Any, content: Any, depth: int) -> None:
+def _add(total: Any, content: Any, depth: int, left: list[int]) -> None:
+    left[0] -= 1
+    if left[0] < 0:
+        raise ValueError(f"more than {_MOST:,} parts")
     if depth > _DEEPEST:
         raise ValueError(f"nested more than {_DEEPEST} levels deep")
     if isinstance(content, torch.Tensor):
@@ -44,12 +48,12 @@ def _add(total: Any, content: Any, depth: int) -> None:
     elif isinstance(content, Mapping):
         total.update(f"dict {len(content)}\n".encode())
         for key, value in content.items():
-            _add(total, key, depth + 1)
-            _add(total, value, depth + 1)
+            _add(total, key, depth + 1, left)
+            _add(total, value, depth + 1, left)
     elif isinstance(content, (list, tuple)):
         total.update(f"{type(content).__name__} {len(content)}\n".encode())
         for value in content:
-            _add(total, value, depth + 1)
+            _add(total, value, depth + 1, left)
     elif content is None or isinstance(content, (bool, int, float, str)):
         text = repr(content)
         total.update(f"{type(content).__name__} {len(text)} {text}\n".encode("utf-8", "surrogatepass"))

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastssl.backbones import create_backbone, load_backbone, other_kinds, read_header
+from fastssl.backbones import create_backbone, load_backbone, other_kinds, read_header, unfit_for
 from fastssl.checkpoint import is_detector, load_checkpoint
 from fastssl.pipelines.errors import FastSSLError
 
@@ -97,8 +97,11 @@ def _from_run(path: Path, which: str) -> Trained:
     tensors = {name.removeprefix(prefix): value for name, value in state["method"].items() if name.startswith(prefix)}
     if not tensors:
         raise FastSSLError(f"{path}: the run has no {which} network ({state['config'].get('method')} has none)")
+    odd = [name for name, value in tensors.items() if not isinstance(value, Tensor)]
+    if not odd and (unfit := unfit_for(arch, tensors)):
+        raise FastSSLError(f"{path}: tensors do not fit {arch}: {unfit}")
     backbone = create_backbone(arch)
-    odd = [name for name, value in tensors.items() if not isinstance(value, Tensor)] or other_kinds(tensors, backbone.state_dict())
+    odd = odd or other_kinds(tensors, backbone.state_dict())
     if odd:
         raise FastSSLError(f"{path}: tensors do not fit {arch}: {prefix}{odd[0]} is of another kind")
     try:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import pickle
 import re
-import zipfile
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,8 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastssl.checkpoint import UNREADABLE
 from fastssl.pipelines.errors import FastSSLError
+from fastssl.torch_file import UNREADABLE, require_stored_as_is
 
 
 def _settings(module: str) -> type:
@@ -84,25 +83,8 @@ def _read_torch(path: Path) -> object:
             f"{path}: refused, because reading it means running {wanted[1]}, which is not a tensor; "
             "where you trust the file, save its state_dict alone with the program that wrote it, and import that"
         ) from error
-    except (*UNREADABLE, MemoryError) as error:
+    except UNREADABLE as error:
         raise FastSSLError(f"{path}: neither what torch.save writes nor safetensors, or damaged ({type(error).__name__})") from error
-
-
-def require_stored_as_is(path: Path) -> None:
-    """``torch.save`` packs its parts into a zip archive without compressing them. One that is compressed can become a thousand times as large in memory.
-
-    Raises:
-        FastSSLError: a compressed or encrypted part, or parts that are larger in all than the file.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            parts = archive.infolist()
-    except (zipfile.BadZipFile, *UNREADABLE, MemoryError, NotImplementedError):
-        return  # another format, or damaged: the reader itself will say
-    if odd := [part.filename for part in parts if part.compress_type != zipfile.ZIP_STORED or part.flag_bits & 1]:
-        raise FastSSLError(f"{path}: {len(odd)} of its parts are compressed, which torch.save never does; save it again with torch.save")
-    if (claimed := sum(part.file_size for part in parts)) > (size := path.stat().st_size):
-        raise FastSSLError(f"{path}: damaged: its parts should have {claimed:,} bytes, the file has {size:,}")
 
 
 def _flat(path: Path, content: object, left: list[int], keys: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Tensor]]:

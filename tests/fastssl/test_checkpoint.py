@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -103,12 +104,17 @@ def test_what_is_not_whole_is_one_line(tmp_path: Path) -> None:
     del whole["digest"]
     endless: dict = {}
     endless["again"] = endless
+    doubled: dict = {}
+    for _ in range(31):
+        doubled = {"one": doubled, "two": doubled}
     place = whole["position"]
     for change, words in (
         ({"method": 5}, "method is no dict"),
         ({"method": {0: torch.zeros(1)}}, "method is no dict with names"),
         ({"config": {"optim": {1: 2}}}, "config is no dict with names"),
         ({"config": endless}, "config is no dict with names"),
+        ({"config": {"inner": endless}}, "config is no dict with names"),
+        ({"config": doubled}, "config is no dict with names"),
         ({"position": {**place, "step": "x"}}, r"position\.step is no number"),
         ({"position": {**place, "step": torch.tensor(3)}}, r"position\.step is no number"),
         ({"position": {**place, "train_seconds": float("nan")}}, r"position\.train_seconds is no number of seconds"),
@@ -298,3 +304,20 @@ def test_a_full_disk_takes_the_oldest_never_the_newest(save: Callable, tmp_path:
         save(5, keep=3)
     assert names(tmp_path) == ["last.pt", "step-00000004.pt"] and not list(tmp_path.glob("*.tmp"))
     assert find_checkpoint(tmp_path)[1]["position"]["step"] == 4
+
+
+def test_dicts_that_double_and_parts_that_are_compressed_are_damage(save: Callable, tmp_path: Path) -> None:
+    save(1)
+    path = tmp_path / "step-00000001.pt"
+    state = torch.load(path, weights_only=True)
+    doubled: dict = {}
+    for _ in range(31):
+        doubled = {"one": doubled, "two": doubled}
+    torch.save({**state, "config": doubled}, tmp_path / "doubled.pt")
+    with pytest.raises(DamagedCheckpoint, match=r"damaged checkpoint.*ValueError"):
+        load_checkpoint(tmp_path / "doubled.pt")
+    with zipfile.ZipFile(path) as whole, zipfile.ZipFile(tmp_path / "small.pt", "w", zipfile.ZIP_DEFLATED) as small:
+        for part in whole.infolist():
+            small.writestr(part.filename, whole.read(part))
+    with pytest.raises(DamagedCheckpoint, match=r"parts are compressed, which torch.save never does"):
+        load_checkpoint(tmp_path / "small.pt")
