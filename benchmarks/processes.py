@@ -110,9 +110,9 @@ def _run(job: Job, data: Path, out: Path) -> dict[str, Any]:
             start = {name: value.clone() for name, value in run.step.method.state_dict().items()}
             run.train()
         finally:
-            run.unlock()
-    lines = run.metrics_path.read_text().splitlines() if run.world.is_main else []
-    losses = [row["loss"] for row in map(json.loads, lines) if row["kind"] == "step"]
+            run.close()
+    rows = run.folder.metrics.rows() if run.folder else []
+    losses = [row["loss"] for row in rows if row["kind"] == "step"]
     return {"state": run.step.method.state_dict(), "start": start, "losses": losses, "steps": run.position.step}
 
 

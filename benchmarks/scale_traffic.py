@@ -68,7 +68,7 @@ def traffic(recipe: Recipe, batch: int, world: int) -> Traffic:
     trained = sum(parameter.numel() for parameter in method.parameters() if parameter.requires_grad)
     state = sum(tensor.numel() * tensor.element_size() for tensor in method.state_dict().values())
     layers, channels = _synchronised(method, recipe, settings)
-    count, sums, gathered, images = _method(recipe, settings, batch)
+    count, sums, gathered, images = _method(method, recipe, settings, batch)
     several = world > 1
     return Traffic(
         parameters=trained,
@@ -102,7 +102,7 @@ def _synchronised(method: Method, recipe: Recipe, settings: object) -> tuple[lis
     return calls, channels
 
 
-def _method(recipe: Recipe, settings: object, batch: int) -> tuple[int, int, int, int]:
+def _method(method: Method, recipe: Recipe, settings: object, batch: int) -> tuple[int, int, int, int]:
     """(collectives, bytes added up, bytes gathered, bytes of images gathered) of the method's own code."""
     if recipe.method == "moco":
         keys, out = settings.key_views * batch, settings.projector.out
@@ -110,7 +110,9 @@ def _method(recipe: Recipe, settings: object, batch: int) -> tuple[int, int, int
         if settings.split_bn == 1:
             return 1, 0, once, 0
         side = recipe.views[0].size if not hasattr(recipe.views, "global_size") else recipe.views.global_size
-        return 3, 0, 2 * once, _HALF * 3 * side**2 * keys  # images, their keys back, keys for the queue
+        # images, their keys back, keys for the queue; and one sum for the running statistics of the groups (mean and variance of each channel)
+        statistics = _FLOAT * 2 * sum(layer.num_features for layer in method.teacher.modules() if isinstance(layer, _BatchNorm))
+        return 4, statistics, 2 * once, _HALF * 3 * side**2 * keys
     if recipe.method == "dino":
         return 1, _FLOAT * settings.out, 0, 0
     if recipe.method == "swav":

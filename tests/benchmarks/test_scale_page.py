@@ -50,7 +50,7 @@ def test_what_is_built_sends_less_and_one_host_has_no_network() -> None:
     assert today.gathered_bytes == one.gathered_bytes > 50 * built.gathered_bytes
     assert (
         today.collectives == one.collectives - 1
-        and built.collectives == round(3 + 92 * 3 / 9)
+        and built.collectives == round(4 + 92 * 3 / 9)
         and today.reduced_bytes == built.reduced_bytes
     )
     alone = cluster(name, 8, 4096, 4000, True)

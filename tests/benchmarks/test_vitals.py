@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import subprocess
 import sys
@@ -29,13 +30,13 @@ def test_a_look_at_oneself_agrees_with_what_one_knows(tmp_path: Path) -> None:
 
 def test_memory_that_is_taken_shows_and_pages_of_a_file_do_not(tmp_path: Path) -> None:
     before = look(os.getpid(), tmp_path, 0)
-    taken = bytearray(os.urandom(1 << 16) * (64 << 4))  # 64 MB, touched
+    # Mapped, not taken from the heap: another test may have left as much room there.
+    taken = mmap.mmap(-1, 64 << 20)
+    taken.write(os.urandom(1 << 16) * (64 << 4))
     after = look(os.getpid(), tmp_path, 1)
     assert after.own_bytes - before.own_bytes == pytest.approx(len(taken), rel=0.1)
-    import mmap
-
     path = tmp_path / "file"
-    path.write_bytes(bytes(taken))
+    path.write_bytes(taken[:])
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
         before = look(os.getpid(), tmp_path, 2)
         assert sum(mapped[position] for position in range(0, len(mapped), 4096)) >= 0
