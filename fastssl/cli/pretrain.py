@@ -47,7 +47,13 @@ if TYPE_CHECKING:
 @pipeline_option
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True)
-@click.option("--resume", default="auto", show_default=True, metavar="auto|never|PATH", help="auto goes on where the run in --out stopped.")
+@click.option(
+    "--resume",
+    default="auto",
+    show_default=True,
+    metavar="auto|never|PATH",
+    help="auto goes on where the run in --out stopped; never starts over and deletes that run's checkpoints; PATH: of a checkpoint to go on from.",
+)
 @click.option("--workers", type=click.IntRange(min=1), help="Decoding threads. Default: the cores this process may use.")
 @json_option
 def pretrain(
@@ -73,6 +79,8 @@ def pretrain(
     fastssl pretrain --arch mobilenetv3_large --data photos.beton     # yours
     fastssl pretrain --arch mobilenetv2 --recipe dino-mobilenetv2-sslight --data photos.beton
     torchrun --nproc-per-node 8 -m fastssl pretrain --arch ...        # several GPUs: the same command, the batch shared out
+
+    Ctrl-C, SIGTERM and SIGUSR1 save and stop, with status 130. The same command goes on from there, and after any other end from the newest checkpoint.
     """
     from fastssl.distributed import world_from_environment
     from fastssl.progress import RunProgress
