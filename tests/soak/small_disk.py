@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -54,8 +55,11 @@ class SmallDisk:
         """Nothing may be written any more."""
         if self.how == "mounted":  # a second, read-only view of it on top: the first one is busy while a lock file is open
             subprocess.run(["mount", "--bind", str(self.folder), str(self.folder)], check=True)
-            subprocess.run(["mount", "-o", "remount,bind,ro", str(self.folder)], check=True)
             self.covered = True
+            # Busy while the run has a file open for writing through it; it seldom has.
+            command, deadline = ["mount", "-o", "remount,bind,ro", str(self.folder)], time.monotonic() + 30
+            while subprocess.run(command, capture_output=True, check=time.monotonic() > deadline).returncode:
+                time.sleep(0.02)
             return
         self.flag.touch()
 
