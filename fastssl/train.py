@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from fastssl.backbones import resolve_arch
 from fastssl.bad_step import BAD_STEPS, save_bad_step
-from fastssl.checkpoint import Position, differences, restore
+from fastssl.checkpoint import LAST, Position, differences, restore
 from fastssl.distributed import Vote, World, agree_any, broadcast_module, gather_values, joined, share, world_from_environment
 from fastssl.finish import finish_run
 from fastssl.meters import MetricRing
@@ -305,6 +305,8 @@ class Run:
             while self.position.epoch < train.epochs:
                 self._epoch(loader)
             self._vote.close()
+        if self.folder and not (self.folder.checkpoints / LAST).is_file():
+            self._save(patiently=True)  # the end of another folder's run, taken over by --resume PATH
 
     def _loader(self) -> ViewLoader:
         return ViewLoader(

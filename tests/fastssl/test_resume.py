@@ -145,6 +145,12 @@ def test_a_probe_is_left_in_the_middle_and_made_again(
     assert [row["knn"] for row in rows(out) if row["kind"] == "probe"] == [row["knn"] for row in rows(whole) if row["kind"] == "probe"]
 
 
+def test_a_finished_run_taken_over_into_another_folder_is_whole_there(whole: Path, beton: Path, tmp_path: Path) -> None:
+    out = tmp_path / "other"
+    pretrain(small(), options(beton, out, resume=str(whole / "checkpoints" / "last.pt")), Silent())
+    assert same(state(out), state(whole)) and (out / "checkpoints" / "last.safetensors").exists()
+
+
 def test_what_decides_no_step_may_be_another(whole: Path, beton: Path, tmp_path: Path) -> None:
     renamed = tmp_path / "the same photos.beton"
     renamed.write_bytes(beton.read_bytes())
