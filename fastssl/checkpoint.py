@@ -180,7 +180,8 @@ def _drop_oldest(folder: Path) -> bool:
 
 
 def _first_line(error: Exception) -> str:
-    return " ".join((str(error).splitlines() or [type(error).__name__])[0].split())[:200]
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return " ".join((text.splitlines() or [type(error).__name__])[0].split())[:200]
 
 
 def find_checkpoint(folder: Path, *, say: Callable[[str], None] = lambda text: None) -> tuple[Path, dict[str, Any]] | None:
@@ -212,15 +213,18 @@ def find_checkpoint(folder: Path, *, say: Callable[[str], None] = lambda text: N
     return None
 
 
-def set_aside(folder: Path, step: int) -> None:
+def set_aside(folder: Path, step: int, source: Path | None = None) -> None:
     """Rename the ``step-*.pt`` of later steps than ``step``, from where a run goes on: it makes these steps again, and they would be taken for newer ones.
 
     They are damaged, or the run was set back by hand. The newest of them is kept as ``....pt.aside``, for a look.
 
+    Args:
+        source: the file that it goes on from, which stays whatever its name.
+
     Raises:
         OSError: the folder cannot be written.
     """
-    later = [path for path in _steps(folder) if _step_of(path) > step]
+    later = [path for path in _steps(folder) if _step_of(path) > step and not (source and path.samefile(source))]
     for path in (*folder.glob("*.aside"), *later[1:]) if later else ():
         path.unlink()
     if later:
@@ -280,6 +284,8 @@ def _odd_part(state: dict[str, Any]) -> str:
             return f"no {part}"
         if not _has_names(state[part]):
             return f"{part} is no dict with names"
+    if not _is_plain(state["config"]):
+        return "config holds something else than settings"
     if detector:
         return ""
     for name, value in vars(Position()).items():
@@ -303,6 +309,15 @@ def _has_names(content: object, depth: int = 0, left: list[int] | None = None) -
         return False
     inner = [value for value in content.values() if isinstance(value, Mapping)]
     return all(isinstance(name, str) for name in content) and all(_has_names(value, depth + 1, left) for value in inner)
+
+
+def _is_plain(content: object) -> bool:
+    """Whether there are but settings in it: a tensor among them could not even be compared."""
+    if isinstance(content, Mapping):
+        return all(map(_is_plain, content.values()))
+    if isinstance(content, (list, tuple)):
+        return all(map(_is_plain, content))
+    return content is None or isinstance(content, (bool, int, float, str))
 
 
 def restore(state: dict[str, Any], *, method: nn.Module, optimizer: torch.optim.Optimizer) -> Position:

@@ -80,9 +80,9 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def remove_unfinished(folder: Path) -> None:
-    """Delete what a process that was killed left half-written in ``folder``. Only for a folder that nobody else writes into."""
-    for path in folder.glob(f"*{UNFINISHED}"):
+def remove_unfinished(folder: Path, *patterns: str) -> None:
+    """Delete what a process that was killed left half-written in ``folder``, of files whose names match. Only where nobody else is writing them."""
+    for path in (path for pattern in patterns for path in folder.glob(pattern + UNFINISHED)):
         with suppress(OSError):
             path.unlink()
 

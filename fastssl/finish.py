@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -102,7 +103,12 @@ def _identity(run: Run) -> dict[str, Any]:
 
 def _throughput(run: Run, total_seconds: float) -> dict[str, Any]:
     """Rates over all training steps; the first block (warm-up of libraries and caches) is left out where there are more."""
-    rows = [row for row in run.folder.metrics.rows() if row["kind"] == "step"]
+    wanted = ("step", "seconds", "data_wait")
+    rows = [
+        row
+        for row in run.folder.metrics.rows()
+        if row.get("kind") == "step" and all(type(row.get(name)) in (int, float) and math.isfinite(row[name]) for name in wanted)
+    ]
     if not rows:  # resumed from a checkpoint whose metrics are gone
         unknown = dict.fromkeys(("pair_per_s", "view_per_s", "data_wait"))
         return {

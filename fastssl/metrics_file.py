@@ -83,7 +83,7 @@ class MetricsFile:
         for line in (*lines, *self._waiting):
             try:
                 row = json.loads(line)
-            except (json.JSONDecodeError, RecursionError):
+            except (ValueError, RecursionError):  # also numbers of thousands of digits
                 continue
             if isinstance(row, dict):
                 found.append(row)

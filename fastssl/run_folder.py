@@ -16,8 +16,8 @@ from typing import Any, TextIO
 import yaml
 
 from fastssl.bad_step import BAD_STEPS
-from fastssl.checkpoint import differences, find_checkpoint, load_checkpoint, set_aside
-from fastssl.files import remove_unfinished, write_atomically
+from fastssl.checkpoint import LAST, differences, find_checkpoint, load_checkpoint, set_aside
+from fastssl.files import link_atomically, remove_unfinished, write_atomically
 from fastssl.metrics_file import MetricsFile
 from fastssl.pipelines.errors import FastSSLError
 from fastssl.recipe import Recipe, build_recipe, recipe_to_dict
@@ -79,15 +79,28 @@ class RunFolder:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            for name in (".lock", "config.yaml", "metrics.jsonl", *_RESULTS):
+                if (self.path / name).exists() and not (self.path / name).is_file():
+                    raise FastSSLError(f"{self.path / name}: is no plain file; move it away, or choose another --out")
             self._lock()
-            for folder in (self.path, self.checkpoints):
-                remove_unfinished(folder)
-            state = self._find(config, resume)
-            if state is None:
-                self._clear()
+            remove_unfinished(self.path, *_RESULTS, "config.yaml", "metrics.jsonl")
+            self.checkpoints.mkdir(exist_ok=True)  # one that cannot be made is better known now than at the first checkpoint
+            remove_unfinished(self.checkpoints, *_CHECKPOINTS)
+            found = self._find(config, resume)
+            state = None
+            if found is None:
+                self._clear(resume)
             else:
+                path, state = found
                 at = state["position"]
-                set_aside(self.checkpoints, at["step"])
+                if not self._is_last(path):
+                    link_atomically(
+                        path, self.checkpoints / LAST
+                    )  # where the next start goes on from, too, if this one does not come to save
+                set_aside(self.checkpoints, at["step"], path)
+                if at["epoch"] < config["train"]["epochs"]:
+                    for name in _RESULTS:  # of a run that was finished and is set back
+                        (self.path / name).unlink(missing_ok=True)
                 self.metrics.cut(at["step"], probed=at["step_in_epoch"] == 0)
             text = yaml.safe_dump({**config, **about}, sort_keys=False)
             write_atomically(self.path / "config.yaml", lambda path: path.write_text(text))
@@ -119,7 +132,11 @@ class RunFolder:
                 raise
             self.say(f"{self.path}: this file system has no locks; see to it that no other run writes here")
 
-    def _find(self, config: dict[str, Any], resume: str) -> dict[str, Any] | None:
+    def _is_last(self, path: Path) -> bool:
+        last = self.checkpoints / LAST
+        return last.is_file() and last.samefile(path)
+
+    def _find(self, config: dict[str, Any], resume: str) -> tuple[Path, dict[str, Any]] | None:
         if resume == "never":
             return None
         if resume == "auto":
@@ -131,21 +148,38 @@ class RunFolder:
             if not path.is_file():
                 raise FastSSLError(f"--resume {path}: no such checkpoint (auto, never, or the path of a last.pt)")
             state = load_checkpoint(path, advice="start anew with --resume never")
+            self._require_room_for(config, path)
         found = differences(_deciding(config), _deciding(_with_defaults(state["config"])))
         if found:
             raise FastSSLError(
                 f"{path} belongs to a run with other settings ({'; '.join(found[:3])}{'; ...' if len(found) > 3 else ''}): "
-                "choose another --out, or --resume never to start over"
+                "choose another --out, or --resume never to start over, which deletes it"
             )
-        return state
+        return path, state
 
-    def _clear(self) -> None:
+    def _require_room_for(self, config: dict[str, Any], path: Path) -> None:
+        """A checkpoint from elsewhere begins a new folder, or sets back this very run; in another run's folder it would mix the two."""
+        if path.resolve().parent == self.checkpoints.resolve() or (there := find_checkpoint(self.checkpoints)) is None:
+            return
+        if differences(_deciding(config), _deciding(_with_defaults(there[1]["config"]))):
+            raise FastSSLError(f"{self.path}: holds another run; for --resume {path} choose another --out")
+
+    def _clear(self, resume: str) -> None:
         """Remove what another run left here: its weights, figures and pictures beside the new run's would be a lie."""
+        found = [name for name in (*_RESULTS, BAD_STEPS) if (self.path / name).exists()]
+        if found and not (self.path / "config.yaml").is_file():
+            raise FastSSLError(f"{self.path}: holds {found[0]} and is no run's folder; choose another --out")
+        if resume != "never" and any(self.checkpoints.glob("epoch-*.safetensors")):
+            raise FastSSLError(
+                f"{self.path}: holds milestones of an earlier run and no checkpoint to go on from; choose another --out, or --resume never to start over"
+            )
         for name in _RESULTS:
             (self.path / name).unlink(missing_ok=True)
-        for pattern in _CHECKPOINTS:
-            for path in self.checkpoints.glob(pattern):
-                path.unlink()
+        old = [path for pattern in _CHECKPOINTS for path in self.checkpoints.glob(pattern)]
+        for path in old:
+            path.unlink()
+        if old:
+            self.say(f"--resume never: the {len(old)} files in {self.checkpoints} were deleted")
         if (self.path / BAD_STEPS).is_dir():
             shutil.rmtree(self.path / BAD_STEPS)
         self.metrics.clear()

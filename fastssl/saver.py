@@ -40,7 +40,7 @@ class Saver:
         self.folder, self.recipe, self.config, self.say = folder, recipe, config, say
         self.saved_step: int | None = None
         self._failure: str | None = None  # words alone: an exception keeps all that its frames hold
-        self._said_at = {"checkpoint": -math.inf, "metrics": -math.inf}
+        self._said_at = dict.fromkeys(("checkpoint", "metrics", "end"), -math.inf)
         self.begin()
 
     def begin(self) -> None:
@@ -52,6 +52,10 @@ class Saver:
         due = not self._asked and time.monotonic() >= self._due_at
         self._asked = self._asked or due
         return due
+
+    def ask_again(self) -> None:
+        """What was due was not tried: the run went back some steps."""
+        self._asked = False
 
     def save(self, step: TrainStep, position: Position, *, milestone: int | None = None, stop: StopRequest | None = None) -> bool:
         """Write a checkpoint. False: the disk did not take it; ``is_due`` says when to try again.
@@ -69,6 +73,9 @@ class Saver:
         while not self._try(step, position, milestone):
             if stop is None:
                 return False
+            self._say_now_and_then(
+                "end", f"all steps are made; waiting up to {_WAIT_MINUTES:g} min for room for the last checkpoint: {self.why()}"
+            )
             if time.monotonic() > deadline or stop.wait(_RETRY_S):
                 raise NotSaved(f"all steps are made, but there was no room to save the last of them: {self.why()}")
         self.folder.metrics.flush()

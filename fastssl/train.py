@@ -137,10 +137,12 @@ def pretrain(recipe: Recipe, options: RunOptions, progress: Progress) -> dict[st
         val = files.enter_context(BetonReader(options.val)) if options.val else None
         if world.size > 1 and world.is_main:
             progress.message(f"{world.size} processes meet at {world.address}:{world.port}")
-        with joined(world, device):
+        with _told() as told, joined(world, device):
             run = Run(recipe, options, reader, val, progress if world.is_main else _Silence(), world, device)
             files.callback(run.close)
-            with run.stop.by_signals(), run.telling_status():
+            told.append(run)
+            run.tell_status("training")
+            with run.stop.by_signals():
                 run.train()
         # The processes have parted: what follows is the first one's alone.
         if not world.is_main:
@@ -148,6 +150,24 @@ def pretrain(recipe: Recipe, options: RunOptions, progress: Progress) -> dict[st
         summary = finish_run(run, started)
         run.tell_status("finished")
         return summary
+
+
+@contextmanager
+def _told() -> Iterator[list[Run]]:
+    """Keep the status.json of the run that is put into the list. Around ``joined``, which knows what became of the other processes."""
+    runs: list[Run] = []
+    try:
+        yield runs
+    except BaseException as error:
+        for run in runs:
+            if isinstance(error, (Interrupted, KeyboardInterrupt)):
+                run.tell_status("stopped", why=str(error) or "interrupted")
+            else:
+                kind = "" if isinstance(error, FastSSLError) else f"{type(error).__name__}: "
+                run.tell_status("failed", why=f"{kind}{error}"[:1000])
+        raise
+    for run in runs:
+        run.tell_status("trained")
 
 
 @contextmanager
@@ -263,20 +283,6 @@ class Run:
         """The network that is being trained."""
         return self.step.method.student.backbone
 
-    @contextmanager
-    def telling_status(self) -> Iterator[None]:
-        """Keep status.json while the block lasts."""
-        self.tell_status("training")
-        try:
-            yield
-        except (Interrupted, KeyboardInterrupt) as error:
-            self.tell_status("stopped", why=str(error) or "interrupted")
-            raise
-        except BaseException as error:
-            self.tell_status("failed", why=f"{'' if isinstance(error, FastSSLError) else type(error).__name__ + ': '}{error}"[:1000])
-            raise
-        self.tell_status("trained")
-
     def tell_status(self, state: str, **more: str) -> None:
         """Write status.json, where this is the first process."""
         if self.folder:
@@ -369,6 +375,8 @@ class Run:
     def _leave_or_save(self, loader: ViewLoader, stop: bool) -> bool:
         """A checkpoint between two steps; the end of the run where a signal asked for it. False: the run was set back, and nothing saved."""
         if not self._close_block(loader, wait=True):
+            if self.saver:
+                self.saver.ask_again()
             return False
         self._gather_skipped(loader)
         if stop:

@@ -122,6 +122,15 @@ def test_a_state_that_is_not_finite_is_never_saved(beton: Path, tmp_path: Path, 
     assert not (tmp_path / "run" / "checkpoints" / "last.pt").exists()
 
 
+def test_checkpoints_go_on_behind_a_step_that_was_passed_over(beton: Path, tmp_path: Path, break_steps: Callable) -> None:
+    """The checkpoint that was due found the NaN, and the run went back instead."""
+    break_steps({5: "loss"})
+    recipe = small("train.skip_nonfinite=1", "train.checkpoint_minutes=0", "train.log_every=50", "train.keep_last=99")
+    pretrain(recipe, options(beton, tmp_path / "run"), Silent())
+    steps = {int(path.stem.removeprefix("step-")) for path in (tmp_path / "run" / "checkpoints").glob("step-*.pt")}
+    assert {1, 2, 3, 4, 6, 7, 8, 9, 10, 11, 12} <= steps
+
+
 def test_more_bad_steps_than_allowed_end_the_run_in_a_good_state(beton: Path, tmp_path: Path, break_steps: Callable) -> None:
     break_steps({2: "loss", 3: "gradient", 4: "loss"})
     with pytest.raises(FastSSLError, match=r"step 4: the loss is nan, and 2 such steps were passed over before"):
