@@ -94,9 +94,8 @@ class RunFolder:
                 path, state = found
                 at = state["position"]
                 if not self._is_last(path):
-                    link_atomically(
-                        path, self.checkpoints / LAST
-                    )  # where the next start goes on from, too, if this one does not come to save
+                    # The next start goes on from here, too, if this one does not come to save.
+                    link_atomically(path, self.checkpoints / LAST)
                 set_aside(self.checkpoints, at["step"], path)
                 if at["epoch"] < config["train"]["epochs"]:
                     for name in _RESULTS:  # of a run that was finished and is set back
@@ -179,7 +178,7 @@ class RunFolder:
         for path in old:
             path.unlink()
         if old:
-            self.say(f"--resume never: the {len(old)} files in {self.checkpoints} were deleted")
+            self.say(f"{self.checkpoints}: the {len(old)} files of an earlier run were deleted")
         if (self.path / BAD_STEPS).is_dir():
             shutil.rmtree(self.path / BAD_STEPS)
         self.metrics.clear()
