@@ -40,13 +40,19 @@ class DeadDisk:
     """Reads in threads hang until ``answer`` is set, but for those at ``answered`` offsets; the main thread's tables are read."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch | None = None, answered: Collection[int] = ()):
-        self.answer = threading.Event()
+        self.answer, self.all_answered, self.hangs = (threading.Event() for _ in range(3))
+        left = set(answered)
         real = beton_module._OpenFile.read_into
 
         def read_into(file, out, offset):
             if threading.current_thread() is not threading.main_thread() and offset not in answered:
+                self.hangs.set()
                 self.answer.wait()
-            return real(file, out, offset)
+            done = real(file, out, offset)
+            left.discard(offset)
+            if not left:
+                self.all_answered.set()
+            return done
 
         if monkeypatch is None:
             beton_module._OpenFile.read_into = read_into
@@ -138,8 +144,13 @@ def test_leaving_early_does_not_wait_for_ever(beton: Path, monkeypatch: pytest.M
     disk = DeadDisk(monkeypatch, first)
     try:
         started = time.monotonic()
-        with ViewLoader(beton, TWO, 8, workers=2) as loader:
+        # Threads enough for all batches ahead: none of them hangs before the first batch is there, and one surely does before it is left.
+        with ViewLoader(beton, TWO, 8, workers=8) as loader:
+            draw = loader.request
+            monkeypatch.setattr(loader, "request", lambda epoch, step: (step and disk.all_answered.wait(60), draw(epoch, step))[1])
             for _ in loader.epoch(0):
+                assert disk.hangs.wait(60)
+                started = time.monotonic()
                 break
         assert time.monotonic() - started < 3 and stall.threads_given_up()
     finally:
