@@ -26,7 +26,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from fastssl.backbones import save_backbone
+from fastssl.backbones import read_header, save_backbone
 from fastssl.digest import digest
 from fastssl.files import link_atomically, write_atomically
 from fastssl.optim import after_restore
@@ -94,10 +94,7 @@ def save_checkpoint(
         "position": vars(position),
         "config": config,
     }
-    path = folder / f"step-{position.step:08}.pt"
-    networks = {"last": ("student", method.student)}
-    if method.teacher is not None:
-        networks["last-teacher"] = ("teacher", method.teacher)
+    path, networks = folder / f"step-{position.step:08}.pt", _networks(method)
 
     def write() -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -120,6 +117,28 @@ def save_checkpoint(
     for other in [other for other in _steps(folder) if other != path][max(keep, 1) - 1 :]:
         with suppress(OSError):
             other.unlink()
+
+
+def _networks(method: nn.Module) -> dict[str, tuple[str, nn.Module]]:
+    """Whose backbones are written, by the stem of the file: (what its header says, the network)."""
+    networks = {"last": ("student", method.student)}
+    if method.teacher is not None:
+        networks["last-teacher"] = ("teacher", method.teacher)
+    return networks
+
+
+def has_all_files(folder: Path, method: nn.Module, step: int, milestone: int | None = None) -> bool:
+    """Whether beside the ``last.pt`` of this step lies all that ``save_checkpoint`` writes with it.
+
+    A kill between two of its files leaves the backbones of an earlier step, or a milestone out; a checkpoint taken over from elsewhere comes alone.
+    """
+    networks = _networks(method)
+    try:
+        steps = [read_header(folder / f"{name}.safetensors").get("step") for name in networks]
+    except FastSSLError:
+        return False
+    names = [] if milestone is None else [f"epoch-{milestone:04}.pt", *(name for _, name in _exports(folder, networks, milestone))]
+    return all(found == str(step) for found in steps) and all((folder / name).is_file() for name in names)
 
 
 def _exports(folder: Path, networks: Mapping[str, Any], epoch: int) -> list[tuple[Path, str]]:

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from fastssl.backbones import resolve_arch
 from fastssl.bad_step import BAD_STEPS, save_bad_step
-from fastssl.checkpoint import LAST, Position, differences, restore
+from fastssl.checkpoint import Position, differences, has_all_files, restore
 from fastssl.distributed import Vote, World, agree_any, broadcast_module, gather_values, joined, share, world_from_environment
 from fastssl.finish import finish_run
 from fastssl.meters import MetricRing
@@ -307,12 +307,26 @@ class Run:
             self._careful_until = 0
             self._known_skipped = list(self.position.skipped)
             if self.saver:
+                self._complete_checkpoint()
                 self.saver.begin()
             while self.position.epoch < train.epochs:
                 self._epoch(loader)
             self._vote.close()
-        if self.folder and not (self.folder.checkpoints / LAST).is_file():
-            self._save(patiently=True)  # the end of another folder's run, taken over by --resume PATH
+
+    def _complete_checkpoint(self) -> None:
+        """Write the files that a kill in the middle of a checkpoint, or a checkpoint from elsewhere, left out; they may never come again."""
+        position, milestone = self.position, None
+        if position.step == 0:
+            return
+        if position.step_in_epoch == 0:
+            milestone = self._milestone(position.epoch)
+        if not has_all_files(self.folder.checkpoints, self.step.method, position.step, milestone):
+            self._save(milestone, patiently=position.epoch >= self.recipe.train.epochs)
+
+    def _milestone(self, ended: int) -> int | None:
+        """The epoch that has just ended, where it is one to be kept for ever."""
+        every = self.recipe.train.milestone_epochs
+        return ended if every and ended % every == 0 else None
 
     def _loader(self) -> ViewLoader:
         return ViewLoader(
@@ -407,7 +421,7 @@ class Run:
                 self._leave()
             self._write(row)
         position.epoch, position.step_in_epoch = ended, 0
-        milestone = ended if train.milestone_epochs and ended % train.milestone_epochs == 0 else None
+        milestone = self._milestone(ended)
         if last or milestone:
             self._save(milestone, patiently=last)
 

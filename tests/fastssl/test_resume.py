@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,9 @@ import torch
 from processes import run_processes
 from small_run import SMALL, Silent, options, rows, same, small, state, status
 
+from fastssl import checkpoint
+from fastssl.backbones import read_header
+from fastssl.checkpoint import load_checkpoint
 from fastssl.pipelines.errors import FastSSLError, Interrupted
 from fastssl.probe import OnlineProbe
 from fastssl.train import Run, pretrain
@@ -148,7 +152,44 @@ def test_a_probe_is_left_in_the_middle_and_made_again(
 def test_a_finished_run_taken_over_into_another_folder_is_whole_there(whole: Path, beton: Path, tmp_path: Path) -> None:
     out = tmp_path / "other"
     pretrain(small(), options(beton, out, resume=str(whole / "checkpoints" / "last.pt")), Silent())
-    assert same(state(out), state(whole)) and (out / "checkpoints" / "last.safetensors").exists()
+    assert same(state(out), state(whole)) and read_header(out / "checkpoints" / "last.safetensors")["step"] == "12"
+
+
+@pytest.mark.parametrize("files", range(6))
+def test_killed_between_the_files_of_a_milestone(files: int, beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The step, last.pt, two backbones, the milestone and its backbones: the next start writes what is missing."""
+    out, original, written = tmp_path / "run", checkpoint.save_checkpoint, 0
+
+    def save(*args: object, **options: object) -> None:
+        with monkeypatch.context() as patch:
+            for name in ("write_state", "link_atomically", "save_backbone"):
+                patch.setattr(checkpoint, name, counted(getattr(checkpoint, name)))
+            original(*args, **options)
+
+    def counted(write: Callable[..., None]) -> Callable[..., None]:
+        def writes(*args: object, **options: object) -> None:
+            nonlocal written
+            if written == files + 1:
+                raise Crash
+            write(*args, **options)
+            written += 1
+
+        return writes
+
+    monkeypatch.setattr("fastssl.saver.save_checkpoint", save)
+    settings = small("train.milestone_epochs=1")
+    with pytest.raises(Crash):
+        pretrain(settings, options(beton, out), Silent())
+    monkeypatch.setattr("fastssl.saver.save_checkpoint", original)
+    assert state(out)["position"]["step"] == 6 if files else not (out / "checkpoints" / "last.pt").exists()
+    pretrain(settings, options(beton, out), Silent())
+    folder = out / "checkpoints"
+    assert {path.name: read_header(path)["step"] for path in folder.glob("*.safetensors")} == {
+        f"{name}{which}.safetensors": step
+        for name, step in (("last", "12"), ("epoch-0001", "6"), ("epoch-0002", "12"))
+        for which in ("", "-teacher")
+    }
+    assert load_checkpoint(folder / "epoch-0001.pt", advice="")["position"]["step"] == 6
 
 
 def test_what_decides_no_step_may_be_another(whole: Path, beton: Path, tmp_path: Path) -> None:
