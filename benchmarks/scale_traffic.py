@@ -1,6 +1,6 @@
 """What a recipe sends over the network in a step, and keeps in a checkpoint: counted from its networks and its method's code, nothing is run.
 
-Bytes are those that a process receives. Gradients are float32 and go through one all-reduce (``distributed.average_gradients``); a BatchNorm over all processes
+Bytes are those that a process receives. Gradients are float32 and go through one all-reduce (``collectives.average_gradients``); a BatchNorm over all processes
 gathers mean, deviation and count in its forward pass and sums two numbers a channel in its backward pass (``sync_batchnorm.py``).
 """
 

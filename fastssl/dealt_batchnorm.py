@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fastssl.distributed import all_reduce_sum
+from fastssl.collectives import all_reduce_sum
 from fastssl.pipelines.errors import FastSSLError
 
 

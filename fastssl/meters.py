@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastssl.distributed import all_reduce_mean, world_size
+from fastssl.collectives import all_reduce_mean, world_size
 
 
 @dataclass

@@ -64,6 +64,10 @@ def run_processes(function: Callable[..., Any], world: int, *args: Any, join: bo
         return [torch.load(file.with_suffix(".result"), weights_only=False) for file in files]
 
 
+#: Seconds beyond the limit for processes that have not yet said where they stand, because a busy machine was slow to start them.
+_SLOW_START = 120.0
+
+
 def _wait(processes: list, files: list[Path], deadline: float) -> None:
     while True:
         running = [rank for rank, process in enumerate(processes) if process.is_alive()]
@@ -74,15 +78,19 @@ def _wait(processes: list, files: list[Path], deadline: float) -> None:
             raise RuntimeError(f"processes left with {[process.exitcode for process in processes]} and without a word")
         if not running:
             return
-        if time.monotonic() >= deadline:
+        if (late := time.monotonic() - deadline) >= 0:
             stacks = [file.with_suffix(".stack") for file in files]
+            if late < _SLOW_START and not all(stack.exists() and stack.stat().st_size for stack in stacks):
+                time.sleep(0.1)
+                continue
             where = "\n".join(f"process {stack.stem}:\n{stack.read_text()}" for stack in stacks if stack.exists())
             raise TimeoutError(f"still running: {running}\n{where}")
         wait([processes[rank].sentinel for rank in running], max(0.0, deadline - time.monotonic()))
 
 
 def _child(function: Callable[..., Any], args: tuple, environment: dict[str, str], file: Path, join: bool, timeout: float) -> None:
-    from fastssl.distributed import joined, world_from_environment
+    from fastssl.distributed import joined
+    from fastssl.world import world_from_environment
 
     os.environ.update(environment)
     torch.set_num_threads(1)
@@ -91,6 +99,7 @@ def _child(function: Callable[..., Any], args: tuple, environment: dict[str, str
         try:
             if join:
                 with joined(world_from_environment(), torch.device("cpu")):
+                    faulthandler.dump_traceback_later(0.8 * timeout, file=stack)  # again, from here
                     result = function(*args)
             else:
                 result = function(*args)
@@ -107,7 +116,9 @@ def _child(function: Callable[..., Any], args: tuple, environment: dict[str, str
 #: What ``start_processes`` puts before the code that it is given.
 _PREAMBLE = """
 import sys, time, torch
-from fastssl.distributed import all_reduce_sum, barrier, joined, rank, world_from_environment, world_size
+from fastssl.collectives import all_reduce_sum, barrier, rank, world_size
+from fastssl.distributed import joined
+from fastssl.world import world_from_environment
 from fastssl.pipelines.errors import FastSSLError, Interrupted
 torch.set_num_threads(1)
 world = world_from_environment()

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastssl.distributed import agree_any, gather_uneven, rank, world_size
+from fastssl.collectives import agree_any, gather_uneven, rank, world_size
 from fastssl.pipelines.beton import BetonReader
 from fastssl.pipelines.errors import FastSSLError
 from fastssl.pipelines.loader import ViewLoader

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fastssl.distributed import all_reduce_sum, average_gradients, broadcast_module, rank, world_size
+from fastssl.collectives import all_reduce_sum, average_gradients, broadcast_module, rank, world_size
 from fastssl.evaluate.classifier import Classifier
 from fastssl.evaluate.features import EVALUATION_CROP, ProbeError, collect, require_size, share, wilson_interval
 from fastssl.evaluate.photos import LabelledSplit

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from fastssl.distributed import world_size
+from fastssl.collectives import world_size
 from fastssl.evaluate.features import ProbeError, split_indices
 from fastssl.pipelines.beton import BetonReader
 from fastssl.pipelines.convert import ConvertOptions, convert

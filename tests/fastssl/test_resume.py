@@ -246,7 +246,7 @@ def test_damaged_photos_are_remembered_over_a_stop(damaged: tuple[Path, int], tm
 
 def stopped_by_one_of_two(data: str, out: str, number: int) -> int:
     """Process 1 is sent a signal behind step 4; where this process stopped."""
-    from fastssl.distributed import world_from_environment
+    from fastssl.world import world_from_environment
 
     original = Run._step
 
@@ -269,7 +269,7 @@ def test_a_signal_to_one_process_stops_all_behind_the_same_step(beton: Path, tmp
 
 
 def said_by_one_of_two() -> list[tuple[bool, ...]]:
-    from fastssl.distributed import Vote, rank
+    from fastssl.collectives import Vote, rank
 
     vote = Vote(2)
     answers = [vote(rank() == 1, False), vote(False, rank() == 0), vote(False, False), vote(False, False)]
@@ -279,7 +279,7 @@ def said_by_one_of_two() -> list[tuple[bool, ...]]:
 
 
 def test_a_vote_is_known_to_all_one_call_later() -> None:
-    from fastssl.distributed import Vote
+    from fastssl.collectives import Vote
 
     expected = [(False, False), (True, False), (False, True), (False, False), (False, False), (False, False)]
     assert run_processes(said_by_one_of_two, 2) == [expected, expected]

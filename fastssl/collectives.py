@@ -1,0 +1,237 @@
+"""What the processes of a run tell each other: sums, rows, answers.
+
+Every function is the identity in a single process: it returns what it was given, uncopied, so that the code which calls it reads the same for any
+number of processes. All ranks must call the same ones in the same order. None waits for the device but those that answer the host: ``agree_any``,
+``share``, ``gather_values`` and ``barrier``, and these travel beside the device, over the network of the hosts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+_Value = TypeVar("_Value")
+
+
+def rank() -> int:
+    """This process's number; 0 without a group."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Number of processes; 1 without a group."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+# ---------------------------------------------------------------------- collectives on the device
+
+
+@torch.no_grad()
+def all_reduce_sum(tensor: Tensor) -> Tensor:
+    """The sum over ranks, in place, without gradient. Returns ``tensor``."""
+    if world_size() > 1:
+        whole = tensor.contiguous()
+        dist.all_reduce(whole)
+        if whole.data_ptr() != tensor.data_ptr():
+            tensor.copy_(whole)
+    return tensor
+
+
+@torch.no_grad()
+def all_reduce_mean(tensor: Tensor) -> Tensor:
+    """The mean over ranks of a floating-point tensor, in place, without gradient. Returns ``tensor``."""
+    return all_reduce_sum(tensor).div_(world_size()) if world_size() > 1 else tensor
+
+
+def gather_rows(tensor: Tensor) -> Tensor:
+    """The rows of all ranks in the order of the ranks, without gradient: (n, ...) -> (world * n, ...), ``n`` alike on all ranks. Keeps channels-last."""
+    if world_size() == 1:
+        return tensor
+    rows, last = _channels_to_the_end(tensor.detach())
+    rows = rows.contiguous()
+    everyone = rows.new_empty((world_size() * len(rows), *rows.shape[1:]))
+    dist.all_gather_into_tensor(everyone, rows)
+    return everyone.movedim(-1, 1) if last else everyone
+
+
+def gather_uneven(tensor: Tensor) -> Tensor:
+    """``gather_rows`` of ranks that have different numbers of rows; waits for the device. (n_r, ...) -> (sum of n_r, ...)."""
+    if world_size() == 1:
+        return tensor
+    count = torch.tensor([len(tensor)], dtype=torch.int64)
+    counts = [torch.empty_like(count) for _ in range(world_size())]
+    dist.all_gather(counts, count)
+    most = int(max(counts))
+    padded = torch.cat([tensor.detach(), tensor.new_zeros(most - len(tensor), *tensor.shape[1:])])
+    rows = gather_rows(padded).unflatten(0, (world_size(), most))
+    return torch.cat([part[: int(own)] for part, own in zip(rows, counts)])
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        ctx.rows = len(tensor)
+        return gather_rows(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        total = all_reduce_sum(grad.clone(memory_format=torch.contiguous_format))  # autograd may show `grad` to others, too
+        return total.narrow(0, rank() * ctx.rows, ctx.rows)
+
+
+def gather_rows_with_gradient(tensor: Tensor) -> Tensor:
+    """``gather_rows`` whose gradient at a row is the sum of what all ranks' losses say about it.
+
+    With ``average_gradients`` behind it, ranks that each take a mean over their own rows against everyone's make the gradient of the mean over all rows; and
+    so do ranks that all compute the whole loss.
+    """
+    return tensor if world_size() == 1 else _GatherRows.apply(tensor)
+
+
+def gather_views(tensor: Tensor, views: int, gradient: bool = False) -> Tensor:
+    """View-major rows of each rank's samples -> view-major rows of all samples, as one process with the whole batch would hold them.
+
+    Args:
+        tensor: (views * B, ...), rows (view, sample). Channels-last maps stay so.
+        views: how many each sample has.
+        gradient: as of ``gather_rows_with_gradient``.
+
+    Returns:
+        (views * world * B, ...), rows (view, rank, sample).
+
+    Raises:
+        ValueError: the rows are no multiple of ``views``.
+    """
+    if len(tensor) % views:
+        raise ValueError(f"{len(tensor)} rows are not {views} views of the same samples")
+    if world_size() == 1:
+        return tensor
+    everyone = gather_rows_with_gradient(tensor) if gradient else gather_rows(tensor)
+    if views == 1:
+        return everyone
+    rows, last = _channels_to_the_end(everyone)
+    rows = rows.unflatten(0, (world_size(), views, -1)).transpose(0, 1).flatten(0, 2)
+    return rows.movedim(-1, 1) if last else rows
+
+
+def _channels_to_the_end(tensor: Tensor) -> tuple[Tensor, bool]:
+    """Channels-last maps as the contiguous (N, H, W, C) which they are in memory, and whether ``tensor`` is such."""
+    last = tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+    return (tensor.movedim(1, -1), True) if last else (tensor, False)
+
+
+@torch.no_grad()
+def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Put the mean over ranks into every ``.grad`` that is there. Which ones are there must be the same on all ranks.
+
+    All gradients of a type go through one buffer and one all-reduce. These networks have 20 MB of them: there is no backward pass long enough to
+    hide buckets behind, as DistributedDataParallel does, and its hooks know nothing of bfloat16 copies whose gradients are collected later, of
+    parts of a batch, or of a recorded CUDA graph. This is a plain call at a plain place, and can be recorded.
+    """
+    size = world_size()
+    if size == 1:
+        return
+    kinds: dict[tuple[torch.dtype, torch.device], list[nn.Parameter]] = {}
+    for parameter in parameters:
+        if parameter.grad is not None:
+            kinds.setdefault((parameter.grad.dtype, parameter.grad.device), []).append(parameter)
+    for (dtype, device), group in kinds.items():
+        buffer = torch.empty(sum(parameter.numel() for parameter in group), dtype=dtype, device=device)
+        pieces = [_shaped_like(parameter, piece) for parameter, piece in zip(group, buffer.split([p.numel() for p in group]))]
+        gradients = [parameter.grad for parameter in group]
+        torch._foreach_copy_(pieces, gradients)
+        dist.all_reduce(buffer)
+        buffer.div_(size)
+        torch._foreach_copy_(gradients, pieces)
+
+
+def _shaped_like(parameter: Tensor, piece: Tensor) -> Tensor:
+    """``piece`` (numel,) in the shape and layout of the parameter: alike on all ranks, whatever the gradient's, and copied in one launch where they agree."""
+    if parameter.dim() == 4 and parameter.is_contiguous(memory_format=torch.channels_last):
+        return piece.as_strided(parameter.shape, parameter.stride())
+    return piece.view(parameter.shape)
+
+
+@torch.no_grad()
+def broadcast_module(module: nn.Module) -> None:
+    """Give all ranks the parameters and buffers of rank 0, in place."""
+    if world_size() == 1:
+        return
+    for tensor in (*module.parameters(), *module.buffers()):
+        whole = tensor.contiguous()
+        dist.broadcast(whole, src=0)
+        if whole.data_ptr() != tensor.data_ptr():
+            tensor.copy_(whole)
+
+
+# ---------------------------------------------------------------------- between the hosts
+
+
+def agree_any(flag: bool) -> bool:
+    """Whether any rank says so; the answer is the same on all."""
+    if world_size() == 1:
+        return flag
+    said = torch.tensor([int(flag)], dtype=torch.int32)
+    dist.all_reduce(said, op=dist.ReduceOp.MAX)
+    return bool(said.item())
+
+
+class Vote:
+    """What any rank says, known to all of them one call later: nobody waits for the slowest of them to have said it.
+
+    All ranks call it at the same places. In a single process the answer is what was just said.
+
+    Args:
+        questions: how many flags each call has.
+    """
+
+    def __init__(self, questions: int):
+        self._questions = questions
+        self._pending: tuple[dist.Work, Tensor] | None = None
+
+    def __call__(self, *flags: bool) -> tuple[bool, ...]:
+        """Say ``flags``; whether any rank said so at the call before."""
+        if len(flags) != self._questions:
+            raise ValueError(f"{len(flags)} answers to {self._questions} questions")
+        if world_size() == 1:
+            return flags
+        answer = self.close()
+        said = torch.tensor([int(flag) for flag in flags], dtype=torch.int32)
+        self._pending = (dist.all_reduce(said, op=dist.ReduceOp.MAX, async_op=True), said)
+        return answer
+
+    def close(self) -> tuple[bool, ...]:
+        """Wait for the call before; what any rank said at it."""
+        if self._pending is None:
+            return (False,) * self._questions
+        work, said = self._pending
+        self._pending = None
+        work.wait()
+        return tuple(bool(value) for value in said.tolist())
+
+
+def share(value: _Value) -> _Value:
+    """What rank 0 says, on all ranks: any value that can be pickled."""
+    if world_size() == 1:
+        return value
+    said: list[Any] = [value]
+    dist.broadcast_object_list(said, src=0, device=torch.device("cpu"))
+    return said[0]
+
+
+def gather_values(value: _Value) -> list[_Value]:
+    """What each rank says, by rank, on all ranks: any value that can be pickled."""
+    if world_size() == 1:
+        return [value]
+    said: list[Any] = [None] * world_size()
+    dist.all_gather_object(said, value)
+    return said
+
+
+def barrier() -> None:
+    """Wait until all ranks are here. What they have queued on their GPUs may still run."""
+    agree_any(False)
