@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fastssl.benchmarks import plots
+from fastssl.benchmarks import plots, soak_plot
 from fastssl.benchmarks.complete import incomplete
 from fastssl.benchmarks.records import Record, read_records
 from fastssl.benchmarks.table import COLUMNS, RIGHT, cells, figure
@@ -27,6 +27,8 @@ PLOTS: tuple[tuple[str, Callable, str], ...] = (
     ("share_of_time", plots.share_of_time, "What the time goes into"),
     ("scaling", plots.scaling, "Rates by decoding threads, and the host's time for a picture by its views"),
 )
+#: drawn where there is a soak
+SOAK = ("soak", soak_plot.soak, "A long run, watched")
 #: Figures of a ``ceilings`` record: key in the details, words, factor, unit.
 _CEILINGS = (
     ("decode_per_s_1_thread", "JPEG decoding, 1 thread", 1.0, "photos/s"),
@@ -210,7 +212,8 @@ def _section(name: str, records: Sequence[Record], suffix: str) -> list[Block]:
     recipes = _recipes(records)
     if recipes.rows:
         blocks += [Heading("Recipes", 3), recipes]
-    for stem, plot, words in PLOTS:
+    soaked = any(record.bench == "soak" for record in records)
+    for stem, plot, words in (*PLOTS, *[SOAK] * soaked):
         drawn = plots.draw(plot, records)
         blocks.append(Heading(words, 3))
         if isinstance(drawn, str):
