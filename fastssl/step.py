@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from fastssl.backbones import create_backbone
-from fastssl.distributed import World, agree_any, average_gradients
+from fastssl.distributed import agree_any, average_gradients
 from fastssl.graph import RecordedCall, Recorder, record_cuda_graph
 from fastssl.host_memory import keep_freed_memory
 from fastssl.layout import channels_last_breaks, require_channels_last
@@ -36,6 +36,7 @@ from fastssl.precision import HalfCopy
 from fastssl.recipe import Recipe
 from fastssl.schedules import RunLength, learning_rate, weight_decay
 from fastssl.sync_batchnorm import synchronise_batchnorm
+from fastssl.world import World
 
 
 def use_amp(amp: str, device: torch.device) -> bool:

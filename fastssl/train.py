@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from fastssl.backbones import resolve_arch
 from fastssl.bad_step import BAD_STEPS, save_bad_step
 from fastssl.checkpoint import Position, differences, has_all_files, restore
-from fastssl.distributed import Vote, World, agree_any, broadcast_module, gather_values, joined, share, world_from_environment
+from fastssl.distributed import Vote, agree_any, broadcast_module, gather_values, joined, share
 from fastssl.finish import finish_run
 from fastssl.meters import MetricRing
 from fastssl.pipelines.beton import BetonReader
@@ -48,6 +48,7 @@ from fastssl.schedules import RunLength
 from fastssl.step import TrainStep, use_amp
 from fastssl.stop import StopRequest
 from fastssl.versions import describe_git, describe_host, describe_versions
+from fastssl.world import World, world_from_environment
 
 
 class Progress(Protocol):

@@ -82,10 +82,10 @@ def pretrain(
 
     Ctrl-C, SIGTERM and SIGUSR1 save and stop, with status 130. The same command goes on from there, and after any other end from the newest checkpoint.
     """
-    from fastssl.distributed import world_from_environment
     from fastssl.progress import RunProgress
     from fastssl.train import RunOptions
     from fastssl.train import pretrain as run
+    from fastssl.world import world_from_environment
 
     if not world_from_environment().is_main:
         console.quiet = True  # the first process speaks for all

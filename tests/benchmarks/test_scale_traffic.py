@@ -15,10 +15,10 @@ from fastssl.benchmarks.memory import tensor_bytes
 from fastssl.benchmarks.scale_traffic import traffic
 from fastssl.benchmarks.step import random_views
 from fastssl.checkpoint import Position, load_checkpoint, save_checkpoint
-from fastssl.distributed import World
 from fastssl.recipe import Recipe, load_recipe
 from fastssl.schedules import RunLength
 from fastssl.step import TrainStep
+from fastssl.world import World
 
 BATCH, WORLD = 8, 2
 RECIPES = {

@@ -162,7 +162,7 @@ def test_what_was_passed_over_is_known_behind_a_resume(
 
 def in_one_of_two(beton: str, out: str) -> None:
     """The loss of process 1 is NaN at step 3; the gradients of both are then, as they are averaged."""
-    from fastssl.distributed import world_from_environment
+    from fastssl.world import world_from_environment
 
     original = Run._step
 

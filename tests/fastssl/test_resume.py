@@ -246,7 +246,7 @@ def test_damaged_photos_are_remembered_over_a_stop(damaged: tuple[Path, int], tm
 
 def stopped_by_one_of_two(data: str, out: str, number: int) -> int:
     """Process 1 is sent a signal behind step 4; where this process stopped."""
-    from fastssl.distributed import world_from_environment
+    from fastssl.world import world_from_environment
 
     original = Run._step
 

@@ -166,7 +166,7 @@ def test_a_killed_process_is_started_again_by_torchrun_and_the_run_goes_on(beton
 
 def started_apart(beton: str, out: str) -> str:
     """A run of which process 1 was told another number of epochs; what it says."""
-    from fastssl.distributed import world_from_environment
+    from fastssl.world import world_from_environment
 
     world = world_from_environment()
     overrides = [f"arch={ARCH}", *SMALL, *(["train.epochs=3"] if world.rank else [])]

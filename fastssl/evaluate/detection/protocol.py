@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from fastssl.distributed import World
 from fastssl.evaluate.detection.annotations import DetectionSet, require_same_categories, require_something_to_find
 from fastssl.evaluate.detection.average_precision import average_precision, require_pycocotools
 from fastssl.evaluate.detection.batches import check_pictures
@@ -22,6 +21,7 @@ from fastssl.evaluate.detection.train import TrainingConfig, fine_tune
 from fastssl.evaluate.features import share
 from fastssl.files import write_atomically
 from fastssl.pipelines.errors import FastSSLError
+from fastssl.world import World
 
 #: (label, total, unit) -> a bar whose value is told how many are done: ``fastssl.cli.common.progress_bar``.
 Bar = Callable[[str, int, str], AbstractContextManager[Callable[[int], None] | None]]

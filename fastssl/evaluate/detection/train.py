@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from fastssl.checkpoint import VERSION, differences, load_checkpoint, write_state
-from fastssl.distributed import World, agree_any, average_gradients, broadcast_module, share
+from fastssl.distributed import agree_any, average_gradients, broadcast_module, share
 from fastssl.evaluate.detection.annotations import DetectionError, DetectionSet
 from fastssl.evaluate.detection.batches import load_batches, to_device, training_requests
 from fastssl.evaluate.detection.model import Detector
@@ -29,6 +29,7 @@ from fastssl.optim import set_lr
 from fastssl.pipelines.errors import FastSSLError
 from fastssl.pipelines.rng import Stream, keyed_words
 from fastssl.sync_batchnorm import synchronise_batchnorm
+from fastssl.world import World
 
 #: Iterations between two looks at the loss, for which the host waits.
 LOOK_EVERY = 20
