@@ -215,7 +215,7 @@ def run(
         device: ``auto``, ``cpu`` or ``cuda``.
         minutes: of watching, the start of the process included.
         folder: where the run lies while it lasts; None: the system's folder for temporary files.
-        say: told once a minute how it stands.
+        say: told what is about to be done, how it stands (once a minute, in short soaks more often), and when it is stopped.
     """
     from fastssl.train import choose_device
 
@@ -233,7 +233,13 @@ def run(
         file.write_text(yaml.safe_dump(recipe_to_dict(chosen)))
         command = [sys.executable, "-m", "fastssl", "pretrain", "--arch", chosen.arch, "--recipe", str(file), "--data", str(path.resolve())]
         command += ["--out", str(Path(work) / "run"), "--device", place.type, "--workers", str(workers or available_cores())]
-        watched = observe(command, Path(work), 60 * minutes, each=_telling(say))
+        if say is not None:
+            say(
+                f"watching a pre-training of {chosen.arch} on {name} for {minutes:g} min, batch {chosen.train.batch_size}: the first third or more is warm-up, the rest is judged"
+            )
+        watched = observe(command, Path(work), 60 * minutes, each=_telling(say, minutes))
+    if say is not None and not watched.early:
+        say("told to stop, as by Ctrl-C; the judgement:")
     verdicts, found = judge(watched, chosen.train.batch_size)
     views = sum(spec.count for spec in chosen.views)
     by_name = {verdict.name: verdict for verdict in verdicts}
@@ -293,17 +299,23 @@ def curves(samples: Sequence[Sample], found: Sequence[Window]) -> dict[str, list
     }
 
 
-def _telling(say: Callable[[str], None] | None) -> Callable[[Sample], None]:
-    """Pass on one sample a minute, in words."""
-    due = 0.0
+def _telling(say: Callable[[str], None] | None, minutes: float) -> Callable[[Sample], None]:
+    """Pass on one sample a minute, in words; of short soaks a dozen in all."""
+    due, every = 0.0, min(60.0, 5 * minutes)
 
     def tell(sample: Sample) -> None:
         nonlocal due
         if say is not None and sample.seconds >= due:
-            due = sample.seconds + 60
+            due = sample.seconds + every
+            warm = sample.seconds >= 20 * minutes and sample.probes >= PROBES
             say(
-                f"{sample.seconds / 60:.0f} min: step {sample.step if sample.step is not None else '-'}, {sample.own_bytes / MB:,.1f} MB of its own, "
-                f"{sample.threads} threads, {sample.descriptors} open files"
+                f"{_clock(sample.seconds)} of {_clock(60 * minutes)}, {'judged' if warm else 'warm-up'}: "
+                f"{'no step yet' if sample.step is None else f'step {sample.step:,}'}, {sample.own_bytes / MB:,.1f} MB of its own, {sample.threads} threads, {sample.descriptors} open files"
             )
 
     return tell
+
+
+def _clock(seconds: float) -> str:
+    """``3:07``: minutes and seconds."""
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02}"

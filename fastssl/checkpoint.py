@@ -232,13 +232,14 @@ def find_checkpoint(folder: Path, *, say: Callable[[str], None] = lambda text: N
     return None
 
 
-def set_aside(folder: Path, step: int, source: Path | None = None) -> None:
+def set_aside(folder: Path, step: int, source: Path | None = None, *, say: Callable[[str], None] = lambda text: None) -> None:
     """Rename the ``step-*.pt`` of later steps than ``step``, from where a run goes on: it makes these steps again, and they would be taken for newer ones.
 
     They are damaged, or the run was set back by hand. The newest of them is kept as ``....pt.aside``, for a look.
 
     Args:
         source: the file that it goes on from, which stays whatever its name.
+        say: is told which file was set aside, and why.
 
     Raises:
         OSError: the folder cannot be written.
@@ -247,7 +248,11 @@ def set_aside(folder: Path, step: int, source: Path | None = None) -> None:
     for path in (*folder.glob("*.aside"), *later[1:]) if later else ():
         path.unlink()
     if later:
-        later[0].rename(later[0].with_name(later[0].name + ".aside"))
+        aside = later[0].rename(later[0].with_name(later[0].name + ".aside"))
+        others = f" ({len(later) - 1} older than it, and also behind that step, were deleted)" if later[1:] else ""
+        say(
+            f"{aside}: set aside, as the run goes on from step {step:,} and makes the steps behind it again{others}; nothing reads it, it may be deleted"
+        )
 
 
 def load_checkpoint(path: Path, *, advice: str = "") -> dict[str, Any]:

@@ -96,7 +96,7 @@ class RunFolder:
                 if not self._is_last(path):
                     # The next start goes on from here, too, if this one does not come to save.
                     link_atomically(path, self.checkpoints / LAST)
-                set_aside(self.checkpoints, at["step"], path)
+                set_aside(self.checkpoints, at["step"], path, say=self.say)
                 if at["epoch"] < config["train"]["epochs"]:
                     for name in _RESULTS:  # of a run that was finished and is set back
                         (self.path / name).unlink(missing_ok=True)

@@ -207,7 +207,7 @@ class Watch:
 
 def ended_line(failure: str | None) -> str:
     """What a process says that has to leave because of another one."""
-    return f"another process of this run has ended: {failure}" if failure else "another process of this run has ended; its message says why"
+    return f"the run cannot go on: {failure or 'another process has ended, and its message says why'}"
 
 
 class _Silence:

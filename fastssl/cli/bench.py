@@ -19,6 +19,7 @@ from fastssl.pipelines.errors import FastSSLError
 
 if TYPE_CHECKING:
     from fastssl.benchmarks.records import Record
+    from fastssl.benchmarks.scale import Cluster
     from fastssl.recipe import Recipe
 
 #: A name for the reader, and the measurement.
@@ -513,9 +514,11 @@ def soak(minutes, recipes, arch, overrides, data, photos, device, workers, batch
 def scale(ctx, overrides, seed, check, parts, samples, data, photos, seconds, runs, folder, json_path) -> None:
     """Simulate training on many hosts: images/s, what limits them, days, and what failures and checkpoints cost.
 
+    Without options: the plan that is assumed, every name that --set takes with its value, and what comes of it.
     Rates of GPUs and networks are assumptions that --set makes; docs/scale.md says which were used there, and why.
 
     \b
+    fastssl bench scale
     fastssl bench scale --set hosts=1,8,64 --set gpu_rate=1000,4000 --json out.jsonl
     fastssl bench scale --check --json check.jsonl
     fastssl bench scale --parts --samples 1000000 --json parts.jsonl
@@ -548,11 +551,22 @@ def scale(ctx, overrides, seed, check, parts, samples, data, photos, seconds, ru
     else:
         from fastssl.benchmarks.scale import clusters, run
 
+        chosen = list(clusters(overrides))
         jobs = [
-            (f"scale, {words or 'as it is'}", lambda words=words, cluster=cluster: run(words, cluster, seed))
-            for words, cluster in clusters(overrides)
+            (f"scale, {words or 'as it is'}", lambda words=words, cluster=cluster: run(words, cluster, seed)) for words, cluster in chosen
         ]
+        if not overrides:
+            _plan(chosen[0][1], seed)
     _measure(json_path, jobs)
+
+
+def _plan(cluster: Cluster, seed: int) -> None:
+    """What ``scale`` assumes and what comes of it, for one who has not said anything yet."""
+    from fastssl.benchmarks.scale import simulate
+    from fastssl.benchmarks.scale_plan import assumptions, consequences
+
+    for line in (*assumptions(cluster), *consequences(cluster, simulate(cluster, seed)), ""):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 @bench.command()

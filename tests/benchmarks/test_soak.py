@@ -106,6 +106,20 @@ def test_the_recipe_has_no_end_and_probes_and_saves_often() -> None:
     assert short.views == recipe.views and short.moco == recipe.moco and short.optim == recipe.optim
 
 
+def test_how_it_stands_is_told_a_dozen_times_or_once_a_minute() -> None:
+    def told(minutes: float) -> list[str]:
+        said: list[str] = []
+        tell = soak._telling(said.append, minutes)
+        for second in range(int(60 * minutes)):
+            tell(soak.Sample(second, int(90 * MB), 0, 3, 5, 0, 0, 0, step=2 * second or None, probes=9 if second > 50 else 0))
+        return said
+
+    short, long = told(2), told(30)
+    assert len(short) == 12 and short[0].startswith("0:00 of 2:00, warm-up: no step yet, 90.0 MB of its own")
+    assert [line.split(": ")[0].split(", ")[1] for line in short] == ["warm-up"] * 6 + ["judged"] * 6, "not before the second probe"
+    assert len(long) == 30 and long[10].startswith("10:00 of 30:00, judged: step 1,200,")
+
+
 def command(tmp_path: Path, *arguments: str) -> tuple[int, list]:
     out = tmp_path / "soak.jsonl"
     with pytest.raises(SystemExit) as stop:
@@ -129,6 +143,8 @@ def test_a_line_that_fails_is_status_1_and_is_named(tmp_path: Path, monkeypatch:
     printed = capfd.readouterr().err
     assert status == 1 and not record.details["passed"] and record.bench == "soak"
     assert "FAIL  lives: ended by itself with status 1: fastssl: the disk went away" in printed
+    watching = printed.index("watching a pre-training of lcnet_035 on samples for 0.5 min")
+    assert watching < printed.index("0:00 of 0:30, warm-up: ") < printed.index("FAIL  lives") and "told to stop" not in printed
     assert "fastssl: not steady: lives: ended by itself" in printed and "Traceback" not in printed
     assert not list(tmp_path.glob("fastssl-soak-*"))
 

@@ -212,13 +212,21 @@ def test_milestones_stay(save: Callable, tmp_path: Path) -> None:
 def test_checkpoints_of_later_steps_are_set_aside(save: Callable, tmp_path: Path) -> None:
     for number in (10, 20, 30):
         save(number, keep=3)
-    set_aside(tmp_path, 30)
-    assert len(names(tmp_path)) == 4
-    set_aside(tmp_path, 10)
+    said: list[str] = []
+    set_aside(tmp_path, 30, say=said.append)
+    assert len(names(tmp_path)) == 4 and said == []
+    set_aside(tmp_path, 10, say=said.append)
+    (line,) = said
+    assert (
+        line.startswith(f"{tmp_path / 'step-00000030.pt.aside'}: set aside, as the run goes on from step 10")
+        and "it may be deleted" in line
+    )
+    assert "(1 older than it, and also behind that step, were deleted)" in line
     assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-00000010.pt", "step-00000030.pt.aside"]
     save(15, keep=2)
     assert names(tmp_path) == ["last.pt", "step-00000010.pt", "step-00000015.pt"]
-    set_aside(tmp_path, 12)
+    set_aside(tmp_path, 12, say=said.append)
+    assert len(said) == 2 and "were deleted" not in said[1]
     assert [path.name for path in tmp_path.glob("*.aside")] == ["step-00000015.pt.aside"], "the newest one alone"
 
 

@@ -127,18 +127,13 @@ def test_a_failure_is_that_of_the_first_and_ends_the_others() -> None:
 
 def test_those_who_are_left_alone_say_what_ended_the_other() -> None:
     first, second = run_processes(what_each_says, 2, join=False)
-    assert (
-        re.fullmatch(r"another process of this run has ended: process 1 of 2 \(.+\): KeyError: 'of rank 1'", first)
-        and second == "'of rank 1'"
-    )
+    assert re.fullmatch(r"the run cannot go on: process 1 of 2 \(.+\): KeyError: 'of rank 1'", first) and second == "'of rank 1'"
 
 
 def test_a_collective_that_one_does_not_reach_in_time_fails_in_all_with_one_reason() -> None:
     first, second = run_processes(one_comes_late, 2, join=False)
     assert first == "waited 0.0166667 min for the other processes in vain"
-    assert re.fullmatch(
-        r"another process of this run has ended: process 0 of 2 \(.+\): waited 0.0166667 min for the other processes in vain", second
-    )
+    assert re.fullmatch(r"the run cannot go on: process 0 of 2 \(.+\): waited 0.0166667 min for the other processes in vain", second)
 
 
 def test_a_hang_ends_at_the_time_limit_and_says_where() -> None:

@@ -84,6 +84,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(whole: Path, beton: Path, tm
     pretrain(small(), options(beton, out), said)
     assert any(text.startswith(f"passed over: {path}: damaged checkpoint") for text in said.messages)
     assert any("resumed at step 8" in text for text in said.messages)
+    assert any("step-00000009.pt.aside: set aside" in text for text in said.messages)
     assert same(state(out), state(whole))
     assert sorted(path.name for path in (out / "checkpoints").glob("*.pt")) == ["last.pt", "step-00000008.pt", "step-00000012.pt"]
     assert (out / "checkpoints" / "step-00000009.pt.aside").exists()

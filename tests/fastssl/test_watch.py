@@ -168,7 +168,7 @@ def test_a_line_ends_with_the_process_though_it_was_never_accepted() -> None:
 
 
 def test_without_a_reason_the_line_points_at_the_others() -> None:
-    assert ended_line(None) == "another process of this run has ended; its message says why"
+    assert ended_line(None) == "the run cannot go on: another process has ended, and its message says why"
 
 
 # ---------------------------------------------------------------------- real processes
@@ -204,8 +204,8 @@ def test_a_killed_process_is_named_and_the_others_are_gone(victim: int, tmp_path
             said = started.said(rank).strip().splitlines()[-1]
             # Where the keeper of the store is killed, two ways lead to the news.
             ways = ["has ended without a word"] if victim else ["has ended without a word", "is gone"]
-            assert f"another process of this run has ended: process {victim} of 3 (" in said and any(way in said for way in ways), said
-            assert started.said(rank).count("another process") == 1
+            assert f"the run cannot go on: process {victim} of 3 (" in said and any(way in said for way in ways), said
+            assert started.said(rank).count("the run cannot go on") == 1
 
 
 #: Rank 1 stops in the middle; the others are not in a collective of gloo, which would end by itself, but somewhere for ever.
@@ -222,7 +222,7 @@ def test_one_that_sits_in_compiled_code_for_ever_is_ended_from_outside(tmp_path:
         at_work(started)
         started.processes[1].kill()
         assert started.ended([0], timeout=30) == [1]
-        assert "fastssl: another process of this run has ended: process 1 of 2 (" in started.said(0)
+        assert "fastssl: the run cannot go on: process 1 of 2 (" in started.said(0)
 
 
 @pytest.mark.parametrize("victim", [1, 0])
@@ -232,7 +232,8 @@ def test_a_stopped_process_is_given_up(victim: int, tmp_path: Path) -> None:
         os.kill(started.processes[victim].pid, signal.SIGSTOP)
         assert started.ended([1 - victim], timeout=30) == [1]
         said = started.said(1 - victim)
-        assert f"process {victim} of 2 (" in said and ("has stood still for 4 s" if victim else "has not answered for 4 s") in said, said
+        assert f"fastssl: the run cannot go on: process {victim} of 2 (" in said and "has ended" not in said, said
+        assert ("has stood still for 4 s" if victim else "has not answered for 4 s") in said, said
 
 
 #: ``PyDLL`` calls a function without letting go of the interpreter's lock.
@@ -295,5 +296,5 @@ def test_a_photo_that_only_one_process_reads_ends_all_with_its_name(damaged: tup
         assert not any("frame #" in started.said(rank) for rank in range(3)), "torch's own traces"
         lines = [[line for line in started.said(rank).splitlines() if line.startswith("fastssl: ")] for rank in range(3)]
     assert all(len(own) == 1 and f"sample {sample}" in own[0] for own in lines), lines
-    others = [own[0] for own in lines if "another process of this run has ended: process" in own[0]]
+    others = [own[0] for own in lines if "the run cannot go on: process" in own[0]]
     assert len(others) == 2, lines

@@ -97,10 +97,15 @@ class Outcome:
 
 
 class Lab:
-    """Starts commands in forked children; a context manager that leaves none behind."""
+    """Starts commands in forked children; a context manager that leaves none behind.
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    Args:
+        folder: for everything that the commands write.
+        say: is told of every kill and every start, in a line.
+    """
+
+    def __init__(self, folder: Path, say: Callable[[str], None] = lambda text: None):
+        self.folder, self.say = folder, say
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(_PRELOAD)
         self._running: list = []
@@ -297,6 +302,7 @@ def training(
     folder = Path(tempfile.mkdtemp(dir=lab.folder))
     whole, killed = folder / "whole", folder / "killed"
     options = {"float64": float64}
+    lab.say(f"{outcome.what}: first the run that nobody disturbs, {steps} steps; then up to {min(kills, steps - 1)} kills")
     lab.run(pretrain(method, data, whole, epochs, probe=probe, arch=arch), world=sizes[0], **options)
     command, turns = pretrain(method, data, killed, epochs, probe=probe, arch=arch), itertools.cycle(sizes)
     for target in sorted(rng.sample(range(1, steps), min(kills, steps - 1))):
@@ -306,7 +312,8 @@ def training(
             time.sleep(pause)
             kill(processes, rng)
         statuses = lab.finish(processes, 60)
-        _note(outcome, statuses, processes, killed, steps)
+        _note(lab, outcome, statuses, processes, killed, steps)
+    lab.say("  started for the last time")
     lab.run(command, world=next(turns), **options)
     outcome.restarts += 1
     compare_runs(whole, killed, outcome, tolerance)
@@ -314,12 +321,13 @@ def training(
     return outcome
 
 
-def _note(outcome: Outcome, statuses: list, processes: list, out: Path, steps: int, where: str | None = None) -> None:
-    """Count a kill that fell, and into what."""
+def _note(lab: Lab, outcome: Outcome, statuses: list, processes: list, out: Path, steps: int, where: str | None = None) -> None:
+    """Count a kill that fell, and into what; tell of it, as the command is started again."""
     if None in statuses:
         outcome.problems.append(f"a process did not end within 60 s of another's death: {statuses}")
     if -signal.SIGKILL not in statuses:
         outcome.restarts += 1
+        lab.say(f"  ended by itself with {statuses}, not killed")
         if any(status not in (0, None) for status in statuses):
             outcome.problems.append(f"ended with {statuses}: {processes[0].log.read_text()[-300:]}")
         return
@@ -338,6 +346,7 @@ def _note(outcome: Outcome, statuses: list, processes: list, out: Path, steps: i
         else "step"
     )
     outcome.where[where or found] += 1
+    lab.say(f"  kill {outcome.kills}: behind step {at} of {steps}, {where or found}")
 
 
 def checkpointing(lab: Lab, data: Path, kills: int, seed: int, *, method: str = "moco", epochs: int = 3, arch: str = LARGE) -> Outcome:
@@ -347,6 +356,7 @@ def checkpointing(lab: Lab, data: Path, kills: int, seed: int, *, method: str = 
     began = time.monotonic()
     folder = Path(tempfile.mkdtemp(dir=lab.folder))
     whole, killed = folder / "whole", folder / "killed"
+    lab.say(f"{outcome.what}: first the run that nobody disturbs, {steps} steps; then {kills} kills")
     lab.run(pretrain(method, data, whole, epochs, probe=False, arch=arch))
     command, rounds = pretrain(method, data, killed, epochs, probe=False, arch=arch), 0
     while outcome.kills < kills and rounds < 4 * kills:
@@ -362,10 +372,12 @@ def checkpointing(lab: Lab, data: Path, kills: int, seed: int, *, method: str = 
             processes = lab.start(command, fault=fault)
             where = f"{'behind' if fault.behind else 'at'} {kind}"
         statuses = lab.finish(processes)
-        _note(outcome, statuses, processes, killed, steps, where)
+        _note(lab, outcome, statuses, processes, killed, steps, where)
         if 0 in statuses:  # it reached the end
+            lab.say("  at the end: compared, and begun anew")
             compare_runs(whole, killed, outcome, None)
             shutil.rmtree(killed)
+    lab.say("  started for the last time")
     lab.run(command)
     outcome.restarts += 1
     compare_runs(whole, killed, outcome, None)
@@ -382,6 +394,7 @@ def conversion(lab: Lab, photos: Path, kills: int, seed: int) -> Outcome:
     outcome = Outcome("conversion", seed)
     began = time.monotonic()
     folder = Path(tempfile.mkdtemp(dir=lab.folder))
+    lab.say(f"{outcome.what}: first the one that nobody disturbs; then {kills} kills")
     at = time.monotonic()
     lab.run(["convert-imagenet", str(photos), str(folder / "whole.beton"), "--workers", "2"])
     whole, duration = _beside(folder / "whole.beton"), time.monotonic() - at
@@ -401,16 +414,20 @@ def conversion(lab: Lab, photos: Path, kills: int, seed: int) -> Outcome:
         statuses = lab.finish(processes)
         if statuses == [-signal.SIGKILL]:
             outcome.kills += 1
-            outcome.where["at a random moment" if kind == "time" else f"at or behind {kind}"] += 1
+            where = "at a random moment" if kind == "time" else f"at or behind {kind}"
+            outcome.where[where] += 1
+            lab.say(f"  kill {outcome.kills}: {where}")
             if target.exists() and target.read_bytes() != whole[""]:
                 outcome.problems.append(f"round {rounds}, {kind}: the file is there and not whole")
         elif statuses == [0]:
             outcome.restarts += 1
+            lab.say("  at the end: compared, and begun anew")
             _compare_beside(whole, target, outcome)
             for path in folder.glob("killed.beton*"):
                 path.unlink()
         else:
             outcome.problems.append(f"round {rounds}, {kind}: ended with {statuses}: {processes[0].log.read_text()[-300:]}")
+    lab.say("  started for the last time")
     lab.run(command)
     outcome.restarts += 1
     _compare_beside(whole, target, outcome)
@@ -462,8 +479,9 @@ def run_all(what: str, kills: int, seed: int, say: Callable[[str], None] = print
             f"{outcome.difference:.3g}, {outcome.seconds:.0f} s" + "".join(f"\n     {problem}" for problem in outcome.problems[:10])
         )
 
-    with tempfile.TemporaryDirectory(prefix="fastssl-kills-") as work, Lab(Path(work)) as lab:
+    with tempfile.TemporaryDirectory(prefix="fastssl-kills-") as work, Lab(Path(work), say) as lab:
         data = Path(work) / "photos.beton"
+        say("loading what the commands need, once for all of them; 48 photos are converted")
         lab.run(["convert-imagenet", str(make_photos(Path(work) / "photos", 48)), str(data), "--keep-size"])
         if what in ("conversion", "all"):
             add(conversion(lab, make_photos(Path(work) / "more", 40, bad=(7, 33), side=280), kills, seed))

@@ -21,14 +21,27 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
         yield lab
 
 
-def test_a_killed_conversion_ends_byte_for_byte(lab: Lab, tmp_path: Path) -> None:
+@pytest.fixture
+def said(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is told meanwhile."""
+    lines: list[str] = []
+    monkeypatch.setattr(lab, "say", lines.append)
+    return lines
+
+
+def test_a_killed_conversion_ends_byte_for_byte(lab: Lab, said: list[str], tmp_path: Path) -> None:
     found = conversion(lab, make_photos(tmp_path / "photos", 12, bad=(7,), side=280), 3, seed=0)
     assert found.problems == [] and found.kills == 3
+    assert [line.split(":")[0] for line in said if "kill" in line] == ["conversion", "  kill 1", "  kill 2", "  kill 3"]
 
 
-def test_a_run_killed_at_random_steps_ends_bit_for_bit(lab: Lab, beton: Path, tmp_path: Path) -> None:
+def test_a_run_killed_at_random_steps_ends_bit_for_bit(lab: Lab, said: list[str], beton: Path, tmp_path: Path) -> None:
     found = training(lab, beton, "moco", 3, 0, epochs=2)
     assert found.problems == [] and found.difference == 0 and found.kills >= 2
+    assert (
+        said[0].endswith("first the run that nobody disturbs, 12 steps; then up to 3 kills") and said[-1] == "  started for the last time"
+    )
+    assert sum(line.startswith("  kill ") and " of 12, " in line for line in said) == found.kills
 
 
 def test_a_run_killed_while_it_saves_ends_bit_for_bit(lab: Lab, beton: Path) -> None:
