@@ -1,6 +1,9 @@
-"""The environment says who this process is."""
+"""Who is who, read off the launcher's environment."""
 
 from __future__ import annotations
+
+import subprocess
+import sys
 
 import pytest
 
@@ -86,3 +89,8 @@ def test_the_first_host_of_a_slurm_list(nodelist: str, host: str) -> None:
 def test_what_is_no_list_of_hosts_is_refused(nodelist: str) -> None:
     with pytest.raises(FastSSLError, match="list of hosts"):
         first_host(nodelist)
+
+
+def test_who_this_is_is_known_before_torch_is_loaded() -> None:
+    code = "import sys; import fastssl.world, fastssl.cli.pretrain; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
