@@ -6,6 +6,9 @@ needs no change goes into the file byte for byte; anything else becomes upright 
 While it works, there are two files beside DST: ``DST.partial``, the growing file, and ``DST.partial.journal``, one line for every
 photo that is safely on the disk. DST itself appears by renaming, so it is whole or absent. A conversion that was stopped goes on
 behind the journal's last line; the bytes of the result do not depend on stops, nor on the number of workers.
+
+All of it, listing and writing included, is done in threads that the caller waits for with a limit (stall.py): SRC and DST often lie on one
+network disk, and that may be gone for ever.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -38,8 +41,9 @@ from PIL import Image
 
 from fastssl.pipelines import jpeg
 from fastssl.pipelines.beton import DEFAULT_PAGE_SIZE, MIN_PAGE_SIZE, MODE_JPEG, MODE_RAW, RECORD_DTYPE, BetonReader, BetonWriter, side_path
-from fastssl.pipelines.errors import FastSSLError, JpegError
+from fastssl.pipelines.errors import FastSSLError, JpegError, printable, worker_error
 from fastssl.pipelines.sources import Listing, list_source
+from fastssl.pipelines.stall import STALL_MINUTES, Patience, Step
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +84,8 @@ class ConvertOptions:
         limit: convert only this many photos, evenly spaced over the source.
         resume: go on where a stopped conversion of the same photos with the same options stood, and keep what is needed for that.
         on_bad: 'skip' lists bad photos in DST.rejects.jsonl, 'fail' stops at the first.
+        stall_minutes: how long one photo, or the disk under DST, is waited for; a warning comes after the first minute, ``Stalled`` at the end.
+            ``math.inf``: for ever.
     """
 
     short_side: int | None = 256
@@ -91,6 +97,7 @@ class ConvertOptions:
     limit: int | None = None
     resume: bool = True
     on_bad: str = "skip"
+    stall_minutes: float = STALL_MINUTES
 
     def __post_init__(self) -> None:
         for name in ("short_side", "max_side", "workers", "limit"):
@@ -117,7 +124,7 @@ class ConvertOptions:
 
     def deciding(self) -> dict:
         """The options that decide about the bytes of the result."""
-        return {name: value for name, value in asdict(self).items() if name not in ("workers", "resume", "on_bad")}
+        return {name: value for name, value in asdict(self).items() if name not in ("workers", "resume", "on_bad", "stall_minutes")}
 
 
 @dataclass(frozen=True)
@@ -173,13 +180,23 @@ def convert(
 ) -> ConvertSummary:
     """Convert the photos of ``src`` (see :func:`fastssl.pipelines.sources.list_source`) into the ``.beton`` file ``dst``.
 
-    An existing ``dst`` is replaced, at the very end. ``progress(done, total)`` is called from this thread, ten times a second.
+    An existing ``dst`` is replaced, at the very end. ``progress(done, total)`` is called from one other thread, ten times a second.
 
     Raises:
         ConvertError, SourceError: nothing to convert, every photo rejected, a bad photo with ``on_bad='fail'``, no space, ...
+        WorkerError: no memory was left for a photo.
+        Stalled: the disk or network file system did not answer; the same conversion goes on where it stood, in a new process.
     """
     options = options or ConvertOptions()
-    dst = Path(dst)
+    with warnings.catch_warnings():
+        # Pillow warns about odd metadata, which does not concern the pixels, in the middle of the progress bar.
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        return Patience(src, options.stall_minutes, "read or written").watch(partial(_convert, src, Path(dst), options, progress))
+
+
+def _convert(
+    src: str | os.PathLike, dst: Path, options: ConvertOptions, progress: Callable[[int, int], None] | None, step: Step
+) -> ConvertSummary:
     if dst.is_dir():
         raise ConvertError(f"{dst}: is a folder; name the .beton file to write")
     if not dst.parent.is_dir():
@@ -190,12 +207,9 @@ def convert(
     if dst.exists() and os.path.samefile(src, dst):
         raise ConvertError(f"{dst}: SRC and DST are one file; the photos would be overwritten by the result")
     started = time.monotonic()
-    with list_source(src) as listing, _reserve(dst) as partial:
-        job = _Conversion(listing, dst, partial, options)
-        with warnings.catch_warnings():
-            # Pillow warns about odd metadata, which does not concern the pixels, in the middle of the progress bar.
-            warnings.filterwarnings("ignore", module=r"PIL\.")
-            job.run(progress)
+    with list_source(src, step) as listing, _reserve(dst) as unfinished:
+        job = _Conversion(listing, dst, unfinished, options, step)
+        job.run(progress)
         num_bytes = job.publish()
     written, rejected = job.writer.num_samples, len(job.rejects)
     seconds = time.monotonic() - started
@@ -305,8 +319,9 @@ def _pillow_formats() -> tuple[str, ...]:
 class _Conversion:
     """One run: takes photos in order from the threads, writes them, keeps the journal."""
 
-    def __init__(self, listing: Listing, dst: Path, partial: Path, options: ConvertOptions):
-        self.listing, self.dst, self.partial, self.options = listing, dst, partial, options
+    def __init__(self, listing: Listing, dst: Path, partial: Path, options: ConvertOptions, step: Step):
+        self.listing, self.dst, self.partial, self.options, self.step = listing, dst, partial, options, step
+        step(self._writing)
         self.chosen = chosen_photos(len(listing), options.limit)
         total = len(self.chosen)
         self.journal_path = Path(f"{partial}.journal")
@@ -345,6 +360,7 @@ class _Conversion:
                 progress(self.num_done, total)
             with closing(self._results()) as results:
                 for i, result in results:
+                    self.step(self._writing)
                     self._take(i, result)
                     now = time.monotonic()
                     if now >= checkpoint_at:
@@ -353,10 +369,14 @@ class _Conversion:
                     if progress is not None and (now >= progress_at or self.num_done == total):
                         progress(self.num_done, total)
                         progress_at = now + 0.1
+            self.step(self._writing)
             self._checkpoint()
         except BaseException as error:
             self._stop(error)
             raise
+
+    def _writing(self) -> str:
+        return f"while {self.partial.name} was written"
 
     def _results(self) -> Iterator[tuple[int, Encoded | str]]:
         """Yield (index into the listing, photo or reason for its rejection) in order, with few photos in flight."""
@@ -367,17 +387,21 @@ class _Conversion:
             for i in self.chosen[self.num_done :].tolist():
                 pending.append((i, pool.submit(self._photo, i)))
                 if len(pending) >= 4 * workers:
-                    first, future = pending.popleft()
-                    yield first, future.result()
+                    yield self._result(*pending.popleft())
             while pending:
-                first, future = pending.popleft()
-                yield first, future.result()
+                yield self._result(*pending.popleft())
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+    def _result(self, i: int, future: Future) -> tuple[int, Encoded | str]:
+        self.step(lambda: f"at {printable(self.listing.names[i])}")
+        return i, future.result()
 
     def _photo(self, i: int) -> Encoded | str:
         try:
             return encode_photo(self.listing.read(i), self.options)
+        except MemoryError as error:  # not the photo's fault: the next run may have more
+            raise worker_error(self.listing.source, printable(self.listing.names[i]), error) from error
         except Exception as error:  # decoders raise anything at all for damaged input, and one photo must not end the run
             reason = str(error).strip()
             return reason if isinstance(error, FastSSLError) and reason else f"{type(error).__name__}: {reason}"
@@ -502,6 +526,7 @@ class _Conversion:
                 f"{self.listing.source}: all {len(self.rejects)} photos were rejected, nothing is left to write; first {name}: {reason}"
             )
         try:
+            self.step(self._writing)
             self.writer.finish()
             self._close()
             side = self._side_file()

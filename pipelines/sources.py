@@ -14,13 +14,15 @@ import stat
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import takewhile
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 import numpy as np
 
-from fastssl.pipelines.errors import FastSSLError
+from fastssl.pipelines.errors import FastSSLError, printable
+from fastssl.pipelines.stall import Step
 
 #: Compared in lower case; the contents decide how a file is decoded.
 IMAGE_EXTENSIONS = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
@@ -88,13 +90,13 @@ class Listing:
         return data
 
 
-def list_source(source: str | os.PathLike) -> Listing:
+def list_source(source: str | os.PathLike, step: Step = lambda what: None) -> Listing:
     """List the photos of a folder or a tar.
 
     Folder: with photos in sub-folders, the first folder level is the class; with photos only directly inside, there are no labels.
     Tar: a tar of tars takes each inner tar's name as the class; a plain tar is read as a folder would be, below the folders that
     all its photos share, and without labels when all of them lie in one folder.
-    Symbolic links are followed in folders, never in tars. Hidden files (``.x``, macOS' ``._x``) are ignored.
+    Symbolic links are followed in folders, never in tars. Hidden files (``.x``, macOS' ``._x``) are ignored. ``step`` is called for each file.
 
     Raises:
         SourceError: missing, neither folder nor tar, compressed, damaged, or without a single photo.
@@ -103,9 +105,9 @@ def list_source(source: str | os.PathLike) -> Listing:
     try:
         mode = os.stat(source).st_mode
         if stat.S_ISDIR(mode):
-            listing = _list_folder(source)
+            listing = _list_folder(source, step)
         elif stat.S_ISREG(mode):
-            listing = _list_tar(source)
+            listing = _list_tar(source, step)
         else:
             raise SourceError(f"{source}: neither a folder nor a tar file")
     except OSError as error:
@@ -128,11 +130,11 @@ def is_photo_name(name: str) -> bool:
 # ---------------------------------------------------------------- folders
 
 
-def _list_folder(root: Path) -> Listing:
+def _list_folder(root: Path, step: Step) -> Listing:
     found: list[tuple[str, int, int]] = []
     rejected: list[tuple[str, str]] = []
     ignored = 0
-    for name, info in _walk(root):
+    for name, info in _walk(root, step):
         if not is_photo_name(name):
             ignored += 1
         elif isinstance(info, str):
@@ -149,13 +151,14 @@ def _list_folder(root: Path) -> Listing:
     return _listing(root, found, class_of, flat, rejected, ignored)
 
 
-def _walk(root: Path) -> Iterator[tuple[str, os.stat_result | str]]:
+def _walk(root: Path, step: Step) -> Iterator[tuple[str, os.stat_result | str]]:
     """Yield (path below root, stat or the reason why there is none) of every file; links are followed, loops are not."""
     seen: set[tuple[int, int]] = set()
     waiting = [""]
     while waiting:
         prefix = waiting.pop()
         folder = root / prefix
+        step(partial(_listing_at, prefix))
         here = os.stat(folder)
         if (here.st_dev, here.st_ino) in seen:
             continue
@@ -165,6 +168,7 @@ def _walk(root: Path) -> Iterator[tuple[str, os.stat_result | str]]:
             ordered = sorted(entries, key=lambda entry: entry.name)
         for entry in ordered:
             name = f"{prefix}{entry.name}"
+            step(partial(_listing_at, name))
             try:
                 info = entry.stat()
             except OSError as error:
@@ -202,16 +206,16 @@ class _Window:
         return data
 
 
-def _list_tar(path: Path) -> Listing:
+def _list_tar(path: Path, step: Step) -> Listing:
     handle = open(path, "rb")  # noqa: SIM115 - lives on, see close()
     try:
-        return _list_open_tar(path, handle)
+        return _list_open_tar(path, handle, step)
     except BaseException:
         handle.close()
         raise
 
 
-def _list_open_tar(path: Path, handle: BinaryIO) -> Listing:
+def _list_open_tar(path: Path, handle: BinaryIO, step: Step) -> Listing:
     size, mtime = os.fstat(handle.fileno()).st_size, os.fstat(handle.fileno()).st_mtime_ns
     magic = handle.read(6)
     if magic[:2] == b"\x1f\x8b" or magic[:3] == b"BZh" or magic == b"\xfd7zXZ\0" or magic[:4] == b"\x28\xb5\x2f\xfd":
@@ -225,6 +229,7 @@ def _list_open_tar(path: Path, handle: BinaryIO) -> Listing:
     def take(member: tarfile.TarInfo, name: str, start: int, end: int) -> bool:
         """Sort one member into photos, rejects and ignored files; True for a photo."""
         nonlocal ignored
+        step(partial(_listing_at, name))
         if not is_photo_name(name) or member.isdir():
             ignored += not member.isdir()
         elif member.issym() or member.islnk():
@@ -310,6 +315,10 @@ def _clean(name: str) -> str:
 
 
 # ---------------------------------------------------------------- both
+
+
+def _listing_at(name: str) -> str:
+    return f"while photos were listed, at {printable(name) or 'the folder itself'}"
 
 
 def _listing(

@@ -11,13 +11,15 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from fastssl.pipelines.beton import BetonReader, read_side_file, side_path
 from fastssl.pipelines.convert import default_workers
-from fastssl.pipelines.errors import BetonError, JpegError
+from fastssl.pipelines.errors import BetonError, JpegError, worker_error
+from fastssl.pipelines.stall import STALL_MINUTES, Patience, Step
 
 
 @dataclass(frozen=True)
@@ -51,16 +53,27 @@ def verify(
     decode: int | None = None,
     workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
+    stall_minutes: float = STALL_MINUTES,
 ) -> VerifyReport:
     """Check ``path``; every sample's checksum is compared when there is a side file.
 
     ``decode``: decode this many samples, evenly spaced; None: all. ``workers``: threads, None: one a CPU.
-    ``progress(done, total)`` is called from this thread.
+    ``progress(done, total)`` is called from one other thread. ``stall_minutes``: how long the tables, or a few dozen samples, are waited for;
+    a warning comes after the first minute.
 
     Raises:
         BetonError: the header or a table is damaged, so that no sample can be trusted.
+        WorkerError: no memory was left for a sample, or a bug of ours.
+        Stalled: the disk or network file system did not answer.
     """
+    return Patience(path, stall_minutes).watch(partial(_verify, path, decode, workers or default_workers(), progress))
+
+
+def _verify(
+    path: str | os.PathLike, decode: int | None, workers: int, progress: Callable[[int, int], None] | None, step: Step
+) -> VerifyReport:
     started = time.monotonic()
+    step(lambda: "at its tables")
     with BetonReader(path) as reader:
         problems: list[str] = []
         checksums: np.ndarray | None = None
@@ -75,7 +88,7 @@ def verify(
         to_decode = np.zeros(reader.num_samples, bool)
         to_decode[np.arange(count) * reader.num_samples // max(count, 1)] = True
         damaged = []
-        for i, complaint in _check_samples(reader, checksums, to_decode, workers or default_workers(), progress):
+        for i, complaint in _check_samples(reader, checksums, to_decode, workers, progress, step):
             if complaint is not None:
                 damaged.append((i, complaint))
         return VerifyReport(
@@ -133,6 +146,7 @@ def _check_samples(
     to_decode: np.ndarray,
     workers: int,
     progress: Callable[[int, int], None] | None,
+    step: Step,
 ) -> Iterator[tuple[int, str | None]]:
     """Yield (sample, complaint or None) in order for all samples that there is something to check about."""
     wanted = np.flatnonzero(to_decode) if checksums is None else np.arange(reader.num_samples)
@@ -141,7 +155,7 @@ def _check_samples(
     def check(some: np.ndarray) -> list[tuple[int, str | None]]:
         return [(int(i), _check_sample(reader, int(i), None if checksums is None else int(checksums[i]), to_decode[i])) for i in some]
 
-    pending: deque[Future] = deque()
+    pending: deque[tuple[np.ndarray, Future]] = deque()
     done = 0
     pool = ThreadPoolExecutor(workers, thread_name_prefix="fastssl-verify")
     try:
@@ -150,16 +164,23 @@ def _check_samples(
         starts = iter(range(0, len(wanted), chunk))
         while True:
             while len(pending) < 2 * workers and (start := next(starts, None)) is not None:
-                pending.append(pool.submit(check, wanted[start : start + chunk]))
+                some = wanted[start : start + chunk]
+                pending.append((some, pool.submit(check, some)))
             if not pending:
                 return
-            results = pending.popleft().result()
+            some, future = pending.popleft()
+            step(partial(_at_samples, some))
+            results = future.result()
             yield from results
             done += len(results)
             if progress is not None:
                 progress(done, len(wanted))
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _at_samples(some: np.ndarray) -> str:
+    return f"at samples {some[0]} to {some[-1]}"
 
 
 def _check_sample(reader: BetonReader, i: int, checksum: int | None, decode: bool) -> str | None:
@@ -169,6 +190,8 @@ def _check_sample(reader: BetonReader, i: int, checksum: int | None, decode: boo
             complaints.append("wrong checksum")
         if decode:
             reader.decode(i)
-    except (JpegError, BetonError, MemoryError) as error:
+    except (JpegError, BetonError) as error:
         complaints.append(str(error).removeprefix(f"{reader.path}: sample {i}: "))
+    except Exception as error:
+        raise worker_error(reader.path, f"sample {i}", error) from error
     return "; ".join(complaints) or None

@@ -1,0 +1,246 @@
+"""Converting and verifying on a disk that does not answer, and with threads that meet what they were not made for: an error that says where, and an end."""
+
+from __future__ import annotations
+
+import _thread
+import math
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from children import in_child
+
+from fastssl.cli import main
+from fastssl.pipelines import convert as convert_module
+from fastssl.pipelines import jpeg, stall
+from fastssl.pipelines.beton import BetonReader, BetonWriter, _OpenFile
+from fastssl.pipelines.convert import ConvertOptions, convert
+from fastssl.pipelines.errors import FastSSLError, Stalled, WorkerError
+from fastssl.pipelines.sources import Listing
+from fastssl.pipelines.stall import Patience, Step
+from fastssl.pipelines.verify import verify
+
+#: Seconds for which nothing is waited longer, in minutes.
+SHORT = 0.1 / 60
+
+
+@pytest.fixture(autouse=True)
+def forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether threads were given up is known to the whole process, and it leaves otherwise than usual then."""
+    monkeypatch.setattr(stall, "_given_up", False)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six photos of two classes."""
+    root = tmp_path_factory.mktemp("source") / "photos"
+    for k in range(6):
+        path = root / f"class{k % 2}" / f"{k}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(jpeg.encode(np.full((12, 16, 3), 40 * k, np.uint8), 90))
+    return root
+
+
+@pytest.fixture(scope="module")
+def whole(photos: Path) -> Path:
+    """What an undisturbed conversion makes of them."""
+    convert(photos, photos.parent / "whole.beton")
+    return photos.parent / "whole.beton"
+
+
+class DeadDisk:
+    """Calls of a function for which ``dead`` is true wait until ``answer`` is set.
+
+    The clock of those who wait for it stands still until then, or until the work has come to ``words``, however long a busy machine takes to get there.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, owner: object, name: str, dead: Callable[..., bool], words: str | None = None):
+        self.answer = threading.Event()
+        self._words, self._began = words, None
+        real, watch = getattr(owner, name), Patience.watch
+
+        def waiting(*args: object, **options: object) -> object:
+            if dead(*args) and not self.answer.is_set():
+                if words is None:
+                    self._began = time.monotonic()
+                self.answer.wait()
+            return real(*args, **options)
+
+        clock = SimpleNamespace(monotonic=self._monotonic, time=time.time, strftime=time.strftime, localtime=time.localtime)
+        monkeypatch.setattr(owner, name, waiting)
+        monkeypatch.setattr(Patience, "watch", lambda patience, work: watch(patience, lambda step: work(self._noticed(step))))
+        monkeypatch.setattr(stall, "time", clock)
+
+    def _noticed(self, step: Step) -> Step:
+        def noticed(what: Callable[[], str]) -> None:
+            step(what)
+            if self._words is not None and self._words in what():
+                self._began = time.monotonic()
+
+        return noticed
+
+    def _monotonic(self) -> float:
+        return 0.0 if self._began is None else time.monotonic() - self._began
+
+
+@contextmanager
+def answered_at_last(disk: DeadDisk) -> Iterator[None]:
+    """Behind the block no thread that began in it is left."""
+    before = set(threading.enumerate())
+    try:
+        yield
+    finally:
+        disk.answer.set()
+    for thread in set(threading.enumerate()) - before:
+        thread.join(60)
+        assert not thread.is_alive()
+
+
+def everything(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+NOTHING = r"nothing was {} for 0\.1 s, since \d\d:\d\d:\d\d, {}: the disk or network file system does not answer; see .* give the same command again"
+
+
+@pytest.mark.parametrize("where", ["the listing", "a photo", "the result"])
+def test_a_conversion(where: str, photos: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ends with the name of what does not answer, and the next one makes of the photos what an undisturbed one makes."""
+    dst = tmp_path / "whole.beton"
+    monkeypatch.setattr(convert_module, "CHECKPOINT_SECONDS", 0.0)
+    if where == "the listing":
+        disk, words = (
+            DeadDisk(monkeypatch, os, "scandir", lambda path=".": path == photos),
+            "while photos were listed, at the folder itself",
+        )
+    elif where == "a photo":
+        words = "at class1/3.jpg"
+        disk = DeadDisk(monkeypatch, Listing, "read", lambda listing, i: listing.names[i] == "class1/3.jpg", words)
+    else:
+        disk, words = DeadDisk(monkeypatch, BetonWriter, "sync", lambda writer: True), "while whole.beton.partial was written"
+    with answered_at_last(disk):
+        with pytest.raises(Stalled, match=rf"^{photos}: {NOTHING.format('read or written', words)}$"):
+            convert(photos, dst, ConvertOptions(workers=2, stall_minutes=SHORT))
+        assert stall.threads_given_up() and not dst.exists()
+    summary = convert(photos, dst)
+    # The four photos before the dead one; and the one whose writing did not end until the disk was there again.
+    assert summary.resumed == {"the listing": 0, "a photo": 4, "the result": 1}[where]
+    assert everything(tmp_path) == {name: (whole.parent / name).read_bytes() for name in ("whole.beton", "whole.beton.json")}
+
+
+@pytest.mark.parametrize("where", ["the tables", "a sample"])
+def test_a_check(where: str, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if where == "the tables":
+        disk, words = DeadDisk(monkeypatch, _OpenFile, "read_into", lambda *args: True), "at its tables"
+    else:
+        words = "at samples 0 to 5"
+        disk = DeadDisk(monkeypatch, BetonReader, "encoded", lambda reader, sample: sample == 3, words)
+    with answered_at_last(disk):
+        with pytest.raises(Stalled, match=rf"^{whole}: {NOTHING.format('read', words)}$"):
+            verify(whole, workers=2, stall_minutes=SHORT)
+        assert stall.threads_given_up()
+    assert verify(whole).ok
+
+
+def test_a_warning_comes_first(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what a stranger has called a photo does nothing to the terminal."""
+    monkeypatch.setattr(stall, "WARN_SECONDS", 0.05)
+    disk = DeadDisk(monkeypatch, Listing, "read", lambda listing, i: True, "at ")
+    source = tmp_path / "photos"
+    source.mkdir()
+    (source / "\x1b[2J.jpg").write_bytes((photos / "class0" / "0.jpg").read_bytes())
+    with (
+        answered_at_last(disk),
+        pytest.warns(UserWarning, match=r"photos: nothing was read or written for 0 s, at \\x1b\[2J.jpg: the disk .*; an error in 0 min"),
+        pytest.raises(Stalled),
+    ):
+        convert(source, tmp_path / "out.beton", ConvertOptions(stall_minutes=SHORT))
+
+
+@pytest.mark.parametrize("value", [0, math.nan, "10"])
+def test_the_limit_is_a_number(value: object, photos: Path, whole: Path, tmp_path: Path) -> None:
+    with pytest.raises(FastSSLError, match=r"stall_minutes=.* is not a number of minutes above 0"):
+        convert(photos, tmp_path / "out.beton", ConvertOptions(stall_minutes=value))
+    with pytest.raises(FastSSLError, match=r"stall_minutes=.* is not a number of minutes above 0"):
+        verify(whole, stall_minutes=value)
+
+
+def test_for_ever_if_so_wished(photos: Path, whole: Path, tmp_path: Path) -> None:
+    convert(photos, tmp_path / "out.beton", ConvertOptions(stall_minutes=math.inf))
+    assert (tmp_path / "out.beton").read_bytes() == whole.read_bytes() and verify(whole, stall_minutes=math.inf).ok
+
+
+def command_on_a_dead_disk(*arguments: object) -> None:
+    kept = Patience.__init__
+    Patience.__init__ = lambda self, path, minutes=0, deed="read": kept(self, path, SHORT, deed)
+    Listing.read = _OpenFile.read_into = lambda *args: threading.Event().wait()
+    main([str(argument) for argument in arguments])
+
+
+@pytest.mark.parametrize("command", ["convert-imagenet", "verify"])
+def test_the_command_ends_although_threads_hang(command: str, photos: Path, whole: Path, tmp_path: Path) -> None:
+    """With the reader's threads held for ever, the command says its line and is gone, where the interpreter's own end would join them."""
+    arguments = (whole,) if command == "verify" else (photos, tmp_path / "out.beton")
+    ended = in_child(command_on_a_dead_disk, command, *arguments)
+    assert ended.status == 1 and ended.signal is None, ended
+    deed = "read" if command == "verify" else "read or written"
+    assert ended.output.splitlines()[-1].startswith(f"fastssl: {arguments[0]}: nothing was {deed} for 0.1 s"), ended
+
+
+def test_ctrl_c_stops_the_work_and_keeps_what_is_done(photos: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dst, left = tmp_path / "whole.beton", threading.Event()
+    read, settled = Listing.read, Patience.settled
+
+    def interrupting(listing: Listing, i: int) -> bytes:
+        if listing.names[i] == "class1/3.jpg" and not left.is_set():
+            _thread.interrupt_main()
+            assert left.wait(60)
+        return read(listing, i)
+
+    def leaving(patience: Patience, futures: list) -> bool:
+        left.set()
+        return settled(patience, futures)
+
+    monkeypatch.setattr(Listing, "read", interrupting)
+    monkeypatch.setattr(Patience, "settled", leaving)
+    with pytest.raises(KeyboardInterrupt):
+        convert(photos, dst, ConvertOptions(workers=1))
+    assert set(everything(tmp_path)) == {"whole.beton.partial", "whole.beton.partial.journal"} and not stall.threads_given_up()
+    assert convert(photos, dst).written == 6 and dst.read_bytes() == whole.read_bytes()
+
+
+def test_no_memory_for_a_photo_is_no_fault_of_the_photo(photos: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not among the rejected ones: the next conversion takes it."""
+    dst, read = tmp_path / "whole.beton", Listing.read
+
+    def no_memory(listing: Listing, i: int) -> bytes:
+        if listing.names[i] == "class1/3.jpg":
+            raise MemoryError
+        return read(listing, i)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Listing, "read", no_memory)
+        with pytest.raises(WorkerError, match=rf"^{photos}: class1/3.jpg: no memory left; fewer --workers"):
+            convert(photos, dst)
+    assert convert(photos, dst).resumed == 4 and dst.read_bytes() == whole.read_bytes() and not stall.threads_given_up()
+
+
+@pytest.mark.parametrize(
+    ("error", "message"), [(MemoryError(), "no memory left; fewer --workers"), (RuntimeError("a bug"), "unexpected RuntimeError: a bug")]
+)
+def test_what_a_thread_throws_is_no_damage_and_no_proof_of_a_whole_file(
+    error: Exception, message: str, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(reader: BetonReader, sample: int) -> np.ndarray:
+        raise error
+
+    monkeypatch.setattr(BetonReader, "decode", broken)
+    with pytest.raises(WorkerError, match=rf"^{whole}: sample 0: {message}") as caught:
+        verify(whole)
+    assert caught.value.__cause__ is error
