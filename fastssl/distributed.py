@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 
@@ -34,7 +34,13 @@ _SPEAKS_FIRST_S = 0.5
 
 
 @contextmanager
-def joined(world: World, device: torch.device, timeout_minutes: float = 60, patience: Patience | None = None) -> Iterator[None]:
+def joined(
+    world: World,
+    device: torch.device,
+    timeout_minutes: float = 60,
+    patience: Patience | None = None,
+    before_end: Callable[[str], None] | None = None,
+) -> Iterator[None]:
     """Be one of ``world`` inside the block; nothing happens for a world of one.
 
     All ranks leave a block that ends well together. The failure of one ends the others within seconds, and what they say begins with its words: over gloo their
@@ -45,6 +51,7 @@ def joined(world: World, device: torch.device, timeout_minutes: float = 60, pati
         device: where this rank's tensors are. ``cuda``: NCCL, and gloo beside it for what hosts tell each other; ``cpu``: gloo.
         timeout_minutes: for each collective: longer than anything that one rank does while the others wait.
         patience: for all to be there, and with a process that gives no sign of life; None: as the environment says, or 10 minutes and 60 seconds.
+        before_end: as of ``Watch``.
 
     Raises:
         FastSSLError: the others are not met, or another kind of device; or another process has failed, with its name and words.
@@ -57,7 +64,7 @@ def joined(world: World, device: torch.device, timeout_minutes: float = 60, pati
     if device.type == "cuda":
         device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
         torch.cuda.set_device(device)
-    kept, group, watch = _meet(world, patience or Patience.from_environment(os.environ))
+    kept, group, watch = _meet(world, patience or Patience.from_environment(os.environ), before_end)
     try:
         _make_group(world, device, group, timeout_minutes)
         yield
@@ -84,7 +91,7 @@ def joined(world: World, device: torch.device, timeout_minutes: float = 60, pati
         del kept  # the store, if it is this process that keeps it
 
 
-def _meet(world: World, patience: Patience) -> tuple[dist.Store, dist.Store, Watch]:
+def _meet(world: World, patience: Patience, before_end: Callable[[str], None] | None) -> tuple[dist.Store, dist.Store, Watch]:
     """Wait for all to be there: (the store, the part of it that is for the group, the watch, which has begun)."""
     agent = agent_keeps_store(world.address, world.port, os.environ)
     seconds, started = 60 * patience.meet_minutes, time.monotonic()
@@ -108,6 +115,7 @@ def _meet(world: World, patience: Patience) -> tuple[dist.Store, dist.Store, Wat
         keeper=f"torchrun's store at {world.address}:{world.port}" if agent else f"process 0 of {world.size} ({world.address})",
         keeps_store=world.is_main and not agent,
         silent_s=patience.silent_s,
+        before_end=before_end,
     )
     return store, dist.PrefixStore(f"{call}/group", store), watch.start()
 

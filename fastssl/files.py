@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
@@ -10,6 +11,8 @@ from pathlib import Path
 
 #: what a file is called until it is whole
 UNFINISHED = ".tmp"
+
+_one_sets_the_umask = threading.Lock()
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -88,7 +91,13 @@ def remove_unfinished(folder: Path, *patterns: str) -> None:
 
 
 def usual_mode() -> int:
-    """The permissions of a new file, as this process's umask has them."""
-    mask = os.umask(0)
-    os.umask(mask)
+    """The permissions of a new file, as this process's umask has them; from any thread."""
+    with suppress(OSError), open("/proc/self/status", "rb") as about:
+        for line in about:
+            if line.startswith(b"Umask:"):
+                return 0o666 & ~int(line.split()[1], 8)
+    # Elsewhere it is told only to who sets another, and two threads that do so at once would leave the wrong one behind.
+    with _one_sets_the_umask:
+        mask = os.umask(0)
+        os.umask(mask)
     return 0o666 & ~mask

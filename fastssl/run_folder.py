@@ -21,7 +21,7 @@ from fastssl.files import link_atomically, remove_unfinished, write_atomically
 from fastssl.metrics_file import MetricsFile
 from fastssl.pipelines.errors import FastSSLError
 from fastssl.recipe import Recipe, build_recipe, recipe_to_dict
-from fastssl.run_status import write_status
+from fastssl.run_status import read_status
 
 _RESULTS = ("summary.json", "report.html", "views.png", "neighbours.png", "status.json")
 _CHECKPOINTS = ("last*.pt", "last*.safetensors", "step-*.pt", "epoch-*.pt", "epoch-*.safetensors", "*.aside")
@@ -82,7 +82,8 @@ class RunFolder:
             for name in (".lock", "config.yaml", "metrics.jsonl", *_RESULTS):
                 if (self.path / name).exists() and not (self.path / name).is_file():
                     raise FastSSLError(f"{self.path / name}: is no plain file; move it away, or choose another --out")
-            self._lock()
+            if self._lock():
+                self._say_if_killed()
             remove_unfinished(self.path, *_RESULTS, "config.yaml", "metrics.jsonl")
             self.checkpoints.mkdir(exist_ok=True)  # one that cannot be made is better known now than at the first checkpoint
             remove_unfinished(self.checkpoints, *_CHECKPOINTS)
@@ -109,18 +110,13 @@ class RunFolder:
                 f"{self.path}: cannot write the run's folder ({error.strerror or error}); choose another with --out"
             ) from error
 
-    def status(self, state: str, **values: Any) -> None:
-        """Write status.json. Folders are nobody's business: of this one only the name is left in what is said."""
-        clean = {key: value.replace(str(self.path), self.path.name) if isinstance(value, str) else value for key, value in values.items()}
-        write_status(self.path, state, **clean)
-
     def close(self) -> None:
         """Let other processes, and later runs of this one, have the folder."""
         if self._lock_file is not None:
             self._lock_file.close()
 
-    def _lock(self) -> None:
-        """Hold the folder while this process lives: two runs in one folder would write over each other's files."""
+    def _lock(self) -> bool:
+        """Hold the folder while this process lives: two runs in one folder would write over each other's files. False: here nobody can."""
         self._lock_file = open(self.path / ".lock", "a")  # noqa: SIM115 (held open for the whole run)
         try:
             fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -130,6 +126,15 @@ class RunFolder:
             if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
                 raise
             self.say(f"{self.path}: this file system has no locks; see to it that no other run writes here")
+            return False
+        return True
+
+    def _say_if_killed(self) -> None:
+        """Whoever looks into a folder that is his now, and finds a run at work in it, looks at one that came to say nothing more."""
+        told = read_status(self.path)
+        if told.get("state") == "training":
+            heard = f"{told.get('time', 'at an unknown time')}, at step {told.get('step', 'unknown')}"
+            self.say(f"{self.path}: the run before ended without a word (killed, out of memory, power cut?); last heard of {heard}")
 
     def _is_last(self, path: Path) -> bool:
         last = self.checkpoints / LAST

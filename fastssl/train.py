@@ -44,6 +44,7 @@ from fastssl.probe import OnlineProbe, choose_split, require_same_classes
 from fastssl.recipe import Recipe, recipe_to_dict
 from fastssl.requirements import require_a_batch, require_sizes, require_whole_photos
 from fastssl.run_folder import RunFolder
+from fastssl.run_status import RunStatus
 from fastssl.saver import NotSaved, Saver
 from fastssl.schedules import RunLength
 from fastssl.step import TrainStep, use_amp
@@ -139,7 +140,7 @@ def pretrain(recipe: Recipe, options: RunOptions, progress: Progress) -> dict[st
         val = files.enter_context(BetonReader(options.val)) if options.val else None
         if world.size > 1 and world.is_main:
             progress.message(f"{world.size} processes meet at {world.address}:{world.port}")
-        with _told() as told, joined(world, device):
+        with _told() as told, joined(world, device, before_end=lambda why: _tell(told, "failed", why)):
             run = Run(recipe, options, reader, val, progress if world.is_main else _Silence(), world, device)
             files.callback(run.close)
             told.append(run)
@@ -161,15 +162,19 @@ def _told() -> Iterator[list[Run]]:
     try:
         yield runs
     except BaseException as error:
-        for run in runs:
-            if isinstance(error, (Interrupted, KeyboardInterrupt)):
-                run.tell_status("stopped", why=str(error) or "interrupted")
-            else:
-                kind = "" if isinstance(error, FastSSLError) else f"{type(error).__name__}: "
-                run.tell_status("failed", why=f"{kind}{error}"[:1000])
+        if isinstance(error, (Interrupted, KeyboardInterrupt)):
+            _tell(runs, "stopped", str(error) or "interrupted")
+        else:
+            kind = "" if isinstance(error, FastSSLError) else f"{type(error).__name__}: "
+            _tell(runs, "failed", f"{kind}{error}")
         raise
     for run in runs:
         run.tell_status("trained")
+
+
+def _tell(runs: list[Run], state: str, why: str) -> None:
+    for run in runs:
+        run.tell_status(state, why=why[:1000])
 
 
 @contextmanager
@@ -224,6 +229,7 @@ class Run:
         self.stop = StopRequest()
         self.folder = RunFolder(self.out, progress.message) if world.is_main else None
         self.saver = Saver(self.folder, recipe, self.config, progress.message) if self.folder else None
+        self.status = RunStatus(self.out, self._standing) if self.folder else None
         try:
             self._begin()
         except BaseException:
@@ -278,6 +284,7 @@ class Run:
     def close(self) -> None:
         """Let other processes, and later runs of this one, have the folder."""
         if self.folder:
+            self.status.close()
             self.folder.close()
 
     @property
@@ -287,12 +294,14 @@ class Run:
 
     def tell_status(self, state: str, **more: str) -> None:
         """Write status.json, where this is the first process."""
-        if self.folder:
-            total = getattr(self, "total_steps", None)
+        if self.status:
             # Folders are nobody's business, and reports are passed on: names alone are left.
             for path in filter(None, (self.out, self.options.data, self.options.val)):
                 more = {key: value.replace(f"{path.parent}/", "") for key, value in more.items()}
-            self.folder.status(state, step=self.position.step, total_steps=total, saved_step=self.saver.saved_step, **more)
+            self.status.tell(state, **more)
+
+    def _standing(self) -> dict[str, int | None]:
+        return {"step": self.position.step, "total_steps": getattr(self, "total_steps", None), "saved_step": self.saver.saved_step}
 
     # ------------------------------------------------------------------ training
 

@@ -34,6 +34,8 @@ _STANDS_STILL = 10
 _SOON_S = 0.1
 #: Seconds for a connection to answer.
 _REACH_S = 5.0
+#: Seconds for the last words of a process that is ended from here.
+_TELL_S = 2.0
 #: Looks for which the keeper of the store stays behind the others, at most.
 _SEEING_OFF = 2
 #: What stands in the place of the next sign of life when a process has left, in order or not.
@@ -50,6 +52,7 @@ class Watch:
         keeper: who keeps the store, for the message when it is gone.
         keeps_store: whether it is this process: it then leaves last.
         silent_s, leave_s: see above.
+        before_end: is told why, in a thread of its own, before this process is ended from here; it has two seconds.
 
     Attributes:
         failure: the first failure of this run, one line that begins with the process; None: none is known.
@@ -68,11 +71,12 @@ class Watch:
         keeps_store: bool,
         silent_s: float = 60,
         leave_s: float = 10,
+        before_end: Callable[[str], None] | None = None,
     ):
         self.failure: str | None = None
         self._connect, self._prefix, self._rank, self._size = connect, prefix, rank, size
         self._store_place, self._keeper, self._keeps_store = (address, port), keeper, keeps_store
-        self._silent_s, self._leave_s = silent_s, leave_s
+        self._silent_s, self._leave_s, self._before_end = silent_s, leave_s, before_end
         self._beat_s = min(BEAT_S, silent_s / 5)
         self._listener, self._place = _listen(address, port)
         self._words: str | None = None  # the last ones of this process: "" in order, else its failure
@@ -194,12 +198,17 @@ class Watch:
                 return
 
     def _end(self, failure: str) -> None:
-        own = self._words
-        line = f"fastssl: {own or ended_line(failure)}\n"
+        why = self._words or ended_line(failure)
+        line = f"fastssl: {why}\n"
         with suppress(OSError):
             if sys.stderr is not None and sys.stderr.isatty():
                 line = f"\r\x1b[?25h{line}"  # a progress display may have hidden the cursor
             os.write(2, line.encode(errors="replace"))
+        if self._before_end is not None:
+            # It may want to write to the very disk at which the process hangs.
+            teller = threading.Thread(target=self._before_end, args=(why,), daemon=True)
+            teller.start()
+            teller.join(_TELL_S)
         if self._keeps_store:
             time.sleep(2 * self._beat_s)  # the others still read in it
         os._exit(1)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from fastssl import files
 from fastssl.backbones import create_backbone, save_backbone
 from fastssl.files import usual_mode, write_atomically
 
@@ -34,6 +35,20 @@ def test_a_checkpoint_may_be_read_by_whom_any_new_file_may(tmp_path: Path) -> No
     finally:
         os.umask(before)
     assert os.umask(before) == before, "asking for the mask leaves it as it was"
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o027, 0o077])
+def test_both_ways_to_ask_for_the_umask(mask: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(*_: object) -> None:
+        raise FileNotFoundError
+
+    before = os.umask(mask)
+    try:
+        asked = usual_mode()
+        monkeypatch.setattr(files, "open", absent, raising=False)
+        assert asked == usual_mode() == 0o666 & ~mask
+    finally:
+        assert os.umask(before) == mask
 
 
 def test_an_error_of_the_disk_names_the_file_that_was_meant(tmp_path: Path) -> None:

@@ -3,20 +3,134 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from children import in_child
+from small_run import Silent, options, small, status
 
-from fastssl.run_status import write_status
+from fastssl import run_folder, run_status, train
+from fastssl.run_status import RunStatus, read_status, write_status
+from fastssl.train import Run, pretrain
 
 
-def test_it_says_how_a_run_stands(tmp_path: Path) -> None:
+def test_it_says_how_a_run_stands_and_when(tmp_path: Path) -> None:
+    before = time.time() // 1
     write_status(tmp_path, "stopped", step=3, why="a signal")
-    assert json.loads((tmp_path / "status.json").read_text()) == {"state": "stopped", "step": 3, "why": "a signal"}
+    found = json.loads((tmp_path / "status.json").read_text())
+    said = time.mktime(time.strptime(found.pop("time"), "%Y-%m-%dT%H:%M:%SZ")) - time.timezone
+    assert before <= said <= time.time() and found == {"state": "stopped", "step": 3, "why": "a signal"}
     with pytest.raises(ValueError, match="state='gone' is not one of"):
         write_status(tmp_path, "gone")
 
 
 def test_no_run_ends_because_it_cannot_be_written(tmp_path: Path) -> None:
-    write_status(tmp_path / "missing", "training", step=3)
+    status = RunStatus(tmp_path / "missing", dict)
+    status.tell("training")
+    status.close()
     assert not (tmp_path / "missing").exists()
+
+
+@pytest.mark.parametrize("content", [None, b"", b"[1]", b"\xff", b"{", b"[" * 100_000])
+def test_what_is_none_says_nothing(content: bytes | None, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / "status.json").write_bytes(content)
+    assert read_status(tmp_path) == {}
+
+
+def soon(condition: Callable[[], bool]) -> bool:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not condition():
+        time.sleep(0.01)
+    return condition()
+
+
+def test_signs_of_life_come_whatever_the_run_waits_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And end with the run, or with its last words."""
+    monkeypatch.setattr(run_status, "BEAT_S", 0.01)
+    asked = []
+
+    def standing() -> dict[str, int]:
+        asked.append(threading.current_thread())
+        return {"step": len(asked)}
+
+    found = RunStatus(tmp_path, standing)
+    found.tell("training", why="said once")
+    assert soon(lambda: read_status(tmp_path)["step"] > 3)
+    assert read_status(tmp_path)["state"] == "training" and "why" not in read_status(tmp_path)
+    found.tell("stopped", why="a signal")
+    number = len(asked)
+    beat = asked[number - 2]
+    assert asked[-1] is threading.current_thread() is not beat
+    time.sleep(0.05)
+    assert read_status(tmp_path)["state"] == "stopped" and read_status(tmp_path)["why"] == "a signal" and len(asked) == number
+    found.close()
+    assert not beat.is_alive()
+
+
+def killed_in_the_fourth_step(beton: Path, out: Path) -> None:
+    original = Run._step
+
+    def step(run: Run, batch: object) -> object:
+        if run.position.step == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(run, batch)
+
+    Run._step = step
+    pretrain(small("train.checkpoint_minutes=0"), options(beton, out), Silent())
+
+
+def test_a_killed_run_is_told_from_one_at_work(beton: Path, tmp_path: Path) -> None:
+    """By the time that is not renewed; and the next run, which has the lock, says so."""
+    out = tmp_path / "run"
+    ended = in_child(killed_in_the_fourth_step, beton, out, seconds=120)
+    assert ended.signal == "SIGKILL", ended
+    left = status(out)
+    assert left == {"state": "training", "time": left["time"], "step": 3, "total_steps": 12, "saved_step": 3}
+    said = Silent()
+    pretrain(small(), options(beton, out), said)
+    words = f"{out}: the run before ended without a word (killed, out of memory, power cut?); last heard of {left['time']}, at step 3"
+    assert said.messages[0] == words and status(out)["state"] == "finished"
+
+
+@pytest.mark.parametrize(("state", "locked", "killed"), [("training", True, True), ("training", False, False), ("stopped", True, False)])
+def test_only_one_that_was_at_work_and_cannot_be_any_more(
+    state: str, locked: bool, killed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without locks it may still be at work, on another host."""
+    said: list[str] = []
+    folder = run_folder.RunFolder(tmp_path, said.append)
+    (tmp_path / "config.yaml").write_text("")
+    write_status(tmp_path, state, step=3)
+    if not locked:
+        monkeypatch.setattr(folder, "_lock", lambda: False)
+    folder.open({"train": {"epochs": 2}}, "never", {})
+    folder.close()
+    assert any("without a word" in text for text in said) == killed
+
+
+def test_what_the_watch_knows_is_written_before_it_ends_the_process(beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tell: list[Callable[[str], None]] = []
+    found: list[dict] = []
+
+    @contextmanager
+    def watched(world: object, device: object, before_end: Callable[[str], None]) -> Iterator[None]:
+        tell.append(before_end)
+        yield
+
+    def hang(run: Run, batch: object) -> None:
+        tell[0](f"process 1 of 2 (b): {tmp_path}/photos.beton: sample 13 is damaged")
+        found.append(status(tmp_path / "run"))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "joined", watched)
+    monkeypatch.setattr(Run, "_step", hang)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(small(), options(beton, tmp_path / "run"), Silent())
+    assert found[0]["state"] == "failed" and found[0]["why"] == "process 1 of 2 (b): photos.beton: sample 13 is damaged"

@@ -126,6 +126,28 @@ def test_a_store_that_does_not_answer_is_given_up() -> None:
     watch._words = ""
 
 
+def test_last_words_are_told_and_not_waited_for_long(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> None:
+    """Where they are written may be what the process hangs at."""
+    told, answer, codes = [], threading.Event(), []
+
+    def hang(why: str) -> None:
+        told.append(why)
+        answer.wait()
+
+    monkeypatch.setattr("fastssl.watch.os._exit", codes.append)
+    monkeypatch.setattr("fastssl.watch._TELL_S", 0.1)
+    watch = Watch(
+        lambda: dist.HashStore(), 1, 2, prefix="x", address="127.0.0.1", port=free_port(), keeper="the keeper", keeps_store=False, before_end=hang
+    )  # fmt: skip
+    try:
+        watch._end("process 0 of 2 (head) is gone")
+        assert codes == [1] and wait_for(lambda: told == ["the run cannot go on: process 0 of 2 (head) is gone"], 60)
+        assert capfd.readouterr().err == f"fastssl: {told[0]}\n"
+    finally:
+        answer.set()
+        watch._listener.close()
+
+
 def test_own_standstill_is_nobodys_silence() -> None:
     silence = _Silence()
     time.sleep(0.3)
@@ -210,7 +232,9 @@ def test_a_killed_process_is_named_and_the_others_are_gone(victim: int, tmp_path
 
 #: Rank 1 stops in the middle; the others are not in a collective of gloo, which would end by itself, but somewhere for ever.
 FOR_EVER = """
-with joined(world, torch.device("cpu")):
+def tell(why):
+    print(f"told: {why}", file=sys.stderr, flush=True)
+with joined(world, torch.device("cpu"), before_end=tell):
     barrier()
     print("at work", file=sys.stderr, flush=True)
     time.sleep(1000)
@@ -222,7 +246,8 @@ def test_one_that_sits_in_compiled_code_for_ever_is_ended_from_outside(tmp_path:
         at_work(started)
         started.processes[1].kill()
         assert started.ended([0], timeout=30) == [1]
-        assert "fastssl: the run cannot go on: process 1 of 2 (" in started.said(0)
+        for said in ("fastssl: ", "told: "):
+            assert f"{said}the run cannot go on: process 1 of 2 (" in started.said(0)
 
 
 @pytest.mark.parametrize("victim", [1, 0])
