@@ -10,6 +10,7 @@ that it was killed, or stands still, or that the disk takes no more files. Whoev
 from __future__ import annotations
 
 import json
+import queue
 import threading
 import time
 from collections.abc import Callable
@@ -27,10 +28,14 @@ STATES = ("training", "stopped", "failed", "trained", "finished")
 _AT_WORK = ("training", "trained")
 #: Seconds between two signs of life.
 BEAT_S = 60.0
+#: Seconds for which whoever has something to tell waits until it is written.
+_WAIT_S = 10.0
 
 
 class RunStatus:
-    """status.json of one run, from its first words until ``close``. No run ends or waits because the file cannot be written.
+    """status.json of one run, from its first words until ``close``. No run ends because the file cannot be written, nor waits for long.
+
+    One thread writes all of it. So at a disk that does not answer it is this thread that hangs, and the process can leave.
 
     Args:
         folder: of the run.
@@ -39,36 +44,46 @@ class RunStatus:
 
     def __init__(self, folder: Path, standing: Callable[[], dict[str, Any]]):
         self._folder, self._standing = folder, standing
-        self._state = ""
-        self._one_writes, self._closed = threading.Lock(), threading.Event()
-        self._thread = threading.Thread(target=self._renew, name="fastssl-status", daemon=True)
+        self._words: queue.SimpleQueue[tuple[str, dict[str, Any], threading.Event] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._write, name="fastssl-status", daemon=True)
+        self._thread.start()
 
     def tell(self, state: str, **more: Any) -> None:
         """Write how the run stands; from any thread."""
-        with self._one_writes:
-            self._state = state
-            write_status(self._folder, state, **self._standing(), **more)
-            if state in _AT_WORK and not self._thread.is_alive() and not self._closed.is_set():
-                with suppress(RuntimeError):  # no room for a thread: without signs of life, then
-                    self._thread.start()
+        _require_known(state)
+        written = threading.Event()
+        self._words.put((state, {**self._standing(), **more}, written))
+        written.wait(_WAIT_S)
 
     def close(self) -> None:
         """End the signs of life."""
-        self._closed.set()
-        if self._thread.is_alive():
-            self._thread.join(BEAT_S)  # not for ever: it may hang at a disk that does not answer
+        self._words.put(None)
+        self._thread.join(_WAIT_S)
 
-    def _renew(self) -> None:
-        while not self._closed.wait(BEAT_S):
-            with self._one_writes:
-                if self._state in _AT_WORK:
-                    write_status(self._folder, self._state, **self._standing())
+    def _write(self) -> None:
+        state = ""
+        while True:
+            try:
+                words = self._words.get(timeout=BEAT_S)
+            except queue.Empty:
+                if state in _AT_WORK:
+                    write_status(self._folder, state, **self._standing())
+                continue
+            if words is None:
+                return
+            state, values, written = words
+            write_status(self._folder, state, **values)
+            written.set()
+
+
+def _require_known(state: str) -> None:
+    if state not in STATES:
+        raise ValueError(f"state={state!r} is not one of {', '.join(STATES)}")
 
 
 def write_status(folder: Path, state: str, **values: Any) -> None:
     """Write ``folder/status.json``; where the disk does not take it, nothing happens: no run ends for that."""
-    if state not in STATES:
-        raise ValueError(f"state={state!r} is not one of {', '.join(STATES)}")
+    _require_known(state)
     now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     with suppress(OSError):
         write_atomically(folder / NAME, lambda path: path.write_text(json.dumps({"state": state, "time": now, **values}) + "\n"))

@@ -229,9 +229,11 @@ class Run:
         self.stop = StopRequest()
         self.folder = RunFolder(self.out, progress.message) if world.is_main else None
         self.saver = Saver(self.folder, recipe, self.config, progress.message) if self.folder else None
-        self.status = RunStatus(self.out, self._standing) if self.folder else None
+        self.status: RunStatus | None = None
         try:
             self._begin()
+            if self.folder:
+                self.status = RunStatus(self.out, self._standing)
         except BaseException:
             self.close()
             raise
@@ -283,8 +285,9 @@ class Run:
 
     def close(self) -> None:
         """Let other processes, and later runs of this one, have the folder."""
-        if self.folder:
+        if self.status:
             self.status.close()
+        if self.folder:
             self.folder.close()
 
     @property

@@ -23,6 +23,17 @@ from fastssl.evaluate.detection.train import TrainingConfig
 CPU = torch.device("cpu")
 
 
+class Bars:
+    """Remembers what a bar was shown for."""
+
+    def __init__(self) -> None:
+        self.shown: list[tuple[str, int]] = []
+
+    def __call__(self, label: str, total: int, unit: str) -> contextlib.AbstractContextManager[None]:
+        self.shown.append((label, total))
+        return contextlib.nullcontext()
+
+
 def by_hand(annotations: Path, predictions: Path, kind: str) -> dict[str, float | None]:
     """As pycocotools' own example does it, from the two files."""
     with contextlib.redirect_stdout(io.StringIO()):
@@ -51,11 +62,13 @@ def test_a_detector_learns_eight_pictures_by_heart(tmp_path: Path) -> None:
         assert {figure: figures[f"{name}_{figure}"] for figure in FIGURES} == expected
         assert 0 < expected["ap"] < 100, "figures that could not be any other prove nothing"
     assert sorted(path.name for path in out.iterdir()) == ["detect.pt", "predictions-boxes.json", "predictions-masks.json"]
-    # The same again finds the trained detector, and only judges.
+    # The same again finds the trained detector, and only judges: the training pictures are not looked through once more.
     kept = (out / "predictions-boxes.json").read_text()
     (out / "predictions-boxes.json").unlink()
     other = create_backbone("resnet10t")
-    again = detection_figures(other, data, data, shape, training, device=CPU, test_side=96, out=out, workers=1)
+    bars = Bars()
+    again = detection_figures(other, data, data, shape, training, device=CPU, test_side=96, out=out, workers=1, bar=bars)
+    assert [label for label, _ in bars.shown] == ["checking the validation pictures", "fine-tuning", "validation pictures"]
     assert again == figures and json.loads((out / "predictions-boxes.json").read_text()) == json.loads(kept)
 
 
@@ -75,15 +88,10 @@ def test_damaged_training_pictures_are_found_before_the_training(tmp_path: Path)
     path = train.pictures[2].path
     path.write_bytes(path.read_bytes()[:-200])  # its header is whole
     endless = TrainingConfig(iterations=10**9, batch_size=1, short_sides=(96,))
-    bars: list[tuple[str, int]] = []
-
-    def bar(label: str, total: int, unit: str) -> contextlib.AbstractContextManager[None]:
-        bars.append((label, total))
-        return contextlib.nullcontext()
-
+    bars = Bars()
     with pytest.raises(DetectionError, match=r"train/pictures/0002.jpg: cannot decode the picture"):
-        detection_figures(create_backbone("lcnet_035"), train, val, DetectorConfig(), endless, device=CPU, workers=1, bar=bar)
-    assert bars == [("checking the validation pictures", 4), ("checking the training pictures", 4)]
+        detection_figures(create_backbone("lcnet_035"), train, val, DetectorConfig(), endless, device=CPU, workers=1, bar=bars)
+    assert bars.shown == [("checking the validation pictures", 4), ("checking the training pictures", 4)]
 
 
 def test_a_set_without_anything_to_find_is_refused_at_once(tmp_path: Path) -> None:

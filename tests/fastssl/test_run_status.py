@@ -30,6 +30,13 @@ def test_it_says_how_a_run_stands_and_when(tmp_path: Path) -> None:
         write_status(tmp_path, "gone")
 
 
+def test_a_state_that_nobody_knows_is_a_mistake_of_ours(tmp_path: Path) -> None:
+    found = RunStatus(tmp_path, dict)
+    with pytest.raises(ValueError, match="state='gone' is not one of"):
+        found.tell("gone")
+    found.close()
+
+
 def test_no_run_ends_because_it_cannot_be_written(tmp_path: Path) -> None:
     status = RunStatus(tmp_path / "missing", dict)
     status.tell("training")
@@ -66,12 +73,25 @@ def test_signs_of_life_come_whatever_the_run_waits_for(tmp_path: Path, monkeypat
     assert read_status(tmp_path)["state"] == "training" and "why" not in read_status(tmp_path)
     found.tell("stopped", why="a signal")
     number = len(asked)
-    beat = asked[number - 2]
-    assert asked[-1] is threading.current_thread() is not beat
     time.sleep(0.05)
     assert read_status(tmp_path)["state"] == "stopped" and read_status(tmp_path)["why"] == "a signal" and len(asked) == number
     found.close()
-    assert not beat.is_alive()
+    (writer,) = set(asked) - {threading.current_thread()}
+    assert not writer.is_alive()
+
+
+def test_a_disk_that_does_not_answer_holds_up_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was told meanwhile is written when it does, in order."""
+    answer, write = threading.Event(), run_status.write_status
+    monkeypatch.setattr(run_status, "write_status", lambda *args, **values: (answer.wait(), write(*args, **values)))
+    monkeypatch.setattr(run_status, "_WAIT_S", 0.05)
+    found = RunStatus(tmp_path, dict)
+    for state in ("training", "failed"):
+        found.tell(state)
+    found.close()
+    assert read_status(tmp_path) == {}
+    answer.set()
+    assert soon(lambda: read_status(tmp_path).get("state") == "failed")
 
 
 def killed_in_the_fourth_step(beton: Path, out: Path) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from fastssl.collectives import agree_any
 from fastssl.evaluate.detection.annotations import DetectionSet, require_same_categories, require_something_to_find
 from fastssl.evaluate.detection.average_precision import average_precision, require_pycocotools
 from fastssl.evaluate.detection.batches import check_pictures
@@ -53,7 +54,8 @@ def detection_figures(
     """Fine-tune a detector over ``backbone`` on ``train``, judge it on ``val``.
 
     Before the first step every picture of both is decoded once and compared with its annotation's size, each process its share: of the training pictures
-    (those with boxes) that is one pass, where the schedule has twelve. The masks of ``val`` are drawn too; those of ``train`` were checked when they were read.
+    (those with boxes) that is one pass, where the schedule has twelve. The masks of ``val`` are drawn too; those of ``train`` were checked when they were read. Where ``out`` holds a
+    ``detect.pt``, whatever wrote it has looked through its training pictures, and ``fine_tune`` takes it for no others: they are not decoded once more.
 
     Args:
         backbone: a timm network without its classifier, in float32; it is trained in place.
@@ -79,10 +81,12 @@ def detection_figures(
     mine = [val.pictures[number] for number in share(np.arange(len(val)))]
     with bar("checking the validation pictures", len(mine), "images") as advance:
         check_pictures(mine, workers, advance)
-    learned = train.with_boxes()
-    checked = [learned[number] for number in share(np.arange(len(learned)))]
-    with bar("checking the training pictures", len(checked), "images") as advance:
-        check_pictures(checked, workers, advance, masks=False)
+    checkpoint = out / "detect.pt" if out else None
+    if not agree_any(world.is_main and checkpoint is not None and checkpoint.is_file()):
+        learned = train.with_boxes()
+        checked = [learned[number] for number in share(np.arange(len(learned)))]
+        with bar("checking the training pictures", len(checked), "images") as advance:
+            check_pictures(checked, workers, advance, masks=False)
     torch.manual_seed(training.seed)  # of the first weights of pyramid and heads
     detector = Detector(backbone, len(train.categories), shape, amp=amp).to(device)
     with bar("fine-tuning", training.iterations, "iterations") as advance:
@@ -93,7 +97,7 @@ def detection_figures(
             device=device,
             world=world,
             workers=workers,
-            checkpoint=out / "detect.pt" if out else None,
+            checkpoint=checkpoint,
             about=about,
             progress=None if advance is None else lambda done, losses: advance(done),
         )
