@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,18 @@ def resolve_arch(name: str) -> str:
     raise FastSSLError(f"unknown network {name!r}{hint}; `fastssl archs` lists the short names, any timm name works too")
 
 
-def create_backbone(name: str, *, drop_path: float = 0.0, init: str = "timm", zero_init_residual: bool = False) -> nn.Module:
+def _warn(text: str) -> None:
+    warnings.warn(text, stacklevel=3)
+
+
+def create_backbone(
+    name: str,
+    *,
+    drop_path: float = 0.0,
+    init: str = "timm",
+    zero_init_residual: bool = False,
+    say: Callable[[str], None] = _warn,
+) -> nn.Module:
     """A randomly initialised backbone in channels-last layout.
 
     Args:
@@ -58,6 +70,7 @@ def create_backbone(name: str, *, drop_path: float = 0.0, init: str = "timm", ze
         drop_path: stochastic depth rate of the deepest block, for networks that have it (0 elsewhere).
         init: ``timm``: as the network's definition there does; ``kaiming``: see ``kaiming_init``.
         zero_init_residual: see ``zero_residual_branches``.
+        say: is told which of these changes nothing in this network, and why; by default a warning.
 
     Returns:
         a timm module; ``module(images (N, 3, S, S)) -> (N, F)``; ``feature_dim(module)`` is F. Vision transformers
@@ -77,15 +90,15 @@ def create_backbone(name: str, *, drop_path: float = 0.0, init: str = "timm", ze
         )
         raise FastSSLError(f"{name} {reason}") from error
     if drop_path > 0 and not drop_path_layers(backbone):
-        warnings.warn(f"drop_path={drop_path} changes nothing: {name} has no drop path", stacklevel=2)
+        say(f"drop_path={drop_path} changes nothing: {name} has no drop path")
     if init == "kaiming":
         kaiming_init(backbone)
     if zero_init_residual and getattr(backbone, "global_pool", "") == "token":
         # Silent blocks would leave the class token, which is what is read, the same for every photo.
-        warnings.warn(f"zero_init_residual is left out: {name} reads its feature from a class token", stacklevel=2)
+        say(f"zero_init_residual is left out: {name} reads its feature from a class token")
         zero_init_residual = False
     if zero_init_residual and not zero_residual_branches(backbone):
-        warnings.warn(f"zero_init_residual changes nothing: {name} has no residual branches that are known here", stacklevel=2)
+        say(f"zero_init_residual changes nothing: {name} has no residual branches that are known here")
     return backbone.to(memory_format=torch.channels_last)
 
 

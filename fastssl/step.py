@@ -44,10 +44,14 @@ def use_amp(amp: str, device: torch.device) -> bool:
     return amp == "bf16" or (amp == "auto" and device.type == "cuda")
 
 
-def initial_backbone(recipe: Recipe, seed: int) -> nn.Module:
-    """The backbone as a run with this seed begins with it, on the CPU: the same weights at every call."""
+def initial_backbone(recipe: Recipe, seed: int, say: Callable[[str], None] = lambda text: None) -> nn.Module:
+    """The backbone as a run with this seed begins with it, on the CPU: the same weights at every call.
+
+    Args:
+        say: is told which settings of the recipe change nothing in this network. A recipe may be for other networks, too: that is no warning.
+    """
     torch.manual_seed(seed)
-    return create_backbone(recipe.arch, drop_path=recipe.drop_path, init=recipe.init, zero_init_residual=recipe.zero_init_residual)
+    return create_backbone(recipe.arch, drop_path=recipe.drop_path, init=recipe.init, zero_init_residual=recipe.zero_init_residual, say=say)
 
 
 class TrainStep:
@@ -66,6 +70,7 @@ class TrainStep:
     Attributes:
         method: the networks, the queue or centre; what is saved.
         batch_size: samples a step on this rank.
+        without_effect: a line for each setting of the recipe that changes nothing in this network, with the reason.
         fallbacks: {switch: why it is not used here}; also ``channels_last``, where a network does not keep the layout.
         networks: student and teacher (or None) in the form that computes: with ``amp`` copies that hold bfloat16 weights.
         prepared: whether the first call was made, and ``prepare_s``, the seconds of it that went before the step itself.
@@ -94,6 +99,7 @@ class TrainStep:
                 f"batch of {total}: {world.size} processes with train.accumulate={parts} need equal parts of at least 2 samples; --batch-size changes it"
             )
         self.batch_size = total // world.size
+        self.without_effect: list[str] = []
         if device.type == "cuda":
             torch.backends.cudnn.benchmark = not recipe.train.deterministic  # every step has the same shapes
         self.method = self._new_method().to(device, memory_format=torch.channels_last).train()
@@ -124,7 +130,7 @@ class TrainStep:
         recipe = self.recipe
         kind, _ = METHODS[recipe.method]
         views = Views(self.batch_size, recipe.pair_weights, self.world.size)
-        backbone = initial_backbone(recipe, self.seed)
+        backbone = initial_backbone(recipe, self.seed, self.without_effect.append)
         try:
             return kind(backbone, recipe.settings, views=views, generator=torch.Generator().manual_seed(self.seed))
         except ValueError as error:

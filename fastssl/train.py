@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from fastssl.backbones import resolve_arch
 from fastssl.bad_step import BAD_STEPS, save_bad_step
 from fastssl.checkpoint import Position, differences, has_all_files, restore
-from fastssl.collectives import Vote, agree_any, broadcast_module, gather_values, share
+from fastssl.collectives import Vote, agree_any, barrier, broadcast_module, gather_values, share
 from fastssl.distributed import joined
 from fastssl.finish import finish_run
 from fastssl.meters import MetricRing
@@ -138,10 +138,14 @@ def pretrain(recipe: Recipe, options: RunOptions, progress: Progress) -> dict[st
         device = choose_device(options.device, world)
         reader = files.enter_context(BetonReader(options.data))
         val = files.enter_context(BetonReader(options.val)) if options.val else None
-        if world.size > 1 and world.is_main:
-            progress.message(f"{world.size} processes meet at {world.address}:{world.port}")
+        said = progress if world.is_main else _Silence()
+        if world.size > 1:
+            said.message(f"{world.size} processes meet at {world.address}:{world.port}")
+        meeting = time.monotonic()
         with _told() as told, joined(world, device, before_end=lambda why: _tell(told, "failed", why)):
-            run = Run(recipe, options, reader, val, progress if world.is_main else _Silence(), world, device)
+            if world.size > 1:
+                said.message(f"all {world.size} are here after {time.monotonic() - meeting:.0f} s")
+            run = Run(recipe, options, reader, val, said, world, device)
             files.callback(run.close)
             told.append(run)
             run.tell_status("training")
@@ -223,6 +227,8 @@ class Run:
                 require_whole_photos(val, workers=options.workers)
         self.step = TrainStep(recipe, self.device, amp=self.amp, seed=options.seed, world=world)
         require_sizes(recipe, self.backbone, device)
+        for line in self.step.without_effect:
+            progress.message(line)
         self.position = Position()
         self.config = self._config()
         self._agree()
@@ -275,7 +281,7 @@ class Run:
                 found = str(error)
         found = share(found)
         if isinstance(found, str):
-            raise FastSSLError(found)
+            self._end_together(FastSSLError(found))
         if found is not None:
             self.position = restore(found, method=self.step.method, optimizer=self.step.optimizer)
             if self.saver:
@@ -323,9 +329,19 @@ class Run:
             if self.saver:
                 self._complete_checkpoint()
                 self.saver.begin()
+            if self.position.step < self.total_steps:
+                self.progress.message(self._plan())
             while self.position.epoch < train.epochs:
                 self._epoch(loader)
             self._vote.close()
+
+    def _plan(self) -> str:
+        """What is about to be done, in words: the first line of metrics may be minutes away."""
+        left, epochs = self.total_steps - self.position.step, self.recipe.train.epochs
+        return (
+            f"training {self.config['arch']}: {left:,} of {self.total_steps:,} steps to make, {self.batch_size:,} photos each; "
+            f"{epochs:,} {'epoch' if epochs == 1 else 'epochs'} of {self.steps_per_epoch:,} steps"
+        )
 
     def _complete_checkpoint(self) -> None:
         """Write the files that a kill in the middle of a checkpoint, or a checkpoint from elsewhere, left out; they may never come again."""
@@ -419,8 +435,18 @@ class Run:
         self._vote.close()
         if not share(saved):
             why = self.saver.why() if self.saver else "its first process says why"
-            raise NotSaved(f"stopped at step {self.position.step:,}, which could not be saved: {why}")
-        raise Interrupted(f"stopped at step {self.position.step:,}; everything is saved in {self.out}; the same command goes on from here")
+            self._end_together(NotSaved(f"stopped at step {self.position.step:,}, which could not be saved: {why}"))
+        self._end_together(
+            Interrupted(f"stopped at step {self.position.step:,}; everything is saved in {self.out}; the same command goes on from here")
+        )
+
+    def _end_together(self, error: FastSSLError) -> NoReturn:
+        """Raise what all processes end with, by agreement. The first one says it for all before any of them leaves: when one has left, torchrun ends the others."""
+        if self.world.size > 1:
+            self.progress.message(f"fastssl: {error}")
+            barrier()
+            error.told = True
+        raise error
 
     def _end_epoch(self, loader: ViewLoader) -> None:
         """The probe, and a checkpoint at the very end and at milestones."""
@@ -473,8 +499,10 @@ class Run:
         reason = "a gradient is not finite" if math.isfinite(loss) else f"the loss is {loss}"
         where = self._keep_batch(batch, number, reason)
         if len(self.position.passed_over) >= most:
-            raise FastSSLError(
-                f"step {number:,}: {reason}, and {most} such steps were passed over before (train.skip_nonfinite){self._advice(where)}"
+            self._end_together(
+                FastSSLError(
+                    f"step {number:,}: {reason}, and {most} such steps were passed over before (train.skip_nonfinite){self._advice(where)}"
+                )
             )
         self.position.passed_over.append(number)
         self.progress.message(f"step {number:,}: {reason}; passed over{f', its batch is in {where}' if where else ''}")

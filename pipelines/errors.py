@@ -11,7 +11,13 @@ import unicodedata
 
 
 class FastSSLError(Exception):
-    """Base of all failures that are the input's, the machine's or the caller's, not the program's."""
+    """Base of all failures that are the input's, the machine's or the caller's, not the program's.
+
+    Attributes:
+        told: the user has read it already, as of several processes that end with it together the first one speaks for all; the command line does not repeat it.
+    """
+
+    told = False
 
 
 class BetonError(FastSSLError):

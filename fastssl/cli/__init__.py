@@ -9,7 +9,8 @@ import os
 import signal
 import sys
 import traceback
-from typing import NoReturn
+import warnings
+from typing import NoReturn, TextIO
 
 import click
 
@@ -78,23 +79,46 @@ def main(argv: list[str] | None = None) -> None:
         # `fastssl recipes | head`: these only print, so when the reader leaves there is nothing to do but to end, as any filter does.
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     try:
-        status = cli.main(args=argv, prog_name="fastssl", standalone_mode=False)
+        with warnings.catch_warnings():
+            if not debug:
+                warnings.showwarning = _show_warning
+            status = cli.main(args=argv, prog_name="fastssl", standalone_mode=False)
         _leave(status if isinstance(status, int) else 0)
     except click.exceptions.Exit as stop:
         _leave(stop.exit_code)
-    except (click.Abort, KeyboardInterrupt):
-        _leave(130, "interrupted")
+    except (click.Abort, KeyboardInterrupt) as stop:
+        _leave(130, None if _was_leaving(stop) else "interrupted")
     except click.ClickException as error:
         error.show()
         _leave(2)
     except Interrupted as stop:
-        _leave(130, f"fastssl: {stop}")
+        _leave(130, _line(stop))
     except (FastSSLError, OSError) as error:
         _show_traceback(debug)
-        _leave(1, f"fastssl: {error}")
+        _leave(1, _line(error))
     except Exception as error:
         _show_traceback(debug)
         _leave(1, f"fastssl: unexpected {type(error).__name__}: {error} (run again with --debug for the traceback)")
+
+
+def _line(error: FastSSLError | OSError) -> str | None:
+    """What is said of ``error``; None where it was said before."""
+    return None if getattr(error, "told", False) else f"fastssl: {error}"
+
+
+def _was_leaving(stop: BaseException) -> bool:
+    """Whether the interruption struck a process on its way out, whose reason was told: as soon as one process has left, torchrun ends the others."""
+    error: BaseException | None = stop
+    while error is not None and not getattr(error, "told", False):
+        error = error.__cause__ or error.__context__
+    return error is not None
+
+
+def _show_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, file: TextIO | None = None, line: str | None = None
+) -> None:
+    """One line for the reader. Python's own form, with the line of source that warns, comes with ``--debug``."""
+    click.echo(printable(f"fastssl: warning: {' '.join(str(message).split())}"), err=True)
 
 
 def _show_traceback(debug: bool) -> None:

@@ -82,13 +82,18 @@ def pretrain(
 
     Ctrl-C, SIGTERM and SIGUSR1 save and stop, with status 130. The same command goes on from there, and after any other end from the newest checkpoint.
     """
+    from fastssl.world import world_from_environment
+
+    world = world_from_environment()
+    if not world.is_main:
+        console.quiet = True  # the first process speaks for all
+    elif world.size > 1:
+        # torch is not loaded yet, which several processes on a busy machine may take half a minute for.
+        console.print(f"{world.size} processes start; each loads torch first, then they meet", highlight=False)
+
     from fastssl.progress import RunProgress
     from fastssl.train import RunOptions
     from fastssl.train import pretrain as run
-    from fastssl.world import world_from_environment
-
-    if not world_from_environment().is_main:
-        console.quiet = True  # the first process speaks for all
 
     recipe, short = choose_recipe(arch, data, device, recipe_name, overrides, epochs, batch_size)
     if data is None:

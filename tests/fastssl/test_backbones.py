@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,12 @@ def test_zero_init_residual_makes_a_transformers_blocks_the_identity() -> None:
 def test_zero_init_residual_says_where_it_does_nothing() -> None:
     with pytest.warns(UserWarning, match="zero_init_residual changes nothing: lcnet_035"):
         create_backbone("lcnet_035", zero_init_residual=True)
+    said: list[str] = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        create_backbone("lcnet_035", zero_init_residual=True, drop_path=0.1, say=said.append)
+        create_backbone("mobilenetv3_large", zero_init_residual=True, say=said.append)
+    assert [line.split()[0] for line in said] == ["drop_path=0.1", "zero_init_residual"]
 
 
 def test_saved_backbone_loads_as_a_timm_module(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import free_port, run_processes
+from processes import Started, free_port, run_processes
 
 from fastssl.pipelines.beton import BetonReader
 from fastssl.pipelines.errors import FastSSLError, Interrupted
@@ -159,9 +159,33 @@ def test_a_killed_process_is_started_again_by_torchrun_and_the_run_goes_on(beton
     said = (tmp_path / "stderr").read_text()
     assert set(first) == {0, 1} and said.count("2 processes meet") == 2 and "resumed at step" in said, said
     # torchrun ends process 0 as soon as it sees that process 1 is gone: it may have nothing to say any more.
-    assert said.count("the run cannot go on") <= 1
+    assert said.count("the run cannot go on: process 1 of 2") <= 1
     assert [row["step"] for row in steps(out)] == list(range(1, 73))
     assert torch.load(last, weights_only=True)["position"]["step"] == 72
+
+
+def test_the_first_process_speaks_for_all_when_they_end_together(beton: Path, tmp_path: Path) -> None:
+    """A signal to one of them, then a folder that is refused."""
+    out, arguments = (
+        tmp_path / "run",
+        [argument for item in [*SMALL, "train.epochs=500", "train.log_every=1"] for argument in ("--set", item)],
+    )
+    command = ["-m", "fastssl", "pretrain", "--arch", ARCH, "--recipe", RECIPE, "--data", str(beton), "--out", str(out), "--device", "cpu"]
+    with Started([[*command, "--workers", "1", *arguments]] * 2, tmp_path) as started:
+        started.wait_until_said(0, "steps to make", timeout=200)
+        deadline = time.monotonic() + 100
+        while not (out / "metrics.jsonl").is_file() or not steps(out):
+            assert time.monotonic() < deadline, started.said(0)
+            time.sleep(0.1)
+        os.kill(started.processes[1].pid, signal.SIGTERM)
+        assert started.ended([0, 1], timeout=120) == [130, 130]
+        first, second = started.said(0), started.said(1)
+    assert first.startswith("2 processes start") and first.index("2 processes meet at") < first.index("all 2 are here after"), first
+    assert first.count("fastssl: stopped at step") == 1 and "everything is saved" in first and second == "", (first, second)
+    with Started([[*command, "--workers", "1", *arguments, "--set", "optim.lr=0.5"]] * 2, tmp_path) as started:
+        assert started.ended([0, 1], timeout=200) == [1, 1]
+        first, second = started.said(0), started.said(1)
+    assert first.count("belongs to a run with other settings") == 1 and second == "", (first, second)
 
 
 def started_apart(beton: str, out: str) -> str:

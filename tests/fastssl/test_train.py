@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -126,6 +127,7 @@ def test_a_finished_run_is_reported_again_not_trained_again(finished: Path, beto
     assert (finished / "checkpoints" / "last.pt").stat().st_mtime_ns == before
     assert (finished / "metrics.jsonl").read_text() == metrics
     assert summary["steps"] == 12 and any("resumed at step 12" in text for text in progress.messages)
+    assert not any("steps to make" in text for text in progress.messages)
 
 
 def test_other_settings_in_the_same_folder_are_refused_by_name(finished: Path, beton: Path) -> None:
@@ -284,6 +286,16 @@ def test_switches_that_cannot_be_used_are_said_and_change_nothing(finished: Path
     mine = torch.load(tmp_path / "run" / "checkpoints" / "last.pt", weights_only=True)["method"]
     reference = torch.load(finished / "checkpoints" / "last.pt", weights_only=True)["method"]
     assert all(torch.equal(mine[name], reference[name]) for name in reference)
+
+
+def test_a_setting_for_other_networks_is_a_line_and_no_warning(beton: Path, tmp_path: Path) -> None:
+    """The quick start silences residual branches; whoever gives it a network without them did not ask for that."""
+    said = Silent()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="zero_init_residual")
+        pretrain(small("arch=lcnet_035", "train.epochs=1", "probe.final_samples=0"), options(beton, tmp_path / "run"), said)
+    assert said.messages.count("zero_init_residual changes nothing: lcnet_035 has no residual branches that are known here") == 1
+    assert "training lcnet_035: 6 of 6 steps to make, 8 photos each; 1 epoch of 6 steps" in said.messages
 
 
 def test_a_run_in_parts_and_bfloat16_resumes_bit_for_bit(beton: Path, tmp_path: Path) -> None:

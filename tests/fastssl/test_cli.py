@@ -1,0 +1,65 @@
+"""What the command line says whatever the command: warnings on a line, and nothing twice."""
+
+from __future__ import annotations
+
+import warnings
+
+import click
+import pytest
+
+from fastssl import cli as module
+from fastssl.cli import main
+from fastssl.pipelines.errors import FastSSLError, Interrupted
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture):
+    """Run ``work`` as a command: (exit status, what was written to standard error)."""
+
+    def call(work, *arguments: str) -> tuple[int, str]:
+        command = click.Group("fastssl", commands={"work": click.Command("work", callback=work)})
+        monkeypatch.setattr(module, "cli", command)
+        with pytest.raises(SystemExit) as stop:
+            main(["work", *arguments])
+        return int(stop.value.code or 0), capfd.readouterr().err
+
+    return call
+
+
+def warn() -> None:
+    warnings.warn("x.beton: fields not read:\n \x1b[2J", stacklevel=1)
+
+
+def test_a_warning_is_one_plain_line(run) -> None:
+    assert run(warn) == (0, "fastssl: warning: x.beton: fields not read: \\x1b[2J\n")
+
+
+def test_with_debug_a_warning_is_left_to_python(run) -> None:
+    with pytest.warns(UserWarning, match="fields not read"):
+        assert run(warn, "--debug") == (0, "")
+
+
+@pytest.mark.parametrize(("kind", "status"), [(FastSSLError, 1), (Interrupted, 130)])
+def test_what_was_told_is_not_repeated(run, kind: type[FastSSLError], status: int) -> None:
+    def end(told: bool) -> None:
+        error = kind("stopped at step 7")
+        error.told = told
+        raise error
+
+    assert run(lambda: end(False)) == (status, "fastssl: stopped at step 7\n")
+    assert run(lambda: end(True)) == (status, "")
+
+
+def test_one_that_is_ended_on_its_way_out_says_nothing_more(run) -> None:
+    """torchrun ends the other processes as soon as the first has left."""
+
+    def end(told: bool) -> None:
+        error = Interrupted("stopped at step 7")
+        error.told = told
+        try:
+            raise error
+        finally:
+            raise KeyboardInterrupt
+
+    assert run(lambda: end(True)) == (130, "\n")  # click's
+    assert run(lambda: end(False)) == (130, "\ninterrupted\n")
