@@ -63,13 +63,16 @@ class RunFolder:
         """Where they are."""
         return self.path / "checkpoints"
 
-    def open(self, config: dict[str, Any], resume: str, about: dict[str, Any]) -> dict[str, Any] | None:
+    def open(
+        self, config: dict[str, Any], resume: str, about: dict[str, Any], require_fit: Callable[[dict[str, Any]], None]
+    ) -> dict[str, Any] | None:
         """Take the folder, and make it ready to go on, or for a new run.
 
         Args:
             config: every value that the run's numbers depend on.
             resume: ``auto``, ``never`` or the path of a checkpoint.
             about: what config.yaml says besides.
+            require_fit: raises FastSSLError where the content of a checkpoint cannot be gone on from; asked before anything in the folder is changed for it.
 
         Returns:
             the content of the checkpoint to go on from; None for a new run.
@@ -88,6 +91,8 @@ class RunFolder:
             self.checkpoints.mkdir(exist_ok=True)  # one that cannot be made is better known now than at the first checkpoint
             remove_unfinished(self.checkpoints, *_CHECKPOINTS)
             found = self._find(config, resume)
+            if found is not None:
+                require_fit(found[1])
             state = None
             if found is None:
                 self._clear(resume)
