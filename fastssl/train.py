@@ -142,16 +142,19 @@ def pretrain(recipe: Recipe, options: RunOptions, progress: Progress) -> dict[st
         val = files.enter_context(BetonReader(options.val)) if options.val else None
         if world.size > 1 and world.is_main:
             progress.message(f"{world.size} processes meet at {world.address}:{world.port}")
-        with _told() as told, joined(world, device, before_end=lambda why: _tell(told, "failed", why)):
+        with ExitStack() as listening, _told() as told, joined(world, device, before_end=lambda why: _tell(told, "failed", why)):
             run = Run(recipe, options, reader, val, progress if world.is_main else _Silence(), world, device)
             files.callback(run.close)
             told.append(run)
             run.tell_status("training")
-            with run.stop.by_signals():
-                run.train()
+            # Until this process has left the others: a launcher repeats itself, and ends all as soon as the first has gone.
+            listening.enter_context(run.stop.by_signals())
+            run.train()
         # The processes have parted: what follows is the first one's alone.
         if not world.is_main:
             return None
+        if run.stop:  # too late for the last step to be told
+            raise Interrupted(f"all {run.position.step:,} steps are made and saved in {run.out}; the same command writes the report")
         summary = finish_run(run, started)
         run.tell_status("finished")
         return summary
