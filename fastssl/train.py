@@ -255,6 +255,8 @@ class Run:
                 "name": self.options.data.name,
                 "samples": len(self.reader),
                 "tables": "{head:08x}{table:08x}".format(**self.reader.table_checksums()),
+                "photos": f"{self.reader.photo_checksum():08x}",
+                "val_photos": f"{self.val.photo_checksum():08x}" if self.val else None,
             },
             "val": self.options.val.name if self.options.val else None,
             "seed": self.options.seed,
