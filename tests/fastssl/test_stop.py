@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import threading
 
 import pytest
 
+from fastssl import cli
 from fastssl import stop as module
 from fastssl.stop import StopRequest
 
@@ -103,3 +105,18 @@ def test_a_handler_that_python_does_not_know_of_is_no_error(monkeypatch: pytest.
     finally:
         for number, handler in before.items():
             real(number, handler)
+
+
+def test_what_a_launcher_says_twice_does_not_interrupt_the_end_of_a_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "_interrupted_at", -math.inf)
+    with pytest.raises(KeyboardInterrupt):
+        cli._interrupt(signal.SIGTERM, None)
+    cli._interrupt(signal.SIGTERM, None)
+    with monkeypatch.context() as patch:
+        patch.setattr(cli, "_TWICE_S", 0.0)
+        with pytest.raises(KeyboardInterrupt):  # who still waits, and says it again, means it
+            cli._interrupt(signal.SIGTERM, None)
+    monkeypatch.setattr(cli, "_interrupted_at", -math.inf)
+    with pytest.raises(SystemExit):
+        cli._leave(0)
+    cli._interrupt(signal.SIGUSR1, None)
