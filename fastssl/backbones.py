@@ -23,6 +23,7 @@ from fastssl.drop_path import drop_path_layers
 from fastssl.files import write_atomically
 from fastssl.names import nearest
 from fastssl.pipelines.errors import FastSSLError
+from fastssl.yaml_file import shown
 
 #: short name -> timm name
 SHORT_NAMES: dict[str, str] = {
@@ -36,6 +37,9 @@ SHORT_NAMES: dict[str, str] = {
     "vit_tiny": "vit_tiny_patch16_224",
 }
 
+#: Characters of what a file of ours says of itself, and tensors in it, at most.
+_LONGEST, _MOST = 1 << 20, 100_000
+
 
 def resolve_arch(name: str) -> str:
     """The timm name of ``name`` (a short name or timm's own).
@@ -47,8 +51,8 @@ def resolve_arch(name: str) -> str:
         return SHORT_NAMES[name]
     if timm.is_model(name):
         return name
-    hint = nearest(name, [*SHORT_NAMES, *timm.list_models()])
-    raise FastSSLError(f"unknown network {name!r}{hint}; `fastssl archs` lists the short names, any timm name works too")
+    hint = nearest(name[:100], [*SHORT_NAMES, *timm.list_models()])
+    raise FastSSLError(f"unknown network {shown(name)}{hint}; `fastssl archs` lists the short names, any timm name works too")
 
 
 def _warn(text: str) -> None:
@@ -244,6 +248,8 @@ def _open_checkpoint(path: Path, *, tensors: bool) -> tuple[dict[str, Any], dict
     try:
         with safe_open(str(path), framework="pt") as file:
             text = (file.metadata() or {}).get("fastssl")
+            if len(text or "") > _LONGEST or len(file.keys()) > _MOST:  # a header of 100 MB can become gigabytes of objects
+                raise ValueError("its header is larger than any network's")
             found = {name: file.get_tensor(name) for name in (file.keys() if tensors else ())}
     except (SafetensorError, OSError, RuntimeError, ValueError, MemoryError) as error:
         raise FastSSLError(

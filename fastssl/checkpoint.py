@@ -29,13 +29,16 @@ from torch import Tensor, nn
 from fastssl.backbones import read_header, save_backbone
 from fastssl.digest import digest
 from fastssl.files import link_atomically, write_atomically
-from fastssl.optim import after_restore
 from fastssl.pipelines.errors import FastSSLError
 from fastssl.torch_file import UNREADABLE, require_stored_as_is
 
 #: raised when the layout of last.pt changes; 1 had no digest
 VERSION, READABLE = 2, (1, 2)
 LAST = "last.pt"
+#: Bytes of all that is in a checkpoint, at most: times its file's (tensors may share their bytes), and beside that for names, which are stored once.
+_AS_LARGE, _AT_LEAST = 4, 1 << 20
+#: no step, second or sample of a run has a larger number; of larger ones Python makes no float and no text
+_LARGEST = 1 << 53
 
 
 class DamagedCheckpoint(FastSSLError):
@@ -258,7 +261,7 @@ def set_aside(folder: Path, step: int, source: Path | None = None, *, say: Calla
 def load_checkpoint(path: Path, *, advice: str = "") -> dict[str, Any]:
     """The content of a ``last.pt``, on the CPU. Nothing in the file is executed (``weights_only``), and every bit is as it was written.
 
-    A run's has ``method``, ``position`` and ``config``, of the types that ``save_checkpoint`` writes; what is in them ``restore`` and
+    A run's has ``method``, ``position`` and ``config``, of the types that ``save_checkpoint`` writes; what is in them ``restore`` (restore.py) and
     ``load_trained`` check. The state of a detector, which ``fastssl evaluate detect`` keeps (see ``is_detector``), has only ``config`` of them.
 
     Args:
@@ -278,11 +281,12 @@ def load_checkpoint(path: Path, *, advice: str = "") -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         said = state.pop("digest", None) if isinstance(state, dict) else None
-        found = None if said is None else digest(state)
+        # Also where there is nothing to compare it with: what is nested without end, or claims more memory than it has bytes, ends here.
+        found = digest(state, most_bytes=_AS_LARGE * path.stat().st_size + _AT_LEAST)
     except UNREADABLE as error:
         # torch's own words would advise to load it without weights_only, which runs whatever code the file holds.
         raise DamagedCheckpoint(f"{path}: damaged checkpoint, or no last.pt at all ({type(error).__name__}){end}") from error
-    if said != found:
+    if said is not None and said != found:
         raise DamagedCheckpoint(f"{path}: damaged checkpoint (its content is not what was written){end}")
     version = state.get("version") if isinstance(state, dict) else None
     if type(version) is not int or version not in READABLE:
@@ -315,9 +319,9 @@ def _odd_part(state: dict[str, Any]) -> str:
     for name, value in vars(Position()).items():
         found = state["position"].get(name, [] if isinstance(value, list) else None)  # version 1 had no lists
         if isinstance(value, list):
-            if type(found) is not list or not all(type(number) is int and number >= 0 for number in found):
+            if type(found) is not list or not all(type(number) is int and 0 <= number <= _LARGEST for number in found):
                 return f"position.{name} is no list of numbers"
-        elif type(found) not in {type(value), int} or not found >= 0:
+        elif type(found) not in {type(value), int} or not 0 <= found <= _LARGEST:
             return f"position.{name} is no number of {'seconds' if isinstance(value, float) else 'steps or epochs'}"
     return ""
 
@@ -344,20 +348,6 @@ def _is_plain(content: object) -> bool:
     return content is None or isinstance(content, (bool, int, float, str))
 
 
-def restore(state: dict[str, Any], *, method: nn.Module, optimizer: torch.optim.Optimizer) -> Position:
-    """Put a loaded checkpoint into the networks and the optimiser; returns where the run stands."""
-    try:
-        method.load_state_dict(state["method"], strict=True)
-        optimizer.load_state_dict(state["optimizer"])
-        after_restore(optimizer)
-        return Position(**state["position"])
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        first_line = (str(error).splitlines() or [""])[0]
-        raise FastSSLError(
-            f"the checkpoint does not fit this run ({type(error).__name__}: {first_line}); --resume never starts over"
-        ) from error
-
-
 def differences(mine: dict[str, Any], theirs: dict[str, Any], prefix: str = "") -> list[str]:
     """``["optim.lr: 0.1 there, 0.2 here", ...]``: where two resolved configurations differ."""
     found = []
@@ -368,5 +358,11 @@ def differences(mine: dict[str, Any], theirs: dict[str, Any], prefix: str = "") 
         elif isinstance(here, dict) or isinstance(there, dict):
             found.append(f"{prefix}{key}: only {'here' if there is None else 'there'}")
         elif here != there:
-            found.append(f"{prefix}{key}: {there} there, {here} here")
+            found.append(f"{prefix}{key}: {_cut(there)} there, {_cut(here)} here")
     return found
+
+
+def _cut(value: object) -> str:
+    """As text, which in a stranger's file may be a long one."""
+    text = str(value)
+    return text if len(text) <= 200 else f"{text[:197]}..."

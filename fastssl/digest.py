@@ -7,7 +7,9 @@ from such weights would be another run, and nobody would know.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,17 +19,33 @@ import torch
 _DEEPEST, _MOST = 32, 5_000_000
 
 
-def digest(content: Any) -> str:
+def digest(content: Any, *, most_bytes: float = math.inf) -> str:
     """SHA-256, as 64 hexadecimal digits, of nested dicts, lists, tuples, tensors, numbers, strings and None.
 
     Names, order, types, shapes and values all count; the device and the memory layout of a tensor do not.
 
+    Args:
+        most_bytes: of tensors and texts in all. A tensor can have terabytes of which the same four are stored.
+
     Raises:
-        TypeError: there is something else in it. ValueError: it is nested too deeply, or has too many parts.
+        TypeError: there is something else in it. ValueError: it is nested too deeply, or has too many parts or bytes.
     """
     total = hashlib.sha256()
-    _add(total, content, 0, [_MOST])
+    _add(total, content, 0, _Room(_MOST, most_bytes))
     return total.hexdigest()
+
+
+@dataclass
+class _Room:
+    """What may still come."""
+
+    parts: int
+    bytes: float
+
+    def take(self, size: int) -> None:
+        self.bytes -= size
+        if self.bytes < 0:
+            raise ValueError("more bytes than there are")
 
 
 def add_tensor(total: Any, value: torch.Tensor) -> None:
@@ -36,13 +54,14 @@ def add_tensor(total: Any, value: torch.Tensor) -> None:
     total.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
 
 
-def _add(total: Any, content: Any, depth: int, left: list[int]) -> None:
-    left[0] -= 1
-    if left[0] < 0:
+def _add(total: Any, content: Any, depth: int, left: _Room) -> None:
+    left.parts -= 1
+    if left.parts < 0:
         raise ValueError(f"more than {_MOST:,} parts")
     if depth > _DEEPEST:
         raise ValueError(f"nested more than {_DEEPEST} levels deep")
     if isinstance(content, torch.Tensor):
+        left.take(content.numel() * content.element_size())
         total.update(b"tensor ")
         add_tensor(total, content)
     elif isinstance(content, Mapping):
@@ -55,6 +74,7 @@ def _add(total: Any, content: Any, depth: int, left: list[int]) -> None:
         for value in content:
             _add(total, value, depth + 1, left)
     elif content is None or isinstance(content, (bool, int, float, str)):
+        left.take(len(content) if isinstance(content, str) else 1)
         text = repr(content)
         total.update(f"{type(content).__name__} {len(text)} {text}\n".encode("utf-8", "surrogatepass"))
     else:

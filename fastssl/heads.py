@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+#: a number of a stranger's recipe, for which layers are made one by one
+_MOST_LAYERS = 100
 ACTIVATIONS = {"relu": lambda: nn.ReLU(inplace=True), "gelu": nn.GELU}
 
 
@@ -50,6 +52,8 @@ class ProjectorConfig:
         for name in ("hidden", "out", "layers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"projector.{name} must be at least 1, got {getattr(self, name)}")
+        if self.layers > _MOST_LAYERS:
+            raise ValueError(f"projector.layers must be at most {_MOST_LAYERS}, got {self.layers}")
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"projector.activation={self.activation!r} is not one of {', '.join(ACTIVATIONS)}")
         if self.init not in ("torch", "truncated", "normal"):

@@ -184,8 +184,9 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float | Tensor) -> None:
         group["lr"] = lr
 
 
-def after_restore(optimizer: torch.optim.Optimizer) -> None:
-    """Set again what belongs to this machine and not to the checkpoint, which may come from a run on another device."""
-    for group in optimizer.param_groups:
-        if "capturable" in group:
-            group["capturable"] = any(parameter.is_cuda for parameter in group["params"])
+def state_names(optimizer: torch.optim.Optimizer) -> set[str]:
+    """What the optimiser keeps of a parameter, by torch's names."""
+    if isinstance(optimizer, torch.optim.AdamW):
+        return {"step", "exp_avg", "exp_avg_sq"}
+    momentum = isinstance(optimizer, LARS) or any(group["momentum"] for group in optimizer.param_groups)
+    return {"momentum_buffer"} if momentum else set()

@@ -29,6 +29,7 @@ _CHECKPOINTS = ("last*.pt", "last*.safetensors", "step-*.pt", "epoch-*.pt", "epo
 _FREE = frozenset(
     {
         "data.name",
+        "data.val_photos",
         "val",
         "train.log_every",
         "train.checkpoint_minutes",
@@ -63,13 +64,16 @@ class RunFolder:
         """Where they are."""
         return self.path / "checkpoints"
 
-    def open(self, config: dict[str, Any], resume: str, about: dict[str, Any]) -> dict[str, Any] | None:
+    def open(
+        self, config: dict[str, Any], resume: str, about: dict[str, Any], require_fit: Callable[[dict[str, Any]], None]
+    ) -> dict[str, Any] | None:
         """Take the folder, and make it ready to go on, or for a new run.
 
         Args:
             config: every value that the run's numbers depend on.
             resume: ``auto``, ``never`` or the path of a checkpoint.
             about: what config.yaml says besides.
+            require_fit: raises FastSSLError where the content of a checkpoint cannot be gone on from; asked before anything in the folder is changed for it.
 
         Returns:
             the content of the checkpoint to go on from; None for a new run.
@@ -88,12 +92,15 @@ class RunFolder:
             self.checkpoints.mkdir(exist_ok=True)  # one that cannot be made is better known now than at the first checkpoint
             remove_unfinished(self.checkpoints, *_CHECKPOINTS)
             found = self._find(config, resume)
+            if found is not None:
+                require_fit(found[1])
             state = None
             if found is None:
                 self._clear(resume)
             else:
                 path, state = found
                 at = state["position"]
+                self._say_other_judges(config, state["config"].get("data"), at["step"])
                 if not self._is_last(path):
                     # The next start goes on from here, too, if this one does not come to save.
                     link_atomically(path, self.checkpoints / LAST)
@@ -153,8 +160,7 @@ class RunFolder:
                 raise FastSSLError(f"--resume {path}: no such checkpoint (auto, never, or the path of a last.pt)")
             state = load_checkpoint(path, advice="start anew with --resume never")
             self._require_room_for(config, path)
-        found = differences(_deciding(config), _deciding(_with_defaults(state["config"])))
-        if found:
+        if found := _other_settings(config, state):
             raise FastSSLError(
                 f"{path} belongs to a run with other settings ({'; '.join(found[:3])}{'; ...' if len(found) > 3 else ''}): "
                 "choose another --out, or --resume never to start over, which deletes it"
@@ -165,8 +171,16 @@ class RunFolder:
         """A checkpoint from elsewhere begins a new folder, or sets back this very run; in another run's folder it would mix the two."""
         if path.resolve().parent == self.checkpoints.resolve() or (there := find_checkpoint(self.checkpoints)) is None:
             return
-        if differences(_deciding(config), _deciding(_with_defaults(there[1]["config"]))):
+        if _other_settings(config, there[1]):
             raise FastSSLError(f"{self.path}: holds another run; for --resume {path} choose another --out")
+
+    def _say_other_judges(self, config: dict[str, Any], data: object, step: int) -> None:
+        """Probes before and behind a change of --val stand in one curve."""
+        now, before = (found.get("val_photos", "") if isinstance(found, dict) else "" for found in (config["data"], data))
+        if before != "" and before != now:
+            self.say(
+                f"--val holds other photos than before: the probes up to step {step:,} were judged on those, and are no measure for the next ones"
+            )
 
     def _clear(self, resume: str) -> None:
         """Remove what another run left here: its weights, figures and pictures beside the new run's would be a lie."""
@@ -187,6 +201,15 @@ class RunFolder:
         if (self.path / BAD_STEPS).is_dir():
             shutil.rmtree(self.path / BAD_STEPS)
         self.metrics.clear()
+
+
+def _other_settings(config: dict[str, Any], state: dict[str, Any]) -> list[str]:
+    """The deciding settings in which the run of a checkpoint differs from this one."""
+    theirs = _with_defaults(state["config"])
+    data = theirs.get("data")
+    if isinstance(data, dict) and "photos" not in data:  # before there was this checksum the tables alone were compared
+        theirs = {**theirs, "data": {**data, "photos": config["data"]["photos"]}}
+    return differences(_deciding(config), _deciding(theirs))
 
 
 def _deciding(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -47,12 +47,10 @@ class StopRequest:
 
         A launcher gives half a minute, and a probe may take longer than that.
         """
-        if self:
-            return None
         try:
             try:
-                self._impatient = True
-                return work()
+                self._impatient = True  # before the look: a signal that comes between the two would be waited for
+                return None if self else work()
             finally:
                 self._impatient = False
         except _Stopped:
@@ -82,4 +80,4 @@ class StopRequest:
             yield
         finally:
             for number, handler in before.items():
-                signal.signal(number, handler)
+                signal.signal(number, handler or signal.SIG_DFL)  # None: a handler that was not written in Python

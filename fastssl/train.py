@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from fastssl.backbones import resolve_arch
 from fastssl.bad_step import BAD_STEPS, save_bad_step
-from fastssl.checkpoint import Position, differences, has_all_files, restore
+from fastssl.checkpoint import Position, differences, has_all_files
 from fastssl.collectives import Vote, agree_any, barrier, broadcast_module, gather_values, share
 from fastssl.distributed import joined
 from fastssl.finish import finish_run
@@ -40,9 +40,11 @@ from fastssl.pipelines.beton import BetonReader
 from fastssl.pipelines.engines import require_engine
 from fastssl.pipelines.errors import FastSSLError, Interrupted
 from fastssl.pipelines.loader import Batch, ViewLoader
+from fastssl.pipelines.order import steps_per_epoch
 from fastssl.probe import OnlineProbe, choose_split, require_same_classes
 from fastssl.recipe import Recipe, recipe_to_dict
 from fastssl.requirements import require_a_batch, require_sizes, require_whole_photos
+from fastssl.restore import require_fit, restore
 from fastssl.run_folder import RunFolder
 from fastssl.run_status import RunStatus
 from fastssl.saver import NotSaved, Saver
@@ -142,18 +144,21 @@ def pretrain(recipe: Recipe, options: RunOptions, progress: Progress) -> dict[st
         if world.size > 1:
             said.message(f"{world.size} processes meet at {world.address}:{world.port}")
         meeting = time.monotonic()
-        with _told() as told, joined(world, device, before_end=lambda why: _tell(told, "failed", why)):
+        with ExitStack() as listening, _told() as told, joined(world, device, before_end=lambda why: _tell(told, "failed", why)):
             if world.size > 1:
                 said.message(f"all {world.size} are here after {time.monotonic() - meeting:.0f} s")
             run = Run(recipe, options, reader, val, said, world, device)
             files.callback(run.close)
             told.append(run)
             run.tell_status("training")
-            with run.stop.by_signals():
-                run.train()
+            # Until this process has left the others: a launcher repeats itself, and ends all as soon as the first has gone.
+            listening.enter_context(run.stop.by_signals())
+            run.train()
         # The processes have parted: what follows is the first one's alone.
         if not world.is_main:
             return None
+        if run.stop:  # too late for the last step to be told
+            raise Interrupted(f"all {run.position.step:,} steps are made and saved in {run.out}; the same command writes the report")
         summary = finish_run(run, started)
         run.tell_status("finished")
         return summary
@@ -256,6 +261,8 @@ class Run:
                 "name": self.options.data.name,
                 "samples": len(self.reader),
                 "tables": "{head:08x}{table:08x}".format(**self.reader.table_checksums()),
+                "photos": f"{self.reader.photo_checksum():08x}",
+                "val_photos": f"{self.val.photo_checksum():08x}" if self.val else None,
             },
             "val": self.options.val.name if self.options.val else None,
             "seed": self.options.seed,
@@ -276,7 +283,7 @@ class Run:
         if self.folder:
             about = {"host": describe_host(), "versions": describe_versions(), "git": self.git}
             try:
-                found = self.folder.open(self.config, self.options.resume, {"device": self.device.type, **about})
+                found = self.folder.open(self.config, self.options.resume, {"device": self.device.type, **about}, self._require_fit)
             except FastSSLError as error:
                 found = str(error)
         found = share(found)
@@ -288,6 +295,17 @@ class Run:
                 self.saver.saved_step = self.position.step
             self.progress.message(f"resumed at step {self.position.step:,} (epoch {self.position.epoch})")
         broadcast_module(self.step.method)
+
+    def _require_fit(self, state: dict[str, Any]) -> None:
+        """Raise FastSSLError where this run cannot go on from the checkpoint."""
+        require_fit(
+            state,
+            method=self.step.method,
+            optimizer=self.step.optimizer,
+            steps_per_epoch=steps_per_epoch(len(self.reader), self.batch_size),
+            epochs=self.recipe.train.epochs,
+            samples=len(self.reader),
+        )
 
     def close(self) -> None:
         """Let other processes, and later runs of this one, have the folder."""

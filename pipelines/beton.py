@@ -62,6 +62,8 @@ FIELD_TYPES: dict[int, tuple[str, np.dtype]] = {
 
 #: Samples whose metadata is read at a time; bytes that are summed up at a time.
 _BLOCK, _PART = 1 << 20, 16 << 20
+#: Photos that tell a file from another one, and bytes of each.
+_LOOKED_AT, _LOOK = 64, 4096
 
 #: One sample as the writer remembers it; also what a conversion journal stores.
 RECORD_DTYPE = np.dtype([("offset", "<u8"), ("size", "<u8"), ("label", "<i8"), ("height", "<u4"), ("width", "<u4"), ("mode", "u1")])
@@ -375,6 +377,19 @@ class BetonReader:
     def table_checksums(self) -> dict[str, int]:
         """CRC-32 of header + descriptors + metadata (``head``) and of the allocation table (``table``)."""
         return {"head": self._checksum(0, self._metadata_end), "table": self._checksum(self._table_at, self.num_bytes)}
+
+    def photo_checksum(self) -> int:
+        """CRC-32 of some bytes from the middle of some photos, spread evenly over the file; of small files all photos.
+
+        Tables alone do not tell two sets of raw pictures of one size apart. Takes no more than 64 small reads, whatever the file's size.
+        """
+        found = 0
+        for i in np.unique(np.linspace(0, self.num_samples - 1, _LOOKED_AT).astype(np.int64)):
+            size = int(self.sizes[i])
+            part = np.empty(min(size, _LOOK), np.uint8)
+            self._read(self._open_file(), int(self.offsets[i]) + (size - len(part)) // 2, part, f"sample {i}")
+            found = zlib.crc32(part, found)
+        return found
 
     def _checksum(self, start: int, end: int) -> int:
         found = 0

@@ -12,7 +12,15 @@ from dataclasses import dataclass
 from multiprocessing.connection import wait
 
 #: Loaded once, in the process from which the children are forked: it has no threads, whatever the tests' own process has loaded and started.
-PRELOADED = ["fastssl.backbones", "fastssl.cli", "fastssl.pipelines.loader", "fastssl.recipe", "fastssl.report.pictures", "fastssl.foreign"]
+PRELOADED = [
+    "fastssl.backbones",
+    "fastssl.cli",
+    "fastssl.pipelines.loader",
+    "fastssl.recipe",
+    "fastssl.report.pictures",
+    "fastssl.foreign",
+    "fastssl.train",
+]
 
 
 @dataclass

@@ -5,9 +5,11 @@ Importing torch takes seconds; ``fastssl --help`` and ``fastssl verify`` should 
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import sys
+import time
 import traceback
 import warnings
 from typing import NoReturn, TextIO
@@ -55,8 +57,19 @@ _PRINTING = ("recipes", "archs", "doctor", "--version", "-h")
 
 
 def _interrupt(number: int, frame: object) -> None:
-    """SIGTERM and SIGUSR1 (Slurm's early warning) end a command as Ctrl-C does: files that are half written are put in order, and the status is 130."""
-    raise KeyboardInterrupt
+    """SIGTERM and SIGUSR1 (Slurm's early warning) end a command as Ctrl-C does: files that are half written are put in order, and the status is 130.
+
+    Launchers say it twice, and srun to every process of a group: what comes while the command is about to end changes nothing.
+    """
+    global _interrupted_at
+    if time.monotonic() - _interrupted_at > _TWICE_S:
+        _interrupted_at = time.monotonic()
+        raise KeyboardInterrupt
+
+
+#: Seconds between two signals that are two.
+_TWICE_S = 5.0
+_interrupted_at = -math.inf
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -73,6 +86,8 @@ def main(argv: list[str] | None = None) -> None:
     # --debug is accepted anywhere on the line: nobody remembers on which side of the command it goes.
     debug = "--debug" in argv
     argv = [a for a in argv if a != "--debug"]
+    global _interrupted_at
+    _interrupted_at = -math.inf
     signal.signal(signal.SIGTERM, _interrupt)
     signal.signal(signal.SIGUSR1, _interrupt)
     if hasattr(signal, "SIGPIPE") and (not argv or argv[0] in _PRINTING or "--help" in argv):
@@ -132,6 +147,8 @@ def _show_traceback(debug: bool) -> None:
 
 def _leave(status: int, message: str | None = None) -> NoReturn:
     """Say ``message``, which may quote a stranger's file, on one line, and end the process."""
+    global _interrupted_at
+    _interrupted_at = time.monotonic()
     if message is not None:
         click.echo(printable(message), err=True)
     if threads_given_up():

@@ -11,6 +11,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from fastssl.backbones import create_backbone, feature_dim
@@ -18,6 +19,7 @@ from fastssl.checkpoint import load_checkpoint
 from fastssl.methods.dino import DINOHead
 from fastssl.pipelines.errors import FastSSLError
 from fastssl.recipe import Recipe, build_recipe
+from fastssl.restore import Unfit, load_network, require_tensors
 
 _RECIPE_KEYS = frozenset(field.name for field in dataclasses.fields(Recipe))
 
@@ -56,17 +58,23 @@ def load_half_head(path: Path, which: str = "student", *, fresh: bool = False) -
     config: dict[str, Any] = state["config"]
     if config.get("method") != "dino":
         raise FastSSLError(f"{path}: a run of {config.get('method')} has no DINO head; --head linear needs none")
-    settings = build_recipe({key: value for key, value in config.items() if key in _RECIPE_KEYS}, where=str(path)).settings
+    recipe = build_recipe({key: value for key, value in config.items() if key in _RECIPE_KEYS}, where=str(path))
+    settings = recipe.settings
     if settings.projector.layers < 2:
         raise FastSSLError(f"{path}: its DINO head has one linear layer, of which nothing is kept; --head linear does the same")
-    head = DINOHead(feature_dim(create_backbone(config["arch"])), settings)
+    prefix = f"{which}.projector."
+    tensors = {name.removeprefix(prefix): value for name, value in state["method"].items() if name.startswith(prefix)}
+    try:
+        if settings.projector.layers > len(tensors):
+            raise Unfit(f"{len(tensors)} tensors for {settings.projector.layers:,} layers")
+        with torch.device("meta"):  # takes no memory: a few bytes of settings can name a network or head of gigabytes
+            width = feature_dim(create_backbone(recipe.arch))
+            require_tensors(DINOHead(width, settings).state_dict(), tensors)
+    except Unfit as error:
+        raise FastSSLError(f"{path}: the {which}'s head does not fit: {error}") from error
+    head = DINOHead(width, settings)
     if not fresh:
-        prefix = f"{which}.projector."
-        tensors = {name.removeprefix(prefix): value for name, value in state["method"].items() if name.startswith(prefix)}
-        try:
-            head.load_state_dict(tensors, strict=True)
-        except RuntimeError as error:
-            raise FastSSLError(f"{path}: the {which}'s head does not fit: {' '.join(str(error).split())[:300]}") from error
+        load_network(head, tensors)
     layers = list(head.mlp)
     last = max(place for place, layer in enumerate(layers) if isinstance(layer, nn.Linear))
     return nn.Sequential(*layers[:last]), settings.projector.hidden

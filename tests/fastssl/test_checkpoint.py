@@ -21,7 +21,6 @@ from fastssl.checkpoint import (
     find_checkpoint,
     is_detector,
     load_checkpoint,
-    restore,
     save_checkpoint,
     set_aside,
     write_state,
@@ -32,6 +31,7 @@ from fastssl.methods.method import Views
 from fastssl.methods.moco import MoCo, MoCoConfig
 from fastssl.optim import OptimConfig, create_optimizer
 from fastssl.pipelines.errors import FastSSLError
+from fastssl.restore import restore
 
 
 def make(seed: int = 0) -> tuple[MoCo, torch.optim.Optimizer]:
@@ -112,9 +112,9 @@ def test_what_is_not_whole_is_one_line(tmp_path: Path) -> None:
         ({"method": 5}, "method is no dict"),
         ({"method": {0: torch.zeros(1)}}, "method is no dict with names"),
         ({"config": {"optim": {1: 2}}}, "config is no dict with names"),
-        ({"config": endless}, "config is no dict with names"),
-        ({"config": {"inner": endless}}, "config is no dict with names"),
-        ({"config": doubled}, "config is no dict with names"),
+        ({"config": endless}, "damaged checkpoint"),
+        ({"config": {"inner": endless}}, "damaged checkpoint"),
+        ({"config": doubled}, "damaged checkpoint"),
         ({"position": {**place, "step": "x"}}, r"position\.step is no number"),
         ({"position": {**place, "step": torch.tensor(3)}}, r"position\.step is no number"),
         ({"position": {**place, "train_seconds": float("nan")}}, r"position\.train_seconds is no number of seconds"),
@@ -312,6 +312,27 @@ def test_a_full_disk_takes_the_oldest_never_the_newest(save: Callable, tmp_path:
         save(5, keep=3)
     assert names(tmp_path) == ["last.pt", "step-00000004.pt"] and not list(tmp_path.glob("*.tmp"))
     assert find_checkpoint(tmp_path)[1]["position"]["step"] == 4
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_what_claims_more_than_the_file_has_is_refused_before_it_takes_memory(version: int, save: Callable, tmp_path: Path) -> None:
+    save(1)
+    state = {**torch.load(tmp_path / "last.pt", weights_only=True), "version": version}
+    if version == 1:
+        del state["digest"]
+    size = (tmp_path / "last.pt").stat().st_size
+    doubled: list = []
+    for _ in range(31):
+        doubled = [doubled, doubled]
+    for change in (
+        {"method": {"queue": torch.zeros(1).expand(1 << 34)}},  # 64 GB of the same four bytes
+        {"method": {"queue": [state["method"]] * 9}},
+        {"config": {"text": ["x" * size] * 20}},
+        {"config": {"lists": doubled}},
+    ):
+        torch.save({**state, **change}, tmp_path / "large.pt")
+        with pytest.raises(DamagedCheckpoint, match=r"large\.pt: damaged checkpoint.*ValueError"):
+            load_checkpoint(tmp_path / "large.pt")
 
 
 def test_dicts_that_double_and_parts_that_are_compressed_are_damage(save: Callable, tmp_path: Path) -> None:

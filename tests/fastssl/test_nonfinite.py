@@ -160,6 +160,27 @@ def test_what_was_passed_over_is_known_behind_a_resume(
     assert summary["passed_over_steps"] == [2, 9] and same(state(tmp_path / "run"), state(tmp_path / "whole"))
 
 
+@pytest.mark.parametrize("when", [7, 8, 10])
+def test_a_signal_while_the_run_is_set_back(when: int, beton: Path, tmp_path: Path, break_steps: Callable) -> None:
+    """Step 9 of the block 7..10 is bad; the signal comes while its steps are made again one by one, or while the run goes back."""
+    break_steps({9: "gradient"})
+    recipe, poisoned, made = small("train.skip_nonfinite=1"), Run._step, []
+    pretrain(recipe, options(beton, tmp_path / "whole"), Silent())
+
+    def stop(run: Run, batch: Batch) -> torch.Tensor:
+        made.append(run.position.step + 1)
+        if made[-1] == when and made.count(when) == (2 if when < 9 else 1):
+            run.stop.set()
+        return poisoned(run, batch)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "_step", stop)
+        with pytest.raises(Interrupted):
+            pretrain(recipe, options(beton, tmp_path / "run"), Silent())
+    summary = pretrain(recipe, options(beton, tmp_path / "run"), Silent())
+    assert summary["passed_over_steps"] == [9] and same(state(tmp_path / "run"), state(tmp_path / "whole"))
+
+
 def in_one_of_two(beton: str, out: str) -> None:
     """The loss of process 1 is NaN at step 3; the gradients of both are then, as they are averaged."""
     from fastssl.world import world_from_environment

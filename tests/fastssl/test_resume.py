@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from processes import run_processes
@@ -17,9 +18,11 @@ from small_run import SMALL, Silent, options, rows, same, small, state, status
 
 from fastssl import checkpoint
 from fastssl.backbones import read_header
-from fastssl.checkpoint import load_checkpoint
+from fastssl.checkpoint import load_checkpoint, write_state
+from fastssl.pipelines.beton import MODE_RAW, BetonWriter
 from fastssl.pipelines.errors import FastSSLError, Interrupted
 from fastssl.probe import OnlineProbe
+from fastssl.saver import Saver
 from fastssl.train import Run, pretrain
 
 
@@ -148,6 +151,83 @@ def test_a_probe_is_left_in_the_middle_and_made_again(
     assert same(state(out), state(whole))
     assert [(row["kind"], row["step"]) for row in rows(out)] == [(row["kind"], row["step"]) for row in rows(whole)]
     assert [row["knn"] for row in rows(out) if row["kind"] == "probe"] == [row["knn"] for row in rows(whole) if row["kind"] == "probe"]
+
+
+def test_a_signal_during_the_last_save_does_not_wait_for_the_report(
+    whole: Path, beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which takes minutes; a launcher gives half of one."""
+    out, original = tmp_path / "run", Saver.save
+
+    def save(saver: Saver, *args: object, **options: object) -> bool:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(saver, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Saver, "save", save)
+        with pytest.raises(Interrupted, match=r"all 12 steps are made and saved .* the same command writes the report"):
+            pretrain(small(), options(beton, out), Silent())
+    assert status(out)["state"] == "trained" and not (out / "summary.json").exists()
+    pretrain(small(), options(beton, out), Silent())
+    assert status(out)["state"] == "finished" and (out / "report.html").exists() and same(state(out), state(whole))
+
+
+def test_a_signal_that_comes_again_does_not_disturb_the_leaving(beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the command line has it, where a signal outside the training is a KeyboardInterrupt."""
+    out, step, tell = tmp_path / "run", Run._step, Run.tell_status
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    def stop(run: Run, batch: object) -> object:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return step(run, batch)
+
+    def tell_status(run: Run, said: str, **more: str) -> None:
+        if said == "stopped":
+            os.kill(os.getpid(), signal.SIGTERM)
+        tell(run, said, **more)
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        monkeypatch.setattr(Run, "_step", stop)
+        monkeypatch.setattr(Run, "tell_status", tell_status)
+        with pytest.raises(Interrupted, match="stopped at step 1;"):
+            pretrain(small(), options(beton, out), Silent())
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert status(out)["state"] == "stopped" and status(out)["saved_step"] == 1
+
+
+def raw(path: Path, seed: int, labels: int = 3, count: int = 48) -> Path:
+    """Pictures of one size as raw pixels: the tables of any two such files are equal."""
+    rng = np.random.default_rng(seed)
+    with BetonWriter(path, count) as writer:
+        for sample in range(count):
+            writer.add(rng.integers(0, 256, 40 * 40 * 3, dtype=np.uint8), 40, 40, label=sample % labels, mode=MODE_RAW)
+    return path
+
+
+def test_other_photos_under_the_same_tables_are_another_run(tmp_path: Path) -> None:
+    out, data, val = tmp_path / "run", raw(tmp_path / "photos.beton", 0), raw(tmp_path / "val.beton", 1)
+    pretrain(small("train.epochs=1"), options(data, out, val=val), Silent())
+    said, whole = Silent(), data.read_bytes()
+    raw(val, 2)
+    pretrain(small("train.epochs=1"), options(data, out, val=val), said)
+    assert any("--val holds other photos than before: the probes up to step 6 " in text for text in said.messages)
+    raw(data, 3)
+    with pytest.raises(FastSSLError, match=r"belongs to a run with other settings \(data\.photos: .* there, .* here\)"):
+        pretrain(small("train.epochs=1"), options(data, out, val=val), Silent())
+    data.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(FastSSLError, match=r"photos\.beton: cut off"):
+        pretrain(small("train.epochs=1"), options(data, out, val=val), Silent())
+    data.write_bytes(whole)
+    # One that was written before there was this checksum.
+    found, said = state(out), Silent()
+    del found["config"]["data"]["photos"], found["config"]["data"]["val_photos"]
+    write_state(out / "checkpoints" / "last.pt", found)
+    pretrain(small("train.epochs=1"), options(data, out, val=val), said)
+    assert not any("--val" in text for text in said.messages)
 
 
 def test_a_finished_run_taken_over_into_another_folder_is_whole_there(whole: Path, beton: Path, tmp_path: Path) -> None:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from children import in_child
 from small_run import Silent, options, rows, same, small, state
 
 from fastssl import run_folder
+from fastssl.checkpoint import write_state
 from fastssl.pipelines.errors import FastSSLError
 from fastssl.recipe import recipe_to_dict
 from fastssl.train import Run, pretrain
@@ -18,7 +22,7 @@ from fastssl.train import Run, pretrain
 def test_all_free_keys_exist() -> None:
     """A key that was renamed would silently decide again."""
     config = recipe_to_dict(small())
-    for key in run_folder._FREE - {"data.name", "val"}:
+    for key in run_folder._FREE - {"data.name", "data.val_photos", "val"}:
         section, name = key.split(".")
         assert name in config[section], key
     assert all(section in config for section in run_folder._FREE_SECTIONS)
@@ -114,3 +118,82 @@ def test_rows_that_are_none_do_not_stop_the_report(beton: Path, tmp_path: Path) 
     with (out / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "step", "step": 2}\n{"kind": "step", "step": 3, "seconds": "x", "data_wait": 0}\n{"a": ' + "9" * 5000 + "}\n")
     assert pretrain(small("train.epochs=1"), options(beton, out), Silent())["steps"] == 6
+
+
+# ------------------------------------------------------------------ killed while the folder is opened
+
+#: What changes a folder, as Python's audit hooks name it; "open" does where it may write.
+CHANGES = ("os.rename", "os.remove", "os.link", "os.mkdir", "os.rmdir", "os.truncate", "open")
+
+
+def a_finished_run(out: Path, damaged: bool) -> dict:
+    """The folder of a run of twelve steps that keeps all it can; returns its settings."""
+    config = {**recipe_to_dict(small()), "data": {"photos": "0"}, "val": None, "seed": 0}
+    checkpoints = out / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    for step in (6, 8, 12):
+        position = {"step": step, "epoch": step // 6, "step_in_epoch": step % 6, "train_seconds": 1.0}
+        state = {"version": 2, "method": {}, "optimizer": {}, "position": position, "config": config}
+        write_state(checkpoints / f"step-{step:08}.pt", state)
+    if damaged:
+        (checkpoints / "step-00000012.pt").write_bytes(b"damaged")
+    os.link(checkpoints / "step-00000012.pt", checkpoints / "last.pt")
+    os.link(checkpoints / "step-00000006.pt", checkpoints / "epoch-0001.pt")
+    for name in ("checkpoints/epoch-0001.safetensors", "checkpoints/last.safetensors", "config.yaml", *run_folder._RESULTS):
+        (out / name).write_text("of the run")
+    (out / "metrics.jsonl").write_text("".join(f'{{"kind": "step", "step": {step}}}\n' for step in range(4, 13, 2)))
+    (out / "nonfinite" / "step-00000002").mkdir(parents=True)
+    (out / "nonfinite" / "step-00000002" / "step.json").write_text("{}")
+    return config
+
+
+def opened(out: Path, config: dict, resume: str) -> tuple[int | None, list[str], list[int]]:
+    """Where the run goes on, the names of all files, and the steps that are on record."""
+    folder = run_folder.RunFolder(out, lambda text: None)
+    state = folder.open(config, resume, {}, lambda state: None)
+    folder.close()
+    files = sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file())
+    return state and state["position"]["step"], files, [row["step"] for row in folder.metrics.rows()]
+
+
+def open_and_be_killed(out: Path, config: dict, resume: str, changes: int) -> None:
+    """The process ends before the change of a file that follows the first ``changes`` of them, with nothing put in order."""
+    left = [changes]
+
+    def watch(event: str, arguments: tuple) -> None:
+        if event not in CHANGES or not str(arguments[0]).startswith(str(out)):
+            return
+        if event == "open" and not arguments[2] & (os.O_WRONLY | os.O_RDWR):
+            return
+        left[0] -= 1
+        if left[0] < 0:
+            os._exit(9)
+
+    sys.addaudithook(watch)
+    opened(out, config, resume)
+
+
+@pytest.mark.parametrize(
+    ("resume", "again"), [("never", "never"), ("step-00000008.pt", "step-00000008.pt"), ("step-00000008.pt", "auto"), ("damaged", "auto")]
+)
+def test_killed_between_any_two_changes_of_opening(resume: str, again: str, tmp_path: Path) -> None:
+    def case(name: str) -> tuple[Path, dict, Callable[[str], str]]:
+        out = tmp_path / name
+        return (
+            out,
+            a_finished_run(out, resume == "damaged"),
+            lambda what: str(out / "checkpoints" / what) if what.endswith(".pt") else what.replace("damaged", "auto"),
+        )
+
+    out, config, place = case("whole")
+    expected = opened(out, config, place(resume))
+    assert expected[0] == (None if resume == "never" else 8)
+    untouched = opened(*case("finished")[:2], "auto") if again == "auto" and resume != "damaged" else None
+    for changes in range(100):
+        out, config, place = case(str(changes))
+        status = in_child(open_and_be_killed, out, config, place(resume), changes).status
+        assert opened(out, config, place(again)) in (expected, untouched), changes
+        if status == 0:
+            break
+        assert status == 9
+    assert changes > 8

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import threading
 
 import pytest
 
+from fastssl import cli
 from fastssl import stop as module
 from fastssl.stop import StopRequest
 
@@ -72,3 +74,49 @@ def test_work_that_can_be_left_is_left_at_once() -> None:
         assert stop.unless_asked(work) is None and stop and not done
         assert stop.unless_asked(lambda: "whole") is None, "not even begun"
         os.kill(os.getpid(), signal.SIGTERM)  # outside such work nothing is thrown
+
+
+def test_a_signal_between_the_look_and_the_work_is_not_waited_for() -> None:
+    class Late(StopRequest):
+        sent = False
+
+        def __bool__(self) -> bool:
+            found = super().__bool__()
+            if not self.sent:
+                self.sent = True
+                os.kill(os.getpid(), signal.SIGTERM)
+            return found
+
+    stop = Late()
+    with stop.by_signals():
+        assert stop.unless_asked(lambda: "minutes later") is None and stop
+
+
+def test_a_handler_that_python_does_not_know_of_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that was there before the interpreter: what stood there is then told as None, which cannot be put back."""
+    real = signal.signal
+    monkeypatch.setattr(signal, "signal", lambda number, handler: (real(number, handler), None)[1])
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)}
+    try:
+        stop = StopRequest()
+        with stop.by_signals():
+            os.kill(os.getpid(), signal.SIGUSR1)
+        assert stop.name == "SIGUSR1"
+    finally:
+        for number, handler in before.items():
+            real(number, handler)
+
+
+def test_what_a_launcher_says_twice_does_not_interrupt_the_end_of_a_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "_interrupted_at", -math.inf)
+    with pytest.raises(KeyboardInterrupt):
+        cli._interrupt(signal.SIGTERM, None)
+    cli._interrupt(signal.SIGTERM, None)
+    with monkeypatch.context() as patch:
+        patch.setattr(cli, "_TWICE_S", 0.0)
+        with pytest.raises(KeyboardInterrupt):  # who still waits, and says it again, means it
+            cli._interrupt(signal.SIGTERM, None)
+    monkeypatch.setattr(cli, "_interrupted_at", -math.inf)
+    with pytest.raises(SystemExit):
+        cli._leave(0)
+    cli._interrupt(signal.SIGUSR1, None)

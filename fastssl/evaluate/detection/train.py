@@ -28,6 +28,7 @@ from fastssl.evaluate.detection.schedule import Rates
 from fastssl.optim import set_lr
 from fastssl.pipelines.errors import FastSSLError
 from fastssl.pipelines.rng import Stream, keyed_words
+from fastssl.restore import Unfit, load_network, load_optimizer
 from fastssl.sync_batchnorm import synchronise_batchnorm
 from fastssl.world import World
 
@@ -224,13 +225,13 @@ class _Checkpoint:
                 f"{self.path} belongs to a run with other settings ({'; '.join(found[:3])}): choose another --out, or remove it"
             )
         try:
-            detector.load_state_dict(state["detector"])
-            optimizer.load_state_dict(state["optimizer"])
-            return self._position(state)
-        except (KeyError, ValueError, RuntimeError, TypeError, AttributeError, IndexError) as error:
-            raise DetectionError(
-                f"{self.path}: does not fit this detector ({type(error).__name__}); choose another --out, or remove it"
-            ) from error
+            found = self._position(state)
+            load_network(detector, state["detector"])
+            load_optimizer(optimizer, state["optimizer"], steps=found[0])
+            return found
+        except (KeyError, ValueError, RuntimeError, TypeError, AttributeError, IndexError, OverflowError) as error:
+            why = str(error) if isinstance(error, Unfit) else type(error).__name__
+            raise DetectionError(f"{self.path}: does not fit this detector ({why}); choose another --out, or remove it") from error
 
     def _position(self, state: dict[str, Any]) -> tuple[int, dict[str, float]]:
         """(iterations done, losses): only such as ``save`` writes."""
