@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
@@ -33,6 +32,7 @@ from fastssl.backbones import resolve_arch
 from fastssl.bad_step import BAD_STEPS, save_bad_step
 from fastssl.checkpoint import Position, differences, has_all_files
 from fastssl.collectives import Vote, agree_any, barrier, broadcast_module, gather_values, share
+from fastssl.devices import choose_device, only_deterministic
 from fastssl.distributed import joined
 from fastssl.finish import finish_run
 from fastssl.meters import MetricRing
@@ -99,28 +99,6 @@ class _Silence:
         pass
 
 
-def choose_device(name: str, world: World = World()) -> torch.device:  # noqa: B008 (frozen)
-    """``auto`` is the GPU when there is one; of several processes on a machine each has its own.
-
-    Raises:
-        FastSSLError: a GPU was asked for and torch sees none.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise FastSSLError(
-            "--device cuda: torch sees no NVIDIA GPU here; `fastssl doctor` says what is missing, --device cpu works anywhere"
-        )
-    if name != "cuda" or world.size == 1:
-        return torch.device(name)
-    if world.local_rank >= torch.cuda.device_count():
-        raise FastSSLError(
-            f"process {world.local_rank} of this machine has no GPU: there are {torch.cuda.device_count()}; start as many processes"
-        )
-    torch.cuda.set_device(world.local_rank)
-    return torch.device("cuda", world.local_rank)
-
-
 def pretrain(recipe: Recipe, options: RunOptions, progress: Progress) -> dict[str, Any] | None:
     """Train, probe, and write the run's folder.
 
@@ -136,7 +114,7 @@ def pretrain(recipe: Recipe, options: RunOptions, progress: Progress) -> dict[st
     world = world_from_environment()
     with ExitStack() as files:
         if recipe.train.deterministic:
-            files.enter_context(_only_deterministic())
+            files.enter_context(only_deterministic())
         device = choose_device(options.device, world)
         reader = files.enter_context(BetonReader(options.data))
         val = files.enter_context(BetonReader(options.val)) if options.val else None
@@ -184,25 +162,6 @@ def _told() -> Iterator[list[Run]]:
 def _tell(runs: list[Run], state: str, why: str) -> None:
     for run in runs:
         run.tell_status(state, why=why[:1000])
-
-
-@contextmanager
-def _only_deterministic() -> Iterator[None]:
-    """Let torch take only algorithms that give the same bits at every call, and fail where there is none."""
-    # Read by cuBLAS when it starts: with workspaces of its own choice the same product may differ from call to call.
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.deterministic
-    torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.deterministic = True
-    try:
-        yield
-    except RuntimeError as error:
-        if "deterministic" not in str(error):
-            raise
-        raise FastSSLError(f"train.deterministic: {' '.join(str(error).split())[:200]}") from error
-    finally:
-        torch.use_deterministic_algorithms(before[0])
-        torch.backends.cudnn.deterministic = before[1]
 
 
 class Run:

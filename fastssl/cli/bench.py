@@ -133,7 +133,7 @@ def loader(ctx, recipes, overrides, data, photos, device, workers, batch_size, p
         _peers(ctx, data, workers or (None,), batch_size, seconds, runs, photos, json_path)
         return
     from fastssl.benchmarks.loader import run
-    from fastssl.train import choose_device
+    from fastssl.devices import choose_device
 
     place = choose_device(device)
     settings = itertools.product(_load(recipes, overrides), data, workers or (None,), dict.fromkeys(pipelines))
@@ -193,7 +193,7 @@ def views(recipes, overrides, data, photos, device, batch_size, runs, json_path)
     fastssl bench views --recipe light-moco-mobilenetv3 --recipe quickstart --json out.jsonl
     """
     from fastssl.benchmarks.views import run
-    from fastssl.train import choose_device
+    from fastssl.devices import choose_device
 
     place = choose_device(device)
     _measure(
@@ -223,7 +223,7 @@ def loss(recipes, overrides, device, batch_size, runs, json_path) -> None:
     fastssl bench loss --set moco.queue=16384 --set moco.weighting=geometric --set moco.neighbors=null
     """
     from fastssl.benchmarks.loss import run
-    from fastssl.train import choose_device
+    from fastssl.devices import choose_device
 
     place = choose_device(device)
 
@@ -283,7 +283,7 @@ def step(recipes, arch, overrides, device, batch_size, amps, compiled, graph, ru
     fastssl bench step --arch resnet18 --batch-size 64
     """
     from fastssl.benchmarks.step import run
-    from fastssl.train import choose_device
+    from fastssl.devices import choose_device
 
     place = choose_device(device)
     _measure(
@@ -325,7 +325,7 @@ def train(
     fastssl bench train --recipe light-moco-mobilenetv3 --data photos.beton --seconds 30 --json out.jsonl
     """
     from fastssl.benchmarks.train import run
-    from fastssl.train import choose_device
+    from fastssl.devices import choose_device
 
     place = choose_device(device)
     _measure(
@@ -413,7 +413,7 @@ def ceilings(data, photos, device, workers, seconds, folder, runs, json_path) ->
     fastssl bench ceilings --data photos.beton --folder /mnt/photos --seconds 30
     """
     from fastssl.benchmarks.ceilings import run
-    from fastssl.train import choose_device
+    from fastssl.devices import choose_device
 
     place = choose_device(device)
     _measure(
@@ -455,7 +455,7 @@ def soak(minutes, recipes, arch, overrides, data, photos, device, workers, batch
     """
     from fastssl.benchmarks.loader import default_batch
     from fastssl.benchmarks.soak import require_steady, run
-    from fastssl.train import choose_device
+    from fastssl.devices import choose_device
 
     place, found = choose_device(device), []
 

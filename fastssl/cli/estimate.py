@@ -64,7 +64,7 @@ def estimate(
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from fastssl.benchmarks.estimate import run
-    from fastssl.train import choose_device
+    from fastssl.devices import choose_device
 
     recipe, name = choose_recipe(arch, data, device, recipe_name, overrides, epochs, batch_size)
     place = choose_device(device)

@@ -154,7 +154,7 @@ def _default_recipe(data: Path | None, device: str) -> str:
     """The recipe that suits the photos and the machine: 200 epochs at 224 px would take years on a CPU, and a batch of 512 more memory than it has."""
     if data is None:
         return "quickstart"
-    from fastssl.train import choose_device
+    from fastssl.devices import choose_device
 
     if choose_device(device).type == "cuda":
         return "light-moco-mobilenetv3"

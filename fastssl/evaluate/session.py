@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
+from fastssl.devices import choose_device
 from fastssl.distributed import joined
 from fastssl.evaluate.fingerprint import weights_fingerprint
 from fastssl.evaluate.trained import Trained, load_trained
-from fastssl.train import choose_device
 from fastssl.versions import describe_git, describe_host, describe_versions
 from fastssl.world import World, world_from_environment
 

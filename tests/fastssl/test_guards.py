@@ -108,13 +108,13 @@ def test_starting_over_removes_what_the_other_run_left(beton: Path, tmp_path: Pa
 
 
 def test_the_default_recipe_suits_the_machine(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    from fastssl import train
+    from fastssl import devices
     from fastssl.cli.pretrain import _default_recipe
 
     assert _default_recipe(None, "auto") == "quickstart"
     assert _default_recipe(Path("x.beton"), "cpu") == "few-photos"
     assert "--recipe light-moco-mobilenetv3" in "".join(capsys.readouterr())
-    monkeypatch.setattr(train, "choose_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr(devices, "choose_device", lambda name: torch.device("cuda"))
     assert _default_recipe(Path("x.beton"), "auto") == "light-moco-mobilenetv3"
 
 

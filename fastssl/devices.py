@@ -1,0 +1,53 @@
+"""The device of this process, and how strictly it computes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from fastssl.pipelines.errors import FastSSLError
+from fastssl.world import World
+
+
+def choose_device(name: str, world: World = World()) -> torch.device:  # noqa: B008 (frozen)
+    """``auto`` is the GPU when there is one; of several processes on a machine each has its own.
+
+    Raises:
+        FastSSLError: a GPU was asked for and torch sees none.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise FastSSLError(
+            "--device cuda: torch sees no NVIDIA GPU here; `fastssl doctor` says what is missing, --device cpu works anywhere"
+        )
+    if name != "cuda" or world.size == 1:
+        return torch.device(name)
+    if world.local_rank >= torch.cuda.device_count():
+        raise FastSSLError(
+            f"process {world.local_rank} of this machine has no GPU: there are {torch.cuda.device_count()}; start as many processes"
+        )
+    torch.cuda.set_device(world.local_rank)
+    return torch.device("cuda", world.local_rank)
+
+
+@contextmanager
+def only_deterministic() -> Iterator[None]:
+    """Let torch take only algorithms that give the same bits at every call, and fail where there is none."""
+    # Read by cuBLAS when it starts: with workspaces of its own choice the same product may differ from call to call.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.deterministic
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.deterministic = True
+    try:
+        yield
+    except RuntimeError as error:
+        if "deterministic" not in str(error):
+            raise
+        raise FastSSLError(f"train.deterministic: {' '.join(str(error).split())[:200]}") from error
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.backends.cudnn.deterministic = before[1]

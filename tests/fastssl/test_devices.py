@@ -1,0 +1,41 @@
+"""Which device a process takes, and that strictness is taken back."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastssl.devices import choose_device, only_deterministic
+from fastssl.pipelines.errors import FastSSLError
+from fastssl.world import World
+
+
+def test_cuda_is_refused_where_there_is_none() -> None:
+    if torch.cuda.is_available():
+        assert choose_device("auto").type == "cuda"
+    else:
+        assert choose_device("auto").type == "cpu"
+        with pytest.raises(FastSSLError, match="no NVIDIA GPU"):
+            choose_device("cuda")
+
+
+def test_each_process_of_a_machine_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    assert choose_device("auto", World()) == torch.device("cuda")
+    assert choose_device("auto", World(5, 8, 1)) == torch.device("cuda", 1) and taken == [1]
+    assert choose_device("cpu", World(5, 8, 1)) == torch.device("cpu")
+    with pytest.raises(FastSSLError, match="process 2 of this machine has no GPU: there are 2"):
+        choose_device("auto", World(2, 8, 2))
+
+
+def test_strictness_is_taken_back_also_behind_an_error() -> None:
+    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.deterministic
+    with pytest.raises(FastSSLError, match=r"train\.deterministic: some_op does not have"), only_deterministic():
+        assert torch.are_deterministic_algorithms_enabled() and torch.backends.cudnn.deterministic
+        raise RuntimeError("some_op does not have a deterministic implementation")
+    with pytest.raises(RuntimeError, match="of another kind"), only_deterministic():
+        raise RuntimeError("of another kind")
+    assert (torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.deterministic) == before
