@@ -51,7 +51,7 @@ def record(capsys, *arguments: object) -> dict:
 def assert_one_line(result: tuple[int, str, str], *words: str) -> None:
     status, _, err = result
     assert status == 1
-    lines = [line for line in err.splitlines() if line.startswith("fastssl:")]
+    lines = [line for line in err.splitlines() if line.startswith("fastssl:") and not line.startswith("fastssl: warning: ")]
     assert len(lines) == 1 and "Traceback" not in err
     for word in words:
         assert word in lines[0]
