@@ -453,6 +453,8 @@ class _Conversion:
             logger.warning("%s: the last photos will have to be done again (%s)", self.partial, disk_error)
         if not self.options.resume:
             self.partial.unlink(missing_ok=True)
+        if not self.num_done:  # a journal of nothing; the empty file goes with its lock
+            self.journal_path.unlink(missing_ok=True)
         if isinstance(error, OSError):
             again = "; run the same command again to go on" if self.options.resume else ""
             raise ConvertError(f"{self.dst}: cannot write: {error.strerror or error}{again}") from None

@@ -5,6 +5,7 @@ Importing torch takes seconds; ``fastssl --help`` and ``fastssl verify`` should 
 
 from __future__ import annotations
 
+import atexit
 import math
 import os
 import signal
@@ -72,6 +73,12 @@ _TWICE_S = 5.0
 _interrupted_at = -math.inf
 
 
+def _hear_no_more() -> None:
+    """The interpreter puts the signals' own deeds back before it takes its modules down: from there on one would take the place of the status that was told."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def main(argv: list[str] | None = None) -> None:
     """Run the command line and leave with 0 (done), 1 (failed), 2 (wrong usage) or 130 (interrupted)."""
     argv = sys.argv[1:] if argv is None else list(argv)
@@ -90,6 +97,8 @@ def main(argv: list[str] | None = None) -> None:
     _interrupted_at = -math.inf
     signal.signal(signal.SIGTERM, _interrupt)
     signal.signal(signal.SIGUSR1, _interrupt)
+    atexit.unregister(_hear_no_more)
+    atexit.register(_hear_no_more)  # before all others, and so called behind them: what may hang there can still be ended
     if hasattr(signal, "SIGPIPE") and (not argv or argv[0] in _PRINTING or "--help" in argv):
         # `fastssl recipes | head`: these only print, so when the reader leaves there is nothing to do but to end, as any filter does.
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)

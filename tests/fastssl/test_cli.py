@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 import warnings
 
 import click
@@ -63,3 +66,21 @@ def test_one_that_is_ended_on_its_way_out_says_nothing_more(run) -> None:
 
     assert run(lambda: end(True)) == (130, "\n")  # click's
     assert run(lambda: end(False)) == (130, "\ninterrupted\n")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_an_interpreter_that_ends_does_not_change_the_status(number: int) -> None:
+    """Launchers say it twice, and the modules of torch take a quarter of a second to be taken down."""
+    script = f"""
+import os
+from fastssl.cli import main
+
+class Late:
+    def __del__(self, kill=os.kill, process=os.getpid()):
+        kill(process, {int(number)})
+
+late = Late()
+main(["--version"])
+"""
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0 and "fastssl" in ended.stdout and not ended.stderr

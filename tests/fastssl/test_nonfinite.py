@@ -18,6 +18,7 @@ from fastssl.bad_step import save_bad_step
 from fastssl.pipelines.errors import FastSSLError, Interrupted
 from fastssl.pipelines.loader import Batch, ViewLoader
 from fastssl.pipelines.plan import ViewSpec
+from fastssl.saver import Saver
 from fastssl.step import TrainStep
 from fastssl.train import Run, pretrain
 
@@ -179,6 +180,32 @@ def test_a_signal_while_the_run_is_set_back(when: int, beton: Path, tmp_path: Pa
             pretrain(recipe, options(beton, tmp_path / "run"), Silent())
     summary = pretrain(recipe, options(beton, tmp_path / "run"), Silent())
     assert summary["passed_over_steps"] == [9] and same(state(tmp_path / "run"), state(tmp_path / "whole"))
+
+
+def test_a_run_set_back_twice_goes_on_from_before_the_step_that_it_knows_as_bad(
+    beton: Path, tmp_path: Path, break_steps: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A checkpoint that is due behind step 3 finds step 2, the end of the block step 4; the signal comes while step 1 is made for the third time."""
+    break_steps({2: "gradient", 4: "gradient"})
+    recipe, poisoned, made = small("train.skip_nonfinite=2"), Run._step, []
+    pretrain(recipe, options(beton, tmp_path / "whole"), Silent())
+
+    def stop(run: Run, batch: Batch) -> torch.Tensor:
+        made.append(run.position.step + 1)
+        if made[-1] == 1 and made.count(1) == 3:
+            run.stop.set()
+        return poisoned(run, batch)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "_step", stop)
+        patch.setattr(Saver, "is_due", lambda saver: made == [1, 2, 3])
+        with pytest.raises(Interrupted):
+            pretrain(recipe, options(beton, tmp_path / "run"), Silent())
+    assert state(tmp_path / "run")["position"] | {"train_seconds": 0} == {
+        "step": 1, "epoch": 0, "step_in_epoch": 1, "train_seconds": 0, "skipped": [], "passed_over": [2],
+    }  # fmt: skip
+    summary = pretrain(recipe, options(beton, tmp_path / "run"), Silent())
+    assert summary["passed_over_steps"] == [2, 4] and same(state(tmp_path / "run"), state(tmp_path / "whole"))
 
 
 def in_one_of_two(beton: str, out: str) -> None:

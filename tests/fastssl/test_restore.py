@@ -56,7 +56,7 @@ HOSTILE: dict[str, tuple[Callable[[dict], None], str]] = {
     "more seconds than a float has": (at(train_seconds=10**400), r"position\.train_seconds is no number"),
     "words as samples": (at(skipped=["x"]), r"position\.skipped is no list"),
     "samples that are not there": (at(skipped=[47, 48]), r"position\.skipped names sample 48; there are 48"),
-    "steps that are not made": (at(passed_over=[13]), r"position\.passed_over names step 13, and 12 are made"),
+    "steps that there are not": (at(passed_over=[12, 13]), r"position\.passed_over names step 13; the run has 12"),
     "something else": (at(steps=1), r"unexpected keyword"),
     "a queue of another size": (tensor("queue", lambda queue: queue[:5]), r"queue is \(5, 8\) float32, not \(64, 8\) float32"),
     "a queue of another type": (tensor("queue", torch.Tensor.double), r"queue is \(64, 8\) float64, not"),

@@ -415,6 +415,14 @@ def test_on_bad_fail_stops_at_the_first(folder, tmp_path, resume):
     assert set(outputs(dst)) == {"", ".json", ".rejects.jsonl"}
 
 
+def test_a_conversion_that_did_nothing_leaves_nothing(tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.jpg").write_bytes(b"")
+    with pytest.raises(ConvertError, match=r"a.jpg: the file is empty"):
+        convert(tmp_path / "photos", tmp_path / "out.beton", ConvertOptions(on_bad="fail"))
+    assert [path.name for path in tmp_path.iterdir()] == ["photos"]
+
+
 def test_an_existing_file_is_replaced_at_the_end_only(folder, tmp_path):
     dst = tmp_path / "out.beton"
     convert(folder, dst)
