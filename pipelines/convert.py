@@ -50,6 +50,8 @@ logger = logging.getLogger(__name__)
 SIDE_FORMAT, SIDE_VERSION = "fastssl-beton-side-file", 1
 #: How much work a kill may cost. Each checkpoint waits for the disk twice.
 CHECKPOINT_SECONDS = 2.0
+#: Bytes that are left to the system's memory, at most, where no journal asks for more.
+_MOST_UNSYNCED = 1 << 30
 #: Below this many photos the small page keeps the file small: the metadata alone takes a whole page.
 SMALL_SET = 10_000
 #: Only formats that Pillow decodes by itself: EPS, for one, would start Ghostscript on a stranger's program.
@@ -326,6 +328,7 @@ class _Conversion:
         total = len(self.chosen)
         self.journal_path = Path(f"{partial}.journal")
         self._journal: BinaryIO | None = None
+        self._unsynced = 0  # bytes
         self._unsaved: list[str] = []
         self._start_again()
 
@@ -375,6 +378,9 @@ class _Conversion:
             self._stop(error)
             raise
 
+    def _taking_over(self) -> str:
+        return f"while {self.journal_path.name} was read"
+
     def _writing(self) -> str:
         return f"while {self.partial.name} was written"
 
@@ -414,6 +420,7 @@ class _Conversion:
             self.rejects.append((self.listing.names[i], result))
             line: list = [self.num_done, result]
         else:
+            self._unsynced += len(result.data)
             self.writer.add(result.data, result.height, result.width, int(self.listing.labels[i]), result.mode)
             self.checksums.append(result.crc32)
             self.num_copied += result.copied
@@ -434,7 +441,13 @@ class _Conversion:
 
     def _checkpoint(self) -> None:
         """Bring the photos to the disk, and only then the lines that vouch for them."""
-        if self._journal is None or not self._unsaved:
+        if self._journal is None:
+            # What a large memory holds back would come at the very end, and a slow disk then take longer than one step may.
+            if self._unsynced >= _MOST_UNSYNCED:
+                self.writer.sync()
+                self._unsynced = 0
+            return
+        if not self._unsaved:
             return
         self.writer.sync()
         self._journal.write("".join(self._unsaved).encode())
@@ -482,6 +495,7 @@ class _Conversion:
             return none
         rows, good = [], len(lines[0]) + 1
         for line in lines[1:]:
+            self.step(self._taking_over)
             try:
                 position, *row = json.loads(line)
                 reason = str(row[0]) if len(row) == 1 else None

@@ -297,3 +297,25 @@ def test_opening_is_fast(tmp_path):
             best = min(best, time.process_time() - started)
             assert reader.sizes.sum() == 10 * count
     assert best < 0.3
+
+
+def test_some_photos_tell_a_file_from_another(tmp_path, monkeypatch):
+    def write(name, *shades):
+        with BetonWriter(tmp_path / name, len(shades)) as writer:
+            for shade in shades:
+                writer.add(np.full(8 * 8 * 3, shade, np.uint8).tobytes(), 8, 8, 0, MODE_RAW)
+            writer.finish()
+        return BetonReader(tmp_path / name)
+
+    with write("one.beton", 1, 2, 3) as one, write("same.beton", 1, 2, 3) as same, write("other.beton", 1, 9, 3) as other:
+        assert one.photo_checksum() == same.photo_checksum() != other.photo_checksum()
+        assert one.table_checksums() == other.table_checksums()
+        read = BetonReader._read
+
+        def lost(reader, file, offset, out, what):
+            if what == "sample 1":
+                raise BetonError("sample 1: cannot be read: Input/output error")
+            read(reader, file, offset, out, what)
+
+        monkeypatch.setattr(BetonReader, "_read", lost)
+        assert one.photo_checksum() == other.photo_checksum()

@@ -18,7 +18,7 @@ from PIL import Image
 
 from fastssl.cli import main
 from fastssl.pipelines import jpeg
-from fastssl.pipelines.beton import BetonReader
+from fastssl.pipelines.beton import BetonReader, BetonWriter
 from fastssl.pipelines.convert import ConvertError, ConvertOptions, convert, encode_photo, rejects_path
 from fastssl.pipelines.errors import JpegError
 from fastssl.pipelines.sources import SourceError
@@ -633,3 +633,21 @@ def test_the_command_fails_in_one_line(folder, tmp_path, capsys, monkeypatch, ar
     if status == 1:
         assert sum(line.startswith("fastssl: ") for line in errors.splitlines()) == 1
     assert not (tmp_path / "out.beton").exists()
+
+
+def test_without_a_journal_little_waits_for_the_last_sync(folder, tmp_path, monkeypatch):
+    """A large memory would hold it all back, and a slow disk then be taken for a dead one."""
+    sizes, writer_sync = [], BetonWriter.sync
+
+    def sync(writer):
+        writer_sync(writer)
+        sizes.append(os.path.getsize(writer.path))
+
+    monkeypatch.setattr(BetonWriter, "sync", sync)
+    monkeypatch.setattr("fastssl.pipelines.convert.CHECKPOINT_SECONDS", 0.0)
+    convert(folder, tmp_path / "whole.beton", ConvertOptions(resume=False))
+    at_the_end = len(sizes)
+    monkeypatch.setattr("fastssl.pipelines.convert._MOST_UNSYNCED", 1)
+    convert(folder, tmp_path / "often.beton", ConvertOptions(resume=False))
+    assert len(sizes) > 2 * at_the_end + 2
+    assert (tmp_path / "often.beton").read_bytes() == (tmp_path / "whole.beton").read_bytes()
