@@ -309,6 +309,8 @@ class Run:
                 self.saver.begin()
             if self.position.step < self.total_steps:
                 self.progress.message(self._plan())
+            else:
+                self.progress.message(f"all {self.total_steps:,} steps are made already: what is left is the report")
             while self.position.epoch < train.epochs:
                 self._epoch(loader)
             self._vote.close()
