@@ -219,6 +219,8 @@ def run(
     """
     from fastssl.devices import choose_device
 
+    if say is not None and data == "synthetic":
+        say(f"{photos:,} synthetic photos are looked up, or made, which takes some seconds")
     path, name = find_data(data, photos)
     place = choose_device(device)
     chosen = soak_recipe(recipe, minutes)

@@ -128,7 +128,9 @@ class RunFolder:
         try:
             fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise FastSSLError(f"{self.path}: another fastssl pretrain is writing here; choose another --out") from error
+            raise FastSSLError(
+                f"{self.path}: another fastssl pretrain is writing here; wait for its end, or choose another --out"
+            ) from error
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
                 raise

@@ -52,7 +52,7 @@ from fastssl.schedules import RunLength
 from fastssl.step import TrainStep, use_amp
 from fastssl.stop import StopRequest
 from fastssl.versions import describe_git, describe_host, describe_versions
-from fastssl.world import World, world_from_environment
+from fastssl.world import World, first_of_host_speaks, world_from_environment
 
 
 class Progress(Protocol):
@@ -116,8 +116,9 @@ def pretrain(recipe: Recipe, options: RunOptions, progress: Progress) -> dict[st
         if recipe.train.deterministic:
             files.enter_context(only_deterministic())
         device = choose_device(options.device, world)
-        reader = files.enter_context(BetonReader(options.data))
-        val = files.enter_context(BetonReader(options.val)) if options.val else None
+        with first_of_host_speaks():
+            reader = files.enter_context(BetonReader(options.data))
+            val = files.enter_context(BetonReader(options.val)) if options.val else None
         said = progress if world.is_main else _Silence()
         if world.size > 1:
             said.message(f"{world.size} processes meet at {world.address}:{world.port}")
@@ -184,6 +185,8 @@ class Run:
         self.out = options.out
         self.batch_size = recipe.train.batch_size
         require_a_batch(reader, self.batch_size)
+        self.steps_per_epoch = steps_per_epoch(len(reader), self.batch_size)
+        self.total_steps = recipe.train.epochs * self.steps_per_epoch
         require_engine(options.pipeline, reader, recipe.views)
         if val is not None:
             require_same_classes(reader, val)
@@ -261,7 +264,7 @@ class Run:
             state,
             method=self.step.method,
             optimizer=self.step.optimizer,
-            steps_per_epoch=steps_per_epoch(len(self.reader), self.batch_size),
+            steps_per_epoch=self.steps_per_epoch,
             epochs=self.recipe.train.epochs,
             samples=len(self.reader),
         )
@@ -287,7 +290,7 @@ class Run:
             self.status.tell(state, **more)
 
     def _standing(self) -> dict[str, int | None]:
-        return {"step": self.position.step, "total_steps": getattr(self, "total_steps", None), "saved_step": self.saver.saved_step}
+        return {"step": self.position.step, "total_steps": self.total_steps, "saved_step": self.saver.saved_step}
 
     # ------------------------------------------------------------------ training
 
@@ -295,8 +298,6 @@ class Run:
         """All epochs that are left."""
         train = self.recipe.train
         with self._loader() as loader:
-            self.steps_per_epoch = len(loader)
-            self.total_steps = train.epochs * self.steps_per_epoch
             self.length = RunLength(self.total_steps, self.steps_per_epoch)
             self.ring = MetricRing(self.step.method.METRICS, min(train.log_every, self.steps_per_epoch), self.device)
             self.probe = self._online_probe() if self.world.is_main else None
@@ -308,6 +309,8 @@ class Run:
                 self.saver.begin()
             if self.position.step < self.total_steps:
                 self.progress.message(self._plan())
+            else:
+                self.progress.message(f"all {self.total_steps:,} steps are made already: what is left is the report")
             while self.position.epoch < train.epochs:
                 self._epoch(loader)
             self._vote.close()

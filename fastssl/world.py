@@ -11,13 +11,17 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from fastssl.pipelines.errors import FastSSLError
 
 #: Where srun's processes meet without MASTER_PORT: 10000 + job id modulo 20000. Below the ports that Linux hands out by itself (from 32768).
 _FIRST_PORT, _PORTS = 10000, 20000
+#: Seconds for which the other processes of a host wait with an error that all of them have.
+_FIRST_SPEAKS_S = 15.0
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,31 @@ def world_from_environment(environ: Mapping[str, str] = os.environ) -> World:
     if "SLURM_STEP_NUM_TASKS" in environ and _number(environ, "SLURM_STEP_NUM_TASKS") > 1:
         return _world(environ, "srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
     return World()
+
+
+@contextmanager
+def first_of_host_speaks(environ: Mapping[str, str] = os.environ) -> Iterator[None]:
+    """For what all processes of a host find wrong alike and before they have met: a mistyped option, a file that is not there. The first one says it.
+
+    The others wait with their error. As soon as the first has left, the launcher ends them, and they leave without a word; when none does, the error
+    was theirs alone, and goes on. They do not leave before it: the launcher would end the first one, which may not have come to its words yet.
+    """
+    try:
+        yield
+    except Exception as error:
+        if _is_first_of_host(environ):
+            raise
+        error.told = True  # where the wait is ended
+        time.sleep(_FIRST_SPEAKS_S)
+        error.told = False
+        raise
+
+
+def _is_first_of_host(environ: Mapping[str, str]) -> bool:
+    try:
+        return world_from_environment(environ).local_rank == 0
+    except FastSSLError:
+        return True
 
 
 def _world(environ: Mapping[str, str], starter: str, *names: str) -> World:

@@ -21,6 +21,7 @@ from fastssl._version import __version__
 from fastssl.cli.lazy import LazyCommand, LazyGroup
 from fastssl.pipelines.errors import FastSSLError, Interrupted, printable
 from fastssl.pipelines.stall import threads_given_up
+from fastssl.world import first_of_host_speaks
 
 COMMANDS = {
     "convert-imagenet": LazyCommand("fastssl.cli.convert", "convert_imagenet", "Turn a folder or tar of photos into a .beton file."),
@@ -106,7 +107,7 @@ def main(argv: list[str] | None = None) -> None:
         with warnings.catch_warnings():
             if not debug:
                 warnings.showwarning = _show_warning
-            status = cli.main(args=argv, prog_name="fastssl", standalone_mode=False)
+            status = _run(argv)
         _leave(status if isinstance(status, int) else 0)
     except click.exceptions.Exit as stop:
         _leave(stop.exit_code)
@@ -123,6 +124,15 @@ def main(argv: list[str] | None = None) -> None:
     except Exception as error:
         _show_traceback(debug)
         _leave(1, f"fastssl: unexpected {type(error).__name__}: {error} (run again with --debug for the traceback)")
+
+
+def _run(argv: list[str]) -> object:
+    """What the command returns. Of several processes with the same wrong usage one speaks."""
+    try:
+        return cli.main(args=argv, prog_name="fastssl", standalone_mode=False)
+    except click.ClickException:
+        with first_of_host_speaks():
+            raise
 
 
 def _line(error: FastSSLError | OSError) -> str | None:

@@ -80,9 +80,9 @@ def pretrain(
     fastssl pretrain --arch mobilenetv2 --recipe dino-mobilenetv2-sslight --data photos.beton
     torchrun --nproc-per-node 8 -m fastssl pretrain --arch ...        # several GPUs: the same command, the batch shared out
 
-    Ctrl-C, SIGTERM and SIGUSR1 save and stop, with status 130. The same command goes on from there, and after any other end from the newest checkpoint.
+    Ctrl-C, SIGTERM, SIGUSR1 and SIGHUP save and stop, with status 130. The same command goes on from there, and after any other end from the newest checkpoint.
     """
-    from fastssl.world import world_from_environment
+    from fastssl.world import first_of_host_speaks, world_from_environment
 
     world = world_from_environment()
     if not world.is_main:
@@ -95,7 +95,8 @@ def pretrain(
     from fastssl.train import RunOptions
     from fastssl.train import pretrain as run
 
-    recipe, short = choose_recipe(arch, data, device, recipe_name, overrides, epochs, batch_size)
+    with first_of_host_speaks():
+        recipe, short = choose_recipe(arch, data, device, recipe_name, overrides, epochs, batch_size)
     if data is None:
         from fastssl.sample_set import ensure_sample_set
 

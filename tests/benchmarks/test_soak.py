@@ -13,6 +13,7 @@ from fastssl.benchmarks.records import read_records
 from fastssl.benchmarks.soak import judge, observe, soak_recipe, words
 from fastssl.benchmarks.steadiness import MB
 from fastssl.cli import main
+from fastssl.pipelines.errors import FastSSLError
 from fastssl.recipe import load_recipe
 
 #: A program that makes lines of metrics as a run does, 100 steps a second, and does what its second argument says.
@@ -152,6 +153,19 @@ def test_a_line_that_fails_is_status_1_and_is_named(tmp_path: Path, monkeypatch:
 def test_too_few_photos_are_said_before_anything_runs(beton: Path, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
     status, records = command(tmp_path, "--minutes", "1", "--data", str(beton), "--batch-size", "64", "--device", "cpu")
     assert status == 1 and records == [] and "48 photos are fewer than one batch of 64" in capfd.readouterr().err
+
+
+def test_photos_are_spoken_of_before_they_are_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Making them takes a quarter of a minute on a busy machine, and is the first thing that a soak does."""
+    said: list[str] = []
+
+    def make(data: str, count: int) -> tuple[Path, str]:
+        assert said == [f"{count} synthetic photos are looked up, or made, which takes some seconds"]
+        raise FastSSLError("made")
+
+    monkeypatch.setattr(soak, "find_data", make)
+    with pytest.raises(FastSSLError, match="made"):
+        soak.run(load_recipe("few-photos"), "few-photos", "synthetic", "cpu", 1, 1.0, photos=64, folder=tmp_path, say=said.append)
 
 
 def test_two_minutes_of_a_real_run_are_steady(beton: Path, tmp_path: Path) -> None:

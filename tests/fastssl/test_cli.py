@@ -11,6 +11,7 @@ import click
 import pytest
 
 from fastssl import cli as module
+from fastssl import world
 from fastssl.cli import main
 from fastssl.pipelines.errors import FastSSLError, Interrupted
 
@@ -84,3 +85,28 @@ main(["--version"])
 """
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
     assert ended.returncode == 0 and "fastssl" in ended.stdout and not ended.stderr
+
+
+@pytest.mark.parametrize("ended", [True, False])
+@pytest.mark.parametrize("usage", [True, False])
+def test_of_processes_with_the_same_mistake_one_speaks(run, usage: bool, ended: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second of a host waits for its end; where it does not come, the mistake is its own."""
+
+    def work() -> None:
+        if usage:
+            raise click.UsageError("--epochs and --set train.epochs say the same thing")
+        with world.first_of_host_speaks():
+            raise FastSSLError("unknown network")
+
+    def wait(seconds: float) -> None:
+        if ended:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(world.time, "sleep", wait)
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
+    status, said = run(work)
+    if ended:
+        assert (status, said.strip()) == (130, "")
+    else:
+        assert status == (2 if usage else 1) and ("say the same thing" if usage else "fastssl: unknown network") in said

@@ -136,7 +136,7 @@ def test_two_runs_do_not_share_a_folder(beton: Path, tmp_path: Path, capsys: pyt
     with open(out / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert pretrain(beton, out) == 1
-    assert "another fastssl pretrain is writing here" in capsys.readouterr().err
+    assert "another fastssl pretrain is writing here; wait for its end" in capsys.readouterr().err
     assert pretrain(beton, out) == 0
 
 

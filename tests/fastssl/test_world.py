@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 
 import pytest
 
 from fastssl.pipelines.errors import FastSSLError
-from fastssl.world import World, first_host, world_from_environment
+from fastssl.world import World, first_host, first_of_host_speaks, world_from_environment
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "head", "MASTER_PORT": "29500"}
 SRUN = {
@@ -94,3 +95,14 @@ def test_what_is_no_list_of_hosts_is_refused(nodelist: str) -> None:
 def test_who_this_is_is_known_before_torch_is_loaded() -> None:
     code = "import sys; import fastssl.world, fastssl.cli.pretrain; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_what_all_processes_of_a_host_have_wrong_the_first_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others wait for the launcher to end them; where it does not, the error is theirs and goes on."""
+    waited: list[float] = []
+    monkeypatch.setattr(time, "sleep", waited.append)
+    for environ, waits in (({}, 0), (TORCHRUN | {"LOCAL_RANK": "0"}, 0), (TORCHRUN, 1), (SRUN, 1), ({"RANK": "1"}, 0)):
+        waited.clear()
+        with pytest.raises(FastSSLError) as error, first_of_host_speaks(environ):
+            raise FastSSLError("no such network")
+        assert (len(waited), error.value.told) == (waits, False), environ
