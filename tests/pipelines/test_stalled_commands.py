@@ -5,6 +5,7 @@ from __future__ import annotations
 import _thread
 import math
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -209,8 +210,12 @@ def test_ctrl_c_stops_the_work_and_keeps_what_is_done(photos: Path, whole: Path,
 
     monkeypatch.setattr(Listing, "read", interrupting)
     monkeypatch.setattr(Patience, "settled", leaving)
-    with pytest.raises(KeyboardInterrupt):
-        convert(photos, dst, ConvertOptions(workers=1))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what it puts into the background with SIGINT ignored
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            convert(photos, dst, ConvertOptions(workers=1))
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert set(everything(tmp_path)) == {"whole.beton.partial", "whole.beton.partial.journal"} and not stall.threads_given_up()
     assert convert(photos, dst).written == 6 and dst.read_bytes() == whole.read_bytes()
 
