@@ -94,13 +94,17 @@ def build(records: Sequence[Record]) -> list[Block]:
     blocks.append(
         Paragraph(
             "A pair is one source picture with all its views. Every figure is a median of alternating runs and stands beside a ceiling that was "
-            "measured in the same process.",
+            f"measured in the same process{'; a soak is one run, judged by its own lines' if any(map(_is_soak, records)) else ''}.",
             quiet=True,
         )
     )
     for number, (name, members) in enumerate(machines.items(), 1):
         blocks.extend(_section(name, members, f"-{number}" if number > 1 else ""))
     return blocks
+
+
+def _is_soak(record: Record) -> bool:
+    return record.bench == "soak"
 
 
 def machine_name(record: Record) -> str:
@@ -212,8 +216,7 @@ def _section(name: str, records: Sequence[Record], suffix: str) -> list[Block]:
     recipes = _recipes(records)
     if recipes.rows:
         blocks += [Heading("Recipes", 3), recipes]
-    soaked = any(record.bench == "soak" for record in records)
-    for stem, plot, words in (*PLOTS, *[SOAK] * soaked):
+    for stem, plot, words in (*PLOTS, *[SOAK] * any(map(_is_soak, records))):
         drawn = plots.draw(plot, records)
         blocks.append(Heading(words, 3))
         if isinstance(drawn, str):
