@@ -1,7 +1,7 @@
 # Two commands on a fresh machine: each sets up what it needs first.
 #
 #   make pretrain    virtual environment, install, then `fastssl pretrain --arch mobilenetv3_large` on the sample photos
-#   make test        the same environment with the test extras, then the whole suite
+#   make test        the same environment with the test extras, then the whole suite, several files at once; what judges times comes last, alone
 #   make soak        two hours of what a long run meets: is it steady, does it survive being killed
 #
 PYTHON ?= python3
@@ -28,7 +28,9 @@ pretrain: $(VENV)/.installed
 	$(BIN)/fastssl pretrain --arch mobilenetv3_large --out $(OUT)
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest
+	status=0; \
+	$(BIN)/python -m pytest -m "not gpu and not timed" -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder || status=$$?; \
+	$(BIN)/python -m pytest -m "timed and not gpu" || status=$$?; exit $$status
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check fastssl pipelines benchmarks tests

@@ -206,6 +206,7 @@ def test_the_estimate_hangs_together(estimate: Estimate, beton: Path) -> None:
     json.dumps(asdict(estimate), allow_nan=False)
 
 
+@pytest.mark.timed
 def test_an_epoch_takes_about_what_was_estimated(estimate: Estimate, beton: Path) -> None:
     recipe, epochs = tiny(), []
     step = Step(recipe, CPU, 8, amp=False)
@@ -237,6 +238,7 @@ def test_loader_bytes(beton: Path) -> None:
         assert memory.loader_bytes(tiny(), reader, CPU) == (2 * 2 * 3 * 32 * 32 * 4, 5 * 2 * 3 * 32 * 32)
 
 
+@pytest.mark.timed
 def test_a_slow_step_is_measured_in_small_and_extrapolated(beton: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a laptop with the full recipe: 10 ms a pair and 20 ms a step, and a batch for which there is no time."""
 

@@ -168,6 +168,7 @@ def test_photos_are_spoken_of_before_they_are_made(tmp_path: Path, monkeypatch: 
         soak.run(load_recipe("few-photos"), "few-photos", "synthetic", "cpu", 1, 1.0, photos=64, folder=tmp_path, say=said.append)
 
 
+@pytest.mark.timed
 def test_two_minutes_of_a_real_run_are_steady(beton: Path, tmp_path: Path) -> None:
     """The short form of the soak whose hour is under benchmarks/results/soak."""
     arguments = ["--minutes", "2", "--arch", "lcnet_035", "--data", str(beton), "--batch-size", "8", "--workers", "1", "--device", "cpu"]

@@ -89,6 +89,7 @@ def test_who_leaves_in_order_is_not_missed_and_its_part_is_watched_by_another(th
     assert "has stood still for 5 s" in three.watches[0].failure
 
 
+@pytest.mark.timed
 def test_one_that_cannot_be_reached_is_given_up_earlier(three: Watched) -> None:
     found = three.watches[1]._neighbour
     assert wait_for(lambda: found.line is not None)

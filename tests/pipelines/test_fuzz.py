@@ -33,6 +33,7 @@ def fuzz(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
 
 
+@pytest.mark.timed
 def test_ten_thousand_corruptions() -> None:
     """Each gives the right pixels, a named error or a skip that is counted: no signal, none over five seconds, no read outside the file."""
     done = fuzz("--count", "10000")
@@ -56,6 +57,7 @@ def replay(folder: Path, names: list[str]) -> None:
         assert time.monotonic() - started < 5
 
 
+@pytest.mark.timed
 def test_kept_files_once_more(tmp_path: Path) -> None:
     """One for each kind of change to each kind of file, chosen by the message it leads to; and whatever went wrong once."""
     names = [path.name for path in CORPUS]

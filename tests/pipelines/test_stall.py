@@ -60,6 +60,7 @@ class DeadDisk:
             monkeypatch.setattr(beton_module._OpenFile, "read_into", read_into)
 
 
+@pytest.mark.timed
 @pytest.mark.parametrize("engine", ["native", "dali", "ffcv"])
 def test_a_disk_that_does_not_answer(engine: str, beton: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     need_engine(engine)
@@ -137,6 +138,7 @@ def test_the_warning_stands_above_the_live_display() -> None:
     assert ended.status == 0, ended
 
 
+@pytest.mark.timed
 def test_leaving_early_does_not_wait_for_ever(beton: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stall, "LEAVE_SECONDS", 0.2)
     with ViewLoader(beton, TWO, 8) as loader:
