@@ -18,6 +18,7 @@ import yaml
 from fastssl.bad_step import BAD_STEPS
 from fastssl.checkpoint import LAST, differences, find_checkpoint, load_checkpoint, set_aside
 from fastssl.files import link_atomically, remove_unfinished, write_atomically
+from fastssl.launch import NO_LAUNCH, Launch
 from fastssl.metrics_file import MetricsFile
 from fastssl.pipelines.errors import FastSSLError
 from fastssl.recipe import Recipe, build_recipe, recipe_to_dict
@@ -65,7 +66,12 @@ class RunFolder:
         return self.path / "checkpoints"
 
     def open(
-        self, config: dict[str, Any], resume: str, about: dict[str, Any], require_fit: Callable[[dict[str, Any]], None]
+        self,
+        config: dict[str, Any],
+        resume: str,
+        about: dict[str, Any],
+        require_fit: Callable[[dict[str, Any]], None],
+        launch: Launch = NO_LAUNCH,
     ) -> dict[str, Any] | None:
         """Take the folder, and make it ready to go on, or for a new run.
 
@@ -74,6 +80,7 @@ class RunFolder:
             resume: ``auto``, ``never`` or the path of a checkpoint.
             about: what config.yaml says besides.
             require_fit: raises FastSSLError where the content of a checkpoint cannot be gone on from; asked before anything in the folder is changed for it.
+            launch: where its launcher starts again what opened this folder, ``resume`` is taken for ``auto``: it was for the first start.
 
         Returns:
             the content of the checkpoint to go on from; None for a new run.
@@ -89,6 +96,9 @@ class RunFolder:
             if self._lock():
                 self._say_if_killed()
             remove_unfinished(self.path, *_RESULTS, "config.yaml", "metrics.jsonl")
+            if resume != "auto" and launch.goes_on(self._launches()):
+                self.say(f"started again by {' and '.join(sorted(launch.again))}: --resume {resume} was for the first start, this one goes on with the run")
+                resume = "auto"
             self.checkpoints.mkdir(exist_ok=True)  # one that cannot be made is better known now than at the first checkpoint
             remove_unfinished(self.checkpoints, *_CHECKPOINTS)
             found = self._find(config, resume)
@@ -109,7 +119,7 @@ class RunFolder:
                     for name in _RESULTS:  # of a run that was finished and is set back
                         (self.path / name).unlink(missing_ok=True)
                 self.metrics.cut(at["step"], probed=at["step_in_epoch"] == 0)
-            text = yaml.safe_dump({**config, **about}, sort_keys=False)
+            text = yaml.safe_dump({**config, **about, "launch": dict(launch.names)}, sort_keys=False)
             write_atomically(self.path / "config.yaml", lambda path: path.write_text(text))
             return state
         except OSError as error:
@@ -137,6 +147,14 @@ class RunFolder:
             self.say(f"{self.path}: this file system has no locks; see to it that no other run writes here")
             return False
         return True
+
+    def _launches(self) -> object:
+        """The names of the launch that opened the folder last. They are written when all that its ``--resume`` asked for is done."""
+        try:
+            config = yaml.safe_load((self.path / "config.yaml").read_text())
+        except (FileNotFoundError, ValueError, RecursionError, yaml.YAMLError):
+            return None
+        return config.get("launch") if isinstance(config, dict) else None
 
     def _say_if_killed(self) -> None:
         """Whoever looks into a folder that is his now, and finds a run at work in it, looks at one that came to say nothing more."""

@@ -35,6 +35,7 @@ from fastssl.collectives import Vote, agree_any, barrier, broadcast_module, gath
 from fastssl.devices import choose_device, only_deterministic
 from fastssl.distributed import joined
 from fastssl.finish import finish_run
+from fastssl.launch import launch_from_environment
 from fastssl.meters import MetricRing
 from fastssl.pipelines.beton import BetonReader
 from fastssl.pipelines.engines import require_engine
@@ -75,7 +76,8 @@ class RunOptions:
         val: a labelled ``.beton`` to probe on; None: a fifth of ``data`` is held out from the probe (not from the training).
         out: the run's folder.
         device: ``auto``, ``cpu`` or ``cuda``.
-        resume: ``auto`` (go on if the folder holds a run, from its newest checkpoint that is whole), ``never``, or the path of a checkpoint.
+        resume: ``auto`` (go on if the folder holds a run, from its newest checkpoint that is whole), ``never``, or the path of a checkpoint;
+            of the last two only the first start of a launch takes notice (`fastssl.launch`).
     """
 
     recipe_name: str
@@ -245,7 +247,9 @@ class Run:
         if self.folder:
             about = {"host": describe_host(), "versions": describe_versions(), "git": self.git}
             try:
-                found = self.folder.open(self.config, self.options.resume, {"device": self.device.type, **about}, self._require_fit)
+                found = self.folder.open(
+                    self.config, self.options.resume, {"device": self.device.type, **about}, self._require_fit, launch_from_environment()
+                )
             except FastSSLError as error:
                 found = str(error)
         found = share(found)

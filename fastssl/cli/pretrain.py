@@ -52,7 +52,8 @@ if TYPE_CHECKING:
     default="auto",
     show_default=True,
     metavar="auto|never|PATH",
-    help="auto goes on where the run in --out stopped; never starts over and deletes that run's checkpoints; PATH: of a checkpoint to go on from.",
+    help="auto goes on where the run in --out stopped; never starts over and deletes that run's checkpoints; PATH: of a checkpoint to go on from. "
+    "Where torchrun or Slurm starts a failed run again, it goes on with what it has made, whatever is said here.",
 )
 @click.option("--workers", type=click.IntRange(min=1), help="Decoding threads. Default: the cores this process may use.")
 @json_option

@@ -143,7 +143,8 @@ def test_a_killed_process_is_started_again_by_torchrun_and_the_run_goes_on(beton
         "fastssl",
     ]
     command = ["pretrain", "--arch", ARCH, "--recipe", RECIPE, "--data", str(beton), "--out", str(out), "--device", "cpu", "--workers", "1"]
-    arguments = [*launcher, *command, *(argument for item in overrides for argument in ("--set", item))]
+    # Said to all starts, meant for the first.
+    arguments = [*launcher, *command, "--resume", "never", *(argument for item in overrides for argument in ("--set", item))]
     environ = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     with (tmp_path / "stderr").open("w") as stderr, subprocess.Popen([sys.executable, *arguments], stderr=stderr, env=environ) as process:
         try:
@@ -157,7 +158,8 @@ def test_a_killed_process_is_started_again_by_torchrun_and_the_run_goes_on(beton
         finally:
             process.kill()
     said = (tmp_path / "stderr").read_text()
-    assert set(first) == {0, 1} and said.count("2 processes meet") == 2 and "resumed at step" in said, said
+    assert set(first) == {0, 1} and said.count("2 processes meet") == 2, said
+    assert "started again by torchrun: --resume never was for the first start" in said and "resumed at step" in said, said
     # torchrun ends process 0 as soon as it sees that process 1 is gone: it may have nothing to say any more.
     assert said.count("the run cannot go on: process 1 of 2") <= 1
     assert [row["step"] for row in steps(out)] == list(range(1, 73))
