@@ -4,6 +4,7 @@
 
     conversion      convert-imagenet: the .beton and what stands beside it, byte for byte
     training        pretrain, killed at random steps: weights, optimiser, queue or centre bit for bit, each step's line of metrics once and the same
+    bfloat16        the same with bfloat16 networks and the optimiser's float32 weights beside them
     checkpointing   pretrain, killed inside the writing of a checkpoint: at the n-th fsync, rename, link, removal, or while an unfinished file grows
     processes       pretrain in float64 by one process, two, one, ...: against one process that was not killed, to 1e-5; two all the time, against two: bit for bit
 
@@ -184,12 +185,12 @@ def wait_for(condition: Callable[[], bool], processes: list, timeout: float = PA
 # ---------------------------------------------------------------------- training
 
 
-def pretrain(method: str, data: Path, out: Path, epochs: int, *, probe: bool, arch: str | None = None) -> list[str]:
+def pretrain(method: str, data: Path, out: Path, epochs: int, *, probe: bool, amp: str = "off", arch: str | None = None) -> list[str]:
     """The command line."""
     recipe, usual, small = METHODS[method]
     arch = arch or usual
     command = ["pretrain", "--arch", arch, "--recipe", recipe, "--data", str(data), "--out", str(out), "--device", "cpu", "--workers", "1"]
-    settings = [*_COMMON, *small, f"train.epochs={epochs}", f"probe.every_epochs={int(probe)}"]
+    settings = [*_COMMON, *small, f"train.epochs={epochs}", f"train.amp={amp}", f"probe.every_epochs={int(probe)}"]
     return [*command, *itertools.chain.from_iterable(("--set", setting) for setting in settings)]
 
 
@@ -286,6 +287,7 @@ def training(
     *,
     sizes: Sequence[int] = (1,),
     float64: bool = False,
+    amp: str = "off",
     epochs: int = 8,
     tolerance: float | None = None,
     probe: bool = True,
@@ -296,15 +298,15 @@ def training(
     ``tolerance`` None: equal to the last bit; infinite: the difference is noted and not judged.
     """
     rng, steps = random.Random(f"training {method} {seed}"), 6 * epochs
-    form = f"{'-'.join(map(str, sizes))} processes, {'float64' if float64 else 'float32'}"
+    form = f"{'-'.join(map(str, sizes))} processes, {'float64' if float64 else 'bfloat16' if amp == 'bf16' else 'float32'}"
     outcome = Outcome(f"training {method}, {form}", seed)
     began = time.monotonic()
     folder = Path(tempfile.mkdtemp(dir=lab.folder))
     whole, killed = folder / "whole", folder / "killed"
     options = {"float64": float64}
     lab.say(f"{outcome.what}: first the run that nobody disturbs, {steps} steps; then up to {min(kills, steps - 1)} kills")
-    lab.run(pretrain(method, data, whole, epochs, probe=probe, arch=arch), world=sizes[0], **options)
-    command, turns = pretrain(method, data, killed, epochs, probe=probe, arch=arch), itertools.cycle(sizes)
+    lab.run(pretrain(method, data, whole, epochs, probe=probe, amp=amp, arch=arch), world=sizes[0], **options)
+    command, turns = pretrain(method, data, killed, epochs, probe=probe, amp=amp, arch=arch), itertools.cycle(sizes)
     for target in sorted(rng.sample(range(1, steps), min(kills, steps - 1))):
         pause = rng.uniform(0, 0.1)
         processes = lab.start(command, world=next(turns), **options)
@@ -490,6 +492,9 @@ def run_all(what: str, kills: int, seed: int, say: Callable[[str], None] = print
         if what in ("training", "all"):
             for method, number in at_steps.items():
                 add(training(lab, data, method, number, seed))
+        if what in ("bfloat16", "all"):
+            for method in METHODS:
+                add(training(lab, data, method, min(kills, 10), seed, amp="bf16"))
         if what in ("checkpointing", "all"):
             add(checkpointing(lab, data, kills, seed))
         if what in ("processes", "all"):
@@ -506,7 +511,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--kills", type=int, default=50, help="of each series; of those at random steps at most 20, 10 for all methods but MoCo"
     )
-    parser.add_argument("--what", choices=["conversion", "training", "checkpointing", "processes", "all"], default="all")
+    parser.add_argument("--what", choices=["conversion", "training", "bfloat16", "checkpointing", "processes", "all"], default="all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="write what came out, with machine and versions")
     chosen = parser.parse_args(arguments)
