@@ -97,7 +97,9 @@ class RunFolder:
                 self._say_if_killed()
             remove_unfinished(self.path, *_RESULTS, "config.yaml", "metrics.jsonl")
             if resume != "auto" and launch.goes_on(self._launches()):
-                self.say(f"started again by {' and '.join(sorted(launch.again))}: --resume {resume} was for the first start, this one goes on with the run")
+                self.say(
+                    f"started again by {' and '.join(sorted(launch.again))}: --resume {resume} was for the first start, this one goes on with the run"
+                )
                 resume = "auto"
             self.checkpoints.mkdir(exist_ok=True)  # one that cannot be made is better known now than at the first checkpoint
             remove_unfinished(self.checkpoints, *_CHECKPOINTS)
