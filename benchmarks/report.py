@@ -293,7 +293,12 @@ def _incomplete(records: Sequence[Record]) -> list[Block]:
     """Which records lack something that makes a figure evidence."""
     lacking = incomplete(records)
     if not lacking:
-        return [Paragraph(f"All {len(records)} records are complete: machine, versions, runs, commit, command, ceiling.", quiet=True)]
+        return [
+            Paragraph(
+                f"{'The one record is' if len(records) == 1 else f'All {len(records)} records are'} complete: machine, versions, runs, commit, command, ceiling.",
+                quiet=True,
+            )
+        ]
     items = []
     for part, members in lacking.items():
         kinds: dict[str, int] = {}

@@ -252,7 +252,7 @@ def test_what_is_not_there_is_said(tmp_path: Path) -> None:
         "No record has a peer.",
     ):
         assert reason in text
-    assert "All 1 records are complete" in text
+    assert "The one record is complete" in text
 
 
 def test_incomplete_records_are_named(tmp_path: Path) -> None:
