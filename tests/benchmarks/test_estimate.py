@@ -189,6 +189,7 @@ def estimate(beton: Path) -> Estimate:
     return run(tiny(), "quickstart", beton, workers=1, seconds=4)
 
 
+@pytest.mark.timed
 def test_the_estimate_hangs_together(estimate: Estimate, beton: Path) -> None:
     assert (estimate.arch, estimate.device, estimate.devices, estimate.workers) == ("mobilenetv3_small_050", "cpu", 1, 1)
     assert estimate.data == {"name": beton.name, "samples": 48} and estimate.steps_per_epoch == 6
@@ -259,6 +260,7 @@ def test_a_slow_step_is_measured_in_small_and_extrapolated(beton: Path, monkeypa
     assert any(words.startswith("train.accumulate") for words in parts.extrapolated)
 
 
+@pytest.mark.timed
 def test_a_batch_beyond_the_memory(beton: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "resident_bytes", lambda key: None)  # as on a system that does not tell: tensors alone count
     estimate = run(tiny(), "quickstart", beton, workers=1, seconds=2)
