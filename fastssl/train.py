@@ -117,8 +117,8 @@ def pretrain(recipe: Recipe, options: RunOptions, progress: Progress) -> dict[st
     with ExitStack() as files:
         if recipe.train.deterministic:
             files.enter_context(only_deterministic())
-        device = choose_device(options.device, world)
         with first_of_host_speaks():
+            device = choose_device(options.device, world)
             reader = files.enter_context(BetonReader(options.data))
             val = files.enter_context(BetonReader(options.val)) if options.val else None
         said = progress if world.is_main else _Silence()
@@ -186,16 +186,17 @@ class Run:
         self.amp = use_amp(recipe.train.amp, self.device)
         self.out = options.out
         self.batch_size = recipe.train.batch_size
-        require_a_batch(reader, self.batch_size)
-        self.steps_per_epoch = steps_per_epoch(len(reader), self.batch_size)
-        self.total_steps = recipe.train.epochs * self.steps_per_epoch
-        require_engine(options.pipeline, reader, recipe.views)
-        if val is not None:
-            require_same_classes(reader, val)
-            if world.is_main and recipe.train.on_bad == "fail":
-                require_whole_photos(val, workers=options.workers)
-        self.step = TrainStep(recipe, self.device, amp=self.amp, seed=options.seed, world=world)
-        require_sizes(recipe, self.backbone, device)
+        with first_of_host_speaks():  # all find the same faults, before they first wait for each other
+            require_a_batch(reader, self.batch_size)
+            self.steps_per_epoch = steps_per_epoch(len(reader), self.batch_size)
+            self.total_steps = recipe.train.epochs * self.steps_per_epoch
+            require_engine(options.pipeline, reader, recipe.views)
+            if val is not None:
+                require_same_classes(reader, val)
+                if world.is_main and recipe.train.on_bad == "fail":
+                    require_whole_photos(val, workers=options.workers)
+            self.step = TrainStep(recipe, self.device, amp=self.amp, seed=options.seed, world=world)
+            require_sizes(recipe, self.backbone, device)
         for line in self.step.without_effect:
             progress.message(line)
         self.position = Position()

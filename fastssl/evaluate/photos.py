@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from fastssl.pipelines.beton import BetonReader
 from fastssl.pipelines.convert import ConvertOptions, convert
 from fastssl.pipelines.errors import FastSSLError
 from fastssl.probe import require_same_classes
+from fastssl.world import first_of_host_speaks
 
 
 @contextmanager
@@ -98,20 +99,26 @@ def open_split(data: str | Path, val: str | Path | None, *, seed: int = 0, worke
     Raises:
         FastSSLError: no labels, or other classes in one file than in the other; what ``open_photos`` raises.
     """
-    with open_photos(data, workers) as train:
-        require_labels(train)
-        if val is None:
-            split = LabelledSplit(train, *_halves(train, seed), held_out_seed=seed)
-            if not len(split.val_index):
-                raise ProbeError(f"{data}: one photo in each class leaves nothing to hold out; give --val")
-            yield split
-            return
-        if Path(val).exists() and Path(val).samefile(data):
-            warnings.warn(f"{val}: is --data itself; photos are judged that were learned from", stacklevel=3)
-        with open_photos(val, workers) as judged:
-            require_labels(judged)
-            require_same_classes(train, judged)
-            yield LabelledSplit(train, np.arange(len(train)), judged, np.arange(len(judged)), held_out_seed=None)
+    with ExitStack() as files:
+        with first_of_host_speaks():
+            split = _open_split(files, data, val, seed, workers)
+        yield split
+
+
+def _open_split(files: ExitStack, data: str | Path, val: str | Path | None, seed: int, workers: int | None) -> LabelledSplit:
+    train = files.enter_context(open_photos(data, workers))
+    require_labels(train)
+    if val is None:
+        split = LabelledSplit(train, *_halves(train, seed), held_out_seed=seed)
+        if not len(split.val_index):
+            raise ProbeError(f"{data}: one photo in each class leaves nothing to hold out; give --val")
+        return split
+    if Path(val).exists() and Path(val).samefile(data):
+        warnings.warn(f"{val}: is --data itself; photos are judged that were learned from", stacklevel=4)
+    judged = files.enter_context(open_photos(val, workers))
+    require_labels(judged)
+    require_same_classes(train, judged)
+    return LabelledSplit(train, np.arange(len(train)), judged, np.arange(len(judged)), held_out_seed=None)
 
 
 def _halves(reader: BetonReader, seed: int) -> tuple[np.ndarray, BetonReader, np.ndarray]:

@@ -16,7 +16,7 @@ from fastssl.distributed import joined
 from fastssl.evaluate.fingerprint import weights_fingerprint
 from fastssl.evaluate.trained import Trained, load_trained
 from fastssl.versions import describe_git, describe_host, describe_versions
-from fastssl.world import World, world_from_environment
+from fastssl.world import World, first_of_host_speaks, world_from_environment
 
 
 @dataclass
@@ -71,9 +71,10 @@ def open_session(checkpoint: str | Path, *, which: str | None = None, device: st
         FastSSLError: see ``load_trained``, ``choose_device`` and ``joined``.
     """
     world = world_from_environment()
-    chosen = choose_device(device, world)
     started = time.monotonic()
-    trained = load_trained(checkpoint, which)
+    with first_of_host_speaks():
+        chosen = choose_device(device, world)
+        trained = load_trained(checkpoint, which)
     weights = weights_fingerprint(trained.backbone)
     with joined(world, chosen):
         trained.backbone.to(chosen)

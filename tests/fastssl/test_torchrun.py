@@ -51,11 +51,14 @@ def alone(beton: Path, out: Path) -> None:
 
 
 def together(beton: Path, out: Path, processes: int = 2) -> subprocess.CompletedProcess:
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", str(free_port()), "-m", "fastssl"]
     command = ["pretrain", "--arch", ARCH, "--recipe", RECIPE, "--data", str(beton), "--out", str(out), "--device", "cpu", "--workers", "1"]
-    overrides = [argument for item in SMALL for argument in ("--set", item)]
+    return torchrun([*command, *(argument for item in SMALL for argument in ("--set", item))], processes)
+
+
+def torchrun(command: list[str], processes: int) -> subprocess.CompletedProcess:
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", str(free_port()), "-m", "fastssl"]
     return subprocess.run(
-        [sys.executable, *launcher, *command, *overrides],
+        [sys.executable, *launcher, *command],
         capture_output=True,
         text=True,
         timeout=300,
@@ -213,7 +216,29 @@ def test_what_cannot_work_ends_all_processes_with_one_reason(beton: Path, tmp_pa
     started = time.monotonic()
     found = together(beton, tmp_path / "run", processes=3)  # 8 samples a step are not shared out over 3
     assert found.returncode != 0 and time.monotonic() - started < 120
-    assert "fastssl: batch of 8: 3 processes with train.accumulate=1 need equal parts" in found.stderr
+    assert (
+        found.stderr.count("fastssl: batch of 8: 3 processes with train.accumulate=1 need equal parts")
+        == found.stderr.count("fastssl: ")
+        == 1
+    )
+
+
+@pytest.mark.parametrize("missing", ["run", "photos"])
+def test_what_an_evaluation_lacks_is_said_once(missing: str, one: Path, beton: Path, tmp_path: Path) -> None:
+    found = torchrun(
+        [
+            "evaluate",
+            "knn",
+            str(tmp_path if missing == "run" else one),
+            "--data",
+            str(tmp_path / "no.beton" if missing == "photos" else beton),
+            "--device",
+            "cpu",
+        ],
+        processes=2,
+    )
+    said = f"fastssl: {tmp_path}{'' if missing == 'run' else '/no.beton'}: "
+    assert found.returncode != 0 and found.stderr.count(said) == found.stderr.count("fastssl: ") == 1, found.stderr
 
 
 def skipping(data: str, out: str) -> int | None:

@@ -139,11 +139,13 @@ def detect(
     from fastssl.evaluate.detection.train import TrainingConfig
     from fastssl.evaluate.session import open_session
     from fastssl.step import use_amp
+    from fastssl.world import first_of_host_speaks
 
     require_pycocotools()
     with open_session(checkpoint, which=which, device=device) as session:
-        train = _read(data, images, masks, "--images")
-        judged = _read((val,), val_images or images, masks, "--val-images", categories=list(train.categories.values()))
+        with first_of_host_speaks():
+            train = _read(data, images, masks, "--images")
+            judged = _read((val,), val_images or images, masks, "--val-images", categories=list(train.categories.values()))
         arch = session.trained.arch
         if from_scratch:
             torch.manual_seed(seed)
