@@ -47,6 +47,8 @@ def joined(
     collective fails when the connection breaks; over NCCL, or where a process is killed, stopped or cut off, the watch (watch.py) notices.
     ``Interrupted`` is no failure: all ranks raise it behind the same step.
 
+    A CUDA graph that holds collectives must be gone when the block ends, however it ends: until then NCCL waits, for ever, with the end of its communicator.
+
     Args:
         device: where this rank's tensors are. ``cuda``: NCCL, and gloo beside it for what hosts tell each other; ``cpu``: gloo.
         timeout_minutes: for each collective: longer than anything that one rank does while the others wait.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -32,7 +33,7 @@ class RecordedCall:
         record: how; another one than CUDA's serves tests.
 
     Raises:
-        RuntimeError: the call cannot be recorded (by CUDA: it waits for the device, or allocates outside torch).
+        RuntimeError: the call cannot be recorded (by CUDA: it waits for the device, which the last warm-up run finds out, or allocates outside torch).
     """
 
     def __init__(
@@ -46,7 +47,9 @@ class RecordedCall:
         self._places = [torch.empty_like(tensor).copy_(tensor) for tensor in inputs]  # the layout stays, channels-last too
         try:
             with _side_stream(self._places):
-                for _ in range(WARM_UP_RUNS):
+                for _ in range(WARM_UP_RUNS - 1):
+                    call(self._places)
+                with _no_waiting(self._places):
                     call(self._places)
         finally:
             undo()
@@ -65,12 +68,38 @@ class RecordedCall:
         self._replay()
         return self._result
 
+    def close(self) -> None:
+        """Let go of the recording, also where a traceback still holds this object. It cannot be called any more."""
+        self._replay = self._result = None
+
+
+def _on_gpu(tensors: Sequence[Tensor]) -> bool:
+    return any(tensor.is_cuda for tensor in tensors)
+
+
+@contextmanager
+def _no_waiting(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Whatever makes the host wait for the device raises RuntimeError. Nothing on a CPU.
+
+    A recording would fail at it, too, but in torch before 2.12 its memory would stay taken, and of all memory that two streams share nothing would be free
+    again: the run without a graph would end for want of memory.
+    """
+    if not _on_gpu(tensors):
+        yield
+        return
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
 
 class _side_stream:
     """Warm-up on a stream of its own, which both waits for and is waited for by the present one. Nothing on a CPU."""
 
     def __init__(self, tensors: Sequence[Tensor]):
-        self._used = any(tensor.is_cuda for tensor in tensors)
+        self._used = _on_gpu(tensors)
 
     def __enter__(self) -> None:
         if self._used:

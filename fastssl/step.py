@@ -238,6 +238,12 @@ class TrainStep:
         # What the schedules say is an input like any other: a recorded number would stay what it was.
         return self._recorded([to_device(np.array(list(rates.values()), np.float32), self.device), *inputs])
 
+    def close(self) -> None:
+        """Let go of a recorded step; later calls would run eagerly. To be called before the processes part (see ``joined``)."""
+        if self._recorded is not None:
+            self._recorded.close()
+            self._recorded = None
+
     # ------------------------------------------------------------------ the step itself
 
     def _run(self, call: _Call, inputs: list[Tensor], rates: Mapping[str, Tensor | float]) -> Tensor:

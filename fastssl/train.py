@@ -302,7 +302,7 @@ class Run:
     def train(self) -> None:
         """All epochs that are left."""
         train = self.recipe.train
-        with self._loader() as loader:
+        with self._loader() as loader, closing(self.step):
             self.length = RunLength(self.total_steps, self.steps_per_epoch)
             self.ring = MetricRing(self.step.method.METRICS, min(train.log_every, self.steps_per_epoch), self.device)
             self.probe = self._online_probe() if self.world.is_main else None

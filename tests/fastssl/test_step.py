@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastssl import graph as graph_module
 from fastssl import step as step_module
 from fastssl.backbones import SHORT_NAMES, create_backbone
 from fastssl.graph import RecordedCall
@@ -346,9 +349,55 @@ def test_a_recorded_call_takes_one_shape() -> None:
         call([torch.ones(4), torch.ones(4)])
 
 
+@pytest.mark.parametrize("waits", [False, True])
+def test_the_last_run_before_a_recording_may_not_wait_for_the_device(waits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A recording that fails at it leaves torch's allocator in the midst of a capture, in which it frees little."""
+    modes, calls = [0], []
+
+    def call(tensors: list[Tensor]) -> Tensor:
+        calls.append(modes[-1])
+        if waits and modes[-1] == "error":
+            raise RuntimeError("called a synchronizing CUDA operation")
+        return tensors[0] * 2
+
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    monkeypatch.setattr(graph_module, "_side_stream", lambda tensors: nullcontext())
+    monkeypatch.setattr(graph_module, "_on_gpu", lambda tensors: True)
+    undone: list[bool] = []
+    with pytest.raises(RuntimeError, match="synchronizing") if waits else nullcontext():
+        RecordedCall(call, [torch.ones(4)], undo=lambda: undone.append(True), record=replayed)
+    assert calls == [0, 0, "error"] and modes == [0, "error", 0] and undone == [True]
+
+
 # ---------------------------------------------------------------------- on a GPU
 
 CUDA = torch.device("cuda")
+
+
+@pytest.mark.gpu
+def test_a_call_that_waits_for_the_gpu_is_found_before_it_is_recorded() -> None:
+    def record(call: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        raise AssertionError("recorded")
+
+    with pytest.raises(RuntimeError, match="synchronizing"):
+        RecordedCall(lambda tensors: tensors[0] * tensors[0].sum().item(), [torch.ones(4, device=CUDA)], undo=lambda: None, record=record)
+    assert torch.cuda.get_sync_debug_mode() == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_one_number_that_is_not_finite_is_found_on_the_gpu(value: float) -> None:
+    step = TrainStep(recipe(optim__name="adamw"), CUDA, amp=True, seed=0)
+    train_on_gpu(step, 1)
+    assert step.is_finite()
+    state, moments = step.method.state_dict(), next(iter(step.optimizer.state.values()))
+    for tensor in (state["queue"], state["student.backbone.conv_stem.weight"], moments["exp_avg"]):
+        undo = step.snapshot()
+        tensor[(-1,) * tensor.dim()] = value
+        assert not step.is_finite()
+        undo()
+        assert step.is_finite()
 
 
 def train_on_gpu(step: TrainStep, steps: int = 6) -> list[list[float]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import os
@@ -10,16 +11,23 @@ import subprocess
 import sys
 import time
 import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from torch import Tensor
 
+from fastssl import train as train_module
 from fastssl.cli import main
-from fastssl.pipelines.errors import FastSSLError
+from fastssl.pipelines.errors import FastSSLError, Interrupted
 from fastssl.recipe import load_recipe, parse_overrides
-from fastssl.train import RunOptions, pretrain
+from fastssl.step import TrainStep
+from fastssl.train import Run, RunOptions, pretrain
 
 #: the quick start, small enough for a test: a network of 0.6 M parameters, 2 epochs of 6 steps on 48 photos
 SMALL = [
@@ -183,9 +191,6 @@ def test_a_run_stopped_by_ctrl_c_goes_on_to_the_same_weights(finished: Path, bet
 
 
 def test_stop_mid_epoch_resumes_bit_for_bit(finished: Path, beton: Path, tmp_path: Path) -> None:
-    from fastssl.pipelines.errors import Interrupted
-    from fastssl.train import Run
-
     out, original = tmp_path / "run", Run._step
 
     def stop_after_three(run: Run, batch: object) -> object:
@@ -251,10 +256,58 @@ def test_wrong_usage_is_status_2(capsys: pytest.CaptureFixture) -> None:
     assert cli("--help") == 0
 
 
+@pytest.mark.parametrize("end", ["well", "crash", "signal"])
+def test_a_recorded_step_is_gone_when_the_processes_part(end: str, beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NCCL waits with the end of its communicator until no CUDA graph holds its collectives, for ever if need be; also in an abort, where tracebacks hold all."""
+
+    class Graph:
+        def __init__(self, call: Callable[[], Tensor]):
+            self.call, self.result, self.replays = call, torch.empty(0), 0
+
+        def replay(self) -> None:
+            self.replays += 1
+            if self.replays == 4 and end == "crash":
+                del self  # CUDA's has no frame that a traceback could hold
+                raise FastSSLError("crashed")
+            values = self.call()
+            self.result.resize_(values.shape).copy_(values)
+
+    recorded: list[weakref.ref] = []
+    alive: list[bool] = []
+
+    def record(call: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        graph = Graph(call)
+        recorded.append(weakref.ref(graph))
+        return graph.replay, graph.result
+
+    @contextmanager
+    def parting(*arguments: object, **options: object) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            alive.append(recorded[0]() is not None)
+
+    original = Run._step
+
+    def step(run: Run, batch: object) -> object:
+        if run.position.step == 3 and end == "signal":
+            run.stop.set()
+        return original(run, batch)
+
+    monkeypatch.setattr(train_module, "TrainStep", partial(TrainStep, record=record))
+    monkeypatch.setattr(train_module, "joined", parting)
+    monkeypatch.setattr(Run, "_step", step)
+    gc.disable()  # it would free what only a cycle holds, some time
+    try:
+        with {"well": nullcontext(), "crash": pytest.raises(FastSSLError), "signal": pytest.raises(Interrupted)}[end]:
+            pretrain(small("train.graph=true", "train.epochs=1"), options(beton, tmp_path / "run"), Silent())
+    finally:
+        gc.enable()
+    assert len(recorded) == 1 and alive == [False]
+
+
 @pytest.mark.gpu
 def test_a_run_on_the_gpu_has_no_host_sync_in_its_steps(beton: Path, tmp_path: Path) -> None:
-    from fastssl.train import Run
-
     original = Run._step
 
     def watched(run: Run, batch: object) -> object:
@@ -291,9 +344,6 @@ def test_a_setting_for_other_networks_is_a_line_and_no_warning(beton: Path, tmp_
 
 
 def test_a_run_in_parts_and_bfloat16_resumes_bit_for_bit(beton: Path, tmp_path: Path) -> None:
-    from fastssl.pipelines.errors import Interrupted
-    from fastssl.train import Run
-
     recipe, original = small("train.accumulate=2", "train.amp=bf16", "optim.name=lars"), Run._step
 
     def stop_after_three(run: Run, batch: object) -> object:
