@@ -67,6 +67,7 @@ class DaliEngine(Engine):
         self._drawer = ThreadPoolExecutor(1, thread_name_prefix="fastssl-dali-plan")
         self._checkers = ThreadPoolExecutor(self.workers, thread_name_prefix="fastssl-dali-check")
         self._check = SampleCheck(reader, on_bad, self.stats, self._checkers)
+        self._copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._pipeline: Any = None
         self._requests: Iterator[Callable[[], Request]] = iter(())
         self._drawn: deque[Future[tuple[Request, list[np.ndarray]]]] = deque()
@@ -89,7 +90,7 @@ class DaliEngine(Engine):
                     finished = True
                     break
                 request = self._fed.popleft()
-                views = self._views(outputs, len(request.index))
+                views = self._views(outputs)
                 self.stats.wait_s += time.perf_counter() - started
                 self.stats.samples += len(request.index)
                 yield Rendered(request, views)
@@ -98,17 +99,19 @@ class DaliEngine(Engine):
         finally:
             self._end_epoch(finished)
 
-    def _views(self, outputs: tuple, batch: int) -> list[Tensor]:
-        """DALI's outputs as (count * B, 3, S, S). A tensor owns the memory it was made on: batches that are kept stay whole."""
-        # DLPack hands over without a copy and makes torch's current stream wait for DALI's, not the host.
-        views = [torch.from_dlpack(output.as_tensor()) for output in outputs]
-        groups, first = [], 0
-        for spec in self.specs:
-            mine = views[first : first + spec.count]
-            first += spec.count
-            # Views of one size become one batch for the network. DALI has one output a view: they are joined here, as uint8.
-            joined = mine[0] if spec.count == 1 else torch.cat(mine)
-            groups.append(joined.permute(0, 3, 1, 2))
+    def _views(self, outputs: tuple) -> list[Tensor]:
+        """DALI's outputs as (count * B, 3, S, S), on memory that DALI does not write to any more: batches that are kept stay whole."""
+        if self._copy_stream is None:
+            return _joined([torch.from_dlpack(output.as_tensor()) for output in outputs], self.specs)
+        current = torch.cuda.current_stream(self.device)
+        with torch.cuda.stream(self._copy_stream):
+            views = [torch.from_dlpack(output.as_tensor()) for output in outputs]
+            groups = _joined(views, self.specs, copy=True)
+        # What torch lets go of is DALI's to write to at once, whatever torch's streams have yet to read. So the copies are waited for, on a stream where they
+        # wait for nothing: the steps that the host is ahead of are on another one.
+        self._copy_stream.synchronize()
+        for group in groups:
+            group.record_stream(current)
         return groups
 
     def _end_epoch(self, finished: bool) -> None:
@@ -223,3 +226,14 @@ class DaliEngine(Engine):
         pipeline = graph()
         pipeline.build()
         return pipeline
+
+
+def _joined(views: Sequence[Tensor], specs: Sequence[ViewSpec], copy: bool = False) -> list[Tensor]:
+    """One (B, S, S, 3) tensor a view, as DALI has them -> one (count * B, 3, S, S) a group, for one pass of the network. ``copy``: also of a single view."""
+    groups, first = [], 0
+    for spec in specs:
+        mine = views[first : first + spec.count]
+        first += spec.count
+        joined = mine[0] if spec.count == 1 and not copy else torch.cat(list(mine))
+        groups.append(joined.permute(0, 3, 1, 2))
+    return groups

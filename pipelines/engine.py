@@ -10,8 +10,10 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from fastssl.pipelines.errors import FastSSLError
@@ -34,6 +36,17 @@ class Request:
 def batch_name(request: Request) -> str:
     """What a message calls a batch: ``at the batch that begins with samples 7, 0, 3``."""
     return f"at the batch that begins with samples {', '.join(str(int(sample)) for sample in request.index[:3])}"
+
+
+def thread_initializer(device: torch.device) -> Callable[[], None]:
+    """What a thread that will talk to ``device`` calls first; to be made in the thread that starts it.
+
+    To CUDA a new thread is at GPU 0, whatever its parent is at: its first call, be it that it waits for an event of another GPU, makes a context there, half a gigabyte
+    for every process of the machine.
+    """
+    if device.type != "cuda":
+        return lambda: None
+    return partial(torch.cuda.set_device, torch.cuda.current_device() if device.index is None else device.index)
 
 
 @dataclass

@@ -35,7 +35,7 @@ from fastssl.pipelines.beton import BetonReader
 from fastssl.pipelines.check import SampleCheck
 from fastssl.pipelines.compiled import crop_resize
 from fastssl.pipelines.crop import BOX, boxes_of
-from fastssl.pipelines.engine import Engine, EngineStats, Rendered, Request, batch_name
+from fastssl.pipelines.engine import Engine, EngineStats, Rendered, Request, batch_name, thread_initializer
 from fastssl.pipelines.errors import FastSSLError, worker_error
 from fastssl.pipelines.native import available_cores
 from fastssl.pipelines.plan import ViewSpec
@@ -141,7 +141,7 @@ class FfcvEngine(Engine):
     def _run(self, requests: Iterator[Callable[[], Request]]) -> Generator[Rendered, None, None]:
         if self._loader is None:
             self._loader = self._open()
-        epoch = _Epoch(self._loader, requests, self._checked, self.workers, self.patience)
+        epoch = _Epoch(self._loader, requests, self._checked, self.workers, self.patience, thread_initializer(self.device))
         try:
             while True:
                 started = time.perf_counter()
@@ -213,8 +213,16 @@ _COMPILED_LOOP = threading.Lock()
 class _Epoch(EpochIterator):
     """FFCV's epoch, whose thread also draws the plans, hands errors on, and can be stopped and joined."""
 
-    def __init__(self, loader: Loader, requests: Iterator[Callable[[], Request]], check: Callable, threads: int, patience: Patience):
-        self._requests, self._check, self._threads, self._patience = requests, check, threads, patience
+    def __init__(
+        self,
+        loader: Loader,
+        requests: Iterator[Callable[[], Request]],
+        check: Callable,
+        threads: int,
+        patience: Patience,
+        begin: Callable[[], None],
+    ):
+        self._requests, self._check, self._threads, self._patience, self._begin = requests, check, threads, patience, begin
         self._wanted = threading.Event()
         super().__init__(loader, np.zeros(0, np.int64))
 
@@ -222,6 +230,7 @@ class _Epoch(EpochIterator):
         numba.set_num_threads(self._threads)
         slot = 0
         try:
+            self._begin()
             while not self.terminate_event.is_set() and (draw := next(self._requests, None)) is not None:
                 cpu = time.thread_time()
                 request = self._check(draw)

@@ -29,7 +29,7 @@ from torch import Tensor
 from fastssl.pipelines.beton import BetonReader
 from fastssl.pipelines.check import give_places
 from fastssl.pipelines.crop import boxes_of, crop_resize_device, crop_resize_host
-from fastssl.pipelines.engine import Engine, EngineStats, Rendered, Request, batch_name
+from fastssl.pipelines.engine import Engine, EngineStats, Rendered, Request, batch_name, thread_initializer
 from fastssl.pipelines.errors import BetonError, FastSSLError, JpegError, worker_error
 from fastssl.pipelines.plan import ViewSpec
 from fastssl.pipelines.stall import STALL_MINUTES, Patience
@@ -126,7 +126,7 @@ class NativeEngine(Engine):
         # Two more slots than batches ahead: one is in the consumer's hands, one may still be copying.
         self._slots = [_Slot(pin) for _ in range(prefetch + 2)]
         self._copy_stream = torch.cuda.Stream(device) if pin else None
-        self._pool = ThreadPoolExecutor(self.workers, thread_name_prefix="fastssl-decode")
+        self._pool = ThreadPoolExecutor(self.workers, thread_name_prefix="fastssl-decode", initializer=thread_initializer(device))
         self._scratch = threading.local()
         self._lock = threading.Lock()
 

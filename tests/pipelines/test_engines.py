@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import importlib
 import threading
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from conftest import make_photo, need_engine
 
 from fastssl.pipelines import BetonReader, BetonWriter, FastSSLError, JpegError, ViewLoader, ViewSpec
 from fastssl.pipelines.beton import MODE_RAW
+from fastssl.pipelines.engine import thread_initializer
 from fastssl.pipelines.engines import choose_engine, engine_state
 
 TWO = [ViewSpec(size=32, count=2, area=(0.2, 1.0))]
@@ -186,6 +188,84 @@ def test_auto_chooses_and_says_why(beton: Path) -> None:
     assert choose_engine(torch.device("cuda"))[0] == "native"
     with ViewLoader(beton, TWO, 4) as loader:
         assert loader.engine.name == "native"
+
+
+def test_a_thread_that_talks_to_a_gpu_begins_at_that_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To CUDA a new thread is at GPU 0; of a machine's eight processes seven would each take half a gigabyte of it."""
+    taken: list[int] = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 5)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    for device in (torch.device("cpu"), torch.device("cuda", 3), torch.device("cuda")):
+        thread_initializer(device)()
+    assert taken == [3, 5]
+
+
+@pytest.mark.parametrize("engine", ["native", "ffcv"])
+def test_every_thread_of_an_engine_is_told_its_device(engine: str, beton: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[tuple[int, torch.device]] = []
+    module = importlib.import_module(f"fastssl.pipelines.{engine}")
+    monkeypatch.setattr(module, "thread_initializer", lambda device: lambda: told.append((threading.get_ident(), device)))
+    views(beton, TWO, pipeline=engine, workers=2)
+    assert {device for _, device in told} == {torch.device("cpu")}
+    assert len({thread for thread, _ in told} - {threading.get_ident()}) == (2 if engine == "native" else 1)
+
+
+def test_what_dali_gets_back_was_copied_before(beton: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DALI writes to memory that torch has let go of, and knows nothing of the kernels on torch's streams that have yet to read it."""
+    from fastssl.pipelines.dali import DaliEngine
+
+    class Stream:
+        waited = 0
+
+        def synchronize(self) -> None:
+            assert all(source.sum() for source in sources)
+            self.waited += 1
+
+    class Output:
+        def __init__(self, source: torch.Tensor):
+            self.as_tensor = lambda: source
+
+    stream, current, used = Stream(), object(), []
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda entered: nullcontext(entered))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, reader: used.append((tensor.data_ptr(), reader)))
+    specs = [ViewSpec(size=8), ViewSpec(size=8, count=2)]
+    sources = [torch.full((4, 8, 8, 3), number, dtype=torch.uint8) for number in (1, 2, 3)]
+    with BetonReader(beton) as reader:
+        engine = DaliEngine(reader, specs, device=torch.device("cuda", 0), batch_size=4, workers=1)
+        groups = engine._views(tuple(map(Output, sources)))
+        engine.close()
+    assert stream.waited == 1 and used == [(group.data_ptr(), current) for group in groups]
+    for source in sources:
+        source.zero_()
+    assert [group.shape for group in groups] == [(4, 3, 8, 8), (8, 3, 8, 8)]
+    assert [group[row, 0, 0, 0].item() for group, row in zip((groups[0], groups[1], groups[1]), (0, 0, 4))] == [1, 2, 3]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("engine", ["native", *OTHERS])
+@pytest.mark.parametrize("colour", [True, False])
+def test_views_are_whole_where_the_host_is_ahead_of_the_gpu(engine: str, colour: bool, beton: Path) -> None:
+    """Each batch is read some tens of milliseconds after the host went on to the next ones, as in training."""
+    specs, busy = [ViewSpec(size=64), ViewSpec(size=48, count=3)], torch.randn(8192, 8192, device="cuda")
+
+    def read(work: int) -> list[torch.Tensor]:
+        found = []
+        with ViewLoader(beton, specs, 12, seed=5, pipeline=engine, device="cuda", colour=colour, workers=2) as loader:
+            for epoch in range(6):
+                for batch in loader.epoch(epoch):
+                    for _ in range(work):
+                        busy @ busy
+                    found += [view.clone() for view in batch.views]
+                    if not work:
+                        torch.cuda.synchronize()
+        return found
+
+    expected, found = read(0), read(4)
+    assert len(found) == len(expected) > 24
+    for one, other in zip(found, expected):
+        assert (one.float() - other.float()).abs().mean() < (0.02 if colour else 1)
 
 
 @pytest.mark.gpu
