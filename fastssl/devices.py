@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -12,8 +12,11 @@ from fastssl.pipelines.errors import FastSSLError
 from fastssl.world import World
 
 
-def choose_device(name: str, world: World = World()) -> torch.device:  # noqa: B008 (frozen)
+def choose_device(name: str, world: World = World(), environ: Mapping[str, str] = os.environ) -> torch.device:  # noqa: B008 (frozen)
     """``auto`` is the GPU when there is one; of several processes on a machine each has its own.
+
+    srun with ``--gpus-per-task`` or ``--gpu-bind`` shows each process no other GPU than its own, which is then number 0. (Where several are shown the same one, NCCL
+    refuses it.)
 
     Raises:
         FastSSLError: a GPU was asked for and torch sees none.
@@ -26,12 +29,12 @@ def choose_device(name: str, world: World = World()) -> torch.device:  # noqa: B
         )
     if name != "cuda" or world.size == 1:
         return torch.device(name)
-    if world.local_rank >= torch.cuda.device_count():
-        raise FastSSLError(
-            f"process {world.local_rank} of this machine has no GPU: there are {torch.cuda.device_count()}; start as many processes"
-        )
-    torch.cuda.set_device(world.local_rank)
-    return torch.device("cuda", world.local_rank)
+    count, started_by_srun = torch.cuda.device_count(), "SLURM_LOCALID" in environ and "LOCAL_RANK" not in environ
+    index = 0 if count == 1 and started_by_srun else world.local_rank
+    if index >= count:
+        raise FastSSLError(f"process {world.local_rank} of this machine has no GPU: there are {count}; start as many processes")
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
 
 
 @contextmanager
@@ -47,7 +50,8 @@ def only_deterministic() -> Iterator[None]:
     except RuntimeError as error:
         if "deterministic" not in str(error):
             raise
-        raise FastSSLError(f"train.deterministic: {' '.join(str(error).split())[:200]}") from error
+        # Of cuBLAS torch says only behind 300 characters what to do.
+        raise FastSSLError(f"train.deterministic: {' '.join(str(error).split())[:500]}") from error
     finally:
         torch.use_deterministic_algorithms(before[0])
         torch.backends.cudnn.deterministic = before[1]

@@ -31,6 +31,23 @@ def test_each_process_of_a_machine_has_a_gpu_of_its_own(monkeypatch: pytest.Monk
         choose_device("auto", World(2, 8, 2))
 
 
+def test_a_process_of_srun_that_is_shown_one_gpu_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``--gpus-per-task=1``: eight processes of a machine, each with a GPU 0 of its own."""
+    taken: list[int] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    assert choose_device("auto", World(5, 8, 5), {"SLURM_LOCALID": "5"}) == torch.device("cuda", 0) and taken == [0]
+    with pytest.raises(FastSSLError, match="process 5 of this machine has no GPU: there are 1"):
+        choose_device("auto", World(5, 8, 5), {"SLURM_LOCALID": "0", "LOCAL_RANK": "5"})  # torchrun, itself started by srun
+
+
+def test_what_to_do_about_cublas_is_said_to_the_end() -> None:
+    words = "Deterministic behavior was enabled, but this operation is not deterministic because it uses CuBLAS. " + "x" * 250
+    with pytest.raises(FastSSLError, match="CUBLAS_WORKSPACE_CONFIG=:4096:8"), only_deterministic():
+        raise RuntimeError(f"{words} CUBLAS_WORKSPACE_CONFIG=:4096:8")
+
+
 def test_strictness_is_taken_back_also_behind_an_error() -> None:
     before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.deterministic
     with pytest.raises(FastSSLError, match=r"train\.deterministic: some_op does not have"), only_deterministic():
