@@ -5,13 +5,18 @@ In float64: the steps of fresh networks blow rounding errors up, in float32 to 1
 
 from __future__ import annotations
 
+from contextlib import closing
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from processes import run_processes
 from torch import Tensor
 
-from fastssl.collectives import rank, world_size
+from fastssl.collectives import all_reduce_mean, rank, world_size
+from fastssl.devices import choose_device
+from fastssl.distributed import joined
 from fastssl.pipelines.errors import FastSSLError
 from fastssl.recipe import Recipe, load_recipe
 from fastssl.schedules import RunLength
@@ -173,3 +178,39 @@ def test_the_centre_of_two_ranks_by_hand() -> None:
         # mean over ranks and views: (1 + 2 + 2 + 4) / 4 = 2.25
         torch.testing.assert_close(center, torch.full((4,), 0.9 * 1.0 + 0.1 * 2.25))
         assert not change.any()
+
+
+# ---------------------------------------------------------------------- on GPUs, over NCCL
+
+
+def train_on_gpus(case: str, graph: bool) -> tuple[list[float], dict[str, str], Tensor]:
+    """(losses of four steps, fallbacks, the student's weights behind them) on one GPU, or on that of each process."""
+    world = world_from_environment()
+    device = choose_device("cuda", world)
+    with joined(world, device):
+        chosen = recipe(case)
+        chosen = replace(chosen, train=replace(chosen.train, graph=graph))
+        own = BATCH // world.size
+        index = np.arange(100, 100 + BATCH)[world.rank * own : (world.rank + 1) * own]
+        run, losses = RunLength(2 * STEPS, 2), []
+        with closing(TrainStep(chosen, device, amp=True, seed=0, world=world)) as step:
+            for number in range(STEPS):
+                views = [share(view).to(device, torch.bfloat16) for view in batch(chosen, number)]
+                rates = {**step.rates(STEPS + number, run), "lr": chosen.optim.lr / 100}
+                metrics = step(views, step.noise(0, number, index), rates, phase=step.method.phase(2 + number, run))
+                losses.append(all_reduce_mean(metrics.clone())[0].item())
+            return losses, step.fallbacks, torch.cat([p.detach().flatten() for p in step.method.student.parameters()]).cpu()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("graph", [False, True])
+def test_two_gpus_are_one_and_part(case: str, graph: bool) -> None:
+    """A recorded step that is not let go would keep NCCL from its end for ever."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    losses, _, _ = train_on_gpus(case, graph=False)
+    two = run_processes(train_on_gpus, 2, case, graph, join=False, timeout=300)
+    assert [fallbacks for _, fallbacks, _ in two] == [{}, {}]
+    assert torch.equal(two[0][2], two[1][2]), "the ranks have moved apart"
+    np.testing.assert_allclose(two[0][0], losses, rtol=3e-2)
