@@ -397,3 +397,28 @@ def test_on_a_gpu_a_killed_run_goes_on_bit_for_bit(graph: str, beton: Path, tmp_
             pretrain(recipe, options(beton, tmp_path / "run", device="cuda"), Silent())
     pretrain(recipe, options(beton, tmp_path / "run", device="cuda"), Silent())
     assert same(state(tmp_path / "run"), state(tmp_path / "whole"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "lars"])
+def test_on_a_gpu_a_recorded_run_goes_on(optimizer: str, beton: Path, tmp_path: Path) -> None:
+    """Bit for bit it may not be recorded: torch's deterministic forms of some operations wait for the device."""
+    changes = ("train.graph=true", "train.checkpoint_minutes=0", f"optim.name={optimizer}", "optim.lr=0.001", "optim.lr_batch=0")
+    recipe, original = small(*changes), Run._step
+    whole = pretrain(recipe, options(beton, tmp_path / "whole", device="cuda"), Silent())
+
+    def crash(run: Run, batch: object) -> object:
+        if run.position.step == 7:
+            raise Crash
+        return original(run, batch)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "_step", crash)
+        with pytest.raises(Crash):
+            pretrain(recipe, options(beton, tmp_path / "run", device="cuda"), Silent())
+    found = pretrain(recipe, options(beton, tmp_path / "run", device="cuda"), Silent())
+    assert whole["fallbacks"] == found["fallbacks"] == {}
+    losses = [[row["loss"] for row in rows(tmp_path / out) if row["kind"] == "step"] for out in ("run", "whole")]
+    assert losses[0] == pytest.approx(losses[1], rel=5e-2)
+    states = [state(tmp_path / out)["optimizer"]["state"].values() for out in ("run", "whole")]
+    assert all(one.keys() == other.keys() and one.get("step") == other.get("step") for one, other in zip(*states))
