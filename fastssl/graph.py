@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -88,7 +89,9 @@ def _no_waiting(tensors: Sequence[Tensor]) -> Iterator[None]:
         yield
         return
     before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # once a process torch says that it may overlook some
+        torch.cuda.set_sync_debug_mode("error")
     try:
         yield
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 
@@ -360,12 +361,18 @@ def test_the_last_run_before_a_recording_may_not_wait_for_the_device(waits: bool
             raise RuntimeError("called a synchronizing CUDA operation")
         return tensors[0] * 2
 
+    def set_mode(mode: object) -> None:
+        if len(modes) == 1:
+            warnings.warn("a prototype feature", stacklevel=1)
+        modes.append(mode)
+
     monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", set_mode)
     monkeypatch.setattr(graph_module, "_side_stream", lambda tensors: nullcontext())
     monkeypatch.setattr(graph_module, "_on_gpu", lambda tensors: True)
     undone: list[bool] = []
-    with pytest.raises(RuntimeError, match="synchronizing") if waits else nullcontext():
+    with warnings.catch_warnings(), pytest.raises(RuntimeError, match="synchronizing") if waits else nullcontext():
+        warnings.simplefilter("error")
         RecordedCall(call, [torch.ones(4)], undo=lambda: undone.append(True), record=replayed)
     assert calls == [0, 0, "error"] and modes == [0, "error", 0] and undone == [True]
 
