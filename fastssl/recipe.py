@@ -38,7 +38,8 @@ class TrainConfig:
             and queue stay those of the whole batch; the query network's BatchNorms see one part at a time.
         compile: compile the networks with ``torch.compile`` (minutes at the start).
         graph: capture the whole step as a CUDA graph, colour operations included: one launch a step.
-        amp: ``auto`` (bfloat16 on a GPU, float32 on the CPU), ``bf16`` or ``off``.
+        amp: ``auto`` (bfloat16 on a GPU, float32 on the CPU), ``bf16`` or ``off``. On a CPU torch's bfloat16 kernels (2.15) read memory that nobody wrote where
+            a convolution with a stride meets maps of one pixel, as of views below 32 px: a NaN that happens to lie there is then one of the gradient.
         log_every: steps between two lines of metrics.jsonl; the host reads the device's metrics only then.
         checkpoint_minutes: a checkpoint is written when the last one is older than this (0: behind every step), and at the end; the first one a minute after
             the start at the latest.
