@@ -44,7 +44,7 @@ from fastssl.pipelines.loader import Batch, ViewLoader
 from fastssl.pipelines.order import steps_per_epoch
 from fastssl.probe import OnlineProbe, choose_split, require_same_classes
 from fastssl.recipe import Recipe, recipe_to_dict
-from fastssl.requirements import require_a_batch, require_sizes, require_whole_photos
+from fastssl.requirements import require_a_batch, require_readable_names, require_sizes, require_whole_photos
 from fastssl.restore import require_fit, restore
 from fastssl.run_folder import RunFolder
 from fastssl.run_status import RunStatus
@@ -121,6 +121,8 @@ def pretrain(recipe: Recipe, options: RunOptions, progress: Progress) -> dict[st
         with first_of_host_speaks():
             reader = files.enter_context(BetonReader(options.data))
             val = files.enter_context(BetonReader(options.val)) if options.val else None
+            for one in filter(None, (reader, val)):
+                require_readable_names(one)
         said = progress if world.is_main else _Silence()
         if world.size > 1:
             said.message(f"{world.size} processes meet at {world.address}:{world.port}")
