@@ -15,6 +15,7 @@ from functools import cache
 import numpy as np
 import pytest
 from PIL import Image
+from power import Disk
 
 from fastssl.cli import main
 from fastssl.pipelines import jpeg
@@ -506,6 +507,18 @@ def many(tmp_path_factory):
         path.write_bytes(b"bad" if k in (7, 33) else saved(picture(260 + k, 300, seed=k)))
     convert(root / "photos", root / "out.beton")
     return root / "photos", outputs(root / "out.beton")
+
+
+def test_a_power_cut_at_any_moment_leaves_what_the_journal_vouches_for(many, tmp_path, monkeypatch):
+    source, whole = many
+    monkeypatch.setattr("fastssl.pipelines.convert.CHECKPOINT_SECONDS", 0.0)
+    disk = Disk(monkeypatch)
+    convert(source, tmp_path / "out.beton")
+    assert outputs(tmp_path / "out.beton") == whole
+    vouched = [place for place, event in enumerate(disk.events) if event == ("fsync", "out.beton.partial.journal")]
+    assert len(vouched) == 40 and all(disk.events[place - 1] == ("fsync", "out.beton.partial") for place in vouched)
+    assert [name for what, name in disk.events if what == "rename"] == ["out.beton.rejects.jsonl", "out.beton.json", "out.beton"]
+    assert not disk.problems and not disk.lost_names
 
 
 @pytest.mark.parametrize(("what", "when"), [("add", 1), ("add", 25), ("fsync", 41), ("replace", 1), ("replace", 3), ("unlink", 2)])
