@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -595,15 +596,34 @@ def test_interrupted_and_changed(many, tmp_path, caplog):
         caplog.clear()
 
     # A torn, a repeated and a senseless journal line.
-    for tail in (b"[9, 123, true, 2", b"[0, 1, true, 2097152, 5, 0, 1, 1, 0]\n", b"\xff\xfe\n", b"7\n", b'[40, "x", 1]\n', b"[40, 1]\n"):
+    for tail in (b"1234abcd [9, 123, true, 2", None, b"\xff\xfe\n", b"7\n", b"[40, 1]\n"):
         stopped(source, dst, 1)
         journal = tmp_path / "out.beton.partial.journal"
-        journal.write_bytes(journal.read_bytes() + tail)
+        journal.write_bytes(journal.read_bytes() + (journal.read_bytes().splitlines(True)[1] if tail is None else tail))
         assert convert(source, dst).resumed > 0 and outputs(dst) == whole
 
     # No resuming wanted: leftovers go.
     stopped(source, dst, 1)
     assert convert(source, dst, ConvertOptions(resume=False)).resumed == 0 and outputs(dst) == whole
+
+
+def test_a_journal_that_was_damaged_makes_the_same_file(many, tmp_path):
+    """Whatever a flipped digit would say: another label, or a place outside the file."""
+    source, whole = many
+    dst, journal, partial = (tmp_path / f"out.beton{end}" for end in ("", ".partial.journal", ".partial"))
+    stopped(source, dst, 20)
+    kept, photos, rng = journal.read_bytes(), partial.read_bytes(), random.Random(0)
+    for _ in range(20):
+        damaged = bytearray(kept)
+        at = rng.randrange(len(damaged))
+        if rng.random() < 0.5:
+            damaged[at] = rng.choice(b"0123456789-,.[]\n")
+        else:
+            damaged[at:at] = rng.choice((b"9" * 25, b"-", b"[" * 2000, b"\n"))
+        journal.write_bytes(damaged)
+        partial.write_bytes(photos)
+        convert(source, dst)
+        assert outputs(dst) == whole, bytes(damaged)
 
 
 # ---------------------------------------------------------------- the command
