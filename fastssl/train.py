@@ -39,7 +39,7 @@ from fastssl.launch import launch_from_environment
 from fastssl.meters import MetricRing
 from fastssl.pipelines.beton import BetonReader
 from fastssl.pipelines.engines import require_engine
-from fastssl.pipelines.errors import FastSSLError, Interrupted
+from fastssl.pipelines.errors import FastSSLError, Interrupted, without_folders
 from fastssl.pipelines.loader import Batch, ViewLoader
 from fastssl.pipelines.order import steps_per_epoch
 from fastssl.probe import OnlineProbe, choose_split, require_same_classes
@@ -293,7 +293,7 @@ class Run:
             # Folders are nobody's business, and reports are passed on: names alone are left.
             for path in filter(None, (self.out, self.options.data, self.options.val)):
                 more = {key: value.replace(f"{path.parent}/", "") for key, value in more.items()}
-            self.status.tell(state, **more)
+            self.status.tell(state, **{key: without_folders(value) for key, value in more.items()})
 
     def _standing(self) -> dict[str, int | None]:
         return {"step": self.position.step, "total_steps": self.total_steps, "saved_step": self.saver.saved_step}
