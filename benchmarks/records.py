@@ -92,8 +92,9 @@ def read_records(path: Path | str) -> list[Record]:
             line.encode("utf-8"), json.dumps(values, ensure_ascii=False).encode("utf-8")
         except (RecursionError, UnicodeEncodeError) as error:
             raise FastSSLError(f"{path}, line {number}: no benchmark record; the line is damaged") from error
-        except json.JSONDecodeError as error:
-            raise FastSSLError(f"{path}, line {number}: not JSON ({error.msg}); expected one benchmark record a line") from error
+        except ValueError as error:  # also numbers of thousands of digits
+            why = getattr(error, "msg", error)
+            raise FastSSLError(f"{path}, line {number}: not JSON ({why}); expected one benchmark record a line") from error
         if not isinstance(values, dict) or "bench" not in values:
             raise FastSSLError(f"{path}, line {number}: not a benchmark record (an object with the key 'bench')")
         unknown = sorted(values.keys() - names)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from fastssl.pipelines.beton import BetonReader
+from fastssl.pipelines.beton import BetonReader, read_side_file
 from fastssl.pipelines.errors import FastSSLError
 from fastssl.pipelines.multicrop import MultiCrop
 from fastssl.pipelines.verify import verify
@@ -17,6 +17,11 @@ def require_a_batch(reader: BetonReader, batch_size: int) -> None:
     if len(reader) < batch_size:
         enough = f"--batch-size {max(2, len(reader) // 2)} or lower would do" if len(reader) > 1 else "a batch has at least two"
         raise FastSSLError(f"{reader.path}: {len(reader)} photos are fewer than one batch of {batch_size}; {enough}")
+
+
+def require_readable_names(reader: BetonReader) -> None:
+    """Raise FastSSLError where there is a side file and it cannot be read: the report asks it for the names of the classes."""
+    read_side_file(reader.path)
 
 
 def require_whole_photos(reader: BetonReader, workers: int | None = None) -> None:

@@ -23,6 +23,7 @@ from fastssl.metrics_file import MetricsFile
 from fastssl.pipelines.errors import FastSSLError
 from fastssl.recipe import Recipe, build_recipe, recipe_to_dict
 from fastssl.run_status import read_status
+from fastssl.yaml_file import read_yaml
 
 _RESULTS = ("summary.json", "report.html", "views.png", "neighbours.png", "status.json")
 _CHECKPOINTS = ("last*.pt", "last*.safetensors", "step-*.pt", "epoch-*.pt", "epoch-*.safetensors", "*.aside")
@@ -153,8 +154,8 @@ class RunFolder:
     def _launches(self) -> object:
         """The names of the launch that opened the folder last. They are written when all that its ``--resume`` asked for is done."""
         try:
-            config = yaml.safe_load((self.path / "config.yaml").read_text())
-        except (FileNotFoundError, ValueError, RecursionError, yaml.YAMLError):
+            config = read_yaml(self.path / "config.yaml")
+        except FastSSLError:
             return None
         return config.get("launch") if isinstance(config, dict) else None
 

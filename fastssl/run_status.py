@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from fastssl.files import write_atomically
+from fastssl.pipelines.errors import FastSSLError
+from fastssl.pipelines.plain_file import read_plain
 
 NAME = "status.json"
 #: ``training``: at work, or killed without a word. ``stopped``: by a signal, with everything saved: the same command goes on. ``failed``: see ``why``.
@@ -30,6 +32,8 @@ _AT_WORK = ("training", "trained")
 BEAT_S = 60.0
 #: Seconds for which whoever has something to tell waits until it is written.
 _WAIT_S = 10.0
+#: Bytes of the file, at most.
+_LONGEST = 64 << 10
 
 
 class RunStatus:
@@ -92,7 +96,7 @@ def write_status(folder: Path, state: str, **values: Any) -> None:
 def read_status(folder: Path) -> dict[str, Any]:
     """What ``folder/status.json`` says; empty where there is none that can be read."""
     try:
-        found = json.loads((folder / NAME).read_bytes())
-    except (OSError, ValueError, RecursionError):
+        found = json.loads(read_plain(folder / NAME, _LONGEST))
+    except (OSError, ValueError, RecursionError, FastSSLError):
         return {}
     return found if isinstance(found, dict) else {}

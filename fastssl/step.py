@@ -31,7 +31,7 @@ from fastssl.methods.method import Method, Views
 from fastssl.optim import ScheduledDecay, create_optimizer, set_lr
 from fastssl.pipelines.augment import augment_device
 from fastssl.pipelines.crop import to_device
-from fastssl.pipelines.errors import FastSSLError
+from fastssl.pipelines.errors import FastSSLError, without_folders
 from fastssl.precision import HalfCopy
 from fastssl.recipe import Recipe
 from fastssl.schedules import RunLength, learning_rate, weight_decay
@@ -314,7 +314,8 @@ class TrainStep:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # whatever a compiler or a capture may fail with, the step runs without it
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            # A compiler quotes its command line, with all folders in it.
+            reason = f"{type(error).__name__}: {without_folders(' '.join(str(error).split()))[:200]}"
         finally:
             self.clear_gradients()
             undo()

@@ -39,12 +39,12 @@ from fastssl.launch import launch_from_environment
 from fastssl.meters import MetricRing
 from fastssl.pipelines.beton import BetonReader
 from fastssl.pipelines.engines import require_engine
-from fastssl.pipelines.errors import FastSSLError, Interrupted
+from fastssl.pipelines.errors import FastSSLError, Interrupted, without_folders
 from fastssl.pipelines.loader import Batch, ViewLoader
 from fastssl.pipelines.order import steps_per_epoch
 from fastssl.probe import OnlineProbe, choose_split, require_same_classes
 from fastssl.recipe import Recipe, recipe_to_dict
-from fastssl.requirements import require_a_batch, require_sizes, require_whole_photos
+from fastssl.requirements import require_a_batch, require_readable_names, require_sizes, require_whole_photos
 from fastssl.restore import require_fit, restore
 from fastssl.run_folder import RunFolder
 from fastssl.run_status import RunStatus
@@ -121,6 +121,8 @@ def pretrain(recipe: Recipe, options: RunOptions, progress: Progress) -> dict[st
             device = choose_device(options.device, world)
             reader = files.enter_context(BetonReader(options.data))
             val = files.enter_context(BetonReader(options.val)) if options.val else None
+            for one in filter(None, (reader, val)):
+                require_readable_names(one)
         said = progress if world.is_main else _Silence()
         if world.size > 1:
             said.message(f"{world.size} processes meet at {world.address}:{world.port}")
@@ -292,7 +294,7 @@ class Run:
             # Folders are nobody's business, and reports are passed on: names alone are left.
             for path in filter(None, (self.out, self.options.data, self.options.val)):
                 more = {key: value.replace(f"{path.parent}/", "") for key, value in more.items()}
-            self.status.tell(state, **more)
+            self.status.tell(state, **{key: without_folders(value) for key, value in more.items()})
 
     def _standing(self) -> dict[str, int | None]:
         return {"step": self.position.step, "total_steps": self.total_steps, "saved_step": self.saver.saved_step}

@@ -6,16 +6,15 @@ over them), takes seconds for a megabyte, and has Python's own errors for odd sc
 
 from __future__ import annotations
 
-import os
-import stat
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from fastssl.pipelines.errors import FastSSLError
+from fastssl.pipelines.plain_file import read_plain
 
-#: The longest recipe of ours has 2.2 KB, a resolved one 3 KB.
+#: The longest recipe of ours has 2.2 KB, a resolved one 3 KB: a page or two of numbers.
 MAX_BYTES = 64 << 10
 #: Values and keys, each counted as often as aliases repeat it; levels of lists and mappings inside one another.
 MAX_VALUES, MAX_DEPTH = 10_000, 20
@@ -54,21 +53,9 @@ def read_yaml(path: Path) -> Any:
         FastSSLError: it cannot be read, is longer than ``MAX_BYTES``, or is not what ``parse_yaml`` takes; names the file.
     """
     try:
-        # A pipe would wait for its writer; a device has no end.
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        try:
-            plain = stat.S_ISREG(os.fstat(descriptor).st_mode)
-            data = os.read(descriptor, MAX_BYTES + 1) if plain else b""
-        finally:
-            os.close(descriptor)
-    except (OSError, ValueError) as error:
-        raise FastSSLError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
-    if not plain:
-        raise FastSSLError(f"{path}: is not a plain file")
-    if len(data) > MAX_BYTES:
-        raise FastSSLError(f"{path}: is longer than {MAX_BYTES >> 10} KiB; a recipe is a page or two of numbers")
-    try:
-        text = data.decode("utf-8")
+        text = read_plain(path, MAX_BYTES).decode("utf-8")
+    except FileNotFoundError as error:
+        raise FastSSLError(f"{path}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise FastSSLError(f"{path}: not a yaml file: not UTF-8 at byte {error.start}") from error
     return parse_yaml(text, f"{path}: not a yaml file")

@@ -31,7 +31,8 @@ from pathlib import Path
 import numpy as np
 
 from fastssl.pipelines import jpeg
-from fastssl.pipelines.errors import BetonError, JpegError, printable
+from fastssl.pipelines.errors import BetonError, FastSSLError, JpegError, printable
+from fastssl.pipelines.plain_file import read_plain
 
 VERSION = 2
 MODE_JPEG, MODE_RAW = 0, 1
@@ -65,6 +66,9 @@ _BLOCK, _PART = 1 << 20, 16 << 20
 #: Photos that tell a file from another one, and bytes of each.
 _LOOKED_AT, _LOOK = 64, 4096
 
+#: Bytes by which a side file may be longer than its file. It has 6 for a sample, which takes 60 and its photo there, and the names of the classes.
+_SIDE_ROOM = 16 << 20
+
 #: One sample as the writer remembers it; also what a conversion journal stores.
 RECORD_DTYPE = np.dtype([("offset", "<u8"), ("size", "<u8"), ("label", "<i8"), ("height", "<u4"), ("width", "<u4"), ("mode", "u1")])
 
@@ -78,11 +82,12 @@ def read_side_file(path: str | os.PathLike) -> dict | None:
     """Load the side file of the ``.beton`` file ``path``; None when there is none. ``BetonError`` when it is not what we write."""
     side = side_path(path)
     try:
-        content = json.loads(side.read_text(encoding="utf-8"))
+        content = json.loads(read_plain(side, os.stat(path).st_size + _SIDE_ROOM).decode("utf-8"))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
-        raise BetonError(f"{side}: unreadable side file ({error}); delete it, or convert again") from None
+    except (OSError, ValueError, RecursionError, FastSSLError) as error:
+        why = str(error).removeprefix(f"{side}: ")
+        raise BetonError(f"{side}: unreadable side file ({why}); delete it, or convert again") from None
     classes = content.get("classes") if isinstance(content, dict) else 0
     named = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
     if not (named or classes is None) or not isinstance(content.get("bytes"), int):

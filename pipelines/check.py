@@ -8,7 +8,7 @@ decoded without complaint that costs a CRC, and otherwise one strict decode: in 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -55,8 +55,18 @@ class SampleCheck:
             if self.on_bad == "fail":
                 raise self._damaged[int(request.index[broken[0]])]
             self.stats.skipped.extend(int(sample) for sample in request.index[broken])
-            give_places(request, broken.tolist(), self._damaged[int(request.index[broken[0]])])
+            give_places(request, broken.tolist(), self._damaged[int(request.index[broken[0]])], self._is_sound)
         return request
+
+    def _is_sound(self, sample: int) -> bool:
+        """Of a sample that is another process's."""
+        if not self._sound[sample] and sample not in self._damaged:
+            (error,) = self._pool.map(self._look, [sample])
+            if error is None:
+                self._sound[sample] = True
+            else:
+                self._damaged[sample] = error
+        return bool(self._sound[sample])
 
     def lost(self, sample: int, error: BetonError) -> None:
         """``sample`` was sound when it was looked at, and can no longer be read."""
@@ -76,24 +86,40 @@ class SampleCheck:
         return None
 
 
-def give_places(request: Request, broken: Collection[int], first_error: Exception) -> dict[int, int]:
+def give_places(
+    request: Request, broken: Collection[int], first_error: Exception, is_sound: Callable[[int], bool]
+) -> dict[int, int | None]:
     """Let the nearest good sample of the batch stand in for each damaged one, in ``request`` itself.
+
+    Of the batch of all processes: a damaged photo at the edge of a process's part has the same neighbours however many processes there are.
 
     Args:
         broken: positions in the batch.
         first_error: for the message when no sample is good.
+        is_sound: is asked of samples of other processes, by their ids.
 
     Returns:
-        the position that each broken one took its sample from.
+        the position that each broken one took its sample from; None where that is another process's.
     """
-    index = request.index
-    good = np.setdiff1d(np.arange(len(index)), list(broken))
-    if not len(good):
-        raise FastSSLError(f"every picture of a batch is damaged; the first: {first_error}")
-    donors = {}
-    for position in sorted(broken):
-        donor = donors[position] = int(good[np.abs(good - position).argmin()])
-        index[position] = index[donor]
-        for plan in request.plans:
-            plan[:, position] = plan[:, donor]
+    index, bad = request.index, set(broken)
+    total = len(index) if request.total is None else request.total
+    donors: dict[int, int | None] = {}
+    for position in sorted(bad):
+        here = request.first + position
+        for place in sorted((place for place in range(total) if place != here), key=lambda place: (abs(place - here), place)):
+            donor = place - request.first
+            if 0 <= donor < len(index):
+                if donor in bad:
+                    continue
+                donors[position], other = donor, request
+            else:
+                donors[position], donor, other = None, 0, request.draw(place)
+                if not is_sound(int(other.index[0])):
+                    continue
+            index[position] = other.index[donor]
+            for plan, found in zip(request.plans, other.plans):
+                plan[:, position] = found[:, donor]
+            break
+        else:
+            raise FastSSLError(f"every picture of a batch is damaged; the first: {first_error}")
     return donors

@@ -32,7 +32,7 @@ from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import PIL
@@ -427,7 +427,7 @@ class _Conversion:
             line = [self.num_done, result.crc32, result.copied, *self.writer.records[-1].tolist()]
         self.num_done += 1
         if self._journal is not None:
-            self._unsaved.append(json.dumps(line) + "\n")
+            self._unsaved.append(_journal_line(line))
 
     def _fail(self, name: str, reason: str) -> None:
         raise ConvertError(f"{self.listing.source}: {name}: {reason} (--on-bad skip lists bad photos and goes on)")
@@ -437,7 +437,7 @@ class _Conversion:
     def _open_journal(self) -> None:
         self._journal = open(self.journal_path, "ab")  # noqa: SIM115 - lives on, see _close()
         if not self.resumed:
-            self._journal.write(json.dumps(self.key()).encode() + b"\n")
+            self._journal.write(_journal_line(self.key()).encode())
 
     def _checkpoint(self) -> None:
         """Bring the photos to the disk, and only then the lines that vouch for them."""
@@ -486,10 +486,12 @@ class _Conversion:
             return none
         # What follows the last newline was being written when the run was stopped.
         lines.pop()
-        try:
-            key = json.loads(lines[0])
-        except (IndexError, ValueError):
+        if not lines:
             return none
+        try:
+            key = _read_journal_line(lines[0])
+        except ValueError:
+            key = None
         if key != self.key():
             logger.warning("%s: the photos, the options or a version changed since it was stopped; starting again", self.dst)
             return none
@@ -497,11 +499,11 @@ class _Conversion:
         for line in lines[1:]:
             self.step(self._taking_over)
             try:
-                position, *row = json.loads(line)
-                reason = str(row[0]) if len(row) == 1 else None
-                checksum, copied, *record = [0, 0] if reason is not None else map(int, row)
-            except (ValueError, TypeError):
+                position, *row = _read_journal_line(line)
+            except ValueError:  # it is not as it was written: what it and those behind it vouched for is done again
                 break
+            reason = str(row[0]) if len(row) == 1 else None
+            checksum, copied, *record = [0, 0] if reason is not None else row
             # A write that failed half-way may have been tried again: take each photo once, in order.
             if position != self.num_done or self.num_done == len(self.chosen) or len(record) not in (0, len(RECORD_DTYPE)):
                 break
@@ -615,6 +617,20 @@ def _reserve(dst: Path) -> Iterator[Path]:
         os.close(handle)
         if not existed and partial.exists() and partial.stat().st_size == 0:
             partial.unlink()
+
+
+def _journal_line(content: list | dict) -> str:
+    """A line with its own checksum: a wrong digit in it would become a wrong label in DST, and nobody would know."""
+    text = json.dumps(content)
+    return f"{zlib.crc32(text.encode()):08x} {text}\n"
+
+
+def _read_journal_line(line: bytes) -> Any:
+    """What stands in a line. ``ValueError``: it is not as it was written."""
+    checksum, _, text = line.partition(b" ")
+    if checksum != b"%08x" % zlib.crc32(text):
+        raise ValueError("a line that is not as it was written")
+    return json.loads(text)
 
 
 def _replace(path: Path, text: str) -> None:

@@ -27,10 +27,15 @@ class Request:
     Attributes:
         index: (B,) int64 sample ids.
         plans: one ``(count, B)`` array of ``VIEW_DTYPE`` for each view group.
+        first, total: where in the batch of all processes the B samples stand, and how many samples that has; None: B.
+        draw: what all processes together are asked for, at one of its places; needed where ``total`` is more than B.
     """
 
     index: np.ndarray
     plans: list[np.ndarray]
+    first: int = 0
+    total: int | None = None
+    draw: Callable[[int], Request] | None = None
 
 
 def batch_name(request: Request) -> str:

@@ -7,6 +7,7 @@ line prints it as one line and leaves with status 1. Anything else that escapes 
 from __future__ import annotations
 
 import os
+import re
 import unicodedata
 
 
@@ -58,3 +59,11 @@ def printable(text: str) -> str:
     for char in odd:
         text = text.replace(char, char.encode("unicode_escape").decode("ascii"))
     return text
+
+
+def without_folders(text: str) -> str:
+    """``text`` with the names alone of files that stand in it under an absolute path.
+
+    For messages of other programs that go into a run's records: these are passed on, and where they were made is nobody's business.
+    """
+    return re.sub(r"(?:(?<![\w./~-])|(?<=-[IL]))/(?:[^\s/'\"`:,;()\[\]{}<>]+/)+", "", text)

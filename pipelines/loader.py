@@ -155,11 +155,18 @@ class ViewLoader:
 
     def request(self, epoch: int, step: int) -> Request:
         """The ids and the view plan of one step: a pure function, the same on any machine."""
+        total = self.batch_size * self.world
         if self.shuffle:
-            chosen = batch_indices(len(self.indices), self.seed, epoch, step, self.batch_size, self.rank, self.world)
+            everyone = batch_indices(len(self.indices), self.seed, epoch, step, total)
         else:
-            first = (step * self.world + self.rank) * self.batch_size
-            chosen = np.arange(first, min(first + self.batch_size, len(self.indices)))
+            everyone = np.arange(step * total, min((step + 1) * total, len(self.indices)))
+        first = self.rank * self.batch_size
+        request = self._drawn(epoch, everyone[first : first + self.batch_size])
+        request.first, request.total = first, len(everyone)
+        request.draw = lambda place: self._drawn(epoch, everyone[place : place + 1])
+        return request
+
+    def _drawn(self, epoch: int, chosen: np.ndarray) -> Request:
         index = self.indices[chosen]
         heights, widths = self.reader.heights[index], self.reader.widths[index]
         plans, first_view = [], 0

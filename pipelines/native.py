@@ -150,7 +150,7 @@ class NativeEngine(Engine):
                 for part in job.parts:
                     self.patience.result(part, partial(batch_name, job.request))
                 self.stats.wait_s += time.perf_counter() - started
-                self._replace_bad(job)
+                self._replace_bad(slot, job)
                 yield Rendered(job.request, self._deliver(slot, job))
                 free.append(pending.popleft())
                 fill()
@@ -192,19 +192,46 @@ class NativeEngine(Engine):
         copy.record_stream(current)
         return copy
 
-    def _replace_bad(self, job: _Job) -> None:
-        """Give the place of every damaged sample to the nearest good one of the batch."""
+    def _replace_bad(self, slot: _Slot, job: _Job) -> None:
+        """Give the place of every damaged sample to the nearest good one of the batch, which may be another process's."""
         if not job.bad:
             return
         index = job.request.index
         self.stats.skipped.extend(int(index[position]) for position, _ in sorted(job.bad, key=lambda bad: bad[0]))
         first = min(job.bad, key=lambda bad: bad[0])
-        donors = give_places(job.request, [position for position, _ in job.bad], first[1])
+        pictures: dict[int, np.ndarray] = {}
+
+        def is_sound(sample: int) -> bool:
+            if sample not in pictures:
+                try:
+                    pictures[sample] = self.patience.result(self._pool.submit(self._decode, sample), lambda: f"at sample {sample}")
+                except (JpegError, BetonError):
+                    return False
+            return True
+
+        donors = give_places(job.request, [position for position, _ in job.bad], first[1], is_sound)
         for position, donor in donors.items():
+            if donor is None:
+                self._put(slot, job, position, pictures[int(index[position])])
+                continue
             job.offsets[position] = job.offsets[donor]
             for view, spec in zip(job.views, self.specs):
                 batch = view.view(spec.count, len(index), *view.shape[1:])
                 batch[:, position] = batch[:, donor]
+
+    def _put(self, slot: _Slot, job: _Job, position: int, picture: np.ndarray) -> None:
+        """Make ``picture`` (H, W, 3) that of ``position``, whose view plan is there already."""
+        if self.crops == "host":
+            for plan, views, spec in zip(job.request.plans, job.arrays, self.specs):
+                crop_resize_host(picture, boxes_of(plan[:, position : position + 1])[0], spec, views, position)
+            return
+        # Behind all others; what is spare behind the last one stays that, for the widest of them.
+        old, spare = slot.packed[: job.numel], 3 * (int(self.reader.widths[job.request.index].max()) + 8)
+        job.offsets[position] = job.numel
+        job.numel += picture.size + spare
+        slot.packed = torch.empty(job.numel, dtype=torch.uint8, pin_memory=slot.pin)
+        slot.packed[: len(old)] = old
+        slot.packed[len(old) : len(old) + picture.size] = torch.from_numpy(picture.reshape(-1))
 
     def _free(self) -> None:
         self._pool.shutdown(wait=not self.patience.given_up, cancel_futures=True)
@@ -277,6 +304,14 @@ class NativeEngine(Engine):
         self.reader.decode_into(sample, source)
         for boxes, views, spec in zip(job.boxes, job.arrays, self.specs):
             crop_resize_host(source, boxes[position], spec, views, position)
+
+    def _decode(self, sample: int) -> np.ndarray:
+        try:
+            return self.reader.decode(sample)
+        except (JpegError, BetonError):
+            raise
+        except Exception as error:
+            raise worker_error(self.reader.path, f"sample {sample}", error) from error
 
     def _scratch_for(self, height: int, width: int) -> np.ndarray:
         """This thread's decode memory, shaped (height, width, 3)."""

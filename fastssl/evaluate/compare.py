@@ -105,7 +105,7 @@ def read_evaluations(paths: Iterable[str | Path]) -> list[Record]:
 def _record(line: str, where: str) -> Record:
     try:
         record = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits
         raise FastSSLError(f"{where}: not JSON; expected a record of `fastssl evaluate ... --json FILE`") from error
     if not isinstance(record, dict) or str(record.get("evaluation")) not in FIGURES:
         kinds = ", ".join(FIGURES)
@@ -191,7 +191,7 @@ def write_comparison(records: Sequence[Record], out: str | Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     pages = {folder / "evaluations.md": to_markdown(blocks), folder / "evaluations.html": to_html("Evaluations - fastssl", blocks)}
     for path, text in pages.items():
-        write_atomically(path, lambda temporary, text=text: temporary.write_text(text, encoding="utf-8"))
+        write_atomically(path, lambda temporary, text=text: temporary.write_text(text, "utf-8", "backslashreplace"))
     return list(pages)
 
 

@@ -251,5 +251,5 @@ def _rejected(data: Path) -> set[str]:
         return set()
     try:
         return {json.loads(line)["path"] for line in path.read_text(encoding="utf-8").splitlines()}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ProbeError(f"{path}: unreadable list of rejected photos ({error}); convert again") from None

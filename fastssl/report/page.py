@@ -10,12 +10,16 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from fastssl.files import write_atomically
 from fastssl.pipelines.errors import FastSSLError
+from fastssl.pipelines.plain_file import read_plain
 from fastssl.report.style import CSS
 from fastssl.report.svg import Mark, Series, line_chart
+from fastssl.yaml_file import MAX_BYTES, parse_yaml
+
+#: Bytes of a run's other files: a line of metrics has 300, and comes once in many steps.
+_LONGEST = 256 << 20
+_PNG = b"\x89PNG\r\n\x1a\n"
 
 RAW, RANDOM, TRAINED = "raw pixels", "random initialisation", "after pre-training"
 
@@ -68,14 +72,11 @@ def read_run(folder: str | Path) -> RunRecord:
     files = ("config.yaml", "metrics.jsonl", "summary.json")
     if not any((folder / name).is_file() for name in files):
         raise FastSSLError(f"{folder}: not a run directory (none of {', '.join(files)} is there)")
-    config_text = _text(folder / "config.yaml")
-    try:
-        config = yaml.safe_load(config_text) or {}
-    except yaml.YAMLError as error:
-        raise FastSSLError(f"{folder / 'config.yaml'}: not valid yaml ({str(error).splitlines()[0]})") from error
+    config_text = _text(folder / "config.yaml", MAX_BYTES)
+    config = parse_yaml(config_text, f"{folder / 'config.yaml'}: not valid yaml") or {}
     try:
         summary = json.loads(_text(folder / "summary.json") or "{}")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise FastSSLError(f"{folder / 'summary.json'}: not valid JSON ({error})") from error
     for name, value in (("config.yaml", config), ("summary.json", summary)):
         if not isinstance(value, dict):
@@ -84,7 +85,7 @@ def read_run(folder: str | Path) -> RunRecord:
     for line in _text(folder / "metrics.jsonl").splitlines():
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             row = None
         if not isinstance(row, dict):
             unreadable += bool(line.strip())
@@ -103,7 +104,7 @@ def write_report(run_dir: str | Path) -> Path:
     run = read_run(run_dir)
     path = run.folder / "report.html"
     page = render(run)
-    write_atomically(path, lambda temporary: temporary.write_text(page, encoding="utf-8"))
+    write_atomically(path, lambda temporary: temporary.write_text(page, "utf-8", "backslashreplace"))
     return path
 
 
@@ -366,9 +367,13 @@ def _pictures(run: RunRecord) -> str:
             "Labels only colour the frames; training never saw them.",
         ),
     ):
-        path = run.folder / name
-        if path.is_file():
-            data = base64.b64encode(path.read_bytes()).decode("ascii")
+        try:
+            content = read_plain(run.folder / name, _LONGEST)
+        except FileNotFoundError:
+            continue
+        # A page is passed on: of a folder that came from elsewhere this name may lead to any file of ours.
+        if content.startswith(_PNG):
+            data = base64.b64encode(content).decode("ascii")
             parts.append(
                 f'<section><h2>{heading}</h2><p class="small">{text}</p>'
                 f'<div class="picture"><img alt="{escape(heading)}" src="data:image/png;base64,{data}"></div></section>'
@@ -476,8 +481,8 @@ def _flat(value: Any) -> dict[str, Any]:
     return {} if value is None else {"host": value}
 
 
-def _text(path: Path) -> str:
+def _text(path: Path, at_most: int = _LONGEST) -> str:
     try:
-        return path.read_text(encoding="utf-8", errors="replace")
+        return read_plain(path, at_most).decode("utf-8", "replace")
     except FileNotFoundError:
         return ""

@@ -15,6 +15,8 @@ _WIDTH, _HEIGHT = 520, 264
 _LEFT, _RIGHT, _TOP, _BOTTOM = 56, 16, 14, 44
 #: More points than pixels make a file heavy and a line no better.
 _MAX_POINTS = 400
+#: Of larger values, and between closer ones, the steps from tick to tick are lost in rounding. What a run measures lies far inside.
+_LARGEST, _SMALLEST = 1e12, 1e-9
 
 
 @dataclass(frozen=True)
@@ -78,14 +80,14 @@ def line_chart(
     lines = [line for line in lines if line[2]]
     if not lines:
         return ""
-    marks = [mark for mark in marks if math.isfinite(mark.y)]
+    marks = [mark for mark in marks if _can_be_drawn(mark.y)]
     xs = [x for _, _, runs in lines for run in runs for x, _ in run]
     ys = [y for _, _, runs in lines for run in runs for _, y in run] + [mark.y for mark in marks]
     x_low, x_high = min(xs), max(xs)
     # Charts of one page are read side by side: those that begin near zero all begin at zero.
     if 0 < x_low < 0.3 * x_high:
         x_low = 0.0
-    if x_high == x_low:
+    if _are_one(x_low, x_high):
         x_low, x_high = x_low - 0.5, x_high + 0.5
     y_low, y_high, y_ticks = _axis(min(ys), max(ys), y_range)
 
@@ -130,7 +132,8 @@ def line_chart(
 
 def _axis(low: float, high: float, fixed: tuple[float | None, float | None]) -> tuple[float, float, list[float]]:
     """Ends and ticks of the y axis; ends that are not fixed are moved out to the next tick."""
-    room = (high - low) * 0.05 or abs(high) * 0.1 or 1.0
+    room = abs(high) * 0.1 if _are_one(low, high) else (high - low) * 0.05
+    room = room if room > _SMALLEST else 1.0
     bottom = fixed[0] if fixed[0] is not None else low - room
     top = fixed[1] if fixed[1] is not None else high + room
     # An axis that would begin a little below zero for a quantity that never is: begin at zero.
@@ -165,14 +168,23 @@ def _draw_marks(marks: Sequence[Mark], heights: list[float], right: float) -> li
 
 
 def _finite_runs(points: Sequence[tuple[float, float | None]]) -> list[list[tuple[float, float]]]:
-    """Split at values that are missing or not finite."""
+    """Split at values that are missing, not finite, or so large that an axis has no room beside them."""
     runs: list[list[tuple[float, float]]] = [[]]
     for x, y in points:
-        if y is not None and math.isfinite(x) and math.isfinite(y):
+        if y is not None and _can_be_drawn(x) and _can_be_drawn(y):
             runs[-1].append((x, y))
         elif runs[-1]:
             runs.append([])
     return [run for run in runs if run]
+
+
+def _can_be_drawn(value: float) -> bool:
+    return abs(value) < _LARGEST  # NaN fails, too
+
+
+def _are_one(low: float, high: float) -> bool:
+    """Whether no ticks fit between the two."""
+    return high - low <= max(_SMALLEST, 1e-9 * max(abs(low), abs(high)))
 
 
 def _thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:

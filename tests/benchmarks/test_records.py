@@ -65,7 +65,14 @@ def test_an_older_line_does_not_borrow_this_machine(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("line", "message"), [("{", "not JSON"), ("[1]", "not a benchmark record"), ('{"bench": "x", "speed": 1}', "unknown fields speed")]
+    ("line", "message"),
+    [
+        ("{", "not JSON"),
+        ("9" * 5000, "not JSON"),
+        ("[" * 100_000, "no benchmark record"),
+        ("[1]", "not a benchmark record"),
+        ('{"bench": "x", "speed": 1}', "unknown fields speed"),
+    ],
 )
 def test_a_bad_line_is_named(tmp_path: Path, line: str, message: str) -> None:
     path = tmp_path / "results.jsonl"

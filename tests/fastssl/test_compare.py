@@ -76,6 +76,8 @@ def test_pages_are_written_and_names_stay_words(tmp_path: Path) -> None:
     ("line", "message"),
     [
         ("{", "line 2: not JSON"),
+        ("[" * 100_000, "line 2: not JSON"),
+        ('{"evaluation": ' + "9" * 5000 + "}", "line 2: not JSON"),
         ("[]", "not a record of an evaluation"),
         ('{"bench": "step"}', "not a record of an evaluation"),
         (json.dumps({**record("knn"), "accuracy": None}), "holds one of another kind"),

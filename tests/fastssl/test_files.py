@@ -8,10 +8,11 @@ import stat
 from pathlib import Path
 
 import pytest
+from power import Disk
 
 from fastssl import files
 from fastssl.backbones import create_backbone, save_backbone
-from fastssl.files import usual_mode, write_atomically
+from fastssl.files import link_atomically, usual_mode, write_atomically
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
@@ -84,3 +85,23 @@ def test_an_error_that_is_kept_keeps_no_file_open(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError) as kept:
         write_atomically(tmp_path / "last.pt", half)
     assert set(os.listdir("/proc/self/fd")) == before and "cannot end" in str(kept.value)
+
+
+def test_bytes_are_on_the_disk_before_their_name_and_the_name_before_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk = Disk(monkeypatch)
+    write_atomically(tmp_path / "a", lambda path: path.write_text("all of it"))
+    link_atomically(tmp_path / "a", tmp_path / "b")
+    assert disk.events == [("fsync", "a.tmp"), ("rename", "a"), ("fsync", tmp_path.name), ("rename", "b"), ("fsync", tmp_path.name)]
+    assert not disk.problems and not disk.lost_names
+
+
+def test_what_is_not_on_the_disk_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk = Disk(monkeypatch)
+    for name in ("a", "b"):
+        (tmp_path / "new").write_text(name)
+        if name == "b":
+            with open(tmp_path / "new", "a") as file:
+                os.fsync(file.fileno())
+                file.write("more")
+        os.replace(tmp_path / "new", tmp_path / name)
+    assert disk.problems == ["a", "b"] and disk.lost_names == ["b"]

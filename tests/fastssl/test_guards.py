@@ -180,6 +180,15 @@ def test_damaged_photos_in_val_are_found_before_training(
     assert pretrain(beton, tmp_path / "run", "--val", path, "--set", "train.on_bad=skip") == 0
 
 
+def test_a_side_file_that_cannot_be_read_is_known_before_training(beton: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """And not when the report asks for the names of the classes, after the last epoch."""
+    data = tmp_path / "photos.beton"
+    data.write_bytes(beton.read_bytes())
+    (tmp_path / "photos.beton.json").write_text("{")
+    assert pretrain(data, tmp_path / "run") == 1
+    assert "photos.beton.json: unreadable side file" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
 def test_a_photo_that_cannot_be_shown_is_named(damaged: tuple[Path, int], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     path, sample = damaged
     assert cli("views", path, "--recipe", "quickstart", "--out", tmp_path / "views.png", "--samples", 48) == 0

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import random
 import re
 from html.parser import HTMLParser
 
@@ -222,6 +224,57 @@ def test_what_is_no_run_is_refused(tmp_path):
         write_report(run)
 
 
+LAUGHS = "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}, *a{n - 1}, *a{n - 1}]\n" for n in range(1, 40))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("config.yaml", LAUGHS + "arch: *a39\n", "more than 10,000 values"),
+        ("config.yaml", "a: " + "[" * 3000, "deep in one another"),
+        ("config.yaml", "arch: !!bool x", "a value that cannot be read"),
+        ("config.yaml", "arch: 2026-99-99", "a value that cannot be read"),
+        ("config.yaml", "arch: !!python/object/apply:os.system ['touch broken']", "could not determine a constructor"),
+        ("config.yaml", "a: " + "x" * 70_000, "is longer than 64 KiB"),
+        ("summary.json", "[" * 100_000, "not valid JSON"),
+        ("summary.json", '{"steps": ' + "9" * 5000 + "}", "not valid JSON"),
+        *((name, None, "is not a plain file") for name in ("config.yaml", "metrics.jsonl", "summary.json", "views.png")),
+    ],
+)
+def test_a_folder_that_is_made_to_harm(tmp_path, name, content, message):
+    """A run that somebody sent is looked at: one line, and at once."""
+    run = make_run(tmp_path / "run", summary())
+    (run / name).unlink(missing_ok=True)
+    if content is None:
+        os.mkfifo(run / name)
+    else:
+        (run / name).write_text(content)
+    with pytest.raises(FastSSLError, match=rf"{re.escape(name)}: .*{message}"):
+        write_report(run)
+
+
+def test_metrics_that_are_made_to_harm_are_lines_that_cannot_be_read(tmp_path):
+    run = make_run(tmp_path / "run", summary())
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write("[" * 100_000 + "\n" + "9" * 5000 + "\n")
+    record = read_run(run)
+    assert record.unreadable == 2 and len(record.steps) == 10
+
+
+def test_a_picture_that_is_none_stays_out_of_the_page(tmp_path):
+    """The page is passed on; a folder that was sent may have a link there, to anything."""
+    (tmp_path / "secret").write_text("-----BEGIN OPENSSH PRIVATE KEY-----")
+    run = make_run(tmp_path / "run", summary())
+    (run / "views.png").symlink_to(tmp_path / "secret")
+    assert "base64" not in render(read_run(run))
+
+
+def test_a_name_that_is_no_unicode(tmp_path):
+    """Linux takes any bytes for a file's name."""
+    run = make_run(tmp_path / "run", summary(recipe=os.fsdecode(b"o\xffdd")))
+    assert r"o\udcffdd" in write_report(run).read_text()
+
+
 def test_steps_that_were_passed_over_are_mentioned(tmp_path):
     page = render(read_run(make_run(tmp_path / "run", summary(passed_over_steps=[7, 1200]))))
     assert "2 steps were passed over, because a loss or gradient was not finite: 7, 1,200." in page
@@ -298,3 +351,21 @@ def test_chart_of_nothing_of_one_point_and_of_very_many():
     assert "<circle" in single and "polyline" not in single
     many = line_chart([Series("a", [(i, i % 7) for i in range(50_000)])], marks=[Mark("m", 12.0)], **options)
     assert len(many) < 12_000 and ">m</text>" in many
+
+
+def test_any_numbers_can_be_drawn():
+    rng = random.Random(0)
+
+    def number():
+        return rng.choice(
+            (
+                *(0.0, -0.0, math.nan, math.inf, 1 + rng.randrange(4) * 2.3e-16, 1e12 * (1 - 2e-16 * rng.randrange(4)), rng.gauss(0, 1)),
+                rng.choice((1, -1)) * 10 ** rng.uniform(-320, 308),
+            )
+        )
+
+    for _ in range(3000):
+        points = [(number(), number()) for _ in range(rng.randrange(1, 5))]
+        ends = rng.choice(((None, None), (0.0, None), (0.0, 100.0)))
+        chart = line_chart([Series("a", points)], marks=[Mark("m", number())], y_range=ends, title="t", x_label="x", y_label="y")
+        assert not re.search(r'="[^"]*(nan|inf)', chart)

@@ -112,6 +112,15 @@ def test_what_is_in_the_way_is_found_before_the_first_step(name: str, beton: Pat
         pretrain(small("train.epochs=1"), options(beton, out), Silent())
 
 
+def test_a_configuration_that_cannot_be_read_does_not_stop_a_new_start(tmp_path: Path) -> None:
+    """``--resume never`` asks it for the launch that wrote it, and then writes its own in its place."""
+    (tmp_path / "config.yaml").write_text("launch: !!bool x")
+    folder = run_folder.RunFolder(tmp_path, Silent().message)
+    assert folder.open({"seed": 0}, "never", {}, lambda state: None) is None
+    folder.close()
+    assert (tmp_path / "config.yaml").read_text() == "seed: 0\nlaunch: {}\n"
+
+
 def test_rows_that_are_none_do_not_stop_the_report(beton: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     pretrain(small("train.epochs=1"), options(beton, out), Silent())

@@ -156,6 +156,16 @@ def test_what_the_watch_knows_is_written_before_it_ends_the_process(beton: Path,
     assert found[0]["state"] == "failed" and found[0]["why"] == "process 1 of 2 (b): photos.beton: sample 13 is damaged"
 
 
+def test_why_a_run_failed_names_no_folder(beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(run: Run, batch: object) -> None:
+        raise RuntimeError("cannot open /home/somebody/.cache/kernel.so")
+
+    monkeypatch.setattr(Run, "_step", fail)
+    with pytest.raises(RuntimeError, match="somebody"):
+        pretrain(small(), options(beton, tmp_path / "run"), Silent())
+    assert read_status(tmp_path / "run")["why"] == "RuntimeError: cannot open kernel.so"
+
+
 def test_the_first_words_say_how_many_steps_there_are(beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The next ones come a minute later, which a run that is killed soon does not see."""
     found, original = [], Run._loader

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from power import Disk as Power
 from small_run import Silent, options, same, small, state, status
 
 from fastssl import saver
@@ -34,6 +35,21 @@ class Disk:
 
         patch.setattr(saver, "save_checkpoint", save)
         patch.setattr(saver, "_RETRY_S", 0.0)
+
+
+def test_a_power_cut_at_any_moment_leaves_whole_files(beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk = Power(monkeypatch)
+    pretrain(small("train.checkpoint_minutes=0", "train.milestone_epochs=1"), options(beton, tmp_path / "run"), Silent())
+    renamed = [name for what, name in disk.events if what == "rename"]
+    assert {"config.yaml", "last.pt", "last-teacher.safetensors", "epoch-0001.pt", "status.json", "summary.json", "report.html"} <= {
+        *renamed
+    }
+    assert not disk.problems and not disk.lost_names
+    # The lines of metrics of a checkpoint's steps are there before it: its run would not write them again.
+    metrics = disk.events.index(("fsync", "metrics.jsonl"))
+    for step in range(4, 13):
+        metrics = disk.events.index(("fsync", "metrics.jsonl"), metrics)
+        metrics = disk.events.index(("rename", f"step-{step:08}.pt"), metrics)
 
 
 def test_a_run_lives_on_while_the_disk_is_full(whole: Path, beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -129,14 +129,14 @@ def test_a_network_that_cannot_be_compiled_runs_without_and_says_why(monkeypatch
 
         def forward(self, images: Tensor) -> Tensor:
             self.network(images)  # moves the BatchNorms' statistics, which must not stay moved
-            raise RuntimeError("no compiler\nfound")
+            raise RuntimeError("no compiler\nfound: g++ /tmp/of_somebody/a.cpp")
 
     plain = TrainStep(recipe(), CPU, amp=False, seed=0)
     monkeypatch.setattr(torch, "compile", lambda network, **options: Broken(network))
     broken = TrainStep(recipe(train__compile="true"), CPU, amp=False, seed=0)
     with torch._dynamo.config.patch(disable=False):
         assert train(broken) == train(plain)
-    assert broken.fallbacks == {"compile": "RuntimeError: no compiler found"}
+    assert broken.fallbacks == {"compile": "RuntimeError: no compiler found: g++ a.cpp"}, "a report names no folders"
 
 
 def test_compiled_networks_are_what_computes(monkeypatch: pytest.MonkeyPatch) -> None:

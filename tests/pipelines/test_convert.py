@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from functools import cache
 import numpy as np
 import pytest
 from PIL import Image
+from power import Disk
 
 from fastssl.cli import main
 from fastssl.pipelines import jpeg
@@ -508,6 +510,18 @@ def many(tmp_path_factory):
     return root / "photos", outputs(root / "out.beton")
 
 
+def test_a_power_cut_at_any_moment_leaves_what_the_journal_vouches_for(many, tmp_path, monkeypatch):
+    source, whole = many
+    monkeypatch.setattr("fastssl.pipelines.convert.CHECKPOINT_SECONDS", 0.0)
+    disk = Disk(monkeypatch)
+    convert(source, tmp_path / "out.beton")
+    assert outputs(tmp_path / "out.beton") == whole
+    vouched = [place for place, event in enumerate(disk.events) if event == ("fsync", "out.beton.partial.journal")]
+    assert len(vouched) == 40 and all(disk.events[place - 1] == ("fsync", "out.beton.partial") for place in vouched)
+    assert [name for what, name in disk.events if what == "rename"] == ["out.beton.rejects.jsonl", "out.beton.json", "out.beton"]
+    assert not disk.problems and not disk.lost_names
+
+
 @pytest.mark.parametrize(("what", "when"), [("add", 1), ("add", 25), ("fsync", 41), ("replace", 1), ("replace", 3), ("unlink", 2)])
 def test_killed_at_a_chosen_moment(many, tmp_path, what, when):
     source, whole = many
@@ -582,15 +596,34 @@ def test_interrupted_and_changed(many, tmp_path, caplog):
         caplog.clear()
 
     # A torn, a repeated and a senseless journal line.
-    for tail in (b"[9, 123, true, 2", b"[0, 1, true, 2097152, 5, 0, 1, 1, 0]\n", b"\xff\xfe\n", b"7\n", b'[40, "x", 1]\n', b"[40, 1]\n"):
+    for tail in (b"1234abcd [9, 123, true, 2", None, b"\xff\xfe\n", b"7\n", b"[40, 1]\n"):
         stopped(source, dst, 1)
         journal = tmp_path / "out.beton.partial.journal"
-        journal.write_bytes(journal.read_bytes() + tail)
+        journal.write_bytes(journal.read_bytes() + (journal.read_bytes().splitlines(True)[1] if tail is None else tail))
         assert convert(source, dst).resumed > 0 and outputs(dst) == whole
 
     # No resuming wanted: leftovers go.
     stopped(source, dst, 1)
     assert convert(source, dst, ConvertOptions(resume=False)).resumed == 0 and outputs(dst) == whole
+
+
+def test_a_journal_that_was_damaged_makes_the_same_file(many, tmp_path):
+    """Whatever a flipped digit would say: another label, or a place outside the file."""
+    source, whole = many
+    dst, journal, partial = (tmp_path / f"out.beton{end}" for end in ("", ".partial.journal", ".partial"))
+    stopped(source, dst, 20)
+    kept, photos, rng = journal.read_bytes(), partial.read_bytes(), random.Random(0)
+    for _ in range(20):
+        damaged = bytearray(kept)
+        at = rng.randrange(len(damaged))
+        if rng.random() < 0.5:
+            damaged[at] = rng.choice(b"0123456789-,.[]\n")
+        else:
+            damaged[at:at] = rng.choice((b"9" * 25, b"-", b"[" * 2000, b"\n"))
+        journal.write_bytes(damaged)
+        partial.write_bytes(photos)
+        convert(source, dst)
+        assert outputs(dst) == whole, bytes(damaged)
 
 
 # ---------------------------------------------------------------- the command

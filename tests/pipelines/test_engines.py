@@ -120,6 +120,39 @@ def test_a_damaged_picture_is_named_or_passed_over(engine: str, side_file: bool,
             assert torch.equal(pixels[first], pixels[second])
 
 
+@pytest.mark.parametrize(("engine", "crops"), [("native", "host"), ("native", "device"), *((engine, "auto") for engine in OTHERS)])
+def test_who_stands_in_does_not_depend_on_the_number_of_processes(engine: str, crops: str, beton: Path, tmp_path: Path) -> None:
+    """A third of the photos is damaged, so that many lie at the edge of a process's part, and some parts have no good one at all."""
+    path, content = tmp_path / "damaged.beton", bytearray(beton.read_bytes())
+    with BetonReader(beton) as reader:
+        broken = set(range(0, len(reader), 3))
+        for sample in broken:
+            start, size = int(reader.offsets[sample]), int(reader.sizes[sample])
+            content[start + size // 2 : start + size] = b"\xff\xd9" + bytes(size - size // 2 - 2)
+    path.write_bytes(content)
+
+    def of(world: int) -> tuple[list[np.ndarray], list[torch.Tensor], list[int]]:
+        """(samples of each batch, first group's views of each, (2, B, ...), what was passed over) of all processes together."""
+        parts, skipped = [], []
+        for rank in range(world):
+            with ViewLoader(
+                path, TWO, 16 // world, rank=rank, world=world, pipeline=engine, crops=crops, on_bad="skip", workers=1
+            ) as loader:
+                parts.append([(b.index.numpy().copy(), b.views[0].clone().unflatten(0, (2, -1))) for b in loader.epoch(0)])
+                skipped += loader.stats.skipped
+        batches = list(zip(*parts))
+        return [np.concatenate([i for i, _ in b]) for b in batches], [torch.cat([v for _, v in b], 1) for b in batches], sorted(skipped)
+
+    index, views, skipped = of(1)
+    assert len(index) == 3 and set(skipped) == broken and not broken & set(np.concatenate(index).tolist())
+    for world in (2, 4, 8):
+        others, pixels, passed_over = of(world)
+        assert passed_over == skipped
+        np.testing.assert_array_equal(np.stack(others), np.stack(index))
+        for mine, whole in zip(pixels, views):
+            torch.testing.assert_close(mine, whole, atol=2e-5, rtol=0)
+
+
 @pytest.mark.parametrize("engine", ["native", *OTHERS])
 def test_a_batch_of_nothing_but_damage_is_an_error(engine: str, damaged: tuple[Path, int]) -> None:
     path, sample = damaged

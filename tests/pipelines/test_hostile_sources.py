@@ -26,7 +26,7 @@ from fastssl.cli.common import PlainConsole
 from fastssl.pipelines import jpeg
 from fastssl.pipelines.beton import BetonReader, BetonWriter
 from fastssl.pipelines.convert import ConvertOptions, convert, encode_photo
-from fastssl.pipelines.errors import BetonError, FastSSLError, JpegError, printable
+from fastssl.pipelines.errors import BetonError, FastSSLError, JpegError, printable, without_folders
 from fastssl.pipelines.sources import SourceError, list_source
 
 PHOTO = jpeg_bytes(make_photo(0, 24, 32))
@@ -153,6 +153,20 @@ def test_names_do_not_reach_the_terminal(trick: str, tmp_path: Path, capsys: pyt
 def test_printable() -> None:
     assert printable("plain ü 漢 [red] {x}") == "plain ü 漢 [red] {x}"
     assert printable("\x1b[31m\n\u202e\udcff\x00\u2028") == r"\x1b[31m\n\u202e\udcff\x00\u2028"
+
+
+@pytest.mark.parametrize(
+    ("text", "left"),
+    [
+        ("g++ /tmp/torchinductor_me/2r/c2.cpp -I/home/me/x/include: no", "g++ c2.cpp -Iinclude: no"),
+        ("[Errno 13] denied: '/home/me/run/last.pt', \"/a/b\"", "[Errno 13] denied: 'last.pt', \"b\""),
+        ('File "/usr/lib/python3/site.py", line 3', 'File "site.py", line 3'),
+        ("PATH=/usr/bin:/home/me/bin", "PATH=bin:bin"),
+        ("see https://pytorch.org/docs/stable/x, 3 pair/s, runs/mine/last.pt, 1/2", None),
+    ],
+)
+def test_folders_are_left_out_of_words_that_are_passed_on(text: str, left: str | None) -> None:
+    assert without_folders(text) == (text if left is None else left)
 
 
 def test_markup_is_text_to_the_console(capsys: pytest.CaptureFixture) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
 
 import numpy as np
@@ -14,7 +16,7 @@ from fastssl.pipelines import jpeg
 from fastssl.pipelines.beton import BetonReader
 from fastssl.pipelines.convert import convert
 from fastssl.pipelines.errors import BetonError
-from fastssl.pipelines.verify import verify
+from fastssl.pipelines.verify import sample_checksums, verify
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +112,35 @@ def test_a_side_file_that_does_not_fit(beton, edit, problem):
     path.write_text(json.dumps(side))
     report = verify(beton)
     assert len(report.problems) == 1 and problem in report.problems[0] and not report.damaged
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (b"[" * 200_000, "recursion"),
+        (b'{"bytes": ' + b"9" * 5000 + b"}", "digits"),
+        (b"\xff\xfe", "codec"),
+        (1 << 40, r"is longer than 1\d MiB"),
+        (None, "is not a plain file"),
+    ],
+)
+def test_a_side_file_that_is_made_to_harm(beton, content, why):
+    """Whoever asks for the classes or the checksums is told, at once."""
+    path = beton.parent / "a.beton.json"
+    path.unlink()
+    if content is None:
+        os.mkfifo(path)
+    elif isinstance(content, int):
+        path.touch()
+        os.truncate(path, content)
+    else:
+        path.write_bytes(content)
+    (problem,) = verify(beton).problems
+    assert re.search(rf"^{re.escape(str(path))}: unreadable side file \(.*{why}.*\); delete it, or convert again$", problem)
+    with BetonReader(beton) as reader:
+        assert sample_checksums(reader) is None
+        with pytest.raises(BetonError, match="unreadable side file"):
+            _ = reader.classes
 
 
 def run(*arguments):
