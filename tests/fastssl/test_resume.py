@@ -22,12 +22,28 @@ from fastssl.checkpoint import load_checkpoint, write_state
 from fastssl.pipelines.beton import MODE_RAW, BetonWriter
 from fastssl.pipelines.errors import FastSSLError, Interrupted
 from fastssl.probe import OnlineProbe
+from fastssl.recipe import Recipe
 from fastssl.saver import Saver
-from fastssl.train import Run, pretrain
+from fastssl.train import Run, RunOptions, pretrain
 
 
 class Crash(Exception):
     """The process is gone: nothing behind this line is run."""
+
+
+def crash_behind(step: int, recipe: Recipe, chosen: RunOptions) -> None:
+    """A run that ends without a word when it has made so many steps."""
+    original = Run._step
+
+    def crash(run: Run, batch: object) -> object:
+        if run.position.step == step:
+            raise Crash
+        return original(run, batch)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "_step", crash)
+        with pytest.raises(Crash):
+            pretrain(recipe, chosen, Silent())
 
 
 @pytest.fixture(scope="module")
@@ -67,18 +83,9 @@ def test_killed_behind_every_single_step(whole: Path, beton: Path, tmp_path: Pat
     assert status(out)["state"] == "finished"
 
 
-def test_a_damaged_newest_checkpoint_is_passed_over(whole: Path, beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    out, original = tmp_path / "run", Run._step
-
-    def crash(run: Run, batch: object) -> object:
-        if run.position.step == 9:
-            raise Crash
-        return original(run, batch)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, "_step", crash)
-        with pytest.raises(Crash):
-            pretrain(small("train.checkpoint_minutes=0"), options(beton, out), Silent())
+def test_a_damaged_newest_checkpoint_is_passed_over(whole: Path, beton: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    crash_behind(9, small("train.checkpoint_minutes=0"), options(beton, out))
     path = out / "checkpoints" / "last.pt"
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
@@ -383,18 +390,9 @@ def test_only_deterministic_algorithms_leave_torch_as_it_was(whole: Path, beton:
 @pytest.mark.gpu
 @pytest.mark.parametrize("graph", ["false", "true"])
 def test_on_a_gpu_a_killed_run_goes_on_bit_for_bit(graph: str, beton: Path, tmp_path: Path) -> None:
-    recipe, original = small("train.deterministic=true", "train.checkpoint_minutes=0", f"train.graph={graph}"), Run._step
+    recipe = small("train.deterministic=true", "train.checkpoint_minutes=0", f"train.graph={graph}")
     pretrain(recipe, options(beton, tmp_path / "whole", device="cuda"), Silent())
-
-    def crash(run: Run, batch: object) -> object:
-        if run.position.step == 7:
-            raise Crash
-        return original(run, batch)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, "_step", crash)
-        with pytest.raises(Crash):
-            pretrain(recipe, options(beton, tmp_path / "run", device="cuda"), Silent())
+    crash_behind(7, recipe, options(beton, tmp_path / "run", device="cuda"))
     pretrain(recipe, options(beton, tmp_path / "run", device="cuda"), Silent())
     assert same(state(tmp_path / "run"), state(tmp_path / "whole"))
 
@@ -404,18 +402,9 @@ def test_on_a_gpu_a_killed_run_goes_on_bit_for_bit(graph: str, beton: Path, tmp_
 def test_on_a_gpu_a_recorded_run_goes_on(optimizer: str, beton: Path, tmp_path: Path) -> None:
     """Bit for bit it may not be recorded: torch's deterministic forms of some operations wait for the device."""
     changes = ("train.graph=true", "train.checkpoint_minutes=0", f"optim.name={optimizer}", "optim.lr=0.001", "optim.lr_batch=0")
-    recipe, original = small(*changes), Run._step
+    recipe = small(*changes)
     whole = pretrain(recipe, options(beton, tmp_path / "whole", device="cuda"), Silent())
-
-    def crash(run: Run, batch: object) -> object:
-        if run.position.step == 7:
-            raise Crash
-        return original(run, batch)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, "_step", crash)
-        with pytest.raises(Crash):
-            pretrain(recipe, options(beton, tmp_path / "run", device="cuda"), Silent())
+    crash_behind(7, recipe, options(beton, tmp_path / "run", device="cuda"))
     found = pretrain(recipe, options(beton, tmp_path / "run", device="cuda"), Silent())
     assert whole["fallbacks"] == found["fallbacks"] == {}
     losses = [[row["loss"] for row in rows(tmp_path / out) if row["kind"] == "step"] for out in ("run", "whole")]
