@@ -1,31 +1,43 @@
-"""The sample photos that install with the package: a slice of Fashion-MNIST, made into ``.beton`` files on first use.
+"""The sample photos that install with the package: views of eighteen places, made into ``.beton`` files on first use.
 
-4,000 training and 2,000 test pictures (28x28, grey) in ten balanced classes. They are stored as Fashion-MNIST stores
-them (idx, gzip) and go the way a user's own photos go: written as a folder of PNG files, then through the converter.
+The package holds 18 panoramas (CC0, Poly Haven). From each, 200 views are rendered for training and 80 for judging, 64 px wide, with exposure, white
+balance and saturation of their own. Training looks into one half of the compass, judging into the other, and at the horizon their fields of view never
+meet: *recognise a place from a direction that the network has never seen*. The views go the way a user's own photos go: written as folders of JPEG
+files, then through the converter.
 """
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import os
 import shutil
-import struct
 import tempfile
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
+from PIL import Image
 
 from fastssl._version import __version__
+from fastssl.panorama import Cameras, render
 from fastssl.pipelines.errors import FastSSLError
 
-#: Fashion-MNIST's label k -> folder name. The converter numbers classes by sorted folder name, so its labels differ.
-CLASS_NAMES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle-boot")
+#: part -> views of each place
+PARTS: dict[str, int] = {"train": 200, "val": 80}
+#: pixels along each side of a view
+SIZE = 64
 
-#: part -> (name of the published files, pictures of each class that we keep)
-PARTS: dict[str, tuple[str, int]] = {"train": ("train", 400), "val": ("t10k", 200)}
+#: Ranges that a view's camera is drawn from, evenly: degrees, stops, factors.
+FIELD_OF_VIEW = (35.0, 60.0)
+PITCH = (-25.0, 17.0)
+ROLL = (-5.0, 5.0)
+EXPOSURE = (-1.0, 1.0)
+WHITE_BALANCE = (0.7, 1.3)
+SATURATION = (0.0, 1.0)
+#: Degrees between a field of view's edge at the horizon and the border of its half of the compass: a camera that rolls sees a little farther.
+MARGIN = 3.0
 
 _QUALITY = 95
 _STORED = Path(__file__).parent / "samples"
@@ -33,58 +45,57 @@ _STORED = Path(__file__).parent / "samples"
 
 @dataclass(frozen=True)
 class SampleSet:
-    """Paths of the two ``.beton`` files: ``train`` (4,000 pictures) and ``val`` (2,000)."""
+    """Paths of the two ``.beton`` files: ``train`` (3,600 views) and ``val`` (1,440)."""
 
     train: Path
     val: Path
 
 
-def read_idx(path: Path) -> np.ndarray:
-    """Read a gzipped idx file of unsigned bytes: (N, ...) uint8, C order.
-
-    Layout: two zero bytes, type 0x08, number of dimensions, each dimension as a big-endian uint32, then the data.
-
-    Raises:
-        FastSSLError: the file is damaged or no idx file of bytes.
-    """
-    try:
-        data = gzip.decompress(path.read_bytes())
-        zero, kind, ndim = struct.unpack_from(">HBB", data)
-        shape = struct.unpack_from(f">{ndim}I", data, 4)
-        if (zero, kind) != (0, 8):
-            raise ValueError(f"magic number {data[:4].hex()}")
-        return np.frombuffer(data, np.uint8, offset=4 + 4 * ndim).reshape(shape)
-    except (OSError, EOFError, struct.error, ValueError) as error:
-        raise FastSSLError(f"{path}: not a whole idx file ({error}); install fastssl-vision again") from error
+def places() -> list[str]:
+    """Names of the places, sorted: the classes."""
+    return sorted(path.stem for path in _STORED.glob("*.jpg"))
 
 
-def write_idx(path: Path, array: np.ndarray) -> None:
-    """Write ``array`` (uint8) as a gzipped idx file; no name and no time in it, so equal input gives equal bytes."""
-    header = struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape)
-    with open(path, "wb") as raw, gzip.GzipFile("", "wb", compresslevel=9, fileobj=raw, mtime=0) as file:
-        file.write(header + np.ascontiguousarray(array, np.uint8).tobytes())
-
-
-def cut_slice(source: Path, destination: Path) -> None:
-    """Cut the shipped slice from the published data set: of each class the first 400 (train) or 200 (test), in file order.
+def draw_cameras(part: str, place: int, count: int | None = None) -> Cameras:
+    """The cameras of one place's views: the same numbers at every call.
 
     Args:
-        source: folder with ``train-images-idx3-ubyte.gz`` and its three companions, as published (Debian:
-            ``/usr/share/datasets/fashion-mnist`` of the package ``dataset-fashion-mnist``).
-        destination: folder that gets files of the same names.
+        part: ``train`` looks into the compass's half around 90 degrees, ``val`` into the one around -90.
+        place: position in :func:`places`.
+        count: views; default: as many as the sample set has.
     """
-    for published, per_class in PARTS.values():
-        images = read_idx(source / f"{published}-images-idx3-ubyte.gz")
-        labels = read_idx(source / f"{published}-labels-idx1-ubyte.gz")
-        kept = np.sort(np.concatenate([np.flatnonzero(labels == k)[:per_class] for k in range(len(CLASS_NAMES))]))
-        write_idx(destination / f"{published}-images-idx3-ubyte.gz", images[kept])
-        write_idx(destination / f"{published}-labels-idx1-ubyte.gz", labels[kept])
+    count = PARTS[part] if count is None else count
+    words = np.random.default_rng([place, list(PARTS).index(part)]).random((count, 9))
+
+    def between(column: int, bounds: tuple[float, float]) -> torch.Tensor:
+        return torch.from_numpy(bounds[0] + (bounds[1] - bounds[0]) * words[:, column]).float()
+
+    field_of_view = between(0, FIELD_OF_VIEW)
+    middle = 90.0 if part == "train" else -90.0
+    reach = 90 - MARGIN - field_of_view / 2
+    return Cameras(
+        yaw=middle + reach * between(1, (-1.0, 1.0)),
+        pitch=between(2, PITCH),
+        roll=between(3, ROLL),
+        field_of_view=field_of_view,
+        exposure=between(4, EXPOSURE),
+        white_balance=torch.stack([between(5, WHITE_BALANCE), between(6, WHITE_BALANCE), between(7, WHITE_BALANCE)], 1),
+        saturation=between(8, SATURATION),
+    )
 
 
-def load_part(part: str) -> tuple[np.ndarray, np.ndarray]:
-    """The stored pictures of ``part`` (``train`` or ``val``): (N, 28, 28) uint8 and (N,) uint8 Fashion-MNIST labels."""
-    published, _ = PARTS[part]
-    return read_idx(_STORED / f"{published}-images-idx3-ubyte.gz"), read_idx(_STORED / f"{published}-labels-idx1-ubyte.gz")
+def load_panorama(name: str) -> torch.Tensor:
+    """The stored panorama of a place, (3, 256, 512) uint8.
+
+    Raises:
+        FastSSLError: the package's file is damaged.
+    """
+    path = _STORED / f"{name}.jpg"
+    try:
+        with Image.open(path) as image:
+            return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+    except (OSError, ValueError) as error:
+        raise FastSSLError(f"{path}: not a whole picture ({error}); install fastssl-vision again") from error
 
 
 def default_cache_dir() -> Path:
@@ -150,8 +161,9 @@ def _put_in_place(building: Path, final: Path) -> None:
 
 
 def _fingerprint() -> str:
-    digest = hashlib.sha256(f"quality={_QUALITY} keep_size".encode())
-    for path in sorted(_STORED.glob("*.gz")):
+    settings = (PARTS, SIZE, FIELD_OF_VIEW, PITCH, ROLL, EXPOSURE, WHITE_BALANCE, SATURATION, MARGIN, _QUALITY)
+    digest = hashlib.sha256(repr(settings).encode())
+    for path in sorted(_STORED.glob("*.jpg")):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:12]
 
@@ -160,13 +172,13 @@ def _verified(folder: Path) -> SampleSet | None:
     """The set in ``folder`` if both files are whole and have the number of samples they should have."""
     from fastssl.pipelines.beton import BetonReader
 
-    for part, (_, per_class) in PARTS.items():
+    for part, per_place in PARTS.items():
         path = folder / f"{part}.beton"
         if not path.is_file():
             return None
         try:
             with BetonReader(path) as reader:
-                if len(reader) != per_class * len(CLASS_NAMES) or reader.classes != sorted(CLASS_NAMES):
+                if len(reader) != per_place * len(places()) or reader.classes != places():
                     return None
         except FastSSLError:
             return None
@@ -174,18 +186,14 @@ def _verified(folder: Path) -> SampleSet | None:
 
 
 def _build(folder: Path) -> None:
-    """Write the pictures as PNG files and convert them, both parts, into ``folder``."""
-    from PIL import Image
-
+    """Render the views, write them as JPEG files and convert them, both parts, into ``folder``."""
     from fastssl.pipelines.convert import ConvertOptions, convert
 
     for part in PARTS:
-        images, labels = load_part(part)
         # Beside the result and not in /tmp: one disk, one clean-up when the caller removes the folder.
-        with tempfile.TemporaryDirectory(prefix="png-", dir=folder) as png:
-            for name in CLASS_NAMES:
-                (Path(png) / name).mkdir()
-            for number, (image, label) in enumerate(zip(images, labels)):
-                # Little compression: these files live for a second.
-                Image.fromarray(image).save(Path(png) / CLASS_NAMES[label] / f"{number:04d}.png", compress_level=1)
-            convert(Path(png), folder / f"{part}.beton", ConvertOptions(keep_size=True, quality=_QUALITY, on_bad="fail"))
+        with tempfile.TemporaryDirectory(prefix="views-", dir=folder) as views:
+            for number, name in enumerate(places()):
+                (Path(views) / name).mkdir()
+                for index, view in enumerate(render(load_panorama(name), draw_cameras(part, number), SIZE).numpy()):
+                    Image.fromarray(view).save(Path(views) / name / f"{index:03d}.jpg", quality=_QUALITY, subsampling=0)
+            convert(Path(views), folder / f"{part}.beton", ConvertOptions(keep_size=True, on_bad="fail"))
