@@ -73,7 +73,7 @@ def render(panorama: Tensor, cameras: Cameras, size: int) -> Tensor:
     light = (panorama.float() / 255) ** GAMMA
     # One column more on each side: the left and the right edge are neighbours.
     light = torch.cat([light[:, :, -1:], light, light[:, :, :1]], 2)
-    height, width = panorama.shape[1:]
+    width = panorama.shape[2]
     longitude, latitude = directions(cameras, size * SUPERSAMPLING)
     column = (longitude / (2 * math.pi) + 0.5) % 1 * width  # in pixels from the left edge
     x = (column + 1) / (width + 2) * 2 - 1

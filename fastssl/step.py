@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from fastssl.backbones import create_backbone
 from fastssl.collectives import agree_any, average_gradients
+from fastssl.depthwise import use_own_gradient
 from fastssl.graph import RecordedCall, Recorder, record_cuda_graph
 from fastssl.host_memory import keep_freed_memory
 from fastssl.layout import channels_last_breaks, require_channels_last
@@ -103,6 +104,8 @@ class TrainStep:
         if device.type == "cuda":
             torch.backends.cudnn.benchmark = not recipe.train.deterministic  # every step has the same shapes
         self.method = self._new_method().to(device, memory_format=torch.channels_last).train()
+        if device.type == "cpu" and not recipe.train.compile:
+            use_own_gradient(self.method)
         if world.size > 1:
             self.method.synchronise(lambda network: synchronise_batchnorm(network, device))
         self.optimizer = create_optimizer(self.method, recipe.optim)
