@@ -105,7 +105,7 @@ def find_data(name: str, count: int = 512) -> tuple[Path, str]:
     if name == "synthetic":
         return ensure_photos(count), "synthetic"
     if name == "samples":
-        return ensure_sample_set().train, "samples (Fashion-MNIST, 28 px)"
+        return ensure_sample_set().train, "samples (views of 18 places, 64 px)"
     return Path(name), Path(name).name
 
 

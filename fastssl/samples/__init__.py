@@ -1,1 +1,1 @@
-"""Data files only: a slice of Fashion-MNIST, read by :mod:`fastssl.sample_set`; licence in LICENSE-fashion-mnist.txt."""
+"""Data files only: eighteen panoramas, read by :mod:`fastssl.sample_set`; where they are from stands in LICENSE.txt."""

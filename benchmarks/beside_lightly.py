@@ -1,0 +1,274 @@
+"""fastssl beside lightly, minute by minute: the same photos, the same network, the same cores; what are the features worth after 5, 10 and 20 minutes?
+
+    pip install -e '.[peers]'
+    fastssl convert-imagenet train/ train.beton && fastssl convert-imagenet val/ val.beton
+    python -m fastssl.benchmarks.beside_lightly train.beton val.beton --epochs 40 --out benchmarks/results/beside-lightly
+
+lightly's SimCLR and MoCo are trained as the examples in its documentation train them (batch 256, SGD at 0.06, a queue of 4,096 keys, momentum 0.99), with its own
+transforms and losses and a DataLoader with one worker a core. fastssl runs ``fastssl pretrain``. All are started at once and have the machine in turns,
+a slice each while the others are stopped, so that all meet the same machine; a contender's minutes are those in which it ran, its start included. One judge for all: fastssl's
+kNN and linear probe of centre crops, behind the clock.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import io
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from fastssl.backbones import create_backbone, feature_dim
+from fastssl.files import write_atomically
+from fastssl.pipelines.beton import BetonReader
+from fastssl.pipelines.native import available_cores
+from fastssl.probe import choose_split, probe_features
+from fastssl.recipe import load_recipe
+from fastssl.versions import describe_git, describe_host, describe_versions
+
+METHODS = ("simclr", "moco")
+#: Of lightly's examples.
+BATCH, RATE, QUEUE, MOMENTUM = 256, 0.06, 4096, 0.99
+#: Seconds of its own that a contender may lose between two snapshots.
+_SNAPSHOT_S = 10.0
+
+
+# ---------------------------------------------------------------------- lightly's side
+
+
+class _Photos(Dataset):
+    """Photos of a ``.beton`` file through Pillow, as a folder of JPEG files would be read; ``transform`` makes the views."""
+
+    def __init__(self, path: Path, transform: Callable[[Image.Image], list[Tensor]]):
+        self.path, self.transform, self._reader = path, transform, None
+        with BetonReader(path) as reader:
+            self._length = len(reader)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> list[Tensor]:
+        if self._reader is None:  # in the worker
+            self._reader = BetonReader(self.path)
+        return self.transform(Image.open(io.BytesIO(self._reader.encoded(index).tobytes())).convert("RGB"))
+
+
+def train_lightly(method: str, data: Path, arch: str, size: int, seed: int, out: Path) -> None:
+    """Train until stopped from outside; ``out`` (a file of weights) is written again every few seconds."""
+    from lightly.loss import NTXentLoss
+    from lightly.models.modules import MoCoProjectionHead, SimCLRProjectionHead
+    from lightly.models.utils import deactivate_requires_grad, update_momentum
+    from lightly.transforms import MoCoV2Transform, SimCLRTransform
+
+    torch.manual_seed(seed)
+    backbone = create_backbone(arch)
+    width = feature_dim(backbone)
+    head, transform = {
+        "simclr": (SimCLRProjectionHead, SimCLRTransform),
+        "moco": (MoCoProjectionHead, MoCoV2Transform),
+    }[method]
+    model = nn.Sequential(backbone, head(width, 512, 128)).train()
+    keys = copy.deepcopy(model)
+    deactivate_requires_grad(keys)
+    loss_of = NTXentLoss(memory_bank_size=(QUEUE, 128)) if method == "moco" else NTXentLoss()
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
+    loader = DataLoader(
+        _Photos(data, transform(input_size=size)),
+        batch_size=BATCH,
+        shuffle=True,
+        drop_last=True,
+        num_workers=available_cores(),
+        persistent_workers=True,
+    )
+    saved, step = time.monotonic(), 0
+    while True:
+        for first, second in loader:
+            if method == "moco":
+                update_momentum(model, keys, m=MOMENTUM)
+                with torch.no_grad():
+                    other = keys(second)
+            else:
+                other = model(second)
+            loss = loss_of(model(first), other)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            step += 1
+            if time.monotonic() - saved > _SNAPSHOT_S:
+                state = {"backbone": backbone.state_dict(), "step": step, "loss": loss.item()}
+                write_atomically(out, lambda path, state=state: torch.save(state, path))
+                saved = time.monotonic()
+
+
+# ---------------------------------------------------------------------- the race
+
+
+@dataclass
+class Contender:
+    """A process group that runs only while it has its turn.
+
+    Attributes:
+        name: in the table. command: what is run. snapshot: the file that it writes again and again.
+        seconds: that it has run. marks: {minutes: copy of the snapshot}.
+    """
+
+    name: str
+    command: list[str]
+    snapshot: Path
+    log: Path
+    seconds: float = 0.0
+    marks: dict[float, Path] = field(default_factory=dict)
+    process: subprocess.Popen | None = None
+
+    def turn(self, seconds: float) -> None:
+        """Run for ``seconds``, or until the command ends."""
+        if self.ended:
+            return
+        started = time.monotonic()
+        if self.process is None:
+            with self.log.open("wb") as log:
+                self.process = subprocess.Popen(self.command, stdout=log, stderr=log, start_new_session=True)
+        else:
+            os.killpg(self.process.pid, signal.SIGCONT)
+        try:
+            self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGSTOP)
+        self.seconds += time.monotonic() - started
+        if self.ended and self.process.returncode:
+            raise SystemExit(f"{self.name} failed; {self.log} says why")
+
+    @property
+    def ended(self) -> bool:
+        """Whether the command has come to its own end."""
+        return self.process is not None and self.process.poll() is not None
+
+    def mark(self, minutes: float) -> None:
+        """Keep what there is now as the state after ``minutes``."""
+        kept = self.snapshot.with_name(f"{self.snapshot.stem}-{minutes:g}{self.snapshot.suffix}")
+        if self.snapshot.exists():
+            kept.write_bytes(self.snapshot.read_bytes())
+            self.marks[minutes] = kept
+
+    def stop(self) -> None:
+        """End it, whatever it does."""
+        if self.process is not None and not self.ended:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+
+
+def race(contenders: list[Contender], marks: list[float], slice_s: float) -> None:
+    """Give every contender ``max(marks)`` minutes, in slices; at each mark its state is kept."""
+    try:
+        for minutes in sorted(marks):
+            while any(one.seconds < 60 * minutes and not one.ended for one in contenders):
+                for one in contenders:
+                    left = 60 * minutes - one.seconds
+                    if left > 0:
+                        one.turn(min(slice_s, left))
+            for one in contenders:
+                one.mark(minutes)
+    finally:
+        for one in contenders:
+            one.stop()
+
+
+def judge(weights: Path, arch: str, data: Path, val: Path, size: int, crop: float) -> dict[str, Any]:
+    """kNN and linear probe of a snapshot, percent."""
+    backbone = create_backbone(arch)
+    if weights.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        backbone.load_state_dict(load_file(weights))
+    else:
+        backbone.load_state_dict(torch.load(weights, weights_only=True)["backbone"])
+    with BetonReader(data) as train, BetonReader(val) as queries:
+        split = choose_split(train, queries, 0, 0)
+        features = split.features(backbone.eval(), size, device=torch.device("cpu"), crop=crop)
+        row = probe_features("", *features, split.labelled)
+    return {"knn": row["knn"], "linear": row["linear"]}
+
+
+def to_markdown(record: dict[str, Any]) -> str:
+    """The record as a table, a row for each contender, kNN / linear for each mark."""
+    marks = record["minutes"]
+    lines = ["| | " + " | ".join(f"{minutes:g} min" for minutes in marks) + " |", "| --- |" + " --- |" * len(marks)]
+    for row in record["rows"]:
+        cells = [row["marks"].get(f"{minutes:g}") for minutes in marks]
+        lines.append(f"| {row['name']} | " + " | ".join(f"{c['knn']:.1f} / {c['linear']:.1f}" if c else "-" for c in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("val", type=Path)
+    parser.add_argument("--arch", default="mobilenetv3_large")
+    parser.add_argument("--recipe", default="few-photos")
+    parser.add_argument("--epochs", type=int, required=True, help="of fastssl, so that they fill the minutes of the last mark")
+    parser.add_argument("--minutes", type=float, nargs="+", default=[5, 10, 20])
+    parser.add_argument("--slice", type=float, default=60, dest="slice_s", help="seconds of a turn")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, required=True, help="folder for record.json and table.md")
+    parser.add_argument("--train", choices=METHODS, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    probe = load_recipe(options.recipe).probe
+    if options.train:
+        train_lightly(options.train, options.data, options.arch, probe.size, options.seed, options.out)
+        return 0
+
+    options.out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        run = folder / "fastssl"
+        common = [str(options.data.resolve()), str(options.val.resolve()), "--arch", options.arch, "--recipe", options.recipe]
+        ours = [sys.executable, "-m", "fastssl", "pretrain", "--arch", options.arch, "--recipe", options.recipe]
+        ours += ["--data", str(options.data), "--out", str(run), "--epochs", str(options.epochs), "--seed", str(options.seed)]
+        ours += ["--set", f"train.checkpoint_minutes={_SNAPSHOT_S / 60:.2f}", "--set", "probe.every_epochs=0", "--device", "cpu"]
+        contenders = [Contender(f"fastssl, {options.recipe}", ours, run / "checkpoints" / "last.safetensors", folder / "fastssl.log")]
+        for method in METHODS:
+            weights = folder / f"{method}.pt"
+            theirs = [sys.executable, "-m", "fastssl.benchmarks.beside_lightly", *common, "--epochs", "1", "--seed", str(options.seed)]
+            theirs += ["--train", method, "--out", str(weights)]
+            contenders.append(Contender(f"lightly, {method}", theirs, weights, folder / f"{method}.log"))
+        race(contenders, options.minutes, options.slice_s)
+        rows = []
+        for one in contenders:
+            judged = {
+                f"{minutes:g}": judge(path, options.arch, options.data, options.val, probe.size, probe.crop)
+                for minutes, path in one.marks.items()
+            }
+            rows.append({"name": one.name, "seconds": round(one.seconds, 1), "marks": judged})
+    record = {
+        "command": shlex.join(["python", "-m", "fastssl.benchmarks.beside_lightly", *(arguments or sys.argv[1:])]),
+        "minutes": sorted(options.minutes),
+        "size": probe.size,
+        "rows": rows,
+        "host": describe_host(),
+        "versions": {**describe_versions(), "lightly": metadata.version("lightly")},
+        "git": describe_git(),
+    }
+    (options.out / "record.json").write_text(json.dumps(record, indent=2) + "\n")
+    (options.out / "table.md").write_text(to_markdown(record))
+    print(to_markdown(record))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
