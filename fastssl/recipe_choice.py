@@ -142,13 +142,10 @@ def _unit(recipe: Recipe, processes: int) -> int:
 def _lower_batches(photos: int, wanted: int, unit: int) -> Iterator[int]:
     """Batches below ``wanted``, the best first: two steps an epoch, a power of two; then any with two steps; then one step."""
     for most in (photos // 2, photos):
-        most = min(most, wanted)
-        size = unit * 2 ** (most // unit).bit_length()
-        while size > unit:
-            if size <= most:
-                yield size
-            size //= 2
-        yield from range(most // unit * unit, unit, -unit)
+        parts = min(most, wanted) // unit
+        if parts >= 2:
+            yield unit * 2 ** (parts.bit_length() - 1)
+        yield from range(parts * unit, unit, -unit)
 
 
 def _allowed(

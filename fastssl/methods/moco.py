@@ -100,7 +100,7 @@ class MoCoConfig(MethodConfig):
         steps = -(-self.queue // keys)
         if photos is not None:
             # One step's keys are the least; so are the neighbours that share the smoothing.
-            neighbors = len(rank_weights(self.weighting, self.neighbors)) if self.smoothing else 0
+            neighbors = len(rank_weights(self.weighting, self.neighbors))
             steps = min(steps, max(1, photos // keys, -(-neighbors // keys)))
         groups = [min(self.split_bn, keys // 2)]
         if processes > 1:  # each process makes as many groups as the others, all of one size
