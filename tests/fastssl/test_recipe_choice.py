@@ -112,7 +112,7 @@ def test_parts_of_a_batch_stay_equal() -> None:
 
 
 def test_one_photo_is_too_few() -> None:
-    with pytest.raises(FastSSLError, match="^photos: 1 photo, but a batch has at least 2; add photos$"):
+    with pytest.raises(FastSSLError, match=r"^photos: 1 photo, but a batch has at least 2; add photos$"):
         fit(light("few-photos"), 1, where="photos")
 
 
@@ -120,7 +120,9 @@ def test_one_photo_is_too_few() -> None:
 @pytest.mark.parametrize("photos", [2, 11, 50, 77])
 def test_a_batch_that_was_asked_for_is_refused_with_advice_that_works(name: str, photos: int) -> None:
     asked = {"train.batch_size"}
-    with pytest.raises(FastSSLError, match=f"{photos} photos are fewer than one batch of 128; the largest that would do is --batch-size") as e:
+    with pytest.raises(
+        FastSSLError, match=f"{photos} photos are fewer than one batch of 128; the largest that would do is --batch-size"
+    ) as e:
         fit(light(name, train__batch_size="128"), photos, given=asked)
     largest = str(e.value).rsplit(" ", 1)[-1]
     recipe, _ = fit(light(name, train__batch_size=largest), photos, given=asked)
@@ -139,7 +141,7 @@ def test_with_a_batch_that_was_asked_for_the_queue_follows_and_only_it() -> None
 def test_what_was_asked_for_stays() -> None:
     recipe, _ = fit(light("few-photos", moco__queue="1000"), 150, given={"moco.queue"})
     assert recipe.settings.queue == 1000 and recipe.train.batch_size == 50  # no power of two goes into 500
-    with pytest.raises(FastSSLError, match="largest that would do is --batch-size 125$"):
+    with pytest.raises(FastSSLError, match=r"largest that would do is --batch-size 125$"):
         fit(light("few-photos", moco__queue="1000", train__batch_size="500"), 150, given={"moco.queue", "train.batch_size"})
     with pytest.raises(FastSSLError, match=r"no batch of up to 50 photos goes with the moco.queue that was asked for"):
         fit(light("few-photos", moco__queue="1001"), 50, given={"moco.queue"})
@@ -190,14 +192,16 @@ def test_epochs_that_were_asked_for_stay() -> None:
 
 def test_a_batch_that_was_asked_for_sees_as_many_samples() -> None:
     asked = {"train.batch_size"}
-    epochs = [fit(load_recipe("few-photos", {"train.batch_size": size}), 3_072, given=asked)[0].train.epochs for size in ("32", "64", "256")]
+    epochs = [
+        fit(load_recipe("few-photos", {"train.batch_size": size}), 3_072, given=asked)[0].train.epochs for size in ("32", "64", "256")
+    ]
     assert max(epochs) - min(epochs) <= 1
 
 
 def test_a_run_from_python_follows_too_and_a_resolved_recipe_stays() -> None:
     once = follow_samples(load_recipe("few-photos"), 300)
     assert once.train.epochs > 60 and follow_samples(once, 9_000) == once
-    with pytest.raises(FastSSLError, match="train.samples must be at least 1"):
+    with pytest.raises(FastSSLError, match=r"train\.samples must be at least 1"):
         load_recipe("few-photos", {"train.samples": "0"})
 
 
