@@ -218,7 +218,9 @@ def recipe_path(name: str) -> Path:
 
 
 def load_recipe(name: str, overrides: Mapping[str, str] | None = None) -> Recipe:
-    """Read and check a recipe. With another batch than the file's the whole schedule of the learning rate follows, see ``with_batch``.
+    """Read and check a recipe.
+
+    With another batch than the file's the whole schedule of the learning rate follows, see ``with_batch``; epochs take the place of ``train.samples``.
 
     Args:
         name: a recipe of ours, or the path of a yaml file.
@@ -237,6 +239,8 @@ def load_recipe(name: str, overrides: Mapping[str, str] | None = None) -> Recipe
     for key, text in sorted((overrides or {}).items(), key=lambda item: ("views", "views.preset", item[0]).index(item[0])):
         _override(tree, key, parse_yaml(text, f"--set {key}: {shown(text)} is not a value"))
     recipe = build_recipe(tree, where=path.name)
+    if "train.epochs" in (overrides or {}) and "train.samples" not in overrides:
+        recipe = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, samples=None))
     if not isinstance(own_batch, int) or own_batch < 2:  # an override mended it: there is nothing to be in proportion to
         return recipe
     return with_batch(recipe, recipe.train.batch_size, own_batch, given=overrides or {})

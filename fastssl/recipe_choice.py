@@ -1,8 +1,10 @@
-"""The recipe follows the data: which one photos get where none is named, and what of it changes with their number. Pure functions.
+"""The recipe follows the data: which one photos get where none is named, and what of it changes with their number.
 
-choose         number and size of the photos, and the device -> a recipe's name and the reason
-fit            recipe, number of photos -> the recipe whose batch, queue and epochs go with them, and a line for each change
-warnings_for   what will run, but seldom as it was meant
+    choose         number and size of the photos, and the device -> a recipe's name and the reason
+    fit            recipe, number of photos -> the recipe whose batch, queue and epochs go with them, and a line for each change
+    warnings_for   what will run, but seldom as it was meant
+
+Pure functions: processes of one run that ask alike are answered alike.
 """
 
 from __future__ import annotations
@@ -72,8 +74,8 @@ def fit(
 ) -> tuple[Recipe, list[str]]:
     """The recipe with a batch that the photos fill, numbers of its method that go with it, and its epochs.
 
-    A batch that nobody asked for is halved until an epoch has two steps, where that goes; then queue, neighbours and BatchNorm groups follow. With a batch
-    that was asked for they follow only where they would not go with it.
+    A batch that nobody asked for is lowered until an epoch has two steps, where that goes; then queue, neighbours and BatchNorm groups follow. With a
+    batch that was asked for they follow only where they would not go with it.
 
     Args:
         given: keys of the recipe that were asked for, and stay as they are (``train.batch_size``, ``moco.queue``).
@@ -102,8 +104,8 @@ def fit(
         rate = "; the learning rate follows the batch" if batch != wanted and recipe.optim.lr_batch else ""
         why = f"for {counted(photos)}" if batch != wanted else f"to go with a batch of {batch:,}"
         lines.append(f"{why}: {', '.join(changes)}{rate}")
-    fitted, line = _with_epochs(fitted, photos, wanted, given)
-    return fitted, lines + line
+    fitted, more = _with_epochs(fitted, photos, wanted, given)
+    return fitted, lines + more
 
 
 def require_photos(
@@ -188,8 +190,6 @@ def _with_epochs(recipe: Recipe, photos: int, batch: int, given: Collection[str]
     if train.samples is None:
         return recipe, []
     resolved = dataclasses.replace(recipe, train=dataclasses.replace(train, samples=None))
-    if is_given("train.epochs", given):
-        return resolved, []
     steps = max(1, photos // train.batch_size)
     epochs = min(max(round(train.samples / batch / steps), FEWEST_EPOCHS), MOST_EPOCHS)
     if epochs == train.epochs:

@@ -173,11 +173,11 @@ def test_epochs_follow_from_the_number_of_photos() -> None:
 
 def test_what_is_counted_in_epochs_keeps_its_share() -> None:
     recipe = load_recipe("swav-mobilenetv2-sslight", {"train.samples": "256000"})
-    fitted, lines = fit(recipe, 12_800, given={"train.samples"})
+    fitted, lines = fit(recipe, 12_800)
     assert fitted.train.epochs == 21 and "21 epochs for 12,800 photos: the recipe's 200 are for about 1,280" in lines[0]
     assert fitted.optim.warmup_epochs == pytest.approx(10 * 21 / 200)
     assert (fitted.settings.queue_epoch, fitted.settings.freeze_epochs, fitted.probe.every_epochs) == (2, 1, 1)
-    kept, _ = fit(recipe, 12_800, given={"train.samples", "optim.warmup_epochs", "swav.queue_epoch", "probe"})
+    kept, _ = fit(recipe, 12_800, given={"optim.warmup_epochs", "swav.queue_epoch", "probe"})
     assert (kept.optim.warmup_epochs, kept.settings.queue_epoch, kept.probe.every_epochs) == (10, 15, 5)
     staircase = dataclasses.replace(recipe, optim=dataclasses.replace(recipe.optim, per_epoch=True, warmup_lr=None))
     assert fit(staircase, 12_800)[0].optim.warmup_epochs == 1
@@ -186,6 +186,7 @@ def test_what_is_counted_in_epochs_keeps_its_share() -> None:
 def test_epochs_that_were_asked_for_stay() -> None:
     recipe, lines = fit(load_recipe("few-photos", {"train.epochs": "7"}), 500, given={"train.epochs"})
     assert (recipe.train.epochs, recipe.train.samples, recipe.optim.warmup_epochs) == (7, None, 3) and lines == []
+    assert follow_samples(load_recipe("few-photos", {"train.epochs": "7"}), 500).train.epochs == 7
     full = load_recipe("light-moco-mobilenetv3")
     assert fit(full, 5_000)[0].train.epochs == 200
 
