@@ -26,8 +26,8 @@ class OptimConfig:
         decay_depthwise: also on depth-wise filters (4-D, one input channel), which SSLight spares.
         final_weight_decay: half a cosine leads from ``weight_decay`` to it; None: constant.
         warmup_epochs: linear warm-up, in epochs.
-        warmup_lr: rate of the very first step at the recipe's own batch, the last of the warm-up having the peak; None: see
-            ``schedules.learning_rate``. With another batch it follows as the peak does, see ``scaled``.
+        warmup_lr: rate of the very first step at the recipe's own batch, the last of the warm-up having the peak;
+            None: see ``schedules.learning_rate``. With another batch it follows as the peak does, see ``scaled``.
         final_lr: rate of the last step at the recipe's own batch; with another one it follows, too.
         per_epoch: change the rate once an epoch, as MoCo does, instead of every step.
     """
@@ -68,7 +68,9 @@ class OptimConfig:
         return self.lr * (batch_size / self.lr_batch if self.lr_batch else 1.0)
 
     def scaled(self, factor: float, keep: Collection[str] = ()) -> OptimConfig:
-        """For a batch ``factor`` times that for which the numbers were written: the schedule's two ends follow the peak, which does so by itself.
+        """For a batch ``factor`` times that for which the numbers were written: the schedule's two ends follow it.
+
+        The peak does so by itself, see ``peak_lr``.
 
         Args:
             keep: of ``warmup_lr`` and ``final_lr`` those that stay as they are.

@@ -1,8 +1,10 @@
-"""A folder or tar of photos in the place of a ``.beton`` file: converted once, found again as long as the photos stay as they are.
+"""A folder or tar of photos in the place of a ``.beton`` file: converted once, found again as long as the photos stay
+as they are.
 
-``photos/`` becomes ``photos.beton`` beside it, or a file in the user's cache folder where that place cannot be written or the name is taken. The side file
-says what it was made from (``fingerprint``: names, sizes and times of change) and that nobody asked for it (``automatic``): such a file is made again when
-the photos have changed, and no other file is ever written over.
+``photos/`` becomes ``photos.beton`` beside it, or a file in the user's cache folder where that place cannot be written
+or the name is taken. The side file says what it was made from (``fingerprint``: names, sizes and times of change) and
+that nobody asked for it (``automatic``): such a file is made again when the photos have changed, and no other file is
+ever written over.
 """
 
 from __future__ import annotations
@@ -44,7 +46,8 @@ from fastssl.sample_set import default_cache_dir
 _TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 #: Photos whose size is looked at.
 _LOOKED_AT = 64
-#: Stored photos are twice as large as the largest view up to this side, beyond which decoding would cost more than the sharper views are worth.
+#: Stored photos are twice as large as the largest view up to this side, beyond which decoding would cost more than the
+#: sharper views are worth.
 _LARGE_SIDE = 384
 
 
@@ -106,7 +109,8 @@ def _short_side(listing: Listing, i: int) -> int | None:
     """Of one photo, by its header; None: it cannot be read, which the conversion will say."""
     with warnings.catch_warnings(), suppress(Exception):  # decoders raise anything at all for damaged input
         warnings.simplefilter("ignore")
-        with Image.open(io.BytesIO(listing.read(i)), formats=[name for name in PILLOW_FORMATS if name in Image.OPEN]) as image:
+        known = [name for name in PILLOW_FORMATS if name in Image.OPEN]
+        with Image.open(io.BytesIO(listing.read(i)), formats=known) as image:
             return min(image.size)
     return None
 
@@ -114,8 +118,9 @@ def _short_side(listing: Listing, i: int) -> int | None:
 def side_for(recipe: Recipe) -> int:
     """The short side, in pixels, to which larger photos are scaled down for a recipe: no more than its views can show.
 
-    Twice the largest view, 96 px for 48: the smallest crops, a fifth of the photo, are then hardly enlarged. For 224 px that would be 448, four times the
-    work of decoding the usual 256: 384 keeps five of six crops sharp for half of that. Never less than the probe's crop needs.
+    Twice the largest view, 96 px for 48: the smallest crops, a fifth of the photo, are then hardly enlarged. For 224 px
+    that would be 448, three times the work of decoding the usual 256: of 384, twice that work, five of six crops are
+    not enlarged at all. Never less than the probe's crop needs.
     """
     largest = max(spec.size for spec in recipe.views)
     return max(min(2 * largest, _LARGE_SIDE), largest, round(recipe.probe.size / recipe.probe.crop))
@@ -166,7 +171,8 @@ def as_beton(
         say(_made(source, done, short_side))
         return place
     raise FastSSLError(
-        f"{source.path}: neither {places[0]} nor {places[1]} can be written; convert it with `fastssl convert-imagenet` to where there is room"
+        f"{source.path}: neither {places[0]} nor {places[1]} can be written; "
+        "convert it with `fastssl convert-imagenet` to where there is room"
     )
 
 
@@ -179,7 +185,8 @@ def _beside(path: Path) -> Path:
 
 def _cached(path: Path, options: ConvertOptions) -> Path:
     """In the user's cache folder, one name for each place and way of converting."""
-    key = hashlib.sha256(f"{os.path.abspath(path)} {options.deciding()}".encode("utf-8", "surrogateescape")).hexdigest()[:12]
+    what = f"{os.path.abspath(path)} {options.deciding()}".encode("utf-8", "surrogateescape")
+    key = hashlib.sha256(what).hexdigest()[:12]
     beside = _beside(path)
     return default_cache_dir() / "photos" / f"{beside.stem}-{key}.beton"
 
@@ -207,7 +214,9 @@ def _holds(place: Path, wanted: dict[str, Any]) -> bool:
 
 
 def _may_write(place: Path, wanted: dict[str, Any]) -> bool:
-    """Whether nothing is there, or a file that was made the same way from these photos as they were, and nobody asked for."""
+    """Whether nothing is there, or a file that was made the same way from these photos as they were, and nobody asked
+    for.
+    """
     if not os.access(place.parent, os.W_OK):
         return False
     if not os.path.lexists(place) and not os.path.lexists(side_path(place)):
@@ -218,7 +227,9 @@ def _may_write(place: Path, wanted: dict[str, Any]) -> bool:
 
 @contextmanager
 def _alone(place: Path) -> Iterator[bool]:
-    """Hold ``place`` against other processes, waiting for theirs. False: nothing can be written there. Without locks (some network disks) nobody waits."""
+    """Hold ``place`` against other processes, waiting for theirs. False: nothing can be written there. Without locks
+    (some network disks) nobody waits.
+    """
     path = place.with_name(f".{place.name}.lock")
     try:
         file = open(path, "a")  # noqa: SIM115 (held open)
@@ -249,6 +260,6 @@ def _made(source: Source, done: ConvertSummary, short_side: int) -> str:
     classes = "no labels" if done.classes is None else f"{len(done.classes)} class{'es' * (len(done.classes) != 1)}"
     rejected = f"; {done.rejected:,} rejected (see {rejects_path(done.path)})" if done.rejected else ""
     return (
-        f"{source.path}: {counted(done.written)}, {classes}, now also in {done.path} ({done.bytes / 1e6:,.1f} MB, short side at most {short_side} px), "
-        f"which is used as long as they stay as they are{rejected}"
+        f"{source.path}: {counted(done.written)}, {classes}, now also in {done.path} ({done.bytes / 1e6:,.1f} MB, "
+        f"short side at most {short_side} px), which is used as long as they stay as they are{rejected}"
     )

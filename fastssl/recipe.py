@@ -33,9 +33,10 @@ class TrainConfig:
 
     Attributes:
         epochs: passes over the data.
-        samples: photos times epochs of a run. Where it is given and nobody says how many epochs, they follow from the number of photos, and with
-            them all that the recipe counts in epochs (``recipe_choice.follow_samples``): ``epochs`` is then the length for which those numbers were
-            written. None: ``epochs`` holds for any number of photos; a run's config.yaml says so, having the epochs that came out.
+        samples: photos times epochs of a run. Where it is given and nobody says how many epochs, they follow from the
+            number of photos, and with them all that the recipe counts in epochs (``recipe_choice.follow_samples``):
+            ``epochs`` is then the length for which those numbers were written. None: ``epochs`` holds for any number of
+            photos; so it does in a run's config.yaml, which has the epochs that came out.
         batch_size: samples a step.
         accumulate: parts into which a step's batch is cut for the pass with gradient, so that larger batches fit into memory. Batch, learning rate, keys
             and queue stay those of the whole batch; the query network's BatchNorms see one part at a time.
@@ -220,7 +221,8 @@ def recipe_path(name: str) -> Path:
 def load_recipe(name: str, overrides: Mapping[str, str] | None = None) -> Recipe:
     """Read and check a recipe.
 
-    With another batch than the file's the whole schedule of the learning rate follows, see ``with_batch``; epochs take the place of ``train.samples``.
+    With another batch than the file's the whole schedule of the learning rate follows, see ``with_batch``; epochs take
+    the place of ``train.samples``.
 
     Args:
         name: a recipe of ours, or the path of a yaml file.
@@ -241,7 +243,7 @@ def load_recipe(name: str, overrides: Mapping[str, str] | None = None) -> Recipe
     recipe = build_recipe(tree, where=path.name)
     if "train.epochs" in (overrides or {}) and "train.samples" not in overrides:
         recipe = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, samples=None))
-    if not isinstance(own_batch, int) or own_batch < 2:  # an override mended it: there is nothing to be in proportion to
+    if not isinstance(own_batch, int) or own_batch < 2:  # an override mended it: nothing to be in proportion to
         return recipe
     return with_batch(recipe, recipe.train.batch_size, own_batch, given=overrides or {})
 

@@ -1,7 +1,8 @@
 """The recipe follows the data: which one photos get where none is named, and what of it changes with their number.
 
     choose         number and size of the photos, and the device -> a recipe's name and the reason
-    fit            recipe, number of photos -> the recipe whose batch, queue and epochs go with them, and a line for each change
+    fit            recipe, number of photos -> the recipe whose batch, queue and epochs go with them, and a line for
+                   each change
     warnings_for   what will run, but seldom as it was meant
 
 Pure functions: processes of one run that ask alike are answered alike.
@@ -29,7 +30,8 @@ SAMPLE_RECIPE, FEW_RECIPE, FULL_RECIPE = "quickstart", "few-photos", "light-moco
 MANY_PHOTOS = 20_000
 #: Half of the full recipe's 224 px: views of smaller photos are mostly pixels that were made up.
 SMALL_SIDE = 112
-#: Bounds of the epochs that follow from the number of photos. Below the first, a schedule that changes once an epoch is none.
+#: Bounds of the epochs that follow from the number of photos. Below the first, a schedule that changes once an epoch is
+#: none.
 FEWEST_EPOCHS, MOST_EPOCHS = 5, 1000
 
 
@@ -55,9 +57,13 @@ def choose(photos: int | None, short_side: float | None, device: str) -> Choice:
     if photos < MANY_PHOTOS:
         return Choice(FEW_RECIPE, f"for {counted(photos)}, which are fewer than {MANY_PHOTOS:,}{other}")
     if short_side is not None and short_side < SMALL_SIDE:
-        return Choice(FEW_RECIPE, f"for {counted(photos)} of {short_side:g} px, which are too small for views of 224 px{other}")
+        size = f"{short_side:g} px"
+        return Choice(FEW_RECIPE, f"for {counted(photos)} of {size}, which are too small for views of 224 px{other}")
     if device != "cuda":
-        return Choice(FEW_RECIPE, f"as there is no GPU: 200 epochs of {counted(photos)} at 224 px would take a CPU months or years{other}")
+        return Choice(
+            FEW_RECIPE,
+            f"as there is no GPU: 200 epochs of {counted(photos)} at 224 px would take a CPU months or years{other}",
+        )
     return Choice(FULL_RECIPE, f"for {counted(photos)} on a GPU")
 
 
@@ -74,8 +80,8 @@ def fit(
 ) -> tuple[Recipe, list[str]]:
     """The recipe with a batch that the photos fill, numbers of its method that go with it, and its epochs.
 
-    A batch that nobody asked for is lowered until an epoch has two steps, where that goes; then queue, neighbours and BatchNorm groups follow. With a
-    batch that was asked for they follow only where they would not go with it.
+    A batch that nobody asked for is lowered until an epoch has two steps, where that goes; then queue, neighbours and
+    BatchNorm groups follow. With a batch that was asked for they follow only where they would not go with it.
 
     Args:
         given: keys of the recipe that were asked for, and stay as they are (``train.batch_size``, ``moco.queue``).
@@ -93,7 +99,8 @@ def fit(
     asked = is_given("train.batch_size", given)
     batch = wanted
     if not asked and photos < 2 * wanted:
-        batch = next(_allowed(recipe, _lower_batches(photos, wanted, _unit(recipe, processes)), photos, given, processes), wanted)
+        lower = _lower_batches(photos, wanted, _unit(recipe, processes))
+        batch = next(_allowed(recipe, lower, photos, given, processes), wanted)
     fitted = recipe
     if batch != wanted or not recipe.settings.allows(batch):
         settings = _settings(recipe, batch, None if asked else photos, given, processes)
@@ -109,9 +116,16 @@ def fit(
 
 
 def require_photos(
-    recipe: Recipe, photos: int, *, given: Collection[str] = ("train.batch_size",), processes: int = 1, where: str = "the data"
+    recipe: Recipe,
+    photos: int,
+    *,
+    given: Collection[str] = ("train.batch_size",),
+    processes: int = 1,
+    where: str = "the data",
 ) -> None:
-    """Raise FastSSLError where the photos fill no batch, or not the one that was asked for; the message names the largest that works."""
+    """Raise FastSSLError where the photos fill no batch, or not the one that was asked for; the message names the
+    largest that works.
+    """
     unit, batch = _unit(recipe, processes), recipe.train.batch_size
     asked = is_given("train.batch_size", given)
     if photos >= (batch if asked else 2 * batch):
@@ -119,7 +133,8 @@ def require_photos(
     every = range(min(photos, batch) // unit * unit, unit, -unit)
     largest = next(_allowed(recipe, every, photos, given, processes), None)
     if largest is None and photos < 2 * unit:
-        shared = f" for {processes} processes" * (processes > 1) + f" in {recipe.train.accumulate} parts" * (recipe.train.accumulate > 1)
+        parts = recipe.train.accumulate
+        shared = f" for {processes} processes" * (processes > 1) + f" in {parts} parts" * (parts > 1)
         raise FastSSLError(f"{where}: {counted(photos)}, but a batch{shared} has at least {2 * unit}; add photos")
     if largest is None:
         key = recipe.settings.BATCH_KEY
@@ -132,7 +147,9 @@ def require_photos(
 
 
 def follow_samples(recipe: Recipe, photos: int) -> Recipe:
-    """The recipe with the epochs that ``train.samples`` gives for ``photos``; unchanged where it has none. What is counted in epochs follows."""
+    """The recipe with the epochs that ``train.samples`` gives for ``photos``; unchanged where it has none. What is
+    counted in epochs follows.
+    """
     return _with_epochs(recipe, photos, recipe.train.batch_size, ())[0]
 
 
@@ -142,7 +159,9 @@ def _unit(recipe: Recipe, processes: int) -> int:
 
 
 def _lower_batches(photos: int, wanted: int, unit: int) -> Iterator[int]:
-    """Batches below ``wanted``, the best first: two steps an epoch, a power of two; then any with two steps; then one step."""
+    """Batches below ``wanted``, the best first: two steps an epoch, a power of two; then any with two steps; then one
+    step.
+    """
     for most in (photos // 2, photos):
         parts = min(most, wanted) // unit
         if parts >= 2:
@@ -183,8 +202,8 @@ def _with_epochs(recipe: Recipe, photos: int, batch: int, given: Collection[str]
     """``train.samples`` resolved, and a line if that gave other epochs than the recipe's.
 
     Args:
-        batch: with which ``train.samples`` are counted. A batch that was lowered for want of photos makes as many steps as this one, not as many
-            samples: ten photos would be seen 18,000 times.
+        batch: with which ``train.samples`` are counted. A batch that was lowered for want of photos makes as many steps
+            as this one, not as many samples: ten photos would be seen 18,000 times.
     """
     train = recipe.train
     if train.samples is None:
@@ -195,8 +214,8 @@ def _with_epochs(recipe: Recipe, photos: int, batch: int, given: Collection[str]
     if epochs == train.epochs:
         return resolved, []
     line = (
-        f"{epochs:,} epochs for {counted(photos)}: the recipe's {train.epochs:,} are for about {train.samples / train.epochs:,.0f} "
-        "(--epochs says otherwise)"
+        f"{epochs:,} epochs for {counted(photos)}: the recipe's {train.epochs:,} are for about "
+        f"{train.samples / train.epochs:,.0f} (--epochs says otherwise)"
     )
     return _stretched(resolved, epochs, given), [line]
 
@@ -233,7 +252,8 @@ def warnings_for(recipe: Recipe, own_arch: str, photos: int, short_side: float) 
         own_arch: the network that the recipe was made for.
         short_side: of the photos, in pixels, the median.
     """
-    return [line for line in (_queue(recipe, photos), _enlarged(recipe, short_side), _warmup(recipe), _network(recipe, own_arch)) if line]
+    found = (_queue(recipe, photos), _enlarged(recipe, short_side), _warmup(recipe), _network(recipe, own_arch))
+    return [line for line in found if line]
 
 
 def short_side_of(reader: BetonReader) -> float:
@@ -247,8 +267,8 @@ def _queue(recipe: Recipe, photos: int) -> str | None:
     if queue <= max(photos, fewer):
         return None
     return (
-        f"{recipe.method}.queue holds {queue:,} features of {counted(photos)}: each meets those of its own photo from earlier epochs there; "
-        f"--set {recipe.method}.queue={fewer} holds fewer"
+        f"{recipe.method}.queue holds {queue:,} features of {counted(photos)}: each meets those of its own photo from "
+        f"earlier epochs there; --set {recipe.method}.queue={fewer} holds fewer"
     )
 
 
@@ -257,19 +277,20 @@ def _enlarged(recipe: Recipe, short_side: float) -> str | None:
     if short_side >= size:
         return None
     return (
-        f"half of the photos have a shorter side of {short_side:g} px or less, and are enlarged for views of {size} px: smaller views cost less "
-        "and show as much"
+        f"half of the photos have a shorter side of {short_side:g} px or less, and are enlarged for views of {size} px: "
+        "smaller views cost less and show as much"
     )
 
 
 def _warmup(recipe: Recipe) -> str | None:
     keys = {"optim.warmup_epochs": recipe.optim.warmup_epochs}
-    keys |= {f"{recipe.method}.{key}": getattr(recipe.settings, key) for key in recipe.settings.EPOCH_KEYS if key != "queue_epoch"}
+    warming = [key for key in recipe.settings.EPOCH_KEYS if key != "queue_epoch"]
+    keys |= {f"{recipe.method}.{key}": getattr(recipe.settings, key) for key in warming}
     late = [f"{key} {value:g}" for key, value in keys.items() if value >= recipe.train.epochs]
     if not late:
         return None
     epochs = f"{recipe.train.epochs:,} epoch{'s' * (recipe.train.epochs != 1)}"
-    return f"a run of {epochs} ends before its warm-up does ({', '.join(late)}): more --epochs, or lower these with --set"
+    return f"a run of {epochs} ends before its warm-up does ({', '.join(late)}): give more --epochs, or lower it with --set"
 
 
 def _network(recipe: Recipe, own_arch: str) -> str | None:

@@ -88,7 +88,7 @@ class ConvertOptions:
         on_bad: 'skip' lists bad photos in DST.rejects.jsonl, 'fail' stops at the first.
         stall_minutes: how long one photo, or the disk under DST, is waited for; a warning comes after the first minute, ``Stalled`` at the end.
             ``math.inf``: for ever.
-        automatic: no person asked for this file: who made it may make it again. Noted in the side file, of no effect here.
+        automatic: no person asked for this file: who made it may make it again. Noted in the side file, no more.
     """
 
     short_side: int | None = 256

@@ -195,7 +195,7 @@ def progress_bar(label: str, total: int | None, unit: str = "images") -> Iterato
 
 @contextmanager
 def late_progress_bar(label: str, unit: str = "images") -> Iterator[Callable[[int, int], None]]:
-    """Yield ``progress(done, total)``, whose first call begins the bar: the total of a large source is known only after a while."""
+    """Yield ``progress(done, total)``, whose first call begins the bar: a large source's total is known late."""
     with ExitStack() as stack:
         advance: Callable[[int], None] | None = None
 

@@ -30,7 +30,7 @@ FORMATS = ("timm", "torchvision", "safetensors", "onnx")
     "--size",
     type=click.IntRange(min=8, max=4096),
     metavar="N",
-    help="Side of the pictures: of onnx's input; of timm's folder for its config.json. Default: as the run was probed; without a run 224.",
+    help="Side of the pictures: of onnx's input; of timm's folder for its config.json. Default: the run's, or 224.",
 )
 @json_option
 def export(checkpoint: Path, dst: Path, format_: str, which: str | None, size: int | None, json_path: str | None) -> None:

@@ -1,4 +1,6 @@
-"""What ``pretrain``, ``estimate`` and ``views`` make of --data and --recipe: photos in any form, and a recipe that goes with them."""
+"""What ``pretrain``, ``estimate`` and ``views`` make of --data and --recipe: photos in any form, and a recipe that goes
+with them.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,8 @@ if TYPE_CHECKING:
 arch_option = click.option(
     "--arch",
     metavar="NAME",
-    help="Network: mobilenetv3_large, efficientnet_b0, mobilenetv2, resnet18, resnet34, resnet50, vit_tiny, or any timm name. Default: the recipe's.",
+    help="Network: mobilenetv3_large, efficientnet_b0, mobilenetv2, resnet18, resnet34, resnet50, vit_tiny, or any timm "
+    "name. Default: the recipe's.",
 )
 data_option = click.option(
     "--data",
@@ -29,7 +32,10 @@ data_option = click.option(
     help="Photos to learn from; a folder or tar is converted once. Default: the sample set that installs with the package.",
 )
 val_option = click.option(
-    "--val", type=SomePath(), metavar="FOLDER|TAR|FILE.beton", help="Labelled photos to probe on. Default: a held-out fifth of --data."
+    "--val",
+    type=SomePath(),
+    metavar="FOLDER|TAR|FILE.beton",
+    help="Labelled photos to probe on. Default: a held-out fifth of --data.",
 )
 recipe_option = click.option(
     "--recipe",
@@ -37,7 +43,11 @@ recipe_option = click.option(
     metavar="NAME|FILE.yaml",
     help="Default: quickstart without --data; with it few-photos, or light-moco-mobilenetv3 for 20,000 photos and more on a GPU.",
 )
-epochs_option = click.option("--epochs", type=click.IntRange(min=1), help="Default: the recipe's, or what goes with the number of photos.")
+epochs_option = click.option(
+    "--epochs",
+    type=click.IntRange(min=1),
+    help="Default: the recipe's, or what goes with the number of photos.",
+)
 batch_option = click.option(
     "--batch-size",
     type=click.IntRange(min=2),
@@ -74,7 +84,8 @@ def choose_inputs(
     workers: int | None,
     processes: int = 1,
 ) -> Inputs:
-    """Recipe and photos that the options ask for. What was chosen, converted or changed on the way is said, a line each.
+    """Recipe and photos that the options ask for. What was chosen, converted or changed on the way is said, a line
+    each.
 
     Args:
         arch: None: the recipe's network.
@@ -118,7 +129,8 @@ def choose_inputs(
         data = beton_of(source, recipe, workers)
     val = val and beton_of(look_at(val), recipe, workers)
     found = look_at(data)  # as they are stored: photos that were rejected are gone, large ones scaled down
-    recipe, lines = fit(recipe, found.photos, given=changes.keys(), processes=processes, where=str(source.path if source else data))
+    where = str(source.path if source else data)
+    recipe, lines = fit(recipe, found.photos, given=changes.keys(), processes=processes, where=where)
     for line in lines:
         _say(line)
     for line in warnings_for(recipe, own_arch, found.photos, found.short_side):

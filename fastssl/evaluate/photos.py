@@ -24,10 +24,13 @@ from fastssl.world import first_of_host_speaks
 
 @contextmanager
 def open_photos(path: str | Path, workers: int | None = None) -> Iterator[BetonReader]:
-    """A ``.beton`` file; or a folder of class folders, or a tar of them, converted for the length of the block into a temporary file, JPEGs byte for byte.
+    """A ``.beton`` file; or a folder of class folders, or a tar of them, converted for the length of the block.
+
+    Into a temporary file, JPEGs byte for byte.
 
     Raises:
-        FastSSLError: neither; a folder without photos; or one where several processes evaluate, each of which would convert it.
+        FastSSLError: neither; a folder without photos; or one where several processes evaluate, each of which would
+            convert it.
     """
     path = Path(path)
     if not is_source(path):

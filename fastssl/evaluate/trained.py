@@ -85,7 +85,7 @@ def load_trained(path: str | Path, which: str | None = None) -> Trained:
 
 
 def _config_beside(path: Path) -> Any:
-    """What the config.yaml of the run says whose ``checkpoints/`` the file lies in; None: there is none that can be read."""
+    """What the config.yaml of the run says whose ``checkpoints/`` the file lies in; None: none can be read."""
     folder = path.resolve().parent
     config = folder.parent / "config.yaml"
     if folder.name != "checkpoints" or not config.is_file():

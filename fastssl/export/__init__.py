@@ -55,7 +55,7 @@ def export_backbone(trained: Trained, destination: Path, format: str = "timm", *
         trained: as ``load_trained`` gives it; on the CPU, in evaluation mode.
         destination: ends as ``ENDINGS[format]`` says; an earlier export of the same kind is replaced, see ``require_replaceable``.
         format: a key of ``ENDINGS``.
-        size: side of the pictures, for ``onnx`` and for a folder of ``timm``; None: as the run was probed, without a run 224.
+        size: side of the pictures, for ``onnx`` and for a folder of ``timm``; None: as the run was probed, or 224.
 
     Raises:
         FastSSLError: another ending, a network that the format does not know, something there that is no export, or features that differ.

@@ -39,7 +39,8 @@ def write_folder(backbone: nn.Module, arch: str, path: Path, about: dict[str, st
     """Write ``path/config.json``, by timm itself, and ``path/model.safetensors``; returns the largest difference of features.
 
     The configuration says how pictures are prepared, so that ``timm.data.resolve_model_data_config`` gives the transform with which
-    ``fastssl evaluate`` judges: bilinear, a centre crop, and the mean and deviation of the views that the network was trained on.
+    ``fastssl evaluate`` judges: bilinear, a centre crop, and the mean and deviation of the views that the network
+    was trained on.
 
     Args:
         size, crop: side of the pictures, and the centre crop's share of the short side, for the configuration.

@@ -58,7 +58,7 @@ class MethodConfig:
         """The nearest numbers that go with ``batch`` samples a step.
 
         Args:
-            photos: in the data set; a queue is then no longer than they are, where that goes. None: whatever their number.
+            photos: in the data set; a queue is then no longer than they are, where that goes. None: no matter how many.
             processes: that share a step.
         """
         return self

@@ -66,7 +66,12 @@ def test_the_network_is_the_recipes_unless_it_is_given(beton: Path, capsys: pyte
 def test_the_sample_photos_without_data(beton: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     monkeypatch.setattr(sample_set, "ensure_sample_set", lambda: sample_set.SampleSet(beton, beton))
     inputs = chosen()
-    assert (inputs.name, inputs.data, inputs.val, inputs.recipe.arch) == ("quickstart", beton, beton, "mobilenetv3_large")
+    assert (inputs.name, inputs.data, inputs.val, inputs.recipe.arch) == (
+        "quickstart",
+        beton,
+        beton,
+        "mobilenetv3_large",
+    )
     assert "recipe quickstart without --data" in capsys.readouterr().err
 
 
@@ -107,7 +112,11 @@ def test_mistakes_are_found_before_photos_are_converted(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("count", "message"),
-    [(0, "no photos found"), (1, "photos: 1 photo, but a batch has at least 2; add photos"), (-3, "all 3 photos were rejected")],
+    [
+        (0, "no photos found"),
+        (1, "photos: 1 photo, but a batch has at least 2; add photos"),
+        (-3, "all 3 photos were rejected"),
+    ],
 )
 def test_folders_without_enough_photos(count: int, message: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     folder = photos(tmp_path / "photos", abs(count))
@@ -149,7 +158,12 @@ def test_a_folder_trains_and_the_same_command_goes_on(tmp_path: Path, capsys: py
     ):
         assert words in said
     config = yaml.safe_load((out / "config.yaml").read_text())
-    assert (config["train"]["epochs"], config["train"]["samples"], config["train"]["batch_size"], config["moco"]["queue"]) == (
+    assert (
+        config["train"]["epochs"],
+        config["train"]["samples"],
+        config["train"]["batch_size"],
+        config["moco"]["queue"],
+    ) == (
         5,
         None,
         4,
@@ -169,7 +183,21 @@ def test_odd_photos_run_to_the_end(kind: str, tmp_path: Path) -> None:
     else:
         photos(folder / "many", 7)
         photos(folder / "one", 1)
-    command = ["pretrain", "--arch", ARCH, "--data", folder, "--out", out, "--device", "cpu", "--workers", 1, "--epochs", 1]
+    command = [
+        "pretrain",
+        "--arch",
+        ARCH,
+        "--data",
+        folder,
+        "--out",
+        out,
+        "--device",
+        "cpu",
+        "--workers",
+        1,
+        "--epochs",
+        1,
+    ]
     assert cli(*command, *sets(*SMALL)) == 0
     assert (out / "report.html").is_file()
 

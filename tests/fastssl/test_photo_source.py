@@ -1,4 +1,6 @@
-"""A folder or tar in the place of a ``.beton`` file: converted once, found again, never in the place of anything else."""
+"""A folder or tar in the place of a ``.beton`` file: converted once, found again, never in the place of anything
+else.
+"""
 
 from __future__ import annotations
 
@@ -146,7 +148,12 @@ def test_many_at_once_convert_once(photos: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_tars_and_classes(photos: Path, photo_tree: Path, tmp_path: Path) -> None:
-    assert [is_source(path) for path in (photos, photo_tree, photos / "0.jpg", tmp_path / "none.tar")] == [True, True, False, False]
+    assert [is_source(path) for path in (photos, photo_tree, photos / "0.jpg", tmp_path / "none.tar")] == [
+        True,
+        True,
+        False,
+        False,
+    ]
     with tarfile.open(photos.parent / "set.tar", "w") as archive:
         archive.add(photo_tree, "set")
     (photos.parent / "set.tar").rename(photos.parent / "set.tar.1")  # known by its contents
@@ -186,7 +193,8 @@ def test_the_file_is_marked_as_ours(photos: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("recipe", "side"), [("quickstart", 64), ("few-photos", 96), ("light-moco-mobilenetv3", 384), ("dino-mobilenetv2-sslight", 384)]
+    ("recipe", "side"),
+    [("quickstart", 64), ("few-photos", 96), ("light-moco-mobilenetv3", 384), ("dino-mobilenetv2-sslight", 384)],
 )
 def test_photos_are_stored_as_large_as_the_views_can_show(recipe: str, side: int) -> None:
     assert side_for(load_recipe(recipe)) == side

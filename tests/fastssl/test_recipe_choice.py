@@ -88,7 +88,11 @@ def test_few_photos_have_a_short_queue_and_plain_words() -> None:
     assert (recipe.train.batch_size, recipe.settings.queue, recipe.settings.split_bn) == (32, 64, 8)
     assert lines == ["for 120 photos: train.batch_size 512 -> 32, moco.queue 65,536 -> 64; the learning rate follows the batch"]
     small, _ = fit(light("light-moco-mobilenetv3"), 10)
-    assert (small.train.batch_size, small.settings.queue, small.settings.split_bn) == (4, 24, 4)  # 20 neighbours share the smoothing
+    assert (small.train.batch_size, small.settings.queue, small.settings.split_bn) == (
+        4,
+        24,
+        4,
+    )  # 20 neighbours share the smoothing
     simclr, lines = fit(light("simclr-mobilenetv3"), 12)
     assert simclr.settings.weighting == "nearest" and "simclr.weighting stepped -> nearest" in lines[0]
 
@@ -121,7 +125,8 @@ def test_one_photo_is_too_few() -> None:
 def test_a_batch_that_was_asked_for_is_refused_with_advice_that_works(name: str, photos: int) -> None:
     asked = {"train.batch_size"}
     with pytest.raises(
-        FastSSLError, match=f"{photos} photos are fewer than one batch of 128; the largest that would do is --batch-size"
+        FastSSLError,
+        match=f"{photos} photos are fewer than one batch of 128; the largest that would do is --batch-size",
     ) as e:
         fit(light(name, train__batch_size="128"), photos, given=asked)
     largest = str(e.value).rsplit(" ", 1)[-1]
@@ -142,7 +147,11 @@ def test_what_was_asked_for_stays() -> None:
     recipe, _ = fit(light("few-photos", moco__queue="1000"), 150, given={"moco.queue"})
     assert recipe.settings.queue == 1000 and recipe.train.batch_size == 50  # no power of two goes into 500
     with pytest.raises(FastSSLError, match=r"largest that would do is --batch-size 125$"):
-        fit(light("few-photos", moco__queue="1000", train__batch_size="500"), 150, given={"moco.queue", "train.batch_size"})
+        fit(
+            light("few-photos", moco__queue="1000", train__batch_size="500"),
+            150,
+            given={"moco.queue", "train.batch_size"},
+        )
     with pytest.raises(FastSSLError, match=r"no batch of up to 50 photos goes with the moco.queue that was asked for"):
         fit(light("few-photos", moco__queue="1001"), 50, given={"moco.queue"})
     odd = light("few-photos", moco__queue="60", train__batch_size="8")

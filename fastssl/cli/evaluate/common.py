@@ -84,7 +84,10 @@ def options(*wanted: Callable) -> Callable[[Callable], Callable]:
 
 
 def pictures(session: Session, size: int | None, crop: float | None) -> dict[str, Any]:
-    """``size`` and ``crop`` of the pictures: those that were asked for, or else the run's, or else the usual 224 and 0.875. Says where they are not the run's."""
+    """``size`` and ``crop`` of the pictures: those that were asked for, or else the run's, or else the usual ones.
+
+    Says where they are not the run's.
+    """
     from fastssl.evaluate.features import EVALUATION_CROP, EVALUATION_SIZE
 
     trained = session.trained
