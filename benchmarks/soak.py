@@ -73,6 +73,7 @@ def soak_recipe(recipe: Recipe, minutes: float) -> Recipe:
     train = replace(
         recipe.train,
         epochs=_EPOCHS,
+        samples=None,
         log_every=min(recipe.train.log_every, _LOG_EVERY),
         checkpoint_minutes=min(recipe.train.checkpoint_minutes, minutes / _CHECKPOINTS),
     )
@@ -235,6 +236,7 @@ def run(
         file.write_text(yaml.safe_dump(recipe_to_dict(chosen)))
         command = [sys.executable, "-m", "fastssl", "pretrain", "--arch", chosen.arch, "--recipe", str(file), "--data", str(path.resolve())]
         command += ["--out", str(Path(work) / "run"), "--device", place.type, "--workers", str(workers or available_cores())]
+        command += ["--batch-size", str(chosen.train.batch_size)]  # it stays, however few photos there are
         if say is not None:
             say(
                 f"watching a pre-training of {chosen.arch} on {name} for {minutes:g} min, batch {chosen.train.batch_size}: the first third or more is warm-up, the rest is judged"

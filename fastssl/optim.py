@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,8 +26,9 @@ class OptimConfig:
         decay_depthwise: also on depth-wise filters (4-D, one input channel), which SSLight spares.
         final_weight_decay: half a cosine leads from ``weight_decay`` to it; None: constant.
         warmup_epochs: linear warm-up, in epochs.
-        warmup_lr: rate of the very first step (not scaled with the batch), the last of the warm-up having the peak; None: see ``schedules.learning_rate``.
-        final_lr: rate of the last step (not scaled).
+        warmup_lr: rate of the very first step at the recipe's own batch, the last of the warm-up having the peak;
+            None: see ``schedules.learning_rate``. With another batch it follows as the peak does, see ``scaled``.
+        final_lr: rate of the last step at the recipe's own batch; with another one it follows, too.
         per_epoch: change the rate once an epoch, as MoCo does, instead of every step.
     """
 
@@ -64,6 +66,19 @@ class OptimConfig:
     def peak_lr(self, batch_size: int) -> float:
         """The rate after warm-up for ``batch_size`` samples a step (of all ranks together)."""
         return self.lr * (batch_size / self.lr_batch if self.lr_batch else 1.0)
+
+    def scaled(self, factor: float, keep: Collection[str] = ()) -> OptimConfig:
+        """For a batch ``factor`` times that for which the numbers were written: the schedule's two ends follow it.
+
+        The peak does so by itself, see ``peak_lr``.
+
+        Args:
+            keep: of ``warmup_lr`` and ``final_lr`` those that stay as they are.
+        """
+        if not self.lr_batch:  # the peak does not follow, so nothing does
+            return self
+        ends = {name: getattr(self, name) for name in ("warmup_lr", "final_lr") if name not in keep}
+        return replace(self, **{name: rate * factor for name, rate in ends.items() if rate})
 
 
 def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict]:

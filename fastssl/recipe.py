@@ -10,7 +10,7 @@ import dataclasses
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,10 @@ class TrainConfig:
 
     Attributes:
         epochs: passes over the data.
+        samples: photos times epochs of a run. Where it is given and nobody says how many epochs, they follow from the
+            number of photos, and with them all that the recipe counts in epochs (``recipe_choice.follow_samples``):
+            ``epochs`` is then the length for which those numbers were written. None: ``epochs`` holds for any number of
+            photos; so it does in a run's config.yaml, which has the epochs that came out.
         batch_size: samples a step.
         accumulate: parts into which a step's batch is cut for the pass with gradient, so that larger batches fit into memory. Batch, learning rate, keys
             and queue stay those of the whole batch; the query network's BatchNorms see one part at a time.
@@ -53,6 +57,7 @@ class TrainConfig:
     """
 
     epochs: int = 200
+    samples: int | None = None
     batch_size: int = 512
     accumulate: int = 1
     compile: bool = False
@@ -71,6 +76,8 @@ class TrainConfig:
             raise ValueError(
                 "train.epochs and train.log_every must be at least 1, train.batch_size at least 2, checkpoint_minutes not negative"
             )
+        if self.samples is not None and self.samples < 1:
+            raise ValueError(f"train.samples must be at least 1, got {self.samples}")
         if self.keep_last < 1 or self.milestone_epochs < 0 or self.skip_nonfinite < 0:
             raise ValueError("train.keep_last must be at least 1, train.milestone_epochs and train.skip_nonfinite not negative")
         if self.accumulate < 1 or self.batch_size % self.accumulate or self.batch_size < 2 * self.accumulate:
@@ -214,9 +221,12 @@ def recipe_path(name: str) -> Path:
 def load_recipe(name: str, overrides: Mapping[str, str] | None = None) -> Recipe:
     """Read and check a recipe.
 
+    With another batch than the file's the whole schedule of the learning rate follows, see ``with_batch``; epochs take
+    the place of ``train.samples``.
+
     Args:
         name: a recipe of ours, or the path of a yaml file.
-        overrides: ``{"optim.lr": "0.1", "views.0.size": "64"}``: values are yaml.
+        overrides: ``{"optim.lr": "0.1", "views.0.size": "64"}``: values are yaml, and taken as they are.
 
     Raises:
         FastSSLError: unknown recipe or key (with the nearest), wrong type, or a value out of range; names file and key.
@@ -225,10 +235,34 @@ def load_recipe(name: str, overrides: Mapping[str, str] | None = None) -> Recipe
     tree = read_yaml(path)
     if not isinstance(tree, dict):
         raise FastSSLError(f"{path}: a recipe is a mapping of keys to values")
+    train = tree.get("train")
+    own_batch = train.get("batch_size", TrainConfig.batch_size) if isinstance(train, dict) else TrainConfig.batch_size
     # A whole design of the views first, wherever it stands: what was said of single numbers is a change of it.
     for key, text in sorted((overrides or {}).items(), key=lambda item: ("views", "views.preset", item[0]).index(item[0])):
         _override(tree, key, parse_yaml(text, f"--set {key}: {shown(text)} is not a value"))
-    return build_recipe(tree, where=path.name)
+    recipe = build_recipe(tree, where=path.name)
+    if "train.epochs" in (overrides or {}) and "train.samples" not in overrides:
+        recipe = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, samples=None))
+    if not isinstance(own_batch, int) or own_batch < 2:  # an override mended it: nothing to be in proportion to
+        return recipe
+    return with_batch(recipe, recipe.train.batch_size, own_batch, given=overrides or {})
+
+
+def with_batch(recipe: Recipe, batch: int, own_batch: int, *, given: Container[str] = frozenset()) -> Recipe:
+    """The recipe with steps of ``batch`` photos, and with the rates of its schedule in proportion.
+
+    Args:
+        own_batch: the batch for which ``optim.warmup_lr`` and ``optim.final_lr`` were written.
+        given: keys (``optim.final_lr``) or sections (``optim``) whose values were asked for, and stay.
+    """
+    keep = [name for name in ("warmup_lr", "final_lr") if is_given(f"optim.{name}", given)]
+    optim = recipe.optim if batch == own_batch else recipe.optim.scaled(batch / own_batch, keep)
+    return dataclasses.replace(recipe, optim=optim, train=dataclasses.replace(recipe.train, batch_size=batch))
+
+
+def is_given(key: str, given: Container[str]) -> bool:
+    """Whether a key, or the whole section that it stands in, is among those that were asked for."""
+    return key in given or key.split(".")[0] in given
 
 
 def build_recipe(tree: Mapping[str, Any], *, where: str) -> Recipe:

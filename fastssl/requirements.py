@@ -12,13 +12,6 @@ from fastssl.pipelines.verify import verify
 from fastssl.recipe import Recipe
 
 
-def require_a_batch(reader: BetonReader, batch_size: int) -> None:
-    """Raise FastSSLError where there are fewer photos than one batch has."""
-    if len(reader) < batch_size:
-        enough = f"--batch-size {max(2, len(reader) // 2)} or lower would do" if len(reader) > 1 else "a batch has at least two"
-        raise FastSSLError(f"{reader.path}: {len(reader)} photos are fewer than one batch of {batch_size}; {enough}")
-
-
 def require_readable_names(reader: BetonReader) -> None:
     """Raise FastSSLError where there is a side file and it cannot be read: the report asks it for the names of the classes."""
     read_side_file(reader.path)

@@ -44,7 +44,8 @@ from fastssl.pipelines.loader import Batch, ViewLoader
 from fastssl.pipelines.order import steps_per_epoch
 from fastssl.probe import OnlineProbe, choose_split, require_same_classes
 from fastssl.recipe import Recipe, recipe_to_dict
-from fastssl.requirements import require_a_batch, require_readable_names, require_sizes, require_whole_photos
+from fastssl.recipe_choice import follow_samples, require_photos
+from fastssl.requirements import require_readable_names, require_sizes, require_whole_photos
 from fastssl.restore import require_fit, restore
 from fastssl.run_folder import RunFolder
 from fastssl.run_status import RunStatus
@@ -123,6 +124,7 @@ def pretrain(recipe: Recipe, options: RunOptions, progress: Progress) -> dict[st
             val = files.enter_context(BetonReader(options.val)) if options.val else None
             for one in filter(None, (reader, val)):
                 require_readable_names(one)
+        recipe = follow_samples(recipe, len(reader))
         said = progress if world.is_main else _Silence()
         if world.size > 1:
             said.message(f"{world.size} processes meet at {world.address}:{world.port}")
@@ -189,7 +191,7 @@ class Run:
         self.out = options.out
         self.batch_size = recipe.train.batch_size
         with first_of_host_speaks():  # all find the same faults, before they first wait for each other
-            require_a_batch(reader, self.batch_size)
+            require_photos(recipe, len(reader), processes=world.size, where=str(reader.path))
             self.steps_per_epoch = steps_per_epoch(len(reader), self.batch_size)
             self.total_steps = recipe.train.epochs * self.steps_per_epoch
             require_engine(options.pipeline, reader, recipe.views)

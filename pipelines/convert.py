@@ -88,6 +88,7 @@ class ConvertOptions:
         on_bad: 'skip' lists bad photos in DST.rejects.jsonl, 'fail' stops at the first.
         stall_minutes: how long one photo, or the disk under DST, is waited for; a warning comes after the first minute, ``Stalled`` at the end.
             ``math.inf``: for ever.
+        automatic: no person asked for this file: who made it may make it again. Noted in the side file, no more.
     """
 
     short_side: int | None = 256
@@ -100,6 +101,7 @@ class ConvertOptions:
     resume: bool = True
     on_bad: str = "skip"
     stall_minutes: float = STALL_MINUTES
+    automatic: bool = False
 
     def __post_init__(self) -> None:
         for name in ("short_side", "max_side", "workers", "limit"):
@@ -126,7 +128,8 @@ class ConvertOptions:
 
     def deciding(self) -> dict:
         """The options that decide about the bytes of the result."""
-        return {name: value for name, value in asdict(self).items() if name not in ("workers", "resume", "on_bad", "stall_minutes")}
+        free = ("workers", "resume", "on_bad", "stall_minutes", "automatic")
+        return {name: value for name, value in asdict(self).items() if name not in free}
 
 
 @dataclass(frozen=True)
@@ -570,6 +573,8 @@ class _Conversion:
             "version": SIDE_VERSION,
             "tool": f"fastssl {tool_version()}",
             "source": self.listing.source.name,
+            "fingerprint": self.listing.fingerprint,
+            "automatic": self.options.automatic,
             "options": self.options.deciding(),
             "samples": len(samples),
             "copied": self.num_copied,

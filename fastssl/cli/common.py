@@ -7,8 +7,8 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import click
@@ -27,6 +27,7 @@ __all__ = [
     "console",
     "finite",
     "json_option",
+    "late_progress_bar",
     "nearest",
     "pipeline_option",
     "progress_bar",
@@ -190,3 +191,18 @@ def progress_bar(label: str, total: int | None, unit: str = "images") -> Iterato
         console.print(f"{label}: {done:,}{f'/{total:,}' if total else ''} {unit}, {rate:,.0f} {unit}/s{left}", highlight=False)
 
     yield advance
+
+
+@contextmanager
+def late_progress_bar(label: str, unit: str = "images") -> Iterator[Callable[[int, int], None]]:
+    """Yield ``progress(done, total)``, whose first call begins the bar: a large source's total is known late."""
+    with ExitStack() as stack:
+        advance: Callable[[int], None] | None = None
+
+        def progress(done: int, total: int) -> None:
+            nonlocal advance
+            if advance is None:
+                advance = stack.enter_context(progress_bar(label, total, unit))
+            advance(done)
+
+        yield progress

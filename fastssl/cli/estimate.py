@@ -9,23 +9,21 @@ from typing import TYPE_CHECKING
 
 import click
 
-from fastssl.cli.common import SomePath, console, finite, json_option, pipeline_option, write_json
-from fastssl.cli.pretrain import choose_recipe
+from fastssl.cli.common import console, finite, json_option, pipeline_option, write_json
+from fastssl.cli.inputs import arch_option, batch_option, choose_inputs, data_option, epochs_option, recipe_option, val_option
 
 if TYPE_CHECKING:
     from fastssl.benchmarks.estimate import Estimate
 
 
 @click.command()
-@click.option("--arch", required=True, metavar="NAME", help="Network, as `fastssl pretrain` takes it.")
-@click.option(
-    "--data", type=SomePath(), metavar="FILE.beton", help="Photos to learn from. Default: the sample set that installs with the package."
-)
-@click.option("--val", type=SomePath(), metavar="FILE.beton", help="Photos to probe on, as `fastssl pretrain` takes them.")
-@click.option("--recipe", "recipe_name", metavar="NAME|FILE.yaml", help="Default: the one that `fastssl pretrain` would take.")
+@arch_option
+@data_option
+@val_option
+@recipe_option
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change one value of the recipe. May be repeated.")
-@click.option("--epochs", type=click.IntRange(min=1), help="Instead of the recipe's.")
-@click.option("--batch-size", type=click.IntRange(min=2), help="Instead of the recipe's.")
+@epochs_option
+@batch_option
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option("--workers", type=click.IntRange(min=1), help="Decoding threads. Default: the cores this process may use.")
 @pipeline_option
@@ -39,7 +37,7 @@ if TYPE_CHECKING:
 )
 @json_option
 def estimate(
-    arch: str,
+    arch: str | None,
     data: Path | None,
     val: Path | None,
     recipe_name: str | None,
@@ -57,7 +55,7 @@ def estimate(
     Measures the loader and the training step for less than a minute; where the recipe's batch is too slow for that, smaller ones.
 
     \b
-    fastssl estimate --arch mobilenetv3_large --data photos.beton
+    fastssl estimate --data photos/
     fastssl estimate --arch resnet18 --data photos.beton --recipe light-moco-mobilenetv3 --batch-size 256 --json -
     """
     # torch's profiler, which counts bytes here, talks to the terminal unless told not to before torch is loaded.
@@ -66,15 +64,20 @@ def estimate(
     from fastssl.benchmarks.estimate import run
     from fastssl.devices import choose_device
 
-    recipe, name = choose_recipe(arch, data, device, recipe_name, overrides, epochs, batch_size)
+    inputs = choose_inputs(
+        arch=arch,
+        data=data,
+        val=val,
+        device=device,
+        recipe_name=recipe_name,
+        overrides=overrides,
+        epochs=epochs,
+        batch_size=batch_size,
+        workers=workers,
+    )
     place = choose_device(device)
-    if data is None:
-        from fastssl.sample_set import ensure_sample_set
-
-        samples = ensure_sample_set()
-        data, val = samples.train, val or samples.val
-    _say(f"measuring {name} with {arch} on this {_device(place.type)} for about {seconds:.0f} s ...")
-    result = run(recipe, name, data, val, place, pipeline, workers, seconds)
+    _say(f"measuring {inputs.name} with {inputs.recipe.arch} on this {_device(place.type)} for about {seconds:.0f} s ...")
+    result = run(inputs.recipe, inputs.name, inputs.data, inputs.val, place, pipeline, workers, seconds)
     for line in describe(result):
         _say(line)
     write_json(json_path, asdict(result))

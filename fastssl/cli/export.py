@@ -30,7 +30,7 @@ FORMATS = ("timm", "torchvision", "safetensors", "onnx")
     "--size",
     type=click.IntRange(min=8, max=4096),
     metavar="N",
-    help="Side of the pictures: of onnx's input; of timm's folder for its config.json.  [default: 224]",
+    help="Side of the pictures: of onnx's input; of timm's folder for its config.json. Default: the run's, or 224.",
 )
 @json_option
 def export(checkpoint: Path, dst: Path, format_: str, which: str | None, size: int | None, json_path: str | None) -> None:
@@ -63,6 +63,8 @@ def export(checkpoint: Path, dst: Path, format_: str, which: str | None, size: i
     from fastssl.export import export_backbone
 
     trained = load_trained(checkpoint, which)
+    if None not in (size, trained.size) and size != trained.size:
+        click.echo(f"--size {size}: the run itself was probed with {trained.size} (probe.size)", err=True)
     done = export_backbone(trained, dst, format_, size=size)
     step = f", step {trained.step:,}" if trained.step is not None else ""
     click.echo(

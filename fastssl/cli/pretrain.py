@@ -2,38 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
 from fastssl.cli.common import SomePath, console, json_option, pipeline_option, write_json
-
-if TYPE_CHECKING:
-    from fastssl.recipe import Recipe
+from fastssl.cli.inputs import arch_option, batch_option, choose_inputs, data_option, epochs_option, recipe_option, val_option
 
 
 @click.command()
-@click.option(
-    "--arch",
-    required=True,
-    metavar="NAME",
-    help="Network: mobilenetv3_large, efficientnet_b0, mobilenetv2, resnet18, resnet34, resnet50, vit_tiny, or any timm name.",
-)
-@click.option(
-    "--data",
-    type=SomePath(),
-    metavar="FILE.beton",
-    help="Photos to learn from. Default: the sample set that installs with the package.",
-)
-@click.option("--val", type=SomePath(), metavar="FILE.beton", help="Labelled photos to probe on. Default: a held-out fifth of --data.")
-@click.option(
-    "--recipe",
-    "recipe_name",
-    metavar="NAME|FILE.yaml",
-    help="Default: quickstart without --data; with it light-moco-mobilenetv3 on a GPU, few-photos without one.",
-)
+@arch_option
+@data_option
+@val_option
+@recipe_option
 @click.option(
     "--set",
     "overrides",
@@ -42,8 +23,8 @@ if TYPE_CHECKING:
     help="Change one value of the recipe, e.g. --set optim.lr=0.1. May be repeated.",
 )
 @click.option("--out", type=SomePath(), metavar="DIR", help="Default: runs/RECIPE-ARCH.")
-@click.option("--epochs", type=click.IntRange(min=1), help="Instead of the recipe's.")
-@click.option("--batch-size", type=click.IntRange(min=2), help="Instead of the recipe's; the learning rate follows.")
+@epochs_option
+@batch_option
 @pipeline_option
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True)
@@ -58,7 +39,7 @@ if TYPE_CHECKING:
 @click.option("--workers", type=click.IntRange(min=1), help="Decoding threads. Default: the cores this process may use.")
 @json_option
 def pretrain(
-    arch: str,
+    arch: str | None,
     data: Path | None,
     val: Path | None,
     recipe_name: str | None,
@@ -76,8 +57,9 @@ def pretrain(
     """Pre-train a backbone without labels, and show what it learned.
 
     \b
-    fastssl pretrain --arch mobilenetv3_large                         # sample photos, minutes on a laptop
-    fastssl pretrain --arch mobilenetv3_large --data photos.beton     # yours
+    fastssl pretrain                                                  # sample photos, minutes on a laptop
+    fastssl pretrain --data photos/                                   # yours: a folder, a tar or a .beton file
+    fastssl pretrain --arch resnet18 --data photos/ --epochs 100
     fastssl pretrain --arch mobilenetv2 --recipe dino-mobilenetv2-sslight --data photos.beton
     torchrun --nproc-per-node 8 -m fastssl pretrain --arch ...        # several GPUs: the same command, the batch shared out
 
@@ -97,17 +79,23 @@ def pretrain(
     from fastssl.train import pretrain as run
 
     with first_of_host_speaks():
-        recipe, short = choose_recipe(arch, data, device, recipe_name, overrides, epochs, batch_size)
-    if data is None:
-        from fastssl.sample_set import ensure_sample_set
-
-        samples = ensure_sample_set()
-        data, val = samples.train, val or samples.val
+        inputs = choose_inputs(
+            arch=arch,
+            data=data,
+            val=val,
+            device=device,
+            recipe_name=recipe_name,
+            overrides=overrides,
+            epochs=epochs,
+            batch_size=batch_size,
+            workers=workers,
+            processes=world.size,
+        )
     options = RunOptions(
-        recipe_name=short,
-        data=data,
-        val=val,
-        out=out or Path("runs") / f"{short}-{arch}",
+        recipe_name=inputs.name,
+        data=inputs.data,
+        val=inputs.val,
+        out=out or Path("runs") / f"{inputs.name}-{inputs.recipe.arch}",
         device=device,
         pipeline=pipeline,
         seed=seed,
@@ -115,55 +103,11 @@ def pretrain(
         resume=resume,
     )
     with RunProgress(console) as progress:
-        summary = run(recipe, options, progress)
+        summary = run(inputs.recipe, options, progress)
     if summary is None:
         return
     _print_summary(summary, options.out)
     write_json(json_path, summary)
-
-
-def choose_recipe(
-    arch: str,
-    data: Path | None,
-    device: str,
-    recipe_name: str | None,
-    overrides: tuple[str, ...],
-    epochs: int | None,
-    batch_size: int | None,
-) -> tuple[Recipe, str]:
-    """The recipe that the options ask for, with all their changes, and its name for the records.
-
-    Raises:
-        click.UsageError: an option and a --set of the same value.
-        FastSSLError: no such recipe, key or network.
-    """
-    from fastssl.backbones import resolve_arch
-    from fastssl.recipe import load_recipe, parse_overrides
-
-    recipe_name = recipe_name or _default_recipe(data, device)
-    changes = parse_overrides(overrides)
-    for option, key, value in (("--epochs", "train.epochs", epochs), ("--batch-size", "train.batch_size", batch_size)):
-        if value is not None and key in changes:
-            raise click.UsageError(f"{option} and --set {key} say the same thing; give one")
-        if value is not None:
-            changes[key] = str(value)
-    recipe = replace(load_recipe(recipe_name, changes), arch=arch)
-    resolve_arch(arch)  # a mistyped network should fail before the sample set is made
-    return recipe, Path(recipe_name).stem
-
-
-def _default_recipe(data: Path | None, device: str) -> str:
-    """The recipe that suits the photos and the machine: 200 epochs at 224 px would take years on a CPU, and a batch of 512 more memory than it has."""
-    if data is None:
-        return "quickstart"
-    from fastssl.devices import choose_device
-
-    if choose_device(device).type == "cuda":
-        return "light-moco-mobilenetv3"
-    console.print(
-        "recipe few-photos, as there is no GPU to train on (the full one: --recipe light-moco-mobilenetv3)", highlight=False, soft_wrap=True
-    )
-    return "few-photos"
 
 
 def _print_summary(summary: dict, out: Path) -> None:

@@ -7,10 +7,11 @@ from pathlib import Path
 import click
 
 from fastssl.cli.common import PIPELINES, SomePath, console
+from fastssl.cli.inputs import beton_of
 
 
 @click.command()
-@click.argument("file", type=SomePath(), metavar="FILE.beton")
+@click.argument("file", type=SomePath(), metavar="FOLDER|TAR|FILE.beton")
 @click.option("--recipe", "recipe_name", required=True, metavar="NAME|FILE.yaml", help="Whose views.")
 @click.option(
     "--set",
@@ -38,7 +39,7 @@ def views(
     """Draw photos beside the very views that a run with this recipe and seed would see.
 
     \b
-    fastssl views photos.beton --recipe light-moco-mobilenetv3 --out views.png
+    fastssl views photos/ --recipe light-moco-mobilenetv3 --out views.png
     fastssl views photos.beton --recipe dino-mobilenetv2-sslight --set views.threshold=0.2 --out views.png
     fastssl views photos.beton --recipe quickstart --pipeline native --pipeline dali --pipeline ffcv --out engines.png
     """
@@ -48,6 +49,7 @@ def views(
         raise click.BadParameter(f"{out.parent}: no such folder", param_hint="--out")
     import torch
 
+    from fastssl.photo_source import look_at
     from fastssl.pipelines.engines import choose_engine
     from fastssl.pipelines.multicrop import MultiCrop
     from fastssl.recipe import load_recipe, parse_overrides
@@ -56,7 +58,8 @@ def views(
     def notice(line: str) -> None:
         console.print(line, highlight=False, soft_wrap=True, markup=False)
 
-    specs = load_recipe(recipe_name, parse_overrides(overrides)).views
+    recipe = load_recipe(recipe_name, parse_overrides(overrides))
+    specs, file = recipe.views, beton_of(look_at(file), recipe)
     if isinstance(specs, MultiCrop):
         notice(specs.describe())
     options = {"samples": samples, "seed": seed, "epoch": epoch, "notice": notice}

@@ -19,6 +19,8 @@ from fastssl.pipelines.plan import ViewSpec
 
 #: Side of the centre crop relative to the short side: the field's 224 of 256.
 EVALUATION_CROP = 0.875
+#: Pixels along each side of it, where nothing is known of the run.
+EVALUATION_SIZE = 224
 
 
 class ProbeError(FastSSLError):

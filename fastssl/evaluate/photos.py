@@ -14,6 +14,7 @@ import numpy as np
 
 from fastssl.collectives import world_size
 from fastssl.evaluate.features import ProbeError, split_indices
+from fastssl.photo_source import is_source
 from fastssl.pipelines.beton import BetonReader
 from fastssl.pipelines.convert import ConvertOptions, convert
 from fastssl.pipelines.errors import FastSSLError
@@ -23,13 +24,16 @@ from fastssl.world import first_of_host_speaks
 
 @contextmanager
 def open_photos(path: str | Path, workers: int | None = None) -> Iterator[BetonReader]:
-    """A ``.beton`` file; or a folder of class folders, converted for the length of the block into a temporary file, JPEGs byte for byte.
+    """A ``.beton`` file; or a folder of class folders, or a tar of them, converted for the length of the block.
+
+    Into a temporary file, JPEGs byte for byte.
 
     Raises:
-        FastSSLError: neither; a folder without photos; or a folder where several processes evaluate, each of which would convert it.
+        FastSSLError: neither; a folder without photos; or one where several processes evaluate, each of which would
+            convert it.
     """
     path = Path(path)
-    if not path.is_dir():
+    if not is_source(path):
         with BetonReader(path) as reader:
             yield reader
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from fastssl.backbones import create_backbone, load_backbone, other_kinds, read_header, unfit_for
 from fastssl.checkpoint import is_detector, load_checkpoint
 from fastssl.pipelines.errors import FastSSLError
+from fastssl.yaml_file import read_yaml
 
 NETWORKS = ("student", "teacher")
 #: a number of steps in a header; str.isdigit would take "\u00b2" too
@@ -28,6 +30,7 @@ class Trained:
         network: ``student``, ``teacher``, or ``imported`` where the file says neither.
         step: how many steps it was trained; None where the file does not say.
         name: the checkpoint for people: at most the run's folder and the file, no path to it.
+        size, crop: with which its run was probed (``probe.size``, ``probe.crop``); None where no run is known.
     """
 
     backbone: nn.Module
@@ -35,6 +38,8 @@ class Trained:
     network: str
     step: int | None
     name: str
+    size: int | None = None
+    crop: float | None = None
 
     def record(self) -> dict[str, Any]:
         """What a result says of the network that it is about."""
@@ -75,7 +80,29 @@ def load_trained(path: str | Path, which: str | None = None) -> Trained:
             raise FastSSLError(f"{path}: holds the {network} network, not the {which}'s, as its name says")
     header = read_header(path)
     step = str(header.get("step"))
-    return Trained(load_backbone(path), header["arch"], network, int(step) if _STEP.fullmatch(step) else None, _short(path))
+    made = int(step) if _STEP.fullmatch(step) else None
+    return Trained(load_backbone(path), header["arch"], network, made, _short(path), *_probed(_config_beside(path)))
+
+
+def _config_beside(path: Path) -> Any:
+    """What the config.yaml of the run says whose ``checkpoints/`` the file lies in; None: none can be read."""
+    folder = path.resolve().parent
+    config = folder.parent / "config.yaml"
+    if folder.name != "checkpoints" or not config.is_file():
+        return None
+    try:
+        return read_yaml(config)
+    except FastSSLError as error:
+        warnings.warn(f"{error}; pictures are taken as of no run", stacklevel=3)
+        return None
+
+
+def _probed(config: Any) -> tuple[int | None, float | None]:
+    """(size, crop) of a run's probe, as far as a stranger's configuration says them in numbers that can be."""
+    probe = config.get("probe") if isinstance(config, dict) else None
+    size, crop = (probe.get("size"), probe.get("crop")) if isinstance(probe, dict) else (None, None)
+    fits = isinstance(size, int) and not isinstance(size, bool) and 8 <= size <= 4096
+    return size if fits else None, float(crop) if isinstance(crop, (int, float)) and 0.1 <= crop <= 1 else None
 
 
 def _network(path: Path) -> str:
@@ -108,7 +135,7 @@ def _from_run(path: Path, which: str) -> Trained:
         backbone.load_state_dict(tensors, strict=True)
     except RuntimeError as error:
         raise FastSSLError(f"{path}: tensors do not fit {arch}: {' '.join(str(error).split())[:300]}") from error
-    return Trained(backbone.eval(), arch, which, state["position"]["step"], _short(path))
+    return Trained(backbone.eval(), arch, which, state["position"]["step"], _short(path), *_probed(state["config"]))
 
 
 def _missing(folder: Path, which: str | None) -> str:

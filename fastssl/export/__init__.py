@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from fastssl._version import __version__
+from fastssl.evaluate.features import EVALUATION_CROP, EVALUATION_SIZE
 from fastssl.evaluate.trained import Trained
 from fastssl.pipelines.errors import FastSSLError
 
@@ -54,7 +55,7 @@ def export_backbone(trained: Trained, destination: Path, format: str = "timm", *
         trained: as ``load_trained`` gives it; on the CPU, in evaluation mode.
         destination: ends as ``ENDINGS[format]`` says; an earlier export of the same kind is replaced, see ``require_replaceable``.
         format: a key of ``ENDINGS``.
-        size: side of the pictures, for ``onnx`` and for a folder of ``timm``; None: 224.
+        size: side of the pictures, for ``onnx`` and for a folder of ``timm``; None: as the run was probed, or 224.
 
     Raises:
         FastSSLError: another ending, a network that the format does not know, something there that is no export, or features that differ.
@@ -74,7 +75,7 @@ def export_backbone(trained: Trained, destination: Path, format: str = "timm", *
         )
     # Plain layout, as the networks have it that will take the tensors; the caller's network is left as it is.
     backbone, arch = copy.deepcopy(trained.backbone).to(memory_format=torch.contiguous_format), trained.arch
-    about = _about(trained)
+    about, side = _about(trained), size or trained.size or EVALUATION_SIZE
     if format == "torchvision":
         from fastssl.export.torchvision import twin_of
 
@@ -89,7 +90,7 @@ def export_backbone(trained: Trained, destination: Path, format: str = "timm", *
         elif format == "timm":
             from fastssl.export.timm import write_folder
 
-            difference = write_folder(backbone, arch, place, about, size=size or 224)
+            difference = write_folder(backbone, arch, place, about, size=side, crop=trained.crop or EVALUATION_CROP)
             recipe = f"net = timm.create_model({f'local-dir:{destination}'!r}, pretrained=True)"
         elif format == "torchvision":
             from fastssl.export.torchvision import twin_of, write_file
@@ -105,7 +106,7 @@ def export_backbone(trained: Trained, destination: Path, format: str = "timm", *
         else:
             from fastssl.export.onnx import write_file
 
-            difference = write_file(backbone, arch, place, about, size=size or 224)
+            difference = write_file(backbone, arch, place, about, size=side)
             recipe = f"features = onnxruntime.InferenceSession({str(destination)!r}).run(['features'], {{'images': images}})[0]"
         files = list(place.iterdir()) if place.is_dir() else [place]
         written = sum(file.stat().st_size for file in files)

@@ -14,7 +14,6 @@ import timm
 from torch import nn
 
 from fastssl.backbones import resizes_positions
-from fastssl.evaluate.features import EVALUATION_CROP
 from fastssl.export.check import check_features, check_names
 from fastssl.export.files import save_tensors
 from fastssl.pipelines.plan import ViewSpec
@@ -36,20 +35,21 @@ def write_file(backbone: nn.Module, arch: str, path: Path, about: dict[str, str]
     return check_features(path, backbone, loaded.eval(), size=_check_size(loaded), tolerance=1e-5)
 
 
-def write_folder(backbone: nn.Module, arch: str, path: Path, about: dict[str, str], *, size: int) -> float:
+def write_folder(backbone: nn.Module, arch: str, path: Path, about: dict[str, str], *, size: int, crop: float) -> float:
     """Write ``path/config.json``, by timm itself, and ``path/model.safetensors``; returns the largest difference of features.
 
     The configuration says how pictures are prepared, so that ``timm.data.resolve_model_data_config`` gives the transform with which
-    ``fastssl evaluate`` judges: bilinear, a centre crop of 0.875, and the mean and deviation of the views that the network was trained on.
+    ``fastssl evaluate`` judges: bilinear, a centre crop, and the mean and deviation of the views that the network
+    was trained on.
 
     Args:
-        size: side of the pictures, for the configuration.
+        size, crop: side of the pictures, and the centre crop's share of the short side, for the configuration.
     """
     view = ViewSpec()
     prepared = {
         "input_size": (3, size, size),
         "interpolation": view.interpolation,
-        "crop_pct": EVALUATION_CROP,
+        "crop_pct": crop,
         "crop_mode": "center",
         "mean": view.mean,
         "std": view.std,

@@ -75,6 +75,8 @@ class DINOConfig(MethodConfig):
         if self.warmup_teacher_epochs < 0 or self.freeze_epochs < 0:
             raise ValueError("dino.warmup_teacher_epochs and dino.freeze_epochs must not be negative")
 
+    EPOCH_KEYS = ("warmup_teacher_epochs", "freeze_epochs")
+
 
 class DINOHead(nn.Module):
     """Projector to unit vectors, then cosines with K rows: (N, F) -> (N, out) float32."""

@@ -37,6 +37,8 @@ class MethodConfig:
 
     #: the recipe's key that bounds the batch, for messages
     BATCH_KEY: ClassVar[str] = ""
+    #: keys that count epochs of the run
+    EPOCH_KEYS: ClassVar[tuple[str, ...]] = ()
 
     @property
     def groups(self) -> int:
@@ -52,8 +54,13 @@ class MethodConfig:
         """Whether steps of ``batch`` samples go with these numbers."""
         return batch >= 2
 
-    def scaled(self, batch: int) -> MethodConfig:
-        """The nearest numbers that go with ``batch`` samples a step: what a benchmark of another batch measures."""
+    def scaled(self, batch: int, *, photos: int | None = None, processes: int = 1) -> MethodConfig:
+        """The nearest numbers that go with ``batch`` samples a step.
+
+        Args:
+            photos: in the data set; a queue is then no longer than they are, where that goes. None: no matter how many.
+            processes: that share a step.
+        """
         return self
 
 

@@ -27,6 +27,7 @@ from fastssl.dealt_batchnorm import DealtStatistics
 from fastssl.heads import ProjectorConfig
 from fastssl.losses import SmoothedInfoNCE
 from fastssl.losses.pairs import reduce_pairs
+from fastssl.losses.smoothed_infonce import rank_weights
 from fastssl.methods.method import Method, MethodConfig, PartLoss, Rates, Views, embedding_std, new_encoder, smoothing_rates
 from fastssl.pipelines.order import batch_permutation
 from fastssl.schedules import RunLength
@@ -75,6 +76,7 @@ class MoCoConfig(MethodConfig):
             raise ValueError("moco.split_bn and moco.queue must be at least 1")
 
     BATCH_KEY = "moco.queue"
+    EPOCH_KEYS = ("smoothing_warm_epochs",)
 
     @property
     def key_views(self) -> int:
@@ -93,9 +95,17 @@ class MoCoConfig(MethodConfig):
         keys = self.key_views * batch
         return batch >= 2 and self.queue % keys == 0 and keys // self.split_bn >= 2
 
-    def scaled(self, batch: int) -> MoCoConfig:
+    def scaled(self, batch: int, *, photos: int | None = None, processes: int = 1) -> MoCoConfig:
         keys = self.key_views * batch
-        return replace(self, queue=-(-self.queue // keys) * keys, split_bn=min(self.split_bn, keys // 2))
+        steps = -(-self.queue // keys)
+        if photos is not None:
+            # One step's keys are the least; so are the neighbours that share the smoothing.
+            neighbors = len(rank_weights(self.weighting, self.neighbors))
+            steps = min(steps, max(1, photos // keys, -(-neighbors // keys)))
+        groups = [min(self.split_bn, keys // 2)]
+        if processes > 1:  # each process makes as many groups as the others, all of one size
+            groups = [n for n in range(processes, self.split_bn + 1, processes) if keys % n == 0 and keys >= 2 * n]
+        return replace(self, queue=steps * keys, split_bn=max(groups, default=1))
 
 
 class MoCo(Method):

@@ -47,12 +47,13 @@ class SimCLRConfig(MethodConfig):
         schedules.check_smoothing("simclr", self.smoothing_schedule, self.smoothing_warm_epochs)
 
     BATCH_KEY = "simclr.neighbors"
+    EPOCH_KEYS = ("smoothing_warm_epochs",)
 
     def allows(self, batch: int) -> bool:
         needed = len(rank_weights(self.weighting, self.neighbors)) if self.smoothing else 0
         return batch >= 2 and 2 * (batch - 1) >= needed
 
-    def scaled(self, batch: int) -> SimCLRConfig:
+    def scaled(self, batch: int, *, photos: int | None = None, processes: int = 1) -> SimCLRConfig:
         return self if self.allows(batch) else replace(self, weighting="nearest", neighbors=None)
 
 

@@ -66,6 +66,7 @@ class SwAVConfig(MethodConfig):
             raise ValueError("swav.queue, swav.queue_epoch and swav.freeze_epochs must not be negative")
 
     BATCH_KEY = "swav.queue"
+    EPOCH_KEYS = ("queue_epoch", "freeze_epochs")
 
     @property
     def largest_batch(self) -> int | None:
@@ -74,8 +75,11 @@ class SwAVConfig(MethodConfig):
     def allows(self, batch: int) -> bool:
         return batch >= 2 and (not self.queue or batch <= self.queue)
 
-    def scaled(self, batch: int) -> SwAVConfig:
-        return replace(self, queue=max(self.queue, batch)) if self.queue else self
+    def scaled(self, batch: int, *, photos: int | None = None, processes: int = 1) -> SwAVConfig:
+        if not self.queue:
+            return self
+        most = self.queue if photos is None else min(self.queue, photos // batch * batch)
+        return replace(self, queue=max(most, batch))
 
 
 class SwAVHead(nn.Module):

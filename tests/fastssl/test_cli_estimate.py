@@ -98,7 +98,7 @@ def test_figures_as_json_and_words_beside_them(capsys, beton):
         "Not counted: ",
     ):
         assert words in err
-    assert "recipe few-photos, as there is no GPU" in err  # the same choice as pretrain's
+    assert "recipe few-photos for 48 photos" in err  # the same choice as pretrain's
 
 
 def test_the_sample_set_without_data(capsys, monkeypatch, beton):
@@ -164,7 +164,6 @@ def test_what_cannot_be_estimated(capsys, beton, tmp_path):
 @pytest.mark.parametrize(
     "arguments",
     [
-        (),
         ("--arch", "resnet18", "--seconds", "0"),
         ("--arch", "resnet18", "--seconds", "nan"),
         ("--arch", "resnet18", "--batch-size", "64", "--set", "train.batch_size=32"),

@@ -315,3 +315,31 @@ def test_a_record_names_its_weights(capsys, checkpoint, beton, tmp_path):
     ]
     assert found[0] == found[2] != found[1] and found[0] == weights_fingerprint(load_backbone(checkpoint))
     assert weights_fingerprint(load_backbone(checkpoint).to(memory_format=torch.contiguous_format)) == found[0]
+
+
+@pytest.fixture(scope="module")
+def small_run(small, tmp_path_factory):
+    """The folder of a run that was probed at 32 px and the whole short side."""
+    folder = tmp_path_factory.mktemp("runs") / "mine"
+    (folder / "checkpoints").mkdir(parents=True)
+    shutil.copy(small, folder / "checkpoints" / "last.safetensors")
+    (folder / "config.yaml").write_text("recipe: mine\nprobe: {size: 32, crop: 1.0}\n")
+    return folder
+
+
+@pytest.mark.parametrize("command", [("knn",), ("knn", "--leave-one-out"), ("linear",), ("finetune", "--epochs", 1, "--batch-size", 16)])
+def test_pictures_are_taken_as_the_run_took_them(capsys, beton, small, small_run, command):
+    machine = ("--data", beton, "--device", "cpu", "--workers", 1, "--json", "-")
+    status, out, err = run(capsys, command[0], small_run, *command[1:], *machine)
+    record = json.loads(out)
+    assert status == 0 and (record["size"], record["crop"]) == (32, 1.0) and "probe." not in err
+    status, out, err = run(capsys, command[0], small_run, *command[1:], *machine, "--size", 40, "--crop", 0.8)
+    record = json.loads(out)
+    assert status == 0 and (record["size"], record["crop"]) == (40, 0.8)
+    assert "--size 40: the run itself was probed with 32 (probe.size)" in err and "--crop 0.8: the run itself was probed with 1 " in err
+
+
+def test_of_bare_weights_pictures_are_the_usual_ones(capsys, beton, small):
+    status, out, err = run(capsys, "knn", small, "--data", beton, "--device", "cpu", "--workers", 1, "--json", "-")
+    record = json.loads(out)
+    assert status == 0 and (record["size"], record["crop"]) == (224, 0.875) and "probe." not in err

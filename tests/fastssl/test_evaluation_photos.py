@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -79,3 +80,11 @@ def test_a_damaged_photo_in_a_folder_is_an_error_that_names_the_folder(photo_tre
 def test_judging_on_what_was_learned_from_is_said(beton: Path) -> None:
     with pytest.warns(UserWarning, match="is --data itself"), open_split(beton, beton):
         pass
+
+
+def test_a_tar_is_taken_as_a_folder_is(photo_tree: Path, tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "photos.tar", "w") as archive:
+        archive.add(photo_tree, "photos")
+    with open_photos(photo_tree, 1) as folder, open_photos(tmp_path / "photos.tar", 1) as tar:
+        assert tar.classes == folder.classes and tar.labels.tolist() == folder.labels.tolist()
+    assert [path.name for path in tmp_path.iterdir()] == ["photos.tar"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -129,6 +130,23 @@ def test_plain_safetensors_and_the_record(capsys: pytest.CaptureFixture, runs: P
         and about["arch"] == "lcnet_035"
         and "fastssl" not in about
     )
+
+
+def test_pictures_are_prepared_as_the_run_took_them(capsys: pytest.CaptureFixture, runs: Path, tmp_path: Path) -> None:
+    shutil.copytree(runs / "lcnet_035", tmp_path / "run")
+    (tmp_path / "run" / "config.yaml").write_text("probe: {size: 48, crop: 1.0}\n")
+
+    def prepared(name: str) -> tuple[list[int], float]:
+        config = json.loads((tmp_path / name / "config.json").read_text())["pretrained_cfg"]
+        return config["input_size"], config["crop_pct"]
+
+    status, _, err = run(capsys, tmp_path / "run", tmp_path / "own")
+    assert status == 0 and err == "" and prepared("own") == ([3, 48, 48], 1.0)
+    status, _, err = run(capsys, tmp_path / "run", tmp_path / "other", "--size", 96)
+    assert status == 0 and prepared("other") == ([3, 96, 96], 1.0)
+    assert err == "--size 96: the run itself was probed with 48 (probe.size)\n"
+    assert run(capsys, tmp_path / "run", tmp_path / "mine.pth")[0] == 0  # which has no place for a size
+    assert run(capsys, runs / "lcnet_035", tmp_path / "bare")[0] == 0 and prepared("bare") == ([3, 224, 224], 0.875)
 
 
 def test_onnx_runs_at_any_batch(capsys: pytest.CaptureFixture, runs: Path, tmp_path: Path) -> None:

@@ -107,17 +107,6 @@ def test_starting_over_removes_what_the_other_run_left(beton: Path, tmp_path: Pa
     assert left == {"config.yaml", "metrics.jsonl", "status.json", ".lock"} | kept
 
 
-def test_the_default_recipe_suits_the_machine(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    from fastssl import devices
-    from fastssl.cli.pretrain import _default_recipe
-
-    assert _default_recipe(None, "auto") == "quickstart"
-    assert _default_recipe(Path("x.beton"), "cpu") == "few-photos"
-    assert "--recipe light-moco-mobilenetv3" in "".join(capsys.readouterr())
-    monkeypatch.setattr(devices, "choose_device", lambda name: torch.device("cuda"))
-    assert _default_recipe(Path("x.beton"), "auto") == "light-moco-mobilenetv3"
-
-
 def test_an_engine_that_cannot_run_touches_no_earlier_run(beton: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     need_engine("dali")
     out = tmp_path / "run"
@@ -240,7 +229,7 @@ def test_one_photo_in_each_class_is_a_run_without_a_probe(photo_tree: Path, tmp_
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["probe"]["rows"] == []
     convert(tmp_path / "photos", tmp_path / "one.beton", ConvertOptions(keep_size=True, short_side=None, limit=1))
     assert pretrain(tmp_path / "one.beton", tmp_path / "other") == 1
-    assert "1 photos are fewer than one batch of 8; a batch has at least two" in capsys.readouterr().err
+    assert "one.beton: 1 photo, but a batch has at least 2; add photos" in capsys.readouterr().err
 
 
 def test_sigterm_ends_a_conversion_like_ctrl_c(tmp_path: Path, photo_tree: Path) -> None:

@@ -10,6 +10,7 @@ import yaml
 
 from fastssl.pipelines.errors import FastSSLError
 from fastssl.recipe import build_recipe, load_recipe, parse_overrides, recipe_names, recipe_path, recipe_to_dict
+from fastssl.schedules import learning_rate
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -251,3 +252,45 @@ def test_a_threshold_for_a_list_of_views_and_parts_of_a_whole_batch_are_refused(
 def test_only_the_methods_own_section_is_in_the_resolved_recipe() -> None:
     resolved = recipe_to_dict(load_recipe("swav-mobilenetv2-sslight"))
     assert "swav" in resolved and not {"moco", "dino", "simclr"} & set(resolved)
+
+
+def _rates(name: str, **changes: object) -> tuple[float, float, float]:
+    """(rate of the first step, highest, last one but a hair) of a run of 100,000 photos, as training asks for them."""
+    recipe = load_recipe(name, {key.replace("__", "."): str(value) for key, value in changes.items()})
+    optim, batch = recipe.optim, recipe.train.batch_size
+    steps = 100_000 // batch
+    run = {"total_steps": steps * recipe.train.epochs, "steps_per_epoch": steps, "peak": optim.peak_lr(batch), "final": optim.final_lr}
+    run |= {"warmup_epochs": optim.warmup_epochs, "warmup_lr": optim.warmup_lr, "per_epoch": optim.per_epoch}
+    rates = [learning_rate(step, **run) for step in (0, round(optim.warmup_epochs * steps), run["total_steps"])]
+    return rates[0], max(rates), rates[-1]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["swav-mobilenetv2-sslight", "dino-mobilenetv2-sslight", "dino-vit_tiny-sslight", "moco-mobilenetv2-sslight", "light-moco-mobilenetv3"],
+)
+def test_with_another_batch_the_whole_schedule_follows(name: str) -> None:
+    own = load_recipe(name)
+    published = _rates(name)
+    assert _rates(name, train__batch_size=own.train.batch_size) == published  # exactly as it was
+    for batch in (32, 64, 2048):
+        factor = batch / own.train.batch_size
+        first, peak, last = _rates(name, train__batch_size=batch)
+        assert peak == pytest.approx(factor * published[1]) and last == pytest.approx(factor * published[2])
+        if own.optim.warmup_lr is not None:  # without it the first step has a share of the peak that depends on the number of steps
+            assert first == pytest.approx(factor * published[0])
+        assert first < peak  # SwAV's published 0.075 is twice the peak at batch 32
+
+
+def test_rates_that_were_asked_for_or_do_not_scale_stay(tmp_path: Path) -> None:
+    swav = "swav-mobilenetv2-sslight"
+    optim = load_recipe(swav, {"train.batch_size": "512", "optim.warmup_lr": "0.02"}).optim
+    assert (optim.warmup_lr, optim.final_lr) == (0.02, 0.0024)
+    fixed = load_recipe(swav, {"train.batch_size": "512", "optim.lr_batch": "0"}).optim
+    assert (fixed.warmup_lr, fixed.final_lr, fixed.peak_lr(512)) == (0.075, 0.0048, 0.3)
+    none = load_recipe(swav, {"train.batch_size": "512", "optim.warmup_lr": "null"}).optim
+    assert none.warmup_lr is None
+    # A file that does not name its batch means the default one.
+    (tmp_path / "mine.yaml").write_text("arch: resnet18\nviews: [{count: 2, size: 32}]\noptim: {final_lr: 0.1}\n")
+    assert load_recipe(str(tmp_path / "mine.yaml"), {"train.batch_size": "256"}).optim.final_lr == pytest.approx(0.05)
+    assert load_recipe(str(tmp_path / "mine.yaml")).optim.final_lr == 0.1

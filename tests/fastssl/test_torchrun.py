@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from processes import Started, free_port, run_processes
 
 from fastssl.pipelines.beton import BetonReader
@@ -64,6 +65,25 @@ def torchrun(command: list[str], processes: int) -> subprocess.CompletedProcess:
         timeout=300,
         env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
     )
+
+
+def test_processes_convert_a_folder_once(photo_tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And they agree on the file, the batch and the epochs."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder, out = tmp_path / "photos", tmp_path / "run"
+    folder.mkdir()
+    for number, photo in enumerate(sorted(photo_tree.rglob("*.jpg"))[:12]):
+        (folder / f"{number}.jpg").write_bytes(photo.read_bytes())
+    command = ["pretrain", "--arch", ARCH, "--data", str(folder), "--out", str(out), "--device", "cpu", "--workers", "1"]
+    small = ["views.0.size=32", "train.samples=640", "probe.every_epochs=0", "moco.projector.hidden=16", "moco.projector.out=8"]
+    done = torchrun([*command, *(argument for item in small for argument in ("--set", item))], 2)
+    assert done.returncode == 0, done.stderr
+    assert (
+        done.stderr.count("12 photos, no labels, now also in") == 1 and done.stderr.count("for 12 photos: train.batch_size 128 -> 4") == 1
+    )
+    config = yaml.safe_load((out / "config.yaml").read_text())
+    assert (config["data"]["name"], config["train"]["epochs"], config["train"]["samples"]) == ("photos.beton", 5, None)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["photos", "photos.beton", "photos.beton.json", "run"]
 
 
 def workers(launcher: int) -> dict[int, int]:

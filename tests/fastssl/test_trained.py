@@ -55,6 +55,28 @@ def test_every_form_of_a_run_gives_the_same_network(run: Path) -> None:
     assert not torch.equal(load_trained(run, "student").backbone(images), load_trained(run, "teacher").backbone(images))
 
 
+def test_the_runs_pictures_come_with_every_form_of_it(run: Path, tmp_path: Path) -> None:
+    places = [run, run / "checkpoints", run / "checkpoints" / "last.pt", run / "checkpoints" / "last-teacher.safetensors"]
+    assert {(one.size, one.crop) for one in map(load_trained, places)} == {(32, 1.0)}
+    bare = tmp_path / "last.safetensors"
+    bare.write_bytes((run / "checkpoints" / "last.safetensors").read_bytes())
+    assert (load_trained(bare).size, load_trained(bare).crop) == (None, None)
+    (tmp_path / "checkpoints").mkdir()
+    inside = bare.rename(tmp_path / "checkpoints" / "last.safetensors")
+    for text, found in (
+        ("probe: {size: 64, crop: 0.5}", (64, 0.5)),
+        ("probe: {size: 7, crop: 2.0}", (None, None)),
+        ("probe: {size: true, crop: all}", (None, None)),
+        ("probe: 3", (None, None)),
+        ("- 3", (None, None)),
+    ):
+        (tmp_path / "config.yaml").write_text(text)
+        assert (load_trained(inside).size, load_trained(inside).crop) == found
+    (tmp_path / "config.yaml").write_text("probe: {")
+    with pytest.warns(UserWarning, match="config.yaml"):
+        assert load_trained(tmp_path).size is None
+
+
 def test_what_is_not_there_is_said(run: Path, tmp_path: Path) -> None:
     with pytest.raises(FastSSLError, match=r"no last\.safetensors"):
         load_trained(tmp_path)

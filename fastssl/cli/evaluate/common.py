@@ -25,18 +25,22 @@ which_option = click.option(
     type=click.Choice(["student", "teacher"]),
     help="Which of a run's networks. Default: what the file holds; of a run's folder the student.",
 )
-data_option = click.option("--data", required=True, type=SomePath(), metavar="FILE.beton|DIR", help="Labelled photos to learn from.")
+data_option = click.option("--data", required=True, type=SomePath(), metavar="FOLDER|TAR|FILE.beton", help="Labelled photos to learn from.")
 val_option = click.option(
     "--val",
     type=SomePath(),
-    metavar="FILE.beton|DIR",
+    metavar="FOLDER|TAR|FILE.beton",
     help="Labelled photos to judge on. Default: a fifth of --data is held out, the same one for a --seed.",
 )
 size_option = click.option(
-    "--size", type=click.IntRange(min=8), default=224, show_default=True, help="Pixels of the centre crop that the network sees."
+    "--size",
+    type=click.IntRange(min=8),
+    help="Pixels of the centre crop that the network sees. Default: as the run's own probe; without a run 224.",
 )
 crop_option = click.option(
-    "--crop", type=click.FloatRange(0.1, 1.0), default=0.875, show_default=True, help="Centre crop's share of the short side."
+    "--crop",
+    type=click.FloatRange(0.1, 1.0),
+    help="Centre crop's share of the short side. Default: as the run's own probe; without a run 0.875.",
 )
 device_option = click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 workers_option = click.option("--workers", type=click.IntRange(min=1), help="Decoding threads. Default: the cores this process may use.")
@@ -77,6 +81,20 @@ def options(*wanted: Callable) -> Callable[[Callable], Callable]:
         return command
 
     return decorate
+
+
+def pictures(session: Session, size: int | None, crop: float | None) -> dict[str, Any]:
+    """``size`` and ``crop`` of the pictures: those that were asked for, or else the run's, or else the usual ones.
+
+    Says where they are not the run's.
+    """
+    from fastssl.evaluate.features import EVALUATION_CROP, EVALUATION_SIZE
+
+    trained = session.trained
+    for name, asked, own in (("size", size, trained.size), ("crop", crop, trained.crop)):
+        if session.is_main and None not in (asked, own) and asked != own:
+            click.echo(f"--{name} {asked:g}: the run itself was probed with {own:g} (probe.{name})", err=True)
+    return {"size": size or trained.size or EVALUATION_SIZE, "crop": crop or trained.crop or EVALUATION_CROP}
 
 
 def network(

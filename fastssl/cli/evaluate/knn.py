@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fastssl.cli.common import finite
-from fastssl.cli.evaluate.common import FEATURE_OPTIONS, finish, network, options, percent, share_features, split_features
+from fastssl.cli.evaluate.common import FEATURE_OPTIONS, finish, network, options, percent, pictures, share_features, split_features
 
 if TYPE_CHECKING:
     import numpy as np
@@ -68,7 +68,10 @@ def knn(
     from fastssl.evaluate.session import open_session
 
     features = _one_set if leave_one_out else _two_sets
-    with open_session(checkpoint, which=which, device=device) as session, features(session, data, val, **how) as (bank, judged, photos):
+    with ExitStack() as opened:
+        session = opened.enter_context(open_session(checkpoint, which=which, device=device))
+        how |= pictures(session, how["size"], how["crop"])
+        bank, judged, photos = opened.enter_context(features(session, data, val, **how))
         results = knn_accuracies(
             bank,
             judged,

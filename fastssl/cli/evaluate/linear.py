@@ -16,6 +16,7 @@ from fastssl.cli.evaluate.common import (
     network,
     options,
     percent,
+    pictures,
     split_features,
 )
 
@@ -126,6 +127,7 @@ def linear(
         open_session(checkpoint, which=which, device=device) as session,
         open_split(data, val, seed=how["seed"], workers=how["workers"]) as split,
     ):
+        how |= pictures(session, how["size"], how["crop"])
         if protocol == "fast":
             line, figures = _fast(session, split, batch_size=batch_size or _PASS, **how)
         else:

@@ -18,6 +18,7 @@ from fastssl.cli.evaluate.common import (
     device_option,
     finish,
     percent,
+    pictures,
     seed_option,
     size_option,
     val_option,
@@ -140,8 +141,8 @@ def fine_tune(
     batch_size: int,
     head_lr_factor: float,
     from_scratch: bool,
-    size: int,
-    crop: float,
+    size: int | None,
+    crop: float | None,
     device: str,
     workers: int | None,
     seed: int,
@@ -175,7 +176,7 @@ def fine_tune(
         if out is not None:
             timm_classifier_name(session.trained.arch)  # better said now than behind the work
         split = dataclasses.replace(split, train_index=chosen)
-        config = FinetuneConfig(optim, epochs(about["labels"]), batch_size, head_lr_factor, size, crop)
+        config = FinetuneConfig(optim, epochs(about["labels"]), batch_size, head_lr_factor, **pictures(session, size, crop))
         network = _network(session, checkpoint, head, len(split.classes), from_scratch=from_scratch, seed=seed)
         amp = use_amp("auto", session.device)
         steps = len(chosen) // batch_size

@@ -1,0 +1,162 @@
+"""What ``pretrain``, ``estimate`` and ``views`` make of --data and --recipe: photos in any form, and a recipe that goes
+with them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from fastssl.cli.common import SomePath, console, late_progress_bar
+
+if TYPE_CHECKING:
+    from fastssl.photo_source import Source
+    from fastssl.recipe import Recipe
+
+
+arch_option = click.option(
+    "--arch",
+    metavar="NAME",
+    help="Network: mobilenetv3_large, efficientnet_b0, mobilenetv2, resnet18, resnet34, resnet50, vit_tiny, or any timm "
+    "name. Default: the recipe's.",
+)
+data_option = click.option(
+    "--data",
+    type=SomePath(),
+    metavar="FOLDER|TAR|FILE.beton",
+    help="Photos to learn from; a folder or tar is converted once. Default: the sample set that installs with the package.",
+)
+val_option = click.option(
+    "--val",
+    type=SomePath(),
+    metavar="FOLDER|TAR|FILE.beton",
+    help="Labelled photos to probe on. Default: a held-out fifth of --data.",
+)
+recipe_option = click.option(
+    "--recipe",
+    "recipe_name",
+    metavar="NAME|FILE.yaml",
+    help="Default: quickstart without --data; with it few-photos, or light-moco-mobilenetv3 for 20,000 photos and more on a GPU.",
+)
+epochs_option = click.option(
+    "--epochs",
+    type=click.IntRange(min=1),
+    help="Default: the recipe's, or what goes with the number of photos.",
+)
+batch_option = click.option(
+    "--batch-size",
+    type=click.IntRange(min=2),
+    help="Default: the recipe's, or fewer where there are few photos. All of the learning rate's schedule follows.",
+)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Recipe and photos of a run.
+
+    Attributes:
+        recipe: with all changes, and with a batch and epochs that go with the photos.
+        name: the recipe's, for the records.
+        data, val: ``.beton`` files; ``val`` may be None.
+    """
+
+    recipe: Recipe
+    name: str
+    data: Path
+    val: Path | None
+
+
+def choose_inputs(
+    *,
+    arch: str | None,
+    data: Path | None,
+    val: Path | None,
+    device: str,
+    recipe_name: str | None,
+    overrides: Sequence[str],
+    epochs: int | None,
+    batch_size: int | None,
+    workers: int | None,
+    processes: int = 1,
+) -> Inputs:
+    """Recipe and photos that the options ask for. What was chosen, converted or changed on the way is said, a line
+    each.
+
+    Args:
+        arch: None: the recipe's network.
+        data: a ``.beton`` file, folder or tar; None: the sample set.
+        recipe_name: None: the one that suits the photos, see ``recipe_choice.choose``.
+        processes: that will share a step.
+
+    Raises:
+        click.UsageError: an option and a --set of the same value.
+        FastSSLError: no such recipe, key, network or photos.
+    """
+    from fastssl.backbones import resolve_arch
+    from fastssl.photo_source import look_at
+    from fastssl.recipe import load_recipe, parse_overrides
+    from fastssl.recipe_choice import choose, fit, warnings_for
+
+    changes = _changes(parse_overrides(overrides), epochs, batch_size)
+    if arch is not None:
+        resolve_arch(arch)  # a mistyped network should fail before photos are looked at
+    if recipe_name:  # and so should a mistyped key
+        load_recipe(recipe_name, changes)
+    source = None if data is None else look_at(data)
+    chosen = None
+    if not recipe_name:
+        from fastssl.devices import choose_device
+
+        kind = "cpu" if source is None else choose_device(device).type
+        chosen = choose(source and source.photos, source and source.short_side, kind)
+        recipe_name = chosen.name
+    recipe = load_recipe(recipe_name, changes)
+    own_arch = recipe.arch
+    recipe = dataclasses.replace(recipe, arch=arch or own_arch)
+    if chosen:
+        _say(f"recipe {chosen.name} {chosen.reason}")
+    if source is None:
+        from fastssl.sample_set import ensure_sample_set
+
+        samples = ensure_sample_set()
+        data, val = samples.train, val or samples.val
+    else:
+        data = beton_of(source, recipe, workers)
+    val = val and beton_of(look_at(val), recipe, workers)
+    found = look_at(data)  # as they are stored: photos that were rejected are gone, large ones scaled down
+    where = str(source.path if source else data)
+    recipe, lines = fit(recipe, found.photos, given=changes.keys(), processes=processes, where=where)
+    for line in lines:
+        _say(line)
+    for line in warnings_for(recipe, own_arch, found.photos, found.short_side):
+        _say(f"warning: {line}")  # through the console, which is silent in all processes but the first
+    return Inputs(recipe, Path(recipe_name).stem, data, val)
+
+
+def beton_of(source: Source, recipe: Recipe, workers: int | None = None) -> Path:
+    """The photos as a ``.beton`` file, of which the recipe's views can be made; with a bar where they are converted."""
+    from fastssl.photo_source import as_beton, side_for
+
+    with late_progress_bar("converting") as progress:
+        return as_beton(source, side_for(recipe), workers=workers, say=_say, progress=progress)
+
+
+def _changes(changes: dict[str, str], epochs: int | None, batch_size: int | None) -> dict[str, str]:
+    """``changes`` of the recipe, and those that have an option of their own."""
+    for option, key, value in (("--epochs", "train.epochs", epochs), ("--batch-size", "train.batch_size", batch_size)):
+        if value is not None and key in changes:
+            raise click.UsageError(f"{option} and --set {key} say the same thing; give one")
+        if value is not None:
+            changes[key] = str(value)
+    if "train.epochs" in changes and "train.samples" in changes:
+        raise click.UsageError("train.samples says how many epochs there are: give either it or the epochs")
+    return changes
+
+
+def _say(line: str) -> None:
+    console.print(line, highlight=False, markup=False, soft_wrap=True)

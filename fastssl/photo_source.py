@@ -1,0 +1,265 @@
+"""A folder or tar of photos in the place of a ``.beton`` file: converted once, found again as long as the photos stay
+as they are.
+
+``photos/`` becomes ``photos.beton`` beside it, or a file in the user's cache folder where that place cannot be written
+or the name is taken. The side file says what it was made from (``fingerprint``: names, sizes and times of change) and
+that nobody asked for it (``automatic``): such a file is made again when the photos have changed, and no other file is
+ever written over.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import io
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from PIL import Image
+
+from fastssl.pipelines.beton import BetonReader, read_side_file, side_path
+from fastssl.pipelines.convert import (
+    PILLOW_FORMATS,
+    ConvertOptions,
+    ConvertSummary,
+    chosen_photos,
+    convert,
+    rejects_path,
+    tool_version,
+)
+from fastssl.pipelines.errors import FastSSLError, printable
+from fastssl.pipelines.sources import Listing, list_source
+from fastssl.pipelines.stall import STALL_MINUTES, Patience, Step
+from fastssl.recipe import Recipe
+from fastssl.recipe_choice import counted, short_side_of
+from fastssl.sample_set import default_cache_dir
+
+#: Endings of tars; of compressed ones, too, as the converter says what to do with those.
+_TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+#: Photos whose size is looked at.
+_LOOKED_AT = 64
+#: Stored photos are twice as large as the largest view up to this side, beyond which decoding would cost more than the
+#: sharper views are worth.
+_LARGE_SIDE = 384
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is known of photos before they are converted.
+
+    Attributes:
+        path: the folder or tar; or a ``.beton`` file, which stays what it is.
+        photos: how many, damaged ones included.
+        short_side: in pixels, the median (of a folder or tar: of some); None: none of them could be read.
+        fingerprint: of the list of photos; None: the path is a ``.beton`` file.
+    """
+
+    path: Path
+    photos: int
+    short_side: float | None
+    fingerprint: str | None = None
+
+
+def is_source(path: str | os.PathLike) -> bool:
+    """Whether this is a folder or a tar, which has to be converted first."""
+    path = Path(path)
+    if path.is_dir():
+        return True
+    if path.suffix == ".beton" or not path.is_file():
+        return False
+    if path.name.lower().endswith(_TARS):
+        return True
+    with path.open("rb") as file:
+        return file.read(262)[257:] == b"ustar"
+
+
+def look_at(path: str | os.PathLike) -> Source:
+    """Number and size of the photos at ``path``; a folder or tar is listed, and the headers of some photos are read.
+
+    Raises:
+        FastSSLError: neither folder, tar nor ``.beton`` file; or no photos.
+    """
+    path = Path(path)
+    if is_source(path):
+        return Patience(path, STALL_MINUTES).watch(partial(_listed, path))
+    with BetonReader(path) as reader:
+        return Source(path, len(reader), short_side_of(reader))
+
+
+def _listed(path: Path, step: Step) -> Source:
+    Image.init()  # all of Pillow's formats are known from here on
+    with list_source(path, step) as listing:
+        sides = []
+        for i in chosen_photos(len(listing), _LOOKED_AT).tolist():
+            step(lambda i=i: f"at {printable(listing.names[i])}")
+            if side := _short_side(listing, i):
+                sides.append(side)
+        return Source(path, len(listing), median(sides) if sides else None, listing.fingerprint)
+
+
+def _short_side(listing: Listing, i: int) -> int | None:
+    """Of one photo, by its header; None: it cannot be read, which the conversion will say."""
+    with warnings.catch_warnings(), suppress(Exception):  # decoders raise anything at all for damaged input
+        warnings.simplefilter("ignore")
+        known = [name for name in PILLOW_FORMATS if name in Image.OPEN]
+        with Image.open(io.BytesIO(listing.read(i)), formats=known) as image:
+            return min(image.size)
+    return None
+
+
+def side_for(recipe: Recipe) -> int:
+    """The short side, in pixels, to which larger photos are scaled down for a recipe: no more than its views can show.
+
+    Twice the largest view, 96 px for 48: the smallest crops, a fifth of the photo, are then hardly enlarged. For 224 px
+    that would be 448, three times the work of decoding the usual 256: of 384, twice that work, five of six crops are
+    not enlarged at all. Never less than the probe's crop needs.
+    """
+    largest = max(spec.size for spec in recipe.views)
+    return max(min(2 * largest, _LARGE_SIDE), largest, round(recipe.probe.size / recipe.probe.crop))
+
+
+def as_beton(
+    source: Source,
+    short_side: int,
+    *,
+    workers: int | None = None,
+    say: Callable[[str], None] = lambda line: None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Path:
+    """The ``.beton`` file of ``source``: itself, or the one that was made of it before, or one that is made now.
+
+    Any number of processes may call this at once: one converts, the others wait and find the file.
+
+    Args:
+        short_side: photos whose shorter side is longer are scaled down to it.
+        workers: threads of the conversion; None: one a core.
+        say: is told in one line what was made or found.
+        progress: as of ``convert``.
+
+    Raises:
+        FastSSLError: nothing to convert, all photos damaged, no space, or no place that can be written.
+    """
+    if source.fingerprint is None:
+        return source.path
+    options = ConvertOptions(short_side=short_side, workers=workers, automatic=True)
+    wanted = {"fingerprint": source.fingerprint, "options": options.deciding(), "tool": f"fastssl {tool_version()}"}
+    places = (_beside(source.path), _cached(source.path, options))
+    for place in places:
+        if _holds(place, wanted):
+            return _found(source, place, say)
+    for place in places:
+        with suppress(OSError):
+            place.parent.mkdir(parents=True, exist_ok=True)
+        if not _may_write(place, wanted):
+            continue
+        with _alone(place) as lock:
+            if not lock:
+                continue
+            if _holds(place, wanted):
+                return _found(source, place, say)
+            if not _may_write(place, wanted):
+                continue
+            done = convert(source.path, place, options, progress)
+        say(_made(source, done, short_side))
+        return place
+    raise FastSSLError(
+        f"{source.path}: neither {places[0]} nor {places[1]} can be written; "
+        "convert it with `fastssl convert-imagenet` to where there is room"
+    )
+
+
+def _beside(path: Path) -> Path:
+    """``photos/`` or ``photos.tar`` -> ``photos.beton`` in the same folder."""
+    path = Path(os.path.abspath(path))
+    name = next((path.name[: -len(ending)] for ending in _TARS if path.name.lower().endswith(ending)), path.name)
+    return path.parent / f"{name or 'photos'}.beton"
+
+
+def _cached(path: Path, options: ConvertOptions) -> Path:
+    """In the user's cache folder, one name for each place and way of converting."""
+    what = f"{os.path.abspath(path)} {options.deciding()}".encode("utf-8", "surrogateescape")
+    key = hashlib.sha256(what).hexdigest()[:12]
+    beside = _beside(path)
+    return default_cache_dir() / "photos" / f"{beside.stem}-{key}.beton"
+
+
+def _side(place: Path) -> dict[str, Any] | None:
+    """The side file, if it is this very file's."""
+    try:
+        side = read_side_file(place)
+        with BetonReader(place) as reader:
+            sums = (side or {}).get("crc32")
+            same = isinstance(sums, dict) and {"bytes": side["bytes"], **sums} == {
+                "bytes": reader.num_bytes,
+                **reader.table_checksums(),
+                "samples": sums.get("samples"),
+            }
+        return side if same else None
+    except (FastSSLError, OSError):
+        return None
+
+
+def _holds(place: Path, wanted: dict[str, Any]) -> bool:
+    """Whether the file is there, whole as far as its tables tell, and what a conversion now would make."""
+    side = _side(place) if place.is_file() else None
+    return side is not None and all(side.get(key) == value for key, value in wanted.items())
+
+
+def _may_write(place: Path, wanted: dict[str, Any]) -> bool:
+    """Whether nothing is there, or a file that was made the same way from these photos as they were, and nobody asked
+    for.
+    """
+    if not os.access(place.parent, os.W_OK):
+        return False
+    if not os.path.lexists(place) and not os.path.lexists(side_path(place)):
+        return True
+    side = _side(place)
+    return side is not None and side.get("automatic") is True and side.get("options") == wanted["options"]
+
+
+@contextmanager
+def _alone(place: Path) -> Iterator[bool]:
+    """Hold ``place`` against other processes, waiting for theirs. False: nothing can be written there. Without locks
+    (some network disks) nobody waits.
+    """
+    path = place.with_name(f".{place.name}.lock")
+    try:
+        file = open(path, "a")  # noqa: SIM115 (held open)
+    except OSError:
+        yield False
+        return
+    with file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(0.2)
+            except OSError:
+                break
+        try:
+            yield True
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _found(source: Source, place: Path, say: Callable[[str], None]) -> Path:
+    say(f"{source.path}: converted before, into {place}")
+    return place
+
+
+def _made(source: Source, done: ConvertSummary, short_side: int) -> str:
+    classes = "no labels" if done.classes is None else f"{len(done.classes)} class{'es' * (len(done.classes) != 1)}"
+    rejected = f"; {done.rejected:,} rejected (see {rejects_path(done.path)})" if done.rejected else ""
+    return (
+        f"{source.path}: {counted(done.written)}, {classes}, now also in {done.path} ({done.bytes / 1e6:,.1f} MB, "
+        f"short side at most {short_side} px), which is used as long as they stay as they are{rejected}"
+    )

@@ -1,0 +1,301 @@
+"""The recipe follows the data: which one photos get where none is named, and what of it changes with their number.
+
+    choose         number and size of the photos, and the device -> a recipe's name and the reason
+    fit            recipe, number of photos -> the recipe whose batch, queue and epochs go with them, and a line for
+                   each change
+    warnings_for   what will run, but seldom as it was meant
+
+Pure functions: processes of one run that ask alike are answered alike.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fastssl.backbones import resizes_positions, resolve_arch
+from fastssl.methods.method import MethodConfig
+from fastssl.pipelines.errors import FastSSLError
+from fastssl.recipe import Recipe, is_given, with_batch
+
+if TYPE_CHECKING:
+    from fastssl.pipelines.beton import BetonReader
+
+SAMPLE_RECIPE, FEW_RECIPE, FULL_RECIPE = "quickstart", "few-photos", "light-moco-mobilenetv3"
+#: From this many photos on the full recipe, which was written for 1.3 million, sees enough different ones.
+MANY_PHOTOS = 20_000
+#: Half of the full recipe's 224 px: views of smaller photos are mostly pixels that were made up.
+SMALL_SIDE = 112
+#: Bounds of the epochs that follow from the number of photos. Below the first, a schedule that changes once an epoch is
+#: none.
+FEWEST_EPOCHS, MOST_EPOCHS = 5, 1000
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A recipe's name, and why it is this one: the end of a sentence."""
+
+    name: str
+    reason: str
+
+
+def choose(photos: int | None, short_side: float | None, device: str) -> Choice:
+    """The recipe for photos where none is named.
+
+    Args:
+        photos: how many; None: there are none but the sample set.
+        short_side: their shorter side in pixels, the median; None: it is not known.
+        device: ``cpu`` or ``cuda``.
+    """
+    if photos is None:
+        return Choice(SAMPLE_RECIPE, "without --data, on the sample photos")
+    other = f" (--recipe {FULL_RECIPE} is the full one)"
+    if photos < MANY_PHOTOS:
+        return Choice(FEW_RECIPE, f"for {counted(photos)}, which are fewer than {MANY_PHOTOS:,}{other}")
+    if short_side is not None and short_side < SMALL_SIDE:
+        size = f"{short_side:g} px"
+        return Choice(FEW_RECIPE, f"for {counted(photos)} of {size}, which are too small for views of 224 px{other}")
+    if device != "cuda":
+        return Choice(
+            FEW_RECIPE,
+            f"as there is no GPU: 200 epochs of {counted(photos)} at 224 px would take a CPU months or years{other}",
+        )
+    return Choice(FULL_RECIPE, f"for {counted(photos)} on a GPU")
+
+
+def counted(photos: int) -> str:
+    """``1 photo``, ``1,653 photos``."""
+    return f"{photos:,} photo{'s' * (photos != 1)}"
+
+
+# ---------------------------------------------------------------- batch and epochs
+
+
+def fit(
+    recipe: Recipe, photos: int, *, given: Collection[str] = (), processes: int = 1, where: str = "the data"
+) -> tuple[Recipe, list[str]]:
+    """The recipe with a batch that the photos fill, numbers of its method that go with it, and its epochs.
+
+    A batch that nobody asked for is lowered until an epoch has two steps, where that goes; then queue, neighbours and
+    BatchNorm groups follow. With a batch that was asked for they follow only where they would not go with it.
+
+    Args:
+        given: keys of the recipe that were asked for, and stay as they are (``train.batch_size``, ``moco.queue``).
+        processes: that share a step.
+        where: the photos, for messages.
+
+    Returns:
+        the recipe, with ``train.samples`` resolved, and what was changed, in words.
+
+    Raises:
+        FastSSLError: too few photos for any batch, or for the one that was asked for; the message names one that works.
+    """
+    require_photos(recipe, photos, given=given, processes=processes, where=where)
+    wanted = recipe.train.batch_size
+    asked = is_given("train.batch_size", given)
+    batch = wanted
+    if not asked and photos < 2 * wanted:
+        lower = _lower_batches(photos, wanted, _unit(recipe, processes))
+        batch = next(_allowed(recipe, lower, photos, given, processes), wanted)
+    fitted = recipe
+    if batch != wanted or not recipe.settings.allows(batch):
+        settings = _settings(recipe, batch, None if asked else photos, given, processes)
+        if settings.allows(batch):  # otherwise the method says which key it is that was asked for
+            fitted = dataclasses.replace(with_batch(recipe, batch, wanted, given=given), **{recipe.method: settings})
+    lines = []
+    if changes := _changes(recipe, fitted):
+        rate = "; the learning rate follows the batch" if batch != wanted and recipe.optim.lr_batch else ""
+        why = f"for {counted(photos)}" if batch != wanted else f"to go with a batch of {batch:,}"
+        lines.append(f"{why}: {', '.join(changes)}{rate}")
+    fitted, more = _with_epochs(fitted, photos, wanted, given)
+    return fitted, lines + more
+
+
+def require_photos(
+    recipe: Recipe,
+    photos: int,
+    *,
+    given: Collection[str] = ("train.batch_size",),
+    processes: int = 1,
+    where: str = "the data",
+) -> None:
+    """Raise FastSSLError where the photos fill no batch, or not the one that was asked for; the message names the
+    largest that works.
+    """
+    unit, batch = _unit(recipe, processes), recipe.train.batch_size
+    asked = is_given("train.batch_size", given)
+    if photos >= (batch if asked else 2 * batch):
+        return
+    every = range(min(photos, batch) // unit * unit, unit, -unit)
+    largest = next(_allowed(recipe, every, photos, given, processes), None)
+    if largest is None and photos < 2 * unit:
+        parts = recipe.train.accumulate
+        shared = f" for {processes} processes" * (processes > 1) + f" in {parts} parts" * (parts > 1)
+        raise FastSSLError(f"{where}: {counted(photos)}, but a batch{shared} has at least {2 * unit}; add photos")
+    if largest is None:
+        key = recipe.settings.BATCH_KEY
+        raise FastSSLError(f"{where}: no batch of up to {counted(photos)} goes with the {key} that was asked for; leave it to the recipe")
+    if asked:
+        verb = "is" if photos == 1 else "are"
+        raise FastSSLError(
+            f"{where}: {counted(photos)} {verb} fewer than one batch of {batch:,}; the largest that would do is --batch-size {largest}"
+        )
+
+
+def follow_samples(recipe: Recipe, photos: int) -> Recipe:
+    """The recipe with the epochs that ``train.samples`` gives for ``photos``; unchanged where it has none. What is
+    counted in epochs follows.
+    """
+    return _with_epochs(recipe, photos, recipe.train.batch_size, ())[0]
+
+
+def _unit(recipe: Recipe, processes: int) -> int:
+    """What divides a batch; each share of each process has two samples at least."""
+    return processes * recipe.train.accumulate
+
+
+def _lower_batches(photos: int, wanted: int, unit: int) -> Iterator[int]:
+    """Batches below ``wanted``, the best first: two steps an epoch, a power of two; then any with two steps; then one
+    step.
+    """
+    for most in (photos // 2, photos):
+        parts = min(most, wanted) // unit
+        if parts >= 2:
+            yield unit * 2 ** (parts.bit_length() - 1)
+        yield from range(parts * unit, unit, -unit)
+
+
+def _allowed(
+    recipe: Recipe, batches: Collection[int] | Iterator[int], photos: int, given: Collection[str], processes: int
+) -> Iterator[int]:
+    """Those of ``batches`` that the method's numbers go with, changed as far as nobody asked for them."""
+    return (batch for batch in batches if _settings(recipe, batch, photos, given, processes).allows(batch))
+
+
+def _settings(recipe: Recipe, batch: int, photos: int | None, given: Collection[str], processes: int) -> MethodConfig:
+    settings = recipe.settings
+    try:
+        scaled = settings.scaled(batch, photos=photos, processes=processes)
+    except ValueError as error:  # numbers that go with no batch
+        raise FastSSLError(f"{recipe.method}: {error}") from error
+    kept = [field.name for field in dataclasses.fields(settings) if is_given(f"{recipe.method}.{field.name}", given)]
+    return dataclasses.replace(scaled, **{name: getattr(settings, name) for name in kept})
+
+
+def _changes(before: Recipe, after: Recipe) -> list[str]:
+    """``train.batch_size 128 -> 16``, of all that a batch changes but the rates."""
+    pairs = [(f"{before.method}.{field.name}", field.name) for field in dataclasses.fields(before.settings)]
+    found = [("train.batch_size", before.train.batch_size, after.train.batch_size)]
+    found += [(key, getattr(before.settings, name), getattr(after.settings, name)) for key, name in pairs]
+    return [f"{key} {_number(old)} -> {_number(new)}" for key, old, new in found if old != new]
+
+
+def _number(value: object) -> str:
+    return f"{value:,}" if isinstance(value, int) else "its own" if value is None else str(value)
+
+
+def _with_epochs(recipe: Recipe, photos: int, batch: int, given: Collection[str]) -> tuple[Recipe, list[str]]:
+    """``train.samples`` resolved, and a line if that gave other epochs than the recipe's.
+
+    Args:
+        batch: with which ``train.samples`` are counted. A batch that was lowered for want of photos makes as many steps
+            as this one, not as many samples: ten photos would be seen 18,000 times.
+    """
+    train = recipe.train
+    if train.samples is None:
+        return recipe, []
+    resolved = dataclasses.replace(recipe, train=dataclasses.replace(train, samples=None))
+    steps = max(1, photos // train.batch_size)
+    epochs = min(max(round(train.samples / batch / steps), FEWEST_EPOCHS), MOST_EPOCHS)
+    if epochs == train.epochs:
+        return resolved, []
+    line = (
+        f"{epochs:,} epochs for {counted(photos)}: the recipe's {train.epochs:,} are for about "
+        f"{train.samples / train.epochs:,.0f} (--epochs says otherwise)"
+    )
+    return _stretched(resolved, epochs, given), [line]
+
+
+def _stretched(recipe: Recipe, epochs: int, given: Collection[str]) -> Recipe:
+    """The recipe for another number of epochs: what is counted in them keeps its share of the run."""
+    factor = epochs / recipe.train.epochs
+
+    def whole(value: int) -> int:
+        return max(1, round(value * factor)) if value else 0
+
+    warmup = recipe.optim.warmup_epochs
+    if not is_given("optim.warmup_epochs", given):
+        warmup = whole(warmup) if recipe.optim.per_epoch else round(warmup * factor, 2)
+    keys = [key for key in recipe.settings.EPOCH_KEYS if not is_given(f"{recipe.method}.{key}", given)]
+    settings = dataclasses.replace(recipe.settings, **{key: whole(getattr(recipe.settings, key)) for key in keys})
+    probes = recipe.probe.every_epochs if is_given("probe.every_epochs", given) else whole(recipe.probe.every_epochs)
+    return dataclasses.replace(
+        recipe,
+        optim=dataclasses.replace(recipe.optim, warmup_epochs=float(warmup)),
+        train=dataclasses.replace(recipe.train, epochs=epochs),
+        probe=dataclasses.replace(recipe.probe, every_epochs=probes),
+        **{recipe.method: settings},
+    )
+
+
+# ---------------------------------------------------------------- warnings
+
+
+def warnings_for(recipe: Recipe, own_arch: str, photos: int, short_side: float) -> list[str]:
+    """What will run, but seldom as it was meant; a line each.
+
+    Args:
+        own_arch: the network that the recipe was made for.
+        short_side: of the photos, in pixels, the median.
+    """
+    found = (_queue(recipe, photos), _enlarged(recipe, short_side), _warmup(recipe), _network(recipe, own_arch))
+    return [line for line in found if line]
+
+
+def short_side_of(reader: BetonReader) -> float:
+    """The shorter side of the photos in pixels, the median."""
+    return float(np.median(np.minimum(reader.heights, reader.widths)))
+
+
+def _queue(recipe: Recipe, photos: int) -> str | None:
+    queue = getattr(recipe.settings, "queue", 0)
+    fewer = getattr(recipe.settings.scaled(recipe.train.batch_size, photos=photos), "queue", 0)
+    if queue <= max(photos, fewer):
+        return None
+    return (
+        f"{recipe.method}.queue holds {queue:,} features of {counted(photos)}: each meets those of its own photo from "
+        f"earlier epochs there; --set {recipe.method}.queue={fewer} holds fewer"
+    )
+
+
+def _enlarged(recipe: Recipe, short_side: float) -> str | None:
+    size = max(spec.size for spec in recipe.views)
+    if short_side >= size:
+        return None
+    return (
+        f"half of the photos have a shorter side of {short_side:g} px or less, and are enlarged for views of {size} px: "
+        "smaller views cost less and show as much"
+    )
+
+
+def _warmup(recipe: Recipe) -> str | None:
+    keys = {"optim.warmup_epochs": recipe.optim.warmup_epochs}
+    warming = [key for key in recipe.settings.EPOCH_KEYS if key != "queue_epoch"]
+    keys |= {f"{recipe.method}.{key}": getattr(recipe.settings, key) for key in warming}
+    late = [f"{key} {value:g}" for key, value in keys.items() if value >= recipe.train.epochs]
+    if not late:
+        return None
+    epochs = f"{recipe.train.epochs:,} epoch{'s' * (recipe.train.epochs != 1)}"
+    return f"a run of {epochs} ends before its warm-up does ({', '.join(late)}): give more --epochs, or lower it with --set"
+
+
+def _network(recipe: Recipe, own_arch: str) -> str | None:
+    mine, meant = (resizes_positions(resolve_arch(arch)) for arch in (recipe.arch, own_arch))
+    if mine == meant:
+        return None
+    kinds = ("a convolutional network", "a vision transformer")
+    return f"{recipe.arch} is {kinds[mine]}, and the recipe was made for {kinds[meant]} ({own_arch}): its rates and heads may not suit it"

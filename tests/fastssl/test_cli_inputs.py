@@ -1,0 +1,209 @@
+"""--data, --recipe and --arch as ``pretrain``, ``estimate`` and ``views`` take them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import click
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import jpeg_bytes, make_photo
+
+from fastssl import devices, sample_set
+from fastssl.cli import main
+from fastssl.cli.inputs import Inputs, choose_inputs
+from fastssl.pipelines.errors import FastSSLError
+
+ARCH = "lcnet_035"
+#: A network's heads and views that take no time.
+SMALL = ("views.0.size=32", "probe.size=32", "probe.every_epochs=0", "moco.projector.hidden=16", "moco.projector.out=8")
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def photos(folder: Path, count: int, side: int = 60, *, flat: bool = False) -> Path:
+    """``count`` photos in a new folder; ``flat``: of one colour."""
+    folder.mkdir(parents=True)
+    for number in range(count):
+        rgb = np.full((side, side, 3), 127, np.uint8) if flat else make_photo(number, side, side)
+        (folder / f"{number:03}.jpg").write_bytes(jpeg_bytes(rgb))
+    return folder
+
+
+def chosen(**options: object) -> Inputs:
+    names = ("arch", "data", "val", "recipe_name", "epochs", "batch_size")
+    return choose_inputs(**{**dict.fromkeys(names), "device": "cpu", "overrides": (), "workers": 1, **options})
+
+
+def cli(*arguments: object) -> int:
+    with pytest.raises(SystemExit) as stop:
+        main([*map(str, arguments)])
+    return stop.value.code
+
+
+def sets(*items: str) -> list[str]:
+    return [argument for item in items for argument in ("--set", item)]
+
+
+def test_the_network_is_the_recipes_unless_it_is_given(beton: Path, capsys: pytest.CaptureFixture) -> None:
+    assert chosen(data=beton).recipe.arch == "mobilenetv3_large"
+    assert chosen(data=beton, recipe_name="dino-resnet18-sslight").recipe.arch == "resnet18"
+    capsys.readouterr()
+    assert chosen(data=beton, recipe_name="dino-resnet18-sslight", arch="vit_tiny").recipe.arch == "vit_tiny"
+    assert (
+        "warning: vit_tiny is a vision transformer, and the recipe was made for a convolutional network (resnet18)"
+        in capsys.readouterr().err
+    )
+
+
+def test_the_sample_photos_without_data(beton: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr(sample_set, "ensure_sample_set", lambda: sample_set.SampleSet(beton, beton))
+    inputs = chosen()
+    assert (inputs.name, inputs.data, inputs.val, inputs.recipe.arch) == (
+        "quickstart",
+        beton,
+        beton,
+        "mobilenetv3_large",
+    )
+    assert "recipe quickstart without --data" in capsys.readouterr().err
+
+
+def test_many_photos_get_the_full_recipe_where_there_is_a_gpu(
+    beton: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr("fastssl.recipe_choice.MANY_PHOTOS", 48)
+    monkeypatch.setattr("fastssl.recipe_choice.SMALL_SIDE", 40)
+    assert chosen(data=beton).name == "few-photos" and "as there is no GPU" in capsys.readouterr().err
+    monkeypatch.setattr(devices, "choose_device", lambda name: torch.device("cuda"))
+    assert chosen(data=beton).name == "light-moco-mobilenetv3"
+    said = capsys.readouterr().err
+    assert "recipe light-moco-mobilenetv3 for 48 photos on a GPU" in said and "enlarged for views of 224 px" in said
+    assert chosen(data=beton, recipe_name="few-photos").name == "few-photos" and "--recipe light-moco" not in capsys.readouterr().err
+
+
+def test_val_may_be_a_folder_too(photo_tree: Path, tmp_path: Path) -> None:
+    shutil.copytree(photo_tree, tmp_path / "train")
+    shutil.copytree(photo_tree, tmp_path / "val")
+    inputs = chosen(data=tmp_path / "train", val=tmp_path / "val")
+    assert (inputs.data, inputs.val) == (tmp_path / "train.beton", tmp_path / "val.beton")
+
+
+def test_mistakes_are_found_before_photos_are_converted(tmp_path: Path) -> None:
+    folder = photos(tmp_path / "photos", 3)
+    for options, message in (
+        ({"arch": "mobilnetv3"}, "unknown network"),
+        ({"recipe_name": "quick-start"}, "nearest: quickstart"),
+        ({"overrides": ("optim.lrr=1",)}, "no key optim.lrr"),
+        ({"val": tmp_path / "none.beton"}, "none.beton"),
+    ):
+        with pytest.raises(FastSSLError, match=message):
+            chosen(data=folder, **options)
+    for overrides in (("train.epochs=3",), ("train.samples=100",)):
+        with pytest.raises(click.UsageError):
+            chosen(data=folder, epochs=3, overrides=overrides)
+
+
+@pytest.mark.parametrize(
+    ("count", "message"),
+    [
+        (0, "no photos found"),
+        (1, "photos: 1 photo, but a batch has at least 2; add photos"),
+        (-3, "all 3 photos were rejected"),
+    ],
+)
+def test_folders_without_enough_photos(count: int, message: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    folder = photos(tmp_path / "photos", abs(count))
+    if count < 0:
+        for path in folder.iterdir():
+            path.write_bytes(b"\xff\xd8\xff damaged")
+    assert cli("pretrain", "--arch", ARCH, "--data", folder, "--out", tmp_path / "run", "--device", "cpu") == 1
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("fastssl: ") and message in last and not (tmp_path / "run").exists()
+    assert len(list(folder.iterdir())) == abs(count)
+
+
+def test_a_folder_trains_and_the_same_command_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Ten photos, of which one is damaged: epochs, batch and queue follow, config.yaml holds what came out."""
+    folder, out = photos(tmp_path / "photos", 10), tmp_path / "run"
+    (folder / "003.jpg").write_bytes(b"\xff\xd8\xff damaged")
+    command = [
+        "pretrain",
+        "--arch",
+        ARCH,
+        "--data",
+        folder,
+        "--out",
+        out,
+        "--device",
+        "cpu",
+        "--workers",
+        1,
+        *sets(*SMALL, "train.samples=768"),
+    ]
+    assert cli(*command) == 0
+    said = capsys.readouterr().err
+    for words in (
+        "recipe few-photos for 10 photos, which are fewer",
+        "9 photos, no labels, now also in",
+        "1 rejected",
+        "for 9 photos: train.batch_size 128 -> 4, moco.queue 256 -> 24; the learning rate follows the batch",
+        "5 epochs for 9 photos",
+    ):
+        assert words in said
+    config = yaml.safe_load((out / "config.yaml").read_text())
+    assert (
+        config["train"]["epochs"],
+        config["train"]["samples"],
+        config["train"]["batch_size"],
+        config["moco"]["queue"],
+    ) == (
+        5,
+        None,
+        4,
+        24,
+    )
+    assert json.loads((out / "summary.json").read_text())["steps"] == 10
+    assert cli(*command) == 0
+    said = capsys.readouterr().err
+    assert "converted before, into" in said and "all 10 steps are made already" in said
+
+
+@pytest.mark.parametrize("kind", ["one colour", "a class of one photo"])
+def test_odd_photos_run_to_the_end(kind: str, tmp_path: Path) -> None:
+    folder, out = tmp_path / "photos", tmp_path / "run"
+    if kind == "one colour":
+        photos(folder, 6, flat=True)
+    else:
+        photos(folder / "many", 7)
+        photos(folder / "one", 1)
+    command = [
+        "pretrain",
+        "--arch",
+        ARCH,
+        "--data",
+        folder,
+        "--out",
+        out,
+        "--device",
+        "cpu",
+        "--workers",
+        1,
+        "--epochs",
+        1,
+    ]
+    assert cli(*command, *sets(*SMALL)) == 0
+    assert (out / "report.html").is_file()
+
+
+def test_views_of_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    folder = photos(tmp_path / "photos", 3)
+    assert cli("views", folder, "--recipe", "quickstart", "--out", tmp_path / "views.png", "--samples", 2) == 0
+    assert (tmp_path / "views.png").is_file() and (tmp_path / "photos.beton").is_file()
+    assert "3 photos, no labels, now also in" in capsys.readouterr().err

@@ -1,0 +1,205 @@
+"""A folder or tar in the place of a ``.beton`` file: converted once, found again, never in the place of anything
+else.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tarfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from conftest import jpeg_bytes, make_photo
+
+from fastssl import photo_source
+from fastssl.photo_source import as_beton, is_source, look_at, side_for
+from fastssl.pipelines.beton import BetonReader, read_side_file
+from fastssl.pipelines.convert import ConvertOptions, convert
+from fastssl.pipelines.errors import FastSSLError
+from fastssl.recipe import load_recipe
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache folder of the test's own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "fastssl" / "photos"
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Five photos of 60 x 80 pixels in a folder."""
+    folder = tmp_path / "data" / "photos"
+    folder.mkdir(parents=True)
+    for number in range(5):
+        (folder / f"{number}.jpg").write_bytes(jpeg_bytes(make_photo(number, 60, 80)))
+    return folder
+
+
+def made(path: Path, side: int = 32) -> tuple[Path, list[str]]:
+    """(the .beton file, what was said)."""
+    said: list[str] = []
+    return as_beton(look_at(path), side, workers=1, say=said.append), said
+
+
+def count(path: Path) -> int:
+    with BetonReader(path) as reader:
+        return len(reader)
+
+
+def test_a_folder_becomes_a_file_beside_it_once(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = look_at(photos)
+    assert (found.photos, found.short_side) == (5, 60)
+    path, (line,) = made(photos)
+    assert path == photos.parent / "photos.beton" and count(path) == 5
+    assert f"{photos}: 5 photos, no labels, now also in {path}" in line and "short side at most 32 px" in line
+    with BetonReader(path) as reader:
+        assert reader.heights.tolist() == [32] * 5
+    monkeypatch.setattr(photo_source, "convert", None)  # would fail
+    again, (line,) = made(photos)
+    assert again == path and "converted before" in line
+    assert sorted(entry.name for entry in photos.parent.iterdir()) == ["photos", "photos.beton", "photos.beton.json"]
+
+
+def test_photos_that_changed_are_converted_again(photos: Path) -> None:
+    path, _ = made(photos)
+    (photos / "5.jpg").write_bytes(jpeg_bytes(make_photo(5, 60, 80)))
+    assert made(photos)[0] == path and count(path) == 6
+    before = path.read_bytes()
+    (photos / "5.jpg").write_bytes(jpeg_bytes(make_photo(6, 60, 80)))
+    os.utime(photos / "5.jpg", ns=(1, 1))
+    assert made(photos)[0] == path and path.read_bytes() != before
+    (photos / "5.jpg").unlink()
+    assert made(photos)[0] == path and count(path) == 5
+
+
+def test_another_size_goes_elsewhere_and_both_are_found(photos: Path, cache: Path) -> None:
+    small, _ = made(photos, 32)
+    content = small.read_bytes()
+    large, _ = made(photos, 48)
+    assert large.parent == cache and large.name.startswith("photos-") and small.read_bytes() == content
+    assert made(photos, 32)[0] == small and made(photos, 48)[0] == large
+    (photos / "4.jpg").unlink()
+    assert made(photos, 48)[0] == large and count(large) == 4 and count(small) == 5
+    assert made(photos, 32)[0] == small and count(small) == 4
+
+
+@pytest.mark.parametrize("how", ["converted", "copied over ours", "no beton", "side file alone", "damaged"])
+def test_a_file_that_somebody_made_is_never_written_over(how: str, photos: Path, tmp_path: Path, cache: Path) -> None:
+    theirs = photos.parent / "photos.beton"
+    other = tmp_path / "other"
+    other.mkdir()
+    shutil.copy(photos / "0.jpg", other)
+    if how == "converted":
+        convert(other, theirs, ConvertOptions())
+    elif how == "copied over ours":
+        assert made(photos)[0] == theirs
+        (photos / "4.jpg").unlink()
+        convert(other, tmp_path / "other.beton", ConvertOptions())
+        shutil.copy(tmp_path / "other.beton", theirs)
+    elif how == "no beton":
+        theirs.write_text("my notes")
+    elif how == "side file alone":
+        (photos.parent / "photos.beton.json").write_text("{}")
+    else:
+        assert made(photos)[0] == theirs
+        theirs.write_bytes(theirs.read_bytes()[:-100])
+    before = {path: path.read_bytes() for path in photos.parent.glob("photos.beton*")}
+    path, _ = made(photos)
+    assert path.parent == cache and count(path) == len(list(photos.iterdir()))
+    assert {path: path.read_bytes() for path in photos.parent.glob("photos.beton*")} == before
+
+
+def test_a_conversion_that_somebody_made_the_same_way_is_taken(photos: Path, cache: Path) -> None:
+    theirs = photos.parent / "photos.beton"
+    convert(photos, theirs, ConvertOptions(short_side=32))
+    assert made(photos)[0] == theirs
+    (photos / "4.jpg").unlink()  # it is out of date now, and not ours to renew
+    assert made(photos)[0].parent == cache and count(theirs) == 5
+
+
+def test_where_nothing_can_be_written_beside_the_cache_is_used(photos: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != photos.parent and access(path, mode))
+    path, _ = made(photos)
+    assert path.parent == cache and made(photos)[0] == path
+    assert [entry.name for entry in photos.parent.iterdir()] == ["photos"]
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    (photos / "4.jpg").unlink()
+    with pytest.raises(FastSSLError, match=r"neither .*photos.beton nor .* can be written; convert it with `fastssl convert-imagenet`"):
+        made(photos)
+
+
+def test_many_at_once_convert_once(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Path] = []
+
+    def counting(*arguments: object) -> object:
+        calls.append(Path(str(arguments[1])))
+        return convert(*arguments)
+
+    monkeypatch.setattr(photo_source, "convert", counting)
+    source = look_at(photos)
+    with ThreadPoolExecutor(6) as pool:
+        paths = set(pool.map(lambda _: as_beton(source, 32, workers=1), range(6)))
+    assert paths == {photos.parent / "photos.beton"} and len(calls) == 1
+    assert not list(photos.parent.glob(".*.lock"))
+
+
+def test_tars_and_classes(photos: Path, photo_tree: Path, tmp_path: Path) -> None:
+    assert [is_source(path) for path in (photos, photo_tree, photos / "0.jpg", tmp_path / "none.tar")] == [
+        True,
+        True,
+        False,
+        False,
+    ]
+    with tarfile.open(photos.parent / "set.tar", "w") as archive:
+        archive.add(photo_tree, "set")
+    (photos.parent / "set.tar").rename(photos.parent / "set.tar.1")  # known by its contents
+    assert is_source(photos.parent / "set.tar.1")
+    (photos.parent / "set.tar.1").rename(photos.parent / "set.tar")
+    path, (line,) = made(photos.parent / "set.tar")
+    assert path == photos.parent / "set.beton" and "48 photos, 3 classes" in line
+    with BetonReader(path) as reader:
+        assert reader.classes == ["blue", "green", "red"]
+    assert look_at(path).photos == 48 and as_beton(look_at(path), 7) == path  # a .beton file stays what it is
+
+
+def test_damaged_photos_are_counted_and_all_damaged_is_an_error(photos: Path) -> None:
+    (photos / "0.jpg").write_bytes(b"\xff\xd8\xff damaged")
+    _, (line,) = made(photos)
+    assert "4 photos" in line and f"1 rejected (see {photos.parent / 'photos.beton.rejects.jsonl'})" in line
+    for path in photos.iterdir():
+        path.write_bytes(b"\xff\xd8\xff damaged")
+    before = (photos.parent / "photos.beton").read_bytes()
+    assert look_at(photos).short_side is None
+    with pytest.raises(FastSSLError, match="all 5 photos were rejected"):
+        made(photos)
+    assert (photos.parent / "photos.beton").read_bytes() == before and not list(photos.parent.glob("*.partial*"))
+
+
+def test_no_photos(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FastSSLError, match="no photos found"):
+        look_at(tmp_path / "empty")
+
+
+def test_the_file_is_marked_as_ours(photos: Path, tmp_path: Path) -> None:
+    path, _ = made(photos)
+    convert(photos, tmp_path / "theirs.beton", ConvertOptions(short_side=32))
+    ours, theirs = read_side_file(path), read_side_file(tmp_path / "theirs.beton")
+    assert (ours.pop("automatic"), theirs.pop("automatic")) == (True, False) and ours == theirs
+
+
+@pytest.mark.parametrize(
+    ("recipe", "side"),
+    [("quickstart", 64), ("few-photos", 96), ("light-moco-mobilenetv3", 384), ("dino-mobilenetv2-sslight", 384)],
+)
+def test_photos_are_stored_as_large_as_the_views_can_show(recipe: str, side: int) -> None:
+    assert side_for(load_recipe(recipe)) == side
+
+
+def test_large_views_and_probes_get_their_pixels() -> None:
+    assert side_for(load_recipe("light-moco-mobilenetv3", {"views.0.size": "448"})) == 448
+    assert side_for(load_recipe("few-photos", {"probe.size": "160", "probe.crop": "0.8"})) == 200
