@@ -69,6 +69,10 @@ def probe_row(step, **changes):
     return row | {"uniformity": -2.0, "seconds": 1.0} | changes
 
 
+#: The interval of one difference reaches over 0: it is level.
+AGAINST = {"random initialisation": {"knn": {"low": 15.0, "high": 25.0}, "linear": {"low": -1.0, "high": 21.0}}}
+
+
 def summary(trained=(70.0, 81.4), random=(50.0, 71.2), raw=(75.0, 83.1), **changes):
     names = ("raw pixels (16x16)", "random initialisation", "after pre-training")
     rows = [{"name": name, "knn": knn, "linear": linear} for name, (knn, linear) in zip(names, (raw, random, trained))]
@@ -90,7 +94,8 @@ def summary(trained=(70.0, 81.4), random=(50.0, 71.2), raw=(75.0, 83.1), **chang
         "bottleneck": "compute-bound: the network",
         "probe": {"note": "judged on val.beton", "train_samples": 4000, "val_samples": 2000, "classes": 10, "rows": rows},
         "share": {"samples_seen": 40000, "full_samples": 256000000, "percent": 0.0156, "full_recipe": "light-moco-mobilenetv3"},
-        "next_mark": {"name": "raw pixels (16x16)", "command": "fastssl pretrain --epochs 99", "note": "measured: 31 min"},
+        "command": "fastssl pretrain --arch mobilenetv3_large --data photos.beton",
+        "verdict": {"state": "learned in part", "text": "learned in part: better than nothing.", "epochs": None, "against": AGAINST},
         "skipped": 0,
     } | changes
 
@@ -159,7 +164,7 @@ def test_the_headline_is_honest(tmp_path, trained, expected):
 
 
 def test_without_labels(tmp_path):
-    result = summary() | {"probe": {"note": "the photos have no labels", "rows": []}, "next_mark": None, "share": None}
+    result = summary() | {"probe": {"note": "the photos have no labels", "rows": []}, "share": None}
     rows = [step_row(10), step_row(20), probe_row(20, knn=None)]
     html = render(read_run(make_run(tmp_path / "run", result, rows)))
     parse(html)
@@ -203,7 +208,8 @@ def test_strings_are_escaped(tmp_path):
     result = summary(arch=evil, recipe=evil, bottleneck=evil, device=evil, host={evil: evil}, versions=evil)
     result["data"]["name"] = result["probe"]["note"] = evil
     result["probe"]["rows"][0]["name"] += evil
-    result["next_mark"] = {"name": evil, "command": evil, "note": evil}
+    result["command"] = evil
+    result["verdict"] = {"state": evil, "text": evil, "against": evil}
     result["share"]["full_recipe"] = evil
     html = render(read_run(make_run(tmp_path / "run", result, config=json.dumps({"a": evil}))))
     parse(html)
