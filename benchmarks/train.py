@@ -63,8 +63,9 @@ def run(
 
     Returns:
         One record. ``details``: ``data_wait``, the share of the time for which the loop stood waiting for a batch; ``headspace``, how much
-        faster (0.2: 20 %) the loop would be if data cost nothing; ``data_counted``, the share of data as ``pretrain`` counts it, beside
-        the one measured in ``share``; ``advice`` in words; and its ``remedies`` with ``predicted`` and ``measured`` gain.
+        faster (0.2: 20 %) the loop would be if data cost nothing; ``data_counted``, the share of data as ``pretrain``
+        counts it, beside the one measured in ``share``; ``advice`` in words; and its ``remedies`` with ``predicted``
+        and ``measured`` gain.
     """
     device = torch.device(device)
     path, name = find_data(data, photos)
@@ -78,8 +79,14 @@ def run(
         step(batch.views, batch.tables)
 
     def counted(window: Window) -> float:
-        spent = {"wait_s": window.wait_s, "colour_s": window.colour_s, "loader_cpu_s": window.host_cpu_s, "step_cpu_s": window.step_cpu_s}
-        return data_share(window.seconds, on_cpu=device.type == "cpu", **spent)
+        return data_share(
+            window.seconds,
+            on_cpu=device.type == "cpu",
+            wait_s=window.wait_s,
+            colour_s=window.colour_s,
+            loader_cpu_s=window.host_cpu_s,
+            step_cpu_s=window.step_cpu_s,
+        )
 
     def loop(loader: ViewLoader, consume: Callable[[Batch], None] = train) -> Callable[[float], Window]:
         return partial(stream_window, lambda: endless(loader), consume, loader.stats, size, device)

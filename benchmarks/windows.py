@@ -117,7 +117,8 @@ def stream_window(
             consume(next(stream))
             batches += 1
         synchronize(device)
-        elapsed, process, thread = time.perf_counter() - started, time.process_time() - process, time.thread_time() - thread
+        elapsed, process = time.perf_counter() - started, time.process_time() - process
+        thread = time.thread_time() - thread
         return Window(
             elapsed,
             batches * batch_size,

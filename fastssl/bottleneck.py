@@ -1,7 +1,8 @@
 """What a training loop's time goes into: data or step. The one rule of ``pretrain`` and ``bench train``.
 
-The figure is the *share of data*: what part of the loop's time would be saved if data cost nothing. ``bench train`` measures it (the same steps on batches
-that are there already); a run of ``pretrain``, which has no such steps, counts it from the loader's clocks.
+The figure is the *share of data*: what part of the loop's time would be saved if data cost nothing. ``bench train``
+measures it (the same steps on batches that are there already); a run of ``pretrain``, which has no such steps, counts
+it from the loader's clocks.
 """
 
 from __future__ import annotations
@@ -10,12 +11,21 @@ from __future__ import annotations
 WORTH = 0.05
 
 
-def data_share(seconds: float, *, on_cpu: bool, wait_s: float, colour_s: float, loader_cpu_s: float, step_cpu_s: float) -> float:
+def data_share(
+    seconds: float,
+    *,
+    on_cpu: bool,
+    wait_s: float,
+    colour_s: float,
+    loader_cpu_s: float,
+    step_cpu_s: float,
+) -> float:
     """The share of data, counted.
 
-    On a GPU that is the time for which the loop stood waiting. On a CPU the wait alone says little: photos are decoded beside the step on the same cores,
-    which makes the step longer and the wait short. The thread that makes the steps takes part in all of their work, so a step alone would take about that
-    thread's processor time; what the loop took above it is data's doing, as far as the loader was at work at all (the rest is other processes').
+    On a GPU that is the time for which the loop stood waiting. On a CPU the wait alone says little: photos are
+    decoded beside the step on the same cores, which makes the step longer and the wait short. The thread that makes
+    the steps takes part in all of their work, so a step alone would take about that thread's processor time; what the
+    loop took above it is data's doing, as far as the loader was at work at all (the rest is other processes').
 
     Args:
         seconds: of the loop, above 0.

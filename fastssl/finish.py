@@ -51,7 +51,9 @@ def finish_run(run: Run, started: float) -> dict[str, Any]:
     probe = run.recipe.probe
     split = choose_split(run.reader, run.val, probe.final_samples, run.options.seed)
     features = _all_features(run, split)
-    rows = [*_majority(split), *(probe_features(name, *parts, split.labelled) for name, parts in features.items())] if split.labelled else []
+    rows: list[dict[str, Any]] = []
+    if split.labelled:
+        rows = [*_majority(split), *(probe_features(name, *parts, True) for name, parts in features.items())]
     collapse = _collapse_figures(features[TRAINED])
     summary = {
         "command": _command(),
@@ -79,7 +81,8 @@ def finish_run(run: Run, started: float) -> dict[str, Any]:
 
 
 def _all_features(run: Run, split: ProbeSplit) -> dict[str, tuple[Features, Features]]:
-    """(bank, queries) of raw pixels and colours, of the network as it was before the first step, of the trained one, and of the forms of it that the recipe names."""
+    """(bank, queries) of raw pixels and colours, of the network as it was before the first step, of the trained one,
+    and of the forms of it that the recipe names."""
     options, probe = run.extraction, run.recipe.probe
     plain = {
         name: tuple(
@@ -207,7 +210,8 @@ def _command() -> str | None:
 
 
 def _majority(split: ProbeSplit) -> list[dict[str, Any]]:
-    """What a constant answer gets, the bank's most frequent class; where that class is half as large again as it would be if all were equal, or more."""
+    """What a constant answer gets, the bank's most frequent class; where that class is half as large again as it
+    would be if all were equal, or more."""
     known, counts = np.unique(split.bank.labels[split.bank_index], return_counts=True)
     if counts.max() * len(known) < 1.5 * counts.sum():
         return []

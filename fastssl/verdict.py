@@ -1,8 +1,9 @@
 """What came of a run, in words: learned, still learning, collapsed, no better than random.
 
-Pure functions of what ``summary.json`` and ``metrics.jsonl`` hold. A difference counts where it is larger than the chance of the judging set: the 95 %
-interval of a difference of two shares, from their Wilson intervals (Newcombe, Statistics in Medicine 17, 1998, method 10). It takes the two for independent;
-here they are of the same photos, which makes it careful.
+Pure functions of what ``summary.json`` and ``metrics.jsonl`` hold. A difference counts where it is larger than the
+chance of the judging set: the 95 % interval of a difference of two shares, from their Wilson intervals (Newcombe,
+Statistics in Medicine 17, 1998, method 10). It takes the two for independent; here they are of the same photos, which
+makes it careful.
 """
 
 from __future__ import annotations
@@ -13,16 +14,17 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from fastssl.evaluate.features import wilson_interval
-from fastssl.marks import COLOURS, MARKS, RANDOM, RAW, TRAINED, mark_of
+from fastssl.marks import MARKS, RANDOM, RAW, TRAINED, mark_of
 
 LEARNED, STILL_LEARNING, IN_PART = "learned", "still learning", "learned in part"
 COLLAPSED, NO_BETTER, NOT_JUDGED = "collapsed", "no better than random", "not judged"
 
-#: Collapse. Random networks have an effective rank of 30 and more and a spread above 0.5; trained ones of 80 and more, and 0.7.
+#: Collapse. Random networks have an effective rank of 30 and more and a spread above 0.5; trained ones 80 and 0.7.
 _LEAST_RANK, _LEAST_SPREAD, _LEAST_EMBEDDING = 2.0, 0.02, 0.1
 #: A target whose entropy is that share of ln K says nothing.
 _NO_TARGET = 0.99
-#: What of its first value the loss may keep and still count as fallen; and how much of it must go in a quarter of the run to count as falling.
+#: What of its first value the loss may keep and still count as fallen; and how much of it must go in a quarter of the
+#: run to count as falling.
 _UNMOVED, _FALLING = 0.98, 0.02
 #: Points of kNN below which more epochs are not worth a word.
 _LEAST_GAIN = 0.5
@@ -69,7 +71,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Gain:
-    """Points of online kNN that as many epochs again would bring if the curve went on as it did, and the 95 % interval."""
+    """Points of online kNN that as many epochs again would bring, if the curve went on as it did; 95 % interval."""
 
     points: float
     low: float
@@ -85,8 +87,9 @@ def judge(evidence: Evidence) -> dict[str, Any]:
     """The verdict.
 
     Returns:
-        ``state``; ``text``, some sentences; ``epochs`` that a longer run should have (None: nothing speaks for one) and its expected ``gain``;
-        ``signs`` of a collapse; ``against``: mark -> kind -> the difference from the trained network.
+        ``state``; ``text``, some sentences; ``epochs`` that a longer run should have (None: nothing speaks for one) and
+        its expected ``gain``; ``signs`` of a collapse; ``against``: mark -> kind -> the difference from the trained
+        network.
     """
     signs, gain = collapse_signs(evidence), expected_gain(evidence)
     against = compare(evidence.rows, evidence.judged)
@@ -146,8 +149,8 @@ def compare(rows: Sequence[Mapping[str, Any]], judged: int) -> dict[str, dict[st
 def expected_gain(evidence: Evidence) -> Gain | None:
     """What the online kNN would gain by as many epochs again; None: fewer than three probes.
 
-    The share of wrong answers is taken to fall as a power of the epoch, fitted to the second half of the run. Its noise is that of the
-    residuals, but no less than what photos that are judged again and again leave.
+    The share of wrong answers is taken to fall as a power of the epoch, fitted to the second half of the run. Its
+    noise is that of the residuals, but no less than what photos that are judged again and again leave.
     """
     points = [(_number(row.get("epoch")), _number(row.get("knn"))) for row in evidence.probes]
     points = [(epoch, knn) for epoch, knn in points if epoch and knn is not None and epoch > 0]
@@ -163,7 +166,8 @@ def expected_gain(evidence: Evidence) -> Gain | None:
     if not spread:
         return None
     slope = sum((x - middle) * (y - height) for x, y in zip(across, wrong)) / spread
-    residual = math.sqrt(sum((y - height - slope * (x - middle)) ** 2 for x, y in zip(across, wrong)) / (len(recent) - 2))
+    squares = sum((y - height - slope * (x - middle)) ** 2 for x, y in zip(across, wrong))
+    residual = math.sqrt(squares / (len(recent) - 2))
     share = math.exp(height) / 100
     floor = _OWN_ERROR * math.sqrt((1 - share) / (share * evidence.online_judged))  # of the logarithm of the share
     error = _Z * max(residual, floor) / math.sqrt(spread)
@@ -172,16 +176,24 @@ def expected_gain(evidence: Evidence) -> Gain | None:
 
 
 def loss_trend(steps: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Of what the loss has above its target's entropy, where that is known: ``first`` and ``last`` value, ``fallen``, and ``fall`` over the last quarter
-    of the run as a share, ``falling``. {}: fewer than four rows."""
-    key = "loss" if any("target_entropy" in row for row in steps) else "kl" if any("kl" in row for row in steps) else "loss"
+    """Of what the loss has above its target's entropy, where that is known: ``first`` and ``last`` value, ``fallen``,
+    and ``fall`` over the last quarter of the run as a share, ``falling``. {}: fewer than four rows."""
+    logged = {key for row in steps for key in row}
+    key = "kl" if "kl" in logged and "target_entropy" not in logged else "loss"
     values = [value for row in steps if (value := _number(row.get(key))) is not None]
     if len(values) < 4:
         return {}
     tenth, quarter = max(1, len(values) // 10), len(values) // 4
-    first, last, before = (sum(part) / len(part) for part in (values[:tenth], values[-quarter:], values[-2 * quarter : -quarter]))
+    parts = (values[:tenth], values[-quarter:], values[-2 * quarter : -quarter])
+    first, last, before = (sum(part) / len(part) for part in parts)
     fall = (before - last) / before if before > 0 else 0.0
-    return {"first": first, "last": last, "fallen": last < _UNMOVED * first, "fall": fall, "falling": last < first and fall > _FALLING}
+    return {
+        "first": first,
+        "last": last,
+        "fallen": last < _UNMOVED * first,
+        "fall": fall,
+        "falling": last < first and fall > _FALLING,
+    }
 
 
 def collapse_signs(evidence: Evidence) -> list[str]:
@@ -197,7 +209,8 @@ def collapse_signs(evidence: Evidence) -> list[str]:
     if entropy is None and embedding is not None and embedding < _LEAST_EMBEDDING:
         signs.append(f"the embeddings of all photos are nearly equal (spread {embedding:.3f}; 1: even over the sphere)")
     if entropy is not None and entropy > _NO_TARGET and trend and not trend["fallen"]:
-        signs.append(f"the loss has stayed at that of a guess ({trend['first']:.2f} at the start, {trend['last']:.2f} at the end)")
+        ends = f"{trend['first']:.2f} at the start, {trend['last']:.2f} at the end"
+        signs.append(f"the loss has stayed at that of a guess ({ends})")
     return signs
 
 
@@ -245,7 +258,8 @@ def _without_labels(evidence: Evidence) -> str:
         parts.append(_of_the_loss(evidence.steps))
     alignment = [value for row in evidence.steps if (value := _number(row.get("alignment"))) is not None]
     if alignment:
-        parts.append(f"Two views of a photo lie {alignment[-1]:.2f} apart ({alignment[0]:.2f} at the start; 0: equal, 2: unrelated)")
+        ends = f"{alignment[-1]:.2f} apart ({alignment[0]:.2f} at the start; 0: equal, 2: unrelated)"
+        parts.append(f"Two views of a photo lie {ends}")
     parts.append("neighbours.png shows which photos it finds alike")
     return ". ".join(parts)
 
@@ -255,13 +269,17 @@ def _of_the_loss(steps: Sequence[Mapping[str, Any]]) -> str:
     if not trend:
         return "The run logged too few steps to say how its loss went"
     if not trend["fallen"]:
-        return f"The loss has not fallen ({trend['first']:.2f} at the start, {trend['last']:.2f} at the end): nothing was learned yet"
-    now = f"and is still falling ({trend['fall']:.0%} in the last quarter of the run)" if trend["falling"] else "and has come to rest"
+        ends = f"{trend['first']:.2f} at the start, {trend['last']:.2f} at the end"
+        return f"The loss has not fallen ({ends}): nothing was learned yet"
+    now = "and has come to rest"
+    if trend["falling"]:
+        now = f"and is still falling ({trend['fall']:.0%} in the last quarter of the run)"
     return f"The loss fell from {trend['first']:.2f} to {trend['last']:.2f} {now}"
 
 
 def _more_epochs(epochs: int, more: int, gain: Gain | None) -> str:
-    run = f"Run {more - epochs:,} more {_plural('epoch', more - epochs)}: the same command with --epochs {more} and another --out"
+    added = more - epochs
+    run = f"Run {added:,} more {_plural('epoch', added)}: the same command with --epochs {more} and another --out"
     if gain is None or not gain.rising:
         return f"{run}; how much that brings cannot be told from this run."
     return (

@@ -1,6 +1,7 @@
 """A reference that knows colours and no shapes: which ones a photo has, and how much of each.
 
-Many labels go with a colour (leaves, sky, a brand's logo). A network that is not above this row may have learned no more than that.
+Many labels go with a colour (leaves, sky, a brand's logo). A network that is not above this row may have learned no
+more.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from fastssl.evaluate.features import EVALUATION_CROP, Features, collect
 from fastssl.pipelines.beton import BetonReader
 from fastssl.pipelines.plan import ViewSpec
 
-#: Bins for each of red, green and blue: 512 colours. On the sample set a joint histogram is far above three separate ones (kNN 38 % to 33 %).
+#: Bins for each of red, green and blue: 512 colours. On the sample set a joint histogram is well above three separate
+#: ones (kNN 38 % to 33 %), and its square root far above the plain shares (28 %).
 BINS = 8
 #: Side of the view whose pixels are counted.
 SIZE = 64
@@ -31,14 +33,16 @@ def colour_histogram_features(
     crop: float = EVALUATION_CROP,
     on_bad: str = "fail",
 ) -> Features:
-    """For every photo the square root of each colour's share of the pixels: 512 values from 0 to 1, whose squares sum to 1.
+    """For every photo the square root of each colour's share of the pixels: 512 values from 0 to 1, whose squares sum
+    to 1.
 
-    The pixels are those of the view that a network is evaluated on, at 64x64. With the root the cosine of two rows is the
-    Bhattacharyya coefficient of their histograms, so a small patch of a telling colour counts beside a large background.
-    For the arguments see ``extract_features``.
+    The pixels are those of the view that a network is evaluated on, at 64x64. With the root the cosine of two rows is
+    the Bhattacharyya coefficient of their histograms, so a small patch of a telling colour counts beside a large
+    background. For the arguments see ``extract_features``.
     """
     spec = replace(ViewSpec.evaluation(SIZE, crop=crop), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
-    return collect(histograms, data, spec, indices, batch_size, device=torch.device("cpu"), workers=workers, on_bad=on_bad)
+    cpu = torch.device("cpu")
+    return collect(histograms, data, spec, indices, batch_size, device=cpu, workers=workers, on_bad=on_bad)
 
 
 def histograms(views: Tensor) -> Tensor:

@@ -233,11 +233,13 @@ def _verdict(run: RunRecord) -> str:
         return ""
     state, text = found
     css = {"learned": " good", "collapsed": " bad", "no better than random": " bad"}.get(state, "")
-    return f'<div class="verdict{css}"><b>{escape(state[:1].upper() + state[1:])}</b><p>{escape(text[:1].upper() + text[1:])}</p></div>'
+    heading, words = (escape(part[:1].upper() + part[1:]) for part in (state, text))
+    return f'<div class="verdict{css}"><b>{heading}</b><p>{words}</p></div>'
 
 
 def _marks(run: RunRecord) -> str:
-    """The table of the marks and of the network's other forms, how the trained network compares, and what share of a full recipe this was."""
+    """The table of the marks and of the network's other forms, how the trained network compares with each, and what
+    share of a full recipe this was."""
     rows = probe_rows(run)
     if not run.summary:
         return ""
@@ -252,12 +254,14 @@ def _marks(run: RunRecord) -> str:
             cells = "".join(f"<td>{_bar(_number(row.get(kind)))}</td>" for kind in ("knn", "linear"))
             against = "" if name == TRAINED else _against(run, name, trained, row)
             css = ' class="ours"' if name == TRAINED else ""
-            body.append(f"<tr{css}><th scope='row'>{escape(str(row.get('name', name)))}</th>{cells}<td>{against}</td></tr>")
+            title = escape(str(row.get("name", name)))
+            body.append(f"<tr{css}><th scope='row'>{title}</th>{cells}<td>{against}</td></tr>")
         for row in other_rows(run):
             cells = "".join(f"<td>{_bar(_number(row.get(kind)))}</td>" for kind in ("knn", "linear"))
             body.append(f"<tr><th scope='row'>{escape(str(row.get('name', '')))}</th>{cells}<td></td></tr>")
         parts.append(
-            "<table class='marks'><thead><tr><th>features</th><th>kNN, %</th><th>linear probe, %</th><th>the trained network, points</th></tr></thead>"
+            "<table class='marks'><thead><tr><th>features</th><th>kNN, %</th><th>linear probe, %</th>"
+            "<th>the trained network, points</th></tr></thead>"
             f"<tbody>{''.join(body)}</tbody></table>"
         )
         sizes = [
@@ -281,7 +285,8 @@ def _bar(value: float | None) -> str:
 
 
 def _against(run: RunRecord, mark: str, trained: dict[str, Any], row: dict[str, Any]) -> str:
-    """How far the trained network is above or below a mark, a line for each kind. What is no more than chance, as the verdict has it, is called level."""
+    """How far the trained network is above or below a mark, a line for each kind. What is no more than chance, as the
+    verdict has it, is called level."""
     lines = []
     for kind, words in (("knn", "kNN"), ("linear", "linear")):
         ours, theirs = _number(trained.get(kind)), _number(row.get(kind))
@@ -314,7 +319,8 @@ def _share(run: RunRecord) -> str:
 
 def _curves(run: RunRecord) -> str:
     rows = probe_rows(run)
-    marks = [Mark(name, value) for name in (RAW, COLOURS, RANDOM) if (value := _number(rows.get(name, {}).get("knn"))) is not None]
+    figures = {name: _number(rows.get(name, {}).get("knn")) for name in (RAW, COLOURS, RANDOM)}
+    marks = [Mark(name, value) for name, value in figures.items() if value is not None]
     # The probes at the end use more photos than those in between, so the reference lines are a guide, not a finish line.
     step, probe = _points(run.steps), _points(run.probes)
     charts = [
@@ -403,7 +409,8 @@ def _throughput(run: RunRecord) -> str:
             ("Time spent waiting for data", "percent", waits),
         )
     ]
-    pair, view, wait, data = (_number(run.summary.get(key)) for key in ("pair_per_s", "view_per_s", "data_wait", "data_share"))
+    keys = ("pair_per_s", "view_per_s", "data_wait", "data_share")
+    pair, view, wait, data = (_number(run.summary.get(key)) for key in keys)
     figures = "".join(
         f"<div><b>{text}</b><span>{what}</span></div>"
         for value, text, what in (

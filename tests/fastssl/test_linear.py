@@ -71,15 +71,17 @@ def test_probe_chooses_the_strength_on_held_out_samples_and_is_deterministic():
 
 
 def two_hills(count, seed):
-    """Four rough hints at the class, 60 columns of noise, and two columns whose small difference tells the class exactly.
+    """Four rough hints at the class, 60 columns of noise, and two columns whose small difference tells it exactly.
 
-    A strong penalty sees the hints, a middle one learns the noise, and only a weak one allows the large weights that the difference needs.
+    A strong penalty sees the hints, a middle one learns the noise, and only a weak one allows the large weights that
+    the difference needs.
     """
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(0, 2, (count,), generator=generator)
     side = 2.0 * labels[:, None] - 1
     hints, common, noise = (torch.randn(count, width, generator=generator) for width in (4, 1, 60))
-    return Features(torch.cat([0.5 * side + hints, common + 0.03 * side, common, noise], dim=1), labels, torch.arange(count))
+    features = torch.cat([0.5 * side + hints, common + 0.03 * side, common, noise], dim=1)
+    return Features(features, labels, torch.arange(count))
 
 
 def test_a_held_out_curve_with_two_hills_does_not_fool_the_search():
