@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from fastssl.benchmarks.windows import Window
+from fastssl.bottleneck import WORTH as WORTH_A_WORD
 from fastssl.pipelines.beton import MIN_PAGE_SIZE, MODE_RAW, BetonReader, BetonWriter
 from fastssl.pipelines.convert import ConvertOptions, encode_photo
 from fastssl.pipelines.plan import ViewSpec
@@ -143,7 +144,7 @@ def in_words(data_share: float, remedies: list[tuple[Remedy, float]], *, shared:
         remedies: each with the measured gain.
         shared: whether step and decoding share the cores (training on a CPU).
     """
-    if data_share < 0.05:
+    if data_share < WORTH_A_WORD:
         return f"step-bound: data costs {max(0.0, data_share):.0%} of the time, and no work on the input side can win more"
     found = ", or ".join(f"{remedy.words} (predicted {remedy.predicted:.2f}x, measured {outcome:.2f}x)" for remedy, outcome in remedies)
     if found:

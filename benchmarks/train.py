@@ -7,6 +7,7 @@ alone. Where there is headspace, ``advice.py`` says what to do about it and what
 from __future__ import annotations
 
 import itertools
+import statistics
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -22,6 +23,7 @@ from fastssl.benchmarks.records import Record
 from fastssl.benchmarks.step import fit_step
 from fastssl.benchmarks.timing import MIN_RUNS
 from fastssl.benchmarks.windows import Window, measure_windows, rate, ratio, stream_window, wait_share
+from fastssl.bottleneck import bottleneck, data_share
 from fastssl.pipelines.beton import BetonReader
 from fastssl.pipelines.engine import EngineStats
 from fastssl.pipelines.loader import Batch, ViewLoader
@@ -61,7 +63,9 @@ def run(
 
     Returns:
         One record. ``details``: ``data_wait``, the share of the time for which the loop stood waiting for a batch; ``headspace``, how much
-        faster (0.2: 20 %) the loop would be if data cost nothing; ``advice`` in words; and its ``remedies`` with ``predicted`` and ``measured`` gain.
+        faster (0.2: 20 %) the loop would be if data cost nothing; ``data_counted``, the share of data as ``pretrain``
+        counts it, beside the one measured in ``share``; ``advice`` in words; and its ``remedies`` with ``predicted``
+        and ``measured`` gain.
     """
     device = torch.device(device)
     path, name = find_data(data, photos)
@@ -73,6 +77,16 @@ def run(
 
     def train(batch: Batch) -> None:
         step(batch.views, batch.tables)
+
+    def counted(window: Window) -> float:
+        return data_share(
+            window.seconds,
+            on_cpu=device.type == "cpu",
+            wait_s=window.wait_s,
+            colour_s=window.colour_s,
+            loader_cpu_s=window.host_cpu_s,
+            step_cpu_s=window.step_cpu_s,
+        )
 
     def loop(loader: ViewLoader, consume: Callable[[Batch], None] = train) -> Callable[[float], Window]:
         return partial(stream_window, lambda: endless(loader), consume, loader.stats, size, device)
@@ -134,6 +148,7 @@ def run(
                 "data_wait": wait_share(windows["real"]),
                 "headspace": 1 / fraction - 1,
                 "share": {"step": min(1.0, fraction), "data": max(0.0, 1 - fraction)},
+                "data_counted": statistics.median(map(counted, windows["real"])),
                 "loader_pair_per_s": rate(windows["loader"]),
                 "step_pair_per_s": rate(windows["replay"]),
                 "advice": in_words(1 - fraction, remedies, shared=device.type == "cpu"),
@@ -150,10 +165,3 @@ def _try(before: Callable[[float], Window], after: list[Callable[[float], Window
         return []
     windows = measure_windows({"before": before, **{str(number): run for number, run in enumerate(after)}}, seconds=seconds, runs=runs)
     return [ratio(windows[str(number)], windows["before"]) for number in range(len(after))]
-
-
-def bottleneck(data_share: float) -> str:
-    """In words, from the share of the time that the loop would save if data cost nothing."""
-    if data_share >= 0.05:
-        return f"data ({data_share:.0%} of the time)"
-    return f"step (data costs {max(0.0, data_share):.0%} of the time)"

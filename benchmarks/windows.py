@@ -9,7 +9,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -31,6 +31,8 @@ class Window:
         decoded, host_cpu_s: pictures decoded meanwhile (some for later), and the processor time of the threads that did it.
         wait_s: for which the consumer stood waiting for data.
         cpu_s: processor time of the whole process.
+        colour_s: for which the consumer was busy with the colours of its batches.
+        step_cpu_s: processor time of the consumer's own thread, without the loader's part in it.
     """
 
     seconds: float
@@ -39,6 +41,8 @@ class Window:
     host_cpu_s: float = 0.0
     wait_s: float = 0.0
     cpu_s: float = 0.0
+    colour_s: float = 0.0
+    step_cpu_s: float = 0.0
 
 
 #: Runs for about that many seconds, at least one sample.
@@ -107,14 +111,24 @@ def stream_window(
                 break
             consume(next(stream))
         synchronize(device)
-        samples, cpu, wait = stats.samples, stats.host_cpu_s, stats.wait_s
+        before, thread = replace(stats), time.thread_time()
         process, started, batches = time.process_time(), time.perf_counter(), 0
         while batches == 0 or time.perf_counter() - started < seconds:
             consume(next(stream))
             batches += 1
         synchronize(device)
         elapsed, process = time.perf_counter() - started, time.process_time() - process
-        return Window(elapsed, batches * batch_size, stats.samples - samples, stats.host_cpu_s - cpu, stats.wait_s - wait, process)
+        thread = time.thread_time() - thread
+        return Window(
+            elapsed,
+            batches * batch_size,
+            decoded=stats.samples - before.samples,
+            host_cpu_s=stats.host_cpu_s - before.host_cpu_s,
+            wait_s=stats.wait_s - before.wait_s,
+            cpu_s=process,
+            colour_s=stats.colour_s - before.colour_s,
+            step_cpu_s=thread - (stats.consumer_cpu_s - before.consumer_cpu_s),
+        )
     finally:
         stream.close()
 

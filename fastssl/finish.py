@@ -7,38 +7,56 @@ import math
 import time
 from typing import TYPE_CHECKING, Any
 
+import click
+import numpy as np
+import torch
+
+from fastssl import monitor
+from fastssl.benchmarks.advice import smaller_side
+from fastssl.bottleneck import WORTH, bottleneck
+from fastssl.cli.command import command_line
 from fastssl.evaluate.batchnorm import has_batchnorm, reestimated
+from fastssl.evaluate.colour_histogram import colour_histogram_features
 from fastssl.evaluate.features import Features
 from fastssl.evaluate.raw_pixels import raw_pixel_features
 from fastssl.files import write_atomically
+from fastssl.marks import COLOURS, MAJORITY, RANDOM, TRAINED
+from fastssl.marks import RAW as RAW_PIXELS
+from fastssl.pipelines.errors import without_folders
 from fastssl.probe import ProbeSplit, choose_split, probe_features
 from fastssl.report.page import write_report
 from fastssl.report.pictures import neighbours_picture, views_picture
 from fastssl.step import initial_backbone
+from fastssl.verdict import Evidence, judge
 from fastssl.versions import describe_host, describe_versions
 
 if TYPE_CHECKING:
     from fastssl.train import Run
 
-RAW = "raw pixels (16x16)"
-RANDOM = "random initialisation"
-TRAINED = "after pre-training"
+RAW = f"{RAW_PIXELS} (16x16)"
 TEACHER = "its teacher"
 REESTIMATED = ", BatchNorm statistics of centre crops"
 
+#: Photos whose features say whether the network has collapsed.
+_FEW = 2000
+
 
 def finish_run(run: Run, started: float) -> dict[str, Any]:
-    """Probe the network beside the two marks that cost nothing, and write the rest of the run's folder.
+    """Probe the network beside the marks that cost nothing, give the verdict, and write the rest of the run's folder.
 
     Returns:
         what ``summary.json`` holds.
     """
-    run.progress.message("probing: the trained network, the same network before training, raw pixels")
+    run.progress.message("probing: the trained network, the same network before training, raw pixels, colours")
     probe = run.recipe.probe
     split = choose_split(run.reader, run.val, probe.final_samples, run.options.seed)
     features = _all_features(run, split)
-    rows = [probe_features(name, *parts, split.labelled) for name, parts in features.items()]
+    rows: list[dict[str, Any]] = []
+    if split.labelled:
+        rows = [*_majority(split), *(probe_features(name, *parts, True) for name, parts in features.items())]
+    collapse = _collapse_figures(features[TRAINED])
     summary = {
+        "command": _command(),
         **_identity(run),
         **_throughput(run, time.monotonic() - started),
         "probe": {
@@ -46,10 +64,11 @@ def finish_run(run: Run, started: float) -> dict[str, Any]:
             "train_samples": len(split.bank_index),
             "val_samples": len(split.query_index),
             "classes": split.classes,
-            "rows": rows if split.labelled else [],
+            "rows": rows,
         },
+        "features": collapse,
+        "verdict": judge(_evidence(run, split, rows, collapse)),
         "share": _share(run),
-        "next_mark": _next_mark(run, rows) if split.labelled else None,
         "skipped": len(run.position.skipped),
         "passed_over_steps": run.position.passed_over,
     }
@@ -62,12 +81,16 @@ def finish_run(run: Run, started: float) -> dict[str, Any]:
 
 
 def _all_features(run: Run, split: ProbeSplit) -> dict[str, tuple[Features, Features]]:
-    """(bank, queries) of raw pixels, of the network as it was before the first step, of the trained one, and of the forms of it that the recipe names."""
+    """(bank, queries) of raw pixels and colours, of the network as it was before the first step, of the trained one,
+    and of the forms of it that the recipe names."""
     options, probe = run.extraction, run.recipe.probe
-    raw = tuple(
-        raw_pixel_features(reader, indices=index, **{name: options[name] for name in ("workers", "crop", "on_bad")})
-        for reader, index in ((split.bank, split.bank_index), (split.queries, split.query_index))
-    )
+    plain = {
+        name: tuple(
+            function(reader, indices=index, **{name: options[name] for name in ("workers", "crop", "on_bad")})
+            for reader, index in ((split.bank, split.bank_index), (split.queries, split.query_index))
+        )
+        for name, function in ((RAW, raw_pixel_features), (COLOURS, colour_histogram_features))
+    }
     networks = {RANDOM: initial_backbone(run.recipe, run.options.seed).to(run.device), TRAINED: run.backbone}
     if probe.teacher and run.step.method.teacher is not None:
         networks[TEACHER] = run.step.method.teacher.backbone
@@ -77,7 +100,7 @@ def _all_features(run: Run, split: ProbeSplit) -> dict[str, tuple[Features, Feat
                 networks[name + REESTIMATED] = reestimated(
                     networks[name], run.reader, samples=probe.reestimate_bn, size=probe.size, seed=run.options.seed, **options
                 )
-    return {RAW: raw, **{name: split.features(network, probe.size, **options) for name, network in networks.items()}}
+    return {**plain, **{name: split.features(network, probe.size, **options) for name, network in networks.items()}}
 
 
 def _identity(run: Run) -> dict[str, Any]:
@@ -115,34 +138,42 @@ def _throughput(run: Run, total_seconds: float) -> dict[str, Any]:
             "train_seconds": run.position.train_seconds,
             "total_seconds": total_seconds,
             **unknown,
+            "data_share": None,
             "bottleneck": "unknown: no metrics of this run are left",
         }
     steady = rows[1:] or rows
     # Blocks have different lengths: a rate is pairs over seconds, not a mean of rates.
-    seconds = pairs = waited = 0.0
+    seconds = pairs = waited = data = 0.0
     before = rows[0] if len(rows) > 1 else {"step": 0, "seconds": 0.0}
     for row in steady:
         duration = max(row["seconds"] - before["seconds"], 1e-9)
         seconds += duration
         pairs += (row["step"] - before["step"]) * run.batch_size
         waited += row["data_wait"] * duration
+        data += row.get("data_share", row["data_wait"]) * duration  # older rows have the wait alone
         before = row
     views = sum(spec.count for spec in run.recipe.views)
-    wait = waited / seconds
+    wait, share = waited / seconds, data / seconds
     return {
         "train_seconds": run.position.train_seconds,
         "total_seconds": total_seconds,
         "pair_per_s": pairs / seconds,
         "view_per_s": views * pairs / seconds,
         "data_wait": wait,
-        "bottleneck": _bottleneck(wait),
+        "data_share": share,
+        "bottleneck": _bottleneck(run, share, wait),
     }
 
 
-def _bottleneck(wait: float) -> str:
-    if wait >= 0.05:
-        return f"data-bound: the network stood waiting for photos {100 * wait:.0f} % of the time"
-    return f"compute-bound: the network waited for photos {100 * wait:.1f} % of the time; a faster loader would win no more than that"
+def _bottleneck(run: Run, share: float, wait: float) -> str:
+    text = f"{bottleneck(share)}; the network waited for photos {100 * wait:.1f} % of the time"
+    if share < WORTH:
+        return f"{text}; a faster loader would win no more than that share"
+    if run.device.type == "cpu":
+        text += ", decoding beside it on the same cores made it slower"
+    side = smaller_side(run.reader, run.recipe.views)
+    smaller = f"photos converted with --short-side {side} take less to decode; " if side is not None else ""
+    return f"{text}; {smaller}`fastssl bench train` says what would help, and tries it"
 
 
 def _probe_note(split: ProbeSplit) -> str:
@@ -150,7 +181,7 @@ def _probe_note(split: ProbeSplit) -> str:
         return "the photos have no labels (or one class), so kNN and linear probes were left out; neighbours.png shows what the network finds alike"
     if split.held_out:
         where = "a held-out fifth of the probed photos (pre-training saw them too, without labels)"
-    elif split.queries.path.samefile(split.bank.path):
+    elif not split.can_judge:
         where = f"{split.queries.path.name}, the very photos it was fitted on: these figures say nothing"
     else:
         where = f"{split.queries.path.name}, which pre-training never saw"
@@ -172,13 +203,38 @@ def _share(run: Run) -> dict[str, Any] | None:
     }
 
 
-def _next_mark(run: Run, rows: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """The first mark that the trained network has not passed, and the recipe's command that does."""
-    marks = {row["name"]: row for row in rows}
-    trained = marks[TRAINED]["linear"]
-    for name in (RANDOM, RAW):
-        if trained <= marks[name]["linear"]:
-            if run.recipe.next_mark is None:
-                return None
-            return {"name": name, "command": run.recipe.next_mark.command, "note": run.recipe.next_mark.note}
-    return None
+def _command() -> str | None:
+    """The call of the command line that this is part of; of paths the names alone. None: called from Python."""
+    context = click.get_current_context(silent=True)
+    return None if context is None else without_folders(command_line(context))
+
+
+def _majority(split: ProbeSplit) -> list[dict[str, Any]]:
+    """What a constant answer gets, the bank's most frequent class; where that class is half as large again as it
+    would be if all were equal, or more."""
+    known, counts = np.unique(split.bank.labels[split.bank_index], return_counts=True)
+    if counts.max() * len(known) < 1.5 * counts.sum():
+        return []
+    asked = split.queries.labels[split.query_index]
+    share = 100 * float((asked == known[counts.argmax()]).mean())
+    return [{"name": MAJORITY, "knn": share, "linear": share}]
+
+
+def _collapse_figures(trained: tuple[Features, Features]) -> dict[str, float]:
+    """Spread and effective rank of the features of some photos, evenly from all."""
+    everything = torch.cat([part.features for part in trained])
+    some = everything[:: -(-len(everything) // _FEW)]
+    return {"feature_std": float(monitor.feature_std(some)), "effective_rank": float(monitor.effective_rank(some))}
+
+
+def _evidence(run: Run, split: ProbeSplit, rows: list[dict[str, Any]], collapse: dict[str, float]) -> Evidence:
+    logged = run.folder.metrics.rows()
+    return Evidence(
+        rows=rows if split.can_judge else [],
+        judged=len(split.query_index),
+        epochs=run.recipe.train.epochs,
+        steps=[row for row in logged if row.get("kind") == "step"],
+        probes=[row for row in logged if row.get("kind") == "probe"],
+        online_judged=len(run.probe.split.query_index),
+        features=collapse,
+    )

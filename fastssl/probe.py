@@ -42,6 +42,11 @@ class ProbeSplit:
         """Number of classes in the bank."""
         return len(np.unique(self.bank.labels[self.bank_index])) if self.labelled else 0
 
+    @property
+    def can_judge(self) -> bool:
+        """Whether the queries are labelled photos that the bank does not hold."""
+        return self.labelled and (self.held_out or not self.queries.path.samefile(self.bank.path))
+
     def features(self, backbone: nn.Module, size: int, **options: Any) -> tuple[Features, Features]:
         """Features of bank and queries; ``options`` as in ``extract_features``."""
         return (

@@ -124,14 +124,6 @@ class ProbeConfig:
 
 
 @dataclass(frozen=True)
-class NextMark:
-    """What to run when the linear probe stays below a mark: a command, and what it was measured to reach."""
-
-    command: str
-    note: str
-
-
-@dataclass(frozen=True)
 class Recipe:
     """All numbers of a run but the data.
 
@@ -145,7 +137,6 @@ class Recipe:
         full_samples: pictures that a whole run of the published recipe sees (epochs x data set), the measure of "what share
             of a full recipe was this"; None where the recipe is the full one.
         full_recipe: the name of the recipe that ``full_samples`` belongs to.
-        next_mark: shown when the network ends below random initialisation or raw pixels.
     """
 
     arch: str
@@ -163,7 +154,6 @@ class Recipe:
     probe: ProbeConfig = field(default_factory=ProbeConfig)
     full_samples: int | None = None
     full_recipe: str | None = None
-    next_mark: NextMark | None = None
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:

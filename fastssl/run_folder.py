@@ -41,7 +41,7 @@ _FREE = frozenset(
         "train.on_bad",
     }
 )
-_FREE_SECTIONS = ("probe", "next_mark", "full_samples", "full_recipe")
+_FREE_SECTIONS = ("probe", "full_samples", "full_recipe", "next_mark")  # next_mark: in the records of older versions
 _RECIPE_KEYS = frozenset(field.name for field in dataclasses.fields(Recipe))
 
 

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from fastssl.backbones import resolve_arch
 from fastssl.bad_step import BAD_STEPS, save_bad_step
+from fastssl.bottleneck import data_share
 from fastssl.checkpoint import Position, differences, has_all_files
 from fastssl.collectives import Vote, agree_any, barrier, broadcast_module, gather_values, share
 from fastssl.devices import choose_device, only_deterministic
@@ -539,7 +540,7 @@ class Run:
 
     def _start_block(self, loader: ViewLoader) -> None:
         self._block_started = time.monotonic()
-        self._waited = loader.stats.wait_s
+        self._block_stats, self._block_cpu = dataclasses.replace(loader.stats), time.thread_time()
         if self.recipe.train.skip_nonfinite and self.position.step >= self._careful_until:
             self._undo_block = self.step.snapshot()
             self._block_position = dataclasses.replace(self.position)
@@ -557,6 +558,16 @@ class Run:
             seconds = max(time.monotonic() - self._block_started, 1e-9)
             self.position.train_seconds += seconds
             views = sum(spec.count for spec in self.recipe.views)
+            spent, before = loader.stats, self._block_stats
+            waited = spent.wait_s - before.wait_s
+            share = data_share(
+                seconds,
+                on_cpu=self.device.type == "cpu",
+                wait_s=waited,
+                colour_s=spent.colour_s - before.colour_s,
+                loader_cpu_s=spent.host_cpu_s - before.host_cpu_s,
+                step_cpu_s=time.thread_time() - self._block_cpu - (spent.consumer_cpu_s - before.consumer_cpu_s),
+            )
             self.ring.flush(
                 {
                     "kind": "step",
@@ -565,7 +576,8 @@ class Run:
                     **self._rates,
                     "pair_per_s": steps * self.batch_size / seconds,
                     "view_per_s": steps * self.batch_size * views / seconds,
-                    "data_wait": (loader.stats.wait_s - self._waited) / seconds,
+                    "data_wait": waited / seconds,
+                    "data_share": share,
                     "seconds": self.position.train_seconds,
                 }
             )

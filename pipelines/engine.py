@@ -75,17 +75,22 @@ class EngineStats:
         samples: pictures decoded.
         host_cpu_s: CPU seconds of the worker threads (decode, host crops, plan).
         wait_s: seconds for which the consumer stood waiting for a batch to be ready.
+        colour_s: seconds that it then spent on the batch's colours.
+        consumer_cpu_s: CPU seconds of the consumer's own thread in the loader.
         skipped: ids of damaged samples that were passed over, in the order met.
     """
 
     samples: int = 0
     host_cpu_s: float = 0.0
     wait_s: float = 0.0
+    colour_s: float = 0.0
+    consumer_cpu_s: float = 0.0
     skipped: list[int] = field(default_factory=list)
 
     def reset(self) -> None:
         """Start counting from zero (``skipped`` is a record of the data, not of time: it stays)."""
-        self.samples, self.host_cpu_s, self.wait_s = 0, 0.0, 0.0
+        self.samples = 0
+        self.host_cpu_s = self.wait_s = self.colour_s = self.consumer_cpu_s = 0.0
 
 
 class Engine(ABC):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -184,9 +185,11 @@ class ViewLoader:
             return lambda: self.request(epoch, step)
 
         requests = (drawer(step) for step in range(start_step, len(self)))
-        rendered_batches = self.engine.run(requests)
+        rendered_batches, stats = self.engine.run(requests), self.stats
+        cpu = time.thread_time()
         try:
             for rendered in rendered_batches:
+                started = time.perf_counter()
                 index, plans = rendered.request.index, [plan.reshape(-1) for plan in rendered.request.plans]
                 batch = Batch(rendered.views, torch.from_numpy(index), torch.from_numpy(self._labels(index)))
                 if self.colour:
@@ -198,7 +201,10 @@ class ViewLoader:
                     # Host crops lie in the engine's ring, which the next batch writes over.
                     batch.views = [pixels if pixels.is_cuda else pixels.clone() for pixels in rendered.views]
                     batch.tables = [to_device(parameter_table(plan), self.device) for plan in plans]
+                stats.colour_s += time.perf_counter() - started
+                stats.consumer_cpu_s += time.thread_time() - cpu
                 yield batch
+                cpu = time.thread_time()
         finally:
             rendered_batches.close()
 

@@ -123,11 +123,10 @@ def _print_summary(summary: dict, out: Path) -> None:
         for row in probe["rows"]:
             table.add_row(row["name"], *(f"{row[kind]:.1f} %" if row[kind] is not None else "-" for kind in ("knn", "linear")))
         console.print(table)
+    console.print(summary["verdict"]["text"], style="bold", highlight=False, soft_wrap=True)
     console.print(f"{probe['note']}", highlight=False, soft_wrap=True)
     rate = f"{summary['pair_per_s']:,.0f} pair/s ({summary['view_per_s']:,.0f} view/s); " if summary["pair_per_s"] else ""
     console.print(f"{rate}{summary['bottleneck']}", highlight=False, soft_wrap=True)
     if summary["share"]:
         console.print(summary["share"]["text"], highlight=False, soft_wrap=True)
-    if summary["next_mark"]:
-        console.print(f"next: {summary['next_mark']['note']}\n  {summary['next_mark']['command']}", highlight=False, soft_wrap=True)
     console.print(f"report: {out / 'report.html'}", highlight=False, soft_wrap=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fastssl.files import write_atomically
+from fastssl.marks import COLOURS, MARKS, RANDOM, RAW, TRAINED, mark_of
 from fastssl.pipelines.errors import FastSSLError
 from fastssl.pipelines.plain_file import read_plain
 from fastssl.report.style import CSS
@@ -20,8 +21,6 @@ from fastssl.yaml_file import MAX_BYTES, parse_yaml
 #: Bytes of a run's other files: a line of metrics has 300, and comes once in many steps.
 _LONGEST = 256 << 20
 _PNG = b"\x89PNG\r\n\x1a\n"
-
-RAW, RANDOM, TRAINED = "raw pixels", "random initialisation", "after pre-training"
 
 _ARCH_NAMES = {
     "mobilenetv3_large": "MobileNet-V3-Large",
@@ -144,6 +143,8 @@ def headline(run: RunRecord) -> str:
     for name in (RANDOM, RAW):
         if values.get(name) is not None:
             figures += f", {name} {values[name]:.1f} %"
+    if verdict_of(run):  # which says what these figures mean
+        return f"{arch} was trained on {what}{time}: {figures}."
     beaten = [name for name in (RANDOM, RAW) if values.get(name) is not None and trained > values[name]]
     missed = [name for name in (RANDOM, RAW) if values.get(name) is not None and trained <= values[name]]
     verb = "learned from" if RANDOM in beaten else "was trained on"
@@ -153,6 +154,14 @@ def headline(run: RunRecord) -> str:
     elif missed:
         sentence += f" It is not above {' or '.join(missed)} yet."
     return sentence
+
+
+def verdict_of(run: RunRecord) -> tuple[str, str] | None:
+    """(state, what is said of it); None: the run is not finished, or older than verdicts."""
+    state, text = (_get(run.summary, "verdict", key) for key in ("state", "text"))
+    if not isinstance(state, str) or not isinstance(text, str):
+        return None
+    return state, text.removeprefix(f"{state}: ")
 
 
 def duration(seconds: float) -> str:
@@ -171,12 +180,11 @@ def duration(seconds: float) -> str:
 
 
 def probe_rows(run: RunRecord) -> dict[str, dict[str, Any]]:
-    """The table's rows by mark: ``RAW``, ``RANDOM``, ``TRAINED``, those that are there."""
+    """The table's rows by mark (``MARKS`` and ``TRAINED``), those that are there."""
     found: dict[str, dict[str, Any]] = {}
     for row in _get(run.summary, "probe", "rows") or []:
-        name = str(row.get("name", ""))
-        mark = RAW if name.startswith(RAW) else name  # the size of the pixels stands behind
-        if mark in (RAW, RANDOM, TRAINED):
+        mark = mark_of(str(row.get("name", "")))
+        if mark in (*MARKS, TRAINED):
             found[mark] = row
     return found
 
@@ -215,12 +223,23 @@ def _header(run: RunRecord, title: str) -> str:
     notice = "" if run.summary else unfinished
     return (
         f'<header><p class="kicker">fastssl pre-training report</p><h1>{escape(title)}</h1>'
-        f'<p class="lead">{escape(headline(run))}</p>{notice}<dl class="facts">{items}</dl></header>'
+        f'{_verdict(run)}<p class="lead">{escape(headline(run))}</p>{notice}<dl class="facts">{items}</dl></header>'
     )
 
 
+def _verdict(run: RunRecord) -> str:
+    found = verdict_of(run)
+    if found is None:
+        return ""
+    state, text = found
+    css = {"learned": " good", "collapsed": " bad", "no better than random": " bad"}.get(state, "")
+    heading, words = (escape(part[:1].upper() + part[1:]) for part in (state, text))
+    return f'<div class="verdict{css}"><b>{heading}</b><p>{words}</p></div>'
+
+
 def _marks(run: RunRecord) -> str:
-    """The table of the three marks and of the network's other forms, what was passed, what is next, and what share of a full recipe this was."""
+    """The table of the marks and of the network's other forms, how the trained network compares with each, and what
+    share of a full recipe this was."""
     rows = probe_rows(run)
     if not run.summary:
         return ""
@@ -228,19 +247,21 @@ def _marks(run: RunRecord) -> str:
     if rows:
         trained = rows.get(TRAINED, {})
         body = []
-        for name in (RAW, RANDOM, TRAINED):
+        for name in (*MARKS, TRAINED):
             if name not in rows:
                 continue
             row = rows[name]
             cells = "".join(f"<td>{_bar(_number(row.get(kind)))}</td>" for kind in ("knn", "linear"))
-            verdict = "" if name == TRAINED else _verdict(_number(trained.get("linear")), _number(row.get("linear")))
+            against = "" if name == TRAINED else _against(run, name, trained, row)
             css = ' class="ours"' if name == TRAINED else ""
-            body.append(f"<tr{css}><th scope='row'>{escape(str(row.get('name', name)))}</th>{cells}<td>{verdict}</td></tr>")
+            title = escape(str(row.get("name", name)))
+            body.append(f"<tr{css}><th scope='row'>{title}</th>{cells}<td>{against}</td></tr>")
         for row in other_rows(run):
             cells = "".join(f"<td>{_bar(_number(row.get(kind)))}</td>" for kind in ("knn", "linear"))
             body.append(f"<tr><th scope='row'>{escape(str(row.get('name', '')))}</th>{cells}<td></td></tr>")
         parts.append(
-            "<table class='marks'><thead><tr><th>features</th><th>kNN, %</th><th>linear probe, %</th><th>passed (linear)?</th></tr></thead>"
+            "<table class='marks'><thead><tr><th>features</th><th>kNN, %</th><th>linear probe, %</th>"
+            "<th>the trained network, points</th></tr></thead>"
             f"<tbody>{''.join(body)}</tbody></table>"
         )
         sizes = [
@@ -254,7 +275,6 @@ def _marks(run: RunRecord) -> str:
     else:
         parts.append(f"<p>No kNN or linear figures: {escape(_sentence(_no_probe_reason(run)))}</p>")
     parts.append(_share(run))
-    parts.append(_next_mark(run))
     return "".join(parts) + "</section>"
 
 
@@ -264,13 +284,20 @@ def _bar(value: float | None) -> str:
     return f'<div class="bar"><i style="width:{min(max(value, 0), 100):.1f}%"></i></div><b>{value:.1f}</b>'
 
 
-def _verdict(trained: float | None, mark: float | None) -> str:
-    if trained is None or mark is None:
-        return '<span class="none">-</span>'
-    difference = trained - mark
-    if difference > 0:
-        return f'<span class="yes">&#10003; passed by {difference:.1f} points</span>'
-    return f'<span class="no">&#10007; {f"{-difference:.1f} points below" if difference < 0 else "equal"}</span>'
+def _against(run: RunRecord, mark: str, trained: dict[str, Any], row: dict[str, Any]) -> str:
+    """How far the trained network is above or below a mark, a line for each kind. What is no more than chance, as the
+    verdict has it, is called level."""
+    lines = []
+    for kind, words in (("knn", "kNN"), ("linear", "linear")):
+        ours, theirs = _number(trained.get(kind)), _number(row.get(kind))
+        if ours is None or theirs is None:
+            continue
+        points = ours - theirs
+        low, high = (_number(_get(run.summary, "verdict", "against", mark, kind, end)) for end in ("low", "high"))
+        low, high = (points, points) if low is None or high is None else (low, high)
+        css, sign = ("yes", "&#10003;") if low > 0 else ("no", "&#10007;") if high < 0 else ("none", "level")
+        lines.append(f'<span class="{css}">{words} {points:+.1f} {sign}</span>')
+    return "<br>".join(lines) or '<span class="none">-</span>'
 
 
 def _share(run: RunRecord) -> str:
@@ -290,19 +317,10 @@ def _share(run: RunRecord) -> str:
     )
 
 
-def _next_mark(run: RunRecord) -> str:
-    mark = run.summary.get("next_mark")
-    if not isinstance(mark, dict):
-        return ""
-    return (
-        f'<div class="card"><h3>Next mark: {escape(str(mark.get("name", "")))}</h3>'
-        f"<pre><code>{escape(str(mark.get('command', '')))}</code></pre><p>{escape(str(mark.get('note', '')))}</p></div>"
-    )
-
-
 def _curves(run: RunRecord) -> str:
     rows = probe_rows(run)
-    marks = [Mark(name, value) for name in (RAW, RANDOM) if (value := _number(rows.get(name, {}).get("knn"))) is not None]
+    figures = {name: _number(rows.get(name, {}).get("knn")) for name in (RAW, COLOURS, RANDOM)}
+    marks = [Mark(name, value) for name, value in figures.items() if value is not None]
     # The probes at the end use more photos than those in between, so the reference lines are a guide, not a finish line.
     step, probe = _points(run.steps), _points(run.probes)
     charts = [
@@ -391,13 +409,15 @@ def _throughput(run: RunRecord) -> str:
             ("Time spent waiting for data", "percent", waits),
         )
     ]
-    pair, view, wait = (_number(run.summary.get(key)) for key in ("pair_per_s", "view_per_s", "data_wait"))
+    keys = ("pair_per_s", "view_per_s", "data_wait", "data_share")
+    pair, view, wait, data = (_number(run.summary.get(key)) for key in keys)
     figures = "".join(
         f"<div><b>{text}</b><span>{what}</span></div>"
         for value, text, what in (
             (pair, f"{pair:,.0f}" if pair is not None else "", "photos/s (pairs of views)"),
             (view, f"{view:,.0f}" if view is not None else "", "views/s"),
             (wait, f"{100 * wait:.1f} %" if wait is not None else "", "of the time waiting for data"),
+            (data, f"{100 * data:.0f} %" if data is not None else "", "of the time is the cost of data"),
         )
         if value is not None
     )
@@ -428,13 +448,15 @@ def _details(run: RunRecord) -> str:
         for heading, rows in (("Machine", machine), ("Versions", versions))
         if rows
     )
+    made = run.summary.get("command")
+    command = f"<pre><code>{escape(made)}</code></pre>" if isinstance(made, str) else ""
     config = ""
     if run.config_text:
         config = f"<details><summary>Resolved configuration</summary><pre><code>{escape(run.config_text)}</code></pre></details>"
     cut = f'<p class="small">{run.unreadable} line(s) of metrics.jsonl were unreadable and left out.</p>' if run.unreadable else ""
-    if not (tables or config or cut):
+    if not (tables or config or cut or command):
         return ""
-    return f'<section><h2>How to repeat it</h2><div class="pair">{tables}</div>{config}{cut}</section>'
+    return f'<section><h2>How to repeat it</h2>{command}<div class="pair">{tables}</div>{config}{cut}</section>'
 
 
 # Small helpers

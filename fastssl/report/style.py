@@ -27,6 +27,12 @@ p { margin: 0 0 12px; }
 section { margin-top: 44px; }
 .kicker { color: var(--quiet); font-size: 13px; letter-spacing: 0.04em; margin-bottom: 6px; }
 .lead { font-size: 19px; line-height: 1.45; max-width: 46em; }
+.verdict { border-left: 5px solid var(--series-5); background: var(--card); border-radius: 0 10px 10px 0;
+  padding: 12px 18px; margin: 0 0 16px; max-width: 60em; }
+.verdict b { display: block; font-size: 20px; line-height: 1.3; margin-bottom: 2px; }
+.verdict p { margin: 0; overflow-wrap: anywhere; }
+.verdict.good { border-color: var(--good); } .verdict.good b { color: var(--good); }
+.verdict.bad { border-color: var(--bad); } .verdict.bad b { color: var(--bad); }
 .small { color: var(--quiet); font-size: 14px; max-width: 60em; }
 .notice { background: var(--note); border: 1px solid var(--note-edge); border-radius: 8px; padding: 10px 14px; font-size: 15px; }
 .facts { display: flex; flex-wrap: wrap; gap: 12px 36px; margin: 22px 0 0; padding: 16px 0; border-top: 1px solid var(--edge);

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fastssl.evaluate.features import Features, ProbeError
-from fastssl.evaluate.linear import L2_DEFAULT, fit_logistic, linear_probe
+from fastssl.evaluate.linear import L2_DEFAULT, L2_GRID, fit_logistic, linear_probe
 
 
 def make(count, classes=4, width=20, noise=2.0, seed=0):
@@ -68,6 +68,28 @@ def test_probe_chooses_the_strength_on_held_out_samples_and_is_deterministic():
     assert result.accuracy > 100 / 4 + 15 and result.train_accuracy >= result.accuracy - 5
     assert result.confidence[0] < result.accuracy < result.confidence[1]
     assert (result.train_samples, result.val_samples, result.classes, result.unseen) == (600, 300, 4, 0)
+
+
+def two_hills(count, seed):
+    """Four rough hints at the class, 60 columns of noise, and two columns whose small difference tells it exactly.
+
+    A strong penalty sees the hints, a middle one learns the noise, and only a weak one allows the large weights that
+    the difference needs.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, 2, (count,), generator=generator)
+    side = 2.0 * labels[:, None] - 1
+    hints, common, noise = (torch.randn(count, width, generator=generator) for width in (4, 1, 60))
+    features = torch.cat([0.5 * side + hints, common + 0.03 * side, common, noise], dim=1)
+    return Features(features, labels, torch.arange(count))
+
+
+def test_a_held_out_curve_with_two_hills_does_not_fool_the_search():
+    result = linear_probe(two_hills(500, seed=2), two_hills(400, seed=1))
+    curve = list(result.grid.values())
+    assert len(curve) == len(L2_GRID)
+    assert max(curve[:3]) > max(curve[3:7]) + 1, "a first hill, and a long way down from it"
+    assert result.l2 <= 1e-5 and result.accuracy > 90, "the second, higher hill"
 
 
 def test_noise_features_ask_for_a_strong_penalty_and_give_chance():

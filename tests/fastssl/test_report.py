@@ -69,6 +69,10 @@ def probe_row(step, **changes):
     return row | {"uniformity": -2.0, "seconds": 1.0} | changes
 
 
+#: The interval of one difference reaches over 0: it is level.
+AGAINST = {"random initialisation": {"knn": {"low": 15.0, "high": 25.0}, "linear": {"low": -1.0, "high": 21.0}}}
+
+
 def summary(trained=(70.0, 81.4), random=(50.0, 71.2), raw=(75.0, 83.1), **changes):
     names = ("raw pixels (16x16)", "random initialisation", "after pre-training")
     rows = [{"name": name, "knn": knn, "linear": linear} for name, (knn, linear) in zip(names, (raw, random, trained))]
@@ -90,7 +94,8 @@ def summary(trained=(70.0, 81.4), random=(50.0, 71.2), raw=(75.0, 83.1), **chang
         "bottleneck": "compute-bound: the network",
         "probe": {"note": "judged on val.beton", "train_samples": 4000, "val_samples": 2000, "classes": 10, "rows": rows},
         "share": {"samples_seen": 40000, "full_samples": 256000000, "percent": 0.0156, "full_recipe": "light-moco-mobilenetv3"},
-        "next_mark": {"name": "raw pixels (16x16)", "command": "fastssl pretrain --epochs 99", "note": "measured: 31 min"},
+        "command": "fastssl pretrain --arch mobilenetv3_large --data photos.beton",
+        "verdict": {"state": "learned in part", "text": "learned in part: better than nothing.", "against": AGAINST},
         "skipped": 0,
     } | changes
 
@@ -118,7 +123,7 @@ def test_teacher_and_reestimated_statistics_have_rows_beside_the_trained_network
     rows = [step_row(s) | {"target_entropy": 0.5} for s in range(10, 101, 10)]
     html = write_report(make_run(tmp_path / "run", result, rows=[*rows, probe_row(50), probe_row(100)])).read_text()
     assert "linear probe 81.4 %" in html, "the headline is of the network as it was trained"
-    assert "<b>61.5</b>" in html and "its teacher" in html and "<b>99.0</b>" in html and "1.7 points below" in html
+    assert "<b>61.5</b>" in html and "its teacher" in html and "<b>99.0</b>" in html and "linear -1.7" in html
     assert "Entropy of the target" in html
 
 
@@ -129,14 +134,13 @@ def test_a_finished_run(tmp_path):
     checker = parse(html)
     assert checker.tags.count("svg") == 8 and checker.tags.count("img") == 2 and checker.tags.count("details") == 1
     for text in (
-        "MobileNet-V3-Large learned from 4,000 photos without labels in 9 min: "
+        "MobileNet-V3-Large was trained on 4,000 photos without labels in 9 min: "
         "linear probe 81.4 %, random initialisation 71.2 %, raw pixels 83.1 %.",
-        "It passes random initialisation, not yet raw pixels.",
-        "passed by 10.2 points",
-        "1.7 points below",
+        "<b>Learned in part</b><p>Better than nothing.</p>",
+        '<span class="yes">kNN +20.0 &#10003;</span><br><span class="none">linear +10.2 level</span>',
+        '<span class="no">kNN -5.0 &#10007;</span><br><span class="no">linear -1.7 &#10007;</span>',
+        "<pre><code>fastssl pretrain --arch mobilenetv3_large --data photos.beton</code></pre>",
         "0.016 % of the 256,000,000 of light-moco-mobilenetv3",
-        "fastssl pretrain --epochs 99",
-        "measured: 31 min",
         "compute-bound: the network.",
         "recipe: quickstart",
         "a processor",
@@ -153,13 +157,35 @@ def test_a_finished_run(tmp_path):
         (90.0, "learned from 4,000 photos without labels in 9 min: linear probe 90.0 %, random initialisation 71.2 %, raw pixels 83.1 %."),
     ],
 )  # fmt: skip
-def test_the_headline_is_honest(tmp_path, trained, expected):
-    line = headline(read_run(make_run(tmp_path / "run", summary(trained=(70.0, trained)))))
-    assert line.endswith(expected)
+def test_the_headline_of_a_run_older_than_verdicts_is_honest(tmp_path, trained, expected):
+    old = {"name": "raw pixels", "command": "fastssl pretrain", "note": ""}
+    result = summary(trained=(70.0, trained), next_mark=old)
+    for key in ("verdict", "command"):
+        del result[key]
+    run = read_run(make_run(tmp_path / "run", result))
+    assert headline(run).endswith(expected)
+    page = render(run)
+    parse(page)
+    assert 'class="verdict' not in page and "kNN +20.0 &#10003;" in page
+
+
+def test_colours_and_the_most_frequent_class_have_rows_of_their_own(tmp_path):
+    result = summary()
+    result["probe"]["rows"][:0] = [
+        {"name": "most frequent class", "knn": 33.3, "linear": 33.3},
+        {"name": "colour histogram", "knn": 64.0, "linear": 66.0},
+    ]
+    page = render(read_run(make_run(tmp_path / "run", result)))
+    parse(page)
+    names = ["most frequent class", "raw pixels (16x16)", "colour histogram"]
+    names += ["random initialisation", "after pre-training"]
+    places = [page.index(f"<th scope='row'>{name}</th>") for name in names]
+    assert places == sorted(places)
+    assert "kNN +36.7 &#10003;" in page and "linear +15.4 &#10003;" in page
 
 
 def test_without_labels(tmp_path):
-    result = summary() | {"probe": {"note": "the photos have no labels", "rows": []}, "next_mark": None, "share": None}
+    result = summary() | {"probe": {"note": "the photos have no labels", "rows": []}, "share": None}
     rows = [step_row(10), step_row(20), probe_row(20, knn=None)]
     html = render(read_run(make_run(tmp_path / "run", result, rows)))
     parse(html)
@@ -203,7 +229,8 @@ def test_strings_are_escaped(tmp_path):
     result = summary(arch=evil, recipe=evil, bottleneck=evil, device=evil, host={evil: evil}, versions=evil)
     result["data"]["name"] = result["probe"]["note"] = evil
     result["probe"]["rows"][0]["name"] += evil
-    result["next_mark"] = {"name": evil, "command": evil, "note": evil}
+    result["command"] = evil
+    result["verdict"] = {"state": evil, "text": evil, "against": evil}
     result["share"]["full_recipe"] = evil
     html = render(read_run(make_run(tmp_path / "run", result, config=json.dumps({"a": evil}))))
     parse(html)

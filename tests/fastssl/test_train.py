@@ -115,10 +115,25 @@ def test_the_folder_holds_what_was_promised(finished: Path) -> None:
     assert [row["epoch"] for row in probes] == [1] and 0 <= probes[0]["knn"] <= 100
     summary = json.loads((finished / "summary.json").read_text())
     assert summary == json.loads((finished.parent / "r.json").read_text())
-    assert [row["name"] for row in summary["probe"]["rows"]] == ["raw pixels (16x16)", "random initialisation", "after pre-training"]
+    assert [row["name"] for row in summary["probe"]["rows"]] == [
+        "raw pixels (16x16)",
+        "colour histogram",
+        "random initialisation",
+        "after pre-training",
+    ]
     assert all(0 <= row[kind] <= 100 for row in summary["probe"]["rows"] for kind in ("knn", "linear"))
+    command = summary["command"]
+    assert command.startswith(f"fastssl pretrain --arch {ARCH} --data photos.beton --recipe quickstart --set ")
+    assert command.endswith(" --out run --device cpu") and "--set moco.queue=64" in command
+    verdict = summary["verdict"]
+    assert verdict["text"].startswith(f"{verdict['state']}: ")
+    assert set(verdict["against"]) == {"raw pixels", "colour histogram", "random initialisation"}
+    assert summary["features"]["effective_rank"] > 0
+    assert 0 <= summary["data_share"] <= 1 and "of the time" in summary["bottleneck"]
+    assert all(0 <= row["data_share"] <= 1 for row in steps)
     assert summary["samples_seen"] == 96 and summary["steps"] == 12 and summary["share"]["percent"] < 1
     page = (finished / "report.html").read_text()
+    assert "<th scope='row'>colour histogram</th>" in page and summary["command"] in page and 'class="verdict' in page
     assert "data:image/png;base64" in page and str(finished) not in page and "/root" not in page
 
 
@@ -223,7 +238,8 @@ def test_photos_without_labels_train_and_report(photo_tree: Path, tmp_path: Path
         (flat / f"{number:03}.jpg").write_bytes(path.read_bytes())
     convert(flat, tmp_path / "flat.beton", ConvertOptions(keep_size=True, short_side=None))
     summary = pretrain(small("train.epochs=1"), options(tmp_path / "flat.beton", tmp_path / "run"), Silent())
-    assert summary["probe"]["rows"] == [] and "no labels" in summary["probe"]["note"] and summary["next_mark"] is None
+    assert summary["probe"]["rows"] == [] and "no labels" in summary["probe"]["note"]
+    assert summary["verdict"]["state"] == "not judged" and summary["command"] is None
     assert (tmp_path / "run" / "neighbours.png").exists() and (tmp_path / "run" / "report.html").exists()
 
 

@@ -1,0 +1,53 @@
+"""What a training loop's time goes into: data or step. The one rule of ``pretrain`` and ``bench train``.
+
+The figure is the *share of data*: what part of the loop's time would be saved if data cost nothing. ``bench train``
+measures it (the same steps on batches that are there already); a run of ``pretrain``, which has no such steps, counts
+it from the loader's clocks.
+"""
+
+from __future__ import annotations
+
+#: Shares of data below that are not worth a word.
+WORTH = 0.05
+
+
+def data_share(
+    seconds: float,
+    *,
+    on_cpu: bool,
+    wait_s: float,
+    colour_s: float,
+    loader_cpu_s: float,
+    step_cpu_s: float,
+) -> float:
+    """The share of data, counted.
+
+    On a GPU that is the time for which the loop stood waiting. On a CPU the wait alone says little: photos are
+    decoded beside the step on the same cores, which makes the step longer and the wait short. The thread that makes
+    the steps takes part in all of their work, so a step alone would take about that thread's processor time; what the
+    loop took above it is data's doing, as far as the loader was at work at all (the rest is other processes').
+
+    Args:
+        seconds: of the loop, above 0.
+        on_cpu: whether step and decoding share the processor.
+        wait_s: the loop stood waiting for a batch to be decoded. colour_s: and for its colours.
+        loader_cpu_s: processor time of the decoding threads.
+        step_cpu_s: processor time of the loop's own thread, without what it spent in the loader.
+
+    Returns:
+        0 to 1.
+    """
+    if not on_cpu:
+        return _clamped(wait_s / seconds)
+    return _clamped(min(seconds - step_cpu_s, wait_s + colour_s + loader_cpu_s) / seconds)
+
+
+def bottleneck(share: float) -> str:
+    """In words, from the share of data."""
+    if share >= WORTH:
+        return f"data ({share:.0%} of the time)"
+    return f"step (data costs {max(0.0, share):.0%} of the time)"
+
+
+def _clamped(share: float) -> float:
+    return min(max(share, 0.0), 1.0)

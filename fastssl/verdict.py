@@ -1,0 +1,306 @@
+"""What came of a run, in words: learned, still learning, collapsed, no better than random.
+
+Pure functions of what ``summary.json`` and ``metrics.jsonl`` hold. A difference counts where it is larger than the
+chance of the judging set: the 95 % interval of a difference of two shares, from their Wilson intervals (Newcombe,
+Statistics in Medicine 17, 1998, method 10). It takes the two for independent; here they are of the same photos, which
+makes it careful.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from fastssl.evaluate.features import wilson_interval
+from fastssl.marks import MARKS, RANDOM, RAW, TRAINED, mark_of
+
+LEARNED, STILL_LEARNING, IN_PART = "learned", "still learning", "learned in part"
+COLLAPSED, NO_BETTER, NOT_JUDGED = "collapsed", "no better than random", "not judged"
+
+#: Collapse. Random networks have an effective rank of 30 and more and a spread above 0.5; trained ones 80 and 0.7.
+_LEAST_RANK, _LEAST_SPREAD, _LEAST_EMBEDDING = 2.0, 0.02, 0.1
+#: A target whose entropy is that share of ln K says nothing.
+_NO_TARGET = 0.99
+#: What of its first value the loss may keep and still count as fallen; and how much of it must go in a quarter of the
+#: run to count as falling.
+_UNMOVED, _FALLING = 0.98, 0.02
+#: Points of kNN below which more epochs are not worth a word.
+_LEAST_GAIN = 0.5
+#: Share of the sampling error that differs between two online probes, which judge the same photos.
+_OWN_ERROR = 0.3
+_Z = 1.96
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a run is judged by.
+
+    Attributes:
+        rows: ``probe.rows`` of the summary, percent; none where there are no labels, or none that can judge.
+        judged: photos that they were judged on.
+        epochs: that the run made.
+        steps, probes: the two kinds of rows of metrics.jsonl.
+        online_judged: photos that an online probe judges.
+        features: ``feature_std`` and ``effective_rank`` of the trained network's features.
+    """
+
+    rows: Sequence[Mapping[str, Any]]
+    judged: int
+    epochs: int
+    steps: Sequence[Mapping[str, Any]] = ()
+    probes: Sequence[Mapping[str, Any]] = ()
+    online_judged: int = 0
+    features: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Trained minus mark, points: as measured, and its 95 % interval."""
+
+    points: float
+    low: float
+    high: float
+
+    @property
+    def word(self) -> str:
+        """``better``, ``worse``, or ``level``: no larger than chance."""
+        return "better" if self.low > 0 else "worse" if self.high < 0 else "level"
+
+
+@dataclass(frozen=True)
+class Gain:
+    """Points of online kNN that as many epochs again would bring, if the curve went on as it did; 95 % interval."""
+
+    points: float
+    low: float
+    high: float
+
+    @property
+    def rising(self) -> bool:
+        """The curve rises by more than its noise, and enough to matter."""
+        return self.low > 0 and self.points >= _LEAST_GAIN
+
+
+def judge(evidence: Evidence) -> dict[str, Any]:
+    """The verdict.
+
+    Returns:
+        ``state``; ``text``, some sentences; ``epochs`` that a longer run should have (None: nothing speaks for one) and
+        its expected ``gain``; ``signs`` of a collapse; ``against``: mark -> kind -> the difference from the trained
+        network.
+    """
+    signs, gain = collapse_signs(evidence), expected_gain(evidence)
+    against = compare(evidence.rows, evidence.judged)
+    falling = loss_trend(evidence.steps).get("falling", False)
+    rising = gain.rising if gain else falling
+    if signs:
+        state = COLLAPSED
+        text = f"{'; '.join(signs)}. Lower optim.lr or lengthen optim.warmup_epochs; more epochs do not help"
+    elif not against.get(RANDOM):
+        state, rising = NOT_JUDGED, falling
+        text = _without_labels(evidence)
+    elif not any(found.word == "better" for found in against[RANDOM].values()):
+        state, rising = NO_BETTER, falling
+        text = f"{_in_words(against, (RANDOM,), evidence.judged)}. {_of_the_loss(evidence.steps)}"
+    else:
+        passed = all(found.word == "better" for kinds in against.values() for found in kinds.values())
+        complete = RAW in against and all(len(kinds) == 2 for kinds in against.values())
+        state = LEARNED if passed and complete else STILL_LEARNING if rising else IN_PART
+        text = _in_words(against, tuple(against), evidence.judged)
+    more = 2 * evidence.epochs if rising and state != COLLAPSED else None
+    sentences = [f"{text.rstrip('. ')}."]
+    if more:
+        sentences.append(_more_epochs(evidence.epochs, more, gain))
+    return {
+        "state": state,
+        "text": f"{state}: {' '.join(sentences)}",
+        "epochs": more,
+        "gain": asdict(gain) if more and gain else None,
+        "signs": signs,
+        "against": {mark: {kind: asdict(found) for kind, found in kinds.items()} for mark, kinds in against.items()},
+    }
+
+
+# ---------------------------------------------------------------------- figures
+
+
+def difference(trained: float, mark: float, judged: int) -> Difference:
+    """Of two accuracies (percent) on ``judged`` photos."""
+    ours, theirs = (wilson_interval(round(value * judged / 100), judged) for value in (trained, mark))
+    below = math.hypot(trained - ours[0], theirs[1] - mark)
+    above = math.hypot(ours[1] - trained, mark - theirs[0])
+    return Difference(trained - mark, trained - mark - below, trained - mark + above)
+
+
+def compare(rows: Sequence[Mapping[str, Any]], judged: int) -> dict[str, dict[str, Difference]]:
+    """mark -> ``knn`` and ``linear`` -> difference, of what was measured."""
+    found = {mark_of(str(row.get("name", ""))): row for row in rows}
+    trained, against = found.get(TRAINED, {}), {}
+    for mark in MARKS:
+        if mark in found and judged:
+            figures = {kind: (_number(trained.get(kind)), _number(found[mark].get(kind))) for kind in ("knn", "linear")}
+            kinds = {kind: difference(*pair, judged) for kind, pair in figures.items() if None not in pair}
+            against.update({mark: kinds} if kinds else {})
+    return against
+
+
+def expected_gain(evidence: Evidence) -> Gain | None:
+    """What the online kNN would gain by as many epochs again; None: fewer than three probes.
+
+    The share of wrong answers is taken to fall as a power of the epoch, fitted to the second half of the run. Its
+    noise is that of the residuals, but no less than what photos that are judged again and again leave.
+    """
+    points = [(_number(row.get("epoch")), _number(row.get("knn"))) for row in evidence.probes]
+    points = [(epoch, knn) for epoch, knn in points if epoch and knn is not None and epoch > 0]
+    recent = [point for point in points if 2 * point[0] >= points[-1][0]]
+    recent = recent if len(recent) >= 3 else points[-3:]
+    if len(recent) < 3 or not evidence.online_judged:
+        return None
+    least = 50 / evidence.online_judged  # half a photo: the logarithm of nothing
+    across = [math.log(epoch) for epoch, _ in recent]
+    wrong = [math.log(max(100 - knn, least)) for _, knn in recent]
+    middle, height = sum(across) / len(across), sum(wrong) / len(wrong)
+    spread = sum((x - middle) ** 2 for x in across)
+    if not spread:
+        return None
+    slope = sum((x - middle) * (y - height) for x, y in zip(across, wrong)) / spread
+    squares = sum((y - height - slope * (x - middle)) ** 2 for x, y in zip(across, wrong))
+    residual = math.sqrt(squares / (len(recent) - 2))
+    share = math.exp(height) / 100
+    floor = _OWN_ERROR * math.sqrt((1 - share) / (share * evidence.online_judged))  # of the logarithm of the share
+    error = _Z * max(residual, floor) / math.sqrt(spread)
+    now = min(math.exp(height + slope * (math.log(evidence.epochs) - middle)), 100.0)
+    return Gain(*(now * (1 - 2.0 ** min(exponent, 0.5)) for exponent in (slope, slope + error, slope - error)))
+
+
+def loss_trend(steps: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Of what the loss has above its target's entropy, where that is known: ``first`` and ``last`` value, ``fallen``,
+    and ``fall`` over the last quarter of the run as a share, ``falling``. {}: fewer than four rows."""
+    logged = {key for row in steps for key in row}
+    key = "kl" if "kl" in logged and "target_entropy" not in logged else "loss"
+    values = [value for row in steps if (value := _number(row.get(key))) is not None]
+    if len(values) < 4:
+        return {}
+    tenth, quarter = max(1, len(values) // 10), len(values) // 4
+    parts = (values[:tenth], values[-quarter:], values[-2 * quarter : -quarter])
+    first, last, before = (sum(part) / len(part) for part in parts)
+    fall = (before - last) / before if before > 0 else 0.0
+    return {
+        "first": first,
+        "last": last,
+        "fallen": last < _UNMOVED * first,
+        "fall": fall,
+        "falling": last < first and fall > _FALLING,
+    }
+
+
+def collapse_signs(evidence: Evidence) -> list[str]:
+    """What says that the network has collapsed, in words; []: nothing does."""
+    signs = []
+    rank, spread = (_number(evidence.features.get(name)) for name in ("effective_rank", "feature_std"))
+    if rank is not None and rank < _LEAST_RANK:
+        signs.append(f"the features use hardly more than one direction (effective rank {rank:.2f})")
+    if spread is not None and spread < _LEAST_SPREAD:
+        signs.append(f"the features of all photos are nearly equal (spread {spread:.3f}; 1: even over the sphere)")
+    entropy, embedding = (_last(evidence.steps, name) for name in ("target_entropy", "embedding_std"))
+    trend = loss_trend(evidence.steps)
+    if entropy is None and embedding is not None and embedding < _LEAST_EMBEDDING:
+        signs.append(f"the embeddings of all photos are nearly equal (spread {embedding:.3f}; 1: even over the sphere)")
+    if entropy is not None and entropy > _NO_TARGET and trend and not trend["fallen"]:
+        ends = f"{trend['first']:.2f} at the start, {trend['last']:.2f} at the end"
+        signs.append(f"the loss has stayed at that of a guess ({ends})")
+    return signs
+
+
+# ---------------------------------------------------------------------- words
+
+
+def _in_words(against: Mapping[str, Mapping[str, Difference]], marks: Sequence[str], judged: int) -> str:
+    """What the trained network is better than, level with, worse than; marks with the same outcome share a phrase."""
+    groups: dict[tuple[str | None, str | None], list[str]] = {}
+    for mark in marks:
+        words = [against[mark][kind].word if kind in against[mark] else None for kind in ("knn", "linear")]
+        groups.setdefault((words[0], words[1]), []).append(mark)
+    phrases = [_phrase(knn, linear, names) for (knn, linear), names in groups.items()]
+    text = "; ".join(phrases)
+    knn, linear = ({pair[place] for pair in groups} - {None} for place in (0, 1))
+    if linear == {"better"} and knn - {"better"}:
+        text += ": good for fine-tuning, not yet for search"
+    elif knn == {"better"} and linear - {"better"}:
+        text += ": good for search, not yet for a classifier on top"
+    if any("level" in words for words in groups):
+        text += f" (level: no farther apart than chance on {judged:,} {_plural('photo', judged)})"
+    return text
+
+
+def _phrase(knn: str | None, linear: str | None, names: Sequence[str]) -> str:
+    listed = f"{', '.join(names[:-1])} and {names[-1]}" if len(names) > 1 else names[0]
+    than = {"better": f"better than {listed}", "worse": f"worse than {listed}", "level": f"level with {listed}"}
+    it = "them" if len(names) > 1 else "it"
+    then = {"better": "better", "worse": "worse", "level": f"level with {it}"}
+    if knn is None or linear is None:
+        only = linear or knn
+        return f"{than[only]} in {'the linear probe' if linear else 'nearest neighbours'}"
+    if knn == linear:
+        return f"{than[knn]} in nearest neighbours and in the linear probe"
+    return f"{than[linear]} in the linear probe, {then[knn]} in nearest neighbours"
+
+
+def _without_labels(evidence: Evidence) -> str:
+    """What can be said where labels cannot judge."""
+    parts = ["without labels that can judge, nobody knows what the features are worth"]
+    rank, spread = (_number(evidence.features.get(name)) for name in ("effective_rank", "feature_std"))
+    if rank is not None and spread is not None:
+        parts.append(f"The network has not collapsed (effective rank {rank:.0f}, spread {spread:.2f})")
+    if evidence.steps:
+        parts.append(_of_the_loss(evidence.steps))
+    alignment = [value for row in evidence.steps if (value := _number(row.get("alignment"))) is not None]
+    if alignment:
+        ends = f"{alignment[-1]:.2f} apart ({alignment[0]:.2f} at the start; 0: equal, 2: unrelated)"
+        parts.append(f"Two views of a photo lie {ends}")
+    parts.append("neighbours.png shows which photos it finds alike")
+    return ". ".join(parts)
+
+
+def _of_the_loss(steps: Sequence[Mapping[str, Any]]) -> str:
+    trend = loss_trend(steps)
+    if not trend:
+        return "The run logged too few steps to say how its loss went"
+    if not trend["fallen"]:
+        ends = f"{trend['first']:.2f} at the start, {trend['last']:.2f} at the end"
+        return f"The loss has not fallen ({ends}): nothing was learned yet"
+    now = "and has come to rest"
+    if trend["falling"]:
+        now = f"and is still falling ({trend['fall']:.0%} in the last quarter of the run)"
+    return f"The loss fell from {trend['first']:.2f} to {trend['last']:.2f} {now}"
+
+
+def _more_epochs(epochs: int, more: int, gain: Gain | None) -> str:
+    added = more - epochs
+    run = f"Run {added:,} more {_plural('epoch', added)}: the same command with --epochs {more} and another --out"
+    if gain is None or not gain.rising:
+        return f"{run}; how much that brings cannot be told from this run."
+    return (
+        f"The kNN curve is still rising. {run} gains some {gain.points:.1f} points "
+        f"({gain.low:.1f} to {gain.high:.1f}) if the curve goes on as it did, which curves seldom do for long."
+    )
+
+
+def _plural(noun: str, count: int) -> str:
+    return noun if count == 1 else f"{noun}s"
+
+
+def _last(rows: Sequence[Mapping[str, Any]], key: str) -> float | None:
+    """Mean of the last tenth of what was logged under ``key``."""
+    values = [value for row in rows if (value := _number(row.get(key))) is not None]
+    recent = values[-max(1, len(values) // 10) :]
+    return sum(recent) / len(recent) if recent else None
+
+
+def _number(value: Any) -> float | None:
+    """``value`` as a float; None: it is no finite number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        return None
+    return float(value)
