@@ -1,7 +1,7 @@
 """Perspective views of a 360-degree panorama: what a camera that stands in it would see.
 
     pixel grid -> rays of the field of view -> roll, pitch, yaw -> longitude, latitude -> bilinear look-up in linear light
-    -> mean over 2 x 2 rays a pixel -> exposure, white balance, saturation -> gamma
+    -> mean over 2 x 2 rays a pixel -> exposure, white balance, saturation -> gamma, contrast
 
 The geometry is the pinhole camera's; the panorama is equirectangular (width: longitude, height: latitude, 90 degrees at the top).
 """
@@ -32,6 +32,7 @@ class Cameras:
         pitch: above the horizon. roll: clockwise turn of the camera about its own axis.
         field_of_view: between the left and the right edge.
         exposure: in stops. white_balance: factors of red, green and blue. saturation: 1 as it is, 0 grey.
+        contrast: exponent of the pixel values in 0 .. 1; above 1 shadows are darker.
     """
 
     yaw: Tensor
@@ -41,6 +42,7 @@ class Cameras:
     exposure: Tensor
     white_balance: Tensor
     saturation: Tensor
+    contrast: Tensor
 
     def __len__(self) -> int:
         return len(self.yaw)
@@ -86,4 +88,5 @@ def render(panorama: Tensor, cameras: Cameras, size: int) -> Tensor:
     view = view * (2**cameras.exposure)[:, None, None, None] * cameras.white_balance[:, :, None, None]
     grey = torch.einsum("nchw,c->nhw", view, view.new_tensor(LUMINANCE))[:, None]
     view = grey + (view - grey) * cameras.saturation[:, None, None, None]
-    return (view.clamp(0, 1) ** (1 / GAMMA) * 255 + 0.5).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+    exponent = (cameras.contrast / GAMMA)[:, None, None, None]
+    return (view.clamp(0, 1) ** exponent * 255 + 0.5).to(torch.uint8).permute(0, 2, 3, 1).contiguous()

@@ -1,7 +1,7 @@
 """The sample photos that install with the package: views of eighteen places, made into ``.beton`` files on first use.
 
-The package holds 18 panoramas (CC0, Poly Haven). From each, 200 views are rendered for training and 80 for judging, 64 px wide, with exposure, white
-balance and saturation of their own. Training looks into one half of the compass, judging into the other, and at the horizon their fields of view never
+The package holds 18 panoramas (CC0, Poly Haven). From each, 200 views are rendered for training and 80 for judging, 64 px wide, each as if by another
+camera in another light: exposure, white balance, saturation and contrast are its own, so that colours alone do not name a place. Training looks into one half of the compass, judging into the other, and at the horizon their fields of view never
 meet: *recognise a place from a direction that the network has never seen*. The views go the way a user's own photos go: written as folders of JPEG
 files, then through the converter.
 """
@@ -34,8 +34,10 @@ FIELD_OF_VIEW = (35.0, 60.0)
 PITCH = (-25.0, 17.0)
 ROLL = (-5.0, 5.0)
 EXPOSURE = (-1.0, 1.0)
-WHITE_BALANCE = (0.7, 1.3)
+WHITE_BALANCE = (0.5, 1.5)
 SATURATION = (0.0, 1.0)
+#: The contrast lies between its inverse and it, in equal ratios.
+CONTRAST = 1.4
 #: Degrees between a field of view's edge at the horizon and the border of its half of the compass: a camera that rolls sees a little farther.
 MARGIN = 3.0
 
@@ -65,7 +67,7 @@ def draw_cameras(part: str, place: int, count: int | None = None) -> Cameras:
         count: views; default: as many as the sample set has.
     """
     count = PARTS[part] if count is None else count
-    words = np.random.default_rng([place, list(PARTS).index(part)]).random((count, 9))
+    words = np.random.default_rng([place, list(PARTS).index(part)]).random((count, 10))
 
     def between(column: int, bounds: tuple[float, float]) -> torch.Tensor:
         return torch.from_numpy(bounds[0] + (bounds[1] - bounds[0]) * words[:, column]).float()
@@ -81,6 +83,7 @@ def draw_cameras(part: str, place: int, count: int | None = None) -> Cameras:
         exposure=between(4, EXPOSURE),
         white_balance=torch.stack([between(5, WHITE_BALANCE), between(6, WHITE_BALANCE), between(7, WHITE_BALANCE)], 1),
         saturation=between(8, SATURATION),
+        contrast=CONTRAST ** between(9, (-1.0, 1.0)),
     )
 
 
@@ -161,7 +164,7 @@ def _put_in_place(building: Path, final: Path) -> None:
 
 
 def _fingerprint() -> str:
-    settings = (PARTS, SIZE, FIELD_OF_VIEW, PITCH, ROLL, EXPOSURE, WHITE_BALANCE, SATURATION, MARGIN, _QUALITY)
+    settings = (PARTS, SIZE, FIELD_OF_VIEW, PITCH, ROLL, EXPOSURE, WHITE_BALANCE, SATURATION, CONTRAST, MARGIN, _QUALITY)
     digest = hashlib.sha256(repr(settings).encode())
     for path in sorted(_STORED.glob("*.jpg")):
         digest.update(path.name.encode() + path.read_bytes())

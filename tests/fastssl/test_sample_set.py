@@ -33,7 +33,7 @@ def small(monkeypatch, tmp_path):
 
 
 def camera(**changes: float) -> Cameras:
-    values = {"yaw": 0.0, "pitch": 0.0, "roll": 0.0, "field_of_view": 60.0, "exposure": 0.0, "saturation": 1.0, **changes}
+    values = {"yaw": 0.0, "pitch": 0.0, "roll": 0.0, "field_of_view": 60.0, "exposure": 0.0, "saturation": 1.0, "contrast": 1.0, **changes}
     white = torch.tensor([values.pop("white_balance", (1.0, 1.0, 1.0))])
     return Cameras(white_balance=white, **{name: torch.tensor([value]) for name, value in values.items()})
 
@@ -93,6 +93,8 @@ def test_light_is_multiplied_and_colour_taken_away():
     grey = (light * torch.tensor([0.2126, 0.7152, 0.0722])).sum()
     assert seen(saturation=0.0) == expected(grey.expand(3))
     assert seen(saturation=0.5) == expected((light + grey) / 2)
+    pixels = torch.tensor([120, 60, 30]) / 255.0
+    assert seen(contrast=1.5) == (pixels**1.5 * 255 + 0.5).to(torch.uint8).tolist()
 
 
 # ---------------------------------------------------------------------- the set
