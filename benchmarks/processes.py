@@ -76,9 +76,9 @@ def exact_jobs(arch: str, batch: int, epochs: int) -> dict[str, Job]:
 
 
 def curve_job(arch: str, split_bn: int, batch: int, epochs: int, seed: int) -> Job:
-    """A run of few-photos in small."""
+    """A run of few-photos-moco in small."""
     length = (f"train.batch_size={batch}", f"train.epochs={epochs}", f"moco.queue={2 * batch}", "optim.warmup_epochs=1")
-    return Job("few-photos", arch, (*_SMALL_PLAIN, *length, f"moco.split_bn={split_bn}", "moco.projector.hidden=128"), seed)
+    return Job("few-photos-moco", arch, (*_SMALL_PLAIN, *length, f"moco.split_bn={split_bn}", "moco.projector.hidden=128"), seed)
 
 
 def run_here(jobs: Iterable[Job], data: Path) -> list[dict[str, Any]]:

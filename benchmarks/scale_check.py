@@ -45,7 +45,7 @@ from fastssl.recipe import Recipe, load_recipe
 _QUIET, _MOST_TURNS = 0.1, 8
 #: Batches that are replayed: more than one, so that no cache holds what a call reads.
 _CACHED = 4
-RECIPE = "few-photos"
+RECIPE = "few-photos-moco"
 
 
 @dataclass(frozen=True)

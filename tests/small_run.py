@@ -40,11 +40,11 @@ class Silent:
 
 
 def small(*overrides: str) -> Recipe:
-    return load_recipe("quickstart", parse_overrides([*SMALL, *overrides]))
+    return load_recipe("few-photos-moco", parse_overrides([*SMALL, *overrides]))
 
 
 def options(beton: Path, out: Path, **changes: object) -> RunOptions:
-    return RunOptions(**{"recipe_name": "quickstart", "data": beton, "out": out, "device": "cpu", "workers": 1, **changes})
+    return RunOptions(**{"recipe_name": "few-photos-moco", "data": beton, "out": out, "device": "cpu", "workers": 1, **changes})
 
 
 def state(out: Path) -> dict:

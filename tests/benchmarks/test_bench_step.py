@@ -38,7 +38,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> Recipe:
 
     monkeypatch.setattr("fastssl.step.create_backbone", lambda name, **options: Backbone().to(memory_format=torch.channels_last))
     changes = {"views.0.size": "16", "moco.queue": "64", "moco.projector.hidden": "16", "moco.projector.out": "8", "moco.smoothing": "0.2"}
-    return load_recipe("quickstart", changes)
+    return load_recipe("few-photos-moco", changes)
 
 
 def test_a_step_is_the_training_loops_step(tiny: Recipe) -> None:
@@ -81,8 +81,8 @@ def test_networks_alone_leaves_weights_and_queue(tiny: Recipe) -> None:
 
 
 def test_step_record(tiny: Recipe) -> None:
-    (record,) = run(tiny, "quickstart", "cpu", batch_size=8)
-    assert record.bench == "step" and record.recipe == "quickstart" and record.arch == "mobilenetv3_large_100"
+    (record,) = run(tiny, "few-photos-moco", "cpu", batch_size=8)
+    assert record.bench == "step" and record.recipe == "few-photos-moco" and record.arch == "mobilenetv3_large_100"
     assert record.batch_size == 8 and record.view_per_s == pytest.approx(2 * record.pair_per_s)
     assert record.pair_per_s == pytest.approx(8 / record.median_s)
     assert record.fraction_of_ceiling == pytest.approx(record.view_per_s / record.ceiling)
@@ -114,7 +114,7 @@ def test_the_roofline_takes_the_longer_of_the_two_layer_by_layer() -> None:
 
 
 def test_optimiser_and_average_beside_the_loops(tiny: Recipe) -> None:
-    *_, record = run(tiny, "quickstart", "cpu", batch_size=8, peers=True)
+    *_, record = run(tiny, "few-photos-moco", "cpu", batch_size=8, peers=True)
     assert record.details["part"] == "update" and record.runs >= 5 and record.ratio_to_peer > 0
     parameters = 8 * 27 + 2 * 8 + 8 * 72 + 8 + 8 * 16 + 16 + 2 * 16 + 16 * 8  # BatchNorm in the projector: a shift, but no bias before it
     assert abs(record.details["parameters"] - parameters) < 64
@@ -131,7 +131,7 @@ def test_memory_that_runs_out_halves_the_batch(tiny: Recipe, monkeypatch: pytest
         return real(recipe, batch_size, device)
 
     monkeypatch.setattr(bench, "random_views", limited)
-    (record,) = run(tiny, "quickstart", "cpu", batch_size=16)
+    (record,) = run(tiny, "few-photos-moco", "cpu", batch_size=16)
     assert tried == [16, 8, 4]
     assert record.batch_size == 4 and record.details["asked_batch_size"] == 16
     monkeypatch.setattr(bench, "random_views", lambda *args: limited(tiny, 99, CPU))
@@ -145,7 +145,7 @@ def test_switches_that_cannot_be_used_are_reported(tiny: Recipe, monkeypatch: py
 
     monkeypatch.setattr(torch, "compile", broken)
     with torch._dynamo.config.patch(disable=False):
-        (record,) = run(tiny, "quickstart", "cpu", batch_size=4, compiled=True, graph=True)
+        (record,) = run(tiny, "few-photos-moco", "cpu", batch_size=4, compiled=True, graph=True)
     assert record.details["compiled"] is False and record.details["graph"] is False
     assert record.details["fallbacks"]["compile"] == "RuntimeError: no C++ compiler found"
     assert "NVIDIA GPU" in record.details["fallbacks"]["graph"]

@@ -28,7 +28,7 @@ CPU = torch.device("cpu")
 def tiny(**changes: str) -> Recipe:
     """The quick start's recipe with steps of 8."""
     values = {"arch": "mobilenetv3_small_050", "train.batch_size": "8", "moco.queue": "64", "train.epochs": "5", "probe.every_epochs": "2"}
-    return load_recipe("quickstart", {**values, **{key.replace("__", "."): value for key, value in changes.items()}})
+    return load_recipe("few-photos-moco", {**values, **{key.replace("__", "."): value for key, value in changes.items()}})
 
 
 # ---------------------------------------------------------------------- arithmetic
@@ -186,7 +186,7 @@ def test_what_a_step_takes_beside_its_tensors() -> None:
 
 @pytest.fixture(scope="module")
 def estimate(beton: Path) -> Estimate:
-    return run(tiny(), "quickstart", beton, workers=1, seconds=4)
+    return run(tiny(), "few-photos-moco", beton, workers=1, seconds=4)
 
 
 @pytest.mark.timed
@@ -263,11 +263,11 @@ def test_a_slow_step_is_measured_in_small_and_extrapolated(beton: Path, monkeypa
 @pytest.mark.timed
 def test_a_batch_beyond_the_memory(beton: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "resident_bytes", lambda key: None)  # as on a system that does not tell: tensors alone count
-    estimate = run(tiny(), "quickstart", beton, workers=1, seconds=2)
+    estimate = run(tiny(), "few-photos-moco", beton, workers=1, seconds=2)
     assert estimate.fits and estimate.measured["step_overhead"] == 1
     # Room for what the estimate said of 8 pairs, minus a little.
     monkeypatch.setattr(memory, "memory_bytes", lambda device: (int(0.95 * estimate.memory_bytes / cost.USABLE["cpu"]), 2**40))
-    found = run(tiny(), "quickstart", beton, workers=1, seconds=2)
+    found = run(tiny(), "few-photos-moco", beton, workers=1, seconds=2)
     assert not found.fits and found.memory_bytes > found.usable_bytes
     assert found.largest_batch in (2, 4) and found.largest_batch_limit == "memory"
     assert found.fitting_accumulate in (2, 4)
@@ -285,7 +285,7 @@ def test_a_batch_beyond_the_memory(beton: Path, monkeypatch: pytest.MonkeyPatch)
 )
 def test_what_would_not_train(beton: Path, changes: dict[str, str], message: str) -> None:
     with pytest.raises(FastSSLError, match=message):
-        run(tiny(**changes), "quickstart", beton, workers=1, seconds=1)
+        run(tiny(**changes), "few-photos-moco", beton, workers=1, seconds=1)
 
 
 def test_the_largest_batch_goes_with_the_recipes_parts() -> None:
@@ -299,7 +299,7 @@ def test_the_final_probe_counts_every_network() -> None:
     def passes(name: str, **changes: str) -> int:
         return estimate_module._final_passes(load_recipe(name, {f"probe.{key}": value for key, value in changes.items()}), 100)
 
-    assert passes("quickstart") == 200  # the trained network, and the one before training
+    assert passes("few-photos-moco") == 200  # the trained network, and the one before training
     assert passes("dino-mobilenetv2-sslight") == 300  # the teacher, too
     assert passes("dino-mobilenetv2-sslight", reestimate_bn="50") == 500 + 100
     assert passes("swav-mobilenetv2-sslight", teacher="true") == 200  # has none

@@ -35,7 +35,7 @@ def recipe(monkeypatch: pytest.MonkeyPatch) -> Recipe:
         "moco.projector.norm": "false",
         "moco.projector.norm_out": "false",
     }
-    return load_recipe("few-photos", changes)
+    return load_recipe("few-photos-moco", changes)
 
 
 def test_two_steps_of_both_end_at_the_same_weights(recipe: Recipe) -> None:
@@ -65,10 +65,10 @@ def test_two_steps_of_both_end_at_the_same_weights(recipe: Recipe) -> None:
 
 
 def test_the_record_stands_beside_its_peers(recipe: Recipe) -> None:
-    ours, plain, update = run(recipe, "few-photos", CPU, BATCH, "off", peers=True)
+    ours, plain, update = run(recipe, "few-photos-moco", CPU, BATCH, "off", peers=True)
     assert ours.peer is None and plain.peer == "plain MoCo step, NCHW, float32"
     assert plain.ratio_to_peer > 0 and plain.details["cpu_ratio_to_peer"] > 0 and plain.pair_per_s == pytest.approx(BATCH / plain.median_s)
-    with_amp = run(recipe, "few-photos", CPU, BATCH, "bf16", peers=True)
+    with_amp = run(recipe, "few-photos-moco", CPU, BATCH, "bf16", peers=True)
     loops = "optimiser and moving average tensor by tensor"
     assert [record.peer for record in with_amp] == [None, "plain MoCo step, NCHW, bf16 autocast", "plain MoCo step, NCHW, float32", loops]
     assert update.peer == loops

@@ -22,7 +22,7 @@ from fastssl.world import World
 
 BATCH, WORLD = 8, 2
 RECIPES = {
-    "few-photos": {"views.0.size": "32", "moco.queue": "32", "moco.split_bn": "2"},
+    "few-photos-moco": {"views.0.size": "32", "moco.queue": "32", "moco.split_bn": "2"},
     "dino-mobilenetv2-sslight": {"views.global_size": "32", "views.local_size": "32", "dino.out": "64", "train.batch_size": str(BATCH)},
     "dino-mobilenetv2-baseline": {"views.global_size": "64", "views.local_size": "32", "dino.out": "64", "train.batch_size": str(BATCH)},
     "swav-mobilenetv2-sslight": {
@@ -38,7 +38,7 @@ RECIPES = {
 
 def small(name: str) -> Recipe:
     options = {"arch": "lcnet_035", "train.batch_size": str(BATCH), "zero_init_residual": "false", **RECIPES[name]}
-    return load_recipe(name, {key: value for key, value in options.items() if key != "zero_init_residual" or name == "few-photos"})
+    return load_recipe(name, {key: value for key, value in options.items() if key != "zero_init_residual" or name == "few-photos-moco"})
 
 
 @pytest.fixture
@@ -84,11 +84,11 @@ def test_a_step_calls_what_was_counted(name: str, group: list[tuple[str, int]]) 
 
 
 def test_one_process_sends_nothing() -> None:
-    found = traffic(small("few-photos"), BATCH, 1)
+    found = traffic(small("few-photos-moco"), BATCH, 1)
     assert found.collectives == found.gathered_bytes == 0 and found.parameters > 0
 
 
-@pytest.mark.parametrize("name", ["few-photos", "dino-mobilenetv2-sslight"])
+@pytest.mark.parametrize("name", ["few-photos-moco", "dino-mobilenetv2-sslight"])
 def test_a_checkpoint_has_the_bytes_that_were_counted(name: str, tmp_path: Path) -> None:
     recipe = small(name)
     step = TrainStep(recipe, torch.device("cpu"), amp=False, seed=0)
@@ -104,7 +104,7 @@ def test_a_checkpoint_has_the_bytes_that_were_counted(name: str, tmp_path: Path)
 
 
 def test_more_processes_gather_more_of_batchnorm_and_a_larger_batch_more_images() -> None:
-    recipe = small("few-photos")
+    recipe = small("few-photos-moco")
     recipe = replace(recipe, moco=replace(recipe.settings, queue=4096))
     one, more, larger = traffic(recipe, 64, 2), traffic(recipe, 64, 8), traffic(recipe, 128, 2)
     assert more.batchnorm_bytes == 4 * one.batchnorm_bytes and more.image_bytes == one.image_bytes

@@ -139,7 +139,7 @@ def test_the_dino_head(capsys, dino: Path, beton: Path) -> None:
 
 
 def test_heads_of_other_runs(capsys, beton: Path, tmp_path: Path) -> None:
-    moco = finished_run(tmp_path / "moco", "few-photos", arch="resnet10t", steps=1)
+    moco = finished_run(tmp_path / "moco", "few-photos-moco", arch="resnet10t", steps=1)
     result = run(capsys, "semi", moco, "--data", beton, "--labels", "50%", "--head", "dino", *QUICK)
     assert_one_line(result, "a run of moco has no DINO head", "--head linear")
 

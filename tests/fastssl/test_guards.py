@@ -34,7 +34,7 @@ def cli(*arguments: object) -> int:
 
 def pretrain(data: Path, out: Path, *more: object) -> int:
     overrides = [argument for item in TINY for argument in ("--set", item)]
-    return cli("pretrain", "--arch", ARCH, "--recipe", "quickstart", "--device", "cpu", "--data", data, "--out", out, *overrides, *more)
+    return cli("pretrain", "--arch", ARCH, "--recipe", "few-photos-moco", "--device", "cpu", "--data", data, "--out", out, *overrides, *more)
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +58,7 @@ def test_the_source_is_never_overwritten(photo_tree: Path, tmp_path: Path, capsy
     assert "not a plain file" in capsys.readouterr().err and (tmp_path / "pipe").is_fifo()
 
 
-@pytest.mark.parametrize("arguments", [["verify", "X", "--json", "X"], ["views", "X", "--recipe", "quickstart", "--out", "X"]])
+@pytest.mark.parametrize("arguments", [["verify", "X", "--json", "X"], ["views", "X", "--recipe", "few-photos-moco", "--out", "X"]])
 def test_results_are_not_written_over_the_photos(arguments: list[str], beton: Path, tmp_path: Path) -> None:
     copy = tmp_path / "x.beton"
     shutil.copy(beton, copy)
@@ -180,7 +180,7 @@ def test_a_side_file_that_cannot_be_read_is_known_before_training(beton: Path, t
 
 def test_a_photo_that_cannot_be_shown_is_named(damaged: tuple[Path, int], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     path, sample = damaged
-    assert cli("views", path, "--recipe", "quickstart", "--out", tmp_path / "views.png", "--samples", 48) == 0
+    assert cli("views", path, "--recipe", "few-photos-moco", "--out", tmp_path / "views.png", "--samples", 48) == 0
     assert f"damaged and not shown: sample {sample};" in capsys.readouterr().err
 
 
@@ -196,7 +196,7 @@ def test_blocks_longer_than_the_run_cost_nothing(beton: Path, tmp_path: Path) ->
 def test_sizes_that_the_network_cannot_take_are_found_before_training(beton: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     overrides = [argument for item in TINY for argument in ("--set", item)]
     status = cli(
-        *["pretrain", "--arch", "vit_tiny", "--recipe", "quickstart", "--device", "cpu", "--data", beton, "--out", tmp_path / "run"],
+        *["pretrain", "--arch", "vit_tiny", "--recipe", "few-photos-moco", "--device", "cpu", "--data", beton, "--out", tmp_path / "run"],
         *[*overrides, "--set", "probe.size=30"],
     )
     assert status == 1

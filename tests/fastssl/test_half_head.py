@@ -55,7 +55,7 @@ def test_the_run_is_found_by_folder_or_file(run: Path) -> None:
 
 
 def test_other_runs_have_none(tmp_path: Path) -> None:
-    run = finished_run(tmp_path, "few-photos", arch="resnet10t")
+    run = finished_run(tmp_path, "few-photos-moco", arch="resnet10t")
     with pytest.raises(FastSSLError, match=r"a run of moco has no DINO head; --head linear"):
         load_half_head(run_file(run))
 

@@ -39,7 +39,7 @@ def test_the_named_recipes_exist_with_the_published_numbers() -> None:
 
 def test_overrides_reach_every_depth() -> None:
     recipe = load_recipe(
-        "quickstart",
+        "few-photos-moco",
         parse_overrides(
             [
                 "optim.lr=0.5",
@@ -79,7 +79,7 @@ def test_overrides_reach_every_depth() -> None:
 )
 def test_mistakes_are_named(override: str, message: str) -> None:
     with pytest.raises(FastSSLError, match=message):
-        load_recipe("quickstart", parse_overrides([override]))
+        load_recipe("few-photos-moco", parse_overrides([override]))
 
 
 def test_files(tmp_path: Path) -> None:
@@ -110,7 +110,7 @@ def test_files(tmp_path: Path) -> None:
 
 
 def test_learning_rate_scales_with_the_batch() -> None:
-    optim = load_recipe("quickstart").optim
+    optim = load_recipe("few-photos-moco").optim
     assert replace(optim, lr=0.1, lr_batch=256).peak_lr(512) == pytest.approx(0.2)
     assert replace(optim, lr=0.1, lr_batch=0).peak_lr(512) == pytest.approx(0.1)
 
@@ -243,7 +243,7 @@ def test_mistakes_in_a_multi_crop_recipe_are_named(override: str, message: str) 
 
 def test_a_threshold_for_a_list_of_views_and_parts_of_a_whole_batch_are_refused() -> None:
     with pytest.raises(FastSSLError, match=r"lists its two views.*views\.preset=sslight-cnn"):
-        load_recipe("quickstart", {"views.threshold": "0.2"})
+        load_recipe("few-photos-moco", {"views.threshold": "0.2"})
     for name in ("swav-mobilenetv2-sslight", "simclr-mobilenetv3"):
         with pytest.raises(FastSSLError, match="looks at the whole batch at once"):
             load_recipe(name, {"train.accumulate": "2"})

@@ -98,7 +98,7 @@ def test_few_photos_have_a_short_queue_and_plain_words() -> None:
 
 
 @pytest.mark.parametrize("processes", [2, 3, 4])
-@pytest.mark.parametrize("name", ["few-photos", "light-moco-mobilenetv3", "swav-mobilenetv2-sslight"])
+@pytest.mark.parametrize("name", ["few-photos-moco", "light-moco-mobilenetv3", "swav-mobilenetv2-sslight"])
 def test_processes_share_a_lowered_batch_evenly(name: str, processes: int) -> None:
     for photos in (24, 50, 120):
         recipe, _ = fit(light(name), photos, processes=processes)
@@ -109,18 +109,18 @@ def test_processes_share_a_lowered_batch_evenly(name: str, processes: int) -> No
 
 
 def test_parts_of_a_batch_stay_equal() -> None:
-    recipe, _ = fit(light("few-photos", train__accumulate="4"), 50)
+    recipe, _ = fit(light("few-photos-moco", train__accumulate="4"), 50)
     assert recipe.train.batch_size == 16 and recipe.train.accumulate == 4
     with pytest.raises(FastSSLError, match="7 photos, but a batch in 4 parts has at least 8"):
-        fit(light("few-photos", train__accumulate="4"), 7)
+        fit(light("few-photos-moco", train__accumulate="4"), 7)
 
 
 def test_one_photo_is_too_few() -> None:
     with pytest.raises(FastSSLError, match=r"^photos: 1 photo, but a batch has at least 2; add photos$"):
-        fit(light("few-photos"), 1, where="photos")
+        fit(light("few-photos-moco"), 1, where="photos")
 
 
-@pytest.mark.parametrize("name", ["quickstart", "few-photos", "light-moco-mobilenetv3", "swav-mobilenetv2-sslight", "simclr-mobilenetv3"])
+@pytest.mark.parametrize("name", ["few-photos-moco", "few-photos-moco", "light-moco-mobilenetv3", "swav-mobilenetv2-sslight", "simclr-mobilenetv3"])
 @pytest.mark.parametrize("photos", [2, 11, 50, 77])
 def test_a_batch_that_was_asked_for_is_refused_with_advice_that_works(name: str, photos: int) -> None:
     asked = {"train.batch_size"}
@@ -136,39 +136,39 @@ def test_a_batch_that_was_asked_for_is_refused_with_advice_that_works(name: str,
 
 
 def test_with_a_batch_that_was_asked_for_the_queue_follows_and_only_it() -> None:
-    before = light("quickstart", train__batch_size="7")
+    before = light("few-photos-moco", train__batch_size="7")
     recipe, lines = fit(before, 48, given={"train.batch_size"})
     assert lines == ["to go with a batch of 7: moco.queue 256 -> 266"]
     require_buildable(recipe)
-    assert fit(light("quickstart", train__batch_size="8"), 48, given={"train.batch_size"})[1] == []
+    assert fit(light("few-photos-moco", train__batch_size="8"), 48, given={"train.batch_size"})[1] == []
 
 
 def test_what_was_asked_for_stays() -> None:
-    recipe, _ = fit(light("few-photos", moco__queue="1000"), 150, given={"moco.queue"})
+    recipe, _ = fit(light("few-photos-moco", moco__queue="1000"), 150, given={"moco.queue"})
     assert recipe.settings.queue == 1000 and recipe.train.batch_size == 50  # no power of two goes into 500
     with pytest.raises(FastSSLError, match=r"largest that would do is --batch-size 125$"):
         fit(
-            light("few-photos", moco__queue="1000", train__batch_size="500"),
+            light("few-photos-moco", moco__queue="1000", train__batch_size="500"),
             150,
             given={"moco.queue", "train.batch_size"},
         )
     with pytest.raises(FastSSLError, match=r"no batch of up to 50 photos goes with the moco.queue that was asked for"):
-        fit(light("few-photos", moco__queue="1001"), 50, given={"moco.queue"})
-    odd = light("few-photos", moco__queue="60", train__batch_size="8")
+        fit(light("few-photos-moco", moco__queue="1001"), 50, given={"moco.queue"})
+    odd = light("few-photos-moco", moco__queue="60", train__batch_size="8")
     assert fit(odd, 50, given={"moco.queue", "train.batch_size"})[0].settings.queue == 60  # the method refuses it, and says why
 
 
 def test_a_run_without_a_command_line_takes_the_batch_as_it_is() -> None:
-    require_photos(load_recipe("few-photos"), 128)
+    require_photos(load_recipe("few-photos-moco"), 128)
     with pytest.raises(FastSSLError, match="127 photos are fewer than one batch of 128; the largest that would do is --batch-size 127"):
-        require_photos(load_recipe("few-photos"), 127)
+        require_photos(load_recipe("few-photos-moco"), 127)
 
 
 # ---------------------------------------------------------------- epochs
 
 
 def test_epochs_follow_from_the_number_of_photos() -> None:
-    recipe = load_recipe("few-photos")
+    recipe = load_recipe("few-photos-moco")
     samples, steps = recipe.train.samples, round(recipe.train.samples / recipe.train.batch_size)
     found = {photos: fit(recipe, photos)[0].train for photos in (50, 300, 1_000, 3_000, 15_000, 25_000)}
     for photos, train in found.items():
@@ -193,9 +193,9 @@ def test_what_is_counted_in_epochs_keeps_its_share() -> None:
 
 
 def test_epochs_that_were_asked_for_stay() -> None:
-    recipe, lines = fit(load_recipe("few-photos", {"train.epochs": "7"}), 500, given={"train.epochs"})
+    recipe, lines = fit(load_recipe("few-photos-moco", {"train.epochs": "7"}), 500, given={"train.epochs"})
     assert (recipe.train.epochs, recipe.train.samples, recipe.optim.warmup_epochs) == (7, None, 3) and lines == []
-    assert follow_samples(load_recipe("few-photos", {"train.epochs": "7"}), 500).train.epochs == 7
+    assert follow_samples(load_recipe("few-photos-moco", {"train.epochs": "7"}), 500).train.epochs == 7
     full = load_recipe("light-moco-mobilenetv3")
     assert fit(full, 5_000)[0].train.epochs == 200
 
@@ -203,16 +203,16 @@ def test_epochs_that_were_asked_for_stay() -> None:
 def test_a_batch_that_was_asked_for_sees_as_many_samples() -> None:
     asked = {"train.batch_size"}
     epochs = [
-        fit(load_recipe("few-photos", {"train.batch_size": size}), 3_072, given=asked)[0].train.epochs for size in ("32", "64", "256")
+        fit(load_recipe("few-photos-moco", {"train.batch_size": size}), 3_072, given=asked)[0].train.epochs for size in ("32", "64", "256")
     ]
     assert max(epochs) - min(epochs) <= 1
 
 
 def test_a_run_from_python_follows_too_and_a_resolved_recipe_stays() -> None:
-    once = follow_samples(load_recipe("few-photos"), 300)
+    once = follow_samples(load_recipe("few-photos-moco"), 300)
     assert once.train.epochs > 60 and follow_samples(once, 9_000) == once
     with pytest.raises(FastSSLError, match=r"train\.samples must be at least 1"):
-        load_recipe("few-photos", {"train.samples": "0"})
+        load_recipe("few-photos-moco", {"train.samples": "0"})
 
 
 # ---------------------------------------------------------------- warnings
@@ -227,7 +227,7 @@ def test_nothing_is_warned_of_without_reason() -> None:
         assert warned(load_recipe(name), photos=1_281_167) == []
         fitted, _ = fit(load_recipe(name), 120)
         assert [line for line in warned(fitted, photos=120) if "queue" in line] == []
-    assert warned(load_recipe("few-photos"), side=48) == []
+    assert warned(load_recipe("few-photos-moco"), side=48) == []
 
 
 def test_a_queue_longer_than_the_photos() -> None:
@@ -242,20 +242,20 @@ def test_a_queue_longer_than_the_photos() -> None:
 
 
 def test_photos_smaller_than_the_views() -> None:
-    (line,) = warned(load_recipe("few-photos"), side=47.5)
+    (line,) = warned(load_recipe("few-photos-moco"), side=47.5)
     assert "47.5 px or less, and are enlarged for views of 48 px" in line
 
 
 def test_a_warm_up_longer_than_the_run() -> None:
     (line,) = warned(load_recipe("dino-mobilenetv2-sslight", {"train.epochs": "10"}))
     assert "a run of 10 epochs ends before its warm-up does (optim.warmup_epochs 10, dino.warmup_teacher_epochs 50)" in line
-    (line,) = warned(load_recipe("few-photos", {"train.epochs": "1"}))
+    (line,) = warned(load_recipe("few-photos-moco", {"train.epochs": "1"}))
     assert "a run of 1 epoch ends" in line
 
 
 def test_a_recipe_for_another_kind_of_network() -> None:
     (line,) = warned(load_recipe("dino-vit_tiny-sslight"), arch="resnet18")
     assert "resnet18 is a convolutional network, and the recipe was made for a vision transformer (vit_tiny)" in line
-    (line,) = warned(load_recipe("few-photos"), arch="vit_tiny")
+    (line,) = warned(load_recipe("few-photos-moco"), arch="vit_tiny")
     assert "vit_tiny is a vision transformer" in line
     assert warned(load_recipe("dino-resnet18-sslight"), arch="mobilenetv2", photos=1_281_167) == []

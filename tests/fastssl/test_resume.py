@@ -112,7 +112,7 @@ def test_a_scheduler_that_asks_gets_a_checkpoint_and_status_130(number: int, who
         "--arch",
         "lcnet_035",
         "--recipe",
-        "quickstart",
+        "few-photos-moco",
         "--data",
         str(beton),
         "--out",

@@ -37,7 +37,7 @@ def recipe(arch: str = "mobilenetv3_small_050", **changes: object) -> Recipe:
         "moco.split_bn": 2,
     }
     given = {name.replace("__", "."): value for name, value in changes.items()}
-    return load_recipe("few-photos", {name: str(value) for name, value in {**small, "moco.weighting": "nearest", **given}.items()})
+    return load_recipe("few-photos-moco", {name: str(value) for name, value in {**small, "moco.weighting": "nearest", **given}.items()})
 
 
 def views(seed: int, size: int = SIZE) -> Tensor:

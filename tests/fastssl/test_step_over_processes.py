@@ -27,7 +27,7 @@ CPU, BATCH, STEPS = torch.device("cpu"), 16, 4
 MULTICROP = {"views.global_size": 32, "views.local_size": 16, "views.local_count": 3, "train.batch_size": BATCH, "optim.lr": 0.5}
 CASES = {
     "moco, symmetric, split BatchNorm": (
-        "few-photos",
+        "few-photos-moco",
         {
             "views.0.size": 32,
             "train.batch_size": BATCH,

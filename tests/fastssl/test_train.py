@@ -61,11 +61,11 @@ def cli(*arguments: str) -> int:
 
 
 def options(beton: Path, out: Path, **changes: object) -> RunOptions:
-    return RunOptions(**{"recipe_name": "quickstart", "data": beton, "out": out, "device": "cpu", "workers": 1, **changes})
+    return RunOptions(**{"recipe_name": "few-photos-moco", "data": beton, "out": out, "device": "cpu", "workers": 1, **changes})
 
 
 def small(*overrides: str):
-    return load_recipe("quickstart", parse_overrides([f"arch={ARCH}", *SMALL, *overrides]))
+    return load_recipe("few-photos-moco", parse_overrides([f"arch={ARCH}", *SMALL, *overrides]))
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,7 @@ def finished(beton: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "--data",
         str(beton),
         "--recipe",
-        "quickstart",
+        "few-photos-moco",
         "--out",
         str(out),
         "--device",
@@ -184,7 +184,7 @@ def test_a_run_stopped_by_ctrl_c_goes_on_to_the_same_weights(finished: Path, bet
         "--data",
         str(beton),
         "--recipe",
-        "quickstart",
+        "few-photos-moco",
     ]
     command += ["--out", str(out), "--device", "cpu", *overrides]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"})
@@ -259,7 +259,7 @@ def test_mistakes_are_one_line_with_status_1(
     arguments: list[str], message: str, beton: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     arguments = [str(beton) if a == "BETON" else a for a in arguments]
-    recipe = [] if "--recipe" in arguments else ["--recipe", "quickstart"]
+    recipe = [] if "--recipe" in arguments else ["--recipe", "few-photos-moco"]
     assert cli("pretrain", *arguments, *recipe, "--out", str(tmp_path / "run"), "--device", "cpu") == 1
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error and len(error.strip().splitlines()) == 1

@@ -25,7 +25,7 @@ def run(beton: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "--arch",
         "lcnet_035",
         "--recipe",
-        "quickstart",
+        "few-photos-moco",
         "--data",
         str(beton),
         "--out",

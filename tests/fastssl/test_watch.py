@@ -306,7 +306,7 @@ def test_a_photo_that_only_one_process_reads_ends_all_with_its_name(damaged: tup
         "--arch",
         "resnet10t",
         "--recipe",
-        "few-photos",
+        "few-photos-moco",
         "--data",
         str(path),
         "--out",

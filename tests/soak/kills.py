@@ -63,7 +63,7 @@ _CROPS = ["views.global_size=32", "views.local_size=16", "views.local_count=2"]
 LARGE = "resnet10t"
 #: Per method: recipe, network, what makes it small. 48 photos: 6 steps an epoch.
 METHODS = {
-    "moco": ("few-photos", "lcnet_035", ["views.0.size=32", "moco.queue=64", "moco.projector.hidden=16", "moco.split_bn=2"]),
+    "moco": ("few-photos-moco", "lcnet_035", ["views.0.size=32", "moco.queue=64", "moco.projector.hidden=16", "moco.split_bn=2"]),
     "swav": (
         "swav-mobilenetv2-sslight",
         "lcnet_035",

@@ -75,7 +75,7 @@ def refused(status: int, text: str, *names: str) -> None:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return finished_run(tmp_path_factory.mktemp("trained") / "run", "few-photos")
+    return finished_run(tmp_path_factory.mktemp("trained") / "run", "few-photos-moco")
 
 
 # ---------------------------------------------------------------------- conversion
@@ -134,7 +134,7 @@ def test_results_and_pages_are_named_and_as_they_were(lab: Lab, disk: SmallDisk,
     for command, name in (
         ([*evaluate, disk.folder / "result.json"], "result.json"),
         (["verify", beton, "--json", disk.folder / "new.json"], "new.json"),
-        (["views", beton, "--recipe", "few-photos", "--samples", 1, "--out", disk.folder / "views.png"], "views.png"),
+        (["views", beton, "--recipe", "few-photos-moco", "--samples", 1, "--out", disk.folder / "views.png"], "views.png"),
         (["report", run_folder], "report.html"),
         (["evaluate", "compare", record, "--out", disk.folder], "evaluations.md"),
     ):
