@@ -102,6 +102,8 @@ class _Silence:
     def message(self, text: str) -> None:
         pass
 
+    note = message
+
 
 def _run(job: Job, data: Path, out: Path) -> dict[str, Any]:
     recipe = load_recipe(job.recipe, parse_overrides([f"arch={job.arch}", *job.overrides]))

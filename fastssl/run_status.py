@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from fastssl.files import write_atomically
+from fastssl.json_text import to_json
 from fastssl.pipelines.errors import FastSSLError
 from fastssl.pipelines.plain_file import read_plain
 
@@ -90,7 +91,7 @@ def write_status(folder: Path, state: str, **values: Any) -> None:
     _require_known(state)
     now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     with suppress(OSError):
-        write_atomically(folder / NAME, lambda path: path.write_text(json.dumps({"state": state, "time": now, **values}) + "\n"))
+        write_atomically(folder / NAME, lambda path: path.write_text(to_json({"state": state, "time": now, **values}) + "\n"))
 
 
 def read_status(folder: Path) -> dict[str, Any]:

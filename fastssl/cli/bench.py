@@ -7,14 +7,15 @@ import os
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext, suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 import click
 
 from fastssl.cli.command import command_line
-from fastssl.cli.common import SomePath, console, finite, json_option
+from fastssl.cli.common import SomePath, console, finite, json_option, write_json
+from fastssl.json_text import to_json
 from fastssl.pipelines.errors import FastSSLError
 
 if TYPE_CHECKING:
@@ -612,6 +613,7 @@ def _measure(json_path: str | None, jobs: list[Job]) -> None:
         console.print(line(tuple(texts)), highlight=False, markup=False, soft_wrap=True)
 
     failures: list[tuple[str, Exception]] = []
+    written: list[dict] = []
     with _open(json_path) as file:
         show(COLUMNS)
         for label, job in jobs:
@@ -624,20 +626,24 @@ def _measure(json_path: str | None, jobs: list[Job]) -> None:
             for record in records:
                 record = replace(record, details={**(record.details or {}), "command": command})
                 show(cells(record))
-                if file is not None:
-                    _add(file, json_path, record)
+                written.append(asdict(record))
+                _add(file, json_path, written)
     if failures:
         label, error = failures[0]
         others = f" ({len(failures)} of {len(jobs)} settings failed)" if len(jobs) > 1 else ""
         raise FastSSLError(f"{label}: {_words(error)}{others}") from error
 
 
-def _add(file: TextIO, json_path: str, record: Record) -> None:
+def _add(file: TextIO | None, json_path: str | None, records: list[dict]) -> None:
+    """Bring the last of ``records`` to the file of lines; without one write the document of all of them anew."""
     try:
-        file.write(record.to_json() + "\n")
-        file.flush()
+        if file is None:
+            write_json(json_path, records)
+        else:
+            file.write(to_json(records[-1]) + "\n")
+            file.flush()
     except OSError as error:
-        with suppress(OSError):
+        with suppress(OSError, AttributeError):
             file.close()  # what is left in its buffer would be tried again at the end
         raise FastSSLError(f"{json_path}: a result was not written ({error.strerror or error}); it is in the table above") from error
 
@@ -648,6 +654,8 @@ def _words(error: Exception) -> str:
 
 
 def _open(json_path: str | None) -> nullcontext[TextIO | None] | TextIO:
-    if json_path is None:
+    """The file of lines; None where there is none, or a document is written."""
+    if json_path is None or json_path.lower().endswith(".json"):
+        write_json(json_path, [])  # what cannot be written should fail before it is measured
         return nullcontext(None)
     return nullcontext(sys.stdout) if json_path == "-" else open(json_path, "w", encoding="utf-8")

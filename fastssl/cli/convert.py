@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from fastssl.cli.common import SomePath, console, json_option, progress_bar, write_json
+from fastssl.cli.common import SomePath, console, json_option, progress_bar, quiet_option, write_json
 
 
 @click.command("convert-imagenet")
@@ -28,6 +28,7 @@ from fastssl.cli.common import SomePath, console, json_option, progress_bar, wri
     show_default=True,
     help="List bad photos and go on, or stop at the first.",
 )
+@quiet_option
 @json_option
 def convert_imagenet(
     src: Path,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from fastssl.cli.common import SomePath, console, json_option, pipeline_option, write_json
+from fastssl.cli.common import SomePath, console, json_option, pipeline_option, quiet, quiet_option, write_json
 
 if TYPE_CHECKING:
     from fastssl.recipe import Recipe
@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     "Where torchrun or Slurm starts a failed run again, it goes on with what it has made, whatever is said here.",
 )
 @click.option("--workers", type=click.IntRange(min=1), help="Decoding threads. Default: the cores this process may use.")
+@quiet_option
 @json_option
 def pretrain(
     arch: str,
@@ -88,7 +89,7 @@ def pretrain(
     world = world_from_environment()
     if not world.is_main:
         console.quiet = True  # the first process speaks for all
-    elif world.size > 1:
+    elif world.size > 1 and not quiet():
         # torch is not loaded yet, which several processes on a busy machine may take half a minute for.
         console.print(f"{world.size} processes start; each loads torch first, then they meet", highlight=False)
 
@@ -114,7 +115,7 @@ def pretrain(
         workers=workers,
         resume=resume,
     )
-    with RunProgress(console) as progress:
+    with RunProgress(console, quiet=quiet()) as progress:
         summary = run(recipe, options, progress)
     if summary is None:
         return

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from fastssl.cli.common import SomePath, console, json_option, progress_bar, write_json
+from fastssl.cli.common import SomePath, console, json_option, progress_bar, quiet_option, write_json
 from fastssl.pipelines.errors import BetonError
 
 #: How many damaged samples are printed; the JSON names all of them.
@@ -33,6 +33,7 @@ class _Count(click.ParamType):
 @click.argument("file", type=SomePath())
 @click.option("--decode", type=_Count(), default="100", show_default=True, help="Decode this many samples, evenly spaced, or all.")
 @click.option("--workers", type=click.IntRange(min=1), default=None, help="Threads.  [default: one a CPU]")
+@quiet_option
 @json_option
 def verify(file: Path, decode: int | None, workers: int | None, json_path: str | None) -> None:
     """Check FILE's header and tables, its checksums if FILE.json is there, and decode samples. Status 1 when something is damaged.

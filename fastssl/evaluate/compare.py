@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fastssl.files import write_atomically
+from fastssl.json_text import read_json_records
 from fastssl.pipelines.errors import FastSSLError
 from fastssl.report.document import Block, Heading, Paragraph, Table, to_html, to_markdown
 
@@ -86,27 +87,20 @@ SETTINGS = (
 
 
 def read_evaluations(paths: Iterable[str | Path]) -> list[Record]:
-    """The records in files that ``fastssl evaluate ... --json`` wrote, one JSON object a line.
+    """The records in files that ``fastssl evaluate ... --json`` wrote: one JSON document each, or an object a line.
 
     Raises:
-        FastSSLError: a line is no such record; the message names file and line.
+        FastSSLError: something is no such record; the message names file and line, or the record's number.
         OSError: a file cannot be read.
     """
-    found = []
-    for path in paths:
-        for number, line in enumerate(Path(path).read_text(encoding="utf-8", errors="replace").splitlines(), 1):
-            if line.strip():
-                found.append(_record(line, f"{path}, line {number}"))
+    expected = "records of `fastssl evaluate ... --json FILE`"
+    found = [_record(value, where) for path in paths for where, value in read_json_records(path, expected)]
     if not found:
         raise FastSSLError("no evaluations in these files; `fastssl evaluate ... --json FILE` writes them")
     return found
 
 
-def _record(line: str, where: str) -> Record:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits
-        raise FastSSLError(f"{where}: not JSON; expected a record of `fastssl evaluate ... --json FILE`") from error
+def _record(record: Any, where: str) -> Record:
     if not isinstance(record, dict) or str(record.get("evaluation")) not in FIGURES:
         kinds = ", ".join(FIGURES)
         raise FastSSLError(f"{where}: not a record of an evaluation ({kinds})")

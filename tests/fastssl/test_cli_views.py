@@ -105,4 +105,4 @@ def test_a_multi_crop_is_drawn_named_and_described(capsys, beton, tmp_path):
             widths.append(picture.width)
     assert widths[0] > widths[1]
     status, _, said = run(capsys, *arguments, tmp_path / "none.png", "--set", "views.treshold=0.2")
-    assert status == 1 and "nearest: threshold" in said and not (tmp_path / "none.png").exists()
+    assert status == 1 and "did you mean views.threshold?" in said and not (tmp_path / "none.png").exists()

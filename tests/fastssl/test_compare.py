@@ -99,6 +99,16 @@ def test_what_is_no_record_is_named(tmp_path: Path, line: str, message: str) -> 
         read_evaluations([tmp_path / "empty.json"])
 
 
+def test_a_document_of_several_records_is_read_as_lines_are(tmp_path: Path) -> None:
+    lines = write(tmp_path / "records.jsonl", record("knn"), record("linear"))
+    document = tmp_path / "records.json"
+    document.write_text(json.dumps([record("knn"), record("linear")], indent=1))
+    assert read_evaluations([document]) == read_evaluations([lines])
+    document.write_text(json.dumps([record("knn"), {"bench": "step"}]))
+    with pytest.raises(FastSSLError, match=r"records\.json, record 2: not a record of an evaluation"):
+        read_evaluations([document])
+
+
 def test_every_kind_is_tried_here() -> None:
     named = {kind: FIGURES[kind](record(kind))[0].name for kind in FIGURES}
     assert named == {

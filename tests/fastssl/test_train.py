@@ -53,6 +53,8 @@ class Silent:
     def message(self, text: str) -> None:
         self.messages.append(text)
 
+    note = message
+
 
 def cli(*arguments: str) -> int:
     with pytest.raises(SystemExit) as stop:

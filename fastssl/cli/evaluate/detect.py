@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from fastssl.cli.common import SomePath, finite, json_option, progress_bar
+from fastssl.cli.common import SomePath, finite, json_option, progress_bar, quiet_option
 from fastssl.cli.evaluate.common import checkpoint_argument, device_option, finish, seed_option, which_option, workers_option
 
 if TYPE_CHECKING:
@@ -92,6 +92,7 @@ def _short_sides(ctx: click.Context, param: click.Parameter, value: str) -> tupl
 @device_option
 @workers_option
 @seed_option
+@quiet_option
 @json_option
 def detect(
     checkpoint: Path,

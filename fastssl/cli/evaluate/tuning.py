@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fastssl.cli.common import SomePath, finite, json_option, progress_bar
+from fastssl.cli.common import SomePath, finite, json_option, progress_bar, quiet_option
 from fastssl.cli.evaluate.common import (
     checkpoint_argument,
     crop_option,
@@ -122,6 +122,7 @@ AFTER = (
     workers_option,
     seed_option,
     out_option,
+    quiet_option,
     json_option,
 )
 
