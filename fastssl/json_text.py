@@ -1,4 +1,4 @@
-"""JSON that every reader takes: without NaN and Infinity, for which JSON has no word; and records in either of their two forms."""
+"""JSON that every reader takes: without NaN and Infinity; and records in both of their forms."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _finite(value: Any) -> Any:
 
 
 def records_to_json(records: list[dict[str, Any]], name: str) -> str:
-    """The content of the file ``name``: of ``*.json`` one document, which is the record or an array of several; else an object a line."""
+    """The content of the file ``name``: of ``*.json`` the record or an array of several; else a line each."""
     lines = [to_json(record) for record in records]
     if name.lower().endswith(".json") and len(lines) != 1:
         return "[" + ",".join(f"\n{line}" for line in lines) + "\n]\n"

@@ -13,9 +13,10 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def did_you_mean(key: str, known: Sequence[str]) -> str:
-    """``; did you mean optim.lr?`` for a ``key`` of dotted names that does not exist, or the empty string when none of ``known`` is near.
+    """``; did you mean optim.lr?`` for a dotted ``key`` that does not exist, or the empty string when nothing is near.
 
-    The last name decides, by its spelling, its beginning or its initials (``lr``, ``learning_rate``); among equals the names before it do.
+    The last name decides, by its spelling, its beginning or its initials (``lr``, ``learning_rate``); among equals
+    those before it do.
     """
     *section, name = key.split(".")
     scores = {}

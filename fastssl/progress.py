@@ -16,7 +16,7 @@ from fastssl.pipelines.errors import printable
 
 Row = dict[str, Any]
 
-#: The words of the live line, the most useful first: where the terminal is too narrow for all of them, the last ones go.
+#: The words of the live line, the most useful first: on a terminal that is too narrow for all of them the last ones go.
 _WORDS: tuple[Callable[[Row], str], ...] = (
     lambda row: f"loss {row['loss']:.3f}",
     lambda row: f"{row['pair_per_s']:,.0f} pair/s",
@@ -42,8 +42,8 @@ def describe_row(row: Row) -> str:
 class RunProgress:
     """Use as a context manager. ``console`` decides between the live display and plain lines.
 
-    Plain lines come at most every ``interval`` seconds: a log of a day-long run should be readable. With ``quiet`` there are neither,
-    and of what the run says only its warnings are left.
+    Plain lines come at most every ``interval`` seconds: a log of a day-long run should be readable. With ``quiet``
+    there are neither, and of what the run says only its warnings are left.
     """
 
     def __init__(self, console: Console, interval: float = 15.0, quiet: bool = False):
@@ -74,13 +74,12 @@ class RunProgress:
             self._line.tell(row, done, total, None if left is None else now + left)
         elif not self.quiet and (now - self._last_line >= self.interval or done == total):
             self._last_line = now
-            words = "" if left is None or done == total else f"  {left / 60:.0f} min left" if left >= 90 else f"  {left:.0f} s left"
-            self.console.print(
-                f"step {done:,}/{total:,}  epoch {row['epoch']:.1f}  {describe_row(row)}{words}", highlight=False, soft_wrap=True
-            )
+            words = "" if left is None or done == total else f"  {_minutes(left)} left"
+            line = f"step {done:,}/{total:,}  epoch {row['epoch']:.1f}  {describe_row(row)}{words}"
+            self.console.print(line, highlight=False, soft_wrap=True)
 
     def _seconds_left(self, row: Row, now: float, done: int, total: int) -> float | None:
-        """By the clock since the first block, probes and checkpoints included; behind the first block by the seconds that its steps took."""
+        """By the clock since the first block, probes and checkpoints included; until then by what its steps took."""
         if done > self._first_step:
             return (now - self._started) / (done - self._first_step) * (total - done)
         return row["seconds"] / row["step"] * (total - done) if row.get("seconds") and row.get("step") else None
@@ -96,7 +95,7 @@ class RunProgress:
 
 
 class _LiveLine:
-    """``step 120/9,000 ━━━━━━━━ 1:02:03 left  loss 11.34  1,234 pair/s ...``: always one line, of the words that fit."""
+    """``step 120/9,000 ━━━━━━━━ 1:02:03 left  loss 11.34  1,234 pair/s ...``: one line, of the words that fit."""
 
     def __init__(self) -> None:
         self._row: Row | None = None
@@ -122,6 +121,10 @@ class _LiveLine:
         bar = ProgressBar(self._total, self._done, width=max(0, min(_BAR[1], room - len(words))))
         line.add_row(Text(step, no_wrap=True), bar, Text(f"{left}{words}", no_wrap=True, overflow="crop"))
         yield line
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
 
 
 def _clock(ends: float | None) -> str:

@@ -252,7 +252,10 @@ class _NoSuchKey(Exception):
 
 
 def _keys(kind: type, values: Any, prefix: str = "") -> Iterator[str]:
-    """All keys of a dataclass and of those in it, in the form in which ``values`` stands there; of the methods' sections only the recipe's own."""
+    """All keys of a dataclass and of those in it, in the form in which ``values`` stands there.
+
+    Of the methods' sections only the recipe's own.
+    """
     values = values if isinstance(values, Mapping) else {}
     for name, hint in typing.get_type_hints(kind).items():
         if kind is Recipe and name in METHODS and name != values.get("method", "moco"):

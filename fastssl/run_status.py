@@ -90,8 +90,9 @@ def write_status(folder: Path, state: str, **values: Any) -> None:
     """Write ``folder/status.json``; where the disk does not take it, nothing happens: no run ends for that."""
     _require_known(state)
     now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    text = to_json({"state": state, "time": now, **values}) + "\n"
     with suppress(OSError):
-        write_atomically(folder / NAME, lambda path: path.write_text(to_json({"state": state, "time": now, **values}) + "\n"))
+        write_atomically(folder / NAME, lambda path: path.write_text(text))
 
 
 def read_status(folder: Path) -> dict[str, Any]:

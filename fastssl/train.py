@@ -326,24 +326,26 @@ class Run:
                 for line in self._plan():
                     self.progress.note(line)
             else:
-                self.progress.note(f"all {counted(self.total_steps, 'step')} are made already: what is left is the report")
+                made = counted(self.total_steps, "step")
+                self.progress.note(f"all {made} are made already: what is left is the report")
             while self.position.epoch < train.epochs:
                 self._epoch(loader)
             self._vote.close()
 
     def _plan(self) -> tuple[str, str, str]:
         """What is about to be done, in lines of some 80 columns: the first line of metrics may be minutes away."""
-        left, epochs = self.total_steps - self.position.step, self.recipe.train.epochs
+        left, epoch = self.total_steps - self.position.step, counted(self.steps_per_epoch, "step")
+        photos, batch = counted(len(self.reader), "photo"), counted(self.batch_size, "photo")
         views = " + ".join(f"{spec.count} x {spec.size} px" for spec in self.recipe.views)
         return (
-            f"recipe {self.options.recipe_name}, {counted(len(self.reader), 'photo')}, {self._machine()}, views {views}",
-            f"training {self.config['arch']}: {left:,} of {counted(self.total_steps, 'step')} to make, {counted(self.batch_size, 'photo')} each; "
-            f"{counted(epochs, 'epoch')} of {counted(self.steps_per_epoch, 'step')}",
+            f"recipe {self.options.recipe_name}, {photos}, {self._machine()}, views {views}",
+            f"training {self.config['arch']}: {left:,} of {counted(self.total_steps, 'step')} to make, {batch} each; "
+            f"{counted(self.recipe.train.epochs, 'epoch')} of {epoch}",
             f"into {self.out}; Ctrl-C saves; the same command resumes",
         )
 
     def _machine(self) -> str:
-        """``cpu (2 threads)``, or the GPU's name and the threads that decode for it; of several processes of a run how many there are."""
+        """``cpu (2 threads)``, or the GPU's name and the threads that decode for it; before it how many processes."""
         many = f"{self.world.size} x " if self.world.size > 1 else ""
         if self.device.type == "cuda":
             threads = counted(self.options.workers or available_cores(), "decoding thread")

@@ -50,7 +50,7 @@ def worker_error(path: str | os.PathLike, what: str, error: Exception) -> Worker
 
 
 def counted(number: int, noun: str) -> str:
-    """``1 photo``, ``2,000 photos``, ``3 classes``, ``2 batches``, ``4 queries``: what messages say of a number of things.
+    """``1 photo``, ``2,000 photos``, ``3 classes``, ``2 batches``, ``4 queries``: a number of things, for messages.
 
     Args:
         number: how many.

@@ -99,7 +99,7 @@ json_option = click.option(
     metavar="FILE",
     default=None,
     callback=_check_json_path,
-    help="Also write the result as JSON to FILE ('-': standard output). Several records are an array in FILE.json, else an object a line.",
+    help="Also write the result as JSON to FILE ('-': standard output). FILE.jsonl gets a line a record.",
 )
 
 
@@ -153,7 +153,7 @@ def finite(ctx: click.Context, param: click.Parameter, value: float) -> float:
 
 
 def write_json(path: str | None, records: dict | list[dict]) -> None:
-    """Write to ``path`` (``-`` is standard output, ``None`` does nothing) as `records_to_json` does for a file of that name."""
+    """Write to ``path`` (``-`` is standard output, ``None`` does nothing) what `records_to_json` gives for it."""
     if path is None:
         return
     text = records_to_json(records if isinstance(records, list) else [records], path)
@@ -193,9 +193,9 @@ class RateColumn(ProgressColumn):
 
 @contextmanager
 def progress_bar(label: str, total: int | None, unit: str = "images") -> Iterator:
-    """Yield ``advance(done_so_far)``; a live bar on a terminal, a plain line every ~10 % when piped, nothing with ``--quiet``.
+    """Yield ``advance(done_so_far)``; a live bar on a terminal, a plain line every ~10 % when piped.
 
-    ``total`` may be None when it is not known.
+    ``total`` may be None when it is not known. With ``--quiet`` nothing is shown.
     """
     if quiet():
         yield lambda done: None

@@ -60,7 +60,8 @@ def test_what_is_wrong_is_told_with_its_place(tmp_path: Path) -> None:
     with pytest.raises(FastSSLError, match=r"out\.json, line 1: not JSON .*; expected records of mine"):
         list(read_json_records(path, "records of mine"))
     path.write_text('[{"a": 1},\n 3]')
-    assert [where.removeprefix(str(path)) for where, _ in read_json_records(path, "records")] == [", record 1", ", record 2"]
+    places = [where for where, _ in read_json_records(path, "records")]
+    assert places == [f"{path}, record 1", f"{path}, record 2"]
     path.write_bytes(b"\xff")
     with pytest.raises(FastSSLError, match="not text"):
         list(read_json_records(path, "records"))
