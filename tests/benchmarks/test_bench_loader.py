@@ -210,6 +210,7 @@ def test_loader_records(full_size: Path) -> None:
     assert not [t for t in threading.enumerate() if t.name.startswith("fastssl-decode")]
 
 
+@pytest.mark.engines
 @pytest.mark.parametrize("engine", ["dali", "ffcv"])
 def test_other_engines_have_one_record(engine: str, beton: Path) -> None:
     need_engine(engine)

@@ -118,6 +118,7 @@ def test_the_default_recipe_suits_the_machine(monkeypatch: pytest.MonkeyPatch, c
     assert _default_recipe(Path("x.beton"), "auto") == "light-moco-mobilenetv3"
 
 
+@pytest.mark.engines
 def test_an_engine_that_cannot_run_touches_no_earlier_run(beton: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     need_engine("dali")
     out = tmp_path / "run"

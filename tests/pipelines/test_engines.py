@@ -18,6 +18,8 @@ from fastssl.pipelines.beton import MODE_RAW
 from fastssl.pipelines.engine import thread_initializer
 from fastssl.pipelines.engines import choose_engine, engine_state
 
+pytestmark = pytest.mark.engines
+
 TWO = [ViewSpec(size=32, count=2, area=(0.2, 1.0))]
 TWO_AND_SIX = [
     ViewSpec(size=40, count=2, area=(0.3, 1.0), interpolation="bicubic"),
