@@ -211,7 +211,7 @@ def run(
     loader_record = record(
         "views",
         **rates("views", top),
-        ceiling_name=f"bare decode {'and crop loop' if host_crops else 'loop'}, {workers} threads",
+        ceiling_name=f"bare decode {'and crop loop' if host_crops else 'loop'}, {counted(workers, 'thread')}",
         bottleneck=bottleneck,
         details={**bare, **shares, "consumer_wait_share": wait_share(windows["views"])},
     )
@@ -221,7 +221,7 @@ def run(
         record(
             "decode",
             **rates("2 views", "bare"),
-            ceiling_name=f"bare decode loop, {workers} threads",
+            ceiling_name=f"bare decode loop, {counted(workers, 'thread')}",
             bottleneck="decode",
             details={
                 **bare,

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from fastssl.finish import RANDOM, RAW, REESTIMATED, TEACHER, TRAINED
-from fastssl.pipelines.errors import FastSSLError
+from fastssl.pipelines.errors import FastSSLError, counted
 from fastssl.recipe import load_recipe
 
 DESIGNS: dict[str, tuple[str, ...]] = {
@@ -121,7 +121,7 @@ def table(runs: Sequence[dict[str, Any]]) -> str:
     marks = [one["probe"] for one in runs]
     for name in (RANDOM, RAW):
         lines.append(
-            f"| | {name} | {_spread([m[name]['knn'] for m in marks])} | {_spread([m[name]['linear'] for m in marks])} | | | {len(marks)} runs |"
+            f"| | {name} | {_spread([m[name]['knn'] for m in marks])} | {_spread([m[name]['linear'] for m in marks])} | | | {counted(len(marks), 'run')} |"
         )
     lines += ["", "| method | difference, seed by seed | kNN | linear |", "| --- | --- | --- | --- |"]
     for method, (better, base) in itertools.product(

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from fastssl.pipelines.beton import BetonReader, read_side_file
-from fastssl.pipelines.errors import FastSSLError
+from fastssl.pipelines.errors import FastSSLError, counted
 from fastssl.pipelines.multicrop import MultiCrop
 from fastssl.pipelines.verify import verify
 from fastssl.recipe import Recipe
@@ -16,7 +16,7 @@ def require_a_batch(reader: BetonReader, batch_size: int) -> None:
     """Raise FastSSLError where there are fewer photos than one batch has."""
     if len(reader) < batch_size:
         enough = f"--batch-size {max(2, len(reader) // 2)} or lower would do" if len(reader) > 1 else "a batch has at least two"
-        raise FastSSLError(f"{reader.path}: {len(reader)} photos are fewer than one batch of {batch_size}; {enough}")
+        raise FastSSLError(f"{reader.path}: {counted(len(reader), 'photo')}, fewer than one batch of {batch_size}; {enough}")
 
 
 def require_readable_names(reader: BetonReader) -> None:
@@ -36,7 +36,7 @@ def require_whole_photos(reader: BetonReader, workers: int | None = None) -> Non
     if damaged:
         sample, complaint = damaged[0]
         raise FastSSLError(
-            f"{reader.path}: {len(damaged)} of {len(reader):,} photos are damaged, the first is sample {sample} ({complaint}); "
+            f"{reader.path}: damaged are {len(damaged):,} of {counted(len(reader), 'photo')}, the first is sample {sample} ({complaint}); "
             "convert again without them, or leave them out with --set train.on_bad=skip"
         )
 

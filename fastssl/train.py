@@ -148,7 +148,9 @@ def pretrain(recipe: Recipe, options: RunOptions, progress: Progress) -> dict[st
         if not world.is_main:
             return None
         if run.stop:  # too late for the last step to be told
-            raise Interrupted(f"all {run.position.step:,} steps are made and saved in {run.out}; the same command writes the report")
+            raise Interrupted(
+                f"{run.total_steps:,} of {counted(run.total_steps, 'step')} made and saved in {run.out}; the same command writes the report"
+            )
         summary = finish_run(run, started)
         run.tell_status("finished")
         return summary
@@ -326,8 +328,8 @@ class Run:
                 for line in self._plan():
                     self.progress.note(line)
             else:
-                made = counted(self.total_steps, "step")
-                self.progress.note(f"all {made} are made already: what is left is the report")
+                steps = counted(self.total_steps, "step")
+                self.progress.note(f"{self.total_steps:,} of {steps} made already: what is left is the report")
             while self.position.epoch < train.epochs:
                 self._epoch(loader)
             self._vote.close()
@@ -509,9 +511,10 @@ class Run:
         reason = "a gradient is not finite" if math.isfinite(loss) else f"the loss is {loss}"
         where = self._keep_batch(batch, number, reason)
         if len(self.position.passed_over) >= most:
+            were = "was" if most == 1 else "were"
             self._end_together(
                 FastSSLError(
-                    f"step {number:,}: {reason}, and {most} such steps were passed over before (train.skip_nonfinite){self._advice(where)}"
+                    f"step {number:,}: {reason}, and {counted(most, 'such step')} {were} passed over before (train.skip_nonfinite){self._advice(where)}"
                 )
             )
         self.position.passed_over.append(number)

@@ -16,7 +16,7 @@ import click
 from fastssl.cli.command import command_line
 from fastssl.cli.common import SomePath, console, finite, json_option, write_json
 from fastssl.json_text import to_json
-from fastssl.pipelines.errors import FastSSLError
+from fastssl.pipelines.errors import FastSSLError, counted
 
 if TYPE_CHECKING:
     from fastssl.benchmarks.records import Record
@@ -142,7 +142,7 @@ def loader(ctx, recipes, overrides, data, photos, device, workers, batch_size, p
         json_path,
         [
             (
-                f"loader, {name}, {engine}, {source}{f', {threads} threads' if threads else ''}",
+                f"loader, {name}, {engine}, {source}{_threads(threads)}",
                 lambda recipe=recipe, name=name, source=source, threads=threads, engine=engine: run(
                     recipe, name, source, place, threads, batch_size, seconds, runs, photos, engine
                 ),
@@ -164,13 +164,14 @@ def _peers(ctx: click.Context, data, workers, batch_size, seconds, runs, photos,
     for missing in left_out():
         console.print(f"left out: {missing}", highlight=False, markup=False, soft_wrap=True)
     settings = len(data) * len(workers)
-    console.print(f"about {settings * seconds * 1.5 / 60:.0f} minutes ...", highlight=False, markup=False)
+    minutes = counted(round(settings * seconds * 1.5 / 60), "minute")
+    console.print(f"about {minutes} ...", highlight=False, markup=False)
     options = {"seconds": seconds, "runs": runs, "photos": photos, **({} if batch_size is None else {"batch_size": batch_size})}
     _measure(
         json_path,
         [
             (
-                f"loaders, {source}{f', {threads} threads' if threads else ''}",
+                f"loaders, {source}{_threads(threads)}",
                 lambda source=source, threads=threads: run(source, workers=threads, **options),
             )
             for source, threads in itertools.product(data, workers)
@@ -248,7 +249,7 @@ def loss(recipes, overrides, device, batch_size, runs, json_path) -> None:
     _measure(
         json_path,
         [
-            (f"loss, {name}, {queries} queries", lambda recipe=recipe, name=name, queries=queries: measure(recipe, name, queries))
+            (f"loss, {name}, {counted(queries, 'query')}", lambda recipe=recipe, name=name, queries=queries: measure(recipe, name, queries))
             for recipe, name in _load(recipes, overrides)
             for queries in batch_size or (recipe.train.batch_size,)
         ],
@@ -380,7 +381,7 @@ def convert_bench(data, photos, workers, folder, runs, peers, json_path) -> None
         json_path,
         [
             (
-                f"convert, {source}{f', {threads} threads' if threads else ''}",
+                f"convert, {source}{_threads(threads)}",
                 lambda source=source, threads=threads: run(source, threads, runs, photos, peers, folder),
             )
             for source, threads in itertools.product(data, workers or (None,))
@@ -630,7 +631,7 @@ def _measure(json_path: str | None, jobs: list[Job]) -> None:
                 _add(file, json_path, written)
     if failures:
         label, error = failures[0]
-        others = f" ({len(failures)} of {len(jobs)} settings failed)" if len(jobs) > 1 else ""
+        others = f" ({len(failures)} of {counted(len(jobs), 'setting')} failed)" if len(jobs) > 1 else ""
         raise FastSSLError(f"{label}: {_words(error)}{others}") from error
 
 
@@ -646,6 +647,10 @@ def _add(file: TextIO | None, json_path: str | None, records: list[dict]) -> Non
         with suppress(OSError, AttributeError):
             file.close()  # what is left in its buffer would be tried again at the end
         raise FastSSLError(f"{json_path}: a result was not written ({error.strerror or error}); it is in the table above") from error
+
+
+def _threads(number: int | None) -> str:
+    return f", {counted(number, 'thread')}" if number else ""
 
 
 def _words(error: Exception) -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from fastssl.cli.common import SomePath, console, json_option, pipeline_option, quiet, quiet_option, write_json
+from fastssl.pipelines.errors import counted
 
 if TYPE_CHECKING:
     from fastssl.recipe import Recipe
@@ -173,7 +174,9 @@ def _print_summary(summary: dict, out: Path) -> None:
 
     probe = summary["probe"]
     if probe["rows"]:
-        table = Table(title=f"{summary['arch']}, probed on {probe['val_samples']:,} photos of {probe['classes']} classes")
+        table = Table(
+            title=f"{summary['arch']}, probed on {counted(probe['val_samples'], 'photo')} of {counted(probe['classes'], 'class')}"
+        )
         table.add_column("features")
         table.add_column("kNN", justify="right")
         table.add_column("linear", justify="right")

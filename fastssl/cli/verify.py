@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from fastssl.cli.common import SomePath, console, json_option, progress_bar, quiet_option, write_json
-from fastssl.pipelines.errors import BetonError
+from fastssl.pipelines.errors import BetonError, counted
 
 #: How many damaged samples are printed; the JSON names all of them.
 SHOWN = 20
@@ -62,19 +62,20 @@ def verify(file: Path, decode: int | None, workers: int | None, json_path: str |
             bar.__exit__(None, None, None)
     problems = [_passed_on(file, problem) for problem in report.problems]
     write_json(json_path, {**asdict(report), "path": file.name, "ok": report.ok, "problems": problems})
-    checksums = f"{report.checksummed:,} checksums compared" if report.checksummed else "no checksums to compare"
+    checksums = f"{counted(report.checksummed, 'checksum')} compared" if report.checksummed else "no checksums to compare"
     if not report.side_file:
         checksums = f"no side file {file}.json, so no checksums"
-    line = f"{report.samples:,} samples, tables in order, {checksums}, {report.decoded:,} decoded, {report.seconds:,.1f} s"
+    samples = counted(report.samples, "sample")
+    line = f"{samples}, tables in order, {checksums}, {report.decoded:,} decoded, {report.seconds:,.1f} s"
     console.print(f"{file}: {line}", highlight=False, markup=False, soft_wrap=True)
     for problem in report.problems:
         console.print(f"damaged: {problem}", highlight=False, markup=False, soft_wrap=True)
     for sample, complaint in report.damaged[:SHOWN]:
         console.print(f"damaged: sample {sample}: {complaint}", highlight=False, markup=False, soft_wrap=True)
     if len(report.damaged) > SHOWN:
-        console.print(f"damaged: and {len(report.damaged) - SHOWN:,} more samples", highlight=False)
+        console.print(f"damaged: and {counted(len(report.damaged) - SHOWN, 'more sample')}", highlight=False)
     if not report.ok:
-        found = [f"{len(report.damaged):,} of {report.samples:,} samples"] if report.damaged else []
+        found = [f"{len(report.damaged):,} of {counted(report.samples, 'sample')}"] if report.damaged else []
         found += report.problems[:1]
         raise BetonError(f"{file}: damaged ({'; '.join(found)}); convert it again, or copy it again from a good one")
 

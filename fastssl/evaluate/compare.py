@@ -12,7 +12,7 @@ from typing import Any
 
 from fastssl.files import write_atomically
 from fastssl.json_text import read_json_records
-from fastssl.pipelines.errors import FastSSLError
+from fastssl.pipelines.errors import FastSSLError, counted
 from fastssl.report.document import Block, Heading, Paragraph, Table, to_html, to_markdown
 
 Record = dict[str, Any]
@@ -59,12 +59,12 @@ def _linear(record: Record) -> list[Figure]:
 def _tuned(record: Record) -> list[Figure]:
     share = "all labels" if record["labels"] == 1 else f"{100 * record['labels']:.3g} % of the labels"
     head = ", half of the DINO head" if record["head"] == "dino" else ""
-    return _accuracy(f"fine-tuned, {share}{head}, {record['epochs']} epochs, {record['optimizer']} lr {record['lr']:g}", record)
+    return _accuracy(f"fine-tuned, {share}{head}, {counted(record['epochs'], 'epoch')}, {record['optimizer']} lr {record['lr']:g}", record)
 
 
 def _detection(record: Record) -> list[Figure]:
     names = (("box_ap", "box AP"), ("box_ap50", "box AP50"), ("mask_ap", "mask AP"), ("mask_ap50", "mask AP50"))
-    length = f", {record['iterations']:,} iterations of {record['batch_size']}"
+    length = f", {counted(record['iterations'], 'iteration')} of {record['batch_size']}"
     return [Figure(name + length, record[key]) for key, name in names if record.get(key) is not None]
 
 
@@ -142,7 +142,9 @@ def comparison(records: Sequence[Record]) -> list[Block]:
     )
     if replaced:
         blocks.append(
-            Paragraph(f"Of records that agree in network, photos and settings the last one is shown; {replaced} others had other figures.")
+            Paragraph(
+                f"Of records that agree in network, photos and settings the last one is shown; {replaced} of the replaced had other figures."
+            )
         )
     blocks += [Paragraph(text, quiet=True) for text in dict.fromkeys(map(_machine, records))]
     return blocks

@@ -162,5 +162,5 @@ def test_what_was_replaced_is_said() -> None:
     def said(*records: dict[str, Any]) -> str:
         return " ".join(block.text for block in comparison(records) if isinstance(block, Paragraph))
 
-    assert "2 others had other figures" in said(record("knn"), record("knn", accuracy=1.0), record("knn", accuracy=2.0))
+    assert "2 of the replaced had other figures" in said(record("knn"), record("knn", accuracy=1.0), record("knn", accuracy=2.0))
     assert "others had" not in said(record("knn"), record("knn"))

@@ -176,7 +176,7 @@ def test_damaged_photos_in_val_are_found_before_training(
 ) -> None:
     path, sample = damaged
     assert pretrain(beton, tmp_path / "run", "--val", path) == 1
-    assert f"1 of 48 photos are damaged, the first is sample {sample}" in capsys.readouterr().err
+    assert f"damaged are 1 of 48 photos, the first is sample {sample}" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
     assert pretrain(beton, tmp_path / "run", "--val", path, "--set", "train.on_bad=skip") == 0
 
@@ -241,7 +241,7 @@ def test_one_photo_in_each_class_is_a_run_without_a_probe(photo_tree: Path, tmp_
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["probe"]["rows"] == []
     convert(tmp_path / "photos", tmp_path / "one.beton", ConvertOptions(keep_size=True, short_side=None, limit=1))
     assert pretrain(tmp_path / "one.beton", tmp_path / "other") == 1
-    assert "1 photos are fewer than one batch of 8; a batch has at least two" in capsys.readouterr().err
+    assert "1 photo, fewer than one batch of 8; a batch has at least two" in capsys.readouterr().err
 
 
 def test_sigterm_ends_a_conversion_like_ctrl_c(tmp_path: Path, photo_tree: Path) -> None:

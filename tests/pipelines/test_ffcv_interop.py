@@ -16,6 +16,7 @@ from fastssl.pipelines import jpeg
 from fastssl.pipelines.beton import MODE_RAW, BetonReader, BetonWriter
 from fastssl.pipelines.convert import ConvertOptions, convert
 
+# ruff: noqa: E402  (what follows is there only where ffcv is installed)
 need_engine("ffcv")
 from ffcv.fields import BytesField, FloatField, IntField, JSONField, NDArrayField, RGBImageField
 from ffcv.fields.basics import IntDecoder
