@@ -28,6 +28,7 @@ from fastssl.benchmarks.windows import Window, measure_windows, rate, ratio, str
 from fastssl.pipelines.beton import MODE_RAW, BetonReader
 from fastssl.pipelines.crop import boxes_of, crop_resize_host
 from fastssl.pipelines.engine import Engine, Request
+from fastssl.pipelines.errors import counted
 from fastssl.pipelines.loader import ViewLoader
 from fastssl.pipelines.native import NativeEngine, available_cores
 from fastssl.pipelines.plan import ViewSpec, draw_plan

@@ -32,6 +32,7 @@ from fastssl.benchmarks.windows import Window, measure_windows, rate, ratio, str
 from fastssl.pipelines.beton import BetonReader
 from fastssl.pipelines.engine import EngineStats
 from fastssl.pipelines.engines import engine_state
+from fastssl.pipelines.errors import counted
 from fastssl.pipelines.native import available_cores
 from fastssl.pipelines.plan import ViewSpec
 
