@@ -132,7 +132,8 @@ def run(
     batch = recipe.train.batch_size
     with BetonReader(data) as reader:
         if len(reader) < batch:
-            raise FastSSLError(f"{data}: {counted(len(reader), 'photo')}, fewer than one batch of {batch}; give a smaller --batch-size")
+            photos = counted(len(reader), "photo")
+            raise FastSSLError(f"{data}: {photos}, fewer than one batch of {batch}; give a smaller --batch-size")
         measured = measure(recipe, reader, device, pipeline, workers, started, seconds)
         split_sizes = _probe_sizes(recipe, reader, val)
         host_data = memory.loader_bytes(recipe, reader, device)

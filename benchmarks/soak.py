@@ -226,9 +226,8 @@ def run(
     with BetonReader(path) as reader:
         about = describe_data(reader, name)
         if len(reader) < chosen.train.batch_size:
-            raise FastSSLError(
-                f"{name}: {counted(len(reader), 'photo')}, fewer than one batch of {chosen.train.batch_size}; lower it with --batch-size"
-            )
+            how_many = counted(len(reader), "photo")
+            raise FastSSLError(f"{name}: {how_many}, fewer than one batch of {chosen.train.batch_size}; lower it with --batch-size")
     with tempfile.TemporaryDirectory(prefix="fastssl-soak-", dir=folder) as work:
         file = Path(work) / f"{recipe_name}.yaml"
         file.write_text(yaml.safe_dump(recipe_to_dict(chosen)))
@@ -309,9 +308,11 @@ def _telling(say: Callable[[str], None] | None, minutes: float) -> Callable[[Sam
         if say is not None and sample.seconds >= due:
             due = sample.seconds + every
             warm = sample.seconds >= 20 * minutes and sample.probes >= PROBES
+            threads = counted(sample.threads, "thread")
+            files = counted(sample.descriptors, "open file")
             say(
                 f"{_clock(sample.seconds)} of {_clock(60 * minutes)}, {'judged' if warm else 'warm-up'}: "
-                f"{'no step yet' if sample.step is None else f'step {sample.step:,}'}, {sample.own_bytes / MB:,.1f} MB of its own, {counted(sample.threads, 'thread')}, {counted(sample.descriptors, 'open file')}"
+                f"{'no step yet' if sample.step is None else f'step {sample.step:,}'}, {sample.own_bytes / MB:,.1f} MB of its own, {threads}, {files}"
             )
 
     return tell

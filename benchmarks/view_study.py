@@ -120,8 +120,9 @@ def table(runs: Sequence[dict[str, Any]]) -> str:
         lines.append(f"| {method} | {design} | {' | '.join(values)} | {len(some)} |")
     marks = [one["probe"] for one in runs]
     for name in (RANDOM, RAW):
+        how_many = counted(len(marks), "run")
         lines.append(
-            f"| | {name} | {_spread([m[name]['knn'] for m in marks])} | {_spread([m[name]['linear'] for m in marks])} | | | {counted(len(marks), 'run')} |"
+            f"| | {name} | {_spread([m[name]['knn'] for m in marks])} | {_spread([m[name]['linear'] for m in marks])} | | | {how_many} |"
         )
     lines += ["", "| method | difference, seed by seed | kNN | linear |", "| --- | --- | --- | --- |"]
     for method, (better, base) in itertools.product(

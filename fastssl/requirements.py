@@ -16,7 +16,8 @@ def require_a_batch(reader: BetonReader, batch_size: int) -> None:
     """Raise FastSSLError where there are fewer photos than one batch has."""
     if len(reader) < batch_size:
         enough = f"--batch-size {max(2, len(reader) // 2)} or lower would do" if len(reader) > 1 else "a batch has at least two"
-        raise FastSSLError(f"{reader.path}: {counted(len(reader), 'photo')}, fewer than one batch of {batch_size}; {enough}")
+        photos = counted(len(reader), "photo")
+        raise FastSSLError(f"{reader.path}: {photos}, fewer than one batch of {batch_size}; {enough}")
 
 
 def require_readable_names(reader: BetonReader) -> None:
@@ -35,8 +36,9 @@ def require_whole_photos(reader: BetonReader, workers: int | None = None) -> Non
     damaged = [(sample, complaint) for sample, complaint in found if complaint != "wrong checksum"]
     if damaged:
         sample, complaint = damaged[0]
+        photos = counted(len(reader), "photo")
         raise FastSSLError(
-            f"{reader.path}: damaged are {len(damaged):,} of {counted(len(reader), 'photo')}, the first is sample {sample} ({complaint}); "
+            f"{reader.path}: damaged are {len(damaged):,} of {photos}, the first is sample {sample} ({complaint}); "
             "convert again without them, or leave them out with --set train.on_bad=skip"
         )
 

@@ -156,9 +156,9 @@ def _require_position(position: Mapping[str, Any], steps_per_epoch: int, epochs:
     step, epoch, inside = (position[name] for name in ("step", "epoch", "step_in_epoch"))
     # Behind its last step an epoch is not at its end before the probe is made.
     if inside > steps_per_epoch or epoch > epochs or (epoch == epochs and inside):
-        raise Unfit(
-            f"its position is step {shown(inside)} of epoch {shown(epoch)}; the run has {counted(epochs, 'epoch')} of {counted(steps_per_epoch, 'step')}"
-        )
+        how_many = counted(epochs, "epoch")
+        steps = counted(steps_per_epoch, "step")
+        raise Unfit(f"its position is step {shown(inside)} of epoch {shown(epoch)}; the run has {how_many} of {steps}")
     if step != epoch * steps_per_epoch + inside:
         raise Unfit(f"position.step is {shown(step)}, but step {inside:,} of epoch {epoch:,} is step {epoch * steps_per_epoch + inside:,}")
     if (last := max(position["skipped"], default=0)) >= samples:

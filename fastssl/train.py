@@ -148,9 +148,8 @@ def pretrain(recipe: Recipe, options: RunOptions, progress: Progress) -> dict[st
         if not world.is_main:
             return None
         if run.stop:  # too late for the last step to be told
-            raise Interrupted(
-                f"{run.total_steps:,} of {counted(run.total_steps, 'step')} made and saved in {run.out}; the same command writes the report"
-            )
+            steps = counted(run.total_steps, "step")
+            raise Interrupted(f"{run.total_steps:,} of {steps} made and saved in {run.out}; the same command writes the report")
         summary = finish_run(run, started)
         run.tell_status("finished")
         return summary
@@ -512,9 +511,10 @@ class Run:
         where = self._keep_batch(batch, number, reason)
         if len(self.position.passed_over) >= most:
             were = "was" if most == 1 else "were"
+            steps = counted(most, "such step")
             self._end_together(
                 FastSSLError(
-                    f"step {number:,}: {reason}, and {counted(most, 'such step')} {were} passed over before (train.skip_nonfinite){self._advice(where)}"
+                    f"step {number:,}: {reason}, and {steps} {were} passed over before (train.skip_nonfinite){self._advice(where)}"
                 )
             )
         self.position.passed_over.append(number)

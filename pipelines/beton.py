@@ -155,7 +155,8 @@ class BetonReader:
         try:
             self._read_tables()
         except MemoryError:
-            raise self._error(f"no memory for its tables: the header speaks of {counted(self.num_samples, 'sample')}") from None
+            samples = counted(self.num_samples, "sample")
+            raise self._error(f"no memory for its tables: the header speaks of {samples}") from None
 
     def _read_tables(self) -> None:
         header = self._read_array(0, 1, HEADER_DTYPE)[0]

@@ -540,9 +540,8 @@ class _Conversion:
             self.partial.unlink(missing_ok=True)
             self.journal_path.unlink(missing_ok=True)
             name, reason = self.rejects[0]
-            raise ConvertError(
-                f"{self.listing.source}: all of {counted(len(self.rejects), 'photo')} rejected, nothing is left to write; first {name}: {reason}"
-            )
+            photos = counted(len(self.rejects), "photo")
+            raise ConvertError(f"{self.listing.source}: all of {photos} rejected, nothing is left to write; first {name}: {reason}")
         try:
             self.step(self._writing)
             self.writer.finish()

@@ -98,9 +98,8 @@ def require_engine(name: str, reader: BetonReader, specs: Sequence[ViewSpec]) ->
         raise FastSSLError(f"--pipeline {name}: {state.problem}; {state.remedy}")
     if name == "dali":
         if raw := int((reader.modes == MODE_RAW).sum()):
-            raise FastSSLError(
-                f"{reader.path}: {counted(raw, 'picture')} of it stored raw, which DALI cannot decode; use --pipeline native"
-            )
+            pictures = counted(raw, "picture")
+            raise FastSSLError(f"{reader.path}: {pictures} of it stored raw, which DALI cannot decode; use --pipeline native")
         smallest = min(spec.size for spec in specs)
         if smallest < _DALI_SMALLEST:
             raise FastSSLError(

@@ -138,8 +138,9 @@ class ViewLoader:
         if count and (self.indices.min() < 0 or self.indices.max() >= len(self.reader)):
             raise FastSSLError(f"{self.reader.path}: indices reach beyond its {counted(len(self.reader), 'sample')}")
         if len(self) < 1:
+            samples = counted(count, "sample")
             raise FastSSLError(
-                f"{self.reader.path}: {counted(count, 'sample')}, fewer than one batch of {self.batch_size * self.world}; lower the batch size"
+                f"{self.reader.path}: {samples}, fewer than one batch of {self.batch_size * self.world}; lower the batch size"
             )
 
     def __len__(self) -> int:

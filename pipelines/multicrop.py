@@ -124,6 +124,7 @@ class MultiCrop(Sequence[ViewSpec]):
         globals_ = f"2 global views of {self.global_size} px, area {self.threshold:g} .. {self.area[1]:g}"
         if not self.local_count:
             return f"{globals_}; no local views"
-        local = f"{counted(self.local_count, 'local view')} of {self.local_size} px, area {self.area[0]:g} .. {self.threshold:g}"
+        views = counted(self.local_count, "local view")
+        local = f"{views} of {self.local_size} px, area {self.area[0]:g} .. {self.threshold:g}"
         by = "" if self.weights else " (by the number of pairs)"
         return f"{globals_}; {local}; pairs weigh {gg:.3g} global-global, {gl:.3g} global-local{by}"

@@ -136,9 +136,8 @@ def _check_side_file(reader: BetonReader, side: dict) -> tuple[list[str], np.nda
     if classes is not None and reader.labels is not None:
         outside = np.flatnonzero((reader.labels < 0) | (reader.labels >= len(classes)))
         if len(outside):
-            problems.append(
-                f"sample {outside[0]} has the label {reader.labels[outside[0]]}, but the file has {counted(len(classes), 'class')}"
-            )
+            how_many = counted(len(classes), "class")
+            problems.append(f"sample {outside[0]} has the label {reader.labels[outside[0]]}, but the file has {how_many}")
     return problems, checksums
 
 

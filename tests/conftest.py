@@ -35,13 +35,13 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, None, None]:
 def need_engine(name: str) -> None:
     """Skip the test, or the file, where an optional engine is not installed.
 
-    Where FASTSSL_ALL_ENGINES says that all must be there it fails. Whatever asks must bear the mark ``engines``: by that
+    Where FASTSSL_ALL_ENGINES says that all must be there it fails. Whatever asks must bear the mark ``engines``: by it
     the tests are found that have to run once more where the engines are installed.
     """
     from fastssl.pipelines.engines import engine_state
 
     if _running is not None and _running.get_closest_marker("engines") is None:
-        pytest.fail(f"{_running.name} needs an engine: mark it with `engines`, so that it runs where the engine is installed")
+        pytest.fail(f"{_running.name} needs an engine: mark it with `engines`, so that it runs where there is one")
     if problem := engine_state(name).problem:
         if os.environ.get("FASTSSL_ALL_ENGINES"):
             pytest.fail(f"{name}: {problem}")

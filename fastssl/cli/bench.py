@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
@@ -249,7 +250,7 @@ def loss(recipes, overrides, device, batch_size, runs, json_path) -> None:
     _measure(
         json_path,
         [
-            (f"loss, {name}, {counted(queries, 'query')}", lambda recipe=recipe, name=name, queries=queries: measure(recipe, name, queries))
+            (f"loss, {name}, {counted(queries, 'query')}", partial(measure, recipe, name, queries))
             for recipe, name in _load(recipes, overrides)
             for queries in batch_size or (recipe.train.batch_size,)
         ],

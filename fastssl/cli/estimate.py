@@ -85,8 +85,9 @@ def describe(result: Estimate) -> list[str]:
     """The estimate in words, the most wanted figures first."""
     # From one small batch in proportion: what is fixed in a step was taken to grow with it.
     most = "at most " if any("in proportion" in item for item in result.extrapolated) else ""
+    steps = counted(result.steps_per_epoch, "step")
     lines = [
-        f"One epoch: {most}{_time(result.epoch_s)} ({counted(result.steps_per_epoch, 'step')} of {result.batch_size:,}). "
+        f"One epoch: {most}{_time(result.epoch_s)} ({steps} of {result.batch_size:,}). "
         f"{counted(result.epochs, 'epoch')}: {_time(result.run_s)} on this {_device(result.device)}, "
         f"{_number(result.device_hours)} {'GPU-hours' if result.device == 'cuda' else 'device hours'}.",
         _limit(result),

@@ -174,9 +174,8 @@ def _print_summary(summary: dict, out: Path) -> None:
 
     probe = summary["probe"]
     if probe["rows"]:
-        table = Table(
-            title=f"{summary['arch']}, probed on {counted(probe['val_samples'], 'photo')} of {counted(probe['classes'], 'class')}"
-        )
+        photos = counted(probe["val_samples"], "photo")
+        table = Table(title=f"{summary['arch']}, probed on {photos} of {counted(probe['classes'], 'class')}")
         table.add_column("features")
         table.add_column("kNN", justify="right")
         table.add_column("linear", justify="right")

@@ -62,7 +62,8 @@ def verify(file: Path, decode: int | None, workers: int | None, json_path: str |
             bar.__exit__(None, None, None)
     problems = [_passed_on(file, problem) for problem in report.problems]
     write_json(json_path, {**asdict(report), "path": file.name, "ok": report.ok, "problems": problems})
-    checksums = f"{counted(report.checksummed, 'checksum')} compared" if report.checksummed else "no checksums to compare"
+    how_many = counted(report.checksummed, "checksum")
+    checksums = f"{how_many} compared" if report.checksummed else "no checksums to compare"
     if not report.side_file:
         checksums = f"no side file {file}.json, so no checksums"
     samples = counted(report.samples, "sample")

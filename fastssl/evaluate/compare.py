@@ -59,7 +59,8 @@ def _linear(record: Record) -> list[Figure]:
 def _tuned(record: Record) -> list[Figure]:
     share = "all labels" if record["labels"] == 1 else f"{100 * record['labels']:.3g} % of the labels"
     head = ", half of the DINO head" if record["head"] == "dino" else ""
-    return _accuracy(f"fine-tuned, {share}{head}, {counted(record['epochs'], 'epoch')}, {record['optimizer']} lr {record['lr']:g}", record)
+    epochs = counted(record["epochs"], "epoch")
+    return _accuracy(f"fine-tuned, {share}{head}, {epochs}, {record['optimizer']} lr {record['lr']:g}", record)
 
 
 def _detection(record: Record) -> list[Figure]:

@@ -165,7 +165,8 @@ def share(index: np.ndarray, *, may_be_empty: bool = False) -> np.ndarray:
         ProbeError: there are fewer samples than processes, on all of them, unless the part ``may_be_empty``.
     """
     if len(index) < world_size() and not may_be_empty:
-        raise ProbeError(f"{counted(len(index), 'photo')} cannot be shared out to {world_size()} processes; start fewer")
+        photos = counted(len(index), "photo")
+        raise ProbeError(f"{photos} cannot be shared out to {world_size()} processes; start fewer")
     return np.array_split(index, world_size())[rank()]
 
 

@@ -258,10 +258,10 @@ def _own_batch(batch: int, photos: int) -> int:
     if photos < batch:
         largest = photos - photos % world
         if largest < 2:
-            raise ProbeError(f"{counted(photos, 'labelled photo')}: too few to train on with {counted(world, 'process')}")
-        raise ProbeError(
-            f"{counted(photos, 'labelled photo')}, fewer than one batch of {batch:,}; the largest that works is --batch-size {largest}"
-        )
+            how_many = counted(photos, "labelled photo")
+            raise ProbeError(f"{how_many}: too few to train on with {counted(world, 'process')}")
+        how_many = counted(photos, "labelled photo")
+        raise ProbeError(f"{how_many}, fewer than one batch of {batch:,}; the largest that works is --batch-size {largest}")
     return batch // world
 
 

@@ -85,9 +85,10 @@ def knn(
             kind = "leave-one-out kNN, not comparable with kNN" if leave_one_out else "kNN"
             among = "among them" if leave_one_out else f"{counted(result.train_samples, 'photo')} to learn from"
             top5 = "" if result.top5_accuracy is None else f", top-5 {result.top5_accuracy:.2f} %"
+            how_many = counted(result.val_samples, "photo")
             lines.append(
                 f"{kind} (k {result.k}, T {result.temperature:g}): {percent(result.accuracy, result.confidence)}{top5} "
-                f"of {counted(result.val_samples, 'photo')}, {counted(result.classes, 'class')}, {among}, {how['size']} px"
+                f"of {how_many}, {counted(result.classes, 'class')}, {among}, {how['size']} px"
             )
             records.append(session.record("knn_leave_one_out" if leave_one_out else "knn", **about, **asdict(result)))
         finish(session, "\n".join(lines), records, json_path)

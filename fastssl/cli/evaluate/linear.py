@@ -156,7 +156,8 @@ def _fast(session: Session, split: LabelledSplit, **how: Any) -> tuple[str, dict
     result = linear_probe(train, judged, device=session.device)
     photos = counted(result.val_samples, "photo")
     line = (
-        f"fast linear probe (cached features, L2 {result.l2:g}): {percent(result.accuracy, result.confidence)} of {photos}, "
+        f"fast linear probe (cached features, L2 {result.l2:g}): "
+        f"{percent(result.accuracy, result.confidence)} of {photos}, "
         f"{counted(result.classes, 'class')}, {counted(result.train_samples, 'photo')} to learn from, {how['size']} px"
     )
     return line, {"protocol": "fast", **asdict(result)}

@@ -251,7 +251,8 @@ def _line(session: Session, result: FinetuneResult, available: int, config: Fine
         line += f", top-5 {result.top5:.2f} %"
     line += f"; best epoch {result.best_epoch} of {len(result.accuracies)}: {result.best_accuracy:.2f} %"
     if left := result.train_samples - result.steps_per_epoch * config.batch_size:
-        line += f"; of {counted(left, 'label')} no batch of {config.batch_size:,} can be filled: passed over, others in every epoch"
+        how_many = counted(left, "label")
+        line += f"; of {how_many} no batch of {config.batch_size:,} can be filled: passed over, others in every epoch"
     if result.unseen:
         line += f"; wrong by necessity, as of classes without a label: {counted(result.unseen, 'photo')}"
     return line

@@ -327,9 +327,8 @@ class _Reader:
         """Better now than hours into the training."""
         missing = [picture.path for picture in pictures if not picture.path.is_file()]
         if missing:
-            raise self.error(
-                f"not there: {len(missing):,} of its {counted(len(pictures), 'picture')}, the first: {missing[0]}; is that the folder?"
-            )
+            how_many = counted(len(pictures), "picture")
+            raise self.error(f"not there: {len(missing):,} of its {how_many}, the first: {missing[0]}; is that the folder?")
 
     def for_judging(self, images: dict[int, dict], categories: dict[int, str]) -> dict[str, Any]:
         """The checked part of the document: no key that nobody knows reaches pycocotools."""

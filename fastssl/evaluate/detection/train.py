@@ -164,9 +164,8 @@ def _check(pictures: list, config: TrainingConfig, world: World, name: str) -> N
     if config.batch_size % world.size:
         raise DetectionError(f"a batch of {config.batch_size} cannot be shared by {world.size} processes: make --batch-size a multiple")
     if len(pictures) < config.batch_size:
-        raise DetectionError(
-            f"{name}: {counted(len(pictures), 'picture')} with boxes, fewer than one batch of {config.batch_size}; lower --batch-size"
-        )
+        how_many = counted(len(pictures), "picture")
+        raise DetectionError(f"{name}: {how_many} with boxes, fewer than one batch of {config.batch_size}; lower --batch-size")
 
 
 def _seed_sampling(seed: int, iteration: int, rank: int) -> None:
