@@ -106,6 +106,6 @@ def test_the_command_writes_table_picture_and_figures(photos: Path, tmp_path: Pa
     assert len(figures["differences"]) == 2 * engines * 2 and figures["samples"] == 3
     with Image.open(tmp_path / "out" / "parity.png") as picture:
         # Beside the names a column of torchvision's views, and two of each engine: its views and their differences.
-        assert (picture.width - parity.NAMES) // (1 + 2 * engines) == parity.TILE + parity.GAP
+        assert (picture.width - parity.NAMES) // (parity.TILE + parity.GAP) == 1 + 2 * engines
         assert picture.height > len(parity.OPERATIONS) * (parity.TILE + parity.GAP)
     assert parity.main(["--data", str(tmp_path / "none.beton"), "--out", str(tmp_path / "other")]) == 1
