@@ -2,6 +2,7 @@
 #
 #   make pretrain    virtual environment, install, then `fastssl pretrain --arch mobilenetv3_large` on the sample photos
 #   make test        the same environment with the test extras, then the whole suite, several files at once; what judges times comes last, alone
+#   make test-engines    of the suite what needs ffcv and DALI: they must be installed (pip install -e '.[ffcv,dali]')
 #   make soak        two hours of what a long run meets: is it steady, does it survive being killed
 #
 PYTHON ?= python3
@@ -9,7 +10,7 @@ VENV   ?= .venv
 OUT    ?= runs/first-light
 BIN    := $(VENV)/bin
 
-.PHONY: pretrain test lint bench soak clean
+.PHONY: pretrain test test-engines lint bench soak clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -27,10 +28,20 @@ $(VENV)/.installed-test: $(VENV)/.installed
 pretrain: $(VENV)/.installed
 	$(BIN)/fastssl pretrain --arch mobilenetv3_large --out $(OUT)
 
-test: $(VENV)/.installed-test
+# $(call suite,WHICH and): what judges times runs behind the others, by itself.
+define suite
 	status=0; \
-	$(BIN)/python -m pytest -m "not gpu and not timed" -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder || status=$$?; \
-	$(BIN)/python -m pytest -m "timed and not gpu" || status=$$?; exit $$status
+	$(BIN)/python -m pytest -m "$(1) not gpu and not timed" -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder || status=$$?; \
+	$(BIN)/python -m pytest -m "$(1) timed and not gpu" || status=$$?; exit $$status
+endef
+
+test: $(VENV)/.installed-test
+	$(call suite,)
+
+# An engine that is missing is a failure here, and not a skip.
+test-engines: export FASTSSL_ALL_ENGINES = 1
+test-engines: $(VENV)/.installed-test
+	$(call suite,engines and)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check fastssl pipelines benchmarks tests

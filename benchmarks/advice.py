@@ -22,6 +22,7 @@ from fastssl.benchmarks.windows import Window
 from fastssl.bottleneck import WORTH as WORTH_A_WORD
 from fastssl.pipelines.beton import MIN_PAGE_SIZE, MODE_RAW, BetonReader, BetonWriter
 from fastssl.pipelines.convert import ConvertOptions, encode_photo
+from fastssl.pipelines.errors import counted
 from fastssl.pipelines.plan import ViewSpec
 
 #: Photos that stand for the file when it is tried in another size.
@@ -104,7 +105,7 @@ def more_threads(loop: Loop) -> tuple[int, Remedy] | None:
         return None
     threads = min(number for number, gain in found.items() if gain >= 0.98 * max(found.values()))
     more = threads - loop.threads
-    return threads, Remedy(f"add {more} decode thread{'s' if more > 1 else ''} (--workers {threads})", found[threads])
+    return threads, Remedy(f"add {counted(more, 'decode thread')} (--workers {threads})", found[threads])
 
 
 def smaller_side(reader: BetonReader, views: list[ViewSpec]) -> int | None:

@@ -31,7 +31,7 @@ from fastssl.pipelines import jpeg
 from fastssl.pipelines.beton import BetonReader
 from fastssl.pipelines.convert import ConvertOptions, ConvertSummary, convert
 from fastssl.pipelines.engines import engine_state
-from fastssl.pipelines.errors import FastSSLError
+from fastssl.pipelines.errors import FastSSLError, counted
 from fastssl.pipelines.native import available_cores
 from fastssl.pipelines.sources import Listing, list_source
 
@@ -207,7 +207,10 @@ def _measure(listing: Listing, chosen: list[int], part: str, folder: Path, worke
         contenders["peer"] = FfcvWriter(listing, chosen, options, folder)
     windows = measure_windows(contenders, seconds=1.0, runs=runs)  # whole runs, however long they take
     top = "copy" if part == "copy" else "loop"
-    names = {"copy": "plain copy of the same bytes, with fsync", "loop": f"bare decode, scale and encode loop, {workers} threads"}
+    names = {
+        "copy": "plain copy of the same bytes, with fsync",
+        "loop": f"bare decode, scale and encode loop, {counted(workers, 'thread')}",
+    }
     pair_per_s, fraction, of_loop = rate(windows["ours"]), ratio(windows["ours"], windows[top]), ratio(windows["ours"], windows["loop"])
     share = {stage: of_the_loop * min(1.0, of_loop) for stage, of_the_loop in loop.shares.items()}
     share["order, checksums, writing"] = max(0.0, 1 - of_loop)

@@ -20,7 +20,7 @@ from fastssl.benchmarks.gauge import Measured, measure
 from fastssl.methods import METHODS
 from fastssl.pipelines.beton import BetonReader
 from fastssl.pipelines.engines import choose_engine
-from fastssl.pipelines.errors import FastSSLError
+from fastssl.pipelines.errors import FastSSLError, counted
 from fastssl.probe import choose_split, require_same_classes
 from fastssl.recipe import Recipe
 from fastssl.versions import describe_git, describe_host, describe_versions
@@ -132,7 +132,8 @@ def run(
     batch = recipe.train.batch_size
     with BetonReader(data) as reader:
         if len(reader) < batch:
-            raise FastSSLError(f"{data}: {len(reader)} photos are fewer than one batch of {batch}; give a smaller --batch-size")
+            photos = counted(len(reader), "photo")
+            raise FastSSLError(f"{data}: {photos}, fewer than one batch of {batch}; give a smaller --batch-size")
         measured = measure(recipe, reader, device, pipeline, workers, started, seconds)
         split_sizes = _probe_sizes(recipe, reader, val)
         host_data = memory.loader_bytes(recipe, reader, device)

@@ -28,6 +28,7 @@ from fastssl.benchmarks.windows import Window, measure_windows, rate, ratio, str
 from fastssl.pipelines.beton import MODE_RAW, BetonReader
 from fastssl.pipelines.crop import boxes_of, crop_resize_host
 from fastssl.pipelines.engine import Engine, Request
+from fastssl.pipelines.errors import counted
 from fastssl.pipelines.loader import ViewLoader
 from fastssl.pipelines.native import NativeEngine, available_cores
 from fastssl.pipelines.plan import ViewSpec, draw_plan
@@ -211,7 +212,7 @@ def run(
     loader_record = record(
         "views",
         **rates("views", top),
-        ceiling_name=f"bare decode {'and crop loop' if host_crops else 'loop'}, {workers} threads",
+        ceiling_name=f"bare decode {'and crop loop' if host_crops else 'loop'}, {counted(workers, 'thread')}",
         bottleneck=bottleneck,
         details={**bare, **shares, "consumer_wait_share": wait_share(windows["views"])},
     )
@@ -221,7 +222,7 @@ def run(
         record(
             "decode",
             **rates("2 views", "bare"),
-            ceiling_name=f"bare decode loop, {workers} threads",
+            ceiling_name=f"bare decode loop, {counted(workers, 'thread')}",
             bottleneck="decode",
             details={
                 **bare,

@@ -262,10 +262,14 @@ def to_markdown(rows: list[Row], boxes: list[dict[str, float | str]], about: dic
     return "\n".join(lines)
 
 
-def draw(rows: list[Row], tile: int = 88, enlarge: int = 32) -> Image.Image:
+#: Of the picture, in pixels: a view, what is free beside it, the column of the operations' names.
+TILE, GAP, NAMES = 88, 8, 190
+
+
+def draw(rows: list[Row], enlarge: int = 32) -> Image.Image:
     """One view of each operation: torchvision's, then each engine's difference to it, ``enlarge`` times."""
     engines = [name for name in rows[0].pictures if name != "torchvision"]
-    left, top, gap = 190, 62, 8
+    tile, gap, left, top = TILE, GAP, NAMES, 62
     width, height = left + (1 + 2 * len(engines)) * (tile + gap) + 16, top + len(rows) * (tile + gap) + 8
     canvas = Image.new("RGB", (width, height), "white")
     pen = ImageDraw.Draw(canvas)

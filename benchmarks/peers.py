@@ -32,6 +32,7 @@ from fastssl.benchmarks.windows import Window, measure_windows, rate, ratio, str
 from fastssl.pipelines.beton import BetonReader
 from fastssl.pipelines.engine import EngineStats
 from fastssl.pipelines.engines import engine_state
+from fastssl.pipelines.errors import counted
 from fastssl.pipelines.native import available_cores
 from fastssl.pipelines.plan import ViewSpec
 
@@ -274,7 +275,7 @@ def run(
             view_per_s=2 * rate(found),
             median_s=batch_size / rate(found),
             ceiling=2 * rate(windows[BARE]),
-            ceiling_name=f"bare decode and crop loop, {workers} threads",
+            ceiling_name=f"bare decode and crop loop, {counted(workers, 'thread')}",
             fraction_of_ceiling=ratio(found, windows[BARE]),
             peer=None if contender == "native" else contender,
             ratio_to_peer=None if contender == "native" else ratio(windows[part, "native"], found),

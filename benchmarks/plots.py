@@ -19,6 +19,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MultipleLocator, NullLo
 
 from fastssl.benchmarks.records import Record
 from fastssl.benchmarks.table import cells, figure
+from fastssl.pipelines.errors import counted
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -214,7 +215,7 @@ def _what(record: Record) -> tuple[str, str, str]:
 
 
 def _threads(record: Record) -> str:
-    return f"{record.workers} thread{'s' if record.workers > 1 else ''}" if record.workers else ""
+    return counted(record.workers, "thread") if record.workers else ""
 
 
 # How it grows

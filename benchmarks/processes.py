@@ -26,7 +26,7 @@ from torch import Tensor
 from fastssl.collectives import share
 from fastssl.distributed import joined
 from fastssl.pipelines.beton import BetonReader
-from fastssl.pipelines.errors import FastSSLError
+from fastssl.pipelines.errors import FastSSLError, counted
 from fastssl.recipe import load_recipe, parse_overrides
 from fastssl.train import Run, RunOptions
 from fastssl.versions import describe_git, describe_host, describe_versions
@@ -102,6 +102,8 @@ class _Silence:
     def message(self, text: str) -> None:
         pass
 
+    note = message
+
 
 def _run(job: Job, data: Path, out: Path) -> dict[str, Any]:
     recipe = load_recipe(job.recipe, parse_overrides([f"arch={job.arch}", *job.overrides]))
@@ -135,7 +137,7 @@ def run_under_torchrun(jobs: Iterable[Job], data: Path, processes: int = 2) -> l
             env={"OMP_NUM_THREADS": "1", **os.environ},
         )
         if found.returncode:
-            raise FastSSLError(f"{processes} processes failed: {' '.join(found.stderr.split())[:2000]}")
+            raise FastSSLError(f"{counted(processes, 'process')} failed: {' '.join(found.stderr.split())[:2000]}")
         return torch.load(file.with_suffix(".result"), weights_only=True)
 
 

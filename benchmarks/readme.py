@@ -15,7 +15,7 @@ from pathlib import Path
 from fastssl.benchmarks.records import Record, read_records
 from fastssl.benchmarks.report import recipe_table
 from fastssl.benchmarks.table import figure
-from fastssl.pipelines.errors import FastSSLError
+from fastssl.pipelines.errors import FastSSLError, counted
 from fastssl.recipe import recipe_names
 
 _PLACE = re.compile(r"(<!-- figures: ([\w-]+) -->\n).*?(<!-- /figures -->)", re.DOTALL)
@@ -37,7 +37,7 @@ def in_words(record: Record) -> tuple[str, str] | None:
     """(what, figure) of one record; None: it has no row of its own (recipes and loaders have tables of theirs)."""
     details = record.details or {}
     part, times = details.get("part"), record.ratio_to_peer
-    threads = f"{record.workers} thread{'s' if record.workers and record.workers > 1 else ''}"
+    threads = counted(record.workers, "thread")
     if record.bench == "ceilings":
         product = details["product_flop_per_s"]["float32"] / 1e9
         disk = details.get("disk_read_bytes_per_s")

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from fastssl.json_text import read_json_records
 from fastssl.pipelines.errors import FastSSLError
 from fastssl.versions import describe_git, describe_host, describe_versions
 
@@ -72,37 +73,27 @@ def write_records(path: Path | str, records: Iterable[Record], *, append: bool =
 
 
 def read_records(path: Path | str) -> list[Record]:
-    """Records of a JSON-lines file, as ``write_records`` leaves it.
+    """Records of a file of JSON lines, as ``write_records`` leaves it, or of one JSON document (``--json FILE.json``).
 
     Raises:
-        FastSSLError: a line is not a record; the message names file and line.
+        FastSSLError: something is not a record; the message names file and line, or the record's number.
         OSError: the file cannot be read.
     """
     names = {item.name for item in fields(Record)}
     records = []
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise FastSSLError(f"{path}: not text; expected one benchmark record in JSON a line") from error
-    for number, line in enumerate(text.splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            values = json.loads(line)
-            line.encode("utf-8"), json.dumps(values, ensure_ascii=False).encode("utf-8")
-        except (RecursionError, UnicodeEncodeError) as error:
-            raise FastSSLError(f"{path}, line {number}: no benchmark record; the line is damaged") from error
-        except ValueError as error:  # also numbers of thousands of digits
-            why = getattr(error, "msg", error)
-            raise FastSSLError(f"{path}, line {number}: not JSON ({why}); expected one benchmark record a line") from error
+    for where, values in read_json_records(path, "benchmark records"):
         if not isinstance(values, dict) or "bench" not in values:
-            raise FastSSLError(f"{path}, line {number}: not a benchmark record (an object with the key 'bench')")
+            raise FastSSLError(f"{where}: not a benchmark record (an object with the key 'bench')")
+        try:
+            json.dumps(values, ensure_ascii=False).encode("utf-8")
+        except (RecursionError, UnicodeEncodeError) as error:  # half a character, written as an escape
+            raise FastSSLError(f"{where}: no benchmark record; it is damaged") from error
         unknown = sorted(values.keys() - names)
         if unknown:
-            raise FastSSLError(f"{path}, line {number}: unknown fields {', '.join(unknown)}; was it written by another version?")
+            raise FastSSLError(f"{where}: unknown fields {', '.join(unknown)}; was it written by another version?")
         wrong = [name for name, value in values.items() if not _fits(name, value)]
         if wrong:
-            raise FastSSLError(f"{path}, line {number}: {', '.join(wrong)} holds no value of its kind; the line is damaged")
+            raise FastSSLError(f"{where}: {', '.join(wrong)} holds no value of its kind; the record is damaged")
         # A field that an older file lacks is unknown for that run; this machine's value must not take its place.
         records.append(Record(**{"host": {}, "versions": {}, "git": None, **values}))
     return records

@@ -17,7 +17,7 @@ from fastssl.benchmarks.complete import incomplete
 from fastssl.benchmarks.records import Record, read_records
 from fastssl.benchmarks.table import COLUMNS, RIGHT, cells, figure
 from fastssl.files import write_atomically
-from fastssl.pipelines.errors import FastSSLError
+from fastssl.pipelines.errors import FastSSLError, counted
 from fastssl.report.document import Block, Bullets, Code, Heading, Paragraph, Picture, Table, table_markdown, to_html, to_markdown
 
 TITLE = "Images per second"
@@ -32,7 +32,7 @@ SOAK = ("soak", soak_plot.soak, "A long run, watched")
 #: Figures of a ``ceilings`` record: key in the details, words, factor, unit.
 _CEILINGS = (
     ("decode_per_s_1_thread", "JPEG decoding, 1 thread", 1.0, "photos/s"),
-    ("decode_per_s", "JPEG decoding, {decode_threads} threads", 1.0, "photos/s"),
+    ("decode_per_s", "JPEG decoding, {threads}", 1.0, "photos/s"),
     ("copy_bytes_per_s", "memory copy, read and written", 1e-9, "GB/s"),
     ("product_flop_per_s", "matrix product, {kind}", 1e-12, "TFLOP/s"),
     ("disk_read_bytes_per_s", "reading from disk", 1e-6, "MB/s"),
@@ -276,12 +276,14 @@ def _ceilings(records: Sequence[Record]) -> list[Block]:
     rows = []
     for record in records:
         details = record.details or {}
+        used = details.get("decode_threads")
+        threads = counted(used, "thread") if isinstance(used, int) else f"{used or 'all'} threads"
         for key, words, factor, unit in _CEILINGS if record.bench == "ceilings" else ():
             values = details.get(key)
             # A matrix product has a figure for each type of number.
             for kind, value in values.items() if isinstance(values, dict) else [("", values)]:
                 shown = f"{figure(value * factor)} {unit}" if _positive(value) else str(details.get("disk_problem") or "not measured")
-                rows.append((words.format(decode_threads=details.get("decode_threads") or "all", kind=kind), shown, record.device or ""))
+                rows.append((words.format(threads=threads, kind=kind), shown, record.device or ""))
     if not rows:
         return [
             Paragraph("Not measured: no record of ceilings. The ceilings in the tables are those that were measured beside each figure.")

@@ -36,6 +36,7 @@ from fastssl.benchmarks.windows import Contender, Window, stream_window
 from fastssl.pipelines.augment import augment
 from fastssl.pipelines.beton import BetonReader
 from fastssl.pipelines.engine import EngineStats
+from fastssl.pipelines.errors import counted
 from fastssl.pipelines.loader import Batch, ViewLoader
 from fastssl.pipelines.memory import RecycledMemory
 from fastssl.pipelines.native import available_cores
@@ -60,7 +61,7 @@ class Situation:
 
     @property
     def words(self) -> str:
-        decoders, step = (f"{count} thread{'s' if count > 1 else ''}" for count in (self.workers, self.threads))
+        decoders, step = (counted(count, "thread") for count in (self.workers, self.threads))
         return f"{self.arch}, {self.size} px, decoding on {decoders}, step on {step}"
 
     def recipe(self) -> Recipe:

@@ -26,7 +26,7 @@ from fastssl.benchmarks.steadiness import MB, PROBES, Verdict, Window, after_war
 from fastssl.benchmarks.vitals import Sample, watch
 from fastssl.checkpoint import load_checkpoint
 from fastssl.pipelines.beton import BetonReader
-from fastssl.pipelines.errors import FastSSLError
+from fastssl.pipelines.errors import FastSSLError, counted
 from fastssl.pipelines.native import available_cores
 from fastssl.recipe import Recipe, recipe_to_dict
 
@@ -192,9 +192,8 @@ def _life(watched: Watched) -> Verdict:
             "lives", False, f"{watched.probes} probes were made, {PROBES} are the least: let it run longer, or on fewer photos", figures
         )
     passed = watched.status == 130 and watched.saved_step is not None and watched.saved_step == last
-    words = (
-        f"{last} steps, {watched.probes} probes; stopped with status {watched.status} (wanted 130), checkpoint of step {watched.saved_step}"
-    )
+    made = f"{counted(last, 'step')}, {counted(watched.probes, 'probe')}"
+    words = f"{made}; stopped with status {watched.status} (wanted 130), checkpoint of step {watched.saved_step}"
     return Verdict("lives", passed, words, figures)
 
 
@@ -228,9 +227,8 @@ def run(
     with BetonReader(path) as reader:
         about = describe_data(reader, name)
         if len(reader) < chosen.train.batch_size:
-            raise FastSSLError(
-                f"{name}: {len(reader)} photos are fewer than one batch of {chosen.train.batch_size}; lower it with --batch-size"
-            )
+            how_many = counted(len(reader), "photo")
+            raise FastSSLError(f"{name}: {how_many}, fewer than one batch of {chosen.train.batch_size}; lower it with --batch-size")
     with tempfile.TemporaryDirectory(prefix="fastssl-soak-", dir=folder) as work:
         file = Path(work) / f"{recipe_name}.yaml"
         file.write_text(yaml.safe_dump(recipe_to_dict(chosen)))
@@ -312,9 +310,11 @@ def _telling(say: Callable[[str], None] | None, minutes: float) -> Callable[[Sam
         if say is not None and sample.seconds >= due:
             due = sample.seconds + every
             warm = sample.seconds >= 20 * minutes and sample.probes >= PROBES
+            threads = counted(sample.threads, "thread")
+            files = counted(sample.descriptors, "open file")
             say(
                 f"{_clock(sample.seconds)} of {_clock(60 * minutes)}, {'judged' if warm else 'warm-up'}: "
-                f"{'no step yet' if sample.step is None else f'step {sample.step:,}'}, {sample.own_bytes / MB:,.1f} MB of its own, {sample.threads} threads, {sample.descriptors} open files"
+                f"{'no step yet' if sample.step is None else f'step {sample.step:,}'}, {sample.own_bytes / MB:,.1f} MB of its own, {threads}, {files}"
             )
 
     return tell

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from fastssl.benchmarks.records import Record, read_records
-from fastssl.pipelines.errors import FastSSLError
+from fastssl.pipelines.errors import FastSSLError, counted
 from fastssl.report.document import escape_markdown
 
 COLUMNS = ("what", "recipe", "setting", "pair/s", "view/s", "of ceiling", "ceiling", "bottleneck")
@@ -40,7 +40,7 @@ def cells(record: Record) -> tuple[str, ...]:
 def _setting(record: Record, details: dict) -> list[str]:
     found = [record.arch, details.get("loader"), record.device, f"batch {record.batch_size}" if record.batch_size else None]
     if record.workers:
-        found.append(f"{record.workers} threads")
+        found.append(counted(record.workers, "thread"))
     if "amp" in details:
         found.append("bf16" if details["amp"] == "bf16" else "float32")
         found += [name for key, name in (("compiled", "compiled"), ("graph", "CUDA graph")) if details.get(key)]

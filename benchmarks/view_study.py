@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from fastssl.finish import RANDOM, RAW, REESTIMATED, TEACHER, TRAINED
-from fastssl.pipelines.errors import FastSSLError
+from fastssl.pipelines.errors import FastSSLError, counted
 from fastssl.recipe import load_recipe
 
 DESIGNS: dict[str, tuple[str, ...]] = {
@@ -120,8 +120,9 @@ def table(runs: Sequence[dict[str, Any]]) -> str:
         lines.append(f"| {method} | {design} | {' | '.join(values)} | {len(some)} |")
     marks = [one["probe"] for one in runs]
     for name in (RANDOM, RAW):
+        how_many = counted(len(marks), "run")
         lines.append(
-            f"| | {name} | {_spread([m[name]['knn'] for m in marks])} | {_spread([m[name]['linear'] for m in marks])} | | | {len(marks)} runs |"
+            f"| | {name} | {_spread([m[name]['knn'] for m in marks])} | {_spread([m[name]['linear'] for m in marks])} | | | {how_many} |"
         )
     lines += ["", "| method | difference, seed by seed | kNN | linear |", "| --- | --- | --- | --- |"]
     for method, (better, base) in itertools.product(

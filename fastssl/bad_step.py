@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from fastssl.files import write_atomically
+from fastssl.json_text import to_json
 from fastssl.pipelines.augment import augment_device
 from fastssl.pipelines.loader import Batch
 from fastssl.pipelines.plan import ViewSpec
@@ -48,7 +48,7 @@ def save_bad_step(folder: Path, batch: Batch, views: Sequence[ViewSpec], *, rank
     for number, table in enumerate(batch.tables):
         tensors[f"tables.{number}"] = table.detach().cpu().contiguous()
     write_atomically(folder / f"batch{mine}.safetensors", lambda path: save_file(tensors, str(path)))
-    text = json.dumps({**about, "rank": rank, "samples": batch.index.tolist()}, indent=2) + "\n"
+    text = to_json({**about, "rank": rank, "samples": batch.index.tolist()}, indent=2) + "\n"
     write_atomically(folder / f"step{mine}.json", lambda path: path.write_text(text))
     picture = _picture(_coloured(batch, views), views, len(batch.index))
     write_atomically(folder / f"views{mine}.png", lambda path: picture.save(path, format="PNG"))

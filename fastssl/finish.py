@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from typing import TYPE_CHECKING, Any
@@ -20,6 +19,7 @@ from fastssl.evaluate.colour_histogram import colour_histogram_features
 from fastssl.evaluate.features import Features
 from fastssl.evaluate.raw_pixels import raw_pixel_features
 from fastssl.files import write_atomically
+from fastssl.json_text import to_json
 from fastssl.marks import COLOURS, MAJORITY, RANDOM, TRAINED
 from fastssl.marks import RAW as RAW_PIXELS
 from fastssl.pipelines.errors import without_folders
@@ -47,7 +47,7 @@ def finish_run(run: Run, started: float) -> dict[str, Any]:
     Returns:
         what ``summary.json`` holds.
     """
-    run.progress.message("probing: the trained network, the same network before training, raw pixels, colours")
+    run.progress.note("probing: the trained network, the same network before training, raw pixels, colours")
     probe = run.recipe.probe
     split = choose_split(run.reader, run.val, probe.final_samples, run.options.seed)
     features = _all_features(run, split)
@@ -72,7 +72,7 @@ def finish_run(run: Run, started: float) -> dict[str, Any]:
         "skipped": len(run.position.skipped),
         "passed_over_steps": run.position.passed_over,
     }
-    text = json.dumps(summary, indent=2) + "\n"
+    text = to_json(summary, indent=2) + "\n"
     write_atomically(run.out / "summary.json", lambda path: path.write_text(text))
     views_picture(run.reader, run.recipe.views, run.out / "views.png", seed=run.options.seed)
     neighbours_picture(split, before=features[RANDOM], after=features[TRAINED], out=run.out / "neighbours.png")

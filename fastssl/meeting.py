@@ -17,7 +17,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from fastssl.pipelines.errors import FastSSLError
+from fastssl.pipelines.errors import FastSSLError, counted
 
 #: Seconds between two looks at the store, at first and later on.
 _OFTEN, _SELDOM = 0.05, 0.5
@@ -158,7 +158,7 @@ def _names(ranks: list[int]) -> str:
     """``process 3 is missing``, ``processes 1, 2 and 5 are missing``, at most eight of them by number."""
     shown = [str(rank) for rank in ranks[:8]]
     if len(ranks) > 8:
-        shown.append(f"{len(ranks) - 8} others")
+        shown.append(counted(len(ranks) - 8, "other"))
     if len(shown) == 1:
         return f"process {shown[0]} is missing"
     return f"processes {', '.join(shown[:-1])} and {shown[-1]} are missing"

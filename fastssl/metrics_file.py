@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fastssl.files import write_atomically
+from fastssl.json_text import to_json
 
 #: Rows that wait for the disk to take them. A block is 50 steps as a rule: this many are some days of training.
 _MOST = 100_000
@@ -31,8 +32,8 @@ class MetricsFile:
         self._waiting: list[str] = []
 
     def append(self, row: dict[str, Any]) -> bool:
-        """Add one row; whether it is in the file now."""
-        self._waiting = [*self._waiting[-_MOST:], json.dumps(row) + "\n"]
+        """Add one row, numbers that are not finite as null; whether it is in the file now."""
+        self._waiting = [*self._waiting[-_MOST:], to_json(row) + "\n"]
         return self.flush()
 
     def flush(self) -> bool:
@@ -101,7 +102,7 @@ class MetricsFile:
         rows = [row for row in self.rows() if row.get("kind") in ("step", "probe") and isinstance(row.get("step"), int)]
         kept = [row for row in rows if row["step"] < step or (row["step"] == step and (row["kind"] == "step" or probed))]
         self._waiting = []
-        write_atomically(self.path, lambda path: path.write_text("".join(json.dumps(row) + "\n" for row in kept)))
+        write_atomically(self.path, lambda path: path.write_text("".join(to_json(row) + "\n" for row in kept)))
 
     def clear(self) -> None:
         """Begin anew with an empty file."""

@@ -3,15 +3,35 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
 
 from fastssl.pipelines.errors import printable
 
+Row = dict[str, Any]
 
-def describe_row(row: dict[str, Any]) -> str:
+#: The words of the live line, the most useful first: on a terminal that is too narrow for all of them the last ones go.
+_WORDS: tuple[Callable[[Row], str], ...] = (
+    lambda row: f"loss {row['loss']:.3f}",
+    lambda row: f"{row['pair_per_s']:,.0f} pair/s",
+    lambda row: f"kNN {row['knn']:.1f} %" if row.get("knn") is not None else "",
+    lambda row: f"wait {100 * row['data_wait']:.0f} %",
+    lambda row: f"lr {row['lr']:.3g}",
+    lambda row: f"spread {row['embedding_std']:.2f}",
+    lambda row: f"kl {row['kl']:.3g}",
+)
+_GAP = "  "
+#: Columns of the bar, at least and at most.
+_BAR = (6, 24)
+
+
+def describe_row(row: Row) -> str:
     """One block of steps in words: ``loss 11.34 (kl 10.1)  1,234 pair/s  data-wait 3 %  lr 0.06``."""
     return (
         f"loss {row['loss']:.3f} (kl {row['kl']:.3f})  spread {row['embedding_std']:.2f}  "
@@ -22,58 +42,94 @@ def describe_row(row: dict[str, Any]) -> str:
 class RunProgress:
     """Use as a context manager. ``console`` decides between the live display and plain lines.
 
-    Plain lines come at most every ``interval`` seconds: a log of a day-long run should be readable.
+    Plain lines come at most every ``interval`` seconds: a log of a day-long run should be readable. With ``quiet``
+    there are neither, and of what the run says only its warnings are left.
     """
 
-    def __init__(self, console: Console, interval: float = 15.0):
-        self.console, self.interval = console, interval
-        self._live: Progress | None = None
+    def __init__(self, console: Console, interval: float = 15.0, quiet: bool = False):
+        self.console, self.interval, self.quiet = console, interval, quiet
+        self._line = _LiveLine()
+        self._live: Live | None = None
         self._started: float | None = None
         self._first_step = 0
         self._last_line = 0.0
 
     def __enter__(self) -> RunProgress:
-        if self.console.is_terminal:
-            self._live = Progress(
-                TextColumn("step {task.completed:,}/{task.total:,}"),
-                BarColumn(bar_width=24),
-                TextColumn("{task.description}"),
-                TimeElapsedColumn(),
-                TextColumn("left"),
-                TimeRemainingColumn(),
-                console=self.console,
-            )
+        if self.console.is_terminal and not self.console.is_dumb_terminal and not self.quiet:
+            self._live = Live(self._line, console=self.console, refresh_per_second=2)
             self._live.start()
-            self._task = self._live.add_task("starting", total=1)
         return self
 
     def __exit__(self, *error: object) -> None:
         if self._live is not None:
             self._live.stop()
 
-    def row(self, row: dict[str, Any], done: int, total: int) -> None:
-        """A block of steps is done."""
+    def row(self, row: Row, done: int, total: int) -> None:
+        """A block of steps is done. ``row["knn"]``: what the newest online probe found, if there was one."""
         now = time.monotonic()
         if self._started is None:
             self._started, self._first_step = now, done
-        text = describe_row(row)
+        left = self._seconds_left(row, now, done, total)
         if self._live is not None:
-            self._live.update(self._task, description=text, completed=done, total=total)
-        elif now - self._last_line >= self.interval or done == total:
+            self._line.tell(row, done, total, None if left is None else now + left)
+        elif not self.quiet and (now - self._last_line >= self.interval or done == total):
             self._last_line = now
-            self.console.print(
-                f"step {done:,}/{total:,}  epoch {row['epoch']:.1f}  {text}{self._time_left(now, done, total)}",
-                highlight=False,
-                soft_wrap=True,
-            )
+            words = "" if left is None or done == total else f"  {_minutes(left)} left"
+            line = f"step {done:,}/{total:,}  epoch {row['epoch']:.1f}  {describe_row(row)}{words}"
+            self.console.print(line, highlight=False, soft_wrap=True)
 
-    def _time_left(self, now: float, done: int, total: int) -> str:
-        made = done - self._first_step
-        if made <= 0 or done == total:
-            return ""
-        seconds = (now - self._started) / made * (total - done)
-        return f"  {seconds / 60:.0f} min left" if seconds >= 90 else f"  {seconds:.0f} s left"
+    def _seconds_left(self, row: Row, now: float, done: int, total: int) -> float | None:
+        """By the clock since the first block, probes and checkpoints included; until then by what its steps took."""
+        if done > self._first_step:
+            return (now - self._started) / (done - self._first_step) * (total - done)
+        return row["seconds"] / row["step"] * (total - done) if row.get("seconds") and row.get("step") else None
 
     def message(self, text: str) -> None:
-        """One line above the display."""
+        """One line above the display: a warning."""
         self.console.print(printable(text), highlight=False, markup=False, soft_wrap=True)
+
+    def note(self, text: str) -> None:
+        """One line that nothing depends on: it is not said where the run is to be quiet."""
+        if not self.quiet:
+            self.message(text)
+
+
+class _LiveLine:
+    """``step 120/9,000 ━━━━━━━━ 1:02:03 left  loss 11.34  1,234 pair/s ...``: one line, of the words that fit."""
+
+    def __init__(self) -> None:
+        self._row: Row | None = None
+        self._done, self._total, self._ends = 0, 1, None
+
+    def tell(self, row: Row, done: int, total: int, ends: float | None) -> None:
+        """``ends``: when the run will be done, by `time.monotonic`; None: not known yet."""
+        self._row, self._done, self._total, self._ends = row, done, total, ends
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        if self._row is None:
+            yield Text("starting", no_wrap=True, overflow="crop")
+            return
+        step = f"step {self._done:,}/{self._total:,}"
+        left = f"{_clock(self._ends)} left"
+        room = options.max_width - len(step) - len(left) - 2
+        words = ""
+        for word in filter(None, (say(self._row) for say in _WORDS)):
+            if len(words) + len(_GAP) + len(word) > room - _BAR[0]:
+                break
+            words += _GAP + word
+        line = Table.grid(padding=(0, 1, 0, 0))
+        bar = ProgressBar(self._total, self._done, width=max(0, min(_BAR[1], room - len(words))))
+        line.add_row(Text(step, no_wrap=True), bar, Text(f"{left}{words}", no_wrap=True, overflow="crop"))
+        yield line
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
+
+
+def _clock(ends: float | None) -> str:
+    """Hours, minutes and seconds until then."""
+    if ends is None:
+        return "-:--:--"
+    seconds = max(0, round(ends - time.monotonic()))
+    return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"

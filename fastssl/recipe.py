@@ -1,7 +1,7 @@
 """Recipes: one yaml file holds every number of a published row, and is checked to the last key.
 
 A recipe is read into dataclasses that are owned by the parts they configure (``ViewSpec``, ``MoCoConfig``, ...). A key
-that does not exist is an error that names the nearest one: an ignored typo costs a training run.
+that does not exist is an error that names the right one in full: an ignored typo costs a training run.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ import dataclasses
 import math
 import types
 import typing
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fastssl.losses.pairs import PairWeights
 from fastssl.methods import METHODS, DINOConfig, MoCoConfig, SimCLRConfig, SwAVConfig
-from fastssl.names import nearest
+from fastssl.names import did_you_mean, nearest
 from fastssl.optim import OptimConfig
 from fastssl.pipelines.errors import FastSSLError
 from fastssl.pipelines.multicrop import PRESETS, MultiCrop
@@ -261,7 +261,40 @@ def build_recipe(tree: Mapping[str, Any], *, where: str) -> Recipe:
     for other in METHODS:
         if other in tree and isinstance(method, str) and other != method and method in METHODS:
             raise FastSSLError(f"{where}: {other}.* has no effect with method: {method}; its numbers stand under {method}.*")
-    return _build(Recipe, tree, where, "")
+    try:
+        return _build(Recipe, tree, where, "")
+    except _NoSuchKey as error:
+        key = error.key if len(error.key) <= 100 else shown(error.key)
+        raise FastSSLError(f"{where}: no key {key}{did_you_mean(error.key[:100], list(_keys(Recipe, tree)))}") from None
+
+
+class _NoSuchKey(Exception):
+    """In a recipe there is no ``key``, written from the recipe's top on."""
+
+    def __init__(self, key: str):
+        self.key = key
+
+
+def _keys(kind: type, values: Any, prefix: str = "") -> Iterator[str]:
+    """All keys of a dataclass and of those in it, in the form in which ``values`` stands there.
+
+    Of the methods' sections only the recipe's own.
+    """
+    values = values if isinstance(values, Mapping) else {}
+    for name, hint in typing.get_type_hints(kind).items():
+        if kind is Recipe and name in METHODS and name != values.get("method", "moco"):
+            continue
+        value, key = values.get(name), f"{prefix}{name}"
+        parts = [hint, *typing.get_args(hint)]
+        listed = [typing.get_args(part)[0] for part in parts if typing.get_origin(part) is list]
+        nested = [part for part in parts if dataclasses.is_dataclass(part)]
+        if isinstance(value, list) and listed:
+            for number, item in enumerate(value):
+                yield from _keys(listed[0], item, f"{key}.{number}.")
+        elif nested:
+            yield from _keys(nested[0], value, f"{key}.")
+        else:
+            yield key
 
 
 def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
@@ -390,8 +423,7 @@ def _build_dataclass(kind: type, value: Any, where: str, key: str) -> Any:
     prefix = f"{key}." if key else ""
     for name in value:
         if name not in hints:
-            written = name if isinstance(name, str) and len(name) <= 100 else shown(name)
-            raise FastSSLError(f"{where}: no key {prefix}{written}{nearest(str(name)[:100], hints)}")
+            raise _NoSuchKey(f"{prefix}{_first_leaf(name, value[name])}")
     arguments = {name: _build(hints[name], item, where, f"{prefix}{name}") for name, item in value.items()}
     missing = [
         f.name
@@ -404,6 +436,12 @@ def _build_dataclass(kind: type, value: Any, where: str, key: str) -> Any:
         return kind(**arguments)
     except ValueError as error:
         raise FastSSLError(f"{where}: {key + ': ' if key and key.split('.')[0] == 'views' else ''}{error}") from error
+
+
+def _first_leaf(name: Any, value: Any) -> str:
+    """``a.b`` for a mapping of mappings: a section that does not exist is told by what was meant to stand in it."""
+    written = name if isinstance(name, str) else shown(name)
+    return f"{written}.{_first_leaf(*next(iter(value.items())))}" if isinstance(value, Mapping) and value else written
 
 
 def _plain(value: Any) -> Any:

@@ -19,7 +19,7 @@ import numpy as np
 
 from fastssl.backbones import resizes_positions, resolve_arch
 from fastssl.methods.method import MethodConfig
-from fastssl.pipelines.errors import FastSSLError
+from fastssl.pipelines.errors import FastSSLError, counted
 from fastssl.recipe import Recipe, is_given, with_batch
 
 if TYPE_CHECKING:
@@ -55,21 +55,16 @@ def choose(photos: int | None, short_side: float | None, device: str) -> Choice:
         return Choice(SAMPLE_RECIPE, "without --data, on the sample photos")
     other = f" (--recipe {FULL_RECIPE} is the full one)"
     if photos < MANY_PHOTOS:
-        return Choice(FEW_RECIPE, f"for {counted(photos)}, which are fewer than {MANY_PHOTOS:,}{other}")
+        return Choice(FEW_RECIPE, f"for {counted(photos, 'photo')}, which are fewer than {MANY_PHOTOS:,}{other}")
     if short_side is not None and short_side < SMALL_SIDE:
         size = f"{short_side:g} px"
-        return Choice(FEW_RECIPE, f"for {counted(photos)} of {size}, which are too small for views of 224 px{other}")
+        return Choice(FEW_RECIPE, f"for {counted(photos, 'photo')} of {size}, which are too small for views of 224 px{other}")
     if device != "cuda":
         return Choice(
             FEW_RECIPE,
-            f"as there is no GPU: 200 epochs of {counted(photos)} at 224 px would take a CPU months or years{other}",
+            f"as there is no GPU: 200 epochs of {counted(photos, 'photo')} at 224 px would take a CPU months or years{other}",
         )
-    return Choice(FULL_RECIPE, f"for {counted(photos)} on a GPU")
-
-
-def counted(photos: int) -> str:
-    """``1 photo``, ``1,653 photos``."""
-    return f"{photos:,} photo{'s' * (photos != 1)}"
+    return Choice(FULL_RECIPE, f"for {counted(photos, 'photo')} on a GPU")
 
 
 # ---------------------------------------------------------------- batch and epochs
@@ -109,7 +104,7 @@ def fit(
     lines = []
     if changes := _changes(recipe, fitted):
         rate = "; the learning rate follows the batch" if batch != wanted and recipe.optim.lr_batch else ""
-        why = f"for {counted(photos)}" if batch != wanted else f"to go with a batch of {batch:,}"
+        why = f"for {counted(photos, 'photo')}" if batch != wanted else f"to go with a batch of {batch:,}"
         lines.append(f"{why}: {', '.join(changes)}{rate}")
     fitted, more = _with_epochs(fitted, photos, wanted, given)
     return fitted, lines + more
@@ -135,14 +130,16 @@ def require_photos(
     if largest is None and photos < 2 * unit:
         parts = recipe.train.accumulate
         shared = f" for {processes} processes" * (processes > 1) + f" in {parts} parts" * (parts > 1)
-        raise FastSSLError(f"{where}: {counted(photos)}, but a batch{shared} has at least {2 * unit}; add photos")
+        raise FastSSLError(f"{where}: {counted(photos, 'photo')}, but a batch{shared} has at least {2 * unit}; add photos")
     if largest is None:
         key = recipe.settings.BATCH_KEY
-        raise FastSSLError(f"{where}: no batch of up to {counted(photos)} goes with the {key} that was asked for; leave it to the recipe")
+        raise FastSSLError(
+            f"{where}: no batch of up to {counted(photos, 'photo')} goes with the {key} that was asked for; leave it to the recipe"
+        )
     if asked:
         verb = "is" if photos == 1 else "are"
         raise FastSSLError(
-            f"{where}: {counted(photos)} {verb} fewer than one batch of {batch:,}; the largest that would do is --batch-size {largest}"
+            f"{where}: {counted(photos, 'photo')} {verb} fewer than one batch of {batch:,}; the largest that would do is --batch-size {largest}"
         )
 
 
@@ -214,7 +211,7 @@ def _with_epochs(recipe: Recipe, photos: int, batch: int, given: Collection[str]
     if epochs == train.epochs:
         return resolved, []
     line = (
-        f"{epochs:,} epochs for {counted(photos)}: the recipe's {train.epochs:,} are for about "
+        f"{epochs:,} epochs for {counted(photos, 'photo')}: the recipe's {train.epochs:,} are for about "
         f"{train.samples / train.epochs:,.0f} (--epochs says otherwise)"
     )
     return _stretched(resolved, epochs, given), [line]
@@ -267,7 +264,7 @@ def _queue(recipe: Recipe, photos: int) -> str | None:
     if queue <= max(photos, fewer):
         return None
     return (
-        f"{recipe.method}.queue holds {queue:,} features of {counted(photos)}: each meets those of its own photo from "
+        f"{recipe.method}.queue holds {queue:,} features of {counted(photos, 'photo')}: each meets those of its own photo from "
         f"earlier epochs there; --set {recipe.method}.queue={fewer} holds fewer"
     )
 
@@ -289,7 +286,7 @@ def _warmup(recipe: Recipe) -> str | None:
     late = [f"{key} {value:g}" for key, value in keys.items() if value >= recipe.train.epochs]
     if not late:
         return None
-    epochs = f"{recipe.train.epochs:,} epoch{'s' * (recipe.train.epochs != 1)}"
+    epochs = counted(recipe.train.epochs, "epoch")
     return f"a run of {epochs} ends before its warm-up does ({', '.join(late)}): give more --epochs, or lower it with --set"
 
 

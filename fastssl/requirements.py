@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from fastssl.pipelines.beton import BetonReader, read_side_file
-from fastssl.pipelines.errors import FastSSLError
+from fastssl.pipelines.errors import FastSSLError, counted
 from fastssl.pipelines.multicrop import MultiCrop
 from fastssl.pipelines.verify import verify
 from fastssl.recipe import Recipe
@@ -28,8 +28,9 @@ def require_whole_photos(reader: BetonReader, workers: int | None = None) -> Non
     damaged = [(sample, complaint) for sample, complaint in found if complaint != "wrong checksum"]
     if damaged:
         sample, complaint = damaged[0]
+        photos = counted(len(reader), "photo")
         raise FastSSLError(
-            f"{reader.path}: {len(damaged)} of {len(reader):,} photos are damaged, the first is sample {sample} ({complaint}); "
+            f"{reader.path}: damaged are {len(damaged):,} of {photos}, the first is sample {sample} ({complaint}); "
             "convert again without them, or leave them out with --set train.on_bad=skip"
         )
 

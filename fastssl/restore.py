@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fastssl.checkpoint import Position
 from fastssl.optim import state_names
-from fastssl.pipelines.errors import FastSSLError
+from fastssl.pipelines.errors import FastSSLError, counted
 from fastssl.yaml_file import shown
 
 
@@ -149,16 +149,16 @@ def _require_optimizer(optimizer: torch.optim.Optimizer, found: object, steps: i
                 continue
             _require_like(what, value, torch.Size(), torch.float32)
             if not 0 <= float(value) <= steps or not float(value).is_integer():
-                raise Unfit(f"{what} is {float(value):g} behind {steps:,} steps")
+                raise Unfit(f"{what} is {float(value):g} behind {counted(steps, 'step')}")
 
 
 def _require_position(position: Mapping[str, Any], steps_per_epoch: int, epochs: int, samples: int) -> None:
     step, epoch, inside = (position[name] for name in ("step", "epoch", "step_in_epoch"))
     # Behind its last step an epoch is not at its end before the probe is made.
     if inside > steps_per_epoch or epoch > epochs or (epoch == epochs and inside):
-        raise Unfit(
-            f"its position is step {shown(inside)} of epoch {shown(epoch)}; the run has {epochs:,} epochs of {steps_per_epoch:,} steps"
-        )
+        how_many = counted(epochs, "epoch")
+        steps = counted(steps_per_epoch, "step")
+        raise Unfit(f"its position is step {shown(inside)} of epoch {shown(epoch)}; the run has {how_many} of {steps}")
     if step != epoch * steps_per_epoch + inside:
         raise Unfit(f"position.step is {shown(step)}, but step {inside:,} of epoch {epoch:,} is step {epoch * steps_per_epoch + inside:,}")
     if (last := max(position["skipped"], default=0)) >= samples:

@@ -20,7 +20,7 @@ from fastssl.checkpoint import LAST, differences, find_checkpoint, load_checkpoi
 from fastssl.files import link_atomically, remove_unfinished, write_atomically
 from fastssl.launch import NO_LAUNCH, Launch
 from fastssl.metrics_file import MetricsFile
-from fastssl.pipelines.errors import FastSSLError
+from fastssl.pipelines.errors import FastSSLError, counted
 from fastssl.recipe import Recipe, build_recipe, recipe_to_dict
 from fastssl.run_status import read_status
 from fastssl.yaml_file import read_yaml
@@ -220,7 +220,7 @@ class RunFolder:
         for path in old:
             path.unlink()
         if old:
-            self.say(f"{self.checkpoints}: the {len(old)} files of an earlier run were deleted")
+            self.say(f"{self.checkpoints}: of an earlier run {counted(len(old), 'file')} deleted")
         if (self.path / BAD_STEPS).is_dir():
             shutil.rmtree(self.path / BAD_STEPS)
         self.metrics.clear()

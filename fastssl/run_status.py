@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from fastssl.files import write_atomically
+from fastssl.json_text import to_json
 from fastssl.pipelines.errors import FastSSLError
 from fastssl.pipelines.plain_file import read_plain
 
@@ -89,8 +90,9 @@ def write_status(folder: Path, state: str, **values: Any) -> None:
     """Write ``folder/status.json``; where the disk does not take it, nothing happens: no run ends for that."""
     _require_known(state)
     now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    text = to_json({"state": state, "time": now, **values}) + "\n"
     with suppress(OSError):
-        write_atomically(folder / NAME, lambda path: path.write_text(json.dumps({"state": state, "time": now, **values}) + "\n"))
+        write_atomically(folder / NAME, lambda path: path.write_text(text))
 
 
 def read_status(folder: Path) -> dict[str, Any]:

@@ -40,8 +40,9 @@ from fastssl.launch import launch_from_environment
 from fastssl.meters import MetricRing
 from fastssl.pipelines.beton import BetonReader
 from fastssl.pipelines.engines import require_engine
-from fastssl.pipelines.errors import FastSSLError, Interrupted, without_folders
+from fastssl.pipelines.errors import FastSSLError, Interrupted, counted, without_folders
 from fastssl.pipelines.loader import Batch, ViewLoader
+from fastssl.pipelines.native import available_cores
 from fastssl.pipelines.order import steps_per_epoch
 from fastssl.probe import OnlineProbe, choose_split, require_same_classes
 from fastssl.recipe import Recipe, recipe_to_dict
@@ -62,10 +63,13 @@ class Progress(Protocol):
     """Where the loop tells how it stands (a rich display, or plain lines)."""
 
     def row(self, row: dict[str, Any], done: int, total: int) -> None:
-        """One block of steps: its metrics, and how many of the run's steps are done."""
+        """One block of steps: its metrics, the newest online probe's kNN, and how many of the run's steps are done."""
 
     def message(self, text: str) -> None:
-        """One line for the reader."""
+        """One line that the reader should see: something is not as it was meant to be."""
+
+    def note(self, text: str) -> None:
+        """One line about what is going on; a quiet run leaves it out."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +106,9 @@ class _Silence:
     def message(self, text: str) -> None:
         pass
 
+    def note(self, text: str) -> None:
+        pass
+
 
 def pretrain(recipe: Recipe, options: RunOptions, progress: Progress) -> dict[str, Any] | None:
     """Train, probe, and write the run's folder.
@@ -128,11 +135,11 @@ def pretrain(recipe: Recipe, options: RunOptions, progress: Progress) -> dict[st
         recipe = follow_samples(recipe, len(reader))
         said = progress if world.is_main else _Silence()
         if world.size > 1:
-            said.message(f"{world.size} processes meet at {world.address}:{world.port}")
+            said.note(f"{world.size} processes meet at {world.address}:{world.port}")
         meeting = time.monotonic()
         with ExitStack() as listening, _told() as told, joined(world, device, before_end=lambda why: _tell(told, "failed", why)):
             if world.size > 1:
-                said.message(f"all {world.size} are here after {time.monotonic() - meeting:.0f} s")
+                said.note(f"all {world.size} are here after {time.monotonic() - meeting:.0f} s")
             run = Run(recipe, options, reader, val, said, world, device)
             files.callback(run.close)
             told.append(run)
@@ -144,7 +151,8 @@ def pretrain(recipe: Recipe, options: RunOptions, progress: Progress) -> dict[st
         if not world.is_main:
             return None
         if run.stop:  # too late for the last step to be told
-            raise Interrupted(f"all {run.position.step:,} steps are made and saved in {run.out}; the same command writes the report")
+            steps = counted(run.total_steps, "step")
+            raise Interrupted(f"{run.total_steps:,} of {steps} made and saved in {run.out}; the same command writes the report")
         summary = finish_run(run, started)
         run.tell_status("finished")
         return summary
@@ -211,6 +219,7 @@ class Run:
         self.folder = RunFolder(self.out, progress.message) if world.is_main else None
         self.saver = Saver(self.folder, recipe, self.config, progress.message) if self.folder else None
         self.status: RunStatus | None = None
+        self._knn: float | None = None  # of the newest online probe
         try:
             self._begin()
             if self.folder:
@@ -265,7 +274,7 @@ class Run:
             self.position = restore(found, method=self.step.method, optimizer=self.step.optimizer)
             if self.saver:
                 self.saver.saved_step = self.position.step
-            self.progress.message(f"resumed at step {self.position.step:,} (epoch {self.position.epoch})")
+            self.progress.note(f"resumed at step {self.position.step:,} (epoch {self.position.epoch})")
         broadcast_module(self.step.method)
 
     def _require_fit(self, state: dict[str, Any]) -> None:
@@ -318,20 +327,34 @@ class Run:
                 self._complete_checkpoint()
                 self.saver.begin()
             if self.position.step < self.total_steps:
-                self.progress.message(self._plan())
+                for line in self._plan():
+                    self.progress.note(line)
             else:
-                self.progress.message(f"all {self.total_steps:,} steps are made already: what is left is the report")
+                steps = counted(self.total_steps, "step")
+                self.progress.note(f"{self.total_steps:,} of {steps} made already: what is left is the report")
             while self.position.epoch < train.epochs:
                 self._epoch(loader)
             self._vote.close()
 
-    def _plan(self) -> str:
-        """What is about to be done, in words: the first line of metrics may be minutes away."""
-        left, epochs = self.total_steps - self.position.step, self.recipe.train.epochs
+    def _plan(self) -> tuple[str, str, str]:
+        """What is about to be done, in lines of some 80 columns: the first line of metrics may be minutes away."""
+        left, epoch = self.total_steps - self.position.step, counted(self.steps_per_epoch, "step")
+        photos, batch = counted(len(self.reader), "photo"), counted(self.batch_size, "photo")
+        views = " + ".join(f"{spec.count} x {spec.size} px" for spec in self.recipe.views)
         return (
-            f"training {self.config['arch']}: {left:,} of {self.total_steps:,} steps to make, {self.batch_size:,} photos each; "
-            f"{epochs:,} {'epoch' if epochs == 1 else 'epochs'} of {self.steps_per_epoch:,} steps"
+            f"recipe {self.options.recipe_name}, {photos}, {self._machine()}, views {views}",
+            f"training {self.config['arch']}: {left:,} of {counted(self.total_steps, 'step')} to make, {batch} each; "
+            f"{counted(self.recipe.train.epochs, 'epoch')} of {epoch}",
+            f"into {self.out}; Ctrl-C saves; the same command resumes",
         )
+
+    def _machine(self) -> str:
+        """``cpu (2 threads)``, or the GPU's name and the threads that decode for it; before it how many processes."""
+        many = f"{self.world.size} x " if self.world.size > 1 else ""
+        if self.device.type == "cuda":
+            threads = counted(self.options.workers or available_cores(), "decoding thread")
+            return f"{many}{torch.cuda.get_device_name(self.device)} ({threads})"
+        return f"{many}{self.device.type} ({counted(torch.get_num_threads(), 'thread')})"
 
     def _complete_checkpoint(self) -> None:
         """Write the files that a kill in the middle of a checkpoint, or a checkpoint from elsewhere, left out; they may never come again."""
@@ -449,7 +472,8 @@ class Run:
             # The others wait here for the first process, which probes alone. A run that goes on from here makes the probe again.
             if agree_any(bool(self.stop)):
                 self._leave()
-            self._write(row)
+            if row is not None:
+                self._report_probe(row)
         position.epoch, position.step_in_epoch = ended, 0
         milestone = self._milestone(ended)
         if last or milestone:
@@ -489,9 +513,11 @@ class Run:
         reason = "a gradient is not finite" if math.isfinite(loss) else f"the loss is {loss}"
         where = self._keep_batch(batch, number, reason)
         if len(self.position.passed_over) >= most:
+            were = "was" if most == 1 else "were"
+            steps = counted(most, "such step")
             self._end_together(
                 FastSSLError(
-                    f"step {number:,}: {reason}, and {most} such steps were passed over before (train.skip_nonfinite){self._advice(where)}"
+                    f"step {number:,}: {reason}, and {steps} {were} passed over before (train.skip_nonfinite){self._advice(where)}"
                 )
             )
         self.position.passed_over.append(number)
@@ -589,9 +615,21 @@ class Run:
     def _report(self, row: dict[str, Any], loader: ViewLoader) -> None:
         bad = row.pop("nonfinite", None)
         self._write(row)
-        self.progress.row(row, self.position.step, self.total_steps)
+        self.progress.row({**row, "knn": self._knn}, self.position.step, self.total_steps)
         if bad is not None:
             raise self._diverged(loader, bad, f"the loss is {row['loss']}")
+
+    def _report_probe(self, row: dict[str, Any]) -> None:
+        """The line of an online probe, which this process alone has made."""
+        self._write(row)
+        self._knn = row["knn"]
+        split, rank = self.probe.split, f"effective rank {row['effective_rank']:.1f}"
+        if row["knn"] is None:
+            photos = counted(len(split.bank_index) + len(split.query_index), "photo")
+            self.progress.note(f"epoch {row['epoch']:,}: {rank} (online probe, {photos} without labels)")
+        else:
+            photos = counted(len(split.query_index), "photo")
+            self.progress.note(f"epoch {row['epoch']:,}: kNN {row['knn']:.1f} % of {photos}, {rank} (online probe)")
 
     def _write(self, row: dict[str, Any]) -> None:
         if self.saver:

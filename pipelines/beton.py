@@ -31,7 +31,7 @@ from pathlib import Path
 import numpy as np
 
 from fastssl.pipelines import jpeg
-from fastssl.pipelines.errors import BetonError, FastSSLError, JpegError, printable
+from fastssl.pipelines.errors import BetonError, FastSSLError, JpegError, counted, printable
 from fastssl.pipelines.plain_file import read_plain
 
 VERSION = 2
@@ -155,7 +155,8 @@ class BetonReader:
         try:
             self._read_tables()
         except MemoryError:
-            raise self._error(f"no memory for its tables: the header speaks of {self.num_samples:,} samples") from None
+            samples = counted(self.num_samples, "sample")
+            raise self._error(f"no memory for its tables: the header speaks of {samples}") from None
 
     def _read_tables(self) -> None:
         header = self._read_array(0, 1, HEADER_DTYPE)[0]
@@ -272,7 +273,7 @@ class BetonReader:
         """Refuse the file where not all are ``good``, of which the first one belongs to sample ``first``."""
         if not good.all():
             bad = np.flatnonzero(~good)
-            more = f" (and {len(bad) - 1} more samples)" if len(bad) > 1 else ""
+            more = f" (and {counted(len(bad) - 1, 'more sample')})" if len(bad) > 1 else ""
             raise self._error(f"sample {first + bad[0]}: {complaint}{more}")
 
     def _error(self, message: str) -> BetonError:
@@ -497,7 +498,7 @@ class BetonWriter:
         data = memoryview(data).cast("B")
         size = len(data)
         if self.num_samples == len(self._records):
-            raise BetonError(f"{self.path}: room was reserved for {self.num_samples} samples only")
+            raise BetonError(f"{self.path}: room was reserved for {counted(self.num_samples, 'sample')} only")
         if not (0 < height <= 0xFFFF and 0 < width <= 0xFFFF) or size == 0 or (mode == MODE_RAW and size != height * width * 3):
             raise BetonError(f"{self.path}: cannot store {size} bytes as a picture of {height}x{width} (sides are 1 to 65535)")
         self._grow_page(size)

@@ -41,7 +41,7 @@ from PIL import Image
 
 from fastssl.pipelines import jpeg
 from fastssl.pipelines.beton import DEFAULT_PAGE_SIZE, MIN_PAGE_SIZE, MODE_JPEG, MODE_RAW, RECORD_DTYPE, BetonReader, BetonWriter, side_path
-from fastssl.pipelines.errors import FastSSLError, JpegError, printable, worker_error
+from fastssl.pipelines.errors import FastSSLError, JpegError, counted, printable, worker_error
 from fastssl.pipelines.sources import Listing, list_source
 from fastssl.pipelines.stall import STALL_MINUTES, Patience, Step
 
@@ -543,9 +543,8 @@ class _Conversion:
             self.partial.unlink(missing_ok=True)
             self.journal_path.unlink(missing_ok=True)
             name, reason = self.rejects[0]
-            raise ConvertError(
-                f"{self.listing.source}: all {len(self.rejects)} photos were rejected, nothing is left to write; first {name}: {reason}"
-            )
+            photos = counted(len(self.rejects), "photo")
+            raise ConvertError(f"{self.listing.source}: all of {photos} rejected, nothing is left to write; first {name}: {reason}")
         try:
             self.step(self._writing)
             self.writer.finish()

@@ -11,7 +11,7 @@ import torch
 
 from fastssl.pipelines.beton import MODE_RAW, BetonReader
 from fastssl.pipelines.engine import Engine
-from fastssl.pipelines.errors import FastSSLError
+from fastssl.pipelines.errors import FastSSLError, counted
 from fastssl.pipelines.native import NativeEngine
 from fastssl.pipelines.plan import ViewSpec
 from fastssl.pipelines.stall import STALL_MINUTES
@@ -98,7 +98,8 @@ def require_engine(name: str, reader: BetonReader, specs: Sequence[ViewSpec]) ->
         raise FastSSLError(f"--pipeline {name}: {state.problem}; {state.remedy}")
     if name == "dali":
         if raw := int((reader.modes == MODE_RAW).sum()):
-            raise FastSSLError(f"{reader.path}: {raw:,} of its pictures are stored raw, which DALI cannot decode; use --pipeline native")
+            pictures = counted(raw, "picture")
+            raise FastSSLError(f"{reader.path}: {pictures} of it stored raw, which DALI cannot decode; use --pipeline native")
         smallest = min(spec.size for spec in specs)
         if smallest < _DALI_SMALLEST:
             raise FastSSLError(

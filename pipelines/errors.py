@@ -49,6 +49,20 @@ def worker_error(path: str | os.PathLike, what: str, error: Exception) -> Worker
     return WorkerError(f"{os.fspath(path)}: {what}: unexpected {type(error).__name__}: {said} (run again with --debug for the traceback)")
 
 
+def counted(number: int, noun: str) -> str:
+    """``1 photo``, ``2,000 photos``, ``3 classes``, ``2 batches``, ``4 queries``: a number of things, for messages.
+
+    Args:
+        number: how many.
+        noun: its last word in the singular, as in "labelled photo"; of those alone that follow the rules of English.
+    """
+    if number == 1:
+        return f"1 {noun}"
+    if re.search("(s|x|sh|[nrt]ch)$", noun):
+        return f"{number:,} {noun}es"
+    return f"{number:,} {re.sub('(?<![aeiou])y$', 'ie', noun)}s"
+
+
 def printable(text: str) -> str:
     r"""``text`` on one line and without what a terminal would act on: control, format and surrogate characters become ``\x1b`` and the like.
 

@@ -18,7 +18,7 @@ from fastssl.pipelines.beton import BetonReader
 from fastssl.pipelines.crop import to_device
 from fastssl.pipelines.engine import EngineStats, Request
 from fastssl.pipelines.engines import PIPELINES, open_engine
-from fastssl.pipelines.errors import FastSSLError
+from fastssl.pipelines.errors import FastSSLError, counted
 from fastssl.pipelines.memory import RecycledMemory
 from fastssl.pipelines.native import available_cores
 from fastssl.pipelines.order import batch_indices, steps_per_epoch
@@ -137,10 +137,11 @@ class ViewLoader:
     def _check_size(self) -> None:
         count = len(self.indices)
         if count and (self.indices.min() < 0 or self.indices.max() >= len(self.reader)):
-            raise FastSSLError(f"{self.reader.path}: indices reach beyond its {len(self.reader)} samples")
+            raise FastSSLError(f"{self.reader.path}: indices reach beyond its {counted(len(self.reader), 'sample')}")
         if len(self) < 1:
+            samples = counted(count, "sample")
             raise FastSSLError(
-                f"{self.reader.path}: {count} samples are fewer than one batch of {self.batch_size * self.world}; lower the batch size"
+                f"{self.reader.path}: {samples}, fewer than one batch of {self.batch_size * self.world}; lower the batch size"
             )
 
     def __len__(self) -> int:

@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from fastssl.pipelines.errors import counted
 from fastssl.pipelines.plan import ViewSpec, ViewSpecError
 
 #: What ``augment``, ``global_1``, ``global_2`` and ``local`` may set: everything of a view but what this object decides itself.
@@ -123,6 +124,7 @@ class MultiCrop(Sequence[ViewSpec]):
         globals_ = f"2 global views of {self.global_size} px, area {self.threshold:g} .. {self.area[1]:g}"
         if not self.local_count:
             return f"{globals_}; no local views"
-        local = f"{self.local_count} local views of {self.local_size} px, area {self.area[0]:g} .. {self.threshold:g}"
+        views = counted(self.local_count, "local view")
+        local = f"{views} of {self.local_size} px, area {self.area[0]:g} .. {self.threshold:g}"
         by = "" if self.weights else " (by the number of pairs)"
         return f"{globals_}; {local}; pairs weigh {gg:.3g} global-global, {gl:.3g} global-local{by}"

@@ -21,7 +21,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from fastssl.pipelines.errors import FastSSLError, printable
+from fastssl.pipelines.errors import FastSSLError, counted, printable
 from fastssl.pipelines.stall import Step
 
 #: Compared in lower case; the contents decide how a file is decoded.
@@ -114,7 +114,7 @@ def list_source(source: str | os.PathLike, step: Step = lambda what: None) -> Li
         raise SourceError(f"{error.filename or source}: cannot read: {error.strerror or error}") from None
     if not listing.names:
         listing.close()
-        others = f"{listing.ignored} other files"
+        others = counted(listing.ignored, "other file")
         if listing.rejected:
             others += f"; {len(listing.rejected)} rejected, first {listing.rejected[0][0]}: {listing.rejected[0][1]}"
         raise SourceError(f"{source}: no photos found ({others}); expected {source}/CLASS/photo.jpg, {source}/photo.jpg, or a tar")

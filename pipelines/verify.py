@@ -18,7 +18,7 @@ import numpy as np
 
 from fastssl.pipelines.beton import BetonReader, read_side_file, side_path
 from fastssl.pipelines.convert import default_workers
-from fastssl.pipelines.errors import BetonError, JpegError, worker_error
+from fastssl.pipelines.errors import BetonError, JpegError, counted, worker_error
 from fastssl.pipelines.stall import STALL_MINUTES, Patience, Step
 
 
@@ -126,7 +126,7 @@ def _check_side_file(reader: BetonReader, side: dict) -> tuple[list[str], np.nda
     except (KeyError, TypeError, ValueError, binascii.Error) as error:
         return [f"{name}: unreadable checksums ({type(error).__name__}: {error})"], None
     if len(checksums) != reader.num_samples:
-        return [f"{name}: {len(checksums)} checksums for {reader.num_samples} samples"], None
+        return [f"{name}: {counted(len(checksums), 'checksum')} for {counted(reader.num_samples, 'sample')}"], None
     problems = [
         f"checksum of the {what} is wrong"
         for key, what in (("head", "header or metadata"), ("table", "allocation table"))
@@ -136,7 +136,8 @@ def _check_side_file(reader: BetonReader, side: dict) -> tuple[list[str], np.nda
     if classes is not None and reader.labels is not None:
         outside = np.flatnonzero((reader.labels < 0) | (reader.labels >= len(classes)))
         if len(outside):
-            problems.append(f"sample {outside[0]} has the label {reader.labels[outside[0]]}, but there are {len(classes)} classes")
+            how_many = counted(len(classes), "class")
+            problems.append(f"sample {outside[0]} has the label {reader.labels[outside[0]]}, but the file has {how_many}")
     return problems, checksums
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+from collections.abc import Generator
 from pathlib import Path
 
 import numpy as np
@@ -19,12 +20,32 @@ torch.set_num_threads(1)
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
+_running: pytest.Item | None = None
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, None, None]:
+    """Keep the test that runs, for `need_engine`."""
+    global _running
+    _running = item
+    yield
+    _running = None
+
+
 def need_engine(name: str) -> None:
-    """Skip the test where an optional engine is not installed; fail it where FASTSSL_ALL_ENGINES says that all must be there."""
+    """Skip the test, or the file, where an optional engine is not installed.
+
+    Where FASTSSL_ALL_ENGINES says that all must be there it fails. Whatever asks must bear the mark ``engines``: by it
+    the tests are found that have to run once more where the engines are installed.
+    """
     from fastssl.pipelines.engines import engine_state
 
+    if _running is not None and _running.get_closest_marker("engines") is None:
+        pytest.fail(f"{_running.name} needs an engine: mark it with `engines`, so that it runs where there is one")
     if problem := engine_state(name).problem:
-        (pytest.fail if os.environ.get("FASTSSL_ALL_ENGINES") else pytest.skip)(f"{name}: {problem}")
+        if os.environ.get("FASTSSL_ALL_ENGINES"):
+            pytest.fail(f"{name}: {problem}")
+        pytest.skip(f"{name}: {problem}", allow_module_level=True)
 
 
 def make_photo(seed: int, height: int, width: int) -> np.ndarray:

@@ -31,12 +31,16 @@ class Silent:
     """A progress that remembers what it was told."""
 
     def __init__(self) -> None:
+        self.rows: list[dict] = []
         self.messages: list[str] = []
 
-    def row(self, row: dict, done: int, total: int) -> None: ...
+    def row(self, row: dict, done: int, total: int) -> None:
+        self.rows.append(row)
 
     def message(self, text: str) -> None:
         self.messages.append(text)
+
+    note = message
 
 
 def small(*overrides: str) -> Recipe:

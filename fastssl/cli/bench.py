@@ -7,15 +7,17 @@ import os
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext, suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 import click
 
 from fastssl.cli.command import command_line
-from fastssl.cli.common import SomePath, console, finite, json_option
-from fastssl.pipelines.errors import FastSSLError
+from fastssl.cli.common import SomePath, console, finite, json_option, write_json
+from fastssl.json_text import to_json
+from fastssl.pipelines.errors import FastSSLError, counted
 
 if TYPE_CHECKING:
     from fastssl.benchmarks.records import Record
@@ -141,7 +143,7 @@ def loader(ctx, recipes, overrides, data, photos, device, workers, batch_size, p
         json_path,
         [
             (
-                f"loader, {name}, {engine}, {source}{f', {threads} threads' if threads else ''}",
+                f"loader, {name}, {engine}, {source}{_threads(threads)}",
                 lambda recipe=recipe, name=name, source=source, threads=threads, engine=engine: run(
                     recipe, name, source, place, threads, batch_size, seconds, runs, photos, engine
                 ),
@@ -163,13 +165,14 @@ def _peers(ctx: click.Context, data, workers, batch_size, seconds, runs, photos,
     for missing in left_out():
         console.print(f"left out: {missing}", highlight=False, markup=False, soft_wrap=True)
     settings = len(data) * len(workers)
-    console.print(f"about {settings * seconds * 1.5 / 60:.0f} minutes ...", highlight=False, markup=False)
+    minutes = counted(round(settings * seconds * 1.5 / 60), "minute")
+    console.print(f"about {minutes} ...", highlight=False, markup=False)
     options = {"seconds": seconds, "runs": runs, "photos": photos, **({} if batch_size is None else {"batch_size": batch_size})}
     _measure(
         json_path,
         [
             (
-                f"loaders, {source}{f', {threads} threads' if threads else ''}",
+                f"loaders, {source}{_threads(threads)}",
                 lambda source=source, threads=threads: run(source, workers=threads, **options),
             )
             for source, threads in itertools.product(data, workers)
@@ -247,7 +250,7 @@ def loss(recipes, overrides, device, batch_size, runs, json_path) -> None:
     _measure(
         json_path,
         [
-            (f"loss, {name}, {queries} queries", lambda recipe=recipe, name=name, queries=queries: measure(recipe, name, queries))
+            (f"loss, {name}, {counted(queries, 'query')}", partial(measure, recipe, name, queries))
             for recipe, name in _load(recipes, overrides)
             for queries in batch_size or (recipe.train.batch_size,)
         ],
@@ -379,7 +382,7 @@ def convert_bench(data, photos, workers, folder, runs, peers, json_path) -> None
         json_path,
         [
             (
-                f"convert, {source}{f', {threads} threads' if threads else ''}",
+                f"convert, {source}{_threads(threads)}",
                 lambda source=source, threads=threads: run(source, threads, runs, photos, peers, folder),
             )
             for source, threads in itertools.product(data, workers or (None,))
@@ -612,6 +615,7 @@ def _measure(json_path: str | None, jobs: list[Job]) -> None:
         console.print(line(tuple(texts)), highlight=False, markup=False, soft_wrap=True)
 
     failures: list[tuple[str, Exception]] = []
+    written: list[dict] = []
     with _open(json_path) as file:
         show(COLUMNS)
         for label, job in jobs:
@@ -624,22 +628,30 @@ def _measure(json_path: str | None, jobs: list[Job]) -> None:
             for record in records:
                 record = replace(record, details={**(record.details or {}), "command": command})
                 show(cells(record))
-                if file is not None:
-                    _add(file, json_path, record)
+                written.append(asdict(record))
+                _add(file, json_path, written)
     if failures:
         label, error = failures[0]
-        others = f" ({len(failures)} of {len(jobs)} settings failed)" if len(jobs) > 1 else ""
+        others = f" ({len(failures)} of {counted(len(jobs), 'setting')} failed)" if len(jobs) > 1 else ""
         raise FastSSLError(f"{label}: {_words(error)}{others}") from error
 
 
-def _add(file: TextIO, json_path: str, record: Record) -> None:
+def _add(file: TextIO | None, json_path: str | None, records: list[dict]) -> None:
+    """Bring the last of ``records`` to the file of lines; without one write the document of all of them anew."""
     try:
-        file.write(record.to_json() + "\n")
-        file.flush()
+        if file is None:
+            write_json(json_path, records)
+        else:
+            file.write(to_json(records[-1]) + "\n")
+            file.flush()
     except OSError as error:
-        with suppress(OSError):
+        with suppress(OSError, AttributeError):
             file.close()  # what is left in its buffer would be tried again at the end
         raise FastSSLError(f"{json_path}: a result was not written ({error.strerror or error}); it is in the table above") from error
+
+
+def _threads(number: int | None) -> str:
+    return f", {counted(number, 'thread')}" if number else ""
 
 
 def _words(error: Exception) -> str:
@@ -648,6 +660,8 @@ def _words(error: Exception) -> str:
 
 
 def _open(json_path: str | None) -> nullcontext[TextIO | None] | TextIO:
-    if json_path is None:
+    """The file of lines; None where there is none, or a document is written."""
+    if json_path is None or json_path.lower().endswith(".json"):
+        write_json(json_path, [])  # what cannot be written should fail before it is measured
         return nullcontext(None)
     return nullcontext(sys.stdout) if json_path == "-" else open(json_path, "w", encoding="utf-8")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import sys
@@ -17,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.text import Text
 
 from fastssl.files import write_atomically
+from fastssl.json_text import records_to_json
 from fastssl.names import nearest
 from fastssl.pipelines.errors import printable
 
@@ -31,6 +31,8 @@ __all__ = [
     "nearest",
     "pipeline_option",
     "progress_bar",
+    "quiet",
+    "quiet_option",
     "write_json",
 ]
 
@@ -98,7 +100,7 @@ json_option = click.option(
     metavar="FILE",
     default=None,
     callback=_check_json_path,
-    help="Also write the result as JSON to FILE ('-': standard output).",
+    help="Also write the result as JSON to FILE ('-': standard output). FILE.jsonl gets a line a record.",
 )
 
 
@@ -114,6 +116,36 @@ pipeline_option = click.option(
 )
 
 
+#: Of the running command, for all of its threads.
+_quiet = False
+
+
+def _be_quiet(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    global _quiet
+    _quiet = value
+    ctx.call_on_close(_speak_again)
+
+
+def _speak_again() -> None:
+    global _quiet
+    _quiet = False
+
+
+quiet_option = click.option(
+    "-q",
+    "--quiet",
+    is_flag=True,
+    expose_value=False,
+    callback=_be_quiet,
+    help="No progress and no notes: only warnings, errors and the result.",
+)
+
+
+def quiet() -> bool:
+    """Whether the running command was given ``--quiet``."""
+    return _quiet
+
+
 def finite(ctx: click.Context, param: click.Parameter, value: float) -> float:
     """For float options: NaN passes every comparison of a range."""
     if not math.isfinite(value):
@@ -122,11 +154,10 @@ def finite(ctx: click.Context, param: click.Parameter, value: float) -> float:
 
 
 def write_json(path: str | None, records: dict | list[dict]) -> None:
-    """Write one JSON object a line to ``path`` (``-`` is standard output, ``None`` does nothing)."""
+    """Write to ``path`` (``-`` is standard output, ``None`` does nothing) what `records_to_json` gives for it."""
     if path is None:
         return
-    rows = records if isinstance(records, list) else [records]
-    text = "".join(json.dumps(row) + "\n" for row in rows)
+    text = records_to_json(records if isinstance(records, list) else [records], path)
     if path == "-":
         _print(text)
     else:
@@ -165,8 +196,11 @@ class RateColumn(ProgressColumn):
 def progress_bar(label: str, total: int | None, unit: str = "images") -> Iterator:
     """Yield ``advance(done_so_far)``; a live bar on a terminal, a plain line every ~10 % when piped.
 
-    ``total`` may be None when it is not known.
+    ``total`` may be None when it is not known. With ``--quiet`` nothing is shown.
     """
+    if quiet():
+        yield lambda done: None
+        return
     if console.is_terminal:
         columns = [SpinnerColumn(), TextColumn(label), BarColumn(), MofNCompleteColumn(), RateColumn(unit), TimeRemainingColumn()]
         with Progress(*columns, console=console, transient=False) as bar:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import click
 
-from fastssl.cli.common import SomePath, console, json_option, progress_bar, write_json
+from fastssl.cli.common import SomePath, console, json_option, progress_bar, quiet_option, write_json
+from fastssl.pipelines.errors import counted
 
 
 @click.command("convert-imagenet")
@@ -28,6 +29,7 @@ from fastssl.cli.common import SomePath, console, json_option, progress_bar, wri
     show_default=True,
     help="List bad photos and go on, or stop at the first.",
 )
+@quiet_option
 @json_option
 def convert_imagenet(
     src: Path,
@@ -85,12 +87,13 @@ def convert_imagenet(
     finally:
         if bar is not None:
             bar.__exit__(None, None, None)
-    classes = f"{len(summary.classes)} classes" if summary.classes is not None else "no labels"
-    parts = [f"{summary.written:,} photos, {classes}: {summary.copied:,} copied, {summary.reencoded:,} encoded anew"]
+    classes = counted(len(summary.classes), "class") if summary.classes is not None else "no labels"
+    photos = counted(summary.written, "photo")
+    parts = [f"{photos}, {classes}: {summary.copied:,} copied, {summary.reencoded:,} encoded anew"]
     if summary.rejected:
         parts.append(f"{summary.rejected:,} rejected (see {rejects_path(dst)})")
     if summary.ignored:
-        parts.append(f"{summary.ignored:,} other files ignored")
+        parts.append(f"{counted(summary.ignored, 'other file')} ignored")
     if summary.resumed:
         parts.append(f"{summary.resumed:,} taken over from the stopped run")
     rate = (summary.written + summary.rejected - summary.resumed) / max(summary.seconds, 1e-9)

@@ -11,6 +11,7 @@ import click
 
 from fastssl.cli.common import console, finite, json_option, pipeline_option, write_json
 from fastssl.cli.inputs import arch_option, batch_option, choose_inputs, data_option, epochs_option, recipe_option, val_option
+from fastssl.pipelines.errors import counted
 
 if TYPE_CHECKING:
     from fastssl.benchmarks.estimate import Estimate
@@ -87,9 +88,10 @@ def describe(result: Estimate) -> list[str]:
     """The estimate in words, the most wanted figures first."""
     # From one small batch in proportion: what is fixed in a step was taken to grow with it.
     most = "at most " if any("in proportion" in item for item in result.extrapolated) else ""
+    steps = counted(result.steps_per_epoch, "step")
     lines = [
-        f"One epoch: {most}{_time(result.epoch_s)} ({result.steps_per_epoch:,} step{'s' * (result.steps_per_epoch != 1)} of {result.batch_size:,}). "
-        f"{result.epochs:,} epoch{'s' * (result.epochs != 1)}: {_time(result.run_s)} on this {_device(result.device)}, "
+        f"One epoch: {most}{_time(result.epoch_s)} ({steps} of {result.batch_size:,}). "
+        f"{counted(result.epochs, 'epoch')}: {_time(result.run_s)} on this {_device(result.device)}, "
         f"{_number(result.device_hours)} {'GPU-hours' if result.device == 'cuda' else 'device hours'}.",
         _limit(result),
         f"Memory: {_bytes(result.memory_bytes)} at the peak of a step (networks, queue, optimiser {_bytes(result.static_bytes)}, activations "
@@ -111,7 +113,9 @@ def _limit(result: Estimate) -> str:
     if result.limit == "step":
         text = f"Limit: the step, {_number(rates['step'])} pair/s; the loader alone could feed {_number(rates['data'])}"
     else:
-        text = f"Limit: the data, {_number(rates['data'])} pair/s from {result.workers} decoding threads; the step alone could take {_number(rates['step'])}"
+        threads = counted(result.workers, "decoding thread")
+        text = f"Limit: the data, {_number(rates['data'])} pair/s from {threads}; "
+        text += f"the step alone could take {_number(rates['step'])}"
     return f"{text}. Both together: {_number(result.pair_per_s)} pair/s."
 
 
@@ -122,7 +126,7 @@ def _batch(result: Estimate) -> str:
         "moco.queue": "moco.queue, a multiple of the keys of a step, allows no more",
         "swav.queue": "swav.queue, which holds whole batches, allows no more",
         "simclr.neighbors": "the smoothing's neighbours want more negatives than a batch has",
-        "photos": f"the file has {result.data['samples']:,} photos",
+        "photos": f"the file has {counted(result.data['samples'], 'photo')}",
     }[result.largest_batch_limit]
     if result.fits:
         return f"Largest batch that fits and that the recipe allows: {result.largest_batch:,} ({reason})."
@@ -132,7 +136,7 @@ def _batch(result: Estimate) -> str:
 
 
 def _probes(result: Estimate) -> str:
-    online = f"{result.probes:,} online probe{'s' * (result.probes != 1)} of {_time(result.probe_s)}, " if result.probes else ""
+    online = f"{counted(result.probes, 'online probe')} of {_time(result.probe_s)}, " if result.probes else ""
     return f"Included: {online}{_time(result.final_probe_s)} for the features of the final probe."
 
 

@@ -7,6 +7,7 @@ import dataclasses
 import click
 
 from fastssl.cli.common import json_option, write_json
+from fastssl.pipelines.errors import counted
 
 
 @click.command()
@@ -94,7 +95,8 @@ def doctor(json_path: str | None) -> None:
         "jpeg_hardware": jpeg_hardware(),
     }
     if json_path != "-":
-        click.echo(f"processor   {host['cpu']}, {host['cores']} cores for this process, {host.get('memory_gib', '?')} GiB")
+        cores = counted(host["cores"], "core")
+        click.echo(f"processor   {host['cpu']}, {cores} for this process, {host.get('memory_gib', '?')} GiB")
         if gpu:
             click.echo(f"GPU         {gpu} x {host['gpus']}")
         elif torch.version.cuda:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from fastssl.cli.common import SomePath, console, late_progress_bar
+from fastssl.cli.common import SomePath, console, late_progress_bar, quiet
 
 if TYPE_CHECKING:
     from fastssl.photo_source import Source
@@ -134,7 +134,9 @@ def choose_inputs(
     for line in lines:
         _say(line)
     for line in warnings_for(recipe, own_arch, found.photos, found.short_side):
-        _say(f"warning: {line}")  # through the console, which is silent in all processes but the first
+        console.print(
+            f"warning: {line}", highlight=False, markup=False, soft_wrap=True
+        )  # through the console, which is silent in all processes but the first
     return Inputs(recipe, Path(recipe_name).stem, data, val)
 
 
@@ -159,4 +161,5 @@ def _changes(changes: dict[str, str], epochs: int | None, batch_size: int | None
 
 
 def _say(line: str) -> None:
-    console.print(line, highlight=False, markup=False, soft_wrap=True)
+    if not quiet():
+        console.print(line, highlight=False, markup=False, soft_wrap=True)

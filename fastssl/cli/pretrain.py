@@ -6,8 +6,9 @@ from pathlib import Path
 
 import click
 
-from fastssl.cli.common import SomePath, console, json_option, pipeline_option, write_json
+from fastssl.cli.common import SomePath, console, json_option, pipeline_option, quiet, quiet_option, write_json
 from fastssl.cli.inputs import arch_option, batch_option, choose_inputs, data_option, epochs_option, recipe_option, val_option
+from fastssl.pipelines.errors import counted
 
 
 @click.command()
@@ -37,6 +38,7 @@ from fastssl.cli.inputs import arch_option, batch_option, choose_inputs, data_op
     "Where torchrun or Slurm starts a failed run again, it goes on with what it has made, whatever is said here.",
 )
 @click.option("--workers", type=click.IntRange(min=1), help="Decoding threads. Default: the cores this process may use.")
+@quiet_option
 @json_option
 def pretrain(
     arch: str | None,
@@ -70,7 +72,7 @@ def pretrain(
     world = world_from_environment()
     if not world.is_main:
         console.quiet = True  # the first process speaks for all
-    elif world.size > 1:
+    elif world.size > 1 and not quiet():
         # torch is not loaded yet, which several processes on a busy machine may take half a minute for.
         console.print(f"{world.size} processes start; each loads torch first, then they meet", highlight=False)
 
@@ -102,7 +104,7 @@ def pretrain(
         workers=workers,
         resume=resume,
     )
-    with RunProgress(console) as progress:
+    with RunProgress(console, quiet=quiet()) as progress:
         summary = run(inputs.recipe, options, progress)
     if summary is None:
         return
@@ -116,7 +118,8 @@ def _print_summary(summary: dict, out: Path) -> None:
 
     probe = summary["probe"]
     if probe["rows"]:
-        table = Table(title=f"{summary['arch']}, probed on {probe['val_samples']:,} photos of {probe['classes']} classes")
+        photos = counted(probe["val_samples"], "photo")
+        table = Table(title=f"{summary['arch']}, probed on {photos} of {counted(probe['classes'], 'class')}")
         table.add_column("features")
         table.add_column("kNN", justify="right")
         table.add_column("linear", justify="right")

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import click
 
-from fastssl.cli.common import SomePath, console, json_option, progress_bar, write_json
-from fastssl.pipelines.errors import BetonError
+from fastssl.cli.common import SomePath, console, json_option, progress_bar, quiet_option, write_json
+from fastssl.pipelines.errors import BetonError, counted
 
 #: How many damaged samples are printed; the JSON names all of them.
 SHOWN = 20
@@ -33,6 +33,7 @@ class _Count(click.ParamType):
 @click.argument("file", type=SomePath())
 @click.option("--decode", type=_Count(), default="100", show_default=True, help="Decode this many samples, evenly spaced, or all.")
 @click.option("--workers", type=click.IntRange(min=1), default=None, help="Threads.  [default: one a CPU]")
+@quiet_option
 @json_option
 def verify(file: Path, decode: int | None, workers: int | None, json_path: str | None) -> None:
     """Check FILE's header and tables, its checksums if FILE.json is there, and decode samples. Status 1 when something is damaged.
@@ -61,19 +62,21 @@ def verify(file: Path, decode: int | None, workers: int | None, json_path: str |
             bar.__exit__(None, None, None)
     problems = [_passed_on(file, problem) for problem in report.problems]
     write_json(json_path, {**asdict(report), "path": file.name, "ok": report.ok, "problems": problems})
-    checksums = f"{report.checksummed:,} checksums compared" if report.checksummed else "no checksums to compare"
+    how_many = counted(report.checksummed, "checksum")
+    checksums = f"{how_many} compared" if report.checksummed else "no checksums to compare"
     if not report.side_file:
         checksums = f"no side file {file}.json, so no checksums"
-    line = f"{report.samples:,} samples, tables in order, {checksums}, {report.decoded:,} decoded, {report.seconds:,.1f} s"
+    samples = counted(report.samples, "sample")
+    line = f"{samples}, tables in order, {checksums}, {report.decoded:,} decoded, {report.seconds:,.1f} s"
     console.print(f"{file}: {line}", highlight=False, markup=False, soft_wrap=True)
     for problem in report.problems:
         console.print(f"damaged: {problem}", highlight=False, markup=False, soft_wrap=True)
     for sample, complaint in report.damaged[:SHOWN]:
         console.print(f"damaged: sample {sample}: {complaint}", highlight=False, markup=False, soft_wrap=True)
     if len(report.damaged) > SHOWN:
-        console.print(f"damaged: and {len(report.damaged) - SHOWN:,} more samples", highlight=False)
+        console.print(f"damaged: and {counted(len(report.damaged) - SHOWN, 'more sample')}", highlight=False)
     if not report.ok:
-        found = [f"{len(report.damaged):,} of {report.samples:,} samples"] if report.damaged else []
+        found = [f"{len(report.damaged):,} of {counted(report.samples, 'sample')}"] if report.damaged else []
         found += report.problems[:1]
         raise BetonError(f"{file}: damaged ({'; '.join(found)}); convert it again, or copy it again from a good one")
 

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from fastssl.files import write_atomically
-from fastssl.pipelines.errors import FastSSLError
+from fastssl.json_text import read_json_records
+from fastssl.pipelines.errors import FastSSLError, counted
 from fastssl.report.document import Block, Heading, Paragraph, Table, to_html, to_markdown
 
 Record = dict[str, Any]
@@ -58,12 +59,13 @@ def _linear(record: Record) -> list[Figure]:
 def _tuned(record: Record) -> list[Figure]:
     share = "all labels" if record["labels"] == 1 else f"{100 * record['labels']:.3g} % of the labels"
     head = ", half of the DINO head" if record["head"] == "dino" else ""
-    return _accuracy(f"fine-tuned, {share}{head}, {record['epochs']} epochs, {record['optimizer']} lr {record['lr']:g}", record)
+    epochs = counted(record["epochs"], "epoch")
+    return _accuracy(f"fine-tuned, {share}{head}, {epochs}, {record['optimizer']} lr {record['lr']:g}", record)
 
 
 def _detection(record: Record) -> list[Figure]:
     names = (("box_ap", "box AP"), ("box_ap50", "box AP50"), ("mask_ap", "mask AP"), ("mask_ap50", "mask AP50"))
-    length = f", {record['iterations']:,} iterations of {record['batch_size']}"
+    length = f", {counted(record['iterations'], 'iteration')} of {record['batch_size']}"
     return [Figure(name + length, record[key]) for key, name in names if record.get(key) is not None]
 
 
@@ -86,27 +88,20 @@ SETTINGS = (
 
 
 def read_evaluations(paths: Iterable[str | Path]) -> list[Record]:
-    """The records in files that ``fastssl evaluate ... --json`` wrote, one JSON object a line.
+    """The records in files that ``fastssl evaluate ... --json`` wrote: one JSON document each, or an object a line.
 
     Raises:
-        FastSSLError: a line is no such record; the message names file and line.
+        FastSSLError: something is no such record; the message names file and line, or the record's number.
         OSError: a file cannot be read.
     """
-    found = []
-    for path in paths:
-        for number, line in enumerate(Path(path).read_text(encoding="utf-8", errors="replace").splitlines(), 1):
-            if line.strip():
-                found.append(_record(line, f"{path}, line {number}"))
+    expected = "records of `fastssl evaluate ... --json FILE`"
+    found = [_record(value, where) for path in paths for where, value in read_json_records(path, expected)]
     if not found:
         raise FastSSLError("no evaluations in these files; `fastssl evaluate ... --json FILE` writes them")
     return found
 
 
-def _record(line: str, where: str) -> Record:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits
-        raise FastSSLError(f"{where}: not JSON; expected a record of `fastssl evaluate ... --json FILE`") from error
+def _record(record: Any, where: str) -> Record:
     if not isinstance(record, dict) or str(record.get("evaluation")) not in FIGURES:
         kinds = ", ".join(FIGURES)
         raise FastSSLError(f"{where}: not a record of an evaluation ({kinds})")
@@ -148,7 +143,9 @@ def comparison(records: Sequence[Record]) -> list[Block]:
     )
     if replaced:
         blocks.append(
-            Paragraph(f"Of records that agree in network, photos and settings the last one is shown; {replaced} others had other figures.")
+            Paragraph(
+                f"Of records that agree in network, photos and settings the last one is shown; {replaced} of the replaced had other figures."
+            )
         )
     blocks += [Paragraph(text, quiet=True) for text in dict.fromkeys(map(_machine, records))]
     return blocks

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fastssl.collectives import rank, world_size
 from fastssl.evaluate.features import ProbeError
 from fastssl.pipelines.beton import BetonReader
+from fastssl.pipelines.errors import counted
 from fastssl.pipelines.loader import Batch, ViewLoader
 from fastssl.pipelines.order import epoch_order
 from fastssl.pipelines.plan import ViewSpec
@@ -61,9 +62,8 @@ class FeatureStream:
             raise ProbeError(f"a batch of {batch_size} cannot be shared by {world_size()} processes: choose a multiple (--batch-size)")
         self.steps, self.batch = len(indices) // batch_size, batch_size // world_size()
         if not self.steps:
-            raise ProbeError(
-                f"{reader.path}: {len(indices)} photos to learn from are fewer than one batch of {batch_size}: lower --batch-size"
-            )
+            photos = counted(len(indices), "photo")
+            raise ProbeError(f"{reader.path}: {photos} to learn from, fewer than one batch of {batch_size}: lower --batch-size")
         self._network, self._targets, self._device, self._amp, self._seed = network.eval(), targets, device, amp, seed
         self._passes = _passes(self.batch)
         self._loader = ViewLoader(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastssl.collectives import agree_any, gather_uneven, rank, world_size
 from fastssl.pipelines.beton import BetonReader
-from fastssl.pipelines.errors import FastSSLError
+from fastssl.pipelines.errors import FastSSLError, counted
 from fastssl.pipelines.loader import ViewLoader
 from fastssl.pipelines.order import epoch_order
 from fastssl.pipelines.plan import ViewSpec
@@ -167,7 +167,8 @@ def share(index: np.ndarray, *, may_be_empty: bool = False) -> np.ndarray:
         ProbeError: there are fewer samples than processes, on all of them, unless the part ``may_be_empty``.
     """
     if len(index) < world_size() and not may_be_empty:
-        raise ProbeError(f"{len(index)} photos cannot be shared out to {world_size()} processes; start fewer")
+        photos = counted(len(index), "photo")
+        raise ProbeError(f"{photos} cannot be shared out to {world_size()} processes; start fewer")
     return np.array_split(index, world_size())[rank()]
 
 

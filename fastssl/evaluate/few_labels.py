@@ -21,6 +21,7 @@ import numpy as np
 from fastssl.evaluate.features import ProbeError
 from fastssl.pipelines.beton import BetonReader, read_side_file
 from fastssl.pipelines.convert import chosen_photos, rejects_path
+from fastssl.pipelines.errors import counted
 from fastssl.pipelines.order import epoch_order
 from fastssl.pipelines.sources import list_source
 
@@ -192,7 +193,7 @@ def _out_of_order(reader: BetonReader) -> str | None:
     if str(side.get("source", "")).lower().endswith(".tar"):
         return "was made from a tar, whose order is its own"
     if side.get("rejected"):
-        return f"lacks {side['rejected']} photos that were rejected"
+        return f"lacks {counted(side['rejected'], 'rejected photo')}"
     if (side.get("options") or {}).get("limit") is not None:
         return "holds a part of its source's photos (--limit)"
     return None
@@ -212,7 +213,7 @@ def _by_name(path: str | Path, listed: list[ListedPhoto], names: list[str], data
             what = (
                 "several photos have this name; write CLASS/NAME"
                 if sample is not None
-                else f"not among the {len(names):,} photos of {data}"
+                else f"not among the {counted(len(names), 'photo')} of {data}"
             )
             raise ProbeError(f"{path}, line {photo.line}: {photo.name}: {what}")
         found.append(sample)

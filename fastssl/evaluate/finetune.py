@@ -27,6 +27,7 @@ from fastssl.evaluate.photos import LabelledSplit
 from fastssl.host_memory import keep_freed_memory
 from fastssl.optim import OptimConfig, create_optimizer, parameter_groups
 from fastssl.pipelines.crop import to_device
+from fastssl.pipelines.errors import counted
 from fastssl.pipelines.loader import Batch, ViewLoader
 from fastssl.pipelines.plan import ViewSpec
 from fastssl.schedules import learning_rate
@@ -257,10 +258,10 @@ def _own_batch(batch: int, photos: int) -> int:
     if photos < batch:
         largest = photos - photos % world
         if largest < 2:
-            raise ProbeError(f"{photos} labelled photos are too few to train on with {world} process{'es' if world > 1 else ''}")
-        raise ProbeError(
-            f"{photos:,} labelled photos are fewer than one batch of {batch:,}; the largest that works is --batch-size {largest}"
-        )
+            how_many = counted(photos, "labelled photo")
+            raise ProbeError(f"{how_many}: too few to train on with {counted(world, 'process')}")
+        how_many = counted(photos, "labelled photo")
+        raise ProbeError(f"{how_many}, fewer than one batch of {batch:,}; the largest that works is --batch-size {largest}")
     return batch // world
 
 

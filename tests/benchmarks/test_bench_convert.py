@@ -176,6 +176,7 @@ def test_what_cannot_be_read_or_written_is_one_line(tmp_path: Path, photo_tree: 
 # ------------------------------------------------------------------ the peer
 
 
+@pytest.mark.engines
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # numba, when ffcv's functions are collected
 @pytest.mark.parametrize("part", MODES)
 def test_ffcvs_writer_writes_the_same_photos(part: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -202,6 +203,7 @@ def test_ffcvs_writer_writes_the_same_photos(part: str, tmp_path: Path, capfd: p
     assert capfd.readouterr().err == ""  # its progress bar
 
 
+@pytest.mark.engines
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_ffcv_takes_turns_with_ours(photo_tree: Path, tmp_path: Path) -> None:
     need_engine("ffcv")

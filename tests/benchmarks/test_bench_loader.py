@@ -210,6 +210,7 @@ def test_loader_records(full_size: Path) -> None:
     assert not [t for t in threading.enumerate() if t.name.startswith("fastssl-decode")]
 
 
+@pytest.mark.engines
 @pytest.mark.parametrize("engine", ["dali", "ffcv"])
 def test_other_engines_have_one_record(engine: str, beton: Path) -> None:
     need_engine(engine)
@@ -217,4 +218,4 @@ def test_other_engines_have_one_record(engine: str, beton: Path) -> None:
     (views,) = run(recipe, "quickstart", str(beton), "cpu", workers=1, batch_size=8, seconds=0.5, pipeline=engine)
     assert views.pipeline == engine and views.details["part"] == "views" and views.details["seconds"] == 0.5
     assert views.pair_per_s > 0 and views.fraction_of_ceiling == pytest.approx(views.view_per_s / views.ceiling)
-    assert views.ceiling_name == "bare decode and crop loop, 1 threads" and "colour" in views.bottleneck + str(views.details["share"])
+    assert views.ceiling_name == "bare decode and crop loop, 1 thread" and "colour" in views.bottleneck + str(views.details["share"])

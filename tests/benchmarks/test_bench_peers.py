@@ -42,6 +42,7 @@ def test_a_data_loader_gives_two_different_views(transform, dtype: torch.dtype, 
     assert not any(process.is_alive() for process in processes)
 
 
+@pytest.mark.engines
 @pytest.mark.parametrize("engine", ["ffcv", "dali"])
 def test_ffcv_and_dali_decode_for_each_view(engine: str, beton: Path) -> None:
     need_engine(engine)
@@ -53,6 +54,7 @@ def test_ffcv_and_dali_decode_for_each_view(engine: str, beton: Path) -> None:
     assert torch.get_num_threads() == threads
 
 
+@pytest.mark.engines
 def test_one_run_measures_all_and_names_who_is_missing(beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peers, "engine_state", lambda name: EngineState(name, None, "not installed" if name == "ffcv" else None))
     need_engine("dali")

@@ -164,6 +164,20 @@ def test_records_are_on_disk_before_the_next_setting_runs(monkeypatch: pytest.Mo
     assert lines == [0, 2]
 
 
+def test_a_json_file_is_one_document_at_every_moment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    out, found = tmp_path / "out.json", []
+
+    def run(*args: object) -> list[Record]:
+        found.append(json.loads(out.read_text()))
+        return [Record(bench="step", median_s=float("nan"), host={}, versions={}, git=None)]
+
+    monkeypatch.setattr(step, "run", run)
+    again = ["--recipe", "quickstart"] * 3
+    assert invoke("step", *again, "--device", "cpu", "--json", str(out)) == 0
+    assert [len(one) if isinstance(one, list) else one["bench"] for one in found] == [0, "step", 2]
+    assert [record.median_s for record in read_records(out)] == [None] * 3 and len(json.loads(out.read_text())) == 3
+
+
 @pytest.mark.parametrize(
     ("arguments", "status"),
     [

@@ -278,7 +278,7 @@ def test_a_batch_beyond_the_memory(beton: Path, monkeypatch: pytest.MonkeyPatch)
     [
         ({"moco__queue": "60"}, "must be a multiple of twice the batch"),
         ({"moco__split_bn": "16"}, "fewer than 2 of 16 keys"),
-        ({"train__batch_size": "64", "moco__queue": "128"}, "48 photos are fewer than one batch of 64"),
+        ({"train__batch_size": "64", "moco__queue": "128"}, "48 photos, fewer than one batch of 64"),
         ({"arch": "mobilenetv9"}, "unknown network"),
         ({"arch": "vit_tiny", "views__0__size": "33"}, "cannot take pictures of 33 px"),
     ],

@@ -48,6 +48,8 @@ PARTS = [
     "train-recipes",
     "loader-recipes",
 ]
+pytestmark = pytest.mark.engines
+
 ENGINES = [name for name in ("dali", "ffcv") if not engine_state(name).problem]
 PARTS += ["engines"] if ENGINES else []
 PARTS += ["convert", "peers", "step-compiled-recipes"]

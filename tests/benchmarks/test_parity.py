@@ -14,6 +14,9 @@ from sklearn.datasets import load_sample_images
 from fastssl.benchmarks import parity
 from fastssl.pipelines import BetonReader, BetonWriter, jpeg
 
+#: What is measured and drawn are the engines that are installed.
+pytestmark = pytest.mark.engines
+
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -99,7 +102,10 @@ def test_the_command_writes_table_picture_and_figures(photos: Path, tmp_path: Pa
     text = (tmp_path / "out" / "parity.md").read_text()
     assert "| crop, reduced, bilinear |" in text and "| 1x1 | 1 | 0.1000 | 0.2000 |" in text and str(photos.parent) not in text
     figures = json.loads((tmp_path / "out" / "parity.json").read_text())
-    assert len(figures["differences"]) == 2 * len(parity.available()) * 2 and figures["samples"] == 3
+    engines = len(parity.available())
+    assert len(figures["differences"]) == 2 * engines * 2 and figures["samples"] == 3
     with Image.open(tmp_path / "out" / "parity.png") as picture:
-        assert picture.width > 800
+        # Beside the names a column of torchvision's views, and two of each engine: its views and their differences.
+        assert (picture.width - parity.NAMES) // (parity.TILE + parity.GAP) == 1 + 2 * engines
+        assert picture.height > len(parity.OPERATIONS) * (parity.TILE + parity.GAP)
     assert parity.main(["--data", str(tmp_path / "none.beton"), "--out", str(tmp_path / "other")]) == 1

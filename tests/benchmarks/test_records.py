@@ -64,12 +64,28 @@ def test_an_older_line_does_not_borrow_this_machine(tmp_path: Path) -> None:
     assert (record.host, record.versions, record.git, record.view_per_s) == ({}, {}, None, 3.0)
 
 
+def test_a_document_is_read_as_lines_are(tmp_path: Path) -> None:
+    lines = tmp_path / "results.jsonl"
+    write_records(lines, [Record(bench="loss"), Record(bench="step")])
+    document, indented = tmp_path / "results.json", tmp_path / "indented.json"
+    document.write_text("[" + ",".join(lines.read_text().splitlines()) + "]")
+    indented.write_text(json.dumps(json.loads(Record(bench="loss").to_json()), indent=2))
+    assert read_records(document) == read_records(lines) and len(read_records(document)) == 2
+    assert [record.bench for record in read_records(indented)] == ["loss"]
+    document.write_text('[{"bench": "loss"}, {"bench": "x", "speed": 1}]')
+    with pytest.raises(FastSSLError, match=r"results\.json, record 2: unknown fields speed"):
+        read_records(document)
+    document.write_text('{"bench": "\\ud800"}')
+    with pytest.raises(FastSSLError, match="it is damaged"):
+        read_records(document)
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
         ("{", "not JSON"),
         ("9" * 5000, "not JSON"),
-        ("[" * 100_000, "no benchmark record"),
+        ("[" * 100_000, "not JSON"),
         ("[1]", "not a benchmark record"),
         ('{"bench": "x", "speed": 1}', "unknown fields speed"),
     ],

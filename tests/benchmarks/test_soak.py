@@ -152,7 +152,7 @@ def test_a_line_that_fails_is_status_1_and_is_named(tmp_path: Path, monkeypatch:
 
 def test_too_few_photos_are_said_before_anything_runs(beton: Path, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
     status, records = command(tmp_path, "--minutes", "1", "--data", str(beton), "--batch-size", "64", "--device", "cpu")
-    assert status == 1 and records == [] and "48 photos are fewer than one batch of 64" in capfd.readouterr().err
+    assert status == 1 and records == [] and "48 photos, fewer than one batch of 64" in capfd.readouterr().err
 
 
 def test_photos_are_spoken_of_before_they_are_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -171,9 +171,8 @@ def test_two_processes_write_what_one_writes(capsys, small, beton, tmp_path):
     both(small, beton, tmp_path)
     run_processes(both, 2, small, beton, tmp_path, join=False, timeout=300)
     for number in range(len(OVER_PROCESSES)):
-        alone, together = (
-            [json.loads(line) for line in (tmp_path / f"{world}-{number}.json").read_text().splitlines()] for world in (1, 2)
-        )
+        written = [json.loads((tmp_path / f"{world}-{number}.json").read_text()) for world in (1, 2)]
+        alone, together = (found if isinstance(found, list) else [found] for found in written)
         assert [record["processes"] for record in together] == [2] * len(alone)
         for one, two in zip(alone, together):
             assert_alike(one, two, ignored=("seconds", "processes"))

@@ -199,7 +199,7 @@ def test_one_line_says_what_came_out(capsys, dino: Path, beton: Path, tmp_path: 
     status, out, _ = run(
         capsys, "semi", dino, "--data", beton, "--val", beton, "--labels", "50%", *SMALL, "--batch-size", 10, "--epochs", 1
     )
-    assert status == 0 and "4 labels do not fill a batch of 10 and are passed over" in out
+    assert status == 0 and "of 4 labels no batch of 10 can be filled: passed over" in out
 
 
 # ---------------------------------------------------------------------- what cannot be
@@ -207,7 +207,7 @@ def test_one_line_says_what_came_out(capsys, dino: Path, beton: Path, tmp_path: 
 
 def test_too_few_photos_for_a_batch(capsys, dino: Path, beton: Path) -> None:
     result = run(capsys, "semi", dino, "--data", beton, "--val", beton, "--labels", "25%", *SMALL)
-    assert_one_line(result, "12 labelled photos are fewer than one batch of 256", "--batch-size 12")
+    assert_one_line(result, "12 labelled photos, fewer than one batch of 256", "--batch-size 12")
 
 
 def test_photos_without_labels_or_with_others(capsys, dino: Path, beton: Path, photo_tree: Path, tmp_path: Path) -> None:

@@ -99,6 +99,16 @@ def test_what_is_no_record_is_named(tmp_path: Path, line: str, message: str) -> 
         read_evaluations([tmp_path / "empty.json"])
 
 
+def test_a_document_of_several_records_is_read_as_lines_are(tmp_path: Path) -> None:
+    lines = write(tmp_path / "records.jsonl", record("knn"), record("linear"))
+    document = tmp_path / "records.json"
+    document.write_text(json.dumps([record("knn"), record("linear")], indent=1))
+    assert read_evaluations([document]) == read_evaluations([lines])
+    document.write_text(json.dumps([record("knn"), {"bench": "step"}]))
+    with pytest.raises(FastSSLError, match=r"records\.json, record 2: not a record of an evaluation"):
+        read_evaluations([document])
+
+
 def test_every_kind_is_tried_here() -> None:
     named = {kind: FIGURES[kind](record(kind))[0].name for kind in FIGURES}
     assert named == {
@@ -152,5 +162,5 @@ def test_what_was_replaced_is_said() -> None:
     def said(*records: dict[str, Any]) -> str:
         return " ".join(block.text for block in comparison(records) if isinstance(block, Paragraph))
 
-    assert "2 others had other figures" in said(record("knn"), record("knn", accuracy=1.0), record("knn", accuracy=2.0))
+    assert "2 of the replaced had other figures" in said(record("knn"), record("knn", accuracy=1.0), record("knn", accuracy=2.0))
     assert "others had" not in said(record("knn"), record("knn"))

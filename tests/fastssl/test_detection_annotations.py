@@ -110,7 +110,7 @@ WRONG = {
     "no file name": (lambda stored: stored["images"][1].pop("file_name"), r"images\[1\] \(id 1007\): no 'file_name'"),
     "missing picture": (
         lambda stored: stored["images"][3].update(file_name="gone.jpg"),
-        "1 of its 4 pictures are not there, the first: .*gone.jpg",
+        "not there: 1 of its 4 pictures, the first: .*gone.jpg",
     ),
     "unknown picture": (lambda stored: stored["annotations"][2].update(image_id=5), r"annotations\[2\]: image_id 5 is not in 'images'"),
     "unknown category": (

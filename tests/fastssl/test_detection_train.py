@@ -96,7 +96,7 @@ def test_a_stopped_run_goes_on_where_it_stood(data: DetectionSet, tmp_path: Path
 
 
 def test_what_cannot_be_trained_is_refused(data: DetectionSet) -> None:
-    with pytest.raises(DetectionError, match=r"instances-0.json: 7 pictures with boxes are fewer than one batch of 8; lower --batch-size"):
+    with pytest.raises(DetectionError, match=r"instances-0.json: 7 pictures with boxes, fewer than one batch of 8; lower --batch-size"):
         trained(data, TrainingConfig(iterations=1, batch_size=8))
     with pytest.raises(DetectionError, match=r"a batch of 4 cannot be shared by 3 processes"):
         trained(data, world=World(0, 3, 0))

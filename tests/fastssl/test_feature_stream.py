@@ -88,7 +88,7 @@ def test_processes_share_every_batch(beton: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_batches_that_do_not_fit(beton: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with BetonReader(beton) as reader:
-        with pytest.raises(ProbeError, match="48 photos to learn from are fewer than one batch of 49: lower --batch-size"):
+        with pytest.raises(ProbeError, match="48 photos to learn from, fewer than one batch of 49: lower --batch-size"):
             stream(reader, 49)
         monkeypatch.setattr(feature_stream, "world_size", lambda: 5)
         with pytest.raises(ProbeError, match="a batch of 12 cannot be shared by 5 processes"):

@@ -206,7 +206,7 @@ def test_where_positions_are_not_those_of_the_folder(photos: Path, tmp_path: Pat
         for name in reversed(ORDER):
             tar.add(photos / name, name)
     for source, options, reason, sample in (
-        (broken, AS_IS, "lacks 1 photos that were rejected", 5),
+        (broken, AS_IS, "lacks 1 rejected photo", 5),
         (photos, ConvertOptions(keep_size=True, short_side=None, limit=4), r"holds a part of its source's photos", 3),
         (archive, AS_IS, "made from a tar, whose order is its own", 1),
     ):

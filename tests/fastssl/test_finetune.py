@@ -261,11 +261,11 @@ def test_two_processes_are_one(beton: Path) -> None:
 @pytest.mark.parametrize(
     ("world", "batch", "photos", "message"),
     [
-        (1, 256, 165, r"165 labelled photos are fewer than one batch of 256; the largest that works is --batch-size 165"),
+        (1, 256, 165, r"165 labelled photos, fewer than one batch of 256; the largest that works is --batch-size 165"),
         (2, 256, 165, r"the largest that works is --batch-size 164"),
         (3, 256, 999, r"a batch of 256: must be a multiple of the 3 processes"),
         (1, 1, 99, r"a batch of 1: must be at least 2 photos"),
-        (4, 8, 3, r"3 labelled photos are too few to train on with 4 processes"),
+        (4, 8, 3, r"3 labelled photos: too few to train on with 4 processes"),
     ],
 )
 def test_batches_that_cannot_be(world: int, batch: int, photos: int, message: str, monkeypatch: pytest.MonkeyPatch) -> None:

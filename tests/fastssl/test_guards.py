@@ -107,6 +107,7 @@ def test_starting_over_removes_what_the_other_run_left(beton: Path, tmp_path: Pa
     assert left == {"config.yaml", "metrics.jsonl", "status.json", ".lock"} | kept
 
 
+@pytest.mark.engines
 def test_an_engine_that_cannot_run_touches_no_earlier_run(beton: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     need_engine("dali")
     out = tmp_path / "run"
@@ -164,7 +165,7 @@ def test_damaged_photos_in_val_are_found_before_training(
 ) -> None:
     path, sample = damaged
     assert pretrain(beton, tmp_path / "run", "--val", path) == 1
-    assert f"1 of 48 photos are damaged, the first is sample {sample}" in capsys.readouterr().err
+    assert f"damaged are 1 of 48 photos, the first is sample {sample}" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
     assert pretrain(beton, tmp_path / "run", "--val", path, "--set", "train.on_bad=skip") == 0
 

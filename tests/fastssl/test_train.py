@@ -53,6 +53,8 @@ class Silent:
     def message(self, text: str) -> None:
         self.messages.append(text)
 
+    note = message
+
 
 def cli(*arguments: str) -> int:
     with pytest.raises(SystemExit) as stop:
@@ -150,7 +152,7 @@ def test_a_finished_run_is_reported_again_not_trained_again(finished: Path, beto
     assert (finished / "checkpoints" / "last.pt").stat().st_mtime_ns == before
     assert (finished / "metrics.jsonl").read_text() == metrics
     assert summary["steps"] == 12 and any("resumed at step 12" in text for text in progress.messages)
-    assert "all 12 steps are made already: what is left is the report" in progress.messages
+    assert "12 of 12 steps made already: what is left is the report" in progress.messages
     assert not any("steps to make" in text for text in progress.messages)
 
 

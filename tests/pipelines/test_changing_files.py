@@ -89,6 +89,7 @@ def skip(copy: Path, engine: str, end: int) -> None:
         assert set(loader.stats.skipped) == set(range(20, 48)) and len(loader.stats.skipped) % 28 == 0
 
 
+@pytest.mark.engines
 @pytest.mark.parametrize("engine", ["native", "dali"])
 def test_cut_under_a_running_loader(engine: str, copy: Path) -> None:
     need_engine(engine)
@@ -135,6 +136,7 @@ with ViewLoader(path, [ViewSpec(size=16, count=2)], 8, pipeline="ffcv", on_bad="
 """
 
 
+@pytest.mark.engines
 def test_ffcv_is_stopped_before_it_touches_what_was_cut_off(copy: Path, tmp_path: Path) -> None:
     """It maps the file, so the file's length is asked for before each batch. What it opens is the reader's file, whatever has its name."""
     need_engine("ffcv")

@@ -389,7 +389,7 @@ def test_nothing_to_convert_leaves_nothing(tmp_path):
         convert(source, dst)
     (source / "a.jpg").write_bytes(b"")
     (source / "b.jpg").write_bytes(b"xx")
-    with pytest.raises(ConvertError, match=r"all 2 photos were rejected.*a.jpg: the file is empty"):
+    with pytest.raises(ConvertError, match=r"all of 2 photos rejected.*a.jpg: the file is empty"):
         convert(source, dst)
     with pytest.raises(SourceError, match="No such file"):
         convert(tmp_path / "nowhere", dst)

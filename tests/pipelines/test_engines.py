@@ -18,6 +18,8 @@ from fastssl.pipelines.beton import MODE_RAW
 from fastssl.pipelines.engine import thread_initializer
 from fastssl.pipelines.engines import choose_engine, engine_state
 
+pytestmark = pytest.mark.engines
+
 TWO = [ViewSpec(size=32, count=2, area=(0.2, 1.0))]
 TWO_AND_SIX = [
     ViewSpec(size=40, count=2, area=(0.3, 1.0), interpolation="bicubic"),
@@ -173,7 +175,7 @@ def test_raw_pictures(tmp_path: Path) -> None:
             writer.add(np.ascontiguousarray(pixels), 40, 50, label=k, mode=MODE_RAW)
     mean, _ = grey_levels(views(path, TWO, pipeline="ffcv"), views(path, TWO), TWO)
     assert mean <= 0.5
-    with pytest.raises(FastSSLError, match="12 of its pictures are stored raw, which DALI cannot decode"):
+    with pytest.raises(FastSSLError, match="12 pictures of it stored raw, which DALI cannot decode"):
         ViewLoader(path, TWO, 4, pipeline="dali")
 
 

@@ -9,13 +9,15 @@ import numpy as np
 import pytest
 import simplejpeg
 import torch
+from conftest import need_engine
 from PIL import Image
 
 from fastssl.pipelines import jpeg
 from fastssl.pipelines.beton import MODE_RAW, BetonReader, BetonWriter
 from fastssl.pipelines.convert import ConvertOptions, convert
 
-pytest.importorskip("ffcv")
+# ruff: noqa: E402  (what follows is there only where ffcv is installed)
+need_engine("ffcv")
 from ffcv.fields import BytesField, FloatField, IntField, JSONField, NDArrayField, RGBImageField
 from ffcv.fields.basics import IntDecoder
 from ffcv.fields.rgb_image import SimpleRGBImageDecoder
@@ -23,7 +25,7 @@ from ffcv.loader import Loader, OrderOption
 from ffcv.writer import DatasetWriter
 
 # numba prints an ignored KeyError from a finalizer when ffcv's compiled functions are collected.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+pytestmark = [pytest.mark.engines, pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")]
 
 SIDE = 64
 

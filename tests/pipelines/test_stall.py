@@ -60,6 +60,7 @@ class DeadDisk:
             monkeypatch.setattr(beton_module._OpenFile, "read_into", read_into)
 
 
+@pytest.mark.engines
 @pytest.mark.timed
 @pytest.mark.parametrize("engine", ["native", "dali", "ffcv"])
 def test_a_disk_that_does_not_answer(engine: str, beton: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,6 +217,7 @@ UNEXPECTED = [
 ]
 
 
+@pytest.mark.engines
 @pytest.mark.parametrize("on_bad", ["fail", "skip"])
 @pytest.mark.parametrize(("error", "message"), UNEXPECTED, ids=["memory", "bug"])
 @pytest.mark.parametrize("engine", ["native", "dali", "ffcv"])
@@ -250,6 +252,7 @@ def test_what_a_thread_throws_reaches_the_consumer(
     assert not stall.threads_given_up()
 
 
+@pytest.mark.engines
 def test_what_the_plan_throws_reaches_the_consumer(beton: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for engine in ("native", "dali"):
         need_engine(engine)

@@ -82,7 +82,7 @@ def test_damaged_labels_are_found(beton):
     report = verify(beton)
     assert report.problems == ["checksum of the header or metadata is wrong"] and not report.damaged
     change(beton, 24 + 2 * 1041 + 5 * 24 + 16, 77)
-    assert "sample 5 has the label 77, but there are 2 classes" in verify(beton).problems
+    assert "sample 5 has the label 77, but the file has 2 classes" in verify(beton).problems
 
 
 def test_damaged_tables_cannot_be_verified(beton):

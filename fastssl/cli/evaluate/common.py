@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fastssl.cli.common import SomePath, json_option, progress_bar, write_json
+from fastssl.cli.common import SomePath, json_option, progress_bar, quiet_option, write_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -68,6 +68,7 @@ FEATURE_OPTIONS = (
     workers_option,
     seed_option,
     reestimate_option,
+    quiet_option,
     json_option,
 )
 

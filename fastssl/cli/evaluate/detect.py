@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from fastssl.cli.common import SomePath, finite, json_option, progress_bar
+from fastssl.cli.common import SomePath, finite, json_option, progress_bar, quiet_option
 from fastssl.cli.evaluate.common import checkpoint_argument, device_option, finish, seed_option, which_option, workers_option
+from fastssl.pipelines.errors import counted
 
 if TYPE_CHECKING:
     from fastssl.evaluate.detection.annotations import DetectionSet
@@ -92,6 +93,7 @@ def _short_sides(ctx: click.Context, param: click.Parameter, value: str) -> tupl
 @device_option
 @workers_option
 @seed_option
+@quiet_option
 @json_option
 def detect(
     checkpoint: Path,
@@ -180,7 +182,8 @@ def detect(
         }
         for reason, count in train.left_out.items():
             if count and session.is_main:
-                click.echo(f"{train.name}: {count:,} {reason.replace('_', ' ')} annotations are not learned from", err=True)
+                words = f"{reason.replace('_', ' ')} annotation"
+                click.echo(f"{train.name}: not learned from: {counted(count, words)}", err=True)
         figures = detection_figures(
             session.trained.backbone,
             train,
@@ -227,7 +230,7 @@ def _line(figures: dict, pictures: int) -> str:
         if f"{name}_ap" in figures:
             mean, half, strict = (_number(figures[f"{name}_{figure}"]) for figure in ("ap", "ap50", "ap75"))
             parts.append(f"{name} AP {mean} (AP50 {half}, AP75 {strict})")
-    return f"{'; '.join(parts)} on {pictures:,} pictures"
+    return f"{'; '.join(parts)} on {counted(pictures, 'picture')}"
 
 
 def _number(value: float | None) -> str:

@@ -12,6 +12,7 @@ import click
 
 from fastssl.cli.common import finite
 from fastssl.cli.evaluate.common import FEATURE_OPTIONS, finish, network, options, percent, pictures, share_features, split_features
+from fastssl.pipelines.errors import counted
 
 if TYPE_CHECKING:
     import numpy as np
@@ -85,11 +86,12 @@ def knn(
         lines, records = [], []
         for result in results:
             kind = "leave-one-out kNN, not comparable with kNN" if leave_one_out else "kNN"
-            among = "among them" if leave_one_out else f"{result.train_samples:,} photos to learn from"
+            among = "among them" if leave_one_out else f"{counted(result.train_samples, 'photo')} to learn from"
             top5 = "" if result.top5_accuracy is None else f", top-5 {result.top5_accuracy:.2f} %"
+            how_many = counted(result.val_samples, "photo")
             lines.append(
                 f"{kind} (k {result.k}, T {result.temperature:g}): {percent(result.accuracy, result.confidence)}{top5} "
-                f"of {result.val_samples:,} photos, {result.classes} classes, {among}, {how['size']} px"
+                f"of {how_many}, {counted(result.classes, 'class')}, {among}, {how['size']} px"
             )
             records.append(session.record("knn_leave_one_out" if leave_one_out else "knn", **about, **asdict(result)))
         finish(session, "\n".join(lines), records, json_path)

@@ -19,6 +19,7 @@ from fastssl.cli.evaluate.common import (
     pictures,
     split_features,
 )
+from fastssl.pipelines.errors import counted
 
 if TYPE_CHECKING:
     from fastssl.evaluate.photos import LabelledSplit
@@ -155,9 +156,11 @@ def _fast(session: Session, split: LabelledSplit, **how: Any) -> tuple[str, dict
 
     train, judged = map(gathered, split_features(session, split, **how))
     result = linear_probe(train, judged, device=session.device)
+    photos = counted(result.val_samples, "photo")
     line = (
-        f"fast linear probe (cached features, L2 {result.l2:g}): {percent(result.accuracy, result.confidence)} of {result.val_samples:,} photos, "
-        f"{result.classes} classes, {result.train_samples:,} photos to learn from, {how['size']} px"
+        f"fast linear probe (cached features, L2 {result.l2:g}): "
+        f"{percent(result.accuracy, result.confidence)} of {photos}, "
+        f"{counted(result.classes, 'class')}, {counted(result.train_samples, 'photo')} to learn from, {how['size']} px"
     )
     return line, {"protocol": "fast", **asdict(result)}
 
@@ -193,10 +196,11 @@ def _line(record: dict[str, Any], size: int) -> str:
         return percent(record[f"{prefix}accuracy"], record[f"{prefix}confidence"]) + ("" if top5 is None else f", top-5 {top5:.2f} %")
 
     changed = f"; not as published: {', '.join(record['changed'])}" if record["changed"] else ""
+    photos = counted(record["val_samples"], "photo")
     lines = [
         f"linear probe, {record['protocol']} ({record['optimizer'].upper()}, lr {record['lr']:g} per 256, batch {record['batch_size']}, "
-        f"{record['epochs']} epochs{changed}): {top()} of {record['val_samples']:,} photos, {record['classes']} classes, "
-        f"{record['train_samples']:,} photos to learn from, {size} px",
+        f"{counted(record['epochs'], 'epoch')}{changed}): {top()} of {photos}, {counted(record['classes'], 'class')}, "
+        f"{counted(record['train_samples'], 'photo')} to learn from, {size} px",
         f"  best epoch ({record['best_epoch']}), chosen on the {record['chosen_on']}: {top('best_')}",
     ]
     if len(record["grid"]) > 1:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fastssl.cli.common import SomePath, finite, json_option, progress_bar
+from fastssl.cli.common import SomePath, finite, json_option, progress_bar, quiet_option
 from fastssl.cli.evaluate.common import (
     checkpoint_argument,
     crop_option,
@@ -25,6 +25,7 @@ from fastssl.cli.evaluate.common import (
     which_option,
     workers_option,
 )
+from fastssl.pipelines.errors import counted
 
 if TYPE_CHECKING:
     import numpy as np
@@ -123,6 +124,7 @@ AFTER = (
     workers_option,
     seed_option,
     out_option,
+    quiet_option,
     json_option,
 )
 
@@ -180,7 +182,11 @@ def fine_tune(
         network = _network(session, checkpoint, head, len(split.classes), from_scratch=from_scratch, seed=seed)
         amp = use_amp("auto", session.device)
         steps = len(chosen) // batch_size
-        with progress_bar(f"{config.epochs} epochs", config.epochs * steps * batch_size) if session.is_main else nullcontext() as advance:
+        with (
+            progress_bar(counted(config.epochs, "epoch"), config.epochs * steps * batch_size)
+            if session.is_main
+            else nullcontext() as advance
+        ):
             result = finetune(network, split, config, device=session.device, amp=amp, seed=seed, workers=workers, progress=advance)
         record = session.record(
             evaluation,
@@ -238,13 +244,16 @@ def _protocol(config: FinetuneConfig) -> dict[str, Any]:
 
 def _line(session: Session, result: FinetuneResult, available: int, config: FinetuneConfig) -> str:
     name = "random weights" if session.trained.network == "random" else session.trained.network
-    of_labels = f"{result.train_samples:,} of {available:,} labels" if result.train_samples < available else f"{available:,} labels"
-    line = f"fine-tuned {name}, {of_labels}, {result.classes} classes: {percent(result.accuracy, result.confidence)} of {result.val_samples:,} photos"
+    labels = counted(available, "label")
+    of_labels = f"{result.train_samples:,} of {labels}" if result.train_samples < available else labels
+    line = f"fine-tuned {name}, {of_labels}, {counted(result.classes, 'class')}: "
+    line += f"{percent(result.accuracy, result.confidence)} of {counted(result.val_samples, 'photo')}"
     if result.top5 is not None:
         line += f", top-5 {result.top5:.2f} %"
     line += f"; best epoch {result.best_epoch} of {len(result.accuracies)}: {result.best_accuracy:.2f} %"
     if left := result.train_samples - result.steps_per_epoch * config.batch_size:
-        line += f"; {left:,} labels do not fill a batch of {config.batch_size:,} and are passed over, others in every epoch"
+        how_many = counted(left, "label")
+        line += f"; of {how_many} no batch of {config.batch_size:,} can be filled: passed over, others in every epoch"
     if result.unseen:
-        line += f"; {result.unseen:,} photos are of classes without a label, and count as wrong"
+        line += f"; wrong by necessity, as of classes without a label: {counted(result.unseen, 'photo')}"
     return line

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from fastssl.pipelines.errors import FastSSLError
+from fastssl.pipelines.errors import FastSSLError, counted
 
 #: Polygons ([[x0, y0, x1, y1, ...], ...] in pixels), or COCO's run lengths ({"size": [h, w], "counts": ...}).
 Segmentation = Sequence[Sequence[float]] | Mapping[str, Any]
@@ -327,9 +327,8 @@ class _Reader:
         """Better now than hours into the training."""
         missing = [picture.path for picture in pictures if not picture.path.is_file()]
         if missing:
-            raise self.error(
-                f"{len(missing):,} of its {len(pictures):,} pictures are not there, the first: {missing[0]}; is that the folder?"
-            )
+            how_many = counted(len(pictures), "picture")
+            raise self.error(f"not there: {len(missing):,} of its {how_many}, the first: {missing[0]}; is that the folder?")
 
     def for_judging(self, images: dict[int, dict], categories: dict[int, str]) -> dict[str, Any]:
         """The checked part of the document: no key that nobody knows reaches pycocotools."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -21,6 +20,7 @@ from fastssl.evaluate.detection.predict import of_kind, predict
 from fastssl.evaluate.detection.train import TrainingConfig, fine_tune
 from fastssl.evaluate.features import share
 from fastssl.files import write_atomically
+from fastssl.json_text import to_json
 from fastssl.pipelines.errors import FastSSLError
 from fastssl.world import World
 
@@ -125,6 +125,6 @@ def _make_folder(out: Path | None) -> None:
 
 def _write(path: Path, predictions: list[dict[str, Any]]) -> None:
     try:
-        write_atomically(path, lambda temporary: temporary.write_text(json.dumps(predictions)))
+        write_atomically(path, lambda temporary: temporary.write_text(to_json(predictions)))
     except OSError as error:
         raise FastSSLError(f"{path}: predictions not written ({error.strerror or error})") from error

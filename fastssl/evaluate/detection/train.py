@@ -26,7 +26,7 @@ from fastssl.evaluate.detection.batches import load_batches, to_device, training
 from fastssl.evaluate.detection.model import Detector
 from fastssl.evaluate.detection.schedule import Rates
 from fastssl.optim import set_lr
-from fastssl.pipelines.errors import FastSSLError
+from fastssl.pipelines.errors import FastSSLError, counted
 from fastssl.pipelines.rng import Stream, keyed_words
 from fastssl.restore import Unfit, load_network, load_optimizer
 from fastssl.sync_batchnorm import synchronise_batchnorm
@@ -164,9 +164,8 @@ def _check(pictures: list, config: TrainingConfig, world: World, name: str) -> N
     if config.batch_size % world.size:
         raise DetectionError(f"a batch of {config.batch_size} cannot be shared by {world.size} processes: make --batch-size a multiple")
     if len(pictures) < config.batch_size:
-        raise DetectionError(
-            f"{name}: {len(pictures)} pictures with boxes are fewer than one batch of {config.batch_size}; lower --batch-size"
-        )
+        how_many = counted(len(pictures), "picture")
+        raise DetectionError(f"{name}: {how_many} with boxes, fewer than one batch of {config.batch_size}; lower --batch-size")
 
 
 def _seed_sampling(seed: int, iteration: int, rank: int) -> None:

@@ -1,0 +1,73 @@
+"""JSON that every reader takes: without NaN and Infinity; and records in both of their forms."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from fastssl.pipelines.errors import FastSSLError
+
+
+def to_json(value: Any, indent: int | None = None) -> str:
+    """``value`` as JSON; numbers that are not finite become null."""
+    try:
+        return json.dumps(value, indent=indent, allow_nan=False)
+    except ValueError:
+        return json.dumps(_finite(value), indent=indent, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def records_to_json(records: list[dict[str, Any]], name: str) -> str:
+    """The content of the file ``name``: of ``*.json`` the record or an array of several; else a line each."""
+    lines = [to_json(record) for record in records]
+    if name.lower().endswith(".json") and len(lines) != 1:
+        return "[" + ",".join(f"\n{line}" for line in lines) + "\n]\n"
+    return "".join(f"{line}\n" for line in lines)
+
+
+def read_json_records(path: Path | str, expected: str) -> Iterator[tuple[str, Any]]:
+    """What `records_to_json` wrote, in either form: (file and place in it, for messages; value).
+
+    Args:
+        expected: ends the error message, as in "a benchmark record".
+
+    Raises:
+        FastSSLError: not JSON; names file and line.
+        OSError: the file cannot be read.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise FastSSLError(f"{path}: not text; expected {expected} in JSON") from error
+    try:
+        whole = json.loads(text)
+    except (ValueError, RecursionError):  # more than one document: an object a line
+        yield from _lines(path, text, expected)
+        return
+    if isinstance(whole, list):
+        yield from ((f"{path}, record {number}", value) for number, value in enumerate(whole, 1))
+    else:
+        yield f"{path}, line 1", whole
+
+
+def _lines(path: Path | str, text: str, expected: str) -> Iterator[tuple[str, Any]]:
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            yield where, json.loads(line)
+        except RecursionError as error:
+            raise FastSSLError(f"{where}: not JSON (nested too deeply); expected {expected}") from error
+        except ValueError as error:  # also numbers of thousands of digits
+            raise FastSSLError(f"{where}: not JSON ({getattr(error, 'msg', error)}); expected {expected}") from error
