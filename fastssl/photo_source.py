@@ -35,11 +35,11 @@ from fastssl.pipelines.convert import (
     rejects_path,
     tool_version,
 )
-from fastssl.pipelines.errors import FastSSLError, printable
+from fastssl.pipelines.errors import FastSSLError, counted, printable
 from fastssl.pipelines.sources import Listing, list_source
 from fastssl.pipelines.stall import STALL_MINUTES, Patience, Step
 from fastssl.recipe import Recipe
-from fastssl.recipe_choice import counted, short_side_of
+from fastssl.recipe_choice import short_side_of
 from fastssl.sample_set import default_cache_dir
 
 #: Endings of tars; of compressed ones, too, as the converter says what to do with those.
@@ -257,9 +257,10 @@ def _found(source: Source, place: Path, say: Callable[[str], None]) -> Path:
 
 
 def _made(source: Source, done: ConvertSummary, short_side: int) -> str:
-    classes = "no labels" if done.classes is None else f"{len(done.classes)} class{'es' * (len(done.classes) != 1)}"
+    photos = counted(done.written, "photo")
+    classes = "no labels" if done.classes is None else counted(len(done.classes), "class")
     rejected = f"; {done.rejected:,} rejected (see {rejects_path(done.path)})" if done.rejected else ""
     return (
-        f"{source.path}: {counted(done.written)}, {classes}, now also in {done.path} ({done.bytes / 1e6:,.1f} MB, "
+        f"{source.path}: {photos}, {classes}, now also in {done.path} ({done.bytes / 1e6:,.1f} MB, "
         f"short side at most {short_side} px), which is used as long as they stay as they are{rejected}"
     )

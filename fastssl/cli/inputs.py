@@ -134,9 +134,8 @@ def choose_inputs(
     for line in lines:
         _say(line)
     for line in warnings_for(recipe, own_arch, found.photos, found.short_side):
-        console.print(
-            f"warning: {line}", highlight=False, markup=False, soft_wrap=True
-        )  # through the console, which is silent in all processes but the first
+        # Through the console, which is silent in all processes but the first; and said also with --quiet.
+        console.print(f"warning: {line}", highlight=False, markup=False, soft_wrap=True)
     return Inputs(recipe, Path(recipe_name).stem, data, val)
 
 
