@@ -57,14 +57,15 @@ def resolve_arch(name: str, *, tags: bool = False) -> str:
     """
     plain, dot, tag = name.partition(".")
     arch = SHORT_NAMES.get(plain, plain)
-    if not timm.is_model(arch):
+    if not timm.is_model(arch) or (dot and not tag):
         hint = nearest(name[:100], [*SHORT_NAMES, *timm.list_models()])
         raise FastSSLError(f"unknown network {shown(name)}{hint}; `fastssl archs` lists the short names, any timm name works too")
     if not dot:
         return arch
     if not tags:
         raise FastSSLError(
-            f"{shown(name)}: pre-training begins from random weights, those that {shown(tag)} names would not be used; give the plain network: {plain}"
+            f"{shown(name)}: pre-training begins from random weights, those that the tag {shown(tag)} names would not be used; "
+            f"give the plain network: {plain}"
         )
     if not timm.is_model_pretrained(f"{arch}.{tag}"):
         raise FastSSLError(f"unknown tag {shown(tag)} of {plain}{nearest(tag[:100], known_tags(arch))}; the plain network is {plain}")
@@ -125,7 +126,8 @@ def create_backbone(
     if zero_init_residual:
         silenced, left = zero_residual_branches(backbone)
         if left:
-            say(f"zero_init_residual leaves {left} of {silenced + left} residual branches of {name} as they are: their last layer is not known here")
+            which = f"{left} of {silenced + left} residual branches of {name}"
+            say(f"zero_init_residual leaves {which} as they are: how they end is not known here")
         elif not silenced:
             say(f"zero_init_residual changes nothing: {name} has no residual branches that are known here")
     guard_strided_pointwise(backbone)
