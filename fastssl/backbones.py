@@ -15,6 +15,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.layers import Attention2d, ConvNormAct, LayerScale2d, MultiQueryAttention2d
 from timm.models.vision_transformer import Block as VisionTransformerBlock
 from torch import Tensor, nn
 
@@ -23,11 +24,14 @@ from fastssl.drop_path import drop_path_layers
 from fastssl.files import write_atomically
 from fastssl.names import nearest
 from fastssl.pipelines.errors import FastSSLError
+from fastssl.strided_pointwise import guard_strided_pointwise
 from fastssl.yaml_file import shown
 
 #: short name -> timm name
 SHORT_NAMES: dict[str, str] = {
     "mobilenetv3_large": "mobilenetv3_large_100",
+    "mobilenetv3_small": "mobilenetv3_small_100",
+    "mobilenetv4_small": "mobilenetv4_conv_small",
     "efficientnet_b0": "efficientnet_b0",
     "efficientnet_b1": "efficientnet_b1",
     "mobilenetv2": "mobilenetv2_100",
@@ -41,18 +45,36 @@ SHORT_NAMES: dict[str, str] = {
 _LONGEST, _MOST = 1 << 20, 100_000
 
 
-def resolve_arch(name: str) -> str:
+def resolve_arch(name: str, *, tags: bool = False) -> str:
     """The timm name of ``name`` (a short name or timm's own).
 
+    Args:
+        tags: also take a name with the tag of published weights (``mobilenetv3_large_100.ra_in1k``), where it says whose weights a file holds.
+            For training it is refused: that begins from random weights, and who names some expects them.
+
     Raises:
-        FastSSLError: no such network; the message names the nearest ones.
+        FastSSLError: no such network; the message names the nearest ones. Or a tag that timm does not know, or any without ``tags``.
     """
-    if name in SHORT_NAMES:
-        return SHORT_NAMES[name]
-    if timm.is_model(name):
-        return name
-    hint = nearest(name[:100], [*SHORT_NAMES, *timm.list_models()])
-    raise FastSSLError(f"unknown network {shown(name)}{hint}; `fastssl archs` lists the short names, any timm name works too")
+    plain, dot, tag = name.partition(".")
+    arch = SHORT_NAMES.get(plain, plain)
+    if not timm.is_model(arch) or (dot and not tag):
+        hint = nearest(name[:100], [*SHORT_NAMES, *timm.list_models()])
+        raise FastSSLError(f"unknown network {shown(name)}{hint}; `fastssl archs` lists the short names, any timm name works too")
+    if not dot:
+        return arch
+    if not tags:
+        raise FastSSLError(
+            f"{shown(name)}: pre-training begins from random weights, those that the tag {shown(tag)} names would not be used; "
+            f"give the plain network: {plain}"
+        )
+    if not timm.is_model_pretrained(f"{arch}.{tag}"):
+        raise FastSSLError(f"unknown tag {shown(tag)} of {plain}{nearest(tag[:100], known_tags(arch))}; the plain network is {plain}")
+    return f"{arch}.{tag}"
+
+
+def known_tags(arch: str) -> list[str]:
+    """The tags of the weights that timm lists for its network ``arch``."""
+    return [name.partition(".")[2] for name in timm.list_pretrained(f"{arch}.*")]
 
 
 def _warn(text: str) -> None:
@@ -80,7 +102,7 @@ def create_backbone(
         a timm module; ``module(images (N, 3, S, S)) -> (N, F)``; ``feature_dim(module)`` is F. Vision transformers
         take any S that their patch size divides: the position embedding is interpolated.
     """
-    arch = resolve_arch(name)
+    arch = resolve_arch(name, tags=True)
     options: dict[str, object] = {"num_classes": 0}
     if resizes_positions(arch):
         options["dynamic_img_size"] = True
@@ -101,8 +123,14 @@ def create_backbone(
         # Silent blocks would leave the class token, which is what is read, the same for every photo.
         say(f"zero_init_residual is left out: {name} reads its feature from a class token")
         zero_init_residual = False
-    if zero_init_residual and not zero_residual_branches(backbone):
-        say(f"zero_init_residual changes nothing: {name} has no residual branches that are known here")
+    if zero_init_residual:
+        silenced, left = zero_residual_branches(backbone)
+        if left:
+            which = f"{left} of {silenced + left} residual branches of {name}"
+            say(f"zero_init_residual leaves {which} as they are: how they end is not known here")
+        elif not silenced:
+            say(f"zero_init_residual changes nothing: {name} has no residual branches that are known here")
+    guard_strided_pointwise(backbone)
     return backbone.to(memory_format=torch.channels_last)
 
 
@@ -128,29 +156,53 @@ def kaiming_init(backbone: nn.Module) -> None:
             nn.init.zeros_(layer.bias)
 
 
-def zero_residual_branches(backbone: nn.Module) -> int:
-    """Silence the last layer of each residual branch; returns the number of branches.
+def zero_residual_branches(backbone: nn.Module) -> tuple[int, int]:
+    """Silence the last layer of each residual branch.
 
     Every residual block then begins as the identity, and the network as its short chain of down-sampling blocks (Goyal et
     al. 2017, arXiv 1706.02677, section 5.1, for ResNet; torchvision has the option under the same name, and timm does it
     to every ResNet unasked, but not to the inverted residuals of the MobileNets and EfficientNets). In those the last layer is a
-    BatchNorm, whose scale becomes zero; in a vision transformer it is the linear layer behind the attention or in the MLP.
+    normalisation, whose scale becomes zero, or a layer scale; in a vision transformer it is the linear layer behind the attention or in the MLP.
+
+    Returns:
+        (branches that are silent now, branches that were left as they are because their last layer is not known here).
     """
-    count = 0
+    silenced = left = 0
     for block in backbone.modules():
         if callable(getattr(block, "zero_init_last", None)):
             block.zero_init_last()
-            count += 1
-        elif getattr(block, "has_skip", False):
-            *_, last = [child for child in block.children() if isinstance(child, nn.BatchNorm2d)]
-            nn.init.zeros_(last.weight)
-            count += 1
+            silenced += 1
+            continue
+        ends: list[nn.Module | None] = []
+        if getattr(block, "has_skip", False):
+            ends = [_end_of_branch(block)]
         elif isinstance(block, VisionTransformerBlock):
-            for last in (block.attn.proj, block.mlp.fc2):
-                nn.init.zeros_(last.weight)
-                nn.init.zeros_(last.bias)
-                count += 1
-    return count
+            ends = [block.attn.proj, block.mlp.fc2]
+        for last in ends:
+            for name in ("weight", "bias", "gamma"):
+                if isinstance(parameter := getattr(last, name, None), nn.Parameter):
+                    nn.init.zeros_(parameter)
+        silenced, left = silenced + len(ends) - ends.count(None), left + ends.count(None)
+    return silenced, left
+
+
+def _end_of_branch(block: nn.Module) -> nn.Module | None:
+    """The layer that scales what an inverted residual, universal inverted bottleneck, attention or convolution block of timm adds to its input.
+
+    None if none is found, or if a ReLU follows: behind a silent layer it lets no gradient through, and the branch would stay silent.
+    """
+    for child in reversed(list(block.children())):
+        if isinstance(child, LayerScale2d):
+            return child
+        if isinstance(child, MultiQueryAttention2d):
+            return child.output.proj
+        if isinstance(child, Attention2d):
+            return child.proj
+        layer = child.bn if isinstance(child, ConvNormAct) else child
+        scale = getattr(layer, "weight", None)
+        if isinstance(scale, nn.Parameter) and scale.dim() == 1:  # a normalisation: one number a channel
+            return None if isinstance(getattr(layer, "act", None), (nn.ReLU, nn.ReLU6)) else layer
+    return None
 
 
 def feature_dim(backbone: nn.Module) -> int:
@@ -170,7 +222,7 @@ def save_backbone(backbone: nn.Module, path: Path, *, arch: str, **notes: str) -
     from safetensors.torch import save_file
 
     tensors = {name: value.detach().cpu().contiguous() for name, value in backbone.state_dict().items()}
-    about = {"arch": resolve_arch(arch), "feature_dim": feature_dim(backbone), "digest": _digest(tensors), **notes}
+    about = {"arch": resolve_arch(arch, tags=True), "feature_dim": feature_dim(backbone), "digest": _digest(tensors), **notes}
     header = {"format": "pt", "fastssl": json.dumps(about)}
     write_atomically(path, lambda temporary: save_file(tensors, str(temporary), metadata=header))
 

@@ -40,9 +40,14 @@ def export(checkpoint: Path, dst: Path, format_: str, which: str | None, size: i
     timm         DST.safetensors, DST.pth: timm.create_model(NAME, num_classes=0, checkpoint_path=DST)
                  any other DST: a folder as on the Hugging Face hub: timm.create_model("local-dir:DST", pretrained=True)
     torchvision  DST.pth, DST.safetensors: torchvision's names. Put an Identity where the network makes classes, then load strictly:
-                 net.fc (resnet18, 34, 50), net.classifier[3] (mobilenet_v3_large), net.classifier[1] (mobilenet_v2, efficientnet_b0, b1)
+                 net.fc (resnet18, 34, 50), net.classifier[3] (mobilenet_v3_large, mobilenet_v3_small),
+                 net.classifier[1] (mobilenet_v2, efficientnet_b0, b1)
     safetensors  DST.safetensors: plain tensors under timm's names
     onnx         DST.onnx: images (N, 3, size, size) -> features (N, F), any N
+
+    Networks that train with several branches and run with one (MobileOne, FastViT, RepViT, GhostNet-V3, ...) are fused for
+    onnx. The other formats keep the branches, which fine-tuning needs and timm.create_model expects:
+    timm.utils.reparameterize_model(net) fuses them after that.
 
     The tensors must be exactly those of the network there. What was written is loaded and must give the same features, to 1e-5 of their spread
     over images (ONNX: 1e-4, run with onnxruntime at batch 1 and 3); otherwise DST stays as it was. An earlier export of the same kind,
@@ -68,8 +73,8 @@ def export(checkpoint: Path, dst: Path, format_: str, which: str | None, size: i
     done = export_backbone(trained, dst, format_, size=size)
     step = f", step {trained.step:,}" if trained.step is not None else ""
     click.echo(
-        f"{trained.name} ({trained.arch}, {trained.network}{step}) -> {dst}: {done.tensors} tensors, {done.size_bytes / 1e6:.1f} MB, "
-        f"features differ by {done.difference:.1g} of their spread\n{done.recipe}",
+        f"{trained.name} ({trained.arch}, {trained.network}{step}) -> {dst}: "
+        f"{done.tensors} tensors{', fused' if done.fused else ''}, {done.size_bytes / 1e6:.1f} MB, features differ by {done.difference:.1g} of their spread\n{done.recipe}",
         err=json_path == "-",
     )
     record = {**trained.record(), **asdict(done), "path": dst.name, "recipe": done.recipe.replace(str(dst), dst.name)}

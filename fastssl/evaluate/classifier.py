@@ -74,7 +74,7 @@ def save_classifier(network: Classifier, path: Path, *, arch: str, classes: list
     name = timm_classifier_name(arch)
     tensors = {**network.backbone.state_dict(), f"{name}.weight": network.linear.weight, f"{name}.bias": network.linear.bias}
     about = {
-        "arch": resolve_arch(arch),
+        "arch": resolve_arch(arch, tags=True),
         "classes": classes,
         "size": view.size,
         "crop": view.center,

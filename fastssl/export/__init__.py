@@ -38,6 +38,7 @@ class Exported:
         difference: the largest one found between the backbone's features and those of the export, right after it was written, as a share of
             how far features are from their mean.
         recipe: a line of Python that uses it.
+        fused: whether parallel branches and BatchNorms were merged, as ``onnx`` does in networks made for that.
     """
 
     format: str
@@ -46,10 +47,15 @@ class Exported:
     size_bytes: int
     difference: float
     recipe: str
+    fused: bool = False
 
 
 def export_backbone(trained: Trained, destination: Path, format: str = "timm", *, size: int | None = None) -> Exported:
     """Write the backbone to ``destination``, which is whole or as it was before, and compare its features with the backbone's.
+
+    Networks that train with several branches and run with one (MobileOne, FastViT, RepViT, ...) go into ``onnx`` in the form
+    that runs. The other formats keep the form that trains: its names are those that ``timm.create_model`` takes, its branches
+    those that fine-tuning needs, and ``timm.utils.reparameterize_model`` merges them in one call when that is done.
 
     Args:
         trained: as ``load_trained`` gives it; on the CPU, in evaluation mode.
@@ -76,6 +82,7 @@ def export_backbone(trained: Trained, destination: Path, format: str = "timm", *
     # Plain layout, as the networks have it that will take the tensors; the caller's network is left as it is.
     backbone, arch = copy.deepcopy(trained.backbone).to(memory_format=torch.contiguous_format), trained.arch
     about, side = _about(trained), size or trained.size or EVALUATION_SIZE
+    merged = None
     if format == "torchvision":
         from fastssl.export.torchvision import twin_of
 
@@ -104,13 +111,16 @@ def export_backbone(trained: Trained, destination: Path, format: str = "timm", *
             difference = write_file(backbone, place, about)
             recipe = f"tensors = safetensors.torch.load_file({str(destination)!r})"
         else:
+            from fastssl.export.fuse import fused
             from fastssl.export.onnx import write_file
 
-            difference = write_file(backbone, arch, place, about, size=side)
+            merged = fused(backbone, size=side)
+            difference = write_file(backbone, arch, place, about, size=side, merged=merged)
             recipe = f"features = onnxruntime.InferenceSession({str(destination)!r}).run(['features'], {{'images': images}})[0]"
         files = list(place.iterdir()) if place.is_dir() else [place]
         written = sum(file.stat().st_size for file in files)
-    return Exported(format, destination, len(backbone.state_dict()), written, difference, recipe)
+    tensors = len((merged or backbone).state_dict())
+    return Exported(format, destination, tensors, written, difference, recipe, fused=merged is not None)
 
 
 def _about(trained: Trained) -> dict[str, str]:

@@ -34,8 +34,16 @@ def require_onnx() -> None:
         raise FastSSLError(f"--format onnx needs {' and '.join(missing)}: pip install 'fastssl-vision[onnx]'")
 
 
-def write_file(backbone: nn.Module, arch: str, path: Path, about: dict[str, str], *, size: int) -> float:
-    """Write ``path`` and run it with onnxruntime at batch 1 and 3; returns the largest difference of features.
+def write_file(
+    backbone: nn.Module,
+    arch: str,
+    path: Path,
+    about: dict[str, str],
+    *,
+    size: int,
+    merged: nn.Module | None = None,
+) -> float:
+    """Write ``path`` and run it with onnxruntime at batch 1 and 3; returns how far its features are from the backbone's.
 
     torch has two exporters. The older one, by tracing TorchScript, cannot express the antialiased bicubic resize of a vision transformer's
     position embedding; the newer one (``dynamo=True``) takes all networks that have a short name.
@@ -43,6 +51,7 @@ def write_file(backbone: nn.Module, arch: str, path: Path, about: dict[str, str]
     Args:
         backbone: in plain layout: channels-last would put a transposition around every convolution.
         size: side of the images that the file will take.
+        merged: the form of the backbone that goes into the file (see ``fuse.fused``); None: itself.
 
     Raises:
         FastSSLError: the network cannot be expressed in ONNX at this size, or the file gives features that differ by more than 1e-4.
@@ -58,7 +67,7 @@ def write_file(backbone: nn.Module, arch: str, path: Path, about: dict[str, str]
             backbone(example)
         with _quiet():
             program = torch.onnx.export(
-                backbone,
+                merged or backbone,
                 (example,),
                 dynamo=True,
                 input_names=[INPUT],

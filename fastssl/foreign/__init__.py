@@ -30,7 +30,7 @@ def import_backbone(source: Path, destination: Path, arch: str, *, layout: str =
     Raises:
         FastSSLError: see ``read_foreign``, ``find_network`` and ``match``; or something at ``destination`` that was not imported.
     """
-    arch = resolve_arch(arch)
+    arch = resolve_arch(arch, tags=True)
     _require_replaceable(destination)
     found = find_network(source, read_foreign(source), layout=layout, which=which)
     matched = match(source, found, arch)

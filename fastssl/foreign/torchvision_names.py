@@ -42,6 +42,7 @@ class Twin:
 #: timm name -> its counterpart
 TWINS: dict[str, Twin] = {
     "mobilenetv3_large_100": Twin("mobilenet_v3_large", "classifier.3", eps=1e-3),
+    "mobilenetv3_small_100": Twin("mobilenet_v3_small", "classifier.3", eps=1e-3),
     "efficientnet_b0": Twin("efficientnet_b0", "classifier.1"),
     "efficientnet_b1": Twin("efficientnet_b1", "classifier.1"),
     "mobilenetv2_100": Twin("mobilenet_v2", "classifier.1"),

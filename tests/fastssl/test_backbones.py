@@ -6,6 +6,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -17,14 +18,19 @@ from fastssl.backbones import (
     feature_dim,
     load_backbone,
     read_header,
+    resolve_arch,
     save_backbone,
     zero_residual_branches,
 )
 from fastssl.pipelines.errors import FastSSLError
+from fastssl.recipe import load_recipe
+from fastssl.step import TrainStep
 
 #: short name -> (feature width, parameters without the classifier), as the papers count them
 EXPECTED = {
     "mobilenetv3_large": (1280, 4_202_032),
+    "mobilenetv3_small": (1024, 1_517_856),
+    "mobilenetv4_small": (1280, 2_493_024),
     "efficientnet_b0": (1280, 4_007_548),
     "efficientnet_b1": (1280, 6_513_184),
     "mobilenetv2": (1280, 2_223_872),
@@ -50,12 +56,25 @@ def test_width_parameters_and_layout(name: str) -> None:
 
 
 def test_timm_names_work_and_wrong_names_get_a_hint() -> None:
-    assert feature_dim(create_backbone("mobilenetv3_small_100")) == 1024
+    assert feature_dim(create_backbone("mobilenetv3_small_075")) == 1024
     with pytest.raises(FastSSLError, match="mobilenetv3_large"):
         create_backbone("mobilnetv3_large")
 
 
-@pytest.mark.parametrize("name", ["mobilenetv3_large", "efficientnet_b0", "mobilenetv2", "resnet18", "resnet50"])
+#: counted by hand from the papers' tables: MobileNet-V3-Large has 15 blocks, of which 10 keep size and width
+RESIDUAL_BLOCKS = {
+    "mobilenetv3_large": 10,
+    "mobilenetv4_conv_medium": 18,
+    "mobilenetv4_hybrid_medium": 27,  # 8 of them attention; layer scale throughout
+    "efficientnet_b0": 9,
+    "tf_efficientnetv2_s": 35,  # 2 of them a convolution alone
+    "mobilenetv2": 10,
+    "resnet18": 8,
+    "resnet50": 16,
+}
+
+
+@pytest.mark.parametrize("name", RESIDUAL_BLOCKS)
 def test_zero_init_residual_makes_every_residual_block_the_identity(name: str) -> None:
     """Found without knowing timm's classes: a block is residual if its input comes out again when its branch is silent."""
     backbone = create_backbone(name, zero_init_residual=True)
@@ -64,17 +83,13 @@ def test_zero_init_residual_makes_every_residual_block_the_identity(name: str) -
     assert len(blocks) == RESIDUAL_BLOCKS[name]
     for block, twin in blocks:
         first = next(child for child in block.modules() if isinstance(child, torch.nn.Conv2d))
-        images = torch.rand(2, first.in_channels, 8, 8)  # not negative: ResNet has a ReLU behind the sum
+        images = torch.rand(2, first.in_channels, 12, 12)  # not negative: ResNet has a ReLU behind the sum
         with torch.no_grad():
             shortcut = block.downsample(images) if getattr(block, "downsample", None) is not None else images
             expected = shortcut.relu() if name.startswith("resnet") else shortcut
-            torch.testing.assert_close(block(images), expected)
+            assert torch.equal(block(images), expected)
             if not name.startswith("resnet"):  # timm does it to ResNets unasked
-                assert not torch.allclose(twin(images), images)
-
-
-#: counted by hand from the papers' tables: MobileNet-V3-Large has 15 blocks, of which 10 keep size and width
-RESIDUAL_BLOCKS = {"mobilenetv3_large": 10, "efficientnet_b0": 9, "mobilenetv2": 10, "resnet18": 8, "resnet50": 16}
+                assert not torch.equal(twin(images), images)
 
 
 def _is_residual(block: torch.nn.Module) -> bool:
@@ -85,7 +100,7 @@ def test_zero_init_residual_makes_a_transformers_blocks_the_identity() -> None:
     with pytest.warns(UserWarning, match="class token"):  # which would be the same for every photo
         assert create_backbone("vit_tiny", zero_init_residual=True).blocks[0].mlp.fc2.weight.any()
     backbone = create_backbone("vit_tiny")
-    assert zero_residual_branches(backbone) == 24
+    assert zero_residual_branches(backbone) == (24, 0)
     tokens = torch.randn(2, 5, 192)
     assert len(backbone.blocks) == 12
     for block in backbone.blocks:
@@ -101,6 +116,46 @@ def test_zero_init_residual_says_where_it_does_nothing() -> None:
         create_backbone("lcnet_035", zero_init_residual=True, drop_path=0.1, say=said.append)
         create_backbone("mobilenetv3_large", zero_init_residual=True, say=said.append)
     assert [line.split()[0] for line in said] == ["drop_path=0.1", "zero_init_residual"]
+
+
+class Odd(nn.Module):
+    """Residual blocks as no network here has them: a ReLU behind the last norm, and no norm at all."""
+
+    def __init__(self, last: nn.Module) -> None:
+        super().__init__()
+        self.has_skip, self.conv, self.last = True, nn.Conv2d(4, 4, 1), last
+
+
+def test_zero_init_residual_leaves_what_it_does_not_know_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    odd = nn.Sequential(Odd(timm.layers.BatchNormAct2d(4)), Odd(nn.Identity()), Odd(nn.BatchNorm2d(4)), Odd(nn.GroupNorm(2, 4)))
+    assert zero_residual_branches(odd) == (2, 2)
+    assert [bool(odd[number].last.weight.any()) for number in (0, 2, 3)] == [True, False, False]
+    monkeypatch.setattr(timm, "create_model", lambda *names, **options: odd)
+    said: list[str] = []
+    create_backbone("mobilenetv4_small", zero_init_residual=True, say=said.append)
+    assert len(said) == 1 and "leaves 2 of 4 residual branches of mobilenetv4_small as they are" in said[0]
+
+
+def test_a_tag_of_weights_is_refused_where_they_would_not_be_used() -> None:
+    for name, plain in (
+        ("mobilenetv3_large_100.ra_in1k", "mobilenetv3_large_100"),
+        ("mobilenetv3_large.ra_in1k", "mobilenetv3_large"),
+    ):
+        with pytest.raises(FastSSLError, match=rf"random weights.*'ra_in1k'.*the plain network: {plain}$"):
+            resolve_arch(name)
+        assert resolve_arch(name, tags=True) == "mobilenetv3_large_100.ra_in1k"
+        with pytest.raises(FastSSLError, match="random weights"):
+            TrainStep(load_recipe("quickstart", {"arch": name}), torch.device("cpu"), amp=False, seed=0)
+    with pytest.raises(FastSSLError, match=r"unknown tag 'ra_in2k'.*nearest: ra_in1k"):
+        create_backbone("mobilenetv3_large_100.ra_in2k")
+    with pytest.raises(FastSSLError, match=r"unknown network 'lcnet_050\.'"):
+        resolve_arch("lcnet_050.")
+
+
+def test_a_file_may_say_whose_weights_it_holds(tmp_path: Path) -> None:
+    save_backbone(create_backbone("lcnet_050.ra2_in1k"), tmp_path / "theirs.safetensors", arch="lcnet_050.ra2_in1k")
+    assert read_header(tmp_path / "theirs.safetensors")["arch"] == "lcnet_050.ra2_in1k"
+    assert feature_dim(load_backbone(tmp_path / "theirs.safetensors")) == 1280
 
 
 def test_saved_backbone_loads_as_a_timm_module(tmp_path: Path) -> None:
