@@ -37,7 +37,7 @@ def in_words(record: Record) -> tuple[str, str] | None:
     """(what, figure) of one record; None: it has no row of its own (recipes and loaders have tables of theirs)."""
     details = record.details or {}
     part, times = details.get("part"), record.ratio_to_peer
-    threads = counted(record.workers, "thread")
+    threads = counted(record.workers, "thread") if record.workers else ""
     if record.bench == "ceilings":
         product = details["product_flop_per_s"]["float32"] / 1e9
         disk = details.get("disk_read_bytes_per_s")

@@ -98,7 +98,7 @@ def test_damaged_tables_cannot_be_verified(beton):
         (lambda side: side["crc32"].update(head=1), "header or metadata"),
         (lambda side: side["crc32"].update(table=1), "allocation table"),
         (lambda side: side["crc32"].update(samples="AAAA"), "unreadable checksums"),
-        (lambda side: side["crc32"].update(samples="AAAAAA=="), "1 checksums for 20"),
+        (lambda side: side["crc32"].update(samples="AAAAAA=="), "1 checksum for 20"),
         (lambda side: side["crc32"].update(samples="?"), "unreadable checksums"),
         (lambda side: side.update(crc32=3), "unreadable checksums"),
         (lambda side: side.update(crc32={}), "unreadable checksums"),
