@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,8 @@ SHORT_NAMES: dict[str, str] = {
     "vit_tiny": "vit_tiny_patch16_224",
 }
 
+#: Side from which on pictures leave every network of timm without a fixed size some pixels, at a stride of 32.
+_NOT_SMALL = 64
 #: Characters of what a file of ours says of itself, and tensors in it, at most.
 _LONGEST, _MOST = 1 << 20, 100_000
 
@@ -137,6 +139,38 @@ def create_backbone(
 def resizes_positions(arch: str) -> bool:
     """Whether the network is made with ``dynamic_img_size``: timm's vision transformers take only one size without it."""
     return arch.startswith(("vit_", "deit"))
+
+
+@torch.no_grad()
+def require_sizes(backbone: nn.Module, name: str, sizes: Iterable[int]) -> None:
+    """Refuse pictures of a size that ``backbone`` cannot compute.
+
+    Tried with one black picture of each size, where there is a doubt: in networks that timm lists with a fixed size, of which some
+    take others too, and with pictures so small that a feature map may become empty.
+
+    Args:
+        backbone: on the CPU; left as it is.
+        name: its name, for the message.
+        sizes: sides of the pictures that it will see.
+
+    Raises:
+        FastSSLError: it does not take one of them; the message says which size it takes.
+    """
+    config = getattr(backbone, "pretrained_cfg", None) or {}
+    fixed, mode = bool(config.get("fixed_input_size")), backbone.training
+    fitting = config["input_size"][-1] if fixed else _NOT_SMALL
+    for size in sorted(set(sizes)):
+        if size == fitting or (size > fitting and not fixed):
+            continue
+        try:
+            backbone.eval()(torch.zeros(1, 3, size, size))
+        except (RuntimeError, AssertionError, ValueError) as error:
+            raise FastSSLError(
+                f"{name} does not take pictures of {size} px; try --set views.0.size={fitting} --set probe.size={fitting}"
+                f"{', the only size that it takes' if fixed else ''}, or another network"
+            ) from error
+        finally:
+            backbone.train(mode)
 
 
 @torch.no_grad()

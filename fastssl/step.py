@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastssl.backbones import create_backbone, resolve_arch
+from fastssl.backbones import create_backbone, require_sizes, resolve_arch
 from fastssl.collectives import agree_any, average_gradients
 from fastssl.depthwise import use_own_gradient
 from fastssl.graph import RecordedCall, Recorder, record_cuda_graph
@@ -50,10 +50,17 @@ def initial_backbone(recipe: Recipe, seed: int, say: Callable[[str], None] = lam
 
     Args:
         say: is told which settings of the recipe change nothing in this network. A recipe may be for other networks, too: that is no warning.
+
+    Raises:
+        FastSSLError: no such network, a name with the tag of weights, or a size of views or probe that the network does not take.
     """
     resolve_arch(recipe.arch)  # refuses the tag of weights, which would not be used
     torch.manual_seed(seed)
-    return create_backbone(recipe.arch, drop_path=recipe.drop_path, init=recipe.init, zero_init_residual=recipe.zero_init_residual, say=say)
+    backbone = create_backbone(
+        recipe.arch, drop_path=recipe.drop_path, init=recipe.init, zero_init_residual=recipe.zero_init_residual, say=say
+    )
+    require_sizes(backbone, recipe.arch, [recipe.probe.size, *(view.size for view in recipe.views)])
+    return backbone
 
 
 class TrainStep:
