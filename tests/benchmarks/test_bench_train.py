@@ -21,6 +21,9 @@ from fastssl.recipe import load_recipe
 from fastssl.step import TrainStep
 
 
+SMALL = {"views.0.size": "32", "probe.size": "32"}
+
+
 class FakeStep:
     """A step of known length."""
 
@@ -39,7 +42,9 @@ class FakeStep:
 
 def measure(beton: Path, step: FakeStep, monkeypatch: pytest.MonkeyPatch, seconds: float = 1.0):
     monkeypatch.setattr(bench, "fit_step", lambda *args, **options: Fitted(step, [], 8, Cost((), 0)))
-    (record,) = bench.run(load_recipe("few-photos-moco"), "few-photos-moco", str(beton), "cpu", workers=1, batch_size=8, seconds=seconds)
+    (record,) = bench.run(
+        load_recipe("few-photos-moco", SMALL), "few-photos-moco", str(beton), "cpu", workers=1, batch_size=8, seconds=seconds
+    )
     assert record.view_per_s == pytest.approx(2 * record.pair_per_s)
     assert record.fraction_of_ceiling == pytest.approx(record.view_per_s / record.ceiling)
     assert record.details["headspace"] == pytest.approx(1 / record.fraction_of_ceiling - 1)
@@ -66,7 +71,15 @@ def test_advice_is_tried_and_its_outcome_stands_beside_the_prediction(beton: Pat
     """Photos that take far longer to decode than the step takes: smaller ones, and another thread where there is a core for it, must help."""
     monkeypatch.setattr(bench, "fit_step", lambda *args, **options: Fitted(FakeStep(0.0), [], 8, Cost((), 0)))
     (record,) = bench.run(
-        load_recipe("few-photos-moco"), "few-photos-moco", "synthetic", "cpu", workers=1, batch_size=8, seconds=2.0, runs=5, photos=64
+        load_recipe("few-photos-moco", SMALL),
+        "few-photos-moco",
+        "synthetic",
+        "cpu",
+        workers=1,
+        batch_size=8,
+        seconds=2.0,
+        runs=5,
+        photos=64,
     )
     remedies = record.details["remedies"]
     (smaller,) = [remedy for remedy in remedies if remedy["do"] == "convert with --short-side 48"]
@@ -85,7 +98,7 @@ def test_a_loop_that_waits_for_nothing_needs_no_advice(beton: Path, monkeypatch:
 
 
 def test_train_record_of_a_real_network(beton: Path) -> None:
-    recipe = load_recipe("few-photos-moco", {"moco.queue": "64", "arch": "lcnet_035"})
+    recipe = load_recipe("few-photos-moco", {**SMALL, "moco.queue": "64", "arch": "lcnet_035"})
     (record,) = bench.run(recipe, "few-photos-moco", str(beton), "cpu", workers=2, batch_size=4, seconds=0.2)
     assert record.bench == "train" and record.arch == "lcnet_035" and record.workers == 2 and record.batch_size == 4
     assert record.details["data"]["name"] == beton.name and record.details["amp"] == "off"
@@ -99,7 +112,7 @@ def test_a_recorded_step_is_fed_the_crops_that_it_was_recorded_with(beton: Path,
         return lambda: result.copy_(call()), result
 
     monkeypatch.setattr(step_bench, "TrainStep", partial(TrainStep, record=replayed))
-    recipe = load_recipe("few-photos-moco", {"moco.queue": "64", "arch": "lcnet_035", "zero_init_residual": "false"})
+    recipe = load_recipe("few-photos-moco", {**SMALL, "moco.queue": "64", "arch": "lcnet_035", "zero_init_residual": "false"})
     (record,) = bench.run(recipe, "few-photos-moco", str(beton), "cpu", workers=1, batch_size=4, seconds=0.2, graph=True, amp="bf16")
     assert record.details["graph"] and record.details["colours_crops"] and record.details["fallbacks"] == {}
     (record,) = step_bench.run(recipe, "few-photos-moco", "cpu", batch_size=4, graph=True)
@@ -110,7 +123,9 @@ def test_damaged_photos_are_passed_over_as_the_recipe_says(damaged: tuple[Path, 
     path, _ = damaged
     options = {"moco.queue": "64", "arch": "lcnet_035", "zero_init_residual": "false"}
     with pytest.raises(FastSSLError, match="sample"):
-        bench.run(load_recipe("few-photos-moco", options), "few-photos-moco", str(path), "cpu", workers=1, batch_size=4, seconds=0.2)
-    skipping = load_recipe("few-photos-moco", {**options, "train.on_bad": "skip"})
+        bench.run(
+            load_recipe("few-photos-moco", {**SMALL, **options}), "few-photos-moco", str(path), "cpu", workers=1, batch_size=4, seconds=0.2
+        )
+    skipping = load_recipe("few-photos-moco", {**SMALL, **options, "train.on_bad": "skip"})
     (record,) = bench.run(skipping, "few-photos-moco", str(path), "cpu", workers=1, batch_size=4, seconds=0.2)
     assert record.pair_per_s > 0
