@@ -17,7 +17,7 @@ from fastssl.recipe import load_recipe
 
 def test_views_records(beton: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "_COPY_CPU", 2**22)
-    recipe = load_recipe("quickstart")
+    recipe = load_recipe("quickstart", {"views.0.size": "32"})
     records = bench.run(recipe, "quickstart", str(beton), "cpu", batch_size=6)
     by_stage = {record.details["stage"]: record for record in records}
     assert list(by_stage) == ["crop", "colour", "whole"]

@@ -26,9 +26,12 @@ CPU = torch.device("cpu")
 
 
 def tiny(**changes: str) -> Recipe:
-    """The quick start's recipe with steps of 8."""
+    """A small recipe with steps of 8."""
     values = {"arch": "mobilenetv3_small_050", "train.batch_size": "8", "moco.queue": "64", "train.epochs": "5", "probe.every_epochs": "2"}
-    return load_recipe("few-photos-moco", {**values, **{key.replace("__", "."): value for key, value in changes.items()}})
+    return load_recipe(
+        "few-photos-moco",
+        {"views.0.size": "32", "probe.size": "32", **values, **{key.replace("__", "."): value for key, value in changes.items()}},
+    )
 
 
 # ---------------------------------------------------------------------- arithmetic
@@ -280,7 +283,7 @@ def test_a_batch_beyond_the_memory(beton: Path, monkeypatch: pytest.MonkeyPatch)
         ({"moco__split_bn": "16"}, "fewer than 2 of 16 keys"),
         ({"train__batch_size": "64", "moco__queue": "128"}, "48 photos, fewer than one batch of 64"),
         ({"arch": "mobilenetv9"}, "unknown network"),
-        ({"arch": "vit_tiny", "views__0__size": "33"}, "cannot take pictures of 33 px"),
+        ({"arch": "vit_tiny", "views__0__size": "33"}, "does not take pictures of 33 px"),
     ],
 )
 def test_what_would_not_train(beton: Path, changes: dict[str, str], message: str) -> None:
