@@ -151,7 +151,7 @@ WRONG = {
     "missing picture": (
         lambda stored: stored["images"][1].update(file_name="gone.jpg"),
         (),
-        ("gone.jpg", "1 of its 4 pictures are not there"),
+        ("gone.jpg", "not there: 1 of its 4 pictures"),
     ),
     "unknown category": (lambda stored: stored["annotations"][1].update(category_id=5), (), ("annotations[1]", "category_id 5")),
     "unknown picture": (lambda stored: stored["annotations"][1].update(image_id=5), (), ("annotations[1]", "image_id 5")),

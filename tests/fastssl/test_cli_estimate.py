@@ -16,6 +16,8 @@ from fastssl.cli.estimate import describe
 from fastssl.pipelines.errors import FastSSLError
 
 SMALL = (
+    "--recipe",
+    "few-photos-moco",
     "--set",
     "views.0.size=32",
     "--set",
@@ -84,7 +86,7 @@ def test_figures_as_json_and_words_beside_them(capsys, beton):
     status, out, err = run(capsys, "--arch", "mobilenetv3_small_050", "--data", beton, *SMALL, "--epochs", 3, "--seconds", 3, "--json", "-")
     assert status == 0
     record = json.loads(out)  # one object, and nothing else on standard output
-    assert (record["recipe"], record["arch"], record["epochs"], record["batch_size"]) == ("few-photos", "mobilenetv3_small_050", 3, 8)
+    assert (record["recipe"], record["arch"], record["epochs"], record["batch_size"]) == ("few-photos-moco", "mobilenetv3_small_050", 3, 8)
     assert record["data"] == {"name": beton.name, "samples": 48} and record["steps_per_epoch"] == 6
     assert record["host"]["cores"] >= 1 and "torch" in record["versions"]
     assert record["seconds"] < 4.5
@@ -98,7 +100,6 @@ def test_figures_as_json_and_words_beside_them(capsys, beton):
         "Not counted: ",
     ):
         assert words in err
-    assert "recipe few-photos for 48 photos" in err  # the same choice as pretrain's
 
 
 def test_the_sample_set_without_data(capsys, monkeypatch, beton):
@@ -156,9 +157,9 @@ def test_what_cannot_be_estimated(capsys, beton, tmp_path):
     wrong.write_bytes(b"not a beton file")
     assert_one_line(*fails("--arch", "resnet18", "--data", wrong), "wrong.beton")
     assert_one_line(
-        *fails("--arch", "resnet18", "--data", beton, *SMALL[:4], "--set", "moco.queue=60", *SMALL[6:]), "moco.queue=60", "twice the batch"
+        *fails("--arch", "resnet18", "--data", beton, *SMALL[:6], "--set", "moco.queue=60", *SMALL[8:]), "moco.queue=60", "twice the batch"
     )
-    assert_one_line(*fails("--arch", "resnet18", "--data", beton, "--set", "moco.queu=64"), "no key moco.queu", "queue")
+    assert_one_line(*fails(*SMALL[:2], "--data", beton, "--set", "moco.queu=64"), "no key moco.queu", "queue")
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ SMALL = [
     "probe.reestimate_bn=16",
 ]
 RECIPE, ARCH = "dino-mobilenetv2-sslight", "resnet10t"
-ROWS = ("raw pixels (16x16)", "random initialisation", "after pre-training", "its teacher")
+ROWS = ("raw pixels (16x16)", "colour histogram", "random initialisation", "after pre-training", "its teacher")
 
 
 class Silent:
@@ -76,12 +76,10 @@ def test_processes_convert_a_folder_once(photo_tree: Path, tmp_path: Path, monke
     for number, photo in enumerate(sorted(photo_tree.rglob("*.jpg"))[:12]):
         (folder / f"{number}.jpg").write_bytes(photo.read_bytes())
     command = ["pretrain", "--arch", ARCH, "--data", str(folder), "--out", str(out), "--device", "cpu", "--workers", "1"]
-    small = ["views.0.size=32", "train.samples=640", "probe.every_epochs=0", "moco.projector.hidden=16", "moco.projector.out=8"]
+    small = ["views.0.size=32", "train.samples=320", "probe.every_epochs=0", "simclr.projector.hidden=16", "simclr.projector.out=8"]
     done = torchrun([*command, *(argument for item in small for argument in ("--set", item))], 2)
     assert done.returncode == 0, done.stderr
-    assert (
-        done.stderr.count("12 photos, no labels, now also in") == 1 and done.stderr.count("for 12 photos: train.batch_size 128 -> 4") == 1
-    )
+    assert done.stderr.count("12 photos, no labels, now also in") == 1 and done.stderr.count("for 12 photos: train.batch_size 64 -> 4") == 1
     config = yaml.safe_load((out / "config.yaml").read_text())
     assert (config["data"]["name"], config["train"]["epochs"], config["train"]["samples"]) == ("photos.beton", 5, None)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["photos", "photos.beton", "photos.beton.json", "run"]
@@ -118,8 +116,8 @@ def test_two_processes_write_one_run(one: Path, beton: Path, tmp_path: Path) -> 
     assert mine[1]["loss"] == pytest.approx(theirs[1]["loss"], rel=1e-2)
     assert [row["lr"] for row in mine] == [row["lr"] for row in theirs]
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary["samples_seen"] == 96 and tuple(row["name"] for row in summary["probe"]["rows"][:4]) == ROWS
-    assert len(summary["probe"]["rows"]) == 6  # student and teacher, and both with statistics of centre crops
+    assert summary["samples_seen"] == 96 and tuple(row["name"] for row in summary["probe"]["rows"][:5]) == ROWS
+    assert len(summary["probe"]["rows"]) == 7  # student and teacher, and both with statistics of centre crops
 
 
 def test_one_process_takes_over_from_two_and_two_from_one(one: Path, beton: Path, tmp_path: Path) -> None:
