@@ -20,7 +20,6 @@ from fastssl.pipelines.native import available_cores
 from fastssl.recipe import load_recipe
 from fastssl.step import TrainStep
 
-
 SMALL = {"views.0.size": "32", "probe.size": "32"}
 
 
