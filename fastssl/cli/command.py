@@ -22,7 +22,7 @@ def command_line(ctx: click.Context) -> str:
     places: list[str] = []
     for param in ctx.command.params:
         given = ctx.get_parameter_source(param.name) is click.core.ParameterSource.COMMANDLINE
-        if not given or param.name in _LEFT_OUT:
+        if not given or param.name in _LEFT_OUT or not param.expose_value:  # --quiet: how it is told, not what it is
             continue
         value = ctx.params[param.name]
         values = value if isinstance(value, tuple) else (value,)

@@ -34,7 +34,9 @@ def cli(*arguments: object) -> int:
 
 def pretrain(data: Path, out: Path, *more: object) -> int:
     overrides = [argument for item in TINY for argument in ("--set", item)]
-    return cli("pretrain", "--arch", ARCH, "--recipe", "few-photos-moco", "--device", "cpu", "--data", data, "--out", out, *overrides, *more)
+    return cli(
+        "pretrain", "--arch", ARCH, "--recipe", "few-photos-moco", "--device", "cpu", "--data", data, "--out", out, *overrides, *more
+    )
 
 
 @pytest.fixture(autouse=True)

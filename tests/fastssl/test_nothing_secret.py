@@ -76,7 +76,18 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, b
             run("verify", out / f"{name}.beton", "--json", out / f"{name}.json", status=1)
         overrides = [word for key, value in SMALL.items() for word in ("--set", f"{key}={value}")]
         run(
-            "pretrain", "--arch", "lcnet_035", "--recipe", "few-photos-moco", "--device", "cpu", "--data", data, "--out", out / "run", *overrides
+            "pretrain",
+            "--arch",
+            "lcnet_035",
+            "--recipe",
+            "few-photos-moco",
+            "--device",
+            "cpu",
+            "--data",
+            data,
+            "--out",
+            out / "run",
+            *overrides,
         )
         run("evaluate", "knn", out / "run", "--data", data, "--size", 32, "--k", 3, "--json", out / "knn.json")
         run("evaluate", "linear", out / "run", "--data", data, "--size", 32, "--json", out / "linear.json")

@@ -108,7 +108,7 @@ def test_quiet_leaves_warnings_alone(live: bool) -> None:
 def test_a_run_begins_with_what_it_will_do_and_tells_its_online_probe(beton: Path, tmp_path: Path) -> None:
     said = Silent()
     pretrain(small(), options(beton, tmp_path / "run"), said)
-    begin = said.messages.index("recipe quickstart, 48 photos, cpu (1 thread), views 2 x 32 px")
+    begin = said.messages.index("recipe few-photos-moco, 48 photos, cpu (1 thread), views 2 x 32 px")
     assert said.messages[begin + 1 : begin + 3] == [
         "training lcnet_035: 12 of 12 steps to make, 8 photos each; 2 epochs of 6 steps",
         f"into {tmp_path / 'run'}; Ctrl-C saves; the same command resumes",
@@ -124,7 +124,7 @@ def test_quiet_on_the_command_line(beton: Path, tmp_path: Path, capfd: pytest.Ca
         "--arch",
         "lcnet_035",
         "--recipe",
-        "quickstart",
+        "few-photos-moco",
         "--data",
         str(beton),
         "--device",
@@ -134,7 +134,7 @@ def test_quiet_on_the_command_line(beton: Path, tmp_path: Path, capfd: pytest.Ca
         "--batch-size",
         "8",
     ]
-    changes = ["views.0.size=32", "moco.queue=64", "probe.size=32", "probe.final_samples=40"]
+    changes = ["views.0.size=32", "probe.size=32", "probe.final_samples=40", "optim.warmup_epochs=0"]
     arguments += [word for one in changes for word in ("--set", one)]
     errors = {}
     for name, more in (("loud", []), ("quiet", ["-q"])):
@@ -142,7 +142,7 @@ def test_quiet_on_the_command_line(beton: Path, tmp_path: Path, capfd: pytest.Ca
             main(["pretrain", *arguments, "--out", str(tmp_path / name), *more])
         assert stop.value.code == 0
         errors[name] = capfd.readouterr().err
-    for words in ("recipe quickstart, 48 photos", "step 6/6", "probing:"):
+    for words in ("recipe few-photos-moco, 48 photos", "step 6/6", "probing:"):
         assert words in errors["loud"] and words not in errors["quiet"]
     assert "after pre-training" in errors["quiet"] and "report:" in errors["quiet"]
 

@@ -73,7 +73,8 @@ def small(*overrides: str):
 @pytest.fixture(scope="module")
 def finished(beton: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("run") / "run"
-    overrides = [argument for item in SMALL for argument in ("--set", item)]
+    full = ("full_samples=256233400", "full_recipe=light-moco-mobilenetv3")
+    overrides = [argument for item in (*SMALL, *full) for argument in ("--set", item)]
     status = cli(
         "pretrain",
         "--arch",
@@ -125,7 +126,7 @@ def test_the_folder_holds_what_was_promised(finished: Path) -> None:
     ]
     assert all(0 <= row[kind] <= 100 for row in summary["probe"]["rows"] for kind in ("knn", "linear"))
     command = summary["command"]
-    assert command.startswith(f"fastssl pretrain --arch {ARCH} --data photos.beton --recipe quickstart --set ")
+    assert command.startswith(f"fastssl pretrain --arch {ARCH} --data photos.beton --recipe few-photos-moco --set ")
     assert command.endswith(" --out run --device cpu") and "--set moco.queue=64" in command
     verdict = summary["verdict"]
     assert verdict["text"].startswith(f"{verdict['state']}: ")
@@ -252,7 +253,10 @@ def test_photos_without_labels_train_and_report(photo_tree: Path, tmp_path: Path
         (["--arch", ARCH, "--data", "missing.beton"], "missing.beton"),
         (["--arch", ARCH, "--recipe", "quick-start"], "nearest: quickstart"),
         (["--arch", ARCH, "--set", "optim.lrr=1"], "no key optim.lrr"),
-        (["--arch", ARCH, "--resume", "nothing.pt", "--data", "BETON", "--batch-size", "8", "--set", "moco.queue=48"], "no such checkpoint"),
+        (
+            ["--arch", ARCH, "--resume", "nothing.pt", "--data", "BETON", "--batch-size", "8", "--epochs", "9", "--set", "moco.queue=48"],
+            "no such checkpoint",
+        ),
         (["--arch", ARCH, "--batch-size", "4096", "--data", "BETON", "--set", "moco.queue=8192"], "fewer than one batch"),
         (["--arch", ARCH, "--batch-size", "49", "--data", "BETON"], "the largest that would do is --batch-size 48"),
     ],
