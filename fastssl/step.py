@@ -112,7 +112,7 @@ class TrainStep:
         if device.type == "cuda":
             torch.backends.cudnn.benchmark = not recipe.train.deterministic  # every step has the same shapes
         self.method = self._new_method().to(device, memory_format=torch.channels_last).train()
-        if device.type == "cpu" and not recipe.train.compile:
+        if device.type == "cpu":
             use_own_gradient(self.method)
         if world.size > 1:
             self.method.synchronise(lambda network: synchronise_batchnorm(network, device))

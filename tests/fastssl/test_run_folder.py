@@ -25,7 +25,7 @@ def test_all_free_keys_exist() -> None:
     for key in run_folder._FREE - {"data.name", "data.val_photos", "val"}:
         section, name = key.split(".")
         assert name in config[section], key
-    assert all(section in config for section in run_folder._FREE_SECTIONS)
+    assert all(section in config for section in run_folder._FREE_SECTIONS if section != "next_mark")  # of older versions
 
 
 def test_a_file_system_without_locks_is_said(beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,7 +100,9 @@ def test_files_that_no_run_wrote_are_not_deleted(beton: Path, tmp_path: Path) ->
         pretrain(small("train.epochs=1"), options(beton, out), Silent())
     said = Silent()
     pretrain(small("train.epochs=1"), options(beton, out, resume="never"), said)
-    assert any("were deleted" in text for text in said.messages) and not list((out / "checkpoints").glob("epoch-*"))
+    assert any("of an earlier run" in text and "deleted" in text for text in said.messages) and not list(
+        (out / "checkpoints").glob("epoch-*")
+    )
 
 
 @pytest.mark.parametrize("name", [".lock", "metrics.jsonl", "summary.json", "checkpoints"])
