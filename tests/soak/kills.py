@@ -72,7 +72,7 @@ METHODS = {
     "dino": ("dino-mobilenetv2-sslight", "lcnet_035", [*_CROPS, "dino.out=32", "dino.projector.hidden=16", "dino.projector.out=16"]),
 }
 #: Fields of a line of metrics that the clock decides.
-_BY_THE_CLOCK = {"pair_per_s", "view_per_s", "data_wait", "seconds"}
+_BY_THE_CLOCK = {"pair_per_s", "view_per_s", "data_wait", "data_share", "seconds"}
 
 
 @dataclass
