@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -142,35 +142,48 @@ def resizes_positions(arch: str) -> bool:
 
 
 @torch.no_grad()
-def require_sizes(backbone: nn.Module, name: str, sizes: Iterable[int]) -> None:
+def _takes(backbone: nn.Module, size: int) -> bool:
+    """Whether a black picture of this size goes through the network, which is in evaluation mode."""
+    try:
+        backbone(torch.zeros(1, 3, size, size))
+    except (RuntimeError, AssertionError, ValueError):
+        return False
+    return True
+
+
+def require_sizes(backbone: nn.Module, name: str, sizes: Mapping[str, int]) -> None:
     """Refuse pictures of a size that ``backbone`` cannot compute.
 
-    Tried with one black picture of each size, where there is a doubt: in networks that timm lists with a fixed size, of which some
-    take others too, and with pictures so small that a feature map may become empty.
+    Tried with a black picture where there is a doubt: in networks that timm lists with a fixed size, of which some take others
+    too, and with pictures so small that a feature map may become empty.
 
     Args:
         backbone: on the CPU; left as it is.
         name: its name, for the message.
-        sizes: sides of the pictures that it will see.
+        sizes: sides of the pictures that it will see, by the key of the recipe that says so.
 
     Raises:
-        FastSSLError: it does not take one of them; the message says which size it takes.
+        FastSSLError: it does not take one of them; the message names sizes that were tried and are taken.
     """
-    config = getattr(backbone, "pretrained_cfg", None) or {}
-    fixed, mode = bool(config.get("fixed_input_size")), backbone.training
-    fitting = config["input_size"][-1] if fixed else _NOT_SMALL
-    for size in sorted(set(sizes)):
-        if size == fitting or (size > fitting and not fixed):
-            continue
-        try:
-            backbone.eval()(torch.zeros(1, 3, size, size))
-        except (RuntimeError, AssertionError, ValueError) as error:
-            raise FastSSLError(
-                f"{name} does not take pictures of {size} px; try --set views.0.size={fitting} --set probe.size={fitting}"
-                f"{', the only size that it takes' if fixed else ''}, or another network"
-            ) from error
-        finally:
-            backbone.train(mode)
+    config, training = getattr(backbone, "pretrained_cfg", None) or {}, backbone.training
+    fixed = config["input_size"][-1] if config.get("fixed_input_size") else None
+    backbone.eval()
+    try:
+        doubtful = {size for size in sizes.values() if size != fixed and (fixed or size < _NOT_SMALL)}
+        refused = {size for size in doubtful if not _takes(backbone, size)}
+        if not refused:
+            return
+
+        def instead(size: int) -> int | None:
+            candidates = [*(-(-size // multiple) * multiple for multiple in (16, 32)), _NOT_SMALL, fixed or _NOT_SMALL]
+            return next((one for one in candidates if one not in refused and _takes(backbone, one)), None)
+
+        changes = {key: instead(size) for key, size in sizes.items() if size in refused}
+    finally:
+        backbone.train(training)
+    settings = " ".join(f"--set {key}={size}" for key, size in changes.items())
+    way = f"try {settings}, or another network" if all(changes.values()) else "try another network"
+    raise FastSSLError(f"{name} cannot take pictures of {' or '.join(map(str, sorted(refused)))} px; {way}")
 
 
 @torch.no_grad()

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import torch
-from torch import nn
-
 from fastssl.pipelines.beton import BetonReader, read_side_file
 from fastssl.pipelines.errors import FastSSLError, counted
-from fastssl.pipelines.multicrop import MultiCrop
 from fastssl.pipelines.verify import verify
-from fastssl.recipe import Recipe
 
 
 def require_readable_names(reader: BetonReader) -> None:
@@ -33,16 +28,3 @@ def require_whole_photos(reader: BetonReader, workers: int | None = None) -> Non
             f"{reader.path}: damaged are {len(damaged):,} of {photos}, the first is sample {sample} ({complaint}); "
             "convert again without them, or leave them out with --set train.on_bad=skip"
         )
-
-
-def require_sizes(recipe: Recipe, backbone: nn.Module, device: torch.device) -> None:
-    """Show the network one black picture of every size that it will meet; raise FastSSLError if it cannot take one. Leaves it in training mode."""
-    keys = "views.global_size, views.local_size" if isinstance(recipe.views, MultiCrop) else "views.0.size"
-    for size in sorted({spec.size for spec in recipe.views} | {recipe.probe.size}):
-        try:
-            with torch.no_grad():
-                backbone.eval()(torch.zeros(1, 3, size, size, device=device))
-        except (RuntimeError, AssertionError, ValueError) as error:
-            reason = " ".join(str(error).split())
-            raise FastSSLError(f"{recipe.arch} cannot take pictures of {size} px ({reason}): change {keys} or probe.size") from error
-    backbone.train()

@@ -33,6 +33,8 @@ from fastssl.optim import ScheduledDecay, create_optimizer, set_lr
 from fastssl.pipelines.augment import augment_device
 from fastssl.pipelines.crop import to_device
 from fastssl.pipelines.errors import FastSSLError, without_folders
+from fastssl.pipelines.multicrop import MultiCrop
+from fastssl.pointwise import use_matrix_products
 from fastssl.precision import HalfCopy
 from fastssl.recipe import Recipe
 from fastssl.schedules import RunLength, learning_rate, weight_decay
@@ -43,6 +45,15 @@ from fastssl.world import World
 def use_amp(amp: str, device: torch.device) -> bool:
     """Whether to compute in bfloat16: ``auto`` does on a GPU and not on a CPU, where float32 is often the faster one."""
     return amp == "bf16" or (amp == "auto" and device.type == "cuda")
+
+
+def picture_sizes(recipe: Recipe) -> dict[str, int]:
+    """Sides of the pictures that the network will see, by the recipe's key."""
+    if isinstance(recipe.views, MultiCrop):
+        views = {"views.global_size": recipe.views.global_size, "views.local_size": recipe.views.local_size}
+    else:
+        views = {f"views.{number}.size": spec.size for number, spec in enumerate(recipe.views)}
+    return {**views, "probe.size": recipe.probe.size}
 
 
 def initial_backbone(recipe: Recipe, seed: int, say: Callable[[str], None] = lambda text: None) -> nn.Module:
@@ -59,7 +70,7 @@ def initial_backbone(recipe: Recipe, seed: int, say: Callable[[str], None] = lam
     backbone = create_backbone(
         recipe.arch, drop_path=recipe.drop_path, init=recipe.init, zero_init_residual=recipe.zero_init_residual, say=say
     )
-    require_sizes(backbone, recipe.arch, [recipe.probe.size, *(view.size for view in recipe.views)])
+    require_sizes(backbone, recipe.arch, picture_sizes(recipe))
     return backbone
 
 
@@ -114,6 +125,7 @@ class TrainStep:
         self.method = self._new_method().to(device, memory_format=torch.channels_last).train()
         if device.type == "cpu":
             use_own_gradient(self.method)
+            use_matrix_products(self.method)
         if world.size > 1:
             self.method.synchronise(lambda network: synchronise_batchnorm(network, device))
         self.optimizer = create_optimizer(self.method, recipe.optim)

@@ -47,7 +47,7 @@ from fastssl.pipelines.order import steps_per_epoch
 from fastssl.probe import OnlineProbe, choose_split, require_same_classes
 from fastssl.recipe import Recipe, recipe_to_dict
 from fastssl.recipe_choice import follow_samples, require_photos
-from fastssl.requirements import require_readable_names, require_sizes, require_whole_photos
+from fastssl.requirements import require_readable_names, require_whole_photos
 from fastssl.restore import require_fit, restore
 from fastssl.run_folder import RunFolder
 from fastssl.run_status import RunStatus
@@ -209,7 +209,6 @@ class Run:
                 if world.is_main and recipe.train.on_bad == "fail":
                     require_whole_photos(val, workers=options.workers)
             self.step = TrainStep(recipe, self.device, amp=self.amp, seed=options.seed, world=world)
-            require_sizes(recipe, self.backbone, device)
         for line in self.step.without_effect:
             progress.message(line)
         self.position = Position()

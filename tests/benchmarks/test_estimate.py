@@ -189,7 +189,7 @@ def test_what_a_step_takes_beside_its_tensors() -> None:
 
 @pytest.fixture(scope="module")
 def estimate(beton: Path) -> Estimate:
-    return run(tiny(), "few-photos-moco", beton, workers=1, seconds=4)
+    return run(tiny(), "few-photos-moco", beton, workers=1, seconds=12)
 
 
 @pytest.mark.timed
@@ -283,7 +283,7 @@ def test_a_batch_beyond_the_memory(beton: Path, monkeypatch: pytest.MonkeyPatch)
         ({"moco__split_bn": "16"}, "fewer than 2 of 16 keys"),
         ({"train__batch_size": "64", "moco__queue": "128"}, "48 photos, fewer than one batch of 64"),
         ({"arch": "mobilenetv9"}, "unknown network"),
-        ({"arch": "vit_tiny", "views__0__size": "33"}, "does not take pictures of 33 px"),
+        ({"arch": "vit_tiny", "views__0__size": "33"}, "cannot take pictures of 33 px; try --set views.0.size=48,"),
     ],
 )
 def test_what_would_not_train(beton: Path, changes: dict[str, str], message: str) -> None:
