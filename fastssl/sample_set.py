@@ -1,9 +1,13 @@
 """The sample photos that install with the package: views of eighteen places, made into ``.beton`` files on first use.
 
-The package holds 18 panoramas (CC0, Poly Haven). From each, 200 views are rendered for training and 80 for judging, 64 px wide, each as if by another
-camera in another light: exposure, white balance, saturation and contrast are its own, so that colours alone do not name a place. Training looks into one half of the compass, judging into the other, and at the horizon their fields of view never
-meet: *recognise a place from a direction that the network has never seen*. The views go the way a user's own photos go: written as folders of JPEG
-files, then through the converter.
+The package holds 18 panoramas (CC0, Poly Haven). From each, 200 views are rendered for training and 80 for judging, 64 px
+wide, each as if by another camera in another light: exposure, white balance, saturation and contrast are its own, so that
+colours alone do not name a place. Training looks into one half of the compass, judging into the other, and at the horizon
+their fields of view never meet: *recognise a place from a direction that the network has never seen*. The views go the way a
+user's own photos go: written as folders of JPEG files, then through the converter.
+
+The ranges below were chosen by what can be learned: with fields of view of 35 to 60 degrees many views hold a wall or a piece
+of sky alone, and the same network *with* labels ends at 54 %; with these it ends at 68 %, and a colour histogram where it was.
 """
 
 from __future__ import annotations
@@ -30,14 +34,14 @@ PARTS: dict[str, int] = {"train": 200, "val": 80}
 SIZE = 64
 
 #: Ranges that a view's camera is drawn from, evenly: degrees, stops, factors.
-FIELD_OF_VIEW = (35.0, 60.0)
-PITCH = (-25.0, 17.0)
+FIELD_OF_VIEW = (60.0, 90.0)
+PITCH = (-30.0, 22.0)
 ROLL = (-5.0, 5.0)
-EXPOSURE = (-1.0, 1.0)
-WHITE_BALANCE = (0.5, 1.5)
+EXPOSURE = (-1.3, 1.3)
+WHITE_BALANCE = (0.4, 1.6)
 SATURATION = (0.0, 1.0)
 #: The contrast lies between its inverse and it, in equal ratios.
-CONTRAST = 1.4
+CONTRAST = 1.6
 #: Degrees between a field of view's edge at the horizon and the border of its half of the compass: a camera that rolls sees a little farther.
 MARGIN = 3.0
 
