@@ -87,7 +87,7 @@ print(*[name for name in "torch torchvision timm numpy PIL click rich yaml safet
 export PYTHONUNBUFFERED=1 PYTHONWARNINGS="${PYTHONWARNINGS:-ignore}"
 REAL="${DATA:-samples}"
 MAIN=(--recipe light-moco-mobilenetv3)
-OTHER=(--recipe light-moco-efficientnet_b0 --recipe moco-v2-resnet50 --recipe quickstart)
+OTHER=(--recipe light-moco-efficientnet_b0 --recipe moco-v2-resnet50 --recipe few-photos-moco)
 # Local views beside the global ones: every method that takes them, and the ViT.
 LOCAL=(--recipe dino-mobilenetv2-sslight --recipe dino-vit_tiny-sslight --recipe swav-mobilenetv2-sslight --recipe moco-mobilenetv2-sslight)
 if [[ -n "$SMOKE" ]]; then
@@ -130,6 +130,7 @@ mkfifo "$WORK/pipe" || exit 1
 part() { # NAME SECONDS ARGUMENTS-OF-BENCH...
     local name="$1" limit="$2" left=$((BUDGET - SECONDS)) status reader began=$SECONDS
     shift 2
+    [[ -z "$SMOKE" ]] || limit=$((2 * limit)) # a slow or busy machine is no fault of the part
     ((limit > left)) && limit=$left
     if ((limit < 3)); then
         say "$name: not reached"

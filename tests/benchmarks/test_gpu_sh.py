@@ -95,7 +95,7 @@ def test_all_parts_run_from_any_folder_without_an_installed_package(stand_in, tm
     commands = (tmp_path / "log").read_text().splitlines()
     for bench in ("step", "loader", "train", "views"):
         mine = " ".join(command for command in commands if f" bench {bench} " in command)
-        for recipe in ("light-moco-mobilenetv3", "light-moco-efficientnet_b0", "moco-v2-resnet50", "quickstart"):
+        for recipe in ("light-moco-mobilenetv3", "light-moco-efficientnet_b0", "moco-v2-resnet50", "few-photos-moco"):
             assert f"--recipe {recipe}" in mine
         if bench != "step":
             assert "--data synthetic" in mine and f"--data {tmp_path / 'photos.beton'}" in mine
