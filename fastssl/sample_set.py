@@ -7,7 +7,8 @@ their fields of view never meet: *recognise a place from a direction that the ne
 user's own photos go: written as folders of JPEG files, then through the converter.
 
 The ranges below were chosen by what can be learned: with fields of view of 35 to 60 degrees many views hold a wall or a piece
-of sky alone, and the network ends at 55 % even with labels; with 60 to 90 degrees at 68 %, and a colour histogram where it was.
+of sky alone, and the network ends at 55 % even with labels; with 60 to 90 degrees at 68 % (at contrast 1.5), and a
+colour histogram where it was.
 """
 
 from __future__ import annotations

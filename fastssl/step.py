@@ -50,7 +50,8 @@ def use_amp(amp: str, device: torch.device) -> bool:
 def picture_sizes(recipe: Recipe) -> dict[str, int]:
     """Sides of the pictures that the network will see, by the recipe's key."""
     if isinstance(recipe.views, MultiCrop):
-        views = {"views.global_size": recipe.views.global_size, "views.local_size": recipe.views.local_size}
+        local = {"views.local_size": recipe.views.local_size} if recipe.views.local_count else {}
+        views = {"views.global_size": recipe.views.global_size, **local}
     else:
         views = {f"views.{number}.size": spec.size for number, spec in enumerate(recipe.views)}
     return {**views, "probe.size": recipe.probe.size}

@@ -22,7 +22,7 @@ from fastssl.pipelines.loader import ViewLoader
 from fastssl.precision import HalfCopy
 from fastssl.recipe import Recipe, load_recipe
 from fastssl.schedules import RunLength
-from fastssl.step import TrainStep
+from fastssl.step import TrainStep, picture_sizes
 
 CPU, BATCH, SIZE = torch.device("cpu"), 8, 32
 
@@ -583,3 +583,10 @@ def test_a_cuda_graph_of_any_method_makes_the_same_steps(case: str, amp: bool) -
     expected, found = on_gpu(eager), on_gpu(graphed)
     assert graphed.recorded and graphed.fallbacks == {}
     np.testing.assert_allclose(found, expected, rtol=5e-2 if amp else 1e-2, atol=1e-2)
+
+
+def test_local_views_that_are_not_made_are_no_size_that_the_network_sees() -> None:
+    name, sizes = "dino-mobilenetv2-sslight", {"views.global_size": "48", "views.local_size": "16"}
+    assert picture_sizes(load_recipe(name, sizes)) == {"views.global_size": 48, "views.local_size": 16, "probe.size": 224}
+    without = {**sizes, "views.local_count": "0", "views.weights": "null"}
+    assert picture_sizes(load_recipe(name, without)) == {"views.global_size": 48, "probe.size": 224}
