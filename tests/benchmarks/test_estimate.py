@@ -7,6 +7,7 @@ import statistics
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -266,10 +267,18 @@ def test_a_slow_step_is_measured_in_small_and_extrapolated(beton: Path, monkeypa
 @pytest.mark.timed
 def test_a_batch_beyond_the_memory(beton: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "resident_bytes", lambda key: None)  # as on a system that does not tell: tensors alone count
+    measured: list[gauge.Measured] = []
+
+    def measure(*arguments: Any) -> gauge.Measured:
+        measured.append(gauge.measure(*arguments))
+        return measured[-1]
+
+    monkeypatch.setattr(estimate_module, "measure", measure)
     estimate = run(tiny(), "few-photos-moco", beton, workers=1, seconds=2)
     assert estimate.fits and estimate.measured["step_overhead"] == 1
-    # Room for what the estimate said of 8 pairs, minus a little.
-    monkeypatch.setattr(memory, "memory_bytes", lambda device: (int(0.95 * estimate.memory_bytes / cost.USABLE["cpu"]), 2**40))
+    # The same measurement where there is room for what the estimate said of 8 pairs, minus a little.
+    room = int(0.95 * estimate.memory_bytes / cost.USABLE["cpu"])
+    monkeypatch.setattr(estimate_module, "measure", lambda *_: replace(measured[0], available=room))
     found = run(tiny(), "few-photos-moco", beton, workers=1, seconds=2)
     assert not found.fits and found.memory_bytes > found.usable_bytes
     assert found.largest_batch in (2, 4) and found.largest_batch_limit == "memory"
