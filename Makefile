@@ -16,13 +16,16 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 
+# Modules are compiled when they are first imported, and kept: compiling all that comes with torch beforehand takes a minute.
+unexport PYTHONDONTWRITEBYTECODE
+
 # The stamps name what they were made from: a change of setup.cfg installs again.
 $(VENV)/.installed: setup.cfg pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet -e .
+	$(BIN)/python -m pip install --quiet --no-compile -e .
 	touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet -e '.[test]'
+	$(BIN)/python -m pip install --quiet --no-compile -e '.[test]'
 	touch $@
 
 pretrain: $(VENV)/.installed
