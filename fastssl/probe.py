@@ -119,12 +119,14 @@ class OnlineProbe:
         self.split, self.size, self.options = split, size, options
 
     def run(self, backbone: nn.Module, *, step: int, epoch: int) -> dict[str, Any]:
-        """One line for metrics.jsonl."""
+        """One line for metrics.jsonl. Where a feature is NaN or infinite there is no kNN, and the monitors are NaN."""
         started = time.monotonic()
         bank, queries = self.split.features(backbone, self.size, **self.options)
         row: dict[str, Any] = {"kind": "probe", "step": step, "epoch": epoch}
-        row["knn"] = knn_accuracy(bank, queries).accuracy if self.split.labelled else None
         everything = torch.cat([bank.features, queries.features])
+        # In evaluation mode a network can overflow that trains on: the row says so, and the run goes on.
+        finite = all(torch.isfinite(extreme) for extreme in torch.aminmax(everything))
+        row["knn"] = knn_accuracy(bank, queries).accuracy if self.split.labelled and finite else None
         row["feature_std"] = float(monitor.feature_std(everything))
         row["effective_rank"] = float(monitor.effective_rank(everything))
         row["uniformity"] = float(monitor.uniformity(everything))

@@ -622,13 +622,13 @@ class Run:
         """The line of an online probe, which this process alone has made."""
         self._write(row)
         self._knn = row["knn"]
-        split, rank = self.probe.split, f"effective rank {row['effective_rank']:.1f}"
-        if row["knn"] is None:
-            photos = counted(len(split.bank_index) + len(split.query_index), "photo")
-            self.progress.note(f"epoch {row['epoch']:,}: {rank} (online probe, {photos} without labels)")
-        else:
-            photos = counted(len(split.query_index), "photo")
-            self.progress.note(f"epoch {row['epoch']:,}: kNN {row['knn']:.1f} % of {photos}, {rank} (online probe)")
+        split, rank = self.probe.split, row["effective_rank"]
+        photos = counted(len(split.query_index) + (0 if split.labelled else len(split.bank_index)), "photo")
+        found = f"effective rank {rank:.1f}" if math.isfinite(rank) else "features that are NaN or infinite outside of training"
+        if row["knn"] is not None:
+            found = f"kNN {row['knn']:.1f} % of {photos}, {found}"
+        probe = "online probe" if split.labelled else f"online probe, {photos} without labels"
+        self.progress.note(f"epoch {row['epoch']:,}: {found} ({probe})")
 
     def _write(self, row: dict[str, Any]) -> None:
         if self.saver:

@@ -13,11 +13,13 @@ from PIL import Image
 from processes import run_processes
 from safetensors.torch import load_file
 from small_run import Silent, options, rows, same, small, state, status
+from torch import nn
 
 from fastssl.bad_step import save_bad_step
 from fastssl.pipelines.errors import FastSSLError, Interrupted
 from fastssl.pipelines.loader import Batch, ViewLoader
 from fastssl.pipelines.plan import ViewSpec
+from fastssl.probe import OnlineProbe
 from fastssl.saver import Saver
 from fastssl.step import TrainStep
 from fastssl.train import Run, pretrain
@@ -252,3 +254,24 @@ def test_values_that_are_not_finite_are_red_in_the_picture(beton: Path, tmp_path
     save_bad_step(tmp_path, batch, views, rank=0, about={})
     red = (np.asarray(Image.open(tmp_path / "views.png")) == [255, 0, 0]).all(-1)
     assert red.sum() == 1 and red[18 + 3, 5]
+
+
+def test_features_that_overflow_in_an_online_probe_do_not_end_the_run(
+    beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batch statistics hold in training what the running ones, in evaluation, let grow without bound."""
+    said, probe = Silent(), OnlineProbe.run
+
+    def overflowing(self: OnlineProbe, backbone: nn.Module, *, step: int, epoch: int) -> dict:
+        hook = backbone.register_forward_hook(lambda *call: call[2] * torch.inf)
+        try:
+            return probe(self, backbone, step=step, epoch=epoch)
+        finally:
+            hook.remove()
+
+    monkeypatch.setattr(OnlineProbe, "run", overflowing)
+    pretrain(small(), options(beton, tmp_path / "run"), said)
+    (row,) = (found for found in rows(tmp_path / "run") if found["kind"] == "probe")
+    assert [row[name] for name in ("knn", "effective_rank", "feature_std")] == [None] * 3
+    assert "epoch 1: features that are NaN or infinite outside of training (online probe)" in said.messages
+    assert status(tmp_path / "run")["state"] == "finished"
