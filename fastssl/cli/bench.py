@@ -21,7 +21,6 @@ from fastssl.pipelines.errors import FastSSLError, counted
 
 if TYPE_CHECKING:
     from fastssl.benchmarks.records import Record
-    from fastssl.benchmarks.scale import Cluster
     from fastssl.recipe import Recipe
 
 #: A name for the reader, and the measurement.
@@ -482,94 +481,6 @@ def soak(minutes, recipes, arch, overrides, data, photos, device, workers, batch
     )
     for record in found:
         require_steady(record)
-
-
-@bench.command()
-@click.option(
-    "--set",
-    "overrides",
-    multiple=True,
-    metavar="NAME=VALUE[,VALUE...]",
-    help="Of the cluster, e.g. --set hosts=8,64; all combinations are simulated.",
-)
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the simulation.")
-@click.option("--check", is_flag=True, help="Instead: training on this machine's CPU, predicted from its parts and measured (minutes).")
-@click.option(
-    "--parts",
-    is_flag=True,
-    help="Instead: measure what docs/scale.md multiplies: orders, opening files, reads, starting, checkpoints (minutes).",
-)
-@click.option(
-    "--samples",
-    type=click.IntRange(min=200_000),
-    multiple=True,
-    default=(10**6, 10**7),
-    show_default=True,
-    help="Of --parts; may be repeated.",
-)
-@data_option
-@photos_option
-@seconds_option
-@runs_option
-@folder_option
-@json_option
-@click.pass_context
-def scale(ctx, overrides, seed, check, parts, samples, data, photos, seconds, runs, folder, json_path) -> None:
-    """Simulate training on many hosts: images/s, what limits them, days, and what failures and checkpoints cost.
-
-    Without options: the plan that is assumed, every name that --set takes with its value, and what comes of it.
-    Rates of GPUs and networks are assumptions that --set makes; docs/scale.md says which were used there, and why.
-
-    \b
-    fastssl bench scale
-    fastssl bench scale --set hosts=1,8,64 --set gpu_rate=1000,4000 --json out.jsonl
-    fastssl bench scale --check --json check.jsonl
-    fastssl bench scale --parts --samples 1000000 --json parts.jsonl
-    """
-    if check and parts:
-        raise click.UsageError("give --check or --parts, not both")
-    mine = {"check": ("data", "photos", "seconds", "runs"), "parts": ("samples", "runs", "folder"), "": ("overrides", "seed")}
-    for kind, names in mine.items():
-        for name in names:
-            if name not in mine["check" if check else "parts" if parts else ""] and (
-                ctx.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT
-            ):
-                raise click.UsageError(
-                    f"--{name.replace('overrides', 'set')} goes {f'with --{kind}' if kind else 'without --check and --parts'}"
-                )
-    if check:
-        from fastssl.benchmarks.scale_check import SITUATIONS, run
-
-        jobs = [
-            (
-                f"check, {situation.words}, {source}",
-                lambda situation=situation, source=source: run(situation, source, seconds, runs, photos),
-            )
-            for situation, source in itertools.product(SITUATIONS, data)
-        ]
-    elif parts:
-        from fastssl.benchmarks.scale_parts import jobs as parts_of
-
-        jobs = parts_of(samples, runs, folder)
-    else:
-        from fastssl.benchmarks.scale import clusters, run
-
-        chosen = list(clusters(overrides))
-        jobs = [
-            (f"scale, {words or 'as it is'}", lambda words=words, cluster=cluster: run(words, cluster, seed)) for words, cluster in chosen
-        ]
-        if not overrides:
-            _plan(chosen[0][1], seed)
-    _measure(json_path, jobs)
-
-
-def _plan(cluster: Cluster, seed: int) -> None:
-    """What ``scale`` assumes and what comes of it, for one who has not said anything yet."""
-    from fastssl.benchmarks.scale import simulate
-    from fastssl.benchmarks.scale_plan import assumptions, consequences
-
-    for line in (*assumptions(cluster), *consequences(cluster, simulate(cluster, seed)), ""):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 @bench.command()
