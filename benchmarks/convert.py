@@ -27,11 +27,11 @@ from fastssl.benchmarks.photos import ensure_photos
 from fastssl.benchmarks.records import Record
 from fastssl.benchmarks.timing import MIN_RUNS
 from fastssl.benchmarks.windows import Contender, Window, measure_windows, rate, ratio
+from fastssl.errors import FastSSLError, counted
 from fastssl.pipelines import jpeg
 from fastssl.pipelines.beton import BetonReader
 from fastssl.pipelines.convert import ConvertOptions, ConvertSummary, convert
 from fastssl.pipelines.engines import engine_state
-from fastssl.pipelines.errors import FastSSLError, counted
 from fastssl.pipelines.native import available_cores
 from fastssl.pipelines.sources import Listing, list_source
 

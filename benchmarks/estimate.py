@@ -17,10 +17,10 @@ import torch
 from fastssl.backbones import resolve_arch
 from fastssl.benchmarks import cost, memory
 from fastssl.benchmarks.gauge import Measured, measure
+from fastssl.errors import FastSSLError, counted
 from fastssl.methods import METHODS
 from fastssl.pipelines.beton import BetonReader
 from fastssl.pipelines.engines import choose_engine
-from fastssl.pipelines.errors import FastSSLError, counted
 from fastssl.probe import choose_split, require_same_classes
 from fastssl.recipe import Recipe
 from fastssl.versions import describe_git, describe_host, describe_versions

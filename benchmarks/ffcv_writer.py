@@ -15,9 +15,9 @@ import numpy as np
 from PIL import Image
 
 from fastssl.benchmarks.windows import Window
+from fastssl.errors import FastSSLError
 from fastssl.pipelines.convert import ConvertOptions
 from fastssl.pipelines.engines import engine_state
-from fastssl.pipelines.errors import FastSSLError
 from fastssl.pipelines.sources import Listing
 
 

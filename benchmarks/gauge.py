@@ -20,9 +20,9 @@ from fastssl.benchmarks.loader import default_batch, endless, open_loader
 from fastssl.benchmarks.step import Step, random_views
 from fastssl.benchmarks.timing import peak_extra_bytes
 from fastssl.benchmarks.windows import stream_window, synchronize
+from fastssl.errors import FastSSLError
 from fastssl.evaluate.features import extract_features
 from fastssl.pipelines.beton import BetonReader
-from fastssl.pipelines.errors import FastSSLError
 from fastssl.pipelines.loader import Batch
 from fastssl.pipelines.native import available_cores
 from fastssl.recipe import Recipe

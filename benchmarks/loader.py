@@ -25,10 +25,10 @@ from fastssl.benchmarks.photos import describe_data, find_data
 from fastssl.benchmarks.records import Record
 from fastssl.benchmarks.timing import MIN_RUNS
 from fastssl.benchmarks.windows import Window, measure_windows, rate, ratio, stream_window, wait_share
+from fastssl.errors import counted
 from fastssl.pipelines.beton import MODE_RAW, BetonReader
 from fastssl.pipelines.crop import boxes_of, crop_resize_host
 from fastssl.pipelines.engine import Engine, Request
-from fastssl.pipelines.errors import counted
 from fastssl.pipelines.loader import ViewLoader
 from fastssl.pipelines.native import NativeEngine, available_cores
 from fastssl.pipelines.plan import ViewSpec, draw_plan

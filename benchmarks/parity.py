@@ -21,9 +21,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 from fastssl.benchmarks.photos import describe_data, find_data
 from fastssl.benchmarks.reference_views import pillow_colour, pillow_crop, torchvision_colour, torchvision_crop
+from fastssl.errors import FastSSLError
 from fastssl.pipelines.beton import BetonReader
 from fastssl.pipelines.engines import engine_state
-from fastssl.pipelines.errors import FastSSLError
 from fastssl.pipelines.loader import ViewLoader
 from fastssl.pipelines.plan import ViewSpec, draw_plan
 from fastssl.versions import describe_host, describe_versions

@@ -29,10 +29,10 @@ from fastssl.benchmarks.photos import describe_data, find_data
 from fastssl.benchmarks.records import Record
 from fastssl.benchmarks.timing import MIN_RUNS
 from fastssl.benchmarks.windows import Window, measure_windows, rate, ratio, stream_window
+from fastssl.errors import counted
 from fastssl.pipelines.beton import BetonReader
 from fastssl.pipelines.engine import EngineStats
 from fastssl.pipelines.engines import engine_state
-from fastssl.pipelines.errors import counted
 from fastssl.pipelines.native import available_cores
 from fastssl.pipelines.plan import ViewSpec
 

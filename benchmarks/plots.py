@@ -19,7 +19,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MultipleLocator, NullLo
 
 from fastssl.benchmarks.records import Record
 from fastssl.benchmarks.table import cells, figure
-from fastssl.pipelines.errors import counted
+from fastssl.errors import counted
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

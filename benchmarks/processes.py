@@ -25,8 +25,8 @@ from torch import Tensor
 
 from fastssl.collectives import share
 from fastssl.distributed import joined
+from fastssl.errors import FastSSLError, counted
 from fastssl.pipelines.beton import BetonReader
-from fastssl.pipelines.errors import FastSSLError, counted
 from fastssl.recipe import load_recipe, parse_overrides
 from fastssl.train import Run, RunOptions
 from fastssl.versions import describe_git, describe_host, describe_versions

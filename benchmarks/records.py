@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from fastssl.errors import FastSSLError
 from fastssl.json_text import read_json_records
-from fastssl.pipelines.errors import FastSSLError
 from fastssl.versions import describe_git, describe_host, describe_versions
 
 

@@ -16,8 +16,8 @@ from fastssl.benchmarks import plots, soak_plot
 from fastssl.benchmarks.complete import incomplete
 from fastssl.benchmarks.records import Record, read_records
 from fastssl.benchmarks.table import COLUMNS, RIGHT, cells, figure
+from fastssl.errors import FastSSLError, counted
 from fastssl.files import write_atomically
-from fastssl.pipelines.errors import FastSSLError, counted
 from fastssl.report.document import Block, Bullets, Code, Heading, Paragraph, Picture, Table, table_markdown, to_html, to_markdown
 
 TITLE = "Images per second"

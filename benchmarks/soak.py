@@ -25,8 +25,8 @@ from fastssl.benchmarks.records import Record
 from fastssl.benchmarks.steadiness import MB, PROBES, Verdict, Window, after_warmup, count, memory, rate, windows
 from fastssl.benchmarks.vitals import Sample, watch
 from fastssl.checkpoint import load_checkpoint
+from fastssl.errors import FastSSLError, counted
 from fastssl.pipelines.beton import BetonReader
-from fastssl.pipelines.errors import FastSSLError, counted
 from fastssl.pipelines.native import available_cores
 from fastssl.recipe import Recipe, recipe_to_dict
 

@@ -30,10 +30,10 @@ from fastssl.benchmarks.records import Record
 from fastssl.benchmarks.roofline import Cost, forward_cost
 from fastssl.benchmarks.timing import MIN_RUNS, Timing, measure_in_turns, peak_extra_bytes
 from fastssl.benchmarks.windows import synchronize
+from fastssl.errors import FastSSLError
 from fastssl.optim import create_optimizer
 from fastssl.pipelines.augment import parameter_table
 from fastssl.pipelines.crop import to_device
-from fastssl.pipelines.errors import FastSSLError
 from fastssl.pipelines.plan import draw_plan
 from fastssl.recipe import Recipe
 from fastssl.schedules import RunLength

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from fastssl.benchmarks.records import Record, read_records
-from fastssl.pipelines.errors import FastSSLError, counted
+from fastssl.errors import FastSSLError, counted
 from fastssl.report.document import escape_markdown
 
 COLUMNS = ("what", "recipe", "setting", "pair/s", "view/s", "of ceiling", "ceiling", "bottleneck")

@@ -24,8 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastssl.errors import FastSSLError, counted
 from fastssl.finish import RANDOM, RAW, REESTIMATED, TEACHER, TRAINED
-from fastssl.pipelines.errors import FastSSLError, counted
 from fastssl.recipe import load_recipe
 
 DESIGNS: dict[str, tuple[str, ...]] = {

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from fastssl.digest import digest
 from fastssl.drop_path import drop_path_layers
+from fastssl.errors import FastSSLError
 from fastssl.files import write_atomically
 from fastssl.names import nearest
-from fastssl.pipelines.errors import FastSSLError
 from fastssl.strided_pointwise import guard_strided_pointwise
 from fastssl.yaml_file import shown
 

@@ -28,8 +28,8 @@ from torch import Tensor, nn
 
 from fastssl.backbones import read_header, save_backbone
 from fastssl.digest import digest
+from fastssl.errors import FastSSLError
 from fastssl.files import link_atomically, write_atomically
-from fastssl.pipelines.errors import FastSSLError
 from fastssl.torch_file import UNREADABLE, require_stored_as_is
 
 #: raised when the layout of last.pt changes; 1 had no digest

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
-from fastssl.pipelines.errors import FastSSLError
+from fastssl.errors import FastSSLError
 from fastssl.world import World
 
 

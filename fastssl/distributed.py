@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 
 from fastssl.collectives import barrier
+from fastssl.errors import FastSSLError, Interrupted
 from fastssl.meeting import NotMet, Patience, agent_keeps_store, connect, meet
-from fastssl.pipelines.errors import FastSSLError, Interrupted
 from fastssl.watch import Watch, ended_line
 from fastssl.world import World
 

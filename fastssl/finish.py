@@ -14,6 +14,7 @@ from fastssl import monitor
 from fastssl.benchmarks.advice import smaller_side
 from fastssl.bottleneck import WORTH, bottleneck
 from fastssl.cli.command import command_line
+from fastssl.errors import without_folders
 from fastssl.evaluate.batchnorm import has_batchnorm, reestimated
 from fastssl.evaluate.colour_histogram import colour_histogram_features
 from fastssl.evaluate.features import Features
@@ -22,7 +23,6 @@ from fastssl.files import write_atomically
 from fastssl.json_text import to_json
 from fastssl.marks import COLOURS, MAJORITY, RANDOM, TRAINED
 from fastssl.marks import RAW as RAW_PIXELS
-from fastssl.pipelines.errors import without_folders
 from fastssl.probe import ProbeSplit, choose_split, probe_features
 from fastssl.report.page import write_report
 from fastssl.report.pictures import neighbours_picture, views_picture

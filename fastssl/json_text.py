@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fastssl.pipelines.errors import FastSSLError
+from fastssl.errors import FastSSLError
 
 
 def to_json(value: Any, indent: int | None = None) -> str:

@@ -17,7 +17,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from fastssl.pipelines.errors import FastSSLError, counted
+from fastssl.errors import FastSSLError, counted
 
 #: Seconds between two looks at the store, at first and later on.
 _OFTEN, _SELDOM = 0.05, 0.5

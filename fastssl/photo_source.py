@@ -25,6 +25,7 @@ from typing import Any
 
 from PIL import Image
 
+from fastssl.errors import FastSSLError, counted, printable
 from fastssl.pipelines.beton import BetonReader, read_side_file, side_path
 from fastssl.pipelines.convert import (
     PILLOW_FORMATS,
@@ -35,7 +36,6 @@ from fastssl.pipelines.convert import (
     rejects_path,
     tool_version,
 )
-from fastssl.pipelines.errors import FastSSLError, counted, printable
 from fastssl.pipelines.sources import Listing, list_source
 from fastssl.pipelines.stall import STALL_MINUTES, Patience, Step
 from fastssl.recipe import Recipe

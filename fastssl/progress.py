@@ -12,7 +12,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from fastssl.pipelines.errors import printable
+from fastssl.errors import printable
 
 Row = dict[str, Any]
 

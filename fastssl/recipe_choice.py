@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fastssl.backbones import resizes_positions, resolve_arch
+from fastssl.errors import FastSSLError, counted
 from fastssl.methods.method import MethodConfig
-from fastssl.pipelines.errors import FastSSLError, counted
 from fastssl.recipe import Recipe, is_given, with_batch
 
 if TYPE_CHECKING:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from fastssl.errors import FastSSLError, counted
 from fastssl.pipelines.beton import BetonReader, read_side_file
-from fastssl.pipelines.errors import FastSSLError, counted
 from fastssl.pipelines.verify import verify
 
 

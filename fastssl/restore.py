@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from fastssl.checkpoint import Position
+from fastssl.errors import FastSSLError, counted
 from fastssl.optim import state_names
-from fastssl.pipelines.errors import FastSSLError, counted
 from fastssl.yaml_file import shown
 
 

@@ -17,10 +17,10 @@ import yaml
 
 from fastssl.bad_step import BAD_STEPS
 from fastssl.checkpoint import LAST, differences, find_checkpoint, load_checkpoint, set_aside
+from fastssl.errors import FastSSLError, counted
 from fastssl.files import link_atomically, remove_unfinished, write_atomically
 from fastssl.launch import NO_LAUNCH, Launch
 from fastssl.metrics_file import MetricsFile
-from fastssl.pipelines.errors import FastSSLError, counted
 from fastssl.recipe import Recipe, build_recipe, recipe_to_dict
 from fastssl.run_status import read_status
 from fastssl.yaml_file import read_yaml

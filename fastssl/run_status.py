@@ -18,9 +18,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from fastssl.errors import FastSSLError
 from fastssl.files import write_atomically
 from fastssl.json_text import to_json
-from fastssl.pipelines.errors import FastSSLError
 from fastssl.pipelines.plain_file import read_plain
 
 NAME = "status.json"

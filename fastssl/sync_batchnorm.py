@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastssl.collectives import all_reduce_sum, gather_rows, world_size
-from fastssl.pipelines.errors import FastSSLError
+from fastssl.errors import FastSSLError
 
 
 def synchronise_batchnorm(network: nn.Module, device: torch.device) -> nn.Module:

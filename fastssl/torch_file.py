@@ -7,7 +7,7 @@ import struct
 import zipfile
 from pathlib import Path
 
-from fastssl.pipelines.errors import FastSSLError
+from fastssl.errors import FastSSLError
 
 #: what ``torch.load(weights_only=True)`` raises at files that are damaged, or that ``torch.save`` did not write
 UNREADABLE = (

@@ -35,12 +35,12 @@ from fastssl.checkpoint import Position, differences, has_all_files
 from fastssl.collectives import Vote, agree_any, barrier, broadcast_module, gather_values, share
 from fastssl.devices import choose_device, only_deterministic
 from fastssl.distributed import joined
+from fastssl.errors import FastSSLError, Interrupted, counted, without_folders
 from fastssl.finish import finish_run
 from fastssl.launch import launch_from_environment
 from fastssl.meters import MetricRing
 from fastssl.pipelines.beton import BetonReader
 from fastssl.pipelines.engines import require_engine
-from fastssl.pipelines.errors import FastSSLError, Interrupted, counted, without_folders
 from fastssl.pipelines.loader import Batch, ViewLoader
 from fastssl.pipelines.native import available_cores
 from fastssl.pipelines.order import steps_per_epoch

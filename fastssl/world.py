@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from fastssl.pipelines.errors import FastSSLError
+from fastssl.errors import FastSSLError
 
 #: Where srun's processes meet without MASTER_PORT: 10000 + job id modulo 20000. Below the ports that Linux hands out by itself (from 32768).
 _FIRST_PORT, _PORTS = 10000, 20000

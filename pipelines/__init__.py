@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from fastssl.pipelines.errors import BetonError, FastSSLError, JpegError
+from fastssl.errors import BetonError, FastSSLError, JpegError
 
 _LAZY = {
     "Batch": "fastssl.pipelines.loader",

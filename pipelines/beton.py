@@ -30,8 +30,8 @@ from pathlib import Path
 
 import numpy as np
 
+from fastssl.errors import BetonError, FastSSLError, JpegError, counted, printable
 from fastssl.pipelines import jpeg
-from fastssl.pipelines.errors import BetonError, FastSSLError, JpegError, counted, printable
 from fastssl.pipelines.plain_file import read_plain
 
 VERSION = 2

@@ -13,9 +13,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
+from fastssl.errors import BetonError, FastSSLError, JpegError, worker_error
 from fastssl.pipelines.beton import BetonReader
 from fastssl.pipelines.engine import EngineStats, Request
-from fastssl.pipelines.errors import BetonError, FastSSLError, JpegError, worker_error
 from fastssl.pipelines.verify import sample_checksums
 
 

@@ -39,9 +39,9 @@ import PIL
 import simplejpeg
 from PIL import Image
 
+from fastssl.errors import FastSSLError, JpegError, counted, printable, worker_error
 from fastssl.pipelines import jpeg
 from fastssl.pipelines.beton import DEFAULT_PAGE_SIZE, MIN_PAGE_SIZE, MODE_JPEG, MODE_RAW, RECORD_DTYPE, BetonReader, BetonWriter, side_path
-from fastssl.pipelines.errors import FastSSLError, JpegError, counted, printable, worker_error
 from fastssl.pipelines.sources import Listing, list_source
 from fastssl.pipelines.stall import STALL_MINUTES, Patience, Step
 

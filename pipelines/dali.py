@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastssl.errors import BetonError, FastSSLError, worker_error
 from fastssl.pipelines.beton import BetonReader
 from fastssl.pipelines.check import SampleCheck
 from fastssl.pipelines.engine import Engine, EngineStats, Rendered, Request
-from fastssl.pipelines.errors import BetonError, FastSSLError, worker_error
 from fastssl.pipelines.native import available_cores
 from fastssl.pipelines.plan import ViewSpec
 from fastssl.pipelines.stall import STALL_MINUTES, Patience

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import torch
 
+from fastssl.errors import FastSSLError, counted
 from fastssl.pipelines.beton import MODE_RAW, BetonReader
 from fastssl.pipelines.engine import Engine
-from fastssl.pipelines.errors import FastSSLError, counted
 from fastssl.pipelines.native import NativeEngine
 from fastssl.pipelines.plan import ViewSpec
 from fastssl.pipelines.stall import STALL_MINUTES

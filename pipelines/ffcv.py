@@ -31,12 +31,12 @@ from ffcv.pipeline.allocation_query import AllocationQuery
 from ffcv.pipeline.compiler import Compiler
 from torch import Tensor
 
+from fastssl.errors import FastSSLError, worker_error
 from fastssl.pipelines.beton import BetonReader
 from fastssl.pipelines.check import SampleCheck
 from fastssl.pipelines.compiled import crop_resize
 from fastssl.pipelines.crop import BOX, boxes_of
 from fastssl.pipelines.engine import Engine, EngineStats, Rendered, Request, batch_name, thread_initializer
-from fastssl.pipelines.errors import FastSSLError, worker_error
 from fastssl.pipelines.native import available_cores
 from fastssl.pipelines.plan import ViewSpec
 from fastssl.pipelines.stall import LEAVE_SECONDS, STALL_MINUTES, Patience

@@ -8,7 +8,7 @@ from typing import Any
 import numba
 from numba.core.caching import FunctionCache
 
-from fastssl.pipelines.errors import FastSSLError
+from fastssl.errors import FastSSLError
 
 
 def fast(function: Callable) -> Callable:

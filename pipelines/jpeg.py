@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import simplejpeg
 
-from fastssl.pipelines.errors import JpegError
+from fastssl.errors import JpegError
 
 #: Above this a header is taken for a decompression bomb (a few KB that ask for GBs). It is also Pillow's own limit.
 MAX_PIXELS = 178_956_970

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from fastssl.pipelines.errors import counted
+from fastssl.errors import counted
 from fastssl.pipelines.plan import ViewSpec, ViewSpecError
 
 #: What ``augment``, ``global_1``, ``global_2`` and ``local`` may set: everything of a view but what this object decides itself.

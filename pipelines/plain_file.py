@@ -6,7 +6,7 @@ import os
 import stat
 from pathlib import Path
 
-from fastssl.pipelines.errors import FastSSLError
+from fastssl.errors import FastSSLError
 
 
 def read_plain(path: str | os.PathLike, at_most: int) -> bytes:

@@ -27,7 +27,7 @@ from itertools import permutations
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fastssl.pipelines.errors import FastSSLError
+from fastssl.errors import FastSSLError
 from fastssl.pipelines.rng import Stream, check_range, stream_word
 
 #: Values of ``order``: the jitter's operations.

@@ -21,7 +21,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from fastssl.pipelines.errors import FastSSLError, counted, printable
+from fastssl.errors import FastSSLError, counted, printable
 from fastssl.pipelines.stall import Step
 
 #: Compared in lower case; the contents decide how a file is decoded.

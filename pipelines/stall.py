@@ -20,7 +20,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fastssl.pipelines.errors import FastSSLError, Stalled
+from fastssl.errors import FastSSLError, Stalled
 
 #: From then on a wait is worth a line: no disk that works is that slow.
 WARN_SECONDS = 60.0

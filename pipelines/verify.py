@@ -16,9 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
+from fastssl.errors import BetonError, JpegError, counted, worker_error
 from fastssl.pipelines.beton import BetonReader, read_side_file, side_path
 from fastssl.pipelines.convert import default_workers
-from fastssl.pipelines.errors import BetonError, JpegError, counted, worker_error
 from fastssl.pipelines.stall import STALL_MINUTES, Patience, Step
 
 

@@ -119,7 +119,7 @@ import sys, time, torch
 from fastssl.collectives import all_reduce_sum, barrier, rank, world_size
 from fastssl.distributed import joined
 from fastssl.world import world_from_environment
-from fastssl.pipelines.errors import FastSSLError, Interrupted
+from fastssl.errors import FastSSLError, Interrupted
 torch.set_num_threads(1)
 world = world_from_environment()
 """

@@ -19,7 +19,7 @@ import click
 
 from fastssl._version import __version__
 from fastssl.cli.lazy import LazyCommand, LazyGroup
-from fastssl.pipelines.errors import FastSSLError, Interrupted, printable
+from fastssl.errors import FastSSLError, Interrupted, printable
 from fastssl.pipelines.stall import threads_given_up
 from fastssl.world import first_of_host_speaks
 

@@ -16,8 +16,8 @@ import click
 
 from fastssl.cli.command import command_line
 from fastssl.cli.common import SomePath, console, finite, json_option, write_json
+from fastssl.errors import FastSSLError, counted
 from fastssl.json_text import to_json
-from fastssl.pipelines.errors import FastSSLError, counted
 
 if TYPE_CHECKING:
     from fastssl.benchmarks.records import Record

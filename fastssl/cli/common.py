@@ -15,10 +15,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from fastssl.errors import printable
 from fastssl.files import write_atomically
 from fastssl.json_text import records_to_json
 from fastssl.names import nearest
-from fastssl.pipelines.errors import printable
 
 __all__ = [
     "PIPELINES",

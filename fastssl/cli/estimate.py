@@ -11,7 +11,7 @@ import click
 
 from fastssl.cli.common import console, finite, json_option, pipeline_option, write_json
 from fastssl.cli.inputs import arch_option, batch_option, choose_inputs, data_option, epochs_option, recipe_option, val_option
-from fastssl.pipelines.errors import counted
+from fastssl.errors import counted
 
 if TYPE_CHECKING:
     from fastssl.benchmarks.estimate import Estimate

@@ -62,7 +62,7 @@ def _show(matched: Matched, source: Path, destination: Path, *, err: bool) -> No
     from rich.table import Table
     from rich.text import Text
 
-    from fastssl.pipelines.errors import printable
+    from fastssl.errors import printable
 
     scaled = f", BatchNorm weights scaled from eps {matched.eps:g}" if matched.eps else ""
     rows = [("backbone", matched.taken, f"taken, by {matched.names}'s names{scaled}")]

@@ -7,7 +7,7 @@ import dataclasses
 import click
 
 from fastssl.cli.common import json_option, write_json
-from fastssl.pipelines.errors import counted
+from fastssl.errors import counted
 
 
 @click.command()

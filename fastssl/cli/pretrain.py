@@ -8,7 +8,7 @@ import click
 
 from fastssl.cli.common import SomePath, console, json_option, pipeline_option, quiet, quiet_option, write_json
 from fastssl.cli.inputs import arch_option, batch_option, choose_inputs, data_option, epochs_option, recipe_option, val_option
-from fastssl.pipelines.errors import counted
+from fastssl.errors import counted
 
 
 @click.command()

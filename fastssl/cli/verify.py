@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from fastssl.cli.common import SomePath, console, json_option, progress_bar, quiet_option, write_json
-from fastssl.pipelines.errors import BetonError, counted
+from fastssl.errors import BetonError, counted
 
 #: How many damaged samples are printed; the JSON names all of them.
 SHOWN = 20

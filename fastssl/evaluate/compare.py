@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastssl.errors import FastSSLError, counted
 from fastssl.files import write_atomically
 from fastssl.json_text import read_json_records
-from fastssl.pipelines.errors import FastSSLError, counted
 from fastssl.report.document import Block, Heading, Paragraph, Table, to_html, to_markdown
 
 Record = dict[str, Any]

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from fastssl.collectives import rank, world_size
+from fastssl.errors import counted
 from fastssl.evaluate.features import ProbeError
 from fastssl.pipelines.beton import BetonReader
-from fastssl.pipelines.errors import counted
 from fastssl.pipelines.loader import Batch, ViewLoader
 from fastssl.pipelines.order import epoch_order
 from fastssl.pipelines.plan import ViewSpec

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from fastssl.collectives import agree_any, gather_uneven, rank, world_size
+from fastssl.errors import FastSSLError, counted
 from fastssl.pipelines.beton import BetonReader
-from fastssl.pipelines.errors import FastSSLError, counted
 from fastssl.pipelines.loader import ViewLoader
 from fastssl.pipelines.order import epoch_order
 from fastssl.pipelines.plan import ViewSpec

@@ -18,10 +18,10 @@ from pathlib import Path
 
 import numpy as np
 
+from fastssl.errors import counted
 from fastssl.evaluate.features import ProbeError
 from fastssl.pipelines.beton import BetonReader, read_side_file
 from fastssl.pipelines.convert import chosen_photos, rejects_path
-from fastssl.pipelines.errors import counted
 from fastssl.pipelines.order import epoch_order
 from fastssl.pipelines.sources import list_source
 

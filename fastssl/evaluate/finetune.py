@@ -21,13 +21,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from fastssl.collectives import all_reduce_sum, average_gradients, broadcast_module, rank, world_size
+from fastssl.errors import counted
 from fastssl.evaluate.classifier import Classifier
 from fastssl.evaluate.features import EVALUATION_CROP, ProbeError, collect, require_size, share, wilson_interval
 from fastssl.evaluate.photos import LabelledSplit
 from fastssl.host_memory import keep_freed_memory
 from fastssl.optim import OptimConfig, create_optimizer, parameter_groups
 from fastssl.pipelines.crop import to_device
-from fastssl.pipelines.errors import counted
 from fastssl.pipelines.loader import Batch, ViewLoader
 from fastssl.pipelines.plan import ViewSpec
 from fastssl.schedules import learning_rate

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastssl.backbones import create_backbone, load_backbone, other_kinds, read_header, unfit_for
 from fastssl.checkpoint import is_detector, load_checkpoint
-from fastssl.pipelines.errors import FastSSLError
+from fastssl.errors import FastSSLError
 from fastssl.yaml_file import read_yaml
 
 NETWORKS = ("student", "teacher")

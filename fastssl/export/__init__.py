@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from fastssl._version import __version__
+from fastssl.errors import FastSSLError
 from fastssl.evaluate.features import EVALUATION_CROP, EVALUATION_SIZE
 from fastssl.evaluate.trained import Trained
-from fastssl.pipelines.errors import FastSSLError
 
 #: format -> endings of the files that it writes; "" is a folder
 ENDINGS: dict[str, tuple[str, ...]] = {

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fastssl.pipelines.errors import FastSSLError
+from fastssl.errors import FastSSLError
 
 
 def check_names(path: Path, have: Iterable[str], want: Iterable[str], network: str) -> None:

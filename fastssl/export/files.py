@@ -17,8 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fastssl.errors import FastSSLError
 from fastssl.files import usual_mode
-from fastssl.pipelines.errors import FastSSLError
 from fastssl.torch_file import UNREADABLE
 
 #: what a folder of ``--format timm`` holds

@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from fastssl.errors import FastSSLError
 from fastssl.export.check import check_features
-from fastssl.pipelines.errors import FastSSLError
 
 INPUT, OUTPUT = "images", "features"
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from fastssl.errors import FastSSLError
 from fastssl.export.files import save_tensors
-from fastssl.pipelines.errors import FastSSLError
 
 
 def write_file(backbone: nn.Module, path: Path, about: dict[str, str]) -> float:

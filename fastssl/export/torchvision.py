@@ -16,10 +16,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from fastssl.errors import FastSSLError
 from fastssl.export.check import check_features, check_names
 from fastssl.export.files import save_tensors
 from fastssl.foreign.torchvision_names import TWINS, Twin, to_torchvision
-from fastssl.pipelines.errors import FastSSLError
 
 
 def twin_of(arch: str) -> Twin:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from fastssl.pipelines.errors import FastSSLError
+from fastssl.errors import FastSSLError
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from fastssl.errors import FastSSLError
 from fastssl.files import write_atomically
 from fastssl.marks import COLOURS, MARKS, RANDOM, RAW, TRAINED, mark_of
-from fastssl.pipelines.errors import FastSSLError
 from fastssl.pipelines.plain_file import read_plain
 from fastssl.report.style import CSS
 from fastssl.report.svg import Mark, Series, line_chart

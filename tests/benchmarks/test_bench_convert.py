@@ -19,11 +19,11 @@ from fastssl.benchmarks.records import Record, read_records
 from fastssl.benchmarks.table import cells
 from fastssl.cli import main
 from fastssl.cli.bench import bench
+from fastssl.errors import FastSSLError
 from fastssl.pipelines import convert as converter
 from fastssl.pipelines import jpeg
 from fastssl.pipelines.beton import BetonReader
 from fastssl.pipelines.convert import ConvertOptions, convert, encode_photo
-from fastssl.pipelines.errors import FastSSLError
 from fastssl.pipelines.sources import Listing, list_source
 
 SMALL = ConvertOptions(short_side=40, workers=2, resume=False)

@@ -15,7 +15,7 @@ from fastssl.benchmarks import step as step_bench
 from fastssl.benchmarks import train as bench
 from fastssl.benchmarks.roofline import Cost
 from fastssl.benchmarks.step import Fitted
-from fastssl.pipelines.errors import FastSSLError
+from fastssl.errors import FastSSLError
 from fastssl.pipelines.native import available_cores
 from fastssl.recipe import load_recipe
 from fastssl.step import TrainStep

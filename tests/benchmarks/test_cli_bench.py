@@ -13,7 +13,7 @@ from fastssl.benchmarks import limits, loader, loss, step, train, views
 from fastssl.benchmarks.records import Record, read_records
 from fastssl.cli import main
 from fastssl.cli.bench import bench
-from fastssl.pipelines.errors import FastSSLError
+from fastssl.errors import FastSSLError
 
 MODULES = {"loader": loader, "views": views, "loss": loss, "step": step, "train": train}
 

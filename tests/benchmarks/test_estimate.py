@@ -17,9 +17,9 @@ from fastssl.benchmarks import estimate as estimate_module
 from fastssl.benchmarks.cost import Line, MemoryModel
 from fastssl.benchmarks.estimate import Estimate, run
 from fastssl.benchmarks.step import Step
+from fastssl.errors import FastSSLError
 from fastssl.methods import DINOConfig, MoCoConfig, SimCLRConfig, SwAVConfig
 from fastssl.pipelines.beton import BetonReader
-from fastssl.pipelines.errors import FastSSLError
 from fastssl.pipelines.loader import ViewLoader
 from fastssl.recipe import Recipe, load_recipe
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from fastssl.benchmarks.records import Record, read_records, write_records
-from fastssl.pipelines.errors import FastSSLError
+from fastssl.errors import FastSSLError
 
 PUBLIC_FIELDS = [
     "bench", "recipe", "arch", "pipeline", "device", "batch_size", "workers", "pair_per_s", "view_per_s", "median_s", "runs",

@@ -10,8 +10,8 @@ import yaml
 
 from fastssl.benchmarks import view_study
 from fastssl.benchmarks.view_study import Cell, cells, main, table
+from fastssl.errors import FastSSLError
 from fastssl.finish import RANDOM, RAW, REESTIMATED, TEACHER, TRAINED
-from fastssl.pipelines.errors import FastSSLError
 from fastssl.recipe import load_recipe, parse_overrides
 
 STUDY = Path(view_study.__file__).parent / "results" / "view-sampling"

@@ -22,7 +22,7 @@ from fastssl.backbones import (
     save_backbone,
     zero_residual_branches,
 )
-from fastssl.pipelines.errors import FastSSLError
+from fastssl.errors import FastSSLError
 from fastssl.recipe import load_recipe
 from fastssl.step import TrainStep
 

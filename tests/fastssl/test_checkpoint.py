@@ -25,12 +25,12 @@ from fastssl.checkpoint import (
     set_aside,
     write_state,
 )
+from fastssl.errors import FastSSLError
 from fastssl.heads import ProjectorConfig
 from fastssl.losses.pairs import PairWeights
 from fastssl.methods.method import Views
 from fastssl.methods.moco import MoCo, MoCoConfig
 from fastssl.optim import OptimConfig, create_optimizer
-from fastssl.pipelines.errors import FastSSLError
 from fastssl.restore import restore
 
 

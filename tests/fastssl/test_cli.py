@@ -13,7 +13,7 @@ import pytest
 from fastssl import cli as module
 from fastssl import world
 from fastssl.cli import main
-from fastssl.pipelines.errors import FastSSLError, Interrupted
+from fastssl.errors import FastSSLError, Interrupted
 
 
 @pytest.fixture

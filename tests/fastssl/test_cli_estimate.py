@@ -13,7 +13,7 @@ from fastssl.benchmarks import estimate as bench
 from fastssl.benchmarks.estimate import Estimate
 from fastssl.cli import main
 from fastssl.cli.estimate import describe
-from fastssl.pipelines.errors import FastSSLError
+from fastssl.errors import FastSSLError
 
 SMALL = (
     "--recipe",

@@ -16,7 +16,7 @@ from conftest import jpeg_bytes, make_photo
 from fastssl import devices, sample_set
 from fastssl.cli import main
 from fastssl.cli.inputs import Inputs, choose_inputs
-from fastssl.pipelines.errors import FastSSLError
+from fastssl.errors import FastSSLError
 
 ARCH = "lcnet_035"
 #: A network's heads and views that take no time.

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from fastssl.cli import main
+from fastssl.errors import FastSSLError
 from fastssl.evaluate.compare import FIGURES, comparison, read_evaluations, write_comparison
-from fastssl.pipelines.errors import FastSSLError
 from fastssl.report.document import Paragraph, Table, table_markdown
 
 

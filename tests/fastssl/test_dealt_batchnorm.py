@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fastssl.collectives import rank, world_size
 from fastssl.dealt_batchnorm import DealtStatistics
-from fastssl.pipelines.errors import FastSSLError
+from fastssl.errors import FastSSLError
 
 GROUPS, STEPS = 6, 3
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
+from fastssl.errors import FastSSLError
 from fastssl.evaluate.detection import average_precision as module
 from fastssl.evaluate.detection.average_precision import FIGURES, average_precision
 from fastssl.evaluate.detection.predict import of_kind
-from fastssl.pipelines.errors import FastSSLError
 
 SQUARE = [[10, 10, 50, 10, 50, 50, 10, 50]]
 

@@ -12,13 +12,13 @@ from shapes import make_shapes
 from fastssl.backbones import create_backbone
 from fastssl.checkpoint import write_state
 from fastssl.collectives import rank, world_size
+from fastssl.errors import FastSSLError
 from fastssl.evaluate.detection import train as module
 from fastssl.evaluate.detection.annotations import DetectionError, DetectionSet, load_coco
 from fastssl.evaluate.detection.batches import load_batches, to_device, training_requests
 from fastssl.evaluate.detection.model import Detector, DetectorConfig
 from fastssl.evaluate.detection.predict import predict
 from fastssl.evaluate.detection.train import TrainingConfig, create_optimizer, fine_tune
-from fastssl.pipelines.errors import FastSSLError
 from fastssl.world import World, world_from_environment
 
 CPU = torch.device("cpu")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastssl.devices import choose_device, only_deterministic
-from fastssl.pipelines.errors import FastSSLError
+from fastssl.errors import FastSSLError
 from fastssl.world import World
 
 

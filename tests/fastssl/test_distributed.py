@@ -21,8 +21,8 @@ from fastssl.collectives import (
     world_size,
 )
 from fastssl.distributed import joined
+from fastssl.errors import FastSSLError
 from fastssl.meeting import Patience
-from fastssl.pipelines.errors import FastSSLError
 from fastssl.world import World, world_from_environment
 
 CPU = torch.device("cpu")

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fastssl.errors import FastSSLError
 from fastssl.evaluate import photos
 from fastssl.evaluate.photos import open_photos, open_split
-from fastssl.pipelines.errors import FastSSLError
 
 
 def test_a_folder_is_as_good_as_a_file(beton: Path, photo_tree: Path) -> None:

@@ -9,9 +9,9 @@ from typing import NoReturn
 import pytest
 
 from fastssl.cli.common import write_json
+from fastssl.errors import FastSSLError
 from fastssl.json_text import read_json_records, to_json
 from fastssl.metrics_file import MetricsFile
-from fastssl.pipelines.errors import FastSSLError
 from fastssl.run_status import write_status
 
 NAN, INFINITY = float("nan"), float("inf")

@@ -16,7 +16,7 @@ from small_run import Silent, options, rows, same, small, state, status
 from torch import nn
 
 from fastssl.bad_step import save_bad_step
-from fastssl.pipelines.errors import FastSSLError, Interrupted
+from fastssl.errors import FastSSLError, Interrupted
 from fastssl.pipelines.loader import Batch, ViewLoader
 from fastssl.pipelines.plan import ViewSpec
 from fastssl.probe import OnlineProbe

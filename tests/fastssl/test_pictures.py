@@ -9,10 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
+from fastssl.errors import FastSSLError
 from fastssl.evaluate.features import Features
 from fastssl.pipelines import jpeg
 from fastssl.pipelines.beton import BetonReader, BetonWriter
-from fastssl.pipelines.errors import FastSSLError
 from fastssl.pipelines.loader import ViewLoader
 from fastssl.pipelines.plan import ViewSpec
 from fastssl.report import pictures

@@ -11,7 +11,7 @@ from rich.console import Console
 from small_run import Silent, options, small
 
 from fastssl.cli import main
-from fastssl.pipelines.errors import counted
+from fastssl.errors import counted
 from fastssl.progress import RunProgress
 from fastssl.train import pretrain
 

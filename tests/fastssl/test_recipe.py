@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fastssl.pipelines.errors import FastSSLError
+from fastssl.errors import FastSSLError
 from fastssl.recipe import build_recipe, load_recipe, parse_overrides, recipe_names, recipe_path, recipe_to_dict
 from fastssl.schedules import learning_rate
 

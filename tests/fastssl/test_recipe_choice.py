@@ -8,9 +8,9 @@ from itertools import pairwise
 import pytest
 from tiny import TinyBackbone
 
+from fastssl.errors import FastSSLError
 from fastssl.methods import METHODS
 from fastssl.methods.method import Views
-from fastssl.pipelines.errors import FastSSLError
 from fastssl.recipe import Recipe, build_recipe, load_recipe, recipe_names, recipe_to_dict
 from fastssl.recipe_choice import FEWEST_EPOCHS, MOST_EPOCHS, choose, fit, follow_samples, require_photos, warnings_for
 

@@ -12,7 +12,7 @@ from html.parser import HTMLParser
 import pytest
 from PIL import Image
 
-from fastssl.pipelines.errors import FastSSLError
+from fastssl.errors import FastSSLError
 from fastssl.report.page import duration, headline, read_run, render, write_report
 from fastssl.report.svg import Mark, Series, format_number, line_chart, nice_ticks
 

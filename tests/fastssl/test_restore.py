@@ -13,8 +13,8 @@ from small_run import Silent, options, same, small, state
 from torch import nn
 
 from fastssl.checkpoint import write_state
+from fastssl.errors import FastSSLError
 from fastssl.optim import OptimConfig, create_optimizer
-from fastssl.pipelines.errors import FastSSLError
 from fastssl.restore import Unfit, load_network, load_optimizer
 from fastssl.train import pretrain
 

@@ -19,8 +19,8 @@ from small_run import SMALL, Silent, options, rows, same, small, state, status
 from fastssl import checkpoint
 from fastssl.backbones import read_header
 from fastssl.checkpoint import load_checkpoint, write_state
+from fastssl.errors import FastSSLError, Interrupted
 from fastssl.pipelines.beton import MODE_RAW, BetonWriter
-from fastssl.pipelines.errors import FastSSLError, Interrupted
 from fastssl.probe import OnlineProbe
 from fastssl.recipe import Recipe
 from fastssl.saver import Saver

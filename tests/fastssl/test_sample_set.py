@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 
 from fastssl import sample_set
+from fastssl.errors import FastSSLError
 from fastssl.panorama import Cameras, directions, render
 from fastssl.pipelines.beton import BetonReader
-from fastssl.pipelines.errors import FastSSLError
 from fastssl.sample_set import PARTS, SIZE, default_cache_dir, draw_cameras, ensure_sample_set, load_panorama, places
 
 

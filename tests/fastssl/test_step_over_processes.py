@@ -17,7 +17,7 @@ from torch import Tensor
 from fastssl.collectives import all_reduce_mean, rank, world_size
 from fastssl.devices import choose_device
 from fastssl.distributed import joined
-from fastssl.pipelines.errors import FastSSLError
+from fastssl.errors import FastSSLError
 from fastssl.recipe import Recipe, load_recipe
 from fastssl.schedules import RunLength
 from fastssl.step import TrainStep

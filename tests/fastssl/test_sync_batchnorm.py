@@ -14,7 +14,7 @@ from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
 from fastssl.collectives import rank, world_size
-from fastssl.pipelines.errors import FastSSLError
+from fastssl.errors import FastSSLError
 from fastssl.precision import HalfCopy
 from fastssl.sync_batchnorm import HostKernels, SynchronisedBatchNorm2d, separate_batchnorm, synchronise_batchnorm
 

@@ -15,8 +15,8 @@ import torch
 import yaml
 from processes import Started, free_port, run_processes
 
+from fastssl.errors import FastSSLError, Interrupted
 from fastssl.pipelines.beton import BetonReader
-from fastssl.pipelines.errors import FastSSLError, Interrupted
 from fastssl.recipe import load_recipe, parse_overrides
 from fastssl.train import Run, RunOptions, pretrain
 

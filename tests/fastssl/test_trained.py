@@ -10,8 +10,8 @@ import torch
 from fastssl.backbones import create_backbone, save_backbone
 from fastssl.checkpoint import write_state
 from fastssl.cli import main
+from fastssl.errors import FastSSLError
 from fastssl.evaluate.trained import load_trained
-from fastssl.pipelines.errors import FastSSLError
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fastssl.pipelines.errors import FastSSLError
+from fastssl.errors import FastSSLError
 from fastssl.recipe import RECIPE_FOLDER, load_recipe
 from fastssl.yaml_file import MAX_BYTES, parse_yaml, read_yaml
 

@@ -13,10 +13,10 @@ import numpy as np
 from fuzz.files import Beton
 from fuzz.guarded import Guarded, GuardedReader
 
+from fastssl.errors import BetonError, FastSSLError, JpegError, WorkerError
 from fastssl.pipelines import jpeg
 from fastssl.pipelines.beton import MODE_JPEG
 from fastssl.pipelines.convert import ConvertOptions, encode_photo
-from fastssl.pipelines.errors import BetonError, FastSSLError, JpegError, WorkerError
 from fastssl.pipelines.loader import ViewLoader
 from fastssl.pipelines.plan import ViewSpec
 

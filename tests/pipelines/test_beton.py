@@ -10,9 +10,9 @@ import warnings
 import numpy as np
 import pytest
 
+from fastssl.errors import BetonError, JpegError
 from fastssl.pipelines import beton, jpeg
 from fastssl.pipelines.beton import MODE_JPEG, MODE_RAW, BetonReader, BetonWriter
-from fastssl.pipelines.errors import BetonError, JpegError
 
 
 def pictures(count, seed=0, side=40):

@@ -16,9 +16,9 @@ import torch
 from children import in_child
 from conftest import need_engine
 
+from fastssl.errors import BetonError, JpegError
 from fastssl.pipelines import beton as beton_module
 from fastssl.pipelines.beton import BetonReader
-from fastssl.pipelines.errors import BetonError, JpegError
 from fastssl.pipelines.loader import ViewLoader
 from fastssl.pipelines.plan import ViewSpec
 from fastssl.pipelines.verify import verify

@@ -19,10 +19,10 @@ from PIL import Image
 from power import Disk
 
 from fastssl.cli import main
+from fastssl.errors import JpegError
 from fastssl.pipelines import jpeg
 from fastssl.pipelines.beton import BetonReader, BetonWriter
 from fastssl.pipelines.convert import ConvertError, ConvertOptions, convert, encode_photo, rejects_path
-from fastssl.pipelines.errors import JpegError
 from fastssl.pipelines.sources import SourceError
 
 

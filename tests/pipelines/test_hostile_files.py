@@ -8,9 +8,9 @@ import warnings
 import numpy as np
 import pytest
 
+from fastssl.errors import BetonError, FastSSLError, JpegError
 from fastssl.pipelines import beton, jpeg
 from fastssl.pipelines.beton import MODE_JPEG, MODE_RAW, BetonReader, BetonWriter
-from fastssl.pipelines.errors import BetonError, FastSSLError, JpegError
 
 METADATA_AT = 24 + 2 * 1041
 

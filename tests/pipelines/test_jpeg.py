@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fastssl.errors import JpegError
 from fastssl.pipelines import jpeg
-from fastssl.pipelines.errors import JpegError
 
 
 def picture(height=45, width=61, seed=0):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fastssl.pipelines.errors import FastSSLError
+from fastssl.errors import FastSSLError
 from fastssl.pipelines.plain_file import read_plain
 
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fastssl.pipelines.errors import FastSSLError
+from fastssl.errors import FastSSLError
 from fastssl.pipelines.rng import SeedError, Stream, keyed_words, philox4x32
 
 # The philox4x32-10 lines of the known answers published with Random123: counter, key, result.

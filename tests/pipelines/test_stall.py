@@ -19,9 +19,9 @@ from conftest import need_engine
 from rich.console import Console
 
 from fastssl.cli import main
+from fastssl.errors import FastSSLError, Stalled, WorkerError
 from fastssl.pipelines import beton as beton_module
 from fastssl.pipelines import native, stall
-from fastssl.pipelines.errors import FastSSLError, Stalled, WorkerError
 from fastssl.pipelines.loader import ViewLoader
 from fastssl.pipelines.plan import ViewSpec
 from fastssl.pipelines.stall import Patience

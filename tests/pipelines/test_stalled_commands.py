@@ -18,11 +18,11 @@ import pytest
 from children import in_child
 
 from fastssl.cli import main
+from fastssl.errors import FastSSLError, Stalled, WorkerError
 from fastssl.pipelines import convert as convert_module
 from fastssl.pipelines import jpeg, stall
 from fastssl.pipelines.beton import BetonReader, BetonWriter, _OpenFile
 from fastssl.pipelines.convert import ConvertOptions, convert
-from fastssl.pipelines.errors import FastSSLError, Stalled, WorkerError
 from fastssl.pipelines.sources import Listing
 from fastssl.pipelines.stall import Patience, Step
 from fastssl.pipelines.verify import verify

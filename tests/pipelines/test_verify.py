@@ -12,10 +12,10 @@ import pytest
 from PIL import Image
 
 from fastssl.cli import main
+from fastssl.errors import BetonError
 from fastssl.pipelines import jpeg
 from fastssl.pipelines.beton import BetonReader
 from fastssl.pipelines.convert import convert
-from fastssl.pipelines.errors import BetonError
 from fastssl.pipelines.verify import sample_checksums, verify
 
 

@@ -11,7 +11,7 @@ import click
 
 from fastssl.cli.common import SomePath, finite, json_option, progress_bar, quiet_option
 from fastssl.cli.evaluate.common import checkpoint_argument, device_option, finish, seed_option, which_option, workers_option
-from fastssl.pipelines.errors import counted
+from fastssl.errors import counted
 
 if TYPE_CHECKING:
     from fastssl.evaluate.detection.annotations import DetectionSet

@@ -12,7 +12,7 @@ import click
 
 from fastssl.cli.common import finite
 from fastssl.cli.evaluate.common import FEATURE_OPTIONS, finish, network, options, percent, pictures, share_features, split_features
-from fastssl.pipelines.errors import counted
+from fastssl.errors import counted
 
 if TYPE_CHECKING:
     import numpy as np

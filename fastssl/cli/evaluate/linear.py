@@ -19,7 +19,7 @@ from fastssl.cli.evaluate.common import (
     pictures,
     split_features,
 )
-from fastssl.pipelines.errors import counted
+from fastssl.errors import counted
 
 if TYPE_CHECKING:
     from fastssl.evaluate.photos import LabelledSplit

@@ -25,7 +25,7 @@ from fastssl.cli.evaluate.common import (
     which_option,
     workers_option,
 )
-from fastssl.pipelines.errors import counted
+from fastssl.errors import counted
 
 if TYPE_CHECKING:
     import numpy as np
@@ -43,8 +43,8 @@ class ShareOfLabels(click.ParamType):
     name = "share"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        from fastssl.errors import FastSSLError
         from fastssl.evaluate.few_labels import parse_share
-        from fastssl.pipelines.errors import FastSSLError
 
         if isinstance(value, float):
             return value

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from fastssl.pipelines.errors import FastSSLError, counted
+from fastssl.errors import FastSSLError, counted
 
 #: Polygons ([[x0, y0, x1, y1, ...], ...] in pixels), or COCO's run lengths ({"size": [h, w], "counts": ...}).
 Segmentation = Sequence[Sequence[float]] | Mapping[str, Any]

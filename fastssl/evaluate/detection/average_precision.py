@@ -6,7 +6,7 @@ import contextlib
 import io
 from typing import Any
 
-from fastssl.pipelines.errors import FastSSLError
+from fastssl.errors import FastSSLError
 
 #: COCOeval's first six figures: mean over IoU 0.50 to 0.95, at 0.50, at 0.75, and of boxes up to 32^2, up to 96^2 and above 96^2 pixels.
 FIGURES = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from fastssl.collectives import agree_any
+from fastssl.errors import FastSSLError
 from fastssl.evaluate.detection.annotations import DetectionSet, require_same_categories, require_something_to_find
 from fastssl.evaluate.detection.average_precision import average_precision, require_pycocotools
 from fastssl.evaluate.detection.batches import check_pictures
@@ -21,7 +22,6 @@ from fastssl.evaluate.detection.train import TrainingConfig, fine_tune
 from fastssl.evaluate.features import share
 from fastssl.files import write_atomically
 from fastssl.json_text import to_json
-from fastssl.pipelines.errors import FastSSLError
 from fastssl.world import World
 
 #: (label, total, unit) -> a bar whose value is told how many are done: ``fastssl.cli.common.progress_bar``.
