@@ -35,12 +35,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from fastssl.backbones import create_backbone, feature_dim
-from fastssl.files import write_atomically
 from fastssl.pipelines.beton import BetonReader
-from fastssl.pipelines.native import available_cores
 from fastssl.probe import choose_split, probe_features
 from fastssl.recipe import load_recipe
-from fastssl.versions import describe_git, describe_host, describe_versions
+from fastssl.utils.atomic_files import write_atomically
+from fastssl.utils.cores import available_cores
+from fastssl.utils.versions import describe_git, describe_host, describe_versions
 
 METHODS = ("simclr", "moco")
 #: Of lightly's examples.

@@ -16,7 +16,7 @@ from fastssl.benchmarks.records import Record
 from fastssl.benchmarks.timing import MIN_RUNS, measure_in_turns
 from fastssl.benchmarks.windows import measure_windows, rate
 from fastssl.pipelines.beton import BetonReader
-from fastssl.pipelines.native import available_cores
+from fastssl.utils.cores import available_cores
 
 _PRODUCTS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

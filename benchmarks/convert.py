@@ -32,8 +32,8 @@ from fastssl.pipelines import jpeg
 from fastssl.pipelines.beton import BetonReader
 from fastssl.pipelines.convert import ConvertOptions, ConvertSummary, convert
 from fastssl.pipelines.engines import engine_state
-from fastssl.pipelines.native import available_cores
 from fastssl.pipelines.sources import Listing, list_source
+from fastssl.utils.cores import available_cores
 
 #: The two things a converter does, by the name of the record's part.
 MODES = {"copy": {"keep_size": True, "short_side": None}, "short side 256": {"short_side": 256}}

@@ -23,7 +23,7 @@ from fastssl.pipelines.beton import BetonReader
 from fastssl.pipelines.engines import choose_engine
 from fastssl.probe import choose_split, require_same_classes
 from fastssl.recipe import Recipe
-from fastssl.versions import describe_git, describe_host, describe_versions
+from fastssl.utils.versions import describe_git, describe_host, describe_versions
 
 
 def _final_passes(recipe: Recipe, photos: int) -> int:

@@ -24,9 +24,9 @@ from fastssl.errors import FastSSLError
 from fastssl.evaluate.features import extract_features
 from fastssl.pipelines.beton import BetonReader
 from fastssl.pipelines.loader import Batch
-from fastssl.pipelines.native import available_cores
 from fastssl.recipe import Recipe
 from fastssl.step import use_amp
+from fastssl.utils.cores import available_cores
 
 #: Batch of the first step, which says how slow the machine is.
 FIRST_BATCH = 2

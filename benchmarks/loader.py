@@ -30,9 +30,10 @@ from fastssl.pipelines.beton import MODE_RAW, BetonReader
 from fastssl.pipelines.crop import boxes_of, crop_resize_host
 from fastssl.pipelines.engine import Engine, Request
 from fastssl.pipelines.loader import ViewLoader
-from fastssl.pipelines.native import NativeEngine, available_cores
+from fastssl.pipelines.native import NativeEngine
 from fastssl.pipelines.plan import ViewSpec, draw_plan
 from fastssl.recipe import Recipe
+from fastssl.utils.cores import available_cores
 
 #: Samples of an epoch: small files are read again and again, because a real epoch is not over after a handful of batches.
 _EPOCH = 65536

@@ -26,7 +26,7 @@ from fastssl.pipelines.beton import BetonReader
 from fastssl.pipelines.engines import engine_state
 from fastssl.pipelines.loader import ViewLoader
 from fastssl.pipelines.plan import ViewSpec, draw_plan
-from fastssl.versions import describe_host, describe_versions
+from fastssl.utils.versions import describe_host, describe_versions
 
 _PLAIN = ViewSpec(size=96, area=(0.2, 1.0), flip=0.0, jitter=0.0, grey=0.0, blur=0.0)
 _NO_JITTER = {"brightness": 0.0, "contrast": 0.0, "saturation": 0.0, "hue": 0.0}

@@ -33,8 +33,8 @@ from fastssl.errors import counted
 from fastssl.pipelines.beton import BetonReader
 from fastssl.pipelines.engine import EngineStats
 from fastssl.pipelines.engines import engine_state
-from fastssl.pipelines.native import available_cores
 from fastssl.pipelines.plan import ViewSpec
+from fastssl.utils.cores import available_cores
 
 #: The two views of MoCo-v2, and the same without colour.
 AUGMENTED = ViewSpec(size=224, count=2, area=(0.2, 1.0))

@@ -19,8 +19,8 @@ from PIL import Image, ImageDraw
 
 from fastssl.pipelines import jpeg
 from fastssl.pipelines.beton import MIN_PAGE_SIZE, BetonReader, BetonWriter
-from fastssl.pipelines.native import available_cores
 from fastssl.sample_set import default_cache_dir, ensure_sample_set
+from fastssl.utils.cores import available_cores
 
 #: (height, width): about every fourth ImageNet photo is upright.
 SIZES = ((375, 500), (375, 500), (375, 500), (500, 375))

@@ -29,7 +29,7 @@ from fastssl.errors import FastSSLError, counted
 from fastssl.pipelines.beton import BetonReader
 from fastssl.recipe import load_recipe, parse_overrides
 from fastssl.train import Run, RunOptions
-from fastssl.versions import describe_git, describe_host, describe_versions
+from fastssl.utils.versions import describe_git, describe_host, describe_versions
 from fastssl.world import world_from_environment
 
 _SMALL = ("views.global_size=32", "views.local_size=16", "views.local_count=2", "probe.every_epochs=0", "train.log_every=1")

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from fastssl.errors import FastSSLError
-from fastssl.json_text import read_json_records
-from fastssl.versions import describe_git, describe_host, describe_versions
+from fastssl.utils.json_text import read_json_records
+from fastssl.utils.versions import describe_git, describe_host, describe_versions
 
 
 @dataclass

@@ -17,8 +17,8 @@ from fastssl.benchmarks.complete import incomplete
 from fastssl.benchmarks.records import Record, read_records
 from fastssl.benchmarks.table import COLUMNS, RIGHT, cells, figure
 from fastssl.errors import FastSSLError, counted
-from fastssl.files import write_atomically
 from fastssl.report.document import Block, Bullets, Code, Heading, Paragraph, Picture, Table, table_markdown, to_html, to_markdown
+from fastssl.utils.atomic_files import write_atomically
 
 TITLE = "Images per second"
 #: file name without suffix, what draws it, what it shows

@@ -27,8 +27,8 @@ from fastssl.benchmarks.vitals import Sample, watch
 from fastssl.checkpoint import load_checkpoint
 from fastssl.errors import FastSSLError, counted
 from fastssl.pipelines.beton import BetonReader
-from fastssl.pipelines.native import available_cores
 from fastssl.recipe import Recipe, recipe_to_dict
+from fastssl.utils.cores import available_cores
 
 #: More than any soak makes: it ends by the clock.
 _EPOCHS = 1_000_000

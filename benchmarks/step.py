@@ -33,11 +33,11 @@ from fastssl.benchmarks.windows import synchronize
 from fastssl.errors import FastSSLError
 from fastssl.optim import create_optimizer
 from fastssl.pipelines.augment import parameter_table
-from fastssl.pipelines.crop import to_device
 from fastssl.pipelines.plan import draw_plan
 from fastssl.recipe import Recipe
 from fastssl.schedules import RunLength
 from fastssl.step import TrainStep, use_amp
+from fastssl.utils.transfer import to_device
 
 #: Runs of the optimiser alone, which takes milliseconds.
 _UPDATE_RUNS = 21

@@ -27,9 +27,9 @@ from fastssl.bottleneck import bottleneck, data_share
 from fastssl.pipelines.beton import BetonReader
 from fastssl.pipelines.engine import EngineStats
 from fastssl.pipelines.loader import Batch, ViewLoader
-from fastssl.pipelines.native import available_cores
 from fastssl.recipe import Recipe
 from fastssl.step import use_amp
+from fastssl.utils.cores import available_cores
 
 #: Batches that are replayed: more than one, so that no cache holds the input of a step.
 _CACHED = 4

@@ -19,13 +19,13 @@ from timm.layers import Attention2d, ConvNormAct, LayerScale2d, MultiQueryAttent
 from timm.models.vision_transformer import Block as VisionTransformerBlock
 from torch import Tensor, nn
 
-from fastssl.digest import digest
 from fastssl.drop_path import drop_path_layers
 from fastssl.errors import FastSSLError
-from fastssl.files import write_atomically
-from fastssl.names import nearest
 from fastssl.strided_pointwise import guard_strided_pointwise
-from fastssl.yaml_file import shown
+from fastssl.utils.atomic_files import write_atomically
+from fastssl.utils.digest import digest
+from fastssl.utils.suggest import nearest
+from fastssl.utils.yaml_file import shown
 
 #: short name -> timm name
 SHORT_NAMES: dict[str, str] = {

@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fastssl.files import write_atomically
-from fastssl.json_text import to_json
 from fastssl.pipelines.augment import augment_device
 from fastssl.pipelines.loader import Batch
 from fastssl.pipelines.plan import ViewSpec
+from fastssl.utils.atomic_files import write_atomically
+from fastssl.utils.json_text import to_json
 
 #: the folder for them in a run's folder
 BAD_STEPS = "nonfinite"

@@ -27,10 +27,10 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from fastssl.backbones import read_header, save_backbone
-from fastssl.digest import digest
 from fastssl.errors import FastSSLError
-from fastssl.files import link_atomically, write_atomically
-from fastssl.torch_file import UNREADABLE, require_stored_as_is
+from fastssl.utils.atomic_files import link_atomically, write_atomically
+from fastssl.utils.digest import digest
+from fastssl.utils.torch_file import UNREADABLE, require_stored_as_is
 
 #: raised when the layout of last.pt changes; 1 had no digest
 VERSION, READABLE = 2, (1, 2)

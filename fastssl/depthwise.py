@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fastssl.pipelines.jit import fast
+from fastssl.utils.jit import fast
 
 #: Channels that one call takes: the sums of a block (25 x 64 floats for 5 x 5) stay in the first cache.
 _BLOCK = 64

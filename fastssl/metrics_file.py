@@ -7,8 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from fastssl.files import write_atomically
-from fastssl.json_text import to_json
+from fastssl.utils.atomic_files import write_atomically
+from fastssl.utils.json_text import to_json
 
 #: Rows that wait for the disk to take them. A block is 50 steps as a rule: this many are some days of training.
 _MOST = 100_000

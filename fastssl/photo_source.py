@@ -25,6 +25,7 @@ from typing import Any
 
 from PIL import Image
 
+from fastssl._version import __version__
 from fastssl.errors import FastSSLError, counted, printable
 from fastssl.pipelines.beton import BetonReader, read_side_file, side_path
 from fastssl.pipelines.convert import (
@@ -34,13 +35,12 @@ from fastssl.pipelines.convert import (
     chosen_photos,
     convert,
     rejects_path,
-    tool_version,
 )
 from fastssl.pipelines.sources import Listing, list_source
-from fastssl.pipelines.stall import STALL_MINUTES, Patience, Step
 from fastssl.recipe import Recipe
 from fastssl.recipe_choice import short_side_of
 from fastssl.sample_set import default_cache_dir
+from fastssl.utils.deadline import STALL_MINUTES, Patience, Step
 
 #: Endings of tars; of compressed ones, too, as the converter says what to do with those.
 _TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
@@ -150,7 +150,7 @@ def as_beton(
     if source.fingerprint is None:
         return source.path
     options = ConvertOptions(short_side=short_side, workers=workers, automatic=True)
-    wanted = {"fingerprint": source.fingerprint, "options": options.deciding(), "tool": f"fastssl {tool_version()}"}
+    wanted = {"fingerprint": source.fingerprint, "options": options.deciding(), "tool": f"fastssl {__version__}"}
     places = (_beside(source.path), _cached(source.path, options))
     for place in places:
         if _holds(place, wanted):

@@ -18,11 +18,11 @@ from typing import Any
 from fastssl.errors import FastSSLError
 from fastssl.losses.pairs import PairWeights
 from fastssl.methods import METHODS, DINOConfig, MoCoConfig, SimCLRConfig, SwAVConfig
-from fastssl.names import did_you_mean, nearest
 from fastssl.optim import OptimConfig
 from fastssl.pipelines.multicrop import PRESETS, MultiCrop
 from fastssl.pipelines.plan import ViewSpec
-from fastssl.yaml_file import parse_yaml, read_yaml, shown
+from fastssl.utils.suggest import did_you_mean, nearest
+from fastssl.utils.yaml_file import parse_yaml, read_yaml, shown
 
 RECIPE_FOLDER = Path(__file__).parent / "recipes"
 

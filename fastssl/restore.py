@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fastssl.checkpoint import Position
 from fastssl.errors import FastSSLError, counted
 from fastssl.optim import state_names
-from fastssl.yaml_file import shown
+from fastssl.utils.yaml_file import shown
 
 
 class Unfit(ValueError):

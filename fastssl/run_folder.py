@@ -18,12 +18,12 @@ import yaml
 from fastssl.bad_step import BAD_STEPS
 from fastssl.checkpoint import LAST, differences, find_checkpoint, load_checkpoint, set_aside
 from fastssl.errors import FastSSLError, counted
-from fastssl.files import link_atomically, remove_unfinished, write_atomically
 from fastssl.launch import NO_LAUNCH, Launch
 from fastssl.metrics_file import MetricsFile
 from fastssl.recipe import Recipe, build_recipe, recipe_to_dict
 from fastssl.run_status import read_status
-from fastssl.yaml_file import read_yaml
+from fastssl.utils.atomic_files import link_atomically, remove_unfinished, write_atomically
+from fastssl.utils.yaml_file import read_yaml
 
 _RESULTS = ("summary.json", "report.html", "views.png", "neighbours.png", "status.json")
 _CHECKPOINTS = ("last*.pt", "last*.safetensors", "step-*.pt", "epoch-*.pt", "epoch-*.safetensors", "*.aside")

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from fastssl.errors import FastSSLError
-from fastssl.files import write_atomically
-from fastssl.json_text import to_json
-from fastssl.pipelines.plain_file import read_plain
+from fastssl.utils.atomic_files import write_atomically
+from fastssl.utils.json_text import to_json
+from fastssl.utils.plain_file import read_plain
 
 NAME = "status.json"
 #: ``training``: at work, or killed without a word. ``stopped``: by a signal, with everything saved: the same command goes on. ``failed``: see ``why``.

@@ -11,7 +11,7 @@ from fastssl.checkpoint import NotSaved, Position, save_checkpoint
 from fastssl.recipe import Recipe
 from fastssl.run_folder import RunFolder
 from fastssl.step import TrainStep
-from fastssl.stop import StopRequest
+from fastssl.utils.signals import StopRequest
 
 __all__ = ["NotSaved", "Saver"]
 

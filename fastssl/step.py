@@ -26,19 +26,19 @@ from fastssl.collectives import agree_any, average_gradients
 from fastssl.depthwise import use_own_gradient
 from fastssl.errors import FastSSLError, without_folders
 from fastssl.graph import RecordedCall, Recorder, record_cuda_graph
-from fastssl.host_memory import keep_freed_memory
 from fastssl.layout import channels_last_breaks, require_channels_last
 from fastssl.methods import METHODS
 from fastssl.methods.method import Method, Views
 from fastssl.optim import ScheduledDecay, create_optimizer, set_lr
 from fastssl.pipelines.augment import augment_device
-from fastssl.pipelines.crop import to_device
 from fastssl.pipelines.multicrop import MultiCrop
 from fastssl.pointwise import use_matrix_products
 from fastssl.precision import HalfCopy
 from fastssl.recipe import Recipe
 from fastssl.schedules import RunLength, learning_rate, weight_decay
 from fastssl.sync_batchnorm import synchronise_batchnorm
+from fastssl.utils.host_memory import keep_freed_memory
+from fastssl.utils.transfer import to_device
 from fastssl.world import World
 
 

@@ -42,7 +42,6 @@ from fastssl.meters import MetricRing
 from fastssl.pipelines.beton import BetonReader
 from fastssl.pipelines.engines import require_engine
 from fastssl.pipelines.loader import Batch, ViewLoader
-from fastssl.pipelines.native import available_cores
 from fastssl.pipelines.order import steps_per_epoch
 from fastssl.probe import OnlineProbe, choose_split, require_same_classes
 from fastssl.recipe import Recipe, recipe_to_dict
@@ -54,8 +53,9 @@ from fastssl.run_status import RunStatus
 from fastssl.saver import NotSaved, Saver
 from fastssl.schedules import RunLength
 from fastssl.step import TrainStep, use_amp
-from fastssl.stop import StopRequest
-from fastssl.versions import describe_git, describe_host, describe_versions
+from fastssl.utils.cores import available_cores
+from fastssl.utils.signals import StopRequest
+from fastssl.utils.versions import describe_git, describe_host, describe_versions
 from fastssl.world import World, first_of_host_speaks, world_from_environment
 
 

@@ -32,7 +32,7 @@ import numpy as np
 
 from fastssl.errors import BetonError, FastSSLError, JpegError, counted, printable
 from fastssl.pipelines import jpeg
-from fastssl.pipelines.plain_file import read_plain
+from fastssl.utils.plain_file import read_plain
 
 VERSION = 2
 MODE_JPEG, MODE_RAW = 0, 1

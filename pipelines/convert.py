@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import base64
 import fcntl
-import importlib.metadata
 import io
 import json
 import logging
@@ -39,11 +38,14 @@ import PIL
 import simplejpeg
 from PIL import Image
 
+from fastssl._version import __version__
 from fastssl.errors import FastSSLError, JpegError, counted, printable, worker_error
 from fastssl.pipelines import jpeg
 from fastssl.pipelines.beton import DEFAULT_PAGE_SIZE, MIN_PAGE_SIZE, MODE_JPEG, MODE_RAW, RECORD_DTYPE, BetonReader, BetonWriter, side_path
 from fastssl.pipelines.sources import Listing, list_source
-from fastssl.pipelines.stall import STALL_MINUTES, Patience, Step
+from fastssl.utils.atomic_files import sync_folder, write_atomically
+from fastssl.utils.cores import available_cores
+from fastssl.utils.deadline import STALL_MINUTES, Patience, Step
 
 logger = logging.getLogger(__name__)
 
@@ -349,7 +351,7 @@ class _Conversion:
 
     def key(self) -> dict:
         """What has to be equal for a stopped conversion to be continued with the very same bytes."""
-        versions = {"simplejpeg": simplejpeg.__version__, "pillow": PIL.__version__, "fastssl": tool_version()}
+        versions = {"simplejpeg": simplejpeg.__version__, "pillow": PIL.__version__, "fastssl": __version__}
         return {"source": self.listing.fingerprint, "total": len(self.chosen), "options": self.options.deciding(), "versions": versions}
 
     def run(self, progress: Callable[[int, int], None] | None) -> None:
@@ -389,7 +391,7 @@ class _Conversion:
 
     def _results(self) -> Iterator[tuple[int, Encoded | str]]:
         """Yield (index into the listing, photo or reason for its rejection) in order, with few photos in flight."""
-        workers = self.options.workers or default_workers()
+        workers = self.options.workers or available_cores()
         pending: deque[tuple[int, Future]] = deque()
         pool = ThreadPoolExecutor(workers, thread_name_prefix="fastssl-convert")
         try:
@@ -551,10 +553,12 @@ class _Conversion:
             self._close()
             side = self._side_file()
             # The file itself comes last: when it is there, all of it is there.
-            _replace(rejects_path(self.dst), "".join(json.dumps({"path": name, "reason": why}) + "\n" for name, why in self.rejects))
-            _replace(side_path(self.dst), json.dumps(side, indent=1) + "\n")
+            _write_or_remove(
+                rejects_path(self.dst), "".join(json.dumps({"path": name, "reason": why}) + "\n" for name, why in self.rejects)
+            )
+            _write_or_remove(side_path(self.dst), json.dumps(side, indent=1) + "\n")
             os.replace(self.partial, self.dst)
-            _sync_folder(self.dst.parent)
+            sync_folder(self.dst.parent)
         except BaseException as error:
             self._stop(error)
             raise
@@ -570,7 +574,7 @@ class _Conversion:
         return {
             "format": SIDE_FORMAT,
             "version": SIDE_VERSION,
-            "tool": f"fastssl {tool_version()}",
+            "tool": f"fastssl {__version__}",
             "source": self.listing.source.name,
             "fingerprint": self.listing.fingerprint,
             "automatic": self.options.automatic,
@@ -585,19 +589,6 @@ class _Conversion:
             # CRC-32, the samples' as little-endian uint32 in base64: 5 bytes a sample.
             "crc32": {**checksums, "samples": base64.b64encode(samples.tobytes()).decode("ascii")},
         }
-
-
-def default_workers() -> int:
-    """How many CPUs this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def tool_version() -> str:
-    """Version of the installed package, for side files; '0' when it runs uninstalled."""
-    try:
-        return importlib.metadata.version("fastssl-vision")
-    except importlib.metadata.PackageNotFoundError:
-        return "0"
 
 
 @contextmanager
@@ -637,22 +628,9 @@ def _read_journal_line(line: bytes) -> Any:
     return json.loads(text)
 
 
-def _replace(path: Path, text: str) -> None:
-    """Write ``text`` to ``path`` by renaming a finished file; an empty text removes the file instead."""
-    if not text:
+def _write_or_remove(path: Path, text: str) -> None:
+    """Write ``text`` to ``path``; an empty text removes the file."""
+    if text:
+        write_atomically(path, lambda unfinished: unfinished.write_text(text, encoding="utf-8"))
+    else:
         path.unlink(missing_ok=True)
-        return
-    temporary = Path(f"{path}.partial")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

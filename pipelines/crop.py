@@ -22,6 +22,7 @@ from torch import Tensor
 
 from fastssl.pipelines.compiled import crop_views
 from fastssl.pipelines.plan import ViewSpec
+from fastssl.utils.transfer import to_device
 
 # Radius of the filter in output pixels when reducing, in source pixels when enlarging.
 _SUPPORT = {"bilinear": 1, "bicubic": 2}
@@ -132,12 +133,6 @@ def crop_resize_device(
             first_column += 5 * spec.count
             _crop_group(source, boxes, plan[:, chunk], spec, rows[:, 0], output)
     return [output.flatten(0, 1).permute(0, 3, 1, 2) for output in outputs]
-
-
-def to_device(table: NDArray, device: torch.device) -> Tensor:
-    """A small host table as a tensor on the device; through pinned memory, so that the host does not wait for the copy."""
-    tensor = torch.from_numpy(table)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def _padded(lengths: NDArray[np.int64]) -> int:

@@ -22,9 +22,9 @@ from fastssl.errors import BetonError, FastSSLError, worker_error
 from fastssl.pipelines.beton import BetonReader
 from fastssl.pipelines.check import SampleCheck
 from fastssl.pipelines.engine import Engine, EngineStats, Rendered, Request
-from fastssl.pipelines.native import available_cores
 from fastssl.pipelines.plan import ViewSpec
-from fastssl.pipelines.stall import STALL_MINUTES, Patience
+from fastssl.utils.cores import available_cores
+from fastssl.utils.deadline import STALL_MINUTES, Patience
 
 
 class DaliEngine(Engine):

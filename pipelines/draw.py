@@ -9,7 +9,7 @@ import math
 
 import numpy as np
 
-from fastssl.pipelines.jit import exact
+from fastssl.utils.jit import exact
 
 #: Tries of the crop, and behind their slots those of the other choices (the table is in `plan`).
 CROP_TRIES = 10

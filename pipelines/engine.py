@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastssl.errors import FastSSLError
-from fastssl.pipelines.stall import Patience
+from fastssl.utils.deadline import Patience
 
 
 @dataclass

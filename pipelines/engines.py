@@ -14,7 +14,7 @@ from fastssl.pipelines.beton import MODE_RAW, BetonReader
 from fastssl.pipelines.engine import Engine
 from fastssl.pipelines.native import NativeEngine
 from fastssl.pipelines.plan import ViewSpec
-from fastssl.pipelines.stall import STALL_MINUTES
+from fastssl.utils.deadline import STALL_MINUTES
 
 PIPELINES = ("auto", "native", "dali", "ffcv")
 

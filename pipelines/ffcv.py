@@ -37,9 +37,9 @@ from fastssl.pipelines.check import SampleCheck
 from fastssl.pipelines.compiled import crop_resize
 from fastssl.pipelines.crop import BOX, boxes_of
 from fastssl.pipelines.engine import Engine, EngineStats, Rendered, Request, batch_name, thread_initializer
-from fastssl.pipelines.native import available_cores
 from fastssl.pipelines.plan import ViewSpec
-from fastssl.pipelines.stall import LEAVE_SECONDS, STALL_MINUTES, Patience
+from fastssl.utils.cores import available_cores
+from fastssl.utils.deadline import LEAVE_SECONDS, STALL_MINUTES, Patience
 
 # ---------------------------------------------------------------------- compiled: decode, and cut all views
 

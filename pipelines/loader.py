@@ -16,14 +16,14 @@ from torch import Tensor
 from fastssl.errors import FastSSLError, counted
 from fastssl.pipelines.augment import augment, parameter_table
 from fastssl.pipelines.beton import BetonReader
-from fastssl.pipelines.crop import to_device
 from fastssl.pipelines.engine import EngineStats, Request
 from fastssl.pipelines.engines import PIPELINES, open_engine
 from fastssl.pipelines.memory import RecycledMemory
-from fastssl.pipelines.native import available_cores
 from fastssl.pipelines.order import batch_indices, steps_per_epoch
 from fastssl.pipelines.plan import ViewSpec, draw_plan
-from fastssl.pipelines.stall import STALL_MINUTES
+from fastssl.utils.cores import available_cores
+from fastssl.utils.deadline import STALL_MINUTES
+from fastssl.utils.transfer import to_device
 
 
 @dataclass

@@ -14,7 +14,6 @@ batch, so views handed out are never overwritten under its hands.
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections import deque
@@ -32,12 +31,8 @@ from fastssl.pipelines.check import give_places
 from fastssl.pipelines.crop import boxes_of, crop_resize_device, crop_resize_host
 from fastssl.pipelines.engine import Engine, EngineStats, Rendered, Request, batch_name, thread_initializer
 from fastssl.pipelines.plan import ViewSpec
-from fastssl.pipelines.stall import STALL_MINUTES, Patience
-
-
-def available_cores() -> int:
-    """Cores that this process may use (its affinity mask, which containers and SLURM set; not the machine's count)."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+from fastssl.utils.cores import available_cores
+from fastssl.utils.deadline import STALL_MINUTES, Patience
 
 
 class _Slot:

@@ -22,7 +22,7 @@ from typing import BinaryIO
 import numpy as np
 
 from fastssl.errors import FastSSLError, counted, printable
-from fastssl.pipelines.stall import Step
+from fastssl.utils.deadline import Step
 
 #: Compared in lower case; the contents decide how a file is decoded.
 IMAGE_EXTENSIONS = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})

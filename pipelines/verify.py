@@ -18,8 +18,8 @@ import numpy as np
 
 from fastssl.errors import BetonError, JpegError, counted, worker_error
 from fastssl.pipelines.beton import BetonReader, read_side_file, side_path
-from fastssl.pipelines.convert import default_workers
-from fastssl.pipelines.stall import STALL_MINUTES, Patience, Step
+from fastssl.utils.cores import available_cores
+from fastssl.utils.deadline import STALL_MINUTES, Patience, Step
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def verify(
         WorkerError: no memory was left for a sample, or a bug of ours.
         Stalled: the disk or network file system did not answer.
     """
-    return Patience(path, stall_minutes).watch(partial(_verify, path, decode, workers or default_workers(), progress))
+    return Patience(path, stall_minutes).watch(partial(_verify, path, decode, workers or available_cores(), progress))
 
 
 def _verify(

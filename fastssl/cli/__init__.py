@@ -20,7 +20,7 @@ import click
 from fastssl._version import __version__
 from fastssl.cli.lazy import LazyCommand, LazyGroup
 from fastssl.errors import FastSSLError, Interrupted, printable
-from fastssl.pipelines.stall import threads_given_up
+from fastssl.utils.deadline import threads_given_up
 from fastssl.world import first_of_host_speaks
 
 COMMANDS = {

@@ -17,7 +17,7 @@ import click
 from fastssl.cli.command import command_line
 from fastssl.cli.common import SomePath, console, finite, json_option, write_json
 from fastssl.errors import FastSSLError, counted
-from fastssl.json_text import to_json
+from fastssl.utils.json_text import to_json
 
 if TYPE_CHECKING:
     from fastssl.benchmarks.records import Record

@@ -16,9 +16,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.text import Text
 
 from fastssl.errors import printable
-from fastssl.files import write_atomically
-from fastssl.json_text import records_to_json
-from fastssl.names import nearest
+from fastssl.utils.atomic_files import write_atomically
+from fastssl.utils.json_text import records_to_json
+from fastssl.utils.suggest import nearest
 
 __all__ = [
     "PIPELINES",

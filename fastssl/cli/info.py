@@ -78,7 +78,7 @@ def doctor(json_path: str | None) -> None:
     import torch
 
     from fastssl.pipelines.engines import PIPELINES, choose_engine, engine_state, jpeg_hardware
-    from fastssl.versions import describe_host, describe_versions
+    from fastssl.utils.versions import describe_host, describe_versions
 
     host, versions = describe_host(), describe_versions()
     gpu = host.get("gpu")

@@ -37,7 +37,7 @@ class LazyGroup(click.Group):
         return getattr(importlib.import_module(found.module), found.attribute)
 
     def resolve_command(self, ctx: click.Context, args: list[str]):
-        from fastssl.names import nearest
+        from fastssl.utils.suggest import nearest
 
         if args and args[0] not in self.lazy and not args[0].startswith("-"):
             raise click.UsageError(f"no command {args[0]!r}{nearest(args[0], self.lazy)}", ctx)

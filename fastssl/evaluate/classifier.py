@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from fastssl.backbones import create_backbone, feature_dim, resolve_arch
 from fastssl.evaluate.features import ProbeError
-from fastssl.files import write_atomically
 from fastssl.heads import at_least_float32
 from fastssl.pipelines.plan import ViewSpec
+from fastssl.utils.atomic_files import write_atomically
 
 
 class Classifier(nn.Module):

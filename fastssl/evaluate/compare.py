@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from fastssl.errors import FastSSLError, counted
-from fastssl.files import write_atomically
-from fastssl.json_text import read_json_records
 from fastssl.report.document import Block, Heading, Paragraph, Table, to_html, to_markdown
+from fastssl.utils.atomic_files import write_atomically
+from fastssl.utils.json_text import read_json_records
 
 Record = dict[str, Any]
 

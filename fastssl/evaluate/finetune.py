@@ -25,13 +25,13 @@ from fastssl.errors import counted
 from fastssl.evaluate.classifier import Classifier
 from fastssl.evaluate.features import EVALUATION_CROP, ProbeError, collect, require_size, share, wilson_interval
 from fastssl.evaluate.photos import LabelledSplit
-from fastssl.host_memory import keep_freed_memory
 from fastssl.optim import OptimConfig, create_optimizer, parameter_groups
-from fastssl.pipelines.crop import to_device
 from fastssl.pipelines.loader import Batch, ViewLoader
 from fastssl.pipelines.plan import ViewSpec
 from fastssl.schedules import learning_rate
 from fastssl.sync_batchnorm import synchronise_batchnorm
+from fastssl.utils.host_memory import keep_freed_memory
+from fastssl.utils.transfer import to_device
 
 #: The published optimiser of the semi-supervised figures.
 SSLIGHT_OPTIM = OptimConfig(

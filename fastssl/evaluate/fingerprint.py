@@ -7,7 +7,7 @@ import hashlib
 import torch
 from torch import nn
 
-from fastssl.digest import add_tensor
+from fastssl.utils.digest import add_tensor
 
 
 @torch.no_grad()

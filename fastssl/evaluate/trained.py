@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fastssl.backbones import create_backbone, load_backbone, other_kinds, read_header, unfit_for
 from fastssl.checkpoint import is_detector, load_checkpoint
 from fastssl.errors import FastSSLError
-from fastssl.yaml_file import read_yaml
+from fastssl.utils.yaml_file import read_yaml
 
 NETWORKS = ("student", "teacher")
 #: a number of steps in a header; str.isdigit would take "\u00b2" too

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastssl.errors import FastSSLError
+from fastssl.utils.suggest import some_names
 
 
 def check_names(path: Path, have: Iterable[str], want: Iterable[str], network: str) -> None:
@@ -22,12 +23,6 @@ def check_names(path: Path, have: Iterable[str], want: Iterable[str], network: s
     parts = [some_names(found, word) for found, word in ((want - have, "missing"), (have - want, "left over"))]
     if any(parts):
         raise FastSSLError(f"{path.name}: the tensors are not those of {network}: {'; '.join(part for part in parts if part)}")
-
-
-def some_names(names: Iterable[str], word: str, most: int = 3) -> str:
-    """``5 missing (a, b, c, ...)``, or the empty string if there are none."""
-    names = sorted(names)
-    return f"{len(names)} {word} ({', '.join(names[:most])}{', ...' if len(names) > most else ''})" if names else ""
 
 
 @torch.no_grad()

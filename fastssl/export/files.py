@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fastssl.errors import FastSSLError
-from fastssl.files import usual_mode
-from fastssl.torch_file import UNREADABLE
+from fastssl.utils.atomic_files import usual_mode
+from fastssl.utils.torch_file import UNREADABLE
 
 #: what a folder of ``--format timm`` holds
 FOLDER_FILES = frozenset({"config.json", "model.safetensors"})

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from fastssl.backbones import SHORT_NAMES, create_backbone, other_kinds
 from fastssl.errors import FastSSLError
-from fastssl.export.check import some_names
 from fastssl.foreign.layouts import Found
 from fastssl.foreign.torchvision_names import TWINS, torchvision_names, with_eps
+from fastssl.utils.suggest import some_names
 
 #: first parts of names that belong to what stands behind a backbone
 HEADS = frozenset({"fc", "classifier", "head", "head_dist", "projector", "projection", "predictor", "prototypes", "mlp", "last_layer"})

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastssl.errors import FastSSLError
-from fastssl.torch_file import UNREADABLE, require_stored_as_is
+from fastssl.utils.torch_file import UNREADABLE, require_stored_as_is
 
 
 def _settings(module: str) -> type:

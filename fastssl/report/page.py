@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from fastssl.errors import FastSSLError
-from fastssl.files import write_atomically
 from fastssl.marks import COLOURS, MARKS, RANDOM, RAW, TRAINED, mark_of
-from fastssl.pipelines.plain_file import read_plain
 from fastssl.report.style import CSS
 from fastssl.report.svg import Mark, Series, line_chart
-from fastssl.yaml_file import MAX_BYTES, parse_yaml
+from fastssl.utils.atomic_files import write_atomically
+from fastssl.utils.plain_file import read_plain
+from fastssl.utils.yaml_file import MAX_BYTES, parse_yaml
 
 #: Bytes of a run's other files: a line of metrics has 300, and comes once in many steps.
 _LONGEST = 256 << 20

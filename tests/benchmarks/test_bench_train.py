@@ -16,9 +16,9 @@ from fastssl.benchmarks import train as bench
 from fastssl.benchmarks.roofline import Cost
 from fastssl.benchmarks.step import Fitted
 from fastssl.errors import FastSSLError
-from fastssl.pipelines.native import available_cores
 from fastssl.recipe import load_recipe
 from fastssl.step import TrainStep
+from fastssl.utils.cores import available_cores
 
 SMALL = {"views.0.size": "32", "probe.size": "32"}
 

@@ -7,7 +7,7 @@ from collections import OrderedDict
 import pytest
 import torch
 
-from fastssl.digest import digest
+from fastssl.utils.digest import digest
 
 CONTENT = {
     "weights": OrderedDict(a=torch.arange(24.0).reshape(1, 2, 3, 4), b=torch.zeros((), dtype=torch.int64)),

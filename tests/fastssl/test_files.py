@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from power import Disk
 
-from fastssl import files
 from fastssl.backbones import create_backbone, save_backbone
-from fastssl.files import link_atomically, usual_mode, write_atomically
+from fastssl.utils import atomic_files as files
+from fastssl.utils.atomic_files import link_atomically, usual_mode, write_atomically
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import sys
 SCRIPT = """
 import resource, sys
 sys.path[:0] = {path!r}
-from fastssl.host_memory import keep_freed_memory
+from fastssl.utils.host_memory import keep_freed_memory
 import numpy as np
 kept = keep_freed_memory() if {keep} else False
 def work():

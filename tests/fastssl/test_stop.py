@@ -10,8 +10,8 @@ import threading
 import pytest
 
 from fastssl import cli
-from fastssl import stop as module
-from fastssl.stop import StopRequest
+from fastssl.utils import signals as module
+from fastssl.utils.signals import StopRequest
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"])

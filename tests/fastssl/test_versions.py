@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from fastssl import versions
-from fastssl.versions import describe_git, describe_host, describe_versions
+from fastssl.utils import versions
+from fastssl.utils.versions import describe_git, describe_host, describe_versions
 
 
 def test_git_is_none_outside_a_checkout(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fastssl.errors import FastSSLError
-from fastssl.pipelines.plain_file import read_plain
+from fastssl.utils.plain_file import read_plain
 
 
 def test_what_is_there_is_read_whole(tmp_path: Path) -> None:

@@ -21,11 +21,12 @@ from rich.console import Console
 from fastssl.cli import main
 from fastssl.errors import FastSSLError, Stalled, WorkerError
 from fastssl.pipelines import beton as beton_module
-from fastssl.pipelines import native, stall
+from fastssl.pipelines import native
 from fastssl.pipelines.loader import ViewLoader
 from fastssl.pipelines.plan import ViewSpec
-from fastssl.pipelines.stall import Patience
 from fastssl.progress import RunProgress
+from fastssl.utils import deadline as stall
+from fastssl.utils.deadline import Patience
 
 TWO = [ViewSpec(size=16, count=2)]
 

@@ -20,12 +20,13 @@ from children import in_child
 from fastssl.cli import main
 from fastssl.errors import FastSSLError, Stalled, WorkerError
 from fastssl.pipelines import convert as convert_module
-from fastssl.pipelines import jpeg, stall
+from fastssl.pipelines import jpeg
 from fastssl.pipelines.beton import BetonReader, BetonWriter, _OpenFile
 from fastssl.pipelines.convert import ConvertOptions, convert
 from fastssl.pipelines.sources import Listing
-from fastssl.pipelines.stall import Patience, Step
 from fastssl.pipelines.verify import verify
+from fastssl.utils import deadline as stall
+from fastssl.utils.deadline import Patience, Step
 
 #: Seconds for which nothing is waited longer, in minutes.
 SHORT = 0.1 / 60

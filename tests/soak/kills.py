@@ -517,7 +517,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
     outcomes = run_all(chosen.what, chosen.kills, chosen.seed, lambda text: print(text, flush=True))
     if chosen.json:
-        from fastssl.versions import describe_git, describe_host, describe_versions
+        from fastssl.utils.versions import describe_git, describe_host, describe_versions
 
         about = {"host": describe_host(), "versions": describe_versions(), "git": describe_git()}
         command = f"python tests/soak/kills.py --kills {chosen.kills} --what {chosen.what} --seed {chosen.seed}"

@@ -20,8 +20,8 @@ from fastssl.evaluate.detection.model import Detector, DetectorConfig
 from fastssl.evaluate.detection.predict import of_kind, predict
 from fastssl.evaluate.detection.train import TrainingConfig, fine_tune
 from fastssl.evaluate.features import share
-from fastssl.files import write_atomically
-from fastssl.json_text import to_json
+from fastssl.utils.atomic_files import write_atomically
+from fastssl.utils.json_text import to_json
 from fastssl.world import World
 
 #: (label, total, unit) -> a bar whose value is told how many are done: ``fastssl.cli.common.progress_bar``.

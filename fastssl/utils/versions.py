@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from fastssl._version import __version__
+from fastssl.utils.cores import available_cores
 
 _PACKAGES = ("torch", "torchvision", "timm", "numpy", "numba", "simplejpeg", "pillow", "ffcv", "nvidia-dali-cuda130")
 
@@ -30,8 +31,7 @@ def describe_versions() -> dict[str, str]:
 
 def describe_host() -> dict[str, str | int]:
     """Processor, cores that this process may use, memory, GPU."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    host: dict[str, str | int] = {"cpu": _cpu_model(), "cores": cores, "system": platform.system()}
+    host: dict[str, str | int] = {"cpu": _cpu_model(), "cores": available_cores(), "system": platform.system()}
     if hasattr(os, "sysconf"):
         host["memory_gib"] = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30)
     if torch.cuda.is_available():

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from fastssl.errors import FastSSLError
-from fastssl.pipelines.plain_file import read_plain
+from fastssl.utils.plain_file import read_plain
 
 #: The longest recipe of ours has 2.2 KB, a resolved one 3 KB: a page or two of numbers.
 MAX_BYTES = 64 << 10

@@ -45,3 +45,9 @@ def _alike(one: str, other: str) -> float:
 
 def _initials(name: str) -> str:
     return "".join(word[:1] for word in name.split("_"))
+
+
+def some_names(names: Iterable[str], word: str, most: int = 3) -> str:
+    """``5 missing (a, b, c, ...)``, or the empty string if there are none."""
+    names = sorted(names)
+    return f"{len(names)} {word} ({', '.join(names[:most])}{', ...' if len(names) > most else ''})" if names else ""
