@@ -23,14 +23,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastssl.collectives import share
-from fastssl.distributed import joined
+from fastssl.distributed.collectives import share
+from fastssl.distributed.group import joined
+from fastssl.distributed.world import world_from_environment
 from fastssl.errors import FastSSLError, counted
 from fastssl.pipelines.beton import BetonReader
 from fastssl.recipe import load_recipe, parse_overrides
 from fastssl.train import Run, RunOptions
 from fastssl.utils.versions import describe_git, describe_host, describe_versions
-from fastssl.world import world_from_environment
 
 _SMALL = ("views.global_size=32", "views.local_size=16", "views.local_count=2", "probe.every_epochs=0", "train.log_every=1")
 _SMALL_PLAIN = ("views.0.size=32", "probe.every_epochs=0", "train.log_every=1")

@@ -217,7 +217,7 @@ def run(
         folder: where the run lies while it lasts; None: the system's folder for temporary files.
         say: told what is about to be done, how it stands (once a minute, in short soaks more often), and when it is stopped.
     """
-    from fastssl.devices import choose_device
+    from fastssl.distributed.devices import choose_device
 
     if say is not None and data == "synthetic":
         say(f"{photos:,} synthetic photos are looked up, or made, which takes some seconds")

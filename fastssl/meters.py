@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastssl.collectives import all_reduce_mean, world_size
+from fastssl.distributed.collectives import all_reduce_mean, world_size
 
 
 @dataclass

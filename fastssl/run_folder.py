@@ -17,8 +17,8 @@ import yaml
 
 from fastssl.bad_step import BAD_STEPS
 from fastssl.checkpoint import LAST, differences, find_checkpoint, load_checkpoint, set_aside
+from fastssl.distributed.restarts import NO_LAUNCH, Launch
 from fastssl.errors import FastSSLError, counted
-from fastssl.launch import NO_LAUNCH, Launch
 from fastssl.metrics_file import MetricsFile
 from fastssl.recipe import Recipe, build_recipe, recipe_to_dict
 from fastssl.run_status import read_status

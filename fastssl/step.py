@@ -22,8 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from fastssl.backbones import create_backbone, require_sizes, resolve_arch
-from fastssl.collectives import agree_any, average_gradients
 from fastssl.depthwise import use_own_gradient
+from fastssl.distributed.collectives import agree_any, average_gradients
+from fastssl.distributed.sync_batchnorm import synchronise_batchnorm
+from fastssl.distributed.world import World
 from fastssl.errors import FastSSLError, without_folders
 from fastssl.graph import RecordedCall, Recorder, record_cuda_graph
 from fastssl.layout import channels_last_breaks, require_channels_last
@@ -36,10 +38,8 @@ from fastssl.pointwise import use_matrix_products
 from fastssl.precision import HalfCopy
 from fastssl.recipe import Recipe
 from fastssl.schedules import RunLength, learning_rate, weight_decay
-from fastssl.sync_batchnorm import synchronise_batchnorm
 from fastssl.utils.host_memory import keep_freed_memory
 from fastssl.utils.transfer import to_device
-from fastssl.world import World
 
 
 def use_amp(amp: str, device: torch.device) -> bool:

@@ -32,12 +32,13 @@ from fastssl.backbones import resolve_arch
 from fastssl.bad_step import BAD_STEPS, save_bad_step
 from fastssl.bottleneck import data_share
 from fastssl.checkpoint import Position, differences, has_all_files
-from fastssl.collectives import Vote, agree_any, barrier, broadcast_module, gather_values, share
-from fastssl.devices import choose_device, only_deterministic
-from fastssl.distributed import joined
+from fastssl.distributed.collectives import Vote, agree_any, barrier, broadcast_module, gather_values, share
+from fastssl.distributed.devices import choose_device, only_deterministic
+from fastssl.distributed.group import joined
+from fastssl.distributed.restarts import launch_from_environment
+from fastssl.distributed.world import World, first_of_host_speaks, world_from_environment
 from fastssl.errors import FastSSLError, Interrupted, counted, without_folders
 from fastssl.finish import finish_run
-from fastssl.launch import launch_from_environment
 from fastssl.meters import MetricRing
 from fastssl.pipelines.beton import BetonReader
 from fastssl.pipelines.engines import require_engine
@@ -56,7 +57,6 @@ from fastssl.step import TrainStep, use_amp
 from fastssl.utils.cores import available_cores
 from fastssl.utils.signals import StopRequest
 from fastssl.utils.versions import describe_git, describe_host, describe_versions
-from fastssl.world import World, first_of_host_speaks, world_from_environment
 
 
 class Progress(Protocol):
@@ -83,7 +83,7 @@ class RunOptions:
         out: the run's folder.
         device: ``auto``, ``cpu`` or ``cuda``.
         resume: ``auto`` (go on if the folder holds a run, from its newest checkpoint that is whole), ``never``, or the path of a checkpoint;
-            of the last two only the first start of a launch takes notice (`fastssl.launch`).
+            of the last two only the first start of a launch takes notice (`fastssl.distributed.restarts`).
     """
 
     recipe_name: str

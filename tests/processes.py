@@ -89,8 +89,8 @@ def _wait(processes: list, files: list[Path], deadline: float) -> None:
 
 
 def _child(function: Callable[..., Any], args: tuple, environment: dict[str, str], file: Path, join: bool, timeout: float) -> None:
-    from fastssl.distributed import joined
-    from fastssl.world import world_from_environment
+    from fastssl.distributed.group import joined
+    from fastssl.distributed.world import world_from_environment
 
     os.environ.update(environment)
     torch.set_num_threads(1)
@@ -116,9 +116,9 @@ def _child(function: Callable[..., Any], args: tuple, environment: dict[str, str
 #: What ``start_processes`` puts before the code that it is given.
 _PREAMBLE = """
 import sys, time, torch
-from fastssl.collectives import all_reduce_sum, barrier, rank, world_size
-from fastssl.distributed import joined
-from fastssl.world import world_from_environment
+from fastssl.distributed.collectives import all_reduce_sum, barrier, rank, world_size
+from fastssl.distributed.group import joined
+from fastssl.distributed.world import world_from_environment
 from fastssl.errors import FastSSLError, Interrupted
 torch.set_num_threads(1)
 world = world_from_environment()

@@ -19,9 +19,9 @@ import click
 
 from fastssl._version import __version__
 from fastssl.cli.lazy import LazyCommand, LazyGroup
+from fastssl.distributed.world import first_of_host_speaks
 from fastssl.errors import FastSSLError, Interrupted, printable
 from fastssl.utils.deadline import threads_given_up
-from fastssl.world import first_of_host_speaks
 
 COMMANDS = {
     "convert-imagenet": LazyCommand("fastssl.cli.convert", "convert_imagenet", "Turn a folder or tar of photos into a .beton file."),

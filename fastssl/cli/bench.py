@@ -134,7 +134,7 @@ def loader(ctx, recipes, overrides, data, photos, device, workers, batch_size, p
         _peers(ctx, data, workers or (None,), batch_size, seconds, runs, photos, json_path)
         return
     from fastssl.benchmarks.loader import run
-    from fastssl.devices import choose_device
+    from fastssl.distributed.devices import choose_device
 
     place = choose_device(device)
     settings = itertools.product(_load(recipes, overrides), data, workers or (None,), dict.fromkeys(pipelines))
@@ -195,7 +195,7 @@ def views(recipes, overrides, data, photos, device, batch_size, runs, json_path)
     fastssl bench views --recipe light-moco-mobilenetv3 --recipe quickstart --json out.jsonl
     """
     from fastssl.benchmarks.views import run
-    from fastssl.devices import choose_device
+    from fastssl.distributed.devices import choose_device
 
     place = choose_device(device)
     _measure(
@@ -225,7 +225,7 @@ def loss(recipes, overrides, device, batch_size, runs, json_path) -> None:
     fastssl bench loss --set moco.queue=16384 --set moco.weighting=geometric --set moco.neighbors=null
     """
     from fastssl.benchmarks.loss import run
-    from fastssl.devices import choose_device
+    from fastssl.distributed.devices import choose_device
 
     place = choose_device(device)
 
@@ -285,7 +285,7 @@ def step(recipes, arch, overrides, device, batch_size, amps, compiled, graph, ru
     fastssl bench step --arch resnet18 --batch-size 64
     """
     from fastssl.benchmarks.step import run
-    from fastssl.devices import choose_device
+    from fastssl.distributed.devices import choose_device
 
     place = choose_device(device)
     _measure(
@@ -327,7 +327,7 @@ def train(
     fastssl bench train --recipe light-moco-mobilenetv3 --data photos.beton --seconds 30 --json out.jsonl
     """
     from fastssl.benchmarks.train import run
-    from fastssl.devices import choose_device
+    from fastssl.distributed.devices import choose_device
 
     place = choose_device(device)
     _measure(
@@ -415,7 +415,7 @@ def ceilings(data, photos, device, workers, seconds, folder, runs, json_path) ->
     fastssl bench ceilings --data photos.beton --folder /mnt/photos --seconds 30
     """
     from fastssl.benchmarks.ceilings import run
-    from fastssl.devices import choose_device
+    from fastssl.distributed.devices import choose_device
 
     place = choose_device(device)
     _measure(
@@ -457,7 +457,7 @@ def soak(minutes, recipes, arch, overrides, data, photos, device, workers, batch
     """
     from fastssl.benchmarks.loader import default_batch
     from fastssl.benchmarks.soak import require_steady, run
-    from fastssl.devices import choose_device
+    from fastssl.distributed.devices import choose_device
 
     place, found = choose_device(device), []
 

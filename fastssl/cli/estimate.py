@@ -63,7 +63,7 @@ def estimate(
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from fastssl.benchmarks.estimate import run
-    from fastssl.devices import choose_device
+    from fastssl.distributed.devices import choose_device
 
     inputs = choose_inputs(
         arch=arch,

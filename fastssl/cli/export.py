@@ -59,7 +59,7 @@ def export(checkpoint: Path, dst: Path, format_: str, which: str | None, size: i
     fastssl export runs/mine mine.pth --format torchvision --which teacher
     fastssl export runs/mine mine.onnx --format onnx --size 224
     """
-    from fastssl.world import world_from_environment
+    from fastssl.distributed.world import world_from_environment
 
     if not world_from_environment().is_main:
         return  # the first process does it for all

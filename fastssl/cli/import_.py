@@ -44,7 +44,7 @@ def import_(foreign: Path, dst: Path, arch: str, layout: str, which: str | None,
     fastssl import DINO_mobilenet_v2_last_ckpt.pth.tar sslight.safetensors --arch mobilenetv2 --which teacher
     fastssl evaluate knn sslight.safetensors --data train.beton --val val.beton
     """
-    from fastssl.world import world_from_environment
+    from fastssl.distributed.world import world_from_environment
 
     if not world_from_environment().is_main:
         return  # the first process does it for all

@@ -110,7 +110,7 @@ def choose_inputs(
     source = None if data is None else look_at(data)
     chosen = None
     if not recipe_name:
-        from fastssl.devices import choose_device
+        from fastssl.distributed.devices import choose_device
 
         kind = "cpu" if source is None else choose_device(device).type
         chosen = choose(source and source.photos, source and source.short_side, kind)

@@ -67,7 +67,7 @@ def pretrain(
 
     Ctrl-C, SIGTERM, SIGUSR1 and SIGHUP save and stop, with status 130. The same command goes on from there, and after any other end from the newest checkpoint.
     """
-    from fastssl.world import first_of_host_speaks, world_from_environment
+    from fastssl.distributed.world import first_of_host_speaks, world_from_environment
 
     world = world_from_environment()
     if not world.is_main:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastssl.collectives import rank, world_size
+from fastssl.distributed.collectives import rank, world_size
 from fastssl.errors import counted
 from fastssl.evaluate.features import ProbeError
 from fastssl.pipelines.beton import BetonReader

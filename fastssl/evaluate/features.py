@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastssl.collectives import agree_any, gather_uneven, rank, world_size
+from fastssl.distributed.collectives import agree_any, gather_uneven, rank, world_size
 from fastssl.errors import FastSSLError, counted
 from fastssl.pipelines.beton import BetonReader
 from fastssl.pipelines.loader import ViewLoader

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fastssl.collectives import all_reduce_sum, average_gradients, broadcast_module, rank, world_size
+from fastssl.distributed.collectives import all_reduce_sum, average_gradients, broadcast_module, rank, world_size
+from fastssl.distributed.sync_batchnorm import synchronise_batchnorm
 from fastssl.errors import counted
 from fastssl.evaluate.classifier import Classifier
 from fastssl.evaluate.features import EVALUATION_CROP, ProbeError, collect, require_size, share, wilson_interval
@@ -29,7 +30,6 @@ from fastssl.optim import OptimConfig, create_optimizer, parameter_groups
 from fastssl.pipelines.loader import Batch, ViewLoader
 from fastssl.pipelines.plan import ViewSpec
 from fastssl.schedules import learning_rate
-from fastssl.sync_batchnorm import synchronise_batchnorm
 from fastssl.utils.host_memory import keep_freed_memory
 from fastssl.utils.transfer import to_device
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fastssl.collectives import gather_rows, gather_uneven, rank, world_size
+from fastssl.distributed.collectives import gather_rows, gather_uneven, rank, world_size
 from fastssl.evaluate.features import Features, ProbeError, check_probe_input, check_shared_input, wilson_interval
 
 #: Similarities held at a time: 16 MiB of float32 stay in a CPU's last-level cache.

@@ -12,14 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from fastssl.collectives import world_size
+from fastssl.distributed.collectives import world_size
+from fastssl.distributed.world import first_of_host_speaks
 from fastssl.errors import FastSSLError
 from fastssl.evaluate.features import ProbeError, split_indices
 from fastssl.photo_source import is_source
 from fastssl.pipelines.beton import BetonReader
 from fastssl.pipelines.convert import ConvertOptions, convert
 from fastssl.probe import require_same_classes
-from fastssl.world import first_of_host_speaks
 
 
 @contextmanager

@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
-from fastssl.devices import choose_device
-from fastssl.distributed import joined
+from fastssl.distributed.devices import choose_device
+from fastssl.distributed.group import joined
+from fastssl.distributed.world import World, first_of_host_speaks, world_from_environment
 from fastssl.evaluate.fingerprint import weights_fingerprint
 from fastssl.evaluate.trained import Trained, load_trained
 from fastssl.utils.versions import describe_git, describe_host, describe_versions
-from fastssl.world import World, first_of_host_speaks, world_from_environment
 
 
 @dataclass

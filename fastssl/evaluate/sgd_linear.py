@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fastssl.collectives import all_reduce_mean, all_reduce_sum
+from fastssl.distributed.collectives import all_reduce_mean, all_reduce_sum
 from fastssl.evaluate.features import wilson_interval
 from fastssl.evaluate.protocols import LinearProtocol, Trial
 

@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from fastssl import schedules
 from fastssl.backbones import feature_dim
-from fastssl.collectives import all_reduce_mean
+from fastssl.distributed.collectives import all_reduce_mean
 from fastssl.drop_path import DropTable
 from fastssl.heads import CosineLogits, Projector, ProjectorConfig
 from fastssl.losses.pairs import reduce_pairs, split_pairs

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fastssl import schedules
-from fastssl.collectives import gather_rows, gather_views, rank
-from fastssl.dealt_batchnorm import DealtStatistics
+from fastssl.distributed.collectives import gather_rows, gather_views, rank
+from fastssl.distributed.split_batchnorm import DealtStatistics
 from fastssl.heads import ProjectorConfig
 from fastssl.losses import SmoothedInfoNCE
 from fastssl.losses.pairs import reduce_pairs

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastssl import schedules
-from fastssl.collectives import gather_views, rank
+from fastssl.distributed.collectives import gather_views, rank
 from fastssl.heads import ProjectorConfig
 from fastssl.losses.nt_xent import SmoothedNTXent
 from fastssl.losses.pairs import reduce_pairs, split_pairs

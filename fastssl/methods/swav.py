@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from fastssl.backbones import feature_dim
-from fastssl.collectives import all_reduce_sum, gather_views, rank
+from fastssl.distributed.collectives import all_reduce_sum, gather_views, rank
 from fastssl.drop_path import DropTable
 from fastssl.heads import Projector, ProjectorConfig, Prototypes
 from fastssl.losses.pairs import reduce_pairs, split_pairs

@@ -11,8 +11,8 @@ import click
 import pytest
 
 from fastssl import cli as module
-from fastssl import world
 from fastssl.cli import main
+from fastssl.distributed import world
 from fastssl.errors import FastSSLError, Interrupted
 
 

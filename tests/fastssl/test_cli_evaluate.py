@@ -144,7 +144,7 @@ def test_protocols_that_do_not_fit(capsys, small, beton):
 
 def both(checkpoint, beton, folder):
     """Every evaluation by a process's command line; the first process writes."""
-    from fastssl.world import world_from_environment
+    from fastssl.distributed.world import world_from_environment
 
     name = world_from_environment().size
     for number, options in enumerate(OVER_PROCESSES):

@@ -7,7 +7,7 @@ import torch
 from processes import run_processes
 from torch import Tensor, nn
 
-from fastssl.collectives import (
+from fastssl.distributed.collectives import (
     agree_any,
     all_reduce_mean,
     all_reduce_sum,
@@ -22,8 +22,8 @@ from fastssl.collectives import (
     share,
     world_size,
 )
-from fastssl.distributed import joined
-from fastssl.world import World
+from fastssl.distributed.group import joined
+from fastssl.distributed.world import World
 
 CPU = torch.device("cpu")
 

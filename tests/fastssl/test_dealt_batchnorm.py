@@ -7,8 +7,8 @@ import torch
 from processes import run_processes
 from torch import Tensor, nn
 
-from fastssl.collectives import rank, world_size
-from fastssl.dealt_batchnorm import DealtStatistics
+from fastssl.distributed.collectives import rank, world_size
+from fastssl.distributed.split_batchnorm import DealtStatistics
 from fastssl.errors import FastSSLError
 
 GROUPS, STEPS = 6, 3

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastssl.devices import choose_device, only_deterministic
+from fastssl.distributed.devices import choose_device, only_deterministic
+from fastssl.distributed.world import World
 from fastssl.errors import FastSSLError
-from fastssl.world import World
 
 
 def test_cuda_is_refused_where_there_is_none() -> None:

@@ -14,16 +14,16 @@ import pytest
 import torch
 from processes import free_port, run_processes, start_processes
 
-from fastssl.collectives import (
+from fastssl.distributed.collectives import (
     all_reduce_sum,
     barrier,
     rank,
     world_size,
 )
-from fastssl.distributed import joined
+from fastssl.distributed.group import joined
+from fastssl.distributed.rendezvous import Patience
+from fastssl.distributed.world import World, world_from_environment
 from fastssl.errors import FastSSLError
-from fastssl.meeting import Patience
-from fastssl.world import World, world_from_environment
 
 CPU = torch.device("cpu")
 
@@ -45,7 +45,7 @@ def test_those_who_do_not_come_are_missed_by_address_and_port() -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_one_that_waits_for_others_can_be_ended(number: int) -> None:
-    code = "from fastssl.distributed import joined; from fastssl.world import World; from fastssl.meeting import Patience; import torch, signal, sys\n"
+    code = "from fastssl.distributed.group import joined; from fastssl.distributed.world import World; from fastssl.distributed.rendezvous import Patience; import torch, signal, sys\n"
     code += "signal.signal(signal.SIGTERM, lambda *_: sys.exit(3))\nprint('waiting', flush=True)\n"
     code += f"with joined(World(0, 2, 0, '127.0.0.1', {free_port()}), torch.device('cpu'), patience=Patience(meet_minutes=2)): pass"
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fastssl.backbones import create_backbone
-from fastssl.collectives import rank
+from fastssl.distributed.collectives import rank
 from fastssl.evaluate import finetune as module
 from fastssl.evaluate.classifier import Classifier
 from fastssl.evaluate.features import ProbeError, wilson_interval

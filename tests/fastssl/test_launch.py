@@ -8,7 +8,7 @@ import pytest
 import yaml
 from small_run import Silent, options, same, small, state
 
-from fastssl.launch import launch_from_environment
+from fastssl.distributed.restarts import launch_from_environment
 from fastssl.run_folder import RunFolder
 from fastssl.train import Run, pretrain
 

@@ -8,8 +8,8 @@ import time
 import pytest
 from processes import free_port
 
+from fastssl.distributed.rendezvous import NotMet, Patience, agent_keeps_store, connect, meet, read
 from fastssl.errors import FastSSLError
-from fastssl.meeting import NotMet, Patience, agent_keeps_store, connect, meet, read
 
 
 class Place:

@@ -212,7 +212,7 @@ def test_a_run_set_back_twice_goes_on_from_before_the_step_that_it_knows_as_bad(
 
 def in_one_of_two(beton: str, out: str) -> None:
     """The loss of process 1 is NaN at step 3; the gradients of both are then, as they are averaged."""
-    from fastssl.world import world_from_environment
+    from fastssl.distributed.world import world_from_environment
 
     original = Run._step
 

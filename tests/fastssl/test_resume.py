@@ -334,7 +334,7 @@ def test_damaged_photos_are_remembered_over_a_stop(damaged: tuple[Path, int], tm
 
 def stopped_by_one_of_two(data: str, out: str, number: int) -> int:
     """Process 1 is sent a signal behind step 4; where this process stopped."""
-    from fastssl.world import world_from_environment
+    from fastssl.distributed.world import world_from_environment
 
     original = Run._step
 
@@ -357,7 +357,7 @@ def test_a_signal_to_one_process_stops_all_behind_the_same_step(beton: Path, tmp
 
 
 def said_by_one_of_two() -> list[tuple[bool, ...]]:
-    from fastssl.collectives import Vote, rank
+    from fastssl.distributed.collectives import Vote, rank
 
     vote = Vote(2)
     answers = [vote(rank() == 1, False), vote(False, rank() == 0), vote(False, False), vote(False, False)]
@@ -367,7 +367,7 @@ def said_by_one_of_two() -> list[tuple[bool, ...]]:
 
 
 def test_a_vote_is_known_to_all_one_call_later() -> None:
-    from fastssl.collectives import Vote
+    from fastssl.distributed.collectives import Vote
 
     expected = [(False, False), (True, False), (False, True), (False, False), (False, False), (False, False)]
     assert run_processes(said_by_one_of_two, 2) == [expected, expected]

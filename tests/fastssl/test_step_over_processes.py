@@ -14,14 +14,14 @@ import torch
 from processes import run_processes
 from torch import Tensor
 
-from fastssl.collectives import all_reduce_mean, rank, world_size
-from fastssl.devices import choose_device
-from fastssl.distributed import joined
+from fastssl.distributed.collectives import all_reduce_mean, rank, world_size
+from fastssl.distributed.devices import choose_device
+from fastssl.distributed.group import joined
+from fastssl.distributed.world import world_from_environment
 from fastssl.errors import FastSSLError
 from fastssl.recipe import Recipe, load_recipe
 from fastssl.schedules import RunLength
 from fastssl.step import TrainStep
-from fastssl.world import world_from_environment
 
 CPU, BATCH, STEPS = torch.device("cpu"), 16, 4
 MULTICROP = {"views.global_size": 32, "views.local_size": 16, "views.local_count": 3, "train.batch_size": BATCH, "optim.lr": 0.5}
@@ -150,7 +150,7 @@ def test_two_processes_are_one(case: str, both: tuple[dict, list[dict]]) -> None
 
 
 def test_a_batch_that_cannot_be_shared_out_is_refused() -> None:
-    from fastssl.world import World
+    from fastssl.distributed.world import World
 
     with pytest.raises(FastSSLError, match="batch of 16: 3 processes"):
         TrainStep(recipe("dino"), CPU, amp=False, seed=0, world=World(0, 3, 0))

@@ -13,10 +13,10 @@ from processes import run_processes
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
-from fastssl.collectives import rank, world_size
+from fastssl.distributed.collectives import rank, world_size
+from fastssl.distributed.sync_batchnorm import HostKernels, SynchronisedBatchNorm2d, separate_batchnorm, synchronise_batchnorm
 from fastssl.errors import FastSSLError
 from fastssl.precision import HalfCopy
-from fastssl.sync_batchnorm import HostKernels, SynchronisedBatchNorm2d, separate_batchnorm, synchronise_batchnorm
 
 CPU, CHANNELS, SHARES = torch.device("cpu"), 6, (5, 3)
 

@@ -214,7 +214,7 @@ def test_the_first_process_speaks_for_all_when_they_end_together(beton: Path, tm
 
 def started_apart(beton: str, out: str) -> str:
     """A run of which process 1 was told another number of epochs; what it says."""
-    from fastssl.world import world_from_environment
+    from fastssl.distributed.world import world_from_environment
 
     world = world_from_environment()
     overrides = [f"arch={ARCH}", *SMALL, *(["train.epochs=3"] if world.rank else [])]

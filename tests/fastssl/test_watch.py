@@ -13,8 +13,8 @@ import pytest
 import torch.distributed as dist
 from processes import Started, free_port, start_processes
 
-from fastssl.meeting import connect, read
-from fastssl.watch import Watch, _is_refused, _Line, _Patience, _Silence, ended_line
+from fastssl.distributed.rendezvous import connect, read
+from fastssl.distributed.watchdog import Watch, _is_refused, _Line, _Patience, _Silence, ended_line
 
 # ---------------------------------------------------------------------- one process, several watches
 
@@ -135,8 +135,8 @@ def test_last_words_are_told_and_not_waited_for_long(monkeypatch: pytest.MonkeyP
         told.append(why)
         answer.wait()
 
-    monkeypatch.setattr("fastssl.watch.os._exit", codes.append)
-    monkeypatch.setattr("fastssl.watch._TELL_S", 0.1)
+    monkeypatch.setattr("fastssl.distributed.watchdog.os._exit", codes.append)
+    monkeypatch.setattr("fastssl.distributed.watchdog._TELL_S", 0.1)
     watch = Watch(
         lambda: dist.HashStore(), 1, 2, prefix="x", address="127.0.0.1", port=free_port(), keeper="the keeper", keeps_store=False, before_end=hang
     )  # fmt: skip

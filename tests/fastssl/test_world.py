@@ -8,8 +8,8 @@ import time
 
 import pytest
 
+from fastssl.distributed.world import World, first_host, first_of_host_speaks, world_from_environment
 from fastssl.errors import FastSSLError
-from fastssl.world import World, first_host, first_of_host_speaks, world_from_environment
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "head", "MASTER_PORT": "29500"}
 SRUN = {
@@ -93,7 +93,7 @@ def test_what_is_no_list_of_hosts_is_refused(nodelist: str) -> None:
 
 
 def test_who_this_is_is_known_before_torch_is_loaded() -> None:
-    code = "import sys; import fastssl.world, fastssl.cli.pretrain; sys.exit('torch' in sys.modules)"
+    code = "import sys; import fastssl.distributed.world, fastssl.cli.pretrain; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
-from fastssl.collectives import gather_uneven
+from fastssl.distributed.collectives import gather_uneven
 from fastssl.evaluate.detection.annotations import DetectionSet
 from fastssl.evaluate.detection.average_precision import mask_tools
 from fastssl.evaluate.detection.batches import DetectionBatch, View, load_batches, scaled_size, to_device

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from fastssl.collectives import agree_any
+from fastssl.distributed.collectives import agree_any
+from fastssl.distributed.world import World
 from fastssl.errors import FastSSLError
 from fastssl.evaluate.detection.annotations import DetectionSet, require_same_categories, require_something_to_find
 from fastssl.evaluate.detection.average_precision import average_precision, require_pycocotools
@@ -22,7 +23,6 @@ from fastssl.evaluate.detection.train import TrainingConfig, fine_tune
 from fastssl.evaluate.features import share
 from fastssl.utils.atomic_files import write_atomically
 from fastssl.utils.json_text import to_json
-from fastssl.world import World
 
 #: (label, total, unit) -> a bar whose value is told how many are done: ``fastssl.cli.common.progress_bar``.
 Bar = Callable[[str, int, str], AbstractContextManager[Callable[[int], None] | None]]

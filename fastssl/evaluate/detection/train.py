@@ -20,7 +20,9 @@ import torch
 from torch import nn
 
 from fastssl.checkpoint import VERSION, differences, load_checkpoint, write_state
-from fastssl.collectives import agree_any, average_gradients, broadcast_module, share
+from fastssl.distributed.collectives import agree_any, average_gradients, broadcast_module, share
+from fastssl.distributed.sync_batchnorm import synchronise_batchnorm
+from fastssl.distributed.world import World
 from fastssl.errors import FastSSLError, counted
 from fastssl.evaluate.detection.annotations import DetectionError, DetectionSet
 from fastssl.evaluate.detection.batches import load_batches, to_device, training_requests
@@ -29,8 +31,6 @@ from fastssl.evaluate.detection.schedule import Rates
 from fastssl.optim import set_lr
 from fastssl.pipelines.rng import Stream, keyed_words
 from fastssl.restore import Unfit, load_network, load_optimizer
-from fastssl.sync_batchnorm import synchronise_batchnorm
-from fastssl.world import World
 
 #: Iterations between two looks at the loss, for which the host waits.
 LOOK_EVERY = 20

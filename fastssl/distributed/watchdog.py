@@ -24,7 +24,7 @@ from contextlib import suppress
 
 import torch.distributed as dist
 
-from fastssl.meeting import read
+from fastssl.distributed.rendezvous import read
 
 #: Seconds between two looks, unless ``silent_s`` is short.
 BEAT_S = 2.0

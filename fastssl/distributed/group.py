@@ -13,11 +13,11 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from fastssl.collectives import barrier
+from fastssl.distributed.collectives import barrier
+from fastssl.distributed.rendezvous import NotMet, Patience, agent_keeps_store, connect, meet
+from fastssl.distributed.watchdog import Watch, ended_line
+from fastssl.distributed.world import World
 from fastssl.errors import FastSSLError, Interrupted
-from fastssl.meeting import NotMet, Patience, agent_keeps_store, connect, meet
-from fastssl.watch import Watch, ended_line
-from fastssl.world import World
 
 _TIMED_OUT = "Timed out waiting"
 #: What gloo and NCCL say in a collective where the process at the other end is gone, or does not come.

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 
 import torch
 
+from fastssl.distributed.world import World
 from fastssl.errors import FastSSLError
-from fastssl.world import World
 
 
 def choose_device(name: str, world: World = World(), environ: Mapping[str, str] = os.environ) -> torch.device:  # noqa: B008 (frozen)

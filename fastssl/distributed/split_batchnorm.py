@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fastssl.collectives import all_reduce_sum
+from fastssl.distributed.collectives import all_reduce_sum
 from fastssl.errors import FastSSLError
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fastssl.collectives import all_reduce_sum, gather_rows, world_size
+from fastssl.distributed.collectives import all_reduce_sum, gather_rows, world_size
 from fastssl.errors import FastSSLError
 
 

@@ -1,0 +1,1 @@
+"""Processes: who takes part, how they meet, collectives, BatchNorm over ranks."""
