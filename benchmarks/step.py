@@ -30,13 +30,14 @@ from fastssl.benchmarks.records import Record
 from fastssl.benchmarks.roofline import Cost, forward_cost
 from fastssl.benchmarks.timing import MIN_RUNS, Timing, measure_in_turns, peak_extra_bytes
 from fastssl.benchmarks.windows import synchronize
+from fastssl.distributed.devices import use_amp
 from fastssl.errors import FastSSLError
 from fastssl.optim import create_optimizer
 from fastssl.pipelines.augment import parameter_table
 from fastssl.pipelines.plan import draw_plan
 from fastssl.recipe import Recipe
 from fastssl.schedules import RunLength
-from fastssl.step import TrainStep, use_amp
+from fastssl.step import TrainStep
 from fastssl.utils.transfer import to_device
 
 #: Runs of the optimiser alone, which takes milliseconds.

@@ -42,11 +42,6 @@ from fastssl.utils.host_memory import keep_freed_memory
 from fastssl.utils.transfer import to_device
 
 
-def use_amp(amp: str, device: torch.device) -> bool:
-    """Whether to compute in bfloat16: ``auto`` does on a GPU and not on a CPU, where float32 is often the faster one."""
-    return amp == "bf16" or (amp == "auto" and device.type == "cuda")
-
-
 def picture_sizes(recipe: Recipe) -> dict[str, int]:
     """Sides of the pictures that the network will see, by the recipe's key."""
     if isinstance(recipe.views, MultiCrop):

@@ -33,7 +33,7 @@ from fastssl.bad_step import BAD_STEPS, save_bad_step
 from fastssl.bottleneck import data_share
 from fastssl.checkpoint import Position, differences, has_all_files
 from fastssl.distributed.collectives import Vote, agree_any, barrier, broadcast_module, gather_values, share
-from fastssl.distributed.devices import choose_device, only_deterministic
+from fastssl.distributed.devices import choose_device, only_deterministic, use_amp
 from fastssl.distributed.group import joined
 from fastssl.distributed.restarts import launch_from_environment
 from fastssl.distributed.world import World, first_of_host_speaks, world_from_environment
@@ -53,7 +53,7 @@ from fastssl.run_folder import RunFolder
 from fastssl.run_status import RunStatus
 from fastssl.saver import NotSaved, Saver
 from fastssl.schedules import RunLength
-from fastssl.step import TrainStep, use_amp
+from fastssl.step import TrainStep
 from fastssl.utils.cores import available_cores
 from fastssl.utils.signals import StopRequest
 from fastssl.utils.versions import describe_git, describe_host, describe_versions

@@ -55,3 +55,8 @@ def only_deterministic() -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(before[0])
         torch.backends.cudnn.deterministic = before[1]
+
+
+def use_amp(amp: str, device: torch.device) -> bool:
+    """Whether to compute in bfloat16: ``auto`` does on a GPU and not on a CPU, where float32 is often the faster one."""
+    return amp == "bf16" or (amp == "auto" and device.type == "cuda")

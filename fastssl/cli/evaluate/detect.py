@@ -133,6 +133,7 @@ def detect(
     import torch
 
     from fastssl.backbones import create_backbone
+    from fastssl.distributed.devices import use_amp
     from fastssl.distributed.world import first_of_host_speaks
     from fastssl.evaluate.detection.average_precision import require_pycocotools
     from fastssl.evaluate.detection.fingerprint import annotations_fingerprint
@@ -141,7 +142,6 @@ def detect(
     from fastssl.evaluate.detection.schedule import iterations_of
     from fastssl.evaluate.detection.train import TrainingConfig
     from fastssl.evaluate.session import open_session
-    from fastssl.step import use_amp
 
     require_pycocotools()
     with open_session(checkpoint, which=which, device=device) as session:

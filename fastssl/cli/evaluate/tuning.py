@@ -158,13 +158,13 @@ def fine_tune(
         pick: split -> (int64 sample ids that keep their label, what the record says of them; ``labels`` is their share).
         epochs: share of the labels -> number of epochs.
     """
+    from fastssl.distributed.devices import use_amp
     from fastssl.evaluate.classifier import save_classifier, timm_classifier_name
     from fastssl.evaluate.features import ProbeError
     from fastssl.evaluate.finetune import FinetuneConfig, finetune
     from fastssl.evaluate.half_head import run_file
     from fastssl.evaluate.photos import open_split
     from fastssl.evaluate.session import open_session
-    from fastssl.step import use_amp
 
     if out is not None and head != "linear":
         raise click.UsageError("--out writes timm's network, which has no place for the layers of a DINO head; it goes with --head linear")
