@@ -34,7 +34,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from fastssl.backbones import create_backbone, feature_dim
+from fastssl.models.backbones import create_backbone, feature_dim
 from fastssl.pipelines.beton import BetonReader
 from fastssl.probe import choose_split, probe_features
 from fastssl.recipe import load_recipe

@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
-from fastssl.backbones import resolve_arch
 from fastssl.benchmarks import cost, memory
 from fastssl.benchmarks.gauge import Measured, measure
 from fastssl.errors import FastSSLError, counted
 from fastssl.methods import METHODS
+from fastssl.models.backbones import resolve_arch
 from fastssl.pipelines.beton import BetonReader
 from fastssl.pipelines.engines import choose_engine
 from fastssl.probe import choose_split, require_same_classes

@@ -22,7 +22,6 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from fastssl.backbones import resolve_arch
 from fastssl.benchmarks.limits import copy_bytes, copy_call, product_call, product_flop
 from fastssl.benchmarks.loader import default_batch
 from fastssl.benchmarks.plain_step import PlainStep, has_peer
@@ -32,6 +31,7 @@ from fastssl.benchmarks.timing import MIN_RUNS, Timing, measure_in_turns, peak_e
 from fastssl.benchmarks.windows import synchronize
 from fastssl.distributed.devices import use_amp
 from fastssl.errors import FastSSLError
+from fastssl.models.backbones import resolve_arch
 from fastssl.optim import create_optimizer
 from fastssl.pipelines.augment import parameter_table
 from fastssl.pipelines.plan import draw_plan

@@ -15,7 +15,6 @@ from functools import partial
 
 import torch
 
-from fastssl.backbones import resolve_arch
 from fastssl.benchmarks.advice import WORTH, Loop, Remedy, in_words, more_threads, per_sample, shrunken, smaller_side
 from fastssl.benchmarks.loader import default_batch, endless, open_loader
 from fastssl.benchmarks.photos import describe_data, find_data
@@ -25,6 +24,7 @@ from fastssl.benchmarks.timing import MIN_RUNS
 from fastssl.benchmarks.windows import Window, measure_windows, rate, ratio, stream_window, wait_share
 from fastssl.bottleneck import bottleneck, data_share
 from fastssl.distributed.devices import use_amp
+from fastssl.models.backbones import resolve_arch
 from fastssl.pipelines.beton import BetonReader
 from fastssl.pipelines.engine import EngineStats
 from fastssl.pipelines.loader import Batch, ViewLoader

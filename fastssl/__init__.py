@@ -12,7 +12,7 @@ __all__ = ["__version__", "load_backbone"]
 def __getattr__(name: str) -> Any:
     # Lazy: `fastssl --help` should not load torch.
     if name == "load_backbone":
-        from fastssl.backbones import load_backbone
+        from fastssl.models.backbones import load_backbone
 
         return load_backbone
     raise AttributeError(f"module 'fastssl' has no attribute {name!r}")

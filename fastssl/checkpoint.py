@@ -26,8 +26,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from fastssl.backbones import read_header, save_backbone
 from fastssl.errors import FastSSLError
+from fastssl.models.backbones import read_header, save_backbone
 from fastssl.utils.atomic_files import link_atomically, write_atomically
 from fastssl.utils.digest import digest
 from fastssl.utils.torch_file import UNREADABLE, require_stored_as_is

@@ -130,8 +130,8 @@ class Recipe:
     Attributes:
         arch: the network the recipe was made for; ``--arch`` may put another in its place.
         method: ``moco``, ``dino``, ``swav`` or ``simclr``; its numbers stand in the section of that name, and no other section may be given.
-        init: ``timm`` (what the network's definition there does) or ``kaiming``, see ``fastssl.backbones.kaiming_init``.
-        zero_init_residual: begin with every residual block as the identity, see ``fastssl.backbones.zero_residual_branches``.
+        init: ``timm`` (what the network's definition there does) or ``kaiming``, see ``fastssl.models.backbones.kaiming_init``.
+        zero_init_residual: begin with every residual block as the identity, see ``fastssl.models.backbones.zero_residual_branches``.
         drop_path: stochastic depth of the deepest block, of the student alone, for networks that have it.
         views: two views as a list of groups, or a multi-crop (``MultiCrop``), which a preset's name may stand for.
         full_samples: pictures that a whole run of the published recipe sees (epochs x data set), the measure of "what share

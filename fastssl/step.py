@@ -21,8 +21,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastssl.backbones import create_backbone, require_sizes, resolve_arch
-from fastssl.depthwise import use_own_gradient
 from fastssl.distributed.collectives import agree_any, average_gradients
 from fastssl.distributed.sync_batchnorm import synchronise_batchnorm
 from fastssl.distributed.world import World
@@ -31,10 +29,12 @@ from fastssl.graph import RecordedCall, Recorder, record_cuda_graph
 from fastssl.layout import channels_last_breaks, require_channels_last
 from fastssl.methods import METHODS
 from fastssl.methods.method import Method, Views
+from fastssl.models.backbones import create_backbone, require_sizes, resolve_arch
+from fastssl.models.depthwise import use_own_gradient
+from fastssl.models.pointwise import use_matrix_products
 from fastssl.optim import ScheduledDecay, create_optimizer, set_lr
 from fastssl.pipelines.augment import augment_device
 from fastssl.pipelines.multicrop import MultiCrop
-from fastssl.pointwise import use_matrix_products
 from fastssl.precision import HalfCopy
 from fastssl.recipe import Recipe
 from fastssl.schedules import RunLength, learning_rate, weight_decay

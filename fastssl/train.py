@@ -28,7 +28,6 @@ from typing import Any, NoReturn, Protocol
 import torch
 from torch import Tensor, nn
 
-from fastssl.backbones import resolve_arch
 from fastssl.bad_step import BAD_STEPS, save_bad_step
 from fastssl.bottleneck import data_share
 from fastssl.checkpoint import Position, differences, has_all_files
@@ -40,6 +39,7 @@ from fastssl.distributed.world import World, first_of_host_speaks, world_from_en
 from fastssl.errors import FastSSLError, Interrupted, counted, without_folders
 from fastssl.finish import finish_run
 from fastssl.meters import MetricRing
+from fastssl.models.backbones import resolve_arch
 from fastssl.pipelines.beton import BetonReader
 from fastssl.pipelines.engines import require_engine
 from fastssl.pipelines.loader import Batch, ViewLoader

@@ -13,7 +13,7 @@ from multiprocessing.connection import wait
 
 #: Loaded once, in the process from which the children are forked: it has no threads, whatever the tests' own process has loaded and started.
 PRELOADED = [
-    "fastssl.backbones",
+    "fastssl.models.backbones",
     "fastssl.cli",
     "fastssl.pipelines.loader",
     "fastssl.recipe",

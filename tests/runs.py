@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from fastssl.backbones import resolve_arch
 from fastssl.checkpoint import Position, save_checkpoint
+from fastssl.models.backbones import resolve_arch
 from fastssl.recipe import load_recipe, recipe_to_dict
 from fastssl.schedules import RunLength
 from fastssl.step import TrainStep

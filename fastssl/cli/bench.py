@@ -500,7 +500,7 @@ def report(results: tuple[Path, ...], out: Path) -> None:
 
 
 def _load(names: Iterable[str], overrides: Iterable[str], arch: str | None = None) -> list[tuple[Recipe, str]]:
-    from fastssl.backbones import resolve_arch
+    from fastssl.models.backbones import resolve_arch
     from fastssl.recipe import load_recipe, parse_overrides
 
     if arch is not None:

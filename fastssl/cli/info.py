@@ -55,7 +55,7 @@ def archs(json_path: str | None) -> None:
     \b
     fastssl archs
     """
-    from fastssl.backbones import SHORT_NAMES, create_backbone, feature_dim
+    from fastssl.models.backbones import SHORT_NAMES, create_backbone, feature_dim
 
     rows = []
     for short, name in SHORT_NAMES.items():

@@ -97,7 +97,7 @@ def choose_inputs(
         click.UsageError: an option and a --set of the same value.
         FastSSLError: no such recipe, key, network or photos.
     """
-    from fastssl.backbones import resolve_arch
+    from fastssl.models.backbones import resolve_arch
     from fastssl.photo_source import look_at
     from fastssl.recipe import load_recipe, parse_overrides
     from fastssl.recipe_choice import choose, fit, warnings_for

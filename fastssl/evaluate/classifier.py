@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fastssl.backbones import create_backbone, feature_dim, resolve_arch
 from fastssl.evaluate.features import ProbeError
-from fastssl.heads import at_least_float32
+from fastssl.models.backbones import create_backbone, feature_dim, resolve_arch
+from fastssl.models.heads import at_least_float32
 from fastssl.pipelines.plan import ViewSpec
 from fastssl.utils.atomic_files import write_atomically
 

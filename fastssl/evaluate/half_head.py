@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastssl.backbones import create_backbone, feature_dim
 from fastssl.checkpoint import load_checkpoint
 from fastssl.errors import FastSSLError
 from fastssl.methods.dino import DINOHead
+from fastssl.models.backbones import create_backbone, feature_dim
 from fastssl.recipe import Recipe, build_recipe
 from fastssl.restore import Unfit, load_network, require_tensors
 

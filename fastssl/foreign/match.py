@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fastssl.backbones import SHORT_NAMES, create_backbone, other_kinds
 from fastssl.errors import FastSSLError
 from fastssl.foreign.layouts import Found
 from fastssl.foreign.torchvision_names import TWINS, torchvision_names, with_eps
+from fastssl.models.backbones import SHORT_NAMES, create_backbone, other_kinds
 from fastssl.utils.suggest import some_names
 
 #: first parts of names that belong to what stands behind a backbone

@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fastssl import schedules
-from fastssl.backbones import feature_dim
 from fastssl.distributed.collectives import all_reduce_mean
-from fastssl.drop_path import DropTable
-from fastssl.heads import CosineLogits, Projector, ProjectorConfig
 from fastssl.losses.pairs import reduce_pairs, split_pairs
 from fastssl.losses.soft_targets import soft_cross_entropy, teacher_probabilities
 from fastssl.methods.method import Encoder, Method, MethodConfig, PartLoss, Rates, Views, embedding_std
+from fastssl.models.backbones import feature_dim
+from fastssl.models.drop_path import DropTable
+from fastssl.models.heads import CosineLogits, Projector, ProjectorConfig
 from fastssl.schedules import RunLength
 
 

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from fastssl import schedules
-from fastssl.backbones import feature_dim
-from fastssl.drop_path import DropTable
-from fastssl.heads import Projector, ProjectorConfig
 from fastssl.losses.pairs import PairWeights
+from fastssl.models.backbones import feature_dim
+from fastssl.models.drop_path import DropTable
+from fastssl.models.heads import Projector, ProjectorConfig
 from fastssl.schedules import RunLength
 
 #: Number by name, or a tensor with one element on the device.

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from fastssl import schedules
 from fastssl.distributed.collectives import gather_views, rank
-from fastssl.heads import ProjectorConfig
 from fastssl.losses.nt_xent import SmoothedNTXent
 from fastssl.losses.pairs import reduce_pairs, split_pairs
 from fastssl.losses.smoothed_infonce import rank_weights
 from fastssl.methods.method import Method, MethodConfig, PartLoss, Rates, Views, embedding_std, new_encoder, smoothing_rates
+from fastssl.models.heads import ProjectorConfig
 from fastssl.schedules import RunLength
 
 

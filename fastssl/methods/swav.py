@@ -19,14 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastssl.backbones import feature_dim
 from fastssl.distributed.collectives import all_reduce_sum, gather_views, rank
-from fastssl.drop_path import DropTable
-from fastssl.heads import Projector, ProjectorConfig, Prototypes
 from fastssl.losses.pairs import reduce_pairs, split_pairs
 from fastssl.losses.sinkhorn import sinkhorn
 from fastssl.losses.soft_targets import soft_cross_entropy
 from fastssl.methods.method import Encoder, Method, MethodConfig, PartLoss, Rates, Views, embedding_std
+from fastssl.models.backbones import feature_dim
+from fastssl.models.drop_path import DropTable
+from fastssl.models.heads import Projector, ProjectorConfig, Prototypes
 from fastssl.schedules import RunLength
 
 

@@ -8,9 +8,9 @@ import sys
 import pytest
 import torch
 
-from fastssl.backbones import create_backbone
 from fastssl.benchmarks import beside_lightly
 from fastssl.benchmarks.beside_lightly import Contender, judge, race, to_markdown
+from fastssl.models.backbones import create_backbone
 
 #: Appends the time to its file every 20 ms.
 CLOCK = "import sys,time\nwhile True:\n    open(sys.argv[1], 'a').write(f'{time.monotonic()}\\n')\n    time.sleep(0.02)\n"

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import fastssl
-from fastssl.backbones import (
+from fastssl.errors import FastSSLError
+from fastssl.models.backbones import (
     SHORT_NAMES,
     create_backbone,
     feature_dim,
@@ -22,7 +23,6 @@ from fastssl.backbones import (
     save_backbone,
     zero_residual_branches,
 )
-from fastssl.errors import FastSSLError
 from fastssl.recipe import load_recipe
 from fastssl.step import TrainStep
 

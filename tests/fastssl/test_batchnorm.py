@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from fastssl.backbones import create_backbone, save_backbone
 from fastssl.cli import main
 from fastssl.errors import FastSSLError
 from fastssl.evaluate.batchnorm import has_batchnorm, reestimated
 from fastssl.evaluate.features import extract_features
+from fastssl.models.backbones import create_backbone, save_backbone
 from fastssl.pipelines.beton import BetonReader
 from fastssl.pipelines.loader import ViewLoader
 from fastssl.pipelines.order import epoch_order

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 
-from fastssl.backbones import create_backbone, load_backbone
 from fastssl.checkpoint import (
     DamagedCheckpoint,
     NotSaved,
@@ -26,10 +25,11 @@ from fastssl.checkpoint import (
     write_state,
 )
 from fastssl.errors import FastSSLError
-from fastssl.heads import ProjectorConfig
 from fastssl.losses.pairs import PairWeights
 from fastssl.methods.method import Views
 from fastssl.methods.moco import MoCo, MoCoConfig
+from fastssl.models.backbones import create_backbone, load_backbone
+from fastssl.models.heads import ProjectorConfig
 from fastssl.optim import OptimConfig, create_optimizer
 from fastssl.restore import restore
 

@@ -6,9 +6,9 @@ import pytest
 import timm
 import torch
 
-from fastssl.backbones import create_backbone
 from fastssl.evaluate.class_tokens import ClassTokens
 from fastssl.evaluate.features import ProbeError
+from fastssl.models.backbones import create_backbone
 
 
 @torch.no_grad()

@@ -12,10 +12,10 @@ from safetensors import safe_open
 from tiny import TinyBackbone
 from torch import nn
 
-from fastssl.backbones import create_backbone
 from fastssl.evaluate.classifier import Classifier, save_classifier, timm_classifier_name
 from fastssl.evaluate.features import ProbeError
 from fastssl.evaluate.finetune import FinetuneConfig
+from fastssl.models.backbones import create_backbone
 
 VIEW = FinetuneConfig(size=64, crop=1.0).test_view
 

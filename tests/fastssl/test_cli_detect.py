@@ -12,10 +12,10 @@ import torch
 from processes import run_processes
 from shapes import make_shapes, make_voc
 
-from fastssl.backbones import create_backbone, save_backbone
 from fastssl.cli import main
 from fastssl.evaluate.detection import model
 from fastssl.evaluate.detection.model import DetectorConfig
+from fastssl.models.backbones import create_backbone, save_backbone
 
 #: Nothing is learned in one step of four small pictures: what runs is what counts.
 SMALL = ("--iterations", 1, "--batch-size", 4, "--short-side", 64, "--test-side", 64, "--long-side", 96, "--device", "cpu", "--workers", 1)

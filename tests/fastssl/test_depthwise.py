@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from fastssl import depthwise
-from fastssl.depthwise import is_taken, use_own_gradient, weight_gradient
+from fastssl.models import depthwise
+from fastssl.models.depthwise import is_taken, use_own_gradient, weight_gradient
 
 
 def reference(maps: torch.Tensor, gradient: torch.Tensor, side: int, stride: int, padding: int) -> torch.Tensor:

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from fastssl.backbones import create_backbone
 from fastssl.evaluate.detection.annotations import DetectionError
 from fastssl.evaluate.detection.backbone import LEVELS, create_pyramid
+from fastssl.models.backbones import create_backbone
 
 #: network -> (channels that FPN's first convolutions read, parameters that take no part)
 NETWORKS = {

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastssl.backbones import create_backbone
 from fastssl.evaluate.detection.annotations import DetectionError
 from fastssl.evaluate.detection.model import Detector, DetectorConfig, anchor_sizes
+from fastssl.models.backbones import create_backbone
 
 SMALL = {"width": 32, "head_width": 64, "proposals": 50, "box_samples": 32}
 

@@ -13,12 +13,12 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from shapes import make_shapes
 
-from fastssl.backbones import create_backbone
 from fastssl.evaluate.detection.annotations import DetectionError, load_coco
 from fastssl.evaluate.detection.average_precision import FIGURES
 from fastssl.evaluate.detection.model import DetectorConfig
 from fastssl.evaluate.detection.protocol import detection_figures
 from fastssl.evaluate.detection.train import TrainingConfig
+from fastssl.models.backbones import create_backbone
 
 CPU = torch.device("cpu")
 

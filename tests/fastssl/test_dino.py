@@ -11,10 +11,10 @@ from tiny import B, TinyBackbone, images
 from torch import Tensor
 from torch.nn import functional
 
-from fastssl.heads import ProjectorConfig
 from fastssl.losses.pairs import PairWeights
 from fastssl.methods.dino import DINO, DINOConfig
 from fastssl.methods.method import Views
+from fastssl.models.heads import ProjectorConfig
 from fastssl.schedules import RunLength
 
 K = 24

@@ -9,8 +9,8 @@ import torch
 from timm.layers import DropPath
 from torch import nn
 
-from fastssl.backbones import create_backbone
-from fastssl.drop_path import DropTable, PlannedDropPath
+from fastssl.models.backbones import create_backbone
+from fastssl.models.drop_path import DropTable, PlannedDropPath
 
 
 def test_every_drop_path_of_a_network_reads_the_table() -> None:

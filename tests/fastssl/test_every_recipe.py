@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastssl.backbones import load_backbone
 from fastssl.cli import main
 from fastssl.methods import METHODS
+from fastssl.models.backbones import load_backbone
 from fastssl.recipe import load_recipe, recipe_names
 from fastssl.train import Run
 

@@ -16,13 +16,13 @@ from safetensors.torch import load_file, save_file
 from test_torchvision_names import with_statistics
 from torch import nn
 
-from fastssl.backbones import create_backbone, load_backbone, save_backbone
 from fastssl.cli import main
 from fastssl.errors import FastSSLError
 from fastssl.evaluate.trained import Trained, load_trained
 from fastssl.export import export_backbone
 from fastssl.export.check import check_features
 from fastssl.export.files import SIGNATURE, require_replaceable, save_tensors, staged
+from fastssl.models.backbones import create_backbone, load_backbone, save_backbone
 
 ARCHS = {"lcnet_035": "lcnet_035", "mobilenetv3_large": "mobilenetv3_large_100", "vit_tiny": "vit_tiny_patch16_224"}
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from power import Disk
 
-from fastssl.backbones import create_backbone, save_backbone
+from fastssl.models.backbones import create_backbone, save_backbone
 from fastssl.utils import atomic_files as files
 from fastssl.utils.atomic_files import link_atomically, usual_mode, write_atomically
 

@@ -14,13 +14,13 @@ from tiny import TinyBackbone
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fastssl.backbones import create_backbone
 from fastssl.distributed.collectives import rank
 from fastssl.evaluate import finetune as module
 from fastssl.evaluate.classifier import Classifier
 from fastssl.evaluate.features import ProbeError, wilson_interval
 from fastssl.evaluate.finetune import SSLIGHT_OPTIM, FinetuneConfig, FinetuneResult, finetune
 from fastssl.evaluate.photos import LabelledSplit, open_split
+from fastssl.models.backbones import create_backbone
 from fastssl.optim import OptimConfig
 from fastssl.pipelines.loader import ViewLoader
 from fastssl.pipelines.plan import ViewSpec

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from fastssl.backbones import create_backbone
 from fastssl.evaluate.fingerprint import weights_fingerprint
+from fastssl.models.backbones import create_backbone
 
 
 def test_layout_does_not_matter_and_every_tensor_does() -> None:

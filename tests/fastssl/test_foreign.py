@@ -20,7 +20,6 @@ from test_torchvision_names import with_statistics
 from torch import Tensor, nn
 
 import fastssl
-from fastssl.backbones import create_backbone, read_header, save_backbone
 from fastssl.cli import main
 from fastssl.errors import FastSSLError
 from fastssl.evaluate.trained import load_trained
@@ -28,6 +27,7 @@ from fastssl.export import export_backbone
 from fastssl.foreign import import_backbone
 from fastssl.foreign.layouts import LAYOUTS, NETWORK, find_network
 from fastssl.foreign.read import read_foreign
+from fastssl.models.backbones import create_backbone, read_header, save_backbone
 
 IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(3))
 

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from fastssl.heads import CosineLogits, Projector, ProjectorConfig, Prototypes
 from fastssl.methods.dino import DINOConfig, DINOHead
 from fastssl.methods.swav import SwAVConfig, SwAVHead
+from fastssl.models.heads import CosineLogits, Projector, ProjectorConfig, Prototypes
 
 
 def test_light_moco_head_has_the_published_parameters() -> None:

@@ -8,11 +8,11 @@ from tiny import TWO, B, TinyBackbone, images
 from torch import Tensor
 from torch.nn import functional
 
-from fastssl.heads import ProjectorConfig
 from fastssl.losses import SmoothedInfoNCE
 from fastssl.losses.pairs import PairWeights
 from fastssl.methods.method import PartLoss, Views
 from fastssl.methods.moco import MoCo, MoCoConfig
+from fastssl.models.heads import ProjectorConfig
 from fastssl.schedules import RunLength
 
 

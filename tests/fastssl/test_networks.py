@@ -14,10 +14,10 @@ from runs import finished_run
 from test_torchvision_names import with_statistics
 from torch import nn
 
-from fastssl.backbones import create_backbone
 from fastssl.errors import FastSSLError
 from fastssl.evaluate.trained import Trained, load_trained
 from fastssl.export import export_backbone, fuse
+from fastssl.models.backbones import create_backbone
 
 #: timm's names; at 32 px
 NETWORKS = (

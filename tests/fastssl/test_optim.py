@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from fastssl.backbones import create_backbone
 from fastssl.benchmarks.plain_step import plain_optimizer
+from fastssl.models.backbones import create_backbone
 from fastssl.optim import LARS, OptimConfig, ScheduledDecay, create_optimizer, parameter_groups, set_lr
 
 

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from fastssl import pointwise as module
-from fastssl.pointwise import is_taken, pointwise, use_matrix_products
+from fastssl.models import pointwise as module
+from fastssl.models.pointwise import is_taken, pointwise, use_matrix_products
 
 
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])

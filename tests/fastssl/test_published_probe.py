@@ -11,12 +11,12 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from fastssl.backbones import create_backbone
 from fastssl.evaluate import published_probe as module
 from fastssl.evaluate.features import ProbeError
 from fastssl.evaluate.photos import open_split
 from fastssl.evaluate.protocols import PROTOCOLS, LinearProtocol, Trial
 from fastssl.evaluate.published_probe import ProbeOptions, published_probe
+from fastssl.models.backbones import create_backbone
 from fastssl.optim import LARS
 from fastssl.pipelines.loader import ViewLoader
 from fastssl.pipelines.plan import ViewSpec

@@ -17,9 +17,9 @@ from processes import run_processes
 from small_run import SMALL, Silent, options, rows, same, small, state, status
 
 from fastssl import checkpoint
-from fastssl.backbones import read_header
 from fastssl.checkpoint import load_checkpoint, write_state
 from fastssl.errors import FastSSLError, Interrupted
+from fastssl.models.backbones import read_header
 from fastssl.pipelines.beton import MODE_RAW, BetonWriter
 from fastssl.probe import OnlineProbe
 from fastssl.recipe import Recipe

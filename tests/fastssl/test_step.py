@@ -15,9 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastssl import graph as graph_module
 from fastssl import step as step_module
-from fastssl.backbones import SHORT_NAMES, create_backbone
 from fastssl.graph import RecordedCall
 from fastssl.layout import channels_last_breaks
+from fastssl.models.backbones import SHORT_NAMES, create_backbone
 from fastssl.pipelines.loader import ViewLoader
 from fastssl.precision import HalfCopy
 from fastssl.recipe import Recipe, load_recipe

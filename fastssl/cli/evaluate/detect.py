@@ -132,7 +132,6 @@ def detect(
     """
     import torch
 
-    from fastssl.backbones import create_backbone
     from fastssl.distributed.devices import use_amp
     from fastssl.distributed.world import first_of_host_speaks
     from fastssl.evaluate.detection.average_precision import require_pycocotools
@@ -142,6 +141,7 @@ def detect(
     from fastssl.evaluate.detection.schedule import iterations_of
     from fastssl.evaluate.detection.train import TrainingConfig
     from fastssl.evaluate.session import open_session
+    from fastssl.models.backbones import create_backbone
 
     require_pycocotools()
     with open_session(checkpoint, which=which, device=device) as session:

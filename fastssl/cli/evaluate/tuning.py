@@ -209,9 +209,9 @@ def fine_tune(
 def _network(session: Session, checkpoint: Path, head: str, classes: int, *, from_scratch: bool, seed: int) -> Classifier:
     import torch
 
-    from fastssl.backbones import create_backbone
     from fastssl.evaluate.classifier import Classifier
     from fastssl.evaluate.half_head import load_half_head
+    from fastssl.models.backbones import create_backbone
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

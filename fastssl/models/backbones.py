@@ -19,9 +19,9 @@ from timm.layers import Attention2d, ConvNormAct, LayerScale2d, MultiQueryAttent
 from timm.models.vision_transformer import Block as VisionTransformerBlock
 from torch import Tensor, nn
 
-from fastssl.drop_path import drop_path_layers
 from fastssl.errors import FastSSLError
-from fastssl.strided_pointwise import guard_strided_pointwise
+from fastssl.models.drop_path import drop_path_layers
+from fastssl.models.strided_pointwise import guard_strided_pointwise
 from fastssl.utils.atomic_files import write_atomically
 from fastssl.utils.digest import digest
 from fastssl.utils.suggest import nearest
