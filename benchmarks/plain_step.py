@@ -15,13 +15,13 @@ from torch.nn import functional
 
 from fastssl.losses.reference import dense_step
 from fastssl.methods.method import new_encoder
-from fastssl.optim import OptimConfig, parameter_groups
+from fastssl.optim.optimizers import OptimConfig, parameter_groups
 from fastssl.recipe import Recipe
 from fastssl.step import initial_backbone
 
 
 class PlainLARS(torch.optim.Optimizer):
-    """LARS as its paper writes it, one tensor after the other; the formula is `fastssl.optim.LARS`'s."""
+    """LARS as its paper writes it, one tensor after the other; the formula is `fastssl.optim.optimizers.LARS`'s."""
 
     def __init__(self, groups: list[dict], lr: float, momentum: float, trust: float):
         super().__init__(groups, {"lr": lr, "momentum": momentum, "trust": trust})

@@ -32,11 +32,11 @@ from fastssl.benchmarks.windows import synchronize
 from fastssl.distributed.devices import use_amp
 from fastssl.errors import FastSSLError
 from fastssl.models.backbones import resolve_arch
-from fastssl.optim import create_optimizer
+from fastssl.optim.optimizers import create_optimizer
+from fastssl.optim.schedules import RunLength
 from fastssl.pipelines.augment import parameter_table
 from fastssl.pipelines.plan import draw_plan
 from fastssl.recipe import Recipe
-from fastssl.schedules import RunLength
 from fastssl.step import TrainStep
 from fastssl.utils.transfer import to_device
 

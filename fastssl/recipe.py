@@ -18,7 +18,7 @@ from typing import Any
 from fastssl.errors import FastSSLError
 from fastssl.losses.pairs import PairWeights
 from fastssl.methods import METHODS, DINOConfig, MoCoConfig, SimCLRConfig, SwAVConfig
-from fastssl.optim import OptimConfig
+from fastssl.optim.optimizers import OptimConfig
 from fastssl.pipelines.multicrop import PRESETS, MultiCrop
 from fastssl.pipelines.plan import ViewSpec
 from fastssl.utils.suggest import did_you_mean, nearest

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fastssl.checkpoint import Position
 from fastssl.errors import FastSSLError, counted
-from fastssl.optim import state_names
+from fastssl.optim.optimizers import state_names
 from fastssl.utils.yaml_file import shown
 
 

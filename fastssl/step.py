@@ -32,12 +32,12 @@ from fastssl.methods.method import Method, Views
 from fastssl.models.backbones import create_backbone, require_sizes, resolve_arch
 from fastssl.models.depthwise import use_own_gradient
 from fastssl.models.pointwise import use_matrix_products
-from fastssl.optim import ScheduledDecay, create_optimizer, set_lr
+from fastssl.optim.optimizers import ScheduledDecay, create_optimizer, set_lr
+from fastssl.optim.schedules import RunLength, learning_rate, weight_decay
 from fastssl.pipelines.augment import augment_device
 from fastssl.pipelines.multicrop import MultiCrop
 from fastssl.precision import HalfCopy
 from fastssl.recipe import Recipe
-from fastssl.schedules import RunLength, learning_rate, weight_decay
 from fastssl.utils.host_memory import keep_freed_memory
 from fastssl.utils.transfer import to_device
 

@@ -40,6 +40,7 @@ from fastssl.errors import FastSSLError, Interrupted, counted, without_folders
 from fastssl.finish import finish_run
 from fastssl.meters import MetricRing
 from fastssl.models.backbones import resolve_arch
+from fastssl.optim.schedules import RunLength
 from fastssl.pipelines.beton import BetonReader
 from fastssl.pipelines.engines import require_engine
 from fastssl.pipelines.loader import Batch, ViewLoader
@@ -52,7 +53,6 @@ from fastssl.restore import require_fit, restore
 from fastssl.run_folder import RunFolder
 from fastssl.run_status import RunStatus
 from fastssl.saver import NotSaved, Saver
-from fastssl.schedules import RunLength
 from fastssl.step import TrainStep
 from fastssl.utils.cores import available_cores
 from fastssl.utils.signals import StopRequest

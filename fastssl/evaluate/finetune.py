@@ -26,10 +26,10 @@ from fastssl.errors import counted
 from fastssl.evaluate.classifier import Classifier
 from fastssl.evaluate.features import EVALUATION_CROP, ProbeError, collect, require_size, share, wilson_interval
 from fastssl.evaluate.photos import LabelledSplit
-from fastssl.optim import OptimConfig, create_optimizer, parameter_groups
+from fastssl.optim.optimizers import OptimConfig, create_optimizer, parameter_groups
+from fastssl.optim.schedules import learning_rate
 from fastssl.pipelines.loader import Batch, ViewLoader
 from fastssl.pipelines.plan import ViewSpec
-from fastssl.schedules import learning_rate
 from fastssl.utils.host_memory import keep_freed_memory
 from fastssl.utils.transfer import to_device
 

@@ -14,8 +14,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from fastssl.evaluate.features import ProbeError
+from fastssl.optim.schedules import half_cosine
 from fastssl.pipelines.plan import ViewSpec
-from fastssl.schedules import half_cosine
 
 #: A batch for which rates are stated.
 LR_BATCH = 256
@@ -31,7 +31,7 @@ class LinearProtocol:
     Attributes:
         name: on the command line and in records.
         source: where the numbers stand.
-        optimizer: ``sgd`` (momentum, no Nesterov), or ``lars`` as in ``fastssl.optim``, which takes the plain step for the bias.
+        optimizer: ``sgd`` (momentum, no Nesterov), or ``lars`` as in ``fastssl.optim.optimizers``, which takes the plain step for the bias.
         lr: rate per 256 photos.
         batch_size: of all processes together.
         epochs: over the training photos.

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fastssl import schedules
 from fastssl.distributed.collectives import all_reduce_mean
 from fastssl.losses.pairs import reduce_pairs, split_pairs
 from fastssl.losses.soft_targets import soft_cross_entropy, teacher_probabilities
@@ -26,7 +25,8 @@ from fastssl.methods.method import Encoder, Method, MethodConfig, PartLoss, Rate
 from fastssl.models.backbones import feature_dim
 from fastssl.models.drop_path import DropTable
 from fastssl.models.heads import CosineLogits, Projector, ProjectorConfig
-from fastssl.schedules import RunLength
+from fastssl.optim import schedules
+from fastssl.optim.schedules import RunLength
 
 
 @dataclass(frozen=True)

@@ -20,12 +20,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from fastssl import schedules
 from fastssl.losses.pairs import PairWeights
 from fastssl.models.backbones import feature_dim
 from fastssl.models.drop_path import DropTable
 from fastssl.models.heads import Projector, ProjectorConfig
-from fastssl.schedules import RunLength
+from fastssl.optim import schedules
+from fastssl.optim.schedules import RunLength
 
 #: Number by name, or a tensor with one element on the device.
 Rates = Mapping[str, "Tensor | float"]

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fastssl import schedules
 from fastssl.distributed.collectives import gather_rows, gather_views, rank
 from fastssl.distributed.split_batchnorm import DealtStatistics
 from fastssl.losses import SmoothedInfoNCE
@@ -29,8 +28,9 @@ from fastssl.losses.pairs import reduce_pairs
 from fastssl.losses.smoothed_infonce import rank_weights
 from fastssl.methods.method import Method, MethodConfig, PartLoss, Rates, Views, embedding_std, new_encoder, smoothing_rates
 from fastssl.models.heads import ProjectorConfig
+from fastssl.optim import schedules
+from fastssl.optim.schedules import RunLength
 from fastssl.pipelines.order import batch_permutation
-from fastssl.schedules import RunLength
 
 
 @dataclass(frozen=True)

@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastssl import schedules
 from fastssl.distributed.collectives import gather_views, rank
 from fastssl.losses.nt_xent import SmoothedNTXent
 from fastssl.losses.pairs import reduce_pairs, split_pairs
 from fastssl.losses.smoothed_infonce import rank_weights
 from fastssl.methods.method import Method, MethodConfig, PartLoss, Rates, Views, embedding_std, new_encoder, smoothing_rates
 from fastssl.models.heads import ProjectorConfig
-from fastssl.schedules import RunLength
+from fastssl.optim import schedules
+from fastssl.optim.schedules import RunLength
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from fastssl.methods.method import Encoder, Method, MethodConfig, PartLoss, Rate
 from fastssl.models.backbones import feature_dim
 from fastssl.models.drop_path import DropTable
 from fastssl.models.heads import Projector, ProjectorConfig, Prototypes
-from fastssl.schedules import RunLength
+from fastssl.optim.schedules import RunLength
 
 
 @dataclass(frozen=True)

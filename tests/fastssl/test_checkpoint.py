@@ -30,7 +30,7 @@ from fastssl.methods.method import Views
 from fastssl.methods.moco import MoCo, MoCoConfig
 from fastssl.models.backbones import create_backbone, load_backbone
 from fastssl.models.heads import ProjectorConfig
-from fastssl.optim import OptimConfig, create_optimizer
+from fastssl.optim.optimizers import OptimConfig, create_optimizer
 from fastssl.restore import restore
 
 

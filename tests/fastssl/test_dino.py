@@ -15,7 +15,7 @@ from fastssl.losses.pairs import PairWeights
 from fastssl.methods.dino import DINO, DINOConfig
 from fastssl.methods.method import Views
 from fastssl.models.heads import ProjectorConfig
-from fastssl.schedules import RunLength
+from fastssl.optim.schedules import RunLength
 
 K = 24
 SMALL = DINOConfig(out=K, projector=replace(DINOConfig().projector, hidden=16, out=8))

@@ -21,7 +21,7 @@ from fastssl.evaluate.features import ProbeError, wilson_interval
 from fastssl.evaluate.finetune import SSLIGHT_OPTIM, FinetuneConfig, FinetuneResult, finetune
 from fastssl.evaluate.photos import LabelledSplit, open_split
 from fastssl.models.backbones import create_backbone
-from fastssl.optim import OptimConfig
+from fastssl.optim.optimizers import OptimConfig
 from fastssl.pipelines.loader import ViewLoader
 from fastssl.pipelines.plan import ViewSpec
 

@@ -13,7 +13,7 @@ from fastssl.losses.pairs import PairWeights
 from fastssl.methods.method import PartLoss, Views
 from fastssl.methods.moco import MoCo, MoCoConfig
 from fastssl.models.heads import ProjectorConfig
-from fastssl.schedules import RunLength
+from fastssl.optim.schedules import RunLength
 
 
 def make(weights: PairWeights = TWO, **options: object) -> MoCo:

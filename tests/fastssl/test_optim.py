@@ -10,7 +10,7 @@ from torch import nn
 
 from fastssl.benchmarks.plain_step import plain_optimizer
 from fastssl.models.backbones import create_backbone
-from fastssl.optim import LARS, OptimConfig, ScheduledDecay, create_optimizer, parameter_groups, set_lr
+from fastssl.optim.optimizers import LARS, OptimConfig, ScheduledDecay, create_optimizer, parameter_groups, set_lr
 
 
 def network() -> nn.Module:

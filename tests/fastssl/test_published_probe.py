@@ -17,7 +17,7 @@ from fastssl.evaluate.photos import open_split
 from fastssl.evaluate.protocols import PROTOCOLS, LinearProtocol, Trial
 from fastssl.evaluate.published_probe import ProbeOptions, published_probe
 from fastssl.models.backbones import create_backbone
-from fastssl.optim import LARS
+from fastssl.optim.optimizers import LARS
 from fastssl.pipelines.loader import ViewLoader
 from fastssl.pipelines.plan import ViewSpec
 

@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from fastssl.errors import FastSSLError
+from fastssl.optim.schedules import learning_rate
 from fastssl.recipe import build_recipe, load_recipe, parse_overrides, recipe_names, recipe_path, recipe_to_dict
-from fastssl.schedules import learning_rate
 
 
 @pytest.mark.parametrize("name", recipe_names())

@@ -14,7 +14,7 @@ from torch import nn
 
 from fastssl.checkpoint import write_state
 from fastssl.errors import FastSSLError
-from fastssl.optim import OptimConfig, create_optimizer
+from fastssl.optim.optimizers import OptimConfig, create_optimizer
 from fastssl.restore import Unfit, load_network, load_optimizer
 from fastssl.train import pretrain
 

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 
-from fastssl import schedules
+from fastssl.optim import schedules
 
 RUN = {"total_steps": 1000, "steps_per_epoch": 10}
 

@@ -14,7 +14,7 @@ from fastssl.evaluate.features import Features, wilson_interval
 from fastssl.evaluate.linear import linear_probe
 from fastssl.evaluate.protocols import PROTOCOLS, Trial
 from fastssl.evaluate.sgd_linear import Classifiers, Curves, Judged, summary, train_classifiers
-from fastssl.optim import LARS
+from fastssl.optim.optimizers import LARS
 
 CPU, WIDTH, CLASSES = torch.device("cpu"), 9, 6
 GRID = [Trial(3.0, 0.0), Trial(0.1, 0.0), Trial(3.0, 0.01), Trial(30.0, 0.0)]

@@ -13,7 +13,7 @@ from fastssl.losses.pairs import PairWeights
 from fastssl.methods.method import Views
 from fastssl.methods.simclr import SimCLR, SimCLRConfig
 from fastssl.models.heads import ProjectorConfig
-from fastssl.schedules import RunLength
+from fastssl.optim.schedules import RunLength
 
 SMALL = SimCLRConfig(smoothing=0.0, weighting="nearest", projector=ProjectorConfig(hidden=16, out=8))
 

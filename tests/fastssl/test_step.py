@@ -18,10 +18,10 @@ from fastssl import step as step_module
 from fastssl.graph import RecordedCall
 from fastssl.layout import channels_last_breaks
 from fastssl.models.backbones import SHORT_NAMES, create_backbone
+from fastssl.optim.schedules import RunLength
 from fastssl.pipelines.loader import ViewLoader
 from fastssl.precision import HalfCopy
 from fastssl.recipe import Recipe, load_recipe
-from fastssl.schedules import RunLength
 from fastssl.step import TrainStep, picture_sizes
 
 CPU, BATCH, SIZE = torch.device("cpu"), 8, 32

@@ -19,8 +19,8 @@ from fastssl.distributed.devices import choose_device
 from fastssl.distributed.group import joined
 from fastssl.distributed.world import world_from_environment
 from fastssl.errors import FastSSLError
+from fastssl.optim.schedules import RunLength
 from fastssl.recipe import Recipe, load_recipe
-from fastssl.schedules import RunLength
 from fastssl.step import TrainStep
 
 CPU, BATCH, STEPS = torch.device("cpu"), 16, 4

@@ -14,7 +14,7 @@ from fastssl.losses.pairs import PairWeights
 from fastssl.losses.sinkhorn import sinkhorn
 from fastssl.methods.method import Views
 from fastssl.methods.swav import SwAV, SwAVConfig
-from fastssl.schedules import RunLength
+from fastssl.optim.schedules import RunLength
 
 K, D = 10, 8
 SMALL = SwAVConfig(prototypes=K, queue=3 * B, queue_epoch=2, projector=replace(SwAVConfig().projector, hidden=16, out=D, init="torch"))

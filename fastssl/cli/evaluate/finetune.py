@@ -52,7 +52,7 @@ def finetune(labels: float | None, epochs: int, optimizer: str, weight_decay: fl
     fastssl evaluate finetune runs/mine --data flowers/train --val flowers/test --from-scratch
     """
     from fastssl.evaluate.few_labels import draw_labels
-    from fastssl.optim import OptimConfig
+    from fastssl.optim.optimizers import OptimConfig
 
     default_lr, default_decay = DEFAULTS[optimizer]
 

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from fastssl.evaluate.finetune import FinetuneConfig, FinetuneResult
     from fastssl.evaluate.photos import LabelledSplit
     from fastssl.evaluate.session import Session
-    from fastssl.optim import OptimConfig
+    from fastssl.optim.optimizers import OptimConfig
 
 
 class ShareOfLabels(click.ParamType):

@@ -28,7 +28,7 @@ from fastssl.evaluate.detection.annotations import DetectionError, DetectionSet
 from fastssl.evaluate.detection.batches import load_batches, to_device, training_requests
 from fastssl.evaluate.detection.model import Detector
 from fastssl.evaluate.detection.schedule import Rates
-from fastssl.optim import set_lr
+from fastssl.optim.optimizers import set_lr
 from fastssl.pipelines.rng import Stream, keyed_words
 from fastssl.restore import Unfit, load_network, load_optimizer
 
