@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fastssl.methods.method import MethodConfig
+    from fastssl.methods.base import MethodConfig
 
 #: Share of the memory that a run may fill, by device: a computer has other things to do, and its heap goes on growing after the few steps measured here
 #: (a process of MobileNet-V3-Large at 224 px held a sixth more after some steps).

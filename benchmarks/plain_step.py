@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fastssl.losses.reference import dense_step
-from fastssl.methods.method import new_encoder
+from fastssl.methods.base import new_encoder
 from fastssl.optim.optimizers import OptimConfig, parameter_groups
 from fastssl.recipe import Recipe
 from fastssl.step import initial_backbone

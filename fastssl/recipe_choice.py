@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fastssl.errors import FastSSLError, counted
-from fastssl.methods.method import MethodConfig
+from fastssl.methods.base import MethodConfig
 from fastssl.models.backbones import resizes_positions, resolve_arch
 from fastssl.recipe import Recipe, is_given, with_batch
 

@@ -28,7 +28,7 @@ from fastssl.errors import FastSSLError, without_folders
 from fastssl.graph import RecordedCall, Recorder, record_cuda_graph
 from fastssl.layout import channels_last_breaks, require_channels_last
 from fastssl.methods import METHODS
-from fastssl.methods.method import Method, Views
+from fastssl.methods.base import Method, Views
 from fastssl.models.backbones import create_backbone, require_sizes, resolve_arch
 from fastssl.models.depthwise import use_own_gradient
 from fastssl.models.pointwise import use_matrix_products

@@ -1,7 +1,7 @@
 """Self-supervised methods. A method knows networks, heads and losses; it knows no files and no command line."""
 
+from fastssl.methods.base import Method
 from fastssl.methods.dino import DINO, DINOConfig
-from fastssl.methods.method import Method
 from fastssl.methods.moco import MoCo, MoCoConfig
 from fastssl.methods.simclr import SimCLR, SimCLRConfig
 from fastssl.methods.swav import SwAV, SwAVConfig

@@ -21,7 +21,7 @@ from torch.nn import functional
 from fastssl.distributed.collectives import all_reduce_mean
 from fastssl.losses.pairs import reduce_pairs, split_pairs
 from fastssl.losses.soft_targets import soft_cross_entropy, teacher_probabilities
-from fastssl.methods.method import Encoder, Method, MethodConfig, PartLoss, Rates, Views, embedding_std
+from fastssl.methods.base import Encoder, Method, MethodConfig, PartLoss, Rates, Views, embedding_std
 from fastssl.models.backbones import feature_dim
 from fastssl.models.drop_path import DropTable
 from fastssl.models.heads import CosineLogits, Projector, ProjectorConfig

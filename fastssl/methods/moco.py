@@ -26,7 +26,7 @@ from fastssl.distributed.split_batchnorm import DealtStatistics
 from fastssl.losses import SmoothedInfoNCE
 from fastssl.losses.pairs import reduce_pairs
 from fastssl.losses.smoothed_infonce import rank_weights
-from fastssl.methods.method import Method, MethodConfig, PartLoss, Rates, Views, embedding_std, new_encoder, smoothing_rates
+from fastssl.methods.base import Method, MethodConfig, PartLoss, Rates, Views, embedding_std, new_encoder, smoothing_rates
 from fastssl.models.heads import ProjectorConfig
 from fastssl.optim import schedules
 from fastssl.optim.schedules import RunLength

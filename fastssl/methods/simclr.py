@@ -19,7 +19,7 @@ from fastssl.distributed.collectives import gather_views, rank
 from fastssl.losses.nt_xent import SmoothedNTXent
 from fastssl.losses.pairs import reduce_pairs, split_pairs
 from fastssl.losses.smoothed_infonce import rank_weights
-from fastssl.methods.method import Method, MethodConfig, PartLoss, Rates, Views, embedding_std, new_encoder, smoothing_rates
+from fastssl.methods.base import Method, MethodConfig, PartLoss, Rates, Views, embedding_std, new_encoder, smoothing_rates
 from fastssl.models.heads import ProjectorConfig
 from fastssl.optim import schedules
 from fastssl.optim.schedules import RunLength

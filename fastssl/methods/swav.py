@@ -23,7 +23,7 @@ from fastssl.distributed.collectives import all_reduce_sum, gather_views, rank
 from fastssl.losses.pairs import reduce_pairs, split_pairs
 from fastssl.losses.sinkhorn import sinkhorn
 from fastssl.losses.soft_targets import soft_cross_entropy
-from fastssl.methods.method import Encoder, Method, MethodConfig, PartLoss, Rates, Views, embedding_std
+from fastssl.methods.base import Encoder, Method, MethodConfig, PartLoss, Rates, Views, embedding_std
 from fastssl.models.backbones import feature_dim
 from fastssl.models.drop_path import DropTable
 from fastssl.models.heads import Projector, ProjectorConfig, Prototypes

@@ -26,7 +26,7 @@ from fastssl.checkpoint import (
 )
 from fastssl.errors import FastSSLError
 from fastssl.losses.pairs import PairWeights
-from fastssl.methods.method import Views
+from fastssl.methods.base import Views
 from fastssl.methods.moco import MoCo, MoCoConfig
 from fastssl.models.backbones import create_backbone, load_backbone
 from fastssl.models.heads import ProjectorConfig

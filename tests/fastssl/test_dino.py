@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from fastssl.losses.pairs import PairWeights
+from fastssl.methods.base import Views
 from fastssl.methods.dino import DINO, DINOConfig
-from fastssl.methods.method import Views
 from fastssl.models.heads import ProjectorConfig
 from fastssl.optim.schedules import RunLength
 

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from fastssl.losses import SmoothedInfoNCE
 from fastssl.losses.pairs import PairWeights
-from fastssl.methods.method import PartLoss, Views
+from fastssl.methods.base import PartLoss, Views
 from fastssl.methods.moco import MoCo, MoCoConfig
 from fastssl.models.heads import ProjectorConfig
 from fastssl.optim.schedules import RunLength

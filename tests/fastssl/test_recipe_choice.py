@@ -10,7 +10,7 @@ from tiny import TinyBackbone
 
 from fastssl.errors import FastSSLError
 from fastssl.methods import METHODS
-from fastssl.methods.method import Views
+from fastssl.methods.base import Views
 from fastssl.recipe import Recipe, build_recipe, load_recipe, recipe_names, recipe_to_dict
 from fastssl.recipe_choice import FEWEST_EPOCHS, MOST_EPOCHS, choose, fit, follow_samples, require_photos, warnings_for
 

@@ -10,7 +10,7 @@ from tiny import TWO, B, TinyBackbone, images
 from torch.nn import functional
 
 from fastssl.losses.pairs import PairWeights
-from fastssl.methods.method import Views
+from fastssl.methods.base import Views
 from fastssl.methods.simclr import SimCLR, SimCLRConfig
 from fastssl.models.heads import ProjectorConfig
 from fastssl.optim.schedules import RunLength

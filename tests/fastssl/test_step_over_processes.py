@@ -162,7 +162,7 @@ def centre_by_hand() -> tuple[Tensor, Tensor]:
 
     from fastssl.losses.pairs import PairWeights
     from fastssl.methods import DINO, DINOConfig
-    from fastssl.methods.method import Views
+    from fastssl.methods.base import Views
 
     method = DINO(TinyBackbone(), DINOConfig(out=4), views=Views(3, PairWeights(0, 1.0, 0.0), world_size()))
     method.center.fill_(1.0)

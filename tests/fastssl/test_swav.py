@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from fastssl.losses.pairs import PairWeights
 from fastssl.losses.sinkhorn import sinkhorn
-from fastssl.methods.method import Views
+from fastssl.methods.base import Views
 from fastssl.methods.swav import SwAV, SwAVConfig
 from fastssl.optim.schedules import RunLength
 
