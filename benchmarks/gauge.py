@@ -20,12 +20,12 @@ from fastssl.benchmarks.loader import default_batch, endless, open_loader
 from fastssl.benchmarks.step import Step, random_views
 from fastssl.benchmarks.timing import peak_extra_bytes
 from fastssl.benchmarks.windows import stream_window, synchronize
+from fastssl.config.recipe import Recipe
 from fastssl.distributed.devices import use_amp
 from fastssl.errors import FastSSLError
 from fastssl.evaluate.features import extract_features
 from fastssl.pipelines.beton import BetonReader
 from fastssl.pipelines.loader import Batch
-from fastssl.recipe import Recipe
 from fastssl.utils.cores import available_cores
 
 #: Batch of the first step, which says how slow the machine is.

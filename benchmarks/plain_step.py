@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fastssl.config.recipe import Recipe
 from fastssl.losses.reference import dense_step
 from fastssl.methods.base import new_encoder
 from fastssl.optim.optimizers import OptimConfig, parameter_groups
-from fastssl.recipe import Recipe
 from fastssl.step import initial_backbone
 
 

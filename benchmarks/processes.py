@@ -23,12 +23,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastssl.config.recipe import load_recipe, parse_overrides
 from fastssl.distributed.collectives import share
 from fastssl.distributed.group import joined
 from fastssl.distributed.world import world_from_environment
 from fastssl.errors import FastSSLError, counted
 from fastssl.pipelines.beton import BetonReader
-from fastssl.recipe import load_recipe, parse_overrides
 from fastssl.train import Run, RunOptions
 from fastssl.utils.versions import describe_git, describe_host, describe_versions
 

@@ -15,8 +15,8 @@ from pathlib import Path
 from fastssl.benchmarks.records import Record, read_records
 from fastssl.benchmarks.report import recipe_table
 from fastssl.benchmarks.table import figure
+from fastssl.config.recipe import recipe_names
 from fastssl.errors import FastSSLError, counted
-from fastssl.recipe import recipe_names
 
 _PLACE = re.compile(r"(<!-- figures: ([\w-]+) -->\n).*?(<!-- /figures -->)", re.DOTALL)
 

@@ -24,10 +24,10 @@ from fastssl.benchmarks.records import Record
 from fastssl.benchmarks.steadiness import MB, PROBES, Verdict, Window, after_warmup, count, memory, rate, windows
 from fastssl.benchmarks.vitals import Sample, watch
 from fastssl.checkpoint import load_checkpoint
+from fastssl.config.recipe import Recipe, recipe_to_dict
 from fastssl.errors import FastSSLError, counted
 from fastssl.models.backbones import resolve_arch
 from fastssl.pipelines.beton import BetonReader
-from fastssl.recipe import Recipe, recipe_to_dict
 from fastssl.utils.cores import available_cores
 
 #: More than any soak makes: it ends by the clock.

@@ -29,6 +29,7 @@ from fastssl.benchmarks.records import Record
 from fastssl.benchmarks.roofline import Cost, forward_cost
 from fastssl.benchmarks.timing import MIN_RUNS, Timing, measure_in_turns, peak_extra_bytes
 from fastssl.benchmarks.windows import synchronize
+from fastssl.config.recipe import Recipe
 from fastssl.distributed.devices import use_amp
 from fastssl.errors import FastSSLError
 from fastssl.models.backbones import resolve_arch
@@ -36,7 +37,6 @@ from fastssl.optim.optimizers import create_optimizer
 from fastssl.optim.schedules import RunLength
 from fastssl.pipelines.augment import parameter_table
 from fastssl.pipelines.plan import draw_plan
-from fastssl.recipe import Recipe
 from fastssl.step import TrainStep
 from fastssl.utils.transfer import to_device
 

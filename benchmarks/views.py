@@ -15,11 +15,11 @@ from fastssl.benchmarks.loader import default_batch
 from fastssl.benchmarks.photos import describe_data, find_data
 from fastssl.benchmarks.records import Record
 from fastssl.benchmarks.timing import MIN_RUNS, measure_in_turns
+from fastssl.config.recipe import Recipe
 from fastssl.pipelines.augment import augment
 from fastssl.pipelines.beton import BetonReader
 from fastssl.pipelines.crop import boxes_of, crop_resize_device, crop_resize_host
 from fastssl.pipelines.plan import draw_plan
-from fastssl.recipe import Recipe
 
 
 def run(

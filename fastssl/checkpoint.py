@@ -346,23 +346,3 @@ def _is_plain(content: object) -> bool:
     if isinstance(content, (list, tuple)):
         return all(map(_is_plain, content))
     return content is None or isinstance(content, (bool, int, float, str))
-
-
-def differences(mine: dict[str, Any], theirs: dict[str, Any], prefix: str = "") -> list[str]:
-    """``["optim.lr: 0.1 there, 0.2 here", ...]``: where two resolved configurations differ."""
-    found = []
-    for key in sorted({*mine, *theirs}):
-        here, there = mine.get(key), theirs.get(key)
-        if isinstance(here, dict) and isinstance(there, dict):
-            found += differences(here, there, f"{prefix}{key}.")
-        elif isinstance(here, dict) or isinstance(there, dict):
-            found.append(f"{prefix}{key}: only {'here' if there is None else 'there'}")
-        elif here != there:
-            found.append(f"{prefix}{key}: {_cut(there)} there, {_cut(here)} here")
-    return found
-
-
-def _cut(value: object) -> str:
-    """As text, which in a stranger's file may be a long one."""
-    text = str(value)
-    return text if len(text) <= 200 else f"{text[:197]}..."

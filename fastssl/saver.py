@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fastssl.checkpoint import NotSaved, Position, save_checkpoint
-from fastssl.recipe import Recipe
+from fastssl.config.recipe import Recipe
 from fastssl.run_folder import RunFolder
 from fastssl.step import TrainStep
 from fastssl.utils.signals import StopRequest

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastssl.config.recipe import Recipe
 from fastssl.distributed.collectives import agree_any, average_gradients
 from fastssl.distributed.sync_batchnorm import synchronise_batchnorm
 from fastssl.distributed.world import World
@@ -37,7 +38,6 @@ from fastssl.optim.schedules import RunLength, learning_rate, weight_decay
 from fastssl.pipelines.augment import augment_device
 from fastssl.pipelines.multicrop import MultiCrop
 from fastssl.precision import HalfCopy
-from fastssl.recipe import Recipe
 from fastssl.utils.host_memory import keep_freed_memory
 from fastssl.utils.transfer import to_device
 

@@ -30,7 +30,10 @@ from torch import Tensor, nn
 
 from fastssl.bad_step import BAD_STEPS, save_bad_step
 from fastssl.bottleneck import data_share
-from fastssl.checkpoint import Position, differences, has_all_files
+from fastssl.checkpoint import Position, has_all_files
+from fastssl.config.differences import differences
+from fastssl.config.recipe import Recipe, recipe_to_dict
+from fastssl.config.recipe_choice import follow_samples, require_photos
 from fastssl.distributed.collectives import Vote, agree_any, barrier, broadcast_module, gather_values, share
 from fastssl.distributed.devices import choose_device, only_deterministic, use_amp
 from fastssl.distributed.group import joined
@@ -46,8 +49,6 @@ from fastssl.pipelines.engines import require_engine
 from fastssl.pipelines.loader import Batch, ViewLoader
 from fastssl.pipelines.order import steps_per_epoch
 from fastssl.probe import OnlineProbe, choose_split, require_same_classes
-from fastssl.recipe import Recipe, recipe_to_dict
-from fastssl.recipe_choice import follow_samples, require_photos
 from fastssl.requirements import require_readable_names, require_whole_photos
 from fastssl.restore import require_fit, restore
 from fastssl.run_folder import RunFolder

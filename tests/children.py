@@ -16,7 +16,7 @@ PRELOADED = [
     "fastssl.models.backbones",
     "fastssl.cli",
     "fastssl.pipelines.loader",
-    "fastssl.recipe",
+    "fastssl.config.recipe",
     "fastssl.report.pictures",
     "fastssl.foreign",
     "fastssl.train",

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from fastssl.recipe import Recipe, load_recipe, parse_overrides
+from fastssl.config.recipe import Recipe, load_recipe, parse_overrides
 from fastssl.train import RunOptions
 
 #: 2 epochs of 6 steps on 48 photos, metrics in blocks of 4 steps

@@ -21,7 +21,7 @@ from fastssl.utils.json_text import to_json
 
 if TYPE_CHECKING:
     from fastssl.benchmarks.records import Record
-    from fastssl.recipe import Recipe
+    from fastssl.config.recipe import Recipe
 
 #: A name for the reader, and the measurement.
 Job = tuple[str, "Callable[[], list[Record]]"]
@@ -500,8 +500,8 @@ def report(results: tuple[Path, ...], out: Path) -> None:
 
 
 def _load(names: Iterable[str], overrides: Iterable[str], arch: str | None = None) -> list[tuple[Recipe, str]]:
+    from fastssl.config.recipe import load_recipe, parse_overrides
     from fastssl.models.backbones import resolve_arch
-    from fastssl.recipe import load_recipe, parse_overrides
 
     if arch is not None:
         resolve_arch(arch)  # a mistyped network should fail before anything is measured

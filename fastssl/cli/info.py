@@ -20,7 +20,7 @@ def recipes(name: str | None, json_path: str | None) -> None:
     fastssl recipes
     fastssl recipes light-moco-mobilenetv3 > mine.yaml
     """
-    from fastssl.recipe import load_recipe, recipe_names, recipe_path, recipe_to_dict
+    from fastssl.config.recipe import load_recipe, recipe_names, recipe_path, recipe_to_dict
 
     if name is not None:
         recipe = load_recipe(name)

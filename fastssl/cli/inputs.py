@@ -15,8 +15,8 @@ import click
 from fastssl.cli.common import SomePath, console, late_progress_bar, quiet
 
 if TYPE_CHECKING:
+    from fastssl.config.recipe import Recipe
     from fastssl.photo_source import Source
-    from fastssl.recipe import Recipe
 
 
 arch_option = click.option(
@@ -97,10 +97,10 @@ def choose_inputs(
         click.UsageError: an option and a --set of the same value.
         FastSSLError: no such recipe, key, network or photos.
     """
+    from fastssl.config.recipe import load_recipe, parse_overrides
+    from fastssl.config.recipe_choice import choose, fit, warnings_for
     from fastssl.models.backbones import resolve_arch
     from fastssl.photo_source import look_at
-    from fastssl.recipe import load_recipe, parse_overrides
-    from fastssl.recipe_choice import choose, fit, warnings_for
 
     changes = _changes(parse_overrides(overrides), epochs, batch_size)
     if arch is not None:

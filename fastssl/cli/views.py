@@ -49,10 +49,10 @@ def views(
         raise click.BadParameter(f"{out.parent}: no such folder", param_hint="--out")
     import torch
 
+    from fastssl.config.recipe import load_recipe, parse_overrides
     from fastssl.photo_source import look_at
     from fastssl.pipelines.engines import choose_engine
     from fastssl.pipelines.multicrop import MultiCrop
-    from fastssl.recipe import load_recipe, parse_overrides
     from fastssl.report.pictures import engines_picture, views_picture
 
     def notice(line: str) -> None:

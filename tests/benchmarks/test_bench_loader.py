@@ -16,10 +16,10 @@ from fastssl.benchmarks import photos
 from fastssl.benchmarks.loader import BareLoop, DecodeEngine, open_loader, requests_of, run
 from fastssl.benchmarks.photos import describe_data, ensure_photos, find_data, write_photos
 from fastssl.benchmarks.windows import WARM_BATCHES, Window, measure_windows, rate, ratio, stream_window
+from fastssl.config.recipe import load_recipe
 from fastssl.pipelines.beton import BetonReader
 from fastssl.pipelines.engine import EngineStats
 from fastssl.pipelines.plan import ViewSpec
-from fastssl.recipe import load_recipe
 
 CPU = torch.device("cpu")
 

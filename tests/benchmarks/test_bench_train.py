@@ -15,8 +15,8 @@ from fastssl.benchmarks import step as step_bench
 from fastssl.benchmarks import train as bench
 from fastssl.benchmarks.roofline import Cost
 from fastssl.benchmarks.step import Fitted
+from fastssl.config.recipe import load_recipe
 from fastssl.errors import FastSSLError
-from fastssl.recipe import load_recipe
 from fastssl.step import TrainStep
 from fastssl.utils.cores import available_cores
 

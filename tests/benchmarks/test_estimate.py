@@ -17,11 +17,11 @@ from fastssl.benchmarks import estimate as estimate_module
 from fastssl.benchmarks.cost import Line, MemoryModel
 from fastssl.benchmarks.estimate import Estimate, run
 from fastssl.benchmarks.step import Step
+from fastssl.config.recipe import Recipe, load_recipe
 from fastssl.errors import FastSSLError
 from fastssl.methods import DINOConfig, MoCoConfig, SimCLRConfig, SwAVConfig
 from fastssl.pipelines.beton import BetonReader
 from fastssl.pipelines.loader import ViewLoader
-from fastssl.recipe import Recipe, load_recipe
 
 CPU = torch.device("cpu")
 

@@ -9,7 +9,7 @@ import torch
 
 from fastssl.benchmarks.plain_step import PlainStep
 from fastssl.benchmarks.step import random_views, run
-from fastssl.recipe import Recipe, load_recipe
+from fastssl.config.recipe import Recipe, load_recipe
 from fastssl.step import TrainStep
 
 CPU = torch.device("cpu")

@@ -11,8 +11,8 @@ import pytest
 import fastssl.benchmarks
 from fastssl.benchmarks.readme import TABLES, fill, in_words, main
 from fastssl.benchmarks.records import Record, read_records
+from fastssl.config.recipe import recipe_names
 from fastssl.errors import FastSSLError
-from fastssl.recipe import recipe_names
 
 ROOT = Path(fastssl.benchmarks.__path__[0]).resolve().parent
 RESULTS = sorted((ROOT / "benchmarks" / "results" / "cpu-2core-epyc").glob("*.jsonl"))

@@ -13,8 +13,8 @@ from fastssl.benchmarks.records import read_records
 from fastssl.benchmarks.soak import judge, observe, soak_recipe, words
 from fastssl.benchmarks.steadiness import MB
 from fastssl.cli import main
+from fastssl.config.recipe import load_recipe
 from fastssl.errors import FastSSLError
-from fastssl.recipe import load_recipe
 
 #: A program that makes lines of metrics as a run does, 100 steps a second, and does what its second argument says.
 CHILD = """

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import fastssl
+from fastssl.config.recipe import load_recipe
 from fastssl.errors import FastSSLError
 from fastssl.models.backbones import (
     SHORT_NAMES,
@@ -23,7 +24,6 @@ from fastssl.models.backbones import (
     save_backbone,
     zero_residual_branches,
 )
-from fastssl.recipe import load_recipe
 from fastssl.step import TrainStep
 
 #: short name -> (feature width, parameters without the classifier), as the papers count them

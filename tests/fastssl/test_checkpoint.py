@@ -16,7 +16,6 @@ from fastssl.checkpoint import (
     DamagedCheckpoint,
     NotSaved,
     Position,
-    differences,
     find_checkpoint,
     is_detector,
     load_checkpoint,
@@ -24,6 +23,7 @@ from fastssl.checkpoint import (
     set_aside,
     write_state,
 )
+from fastssl.config.differences import differences
 from fastssl.errors import FastSSLError
 from fastssl.losses.pairs import PairWeights
 from fastssl.methods.base import Views

@@ -79,8 +79,8 @@ def test_the_sample_photos_without_data(beton: Path, monkeypatch: pytest.MonkeyP
 def test_many_photos_get_the_full_recipe_where_there_is_a_gpu(
     beton: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setattr("fastssl.recipe_choice.MANY_PHOTOS", 48)
-    monkeypatch.setattr("fastssl.recipe_choice.SMALL_SIDE", 40)
+    monkeypatch.setattr("fastssl.config.recipe_choice.MANY_PHOTOS", 48)
+    monkeypatch.setattr("fastssl.config.recipe_choice.SMALL_SIDE", 40)
     assert chosen(data=beton).name == "few-photos" and "as there is no GPU" in capsys.readouterr().err
     monkeypatch.setattr(devices, "choose_device", lambda name: torch.device("cuda"))
     assert chosen(data=beton).name == "light-moco-mobilenetv3"

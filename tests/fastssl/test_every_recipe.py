@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from fastssl.cli import main
+from fastssl.config.recipe import load_recipe, recipe_names
 from fastssl.methods import METHODS
 from fastssl.models.backbones import load_backbone
-from fastssl.recipe import load_recipe, recipe_names
 from fastssl.train import Run
 
 #: What makes a recipe small. The number of views, the pair weights, the optimiser and the schedules stay its own.

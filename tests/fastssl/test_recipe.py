@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from fastssl.config.recipe import build_recipe, load_recipe, parse_overrides, recipe_names, recipe_path, recipe_to_dict
 from fastssl.errors import FastSSLError
 from fastssl.optim.schedules import learning_rate
-from fastssl.recipe import build_recipe, load_recipe, parse_overrides, recipe_names, recipe_path, recipe_to_dict
 
 
 @pytest.mark.parametrize("name", recipe_names())

@@ -8,11 +8,11 @@ from itertools import pairwise
 import pytest
 from tiny import TinyBackbone
 
+from fastssl.config.recipe import Recipe, build_recipe, load_recipe, recipe_names, recipe_to_dict
+from fastssl.config.recipe_choice import FEWEST_EPOCHS, MOST_EPOCHS, choose, fit, follow_samples, require_photos, warnings_for
 from fastssl.errors import FastSSLError
 from fastssl.methods import METHODS
 from fastssl.methods.base import Views
-from fastssl.recipe import Recipe, build_recipe, load_recipe, recipe_names, recipe_to_dict
-from fastssl.recipe_choice import FEWEST_EPOCHS, MOST_EPOCHS, choose, fit, follow_samples, require_photos, warnings_for
 
 #: Sizes of heads, which have nothing to do with the number of photos.
 _LIGHT = {

@@ -18,11 +18,11 @@ from small_run import SMALL, Silent, options, rows, same, small, state, status
 
 from fastssl import checkpoint
 from fastssl.checkpoint import load_checkpoint, write_state
+from fastssl.config.recipe import Recipe
 from fastssl.errors import FastSSLError, Interrupted
 from fastssl.models.backbones import read_header
 from fastssl.pipelines.beton import MODE_RAW, BetonWriter
 from fastssl.probe import OnlineProbe
-from fastssl.recipe import Recipe
 from fastssl.saver import Saver
 from fastssl.train import Run, RunOptions, pretrain
 

@@ -14,8 +14,8 @@ from small_run import Silent, options, rows, same, small, state
 
 from fastssl import run_folder
 from fastssl.checkpoint import write_state
+from fastssl.config.recipe import recipe_to_dict
 from fastssl.errors import FastSSLError
-from fastssl.recipe import recipe_to_dict
 from fastssl.train import Run, pretrain
 
 

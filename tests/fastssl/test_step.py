@@ -15,13 +15,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastssl import graph as graph_module
 from fastssl import step as step_module
+from fastssl.config.recipe import Recipe, load_recipe
 from fastssl.graph import RecordedCall
 from fastssl.layout import channels_last_breaks
 from fastssl.models.backbones import SHORT_NAMES, create_backbone
 from fastssl.optim.schedules import RunLength
 from fastssl.pipelines.loader import ViewLoader
 from fastssl.precision import HalfCopy
-from fastssl.recipe import Recipe, load_recipe
 from fastssl.step import TrainStep, picture_sizes
 
 CPU, BATCH, SIZE = torch.device("cpu"), 8, 32

@@ -14,13 +14,13 @@ import torch
 from processes import run_processes
 from torch import Tensor
 
+from fastssl.config.recipe import Recipe, load_recipe
 from fastssl.distributed.collectives import all_reduce_mean, rank, world_size
 from fastssl.distributed.devices import choose_device
 from fastssl.distributed.group import joined
 from fastssl.distributed.world import world_from_environment
 from fastssl.errors import FastSSLError
 from fastssl.optim.schedules import RunLength
-from fastssl.recipe import Recipe, load_recipe
 from fastssl.step import TrainStep
 
 CPU, BATCH, STEPS = torch.device("cpu"), 16, 4

@@ -15,9 +15,9 @@ import torch
 import yaml
 from processes import Started, free_port, run_processes
 
+from fastssl.config.recipe import load_recipe, parse_overrides
 from fastssl.errors import FastSSLError, Interrupted
 from fastssl.pipelines.beton import BetonReader
-from fastssl.recipe import load_recipe, parse_overrides
 from fastssl.train import Run, RunOptions, pretrain
 
 SMALL = [

@@ -24,8 +24,8 @@ from torch import Tensor
 
 from fastssl import train as train_module
 from fastssl.cli import main
+from fastssl.config.recipe import load_recipe, parse_overrides
 from fastssl.errors import FastSSLError, Interrupted
-from fastssl.recipe import load_recipe, parse_overrides
 from fastssl.step import TrainStep
 from fastssl.train import Run, RunOptions, pretrain
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from fastssl.config.recipe import RECIPE_FOLDER, load_recipe
 from fastssl.errors import FastSSLError
-from fastssl.recipe import RECIPE_FOLDER, load_recipe
 from fastssl.utils.yaml_file import MAX_BYTES, parse_yaml, read_yaml
 
 LAUGHS = "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}, *a{n - 1}, *a{n - 1}]\n" for n in range(1, 40))

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastssl.checkpoint import VERSION, differences, load_checkpoint, write_state
+from fastssl.checkpoint import VERSION, load_checkpoint, write_state
+from fastssl.config.differences import differences
 from fastssl.distributed.collectives import agree_any, average_gradients, broadcast_module, share
 from fastssl.distributed.sync_batchnorm import synchronise_batchnorm
 from fastssl.distributed.world import World

@@ -24,7 +24,7 @@ from fastssl.pipelines.plan import ViewSpec
 from fastssl.utils.suggest import did_you_mean, nearest
 from fastssl.utils.yaml_file import parse_yaml, read_yaml, shown
 
-RECIPE_FOLDER = Path(__file__).parent / "recipes"
+RECIPE_FOLDER = Path(__file__).parents[1] / "recipes"
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from fastssl.config.recipe import Recipe, is_given, with_batch
 from fastssl.errors import FastSSLError, counted
 from fastssl.methods.base import MethodConfig
 from fastssl.models.backbones import resizes_positions, resolve_arch
-from fastssl.recipe import Recipe, is_given, with_batch
 
 if TYPE_CHECKING:
     from fastssl.pipelines.beton import BetonReader
