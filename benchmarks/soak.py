@@ -23,11 +23,11 @@ from fastssl.benchmarks.photos import describe_data, find_data
 from fastssl.benchmarks.records import Record
 from fastssl.benchmarks.steadiness import MB, PROBES, Verdict, Window, after_warmup, count, memory, rate, windows
 from fastssl.benchmarks.vitals import Sample, watch
-from fastssl.checkpoint import load_checkpoint
 from fastssl.config.recipe import Recipe, recipe_to_dict
 from fastssl.errors import FastSSLError, counted
 from fastssl.models.backbones import resolve_arch
 from fastssl.pipelines.beton import BetonReader
+from fastssl.runs.checkpoint import load_checkpoint
 from fastssl.utils.cores import available_cores
 
 #: More than any soak makes: it ends by the clock.

@@ -28,9 +28,7 @@ from typing import Any, NoReturn, Protocol
 import torch
 from torch import Tensor, nn
 
-from fastssl.bad_step import BAD_STEPS, save_bad_step
 from fastssl.bottleneck import data_share
-from fastssl.checkpoint import Position, has_all_files
 from fastssl.config.differences import differences
 from fastssl.config.recipe import Recipe, recipe_to_dict
 from fastssl.config.recipe_choice import follow_samples, require_photos
@@ -50,10 +48,12 @@ from fastssl.pipelines.loader import Batch, ViewLoader
 from fastssl.pipelines.order import steps_per_epoch
 from fastssl.probe import OnlineProbe, choose_split, require_same_classes
 from fastssl.requirements import require_readable_names, require_whole_photos
-from fastssl.restore import require_fit, restore
-from fastssl.run_folder import RunFolder
-from fastssl.run_status import RunStatus
-from fastssl.saver import NotSaved, Saver
+from fastssl.runs.checkpoint import Position, has_all_files
+from fastssl.runs.folder import RunFolder
+from fastssl.runs.nonfinite import BAD_STEPS, save_bad_step
+from fastssl.runs.restore import require_fit, restore
+from fastssl.runs.saver import NotSaved, Saver
+from fastssl.runs.status import RunStatus
 from fastssl.step import TrainStep
 from fastssl.utils.cores import available_cores
 from fastssl.utils.signals import StopRequest

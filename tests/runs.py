@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 
-from fastssl.checkpoint import Position, save_checkpoint
 from fastssl.config.recipe import load_recipe, recipe_to_dict
 from fastssl.models.backbones import resolve_arch
 from fastssl.optim.schedules import RunLength
+from fastssl.runs.checkpoint import Position, save_checkpoint
 from fastssl.step import TrainStep
 
 BATCH = 4

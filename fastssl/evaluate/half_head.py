@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastssl.checkpoint import load_checkpoint
 from fastssl.config.recipe import Recipe, build_recipe
 from fastssl.errors import FastSSLError
 from fastssl.methods.dino import DINOHead
 from fastssl.models.backbones import create_backbone, feature_dim
-from fastssl.restore import Unfit, load_network, require_tensors
+from fastssl.runs.checkpoint import load_checkpoint
+from fastssl.runs.restore import Unfit, load_network, require_tensors
 
 _RECIPE_KEYS = frozenset(field.name for field in dataclasses.fields(Recipe))
 

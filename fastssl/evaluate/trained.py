@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastssl.checkpoint import is_detector, load_checkpoint
 from fastssl.errors import FastSSLError
 from fastssl.models.backbones import create_backbone, load_backbone, other_kinds, read_header, unfit_for
+from fastssl.runs.checkpoint import is_detector, load_checkpoint
 from fastssl.utils.yaml_file import read_yaml
 
 NETWORKS = ("student", "teacher")

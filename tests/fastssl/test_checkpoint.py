@@ -12,7 +12,15 @@ import numpy as np
 import pytest
 import torch
 
-from fastssl.checkpoint import (
+from fastssl.config.differences import differences
+from fastssl.errors import FastSSLError
+from fastssl.losses.pairs import PairWeights
+from fastssl.methods.base import Views
+from fastssl.methods.moco import MoCo, MoCoConfig
+from fastssl.models.backbones import create_backbone, load_backbone
+from fastssl.models.heads import ProjectorConfig
+from fastssl.optim.optimizers import OptimConfig, create_optimizer
+from fastssl.runs.checkpoint import (
     DamagedCheckpoint,
     NotSaved,
     Position,
@@ -23,15 +31,7 @@ from fastssl.checkpoint import (
     set_aside,
     write_state,
 )
-from fastssl.config.differences import differences
-from fastssl.errors import FastSSLError
-from fastssl.losses.pairs import PairWeights
-from fastssl.methods.base import Views
-from fastssl.methods.moco import MoCo, MoCoConfig
-from fastssl.models.backbones import create_backbone, load_backbone
-from fastssl.models.heads import ProjectorConfig
-from fastssl.optim.optimizers import OptimConfig, create_optimizer
-from fastssl.restore import restore
+from fastssl.runs.restore import restore
 
 
 def make(seed: int = 0) -> tuple[MoCo, torch.optim.Optimizer]:

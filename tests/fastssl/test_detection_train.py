@@ -9,7 +9,6 @@ import torch
 from processes import run_processes
 from shapes import make_shapes
 
-from fastssl.checkpoint import write_state
 from fastssl.distributed.collectives import rank, world_size
 from fastssl.distributed.world import World, world_from_environment
 from fastssl.errors import FastSSLError
@@ -20,6 +19,7 @@ from fastssl.evaluate.detection.model import Detector, DetectorConfig
 from fastssl.evaluate.detection.predict import predict
 from fastssl.evaluate.detection.train import TrainingConfig, create_optimizer, fine_tune
 from fastssl.models.backbones import create_backbone
+from fastssl.runs.checkpoint import write_state
 
 CPU = torch.device("cpu")
 SHAPE = DetectorConfig(levels=(16, 32), anchor_sizes=(16, 32, 64), width=16, head_width=32, proposals=40, box_samples=16)

@@ -9,9 +9,9 @@ import torch
 from runs import finished_run
 from torch import nn
 
-from fastssl.checkpoint import load_checkpoint, write_state
 from fastssl.errors import FastSSLError
 from fastssl.evaluate.half_head import load_half_head, run_file
+from fastssl.runs.checkpoint import load_checkpoint, write_state
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,8 @@ import pytest
 
 from fastssl.cli.common import write_json
 from fastssl.errors import FastSSLError
-from fastssl.metrics_file import MetricsFile
-from fastssl.run_status import write_status
+from fastssl.runs.metrics_file import MetricsFile
+from fastssl.runs.status import write_status
 from fastssl.utils.json_text import read_json_records, to_json
 
 NAN, INFINITY = float("nan"), float("inf")

@@ -9,7 +9,7 @@ import yaml
 from small_run import Silent, options, same, small, state
 
 from fastssl.distributed.restarts import launch_from_environment
-from fastssl.run_folder import RunFolder
+from fastssl.runs.folder import RunFolder
 from fastssl.train import Run, pretrain
 
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_RESTART_COUNT": "0"}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fastssl.metrics_file import MetricsFile
+from fastssl.runs.metrics_file import MetricsFile
 
 
 def step(number: int, kind: str = "step") -> dict:

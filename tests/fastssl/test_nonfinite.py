@@ -15,12 +15,12 @@ from safetensors.torch import load_file
 from small_run import Silent, options, rows, same, small, state, status
 from torch import nn
 
-from fastssl.bad_step import save_bad_step
 from fastssl.errors import FastSSLError, Interrupted
 from fastssl.pipelines.loader import Batch, ViewLoader
 from fastssl.pipelines.plan import ViewSpec
 from fastssl.probe import OnlineProbe
-from fastssl.saver import Saver
+from fastssl.runs.nonfinite import save_bad_step
+from fastssl.runs.saver import Saver
 from fastssl.step import TrainStep
 from fastssl.train import Run, pretrain
 

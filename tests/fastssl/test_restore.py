@@ -12,10 +12,10 @@ import torch
 from small_run import Silent, options, same, small, state
 from torch import nn
 
-from fastssl.checkpoint import write_state
 from fastssl.errors import FastSSLError
 from fastssl.optim.optimizers import OptimConfig, create_optimizer
-from fastssl.restore import Unfit, load_network, load_optimizer
+from fastssl.runs.checkpoint import write_state
+from fastssl.runs.restore import Unfit, load_network, load_optimizer
 from fastssl.train import pretrain
 
 STEM = "student.backbone.conv_stem.weight"

@@ -16,14 +16,14 @@ import torch
 from processes import run_processes
 from small_run import SMALL, Silent, options, rows, same, small, state, status
 
-from fastssl import checkpoint
-from fastssl.checkpoint import load_checkpoint, write_state
 from fastssl.config.recipe import Recipe
 from fastssl.errors import FastSSLError, Interrupted
 from fastssl.models.backbones import read_header
 from fastssl.pipelines.beton import MODE_RAW, BetonWriter
 from fastssl.probe import OnlineProbe
-from fastssl.saver import Saver
+from fastssl.runs import checkpoint
+from fastssl.runs.checkpoint import load_checkpoint, write_state
+from fastssl.runs.saver import Saver
 from fastssl.train import Run, RunOptions, pretrain
 
 
@@ -264,11 +264,11 @@ def test_killed_between_the_files_of_a_milestone(files: int, beton: Path, tmp_pa
 
         return writes
 
-    monkeypatch.setattr("fastssl.saver.save_checkpoint", save)
+    monkeypatch.setattr("fastssl.runs.saver.save_checkpoint", save)
     settings = small("train.milestone_epochs=1")
     with pytest.raises(Crash):
         pretrain(settings, options(beton, out), Silent())
-    monkeypatch.setattr("fastssl.saver.save_checkpoint", original)
+    monkeypatch.setattr("fastssl.runs.saver.save_checkpoint", original)
     assert state(out)["position"]["step"] == 6 if files else not (out / "checkpoints" / "last.pt").exists()
     pretrain(settings, options(beton, out), Silent())
     folder = out / "checkpoints"

@@ -12,10 +12,10 @@ import pytest
 from children import in_child
 from small_run import Silent, options, rows, same, small, state
 
-from fastssl import run_folder
-from fastssl.checkpoint import write_state
 from fastssl.config.recipe import recipe_to_dict
 from fastssl.errors import FastSSLError
+from fastssl.runs import folder as run_folder
+from fastssl.runs.checkpoint import write_state
 from fastssl.train import Run, pretrain
 
 

@@ -15,8 +15,10 @@ import pytest
 from children import in_child
 from small_run import Silent, options, small, status
 
-from fastssl import run_folder, run_status, train
-from fastssl.run_status import RunStatus, read_status, write_status
+from fastssl import train
+from fastssl.runs import folder as run_folder
+from fastssl.runs import status as run_status
+from fastssl.runs.status import RunStatus, read_status, write_status
 from fastssl.train import Run, pretrain
 
 

@@ -8,8 +8,8 @@ import pytest
 from power import Disk as Power
 from small_run import Silent, options, same, small, state, status
 
-from fastssl import saver
-from fastssl.checkpoint import NotSaved
+from fastssl.runs import saver
+from fastssl.runs.checkpoint import NotSaved
 from fastssl.train import Run, pretrain
 
 

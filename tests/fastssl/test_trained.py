@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastssl.checkpoint import write_state
 from fastssl.cli import main
 from fastssl.errors import FastSSLError
 from fastssl.evaluate.trained import load_trained
 from fastssl.models.backbones import create_backbone, save_backbone
+from fastssl.runs.checkpoint import write_state
 
 
 @pytest.fixture(scope="module")

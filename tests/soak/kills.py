@@ -218,7 +218,7 @@ def compare_runs(whole: Path, killed: Path, outcome: Outcome, tolerance: float |
     """Note in ``outcome`` where the killed run differs; ``tolerance`` None: nothing may, to the last bit."""
     import torch
 
-    from fastssl.checkpoint import load_checkpoint
+    from fastssl.runs.checkpoint import load_checkpoint
 
     mine, theirs = (load_checkpoint(out / "checkpoints" / "last.pt") for out in (killed, whole))
     for part in ("method", "optimizer"):

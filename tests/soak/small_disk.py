@@ -122,7 +122,7 @@ class Spoken:
 
 
 def speaking_child(command: list[str], said: socket.socket, disk: SmallDisk, patches: dict[str, object]) -> None:
-    """``fastssl COMMAND`` in this process, on that disk. ``patches``: ``{"fastssl.saver._RETRY_S": 0.2}``."""
+    """``fastssl COMMAND`` in this process, on that disk. ``patches``: ``{"fastssl.runs.saver._RETRY_S": 0.2}``."""
     import importlib
 
     os.environ["OMP_NUM_THREADS"] = "1"

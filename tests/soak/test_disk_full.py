@@ -18,7 +18,7 @@ from kills import pretrain as pretrain_command
 from runs import finished_run
 from small_disk import FULL, SmallDisk, Spoken, small_disk, speaking_child
 
-from fastssl.checkpoint import load_checkpoint
+from fastssl.runs.checkpoint import load_checkpoint
 
 WAYS = ("mounted", "limited")
 used: set[tuple[str, str]] = set()
@@ -200,7 +200,7 @@ def step_of(out: Path) -> int:
     return max((row["step"] for row in rows(out) if row["kind"] == "step"), default=0)
 
 
-SLOW = {"fastssl.saver._RETRY_S": 0.1}
+SLOW = {"fastssl.runs.saver._RETRY_S": 0.1}
 
 
 def start(lab: Lab, disk: SmallDisk, beton: Path, out: Path) -> Child:

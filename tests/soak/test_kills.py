@@ -12,7 +12,7 @@ import pytest
 import torch
 from kills import LARGE, Lab, Outcome, checkpointing, compare_runs, conversion, main, make_photos, rows, training
 
-from fastssl.checkpoint import load_checkpoint, write_state
+from fastssl.runs.checkpoint import load_checkpoint, write_state
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastssl.checkpoint import VERSION, load_checkpoint, write_state
 from fastssl.config.differences import differences
 from fastssl.distributed.collectives import agree_any, average_gradients, broadcast_module, share
 from fastssl.distributed.sync_batchnorm import synchronise_batchnorm
@@ -31,7 +30,8 @@ from fastssl.evaluate.detection.model import Detector
 from fastssl.evaluate.detection.schedule import Rates
 from fastssl.optim.optimizers import set_lr
 from fastssl.pipelines.rng import Stream, keyed_words
-from fastssl.restore import Unfit, load_network, load_optimizer
+from fastssl.runs.checkpoint import VERSION, load_checkpoint, write_state
+from fastssl.runs.restore import Unfit, load_network, load_optimizer
 
 #: Iterations between two looks at the loss, for which the host waits.
 LOOK_EVERY = 20

@@ -7,9 +7,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from fastssl.checkpoint import NotSaved, Position, save_checkpoint
+from fastssl.runs.checkpoint import NotSaved, Position, save_checkpoint
 from fastssl.config.recipe import Recipe
-from fastssl.run_folder import RunFolder
+from fastssl.runs.folder import RunFolder
 from fastssl.step import TrainStep
 from fastssl.utils.signals import StopRequest
 
