@@ -17,7 +17,7 @@ from fastssl.config.recipe import Recipe
 from fastssl.losses.reference import dense_step
 from fastssl.methods.base import new_encoder
 from fastssl.optim.optimizers import OptimConfig, parameter_groups
-from fastssl.step import initial_backbone
+from fastssl.training.step import initial_backbone
 
 
 class PlainLARS(torch.optim.Optimizer):

@@ -29,7 +29,7 @@ from fastssl.distributed.group import joined
 from fastssl.distributed.world import world_from_environment
 from fastssl.errors import FastSSLError, counted
 from fastssl.pipelines.beton import BetonReader
-from fastssl.train import Run, RunOptions
+from fastssl.training.trainer import Run, RunOptions
 from fastssl.utils.versions import describe_git, describe_host, describe_versions
 
 _SMALL = ("views.global_size=32", "views.local_size=16", "views.local_count=2", "probe.every_epochs=0", "train.log_every=1")

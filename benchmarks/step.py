@@ -37,7 +37,7 @@ from fastssl.optim.optimizers import create_optimizer
 from fastssl.optim.schedules import RunLength
 from fastssl.pipelines.augment import parameter_table
 from fastssl.pipelines.plan import draw_plan
-from fastssl.step import TrainStep
+from fastssl.training.step import TrainStep
 from fastssl.utils.transfer import to_device
 
 #: Runs of the optimiser alone, which takes milliseconds.

@@ -22,13 +22,13 @@ from fastssl.benchmarks.records import Record
 from fastssl.benchmarks.step import fit_step
 from fastssl.benchmarks.timing import MIN_RUNS
 from fastssl.benchmarks.windows import Window, measure_windows, rate, ratio, stream_window, wait_share
-from fastssl.bottleneck import bottleneck, data_share
 from fastssl.config.recipe import Recipe
 from fastssl.distributed.devices import use_amp
 from fastssl.models.backbones import resolve_arch
 from fastssl.pipelines.beton import BetonReader
 from fastssl.pipelines.engine import EngineStats
 from fastssl.pipelines.loader import Batch, ViewLoader
+from fastssl.training.bottleneck import bottleneck, data_share
 from fastssl.utils.cores import available_cores
 
 #: Batches that are replayed: more than one, so that no cache holds the input of a step.

@@ -12,7 +12,6 @@ import torch
 
 from fastssl import monitor
 from fastssl.benchmarks.advice import smaller_side
-from fastssl.bottleneck import WORTH, bottleneck
 from fastssl.cli.command import command_line
 from fastssl.errors import without_folders
 from fastssl.evaluate.batchnorm import has_batchnorm, reestimated
@@ -24,14 +23,15 @@ from fastssl.marks import RAW as RAW_PIXELS
 from fastssl.probe import ProbeSplit, choose_split, probe_features
 from fastssl.report.page import write_report
 from fastssl.report.pictures import neighbours_picture, views_picture
-from fastssl.step import initial_backbone
+from fastssl.training.bottleneck import WORTH, bottleneck
+from fastssl.training.step import initial_backbone
 from fastssl.utils.atomic_files import write_atomically
 from fastssl.utils.json_text import to_json
 from fastssl.utils.versions import describe_host, describe_versions
 from fastssl.verdict import Evidence, judge
 
 if TYPE_CHECKING:
-    from fastssl.train import Run
+    from fastssl.training.trainer import Run
 
 RAW = f"{RAW_PIXELS} (16x16)"
 TEACHER = "its teacher"

@@ -19,7 +19,7 @@ PRELOADED = [
     "fastssl.config.recipe",
     "fastssl.report.pictures",
     "fastssl.foreign",
-    "fastssl.train",
+    "fastssl.training.trainer",
 ]
 
 

@@ -11,7 +11,7 @@ from fastssl.config.recipe import load_recipe, recipe_to_dict
 from fastssl.models.backbones import resolve_arch
 from fastssl.optim.schedules import RunLength
 from fastssl.runs.checkpoint import Position, save_checkpoint
-from fastssl.step import TrainStep
+from fastssl.training.step import TrainStep
 
 BATCH = 4
 _SMALL = {

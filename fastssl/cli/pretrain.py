@@ -77,8 +77,8 @@ def pretrain(
         console.print(f"{world.size} processes start; each loads torch first, then they meet", highlight=False)
 
     from fastssl.progress import RunProgress
-    from fastssl.train import RunOptions
-    from fastssl.train import pretrain as run
+    from fastssl.training.trainer import RunOptions
+    from fastssl.training.trainer import pretrain as run
 
     with first_of_host_speaks():
         inputs = choose_inputs(

@@ -10,7 +10,7 @@ from typing import Any
 from fastssl.runs.checkpoint import NotSaved, Position, save_checkpoint
 from fastssl.config.recipe import Recipe
 from fastssl.runs.folder import RunFolder
-from fastssl.step import TrainStep
+from fastssl.training.step import TrainStep
 from fastssl.utils.signals import StopRequest
 
 __all__ = ["NotSaved", "Saver"]

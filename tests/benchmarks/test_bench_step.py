@@ -36,7 +36,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> Recipe:
                 torch.nn.Flatten(),
             )
 
-    monkeypatch.setattr("fastssl.step.create_backbone", lambda name, **options: Backbone().to(memory_format=torch.channels_last))
+    monkeypatch.setattr("fastssl.training.step.create_backbone", lambda name, **options: Backbone().to(memory_format=torch.channels_last))
     changes = {"views.0.size": "16", "moco.queue": "64", "moco.projector.hidden": "16", "moco.projector.out": "8", "moco.smoothing": "0.2"}
     return load_recipe("few-photos-moco", changes)
 

@@ -17,7 +17,7 @@ from fastssl.benchmarks.roofline import Cost
 from fastssl.benchmarks.step import Fitted
 from fastssl.config.recipe import load_recipe
 from fastssl.errors import FastSSLError
-from fastssl.step import TrainStep
+from fastssl.training.step import TrainStep
 from fastssl.utils.cores import available_cores
 
 SMALL = {"views.0.size": "32", "probe.size": "32"}

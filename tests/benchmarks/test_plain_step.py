@@ -10,7 +10,7 @@ import torch
 from fastssl.benchmarks.plain_step import PlainStep
 from fastssl.benchmarks.step import random_views, run
 from fastssl.config.recipe import Recipe, load_recipe
-from fastssl.step import TrainStep
+from fastssl.training.step import TrainStep
 
 CPU = torch.device("cpu")
 LR, BATCH = 0.05, 8
@@ -26,7 +26,7 @@ def recipe(monkeypatch: pytest.MonkeyPatch) -> Recipe:
         def __init__(self) -> None:
             super().__init__(torch.nn.Conv2d(3, 8, 3, 2, 1), torch.nn.GELU(), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
 
-    monkeypatch.setattr("fastssl.step.create_backbone", lambda name, **options: Backbone())
+    monkeypatch.setattr("fastssl.training.step.create_backbone", lambda name, **options: Backbone())
     changes = {"views.0.size": "16", "moco.queue": "64", "moco.smoothing": "0.2", "moco.momentum": "0.9", "moco.split_bn": "1"}
     changes |= {"moco.neighbors": "5", "moco.weighting": "uniform_topk", "train.batch_size": str(BATCH)}
     changes |= {

@@ -24,7 +24,7 @@ from fastssl.models.backbones import (
     save_backbone,
     zero_residual_branches,
 )
-from fastssl.step import TrainStep
+from fastssl.training.step import TrainStep
 
 #: short name -> (feature width, parameters without the classifier), as the papers count them
 EXPECTED = {

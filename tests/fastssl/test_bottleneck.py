@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from fastssl.bottleneck import bottleneck, data_share
 from fastssl.pipelines.loader import ViewLoader
 from fastssl.pipelines.plan import ViewSpec
+from fastssl.training.bottleneck import bottleneck, data_share
 
 
 def test_on_a_gpu_the_wait_counts_and_on_a_cpu_what_the_step_did_not_use() -> None:

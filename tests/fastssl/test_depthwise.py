@@ -135,7 +135,7 @@ def test_the_kernel_is_used_where_it_helps_and_nowhere_else(monkeypatch):
 
 def test_a_training_step_on_a_cpu_uses_it():
     from fastssl.config.recipe import load_recipe
-    from fastssl.step import TrainStep
+    from fastssl.training.step import TrainStep
 
     step = TrainStep(load_recipe("few-photos", {"train.batch_size": "8"}), torch.device("cpu"), amp=False, seed=0)
     layers = [layer for layer in step.method.student.modules() if is_taken(layer)]

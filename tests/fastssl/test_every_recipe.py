@@ -13,7 +13,7 @@ from fastssl.cli import main
 from fastssl.config.recipe import load_recipe, recipe_names
 from fastssl.methods import METHODS
 from fastssl.models.backbones import load_backbone
-from fastssl.train import Run
+from fastssl.training.trainer import Run
 
 #: What makes a recipe small. The number of views, the pair weights, the optimiser and the schedules stay its own.
 ALWAYS = ["train.epochs=1", "train.batch_size=8", "train.log_every=3", "probe.size=32", "probe.online_samples=20", "probe.final_samples=24"]

@@ -10,7 +10,7 @@ from small_run import Silent, options, same, small, state
 
 from fastssl.distributed.restarts import launch_from_environment
 from fastssl.runs.folder import RunFolder
-from fastssl.train import Run, pretrain
+from fastssl.training.trainer import Run, pretrain
 
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_RESTART_COUNT": "0"}
 SLURM = {"SLURM_CLUSTER_NAME": "kings-cross", "SLURM_JOB_ID": "4711"}

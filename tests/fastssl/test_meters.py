@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from fastssl.meters import MetricRing
+from fastssl.training.metrics import MetricRing
 
 
 def fill(device: str) -> None:

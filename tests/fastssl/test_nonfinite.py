@@ -21,8 +21,8 @@ from fastssl.pipelines.plan import ViewSpec
 from fastssl.probe import OnlineProbe
 from fastssl.runs.nonfinite import save_bad_step
 from fastssl.runs.saver import Saver
-from fastssl.step import TrainStep
-from fastssl.train import Run, pretrain
+from fastssl.training.step import TrainStep
+from fastssl.training.trainer import Run, pretrain
 
 
 @pytest.fixture

@@ -70,7 +70,7 @@ def test_a_network_is_as_near_to_float64_as_with_torchs_convolutions():
 
 def test_a_training_step_on_a_cpu_uses_it():
     from fastssl.config.recipe import load_recipe
-    from fastssl.step import TrainStep
+    from fastssl.training.step import TrainStep
 
     step = TrainStep(load_recipe("few-photos", {"train.batch_size": "8"}), torch.device("cpu"), amp=False, seed=0)
     layers = [layer for layer in step.method.student.modules() if is_taken(layer)]

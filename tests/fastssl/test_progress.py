@@ -13,7 +13,7 @@ from small_run import Silent, options, small
 from fastssl.cli import main
 from fastssl.errors import counted
 from fastssl.progress import RunProgress
-from fastssl.train import pretrain
+from fastssl.training.trainer import pretrain
 
 #: A long run with large numbers.
 ROW = {

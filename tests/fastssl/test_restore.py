@@ -16,7 +16,7 @@ from fastssl.errors import FastSSLError
 from fastssl.optim.optimizers import OptimConfig, create_optimizer
 from fastssl.runs.checkpoint import write_state
 from fastssl.runs.restore import Unfit, load_network, load_optimizer
-from fastssl.train import pretrain
+from fastssl.training.trainer import pretrain
 
 STEM = "student.backbone.conv_stem.weight"
 

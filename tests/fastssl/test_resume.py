@@ -24,7 +24,7 @@ from fastssl.probe import OnlineProbe
 from fastssl.runs import checkpoint
 from fastssl.runs.checkpoint import load_checkpoint, write_state
 from fastssl.runs.saver import Saver
-from fastssl.train import Run, RunOptions, pretrain
+from fastssl.training.trainer import Run, RunOptions, pretrain
 
 
 class Crash(Exception):

@@ -16,7 +16,7 @@ from fastssl.config.recipe import recipe_to_dict
 from fastssl.errors import FastSSLError
 from fastssl.runs import folder as run_folder
 from fastssl.runs.checkpoint import write_state
-from fastssl.train import Run, pretrain
+from fastssl.training.trainer import Run, pretrain
 
 
 def test_all_free_keys_exist() -> None:

@@ -10,7 +10,7 @@ from small_run import Silent, options, same, small, state, status
 
 from fastssl.runs import saver
 from fastssl.runs.checkpoint import NotSaved
-from fastssl.train import Run, pretrain
+from fastssl.training.trainer import Run, pretrain
 
 
 @pytest.fixture(scope="module")

@@ -13,16 +13,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastssl import graph as graph_module
-from fastssl import step as step_module
 from fastssl.config.recipe import Recipe, load_recipe
-from fastssl.graph import RecordedCall
-from fastssl.layout import channels_last_breaks
 from fastssl.models.backbones import SHORT_NAMES, create_backbone
 from fastssl.optim.schedules import RunLength
 from fastssl.pipelines.loader import ViewLoader
-from fastssl.precision import HalfCopy
-from fastssl.step import TrainStep, picture_sizes
+from fastssl.training import cuda_graph as graph_module
+from fastssl.training import step as step_module
+from fastssl.training.bf16_weights import HalfCopy
+from fastssl.training.channels_last import channels_last_breaks
+from fastssl.training.cuda_graph import RecordedCall
+from fastssl.training.step import TrainStep, picture_sizes
 
 CPU, BATCH, SIZE = torch.device("cpu"), 8, 32
 

@@ -21,7 +21,7 @@ from fastssl.distributed.group import joined
 from fastssl.distributed.world import world_from_environment
 from fastssl.errors import FastSSLError
 from fastssl.optim.schedules import RunLength
-from fastssl.step import TrainStep
+from fastssl.training.step import TrainStep
 
 CPU, BATCH, STEPS = torch.device("cpu"), 16, 4
 MULTICROP = {"views.global_size": 32, "views.local_size": 16, "views.local_count": 3, "train.batch_size": BATCH, "optim.lr": 0.5}

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fastssl.distributed.collectives import rank, world_size
 from fastssl.distributed.sync_batchnorm import HostKernels, SynchronisedBatchNorm2d, separate_batchnorm, synchronise_batchnorm
 from fastssl.errors import FastSSLError
-from fastssl.precision import HalfCopy
+from fastssl.training.bf16_weights import HalfCopy
 
 CPU, CHANNELS, SHARES = torch.device("cpu"), 6, (5, 3)
 

@@ -22,12 +22,12 @@ import torch
 import yaml
 from torch import Tensor
 
-from fastssl import train as train_module
 from fastssl.cli import main
 from fastssl.config.recipe import load_recipe, parse_overrides
 from fastssl.errors import FastSSLError, Interrupted
-from fastssl.step import TrainStep
-from fastssl.train import Run, RunOptions, pretrain
+from fastssl.training import trainer as train_module
+from fastssl.training.step import TrainStep
+from fastssl.training.trainer import Run, RunOptions, pretrain
 
 #: the quick start, small enough for a test: a network of 0.6 M parameters, 2 epochs of 6 steps on 48 photos
 SMALL = [

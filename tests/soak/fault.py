@@ -48,7 +48,7 @@ def in_float64() -> None:
     """All of training in double precision, so that rounding, which the steps of fresh networks blow up, hides nothing. The probe is left out."""
     import torch
 
-    from fastssl import train
+    from fastssl.training import trainer as train
 
     torch.set_default_dtype(torch.float64)
     train.finish_run = lambda run, started: None

@@ -42,7 +42,7 @@ from processes import free_port
 PATIENCE = 300.0
 _PRELOAD = [
     "fault",
-    "fastssl.train",
+    "fastssl.training.trainer",
     "fastssl.finish",
     "fastssl.cli.pretrain",
     "fastssl.cli.convert",

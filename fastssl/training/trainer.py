@@ -28,7 +28,6 @@ from typing import Any, NoReturn, Protocol
 import torch
 from torch import Tensor, nn
 
-from fastssl.bottleneck import data_share
 from fastssl.config.differences import differences
 from fastssl.config.recipe import Recipe, recipe_to_dict
 from fastssl.config.recipe_choice import follow_samples, require_photos
@@ -39,7 +38,6 @@ from fastssl.distributed.restarts import launch_from_environment
 from fastssl.distributed.world import World, first_of_host_speaks, world_from_environment
 from fastssl.errors import FastSSLError, Interrupted, counted, without_folders
 from fastssl.finish import finish_run
-from fastssl.meters import MetricRing
 from fastssl.models.backbones import resolve_arch
 from fastssl.optim.schedules import RunLength
 from fastssl.pipelines.beton import BetonReader
@@ -47,14 +45,16 @@ from fastssl.pipelines.engines import require_engine
 from fastssl.pipelines.loader import Batch, ViewLoader
 from fastssl.pipelines.order import steps_per_epoch
 from fastssl.probe import OnlineProbe, choose_split, require_same_classes
-from fastssl.requirements import require_readable_names, require_whole_photos
 from fastssl.runs.checkpoint import Position, has_all_files
 from fastssl.runs.folder import RunFolder
 from fastssl.runs.nonfinite import BAD_STEPS, save_bad_step
 from fastssl.runs.restore import require_fit, restore
 from fastssl.runs.saver import NotSaved, Saver
 from fastssl.runs.status import RunStatus
-from fastssl.step import TrainStep
+from fastssl.training.bottleneck import data_share
+from fastssl.training.metrics import MetricRing
+from fastssl.training.preflight import require_readable_names, require_whole_photos
+from fastssl.training.step import TrainStep
 from fastssl.utils.cores import available_cores
 from fastssl.utils.signals import StopRequest
 from fastssl.utils.versions import describe_git, describe_host, describe_versions

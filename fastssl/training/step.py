@@ -26,8 +26,6 @@ from fastssl.distributed.collectives import agree_any, average_gradients
 from fastssl.distributed.sync_batchnorm import synchronise_batchnorm
 from fastssl.distributed.world import World
 from fastssl.errors import FastSSLError, without_folders
-from fastssl.graph import RecordedCall, Recorder, record_cuda_graph
-from fastssl.layout import channels_last_breaks, require_channels_last
 from fastssl.methods import METHODS
 from fastssl.methods.base import Method, Views
 from fastssl.models.backbones import create_backbone, require_sizes, resolve_arch
@@ -37,7 +35,9 @@ from fastssl.optim.optimizers import ScheduledDecay, create_optimizer, set_lr
 from fastssl.optim.schedules import RunLength, learning_rate, weight_decay
 from fastssl.pipelines.augment import augment_device
 from fastssl.pipelines.multicrop import MultiCrop
-from fastssl.precision import HalfCopy
+from fastssl.training.bf16_weights import HalfCopy
+from fastssl.training.channels_last import channels_last_breaks, require_channels_last
+from fastssl.training.cuda_graph import RecordedCall, Recorder, record_cuda_graph
 from fastssl.utils.host_memory import keep_freed_memory
 from fastssl.utils.transfer import to_device
 
