@@ -35,9 +35,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from fastssl.config.recipe import load_recipe
+from fastssl.evaluate.online_probe import choose_split, probe_features
 from fastssl.models.backbones import create_backbone, feature_dim
 from fastssl.pipelines.beton import BetonReader
-from fastssl.probe import choose_split, probe_features
 from fastssl.utils.atomic_files import write_atomically
 from fastssl.utils.cores import available_cores
 from fastssl.utils.versions import describe_git, describe_host, describe_versions

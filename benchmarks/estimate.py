@@ -18,11 +18,11 @@ from fastssl.benchmarks import cost, memory
 from fastssl.benchmarks.gauge import Measured, measure
 from fastssl.config.recipe import Recipe
 from fastssl.errors import FastSSLError, counted
+from fastssl.evaluate.online_probe import choose_split, require_same_classes
 from fastssl.methods import METHODS
 from fastssl.models.backbones import resolve_arch
 from fastssl.pipelines.beton import BetonReader
 from fastssl.pipelines.engines import choose_engine
-from fastssl.probe import choose_split, require_same_classes
 from fastssl.utils.versions import describe_git, describe_host, describe_versions
 
 

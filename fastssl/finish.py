@@ -10,17 +10,17 @@ import click
 import numpy as np
 import torch
 
-from fastssl import monitor
 from fastssl.benchmarks.advice import smaller_side
 from fastssl.cli.command import command_line
 from fastssl.errors import without_folders
+from fastssl.evaluate import collapse as monitor
 from fastssl.evaluate.batchnorm import has_batchnorm, reestimated
 from fastssl.evaluate.colour_histogram import colour_histogram_features
 from fastssl.evaluate.features import Features
+from fastssl.evaluate.online_probe import ProbeSplit, choose_split, probe_features
 from fastssl.evaluate.raw_pixels import raw_pixel_features
 from fastssl.marks import COLOURS, MAJORITY, RANDOM, TRAINED
 from fastssl.marks import RAW as RAW_PIXELS
-from fastssl.probe import ProbeSplit, choose_split, probe_features
 from fastssl.report.page import write_report
 from fastssl.report.pictures import neighbours_picture, views_picture
 from fastssl.training.bottleneck import WORTH, bottleneck

@@ -21,7 +21,7 @@ from fastssl.pipelines.plan import ViewSpec
 from fastssl.utils.atomic_files import write_atomically
 
 if TYPE_CHECKING:
-    from fastssl.probe import ProbeSplit
+    from fastssl.evaluate.online_probe import ProbeSplit
 
 _PAPER, _INK, _QUIET, _LINE = "#ffffff", "#1c2430", "#667085", "#e4e7ec"
 #: Blue-green and orange-red: apart also for the colour-blind, who also have the counts in the captions.

@@ -37,6 +37,7 @@ from fastssl.distributed.group import joined
 from fastssl.distributed.restarts import launch_from_environment
 from fastssl.distributed.world import World, first_of_host_speaks, world_from_environment
 from fastssl.errors import FastSSLError, Interrupted, counted, without_folders
+from fastssl.evaluate.online_probe import OnlineProbe, choose_split, require_same_classes
 from fastssl.finish import finish_run
 from fastssl.models.backbones import resolve_arch
 from fastssl.optim.schedules import RunLength
@@ -44,7 +45,6 @@ from fastssl.pipelines.beton import BetonReader
 from fastssl.pipelines.engines import require_engine
 from fastssl.pipelines.loader import Batch, ViewLoader
 from fastssl.pipelines.order import steps_per_epoch
-from fastssl.probe import OnlineProbe, choose_split, require_same_classes
 from fastssl.runs.checkpoint import Position, has_all_files
 from fastssl.runs.folder import RunFolder
 from fastssl.runs.nonfinite import BAD_STEPS, save_bad_step

@@ -10,8 +10,8 @@ import pytest
 from rich.console import Console
 
 from fastssl.cli import pretrain as command
+from fastssl.evaluate.online_probe import ProbeSplit
 from fastssl.finish import _majority, _throughput
-from fastssl.probe import ProbeSplit
 
 
 def split(bank: list[int], queries: list[int]) -> ProbeSplit:

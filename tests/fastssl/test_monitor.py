@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from fastssl import monitor
+from fastssl.evaluate import collapse as monitor
 
 
 def gaussian(count, width, seed=0):

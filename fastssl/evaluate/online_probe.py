@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fastssl import monitor
+from fastssl.evaluate import collapse as monitor
 from fastssl.evaluate.features import Features, ProbeError, extract_features, split_indices
 from fastssl.evaluate.knn import knn_accuracy
 from fastssl.evaluate.linear import linear_probe
