@@ -26,7 +26,7 @@ from typing import Any
 
 from fastssl.config.recipe import load_recipe
 from fastssl.errors import FastSSLError, counted
-from fastssl.finish import RANDOM, RAW, REESTIMATED, TEACHER, TRAINED
+from fastssl.report.finish import RANDOM, RAW, REESTIMATED, TEACHER, TRAINED
 
 DESIGNS: dict[str, tuple[str, ...]] = {
     "baseline": ("views.threshold=0.14", "views.local_size=28", "views.weights=null"),

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fastssl.errors import FastSSLError
-from fastssl.marks import COLOURS, MARKS, RANDOM, RAW, TRAINED, mark_of
+from fastssl.report.marks import COLOURS, MARKS, RANDOM, RAW, TRAINED, mark_of
 from fastssl.report.style import CSS
 from fastssl.report.svg import Mark, Series, line_chart
 from fastssl.utils.atomic_files import write_atomically

@@ -12,7 +12,7 @@ from fastssl.benchmarks import view_study
 from fastssl.benchmarks.view_study import Cell, cells, main, table
 from fastssl.config.recipe import load_recipe, parse_overrides
 from fastssl.errors import FastSSLError
-from fastssl.finish import RANDOM, RAW, REESTIMATED, TEACHER, TRAINED
+from fastssl.report.finish import RANDOM, RAW, REESTIMATED, TEACHER, TRAINED
 
 STUDY = Path(view_study.__file__).parent / "results" / "view-sampling"
 RECIPES = STUDY / "recipes"

@@ -10,7 +10,7 @@ import pytest
 
 from fastssl.cli import main
 from fastssl.errors import FastSSLError
-from fastssl.evaluate.compare import FIGURES, comparison, read_evaluations, write_comparison
+from fastssl.report.compare import FIGURES, comparison, read_evaluations, write_comparison
 from fastssl.report.document import Paragraph, Table, table_markdown
 
 

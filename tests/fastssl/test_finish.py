@@ -11,7 +11,7 @@ from rich.console import Console
 
 from fastssl.cli import pretrain as command
 from fastssl.evaluate.online_probe import ProbeSplit
-from fastssl.finish import _majority, _throughput
+from fastssl.report.finish import _majority, _throughput
 
 
 def split(bank: list[int], queries: list[int]) -> ProbeSplit:

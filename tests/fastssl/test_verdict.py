@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fastssl.verdict import Evidence, collapse_signs, difference, expected_gain, judge, loss_trend
+from fastssl.report.verdict import Evidence, collapse_signs, difference, expected_gain, judge, loss_trend
 
 NAMES = {"majority": "most frequent class", "raw": "raw pixels (16x16)", "colours": "colour histogram"}
 NAMES |= {"random": "random initialisation", "trained": "after pre-training"}

@@ -43,7 +43,7 @@ PATIENCE = 300.0
 _PRELOAD = [
     "fault",
     "fastssl.training.trainer",
-    "fastssl.finish",
+    "fastssl.report.finish",
     "fastssl.cli.pretrain",
     "fastssl.cli.convert",
     "fastssl.pipelines.convert",

@@ -20,7 +20,7 @@ def compare(records: tuple[Path, ...], out: Path) -> None:
     fastssl evaluate knn runs/b --data train.beton --val val.beton --json b.json
     fastssl evaluate compare a.json b.json --out comparison
     """
-    from fastssl.evaluate.compare import comparison, read_evaluations, write_comparison
+    from fastssl.report.compare import comparison, read_evaluations, write_comparison
     from fastssl.report.document import to_markdown
 
     found = read_evaluations(records)

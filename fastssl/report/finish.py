@@ -19,16 +19,16 @@ from fastssl.evaluate.colour_histogram import colour_histogram_features
 from fastssl.evaluate.features import Features
 from fastssl.evaluate.online_probe import ProbeSplit, choose_split, probe_features
 from fastssl.evaluate.raw_pixels import raw_pixel_features
-from fastssl.marks import COLOURS, MAJORITY, RANDOM, TRAINED
-from fastssl.marks import RAW as RAW_PIXELS
+from fastssl.report.marks import COLOURS, MAJORITY, RANDOM, TRAINED
+from fastssl.report.marks import RAW as RAW_PIXELS
 from fastssl.report.page import write_report
 from fastssl.report.pictures import neighbours_picture, views_picture
+from fastssl.report.verdict import Evidence, judge
 from fastssl.training.bottleneck import WORTH, bottleneck
 from fastssl.training.step import initial_backbone
 from fastssl.utils.atomic_files import write_atomically
 from fastssl.utils.json_text import to_json
 from fastssl.utils.versions import describe_host, describe_versions
-from fastssl.verdict import Evidence, judge
 
 if TYPE_CHECKING:
     from fastssl.training.trainer import Run

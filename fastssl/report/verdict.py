@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from fastssl.evaluate.features import wilson_interval
-from fastssl.marks import MARKS, RANDOM, RAW, TRAINED, mark_of
+from fastssl.report.marks import MARKS, RANDOM, RAW, TRAINED, mark_of
 
 LEARNED, STILL_LEARNING, IN_PART = "learned", "still learning", "learned in part"
 COLLAPSED, NO_BETTER, NOT_JUDGED = "collapsed", "no better than random", "not judged"
