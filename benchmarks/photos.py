@@ -17,9 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
+from fastssl.data.sample_set import default_cache_dir, ensure_sample_set
 from fastssl.pipelines import jpeg
 from fastssl.pipelines.beton import MIN_PAGE_SIZE, BetonReader, BetonWriter
-from fastssl.sample_set import default_cache_dir, ensure_sample_set
 from fastssl.utils.cores import available_cores
 
 #: (height, width): about every fourth ImageNet photo is upright.
@@ -79,7 +79,7 @@ def ensure_photos(count: int = 512, cache_dir: Path | None = None) -> Path:
     """The file of ``count`` synthetic pictures, made on first use (about 20 ms of a core each) and found again later.
 
     Args:
-        cache_dir: default :func:`fastssl.sample_set.default_cache_dir`; where it cannot be written, a temporary folder.
+        cache_dir: default :func:`fastssl.data.sample_set.default_cache_dir`; where it cannot be written, a temporary folder.
     """
     folder = default_cache_dir() if cache_dir is None else Path(cache_dir)
     path = folder / f"synthetic-photos-{count}-{_EDITION}.beton"

@@ -16,7 +16,7 @@ from fastssl.cli.common import SomePath, console, late_progress_bar, quiet
 
 if TYPE_CHECKING:
     from fastssl.config.recipe import Recipe
-    from fastssl.photo_source import Source
+    from fastssl.data.photo_source import Source
 
 
 arch_option = click.option(
@@ -99,8 +99,8 @@ def choose_inputs(
     """
     from fastssl.config.recipe import load_recipe, parse_overrides
     from fastssl.config.recipe_choice import choose, fit, warnings_for
+    from fastssl.data.photo_source import look_at
     from fastssl.models.backbones import resolve_arch
-    from fastssl.photo_source import look_at
 
     changes = _changes(parse_overrides(overrides), epochs, batch_size)
     if arch is not None:
@@ -121,7 +121,7 @@ def choose_inputs(
     if chosen:
         _say(f"recipe {chosen.name} {chosen.reason}")
     if source is None:
-        from fastssl.sample_set import ensure_sample_set
+        from fastssl.data.sample_set import ensure_sample_set
 
         samples = ensure_sample_set()
         data, val = samples.train, val or samples.val
@@ -141,7 +141,7 @@ def choose_inputs(
 
 def beton_of(source: Source, recipe: Recipe, workers: int | None = None) -> Path:
     """The photos as a ``.beton`` file, of which the recipe's views can be made; with a bar where they are converted."""
-    from fastssl.photo_source import as_beton, side_for
+    from fastssl.data.photo_source import as_beton, side_for
 
     with late_progress_bar("converting") as progress:
         return as_beton(source, side_for(recipe), workers=workers, say=_say, progress=progress)

@@ -50,7 +50,7 @@ def views(
     import torch
 
     from fastssl.config.recipe import load_recipe, parse_overrides
-    from fastssl.photo_source import look_at
+    from fastssl.data.photo_source import look_at
     from fastssl.pipelines.engines import choose_engine
     from fastssl.pipelines.multicrop import MultiCrop
     from fastssl.report.pictures import engines_picture, views_picture

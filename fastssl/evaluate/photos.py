@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 
+from fastssl.data.photo_source import is_source
 from fastssl.distributed.collectives import world_size
 from fastssl.distributed.world import first_of_host_speaks
 from fastssl.errors import FastSSLError
 from fastssl.evaluate.features import ProbeError, split_indices
 from fastssl.evaluate.online_probe import require_same_classes
-from fastssl.photo_source import is_source
 from fastssl.pipelines.beton import BetonReader
 from fastssl.pipelines.convert import ConvertOptions, convert
 

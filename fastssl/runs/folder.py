@@ -15,13 +15,13 @@ from typing import Any, TextIO
 
 import yaml
 
-from fastssl.runs.nonfinite import BAD_STEPS
-from fastssl.runs.checkpoint import LAST, find_checkpoint, load_checkpoint, set_aside
 from fastssl.config.differences import differences
 from fastssl.config.recipe import Recipe, build_recipe, recipe_to_dict
 from fastssl.distributed.restarts import NO_LAUNCH, Launch
 from fastssl.errors import FastSSLError, counted
+from fastssl.runs.checkpoint import LAST, find_checkpoint, load_checkpoint, set_aside
 from fastssl.runs.metrics_file import MetricsFile
+from fastssl.runs.nonfinite import BAD_STEPS
 from fastssl.runs.status import read_status
 from fastssl.utils.atomic_files import link_atomically, remove_unfinished, write_atomically
 from fastssl.utils.yaml_file import read_yaml

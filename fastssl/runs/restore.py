@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastssl.runs.checkpoint import Position
 from fastssl.errors import FastSSLError, counted
 from fastssl.optim.optimizers import state_names
+from fastssl.runs.checkpoint import Position
 from fastssl.utils.yaml_file import shown
 
 

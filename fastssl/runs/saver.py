@@ -7,8 +7,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from fastssl.runs.checkpoint import NotSaved, Position, save_checkpoint
 from fastssl.config.recipe import Recipe
+from fastssl.runs.checkpoint import NotSaved, Position, save_checkpoint
 from fastssl.runs.folder import RunFolder
 from fastssl.training.step import TrainStep
 from fastssl.utils.signals import StopRequest

@@ -103,7 +103,7 @@ def test_figures_as_json_and_words_beside_them(capsys, beton):
 
 
 def test_the_sample_set_without_data(capsys, monkeypatch, beton):
-    from fastssl import sample_set
+    from fastssl.data import sample_set
 
     asked = {}
     monkeypatch.setattr(sample_set, "ensure_sample_set", lambda: sample_set.SampleSet(beton, beton))

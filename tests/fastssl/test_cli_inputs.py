@@ -13,9 +13,9 @@ import torch
 import yaml
 from conftest import jpeg_bytes, make_photo
 
-from fastssl import sample_set
 from fastssl.cli import main
 from fastssl.cli.inputs import Inputs, choose_inputs
+from fastssl.data import sample_set
 from fastssl.distributed import devices
 from fastssl.errors import FastSSLError
 

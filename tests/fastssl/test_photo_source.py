@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 from conftest import jpeg_bytes, make_photo
 
-from fastssl import photo_source
 from fastssl.config.recipe import load_recipe
+from fastssl.data import photo_source
+from fastssl.data.photo_source import as_beton, is_source, look_at, side_for
 from fastssl.errors import FastSSLError
-from fastssl.photo_source import as_beton, is_source, look_at, side_for
 from fastssl.pipelines.beton import BetonReader, read_side_file
 from fastssl.pipelines.convert import ConvertOptions, convert
 

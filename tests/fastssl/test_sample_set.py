@@ -11,11 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
-from fastssl import sample_set
+from fastssl.data import sample_set
+from fastssl.data.panorama import Cameras, directions, render
+from fastssl.data.sample_set import PARTS, SIZE, default_cache_dir, draw_cameras, ensure_sample_set, load_panorama, places
 from fastssl.errors import FastSSLError
-from fastssl.panorama import Cameras, directions, render
 from fastssl.pipelines.beton import BetonReader
-from fastssl.sample_set import PARTS, SIZE, default_cache_dir, draw_cameras, ensure_sample_set, load_panorama, places
 
 
 @pytest.fixture(scope="module")

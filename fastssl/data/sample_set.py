@@ -26,8 +26,8 @@ import torch
 from PIL import Image
 
 from fastssl._version import __version__
+from fastssl.data.panorama import Cameras, render
 from fastssl.errors import FastSSLError
-from fastssl.panorama import Cameras, render
 
 #: part -> views of each place
 PARTS: dict[str, int] = {"train": 200, "val": 80}

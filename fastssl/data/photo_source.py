@@ -28,6 +28,7 @@ from PIL import Image
 from fastssl._version import __version__
 from fastssl.config.recipe import Recipe
 from fastssl.config.recipe_choice import short_side_of
+from fastssl.data.sample_set import default_cache_dir
 from fastssl.errors import FastSSLError, counted, printable
 from fastssl.pipelines.beton import BetonReader, read_side_file, side_path
 from fastssl.pipelines.convert import (
@@ -39,7 +40,6 @@ from fastssl.pipelines.convert import (
     rejects_path,
 )
 from fastssl.pipelines.sources import Listing, list_source
-from fastssl.sample_set import default_cache_dir
 from fastssl.utils.deadline import STALL_MINUTES, Patience, Step
 
 #: Endings of tars; of compressed ones, too, as the converter says what to do with those.

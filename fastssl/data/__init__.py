@@ -1,0 +1,1 @@
+"""What --data takes: a file, a folder, an archive, the sample set."""
