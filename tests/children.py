@@ -18,7 +18,7 @@ PRELOADED = [
     "fastssl.pipelines.loader",
     "fastssl.config.recipe",
     "fastssl.report.pictures",
-    "fastssl.foreign",
+    "fastssl.weights.importing",
     "fastssl.training.trainer",
 ]
 

@@ -10,7 +10,7 @@ import click
 from fastssl.cli.common import SomePath, json_option, write_json
 from fastssl.cli.evaluate.common import which_option
 
-#: fastssl.export.ENDINGS, written out: that package loads torch, which --help should not wait for.
+#: fastssl.weights.export.ENDINGS, written out: that package loads torch, which --help should not wait for.
 FORMATS = ("timm", "torchvision", "safetensors", "onnx")
 
 
@@ -65,7 +65,7 @@ def export(checkpoint: Path, dst: Path, format_: str, which: str | None, size: i
         return  # the first process does it for all
 
     from fastssl.evaluate.trained import load_trained
-    from fastssl.export import export_backbone
+    from fastssl.weights.export import export_backbone
 
     trained = load_trained(checkpoint, which)
     if None not in (size, trained.size) and size != trained.size:

@@ -10,9 +10,9 @@ import click
 from fastssl.cli.common import SomePath, json_option, write_json
 
 if TYPE_CHECKING:
-    from fastssl.foreign.match import Matched
+    from fastssl.weights.match import Matched
 
-#: fastssl.foreign.layouts.LAYOUTS and NETWORK, written out: that package loads torch, which --help should not wait for.
+#: fastssl.weights.layouts.LAYOUTS and NETWORK, written out: that package loads torch, which --help should not wait for.
 LAYOUTS = ("auto", "timm", "torchvision", "moco", "dino", "sslight")
 WHICH = ("student", "teacher", "query", "key")
 
@@ -49,7 +49,7 @@ def import_(foreign: Path, dst: Path, arch: str, layout: str, which: str | None,
     if not world_from_environment().is_main:
         return  # the first process does it for all
 
-    from fastssl.foreign import import_backbone
+    from fastssl.weights.importing import import_backbone
 
     matched = import_backbone(foreign, dst, arch, layout=layout, which=which)
     _show(matched, foreign, dst, err=json_path == "-")

@@ -19,10 +19,10 @@ from torch import nn
 from fastssl.cli import main
 from fastssl.errors import FastSSLError
 from fastssl.evaluate.trained import Trained, load_trained
-from fastssl.export import export_backbone
-from fastssl.export.check import check_features
-from fastssl.export.files import SIGNATURE, require_replaceable, save_tensors, staged
 from fastssl.models.backbones import create_backbone, load_backbone, save_backbone
+from fastssl.weights.check import check_features
+from fastssl.weights.export import export_backbone
+from fastssl.weights.staging import SIGNATURE, require_replaceable, save_tensors, staged
 
 ARCHS = {"lcnet_035": "lcnet_035", "mobilenetv3_large": "mobilenetv3_large_100", "vit_tiny": "vit_tiny_patch16_224"}
 

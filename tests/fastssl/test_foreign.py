@@ -23,11 +23,11 @@ import fastssl
 from fastssl.cli import main
 from fastssl.errors import FastSSLError
 from fastssl.evaluate.trained import load_trained
-from fastssl.export import export_backbone
-from fastssl.foreign import import_backbone
-from fastssl.foreign.layouts import LAYOUTS, NETWORK, find_network
-from fastssl.foreign.read import read_foreign
 from fastssl.models.backbones import create_backbone, read_header, save_backbone
+from fastssl.weights.export import export_backbone
+from fastssl.weights.importing import import_backbone
+from fastssl.weights.layouts import LAYOUTS, NETWORK, find_network
+from fastssl.weights.read import read_foreign
 
 IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(3))
 

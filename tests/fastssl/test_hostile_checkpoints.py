@@ -21,9 +21,9 @@ import torch
 from children import in_child
 
 from fastssl.errors import FastSSLError
-from fastssl.foreign import import_backbone
-from fastssl.foreign.read import MOST, read_foreign
 from fastssl.models.backbones import create_backbone, load_backbone, save_backbone
+from fastssl.weights.importing import import_backbone
+from fastssl.weights.read import MOST, read_foreign
 
 #: bytes by which reading a hostile file may let the process grow
 ROOM = 300 << 20

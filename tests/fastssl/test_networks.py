@@ -16,8 +16,9 @@ from torch import nn
 
 from fastssl.errors import FastSSLError
 from fastssl.evaluate.trained import Trained, load_trained
-from fastssl.export import export_backbone, fuse
 from fastssl.models.backbones import create_backbone
+from fastssl.weights import fuse
+from fastssl.weights.export import export_backbone
 
 #: timm's names; at 32 px
 NETWORKS = (

@@ -7,9 +7,9 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from fastssl.export.torchvision import build_twin
-from fastssl.foreign.torchvision_names import TWINS, to_torchvision, torchvision_names, with_eps
 from fastssl.models.backbones import SHORT_NAMES, create_backbone, resolve_arch
+from fastssl.weights.to_torchvision import build_twin
+from fastssl.weights.torchvision_names import TWINS, to_torchvision, torchvision_names, with_eps
 
 
 def with_statistics(network: nn.Module, seed: int = 0) -> nn.Module:

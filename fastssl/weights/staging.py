@@ -105,7 +105,7 @@ def _is_signed_torch(path: Path) -> bool:
 
 
 def _is_signed_onnx(path: Path) -> bool:
-    from fastssl.export.onnx import require_onnx
+    from fastssl.weights.to_onnx import require_onnx
 
     require_onnx()
     import onnx

@@ -13,10 +13,10 @@ from pathlib import Path
 import timm
 from torch import nn
 
-from fastssl.export.check import check_features, check_names
-from fastssl.export.files import save_tensors
 from fastssl.models.backbones import resizes_positions
 from fastssl.pipelines.plan import ViewSpec
+from fastssl.weights.check import check_features, check_names
+from fastssl.weights.staging import save_tensors
 
 #: Of timm's entry for the architecture: what is said there about weights that others trained.
 _OF_OTHER_WEIGHTS = (

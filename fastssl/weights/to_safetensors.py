@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fastssl.errors import FastSSLError
-from fastssl.export.files import save_tensors
+from fastssl.weights.staging import save_tensors
 
 
 def write_file(backbone: nn.Module, path: Path, about: dict[str, str]) -> float:

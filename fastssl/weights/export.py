@@ -1,4 +1,4 @@
-"""A backbone in the forms in which other programs take it. One module for each; the table of torchvision's names is ``fastssl.foreign``'s."""
+"""A backbone in the forms in which other programs take it. One module for each; the table of torchvision's names is ``fastssl.weights.importing``'s."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def export_backbone(trained: Trained, destination: Path, format: str = "timm", *
     Raises:
         FastSSLError: another ending, a network that the format does not know, something there that is no export, or features that differ.
     """
-    from fastssl.export.files import require_replaceable, staged
+    from fastssl.weights.staging import require_replaceable, staged
 
     suffix = destination.suffix if destination.suffix in _KNOWN and not destination.is_dir() else ""
     if suffix not in ENDINGS[format]:
@@ -84,35 +84,35 @@ def export_backbone(trained: Trained, destination: Path, format: str = "timm", *
     about, side = _about(trained), size or trained.size or EVALUATION_SIZE
     merged = None
     if format == "torchvision":
-        from fastssl.export.torchvision import twin_of
+        from fastssl.weights.to_torchvision import twin_of
 
         twin_of(arch)  # before anything is written
     require_replaceable(Path(os.path.abspath(destination)))
     with staged(Path(os.path.abspath(destination))) as place:
         if format == "timm" and suffix:
-            from fastssl.export.timm import write_file
+            from fastssl.weights.to_timm import write_file
 
             difference = write_file(backbone, arch, place, about)
             recipe = f"net = timm.create_model({arch!r}, num_classes=0, checkpoint_path={str(destination)!r})"
         elif format == "timm":
-            from fastssl.export.timm import write_folder
+            from fastssl.weights.to_timm import write_folder
 
             difference = write_folder(backbone, arch, place, about, size=side, crop=trained.crop or EVALUATION_CROP)
             recipe = f"net = timm.create_model({f'local-dir:{destination}'!r}, pretrained=True)"
         elif format == "torchvision":
-            from fastssl.export.torchvision import twin_of, write_file
+            from fastssl.weights.to_torchvision import twin_of, write_file
 
             difference = write_file(backbone, arch, place, about)
             load = "safetensors.torch.load_file({})" if suffix == ".safetensors" else "torch.load({}, weights_only=True)"
             recipe = f"{twin_of(arch).recipe}; net.load_state_dict({load.format(repr(str(destination)))})"
         elif format == "safetensors":
-            from fastssl.export.safetensors import write_file
+            from fastssl.weights.to_safetensors import write_file
 
             difference = write_file(backbone, place, about)
             recipe = f"tensors = safetensors.torch.load_file({str(destination)!r})"
         else:
-            from fastssl.export.fuse import fused
-            from fastssl.export.onnx import write_file
+            from fastssl.weights.fuse import fused
+            from fastssl.weights.to_onnx import write_file
 
             merged = fused(backbone, size=side)
             difference = write_file(backbone, arch, place, about, size=side, merged=merged)
@@ -125,7 +125,7 @@ def export_backbone(trained: Trained, destination: Path, format: str = "timm", *
 
 def _about(trained: Trained) -> dict[str, str]:
     """What the file says of itself, as far as its format has a place for that."""
-    from fastssl.export.files import SIGNATURE
+    from fastssl.weights.staging import SIGNATURE
 
     origin = "that others trained" if trained.network == "imported" else "pre-trained without labels"
     said: dict[str, Any] = {"description": f"backbone {origin}, {SIGNATURE} {__version__}", **trained.record()}

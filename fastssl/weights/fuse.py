@@ -7,7 +7,7 @@ from pathlib import Path
 from timm.utils import reparameterize_model
 from torch import nn
 
-from fastssl.export.check import check_features
+from fastssl.weights.check import check_features
 
 
 def fused(backbone: nn.Module, *, size: int) -> nn.Module | None:

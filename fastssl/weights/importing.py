@@ -11,10 +11,10 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from fastssl.errors import FastSSLError
-from fastssl.foreign.layouts import find_network
-from fastssl.foreign.match import Matched, match
-from fastssl.foreign.read import read_foreign
 from fastssl.models.backbones import create_backbone, read_header, resolve_arch, save_backbone
+from fastssl.weights.layouts import find_network
+from fastssl.weights.match import Matched, match
+from fastssl.weights.read import read_foreign
 
 
 def import_backbone(source: Path, destination: Path, arch: str, *, layout: str = "auto", which: str | None = None) -> Matched:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastssl.errors import FastSSLError
-from fastssl.export.check import check_features
+from fastssl.weights.check import check_features
 
 INPUT, OUTPUT = "images", "features"
 

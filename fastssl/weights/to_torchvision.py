@@ -17,9 +17,9 @@ import torch
 from torch import nn
 
 from fastssl.errors import FastSSLError
-from fastssl.export.check import check_features, check_names
-from fastssl.export.files import save_tensors
-from fastssl.foreign.torchvision_names import TWINS, Twin, to_torchvision
+from fastssl.weights.check import check_features, check_names
+from fastssl.weights.staging import save_tensors
+from fastssl.weights.torchvision_names import TWINS, Twin, to_torchvision
 
 
 def twin_of(arch: str) -> Twin:

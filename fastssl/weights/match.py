@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from fastssl.errors import FastSSLError
-from fastssl.foreign.layouts import Found
-from fastssl.foreign.torchvision_names import TWINS, torchvision_names, with_eps
 from fastssl.models.backbones import SHORT_NAMES, create_backbone, other_kinds
 from fastssl.utils.suggest import some_names
+from fastssl.weights.layouts import Found
+from fastssl.weights.torchvision_names import TWINS, torchvision_names, with_eps
 
 #: first parts of names that belong to what stands behind a backbone
 HEADS = frozenset({"fc", "classifier", "head", "head_dist", "projector", "projection", "predictor", "prototypes", "mlp", "last_layer"})

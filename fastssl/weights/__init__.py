@@ -1,0 +1,1 @@
+"""Backbones in and out: other people's weights, other programs' formats."""
