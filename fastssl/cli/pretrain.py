@@ -76,7 +76,7 @@ def pretrain(
         # torch is not loaded yet, which several processes on a busy machine may take half a minute for.
         console.print(f"{world.size} processes start; each loads torch first, then they meet", highlight=False)
 
-    from fastssl.progress import RunProgress
+    from fastssl.cli.progress import RunProgress
     from fastssl.training.trainer import RunOptions
     from fastssl.training.trainer import pretrain as run
 

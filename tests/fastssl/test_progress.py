@@ -11,8 +11,8 @@ from rich.console import Console
 from small_run import Silent, options, small
 
 from fastssl.cli import main
+from fastssl.cli.progress import RunProgress
 from fastssl.errors import counted
-from fastssl.progress import RunProgress
 from fastssl.training.trainer import pretrain
 
 #: A long run with large numbers.

@@ -171,7 +171,7 @@ def test_folders_are_left_out_of_words_that_are_passed_on(text: str, left: str |
 
 def test_markup_is_text_to_the_console(capsys: pytest.CaptureFixture) -> None:
     """Rich raises at an end without a beginning, which "a[/b]" is, a folder and a file."""
-    from fastssl.progress import RunProgress
+    from fastssl.cli.progress import RunProgress
 
     for show in (PlainConsole(stderr=True).print, RunProgress(Console(stderr=True)).message):
         show("report: a[/b]/[red]c\x1b[2J.html")

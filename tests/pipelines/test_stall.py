@@ -19,12 +19,12 @@ from conftest import need_engine
 from rich.console import Console
 
 from fastssl.cli import main
+from fastssl.cli.progress import RunProgress
 from fastssl.errors import FastSSLError, Stalled, WorkerError
 from fastssl.pipelines import beton as beton_module
 from fastssl.pipelines import native
 from fastssl.pipelines.loader import ViewLoader
 from fastssl.pipelines.plan import ViewSpec
-from fastssl.progress import RunProgress
 from fastssl.utils import deadline as stall
 from fastssl.utils.deadline import Patience
 
