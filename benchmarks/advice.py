@@ -20,9 +20,9 @@ import numpy as np
 
 from fastssl.benchmarks.windows import Window
 from fastssl.errors import counted
-from fastssl.pipelines.beton import MIN_PAGE_SIZE, MODE_RAW, BetonReader, BetonWriter
-from fastssl.pipelines.convert import ConvertOptions, encode_photo
-from fastssl.pipelines.plan import ViewSpec
+from fastssl.pipelines.beton.reader import MIN_PAGE_SIZE, MODE_RAW, BetonReader, BetonWriter
+from fastssl.pipelines.convert.conversion import ConvertOptions, encode_photo
+from fastssl.pipelines.plan.draw import ViewSpec
 from fastssl.training.bottleneck import WORTH as WORTH_A_WORD
 
 #: Photos that stand for the file when it is tried in another size.

@@ -37,7 +37,7 @@ from torch.utils.data import DataLoader, Dataset
 from fastssl.config.recipe import load_recipe
 from fastssl.evaluate.online_probe import choose_split, probe_features
 from fastssl.models.backbones import create_backbone, feature_dim
-from fastssl.pipelines.beton import BetonReader
+from fastssl.pipelines.beton.reader import BetonReader
 from fastssl.utils.atomic_files import write_atomically
 from fastssl.utils.cores import available_cores
 from fastssl.utils.versions import describe_git, describe_host, describe_versions

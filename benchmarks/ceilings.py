@@ -15,7 +15,7 @@ from fastssl.benchmarks.photos import describe_data, find_data
 from fastssl.benchmarks.records import Record
 from fastssl.benchmarks.timing import MIN_RUNS, measure_in_turns
 from fastssl.benchmarks.windows import measure_windows, rate
-from fastssl.pipelines.beton import BetonReader
+from fastssl.pipelines.beton.reader import BetonReader
 from fastssl.utils.cores import available_cores
 
 _PRODUCTS = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -28,11 +28,11 @@ from fastssl.benchmarks.records import Record
 from fastssl.benchmarks.timing import MIN_RUNS
 from fastssl.benchmarks.windows import Contender, Window, measure_windows, rate, ratio
 from fastssl.errors import FastSSLError, counted
-from fastssl.pipelines import jpeg
-from fastssl.pipelines.beton import BetonReader
-from fastssl.pipelines.convert import ConvertOptions, ConvertSummary, convert
-from fastssl.pipelines.engines import engine_state
-from fastssl.pipelines.sources import Listing, list_source
+from fastssl.pipelines.beton.reader import BetonReader
+from fastssl.pipelines.convert.conversion import ConvertOptions, ConvertSummary, convert
+from fastssl.pipelines.convert.sources import Listing, list_source
+from fastssl.pipelines.engines.registry import engine_state
+from fastssl.pipelines.ops import jpeg
 from fastssl.utils.cores import available_cores
 
 #: The two things a converter does, by the name of the record's part.

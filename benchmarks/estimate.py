@@ -21,8 +21,8 @@ from fastssl.errors import FastSSLError, counted
 from fastssl.evaluate.online_probe import choose_split, require_same_classes
 from fastssl.methods import METHODS
 from fastssl.models.backbones import resolve_arch
-from fastssl.pipelines.beton import BetonReader
-from fastssl.pipelines.engines import choose_engine
+from fastssl.pipelines.beton.reader import BetonReader
+from fastssl.pipelines.engines.registry import choose_engine
 from fastssl.utils.versions import describe_git, describe_host, describe_versions
 
 

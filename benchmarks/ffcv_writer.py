@@ -16,9 +16,9 @@ from PIL import Image
 
 from fastssl.benchmarks.windows import Window
 from fastssl.errors import FastSSLError
-from fastssl.pipelines.convert import ConvertOptions
-from fastssl.pipelines.engines import engine_state
-from fastssl.pipelines.sources import Listing
+from fastssl.pipelines.convert.conversion import ConvertOptions
+from fastssl.pipelines.convert.sources import Listing
+from fastssl.pipelines.engines.registry import engine_state
 
 
 @dataclass(frozen=True)

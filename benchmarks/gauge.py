@@ -24,7 +24,7 @@ from fastssl.config.recipe import Recipe
 from fastssl.distributed.devices import use_amp
 from fastssl.errors import FastSSLError
 from fastssl.evaluate.features import extract_features
-from fastssl.pipelines.beton import BetonReader
+from fastssl.pipelines.beton.reader import BetonReader
 from fastssl.pipelines.loader import Batch
 from fastssl.utils.cores import available_cores
 

@@ -178,7 +178,7 @@ part loader-recipes 50 loader "${OTHER[@]}" "${TINY[@]}" "${BATCH[@]}" "${INPUT[
 # Other engines, where they are installed: each with 1, 4, 8 and all threads.
 ENGINES=()
 ready="$(cd "$WORK" && "$PYTHON" -c '
-from fastssl.pipelines.engines import engine_state
+from fastssl.pipelines.engines.registry import engine_state
 print(*[name for name in ("dali", "ffcv") if not engine_state(name).problem])' 2>/dev/null)"
 for engine in $ready; do ENGINES+=(--pipeline "$engine"); done
 if ((${#ENGINES[@]})); then

@@ -27,12 +27,12 @@ from fastssl.benchmarks.timing import MIN_RUNS
 from fastssl.benchmarks.windows import Window, measure_windows, rate, ratio, stream_window, wait_share
 from fastssl.config.recipe import Recipe
 from fastssl.errors import counted
-from fastssl.pipelines.beton import MODE_RAW, BetonReader
-from fastssl.pipelines.crop import boxes_of, crop_resize_host
-from fastssl.pipelines.engine import Engine, Request
+from fastssl.pipelines.beton.reader import MODE_RAW, BetonReader
+from fastssl.pipelines.engines.base import Engine, Request
+from fastssl.pipelines.engines.native import NativeEngine
 from fastssl.pipelines.loader import ViewLoader
-from fastssl.pipelines.native import NativeEngine
-from fastssl.pipelines.plan import ViewSpec, draw_plan
+from fastssl.pipelines.ops.crop import boxes_of, crop_resize_host
+from fastssl.pipelines.plan.draw import ViewSpec, draw_plan
 from fastssl.utils.cores import available_cores
 
 #: Samples of an epoch: small files are read again and again, because a real epoch is not over after a handful of batches.

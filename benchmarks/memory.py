@@ -14,7 +14,7 @@ from torch import Tensor
 from fastssl.benchmarks.step import Step
 from fastssl.config.recipe import Recipe
 from fastssl.distributed.devices import use_amp
-from fastssl.pipelines.beton import BetonReader
+from fastssl.pipelines.beton.reader import BetonReader
 
 #: Batches that the loader keeps ready (the native engine's ring), and float batches that are alive at once: the step's and the next.
 _RING, _FLOAT_BATCHES = 5, 2

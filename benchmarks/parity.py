@@ -22,10 +22,10 @@ from PIL import Image, ImageDraw, ImageFont
 from fastssl.benchmarks.photos import describe_data, find_data
 from fastssl.benchmarks.reference_views import pillow_colour, pillow_crop, torchvision_colour, torchvision_crop
 from fastssl.errors import FastSSLError
-from fastssl.pipelines.beton import BetonReader
-from fastssl.pipelines.engines import engine_state
+from fastssl.pipelines.beton.reader import BetonReader
+from fastssl.pipelines.engines.registry import engine_state
 from fastssl.pipelines.loader import ViewLoader
-from fastssl.pipelines.plan import ViewSpec, draw_plan
+from fastssl.pipelines.plan.draw import ViewSpec, draw_plan
 from fastssl.utils.versions import describe_host, describe_versions
 
 _PLAIN = ViewSpec(size=96, area=(0.2, 1.0), flip=0.0, jitter=0.0, grey=0.0, blur=0.0)

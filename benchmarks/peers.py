@@ -30,10 +30,10 @@ from fastssl.benchmarks.records import Record
 from fastssl.benchmarks.timing import MIN_RUNS
 from fastssl.benchmarks.windows import Window, measure_windows, rate, ratio, stream_window
 from fastssl.errors import counted
-from fastssl.pipelines.beton import BetonReader
-from fastssl.pipelines.engine import EngineStats
-from fastssl.pipelines.engines import engine_state
-from fastssl.pipelines.plan import ViewSpec
+from fastssl.pipelines.beton.reader import BetonReader
+from fastssl.pipelines.engines.base import EngineStats
+from fastssl.pipelines.engines.registry import engine_state
+from fastssl.pipelines.plan.draw import ViewSpec
 from fastssl.utils.cores import available_cores
 
 #: The two views of MoCo-v2, and the same without colour.

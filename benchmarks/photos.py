@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from fastssl.data.sample_set import default_cache_dir, ensure_sample_set
-from fastssl.pipelines import jpeg
-from fastssl.pipelines.beton import MIN_PAGE_SIZE, BetonReader, BetonWriter
+from fastssl.pipelines.beton.reader import MIN_PAGE_SIZE, BetonReader, BetonWriter
+from fastssl.pipelines.ops import jpeg
 from fastssl.utils.cores import available_cores
 
 #: (height, width): about every fourth ImageNet photo is upright.

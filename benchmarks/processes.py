@@ -28,7 +28,7 @@ from fastssl.distributed.collectives import share
 from fastssl.distributed.group import joined
 from fastssl.distributed.world import world_from_environment
 from fastssl.errors import FastSSLError, counted
-from fastssl.pipelines.beton import BetonReader
+from fastssl.pipelines.beton.reader import BetonReader
 from fastssl.training.trainer import Run, RunOptions
 from fastssl.utils.versions import describe_git, describe_host, describe_versions
 

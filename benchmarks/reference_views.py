@@ -11,8 +11,8 @@ from PIL import Image, ImageFilter
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 
-from fastssl.pipelines.augment import blur_radius
-from fastssl.pipelines.plan import BRIGHTNESS, CONTRAST, HUE, SATURATION, ViewSpec
+from fastssl.pipelines.ops.augment import blur_radius
+from fastssl.pipelines.plan.draw import BRIGHTNESS, CONTRAST, HUE, SATURATION, ViewSpec
 
 _Picture = TypeVar("_Picture", Tensor, Image.Image)
 

@@ -26,7 +26,7 @@ from fastssl.benchmarks.vitals import Sample, watch
 from fastssl.config.recipe import Recipe, recipe_to_dict
 from fastssl.errors import FastSSLError, counted
 from fastssl.models.backbones import resolve_arch
-from fastssl.pipelines.beton import BetonReader
+from fastssl.pipelines.beton.reader import BetonReader
 from fastssl.runs.checkpoint import load_checkpoint
 from fastssl.utils.cores import available_cores
 

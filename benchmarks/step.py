@@ -35,8 +35,8 @@ from fastssl.errors import FastSSLError
 from fastssl.models.backbones import resolve_arch
 from fastssl.optim.optimizers import create_optimizer
 from fastssl.optim.schedules import RunLength
-from fastssl.pipelines.augment import parameter_table
-from fastssl.pipelines.plan import draw_plan
+from fastssl.pipelines.ops.augment import parameter_table
+from fastssl.pipelines.plan.draw import draw_plan
 from fastssl.training.step import TrainStep
 from fastssl.utils.transfer import to_device
 

@@ -25,8 +25,8 @@ from fastssl.benchmarks.windows import Window, measure_windows, rate, ratio, str
 from fastssl.config.recipe import Recipe
 from fastssl.distributed.devices import use_amp
 from fastssl.models.backbones import resolve_arch
-from fastssl.pipelines.beton import BetonReader
-from fastssl.pipelines.engine import EngineStats
+from fastssl.pipelines.beton.reader import BetonReader
+from fastssl.pipelines.engines.base import EngineStats
 from fastssl.pipelines.loader import Batch, ViewLoader
 from fastssl.training.bottleneck import bottleneck, data_share
 from fastssl.utils.cores import available_cores

@@ -16,10 +16,10 @@ from fastssl.benchmarks.photos import describe_data, find_data
 from fastssl.benchmarks.records import Record
 from fastssl.benchmarks.timing import MIN_RUNS, measure_in_turns
 from fastssl.config.recipe import Recipe
-from fastssl.pipelines.augment import augment
-from fastssl.pipelines.beton import BetonReader
-from fastssl.pipelines.crop import boxes_of, crop_resize_device, crop_resize_host
-from fastssl.pipelines.plan import draw_plan
+from fastssl.pipelines.beton.reader import BetonReader
+from fastssl.pipelines.ops.augment import augment
+from fastssl.pipelines.ops.crop import boxes_of, crop_resize_device, crop_resize_host
+from fastssl.pipelines.plan.draw import draw_plan
 
 
 def run(

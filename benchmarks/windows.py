@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from fastssl.benchmarks.timing import MIN_RUNS
-from fastssl.pipelines.engine import EngineStats
+from fastssl.pipelines.engines.base import EngineStats
 
 #: Batches taken before a window opens: more than a loader's ring holds, so that those which were ready beforehand are gone.
 WARM_BATCHES = 6

@@ -12,11 +12,11 @@ from fastssl.errors import BetonError, FastSSLError, JpegError
 
 _LAZY = {
     "Batch": "fastssl.pipelines.loader",
-    "BetonReader": "fastssl.pipelines.beton",
-    "BetonWriter": "fastssl.pipelines.beton",
-    "MultiCrop": "fastssl.pipelines.multicrop",
+    "BetonReader": "fastssl.pipelines.beton.reader",
+    "BetonWriter": "fastssl.pipelines.beton.reader",
+    "MultiCrop": "fastssl.pipelines.plan.multicrop",
     "ViewLoader": "fastssl.pipelines.loader",
-    "ViewSpec": "fastssl.pipelines.plan",
+    "ViewSpec": "fastssl.pipelines.plan.draw",
 }
 
 __all__ = ["Batch", "BetonError", "BetonReader", "BetonWriter", "FastSSLError", "JpegError", "MultiCrop", "ViewLoader", "ViewSpec"]

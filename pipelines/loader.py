@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from fastssl.errors import FastSSLError, counted
-from fastssl.pipelines.augment import augment, parameter_table
-from fastssl.pipelines.beton import BetonReader
-from fastssl.pipelines.engine import EngineStats, Request
-from fastssl.pipelines.engines import PIPELINES, open_engine
-from fastssl.pipelines.memory import RecycledMemory
-from fastssl.pipelines.order import batch_indices, steps_per_epoch
-from fastssl.pipelines.plan import ViewSpec, draw_plan
+from fastssl.pipelines.beton.reader import BetonReader
+from fastssl.pipelines.engines.base import EngineStats, Request
+from fastssl.pipelines.engines.registry import PIPELINES, open_engine
+from fastssl.pipelines.ops.augment import augment, parameter_table
+from fastssl.pipelines.ops.recycled_memory import RecycledMemory
+from fastssl.pipelines.plan.draw import ViewSpec, draw_plan
+from fastssl.pipelines.plan.order import batch_indices, steps_per_epoch
 from fastssl.utils.cores import available_cores
 from fastssl.utils.deadline import STALL_MINUTES
 from fastssl.utils.transfer import to_device

@@ -38,7 +38,7 @@ def need_engine(name: str) -> None:
     Where FASTSSL_ALL_ENGINES says that all must be there it fails. Whatever asks must bear the mark ``engines``: by it
     the tests are found that have to run once more where the engines are installed.
     """
-    from fastssl.pipelines.engines import engine_state
+    from fastssl.pipelines.engines.registry import engine_state
 
     if _running is not None and _running.get_closest_marker("engines") is None:
         pytest.fail(f"{_running.name} needs an engine: mark it with `engines`, so that it runs where there is one")
@@ -82,7 +82,7 @@ def photo_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def beton(photo_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """``photo_tree`` through the real converter."""
-    from fastssl.pipelines.convert import ConvertOptions, convert
+    from fastssl.pipelines.convert.conversion import ConvertOptions, convert
 
     path = tmp_path_factory.mktemp("beton") / "photos.beton"
     convert(photo_tree, path, ConvertOptions(keep_size=True, short_side=None))
@@ -92,7 +92,7 @@ def beton(photo_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def damaged(beton: Path, tmp_path: Path) -> tuple[Path, int]:
     """A copy of ``beton`` in which the entropy-coded data of one sample is cut short, and that sample's number."""
-    from fastssl.pipelines.beton import BetonReader
+    from fastssl.pipelines.beton.reader import BetonReader
 
     path, sample = tmp_path / "damaged.beton", 13
     with BetonReader(beton) as reader:

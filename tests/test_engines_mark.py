@@ -8,8 +8,8 @@ from pathlib import Path
 import conftest
 import pytest
 
-from fastssl.pipelines import engines
-from fastssl.pipelines.engines import EngineState
+from fastssl.pipelines.engines import registry as engines
+from fastssl.pipelines.engines.registry import EngineState
 
 ROOT = Path(__file__).parents[1]
 

@@ -373,7 +373,7 @@ def convert_bench(data, photos, workers, folder, runs, peers, json_path) -> None
     fastssl bench convert --data photos/ --peers
     """
     from fastssl.benchmarks.convert import run
-    from fastssl.pipelines.engines import engine_state
+    from fastssl.pipelines.engines.registry import engine_state
 
     if peers and (problem := engine_state("ffcv").problem):
         console.print(f"left out: ffcv's DatasetWriter ({problem})", highlight=False, markup=False, soft_wrap=True)

@@ -77,7 +77,7 @@ def doctor(json_path: str | None) -> None:
     """
     import torch
 
-    from fastssl.pipelines.engines import PIPELINES, choose_engine, engine_state, jpeg_hardware
+    from fastssl.pipelines.engines.registry import PIPELINES, choose_engine, engine_state, jpeg_hardware
     from fastssl.utils.versions import describe_host, describe_versions
 
     host, versions = describe_host(), describe_versions()

@@ -41,7 +41,7 @@ def verify(file: Path, decode: int | None, workers: int | None, json_path: str |
     \b
     fastssl verify photos.beton --decode all
     """
-    from fastssl.pipelines.verify import verify as run
+    from fastssl.pipelines.beton.verify import verify as run
 
     bar = advance = None
 

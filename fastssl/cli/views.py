@@ -51,8 +51,8 @@ def views(
 
     from fastssl.config.recipe import load_recipe, parse_overrides
     from fastssl.data.photo_source import look_at
-    from fastssl.pipelines.engines import choose_engine
-    from fastssl.pipelines.multicrop import MultiCrop
+    from fastssl.pipelines.engines.registry import choose_engine
+    from fastssl.pipelines.plan.multicrop import MultiCrop
     from fastssl.report.pictures import engines_picture, views_picture
 
     def notice(line: str) -> None:

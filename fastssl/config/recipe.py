@@ -19,8 +19,8 @@ from fastssl.errors import FastSSLError
 from fastssl.losses.pairs import PairWeights
 from fastssl.methods import METHODS, DINOConfig, MoCoConfig, SimCLRConfig, SwAVConfig
 from fastssl.optim.optimizers import OptimConfig
-from fastssl.pipelines.multicrop import PRESETS, MultiCrop
-from fastssl.pipelines.plan import ViewSpec
+from fastssl.pipelines.plan.draw import ViewSpec
+from fastssl.pipelines.plan.multicrop import PRESETS, MultiCrop
 from fastssl.utils.suggest import did_you_mean, nearest
 from fastssl.utils.yaml_file import parse_yaml, read_yaml, shown
 

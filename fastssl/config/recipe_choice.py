@@ -23,7 +23,7 @@ from fastssl.methods.base import MethodConfig
 from fastssl.models.backbones import resizes_positions, resolve_arch
 
 if TYPE_CHECKING:
-    from fastssl.pipelines.beton import BetonReader
+    from fastssl.pipelines.beton.reader import BetonReader
 
 SAMPLE_RECIPE, FEW_RECIPE, FULL_RECIPE = "quickstart", "few-photos", "light-moco-mobilenetv3"
 #: From this many photos on the full recipe, which was written for 1.3 million, sees enough different ones.

@@ -30,8 +30,8 @@ from fastssl.config.recipe import Recipe
 from fastssl.config.recipe_choice import short_side_of
 from fastssl.data.sample_set import default_cache_dir
 from fastssl.errors import FastSSLError, counted, printable
-from fastssl.pipelines.beton import BetonReader, read_side_file, side_path
-from fastssl.pipelines.convert import (
+from fastssl.pipelines.beton.reader import BetonReader, read_side_file, side_path
+from fastssl.pipelines.convert.conversion import (
     PILLOW_FORMATS,
     ConvertOptions,
     ConvertSummary,
@@ -39,7 +39,7 @@ from fastssl.pipelines.convert import (
     convert,
     rejects_path,
 )
-from fastssl.pipelines.sources import Listing, list_source
+from fastssl.pipelines.convert.sources import Listing, list_source
 from fastssl.utils.deadline import STALL_MINUTES, Patience, Step
 
 #: Endings of tars; of compressed ones, too, as the converter says what to do with those.

@@ -178,7 +178,7 @@ def _fingerprint() -> str:
 
 def _verified(folder: Path) -> SampleSet | None:
     """The set in ``folder`` if both files are whole and have the number of samples they should have."""
-    from fastssl.pipelines.beton import BetonReader
+    from fastssl.pipelines.beton.reader import BetonReader
 
     for part, per_place in PARTS.items():
         path = folder / f"{part}.beton"
@@ -195,7 +195,7 @@ def _verified(folder: Path) -> SampleSet | None:
 
 def _build(folder: Path) -> None:
     """Render the views, write them as JPEG files and convert them, both parts, into ``folder``."""
-    from fastssl.pipelines.convert import ConvertOptions, convert
+    from fastssl.pipelines.convert.conversion import ConvertOptions, convert
 
     for part in PARTS:
         # Beside the result and not in /tmp: one disk, one clean-up when the caller removes the folder.

@@ -16,9 +16,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fastssl.distributed.sync_batchnorm import separate_batchnorm
 from fastssl.errors import FastSSLError
 from fastssl.evaluate.features import EVALUATION_CROP, collect
-from fastssl.pipelines.beton import BetonReader
-from fastssl.pipelines.order import epoch_order
-from fastssl.pipelines.plan import ViewSpec
+from fastssl.pipelines.beton.reader import BetonReader
+from fastssl.pipelines.plan.draw import ViewSpec
+from fastssl.pipelines.plan.order import epoch_order
 
 
 def has_batchnorm(network: nn.Module) -> bool:

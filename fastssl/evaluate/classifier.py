@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastssl.evaluate.features import ProbeError
 from fastssl.models.backbones import create_backbone, feature_dim, resolve_arch
 from fastssl.models.heads import at_least_float32
-from fastssl.pipelines.plan import ViewSpec
+from fastssl.pipelines.plan.draw import ViewSpec
 from fastssl.utils.atomic_files import write_atomically
 
 

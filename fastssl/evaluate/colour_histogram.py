@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from fastssl.evaluate.features import EVALUATION_CROP, Features, collect
-from fastssl.pipelines.beton import BetonReader
-from fastssl.pipelines.plan import ViewSpec
+from fastssl.pipelines.beton.reader import BetonReader
+from fastssl.pipelines.plan.draw import ViewSpec
 
 #: Bins for each of red, green and blue: 512 colours. On the sample set a joint histogram is well above three separate
 #: ones (kNN 38 % to 33 %), and its square root far above the plain shares (28 %).

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from fastssl.distributed.collectives import rank, world_size
 from fastssl.errors import counted
 from fastssl.evaluate.features import ProbeError
-from fastssl.pipelines.beton import BetonReader
+from fastssl.pipelines.beton.reader import BetonReader
 from fastssl.pipelines.loader import Batch, ViewLoader
-from fastssl.pipelines.order import epoch_order
-from fastssl.pipelines.plan import ViewSpec
+from fastssl.pipelines.plan.draw import ViewSpec
+from fastssl.pipelines.plan.order import epoch_order
 
 #: Photos that go through the network at once, at most: a probe's batch of 4096 is a step of its classifier, not of the network.
 _PASS = 256

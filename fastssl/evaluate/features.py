@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from fastssl.distributed.collectives import agree_any, gather_uneven, rank, world_size
 from fastssl.errors import FastSSLError, counted
-from fastssl.pipelines.beton import BetonReader
+from fastssl.pipelines.beton.reader import BetonReader
 from fastssl.pipelines.loader import ViewLoader
-from fastssl.pipelines.order import epoch_order
-from fastssl.pipelines.plan import ViewSpec
+from fastssl.pipelines.plan.draw import ViewSpec
+from fastssl.pipelines.plan.order import epoch_order
 
 #: Side of the centre crop relative to the short side: the field's 224 of 256.
 EVALUATION_CROP = 0.875

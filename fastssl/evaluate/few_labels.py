@@ -20,10 +20,10 @@ import numpy as np
 
 from fastssl.errors import counted
 from fastssl.evaluate.features import ProbeError
-from fastssl.pipelines.beton import BetonReader, read_side_file
-from fastssl.pipelines.convert import chosen_photos, rejects_path
-from fastssl.pipelines.order import epoch_order
-from fastssl.pipelines.sources import list_source
+from fastssl.pipelines.beton.reader import BetonReader, read_side_file
+from fastssl.pipelines.convert.conversion import chosen_photos, rejects_path
+from fastssl.pipelines.convert.sources import list_source
+from fastssl.pipelines.plan.order import epoch_order
 
 
 def parse_share(text: str) -> float:

@@ -29,7 +29,7 @@ from fastssl.evaluate.photos import LabelledSplit
 from fastssl.optim.optimizers import OptimConfig, create_optimizer, parameter_groups
 from fastssl.optim.schedules import learning_rate
 from fastssl.pipelines.loader import Batch, ViewLoader
-from fastssl.pipelines.plan import ViewSpec
+from fastssl.pipelines.plan.draw import ViewSpec
 from fastssl.utils.host_memory import keep_freed_memory
 from fastssl.utils.transfer import to_device
 

@@ -17,7 +17,7 @@ from fastssl.evaluate import collapse as monitor
 from fastssl.evaluate.features import Features, ProbeError, extract_features, split_indices
 from fastssl.evaluate.knn import knn_accuracy
 from fastssl.evaluate.linear import linear_probe
-from fastssl.pipelines.beton import BetonReader
+from fastssl.pipelines.beton.reader import BetonReader
 
 
 @dataclass

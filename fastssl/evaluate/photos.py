@@ -18,8 +18,8 @@ from fastssl.distributed.world import first_of_host_speaks
 from fastssl.errors import FastSSLError
 from fastssl.evaluate.features import ProbeError, split_indices
 from fastssl.evaluate.online_probe import require_same_classes
-from fastssl.pipelines.beton import BetonReader
-from fastssl.pipelines.convert import ConvertOptions, convert
+from fastssl.pipelines.beton.reader import BetonReader
+from fastssl.pipelines.convert.conversion import ConvertOptions, convert
 
 
 @contextmanager

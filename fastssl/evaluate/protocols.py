@@ -15,7 +15,7 @@ from typing import Any
 
 from fastssl.evaluate.features import ProbeError
 from fastssl.optim.schedules import half_cosine
-from fastssl.pipelines.plan import ViewSpec
+from fastssl.pipelines.plan.draw import ViewSpec
 
 #: A batch for which rates are stated.
 LR_BATCH = 256

@@ -16,7 +16,7 @@ from fastssl.evaluate.features import EVALUATION_CROP, ProbeError, check_shared_
 from fastssl.evaluate.photos import LabelledSplit
 from fastssl.evaluate.protocols import LinearProtocol, Trial
 from fastssl.evaluate.sgd_linear import Classifiers, Judged, summary, train_classifiers
-from fastssl.pipelines.beton import BetonReader
+from fastssl.pipelines.beton.reader import BetonReader
 
 #: Photos a pass of the network, of the validation photos.
 _PASS = 256

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from fastssl.evaluate.features import EVALUATION_CROP, Features, collect
-from fastssl.pipelines.beton import BetonReader
-from fastssl.pipelines.plan import ViewSpec
+from fastssl.pipelines.beton.reader import BetonReader
+from fastssl.pipelines.plan.draw import ViewSpec
 
 SIZE = 16
 

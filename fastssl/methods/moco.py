@@ -30,7 +30,7 @@ from fastssl.methods.base import Method, MethodConfig, PartLoss, Rates, Views, e
 from fastssl.models.heads import ProjectorConfig
 from fastssl.optim import schedules
 from fastssl.optim.schedules import RunLength
-from fastssl.pipelines.order import batch_permutation
+from fastssl.pipelines.plan.order import batch_permutation
 
 
 @dataclass(frozen=True)

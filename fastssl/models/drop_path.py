@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from fastssl.pipelines.rng import Stream, keyed_words
+from fastssl.pipelines.plan.philox import Stream, keyed_words
 
 
 def drop_path_layers(backbone: nn.Module) -> list[tuple[nn.Module, str, DropPath]]:

@@ -14,10 +14,10 @@ from torch import Tensor
 from fastssl.errors import FastSSLError, JpegError
 from fastssl.evaluate.features import Features
 from fastssl.evaluate.knn import nearest_neighbors
-from fastssl.pipelines.beton import BetonReader
+from fastssl.pipelines.beton.reader import BetonReader
 from fastssl.pipelines.loader import ViewLoader
-from fastssl.pipelines.multicrop import MultiCrop
-from fastssl.pipelines.plan import ViewSpec
+from fastssl.pipelines.plan.draw import ViewSpec
+from fastssl.pipelines.plan.multicrop import MultiCrop
 from fastssl.utils.atomic_files import write_atomically
 
 if TYPE_CHECKING:

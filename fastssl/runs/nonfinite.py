@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fastssl.pipelines.augment import augment_device
 from fastssl.pipelines.loader import Batch
-from fastssl.pipelines.plan import ViewSpec
+from fastssl.pipelines.ops.augment import augment_device
+from fastssl.pipelines.plan.draw import ViewSpec
 from fastssl.utils.atomic_files import write_atomically
 from fastssl.utils.json_text import to_json
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from fastssl.errors import FastSSLError, counted
-from fastssl.pipelines.beton import BetonReader, read_side_file
-from fastssl.pipelines.verify import verify
+from fastssl.pipelines.beton.reader import BetonReader, read_side_file
+from fastssl.pipelines.beton.verify import verify
 
 
 def require_readable_names(reader: BetonReader) -> None:

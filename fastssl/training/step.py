@@ -33,8 +33,8 @@ from fastssl.models.depthwise import use_own_gradient
 from fastssl.models.pointwise import use_matrix_products
 from fastssl.optim.optimizers import ScheduledDecay, create_optimizer, set_lr
 from fastssl.optim.schedules import RunLength, learning_rate, weight_decay
-from fastssl.pipelines.augment import augment_device
-from fastssl.pipelines.multicrop import MultiCrop
+from fastssl.pipelines.ops.augment import augment_device
+from fastssl.pipelines.plan.multicrop import MultiCrop
 from fastssl.training.bf16_weights import HalfCopy
 from fastssl.training.channels_last import channels_last_breaks, require_channels_last
 from fastssl.training.cuda_graph import RecordedCall, Recorder, record_cuda_graph

@@ -40,10 +40,10 @@ from fastssl.errors import FastSSLError, Interrupted, counted, without_folders
 from fastssl.evaluate.online_probe import OnlineProbe, choose_split, require_same_classes
 from fastssl.models.backbones import resolve_arch
 from fastssl.optim.schedules import RunLength
-from fastssl.pipelines.beton import BetonReader
-from fastssl.pipelines.engines import require_engine
+from fastssl.pipelines.beton.reader import BetonReader
+from fastssl.pipelines.engines.registry import require_engine
 from fastssl.pipelines.loader import Batch, ViewLoader
-from fastssl.pipelines.order import steps_per_epoch
+from fastssl.pipelines.plan.order import steps_per_epoch
 from fastssl.report.finish import finish_run
 from fastssl.runs.checkpoint import Position, has_all_files
 from fastssl.runs.folder import RunFolder

@@ -14,7 +14,7 @@ import timm
 from torch import nn
 
 from fastssl.models.backbones import resizes_positions
-from fastssl.pipelines.plan import ViewSpec
+from fastssl.pipelines.plan.draw import ViewSpec
 from fastssl.weights.check import check_features, check_names
 from fastssl.weights.staging import save_tensors
 

@@ -11,8 +11,8 @@ import pytest
 from fastssl.benchmarks.advice import Loop, Remedy, in_words, more_threads, per_sample, shrunken, smaller_side
 from fastssl.benchmarks.photos import write_photos
 from fastssl.benchmarks.windows import Window
-from fastssl.pipelines.beton import MODE_RAW, BetonReader, BetonWriter
-from fastssl.pipelines.plan import ViewSpec
+from fastssl.pipelines.beton.reader import MODE_RAW, BetonReader, BetonWriter
+from fastssl.pipelines.plan.draw import ViewSpec
 
 #: A GPU's loop: the step takes 1 ms of a sample and little of the host, a photo 8 ms of one of 16 cores, on 4 threads.
 GPU = Loop(step_s=1e-3, step_cpu_s=1e-3, loader_s=2e-3, loader_cpu_s=8e-3, threads=4, cores=16)

@@ -20,11 +20,11 @@ from fastssl.benchmarks.table import cells
 from fastssl.cli import main
 from fastssl.cli.bench import bench
 from fastssl.errors import FastSSLError
-from fastssl.pipelines import convert as converter
-from fastssl.pipelines import jpeg
-from fastssl.pipelines.beton import BetonReader
-from fastssl.pipelines.convert import ConvertOptions, convert, encode_photo
-from fastssl.pipelines.sources import Listing, list_source
+from fastssl.pipelines.beton.reader import BetonReader
+from fastssl.pipelines.convert import conversion as converter
+from fastssl.pipelines.convert.conversion import ConvertOptions, convert, encode_photo
+from fastssl.pipelines.convert.sources import Listing, list_source
+from fastssl.pipelines.ops import jpeg
 
 SMALL = ConvertOptions(short_side=40, workers=2, resume=False)
 
@@ -216,7 +216,7 @@ def test_ffcv_takes_turns_with_ours(photo_tree: Path, tmp_path: Path) -> None:
 
 
 def test_a_peer_that_is_missing_is_named(photo_tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastssl.pipelines.engines import EngineState
+    from fastssl.pipelines.engines.registry import EngineState
 
     for module in (bench_convert, ffcv_writer):
         monkeypatch.setattr(module, "engine_state", lambda name: EngineState(name, None, "not installed", "install it"))

@@ -17,9 +17,9 @@ from fastssl.benchmarks.loader import BareLoop, DecodeEngine, open_loader, reque
 from fastssl.benchmarks.photos import describe_data, ensure_photos, find_data, write_photos
 from fastssl.benchmarks.windows import WARM_BATCHES, Window, measure_windows, rate, ratio, stream_window
 from fastssl.config.recipe import load_recipe
-from fastssl.pipelines.beton import BetonReader
-from fastssl.pipelines.engine import EngineStats
-from fastssl.pipelines.plan import ViewSpec
+from fastssl.pipelines.beton.reader import BetonReader
+from fastssl.pipelines.engines.base import EngineStats
+from fastssl.pipelines.plan.draw import ViewSpec
 
 CPU = torch.device("cpu")
 

@@ -13,7 +13,7 @@ from conftest import need_engine
 from fastssl.benchmarks import peers
 from fastssl.benchmarks.records import read_records, write_records
 from fastssl.benchmarks.table import markdown
-from fastssl.pipelines.engines import EngineState
+from fastssl.pipelines.engines.registry import EngineState
 
 SIZE = 24
 

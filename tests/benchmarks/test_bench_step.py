@@ -14,7 +14,7 @@ from fastssl.benchmarks.step import Step, bottleneck, busy_of_spans, busy_share,
 from fastssl.config.recipe import Recipe, load_recipe
 from fastssl.distributed.devices import use_amp
 from fastssl.errors import FastSSLError
-from fastssl.pipelines.order import batch_permutation
+from fastssl.pipelines.plan.order import batch_permutation
 
 CPU = torch.device("cpu")
 

@@ -11,8 +11,8 @@ import torch
 from fastssl.benchmarks import limits
 from fastssl.benchmarks import views as bench
 from fastssl.config.recipe import load_recipe
-from fastssl.pipelines.beton import BetonReader
-from fastssl.pipelines.plan import draw_plan
+from fastssl.pipelines.beton.reader import BetonReader
+from fastssl.pipelines.plan.draw import draw_plan
 
 
 def test_views_records(beton: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from fastssl.benchmarks.step import Step
 from fastssl.config.recipe import Recipe, load_recipe
 from fastssl.errors import FastSSLError
 from fastssl.methods import DINOConfig, MoCoConfig, SimCLRConfig, SwAVConfig
-from fastssl.pipelines.beton import BetonReader
+from fastssl.pipelines.beton.reader import BetonReader
 from fastssl.pipelines.loader import ViewLoader
 
 CPU = torch.device("cpu")

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import fastssl.benchmarks
-from fastssl.pipelines.engines import engine_state
+from fastssl.pipelines.engines.registry import engine_state
 
 ROOT = Path(fastssl.benchmarks.__path__[0]).resolve().parent
 SCRIPT = ROOT / "benchmarks" / "gpu.sh"

@@ -12,7 +12,8 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from fastssl.benchmarks import parity
-from fastssl.pipelines import BetonReader, BetonWriter, jpeg
+from fastssl.pipelines import BetonReader, BetonWriter
+from fastssl.pipelines.ops import jpeg
 
 #: What is measured and drawn are the engines that are installed.
 pytestmark = pytest.mark.engines

@@ -14,10 +14,10 @@ from fastssl.errors import FastSSLError
 from fastssl.evaluate.batchnorm import has_batchnorm, reestimated
 from fastssl.evaluate.features import extract_features
 from fastssl.models.backbones import create_backbone, save_backbone
-from fastssl.pipelines.beton import BetonReader
+from fastssl.pipelines.beton.reader import BetonReader
 from fastssl.pipelines.loader import ViewLoader
-from fastssl.pipelines.order import epoch_order
-from fastssl.pipelines.plan import ViewSpec
+from fastssl.pipelines.plan.draw import ViewSpec
+from fastssl.pipelines.plan.order import epoch_order
 
 SIZE = 24
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fastssl.pipelines.loader import ViewLoader
-from fastssl.pipelines.plan import ViewSpec
+from fastssl.pipelines.plan.draw import ViewSpec
 from fastssl.training.bottleneck import bottleneck, data_share
 
 

@@ -10,7 +10,7 @@ import torch
 from fastssl.evaluate.colour_histogram import BINS, SIZE, colour_histogram_features, histograms
 from fastssl.evaluate.features import collect
 from fastssl.evaluate.knn import knn_accuracy
-from fastssl.pipelines.plan import ViewSpec
+from fastssl.pipelines.plan.draw import ViewSpec
 
 
 def slow(pictures: np.ndarray) -> np.ndarray:

@@ -13,7 +13,7 @@ from fastssl.evaluate import feature_stream
 from fastssl.evaluate.feature_stream import FeatureStream, _passes
 from fastssl.evaluate.features import ProbeError
 from fastssl.evaluate.protocols import PROTOCOLS
-from fastssl.pipelines.beton import BetonReader
+from fastssl.pipelines.beton.reader import BetonReader
 from fastssl.pipelines.loader import ViewLoader
 
 CPU, VIEW = torch.device("cpu"), PROTOCOLS["sslight"].view(16)

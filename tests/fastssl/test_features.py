@@ -13,10 +13,10 @@ from fastssl.errors import FastSSLError
 from fastssl.evaluate import features
 from fastssl.evaluate.features import Features, ProbeError, check_probe_input, extract_features, share, split_indices, wilson_interval
 from fastssl.evaluate.raw_pixels import raw_pixel_features
-from fastssl.pipelines import jpeg
-from fastssl.pipelines.beton import MODE_RAW, BetonReader, BetonWriter
+from fastssl.pipelines.beton.reader import MODE_RAW, BetonReader, BetonWriter
 from fastssl.pipelines.loader import ViewLoader
-from fastssl.pipelines.plan import ViewSpec
+from fastssl.pipelines.ops import jpeg
+from fastssl.pipelines.plan.draw import ViewSpec
 
 
 def write_colours(path, colours, labels=None, side=(20, 30)):

@@ -23,7 +23,7 @@ from fastssl.evaluate.photos import LabelledSplit, open_split
 from fastssl.models.backbones import create_backbone
 from fastssl.optim.optimizers import OptimConfig
 from fastssl.pipelines.loader import ViewLoader
-from fastssl.pipelines.plan import ViewSpec
+from fastssl.pipelines.plan.draw import ViewSpec
 
 CPU = torch.device("cpu")
 FAST = dataclasses.replace(SSLIGHT_OPTIM, lr=2.0)

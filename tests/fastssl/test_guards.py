@@ -19,7 +19,7 @@ from conftest import need_engine
 
 from fastssl.cli import main
 from fastssl.pipelines import BetonReader, BetonWriter
-from fastssl.pipelines.convert import ConvertOptions, convert
+from fastssl.pipelines.convert.conversion import ConvertOptions, convert
 
 TINY = ["train.epochs=1", "train.batch_size=8", "train.log_every=4", "moco.queue=64", "moco.projector.hidden=16", "probe.online_samples=40"]
 ARCH = "mobilenetv3_small_050"
@@ -153,7 +153,7 @@ def test_a_finished_run_without_its_metrics_is_reported_all_the_same(beton: Path
 
 
 def test_val_must_have_the_same_classes(beton: Path, photo_tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    from fastssl.pipelines.convert import ConvertOptions, convert
+    from fastssl.pipelines.convert.conversion import ConvertOptions, convert
 
     shutil.copytree(photo_tree, tmp_path / "two")
     shutil.rmtree(tmp_path / "two" / "blue")

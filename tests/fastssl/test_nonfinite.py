@@ -18,7 +18,7 @@ from torch import nn
 from fastssl.errors import FastSSLError, Interrupted
 from fastssl.evaluate.online_probe import OnlineProbe
 from fastssl.pipelines.loader import Batch, ViewLoader
-from fastssl.pipelines.plan import ViewSpec
+from fastssl.pipelines.plan.draw import ViewSpec
 from fastssl.runs.nonfinite import save_bad_step
 from fastssl.runs.saver import Saver
 from fastssl.training.step import TrainStep

@@ -11,10 +11,10 @@ from PIL import Image
 
 from fastssl.errors import FastSSLError
 from fastssl.evaluate.features import Features
-from fastssl.pipelines import jpeg
-from fastssl.pipelines.beton import BetonReader, BetonWriter
+from fastssl.pipelines.beton.reader import BetonReader, BetonWriter
 from fastssl.pipelines.loader import ViewLoader
-from fastssl.pipelines.plan import ViewSpec
+from fastssl.pipelines.ops import jpeg
+from fastssl.pipelines.plan.draw import ViewSpec
 from fastssl.report import pictures
 from fastssl.report.pictures import neighbours_picture, to_pictures, views_picture
 

@@ -19,7 +19,7 @@ from fastssl.evaluate.published_probe import ProbeOptions, published_probe
 from fastssl.models.backbones import create_backbone
 from fastssl.optim.optimizers import LARS
 from fastssl.pipelines.loader import ViewLoader
-from fastssl.pipelines.plan import ViewSpec
+from fastssl.pipelines.plan.draw import ViewSpec
 
 CPU, OPTIONS = torch.device("cpu"), ProbeOptions(epochs=3, batch_size=16, size=32, seed=7, workers=1)
 

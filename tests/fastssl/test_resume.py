@@ -20,7 +20,7 @@ from fastssl.config.recipe import Recipe
 from fastssl.errors import FastSSLError, Interrupted
 from fastssl.evaluate.online_probe import OnlineProbe
 from fastssl.models.backbones import read_header
-from fastssl.pipelines.beton import MODE_RAW, BetonWriter
+from fastssl.pipelines.beton.reader import MODE_RAW, BetonWriter
 from fastssl.runs import checkpoint
 from fastssl.runs.checkpoint import load_checkpoint, write_state
 from fastssl.runs.saver import Saver

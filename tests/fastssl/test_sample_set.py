@@ -15,7 +15,7 @@ from fastssl.data import sample_set
 from fastssl.data.panorama import Cameras, directions, render
 from fastssl.data.sample_set import PARTS, SIZE, default_cache_dir, draw_cameras, ensure_sample_set, load_panorama, places
 from fastssl.errors import FastSSLError
-from fastssl.pipelines.beton import BetonReader
+from fastssl.pipelines.beton.reader import BetonReader
 
 
 @pytest.fixture(scope="module")

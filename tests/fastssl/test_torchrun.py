@@ -17,7 +17,7 @@ from processes import Started, free_port, run_processes
 
 from fastssl.config.recipe import load_recipe, parse_overrides
 from fastssl.errors import FastSSLError, Interrupted
-from fastssl.pipelines.beton import BetonReader
+from fastssl.pipelines.beton.reader import BetonReader
 from fastssl.training.trainer import Run, RunOptions, pretrain
 
 SMALL = [

@@ -9,8 +9,8 @@ import threading
 
 import numpy as np
 
-from fastssl.pipelines import beton
-from fastssl.pipelines.beton import BetonReader
+from fastssl.pipelines.beton import reader as beton
+from fastssl.pipelines.beton.reader import BetonReader
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p

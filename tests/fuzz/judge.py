@@ -14,11 +14,11 @@ from fuzz.files import Beton
 from fuzz.guarded import Guarded, GuardedReader
 
 from fastssl.errors import BetonError, FastSSLError, JpegError, WorkerError
-from fastssl.pipelines import jpeg
-from fastssl.pipelines.beton import MODE_JPEG
-from fastssl.pipelines.convert import ConvertOptions, encode_photo
+from fastssl.pipelines.beton.reader import MODE_JPEG
+from fastssl.pipelines.convert.conversion import ConvertOptions, encode_photo
 from fastssl.pipelines.loader import ViewLoader
-from fastssl.pipelines.plan import ViewSpec
+from fastssl.pipelines.ops import jpeg
+from fastssl.pipelines.plan.draw import ViewSpec
 
 VIEW = [ViewSpec.evaluation(16)]
 

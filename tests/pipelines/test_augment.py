@@ -12,8 +12,8 @@ from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from sklearn.datasets import load_sample_images
 
 from fastssl.benchmarks.reference_views import torchvision_colour
-from fastssl.pipelines import compiled
-from fastssl.pipelines.augment import (
+from fastssl.pipelines.ops import compiled
+from fastssl.pipelines.ops.augment import (
     augment,
     augment_device,
     augment_host,
@@ -25,7 +25,7 @@ from fastssl.pipelines.augment import (
     parameter_table,
     turn_hue,
 )
-from fastssl.pipelines.plan import BRIGHTNESS, CONTRAST, HUE, SATURATION, ViewSpec, draw_plan
+from fastssl.pipelines.plan.draw import BRIGHTNESS, CONTRAST, HUE, SATURATION, ViewSpec, draw_plan
 
 STRONG = ViewSpec(brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2, solarise=0.3, solarise_threshold=100)
 RAW = dict(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))  # the output is the picture in 0 .. 1

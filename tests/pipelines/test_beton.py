@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from fastssl.errors import BetonError, JpegError
-from fastssl.pipelines import beton, jpeg
-from fastssl.pipelines.beton import MODE_JPEG, MODE_RAW, BetonReader, BetonWriter
+from fastssl.pipelines.beton import reader as beton
+from fastssl.pipelines.beton.reader import MODE_JPEG, MODE_RAW, BetonReader, BetonWriter
+from fastssl.pipelines.ops import jpeg
 
 
 def pictures(count, seed=0, side=40):

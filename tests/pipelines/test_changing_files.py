@@ -17,11 +17,11 @@ from children import in_child
 from conftest import need_engine
 
 from fastssl.errors import BetonError, JpegError
-from fastssl.pipelines import beton as beton_module
-from fastssl.pipelines.beton import BetonReader
+from fastssl.pipelines.beton import reader as beton_module
+from fastssl.pipelines.beton.reader import BetonReader
+from fastssl.pipelines.beton.verify import verify
 from fastssl.pipelines.loader import ViewLoader
-from fastssl.pipelines.plan import ViewSpec
-from fastssl.pipelines.verify import verify
+from fastssl.pipelines.plan.draw import ViewSpec
 
 TWO = [ViewSpec(size=16, count=2)]
 
@@ -119,7 +119,7 @@ FFCV_WORK = """
 import os, sys
 import numpy as np
 from fastssl.pipelines.loader import ViewLoader
-from fastssl.pipelines.plan import ViewSpec
+from fastssl.pipelines.plan.draw import ViewSpec
 path, other, end = sys.argv[1], sys.argv[2], int(sys.argv[3])
 with ViewLoader(path, [ViewSpec(size=16, count=2)], 8, pipeline="ffcv", on_bad="skip") as loader:
     os.replace(other, path)

@@ -20,10 +20,10 @@ from power import Disk
 
 from fastssl.cli import main
 from fastssl.errors import JpegError
-from fastssl.pipelines import jpeg
-from fastssl.pipelines.beton import BetonReader, BetonWriter
-from fastssl.pipelines.convert import ConvertError, ConvertOptions, convert, encode_photo, rejects_path
-from fastssl.pipelines.sources import SourceError
+from fastssl.pipelines.beton.reader import BetonReader, BetonWriter
+from fastssl.pipelines.convert.conversion import ConvertError, ConvertOptions, convert, encode_photo, rejects_path
+from fastssl.pipelines.convert.sources import SourceError
+from fastssl.pipelines.ops import jpeg
 
 
 def picture(height=60, width=80, seed=0):
@@ -454,7 +454,7 @@ def test_a_full_disk_is_one_clear_error_and_can_go_on(folder, tmp_path, monkeypa
     whole = outputs(dst)
     for path in tmp_path.glob("out*"):
         path.unlink()
-    monkeypatch.setattr("fastssl.pipelines.convert.CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr("fastssl.pipelines.convert.conversion.CHECKPOINT_SECONDS", 0.0)
     monkeypatch.setattr(signal, "SIGXFSZ", signal.SIGXFSZ)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -512,7 +512,7 @@ def many(tmp_path_factory):
 
 def test_a_power_cut_at_any_moment_leaves_what_the_journal_vouches_for(many, tmp_path, monkeypatch):
     source, whole = many
-    monkeypatch.setattr("fastssl.pipelines.convert.CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr("fastssl.pipelines.convert.conversion.CHECKPOINT_SECONDS", 0.0)
     disk = Disk(monkeypatch)
     convert(source, tmp_path / "out.beton")
     assert outputs(tmp_path / "out.beton") == whole
@@ -677,10 +677,10 @@ def test_without_a_journal_little_waits_for_the_last_sync(folder, tmp_path, monk
         sizes.append(os.path.getsize(writer.path))
 
     monkeypatch.setattr(BetonWriter, "sync", sync)
-    monkeypatch.setattr("fastssl.pipelines.convert.CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr("fastssl.pipelines.convert.conversion.CHECKPOINT_SECONDS", 0.0)
     convert(folder, tmp_path / "whole.beton", ConvertOptions(resume=False))
     at_the_end = len(sizes)
-    monkeypatch.setattr("fastssl.pipelines.convert._MOST_UNSYNCED", 1)
+    monkeypatch.setattr("fastssl.pipelines.convert.conversion._MOST_UNSYNCED", 1)
     convert(folder, tmp_path / "often.beton", ConvertOptions(resume=False))
     assert len(sizes) > 2 * at_the_end + 2
     assert (tmp_path / "often.beton").read_bytes() == (tmp_path / "whole.beton").read_bytes()

@@ -14,9 +14,9 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from fastssl.benchmarks.reference_views import pillow_crop, torchvision_crop
-from fastssl.pipelines import crop
-from fastssl.pipelines.crop import boxes_of, crop_resize_device, crop_resize_host, filter_matrices, plan_chunks
-from fastssl.pipelines.plan import VIEW_DTYPE, ViewSpec, draw_plan
+from fastssl.pipelines.ops import crop
+from fastssl.pipelines.ops.crop import boxes_of, crop_resize_device, crop_resize_host, filter_matrices, plan_chunks
+from fastssl.pipelines.plan.draw import VIEW_DTYPE, ViewSpec, draw_plan
 
 SIZES = [(427, 640), (240, 320), (320, 213), (64, 64), (65, 63), (30, 200), (200, 24), (2, 30), (1, 1), (3, 2), (131, 97), (28, 28)]
 
@@ -197,9 +197,9 @@ def test_the_compiled_loops_read_only_memory_that_is_theirs() -> None:
     code = """
 import zlib
 import numpy as np
-from fastssl.pipelines.augment import augment_host
-from fastssl.pipelines.crop import boxes_of, crop_resize_host
-from fastssl.pipelines.plan import ViewSpec, draw_plan
+from fastssl.pipelines.ops.augment import augment_host
+from fastssl.pipelines.ops.crop import boxes_of, crop_resize_host
+from fastssl.pipelines.plan.draw import ViewSpec, draw_plan
 import torch
 rng, check = np.random.default_rng(0), 0
 for trial in range(120):

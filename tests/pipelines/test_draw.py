@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from fastssl.pipelines import draw
-from fastssl.pipelines.rng import philox4x32
+from fastssl.pipelines.plan import compiled_draw as draw
+from fastssl.pipelines.plan.philox import philox4x32
 
 
 def test_the_compiled_generator_equals_the_vectorised_one() -> None:
@@ -40,7 +40,9 @@ def test_compiled_code_that_cannot_be_read_or_kept_is_compiled_again(tmp_path: P
 
 def test_without_the_compiler_it_says_so() -> None:
     environment = {**os.environ, "NUMBA_DISABLE_JIT": "1"}
-    result = subprocess.run([sys.executable, "-c", "import fastssl.pipelines.draw"], env=environment, capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-c", "import fastssl.pipelines.plan.compiled_draw"], env=environment, capture_output=True, text=True
+    )
     assert "FastSSLError: NUMBA_DISABLE_JIT is set" in result.stderr
 
 

@@ -14,9 +14,9 @@ import torch
 from conftest import make_photo, need_engine
 
 from fastssl.pipelines import BetonReader, BetonWriter, FastSSLError, JpegError, ViewLoader, ViewSpec
-from fastssl.pipelines.beton import MODE_RAW
-from fastssl.pipelines.engine import thread_initializer
-from fastssl.pipelines.engines import choose_engine, engine_state
+from fastssl.pipelines.beton.reader import MODE_RAW
+from fastssl.pipelines.engines.base import thread_initializer
+from fastssl.pipelines.engines.registry import choose_engine, engine_state
 
 pytestmark = pytest.mark.engines
 
@@ -247,7 +247,7 @@ def test_every_thread_of_an_engine_is_told_its_device(engine: str, beton: Path, 
 
 def test_what_dali_gets_back_was_copied_before(beton: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """DALI writes to memory that torch has let go of, and knows nothing of the kernels on torch's streams that have yet to read it."""
-    from fastssl.pipelines.dali import DaliEngine
+    from fastssl.pipelines.engines.dali import DaliEngine
 
     class Stream:
         waited = 0

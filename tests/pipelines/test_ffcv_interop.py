@@ -12,9 +12,9 @@ import torch
 from conftest import need_engine
 from PIL import Image
 
-from fastssl.pipelines import jpeg
-from fastssl.pipelines.beton import MODE_RAW, BetonReader, BetonWriter
-from fastssl.pipelines.convert import ConvertOptions, convert
+from fastssl.pipelines.beton.reader import MODE_RAW, BetonReader, BetonWriter
+from fastssl.pipelines.convert.conversion import ConvertOptions, convert
+from fastssl.pipelines.ops import jpeg
 
 # ruff: noqa: E402  (what follows is there only where ffcv is installed)
 need_engine("ffcv")

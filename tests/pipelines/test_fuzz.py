@@ -19,8 +19,9 @@ from fuzz.guarded import Guarded, GuardedReader, watch_reads
 from fuzz.judge import Judge, Wrong
 from fuzz.pool import run
 
-from fastssl.pipelines import beton, jpeg
-from fastssl.pipelines.beton import BetonReader
+from fastssl.pipelines.beton import reader as beton
+from fastssl.pipelines.beton.reader import BetonReader
+from fastssl.pipelines.ops import jpeg
 
 ROOT = Path(__file__).parents[2]
 CORPUS = sorted((ROOT / "tests" / "corpus").glob("*.gz"))

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from fastssl.errors import BetonError, FastSSLError, JpegError
-from fastssl.pipelines import beton, jpeg
-from fastssl.pipelines.beton import MODE_JPEG, MODE_RAW, BetonReader, BetonWriter
+from fastssl.pipelines.beton import reader as beton
+from fastssl.pipelines.beton.reader import MODE_JPEG, MODE_RAW, BetonReader, BetonWriter
+from fastssl.pipelines.ops import jpeg
 
 METADATA_AT = 24 + 2 * 1041
 

@@ -24,10 +24,10 @@ from rich.console import Console
 from fastssl.cli import main
 from fastssl.cli.common import PlainConsole
 from fastssl.errors import BetonError, FastSSLError, JpegError, printable, without_folders
-from fastssl.pipelines import jpeg
-from fastssl.pipelines.beton import BetonReader, BetonWriter
-from fastssl.pipelines.convert import ConvertOptions, convert, encode_photo
-from fastssl.pipelines.sources import SourceError, list_source
+from fastssl.pipelines.beton.reader import BetonReader, BetonWriter
+from fastssl.pipelines.convert.conversion import ConvertOptions, convert, encode_photo
+from fastssl.pipelines.convert.sources import SourceError, list_source
+from fastssl.pipelines.ops import jpeg
 
 PHOTO = jpeg_bytes(make_photo(0, 24, 32))
 KEEP = ConvertOptions(keep_size=True, short_side=None)

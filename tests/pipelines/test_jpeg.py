@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from fastssl.errors import JpegError
-from fastssl.pipelines import jpeg
+from fastssl.pipelines.ops import jpeg
 
 
 def picture(height=45, width=61, seed=0):

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from fastssl.pipelines import MultiCrop, ViewLoader
-from fastssl.pipelines.multicrop import PRESETS
-from fastssl.pipelines.plan import ViewSpecError
+from fastssl.pipelines.plan.draw import ViewSpecError
+from fastssl.pipelines.plan.multicrop import PRESETS
 
 #: specification: threshold, local pixels, local views, weights
 PUBLISHED = {

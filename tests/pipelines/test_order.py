@@ -3,8 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fastssl.pipelines.order import batch_indices, batch_permutation, epoch_order, steps_per_epoch
-from fastssl.pipelines.rng import Stream, keyed_words
+from fastssl.pipelines.plan.order import batch_indices, batch_permutation, epoch_order, steps_per_epoch
+from fastssl.pipelines.plan.philox import Stream, keyed_words
 
 
 @pytest.mark.parametrize("n", [0, 1, 2, 3, 1000, 20_001])

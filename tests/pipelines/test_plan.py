@@ -9,9 +9,9 @@ import torch
 from scipy.stats import chisquare, ks_2samp, kstest
 from torchvision.transforms import RandomResizedCrop
 
-from fastssl.pipelines.draw import portable_exp
-from fastssl.pipelines.plan import VIEW_DTYPE, ViewSpec, ViewSpecError, draw_plan, factor_range, log_ratio_range
-from fastssl.pipelines.rng import Stream, keyed_words
+from fastssl.pipelines.plan.compiled_draw import portable_exp
+from fastssl.pipelines.plan.draw import VIEW_DTYPE, ViewSpec, ViewSpecError, draw_plan, factor_range, log_ratio_range
+from fastssl.pipelines.plan.philox import Stream, keyed_words
 
 FULL = ViewSpec(size=96, count=3, area=(0.05, 0.9), jitter=0.8, brightness=0.4, contrast=0.8, saturation=1.2, hue=0.2, solarise=0.3)
 

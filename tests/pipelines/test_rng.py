@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from fastssl.errors import FastSSLError
-from fastssl.pipelines.rng import SeedError, Stream, keyed_words, philox4x32
+from fastssl.pipelines.plan.philox import SeedError, Stream, keyed_words, philox4x32
 
 # The philox4x32-10 lines of the known answers published with Random123: counter, key, result.
 KNOWN_ANSWERS = [

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from fastssl.pipelines.sources import MAX_FILE_BYTES, SourceError, is_photo_name, list_source
+from fastssl.pipelines.convert.sources import MAX_FILE_BYTES, SourceError, is_photo_name, list_source
 
 
 def grow(root, files):

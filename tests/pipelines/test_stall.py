@@ -21,10 +21,10 @@ from rich.console import Console
 from fastssl.cli import main
 from fastssl.cli.progress import RunProgress
 from fastssl.errors import FastSSLError, Stalled, WorkerError
-from fastssl.pipelines import beton as beton_module
-from fastssl.pipelines import native
+from fastssl.pipelines.beton import reader as beton_module
+from fastssl.pipelines.engines import native
 from fastssl.pipelines.loader import ViewLoader
-from fastssl.pipelines.plan import ViewSpec
+from fastssl.pipelines.plan.draw import ViewSpec
 from fastssl.utils import deadline as stall
 from fastssl.utils.deadline import Patience
 
@@ -242,7 +242,7 @@ def test_what_a_thread_throws_reaches_the_consumer(
     with ViewLoader(beton, TWO, 24, pipeline=engine, on_bad=on_bad, workers=2) as loader:
         if engine == "ffcv":
             monkeypatch.setattr(type(loader.engine), "_open", lambda self: Opened())
-            monkeypatch.setattr("fastssl.pipelines.ffcv._Epoch.run_pipeline", lambda self, *rest: [[]])
+            monkeypatch.setattr("fastssl.pipelines.engines.ffcv._Epoch.run_pipeline", lambda self, *rest: [[]])
             monkeypatch.setattr(type(loader.engine), "_groups", lambda self, *rest: [])
             batches = (rendered for rendered in loader.engine.run(iter([lambda: loader.request(0, 0), lambda: loader.request(0, 1)])))
         else:

@@ -19,12 +19,12 @@ from children import in_child
 
 from fastssl.cli import main
 from fastssl.errors import FastSSLError, Stalled, WorkerError
-from fastssl.pipelines import convert as convert_module
-from fastssl.pipelines import jpeg
-from fastssl.pipelines.beton import BetonReader, BetonWriter, _OpenFile
-from fastssl.pipelines.convert import ConvertOptions, convert
-from fastssl.pipelines.sources import Listing
-from fastssl.pipelines.verify import verify
+from fastssl.pipelines.beton.reader import BetonReader, BetonWriter, _OpenFile
+from fastssl.pipelines.beton.verify import verify
+from fastssl.pipelines.convert import conversion as convert_module
+from fastssl.pipelines.convert.conversion import ConvertOptions, convert
+from fastssl.pipelines.convert.sources import Listing
+from fastssl.pipelines.ops import jpeg
 from fastssl.utils import deadline as stall
 from fastssl.utils.deadline import Patience, Step
 

@@ -13,10 +13,10 @@ from PIL import Image
 
 from fastssl.cli import main
 from fastssl.errors import BetonError
-from fastssl.pipelines import jpeg
-from fastssl.pipelines.beton import BetonReader
-from fastssl.pipelines.convert import convert
-from fastssl.pipelines.verify import sample_checksums, verify
+from fastssl.pipelines.beton.reader import BetonReader
+from fastssl.pipelines.beton.verify import sample_checksums, verify
+from fastssl.pipelines.convert.conversion import convert
+from fastssl.pipelines.ops import jpeg
 
 
 @pytest.fixture(scope="module")

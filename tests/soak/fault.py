@@ -56,7 +56,8 @@ def in_float64() -> None:
 
 def install(fault: Fault) -> None:
     """Let the fault strike this process."""
-    from fastssl.pipelines import beton, convert
+    from fastssl.pipelines.beton import reader as beton
+    from fastssl.pipelines.convert import conversion as convert
 
     convert.CHECKPOINT_SECONDS = 0.0  # a conversion of a second would otherwise have one point to go on from
     if fault.kind == "add":

@@ -46,8 +46,8 @@ _PRELOAD = [
     "fastssl.report.finish",
     "fastssl.cli.pretrain",
     "fastssl.cli.convert",
-    "fastssl.pipelines.convert",
-    "fastssl.pipelines.native",
+    "fastssl.pipelines.convert.conversion",
+    "fastssl.pipelines.engines.native",
 ]
 _COMMON = [
     "train.batch_size=8",

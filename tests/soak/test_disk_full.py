@@ -84,7 +84,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_conversion_goes_on_when_there_is_room_again(lab: Lab, disk: SmallDisk, tmp_path: Path) -> None:
     photos, dst = make_photos(tmp_path / "photos", 40, bad=(7,), side=200), disk.folder / "out.beton"
     command = ("convert-imagenet", photos, dst, "--workers", 2)
-    patches = {"fastssl.pipelines.convert.CHECKPOINT_SECONDS": 0.0}
+    patches = {"fastssl.pipelines.convert.conversion.CHECKPOINT_SECONDS": 0.0}
     assert run(lab, SmallDisk(tmp_path, "limited"), "convert-imagenet", photos, tmp_path / "whole.beton", "--workers", 2)[0] == 0
     size = (tmp_path / "whole.beton").stat().st_size
     photos_bytes = size - 2 * 2**20  # they begin behind two pages of 2 MiB, which are a hole on the disk

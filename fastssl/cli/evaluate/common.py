@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from fastssl.evaluate.features import Features
     from fastssl.evaluate.photos import LabelledSplit
     from fastssl.evaluate.session import Session
-    from fastssl.pipelines.beton import BetonReader
+    from fastssl.pipelines.beton.reader import BetonReader
 
 checkpoint_argument = click.argument("checkpoint", type=SomePath())
 which_option = click.option(

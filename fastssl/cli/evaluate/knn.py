@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from fastssl.evaluate.features import Features
     from fastssl.evaluate.session import Session
-    from fastssl.pipelines.beton import BetonReader
+    from fastssl.pipelines.beton.reader import BetonReader
 
 
 @click.command()

@@ -19,9 +19,9 @@ from torch.nn import functional
 
 from fastssl.evaluate.detection.annotations import DetectionError, Picture, Segmentation
 from fastssl.evaluate.detection.average_precision import mask_tools
-from fastssl.pipelines.convert import ConvertOptions, encode_photo
-from fastssl.pipelines.order import batch_indices, steps_per_epoch
-from fastssl.pipelines.rng import Stream, keyed_words
+from fastssl.pipelines.convert.conversion import ConvertOptions, encode_photo
+from fastssl.pipelines.plan.order import batch_indices, steps_per_epoch
+from fastssl.pipelines.plan.philox import Stream, keyed_words
 from fastssl.utils.cores import available_cores
 
 #: Any picture file -> upright RGB bytes of its own size: the converter's decoding, and its complaints.

@@ -29,7 +29,7 @@ from fastssl.evaluate.detection.batches import load_batches, to_device, training
 from fastssl.evaluate.detection.model import Detector
 from fastssl.evaluate.detection.schedule import Rates
 from fastssl.optim.optimizers import set_lr
-from fastssl.pipelines.rng import Stream, keyed_words
+from fastssl.pipelines.plan.philox import Stream, keyed_words
 from fastssl.runs.checkpoint import VERSION, load_checkpoint, write_state
 from fastssl.runs.restore import Unfit, load_network, load_optimizer
 

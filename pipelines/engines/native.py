@@ -26,11 +26,11 @@ import torch
 from torch import Tensor
 
 from fastssl.errors import BetonError, FastSSLError, JpegError, worker_error
-from fastssl.pipelines.beton import BetonReader
-from fastssl.pipelines.check import give_places
-from fastssl.pipelines.crop import boxes_of, crop_resize_device, crop_resize_host
-from fastssl.pipelines.engine import Engine, EngineStats, Rendered, Request, batch_name, thread_initializer
-from fastssl.pipelines.plan import ViewSpec
+from fastssl.pipelines.beton.reader import BetonReader
+from fastssl.pipelines.engines.base import Engine, EngineStats, Rendered, Request, batch_name, thread_initializer
+from fastssl.pipelines.engines.damaged import give_places
+from fastssl.pipelines.ops.crop import boxes_of, crop_resize_device, crop_resize_host
+from fastssl.pipelines.plan.draw import ViewSpec
 from fastssl.utils.cores import available_cores
 from fastssl.utils.deadline import STALL_MINUTES, Patience
 

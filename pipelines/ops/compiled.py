@@ -15,7 +15,7 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
-from fastssl.pipelines.plan import BRIGHTNESS, CONTRAST, HUE
+from fastssl.pipelines.plan.draw import BRIGHTNESS, CONTRAST, HUE
 from fastssl.utils.jit import fast
 
 _RED, _GREEN, _BLUE = np.float32(0.2989), np.float32(0.587), np.float32(0.114)  # ITU-R 601-2, with torchvision's digits

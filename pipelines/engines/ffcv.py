@@ -32,12 +32,12 @@ from ffcv.pipeline.compiler import Compiler
 from torch import Tensor
 
 from fastssl.errors import FastSSLError, worker_error
-from fastssl.pipelines.beton import BetonReader
-from fastssl.pipelines.check import SampleCheck
-from fastssl.pipelines.compiled import crop_resize
-from fastssl.pipelines.crop import BOX, boxes_of
-from fastssl.pipelines.engine import Engine, EngineStats, Rendered, Request, batch_name, thread_initializer
-from fastssl.pipelines.plan import ViewSpec
+from fastssl.pipelines.beton.reader import BetonReader
+from fastssl.pipelines.engines.base import Engine, EngineStats, Rendered, Request, batch_name, thread_initializer
+from fastssl.pipelines.engines.damaged import SampleCheck
+from fastssl.pipelines.ops.compiled import crop_resize
+from fastssl.pipelines.ops.crop import BOX, boxes_of
+from fastssl.pipelines.plan.draw import ViewSpec
 from fastssl.utils.cores import available_cores
 from fastssl.utils.deadline import LEAVE_SECONDS, STALL_MINUTES, Patience
 

@@ -31,7 +31,7 @@ from pathlib import Path
 import numpy as np
 
 from fastssl.errors import BetonError, FastSSLError, JpegError, counted, printable
-from fastssl.pipelines import jpeg
+from fastssl.pipelines.ops import jpeg
 from fastssl.utils.plain_file import read_plain
 
 VERSION = 2

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from fastssl.pipelines.compiled import crop_views
-from fastssl.pipelines.plan import ViewSpec
+from fastssl.pipelines.ops.compiled import crop_views
+from fastssl.pipelines.plan.draw import ViewSpec
 from fastssl.utils.transfer import to_device
 
 # Radius of the filter in output pixels when reducing, in source pixels when enlarging.

@@ -14,9 +14,9 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from fastssl.errors import BetonError, FastSSLError, JpegError, worker_error
-from fastssl.pipelines.beton import BetonReader
-from fastssl.pipelines.engine import EngineStats, Request
-from fastssl.pipelines.verify import sample_checksums
+from fastssl.pipelines.beton.reader import BetonReader
+from fastssl.pipelines.beton.verify import sample_checksums
+from fastssl.pipelines.engines.base import EngineStats, Request
 
 
 class SampleCheck:

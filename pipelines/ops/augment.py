@@ -24,9 +24,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastssl.pipelines.compiled import colour
-from fastssl.pipelines.memory import RecycledMemory
-from fastssl.pipelines.plan import CONTRAST, HUE, SATURATION, VIEW_DTYPE, ViewSpec
+from fastssl.pipelines.ops.compiled import colour
+from fastssl.pipelines.ops.recycled_memory import RecycledMemory
+from fastssl.pipelines.plan.draw import CONTRAST, HUE, SATURATION, VIEW_DTYPE, ViewSpec
 from fastssl.utils.transfer import to_device
 
 _LUMINANCE = (0.2989, 0.587, 0.114)  # ITU-R 601-2, with torchvision's digits

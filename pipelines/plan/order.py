@@ -11,7 +11,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from fastssl.pipelines.rng import Stream, keyed_words
+from fastssl.pipelines.plan.philox import Stream, keyed_words
 
 
 def _random_keys(count: int, seed: int, stream: Stream, epoch: int, high_word: int = 0) -> NDArray[np.uint64]:

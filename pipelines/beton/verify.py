@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from fastssl.errors import BetonError, JpegError, counted, worker_error
-from fastssl.pipelines.beton import BetonReader, read_side_file, side_path
+from fastssl.pipelines.beton.reader import BetonReader, read_side_file, side_path
 from fastssl.utils.cores import available_cores
 from fastssl.utils.deadline import STALL_MINUTES, Patience, Step
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fastssl.errors import counted
-from fastssl.pipelines.plan import ViewSpec, ViewSpecError
+from fastssl.pipelines.plan.draw import ViewSpec, ViewSpecError
 
 #: What ``augment``, ``global_1``, ``global_2`` and ``local`` may set: everything of a view but what this object decides itself.
 _AUGMENTATION = tuple(f.name for f in dataclasses.fields(ViewSpec) if f.name not in ("size", "count", "area", "center"))

@@ -40,9 +40,18 @@ from PIL import Image
 
 from fastssl._version import __version__
 from fastssl.errors import FastSSLError, JpegError, counted, printable, worker_error
-from fastssl.pipelines import jpeg
-from fastssl.pipelines.beton import DEFAULT_PAGE_SIZE, MIN_PAGE_SIZE, MODE_JPEG, MODE_RAW, RECORD_DTYPE, BetonReader, BetonWriter, side_path
-from fastssl.pipelines.sources import Listing, list_source
+from fastssl.pipelines.beton.reader import (
+    DEFAULT_PAGE_SIZE,
+    MIN_PAGE_SIZE,
+    MODE_JPEG,
+    MODE_RAW,
+    RECORD_DTYPE,
+    BetonReader,
+    BetonWriter,
+    side_path,
+)
+from fastssl.pipelines.convert.sources import Listing, list_source
+from fastssl.pipelines.ops import jpeg
 from fastssl.utils.atomic_files import sync_folder, write_atomically
 from fastssl.utils.cores import available_cores
 from fastssl.utils.deadline import STALL_MINUTES, Patience, Step
@@ -185,7 +194,7 @@ def convert(
     options: ConvertOptions | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> ConvertSummary:
-    """Convert the photos of ``src`` (see :func:`fastssl.pipelines.sources.list_source`) into the ``.beton`` file ``dst``.
+    """Convert the photos of ``src`` (see :func:`fastssl.pipelines.convert.sources.list_source`) into the ``.beton`` file ``dst``.
 
     An existing ``dst`` is replaced, at the very end. ``progress(done, total)`` is called from one other thread, ten times a second.
 

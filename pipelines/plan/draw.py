@@ -6,7 +6,7 @@ GaussianBlur, RandomSolarize and RandomHorizontalFlip. A record depends on (seed
 size) and on nothing else, so any batch size, worker or rank that asks for it gets the same bytes; the arithmetic is limited
 to IEEE-exact operations, so any machine does as well.
 
-Blocks of four random words used by a view (see `fastssl.pipelines.rng`):
+Blocks of four random words used by a view (see `fastssl.pipelines.plan.philox`):
 
 ======  =======================================================
 slot    words
@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fastssl.errors import FastSSLError
-from fastssl.pipelines.rng import Stream, check_range, stream_word
+from fastssl.pipelines.plan.philox import Stream, check_range, stream_word
 
 #: Values of ``order``: the jitter's operations.
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
@@ -176,7 +176,7 @@ def draw_plan(
         ValueError: the arrays' shapes differ, or a picture is empty.
         SeedError: seed, epoch, id or view number is out of range.
     """
-    from fastssl.pipelines.draw import draw_views  # numba takes half a second to load, and recipes are read without it
+    from fastssl.pipelines.plan.compiled_draw import draw_views  # numba takes half a second to load, and recipes are read without it
 
     ids, heights, widths = (np.asarray(array, dtype=np.int64) for array in (sample_ids, heights, widths))
     if ids.ndim != 1 or heights.shape != ids.shape or widths.shape != ids.shape:

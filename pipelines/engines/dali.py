@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from fastssl.errors import BetonError, FastSSLError, worker_error
-from fastssl.pipelines.beton import BetonReader
-from fastssl.pipelines.check import SampleCheck
-from fastssl.pipelines.engine import Engine, EngineStats, Rendered, Request
-from fastssl.pipelines.plan import ViewSpec
+from fastssl.pipelines.beton.reader import BetonReader
+from fastssl.pipelines.engines.base import Engine, EngineStats, Rendered, Request
+from fastssl.pipelines.engines.damaged import SampleCheck
+from fastssl.pipelines.plan.draw import ViewSpec
 from fastssl.utils.cores import available_cores
 from fastssl.utils.deadline import STALL_MINUTES, Patience
 

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import torch
 
 from fastssl.errors import FastSSLError, counted
-from fastssl.pipelines.beton import MODE_RAW, BetonReader
-from fastssl.pipelines.engine import Engine
-from fastssl.pipelines.native import NativeEngine
-from fastssl.pipelines.plan import ViewSpec
+from fastssl.pipelines.beton.reader import MODE_RAW, BetonReader
+from fastssl.pipelines.engines.base import Engine
+from fastssl.pipelines.engines.native import NativeEngine
+from fastssl.pipelines.plan.draw import ViewSpec
 from fastssl.utils.deadline import STALL_MINUTES
 
 PIPELINES = ("auto", "native", "dali", "ffcv")
@@ -152,10 +152,10 @@ def open_engine(
     require_engine(name, reader, specs)
     common = {"device": device, "batch_size": batch_size, "workers": workers, "on_bad": on_bad, "stall_minutes": stall_minutes}
     if name == "dali":
-        from fastssl.pipelines.dali import DaliEngine
+        from fastssl.pipelines.engines.dali import DaliEngine
 
         load = {} if hardware_load is None else {"hardware_load": hardware_load}
         return DaliEngine(reader, specs, **common, **load)
-    from fastssl.pipelines.ffcv import FfcvEngine
+    from fastssl.pipelines.engines.ffcv import FfcvEngine
 
     return FfcvEngine(reader, specs, **common)

@@ -1,0 +1,1 @@
+"""The .beton file: format, reader, writer, side file, check."""

@@ -1,0 +1,1 @@
+"""native, DALI, FFCV: three renderers of the same plan."""

@@ -1,0 +1,1 @@
+"""Decode, crop, colour: pure functions of pixels and numbers."""

@@ -1,0 +1,1 @@
+"""What each view will be: numbers only, drawn before anything is decoded."""
