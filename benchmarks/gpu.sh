@@ -195,7 +195,7 @@ if [[ -s "$RESULTS" ]]; then
     (cd "$WORK" && "$PYTHON" -c '
 import sys
 from pathlib import Path
-from fastssl.benchmarks.report import write_report
+from fastssl.benchmarks.harness.report import write_report
 write_report([Path(sys.argv[1])], Path(sys.argv[2]))' "$RESULTS" "$OUT") || failed+=("the report")
 else
     failed+=("no record at all")

@@ -29,7 +29,7 @@ BUILT_IN = {"eval", "exec", "compile", "__import__"}
 METHODS = {"extractall"}
 #: (file, call) that was looked at: why it is harmless
 KNOWN: dict[tuple[str, str], str] = {
-    ("benchmarks/gauge.py", "extract"): "a function of its own that measures the extraction of features",
+    ("benchmarks/estimate/gauge.py", "extract"): "a function of its own that measures the extraction of features",
 }
 
 

@@ -20,7 +20,7 @@ from fastssl.errors import FastSSLError, counted
 from fastssl.utils.json_text import to_json
 
 if TYPE_CHECKING:
-    from fastssl.benchmarks.records import Record
+    from fastssl.benchmarks.harness.records import Record
     from fastssl.config.recipe import Recipe
 
 #: A name for the reader, and the measurement.
@@ -133,7 +133,7 @@ def loader(ctx, recipes, overrides, data, photos, device, workers, batch_size, p
     if peers:
         _peers(ctx, data, workers or (None,), batch_size, seconds, runs, photos, json_path)
         return
-    from fastssl.benchmarks.loader import run
+    from fastssl.benchmarks.suites.loader import run
     from fastssl.distributed.devices import choose_device
 
     place = choose_device(device)
@@ -153,7 +153,7 @@ def loader(ctx, recipes, overrides, data, photos, device, workers, batch_size, p
 
 
 def _peers(ctx: click.Context, data, workers, batch_size, seconds, runs, photos, json_path) -> None:
-    from fastssl.benchmarks.peers import left_out, run
+    from fastssl.benchmarks.suites.peers import left_out, run
 
     option = {"recipes": "recipe", "overrides": "set", "pipelines": "pipeline"}
     for name in ("recipes", "overrides", "device", "pipelines"):
@@ -194,7 +194,7 @@ def views(recipes, overrides, data, photos, device, batch_size, runs, json_path)
     \b
     fastssl bench views --recipe light-moco-mobilenetv3 --recipe quickstart --json out.jsonl
     """
-    from fastssl.benchmarks.views import run
+    from fastssl.benchmarks.suites.views import run
     from fastssl.distributed.devices import choose_device
 
     place = choose_device(device)
@@ -224,7 +224,7 @@ def loss(recipes, overrides, device, batch_size, runs, json_path) -> None:
     fastssl bench loss --batch-size 256 --batch-size 512 --json out.jsonl
     fastssl bench loss --set moco.queue=16384 --set moco.weighting=geometric --set moco.neighbors=null
     """
-    from fastssl.benchmarks.loss import run
+    from fastssl.benchmarks.suites.loss import run
     from fastssl.distributed.devices import choose_device
 
     place = choose_device(device)
@@ -284,7 +284,7 @@ def step(recipes, arch, overrides, device, batch_size, amps, compiled, graph, ru
     fastssl bench step --recipe light-moco-mobilenetv3 --amp bf16 --compile --graph --json out.jsonl
     fastssl bench step --arch resnet18 --batch-size 64
     """
-    from fastssl.benchmarks.step import run
+    from fastssl.benchmarks.suites.step import run
     from fastssl.distributed.devices import choose_device
 
     place = choose_device(device)
@@ -326,7 +326,7 @@ def train(
     \b
     fastssl bench train --recipe light-moco-mobilenetv3 --data photos.beton --seconds 30 --json out.jsonl
     """
-    from fastssl.benchmarks.train import run
+    from fastssl.benchmarks.suites.train import run
     from fastssl.distributed.devices import choose_device
 
     place = choose_device(device)
@@ -372,7 +372,7 @@ def convert_bench(data, photos, workers, folder, runs, peers, json_path) -> None
     fastssl bench convert --workers 1 --workers 8 --json out.jsonl
     fastssl bench convert --data photos/ --peers
     """
-    from fastssl.benchmarks.convert import run
+    from fastssl.benchmarks.suites.convert import run
     from fastssl.pipelines.engines.registry import engine_state
 
     if peers and (problem := engine_state("ffcv").problem):
@@ -414,7 +414,7 @@ def ceilings(data, photos, device, workers, seconds, folder, runs, json_path) ->
     fastssl bench ceilings --json out.jsonl
     fastssl bench ceilings --data photos.beton --folder /mnt/photos --seconds 30
     """
-    from fastssl.benchmarks.ceilings import run
+    from fastssl.benchmarks.suites.ceilings import run
     from fastssl.distributed.devices import choose_device
 
     place = choose_device(device)
@@ -455,8 +455,8 @@ def soak(minutes, recipes, arch, overrides, data, photos, device, workers, batch
     fastssl bench soak --minutes 60 --json soak.jsonl
     fastssl bench soak --minutes 2 --arch lcnet_035 --data samples --batch-size 64 --workers 1
     """
-    from fastssl.benchmarks.loader import default_batch
-    from fastssl.benchmarks.soak import require_steady, run
+    from fastssl.benchmarks.studies.soak import require_steady, run
+    from fastssl.benchmarks.suites.loader import default_batch
     from fastssl.distributed.devices import choose_device
 
     place, found = choose_device(device), []
@@ -493,7 +493,7 @@ def report(results: tuple[Path, ...], out: Path) -> None:
     fastssl bench train --json train.jsonl
     fastssl bench report train.jsonl loader.jsonl --out bench-report
     """
-    from fastssl.benchmarks.report import write_report
+    from fastssl.benchmarks.harness.report import write_report
 
     for path in write_report(results, out):
         click.echo(path)
@@ -518,7 +518,7 @@ def _measure(json_path: str | None, jobs: list[Job]) -> None:
     Raises:
         FastSSLError: after all jobs, if some failed; the first failure is its cause.
     """
-    from fastssl.benchmarks.table import COLUMNS, cells, line
+    from fastssl.benchmarks.harness.table import COLUMNS, cells, line
 
     command = command_line(click.get_current_context())
 

@@ -14,7 +14,7 @@ from fastssl.cli.inputs import arch_option, batch_option, choose_inputs, data_op
 from fastssl.errors import counted
 
 if TYPE_CHECKING:
-    from fastssl.benchmarks.estimate import Estimate
+    from fastssl.benchmarks.estimate.estimate import Estimate
 
 
 @click.command()
@@ -62,7 +62,7 @@ def estimate(
     # torch's profiler, which counts bytes here, talks to the terminal unless told not to before torch is loaded.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    from fastssl.benchmarks.estimate import run
+    from fastssl.benchmarks.estimate.estimate import run
     from fastssl.distributed.devices import choose_device
 
     inputs = choose_inputs(

@@ -10,7 +10,7 @@ import click
 import numpy as np
 import torch
 
-from fastssl.benchmarks.advice import smaller_side
+from fastssl.benchmarks.suites.advice import smaller_side
 from fastssl.cli.command import command_line
 from fastssl.errors import without_folders
 from fastssl.evaluate import collapse as monitor

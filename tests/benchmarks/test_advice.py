@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastssl.benchmarks.advice import Loop, Remedy, in_words, more_threads, per_sample, shrunken, smaller_side
-from fastssl.benchmarks.photos import write_photos
-from fastssl.benchmarks.windows import Window
+from fastssl.benchmarks.harness.photos import write_photos
+from fastssl.benchmarks.harness.windows import Window
+from fastssl.benchmarks.suites.advice import Loop, Remedy, in_words, more_threads, per_sample, shrunken, smaller_side
 from fastssl.pipelines.beton.reader import MODE_RAW, BetonReader, BetonWriter
 from fastssl.pipelines.plan.draw import ViewSpec
 

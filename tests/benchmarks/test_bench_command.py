@@ -9,8 +9,8 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from fastssl.benchmarks import loader, step
-from fastssl.benchmarks.records import Record, read_records
+from fastssl.benchmarks.harness.records import Record, read_records
+from fastssl.benchmarks.suites import loader, step
 from fastssl.cli import main
 from fastssl.cli.bench import bench
 from fastssl.cli.command import command_line

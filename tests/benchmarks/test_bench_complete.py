@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from fastssl.benchmarks.complete import incomplete, missing_parts
-from fastssl.benchmarks.records import Record, read_records
-from fastssl.benchmarks.table import cells
+from fastssl.benchmarks.harness.complete import incomplete, missing_parts
+from fastssl.benchmarks.harness.records import Record, read_records
+from fastssl.benchmarks.harness.table import cells
 
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 #: metrics.jsonl is the log of a training run; the study's runs are no benchmark records, and test_view_study.py asks of them what is asked here

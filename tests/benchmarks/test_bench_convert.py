@@ -12,11 +12,11 @@ import pytest
 from click.testing import CliRunner
 from conftest import jpeg_bytes, make_photo, need_engine
 
-from fastssl.benchmarks import convert as bench_convert
-from fastssl.benchmarks import ffcv_writer
-from fastssl.benchmarks.convert import MODES, BareCopy, BareLoop, Convert, run, write_tree
-from fastssl.benchmarks.records import Record, read_records
-from fastssl.benchmarks.table import cells
+from fastssl.benchmarks.harness.records import Record, read_records
+from fastssl.benchmarks.harness.table import cells
+from fastssl.benchmarks.suites import convert as bench_convert
+from fastssl.benchmarks.suites import ffcv_writer
+from fastssl.benchmarks.suites.convert import MODES, BareCopy, BareLoop, Convert, run, write_tree
 from fastssl.cli import main
 from fastssl.cli.bench import bench
 from fastssl.errors import FastSSLError

@@ -12,10 +12,10 @@ import pytest
 import torch
 from conftest import need_engine
 
-from fastssl.benchmarks import photos
-from fastssl.benchmarks.loader import BareLoop, DecodeEngine, open_loader, requests_of, run
-from fastssl.benchmarks.photos import describe_data, ensure_photos, find_data, write_photos
-from fastssl.benchmarks.windows import WARM_BATCHES, Window, measure_windows, rate, ratio, stream_window
+from fastssl.benchmarks.harness import photos
+from fastssl.benchmarks.harness.photos import describe_data, ensure_photos, find_data, write_photos
+from fastssl.benchmarks.harness.windows import WARM_BATCHES, Window, measure_windows, rate, ratio, stream_window
+from fastssl.benchmarks.suites.loader import BareLoop, DecodeEngine, open_loader, requests_of, run
 from fastssl.config.recipe import load_recipe
 from fastssl.pipelines.beton.reader import BetonReader
 from fastssl.pipelines.engines.base import EngineStats
@@ -142,7 +142,7 @@ def test_a_window_leaves_out_what_was_ready_before_and_closes_the_stream() -> No
 
 def test_the_bare_loop_does_the_work_that_it_says(beton: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every picture in turn, each thread from its own start; the views are those of the engine's crop."""
-    from fastssl.benchmarks import loader
+    from fastssl.benchmarks.suites import loader
 
     seen: list[tuple[int, int]] = []
     real = loader.crop_resize_host

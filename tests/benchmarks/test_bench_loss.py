@@ -7,8 +7,8 @@ import time
 import pytest
 import torch
 
-from fastssl.benchmarks import loss
-from fastssl.benchmarks.timing import Timing, measure_in_turns, peak_extra_bytes
+from fastssl.benchmarks.harness.timing import Timing, measure_in_turns, peak_extra_bytes
+from fastssl.benchmarks.suites import loss
 
 
 def test_contenders_take_turns_and_the_order_turns_round() -> None:

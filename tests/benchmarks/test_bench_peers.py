@@ -10,9 +10,9 @@ import pytest
 import torch
 from conftest import need_engine
 
-from fastssl.benchmarks import peers
-from fastssl.benchmarks.records import read_records, write_records
-from fastssl.benchmarks.table import markdown
+from fastssl.benchmarks.harness.records import read_records, write_records
+from fastssl.benchmarks.harness.table import markdown
+from fastssl.benchmarks.suites import peers
 from fastssl.pipelines.engines.registry import EngineState
 
 SIZE = 24

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastssl.benchmarks import plots
-from fastssl.benchmarks.records import Record, write_records
-from fastssl.benchmarks.report import build, recipe_table, write_report
-from fastssl.benchmarks.table import COLUMNS, figure
+from fastssl.benchmarks.harness import plots
+from fastssl.benchmarks.harness.records import Record, write_records
+from fastssl.benchmarks.harness.report import build, recipe_table, write_report
+from fastssl.benchmarks.harness.table import COLUMNS, figure
 from fastssl.cli import main
 
 CPU = {"cpu": "Some CPU", "cores": 4}

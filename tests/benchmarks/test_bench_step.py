@@ -7,10 +7,10 @@ import copy
 import pytest
 import torch
 
-from fastssl.benchmarks import gauge
-from fastssl.benchmarks import step as bench
-from fastssl.benchmarks.roofline import Cost, Layer, forward_cost
-from fastssl.benchmarks.step import Step, bottleneck, busy_of_spans, busy_share, fit_step, random_views, run
+from fastssl.benchmarks.estimate import gauge
+from fastssl.benchmarks.harness.roofline import Cost, Layer, forward_cost
+from fastssl.benchmarks.suites import step as bench
+from fastssl.benchmarks.suites.step import Step, bottleneck, busy_of_spans, busy_share, fit_step, random_views, run
 from fastssl.config.recipe import Recipe, load_recipe
 from fastssl.distributed.devices import use_amp
 from fastssl.errors import FastSSLError

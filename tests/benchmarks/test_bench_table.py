@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from fastssl.benchmarks.records import Record, write_records
-from fastssl.benchmarks.table import COLUMNS, cells, line, main, markdown
+from fastssl.benchmarks.harness.records import Record, write_records
+from fastssl.benchmarks.harness.table import COLUMNS, cells, line, main, markdown
 
 HOST = {"cpu": "Some CPU", "cores": 16, "gpu": "Some GPU"}
 STEP = Record(

@@ -11,10 +11,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fastssl.benchmarks import step as step_bench
-from fastssl.benchmarks import train as bench
-from fastssl.benchmarks.roofline import Cost
-from fastssl.benchmarks.step import Fitted
+from fastssl.benchmarks.harness.roofline import Cost
+from fastssl.benchmarks.suites import step as step_bench
+from fastssl.benchmarks.suites import train as bench
+from fastssl.benchmarks.suites.step import Fitted
 from fastssl.config.recipe import load_recipe
 from fastssl.errors import FastSSLError
 from fastssl.training.step import TrainStep

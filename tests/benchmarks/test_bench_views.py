@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from fastssl.benchmarks import limits
-from fastssl.benchmarks import views as bench
+from fastssl.benchmarks.harness import limits
+from fastssl.benchmarks.suites import views as bench
 from fastssl.config.recipe import load_recipe
 from fastssl.pipelines.beton.reader import BetonReader
 from fastssl.pipelines.plan.draw import draw_plan

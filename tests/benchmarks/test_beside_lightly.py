@@ -8,8 +8,8 @@ import sys
 import pytest
 import torch
 
-from fastssl.benchmarks import beside_lightly
-from fastssl.benchmarks.beside_lightly import Contender, judge, race, to_markdown
+from fastssl.benchmarks.studies import beside_lightly
+from fastssl.benchmarks.studies.beside_lightly import Contender, judge, race, to_markdown
 from fastssl.models.backbones import create_backbone
 
 #: Appends the time to its file every 20 ms.

@@ -12,10 +12,11 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from fastssl.benchmarks import ceilings, disk, limits
-from fastssl.benchmarks.disk import DiskRates, measure_disk
-from fastssl.benchmarks.records import Record, read_records
-from fastssl.benchmarks.table import cells
+from fastssl.benchmarks.harness import disk, limits
+from fastssl.benchmarks.harness.disk import DiskRates, measure_disk
+from fastssl.benchmarks.harness.records import Record, read_records
+from fastssl.benchmarks.harness.table import cells
+from fastssl.benchmarks.suites import ceilings
 from fastssl.cli import main
 from fastssl.cli.bench import bench
 

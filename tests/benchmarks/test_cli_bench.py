@@ -9,8 +9,9 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from fastssl.benchmarks import limits, loader, loss, step, train, views
-from fastssl.benchmarks.records import Record, read_records
+from fastssl.benchmarks.harness import limits
+from fastssl.benchmarks.harness.records import Record, read_records
+from fastssl.benchmarks.suites import loader, loss, step, train, views
 from fastssl.cli import main
 from fastssl.cli.bench import bench
 from fastssl.errors import FastSSLError
@@ -70,7 +71,7 @@ def test_loader_goes_through_the_engines(calls: list[tuple]) -> None:
 def test_peers_take_their_time_and_say_who_is_missing(
     calls: list[tuple], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    from fastssl.benchmarks import peers
+    from fastssl.benchmarks.suites import peers
 
     asked: list[dict] = []
     monkeypatch.setattr(peers, "run", lambda data, **options: asked.append(options) or [])

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from fastssl.benchmarks import cost, gauge, memory
-from fastssl.benchmarks import estimate as estimate_module
-from fastssl.benchmarks.cost import Line, MemoryModel
-from fastssl.benchmarks.estimate import Estimate, run
-from fastssl.benchmarks.step import Step
+from fastssl.benchmarks.estimate import cost, gauge, memory
+from fastssl.benchmarks.estimate import estimate as estimate_module
+from fastssl.benchmarks.estimate.cost import Line, MemoryModel
+from fastssl.benchmarks.estimate.estimate import Estimate, run
+from fastssl.benchmarks.suites.step import Step
 from fastssl.config.recipe import Recipe, load_recipe
 from fastssl.errors import FastSSLError
 from fastssl.methods import DINOConfig, MoCoConfig, SimCLRConfig, SwAVConfig

@@ -11,7 +11,7 @@ from conftest import need_engine
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from fastssl.benchmarks import parity
+from fastssl.benchmarks.studies import parity
 from fastssl.pipelines import BetonReader, BetonWriter
 from fastssl.pipelines.ops import jpeg
 

@@ -7,8 +7,8 @@ import copy
 import pytest
 import torch
 
-from fastssl.benchmarks.plain_step import PlainStep
-from fastssl.benchmarks.step import random_views, run
+from fastssl.benchmarks.suites.plain_step import PlainStep
+from fastssl.benchmarks.suites.step import random_views, run
 from fastssl.config.recipe import Recipe, load_recipe
 from fastssl.training.step import TrainStep
 

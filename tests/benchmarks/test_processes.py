@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastssl.benchmarks.processes import (
+from fastssl.benchmarks.studies.processes import (
     EXACT,
     compare_weights,
     curve_job,

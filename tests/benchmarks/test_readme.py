@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 import fastssl.benchmarks
-from fastssl.benchmarks.readme import TABLES, fill, in_words, main
-from fastssl.benchmarks.records import Record, read_records
+from fastssl.benchmarks.harness.readme import TABLES, fill, in_words, main
+from fastssl.benchmarks.harness.records import Record, read_records
 from fastssl.config.recipe import recipe_names
 from fastssl.errors import FastSSLError
 
@@ -25,7 +25,9 @@ def records() -> list[Record]:
 def test_the_readmes_figures_are_those_of_the_records() -> None:
     text = (ROOT / "README.md").read_text()
     assert re.findall(r"<!-- figures: ([\w-]+) -->", text) == list(TABLES)
-    assert fill(text, records()) == text, "run: python -m fastssl.benchmarks.readme README.md benchmarks/results/cpu-2core-epyc/*.jsonl"
+    assert fill(text, records()) == text, (
+        "run: python -m fastssl.benchmarks.harness.readme README.md benchmarks/results/cpu-2core-epyc/*.jsonl"
+    )
 
 
 def test_every_recipe_has_a_row_with_the_command_that_made_it() -> None:

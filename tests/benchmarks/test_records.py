@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fastssl.benchmarks.records import Record, read_records, write_records
+from fastssl.benchmarks.harness.records import Record, read_records, write_records
 from fastssl.errors import FastSSLError
 
 PUBLIC_FIELDS = [

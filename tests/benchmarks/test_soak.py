@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from fastssl.benchmarks import soak
-from fastssl.benchmarks.records import read_records
-from fastssl.benchmarks.soak import judge, observe, soak_recipe, words
-from fastssl.benchmarks.steadiness import MB
+from fastssl.benchmarks.harness.records import read_records
+from fastssl.benchmarks.studies import soak
+from fastssl.benchmarks.studies.soak import judge, observe, soak_recipe, words
+from fastssl.benchmarks.studies.steadiness import MB
 from fastssl.cli import main
 from fastssl.config.recipe import load_recipe
 from fastssl.errors import FastSSLError

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastssl.benchmarks.records import Record, write_records
-from fastssl.benchmarks.report import write_report
-from fastssl.benchmarks.soak_plot import soak
+from fastssl.benchmarks.harness.records import Record, write_records
+from fastssl.benchmarks.harness.report import write_report
+from fastssl.benchmarks.harness.soak_plot import soak
 
 WATCHED = {"seconds": [0.0, 60.0, 120.0], "own_mb": [1.0, 600.0, 600.0], "threads": [1, 3, 3], "open_files": [3, 5, 5]}
 WINDOWS = {"window_seconds": [90.0, 120.0], "window_pair_per_s": [80.0, 70.0], "window_denied": [0.0, 0.5]}

@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from fastssl.benchmarks.steadiness import (
+from fastssl.benchmarks.studies.steadiness import (
     MB,
     Window,
     after_warmup,
@@ -21,7 +21,7 @@ from fastssl.benchmarks.steadiness import (
     thirds,
     windows,
 )
-from fastssl.benchmarks.vitals import Sample
+from fastssl.benchmarks.studies.vitals import Sample
 
 
 def series(seconds: int, own_mb=lambda t: 600.0, threads=lambda t: 3, descriptors=lambda t: 5, step=lambda t: 2 * t, waiting=lambda t: 0.0):

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fastssl.benchmarks import view_study
-from fastssl.benchmarks.view_study import Cell, cells, main, table
+from fastssl.benchmarks.studies import view_study
+from fastssl.benchmarks.studies.view_study import Cell, cells, main, table
 from fastssl.config.recipe import load_recipe, parse_overrides
 from fastssl.errors import FastSSLError
 from fastssl.report.finish import RANDOM, RAW, REESTIMATED, TEACHER, TRAINED

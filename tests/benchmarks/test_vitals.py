@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from fastssl.benchmarks.vitals import Metrics, gpu_bytes, look, watch
+from fastssl.benchmarks.studies.vitals import Metrics, gpu_bytes, look, watch
 
 
 def test_a_look_at_oneself_agrees_with_what_one_knows(tmp_path: Path) -> None:

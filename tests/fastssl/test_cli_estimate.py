@@ -9,8 +9,8 @@ from dataclasses import replace
 
 import pytest
 
-from fastssl.benchmarks import estimate as bench
-from fastssl.benchmarks.estimate import Estimate
+from fastssl.benchmarks.estimate import estimate as bench
+from fastssl.benchmarks.estimate.estimate import Estimate
 from fastssl.cli import main
 from fastssl.cli.estimate import describe
 from fastssl.errors import FastSSLError

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastssl.benchmarks.plain_step import plain_optimizer
+from fastssl.benchmarks.suites.plain_step import plain_optimizer
 from fastssl.models.backbones import create_backbone
 from fastssl.optim.optimizers import LARS, OptimConfig, ScheduledDecay, create_optimizer, parameter_groups, set_lr
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastssl.benchmarks.timing import peak_extra_bytes
+from fastssl.benchmarks.harness.timing import peak_extra_bytes
 from fastssl.losses import SmoothedInfoNCE
 from fastssl.losses.reference import dense_smoothed_infonce, dense_step, dense_target
 from fastssl.losses.smoothed_infonce import WEIGHTINGS, rank_weights, top_columns

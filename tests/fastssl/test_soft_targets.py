@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
-from fastssl.benchmarks.timing import peak_extra_bytes
+from fastssl.benchmarks.harness.timing import peak_extra_bytes
 from fastssl.losses.reference_views import dense_soft_cross_entropy
 from fastssl.losses.soft_targets import soft_cross_entropy, teacher_probabilities
 

@@ -22,7 +22,7 @@ def test_the_compiled_generator_equals_the_vectorised_one() -> None:
 
 def test_compiled_code_that_cannot_be_read_or_kept_is_compiled_again(tmp_path: Path) -> None:
     """The files of an earlier run, cut short or replaced; and a folder without room."""
-    code = "from fastssl.pipelines import draw; print(draw.portable_exp(1.5))"
+    code = "from fastssl.pipelines.plan import compiled_draw as draw; print(draw.portable_exp(1.5))"
 
     def run(folder: Path) -> str:
         environment = {**os.environ, "NUMBA_CACHE_DIR": str(folder), "OMP_NUM_THREADS": "1"}

@@ -22,11 +22,11 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-from fastssl.benchmarks.ffcv_writer import FfcvWriter
-from fastssl.benchmarks.photos import ensure_photos
-from fastssl.benchmarks.records import Record
-from fastssl.benchmarks.timing import MIN_RUNS
-from fastssl.benchmarks.windows import Contender, Window, measure_windows, rate, ratio
+from fastssl.benchmarks.harness.photos import ensure_photos
+from fastssl.benchmarks.harness.records import Record
+from fastssl.benchmarks.harness.timing import MIN_RUNS
+from fastssl.benchmarks.harness.windows import Contender, Window, measure_windows, rate, ratio
+from fastssl.benchmarks.suites.ffcv_writer import FfcvWriter
 from fastssl.errors import FastSSLError, counted
 from fastssl.pipelines.beton.reader import BetonReader
 from fastssl.pipelines.convert.conversion import ConvertOptions, ConvertSummary, convert

@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from fastssl.benchmarks.records import Record
-from fastssl.benchmarks.timing import MIN_RUNS, measure_in_turns, peak_extra_bytes
+from fastssl.benchmarks.harness.records import Record
+from fastssl.benchmarks.harness.timing import MIN_RUNS, measure_in_turns, peak_extra_bytes
 from fastssl.losses import SmoothedInfoNCE
 from fastssl.losses.reference import dense_step
 

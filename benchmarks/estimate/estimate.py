@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from fastssl.benchmarks import cost, memory
-from fastssl.benchmarks.gauge import Measured, measure
+from fastssl.benchmarks.estimate import cost, memory
+from fastssl.benchmarks.estimate.gauge import Measured, measure
 from fastssl.config.recipe import Recipe
 from fastssl.errors import FastSSLError, counted
 from fastssl.evaluate.online_probe import choose_split, require_same_classes

@@ -21,10 +21,10 @@ import simplejpeg
 import torch
 from torch import Tensor
 
-from fastssl.benchmarks.photos import describe_data, find_data
-from fastssl.benchmarks.records import Record
-from fastssl.benchmarks.timing import MIN_RUNS
-from fastssl.benchmarks.windows import Window, measure_windows, rate, ratio, stream_window, wait_share
+from fastssl.benchmarks.harness.photos import describe_data, find_data
+from fastssl.benchmarks.harness.records import Record
+from fastssl.benchmarks.harness.timing import MIN_RUNS
+from fastssl.benchmarks.harness.windows import Window, measure_windows, rate, ratio, stream_window, wait_share
 from fastssl.config.recipe import Recipe
 from fastssl.errors import counted
 from fastssl.pipelines.beton.reader import MODE_RAW, BetonReader
@@ -135,7 +135,7 @@ def run(
 
     Args:
         recipe: its views and, on a GPU, its batch size.
-        data, photos: see :func:`fastssl.benchmarks.photos.find_data`.
+        data, photos: see :func:`fastssl.benchmarks.harness.photos.find_data`.
         workers: decoding threads; default: the cores that this process may use.
         batch_size: default: the recipe's; at most 32 on a CPU.
         seconds: of all counted windows together; warm-up comes on top.

@@ -129,7 +129,15 @@ def run_under_torchrun(jobs: Iterable[Job], data: Path, processes: int = 2) -> l
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "jobs.json"
         file.write_text(json.dumps([asdict(job) for job in jobs]))
-        command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m", "fastssl.benchmarks.processes"]
+        command = [
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            str(processes),
+            "-m",
+            "fastssl.benchmarks.studies.processes",
+        ]
         found = subprocess.run(
             [sys.executable, *command, "--data", str(data), "--worker", str(file)],
             stderr=subprocess.PIPE,
@@ -235,7 +243,7 @@ def measure(data: Path, *, exact_arch: str, arch: str, exact_batch: int, batch: 
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m fastssl.benchmarks.processes", description=(__doc__ or "").split("\n\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m fastssl.benchmarks.studies.processes", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--data", type=Path, required=True, help="a .beton file")
     parser.add_argument("--out", type=Path, default=Path("processes"), help="folder to write to; default: processes/")
     parser.add_argument("--exact-arch", default="resnet10t", help="network where weights are compared; default: resnet10t")
@@ -273,7 +281,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"processes: {error}", file=sys.stderr)
         return 1
     shown = (
-        f"python -m fastssl.benchmarks.processes --data {options.data.name} --exact-arch {options.exact_arch} --exact-batch {options.exact_batch} --arch {options.arch} "
+        f"python -m fastssl.benchmarks.studies.processes --data {options.data.name} --exact-arch {options.exact_arch} --exact-batch {options.exact_batch} --arch {options.arch} "
         f"--batch-size {options.batch_size} --epochs {options.epochs} --seeds {options.seeds}"
     )
     record = {"command": shown, "data": about, "host": describe_host(), "versions": describe_versions(), "git": describe_git(), **record}

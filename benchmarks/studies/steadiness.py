@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from fastssl.benchmarks.vitals import Sample
+from fastssl.benchmarks.studies.vitals import Sample
 
 MB = 2**20
 #: An hour's growth that a run of 100 hours can bear: 1 GB. That is what half an hour or more can tell; within minutes some steps of the heap look like a slope

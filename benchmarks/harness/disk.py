@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fastssl.benchmarks.timing import MIN_RUNS
+from fastssl.benchmarks.harness.timing import MIN_RUNS
 
 #: Bytes of one request: large enough that the number of requests does not matter, and a multiple of every disk's sector.
 _BLOCK = 2**22

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fastssl.benchmarks.windows import Window
+from fastssl.benchmarks.harness.windows import Window
 from fastssl.errors import counted
 from fastssl.pipelines.beton.reader import MIN_PAGE_SIZE, MODE_RAW, BetonReader, BetonWriter
 from fastssl.pipelines.convert.conversion import ConvertOptions, encode_photo

@@ -1,6 +1,6 @@
 """How close each engine's views are to torchvision's and Pillow's, operation by operation and as a whole chain.
 
-    python -m fastssl.benchmarks.parity --data photos.beton --out parity/
+    python -m fastssl.benchmarks.studies.parity --data photos.beton --out parity/
 
 Every engine renders the same plan through the real loader; the references render it one view at a time (``reference_views``). Written are
 ``parity.md``, ``parity.png`` and ``parity.json``. Differences are in grey levels (1/255), before normalisation.
@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from fastssl.benchmarks.photos import describe_data, find_data
-from fastssl.benchmarks.reference_views import pillow_colour, pillow_crop, torchvision_colour, torchvision_crop
+from fastssl.benchmarks.harness.photos import describe_data, find_data
+from fastssl.benchmarks.studies.torchvision_views import pillow_colour, pillow_crop, torchvision_colour, torchvision_crop
 from fastssl.errors import FastSSLError
 from fastssl.pipelines.beton.reader import BetonReader
 from fastssl.pipelines.engines.registry import engine_state
@@ -291,7 +291,7 @@ def draw(rows: list[Row], enlarge: int = 32) -> Image.Image:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m fastssl.benchmarks.parity", description=(__doc__ or "").split("\n\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m fastssl.benchmarks.studies.parity", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--data", default="synthetic", help="a .beton file; default: synthetic photos of 500x375 px")
     parser.add_argument("--out", type=Path, default=Path("parity"), help="folder to write to; default: parity/")
     parser.add_argument("--samples", type=int, default=48, help="photos, spread evenly over the file; default: 48")
@@ -305,7 +305,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except FastSSLError as error:
         print(f"parity: {error}", file=sys.stderr)
         return 1
-    shown = f"python -m fastssl.benchmarks.parity --data {name} --samples {options.samples} --device {options.device}"
+    shown = f"python -m fastssl.benchmarks.studies.parity --data {name} --samples {options.samples} --device {options.device}"
     about = {"command": shown, "host": describe_host(), "versions": describe_versions(), "samples": options.samples, "data": data}
     boxes = crop_statistics()
     options.out.mkdir(parents=True, exist_ok=True)

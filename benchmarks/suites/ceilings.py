@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-from fastssl.benchmarks.disk import measure_disk
-from fastssl.benchmarks.limits import copy_bytes, copy_call, product_call, product_flop
-from fastssl.benchmarks.loader import BareLoop
-from fastssl.benchmarks.photos import describe_data, find_data
-from fastssl.benchmarks.records import Record
-from fastssl.benchmarks.timing import MIN_RUNS, measure_in_turns
-from fastssl.benchmarks.windows import measure_windows, rate
+from fastssl.benchmarks.harness.disk import measure_disk
+from fastssl.benchmarks.harness.limits import copy_bytes, copy_call, product_call, product_flop
+from fastssl.benchmarks.harness.photos import describe_data, find_data
+from fastssl.benchmarks.harness.records import Record
+from fastssl.benchmarks.harness.timing import MIN_RUNS, measure_in_turns
+from fastssl.benchmarks.harness.windows import measure_windows, rate
+from fastssl.benchmarks.suites.loader import BareLoop
 from fastssl.pipelines.beton.reader import BetonReader
 from fastssl.utils.cores import available_cores
 
@@ -32,7 +32,7 @@ class Ceilings:
         product_flop_per_s: of a large matrix product by type of its numbers, two operations for a multiplication with its addition. float32 is
             computed as torch is set to do it, which on a GPU is without TF32 unless somebody changed that.
         threads: torch's, which copy and multiply on a CPU.
-        disk_read_bytes_per_s, disk_write_bytes_per_s, disk_problem: see :class:`fastssl.benchmarks.disk.DiskRates`.
+        disk_read_bytes_per_s, disk_write_bytes_per_s, disk_problem: see :class:`fastssl.benchmarks.harness.disk.DiskRates`.
         data: the JPEGs that were decoded.
     """
 
@@ -94,7 +94,7 @@ def run(
     """Measure the machine's limits.
 
     Args:
-        data, photos: the JPEGs to decode, see :func:`fastssl.benchmarks.photos.find_data`.
+        data, photos: the JPEGs to decode, see :func:`fastssl.benchmarks.harness.photos.find_data`.
         device: whose memory and arithmetic are measured.
         workers: decoding threads; default: the cores that this process may use.
         seconds: counted time of decoding; the other figures take as long as their runs do.

@@ -15,13 +15,13 @@ from functools import partial
 
 import torch
 
-from fastssl.benchmarks.advice import WORTH, Loop, Remedy, in_words, more_threads, per_sample, shrunken, smaller_side
-from fastssl.benchmarks.loader import default_batch, endless, open_loader
-from fastssl.benchmarks.photos import describe_data, find_data
-from fastssl.benchmarks.records import Record
-from fastssl.benchmarks.step import fit_step
-from fastssl.benchmarks.timing import MIN_RUNS
-from fastssl.benchmarks.windows import Window, measure_windows, rate, ratio, stream_window, wait_share
+from fastssl.benchmarks.harness.photos import describe_data, find_data
+from fastssl.benchmarks.harness.records import Record
+from fastssl.benchmarks.harness.timing import MIN_RUNS
+from fastssl.benchmarks.harness.windows import Window, measure_windows, rate, ratio, stream_window, wait_share
+from fastssl.benchmarks.suites.advice import WORTH, Loop, Remedy, in_words, more_threads, per_sample, shrunken, smaller_side
+from fastssl.benchmarks.suites.loader import default_batch, endless, open_loader
+from fastssl.benchmarks.suites.step import fit_step
 from fastssl.config.recipe import Recipe
 from fastssl.distributed.devices import use_amp
 from fastssl.models.backbones import resolve_arch
@@ -53,9 +53,9 @@ def run(
     """Train for a while on one file.
 
     Args:
-        data, photos: see :func:`fastssl.benchmarks.photos.find_data`.
+        data, photos: see :func:`fastssl.benchmarks.harness.photos.find_data`.
         workers: decoding threads; default: the cores that this process may use.
-        batch_size, amp, compiled, graph: as in :func:`fastssl.benchmarks.step.run`.
+        batch_size, amp, compiled, graph: as in :func:`fastssl.benchmarks.suites.step.run`.
         seconds: of all counted windows together, a third of them replayed, a third the loader alone; warm-up comes on top, and the same time again
             where there is advice to try.
         runs: windows of each kind, at least five.

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
-from fastssl.benchmarks.records import Record
+from fastssl.benchmarks.harness.records import Record
 
 _WATCHED, _WINDOWS = ("seconds", "own_mb", "threads", "open_files"), ("window_seconds", "window_pair_per_s", "window_denied")
 _BLUE, _ORANGE, _WARM = "#2563a8", "#d1632f", "#eef1f4"

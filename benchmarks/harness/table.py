@@ -1,6 +1,6 @@
 """Records as a table: one line each, in the terminal and in markdown.
 
-python -m fastssl.benchmarks.table results.jsonl > results.md
+python -m fastssl.benchmarks.harness.table results.jsonl > results.md
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from fastssl.benchmarks.records import Record, read_records
+from fastssl.benchmarks.harness.records import Record, read_records
 from fastssl.errors import FastSSLError, counted
 from fastssl.report.document import escape_markdown
 
@@ -121,7 +121,7 @@ def machine(record: Record) -> str:
 def main(argv: Sequence[str]) -> int:
     """Print the table of a results file; 0 done, 1 unreadable, 2 wrong usage."""
     if len(argv) != 1:
-        print("usage: python -m fastssl.benchmarks.table RESULTS.jsonl", file=sys.stderr)
+        print("usage: python -m fastssl.benchmarks.harness.table RESULTS.jsonl", file=sys.stderr)
         return 2
     try:
         print(markdown(read_records(Path(argv[0]))), end="")

@@ -17,8 +17,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, MultipleLocator, NullLocator, PercentFormatter
 
-from fastssl.benchmarks.records import Record
-from fastssl.benchmarks.table import cells, figure
+from fastssl.benchmarks.harness.records import Record
+from fastssl.benchmarks.harness.table import cells, figure
 from fastssl.errors import counted
 
 if TYPE_CHECKING:

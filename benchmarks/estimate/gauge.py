@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastssl.benchmarks import memory
-from fastssl.benchmarks.cost import USABLE
-from fastssl.benchmarks.loader import default_batch, endless, open_loader
-from fastssl.benchmarks.step import Step, random_views
-from fastssl.benchmarks.timing import peak_extra_bytes
-from fastssl.benchmarks.windows import stream_window, synchronize
+from fastssl.benchmarks.estimate import memory
+from fastssl.benchmarks.estimate.cost import USABLE
+from fastssl.benchmarks.harness.timing import peak_extra_bytes
+from fastssl.benchmarks.harness.windows import stream_window, synchronize
+from fastssl.benchmarks.suites.loader import default_batch, endless, open_loader
+from fastssl.benchmarks.suites.step import Step, random_views
 from fastssl.config.recipe import Recipe
 from fastssl.distributed.devices import use_amp
 from fastssl.errors import FastSSLError

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from fastssl.benchmarks.windows import Window
+from fastssl.benchmarks.harness.windows import Window
 from fastssl.errors import FastSSLError
 from fastssl.pipelines.convert.conversion import ConvertOptions
 from fastssl.pipelines.convert.sources import Listing

@@ -1,7 +1,7 @@
 """Rates of things that run by themselves: a loader works ahead of its consumer, so a single call of it cannot be timed.
 
 Each contender runs for a window of time and says how many samples it finished in it; windows of all contenders come in turns, as in
-``fastssl.benchmarks.timing``, and ratios are taken within a round.
+``fastssl.benchmarks.harness.timing``, and ratios are taken within a round.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from fastssl.benchmarks.timing import MIN_RUNS
+from fastssl.benchmarks.harness.timing import MIN_RUNS
 from fastssl.pipelines.engines.base import EngineStats
 
 #: Batches taken before a window opens: more than a loader's ring holds, so that those which were ready beforehand are gone.

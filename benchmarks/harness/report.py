@@ -1,6 +1,6 @@
 """``fastssl bench report``: what records say, for a reader: images a second of each recipe, what limits them, and what they are compared with.
 
-from fastssl.benchmarks.report import write_report
+from fastssl.benchmarks.harness.report import write_report
 write_report([Path("train.jsonl"), Path("loader.jsonl")], Path("bench-report"))
 """
 
@@ -12,10 +12,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fastssl.benchmarks import plots, soak_plot
-from fastssl.benchmarks.complete import incomplete
-from fastssl.benchmarks.records import Record, read_records
-from fastssl.benchmarks.table import COLUMNS, RIGHT, cells, figure
+from fastssl.benchmarks.harness import plots, soak_plot
+from fastssl.benchmarks.harness.complete import incomplete
+from fastssl.benchmarks.harness.records import Record, read_records
+from fastssl.benchmarks.harness.table import COLUMNS, RIGHT, cells, figure
 from fastssl.errors import FastSSLError, counted
 from fastssl.report.document import Block, Bullets, Code, Heading, Paragraph, Picture, Table, table_markdown, to_html, to_markdown
 from fastssl.utils.atomic_files import write_atomically

@@ -22,13 +22,13 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from fastssl.benchmarks.limits import copy_bytes, copy_call, product_call, product_flop
-from fastssl.benchmarks.loader import default_batch
-from fastssl.benchmarks.plain_step import PlainStep, has_peer
-from fastssl.benchmarks.records import Record
-from fastssl.benchmarks.roofline import Cost, forward_cost
-from fastssl.benchmarks.timing import MIN_RUNS, Timing, measure_in_turns, peak_extra_bytes
-from fastssl.benchmarks.windows import synchronize
+from fastssl.benchmarks.harness.limits import copy_bytes, copy_call, product_call, product_flop
+from fastssl.benchmarks.harness.records import Record
+from fastssl.benchmarks.harness.roofline import Cost, forward_cost
+from fastssl.benchmarks.harness.timing import MIN_RUNS, Timing, measure_in_turns, peak_extra_bytes
+from fastssl.benchmarks.harness.windows import synchronize
+from fastssl.benchmarks.suites.loader import default_batch
+from fastssl.benchmarks.suites.plain_step import PlainStep, has_peer
 from fastssl.config.recipe import Recipe
 from fastssl.distributed.devices import use_amp
 from fastssl.errors import FastSSLError

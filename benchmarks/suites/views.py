@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastssl.benchmarks.limits import copy_bytes, copy_call
-from fastssl.benchmarks.loader import default_batch
-from fastssl.benchmarks.photos import describe_data, find_data
-from fastssl.benchmarks.records import Record
-from fastssl.benchmarks.timing import MIN_RUNS, measure_in_turns
+from fastssl.benchmarks.harness.limits import copy_bytes, copy_call
+from fastssl.benchmarks.harness.photos import describe_data, find_data
+from fastssl.benchmarks.harness.records import Record
+from fastssl.benchmarks.harness.timing import MIN_RUNS, measure_in_turns
+from fastssl.benchmarks.suites.loader import default_batch
 from fastssl.config.recipe import Recipe
 from fastssl.pipelines.beton.reader import BetonReader
 from fastssl.pipelines.ops.augment import augment
@@ -34,7 +34,7 @@ def run(
     """Measure the recipe's views on one batch of pictures.
 
     Args:
-        data, photos: see :func:`fastssl.benchmarks.photos.find_data`.
+        data, photos: see :func:`fastssl.benchmarks.harness.photos.find_data`.
         batch_size: pictures; default: the recipe's, at most 32 on a CPU.
         runs: counted runs of each stage, at least five.
 

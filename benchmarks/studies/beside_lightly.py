@@ -2,7 +2,7 @@
 
     pip install -e '.[peers]'
     fastssl convert-imagenet train/ train.beton && fastssl convert-imagenet val/ val.beton
-    python -m fastssl.benchmarks.beside_lightly train.beton val.beton --epochs 40 --out benchmarks/results/beside-lightly
+    python -m fastssl.benchmarks.studies.beside_lightly train.beton val.beton --epochs 40 --out benchmarks/results/beside-lightly
 
 lightly's SimCLR and MoCo are trained as the examples in its documentation train them (batch 256, SGD at 0.06, a queue of 4,096 keys, momentum 0.99), with its own
 transforms and losses and a DataLoader with one worker a core. fastssl runs ``fastssl pretrain``. All are started at once and have the machine in turns,
@@ -244,7 +244,16 @@ def main(arguments: list[str] | None = None) -> int:
         contenders = [Contender(f"fastssl, {options.recipe}", ours, run / "checkpoints" / "last.safetensors", folder / "fastssl.log")]
         for method in METHODS:
             weights = folder / f"{method}.pt"
-            theirs = [sys.executable, "-m", "fastssl.benchmarks.beside_lightly", *common, "--epochs", "1", "--seed", str(options.seed)]
+            theirs = [
+                sys.executable,
+                "-m",
+                "fastssl.benchmarks.studies.beside_lightly",
+                *common,
+                "--epochs",
+                "1",
+                "--seed",
+                str(options.seed),
+            ]
             theirs += ["--train", method, "--out", str(weights)]
             contenders.append(Contender(f"lightly, {method}", theirs, weights, folder / f"{method}.log"))
         race(contenders, options.minutes, options.slice_s)
@@ -256,7 +265,7 @@ def main(arguments: list[str] | None = None) -> int:
             }
             rows.append({"name": one.name, "seconds": round(one.seconds, 1), "marks": judged})
     record = {
-        "command": shlex.join(["python", "-m", "fastssl.benchmarks.beside_lightly", *(arguments or sys.argv[1:])]),
+        "command": shlex.join(["python", "-m", "fastssl.benchmarks.studies.beside_lightly", *(arguments or sys.argv[1:])]),
         "minutes": sorted(options.minutes),
         "size": probe.size,
         "rows": rows,

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastssl.benchmarks.step import Step
+from fastssl.benchmarks.suites.step import Step
 from fastssl.config.recipe import Recipe
 from fastssl.distributed.devices import use_amp
 from fastssl.pipelines.beton.reader import BetonReader

@@ -24,11 +24,11 @@ import torchvision.transforms as T
 from PIL import Image, ImageFilter
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from fastssl.benchmarks.loader import BareLoop, endless, open_loader, requests_of
-from fastssl.benchmarks.photos import describe_data, find_data
-from fastssl.benchmarks.records import Record
-from fastssl.benchmarks.timing import MIN_RUNS
-from fastssl.benchmarks.windows import Window, measure_windows, rate, ratio, stream_window
+from fastssl.benchmarks.harness.photos import describe_data, find_data
+from fastssl.benchmarks.harness.records import Record
+from fastssl.benchmarks.harness.timing import MIN_RUNS
+from fastssl.benchmarks.harness.windows import Window, measure_windows, rate, ratio, stream_window
+from fastssl.benchmarks.suites.loader import BareLoop, endless, open_loader, requests_of
 from fastssl.errors import counted
 from fastssl.pipelines.beton.reader import BetonReader
 from fastssl.pipelines.engines.base import EngineStats
@@ -211,7 +211,7 @@ def run(
     """Measure all contenders of both tables on the CPU.
 
     Args:
-        data, photos: see :func:`fastssl.benchmarks.photos.find_data`.
+        data, photos: see :func:`fastssl.benchmarks.harness.photos.find_data`.
         size: of the views.
         workers: threads or worker processes of each contender; default: the cores that this process may use.
         seconds: of all counted windows together.

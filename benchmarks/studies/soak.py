@@ -19,10 +19,10 @@ from typing import Any
 
 import yaml
 
-from fastssl.benchmarks.photos import describe_data, find_data
-from fastssl.benchmarks.records import Record
-from fastssl.benchmarks.steadiness import MB, PROBES, Verdict, Window, after_warmup, count, memory, rate, windows
-from fastssl.benchmarks.vitals import Sample, watch
+from fastssl.benchmarks.harness.photos import describe_data, find_data
+from fastssl.benchmarks.harness.records import Record
+from fastssl.benchmarks.studies.steadiness import MB, PROBES, Verdict, Window, after_warmup, count, memory, rate, windows
+from fastssl.benchmarks.studies.vitals import Sample, watch
 from fastssl.config.recipe import Recipe, recipe_to_dict
 from fastssl.errors import FastSSLError, counted
 from fastssl.models.backbones import resolve_arch
@@ -211,7 +211,7 @@ def run(
     """One record: the rate in its usual fields, verdicts and curves in the details.
 
     Args:
-        data, photos: see :func:`fastssl.benchmarks.photos.find_data`.
+        data, photos: see :func:`fastssl.benchmarks.harness.photos.find_data`.
         device: ``auto``, ``cpu`` or ``cuda``.
         minutes: of watching, the start of the process included.
         folder: where the run lies while it lasts; None: the system's folder for temporary files.

@@ -148,7 +148,7 @@ def _spread(values: Sequence[float], signed: bool = False) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """``python -m fastssl.benchmarks.view_study``."""
+    """``python -m fastssl.benchmarks.studies.view_study``."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--recipes", type=Path, required=True, help="folder with METHOD.yaml")
     parser.add_argument("--data", type=Path, required=True)

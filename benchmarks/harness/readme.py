@@ -1,6 +1,6 @@
 """The README's figures, taken from the records: nobody types one in.
 
-python -m fastssl.benchmarks.readme README.md benchmarks/results/cpu-2core-epyc/*.jsonl
+python -m fastssl.benchmarks.harness.readme README.md benchmarks/results/cpu-2core-epyc/*.jsonl
 
 Replaces what stands between ``<!-- figures: NAME -->`` and ``<!-- /figures -->``. A test holds the README to the records that are committed.
 """
@@ -12,9 +12,9 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from fastssl.benchmarks.records import Record, read_records
-from fastssl.benchmarks.report import recipe_table
-from fastssl.benchmarks.table import figure
+from fastssl.benchmarks.harness.records import Record, read_records
+from fastssl.benchmarks.harness.report import recipe_table
+from fastssl.benchmarks.harness.table import figure
 from fastssl.config.recipe import recipe_names
 from fastssl.errors import FastSSLError, counted
 
@@ -132,7 +132,7 @@ def fill(text: str, records: Sequence[Record]) -> str:
 def main(argv: Sequence[str]) -> int:
     """Fill a file in place; 0 done, 1 unreadable, 2 wrong usage."""
     if len(argv) < 2:
-        print("usage: python -m fastssl.benchmarks.readme README.md RESULTS.jsonl...", file=sys.stderr)
+        print("usage: python -m fastssl.benchmarks.harness.readme README.md RESULTS.jsonl...", file=sys.stderr)
         return 2
     try:
         records = [record for path in argv[1:] for record in read_records(path)]

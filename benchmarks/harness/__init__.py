@@ -1,0 +1,1 @@
+"""How anything is timed, recorded and shown."""

@@ -1,0 +1,1 @@
+"""Evidence that is made by hand, not by users."""

@@ -1,0 +1,1 @@
+"""Images a second of each part: one file a bench command."""
