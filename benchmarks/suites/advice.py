@@ -20,9 +20,8 @@ import numpy as np
 
 from fastssl.benchmarks.harness.windows import Window
 from fastssl.errors import counted
-from fastssl.pipelines.beton.reader import MIN_PAGE_SIZE, MODE_RAW, BetonReader, BetonWriter
+from fastssl.pipelines.beton.reader import MIN_PAGE_SIZE, BetonReader, BetonWriter
 from fastssl.pipelines.convert.conversion import ConvertOptions, encode_photo
-from fastssl.pipelines.plan.draw import ViewSpec
 from fastssl.training.bottleneck import WORTH as WORTH_A_WORD
 
 #: Photos that stand for the file when it is tried in another size.
@@ -106,17 +105,6 @@ def more_threads(loop: Loop) -> tuple[int, Remedy] | None:
     threads = min(number for number, gain in found.items() if gain >= 0.98 * max(found.values()))
     more = threads - loop.threads
     return threads, Remedy(f"add {counted(more, 'decode thread')} (--workers {threads})", found[threads])
-
-
-def smaller_side(reader: BetonReader, views: list[ViewSpec]) -> int | None:
-    """The short side to which photos for these views are usually converted: 256 for 224 px; None: they are hardly larger, or not all are JPEGs.
-
-    A crop of a fifth of the area is then still half as wide as the view, as it is with ImageNet's 256 for 224.
-    """
-    if (np.asarray(reader.modes) == MODE_RAW).any():
-        return None
-    side = -(-max(spec.size for spec in views) * 8 // 7 // 16) * 16
-    return side if float(np.median(np.minimum(reader.heights, reader.widths))) > 1.1 * side else None
 
 
 @contextmanager

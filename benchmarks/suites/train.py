@@ -19,7 +19,7 @@ from fastssl.benchmarks.harness.photos import describe_data, find_data
 from fastssl.benchmarks.harness.records import Record
 from fastssl.benchmarks.harness.timing import MIN_RUNS
 from fastssl.benchmarks.harness.windows import Window, measure_windows, rate, ratio, stream_window, wait_share
-from fastssl.benchmarks.suites.advice import WORTH, Loop, Remedy, in_words, more_threads, per_sample, shrunken, smaller_side
+from fastssl.benchmarks.suites.advice import WORTH, Loop, Remedy, in_words, more_threads, per_sample, shrunken
 from fastssl.benchmarks.suites.loader import default_batch, endless, open_loader
 from fastssl.benchmarks.suites.step import fit_step
 from fastssl.config.recipe import Recipe
@@ -28,7 +28,7 @@ from fastssl.models.backbones import resolve_arch
 from fastssl.pipelines.beton.reader import BetonReader
 from fastssl.pipelines.engines.base import EngineStats
 from fastssl.pipelines.loader import Batch, ViewLoader
-from fastssl.training.bottleneck import bottleneck, data_share
+from fastssl.training.bottleneck import bottleneck, data_share, smaller_side
 from fastssl.utils.cores import available_cores
 
 #: Batches that are replayed: more than one, so that no cache holds the input of a step.

@@ -10,7 +10,6 @@ import click
 import numpy as np
 import torch
 
-from fastssl.benchmarks.suites.advice import smaller_side
 from fastssl.cli.command import command_line
 from fastssl.errors import without_folders
 from fastssl.evaluate import collapse as monitor
@@ -24,7 +23,7 @@ from fastssl.report.marks import RAW as RAW_PIXELS
 from fastssl.report.page import write_report
 from fastssl.report.pictures import neighbours_picture, views_picture
 from fastssl.report.verdict import Evidence, judge
-from fastssl.training.bottleneck import WORTH, bottleneck
+from fastssl.training.bottleneck import WORTH, bottleneck, smaller_side
 from fastssl.training.step import initial_backbone
 from fastssl.utils.atomic_files import write_atomically
 from fastssl.utils.json_text import to_json

@@ -7,10 +7,12 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from torch.optim import Optimizer
+
 from fastssl.config.recipe import Recipe
+from fastssl.methods.base import Method
 from fastssl.runs.checkpoint import NotSaved, Position, save_checkpoint
 from fastssl.runs.folder import RunFolder
-from fastssl.training.step import TrainStep
 from fastssl.utils.signals import StopRequest
 
 __all__ = ["NotSaved", "Saver"]
@@ -57,11 +59,19 @@ class Saver:
         """What was due was not tried: the run went back some steps."""
         self._asked = False
 
-    def save(self, step: TrainStep, position: Position, *, milestone: int | None = None, stop: StopRequest | None = None) -> bool:
+    def save(
+        self,
+        method: Method,
+        optimizer: Optimizer,
+        position: Position,
+        *,
+        milestone: int | None = None,
+        stop: StopRequest | None = None,
+    ) -> bool:
         """Write a checkpoint. False: the disk did not take it; ``is_due`` says when to try again.
 
         Args:
-            step: whose networks and optimiser.
+            method, optimizer: what is saved.
             position: of the run.
             milestone: as of ``save_checkpoint``.
             stop: all steps are made: wait for room, until this is set, because what would be lost is the whole run.
@@ -70,7 +80,7 @@ class Saver:
             NotSaved: with ``stop``: it was set, or there was no room for a long time.
         """
         deadline = time.monotonic() + 60 * _WAIT_MINUTES
-        while not self._try(step, position, milestone):
+        while not self._try(method, optimizer, position, milestone):
             if stop is None:
                 return False
             self._say_now_and_then(
@@ -81,14 +91,14 @@ class Saver:
         self.folder.metrics.flush()
         return True
 
-    def _try(self, step: TrainStep, position: Position, milestone: int | None) -> bool:
+    def _try(self, method: Method, optimizer: Optimizer, position: Position, milestone: int | None) -> bool:
         train = self.recipe.train
         self.folder.metrics.sync()
         try:
             save_checkpoint(
                 self.folder.checkpoints,
-                method=step.method,
-                optimizer=step.optimizer,
+                method=method,
+                optimizer=optimizer,
                 position=position,
                 config=self.config,
                 arch=self.recipe.arch,

@@ -7,6 +7,11 @@ it from the loader's clocks.
 
 from __future__ import annotations
 
+import numpy as np
+
+from fastssl.pipelines.beton.reader import MODE_RAW, BetonReader
+from fastssl.pipelines.plan.draw import ViewSpec
+
 #: Shares of data below that are not worth a word.
 WORTH = 0.05
 
@@ -51,3 +56,14 @@ def bottleneck(share: float) -> str:
 
 def _clamped(share: float) -> float:
     return min(max(share, 0.0), 1.0)
+
+
+def smaller_side(reader: BetonReader, views: list[ViewSpec]) -> int | None:
+    """The short side to which photos for these views are usually converted: 256 for 224 px; None: they are hardly larger, or not all are JPEGs.
+
+    A crop of a fifth of the area is then still half as wide as the view, as it is with ImageNet's 256 for 224.
+    """
+    if (np.asarray(reader.modes) == MODE_RAW).any():
+        return None
+    side = -(-max(spec.size for spec in views) * 8 // 7 // 16) * 16
+    return side if float(np.median(np.minimum(reader.heights, reader.widths))) > 1.1 * side else None

@@ -647,7 +647,9 @@ class Run:
             )
         if not self.saver:
             return True
-        saved = self.saver.save(self.step, self.position, milestone=milestone, stop=self.stop if patiently else None)
+        saved = self.saver.save(
+            self.step.method, self.step.optimizer, self.position, milestone=milestone, stop=self.stop if patiently else None
+        )
         if saved:
             self.tell_status("training")
         return saved

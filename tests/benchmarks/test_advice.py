@@ -10,9 +10,10 @@ import pytest
 
 from fastssl.benchmarks.harness.photos import write_photos
 from fastssl.benchmarks.harness.windows import Window
-from fastssl.benchmarks.suites.advice import Loop, Remedy, in_words, more_threads, per_sample, shrunken, smaller_side
+from fastssl.benchmarks.suites.advice import Loop, Remedy, in_words, more_threads, per_sample, shrunken
 from fastssl.pipelines.beton.reader import MODE_RAW, BetonReader, BetonWriter
 from fastssl.pipelines.plan.draw import ViewSpec
+from fastssl.training.bottleneck import smaller_side
 
 #: A GPU's loop: the step takes 1 ms of a sample and little of the host, a photo 8 ms of one of 16 cores, on 4 threads.
 GPU = Loop(step_s=1e-3, step_cpu_s=1e-3, loader_s=2e-3, loader_cpu_s=8e-3, threads=4, cores=16)
