@@ -6,9 +6,10 @@ from pathlib import Path
 
 import click
 
+from fastssl.cli.command import command_line
 from fastssl.cli.common import SomePath, console, json_option, pipeline_option, quiet, quiet_option, write_json
 from fastssl.cli.inputs import arch_option, batch_option, choose_inputs, data_option, epochs_option, recipe_option, val_option
-from fastssl.errors import counted
+from fastssl.errors import counted, without_folders
 
 
 @click.command()
@@ -77,8 +78,8 @@ def pretrain(
         console.print(f"{world.size} processes start; each loads torch first, then they meet", highlight=False)
 
     from fastssl.cli.progress import RunProgress
-    from fastssl.training.trainer import RunOptions
-    from fastssl.training.trainer import pretrain as run
+    from fastssl.pretrain import RunOptions
+    from fastssl.pretrain import pretrain as run
 
     with first_of_host_speaks():
         inputs = choose_inputs(
@@ -103,6 +104,7 @@ def pretrain(
         seed=seed,
         workers=workers,
         resume=resume,
+        command=without_folders(command_line(click.get_current_context())),
     )
     with RunProgress(console, quiet=quiet()) as progress:
         summary = run(inputs.recipe, options, progress)

@@ -6,12 +6,9 @@ import math
 import time
 from typing import TYPE_CHECKING, Any
 
-import click
 import numpy as np
 import torch
 
-from fastssl.cli.command import command_line
-from fastssl.errors import without_folders
 from fastssl.evaluate import collapse as monitor
 from fastssl.evaluate.batchnorm import has_batchnorm, reestimated
 from fastssl.evaluate.colour_histogram import colour_histogram_features
@@ -55,7 +52,7 @@ def finish_run(run: Run, started: float) -> dict[str, Any]:
         rows = [*_majority(split), *(probe_features(name, *parts, True) for name, parts in features.items())]
     collapse = _collapse_figures(features[TRAINED])
     summary = {
-        "command": _command(),
+        "command": run.options.command,
         **_identity(run),
         **_throughput(run, time.monotonic() - started),
         "probe": {
@@ -200,12 +197,6 @@ def _share(run: Run) -> dict[str, Any] | None:
         "full_recipe": run.recipe.full_recipe,
         "text": f"this run saw {seen:,} photos: {percent:.2g} % of the {full:,} of {run.recipe.full_recipe} on ImageNet-1k, at {run.recipe.views[0].size} px",
     }
-
-
-def _command() -> str | None:
-    """The call of the command line that this is part of; of paths the names alone. None: called from Python."""
-    context = click.get_current_context(silent=True)
-    return None if context is None else without_folders(command_line(context))
 
 
 def _majority(split: ProbeSplit) -> list[dict[str, Any]]:

@@ -18,8 +18,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -30,12 +29,11 @@ from torch import Tensor, nn
 
 from fastssl.config.differences import differences
 from fastssl.config.recipe import Recipe, recipe_to_dict
-from fastssl.config.recipe_choice import follow_samples, require_photos
+from fastssl.config.recipe_choice import require_photos
 from fastssl.distributed.collectives import Vote, agree_any, barrier, broadcast_module, gather_values, share
-from fastssl.distributed.devices import choose_device, only_deterministic, use_amp
-from fastssl.distributed.group import joined
+from fastssl.distributed.devices import use_amp
 from fastssl.distributed.restarts import launch_from_environment
-from fastssl.distributed.world import World, first_of_host_speaks, world_from_environment
+from fastssl.distributed.world import World, first_of_host_speaks
 from fastssl.errors import FastSSLError, Interrupted, counted, without_folders
 from fastssl.evaluate.online_probe import OnlineProbe, choose_split, require_same_classes
 from fastssl.models.backbones import resolve_arch
@@ -44,7 +42,6 @@ from fastssl.pipelines.beton.reader import BetonReader
 from fastssl.pipelines.engines.registry import require_engine
 from fastssl.pipelines.loader import Batch, ViewLoader
 from fastssl.pipelines.plan.order import steps_per_epoch
-from fastssl.report.finish import finish_run
 from fastssl.runs.checkpoint import Position, has_all_files
 from fastssl.runs.folder import RunFolder
 from fastssl.runs.nonfinite import BAD_STEPS, save_bad_step
@@ -53,7 +50,7 @@ from fastssl.runs.saver import NotSaved, Saver
 from fastssl.runs.status import RunStatus
 from fastssl.training.bottleneck import data_share
 from fastssl.training.metrics import MetricRing
-from fastssl.training.preflight import require_readable_names, require_whole_photos
+from fastssl.training.preflight import require_whole_photos
 from fastssl.training.step import TrainStep
 from fastssl.utils.cores import available_cores
 from fastssl.utils.signals import StopRequest
@@ -85,6 +82,7 @@ class RunOptions:
         device: ``auto``, ``cpu`` or ``cuda``.
         resume: ``auto`` (go on if the folder holds a run, from its newest checkpoint that is whole), ``never``, or the path of a checkpoint;
             of the last two only the first start of a launch takes notice (`fastssl.distributed.restarts`).
+        command: the call of the command line that this is part of, for the report; folders left out.
     """
 
     recipe_name: str
@@ -96,89 +94,7 @@ class RunOptions:
     seed: int = 0
     workers: int | None = None
     resume: str = "auto"
-
-
-class _Silence:
-    """The progress of all processes but the first."""
-
-    def row(self, row: dict[str, Any], done: int, total: int) -> None:
-        pass
-
-    def message(self, text: str) -> None:
-        pass
-
-    def note(self, text: str) -> None:
-        pass
-
-
-def pretrain(recipe: Recipe, options: RunOptions, progress: Progress) -> dict[str, Any] | None:
-    """Train, probe, and write the run's folder.
-
-    Returns:
-        the summary, as in ``summary.json``; None in all processes but the first.
-
-    Raises:
-        Interrupted: by a signal, after a checkpoint was written.
-        NotSaved: there was no room for the checkpoint when a signal came, or for a long time at the end.
-        FastSSLError: bad data, a run of other settings in the folder, or a loss that is no longer finite.
-    """
-    started = time.monotonic()
-    world = world_from_environment()
-    with ExitStack() as files:
-        if recipe.train.deterministic:
-            files.enter_context(only_deterministic())
-        with first_of_host_speaks():
-            device = choose_device(options.device, world)
-            reader = files.enter_context(BetonReader(options.data))
-            val = files.enter_context(BetonReader(options.val)) if options.val else None
-            for one in filter(None, (reader, val)):
-                require_readable_names(one)
-        recipe = follow_samples(recipe, len(reader))
-        said = progress if world.is_main else _Silence()
-        if world.size > 1:
-            said.note(f"{world.size} processes meet at {world.address}:{world.port}")
-        meeting = time.monotonic()
-        with ExitStack() as listening, _told() as told, joined(world, device, before_end=lambda why: _tell(told, "failed", why)):
-            if world.size > 1:
-                said.note(f"all {world.size} are here after {time.monotonic() - meeting:.0f} s")
-            run = Run(recipe, options, reader, val, said, world, device)
-            files.callback(run.close)
-            told.append(run)
-            run.tell_status("training")
-            # Until this process has left the others: a launcher repeats itself, and ends all as soon as the first has gone.
-            listening.enter_context(run.stop.by_signals())
-            run.train()
-        # The processes have parted: what follows is the first one's alone.
-        if not world.is_main:
-            return None
-        if run.stop:  # too late for the last step to be told
-            steps = counted(run.total_steps, "step")
-            raise Interrupted(f"{run.total_steps:,} of {steps} made and saved in {run.out}; the same command writes the report")
-        summary = finish_run(run, started)
-        run.tell_status("finished")
-        return summary
-
-
-@contextmanager
-def _told() -> Iterator[list[Run]]:
-    """Keep the status.json of the run that is put into the list. Around ``joined``, which knows what became of the other processes."""
-    runs: list[Run] = []
-    try:
-        yield runs
-    except BaseException as error:
-        if isinstance(error, (Interrupted, KeyboardInterrupt)):
-            _tell(runs, "stopped", str(error) or "interrupted")
-        else:
-            kind = "" if isinstance(error, FastSSLError) else f"{type(error).__name__}: "
-            _tell(runs, "failed", f"{kind}{error}")
-        raise
-    for run in runs:
-        run.tell_status("trained")
-
-
-def _tell(runs: list[Run], state: str, why: str) -> None:
-    for run in runs:
-        run.tell_status(state, why=why[:1000])
+    command: str | None = None
 
 
 class Run:

@@ -9,8 +9,9 @@ import yaml
 from small_run import Silent, options, same, small, state
 
 from fastssl.distributed.restarts import launch_from_environment
+from fastssl.pretrain import pretrain
 from fastssl.runs.folder import RunFolder
-from fastssl.training.trainer import Run, pretrain
+from fastssl.training.trainer import Run
 
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_RESTART_COUNT": "0"}
 SLURM = {"SLURM_CLUSTER_NAME": "kings-cross", "SLURM_JOB_ID": "4711"}

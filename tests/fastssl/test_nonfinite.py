@@ -19,10 +19,11 @@ from fastssl.errors import FastSSLError, Interrupted
 from fastssl.evaluate.online_probe import OnlineProbe
 from fastssl.pipelines.loader import Batch, ViewLoader
 from fastssl.pipelines.plan.draw import ViewSpec
+from fastssl.pretrain import pretrain
 from fastssl.runs.nonfinite import save_bad_step
 from fastssl.runs.saver import Saver
 from fastssl.training.step import TrainStep
-from fastssl.training.trainer import Run, pretrain
+from fastssl.training.trainer import Run
 
 
 @pytest.fixture

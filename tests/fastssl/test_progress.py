@@ -13,7 +13,7 @@ from small_run import Silent, options, small
 from fastssl.cli import main
 from fastssl.cli.progress import RunProgress
 from fastssl.errors import counted
-from fastssl.training.trainer import pretrain
+from fastssl.pretrain import pretrain
 
 #: A long run with large numbers.
 ROW = {

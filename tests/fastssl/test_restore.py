@@ -14,9 +14,9 @@ from torch import nn
 
 from fastssl.errors import FastSSLError
 from fastssl.optim.optimizers import OptimConfig, create_optimizer
+from fastssl.pretrain import pretrain
 from fastssl.runs.checkpoint import write_state
 from fastssl.runs.restore import Unfit, load_network, load_optimizer
-from fastssl.training.trainer import pretrain
 
 STEM = "student.backbone.conv_stem.weight"
 

@@ -21,10 +21,11 @@ from fastssl.errors import FastSSLError, Interrupted
 from fastssl.evaluate.online_probe import OnlineProbe
 from fastssl.models.backbones import read_header
 from fastssl.pipelines.beton.reader import MODE_RAW, BetonWriter
+from fastssl.pretrain import pretrain
 from fastssl.runs import checkpoint
 from fastssl.runs.checkpoint import load_checkpoint, write_state
 from fastssl.runs.saver import Saver
-from fastssl.training.trainer import Run, RunOptions, pretrain
+from fastssl.training.trainer import Run, RunOptions
 
 
 class Crash(Exception):

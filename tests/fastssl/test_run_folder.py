@@ -14,9 +14,10 @@ from small_run import Silent, options, rows, same, small, state
 
 from fastssl.config.recipe import recipe_to_dict
 from fastssl.errors import FastSSLError
+from fastssl.pretrain import pretrain
 from fastssl.runs import folder as run_folder
 from fastssl.runs.checkpoint import write_state
-from fastssl.training.trainer import Run, pretrain
+from fastssl.training.trainer import Run
 
 
 def test_all_free_keys_exist() -> None:

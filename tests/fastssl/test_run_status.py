@@ -15,11 +15,12 @@ import pytest
 from children import in_child
 from small_run import Silent, options, small, status
 
+from fastssl.pretrain import pretrain
 from fastssl.runs import folder as run_folder
 from fastssl.runs import status as run_status
 from fastssl.runs.status import RunStatus, read_status, write_status
 from fastssl.training import trainer as train
-from fastssl.training.trainer import Run, pretrain
+from fastssl.training.trainer import Run
 
 
 def test_it_says_how_a_run_stands_and_when(tmp_path: Path) -> None:

@@ -8,9 +8,10 @@ import pytest
 from power import Disk as Power
 from small_run import Silent, options, same, small, state, status
 
+from fastssl.pretrain import pretrain
 from fastssl.runs import saver
 from fastssl.runs.checkpoint import NotSaved
-from fastssl.training.trainer import Run, pretrain
+from fastssl.training.trainer import Run
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,8 @@ from processes import Started, free_port, run_processes
 from fastssl.config.recipe import load_recipe, parse_overrides
 from fastssl.errors import FastSSLError, Interrupted
 from fastssl.pipelines.beton.reader import BetonReader
-from fastssl.training.trainer import Run, RunOptions, pretrain
+from fastssl.pretrain import pretrain
+from fastssl.training.trainer import Run, RunOptions
 
 SMALL = [
     "views.global_size=32",

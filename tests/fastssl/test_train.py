@@ -25,9 +25,10 @@ from torch import Tensor
 from fastssl.cli import main
 from fastssl.config.recipe import load_recipe, parse_overrides
 from fastssl.errors import FastSSLError, Interrupted
+from fastssl.pretrain import pretrain
 from fastssl.training import trainer as train_module
 from fastssl.training.step import TrainStep
-from fastssl.training.trainer import Run, RunOptions, pretrain
+from fastssl.training.trainer import Run, RunOptions
 
 #: the quick start, small enough for a test: a network of 0.6 M parameters, 2 epochs of 6 steps on 48 photos
 SMALL = [
