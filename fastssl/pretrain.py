@@ -19,7 +19,8 @@ from fastssl.errors import FastSSLError, Interrupted, counted
 from fastssl.pipelines.beton.reader import BetonReader
 from fastssl.report.finish import finish_run
 from fastssl.training.preflight import require_readable_names
-from fastssl.training.trainer import Progress, Run, RunOptions
+from fastssl.training.setup import Progress, RunOptions, Setup, prepare
+from fastssl.training.trainer import train
 
 __all__ = ["RunOptions", "pretrain"]
 
@@ -67,28 +68,29 @@ def pretrain(recipe: Recipe, options: RunOptions, progress: Progress) -> dict[st
         with ExitStack() as listening, _told() as told, joined(world, device, before_end=lambda why: _tell(told, "failed", why)):
             if world.size > 1:
                 said.note(f"all {world.size} are here after {time.monotonic() - meeting:.0f} s")
-            run = Run(recipe, options, reader, val, said, world, device)
+            run = prepare(recipe, options, reader, val, said, world, device)
             files.callback(run.close)
             told.append(run)
             run.tell_status("training")
             # Until this process has left the others: a launcher repeats itself, and ends all as soon as the first has gone.
             listening.enter_context(run.stop.by_signals())
-            run.train()
+            result = train(run)
         # The processes have parted: what follows is the first one's alone.
-        if not world.is_main:
+        if result is None:
             return None
         if run.stop:  # too late for the last step to be told
-            steps = counted(run.total_steps, "step")
-            raise Interrupted(f"{run.total_steps:,} of {steps} made and saved in {run.out}; the same command writes the report")
-        summary = finish_run(run, started)
+            steps = counted(result.total_steps, "step")
+            raise Interrupted(f"{result.total_steps:,} of {steps} made and saved in {options.out}; the same command writes the report")
+        said.note("probing: the trained network, the same network before training, raw pixels, colours")
+        summary = finish_run(result, started)
         run.tell_status("finished")
         return summary
 
 
 @contextmanager
-def _told() -> Iterator[list[Run]]:
+def _told() -> Iterator[list[Setup]]:
     """Keep the status.json of the run that is put into the list. Around ``joined``, which knows what became of the other processes."""
-    runs: list[Run] = []
+    runs: list[Setup] = []
     try:
         yield runs
     except BaseException as error:
@@ -102,6 +104,6 @@ def _told() -> Iterator[list[Run]]:
         run.tell_status("trained")
 
 
-def _tell(runs: list[Run], state: str, why: str) -> None:
+def _tell(runs: list[Setup], state: str, why: str) -> None:
     for run in runs:
         run.tell_status(state, why=why[:1000])

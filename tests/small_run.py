@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from fastssl.config.recipe import Recipe, load_recipe, parse_overrides
-from fastssl.training.trainer import RunOptions
+from fastssl.training.setup import RunOptions
 
 #: 2 epochs of 6 steps on 48 photos, metrics in blocks of 4 steps
 SMALL = [

@@ -29,7 +29,8 @@ from fastssl.distributed.group import joined
 from fastssl.distributed.world import world_from_environment
 from fastssl.errors import FastSSLError, counted
 from fastssl.pipelines.beton.reader import BetonReader
-from fastssl.training.trainer import Run, RunOptions
+from fastssl.training.setup import RunOptions, prepare
+from fastssl.training.trainer import train
 from fastssl.utils.versions import describe_git, describe_host, describe_versions
 
 _SMALL = ("views.global_size=32", "views.local_size=16", "views.local_count=2", "probe.every_epochs=0", "train.log_every=1")
@@ -109,10 +110,10 @@ def _run(job: Job, data: Path, out: Path) -> dict[str, Any]:
     recipe = load_recipe(job.recipe, parse_overrides([f"arch={job.arch}", *job.overrides]))
     options = RunOptions(recipe_name=job.recipe, data=data, out=out, device="cpu", seed=job.seed, workers=1)
     with BetonReader(data) as reader:
-        run = Run(recipe, options, reader, None, _Silence(), world_from_environment(), torch.device("cpu"))
+        run = prepare(recipe, options, reader, None, _Silence(), world_from_environment(), torch.device("cpu"))
         try:
             start = {name: value.clone() for name, value in run.step.method.state_dict().items()}
-            run.train()
+            train(run)
         finally:
             run.close()
     rows = run.folder.metrics.rows() if run.folder else []

@@ -27,7 +27,7 @@ from fastssl.utils.json_text import to_json
 from fastssl.utils.versions import describe_host, describe_versions
 
 if TYPE_CHECKING:
-    from fastssl.training.trainer import Run
+    from fastssl.training.trainer import TrainResult
 
 RAW = f"{RAW_PIXELS} (16x16)"
 TEACHER = "its teacher"
@@ -37,13 +37,12 @@ REESTIMATED = ", BatchNorm statistics of centre crops"
 _FEW = 2000
 
 
-def finish_run(run: Run, started: float) -> dict[str, Any]:
+def finish_run(run: TrainResult, started: float) -> dict[str, Any]:
     """Probe the network beside the marks that cost nothing, give the verdict, and write the rest of the run's folder.
 
     Returns:
         what ``summary.json`` holds.
     """
-    run.progress.note("probing: the trained network, the same network before training, raw pixels, colours")
     probe = run.recipe.probe
     split = choose_split(run.reader, run.val, probe.final_samples, run.options.seed)
     features = _all_features(run, split)
@@ -69,14 +68,14 @@ def finish_run(run: Run, started: float) -> dict[str, Any]:
         "passed_over_steps": run.position.passed_over,
     }
     text = to_json(summary, indent=2) + "\n"
-    write_atomically(run.out / "summary.json", lambda path: path.write_text(text))
-    views_picture(run.reader, run.recipe.views, run.out / "views.png", seed=run.options.seed)
-    neighbours_picture(split, before=features[RANDOM], after=features[TRAINED], out=run.out / "neighbours.png")
-    write_report(run.out)
+    write_atomically(run.options.out / "summary.json", lambda path: path.write_text(text))
+    views_picture(run.reader, run.recipe.views, run.options.out / "views.png", seed=run.options.seed)
+    neighbours_picture(split, before=features[RANDOM], after=features[TRAINED], out=run.options.out / "neighbours.png")
+    write_report(run.options.out)
     return summary
 
 
-def _all_features(run: Run, split: ProbeSplit) -> dict[str, tuple[Features, Features]]:
+def _all_features(run: TrainResult, split: ProbeSplit) -> dict[str, tuple[Features, Features]]:
     """(bank, queries) of raw pixels and colours, of the network as it was before the first step, of the trained one,
     and of the forms of it that the recipe names."""
     options, probe = run.extraction, run.recipe.probe
@@ -88,8 +87,8 @@ def _all_features(run: Run, split: ProbeSplit) -> dict[str, tuple[Features, Feat
         for name, function in ((RAW, raw_pixel_features), (COLOURS, colour_histogram_features))
     }
     networks = {RANDOM: initial_backbone(run.recipe, run.options.seed).to(run.device), TRAINED: run.backbone}
-    if probe.teacher and run.step.method.teacher is not None:
-        networks[TEACHER] = run.step.method.teacher.backbone
+    if probe.teacher and run.teacher is not None:
+        networks[TEACHER] = run.teacher.backbone
     if probe.reestimate_bn and has_batchnorm(run.backbone):
         for name in (TRAINED, TEACHER):
             if name in networks:
@@ -99,9 +98,9 @@ def _all_features(run: Run, split: ProbeSplit) -> dict[str, tuple[Features, Feat
     return {**plain, **{name: split.features(network, probe.size, **options) for name, network in networks.items()}}
 
 
-def _identity(run: Run) -> dict[str, Any]:
+def _identity(run: TrainResult) -> dict[str, Any]:
     return {
-        "arch": run.config["arch"],
+        "arch": run.arch,
         "recipe": run.options.recipe_name,
         "data": {
             "name": run.options.data.name,
@@ -110,22 +109,22 @@ def _identity(run: Run) -> dict[str, Any]:
             "val_name": run.options.val.name if run.options.val else None,
         },
         "device": run.device.type,
-        "fallbacks": run.step.fallbacks,
+        "fallbacks": run.fallbacks,
         "host": describe_host(),
         "versions": describe_versions(),
         "git": run.git,
         "epochs": run.recipe.train.epochs,
         "steps": run.total_steps,
-        "samples_seen": run.total_steps * run.batch_size,
+        "samples_seen": run.total_steps * run.recipe.train.batch_size,
     }
 
 
-def _throughput(run: Run, total_seconds: float) -> dict[str, Any]:
+def _throughput(run: TrainResult, total_seconds: float) -> dict[str, Any]:
     """Rates over all training steps; the first block (warm-up of libraries and caches) is left out where there are more."""
     wanted = ("step", "seconds", "data_wait")
     rows = [
         row
-        for row in run.folder.metrics.rows()
+        for row in run.rows
         if row.get("kind") == "step" and all(type(row.get(name)) in (int, float) and math.isfinite(row[name]) for name in wanted)
     ]
     if not rows:  # resumed from a checkpoint whose metrics are gone
@@ -144,7 +143,7 @@ def _throughput(run: Run, total_seconds: float) -> dict[str, Any]:
     for row in steady:
         duration = max(row["seconds"] - before["seconds"], 1e-9)
         seconds += duration
-        pairs += (row["step"] - before["step"]) * run.batch_size
+        pairs += (row["step"] - before["step"]) * run.recipe.train.batch_size
         waited += row["data_wait"] * duration
         data += row.get("data_share", row["data_wait"]) * duration  # older rows have the wait alone
         before = row
@@ -161,7 +160,7 @@ def _throughput(run: Run, total_seconds: float) -> dict[str, Any]:
     }
 
 
-def _bottleneck(run: Run, share: float, wait: float) -> str:
+def _bottleneck(run: TrainResult, share: float, wait: float) -> str:
     text = f"{bottleneck(share)}; the network waited for photos {100 * wait:.1f} % of the time"
     if share < WORTH:
         return f"{text}; a faster loader would win no more than that share"
@@ -184,11 +183,11 @@ def _probe_note(split: ProbeSplit) -> str:
     return f"kNN (k 20, T 0.07) and the fast linear probe (logistic regression on cached centre-crop features), judged on {where}"
 
 
-def _share(run: Run) -> dict[str, Any] | None:
+def _share(run: TrainResult) -> dict[str, Any] | None:
     full = run.recipe.full_samples
     if not full:
         return None
-    seen = run.total_steps * run.batch_size
+    seen = run.total_steps * run.recipe.train.batch_size
     percent = 100 * seen / full
     return {
         "samples_seen": seen,
@@ -217,14 +216,13 @@ def _collapse_figures(trained: tuple[Features, Features]) -> dict[str, float]:
     return {"feature_std": float(monitor.feature_std(some)), "effective_rank": float(monitor.effective_rank(some))}
 
 
-def _evidence(run: Run, split: ProbeSplit, rows: list[dict[str, Any]], collapse: dict[str, float]) -> Evidence:
-    logged = run.folder.metrics.rows()
+def _evidence(run: TrainResult, split: ProbeSplit, rows: list[dict[str, Any]], collapse: dict[str, float]) -> Evidence:
     return Evidence(
         rows=rows if split.can_judge else [],
         judged=len(split.query_index),
         epochs=run.recipe.train.epochs,
-        steps=[row for row in logged if row.get("kind") == "step"],
-        probes=[row for row in logged if row.get("kind") == "probe"],
-        online_judged=len(run.probe.split.query_index),
+        steps=[row for row in run.rows if row.get("kind") == "step"],
+        probes=[row for row in run.rows if row.get("kind") == "probe"],
+        online_judged=run.online_judged,
         features=collapse,
     )

@@ -1,571 +1,266 @@
-"""The training loop, from top to bottom.
+"""The training loop.
 
-    pretrain(...)  sets up, resumes, runs the epochs, probes, writes the run's folder
-    Run._steps    batch -> step -> now and then a line of metrics and a checkpoint
-    Run._step     schedules and TrainStep (step.py): nothing in it waits for the device
-    finish_run     (finish.py) what is left to do after the last step
+    train(run)       epochs: steps, a probe, a checkpoint
+    make_steps(run)  batch -> step -> now and then a line of metrics and a checkpoint
+    make_step(run)   schedules and ``TrainStep``: nothing in it waits for the device
 
-Everything random comes from the seed: the networks' first weights, the queue, the order of samples, every view, the
-BatchNorm groups of the keys, the coins of drop path. A run that is stopped and resumed makes the same steps as one that was not,
-and one that comes upon a loss that is not finite can go back and make its steps again without the guilty one.
+Everything random comes from the seed: first weights, queue, order of samples, every view, BatchNorm groups of the keys,
+drop path. A run that is stopped and resumed makes the same steps as one that was not.
 
-Under torchrun or srun each process runs this with its share of every batch; the batch of the recipe is that of all of them. The first process alone
-writes, probes and reports.
+Under torchrun or srun each process runs this with its share of every batch; the batch of the recipe is that of all of
+them. The first process alone writes, probes and reports.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
-import time
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from fastssl.config.differences import differences
-from fastssl.config.recipe import Recipe, recipe_to_dict
-from fastssl.config.recipe_choice import require_photos
-from fastssl.distributed.collectives import Vote, agree_any, barrier, broadcast_module, gather_values, share
-from fastssl.distributed.devices import use_amp
-from fastssl.distributed.restarts import launch_from_environment
-from fastssl.distributed.world import World, first_of_host_speaks
-from fastssl.errors import FastSSLError, Interrupted, counted, without_folders
-from fastssl.evaluate.online_probe import OnlineProbe, choose_split, require_same_classes
-from fastssl.models.backbones import resolve_arch
-from fastssl.optim.schedules import RunLength
+from fastssl.config.recipe import Recipe
+from fastssl.distributed.collectives import Vote, agree_any, gather_values, share
+from fastssl.errors import FastSSLError, Interrupted, counted
+from fastssl.evaluate.online_probe import OnlineProbe, choose_split
+from fastssl.methods.base import Encoder
 from fastssl.pipelines.beton.reader import BetonReader
-from fastssl.pipelines.engines.registry import require_engine
 from fastssl.pipelines.loader import Batch, ViewLoader
-from fastssl.pipelines.plan.order import steps_per_epoch
 from fastssl.runs.checkpoint import Position, has_all_files
-from fastssl.runs.folder import RunFolder
-from fastssl.runs.nonfinite import BAD_STEPS, save_bad_step
-from fastssl.runs.restore import require_fit, restore
-from fastssl.runs.saver import NotSaved, Saver
-from fastssl.runs.status import RunStatus
-from fastssl.training.bottleneck import data_share
-from fastssl.training.metrics import MetricRing
-from fastssl.training.preflight import require_whole_photos
-from fastssl.training.step import TrainStep
-from fastssl.utils.cores import available_cores
-from fastssl.utils.signals import StopRequest
-from fastssl.utils.versions import describe_git, describe_host, describe_versions
-
-
-class Progress(Protocol):
-    """Where the loop tells how it stands (a rich display, or plain lines)."""
-
-    def row(self, row: dict[str, Any], done: int, total: int) -> None:
-        """One block of steps: its metrics, the newest online probe's kNN, and how many of the run's steps are done."""
-
-    def message(self, text: str) -> None:
-        """One line that the reader should see: something is not as it was meant to be."""
-
-    def note(self, text: str) -> None:
-        """One line about what is going on; a quiet run leaves it out."""
+from fastssl.runs.saver import NotSaved
+from fastssl.training.rollback import NonFiniteGuard, advice
+from fastssl.training.setup import RunOptions, Setup
+from fastssl.training.step_log import StepLog
 
 
 @dataclass(frozen=True)
-class RunOptions:
-    """What is not the recipe's: data, place, machine.
+class TrainResult:
+    """What training leaves behind, for the report.
 
     Attributes:
-        recipe_name: for the records.
-        data: the ``.beton`` file to learn from; its labels are used by the probes alone.
-        val: a labelled ``.beton`` to probe on; None: a fifth of ``data`` is held out from the probe (not from the training).
-        out: the run's folder.
-        device: ``auto``, ``cpu`` or ``cuda``.
-        resume: ``auto`` (go on if the folder holds a run, from its newest checkpoint that is whole), ``never``, or the path of a checkpoint;
-            of the last two only the first start of a launch takes notice (`fastssl.distributed.restarts`).
-        command: the call of the command line that this is part of, for the report; folders left out.
+        arch: full timm name.
+        backbone, teacher: the trained networks; None: the method has no teacher.
+        device, extraction: where and how features are taken.
+        fallbacks: {switch: why it was not used}.
+        total_steps, position: of the run, at its end.
+        rows: of metrics.jsonl.
+        online_judged: photos that an online probe judges.
     """
 
-    recipe_name: str
-    data: Path
-    out: Path
-    val: Path | None = None
-    device: str = "auto"
-    pipeline: str = "auto"
-    seed: int = 0
-    workers: int | None = None
-    resume: str = "auto"
-    command: str | None = None
+    recipe: Recipe
+    options: RunOptions
+    reader: BetonReader
+    val: BetonReader | None
+    arch: str
+    backbone: nn.Module
+    teacher: Encoder | None
+    device: torch.device
+    extraction: dict[str, Any]
+    fallbacks: dict[str, str]
+    git: str | None
+    total_steps: int
+    position: Position
+    rows: list[dict[str, Any]]
+    online_judged: int
 
 
-class Run:
-    """One run: its networks, its position, its files."""
+def train(run: Setup) -> TrainResult | None:
+    """Make all steps that are left, with the probes between epochs.
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        options: RunOptions,
-        reader: BetonReader,
-        val: BetonReader | None,
-        progress: Progress,
-        world: World,
-        device: torch.device,
-    ):
-        self.recipe, self.options, self.reader, self.val, self.progress = recipe, options, reader, val, progress
-        self.world, self.device = world, device
-        self.git = describe_git()  # now: the files may be others when the run ends
-        self.amp = use_amp(recipe.train.amp, self.device)
-        self.out = options.out
-        self.batch_size = recipe.train.batch_size
-        with first_of_host_speaks():  # all find the same faults, before they first wait for each other
-            require_photos(recipe, len(reader), processes=world.size, where=str(reader.path))
-            self.steps_per_epoch = steps_per_epoch(len(reader), self.batch_size)
-            self.total_steps = recipe.train.epochs * self.steps_per_epoch
-            require_engine(options.pipeline, reader, recipe.views)
-            if val is not None:
-                require_same_classes(reader, val)
-                if world.is_main and recipe.train.on_bad == "fail":
-                    require_whole_photos(val, workers=options.workers)
-            self.step = TrainStep(recipe, self.device, amp=self.amp, seed=options.seed, world=world)
-        for line in self.step.without_effect:
-            progress.message(line)
-        self.position = Position()
-        self.config = self._config()
-        self._agree()
-        self.stop = StopRequest()
-        self.folder = RunFolder(self.out, progress.message) if world.is_main else None
-        self.saver = Saver(self.folder, recipe, self.config, progress.message) if self.folder else None
-        self.status: RunStatus | None = None
-        self._knn: float | None = None  # of the newest online probe
-        try:
-            self._begin()
-            if self.folder:
-                self.status = RunStatus(self.out, self._standing)
-        except BaseException:
-            self.close()
-            raise
+    Returns:
+        None in all processes but the first.
+    """
+    with run.make_loader() as loader, closing(run.step):
+        log, guard, vote, probe = StepLog(run, loader), NonFiniteGuard(run), Vote(2), _online_probe(run)
+        if run.saver:
+            _complete_checkpoint(run)
+            run.saver.begin()
+        for line in run.plan():
+            run.progress.note(line)
+        while run.position.epoch < run.recipe.train.epochs:
+            while run.position.step_in_epoch < run.length.steps_per_epoch:
+                make_steps(run, loader, log, guard, vote)
+            _end_epoch(run, loader, vote, probe)
+        vote.close()
+    return _result(run, probe) if probe else None
 
-    # ------------------------------------------------------------------ setting up
 
-    def _config(self) -> dict[str, Any]:
-        """Every value that the run's numbers depend on, resolved."""
-        return {
-            "recipe": self.options.recipe_name,
-            "arch": resolve_arch(self.recipe.arch),
-            # names, not paths: a report is passed on, and the folder it was made in is nobody's business
-            "data": {
-                "name": self.options.data.name,
-                "samples": len(self.reader),
-                "tables": "{head:08x}{table:08x}".format(**self.reader.table_checksums()),
-                "photos": f"{self.reader.photo_checksum():08x}",
-                "val_photos": f"{self.val.photo_checksum():08x}" if self.val else None,
-            },
-            "val": self.options.val.name if self.options.val else None,
-            "seed": self.options.seed,
-            **{key: value for key, value in recipe_to_dict(self.recipe).items() if key != "arch"},
-        }
-
-    def _agree(self) -> None:
-        """Processes that were started with different settings would wait for each other for ever: better to say so now."""
-        mine = {**self.config, "out": str(self.out), "resume": self.options.resume, "device": self.device.type, "bfloat16": self.amp}
-        found = differences(mine, share(mine))
-        if agree_any(bool(found)):
-            what = f"this is process {self.world.rank}: {'; '.join(found[:3])}" if found else "another one says which"
-            raise FastSSLError(f"the processes of this run were started with different settings ('there' is process 0; {what})")
-
-    def _begin(self) -> None:
-        """Take the folder, and go on with what is in it or begin. The first process alone looks at the files, and tells the others."""
-        found: dict[str, Any] | str | None = None
-        if self.folder:
-            about = {"host": describe_host(), "versions": describe_versions(), "git": self.git}
-            try:
-                found = self.folder.open(
-                    self.config, self.options.resume, {"device": self.device.type, **about}, self._require_fit, launch_from_environment()
-                )
-            except FastSSLError as error:
-                found = str(error)
-        found = share(found)
-        if isinstance(found, str):
-            self._end_together(FastSSLError(found))
-        if found is not None:
-            self.position = restore(found, method=self.step.method, optimizer=self.step.optimizer)
-            if self.saver:
-                self.saver.saved_step = self.position.step
-            self.progress.note(f"resumed at step {self.position.step:,} (epoch {self.position.epoch})")
-        broadcast_module(self.step.method)
-
-    def _require_fit(self, state: dict[str, Any]) -> None:
-        """Raise FastSSLError where this run cannot go on from the checkpoint."""
-        require_fit(
-            state,
-            method=self.step.method,
-            optimizer=self.step.optimizer,
-            steps_per_epoch=self.steps_per_epoch,
-            epochs=self.recipe.train.epochs,
-            samples=len(self.reader),
-        )
-
-    def close(self) -> None:
-        """Let other processes, and later runs of this one, have the folder."""
-        if self.status:
-            self.status.close()
-        if self.folder:
-            self.folder.close()
-
-    @property
-    def backbone(self) -> nn.Module:
-        """The network that is being trained."""
-        return self.step.method.student.backbone
-
-    def tell_status(self, state: str, **more: str) -> None:
-        """Write status.json, where this is the first process."""
-        if self.status:
-            # Folders are nobody's business, and reports are passed on: names alone are left.
-            for path in filter(None, (self.out, self.options.data, self.options.val)):
-                more = {key: value.replace(f"{path.parent}/", "") for key, value in more.items()}
-            self.status.tell(state, **{key: without_folders(value) for key, value in more.items()})
-
-    def _standing(self) -> dict[str, int | None]:
-        return {"step": self.position.step, "total_steps": self.total_steps, "saved_step": self.saver.saved_step}
-
-    # ------------------------------------------------------------------ training
-
-    def train(self) -> None:
-        """All epochs that are left."""
-        train = self.recipe.train
-        with self._loader() as loader, closing(self.step):
-            self.length = RunLength(self.total_steps, self.steps_per_epoch)
-            self.ring = MetricRing(self.step.method.METRICS, min(train.log_every, self.steps_per_epoch), self.device)
-            self.probe = self._online_probe() if self.world.is_main else None
-            self._vote = Vote(2)
-            self._careful_until = 0
-            self._known_skipped = list(self.position.skipped)
-            if self.saver:
-                self._complete_checkpoint()
-                self.saver.begin()
-            if self.position.step < self.total_steps:
-                for line in self._plan():
-                    self.progress.note(line)
-            else:
-                steps = counted(self.total_steps, "step")
-                self.progress.note(f"{self.total_steps:,} of {steps} made already: what is left is the report")
-            while self.position.epoch < train.epochs:
-                self._epoch(loader)
-            self._vote.close()
-
-    def _plan(self) -> tuple[str, str, str]:
-        """What is about to be done, in lines of some 80 columns: the first line of metrics may be minutes away."""
-        left, epoch = self.total_steps - self.position.step, counted(self.steps_per_epoch, "step")
-        photos, batch = counted(len(self.reader), "photo"), counted(self.batch_size, "photo")
-        views = " + ".join(f"{spec.count} x {spec.size} px" for spec in self.recipe.views)
-        return (
-            f"recipe {self.options.recipe_name}, {photos}, {self._machine()}, views {views}",
-            f"training {self.config['arch']}: {left:,} of {counted(self.total_steps, 'step')} to make, {batch} each; "
-            f"{counted(self.recipe.train.epochs, 'epoch')} of {epoch}",
-            f"into {self.out}; Ctrl-C saves; the same command resumes",
-        )
-
-    def _machine(self) -> str:
-        """``cpu (2 threads)``, or the GPU's name and the threads that decode for it; before it how many processes."""
-        many = f"{self.world.size} x " if self.world.size > 1 else ""
-        if self.device.type == "cuda":
-            threads = counted(self.options.workers or available_cores(), "decoding thread")
-            return f"{many}{torch.cuda.get_device_name(self.device)} ({threads})"
-        return f"{many}{self.device.type} ({counted(torch.get_num_threads(), 'thread')})"
-
-    def _complete_checkpoint(self) -> None:
-        """Write the files that a kill in the middle of a checkpoint, or a checkpoint from elsewhere, left out; they may never come again."""
-        position, milestone = self.position, None
-        if position.step == 0:
-            return
-        if position.step_in_epoch == 0:
-            milestone = self._milestone(position.epoch)
-        if not has_all_files(self.folder.checkpoints, self.step.method, position.step, milestone):
-            self._save(milestone, patiently=position.epoch >= self.recipe.train.epochs)
-
-    def _milestone(self, ended: int) -> int | None:
-        """The epoch that has just ended, where it is one to be kept for ever."""
-        every = self.recipe.train.milestone_epochs
-        return ended if every and ended % every == 0 else None
-
-    def _loader(self) -> ViewLoader:
-        return ViewLoader(
-            self.reader,
-            views=self.recipe.views,
-            batch_size=self.step.batch_size,
-            rank=self.world.rank,
-            world=self.world.size,
-            device=self.device,
-            pipeline=self.options.pipeline,
-            seed=self.options.seed,
-            workers=self.options.workers,
-            on_bad=self.recipe.train.on_bad,
-            dtype=self.step.view_dtype,
-            colour=not self.step.takes_crops,
-        )
-
-    def _online_probe(self) -> OnlineProbe:
-        probe = self.recipe.probe
-        split = choose_split(self.reader, self.val, probe.online_samples, self.options.seed)
-        return OnlineProbe(split, probe.size, **self.extraction)
-
-    @property
-    def extraction(self) -> dict[str, Any]:
-        """How features are taken on this machine (arguments of ``extract_features``)."""
-        return {
-            "device": self.device,
-            "workers": self.options.workers,
-            "amp": self.amp,
-            "crop": self.recipe.probe.crop,
-            "on_bad": self.recipe.train.on_bad,
-        }
-
-    def _epoch(self, loader: ViewLoader) -> None:
-        """From where the run stands to the end of that epoch."""
-        while self.position.step_in_epoch < self.steps_per_epoch:
-            self._steps(loader)
-        self._end_epoch(loader)
-
-    def _steps(self, loader: ViewLoader) -> None:
-        """Steps up to the end of the epoch, or until the run was set back."""
-        position = self.position
-        with closing(loader.epoch(position.epoch, start_step=position.step_in_epoch)) as batches:
-            self._start_block(loader)
-            for batch in batches:
-                if position.step < self._careful_until:
-                    self._careful_step(batch)
-                elif position.step + 1 not in position.passed_over:
-                    self._step(batch)
-                position.step += 1
-                position.step_in_epoch += 1
-                # By the position and not by the number of steps made: blocks end where those of an uninterrupted run do.
-                ended = position.step_in_epoch % self.recipe.train.log_every == 0 or position.step_in_epoch == self.steps_per_epoch
-                if ended and not self._close_block(loader):
+def make_steps(run: Setup, loader: ViewLoader, log: StepLog, guard: NonFiniteGuard, vote: Vote) -> None:
+    """Steps to the end of the epoch, or until one that is not finite has set the run back."""
+    with closing(loader.epoch(run.position.epoch, start_step=run.position.step_in_epoch)) as batches:
+        log.begin_block()
+        guard.begin_block()
+        for batch in batches:
+            if guard.careful:
+                guard.step(make_step, batch)
+            elif not guard.passes_over():
+                make_step(run, batch)
+            run.position.step += 1
+            run.position.step_in_epoch += 1
+            if log.is_block_end() and not _end_block(log, guard):
+                return
+            stop, save = vote(bool(run.stop), run.saver is not None and run.saver.is_due())
+            if stop or save:
+                if not _end_block(log, guard, wait=True):
+                    if run.saver:
+                        run.saver.ask_again()
                     return
-                stop, save = self._vote(bool(self.stop), self.saver is not None and self.saver.is_due())
-                if (stop or save) and not self._leave_or_save(loader, stop):
-                    return
+                _gather_skipped(run, loader)
+                if stop:
+                    _leave(run, vote)
+                save_checkpoint(run)
+                log.begin_block()  # what was spent on the checkpoint is not the rate of a step
 
-    def _leave_or_save(self, loader: ViewLoader, stop: bool) -> bool:
-        """A checkpoint between two steps; the end of the run where a signal asked for it. False: the run was set back, and nothing saved."""
-        if not self._close_block(loader, wait=True):
-            if self.saver:
-                self.saver.ask_again()
-            return False
-        self._gather_skipped(loader)
-        if stop:
-            self._leave()
-        self._save()
-        self._start_block(loader)  # what was spent on the checkpoint is not the rate of a step
+
+def make_step(run: Setup, batch: Batch) -> Tensor:
+    """One step; its metrics, on the device. No value is read back from there."""
+    position, step, first = run.position, run.step, not run.step.prepared
+    run.rates = step.rates(position.step, run.length)
+    noise = step.noise(position.epoch, position.step_in_epoch, batch.index.numpy())
+    phase = step.method.phase(position.step, run.length)
+    metrics = step(batch.views, noise, run.rates, phase=phase, tables=batch.tables)
+    run.ring.push(metrics, position.step + 1)
+    if first:
+        for switch, reason in step.fallbacks.items():
+            run.progress.message(f"without {switch}: {reason}")
+    return metrics
+
+
+def _end_block(log: StepLog, guard: NonFiniteGuard, *, wait: bool = False) -> bool:
+    """A line of metrics for the steps since the last one. False: one was not finite, and the run was set back."""
+    if not guard.accept_block():
+        return False
+    log.end_block(wait=wait)
+    log.begin_block()
+    guard.begin_block()
+    return True
+
+
+def _end_epoch(run: Setup, loader: ViewLoader, vote: Vote, probe: OnlineProbe | None) -> None:
+    """The probe, and a checkpoint at the very end and at milestones."""
+    position, every = run.position, run.recipe.probe.every_epochs
+    _gather_skipped(run, loader)
+    ended = position.epoch + 1
+    last = ended == run.recipe.train.epochs
+    if every and ended % every == 0 and not last:
+        row = probe and run.stop.unless_asked(lambda: probe.run(run.backbone, step=position.step, epoch=ended))
+        # The others wait here for the first process, which probes alone. A run that goes on from here probes again.
+        if agree_any(bool(run.stop)):
+            _leave(run, vote)
+        if row is not None:
+            _report_probe(run, probe, row)
+    position.epoch, position.step_in_epoch = ended, 0
+    milestone = _milestone(run, ended)
+    if last or milestone:
+        save_checkpoint(run, milestone, patiently=last)
+
+
+# ---------------------------------------------------------------------- probes
+
+
+def _online_probe(run: Setup) -> OnlineProbe | None:
+    """The first process's; the others have none."""
+    if not run.world.is_main:
+        return None
+    settings = run.recipe.probe
+    split = choose_split(run.reader, run.val, settings.online_samples, run.options.seed)
+    return OnlineProbe(split, settings.size, **run.extraction)
+
+
+def _report_probe(run: Setup, probe: OnlineProbe, row: dict[str, Any]) -> None:
+    """The line of an online probe, which this process alone has made."""
+    if run.saver:
+        run.saver.write(row)
+    run.online_knn = row["knn"]
+    split, rank = probe.split, row["effective_rank"]
+    photos = counted(len(split.query_index) + (0 if split.labelled else len(split.bank_index)), "photo")
+    found = "features that are NaN or infinite outside of training"
+    if math.isfinite(rank):
+        found = f"effective rank {rank:.1f}"
+    if row["knn"] is not None:
+        found = f"kNN {row['knn']:.1f} % of {photos}, {found}"
+    kind = "online probe" if split.labelled else f"online probe, {photos} without labels"
+    run.progress.note(f"epoch {row['epoch']:,}: {found} ({kind})")
+
+
+# ---------------------------------------------------------------------- checkpoints
+
+
+def save_checkpoint(run: Setup, milestone: int | None = None, *, patiently: bool = False) -> bool:
+    """A checkpoint; False: the disk did not take it. ``patiently``: wait for room, as nothing else is left to do.
+
+    Raises:
+        FastSSLError: the state is not finite; a checkpoint of it would be worse than none.
+    """
+    if not run.step.is_finite():
+        raise FastSSLError(
+            f"the networks are no longer finite at step {run.position.step:,}, though the loss is: the run has diverged{advice(run)}"
+        )
+    if not run.saver:
         return True
+    saved = run.saver.save(
+        run.step.method,
+        run.step.optimizer,
+        run.position,
+        milestone=milestone,
+        stop=run.stop if patiently else None,
+    )
+    if saved:
+        run.tell_status("training")
+    return saved
 
-    def _leave(self) -> NoReturn:
-        """Save, and end the run, as all processes do here."""
-        saved = self._save()
-        self._vote.close()
-        if not share(saved):
-            why = self.saver.why() if self.saver else "its first process says why"
-            self._end_together(NotSaved(f"stopped at step {self.position.step:,}, which could not be saved: {why}"))
-        self._end_together(
-            Interrupted(f"stopped at step {self.position.step:,}; everything is saved in {self.out}; the same command goes on from here")
-        )
 
-    def _end_together(self, error: FastSSLError) -> NoReturn:
-        """Raise what all processes end with, by agreement. The first one says it for all before any of them leaves: when one has left, torchrun ends the others."""
-        if self.world.size > 1:
-            self.progress.message(f"fastssl: {error}")
-            barrier()
-            error.told = True
-        raise error
+def _complete_checkpoint(run: Setup) -> None:
+    """Write the files that a kill in the middle of a checkpoint, or a checkpoint from elsewhere, left out."""
+    position, milestone = run.position, None
+    if position.step == 0:
+        return
+    if position.step_in_epoch == 0:
+        milestone = _milestone(run, position.epoch)
+    if not has_all_files(run.folder.checkpoints, run.step.method, position.step, milestone):
+        save_checkpoint(run, milestone, patiently=position.epoch >= run.recipe.train.epochs)
 
-    def _end_epoch(self, loader: ViewLoader) -> None:
-        """The probe, and a checkpoint at the very end and at milestones."""
-        train, position, every = self.recipe.train, self.position, self.recipe.probe.every_epochs
-        self._gather_skipped(loader)
-        ended = position.epoch + 1
-        last = ended == train.epochs
-        if every and ended % every == 0 and not last:
-            row = self.probe and self.stop.unless_asked(lambda: self.probe.run(self.backbone, step=position.step, epoch=ended))
-            # The others wait here for the first process, which probes alone. A run that goes on from here makes the probe again.
-            if agree_any(bool(self.stop)):
-                self._leave()
-            if row is not None:
-                self._report_probe(row)
-        position.epoch, position.step_in_epoch = ended, 0
-        milestone = self._milestone(ended)
-        if last or milestone:
-            self._save(milestone, patiently=last)
 
-    def _gather_skipped(self, loader: ViewLoader) -> None:
-        """Put the damaged photos that all processes have met so far on record."""
-        self.position.skipped = sorted({*self._known_skipped, *chain.from_iterable(gather_values(loader.stats.skipped))})
+def _milestone(run: Setup, ended: int) -> int | None:
+    """The epoch that has just ended, where its checkpoint is to be kept for good."""
+    every = run.recipe.train.milestone_epochs
+    return ended if every and ended % every == 0 else None
 
-    def _step(self, batch: Batch) -> Tensor:
-        """One step; its metrics, on the device. No value is read back from there."""
-        position, first = self.position, not self.step.prepared
-        self._rates = self.step.rates(position.step, self.length)
-        noise = self.step.noise(position.epoch, position.step_in_epoch, batch.index.numpy())
-        phase = self.step.method.phase(position.step, self.length)
-        metrics = self.step(batch.views, noise, self._rates, phase=phase, tables=batch.tables)
-        self.ring.push(metrics, position.step + 1)
-        if first:
-            self._block_started += self.step.prepare_s  # minutes of compiling are not the rate of a step
-            for switch, reason in self.step.fallbacks.items():
-                self.progress.message(f"without {switch}: {reason}")
-        return metrics
 
-    # ------------------------------------------------------------------ steps that are not finite
+def _leave(run: Setup, vote: Vote) -> NoReturn:
+    """Save, and end the run, as all processes do here."""
+    saved, step = save_checkpoint(run), run.position.step
+    vote.close()
+    if not share(saved):
+        why = run.saver.why() if run.saver else "its first process says why"
+        run.end_together(NotSaved(f"stopped at step {step:,}, which could not be saved: {why}"))
+    run.end_together(Interrupted(f"stopped at step {step:,}; everything is saved in {run.options.out}; the same command goes on from here"))
 
-    def _careful_step(self, batch: Batch) -> None:
-        """One step that is taken back if its loss, or what it made of the networks, is not finite. Waits for the device."""
-        number, most = self.position.step + 1, self.recipe.train.skip_nonfinite
-        if number in self.position.passed_over:
-            return
-        undo = self.step.snapshot()
-        loss = float(self._step(batch)[0])
-        if not agree_any(not (math.isfinite(loss) and self.step.is_finite())):
-            return
-        undo()
-        self.ring.pop()
-        reason = "a gradient is not finite" if math.isfinite(loss) else f"the loss is {loss}"
-        where = self._keep_batch(batch, number, reason)
-        if len(self.position.passed_over) >= most:
-            were = "was" if most == 1 else "were"
-            steps = counted(most, "such step")
-            self._end_together(
-                FastSSLError(
-                    f"step {number:,}: {reason}, and {steps} {were} passed over before (train.skip_nonfinite){self._advice(where)}"
-                )
-            )
-        self.position.passed_over.append(number)
-        self.progress.message(f"step {number:,}: {reason}; passed over{f', its batch is in {where}' if where else ''}")
 
-    def _set_back(self) -> None:
-        """To the beginning of this block, to make its steps again one by one."""
-        self._careful_until = self.position.step
-        self._undo_block()
-        self.ring.clear()
-        self.position = dataclasses.replace(self._block_position)
-        self.progress.message(f"a loss or gradient is not finite: back to step {self.position.step:,}, to find out which")
+def _gather_skipped(run: Setup, loader: ViewLoader) -> None:
+    """Put the damaged photos that all processes have met so far on record."""
+    met = chain.from_iterable(gather_values(loader.stats.skipped))
+    run.position.skipped = sorted({*run.position.skipped, *met})
 
-    def _diverged(self, loader: ViewLoader, number: int, reason: str) -> FastSSLError:
-        """The error for step ``number``, whose batch is drawn once more for a look."""
-        epoch, step_in_epoch = divmod(number - 1, self.steps_per_epoch)
-        where = None
-        # The loader has one consumer, and an epoch of it is running: this one is of its own.
-        with self._loader() as other, closing(other.epoch(epoch, start_step=step_in_epoch)) as batches:
-            where = self._keep_batch(next(batches), number, reason)
-        return FastSSLError(f"{reason} at step {number:,}: the run has diverged{self._advice(where)}")
 
-    def _advice(self, where: str | None) -> str:
-        batch = f"; the step's batch is in {where}" if where else ""
-        change = "a higher train.skip_nonfinite" if self.recipe.train.skip_nonfinite else "train.skip_nonfinite=1 (or more)"
-        return (
-            f". Lower optim.lr (now {self.recipe.optim.lr:g}) or lengthen optim.warmup_epochs; or go on with {change}, which passes over single "
-            f"steps{batch}{f'; {self.saver.newest()}' if self.saver else ''}"
-        )
-
-    def _keep_batch(self, batch: Batch, number: int, reason: str) -> str | None:
-        """Save what this process was given at step ``number``; where, for the message. None: the disk did not take it."""
-        epoch, step_in_epoch = divmod(number - 1, self.steps_per_epoch)
-        about = {"step": number, "epoch": epoch, "step_in_epoch": step_in_epoch, "seed": self.options.seed, "reason": reason}
-        folder = self.out / BAD_STEPS / f"step-{number:08}"
-        try:
-            save_bad_step(
-                folder, batch, self.recipe.views, rank=self.world.rank, about={**about, **self.step.rates(number - 1, self.length)}
-            )
-        except OSError as error:
-            self.progress.message(f"{folder}: the batch could not be saved ({error.strerror or error})")
-            return None
-        return str(folder)
-
-    # ------------------------------------------------------------------ metrics and files
-
-    def _start_block(self, loader: ViewLoader) -> None:
-        self._block_started = time.monotonic()
-        self._block_stats, self._block_cpu = dataclasses.replace(loader.stats), time.thread_time()
-        if self.recipe.train.skip_nonfinite and self.position.step >= self._careful_until:
-            self._undo_block = self.step.snapshot()
-            self._block_position = dataclasses.replace(self.position)
-
-    def _close_block(self, loader: ViewLoader, wait: bool = False) -> bool:
-        """A line of metrics for the steps since the last one. False: something in them was not finite, and the run was set back to before them.
-
-        Args:
-            wait: for the metrics of these very steps; otherwise on a GPU they may be written a block later.
-        """
-        if self.recipe.train.skip_nonfinite and agree_any(not (self.ring.is_finite() and self.step.is_finite())):
-            self._set_back()
-            return False
-        if steps := len(self.ring):
-            seconds = max(time.monotonic() - self._block_started, 1e-9)
-            self.position.train_seconds += seconds
-            views = sum(spec.count for spec in self.recipe.views)
-            spent, before = loader.stats, self._block_stats
-            waited = spent.wait_s - before.wait_s
-            share = data_share(
-                seconds,
-                on_cpu=self.device.type == "cpu",
-                wait_s=waited,
-                colour_s=spent.colour_s - before.colour_s,
-                loader_cpu_s=spent.host_cpu_s - before.host_cpu_s,
-                step_cpu_s=time.thread_time() - self._block_cpu - (spent.consumer_cpu_s - before.consumer_cpu_s),
-            )
-            self.ring.flush(
-                {
-                    "kind": "step",
-                    "step": self.position.step,
-                    "epoch": self.position.step / self.steps_per_epoch,
-                    **self._rates,
-                    "pair_per_s": steps * self.batch_size / seconds,
-                    "view_per_s": steps * self.batch_size * views / seconds,
-                    "data_wait": waited / seconds,
-                    "data_share": share,
-                    "seconds": self.position.train_seconds,
-                }
-            )
-        for row in self.ring.collect(wait=wait or self.position.step == self.total_steps):
-            self._report(row, loader)
-        self._start_block(loader)
-        return True
-
-    def _report(self, row: dict[str, Any], loader: ViewLoader) -> None:
-        bad = row.pop("nonfinite", None)
-        self._write(row)
-        self.progress.row({**row, "knn": self._knn}, self.position.step, self.total_steps)
-        if bad is not None:
-            raise self._diverged(loader, bad, f"the loss is {row['loss']}")
-
-    def _report_probe(self, row: dict[str, Any]) -> None:
-        """The line of an online probe, which this process alone has made."""
-        self._write(row)
-        self._knn = row["knn"]
-        split, rank = self.probe.split, row["effective_rank"]
-        photos = counted(len(split.query_index) + (0 if split.labelled else len(split.bank_index)), "photo")
-        found = f"effective rank {rank:.1f}" if math.isfinite(rank) else "features that are NaN or infinite outside of training"
-        if row["knn"] is not None:
-            found = f"kNN {row['knn']:.1f} % of {photos}, {found}"
-        probe = "online probe" if split.labelled else f"online probe, {photos} without labels"
-        self.progress.note(f"epoch {row['epoch']:,}: {found} ({probe})")
-
-    def _write(self, row: dict[str, Any]) -> None:
-        if self.saver:
-            self.saver.write(row)
-
-    def _save(self, milestone: int | None = None, *, patiently: bool = False) -> bool:
-        """A checkpoint; False: the disk did not take it. ``patiently``: wait for room, as there is nothing else left to do.
-
-        Raises:
-            FastSSLError: the state is not finite; a checkpoint of it would be worse than none.
-        """
-        if not self.step.is_finite():
-            raise FastSSLError(
-                f"the networks are no longer finite at step {self.position.step:,}, though the loss is: the run has diverged{self._advice(None)}"
-            )
-        if not self.saver:
-            return True
-        saved = self.saver.save(
-            self.step.method, self.step.optimizer, self.position, milestone=milestone, stop=self.stop if patiently else None
-        )
-        if saved:
-            self.tell_status("training")
-        return saved
+def _result(run: Setup, probe: OnlineProbe) -> TrainResult:
+    return TrainResult(
+        recipe=run.recipe,
+        options=run.options,
+        reader=run.reader,
+        val=run.val,
+        arch=run.config["arch"],
+        backbone=run.backbone,
+        teacher=run.step.method.teacher,
+        device=run.device,
+        extraction=run.extraction,
+        fallbacks=run.step.fallbacks,
+        git=run.git,
+        total_steps=run.length.total_steps,
+        position=run.position,
+        rows=run.folder.metrics.rows(),
+        online_judged=len(probe.split.query_index),
+    )

@@ -13,7 +13,8 @@ from fastssl.cli import main
 from fastssl.config.recipe import load_recipe, recipe_names
 from fastssl.methods import METHODS
 from fastssl.models.backbones import load_backbone
-from fastssl.training.trainer import Run
+from fastssl.training import trainer
+from fastssl.training.setup import Setup
 
 #: What makes a recipe small. The number of views, the pair weights, the optimiser and the schedules stay its own.
 ALWAYS = ["train.epochs=1", "train.batch_size=8", "train.log_every=3", "probe.size=32", "probe.online_samples=20", "probe.final_samples=24"]
@@ -57,16 +58,16 @@ def cli(arguments: list[str]) -> int:
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_it_trains_stops_and_goes_on(name: str, beton: Path, tmp_path: Path) -> None:
-    out, original = tmp_path / "run", Run._step
+    out, original = tmp_path / "run", trainer.make_step
 
-    def stop_at_three(run: Run, batch: object) -> object:
+    def stop_at_three(run: Setup, batch: object) -> object:
         metrics = original(run, batch)
         if run.position.step == 2:
             run.stop.set()
         return metrics
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, "_step", stop_at_three)
+        patch.setattr(trainer, "make_step", stop_at_three)
         assert cli(command(name, beton, out)) == 130
     saved = torch.load(out / "checkpoints" / "last.pt", weights_only=True)
     assert saved["position"]["step"] == 3
@@ -94,9 +95,9 @@ def test_it_trains_stops_and_goes_on(name: str, beton: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize("name", ["dino-vit_tiny-sslight", "swav-mobilenetv2-sslight", "moco-mobilenetv2-sslight", "simclr-mobilenetv3"])
 def test_a_stopped_run_ends_with_the_weights_of_one_that_was_not(name: str, beton: Path, tmp_path: Path) -> None:
     """Queues, centres, coins of drop path and all: resuming is exact for every method."""
-    original = Run._step
+    original = trainer.make_step
 
-    def stop_at_four(run: Run, batch: object) -> object:
+    def stop_at_four(run: Setup, batch: object) -> object:
         metrics = original(run, batch)
         if run.position.step == 3:
             run.stop.set()
@@ -104,7 +105,7 @@ def test_a_stopped_run_ends_with_the_weights_of_one_that_was_not(name: str, beto
 
     assert cli(command(name, beton, tmp_path / "whole")) == 0
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, "_step", stop_at_four)
+        patch.setattr(trainer, "make_step", stop_at_four)
         assert cli(command(name, beton, tmp_path / "stopped")) == 130
     assert cli(command(name, beton, tmp_path / "stopped")) == 0
     whole, stopped = (torch.load(tmp_path / run / "checkpoints" / "last.pt", weights_only=True)["method"] for run in ("whole", "stopped"))

@@ -11,7 +11,8 @@ from small_run import Silent, options, same, small, state
 from fastssl.distributed.restarts import launch_from_environment
 from fastssl.pretrain import pretrain
 from fastssl.runs.folder import RunFolder
-from fastssl.training.trainer import Run
+from fastssl.training import trainer
+from fastssl.training.setup import Setup
 
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_RESTART_COUNT": "0"}
 SLURM = {"SLURM_CLUSTER_NAME": "kings-cross", "SLURM_JOB_ID": "4711"}
@@ -55,7 +56,7 @@ def test_a_run_that_is_started_again_keeps_what_it_has_made(
     resume: str, beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A run of twelve steps is there. The job begins over, or at its step 3, fails in step 9, and is requeued with the same arguments."""
-    out, original = tmp_path / "run", Run._step
+    out, original = tmp_path / "run", trainer.make_step
     recipe = small("train.checkpoint_minutes=0", "train.keep_last=12", "probe.every_epochs=0", "probe.final_samples=0")
     pretrain(recipe, options(beton, out), Silent())
     whole, resume = state(out), resume if resume == "never" else str(out / "checkpoints" / resume)
@@ -68,13 +69,13 @@ def test_a_run_that_is_started_again_keeps_what_it_has_made(
             messages.append("\n".join(said.messages))
         return messages[-1]
 
-    def fail(run: Run, batch: object) -> object:
+    def fail(run: Setup, batch: object) -> object:
         if run.position.step == 9:
             raise KeyboardInterrupt
         return original(run, batch)
 
     messages: list[str] = []
-    monkeypatch.setattr(Run, "_step", fail)
+    monkeypatch.setattr(trainer, "make_step", fail)
     # Requeued before it came to open the folder: nothing here is its own yet.
     environment(monkeypatch, {**SLURM, **again("slurm")})
     with pytest.raises(KeyboardInterrupt):

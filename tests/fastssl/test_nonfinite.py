@@ -22,8 +22,9 @@ from fastssl.pipelines.plan.draw import ViewSpec
 from fastssl.pretrain import pretrain
 from fastssl.runs.nonfinite import save_bad_step
 from fastssl.runs.saver import Saver
+from fastssl.training import trainer
+from fastssl.training.setup import Setup
 from fastssl.training.step import TrainStep
-from fastssl.training.trainer import Run
 
 
 @pytest.fixture
@@ -31,9 +32,9 @@ def break_steps(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """``break_steps({step: "loss" or "gradient"})``: what becomes NaN at steps counted from 1; whatever the run does about it, it does with real batches."""
 
     def install(broken: dict[int, str]) -> None:
-        step, update = Run._step, TrainStep.update
+        step, update = trainer.make_step, TrainStep.update
 
-        def poisoned(run: Run, batch: Batch) -> torch.Tensor:
+        def poisoned(run: Setup, batch: Batch) -> torch.Tensor:
             kind = broken.get(run.position.step + 1)
             run.step.poison = kind is not None
             metrics = step(run, batch)
@@ -51,7 +52,7 @@ def break_steps(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
                         parameter.grad.fill_(float("nan"))
             update(self, rates)
 
-        monkeypatch.setattr(Run, "_step", poisoned)
+        monkeypatch.setattr(trainer, "make_step", poisoned)
         monkeypatch.setattr(TrainStep, "update", nan_gradients)
 
     return install
@@ -61,13 +62,13 @@ def test_a_step_that_is_passed_over_leaves_no_trace(
     beton: Path, tmp_path: Path, break_steps: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Against the obvious way: a run that does not make steps 2 and 7 in the first place."""
-    original = Run._step
+    original = trainer.make_step
 
-    def leave_out(run: Run, batch: Batch) -> torch.Tensor | None:
+    def leave_out(run: Setup, batch: Batch) -> torch.Tensor | None:
         return None if run.position.step + 1 in (2, 7) else original(run, batch)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, "_step", leave_out)
+        patch.setattr(trainer, "make_step", leave_out)
         pretrain(small(), options(beton, tmp_path / "left-out"), Silent())
 
     break_steps({2: "loss", 7: "gradient"})
@@ -146,9 +147,9 @@ def test_what_was_passed_over_is_known_behind_a_resume(
     beton: Path, tmp_path: Path, break_steps: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     break_steps({2: "loss", 9: "loss"})
-    recipe, poisoned = small("train.skip_nonfinite=2"), Run._step
+    recipe, poisoned = small("train.skip_nonfinite=2"), trainer.make_step
 
-    def stop(run: Run, batch: Batch) -> torch.Tensor:
+    def stop(run: Setup, batch: Batch) -> torch.Tensor:
         metrics = poisoned(run, batch)
         if run.position.step == 6:
             run.stop.set()
@@ -156,7 +157,7 @@ def test_what_was_passed_over_is_known_behind_a_resume(
 
     pretrain(recipe, options(beton, tmp_path / "whole"), Silent())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, "_step", stop)
+        patch.setattr(trainer, "make_step", stop)
         with pytest.raises(Interrupted):
             pretrain(recipe, options(beton, tmp_path / "run"), Silent())
     assert state(tmp_path / "run")["position"]["passed_over"] == [2]
@@ -168,17 +169,17 @@ def test_what_was_passed_over_is_known_behind_a_resume(
 def test_a_signal_while_the_run_is_set_back(when: int, beton: Path, tmp_path: Path, break_steps: Callable) -> None:
     """Step 9 of the block 7..10 is bad; the signal comes while its steps are made again one by one, or while the run goes back."""
     break_steps({9: "gradient"})
-    recipe, poisoned, made = small("train.skip_nonfinite=1"), Run._step, []
+    recipe, poisoned, made = small("train.skip_nonfinite=1"), trainer.make_step, []
     pretrain(recipe, options(beton, tmp_path / "whole"), Silent())
 
-    def stop(run: Run, batch: Batch) -> torch.Tensor:
+    def stop(run: Setup, batch: Batch) -> torch.Tensor:
         made.append(run.position.step + 1)
         if made[-1] == when and made.count(when) == (2 if when < 9 else 1):
             run.stop.set()
         return poisoned(run, batch)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, "_step", stop)
+        patch.setattr(trainer, "make_step", stop)
         with pytest.raises(Interrupted):
             pretrain(recipe, options(beton, tmp_path / "run"), Silent())
     summary = pretrain(recipe, options(beton, tmp_path / "run"), Silent())
@@ -190,17 +191,17 @@ def test_a_run_set_back_twice_goes_on_from_before_the_step_that_it_knows_as_bad(
 ) -> None:
     """A checkpoint that is due behind step 3 finds step 2, the end of the block step 4; the signal comes while step 1 is made for the third time."""
     break_steps({2: "gradient", 4: "gradient"})
-    recipe, poisoned, made = small("train.skip_nonfinite=2"), Run._step, []
+    recipe, poisoned, made = small("train.skip_nonfinite=2"), trainer.make_step, []
     pretrain(recipe, options(beton, tmp_path / "whole"), Silent())
 
-    def stop(run: Run, batch: Batch) -> torch.Tensor:
+    def stop(run: Setup, batch: Batch) -> torch.Tensor:
         made.append(run.position.step + 1)
         if made[-1] == 1 and made.count(1) == 3:
             run.stop.set()
         return poisoned(run, batch)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, "_step", stop)
+        patch.setattr(trainer, "make_step", stop)
         patch.setattr(Saver, "is_due", lambda saver: made == [1, 2, 3])
         with pytest.raises(Interrupted):
             pretrain(recipe, options(beton, tmp_path / "run"), Silent())
@@ -215,14 +216,14 @@ def in_one_of_two(beton: str, out: str) -> None:
     """The loss of process 1 is NaN at step 3; the gradients of both are then, as they are averaged."""
     from fastssl.distributed.world import world_from_environment
 
-    original = Run._step
+    original = trainer.make_step
 
-    def poisoned(run: Run, batch: Batch) -> torch.Tensor:
+    def poisoned(run: Setup, batch: Batch) -> torch.Tensor:
         if run.position.step == 2 and world_from_environment().rank == 1:
             batch.views = [view * float("nan") for view in batch.views]
         return original(run, batch)
 
-    Run._step = poisoned
+    trainer.make_step = poisoned
     pretrain(small("train.skip_nonfinite=1", "moco.split_bn=2"), options(Path(beton), Path(out)), Silent())
 
 

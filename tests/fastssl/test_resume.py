@@ -25,7 +25,8 @@ from fastssl.pretrain import pretrain
 from fastssl.runs import checkpoint
 from fastssl.runs.checkpoint import load_checkpoint, write_state
 from fastssl.runs.saver import Saver
-from fastssl.training.trainer import Run, RunOptions
+from fastssl.training import trainer
+from fastssl.training.setup import RunOptions, Setup
 
 
 class Crash(Exception):
@@ -34,15 +35,15 @@ class Crash(Exception):
 
 def crash_behind(step: int, recipe: Recipe, chosen: RunOptions) -> None:
     """A run that ends without a word when it has made so many steps."""
-    original = Run._step
+    original = trainer.make_step
 
-    def crash(run: Run, batch: object) -> object:
+    def crash(run: Setup, batch: object) -> object:
         if run.position.step == step:
             raise Crash
         return original(run, batch)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, "_step", crash)
+        patch.setattr(trainer, "make_step", crash)
         with pytest.raises(Crash):
             pretrain(recipe, chosen, Silent())
 
@@ -56,15 +57,15 @@ def whole(beton: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_killed_behind_every_single_step(whole: Path, beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A checkpoint behind each step (and none at the end of a killed one): twelve starts make one run."""
-    out, original = tmp_path / "run", Run._step
+    out, original = tmp_path / "run", trainer.make_step
     done = 0
 
-    def one_more(run: Run, batch: object) -> object:
+    def one_more(run: Setup, batch: object) -> object:
         if run.position.step > done:
             raise Crash
         return original(run, batch)
 
-    monkeypatch.setattr(Run, "_step", one_more)
+    monkeypatch.setattr(trainer, "make_step", one_more)
     for done in range(11):
         said = Silent()
         with pytest.raises(Crash):
@@ -182,24 +183,24 @@ def test_a_signal_during_the_last_save_does_not_wait_for_the_report(
 
 def test_a_signal_that_comes_again_does_not_disturb_the_leaving(beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As the command line has it, where a signal outside the training is a KeyboardInterrupt."""
-    out, step, tell = tmp_path / "run", Run._step, Run.tell_status
+    out, step, tell = tmp_path / "run", trainer.make_step, Setup.tell_status
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    def stop(run: Run, batch: object) -> object:
+    def stop(run: Setup, batch: object) -> object:
         os.kill(os.getpid(), signal.SIGTERM)
         return step(run, batch)
 
-    def tell_status(run: Run, said: str, **more: str) -> None:
+    def tell_status(run: Setup, said: str, **more: str) -> None:
         if said == "stopped":
             os.kill(os.getpid(), signal.SIGTERM)
         tell(run, said, **more)
 
     before = signal.signal(signal.SIGTERM, interrupt)
     try:
-        monkeypatch.setattr(Run, "_step", stop)
-        monkeypatch.setattr(Run, "tell_status", tell_status)
+        monkeypatch.setattr(trainer, "make_step", stop)
+        monkeypatch.setattr(Setup, "tell_status", tell_status)
         with pytest.raises(Interrupted, match="stopped at step 1;"):
             pretrain(small(), options(beton, out), Silent())
     finally:
@@ -284,16 +285,16 @@ def test_killed_between_the_files_of_a_milestone(files: int, beton: Path, tmp_pa
 def test_what_decides_no_step_may_be_another(whole: Path, beton: Path, tmp_path: Path) -> None:
     renamed = tmp_path / "the same photos.beton"
     renamed.write_bytes(beton.read_bytes())
-    out, original = tmp_path / "run", Run._step
+    out, original = tmp_path / "run", trainer.make_step
 
-    def stop(run: Run, batch: object) -> object:
+    def stop(run: Setup, batch: object) -> object:
         metrics = original(run, batch)
         if run.position.step == 4:
             run.stop.set()
         return metrics
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, "_step", stop)
+        patch.setattr(trainer, "make_step", stop)
         with pytest.raises(Interrupted, match="step 5"):
             pretrain(small(), options(beton, out), Silent())
     changed = small(
@@ -313,9 +314,9 @@ def test_what_decides_no_step_may_be_another(whole: Path, beton: Path, tmp_path:
 
 def test_damaged_photos_are_remembered_over_a_stop(damaged: tuple[Path, int], tmp_path: Path) -> None:
     data, sample = damaged
-    out, original = tmp_path / "run", Run._step
+    out, original = tmp_path / "run", trainer.make_step
 
-    def stop(run: Run, batch: object) -> object:
+    def stop(run: Setup, batch: object) -> object:
         metrics = original(run, batch)
         if run.position.step == 5:  # all photos were met
             run.stop.set()
@@ -323,7 +324,7 @@ def test_damaged_photos_are_remembered_over_a_stop(damaged: tuple[Path, int], tm
 
     recipe = small("train.on_bad=skip", "probe.every_epochs=0")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, "_step", stop)
+        patch.setattr(trainer, "make_step", stop)
         with pytest.raises(Interrupted, match="step 6"):
             pretrain(recipe, options(data, out), Silent())
     assert state(out)["position"]["skipped"] == [sample]
@@ -337,15 +338,15 @@ def stopped_by_one_of_two(data: str, out: str, number: int) -> int:
     """Process 1 is sent a signal behind step 4; where this process stopped."""
     from fastssl.distributed.world import world_from_environment
 
-    original = Run._step
+    original = trainer.make_step
 
-    def step(run: Run, batch: object) -> object:
+    def step(run: Setup, batch: object) -> object:
         metrics = original(run, batch)
         if run.position.step == 3 and world_from_environment().rank == 1:
             os.kill(os.getpid(), number)
         return metrics
 
-    Run._step = step
+    trainer.make_step = step
     with pytest.raises(Interrupted) as stop:
         pretrain(small("moco.split_bn=2"), options(Path(data), Path(out)), Silent())
     return int(str(stop.value).split("stopped at step ")[1].split(";")[0])
@@ -383,7 +384,7 @@ def test_only_deterministic_algorithms_leave_torch_as_it_was(whole: Path, beton:
         raise RuntimeError("some_op does not have a deterministic implementation")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, "_step", refuse)
+        patch.setattr(trainer, "make_step", refuse)
         with pytest.raises(FastSSLError, match=r"train\.deterministic: some_op does not have"):
             pretrain(small("train.deterministic=true"), options(beton, tmp_path / "other"), Silent())
 

@@ -17,7 +17,8 @@ from fastssl.errors import FastSSLError
 from fastssl.pretrain import pretrain
 from fastssl.runs import folder as run_folder
 from fastssl.runs.checkpoint import write_state
-from fastssl.training.trainer import Run
+from fastssl.training import trainer
+from fastssl.training.setup import Setup
 
 
 def test_all_free_keys_exist() -> None:
@@ -52,18 +53,18 @@ def test_going_back_to_an_older_step_holds_also_if_that_start_is_killed(
     beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Twelve steps are made; the run is set back to step 8, killed before its first checkpoint, and started as usual."""
-    out, original = tmp_path / "run", Run._step
+    out, original = tmp_path / "run", trainer.make_step
     pretrain(small("train.checkpoint_minutes=0", "train.keep_last=9"), options(beton, out), Silent())
     whole = state(out)
     assert (out / "summary.json").exists()
 
-    def crash(run: Run, batch: object) -> object:
+    def crash(run: Setup, batch: object) -> object:
         if run.position.step == 9:
             raise KeyError("killed")
         return original(run, batch)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, "_step", crash)
+        patch.setattr(trainer, "make_step", crash)
         with pytest.raises(KeyError):
             pretrain(small(), options(beton, out, resume=str(out / "checkpoints" / "step-00000008.pt")), Silent())
     assert not (out / "summary.json").exists(), "of the run that was finished"

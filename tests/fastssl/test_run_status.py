@@ -15,12 +15,13 @@ import pytest
 from children import in_child
 from small_run import Silent, options, small, status
 
+from fastssl import pretrain as pretrain_module
 from fastssl.pretrain import pretrain
 from fastssl.runs import folder as run_folder
 from fastssl.runs import status as run_status
 from fastssl.runs.status import RunStatus, read_status, write_status
-from fastssl.training import trainer as train
-from fastssl.training.trainer import Run
+from fastssl.training import trainer
+from fastssl.training.setup import Setup
 
 
 def test_it_says_how_a_run_stands_and_when(tmp_path: Path) -> None:
@@ -98,14 +99,14 @@ def test_a_disk_that_does_not_answer_holds_up_nobody(tmp_path: Path, monkeypatch
 
 
 def killed_in_the_fourth_step(beton: Path, out: Path) -> None:
-    original = Run._step
+    original = trainer.make_step
 
-    def step(run: Run, batch: object) -> object:
+    def step(run: Setup, batch: object) -> object:
         if run.position.step == 3:
             os.kill(os.getpid(), signal.SIGKILL)
         return original(run, batch)
 
-    Run._step = step
+    trainer.make_step = step
     pretrain(small("train.checkpoint_minutes=0"), options(beton, out), Silent())
 
 
@@ -147,23 +148,23 @@ def test_what_the_watch_knows_is_written_before_it_ends_the_process(beton: Path,
         tell.append(before_end)
         yield
 
-    def hang(run: Run, batch: object) -> None:
+    def hang(run: Setup, batch: object) -> None:
         tell[0](f"process 1 of 2 (b): {tmp_path}/photos.beton: sample 13 is damaged")
         found.append(status(tmp_path / "run"))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train, "joined", watched)
-    monkeypatch.setattr(Run, "_step", hang)
+    monkeypatch.setattr(pretrain_module, "joined", watched)
+    monkeypatch.setattr(trainer, "make_step", hang)
     with pytest.raises(KeyboardInterrupt):
         pretrain(small(), options(beton, tmp_path / "run"), Silent())
     assert found[0]["state"] == "failed" and found[0]["why"] == "process 1 of 2 (b): photos.beton: sample 13 is damaged"
 
 
 def test_why_a_run_failed_names_no_folder(beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(run: Run, batch: object) -> None:
+    def fail(run: Setup, batch: object) -> None:
         raise RuntimeError("cannot open /home/somebody/.cache/kernel.so")
 
-    monkeypatch.setattr(Run, "_step", fail)
+    monkeypatch.setattr(trainer, "make_step", fail)
     with pytest.raises(RuntimeError, match="somebody"):
         pretrain(small(), options(beton, tmp_path / "run"), Silent())
     assert read_status(tmp_path / "run")["why"] == "RuntimeError: cannot open kernel.so"
@@ -171,7 +172,7 @@ def test_why_a_run_failed_names_no_folder(beton: Path, tmp_path: Path, monkeypat
 
 def test_the_first_words_say_how_many_steps_there_are(beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The next ones come a minute later, which a run that is killed soon does not see."""
-    found, original = [], Run._loader
-    monkeypatch.setattr(Run, "_loader", lambda run: found.append(status(run.out)) or original(run))
+    found, original = [], Setup.make_loader
+    monkeypatch.setattr(Setup, "make_loader", lambda run: found.append(status(run.options.out)) or original(run))
     pretrain(small("probe.final_samples=0"), options(beton, tmp_path / "run"), Silent())
     assert found == [{"state": "training", "time": found[0]["time"], "step": 0, "total_steps": 12, "saved_step": None}]

@@ -11,7 +11,8 @@ from small_run import Silent, options, same, small, state, status
 from fastssl.pretrain import pretrain
 from fastssl.runs import saver
 from fastssl.runs.checkpoint import NotSaved
-from fastssl.training.trainer import Run
+from fastssl.training import trainer
+from fastssl.training.setup import Setup
 
 
 @pytest.fixture(scope="module")
@@ -80,15 +81,15 @@ def test_the_last_checkpoint_waits_for_room(whole: Path, beton: Path, tmp_path: 
 
 def test_a_stop_without_room_does_not_say_that_all_is_saved(beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Disk({5}, monkeypatch)
-    original = Run._step
+    original = trainer.make_step
 
-    def stop(run: Run, batch: object) -> object:
+    def stop(run: Setup, batch: object) -> object:
         metrics = original(run, batch)
         if run.position.step == 4:
             run.stop.set()
         return metrics
 
-    monkeypatch.setattr(Run, "_step", stop)
+    monkeypatch.setattr(trainer, "make_step", stop)
     with pytest.raises(NotSaved, match=r"stopped at step 5, which could not be saved: the newest checkpoint is of step 4; .*No space left"):
         pretrain(small("train.checkpoint_minutes=0"), options(beton, tmp_path / "run"), Silent())
     told = status(tmp_path / "run")

@@ -19,7 +19,8 @@ from fastssl.config.recipe import load_recipe, parse_overrides
 from fastssl.errors import FastSSLError, Interrupted
 from fastssl.pipelines.beton.reader import BetonReader
 from fastssl.pretrain import pretrain
-from fastssl.training.trainer import Run, RunOptions
+from fastssl.training import trainer
+from fastssl.training.setup import RunOptions, Setup
 
 SMALL = [
     "views.global_size=32",
@@ -122,16 +123,16 @@ def test_two_processes_write_one_run(one: Path, beton: Path, tmp_path: Path) -> 
 
 
 def test_one_process_takes_over_from_two_and_two_from_one(one: Path, beton: Path, tmp_path: Path) -> None:
-    original = Run._step
+    original = trainer.make_step
 
-    def stop(run: Run, batch: object) -> object:
+    def stop(run: Setup, batch: object) -> object:
         metrics = original(run, batch)
         if run.position.step == 3:
             run.stop.set()
         return metrics
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, "_step", stop)
+        patch.setattr(trainer, "make_step", stop)
         with pytest.raises(Interrupted, match="step 4"):
             alone(beton, tmp_path / "run")
     found = together(beton, tmp_path / "run")

@@ -22,13 +22,14 @@ import torch
 import yaml
 from torch import Tensor
 
+from fastssl import pretrain as pretrain_module
 from fastssl.cli import main
 from fastssl.config.recipe import load_recipe, parse_overrides
 from fastssl.errors import FastSSLError, Interrupted
 from fastssl.pretrain import pretrain
-from fastssl.training import trainer as train_module
+from fastssl.training import setup, trainer
+from fastssl.training.setup import RunOptions, Setup
 from fastssl.training.step import TrainStep
-from fastssl.training.trainer import Run, RunOptions
 
 #: the quick start, small enough for a test: a network of 0.6 M parameters, 2 epochs of 6 steps on 48 photos
 SMALL = [
@@ -210,16 +211,16 @@ def test_a_run_stopped_by_ctrl_c_goes_on_to_the_same_weights(finished: Path, bet
 
 
 def test_stop_mid_epoch_resumes_bit_for_bit(finished: Path, beton: Path, tmp_path: Path) -> None:
-    out, original = tmp_path / "run", Run._step
+    out, original = tmp_path / "run", trainer.make_step
 
-    def stop_after_three(run: Run, batch: object) -> object:
+    def stop_after_three(run: Setup, batch: object) -> object:
         metrics = original(run, batch)
         if run.position.step == 2:
             run.stop.set()
         return metrics
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, "_step", stop_after_three)
+        patch.setattr(trainer, "make_step", stop_after_three)
         with pytest.raises(Interrupted, match="step 3"):
             pretrain(small(), options(beton, out), Silent())
     pretrain(small(), options(beton, out), Silent())
@@ -310,16 +311,16 @@ def test_a_recorded_step_is_gone_when_the_processes_part(end: str, beton: Path, 
         finally:
             alive.append(recorded[0]() is not None)
 
-    original = Run._step
+    original = trainer.make_step
 
-    def step(run: Run, batch: object) -> object:
+    def step(run: Setup, batch: object) -> object:
         if run.position.step == 3 and end == "signal":
             run.stop.set()
         return original(run, batch)
 
-    monkeypatch.setattr(train_module, "TrainStep", partial(TrainStep, record=record))
-    monkeypatch.setattr(train_module, "joined", parting)
-    monkeypatch.setattr(Run, "_step", step)
+    monkeypatch.setattr(setup, "TrainStep", partial(TrainStep, record=record))
+    monkeypatch.setattr(pretrain_module, "joined", parting)
+    monkeypatch.setattr(trainer, "make_step", step)
     gc.disable()  # it would free what only a cycle holds, some time
     try:
         with {"well": nullcontext(), "crash": pytest.raises(FastSSLError), "signal": pytest.raises(Interrupted)}[end]:
@@ -331,9 +332,9 @@ def test_a_recorded_step_is_gone_when_the_processes_part(end: str, beton: Path, 
 
 @pytest.mark.gpu
 def test_a_run_on_the_gpu_has_no_host_sync_in_its_steps(beton: Path, tmp_path: Path) -> None:
-    original = Run._step
+    original = trainer.make_step
 
-    def watched(run: Run, batch: object) -> object:
+    def watched(run: Setup, batch: object) -> object:
         torch.cuda.set_sync_debug_mode("error" if run.position.step > 2 else "default")
         try:
             return original(run, batch)
@@ -341,7 +342,7 @@ def test_a_run_on_the_gpu_has_no_host_sync_in_its_steps(beton: Path, tmp_path: P
             torch.cuda.set_sync_debug_mode("default")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, "_step", watched)
+        patch.setattr(trainer, "make_step", watched)
         summary = pretrain(small(), options(beton, tmp_path / "run", device="cuda"), Silent())
     assert summary["device"] == "cuda"
 
@@ -367,9 +368,9 @@ def test_a_setting_for_other_networks_is_a_line_and_no_warning(beton: Path, tmp_
 
 
 def test_a_run_in_parts_and_bfloat16_resumes_bit_for_bit(beton: Path, tmp_path: Path) -> None:
-    recipe, original = small("train.accumulate=2", "train.amp=bf16", "optim.name=lars"), Run._step
+    recipe, original = small("train.accumulate=2", "train.amp=bf16", "optim.name=lars"), trainer.make_step
 
-    def stop_after_three(run: Run, batch: object) -> object:
+    def stop_after_three(run: Setup, batch: object) -> object:
         metrics = original(run, batch)
         if run.position.step == 2:
             run.stop.set()
@@ -377,7 +378,7 @@ def test_a_run_in_parts_and_bfloat16_resumes_bit_for_bit(beton: Path, tmp_path: 
 
     whole = pretrain(recipe, options(beton, tmp_path / "whole"), Silent())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, "_step", stop_after_three)
+        patch.setattr(trainer, "make_step", stop_after_three)
         with pytest.raises(Interrupted):
             pretrain(recipe, options(beton, tmp_path / "cut"), Silent())
     pretrain(recipe, options(beton, tmp_path / "cut"), Silent())

@@ -48,10 +48,10 @@ def in_float64() -> None:
     """All of training in double precision, so that rounding, which the steps of fresh networks blow up, hides nothing. The probe is left out."""
     import torch
 
-    from fastssl.training import trainer as train
+    from fastssl import pretrain
 
     torch.set_default_dtype(torch.float64)
-    train.finish_run = lambda run, started: None
+    pretrain.finish_run = lambda result, started: None
 
 
 def install(fault: Fault) -> None:

@@ -1,0 +1,321 @@
+"""What a run needs before its first step, agreed on by all of its processes: networks, position, folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn, Protocol
+
+import torch
+from torch import nn
+
+from fastssl.config.differences import differences
+from fastssl.config.recipe import Recipe, recipe_to_dict
+from fastssl.config.recipe_choice import require_photos
+from fastssl.distributed.collectives import agree_any, barrier, broadcast_module, share
+from fastssl.distributed.devices import use_amp
+from fastssl.distributed.restarts import launch_from_environment
+from fastssl.distributed.world import World, first_of_host_speaks
+from fastssl.errors import FastSSLError, counted, without_folders
+from fastssl.evaluate.online_probe import require_same_classes
+from fastssl.models.backbones import resolve_arch
+from fastssl.optim.schedules import RunLength
+from fastssl.pipelines.beton.reader import BetonReader
+from fastssl.pipelines.engines.registry import require_engine
+from fastssl.pipelines.loader import ViewLoader
+from fastssl.pipelines.plan.order import steps_per_epoch
+from fastssl.runs.checkpoint import Position
+from fastssl.runs.folder import RunFolder
+from fastssl.runs.restore import require_fit, restore
+from fastssl.runs.saver import Saver
+from fastssl.runs.status import RunStatus
+from fastssl.training.metrics import MetricRing
+from fastssl.training.preflight import require_whole_photos
+from fastssl.training.step import TrainStep
+from fastssl.utils.cores import available_cores
+from fastssl.utils.signals import StopRequest
+from fastssl.utils.versions import describe_git, describe_host, describe_versions
+
+
+class Progress(Protocol):
+    """Where the loop tells how it stands (a rich display, or plain lines)."""
+
+    def row(self, row: dict[str, Any], done: int, total: int) -> None:
+        """One block of steps: its metrics, the newest online probe's kNN, and how many of the run's steps are done."""
+
+    def message(self, text: str) -> None:
+        """One line that the reader should see: something is not as it was meant to be."""
+
+    def note(self, text: str) -> None:
+        """One line about what is going on; a quiet run leaves it out."""
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What is not the recipe's: data, place, machine.
+
+    Attributes:
+        recipe_name: for the records.
+        data: the ``.beton`` file to learn from; its labels are used by the probes alone.
+        val: a labelled ``.beton`` to probe on; None: a fifth of ``data`` is held out from the probe (not from the
+            training).
+        out: the run's folder.
+        device: ``auto``, ``cpu`` or ``cuda``.
+        resume: ``auto`` (go on if the folder holds a run, from its newest checkpoint that is whole), ``never``, or the
+            path of a checkpoint; of the last two only the first start of a launch takes notice
+            (`fastssl.distributed.restarts`).
+        command: the call of the command line that this is part of, for the report; folders left out.
+    """
+
+    recipe_name: str
+    data: Path
+    out: Path
+    val: Path | None = None
+    device: str = "auto"
+    pipeline: str = "auto"
+    seed: int = 0
+    workers: int | None = None
+    resume: str = "auto"
+    command: str | None = None
+
+
+@dataclass(eq=False)
+class Setup:
+    """A run that is ready for its next step. The first process alone has ``folder``, ``saver`` and ``status``.
+
+    Attributes:
+        reader, val: photos to learn from; photos to judge on, or None.
+        step: the networks, the optimiser, and one step of training.
+        ring: metrics of the steps since the last line.
+        config: every value that the run's numbers depend on, resolved.
+        length: steps in all, and in an epoch.
+        git: commit of the code, taken at the start: the files may be others when the run ends.
+        position: where the run stands. Another object after a rollback.
+        rates: what the schedules said for the newest step.
+        online_knn: percent, of the newest online probe; None: there was none.
+    """
+
+    recipe: Recipe
+    options: RunOptions
+    reader: BetonReader
+    val: BetonReader | None
+    progress: Progress
+    world: World
+    device: torch.device
+    step: TrainStep
+    ring: MetricRing
+    config: dict[str, Any]
+    length: RunLength
+    git: str | None
+    stop: StopRequest = field(default_factory=StopRequest)
+    position: Position = field(default_factory=Position)
+    folder: RunFolder | None = None
+    saver: Saver | None = None
+    status: RunStatus | None = None
+    rates: dict[str, float] = field(default_factory=dict)
+    online_knn: float | None = None
+
+    @property
+    def backbone(self) -> nn.Module:
+        """The network that is being trained."""
+        return self.step.method.student.backbone
+
+    @property
+    def extraction(self) -> dict[str, Any]:
+        """How features are taken on this machine (arguments of ``extract_features``)."""
+        return {
+            "device": self.device,
+            "workers": self.options.workers,
+            "amp": self.step.amp,
+            "crop": self.recipe.probe.crop,
+            "on_bad": self.recipe.train.on_bad,
+        }
+
+    def make_loader(self) -> ViewLoader:
+        """A loader of this process's share of every batch."""
+        return ViewLoader(
+            self.reader,
+            views=self.recipe.views,
+            batch_size=self.step.batch_size,
+            rank=self.world.rank,
+            world=self.world.size,
+            device=self.device,
+            pipeline=self.options.pipeline,
+            seed=self.options.seed,
+            workers=self.options.workers,
+            on_bad=self.recipe.train.on_bad,
+            dtype=self.step.view_dtype,
+            colour=not self.step.takes_crops,
+        )
+
+    def plan(self) -> list[str]:
+        """What is about to be done, in lines of some 80 columns: the first line of metrics may be minutes away."""
+        total = counted(self.length.total_steps, "step")
+        left = self.length.total_steps - self.position.step
+        if left <= 0:
+            return [f"{self.length.total_steps:,} of {total} made already: what is left is the report"]
+        photos, batch = counted(len(self.reader), "photo"), counted(self.recipe.train.batch_size, "photo")
+        views = " + ".join(f"{spec.count} x {spec.size} px" for spec in self.recipe.views)
+        epochs, steps = counted(self.recipe.train.epochs, "epoch"), counted(self.length.steps_per_epoch, "step")
+        return [
+            f"recipe {self.options.recipe_name}, {photos}, {self._machine()}, views {views}",
+            f"training {self.config['arch']}: {left:,} of {total} to make, {batch} each; {epochs} of {steps}",
+            f"into {self.options.out}; Ctrl-C saves; the same command resumes",
+        ]
+
+    def _machine(self) -> str:
+        """``cpu (2 threads)``, or the GPU's name and its decoding threads; before it the number of processes."""
+        many = f"{self.world.size} x " if self.world.size > 1 else ""
+        if self.device.type == "cuda":
+            threads = counted(self.options.workers or available_cores(), "decoding thread")
+            return f"{many}{torch.cuda.get_device_name(self.device)} ({threads})"
+        return f"{many}{self.device.type} ({counted(torch.get_num_threads(), 'thread')})"
+
+    def tell_status(self, state: str, **more: str) -> None:
+        """Write status.json, where this is the first process."""
+        if self.status:
+            # Reports are passed on, and folders say where somebody works: names alone are left.
+            for path in filter(None, (self.options.out, self.options.data, self.options.val)):
+                more = {key: value.replace(f"{path.parent}/", "") for key, value in more.items()}
+            self.status.tell(state, **{key: without_folders(value) for key, value in more.items()})
+
+    def standing(self) -> dict[str, int | None]:
+        """Steps made, of how many, and how many of them are saved."""
+        saved = self.saver.saved_step if self.saver else None
+        return {"step": self.position.step, "total_steps": self.length.total_steps, "saved_step": saved}
+
+    def end_together(self, error: FastSSLError) -> NoReturn:
+        """Raise what all processes end with, by agreement.
+
+        The first one says it for all before any of them leaves: when one has left, torchrun ends the others.
+        """
+        if self.world.size > 1:
+            self.progress.message(f"fastssl: {error}")
+            barrier()
+            error.told = True
+        raise error
+
+    def close(self) -> None:
+        """Let other processes, and later runs of this one, have the folder."""
+        if self.status:
+            self.status.close()
+        if self.folder:
+            self.folder.close()
+
+
+def prepare(
+    recipe: Recipe,
+    options: RunOptions,
+    reader: BetonReader,
+    val: BetonReader | None,
+    progress: Progress,
+    world: World,
+    device: torch.device,
+) -> Setup:
+    """Check everything, build the networks, take the folder, and go on with what is in it or begin.
+
+    Raises:
+        FastSSLError: photos, engine, sizes or batch that do not go together; processes that were started with different
+            settings; a folder that holds a run of other settings.
+    """
+    git = describe_git()
+    with first_of_host_speaks():  # all find the same faults, before they first wait for each other
+        require_photos(recipe, len(reader), processes=world.size, where=str(reader.path))
+        require_engine(options.pipeline, reader, recipe.views)
+        if val is not None:
+            require_same_classes(reader, val)
+            if world.is_main and recipe.train.on_bad == "fail":
+                require_whole_photos(val, workers=options.workers)
+        step = TrainStep(recipe, device, amp=use_amp(recipe.train.amp, device), seed=options.seed, world=world)
+    for line in step.without_effect:
+        progress.message(line)
+    steps = steps_per_epoch(len(reader), recipe.train.batch_size)
+    ring = MetricRing(step.method.METRICS, min(recipe.train.log_every, steps), device)
+    config = _resolved(recipe, options, reader, val)
+    length = RunLength(recipe.train.epochs * steps, steps)
+    run = Setup(recipe, options, reader, val, progress, world, device, step, ring, config, length, git)
+    _require_same_settings(run)
+    try:
+        if world.is_main:
+            run.folder = RunFolder(options.out, progress.message)
+            run.saver = Saver(run.folder, recipe, config, progress.message)
+        _resume(run)
+        if run.folder:
+            run.status = RunStatus(options.out, run.standing)
+    except BaseException:
+        run.close()
+        raise
+    return run
+
+
+def _resolved(recipe: Recipe, options: RunOptions, reader: BetonReader, val: BetonReader | None) -> dict[str, Any]:
+    """Every value that the run's numbers depend on."""
+    return {
+        "recipe": options.recipe_name,
+        "arch": resolve_arch(recipe.arch),
+        # Names, not paths: a report is passed on, and the folder it was made in is nobody's business.
+        "data": {
+            "name": options.data.name,
+            "samples": len(reader),
+            "tables": "{head:08x}{table:08x}".format(**reader.table_checksums()),
+            "photos": f"{reader.photo_checksum():08x}",
+            "val_photos": f"{val.photo_checksum():08x}" if val else None,
+        },
+        "val": options.val.name if options.val else None,
+        "seed": options.seed,
+        **{key: value for key, value in recipe_to_dict(recipe).items() if key != "arch"},
+    }
+
+
+def _require_same_settings(run: Setup) -> None:
+    """Processes that were started with different settings would wait for each other for ever: better to say so now."""
+    mine = {
+        **run.config,
+        "out": str(run.options.out),
+        "resume": run.options.resume,
+        "device": run.device.type,
+        "bfloat16": run.step.amp,
+    }
+    found = differences(mine, share(mine))
+    if agree_any(bool(found)):
+        what = f"this is process {run.world.rank}: {'; '.join(found[:3])}" if found else "another one says which"
+        raise FastSSLError(f"the processes of this run were started with different settings ('there' is process 0; {what})")
+
+
+def _resume(run: Setup) -> None:
+    """Go on with what is in the folder, or begin. The first process alone looks at the files, and tells the others."""
+    found: dict[str, Any] | str | None = None
+    if run.folder:
+        about = {
+            "device": run.device.type,
+            "host": describe_host(),
+            "versions": describe_versions(),
+            "git": run.git,
+        }
+        try:
+            found = run.folder.open(
+                run.config, run.options.resume, about, lambda state: _require_fit(run, state), launch_from_environment()
+            )
+        except FastSSLError as error:
+            found = str(error)
+    found = share(found)
+    if isinstance(found, str):
+        run.end_together(FastSSLError(found))
+    if found is not None:
+        run.position = restore(found, method=run.step.method, optimizer=run.step.optimizer)
+        if run.saver:
+            run.saver.saved_step = run.position.step
+        run.progress.note(f"resumed at step {run.position.step:,} (epoch {run.position.epoch})")
+    broadcast_module(run.step.method)
+
+
+def _require_fit(run: Setup, state: dict[str, Any]) -> None:
+    """Raise FastSSLError where this run cannot go on from the checkpoint."""
+    require_fit(
+        state,
+        method=run.step.method,
+        optimizer=run.step.optimizer,
+        steps_per_epoch=run.length.steps_per_epoch,
+        epochs=run.recipe.train.epochs,
+        samples=len(run.reader),
+    )
