@@ -46,7 +46,9 @@ def worker_error(path: str | os.PathLike, what: str, error: Exception) -> Worker
     if isinstance(error, MemoryError):
         return WorkerError(f"{os.fspath(path)}: {what}: no memory left; fewer --workers or a smaller batch need less")
     said = " ".join(str(error).split())
-    return WorkerError(f"{os.fspath(path)}: {what}: unexpected {type(error).__name__}: {said} (run again with --debug for the traceback)")
+    return WorkerError(
+        f"{os.fspath(path)}: {what}: unexpected {type(error).__name__}: {said} (run again with --debug for the traceback)"
+    )
 
 
 def counted(number: int, noun: str) -> str:

@@ -65,7 +65,11 @@ def pretrain(recipe: Recipe, options: RunOptions, progress: Progress) -> dict[st
         if world.size > 1:
             said.note(f"{world.size} processes meet at {world.address}:{world.port}")
         meeting = time.monotonic()
-        with ExitStack() as listening, _told() as told, joined(world, device, before_end=lambda why: _tell(told, "failed", why)):
+        with (
+            ExitStack() as listening,
+            _told() as told,
+            joined(world, device, before_end=lambda why: _tell(told, "failed", why)),
+        ):
             if world.size > 1:
                 said.note(f"all {world.size} are here after {time.monotonic() - meeting:.0f} s")
             run = prepare(recipe, options, reader, val, said, world, device)
@@ -80,7 +84,9 @@ def pretrain(recipe: Recipe, options: RunOptions, progress: Progress) -> dict[st
             return None
         if run.stop:  # too late for the last step to be told
             steps = counted(result.total_steps, "step")
-            raise Interrupted(f"{result.total_steps:,} of {steps} made and saved in {options.out}; the same command writes the report")
+            raise Interrupted(
+                f"{result.total_steps:,} of {steps} made and saved in {options.out}; the same command writes the report"
+            )
         said.note("probing: the trained network, the same network before training, raw pixels, colours")
         summary = finish_run(result, started)
         run.tell_status("finished")

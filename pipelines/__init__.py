@@ -19,7 +19,17 @@ _LAZY = {
     "ViewSpec": "fastssl.pipelines.plan.draw",
 }
 
-__all__ = ["Batch", "BetonError", "BetonReader", "BetonWriter", "FastSSLError", "JpegError", "MultiCrop", "ViewLoader", "ViewSpec"]
+__all__ = [
+    "Batch",
+    "BetonError",
+    "BetonReader",
+    "BetonWriter",
+    "FastSSLError",
+    "JpegError",
+    "MultiCrop",
+    "ViewLoader",
+    "ViewSpec",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -102,9 +102,14 @@ class ViewLoader:
             raise FastSSLError("views is a list of ViewSpec: [ViewSpec(...)]")
         if not views:
             raise FastSSLError("a loader needs at least one view")
-        batch_size, workers = _count("batch_size", batch_size), workers if workers is None else _count("workers", workers)
+        batch_size, workers = (
+            _count("batch_size", batch_size),
+            workers if workers is None else _count("workers", workers),
+        )
         if not drop_last and (world > 1 or shuffle):
-            raise FastSSLError("drop_last=False goes with shuffle=False and one process: training steps all have one size")
+            raise FastSSLError(
+                "drop_last=False goes with shuffle=False and one process: training steps all have one size"
+            )
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise FastSSLError(f"dtype={dtype!r} is not a floating-point dtype of torch; views are normalised")
         self.device = _device(device)
@@ -174,7 +179,15 @@ class ViewLoader:
         plans, first_view = [], 0
         for spec in self.views:
             plans.append(
-                draw_plan(spec, first_view=first_view, seed=self.seed, epoch=epoch, sample_ids=index, heights=heights, widths=widths)
+                draw_plan(
+                    spec,
+                    first_view=first_view,
+                    seed=self.seed,
+                    epoch=epoch,
+                    sample_ids=index,
+                    heights=heights,
+                    widths=widths,
+                )
             )
             first_view += spec.count
         return Request(index, plans)

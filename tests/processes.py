@@ -26,7 +26,9 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def run_processes(function: Callable[..., Any], world: int, *args: Any, join: bool = True, timeout: float = 120) -> list[Any]:
+def run_processes(
+    function: Callable[..., Any], world: int, *args: Any, join: bool = True, timeout: float = 120
+) -> list[Any]:
     """Call ``function(*args)`` in ``world`` processes; what each returned, by rank.
 
     The environment of each is torchrun's, so that ``world_from_environment`` finds its place in it. The tests' own process is not one of them.
@@ -41,14 +43,26 @@ def run_processes(function: Callable[..., Any], world: int, *args: Any, join: bo
         RuntimeError: one of them raised; with the traceback of the first that did.
         TimeoutError: not all were done in time; with where each stood.
     """
-    environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world), "GLOO_SOCKET_IFNAME": "lo"}
+    environment = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "WORLD_SIZE": str(world),
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder) / str(rank) for rank in range(world)]
         processes = [
             context.Process(
                 target=_child,
-                args=(function, args, {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}, files[rank], join, timeout),
+                args=(
+                    function,
+                    args,
+                    {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                    files[rank],
+                    join,
+                    timeout,
+                ),
                 daemon=True,
             )
             for rank in range(world)
@@ -72,7 +86,9 @@ def _wait(processes: list, files: list[Path], deadline: float) -> None:
     while True:
         running = [rank for rank, process in enumerate(processes) if process.is_alive()]
         # The others fail as a consequence, or wait for ever: the first to fail says why.
-        if errors := sorted((file.with_suffix(".error") for file in files if file.with_suffix(".error").exists()), key=os.path.getmtime):
+        if errors := sorted(
+            (file.with_suffix(".error") for file in files if file.with_suffix(".error").exists()), key=os.path.getmtime
+        ):
             raise RuntimeError(f"process {errors[0].stem} of {len(files)} failed:\n{errors[0].read_text()}")
         if any(process.exitcode for process in processes):
             raise RuntimeError(f"processes left with {[process.exitcode for process in processes]} and without a word")
@@ -88,7 +104,9 @@ def _wait(processes: list, files: list[Path], deadline: float) -> None:
         wait([processes[rank].sentinel for rank in running], max(0.0, deadline - time.monotonic()))
 
 
-def _child(function: Callable[..., Any], args: tuple, environment: dict[str, str], file: Path, join: bool, timeout: float) -> None:
+def _child(
+    function: Callable[..., Any], args: tuple, environment: dict[str, str], file: Path, join: bool, timeout: float
+) -> None:
     from fastssl.distributed.group import joined
     from fastssl.distributed.world import world_from_environment
 
@@ -142,7 +160,9 @@ class Started:
         for rank, (command, file) in enumerate(zip(commands, self.files)):
             own = {**os.environ, **common, **environ, **dict.fromkeys(rank_names, str(rank)), "OMP_NUM_THREADS": "1"}
             with file.open("w") as stderr:
-                self.processes.append(subprocess.Popen([sys.executable, *command], stdout=stderr, stderr=stderr, env=own))
+                self.processes.append(
+                    subprocess.Popen([sys.executable, *command], stdout=stderr, stderr=stderr, env=own)
+                )
 
     def __enter__(self) -> Started:
         return self

@@ -20,10 +20,16 @@ _SMALL = {
 }
 
 
-def finished_run(folder: Path, recipe: str, overrides: Mapping[str, str] | None = None, *, arch: str = "lcnet_035", steps: int = 2) -> Path:
+def finished_run(
+    folder: Path, recipe: str, overrides: Mapping[str, str] | None = None, *, arch: str = "lcnet_035", steps: int = 2
+) -> Path:
     """Some steps on noise, then the checkpoint as training writes it; returns ``folder``."""
     method = load_recipe(recipe).method
-    views = {"views.0.size": 32} if method == "moco" else {"views.global_size": 32, "views.local_size": 16, "views.local_count": 1}
+    views = (
+        {"views.0.size": 32}
+        if method == "moco"
+        else {"views.global_size": 32, "views.local_size": 16, "views.local_count": 1}
+    )
     small = {"arch": arch, "train.batch_size": BATCH, **views, **_SMALL[method]}
     chosen = load_recipe(recipe, {**{key: str(value) for key, value in small.items()}, **(overrides or {})})
     step = TrainStep(chosen, torch.device("cpu"), amp=False, seed=0)
@@ -32,7 +38,20 @@ def finished_run(folder: Path, recipe: str, overrides: Mapping[str, str] | None 
         images = [torch.randn(spec.count * BATCH, 3, spec.size, spec.size) for spec in chosen.views]
         images = [view.contiguous(memory_format=torch.channels_last) for view in images]
         step(images, step.noise(0, number), step.rates(number + 1, length), phase=step.method.phase(number + 5, length))
-    config = {"recipe": recipe, "data": {"name": "noise"}, "seed": 0, **recipe_to_dict(chosen), "arch": resolve_arch(arch)}
+    config = {
+        "recipe": recipe,
+        "data": {"name": "noise"},
+        "seed": 0,
+        **recipe_to_dict(chosen),
+        "arch": resolve_arch(arch),
+    }
     position = Position(step=steps)
-    save_checkpoint(folder / "checkpoints", method=step.method, optimizer=step.optimizer, position=position, config=config, arch=arch)
+    save_checkpoint(
+        folder / "checkpoints",
+        method=step.method,
+        optimizer=step.optimizer,
+        position=position,
+        config=config,
+        arch=arch,
+    )
     return folder

@@ -48,7 +48,9 @@ def small(*overrides: str) -> Recipe:
 
 
 def options(beton: Path, out: Path, **changes: object) -> RunOptions:
-    return RunOptions(**{"recipe_name": "few-photos-moco", "data": beton, "out": out, "device": "cpu", "workers": 1, **changes})
+    return RunOptions(
+        **{"recipe_name": "few-photos-moco", "data": beton, "out": out, "device": "cpu", "workers": 1, **changes}
+    )
 
 
 def state(out: Path) -> dict:
@@ -68,4 +70,6 @@ def rows(out: Path) -> list[dict]:
 def same(one: dict, other: dict) -> bool:
     """Whether two states are equal to the last bit: both networks, queue and the optimiser's momentum."""
     moments = [[state["momentum_buffer"] for state in found["optimizer"]["state"].values()] for found in (one, other)]
-    return all(torch.equal(one["method"][name], other["method"][name]) for name in other["method"]) and all(map(torch.equal, *moments))
+    return all(torch.equal(one["method"][name], other["method"][name]) for name in other["method"]) and all(
+        map(torch.equal, *moments)
+    )

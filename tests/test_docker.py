@@ -51,7 +51,9 @@ def test_the_pins_cover_what_is_installed_and_fit_it() -> None:
     wanted = config["options"]["install_requires"] + "".join(
         config["options.extras_require"][name] for name in ("ffcv", "dali", "onnx", "detect")
     )
-    requirements = [packaging.Requirement(line) for line in wanted.splitlines() if line.strip() and not line.strip().startswith("#")]
+    requirements = [
+        packaging.Requirement(line) for line in wanted.splitlines() if line.strip() and not line.strip().startswith("#")
+    ]
     assert len(requirements) > 10
     for requirement in requirements:
         assert requirement.name.lower() in pins, f"{requirement.name} is not pinned in docker/constraints.txt"

@@ -27,7 +27,9 @@ def test_who_asks_for_an_engine_without_the_mark_fails(missing: None, monkeypatc
 
 
 @pytest.mark.engines
-def test_with_the_mark_it_is_skipped_or_fails_where_all_must_be_there(missing: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_with_the_mark_it_is_skipped_or_fails_where_all_must_be_there(
+    missing: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("FASTSSL_ALL_ENGINES", raising=False)
     with pytest.raises(pytest.skip.Exception, match="dali: not installed"):
         conftest.need_engine("dali")
@@ -45,6 +47,9 @@ def test_every_file_that_asks_for_an_engine_has_the_mark() -> None:
 
 def test_the_suite_runs_once_without_the_engines_and_then_what_needs_them() -> None:
     steps = (ROOT / ".ci/run").read_text()
-    order = [steps.index(step) for step in ("uninstall --quiet --yes ffcv", "make test\n", "'.[test,ffcv,dali]'", "make test-engines")]
+    order = [
+        steps.index(step)
+        for step in ("uninstall --quiet --yes ffcv", "make test\n", "'.[test,ffcv,dali]'", "make test-engines")
+    ]
     assert order == sorted(order)
     assert "|| true" not in steps and "set -euo pipefail" in steps

@@ -97,7 +97,9 @@ def test_nothing_in_the_repository_runs_a_file() -> None:
         for path in sorted((ROOT / folder).rglob("*.py")):
             seen += 1
             name = path.relative_to(ROOT).as_posix()
-            found += [f"{name}:{line}: {what}" for line, what in findings(path.read_text()) if (name, what) not in KNOWN]
+            found += [
+                f"{name}:{line}: {what}" for line, what in findings(path.read_text()) if (name, what) not in KNOWN
+            ]
     assert seen > 100 and found == []
 
 
@@ -109,12 +111,39 @@ def test_known_exceptions_are_still_there() -> None:
 @pytest.mark.parametrize(
     "source",
     [
-        *("torch.load(path)", "torch.load(path, weights_only=False)", "torch.load(path, weights_only=flag)", "a.torch.load(x)"),
+        *(
+            "torch.load(path)",
+            "torch.load(path, weights_only=False)",
+            "torch.load(path, weights_only=flag)",
+            "a.torch.load(x)",
+        ),
         *("pickle.load(f)", "import pickle as p\nfrom pickle import loads", "read = pickle.loads", "joblib.load(f)"),
-        *("yaml.load(text)", "yaml.load(text, Loader=yaml.Loader)", "yaml.load(text, yaml.FullLoader)", "yaml.unsafe_load(t)"),
-        *("np.load(path, allow_pickle=True)", "numpy.load(path, allow_pickle=x)", "eval(text)", "exec(open(p).read())", "__import__(name)"),
-        *("tar.extractall()", "tarfile.open(p).extract(member)", "zipfile.ZipFile(p).extractall(to)", "shutil.unpack_archive(p)"),
-        *("os.system(c)", "subprocess.run(c, shell=True)", "torch.jit.load(p)", "torch.hub.load(r, m)", "marshal.loads(b)"),
+        *(
+            "yaml.load(text)",
+            "yaml.load(text, Loader=yaml.Loader)",
+            "yaml.load(text, yaml.FullLoader)",
+            "yaml.unsafe_load(t)",
+        ),
+        *(
+            "np.load(path, allow_pickle=True)",
+            "numpy.load(path, allow_pickle=x)",
+            "eval(text)",
+            "exec(open(p).read())",
+            "__import__(name)",
+        ),
+        *(
+            "tar.extractall()",
+            "tarfile.open(p).extract(member)",
+            "zipfile.ZipFile(p).extractall(to)",
+            "shutil.unpack_archive(p)",
+        ),
+        *(
+            "os.system(c)",
+            "subprocess.run(c, shell=True)",
+            "torch.jit.load(p)",
+            "torch.hub.load(r, m)",
+            "marshal.loads(b)",
+        ),
         *(
             "torch.serialization.add_safe_globals([x])",
             "torch.serialization.safe_globals([os.system])",

@@ -57,7 +57,9 @@ def combine_rates(loader: float, step: float, *, shared: bool) -> float:
     return 1 / (1 / loader + 1 / step) if shared else min(loader, step)
 
 
-def step_with_data_s(step_s: float, batch: int, loader: float, *, shared: bool, together: tuple[int, float, float] | None) -> float:
+def step_with_data_s(
+    step_s: float, batch: int, loader: float, *, shared: bool, together: tuple[int, float, float] | None
+) -> float:
     """Seconds of one step of the training loop, waiting for data included.
 
     Args:
@@ -81,7 +83,9 @@ def probe_count(epochs: int, every: int) -> int:
     return (epochs - 1) // every if every else 0
 
 
-def run_seconds(samples: int, batch: int, epochs: int, step_s: float, *, probes: int = 0, probe_s: float = 0.0) -> tuple[float, float]:
+def run_seconds(
+    samples: int, batch: int, epochs: int, step_s: float, *, probes: int = 0, probe_s: float = 0.0
+) -> tuple[float, float]:
     """(seconds of an epoch's steps, seconds of all epochs with their probes); the last, partial batch of an epoch is left out, as in training.
 
     Raises:
@@ -121,7 +125,9 @@ def allowed_batches(settings: MethodConfig, most: int) -> list[int]:
     return [batch for batch in range(most if bound is None else min(bound, most), 1, -1) if settings.allows(batch)]
 
 
-def largest_batch(memory: MemoryModel, limit: float, *, settings: MethodConfig, most: int, parts: int = 1) -> tuple[int | None, str]:
+def largest_batch(
+    memory: MemoryModel, limit: float, *, settings: MethodConfig, most: int, parts: int = 1
+) -> tuple[int | None, str]:
     """The largest batch that a recipe allows and ``limit`` bytes hold, and what stops it: ``memory``, ``photos`` or the recipe's key.
 
     Args:
@@ -144,4 +150,6 @@ def largest_batch(memory: MemoryModel, limit: float, *, settings: MethodConfig, 
 
 def parts_that_fit(memory: MemoryModel, limit: float, batch: int) -> int | None:
     """Fewest equal parts of at least two pairs (``train.accumulate``) with which steps of ``batch`` stay below ``limit`` bytes; None: no number does."""
-    return next((parts for parts in range(1, batch // 2 + 1) if batch % parts == 0 and memory.at(batch, parts) <= limit), None)
+    return next(
+        (parts for parts in range(1, batch // 2 + 1) if batch % parts == 0 and memory.at(batch, parts) <= limit), None
+    )

@@ -239,7 +239,12 @@ def _estimate(
         measured={
             "loader": {"pair_per_s": measured.loader, "workers": measured.workers},
             "step": [
-                {"batch_size": one.batch, "median_s": one.median_s, "runs": len(one.seconds), "peak_bytes": one.peak_bytes}
+                {
+                    "batch_size": one.batch,
+                    "median_s": one.median_s,
+                    "runs": len(one.seconds),
+                    "peak_bytes": one.peak_bytes,
+                }
                 for one in gauges
             ],
             "together": measured.together and {"batch_size": measured.together[0], "step_s": measured.together[1]},
@@ -260,7 +265,9 @@ def _extrapolated(recipe: Recipe, measured: Measured, points: int) -> list[str]:
         how = "linearly" if points > 1 else "in proportion"
         found.append(f"time and memory of a step: {how} from batch {top} to {part}")
     if train.accumulate > 1:
-        found.append(f"train.accumulate: {train.accumulate} times the time of a whole step of {part}, which is a little too long")
+        found.append(
+            f"train.accumulate: {train.accumulate} times the time of a whole step of {part}, which is a little too long"
+        )
     if measured.together is None or train.accumulate > 1:
         found.append("loader and step together: from the rates that each has alone")
     elif top < train.batch_size:

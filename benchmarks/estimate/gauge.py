@@ -105,10 +105,14 @@ def gauge_step(recipe: Recipe, device: torch.device, batch: int) -> Gauge:
             alive = memory.state_bytes(step)[0] + memory.tensor_bytes(views) + gauge.peak_bytes
             gauge.overhead = memory.step_overhead(peak - before, alive, gauge.peak_bytes)
     except torch.OutOfMemoryError as error:
-        raise FastSSLError(f"{recipe.arch}: out of memory with {batch} pictures a step on this {device.type} device") from error
+        raise FastSSLError(
+            f"{recipe.arch}: out of memory with {batch} pictures a step on this {device.type} device"
+        ) from error
     except (RuntimeError, AssertionError, ValueError) as error:
         if "you tried to allocate" in str(error):  # torch's words for it on a CPU
-            raise FastSSLError(f"{recipe.arch}: out of memory with {batch} pictures a step on this {device.type} device") from error
+            raise FastSSLError(
+                f"{recipe.arch}: out of memory with {batch} pictures a step on this {device.type} device"
+            ) from error
         sizes, reason = sorted({spec.size for spec in recipe.views}), " ".join(str(error).split())
         raise FastSSLError(
             f"{recipe.arch} cannot take pictures of {', '.join(map(str, sizes))} px ({reason}): change the views' sizes"
@@ -151,7 +155,9 @@ def affordable_batch(first: Gauge, most: int, groups: int, seconds: float, room:
     return groups if batch < groups and possible(groups, _LEAST_COST_IN_STEPS) else batch
 
 
-def gauge_steps(recipe: Recipe, device: torch.device, most: int, first: Gauge, deadline: float, room: float) -> list[Gauge]:
+def gauge_steps(
+    recipe: Recipe, device: torch.device, most: int, first: Gauge, deadline: float, room: float
+) -> list[Gauge]:
     """The step at the largest affordable batch up to ``most``, at half of it and at the first one, timed in turns; smallest first.
 
     Args:
@@ -164,7 +170,9 @@ def gauge_steps(recipe: Recipe, device: torch.device, most: int, first: Gauge, d
     sizes = {size for size in (top // 2, top) if size >= min(groups, most) and size != first.batch}
     gauges = sorted([first, *(gauge_step(recipe, device, size) for size in sizes)], key=lambda gauge: gauge.batch)
     for number in range(_MOST_ROUNDS):
-        for gauge in reversed(gauges) if number % 2 == 0 else gauges:  # the largest first: once for it there is always time
+        for gauge in (
+            reversed(gauges) if number % 2 == 0 else gauges
+        ):  # the largest first: once for it there is always time
             if not gauge.seconds or time.perf_counter() + gauge.median_s + 3 * gauges[-1].median_s < deadline:
                 gauge.time_once()
     return gauges
@@ -176,12 +184,16 @@ def loader_rate(
     """(pairs a second that the loader delivers to a consumer who does nothing with them, decoding threads)."""
     pixels = float((reader.heights.astype(np.int64) * reader.widths).mean())
     batch = min(default_batch(recipe, device, None), max(2, int(_PIXELS * (workers or available_cores()) / pixels)))
-    with open_loader(reader, recipe.views, batch, device, pipeline=pipeline, workers=workers, **_options(recipe, device)) as loader:
+    with open_loader(
+        reader, recipe.views, batch, device, pipeline=pipeline, workers=workers, **_options(recipe, device)
+    ) as loader:
         window = stream_window(lambda: endless(loader), lambda _: None, loader.stats, batch, device, seconds)
         return window.samples / window.seconds, loader.engine.workers
 
 
-def together_s(gauge: Gauge, reader: BetonReader, recipe: Recipe, pipeline: str, workers: int | None, seconds: float) -> tuple[float, int]:
+def together_s(
+    gauge: Gauge, reader: BetonReader, recipe: Recipe, pipeline: str, workers: int | None, seconds: float
+) -> tuple[float, int]:
     """(seconds a step of the training loop at the gauge's batch, bytes of device memory that the loader's batches took; 0 on a CPU)."""
     device, batch = gauge.step.device, gauge.batch
 
@@ -192,7 +204,9 @@ def together_s(gauge: Gauge, reader: BetonReader, recipe: Recipe, pipeline: str,
     if cuda:
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
-    with open_loader(reader, recipe.views, batch, device, pipeline=pipeline, workers=workers, **_options(recipe, device)) as loader:
+    with open_loader(
+        reader, recipe.views, batch, device, pipeline=pipeline, workers=workers, **_options(recipe, device)
+    ) as loader:
         window = stream_window(lambda: endless(loader), train, loader.stats, batch, device, seconds)
     held = torch.cuda.max_memory_allocated(device) - before - gauge.peak_bytes if cuda else 0
     return window.seconds * batch / window.samples, max(0, held)
@@ -261,7 +275,13 @@ class Measured:
 
 
 def measure(
-    recipe: Recipe, reader: BetonReader, device: torch.device, pipeline: str, workers: int | None, started: float, seconds: float
+    recipe: Recipe,
+    reader: BetonReader,
+    device: torch.device,
+    pipeline: str,
+    workers: int | None,
+    started: float,
+    seconds: float,
 ) -> Measured:
     """All of it, in about ``seconds`` from ``started`` (by ``time.perf_counter``) on.
 
@@ -281,6 +301,8 @@ def measure(
     # Two batches of warm-up and one that counts, while the loader fills its ring.
     least, left = 3 * top.median_s + 8 * top.batch / rate, started + seconds - time.perf_counter()
     if left > least:
-        both, held = together_s(top, reader, recipe, pipeline, workers, min(0.15 * seconds, max(0.1, (left - least) / 2)))
+        both, held = together_s(
+            top, reader, recipe, pipeline, workers, min(0.15 * seconds, max(0.1, (left - least) / 2))
+        )
         together = (top.batch, both, top.median_s)
     return Measured(available, total, rate, threads, gauges, features, together, held, top.overhead)

@@ -38,7 +38,10 @@ def state_bytes(step: Step) -> tuple[int, int]:
 
 def half_bytes(step: Step) -> int:
     """Bytes of the bfloat16 weights that compute beside the float32 ones."""
-    return sum(tensor_bytes([p for p in half.network.parameters() if p.dtype == torch.bfloat16]) for half in step.inner.half_copies)
+    return sum(
+        tensor_bytes([p for p in half.network.parameters() if p.dtype == torch.bfloat16])
+        for half in step.inner.half_copies
+    )
 
 
 def image_bytes(recipe: Recipe, device: torch.device) -> int:

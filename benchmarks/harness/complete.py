@@ -8,7 +8,13 @@ from fastssl.benchmarks.harness.records import Record
 from fastssl.benchmarks.harness.timing import MIN_RUNS
 
 #: The figures of a ``ceilings`` record, all in its details.
-CEILING_FIGURES = ("decode_per_s_1_thread", "decode_per_s", "copy_bytes_per_s", "product_flop_per_s", "disk_read_bytes_per_s")
+CEILING_FIGURES = (
+    "decode_per_s_1_thread",
+    "decode_per_s",
+    "copy_bytes_per_s",
+    "product_flop_per_s",
+    "disk_read_bytes_per_s",
+)
 
 
 def missing_parts(record: Record) -> list[str]:

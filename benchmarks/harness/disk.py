@@ -67,7 +67,9 @@ def measure_disk(folder: Path | None = None, runs: int = MIN_RUNS, size: int = 2
         return DiskRates(problem=error.strerror or str(error))
     write = size / statistics.median(writes[1:])
     if None in reads:
-        return DiskRates(None, write, "the page cache can neither be passed by (O_DIRECT) nor be emptied of the file here")
+        return DiskRates(
+            None, write, "the page cache can neither be passed by (O_DIRECT) nor be emptied of the file here"
+        )
     return DiskRates(size / statistics.median(reads[1:]), write)
 
 

@@ -35,9 +35,9 @@ def make_photo(seed: int, height: int, width: int) -> NDArray[np.uint8]:
 
     def noise(cells: int) -> NDArray[np.float32]:
         """Smooth noise of about ``cells`` bumps across the longer side; standard deviation near 1."""
-        grid = rng.standard_normal((max(2, cells * height // max(height, width)), max(2, cells * width // max(height, width)))).astype(
-            np.float32
-        )
+        grid = rng.standard_normal(
+            (max(2, cells * height // max(height, width)), max(2, cells * width // max(height, width)))
+        ).astype(np.float32)
         return np.asarray(Image.fromarray(grid).resize((width, height), Image.Resampling.BICUBIC))
 
     # Amplitude falls as 1 / frequency: the spectrum of natural photos (Field 1987).
@@ -69,7 +69,10 @@ def write_photos(path: Path, count: int, *, seed: int = 0, sizes: tuple[tuple[in
 
     with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as folder:
         temporary = Path(folder) / path.name
-        with ThreadPoolExecutor(available_cores()) as pool, BetonWriter(temporary, count, page_size=MIN_PAGE_SIZE) as writer:
+        with (
+            ThreadPoolExecutor(available_cores()) as pool,
+            BetonWriter(temporary, count, page_size=MIN_PAGE_SIZE) as writer,
+        ):
             for number, (data, height, width) in enumerate(pool.map(encode, range(count))):
                 writer.add(data, height, width, label=number % 10)
         os.replace(temporary, path)
@@ -90,7 +93,9 @@ def ensure_photos(count: int = 512, cache_dir: Path | None = None) -> Path:
         write_photos(path, count)
     except OSError as error:
         path = Path(tempfile.mkdtemp(prefix="fastssl-photos-")) / path.name
-        warnings.warn(f"{folder} cannot be written ({error.strerror}); the synthetic photos go to {path.parent}", stacklevel=2)
+        warnings.warn(
+            f"{folder} cannot be written ({error.strerror}); the synthetic photos go to {path.parent}", stacklevel=2
+        )
         write_photos(path, count)
     return path
 

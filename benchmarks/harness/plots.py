@@ -85,7 +85,12 @@ def measured_parts(records: Iterable[Record]) -> dict[tuple[str, str], Record]:
 
     Records of peers are left out, and of the loader and the views those of one stage alone.
     """
-    wanted = {("loader", "views"): "loader", ("views", "whole"): "views", ("step", None): "step", ("train", None): "train"}
+    wanted = {
+        ("loader", "views"): "loader",
+        ("views", "whole"): "views",
+        ("step", None): "step",
+        ("train", None): "train",
+    }
     devices = {record.device for record in records}
     found: dict[tuple[str, str], Record] = {}
     networks: dict[str, str] = {}  # of each recipe the first one: others get a place of their own
@@ -93,7 +98,14 @@ def measured_parts(records: Iterable[Record]) -> dict[tuple[str, str], Record]:
         details = record.details or {}
         stage = details.get("part") or details.get("stage")
         part = wanted.get((record.bench, stage and str(stage)))
-        if part is None or record.peer or not record.pair_per_s or not record.view_per_s or record.pair_per_s < 0 or record.view_per_s < 0:
+        if (
+            part is None
+            or record.peer
+            or not record.pair_per_s
+            or not record.view_per_s
+            or record.pair_per_s < 0
+            or record.view_per_s < 0
+        ):
             continue
         # More than one engine or device: each is worth its own bar.
         more = [record.pipeline if record.pipeline != "native" else None, record.device if len(devices) > 1 else None]
@@ -105,7 +117,12 @@ def measured_parts(records: Iterable[Record]) -> dict[tuple[str, str], Record]:
             found[key] = record
     order = list(wanted.values())
     recipes = list(dict.fromkeys(recipe for recipe, _ in found))
-    return dict(sorted(found.items(), key=lambda item: (recipes.index(item[0][0]), order.index(item[0][1].split(" (")[0]), item[0][1])))
+    return dict(
+        sorted(
+            found.items(),
+            key=lambda item: (recipes.index(item[0][0]), order.index(item[0][1].split(" (")[0]), item[0][1]),
+        )
+    )
 
 
 def images_per_s(records: Sequence[Record]) -> Figure | str:
@@ -120,7 +137,9 @@ def images_per_s(records: Sequence[Record]) -> Figure | str:
         places.append(y)
         y += 1.0
     canvas = Figure(figsize=(11, 1.5 + 0.46 * y), layout="constrained")
-    for axes, unit, field in zip(canvas.subplots(1, 2, sharey=True), ("pair/s", "view/s"), ("pair_per_s", "view_per_s")):
+    for axes, unit, field in zip(
+        canvas.subplots(1, 2, sharey=True), ("pair/s", "view/s"), ("pair_per_s", "view_per_s")
+    ):
         values = [getattr(record, field) for _, record in rows]
         ceilings = [_ceiling(record, field) for _, record in rows]
         axes.set_xscale("log")
@@ -131,18 +150,35 @@ def images_per_s(records: Sequence[Record]) -> Figure | str:
         axes.set_xlim(left, right)
         for place, (_, record), value, ceiling in zip(places, rows, values, ceilings):
             axes.barh(place - 0.17, value - left, 0.34, left=left, color=_COLOURS[0])
-            share = f"  ({record.fraction_of_ceiling:.0%})" if record.fraction_of_ceiling is not None and ceiling else ""
-            axes.annotate(f"{figure(value)}{share}", (value, place - 0.17), (4, 0), textcoords="offset points", va="center", fontsize=9)
+            share = (
+                f"  ({record.fraction_of_ceiling:.0%})" if record.fraction_of_ceiling is not None and ceiling else ""
+            )
+            axes.annotate(
+                f"{figure(value)}{share}",
+                (value, place - 0.17),
+                (4, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=9,
+            )
             if ceiling:
                 axes.barh(place + 0.17, ceiling - left, 0.28, left=left, color=_CEILING)
                 axes.annotate(
-                    figure(ceiling), (ceiling, place + 0.17), (4, 0), textcoords="offset points", va="center", fontsize=8, color=_QUIET
+                    figure(ceiling),
+                    (ceiling, place + 0.17),
+                    (4, 0),
+                    textcoords="offset points",
+                    va="center",
+                    fontsize=8,
+                    color=_QUIET,
                 )
         axes.set_title(f"{unit}, logarithmic", color=_QUIET, fontsize=10)
         axes.grid(axis="x")
         axes.xaxis.set_major_locator(LogLocator(10, numticks=12))
         axes.xaxis.set_minor_locator(NullLocator())
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}" if value < 1e6 else f"{value / 1e6:,.10g} M"))
+        axes.xaxis.set_major_formatter(
+            FuncFormatter(lambda value, _: f"{value:,.10g}" if value < 1e6 else f"{value / 1e6:,.10g} M")
+        )
         axes.tick_params(axis="y", length=0)
     first = canvas.axes[0]
     first.set_yticks(places, [part for (_, part), _ in rows])
@@ -152,8 +188,19 @@ def images_per_s(records: Sequence[Record]) -> Figure | str:
             names.append((places[number], _short(recipe, 48)))
     for axes in canvas.axes:
         for place, name in names:
-            axes.text(0.0, place - 0.75, f" {name}", transform=axes.get_yaxis_transform(), fontsize=10, fontweight="bold", va="center")
-    handles = [Patch(color=_COLOURS[0], label="measured (share of its ceiling)"), Patch(color=_CEILING, label="ceiling")]
+            axes.text(
+                0.0,
+                place - 0.75,
+                f" {name}",
+                transform=axes.get_yaxis_transform(),
+                fontsize=10,
+                fontweight="bold",
+                va="center",
+            )
+    handles = [
+        Patch(color=_COLOURS[0], label="measured (share of its ceiling)"),
+        Patch(color=_CEILING, label="ceiling"),
+    ]
     canvas.legend(handles=handles, loc="outside lower center", ncols=2)
     return canvas
 
@@ -171,7 +218,11 @@ def _ceiling(record: Record, field: str) -> float | None:
 def shares_of(record: Record) -> dict[str, float]:
     """``details["share"]`` without what is no positive number."""
     share = (record.details or {}).get("share")
-    return {str(name): float(part) for name, part in share.items() if _number(part) and part > 0} if isinstance(share, dict) else {}
+    return (
+        {str(name): float(part) for name, part in share.items() if _number(part) and part > 0}
+        if isinstance(share, dict)
+        else {}
+    )
 
 
 def share_of_time(records: Sequence[Record]) -> Figure | str:
@@ -182,7 +233,11 @@ def share_of_time(records: Sequence[Record]) -> Figure | str:
     rows = rows[-_ROWS:]
     parts = list(dict.fromkeys(name for _, shares in rows for name in shares))
     looks = {
-        name: {"facecolor": _COLOURS[number % len(_COLOURS)], "hatch": "//" if number >= len(_COLOURS) else None, "edgecolor": "white"}
+        name: {
+            "facecolor": _COLOURS[number % len(_COLOURS)],
+            "hatch": "//" if number >= len(_COLOURS) else None,
+            "edgecolor": "white",
+        }
         for number, name in enumerate(parts)
     }
     columns = 3 if max(map(len, parts)) > 24 else 4
@@ -232,7 +287,11 @@ def scaling(records: Sequence[Record]) -> Figure | str:
         if part in ("decode", "views") and record.recipe and record.workers and record.pair_per_s and record.view_per_s:
             groups.setdefault(_setting(record), []).append(record)
         # One line for each recipe, on the most threads: more would lie on one another.
-        if part == "host cost" and host_cost(record) and (costs.get(_setting(record), record).workers or 0) <= (record.workers or 0):
+        if (
+            part == "host cost"
+            and host_cost(record)
+            and (costs.get(_setting(record), record).workers or 0) <= (record.workers or 0)
+        ):
             costs[_setting(record)] = record
     if not groups and not costs:
         return "no record of our loader has the part decode, views or host cost"
@@ -258,7 +317,9 @@ def host_cost(record: Record) -> dict[str, float]:
 def _setting(record: Record) -> str:
     data = (record.details or {}).get("data")
     name = data.get("name") if isinstance(data, dict) else None
-    return ", ".join(filter(None, [record.recipe, record.device, f"batch {record.batch_size}", str(name) if name else None]))
+    return ", ".join(
+        filter(None, [record.recipe, record.device, f"batch {record.batch_size}", str(name) if name else None])
+    )
 
 
 def _draw_threads(axes: Axes, title: str, records: Sequence[Record]) -> None:

@@ -29,7 +29,9 @@ def part_table(records: Iterable[Record]) -> str:
         if said is not None:
             rows.setdefault((said[0], str((record.details or {}).get("command"))), []).append(said[1])
     lines = ["| what | figure | command |", "| --- | --- | --- |"]
-    lines += [f"| {what} | {'; '.join(dict.fromkeys(figures))} | `{command}` |" for (what, command), figures in rows.items()]
+    lines += [
+        f"| {what} | {'; '.join(dict.fromkeys(figures))} | `{command}` |" for (what, command), figures in rows.items()
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -49,7 +51,10 @@ def in_words(record: Record) -> tuple[str, str] | None:
         )
     if record.bench == "loader" and "loader" not in details:
         if part == "decode":
-            return "decode-only rate of the engine, of a bare loop over the same JPEGs", f"{record.fraction_of_ceiling:.0%} ({threads})"
+            return (
+                "decode-only rate of the engine, of a bare loop over the same JPEGs",
+                f"{record.fraction_of_ceiling:.0%} ({threads})",
+            )
         if part == "host cost":
             return (
                 "host time of 2 + 6 views against 1 view, crops on the device",

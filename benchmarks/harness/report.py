@@ -17,7 +17,18 @@ from fastssl.benchmarks.harness.complete import incomplete
 from fastssl.benchmarks.harness.records import Record, read_records
 from fastssl.benchmarks.harness.table import COLUMNS, RIGHT, cells, figure
 from fastssl.errors import FastSSLError, counted
-from fastssl.report.document import Block, Bullets, Code, Heading, Paragraph, Picture, Table, table_markdown, to_html, to_markdown
+from fastssl.report.document import (
+    Block,
+    Bullets,
+    Code,
+    Heading,
+    Paragraph,
+    Picture,
+    Table,
+    table_markdown,
+    to_html,
+    to_markdown,
+)
 from fastssl.utils.atomic_files import write_atomically
 
 TITLE = "Images per second"
@@ -62,7 +73,10 @@ def write_report(results: Iterable[Path], out: Path) -> list[Path]:
     out.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         write_atomically(out / name, lambda temporary, content=content: temporary.write_bytes(content))
-    return [out / name for name in ("report.html", "report.md", "recipes.md", *(name for name in files if name.endswith(".png")))]
+    return [
+        out / name
+        for name in ("report.html", "report.md", "recipes.md", *(name for name in files if name.endswith(".png")))
+    ]
 
 
 def _read(path: Path) -> list[Record]:
@@ -77,7 +91,9 @@ def _read(path: Path) -> list[Record]:
         try:
             cells(record)
         except (TypeError, ValueError, KeyError, AttributeError) as error:
-            raise FastSSLError(f"{path}, record {number}: its details are damaged ({type(error).__name__}: {error})") from error
+            raise FastSSLError(
+                f"{path}, record {number}: its details are damaged ({type(error).__name__}: {error})"
+            ) from error
     return records
 
 
@@ -122,12 +138,16 @@ def _lead(records: Sequence[Record]) -> list[Block]:
     rows = _by_recipe(records)
     items = [(_row_name(recipe, train), _sentence(train)) for (recipe, *_), (_, train) in rows.items() if train]
     trained = {recipe for (recipe, *_), (_, train) in rows.items() if train}
-    absent = [recipe for recipe in dict.fromkeys(record.recipe for record in records) if recipe and recipe not in trained]
+    absent = [
+        recipe for recipe in dict.fromkeys(record.recipe for record in records) if recipe and recipe not in trained
+    ]
     blocks: list[Block] = [Bullets(items, lead=True)] if items else []
     if absent or not items:
         which = f" of {_listed(absent)}" if absent else ""
         blocks.append(
-            Paragraph(f"Not measured: training{which} end to end. This measures it: fastssl bench train --recipe NAME --json FILE")
+            Paragraph(
+                f"Not measured: training{which} end to end. This measures it: fastssl bench train --recipe NAME --json FILE"
+            )
         )
     return blocks
 
@@ -156,7 +176,9 @@ def _by_recipe(records: Iterable[Record]) -> dict[tuple[str, str | None, str], t
     found: dict[tuple[str, str | None, str], dict[str, dict[str, Record]]] = {}
     for record in records:
         if record.bench in ("step", "train") and record.recipe and not record.peer and record.pair_per_s:
-            of_recipe = found.setdefault((record.recipe, record.arch, _short_machine(record)), {"step": {}, "train": {}})
+            of_recipe = found.setdefault(
+                (record.recipe, record.arch, _short_machine(record)), {"step": {}, "train": {}}
+            )
             of_recipe[record.bench][cells(record)[2] + (" --set" if _changed(record) else "")] = record
 
     def best(settings: dict[str, Record]) -> Record | None:
@@ -187,7 +209,16 @@ def recipe_table(records: Iterable[Record]) -> str:
 
 
 def _recipes(records: Iterable[Record]) -> Table:
-    header = ("recipe", "network", "step pair/s", "end to end pair/s", "of its ceiling", "bottleneck", "machine", "command")
+    header = (
+        "recipe",
+        "network",
+        "step pair/s",
+        "end to end pair/s",
+        "of its ceiling",
+        "bottleneck",
+        "machine",
+        "command",
+    )
     rows = []
     for (recipe, network, machine), (step, train) in _by_recipe(records).items():
         fraction = train.fraction_of_ceiling if train else None
@@ -235,7 +266,11 @@ def _section(name: str, records: Sequence[Record], suffix: str) -> list[Block]:
 
 
 def _versions(record: Record) -> str:
-    named = [f"{name} {record.versions[name]}" for name in ("python", "torch", "cuda", "timm", "fastssl") if name in record.versions]
+    named = [
+        f"{name} {record.versions[name]}"
+        for name in ("python", "torch", "cuda", "timm", "fastssl")
+        if name in record.versions
+    ]
     return f"{', '.join(named) or 'Versions unknown'}; commit {record.git or 'unknown'}"
 
 
@@ -248,12 +283,25 @@ def _peers(records: Sequence[Record]) -> list[Block]:
         ours, theirs = _rates_beside(record, records[:number])
         what, recipe, setting = cells(replace(record, details={**(record.details or {}), "loader": None}))[:3]
         rows.append(
-            (", ".join(filter(None, [what, recipe, setting])), record.peer, f"{record.ratio_to_peer:.2f}", figure(ours), figure(theirs))
+            (
+                ", ".join(filter(None, [what, recipe, setting])),
+                record.peer,
+                f"{record.ratio_to_peer:.2f}",
+                figure(ours),
+                figure(theirs),
+            )
         )
     if not rows:
-        return [Paragraph("No record has a peer. These commands make some: fastssl bench loader --peers; fastssl bench step --peers")]
+        return [
+            Paragraph(
+                "No record has a peer. These commands make some: fastssl bench loader --peers; fastssl bench step --peers"
+            )
+        ]
     return [
-        Paragraph("How many times as fast ours is, both in turns in one process group: the median of the rounds' ratios.", quiet=True),
+        Paragraph(
+            "How many times as fast ours is, both in turns in one process group: the median of the rounds' ratios.",
+            quiet=True,
+        ),
         Table(("what", "peer", "ratio", "ours, pair/s", "peer, pair/s"), rows, (False, False, True, True, True)),
     ]
 
@@ -266,7 +314,17 @@ def _rates_beside(record: Record, before: Sequence[Record]) -> tuple[float | Non
 
     def run(one: Record) -> tuple[Any, ...]:
         about = one.details or {}
-        return one.bench, one.recipe, one.arch, one.device, one.batch_size, one.workers, one.git, about.get("part"), about.get("data")
+        return (
+            one.bench,
+            one.recipe,
+            one.arch,
+            one.device,
+            one.batch_size,
+            one.workers,
+            one.git,
+            about.get("part"),
+            about.get("data"),
+        )
 
     ours = next((one for one in reversed(before) if one.peer is None and run(one) == run(record)), None)
     return ours and ours.pair_per_s, record.pair_per_s
@@ -282,11 +340,17 @@ def _ceilings(records: Sequence[Record]) -> list[Block]:
             values = details.get(key)
             # A matrix product has a figure for each type of number.
             for kind, value in values.items() if isinstance(values, dict) else [("", values)]:
-                shown = f"{figure(value * factor)} {unit}" if _positive(value) else str(details.get("disk_problem") or "not measured")
+                shown = (
+                    f"{figure(value * factor)} {unit}"
+                    if _positive(value)
+                    else str(details.get("disk_problem") or "not measured")
+                )
                 rows.append((words.format(threads=threads, kind=kind), shown, record.device or ""))
     if not rows:
         return [
-            Paragraph("Not measured: no record of ceilings. The ceilings in the tables are those that were measured beside each figure.")
+            Paragraph(
+                "Not measured: no record of ceilings. The ceilings in the tables are those that were measured beside each figure."
+            )
         ]
     return [Table(("what", "at most", "device"), rows, (False, True, False))]
 

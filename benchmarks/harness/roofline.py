@@ -47,7 +47,9 @@ class Cost:
     def seconds(self, flop_per_s: float, bytes_per_s: float) -> float:
         """The least time of the pass at these rates."""
         outside = max(0.0, self.flop - sum(layer.flop for layer in self.layers))
-        return sum(max(layer.flop / flop_per_s, layer.bytes / bytes_per_s) for layer in self.layers) + outside / flop_per_s
+        return (
+            sum(max(layer.flop / flop_per_s, layer.bytes / bytes_per_s) for layer in self.layers) + outside / flop_per_s
+        )
 
 
 @torch.no_grad()
@@ -62,7 +64,9 @@ def forward_cost(network: nn.Module, images: Tensor | Sequence[Tensor], itemsize
     layers: list[Layer] = []
 
     def count(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        per_output = layer.weight[0].numel()  # a convolution's weight is (out, in / groups, kh, kw), a linear layer's (out, in)
+        per_output = layer.weight[
+            0
+        ].numel()  # a convolution's weight is (out, in / groups, kh, kw), a linear layer's (out, in)
         moved = inputs[0].numel() + output.numel() + layer.weight.numel()
         layers.append(Layer(2.0 * per_output * output.numel(), float(itemsize * moved)))
 

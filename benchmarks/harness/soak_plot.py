@@ -8,7 +8,10 @@ from matplotlib.figure import Figure
 
 from fastssl.benchmarks.harness.records import Record
 
-_WATCHED, _WINDOWS = ("seconds", "own_mb", "threads", "open_files"), ("window_seconds", "window_pair_per_s", "window_denied")
+_WATCHED, _WINDOWS = (
+    ("seconds", "own_mb", "threads", "open_files"),
+    ("window_seconds", "window_pair_per_s", "window_denied"),
+)
 _BLUE, _ORANGE, _WARM = "#2563a8", "#d1632f", "#eef1f4"
 
 
@@ -55,7 +58,9 @@ def _curves(record: Record) -> dict[str, list[float]] | None:
         return None
     for names in (_WATCHED, _WINDOWS):
         lists = [curves.get(name) for name in names]
-        if not all(isinstance(values, list) and all(isinstance(value, (int, float)) for value in values) for values in lists):
+        if not all(
+            isinstance(values, list) and all(isinstance(value, (int, float)) for value in values) for values in lists
+        ):
             return None
         if len({len(values) for values in lists}) != 1:
             return None

@@ -38,7 +38,12 @@ def cells(record: Record) -> tuple[str, ...]:
 
 
 def _setting(record: Record, details: dict) -> list[str]:
-    found = [record.arch, details.get("loader"), record.device, f"batch {record.batch_size}" if record.batch_size else None]
+    found = [
+        record.arch,
+        details.get("loader"),
+        record.device,
+        f"batch {record.batch_size}" if record.batch_size else None,
+    ]
     if record.workers:
         found.append(counted(record.workers, "thread"))
     if "amp" in details:
@@ -60,7 +65,11 @@ def _remarks(record: Record, details: dict) -> list[str]:
         remarks.append(f"batch {details['asked_batch_size']} was too large for the memory")
     if "times_1_view" in details:
         remarks.append(
-            ", ".join(f"{key}: {value:.2f}x the host time of one" for key, value in details["times_1_view"].items() if key != "1 view")
+            ", ".join(
+                f"{key}: {value:.2f}x the host time of one"
+                for key, value in details["times_1_view"].items()
+                if key != "1 view"
+            )
         )
     if "host_cpu_of_bare" in details:
         remarks.append(f"{details['host_cpu_of_bare']:.2f}x the processor time of the bare loop")
@@ -77,11 +86,18 @@ def _limits(details: dict) -> list[str]:
         ("decoding, 1 thread", details.get("decode_per_s_1_thread"), 1.0, "photos/s"),
         ("decoding, all threads", details.get("decode_per_s"), 1.0, "photos/s"),
         ("memory copy", details.get("copy_bytes_per_s"), 1e-9, "GB/s"),
-        *((f"{name} product", value, 1e-12, "TFLOP/s") for name, value in (product.items() if isinstance(product, dict) else ())),
+        *(
+            (f"{name} product", value, 1e-12, "TFLOP/s")
+            for name, value in (product.items() if isinstance(product, dict) else ())
+        ),
         ("disk read", details.get("disk_read_bytes_per_s"), 1e-6, "MB/s"),
         ("disk written", details.get("disk_write_bytes_per_s"), 1e-6, "MB/s"),
     ]
-    found = [f"{words} {figure(value * factor)} {unit}" for words, value, factor, unit in rows if isinstance(value, (int, float))]
+    found = [
+        f"{words} {figure(value * factor)} {unit}"
+        for words, value, factor, unit in rows
+        if isinstance(value, (int, float))
+    ]
     return found + ([f"disk: {details['disk_problem']}"] if details.get("disk_problem") else [])
 
 
@@ -94,7 +110,9 @@ def figure(value: float | None) -> str:
 
 def line(texts: Sequence[str]) -> str:
     """One line for a terminal, columns aligned."""
-    return "  ".join(text.ljust(-width) if width <= 0 else text.rjust(width) for text, width in zip(texts, _WIDTHS)).rstrip()
+    return "  ".join(
+        text.ljust(-width) if width <= 0 else text.rjust(width) for text, width in zip(texts, _WIDTHS)
+    ).rstrip()
 
 
 def markdown(records: Iterable[Record]) -> str:
@@ -105,7 +123,12 @@ def markdown(records: Iterable[Record]) -> str:
     parts = []
     for name, members in groups.items():
         rows = [COLUMNS, tuple("--:" if right else ":--" for right in RIGHT), *(cells(record) for record in members)]
-        parts.append(name + "\n\n" + "\n".join("| " + " | ".join(escape_markdown(text) for text in row) + " |" for row in rows) + "\n")
+        parts.append(
+            name
+            + "\n\n"
+            + "\n".join("| " + " | ".join(escape_markdown(text) for text in row) + " |" for row in rows)
+            + "\n"
+        )
     return "\n".join(parts)
 
 
@@ -114,7 +137,9 @@ def machine(record: Record) -> str:
     host, versions = record.host, record.versions
     gpu = f"{host['gpu']}, " if "gpu" in host else ""
     cores = f"{host.get('cpu', 'unknown processor')}, {host.get('cores', '?')} cores"
-    packages = ", ".join(f"{name} {versions[name]}" for name in ("python", "torch", "cuda", "timm", "fastssl") if name in versions)
+    packages = ", ".join(
+        f"{name} {versions[name]}" for name in ("python", "torch", "cuda", "timm", "fastssl") if name in versions
+    )
     return f"**{gpu}{cores}** ({packages}{f', commit {record.git}' if record.git else ''})"
 
 

@@ -49,7 +49,9 @@ class Window:
 Contender = Callable[[float], Window]
 
 
-def measure_windows(contenders: dict[str, Contender], *, seconds: float, runs: int = MIN_RUNS) -> dict[str, list[Window]]:
+def measure_windows(
+    contenders: dict[str, Contender], *, seconds: float, runs: int = MIN_RUNS
+) -> dict[str, list[Window]]:
     """``runs`` windows of each contender in turns, the order turning round, after one short round that is not counted.
 
     Args:

@@ -211,7 +211,11 @@ def to_markdown(record: dict[str, Any]) -> str:
     lines = ["| | " + " | ".join(f"{minutes:g} min" for minutes in marks) + " |", "| --- |" + " --- |" * len(marks)]
     for row in record["rows"]:
         cells = [row["marks"].get(f"{minutes:g}") for minutes in marks]
-        lines.append(f"| {row['name']} | " + " | ".join(f"{c['knn']:.1f} / {c['linear']:.1f}" if c else "-" for c in cells) + " |")
+        lines.append(
+            f"| {row['name']} | "
+            + " | ".join(f"{c['knn']:.1f} / {c['linear']:.1f}" if c else "-" for c in cells)
+            + " |"
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -221,7 +225,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("val", type=Path)
     parser.add_argument("--arch", default="mobilenetv3_large")
     parser.add_argument("--recipe", default="few-photos")
-    parser.add_argument("--epochs", type=int, required=True, help="of fastssl, so that they fill the minutes of the last mark")
+    parser.add_argument(
+        "--epochs", type=int, required=True, help="of fastssl, so that they fill the minutes of the last mark"
+    )
     parser.add_argument("--minutes", type=float, nargs="+", default=[5, 10, 20])
     parser.add_argument("--slice", type=float, default=60, dest="slice_s", help="seconds of a turn")
     parser.add_argument("--seed", type=int, default=0)
@@ -237,11 +243,38 @@ def main(arguments: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         run = folder / "fastssl"
-        common = [str(options.data.resolve()), str(options.val.resolve()), "--arch", options.arch, "--recipe", options.recipe]
+        common = [
+            str(options.data.resolve()),
+            str(options.val.resolve()),
+            "--arch",
+            options.arch,
+            "--recipe",
+            options.recipe,
+        ]
         ours = [sys.executable, "-m", "fastssl", "pretrain", "--arch", options.arch, "--recipe", options.recipe]
-        ours += ["--data", str(options.data), "--out", str(run), "--epochs", str(options.epochs), "--seed", str(options.seed)]
-        ours += ["--set", f"train.checkpoint_minutes={_SNAPSHOT_S / 60:.2f}", "--set", "probe.every_epochs=0", "--device", "cpu"]
-        contenders = [Contender(f"fastssl, {options.recipe}", ours, run / "checkpoints" / "last.safetensors", folder / "fastssl.log")]
+        ours += [
+            "--data",
+            str(options.data),
+            "--out",
+            str(run),
+            "--epochs",
+            str(options.epochs),
+            "--seed",
+            str(options.seed),
+        ]
+        ours += [
+            "--set",
+            f"train.checkpoint_minutes={_SNAPSHOT_S / 60:.2f}",
+            "--set",
+            "probe.every_epochs=0",
+            "--device",
+            "cpu",
+        ]
+        contenders = [
+            Contender(
+                f"fastssl, {options.recipe}", ours, run / "checkpoints" / "last.safetensors", folder / "fastssl.log"
+            )
+        ]
         for method in METHODS:
             weights = folder / f"{method}.pt"
             theirs = [
@@ -265,7 +298,9 @@ def main(arguments: list[str] | None = None) -> int:
             }
             rows.append({"name": one.name, "seconds": round(one.seconds, 1), "marks": judged})
     record = {
-        "command": shlex.join(["python", "-m", "fastssl.benchmarks.studies.beside_lightly", *(arguments or sys.argv[1:])]),
+        "command": shlex.join(
+            ["python", "-m", "fastssl.benchmarks.studies.beside_lightly", *(arguments or sys.argv[1:])]
+        ),
         "minutes": sorted(options.minutes),
         "size": probe.size,
         "rows": rows,

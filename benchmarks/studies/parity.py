@@ -20,7 +20,12 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from fastssl.benchmarks.harness.photos import describe_data, find_data
-from fastssl.benchmarks.studies.torchvision_views import pillow_colour, pillow_crop, torchvision_colour, torchvision_crop
+from fastssl.benchmarks.studies.torchvision_views import (
+    pillow_colour,
+    pillow_crop,
+    torchvision_colour,
+    torchvision_crop,
+)
 from fastssl.errors import FastSSLError
 from fastssl.pipelines.beton.reader import BetonReader
 from fastssl.pipelines.engines.registry import engine_state
@@ -72,7 +77,13 @@ OPERATIONS = (
     Operation("blur, sigma 0.1 to 2", (replace(_PLAIN, blur=1.0),), 0.5, 2, 8),
     Operation("solarise", (replace(_PLAIN, solarise=1.0),), 0.5, 3, 12),
     Operation("MoCo-v2, 2 views", (replace(_CHAIN, count=2),), 1.0, 24, 40),
-    Operation("MoCo-v2, 2 + 6 views", (replace(_CHAIN, count=2), replace(_CHAIN, size=48, count=6, area=(0.05, 0.3))), 1.0, 24, 40),
+    Operation(
+        "MoCo-v2, 2 + 6 views",
+        (replace(_CHAIN, count=2), replace(_CHAIN, size=48, count=6, area=(0.05, 0.3))),
+        1.0,
+        24,
+        40,
+    ),
 )
 # _DECODE: see `_native_size`, which sets the size where all pictures allow it.
 
@@ -152,13 +163,17 @@ def _render(
         return [view.float().cpu().permute(0, 2, 3, 1).numpy() for view in batch.views]
 
 
-def _references(photos: list[np.ndarray], chosen: np.ndarray, specs: list[ViewSpec], seed: int) -> dict[str, list[np.ndarray]]:
+def _references(
+    photos: list[np.ndarray], chosen: np.ndarray, specs: list[ViewSpec], seed: int
+) -> dict[str, list[np.ndarray]]:
     """The same views by torchvision and by Pillow, and their values' distance to the threshold, shaped like ``_render``'s."""
     heights, widths = (np.array([photo.shape[axis] for photo in photos]) for axis in (0, 1))
     made: dict[str, list[np.ndarray]] = {"torchvision": [], "pillow": [], "margin": []}
     first_view = 0
     for spec in specs:
-        plan = draw_plan(spec, first_view=first_view, seed=seed, epoch=0, sample_ids=chosen, heights=heights, widths=widths)
+        plan = draw_plan(
+            spec, first_view=first_view, seed=seed, epoch=0, sample_ids=chosen, heights=heights, widths=widths
+        )
         first_view += spec.count
         group: dict[str, list[np.ndarray]] = {key: [] for key in made}
         for view in plan:
@@ -166,7 +181,9 @@ def _references(photos: list[np.ndarray], chosen: np.ndarray, specs: list[ViewSp
                 picture, margin = torchvision_colour(torchvision_crop(photo, record, spec), record, spec)
                 group["torchvision"].append(255 * picture.permute(1, 2, 0).numpy())
                 group["margin"].append(255 * margin.permute(1, 2, 0).numpy())
-                group["pillow"].append(np.asarray(pillow_colour(pillow_crop(photo, record, spec), record, spec), np.float32))
+                group["pillow"].append(
+                    np.asarray(pillow_colour(pillow_crop(photo, record, spec), record, spec), np.float32)
+                )
         for key, views in group.items():
             made[key].append(np.stack(views))
     return made
@@ -189,10 +206,14 @@ def crop_statistics(draws: int = 20000) -> list[dict[str, float | str]]:
         for area in ((0.2, 1.0), (0.05, 0.14)):
             spec, side = ViewSpec(area=area), np.full(draws, 1)
             ids = np.arange(draws)
-            plan = draw_plan(spec, first_view=0, seed=1, epoch=0, sample_ids=ids, heights=height * side, widths=width * side)[0]
+            plan = draw_plan(
+                spec, first_view=0, seed=1, epoch=0, sample_ids=ids, heights=height * side, widths=width * side
+            )[0]
             torch.manual_seed(1)
             picture = torch.empty(1, height, width)
-            theirs = np.array([RandomResizedCrop.get_params(picture, list(area), [3 / 4, 4 / 3]) for _ in range(draws)], float)
+            theirs = np.array(
+                [RandomResizedCrop.get_params(picture, list(area), [3 / 4, 4 / 3]) for _ in range(draws)], float
+            )
             ours = np.stack([plan[name] for name in ("top", "left", "height", "width")], axis=1).astype(float)
             row: dict[str, float | str] = {"photo": f"{height}x{width}", "scale": f"{area[0]:g} to {area[1]:g}"}
             for name, of in _BOX_STATISTICS.items():
@@ -273,7 +294,12 @@ def draw(rows: list[Row], enlarge: int = 32) -> Image.Image:
     width, height = left + (1 + 2 * len(engines)) * (tile + gap) + 16, top + len(rows) * (tile + gap) + 8
     canvas = Image.new("RGB", (width, height), "white")
     pen = ImageDraw.Draw(canvas)
-    pen.text((16, 12), f"torchvision, then each engine and its difference x {enlarge}", fill="#1c2430", font=ImageFont.load_default(15))
+    pen.text(
+        (16, 12),
+        f"torchvision, then each engine and its difference x {enlarge}",
+        fill="#1c2430",
+        font=ImageFont.load_default(15),
+    )
     titles = ["torchvision", *(title for name in engines for title in (name, "difference"))]
     for place, title in enumerate(titles):
         pen.text((left + place * (tile + gap), 42), title[:16], fill="#667085", font=ImageFont.load_default(11))
@@ -285,13 +311,17 @@ def draw(rows: list[Row], enlarge: int = 32) -> Image.Image:
         for name in engines:
             tiles += [row.pictures[name], np.abs(row.pictures[name] - reference) * enlarge]
         for place, pixels in enumerate(tiles):
-            picture = Image.fromarray(np.clip(np.rint(pixels), 0, 255).astype(np.uint8)).resize((tile, tile), Image.Resampling.NEAREST)
+            picture = Image.fromarray(np.clip(np.rint(pixels), 0, 255).astype(np.uint8)).resize(
+                (tile, tile), Image.Resampling.NEAREST
+            )
             canvas.paste(picture, (left + place * (tile + gap), y))
     return canvas
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m fastssl.benchmarks.studies.parity", description=(__doc__ or "").split("\n\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m fastssl.benchmarks.studies.parity", description=(__doc__ or "").split("\n\n")[0]
+    )
     parser.add_argument("--data", default="synthetic", help="a .beton file; default: synthetic photos of 500x375 px")
     parser.add_argument("--out", type=Path, default=Path("parity"), help="folder to write to; default: parity/")
     parser.add_argument("--samples", type=int, default=48, help="photos, spread evenly over the file; default: 48")
@@ -306,17 +336,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"parity: {error}", file=sys.stderr)
         return 1
     shown = f"python -m fastssl.benchmarks.studies.parity --data {name} --samples {options.samples} --device {options.device}"
-    about = {"command": shown, "host": describe_host(), "versions": describe_versions(), "samples": options.samples, "data": data}
+    about = {
+        "command": shown,
+        "host": describe_host(),
+        "versions": describe_versions(),
+        "samples": options.samples,
+        "data": data,
+    }
     boxes = crop_statistics()
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "parity.md").write_text(to_markdown(rows, boxes, about))
     draw(rows).save(options.out / "parity.png", optimize=True)
     figures = [
-        {"operation": row.operation.name, "engine": engine, "reference": reference, "mean": d.mean, "max": d.most, "left_out": d.left_out}
+        {
+            "operation": row.operation.name,
+            "engine": engine,
+            "reference": reference,
+            "mean": d.mean,
+            "max": d.most,
+            "left_out": d.left_out,
+        }
         for row in rows
         for (engine, reference), d in row.differences.items()
     ]
-    (options.out / "parity.json").write_text(json.dumps({**about, "differences": figures, "crop_boxes": boxes}, indent=1) + "\n")
+    (options.out / "parity.json").write_text(
+        json.dumps({**about, "differences": figures, "crop_boxes": boxes}, indent=1) + "\n"
+    )
     print(f"{options.out / 'parity.md'}")
     beyond = [f"{row.operation.name} ({engine})" for row in rows for engine, _ in available() if row.beyond(engine)]
     if beyond:

@@ -33,13 +33,22 @@ from fastssl.training.setup import RunOptions, prepare
 from fastssl.training.trainer import train
 from fastssl.utils.versions import describe_git, describe_host, describe_versions
 
-_SMALL = ("views.global_size=32", "views.local_size=16", "views.local_count=2", "probe.every_epochs=0", "train.log_every=1")
+_SMALL = (
+    "views.global_size=32",
+    "views.local_size=16",
+    "views.local_count=2",
+    "probe.every_epochs=0",
+    "train.log_every=1",
+)
 _SMALL_PLAIN = ("views.0.size=32", "probe.every_epochs=0", "train.log_every=1")
 #: method -> recipe, and what makes it small
 EXACT: dict[str, tuple[str, tuple[str, ...]]] = {
     "moco": ("light-moco-mobilenetv3-sslight", (*_SMALL, "moco.projector.hidden=32", "moco.split_bn=1")),
     "moco, shuffle-BN": ("light-moco-mobilenetv3-sslight", (*_SMALL, "moco.projector.hidden=32", "moco.split_bn=4")),
-    "simclr": ("simclr-mobilenetv3", (*_SMALL_PLAIN, "simclr.projector.hidden=32", "simclr.neighbors=1", "simclr.weighting=nearest")),
+    "simclr": (
+        "simclr-mobilenetv3",
+        (*_SMALL_PLAIN, "simclr.projector.hidden=32", "simclr.neighbors=1", "simclr.weighting=nearest"),
+    ),
     "swav": (
         "swav-mobilenetv2-sslight",
         (*_SMALL, "swav.prototypes=24", "swav.queue_epoch=0", "swav.projector.hidden=32", "swav.projector.out=16"),
@@ -47,7 +56,11 @@ EXACT: dict[str, tuple[str, tuple[str, ...]]] = {
     "dino": ("dino-mobilenetv2-sslight", (*_SMALL, "dino.out=48", "dino.projector.hidden=32", "dino.projector.out=16")),
 }
 #: name -> (processes, moco.split_bn)
-CURVES: dict[str, tuple[int, int]] = {"one process, off": (1, 1), "one process, on": (1, 4), "two processes, on": (2, 4)}
+CURVES: dict[str, tuple[int, int]] = {
+    "one process, off": (1, 1),
+    "one process, on": (1, 4),
+    "two processes, on": (2, 4),
+}
 
 
 @dataclass(frozen=True)
@@ -65,7 +78,9 @@ def exact_jobs(arch: str, batch: int, epochs: int) -> dict[str, Job]:
     """A run of each method, by name; the queues hold two batches."""
     found = {}
     for method, (recipe, small) in EXACT.items():
-        own = {"moco": (f"moco.queue={4 * batch}",), "swav": (f"swav.queue={2 * batch}",)}.get(method.partition(",")[0], ())
+        own = {"moco": (f"moco.queue={4 * batch}",), "swav": (f"swav.queue={2 * batch}",)}.get(
+            method.partition(",")[0], ()
+        )
         length = (
             f"train.batch_size={batch}",
             f"train.epochs={epochs}",
@@ -79,7 +94,12 @@ def exact_jobs(arch: str, batch: int, epochs: int) -> dict[str, Job]:
 def curve_job(arch: str, split_bn: int, batch: int, epochs: int, seed: int) -> Job:
     """A run of few-photos-moco in small."""
     length = (f"train.batch_size={batch}", f"train.epochs={epochs}", f"moco.queue={2 * batch}", "optim.warmup_epochs=1")
-    return Job("few-photos-moco", arch, (*_SMALL_PLAIN, *length, f"moco.split_bn={split_bn}", "moco.projector.hidden=128"), seed)
+    return Job(
+        "few-photos-moco",
+        arch,
+        (*_SMALL_PLAIN, *length, f"moco.split_bn={split_bn}", "moco.projector.hidden=128"),
+        seed,
+    )
 
 
 def run_here(jobs: Iterable[Job], data: Path) -> list[dict[str, Any]]:
@@ -178,7 +198,9 @@ def compare_weights(jobs: dict[str, Job], alone: Sequence[dict], together: Seque
 
 def summarise(curves: list[dict[str, Any]]) -> dict[str, Any]:
     """Mean loss of the last quarter of each run; its spread between seeds, and the differences between the kinds of run, seed by seed."""
-    ends = {(row["name"], row["seed"]): statistics.fmean(row["losses"][-(len(row["losses"]) // 4 or 1) :]) for row in curves}
+    ends = {
+        (row["name"], row["seed"]): statistics.fmean(row["losses"][-(len(row["losses"]) // 4 or 1) :]) for row in curves
+    }
     names, seeds = list(dict.fromkeys(name for name, _ in ends)), sorted({seed for _, seed in ends})
     kinds = [
         {
@@ -194,22 +216,40 @@ def summarise(curves: list[dict[str, Any]]) -> dict[str, Any]:
         apart = [ends[second, seed] - ends[first, seed] for seed in seeds]
         steps = [max(abs(a - b) for a, b in zip(by_run[first, seed], by_run[second, seed])) for seed in seeds]
         pairs.append(
-            {"first": first, "second": second, "mean": statistics.fmean(apart), "largest": max(map(abs, apart)), "largest_step": max(steps)}
+            {
+                "first": first,
+                "second": second,
+                "mean": statistics.fmean(apart),
+                "largest": max(map(abs, apart)),
+                "largest_step": max(steps),
+            }
         )
     return {"kinds": kinds, "pairs": pairs}
 
 
 def to_markdown(record: dict[str, Any]) -> str:
     """The tables."""
-    lines = ["| method | steps | values | largest difference of any value, 1 against 2 processes | training moved values by up to |"]
+    lines = [
+        "| method | steps | values | largest difference of any value, 1 against 2 processes | training moved values by up to |"
+    ]
     lines += ["| --- | --- | --- | --- | --- |"]
     lines += [
         f"| {row['method']} | {row['steps']} | {row['values']:,} | {row['max_difference']:.1e} | {row['moved']:.2g} |"
         for row in record["weights"]
     ]
-    lines += ["", "| MoCo, shuffle-BN | mean loss of the last quarter | between seeds (standard deviation) |", "| --- | --- | --- |"]
-    lines += [f"| {row['name']} | {row['end']:.4f} | {row['between_seeds']:.4f} |" for row in record["summary"]["kinds"]]
-    lines += ["", "| difference, same seed | of the last quarter, mean | largest | of any step, largest |", "| --- | --- | --- | --- |"]
+    lines += [
+        "",
+        "| MoCo, shuffle-BN | mean loss of the last quarter | between seeds (standard deviation) |",
+        "| --- | --- | --- |",
+    ]
+    lines += [
+        f"| {row['name']} | {row['end']:.4f} | {row['between_seeds']:.4f} |" for row in record["summary"]["kinds"]
+    ]
+    lines += [
+        "",
+        "| difference, same seed | of the last quarter, mean | largest | of any step, largest |",
+        "| --- | --- | --- | --- |",
+    ]
     lines += [
         f"| {row['second']} - {row['first']} | {row['mean']:+.4f} | {row['largest']:.4f} | {row['largest_step']:.4f} |"
         for row in record["summary"]["pairs"]
@@ -217,10 +257,16 @@ def to_markdown(record: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def measure(data: Path, *, exact_arch: str, arch: str, exact_batch: int, batch: int, epochs: int, seeds: int) -> dict[str, Any]:
+def measure(
+    data: Path, *, exact_arch: str, arch: str, exact_batch: int, batch: int, epochs: int, seeds: int
+) -> dict[str, Any]:
     """Everything, as it is written to ``processes.json``."""
     exact = exact_jobs(exact_arch, exact_batch, 1)
-    kinds = {(name, seed): curve_job(arch, split, batch, epochs, seed) for name, (_, split) in CURVES.items() for seed in range(seeds)}
+    kinds = {
+        (name, seed): curve_job(arch, split, batch, epochs, seed)
+        for name, (_, split) in CURVES.items()
+        for seed in range(seeds)
+    }
     single = {key: job for key, job in kinds.items() if CURVES[key[0]][0] == 1}
     double = {key: job for key, job in kinds.items() if CURVES[key[0]][0] == 2}
     together = run_under_torchrun([*exact.values(), *double.values()], data)
@@ -240,17 +286,29 @@ def measure(data: Path, *, exact_arch: str, arch: str, exact_batch: int, batch: 
         for name, seed in kinds
     ]
     weights = compare_weights(exact, alone[: len(exact)], together[: len(exact)])
-    return {"weights": weights, "curves": curves, "summary": summarise(curves), "jobs": {m: asdict(job) for m, job in exact.items()}}
+    return {
+        "weights": weights,
+        "curves": curves,
+        "summary": summarise(curves),
+        "jobs": {m: asdict(job) for m, job in exact.items()},
+    }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m fastssl.benchmarks.studies.processes", description=(__doc__ or "").split("\n\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m fastssl.benchmarks.studies.processes", description=(__doc__ or "").split("\n\n")[0]
+    )
     parser.add_argument("--data", type=Path, required=True, help="a .beton file")
     parser.add_argument("--out", type=Path, default=Path("processes"), help="folder to write to; default: processes/")
-    parser.add_argument("--exact-arch", default="resnet10t", help="network where weights are compared; default: resnet10t")
+    parser.add_argument(
+        "--exact-arch", default="resnet10t", help="network where weights are compared; default: resnet10t"
+    )
     parser.add_argument("--arch", default="lcnet_035", help="of the curves; default: lcnet_035")
     parser.add_argument(
-        "--exact-batch", type=int, default=128, help="photos a step where weights are compared, for one epoch; default: 128"
+        "--exact-batch",
+        type=int,
+        default=128,
+        help="photos a step where weights are compared, for one epoch; default: 128",
     )
     parser.add_argument("--batch-size", type=int, default=64, help="photos a step of the curves; default: 64")
     parser.add_argument("--epochs", type=int, default=4, help="of the curves; default: 4")
@@ -260,7 +318,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)
     try:
         if options.worker:
-            jobs = [Job(**{**job, "overrides": tuple(job["overrides"])}) for job in json.loads(options.worker.read_text())]
+            jobs = [
+                Job(**{**job, "overrides": tuple(job["overrides"])}) for job in json.loads(options.worker.read_text())
+            ]
             found = run_here(jobs, options.data)
             if world_from_environment().is_main:
                 torch.save(found, options.worker.with_suffix(".result"))
@@ -285,7 +345,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"python -m fastssl.benchmarks.studies.processes --data {options.data.name} --exact-arch {options.exact_arch} --exact-batch {options.exact_batch} --arch {options.arch} "
         f"--batch-size {options.batch_size} --epochs {options.epochs} --seeds {options.seeds}"
     )
-    record = {"command": shown, "data": about, "host": describe_host(), "versions": describe_versions(), "git": describe_git(), **record}
+    record = {
+        "command": shown,
+        "data": about,
+        "host": describe_host(),
+        "versions": describe_versions(),
+        "git": describe_git(),
+        **record,
+    }
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "processes.json").write_text(json.dumps(record, indent=1) + "\n")
     (options.out / "processes.md").write_text(to_markdown(record))

@@ -21,7 +21,17 @@ import yaml
 
 from fastssl.benchmarks.harness.photos import describe_data, find_data
 from fastssl.benchmarks.harness.records import Record
-from fastssl.benchmarks.studies.steadiness import MB, PROBES, Verdict, Window, after_warmup, count, memory, rate, windows
+from fastssl.benchmarks.studies.steadiness import (
+    MB,
+    PROBES,
+    Verdict,
+    Window,
+    after_warmup,
+    count,
+    memory,
+    rate,
+    windows,
+)
 from fastssl.benchmarks.studies.vitals import Sample, watch
 from fastssl.config.recipe import Recipe, recipe_to_dict
 from fastssl.errors import FastSSLError, counted
@@ -189,7 +199,10 @@ def _life(watched: Watched) -> Verdict:
         return Verdict("lives", False, f"did not stop within {_PATIENCE:g} s: {watched.last_words}", figures)
     if watched.probes < PROBES:
         return Verdict(
-            "lives", False, f"{watched.probes} probes were made, {PROBES} are the least: let it run longer, or on fewer photos", figures
+            "lives",
+            False,
+            f"{watched.probes} probes were made, {PROBES} are the least: let it run longer, or on fewer photos",
+            figures,
         )
     passed = watched.status == 130 and watched.saved_step is not None and watched.saved_step == last
     made = f"{counted(last, 'step')}, {counted(watched.probes, 'probe')}"
@@ -228,12 +241,32 @@ def run(
         about = describe_data(reader, name)
         if len(reader) < chosen.train.batch_size:
             how_many = counted(len(reader), "photo")
-            raise FastSSLError(f"{name}: {how_many}, fewer than one batch of {chosen.train.batch_size}; lower it with --batch-size")
+            raise FastSSLError(
+                f"{name}: {how_many}, fewer than one batch of {chosen.train.batch_size}; lower it with --batch-size"
+            )
     with tempfile.TemporaryDirectory(prefix="fastssl-soak-", dir=folder) as work:
         file = Path(work) / f"{recipe_name}.yaml"
         file.write_text(yaml.safe_dump(recipe_to_dict(chosen)))
-        command = [sys.executable, "-m", "fastssl", "pretrain", "--arch", chosen.arch, "--recipe", str(file), "--data", str(path.resolve())]
-        command += ["--out", str(Path(work) / "run"), "--device", place.type, "--workers", str(workers or available_cores())]
+        command = [
+            sys.executable,
+            "-m",
+            "fastssl",
+            "pretrain",
+            "--arch",
+            chosen.arch,
+            "--recipe",
+            str(file),
+            "--data",
+            str(path.resolve()),
+        ]
+        command += [
+            "--out",
+            str(Path(work) / "run"),
+            "--device",
+            place.type,
+            "--workers",
+            str(workers or available_cores()),
+        ]
         command += ["--batch-size", str(chosen.train.batch_size)]  # it stays, however few photos there are
         if say is not None:
             say(

@@ -176,7 +176,11 @@ def windows(
     found = []
     for one, other in itertools.pairwise(edges):
         seconds = max(1e-9, trained[other.step] - trained[one.step])
-        denied = 0.0 if None in (one.waiting_s, other.waiting_s) else (other.waiting_s - one.waiting_s) / (other.seconds - one.seconds)
+        denied = (
+            0.0
+            if None in (one.waiting_s, other.waiting_s)
+            else (other.waiting_s - one.waiting_s) / (other.seconds - one.seconds)
+        )
         found.append(Window(other.seconds, batch_size * (other.step - one.step) / seconds, min(max(denied, 0.0), 0.99)))
     return found
 

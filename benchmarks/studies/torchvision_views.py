@@ -28,7 +28,10 @@ def torchvision_crop(picture: np.ndarray, record: np.void, spec: ViewSpec) -> Te
 def pillow_crop(picture: np.ndarray, record: np.void, spec: ViewSpec) -> Image.Image:
     """The same with Pillow."""
     top, left, height, width = (int(record[name]) for name in ("top", "left", "height", "width"))
-    size, method = (spec.size, spec.size), {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}[spec.interpolation]
+    size, method = (
+        (spec.size, spec.size),
+        {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}[spec.interpolation],
+    )
     view = Image.fromarray(picture).crop((left, top, left + width, top + height)).resize(size, method)
     return view.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if record["flip"] else view
 
@@ -44,7 +47,9 @@ def torchvision_colour(view: Tensor, record: np.void, spec: ViewSpec) -> tuple[T
     if record["grey"]:
         picture = V2.rgb_to_grayscale(picture, num_output_channels=3)
     if record["blur_sigma"] > 0:
-        picture = V2.gaussian_blur(picture, [2 * blur_radius(spec, picture.shape[-1]) + 1] * 2, [float(record["blur_sigma"])] * 2)
+        picture = V2.gaussian_blur(
+            picture, [2 * blur_radius(spec, picture.shape[-1]) + 1] * 2, [float(record["blur_sigma"])] * 2
+        )
     margin = torch.ones_like(picture)
     if record["solarise"]:
         margin = (picture - spec.solarise_threshold / 255).abs()

@@ -53,7 +53,10 @@ class Cell:
 
 def cells(methods: Iterable[str], smoothed: Iterable[str]) -> list[Cell]:
     """Both designs for each method, and the smoothed target for those of ``smoothed``."""
-    return [*itertools.starmap(Cell, itertools.product(methods, DESIGNS)), *(Cell(method, "smoothed") for method in smoothed)]
+    return [
+        *itertools.starmap(Cell, itertools.product(methods, DESIGNS)),
+        *(Cell(method, "smoothed") for method in smoothed),
+    ]
 
 
 def run(cell: Cell, seed: int, recipes: Path, data: Path, val: Path, out: Path, epochs: int | None) -> dict[str, Any]:
@@ -65,13 +68,25 @@ def run(cell: Cell, seed: int, recipes: Path, data: Path, val: Path, out: Path, 
     recipe, folder = recipes / f"{cell.method}.yaml", out / f"{cell.method}-{cell.design}-{seed}"
     changes = [f"--epochs={epochs}"] if epochs else []
     changes += [argument for change in cell.overrides for argument in ("--set", change)]
-    options = ["--arch", load_recipe(str(recipe)).arch, "--seed", str(seed), "--device", "cpu", "--workers", "1", *changes]
+    options = [
+        "--arch",
+        load_recipe(str(recipe)).arch,
+        "--seed",
+        str(seed),
+        "--device",
+        "cpu",
+        "--workers",
+        "1",
+        *changes,
+    ]
     names = f"--recipe {recipe.name} --data {data.name} --val {val.name}"  # names, not paths: records are passed on
     shown = f"OMP_NUM_THREADS=1 fastssl pretrain {names} {shlex.join(options)}"
     made_by, told = folder / "study.txt", f"{shown}\n{recipe.read_text()}"
     if (folder / "summary.json").is_file():
         if not made_by.is_file() or made_by.read_text() != told:
-            raise FastSSLError(f"{folder}: holds a run of another command or recipe; remove it, or choose another --out")
+            raise FastSSLError(
+                f"{folder}: holds a run of another command or recipe; remove it, or choose another --out"
+            )
     else:
         files = ["--recipe", recipe, "--data", data, "--val", val, "--out", folder]
         command = [sys.executable, "-m", "fastssl", "pretrain", *map(str, files), *options]
@@ -80,7 +95,9 @@ def run(cell: Cell, seed: int, recipes: Path, data: Path, val: Path, out: Path, 
             raise FastSSLError(f"{folder.name}: status {done.returncode}: {done.stderr[-500:].strip()}")
         made_by.write_text(told)
     summary = json.loads((folder / "summary.json").read_text())
-    steps = [row for row in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()) if row["kind"] == "step"]
+    steps = [
+        row for row in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()) if row["kind"] == "step"
+    ]
     ends = {
         name: (steps[0][name], steps[-1][name])
         for name in ("loss", "kl", "alignment", "embedding_std", "target_entropy")
@@ -130,7 +147,10 @@ def table(runs: Sequence[dict[str, Any]]) -> str:
     ):
         pairs = _pairs(grouped.get((method, better), []), grouped.get((method, base), []))
         if pairs:
-            gains = [_spread([a[TRAINED][kind] - b[TRAINED][kind] for a, b in pairs], signed=True) for kind in ("knn", "linear")]
+            gains = [
+                _spread([a[TRAINED][kind] - b[TRAINED][kind] for a, b in pairs], signed=True)
+                for kind in ("knn", "linear")
+            ]
             lines.append(f"| {method} | {better} - {base} | {' | '.join(gains)} |")
     return "\n".join(lines) + "\n"
 
@@ -155,7 +175,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--val", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs, of runs.jsonl and table.md")
     parser.add_argument("--methods", nargs="+", default=["moco", "simclr", "dino", "swav"])
-    parser.add_argument("--smoothed", nargs="*", default=list(CONTRASTIVE), help="methods that also run with a smoothed target")
+    parser.add_argument(
+        "--smoothed", nargs="*", default=list(CONTRASTIVE), help="methods that also run with a smoothed target"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--jobs", type=int, default=1, help="runs at once, one thread each")
@@ -167,7 +189,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     jobs = [(cell, seed) for seed in chosen.seeds for cell in cells(chosen.methods, chosen.smoothed)]
     pool = ThreadPoolExecutor(chosen.jobs)
     try:
-        started = {pool.submit(run, *job, chosen.recipes, chosen.data, chosen.val, chosen.out, chosen.epochs): job for job in jobs}
+        started = {
+            pool.submit(run, *job, chosen.recipes, chosen.data, chosen.val, chosen.out, chosen.epochs): job
+            for job in jobs
+        }
         runs: dict[tuple[Cell, int], dict[str, Any]] = {}
         for future in as_completed(started):
             (cell, seed), one = started[future], future.result()

@@ -66,7 +66,11 @@ def look(pid: int, folder: Path, seconds: float, proc: Path = Path("/proc")) -> 
         return None
     if fields[0] in "ZX" or "VmRSS" not in status:  # ended, and nobody has asked for its exit status yet
         return None
-    sizes = {name: 1024 * int(status[name].split()[0]) for name in ("VmRSS", "RssAnon", "RssShmem", "VmSwap") if name in status}
+    sizes = {
+        name: 1024 * int(status[name].split()[0])
+        for name in ("VmRSS", "RssAnon", "RssShmem", "VmSwap")
+        if name in status
+    }
     own = sum(sizes.get(name, 0) for name in ("RssAnon", "RssShmem", "VmSwap"))
     try:
         waiting = int((here / "schedstat").read_text().split()[1]) / 1e9
@@ -85,7 +89,11 @@ def look(pid: int, folder: Path, seconds: float, proc: Path = Path("/proc")) -> 
 
 
 def watch(
-    process: subprocess.Popen, folder: Path, seconds: float, interval: float = 1.0, each: Callable[[Sample], None] | None = None
+    process: subprocess.Popen,
+    folder: Path,
+    seconds: float,
+    interval: float = 1.0,
+    each: Callable[[Sample], None] | None = None,
 ) -> list[Sample]:
     """Look at ``process`` every ``interval`` seconds until ``seconds`` are over or it has ended; it is left running.
 

@@ -134,8 +134,12 @@ def in_words(data_share: float, remedies: list[tuple[Remedy, float]], *, shared:
         shared: whether step and decoding share the cores (training on a CPU).
     """
     if data_share < WORTH_A_WORD:
-        return f"step-bound: data costs {max(0.0, data_share):.0%} of the time, and no work on the input side can win more"
-    found = ", or ".join(f"{remedy.words} (predicted {remedy.predicted:.2f}x, measured {outcome:.2f}x)" for remedy, outcome in remedies)
+        return (
+            f"step-bound: data costs {max(0.0, data_share):.0%} of the time, and no work on the input side can win more"
+        )
+    found = ", or ".join(
+        f"{remedy.words} (predicted {remedy.predicted:.2f}x, measured {outcome:.2f}x)" for remedy, outcome in remedies
+    )
     if found:
         return f"data-bound {data_share:.0%}: {found}"
     why = (

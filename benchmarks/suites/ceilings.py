@@ -106,4 +106,6 @@ def run(
     """
     found = measure(data, device, workers, seconds, runs, photos, folder)
     device_type = torch.device(device).type
-    return [Record(bench="ceilings", device=device_type, workers=found.decode_threads, runs=runs, details=asdict(found))]
+    return [
+        Record(bench="ceilings", device=device_type, workers=found.decode_threads, runs=runs, details=asdict(found))
+    ]

@@ -122,7 +122,9 @@ class BareLoop:
             times = [time.thread_time()]
             data = self.listing.read(number)
             times.append(time.thread_time())
-            with contextlib.suppress(Exception):  # a damaged photo, whose decoder raises anything at all: the converter goes on, too
+            with contextlib.suppress(
+                Exception
+            ):  # a damaged photo, whose decoder raises anything at all: the converter goes on, too
                 self._photo(data, times)
             for stage, (begin, end) in enumerate(itertools.pairwise(times)):
                 spent[stage] += end - begin
@@ -181,7 +183,9 @@ def run(
     try:
         temporary = tempfile.TemporaryDirectory(prefix="fastssl-bench-", dir=folder)
     except OSError as error:
-        raise FastSSLError(f"{folder or tempfile.gettempdir()}: cannot write temporary files: {error.strerror}") from error
+        raise FastSSLError(
+            f"{folder or tempfile.gettempdir()}: cannot write temporary files: {error.strerror}"
+        ) from error
     with temporary as name:
         source = Path(name) / "photos" if data == "synthetic" else Path(data)
         if data == "synthetic":
@@ -190,13 +194,21 @@ def run(
             count = min(photos, len(listing))
             chosen = (np.arange(count) * len(listing) // count).tolist()
             sizes = listing.sizes[chosen]
-            about = {"name": data if data == "synthetic" else source.name, "samples": count, "bytes": round(float(sizes.mean()))}
+            about = {
+                "name": data if data == "synthetic" else source.name,
+                "samples": count,
+                "bytes": round(float(sizes.mean())),
+            }
             about = {"data": about, "missing": {"ffcv": problem} if problem else {}}
-            records = [_measure(listing, chosen, part, Path(name), workers, runs, peers and not problem) for part in MODES]
+            records = [
+                _measure(listing, chosen, part, Path(name), workers, runs, peers and not problem) for part in MODES
+            ]
             return [replace(record, details={**(record.details or {}), **about}) for record in records]
 
 
-def _measure(listing: Listing, chosen: list[int], part: str, folder: Path, workers: int, runs: int, peer: bool) -> Record:
+def _measure(
+    listing: Listing, chosen: list[int], part: str, folder: Path, workers: int, runs: int, peer: bool
+) -> Record:
     """One mode's record, without the words on its data."""
     options = ConvertOptions(workers=workers, limit=len(chosen), resume=False, **MODES[part])
     ours, loop = Convert(listing.source, len(chosen), options, folder), BareLoop(listing, chosen, options, workers)
@@ -211,7 +223,11 @@ def _measure(listing: Listing, chosen: list[int], part: str, folder: Path, worke
         "copy": "plain copy of the same bytes, with fsync",
         "loop": f"bare decode, scale and encode loop, {counted(workers, 'thread')}",
     }
-    pair_per_s, fraction, of_loop = rate(windows["ours"]), ratio(windows["ours"], windows[top]), ratio(windows["ours"], windows["loop"])
+    pair_per_s, fraction, of_loop = (
+        rate(windows["ours"]),
+        ratio(windows["ours"], windows[top]),
+        ratio(windows["ours"], windows["loop"]),
+    )
     share = {stage: of_the_loop * min(1.0, of_loop) for stage, of_the_loop in loop.shares.items()}
     share["order, checksums, writing"] = max(0.0, 1 - of_loop)
     largest = max(share, key=share.__getitem__)

@@ -69,7 +69,11 @@ class FfcvWriter:
         places, sides, scaled = [], [], []
         for number in chosen:
             inside = listing.offsets is not None
-            path, offset = (listing.source, int(listing.offsets[number])) if inside else (listing.source / listing.names[number], 0)
+            path, offset = (
+                (listing.source, int(listing.offsets[number]))
+                if inside
+                else (listing.source / listing.names[number], 0)
+            )
             place = Place(path, offset, int(listing.sizes[number]), int(listing.labels[number]))
             with contextlib.suppress(Exception):  # decoders raise anything at all for damaged input
                 width, height = place.open().size
@@ -96,7 +100,9 @@ class FfcvWriter:
         from ffcv.writer import DatasetWriter
 
         image = RGBImageField(write_mode="jpg", max_resolution=self.max_side, jpeg_quality=self.quality)
-        writer = DatasetWriter(str(path), {"image": image, "label": IntField()}, page_size=self.page_size, num_workers=self.workers)
+        writer = DatasetWriter(
+            str(path), {"image": image, "label": IntField()}, page_size=self.page_size, num_workers=self.workers
+        )
         # Its usual portions of 100 photos would leave processes idle when there are few.
         portion = max(1, min(100, len(self.photos) // (4 * self.workers)))
         with contextlib.redirect_stderr(io.StringIO()):  # its progress bar

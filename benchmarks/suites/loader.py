@@ -55,7 +55,9 @@ def default_batch(recipe: Recipe, device: torch.device, batch_size: int | None) 
     return recipe.train.batch_size if device.type == "cuda" else min(recipe.train.batch_size, CPU_BATCH)
 
 
-def open_loader(reader: BetonReader, views: Sequence[ViewSpec], batch_size: int, device: torch.device, **options: object) -> ViewLoader:
+def open_loader(
+    reader: BetonReader, views: Sequence[ViewSpec], batch_size: int, device: torch.device, **options: object
+) -> ViewLoader:
     """A loader whose epochs are long, however few samples the file has."""
     repeats = max(1, -(-max(_EPOCH, 16 * batch_size) // len(reader)))
     indices = np.tile(np.arange(len(reader)), repeats)
@@ -86,7 +88,15 @@ class BareLoop:
         ids = np.arange(len(reader))
         self.boxes, first_view = [], 0
         for spec in self.specs:
-            plan = draw_plan(spec, first_view=first_view, seed=0, epoch=0, sample_ids=ids, heights=reader.heights, widths=reader.widths)
+            plan = draw_plan(
+                spec,
+                first_view=first_view,
+                seed=0,
+                epoch=0,
+                sample_ids=ids,
+                heights=reader.heights,
+                widths=reader.widths,
+            )
             self.boxes.append(boxes_of(plan))
             first_view += spec.count
 
@@ -155,17 +165,28 @@ def run(
     local = replace(single, size=max(8, single.size * 3 // 7), count=6, area=(0.05, 0.2))
     groups = {"1 view": [single], "2 views": [pair], "2 + 6 views": [pair, local]} if pipeline == "native" else {}
     with BetonReader(path) as reader:
-        loaders = {key: open_loader(reader, specs, size, device, workers=workers, crops="device") for key, specs in groups.items()}
-        engines = {key: DecodeEngine(reader, specs, device=device, workers=workers, crops="device") for key, specs in groups.items()}
+        loaders = {
+            key: open_loader(reader, specs, size, device, workers=workers, crops="device")
+            for key, specs in groups.items()
+        }
+        engines = {
+            key: DecodeEngine(reader, specs, device=device, workers=workers, crops="device")
+            for key, specs in groups.items()
+        }
         whole = open_loader(reader, recipe.views, size, device, workers=workers, pipeline=pipeline)
         host_crops = device.type == "cpu"
-        contenders: dict[str, Callable[[float], Window]] = {"bare, 1 thread": BareLoop(reader, 1), "bare": BareLoop(reader, workers)}
+        contenders: dict[str, Callable[[float], Window]] = {
+            "bare, 1 thread": BareLoop(reader, 1),
+            "bare": BareLoop(reader, workers),
+        }
 
         def stream(start: Callable[[], Iterator], engine: Engine) -> Callable[[float], Window]:
             return partial(stream_window, start, lambda batch: None, engine.stats, size, device)
 
         for key, engine in engines.items():
-            contenders[key] = stream(partial(lambda e, requests: e.run(requests_of(requests)), engine, loaders[key]), engine)
+            contenders[key] = stream(
+                partial(lambda e, requests: e.run(requests_of(requests)), engine, loaders[key]), engine
+            )
         if host_crops:
             contenders["bare crops"] = BareLoop(reader, workers, recipe.views)
             contenders["crops"] = stream(lambda: whole.engine.run(requests_of(whole)), whole.engine)
@@ -182,7 +203,14 @@ def run(
 
     def record(part: str, **values: object) -> Record:
         details = {"part": part, **about, **values.pop("details")}
-        common = {"recipe": recipe_name, "pipeline": pipeline, "device": device.type, "batch_size": size, "workers": workers, "runs": runs}
+        common = {
+            "recipe": recipe_name,
+            "pipeline": pipeline,
+            "device": device.type,
+            "batch_size": size,
+            "workers": workers,
+            "runs": runs,
+        }
         return Record(bench="loader", **common, **values, details=details)
 
     def rates(mine: str, ceiling: str) -> dict[str, float]:
@@ -254,7 +282,9 @@ def _bottleneck(windows: dict[str, list[Window]], host_crops: bool) -> tuple[str
             return None, {}
         of_decode = ratio(windows["views"], windows["2 views"])
         # The device works beside the decoding threads: what is slower sets the pace.
-        return ("decode" if of_decode >= 0.9 else "crop and colour on the device"), {"fraction_of_engine_decode": of_decode}
+        return ("decode" if of_decode >= 0.9 else "crop and colour on the device"), {
+            "fraction_of_engine_decode": of_decode
+        }
     # Everything runs on the same cores, one after the other: times add up.
     # A loop that a busy neighbour held up would look slower than the whole of which it is a part: no share is more than what is left.
     decode = min(1.0, ratio(windows["views"], windows["bare"]))

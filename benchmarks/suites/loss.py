@@ -50,7 +50,8 @@ def run(
     device = torch.device(device)
     generator = torch.Generator().manual_seed(seed)
     queries, keys, negatives = (
-        F.normalize(torch.randn(rows, dim, generator=generator), dim=1).to(device) for rows in (batch_size, batch_size, queue)
+        F.normalize(torch.randn(rows, dim, generator=generator), dim=1).to(device)
+        for rows in (batch_size, batch_size, queue)
     )
     queries.requires_grad_()
     criterion = SmoothedInfoNCE(temperature, smoothing, weighting, neighbors)

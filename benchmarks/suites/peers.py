@@ -62,7 +62,11 @@ class _Photos(IterableDataset):
             while True:
                 for sample in torch.randperm(len(reader)).tolist():
                     picture = Image.open(io.BytesIO(reader.encoded(sample).tobytes())).convert("RGB")
-                    yield self.transform(picture) if self.views == 1 else tuple(self.transform(picture) for _ in range(self.views))
+                    yield (
+                        self.transform(picture)
+                        if self.views == 1
+                        else tuple(self.transform(picture) for _ in range(self.views))
+                    )
 
 
 def _as_bytes(picture: Image.Image) -> torch.Tensor:
@@ -134,7 +138,16 @@ def _ffcv_per_view(path: Path, size: int, batch_size: int, workers: int) -> Stre
     second = PipelineSpec(image, decoder=None, transforms=pipeline())
     threads = torch.get_num_threads()
     pipelines = {**dict.fromkeys(fields), image: pipeline(), "second": second}
-    loader = Loader(str(path), batch_size, workers, os_cache=True, order=OrderOption.RANDOM, indices=repeated, pipelines=pipelines, seed=0)
+    loader = Loader(
+        str(path),
+        batch_size,
+        workers,
+        os_cache=True,
+        order=OrderOption.RANDOM,
+        indices=repeated,
+        pipelines=pipelines,
+        seed=0,
+    )
     torch.set_num_threads(threads)
 
     def stream() -> Iterator[Any]:
@@ -238,7 +251,9 @@ def run(
             for engine in ("native", "dali", "ffcv"):
                 if engine in absent:
                     continue
-                loader = open_loader(reader, [replace(spec, size=size)], batch_size, device, workers=workers, pipeline=engine)
+                loader = open_loader(
+                    reader, [replace(spec, size=size)], batch_size, device, workers=workers, pipeline=engine
+                )
                 opened.append(loader)
                 if part == "crops":  # the engine's own work: uint8 views, as the peers give them
                     add(part, engine, partial(lambda one: one.engine.run(requests_of(one)), loader), loader.stats)

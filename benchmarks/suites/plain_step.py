@@ -48,7 +48,9 @@ def plain_optimizer(model: nn.Module, config: OptimConfig, lr: float) -> torch.o
     if config.name == "lars":
         return PlainLARS(groups, lr, config.momentum, config.trust)
     if config.name == "sgd":
-        return torch.optim.SGD(groups, lr=lr, momentum=config.momentum, nesterov=config.nesterov, foreach=False, fused=False)
+        return torch.optim.SGD(
+            groups, lr=lr, momentum=config.momentum, nesterov=config.nesterov, foreach=False, fused=False
+        )
     return torch.optim.AdamW(groups, lr=lr, foreach=False, fused=False)
 
 
@@ -73,7 +75,9 @@ class PlainStep:
     def __init__(self, recipe: Recipe, device: torch.device, batch_size: int, *, amp: bool, lr: float, seed: int = 0):
         self.moco, self.device, self.amp, self.batch_size = recipe.moco, device, amp, batch_size
         backbone = initial_backbone(recipe, seed)
-        self.query = new_encoder(backbone, recipe.moco.projector).to(device, memory_format=torch.contiguous_format).train()
+        self.query = (
+            new_encoder(backbone, recipe.moco.projector).to(device, memory_format=torch.contiguous_format).train()
+        )
         self.key = copy.deepcopy(self.query)
         for parameter in self.key.parameters():
             parameter.requires_grad = False
@@ -111,7 +115,9 @@ class PlainStep:
     def _loss(self, query: Tensor, key: Tensor) -> Tensor:
         moco = self.moco
         # `dense_step` copies the queue, as public code does.
-        return dense_step(query.float(), key.float(), self.queue.t(), moco.temperature, moco.smoothing, moco.weighting, moco.neighbors)
+        return dense_step(
+            query.float(), key.float(), self.queue.t(), moco.temperature, moco.smoothing, moco.weighting, moco.neighbors
+        )
 
     @torch.no_grad()
     def _enqueue(self, keys: Tensor) -> None:

@@ -71,7 +71,13 @@ class Step:
         train = recipe.train
         # A batch smaller than the recipe's may have no parts of two samples and more.
         parts = train.accumulate if batch_size % train.accumulate == 0 and batch_size >= 2 * train.accumulate else 1
-        train = replace(train, batch_size=batch_size, accumulate=parts, compile=compiled or train.compile, graph=graph or train.graph)
+        train = replace(
+            train,
+            batch_size=batch_size,
+            accumulate=parts,
+            compile=compiled or train.compile,
+            graph=graph or train.graph,
+        )
         self.recipe = recipe = replace(recipe, train=train)
         self.seed = seed
         self.inner = TrainStep(recipe, device, amp=amp, seed=seed)
@@ -115,7 +121,9 @@ class Step:
             if method.student.drop is not None:
                 method.student.drop.coins = method.part_of(method.student_coins(noise["drop_path"]), part, parts).t()
             with self.inner.autocast():
-                embeddings = method.encode([method.part_of(batch, part, parts) for batch in method.student_images(images)])
+                embeddings = method.encode(
+                    [method.part_of(batch, part, parts) for batch in method.student_images(images)]
+                )
             embeddings.sum().backward()
         self.inner.clear_gradients()
         self.number += 1
@@ -190,7 +198,9 @@ def random_crops(recipe: Recipe, batch_size: int, device: torch.device) -> tuple
     return crops, tables
 
 
-def fit_step(recipe: Recipe, device: torch.device, batch_size: int, *, amp: bool, compiled: bool = False, graph: bool = False) -> Fitted:
+def fit_step(
+    recipe: Recipe, device: torch.device, batch_size: int, *, amp: bool, compiled: bool = False, graph: bool = False
+) -> Fitted:
     """A step of the largest batch that fits: ``batch_size``, or half of it as often as memory runs out.
 
     A network that cannot be compiled or recorded here runs as it is, and the result's details say why.
@@ -209,10 +219,14 @@ def fit_step(recipe: Recipe, device: torch.device, batch_size: int, *, amp: bool
             torch.cuda.empty_cache()
         size //= 2
         if size < max(2, recipe.settings.groups):
-            raise FastSSLError(f"{recipe.arch}: out of memory even with {2 * size} pictures a step on this {device.type} device")
+            raise FastSSLError(
+                f"{recipe.arch}: out of memory even with {2 * size} pictures a step on this {device.type} device"
+            )
 
 
-def _try_step(recipe: Recipe, device: torch.device, batch_size: int, *, amp: bool, compiled: bool, graph: bool) -> Fitted | None:
+def _try_step(
+    recipe: Recipe, device: torch.device, batch_size: int, *, amp: bool, compiled: bool, graph: bool
+) -> Fitted | None:
     """None: out of memory."""
     try:
         step = Step(recipe, device, batch_size, amp=amp, compiled=compiled, graph=graph)
@@ -242,7 +256,9 @@ def busy_share(run: Callable[[], object], device: torch.device) -> tuple[float, 
         trace = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(trace))
         events = json.loads(trace.read_text())["traceEvents"]
-    spans = sorted((e["ts"], e["ts"] + e["dur"]) for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset"))
+    spans = sorted(
+        (e["ts"], e["ts"] + e["dur"]) for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")
+    )
     return (busy_of_spans(spans), len(spans)) if spans else None
 
 
@@ -300,7 +316,10 @@ def run(
     # Apart from the steps: the gradients that it works on lie in memory that a step would want.
     updates = _measure_updates(step, runs, peers)
     batch, count = step.batch_size, sum(spec.count for spec in recipe.views)
-    flop_per_s, bytes_per_s = product_flop(device) / timings["product"].median_s, copy_bytes(device) / timings["copy"].median_s
+    flop_per_s, bytes_per_s = (
+        product_flop(device) / timings["product"].median_s,
+        copy_bytes(device) / timings["copy"].median_s,
+    )
     least_s = fitted.cost.seconds(flop_per_s, bytes_per_s)
     common = {
         "bench": "step",
@@ -313,7 +332,11 @@ def run(
 
     def record(timing: Timing, **values: Any) -> Record:
         seconds = timing.median_s
-        limits = {"ceiling": count * batch / least_s, "ceiling_name": CEILING_NAME, "fraction_of_ceiling": least_s / seconds}
+        limits = {
+            "ceiling": count * batch / least_s,
+            "ceiling_name": CEILING_NAME,
+            "fraction_of_ceiling": least_s / seconds,
+        }
         rates = {"pair_per_s": batch / seconds, "view_per_s": count * batch / seconds, "median_s": seconds}
         return Record(**{**common, **rates, **limits, **values})
 
@@ -343,7 +366,14 @@ def run(
     ]
     for name in plain:
         faster, less_cpu = ours.times_faster_than(timings[name]), ours.times_less_cpu_than(timings[name])
-        records.append(record(timings[name], peer=name, ratio_to_peer=faster, details={**fitted.details, "cpu_ratio_to_peer": less_cpu}))
+        records.append(
+            record(
+                timings[name],
+                peer=name,
+                ratio_to_peer=faster,
+                details={**fitted.details, "cpu_ratio_to_peer": less_cpu},
+            )
+        )
     if peers:
         records.append(_update_record(step, updates, common))
     return records

@@ -102,7 +102,9 @@ def run(
         batches = loader.epoch(0)
         cached = [next(batches) for _ in range(_CACHED)]
         batches.close()
-        replay = partial(stream_window, lambda: (batch for batch in itertools.cycle(cached)), train, EngineStats(), size, device)
+        replay = partial(
+            stream_window, lambda: (batch for batch in itertools.cycle(cached)), train, EngineStats(), size, device
+        )
         contenders = {"real": loop(loader), "replay": replay, "loader": loop(loader, lambda batch: None)}
         # The same photos, smaller, through the loader alone: what decoding them would cost.
         side, small = smaller_side(reader, recipe.views), None
@@ -111,7 +113,9 @@ def run(
             contenders["small"] = loop(small, lambda batch: None)
         windows = measure_windows(contenders, seconds=seconds, runs=runs)
         fraction = ratio(windows["real"], windows["replay"])
-        model = Loop(*per_sample(windows["replay"]), *per_sample(windows["loader"]), threads=threads, cores=available_cores())
+        model = Loop(
+            *per_sample(windows["replay"]), *per_sample(windows["loader"]), threads=threads, cores=available_cores()
+        )
         model = model.seen(per_sample(windows["real"])[0])
         tried: list[tuple[Remedy, ViewLoader]] = []
         if fraction < 1 / WORTH:
@@ -152,16 +156,23 @@ def run(
                 "loader_pair_per_s": rate(windows["loader"]),
                 "step_pair_per_s": rate(windows["replay"]),
                 "advice": in_words(1 - fraction, remedies, shared=device.type == "cpu"),
-                "remedies": [{"do": remedy.words, "predicted": remedy.predicted, "measured": outcome} for remedy, outcome in remedies],
+                "remedies": [
+                    {"do": remedy.words, "predicted": remedy.predicted, "measured": outcome}
+                    for remedy, outcome in remedies
+                ],
                 "model": asdict(model),
             },
         )
     ]
 
 
-def _try(before: Callable[[float], Window], after: list[Callable[[float], Window]], seconds: float, runs: int) -> list[float]:
+def _try(
+    before: Callable[[float], Window], after: list[Callable[[float], Window]], seconds: float, runs: int
+) -> list[float]:
     """How many times as fast the loop is with each remedy, in turns with the loop as it was."""
     if not after:
         return []
-    windows = measure_windows({"before": before, **{str(number): run for number, run in enumerate(after)}}, seconds=seconds, runs=runs)
+    windows = measure_windows(
+        {"before": before, **{str(number): run for number, run in enumerate(after)}}, seconds=seconds, runs=runs
+    )
     return [ratio(windows[str(number)], windows["before"]) for number in range(len(after))]

@@ -52,7 +52,17 @@ def run(
         about = describe_data(reader, name)
     plans, first_view = [], 0
     for spec in recipe.views:
-        plans.append(draw_plan(spec, first_view=first_view, seed=0, epoch=0, sample_ids=np.arange(batch), heights=heights, widths=widths))
+        plans.append(
+            draw_plan(
+                spec,
+                first_view=first_view,
+                seed=0,
+                epoch=0,
+                sample_ids=np.arange(batch),
+                heights=heights,
+                widths=widths,
+            )
+        )
         first_view += spec.count
     packed = torch.from_numpy(np.concatenate([pictures[int(sample)].reshape(-1) for sample in ids])).to(device)
     offsets = np.concatenate([[0], np.cumsum(heights * widths * 3)[:-1]])
@@ -72,7 +82,9 @@ def run(
 
     cropped = crop()
     if device.type == "cpu":
-        cropped = [pixels.clone(memory_format=torch.channels_last) for pixels in cropped]  # `crop` writes its result again and again
+        cropped = [
+            pixels.clone(memory_format=torch.channels_last) for pixels in cropped
+        ]  # `crop` writes its result again and again
     timings = measure_in_turns(
         {"crop": crop, "colour": lambda: colour(cropped), "whole": lambda: colour(crop()), "copy": copy_call(device)},
         device=device,

@@ -24,14 +24,20 @@ from fastssl.errors import FastSSLError, Interrupted, printable
 from fastssl.utils.deadline import threads_given_up
 
 COMMANDS = {
-    "convert-imagenet": LazyCommand("fastssl.cli.convert", "convert_imagenet", "Turn a folder or tar of photos into a .beton file."),
+    "convert-imagenet": LazyCommand(
+        "fastssl.cli.convert", "convert_imagenet", "Turn a folder or tar of photos into a .beton file."
+    ),
     "verify": LazyCommand("fastssl.cli.verify", "verify", "Check a .beton file: header, tables, checksums, pictures."),
     "pretrain": LazyCommand("fastssl.cli.pretrain", "pretrain", "Pre-train a backbone without labels."),
     "evaluate": LazyCommand("fastssl.cli.evaluate", "evaluate", "What a checkpoint is worth: kNN, linear probe, ..."),
     "export": LazyCommand("fastssl.cli.export", "export", "Write a backbone for timm, torchvision or ONNX."),
     "import": LazyCommand("fastssl.cli.import_", "import_", "Take over a backbone that others trained."),
-    "bench": LazyCommand("fastssl.cli.bench", "bench", "Measure images/s of every part, beside its ceiling; write the report."),
-    "estimate": LazyCommand("fastssl.cli.estimate", "estimate", "Say what a run will cost here, from a minute of measuring."),
+    "bench": LazyCommand(
+        "fastssl.cli.bench", "bench", "Measure images/s of every part, beside its ceiling; write the report."
+    ),
+    "estimate": LazyCommand(
+        "fastssl.cli.estimate", "estimate", "Say what a run will cost here, from a minute of measuring."
+    ),
     "views": LazyCommand("fastssl.cli.views", "views", "Draw the views a recipe makes from your photos."),
     "report": LazyCommand("fastssl.cli.report", "report", "Write the report page of a run again."),
     "recipes": LazyCommand("fastssl.cli.info", "recipes", "List the recipes, or print one."),
@@ -99,7 +105,9 @@ def main(argv: list[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, _interrupt)
     signal.signal(signal.SIGUSR1, _interrupt)
     atexit.unregister(_hear_no_more)
-    atexit.register(_hear_no_more)  # before all others, and so called behind them: what may hang there can still be ended
+    atexit.register(
+        _hear_no_more
+    )  # before all others, and so called behind them: what may hang there can still be ended
     if hasattr(signal, "SIGPIPE") and (not argv or argv[0] in _PRINTING or "--help" in argv):
         # `fastssl recipes | head`: these only print, so when the reader leaves there is nothing to do but to end, as any filter does.
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
@@ -149,7 +157,12 @@ def _was_leaving(stop: BaseException) -> bool:
 
 
 def _show_warning(
-    message: Warning | str, category: type[Warning], filename: str, lineno: int, file: TextIO | None = None, line: str | None = None
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
 ) -> None:
     """One line for the reader. Python's own form, with the line of source that warns, comes with ``--debug``."""
     click.echo(printable(f"fastssl: warning: {' '.join(str(message).split())}"), err=True)

@@ -37,7 +37,11 @@ recipe_option = click.option(
 )
 arch_option = click.option("--arch", metavar="NAME", help="Another network than the recipe's.")
 set_option = click.option(
-    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change one value of the recipes, e.g. --set views.0.size=96."
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Change one value of the recipes, e.g. --set views.0.size=96.",
 )
 data_option = click.option(
     "--data",
@@ -47,7 +51,9 @@ data_option = click.option(
     metavar="FILE.beton",
     help="JPEGs to read; 'synthetic' makes some of ImageNet's usual size, 'samples' is the sample set of the package. May be repeated.",
 )
-photos_option = click.option("--photos", type=click.IntRange(min=1), default=512, show_default=True, help="Number of synthetic photos.")
+photos_option = click.option(
+    "--photos", type=click.IntRange(min=1), default=512, show_default=True, help="Number of synthetic photos."
+)
 device_option = click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 batch_option = click.option(
     "--batch-size", type=click.IntRange(min=2), help="Pictures a batch. Default: the recipe's, at most 32 on a CPU."
@@ -64,10 +70,16 @@ seconds_option = click.option(
     help="Counted time of each setting, of all that is compared in it together; warm-up comes on top.",
 )
 amp_option = click.option(
-    "--amp", type=click.Choice(["auto", "bf16", "off"]), default="auto", show_default=True, help="bfloat16 autocast; auto: on a GPU."
+    "--amp",
+    type=click.Choice(["auto", "bf16", "off"]),
+    default="auto",
+    show_default=True,
+    help="bfloat16 autocast; auto: on a GPU.",
 )
 compile_option = click.option("--compile", "compiled", is_flag=True, help="Compile the networks first (minutes).")
-graph_option = click.option("--graph", is_flag=True, help="Record the whole step as one CUDA graph, colour operations included.")
+graph_option = click.option(
+    "--graph", is_flag=True, help="Record the whole step as one CUDA graph, colour operations included."
+)
 folder_option = click.option(
     "--folder",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
@@ -101,7 +113,12 @@ def bench() -> None:
 @data_option
 @photos_option
 @device_option
-@click.option("--workers", type=click.IntRange(min=1), multiple=True, help="Decoding threads; may be repeated. Default: one a core.")
+@click.option(
+    "--workers",
+    type=click.IntRange(min=1),
+    multiple=True,
+    help="Decoding threads; may be repeated. Default: one a core.",
+)
 @batch_option
 @click.option(
     "--pipeline",
@@ -121,7 +138,9 @@ def bench() -> None:
 )
 @json_option
 @click.pass_context
-def loader(ctx, recipes, overrides, data, photos, device, workers, batch_size, pipelines, seconds, runs, peers, json_path) -> None:
+def loader(
+    ctx, recipes, overrides, data, photos, device, workers, batch_size, pipelines, seconds, runs, peers, json_path
+) -> None:
     """Decoding, the host's cost in the number of views, and the whole loader; of the other engines the whole loader.
 
     \b
@@ -158,7 +177,9 @@ def _peers(ctx: click.Context, data, workers, batch_size, seconds, runs, photos,
     option = {"recipes": "recipe", "overrides": "set", "pipelines": "pipeline"}
     for name in ("recipes", "overrides", "device", "pipelines"):
         if ctx.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT:
-            raise click.UsageError(f"--peers compares fixed views of all engines on the CPU; leave --{option.get(name, name)} out")
+            raise click.UsageError(
+                f"--peers compares fixed views of all engines on the CPU; leave --{option.get(name, name)} out"
+            )
     if ctx.get_parameter_source("seconds") is click.core.ParameterSource.DEFAULT:
         seconds = _PEERS_SECONDS
     for missing in left_out():
@@ -166,7 +187,12 @@ def _peers(ctx: click.Context, data, workers, batch_size, seconds, runs, photos,
     settings = len(data) * len(workers)
     minutes = counted(round(settings * seconds * 1.5 / 60), "minute")
     console.print(f"about {minutes} ...", highlight=False, markup=False)
-    options = {"seconds": seconds, "runs": runs, "photos": photos, **({} if batch_size is None else {"batch_size": batch_size})}
+    options = {
+        "seconds": seconds,
+        "runs": runs,
+        "photos": photos,
+        **({} if batch_size is None else {"batch_size": batch_size}),
+    }
     _measure(
         json_path,
         [
@@ -203,7 +229,9 @@ def views(recipes, overrides, data, photos, device, batch_size, runs, json_path)
         [
             (
                 f"views, {name}, {source}",
-                lambda recipe=recipe, name=name, source=source: run(recipe, name, source, place, batch_size, runs, photos),
+                lambda recipe=recipe, name=name, source=source: run(
+                    recipe, name, source, place, batch_size, runs, photos
+                ),
             )
             for (recipe, name), source in itertools.product(_load(recipes, overrides), data)
         ],
@@ -214,7 +242,12 @@ def views(recipes, overrides, data, photos, device, batch_size, runs, json_path)
 @recipe_option
 @set_option
 @device_option
-@click.option("--batch-size", type=click.IntRange(min=1), multiple=True, help="Queries; may be repeated. Default: the recipe's batch.")
+@click.option(
+    "--batch-size",
+    type=click.IntRange(min=1),
+    multiple=True,
+    help="Queries; may be repeated. Default: the recipe's batch.",
+)
 @runs_option
 @json_option
 def loss(recipes, overrides, device, batch_size, runs, json_path) -> None:
@@ -231,7 +264,9 @@ def loss(recipes, overrides, device, batch_size, runs, json_path) -> None:
 
     def measure(recipe: Recipe, name: str, queries: int) -> list[Record]:
         if recipe.method != "moco":
-            raise FastSSLError(f"{name}: bench loss measures smoothed InfoNCE, which {recipe.method} does not use; name a MoCo recipe")
+            raise FastSSLError(
+                f"{name}: bench loss measures smoothed InfoNCE, which {recipe.method} does not use; name a MoCo recipe"
+            )
         moco = recipe.moco
         records = run(
             place,
@@ -293,7 +328,9 @@ def step(recipes, arch, overrides, device, batch_size, amps, compiled, graph, ru
         [
             (
                 f"step, {name}, amp {amp}",
-                lambda recipe=recipe, name=name, amp=amp: run(recipe, name, place, batch_size, amp, compiled, runs, peers, graph),
+                lambda recipe=recipe, name=name, amp=amp: run(
+                    recipe, name, place, batch_size, amp, compiled, runs, peers, graph
+                ),
             )
             for amp, (recipe, name) in itertools.product(amps, _load(recipes, overrides, arch))
         ],
@@ -312,12 +349,28 @@ def step(recipes, arch, overrides, device, batch_size, amps, compiled, graph, ru
 @amp_option
 @compile_option
 @graph_option
-@click.option("--pipeline", type=click.Choice(["native", "dali", "ffcv"]), default="native", show_default=True, help="Engine.")
+@click.option(
+    "--pipeline", type=click.Choice(["native", "dali", "ffcv"]), default="native", show_default=True, help="Engine."
+)
 @seconds_option
 @runs_option
 @json_option
 def train(
-    recipes, arch, overrides, data, photos, device, workers, batch_size, amp, compiled, graph, pipeline, seconds, runs, json_path
+    recipes,
+    arch,
+    overrides,
+    data,
+    photos,
+    device,
+    workers,
+    batch_size,
+    amp,
+    compiled,
+    graph,
+    pipeline,
+    seconds,
+    runs,
+    json_path,
 ) -> None:
     """Loader and step together, how much faster the same steps are on cached batches, and what would help.
 
@@ -336,7 +389,19 @@ def train(
             (
                 f"train, {name}, {source}",
                 lambda recipe=recipe, name=name, source=source: run(
-                    recipe, name, source, place, workers, batch_size, amp, compiled, seconds, runs, photos, graph, pipeline
+                    recipe,
+                    name,
+                    source,
+                    place,
+                    workers,
+                    batch_size,
+                    amp,
+                    compiled,
+                    seconds,
+                    runs,
+                    photos,
+                    graph,
+                    pipeline,
                 ),
             )
             for (recipe, name), source in itertools.product(_load(recipes, overrides, arch), data)
@@ -360,7 +425,9 @@ def train(
     show_default=True,
     help="Number of synthetic photos; of SRC at most so many, evenly spaced.",
 )
-@click.option("--workers", type=click.IntRange(min=1), multiple=True, help="Threads; may be repeated. Default: one a core.")
+@click.option(
+    "--workers", type=click.IntRange(min=1), multiple=True, help="Threads; may be repeated. Default: one a core."
+)
 @folder_option
 @runs_option
 @click.option("--peers", is_flag=True, help="In turns with ffcv's DatasetWriter, where that is installed.")
@@ -420,7 +487,10 @@ def ceilings(data, photos, device, workers, seconds, folder, runs, json_path) ->
     place = choose_device(device)
     _measure(
         json_path,
-        [(f"ceilings, {source}", lambda source=source: run(source, place, workers, seconds, runs, photos, folder)) for source in data],
+        [
+            (f"ceilings, {source}", lambda source=source: run(source, place, workers, seconds, runs, photos, folder))
+            for source in data
+        ],
     )
 
 
@@ -434,7 +504,13 @@ def ceilings(data, photos, device, workers, seconds, folder, runs, json_path) ->
     help="How long each run is watched. The first third is warm-up; what leaks 1 MB a minute shows within 2 minutes.",
 )
 @click.option(
-    "--recipe", "recipes", multiple=True, default=("few-photos",), show_default=True, metavar="NAME|FILE.yaml", help="May be repeated."
+    "--recipe",
+    "recipes",
+    multiple=True,
+    default=("few-photos",),
+    show_default=True,
+    metavar="NAME|FILE.yaml",
+    help="May be repeated.",
 )
 @arch_option
 @set_option
@@ -485,7 +561,9 @@ def soak(minutes, recipes, arch, overrides, data, photos, device, workers, batch
 
 @bench.command()
 @click.argument("results", nargs=-1, required=True, type=SomePath(), metavar="RESULTS...")
-@click.option("--out", type=SomePath(), default="bench-report", show_default=True, metavar="DIR", help="Made if it is not there.")
+@click.option(
+    "--out", type=SomePath(), default="bench-report", show_default=True, metavar="DIR", help="Made if it is not there."
+)
 def report(results: tuple[Path, ...], out: Path) -> None:
     """Write what the records in RESULTS say into DIR: report.md, report.html with its plots inside, the plots, and recipes.md.
 
@@ -558,7 +636,9 @@ def _add(file: TextIO | None, json_path: str | None, records: list[dict]) -> Non
     except OSError as error:
         with suppress(OSError, AttributeError):
             file.close()  # what is left in its buffer would be tried again at the end
-        raise FastSSLError(f"{json_path}: a result was not written ({error.strerror or error}); it is in the table above") from error
+        raise FastSSLError(
+            f"{json_path}: a result was not written ({error.strerror or error}); it is in the table above"
+        ) from error
 
 
 def _threads(number: int | None) -> str:

@@ -31,7 +31,9 @@ def command_line(ctx: click.Context) -> str:
         elif param.is_flag:
             words.append((param.opts if value else param.secondary_opts)[-1])
         else:
-            shown = str if param.name == "overrides" else _word  # --set's values are the recipe's, and may hold anything
+            shown = (
+                str if param.name == "overrides" else _word
+            )  # --set's values are the recipe's, and may hold anything
             words.extend(word for one in values for word in (_long(param), shown(one)))
     return shlex.join([*words, *places])
 

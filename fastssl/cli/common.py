@@ -12,7 +12,16 @@ from pathlib import Path
 
 import click
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.text import Text
 
 from fastssl.errors import printable
@@ -77,12 +86,16 @@ def _check_json_path(ctx: click.Context, param: click.Parameter, value: str | No
     if path.name.endswith((".beton", ".beton.json")):
         raise click.BadParameter(f"{value}: that name belongs to a .beton file; choose another", ctx, param)
     if path.suffix.lower() in _OF_OTHERS or _holds_something_else(path):
-        raise click.BadParameter(f"{value}: is the name of something else than results in JSON; choose another", ctx, param)
+        raise click.BadParameter(
+            f"{value}: is the name of something else than results in JSON; choose another", ctx, param
+        )
     return value
 
 
 #: endings of weights, recipes and pages
-_OF_OTHERS = frozenset({".pt", ".pth", ".tar", ".safetensors", ".onnx", ".yaml", ".yml", ".html", ".md", ".png", ".jpg", ".jpeg"})
+_OF_OTHERS = frozenset(
+    {".pt", ".pth", ".tar", ".safetensors", ".onnx", ".yaml", ".yml", ".html", ".md", ".png", ".jpg", ".jpeg"}
+)
 
 
 def _holds_something_else(path: Path) -> bool:
@@ -202,7 +215,14 @@ def progress_bar(label: str, total: int | None, unit: str = "images") -> Iterato
         yield lambda done: None
         return
     if console.is_terminal:
-        columns = [SpinnerColumn(), TextColumn(label), BarColumn(), MofNCompleteColumn(), RateColumn(unit), TimeRemainingColumn()]
+        columns = [
+            SpinnerColumn(),
+            TextColumn(label),
+            BarColumn(),
+            MofNCompleteColumn(),
+            RateColumn(unit),
+            TimeRemainingColumn(),
+        ]
         with Progress(*columns, console=console, transient=False) as bar:
             task = bar.add_task(label, total=total)
             yield lambda done: bar.update(task, completed=done)
@@ -222,7 +242,9 @@ def progress_bar(label: str, total: int | None, unit: str = "images") -> Iterato
         last = now
         rate = (done - first) / max(now - started, 1e-9)
         left = f", {(total - done) / rate:,.0f} s left" if total and done < total else ""
-        console.print(f"{label}: {done:,}{f'/{total:,}' if total else ''} {unit}, {rate:,.0f} {unit}/s{left}", highlight=False)
+        console.print(
+            f"{label}: {done:,}{f'/{total:,}' if total else ''} {unit}, {rate:,.0f} {unit}/s{left}", highlight=False
+        )
 
     yield advance
 

@@ -14,14 +14,35 @@ from fastssl.errors import counted
 @click.command("convert-imagenet")
 @click.argument("src", type=SomePath())
 @click.argument("dst", type=SomePath())
-@click.option("--short-side", type=click.IntRange(min=1), help="Scale larger photos down to this shorter side.  [default: 256]")
+@click.option(
+    "--short-side", type=click.IntRange(min=1), help="Scale larger photos down to this shorter side.  [default: 256]"
+)
 @click.option("--max-side", type=click.IntRange(min=1), help="Scale larger photos down to this longer side instead.")
 @click.option("--keep-size", is_flag=True, help="Scale nothing.")
-@click.option("--quality", type=click.IntRange(1, 100), default=90, show_default=True, help="JPEG quality of what is encoded anew.")
-@click.option("--store", type=click.Choice(["jpeg", "raw"]), default="jpeg", show_default=True, help="Store JPEGs, or decoded pixels.")
+@click.option(
+    "--quality",
+    type=click.IntRange(1, 100),
+    default=90,
+    show_default=True,
+    help="JPEG quality of what is encoded anew.",
+)
+@click.option(
+    "--store",
+    type=click.Choice(["jpeg", "raw"]),
+    default="jpeg",
+    show_default=True,
+    help="Store JPEGs, or decoded pixels.",
+)
 @click.option("--workers", type=click.IntRange(min=1), default=None, help="Threads.  [default: one a CPU]")
-@click.option("--limit", type=click.IntRange(min=1), default=None, help="Convert only N photos, evenly spaced over the source.")
-@click.option("--resume/--no-resume", default=True, show_default=True, help="Go on where a stopped conversion stood, or start again.")
+@click.option(
+    "--limit", type=click.IntRange(min=1), default=None, help="Convert only N photos, evenly spaced over the source."
+)
+@click.option(
+    "--resume/--no-resume",
+    default=True,
+    show_default=True,
+    help="Go on where a stopped conversion stood, or start again.",
+)
 @click.option(
     "--on-bad",
     type=click.Choice(["skip", "fail"]),

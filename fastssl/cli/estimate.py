@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING
 import click
 
 from fastssl.cli.common import console, finite, json_option, pipeline_option, write_json
-from fastssl.cli.inputs import arch_option, batch_option, choose_inputs, data_option, epochs_option, recipe_option, val_option
+from fastssl.cli.inputs import (
+    arch_option,
+    batch_option,
+    choose_inputs,
+    data_option,
+    epochs_option,
+    recipe_option,
+    val_option,
+)
 from fastssl.errors import counted
 
 if TYPE_CHECKING:
@@ -22,11 +30,15 @@ if TYPE_CHECKING:
 @data_option
 @val_option
 @recipe_option
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change one value of the recipe. May be repeated.")
+@click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change one value of the recipe. May be repeated."
+)
 @epochs_option
 @batch_option
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
-@click.option("--workers", type=click.IntRange(min=1), help="Decoding threads. Default: the cores this process may use.")
+@click.option(
+    "--workers", type=click.IntRange(min=1), help="Decoding threads. Default: the cores this process may use."
+)
 @pipeline_option
 @click.option(
     "--seconds",
@@ -77,7 +89,9 @@ def estimate(
         workers=workers,
     )
     place = choose_device(device)
-    _say(f"measuring {inputs.name} with {inputs.recipe.arch} on this {_device(place.type)} for about {seconds:.0f} s ...")
+    _say(
+        f"measuring {inputs.name} with {inputs.recipe.arch} on this {_device(place.type)} for about {seconds:.0f} s ..."
+    )
     result = run(inputs.recipe, inputs.name, inputs.data, inputs.val, place, pipeline, workers, seconds)
     for line in describe(result):
         _say(line)
@@ -103,7 +117,10 @@ def describe(result: Estimate) -> list[str]:
         _probes(result),
     ]
     sizes = ", ".join(str(step["batch_size"]) for step in result.measured["step"])
-    lines.append(f"Measured in {result.seconds:.0f} s: the step at batch {sizes}. " + _sentence("Extrapolated", result.extrapolated))
+    lines.append(
+        f"Measured in {result.seconds:.0f} s: the step at batch {sizes}. "
+        + _sentence("Extrapolated", result.extrapolated)
+    )
     lines.append(_sentence("Not counted", result.left_out))
     return [line.strip() for line in lines]
 
@@ -132,7 +149,9 @@ def _batch(result: Estimate) -> str:
         return f"Largest batch that fits and that the recipe allows: {result.largest_batch:,} ({reason})."
     ways = [f"--batch-size {result.largest_batch}"] if result.largest_batch else []
     ways += [f"--set train.accumulate={result.fitting_accumulate}"] if result.fitting_accumulate else []
-    return f"The batch of {result.batch_size:,} does not fit" + (f"; {' or '.join(ways)} does." if ways else ", and no smaller one does.")
+    return f"The batch of {result.batch_size:,} does not fit" + (
+        f"; {' or '.join(ways)} does." if ways else ", and no smaller one does."
+    )
 
 
 def _probes(result: Estimate) -> str:

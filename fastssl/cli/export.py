@@ -33,7 +33,9 @@ FORMATS = ("timm", "torchvision", "safetensors", "onnx")
     help="Side of the pictures: of onnx's input; of timm's folder for its config.json. Default: the run's, or 224.",
 )
 @json_option
-def export(checkpoint: Path, dst: Path, format_: str, which: str | None, size: int | None, json_path: str | None) -> None:
+def export(
+    checkpoint: Path, dst: Path, format_: str, which: str | None, size: int | None, json_path: str | None
+) -> None:
     """Write the backbone of CHECKPOINT, a run's folder or one of its files, to DST.
 
     \b

@@ -104,7 +104,9 @@ def doctor(json_path: str | None) -> None:
                 f"GPU         none found (torch is built for CUDA {torch.version.cuda}: is the driver installed, does nvidia-smi list the card?)"
             )
         else:
-            click.echo("GPU         none usable: this torch is a CPU build; pip install torch torchvision from PyPI brings the CUDA build")
+            click.echo(
+                "GPU         none usable: this torch is a CPU build; pip install torch torchvision from PyPI brings the CUDA build"
+            )
         for name, version in versions.items():
             click.echo(f"{name:11} {version}")
         click.echo(f"\nJPEG engine {record['jpeg_hardware']}")

@@ -8,7 +8,15 @@ import click
 
 from fastssl.cli.command import command_line
 from fastssl.cli.common import SomePath, console, json_option, pipeline_option, quiet, quiet_option, write_json
-from fastssl.cli.inputs import arch_option, batch_option, choose_inputs, data_option, epochs_option, recipe_option, val_option
+from fastssl.cli.inputs import (
+    arch_option,
+    batch_option,
+    choose_inputs,
+    data_option,
+    epochs_option,
+    recipe_option,
+    val_option,
+)
 from fastssl.errors import counted, without_folders
 
 
@@ -38,7 +46,9 @@ from fastssl.errors import counted, without_folders
     help="auto goes on where the run in --out stopped; never starts over and deletes that run's checkpoints; PATH: of a checkpoint to go on from. "
     "Where torchrun or Slurm starts a failed run again, it goes on with what it has made, whatever is said here.",
 )
-@click.option("--workers", type=click.IntRange(min=1), help="Decoding threads. Default: the cores this process may use.")
+@click.option(
+    "--workers", type=click.IntRange(min=1), help="Decoding threads. Default: the cores this process may use."
+)
 @quiet_option
 @json_option
 def pretrain(
@@ -126,11 +136,15 @@ def _print_summary(summary: dict, out: Path) -> None:
         table.add_column("kNN", justify="right")
         table.add_column("linear", justify="right")
         for row in probe["rows"]:
-            table.add_row(row["name"], *(f"{row[kind]:.1f} %" if row[kind] is not None else "-" for kind in ("knn", "linear")))
+            table.add_row(
+                row["name"], *(f"{row[kind]:.1f} %" if row[kind] is not None else "-" for kind in ("knn", "linear"))
+            )
         console.print(table)
     console.print(summary["verdict"]["text"], style="bold", highlight=False, soft_wrap=True)
     console.print(f"{probe['note']}", highlight=False, soft_wrap=True)
-    rate = f"{summary['pair_per_s']:,.0f} pair/s ({summary['view_per_s']:,.0f} view/s); " if summary["pair_per_s"] else ""
+    rate = (
+        f"{summary['pair_per_s']:,.0f} pair/s ({summary['view_per_s']:,.0f} view/s); " if summary["pair_per_s"] else ""
+    )
     console.print(f"{rate}{summary['bottleneck']}", highlight=False, soft_wrap=True)
     if summary["share"]:
         console.print(summary["share"]["text"], highlight=False, soft_wrap=True)

@@ -31,7 +31,9 @@ class _Count(click.ParamType):
 
 @click.command("verify")
 @click.argument("file", type=SomePath())
-@click.option("--decode", type=_Count(), default="100", show_default=True, help="Decode this many samples, evenly spaced, or all.")
+@click.option(
+    "--decode", type=_Count(), default="100", show_default=True, help="Decode this many samples, evenly spaced, or all."
+)
 @click.option("--workers", type=click.IntRange(min=1), default=None, help="Threads.  [default: one a CPU]")
 @quiet_option
 @json_option
@@ -55,7 +57,9 @@ def verify(file: Path, decode: int | None, workers: int | None, json_path: str |
     try:
         report = run(file, decode, workers, progress)
     except BetonError as error:
-        write_json(json_path, {"path": file.name, "ok": False, "problems": [_passed_on(file, str(error))], "damaged": []})
+        write_json(
+            json_path, {"path": file.name, "ok": False, "problems": [_passed_on(file, str(error))], "damaged": []}
+        )
         raise
     finally:
         if bar is not None:

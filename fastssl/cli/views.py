@@ -21,9 +21,15 @@ from fastssl.cli.inputs import beton_of
     help="Change one value of the recipe, e.g. --set views.threshold=0.2 or --set views.preset=sslight-cnn. May be repeated.",
 )
 @click.option("--out", required=True, type=SomePath(), metavar="FILE.png", help="Where to write the picture.")
-@click.option("--samples", type=click.IntRange(1, 64), default=9, show_default=True, help="Photos, spread evenly over the file.")
 @click.option(
-    "--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="The seed of a run: the picture shows that run's views."
+    "--samples", type=click.IntRange(1, 64), default=9, show_default=True, help="Photos, spread evenly over the file."
+)
+@click.option(
+    "--seed",
+    type=click.IntRange(0, 2**63 - 1),
+    default=0,
+    show_default=True,
+    help="The seed of a run: the picture shows that run's views.",
 )
 @click.option(
     "--pipeline",
@@ -34,7 +40,14 @@ from fastssl.cli.inputs import beton_of
 )
 @click.option("--epoch", type=click.IntRange(min=0), default=0, show_default=True, help="Which epoch's views.")
 def views(
-    file: Path, recipe_name: str, overrides: tuple[str, ...], out: Path, samples: int, seed: int, pipelines: tuple[str, ...], epoch: int
+    file: Path,
+    recipe_name: str,
+    overrides: tuple[str, ...],
+    out: Path,
+    samples: int,
+    seed: int,
+    pipelines: tuple[str, ...],
+    epoch: int,
 ) -> None:
     """Draw photos beside the very views that a run with this recipe and seed would see.
 

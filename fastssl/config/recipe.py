@@ -79,7 +79,9 @@ class TrainConfig:
         if self.samples is not None and self.samples < 1:
             raise ValueError(f"train.samples must be at least 1, got {self.samples}")
         if self.keep_last < 1 or self.milestone_epochs < 0 or self.skip_nonfinite < 0:
-            raise ValueError("train.keep_last must be at least 1, train.milestone_epochs and train.skip_nonfinite not negative")
+            raise ValueError(
+                "train.keep_last must be at least 1, train.milestone_epochs and train.skip_nonfinite not negative"
+            )
         if self.accumulate < 1 or self.batch_size % self.accumulate or self.batch_size < 2 * self.accumulate:
             raise ValueError(
                 f"train.accumulate={self.accumulate} must divide the batch of {self.batch_size} into equal parts of at least 2 samples"
@@ -116,7 +118,9 @@ class ProbeConfig:
 
     def __post_init__(self) -> None:
         if self.reestimate_bn < 0 or self.reestimate_bn == 1:
-            raise ValueError(f"probe.reestimate_bn must be 0 (not at all) or at least 2 photos, got {self.reestimate_bn}")
+            raise ValueError(
+                f"probe.reestimate_bn must be 0 (not at all) or at least 2 photos, got {self.reestimate_bn}"
+            )
         if self.size < 8 or self.every_epochs < 0 or self.online_samples < 20 or self.final_samples < 0:
             raise ValueError("probe.size must be at least 8, probe.online_samples at least 20, the others not negative")
         if not 0 < self.crop <= 1:
@@ -171,7 +175,9 @@ class Recipe:
                     "Local views come with a multi-crop: `views: {threshold: 0.3, local_count: 6, ...}`"
                 )
         if self.train.accumulate > 1 and not METHODS[self.method][0].DIVISIBLE:
-            raise ValueError(f"train.accumulate={self.train.accumulate}: {self.method} looks at the whole batch at once; it must be 1")
+            raise ValueError(
+                f"train.accumulate={self.train.accumulate}: {self.method} looks at the whole batch at once; it must be 1"
+            )
 
     @property
     def pair_weights(self) -> PairWeights:
@@ -204,7 +210,9 @@ def recipe_path(name: str) -> Path:
         return path
     ours = RECIPE_FOLDER / f"{name}.yaml"
     if not ours.is_file():
-        raise FastSSLError(f"no recipe {name!r}{nearest(name, recipe_names())}; `fastssl recipes` lists them, a .yaml path works too")
+        raise FastSSLError(
+            f"no recipe {name!r}{nearest(name, recipe_names())}; `fastssl recipes` lists them, a .yaml path works too"
+        )
     return ours
 
 
@@ -228,7 +236,9 @@ def load_recipe(name: str, overrides: Mapping[str, str] | None = None) -> Recipe
     train = tree.get("train")
     own_batch = train.get("batch_size", TrainConfig.batch_size) if isinstance(train, dict) else TrainConfig.batch_size
     # A whole design of the views first, wherever it stands: what was said of single numbers is a change of it.
-    for key, text in sorted((overrides or {}).items(), key=lambda item: ("views", "views.preset", item[0]).index(item[0])):
+    for key, text in sorted(
+        (overrides or {}).items(), key=lambda item: ("views", "views.preset", item[0]).index(item[0])
+    ):
         _override(tree, key, parse_yaml(text, f"--set {key}: {shown(text)} is not a value"))
     recipe = build_recipe(tree, where=path.name)
     if "train.epochs" in (overrides or {}) and "train.samples" not in overrides:
@@ -260,7 +270,9 @@ def build_recipe(tree: Mapping[str, Any], *, where: str) -> Recipe:
     method = tree.get("method", "moco")
     for other in METHODS:
         if other in tree and isinstance(method, str) and other != method and method in METHODS:
-            raise FastSSLError(f"{where}: {other}.* has no effect with method: {method}; its numbers stand under {method}.*")
+            raise FastSSLError(
+                f"{where}: {other}.* has no effect with method: {method}; its numbers stand under {method}.*"
+            )
     try:
         return _build(Recipe, tree, where, "")
     except _NoSuchKey as error:
@@ -415,7 +427,9 @@ def _build_scalar(kind: type, value: Any, where: str, key: str) -> Any:
 def _build_dataclass(kind: type, value: Any, where: str, key: str) -> Any:
     if kind is MultiCrop and isinstance(value, str):
         if value not in PRESETS:
-            raise FastSSLError(f"{where}: {key}: no preset {shown(value)}{nearest(value[:100], PRESETS)}; there are {', '.join(PRESETS)}")
+            raise FastSSLError(
+                f"{where}: {key}: no preset {shown(value)}{nearest(value[:100], PRESETS)}; there are {', '.join(PRESETS)}"
+            )
         value = PRESETS[value]
     if not isinstance(value, Mapping):
         raise FastSSLError(f"{where}: {key or 'the recipe'} must be a mapping of keys to values, got {shown(value)}")

@@ -58,7 +58,9 @@ def choose(photos: int | None, short_side: float | None, device: str) -> Choice:
         return Choice(FEW_RECIPE, f"for {counted(photos, 'photo')}, which are fewer than {MANY_PHOTOS:,}{other}")
     if short_side is not None and short_side < SMALL_SIDE:
         size = f"{short_side:g} px"
-        return Choice(FEW_RECIPE, f"for {counted(photos, 'photo')} of {size}, which are too small for views of 224 px{other}")
+        return Choice(
+            FEW_RECIPE, f"for {counted(photos, 'photo')} of {size}, which are too small for views of 224 px{other}"
+        )
     if device != "cuda":
         return Choice(
             FEW_RECIPE,
@@ -130,7 +132,9 @@ def require_photos(
     if largest is None and photos < 2 * unit:
         parts = recipe.train.accumulate
         shared = f" for {processes} processes" * (processes > 1) + f" in {parts} parts" * (parts > 1)
-        raise FastSSLError(f"{where}: {counted(photos, 'photo')}, but a batch{shared} has at least {2 * unit}; add photos")
+        raise FastSSLError(
+            f"{where}: {counted(photos, 'photo')}, but a batch{shared} has at least {2 * unit}; add photos"
+        )
     if largest is None:
         key = recipe.settings.BATCH_KEY
         raise FastSSLError(

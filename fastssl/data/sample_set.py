@@ -169,7 +169,19 @@ def _put_in_place(building: Path, final: Path) -> None:
 
 
 def _fingerprint() -> str:
-    settings = (PARTS, SIZE, FIELD_OF_VIEW, PITCH, ROLL, EXPOSURE, WHITE_BALANCE, SATURATION, CONTRAST, MARGIN, _QUALITY)
+    settings = (
+        PARTS,
+        SIZE,
+        FIELD_OF_VIEW,
+        PITCH,
+        ROLL,
+        EXPOSURE,
+        WHITE_BALANCE,
+        SATURATION,
+        CONTRAST,
+        MARGIN,
+        _QUALITY,
+    )
     digest = hashlib.sha256(repr(settings).encode())
     for path in sorted(_STORED.glob("*.jpg")):
         digest.update(path.name.encode() + path.read_bytes())

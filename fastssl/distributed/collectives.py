@@ -79,7 +79,9 @@ class _GatherRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        total = all_reduce_sum(grad.clone(memory_format=torch.contiguous_format))  # autograd may show `grad` to others, too
+        total = all_reduce_sum(
+            grad.clone(memory_format=torch.contiguous_format)
+        )  # autograd may show `grad` to others, too
         return total.narrow(0, rank() * ctx.rows, ctx.rows)
 
 
@@ -141,7 +143,9 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
             kinds.setdefault((parameter.grad.dtype, parameter.grad.device), []).append(parameter)
     for (dtype, device), group in kinds.items():
         buffer = torch.empty(sum(parameter.numel() for parameter in group), dtype=dtype, device=device)
-        pieces = [_shaped_like(parameter, piece) for parameter, piece in zip(group, buffer.split([p.numel() for p in group]))]
+        pieces = [
+            _shaped_like(parameter, piece) for parameter, piece in zip(group, buffer.split([p.numel() for p in group]))
+        ]
         gradients = [parameter.grad for parameter in group]
         torch._foreach_copy_(pieces, gradients)
         dist.all_reduce(buffer)

@@ -32,7 +32,9 @@ def choose_device(name: str, world: World = World(), environ: Mapping[str, str] 
     count, started_by_srun = torch.cuda.device_count(), "SLURM_LOCALID" in environ and "LOCAL_RANK" not in environ
     index = 0 if count == 1 and started_by_srun else world.local_rank
     if index >= count:
-        raise FastSSLError(f"process {world.local_rank} of this machine has no GPU: there are {count}; start as many processes")
+        raise FastSSLError(
+            f"process {world.local_rank} of this machine has no GPU: there are {count}; start as many processes"
+        )
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
 

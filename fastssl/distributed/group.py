@@ -76,7 +76,9 @@ def joined(
         if isinstance(error, RuntimeError) and any(words in str(error) for words in _LOST_ANOTHER):
             another = _learn_why(watch)
             late = another is None and _TIMED_OUT in str(error)
-            told = FastSSLError(f"waited {timeout_minutes:g} min for the other processes in vain" if late else ended_line(another))
+            told = FastSSLError(
+                f"waited {timeout_minutes:g} min for the other processes in vain" if late else ended_line(another)
+            )
         if another is None and not isinstance(error, Interrupted):
             watch.leave(failure=_one_line(told))
         # NCCL's orderly end waits for all ranks of a machine, and these may be waiting in a collective that this one will never reach.
@@ -93,7 +95,9 @@ def joined(
         del kept  # the store, if it is this process that keeps it
 
 
-def _meet(world: World, patience: Patience, before_end: Callable[[str], None] | None) -> tuple[dist.Store, dist.Store, Watch]:
+def _meet(
+    world: World, patience: Patience, before_end: Callable[[str], None] | None
+) -> tuple[dist.Store, dist.Store, Watch]:
     """Wait for all to be there: (the store, the part of it that is for the group, the watch, which has begun)."""
     agent = agent_keeps_store(world.address, world.port, os.environ)
     seconds, started = 60 * patience.meet_minutes, time.monotonic()
@@ -114,7 +118,9 @@ def _meet(world: World, patience: Patience, before_end: Callable[[str], None] | 
         prefix=f"{call}/watch",
         address=world.address,
         port=world.port,
-        keeper=f"torchrun's store at {world.address}:{world.port}" if agent else f"process 0 of {world.size} ({world.address})",
+        keeper=f"torchrun's store at {world.address}:{world.port}"
+        if agent
+        else f"process 0 of {world.size} ({world.address})",
         keeps_store=world.is_main and not agent,
         silent_s=patience.silent_s,
         before_end=before_end,

@@ -96,7 +96,9 @@ def meet(store: dist.Store, rank: int, size: int, seconds: float) -> str:
     own = secrets.token_hex(8)
     if rank == 0:
         return _call(store, own, size, _Pauses(seconds))
-    return _answer(store, own, rank, _Pauses(seconds + _LAST_LOOK))  # process 0 knows who is missing: its word is waited for
+    return _answer(
+        store, own, rank, _Pauses(seconds + _LAST_LOOK)
+    )  # process 0 knows who is missing: its word is waited for
 
 
 def _call(store: dist.Store, call: str, size: int, pause: _Pauses) -> str:

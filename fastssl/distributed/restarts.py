@@ -28,7 +28,9 @@ class Launch:
 
     def goes_on(self, before: object) -> bool:
         """Whether one of the launchers repeats the start that kept ``before`` (a mapping as ``names``; anything else has no names)."""
-        return isinstance(before, Mapping) and any(before.get(launcher) == self.names[launcher] for launcher in self.again)
+        return isinstance(before, Mapping) and any(
+            before.get(launcher) == self.names[launcher] for launcher in self.again
+        )
 
 
 #: Of a command that somebody gave by hand.

@@ -35,7 +35,9 @@ class DealtStatistics:
 
     def __init__(self, network: nn.Module, *, groups: int, rank: int, world: int):
         layers = [
-            (name, layer) for name, layer in network.named_modules() if isinstance(layer, _BatchNorm) and layer.running_mean is not None
+            (name, layer)
+            for name, layer in network.named_modules()
+            if isinstance(layer, _BatchNorm) and layer.running_mean is not None
         ]
         for name, layer in layers:
             if layer.momentum is None:

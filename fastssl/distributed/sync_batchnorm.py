@@ -45,7 +45,9 @@ def synchronise_batchnorm(network: nn.Module, device: torch.device) -> nn.Module
     layers = [(name, layer) for name, layer in network.named_modules() if isinstance(layer, _BatchNorm)]
     for name, layer in layers:
         if type(layer) not in _SYNCHRONISED and not isinstance(layer, _OverRanks):
-            raise FastSSLError(f"layer {name or 'network'} is a {type(layer).__name__}, which cannot be normalised over several processes")
+            raise FastSSLError(
+                f"layer {name or 'network'} is a {type(layer).__name__}, which cannot be normalised over several processes"
+            )
     for _, layer in layers:
         layer.__class__ = _SYNCHRONISED.get(type(layer), type(layer))
     return network
@@ -71,7 +73,9 @@ class _OverRanks(_BatchNorm):
         momentum = 0.0 if self.momentum is None else self.momentum
         if tracked and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
-            if self.momentum is None:  # the mean over all batches; as in the ordinary layer, the one case in which the host waits
+            if (
+                self.momentum is None
+            ):  # the mean over all batches; as in the ordinary layer, the one case in which the host waits
                 momentum = 1.0 / float(self.num_batches_tracked)
         running = (self.running_mean, self.running_var) if tracked else (None, None)
         return self._finish(_normalise(input, self.weight, self.bias, *running, momentum, self.eps))
@@ -128,7 +132,9 @@ class _Normalise(torch.autograd.Function):
         means, invstds, counts = gather_rows(own[None]).tensor_split((len(mean), 2 * len(mean)), dim=1)
         counts = counts.flatten()
         # Of its first argument the kernel takes the type, which must be that of the counts where there are no running statistics.
-        mean, invstd = kernels.batch_norm_gather_stats_with_counts(means, means, invstds, running_mean, running_var, momentum, eps, counts)
+        mean, invstd = kernels.batch_norm_gather_stats_with_counts(
+            means, means, invstds, running_mean, running_var, momentum, eps, counts
+        )
         ctx.save_for_backward(input, weight, mean, invstd, counts.to(torch.int32))
         return kernels.batch_norm_elemt(input, weight, bias, mean, invstd, eps)
 
@@ -138,11 +144,15 @@ class _Normalise(torch.autograd.Function):
         input, weight, mean, invstd, counts = ctx.saved_tensors
         kernels, grad = _kernels(input), grad.contiguous(memory_format=_layout(input))
         wanted = ctx.needs_input_grad[:3]
-        sum_dy, sum_dy_xmu, grad_weight, grad_bias = kernels.batch_norm_backward_reduce(grad, input, mean, invstd, weight, *wanted)
+        sum_dy, sum_dy_xmu, grad_weight, grad_bias = kernels.batch_norm_backward_reduce(
+            grad, input, mean, invstd, weight, *wanted
+        )
         grad_input = None
         if wanted[0]:
             sums = all_reduce_sum(torch.cat([sum_dy, sum_dy_xmu]))
-            grad_input = kernels.batch_norm_backward_elemt(grad, input, mean, invstd, weight, *sums.tensor_split(2), counts)
+            grad_input = kernels.batch_norm_backward_elemt(
+                grad, input, mean, invstd, weight, *sums.tensor_split(2), counts
+            )
         # A parameter's gradient is that of this rank's samples, as in every other layer.
         return grad_input, grad_weight if wanted[1] else None, grad_bias if wanted[2] else None, None, None, None, None
 
@@ -189,7 +199,9 @@ class HostKernels:
         return overall, (var + eps).rsqrt()
 
     @staticmethod
-    def batch_norm_elemt(input: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, invstd: Tensor, eps: float) -> Tensor:
+    def batch_norm_elemt(
+        input: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, invstd: Tensor, eps: float
+    ) -> Tensor:
         """(input - mean) * invstd * weight + bias, in the type of ``input``."""
         scale = invstd if weight is None else invstd * weight
         output = (_wide(input) - _column(mean, input)) * _column(scale, input)

@@ -84,7 +84,8 @@ class Watch:
         self._look_now, self._told, self._away = (threading.Event() for _ in range(3))
         self._neighbour = _Neighbour((rank + 1) % size, silent_s)
         self._threads = [
-            threading.Thread(target=work, name=f"fastssl-watch{work.__name__}", daemon=True) for work in (self._talk, self._judge)
+            threading.Thread(target=work, name=f"fastssl-watch{work.__name__}", daemon=True)
+            for work in (self._talk, self._judge)
         ]
 
     def start(self) -> Watch:

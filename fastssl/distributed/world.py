@@ -108,7 +108,9 @@ def _meeting_place(environ: Mapping[str, str], starter: str) -> tuple[str, int]:
     """(address, port) of rank 0."""
     if starter == "torchrun":
         if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if not environ.get(name)]:
-            raise FastSSLError(f"RANK, WORLD_SIZE and LOCAL_RANK are set, but {' and '.join(missing)} not: where is rank 0?")
+            raise FastSSLError(
+                f"RANK, WORLD_SIZE and LOCAL_RANK are set, but {' and '.join(missing)} not: where is rank 0?"
+            )
         return environ["MASTER_ADDR"], _number(environ, "MASTER_PORT")
     address = environ.get("MASTER_ADDR", "")
     # Rank 0 runs on the first host of the step. The address srun was called from may be that of a login node: the last resort.
@@ -144,5 +146,7 @@ def first_host(nodelist: str) -> str:
     """
     found = re.match(r"(?:[^,\[\]\s]|\[[^\[\]]+\])+(?=,|$)", nodelist.strip())
     if not found:
-        raise FastSSLError(f"cannot read the list of hosts {nodelist!r}: set MASTER_ADDR to the host of the first process")
+        raise FastSSLError(
+            f"cannot read the list of hosts {nodelist!r}: set MASTER_ADDR to the host of the first process"
+        )
     return re.sub(r"\[([^],-]+)[^]]*\]", r"\1", found[0])

@@ -74,7 +74,16 @@ def reestimated(
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
             return network(images)
 
-    collect(forward, data, ViewSpec.evaluation(size, crop=crop), chosen, batch, device=device, workers=workers, on_bad=on_bad)
+    collect(
+        forward,
+        data,
+        ViewSpec.evaluation(size, crop=crop),
+        chosen,
+        batch,
+        device=device,
+        workers=workers,
+        on_bad=on_bad,
+    )
     for layer, original in zip(network.modules(), backbone.modules()):
         if isinstance(layer, _BatchNorm):
             layer.momentum = original.momentum

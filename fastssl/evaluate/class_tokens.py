@@ -29,7 +29,9 @@ class ClassTokens(nn.Module):
                 f"this protocol reads a vision transformer's class tokens, and the network ({name}) has none: choose another --protocol"
             )
         if len(backbone.blocks) < blocks:
-            raise ProbeError(f"the network has {len(backbone.blocks)} blocks, and this protocol reads the last {blocks}")
+            raise ProbeError(
+                f"the network has {len(backbone.blocks)} blocks, and this protocol reads the last {blocks}"
+            )
         self.backbone, self.blocks = backbone, blocks
 
     def forward(self, images: Tensor) -> Tensor:

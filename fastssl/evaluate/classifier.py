@@ -49,7 +49,9 @@ def timm_classifier_name(arch: str) -> str:
     """
     name = create_backbone(arch).default_cfg.get("classifier")
     if not isinstance(name, str):
-        raise ProbeError(f"{arch} has no single classifier in timm ({name}): a fine-tuned network of this kind cannot be written")
+        raise ProbeError(
+            f"{arch} has no single classifier in timm ({name}): a fine-tuned network of this kind cannot be written"
+        )
     return name
 
 
@@ -70,9 +72,15 @@ def save_classifier(network: Classifier, path: Path, *, arch: str, classes: list
     from safetensors.torch import save_file
 
     if not isinstance(network.hidden, nn.Identity):
-        raise ProbeError(f"{path}: a network with hidden layers of a DINO head is none that timm could read; fine-tune with --head linear")
+        raise ProbeError(
+            f"{path}: a network with hidden layers of a DINO head is none that timm could read; fine-tune with --head linear"
+        )
     name = timm_classifier_name(arch)
-    tensors = {**network.backbone.state_dict(), f"{name}.weight": network.linear.weight, f"{name}.bias": network.linear.bias}
+    tensors = {
+        **network.backbone.state_dict(),
+        f"{name}.weight": network.linear.weight,
+        f"{name}.bias": network.linear.bias,
+    }
     about = {
         "arch": resolve_arch(arch, tags=True),
         "classes": classes,
@@ -85,7 +93,10 @@ def save_classifier(network: Classifier, path: Path, *, arch: str, classes: list
     plain = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
     try:
         write_atomically(
-            path, lambda temporary: save_file(plain, str(temporary), {"format": "pt", "fastssl-classifier": json.dumps(about)})
+            path,
+            lambda temporary: save_file(
+                plain, str(temporary), {"format": "pt", "fastssl-classifier": json.dumps(about)}
+            ),
         )
     except (OSError, RuntimeError, SafetensorError) as error:
         raise ProbeError(f"{path}: not written ({' '.join(str(error).split())[:200]})") from error

@@ -59,11 +59,15 @@ class FeatureStream:
         cached_epochs: int = 0,
     ):
         if batch_size % world_size():
-            raise ProbeError(f"a batch of {batch_size} cannot be shared by {world_size()} processes: choose a multiple (--batch-size)")
+            raise ProbeError(
+                f"a batch of {batch_size} cannot be shared by {world_size()} processes: choose a multiple (--batch-size)"
+            )
         self.steps, self.batch = len(indices) // batch_size, batch_size // world_size()
         if not self.steps:
             photos = counted(len(indices), "photo")
-            raise ProbeError(f"{reader.path}: {photos} to learn from, fewer than one batch of {batch_size}: lower --batch-size")
+            raise ProbeError(
+                f"{reader.path}: {photos} to learn from, fewer than one batch of {batch_size}: lower --batch-size"
+            )
         self._network, self._targets, self._device, self._amp, self._seed = network.eval(), targets, device, amp, seed
         self._passes = _passes(self.batch)
         self._loader = ViewLoader(

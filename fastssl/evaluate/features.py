@@ -98,7 +98,9 @@ def extract_features(
                 return backbone(images)
 
         spec = replace(ViewSpec.evaluation(size, crop=crop), interpolation=interpolation)
-        return collect(forward, data, spec, indices, batch_size, device=device, workers=workers, on_bad=on_bad, progress=progress)
+        return collect(
+            forward, data, spec, indices, batch_size, device=device, workers=workers, on_bad=on_bad, progress=progress
+        )
     finally:
         for module, training in flags:
             module.training = training
@@ -115,7 +117,9 @@ def require_size(network: nn.Module, size: int, device: torch.device, dtype: tor
     try:
         found = network.eval()(picture)
     except (RuntimeError, AssertionError, ValueError) as error:
-        raise ProbeError(f"the network cannot take pictures of {size} px ({' '.join(str(error).split())[:200]}): change --size") from error
+        raise ProbeError(
+            f"the network cannot take pictures of {size} px ({' '.join(str(error).split())[:200]}): change --size"
+        ) from error
     if not torch.isfinite(found).all():
         raise ProbeError("the network's outputs are NaN or infinite: the checkpoint's training has diverged")
 
@@ -136,10 +140,21 @@ def collect(
     """Apply ``function`` (B, 3, S, S) -> (B, F) to the one view ``spec`` of every sample, in stored order."""
     # no_grad and not inference_mode: the tensors may later stand in a computation with gradient.
     with ViewLoader(
-        data, [spec], batch_size, device, workers=workers, on_bad=on_bad, indices=indices, shuffle=False, drop_last=False
+        data,
+        [spec],
+        batch_size,
+        device,
+        workers=workers,
+        on_bad=on_bad,
+        indices=indices,
+        shuffle=False,
+        drop_last=False,
     ) as loader:
         features: Tensor | None = None
-        index, labels = torch.empty(len(loader.indices), dtype=torch.int64), torch.empty(len(loader.indices), dtype=torch.int64)
+        index, labels = (
+            torch.empty(len(loader.indices), dtype=torch.int64),
+            torch.empty(len(loader.indices), dtype=torch.int64),
+        )
         first = kept = 0
         for batch in loader.epoch(0):
             rows = function(batch.views[0])
@@ -179,7 +194,9 @@ def gathered(features: Features) -> Features:
     return Features(*(gather_uneven(part) for part in (features.features, features.labels, features.index)))
 
 
-def split_indices(labels: np.ndarray | None, num_samples: int, *, fraction: float = 0.2, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def split_indices(
+    labels: np.ndarray | None, num_samples: int, *, fraction: float = 0.2, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
     """Hold out a part of one data set, the same share of every class.
 
     A pure function of its arguments: the split does not change with machine, library version or run.
@@ -229,12 +246,16 @@ def check_probe_input(train: Features, val: Features) -> None:
         if len(part) == 0:
             raise ProbeError(f"the {name} part is empty")
         if not part.labelled:
-            raise ProbeError(f"the {name} part has no labels; kNN and linear probes need them (convert a class/file folder tree)")
+            raise ProbeError(
+                f"the {name} part has no labels; kNN and linear probes need them (convert a class/file folder tree)"
+            )
         # The extremes are NaN or infinite if any number is, and a table of which ones are would be as large as a quarter of the features.
         if not all(torch.isfinite(extreme) for extreme in torch.aminmax(part.features)):
             raise ProbeError(f"features of the {name} part are NaN or infinite: the checkpoint's training has diverged")
     if train.features.shape[1] != val.features.shape[1]:
-        raise ProbeError(f"features differ in width: {train.features.shape[1]} in training, {val.features.shape[1]} in validation")
+        raise ProbeError(
+            f"features differ in width: {train.features.shape[1]} in training, {val.features.shape[1]} in validation"
+        )
 
 
 def check_shared_input(train: Features, val: Features) -> None:

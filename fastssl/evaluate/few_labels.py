@@ -39,7 +39,9 @@ def parse_share(text: str) -> float:
         share = float("nan")
     # The comparison is false for NaN, so NaN is refused too. 1.0 is everything, but so is 100%, which nobody reads as one percent.
     if not 0 < share <= 1 or (share == 1 and not percent):
-        raise ProbeError(f"share of labels {text!r}: write a percentage as 1% (up to 100%), or a fraction below 1 as 0.01")
+        raise ProbeError(
+            f"share of labels {text!r}: write a percentage as 1% (up to 100%), or a fraction below 1 as 0.01"
+        )
     return share
 
 
@@ -63,7 +65,9 @@ def draw_labels(labels: np.ndarray, share: float, seed: int) -> np.ndarray:
     # Class by class, each in the drawn order: one sort, where a thousand classes would be a thousand searches.
     by_class = order[np.argsort(labels[order], kind="stable")]
     _, first, count = np.unique(labels[by_class], return_index=True, return_counts=True)
-    kept = [by_class[start : start + max(1, round(share * size))] for start, size in zip(first.tolist(), count.tolist())]
+    kept = [
+        by_class[start : start + max(1, round(share * size))] for start, size in zip(first.tolist(), count.tolist())
+    ]
     return np.sort(np.concatenate([np.zeros(0, np.int64), *kept]))
 
 
@@ -107,7 +111,8 @@ def read_list(path: str | Path) -> list[ListedPhoto]:
             continue
         photo = _listed(number, fields)
         if photo is None or (
-            photos and (photo.position is None, photo.name is None) != (photos[0].position is None, photos[0].name is None)
+            photos
+            and (photo.position is None, photo.name is None) != (photos[0].position is None, photos[0].name is None)
         ):
             raise ProbeError(
                 f"{path}, line {number}: {text.strip()[:80]!r} is not a photo as the list should name it: POSITION, NAME, or "
@@ -122,7 +127,9 @@ def read_list(path: str | Path) -> list[ListedPhoto]:
 def _listed(line: int, fields: list[str]) -> ListedPhoto | None:
     if len(fields) == 1:
         # "12" may be a file's name, but a photo has an extension.
-        return ListedPhoto(line, position=int(fields[0])) if _is_number(fields[0]) else ListedPhoto(line, name=fields[0])
+        return (
+            ListedPhoto(line, position=int(fields[0])) if _is_number(fields[0]) else ListedPhoto(line, name=fields[0])
+        )
     if len(fields) == 4 and _is_number(fields[0]) and _is_number(fields[1]) and fields[2] and fields[3]:
         return ListedPhoto(line, int(fields[0]), int(fields[1]), fields[2], fields[3])
     return None
@@ -181,7 +188,9 @@ def _by_position(path: str | Path, listed: list[ListedPhoto], reader: BetonReade
         )
     for photo in listed:
         if photo.position >= len(reader):
-            raise ProbeError(f"{path}, line {photo.line}: photo {photo.position}, but {reader.path} has {len(reader):,}, counted from 0")
+            raise ProbeError(
+                f"{path}, line {photo.line}: photo {photo.position}, but {reader.path} has {len(reader):,}, counted from 0"
+            )
     return [photo.position for photo in listed]
 
 
@@ -233,8 +242,16 @@ def stored_names(reader: BetonReader, photos: str | Path) -> list[str]:
     side = read_side_file(reader.path) or {}
     rejected = _rejected(reader.path)
     with list_source(photos) as listing:
-        chosen = [i for i in chosen_photos(len(listing), (side.get("options") or {}).get("limit")) if listing.names[i] not in rejected]
-        same = len(chosen) == len(reader) and listing.classes is not None and np.array_equal(listing.labels[chosen], reader.labels)
+        chosen = [
+            i
+            for i in chosen_photos(len(listing), (side.get("options") or {}).get("limit"))
+            if listing.names[i] not in rejected
+        ]
+        same = (
+            len(chosen) == len(reader)
+            and listing.classes is not None
+            and np.array_equal(listing.labels[chosen], reader.labels)
+        )
         # Photos that went in as they were still have their size.
         if same and side.get("copied") == len(reader):
             same = np.array_equal(listing.sizes[chosen], reader.sizes)

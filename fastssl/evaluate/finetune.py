@@ -65,18 +65,26 @@ class FinetuneConfig:
         if not 0 < self.head_lr_factor < math.inf:
             raise ProbeError(f"the head's factor of the learning rate must be positive, got {self.head_lr_factor}")
         if not self.optim.per_epoch or self.optim.warmup_lr is not None or self.optim.final_weight_decay is not None:
-            raise ProbeError("fine-tuning changes its rate once an epoch, without warmup_lr, and keeps its weight decay")
+            raise ProbeError(
+                "fine-tuning changes its rate once an epoch, without warmup_lr, and keeps its weight decay"
+            )
 
     def lr(self, epoch: int) -> float:
         """The backbone's rate in ``epoch`` (0 .. epochs; at ``epochs``, one past the last, the schedule has arrived)."""
         optim = self.optim
-        schedule = {"peak": optim.peak_lr(self.batch_size), "final": optim.final_lr, "warmup_epochs": optim.warmup_epochs}
+        schedule = {
+            "peak": optim.peak_lr(self.batch_size),
+            "final": optim.final_lr,
+            "warmup_epochs": optim.warmup_epochs,
+        }
         return learning_rate(epoch, total_steps=self.epochs, steps_per_epoch=1, per_epoch=True, **schedule)
 
     @property
     def train_view(self) -> ViewSpec:
         """Random resized crop and flip, no colour: torchvision's defaults for classification, bicubic."""
-        return ViewSpec(size=self.size, area=(0.08, 1.0), interpolation="bicubic", flip=0.5, jitter=0.0, grey=0.0, blur=0.0)
+        return ViewSpec(
+            size=self.size, area=(0.08, 1.0), interpolation="bicubic", flip=0.5, jitter=0.0, grey=0.0, blur=0.0
+        )
 
     @property
     def test_view(self) -> ViewSpec:
@@ -144,7 +152,9 @@ def finetune(
     classes = len(split.classes)
     own = _own_batch(config.batch_size, len(split.train_index))
     if classes < 2:
-        raise ProbeError(f"{split.train.path}: the labelled photos are of one class only; a classifier needs at least two")
+        raise ProbeError(
+            f"{split.train.path}: the labelled photos are of one class only; a classifier needs at least two"
+        )
     if device.type == "cpu":
         keep_freed_memory()
     else:
@@ -174,7 +184,9 @@ def finetune(
             network.train()
             loss, train_accuracy = tuner.epoch(loader, epoch, rates[-1], progress)
             if not math.isfinite(loss):
-                raise ProbeError(f"fine-tuning has diverged: the loss is {loss} in epoch {epoch + 1} of {config.epochs}; lower --lr")
+                raise ProbeError(
+                    f"fine-tuning has diverged: the loss is {loss} in epoch {epoch + 1} of {config.epochs}; lower --lr"
+                )
             losses.append(loss)
             train_accuracies.append(100 * train_accuracy)
             counts.append(tuner.count_correct())
@@ -185,13 +197,34 @@ class _Tuner:
     """The parts of a step: network, optimiser, targets."""
 
     def __init__(
-        self, network: Classifier, split: LabelledSplit, config: FinetuneConfig, *, device: torch.device, amp: bool, workers: int | None
+        self,
+        network: Classifier,
+        split: LabelledSplit,
+        config: FinetuneConfig,
+        *,
+        device: torch.device,
+        amp: bool,
+        workers: int | None,
     ):
-        self.network, self.split, self.config, self.device, self.amp, self.workers = network, split, config, device, amp, workers
+        self.network, self.split, self.config, self.device, self.amp, self.workers = (
+            network,
+            split,
+            config,
+            device,
+            amp,
+            workers,
+        )
         self.targets = split.targets(split.train.labels)
-        parts = ((network.backbone, 1.0), (network.hidden, config.head_lr_factor), (network.linear, config.head_lr_factor))
+        parts = (
+            (network.backbone, 1.0),
+            (network.hidden, config.head_lr_factor),
+            (network.linear, config.head_lr_factor),
+        )
         groups = [
-            {**group, "lr_factor": factor} for part, factor in parts for group in parameter_groups(part, config.optim) if group["params"]
+            {**group, "lr_factor": factor}
+            for part, factor in parts
+            for group in parameter_groups(part, config.optim)
+            if group["params"]
         ]
         self.optimizer = create_optimizer(network, config.optim, groups)
         self.parameters = [parameter for group in groups for parameter in group["params"]]
@@ -201,7 +234,9 @@ class _Tuner:
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp)
 
-    def epoch(self, loader: ViewLoader, epoch: int, lr: float, progress: Callable[[int], None] | None) -> tuple[float, float]:
+    def epoch(
+        self, loader: ViewLoader, epoch: int, lr: float, progress: Callable[[int], None] | None
+    ) -> tuple[float, float]:
         """One pass over the labelled photos: (mean loss, share right). The device's numbers are read once, at its end."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_factor"]
@@ -241,7 +276,14 @@ class _Tuner:
                 return logits.topk(best, dim=1).indices  # float32 holds them exactly
 
             found = collect(
-                guesses, split.val, config.test_view, mine, config.batch_size, device=self.device, workers=self.workers, on_bad="fail"
+                guesses,
+                split.val,
+                config.test_view,
+                mine,
+                config.batch_size,
+                device=self.device,
+                workers=self.workers,
+                on_bad="fail",
             )
             hits = found.features.long() == torch.from_numpy(split.targets(found.labels.numpy()))[:, None]
             right[0], right[1] = hits[:, 0].sum(), hits.sum()
@@ -261,11 +303,15 @@ def _own_batch(batch: int, photos: int) -> int:
             how_many = counted(photos, "labelled photo")
             raise ProbeError(f"{how_many}: too few to train on with {counted(world, 'process')}")
         how_many = counted(photos, "labelled photo")
-        raise ProbeError(f"{how_many}, fewer than one batch of {batch:,}; the largest that works is --batch-size {largest}")
+        raise ProbeError(
+            f"{how_many}, fewer than one batch of {batch:,}; the largest that works is --batch-size {largest}"
+        )
     return batch // world
 
 
-def _result(split: LabelledSplit, counts: list[tuple[int, int]], steps: int, accuracies: tuple[list[float], ...]) -> FinetuneResult:
+def _result(
+    split: LabelledSplit, counts: list[tuple[int, int]], steps: int, accuracies: tuple[list[float], ...]
+) -> FinetuneResult:
     losses, train_accuracies, rates = accuracies
     total, classes = len(split.val_index), len(split.classes)
     best = max(range(len(counts)), key=lambda epoch: counts[epoch][0])  # the first of equals

@@ -37,7 +37,9 @@ def run_file(checkpoint: str | Path) -> Path:
     if path.is_dir():
         path = (path / "checkpoints" if (path / "checkpoints").is_dir() else path) / "last.pt"
     if path.suffix != ".pt":
-        raise FastSSLError(f"{path}: holds a backbone alone; the DINO head is in the run's last.pt: give that, or the run's folder")
+        raise FastSSLError(
+            f"{path}: holds a backbone alone; the DINO head is in the run's last.pt: give that, or the run's folder"
+        )
     if not path.is_file():
         raise FastSSLError(f"{path}: no such file; the DINO head is kept in a run's last.pt")
     return path
@@ -61,7 +63,9 @@ def load_half_head(path: Path, which: str = "student", *, fresh: bool = False) -
     recipe = build_recipe({key: value for key, value in config.items() if key in _RECIPE_KEYS}, where=str(path))
     settings = recipe.settings
     if settings.projector.layers < 2:
-        raise FastSSLError(f"{path}: its DINO head has one linear layer, of which nothing is kept; --head linear does the same")
+        raise FastSSLError(
+            f"{path}: its DINO head has one linear layer, of which nothing is kept; --head linear does the same"
+        )
     prefix = f"{which}.projector."
     tensors = {name.removeprefix(prefix): value for name, value in state["method"].items() if name.startswith(prefix)}
     try:

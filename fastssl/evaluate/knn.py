@@ -60,7 +60,9 @@ def knn_accuracy(
     return knn_accuracies(train, val, ks=[k], temperature=temperature, device=device)[0]
 
 
-def knn_leave_one_out(data: Features, *, k: int = 20, temperature: float = 0.07, device: str | torch.device = "cpu") -> KnnResult:
+def knn_leave_one_out(
+    data: Features, *, k: int = 20, temperature: float = 0.07, device: str | torch.device = "cpu"
+) -> KnnResult:
     """Accuracy when every sample is classified by all the others: no sample is lost to a split.
 
     Not to be compared with :func:`knn_accuracy` on another set: the bank is larger by everything that is classified.
@@ -103,7 +105,9 @@ def knn_accuracies(
     if shared and world_size() > 1:
         lengths = gather_rows(torch.tensor([len(train)]))
         first = int(lengths[: rank()].sum())
-    similarity, index = _search(train.features, val.features, most, torch.device(device), first if leave_one_out else None)
+    similarity, index = _search(
+        train.features, val.features, most, torch.device(device), first if leave_one_out else None
+    )
     if shared:
         similarity, index = _merged(similarity, index + first, most, len(labels))
     neighbours, classes = labels.to(index.device)[index], len(labels.unique())
@@ -134,7 +138,13 @@ def _check_vote(k: int, temperature: float) -> None:
 
 
 def knn_predict(
-    bank: Tensor, bank_labels: Tensor, query: Tensor, *, k: int = 20, temperature: float = 0.07, exclude_self: bool = False
+    bank: Tensor,
+    bank_labels: Tensor,
+    query: Tensor,
+    *,
+    k: int = 20,
+    temperature: float = 0.07,
+    exclude_self: bool = False,
 ) -> Tensor:
     """Classify ``query`` by the votes of its k most similar bank samples.
 
@@ -150,7 +160,9 @@ def knn_predict(
         (Q,) int64 labels. Ties: equal votes go to the lower label; of equally similar neighbours see ``nearest_neighbors``.
     """
     _check_vote(k, temperature)
-    similarity, index = _search(bank, query, min(k, len(bank) - exclude_self), query.device, 0 if exclude_self else None)
+    similarity, index = _search(
+        bank, query, min(k, len(bank) - exclude_self), query.device, 0 if exclude_self else None
+    )
     return ranked_classes(similarity, bank_labels.to(index.device)[index], temperature, places=1)[:, 0]
 
 
@@ -168,7 +180,9 @@ def nearest_neighbors(bank: Tensor, query: Tensor, *, k: int, exclude_self: bool
     Returns:
         (similarity (Q, k) float32 in [-1, 1] up to rounding, index (Q, k) int64 bank rows), on the query's device.
     """
-    similarity, index = _search(bank, query, min(k, len(bank) - exclude_self), query.device, 0 if exclude_self else None)
+    similarity, index = _search(
+        bank, query, min(k, len(bank) - exclude_self), query.device, 0 if exclude_self else None
+    )
     return similarity.float(), index
 
 
@@ -183,7 +197,9 @@ def ranked_classes(similarity: Tensor, labels: Tensor, temperature: float, *, pl
     Returns:
         (Q, places) int64: the class with the most votes first, of equal ones the lower; -1 where no further class has a vote.
     """
-    known, labels = labels.unique(return_inverse=True)  # labels may be any numbers; votes are counted for those that are there
+    known, labels = labels.unique(
+        return_inverse=True
+    )  # labels may be any numbers; votes are counted for those that are there
     classes = len(known)
     ranked = []
     for rows in torch.arange(len(labels), device=labels.device).split(max(1, _EXACT_ELEMENTS // classes)):
@@ -210,7 +226,9 @@ def _search(bank: Tensor, query: Tensor, k: int, device: torch.device, own: int 
         candidates = _candidates(bank, functional.normalize(rows.float(), dim=1), min(k + _SPARE, len(bank)), itself)
         similarity = _cosines(bank, rows, candidates)
         if itself is not None:
-            similarity.masked_fill_(candidates == torch.arange(itself, itself + len(rows), device=device)[:, None], -torch.inf)
+            similarity.masked_fill_(
+                candidates == torch.arange(itself, itself + len(rows), device=device)[:, None], -torch.inf
+            )
         similarity, index = _nearest_first(similarity, candidates, wanted)
         similarities.append(similarity)
         indices.append(index)
@@ -238,7 +256,9 @@ def _candidates(bank: Tensor, query: Tensor, count: int, itself: int | None) -> 
 def _cosines(bank: Tensor, query: Tensor, index: Tensor) -> Tensor:
     """(Q, K) float64 cosines of each query with its bank rows ``index``: each from the two rows alone, so that it is the same number in any tile or process."""
     found = torch.empty(index.shape, dtype=torch.float64, device=query.device)
-    for rows in torch.arange(len(query), device=query.device).split(max(1, _EXACT_ELEMENTS // max(index.shape[1] * query.shape[1], 1))):
+    for rows in torch.arange(len(query), device=query.device).split(
+        max(1, _EXACT_ELEMENTS // max(index.shape[1] * query.shape[1], 1))
+    ):
         one, others = query[rows].double(), bank[index[rows].to(bank.device)].to(query.device).double()
         length = one.norm(dim=1, keepdim=True).clamp_min(1e-12) * others.norm(dim=2).clamp_min(1e-12)
         found[rows] = (one[:, None] * others).sum(dim=2) / length
@@ -258,9 +278,14 @@ def _merged(similarity: Tensor, index: Tensor, k: int, total: int) -> tuple[Tens
         return similarity, index
     width = min(k, -(-total // world_size()))  # of the largest part
     missing = (0, width - similarity.shape[1])
-    similarity, index = functional.pad(similarity, missing, value=-torch.inf), functional.pad(index, missing, value=total)
+    similarity, index = (
+        functional.pad(similarity, missing, value=-torch.inf),
+        functional.pad(index, missing, value=total),
+    )
     found = []
     for values, places in zip(similarity.split(_QUERY_TILE), index.split(_QUERY_TILE)):
-        everyone = [gather_rows(part).unflatten(0, (world_size(), -1)).transpose(0, 1).flatten(1) for part in (values, places)]
+        everyone = [
+            gather_rows(part).unflatten(0, (world_size(), -1)).transpose(0, 1).flatten(1) for part in (values, places)
+        ]
         found.append(_nearest_first(*everyone, k))
     return tuple(torch.cat(parts) for parts in zip(*found))

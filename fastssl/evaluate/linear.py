@@ -57,7 +57,9 @@ class LinearResult:
     unseen: int
 
 
-def linear_probe(train: Features, val: Features, *, grid: tuple[float, ...] = L2_GRID, device: str | torch.device = "cpu") -> LinearResult:
+def linear_probe(
+    train: Features, val: Features, *, grid: tuple[float, ...] = L2_GRID, device: str | torch.device = "cpu"
+) -> LinearResult:
     """Fit on ``train``, measure on ``val``. Deterministic.
 
     The L2 strength is the one with the best accuracy on a held-out fifth of ``train`` (equal ones: the stronger). All
@@ -70,11 +72,15 @@ def linear_probe(train: Features, val: Features, *, grid: tuple[float, ...] = L2
     check_probe_input(train, val)
     classes, targets = train.labels.unique(return_inverse=True)
     if len(classes) < 2:
-        raise ProbeError(f"the training part has one class only (label {int(classes[0])}); a linear probe needs at least two")
+        raise ProbeError(
+            f"the training part has one class only (label {int(classes[0])}); a linear probe needs at least two"
+        )
     features, targets = train.features.to(device), targets.to(device)
 
     scores: dict[float, float] = {}
-    fit_rows, held_rows = (torch.from_numpy(rows).to(device) for rows in split_indices(train.labels.numpy(), len(train)))
+    fit_rows, held_rows = (
+        torch.from_numpy(rows).to(device) for rows in split_indices(train.labels.numpy(), len(train))
+    )
     # float32 iterations: an accuracy does not need float64, which costs three times as much.
     whole = LogisticRegression(features, targets, len(classes), dtype=torch.float32)
     l2 = L2_DEFAULT

@@ -109,7 +109,9 @@ def require_same_classes(train: BetonReader, val: BetonReader) -> None:
         if counts[0] == counts[1]:
             return
         what = f"{counts[0]} and {counts[1]} classes"
-    raise ProbeError(f"{train.path} and {val.path} do not have the same classes ({what}); convert both from the same class folders")
+    raise ProbeError(
+        f"{train.path} and {val.path} do not have the same classes ({what}); convert both from the same class folders"
+    )
 
 
 class OnlineProbe:

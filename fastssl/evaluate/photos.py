@@ -45,13 +45,20 @@ def open_photos(path: str | Path, workers: int | None = None) -> Iterator[BetonR
         target = Path(folder) / f"{path.name}.beton"
         try:
             # As of a .beton file: a damaged photo is an error, and no figure is over what is left.
-            convert(path, target, ConvertOptions(keep_size=True, short_side=None, quality=95, workers=workers, resume=False, on_bad="fail"))
+            convert(
+                path,
+                target,
+                ConvertOptions(
+                    keep_size=True, short_side=None, quality=95, workers=workers, resume=False, on_bad="fail"
+                ),
+            )
             with BetonReader(target) as reader:
                 yield reader
         except FastSSLError as error:  # whoever gave a folder knows nothing of the file
             said = str(error).replace(str(target), str(path))
             said = said.replace(
-                "--on-bad skip lists bad photos and goes on", "mend or remove it; `fastssl convert-imagenet` can leave bad photos out"
+                "--on-bad skip lists bad photos and goes on",
+                "mend or remove it; `fastssl convert-imagenet` can leave bad photos out",
             )
             raise FastSSLError(said) from error
 
@@ -97,7 +104,9 @@ class LabelledSplit:
 
 
 @contextmanager
-def open_split(data: str | Path, val: str | Path | None, *, seed: int = 0, workers: int | None = None) -> Iterator[LabelledSplit]:
+def open_split(
+    data: str | Path, val: str | Path | None, *, seed: int = 0, workers: int | None = None
+) -> Iterator[LabelledSplit]:
     """Both parts, open inside the block. Without ``val`` a fifth of ``data`` is held out, the same one for a seed.
 
     Raises:
@@ -109,7 +118,9 @@ def open_split(data: str | Path, val: str | Path | None, *, seed: int = 0, worke
         yield split
 
 
-def _open_split(files: ExitStack, data: str | Path, val: str | Path | None, seed: int, workers: int | None) -> LabelledSplit:
+def _open_split(
+    files: ExitStack, data: str | Path, val: str | Path | None, seed: int, workers: int | None
+) -> LabelledSplit:
     train = files.enter_context(open_photos(data, workers))
     require_labels(train)
     if val is None:

@@ -64,7 +64,9 @@ class LinearProtocol:
 
     def view(self, size: int = 224) -> ViewSpec:
         """The training view: random resized crop and flip, no colour."""
-        return ViewSpec(size=size, area=self.area, interpolation=self.interpolation, flip=0.5, jitter=0.0, grey=0.0, blur=0.0)
+        return ViewSpec(
+            size=size, area=self.area, interpolation=self.interpolation, flip=0.5, jitter=0.0, grey=0.0, blur=0.0
+        )
 
     def rate(self, lr: float, epoch: int, epochs: int, batch_size: int) -> float:
         """The rate of all steps of ``epoch`` (from 0).
@@ -133,7 +135,9 @@ class Trial:
     weight_decay: float
 
 
-def trials(protocol: LinearProtocol, lrs: Sequence[float] = (), weight_decays: Sequence[float] = (), *, sweep: bool = False) -> list[Trial]:
+def trials(
+    protocol: LinearProtocol, lrs: Sequence[float] = (), weight_decays: Sequence[float] = (), *, sweep: bool = False
+) -> list[Trial]:
     """The grid: every rate with every decay, without repeats. Its first is the one whose last epoch is the headline.
 
     Args:

@@ -12,7 +12,14 @@ from torch import nn
 
 from fastssl.evaluate.class_tokens import ClassTokens
 from fastssl.evaluate.feature_stream import FeatureStream
-from fastssl.evaluate.features import EVALUATION_CROP, ProbeError, check_shared_input, extract_features, share, split_indices
+from fastssl.evaluate.features import (
+    EVALUATION_CROP,
+    ProbeError,
+    check_shared_input,
+    extract_features,
+    share,
+    split_indices,
+)
 from fastssl.evaluate.photos import LabelledSplit
 from fastssl.evaluate.protocols import LinearProtocol, Trial
 from fastssl.evaluate.sgd_linear import Classifiers, Judged, summary, train_classifiers
@@ -88,7 +95,9 @@ def published_probe(
     """
     classes = len(split.classes)
     if classes < 2:
-        raise ProbeError(f"{split.train.path}: the training photos are of one class only; a linear probe needs at least two")
+        raise ProbeError(
+            f"{split.train.path}: the training photos are of one class only; a linear probe needs at least two"
+        )
     network = ClassTokens(backbone, protocol.class_tokens) if protocol.class_tokens else backbone
     epochs, batch_size = options.epochs or protocol.epochs, options.batch_size or protocol.batch_size
     # As many as there are, or more: none would be read again.
@@ -103,7 +112,15 @@ def published_probe(
     view = protocol.view(options.size)
     # Opened first: a batch that does not fit is said before any photo is read.
     with FeatureStream(
-        network, split.train, learned, targets, view, batch_size=batch_size, seed=options.seed, cached_epochs=cached, **how
+        network,
+        split.train,
+        learned,
+        targets,
+        view,
+        batch_size=batch_size,
+        seed=options.seed,
+        cached_epochs=cached,
+        **how,
     ) as stream:
         view_of = {"size": options.size, "crop": options.crop, "interpolation": protocol.interpolation}
         judged = {name: _judged(network, split, *part, bar, **view_of, **how) for name, part in sets.items()}
@@ -116,7 +133,9 @@ def published_probe(
                     advance((epoch * stream.steps + step + 1) * batch_size)
                     yield batch
 
-            curves = train_classifiers(classifiers, protocol, grid, batches, judged, epochs=epochs, batch_size=batch_size)
+            curves = train_classifiers(
+                classifiers, protocol, grid, batches, judged, epochs=epochs, batch_size=batch_size
+            )
     used = {"lr": grid[0].lr, "weight_decay": grid[0].weight_decay, "epochs": epochs, "batch_size": batch_size}
     usual = {name: getattr(protocol, name) for name in used} | {
         "size": 224,
@@ -140,7 +159,9 @@ def published_probe(
     }
 
 
-def _judged(network: nn.Module, split: LabelledSplit, label: str, reader: BetonReader, index: Any, bar: Bar, **how: Any) -> Judged:
+def _judged(
+    network: nn.Module, split: LabelledSplit, label: str, reader: BetonReader, index: Any, bar: Bar, **how: Any
+) -> Judged:
     """This process's share of the features of centre crops."""
     mine = share(index)
     with bar(label, len(mine)) as advance:

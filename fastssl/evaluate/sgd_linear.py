@@ -35,8 +35,19 @@ class Classifiers:
         weight: (R, C, F) float32. bias: (R, C).
     """
 
-    def __init__(self, protocol: LinearProtocol, grid: list[Trial], width: int, classes: int, *, device: torch.device, seed: int = 0):
-        first = torch.empty(classes, width).normal_(0.0, protocol.init_std, generator=torch.Generator().manual_seed(seed))
+    def __init__(
+        self,
+        protocol: LinearProtocol,
+        grid: list[Trial],
+        width: int,
+        classes: int,
+        *,
+        device: torch.device,
+        seed: int = 0,
+    ):
+        first = torch.empty(classes, width).normal_(
+            0.0, protocol.init_std, generator=torch.Generator().manual_seed(seed)
+        )
         self.weight = first.to(device).expand(len(grid), -1, -1).clone()
         self.bias = torch.zeros(len(grid), classes, device=device)
         self._weight_step, self._bias_step = torch.zeros_like(self.weight), torch.zeros_like(self.bias)
@@ -177,7 +188,9 @@ def summary(curves: Curves, grid: list[Trial], classes: int, *, choose_on: str =
     grid's smallest or largest, so that better ones may lie beyond. All figures are of the set ``val``;
     percent, with their 95 % interval; top-5 is None where there are no more than five classes.
     """
-    tables = {name: 100 * counts.double() / curves.totals[name] for name, counts in curves.right.items()}  # (E, 2, R) percent
+    tables = {
+        name: 100 * counts.double() / curves.totals[name] for name, counts in curves.right.items()
+    }  # (E, 2, R) percent
     deciding = tables[choose_on][:, 0]
     best = deciding.argmax(dim=0)  # (R,) of equal epochs the first
 
@@ -197,7 +210,12 @@ def summary(curves: Curves, grid: list[Trial], classes: int, *, choose_on: str =
 
     rows = []
     for number, trial in enumerate(grid):
-        row = {"lr": trial.lr, "weight_decay": trial.weight_decay, **figures(-1, number), "best_epoch": int(best[number]) + 1}
+        row = {
+            "lr": trial.lr,
+            "weight_decay": trial.weight_decay,
+            **figures(-1, number),
+            "best_epoch": int(best[number]) + 1,
+        }
         row.update(with_prefix("best", figures(int(best[number]), number)))
         row.update(train_loss=_finite(curves.loss[-1, number]), train_accuracy=float(curves.train_accuracy[-1, number]))
         if choose_on != "val":
@@ -207,7 +225,9 @@ def summary(curves: Curves, grid: list[Trial], classes: int, *, choose_on: str =
     rates = sorted({trial.lr for trial in grid})
     return {
         **{name: value for name, value in rows[0].items() if name not in ("lr", "weight_decay")},
-        **with_prefix("chosen", {"lr": grid[chosen].lr, "weight_decay": grid[chosen].weight_decay, **figures(-1, chosen)}),
+        **with_prefix(
+            "chosen", {"lr": grid[chosen].lr, "weight_decay": grid[chosen].weight_decay, **figures(-1, chosen)}
+        ),
         "chosen_at_edge": len(rates) > 1 and grid[chosen].lr in (rates[0], rates[-1]),
         "chosen_on": {"val": "validation photos", "held_out": "held-out training photos"}[choose_on],
         "accuracy_by_epoch": tables["val"][:, 0, 0].tolist(),

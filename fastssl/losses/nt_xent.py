@@ -41,7 +41,11 @@ class SmoothedNTXent(nn.Module):
     """
 
     def __init__(
-        self, temperature: float = 0.1, smoothing: float | None = None, weighting: str = "stepped", neighbors: int | None = None
+        self,
+        temperature: float = 0.1,
+        smoothing: float | None = None,
+        weighting: str = "stepped",
+        neighbors: int | None = None,
     ) -> None:
         super().__init__()
         # Settings, their checks and the entropy of the target are those of the loss against a queue.
@@ -52,7 +56,9 @@ class SmoothedNTXent(nn.Module):
         self.neighbors = self._infonce.neighbors
         self.weights = self._infonce.weights
 
-    def forward(self, anchors: Tensor, candidates: Tensor, first: int = 0, smoothing: Tensor | float | None = None) -> Tensor:
+    def forward(
+        self, anchors: Tensor, candidates: Tensor, first: int = 0, smoothing: Tensor | float | None = None
+    ) -> Tensor:
         """Loss of each pair of a positive's global view and an anchor's view, mean over the samples, in nats.
 
         Args:
@@ -76,10 +82,14 @@ class SmoothedNTXent(nn.Module):
         views, batch, samples = *anchors.shape[:2], candidates.shape[1]
         dtype = torch.float64 if torch.float64 in (anchors.dtype, candidates.dtype) else torch.float32
         with torch.autocast(anchors.device.type, enabled=False):
-            logits = anchors.flatten(0, 1).to(dtype) @ candidates.flatten(0, 1).to(dtype).t() / self.temperature  # (V * B, 2 * M)
+            logits = (
+                anchors.flatten(0, 1).to(dtype) @ candidates.flatten(0, 1).to(dtype).t() / self.temperature
+            )  # (V * B, 2 * M)
             by_view = logits.view(views, batch, 2, samples)
             positive = by_view[..., first : first + batch].diagonal(dim1=1, dim2=3).transpose(0, 1)  # (2, V, B)
-            own = torch.arange(batch, device=logits.device)[:, None] + first == torch.arange(samples, device=logits.device)  # (B, M)
+            own = torch.arange(batch, device=logits.device)[:, None] + first == torch.arange(
+                samples, device=logits.device
+            )  # (B, M)
             own = own[:, None, :]  # neither candidate of the anchor's sample is a negative
             negatives = by_view.masked_fill(own, -torch.inf).flatten(2)  # (V, B, 2 * M)
 
@@ -89,7 +99,11 @@ class SmoothedNTXent(nn.Module):
             if smoothed:
                 if self.weights:
                     nearest = top_columns(negatives.detach().flatten(0, 1), len(self.weights))  # (V * B, n)
-                    soft = (logits.gather(1, nearest) * _weight_row(self.weights, dtype, logits.device)).sum(1).view(views, batch)
+                    soft = (
+                        (logits.gather(1, nearest) * _weight_row(self.weights, dtype, logits.device))
+                        .sum(1)
+                        .view(views, batch)
+                    )
                 else:
                     soft = by_view.masked_fill(own, 0).sum((2, 3)) / (2 * (samples - 1))
                 loss = loss + (mass.to(dtype) if isinstance(mass, Tensor) else mass) * (positive - soft)
@@ -116,7 +130,9 @@ class SmoothedNTXent(nn.Module):
                     f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}; expected floating point (views, samples, features), each at least 1"
                 )
         if anchors.device != candidates.device:
-            raise ValueError(f"anchors are on {anchors.device} and candidates on {candidates.device}; move them to one device")
+            raise ValueError(
+                f"anchors are on {anchors.device} and candidates on {candidates.device}; move them to one device"
+            )
         if anchors.shape[2] != candidates.shape[2]:
             raise ValueError(
                 f"anchors have {anchors.shape[2]} features and candidates {candidates.shape[2]}; both come from the same projector, so they must agree"

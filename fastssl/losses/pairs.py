@@ -76,7 +76,9 @@ def reduce_pairs(gg: Tensor, gl: Tensor | None, weights: PairWeights) -> Tensor:
     """
     if (gl is None) != (weights.local_views == 0):
         given = "None" if gl is None else "given"
-        raise ValueError(f"gl is {given} with {weights.local_views} local views; it is None if, and only if, there are none")
+        raise ValueError(
+            f"gl is {given} with {weights.local_views} local views; it is None if, and only if, there are none"
+        )
     if gl is None or weights.gl == 0:
         return gg
     return weights.gg * gg + weights.gl * gl
@@ -96,9 +98,13 @@ def split_pairs(pairs: Tensor, targets: Sequence[int]) -> tuple[Tensor, Tensor |
         ValueError: a matrix or targets of another form.
     """
     if pairs.dim() != 2 or pairs.shape[0] != len(targets) or pairs.shape[1] < GLOBAL_VIEWS:
-        raise ValueError(f"pairs has shape {tuple(pairs.shape)}; expected ({len(targets)} targets, at least {GLOBAL_VIEWS} views)")
+        raise ValueError(
+            f"pairs has shape {tuple(pairs.shape)}; expected ({len(targets)} targets, at least {GLOBAL_VIEWS} views)"
+        )
     if not targets or len(set(targets)) != len(targets) or not set(targets) <= {0, 1}:
-        raise ValueError(f"targets={tuple(targets)}: give the global views that are targets, each once: (0, 1), (0,) or (1,)")
+        raise ValueError(
+            f"targets={tuple(targets)}: give the global views that are targets, each once: (0, 1), (0,) or (1,)"
+        )
     gg = torch.stack([row[1 - target] for row, target in zip(pairs, targets)]).mean()
     gl = pairs[:, GLOBAL_VIEWS:].mean() if pairs.shape[1] > GLOBAL_VIEWS else None
     return gg, gl

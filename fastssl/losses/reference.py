@@ -52,7 +52,13 @@ def dense_smoothed_infonce(
 
 
 def dense_step(
-    query: Tensor, key: Tensor, queue: Tensor, temperature: float, smoothing: float, weighting: str, neighbors: int | None = None
+    query: Tensor,
+    key: Tensor,
+    queue: Tensor,
+    temperature: float,
+    smoothing: float,
+    weighting: str,
+    neighbors: int | None = None,
 ) -> Tensor:
     """The same mean loss in the way of the public light-moco code: a copy of the queue, dense logits, top-k, a dense soft target.
 

@@ -67,7 +67,10 @@ def dense_nt_xent(
             for b in range(batch):
                 own = first + b
                 others = [candidates[view, m] for view in range(2) for m in range(candidates.shape[1]) if m != own]
-                logits = torch.stack([(anchors[v, b] * other).sum() for other in [candidates[g, own], *others]])[None] / temperature
+                logits = (
+                    torch.stack([(anchors[v, b] * other).sum() for other in [candidates[g, own], *others]])[None]
+                    / temperature
+                )
                 target = dense_target(logits, smoothing, weighting, neighbors)
                 losses.append(-(target * logits.log_softmax(1)).sum())
             entries.append(sum(losses) / batch)

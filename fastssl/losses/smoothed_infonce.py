@@ -25,7 +25,14 @@ STEPPED_GROUP_ENDS = {5: (1, 3, 5), 10: (1, 4, 10), 20: (2, 8, 20), 30: (3, 12, 
 THIRDS_GROUP_ENDS = (2, 8, 20)
 
 # The mass that the paper's code uses with each weighting; the names are also the allowed values of `weighting`.
-DEFAULT_SMOOTHING = {"uniform_topk": 0.2, "stepped": 0.2, "geometric": 0.4, "nearest": 0.5, "uniform_all": 0.2, "thirds": 0.2}
+DEFAULT_SMOOTHING = {
+    "uniform_topk": 0.2,
+    "stepped": 0.2,
+    "geometric": 0.4,
+    "nearest": 0.5,
+    "uniform_all": 0.2,
+    "thirds": 0.2,
+}
 WEIGHTINGS = tuple(DEFAULT_SMOOTHING)
 
 # Keys per block in the search for the nearest. Larger: fewer maxima to rank, more keys to look at again (8 and 16 measured alike, 4 and 32 slower).
@@ -56,13 +63,17 @@ def rank_weights(weighting: str, neighbors: int | None = None) -> tuple[float, .
     if weighting == "uniform_topk":
         count = 20 if neighbors is None else neighbors
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-            raise ValueError(f"neighbors={neighbors!r} with weighting='uniform_topk': give a whole number of at least 1")
+            raise ValueError(
+                f"neighbors={neighbors!r} with weighting='uniform_topk': give a whole number of at least 1"
+            )
         return (1.0 / count,) * count
     if weighting == "stepped":
         count = 20 if neighbors is None else neighbors
         if count not in STEPPED_GROUP_ENDS:
             allowed = ", ".join(map(str, STEPPED_GROUP_ENDS))
-            raise ValueError(f"neighbors={neighbors!r} with weighting='stepped': its rank groups are defined for {allowed} only")
+            raise ValueError(
+                f"neighbors={neighbors!r} with weighting='stepped': its rank groups are defined for {allowed} only"
+            )
         return _grouped(STEPPED_GROUP_ENDS[count], (0.5, 0.25, 0.25))
     if weighting == "uniform_all":
         if neighbors is not None:
@@ -77,7 +88,9 @@ def rank_weights(weighting: str, neighbors: int | None = None) -> tuple[float, .
     else:
         weights = _grouped(THIRDS_GROUP_ENDS, (1 / 3, 1 / 3, 1 / 3))
     if neighbors not in (None, len(weights)):
-        raise ValueError(f"neighbors={neighbors!r} with weighting={weighting!r}: it always uses {len(weights)}; pass that or None")
+        raise ValueError(
+            f"neighbors={neighbors!r} with weighting={weighting!r}: it always uses {len(weights)}; pass that or None"
+        )
     return weights
 
 
@@ -124,7 +137,9 @@ class SmoothedInfoNCE(nn.Module):
     ) -> None:
         super().__init__()
         if not (temperature > 0 and math.isfinite(temperature)):
-            raise ValueError(f"temperature={temperature}: give a positive number (0.1 in the paper's code, 0.2 in MoCo-v2)")
+            raise ValueError(
+                f"temperature={temperature}: give a positive number (0.1 in the paper's code, 0.2 in MoCo-v2)"
+            )
         if tile is not None and tile < 1:
             raise ValueError(f"tile={tile}: give a positive number of queue rows, or None to let the loss choose")
         self.weights = rank_weights(weighting, neighbors)
@@ -167,7 +182,9 @@ class SmoothedInfoNCE(nn.Module):
         mass = self.smoothing if smoothing is None else checked_smoothing(smoothing)
         if self.weighting == "uniform_all":
             if not queue_size:
-                raise ValueError("queue_size is missing: with weighting='uniform_all' the entropy depends on the number of negatives")
+                raise ValueError(
+                    "queue_size is missing: with weighting='uniform_all' the entropy depends on the number of negatives"
+                )
             spread = math.log(queue_size)
         else:
             spread = -sum(w * math.log(w) for w in self.weights)
@@ -192,7 +209,9 @@ class SmoothedInfoNCE(nn.Module):
             if tensor.device != query.device:
                 raise ValueError(f"{name} is on {tensor.device} and query on {query.device}; move them to one device")
         if query.shape != key.shape or 0 in query.shape:
-            raise ValueError(f"query {tuple(query.shape)} and key {tuple(key.shape)} must have one shape (B, D) with B and D at least 1")
+            raise ValueError(
+                f"query {tuple(query.shape)} and key {tuple(key.shape)} must have one shape (B, D) with B and D at least 1"
+            )
         if queue.shape[1] != query.shape[1]:
             raise ValueError(
                 f"queue has {queue.shape[1]} features and query {query.shape[1]}; both come from the same projector, so they must agree"
@@ -249,7 +268,11 @@ class _Loss(torch.autograd.Function):
             loss = (seen.maximum - positive) / temperature + seen.total.log()
             if smoothed:
                 # (B, D), or (1, D) where every negative counts alike
-                soft = _nearest_mean(q, queue, seen.peaks, weights) if weights else queue.mean(0, keepdim=True, dtype=dtype)
+                soft = (
+                    _nearest_mean(q, queue, seen.peaks, weights)
+                    if weights
+                    else queue.mean(0, keepdim=True, dtype=dtype)
+                )
                 loss = loss + mass * (positive - (q * soft).sum(1)) / temperature
             loss = loss.mean()
 
@@ -270,7 +293,9 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        grads = (None if grad is None else (grad * grad_loss).to(dtype) for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes))
+        grads = (
+            None if grad is None else (grad * grad_loss).to(dtype) for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes)
+        )
         return (*grads, None, None, None, None, None, None)
 
 
@@ -279,12 +304,20 @@ class _Seen(NamedTuple):
 
     maximum: Tensor  # (B,) largest product q.k, the positive's included
     total: Tensor  # (B,) sum of exp((q.k - maximum) / temperature)
-    weighted: Tensor  # (B, D) the same sum with each term times its key; the positive's key alone if it was not asked for
+    weighted: (
+        Tensor  # (B, D) the same sum with each term times its key; the positive's key alone if it was not asked for
+    )
     peaks: Tensor  # (blocks, B) largest product of each block of 16 keys, over the whole queue
 
 
 def _stream(
-    query: Tensor, key: Tensor, positive: Tensor, queue: Tensor, temperature: float, tile: int | None, wants_weighted: bool
+    query: Tensor,
+    key: Tensor,
+    positive: Tensor,
+    queue: Tensor,
+    temperature: float,
+    tile: int | None,
+    wants_weighted: bool,
 ) -> _Seen:
     batch, rows = query.shape[0], queue.shape[0]
     if tile is None:
@@ -331,11 +364,15 @@ def _nearest_mean(query: Tensor, queue: Tensor, peaks: Tensor, weights: tuple[fl
     in_block = torch.arange(_BLOCK, device=queue.device)
     # The keys looked at again are a matrix per query, too much for the whole batch at once.
     chunk = max(1, _elements(query)[1] // (blocks * _BLOCK * query.shape[1]))
-    kept = top_columns(peaks.t().contiguous(), blocks).sort(1).values  # (B, n): ascending, so that candidates follow rows
+    kept = (
+        top_columns(peaks.t().contiguous(), blocks).sort(1).values
+    )  # (B, n): ascending, so that candidates follow rows
     means = []
     for queries, its_blocks in zip(query.split(chunk), kept.split(chunk)):
         index = (its_blocks[:, :, None] * _BLOCK + in_block).flatten(1)  # (b, 16 n)
-        candidates = queue.index_select(0, index.clamp(max=rows - 1).flatten()).to(query.dtype).view(*index.shape, -1)  # (b, 16 n, D)
+        candidates = (
+            queue.index_select(0, index.clamp(max=rows - 1).flatten()).to(query.dtype).view(*index.shape, -1)
+        )  # (b, 16 n, D)
         products = torch.bmm(candidates, queries[:, :, None]).squeeze(2)  # (b, 16 n)
         if rows % _BLOCK:
             products.masked_fill_(index >= rows, -math.inf)

@@ -48,7 +48,9 @@ def soft_cross_entropy(targets: Tensor, logits: Tensor, temperature: float) -> T
                 f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}; expected floating point (views, samples, classes), each at least 1"
             )
     if targets.shape[1:] != logits.shape[1:]:
-        raise ValueError(f"targets {tuple(targets.shape)} and logits {tuple(logits.shape)} must agree in samples and classes")
+        raise ValueError(
+            f"targets {tuple(targets.shape)} and logits {tuple(logits.shape)} must agree in samples and classes"
+        )
     if targets.device != logits.device:
         raise ValueError(f"targets are on {targets.device} and logits on {logits.device}; move them to one device")
     if targets.requires_grad:
@@ -73,7 +75,9 @@ def teacher_probabilities(logits: Tensor, center: Tensor, temperature: Tensor | 
         ValueError: a centre of another width, a temperature that is not positive or has several elements.
     """
     if center.shape != logits.shape[-1:]:
-        raise ValueError(f"center has shape {tuple(center.shape)} and the logits {tuple(logits.shape)}; expected one number for each class")
+        raise ValueError(
+            f"center has shape {tuple(center.shape)} and the logits {tuple(logits.shape)}; expected one number for each class"
+        )
     if isinstance(temperature, Tensor):
         if temperature.numel() != 1:
             raise ValueError(f"temperature is a tensor of shape {tuple(temperature.shape)}; expected one element")
@@ -87,7 +91,9 @@ def teacher_probabilities(logits: Tensor, center: Tensor, temperature: Tensor | 
 
 def _check_temperature(temperature: float) -> None:
     if not (temperature > 0 and math.isfinite(temperature)):
-        raise ValueError(f"temperature={temperature}: give a positive number (0.1 for the student of DINO and for SwAV)")
+        raise ValueError(
+            f"temperature={temperature}: give a positive number (0.1 for the student of DINO and for SwAV)"
+        )
 
 
 def _working_dtype(*tensors: Tensor) -> torch.dtype:
@@ -107,7 +113,9 @@ class _SoftCrossEntropy(torch.autograd.Function):
                 # Relative to the largest logit, which keeps both terms small and the exponential finite.
                 maximum = raw.amax(1, keepdim=True).to(dtype)  # (B, 1)
                 shifted = raw.to(dtype).sub(maximum).div_(temperature)  # (B, K)
-                products = [(target * shifted).sum(1) for target in targets]  # T of (B,); no matrix product, which might run in TF32
+                products = [
+                    (target * shifted).sum(1) for target in targets
+                ]  # T of (B,); no matrix product, which might run in TF32
                 total = shifted.exp_().sum(1).log()  # (B,)
                 for row, product in enumerate(products):
                     pairs[row, view] = (total - product).mean()
@@ -124,7 +132,13 @@ class _SoftCrossEntropy(torch.autograd.Function):
         grad_logits = torch.empty_like(logits)
         with torch.autocast(logits.device.type, enabled=False):
             for view, raw in enumerate(logits):
-                part = raw.to(normaliser.dtype).div(ctx.temperature).sub_(normaliser[view, :, None]).exp_().mul_(scaled[:, view].sum())
+                part = (
+                    raw.to(normaliser.dtype)
+                    .div(ctx.temperature)
+                    .sub_(normaliser[view, :, None])
+                    .exp_()
+                    .mul_(scaled[:, view].sum())
+                )
                 for row, target in enumerate(targets):
                     part.addcmul_(target.to(part.dtype), scaled[row, view], value=-1)
                 grad_logits[view] = part

@@ -14,4 +14,15 @@ METHODS: dict[str, tuple[type[Method], type]] = {
     "simclr": (SimCLR, SimCLRConfig),
 }
 
-__all__ = ["DINO", "METHODS", "DINOConfig", "Method", "MoCo", "MoCoConfig", "SimCLR", "SimCLRConfig", "SwAV", "SwAVConfig"]
+__all__ = [
+    "DINO",
+    "METHODS",
+    "DINOConfig",
+    "Method",
+    "MoCo",
+    "MoCoConfig",
+    "SimCLR",
+    "SimCLRConfig",
+    "SwAV",
+    "SwAVConfig",
+]

@@ -161,7 +161,10 @@ class Method(nn.Module):
 
     def compute_with(self, student: nn.Module, teacher: nn.Module | None) -> None:
         """Let these networks make the passes: bfloat16 or compiled forms of ``student`` and ``teacher``, which stay what is trained and saved."""
-        self._computing = (student, teacher)  # in a tuple, which nn.Module does not register: they are no part of the state
+        self._computing = (
+            student,
+            teacher,
+        )  # in a tuple, which nn.Module does not register: they are no part of the state
 
     # ------------------------------------------------------------------ the views
 
@@ -231,7 +234,9 @@ class Method(nn.Module):
         """What the student is to match, without gradient."""
         return None
 
-    def part_loss(self, images: Sequence[Tensor], targets: Any, rates: Rates, phase: tuple = (), part: int = 0, parts: int = 1) -> PartLoss:
+    def part_loss(
+        self, images: Sequence[Tensor], targets: Any, rates: Rates, phase: tuple = (), part: int = 0, parts: int = 1
+    ) -> PartLoss:
         """The loss of one of ``parts`` equal shares of the samples."""
         raise NotImplementedError
 

@@ -58,7 +58,9 @@ class DINOConfig(MethodConfig):
     freeze_epochs: int = 1
     learned_gain: bool = False
     projector: ProjectorConfig = field(
-        default_factory=lambda: ProjectorConfig(hidden=2048, out=256, layers=3, norm=True, bias=True, activation="gelu", init="truncated")
+        default_factory=lambda: ProjectorConfig(
+            hidden=2048, out=256, layers=3, norm=True, bias=True, activation="gelu", init="truncated"
+        )
     )
 
     def __post_init__(self) -> None:
@@ -68,7 +70,9 @@ class DINOConfig(MethodConfig):
             if getattr(self, name) <= 0:
                 raise ValueError(f"dino.{name} must be positive, got {getattr(self, name)}")
         if self.momentum_schedule not in schedules.MOMENTUM_SCHEDULES:
-            raise ValueError(f"dino.momentum_schedule={self.momentum_schedule!r} is not one of {', '.join(schedules.MOMENTUM_SCHEDULES)}")
+            raise ValueError(
+                f"dino.momentum_schedule={self.momentum_schedule!r} is not one of {', '.join(schedules.MOMENTUM_SCHEDULES)}"
+            )
         for name in ("center_momentum", "momentum"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"dino.{name} must lie in 0..1, got {getattr(self, name)}")
@@ -100,7 +104,9 @@ class DINO(Method):
 
     METRICS = ("loss", "kl", "alignment", "embedding_std", "target_entropy")
 
-    def __init__(self, backbone: nn.Module, config: DINOConfig, *, views: Views, generator: torch.Generator | None = None):
+    def __init__(
+        self, backbone: nn.Module, config: DINOConfig, *, views: Views, generator: torch.Generator | None = None
+    ):
         head = DINOHead(feature_dim(backbone), config)
         super().__init__(Encoder(backbone, head, DropTable.install(backbone)), views)
         self.config = config
@@ -109,7 +115,9 @@ class DINO(Method):
     def rates(self, step: int, run: RunLength) -> dict[str, float]:
         config = self.config
         return {
-            "momentum": schedules.ema_momentum(step, total_steps=run.total_steps, base=config.momentum, schedule=config.momentum_schedule),
+            "momentum": schedules.ema_momentum(
+                step, total_steps=run.total_steps, base=config.momentum, schedule=config.momentum_schedule
+            ),
             "teacher_temperature": schedules.teacher_temperature(
                 step,
                 steps_per_epoch=run.steps_per_epoch,
@@ -132,9 +140,17 @@ class DINO(Method):
         return logits, teacher_probabilities(logits, self.center, rates["teacher_temperature"])
 
     def part_loss(
-        self, images: Sequence[Tensor], targets: tuple[Tensor, Tensor], rates: Rates, phase: tuple = (), part: int = 0, parts: int = 1
+        self,
+        images: Sequence[Tensor],
+        targets: tuple[Tensor, Tensor],
+        rates: Rates,
+        phase: tuple = (),
+        part: int = 0,
+        parts: int = 1,
     ) -> PartLoss:
-        logits = self.encode([self.part_of(batch, part, parts) for batch in images]).unflatten(0, (self.views.count, -1))
+        logits = self.encode([self.part_of(batch, part, parts) for batch in images]).unflatten(
+            0, (self.views.count, -1)
+        )
         probabilities = self.part_of(targets[1].flatten(0, 1), part, parts).unflatten(0, (2, -1))
         pairs = soft_cross_entropy(probabilities, logits, self.config.student_temperature)
         loss = reduce_pairs(*split_pairs(pairs, (0, 1)), self.views.weights)
@@ -146,7 +162,13 @@ class DINO(Method):
         first, second = functional.normalize(logits[:2].detach().float(), dim=-1)
         alignment = (first - second).square().sum(-1).mean()
         return torch.stack(
-            [loss.detach(), loss.detach() - entropy, alignment, embedding_std(first), entropy / math.log(self.config.out)]
+            [
+                loss.detach(),
+                loss.detach() - entropy,
+                alignment,
+                embedding_std(first),
+                entropy / math.log(self.config.out),
+            ]
         ).float()
 
     @torch.no_grad()

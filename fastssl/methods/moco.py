@@ -26,7 +26,16 @@ from fastssl.distributed.split_batchnorm import DealtStatistics
 from fastssl.losses import SmoothedInfoNCE
 from fastssl.losses.pairs import reduce_pairs
 from fastssl.losses.smoothed_infonce import rank_weights
-from fastssl.methods.base import Method, MethodConfig, PartLoss, Rates, Views, embedding_std, new_encoder, smoothing_rates
+from fastssl.methods.base import (
+    Method,
+    MethodConfig,
+    PartLoss,
+    Rates,
+    Views,
+    embedding_std,
+    new_encoder,
+    smoothing_rates,
+)
 from fastssl.models.heads import ProjectorConfig
 from fastssl.optim import schedules
 from fastssl.optim.schedules import RunLength
@@ -68,7 +77,9 @@ class MoCoConfig(MethodConfig):
 
     def __post_init__(self) -> None:
         if self.momentum_schedule not in schedules.MOMENTUM_SCHEDULES:
-            raise ValueError(f"moco.momentum_schedule={self.momentum_schedule!r} is not one of {', '.join(schedules.MOMENTUM_SCHEDULES)}")
+            raise ValueError(
+                f"moco.momentum_schedule={self.momentum_schedule!r} is not one of {', '.join(schedules.MOMENTUM_SCHEDULES)}"
+            )
         schedules.check_smoothing("moco", self.smoothing_schedule, self.smoothing_warm_epochs)
         if not 0 <= self.momentum <= 1:
             raise ValueError(f"moco.momentum must lie in 0..1, got {self.momentum}")
@@ -123,7 +134,9 @@ class MoCo(Method):
 
     METRICS = ("loss", "kl", "alignment", "embedding_std")
 
-    def __init__(self, backbone: nn.Module, config: MoCoConfig, *, views: Views, generator: torch.Generator | None = None):
+    def __init__(
+        self, backbone: nn.Module, config: MoCoConfig, *, views: Views, generator: torch.Generator | None = None
+    ):
         keys = config.key_views * views.global_batch
         if config.queue % keys:
             times = "twice the batch size" if config.symmetric else "the batch size"
@@ -139,7 +152,10 @@ class MoCo(Method):
         self.key_views = config.key_views
         self._dealt: DealtStatistics | None = None
         self.loss = SmoothedInfoNCE(
-            temperature=config.temperature, smoothing=config.smoothing, weighting=config.weighting, neighbors=config.neighbors
+            temperature=config.temperature,
+            smoothing=config.smoothing,
+            weighting=config.weighting,
+            neighbors=config.neighbors,
         )
         if self.loss.neighbors and self.loss.neighbors > config.queue:
             raise ValueError(
@@ -152,7 +168,9 @@ class MoCo(Method):
 
     def rates(self, step: int, run: RunLength) -> dict[str, float]:
         config = self.config
-        momentum = schedules.ema_momentum(step, total_steps=run.total_steps, base=config.momentum, schedule=config.momentum_schedule)
+        momentum = schedules.ema_momentum(
+            step, total_steps=run.total_steps, base=config.momentum, schedule=config.momentum_schedule
+        )
         return {"momentum": momentum, **smoothing_rates(config, step, run)}
 
     def synchronise(self, convert: Callable[[nn.Module], nn.Module]) -> None:
@@ -184,7 +202,10 @@ class MoCo(Method):
         keys = self.part_of(targets, part, parts)
         queries = self.encode([self.part_of(batch, part, parts) for batch in self.student_images(images)])
         size = self.views.batch_size // parts
-        terms = [self._term(queries, keys[view * size : (view + 1) * size], view, smoothing) for view in range(self.key_views)]
+        terms = [
+            self._term(queries, keys[view * size : (view + 1) * size], view, smoothing)
+            for view in range(self.key_views)
+        ]
         loss = terms[0] + terms[1] if self.config.symmetric else terms[0]
         with torch.no_grad():
             return PartLoss(loss, self._metrics(loss, queries, keys, smoothing))

@@ -19,7 +19,16 @@ from fastssl.distributed.collectives import gather_views, rank
 from fastssl.losses.nt_xent import SmoothedNTXent
 from fastssl.losses.pairs import reduce_pairs, split_pairs
 from fastssl.losses.smoothed_infonce import rank_weights
-from fastssl.methods.base import Method, MethodConfig, PartLoss, Rates, Views, embedding_std, new_encoder, smoothing_rates
+from fastssl.methods.base import (
+    Method,
+    MethodConfig,
+    PartLoss,
+    Rates,
+    Views,
+    embedding_std,
+    new_encoder,
+    smoothing_rates,
+)
 from fastssl.models.heads import ProjectorConfig
 from fastssl.optim import schedules
 from fastssl.optim.schedules import RunLength
@@ -41,7 +50,9 @@ class SimCLRConfig(MethodConfig):
     neighbors: int | None = None
     smoothing_schedule: str = "constant"
     smoothing_warm_epochs: int = 0
-    projector: ProjectorConfig = field(default_factory=lambda: ProjectorConfig(hidden=2048, out=128, layers=2, norm=True))
+    projector: ProjectorConfig = field(
+        default_factory=lambda: ProjectorConfig(hidden=2048, out=128, layers=2, norm=True)
+    )
 
     def __post_init__(self) -> None:
         schedules.check_smoothing("simclr", self.smoothing_schedule, self.smoothing_warm_epochs)
@@ -64,11 +75,16 @@ class SimCLR(Method):
     HAS_TEACHER = False
     DIVISIBLE = False  # the batch is the negatives
 
-    def __init__(self, backbone: nn.Module, config: SimCLRConfig, *, views: Views, generator: torch.Generator | None = None):
+    def __init__(
+        self, backbone: nn.Module, config: SimCLRConfig, *, views: Views, generator: torch.Generator | None = None
+    ):
         super().__init__(new_encoder(backbone, config.projector), views)
         self.config = config
         self.loss = SmoothedNTXent(
-            temperature=config.temperature, smoothing=config.smoothing, weighting=config.weighting, neighbors=config.neighbors
+            temperature=config.temperature,
+            smoothing=config.smoothing,
+            weighting=config.weighting,
+            neighbors=config.neighbors,
         )
         negatives = 2 * (views.global_batch - 1)
         if not config.allows(views.global_batch):
@@ -79,12 +95,17 @@ class SimCLR(Method):
     def rates(self, step: int, run: RunLength) -> dict[str, float]:
         return smoothing_rates(self.config, step, run)
 
-    def part_loss(self, images: Sequence[Tensor], targets: Any, rates: Rates, phase: tuple = (), part: int = 0, parts: int = 1) -> PartLoss:
+    def part_loss(
+        self, images: Sequence[Tensor], targets: Any, rates: Rates, phase: tuple = (), part: int = 0, parts: int = 1
+    ) -> PartLoss:
         batch, smoothing = self.views.batch_size, rates.get("smoothing", 0.0)
         anchors = self.encode(list(images))
         candidates = gather_views(anchors[: 2 * batch], 2, gradient=True)
         pairs = self.loss(
-            anchors.unflatten(0, (self.views.count, -1)), candidates.unflatten(0, (2, -1)), first=rank() * batch, smoothing=smoothing
+            anchors.unflatten(0, (self.views.count, -1)),
+            candidates.unflatten(0, (2, -1)),
+            first=rank() * batch,
+            smoothing=smoothing,
         )
         loss = reduce_pairs(*split_pairs(pairs, (0, 1)), self.views.weights)
         with torch.no_grad():

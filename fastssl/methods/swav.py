@@ -111,13 +111,17 @@ class SwAV(Method):
     HAS_TEACHER = False
     DIVISIBLE = False  # the assignment looks at the whole batch
 
-    def __init__(self, backbone: nn.Module, config: SwAVConfig, *, views: Views, generator: torch.Generator | None = None):
+    def __init__(
+        self, backbone: nn.Module, config: SwAVConfig, *, views: Views, generator: torch.Generator | None = None
+    ):
         head = SwAVHead(feature_dim(backbone), config)
         super().__init__(Encoder(backbone, head, DropTable.install(backbone)), views)
         self.config = config
         self.queue_batches = config.queue // views.global_batch
         if config.queue and not self.queue_batches:
-            raise ValueError(f"swav.queue={config.queue} holds no whole batch of {views.global_batch}; enlarge it, or set it to 0 for none")
+            raise ValueError(
+                f"swav.queue={config.queue} holds no whole batch of {views.global_batch}; enlarge it, or set it to 0 for none"
+            )
         self.register_buffer("queue", torch.zeros(2, self.queue_batches * views.global_batch, config.projector.out))
 
     @property
@@ -140,7 +144,9 @@ class SwAV(Method):
     def frozen(self, phase: tuple) -> Sequence[nn.Parameter]:
         return [self.prototypes.weight] if "frozen" in phase else ()
 
-    def part_loss(self, images: Sequence[Tensor], targets: Any, rates: Rates, phase: tuple = (), part: int = 0, parts: int = 1) -> PartLoss:
+    def part_loss(
+        self, images: Sequence[Tensor], targets: Any, rates: Rates, phase: tuple = (), part: int = 0, parts: int = 1
+    ) -> PartLoss:
         self.prototypes.normalise_()
         out, width = self.encode(list(images)), self.config.projector.out
         embeddings, scores = out[:, :width], out[:, width:].unflatten(0, (self.views.count, -1))
@@ -174,7 +180,9 @@ class SwAV(Method):
         first, second = embeddings.chunk(2)
         alignment = (first - second).square().sum(1).mean()
         loss = loss.detach()
-        return torch.stack([loss, loss - entropy, alignment, embedding_std(first), entropy / math.log(self.config.prototypes)]).float()
+        return torch.stack(
+            [loss, loss - entropy, alignment, embedding_std(first), entropy / math.log(self.config.prototypes)]
+        ).float()
 
     @torch.no_grad()
     def after_step(self, targets: Any, kept: Sequence[Tensor], phase: tuple = ()) -> None:

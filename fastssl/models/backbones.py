@@ -61,7 +61,9 @@ def resolve_arch(name: str, *, tags: bool = False) -> str:
     arch = SHORT_NAMES.get(plain, plain)
     if not timm.is_model(arch) or (dot and not tag):
         hint = nearest(name[:100], [*SHORT_NAMES, *timm.list_models()])
-        raise FastSSLError(f"unknown network {shown(name)}{hint}; `fastssl archs` lists the short names, any timm name works too")
+        raise FastSSLError(
+            f"unknown network {shown(name)}{hint}; `fastssl archs` lists the short names, any timm name works too"
+        )
     if not dot:
         return arch
     if not tags:
@@ -70,7 +72,9 @@ def resolve_arch(name: str, *, tags: bool = False) -> str:
             f"give the plain network: {plain}"
         )
     if not timm.is_model_pretrained(f"{arch}.{tag}"):
-        raise FastSSLError(f"unknown tag {shown(tag)} of {plain}{nearest(tag[:100], known_tags(arch))}; the plain network is {plain}")
+        raise FastSSLError(
+            f"unknown tag {shown(tag)} of {plain}{nearest(tag[:100], known_tags(arch))}; the plain network is {plain}"
+        )
     return f"{arch}.{tag}"
 
 
@@ -114,7 +118,9 @@ def create_backbone(
         backbone = timm.create_model(arch, pretrained=False, **options)
     except TypeError as error:  # its constructor does not know one of them
         reason = (
-            f"has no drop path: drop_path={drop_path} must be 0" if "drop_path_rate" in str(error) else f"cannot be built here: {error}"
+            f"has no drop path: drop_path={drop_path} must be 0"
+            if "drop_path_rate" in str(error)
+            else f"cannot be built here: {error}"
         )
         raise FastSSLError(f"{name} {reason}") from error
     if drop_path > 0 and not drop_path_layers(backbone):
@@ -269,7 +275,12 @@ def save_backbone(backbone: nn.Module, path: Path, *, arch: str, **notes: str) -
     from safetensors.torch import save_file
 
     tensors = {name: value.detach().cpu().contiguous() for name, value in backbone.state_dict().items()}
-    about = {"arch": resolve_arch(arch, tags=True), "feature_dim": feature_dim(backbone), "digest": _digest(tensors), **notes}
+    about = {
+        "arch": resolve_arch(arch, tags=True),
+        "feature_dim": feature_dim(backbone),
+        "digest": _digest(tensors),
+        **notes,
+    }
     header = {"format": "pt", "fastssl": json.dumps(about)}
     write_atomically(path, lambda temporary: save_file(tensors, str(temporary), metadata=header))
 
@@ -301,7 +312,9 @@ def load_backbone(path: str | Path) -> nn.Module:
             raise FastSSLError(f"{path}: tensors are of another kind than in the network named in its header: {odd[0]}")
         backbone.load_state_dict(tensors, strict=True)
     except RuntimeError as error:
-        raise FastSSLError(f"{path}: tensors do not fit the network named in its header: {' '.join(str(error).split())[:300]}") from error
+        raise FastSSLError(
+            f"{path}: tensors do not fit the network named in its header: {' '.join(str(error).split())[:300]}"
+        ) from error
     return backbone.eval()
 
 
@@ -320,7 +333,9 @@ def unfit_for(arch: str, tensors: dict[str, Tensor]) -> str:
     ]
     said = (("Missing key(s)", missing), ("Unexpected key(s)", extra), ("size mismatch", sorted(wrong)))
     return "; ".join(
-        f"{what}: {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}" for what, names in said if names
+        f"{what}: {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
+        for what, names in said
+        if names
     )
 
 
@@ -334,7 +349,8 @@ def other_kinds(tensors: dict[str, Tensor], wanted: dict[str, Tensor]) -> list[s
         f"{name} {str(value.dtype).removeprefix('torch.')} for {str(wanted[name].dtype).removeprefix('torch.')}"
         for name, value in tensors.items()
         if name in wanted
-        and (value.is_floating_point(), value.is_complex()) != (wanted[name].is_floating_point(), wanted[name].is_complex())
+        and (value.is_floating_point(), value.is_complex())
+        != (wanted[name].is_floating_point(), wanted[name].is_complex())
     ]
 
 
@@ -347,7 +363,9 @@ def _open_checkpoint(path: Path, *, tensors: bool) -> tuple[dict[str, Any], dict
     try:
         with safe_open(str(path), framework="pt") as file:
             text = (file.metadata() or {}).get("fastssl")
-            if len(text or "") > _LONGEST or len(file.keys()) > _MOST:  # a header of 100 MB can become gigabytes of objects
+            if (
+                len(text or "") > _LONGEST or len(file.keys()) > _MOST
+            ):  # a header of 100 MB can become gigabytes of objects
                 raise ValueError("its header is larger than any network's")
             found = {name: file.get_tensor(name) for name in (file.keys() if tensors else ())}
     except (SafetensorError, OSError, RuntimeError, ValueError, MemoryError) as error:
@@ -361,7 +379,9 @@ def _open_checkpoint(path: Path, *, tensors: bool) -> tuple[dict[str, Any], dict
         if not isinstance(header["arch"], str):
             raise TypeError(f"arch is {header['arch']!r}")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise FastSSLError(f"{path}: its fastssl header does not name a network ({type(error).__name__}: {error})") from error
+        raise FastSSLError(
+            f"{path}: its fastssl header does not name a network ({type(error).__name__}: {error})"
+        ) from error
     # The format has no checksum. Files from before there was a digest are taken as they are.
     if tensors and "digest" in header and header["digest"] != _digest(found):
         raise FastSSLError(f"{path}: damaged: its tensors are not what was written")

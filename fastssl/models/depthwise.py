@@ -26,7 +26,9 @@ LARGE_FILTER = 5
 
 
 @fast
-def _sum_block(maps: np.ndarray, gradient: np.ndarray, weights: np.ndarray, stride: int, padding: int, first: int, last: int) -> None:
+def _sum_block(
+    maps: np.ndarray, gradient: np.ndarray, weights: np.ndarray, stride: int, padding: int, first: int, last: int
+) -> None:
     """``weights`` (C, 1, k, k) of the channels ``first`` .. ``last``: sum over photos and places of ``maps`` (N, H, W, C) times ``gradient`` (N, h, w, C)."""
     side = weights.shape[2]
     sums = np.zeros((side, side, last - first), np.float32)
@@ -68,7 +70,10 @@ def weight_gradient(maps: Tensor, gradient: Tensor, side: int, stride: int, padd
     """
     weights = np.empty((maps.shape[1], 1, side, side), np.float32)
     # As numpy sees a channels-last tensor: (N, H, W, C), contiguous.
-    x, g = (tensor.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1).contiguous().numpy() for tensor in (maps, gradient))
+    x, g = (
+        tensor.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1).contiguous().numpy()
+        for tensor in (maps, gradient)
+    )
     blocks = [(first, min(first + _BLOCK, maps.shape[1])) for first in range(0, maps.shape[1], _BLOCK)]
     threads = torch.get_num_threads()
 
@@ -99,9 +104,21 @@ class _Depthwise(torch.autograd.Function):
         of_maps = None
         if context.needs_input_grad[0]:
             of_maps = torch.ops.aten.convolution_backward(
-                gradient, maps, weight, None, [stride] * 2, [padding] * 2, [1, 1], False, [0, 0], len(weight), [True, False, False]
+                gradient,
+                maps,
+                weight,
+                None,
+                [stride] * 2,
+                [padding] * 2,
+                [1, 1],
+                False,
+                [0, 0],
+                len(weight),
+                [True, False, False],
             )[0]
-        of_weight = weight_gradient(maps, gradient, weight.shape[2], stride, padding) if context.needs_input_grad[1] else None
+        of_weight = (
+            weight_gradient(maps, gradient, weight.shape[2], stride, padding) if context.needs_input_grad[1] else None
+        )
         of_bias = gradient.sum((0, 2, 3)) if has_bias and context.needs_input_grad[2] else None
         return of_maps, of_weight, of_bias, None, None
 
@@ -117,7 +134,12 @@ class _Forward:
             return functional.conv2d(maps, weight, bias, self.stride, self.padding, groups=len(weight))
         plain = maps.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled(maps.device.type)
         side = weight.shape[2]
-        if plain and weight.requires_grad and torch.is_grad_enabled() and (side >= LARGE_FILTER or min(maps.shape[2:]) < side):
+        if (
+            plain
+            and weight.requires_grad
+            and torch.is_grad_enabled()
+            and (side >= LARGE_FILTER or min(maps.shape[2:]) < side)
+        ):
             return _Depthwise.apply(maps, weight, bias, self.stride, self.padding)
         return functional.conv2d(maps, weight, bias, self.stride, self.padding, groups=len(weight))
 

@@ -90,7 +90,9 @@ class PlannedDropPath(nn.Module):
         if not self.training or coins is None:
             return branch
         first = self.table.first
-        keep = (coins[self.number, first : first + len(branch)] >= self.drop_prob).to(branch.dtype) / (1 - self.drop_prob)
+        keep = (coins[self.number, first : first + len(branch)] >= self.drop_prob).to(branch.dtype) / (
+            1 - self.drop_prob
+        )
         return branch * keep.view(-1, *[1] * (branch.dim() - 1))
 
     def extra_repr(self) -> str:

@@ -110,7 +110,9 @@ class CosineLogits(nn.Module):
 
     def forward(self, embeddings: Tensor) -> Tensor:
         with torch.autocast(embeddings.device.type, enabled=False):
-            return functional.linear(at_least_float32(embeddings), functional.normalize(self.direction, dim=1) * self.gain)
+            return functional.linear(
+                at_least_float32(embeddings), functional.normalize(self.direction, dim=1) * self.gain
+            )
 
 
 class Prototypes(nn.Module):

@@ -51,11 +51,15 @@ class OptimConfig:
         if self.name not in ("sgd", "adamw", "lars"):
             raise ValueError(f"optim.name={self.name!r} is not one of sgd, adamw, lars")
         if self.lr <= 0 or self.lr_batch < 0 or self.weight_decay < 0 or self.warmup_epochs < 0 or self.final_lr < 0:
-            raise ValueError("optim.lr must be positive; lr_batch, weight_decay, warmup_epochs and final_lr not negative")
+            raise ValueError(
+                "optim.lr must be positive; lr_batch, weight_decay, warmup_epochs and final_lr not negative"
+            )
         if (self.final_weight_decay or 0) < 0 or (self.warmup_lr or 0) < 0:
             raise ValueError("optim.final_weight_decay and optim.warmup_lr must not be negative")
         if self.warmup_lr is not None and (self.per_epoch or not self.warmup_epochs):
-            raise ValueError("optim.warmup_lr needs warmup_epochs, and a rate that changes every step (per_epoch: false)")
+            raise ValueError(
+                "optim.warmup_lr needs warmup_epochs, and a rate that changes every step (per_epoch: false)"
+            )
         if not 0 <= self.momentum < 1:
             raise ValueError(f"optim.momentum must lie in 0..1 (1 excluded), got {self.momentum}")
         if self.nesterov and (self.name != "sgd" or not self.momentum):
@@ -87,7 +91,11 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict]:
     A group's ``weight_decay`` is 0 where the decay follows a schedule: ``ScheduledDecay`` then takes it on, and ``decays`` says of which groups.
     """
     trainable = [p for p in model.parameters() if p.requires_grad]
-    spared = [p for p in trainable if (p.ndim <= 1 and not config.decay_1d) or (is_depthwise(p) and not config.decay_depthwise)]
+    spared = [
+        p
+        for p in trainable
+        if (p.ndim <= 1 and not config.decay_1d) or (is_depthwise(p) and not config.decay_depthwise)
+    ]
     chosen = {id(p) for p in spared}
     decay = config.weight_decay if config.final_weight_decay is None else 0.0
     groups = [{"params": [p for p in trainable if id(p) not in chosen], "weight_decay": decay, "decays": True}]
@@ -118,7 +126,9 @@ class LARS(torch.optim.Optimizer):
         momentum, weight_decay, trust: as above.
     """
 
-    def __init__(self, params: Any, lr: float | Tensor, *, momentum: float = 0.9, weight_decay: float = 0.0, trust: float = 0.001):
+    def __init__(
+        self, params: Any, lr: float | Tensor, *, momentum: float = 0.9, weight_decay: float = 0.0, trust: float = 0.001
+    ):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "trust": trust})
 
     @torch.no_grad()
@@ -136,7 +146,9 @@ class LARS(torch.optim.Optimizer):
             if scaled:
                 weights = torch.stack(torch._foreach_norm([parameters[n] for n in scaled]))
                 lengths = torch.stack(torch._foreach_norm([directions[n] for n in scaled]))
-                ratio = torch.where((weights > 0) & (lengths > 0), group["trust"] * weights / lengths, torch.ones_like(weights))
+                ratio = torch.where(
+                    (weights > 0) & (lengths > 0), group["trust"] * weights / lengths, torch.ones_like(weights)
+                )
                 torch._foreach_mul_([directions[n] for n in scaled], list(ratio.unbind()))
             torch._foreach_mul_(buffers, group["momentum"])
             torch._foreach_add_(buffers, directions)
@@ -154,7 +166,9 @@ def create_optimizer(model: nn.Module, config: OptimConfig, groups: list[dict] |
     """
     groups = parameter_groups(model, config) if groups is None else groups
     if config.name == "sgd":
-        optimizer = torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=True)
+        optimizer = torch.optim.SGD(
+            groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=True
+        )
         if config.momentum:
             # torch makes the buffers at the first step, for all parameters or none: a layer that is frozen then could never begin to move. From zero the
             # first step is the same.

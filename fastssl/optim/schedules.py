@@ -109,7 +109,9 @@ def teacher_temperature(step: int, *, steps_per_epoch: int, first: float, last: 
     return first + (last - first) * epoch / (warm_epochs - 1)
 
 
-def smoothing(step: int, *, total_steps: int, steps_per_epoch: int, base: float, schedule: str = "constant", warm_epochs: int = 0) -> float:
+def smoothing(
+    step: int, *, total_steps: int, steps_per_epoch: int, base: float, schedule: str = "constant", warm_epochs: int = 0
+) -> float:
     """Mass a that the target of smoothed InfoNCE gives to the nearest negatives.
 
     Args:
@@ -145,6 +147,8 @@ def check_smoothing(section: str, schedule: str, warm_epochs: int) -> None:
 
 def _check_run(step: int, total_steps: int, steps_per_epoch: int = 1) -> None:
     if total_steps < 1 or steps_per_epoch < 1:
-        raise ValueError(f"total_steps={total_steps}, steps_per_epoch={steps_per_epoch}: a run and its epochs have at least one step")
+        raise ValueError(
+            f"total_steps={total_steps}, steps_per_epoch={steps_per_epoch}: a run and its epochs have at least one step"
+        )
     if not 0 <= step <= total_steps:
         raise ValueError(f"step {step} lies outside the run of {total_steps} steps")

@@ -110,7 +110,9 @@ def _record(record: Any, where: str) -> Record:
         wrong = [one for one in figures if not all(map(math.isfinite, (one.value, *(one.interval or ()))))]
         _network(record), _photos(record), _machine(record)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise FastSSLError(f"{where}: the record lacks a value or holds one of another kind ({type(error).__name__}: {error})") from error
+        raise FastSSLError(
+            f"{where}: the record lacks a value or holds one of another kind ({type(error).__name__}: {error})"
+        ) from error
     if wrong:
         raise FastSSLError(f"{where}: {wrong[0].name} is no finite number")
     return record
@@ -171,7 +173,10 @@ def _row_names(records: Sequence[Record]) -> dict[tuple[str, str, str], tuple[st
     known = list(dict.fromkeys(map(_identity, records)))
     called = Counter((file, network) for file, network, _ in known)
     return {
-        (file, network, weights): (f"{file} [{weights or 'weights unknown'}]" if called[file, network] > 1 else file, network)
+        (file, network, weights): (
+            f"{file} [{weights or 'weights unknown'}]" if called[file, network] > 1 else file,
+            network,
+        )
         for file, network, weights in known
     }
 
@@ -186,7 +191,10 @@ def write_comparison(records: Sequence[Record], out: str | Path) -> list[Path]:
     """Write ``evaluations.md`` and ``evaluations.html`` into the folder ``out`` and return their paths."""
     folder, blocks = Path(out), comparison(records)
     folder.mkdir(parents=True, exist_ok=True)
-    pages = {folder / "evaluations.md": to_markdown(blocks), folder / "evaluations.html": to_html("Evaluations - fastssl", blocks)}
+    pages = {
+        folder / "evaluations.md": to_markdown(blocks),
+        folder / "evaluations.html": to_html("Evaluations - fastssl", blocks),
+    }
     for path, text in pages.items():
         write_atomically(path, lambda temporary, text=text: temporary.write_text(text, "utf-8", "backslashreplace"))
     return list(pages)
@@ -211,7 +219,9 @@ def _photos(record: Record) -> str:
 
 def _machine(record: Record) -> str:
     versions = ", ".join(
-        f"{name} {record['versions'][name]}" for name in ("python", "torch", "timm", "fastssl") if name in record["versions"]
+        f"{name} {record['versions'][name]}"
+        for name in ("python", "torch", "timm", "fastssl")
+        if name in record["versions"]
     )
     host = record["host"]
     commit = f", commit {record['git']}" if record.get("git") else ""

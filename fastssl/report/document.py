@@ -158,7 +158,10 @@ def _html(block: Block) -> str:
         case Table(header, rows, right):
             css = [' class="right"' if one else "" for one in right]
             head = "".join(f"<th{one}>{escape(text)}</th>" for one, text in zip(css, header))
-            body = "".join("<tr>" + "".join(f"<td{one}>{_html_cell(cell)}</td>" for one, cell in zip(css, row)) + "</tr>" for row in rows)
+            body = "".join(
+                "<tr>" + "".join(f"<td{one}>{_html_cell(cell)}</td>" for one, cell in zip(css, row)) + "</tr>"
+                for row in rows
+            )
             return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
         case Picture(_, words, png):
             data = base64.b64encode(png).decode("ascii")

@@ -93,7 +93,12 @@ def _all_features(run: TrainResult, split: ProbeSplit) -> dict[str, tuple[Featur
         for name in (TRAINED, TEACHER):
             if name in networks:
                 networks[name + REESTIMATED] = reestimated(
-                    networks[name], run.reader, samples=probe.reestimate_bn, size=probe.size, seed=run.options.seed, **options
+                    networks[name],
+                    run.reader,
+                    samples=probe.reestimate_bn,
+                    size=probe.size,
+                    seed=run.options.seed,
+                    **options,
                 )
     return {**plain, **{name: split.features(network, probe.size, **options) for name, network in networks.items()}}
 
@@ -125,7 +130,8 @@ def _throughput(run: TrainResult, total_seconds: float) -> dict[str, Any]:
     rows = [
         row
         for row in run.rows
-        if row.get("kind") == "step" and all(type(row.get(name)) in (int, float) and math.isfinite(row[name]) for name in wanted)
+        if row.get("kind") == "step"
+        and all(type(row.get(name)) in (int, float) and math.isfinite(row[name]) for name in wanted)
     ]
     if not rows:  # resumed from a checkpoint whose metrics are gone
         unknown = dict.fromkeys(("pair_per_s", "view_per_s", "data_wait"))

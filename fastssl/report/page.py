@@ -92,7 +92,9 @@ def read_run(folder: str | Path) -> RunRecord:
             steps.append(row)
         elif row.get("kind") == "probe":
             probes.append(row)
-    return RunRecord(folder, summary, config if isinstance(config, dict) else {}, config_text, steps, probes, unreadable)
+    return RunRecord(
+        folder, summary, config if isinstance(config, dict) else {}, config_text, steps, probes, unreadable
+    )
 
 
 def write_report(run_dir: str | Path) -> Path:
@@ -219,7 +221,9 @@ def _header(run: RunRecord, title: str) -> str:
         for name, value in facts
         if value is not None
     )
-    unfinished = '<p class="notice">Interrupted or still running: run the same command again to go on where it stopped.</p>'
+    unfinished = (
+        '<p class="notice">Interrupted or still running: run the same command again to go on where it stopped.</p>'
+    )
     notice = "" if run.summary else unfinished
     return (
         f'<header><p class="kicker">fastssl pre-training report</p><h1>{escape(title)}</h1>'
@@ -266,7 +270,11 @@ def _marks(run: RunRecord) -> str:
         )
         sizes = [
             f"{value:,} {what}"
-            for key, what in (("train_samples", "photos to learn from"), ("val_samples", "to be judged on"), ("classes", "classes"))
+            for key, what in (
+                ("train_samples", "photos to learn from"),
+                ("val_samples", "to be judged on"),
+                ("classes", "classes"),
+            )
             if isinstance(value := _get(run.summary, "probe", key), int)
         ]
         note = _get(run.summary, "probe", "note")
@@ -308,7 +316,9 @@ def _share(run: RunRecord) -> str:
     if seen is None or full is None or percent is None:
         return ""
     recipe = share.get("full_recipe", "a full recipe")
-    text = _sentence(share.get("text") or f"this run saw {seen:,.0f} photos: {percent:.2g} % of the {full:,.0f} of {recipe}")
+    text = _sentence(
+        share.get("text") or f"this run saw {seen:,.0f} photos: {percent:.2g} % of the {full:,.0f} of {recipe}"
+    )
     # A sliver stays visible where the share would round to nothing.
     width = min(max(percent, 0.3), 100)
     return (
@@ -361,7 +371,11 @@ def _curves(run: RunRecord) -> str:
     if not charts:
         return '<section><h2>Curves</h2><p class="small">No finite values were logged yet.</p></section>'
     bad = sum(_number(row.get("loss")) is None for row in run.steps)
-    warning = f'<p class="notice">The loss is missing or not a finite number in {bad} of {len(run.steps)} logged rows.</p>' if bad else ""
+    warning = (
+        f'<p class="notice">The loss is missing or not a finite number in {bad} of {len(run.steps)} logged rows.</p>'
+        if bad
+        else ""
+    )
     return f'<section><h2>Curves</h2>{warning}<div class="charts">{"".join(charts)}</div></section>'
 
 
@@ -377,7 +391,11 @@ def _points(rows: list[dict[str, Any]]):
 def _pictures(run: RunRecord) -> str:
     parts = []
     for name, heading, text in (
-        ("views.png", "What the network was shown", "Photos as stored, and the random views that training made of them."),
+        (
+            "views.png",
+            "What the network was shown",
+            "Photos as stored, and the random views that training made of them.",
+        ),
         (
             "neighbours.png",
             "What it finds alike",
@@ -428,7 +446,9 @@ def _throughput(run: RunRecord) -> str:
         sentence += f'<p class="notice">{skipped:,} damaged photo{"s were" if skipped != 1 else " was"} skipped.</p>'
     passed = run.summary.get("passed_over_steps")
     if isinstance(passed, list) and passed:
-        named = ", ".join(f"{step:,}" for step in passed[:10] if isinstance(step, int)) + (", ..." if len(passed) > 10 else "")
+        named = ", ".join(f"{step:,}" for step in passed[:10] if isinstance(step, int)) + (
+            ", ..." if len(passed) > 10 else ""
+        )
         steps = f"{len(passed):,} step{'s were' if len(passed) != 1 else ' was'} passed over, because a loss or gradient was not finite"
         sentence += f'<p class="notice">{steps}: {named}. Their batches are in <code>nonfinite/</code>.</p>'
     drawn = "".join(charts)
@@ -443,7 +463,10 @@ def _details(run: RunRecord) -> str:
     versions = {**_flat(run.config.get("versions")), **_flat(run.summary.get("versions"))}
     tables = "".join(
         f"<div><h3>{heading}</h3><table class='plain'>"
-        + "".join(f"<tr><th scope='row'>{escape(str(key))}</th><td>{escape(str(value))}</td></tr>" for key, value in rows.items())
+        + "".join(
+            f"<tr><th scope='row'>{escape(str(key))}</th><td>{escape(str(value))}</td></tr>"
+            for key, value in rows.items()
+        )
         + "</table></div>"
         for heading, rows in (("Machine", machine), ("Versions", versions))
         if rows
@@ -453,7 +476,11 @@ def _details(run: RunRecord) -> str:
     config = ""
     if run.config_text:
         config = f"<details><summary>Resolved configuration</summary><pre><code>{escape(run.config_text)}</code></pre></details>"
-    cut = f'<p class="small">{run.unreadable} line(s) of metrics.jsonl were unreadable and left out.</p>' if run.unreadable else ""
+    cut = (
+        f'<p class="small">{run.unreadable} line(s) of metrics.jsonl were unreadable and left out.</p>'
+        if run.unreadable
+        else ""
+    )
     if not (tables or config or cut or command):
         return ""
     return f'<section><h2>How to repeat it</h2>{command}<div class="pair">{tables}</div>{config}{cut}</section>'

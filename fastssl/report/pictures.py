@@ -129,7 +129,9 @@ def _render(
 ) -> tuple[list[int], list[tuple[str, np.ndarray]]]:
     """Sample ids, and each view's name and pixels (samples, S, S, 3) uint8. Where a damaged photo was skipped, the one in its place is named."""
     chosen = _spread(len(reader), samples)
-    with ViewLoader(reader, views, len(chosen), seed=seed, indices=chosen, shuffle=False, on_bad="skip", pipeline=pipeline) as loader:
+    with ViewLoader(
+        reader, views, len(chosen), seed=seed, indices=chosen, shuffle=False, on_bad="skip", pipeline=pipeline
+    ) as loader:
         batch = next(batches := loader.epoch(epoch))
         batches.close()
         if notice is not None and loader.stats.skipped:
@@ -139,7 +141,9 @@ def _render(
     pixels = [
         (names[group][number], side)
         for group, (spec, rendered) in enumerate(zip(views, batch.views))
-        for number, side in enumerate(to_pictures(rendered, spec).reshape(spec.count, len(chosen), spec.size, spec.size, 3))
+        for number, side in enumerate(
+            to_pictures(rendered, spec).reshape(spec.count, len(chosen), spec.size, spec.size, 3)
+        )
     ]
     return batch.index.tolist(), pixels
 
@@ -182,7 +186,10 @@ def neighbours_picture(
     labelled = bank.labelled and asked.labelled
     names = split.bank.classes if labelled else None
     rows = _choose_queries(asked.labels.numpy() if labelled else None, len(asked), queries)
-    found = [nearest_neighbors(part[0].features, part[1].features[torch.from_numpy(rows)], k=neighbours)[1] for part in (before, after)]
+    found = [
+        nearest_neighbors(part[0].features, part[1].features[torch.from_numpy(rows)], k=neighbours)[1]
+        for part in (before, after)
+    ]
     blocks = []
     for number, row in enumerate(rows.tolist()):
         label = int(asked.labels[row])
@@ -191,7 +198,13 @@ def neighbours_picture(
             hits = [bool(bank.labels[i] == label) for i in nearest[number].tolist()] if labelled else None
             photos = [_photo(split.bank, int(bank.index[i]), tile) for i in nearest[number].tolist()]
             lines.append((title, photos, hits))
-        title = names[label] if names and label < len(names) else f"class {label}" if labelled else f"photo {int(asked.index[row])}"
+        title = (
+            names[label]
+            if names and label < len(names)
+            else f"class {label}"
+            if labelled
+            else f"photo {int(asked.index[row])}"
+        )
         blocks.append((title, _photo(split.queries, int(asked.index[row]), 2 * tile), lines))
     picture = _draw_neighbours(blocks, neighbours, tile, labelled)
     if out is not None:
@@ -253,7 +266,9 @@ def _scaled(photo: Image.Image, side: int) -> Image.Image:
     return photo.resize(size, Image.Resampling.LANCZOS)
 
 
-def _text(draw: ImageDraw.ImageDraw, at: tuple[float, float], text: str, size: int, fill: str, anchor: str = "la") -> None:
+def _text(
+    draw: ImageDraw.ImageDraw, at: tuple[float, float], text: str, size: int, fill: str, anchor: str = "la"
+) -> None:
     draw.text(at, text, fill=fill, font=ImageFont.load_default(size), anchor=anchor)
 
 
@@ -267,7 +282,9 @@ def _fitting(text: str, size: int, width: int) -> str:
     return text.rstrip() + "…"
 
 
-def _draw_views(reader: BetonReader, rows: list[int], columns: list[tuple[str, str, np.ndarray]], tile: int) -> Image.Image:
+def _draw_views(
+    reader: BetonReader, rows: list[int], columns: list[tuple[str, str, np.ndarray]], tile: int
+) -> Image.Image:
     """A block for each photo: as stored, then its views. Narrow blocks stand side by side, so that the picture is wide, not tall."""
     gap, head, caption = 8, 40, 18
     names, labels = reader.classes, reader.labels
@@ -340,5 +357,7 @@ def _draw_neighbours(
                 x, y = row_left + position * (cell + gap), row_top + caption
                 picture.paste(photo, (x + frame, y + frame))
                 if hits is not None:
-                    draw.rectangle((x, y, x + cell - 1, y + cell - 1), outline=_SAME if hits[position] else _OTHER, width=frame)
+                    draw.rectangle(
+                        (x, y, x + cell - 1, y + cell - 1), outline=_SAME if hits[position] else _OTHER, width=frame
+                    )
     return picture

@@ -101,24 +101,36 @@ def line_chart(
     for tick in y_ticks:
         y = place(x_low, tick)[1]
         parts.append(f'<line class="grid" x1="{_LEFT}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text class="tick" x="{_LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{format_number(tick)}</text>')
+        parts.append(
+            f'<text class="tick" x="{_LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{format_number(tick)}</text>'
+        )
     for tick in nice_ticks(x_low, x_high, 6):
         x = place(tick, y_low)[0]
         parts.append(f'<line class="axis" x1="{x:.1f}" x2="{x:.1f}" y1="{bottom}" y2="{bottom + 4}"/>')
-        parts.append(f'<text class="tick" x="{x:.1f}" y="{bottom + 18}" text-anchor="middle">{format_number(tick)}</text>')
+        parts.append(
+            f'<text class="tick" x="{x:.1f}" y="{bottom + 18}" text-anchor="middle">{format_number(tick)}</text>'
+        )
     parts.append(f'<line class="axis" x1="{_LEFT}" x2="{right}" y1="{bottom}" y2="{bottom}"/>')
-    parts.append(f'<text class="label" x="{(_LEFT + right) / 2}" y="{_HEIGHT - 6}" text-anchor="middle">{escape(x_label)}</text>')
+    parts.append(
+        f'<text class="label" x="{(_LEFT + right) / 2}" y="{_HEIGHT - 6}" text-anchor="middle">{escape(x_label)}</text>'
+    )
     middle = (_TOP + bottom) / 2
-    parts.append(f'<text class="label" transform="translate(13 {middle}) rotate(-90)" text-anchor="middle">{escape(y_label)}</text>')
+    parts.append(
+        f'<text class="label" transform="translate(13 {middle}) rotate(-90)" text-anchor="middle">{escape(y_label)}</text>'
+    )
     parts.extend(_draw_marks(marks, [place(x_low, mark.y)[1] for mark in marks], right))
     for number, item, runs in lines:
         for run in runs:
             points = [place(x, y) for x, y in _thinned(run)]
             if len(points) == 1:
-                parts.append(f'<circle class="dot s{number + 1}" cx="{points[0][0]:.1f}" cy="{points[0][1]:.1f}" r="3.5"/>')
+                parts.append(
+                    f'<circle class="dot s{number + 1}" cx="{points[0][0]:.1f}" cy="{points[0][1]:.1f}" r="3.5"/>'
+                )
                 continue
             path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-            parts.append(f'<polyline class="line s{number + 1}" points="{path}"><title>{escape(item.name)}</title></polyline>')
+            parts.append(
+                f'<polyline class="line s{number + 1}" points="{path}"><title>{escape(item.name)}</title></polyline>'
+            )
         x, y = place(*runs[-1][-1])
         parts.append(f'<circle class="dot s{number + 1}" cx="{x:.1f}" cy="{y:.1f}" r="3"/>')
     parts.append("</svg>")
@@ -163,7 +175,9 @@ def _draw_marks(marks: Sequence[Mark], heights: list[float], right: float) -> li
             text_y = y + 13
         taken.append(text_y)
         parts.append(f'<line class="mark" x1="{_LEFT}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text class="markname" x="{right - 2}" y="{text_y:.1f}" text-anchor="end">{escape(mark.name)}</text>')
+        parts.append(
+            f'<text class="markname" x="{right - 2}" y="{text_y:.1f}" text-anchor="end">{escape(mark.name)}</text>'
+        )
     return parts
 
 

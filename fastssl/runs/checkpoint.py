@@ -104,7 +104,9 @@ def save_checkpoint(
         write_state(path, state)
         link_atomically(path, folder / LAST)
         for name, (which, network) in networks.items():
-            save_backbone(network.backbone, folder / f"{name}.safetensors", arch=arch, step=str(position.step), network=which)
+            save_backbone(
+                network.backbone, folder / f"{name}.safetensors", arch=arch, step=str(position.step), network=which
+            )
         if milestone is not None:
             for source, name in ((path, f"epoch-{milestone:04}.pt"), *_exports(folder, networks, milestone)):
                 link_atomically(source, folder / name)
@@ -140,12 +142,19 @@ def has_all_files(folder: Path, method: nn.Module, step: int, milestone: int | N
         steps = [read_header(folder / f"{name}.safetensors").get("step") for name in networks]
     except FastSSLError:
         return False
-    names = [] if milestone is None else [f"epoch-{milestone:04}.pt", *(name for _, name in _exports(folder, networks, milestone))]
+    names = (
+        []
+        if milestone is None
+        else [f"epoch-{milestone:04}.pt", *(name for _, name in _exports(folder, networks, milestone))]
+    )
     return all(found == str(step) for found in steps) and all((folder / name).is_file() for name in names)
 
 
 def _exports(folder: Path, networks: Mapping[str, Any], epoch: int) -> list[tuple[Path, str]]:
-    return [(folder / f"{name}.safetensors", f"epoch-{epoch:04}{name.removeprefix('last')}.safetensors") for name in networks]
+    return [
+        (folder / f"{name}.safetensors", f"epoch-{epoch:04}{name.removeprefix('last')}.safetensors")
+        for name in networks
+    ]
 
 
 def write_state(path: Path, state: dict[str, Any]) -> None:
@@ -206,7 +215,9 @@ def _first_line(error: Exception) -> str:
     return " ".join((text.splitlines() or [type(error).__name__])[0].split())[:200]
 
 
-def find_checkpoint(folder: Path, *, say: Callable[[str], None] = lambda text: None) -> tuple[Path, dict[str, Any]] | None:
+def find_checkpoint(
+    folder: Path, *, say: Callable[[str], None] = lambda text: None
+) -> tuple[Path, dict[str, Any]] | None:
     """The newest checkpoint of a run's ``checkpoints/`` that is whole, and its content; None where there is none at all.
 
     Args:
@@ -235,7 +246,9 @@ def find_checkpoint(folder: Path, *, say: Callable[[str], None] = lambda text: N
     return None
 
 
-def set_aside(folder: Path, step: int, source: Path | None = None, *, say: Callable[[str], None] = lambda text: None) -> None:
+def set_aside(
+    folder: Path, step: int, source: Path | None = None, *, say: Callable[[str], None] = lambda text: None
+) -> None:
     """Rename the ``step-*.pt`` of later steps than ``step``, from where a run goes on: it makes these steps again, and they would be taken for newer ones.
 
     They are damaged, or the run was set back by hand. The newest of them is kept as ``....pt.aside``, for a look.
@@ -285,7 +298,9 @@ def load_checkpoint(path: Path, *, advice: str = "") -> dict[str, Any]:
         found = digest(state, most_bytes=_AS_LARGE * path.stat().st_size + _AT_LEAST)
     except UNREADABLE as error:
         # torch's own words would advise to load it without weights_only, which runs whatever code the file holds.
-        raise DamagedCheckpoint(f"{path}: damaged checkpoint, or no last.pt at all ({type(error).__name__}){end}") from error
+        raise DamagedCheckpoint(
+            f"{path}: damaged checkpoint, or no last.pt at all ({type(error).__name__}){end}"
+        ) from error
     if said is not None and said != found:
         raise DamagedCheckpoint(f"{path}: damaged checkpoint (its content is not what was written){end}")
     version = state.get("version") if isinstance(state, dict) else None
@@ -294,14 +309,18 @@ def load_checkpoint(path: Path, *, advice: str = "") -> dict[str, Any]:
     if version > 1 and said is None:
         raise DamagedCheckpoint(f"{path}: damaged checkpoint (its digest is missing){end}")
     if odd := _odd_part(state):
-        raise DamagedCheckpoint(f"{path}: is not a whole checkpoint of a {'detector' if is_detector(state) else 'run'} ({odd}){end}")
+        raise DamagedCheckpoint(
+            f"{path}: is not a whole checkpoint of a {'detector' if is_detector(state) else 'run'} ({odd}){end}"
+        )
     return state
 
 
 def is_detector(state: dict[str, Any]) -> bool:
     """Whether this is the state of a detector in training and not a run's."""
     kind = state.get("kind")
-    return (isinstance(kind, str) and kind == "detector") or (kind is None and "detector" in state and "method" not in state)
+    return (isinstance(kind, str) and kind == "detector") or (
+        kind is None and "detector" in state and "method" not in state
+    )
 
 
 def _odd_part(state: dict[str, Any]) -> str:

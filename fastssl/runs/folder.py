@@ -103,7 +103,9 @@ class RunFolder:
                     f"started again by {' and '.join(sorted(launch.again))}: --resume {resume} was for the first start, this one goes on with the run"
                 )
                 resume = "auto"
-            self.checkpoints.mkdir(exist_ok=True)  # one that cannot be made is better known now than at the first checkpoint
+            self.checkpoints.mkdir(
+                exist_ok=True
+            )  # one that cannot be made is better known now than at the first checkpoint
             remove_unfinished(self.checkpoints, *_CHECKPOINTS)
             found = self._find(config, resume)
             if found is not None:
@@ -165,7 +167,9 @@ class RunFolder:
         told = read_status(self.path)
         if told.get("state") == "training":
             heard = f"{told.get('time', 'at an unknown time')}, at step {told.get('step', 'unknown')}"
-            self.say(f"{self.path}: the run before ended without a word (killed, out of memory, power cut?); last heard of {heard}")
+            self.say(
+                f"{self.path}: the run before ended without a word (killed, out of memory, power cut?); last heard of {heard}"
+            )
 
     def _is_last(self, path: Path) -> bool:
         last = self.checkpoints / LAST
@@ -200,7 +204,9 @@ class RunFolder:
 
     def _say_other_judges(self, config: dict[str, Any], data: object, step: int) -> None:
         """Probes before and behind a change of --val stand in one curve."""
-        now, before = (found.get("val_photos", "") if isinstance(found, dict) else "" for found in (config["data"], data))
+        now, before = (
+            found.get("val_photos", "") if isinstance(found, dict) else "" for found in (config["data"], data)
+        )
         if before != "" and before != now:
             self.say(
                 f"--val holds other photos than before: the probes up to step {step:,} were judged on those, and are no measure for the next ones"

@@ -54,7 +54,9 @@ class MetricsFile:
         try:
             size = os.fstat(descriptor).st_size
             if size and os.pread(descriptor, 1, size - 1) != b"\n":
-                data = b"\n" + data  # a line that a kill cut short: it is passed over by `rows`, and must not spoil this one
+                data = (
+                    b"\n" + data
+                )  # a line that a kill cut short: it is passed over by `rows`, and must not spoil this one
             try:
                 while data:
                     data = data[os.write(descriptor, data) :]
@@ -100,7 +102,9 @@ class MetricsFile:
             OSError: the file cannot be written.
         """
         rows = [row for row in self.rows() if row.get("kind") in ("step", "probe") and isinstance(row.get("step"), int)]
-        kept = [row for row in rows if row["step"] < step or (row["step"] == step and (row["kind"] == "step" or probed))]
+        kept = [
+            row for row in rows if row["step"] < step or (row["step"] == step and (row["kind"] == "step" or probed))
+        ]
         self._waiting = []
         write_atomically(self.path, lambda path: path.write_text("".join(to_json(row) + "\n" for row in kept)))
 

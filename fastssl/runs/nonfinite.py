@@ -57,13 +57,18 @@ def save_bad_step(folder: Path, batch: Batch, views: Sequence[ViewSpec], *, rank
 def _coloured(batch: Batch, views: Sequence[ViewSpec]) -> list[Tensor]:
     if not batch.tables:
         return batch.views
-    return [augment_device(crops, table, spec, torch.float32) for crops, table, spec in zip(batch.views, batch.tables, views)]
+    return [
+        augment_device(crops, table, spec, torch.float32)
+        for crops, table, spec in zip(batch.views, batch.tables, views)
+    ]
 
 
 def _picture(groups: Sequence[Tensor], views: Sequence[ViewSpec], batch: int) -> Image.Image:
     """A sample a row, a view a column, at their own size; values that are not finite are red."""
     columns = [
-        (spec, group.unflatten(0, (spec.count, batch))[view, :_ROWS]) for group, spec in zip(groups, views) for view in range(spec.count)
+        (spec, group.unflatten(0, (spec.count, batch))[view, :_ROWS])
+        for group, spec in zip(groups, views)
+        for view in range(spec.count)
     ][:_COLUMNS]
     tile = max(spec.size for spec, _ in columns)
     canvas = Image.new("RGB", (len(columns) * (tile + 2), min(batch, _ROWS) * (tile + 2)), "white")

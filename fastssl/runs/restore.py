@@ -25,7 +25,13 @@ class Unfit(ValueError):
 
 
 def require_fit(
-    state: dict[str, Any], *, method: nn.Module, optimizer: torch.optim.Optimizer, steps_per_epoch: int, epochs: int, samples: int
+    state: dict[str, Any],
+    *,
+    method: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    steps_per_epoch: int,
+    epochs: int,
+    samples: int,
 ) -> None:
     """Compare a loaded checkpoint with the run that is to go on from it; changes nothing.
 
@@ -61,7 +67,9 @@ def _told() -> Iterator[None]:
     try:
         yield
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
-        why = str(error) if isinstance(error, Unfit) else f"{type(error).__name__}: {shown(' '.join(str(error).split()))}"
+        why = (
+            str(error) if isinstance(error, Unfit) else f"{type(error).__name__}: {shown(' '.join(str(error).split()))}"
+        )
         raise FastSSLError(f"the checkpoint does not fit this run ({why}); --resume never starts over") from error
 
 
@@ -107,7 +115,9 @@ def require_tensors(wanted: Mapping[str, Tensor], found: object) -> None:
         raise Unfit(f"its networks are a {type(found).__name__}")
     for what, names in (("missing", wanted.keys() - found.keys()), ("unknown", found.keys() - wanted.keys())):
         if names:
-            raise Unfit(f"{shown(min(names, key=str))} is {what}{f', with {len(names) - 1} more' if len(names) > 1 else ''}")
+            raise Unfit(
+                f"{shown(min(names, key=str))} is {what}{f', with {len(names) - 1} more' if len(names) > 1 else ''}"
+            )
     for name, tensor in wanted.items():
         _require_like(name, found[name], tensor.shape, tensor.dtype)
 
@@ -160,7 +170,9 @@ def _require_position(position: Mapping[str, Any], steps_per_epoch: int, epochs:
         steps = counted(steps_per_epoch, "step")
         raise Unfit(f"its position is step {shown(inside)} of epoch {shown(epoch)}; the run has {how_many} of {steps}")
     if step != epoch * steps_per_epoch + inside:
-        raise Unfit(f"position.step is {shown(step)}, but step {inside:,} of epoch {epoch:,} is step {epoch * steps_per_epoch + inside:,}")
+        raise Unfit(
+            f"position.step is {shown(step)}, but step {inside:,} of epoch {epoch:,} is step {epoch * steps_per_epoch + inside:,}"
+        )
     if (last := max(position["skipped"], default=0)) >= samples:
         raise Unfit(f"position.skipped names sample {shown(last)}; there are {samples:,}")
     # Not only those that are made: a run that was set back twice remembers what it found out ahead of where it stands now.

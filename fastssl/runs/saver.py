@@ -84,7 +84,8 @@ class Saver:
             if stop is None:
                 return False
             self._say_now_and_then(
-                "end", f"all steps are made; waiting up to {_WAIT_MINUTES:g} min for room for the last checkpoint: {self.why()}"
+                "end",
+                f"all steps are made; waiting up to {_WAIT_MINUTES:g} min for room for the last checkpoint: {self.why()}",
             )
             if time.monotonic() > deadline or stop.wait(_RETRY_S):
                 raise NotSaved(f"all steps are made, but there was no room to save the last of them: {self.why()}")
@@ -107,7 +108,9 @@ class Saver:
             )
         except NotSaved as error:
             self._failure = str(error)
-            self._say_now_and_then("checkpoint", f"{error}; {self.newest()}; the run goes on, and tries again every {_RETRY_S:g} s")
+            self._say_now_and_then(
+                "checkpoint", f"{error}; {self.newest()}; the run goes on, and tries again every {_RETRY_S:g} s"
+            )
             self._ask_in(_RETRY_S)
             return False
         if self._failure is not None:
@@ -121,11 +124,17 @@ class Saver:
         """Add a row to the metrics."""
         metrics = self.folder.metrics
         if not metrics.append(row):
-            self._say_now_and_then("metrics", f"{metrics.path}: not written ({metrics.failure}); kept in memory until there is room")
+            self._say_now_and_then(
+                "metrics", f"{metrics.path}: not written ({metrics.failure}); kept in memory until there is room"
+            )
 
     def newest(self) -> str:
         """What the next start will go on from, in words."""
-        return "there is no checkpoint" if self.saved_step is None else f"the newest checkpoint is of step {self.saved_step:,}"
+        return (
+            "there is no checkpoint"
+            if self.saved_step is None
+            else f"the newest checkpoint is of step {self.saved_step:,}"
+        )
 
     def why(self) -> str:
         """What became of the last try, in words."""

@@ -60,8 +60,16 @@ class HalfCopy:
     @torch.no_grad()
     def collect_gradients(self) -> None:
         """Add what a backward pass left at the bfloat16 weights to the float32 weights' gradients, and clear it."""
-        fresh = [(full, half.grad) for full, half in zip(self._full, self._half) if half.grad is not None and full.grad is None]
-        again = [(full.grad, half.grad) for full, half in zip(self._full, self._half) if half.grad is not None and full.grad is not None]
+        fresh = [
+            (full, half.grad)
+            for full, half in zip(self._full, self._half)
+            if half.grad is not None and full.grad is None
+        ]
+        again = [
+            (full.grad, half.grad)
+            for full, half in zip(self._full, self._half)
+            if half.grad is not None and full.grad is not None
+        ]
         if fresh:
             targets: list[Tensor] = []
             for full, _ in fresh:

@@ -32,7 +32,12 @@ def channels_last_breaks(network: nn.Module, images: Tensor) -> list[str]:
     broken: list[str] = []
 
     def is_map(tensor: object) -> bool:
-        return isinstance(tensor, Tensor) and tensor.dim() == 4 and tensor.shape[1] > 1 and tensor.shape[2] * tensor.shape[3] > 1
+        return (
+            isinstance(tensor, Tensor)
+            and tensor.dim() == 4
+            and tensor.shape[1] > 1
+            and tensor.shape[2] * tensor.shape[3] > 1
+        )
 
     def watch(name: str):
         def look(layer: nn.Module, inputs: tuple, output: object) -> None:

@@ -45,7 +45,9 @@ class RecordedCall:
         undo: Callable[[], None],
         record: Recorder = record_cuda_graph,
     ):
-        self._places = [torch.empty_like(tensor).copy_(tensor) for tensor in inputs]  # the layout stays, channels-last too
+        self._places = [
+            torch.empty_like(tensor).copy_(tensor) for tensor in inputs
+        ]  # the layout stays, channels-last too
         try:
             with _side_stream(self._places):
                 for _ in range(WARM_UP_RUNS - 1):

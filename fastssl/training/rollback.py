@@ -72,7 +72,9 @@ class NonFiniteGuard:
         if len(found) >= self._most:
             were = f"{counted(self._most, 'such step')} {'was' if self._most == 1 else 'were'}"
             run.end_together(
-                FastSSLError(f"step {number:,}: {reason}, and {were} passed over before (train.skip_nonfinite){advice(run, where)}")
+                FastSSLError(
+                    f"step {number:,}: {reason}, and {were} passed over before (train.skip_nonfinite){advice(run, where)}"
+                )
             )
         found.append(number)
         kept = f", its batch is in {where}" if where else ""

@@ -279,7 +279,9 @@ def _require_same_settings(run: Setup) -> None:
     found = differences(mine, share(mine))
     if agree_any(bool(found)):
         what = f"this is process {run.world.rank}: {'; '.join(found[:3])}" if found else "another one says which"
-        raise FastSSLError(f"the processes of this run were started with different settings ('there' is process 0; {what})")
+        raise FastSSLError(
+            f"the processes of this run were started with different settings ('there' is process 0; {what})"
+        )
 
 
 def _resume(run: Setup) -> None:

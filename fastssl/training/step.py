@@ -153,7 +153,9 @@ class TrainStep:
         try:
             return kind(backbone, recipe.settings, views=views, generator=torch.Generator().manual_seed(self.seed))
         except ValueError as error:
-            raise FastSSLError(f"batch of {recipe.train.batch_size}: {error}; --batch-size or --set changes that") from error
+            raise FastSSLError(
+                f"batch of {recipe.train.batch_size}: {error}; --batch-size or --set changes that"
+            ) from error
         except RuntimeError as error:  # torch's allocator: "you tried to allocate ... bytes"
             raise FastSSLError(
                 f"no memory for the networks of {recipe.method} ({' '.join(str(error).split())[:120]}); lower its sizes (queue, out, prototypes, "
@@ -198,7 +200,9 @@ class TrainStep:
             )
         }
         if self._decay is not None:
-            found["weight_decay"] = weight_decay(step, total_steps=total, base=optim.weight_decay, final=optim.final_weight_decay)
+            found["weight_decay"] = weight_decay(
+                step, total_steps=total, base=optim.weight_decay, final=optim.final_weight_decay
+            )
         return {**found, **self.method.rates(step, run)}
 
     def autocast(self) -> torch.autocast:
@@ -269,7 +273,10 @@ class TrainStep:
         method, parts = self.method, self.recipe.train.accumulate
         views, tables, noise = call.split(inputs)
         with torch.no_grad():
-            coloured = [augment_device(crops, table, spec, self.view_dtype) for crops, table, spec in zip(views, tables, self.recipe.views)]
+            coloured = [
+                augment_device(crops, table, spec, self.view_dtype)
+                for crops, table, spec in zip(views, tables, self.recipe.views)
+            ]
         images = method.images(coloured or views)
         with self.autocast():
             targets = method.targets(images, noise, rates)
@@ -366,14 +373,20 @@ class TrainStep:
             *self.method.state_dict().values(),
             *(t for state in self.optimizer.state.values() for t in state.values() if isinstance(t, Tensor)),
         ]
-        floats = [tensor for tensor in tensors if tensor.is_floating_point() and tensor.numel() and tensor.device.type == self.device.type]
+        floats = [
+            tensor
+            for tensor in tensors
+            if tensor.is_floating_point() and tensor.numel() and tensor.device.type == self.device.type
+        ]
         # The largest magnitude is finite if all are: one launch for all tensors, and one number to wait for.
         return bool(torch.isfinite(torch.stack(torch._foreach_norm(floats, math.inf)).sum()))
 
     def snapshot(self) -> Callable[[], None]:
         """What puts networks, queue and optimiser back, in place, as they are now. Takes as much memory as they do, and does not wait for the device."""
         kept = [(tensor, tensor.clone()) for tensor in self.method.state_dict().values()]
-        before = {id(t): t.clone() for state in self.optimizer.state.values() for t in state.values() if isinstance(t, Tensor)}
+        before = {
+            id(t): t.clone() for state in self.optimizer.state.values() for t in state.values() if isinstance(t, Tensor)
+        }
 
         @torch.no_grad()
         def undo() -> None:

@@ -237,7 +237,11 @@ def _leave(run: Setup, vote: Vote) -> NoReturn:
     if not share(saved):
         why = run.saver.why() if run.saver else "its first process says why"
         run.end_together(NotSaved(f"stopped at step {step:,}, which could not be saved: {why}"))
-    run.end_together(Interrupted(f"stopped at step {step:,}; everything is saved in {run.options.out}; the same command goes on from here"))
+    run.end_together(
+        Interrupted(
+            f"stopped at step {step:,}; everything is saved in {run.options.out}; the same command goes on from here"
+        )
+    )
 
 
 def _gather_skipped(run: Setup, loader: ViewLoader) -> None:

@@ -38,7 +38,9 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
             raise
         raise OSError(error.errno, error.strerror, os.fspath(path)) from error
     finally:
-        with suppress(OSError):  # the folder may be gone or read-only by now, and the first error is the one that matters
+        with suppress(
+            OSError
+        ):  # the folder may be gone or read-only by now, and the first error is the one that matters
             temporary.unlink(missing_ok=True)
 
 

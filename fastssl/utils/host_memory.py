@@ -19,7 +19,9 @@ def keep_freed_memory() -> bool:
     Returns:
         whether that was done: it is glibc's, and whoever set ``MALLOC_`` variables or ``GLIBC_TUNABLES``, or preloads another allocator, has chosen.
     """
-    if not sys.platform.startswith("linux") or any(name.startswith(("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD")) for name in os.environ):
+    if not sys.platform.startswith("linux") or any(
+        name.startswith(("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD")) for name in os.environ
+    ):
         return False
     try:
         mallopt = ctypes.CDLL(None).mallopt

@@ -74,7 +74,9 @@ class StopRequest:
 
         before = {}
         for number in (getattr(signal, name) for name in _NAMES if hasattr(signal, name)):
-            if number == signal.SIGINT or signal.getsignal(number) is not signal.SIG_IGN:  # nohup: it asked not to be told
+            if (
+                number == signal.SIGINT or signal.getsignal(number) is not signal.SIG_IGN
+            ):  # nohup: it asked not to be told
                 before[number] = signal.signal(number, ask)
         try:
             yield

@@ -77,7 +77,9 @@ def parse_yaml(text: str, complaint: str) -> Any:
     except yaml.YAMLError as error:
         raise FastSSLError(f"{complaint}: {' '.join(str(error).split())[:500]}") from error
     except _ODD_SCALARS as error:
-        raise FastSSLError(f"{complaint}: a value that cannot be read ({' '.join(str(error).split())[:200]})") from error
+        raise FastSSLError(
+            f"{complaint}: a value that cannot be read ({' '.join(str(error).split())[:200]})"
+        ) from error
 
 
 class _TooMuch(Exception):

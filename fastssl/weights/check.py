@@ -22,12 +22,20 @@ def check_names(path: Path, have: Iterable[str], want: Iterable[str], network: s
     have, want = set(have), set(want)
     parts = [some_names(found, word) for found, word in ((want - have, "missing"), (have - want, "left over"))]
     if any(parts):
-        raise FastSSLError(f"{path.name}: the tensors are not those of {network}: {'; '.join(part for part in parts if part)}")
+        raise FastSSLError(
+            f"{path.name}: the tensors are not those of {network}: {'; '.join(part for part in parts if part)}"
+        )
 
 
 @torch.no_grad()
 def check_features(
-    path: Path, backbone: nn.Module, other: Callable[[Tensor], Tensor], *, size: int, tolerance: float, batches: Iterable[int] = (2,)
+    path: Path,
+    backbone: nn.Module,
+    other: Callable[[Tensor], Tensor],
+    *,
+    size: int,
+    tolerance: float,
+    batches: Iterable[int] = (2,),
 ) -> float:
     """The largest difference between the backbone's features and the export's, on random images, as a share of how far features are from their mean.
 
@@ -61,5 +69,7 @@ def check_features(
     spread = max(float((wanted - wanted.mean(0)).abs().max()), 1e-30)
     rounding, difference = float((ours - wanted).abs().max()) / spread, float((found - ours).abs().max()) / spread
     if not difference <= max(tolerance, 10 * rounding):  # NaN is no number to pass on either
-        raise FastSSLError(f"{path.name}: gives features that differ by {difference:.2g} of their spread from the backbone's; not written")
+        raise FastSSLError(
+            f"{path.name}: gives features that differ by {difference:.2g} of their spread from the backbone's; not written"
+        )
     return difference

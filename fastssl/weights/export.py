@@ -74,7 +74,9 @@ def export_backbone(trained: Trained, destination: Path, format: str = "timm", *
         other = f"; or give --format {' or '.join(fitting)}" if fitting else ""
         wanted = [ending for ending in ENDINGS[format] if ending]
         folder = ", or is a folder" if "" in ENDINGS[format] else ""
-        raise FastSSLError(f"{destination}: --format {format} writes a file that ends in {' or '.join(wanted)}{folder}{other}")
+        raise FastSSLError(
+            f"{destination}: --format {format} writes a file that ends in {' or '.join(wanted)}{folder}{other}"
+        )
     if size is not None and not (format == "onnx" or (format == "timm" and suffix == "")):
         raise FastSSLError(
             f"{destination}: --size is for --format onnx and for a folder of --format timm; this export takes pictures of any size"
@@ -103,7 +105,9 @@ def export_backbone(trained: Trained, destination: Path, format: str = "timm", *
             from fastssl.weights.to_torchvision import twin_of, write_file
 
             difference = write_file(backbone, arch, place, about)
-            load = "safetensors.torch.load_file({})" if suffix == ".safetensors" else "torch.load({}, weights_only=True)"
+            load = (
+                "safetensors.torch.load_file({})" if suffix == ".safetensors" else "torch.load({}, weights_only=True)"
+            )
             recipe = f"{twin_of(arch).recipe}; net.load_state_dict({load.format(repr(str(destination)))})"
         elif format == "safetensors":
             from fastssl.weights.to_safetensors import write_file

@@ -17,7 +17,9 @@ from fastssl.weights.match import Matched, match
 from fastssl.weights.read import read_foreign
 
 
-def import_backbone(source: Path, destination: Path, arch: str, *, layout: str = "auto", which: str | None = None) -> Matched:
+def import_backbone(
+    source: Path, destination: Path, arch: str, *, layout: str = "auto", which: str | None = None
+) -> Matched:
     """Write the backbone in ``source`` to ``destination``, for ``fastssl.load_backbone``, ``fastssl evaluate`` and ``fastssl export``.
 
     Args:
@@ -50,7 +52,9 @@ def _require_replaceable(destination: Path) -> None:
     if not destination.parent.is_dir():
         raise FastSSLError(f"{destination.parent}: no such folder; create it first")
     if destination.exists() and not _was_imported(destination):
-        raise FastSSLError(f"{destination}: exists and was not imported; it is left alone: choose another name or remove it")
+        raise FastSSLError(
+            f"{destination}: exists and was not imported; it is left alone: choose another name or remove it"
+        )
 
 
 def _was_imported(path: Path) -> bool:

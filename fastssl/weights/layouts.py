@@ -95,16 +95,25 @@ def find_network(path: Path, tensors: dict[str, Tensor], *, layout: str = "auto"
     roots = [(root, network) for root, network in chosen.roots if any(name.startswith(root) for name in inside)]
     if not roots:
         first = ", ".join(list(tensors)[:3])
-        raise FastSSLError(f"{path}: not laid out as --layout {layout} ({chosen.note}): the first tensors are {first}; try --layout auto")
+        raise FastSSLError(
+            f"{path}: not laid out as --layout {layout} ({chosen.note}): the first tensors are {first}; try --layout auto"
+        )
     wanted = NETWORK[which] if which else None
     picked = [(root, network) for root, network in roots if wanted is None or network == wanted]
     if not picked:
-        there = " and ".join(sorted({f"the {network}'s" for _, network in roots if network})) or "only one network; leave --which out"
+        there = (
+            " and ".join(sorted({f"the {network}'s" for _, network in roots if network}))
+            or "only one network; leave --which out"
+        )
         raise FastSSLError(f"{path}: does not hold the {which}'s network; it holds {there}")
     root, network = picked[0]
     lead = re.compile("^" + re.escape(root) + chosen.inner)
     others = Counter(name.split(".")[0] for name in inside if not lead.match(name))
-    mine = _renamed(path, {name: value for name, value in inside.items() if lead.match(name)}, lambda name: lead.sub("", name, count=1))
+    mine = _renamed(
+        path,
+        {name: value for name, value in inside.items() if lead.match(name)},
+        lambda name: lead.sub("", name, count=1),
+    )
     rest = [(group, count, _reason(group, network, root)) for group, count in sorted(others.items())]
     return Found(names, network, mine, (*rest, *left_out))
 
@@ -114,7 +123,9 @@ def _renamed(path: Path, tensors: dict[str, Tensor], rename: Callable[[str], str
     before: dict[str, str] = {}
     for name in tensors:
         if (other := before.setdefault(rename(name), name)) != name:
-            raise FastSSLError(f"{path}: {other} and {name} would both be {rename(name)}: keep the one that the network is made of")
+            raise FastSSLError(
+                f"{path}: {other} and {name} would both be {rename(name)}: keep the one that the network is made of"
+            )
     return {new: tensors[name] for new, name in before.items()}
 
 

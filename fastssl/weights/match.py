@@ -16,7 +16,9 @@ from fastssl.weights.layouts import Found
 from fastssl.weights.torchvision_names import TWINS, torchvision_names, with_eps
 
 #: first parts of names that belong to what stands behind a backbone
-HEADS = frozenset({"fc", "classifier", "head", "head_dist", "projector", "projection", "predictor", "prototypes", "mlp", "last_layer"})
+HEADS = frozenset(
+    {"fc", "classifier", "head", "head_dist", "projector", "projection", "predictor", "prototypes", "mlp", "last_layer"}
+)
 #: SSLight wraps torchvision's ResNets in a Sequential, which numbers the layers; 2 and 3 are the activation and the pooling.
 _NUMBERED = {"conv1": "0", "bn1": "1", "layer1": "4", "layer2": "5", "layer3": "6", "layer4": "7"}
 
@@ -49,8 +51,13 @@ class Matched:
 
     def record(self) -> dict:
         """All but the tensors, as JSON has it."""
-        kept = {name: getattr(self, name) for name in ("arch", "layout", "network", "names", "taken", "counters", "eps")}
-        return {**kept, "left_out": [{"group": group, "tensors": count, "why": why} for group, count, why in self.left_out]}
+        kept = {
+            name: getattr(self, name) for name in ("arch", "layout", "network", "names", "taken", "counters", "eps")
+        }
+        return {
+            **kept,
+            "left_out": [{"group": group, "tensors": count, "why": why} for group, count, why in self.left_out],
+        }
 
 
 @dataclass(frozen=True)
@@ -84,18 +91,31 @@ def match(path: Path, found: Found, arch: str) -> Matched:
     backbone = create_backbone(arch)
     attempts = _attempts(found, arch, backbone.state_dict())
     if not attempts:
-        raise FastSSLError(f"{path}: torchvision has no counterpart of {arch}, only of {', '.join(TWINS)}; try --layout timm")
+        raise FastSSLError(
+            f"{path}: torchvision has no counterpart of {arch}, only of {', '.join(TWINS)}; try --layout timm"
+        )
     # In a bare state dict both libraries' ResNets are called the same; the first is meant.
     best = min(attempts, key=lambda one: len(one.missing) + len(one.wrong))
     if not best.fits:
-        parts = (some_names(best.missing, "missing"), some_names(best.wrong, "of another shape"), some_names(best.extra, "left over"))
-        raise FastSSLError(f"{path}: does not fit {arch}: {'; '.join(part for part in parts if part)}{_guess(found, arch)}")
+        parts = (
+            some_names(best.missing, "missing"),
+            some_names(best.wrong, "of another shape"),
+            some_names(best.extra, "left over"),
+        )
+        raise FastSSLError(
+            f"{path}: does not fit {arch}: {'; '.join(part for part in parts if part)}{_guess(found, arch)}"
+        )
     begun = backbone.state_dict()
     theirs = {name: found.tensors[best.table[name]] for name in begun if best.table[name] in found.tensors}
     _require_usable(path, theirs, begun)
-    tensors = {**begun, **{name: value.reshape(begun[name].shape).to(begun[name].dtype) for name, value in theirs.items()}}
+    tensors = {
+        **begun,
+        **{name: value.reshape(begun[name].shape).to(begun[name].dtype) for name, value in theirs.items()},
+    }
     if broken := [best.table[name] for name, value in tensors.items() if not value.isfinite().all()]:
-        raise FastSSLError(f"{path}: {some_names(broken, 'tensors with NaN or infinite values')}: no network that computes anything")
+        raise FastSSLError(
+            f"{path}: {some_names(broken, 'tensors with NaN or infinite values')}: no network that computes anything"
+        )
     eps = TWINS[arch].eps if best.names != "timm" else None
     if eps is not None and all(layer.eps == eps for layer in backbone.modules() if isinstance(layer, nn.BatchNorm2d)):
         eps = None
@@ -106,7 +126,9 @@ def match(path: Path, found: Found, arch: str) -> Matched:
     left_out = tuple((group, count, "projector or classifier") for group, count in sorted(heads.items()))
     layout = found.layouts[0] if len(found.layouts) == 1 else best.names
     counters = len(tensors) - len(used)
-    return Matched(arch, layout, found.network, best.names, tensors, len(used), counters, eps, (*left_out, *found.left_out))
+    return Matched(
+        arch, layout, found.network, best.names, tensors, len(used), counters, eps, (*left_out, *found.left_out)
+    )
 
 
 def _require_usable(path: Path, theirs: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
@@ -118,7 +140,9 @@ def _require_usable(path: Path, theirs: dict[str, Tensor], wanted: dict[str, Ten
         ("of another kind", other_kinds(theirs, wanted)),
     ):
         if names:
-            raise FastSSLError(f"{path}: {some_names(names, state)}: save the network in float32, with all its values, and import that")
+            raise FastSSLError(
+                f"{path}: {some_names(names, state)}: save the network in float32, with all its values, and import that"
+            )
 
 
 def _attempts(found: Found, arch: str, wanted: dict[str, Tensor]) -> list[_Attempt]:

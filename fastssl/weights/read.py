@@ -50,10 +50,14 @@ def read_foreign(path: Path) -> dict[str, Tensor]:
     for keys, value in _flat(path, content, [MOST]):
         name = ".".join(keys)
         if name in tensors:
-            raise FastSSLError(f"{path}: two tensors are called {name}: {_shown(keys_of[name])} and {_shown(keys)}; keep one of them")
+            raise FastSSLError(
+                f"{path}: two tensors are called {name}: {_shown(keys_of[name])} and {_shown(keys)}; keep one of them"
+            )
         tensors[name], keys_of[name] = value, keys
     if not tensors:
-        raise FastSSLError(f"{path}: holds no dict of tensors (a {type(content).__name__}); save the network's state_dict() there")
+        raise FastSSLError(
+            f"{path}: holds no dict of tensors (a {type(content).__name__}); save the network's state_dict() there"
+        )
     return tensors
 
 
@@ -84,10 +88,14 @@ def _read_torch(path: Path) -> object:
             "where you trust the file, save its state_dict alone with the program that wrote it, and import that"
         ) from error
     except UNREADABLE as error:
-        raise FastSSLError(f"{path}: neither what torch.save writes nor safetensors, or damaged ({type(error).__name__})") from error
+        raise FastSSLError(
+            f"{path}: neither what torch.save writes nor safetensors, or damaged ({type(error).__name__})"
+        ) from error
 
 
-def _flat(path: Path, content: object, left: list[int], keys: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Tensor]]:
+def _flat(
+    path: Path, content: object, left: list[int], keys: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], Tensor]]:
     """(keys of the dicts on the way, tensor). ``left``: how many values may still come."""
     left[0] -= 1
     if left[0] < 0:

@@ -64,10 +64,21 @@ def require_replaceable(destination: Path) -> None:
         return
     if destination.is_dir() and destination.samefile(Path.cwd()):
         raise FastSSLError(f"{destination}: is the current folder, which would be replaced; name a new one")
-    kind = "folder" if destination.is_dir() else {".safetensors": "safetensors", ".onnx": "onnx"}.get(destination.suffix, "torch")
-    known = {"folder": _is_exported_folder, "safetensors": _is_signed_safetensors, "onnx": _is_signed_onnx, "torch": _is_signed_torch}
+    kind = (
+        "folder"
+        if destination.is_dir()
+        else {".safetensors": "safetensors", ".onnx": "onnx"}.get(destination.suffix, "torch")
+    )
+    known = {
+        "folder": _is_exported_folder,
+        "safetensors": _is_signed_safetensors,
+        "onnx": _is_signed_onnx,
+        "torch": _is_signed_torch,
+    }
     if not known[kind](destination):
-        raise FastSSLError(f"{destination}: exists and is no export of this kind; it is left alone: choose another name or remove it")
+        raise FastSSLError(
+            f"{destination}: exists and is no export of this kind; it is left alone: choose another name or remove it"
+        )
 
 
 def _is_signed(description: object) -> bool:
@@ -142,7 +153,11 @@ def staged(destination: Path) -> Iterator[Path]:
         if destination.is_dir():
             destination.rename(aside)
         place.replace(destination)
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch says a full disk in a RuntimeError, safetensors in its own
+    except (
+        OSError,
+        RuntimeError,
+        SafetensorError,
+    ) as error:  # torch says a full disk in a RuntimeError, safetensors in its own
         reason = " ".join(str(error).split())[:300]
         raise FastSSLError(f"{destination}: not written ({reason}); what was there before is untouched") from error
     finally:
@@ -150,5 +165,7 @@ def staged(destination: Path) -> Iterator[Path]:
             try:
                 aside.rename(destination)
             except OSError as error:
-                raise FastSSLError(f"{destination}: not written, and what was there before is in {aside} now ({error.strerror})") from error
+                raise FastSSLError(
+                    f"{destination}: not written, and what was there before is in {aside} now ({error.strerror})"
+                ) from error
         shutil.rmtree(beside, ignore_errors=True)  # not reached while the earlier export is still in there

@@ -80,7 +80,9 @@ def write_file(
         raise  # a full disk is not the network's fault
     except Exception as error:  # the exporter raises whatever an operator's translation does
         reason = " ".join(str(error).split())[:200]
-        raise FastSSLError(f"{arch} cannot be exported to ONNX at {size} px ({type(error).__name__}: {reason})") from error
+        raise FastSSLError(
+            f"{arch} cannot be exported to ONNX at {size} px ({type(error).__name__}: {reason})"
+        ) from error
     model = onnx.load(str(path))
     model.doc_string = "; ".join(f"{name}: {value}" for name, value in about.items())
     onnx.helper.set_model_props(model, about)

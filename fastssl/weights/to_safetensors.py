@@ -22,6 +22,8 @@ def write_file(backbone: nn.Module, path: Path, about: dict[str, str]) -> float:
     tensors = backbone.state_dict()
     save_tensors(tensors, path, about)
     found = load_file(str(path))
-    if found.keys() != tensors.keys() or not all(torch.equal(found[name], value.cpu()) for name, value in tensors.items()):
+    if found.keys() != tensors.keys() or not all(
+        torch.equal(found[name], value.cpu()) for name, value in tensors.items()
+    ):
         raise FastSSLError(f"{path}: other tensors were read than were written: is the disk damaged?")
     return 0.0

@@ -64,7 +64,9 @@ def write_folder(backbone: nn.Module, arch: str, path: Path, about: dict[str, st
     check_names(path, tensors, described.state_dict(), f"timm's {arch}")
     described.load_state_dict(tensors, strict=True)
     timm.models.save_for_hf(described, path, model_args=options, safe_serialization=True)
-    save_tensors(tensors, path / "model.safetensors", about)  # timm leaves out the header that says what the tensors are
+    save_tensors(
+        tensors, path / "model.safetensors", about
+    )  # timm leaves out the header that says what the tensors are
     loaded = timm.create_model(arch, num_classes=0, checkpoint_path=str(path / "model.safetensors"), **options)
     return check_features(path, backbone, loaded.eval(), size=64 if options else _check_size(loaded), tolerance=1e-5)
 

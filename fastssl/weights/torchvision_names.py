@@ -90,7 +90,9 @@ def _mobile_layers(arch: str, names: list[str]) -> dict[str, str]:
             if step == "se":
                 layers.update({f"{ours}.se.{a}": f"{theirs}.block.{slot}.{b}" for a, b in _SQUEEZE.items()})
             elif arch.startswith("mobilenetv2") and slot == len(steps) - 1:  # no activation, so no pair of its own
-                layers.update({f"{ours}.{step[0]}": f"{theirs}.conv.{slot}", f"{ours}.{step[1]}": f"{theirs}.conv.{slot + 1}"})
+                layers.update(
+                    {f"{ours}.{step[0]}": f"{theirs}.conv.{slot}", f"{ours}.{step[1]}": f"{theirs}.conv.{slot + 1}"}
+                )
             else:
                 inside = f"{theirs}.{'conv' if arch.startswith('mobilenetv2') else 'block'}.{slot}"
                 layers.update({f"{ours}.{step[0]}": f"{inside}.0", f"{ours}.{step[1]}": f"{inside}.1"})
@@ -102,7 +104,9 @@ def _mobile_layers(arch: str, names: list[str]) -> dict[str, str]:
     return layers
 
 
-def with_eps(tensors: dict[str, Tensor], backbone: nn.Module, *, have: float | None = None, want: float | None = None) -> dict[str, Tensor]:
+def with_eps(
+    tensors: dict[str, Tensor], backbone: nn.Module, *, have: float | None = None, want: float | None = None
+) -> dict[str, Tensor]:
     """The tensors of a network that adds another eps to its variances, such that it still computes the same in evaluation mode.
 
     BatchNorm gives ``w (x - mean) / sqrt(var + eps) + b``; a weight ``w sqrt((var + want) / (var + have))`` takes the difference up
@@ -135,4 +139,7 @@ def to_torchvision(arch: str, backbone: nn.Module) -> dict[str, Tensor]:
     """
     tensors = with_eps(dict(backbone.state_dict()), backbone, want=TWINS[arch].eps)
     names = torchvision_names(arch, tensors)
-    return {names[name]: (value.flatten(1) if names[name] == "classifier.0.weight" else value) for name, value in tensors.items()}
+    return {
+        names[name]: (value.flatten(1) if names[name] == "classifier.0.weight" else value)
+        for name, value in tensors.items()
+    }

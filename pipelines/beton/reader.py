@@ -42,7 +42,13 @@ MIN_PAGE_SIZE, DEFAULT_PAGE_SIZE = 2 << 20, 8 << 20
 MAX_PAGE_SIZE = 1 << 31
 
 HEADER_DTYPE = np.dtype(
-    [("version", "<u2"), ("num_fields", "<u2"), ("page_size", "<u4"), ("num_samples", "<u8"), ("alloc_table_ptr", "<u8")]
+    [
+        ("version", "<u2"),
+        ("num_fields", "<u2"),
+        ("page_size", "<u4"),
+        ("num_samples", "<u8"),
+        ("alloc_table_ptr", "<u8"),
+    ]
 )
 FIELD_DTYPE = np.dtype([("type_id", "u1"), ("name", "S16"), ("arguments", "u1", (1024,))])
 IMAGE_DTYPE = np.dtype([("mode", "u1"), ("width", "<u2"), ("height", "<u2"), ("data_ptr", "<u8")])
@@ -70,7 +76,9 @@ _LOOKED_AT, _LOOK = 64, 4096
 _SIDE_ROOM = 16 << 20
 
 #: One sample as the writer remembers it; also what a conversion journal stores.
-RECORD_DTYPE = np.dtype([("offset", "<u8"), ("size", "<u8"), ("label", "<i8"), ("height", "<u4"), ("width", "<u4"), ("mode", "u1")])
+RECORD_DTYPE = np.dtype(
+    [("offset", "<u8"), ("size", "<u8"), ("label", "<i8"), ("height", "<u4"), ("width", "<u4"), ("mode", "u1")]
+)
 
 
 def side_path(path: str | os.PathLike) -> Path:
@@ -166,9 +174,13 @@ class BetonReader:
             raise self._error("unfinished: its writer was stopped before the header was written; convert again")
         if version != VERSION:
             about = "a photo" if version in (0xD8FF, 0x5089) else f"the first two bytes say {version}"
-            raise self._error(f"not a .beton file of version {VERSION} ({about}); fastssl convert-imagenet makes one from photos")
+            raise self._error(
+                f"not a .beton file of version {VERSION} ({about}); fastssl convert-imagenet makes one from photos"
+            )
         if page_size < MIN_PAGE_SIZE or page_size & (page_size - 1):
-            raise self._error(f"damaged header: page size {page_size} is not a power of two of at least {MIN_PAGE_SIZE}")
+            raise self._error(
+                f"damaged header: page size {page_size} is not a power of two of at least {MIN_PAGE_SIZE}"
+            )
         if self.num_samples == 0:
             raise self._error("holds no samples")
         self.page_size = page_size
@@ -176,7 +188,9 @@ class BetonReader:
         fields_end = HEADER_DTYPE.itemsize + num_fields * FIELD_DTYPE.itemsize
         if num_fields == 0 or fields_end > self.num_bytes:
             raise self._error(f"damaged header: {num_fields} field descriptors do not fit into {self.num_bytes} bytes")
-        record_dtype, image_field, label_field = self._read_fields(self._read_array(HEADER_DTYPE.itemsize, num_fields, FIELD_DTYPE))
+        record_dtype, image_field, label_field = self._read_fields(
+            self._read_array(HEADER_DTYPE.itemsize, num_fields, FIELD_DTYPE)
+        )
 
         self._metadata_end = fields_end + self.num_samples * record_dtype.itemsize
         if self._metadata_end > self.num_bytes:
@@ -190,7 +204,9 @@ class BetonReader:
                 f"between {self._metadata_end} and {self.num_bytes}"
             )
         if table_at == self.num_bytes or (self.num_bytes - table_at) % TABLE_DTYPE.itemsize:
-            raise self._error(f"cut off: the allocation table has {self.num_bytes - table_at} bytes, not a multiple of 24")
+            raise self._error(
+                f"cut off: the allocation table has {self.num_bytes - table_at} bytes, not a multiple of 24"
+            )
         entries = (self.num_bytes - table_at) // TABLE_DTYPE.itemsize
         if entries > self.num_samples * num_fields:
             raise self._error(
@@ -200,22 +216,35 @@ class BetonReader:
 
         pointers = self._read_metadata(fields_end, record_dtype, image_field, label_field)
         self._read_regions(pointers, self._read_array(table_at, entries, TABLE_DTYPE))
-        self._require((self.modes != MODE_RAW) | (self.sizes == 3 * self._pixels()), "raw pixels whose size is not height x width x 3")
+        self._require(
+            (self.modes != MODE_RAW) | (self.sizes == 3 * self._pixels()),
+            "raw pixels whose size is not height x width x 3",
+        )
 
-    def _read_metadata(self, start: int, record_dtype: np.dtype, image_field: str, label_field: str | None) -> np.ndarray:
+    def _read_metadata(
+        self, start: int, record_dtype: np.dtype, image_field: str, label_field: str | None
+    ) -> np.ndarray:
         """Fill in what stands in the samples' records; returns their data pointers, (N,) uint64.
 
         In blocks, and each is checked before memory for the next is touched: a file with terabytes of holes is refused at its first one.
         """
         count = self.num_samples
-        self.modes, self.heights, self.widths = np.empty(count, np.uint8), np.empty(count, np.int32), np.empty(count, np.int32)
+        self.modes, self.heights, self.widths = (
+            np.empty(count, np.uint8),
+            np.empty(count, np.int32),
+            np.empty(count, np.int32),
+        )
         self.labels = None if label_field is None else np.empty(count, np.int64)
         pointers = np.empty(count, np.uint64)
         for low in range(0, count, _BLOCK):
             high = min(low + _BLOCK, count)
             records = self._read_array(start + low * record_dtype.itemsize, high - low, record_dtype)
             images = records[image_field]
-            self.modes[low:high], self.heights[low:high], self.widths[low:high] = images["mode"], images["height"], images["width"]
+            self.modes[low:high], self.heights[low:high], self.widths[low:high] = (
+                images["mode"],
+                images["height"],
+                images["width"],
+            )
             pointers[low:high] = images["data_ptr"]
             if self.labels is not None:
                 self.labels[low:high] = records[label_field]
@@ -230,16 +259,22 @@ class BetonReader:
 
     def _read_fields(self, descriptors: np.ndarray) -> tuple[np.dtype, str, str | None]:
         """Return the metadata record's dtype and the names in it (f0, f1, ...) of the image and of the label."""
-        names = [printable(bytes(name).split(b"\0")[0].decode("ascii", "backslashreplace")) for name in descriptors["name"]]
+        names = [
+            printable(bytes(name).split(b"\0")[0].decode("ascii", "backslashreplace")) for name in descriptors["name"]
+        ]
         types = descriptors["type_id"].tolist()
         for name, type_id in zip(names, types):
             if type_id not in FIELD_TYPES:
-                raise self._error(f"field {name!r} has the unknown or custom type {type_id}, whose size only its own program knows")
+                raise self._error(
+                    f"field {name!r} has the unknown or custom type {type_id}, whose size only its own program knows"
+                )
         if _TYPE_IMAGE not in types:
             raise self._error(f"has no image field, only {', '.join(names)}")
         image, label = types.index(_TYPE_IMAGE), types.index(_TYPE_INT) if _TYPE_INT in types else None
         self.field_names, self.image_field = names, names[image]
-        skipped = [f"{name} ({FIELD_TYPES[t][0]})" for k, (name, t) in enumerate(zip(names, types)) if k not in (image, label)]
+        skipped = [
+            f"{name} ({FIELD_TYPES[t][0]})" for k, (name, t) in enumerate(zip(names, types)) if k not in (image, label)
+        ]
         if skipped:
             warnings.warn(f"{self.path}: fields not read: {', '.join(skipped)}", stacklevel=4)
         dtype = np.dtype([("", FIELD_TYPES[type_id][1]) for type_id in types], align=True)
@@ -259,13 +294,19 @@ class BetonReader:
             entry_ptr, entry_size, entry_id = entry_ptr[found], entry_size[found], entry_id[found]
             self._require(entry_ptr == pointers, "no entry in the allocation table for its image")
         if table["sample_id"].max() >= self.num_samples:
-            raise self._error(f"damaged header: the allocation table knows more samples than the {self.num_samples} of the header")
+            raise self._error(
+                f"damaged header: the allocation table knows more samples than the {self.num_samples} of the header"
+            )
         low, high = np.uint64(self._metadata_end), np.uint64(self._table_at)
         inside = (pointers >= low) & (pointers <= high)
         # Subtract before comparing: ptr + size could wrap around.
-        self._require(inside & (entry_size <= high - np.where(inside, pointers, high)), "its image lies outside the data pages")
+        self._require(
+            inside & (entry_size <= high - np.where(inside, pointers, high)), "its image lies outside the data pages"
+        )
         self._require(entry_size > 0, "its image has no bytes")
-        self._require(entry_size <= np.uint64(self.page_size), f"its image is larger than a page of {self.page_size} bytes")
+        self._require(
+            entry_size <= np.uint64(self.page_size), f"its image is larger than a page of {self.page_size} bytes"
+        )
         self._require(entry_id == np.arange(self.num_samples, dtype=np.uint64), "its image belongs to another sample")
         self.offsets, self.sizes = pointers.astype(np.int64), entry_size.astype(np.int64)
 
@@ -299,7 +340,9 @@ class BetonReader:
         if side is None:
             return None
         if side["bytes"] != self.num_bytes:
-            warnings.warn(f"{side_path(self.path)}: belongs to another version of the file; class names not used", stacklevel=2)
+            warnings.warn(
+                f"{side_path(self.path)}: belongs to another version of the file; class names not used", stacklevel=2
+            )
             return None
         return side["classes"]
 
@@ -365,7 +408,9 @@ class BetonReader:
         except OSError as error:
             raise self._error(f"{what}: cannot be read: {error.strerror or error}") from None
         if got < len(out):
-            raise self._error(f"{what}: cut off since it was opened: {got:,} of {len(out):,} bytes are there; put the whole file back")
+            raise self._error(
+                f"{what}: cut off since it was opened: {got:,} of {len(out):,} bytes are there; put the whole file back"
+            )
 
     def _read_array(self, offset: int, count: int, dtype: np.dtype) -> np.ndarray:
         """(count,) of ``dtype``, as they stand at byte ``offset``."""
@@ -413,12 +458,16 @@ class BetonReader:
 
     def same_file(self) -> str:
         """A name under which others open the very file that is open here, also if its path leads elsewhere by now."""
-        return f"/proc/self/fd/{self._open_file().descriptor}" if os.path.isdir("/proc/self/fd") else os.fspath(self.path)
+        return (
+            f"/proc/self/fd/{self._open_file().descriptor}" if os.path.isdir("/proc/self/fd") else os.fspath(self.path)
+        )
 
     def require_whole(self) -> None:
         """For those that map the file themselves: it is as long as when it was opened, or ``BetonError``. One call to the system."""
         if (now := os.fstat(self._open_file().descriptor).st_size) < self.num_bytes:
-            raise self._error(f"cut off since it was opened: {now:,} of {self.num_bytes:,} bytes are there; put the whole file back")
+            raise self._error(
+                f"cut off since it was opened: {now:,} of {self.num_bytes:,} bytes are there; put the whole file back"
+            )
 
 
 class BetonWriter:
@@ -499,8 +548,14 @@ class BetonWriter:
         size = len(data)
         if self.num_samples == len(self._records):
             raise BetonError(f"{self.path}: room was reserved for {counted(self.num_samples, 'sample')} only")
-        if not (0 < height <= 0xFFFF and 0 < width <= 0xFFFF) or size == 0 or (mode == MODE_RAW and size != height * width * 3):
-            raise BetonError(f"{self.path}: cannot store {size} bytes as a picture of {height}x{width} (sides are 1 to 65535)")
+        if (
+            not (0 < height <= 0xFFFF and 0 < width <= 0xFFFF)
+            or size == 0
+            or (mode == MODE_RAW and size != height * width * 3)
+        ):
+            raise BetonError(
+                f"{self.path}: cannot store {size} bytes as a picture of {height}x{width} (sides are 1 to 65535)"
+            )
         self._grow_page(size)
         if self._position % self._page_size + size > self._page_size:
             self._position += -self._position % self._page_size

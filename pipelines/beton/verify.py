@@ -119,7 +119,9 @@ def _check_side_file(reader: BetonReader, side: dict) -> tuple[list[str], np.nda
     """Compare file and side file as wholes; return the complaints and the samples' checksums, (N,) uint32."""
     name = side_path(reader.path)
     if side["bytes"] != reader.num_bytes:
-        return [f"the file has {reader.num_bytes} bytes, its side file {name} says {side['bytes']}: they do not belong together"], None
+        return [
+            f"the file has {reader.num_bytes} bytes, its side file {name} says {side['bytes']}: they do not belong together"
+        ], None
     try:
         expected = {key: int(side["crc32"][key]) for key in ("head", "table")}
         checksums = np.frombuffer(base64.b64decode(side["crc32"]["samples"], validate=True), "<u4")
@@ -137,7 +139,9 @@ def _check_side_file(reader: BetonReader, side: dict) -> tuple[list[str], np.nda
         outside = np.flatnonzero((reader.labels < 0) | (reader.labels >= len(classes)))
         if len(outside):
             how_many = counted(len(classes), "class")
-            problems.append(f"sample {outside[0]} has the label {reader.labels[outside[0]]}, but the file has {how_many}")
+            problems.append(
+                f"sample {outside[0]} has the label {reader.labels[outside[0]]}, but the file has {how_many}"
+            )
     return problems, checksums
 
 
@@ -154,7 +158,10 @@ def _check_samples(
     chunk = 64  # samples a task: a checksum alone takes microseconds
 
     def check(some: np.ndarray) -> list[tuple[int, str | None]]:
-        return [(int(i), _check_sample(reader, int(i), None if checksums is None else int(checksums[i]), to_decode[i])) for i in some]
+        return [
+            (int(i), _check_sample(reader, int(i), None if checksums is None else int(checksums[i]), to_decode[i]))
+            for i in some
+        ]
 
     pending: deque[tuple[np.ndarray, Future]] = deque()
     done = 0

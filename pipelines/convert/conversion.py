@@ -132,7 +132,9 @@ class ConvertOptions:
         """The (height, width) that a photo of this size gets; the aspect ratio is kept to the nearest pixel."""
         if self.keep_size or (self.max_side is None and self.short_side is None):
             return height, width
-        side, limit = (max(height, width), self.max_side) if self.max_side is not None else (min(height, width), self.short_side)
+        side, limit = (
+            (max(height, width), self.max_side) if self.max_side is not None else (min(height, width), self.short_side)
+        )
         if side <= limit:
             return height, width
         return max(1, round(height * limit / side)), max(1, round(width * limit / side))
@@ -207,7 +209,9 @@ def convert(
     with warnings.catch_warnings():
         # Pillow warns about odd metadata, which does not concern the pixels, in the middle of the progress bar.
         warnings.filterwarnings("ignore", module=r"PIL\.")
-        return Patience(src, options.stall_minutes, "read or written").watch(partial(_convert, src, Path(dst), options, progress))
+        return Patience(src, options.stall_minutes, "read or written").watch(
+            partial(_convert, src, Path(dst), options, progress)
+        )
 
 
 def _convert(
@@ -230,7 +234,16 @@ def _convert(
     written, rejected = job.writer.num_samples, len(job.rejects)
     seconds = time.monotonic() - started
     return ConvertSummary(
-        dst, written, job.num_copied, written - job.num_copied, rejected, listing.ignored, job.resumed, listing.classes, num_bytes, seconds
+        dst,
+        written,
+        job.num_copied,
+        written - job.num_copied,
+        rejected,
+        listing.ignored,
+        job.resumed,
+        listing.classes,
+        num_bytes,
+        seconds,
     )
 
 
@@ -304,7 +317,9 @@ def _decode_pillow(data: bytes, is_jpeg: bool) -> tuple[Image.Image, int]:
         raise JpegError("not a picture in a format that we read (by its contents, not by its name)") from None
     # Before load(): the size in the header costs nothing, the pixels behind it may cost gigabytes.
     if image.width * image.height > jpeg.MAX_PIXELS:
-        raise JpegError(f"the header asks for {image.height}x{image.width} pixels, more than the limit of {jpeg.MAX_PIXELS:,}")
+        raise JpegError(
+            f"the header asks for {image.height}x{image.width} pixels, more than the limit of {jpeg.MAX_PIXELS:,}"
+        )
     if is_jpeg:
         jpeg.require_few_scans(data, image.width * image.height)
     if image.format == "PNG":
@@ -351,7 +366,9 @@ class _Conversion:
         if not self.resumed:
             self.journal_path.unlink(missing_ok=True)
         page_size = DEFAULT_PAGE_SIZE if total >= SMALL_SET else MIN_PAGE_SIZE
-        self.writer = BetonWriter(partial, total, labels=listing.classes is not None, page_size=page_size, written=written)
+        self.writer = BetonWriter(
+            partial, total, labels=listing.classes is not None, page_size=page_size, written=written
+        )
 
     def _start_again(self) -> None:
         self.num_done = self.num_copied = 0
@@ -361,7 +378,12 @@ class _Conversion:
     def key(self) -> dict:
         """What has to be equal for a stopped conversion to be continued with the very same bytes."""
         versions = {"simplejpeg": simplejpeg.__version__, "pillow": PIL.__version__, "fastssl": __version__}
-        return {"source": self.listing.fingerprint, "total": len(self.chosen), "options": self.options.deciding(), "versions": versions}
+        return {
+            "source": self.listing.fingerprint,
+            "total": len(self.chosen),
+            "options": self.options.deciding(),
+            "versions": versions,
+        }
 
     def run(self, progress: Callable[[int, int], None] | None) -> None:
         """Convert all photos that are not done yet; whatever stops it, what is done so far is kept for the next run."""
@@ -422,7 +444,9 @@ class _Conversion:
             return encode_photo(self.listing.read(i), self.options)
         except MemoryError as error:  # not the photo's fault: the next run may have more
             raise worker_error(self.listing.source, printable(self.listing.names[i]), error) from error
-        except Exception as error:  # decoders raise anything at all for damaged input, and one photo must not end the run
+        except (
+            Exception
+        ) as error:  # decoders raise anything at all for damaged input, and one photo must not end the run
             reason = str(error).strip()
             return reason if isinstance(error, FastSSLError) and reason else f"{type(error).__name__}: {reason}"
 
@@ -507,7 +531,9 @@ class _Conversion:
         except ValueError:
             key = None
         if key != self.key():
-            logger.warning("%s: the photos, the options or a version changed since it was stopped; starting again", self.dst)
+            logger.warning(
+                "%s: the photos, the options or a version changed since it was stopped; starting again", self.dst
+            )
             return none
         rows, good = [], len(lines[0]) + 1
         for line in lines[1:]:
@@ -519,7 +545,11 @@ class _Conversion:
             reason = str(row[0]) if len(row) == 1 else None
             checksum, copied, *record = [0, 0] if reason is not None else row
             # A write that failed half-way may have been tried again: take each photo once, in order.
-            if position != self.num_done or self.num_done == len(self.chosen) or len(record) not in (0, len(RECORD_DTYPE)):
+            if (
+                position != self.num_done
+                or self.num_done == len(self.chosen)
+                or len(record) not in (0, len(RECORD_DTYPE))
+            ):
                 break
             if reason is not None:
                 self.rejects.append((self.listing.names[self.chosen[position]], reason))
@@ -555,7 +585,9 @@ class _Conversion:
             self.journal_path.unlink(missing_ok=True)
             name, reason = self.rejects[0]
             photos = counted(len(self.rejects), "photo")
-            raise ConvertError(f"{self.listing.source}: all of {photos} rejected, nothing is left to write; first {name}: {reason}")
+            raise ConvertError(
+                f"{self.listing.source}: all of {photos} rejected, nothing is left to write; first {name}: {reason}"
+            )
         try:
             self.step(self._writing)
             self.writer.finish()
@@ -563,7 +595,8 @@ class _Conversion:
             side = self._side_file()
             # The file itself comes last: when it is there, all of it is there.
             _write_or_remove(
-                rejects_path(self.dst), "".join(json.dumps({"path": name, "reason": why}) + "\n" for name, why in self.rejects)
+                rejects_path(self.dst),
+                "".join(json.dumps({"path": name, "reason": why}) + "\n" for name, why in self.rejects),
             )
             _write_or_remove(side_path(self.dst), json.dumps(side, indent=1) + "\n")
             os.replace(self.partial, self.dst)
@@ -594,7 +627,9 @@ class _Conversion:
             "rejected": len(self.rejects),
             "bytes": num_bytes,
             "classes": classes,
-            "class_counts": None if classes is None else np.bincount(self.writer.records["label"], minlength=len(classes)).tolist(),
+            "class_counts": None
+            if classes is None
+            else np.bincount(self.writer.records["label"], minlength=len(classes)).tolist(),
             # CRC-32, the samples' as little-endian uint32 in base64: 5 bytes a sample.
             "crc32": {**checksums, "samples": base64.b64encode(samples.tobytes()).decode("ascii")},
         }

@@ -25,7 +25,9 @@ from fastssl.errors import FastSSLError, counted, printable
 from fastssl.utils.deadline import Step
 
 #: Compared in lower case; the contents decide how a file is decoded.
-IMAGE_EXTENSIONS = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
+IMAGE_EXTENSIONS = frozenset(
+    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+)
 #: No photo has this many bytes; a larger file is a mistake or an attack on our memory.
 MAX_FILE_BYTES = 1 << 30
 
@@ -117,7 +119,9 @@ def list_source(source: str | os.PathLike, step: Step = lambda what: None) -> Li
         others = counted(listing.ignored, "other file")
         if listing.rejected:
             others += f"; {len(listing.rejected)} rejected, first {listing.rejected[0][0]}: {listing.rejected[0][1]}"
-        raise SourceError(f"{source}: no photos found ({others}); expected {source}/CLASS/photo.jpg, {source}/photo.jpg, or a tar")
+        raise SourceError(
+            f"{source}: no photos found ({others}); expected {source}/CLASS/photo.jpg, {source}/photo.jpg, or a tar"
+        )
     return listing
 
 
@@ -219,7 +223,9 @@ def _list_open_tar(path: Path, handle: BinaryIO, step: Step) -> Listing:
     size, mtime = os.fstat(handle.fileno()).st_size, os.fstat(handle.fileno()).st_mtime_ns
     magic = handle.read(6)
     if magic[:2] == b"\x1f\x8b" or magic[:3] == b"BZh" or magic == b"\xfd7zXZ\0" or magic[:4] == b"\x28\xb5\x2f\xfd":
-        raise SourceError(f"{path}: a compressed tar cannot be read at random places; uncompress it first (gunzip, bunzip2, unxz, unzstd)")
+        raise SourceError(
+            f"{path}: a compressed tar cannot be read at random places; uncompress it first (gunzip, bunzip2, unxz, unzstd)"
+        )
     found: list[tuple[str, int, int]] = []
     offsets: dict[str, int] = {}
     rejected: list[tuple[str, str]] = []
@@ -302,7 +308,9 @@ def _members(file: BinaryIO | _Window, size: int, what: str) -> Iterator[tarfile
         if error.errno != errno.EINVAL:
             raise
         # A size that leads further than any file is long.
-        raise SourceError(f"{what}: damaged tar: the member behind byte {last} claims more bytes than a file can have") from None
+        raise SourceError(
+            f"{what}: damaged tar: the member behind byte {last} claims more bytes than a file can have"
+        ) from None
     # tarfile takes a damaged header for the end of the archive, without a word.
     file.seek(min(end, size))
     if file.read(tarfile.BLOCKSIZE).strip(b"\0"):
@@ -322,10 +330,19 @@ def _listing_at(name: str) -> str:
 
 
 def _listing(
-    source: Path, found: list[tuple[str, int, int]], class_of: dict[str, str], flat: bool, rejected: list[tuple[str, str]], ignored: int
+    source: Path,
+    found: list[tuple[str, int, int]],
+    class_of: dict[str, str],
+    flat: bool,
+    rejected: list[tuple[str, str]],
+    ignored: int,
 ) -> Listing:
     if not flat:
-        rejected += [(name, "not inside a class folder, unlike other photos here") for name, _, _ in found if name not in class_of]
+        rejected += [
+            (name, "not inside a class folder, unlike other photos here")
+            for name, _, _ in found
+            if name not in class_of
+        ]
         found = [row for row in found if row[0] in class_of]
     classes = None if flat else sorted(set(class_of.values()))
     index = {name: k for k, name in enumerate(classes or [])}

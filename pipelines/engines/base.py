@@ -122,7 +122,9 @@ class Engine(ABC):
         self.patience.require_threads()
         # The buffers have one consumer. An epoch that was left by `break` is gone with its last reference, hence the weak one here.
         if self._unfinished() is not None:
-            raise FastSSLError("an epoch of this loader is still running: finish it or close() its iterator first, or open a second loader")
+            raise FastSSLError(
+                "an epoch of this loader is still running: finish it or close() its iterator first, or open a second loader"
+            )
         iterator = self._run(requests)
         self._epoch = weakref.ref(iterator)
         return iterator

@@ -131,7 +131,9 @@ class DaliEngine(Engine):
     def _explain(self, error: RuntimeError) -> FastSSLError:
         text = " ".join(str(error).split())
         samples = ", ".join(str(int(sample)) for sample in (self._fed[0].index[:8] if self._fed else []))
-        return FastSSLError(f"{self.reader.path}: DALI failed at the batch that begins with samples {samples}: {text[:300]}")
+        return FastSSLError(
+            f"{self.reader.path}: DALI failed at the batch that begins with samples {samples}: {text[:300]}"
+        )
 
     def _free(self) -> None:
         self._pipeline = None
@@ -210,7 +212,9 @@ class DaliEngine(Engine):
             # The slow, smooth chroma upsampling is what libjpeg does in the other engines.
             options: dict = {"output_type": types.RGB, "jpeg_fancy_upsampling": True}
             if GetSchema("decoders__Image").HasArgument("adjust_orientation"):
-                options["adjust_orientation"] = False  # DALI 2 turns by EXIF unasked; the converter has done it, other engines never do
+                options["adjust_orientation"] = (
+                    False  # DALI 2 turns by EXIF unasked; the converter has done it, other engines never do
+                )
             if gpu:
                 options["hw_decoder_load"] = self.hardware_load
             pictures = fn.decoders.image(encoded, device="mixed" if gpu else "cpu", **options)
@@ -219,7 +223,9 @@ class DaliEngine(Engine):
             for spec, start, end, flip in zip(every_view, boxes[0::3], boxes[1::3], boxes[2::3]):
                 # Cut first, resize then: with `roi_start` the filter would reach for pixels outside the box.
                 crop = fn.slice(pictures, start=start, end=end, axes=[0, 1])
-                view = fn.resize(crop, size=[spec.size, spec.size], interp_type=filters[spec.interpolation], antialias=True)
+                view = fn.resize(
+                    crop, size=[spec.size, spec.size], interp_type=filters[spec.interpolation], antialias=True
+                )
                 outputs.append(fn.flip(view, horizontal=flip))
             return tuple(outputs)
 

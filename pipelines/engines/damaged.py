@@ -106,7 +106,9 @@ def give_places(
     donors: dict[int, int | None] = {}
     for position in sorted(bad):
         here = request.first + position
-        for place in sorted((place for place in range(total) if place != here), key=lambda place: (abs(place - here), place)):
+        for place in sorted(
+            (place for place in range(total) if place != here), key=lambda place: (abs(place - here), place)
+        ):
             donor = place - request.first
             if 0 <= donor < len(index):
                 if donor in bad:

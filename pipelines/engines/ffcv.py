@@ -49,7 +49,10 @@ _RGB, _ACCURATE_DCT = 0, 4096
 _open_decoder, _close_decoder, _decompress = lib.tjInitDecompress, lib.tjDestroy, lib.tjDecompress2
 _open_decoder.argtypes, _open_decoder.restype = [], c_void_p
 _close_decoder.argtypes, _close_decoder.restype = [c_void_p], c_int
-_decompress.argtypes, _decompress.restype = [c_void_p, c_void_p, c_ulong, c_void_p, c_int, c_int, c_int, c_int, c_int], c_int
+_decompress.argtypes, _decompress.restype = (
+    [c_void_p, c_void_p, c_ulong, c_void_p, c_int, c_int, c_int, c_int, c_int],
+    c_int,
+)
 
 
 @numba.njit(nogil=True, error_model="numpy")
@@ -72,7 +75,9 @@ class _DecodeOnce(SimpleRGBImageDecoder):
     def declare_state_and_memory(self, previous_state: Any) -> tuple:
         shapes = [(spec.size, spec.size, 3) for spec in self.specs]
         byte = np.dtype("<u1")
-        return replace(previous_state, jit_mode=True, shape=shapes[0], dtype=byte), tuple(AllocationQuery(shape, byte) for shape in shapes)
+        return replace(previous_state, jit_mode=True, shape=shapes[0], dtype=byte), tuple(
+            AllocationQuery(shape, byte) for shape in shapes
+        )
 
     def generate_code(self) -> Callable:
         read, decode_jpeg, cut, places = self.memory_read, _decode, crop_resize, Compiler.get_iterator()
@@ -89,7 +94,13 @@ class _DecodeOnce(SimpleRGBImageDecoder):
                 image = decode_jpeg(data, height, width) if field["mode"] == jpg else data.reshape((height, width, 3))
                 scratch = np.empty((height, 3 * largest + 1), np.uint8)
                 for view in range(views):
-                    cut(image, row[1 + box * view : 1 + box * (view + 1)], cubic[view], scratch, destinations[view][place])
+                    cut(
+                        image,
+                        row[1 + box * view : 1 + box * (view + 1)],
+                        cubic[view],
+                        scratch,
+                        destinations[view][place],
+                    )
             return destinations
 
         decode.is_parallel = True
@@ -141,7 +152,9 @@ class FfcvEngine(Engine):
     def _run(self, requests: Iterator[Callable[[], Request]]) -> Generator[Rendered, None, None]:
         if self._loader is None:
             self._loader = self._open()
-        epoch = _Epoch(self._loader, requests, self._checked, self.workers, self.patience, thread_initializer(self.device))
+        epoch = _Epoch(
+            self._loader, requests, self._checked, self.workers, self.patience, thread_initializer(self.device)
+        )
         try:
             while True:
                 started = time.perf_counter()
@@ -173,7 +186,9 @@ class FfcvEngine(Engine):
         groups, first = [], 0
         for spec in self.specs:
             # Pinned memory from torch's cache is not handed out again before a copy from it has arrived.
-            host = torch.empty(spec.count * batch, spec.size, spec.size, 3, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
+            host = torch.empty(
+                spec.count * batch, spec.size, spec.size, 3, dtype=torch.uint8, pin_memory=self.device.type == "cuda"
+            )
             for number in range(spec.count):
                 np.copyto(host[number * batch : (number + 1) * batch].numpy(), views[first + number])
             first += spec.count
@@ -222,7 +237,13 @@ class _Epoch(EpochIterator):
         patience: Patience,
         begin: Callable[[], None],
     ):
-        self._requests, self._check, self._threads, self._patience, self._begin = requests, check, threads, patience, begin
+        self._requests, self._check, self._threads, self._patience, self._begin = (
+            requests,
+            check,
+            threads,
+            patience,
+            begin,
+        )
         self._wanted = threading.Event()
         super().__init__(loader, np.zeros(0, np.int64))
 
@@ -279,5 +300,9 @@ def _table(request: Request) -> np.ndarray:
     """(B, 1 + 5 V) int64: the sample, then each view's box and flip."""
     batch = len(request.index)
     return np.concatenate(
-        [request.index.reshape(batch, 1), *(boxes_of(plan).reshape(batch, len(BOX) * len(plan)) for plan in request.plans)], axis=1
+        [
+            request.index.reshape(batch, 1),
+            *(boxes_of(plan).reshape(batch, len(BOX) * len(plan)) for plan in request.plans),
+        ],
+        axis=1,
     )

@@ -78,7 +78,9 @@ class _Job:
         self.numel = numel  # bytes of the packed buffer that are used
         self.parts: list[Future[None]] = []
         self.views: list[Tensor] = []
-        self.boxes: list[np.ndarray] = []  # (B, count, 5) a group, and its views as (count, B, S, S, 3): what host crops are told
+        self.boxes: list[
+            np.ndarray
+        ] = []  # (B, count, 5) a group, and its views as (count, B, S, S, 3): what host crops are told
         self.arrays: list[np.ndarray] = []
         self.bad: list[tuple[int, Exception]] = []
 
@@ -121,7 +123,9 @@ class NativeEngine(Engine):
         # Two more slots than batches ahead: one is in the consumer's hands, one may still be copying.
         self._slots = [_Slot(pin) for _ in range(prefetch + 2)]
         self._copy_stream = torch.cuda.Stream(device) if pin else None
-        self._pool = ThreadPoolExecutor(self.workers, thread_name_prefix="fastssl-decode", initializer=thread_initializer(device))
+        self._pool = ThreadPoolExecutor(
+            self.workers, thread_name_prefix="fastssl-decode", initializer=thread_initializer(device)
+        )
         self._scratch = threading.local()
         self._lock = threading.Lock()
 
@@ -174,7 +178,9 @@ class NativeEngine(Engine):
         if slot.copied:
             packed = self._to_device(slot, packed)
         index = job.request.index
-        return crop_resize_device(packed, job.offsets, self.reader.heights[index], self.reader.widths[index], job.request.plans, self.specs)
+        return crop_resize_device(
+            packed, job.offsets, self.reader.heights[index], self.reader.widths[index], job.request.plans, self.specs
+        )
 
     def _to_device(self, slot: _Slot, host: Tensor) -> Tensor:
         """Copy pinned memory on the long-lived copy stream; the current stream waits for it, the host does not."""
@@ -199,7 +205,9 @@ class NativeEngine(Engine):
         def is_sound(sample: int) -> bool:
             if sample not in pictures:
                 try:
-                    pictures[sample] = self.patience.result(self._pool.submit(self._decode, sample), lambda: f"at sample {sample}")
+                    pictures[sample] = self.patience.result(
+                        self._pool.submit(self._decode, sample), lambda: f"at sample {sample}"
+                    )
                 except (JpegError, BetonError):
                     return False
             return True
@@ -260,12 +268,16 @@ class NativeEngine(Engine):
         if self.crops == "host":
             job.views = slot.reserve_views(self.specs, batch)
             job.boxes = [boxes_of(plan) for plan in request.plans]
-            job.arrays = [view.numpy().reshape(spec.count, batch, *view.shape[1:]) for view, spec in zip(job.views, self.specs)]
+            job.arrays = [
+                view.numpy().reshape(spec.count, batch, *view.shape[1:]) for view, spec in zip(job.views, self.specs)
+            ]
         else:
             slot.reserve(job.numel)
         # A part a worker: nobody idles at the end of a batch, because the next ones are waiting already.
         part = max(1, batch // self.workers)
-        job.parts = [self._pool.submit(self._render, slot, job, low, min(low + part, batch)) for low in range(0, batch, part)]
+        job.parts = [
+            self._pool.submit(self._render, slot, job, low, min(low + part, batch)) for low in range(0, batch, part)
+        ]
         with self._lock:
             self.stats.host_cpu_s += time.thread_time() - cpu
         return job

@@ -52,7 +52,9 @@ def engine_state(name: str) -> EngineState:
     except Exception as error:  # whatever a half-installed extension module raises
         missing = isinstance(error, ModuleNotFoundError) and error.name in ("ffcv", "nvidia", "nvidia.dali")
         problem = (
-            "not installed" if missing else f"installed, but does not load ({type(error).__name__}: {' '.join(str(error).split())[:150]})"
+            "not installed"
+            if missing
+            else f"installed, but does not load ({type(error).__name__}: {' '.join(str(error).split())[:150]})"
         )
         return EngineState(name, version, problem, _HOW[name])
     return EngineState(name, version)
@@ -70,7 +72,10 @@ def _version(start: str) -> str | None:
 def choose_engine(device: torch.device) -> tuple[str, str]:
     """What ``auto`` stands for on ``device``, and why: (name, reason)."""
     if device.type == "cuda":
-        return "native", "decodes on the host's cores and crops on the GPU; measure the others with `fastssl bench loader --pipeline dali`"
+        return (
+            "native",
+            "decodes on the host's cores and crops on the GPU; measure the others with `fastssl bench loader --pipeline dali`",
+        )
     return "native", "the fastest on a CPU, and it needs no further package (benchmarks/results/)"
 
 
@@ -99,7 +104,9 @@ def require_engine(name: str, reader: BetonReader, specs: Sequence[ViewSpec]) ->
     if name == "dali":
         if raw := int((reader.modes == MODE_RAW).sum()):
             pictures = counted(raw, "picture")
-            raise FastSSLError(f"{reader.path}: {pictures} of it stored raw, which DALI cannot decode; use --pipeline native")
+            raise FastSSLError(
+                f"{reader.path}: {pictures} of it stored raw, which DALI cannot decode; use --pipeline native"
+            )
         smallest = min(spec.size for spec in specs)
         if smallest < _DALI_SMALLEST:
             raise FastSSLError(
@@ -146,11 +153,19 @@ def open_engine(
     if name == "native":
         if crops == "auto":
             crops = "device" if device.type == "cuda" else "host"
-        return NativeEngine(reader, specs, device=device, workers=workers, crops=crops, on_bad=on_bad, stall_minutes=stall_minutes)
+        return NativeEngine(
+            reader, specs, device=device, workers=workers, crops=crops, on_bad=on_bad, stall_minutes=stall_minutes
+        )
     if crops != "auto":
         raise FastSSLError(f"crops={crops!r} is a choice of the native engine; {name} has one way to crop")
     require_engine(name, reader, specs)
-    common = {"device": device, "batch_size": batch_size, "workers": workers, "on_bad": on_bad, "stall_minutes": stall_minutes}
+    common = {
+        "device": device,
+        "batch_size": batch_size,
+        "workers": workers,
+        "on_bad": on_bad,
+        "stall_minutes": stall_minutes,
+    }
     if name == "dali":
         from fastssl.pipelines.engines.dali import DaliEngine
 

@@ -108,7 +108,12 @@ def parameter_table(plan: NDArray[np.void]) -> NDArray[np.float32]:
         blends[sample, blend, 1] = (1 - factor) * (operation == SATURATION)
         blends[sample, blend, 2] = (1 - factor) * (operation == CONTRAST)
     sigma = plan["blur_sigma"]
-    table[:, _HUE], table[:, _GREY], table[:, _SOLARISE], table[:, _BLUR] = plan["hue"], plan["grey"], plan["solarise"], sigma > 0
+    table[:, _HUE], table[:, _GREY], table[:, _SOLARISE], table[:, _BLUR] = (
+        plan["hue"],
+        plan["grey"],
+        plan["solarise"],
+        sigma > 0,
+    )
     table[:, _FALLOFF] = 0.5 / np.where(sigma > 0, sigma, 1.0) ** 2
     return table
 
@@ -130,22 +135,32 @@ def augment_device(views: Tensor, table: Tensor, spec: ViewSpec, dtype: torch.dt
     _check(views, len(table))
     count, _, size, _ = views.shape
     column = table.split(1, dim=1)  # (N, 1) each: per-sample numbers that broadcast over (N, S * S)
-    planes = [views[:, channel].float(memory_format=torch.contiguous_format).view(count, size * size).div_(255) for channel in range(3)]
+    planes = [
+        views[:, channel].float(memory_format=torch.contiguous_format).view(count, size * size).div_(255)
+        for channel in range(3)
+    ]
     if spec.jitter > 0:
         for place in range(_BLENDS):
             if place == _BLENDS // 2 and spec.hue > 0:
                 # Samples whose hue stays must keep their bits: a rounding error could carry a value over the solarise threshold.
-                planes = [torch.where(column[_HUE] != 0, turned, plane) for turned, plane in zip(turn_hue(planes, column[_HUE]), planes)]
+                planes = [
+                    torch.where(column[_HUE] != 0, turned, plane)
+                    for turned, plane in zip(turn_hue(planes, column[_HUE]), planes)
+                ]
             factor, to_luminance, to_mean = column[3 * place : 3 * place + 3]
             grey = luminance(planes)
             blend(planes, factor, grey.mean(dim=1, keepdim=True) * to_mean + grey * to_luminance)
     if spec.grey > 0:
         mix_grey(planes, column[_GREY])
     if spec.blur > 0:
-        matrices = blur_matrices(column[_FALLOFF], blur_radius(spec, size), size, torch.float16 if views.is_cuda else torch.float32)
+        matrices = blur_matrices(
+            column[_FALLOFF], blur_radius(spec, size), size, torch.float16 if views.is_cuda else torch.float32
+        )
         planes = [torch.where(column[_BLUR] > 0, blur_by_matrices(plane, matrices), plane) for plane in planes]
     if spec.solarise > 0:
-        planes = [torch.where(column[_SOLARISE] > 0, solarised(plane, spec.solarise_threshold), plane) for plane in planes]
+        planes = [
+            torch.where(column[_SOLARISE] > 0, solarised(plane, spec.solarise_threshold), plane) for plane in planes
+        ]
     result = torch.empty(views.shape, dtype=dtype, device=views.device, memory_format=torch.channels_last)
     for channel, plane in enumerate(planes):
         result[:, channel].copy_(_normalise(plane, spec, channel).view(count, size, size))
@@ -227,11 +242,15 @@ def turn_hue(planes: Sequence[Tensor], shift: Tensor) -> list[Tensor]:
     red, green, blue = planes
     low = torch.minimum(red, green).minimum(blue)
     chroma = torch.maximum(red, green).maximum(blue).sub_(low)
-    hue = (green + blue).sub_(red).sub_(low).div_(chroma.clamp_min(1e-12)).add_(1)  # of grey pixels: 1, without effect as chroma is 0
+    hue = (
+        (green + blue).sub_(red).sub_(low).div_(chroma.clamp_min(1e-12)).add_(1)
+    )  # of grey pixels: 1, without effect as chroma is 0
     hue.copysign_(green - blue).add_(shift * 6)  # -6 .. 6
     top = low.add_(chroma, alpha=2)
     own = (0, 2, -2)  # red, green, blue on the circle
-    return [torch.addcmul(top, chroma, (hue - at).abs_().sub_(3).abs_().sub_(3).abs_().clamp_(1, 2), value=-1) for at in own]
+    return [
+        torch.addcmul(top, chroma, (hue - at).abs_().sub_(3).abs_().sub_(3).abs_().clamp_(1, 2), value=-1) for at in own
+    ]
 
 
 def mix_grey(planes: Sequence[Tensor], share: Tensor) -> None:

@@ -81,7 +81,9 @@ def _whole(taps: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
 
 @intrinsic
-def _weigh(typing: Any, source: Any, row: Any, weights: Any, column: Any, pairs: Any, target: Any, target_row: Any) -> tuple:
+def _weigh(
+    typing: Any, source: Any, row: Any, weights: Any, column: Any, pairs: Any, target: Any, target_row: Any
+) -> tuple:
     """One output pixel in each of `_ROWS` rows: the weighted sum of neighbouring RGB pixels, two at a time, rounded and cut to 8 bits.
 
     Numba's own vectoriser does not see that the colours of a pixel belong together. Written as vectors of eight bytes (red, red, green, green, blue,
@@ -95,7 +97,9 @@ def _weigh(typing: Any, source: Any, row: Any, weights: Any, column: Any, pairs:
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Sequence[ir.Value]) -> ir.Value:
         source, row, weights, column, pairs, target, target_row = arguments
         table = context.make_array(signature.args[2])(context, builder, weights)
-        weights_at = builder.add(builder.ptrtoint(table.data, source.type), builder.mul(column, builder.extract_value(table.strides, 0)))
+        weights_at = builder.add(
+            builder.ptrtoint(table.data, source.type), builder.mul(column, builder.extract_value(table.strides, 0))
+        )
 
         def vector(bits: int, lanes: int) -> ir.VectorType:
             return ir.VectorType(ir.IntType(bits), lanes)
@@ -107,7 +111,9 @@ def _weigh(typing: Any, source: Any, row: Any, weights: Any, column: Any, pairs:
             return builder.inttoptr(builder.add(base, builder.mul(distance, times)), kind.as_pointer())
 
         def pick(values: ir.Value, *lanes: int) -> ir.Value:
-            return builder.shuffle_vector(values, ir.Constant(values.type, ir.Undefined), ir.Constant(vector(32, len(lanes)), list(lanes)))
+            return builder.shuffle_vector(
+                values, ir.Constant(values.type, ir.Undefined), ir.Constant(vector(32, len(lanes)), list(lanes))
+            )
 
         half = 1 << (_BITS - 1)
         sums = [cgutils.alloca_once_value(builder, ir.Constant(vector(32, 4), [half] * 4)) for _ in range(_ROWS)]
@@ -125,7 +131,9 @@ def _weigh(typing: Any, source: Any, row: Any, weights: Any, column: Any, pairs:
             for bound, beyond in ((0, "<"), (255, ">")):
                 limit = ir.Constant(vector(32, 4), [bound] * 4)
                 value = builder.select(builder.icmp_signed(beyond, value, limit), limit, value)
-            builder.store(builder.trunc(value, vector(8, 4)), place(target, target_row, number(k), vector(8, 4)), align=1)
+            builder.store(
+                builder.trunc(value, vector(8, 4)), place(target, target_row, number(k), vector(8, 4)), align=1
+            )
         return context.get_dummy_value()
 
     return types.void(types.intp, types.intp, weights, *[types.intp] * 4), generate
@@ -183,11 +191,20 @@ def crop_resize(image: np.ndarray, box: np.ndarray, cubic: bool, scratch: np.nda
 
 
 @fast
-def crop_views(image: np.ndarray, boxes: np.ndarray, cubic: bool, scratch: np.ndarray, views: np.ndarray, position: int) -> None:
+def crop_views(
+    image: np.ndarray, boxes: np.ndarray, cubic: bool, scratch: np.ndarray, views: np.ndarray, position: int
+) -> None:
     """`crop_resize` of each box into ``views[k, position]``: boxes (count, 5) int64, views (count, B, S, S, 3). Refuses boxes outside the image."""
     for k in range(len(boxes)):
         top, left, height, width = boxes[k, 0], boxes[k, 1], boxes[k, 2], boxes[k, 3]
-        if top < 0 or left < 0 or height < 1 or width < 1 or top > image.shape[0] - height or left > image.shape[1] - width:
+        if (
+            top < 0
+            or left < 0
+            or height < 1
+            or width < 1
+            or top > image.shape[0] - height
+            or left > image.shape[1] - width
+        ):
             raise ValueError("a box lies outside its picture")
     for k in range(len(boxes)):
         crop_resize(image, boxes[k], cubic, scratch, views[k, position])
@@ -215,11 +232,19 @@ def _blend(planes: np.ndarray, operation: int, factor: float) -> None:
             total += _RED * red[i] + _GREEN * green[i] + _BLUE * blue[i]
         mean = np.float32(total / count) * rest
         for i in range(count):
-            red[i], green[i], blue[i] = _clamp(red[i] * factor + mean), _clamp(green[i] * factor + mean), _clamp(blue[i] * factor + mean)
+            red[i], green[i], blue[i] = (
+                _clamp(red[i] * factor + mean),
+                _clamp(green[i] * factor + mean),
+                _clamp(blue[i] * factor + mean),
+            )
     else:
         for i in range(count):
             grey = (_RED * red[i] + _GREEN * green[i] + _BLUE * blue[i]) * rest
-            red[i], green[i], blue[i] = _clamp(red[i] * factor + grey), _clamp(green[i] * factor + grey), _clamp(blue[i] * factor + grey)
+            red[i], green[i], blue[i] = (
+                _clamp(red[i] * factor + grey),
+                _clamp(green[i] * factor + grey),
+                _clamp(blue[i] * factor + grey),
+            )
 
 
 @fast
@@ -270,7 +295,11 @@ def _blur(plane: np.ndarray, weights: np.ndarray, half: np.ndarray, line: np.nda
         for x in range(size):
             out[x] = w * middle[x]
         for k in range(1, radius + 1):
-            w, left, right = weights[radius + k], line[radius - k : radius - k + size], line[radius + k : radius + k + size]
+            w, left, right = (
+                weights[radius + k],
+                line[radius - k : radius - k + size],
+                line[radius + k : radius + k + size],
+            )
             for x in range(size):
                 out[x] += w * (left[x] + right[x])
 
@@ -312,7 +341,11 @@ def colour(
     """
     count = views.shape[1] // 3
     size = int(math.sqrt(count) + 0.5)
-    planes, half, line = np.empty((3, count), np.float32), np.empty((size, size), np.float32), np.empty(size + 2 * radius, np.float32)
+    planes, half, line = (
+        np.empty((3, count), np.float32),
+        np.empty((size, size), np.float32),
+        np.empty(size + 2 * radius, np.float32),
+    )
     for sample in range(views.shape[0]):
         source, target = views[sample], out[sample]
         for i in range(count):

@@ -41,7 +41,9 @@ def boxes_of(plan: NDArray[np.void]) -> NDArray[np.int64]:
     return boxes
 
 
-def crop_resize_host(image: NDArray[np.uint8], boxes: NDArray[np.int64], spec: ViewSpec, views: NDArray[np.uint8], position: int) -> None:
+def crop_resize_host(
+    image: NDArray[np.uint8], boxes: NDArray[np.int64], spec: ViewSpec, views: NDArray[np.uint8], position: int
+) -> None:
     """Crop, resize and flip all views that one group wants of one decoded picture; safe to call from several threads at once.
 
     One compiled call without the interpreter lock. Differs from Pillow by 1/255, at most by 2. (Pillow 13 may begin with the columns; with the
@@ -62,8 +64,14 @@ def crop_resize_host(image: NDArray[np.uint8], boxes: NDArray[np.int64], spec: V
     if boxes.ndim != 2 or boxes.shape[1] != len(BOX) or boxes.dtype != np.int64:
         raise ValueError(f"boxes must be (count, {len(BOX)}) int64, not {boxes.shape} {boxes.dtype}")
     if views.ndim != 5 or views.dtype != np.uint8 or not (views.flags.c_contiguous and views.flags.writeable):
-        raise ValueError(f"views must be (count, B, S, S, 3) uint8, C-contiguous and writable, not {views.shape} {views.dtype}")
-    if views.shape[0] != len(boxes) or views.shape[2:] != (spec.size, spec.size, 3) or not 0 <= position < views.shape[1]:
+        raise ValueError(
+            f"views must be (count, B, S, S, 3) uint8, C-contiguous and writable, not {views.shape} {views.dtype}"
+        )
+    if (
+        views.shape[0] != len(boxes)
+        or views.shape[2:] != (spec.size, spec.size, 3)
+        or not 0 <= position < views.shape[1]
+    ):
         raise ValueError(f"{len(boxes)} views of {spec.size} px do not go to place {position} of {views.shape}")
     rows, columns = image.shape[0], 3 * spec.size + 1
     scratch = getattr(_memory, "scratch", None)
@@ -75,7 +83,12 @@ def crop_resize_host(image: NDArray[np.uint8], boxes: NDArray[np.int64], spec: V
 
 
 def crop_resize_device(
-    packed: Tensor, offsets: ArrayLike, heights: ArrayLike, widths: ArrayLike, plans: Sequence[NDArray[np.void]], specs: Sequence[ViewSpec]
+    packed: Tensor,
+    offsets: ArrayLike,
+    heights: ArrayLike,
+    widths: ArrayLike,
+    plans: Sequence[NDArray[np.void]],
+    specs: Sequence[ViewSpec],
 ) -> list[Tensor]:
     """Crop, resize and flip all views of a batch on the device that holds the decoded pictures.
 
@@ -107,7 +120,10 @@ def crop_resize_device(
     if batch and (offsets.min() < 0 or (offsets + 3 * heights * widths).max() > packed.numel()):
         raise ValueError(f"a picture lies outside the packed buffer of {packed.numel()} bytes")
 
-    outputs = [torch.empty((spec.count, batch, spec.size, spec.size, 3), dtype=torch.uint8, device=packed.device) for spec in specs]
+    outputs = [
+        torch.empty((spec.count, batch, spec.size, spec.size, 3), dtype=torch.uint8, device=packed.device)
+        for spec in specs
+    ]
     dtype = torch.float16 if packed.is_cuda else torch.float32
     chunks = plan_chunks(heights, widths, specs, dtype.itemsize, budget=2**30 if packed.is_cuda else 2**26)
     order = np.concatenate(chunks) if chunks else np.empty(0, dtype=np.int64)
@@ -115,7 +131,10 @@ def crop_resize_device(
     # One table for the whole batch, in the order of the chunks: index, offset, height, width, then five columns per view.
     about = np.stack([order, offsets[order], heights[order], widths[order]], axis=1)
     table = to_device(
-        np.concatenate([about, *(boxes_of(plan)[order].reshape(batch, len(BOX) * spec.count) for plan, spec in zip(plans, specs))], axis=1),
+        np.concatenate(
+            [about, *(boxes_of(plan)[order].reshape(batch, len(BOX) * spec.count) for plan, spec in zip(plans, specs))],
+            axis=1,
+        ),
         packed.device,
     )
 
@@ -140,7 +159,9 @@ def _padded(lengths: NDArray[np.int64]) -> int:
     return -(-int(lengths.max()) // 8) * 8
 
 
-def _last_byte(offsets: NDArray[np.int64], heights: NDArray[np.int64], widths: NDArray[np.int64], chunk: NDArray[np.int64]) -> int:
+def _last_byte(
+    offsets: NDArray[np.int64], heights: NDArray[np.int64], widths: NDArray[np.int64], chunk: NDArray[np.int64]
+) -> int:
     """One past the last byte that `_gather` reads for a chunk."""
     return int((offsets[chunk] + 3 * (heights[chunk] - 1) * widths[chunk]).max()) + 3 * _padded(widths[chunk])
 
@@ -202,7 +223,9 @@ def _gather(packed: Tensor, rows: Tensor, height: int, width: int, dtype: torch.
     return source.copy_(lines.view(-1, height, width, 3).permute(0, 1, 3, 2))
 
 
-def _crop_group(source: Tensor, boxes: Tensor, plan: NDArray[np.void], spec: ViewSpec, index: Tensor, output: Tensor) -> None:
+def _crop_group(
+    source: Tensor, boxes: Tensor, plan: NDArray[np.void], spec: ViewSpec, index: Tensor, output: Tensor
+) -> None:
     """All views of one group for one chunk.
 
     Args:
@@ -224,7 +247,9 @@ def _crop_group(source: Tensor, boxes: Tensor, plan: NDArray[np.void], spec: Vie
         small = torch.bmm(rows[:, view], narrow.view(batch, height, 3 * size))  # (b, S, 3S)
         small.clamp_(0, 255).add_(0.5)  # the conversion to uint8 cuts the fraction off
         output[view].index_copy_(
-            0, index, small.view(batch, size, 3, size).permute(0, 1, 3, 2).to(torch.uint8, memory_format=torch.contiguous_format)
+            0,
+            index,
+            small.view(batch, size, 3, size).permute(0, 1, 3, 2).to(torch.uint8, memory_format=torch.contiguous_format),
         )
 
 

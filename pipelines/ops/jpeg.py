@@ -86,7 +86,9 @@ def encode(rgb: np.ndarray, quality: int) -> bytes:
         raise JpegError(f"JPEG quality is 1 to 100, not {quality}")
     subsampling = "444" if quality >= FULL_CHROMA_QUALITY else "420"
     try:
-        return simplejpeg.encode_jpeg(np.ascontiguousarray(rgb), quality=quality, colorspace="RGB", colorsubsampling=subsampling)
+        return simplejpeg.encode_jpeg(
+            np.ascontiguousarray(rgb), quality=quality, colorspace="RGB", colorsubsampling=subsampling
+        )
     except ValueError as error:
         raise JpegError(f"cannot encode a {rgb.shape[0]}x{rgb.shape[1]} picture as JPEG: {_cause(error)}") from None
 
@@ -134,7 +136,9 @@ def require_few_scans(data: bytes | memoryview | np.ndarray, pixels: int) -> Non
     # 0xFF is followed by 0 in coded data: this is a marker, or a few bytes of a comment.
     scans = bytes(view).count(b"\xff\xda")
     if scans > MAX_SCANS or scans * pixels > MAX_SCANNED_PIXELS:
-        raise JpegError(f"comes in {scans} scans, more than the limit of {MAX_SCANS} and of {MAX_SCANNED_PIXELS:,} pixels in all of them")
+        raise JpegError(
+            f"comes in {scans} scans, more than the limit of {MAX_SCANS} and of {MAX_SCANNED_PIXELS:,} pixels in all of them"
+        )
 
 
 def _frame_marker(data: memoryview) -> int | None:
@@ -158,7 +162,9 @@ def _frame_marker(data: memoryview) -> int | None:
 def _checked_header(data: bytes | memoryview | np.ndarray) -> JpegHeader:
     header = read_header(data)
     if header.height * header.width > MAX_PIXELS:
-        raise JpegError(f"the header asks for {header.height}x{header.width} pixels, more than the limit of {MAX_PIXELS:,}")
+        raise JpegError(
+            f"the header asks for {header.height}x{header.width} pixels, more than the limit of {MAX_PIXELS:,}"
+        )
     if header.colorspace not in DECODABLE:
         # libjpeg-turbo would turn it into RGB with a formula that ignores ink inversion: plausible, wrong colours.
         raise JpegError(f"the picture is {header.colorspace}: convert it to RGB first")

@@ -59,7 +59,16 @@ def portable_exp(x: float) -> float:
 
 @exact
 def draw_crop(
-    record: np.void, item: int, epoch: int, stream_view: int, key: int, height: int, width: int, area: tuple, log_ratio: tuple, ratio: tuple
+    record: np.void,
+    item: int,
+    epoch: int,
+    stream_view: int,
+    key: int,
+    height: int,
+    width: int,
+    area: tuple,
+    log_ratio: tuple,
+    ratio: tuple,
 ) -> None:
     """torchvision's rule: ten tries, then the centred crop of the nearest allowed ratio. ``area``, ``log_ratio``: lower end, length; ``ratio``: both ends."""
     for attempt in range(CROP_TRIES):
@@ -83,7 +92,14 @@ def draw_crop(
 
 @exact
 def draw_colour(
-    record: np.void, flags: tuple, factors: tuple, blurs: tuple, chances: np.ndarray, ranges: np.ndarray, sigma: tuple, orders: np.ndarray
+    record: np.void,
+    flags: tuple,
+    factors: tuple,
+    blurs: tuple,
+    chances: np.ndarray,
+    ranges: np.ndarray,
+    sigma: tuple,
+    orders: np.ndarray,
 ) -> None:
     """Flip, colour and blur from three blocks of words.
 

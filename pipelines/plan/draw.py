@@ -158,7 +158,14 @@ def _check_integer(name: str, value: object, low: int, high: int) -> None:
 
 
 def draw_plan(
-    spec: ViewSpec, *, first_view: int, seed: int, epoch: int, sample_ids: ArrayLike, heights: ArrayLike, widths: ArrayLike
+    spec: ViewSpec,
+    *,
+    first_view: int,
+    seed: int,
+    epoch: int,
+    sample_ids: ArrayLike,
+    heights: ArrayLike,
+    widths: ArrayLike,
 ) -> NDArray[np.void]:
     """Draw every random choice of a view group for a batch.
 
@@ -176,11 +183,15 @@ def draw_plan(
         ValueError: the arrays' shapes differ, or a picture is empty.
         SeedError: seed, epoch, id or view number is out of range.
     """
-    from fastssl.pipelines.plan.compiled_draw import draw_views  # numba takes half a second to load, and recipes are read without it
+    from fastssl.pipelines.plan.compiled_draw import (
+        draw_views,
+    )  # numba takes half a second to load, and recipes are read without it
 
     ids, heights, widths = (np.asarray(array, dtype=np.int64) for array in (sample_ids, heights, widths))
     if ids.ndim != 1 or heights.shape != ids.shape or widths.shape != ids.shape:
-        raise ValueError(f"sample_ids, heights and widths must have one shape (B,), got {ids.shape}, {heights.shape} and {widths.shape}")
+        raise ValueError(
+            f"sample_ids, heights and widths must have one shape (B,), got {ids.shape}, {heights.shape} and {widths.shape}"
+        )
     if ids.size and min(heights.min(), widths.min()) < 1:
         raise ValueError(f"sample {ids[np.minimum(heights, widths).argmin()]} has an empty picture")
     first = stream_word(Stream.PLAN, first_view, first_view + spec.count - 1)

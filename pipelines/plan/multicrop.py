@@ -26,10 +26,38 @@ _AUGMENTATION = tuple(f.name for f in dataclasses.fields(ViewSpec) if f.name not
 
 #: The designs of the published recipes by name: the usual multi-crop of SwAV and DINO, and SSLight's, for CNNs and for vision transformers.
 PRESETS: dict[str, dict[str, Any]] = {
-    "baseline-cnn": {"threshold": 0.14, "area": [0.05, 1.0], "global_size": 224, "local_size": 96, "local_count": 6, "weights": None},
-    "sslight-cnn": {"threshold": 0.3, "area": [0.05, 1.0], "global_size": 224, "local_size": 128, "local_count": 6, "weights": [0.4, 0.6]},
-    "baseline-vit": {"threshold": 0.25, "area": [0.05, 1.0], "global_size": 224, "local_size": 96, "local_count": 10, "weights": None},
-    "sslight-vit": {"threshold": 0.3, "area": [0.05, 1.0], "global_size": 224, "local_size": 128, "local_count": 10, "weights": [0.4, 0.6]},
+    "baseline-cnn": {
+        "threshold": 0.14,
+        "area": [0.05, 1.0],
+        "global_size": 224,
+        "local_size": 96,
+        "local_count": 6,
+        "weights": None,
+    },
+    "sslight-cnn": {
+        "threshold": 0.3,
+        "area": [0.05, 1.0],
+        "global_size": 224,
+        "local_size": 128,
+        "local_count": 6,
+        "weights": [0.4, 0.6],
+    },
+    "baseline-vit": {
+        "threshold": 0.25,
+        "area": [0.05, 1.0],
+        "global_size": 224,
+        "local_size": 96,
+        "local_count": 10,
+        "weights": None,
+    },
+    "sslight-vit": {
+        "threshold": 0.3,
+        "area": [0.05, 1.0],
+        "global_size": 224,
+        "local_size": 128,
+        "local_count": 10,
+        "weights": [0.4, 0.6],
+    },
 }
 
 
@@ -65,15 +93,23 @@ class MultiCrop(Sequence[ViewSpec]):
     def __post_init__(self) -> None:
         if not self.area[0] <= self.threshold <= self.area[1]:
             raise ViewSpecError(f"threshold={self.threshold} must lie within area={list(self.area)}")
-        if isinstance(self.local_count, bool) or not isinstance(self.local_count, int) or not 0 <= self.local_count <= 1022:
+        if (
+            isinstance(self.local_count, bool)
+            or not isinstance(self.local_count, int)
+            or not 0 <= self.local_count <= 1022
+        ):
             raise ViewSpecError(f"local_count must be a whole number in 0 .. 1022, got {self.local_count!r}")
         if self.weights is not None:
             if not all(math.isfinite(w) and w >= 0 for w in self.weights) or abs(sum(self.weights) - 1) > 1e-6:
                 raise ViewSpecError(f"weights={list(self.weights)} must be two numbers, none negative, that sum to 1")
             if not self.local_count and self.weights[1] > 0:
-                raise ViewSpecError(f"weights={list(self.weights)} give local pairs a weight, but local_count is 0: there are none")
+                raise ViewSpecError(
+                    f"weights={list(self.weights)} give local pairs a weight, but local_count is 0: there are none"
+                )
             if self.local_count and not self.weights[1]:
-                raise ViewSpecError(f"weights={list(self.weights)} give local pairs no weight: local_count=0 would save their cost")
+                raise ViewSpecError(
+                    f"weights={list(self.weights)} give local pairs no weight: local_count=0 would save their cost"
+                )
         object.__setattr__(self, "_specs", tuple(self._build()))
 
     def _build(self) -> list[ViewSpec]:

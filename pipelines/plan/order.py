@@ -49,7 +49,9 @@ def steps_per_epoch(num_samples: int, batch_size: int, world: int = 1) -> int:
     return num_samples // (batch_size * world)
 
 
-def batch_indices(num_samples: int, seed: int, epoch: int, step: int, batch_size: int, rank: int = 0, world: int = 1) -> NDArray[np.int64]:
+def batch_indices(
+    num_samples: int, seed: int, epoch: int, step: int, batch_size: int, rank: int = 0, world: int = 1
+) -> NDArray[np.int64]:
     """The samples of one rank's part of a global batch.
 
     Args:
@@ -65,7 +67,9 @@ def batch_indices(num_samples: int, seed: int, epoch: int, step: int, batch_size
     if not 0 <= rank < world:
         raise ValueError(f"rank must lie in 0 .. {world - 1}, got {rank}")
     if not 0 <= step < steps:
-        raise ValueError(f"step {step} is outside the epoch: {num_samples} samples make {steps} steps of {world} x {batch_size}")
+        raise ValueError(
+            f"step {step} is outside the epoch: {num_samples} samples make {steps} steps of {world} x {batch_size}"
+        )
     start = (step * world + rank) * batch_size
     return epoch_order(num_samples, seed, epoch)[start : start + batch_size]
 
@@ -76,4 +80,6 @@ def batch_permutation(n: int, seed: int, epoch: int, step: int) -> NDArray[np.in
         raise ValueError(f"step must lie in 0 .. 2**31 - 1, got {step}")
     if not 0 <= n < 2**32:
         raise ValueError(f"n must lie in 0 .. 2**32 - 1, got {n}")
-    return np.argsort(_random_keys(n, seed, Stream.BATCH_PERMUTATION, epoch, high_word=step), kind="stable").astype(np.int64, copy=False)
+    return np.argsort(_random_keys(n, seed, Stream.BATCH_PERMUTATION, epoch, high_word=step), kind="stable").astype(
+        np.int64, copy=False
+    )

@@ -79,12 +79,19 @@ def _rounds(counter: NDArray[np.uint64], key: tuple[int, int], out: NDArray[np.u
     for _ in range(_ROUNDS):
         # 32 x 32 -> 64 bit products: the high half is mixed in, the low half moves one word on.
         left, right = c0 * _MULTIPLIER[0], c2 * _MULTIPLIER[1]
-        c0, c1, c2, c3 = (right >> _SHIFT) ^ c1 ^ np.uint64(k0), right & _MASK, (left >> _SHIFT) ^ c3 ^ np.uint64(k1), left & _MASK
+        c0, c1, c2, c3 = (
+            (right >> _SHIFT) ^ c1 ^ np.uint64(k0),
+            right & _MASK,
+            (left >> _SHIFT) ^ c3 ^ np.uint64(k1),
+            left & _MASK,
+        )
         k0, k1 = (k0 + _WEYL[0]) & 0xFFFFFFFF, (k1 + _WEYL[1]) & 0xFFFFFFFF
     out[0], out[1], out[2], out[3] = c0, c1, c2, c3
 
 
-def keyed_words(seed: int, stream: Stream, epoch: int, item: ArrayLike, view: ArrayLike = 0, slot: ArrayLike = 0) -> NDArray[np.uint32]:
+def keyed_words(
+    seed: int, stream: Stream, epoch: int, item: ArrayLike, view: ArrayLike = 0, slot: ArrayLike = 0
+) -> NDArray[np.uint32]:
     """The four random words of each (seed, stream, epoch, item, view, slot).
 
     Args:

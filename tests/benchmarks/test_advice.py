@@ -30,7 +30,9 @@ def test_threads_help_until_the_step_is_the_slower_one() -> None:
     assert (threads, remedy.words) == (8, "add 4 decode threads (--workers 8)")
     assert remedy.predicted == pytest.approx(2.0)
     # On a CPU whose cores the step fills, more threads win nothing; nor do they where there is no core left.
-    assert more_threads(Loop(step_s=5e-3, step_cpu_s=1e-2, loader_s=2e-3, loader_cpu_s=2e-3, threads=1, cores=2)) is None
+    assert (
+        more_threads(Loop(step_s=5e-3, step_cpu_s=1e-2, loader_s=2e-3, loader_cpu_s=2e-3, threads=1, cores=2)) is None
+    )
     assert more_threads(replace(GPU, threads=16)) is None
 
 
@@ -64,7 +66,10 @@ def test_costs_are_medians_over_windows() -> None:
 
 def test_words() -> None:
     remedies = [(Remedy("add 3 decode threads (--workers 7)", 1.4), 1.33)]
-    assert in_words(0.37, remedies, shared=False) == "data-bound 37%: add 3 decode threads (--workers 7) (predicted 1.40x, measured 1.33x)"
+    assert (
+        in_words(0.37, remedies, shared=False)
+        == "data-bound 37%: add 3 decode threads (--workers 7) (predicted 1.40x, measured 1.33x)"
+    )
     assert in_words(0.02, [], shared=True).startswith("step-bound: data costs 2% of the time")
     assert "share all cores" in in_words(0.2, [], shared=True) and "neither" in in_words(0.2, [], shared=False)
 

@@ -41,9 +41,22 @@ def commands_of(out: Path, *arguments: str, through_main: bool) -> list[str]:
         (["step", "--peers", "--recipe", "quickstart"], "fastssl bench step --recipe quickstart --peers"),
         # also what is the default, if it was asked for
         (["step", "--runs=5", "--device", "cpu"], "fastssl bench step --device cpu --runs 5"),
-        (["step", "--set", "optim.lr=0.1", "--set", "train.epochs=3"], "fastssl bench step --set optim.lr=0.1 --set train.epochs=3"),
         (
-            ["loader", "--data", "/home/some one/my photos.beton", "--seconds", "30", "--workers", "1", "--workers", "2"],
+            ["step", "--set", "optim.lr=0.1", "--set", "train.epochs=3"],
+            "fastssl bench step --set optim.lr=0.1 --set train.epochs=3",
+        ),
+        (
+            [
+                "loader",
+                "--data",
+                "/home/some one/my photos.beton",
+                "--seconds",
+                "30",
+                "--workers",
+                "1",
+                "--workers",
+                "2",
+            ],
             "fastssl bench loader --data 'my photos.beton' --workers 1 --workers 2 --seconds 30",
         ),
     ],

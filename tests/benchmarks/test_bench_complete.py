@@ -13,7 +13,9 @@ from fastssl.benchmarks.harness.table import cells
 
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 #: metrics.jsonl is the log of a training run; the study's runs are no benchmark records, and test_view_study.py asks of them what is asked here
-PUBLISHED = sorted(path for path in RESULTS.glob("*/*.jsonl") if path.name != "metrics.jsonl" and path.parent.name != "view-sampling")
+PUBLISHED = sorted(
+    path for path in RESULTS.glob("*/*.jsonl") if path.name != "metrics.jsonl" and path.parent.name != "view-sampling"
+)
 
 WHOLE = Record(
     bench="step",
@@ -88,7 +90,11 @@ def test_records_are_listed_by_what_they_lack() -> None:
 
 def test_a_soak_has_verdicts_and_no_ceiling() -> None:
     soak = replace(
-        WHOLE, bench="soak", ceiling=None, ceiling_name=None, details={"command": "fastssl bench soak", "verdicts": [{"name": "memory"}]}
+        WHOLE,
+        bench="soak",
+        ceiling=None,
+        ceiling_name=None,
+        details={"command": "fastssl bench soak", "verdicts": [{"name": "memory"}]},
     )
     assert missing_parts(soak) == []
     assert missing_parts(replace(soak, details={"command": "fastssl bench soak"})) == ["verdicts"]

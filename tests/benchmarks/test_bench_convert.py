@@ -43,7 +43,9 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> Counter:
     return made
 
 
-def test_the_synthetic_tree_holds_the_cached_jpegs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, beton: Path) -> None:
+def test_the_synthetic_tree_holds_the_cached_jpegs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, beton: Path
+) -> None:
     monkeypatch.setattr(bench_convert, "ensure_photos", lambda count: beton)
     write_tree(tmp_path, 48)
     with BetonReader(beton) as reader, list_source(tmp_path) as listing:
@@ -54,14 +56,18 @@ def test_the_synthetic_tree_holds_the_cached_jpegs(tmp_path: Path, monkeypatch: 
             assert listing.labels[number] == reader.labels[sample]
 
 
-def test_copy_mode_copies_byte_for_byte_and_each_run_is_whole(photo_tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_copy_mode_copies_byte_for_byte_and_each_run_is_whole(
+    photo_tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     found: list[int] = []
 
     def spy(source: Path, path: Path, options: ConvertOptions):
         assert not path.exists() and list(path.parent.iterdir()) == []  # a fresh place, nothing to go on from
         summary = convert(source, path, options)
         with BetonReader(path) as reader, list_source(source) as listing:
-            found.append(sum(reader.encoded(number).tobytes() == listing.read(number) for number in range(len(listing))))
+            found.append(
+                sum(reader.encoded(number).tobytes() == listing.read(number) for number in range(len(listing)))
+            )
         return summary
 
     monkeypatch.setattr(bench_convert, "convert", spy)
@@ -104,10 +110,14 @@ def test_the_bare_loop_does_the_converters_work_on_every_photo(
         window = loop(1.0)
         assert window.samples == 48 and window.host_cpu_s > 0
         assert reads == Counter(listing.names) and sorted(made) == sorted(expected)
-    assert list(loop.shares) == ["reading", "decoding", "scaling", "encoding"] and sum(loop.shares.values()) == pytest.approx(1)
+    assert list(loop.shares) == ["reading", "decoding", "scaling", "encoding"] and sum(
+        loop.shares.values()
+    ) == pytest.approx(1)
 
 
-def test_the_bare_loop_decodes_large_photos_as_the_converter_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_bare_loop_decodes_large_photos_as_the_converter_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """More than four times too large: reduced in the decoder, first."""
     (tmp_path / "large.jpg").write_bytes(jpeg_bytes(make_photo(3, 300, 420)))
     (tmp_path / "other.png").write_bytes(jpeg_bytes(make_photo(4, 100, 90)))
@@ -177,7 +187,9 @@ def test_what_cannot_be_read_or_written_is_one_line(tmp_path: Path, photo_tree: 
 
 
 @pytest.mark.engines
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # numba, when ffcv's functions are collected
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning"
+)  # numba, when ffcv's functions are collected
 @pytest.mark.parametrize("part", MODES)
 def test_ffcvs_writer_writes_the_same_photos(part: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     need_engine("ffcv")
@@ -195,7 +207,10 @@ def test_ffcvs_writer_writes_the_same_photos(part: str, tmp_path: Path, capfd: p
     with BetonReader(ours) as mine, BetonReader(tmp_path / "theirs.beton") as theirs:
         assert len(mine) == len(theirs) == 10
         np.testing.assert_array_equal(mine.labels, theirs.labels)
-        assert np.abs(mine.heights.astype(int) - theirs.heights).max() <= 1 and np.abs(mine.widths.astype(int) - theirs.widths).max() <= 1
+        assert (
+            np.abs(mine.heights.astype(int) - theirs.heights).max() <= 1
+            and np.abs(mine.widths.astype(int) - theirs.widths).max() <= 1
+        )
         for number in range(10):
             height, width = np.minimum(mine.decode(number).shape[:2], theirs.decode(number).shape[:2])
             difference = mine.decode(number)[:height, :width].astype(int) - theirs.decode(number)[:height, :width]
@@ -221,7 +236,11 @@ def test_a_peer_that_is_missing_is_named(photo_tree: Path, monkeypatch: pytest.M
     for module in (bench_convert, ffcv_writer):
         monkeypatch.setattr(module, "engine_state", lambda name: EngineState(name, None, "not installed", "install it"))
     for record in run(str(photo_tree), workers=1, photos=2, peers=True):
-        assert record.peer is None and record.ratio_to_peer is None and record.details["missing"] == {"ffcv": "not installed"}
+        assert (
+            record.peer is None
+            and record.ratio_to_peer is None
+            and record.details["missing"] == {"ffcv": "not installed"}
+        )
     with list_source(photo_tree) as listing, pytest.raises(FastSSLError, match="not installed"):
         ffcv_writer.FfcvWriter(listing, [0], SMALL, photo_tree)
 
@@ -237,11 +256,19 @@ def invoke(*arguments: str) -> int:
 
 def test_settings_are_crossed_and_passed_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     calls: list[tuple] = []
-    monkeypatch.setattr(bench_convert, "run", lambda *args: calls.append(args) or [Record(bench="convert", host={}, versions={}, git=None)])
+    monkeypatch.setattr(
+        bench_convert,
+        "run",
+        lambda *args: calls.append(args) or [Record(bench="convert", host={}, versions={}, git=None)],
+    )
     out, more = tmp_path / "out.jsonl", ["--runs", "6", "--photos", "9", "--folder", str(tmp_path), "--peers"]
-    assert invoke("--data", "synthetic", "--data", "x", "--workers", "1", "--workers", "4", *more, "--json", str(out)) == 0
+    assert (
+        invoke("--data", "synthetic", "--data", "x", "--workers", "1", "--workers", "4", *more, "--json", str(out)) == 0
+    )
     assert calls == [(data, workers, 6, 9, True, tmp_path) for data in ("synthetic", "x") for workers in (1, 4)]
-    assert [record.details["command"].split()[:3] for record in read_records(out)] == [["fastssl", "bench", "convert"]] * 4
+    assert [record.details["command"].split()[:3] for record in read_records(out)] == [
+        ["fastssl", "bench", "convert"]
+    ] * 4
 
 
 def test_a_whole_measurement(photo_tree: Path, tmp_path: Path) -> None:
@@ -256,7 +283,8 @@ def test_help_has_an_example() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "status"), [(["--folder", "absent"], 2), (["--runs", "4"], 2), (["--workers", "0"], 2), (["--data", "absent"], 1)]
+    ("arguments", "status"),
+    [(["--folder", "absent"], 2), (["--runs", "4"], 2), (["--workers", "0"], 2), (["--data", "absent"], 1)],
 )
 def test_wrong_use(arguments: list[str], status: int, capfd: pytest.CaptureFixture[str]) -> None:
     assert invoke(*arguments) == status

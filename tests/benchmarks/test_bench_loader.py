@@ -171,12 +171,17 @@ def test_a_file_smaller_than_a_batch_still_makes_long_epochs(beton: Path) -> Non
 
 
 def test_the_decode_engine_decodes_and_renders_nothing(beton: Path) -> None:
-    with BetonReader(beton) as reader, open_loader(reader, [ViewSpec(size=16)], 8, CPU, workers=2, crops="device") as loader:
+    with (
+        BetonReader(beton) as reader,
+        open_loader(reader, [ViewSpec(size=16)], 8, CPU, workers=2, crops="device") as loader,
+    ):
         engine = DecodeEngine(reader, loader.views, device=CPU, workers=2, crops="device")
         run_ = engine.run(requests_of(loader))
         rendered = next(run_)
         # What lies in the ring is the decoded batch, packed: the work that is being timed was done.
-        slot = next(slot for slot in engine._slots if slot.job is not None and slot.job.result().request is rendered.request)
+        slot = next(
+            slot for slot in engine._slots if slot.job is not None and slot.job.result().request is rendered.request
+        )
         start = 0
         for sample in rendered.request.index:
             picture = reader.decode(int(sample))
@@ -218,4 +223,6 @@ def test_other_engines_have_one_record(engine: str, beton: Path) -> None:
     (views,) = run(recipe, "quickstart", str(beton), "cpu", workers=1, batch_size=8, seconds=0.5, pipeline=engine)
     assert views.pipeline == engine and views.details["part"] == "views" and views.details["seconds"] == 0.5
     assert views.pair_per_s > 0 and views.fraction_of_ceiling == pytest.approx(views.view_per_s / views.ceiling)
-    assert views.ceiling_name == "bare decode and crop loop, 1 thread" and "colour" in views.bottleneck + str(views.details["share"])
+    assert views.ceiling_name == "bare decode and crop loop, 1 thread" and "colour" in views.bottleneck + str(
+        views.details["share"]
+    )

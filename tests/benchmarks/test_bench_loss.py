@@ -20,7 +20,9 @@ def test_contenders_take_turns_and_the_order_turns_round() -> None:
 
 
 def test_time_of_waiting_is_wall_time_but_not_processor_time() -> None:
-    timings = measure_in_turns({"wait": lambda: time.sleep(0.02), "nothing": lambda: None}, device="cpu", runs=5, warmup=0)
+    timings = measure_in_turns(
+        {"wait": lambda: time.sleep(0.02), "nothing": lambda: None}, device="cpu", runs=5, warmup=0
+    )
     assert timings["wait"].median_s >= 0.02
     assert timings["wait"].median_cpu_s < 0.01
     assert timings["nothing"].times_faster_than(timings["wait"]) > 5
@@ -35,7 +37,9 @@ def test_ratios_are_taken_within_rounds() -> None:
     assert Timing(wall=[3, 1, 2]).median_s == 2
 
 
-@pytest.mark.parametrize(("contenders", "runs", "message"), [({"a": lambda: None}, 4, "5 or more"), ({}, 5, "nothing to measure")])
+@pytest.mark.parametrize(
+    ("contenders", "runs", "message"), [({"a": lambda: None}, 4, "5 or more"), ({}, 5, "nothing to measure")]
+)
 def test_mistakes(contenders: dict, runs: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         measure_in_turns(contenders, device="cpu", runs=runs)
@@ -58,7 +62,13 @@ def test_peak_memory_counts_what_is_alive_at_once() -> None:
 @pytest.mark.parametrize("weighting", ["stepped", "uniform_all"])
 def test_loss_record(weighting: str) -> None:
     (record,) = loss.run(batch_size=32, queue=2048, dim=16, weighting=weighting)
-    assert (record.bench, record.device, record.batch_size, record.runs, record.peer) == ("loss", "cpu", 32, 5, loss.PEER)
+    assert (record.bench, record.device, record.batch_size, record.runs, record.peer) == (
+        "loss",
+        "cpu",
+        32,
+        5,
+        loss.PEER,
+    )
     assert record.view_per_s == pytest.approx(32 / record.median_s)
     assert record.pair_per_s == record.view_per_s / 2
     assert record.fraction_of_ceiling == pytest.approx(record.view_per_s / record.ceiling)

@@ -26,7 +26,9 @@ def take(stream, count: int = 2) -> list:
 
 
 @pytest.mark.parametrize(
-    ("transform", "dtype"), [(peers.torchvision_crops, torch.uint8), (peers.torchvision_moco, torch.float32)], ids=["crops", "augmented"]
+    ("transform", "dtype"),
+    [(peers.torchvision_crops, torch.uint8), (peers.torchvision_moco, torch.float32)],
+    ids=["crops", "augmented"],
 )
 def test_a_data_loader_gives_two_different_views(transform, dtype: torch.dtype, beton: Path) -> None:
     workers = peers._Workers(peers._Photos(beton, transform(SIZE)), 4, 1)
@@ -55,8 +57,12 @@ def test_ffcv_and_dali_decode_for_each_view(engine: str, beton: Path) -> None:
 
 
 @pytest.mark.engines
-def test_one_run_measures_all_and_names_who_is_missing(beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peers, "engine_state", lambda name: EngineState(name, None, "not installed" if name == "ffcv" else None))
+def test_one_run_measures_all_and_names_who_is_missing(
+    beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        peers, "engine_state", lambda name: EngineState(name, None, "not installed" if name == "ffcv" else None)
+    )
     need_engine("dali")
     records = peers.run(str(beton), size=SIZE, workers=1, batch_size=4, seconds=0.6)
     found = {(record.details["part"], record.details["loader"]): record for record in records}
@@ -69,4 +75,6 @@ def test_one_run_measures_all_and_names_who_is_missing(beton: Path, tmp_path: Pa
     for (_, loader), record in found.items():
         assert record.pair_per_s > 0 and (record.ratio_to_peer is None) == (loader == "native")
     write_records(tmp_path / "peers.jsonl", records)
-    assert f"native is {found['crops', pillow].ratio_to_peer:.2f}x {pillow}" in markdown(read_records(tmp_path / "peers.jsonl"))
+    assert f"native is {found['crops', pillow].ratio_to_peer:.2f}x {pillow}" in markdown(
+        read_records(tmp_path / "peers.jsonl")
+    )

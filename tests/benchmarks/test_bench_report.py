@@ -30,8 +30,21 @@ def record(bench: str, recipe: str | None, pair_per_s: float | None, **values: o
     fraction = values.pop("fraction", 0.8)
     if pair_per_s is not None:
         rates = {"pair_per_s": pair_per_s, "view_per_s": 2 * pair_per_s, "ceiling": 2 * pair_per_s / fraction}
-        values = {**rates, "median_s": 32 / pair_per_s, "ceiling_name": f"ceiling of {bench}", "fraction_of_ceiling": fraction, **values}
-    common = {"host": CPU, "versions": {"python": "3.11", "torch": "2.11"}, "git": "abc", "runs": 5, "device": "cpu", "batch_size": 32}
+        values = {
+            **rates,
+            "median_s": 32 / pair_per_s,
+            "ceiling_name": f"ceiling of {bench}",
+            "fraction_of_ceiling": fraction,
+            **values,
+        }
+    common = {
+        "host": CPU,
+        "versions": {"python": "3.11", "torch": "2.11"},
+        "git": "abc",
+        "runs": 5,
+        "device": "cpu",
+        "batch_size": 32,
+    }
     return Record(bench=bench, recipe=recipe, **{**common, **values}, details=details)
 
 
@@ -49,7 +62,10 @@ def records_of(recipe: str, scale: float = 1.0, **values: object) -> list[Record
                 median_s=0.1,
                 ceiling=1.0,
                 ceiling_name="one",
-                details={"part": "host cost", "host_cpu_ms": {"bare": 1.0, "1 view": 1.1, "2 views": 1.15, "2 + 6 views": 1.2}},
+                details={
+                    "part": "host cost",
+                    "host_cpu_ms": {"bare": 1.0, "1 view": 1.1, "2 views": 1.15, "2 + 6 views": 1.2},
+                },
                 **loader,
             ),
             record(
@@ -63,9 +79,24 @@ def records_of(recipe: str, scale: float = 1.0, **values: object) -> list[Record
     return [
         *found,
         record("views", recipe, scale * 765.0, details={"stage": "whole"}, pipeline="native", **values),
-        record("step", recipe, scale * 43.21, bottleneck="arithmetic", details={"share": {"networks": 0.9, "loss": 0.1}}, **network),
+        record(
+            "step",
+            recipe,
+            scale * 43.21,
+            bottleneck="arithmetic",
+            details={"share": {"networks": 0.9, "loss": 0.1}},
+            **network,
+        ),
         record("step", recipe, scale * 20.0, peer="plain step", ratio_to_peer=2.16, **network),
-        record("train", recipe, scale * 34.56, bottleneck="data (20% of the time)", details={"advice": ADVICE}, workers=2, **network),
+        record(
+            "train",
+            recipe,
+            scale * 34.56,
+            bottleneck="data (20% of the time)",
+            details={"advice": ADVICE},
+            workers=2,
+            **network,
+        ),
     ]
 
 
@@ -108,7 +139,9 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
-        self.fetched += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "action", "data", "poster")]
+        self.fetched += [
+            value or "" for name, value in attrs if name in ("src", "href", "srcset", "action", "data", "poster")
+        ]
 
     def handle_data(self, data: str) -> None:
         self.words += data + "\n"
@@ -116,7 +149,11 @@ class Page(HTMLParser):
 
 def rows_of(markdown: str) -> list[list[str]]:
     """Cells of all table rows; an escaped bar is no border."""
-    return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in markdown.splitlines() if line.startswith("|")]
+    return [
+        [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+        for line in markdown.splitlines()
+        if line.startswith("|")
+    ]
 
 
 def test_the_page_needs_nothing_but_itself(whole: Path) -> None:
@@ -151,14 +188,23 @@ def test_it_opens_with_the_end_to_end_figures(whole: Path) -> None:
         in lead
     )
     assert lead.count("Bottleneck: data (20% of the time). Advice: " + ADVICE + ".") == 3
-    assert lead.index("On Some CPU, 4 cores:") < lead.index("**second, resnet18**") < lead.index("On Some GPU, Other CPU, 16 cores:")
+    assert (
+        lead.index("On Some CPU, 4 cores:")
+        < lead.index("**second, resnet18**")
+        < lead.index("On Some GPU, Other CPU, 16 cores:")
+    )
     words = Page((whole / "report.html").read_text()).words
     for recipe in ("first", "second"):
         assert f"\n{recipe}, resnet18\n" in words
 
 
 def test_every_record_is_in_the_tables_with_its_figures(whole: Path) -> None:
-    records = [*records_of("first"), *records_of("second", 0.5), CEILINGS, *records_of("first", 100.0, host=GPU, device="cuda")]
+    records = [
+        *records_of("first"),
+        *records_of("second", 0.5),
+        CEILINGS,
+        *records_of("first", 100.0, host=GPU, device="cuda"),
+    ]
     rows = [row for row in rows_of((whole / "report.md").read_text()) if len(row) == len(COLUMNS) and row[0].split(":")[0] in
             ("loader", "views", "step", "train", "ceilings")]  # fmt: skip
     assert len(rows) == len(records)
@@ -171,11 +217,29 @@ def test_every_record_is_in_the_tables_with_its_figures(whole: Path) -> None:
 def test_recipe_rows() -> None:
     records = [*records_of("first"), *records_of("second", 0.5), *records_of("first", 100.0, host=GPU, device="cuda")]
     header, _, *rows = rows_of(recipe_table(records))
-    assert header == ["recipe", "network", "step pair/s", "end to end pair/s", "of its ceiling", "bottleneck", "machine", "command"]
+    assert header == [
+        "recipe",
+        "network",
+        "step pair/s",
+        "end to end pair/s",
+        "of its ceiling",
+        "bottleneck",
+        "machine",
+        "command",
+    ]
     first = "`fastssl bench step --recipe first`<br>`fastssl bench train --recipe first`"
     assert rows == [
         ["first", "resnet18", "43.2", "34.6", "80%", "data (20% of the time)", "Some CPU, 4 cores", first],
-        ["second", "resnet18", "21.6", "17.3", "80%", "data (20% of the time)", "Some CPU, 4 cores", first.replace("first", "second")],
+        [
+            "second",
+            "resnet18",
+            "21.6",
+            "17.3",
+            "80%",
+            "data (20% of the time)",
+            "Some CPU, 4 cores",
+            first.replace("first", "second"),
+        ],
         ["first", "resnet18", "4,321", "3,456", "80%", "data (20% of the time)", "Some GPU", first],
     ]
     assert recipe_table([CEILINGS]) == ""
@@ -256,7 +320,10 @@ def test_what_is_not_there_is_said(tmp_path: Path) -> None:
 
 
 def test_incomplete_records_are_named(tmp_path: Path) -> None:
-    lacking = [replace(record("loss", "first", 9.0), git=None), replace(record("step", "first", 9.0), git=None, ceiling=None)]
+    lacking = [
+        replace(record("loss", "first", 9.0), git=None),
+        replace(record("step", "first", 9.0), git=None, ceiling=None),
+    ]
     text = (written(tmp_path, [*lacking, record("step", "first", 9.0)]) / "report.md").read_text()
     assert "2 records lack: git and ceiling." in text
     assert "- **git:** 1 of loss, 1 of step\n- **ceiling:** 1 of step" in text
@@ -271,7 +338,9 @@ def test_shares_that_are_none_are_left_out() -> None:
 
 def test_the_fastest_of_each_part_is_drawn() -> None:
     records = records_of("first")
-    found = plots.measured_parts([*records, record("loader", "first", 1e6, pipeline="native", details={"part": "decode"})])
+    found = plots.measured_parts(
+        [*records, record("loader", "first", 1e6, pipeline="native", details={"part": "decode"})]
+    )
     assert [(key, one.pair_per_s) for key, one in found.items()] == [
         (("first", "loader"), 2 * 987.0 / 3), (("first", "views"), 765.0), (("first", "step"), 43.21), (("first", "train"), 34.56),
     ]  # fmt: skip
@@ -284,8 +353,19 @@ def test_the_fastest_of_each_part_is_drawn() -> None:
 def test_hostile_words_stay_words(tmp_path: Path) -> None:
     nasty = "<script>alert(1)</script> | `x` [a](http://evil.example) ![b](http://evil.example/p.png) $\\frac{ \\| \n# line\x00"
     records = [
-        replace(one, recipe=nasty, arch=nasty, bottleneck=nasty, ceiling_name=nasty, peer=one.peer and nasty, device=nasty, git=nasty)
-        for one in records_of("first", host={"cpu": nasty, "cores": nasty, "gpu": nasty}, versions={"python": nasty, "torch": nasty})
+        replace(
+            one,
+            recipe=nasty,
+            arch=nasty,
+            bottleneck=nasty,
+            ceiling_name=nasty,
+            peer=one.peer and nasty,
+            device=nasty,
+            git=nasty,
+        )
+        for one in records_of(
+            "first", host={"cpu": nasty, "cores": nasty, "gpu": nasty}, versions={"python": nasty, "torch": nasty}
+        )
     ]
     for one in records:
         one.details.update(command=nasty, advice=nasty, share={nasty: 0.7, "_hidden": 0.3})
@@ -342,15 +422,25 @@ def test_command(tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch:
     write_records("one.jsonl", [CEILINGS])
     write_records("two.jsonl", [record("loss", "first", 100.0)])
     assert run_command("one.jsonl", "two.jsonl", "one.jsonl") == 0
-    assert capfd.readouterr().out.split() == ["bench-report/report.html", "bench-report/report.md", "bench-report/recipes.md"]
+    assert capfd.readouterr().out.split() == [
+        "bench-report/report.html",
+        "bench-report/report.md",
+        "bench-report/recipes.md",
+    ]
     text = Path("bench-report/report.md").read_text()
     assert "| ceilings |" in text and "| loss | first |" in text and text.count("| ceilings |") == 1
     assert run_command("one.jsonl", "--out", "deep/er") == 0 and Path("deep/er/report.html").is_file()
 
 
-@pytest.mark.parametrize(("arguments", "status"), [([], 2), (["absent.jsonl"], 1), (["."], 1), (["one.jsonl", "--out", "one.jsonl"], 1)])
+@pytest.mark.parametrize(
+    ("arguments", "status"), [([], 2), (["absent.jsonl"], 1), (["."], 1), (["one.jsonl", "--out", "one.jsonl"], 1)]
+)
 def test_wrong_use(
-    tmp_path: Path, arguments: list[str], status: int, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    arguments: list[str],
+    status: int,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     write_records("one.jsonl", [CEILINGS])

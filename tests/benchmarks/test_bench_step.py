@@ -36,8 +36,17 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> Recipe:
                 torch.nn.Flatten(),
             )
 
-    monkeypatch.setattr("fastssl.training.step.create_backbone", lambda name, **options: Backbone().to(memory_format=torch.channels_last))
-    changes = {"views.0.size": "16", "moco.queue": "64", "moco.projector.hidden": "16", "moco.projector.out": "8", "moco.smoothing": "0.2"}
+    monkeypatch.setattr(
+        "fastssl.training.step.create_backbone",
+        lambda name, **options: Backbone().to(memory_format=torch.channels_last),
+    )
+    changes = {
+        "views.0.size": "16",
+        "moco.queue": "64",
+        "moco.projector.hidden": "16",
+        "moco.projector.out": "8",
+        "moco.smoothing": "0.2",
+    }
     return load_recipe("few-photos-moco", changes)
 
 
@@ -45,7 +54,10 @@ def test_a_step_is_the_training_loops_step(tiny: Recipe) -> None:
     """Against the same step written out by hand, on a copy."""
     step = Step(tiny, CPU, 8, amp=False)
     twin = copy.deepcopy(step.method)
-    twin._student_parameters, twin._teacher_parameters = list(twin.student.parameters()), list(twin.teacher.parameters())
+    twin._student_parameters, twin._teacher_parameters = (
+        list(twin.student.parameters()),
+        list(twin.teacher.parameters()),
+    )
     twin.compute_with(twin.student, twin.teacher)
     views = random_views(tiny, 8, CPU)
     assert views[0].is_contiguous(memory_format=torch.channels_last) and views[0].shape == (16, 3, 16, 16)
@@ -59,7 +71,9 @@ def test_a_step_is_the_training_loops_step(tiny: Recipe) -> None:
     twin.after_step(keys, [])
     assert decay == [tiny.optim.weight_decay, 0.0]
     for name, parameter in twin.student.named_parameters():
-        expected = parameter - rate * (parameter.grad + (tiny.optim.weight_decay * parameter if parameter.ndim > 1 else 0))
+        expected = parameter - rate * (
+            parameter.grad + (tiny.optim.weight_decay * parameter if parameter.ndim > 1 else 0)
+        )
         torch.testing.assert_close(dict(step.method.student.named_parameters())[name], expected, rtol=1e-5, atol=1e-7)
     for name, parameter in step.method.teacher.named_parameters():
         student = dict(step.method.student.named_parameters())[name]
@@ -77,7 +91,9 @@ def test_networks_alone_leaves_weights_and_queue(tiny: Recipe) -> None:
     assert all(torch.equal(value, before[name]) for name, value in step.method.named_parameters())
     assert torch.equal(step.method.queue, queue)
     # Both networks did run: their BatchNorm statistics moved.
-    assert all(int(network.backbone[1].num_batches_tracked) > 0 for network in (step.method.student, step.method.teacher))
+    assert all(
+        int(network.backbone[1].num_batches_tracked) > 0 for network in (step.method.student, step.method.teacher)
+    )
 
 
 def test_step_record(tiny: Recipe) -> None:
@@ -87,7 +103,12 @@ def test_step_record(tiny: Recipe) -> None:
     assert record.pair_per_s == pytest.approx(8 / record.median_s)
     assert record.fraction_of_ceiling == pytest.approx(record.view_per_s / record.ceiling)
     details = record.details
-    assert details["amp"] == "off" and details["compiled"] is False and details["graph"] is False and details["fallbacks"] == {}
+    assert (
+        details["amp"] == "off"
+        and details["compiled"] is False
+        and details["graph"] is False
+        and details["fallbacks"] == {}
+    )
     assert details["peak_bytes"] > 16 * 8 * 8 * 8 * 4  # at least the first feature map
     assert details["flop_per_s"] == pytest.approx(details["flop_per_pair"] * record.pair_per_s)
     assert sum(details["share"].values()) == pytest.approx(1) and min(details["share"].values()) >= 0
@@ -101,7 +122,12 @@ def test_operations_and_bytes_against_a_count_by_hand(tiny: Recipe) -> None:
     first, second = images * 64 * 8 * 27, images * 16 * 8 * 72
     projector = images * (8 * 16 + 16 * 8)
     assert cost.flop == 2 * (first + second + projector)
-    moved = images * (3 * 256 + 8 * 64) + 8 * 27, images * (8 * 64 + 8 * 16) + 8 * 72, images * (8 + 16) + 128, images * (16 + 8) + 128
+    moved = (
+        images * (3 * 256 + 8 * 64) + 8 * 27,
+        images * (8 * 64 + 8 * 16) + 8 * 72,
+        images * (8 + 16) + 128,
+        images * (16 + 8) + 128,
+    )
     assert cost.bytes == 4 * sum(moved)
     step.method.student(random_views(tiny, 8, CPU)[0])
     assert not step.method.student.backbone[0]._forward_hooks
@@ -116,7 +142,9 @@ def test_the_roofline_takes_the_longer_of_the_two_layer_by_layer() -> None:
 def test_optimiser_and_average_beside_the_loops(tiny: Recipe) -> None:
     *_, record = run(tiny, "few-photos-moco", "cpu", batch_size=8, peers=True)
     assert record.details["part"] == "update" and record.runs >= 5 and record.ratio_to_peer > 0
-    parameters = 8 * 27 + 2 * 8 + 8 * 72 + 8 + 8 * 16 + 16 + 2 * 16 + 16 * 8  # BatchNorm in the projector: a shift, but no bias before it
+    parameters = (
+        8 * 27 + 2 * 8 + 8 * 72 + 8 + 8 * 16 + 16 + 2 * 16 + 16 * 8
+    )  # BatchNorm in the projector: a shift, but no bias before it
     assert abs(record.details["parameters"] - parameters) < 64
     assert record.ceiling and record.fraction_of_ceiling == pytest.approx(2 * record.pair_per_s / record.ceiling)
 
@@ -152,7 +180,9 @@ def test_switches_that_cannot_be_used_are_reported(tiny: Recipe, monkeypatch: py
     assert record.pair_per_s > 0
 
 
-def test_a_compiled_step_says_so_and_how_long_the_first_call_took(tiny: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compiled_step_says_so_and_how_long_the_first_call_took(
+    tiny: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
     compiled: list[torch.nn.Module] = []
     monkeypatch.setattr(torch, "compile", lambda module, **options: compiled.append(module) or module)
     with torch._dynamo.config.patch(disable=False):
@@ -238,7 +268,9 @@ def test_the_work_of_a_step_counts_each_network_over_what_it_sees(tiny: Recipe) 
     step = Step(load_recipe("moco-mobilenetv2-sslight", changes), CPU, 8, amp=False)
     cost = step.cost(random_views(step.recipe, 8, CPU))
     one_global, one_local = (
-        forward_cost(step.method.student.backbone, torch.randn(8, 3, size, size).contiguous(memory_format=torch.channels_last), 4).flop
+        forward_cost(
+            step.method.student.backbone, torch.randn(8, 3, size, size).contiguous(memory_format=torch.channels_last), 4
+        ).flop
         for size in (48, 32)
     )
     head = 8 * 2 * (8 * 16 + 16 * 8)
@@ -246,7 +278,11 @@ def test_the_work_of_a_step_counts_each_network_over_what_it_sees(tiny: Recipe) 
 
 
 def test_a_batch_that_a_recipe_does_not_take_is_scaled_for_the_estimate() -> None:
-    for name, settings in (("swav-mobilenetv2-sslight", "swav"), ("simclr-mobilenetv3", "simclr"), ("moco-mobilenetv2-sslight", "moco")):
+    for name, settings in (
+        ("swav-mobilenetv2-sslight", "swav"),
+        ("simclr-mobilenetv3", "simclr"),
+        ("moco-mobilenetv2-sslight", "moco"),
+    ):
         recipe = load_recipe(name)
         scaled = gauge.scaled(recipe, 6)
         assert getattr(scaled, settings).allows(6) and scaled.train.batch_size == 6

@@ -24,7 +24,12 @@ STEP = Record(
     host=HOST,
     versions={"torch": "2.11"},
     git="abc",
-    details={"amp": "bf16", "compiled": False, "fallbacks": {"compile": "RuntimeError: a | b"}, "asked_batch_size": 512},
+    details={
+        "amp": "bf16",
+        "compiled": False,
+        "fallbacks": {"compile": "RuntimeError: a | b"},
+        "asked_batch_size": 512,
+    },
 )
 COST = Record(
     bench="loader",
@@ -33,7 +38,11 @@ COST = Record(
     host={"cpu": "Other CPU", "cores": 2},
     versions={},
     git=None,
-    details={"part": "host cost", "data": {"name": "photos.beton"}, "times_1_view": {"1 view": 1.0, "2 + 6 views": 1.057}},
+    details={
+        "part": "host cost",
+        "data": {"name": "photos.beton"},
+        "times_1_view": {"1 view": 1.0, "2 + 6 views": 1.057},
+    },
 )
 
 
@@ -58,13 +67,27 @@ def test_cells_say_what_ran_and_what_limited_it() -> None:
         "",
         "2 + 6 views: 1.06x the host time of one",
     )
-    peer = Record(bench="loss", peer="dense", ratio_to_peer=1.5, pair_per_s=3.14159, host={}, versions={}, git=None, details={"queue": 64})
+    peer = Record(
+        bench="loss",
+        peer="dense",
+        ratio_to_peer=1.5,
+        pair_per_s=3.14159,
+        host={},
+        versions={},
+        git=None,
+        details={"queue": 64},
+    )
     assert cells(peer)[2:4] == ("queue 64", "3.14") and cells(peer)[-1] == "1.50x dense"
 
 
 def test_terminal_lines_align() -> None:
     header, row = line(COLUMNS), line(cells(STEP))
-    for name, text in (("recipe", "quickstart"), ("setting", "cuda, batch"), ("ceiling", "the networks'"), ("bottleneck", "launches;")):
+    for name, text in (
+        ("recipe", "quickstart"),
+        ("setting", "cuda, batch"),
+        ("ceiling", "the networks'"),
+        ("bottleneck", "launches;"),
+    ):
         # "ceiling" also ends the heading "of ceiling"
         assert header.rindex(name) == row.index(text)
     assert header.index("pair/s") + len("pair/s") == row.index("12,346") + len("12,346")

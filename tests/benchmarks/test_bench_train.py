@@ -42,7 +42,13 @@ class FakeStep:
 def measure(beton: Path, step: FakeStep, monkeypatch: pytest.MonkeyPatch, seconds: float = 1.0):
     monkeypatch.setattr(bench, "fit_step", lambda *args, **options: Fitted(step, [], 8, Cost((), 0)))
     (record,) = bench.run(
-        load_recipe("few-photos-moco", SMALL), "few-photos-moco", str(beton), "cpu", workers=1, batch_size=8, seconds=seconds
+        load_recipe("few-photos-moco", SMALL),
+        "few-photos-moco",
+        str(beton),
+        "cpu",
+        workers=1,
+        batch_size=8,
+        seconds=seconds,
     )
     assert record.view_per_s == pytest.approx(2 * record.pair_per_s)
     assert record.fraction_of_ceiling == pytest.approx(record.view_per_s / record.ceiling)
@@ -66,7 +72,9 @@ def test_a_slow_step_hides_the_loader(beton: Path, monkeypatch: pytest.MonkeyPat
     assert record.details["data_wait"] < 0.3
 
 
-def test_advice_is_tried_and_its_outcome_stands_beside_the_prediction(beton: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_advice_is_tried_and_its_outcome_stands_beside_the_prediction(
+    beton: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Photos that take far longer to decode than the step takes: smaller ones, and another thread where there is a core for it, must help."""
     monkeypatch.setattr(bench, "fit_step", lambda *args, **options: Fitted(FakeStep(0.0), [], 8, Cost((), 0)))
     (record,) = bench.run(
@@ -83,7 +91,10 @@ def test_advice_is_tried_and_its_outcome_stands_beside_the_prediction(beton: Pat
     remedies = record.details["remedies"]
     (smaller,) = [remedy for remedy in remedies if remedy["do"] == "convert with --short-side 48"]
     assert smaller["predicted"] > 2 and smaller["measured"] > 1.5
-    assert f"{smaller['predicted']:.2f}x" in record.details["advice"] and f"{smaller['measured']:.2f}x" in record.details["advice"]
+    assert (
+        f"{smaller['predicted']:.2f}x" in record.details["advice"]
+        and f"{smaller['measured']:.2f}x" in record.details["advice"]
+    )
     assert record.details["advice"].startswith("data-bound ")
     threads = [remedy for remedy in remedies if "decode thread" in remedy["do"]]
     assert len(threads) == (available_cores() > 1)
@@ -105,14 +116,20 @@ def test_train_record_of_a_real_network(beton: Path) -> None:
     record.to_json()
 
 
-def test_a_recorded_step_is_fed_the_crops_that_it_was_recorded_with(beton: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_recorded_step_is_fed_the_crops_that_it_was_recorded_with(
+    beton: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def replayed(call):
         result = torch.zeros(4)
         return lambda: result.copy_(call()), result
 
     monkeypatch.setattr(step_bench, "TrainStep", partial(TrainStep, record=replayed))
-    recipe = load_recipe("few-photos-moco", {**SMALL, "moco.queue": "64", "arch": "lcnet_035", "zero_init_residual": "false"})
-    (record,) = bench.run(recipe, "few-photos-moco", str(beton), "cpu", workers=1, batch_size=4, seconds=0.2, graph=True, amp="bf16")
+    recipe = load_recipe(
+        "few-photos-moco", {**SMALL, "moco.queue": "64", "arch": "lcnet_035", "zero_init_residual": "false"}
+    )
+    (record,) = bench.run(
+        recipe, "few-photos-moco", str(beton), "cpu", workers=1, batch_size=4, seconds=0.2, graph=True, amp="bf16"
+    )
     assert record.details["graph"] and record.details["colours_crops"] and record.details["fallbacks"] == {}
     (record,) = step_bench.run(recipe, "few-photos-moco", "cpu", batch_size=4, graph=True)
     assert record.details["graph"] and record.details["share"] is None
@@ -123,7 +140,13 @@ def test_damaged_photos_are_passed_over_as_the_recipe_says(damaged: tuple[Path, 
     options = {"moco.queue": "64", "arch": "lcnet_035", "zero_init_residual": "false"}
     with pytest.raises(FastSSLError, match="sample"):
         bench.run(
-            load_recipe("few-photos-moco", {**SMALL, **options}), "few-photos-moco", str(path), "cpu", workers=1, batch_size=4, seconds=0.2
+            load_recipe("few-photos-moco", {**SMALL, **options}),
+            "few-photos-moco",
+            str(path),
+            "cpu",
+            workers=1,
+            batch_size=4,
+            seconds=0.2,
         )
     skipping = load_recipe("few-photos-moco", {**SMALL, **options, "train.on_bad": "skip"})
     (record,) = bench.run(skipping, "few-photos-moco", str(path), "cpu", workers=1, batch_size=4, seconds=0.2)

@@ -30,7 +30,9 @@ def test_views_records(beton: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (spec,) = recipe.views
     with BetonReader(beton) as reader:
         ids = np.arange(6)
-        plan = draw_plan(spec, first_view=0, seed=0, epoch=0, sample_ids=ids, heights=reader.heights[ids], widths=reader.widths[ids])
+        plan = draw_plan(
+            spec, first_view=0, seed=0, epoch=0, sample_ids=ids, heights=reader.heights[ids], widths=reader.widths[ids]
+        )
     view, box = 3 * 32 * 32, 3 * float(np.mean(plan["height"].astype(float) * plan["width"]))
     assert by_stage["crop"].details["bytes_per_view"] == pytest.approx(box + view)
     assert by_stage["colour"].details["bytes_per_view"] == pytest.approx(view + 4 * view)

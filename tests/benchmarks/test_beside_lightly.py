@@ -13,7 +13,9 @@ from fastssl.benchmarks.studies.beside_lightly import Contender, judge, race, to
 from fastssl.models.backbones import create_backbone
 
 #: Appends the time to its file every 20 ms.
-CLOCK = "import sys,time\nwhile True:\n    open(sys.argv[1], 'a').write(f'{time.monotonic()}\\n')\n    time.sleep(0.02)\n"
+CLOCK = (
+    "import sys,time\nwhile True:\n    open(sys.argv[1], 'a').write(f'{time.monotonic()}\\n')\n    time.sleep(0.02)\n"
+)
 
 
 def clock(tmp_path, name: str, script: str = CLOCK) -> Contender:
@@ -54,9 +56,13 @@ def test_the_judge_takes_both_kinds_of_weights(beton, tmp_path):
     from safetensors.torch import save_file
 
     backbone = create_backbone("lcnet_035")
-    save_file({name: value.contiguous() for name, value in backbone.state_dict().items()}, tmp_path / "ours.safetensors")
+    save_file(
+        {name: value.contiguous() for name, value in backbone.state_dict().items()}, tmp_path / "ours.safetensors"
+    )
     torch.save({"backbone": backbone.state_dict(), "step": 1}, tmp_path / "theirs.pt")
-    ours, theirs = (judge(tmp_path / name, "lcnet_035", beton, beton, 32, 1.0) for name in ("ours.safetensors", "theirs.pt"))
+    ours, theirs = (
+        judge(tmp_path / name, "lcnet_035", beton, beton, 32, 1.0) for name in ("ours.safetensors", "theirs.pt")
+    )
     assert ours == theirs and 0 <= ours["knn"] <= 100 and 0 <= ours["linear"] <= 100
 
 

@@ -49,7 +49,9 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, int, bool
 # ------------------------------------------------------------------ disk
 
 
-def test_the_disk_is_read_past_the_page_cache_and_left_as_it_was(on_disk: Path, reads: list[tuple[int, int, bool]]) -> None:
+def test_the_disk_is_read_past_the_page_cache_and_left_as_it_was(
+    on_disk: Path, reads: list[tuple[int, int, bool]]
+) -> None:
     synced: list[int] = []
     real = os.fsync
     with pytest.MonkeyPatch.context() as patch:
@@ -167,7 +169,11 @@ def test_a_machine_has_one_record(beton: Path, tmp_path: Path, small: None) -> N
     assert (record.bench, record.device, record.workers, record.runs) == ("ceilings", "cpu", 2, 5)
     assert record.pair_per_s is None and record.ceiling is None
     found = record.details
-    assert found["decode_threads"] == 2 and found["data"]["name"] == beton.name and found["threads"] == torch.get_num_threads()
+    assert (
+        found["decode_threads"] == 2
+        and found["data"]["name"] == beton.name
+        and found["threads"] == torch.get_num_threads()
+    )
     assert found["decode_per_s_1_thread"] > 0 and found["decode_per_s"] > 0 and found["copy_bytes_per_s"] > 0
     assert set(found["product_flop_per_s"]) == {"float32", "bfloat16"} and min(found["product_flop_per_s"].values()) > 0
     assert (found["disk_read_bytes_per_s"] is None) == (found["disk_problem"] is not None)
@@ -181,7 +187,9 @@ def test_figures_are_rates_of_what_was_done(beton: Path, monkeypatch: pytest.Mon
     """The copy counts bytes twice, the product two operations for each of side cubed."""
     timing = SimpleNamespace(median_s=0.5)
     contenders: dict = {}
-    monkeypatch.setattr(ceilings, "measure_in_turns", lambda calls, **options: contenders.update(calls) or dict.fromkeys(calls, timing))
+    monkeypatch.setattr(
+        ceilings, "measure_in_turns", lambda calls, **options: contenders.update(calls) or dict.fromkeys(calls, timing)
+    )
     monkeypatch.setattr(ceilings, "measure_disk", lambda folder, runs: DiskRates(1.0, 2.0))
     found = ceilings.measure(str(beton), "cpu", workers=1, seconds=0.2)
     assert found.copy_bytes_per_s == 2 * 2**20 / 0.5
@@ -202,7 +210,9 @@ def test_a_disk_that_cannot_be_measured_leaves_the_rest(beton: Path, tmp_path: P
 
 def test_options_are_passed_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     calls: list[tuple] = []
-    monkeypatch.setattr(ceilings, "run", lambda *args: calls.append(args) or [Record(bench="ceilings", host={}, versions={}, git=None)])
+    monkeypatch.setattr(
+        ceilings, "run", lambda *args: calls.append(args) or [Record(bench="ceilings", host={}, versions={}, git=None)]
+    )
     with pytest.raises(SystemExit) as stop:
         main(
             [

@@ -50,20 +50,38 @@ def test_help_has_an_example(name: str) -> None:
 def test_settings_are_crossed_and_passed_on(calls: list[tuple], tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
     status = invoke(
-        *("loader", "--recipe", "quickstart", "--recipe", "moco-v2-resnet50", "--data", "synthetic", "--data", "x.beton"),
+        *(
+            "loader",
+            "--recipe",
+            "quickstart",
+            "--recipe",
+            "moco-v2-resnet50",
+            "--data",
+            "synthetic",
+            "--data",
+            "x.beton",
+        ),
         *("--workers", "1", "--workers", "3", "--batch-size", "16", "--seconds", "2", "--runs", "7", "--photos", "9"),
         *("--set", "views.0.size=48", "--device", "cpu", "--json", str(out)),
     )
     assert status == 0 and len(calls) == len(read_records(out)) == 8
     assert [(args[1], args[2], args[4]) for _, args, _ in calls] == [
-        (recipe, data, workers) for recipe in ("quickstart", "moco-v2-resnet50") for data in ("synthetic", "x.beton") for workers in (1, 3)
+        (recipe, data, workers)
+        for recipe in ("quickstart", "moco-v2-resnet50")
+        for data in ("synthetic", "x.beton")
+        for workers in (1, 3)
     ]
     for _, (recipe, _, _, device, _, *rest), _ in calls:
         assert recipe.views[0].size == 48 and device == torch.device("cpu") and rest == [16, 2.0, 7, 9, "native"]
 
 
 def test_loader_goes_through_the_engines(calls: list[tuple]) -> None:
-    assert invoke("loader", "--device", "cpu", "--workers", "1", "--workers", "4", "--pipeline", "dali", "--pipeline", "ffcv") == 0
+    assert (
+        invoke(
+            "loader", "--device", "cpu", "--workers", "1", "--workers", "4", "--pipeline", "dali", "--pipeline", "ffcv"
+        )
+        == 0
+    )
     assert [(args[4], args[-1]) for _, args, _ in calls] == [(1, "dali"), (1, "ffcv"), (4, "dali"), (4, "ffcv")]
     assert invoke("loader", "--pipeline", "auto") == 2
 
@@ -118,7 +136,17 @@ def test_loss_takes_the_recipes_numbers(calls: list[tuple], tmp_path: Path) -> N
     out = tmp_path / "out.jsonl"
     assert (
         invoke(
-            "loss", "--recipe", "light-moco-mobilenetv3", "--batch-size", "8", "--batch-size", "16", "--device", "cpu", "--json", str(out)
+            "loss",
+            "--recipe",
+            "light-moco-mobilenetv3",
+            "--batch-size",
+            "8",
+            "--batch-size",
+            "16",
+            "--device",
+            "cpu",
+            "--json",
+            str(out),
         )
         == 0
     )
@@ -146,7 +174,10 @@ def test_one_setting_that_fails_leaves_the_others(
 
     monkeypatch.setattr(step, "run", run)
     out = tmp_path / "out.jsonl"
-    assert invoke("step", "--recipe", "quickstart", "--recipe", "moco-v2-resnet50", "--device", "cpu", "--json", str(out)) == 1
+    assert (
+        invoke("step", "--recipe", "quickstart", "--recipe", "moco-v2-resnet50", "--device", "cpu", "--json", str(out))
+        == 1
+    )
     assert len(read_records(out)) == 1
     errors = capfd.readouterr().err
     assert "failed: step, quickstart, amp auto: RuntimeError: the device is gone" in errors
@@ -161,7 +192,9 @@ def test_records_are_on_disk_before_the_next_setting_runs(monkeypatch: pytest.Mo
         return [Record(bench="step", host={}, versions={}, git=None)] * 2
 
     monkeypatch.setattr(step, "run", run)
-    assert invoke("step", "--recipe", "quickstart", "--recipe", "quickstart", "--device", "cpu", "--json", str(out)) == 0
+    assert (
+        invoke("step", "--recipe", "quickstart", "--recipe", "quickstart", "--device", "cpu", "--json", str(out)) == 0
+    )
     assert lines == [0, 2]
 
 
@@ -209,7 +242,22 @@ def test_debug_shows_the_cause(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_whole_measurement(beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "_COPY_CPU", 2**20)
     out = tmp_path / "out.jsonl"
-    assert invoke("views", "--recipe", "quickstart", "--data", str(beton), "--batch-size", "4", "--device", "cpu", "--json", str(out)) == 0
+    assert (
+        invoke(
+            "views",
+            "--recipe",
+            "quickstart",
+            "--data",
+            str(beton),
+            "--batch-size",
+            "4",
+            "--device",
+            "cpu",
+            "--json",
+            str(out),
+        )
+        == 0
+    )
     records = read_records(out)
     assert [record.details["stage"] for record in records] == ["crop", "colour", "whole"]
     assert {record.recipe for record in records} == {"quickstart"} and records[0].details["data"]["name"] == beton.name

@@ -28,10 +28,21 @@ CPU = torch.device("cpu")
 
 def tiny(**changes: str) -> Recipe:
     """A small recipe with steps of 8."""
-    values = {"arch": "mobilenetv3_small_050", "train.batch_size": "8", "moco.queue": "64", "train.epochs": "5", "probe.every_epochs": "2"}
+    values = {
+        "arch": "mobilenetv3_small_050",
+        "train.batch_size": "8",
+        "moco.queue": "64",
+        "train.epochs": "5",
+        "probe.every_epochs": "2",
+    }
     return load_recipe(
         "few-photos-moco",
-        {"views.0.size": "32", "probe.size": "32", **values, **{key.replace("__", "."): value for key, value in changes.items()}},
+        {
+            "views.0.size": "32",
+            "probe.size": "32",
+            **values,
+            **{key.replace("__", "."): value for key, value in changes.items()},
+        },
     )
 
 
@@ -195,7 +206,12 @@ def estimate(beton: Path) -> Estimate:
 
 @pytest.mark.timed
 def test_the_estimate_hangs_together(estimate: Estimate, beton: Path) -> None:
-    assert (estimate.arch, estimate.device, estimate.devices, estimate.workers) == ("mobilenetv3_small_050", "cpu", 1, 1)
+    assert (estimate.arch, estimate.device, estimate.devices, estimate.workers) == (
+        "mobilenetv3_small_050",
+        "cpu",
+        1,
+        1,
+    )
     assert estimate.data == {"name": beton.name, "samples": 48} and estimate.steps_per_epoch == 6
     assert estimate.epoch_s == pytest.approx(6 * estimate.step_s)
     assert estimate.probes == 2
@@ -204,7 +220,9 @@ def test_the_estimate_hangs_together(estimate: Estimate, beton: Path) -> None:
     assert estimate.pair_per_s == pytest.approx(8 / estimate.step_s)
     assert estimate.pair_per_s <= estimate.step_pair_per_s
     assert estimate.limit == ("data" if estimate.loader_pair_per_s < estimate.step_pair_per_s else "step")
-    assert estimate.memory_bytes == pytest.approx(estimate.static_bytes + estimate.activation_bytes + estimate.data_bytes, abs=3)
+    assert estimate.memory_bytes == pytest.approx(
+        estimate.static_bytes + estimate.activation_bytes + estimate.data_bytes, abs=3
+    )
     assert estimate.fits and estimate.largest_batch == 32 and estimate.largest_batch_limit == "moco.queue"
     assert [step["batch_size"] for step in estimate.measured["step"]][-1] == 8 and not estimate.extrapolated
     assert estimate.measured["together"]["batch_size"] == 8
@@ -266,7 +284,9 @@ def test_a_slow_step_is_measured_in_small_and_extrapolated(beton: Path, monkeypa
 
 @pytest.mark.timed
 def test_a_batch_beyond_the_memory(beton: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "resident_bytes", lambda key: None)  # as on a system that does not tell: tensors alone count
+    monkeypatch.setattr(
+        memory, "resident_bytes", lambda key: None
+    )  # as on a system that does not tell: tensors alone count
     measured: list[gauge.Measured] = []
 
     def measure(*arguments: Any) -> gauge.Measured:
@@ -309,7 +329,9 @@ def test_the_largest_batch_goes_with_the_recipes_parts() -> None:
 
 def test_the_final_probe_counts_every_network() -> None:
     def passes(name: str, **changes: str) -> int:
-        return estimate_module._final_passes(load_recipe(name, {f"probe.{key}": value for key, value in changes.items()}), 100)
+        return estimate_module._final_passes(
+            load_recipe(name, {f"probe.{key}": value for key, value in changes.items()}), 100
+        )
 
     assert passes("few-photos-moco") == 200  # the trained network, and the one before training
     assert passes("dino-mobilenetv2-sslight") == 300  # the teacher, too

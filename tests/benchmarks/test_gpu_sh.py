@@ -60,7 +60,9 @@ def stand_in(tmp_path: Path):
     def make(failing: str = "-", hanging: str = "-") -> Path:
         path = tmp_path / "python"
         site = sysconfig.get_paths()["purelib"]
-        path.write_text(STAND_IN.format(site=site, python=sys.executable, log=tmp_path / "log", failing=failing, hanging=hanging))
+        path.write_text(
+            STAND_IN.format(site=site, python=sys.executable, log=tmp_path / "log", failing=failing, hanging=hanging)
+        )
         path.chmod(0o755)
         return path
 
@@ -69,7 +71,14 @@ def stand_in(tmp_path: Path):
 
 def script(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    return subprocess.run(["bash", str(SCRIPT), *map(str, arguments)], cwd=cwd, env=environment, capture_output=True, text=True, timeout=60)
+    return subprocess.run(
+        ["bash", str(SCRIPT), *map(str, arguments)],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
 
 
 def benches(out: Path) -> list[str]:

@@ -78,10 +78,14 @@ def test_an_engine_that_is_off_is_seen(
     (row,) = parity.measure(photos, samples=4, operations=parity.OPERATIONS[1:2])
     found = row.differences["native", "torchvision"]
     assert found.mean > row.operation.mean and found.most > row.operation.most and row.beyond("native")
-    text = parity.to_markdown([row], [], {"command": "", "host": {"cpu": ""}, "versions": {}, "samples": 4, "data": {"name": ""}})
+    text = parity.to_markdown(
+        [row], [], {"command": "", "host": {"cpu": ""}, "versions": {}, "samples": 4, "data": {"name": ""}}
+    )
     assert f"| 0.5 / 3 (12) | **{found.mean:.2f} / " in text
     # As the command: the report is written, and the status says that it is not good.
-    monkeypatch.setattr(parity.measure, "__kwdefaults__", {**parity.measure.__kwdefaults__, "operations": parity.OPERATIONS[1:2]})
+    monkeypatch.setattr(
+        parity.measure, "__kwdefaults__", {**parity.measure.__kwdefaults__, "operations": parity.OPERATIONS[1:2]}
+    )
     assert parity.main(["--data", str(photos), "--out", str(tmp_path), "--samples", "3"]) == 1
     assert "further from torchvision than the bound: crop, reduced, bilinear (native)" in capsys.readouterr().err
     assert (tmp_path / "parity.md").is_file()
@@ -95,13 +99,23 @@ def test_crop_boxes_are_torchvisions() -> None:
             assert row[name] < 1.6 * row["chance"], row
 
 
-def test_the_command_writes_table_picture_and_figures(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_writes_table_picture_and_figures(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(parity, "OPERATIONS", parity.OPERATIONS[:2])
-    monkeypatch.setattr(parity.measure, "__kwdefaults__", {**parity.measure.__kwdefaults__, "operations": parity.OPERATIONS})
-    monkeypatch.setattr(parity, "crop_statistics", lambda: [{"photo": "1x1", "scale": "1", "ratio": 0.1, "chance": 0.2}])
+    monkeypatch.setattr(
+        parity.measure, "__kwdefaults__", {**parity.measure.__kwdefaults__, "operations": parity.OPERATIONS}
+    )
+    monkeypatch.setattr(
+        parity, "crop_statistics", lambda: [{"photo": "1x1", "scale": "1", "ratio": 0.1, "chance": 0.2}]
+    )
     assert parity.main(["--data", str(photos), "--out", str(tmp_path / "out"), "--samples", "3"]) == 0
     text = (tmp_path / "out" / "parity.md").read_text()
-    assert "| crop, reduced, bilinear |" in text and "| 1x1 | 1 | 0.1000 | 0.2000 |" in text and str(photos.parent) not in text
+    assert (
+        "| crop, reduced, bilinear |" in text
+        and "| 1x1 | 1 | 0.1000 | 0.2000 |" in text
+        and str(photos.parent) not in text
+    )
     figures = json.loads((tmp_path / "out" / "parity.json").read_text())
     engines = len(parity.available())
     assert len(figures["differences"]) == 2 * engines * 2 and figures["samples"] == 3

@@ -24,10 +24,18 @@ def recipe(monkeypatch: pytest.MonkeyPatch) -> Recipe:
         num_features = 8
 
         def __init__(self) -> None:
-            super().__init__(torch.nn.Conv2d(3, 8, 3, 2, 1), torch.nn.GELU(), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+            super().__init__(
+                torch.nn.Conv2d(3, 8, 3, 2, 1), torch.nn.GELU(), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten()
+            )
 
     monkeypatch.setattr("fastssl.training.step.create_backbone", lambda name, **options: Backbone())
-    changes = {"views.0.size": "16", "moco.queue": "64", "moco.smoothing": "0.2", "moco.momentum": "0.9", "moco.split_bn": "1"}
+    changes = {
+        "views.0.size": "16",
+        "moco.queue": "64",
+        "moco.smoothing": "0.2",
+        "moco.momentum": "0.9",
+        "moco.split_bn": "1",
+    }
     changes |= {"moco.neighbors": "5", "moco.weighting": "uniform_topk", "train.batch_size": str(BATCH)}
     changes |= {
         "moco.projector.hidden": "16",
@@ -67,8 +75,17 @@ def test_two_steps_of_both_end_at_the_same_weights(recipe: Recipe) -> None:
 def test_the_record_stands_beside_its_peers(recipe: Recipe) -> None:
     ours, plain, update = run(recipe, "few-photos-moco", CPU, BATCH, "off", peers=True)
     assert ours.peer is None and plain.peer == "plain MoCo step, NCHW, float32"
-    assert plain.ratio_to_peer > 0 and plain.details["cpu_ratio_to_peer"] > 0 and plain.pair_per_s == pytest.approx(BATCH / plain.median_s)
+    assert (
+        plain.ratio_to_peer > 0
+        and plain.details["cpu_ratio_to_peer"] > 0
+        and plain.pair_per_s == pytest.approx(BATCH / plain.median_s)
+    )
     with_amp = run(recipe, "few-photos-moco", CPU, BATCH, "bf16", peers=True)
     loops = "optimiser and moving average tensor by tensor"
-    assert [record.peer for record in with_amp] == [None, "plain MoCo step, NCHW, bf16 autocast", "plain MoCo step, NCHW, float32", loops]
+    assert [record.peer for record in with_amp] == [
+        None,
+        "plain MoCo step, NCHW, bf16 autocast",
+        "plain MoCo step, NCHW, float32",
+        loops,
+    ]
     assert update.peer == loops

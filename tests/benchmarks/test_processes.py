@@ -55,13 +55,26 @@ def test_a_difference_is_the_largest_one_and_counters_must_agree() -> None:
 
 def test_the_summary_by_hand() -> None:
     ends = {"one process, off": (1.0, 3.0), "one process, on": (2.0, 4.0), "two processes, on": (2.5, 4.0)}
-    curves = [{"name": name, "seed": seed, "losses": [9.0, 9.0, 9.0, end]} for name, pair in ends.items() for seed, end in enumerate(pair)]
+    curves = [
+        {"name": name, "seed": seed, "losses": [9.0, 9.0, 9.0, end]}
+        for name, pair in ends.items()
+        for seed, end in enumerate(pair)
+    ]
     found = summarise(curves)
     assert [row["end"] for row in found["kinds"]] == [2.0, 3.0, 3.25]
     assert found["kinds"][0]["between_seeds"] == pytest.approx(2**0.5)
     same, off = found["pairs"]
-    assert (same["mean"], same["largest"], same["largest_step"]) == (0.25, 0.5, 0.5) and (off["mean"], off["largest"]) == (1.25, 1.5)
+    assert (same["mean"], same["largest"], same["largest_step"]) == (0.25, 0.5, 0.5) and (
+        off["mean"],
+        off["largest"],
+    ) == (1.25, 1.5)
     text = to_markdown(
-        {"weights": [{"method": "moco", "steps": 2, "values": 5000, "max_difference": 1e-9, "moved": 0.5}], "summary": found}
+        {
+            "weights": [{"method": "moco", "steps": 2, "values": 5000, "max_difference": 1e-9, "moved": 0.5}],
+            "summary": found,
+        }
     )
-    assert "| moco | 2 | 5,000 | 1.0e-09 | 0.5 |" in text and "| two processes, on - one process, on | +0.2500 | 0.5000 | 0.5000 |" in text
+    assert (
+        "| moco | 2 | 5,000 | 1.0e-09 | 0.5 |" in text
+        and "| two processes, on - one process, on | +0.2500 | 0.5000 | 0.5000 |" in text
+    )

@@ -34,7 +34,9 @@ def test_every_recipe_has_a_row_with_the_command_that_made_it() -> None:
     table = TABLES["recipes"](records())
     missing = re.search(r"\nNot measured yet: (.*)\.\n", table)
     unmeasured = missing[1].split(", ") if missing else []
-    assert {"light-moco-mobilenetv3", "light-moco-efficientnet_b0", "few-photos-moco", "moco-v2-resnet50"}.isdisjoint(unmeasured)
+    assert {"light-moco-mobilenetv3", "light-moco-efficientnet_b0", "few-photos-moco", "moco-v2-resnet50"}.isdisjoint(
+        unmeasured
+    )
     for name in recipe_names():
         if name in unmeasured:
             assert f"| {name} |" not in table
@@ -59,7 +61,9 @@ def test_a_changed_figure_is_noticed(tmp_path: Path) -> None:
     text = page.read_text()
     assert "old" not in text and text.startswith("before\n") and text.endswith("<!-- /figures -->\nafter\n")
     assert fill(text, records()) == text
-    changed = [replace(r, fraction_of_ceiling=0.123) if r.bench == "loader" and r.fraction_of_ceiling else r for r in records()]
+    changed = [
+        replace(r, fraction_of_ceiling=0.123) if r.bench == "loader" and r.fraction_of_ceiling else r for r in records()
+    ]
     assert fill(text, changed) != text
 
 

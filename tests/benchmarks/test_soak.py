@@ -55,7 +55,9 @@ def watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """What ``judge`` says of the program that misbehaves in one way: (names of the lines that failed, all lines by name)."""
     script = tmp_path / "child.py"
     script.write_text(CHILD)
-    monkeypatch.setattr(soak, "_saved_step", lambda run: int((run / "saved").read_text()) if (run / "saved").exists() else None)
+    monkeypatch.setattr(
+        soak, "_saved_step", lambda run: int((run / "saved").read_text()) if (run / "saved").exists() else None
+    )
     monkeypatch.setattr(soak, "_PATIENCE", 3.0)
 
     def observed(what: str):
@@ -63,7 +65,9 @@ def watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         folder.mkdir()
         found = observe([sys.executable, str(script), str(folder / "run"), what], folder, 4.0, interval=0.03)
         verdicts, _ = judge(found, batch_size=1, least=0.1)
-        return {verdict.name for verdict in verdicts if not verdict.passed}, {verdict.name: verdict for verdict in verdicts}
+        return {verdict.name for verdict in verdicts if not verdict.passed}, {
+            verdict.name: verdict for verdict in verdicts
+        }
 
     return observed
 
@@ -102,7 +106,9 @@ def test_each_fault_fails_its_line(watched, what: str, line: str, says: str) -> 
 def test_the_recipe_has_no_end_and_probes_and_saves_often() -> None:
     recipe = load_recipe("few-photos")
     long, short = soak_recipe(recipe, 600), soak_recipe(recipe, 2)
-    assert short.train.checkpoint_minutes == 0.05 and long.train.checkpoint_minutes == min(15, recipe.train.checkpoint_minutes)
+    assert short.train.checkpoint_minutes == 0.05 and long.train.checkpoint_minutes == min(
+        15, recipe.train.checkpoint_minutes
+    )
     assert short.probe.every_epochs == 1 and short.probe.online_samples == 200 and short.train.epochs == 1_000_000
     assert short.views == recipe.views and short.moco == recipe.moco and short.optim == recipe.optim
 
@@ -112,12 +118,18 @@ def test_how_it_stands_is_told_a_dozen_times_or_once_a_minute() -> None:
         said: list[str] = []
         tell = soak._telling(said.append, minutes)
         for second in range(int(60 * minutes)):
-            tell(soak.Sample(second, int(90 * MB), 0, 3, 5, 0, 0, 0, step=2 * second or None, probes=9 if second > 50 else 0))
+            tell(
+                soak.Sample(
+                    second, int(90 * MB), 0, 3, 5, 0, 0, 0, step=2 * second or None, probes=9 if second > 50 else 0
+                )
+            )
         return said
 
     short, long = told(2), told(30)
     assert len(short) == 12 and short[0].startswith("0:00 of 2:00, warm-up: no step yet, 90.0 MB of its own")
-    assert [line.split(": ")[0].split(", ")[1] for line in short] == ["warm-up"] * 6 + ["judged"] * 6, "not before the second probe"
+    assert [line.split(": ")[0].split(", ")[1] for line in short] == ["warm-up"] * 6 + ["judged"] * 6, (
+        "not before the second probe"
+    )
     assert len(long) == 30 and long[10].startswith("10:00 of 30:00, judged: step 1,200,")
 
 
@@ -128,7 +140,9 @@ def command(tmp_path: Path, *arguments: str) -> tuple[int, list]:
     return int(stop.value.code or 0), read_records(out) if out.exists() else []
 
 
-def test_a_line_that_fails_is_status_1_and_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> None:
+def test_a_line_that_fails_is_status_1_and_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
     """The real command around a program that dies."""
     script = tmp_path / "child.py"
     script.write_text(CHILD)
@@ -140,17 +154,24 @@ def test_a_line_that_fails_is_status_1_and_is_named(tmp_path: Path, monkeypatch:
             [sys.executable, str(script), str(folder / "run"), "dies"], folder, seconds, **options
         ),
     )
-    status, (record,) = command(tmp_path, "--minutes", "0.5", "--arch", "lcnet_035", "--data", "samples", "--device", "cpu")
+    status, (record,) = command(
+        tmp_path, "--minutes", "0.5", "--arch", "lcnet_035", "--data", "samples", "--device", "cpu"
+    )
     printed = capfd.readouterr().err
     assert status == 1 and not record.details["passed"] and record.bench == "soak"
     assert "FAIL  lives: ended by itself with status 1: fastssl: the disk went away" in printed
     watching = printed.index("watching a pre-training of lcnet_035 on ")
-    assert watching < printed.index("0:00 of 0:30, warm-up: ") < printed.index("FAIL  lives") and "told to stop" not in printed
+    assert (
+        watching < printed.index("0:00 of 0:30, warm-up: ") < printed.index("FAIL  lives")
+        and "told to stop" not in printed
+    )
     assert "fastssl: not steady: lives: ended by itself" in printed and "Traceback" not in printed
     assert not list(tmp_path.glob("fastssl-soak-*"))
 
 
-def test_too_few_photos_are_said_before_anything_runs(beton: Path, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+def test_too_few_photos_are_said_before_anything_runs(
+    beton: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
     status, records = command(tmp_path, "--minutes", "1", "--data", str(beton), "--batch-size", "64", "--device", "cpu")
     assert status == 1 and records == [] and "48 photos, fewer than one batch of 64" in capfd.readouterr().err
 
@@ -165,13 +186,36 @@ def test_photos_are_spoken_of_before_they_are_made(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(soak, "find_data", make)
     with pytest.raises(FastSSLError, match="made"):
-        soak.run(load_recipe("few-photos"), "few-photos", "synthetic", "cpu", 1, 1.0, photos=64, folder=tmp_path, say=said.append)
+        soak.run(
+            load_recipe("few-photos"),
+            "few-photos",
+            "synthetic",
+            "cpu",
+            1,
+            1.0,
+            photos=64,
+            folder=tmp_path,
+            say=said.append,
+        )
 
 
 @pytest.mark.timed
 def test_two_minutes_of_a_real_run_are_steady(beton: Path, tmp_path: Path) -> None:
     """The short form of the soak whose hour is under benchmarks/results/soak."""
-    arguments = ["--minutes", "2", "--arch", "lcnet_035", "--data", str(beton), "--batch-size", "8", "--workers", "1", "--device", "cpu"]
+    arguments = [
+        "--minutes",
+        "2",
+        "--arch",
+        "lcnet_035",
+        "--data",
+        str(beton),
+        "--batch-size",
+        "8",
+        "--workers",
+        "1",
+        "--device",
+        "cpu",
+    ]
     arguments += ["--set", "views.0.size=32", "--set", "simclr.projector.hidden=32"]
     for attempt in ("first", "second"):
         (tmp_path / attempt).mkdir()
@@ -188,5 +232,8 @@ def test_two_minutes_of_a_real_run_are_steady(beton: Path, tmp_path: Path) -> No
     assert len(record.details["curves"]["own_mb"]) > 60 and str(tmp_path) not in json.dumps(record.details)
     # The very same run with 1 MB a minute on top would have failed.
     curves = record.details["curves"]
-    leaking = [soak.Sample(t, int((own + t / 60) * MB), 0, 3, 5, 0, 0, 0, probes=9) for t, own in zip(curves["seconds"], curves["own_mb"])]
+    leaking = [
+        soak.Sample(t, int((own + t / 60) * MB), 0, 3, 5, 0, 0, 0, probes=9)
+        for t, own in zip(curves["seconds"], curves["own_mb"])
+    ]
     assert not soak.memory(leaking).passed

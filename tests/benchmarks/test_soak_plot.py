@@ -26,7 +26,11 @@ WHOLE = Record(
 
 def test_the_rate_is_drawn_by_the_clock_and_in_the_time_that_was_given() -> None:
     memory, counts, rate = soak([WHOLE]).axes
-    assert memory.get_title() == "2 minutes of few-photos, lcnet_035, cpu" and list(memory.lines[0].get_xdata()) == [0, 1, 2]
+    assert memory.get_title() == "2 minutes of few-photos, lcnet_035, cpu" and list(memory.lines[0].get_xdata()) == [
+        0,
+        1,
+        2,
+    ]
     assert [list(line.get_ydata()) for line in counts.lines] == [[1, 3, 3], [3, 5, 5]]
     assert [list(line.get_ydata()) for line in rate.lines] == [[80.0, 140.0], [80.0, 70.0]]
     quiet = {**WHOLE.details, "curves": {**WATCHED, **WINDOWS, "window_denied": [0.0, 0.01]}}
@@ -40,6 +44,8 @@ def test_it_is_part_of_the_report(tmp_path: Path) -> None:
     assert "A long run, watched" in (tmp_path / "out" / "report.md").read_text()
 
 
-@pytest.mark.parametrize("curves", [None, "x", WATCHED, WATCHED | WINDOWS | {"threads": [1]}, WATCHED | WINDOWS | {"own_mb": ["x"] * 3}])
+@pytest.mark.parametrize(
+    "curves", [None, "x", WATCHED, WATCHED | WINDOWS | {"threads": [1]}, WATCHED | WINDOWS | {"own_mb": ["x"] * 3}]
+)
 def test_curves_that_do_not_fit_together_are_none(curves: object) -> None:
     assert soak([replace(WHOLE, details={"curves": curves})]) == "no record of a soak with curves"

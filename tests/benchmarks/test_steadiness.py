@@ -24,10 +24,28 @@ from fastssl.benchmarks.studies.steadiness import (
 from fastssl.benchmarks.studies.vitals import Sample
 
 
-def series(seconds: int, own_mb=lambda t: 600.0, threads=lambda t: 3, descriptors=lambda t: 5, step=lambda t: 2 * t, waiting=lambda t: 0.0):
+def series(
+    seconds: int,
+    own_mb=lambda t: 600.0,
+    threads=lambda t: 3,
+    descriptors=lambda t: 5,
+    step=lambda t: 2 * t,
+    waiting=lambda t: 0.0,
+):
     """One sample a second, probes from the start."""
     return [
-        Sample(t, int(own_mb(t) * MB), int(own_mb(t) * MB), threads(t), descriptors(t), float(t), waiting(t), 3, step(t), probes=9)
+        Sample(
+            t,
+            int(own_mb(t) * MB),
+            int(own_mb(t) * MB),
+            threads(t),
+            descriptors(t),
+            float(t),
+            waiting(t),
+            3,
+            step(t),
+            probes=9,
+        )
         for t in range(seconds)
     ]
 
@@ -81,7 +99,10 @@ def test_two_minutes_tell_a_leak_of_a_megabyte_a_minute_from_steps_of_the_heap(s
 def test_the_longer_it_was_watched_the_less_may_creep() -> None:
     assert [memory_limit(seconds) for seconds in (10, 600, 900, 1800, 36000)] == [30, 30, 20, 10, 10]
     slow = 20 / 3600  # 20 MB an hour
-    assert memory(series(120, lambda t: 600 + slow * t)).passed and not memory(series(3600, lambda t: 600 + slow * t)).passed
+    assert (
+        memory(series(120, lambda t: 600 + slow * t)).passed
+        and not memory(series(3600, lambda t: 600 + slow * t)).passed
+    )
 
 
 @pytest.mark.parametrize("every", [5, 10])

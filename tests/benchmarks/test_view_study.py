@@ -20,7 +20,12 @@ RECIPES = STUDY / "recipes"
 
 def made(method: str, design: str, seed: int, knn: float) -> dict:
     probe = {RAW: 80.0, RANDOM: 30.0, TRAINED: knn, TRAINED + REESTIMATED: knn + 1, TEACHER: knn + 2}
-    return {"method": method, "design": design, "seed": seed, "probe": {name: {"knn": v, "linear": v + 5} for name, v in probe.items()}}
+    return {
+        "method": method,
+        "design": design,
+        "seed": seed,
+        "probe": {name: {"knn": v, "linear": v + 5} for name, v in probe.items()},
+    }
 
 
 def test_a_study_has_both_designs_of_each_method_and_the_smoothed_ones() -> None:
@@ -43,11 +48,16 @@ def test_the_designs_differ_in_what_the_study_is_about_alone(method: str) -> Non
     assert baseline.views.threshold == 0.14 and baseline.views.pair_weights == pytest.approx((0.2, 0.8))
     assert sslight.views.threshold == 0.3 and sslight.views.pair_weights == (0.4, 0.6)
     # As 96 and 128 are of 224.
-    assert (baseline.views.local_size, sslight.views.local_size) == (round(64 * 96 / 224 / 4) * 4, round(64 * 128 / 224 / 4) * 4)
+    assert (baseline.views.local_size, sslight.views.local_size) == (
+        round(64 * 96 / 224 / 4) * 4,
+        round(64 * 128 / 224 / 4) * 4,
+    )
     assert baseline.settings == sslight.settings and baseline.optim == sslight.optim and baseline.train == sslight.train
     if method in view_study.CONTRASTIVE:
         smoothed = recipe("smoothed")
-        assert smoothed.views == sslight.views and smoothed.settings.smoothing == 0.2 and sslight.settings.smoothing == 0.0
+        assert (
+            smoothed.views == sslight.views and smoothed.settings.smoothing == 0.2 and sslight.settings.smoothing == 0.0
+        )
 
 
 def test_the_table_has_means_spreads_and_gains_seed_by_seed() -> None:
@@ -64,7 +74,9 @@ def test_the_published_study_is_whole_and_its_page_shows_its_runs() -> None:
     """Three seeds of every cell, each run with what it takes to place and repeat it, and no figure on the page that the runs do not give."""
     runs = [json.loads(line) for line in (STUDY / "runs.jsonl").read_text().splitlines()]
     wanted = {
-        (cell.method, cell.design, seed) for cell in cells(["moco", "simclr", "dino", "swav"], view_study.CONTRASTIVE) for seed in range(3)
+        (cell.method, cell.design, seed)
+        for cell in cells(["moco", "simclr", "dino", "swav"], view_study.CONTRASTIVE)
+        for seed in range(3)
     }
     assert {(one["method"], one["design"], one["seed"]) for one in runs} == wanted and len(runs) == len(wanted)
     for one in runs:
@@ -72,12 +84,15 @@ def test_the_published_study_is_whole_and_its_page_shows_its_runs() -> None:
         assert all(change in one["command"] for change in Cell(one["method"], one["design"]).overrides[:2])
     # Those from before runs named their commit; the page says so, and how they are known to be alike.
     assert (
-        sum(one["git"] is None for one in runs) == 15 and "Fifteen lines of runs.jsonl name no commit" in (STUDY / "README.md").read_text()
+        sum(one["git"] is None for one in runs) == 15
+        and "Fifteen lines of runs.jsonl name no commit" in (STUDY / "README.md").read_text()
     )
     assert table(runs).strip() in (STUDY / "README.md").read_text()
 
 
-def test_a_small_study_runs_and_goes_on_where_it_stood(beton: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_small_study_runs_and_goes_on_where_it_stood(
+    beton: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     tree = yaml.safe_load((RECIPES / "simclr.yaml").read_text())
     tree["arch"], tree["views"]["global_size"] = "lcnet_035", 32
     tree["train"].update(batch_size=8, log_every=3)
@@ -115,7 +130,10 @@ def test_a_small_study_runs_and_goes_on_where_it_stood(beton: Path, tmp_path: Pa
     # What was made by other settings is neither taken for this study's nor written over.
     capsys.readouterr()
     assert main([*command[:-1], "2"]) == 1
-    assert "holds a run of another command or recipe" in capsys.readouterr().err and (out / "table.md").read_text() == first
+    assert (
+        "holds a run of another command or recipe" in capsys.readouterr().err
+        and (out / "table.md").read_text() == first
+    )
     with pytest.raises(SystemExit):
         main([*command, "--smoothed", "dino"])
     assert "only moco and simclr have a target to smooth" in capsys.readouterr().err

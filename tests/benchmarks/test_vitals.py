@@ -48,7 +48,9 @@ def test_memory_that_is_taken_shows_and_pages_of_a_file_do_not(tmp_path: Path) -
 def test_a_process_that_has_ended_is_not_looked_at(tmp_path: Path) -> None:
     process = subprocess.Popen([sys.executable, "-c", "pass"])
     deadline = time.monotonic() + 20
-    while look(process.pid, tmp_path, 0) is not None and time.monotonic() < deadline:  # a zombie, until somebody waits for it
+    while (
+        look(process.pid, tmp_path, 0) is not None and time.monotonic() < deadline
+    ):  # a zombie, until somebody waits for it
         time.sleep(0.01)
     assert look(process.pid, tmp_path, 0) is None
     process.wait()
@@ -75,7 +77,9 @@ def test_metrics_are_read_as_they_grow(tmp_path: Path) -> None:
     metrics = Metrics(path)
     metrics.read()
     assert metrics.step is None and metrics.probes == 0
-    path.write_text(json.dumps({"kind": "step", "step": 4}) + "\n" + json.dumps({"kind": "probe", "step": 4}) + '\n{"kind": "st')
+    path.write_text(
+        json.dumps({"kind": "step", "step": 4}) + "\n" + json.dumps({"kind": "probe", "step": 4}) + '\n{"kind": "st'
+    )
     metrics.read()
     assert (metrics.step, metrics.probes) == (4, 1)
     with path.open("a") as file:

@@ -49,7 +49,10 @@ def test_width_parameters_and_layout(name: str) -> None:
     assert sum(p.numel() for p in backbone.parameters()) == parameters
     with torch.no_grad():
         features = backbone(torch.zeros(2, 3, 64, 64).contiguous(memory_format=torch.channels_last))
-    assert features.shape == (2, width)  # for MobileNet-V3 the 1280-wide input of the classifier, not the 960 pooled channels
+    assert features.shape == (
+        2,
+        width,
+    )  # for MobileNet-V3 the 1280-wide input of the classifier, not the 960 pooled channels
     for parameter in backbone.parameters():
         if parameter.ndim == 4:
             assert parameter.is_contiguous(memory_format=torch.channels_last)
@@ -127,7 +130,9 @@ class Odd(nn.Module):
 
 
 def test_zero_init_residual_leaves_what_it_does_not_know_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    odd = nn.Sequential(Odd(timm.layers.BatchNormAct2d(4)), Odd(nn.Identity()), Odd(nn.BatchNorm2d(4)), Odd(nn.GroupNorm(2, 4)))
+    odd = nn.Sequential(
+        Odd(timm.layers.BatchNormAct2d(4)), Odd(nn.Identity()), Odd(nn.BatchNorm2d(4)), Odd(nn.GroupNorm(2, 4))
+    )
     assert zero_residual_branches(odd) == (2, 2)
     assert [bool(odd[number].last.weight.any()) for number in (0, 2, 3)] == [True, False, False]
     monkeypatch.setattr(timm, "create_model", lambda *names, **options: odd)
@@ -216,7 +221,9 @@ def test_the_position_embedding_of_a_vit_follows_the_size(size: int, tokens: int
     # With empty patches the tokens are the embedding: bicubic from the 14 x 14 of 224 px.
     side = size // 16
     grid = backbone.pos_embed[:, 1:].detach().reshape(1, 14, 14, 192).permute(0, 3, 1, 2)
-    resized = torch.nn.functional.interpolate(grid, (side, side), mode="bicubic", antialias=True) if side != 14 else grid
+    resized = (
+        torch.nn.functional.interpolate(grid, (side, side), mode="bicubic", antialias=True) if side != 14 else grid
+    )
     torch.testing.assert_close(seen[0][:, 1:].transpose(1, 2), resized.flatten(2), rtol=1e-4, atol=1e-5)
 
 
@@ -224,8 +231,12 @@ def test_kaiming_initialisation_is_torchvisions() -> None:
     """ResNet-18: the very distribution, and no silent residual branch; depth-wise filters: fan-out over all output channels."""
     torch.manual_seed(0)
     ours = create_backbone("resnet18", init="kaiming")
-    assert all(bool((m.weight == 1).all()) and not m.bias.any() for m in ours.modules() if isinstance(m, nn.BatchNorm2d))
-    assert any(not m.weight.any() for m in create_backbone("resnet18").modules() if isinstance(m, nn.BatchNorm2d)), "timm silences some"
+    assert all(
+        bool((m.weight == 1).all()) and not m.bias.any() for m in ours.modules() if isinstance(m, nn.BatchNorm2d)
+    )
+    assert any(not m.weight.any() for m in create_backbone("resnet18").modules() if isinstance(m, nn.BatchNorm2d)), (
+        "timm silences some"
+    )
     conv = ours.layer3[1].conv2  # 256 -> 256, 3x3
     assert float(conv.weight.detach().std()) == pytest.approx((2 / (256 * 9)) ** 0.5, rel=0.02)
     depthwise = create_backbone("mobilenetv2", init="kaiming").blocks[5][0].conv_dw  # 576 channels, 3x3

@@ -96,18 +96,23 @@ def test_evaluate_takes_them_when_asked(beton: Path, tmp_path: Path) -> None:
         assert stop.value.code == 0
         records[name] = json.loads(out.read_text())
     assert records["stored"]["reestimate_bn"] is None and records["anew"]["reestimate_bn"] == 32
-    assert records["anew"]["accuracy"] >= records["stored"]["accuracy"]  # the colours of the classes survive sane statistics
+    assert (
+        records["anew"]["accuracy"] >= records["stored"]["accuracy"]
+    )  # the colours of the classes survive sane statistics
 
 
 def test_photos_come_from_those_that_may_be_looked_at_and_one_is_too_few(beton: Path) -> None:
     some = torch.arange(0, 48, 3).numpy()
     with BetonReader(beton) as reader:
-        found, all_of_them = (reestimated(network(), reader, samples=16, size=SIZE, indices=ids) for ids in (some, None))
+        found, all_of_them = (
+            reestimated(network(), reader, samples=16, size=SIZE, indices=ids) for ids in (some, None)
+        )
         twice = reestimated(network(), reader, samples=48, size=SIZE, indices=some[::-1].copy())
         with pytest.raises(FastSSLError, match=r"photos\.beton: BatchNorm statistics need at least two photos, not 1"):
             reestimated(network(), reader, samples=16, size=SIZE, indices=some[:1])
     means = [
-        next(layer for layer in net.modules() if isinstance(layer, nn.BatchNorm2d)).running_mean for net in (found, all_of_them, twice)
+        next(layer for layer in net.modules() if isinstance(layer, nn.BatchNorm2d)).running_mean
+        for net in (found, all_of_them, twice)
     ]
     torch.testing.assert_close(means[0], means[2])  # the sixteen, in whatever order they were named
     assert not torch.allclose(means[0], means[1])

@@ -56,7 +56,9 @@ def test_a_restored_run_makes_the_very_same_step(tmp_path: Path) -> None:
     for seed in range(3):
         step(method, optimizer, seed)
     position = Position(step=3, epoch=1, step_in_epoch=2, train_seconds=1.5)
-    save_checkpoint(tmp_path, method=method, optimizer=optimizer, position=position, config={"a": 1}, arch="mobilenetv3_small_050")
+    save_checkpoint(
+        tmp_path, method=method, optimizer=optimizer, position=position, config={"a": 1}, arch="mobilenetv3_small_050"
+    )
     other, other_optimizer = make(seed=9)
     state = load_checkpoint(tmp_path / "last.pt")
     assert restore(state, method=other, optimizer=other_optimizer) == position and state["config"] == {"a": 1}
@@ -64,13 +66,20 @@ def test_a_restored_run_makes_the_very_same_step(tmp_path: Path) -> None:
     step(other, other_optimizer, 7)
     for name, tensor in method.state_dict().items():
         assert torch.equal(tensor, other.state_dict()[name]), name
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["last-teacher.safetensors", "last.pt", "last.safetensors", "step-00000003.pt"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "last-teacher.safetensors",
+        "last.pt",
+        "last.safetensors",
+        "step-00000003.pt",
+    ]
 
 
 def test_student_and_teacher_are_both_kept(tmp_path: Path) -> None:
     method, optimizer = make()
     step(method, optimizer, 0)
-    save_checkpoint(tmp_path, method=method, optimizer=optimizer, position=Position(), config={}, arch="mobilenetv3_small_050")
+    save_checkpoint(
+        tmp_path, method=method, optimizer=optimizer, position=Position(), config={}, arch="mobilenetv3_small_050"
+    )
     for name, network in (("last", method.student), ("last-teacher", method.teacher)):
         loaded = load_backbone(tmp_path / f"{name}.safetensors").state_dict()
         assert all(torch.equal(loaded[key], value) for key, value in network.backbone.state_dict().items())
@@ -82,7 +91,9 @@ def test_damaged_and_foreign_checkpoints(tmp_path: Path) -> None:
     with pytest.raises(FastSSLError, match="no such checkpoint"):
         load_checkpoint(path)
     method, optimizer = make()
-    save_checkpoint(tmp_path, method=method, optimizer=optimizer, position=Position(), config={}, arch="mobilenetv3_small_050")
+    save_checkpoint(
+        tmp_path, method=method, optimizer=optimizer, position=Position(), config={}, arch="mobilenetv3_small_050"
+    )
     whole = path.read_bytes()
     for cut in (0, 10, len(whole) // 2, len(whole) - 30):
         path.write_bytes(whole[:cut])
@@ -99,8 +110,18 @@ def test_damaged_and_foreign_checkpoints(tmp_path: Path) -> None:
 def test_what_is_not_whole_is_one_line(tmp_path: Path) -> None:
     path = tmp_path / "last.pt"
     method, optimizer = make()
-    save_checkpoint(tmp_path, method=method, optimizer=optimizer, position=Position(3, 1, 2, 0.5), config={"a": {"b": 1}}, arch="lcnet_035")
-    whole = {**torch.load(path, weights_only=True), "version": 1}  # one without a digest: what is wrong in it is told by its parts
+    save_checkpoint(
+        tmp_path,
+        method=method,
+        optimizer=optimizer,
+        position=Position(3, 1, 2, 0.5),
+        config={"a": {"b": 1}},
+        arch="lcnet_035",
+    )
+    whole = {
+        **torch.load(path, weights_only=True),
+        "version": 1,
+    }  # one without a digest: what is wrong in it is told by its parts
     del whole["digest"]
     endless: dict = {}
     endless["again"] = endless
@@ -133,19 +154,27 @@ def test_what_is_not_whole_is_one_line(tmp_path: Path) -> None:
         torch.save({name: value for name, value in whole.items() if name != missing}, path)
         with pytest.raises(FastSSLError, match=rf"is not a whole checkpoint of a run \(no {missing}\); start anew"):
             load_checkpoint(path, advice="start anew")
-    for odd in ({**whole, "optimizer": 5}, {**whole, "method": {**whole["method"], "student.backbone.conv_stem.weight": 5}}):
+    for odd in (
+        {**whole, "optimizer": 5},
+        {**whole, "method": {**whole["method"], "student.backbone.conv_stem.weight": 5}},
+    ):
         with pytest.raises(FastSSLError, match="does not fit this run"):
             restore(odd, method=method, optimizer=optimizer)
 
 
 def test_a_detectors_state_is_told_from_a_runs(tmp_path: Path) -> None:
-    for state in ({"version": 1, "config": {}, "detector": {}}, {"version": 1, "config": {"a": 1}, "kind": "detector", "iteration": 2}):
+    for state in (
+        {"version": 1, "config": {}, "detector": {}},
+        {"version": 1, "config": {"a": 1}, "kind": "detector", "iteration": 2},
+    ):
         torch.save(state, tmp_path / "detect.pt")
         assert load_checkpoint(tmp_path / "detect.pt") == state and is_detector(state)
     torch.save({"version": 1, "kind": "detector"}, tmp_path / "detect.pt")
     with pytest.raises(FastSSLError, match=r"is not a whole checkpoint of a detector \(no config\)"):
         load_checkpoint(tmp_path / "detect.pt")
-    assert not is_detector({"version": 1, "method": {}, "detector": {}}) and not is_detector({"version": 1, "kind": "run", "detector": {}})
+    assert not is_detector({"version": 1, "method": {}, "detector": {}}) and not is_detector(
+        {"version": 1, "kind": "run", "detector": {}}
+    )
 
 
 def test_differences_are_named() -> None:
@@ -206,7 +235,9 @@ def test_milestones_stay(save: Callable, tmp_path: Path) -> None:
     save(20, keep=1)
     assert names(tmp_path) == ["epoch-0005.pt", "last.pt", "step-00000020.pt"]
     assert load_checkpoint(tmp_path / "epoch-0005.pt")["position"]["step"] == 10
-    assert load_backbone(tmp_path / "epoch-0005.safetensors") and load_backbone(tmp_path / "epoch-0005-teacher.safetensors")
+    assert load_backbone(tmp_path / "epoch-0005.safetensors") and load_backbone(
+        tmp_path / "epoch-0005-teacher.safetensors"
+    )
 
 
 def test_checkpoints_of_later_steps_are_set_aside(save: Callable, tmp_path: Path) -> None:
@@ -230,7 +261,9 @@ def test_checkpoints_of_later_steps_are_set_aside(save: Callable, tmp_path: Path
     assert [path.name for path in tmp_path.glob("*.aside")] == ["step-00000015.pt.aside"], "the newest one alone"
 
 
-def test_where_files_have_one_name_last_is_a_copy(save: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_files_have_one_name_last_is_a_copy(
+    save: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def no_links(*_: object) -> None:
         raise OSError(errno.EPERM, "Operation not permitted")
 
@@ -252,7 +285,9 @@ def test_any_flipped_bit_is_noticed_or_means_nothing(save: Callable, tmp_path: P
         try:
             found = load_checkpoint(path)
             same = all(torch.equal(found["method"][name], value) for name, value in whole["method"].items())
-            assert same and found["position"] == whole["position"] and str(found["optimizer"]) == str(whole["optimizer"])
+            assert (
+                same and found["position"] == whole["position"] and str(found["optimizer"]) == str(whole["optimizer"])
+            )
             silent += 1  # padding, or a date of the archive
         except DamagedCheckpoint as error:
             assert "\n" not in str(error)
@@ -277,7 +312,9 @@ def test_resume_passes_over_what_is_damaged_and_says_so(save: Callable, tmp_path
     assert find_checkpoint(tmp_path)[0].name == "step-00000020.pt"
     for path in tmp_path.glob("*.pt"):
         path.write_bytes(b"")
-    with pytest.raises(FastSSLError, match=r"damaged checkpoint.*no other to go on from; start anew with --resume never"):
+    with pytest.raises(
+        FastSSLError, match=r"damaged checkpoint.*no other to go on from; start anew with --resume never"
+    ):
         find_checkpoint(tmp_path)
 
 
@@ -289,7 +326,9 @@ def test_a_checkpoint_of_another_version_is_not_passed_over(save: Callable, tmp_
         find_checkpoint(tmp_path)
 
 
-def test_a_full_disk_takes_the_oldest_never_the_newest(save: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_takes_the_oldest_never_the_newest(
+    save: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for number in (1, 2, 3):
         save(number, keep=3)
     original = torch.save
@@ -315,7 +354,9 @@ def test_a_full_disk_takes_the_oldest_never_the_newest(save: Callable, tmp_path:
 
 
 @pytest.mark.parametrize("version", [1, 2])
-def test_what_claims_more_than_the_file_has_is_refused_before_it_takes_memory(version: int, save: Callable, tmp_path: Path) -> None:
+def test_what_claims_more_than_the_file_has_is_refused_before_it_takes_memory(
+    version: int, save: Callable, tmp_path: Path
+) -> None:
     save(1)
     state = {**torch.load(tmp_path / "last.pt", weights_only=True), "version": version}
     if version == 1:

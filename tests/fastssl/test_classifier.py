@@ -41,7 +41,8 @@ def test_the_last_layer_is_never_bfloat16() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arch", "name"), [("lcnet_035", "classifier"), ("resnet10t", "fc"), ("vit_tiny", "head"), ("mobilenetv3_large", "classifier")]
+    ("arch", "name"),
+    [("lcnet_035", "classifier"), ("resnet10t", "fc"), ("vit_tiny", "head"), ("mobilenetv3_large", "classifier")],
 )
 def test_timm_reads_the_file(arch: str, name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
@@ -54,7 +55,12 @@ def test_timm_reads_the_file(arch: str, name: str, tmp_path: Path) -> None:
     assert timm_classifier_name(arch) == name
     with safe_open(str(path), framework="pt") as file:
         about = json.loads(file.metadata()["fastssl-classifier"])
-    assert (about["classes"], about["size"], about["crop"], about["interpolation"]) == (["a", "b", "c"], 64, 1.0, "bicubic")
+    assert (about["classes"], about["size"], about["crop"], about["interpolation"]) == (
+        ["a", "b", "c"],
+        64,
+        1.0,
+        "bicubic",
+    )
     images = torch.randn(2, 3, 64, 64).contiguous(memory_format=torch.channels_last)
     options = {"dynamic_img_size": True} if arch == "vit_tiny" else {}
     theirs = timm.create_model(about["arch"], num_classes=3, checkpoint_path=str(path), **options).eval()
@@ -70,6 +76,10 @@ def test_what_timm_has_no_place_for(tmp_path: Path) -> None:
         timm_classifier_name("deit_tiny_distilled_patch16_224")
     with pytest.raises(ProbeError, match="not written"):
         save_classifier(
-            Classifier(create_backbone("lcnet_035"), 3), tmp_path / "no" / "a.safetensors", arch="lcnet_035", classes=["a"], view=VIEW
+            Classifier(create_backbone("lcnet_035"), 3),
+            tmp_path / "no" / "a.safetensors",
+            arch="lcnet_035",
+            classes=["a"],
+            view=VIEW,
         )
     assert not list(tmp_path.iterdir())

@@ -89,7 +89,9 @@ main(["--version"])
 
 @pytest.mark.parametrize("ended", [True, False])
 @pytest.mark.parametrize("usage", [True, False])
-def test_of_processes_with_the_same_mistake_one_speaks(run, usage: bool, ended: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_processes_with_the_same_mistake_one_speaks(
+    run, usage: bool, ended: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The second of a host waits for its end; where it does not come, the mistake is its own."""
 
     def work() -> None:
@@ -103,7 +105,13 @@ def test_of_processes_with_the_same_mistake_one_speaks(run, usage: bool, ended: 
             raise KeyboardInterrupt
 
     monkeypatch.setattr(world.time, "sleep", wait)
-    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}.items():
+    for name, value in {
+        "RANK": "1",
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": "1",
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": "29500",
+    }.items():
         monkeypatch.setenv(name, value)
     status, said = run(work)
     if ended:

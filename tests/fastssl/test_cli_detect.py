@@ -18,7 +18,22 @@ from fastssl.evaluate.detection.model import DetectorConfig
 from fastssl.models.backbones import create_backbone, save_backbone
 
 #: Nothing is learned in one step of four small pictures: what runs is what counts.
-SMALL = ("--iterations", 1, "--batch-size", 4, "--short-side", 64, "--test-side", 64, "--long-side", 96, "--device", "cpu", "--workers", 1)
+SMALL = (
+    "--iterations",
+    1,
+    "--batch-size",
+    4,
+    "--short-side",
+    64,
+    "--test-side",
+    64,
+    "--long-side",
+    96,
+    "--device",
+    "cpu",
+    "--workers",
+    1,
+)
 
 
 #: The published detector takes seconds a step on a CPU.
@@ -56,7 +71,18 @@ def files(shapes: tuple[Path, Path]) -> tuple[object, ...]:
 
 
 def test_the_record_says_all(capsys, checkpoint, shapes, tmp_path) -> None:
-    arguments = (checkpoint, *files(shapes), *SMALL, "--masks", "--levels", "16,32", "--out", tmp_path / "out", "--json", "-")
+    arguments = (
+        checkpoint,
+        *files(shapes),
+        *SMALL,
+        "--masks",
+        "--levels",
+        "16,32",
+        "--out",
+        tmp_path / "out",
+        "--json",
+        "-",
+    )
     status, out, err = run(capsys, *arguments)
     assert status == 0, err
     record = json.loads(out)  # nothing but the record on standard output
@@ -84,7 +110,11 @@ def test_the_record_says_all(capsys, checkpoint, shapes, tmp_path) -> None:
     assert {name: record[name] for name in expected} == expected
     assert 0 <= record["box_ap"] <= 100 and 0 <= record["mask_ap"] <= 100 and record["train_loss"] > 0
     assert "box AP" in err and "mask AP" in err and "on 8 pictures" in err
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"detect.pt", "predictions-boxes.json", "predictions-masks.json"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "detect.pt",
+        "predictions-boxes.json",
+        "predictions-masks.json",
+    }
     # Another schedule in the same folder would be another detector.
     status, _, err = run(capsys, *arguments[:-2], "--lr", 0.5)
     assert_one_line(status, err, "detect.pt belongs to a run with other settings", "lr: 0.02 there, 0.5 here")
@@ -106,7 +136,18 @@ def test_pascal_voc_and_new_weights(capsys, checkpoint, shapes, tmp_path) -> Non
 def test_the_schedule_counts_passes(capsys, checkpoint, shapes) -> None:
     # 12.28 passes over 8 pictures in batches of 8
     status, out, err = run(
-        capsys, checkpoint, *files(shapes), *SMALL[2:], "--batch-size", 8, "--schedule", "1x", "--short-side", 32, "--json", "-"
+        capsys,
+        checkpoint,
+        *files(shapes),
+        *SMALL[2:],
+        "--batch-size",
+        8,
+        "--schedule",
+        "1x",
+        "--short-side",
+        32,
+        "--json",
+        "-",
     )
     assert status == 0, err
     assert json.loads(out)["iterations"] == 12
@@ -127,12 +168,16 @@ def test_two_processes_write_one_record(checkpoint, shapes, tmp_path) -> None:
     assert record["processes"] == 2 and record["val_images"] == 8 and 0 <= record["box_ap"] <= 100
     assert 0 <= record["mask_ap"] <= 100
     found = json.loads((tmp_path / "out/predictions-boxes.json").read_text())
-    assert len(found) == len({(row["image_id"], *row["bbox"], row["category_id"]) for row in found}), "a picture was judged twice"
+    assert len(found) == len({(row["image_id"], *row["bbox"], row["category_id"]) for row in found}), (
+        "a picture was judged twice"
+    )
 
 
 def assert_one_line(status: int, err: str, *words: str) -> None:
     assert status == 1, err
-    lines = [line for line in err.splitlines() if line.startswith("fastssl:") and not line.startswith("fastssl: warning: ")]
+    lines = [
+        line for line in err.splitlines() if line.startswith("fastssl:") and not line.startswith("fastssl: warning: ")
+    ]
     assert len(lines) == 1 and "Traceback" not in err
     for word in words:
         assert word in lines[0]
@@ -153,11 +198,27 @@ WRONG = {
         (),
         ("gone.jpg", "not there: 1 of its 4 pictures"),
     ),
-    "unknown category": (lambda stored: stored["annotations"][1].update(category_id=5), (), ("annotations[1]", "category_id 5")),
-    "unknown picture": (lambda stored: stored["annotations"][1].update(image_id=5), (), ("annotations[1]", "image_id 5")),
-    "other categories": (lambda stored: stored["categories"].append({"id": 30, "name": "star"}), (), ("other categories", "'star'")),
+    "unknown category": (
+        lambda stored: stored["annotations"][1].update(category_id=5),
+        (),
+        ("annotations[1]", "category_id 5"),
+    ),
+    "unknown picture": (
+        lambda stored: stored["annotations"][1].update(image_id=5),
+        (),
+        ("annotations[1]", "image_id 5"),
+    ),
+    "other categories": (
+        lambda stored: stored["categories"].append({"id": 30, "name": "star"}),
+        (),
+        ("other categories", "'star'"),
+    ),
     "no boxes": (lambda stored: stored.update(annotations=[]), (), ("not one box",)),
-    "no masks": (lambda stored: [row.pop("segmentation") for row in stored["annotations"]], ("--masks",), ("segmentation", "--masks")),
+    "no masks": (
+        lambda stored: [row.pop("segmentation") for row in stored["annotations"]],
+        ("--masks",),
+        ("segmentation", "--masks"),
+    ),
 }
 
 
@@ -165,7 +226,9 @@ WRONG = {
 def test_wrong_annotations(case: str, capsys, checkpoint, shapes, tmp_path) -> None:
     change, more, words = WRONG[case]
     annotations, images = changed(tmp_path, change)
-    status, _, err = run(capsys, checkpoint, *files(shapes), "--val", annotations, "--val-images", images, *SMALL, *more)
+    status, _, err = run(
+        capsys, checkpoint, *files(shapes), "--val", annotations, "--val-images", images, *SMALL, *more
+    )
     assert_one_line(status, err, *words)
 
 
@@ -177,7 +240,19 @@ def test_the_folder_of_another_network_or_other_boxes_is_refused(capsys, checkpo
         save_backbone(create_backbone("lcnet_035"), tmp_path / folder / "mine/last.safetensors", arch="lcnet_035")
     own, images = changed(tmp_path / "shapes", lambda stored: None)
     kept = own.read_text()
-    more = ("--data", own, "--images", images, "--val", shapes[0], "--val-images", shapes[1], *SMALL, "--out", tmp_path / "out")
+    more = (
+        "--data",
+        own,
+        "--images",
+        images,
+        "--val",
+        shapes[0],
+        "--val-images",
+        shapes[1],
+        *SMALL,
+        "--out",
+        tmp_path / "out",
+    )
     status, _, err = run(capsys, tmp_path / "one/mine/last.safetensors", *more)
     assert status == 0, err
     status, _, err = run(capsys, tmp_path / "other/mine/last.safetensors", *more)
@@ -197,7 +272,17 @@ def test_damaged_pictures(capsys, checkpoint, shapes, tmp_path) -> None:
     whole = (images / "0002.jpg").read_bytes()
     (images / "0002.jpg").write_bytes(whole[: len(whole) // 2])
     status, _, err = run(
-        capsys, checkpoint, "--data", annotations, "--images", images, "--val", shapes[0], "--val-images", shapes[1], *SMALL
+        capsys,
+        checkpoint,
+        "--data",
+        annotations,
+        "--images",
+        images,
+        "--val",
+        shapes[0],
+        "--val-images",
+        shapes[1],
+        *SMALL,
     )
     assert_one_line(status, err, "0002.jpg", "cannot decode the picture")
     status, _, err = run(capsys, checkpoint, *files(shapes), "--val", annotations, "--val-images", images, *SMALL)

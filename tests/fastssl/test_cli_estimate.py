@@ -83,10 +83,17 @@ def run(capsys, *arguments):
 
 
 def test_figures_as_json_and_words_beside_them(capsys, beton):
-    status, out, err = run(capsys, "--arch", "mobilenetv3_small_050", "--data", beton, *SMALL, "--epochs", 3, "--seconds", 3, "--json", "-")
+    status, out, err = run(
+        capsys, "--arch", "mobilenetv3_small_050", "--data", beton, *SMALL, "--epochs", 3, "--seconds", 3, "--json", "-"
+    )
     assert status == 0
     record = json.loads(out)  # one object, and nothing else on standard output
-    assert (record["recipe"], record["arch"], record["epochs"], record["batch_size"]) == ("few-photos-moco", "mobilenetv3_small_050", 3, 8)
+    assert (record["recipe"], record["arch"], record["epochs"], record["batch_size"]) == (
+        "few-photos-moco",
+        "mobilenetv3_small_050",
+        3,
+        8,
+    )
     assert record["data"] == {"name": beton.name, "samples": 48} and record["steps_per_epoch"] == 6
     assert record["host"]["cores"] >= 1 and "torch" in record["versions"]
     assert record["seconds"] < 4.5
@@ -107,25 +114,51 @@ def test_the_sample_set_without_data(capsys, monkeypatch, beton):
 
     asked = {}
     monkeypatch.setattr(sample_set, "ensure_sample_set", lambda: sample_set.SampleSet(beton, beton))
-    monkeypatch.setattr(bench, "run", lambda *arguments: asked.update(zip(("recipe", "name", "data", "val"), arguments)) or MADE)
+    monkeypatch.setattr(
+        bench, "run", lambda *arguments: asked.update(zip(("recipe", "name", "data", "val"), arguments)) or MADE
+    )
     assert run(capsys, "--arch", "resnet18", "--device", "cpu")[0] == 0
-    assert (asked["name"], asked["recipe"].arch, asked["data"], asked["val"]) == ("quickstart", "resnet18", beton, beton)
+    assert (asked["name"], asked["recipe"].arch, asked["data"], asked["val"]) == (
+        "quickstart",
+        "resnet18",
+        beton,
+        beton,
+    )
 
 
 def test_words_that_a_person_understands():
     lines = describe(MADE)
-    assert lines[0] == "One epoch: 25 h 25 min (2,502 steps of 512). 200 epochs: 211.8 days on this CPU, 5,083 device hours."
+    assert (
+        lines[0]
+        == "One epoch: 25 h 25 min (2,502 steps of 512). 200 epochs: 211.8 days on this CPU, 5,083 device hours."
+    )
     assert lines[1] == "Limit: the step, 14 pair/s; the loader alone could feed 1,100. Both together: 14 pair/s."
-    assert "44.0 GiB at the peak of a step" in lines[2] and "of 60.0 GiB free" in lines[2] and "129 MiB on disk" in lines[2]
+    assert (
+        "44.0 GiB at the peak of a step" in lines[2]
+        and "of 60.0 GiB free" in lines[2]
+        and "129 MiB on disk" in lines[2]
+    )
     assert lines[3] == "Largest batch that fits and that the recipe allows: 512 (memory is the limit)."
     assert lines[4] == "Included: 39 online probes of 1 min 20 s, 27 min for the features of the final probe."
-    assert lines[5].endswith("the step at batch 8, 16. Extrapolated: time and memory of a step: linearly from batch 16 to 512.")
+    assert lines[5].endswith(
+        "the step at batch 8, 16. Extrapolated: time and memory of a step: linearly from batch 16 to 512."
+    )
     gpu = replace(
-        MADE, device="cuda", limit="data", loader_pair_per_s=900.0, step_pair_per_s=9000.0, pair_per_s=900.0, host_bytes=3 * 2**30, epochs=1
+        MADE,
+        device="cuda",
+        limit="data",
+        loader_pair_per_s=900.0,
+        step_pair_per_s=9000.0,
+        pair_per_s=900.0,
+        host_bytes=3 * 2**30,
+        epochs=1,
     )
     lines = describe(gpu)
     assert "1 epoch: 211.8 days on this GPU, 5,083 GPU-hours." in lines[0]
-    assert lines[1] == "Limit: the data, 900 pair/s from 2 decoding threads; the step alone could take 9,000. Both together: 900 pair/s."
+    assert (
+        lines[1]
+        == "Limit: the data, 900 pair/s from 2 decoding threads; the step alone could take 9,000. Both together: 900 pair/s."
+    )
     assert "3.0 GiB on the host for the loader" in lines[2]
 
 
@@ -134,13 +167,16 @@ def test_what_would_fit_instead():
     assert describe(big)[3] == "The batch of 512 does not fit; --batch-size 128 or --set train.accumulate=4 does."
     assert describe(replace(big, fitting_accumulate=None))[3] == "The batch of 512 does not fit; --batch-size 128 does."
     assert (
-        describe(replace(big, largest_batch=None, fitting_accumulate=None))[3] == "The batch of 512 does not fit, and no smaller one does."
+        describe(replace(big, largest_batch=None, fitting_accumulate=None))[3]
+        == "The batch of 512 does not fit, and no smaller one does."
     )
 
 
 def assert_one_line(status, err, *words):
     assert status == 1
-    lines = [line for line in err.splitlines() if line.startswith("fastssl:") and not line.startswith("fastssl: warning: ")]
+    lines = [
+        line for line in err.splitlines() if line.startswith("fastssl:") and not line.startswith("fastssl: warning: ")
+    ]
     assert len(lines) == 1 and "Traceback" not in err
     for word in words:
         assert word in lines[0]
@@ -157,7 +193,9 @@ def test_what_cannot_be_estimated(capsys, beton, tmp_path):
     wrong.write_bytes(b"not a beton file")
     assert_one_line(*fails("--arch", "resnet18", "--data", wrong), "wrong.beton")
     assert_one_line(
-        *fails("--arch", "resnet18", "--data", beton, *SMALL[:6], "--set", "moco.queue=60", *SMALL[8:]), "moco.queue=60", "twice the batch"
+        *fails("--arch", "resnet18", "--data", beton, *SMALL[:6], "--set", "moco.queue=60", *SMALL[8:]),
+        "moco.queue=60",
+        "twice the batch",
     )
     assert_one_line(*fails(*SMALL[:2], "--data", beton, "--set", "moco.queu=64"), "no key moco.queu", "queue")
 
@@ -177,7 +215,9 @@ def test_wrong_usage(capsys, arguments):
 def test_help_has_an_example_and_waits_for_no_torch():
     code = "import sys; from fastssl.cli import main\ntry: main(sys.argv[1:])\nexcept SystemExit: print('torch' in sys.modules)"
     for arguments in (["--help"], ["estimate", "--help"]):
-        out = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True).stdout
+        out = subprocess.run(
+            [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True
+        ).stdout
         assert "estimate" in out and out.endswith("False\n")
     assert "fastssl estimate --arch" in out
 

@@ -73,16 +73,23 @@ def test_knn_with_validation_photos_equals_the_functions(capsys, checkpoint, bet
 
 
 def test_several_k_are_records_of_one_search(capsys, checkpoint, beton):
-    status, out, err = run(capsys, "knn", checkpoint, "--data", beton, "--val", beton, *SMALL, "--k", 5, "--k", 1, "--k", 5, "--json", "-")
+    status, out, err = run(
+        capsys, "knn", checkpoint, "--data", beton, "--val", beton, *SMALL, "--k", 5, "--k", 1, "--k", 5, "--json", "-"
+    )
     records = [json.loads(line) for line in out.splitlines()]
-    assert status == 0 and [record["k"] for record in records] == [5, 1] and records[1]["accuracy"] == 100  # each finds itself
+    assert (
+        status == 0 and [record["k"] for record in records] == [5, 1] and records[1]["accuracy"] == 100
+    )  # each finds itself
     assert "kNN (k 5," in err and "kNN (k 1," in err and records[0]["top5_accuracy"] is None  # of three classes
 
 
 def test_leave_one_out_is_a_kind_of_its_own(capsys, checkpoint, beton, tmp_path):
     features = extract_features(load_backbone(checkpoint), beton, size=32, workers=1)
     expected = knn_leave_one_out(features, k=5)
-    for photos, data, val in ((("--data", beton), beton.name, None), (("--data", beton, "--val", beton), None, beton.name)):
+    for photos, data, val in (
+        (("--data", beton), beton.name, None),
+        (("--data", beton, "--val", beton), None, beton.name),
+    ):
         status, out, err = run(capsys, "knn", checkpoint, *photos, *SMALL, "--k", 5, "--leave-one-out", "--json", "-")
         record = json.loads(out)
         assert status == 0 and record["evaluation"] == "knn_leave_one_out" and "not comparable" in err
@@ -97,13 +104,22 @@ def test_a_published_protocol(capsys, small, beton):
     options = (*BRIEF, "--sweep", "--weight-decay", 0, "--weight-decay", 0.01, "--cached-epochs", 2, "--json", "-")
     status, out, err = run(capsys, "linear", small, "--data", beton, "--val", beton, *SMALL, *options)
     record = json.loads(out)
-    assert status == 0 and (record["protocol"], record["lr"], record["batch_size"], record["epochs"]) == ("sslight", 0.05, 16, 3)
+    assert status == 0 and (record["protocol"], record["lr"], record["batch_size"], record["epochs"]) == (
+        "sslight",
+        0.05,
+        16,
+        3,
+    )
     assert len(record["grid"]) == 14 and record["steps_per_epoch"] == 3 and len(record["accuracy_by_epoch"]) == 3
     assert record["changed"] == ["epochs", "batch_size", "size", "cached_epochs"]
     assert (record["cached_epochs"], record["cache_dtype"], record["interpolation"]) == (2, "float32", "bicubic")
     assert record["grid"][0]["accuracy"] == record["accuracy"] == record["accuracy_by_epoch"][-1]
     assert record["confidence"][0] <= record["accuracy"] <= record["confidence"][1]
-    assert "not as published: epochs, batch_size" in err and "chosen on the validation photos" in err and "best of 14" in err
+    assert (
+        "not as published: epochs, batch_size" in err
+        and "chosen on the validation photos" in err
+        and "best of 14" in err
+    )
 
 
 def test_a_protocol_learns(capsys, small, beton):
@@ -112,23 +128,47 @@ def test_a_protocol_learns(capsys, small, beton):
     record = json.loads(out)
     # Three colours, which a random network keeps: labels that got mixed up would give 33 %.
     assert status == 0 and record["accuracy"] > 80 and record["train_accuracy"] > 60 and record["train_loss"] < 1
-    assert record["best_accuracy"] == max(record["accuracy_by_epoch"]) == record["accuracy_by_epoch"][record["best_epoch"] - 1]
+    assert (
+        record["best_accuracy"]
+        == max(record["accuracy_by_epoch"])
+        == record["accuracy_by_epoch"][record["best_epoch"] - 1]
+    )
 
 
 def test_the_choice_can_be_made_on_training_photos(capsys, small, beton):
     status, out, err = run(
-        capsys, "linear", small, "--data", beton, *SMALL, *BRIEF, "--lr", 1, "--lr", 2, "--select", "held-out", "--json", "-"
+        capsys,
+        "linear",
+        small,
+        "--data",
+        beton,
+        *SMALL,
+        *BRIEF,
+        "--lr",
+        1,
+        "--lr",
+        2,
+        "--select",
+        "held-out",
+        "--json",
+        "-",
     )
     record = json.loads(out)
     # 9 of 48 to judge on, 13 of each class are left, and of these one is held out.
     assert status == 0 and (record["val_samples"], record["train_samples"]) == (9, 36) and record["lr"] == 1
-    assert record["chosen_on"] == "held-out training photos" and "choose_on" in record["changed"] and "lr" in record["changed"]
+    assert (
+        record["chosen_on"] == "held-out training photos"
+        and "choose_on" in record["changed"]
+        and "lr" in record["changed"]
+    )
     assert all(round(row["held_out_accuracy"] * 3 / 100, 6) in range(4) for row in record["grid"])
     assert "chosen on the held-out training photos" in err
 
 
 def test_statistics_taken_anew_serve_a_protocol_too(capsys, small, beton):
-    status, out, _ = run(capsys, "linear", small, "--data", beton, *SMALL, *BRIEF, "--lr", 3, "--reestimate-bn", 32, "--json", "-")
+    status, out, _ = run(
+        capsys, "linear", small, "--data", beton, *SMALL, *BRIEF, "--lr", 3, "--reestimate-bn", 32, "--json", "-"
+    )
     record = json.loads(out)
     assert status == 0 and record["reestimate_bn"] == 32 and "reestimate_bn" in record["changed"]
     status, plain, _ = run(capsys, "linear", small, "--data", beton, *SMALL, *BRIEF, "--lr", 3, "--json", "-")
@@ -138,7 +178,9 @@ def test_statistics_taken_anew_serve_a_protocol_too(capsys, small, beton):
 def test_protocols_that_do_not_fit(capsys, small, beton):
     status, _, err = run(capsys, "linear", small, "--data", beton, *SMALL, "--protocol", "sslight")
     assert_one_line(status, err, "39 photos", "one batch of 4096", "--batch-size")
-    status, _, err = run(capsys, "linear", small, "--data", beton, *SMALL, "--protocol", "sslight-vit", "--batch-size", 16)
+    status, _, err = run(
+        capsys, "linear", small, "--data", beton, *SMALL, "--protocol", "sslight-vit", "--batch-size", 16
+    )
     assert_one_line(status, err, "class tokens", "another --protocol")
 
 
@@ -152,7 +194,19 @@ def both(checkpoint, beton, folder):
             main(
                 [
                     "evaluate",
-                    *map(str, (options[0], checkpoint, "--data", beton, *SMALL, *options[1:], "--json", folder / f"{name}-{number}.json")),
+                    *map(
+                        str,
+                        (
+                            options[0],
+                            checkpoint,
+                            "--data",
+                            beton,
+                            *SMALL,
+                            *options[1:],
+                            "--json",
+                            folder / f"{name}-{number}.json",
+                        ),
+                    ),
                 ]
             )
         assert stop.value.code == 0
@@ -208,7 +262,9 @@ def test_linear_holds_out_the_same_fifth_every_time(capsys, checkpoint, beton, t
 
 def assert_one_line(status, err, *words):
     assert status == 1
-    lines = [line for line in err.splitlines() if line.startswith("fastssl:") and not line.startswith("fastssl: warning: ")]
+    lines = [
+        line for line in err.splitlines() if line.startswith("fastssl:") and not line.startswith("fastssl: warning: ")
+    ]
     assert len(lines) == 1 and "Traceback" not in err
     for word in words:
         assert word in lines[0]
@@ -277,7 +333,9 @@ MIXED = [
 ]
 
 
-@pytest.mark.parametrize("arguments", [("knn",), ("nearest", "x"), ("knn", "x"), ("knn", "x", "--data", "y", "--k", "0"), *MIXED])
+@pytest.mark.parametrize(
+    "arguments", [("knn",), ("nearest", "x"), ("knn", "x"), ("knn", "x", "--data", "y", "--k", "0"), *MIXED]
+)
 def test_wrong_usage(capsys, arguments):
     assert run(capsys, *arguments)[0] == 2
 
@@ -291,7 +349,9 @@ def test_help_has_an_example(capsys):
 @pytest.mark.parametrize("command", ["knn", "linear"])
 def test_a_size_that_the_network_cannot_take(capsys, beton, tmp_path, command):
     save_backbone(create_backbone("vit_tiny"), tmp_path / "vit.safetensors", arch="vit_tiny")
-    status, _, err = run(capsys, command, tmp_path / "vit.safetensors", "--data", beton, "--size", 40, "--device", "cpu", "--workers", 1)
+    status, _, err = run(
+        capsys, command, tmp_path / "vit.safetensors", "--data", beton, "--size", 40, "--device", "cpu", "--workers", 1
+    )
     assert_one_line(status, err, "cannot take pictures of 40 px", "change --size")
 
 
@@ -326,7 +386,9 @@ def small_run(small, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("command", [("knn",), ("knn", "--leave-one-out"), ("linear",), ("finetune", "--epochs", 1, "--batch-size", 16)])
+@pytest.mark.parametrize(
+    "command", [("knn",), ("knn", "--leave-one-out"), ("linear",), ("finetune", "--epochs", 1, "--batch-size", 16)]
+)
 def test_pictures_are_taken_as_the_run_took_them(capsys, beton, small, small_run, command):
     machine = ("--data", beton, "--device", "cpu", "--workers", 1, "--json", "-")
     status, out, err = run(capsys, command[0], small_run, *command[1:], *machine)
@@ -335,7 +397,10 @@ def test_pictures_are_taken_as_the_run_took_them(capsys, beton, small, small_run
     status, out, err = run(capsys, command[0], small_run, *command[1:], *machine, "--size", 40, "--crop", 0.8)
     record = json.loads(out)
     assert status == 0 and (record["size"], record["crop"]) == (40, 0.8)
-    assert "--size 40: the run itself was probed with 32 (probe.size)" in err and "--crop 0.8: the run itself was probed with 1 " in err
+    assert (
+        "--size 40: the run itself was probed with 32 (probe.size)" in err
+        and "--crop 0.8: the run itself was probed with 1 " in err
+    )
 
 
 def test_of_bare_weights_pictures_are_the_usual_ones(capsys, beton, small):

@@ -51,7 +51,9 @@ def record(capsys, *arguments: object) -> dict:
 def assert_one_line(result: tuple[int, str, str], *words: str) -> None:
     status, _, err = result
     assert status == 1
-    lines = [line for line in err.splitlines() if line.startswith("fastssl:") and not line.startswith("fastssl: warning: ")]
+    lines = [
+        line for line in err.splitlines() if line.startswith("fastssl:") and not line.startswith("fastssl: warning: ")
+    ]
     assert len(lines) == 1 and "Traceback" not in err
     for word in words:
         assert word in lines[0]
@@ -59,14 +61,38 @@ def assert_one_line(result: tuple[int, str, str], *words: str) -> None:
 
 def test_semi_equals_the_functions(capsys, dino: Path, beton: Path) -> None:
     found = record(
-        capsys, "semi", dino, "--data", beton, "--val", beton, "--labels", "50%", "--seed", 3, *SMALL, "--batch-size", 8, "--epochs", 2
+        capsys,
+        "semi",
+        dino,
+        "--data",
+        beton,
+        "--val",
+        beton,
+        "--labels",
+        "50%",
+        "--seed",
+        3,
+        *SMALL,
+        "--batch-size",
+        8,
+        "--epochs",
+        2,
     )
     with open_split(beton, beton) as split:
         split.train_index = draw_labels(split.train.labels, 0.5, 3)
         network = Classifier(load_trained(dino).backbone, 3, seed=3)
         config = FinetuneConfig(epochs=2, batch_size=8, size=32)
         expected = finetune(network, split, config, device=torch.device("cpu"), seed=3, workers=1)
-    for name in ("accuracy", "best_accuracy", "best_epoch", "accuracies", "losses", "learning_rates", "train_samples", "top5"):
+    for name in (
+        "accuracy",
+        "best_accuracy",
+        "best_epoch",
+        "accuracies",
+        "losses",
+        "learning_rates",
+        "train_samples",
+        "top5",
+    ):
         assert found[name] == getattr(expected, name), name
     assert (found["evaluation"], found["arch"], found["network"], found["step"]) == ("semi", "lcnet_035", "student", 2)
     assert (found["labels"], found["list"], found["train_samples"], found["val_samples"]) == (0.5, None, 24, 48)
@@ -114,28 +140,50 @@ def test_without_val_a_fifth_is_held_out_before_the_draw(capsys, dino: Path, bet
 def test_a_list(capsys, dino: Path, beton: Path, photo_tree: Path, tmp_path: Path) -> None:
     path = tmp_path / "1percent.txt"
     path.write_text(
-        "".join(f"{16 * label + n},{label},{name},{n:02}.jpg\n" for label, name in enumerate(("blue", "green")) for n in range(4))
+        "".join(
+            f"{16 * label + n},{label},{name},{n:02}.jpg\n"
+            for label, name in enumerate(("blue", "green"))
+            for n in range(4)
+        )
     )
     found = record(capsys, "semi", dino, "--data", beton, "--val", beton, "--list", path, *QUICK)
     assert (found["labels"], found["list"], found["train_samples"]) == (8 / 48, "1percent.txt", 8)
     assert (found["classes"], found["unseen"]) == (2, 16) and found["accuracy"] <= 200 / 3  # red has no label
-    by_name = record(capsys, "semi", dino, "--data", beton, "--val", beton, "--list", path, "--photos", photo_tree, *QUICK)
+    by_name = record(
+        capsys, "semi", dino, "--data", beton, "--val", beton, "--list", path, "--photos", photo_tree, *QUICK
+    )
     assert by_name["accuracies"] == found["accuracies"] and by_name["losses"] == found["losses"]
     assert_one_line(run(capsys, "semi", dino, "--data", beton, "--list", path, *QUICK), "1percent.txt", "--val")
-    assert_one_line(run(capsys, "semi", dino, "--data", beton, "--val", beton, "--list", tmp_path / "no.txt", *QUICK), "no such list")
+    assert_one_line(
+        run(capsys, "semi", dino, "--data", beton, "--val", beton, "--list", tmp_path / "no.txt", *QUICK),
+        "no such list",
+    )
     path.write_text("48\n")
-    assert_one_line(run(capsys, "semi", dino, "--data", beton, "--val", beton, "--list", path, *QUICK), "line 1", "photo 48", "has 48")
+    assert_one_line(
+        run(capsys, "semi", dino, "--data", beton, "--val", beton, "--list", path, *QUICK),
+        "line 1",
+        "photo 48",
+        "has 48",
+    )
 
 
 def test_the_dino_head(capsys, dino: Path, beton: Path) -> None:
     common = ("--data", beton, "--val", beton, "--labels", "50%", "--head", "dino", *QUICK)
-    student, teacher, scratch = (record(capsys, "semi", dino, *common, *more) for more in ((), ("--which", "teacher"), ("--from-scratch",)))
+    student, teacher, scratch = (
+        record(capsys, "semi", dino, *common, *more) for more in ((), ("--which", "teacher"), ("--from-scratch",))
+    )
     assert (student["network"], teacher["network"], scratch["network"]) == ("student", "teacher", "random")
-    assert (student["step"], scratch["step"]) == (2, None) and scratch["from_scratch"] and scratch["checkpoint"] == "dino/last.pt"
+    assert (
+        (student["step"], scratch["step"]) == (2, None)
+        and scratch["from_scratch"]
+        and scratch["checkpoint"] == "dino/last.pt"
+    )
     assert len({tuple(found["losses"]) for found in (student, teacher, scratch)}) == 3
     moved = record(capsys, "semi", dino / "checkpoints" / "last.pt", *common)
     assert moved["losses"] == student["losses"]
-    assert_one_line(run(capsys, "semi", dino / "checkpoints" / "last.safetensors", *common), "last.safetensors", "last.pt")
+    assert_one_line(
+        run(capsys, "semi", dino / "checkpoints" / "last.safetensors", *common), "last.safetensors", "last.pt"
+    )
 
 
 def test_heads_of_other_runs(capsys, beton: Path, tmp_path: Path) -> None:
@@ -146,7 +194,12 @@ def test_heads_of_other_runs(capsys, beton: Path, tmp_path: Path) -> None:
 
 def test_finetune_on_folders_with_all_labels(capsys, dino: Path, photo_tree: Path) -> None:
     found = record(capsys, "finetune", dino, "--data", photo_tree, "--val", photo_tree, *QUICK, "--head-lr-factor", 10)
-    assert (found["evaluation"], found["labels"], found["train_samples"], found["val_samples"]) == ("finetune", 1.0, 48, 48)
+    assert (found["evaluation"], found["labels"], found["train_samples"], found["val_samples"]) == (
+        "finetune",
+        1.0,
+        48,
+        48,
+    )
     assert (found["head_lr_factor"], found["epochs"], found["steps_per_epoch"], found["momentum"]) == (10.0, 1, 6, 0.9)
 
 
@@ -166,10 +219,16 @@ def test_optimisers(capsys, dino: Path, beton: Path, options: tuple, expected: t
 def test_from_scratch_is_the_same_network_with_other_weights(capsys, dino: Path, beton: Path) -> None:
     common = ("finetune", dino, "--data", beton, *QUICK)
     trained, scratch, again, other = (
-        record(capsys, *common, *more) for more in ((), ("--from-scratch",), ("--from-scratch",), ("--from-scratch", "--seed", 1))
+        record(capsys, *common, *more)
+        for more in ((), ("--from-scratch",), ("--from-scratch",), ("--from-scratch", "--seed", 1))
     )
-    assert scratch["from_scratch"] and scratch["network"] == "random" and scratch["arch"] == trained["arch"] == "lcnet_035"
-    assert scratch["losses"] == again["losses"] and len({trained["losses"][0], scratch["losses"][0], other["losses"][0]}) == 3
+    assert (
+        scratch["from_scratch"] and scratch["network"] == "random" and scratch["arch"] == trained["arch"] == "lcnet_035"
+    )
+    assert (
+        scratch["losses"] == again["losses"]
+        and len({trained["losses"][0], scratch["losses"][0], other["losses"][0]}) == 3
+    )
 
 
 def test_the_network_is_written_for_timm(capsys, dino: Path, beton: Path, tmp_path: Path) -> None:
@@ -179,25 +238,44 @@ def test_the_network_is_written_for_timm(capsys, dino: Path, beton: Path, tmp_pa
     view = FinetuneConfig(size=32, crop=1.0).test_view
     with ViewLoader(beton, [view], 48, workers=1, shuffle=False) as loader, torch.no_grad():
         (batch,) = loader.epoch(0)
-        assert 100 * float((network(batch.views[0]).argmax(1) == batch.label).double().mean()) == pytest.approx(found["accuracy"])
+        assert 100 * float((network(batch.views[0]).argmax(1) == batch.label).double().mean()) == pytest.approx(
+            found["accuracy"]
+        )
     with safe_open(str(path), framework="pt") as file:
         assert json.loads(file.metadata()["fastssl-classifier"])["classes"] == ["blue", "green", "red"]
     # Of a list that lacks a class, the two that it has.
     (tmp_path / "list.txt").write_text("".join(f"{n}\n" for n in (0, 1, 2, 3, 32, 33, 34, 35)))
-    record(capsys, "semi", dino, "--data", beton, "--val", beton, "--list", tmp_path / "list.txt", *QUICK, "--out", path)
+    record(
+        capsys, "semi", dino, "--data", beton, "--val", beton, "--list", tmp_path / "list.txt", *QUICK, "--out", path
+    )
     with safe_open(str(path), framework="pt") as file:
         assert json.loads(file.metadata()["fastssl-classifier"])["classes"] == ["blue", "red"]
         assert file.get_slice("classifier.weight").get_shape()[0] == 2
 
 
 def test_one_line_says_what_came_out(capsys, dino: Path, beton: Path, tmp_path: Path) -> None:
-    status, out, _ = run(capsys, "semi", dino, "--data", beton, "--val", beton, "--labels", "50%", *QUICK, "--json", tmp_path / "a.json")
+    status, out, _ = run(
+        capsys, "semi", dino, "--data", beton, "--val", beton, "--labels", "50%", *QUICK, "--json", tmp_path / "a.json"
+    )
     found = json.loads((tmp_path / "a.json").read_text())
     assert status == 0 and len(out.splitlines()) == 1
     assert out.startswith(f"fine-tuned student, 24 of 48 labels, 3 classes: {found['accuracy']:.2f} % (95 %: ")
     assert f"best epoch 1 of 1: {found['best_accuracy']:.2f} %" in out and "passed over" not in out
     status, out, _ = run(
-        capsys, "semi", dino, "--data", beton, "--val", beton, "--labels", "50%", *SMALL, "--batch-size", 10, "--epochs", 1
+        capsys,
+        "semi",
+        dino,
+        "--data",
+        beton,
+        "--val",
+        beton,
+        "--labels",
+        "50%",
+        *SMALL,
+        "--batch-size",
+        10,
+        "--epochs",
+        1,
     )
     assert status == 0 and "of 4 labels no batch of 10 can be filled: passed over" in out
 
@@ -210,7 +288,9 @@ def test_too_few_photos_for_a_batch(capsys, dino: Path, beton: Path) -> None:
     assert_one_line(result, "12 labelled photos, fewer than one batch of 256", "--batch-size 12")
 
 
-def test_photos_without_labels_or_with_others(capsys, dino: Path, beton: Path, photo_tree: Path, tmp_path: Path) -> None:
+def test_photos_without_labels_or_with_others(
+    capsys, dino: Path, beton: Path, photo_tree: Path, tmp_path: Path
+) -> None:
     (tmp_path / "flat").mkdir()
     for number, photo in enumerate(sorted(photo_tree.rglob("*.jpg"))[:6]):
         shutil.copy(photo, tmp_path / "flat" / f"{number}.jpg")
@@ -222,13 +302,17 @@ def test_photos_without_labels_or_with_others(capsys, dino: Path, beton: Path, p
     for command in (("semi", "--labels", "50%"), ("finetune",)):
         assert_one_line(run(capsys, *command, dino, "--data", flat, *QUICK), str(flat), "no labels")
         assert_one_line(run(capsys, *command, dino, "--data", beton, "--val", two, *QUICK), "3 and 2 classes", "green")
-        assert_one_line(run(capsys, *command, dino, "--data", beton, "--val", tmp_path / "none.beton", *QUICK), "none.beton")
+        assert_one_line(
+            run(capsys, *command, dino, "--data", beton, "--val", tmp_path / "none.beton", *QUICK), "none.beton"
+        )
     side_path(two).unlink()
     assert_one_line(run(capsys, "finetune", dino, "--data", beton, "--val", two, *QUICK), "3 and 2 classes")
 
 
 def test_no_such_checkpoint(capsys, beton: Path, tmp_path: Path) -> None:
-    assert_one_line(run(capsys, "finetune", tmp_path / "none.safetensors", "--data", beton, *QUICK), "no such checkpoint")
+    assert_one_line(
+        run(capsys, "finetune", tmp_path / "none.safetensors", "--data", beton, *QUICK), "no such checkpoint"
+    )
     assert_one_line(run(capsys, "finetune", tmp_path, "--data", beton, *QUICK), "no last.safetensors")
     assert_one_line(run(capsys, "finetune", tmp_path, "--head", "dino", "--data", beton, *QUICK), "last.pt")
 
@@ -270,7 +354,16 @@ def test_a_network_that_cannot_be_written_costs_no_figures(
 
     monkeypatch.setattr(classifier, "save_classifier", full)
     status, out, err = run(
-        capsys, "finetune", dino, "--data", beton, *QUICK, "--out", tmp_path / "n.safetensors", "--json", tmp_path / "r.json"
+        capsys,
+        "finetune",
+        dino,
+        "--data",
+        beton,
+        *QUICK,
+        "--out",
+        tmp_path / "n.safetensors",
+        "--json",
+        tmp_path / "r.json",
     )
     assert status == 1 and "no space left" in err and "fine-tuned student" in out
     assert json.loads((tmp_path / "r.json").read_text())["evaluation"] == "finetune"

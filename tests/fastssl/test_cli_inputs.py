@@ -21,7 +21,13 @@ from fastssl.errors import FastSSLError
 
 ARCH = "lcnet_035"
 #: A network's heads and views that take no time.
-SMALL = ("views.0.size=32", "probe.size=32", "probe.every_epochs=0", "simclr.projector.hidden=16", "simclr.projector.out=8")
+SMALL = (
+    "views.0.size=32",
+    "probe.size=32",
+    "probe.every_epochs=0",
+    "simclr.projector.hidden=16",
+    "simclr.projector.out=8",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +70,9 @@ def test_the_network_is_the_recipes_unless_it_is_given(beton: Path, capsys: pyte
     )
 
 
-def test_the_sample_photos_without_data(beton: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+def test_the_sample_photos_without_data(
+    beton: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     monkeypatch.setattr(sample_set, "ensure_sample_set", lambda: sample_set.SampleSet(beton, beton))
     inputs = chosen()
     assert (inputs.name, inputs.data, inputs.val, inputs.recipe.arch) == (
@@ -86,7 +94,10 @@ def test_many_photos_get_the_full_recipe_where_there_is_a_gpu(
     assert chosen(data=beton).name == "light-moco-mobilenetv3"
     said = capsys.readouterr().err
     assert "recipe light-moco-mobilenetv3 for 48 photos on a GPU" in said and "enlarged for views of 224 px" in said
-    assert chosen(data=beton, recipe_name="few-photos").name == "few-photos" and "--recipe light-moco" not in capsys.readouterr().err
+    assert (
+        chosen(data=beton, recipe_name="few-photos").name == "few-photos"
+        and "--recipe light-moco" not in capsys.readouterr().err
+    )
 
 
 def test_val_may_be_a_folder_too(photo_tree: Path, tmp_path: Path) -> None:

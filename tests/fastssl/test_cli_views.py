@@ -31,7 +31,22 @@ def test_views_follow_the_seed(capsys, beton, tmp_path):
     pictures = []
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         # No suffix: the file is a PNG whatever its name.
-        assert run(capsys, "views", beton, "--recipe", "quickstart", "--out", tmp_path / name, "--samples", 2, "--seed", seed)[0] == 0
+        assert (
+            run(
+                capsys,
+                "views",
+                beton,
+                "--recipe",
+                "quickstart",
+                "--out",
+                tmp_path / name,
+                "--samples",
+                2,
+                "--seed",
+                seed,
+            )[0]
+            == 0
+        )
         pictures.append((tmp_path / name).read_bytes())
     assert pictures[0] == pictures[1] != pictures[2]
 
@@ -52,7 +67,10 @@ def test_engines_stand_side_by_side(capsys, beton, tmp_path):
     # Stored photo and two views; photo and (view, view, difference); two columns more for the third engine.
     assert two - one == three - two - 120 == 120
     assert width("auto", "native", "dali", "native") == two  # auto is native: it does not stand beside itself
-    assert run(capsys, "views", beton, "--recipe", "quickstart", "--out", tmp_path / "x.png", "--pipeline", "tfdata")[0] == 2
+    assert (
+        run(capsys, "views", beton, "--recipe", "quickstart", "--out", tmp_path / "x.png", "--pipeline", "tfdata")[0]
+        == 2
+    )
 
 
 @pytest.mark.engines
@@ -72,7 +90,9 @@ def test_doctor_lists_the_engines(capsys, tmp_path):
     [("quickstrat", None, "quickstart"), ("quickstart", "missing.beton", "missing.beton")],
 )
 def test_views_failures_are_one_line(capsys, beton, tmp_path, recipe, file, message):
-    status, _, err = run(capsys, "views", tmp_path / file if file else beton, "--recipe", recipe, "--out", tmp_path / "x.png")
+    status, _, err = run(
+        capsys, "views", tmp_path / file if file else beton, "--recipe", recipe, "--out", tmp_path / "x.png"
+    )
     assert status == 1 and message in err and "Traceback" not in err
     assert not (tmp_path / "x.png").exists()
 
@@ -98,9 +118,19 @@ def test_a_multi_crop_is_drawn_named_and_described(capsys, beton, tmp_path):
     arguments = ["views", beton, "--recipe", "dino-mobilenetv2-sslight", "--samples", 2, "--out"]
     small = ["--set", "views.global_size=32", "--set", "views.local_size=16"]
     status, _, said = run(capsys, *arguments, tmp_path / "six.png", *small)
-    assert status == 0 and "2 global views of 32 px, area 0.3 .. 1; 6 local views of 16 px" in said and "0.4 global-global" in said
-    status, _, said = run(capsys, *arguments, tmp_path / "two.png", *small, "--set", "views.local_count=2", "--set", "views.weights=null")
-    assert status == 0 and "2 local views" in said and "0.333 global-global, 0.667 global-local (by the number of pairs)" in said
+    assert (
+        status == 0
+        and "2 global views of 32 px, area 0.3 .. 1; 6 local views of 16 px" in said
+        and "0.4 global-global" in said
+    )
+    status, _, said = run(
+        capsys, *arguments, tmp_path / "two.png", *small, "--set", "views.local_count=2", "--set", "views.weights=null"
+    )
+    assert (
+        status == 0
+        and "2 local views" in said
+        and "0.333 global-global, 0.667 global-local (by the number of pairs)" in said
+    )
     widths = []
     for name in ("six", "two"):
         with Image.open(tmp_path / f"{name}.png") as picture:

@@ -90,7 +90,9 @@ def together() -> dict[str, object]:
     contrast(own, gather_rows_with_gradient(own), matrix).backward()
     found["gradient of rows"] = own.grad
     picture = images.clone().requires_grad_()
-    (gather_views(picture, VIEWS, gradient=True) * torch.arange(size * BATCH * VIEWS).view(-1, 1, 1, 1)).sum().backward()
+    (
+        gather_views(picture, VIEWS, gradient=True) * torch.arange(size * BATCH * VIEWS).view(-1, 1, 1, 1)
+    ).sum().backward()
     found["gradient of maps"] = picture.grad
 
     transposed = torch.full((2, 3), float(me + 1)).T
@@ -98,7 +100,9 @@ def together() -> dict[str, object]:
     found["sum"], found["in place"] = transposed, returned is transposed
     found["mean"] = all_reduce_mean(torch.tensor([float(me), 2.0]))
 
-    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 2)).to(memory_format=torch.channels_last)
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 2)).to(
+        memory_format=torch.channels_last
+    )
     for number, tensor in enumerate((*network.parameters(), *network.buffers())):
         tensor.data.fill_(100 * me + number)
     network[0].weight.data.add_(torch.randn(4, 3, 3, 3, generator=torch.Generator().manual_seed(me)))
@@ -107,8 +111,12 @@ def together() -> dict[str, object]:
 
     parameters = [*network.parameters(), nn.Parameter(torch.zeros(3, dtype=torch.bfloat16))]
     for parameter in parameters[:-2] + parameters[-1:]:  # one has no gradient
-        parameter.grad = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(10 + me)).to(parameter.dtype)
-    parameters[0].grad = parameters[0].grad.contiguous(memory_format=torch.contiguous_format if me else torch.channels_last)
+        parameter.grad = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(10 + me)).to(
+            parameter.dtype
+        )
+    parameters[0].grad = parameters[0].grad.contiguous(
+        memory_format=torch.contiguous_format if me else torch.channels_last
+    )
     before = [parameter.grad for parameter in parameters]
     average_gradients(parameters)
     found["gradients"] = [parameter.grad for parameter in parameters]
@@ -159,7 +167,10 @@ def test_gradients_are_averaged_in_place_whatever_their_layout(world: list[dict]
         for mine, first in zip(found["gradients"], world[0]["gradients"]):
             if mine is None:
                 continue
-            each = [torch.randn(mine.shape, generator=torch.Generator().manual_seed(10 + at)).to(mine.dtype) for at in range(size)]
+            each = [
+                torch.randn(mine.shape, generator=torch.Generator().manual_seed(10 + at)).to(mine.dtype)
+                for at in range(size)
+            ]
             tolerance = 2e-2 if mine.dtype == torch.bfloat16 else 1e-6
             torch.testing.assert_close(mine, sum(each) / size, rtol=tolerance, atol=tolerance)
             assert torch.equal(mine, first)

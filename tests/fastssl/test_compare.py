@@ -25,7 +25,14 @@ def record(evaluation: str, checkpoint: str = "mine/last.safetensors", **values:
         "linear": {**top, "protocol": "fast"},
         "semi": {**tuned, "labels": 0.01, "head": "dino"},
         "finetune": {**tuned, "labels": 1.0},
-        "detect": {"box_ap": 34.1, "box_ap50": 53.6, "box_ap_small": None, "mask_ap": None, "iterations": 90000, "batch_size": 16},
+        "detect": {
+            "box_ap": 34.1,
+            "box_ap50": 53.6,
+            "box_ap_small": None,
+            "mask_ap": None,
+            "iterations": 90000,
+            "batch_size": 16,
+        },
     }
     about = {
         "checkpoint": checkpoint,
@@ -35,7 +42,12 @@ def record(evaluation: str, checkpoint: str = "mine/last.safetensors", **values:
         "data": "train.beton",
         "val": "val.beton",
     }
-    machine = {"held_out_seed": None, "host": {"cpu": "Some CPU"}, "versions": {"python": "3.11", "torch": "2.11"}, "git": "abc"}
+    machine = {
+        "held_out_seed": None,
+        "host": {"cpu": "Some CPU"},
+        "versions": {"python": "3.11", "torch": "2.11"},
+        "git": "abc",
+    }
     return {"evaluation": evaluation, **about, **machine, **kinds[evaluation], **values}
 
 
@@ -49,7 +61,9 @@ def tables(records: list[dict[str, Any]]) -> list[Table]:
 
 
 def test_a_row_for_each_network_and_a_column_for_each_kind() -> None:
-    (table,) = tables([record("knn"), record("linear"), record("linear", "other/last.safetensors", accuracy=70.0, step=None)])
+    (table,) = tables(
+        [record("knn"), record("linear"), record("linear", "other/last.safetensors", accuracy=70.0, step=None)]
+    )
     assert table.header == ["checkpoint", "network", "kNN, k 20, T 0.07", "linear probe, fast"]
     assert table.rows == [
         ["mine/last.safetensors", "mobilenetv2_100, student, step 1,000", "61.0 (60.0 to 62.0)", "68.2 (67.8 to 68.7)"],
@@ -69,7 +83,10 @@ def test_pages_are_written_and_names_stay_words(tmp_path: Path) -> None:
     assert [path.name for path in paths] == ["evaluations.md", "evaluations.html"]
     assert "&lt;b>/a\\|b.safetensors" in markdown and "&lt;b&gt;/a|b.safetensors" in html and "<b>/a" not in html
     assert "Some CPU, python 3.11, torch 2.11, commit abc" in markdown
-    assert sorted(path.name for path in (tmp_path / "new" / "folder").iterdir()) == ["evaluations.html", "evaluations.md"]
+    assert sorted(path.name for path in (tmp_path / "new" / "folder").iterdir()) == [
+        "evaluations.html",
+        "evaluations.md",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -86,7 +103,10 @@ def test_pages_are_written_and_names_stay_words(tmp_path: Path) -> None:
         (json.dumps({**record("knn"), "host": None}), "holds one of another kind"),
         (json.dumps({**record("knn"), "evaluation": ["knn"]}), "not a record of an evaluation"),
         (json.dumps({**record("knn"), "accuracy": 10**400}), "holds one of another kind"),
-        (json.dumps({key: value for key, value in record("linear").items() if key != "data" and key != "val"}), "lacks a value"),
+        (
+            json.dumps({key: value for key, value in record("linear").items() if key != "data" and key != "val"}),
+            "lacks a value",
+        ),
     ],
 )
 def test_what_is_no_record_is_named(tmp_path: Path, line: str, message: str) -> None:
@@ -147,13 +167,18 @@ def test_the_published_page_shows_its_records() -> None:
 
 
 def test_settings_that_differ_are_columns_and_other_weights_are_rows() -> None:
-    one, other = record("knn", size=32, seed=0, weights="aa"), record("knn", size=64, seed=0, weights="aa", accuracy=70.0)
+    one, other = (
+        record("knn", size=32, seed=0, weights="aa"),
+        record("knn", size=64, seed=0, weights="aa", accuracy=70.0),
+    )
     (table,) = tables([one, other])
     assert table.header[2:] == ["kNN, k 20, T 0.07, size 32", "kNN, k 20, T 0.07, size 64"] and len(table.rows) == 1
     (table,) = tables([record("linear", seed=seed, accuracy=60.0 + seed) for seed in range(3)])
     assert [cell[:4] for cell in table.rows[0][2:]] == ["60.0", "61.0", "62.0"] and table.header[4].endswith(", seed 2")
     # Two runs whose folders are called the same.
-    (table,) = tables([record("knn", weights="aa"), record("linear", weights="aa"), record("knn", weights="bb", accuracy=70.0)])
+    (table,) = tables(
+        [record("knn", weights="aa"), record("linear", weights="aa"), record("knn", weights="bb", accuracy=70.0)]
+    )
     assert [row[0] for row in table.rows] == ["mine/last.safetensors [aa]", "mine/last.safetensors [bb]"]
     assert [row[2][:4] for row in table.rows] == ["61.0", "70.0"]
 
@@ -162,5 +187,7 @@ def test_what_was_replaced_is_said() -> None:
     def said(*records: dict[str, Any]) -> str:
         return " ".join(block.text for block in comparison(records) if isinstance(block, Paragraph))
 
-    assert "2 of the replaced had other figures" in said(record("knn"), record("knn", accuracy=1.0), record("knn", accuracy=2.0))
+    assert "2 of the replaced had other figures" in said(
+        record("knn"), record("knn", accuracy=1.0), record("knn", accuracy=2.0)
+    )
     assert "others had" not in said(record("knn"), record("knn"))

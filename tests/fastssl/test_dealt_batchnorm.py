@@ -17,7 +17,11 @@ GROUPS, STEPS = 6, 3
 def network() -> nn.Sequential:
     torch.manual_seed(0)
     layers = nn.Sequential(
-        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, momentum=0.3), nn.Flatten(), nn.LazyLinear(5), nn.BatchNorm1d(5, momentum=0.01)
+        nn.Conv2d(3, 4, 3),
+        nn.BatchNorm2d(4, momentum=0.3),
+        nn.Flatten(),
+        nn.LazyLinear(5),
+        nn.BatchNorm1d(5, momentum=0.01),
     )
     layers.append(nn.BatchNorm1d(5, track_running_stats=False))
     layers(torch.zeros(2, 3, 5, 5))
@@ -50,7 +54,9 @@ def test_dealt_groups_leave_the_statistics_of_one_process(world: int) -> None:
     assert len(alone) == 6 and alone["1.num_batches_tracked"] == 1 + STEPS * GROUPS
     for found in run_processes(buffers_behind_all_steps, world):
         for name, value in alone.items():
-            torch.testing.assert_close(found[name], value, rtol=1e-12, atol=1e-12, msg=lambda text, name=name: f"{name}: {text}")
+            torch.testing.assert_close(
+                found[name], value, rtol=1e-12, atol=1e-12, msg=lambda text, name=name: f"{name}: {text}"
+            )
 
 
 def test_a_layer_with_another_recurrence_is_refused_by_name() -> None:

@@ -44,7 +44,9 @@ def random_layer(channels: int, side: int, stride: int, size: int, padding: int,
 )
 def test_equals_torch_in_float64(channels, side, stride, size, padding, layout):
     maps, gradient = random_layer(channels, side, stride, size, padding)
-    found = weight_gradient(maps.contiguous(memory_format=layout), gradient.contiguous(memory_format=layout), side, stride, padding)
+    found = weight_gradient(
+        maps.contiguous(memory_format=layout), gradient.contiguous(memory_format=layout), side, stride, padding
+    )
     expected = reference(maps, gradient, side, stride, padding)
     assert found.dtype == torch.float32 and found.shape == expected.shape
     assert (found - expected).abs().max() <= 2e-6 * gradient[0].numel() ** 0.5
@@ -66,7 +68,9 @@ def test_threads_change_no_bit(monkeypatch):
 
 def test_which_layers_are_taken():
     def conv(**changes):
-        return nn.Conv2d(**{"in_channels": 8, "out_channels": 8, "kernel_size": 5, "groups": 8, "padding": 2, **changes})
+        return nn.Conv2d(
+            **{"in_channels": 8, "out_channels": 8, "kernel_size": 5, "groups": 8, "padding": 2, **changes}
+        )
 
     assert is_taken(conv()) and is_taken(conv(stride=2, bias=False)) and is_taken(conv(kernel_size=3, padding=1))
     for other in (

@@ -67,7 +67,13 @@ def test_what_is_left_out_is_counted(shapes: tuple[Path, Path]) -> None:
     # All are still there for the judge, with what it needs filled in.
     assert len(found.document["annotations"]) == len(stored["annotations"])
     count = len(stored["annotations"])
-    assert found.document["annotations"][-1] == {"iscrowd": 0, "area": 300.0, **extra, "id": count, "bbox": [120.0, -5.0, 20.0, 15.0]}
+    assert found.document["annotations"][-1] == {
+        "iscrowd": 0,
+        "area": 300.0,
+        **extra,
+        "id": count,
+        "bbox": [120.0, -5.0, 20.0, 15.0],
+    }
     # pycocotools loses what has the number 0, or a number twice.
     assert [row["id"] for row in found.document["annotations"]] == list(range(1, count + 1))
     masked = detection_set(stored, shapes[1], where="x.json", masks=True)
@@ -100,7 +106,10 @@ WRONG = {
     "no pictures at all": (lambda stored: stored.update(images=[]), "'images' is empty"),
     "no categories": (lambda stored: stored.update(categories=[]), "'categories' is empty"),
     "annotations are no list": (lambda stored: stored.update(annotations={"id": 1}), "no list 'annotations'"),
-    "twice the same picture": (lambda stored: stored["images"].append(stored["images"][0]), r"images\[4\]: id 1000 stands there twice"),
+    "twice the same picture": (
+        lambda stored: stored["images"].append(stored["images"][0]),
+        r"images\[4\]: id 1000 stands there twice",
+    ),
     "twice the same category": (
         lambda stored: stored["categories"].append(stored["categories"][1]),
         r"categories\[3\]: id 7 stands there twice",
@@ -112,13 +121,22 @@ WRONG = {
         lambda stored: stored["images"][3].update(file_name="gone.jpg"),
         "not there: 1 of its 4 pictures, the first: .*gone.jpg",
     ),
-    "unknown picture": (lambda stored: stored["annotations"][2].update(image_id=5), r"annotations\[2\]: image_id 5 is not in 'images'"),
+    "unknown picture": (
+        lambda stored: stored["annotations"][2].update(image_id=5),
+        r"annotations\[2\]: image_id 5 is not in 'images'",
+    ),
     "unknown category": (
         lambda stored: stored["annotations"][2].update(category_id=4),
         r"annotations\[2\]: category_id 4 is not in 'categories'",
     ),
-    "box of three": (lambda stored: stored["annotations"][0].update(bbox=[1, 2, 3]), r"annotations\[0\]: 'bbox' is \[1, 2, 3\]"),
-    "box that is no number": (lambda stored: stored["annotations"][0].update(bbox=[1, 2, 3, float("nan")]), r"annotations\[0\]: 'bbox' is"),
+    "box of three": (
+        lambda stored: stored["annotations"][0].update(bbox=[1, 2, 3]),
+        r"annotations\[0\]: 'bbox' is \[1, 2, 3\]",
+    ),
+    "box that is no number": (
+        lambda stored: stored["annotations"][0].update(bbox=[1, 2, 3, float("nan")]),
+        r"annotations\[0\]: 'bbox' is",
+    ),
     "no box": (lambda stored: stored["annotations"][0].pop("bbox"), r"annotations\[0\]: 'bbox' is None"),
     "only crowds": (no_boxes, "not one box in it"),
     "no outlines": (no_masks, "not one of its annotations has a 'segmentation': leave out --masks"),
@@ -196,7 +214,8 @@ def test_sets_of_other_categories(shapes: tuple[Path, Path]) -> None:
     one, other = load_coco(*shapes), detection_set(stored, shapes[1], where="other.json")
     require_same_categories(one, one)
     with pytest.raises(
-        DetectionError, match=r"instances-0.json and other.json have other categories .3 and 4; first difference: id 22, 'star'"
+        DetectionError,
+        match=r"instances-0.json and other.json have other categories .3 and 4; first difference: id 22, 'star'",
     ):
         require_same_categories(one, other)
 

@@ -56,7 +56,9 @@ def test_masks_are_judged_by_their_own_size() -> None:
     rows = [{**found(number, [0, 0, 99, 99]), "segmentation": outline} for number in (1, 2)]
     assert average_precision(truth, of_kind(rows, "segm"), "segm")["ap"] == pytest.approx(100)
     assert average_precision(truth, of_kind(rows, "bbox"), "bbox")["ap50"] == 0
-    assert all("bbox" not in row for row in of_kind(rows, "segm")) and all("segmentation" not in row for row in of_kind(rows, "bbox"))
+    assert all("bbox" not in row for row in of_kind(rows, "segm")) and all(
+        "segmentation" not in row for row in of_kind(rows, "bbox")
+    )
 
 
 def test_annotations_without_a_mask_are_not_judged_as_masks() -> None:

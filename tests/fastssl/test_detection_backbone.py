@@ -27,7 +27,9 @@ def test_convolutional_networks(name: str) -> None:
     before = {key: value.clone() for key, value in backbone.state_dict().items()}
     pyramid = create_pyramid(backbone, LEVELS, 32)
     assert pyramid.body is backbone and [block[0].in_channels for block in pyramid.fpn.inner_blocks] == widths
-    assert all(torch.equal(before[key], value) for key, value in backbone.state_dict().items()), "asking for its maps changed it"
+    assert all(torch.equal(before[key], value) for key, value in backbone.state_dict().items()), (
+        "asking for its maps changed it"
+    )
     images = torch.randn(2, 3, 64, 128).contiguous(memory_format=torch.channels_last)
     maps = pyramid(images)
     assert {key: tuple(each.shape) for key, each in maps.items()} == {
@@ -56,7 +58,9 @@ def test_the_maps_are_those_of_timm() -> None:
         maps = pyramid(torch.randn(1, 3, 64, 64))
     assert list(maps) == ["0", "1", "pool"] and pyramid.divisible == 64
     assert seen["sixteen"].shape == (1, 96, 4, 4) and seen["thirty_two"].shape == (1, 1280, 2, 2)
-    assert torch.equal(seen["read sixteen"], seen["sixteen"]) and torch.equal(seen["read thirty_two"], seen["thirty_two"])
+    assert torch.equal(seen["read sixteen"], seen["sixteen"]) and torch.equal(
+        seen["read thirty_two"], seen["thirty_two"]
+    )
 
 
 def test_a_vision_transformer_takes_any_size() -> None:

@@ -73,7 +73,10 @@ def test_draws_depend_on_seed_epoch_and_id_alone(shapes: DetectionSet) -> None:
 def test_ranks_share_the_batches_of_one_process(shapes: DetectionSet) -> None:
     how = {"short_sides": (64, 96), "long_side": 128, "seed": 1}
     whole = list(training_requests(shapes.pictures, range(2, 7), batch_size=4, **how))
-    parts = [list(training_requests(shapes.pictures, range(2, 7), batch_size=2, rank=rank, world=2, **how)) for rank in (0, 1)]
+    parts = [
+        list(training_requests(shapes.pictures, range(2, 7), batch_size=2, rank=rank, world=2, **how))
+        for rank in (0, 1)
+    ]
     assert whole == [first + second for first, second in zip(*parts)]
     # Nine pictures make two batches of four an epoch; no picture comes twice in it.
     assert all(len({view.picture.id for view in whole[number] + whole[number + 1]}) == 8 for number in (0, 2))
@@ -115,7 +118,10 @@ def test_run_lengths_and_polygons_draw_the_same(shapes: DetectionSet) -> None:
 
 
 def test_batches_are_padded_and_come_in_order(shapes: DetectionSet) -> None:
-    requests = [[View(shapes.pictures[0], 60, 80), View(shapes.pictures[1], 96, 72)], [View(shapes.pictures[2], 30, 40)]] * 4
+    requests = [
+        [View(shapes.pictures[0], 60, 80), View(shapes.pictures[1], 96, 72)],
+        [View(shapes.pictures[2], 30, 40)],
+    ] * 4
     batches = list(load_batches(requests, divisible=32, masks=True, workers=3, ahead=2))
     assert [batch.views for batch in batches] == requests
     assert [tuple(batch.images.shape) for batch in batches[:2]] == [(2, 96, 96, 3), (1, 32, 64, 3)]
@@ -128,7 +134,9 @@ def test_batches_are_padded_and_come_in_order(shapes: DetectionSet) -> None:
 
 def test_padding_is_zero_behind_the_normalisation() -> None:
     picture = Picture(1, Path("x.jpg"), 3, 5, np.zeros((0, 4), np.float32), np.zeros(0, np.int64))
-    batch = DetectionBatch([View(picture, 3, 5), View(picture, 4, 2)], torch.full((2, 4, 6, 3), 7, dtype=torch.uint8), [{}, {}])
+    batch = DetectionBatch(
+        [View(picture, 3, 5), View(picture, 4, 2)], torch.full((2, 4, 6, 3), 7, dtype=torch.uint8), [{}, {}]
+    )
     images, _ = to_device(batch, torch.device("cpu"), lambda pixels: pixels.float() - 1)
     assert images.is_contiguous(memory_format=torch.channels_last)
     expected = torch.zeros(2, 3, 4, 6)
@@ -173,4 +181,6 @@ def test_outlines_that_cannot_be_drawn_are_named(shapes: DetectionSet) -> None:
     with pytest.raises(DetectionError, match=r"0000.jpg: one of its segmentations cannot be drawn"):
         draw_mask([["a", "b", "c", "d", "e", "f"]], View(shapes.pictures[0], 96, 128))
     with pytest.raises(DetectionError, match=r"0000.jpg: one of its segmentations cannot be drawn"):
-        check_pictures([dataclasses.replace(shapes.pictures[0], segmentations=({"size": [96, 128], "counts": [1.5, "x"]},))])
+        check_pictures(
+            [dataclasses.replace(shapes.pictures[0], segmentations=({"size": [96, 128], "counts": [1.5, "x"]},))]
+        )

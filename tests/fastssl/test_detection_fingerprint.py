@@ -17,7 +17,9 @@ def test_annotations(tmp_path: Path) -> None:
     data = load_coco(*files, masks=True)
     found = annotations_fingerprint(data)
     # Elsewhere the same is the same.
-    assert len(found) == 16 and annotations_fingerprint(load_coco(*make_shapes(tmp_path / "two", 3), masks=True)) == found
+    assert (
+        len(found) == 16 and annotations_fingerprint(load_coco(*make_shapes(tmp_path / "two", 3), masks=True)) == found
+    )
     own = data.pictures[1]
     changes = [
         {"id": 5},
@@ -31,5 +33,7 @@ def test_annotations(tmp_path: Path) -> None:
     for change in changes:
         pictures = [data.pictures[0], dataclasses.replace(own, **change), data.pictures[2]]
         sums.add(annotations_fingerprint(DetectionSet(data.name, pictures, data.categories, data.document)))
-    sums.add(annotations_fingerprint(DetectionSet(data.name, data.pictures, {**data.categories, 3: "ring"}, data.document)))
+    sums.add(
+        annotations_fingerprint(DetectionSet(data.name, data.pictures, {**data.categories, 3: "ring"}, data.document))
+    )
     assert len(sums) == 2 + len(changes) + 1

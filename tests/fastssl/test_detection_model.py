@@ -19,7 +19,11 @@ def target(*boxes: tuple[float, float, float, float], size: tuple[int, int] = (6
     masks = torch.zeros(len(boxes), *size, dtype=torch.uint8)
     for mask, (left, top, right, bottom) in zip(masks, boxes):
         mask[int(top) : int(bottom), int(left) : int(right)] = 1
-    return {"boxes": torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4), "labels": torch.arange(1, 1 + len(boxes)), "masks": masks}
+    return {
+        "boxes": torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
+        "labels": torch.arange(1, 1 + len(boxes)),
+        "masks": masks,
+    }
 
 
 def test_anchor_sizes() -> None:
@@ -37,7 +41,9 @@ def test_the_published_configurations() -> None:
     assert fpn.rpn.anchor_generator.num_anchors_per_location() == [3] * 5
     assert fpn.rpn.post_nms_top_n() == 1000 and fpn.rpn.pre_nms_top_n() == 2000
     assert fpn.eval().rpn.post_nms_top_n() == 1000 and fpn.rpn.pre_nms_top_n() == 1000
-    assert fpn.heads.box_predictor.cls_score.weight.shape == (81, 1024) and fpn.heads.box_head.fc6.in_features == 256 * 49
+    assert (
+        fpn.heads.box_predictor.cls_score.weight.shape == (81, 1024) and fpn.heads.box_head.fc6.in_features == 256 * 49
+    )
     assert fpn.heads.mask_roi_pool.output_size == (14, 14) and len(fpn.heads.mask_head) == 4
     assert fpn.heads.box_roi_pool.featmap_names == ["0", "1", "2", "3"]
     mobile = Detector(create_backbone("lcnet_035"), 80, DetectorConfig(levels=(16, 32)))
@@ -46,7 +52,9 @@ def test_the_published_configurations() -> None:
     # Nothing is frozen and nothing above the backbone is normalised.
     assert all(parameter.requires_grad for parameter in mobile.parameters())
     norms = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
-    assert not any(isinstance(layer, norms) for part in (fpn.pyramid.fpn, fpn.rpn, fpn.heads) for layer in part.modules())
+    assert not any(
+        isinstance(layer, norms) for part in (fpn.pyramid.fpn, fpn.rpn, fpn.heads) for layer in part.modules()
+    )
 
 
 @pytest.mark.parametrize("size", [(40, 50), (300, 200)])
@@ -60,7 +68,10 @@ def test_maps_are_read_at_their_own_strides(size: tuple[int, int]) -> None:
     with torch.no_grad():
         detector(torch.randn(1, 3, *padded), [size])
     for pool in (detector.heads.box_roi_pool, detector.heads.mask_roi_pool):
-        assert pool.scales == [1 / 4, 1 / 8, 1 / 16, 1 / 32] and (pool.map_levels.k_min, pool.map_levels.k_max) == (2, 5)
+        assert pool.scales == [1 / 4, 1 / 8, 1 / 16, 1 / 32] and (pool.map_levels.k_min, pool.map_levels.k_max) == (
+            2,
+            5,
+        )
     centres = (seen["anchors"][:, :2] + seen["anchors"][:, 2:]) / 2
     expected = [
         (x * stride, y * stride)
@@ -75,7 +86,9 @@ def test_maps_are_read_at_their_own_strides(size: tuple[int, int]) -> None:
 @pytest.mark.parametrize("name", ["resnet18", "mobilenetv2", "mobilenetv3_large", "efficientnet_b0", "vit_tiny"])
 def test_every_network_learns_and_predicts(name: str) -> None:
     torch.manual_seed(0)
-    detector = Detector(create_backbone(name), 3, DetectorConfig(masks=True, anchor_sizes=(8, 16, 32, 64, 128), **SMALL))
+    detector = Detector(
+        create_backbone(name), 3, DetectorConfig(masks=True, anchor_sizes=(8, 16, 32, 64, 128), **SMALL)
+    )
     images = detector.normalise(torch.randint(0, 256, (2, 3, 64, 128), dtype=torch.uint8))
     targets = [target((10, 10, 40, 50), (60, 5, 110, 30)), target(size=(64, 100))]  # one picture without anything in it
     losses = detector(images, [(60, 120), (64, 100)], targets)
@@ -84,14 +97,20 @@ def test_every_network_learns_and_predicts(name: str) -> None:
     # A new classifier knows nothing: C + 1 classes with nearly the same probability.
     assert losses["loss_classifier"].item() == pytest.approx(math.log(4), abs=0.2)
     sum(losses.values()).backward()
-    without = {key for key, each in detector.named_parameters() if each.grad is None or not torch.isfinite(each.grad).all()}
+    without = {
+        key for key, each in detector.named_parameters() if each.grad is None or not torch.isfinite(each.grad).all()
+    }
     assert all("conv_head" in key for key in without), without
     detector.eval()
     with torch.no_grad():
         found = detector(images, [(60, 120), (64, 100)])
     for each, (height, width) in zip(found, [(60, 120), (64, 100)]):
         boxes = each["boxes"]
-        assert len(boxes) and each["masks"].shape == (len(boxes), 1, 28, 28) and len(each["scores"]) == len(each["labels"]) == len(boxes)
+        assert (
+            len(boxes)
+            and each["masks"].shape == (len(boxes), 1, 28, 28)
+            and len(each["scores"]) == len(each["labels"]) == len(boxes)
+        )
         assert boxes.min() >= 0 and boxes[:, 2].max() <= width and boxes[:, 3].max() <= height
         assert each["labels"].min() >= 1 and each["labels"].max() <= 3
 
@@ -99,7 +118,10 @@ def test_every_network_learns_and_predicts(name: str) -> None:
 def test_normalisation_is_imagenets() -> None:
     detector = Detector(create_backbone("lcnet_035"), 1, DetectorConfig(**SMALL))
     pixels = torch.arange(3, dtype=torch.uint8).view(1, 3, 1, 1) * 100
-    mean, std = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1), torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)
+    mean, std = (
+        torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1),
+        torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1),
+    )
     torch.testing.assert_close(detector.normalise(pixels), (pixels / 255 - mean) / std)
 
 
@@ -107,7 +129,9 @@ def test_bfloat16_is_the_pyramids_alone() -> None:
     torch.manual_seed(0)
     detector = Detector(create_backbone("lcnet_035"), 3, DetectorConfig(**SMALL), amp=True)
     kinds = {}
-    detector.pyramid.body.conv_stem.register_forward_hook(lambda module, inputs, output: kinds.update(body=output.dtype))
+    detector.pyramid.body.conv_stem.register_forward_hook(
+        lambda module, inputs, output: kinds.update(body=output.dtype)
+    )
     detector.heads.box_head.register_forward_hook(lambda module, inputs, output: kinds.update(head=output.dtype))
     losses = detector(torch.randn(1, 3, 64, 128), [(60, 120)], [target((10, 10, 40, 50))])
     assert kinds == {"body": torch.bfloat16, "head": torch.float32}

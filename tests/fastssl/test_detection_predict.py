@@ -54,7 +54,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> DetectionSet:
 def found(data: DetectionSet) -> tuple[list[dict[str, Any]], Oracle]:
     oracle = Oracle(data).train()
     done: list[int] = []
-    rows = predict(oracle, data, device=torch.device("cpu"), short_side=240, long_side=400, workers=1, progress=done.append)
+    rows = predict(
+        oracle, data, device=torch.device("cpu"), short_side=240, long_side=400, workers=1, progress=done.append
+    )
     assert done == [1, 2, 3, 4] and oracle.training
     return rows, oracle
 
@@ -78,7 +80,10 @@ def test_masks_lie_in_their_boxes_as_torchvision_lays_them(data: DetectionSet) -
         mask = mask_tools().decode({**row["segmentation"], "counts": row["segmentation"]["counts"].encode()})
         left, top, width, height = row["bbox"]
         expected = (
-            paste_masks_in_image(torch.ones(1, 1, 28, 28), torch.tensor([[left, top, left + width, top + height]]), (96, 128))[0, 0] >= 0.5
+            paste_masks_in_image(
+                torch.ones(1, 1, 28, 28), torch.tensor([[left, top, left + width, top + height]]), (96, 128)
+            )[0, 0]
+            >= 0.5
         )
         assert mask.shape == (96, 128) and (mask.astype(bool) != expected.numpy()).mean() < 0.01
         assert mask.sum() == pytest.approx(width * height, rel=0.15)

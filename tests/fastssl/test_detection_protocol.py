@@ -50,25 +50,46 @@ def test_a_detector_learns_eight_pictures_by_heart(tmp_path: Path) -> None:
     files = make_shapes(tmp_path / "shapes", 8)
     data = load_coco(*files, masks=True)
     torch.manual_seed(0)
-    shape = DetectorConfig(levels=(8, 16), masks=True, anchor_sizes=(16, 32, 64), width=48, head_width=128, proposals=100, box_samples=64)
+    shape = DetectorConfig(
+        levels=(8, 16), masks=True, anchor_sizes=(16, 32, 64), width=48, head_width=128, proposals=100, box_samples=64
+    )
     training = TrainingConfig(
-        iterations=80, batch_size=8, optimizer="adamw", lr=2e-3, weight_decay=1e-4, warmup=10, short_sides=(96,), long_side=128
+        iterations=80,
+        batch_size=8,
+        optimizer="adamw",
+        lr=2e-3,
+        weight_decay=1e-4,
+        warmup=10,
+        short_sides=(96,),
+        long_side=128,
     )
     out = tmp_path / "new" / "out"
-    figures = detection_figures(create_backbone("resnet10t"), data, data, shape, training, device=CPU, test_side=96, out=out, workers=1)
+    figures = detection_figures(
+        create_backbone("resnet10t"), data, data, shape, training, device=CPU, test_side=96, out=out, workers=1
+    )
     assert figures["box_ap50"] > 90 and figures["mask_ap50"] > 80 and figures["train_loss"] < 1
     for kind, name, file in (("bbox", "box", "predictions-boxes.json"), ("segm", "mask", "predictions-masks.json")):
         expected = by_hand(files[0], out / file, kind)
         assert {figure: figures[f"{name}_{figure}"] for figure in FIGURES} == expected
         assert 0 < expected["ap"] < 100, "figures that could not be any other prove nothing"
-    assert sorted(path.name for path in out.iterdir()) == ["detect.pt", "predictions-boxes.json", "predictions-masks.json"]
+    assert sorted(path.name for path in out.iterdir()) == [
+        "detect.pt",
+        "predictions-boxes.json",
+        "predictions-masks.json",
+    ]
     # The same again finds the trained detector, and only judges: the training pictures are not looked through once more.
     kept = (out / "predictions-boxes.json").read_text()
     (out / "predictions-boxes.json").unlink()
     other = create_backbone("resnet10t")
     bars = Bars()
-    again = detection_figures(other, data, data, shape, training, device=CPU, test_side=96, out=out, workers=1, bar=bars)
-    assert [label for label, _ in bars.shown] == ["checking the validation pictures", "fine-tuning", "validation pictures"]
+    again = detection_figures(
+        other, data, data, shape, training, device=CPU, test_side=96, out=out, workers=1, bar=bars
+    )
+    assert [label for label, _ in bars.shown] == [
+        "checking the validation pictures",
+        "fine-tuning",
+        "validation pictures",
+    ]
     assert again == figures and json.loads((out / "predictions-boxes.json").read_text()) == json.loads(kept)
 
 
@@ -90,7 +111,9 @@ def test_damaged_training_pictures_are_found_before_the_training(tmp_path: Path)
     endless = TrainingConfig(iterations=10**9, batch_size=1, short_sides=(96,))
     bars = Bars()
     with pytest.raises(DetectionError, match=r"train/pictures/0002.jpg: cannot decode the picture"):
-        detection_figures(create_backbone("lcnet_035"), train, val, DetectorConfig(), endless, device=CPU, workers=1, bar=bars)
+        detection_figures(
+            create_backbone("lcnet_035"), train, val, DetectorConfig(), endless, device=CPU, workers=1, bar=bars
+        )
     assert bars.shown == [("checking the validation pictures", 4), ("checking the training pictures", 4)]
 
 

@@ -17,7 +17,14 @@ def test_coco_gets_the_published_number_of_iterations() -> None:
 def test_rates_of_the_published_schedule() -> None:
     rates = Rates(90_000, 0.02)
     assert rates.at(0) == pytest.approx(0.02 / 1000) and rates.at(500) == pytest.approx(0.02 * (0.001 + 0.999 / 2))
-    for iteration, rate in ((1000, 0.02), (59_999, 0.02), (60_000, 0.002), (79_999, 0.002), (80_000, 0.0002), (89_999, 0.0002)):
+    for iteration, rate in (
+        (1000, 0.02),
+        (59_999, 0.02),
+        (60_000, 0.002),
+        (79_999, 0.002),
+        (80_000, 0.0002),
+        (89_999, 0.0002),
+    ):
         assert rates.at(iteration) == pytest.approx(rate), iteration
     double = Rates(180_000, 0.02)
     assert [double.at(iteration) for iteration in (119_999, 120_000, 160_000)] == pytest.approx([0.02, 0.002, 0.0002])

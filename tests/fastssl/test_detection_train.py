@@ -22,7 +22,9 @@ from fastssl.models.backbones import create_backbone
 from fastssl.runs.checkpoint import write_state
 
 CPU = torch.device("cpu")
-SHAPE = DetectorConfig(levels=(16, 32), anchor_sizes=(16, 32, 64), width=16, head_width=32, proposals=40, box_samples=16)
+SHAPE = DetectorConfig(
+    levels=(16, 32), anchor_sizes=(16, 32, 64), width=16, head_width=32, proposals=40, box_samples=16
+)
 CONFIG = TrainingConfig(iterations=4, batch_size=4, lr=0.02, warmup=1, short_sides=(64, 80), long_side=128, seed=5)
 SMALL = {"short_side": 64, "long_side": 128}
 
@@ -42,7 +44,9 @@ def new_detector(arch: str = "lcnet_035", seed: int = 0) -> Detector:
     return Detector(create_backbone(arch), 3, SHAPE)
 
 
-def trained(data: DetectionSet, config: TrainingConfig = CONFIG, arch: str = "lcnet_035", **how: object) -> dict[str, torch.Tensor]:
+def trained(
+    data: DetectionSet, config: TrainingConfig = CONFIG, arch: str = "lcnet_035", **how: object
+) -> dict[str, torch.Tensor]:
     detector = new_detector(arch)
     fine_tune(detector, data, config, device=CPU, workers=1, **how)
     return detector.state_dict()
@@ -65,7 +69,9 @@ def test_a_run_is_a_function_of_its_seed(data: DetectionSet) -> None:
     assert any(not torch.equal(value, other[name]) for name, value in one.items())
 
 
-def test_a_stopped_run_goes_on_where_it_stood(data: DetectionSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stopped_run_goes_on_where_it_stood(
+    data: DetectionSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(module, "LOOK_EVERY", 1)
     path = tmp_path / "detect.pt"
     seen: list[int] = []
@@ -86,9 +92,13 @@ def test_a_stopped_run_goes_on_where_it_stood(data: DetectionSet, tmp_path: Path
     losses = fine_tune(detector, data, CONFIG, device=CPU, workers=1, checkpoint=path)
     assert_equal(detector.state_dict(), trained(data))
     assert losses["loss"] > 0
-    with pytest.raises(DetectionError, match=r"detect.pt belongs to a run with other settings \(lr: 0.02 there, 0.1 here\)"):
+    with pytest.raises(
+        DetectionError, match=r"detect.pt belongs to a run with other settings \(lr: 0.02 there, 0.1 here\)"
+    ):
         trained(data, TrainingConfig(**{**vars(CONFIG), "lr": 0.1}), checkpoint=path)
-    with pytest.raises(DetectionError, match=r"other settings .about: 1 there|other settings .about: None there, 1 here"):
+    with pytest.raises(
+        DetectionError, match=r"other settings .about: 1 there|other settings .about: None there, 1 here"
+    ):
         trained(data, checkpoint=path, about={"about": 1})
     path.write_bytes(b"nothing")
     with pytest.raises(FastSSLError, match=r"damaged checkpoint"):
@@ -96,7 +106,9 @@ def test_a_stopped_run_goes_on_where_it_stood(data: DetectionSet, tmp_path: Path
 
 
 def test_what_cannot_be_trained_is_refused(data: DetectionSet) -> None:
-    with pytest.raises(DetectionError, match=r"instances-0.json: 7 pictures with boxes, fewer than one batch of 8; lower --batch-size"):
+    with pytest.raises(
+        DetectionError, match=r"instances-0.json: 7 pictures with boxes, fewer than one batch of 8; lower --batch-size"
+    ):
         trained(data, TrainingConfig(iterations=1, batch_size=8))
     with pytest.raises(DetectionError, match=r"a batch of 4 cannot be shared by 3 processes"):
         trained(data, world=World(0, 3, 0))
@@ -107,7 +119,9 @@ def test_what_cannot_be_trained_is_refused(data: DetectionSet) -> None:
 @pytest.mark.parametrize("lr", [1e30, 1e38])
 def test_what_the_last_step_broke_is_neither_kept_nor_judged(lr: float, data: DetectionSet, tmp_path: Path) -> None:
     config = TrainingConfig(**{**vars(CONFIG), "lr": lr, "iterations": 1, "warmup": 0})
-    with pytest.raises(DetectionError, match=r"(loss is|weights are) not finite .*iteration 1 \(learning rate .*\): lower --lr"):
+    with pytest.raises(
+        DetectionError, match=r"(loss is|weights are) not finite .*iteration 1 \(learning rate .*\): lower --lr"
+    ):
         trained(data, config, checkpoint=tmp_path / "detect.pt")
     assert not (tmp_path / "detect.pt").exists()
 
@@ -116,7 +130,9 @@ def test_weights_that_are_not_finite_are_not_kept() -> None:
     detector = new_detector()
     module._require_finite(detector, 7, 0.1)
     detector.pyramid.body.bn1.running_var[0] = float("inf")
-    with pytest.raises(DetectionError, match=r"the weights are not finite behind iteration 7 \(learning rate 0.1\): lower --lr"):
+    with pytest.raises(
+        DetectionError, match=r"the weights are not finite behind iteration 7 \(learning rate 0.1\): lower --lr"
+    ):
         module._require_finite(detector, 7, 0.1)
 
 
@@ -146,7 +162,8 @@ def test_damaged_files_are_named_in_one_line(case: str, saved: dict, data: Detec
     assert saved["kind"] == "detector"
     write_state(tmp_path / "detect.pt", {**saved, **DAMAGED[case]})
     with pytest.raises(
-        DetectionError, match=r"detect.pt: (does not fit this detector|holds no detector|is not a whole checkpoint).*choose another --out"
+        DetectionError,
+        match=r"detect.pt: (does not fit this detector|holds no detector|is not a whole checkpoint).*choose another --out",
     ) as error:
         trained(data, TrainingConfig(**{**vars(CONFIG), "iterations": 1}), checkpoint=tmp_path / "detect.pt")
     assert "\n" not in str(error.value)
@@ -161,7 +178,12 @@ def test_norms_do_not_decay_and_biases_do() -> None:
         decays = {names[id(each)]: group["weight_decay"] for group in made.param_groups for each in group["params"]}
         assert set(decays) == set(names.values())
         assert decays["pyramid.body.bn1.weight"] == decays["pyramid.body.bn1.bias"] == 0
-        assert decays["pyramid.body.conv_stem.weight"] == decays["heads.box_head.fc6.bias"] == decays["rpn.head.bbox_pred.bias"] == 0.25
+        assert (
+            decays["pyramid.body.conv_stem.weight"]
+            == decays["heads.box_head.fc6.bias"]
+            == decays["rpn.head.bbox_pred.bias"]
+            == 0.25
+        )
         assert sum(not decay for decay in decays.values()) == 2 * sum(
             isinstance(layer, torch.nn.BatchNorm2d) for layer in detector.modules()
         )
@@ -214,7 +236,9 @@ def test_two_processes_make_the_mean_of_their_gradients(data: DetectionSet, two:
         optimizer.zero_grad()
         for half in (0, 1):
             how = {"short_sides": CONFIG.short_sides, "long_side": CONFIG.long_side, "seed": CONFIG.seed}
-            requests = training_requests(data.with_boxes(), range(iteration, iteration + 1), batch_size=2, rank=half, world=2, **how)
+            requests = training_requests(
+                data.with_boxes(), range(iteration, iteration + 1), batch_size=2, rank=half, world=2, **how
+            )
             [batch] = load_batches(requests, divisible=64, workers=1)
             module._seed_sampling(CONFIG.seed, iteration, half)
             images, targets = to_device(batch, CPU, detector.normalise)

@@ -34,7 +34,16 @@ def test_several_lists_are_one_set_and_the_second_column_is_not_read(voc: Path) 
     lists = [voc / "ImageSets/Main/trainval.txt", voc / "ImageSets/Main/test.txt"]
     lists[1].write_text("".join(f"{line}  -1\n" for line in lists[1].read_text().split()))
     found = load_voc(lists)
-    assert [picture.id for picture in found.pictures] == [1, 2, 3, 4, 5, 6, 7, 8] and found.name == "VOC2007 trainval + VOC2007 test"
+    assert [picture.id for picture in found.pictures] == [
+        1,
+        2,
+        3,
+        4,
+        5,
+        6,
+        7,
+        8,
+    ] and found.name == "VOC2007 trainval + VOC2007 test"
 
 
 def test_the_first_pixel_is_number_one_and_the_last_belongs_to_the_box(voc: Path) -> None:
@@ -52,7 +61,9 @@ def test_the_first_pixel_is_number_one_and_the_last_belongs_to_the_box(voc: Path
 
 def test_wrong_folders(voc: Path, tmp_path: Path) -> None:
     train, test = (voc / f"ImageSets/Main/{name}.txt" for name in ("trainval", "test"))
-    with pytest.raises(DetectionError, match=r"test.txt: has objects of the category '.*', which the training pictures do not have"):
+    with pytest.raises(
+        DetectionError, match=r"test.txt: has objects of the category '.*', which the training pictures do not have"
+    ):
         load_voc([test], categories=["star"])
     with pytest.raises(DetectionError, match=r"cannot read the list"):
         load_voc([voc / "ImageSets/Main/none.txt"])
@@ -69,7 +80,10 @@ def test_wrong_folders(voc: Path, tmp_path: Path) -> None:
         ("<annotation/>", "not an annotation of Pascal VOC"),
         ('<?xml version="1.0" encoding="foo"?><annotation/>', "not an annotation of Pascal VOC"),
         (size + box.format(9), r"not an annotation of Pascal VOC \(an <object> without <name>"),
-        (size + "<name>disc</name>" + box.format("nan"), r"not an annotation of Pascal VOC \(a <bndbox> that is not finite"),
+        (
+            size + "<name>disc</name>" + box.format("nan"),
+            r"not an annotation of Pascal VOC \(a <bndbox> that is not finite",
+        ),
     ):
         (voc / "Annotations/0001.xml").write_text(content)
         with pytest.raises(DetectionError, match=rf"0001.xml: {words}"):

@@ -39,11 +39,16 @@ def test_a_process_of_srun_that_is_shown_one_gpu_takes_it(monkeypatch: pytest.Mo
     monkeypatch.setattr(torch.cuda, "set_device", taken.append)
     assert choose_device("auto", World(5, 8, 5), {"SLURM_LOCALID": "5"}) == torch.device("cuda", 0) and taken == [0]
     with pytest.raises(FastSSLError, match="process 5 of this machine has no GPU: there are 1"):
-        choose_device("auto", World(5, 8, 5), {"SLURM_LOCALID": "0", "LOCAL_RANK": "5"})  # torchrun, itself started by srun
+        choose_device(
+            "auto", World(5, 8, 5), {"SLURM_LOCALID": "0", "LOCAL_RANK": "5"}
+        )  # torchrun, itself started by srun
 
 
 def test_what_to_do_about_cublas_is_said_to_the_end() -> None:
-    words = "Deterministic behavior was enabled, but this operation is not deterministic because it uses CuBLAS. " + "x" * 250
+    words = (
+        "Deterministic behavior was enabled, but this operation is not deterministic because it uses CuBLAS. "
+        + "x" * 250
+    )
     with pytest.raises(FastSSLError, match="CUBLAS_WORKSPACE_CONFIG=:4096:8"), only_deterministic():
         raise RuntimeError(f"{words} CUBLAS_WORKSPACE_CONFIG=:4096:8")
 

@@ -68,7 +68,9 @@ def test_centre_follows_the_mean_of_the_raw_teacher_logits() -> None:
     method.center.fill_(0.5)
     targets = method.targets(views, {}, RATES)
     method.after_step(targets, [])
-    torch.testing.assert_close(method.center, 0.9 * torch.full((K,), 0.5) + 0.1 * method.teacher(views[0]).mean(0), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        method.center, 0.9 * torch.full((K,), 0.5) + 0.1 * method.teacher(views[0]).mean(0), rtol=1e-5, atol=1e-5
+    )
     assert "center" in method.state_dict()
 
 
@@ -77,8 +79,12 @@ def test_softmax_and_centring_are_float32_under_autocast() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         logits, probabilities = method.targets(views, {}, RATES)
         found = method.part_loss(views, (logits, probabilities), RATES)
-    assert {logits.dtype, probabilities.dtype, found.loss.dtype, found.metrics.dtype, method.center.dtype} == {torch.float32}
-    torch.testing.assert_close(probabilities.sum(-1), torch.ones(2, B), rtol=1e-6, atol=1e-6)  # bfloat16 would miss by percents
+    assert {logits.dtype, probabilities.dtype, found.loss.dtype, found.metrics.dtype, method.center.dtype} == {
+        torch.float32
+    }
+    torch.testing.assert_close(
+        probabilities.sum(-1), torch.ones(2, B), rtol=1e-6, atol=1e-6
+    )  # bfloat16 would miss by percents
     found.loss.backward()
     assert method.student.projector.last.direction.grad.dtype == torch.float32
 
@@ -88,7 +94,10 @@ def test_gradient_reaches_the_student_alone() -> None:
     method.part_loss(views, method.targets(views, {}, RATES), RATES).loss.backward()
     trained = [p for p in method.student.parameters() if p.requires_grad]
     # A bias before a BatchNorm has none but rounding noise; all others have.
-    assert all(p.grad is not None for p in trained) and sum(bool(p.grad.abs().max() > 1e-6) for p in trained) > len(trained) / 2
+    assert (
+        all(p.grad is not None for p in trained)
+        and sum(bool(p.grad.abs().max() > 1e-6) for p in trained) > len(trained) / 2
+    )
     assert all(p.grad is None for p in method.teacher.parameters())
     assert not method.student.projector.last.gain.requires_grad
 
@@ -120,7 +129,13 @@ def test_parts_have_the_mean_of_the_whole() -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("out", 1), ("teacher_temperature", 0.0), ("momentum", 1.1), ("momentum_schedule", "linear"), ("freeze_epochs", -1)],
+    [
+        ("out", 1),
+        ("teacher_temperature", 0.0),
+        ("momentum", 1.1),
+        ("momentum_schedule", "linear"),
+        ("freeze_epochs", -1),
+    ],
 )
 def test_wrong_settings_are_named(name: str, value: object) -> None:
     with pytest.raises(ValueError, match=f"dino.{name}"):

@@ -39,7 +39,10 @@ def test_those_who_do_not_come_are_missed_by_address_and_port() -> None:
     ):
         pytest.fail("nobody else was started")
     assert world_size() == 1
-    with pytest.raises(FastSSLError, match="not on meta"), joined(World(0, 2, 0, "127.0.0.1", port), torch.device("meta")):
+    with (
+        pytest.raises(FastSSLError, match="not on meta"),
+        joined(World(0, 2, 0, "127.0.0.1", port), torch.device("meta")),
+    ):
         pytest.fail("no such device")
 
 
@@ -48,7 +51,9 @@ def test_one_that_waits_for_others_can_be_ended(number: int) -> None:
     code = "from fastssl.distributed.group import joined; from fastssl.distributed.world import World; from fastssl.distributed.rendezvous import Patience; import torch, signal, sys\n"
     code += "signal.signal(signal.SIGTERM, lambda *_: sys.exit(3))\nprint('waiting', flush=True)\n"
     code += f"with joined(World(0, 2, 0, '127.0.0.1', {free_port()}), torch.device('cpu'), patience=Patience(meet_minutes=2)): pass"
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as process:
         try:
             assert process.stdout.readline() == "waiting\n"
             time.sleep(1)
@@ -127,13 +132,18 @@ def test_a_failure_is_that_of_the_first_and_ends_the_others() -> None:
 
 def test_those_who_are_left_alone_say_what_ended_the_other() -> None:
     first, second = run_processes(what_each_says, 2, join=False)
-    assert re.fullmatch(r"the run cannot go on: process 1 of 2 \(.+\): KeyError: 'of rank 1'", first) and second == "'of rank 1'"
+    assert (
+        re.fullmatch(r"the run cannot go on: process 1 of 2 \(.+\): KeyError: 'of rank 1'", first)
+        and second == "'of rank 1'"
+    )
 
 
 def test_a_collective_that_one_does_not_reach_in_time_fails_in_all_with_one_reason() -> None:
     first, second = run_processes(one_comes_late, 2, join=False)
     assert first == "waited 0.0166667 min for the other processes in vain"
-    assert re.fullmatch(r"the run cannot go on: process 0 of 2 \(.+\): waited 0.0166667 min for the other processes in vain", second)
+    assert re.fullmatch(
+        r"the run cannot go on: process 0 of 2 \(.+\): waited 0.0166667 min for the other processes in vain", second
+    )
 
 
 def test_a_hang_ends_at_the_time_limit_and_says_where() -> None:

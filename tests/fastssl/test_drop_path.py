@@ -45,7 +45,9 @@ def test_coins_are_uniform_and_belong_to_sample_view_and_layer() -> None:
     # Part of the samples, in another order: the same coins, whatever batch they are in.
     some = np.array([499, 7, 20])
     np.testing.assert_array_equal(table.draw(3, 1, some, 4).reshape(7, 4, 3), coins.reshape(7, 4, 500)[:, :, some])
-    assert not np.array_equal(table.draw(3, 2, np.arange(500), 4), coins) and not np.array_equal(table.draw(4, 1, np.arange(500), 4), coins)
+    assert not np.array_equal(table.draw(3, 2, np.arange(500), 4), coins) and not np.array_equal(
+        table.draw(4, 1, np.arange(500), 4), coins
+    )
 
 
 def test_copies_share_the_table_and_can_be_freed_of_it() -> None:

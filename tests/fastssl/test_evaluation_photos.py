@@ -58,7 +58,10 @@ def test_one_photo_in_each_class_leaves_nothing_to_judge_on(photo_tree: Path, tm
     for number, photo in enumerate(sorted(photo_tree.rglob("*.jpg"))[:3]):
         (tmp_path / str(number)).mkdir()
         shutil.copy(photo, tmp_path / str(number))
-    with pytest.raises(FastSSLError, match="leaves nothing to hold out; give --val"), open_split(tmp_path, None, workers=1):
+    with (
+        pytest.raises(FastSSLError, match="leaves nothing to hold out; give --val"),
+        open_split(tmp_path, None, workers=1),
+    ):
         pass
 
 

@@ -17,11 +17,24 @@ from fastssl.training import trainer
 from fastssl.training.setup import Setup
 
 #: What makes a recipe small. The number of views, the pair weights, the optimiser and the schedules stay its own.
-ALWAYS = ["train.epochs=1", "train.batch_size=8", "train.log_every=3", "probe.size=32", "probe.online_samples=20", "probe.final_samples=24"]
+ALWAYS = [
+    "train.epochs=1",
+    "train.batch_size=8",
+    "train.log_every=3",
+    "probe.size=32",
+    "probe.online_samples=20",
+    "probe.final_samples=24",
+]
 SMALLER = {
     "moco": ["moco.queue=64", "moco.projector.hidden=16"],
     "dino": ["dino.out=64", "dino.projector.hidden=16", "dino.projector.out=16"],
-    "swav": ["swav.prototypes=20", "swav.queue=20", "swav.queue_epoch=0", "swav.projector.hidden=16", "swav.projector.out=16"],
+    "swav": [
+        "swav.prototypes=20",
+        "swav.queue=20",
+        "swav.queue_epoch=0",
+        "swav.projector.hidden=16",
+        "swav.projector.out=16",
+    ],
     "simclr": ["simclr.neighbors=5", "simclr.projector.hidden=16"],
 }
 
@@ -92,7 +105,9 @@ def test_it_trains_stops_and_goes_on(name: str, beton: Path, tmp_path: Path) -> 
         assert summary["probe"]["rows"][-1]["name"] == "its teacher"
 
 
-@pytest.mark.parametrize("name", ["dino-vit_tiny-sslight", "swav-mobilenetv2-sslight", "moco-mobilenetv2-sslight", "simclr-mobilenetv3"])
+@pytest.mark.parametrize(
+    "name", ["dino-vit_tiny-sslight", "swav-mobilenetv2-sslight", "moco-mobilenetv2-sslight", "simclr-mobilenetv3"]
+)
 def test_a_stopped_run_ends_with_the_weights_of_one_that_was_not(name: str, beton: Path, tmp_path: Path) -> None:
     """Queues, centres, coins of drop path and all: resuming is exact for every method."""
     original = trainer.make_step
@@ -108,5 +123,8 @@ def test_a_stopped_run_ends_with_the_weights_of_one_that_was_not(name: str, beto
         patch.setattr(trainer, "make_step", stop_at_four)
         assert cli(command(name, beton, tmp_path / "stopped")) == 130
     assert cli(command(name, beton, tmp_path / "stopped")) == 0
-    whole, stopped = (torch.load(tmp_path / run / "checkpoints" / "last.pt", weights_only=True)["method"] for run in ("whole", "stopped"))
+    whole, stopped = (
+        torch.load(tmp_path / run / "checkpoints" / "last.pt", weights_only=True)["method"]
+        for run in ("whole", "stopped")
+    )
     assert all(torch.equal(whole[key], stopped[key]) for key in whole)

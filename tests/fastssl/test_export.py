@@ -52,9 +52,13 @@ def elsewhere(tmp_path: Path, script: str) -> list[torch.Tensor]:
     """What ``script`` puts into ``out`` from ``images``, in a process that has never imported fastssl."""
     images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
     torch.save(images, tmp_path / "images.pt")
-    code = f"import sys, torch, warnings\ntorch.set_num_threads(1)\nimages = torch.load('images.pt')\nout = []\n{script}\n"
+    code = (
+        f"import sys, torch, warnings\ntorch.set_num_threads(1)\nimages = torch.load('images.pt')\nout = []\n{script}\n"
+    )
     code += "assert not any(name.split('.')[0] == 'fastssl' for name in sys.modules)\ntorch.save(out, 'out.pt')\n"
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, timeout=120, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, check=True, timeout=120, env={**os.environ, "HF_HUB_OFFLINE": "1"}
+    )
     return torch.load(tmp_path / "out.pt")
 
 
@@ -69,7 +73,9 @@ def test_timm_loads_the_file_and_the_folder(capsys: pytest.CaptureFixture, runs:
     for name, arch in ARCHS.items():
         for destination in (f"{name}.safetensors", f"{name}.pth", name):
             assert run(capsys, runs / name, tmp_path / destination)[0] == 0
-        more = ", dynamic_img_size=True" if name == "vit_tiny" else ""  # without it timm's takes 224 px, as any of its ViTs
+        more = (
+            ", dynamic_img_size=True" if name == "vit_tiny" else ""
+        )  # without it timm's takes 224 px, as any of its ViTs
         for call in (
             f"{arch!r}, num_classes=0, checkpoint_path='{name}.safetensors'{more}",
             f"{arch!r}, num_classes=0, checkpoint_path='{name}.pth'{more}",
@@ -97,7 +103,9 @@ def test_the_folder_says_how_pictures_are_prepared(capsys: pytest.CaptureFixture
     assert (prepared["input_size"], prepared["interpolation"], prepared["crop_pct"]) == ((3, 96, 96), "bilinear", 0.875)
     assert not {"license", "paper_ids", "tag", "origin_url"} & config["pretrained_cfg"].keys()
     written = load_file(str(tmp_path / "vit" / "model.safetensors"))
-    torch.testing.assert_close(written, dict(load_trained(runs / "vit_tiny", "teacher").backbone.state_dict()), rtol=0, atol=0)
+    torch.testing.assert_close(
+        written, dict(load_trained(runs / "vit_tiny", "teacher").backbone.state_dict()), rtol=0, atol=0
+    )
 
 
 def test_torchvision_loads_strictly(capsys: pytest.CaptureFixture, runs: Path, tmp_path: Path) -> None:
@@ -115,13 +123,17 @@ def test_torchvision_loads_strictly(capsys: pytest.CaptureFixture, runs: Path, t
 
 def test_plain_safetensors_and_the_record(capsys: pytest.CaptureFixture, runs: Path, tmp_path: Path) -> None:
     path = tmp_path / "mine.safetensors"
-    status, out, _ = run(capsys, runs / "lcnet_035", path, "--format", "safetensors", "--which", "teacher", "--json", "-")
+    status, out, _ = run(
+        capsys, runs / "lcnet_035", path, "--format", "safetensors", "--which", "teacher", "--json", "-"
+    )
     record = json.loads(out)  # nothing else on standard output
     assert status == 0 and record["network"] == "teacher" and record["step"] == 7 and record["format"] == "safetensors"
     assert record["path"] == "mine.safetensors" and str(tmp_path) not in out
     expected = load_trained(runs / "lcnet_035", "teacher").backbone.state_dict()
     torch.testing.assert_close(load_file(str(path)), dict(expected), rtol=0, atol=0)
-    assert record["tensors"] == len(expected) and record["size_bytes"] == path.stat().st_size and record["difference"] == 0
+    assert (
+        record["tensors"] == len(expected) and record["size_bytes"] == path.stat().st_size and record["difference"] == 0
+    )
     with safe_open(str(path), framework="pt") as file:
         about = file.metadata()
     assert (
@@ -186,23 +198,31 @@ def test_an_onnx_file_that_differs_is_not_kept(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_onnx_says_what_is_missing(capsys: pytest.CaptureFixture, runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_onnx_says_what_is_missing(
+    capsys: pytest.CaptureFixture, runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import importlib.util
 
     find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "onnxscript" else find(name, *rest))
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "onnxscript" else find(name, *rest)
+    )
     status, _, err = run(capsys, runs / "lcnet_035", tmp_path / "mine.onnx", "--format", "onnx")
     assert_one_line(status, err, "onnxscript", "pip install 'fastssl-vision[onnx]'")
 
 
-def test_onnx_at_a_size_that_the_network_does_not_take(capsys: pytest.CaptureFixture, runs: Path, tmp_path: Path) -> None:
+def test_onnx_at_a_size_that_the_network_does_not_take(
+    capsys: pytest.CaptureFixture, runs: Path, tmp_path: Path
+) -> None:
     status, _, err = run(capsys, runs / "vit_tiny", tmp_path / "mine.onnx", "--format", "onnx", "--size", 50)
     assert_one_line(status, err, "vit_tiny_patch16_224", "50 px")
     assert list(tmp_path.iterdir()) == []
 
 
 def assert_one_line(status: int, err: str, *words: str) -> None:
-    lines = [line for line in err.splitlines() if line.startswith("fastssl:") and not line.startswith("fastssl: warning: ")]
+    lines = [
+        line for line in err.splitlines() if line.startswith("fastssl:") and not line.startswith("fastssl: warning: ")
+    ]
     assert status == 1 and len(lines) == 1 and "Traceback" not in err
     for word in words:
         assert word in lines[0]
@@ -228,7 +248,9 @@ def test_what_cannot_be(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_only_exports_are_replaced(capsys: pytest.CaptureFixture, runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_exports_are_replaced(
+    capsys: pytest.CaptureFixture, runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run_folder = runs / "lcnet_035"
     weights = run_folder / "checkpoints" / "last.safetensors"
     before = weights.read_bytes()
@@ -245,14 +267,24 @@ def test_only_exports_are_replaced(capsys: pytest.CaptureFixture, runs: Path, tm
     assert_one_line(*run(capsys, run_folder, ".")[::2], "is the current folder")
     tensors = {name: value.contiguous() for name, value in load_trained(run_folder).backbone.state_dict().items()}
     torch.save(tensors, tmp_path / "downloaded.pth")
-    save_file(tensors, str(tmp_path / "downloaded.safetensors"), {"format": "pt", "description": "a network, exported by others"})
+    save_file(
+        tensors,
+        str(tmp_path / "downloaded.safetensors"),
+        {"format": "pt", "description": "a network, exported by others"},
+    )
     save_file(tensors, str(tmp_path / "classifier.safetensors"), {"format": "pt", "fastssl-classifier": "{}"})
     for name, config in (("foreign", None), ("hub", '{"architecture": "lcnet_035"}')):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(config or "{}")
         if config:
             save_file(tensors, str(tmp_path / name / "model.safetensors"), {"format": "pt"})
-    theirs = ("downloaded.pth", "downloaded.safetensors", "classifier.safetensors", "foreign/config.json", "hub/model.safetensors")
+    theirs = (
+        "downloaded.pth",
+        "downloaded.safetensors",
+        "classifier.safetensors",
+        "foreign/config.json",
+        "hub/model.safetensors",
+    )
     contents = [(tmp_path / name).read_bytes() for name in theirs]
     for name in (
         "last.pt",
@@ -317,7 +349,11 @@ def test_an_export_is_known_again_by_what_it_says(tmp_path: Path) -> None:
     save_tensors({"a": torch.zeros(2)}, tmp_path / "a.safetensors", about)
     content = torch.load(tmp_path / "a.pth", weights_only=True)
     assert content.about == about and list(content) == ["a"]
-    for folder, config in (("folder", '{"architecture": "lcnet_035"}'), ("list", '["architecture"]'), ("none", '{"model_type": "x"}')):
+    for folder, config in (
+        ("folder", '{"architecture": "lcnet_035"}'),
+        ("list", '["architecture"]'),
+        ("none", '{"model_type": "x"}'),
+    ):
         (tmp_path / folder).mkdir()
         assert replaceable(folder)  # an empty one
         save_tensors({"a": torch.zeros(2)}, tmp_path / folder / "model.safetensors", about)
@@ -332,7 +368,9 @@ def test_an_export_is_known_again_by_what_it_says(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, OSError])
-def test_a_folder_is_back_when_the_exchange_is_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: type) -> None:
+def test_a_folder_is_back_when_the_exchange_is_interrupted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: type
+) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "config.json").write_text("before")
     entered = []
@@ -342,7 +380,10 @@ def test_a_folder_is_back_when_the_exchange_is_interrupted(tmp_path: Path, monke
         raise stop
 
     monkeypatch.setattr(Path, "replace", interrupted)
-    with pytest.raises(KeyboardInterrupt if stop is KeyboardInterrupt else FastSSLError), staged(tmp_path / "mine") as place:
+    with (
+        pytest.raises(KeyboardInterrupt if stop is KeyboardInterrupt else FastSSLError),
+        staged(tmp_path / "mine") as place,
+    ):
         place.mkdir()
         (place / "config.json").write_text("after")
     assert entered == [False] and (tmp_path / "mine" / "config.json").read_text() == "before"
@@ -365,8 +406,16 @@ def test_what_cannot_go_back_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert kept.read_text() == "before" and str(kept.parent) in str(error.value)
 
 
-def test_only_the_first_process_exports(capsys: pytest.CaptureFixture, runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"WORLD_SIZE": "2", "LOCAL_RANK": "1", "RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
+def test_only_the_first_process_exports(
+    capsys: pytest.CaptureFixture, runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": "1",
+        "RANK": "1",
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": "1",
+    }.items():
         monkeypatch.setenv(name, value)
     assert run(capsys, runs / "lcnet_035", tmp_path / "mine.pth") == (0, "", "") and list(tmp_path.iterdir()) == []
     monkeypatch.setenv("RANK", "0")

@@ -22,10 +22,14 @@ TARGETS = 100 + torch.arange(48)
 
 def stream(reader: BetonReader, batch: int = 12, indices: np.ndarray | None = None, **options: object) -> FeatureStream:
     indices = np.arange(len(reader)) if indices is None else indices
-    return FeatureStream(MeanColour(), reader, indices, TARGETS, VIEW, batch_size=batch, device=CPU, seed=3, workers=1, **options)
+    return FeatureStream(
+        MeanColour(), reader, indices, TARGETS, VIEW, batch_size=batch, device=CPU, seed=3, workers=1, **options
+    )
 
 
-def read(reader: BetonReader, epochs: int, batch: int = 12, **options: object) -> list[list[tuple[torch.Tensor, torch.Tensor]]]:
+def read(
+    reader: BetonReader, epochs: int, batch: int = 12, **options: object
+) -> list[list[tuple[torch.Tensor, torch.Tensor]]]:
     with stream(reader, batch, **options) as source:
         return [list(source.epoch(epoch)) for epoch in range(epochs)]
 

@@ -11,7 +11,15 @@ from torch import nn
 
 from fastssl.errors import FastSSLError
 from fastssl.evaluate import features
-from fastssl.evaluate.features import Features, ProbeError, check_probe_input, extract_features, share, split_indices, wilson_interval
+from fastssl.evaluate.features import (
+    Features,
+    ProbeError,
+    check_probe_input,
+    extract_features,
+    share,
+    split_indices,
+    wilson_interval,
+)
 from fastssl.evaluate.raw_pixels import raw_pixel_features
 from fastssl.pipelines.beton.reader import MODE_RAW, BetonReader, BetonWriter
 from fastssl.pipelines.loader import ViewLoader
@@ -61,7 +69,9 @@ def test_indices_are_kept_in_the_order_given_and_an_open_reader_stays_open(tmp_p
         found = extract_features(MeanColour(), reader, size=8, indices=np.array([7, 2, 5]), batch_size=2)
         assert found.index.tolist() == [7, 2, 5]
         assert found.labels.tolist() == [-1, -1, -1] and not found.labelled
-        np.testing.assert_allclose(found.features[:, 0].numpy(), [normalised((i, i, i))[0] for i in (7, 2, 5)], atol=1e-5)
+        np.testing.assert_allclose(
+            found.features[:, 0].numpy(), [normalised((i, i, i))[0] for i in (7, 2, 5)], atol=1e-5
+        )
         assert reader.decode(0).shape == (20, 30, 3)
 
 
@@ -98,14 +108,24 @@ def test_progress_counts_photos(tmp_path):
 def test_raw_pixels_are_the_shrunken_centre_square(tmp_path):
     # 32 rows x 64 columns: the outer quarters are white and must not be seen; the centre square has four flat quadrants.
     pixels = np.full((32, 64, 3), 255, np.uint8)
-    pixels[:16, 16:32], pixels[:16, 32:48], pixels[16:, 16:32], pixels[16:, 32:48] = (200, 0, 0), (0, 200, 0), (0, 0, 200), (90, 90, 90)
+    pixels[:16, 16:32], pixels[:16, 32:48], pixels[16:, 16:32], pixels[16:, 32:48] = (
+        (200, 0, 0),
+        (0, 200, 0),
+        (0, 0, 200),
+        (90, 90, 90),
+    )
     path = tmp_path / "a.beton"
     with BetonWriter(path, 1) as writer:
         writer.add(pixels.tobytes(), 32, 64, 4, MODE_RAW)
     found = raw_pixel_features(path, crop=1.0)
     assert found.features.shape == (1, 768) and found.labels.tolist() == [4]
     image = found.features.view(3, 16, 16)
-    for colour, row, column in (((200, 0, 0), 3, 3), ((0, 200, 0), 3, 12), ((0, 0, 200), 12, 3), ((90, 90, 90), 12, 12)):
+    for colour, row, column in (
+        ((200, 0, 0), 3, 3),
+        ((0, 200, 0), 3, 12),
+        ((0, 0, 200), 12, 3),
+        ((90, 90, 90), 12, 12),
+    ):
         np.testing.assert_allclose(image[:, row, column].numpy(), normalised(colour), atol=0.02)
 
 
@@ -134,12 +154,16 @@ def test_wilson_interval_agrees_with_scipy():
     stats = pytest.importorskip("scipy.stats")
     for correct, total in ((0, 10), (10, 10), (7, 10), (812, 1000)):
         expected = stats.binomtest(correct, total).proportion_ci(0.95, method="wilson")
-        np.testing.assert_allclose(wilson_interval(correct, total), (100 * expected.low, 100 * expected.high), atol=0.02)
+        np.testing.assert_allclose(
+            wilson_interval(correct, total), (100 * expected.low, 100 * expected.high), atol=0.02
+        )
 
 
 def test_unusable_input_is_named():
     def part(features, labels):
-        return Features(torch.as_tensor(features, dtype=torch.float32), torch.as_tensor(labels), torch.arange(len(labels)))
+        return Features(
+            torch.as_tensor(features, dtype=torch.float32), torch.as_tensor(labels), torch.arange(len(labels))
+        )
 
     good = part([[1.0, 2.0], [2.0, 1.0]], [0, 1])
     for train, val, message in (
@@ -157,7 +181,10 @@ def test_interpolation_is_the_views(beton):
         def forward(self, images):
             return images.flatten(1)
 
-    found = [extract_features(Pixels(), beton, size=8, workers=1, interpolation=kind).features for kind in ("bilinear", "bicubic")]
+    found = [
+        extract_features(Pixels(), beton, size=8, workers=1, interpolation=kind).features
+        for kind in ("bilinear", "bicubic")
+    ]
     spec = replace(ViewSpec.evaluation(8), interpolation="bicubic")
     with ViewLoader(beton, [spec], 48, shuffle=False, workers=1) as loader:
         expected = next(iter(loader.epoch(0))).views[0].flatten(1)

@@ -20,7 +20,9 @@ AS_IS = ConvertOptions(keep_size=True, short_side=None)
 # ---------------------------------------------------------------------- the draw
 
 
-@pytest.mark.parametrize(("text", "share"), [("1%", 0.01), ("10 %", 0.1), (" 0.05 ", 0.05), ("100%", 1.0), ("0.5%", 0.005)])
+@pytest.mark.parametrize(
+    ("text", "share"), [("1%", 0.01), ("10 %", 0.1), (" 0.05 ", 0.05), ("100%", 1.0), ("0.5%", 0.005)]
+)
 def test_shares(text: str, share: float) -> None:
     assert parse_share(text) == pytest.approx(share)
 
@@ -42,7 +44,20 @@ def test_the_draw_is_the_same_share_of_every_class() -> None:
 def test_the_draw_never_changes() -> None:
     labels = np.arange(60) % 3
     assert draw_labels(labels, 0.1, 7).tolist() == [5, 10, 14, 39, 51, 58]
-    assert draw_labels(labels, 0.2, 7).tolist() == [5, 10, 14, 25, 27, 28, 36, 39, 41, 50, 51, 58]  # the smaller one is in it
+    assert draw_labels(labels, 0.2, 7).tolist() == [
+        5,
+        10,
+        14,
+        25,
+        27,
+        28,
+        36,
+        39,
+        41,
+        50,
+        51,
+        58,
+    ]  # the smaller one is in it
     assert draw_labels(labels, 0.1, 8).tolist() == [8, 27, 29, 33, 34, 46]
 
 

@@ -87,11 +87,19 @@ def test_an_error_that_is_kept_keeps_no_file_open(tmp_path: Path) -> None:
     assert set(os.listdir("/proc/self/fd")) == before and "cannot end" in str(kept.value)
 
 
-def test_bytes_are_on_the_disk_before_their_name_and_the_name_before_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bytes_are_on_the_disk_before_their_name_and_the_name_before_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     disk = Disk(monkeypatch)
     write_atomically(tmp_path / "a", lambda path: path.write_text("all of it"))
     link_atomically(tmp_path / "a", tmp_path / "b")
-    assert disk.events == [("fsync", "a.tmp"), ("rename", "a"), ("fsync", tmp_path.name), ("rename", "b"), ("fsync", tmp_path.name)]
+    assert disk.events == [
+        ("fsync", "a.tmp"),
+        ("rename", "a"),
+        ("fsync", tmp_path.name),
+        ("rename", "b"),
+        ("fsync", tmp_path.name),
+    ]
     assert not disk.problems and not disk.lost_names
 
 

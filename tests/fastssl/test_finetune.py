@@ -53,7 +53,12 @@ def test_the_published_schedule() -> None:
     assert config.lr(0) == pytest.approx(0.12) and config.lr(60) == pytest.approx(1e-6)
     assert config.lr(30) == pytest.approx((0.12 + 1e-6) / 2)
     assert config.lr(59) == pytest.approx(1e-6 + (0.12 - 1e-6) * (1 + math.cos(math.pi * 59 / 60)) / 2)
-    assert (config.optim.name, config.optim.momentum, config.optim.nesterov, config.optim.weight_decay) == ("sgd", 0.9, True, 0.0)
+    assert (config.optim.name, config.optim.momentum, config.optim.nesterov, config.optim.weight_decay) == (
+        "sgd",
+        0.9,
+        True,
+        0.0,
+    )
 
 
 def test_the_published_views() -> None:
@@ -95,12 +100,16 @@ def plain_finetune(net: Classifier, split: LabelledSplit, config: FinetuneConfig
     # Its lower end does not know the factor; here it is 0.
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.epochs, eta_min=0.0)
     crop = ViewSpec(size=config.size, area=(0.08, 1.0), interpolation="bicubic", jitter=0.0, grey=0.0, blur=0.0)
-    centre = ViewSpec(size=config.size, center=config.crop, interpolation="bicubic", flip=0.0, jitter=0.0, grey=0.0, blur=0.0)
+    centre = ViewSpec(
+        size=config.size, center=config.crop, interpolation="bicubic", flip=0.0, jitter=0.0, grey=0.0, blur=0.0
+    )
     classes = sorted(set(split.train.labels[split.train_index].tolist()))
     right = []
     for epoch in range(config.epochs):
         net.train()
-        with ViewLoader(split.train, [crop], config.batch_size, seed=seed, workers=1, indices=split.train_index) as loader:
+        with ViewLoader(
+            split.train, [crop], config.batch_size, seed=seed, workers=1, indices=split.train_index
+        ) as loader:
             for batch in loader.epoch(epoch):
                 loss = functional.cross_entropy(
                     net(batch.views[0].double()), torch.tensor([classes.index(c) for c in batch.label.tolist()])
@@ -112,7 +121,9 @@ def plain_finetune(net: Classifier, split: LabelledSplit, config: FinetuneConfig
         net.eval()
         right.append(0)
         with (
-            ViewLoader(split.val, [centre], 1, workers=1, indices=split.val_index, shuffle=False, drop_last=False) as loader,
+            ViewLoader(
+                split.val, [centre], 1, workers=1, indices=split.val_index, shuffle=False, drop_last=False
+            ) as loader,
             torch.no_grad(),
         ):
             for batch in loader.epoch(0):
@@ -129,7 +140,9 @@ def test_it_is_a_plain_loop(beton: Path) -> None:
         right = plain_finetune(theirs, split, config, seed=7)
     assert result.accuracies == [100 * count / 9 for count in right] and result.steps_per_epoch == 2
     for name, value in theirs.state_dict().items():
-        torch.testing.assert_close(ours.state_dict()[name], value, rtol=1e-6, atol=1e-8, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            ours.state_dict()[name], value, rtol=1e-6, atol=1e-8, msg=lambda text, name=name: f"{name}: {text}"
+        )
     for part in ("backbone.body.0.weight", "backbone.body.1.running_mean", "hidden.0.weight", "linear.weight"):
         assert (before[part] - ours.state_dict()[part]).abs().max() > 1e-3, "a network that stands still proves nothing"
 
@@ -141,7 +154,11 @@ def test_adamw_with_decay(beton: Path) -> None:
     net, before = network().double(), network().double().state_dict()
     run(beton, net, config)
     rate = 1.6 * 48 / 256
-    for name, factor, decay in (("backbone.body.0.weight", 1.0, 0.05), ("backbone.body.1.weight", 1.0, 0.0), ("linear.weight", 0.01, 0.05)):
+    for name, factor, decay in (
+        ("backbone.body.0.weight", 1.0, 0.05),
+        ("backbone.body.1.weight", 1.0, 0.0),
+        ("linear.weight", 0.01, 0.05),
+    ):
         moved = net.state_dict()[name] - before[name] * (1 - rate * factor * decay)
         torch.testing.assert_close(moved.abs(), torch.full_like(moved, rate * factor), rtol=1e-3, atol=0.0)
 
@@ -162,11 +179,22 @@ def test_colours_are_learned_and_the_figures_fit_together(beton: Path) -> None:
     seen: list[int] = []
     result = run(beton, network(), dataclasses.replace(SMALL, epochs=6), progress=seen.append)
     assert result.best_accuracy > 80, "three classes of different colour"
-    assert result.accuracy == result.accuracies[-1] and len(result.accuracies) == len(result.losses) == len(result.learning_rates) == 6
-    assert result.best_accuracy == max(result.accuracies) and result.best_epoch == 1 + result.accuracies.index(result.best_accuracy)
+    assert (
+        result.accuracy == result.accuracies[-1]
+        and len(result.accuracies) == len(result.losses) == len(result.learning_rates) == 6
+    )
+    assert result.best_accuracy == max(result.accuracies) and result.best_epoch == 1 + result.accuracies.index(
+        result.best_accuracy
+    )
     assert result.confidence == wilson_interval(round(result.accuracy * 48 / 100), 48)
     assert result.losses[-1] < result.losses[0] and result.train_accuracies[-1] > result.train_accuracies[0]
-    assert (result.train_samples, result.val_samples, result.classes, result.unseen, result.steps_per_epoch) == (48, 48, 3, 0, 3)
+    assert (result.train_samples, result.val_samples, result.classes, result.unseen, result.steps_per_epoch) == (
+        48,
+        48,
+        3,
+        0,
+        3,
+    )
     assert result.top5 is None and result.best_top5 is None and result.top5_confidence is None  # of three classes
     assert seen == [16 * step for step in range(1, 19)]
 
@@ -246,7 +274,10 @@ def test_two_processes_are_one(beton: Path) -> None:
     assert [found.pop("one photo") for found in (one, *two)] in ([(1, 1)] * 3, [(0, 1)] * 3)
     for name, alone in one.items():
         start = network(head=name == "half head").double().state_dict()
-        assert max((alone["state"][key] - value).abs().max() for key, value in start.items() if value.is_floating_point()) > 1e-2
+        assert (
+            max((alone["state"][key] - value).abs().max() for key, value in start.items() if value.is_floating_point())
+            > 1e-2
+        )
         for both in (found[name] for found in two):
             for key, value in alone["state"].items():
                 torch.testing.assert_close(both["state"][key], value, rtol=1e-6, atol=1e-9)
@@ -268,7 +299,9 @@ def test_two_processes_are_one(beton: Path) -> None:
         (4, 8, 3, r"3 labelled photos: too few to train on with 4 processes"),
     ],
 )
-def test_batches_that_cannot_be(world: int, batch: int, photos: int, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batches_that_cannot_be(
+    world: int, batch: int, photos: int, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(module, "world_size", lambda: world)
     with pytest.raises(ProbeError, match=message):
         module._own_batch(batch, photos)

@@ -133,7 +133,9 @@ def test_light_moco(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
             torch.testing.assert_close(found, features(encoder))
     assert not torch.allclose(features(model.encoder_q), features(model.encoder_k))
 
-    status, out, _ = run(capsys, tmp_path / "checkpoint_0199.pth.tar", tmp_path / "imported.safetensors", "--arch", "lcnet_035")
+    status, out, _ = run(
+        capsys, tmp_path / "checkpoint_0199.pth.tar", tmp_path / "imported.safetensors", "--arch", "lcnet_035"
+    )
     lines = [line.split() for line in out.splitlines()]
     count = len(model.encoder_q.state_dict())
     assert status == 0 and "student network, layout moco" in out
@@ -147,20 +149,30 @@ def test_moco_with_a_network_of_torchvision(tmp_path: Path) -> None:
     model = MoCo(lambda: torchvision.models.resnet18(num_classes=8), "fc")
     torch.save({"state_dict": with_prefix("module.", model)}, tmp_path / "moco.pth.tar")
     model.encoder_q.fc = nn.Identity()
-    torch.testing.assert_close(imported(tmp_path / "moco.pth.tar", "resnet18", layout="moco"), features(model.encoder_q))
+    torch.testing.assert_close(
+        imported(tmp_path / "moco.pth.tar", "resnet18", layout="moco"), features(model.encoder_q)
+    )
 
 
 def test_dino(tmp_path: Path) -> None:
     """As its main_dino.py saves: the student's names with ``module.``, the teacher's of a transformer without, and the command's arguments."""
     torch.manual_seed(0)
     student, teacher = (
-        Wrapped(with_statistics(timm.create_model("vit_tiny_patch16_224", num_classes=0, dynamic_img_size=True), s)) for s in (1, 2)
+        Wrapped(with_statistics(timm.create_model("vit_tiny_patch16_224", num_classes=0, dynamic_img_size=True), s))
+        for s in (1, 2)
     )
     arguments = argparse.Namespace(arch="vit_tiny", lr=0.1, crops=(0.05, 0.4))
-    content = {"student": with_prefix("module.", student), "teacher": teacher.state_dict(), "args": arguments, "epoch": 3}
+    content = {
+        "student": with_prefix("module.", student),
+        "teacher": teacher.state_dict(),
+        "args": arguments,
+        "epoch": 3,
+    }
     torch.save({**content, "dino_loss": {"center": torch.zeros(1, 4)}}, tmp_path / "checkpoint.pth")
     torch.testing.assert_close(imported(tmp_path / "checkpoint.pth", "vit_tiny"), features(student.backbone))
-    torch.testing.assert_close(imported(tmp_path / "checkpoint.pth", "vit_tiny", which="teacher"), features(teacher.backbone))
+    torch.testing.assert_close(
+        imported(tmp_path / "checkpoint.pth", "vit_tiny", which="teacher"), features(teacher.backbone)
+    )
     torch.save(teacher.backbone.state_dict(), tmp_path / "dino_pretrain.pth")  # as it publishes them
     torch.testing.assert_close(imported(tmp_path / "dino_pretrain.pth", "vit_tiny"), features(teacher.backbone))
 
@@ -181,14 +193,19 @@ def test_sslight(tmp_path: Path, settings: object, networks: tuple, arch: str, o
     for name in [name for name in sys.modules if name.split(".")[0] == "fvcore"]:
         del sys.modules[name]
     wanted = getattr(model, networks[-1 if which else 0]).backbone
-    torch.testing.assert_close(imported(tmp_path / "last.pth.tar", ours, **({"which": which} if which else {})), features(wanted))
+    torch.testing.assert_close(
+        imported(tmp_path / "last.pth.tar", ours, **({"which": which} if which else {})), features(wanted)
+    )
     assert float((features(wanted)[0] - features(wanted)[1]).abs().max()) > 0.1
     assert read_header(tmp_path / "imported.safetensors")["origin_layout"] == "sslight"
 
 
 def test_sslight_transformer(tmp_path: Path) -> None:
     backbone = with_statistics(timm.create_model("vit_tiny_patch16_224", num_classes=0, dynamic_img_size=True))
-    torch.save({"state_dict": with_prefix("module.", SSLight(student=backbone, teacher=nn.Identity()))}, tmp_path / "last.pth.tar")
+    torch.save(
+        {"state_dict": with_prefix("module.", SSLight(student=backbone, teacher=nn.Identity()))},
+        tmp_path / "last.pth.tar",
+    )
     torch.testing.assert_close(imported(tmp_path / "last.pth.tar", "vit_tiny", layout="sslight"), features(backbone))
 
 
@@ -198,17 +215,31 @@ def test_torchvision_there_and_back(capsys: pytest.CaptureFixture, tmp_path: Pat
     backbone = with_statistics(create_backbone("mobilenetv3_large"))
     save_backbone(backbone, tmp_path / "mine.safetensors", arch="mobilenetv3_large", network="student", step="1")
     export_backbone(load_trained(tmp_path / "mine.safetensors"), tmp_path / "theirs.pth", "torchvision")
-    torch.testing.assert_close(imported(tmp_path / "theirs.pth", "mobilenetv3_large"), features(backbone), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        imported(tmp_path / "theirs.pth", "mobilenetv3_large"), features(backbone), rtol=1e-5, atol=1e-5
+    )
 
     network = with_statistics(torchvision.models.mobilenet_v3_large(weights=None))
     save_file(network.state_dict(), str(tmp_path / "with-classes.safetensors"))
     network.classifier[3] = nn.Identity()
     json_path = tmp_path / "record.json"
-    arguments = (tmp_path / "with-classes.safetensors", tmp_path / "out.safetensors", "--arch", "mobilenetv3_large", "--json", json_path)
+    arguments = (
+        tmp_path / "with-classes.safetensors",
+        tmp_path / "out.safetensors",
+        "--arch",
+        "mobilenetv3_large",
+        "--json",
+        json_path,
+    )
     status, out, _ = run(capsys, *arguments)
     record = json.loads(json_path.read_text())
     assert status == 0 and "scaled from eps 0.001" in out and str(tmp_path) not in json_path.read_text()
-    assert (record["layout"], record["names"], record["eps"], record["taken"]) == ("torchvision", "torchvision", 1e-3, 310)
+    assert (record["layout"], record["names"], record["eps"], record["taken"]) == (
+        "torchvision",
+        "torchvision",
+        1e-3,
+        310,
+    )
     assert record["left_out"] == [{"group": "classifier", "tensors": 2, "why": "projector or classifier"}]
     trained = load_trained(tmp_path / "out.safetensors")
     assert (trained.network, trained.arch, trained.step) == ("imported", "mobilenetv3_large_100", None)
@@ -218,7 +249,10 @@ def test_torchvision_there_and_back(capsys: pytest.CaptureFixture, tmp_path: Pat
 def test_timm_with_its_classifier_and_without_counters(tmp_path: Path) -> None:
     network = with_statistics(timm.create_model("lcnet_035"))
     tensors = {name: value for name, value in network.state_dict().items() if not name.endswith("num_batches_tracked")}
-    torch.save({"model": {f"_orig_mod.module.{name}": value for name, value in tensors.items()}, "epoch": 1}, tmp_path / "old.pth")
+    torch.save(
+        {"model": {f"_orig_mod.module.{name}": value for name, value in tensors.items()}, "epoch": 1},
+        tmp_path / "old.pth",
+    )
     network.reset_classifier(0)
     torch.testing.assert_close(imported(tmp_path / "old.pth", "lcnet_035", layout="timm"), features(network))
     matched = import_backbone(tmp_path / "old.pth", tmp_path / "imported.safetensors", "lcnet_035")
@@ -250,7 +284,9 @@ def test_evaluate_takes_it(capsys: pytest.CaptureFixture, tmp_path: Path, beton:
     assert stop.value.code == 0 and (record["network"], record["arch"]) == ("imported", "lcnet_035")
 
 
-def test_what_does_not_fit_is_named_and_the_right_network_guessed(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+def test_what_does_not_fit_is_named_and_the_right_network_guessed(
+    capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
     def refused(content: object, arch: str, *arguments: str) -> tuple[int, str]:
         torch.save(content, tmp_path / "theirs.pth")
         status, _, err = run(capsys, tmp_path / "theirs.pth", tmp_path / "mine.safetensors", "--arch", arch, *arguments)
@@ -259,10 +295,15 @@ def test_what_does_not_fit_is_named_and_the_right_network_guessed(capsys: pytest
 
     small = torchvision.models.resnet18().state_dict()
     assert_one_line(
-        *refused(small, "resnet34"), "does not fit resnet34", "missing (layer1.2.bn1.bias, layer1.2.bn1", "it fits --arch resnet18"
+        *refused(small, "resnet34"),
+        "does not fit resnet34",
+        "missing (layer1.2.bn1.bias, layer1.2.bn1",
+        "it fits --arch resnet18",
     )
     assert_one_line(
-        *refused(small, "resnet50"), "another shape (layer1.0.conv1.weight (64, 64, 3, 3) for (64, 64, 1, 1)", "fits --arch resnet18"
+        *refused(small, "resnet50"),
+        "another shape (layer1.0.conv1.weight (64, 64, 3, 3) for (64, 64, 1, 1)",
+        "fits --arch resnet18",
     )
     assert_one_line(*refused(small, "mobilenetv2"), "missing", "left over", "fits --arch resnet18")
     tensors = timm.create_model("lcnet_035", num_classes=0).state_dict()
@@ -271,19 +312,40 @@ def test_what_does_not_fit_is_named_and_the_right_network_guessed(capsys: pytest
     assert_one_line(status, err, "does not fit lcnet_035: 1 missing (conv_stem.weight)")
     assert "--arch" not in err
     assert_one_line(*refused({**tensors, "neck.weight": torch.zeros(1)}, "lcnet_035"), "1 left over (neck.weight)")
-    assert_one_line(*refused(tensors, "lcnet_035", "--layout", "torchvision"), "torchvision has no counterpart of lcnet_035")
-    assert_one_line(*refused(tensors, "lcnet_035", "--layout", "moco"), "not laid out as --layout moco", "encoder_q", "conv_stem.weight")
-    assert_one_line(*refused(tensors, "lcnet_035", "--which", "key"), "does not hold the key's network", "leave --which out")
-    assert_one_line(*refused({"state_dict": {"encoder_q.a": torch.zeros(1)}}, "lcnet_035", "--which", "key"), "it holds the student's")
+    assert_one_line(
+        *refused(tensors, "lcnet_035", "--layout", "torchvision"), "torchvision has no counterpart of lcnet_035"
+    )
+    assert_one_line(
+        *refused(tensors, "lcnet_035", "--layout", "moco"),
+        "not laid out as --layout moco",
+        "encoder_q",
+        "conv_stem.weight",
+    )
+    assert_one_line(
+        *refused(tensors, "lcnet_035", "--which", "key"), "does not hold the key's network", "leave --which out"
+    )
+    assert_one_line(
+        *refused({"state_dict": {"encoder_q.a": torch.zeros(1)}}, "lcnet_035", "--which", "key"),
+        "it holds the student's",
+    )
     assert_one_line(*refused(tensors, "lcnet_53"), "unknown network 'lcnet_53'")
 
 
 def test_two_tensors_for_one_place_are_both_named(tmp_path: Path) -> None:
     one = torch.zeros(1)
     for content, words in (
-        ({"module.conv.weight": one, "conv.weight": one + 1}, "module.conv.weight and conv.weight would both be conv.weight"),
-        ({"state_dict": {"module.encoder_q.a": one, "encoder_q.a": one}}, "state_dict.module.encoder_q.a and state_dict.encoder_q.a"),
-        ({"student": {"module.backbone.a": one, "backbone.a": one}}, "student.module.backbone.a and student.backbone.a would both be a"),
+        (
+            {"module.conv.weight": one, "conv.weight": one + 1},
+            "module.conv.weight and conv.weight would both be conv.weight",
+        ),
+        (
+            {"state_dict": {"module.encoder_q.a": one, "encoder_q.a": one}},
+            "state_dict.module.encoder_q.a and state_dict.encoder_q.a",
+        ),
+        (
+            {"student": {"module.backbone.a": one, "backbone.a": one}},
+            "student.module.backbone.a and student.backbone.a would both be a",
+        ),
         ({"conv": {"weight": one}, "conv.weight": one}, "['conv']['weight'] and ['conv.weight']"),
     ):
         torch.save(content, tmp_path / "theirs.pth")
@@ -313,7 +375,10 @@ def test_tensors_that_are_no_weights_are_named(tmp_path: Path) -> None:
             import_backbone(tmp_path / "theirs.pth", tmp_path / "mine.safetensors", "lcnet_035")
         assert words in str(error.value) and "\n" not in str(error.value)
         assert not (tmp_path / "mine.safetensors").exists()
-    torch.save({name: value.half() if value.is_floating_point() else value.int() for name, value in tensors.items()}, tmp_path / "half.pth")
+    torch.save(
+        {name: value.half() if value.is_floating_point() else value.int() for name, value in tensors.items()},
+        tmp_path / "half.pth",
+    )
     import_backbone(tmp_path / "half.pth", tmp_path / "mine.safetensors", "lcnet_035")
     assert torch.equal(fastssl.load_backbone(tmp_path / "mine.safetensors").conv_stem.weight, weight.half().float())
 
@@ -326,9 +391,17 @@ def test_a_dict_without_end(tmp_path: Path) -> None:
         read_foreign(tmp_path / "theirs.pth")
 
 
-def test_only_the_first_process_imports(capsys: pytest.CaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_first_process_imports(
+    capsys: pytest.CaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.save(timm.create_model("lcnet_035").state_dict(), tmp_path / "theirs.pth")
-    for name, value in {"WORLD_SIZE": "2", "LOCAL_RANK": "1", "RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
+    for name, value in {
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": "1",
+        "RANK": "1",
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": "1",
+    }.items():
         monkeypatch.setenv(name, value)
     command = (tmp_path / "theirs.pth", tmp_path / "mine.safetensors", "--arch", "lcnet_035")
     assert run(capsys, *command) == (0, "", "") and not (tmp_path / "mine.safetensors").exists()
@@ -352,7 +425,11 @@ def test_nothing_in_the_file_is_run(capsys: pytest.CaptureFixture, tmp_path: Pat
     assert_one_line(status, err, "theirs.pth: refused", "mkdir", "save its state_dict alone")
     assert not (tmp_path / "run").exists() and "weights_only" not in err
     torch.save(timm.create_model("lcnet_035"), tmp_path / "module.pth")  # a whole module
-    assert_one_line(*run(capsys, tmp_path / "module.pth", tmp_path / "x.safetensors", "--arch", "lcnet_035")[::2], "refused", "timm.models")
+    assert_one_line(
+        *run(capsys, tmp_path / "module.pth", tmp_path / "x.safetensors", "--arch", "lcnet_035")[::2],
+        "refused",
+        "timm.models",
+    )
 
 
 def test_what_is_no_checkpoint_of_others(tmp_path: Path) -> None:
@@ -366,7 +443,11 @@ def test_what_is_no_checkpoint_of_others(tmp_path: Path) -> None:
     for name in ("garbage.pth", "garbage.safetensors"):
         (tmp_path / name).write_bytes(b"not a checkpoint" * 50)
     (tmp_path / "empty.pth").touch()
-    assert "damaged" in why("garbage.pth") and "damaged" in why("empty.pth") and "not a whole safetensors" in why("garbage.safetensors")
+    assert (
+        "damaged" in why("garbage.pth")
+        and "damaged" in why("empty.pth")
+        and "not a whole safetensors" in why("garbage.safetensors")
+    )
     torch.save({"epoch": 3, "list": [torch.zeros(1)]}, tmp_path / "without.pth")
     assert "holds no dict of tensors" in why("without.pth")
     save_backbone(create_backbone("lcnet_035"), tmp_path / "ours.safetensors", arch="lcnet_035", network="student")
@@ -378,7 +459,9 @@ def full_disk(*arguments: object, **options: object) -> None:
     raise SafetensorError("No space left on device")
 
 
-def test_only_what_was_imported_is_replaced(capsys: pytest.CaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_what_was_imported_is_replaced(
+    capsys: pytest.CaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.save(timm.create_model("lcnet_035").state_dict(), tmp_path / "theirs.pth")
     save_backbone(create_backbone("lcnet_035"), tmp_path / "last.safetensors", arch="lcnet_035", network="student")
     (tmp_path / "text.safetensors").write_text("a diary")
@@ -394,7 +477,10 @@ def test_only_what_was_imported_is_replaced(capsys: pytest.CaptureFixture, tmp_p
         assert run(capsys, tmp_path / "theirs.pth", tmp_path / "mine.safetensors", "--arch", "lcnet_035")[0] == 0
     with monkeypatch.context() as patch:
         patch.setattr("safetensors.torch.save_file", full_disk)
-        assert_one_line(*run(capsys, tmp_path / "theirs.pth", tmp_path / "mine.safetensors", "--arch", "lcnet_035")[::2], "not written")
+        assert_one_line(
+            *run(capsys, tmp_path / "theirs.pth", tmp_path / "mine.safetensors", "--arch", "lcnet_035")[::2],
+            "not written",
+        )
     header = read_header(tmp_path / "mine.safetensors")
     assert (header["network"], header["origin"], header["origin_layout"]) == ("imported", "theirs.pth", "timm")
 

@@ -21,7 +21,14 @@ from fastssl.cli import main
 from fastssl.pipelines import BetonReader, BetonWriter
 from fastssl.pipelines.convert.conversion import ConvertOptions, convert
 
-TINY = ["train.epochs=1", "train.batch_size=8", "train.log_every=4", "moco.queue=64", "moco.projector.hidden=16", "probe.online_samples=40"]
+TINY = [
+    "train.epochs=1",
+    "train.batch_size=8",
+    "train.log_every=4",
+    "moco.queue=64",
+    "moco.projector.hidden=16",
+    "probe.online_samples=40",
+]
 ARCH = "mobilenetv3_small_050"
 COMMAND = [sys.executable, "-c", "from fastssl.cli import main; main()"]
 
@@ -35,7 +42,19 @@ def cli(*arguments: object) -> int:
 def pretrain(data: Path, out: Path, *more: object) -> int:
     overrides = [argument for item in TINY for argument in ("--set", item)]
     return cli(
-        "pretrain", "--arch", ARCH, "--recipe", "few-photos-moco", "--device", "cpu", "--data", data, "--out", out, *overrides, *more
+        "pretrain",
+        "--arch",
+        ARCH,
+        "--recipe",
+        "few-photos-moco",
+        "--device",
+        "cpu",
+        "--data",
+        data,
+        "--out",
+        out,
+        *overrides,
+        *more,
     )
 
 
@@ -60,7 +79,9 @@ def test_the_source_is_never_overwritten(photo_tree: Path, tmp_path: Path, capsy
     assert "not a plain file" in capsys.readouterr().err and (tmp_path / "pipe").is_fifo()
 
 
-@pytest.mark.parametrize("arguments", [["verify", "X", "--json", "X"], ["views", "X", "--recipe", "few-photos-moco", "--out", "X"]])
+@pytest.mark.parametrize(
+    "arguments", [["verify", "X", "--json", "X"], ["views", "X", "--recipe", "few-photos-moco", "--out", "X"]]
+)
 def test_results_are_not_written_over_the_photos(arguments: list[str], beton: Path, tmp_path: Path) -> None:
     copy = tmp_path / "x.beton"
     shutil.copy(beton, copy)
@@ -69,7 +90,12 @@ def test_results_are_not_written_over_the_photos(arguments: list[str], beton: Pa
 
 
 def test_results_are_not_written_over_anything_else(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    for name, content in (("last.pt", b"PK\x03\x04"), ("new.safetensors", None), ("notes.txt", b"mine"), ("page.json", b"\x89PNG")):
+    for name, content in (
+        ("last.pt", b"PK\x03\x04"),
+        ("new.safetensors", None),
+        ("notes.txt", b"mine"),
+        ("page.json", b"\x89PNG"),
+    ):
         path = tmp_path / name
         if content is not None:
             path.write_bytes(content)
@@ -93,7 +119,9 @@ def test_results_are_not_written_over_anything_else(tmp_path: Path, capsys: pyte
         (["bench", "loader", "--seconds", "nan"], "not a number to work with"),
     ],
 )
-def test_wrong_usage_is_found_before_the_work(arguments: list[str], message: str, capsys: pytest.CaptureFixture) -> None:
+def test_wrong_usage_is_found_before_the_work(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture
+) -> None:
     assert cli(*arguments) == 2
     assert message in capsys.readouterr().err
 
@@ -103,14 +131,21 @@ def test_starting_over_removes_what_the_other_run_left(beton: Path, tmp_path: Pa
     assert pretrain(beton, out) == 0
     first = torch.load(out / "checkpoints" / "last.pt", weights_only=True)["position"]
     assert first["step"] == 6
-    assert pretrain(beton, out, "--resume", "never", "--seed", 5, "--set", "optim.lr=1e30", "--set", "optim.warmup_epochs=0") == 1
+    assert (
+        pretrain(
+            beton, out, "--resume", "never", "--seed", 5, "--set", "optim.lr=1e30", "--set", "optim.warmup_epochs=0"
+        )
+        == 1
+    )
     left = {path.name for path in out.rglob("*") if path.is_file()}
     kept = {"batch.safetensors", "step.json", "views.png"}  # of the step that ended this one
     assert left == {"config.yaml", "metrics.jsonl", "status.json", ".lock"} | kept
 
 
 @pytest.mark.engines
-def test_an_engine_that_cannot_run_touches_no_earlier_run(beton: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_an_engine_that_cannot_run_touches_no_earlier_run(
+    beton: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     need_engine("dali")
     out = tmp_path / "run"
     assert pretrain(beton, out) == 0
@@ -137,7 +172,12 @@ def test_resuming_asks_for_the_same_photos(beton: Path, tmp_path: Path, capsys: 
     assert pretrain(beton, out) == 0
     with BetonReader(beton) as reader, BetonWriter(other, len(reader)) as writer:
         for sample in reversed(range(len(reader))):
-            writer.add(reader.encoded(sample), int(reader.heights[sample]), int(reader.widths[sample]), int(reader.labels[sample]))
+            writer.add(
+                reader.encoded(sample),
+                int(reader.heights[sample]),
+                int(reader.widths[sample]),
+                int(reader.labels[sample]),
+            )
         writer.finish()
     assert pretrain(other, out) == 1
     assert "data.tables" in capsys.readouterr().err
@@ -152,7 +192,9 @@ def test_a_finished_run_without_its_metrics_is_reported_all_the_same(beton: Path
     assert summary["pair_per_s"] is None and summary["probe"]["rows"]
 
 
-def test_val_must_have_the_same_classes(beton: Path, photo_tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_val_must_have_the_same_classes(
+    beton: Path, photo_tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     from fastssl.pipelines.convert.conversion import ConvertOptions, convert
 
     shutil.copytree(photo_tree, tmp_path / "two")
@@ -172,7 +214,9 @@ def test_damaged_photos_in_val_are_found_before_training(
     assert pretrain(beton, tmp_path / "run", "--val", path, "--set", "train.on_bad=skip") == 0
 
 
-def test_a_side_file_that_cannot_be_read_is_known_before_training(beton: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_side_file_that_cannot_be_read_is_known_before_training(
+    beton: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     """And not when the report asks for the names of the classes, after the last epoch."""
     data = tmp_path / "photos.beton"
     data.write_bytes(beton.read_bytes())
@@ -181,13 +225,17 @@ def test_a_side_file_that_cannot_be_read_is_known_before_training(beton: Path, t
     assert "photos.beton.json: unreadable side file" in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
-def test_a_photo_that_cannot_be_shown_is_named(damaged: tuple[Path, int], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_photo_that_cannot_be_shown_is_named(
+    damaged: tuple[Path, int], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     path, sample = damaged
     assert cli("views", path, "--recipe", "few-photos-moco", "--out", tmp_path / "views.png", "--samples", 48) == 0
     assert f"damaged and not shown: sample {sample};" in capsys.readouterr().err
 
 
-def test_a_queue_that_no_memory_holds_is_one_clear_line(beton: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_queue_that_no_memory_holds_is_one_clear_line(
+    beton: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     assert pretrain(beton, tmp_path / "run", "--set", f"moco.queue={2**50}") == 1
     assert "no memory for the networks of moco" in capsys.readouterr().err
 
@@ -196,10 +244,24 @@ def test_blocks_longer_than_the_run_cost_nothing(beton: Path, tmp_path: Path) ->
     assert pretrain(beton, tmp_path / "run", "--set", f"train.log_every={2**50}") == 0
 
 
-def test_sizes_that_the_network_cannot_take_are_found_before_training(beton: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_sizes_that_the_network_cannot_take_are_found_before_training(
+    beton: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     overrides = [argument for item in TINY for argument in ("--set", item)]
     status = cli(
-        *["pretrain", "--arch", "vit_tiny", "--recipe", "few-photos-moco", "--device", "cpu", "--data", beton, "--out", tmp_path / "run"],
+        *[
+            "pretrain",
+            "--arch",
+            "vit_tiny",
+            "--recipe",
+            "few-photos-moco",
+            "--device",
+            "cpu",
+            "--data",
+            beton,
+            "--out",
+            tmp_path / "run",
+        ],
         *[*overrides, "--set", "probe.size=30"],
     )
     assert status == 1
@@ -223,7 +285,9 @@ def test_sizes_that_the_network_cannot_take_are_found_before_training(beton: Pat
     assert "pictures of 30 px; try --set views.local_size=32, or" in capsys.readouterr().err
 
 
-def test_one_photo_in_each_class_is_a_run_without_a_probe(photo_tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_one_photo_in_each_class_is_a_run_without_a_probe(
+    photo_tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     for number, photo in enumerate(sorted(photo_tree.rglob("*.jpg"))[:8]):
         (tmp_path / "photos" / str(number)).mkdir(parents=True)
         (tmp_path / "photos" / str(number) / "1.jpg").write_bytes(photo.read_bytes())
@@ -243,7 +307,17 @@ def test_sigterm_ends_a_conversion_like_ctrl_c(tmp_path: Path, photo_tree: Path)
     tree.mkdir()
     for number, path in enumerate(sorted(big.rglob("*.jpg"))):
         (tree / f"{number:05}.jpg").write_bytes(path.read_bytes())
-    command = [*COMMAND, "convert-imagenet", str(tree), str(tmp_path / "x.beton"), "--no-resume", "--short-side", "20", "--workers", "1"]
+    command = [
+        *COMMAND,
+        "convert-imagenet",
+        str(tree),
+        str(tmp_path / "x.beton"),
+        "--no-resume",
+        "--short-side",
+        "20",
+        "--workers",
+        "1",
+    ]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     while process.poll() is None and not (tmp_path / "x.beton.partial").exists():
         time.sleep(0.005)

@@ -23,7 +23,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_layers_are_those_of_the_run(run: Path, which: str) -> None:
     head, width = load_half_head(run_file(run), which)
     assert [type(layer) for layer in head] == [nn.Linear, nn.BatchNorm1d, nn.GELU] * 2 and width == 16
-    stored = {name: value for name, value in load_checkpoint(run_file(run))["method"].items() if name.startswith(f"{which}.projector.mlp.")}
+    stored = {
+        name: value
+        for name, value in load_checkpoint(run_file(run))["method"].items()
+        if name.startswith(f"{which}.projector.mlp.")
+    }
     kept = {f"{which}.projector.mlp.{name}": value for name, value in head.state_dict().items()}
     # What is left out is the third linear layer.
     assert set(stored) - set(kept) == {f"{which}.projector.mlp.6.weight", f"{which}.projector.mlp.6.bias"}
@@ -40,7 +44,9 @@ def test_fresh_layers_have_the_shape_and_not_the_weights(run: Path) -> None:
     torch.manual_seed(1)
     fresh, width = load_half_head(run_file(run), "student", fresh=True)
     head, _ = load_half_head(run_file(run), "student")
-    assert width == 16 and {n: v.shape for n, v in fresh.state_dict().items()} == {n: v.shape for n, v in head.state_dict().items()}
+    assert width == 16 and {n: v.shape for n, v in fresh.state_dict().items()} == {
+        n: v.shape for n, v in head.state_dict().items()
+    }
     assert not torch.equal(fresh[0].weight, head[0].weight)
     assert fresh[0].weight.std().item() == pytest.approx(0.02, rel=0.1)  # truncated normal, as the run began
 
@@ -75,7 +81,11 @@ def test_a_head_without_batchnorm(tmp_path: Path) -> None:
 @pytest.mark.parametrize("fresh", [False, True])
 @pytest.mark.parametrize(
     ("key", "value", "words"),
-    [("hidden", 24, "mlp.0.weight is"), ("hidden", 1 << 30, "mlp.0.weight is"), ("layers", 90, "tensors for 90 layers")],
+    [
+        ("hidden", 24, "mlp.0.weight is"),
+        ("hidden", 1 << 30, "mlp.0.weight is"),
+        ("layers", 90, "tensors for 90 layers"),
+    ],
 )
 def test_tensors_that_do_not_fit(key: str, value: int, words: str, fresh: bool, run: Path, tmp_path: Path) -> None:
     """A head of exabytes, too, is known not to fit before it is made."""

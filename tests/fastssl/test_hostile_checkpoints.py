@@ -61,14 +61,23 @@ def corrupted(rng: np.random.Generator, whole: bytes, head: int) -> bytes:
     """Bits, bytes, words, cuts, growth; most of it in the first ``head`` bytes or the last 1000, where the numbers are."""
     changed = bytearray(whole)
     for _ in range(int(rng.choice([1, 1, 2, 6]))):
-        near = [int(rng.integers(head)), len(whole) - 1 - int(rng.integers(min(1000, len(whole)))), int(rng.integers(len(whole)))]
+        near = [
+            int(rng.integers(head)),
+            len(whole) - 1 - int(rng.integers(min(1000, len(whole)))),
+            int(rng.integers(len(whole))),
+        ]
         at, how = int(rng.choice(near, p=[0.6, 0.3, 0.1])), int(rng.integers(6))
         if how == 0:
             changed[at % len(changed)] ^= 1 << int(rng.integers(8))
         elif how == 1:
             changed[at % len(changed)] = int(rng.choice([0, 255, 34, 44, 58, 91, 123, 125, rng.integers(256)]))
         elif how == 2:
-            struct.pack_into("<Q", changed, min(at, len(changed) - 8), int(rng.choice([0, 1, 1 << 31, 1 << 40, (1 << 63) - 1, (1 << 63)])))
+            struct.pack_into(
+                "<Q",
+                changed,
+                min(at, len(changed) - 8),
+                int(rng.choice([0, 1, 1 << 31, 1 << 40, (1 << 63) - 1, (1 << 63)])),
+            )
         elif how == 3:
             changed = changed[: max(8, at)]
         elif how == 4:
@@ -102,7 +111,12 @@ def test_five_hundred_corruptions_of_safetensors(tmp_path: Path) -> None:
 def a_moco_checkpoint(path: Path, **options: object) -> None:
     state = {f"module.encoder_{side}.layer{n}.weight": torch.randn(3, 4) for side in "qk" for n in range(6)}
     torch.save(
-        {"epoch": 3, "arch": "x", "state_dict": state, "optimizer": {"state": {0: {"m": torch.ones(2)}}, "param_groups": []}},
+        {
+            "epoch": 3,
+            "arch": "x",
+            "state_dict": state,
+            "optimizer": {"state": {0: {"m": torch.ones(2)}}, "param_groups": []},
+        },
         path,
         **options,
     )
@@ -151,7 +165,9 @@ def doubling(levels: int) -> bytes:
 def storage(numel: int, size: tuple, stride: tuple) -> bytes:
     """A pickle with one tensor over a storage of ``numel`` float32."""
     write = lambda values: b"(" + b"".join(b"L%dL\n" % n for n in values) + b"t"  # noqa: E731
-    persistent = b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpuL%dL\ntQ" % numel
+    persistent = (
+        b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpuL%dL\ntQ" % numel
+    )
     tensor = (
         b"ctorch._utils\n_rebuild_tensor_v2\n("
         + persistent
@@ -246,7 +262,15 @@ def test_a_header_that_names_a_network_of_gigabytes(tmp_path: Path) -> None:
 
 
 def test_names_that_would_reach_the_network(tmp_path: Path) -> None:
-    for arch in ("hf-hub:someone/model", "hf_hub:someone/model", "local-dir:/etc", "timm/resnet18", "https://x/y", "../resnet18", ""):
+    for arch in (
+        "hf-hub:someone/model",
+        "hf_hub:someone/model",
+        "local-dir:/etc",
+        "timm/resnet18",
+        "https://x/y",
+        "../resnet18",
+        "",
+    ):
         (tmp_path / "x.safetensors").write_bytes(
             header({"__metadata__": {"fastssl": json.dumps({"arch": arch})}, "w": TENSOR}, rest=b"\0" * 4)
         )

@@ -12,7 +12,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastssl.evaluate import knn
 from fastssl.evaluate.features import Features, ProbeError, gathered, share
-from fastssl.evaluate.knn import knn_accuracies, knn_accuracy, knn_leave_one_out, knn_predict, nearest_neighbors, ranked_classes
+from fastssl.evaluate.knn import (
+    knn_accuracies,
+    knn_accuracy,
+    knn_leave_one_out,
+    knn_predict,
+    nearest_neighbors,
+    ranked_classes,
+)
 
 
 def slow_knn(bank, labels, query, k, temperature, exclude_self=False):
@@ -43,7 +50,9 @@ def clusters(count, classes=5, width=12, seed=0):
 def test_equals_the_slow_twin(k, temperature):
     bank, labels = clusters(90)
     query, _ = clusters(40, seed=1)
-    assert knn_predict(bank, labels, query, k=k, temperature=temperature).tolist() == slow_knn(bank, labels, query, k, temperature)
+    assert knn_predict(bank, labels, query, k=k, temperature=temperature).tolist() == slow_knn(
+        bank, labels, query, k, temperature
+    )
 
 
 def test_leave_one_out_equals_the_slow_twin():
@@ -58,7 +67,9 @@ def test_equals_scikit_learn():
     neighbors = pytest.importorskip("sklearn.neighbors")
     bank, labels = clusters(400, classes=7, width=16)
     query, truth = clusters(300, classes=7, width=16, seed=5)
-    reference = neighbors.KNeighborsClassifier(20, metric="cosine", algorithm="brute", weights=lambda d: np.exp((1 - d) / 0.07))
+    reference = neighbors.KNeighborsClassifier(
+        20, metric="cosine", algorithm="brute", weights=lambda d: np.exp((1 - d) / 0.07)
+    )
     expected = reference.fit(bank.double().numpy(), labels.numpy()).predict(query.double().numpy())
     assert knn_predict(bank, labels, query).tolist() == expected.tolist()
     result = knn_accuracy(Features(bank, labels, torch.arange(400)), Features(query, truth, torch.arange(300)))
@@ -86,7 +97,10 @@ def test_low_temperatures_neither_overflow_nor_vanish():
     bank, labels = clusters(60)
     query, _ = clusters(20, seed=3)
     # As T goes to 0 the nearest neighbour alone decides.
-    assert knn_predict(bank, labels, query, k=10, temperature=1e-4).tolist() == knn_predict(bank, labels, query, k=1).tolist()
+    assert (
+        knn_predict(bank, labels, query, k=10, temperature=1e-4).tolist()
+        == knn_predict(bank, labels, query, k=1).tolist()
+    )
 
 
 def test_equal_votes_go_to_the_lower_label():
@@ -108,15 +122,24 @@ def test_classes_are_ranked_by_their_votes():
     neighbors = pytest.importorskip("sklearn.neighbors")
     bank, labels = clusters(300, classes=9, width=6)
     query, truth = clusters(200, classes=9, width=6, seed=5)
-    results = knn_accuracies(Features(bank, labels, torch.arange(300)), Features(query, truth, torch.arange(200)), ks=[20, 7, 500])
+    results = knn_accuracies(
+        Features(bank, labels, torch.arange(300)), Features(query, truth, torch.arange(200)), ks=[20, 7, 500]
+    )
     assert [result.k for result in results] == [20, 7, 300]
     for result in results:
-        reference = neighbors.KNeighborsClassifier(result.k, metric="cosine", algorithm="brute", weights=lambda d: np.exp((1 - d) / 0.07))
+        reference = neighbors.KNeighborsClassifier(
+            result.k, metric="cosine", algorithm="brute", weights=lambda d: np.exp((1 - d) / 0.07)
+        )
         probability = reference.fit(bank.double().numpy(), labels.numpy()).predict_proba(query.double().numpy())
         order = np.argsort(-probability, axis=1, kind="stable")[:, :5]
         hits = (order == truth.numpy()[:, None]) & (np.take_along_axis(probability, order, 1) > 0)
-        assert result.accuracy == pytest.approx(100 * hits[:, 0].mean()) and result.top5_accuracy == pytest.approx(100 * hits.mean() * 5)
-        assert result.accuracy < result.top5_accuracy and result.top5_confidence[0] < result.top5_accuracy < result.top5_confidence[1]
+        assert result.accuracy == pytest.approx(100 * hits[:, 0].mean()) and result.top5_accuracy == pytest.approx(
+            100 * hits.mean() * 5
+        )
+        assert (
+            result.accuracy < result.top5_accuracy
+            and result.top5_confidence[0] < result.top5_accuracy < result.top5_confidence[1]
+        )
 
 
 def test_a_class_without_votes_has_no_place():
@@ -126,7 +149,10 @@ def test_a_class_without_votes_has_no_place():
 
 def test_top5_of_five_classes_says_nothing():
     bank, labels = clusters(40)
-    assert knn_accuracy(Features(bank, labels, torch.arange(40)), Features(bank, labels, torch.arange(40))).top5_accuracy is None
+    assert (
+        knn_accuracy(Features(bank, labels, torch.arange(40)), Features(bank, labels, torch.arange(40))).top5_accuracy
+        is None
+    )
 
 
 def test_equal_neighbours_come_in_the_banks_order(monkeypatch):
@@ -152,7 +178,12 @@ class LargestTensor(TorchDispatchMode):
 
 @pytest.mark.parametrize("leave_one_out", [False, True])
 def test_neither_the_bank_nor_the_similarities_are_ever_whole(monkeypatch, leave_one_out):
-    for name, elements in (("_TILE_ELEMENTS", 1 << 15), ("_QUERY_ELEMENTS", 1 << 14), ("_EXACT_ELEMENTS", 1 << 14), ("_QUERY_TILE", 256)):
+    for name, elements in (
+        ("_TILE_ELEMENTS", 1 << 15),
+        ("_QUERY_ELEMENTS", 1 << 14),
+        ("_EXACT_ELEMENTS", 1 << 14),
+        ("_QUERY_TILE", 256),
+    ):
         monkeypatch.setattr(knn, name, elements)
     bank, labels = clusters(20_000 if not leave_one_out else 4_000, width=48)
     query, truth = clusters(600, width=48, seed=1)
@@ -173,7 +204,10 @@ def over_processes():
     mine = Features(bank, labels, torch.arange(401)).subset(share(np.arange(401)))
     query, truth = clusters(90, classes=7, width=16, seed=5)
     asked = Features(query, truth, torch.arange(90))
-    found = [knn_accuracies(mine, gathered(mine) if "leave_one_out" in case else asked, shared=True, **case) for case in CASES]
+    found = [
+        knn_accuracies(mine, gathered(mine) if "leave_one_out" in case else asked, shared=True, **case)
+        for case in CASES
+    ]
     spoilt = Features(mine.features.clone(), mine.labels, mine.index)
     if int(mine.index[-1]) == 400:
         spoilt.features[3, 3] = torch.nan

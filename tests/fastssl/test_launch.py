@@ -26,7 +26,9 @@ def again(launcher: str) -> dict[str, str]:
 @pytest.mark.parametrize("environ", [{}, TORCHRUN, SLURM, {**TORCHRUN, **SLURM}])
 def test_a_first_start_goes_on_with_nothing(environ: dict[str, str]) -> None:
     launch = launch_from_environment(environ)
-    assert set(launch.names) == {name for name, part in (("torchrun", TORCHRUN), ("slurm", SLURM)) if part.items() <= environ.items()}
+    assert set(launch.names) == {
+        name for name, part in (("torchrun", TORCHRUN), ("slurm", SLURM)) if part.items() <= environ.items()
+    }
     assert not launch.again and not launch.goes_on(launch.names)
     assert "kings" not in str(launch) and "4711" not in str(launch)
 
@@ -80,7 +82,10 @@ def test_a_run_that_is_started_again_keeps_what_it_has_made(
     environment(monkeypatch, {**SLURM, **again("slurm")})
     with pytest.raises(KeyboardInterrupt):
         start()
-    assert "started again" not in messages[-1] and ("deleted" if resume == "never" else "resumed at step 3 ") in messages[-1]
+    assert (
+        "started again" not in messages[-1]
+        and ("deleted" if resume == "never" else "resumed at step 3 ") in messages[-1]
+    )
     monkeypatch.undo()
     environment(monkeypatch, {**SLURM, **again("slurm")})
     said = start()
@@ -91,7 +96,9 @@ def test_a_run_that_is_started_again_keeps_what_it_has_made(
     assert "started again" not in start()
 
 
-@pytest.mark.parametrize("content", ["", "launch: 3", "- launch", "launch: {slurm: [", "[" * 100_000, "\0", "a: 2026-99-99"])
+@pytest.mark.parametrize(
+    "content", ["", "launch: 3", "- launch", "launch: {slurm: [", "[" * 100_000, "\0", "a: 2026-99-99"]
+)
 def test_a_config_that_is_none_has_no_launch(content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "config.yaml").write_text(content)
     second = launch_from_environment({**SLURM, **again("slurm")})

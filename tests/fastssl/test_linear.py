@@ -31,7 +31,9 @@ def test_coefficients_and_accuracy_equal_scikit_learn(l2):
     standardised = (weight * std).numpy()
     np.testing.assert_allclose(standardised, reference.coef_, atol=2e-3 * np.abs(reference.coef_).max())
     intercept = (bias + weight @ mean).numpy()
-    np.testing.assert_allclose(intercept - intercept.mean(), reference.intercept_ - reference.intercept_.mean(), atol=1e-2)
+    np.testing.assert_allclose(
+        intercept - intercept.mean(), reference.intercept_ - reference.intercept_.mean(), atol=1e-2
+    )
     ours = (val.features.double() @ weight.T + bias).argmax(dim=1).numpy()
     theirs = reference.predict(((val.features - mean) / std).numpy())
     assert abs((ours == val.labels.numpy()).mean() - (theirs == val.labels.numpy()).mean()) <= 0.005
@@ -104,7 +106,9 @@ def test_labels_need_not_be_consecutive():
     train, val = make(300), make(200, seed=1)
     plain = linear_probe(train, val)
     names = torch.tensor([3, 50, 51, 900])
-    renamed = linear_probe(Features(train.features, names[train.labels], train.index), Features(val.features, names[val.labels], val.index))
+    renamed = linear_probe(
+        Features(train.features, names[train.labels], train.index), Features(val.features, names[val.labels], val.index)
+    )
     assert renamed.accuracy == plain.accuracy and renamed.classes == 4
 
 
@@ -112,12 +116,15 @@ def test_constant_features_are_ignored():
     train, val = make(300), make(200, seed=1)
     plain = linear_probe(train, val)
     constant = [
-        Features(torch.cat([part.features, torch.full((len(part), 3), 1e4)], dim=1), part.labels, part.index) for part in (train, val)
+        Features(torch.cat([part.features, torch.full((len(part), 3), 1e4)], dim=1), part.labels, part.index)
+        for part in (train, val)
     ]
     assert linear_probe(*constant).accuracy == pytest.approx(plain.accuracy, abs=0.51)
     only_constant = [Features(torch.ones(len(part), 5), part.labels, part.index) for part in (train, val)]
     most_common = int(train.labels.bincount().argmax())
-    assert linear_probe(*only_constant).accuracy == pytest.approx(100 * float((val.labels == most_common).float().mean()))
+    assert linear_probe(*only_constant).accuracy == pytest.approx(
+        100 * float((val.labels == most_common).float().mean())
+    )
 
 
 def test_one_class_is_an_error():

@@ -30,7 +30,10 @@ class Place:
             except NotMet as error:
                 found[rank] = f"NotMet: {error}"
 
-        threads = [threading.Thread(target=one, args=(rank, delay)) for rank, delay in zip(ranks, delays or (0.0,) * len(ranks))]
+        threads = [
+            threading.Thread(target=one, args=(rank, delay))
+            for rank, delay in zip(ranks, delays or (0.0,) * len(ranks))
+        ]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -70,7 +73,9 @@ def test_the_call_of_an_ended_process_is_not_taken_for_a_living_one() -> None:
 
 def test_the_environment_sets_the_patience() -> None:
     assert Patience.from_environment({}) == Patience(10, 60)
-    assert Patience.from_environment({"FASTSSL_MEET_MINUTES": "0.5", "FASTSSL_SILENT_SECONDS": "300"}) == Patience(0.5, 300)
+    assert Patience.from_environment({"FASTSSL_MEET_MINUTES": "0.5", "FASTSSL_SILENT_SECONDS": "300"}) == Patience(
+        0.5, 300
+    )
     assert Patience.from_environment({"FASTSSL_MEET_MINUTES": ""}) == Patience()
     for text in ("soon", "-1", "0", "nan", "inf"):
         with pytest.raises(FastSSLError, match=f"FASTSSL_SILENT_SECONDS='{text}'"):

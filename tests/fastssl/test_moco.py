@@ -18,7 +18,9 @@ from fastssl.optim.schedules import RunLength
 
 def make(weights: PairWeights = TWO, **options: object) -> MoCo:
     torch.manual_seed(0)
-    config = MoCoConfig(**{"queue": 8 * B, "neighbors": 5, "split_bn": 1, "projector": ProjectorConfig(hidden=16, out=8), **options})
+    config = MoCoConfig(
+        **{"queue": 8 * B, "neighbors": 5, "split_bn": 1, "projector": ProjectorConfig(hidden=16, out=8), **options}
+    )
     return MoCo(TinyBackbone(), config, views=Views(B, weights), generator=torch.Generator().manual_seed(1)).train()
 
 
@@ -190,12 +192,18 @@ def test_wrong_settings_are_named(options: dict, message: str) -> None:
 )
 def test_queue_must_be_whole_steps_and_groups_large_enough(options: dict, world: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        MoCo(TinyBackbone(), MoCoConfig(**{"queue": 8 * B, "split_bn": 1, "neighbors": 5, **options}), views=Views(B, TWO, world))
+        MoCo(
+            TinyBackbone(),
+            MoCoConfig(**{"queue": 8 * B, "split_bn": 1, "neighbors": 5, **options}),
+            views=Views(B, TWO, world),
+        )
 
 
 def test_rates_follow_the_schedules_and_no_smoothing_is_none() -> None:
     run = RunLength(100, 10)
-    rates = make(momentum=0.5, momentum_schedule="cosine", smoothing_schedule="warm", smoothing_warm_epochs=2).rates(0, run)
+    rates = make(momentum=0.5, momentum_schedule="cosine", smoothing_schedule="warm", smoothing_warm_epochs=2).rates(
+        0, run
+    )
     assert rates == {"momentum": 0.5, "smoothing": 0.0}
     assert make(smoothing=0.0).rates(50, run) == {"momentum": 0.999}
 

@@ -33,7 +33,9 @@ NETWORKS = (
 
 
 def pretrain_and_export(name: str, size: int, folder: Path) -> None:
-    run = finished_run(folder / "run", "few-photos-moco", {"views.0.size": str(size), "probe.size": str(size)}, arch=name)
+    run = finished_run(
+        folder / "run", "few-photos-moco", {"views.0.size": str(size), "probe.size": str(size)}, arch=name
+    )
     trained = load_trained(run, "student")
     student, teacher = trained.backbone.state_dict(), load_trained(run, "teacher").backbone.state_dict()
     assert all(bool(torch.isfinite(value).all()) for value in student.values())

@@ -93,7 +93,8 @@ def test_a_run_without_bad_steps_is_not_changed_by_the_option(beton: Path, tmp_p
 def test_the_batch_of_the_step_that_ends_a_run_is_kept(beton: Path, tmp_path: Path, break_steps: Callable) -> None:
     break_steps({3: "loss"})
     with pytest.raises(
-        FastSSLError, match=r"the loss is nan at step 3: the run has diverged.*train\.skip_nonfinite.*there is no checkpoint"
+        FastSSLError,
+        match=r"the loss is nan at step 3: the run has diverged.*train\.skip_nonfinite.*there is no checkpoint",
     ):
         pretrain(small(), options(beton, tmp_path / "run"), Silent())
     folder = tmp_path / "run" / "nonfinite" / "step-00000003"
@@ -102,7 +103,11 @@ def test_the_batch_of_the_step_that_ends_a_run_is_kept(beton: Path, tmp_path: Pa
         expected = next(iter(loader.epoch(0, start_step=2)))
         kept = load_file(folder / "batch.safetensors")
         assert torch.equal(kept["views.0"], expected.views[0]) and torch.equal(kept["index"], expected.index)
-    assert about["samples"] == kept["index"].tolist() and (about["step"], about["epoch"], about["step_in_epoch"]) == (3, 0, 2)
+    assert about["samples"] == kept["index"].tolist() and (about["step"], about["epoch"], about["step_in_epoch"]) == (
+        3,
+        0,
+        2,
+    )
     assert about["reason"] == "the loss is nan" and about["lr"] > 0
     picture = Image.open(folder / "views.png")
     assert picture.size == (2 * 34, 8 * 34)
@@ -112,7 +117,9 @@ def test_the_batch_of_the_step_that_ends_a_run_is_kept(beton: Path, tmp_path: Pa
 
 def test_the_same_command_with_the_option_goes_on(beton: Path, tmp_path: Path, break_steps: Callable) -> None:
     break_steps({8: "gradient"})
-    with pytest.raises(FastSSLError, match=r"no longer finite at step 8, though the loss is.*the newest checkpoint is of step 7"):
+    with pytest.raises(
+        FastSSLError, match=r"no longer finite at step 8, though the loss is.*the newest checkpoint is of step 7"
+    ):
         pretrain(small("train.checkpoint_minutes=0"), options(beton, tmp_path / "run"), Silent())
     summary = pretrain(small("train.skip_nonfinite=1"), options(beton, tmp_path / "run"), Silent())
     assert summary["passed_over_steps"] == [8]
@@ -127,7 +134,9 @@ def test_a_state_that_is_not_finite_is_never_saved(beton: Path, tmp_path: Path, 
     assert not (tmp_path / "run" / "checkpoints" / "last.pt").exists()
 
 
-def test_checkpoints_go_on_behind_a_step_that_was_passed_over(beton: Path, tmp_path: Path, break_steps: Callable) -> None:
+def test_checkpoints_go_on_behind_a_step_that_was_passed_over(
+    beton: Path, tmp_path: Path, break_steps: Callable
+) -> None:
     """The checkpoint that was due found the NaN, and the run went back instead."""
     break_steps({5: "loss"})
     recipe = small("train.skip_nonfinite=1", "train.checkpoint_minutes=0", "train.log_every=50", "train.keep_last=99")
@@ -136,11 +145,15 @@ def test_checkpoints_go_on_behind_a_step_that_was_passed_over(beton: Path, tmp_p
     assert {1, 2, 3, 4, 6, 7, 8, 9, 10, 11, 12} <= steps
 
 
-def test_more_bad_steps_than_allowed_end_the_run_in_a_good_state(beton: Path, tmp_path: Path, break_steps: Callable) -> None:
+def test_more_bad_steps_than_allowed_end_the_run_in_a_good_state(
+    beton: Path, tmp_path: Path, break_steps: Callable
+) -> None:
     break_steps({2: "loss", 3: "gradient", 4: "loss"})
     with pytest.raises(FastSSLError, match=r"step 4: the loss is nan, and 2 such steps were passed over before"):
         pretrain(small("train.skip_nonfinite=2"), options(beton, tmp_path / "run"), Silent())
-    assert sorted(path.name for path in (tmp_path / "run" / "nonfinite").iterdir()) == [f"step-0000000{number}" for number in (2, 3, 4)]
+    assert sorted(path.name for path in (tmp_path / "run" / "nonfinite").iterdir()) == [
+        f"step-0000000{number}" for number in (2, 3, 4)
+    ]
 
 
 def test_what_was_passed_over_is_known_behind_a_resume(
@@ -232,7 +245,10 @@ def test_processes_pass_over_a_step_together(beton: Path, tmp_path: Path) -> Non
     assert state(tmp_path / "run")["position"] | {"train_seconds": 0} == {
         "step": 12, "epoch": 2, "step_in_epoch": 0, "train_seconds": 0, "skipped": [], "passed_over": [3],
     }  # fmt: skip
-    kept = [load_file(tmp_path / "run" / "nonfinite" / "step-00000003" / name) for name in ("batch.safetensors", "batch-1.safetensors")]
+    kept = [
+        load_file(tmp_path / "run" / "nonfinite" / "step-00000003" / name)
+        for name in ("batch.safetensors", "batch-1.safetensors")
+    ]
     assert len({*kept[0]["index"].tolist(), *kept[1]["index"].tolist()}) == 8, "both halves of the batch"
     assert torch.isfinite(kept[0]["views.0"]).all() and not torch.isfinite(kept[1]["views.0"]).any()
 
@@ -258,7 +274,9 @@ def test_values_that_are_not_finite_are_red_in_the_picture(beton: Path, tmp_path
     assert red.sum() == 1 and red[18 + 3, 5]
 
 
-def test_features_that_overflow_in_an_online_probe_do_not_end_the_run(beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_features_that_overflow_in_an_online_probe_do_not_end_the_run(
+    beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Batch statistics hold in training what the running ones, in evaluation, let grow without bound."""
     said, probe = Silent(), OnlineProbe.run
 

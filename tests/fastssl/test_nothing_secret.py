@@ -104,12 +104,25 @@ def test_everything_is_there(written: tuple[Path, dict[str, bytes]]) -> None:
     """That what is looked through below is what commands write."""
     names = set(written[1])
     run_files = {
-        f"out/run/{name}" for name in ("config.yaml", "metrics.jsonl", "report.html", "checkpoints/last.pt", "checkpoints/last.safetensors")
+        f"out/run/{name}"
+        for name in (
+            "config.yaml",
+            "metrics.jsonl",
+            "report.html",
+            "checkpoints/last.pt",
+            "checkpoints/last.safetensors",
+        )
     }
     assert (
-        run_files <= names and {"photos.beton", "photos.beton.json", "photos.beton.rejects.jsonl", "out/knn.json", "out/views.png"} <= names
+        run_files <= names
+        and {"photos.beton", "photos.beton.json", "photos.beton.rejects.jsonl", "out/knn.json", "out/views.png"}
+        <= names
     )
-    assert len(names) > 14 and b"bad.jpg" in written[1]["photos.beton.rejects.jsonl"] and b"knn" in written[1]["out/knn.json"]
+    assert (
+        len(names) > 14
+        and b"bad.jpg" in written[1]["photos.beton.rejects.jsonl"]
+        and b"knn" in written[1]["out/knn.json"]
+    )
 
 
 def test_no_folder_machine_or_user(written: tuple[Path, dict[str, bytes]]) -> None:

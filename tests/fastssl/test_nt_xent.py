@@ -49,7 +49,9 @@ def test_two_views_without_smoothing_are_nt_xent_with_all_its_gradients() -> Non
     loss = (pairs[0, 1] + pairs[1, 0]) / 2
     expected = plain_nt_xent(embeddings[0], embeddings[1], 0.2)
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
-    torch.testing.assert_close(torch.autograd.grad(loss, embeddings), torch.autograd.grad(expected, embeddings), rtol=1e-10, atol=1e-13)
+    torch.testing.assert_close(
+        torch.autograd.grad(loss, embeddings), torch.autograd.grad(expected, embeddings), rtol=1e-10, atol=1e-13
+    )
 
 
 def test_twin_without_smoothing_is_nt_xent() -> None:
@@ -88,7 +90,9 @@ def test_equals_the_twin_in_float64(
     weights = torch.randn(2, views, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     pairs = criterion(anchors, candidates, first)
     gradients = torch.autograd.grad((weights * pairs).sum(), (anchors, candidates))
-    expected = dense_nt_xent(anchors, candidates, temperature, criterion.smoothing, weighting, FEW.get(weighting), first)
+    expected = dense_nt_xent(
+        anchors, candidates, temperature, criterion.smoothing, weighting, FEW.get(weighting), first
+    )
     torch.testing.assert_close(pairs, expected, rtol=1e-11, atol=1e-12)
     for ours, theirs in zip(gradients, torch.autograd.grad((weights * expected).sum(), (anchors, candidates))):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12 / temperature)
@@ -156,7 +160,9 @@ def test_smoothing_as_a_tensor_equals_the_number(weighting: str, mass: float) ->
     anchors, candidates = vectors(7, 2, 3, 12, 5)
     criterion = SmoothedNTXent(weighting=weighting)
     expected = criterion(anchors, candidates, smoothing=mass)
-    torch.testing.assert_close(expected, dense_nt_xent(anchors, candidates, 0.1, mass, weighting), rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(
+        expected, dense_nt_xent(anchors, candidates, 0.1, mass, weighting), rtol=1e-11, atol=1e-12
+    )
     for tensor in (torch.tensor(mass, dtype=torch.float64), torch.tensor([mass], dtype=torch.float64)):
         torch.testing.assert_close(criterion(anchors, candidates, smoothing=tensor), expected)
 
@@ -240,7 +246,9 @@ def test_the_first_call_may_be_made_in_inference_mode() -> None:
 
 @pytest.mark.parametrize("weighting", ["stepped", "uniform_all"])
 def test_nothing_is_read_back_to_the_host(weighting: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nt_xent, "_weight_row", nt_xent._weight_row.__wrapped__)  # a fake tensor must not stay in the cache
+    monkeypatch.setattr(
+        nt_xent, "_weight_row", nt_xent._weight_row.__wrapped__
+    )  # a fake tensor must not stay in the cache
     with FakeTensorMode():  # raises where a value is asked for
         anchors, candidates = torch.randn(3, 4, 8, requires_grad=True), torch.randn(2, 16, 8, requires_grad=True)
         SmoothedNTXent(weighting=weighting)(anchors, candidates, 4, torch.tensor(0.2)).sum().backward()

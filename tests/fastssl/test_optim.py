@@ -112,7 +112,9 @@ def test_depthwise_filters_and_one_dimensional_tensors_do_not_decay() -> None:
     assert decayed | spared == set(shapes) and not decayed & spared
     depthwise = {name for name in shapes if name.endswith("conv_dw.weight")}
     assert len(depthwise) == 17 and depthwise <= spared
-    assert all(len(shapes[name]) == 1 for name in spared - depthwise) and all(len(shapes[name]) == 4 for name in decayed)
+    assert all(len(shapes[name]) == 1 for name in spared - depthwise) and all(
+        len(shapes[name]) == 4 for name in decayed
+    )
     again, only_1d = names_by_decay(backbone, OptimConfig(decay_1d=False))
     assert again == decayed | depthwise and only_1d == spared - depthwise
     # Position embedding and class token of a vision transformer count as matrices, and decay.
@@ -123,7 +125,9 @@ def test_depthwise_filters_and_one_dimensional_tensors_do_not_decay() -> None:
 def test_depthwise_filters_keep_their_trust_ratio() -> None:
     weight = nn.Parameter(torch.full((6, 1, 3, 3), 2.0))
     model = nn.ParameterDict({"filter": weight})
-    optimizer = create_optimizer(model, OptimConfig(name="lars", lr=1.0, weight_decay=0.5, decay_1d=False, decay_depthwise=False))
+    optimizer = create_optimizer(
+        model, OptimConfig(name="lars", lr=1.0, weight_decay=0.5, decay_1d=False, decay_depthwise=False)
+    )
     before = weight.detach().clone()
     weight.grad = torch.full_like(weight, 1e-3)
     optimizer.step()

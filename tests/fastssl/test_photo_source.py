@@ -120,7 +120,9 @@ def test_a_conversion_that_somebody_made_the_same_way_is_taken(photos: Path, cac
     assert made(photos)[0].parent == cache and count(theirs) == 5
 
 
-def test_where_nothing_can_be_written_beside_the_cache_is_used(photos: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_nothing_can_be_written_beside_the_cache_is_used(
+    photos: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     access = os.access
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != photos.parent and access(path, mode))
     path, _ = made(photos)
@@ -128,7 +130,9 @@ def test_where_nothing_can_be_written_beside_the_cache_is_used(photos: Path, cac
     assert [entry.name for entry in photos.parent.iterdir()] == ["photos"]
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     (photos / "4.jpg").unlink()
-    with pytest.raises(FastSSLError, match=r"neither .*photos.beton nor .* can be written; convert it with `fastssl convert-imagenet`"):
+    with pytest.raises(
+        FastSSLError, match=r"neither .*photos.beton nor .* can be written; convert it with `fastssl convert-imagenet`"
+    ):
         made(photos)
 
 

@@ -44,14 +44,18 @@ def test_to_pictures_undoes_the_normalisation(beton):
         batch = next(loader.epoch(0))
     rgb = to_pictures(batch.views[0], spec)
     assert rgb.shape == (4, 24, 24, 3) and rgb.dtype == np.uint8
-    again = (torch.from_numpy(rgb).permute(0, 3, 1, 2) / 255 - torch.tensor(spec.mean).view(3, 1, 1)) / torch.tensor(spec.std).view(3, 1, 1)
+    again = (torch.from_numpy(rgb).permute(0, 3, 1, 2) / 255 - torch.tensor(spec.mean).view(3, 1, 1)) / torch.tensor(
+        spec.std
+    ).view(3, 1, 1)
     torch.testing.assert_close(again, batch.views[0], atol=0.5 / 255 / 0.22 + 1e-4, rtol=0)
 
 
 def test_views_picture_shows_every_photo_and_all_its_views(flat_beton, tmp_path):
     path, colours = flat_beton
     out = tmp_path / "views.png"
-    views_picture(path, [PLAIN, ViewSpec(size=16, count=1, flip=0.0, jitter=0.0, grey=0.0, blur=0.0)], out, samples=8, tile=40)
+    views_picture(
+        path, [PLAIN, ViewSpec(size=16, count=1, flip=0.0, jitter=0.0, grey=0.0, blur=0.0)], out, samples=8, tile=40
+    )
     picture = Image.open(out)
     area = picture.width * picture.height
     for colour in colours:
@@ -112,7 +116,9 @@ def test_neighbours_frames_follow_the_labels(flat_beton, tmp_path):
         asked = features(by_class, labels)
 
         def draw(before, after):
-            return neighbours_picture(split, before=(before, asked), after=(after, asked), out=None, queries=2, neighbours=4, tile=30)
+            return neighbours_picture(
+                split, before=(before, asked), after=(after, asked), out=None, queries=2, neighbours=4, tile=30
+            )
 
         same, other = (15, 157, 118), (224, 83, 58)
         learned = draw(wrong, right)
@@ -129,7 +135,9 @@ def test_neighbours_without_labels_have_no_frames(flat_beton, tmp_path):
         split = SimpleNamespace(bank=reader, queries=reader)
         part = features(torch.eye(8), [-1] * 8)
         out = tmp_path / "neighbours.png"
-        picture = neighbours_picture(split, before=(part, part), after=(part, part), out=out, queries=1, neighbours=2, tile=30)
+        picture = neighbours_picture(
+            split, before=(part, part), after=(part, part), out=out, queries=1, neighbours=2, tile=30
+        )
     assert Image.open(out).size == picture.size
     assert contains(picture, (15, 157, 118)) == 0 and contains(picture, (224, 83, 58)) == 0
     assert contains(picture, colours[4]) > 0  # the query from the middle of the file, its own nearest neighbour
@@ -144,13 +152,17 @@ def test_neighbours_pair_photos_by_id_and_refuse_nothing(flat_beton):
         partial = features(torch.eye(8)[:3], [1, 0, 1], index=[5, 2, 1])
         picture = neighbours_picture(split, before=(whole, whole), after=(partial, whole), queries=3, neighbours=6)
         assert picture.width > 0
-        nothing = features(torch.zeros(0, 8), torch.zeros(0, dtype=torch.int64), index=torch.zeros(0, dtype=torch.int64).tolist())
+        nothing = features(
+            torch.zeros(0, 8), torch.zeros(0, dtype=torch.int64), index=torch.zeros(0, dtype=torch.int64).tolist()
+        )
         with pytest.raises(FastSSLError, match="at least one"):
             neighbours_picture(split, before=(whole, whole), after=(nothing, whole))
 
 
 def test_small_photos_are_enlarged_with_sharp_blocks():
-    checker = Image.fromarray(np.kron(np.indices((4, 4)).sum(axis=0) % 2, np.ones((1, 1))).astype(np.uint8) * 255).convert("RGB")
+    checker = Image.fromarray(
+        np.kron(np.indices((4, 4)).sum(axis=0) % 2, np.ones((1, 1))).astype(np.uint8) * 255
+    ).convert("RGB")
     large = np.asarray(pictures._scaled(checker, 80))[..., 0]
     assert large.shape == (80, 80)
     # Twenty pixels a block: their middles are pure black or white, which a plain Lanczos enlargement would not give.

@@ -19,7 +19,9 @@ from fastssl.models.pointwise import is_taken, pointwise, use_matrix_products
 @pytest.mark.parametrize("shape", [(5, 7, 3, 4), (2, 32, 1, 1), (1, 3, 9, 2)])
 def test_equals_torchs_convolution_in_float64(shape, bias, layout):
     generator = torch.Generator().manual_seed(sum(shape))
-    maps = torch.randn(shape, generator=generator, dtype=torch.float64).contiguous(memory_format=layout).requires_grad_()
+    maps = (
+        torch.randn(shape, generator=generator, dtype=torch.float64).contiguous(memory_format=layout).requires_grad_()
+    )
     weight = torch.randn(6, shape[1], 1, 1, generator=generator, dtype=torch.float64, requires_grad=True)
     offset = torch.randn(6, generator=generator, dtype=torch.float64, requires_grad=True) if bias else None
     inputs = [tensor for tensor in (maps, weight, offset) if tensor is not None]
@@ -51,7 +53,9 @@ def test_which_layers_are_taken():
 
 def test_a_network_is_as_near_to_float64_as_with_torchs_convolutions():
     torch.manual_seed(0)
-    exact = timm.create_model("mobilenetv3_small_100", num_classes=0).train().to(memory_format=torch.channels_last).double()
+    exact = (
+        timm.create_model("mobilenetv3_small_100", num_classes=0).train().to(memory_format=torch.channels_last).double()
+    )
     plain, own = copy.deepcopy(exact).float(), copy.deepcopy(exact).float()
     assert use_matrix_products(own) > 0
     own = copy.deepcopy(own)  # as the teacher is made

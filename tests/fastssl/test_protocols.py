@@ -29,7 +29,12 @@ def test_numbers_as_published(
     name: str, peak: float, batch: int, epochs: int, optimizer: str, interpolation: str, class_tokens: int
 ) -> None:
     protocol = PROTOCOLS[name]
-    assert (protocol.batch_size, protocol.epochs, protocol.optimizer, protocol.class_tokens) == (batch, epochs, optimizer, class_tokens)
+    assert (protocol.batch_size, protocol.epochs, protocol.optimizer, protocol.class_tokens) == (
+        batch,
+        epochs,
+        optimizer,
+        class_tokens,
+    )
     assert protocol.rate(protocol.lr, 0, epochs, batch) == pytest.approx(peak)
     assert (protocol.momentum, protocol.weight_decay, protocol.init_std) == (0.9, 0.0, 0.01)
     view = protocol.view()
@@ -49,7 +54,9 @@ def test_schedules_equal_torchs() -> None:
         if name == "light-moco":
             schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [60, 80], 0.1)
         else:
-            schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, protocol.epochs, 1e-6 if name.startswith("sslight") else 0.0)
+            schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
+                optimizer, protocol.epochs, 1e-6 if name.startswith("sslight") else 0.0
+            )
         for rate in rates(name, protocol.epochs, protocol.batch_size):
             assert rate == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9)
             optimizer.step()
@@ -65,12 +72,24 @@ def test_the_grid() -> None:
     protocol = PROTOCOLS["sslight"]
     assert trials(protocol) == [Trial(0.05, 0.0)]
     swept = trials(protocol, sweep=True)
-    assert swept[0] == Trial(0.05, 0.0) and [trial.lr for trial in swept] == pytest.approx([0.05 * factor for factor in SWEEP])
-    assert trials(protocol, [1.0, 3.0, 1.0], [0.0, 1e-4]) == [Trial(1.0, 0.0), Trial(3.0, 0.0), Trial(1.0, 1e-4), Trial(3.0, 1e-4)]
+    assert swept[0] == Trial(0.05, 0.0) and [trial.lr for trial in swept] == pytest.approx(
+        [0.05 * factor for factor in SWEEP]
+    )
+    assert trials(protocol, [1.0, 3.0, 1.0], [0.0, 1e-4]) == [
+        Trial(1.0, 0.0),
+        Trial(3.0, 0.0),
+        Trial(1.0, 1e-4),
+        Trial(3.0, 1e-4),
+    ]
     with pytest.raises(ProbeError, match="either"):
         trials(protocol, [1.0], sweep=True)
 
 
 def test_a_record_names_the_protocol_and_its_source() -> None:
     record = PROTOCOLS["sslight-vit"].record()
-    assert record["protocol"] == "sslight-vit" and "2210.02808" in record["source"] and record["lr"] == 0.01 and "name" not in record
+    assert (
+        record["protocol"] == "sslight-vit"
+        and "2210.02808" in record["source"]
+        and record["lr"] == 0.01
+        and "name" not in record
+    )

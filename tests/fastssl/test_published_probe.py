@@ -37,13 +37,24 @@ def backbone() -> nn.Module:
 
 def plain(backbone: nn.Module, path: Path, protocol: LinearProtocol, trial: Trial) -> tuple[list[float], float]:
     """(accuracy behind each epoch, loss of the last) of one classifier, as a script would train it."""
-    view = ViewSpec(size=32, area=(0.08, 1.0), interpolation=protocol.interpolation, flip=0.5, jitter=0.0, grey=0.0, blur=0.0, solarise=0.0)
+    view = ViewSpec(
+        size=32,
+        area=(0.08, 1.0),
+        interpolation=protocol.interpolation,
+        flip=0.5,
+        jitter=0.0,
+        grey=0.0,
+        blur=0.0,
+        solarise=0.0,
+    )
     judged = replace(ViewSpec.evaluation(32), interpolation=protocol.interpolation)
     layer = nn.Linear(512, 3)
     nn.init.normal_(layer.weight, 0.0, 0.01, generator=torch.Generator().manual_seed(7))
     nn.init.zeros_(layer.bias)
     if protocol.optimizer == "sgd":
-        optimizer: torch.optim.Optimizer = torch.optim.SGD(layer.parameters(), 1.0, momentum=0.9, weight_decay=trial.weight_decay)
+        optimizer: torch.optim.Optimizer = torch.optim.SGD(
+            layer.parameters(), 1.0, momentum=0.9, weight_decay=trial.weight_decay
+        )
     else:
         groups = [{"params": [layer.weight], "weight_decay": trial.weight_decay}, {"params": [layer.bias]}]
         optimizer = LARS(groups, 1.0, momentum=0.9)
@@ -80,7 +91,9 @@ def test_equals_a_plain_loop(beton: Path, backbone: nn.Module, name: str, lrs: t
         record = published_probe(backbone, split, protocol, grid, OPTIONS, device=CPU)
     for row, trial in zip(record["grid"], grid):
         accuracies, loss = plain(backbone, beton, protocol, trial)
-        assert row["accuracy"] == pytest.approx(accuracies[-1]) and row["best_accuracy"] == pytest.approx(max(accuracies))
+        assert row["accuracy"] == pytest.approx(accuracies[-1]) and row["best_accuracy"] == pytest.approx(
+            max(accuracies)
+        )
         assert row["train_loss"] == pytest.approx(loss, rel=1e-3)
     first, _ = plain(backbone, beton, protocol, grid[0])
     assert record["accuracy_by_epoch"] == pytest.approx(first)
@@ -93,7 +106,9 @@ def test_features_that_are_kept_are_those_of_the_first_epochs(beton: Path, backb
     with open_split(beton, beton) as split:
         grid = [Trial(3.0, 0.0)]
         fresh, kept, all_kept = (
-            published_probe(backbone, split, PROTOCOLS["light-moco"], grid, replace(OPTIONS, cached_epochs=count), device=CPU)
+            published_probe(
+                backbone, split, PROTOCOLS["light-moco"], grid, replace(OPTIONS, cached_epochs=count), device=CPU
+            )
             for count in (0, 2, 3)
         )
     assert kept["accuracy_by_epoch"][:2] == fresh["accuracy_by_epoch"][:2] and kept["train_loss"] != fresh["train_loss"]
@@ -119,7 +134,10 @@ def test_held_out_photos_are_not_trained_on(beton: Path, backbone: nn.Module, mo
     options = replace(OPTIONS, epochs=1, choose_on="held_out")
     with open_split(beton, None) as split:
         record = published_probe(backbone, split, PROTOCOLS["sslight"], [Trial(0.05, 0.0)], options, device=CPU)
-    assert sorted(seen["learned"] + seen["judged"]) == list(range(48)) and len(seen["learned"]) == record["train_samples"] == 36
+    assert (
+        sorted(seen["learned"] + seen["judged"]) == list(range(48))
+        and len(seen["learned"]) == record["train_samples"] == 36
+    )
     assert record["val_samples"] == 9 and record["chosen_on"] == "held-out training photos"
 
 

@@ -22,12 +22,21 @@ def test_our_recipes_load_and_survive_a_round_trip(name: str) -> None:
 
 
 def test_the_named_recipes_exist_with_the_published_numbers() -> None:
-    assert {"light-moco-mobilenetv3", "light-moco-efficientnet_b0", "moco-v2-resnet50", "quickstart"} <= set(recipe_names())
-    for name, arch in (("light-moco-mobilenetv3", "mobilenetv3_large"), ("light-moco-efficientnet_b0", "efficientnet_b0")):
+    assert {"light-moco-mobilenetv3", "light-moco-efficientnet_b0", "moco-v2-resnet50", "quickstart"} <= set(
+        recipe_names()
+    )
+    for name, arch in (
+        ("light-moco-mobilenetv3", "mobilenetv3_large"),
+        ("light-moco-efficientnet_b0", "efficientnet_b0"),
+    ):
         recipe = load_recipe(name)
         assert recipe.arch == arch
         assert (recipe.moco.temperature, recipe.moco.queue, recipe.moco.momentum) == (0.1, 65536, 0.999)
-        assert (recipe.moco.projector.hidden, recipe.moco.projector.out, recipe.moco.projector.norm) == (2048, 128, False)
+        assert (recipe.moco.projector.hidden, recipe.moco.projector.out, recipe.moco.projector.norm) == (
+            2048,
+            128,
+            False,
+        )
         assert recipe.optim.peak_lr(recipe.train.batch_size) == pytest.approx(0.12)
         (view,) = recipe.views
         assert (view.size, view.count, view.area) == (224, 2, (0.2, 1.0))
@@ -159,7 +168,11 @@ def test_sslight_recipes_hold_the_published_numbers(method: str, arch: str, desi
         assert not recipe.dino.projector.norm
     else:
         assert (optim.name, optim.peak_lr(1024), optim.final_lr) == ("lars", {"swav": 1.2}.get(method, 1.92), 0.0048)
-        assert optim.warmup_lr == {"swav": 0.075}.get(method, 0.0) and optim.weight_decay == 1e-6 and recipe.init == "kaiming"
+        assert (
+            optim.warmup_lr == {"swav": 0.075}.get(method, 0.0)
+            and optim.weight_decay == 1e-6
+            and recipe.init == "kaiming"
+        )
         assert not optim.decay_depthwise
     assert optim.warmup_epochs == 10 and not optim.decay_1d
     if method == "dino" and not vit:
@@ -167,15 +180,26 @@ def test_sslight_recipes_hold_the_published_numbers(method: str, arch: str, desi
     if method == "swav":
         assert (recipe.swav.prototypes, recipe.swav.queue, recipe.swav.queue_epoch) == (3000, 3840, 15)
     if method == "moco":
-        assert (recipe.moco.temperature, recipe.moco.symmetric, recipe.moco.queue, recipe.moco.smoothing) == (0.2, False, 65536, 0.0)
+        assert (recipe.moco.temperature, recipe.moco.symmetric, recipe.moco.queue, recipe.moco.smoothing) == (
+            0.2,
+            False,
+            65536,
+            0.0,
+        )
 
 
 def test_baseline_and_sslight_differ_in_the_views_alone() -> None:
     for method, archs in PUBLISHED.items():
         for arch in archs:
-            one, other = (recipe_to_dict(load_recipe(f"{method}-{arch}-{design}")) for design in ("baseline", "sslight"))
+            one, other = (
+                recipe_to_dict(load_recipe(f"{method}-{arch}-{design}")) for design in ("baseline", "sslight")
+            )
             different = {
-                f"{key}.{name}" for key in one if one[key] != other[key] for name in one[key] if one[key][name] != other[key][name]
+                f"{key}.{name}"
+                for key in one
+                if one[key] != other[key]
+                for name in one[key]
+                if one[key][name] != other[key][name]
             }
             assert different == {"views.threshold", "views.local_size", "views.weights"}
 
@@ -190,7 +214,11 @@ def test_view_sampling_is_swept_from_the_command_line() -> None:
     assert baseline.views == load_recipe("dino-mobilenetv2-baseline").views
     # On a recipe of two views a preset brings the multi-crop, and the recipe's own augmentation stays.
     crossed = load_recipe("light-moco-mobilenetv3", {"views.preset": "sslight-cnn"})
-    assert [spec.count for spec in crossed.views] == [1, 1, 6] and crossed.views[2].blur == 0.5 and crossed.views[0].hue == 0.1
+    assert (
+        [spec.count for spec in crossed.views] == [1, 1, 6]
+        and crossed.views[2].blur == 0.5
+        and crossed.views[0].hue == 0.1
+    )
     assert crossed.views == load_recipe("light-moco-mobilenetv3-sslight").views
     assert load_recipe(name, {"views": "sslight-vit"}).views.local_count == 10
     assert load_recipe(name, {"views": "sslight-vit", "views.local_count": "3"}).views.local_count == 3
@@ -200,7 +228,10 @@ def test_view_sampling_is_swept_from_the_command_line() -> None:
 
 def test_a_preset_comes_before_single_numbers_wherever_it_stands() -> None:
     name = "dino-mobilenetv2-sslight"
-    for changes in ({"views.threshold": "0.2", "views.preset": "sslight-cnn"}, {"views.preset": "sslight-cnn", "views.threshold": "0.2"}):
+    for changes in (
+        {"views.threshold": "0.2", "views.preset": "sslight-cnn"},
+        {"views.preset": "sslight-cnn", "views.threshold": "0.2"},
+    ):
         assert load_recipe(name, changes).views.threshold == 0.2
     assert load_recipe(name, {"views.local_count": "3", "views": "sslight-vit"}).views.local_count == 3
 
@@ -212,7 +243,11 @@ def test_two_different_views_keep_their_own_augmentation_under_a_preset(tmp_path
     )
     before = load_recipe(str(mine)).views
     first, second, local = load_recipe(str(mine), {"views.preset": "sslight-cnn"}).views
-    assert [(v.blur, v.solarise, v.hue) for v in (first, second, local)] == [(1.0, 0.0, 0.2), (0.1, 0.2, 0.1), (1.0, 0.0, 0.2)]
+    assert [(v.blur, v.solarise, v.hue) for v in (first, second, local)] == [
+        (1.0, 0.0, 0.2),
+        (0.1, 0.2, 0.1),
+        (1.0, 0.0, 0.2),
+    ]
     assert (before[0].hue, before[1].hue) == (first.hue, second.hue)
 
 
@@ -270,7 +305,12 @@ def _rates(name: str, **changes: object) -> tuple[float, float, float]:
     recipe = load_recipe(name, {key.replace("__", "."): str(value) for key, value in changes.items()})
     optim, batch = recipe.optim, recipe.train.batch_size
     steps = 100_000 // batch
-    run = {"total_steps": steps * recipe.train.epochs, "steps_per_epoch": steps, "peak": optim.peak_lr(batch), "final": optim.final_lr}
+    run = {
+        "total_steps": steps * recipe.train.epochs,
+        "steps_per_epoch": steps,
+        "peak": optim.peak_lr(batch),
+        "final": optim.final_lr,
+    }
     run |= {"warmup_epochs": optim.warmup_epochs, "warmup_lr": optim.warmup_lr, "per_epoch": optim.per_epoch}
     rates = [learning_rate(step, **run) for step in (0, round(optim.warmup_epochs * steps), run["total_steps"])]
     return rates[0], max(rates), rates[-1]
@@ -278,7 +318,13 @@ def _rates(name: str, **changes: object) -> tuple[float, float, float]:
 
 @pytest.mark.parametrize(
     "name",
-    ["swav-mobilenetv2-sslight", "dino-mobilenetv2-sslight", "dino-vit_tiny-sslight", "moco-mobilenetv2-sslight", "light-moco-mobilenetv3"],
+    [
+        "swav-mobilenetv2-sslight",
+        "dino-mobilenetv2-sslight",
+        "dino-vit_tiny-sslight",
+        "moco-mobilenetv2-sslight",
+        "light-moco-mobilenetv3",
+    ],
 )
 def test_with_another_batch_the_whole_schedule_follows(name: str) -> None:
     own = load_recipe(name)
@@ -288,7 +334,9 @@ def test_with_another_batch_the_whole_schedule_follows(name: str) -> None:
         factor = batch / own.train.batch_size
         first, peak, last = _rates(name, train__batch_size=batch)
         assert peak == pytest.approx(factor * published[1]) and last == pytest.approx(factor * published[2])
-        if own.optim.warmup_lr is not None:  # without it the first step has a share of the peak that depends on the number of steps
+        if (
+            own.optim.warmup_lr is not None
+        ):  # without it the first step has a share of the peak that depends on the number of steps
             assert first == pytest.approx(factor * published[0])
         assert first < peak  # SwAV's published 0.075 is twice the peak at batch 32
 

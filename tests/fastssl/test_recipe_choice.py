@@ -9,7 +9,15 @@ import pytest
 from tiny import TinyBackbone
 
 from fastssl.config.recipe import Recipe, build_recipe, load_recipe, recipe_names, recipe_to_dict
-from fastssl.config.recipe_choice import FEWEST_EPOCHS, MOST_EPOCHS, choose, fit, follow_samples, require_photos, warnings_for
+from fastssl.config.recipe_choice import (
+    FEWEST_EPOCHS,
+    MOST_EPOCHS,
+    choose,
+    fit,
+    follow_samples,
+    require_photos,
+    warnings_for,
+)
 from fastssl.errors import FastSSLError
 from fastssl.methods import METHODS
 from fastssl.methods.base import Views
@@ -50,7 +58,9 @@ def require_buildable(recipe: Recipe, processes: int = 1) -> None:
         (1_281_167, 375.0, "cpu", "few-photos", "no GPU: 200 epochs of 1,281,167 photos"),
     ],
 )
-def test_number_and_size_of_the_photos_choose(photos: int | None, short_side: float | None, device: str, name: str, why: str) -> None:
+def test_number_and_size_of_the_photos_choose(
+    photos: int | None, short_side: float | None, device: str, name: str, why: str
+) -> None:
     chosen = choose(photos, short_side, device)
     assert chosen.name == name and why in chosen.reason
     assert ("--recipe light-moco-mobilenetv3" in chosen.reason) == (name == "few-photos")
@@ -70,7 +80,10 @@ def test_any_number_of_photos_fills_a_batch_of_every_recipe(name: str, photos: i
     assert batch & (batch - 1) == 0  # a power of two: memory and kernels like them
     assert recipe.optim.lr == load_recipe(name).optim.lr  # for 256 photos: it scales by itself
     if batch < load_recipe(name).train.batch_size:
-        assert f"train.batch_size {load_recipe(name).train.batch_size:,} -> {batch}" in lines[0] and "learning rate follows" in lines[0]
+        assert (
+            f"train.batch_size {load_recipe(name).train.batch_size:,} -> {batch}" in lines[0]
+            and "learning rate follows" in lines[0]
+        )
     queue = getattr(recipe.settings, "queue", 0)
     step = getattr(recipe.settings, "key_views", 1) * batch
     assert queue <= max(photos, step, 20 + step) or queue == load_recipe(name).settings.queue == 0
@@ -86,7 +99,9 @@ def test_plenty_of_photos_change_nothing() -> None:
 def test_few_photos_have_a_short_queue_and_plain_words() -> None:
     recipe, lines = fit(light("light-moco-mobilenetv3"), 120)
     assert (recipe.train.batch_size, recipe.settings.queue, recipe.settings.split_bn) == (32, 64, 8)
-    assert lines == ["for 120 photos: train.batch_size 512 -> 32, moco.queue 65,536 -> 64; the learning rate follows the batch"]
+    assert lines == [
+        "for 120 photos: train.batch_size 512 -> 32, moco.queue 65,536 -> 64; the learning rate follows the batch"
+    ]
     small, _ = fit(light("light-moco-mobilenetv3"), 10)
     assert (small.train.batch_size, small.settings.queue, small.settings.split_bn) == (
         4,
@@ -104,7 +119,9 @@ def test_processes_share_a_lowered_batch_evenly(name: str, processes: int) -> No
         recipe, _ = fit(light(name), photos, processes=processes)
         require_buildable(recipe, processes)
         assert recipe.train.batch_size // processes >= 2 and photos // recipe.train.batch_size >= 2
-    with pytest.raises(FastSSLError, match=rf"mine: 3 photos, but a batch for {processes} processes has at least {2 * processes}"):
+    with pytest.raises(
+        FastSSLError, match=rf"mine: 3 photos, but a batch for {processes} processes has at least {2 * processes}"
+    ):
         fit(light(name), 3, processes=processes, where="mine")
 
 
@@ -121,7 +138,8 @@ def test_one_photo_is_too_few() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["few-photos-moco", "few-photos-moco", "light-moco-mobilenetv3", "swav-mobilenetv2-sslight", "simclr-mobilenetv3"]
+    "name",
+    ["few-photos-moco", "few-photos-moco", "light-moco-mobilenetv3", "swav-mobilenetv2-sslight", "simclr-mobilenetv3"],
 )
 @pytest.mark.parametrize("photos", [2, 11, 50, 77])
 def test_a_batch_that_was_asked_for_is_refused_with_advice_that_works(name: str, photos: int) -> None:
@@ -142,7 +160,9 @@ def test_with_a_batch_that_was_asked_for_the_queue_follows_and_only_it() -> None
     recipe, lines = fit(before, 48, given={"train.batch_size"})
     assert lines == ["to go with a batch of 7: moco.queue 256 -> 266"]
     require_buildable(recipe)
-    assert fit(light("few-photos-moco", train__batch_size="8", train__epochs="9"), 48, given={"train.batch_size"})[1] == []
+    assert (
+        fit(light("few-photos-moco", train__batch_size="8", train__epochs="9"), 48, given={"train.batch_size"})[1] == []
+    )
 
 
 def test_what_was_asked_for_stays() -> None:
@@ -157,12 +177,16 @@ def test_what_was_asked_for_stays() -> None:
     with pytest.raises(FastSSLError, match=r"no batch of up to 50 photos goes with the moco.queue that was asked for"):
         fit(light("few-photos-moco", moco__queue="1001"), 50, given={"moco.queue"})
     odd = light("few-photos-moco", moco__queue="60", train__batch_size="8")
-    assert fit(odd, 50, given={"moco.queue", "train.batch_size"})[0].settings.queue == 60  # the method refuses it, and says why
+    assert (
+        fit(odd, 50, given={"moco.queue", "train.batch_size"})[0].settings.queue == 60
+    )  # the method refuses it, and says why
 
 
 def test_a_run_without_a_command_line_takes_the_batch_as_it_is() -> None:
     require_photos(load_recipe("few-photos-moco"), 128)
-    with pytest.raises(FastSSLError, match="127 photos are fewer than one batch of 128; the largest that would do is --batch-size 127"):
+    with pytest.raises(
+        FastSSLError, match="127 photos are fewer than one batch of 128; the largest that would do is --batch-size 127"
+    ):
         require_photos(load_recipe("few-photos-moco"), 127)
 
 
@@ -205,7 +229,8 @@ def test_epochs_that_were_asked_for_stay() -> None:
 def test_a_batch_that_was_asked_for_sees_as_many_samples() -> None:
     asked = {"train.batch_size"}
     epochs = [
-        fit(load_recipe("few-photos-moco", {"train.batch_size": size}), 3_072, given=asked)[0].train.epochs for size in ("32", "64", "256")
+        fit(load_recipe("few-photos-moco", {"train.batch_size": size}), 3_072, given=asked)[0].train.epochs
+        for size in ("32", "64", "256")
     ]
     assert max(epochs) - min(epochs) <= 1
 
@@ -250,7 +275,10 @@ def test_photos_smaller_than_the_views() -> None:
 
 def test_a_warm_up_longer_than_the_run() -> None:
     (line,) = warned(load_recipe("dino-mobilenetv2-sslight", {"train.epochs": "10"}))
-    assert "a run of 10 epochs ends before its warm-up does (optim.warmup_epochs 10, dino.warmup_teacher_epochs 50)" in line
+    assert (
+        "a run of 10 epochs ends before its warm-up does (optim.warmup_epochs 10, dino.warmup_teacher_epochs 50)"
+        in line
+    )
     (line,) = warned(load_recipe("few-photos-moco", {"train.epochs": "1"}))
     assert "a run of 1 epoch ends" in line
 

@@ -50,7 +50,14 @@ def parse(html):
 
 
 def step_row(step, **changes):
-    row = {"kind": "step", "step": step, "epoch": step / 10, "loss": 9 - step / 50, "kl": 5 - step / 50, "alignment": 0.5}
+    row = {
+        "kind": "step",
+        "step": step,
+        "epoch": step / 10,
+        "loss": 9 - step / 50,
+        "kl": 5 - step / 50,
+        "alignment": 0.5,
+    }
     row |= {
         "embedding_std": 0.9,
         "lr": 0.1,
@@ -65,7 +72,14 @@ def step_row(step, **changes):
 
 
 def probe_row(step, **changes):
-    row = {"kind": "probe", "step": step, "epoch": step // 10, "knn": 50 + step / 10, "feature_std": 0.5, "effective_rank": 30.0}
+    row = {
+        "kind": "probe",
+        "step": step,
+        "epoch": step // 10,
+        "knn": 50 + step / 10,
+        "feature_std": 0.5,
+        "effective_rank": 30.0,
+    }
     return row | {"uniformity": -2.0, "seconds": 1.0} | changes
 
 
@@ -92,8 +106,19 @@ def summary(trained=(70.0, 81.4), random=(50.0, 71.2), raw=(75.0, 83.1), **chang
         "view_per_s": 463.4,
         "data_wait": 0.031,
         "bottleneck": "compute-bound: the network",
-        "probe": {"note": "judged on val.beton", "train_samples": 4000, "val_samples": 2000, "classes": 10, "rows": rows},
-        "share": {"samples_seen": 40000, "full_samples": 256000000, "percent": 0.0156, "full_recipe": "light-moco-mobilenetv3"},
+        "probe": {
+            "note": "judged on val.beton",
+            "train_samples": 4000,
+            "val_samples": 2000,
+            "classes": 10,
+            "rows": rows,
+        },
+        "share": {
+            "samples_seen": 40000,
+            "full_samples": 256000000,
+            "percent": 0.0156,
+            "full_recipe": "light-moco-mobilenetv3",
+        },
         "command": "fastssl pretrain --arch mobilenetv3_large --data photos.beton",
         "verdict": {"state": "learned in part", "text": "learned in part: better than nothing.", "against": AGAINST},
         "skipped": 0,
@@ -219,7 +244,9 @@ def test_a_run_that_has_hardly_begun(tmp_path, rows):
 def test_nan_and_infinity_leave_gaps_and_a_warning(tmp_path):
     rows = [step_row(s, loss=math.nan if s > 50 else 5.0, kl=math.inf) for s in range(10, 101, 10)]
     rows.append(probe_row(100, effective_rank=math.nan, knn=None, feature_std=math.nan, uniformity=math.nan))
-    html = render(read_run(make_run(tmp_path / "run", summary(trained=(math.nan, math.nan), pair_per_s=math.nan), rows)))
+    html = render(
+        read_run(make_run(tmp_path / "run", summary(trained=(math.nan, math.nan), pair_per_s=math.nan), rows))
+    )
     parse(html)
     assert "not a finite number in 5 of 10" in html
 
@@ -251,7 +278,9 @@ def test_what_is_no_run_is_refused(tmp_path):
         write_report(run)
 
 
-LAUGHS = "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}, *a{n - 1}, *a{n - 1}]\n" for n in range(1, 40))
+LAUGHS = "a0: &a0 [x, x]\n" + "".join(
+    f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}, *a{n - 1}, *a{n - 1}]\n" for n in range(1, 40)
+)
 
 
 @pytest.mark.parametrize(
@@ -265,7 +294,10 @@ LAUGHS = "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}, *a{n 
         ("config.yaml", "a: " + "x" * 70_000, "is longer than 64 KiB"),
         ("summary.json", "[" * 100_000, "not valid JSON"),
         ("summary.json", '{"steps": ' + "9" * 5000 + "}", "not valid JSON"),
-        *((name, None, "is not a plain file") for name in ("config.yaml", "metrics.jsonl", "summary.json", "views.png")),
+        *(
+            (name, None, "is not a plain file")
+            for name in ("config.yaml", "metrics.jsonl", "summary.json", "views.png")
+        ),
     ],
 )
 def test_a_folder_that_is_made_to_harm(tmp_path, name, content, message):
@@ -355,14 +387,30 @@ def test_nice_ticks_are_round_and_inside_over_many_scales():
 
 
 def test_numbers_are_short():
-    assert [format_number(v) for v in (0, 0.1, 2.5, 12, 1500, -4, 2e-5, 3e6)] == ["0", "0.1", "2.5", "12", "1,500", "-4", "2e-5", "3e6"]
+    assert [format_number(v) for v in (0, 0.1, 2.5, 12, 1500, -4, 2e-5, 3e6)] == [
+        "0",
+        "0.1",
+        "2.5",
+        "12",
+        "1,500",
+        "-4",
+        "2e-5",
+        "3e6",
+    ]
 
 
 def test_chart_places_points_and_leaves_gaps():
     svg = line_chart(
-        [Series("a", [(0, 0.0), (5, 1.0), (6, None), (8, 0.0), (10, 0.5)])], title="t", x_label="x", y_label="y", y_range=(0.0, 1.0)
+        [Series("a", [(0, 0.0), (5, 1.0), (6, None), (8, 0.0), (10, 0.5)])],
+        title="t",
+        x_label="x",
+        y_label="y",
+        y_range=(0.0, 1.0),
     )
-    lines = [[tuple(map(float, p.split(","))) for p in points.split()] for points in re.findall(r'polyline[^>]*points="([^"]*)"', svg)]
+    lines = [
+        [tuple(map(float, p.split(","))) for p in points.split()]
+        for points in re.findall(r'polyline[^>]*points="([^"]*)"', svg)
+    ]
     assert [len(line) for line in lines] == [2, 2]
     (x0, y0), (x1, y1) = lines[0]
     (_, y2), (x3, y3) = lines[1]
@@ -386,7 +434,15 @@ def test_any_numbers_can_be_drawn():
     def number():
         return rng.choice(
             (
-                *(0.0, -0.0, math.nan, math.inf, 1 + rng.randrange(4) * 2.3e-16, 1e12 * (1 - 2e-16 * rng.randrange(4)), rng.gauss(0, 1)),
+                *(
+                    0.0,
+                    -0.0,
+                    math.nan,
+                    math.inf,
+                    1 + rng.randrange(4) * 2.3e-16,
+                    1e12 * (1 - 2e-16 * rng.randrange(4)),
+                    rng.gauss(0, 1),
+                ),
                 rng.choice((1, -1)) * 10 ** rng.uniform(-320, 308),
             )
         )
@@ -394,5 +450,7 @@ def test_any_numbers_can_be_drawn():
     for _ in range(3000):
         points = [(number(), number()) for _ in range(rng.randrange(1, 5))]
         ends = rng.choice(((None, None), (0.0, None), (0.0, 100.0)))
-        chart = line_chart([Series("a", points)], marks=[Mark("m", number())], y_range=ends, title="t", x_label="x", y_label="y")
+        chart = line_chart(
+            [Series("a", points)], marks=[Mark("m", number())], y_range=ends, title="t", x_label="x", y_label="y"
+        )
         assert not re.search(r'="[^"]*(nan|inf)', chart)

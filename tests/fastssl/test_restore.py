@@ -82,12 +82,16 @@ HOSTILE: dict[str, tuple[Callable[[dict], None], str]] = {
 
 
 @pytest.mark.parametrize("case", HOSTILE)
-def test_a_hostile_value_is_one_line_and_costs_the_folder_nothing(case: str, whole: Path, beton: Path, tmp_path: Path) -> None:
+def test_a_hostile_value_is_one_line_and_costs_the_folder_nothing(
+    case: str, whole: Path, beton: Path, tmp_path: Path
+) -> None:
     change, words = HOSTILE[case]
     found = state(whole)
     change(found)
     write_state(tmp_path / "hostile.pt", found)
-    before = {path: path.stat() for path in (whole / "checkpoints").iterdir()} | {whole / "summary.json": (whole / "summary.json").stat()}
+    before = {path: path.stat() for path in (whole / "checkpoints").iterdir()} | {
+        whole / "summary.json": (whole / "summary.json").stat()
+    }
     with pytest.raises(FastSSLError, match=words) as error:
         pretrain(small("probe.every_epochs=0"), options(beton, whole, resume=str(tmp_path / "hostile.pt")), Silent())
     assert "\n" not in str(error.value) and len(str(error.value)) < 1000
@@ -137,7 +141,12 @@ def test_momentum_is_copied_into_the_parameters_layout() -> None:
 
 @pytest.mark.parametrize(
     ("step", "words"),
-    [(-1.0, "step of parameter 0 is -1 behind 4 steps"), (5.0, "is 5 behind 4"), (0.5, "is 0.5"), (float("nan"), "not finite")],
+    [
+        (-1.0, "step of parameter 0 is -1 behind 4 steps"),
+        (5.0, "is 5 behind 4"),
+        (0.5, "is 0.5"),
+        (float("nan"), "not finite"),
+    ],
 )
 def test_adamw_counts_no_steps_that_were_not_made(step: float, words: str) -> None:
     model = nn.Linear(2, 2)
@@ -147,7 +156,11 @@ def test_adamw_counts_no_steps_that_were_not_made(step: float, words: str) -> No
     optimizer.step()
     found = optimizer.state_dict()
     load_optimizer(other, found, steps=4)
-    assert all(torch.equal(other.state[p][name], optimizer.state[p][name]) for p in model.parameters() for name in optimizer.state[p])
+    assert all(
+        torch.equal(other.state[p][name], optimizer.state[p][name])
+        for p in model.parameters()
+        for name in optimizer.state[p]
+    )
     found["state"][0]["step"] = torch.tensor(step)
     with pytest.raises(Unfit, match=re.escape(words)):
         load_optimizer(other, found, steps=4)

@@ -55,7 +55,9 @@ def whole(beton: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_killed_behind_every_single_step(whole: Path, beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_behind_every_single_step(
+    whole: Path, beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A checkpoint behind each step (and none at the end of a killed one): twelve starts make one run."""
     out, original = tmp_path / "run", trainer.make_step
     done = 0
@@ -81,7 +83,9 @@ def test_killed_behind_every_single_step(whole: Path, beton: Path, tmp_path: Pat
     assert [(row["kind"], row["step"]) for row in rows(out)] == [
         (kind, step) for step in range(1, 13) for kind in ("step", *["probe"] * (step == 6))
     ]
-    assert [row["knn"] for row in rows(out) if row["kind"] == "probe"] == [row["knn"] for row in rows(whole) if row["kind"] == "probe"]
+    assert [row["knn"] for row in rows(out) if row["kind"] == "probe"] == [
+        row["knn"] for row in rows(whole) if row["kind"] == "probe"
+    ]
     assert status(out)["state"] == "finished"
 
 
@@ -98,12 +102,18 @@ def test_a_damaged_newest_checkpoint_is_passed_over(whole: Path, beton: Path, tm
     assert any("resumed at step 8" in text for text in said.messages)
     assert any("step-00000009.pt.aside: set aside" in text for text in said.messages)
     assert same(state(out), state(whole))
-    assert sorted(path.name for path in (out / "checkpoints").glob("*.pt")) == ["last.pt", "step-00000008.pt", "step-00000012.pt"]
+    assert sorted(path.name for path in (out / "checkpoints").glob("*.pt")) == [
+        "last.pt",
+        "step-00000008.pt",
+        "step-00000012.pt",
+    ]
     assert (out / "checkpoints" / "step-00000009.pt.aside").exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_scheduler_that_asks_gets_a_checkpoint_and_status_130(number: int, whole: Path, beton: Path, tmp_path: Path) -> None:
+def test_a_scheduler_that_asks_gets_a_checkpoint_and_status_130(
+    number: int, whole: Path, beton: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "run"
     overrides = [argument for item in [*SMALL[1:], "train.epochs=2000"] for argument in ("--set", item)]
     command = [
@@ -159,7 +169,9 @@ def test_a_probe_is_left_in_the_middle_and_made_again(
     pretrain(small(), options(beton, out), Silent())
     assert same(state(out), state(whole))
     assert [(row["kind"], row["step"]) for row in rows(out)] == [(row["kind"], row["step"]) for row in rows(whole)]
-    assert [row["knn"] for row in rows(out) if row["kind"] == "probe"] == [row["knn"] for row in rows(whole) if row["kind"] == "probe"]
+    assert [row["knn"] for row in rows(out) if row["kind"] == "probe"] == [
+        row["knn"] for row in rows(whole) if row["kind"] == "probe"
+    ]
 
 
 def test_a_signal_during_the_last_save_does_not_wait_for_the_report(
@@ -181,7 +193,9 @@ def test_a_signal_during_the_last_save_does_not_wait_for_the_report(
     assert status(out)["state"] == "finished" and (out / "report.html").exists() and same(state(out), state(whole))
 
 
-def test_a_signal_that_comes_again_does_not_disturb_the_leaving(beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_signal_that_comes_again_does_not_disturb_the_leaving(
+    beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As the command line has it, where a signal outside the training is a KeyboardInterrupt."""
     out, step, tell = tmp_path / "run", trainer.make_step, Setup.tell_status
 
@@ -246,7 +260,9 @@ def test_a_finished_run_taken_over_into_another_folder_is_whole_there(whole: Pat
 
 
 @pytest.mark.parametrize("files", range(6))
-def test_killed_between_the_files_of_a_milestone(files: int, beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_between_the_files_of_a_milestone(
+    files: int, beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The step, last.pt, two backbones, the milestone and its backbones: the next start writes what is missing."""
     out, original, written = tmp_path / "run", checkpoint.save_checkpoint, 0
 
@@ -354,7 +370,10 @@ def stopped_by_one_of_two(data: str, out: str, number: int) -> int:
 
 def test_a_signal_to_one_process_stops_all_behind_the_same_step(beton: Path, tmp_path: Path) -> None:
     """At once, not some steps later: a launcher kills after half a minute whoever has not left."""
-    assert run_processes(stopped_by_one_of_two, 2, str(beton), str(tmp_path / "run"), signal.SIGUSR1, join=False) == [5, 5]
+    assert run_processes(stopped_by_one_of_two, 2, str(beton), str(tmp_path / "run"), signal.SIGUSR1, join=False) == [
+        5,
+        5,
+    ]
     assert state(tmp_path / "run")["position"]["step"] == 5
 
 
@@ -403,7 +422,13 @@ def test_on_a_gpu_a_killed_run_goes_on_bit_for_bit(graph: str, beton: Path, tmp_
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw", "lars"])
 def test_on_a_gpu_a_recorded_run_goes_on(optimizer: str, beton: Path, tmp_path: Path) -> None:
     """Bit for bit it may not be recorded: torch's deterministic forms of some operations wait for the device."""
-    changes = ("train.graph=true", "train.checkpoint_minutes=0", f"optim.name={optimizer}", "optim.lr=0.001", "optim.lr_batch=0")
+    changes = (
+        "train.graph=true",
+        "train.checkpoint_minutes=0",
+        f"optim.name={optimizer}",
+        "optim.lr=0.001",
+        "optim.lr_batch=0",
+    )
     recipe = small(*changes)
     whole = pretrain(recipe, options(beton, tmp_path / "whole", device="cuda"), Silent())
     crash_behind(7, recipe, options(beton, tmp_path / "run", device="cuda"))

@@ -27,7 +27,9 @@ def test_all_free_keys_exist() -> None:
     for key in run_folder._FREE - {"data.name", "data.val_photos", "val"}:
         section, name = key.split(".")
         assert name in config[section], key
-    assert all(section in config for section in run_folder._FREE_SECTIONS if section != "next_mark")  # of older versions
+    assert all(
+        section in config for section in run_folder._FREE_SECTIONS if section != "next_mark"
+    )  # of older versions
 
 
 def test_a_file_system_without_locks_is_said(beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,7 +83,9 @@ def test_a_checkpoint_of_elsewhere_is_not_mixed_with_another_run(beton: Path, tm
     before = (tmp_path / "two" / "summary.json").read_bytes()
     with pytest.raises(FastSSLError, match=r"two: holds another run; for --resume .* choose another --out"):
         pretrain(
-            small("train.epochs=1"), options(beton, tmp_path / "two", resume=str(tmp_path / "one" / "checkpoints" / "last.pt")), Silent()
+            small("train.epochs=1"),
+            options(beton, tmp_path / "two", resume=str(tmp_path / "one" / "checkpoints" / "last.pt")),
+            Silent(),
         )
     assert (tmp_path / "two" / "summary.json").read_bytes() == before
 
@@ -112,7 +116,9 @@ def test_what_is_in_the_way_is_found_before_the_first_step(name: str, beton: Pat
     out = tmp_path / "run"
     out.mkdir()
     (out / name).write_text("") if name == "checkpoints" else os.mkfifo(out / name)
-    with pytest.raises(FastSSLError, match="is no plain file" if name != "checkpoints" else "cannot write the run's folder"):
+    with pytest.raises(
+        FastSSLError, match="is no plain file" if name != "checkpoints" else "cannot write the run's folder"
+    ):
         pretrain(small("train.epochs=1"), options(beton, out), Silent())
 
 
@@ -129,7 +135,11 @@ def test_rows_that_are_none_do_not_stop_the_report(beton: Path, tmp_path: Path) 
     out = tmp_path / "run"
     pretrain(small("train.epochs=1"), options(beton, out), Silent())
     with (out / "metrics.jsonl").open("a") as file:
-        file.write('{"kind": "step", "step": 2}\n{"kind": "step", "step": 3, "seconds": "x", "data_wait": 0}\n{"a": ' + "9" * 5000 + "}\n")
+        file.write(
+            '{"kind": "step", "step": 2}\n{"kind": "step", "step": 3, "seconds": "x", "data_wait": 0}\n{"a": '
+            + "9" * 5000
+            + "}\n"
+        )
     assert pretrain(small("train.epochs=1"), options(beton, out), Silent())["steps"] == 6
 
 
@@ -152,7 +162,12 @@ def a_finished_run(out: Path, damaged: bool) -> dict:
         (checkpoints / "step-00000012.pt").write_bytes(b"damaged")
     os.link(checkpoints / "step-00000012.pt", checkpoints / "last.pt")
     os.link(checkpoints / "step-00000006.pt", checkpoints / "epoch-0001.pt")
-    for name in ("checkpoints/epoch-0001.safetensors", "checkpoints/last.safetensors", "config.yaml", *run_folder._RESULTS):
+    for name in (
+        "checkpoints/epoch-0001.safetensors",
+        "checkpoints/last.safetensors",
+        "config.yaml",
+        *run_folder._RESULTS,
+    ):
         (out / name).write_text("of the run")
     (out / "metrics.jsonl").write_text("".join(f'{{"kind": "step", "step": {step}}}\n' for step in range(4, 13, 2)))
     (out / "nonfinite" / "step-00000002").mkdir(parents=True)
@@ -187,7 +202,8 @@ def open_and_be_killed(out: Path, config: dict, resume: str, changes: int) -> No
 
 
 @pytest.mark.parametrize(
-    ("resume", "again"), [("never", "never"), ("step-00000008.pt", "step-00000008.pt"), ("step-00000008.pt", "auto"), ("damaged", "auto")]
+    ("resume", "again"),
+    [("never", "never"), ("step-00000008.pt", "step-00000008.pt"), ("step-00000008.pt", "auto"), ("damaged", "auto")],
 )
 def test_killed_between_any_two_changes_of_opening(resume: str, again: str, tmp_path: Path) -> None:
     def case(name: str) -> tuple[Path, dict, Callable[[str], str]]:

@@ -78,7 +78,11 @@ def test_signs_of_life_come_whatever_the_run_waits_for(tmp_path: Path, monkeypat
     found.tell("stopped", why="a signal")
     number = len(asked)
     time.sleep(0.05)
-    assert read_status(tmp_path)["state"] == "stopped" and read_status(tmp_path)["why"] == "a signal" and len(asked) == number
+    assert (
+        read_status(tmp_path)["state"] == "stopped"
+        and read_status(tmp_path)["why"] == "a signal"
+        and len(asked) == number
+    )
     found.close()
     (writer,) = set(asked) - {threading.current_thread()}
     assert not writer.is_alive()
@@ -123,7 +127,9 @@ def test_a_killed_run_is_told_from_one_at_work(beton: Path, tmp_path: Path) -> N
     assert words in said.messages and status(out)["state"] == "finished"
 
 
-@pytest.mark.parametrize(("state", "locked", "killed"), [("training", True, True), ("training", False, False), ("stopped", True, False)])
+@pytest.mark.parametrize(
+    ("state", "locked", "killed"), [("training", True, True), ("training", False, False), ("stopped", True, False)]
+)
 def test_only_one_that_was_at_work_and_cannot_be_any_more(
     state: str, locked: bool, killed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -139,7 +145,9 @@ def test_only_one_that_was_at_work_and_cannot_be_any_more(
     assert any("without a word" in text for text in said) == killed
 
 
-def test_what_the_watch_knows_is_written_before_it_ends_the_process(beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_watch_knows_is_written_before_it_ends_the_process(
+    beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tell: list[Callable[[str], None]] = []
     found: list[dict] = []
 
@@ -170,7 +178,9 @@ def test_why_a_run_failed_names_no_folder(beton: Path, tmp_path: Path, monkeypat
     assert read_status(tmp_path / "run")["why"] == "RuntimeError: cannot open kernel.so"
 
 
-def test_the_first_words_say_how_many_steps_there_are(beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_first_words_say_how_many_steps_there_are(
+    beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The next ones come a minute later, which a run that is killed soon does not see."""
     found, original = [], Setup.make_loader
     monkeypatch.setattr(Setup, "make_loader", lambda run: found.append(status(run.options.out)) or original(run))

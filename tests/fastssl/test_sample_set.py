@@ -13,7 +13,15 @@ from PIL import Image
 
 from fastssl.data import sample_set
 from fastssl.data.panorama import Cameras, directions, render
-from fastssl.data.sample_set import PARTS, SIZE, default_cache_dir, draw_cameras, ensure_sample_set, load_panorama, places
+from fastssl.data.sample_set import (
+    PARTS,
+    SIZE,
+    default_cache_dir,
+    draw_cameras,
+    ensure_sample_set,
+    load_panorama,
+    places,
+)
 from fastssl.errors import FastSSLError
 from fastssl.pipelines.beton.reader import BetonReader
 
@@ -33,7 +41,16 @@ def small(monkeypatch, tmp_path):
 
 
 def camera(**changes: float) -> Cameras:
-    values = {"yaw": 0.0, "pitch": 0.0, "roll": 0.0, "field_of_view": 60.0, "exposure": 0.0, "saturation": 1.0, "contrast": 1.0, **changes}
+    values = {
+        "yaw": 0.0,
+        "pitch": 0.0,
+        "roll": 0.0,
+        "field_of_view": 60.0,
+        "exposure": 0.0,
+        "saturation": 1.0,
+        "contrast": 1.0,
+        **changes,
+    }
     white = torch.tensor([values.pop("white_balance", (1.0, 1.0, 1.0))])
     return Cameras(white_balance=white, **{name: torch.tensor([value]) for name, value in values.items()})
 
@@ -132,7 +149,11 @@ def test_views_are_the_same_at_every_call_and_differ_by_place_and_part():
     assert not torch.equal(first.pitch, draw_cameras("train", 4).pitch)
     assert not torch.equal(first.pitch[:80], draw_cameras("val", 3).pitch)
     assert torch.equal(first.yaw[:5], draw_cameras("train", 3, 5).yaw)
-    for name, bounds in (("pitch", sample_set.PITCH), ("exposure", sample_set.EXPOSURE), ("saturation", sample_set.SATURATION)):
+    for name, bounds in (
+        ("pitch", sample_set.PITCH),
+        ("exposure", sample_set.EXPOSURE),
+        ("saturation", sample_set.SATURATION),
+    ):
         values = getattr(first, name)
         assert bounds[0] <= values.min() and values.max() <= bounds[1] and values.std() > 0.2 * (bounds[1] - bounds[0])
 

@@ -32,20 +32,32 @@ class Disk:
         def save(folder: Path, **options: object) -> None:
             self.tried.append(options["position"].step)
             if self.tried[-1] in full:
-                raise NotSaved(f"{folder}: checkpoint not written ([Errno 28] No space left on device); the one before it is untouched")
+                raise NotSaved(
+                    f"{folder}: checkpoint not written ([Errno 28] No space left on device); the one before it is untouched"
+                )
             original(folder, **options)
 
         patch.setattr(saver, "save_checkpoint", save)
         patch.setattr(saver, "_RETRY_S", 0.0)
 
 
-def test_a_power_cut_at_any_moment_leaves_whole_files(beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_power_cut_at_any_moment_leaves_whole_files(
+    beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     disk = Power(monkeypatch)
-    pretrain(small("train.checkpoint_minutes=0", "train.milestone_epochs=1"), options(beton, tmp_path / "run"), Silent())
+    pretrain(
+        small("train.checkpoint_minutes=0", "train.milestone_epochs=1"), options(beton, tmp_path / "run"), Silent()
+    )
     renamed = [name for what, name in disk.events if what == "rename"]
-    assert {"config.yaml", "last.pt", "last-teacher.safetensors", "epoch-0001.pt", "status.json", "summary.json", "report.html"} <= {
-        *renamed
-    }
+    assert {
+        "config.yaml",
+        "last.pt",
+        "last-teacher.safetensors",
+        "epoch-0001.pt",
+        "status.json",
+        "summary.json",
+        "report.html",
+    } <= {*renamed}
     assert not disk.problems and not disk.lost_names
     # The lines of metrics of a checkpoint's steps are there before it: its run would not write them again.
     metrics = disk.events.index(("fsync", "metrics.jsonl"))
@@ -54,16 +66,24 @@ def test_a_power_cut_at_any_moment_leaves_whole_files(beton: Path, tmp_path: Pat
         metrics = disk.events.index(("rename", f"step-{step:08}.pt"), metrics)
 
 
-def test_a_run_lives_on_while_the_disk_is_full(whole: Path, beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_lives_on_while_the_disk_is_full(
+    whole: Path, beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     disk, said, out = Disk({3, 4, 5}, monkeypatch), Silent(), tmp_path / "run"
     pretrain(small("train.checkpoint_minutes=0"), options(beton, out), said)
     assert disk.tried == [*range(1, 13), 12] and same(state(out), state(whole))
     told = [text for text in said.messages if "not written" in text]
-    assert len(told) == 1 and "No space left" in told[0] and "the newest checkpoint is of step 2; the run goes on" in told[0]
+    assert (
+        len(told) == 1
+        and "No space left" in told[0]
+        and "the newest checkpoint is of step 2; the run goes on" in told[0]
+    )
     assert "saved at step 6: there is room again" in said.messages
 
 
-def test_the_last_checkpoint_waits_for_room(whole: Path, beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_last_checkpoint_waits_for_room(
+    whole: Path, beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     full, out = {12}, tmp_path / "run"
     disk = Disk(full, monkeypatch)
     tries: list[float] = []
@@ -79,7 +99,9 @@ def test_the_last_checkpoint_waits_for_room(whole: Path, beton: Path, tmp_path: 
     assert len(tries) == 3 and disk.tried == [12] * 4 and same(state(out), state(whole))
 
 
-def test_a_stop_without_room_does_not_say_that_all_is_saved(beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stop_without_room_does_not_say_that_all_is_saved(
+    beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     Disk({5}, monkeypatch)
     original = trainer.make_step
 
@@ -90,7 +112,10 @@ def test_a_stop_without_room_does_not_say_that_all_is_saved(beton: Path, tmp_pat
         return metrics
 
     monkeypatch.setattr(trainer, "make_step", stop)
-    with pytest.raises(NotSaved, match=r"stopped at step 5, which could not be saved: the newest checkpoint is of step 4; .*No space left"):
+    with pytest.raises(
+        NotSaved,
+        match=r"stopped at step 5, which could not be saved: the newest checkpoint is of step 4; .*No space left",
+    ):
         pretrain(small("train.checkpoint_minutes=0"), options(beton, tmp_path / "run"), Silent())
     told = status(tmp_path / "run")
     assert told["state"] == "failed" and told["saved_step"] == 4

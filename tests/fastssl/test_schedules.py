@@ -45,7 +45,9 @@ def test_learning_rate_without_warmup_starts_at_the_peak() -> None:
 @pytest.mark.parametrize("per_epoch", [False, True])
 def test_learning_rate_of_a_run_within_its_warmup_only_climbs(per_epoch: bool) -> None:
     rates = [
-        schedules.learning_rate(step, total_steps=20, steps_per_epoch=10, peak=1.0, warmup_epochs=2, per_epoch=per_epoch)
+        schedules.learning_rate(
+            step, total_steps=20, steps_per_epoch=10, peak=1.0, warmup_epochs=2, per_epoch=per_epoch
+        )
         for step in range(21)
     ]
     assert rates == sorted(rates)
@@ -58,7 +60,9 @@ def test_ema_momentum_end_points() -> None:
     assert schedules.ema_momentum(0, total_steps=100, base=0.99, schedule="cosine") == 0.99
     assert schedules.ema_momentum(100, total_steps=100, base=0.99, schedule="cosine") == 1.0
     quarter = 1 - (1 - 0.99) * (1 + math.cos(math.pi / 4)) / 2
-    assert schedules.ema_momentum(25, total_steps=100, base=0.99, schedule="cosine") == pytest.approx(quarter, rel=1e-15)
+    assert schedules.ema_momentum(25, total_steps=100, base=0.99, schedule="cosine") == pytest.approx(
+        quarter, rel=1e-15
+    )
 
 
 def test_smoothing_schedules() -> None:
@@ -93,7 +97,9 @@ def test_sslight_learning_rate_at_its_end_points() -> None:
     """DINO on CNNs at batch 1024: a line from 0 to 1.92 over 10 epochs, both ends included, then a cosine to 0.0048."""
 
     def rate(step: int, **changes: float) -> float:
-        return schedules.learning_rate(step, peak=1.92, final=0.0048, warmup_epochs=10, warmup_lr=changes.get("start", 0.0), **SSLIGHT)
+        return schedules.learning_rate(
+            step, peak=1.92, final=0.0048, warmup_epochs=10, warmup_lr=changes.get("start", 0.0), **SSLIGHT
+        )
 
     assert rate(0) == 0.0 and rate(12_509) == 1.92 and rate(12_510) == 1.92
     assert rate(1) == pytest.approx(1.92 / 12_509) and rate(12_511) < 1.92
@@ -120,7 +126,10 @@ def test_teacher_temperature_rises_by_the_epoch() -> None:
 
     assert tau(0) == 0.04 and tau(49) == tau(50) == tau(199) == 0.07 and tau(48) < 0.07
     assert tau(10) == pytest.approx(0.04 + 0.03 * 10 / 49)
-    within = [schedules.teacher_temperature(70 + k, steps_per_epoch=7, first=0.04, last=0.07, warm_epochs=50) for k in range(7)]
+    within = [
+        schedules.teacher_temperature(70 + k, steps_per_epoch=7, first=0.04, last=0.07, warm_epochs=50)
+        for k in range(7)
+    ]
     assert len(set(within)) == 1
     assert tau(0, warm=0) == 0.07 and (tau(0, warm=1), tau(1, warm=1)) == (0.04, 0.07)
 

@@ -41,7 +41,10 @@ def slow(protocol: str, trial: Trial, epochs: int) -> tuple[nn.Linear, list[Tens
     nn.init.zeros_(layer.bias)
     if chosen.optimizer == "lars":
         # As published: the bias is not decayed.
-        groups = [{"params": [layer.weight], "weight_decay": trial.weight_decay}, {"params": [layer.bias], "weight_decay": 0.0}]
+        groups = [
+            {"params": [layer.weight], "weight_decay": trial.weight_decay},
+            {"params": [layer.bias], "weight_decay": 0.0},
+        ]
         optimizer: torch.optim.Optimizer = LARS(groups, lr=1.0, momentum=0.9)
     else:
         optimizer = torch.optim.SGD(layer.parameters(), lr=1.0, momentum=0.9, weight_decay=trial.weight_decay)
@@ -113,7 +116,11 @@ def test_curves_equal_a_loop_by_hand() -> None:
     assert curves.right["val"][-1, :, 0].tolist() == [int(first[:, 0].sum()), int(first.sum())]
     assert curves.totals == {"val": 300, "held_out": 50}
     # The very first loss is that of weights that are nearly zero.
-    assert curves.loss.shape == (2, 1) and 0.5 < float(curves.loss[0, 0]) < 1.8 and 0 < float(curves.train_accuracy[1, 0]) <= 100
+    assert (
+        curves.loss.shape == (2, 1)
+        and 0.5 < float(curves.loss[0, 0]) < 1.8
+        and 0 < float(curves.train_accuracy[1, 0]) <= 100
+    )
 
 
 def test_what_counts_as_right() -> None:
@@ -152,7 +159,9 @@ def test_trained_to_convergence_equals_scikit_learn(protocol: str, lr: float) ->
     chosen = PROTOCOLS[protocol]
     classifiers = Classifiers(chosen, [Trial(lr, 0.0)], WIDTH, CLASSES, device=CPU)
     judged = {"val": Judged(asked, truth, 4000)}
-    curves = train_classifiers(classifiers, chosen, [Trial(lr, 0.0)], shuffled, judged, epochs=chosen.epochs, batch_size=256)
+    curves = train_classifiers(
+        classifiers, chosen, [Trial(lr, 0.0)], shuffled, judged, epochs=chosen.epochs, batch_size=256
+    )
     result = summary(curves, [Trial(lr, 0.0)], CLASSES)
     assert result["accuracy"] == pytest.approx(expected, abs=0.5)
     fast = linear_probe(Features(features, targets, torch.arange(3000)), Features(asked, truth, torch.arange(4000)))
@@ -174,14 +183,22 @@ def test_the_headline_is_the_last_epoch_of_the_first_trial() -> None:
     found = summary(curves, grid, 9)
     assert (found["accuracy"], found["top5_accuracy"], found["confidence"]) == (40.0, 80.0, wilson_interval(4, 10))
     assert (found["best_epoch"], found["best_accuracy"], found["best_top5_accuracy"]) == (2, 50.0, 90.0)
-    assert (found["chosen_lr"], found["chosen_weight_decay"], found["chosen_accuracy"], found["chosen_top5_accuracy"]) == (
+    assert (
+        found["chosen_lr"],
+        found["chosen_weight_decay"],
+        found["chosen_accuracy"],
+        found["chosen_top5_accuracy"],
+    ) == (
         2.0,
         0.1,
         60.0,
         100.0,
     )
     assert found["chosen_on"] == "validation photos" and found["accuracy_by_epoch"] == [30.0, 50.0, 40.0]
-    assert [row["best_epoch"] for row in found["grid"]] == [2, 2] and [row["train_loss"] for row in found["grid"]] == [0.5, None]
+    assert [row["best_epoch"] for row in found["grid"]] == [2, 2] and [row["train_loss"] for row in found["grid"]] == [
+        0.5,
+        None,
+    ]
     assert "lr" not in found and found["chosen_at_edge"]
     middle = summary(Curves(loss, loss, {"val": val}, {"val": 10}), [Trial(2.0, 0.0), Trial(2.0, 0.1)], 9)
     assert not middle["chosen_at_edge"]  # all have one rate

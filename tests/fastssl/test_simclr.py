@@ -53,7 +53,9 @@ def test_smoothing_and_local_views_change_the_loss_as_written() -> None:
                 anchor = embeddings[v][b]
                 positive = anchor @ embeddings[g][b] / 0.1
                 negatives = torch.stack([anchor @ embeddings[c][o] / 0.1 for c in range(2) for o in range(B) if o != b])
-                losses.append(torch.logsumexp(torch.cat([positive[None], negatives]), 0) - 0.5 * positive - 0.5 * negatives.max())
+                losses.append(
+                    torch.logsumexp(torch.cat([positive[None], negatives]), 0) - 0.5 * positive - 0.5 * negatives.max()
+                )
             total["gg" if v < 2 else "gl"].append(torch.stack(losses).mean())
     expected = 0.4 * torch.stack(total["gg"]).mean() + 0.6 * torch.stack(total["gl"]).mean()
     found = method.part_loss(views, None, {"smoothing": 0.5})

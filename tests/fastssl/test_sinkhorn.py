@@ -20,7 +20,9 @@ from fastssl.losses.sinkhorn import sinkhorn
 
 def cosines(seed: int, samples: int, prototypes: int, dim: int = 8, dtype: torch.dtype = torch.float64) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    first, second = (F.normalize(torch.randn(n, dim, generator=generator, dtype=torch.float64), dim=1) for n in (samples, prototypes))
+    first, second = (
+        F.normalize(torch.randn(n, dim, generator=generator, dtype=torch.float64), dim=1) for n in (samples, prototypes)
+    )
     return (first @ second.t()).to(dtype)
 
 
@@ -86,7 +88,9 @@ def test_equals_the_twin_in_float64(seed: int, samples: int, prototypes: int, ep
 
 def test_float32_equals_the_twin_within_rounding() -> None:
     scores = cosines(1, 64, 100, dtype=torch.float32)
-    torch.testing.assert_close(sinkhorn(scores).double(), dense_sinkhorn(scores.double(), 0.05, 3), rtol=2e-5, atol=1e-9)
+    torch.testing.assert_close(
+        sinkhorn(scores).double(), dense_sinkhorn(scores.double(), 0.05, 3), rtol=2e-5, atol=1e-9
+    )
 
 
 def test_samples_sum_to_one_and_prototypes_are_used_nearly_alike() -> None:
@@ -97,7 +101,9 @@ def test_samples_sum_to_one_and_prototypes_are_used_nearly_alike() -> None:
     torch.testing.assert_close(assigned.sum(1), torch.ones(samples), rtol=1e-5, atol=0)
     share = assigned.sum(0) * prototypes / samples
     assert ((share - 1).abs() < 0.5).all()
-    assert (scores / 0.05).softmax(1).sum(0).mul(prototypes / samples)[:3].min() > 3, "the scores must be unequal for this to say anything"
+    assert (scores / 0.05).softmax(1).sum(0).mul(prototypes / samples)[:3].min() > 3, (
+        "the scores must be unequal for this to say anything"
+    )
     many = sinkhorn(scores, iterations=100).sum(0) * prototypes / samples
     torch.testing.assert_close(many, torch.ones(prototypes), rtol=1e-4, atol=0)
 
@@ -133,7 +139,9 @@ def test_a_shift_of_a_prototype_changes_nothing_but_one_of_a_sample_does(ranks: 
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("offset", [1000.0, -1000.0, torch.linspace(-900, 900, 19)])
 def test_large_scores_neither_overflow_nor_vanish(offset: Tensor | float, ranks: int) -> None:
-    scores = (cosines(5, 40, 19, dtype=torch.float32) * 64).round() / 64  # so that the offsets, whole numbers, round nothing
+    scores = (
+        cosines(5, 40, 19, dtype=torch.float32) * 64
+    ).round() / 64  # so that the offsets, whole numbers, round nothing
     found = torch.cat(on_ranks(list((scores + offset).chunk(ranks)))[0])
     torch.testing.assert_close(found, sinkhorn(scores), rtol=1e-5, atol=1e-9)
 

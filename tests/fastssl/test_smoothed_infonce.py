@@ -17,11 +17,14 @@ from fastssl.losses.reference import dense_smoothed_infonce, dense_step, dense_t
 from fastssl.losses.smoothed_infonce import WEIGHTINGS, rank_weights, top_columns
 
 
-def vectors(seed: int, batch: int, rows: int, dim: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
+def vectors(
+    seed: int, batch: int, rows: int, dim: int, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor, Tensor]:
     """Unit vectors: query and key (batch, dim), both asking for a gradient, and queue (rows, dim)."""
     generator = torch.Generator().manual_seed(seed)
     query, key, queue = (
-        F.normalize(torch.randn(n, dim, generator=generator, dtype=torch.float64), dim=1).to(dtype) for n in (batch, batch, rows)
+        F.normalize(torch.randn(n, dim, generator=generator, dtype=torch.float64), dim=1).to(dtype)
+        for n in (batch, batch, rows)
     )
     return query.requires_grad_(), key.requires_grad_(), queue
 
@@ -34,14 +37,22 @@ def whole_numbers(seed: int, batch: int, rows: int, dim: int, dtype: torch.dtype
 
 
 def assert_equals_dense(
-    criterion: SmoothedInfoNCE, query: Tensor, key: Tensor, queue: Tensor, *, rtol: float, smoothing: float | None = None
+    criterion: SmoothedInfoNCE,
+    query: Tensor,
+    key: Tensor,
+    queue: Tensor,
+    *,
+    rtol: float,
+    smoothing: float | None = None,
 ) -> None:
     """Value and both gradients, each relative to its own size, against the dense twin in float64."""
     mass = criterion.smoothing if smoothing is None else smoothing
     loss = criterion(query, key, queue, smoothing)
     gradients = torch.autograd.grad(loss, (query, key))
     dense_inputs = [tensor.detach().double().requires_grad_() for tensor in (query, key)]
-    expected = dense_smoothed_infonce(*dense_inputs, queue.double(), criterion.temperature, mass, criterion.weighting, criterion.neighbors)
+    expected = dense_smoothed_infonce(
+        *dense_inputs, queue.double(), criterion.temperature, mass, criterion.weighting, criterion.neighbors
+    )
     torch.testing.assert_close(loss.double(), expected, rtol=rtol, atol=0)
     for name, ours, theirs in zip(("query", "key"), gradients, torch.autograd.grad(expected, dense_inputs)):
         error = (ours.double() - theirs).norm() / theirs.norm()
@@ -87,7 +98,10 @@ def test_rank_weights(weighting: str, neighbors: int | None, expected: list[floa
 
 
 def test_published_defaults() -> None:
-    found = {name: (SmoothedInfoNCE(weighting=name).smoothing, SmoothedInfoNCE(weighting=name).neighbors) for name in WEIGHTINGS}
+    found = {
+        name: (SmoothedInfoNCE(weighting=name).smoothing, SmoothedInfoNCE(weighting=name).neighbors)
+        for name in WEIGHTINGS
+    }
     assert found == {
         "uniform_topk": (0.2, 20),
         "stepped": (0.2, 20),
@@ -114,7 +128,15 @@ def test_published_defaults() -> None:
     ties=st.booleans(),
 )
 def test_equals_dense_in_float64(
-    seed: int, weighting: str, batch: int, rows: int, dim: int, tile: int | None, temperature: float, smoothing: float | None, ties: bool
+    seed: int,
+    weighting: str,
+    batch: int,
+    rows: int,
+    dim: int,
+    tile: int | None,
+    temperature: float,
+    smoothing: float | None,
+    ties: bool,
 ) -> None:
     inputs = whole_numbers(seed, batch, rows, dim, torch.float64) if ties else vectors(seed, batch, rows, dim)
     criterion = SmoothedInfoNCE(temperature, smoothing, weighting, tile=tile)
@@ -131,13 +153,17 @@ def test_equals_dense_in_float64(
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
 @pytest.mark.parametrize("seed", range(3))
 def test_float32_equals_dense_within_rounding(weighting: str, seed: int) -> None:
-    assert_equals_dense(SmoothedInfoNCE(0.1, weighting=weighting), *vectors(seed, 32, 3000, 64, torch.float32), rtol=3e-6)
+    assert_equals_dense(
+        SmoothedInfoNCE(0.1, weighting=weighting), *vectors(seed, 32, 3000, 64, torch.float32), rtol=3e-6
+    )
 
 
 @pytest.mark.parametrize("neighbors", [5, 10, 20, 30])
 @pytest.mark.parametrize("weighting", ["stepped", "uniform_topk"])
 def test_every_published_number_of_neighbors(weighting: str, neighbors: int) -> None:
-    assert_equals_dense(SmoothedInfoNCE(0.1, 0.2, weighting, neighbors, tile=64), *vectors(neighbors, 6, 333, 16), rtol=1e-12)
+    assert_equals_dense(
+        SmoothedInfoNCE(0.1, 0.2, weighting, neighbors, tile=64), *vectors(neighbors, 6, 333, 16), rtol=1e-12
+    )
 
 
 def test_queue_just_as_long_as_the_neighbors() -> None:
@@ -150,7 +176,9 @@ def test_exact_ties_go_to_the_lowest_row(weighting: str, dtype: torch.dtype) -> 
     # 8 features of -1, 0, 1: 17 possible products for 500 keys, so that every rank is inside a tie that crosses blocks and tiles
     inputs = whole_numbers(3, 8, 500, 8, dtype)
     for tile in (16, 48, None):
-        assert_equals_dense(SmoothedInfoNCE(0.7, 0.5, weighting, tile=tile), *inputs, rtol=3e-6 if dtype == torch.float32 else 1e-12)
+        assert_equals_dense(
+            SmoothedInfoNCE(0.7, 0.5, weighting, tile=tile), *inputs, rtol=3e-6 if dtype == torch.float32 else 1e-12
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -250,7 +278,9 @@ def test_zero_smoothing_skips_the_search(monkeypatch: pytest.MonkeyPatch) -> Non
         raise AssertionError("searched for the nearest without need")
 
     monkeypatch.setattr("fastssl.losses.smoothed_infonce.top_columns", no_search)
-    plain = F.cross_entropy(torch.cat([(query * key).sum(1, keepdim=True), query @ queue.t()], 1) / 0.1, torch.zeros(5, dtype=torch.int64))
+    plain = F.cross_entropy(
+        torch.cat([(query * key).sum(1, keepdim=True), query @ queue.t()], 1) / 0.1, torch.zeros(5, dtype=torch.int64)
+    )
     torch.testing.assert_close(SmoothedInfoNCE()(query, key, queue, 0.0), plain)
     with pytest.raises(AssertionError, match="searched"):
         SmoothedInfoNCE()(query, key, queue, 0.1)
@@ -265,7 +295,11 @@ def test_autocast_does_not_lower_the_precision() -> None:
     assert inside.dtype == torch.float32
     assert torch.equal(inside, plain)
 
-    half_query, half_key, half_queue = query.detach().bfloat16().requires_grad_(), key.detach().bfloat16(), queue.bfloat16()
+    half_query, half_key, half_queue = (
+        query.detach().bfloat16().requires_grad_(),
+        key.detach().bfloat16(),
+        queue.bfloat16(),
+    )
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = criterion(half_query, half_key, half_queue)
     loss.backward()

@@ -17,7 +17,13 @@ from fastssl.losses.soft_targets import soft_cross_entropy, teacher_probabilitie
 
 
 def inputs(
-    seed: int, targets: int, views: int, batch: int, classes: int, dtype: torch.dtype = torch.float64, scale: float = 1.0
+    seed: int,
+    targets: int,
+    views: int,
+    batch: int,
+    classes: int,
+    dtype: torch.dtype = torch.float64,
+    scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Distributions (T, B, K) and logits (V, B, K) that ask for a gradient."""
     generator = torch.Generator().manual_seed(seed)
@@ -28,7 +34,9 @@ def inputs(
 
 def test_twin_by_hand() -> None:
     targets = torch.tensor([[[0.5, 0.5], [1.0, 0.0]]], dtype=torch.float64)
-    logits = torch.tensor([[[0.0, math.log(3)], [0.0, 0.0]]], dtype=torch.float64) / 2  # halves and ones with temperature 1/2
+    logits = (
+        torch.tensor([[[0.0, math.log(3)], [0.0, 0.0]]], dtype=torch.float64) / 2
+    )  # halves and ones with temperature 1/2
     found = dense_soft_cross_entropy(targets, logits, 0.5)
     # first sample: log 4 - log(3) / 2; second: log 2
     assert found.item() == pytest.approx((math.log(4) - math.log(3) / 2 + math.log(2)) / 2, rel=1e-14)
@@ -43,14 +51,18 @@ def test_twin_by_hand() -> None:
     classes=st.integers(1, 30),
     temperature=st.sampled_from([0.04, 0.1, 1.0]),
 )
-def test_equals_the_twin_in_float64(seed: int, targets: int, views: int, batch: int, classes: int, temperature: float) -> None:
+def test_equals_the_twin_in_float64(
+    seed: int, targets: int, views: int, batch: int, classes: int, temperature: float
+) -> None:
     probabilities, logits = inputs(seed, targets, views, batch, classes)
     weights = torch.randn(targets, views, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     pairs = soft_cross_entropy(probabilities, logits, temperature)
     gradient = torch.autograd.grad((weights * pairs).sum(), logits)[0]
     expected = dense_soft_cross_entropy(probabilities, logits, temperature)
     torch.testing.assert_close(pairs, expected, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(gradient, torch.autograd.grad((weights * expected).sum(), logits)[0], rtol=1e-11, atol=1e-12 / temperature)
+    torch.testing.assert_close(
+        gradient, torch.autograd.grad((weights * expected).sum(), logits)[0], rtol=1e-11, atol=1e-12 / temperature
+    )
 
 
 def test_gradcheck() -> None:

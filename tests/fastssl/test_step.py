@@ -37,7 +37,9 @@ def recipe(arch: str = "mobilenetv3_small_050", **changes: object) -> Recipe:
         "moco.split_bn": 2,
     }
     given = {name.replace("__", "."): value for name, value in changes.items()}
-    return load_recipe("few-photos-moco", {name: str(value) for name, value in {**small, "moco.weighting": "nearest", **given}.items()})
+    return load_recipe(
+        "few-photos-moco", {name: str(value) for name, value in {**small, "moco.weighting": "nearest", **given}.items()}
+    )
 
 
 def views(seed: int, size: int = SIZE) -> Tensor:
@@ -50,7 +52,11 @@ def train(step: TrainStep, steps: int = 4, **inputs: object) -> list[list[float]
     found = []
     for number in range(steps):
         batch = inputs.get("batch", lambda number: {"views": [views(number)]})(number)
-        found.append(step(**batch, noise=step.noise(0, number), rates=rates(step, number), phase=inputs.get("phase", ())).tolist())
+        found.append(
+            step(
+                **batch, noise=step.noise(0, number), rates=rates(step, number), phase=inputs.get("phase", ())
+            ).tolist()
+        )
     return found
 
 
@@ -105,7 +111,8 @@ def test_recording_takes_what_changes_from_its_inputs() -> None:
     graphed(batch, noise, rates(graphed, lr=0.1, momentum=0.5, smoothing=0.2))
     for network in ("student", "teacher"):
         assert not torch.equal(
-            graphed.method.state_dict()[f"{network}.backbone.conv_stem.weight"], before[f"{network}.backbone.conv_stem.weight"]
+            graphed.method.state_dict()[f"{network}.backbone.conv_stem.weight"],
+            before[f"{network}.backbone.conv_stem.weight"],
         )
 
 
@@ -143,7 +150,10 @@ def test_a_network_that_cannot_be_compiled_runs_without_and_says_why(monkeypatch
 def test_compiled_networks_are_what_computes(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: list[nn.Module] = []
     monkeypatch.setattr(torch, "compile", lambda network, **options: compiled.append(network) or network)
-    plain, step = TrainStep(recipe(), CPU, amp=False, seed=0), TrainStep(recipe(train__compile="true"), CPU, amp=False, seed=0)
+    plain, step = (
+        TrainStep(recipe(), CPU, amp=False, seed=0),
+        TrainStep(recipe(train__compile="true"), CPU, amp=False, seed=0),
+    )
     # The trial of the compiled form leaves no trace: the same steps follow.
     with torch._dynamo.config.patch(disable=False):
         assert train(step) == train(plain)
@@ -176,7 +186,10 @@ def test_no_weight_is_cast_inside_the_passes() -> None:
         count = 0
 
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            if function is torch.ops.aten._to_copy.default and (kwargs or {}).get("dtype") in (torch.bfloat16, torch.float32):
+            if function is torch.ops.aten._to_copy.default and (kwargs or {}).get("dtype") in (
+                torch.bfloat16,
+                torch.float32,
+            ):
                 self.count += 1
             return function(*args, **(kwargs or {}))
 
@@ -191,8 +204,13 @@ def test_no_weight_is_cast_inside_the_passes() -> None:
             step([images], step.noise(0, 1), rates(step))
         return counter.count
 
-    layers = sum(isinstance(m, (nn.Conv2d, nn.Linear)) for m in TrainStep(recipe(), CPU, amp=False, seed=0).method.student.modules())
-    assert casts(False) - casts(True) >= (2 + 4) * layers  # the student's, there and back, and the teacher's four passes
+    layers = sum(
+        isinstance(m, (nn.Conv2d, nn.Linear))
+        for m in TrainStep(recipe(), CPU, amp=False, seed=0).method.student.modules()
+    )
+    assert (
+        casts(False) - casts(True) >= (2 + 4) * layers
+    )  # the student's, there and back, and the teacher's four passes
 
 
 def test_a_restored_checkpoint_reaches_the_bfloat16_weights() -> None:
@@ -215,14 +233,19 @@ def test_a_half_copy_shares_all_but_the_cast_weights() -> None:
     half.collect_gradients()
     half.network[0].weight.grad = torch.ones_like(half.network[0].weight)
     half.collect_gradients()
-    assert torch.equal(network[0].weight.grad, torch.full_like(network[0].weight, 2.0)) and half.network[0].weight.grad is None
+    assert (
+        torch.equal(network[0].weight.grad, torch.full_like(network[0].weight, 2.0))
+        and half.network[0].weight.grad is None
+    )
     assert network[3].weight.grad is None
 
 
 def test_layers_that_work_on_their_weights_are_left_to_autocast() -> None:
     class StandardisedConv(nn.Conv2d):
         def forward(self, images: Tensor) -> Tensor:
-            weight = (self.weight - self.weight.mean((1, 2, 3), keepdim=True)) / self.weight.std((1, 2, 3), keepdim=True)
+            weight = (self.weight - self.weight.mean((1, 2, 3), keepdim=True)) / self.weight.std(
+                (1, 2, 3), keepdim=True
+            )
             return self._conv_forward(images, weight, self.bias)
 
     network = nn.Sequential(StandardisedConv(3, 4, 3), nn.Conv2d(4, 4, 3))
@@ -284,7 +307,11 @@ def test_a_break_in_the_layout_is_found_by_name() -> None:
         def forward(self, images: Tensor) -> Tensor:
             return images.contiguous()
 
-    network = nn.Sequential(nn.Conv2d(3, 8, 3), Contiguous(), nn.Conv2d(8, 8, 3)).to(memory_format=torch.channels_last).train()
+    network = (
+        nn.Sequential(nn.Conv2d(3, 8, 3), Contiguous(), nn.Conv2d(8, 8, 3))
+        .to(memory_format=torch.channels_last)
+        .train()
+    )
     assert channels_last_breaks(network, torch.randn(2, 3, 9, 9).contiguous(memory_format=torch.channels_last)) == ["1"]
     assert network.training and network[0].training
 
@@ -320,7 +347,11 @@ def watched(call: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
 def test_no_value_is_read_back_in_a_recorded_step() -> None:
     # SGD's fused kernel reads the rate on a CPU alone; LARS is ours throughout.
     step = TrainStep(
-        recipe(train__graph="true", optim__name="lars", moco__weighting="stepped", moco__queue=64), CPU, amp=True, seed=0, record=watched
+        recipe(train__graph="true", optim__name="lars", moco__weighting="stepped", moco__queue=64),
+        CPU,
+        amp=True,
+        seed=0,
+        record=watched,
     )
     train(step, 2)
     assert not step.fallbacks
@@ -335,7 +366,10 @@ def test_crops_with_their_tables_are_the_coloured_views(beton, crops_on: str) ->
     ):
         expected, raw = next(iter(coloured.epoch(0))), next(iter(crops.epoch(0)))
     assert raw.views[0].dtype == torch.uint8 and raw.tables[0].shape == (2 * BATCH, 23) and not expected.tables
-    steps = [TrainStep(recipe(**change), CPU, amp=False, seed=0, record=replayed) for change in ({}, {"train__graph": "true"})]
+    steps = [
+        TrainStep(recipe(**change), CPU, amp=False, seed=0, record=replayed)
+        for change in ({}, {"train__graph": "true"})
+    ]
     given = {"permutation": torch.arange(2 * BATCH)}, rates(steps[0], 1)
     first = steps[0](expected.views, *given)
     second = steps[1](raw.views, *given, tables=raw.tables)
@@ -352,7 +386,9 @@ def test_a_recorded_call_takes_one_shape() -> None:
 
 
 @pytest.mark.parametrize("waits", [False, True])
-def test_the_last_run_before_a_recording_may_not_wait_for_the_device(waits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_last_run_before_a_recording_may_not_wait_for_the_device(
+    waits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A recording that fails at it leaves torch's allocator in the midst of a capture, in which it frees little."""
     modes, calls = [0], []
 
@@ -389,7 +425,12 @@ def test_a_call_that_waits_for_the_gpu_is_found_before_it_is_recorded() -> None:
         raise AssertionError("recorded")
 
     with pytest.raises(RuntimeError, match="synchronizing"):
-        RecordedCall(lambda tensors: tensors[0] * tensors[0].sum().item(), [torch.ones(4, device=CUDA)], undo=lambda: None, record=record)
+        RecordedCall(
+            lambda tensors: tensors[0] * tensors[0].sum().item(),
+            [torch.ones(4, device=CUDA)],
+            undo=lambda: None,
+            record=record,
+        )
     assert torch.cuda.get_sync_debug_mode() == 0
 
 
@@ -440,7 +481,10 @@ def test_a_recorded_step_colours_the_crops_it_is_given(beton) -> None:
         expected = TrainStep(recipe(), CUDA, amp=True, seed=0)
         first = [train(expected, 1, batch=lambda n, one=one: {"views": one.views}) for one in coloured.epoch(0)]
     with ViewLoader(beton, spec, BATCH, device="cuda", seed=3, colour=False) as crops:
-        second = [train(step, 1, batch=lambda n, one=one: {"views": one.views, "tables": one.tables}) for one in crops.epoch(0)]
+        second = [
+            train(step, 1, batch=lambda n, one=one: {"views": one.views, "tables": one.tables})
+            for one in crops.epoch(0)
+        ]
     assert step.fallbacks == {}
     np.testing.assert_allclose(second, first, rtol=5e-2, atol=1e-2)
 
@@ -452,11 +496,23 @@ METHODS = {
     "dino": ("dino-mobilenetv2-sslight", {"dino.out": 32, "dino.projector.hidden": 16, "dino.projector.out": 16}),
     "dino, ViT": (
         "dino-vit_tiny-sslight",
-        {"arch": "vit_tiny_patch16_224", "dino.out": 32, "dino.projector.hidden": 16, "dino.projector.out": 16, "optim.lr": 0.001},
+        {
+            "arch": "vit_tiny_patch16_224",
+            "dino.out": 32,
+            "dino.projector.hidden": 16,
+            "dino.projector.out": 16,
+            "optim.lr": 0.001,
+        },
     ),
     "swav": (
         "swav-mobilenetv2-sslight",
-        {"swav.prototypes": 16, "swav.queue": 16, "swav.queue_epoch": 0, "swav.projector.hidden": 16, "swav.projector.out": 16},
+        {
+            "swav.prototypes": 16,
+            "swav.queue": 16,
+            "swav.queue_epoch": 0,
+            "swav.projector.hidden": 16,
+            "swav.projector.out": 16,
+        },
     ),
     "simclr, local views": (
         "simclr-mobilenetv3",
@@ -492,7 +548,11 @@ def run_phases(step: TrainStep, steps: int = 6) -> list[list[float]]:
     batch = all_views(step.recipe)
     for number in range(steps):
         phase = step.method.phase(number, run)
-        found.append(step(**batch, noise=step.noise(number // 2, number % 2), rates=rates(step, number, lr=0.02), phase=phase).tolist())
+        found.append(
+            step(
+                **batch, noise=step.noise(number // 2, number % 2), rates=rates(step, number, lr=0.02), phase=phase
+            ).tolist()
+        )
     return found
 
 
@@ -518,7 +578,8 @@ def test_bfloat16_changes_the_loss_by_little(case: str) -> None:
     """Everything behind the networks is float32; what is left is the networks' own rounding."""
     exact, half = (TrainStep(multicrop(case), CPU, amp=amp, seed=0) for amp in (False, True))
     losses = [
-        step(**all_views(step.recipe, step.view_dtype), noise=step.noise(0, 0), rates=rates(step, 1)).tolist()[0] for step in (exact, half)
+        step(**all_views(step.recipe, step.view_dtype), noise=step.noise(0, 0), rates=rates(step, 1)).tolist()[0]
+        for step in (exact, half)
     ]
     assert losses[1] == pytest.approx(losses[0], rel=0.03)
     assert all(p.dtype == torch.float32 for p in half.method.parameters())
@@ -540,7 +601,9 @@ def test_a_frozen_layer_stands_still_and_then_moves(case: str, optimizer: str) -
 def test_drop_path_is_of_the_student_alone_and_follows_the_samples() -> None:
     step = TrainStep(multicrop("dino, ViT", drop_path=0.5), CPU, amp=False, seed=0)
     assert step.noise(0, 0)["drop_path"].shape == (22, 4 * BATCH)
-    assert step.method.teacher.drop is None and not any("PlannedDropPath" in type(m).__name__ for m in step.method.teacher.modules())
+    assert step.method.teacher.drop is None and not any(
+        "PlannedDropPath" in type(m).__name__ for m in step.method.teacher.modules()
+    )
     batch = all_views(step.recipe)
     with torch.no_grad():
         embeddings = []
@@ -563,7 +626,12 @@ def test_parts_toss_the_coins_of_their_own_samples(name: str) -> None:
     losses = []
     for chosen in recipes:
         step = TrainStep(chosen, CPU, amp=False, seed=0)
-        losses.append([step(**all_views(chosen), noise=step.noise(0, n), rates=rates(step, n, lr=0.05)).tolist()[0] for n in range(3)])
+        losses.append(
+            [
+                step(**all_views(chosen), noise=step.noise(0, n), rates=rates(step, n, lr=0.05)).tolist()[0]
+                for n in range(3)
+            ]
+        )
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
@@ -574,7 +642,9 @@ def test_a_cuda_graph_of_any_method_makes_the_same_steps(case: str, amp: bool) -
     def on_gpu(step: TrainStep) -> list[list[float]]:
         run, batch = RunLength(20, 2), {"views": [view.to(CUDA) for view in all_views(step.recipe)["views"]]}
         return [
-            step(**batch, noise=step.noise(n // 2, n % 2), rates=rates(step, n, lr=0.02), phase=step.method.phase(n, run)).tolist()
+            step(
+                **batch, noise=step.noise(n // 2, n % 2), rates=rates(step, n, lr=0.02), phase=step.method.phase(n, run)
+            ).tolist()
             for n in range(6)
         ]
 
@@ -587,6 +657,10 @@ def test_a_cuda_graph_of_any_method_makes_the_same_steps(case: str, amp: bool) -
 
 def test_local_views_that_are_not_made_are_no_size_that_the_network_sees() -> None:
     name, sizes = "dino-mobilenetv2-sslight", {"views.global_size": "48", "views.local_size": "16"}
-    assert picture_sizes(load_recipe(name, sizes)) == {"views.global_size": 48, "views.local_size": 16, "probe.size": 224}
+    assert picture_sizes(load_recipe(name, sizes)) == {
+        "views.global_size": 48,
+        "views.local_size": 16,
+        "probe.size": 224,
+    }
     without = {**sizes, "views.local_count": "0", "views.weights": "null"}
     assert picture_sizes(load_recipe(name, without)) == {"views.global_size": 48, "probe.size": 224}

@@ -24,7 +24,13 @@ from fastssl.optim.schedules import RunLength
 from fastssl.training.step import TrainStep
 
 CPU, BATCH, STEPS = torch.device("cpu"), 16, 4
-MULTICROP = {"views.global_size": 32, "views.local_size": 16, "views.local_count": 3, "train.batch_size": BATCH, "optim.lr": 0.5}
+MULTICROP = {
+    "views.global_size": 32,
+    "views.local_size": 16,
+    "views.local_count": 3,
+    "train.batch_size": BATCH,
+    "optim.lr": 0.5,
+}
 CASES = {
     "moco, symmetric, split BatchNorm": (
         "few-photos-moco",
@@ -39,13 +45,22 @@ CASES = {
     ),
     "moco, one-sided, local views": (
         "moco-mobilenetv2-sslight",
-        {**MULTICROP, "moco.queue": 64, "moco.projector.hidden": 16, "moco.smoothing": 0.2, "moco.weighting": "nearest"},
+        {
+            **MULTICROP,
+            "moco.queue": 64,
+            "moco.projector.hidden": 16,
+            "moco.smoothing": 0.2,
+            "moco.weighting": "nearest",
+        },
     ),
     "moco, symmetric, local views, one group": (
         "light-moco-mobilenetv3-sslight",
         {**MULTICROP, "moco.queue": 64, "moco.projector.hidden": 16, "moco.split_bn": 1},
     ),
-    "dino": ("dino-mobilenetv2-sslight", {**MULTICROP, "dino.out": 48, "dino.projector.hidden": 16, "dino.projector.out": 16}),
+    "dino": (
+        "dino-mobilenetv2-sslight",
+        {**MULTICROP, "dino.out": 48, "dino.projector.hidden": 16, "dino.projector.out": 16},
+    ),
     "dino, drop path, weight decay that changes": (
         "dino-vit_tiny-sslight",
         {
@@ -70,7 +85,12 @@ CASES = {
     ),
     "simclr, smoothed": (
         "simclr-mobilenetv3",
-        {"views.0.size": 32, "train.batch_size": BATCH, "simclr.projector.hidden": 16, "simclr.smoothing_schedule": "constant"},
+        {
+            "views.0.size": 32,
+            "train.batch_size": BATCH,
+            "simclr.projector.hidden": 16,
+            "simclr.smoothing_schedule": "constant",
+        },
     ),
 }
 
@@ -121,7 +141,9 @@ def train_one(case: str) -> dict[str, Tensor]:
 
 def _distance(before: dict[str, Tensor], step: TrainStep) -> Tensor:
     now = step.method.student.state_dict()
-    return torch.stack([(now[name] - value).abs().max() for name, value in before.items() if value.is_floating_point()]).max()
+    return torch.stack(
+        [(now[name] - value).abs().max() for name, value in before.items() if value.is_floating_point()]
+    ).max()
 
 
 ONE = world_from_environment({})
@@ -141,10 +163,14 @@ def test_two_processes_are_one(case: str, both: tuple[dict, list[dict]]) -> None
     for name, value in one.items():
         if name == "metrics":
             # The loss and its KL are means over samples; a spread over half of the photos is another number.
-            torch.testing.assert_close(torch.stack([found[name] for found in two]).mean(0)[:, :2], value[:, :2], rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(
+                torch.stack([found[name] for found in two]).mean(0)[:, :2], value[:, :2], rtol=1e-5, atol=1e-5
+            )
         elif value.is_floating_point():
             for found in two:
-                torch.testing.assert_close(found[name], value, rtol=1e-6, atol=1e-7, msg=lambda text, name=name: f"{names} {name}: {text}")
+                torch.testing.assert_close(
+                    found[name], value, rtol=1e-6, atol=1e-7, msg=lambda text, name=name: f"{names} {name}: {text}"
+                )
         else:
             assert all(torch.equal(found[name], value) for found in two), name
 
@@ -199,7 +225,11 @@ def train_on_gpus(case: str, graph: bool) -> tuple[list[float], dict[str, str], 
                 rates = {**step.rates(STEPS + number, run), "lr": chosen.optim.lr / 100}
                 metrics = step(views, step.noise(0, number, index), rates, phase=step.method.phase(2 + number, run))
                 losses.append(all_reduce_mean(metrics.clone())[0].item())
-            return losses, step.fallbacks, torch.cat([p.detach().flatten() for p in step.method.student.parameters()]).cpu()
+            return (
+                losses,
+                step.fallbacks,
+                torch.cat([p.detach().flatten() for p in step.method.student.parameters()]).cpu(),
+            )
 
 
 @pytest.mark.gpu

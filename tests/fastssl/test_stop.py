@@ -99,7 +99,9 @@ def test_a_handler_that_python_does_not_know_of_is_no_error(monkeypatch: pytest.
     """One that was there before the interpreter: what stood there is then told as None, which cannot be put back."""
     real = signal.signal
     monkeypatch.setattr(signal, "signal", lambda number, handler: (real(number, handler), None)[1])
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)}
+    before = {
+        number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+    }
     try:
         stop = StopRequest()
         with stop.by_signals():

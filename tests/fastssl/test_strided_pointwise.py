@@ -32,9 +32,13 @@ def compare(channels: int, stride: int, size: int) -> None:
         torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(("channels", "stride", "size"), [(3, 2, 32), (2, 2, 34), (7, 4, 32), (3, 3, 33), (3, 2, 33), (15, 2, 32)])
+@pytest.mark.parametrize(
+    ("channels", "stride", "size"), [(3, 2, 32), (2, 2, 34), (7, 4, 32), (3, 3, 33), (3, 2, 33), (15, 2, 32)]
+)
 def test_features_and_gradients_are_torchs(channels: int, stride: int, size: int) -> None:
-    ended = in_child(compare, channels, stride, size, seconds=120)  # without the guard most of these end in a segmentation fault
+    ended = in_child(
+        compare, channels, stride, size, seconds=120
+    )  # without the guard most of these end in a segmentation fault
     assert (ended.status, ended.signal) == (0, None), ended.output
 
 

@@ -17,7 +17,9 @@ from fastssl.methods.swav import SwAV, SwAVConfig
 from fastssl.optim.schedules import RunLength
 
 K, D = 10, 8
-SMALL = SwAVConfig(prototypes=K, queue=3 * B, queue_epoch=2, projector=replace(SwAVConfig().projector, hidden=16, out=D, init="torch"))
+SMALL = SwAVConfig(
+    prototypes=K, queue=3 * B, queue_epoch=2, projector=replace(SwAVConfig().projector, hidden=16, out=D, init="torch")
+)
 WEIGHTS = PairWeights(3, 0.4, 0.6)
 
 
@@ -51,7 +53,9 @@ def test_prototypes_are_normalised_before_the_pass_and_frozen_in_the_first_epoch
         method.prototypes.weight.mul_(5)
     method.part_loss(batch(), None, {})
     torch.testing.assert_close(method.prototypes.weight.detach().norm(dim=1), torch.ones(K))
-    assert method.frozen(method.phase(9, run)) == [method.prototypes.weight] and not method.frozen(method.phase(10, run))
+    assert method.frozen(method.phase(9, run)) == [method.prototypes.weight] and not method.frozen(
+        method.phase(10, run)
+    )
     assert sum(name.endswith("prototypes.weight") for name in method.state_dict()) == 1
 
 
@@ -65,7 +69,11 @@ def test_the_queue_fills_from_its_epoch_and_is_used_when_full() -> None:
         ("fill",),
         ("fill", "queue"),
     ]
-    assert method.queue.shape == (2, 3 * B, D) and make(replace(SMALL, queue=3 * B + 5)).queue.shape == (2, 3 * B, D)  # whole batches
+    assert method.queue.shape == (2, 3 * B, D) and make(replace(SMALL, queue=3 * B + 5)).queue.shape == (
+        2,
+        3 * B,
+        D,
+    )  # whole batches
     assert make(replace(SMALL, queue=0)).phase(99, run) == ()
     with pytest.raises(ValueError, match="holds no whole batch"):
         make(replace(SMALL, queue=B - 1))
@@ -91,7 +99,9 @@ def test_the_queue_is_first_in_first_out_for_each_view() -> None:
 
 def test_a_full_queue_shares_the_prototypes_out_over_more_samples() -> None:
     method = make()
-    method.queue.copy_(functional.normalize(torch.randn(method.queue.shape, generator=torch.Generator().manual_seed(1)), dim=2))
+    method.queue.copy_(
+        functional.normalize(torch.randn(method.queue.shape, generator=torch.Generator().manual_seed(1)), dim=2)
+    )
     scores = (
         functional.normalize(torch.randn(2, B, D, generator=torch.Generator().manual_seed(2)), dim=2)
         @ method.prototypes.weight.detach().t()
@@ -116,7 +126,9 @@ def test_assignment_and_loss_are_float32_under_autocast() -> None:
     assert method.prototypes.weight.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize(("name", "value"), [("prototypes", 1), ("epsilon", 0.0), ("queue", -1), ("sinkhorn_iterations", 0)])
+@pytest.mark.parametrize(
+    ("name", "value"), [("prototypes", 1), ("epsilon", 0.0), ("queue", -1), ("sinkhorn_iterations", 0)]
+)
 def test_wrong_settings_are_named(name: str, value: object) -> None:
     with pytest.raises(ValueError, match=f"swav.{name}"):
         SwAVConfig(**{name: value})

@@ -14,7 +14,12 @@ from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
 from fastssl.distributed.collectives import rank, world_size
-from fastssl.distributed.sync_batchnorm import HostKernels, SynchronisedBatchNorm2d, separate_batchnorm, synchronise_batchnorm
+from fastssl.distributed.sync_batchnorm import (
+    HostKernels,
+    SynchronisedBatchNorm2d,
+    separate_batchnorm,
+    synchronise_batchnorm,
+)
 from fastssl.errors import FastSSLError
 from fastssl.training.bf16_weights import HalfCopy
 
@@ -128,7 +133,9 @@ def half_copies() -> dict:
     images = half_images().chunk(size)[rank()]
     full = synchronise_batchnorm(half_network(), CPU)
     half = HalfCopy(full)
-    half.network[1].register_forward_hook(lambda layer, inputs, output: seen.append((inputs[0].detach(), output.detach())))
+    half.network[1].register_forward_hook(
+        lambda layer, inputs, output: seen.append((inputs[0].detach(), output.detach()))
+    )
     seen: list[tuple[Tensor, Tensor]] = []
     with torch.autocast("cpu", dtype=torch.bfloat16):
         output = half.network(images)
@@ -200,7 +207,10 @@ def test_statistics_are_float32_of_bfloat16_maps_and_weights_are_shared(ranks: l
             torch.testing.assert_close(found["state"][f"1.{name}"], getattr(layer, name), rtol=1e-5, atol=1e-6)
         assert found["state"]["1.num_batches_tracked"] == 1
         assert found["output"].is_contiguous(memory_format=torch.channels_last)
-        assert all(grad is not None and grad.dtype == torch.float32 and grad.isfinite().all() for grad in found["gradients"].values())
+        assert all(
+            grad is not None and grad.dtype == torch.float32 and grad.isfinite().all()
+            for grad in found["gradients"].values()
+        )
 
 
 def test_a_compiler_cuts_its_graph_there(ranks: list[dict]) -> None:
@@ -218,7 +228,9 @@ def test_separated_layers_wait_for_nobody(ranks: list[dict]) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_alone_it_is_the_ordinary_layer(name: str) -> None:
     case = CASES[name]
-    found, expected = (passes(case, network, slice(None)) for network in (synchronise_batchnorm(made(case), CPU), made(case)))
+    found, expected = (
+        passes(case, network, slice(None)) for network in (synchronise_batchnorm(made(case), CPU), made(case))
+    )
     assert all(torch.equal(*pair) for kind in ("outputs", "inputs") for pair in zip(found[kind], expected[kind]))
     assert all(torch.equal(value, expected["state"][key]) for key, value in found["state"].items())
 
@@ -279,7 +291,13 @@ def test_the_twins_compute_what_the_kernels_do(dtype: torch.dtype, affine: bool,
         output = kernels.batch_norm_elemt(input, weight, bias, mean, invstd, 1e-5)
         sums = kernels.batch_norm_backward_reduce(grad, input, mean, invstd, weight, True, affine, affine)
         back = kernels.batch_norm_backward_elemt(
-            grad, input, mean, invstd, weight, *sums[:2], torch.tensor([input.numel() // CHANNELS], device="cuda", dtype=torch.int32)
+            grad,
+            input,
+            mean,
+            invstd,
+            weight,
+            *sums[:2],
+            torch.tensor([input.numel() // CHANNELS], device="cuda", dtype=torch.int32),
         )
         assert len(shape) == 2 or all(maps.is_contiguous(memory_format=torch.channels_last) for maps in (output, back))
         found.append([mean, invstd, *running, *tracked, *untracked, output, *sums[: 4 if affine else 2], back])

@@ -55,12 +55,35 @@ def alone(beton: Path, out: Path) -> None:
 
 
 def together(beton: Path, out: Path, processes: int = 2) -> subprocess.CompletedProcess:
-    command = ["pretrain", "--arch", ARCH, "--recipe", RECIPE, "--data", str(beton), "--out", str(out), "--device", "cpu", "--workers", "1"]
+    command = [
+        "pretrain",
+        "--arch",
+        ARCH,
+        "--recipe",
+        RECIPE,
+        "--data",
+        str(beton),
+        "--out",
+        str(out),
+        "--device",
+        "cpu",
+        "--workers",
+        "1",
+    ]
     return torchrun([*command, *(argument for item in SMALL for argument in ("--set", item))], processes)
 
 
 def torchrun(command: list[str], processes: int) -> subprocess.CompletedProcess:
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", str(free_port()), "-m", "fastssl"]
+    launcher = [
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        str(processes),
+        "--master-port",
+        str(free_port()),
+        "-m",
+        "fastssl",
+    ]
     return subprocess.run(
         [sys.executable, *launcher, *command],
         capture_output=True,
@@ -77,11 +100,32 @@ def test_processes_convert_a_folder_once(photo_tree: Path, tmp_path: Path, monke
     folder.mkdir()
     for number, photo in enumerate(sorted(photo_tree.rglob("*.jpg"))[:12]):
         (folder / f"{number}.jpg").write_bytes(photo.read_bytes())
-    command = ["pretrain", "--arch", ARCH, "--data", str(folder), "--out", str(out), "--device", "cpu", "--workers", "1"]
-    small = ["views.0.size=32", "train.samples=320", "probe.every_epochs=0", "simclr.projector.hidden=16", "simclr.projector.out=8"]
+    command = [
+        "pretrain",
+        "--arch",
+        ARCH,
+        "--data",
+        str(folder),
+        "--out",
+        str(out),
+        "--device",
+        "cpu",
+        "--workers",
+        "1",
+    ]
+    small = [
+        "views.0.size=32",
+        "train.samples=320",
+        "probe.every_epochs=0",
+        "simclr.projector.hidden=16",
+        "simclr.projector.out=8",
+    ]
     done = torchrun([*command, *(argument for item in small for argument in ("--set", item))], 2)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("12 photos, no labels, now also in") == 1 and done.stderr.count("for 12 photos: train.batch_size 64 -> 4") == 1
+    assert (
+        done.stderr.count("12 photos, no labels, now also in") == 1
+        and done.stderr.count("for 12 photos: train.batch_size 64 -> 4") == 1
+    )
     config = yaml.safe_load((out / "config.yaml").read_text())
     assert (config["data"]["name"], config["train"]["epochs"], config["train"]["samples"]) == ("photos.beton", 5, None)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["photos", "photos.beton", "photos.beton.json", "run"]
@@ -166,11 +210,34 @@ def test_a_killed_process_is_started_again_by_torchrun_and_the_run_goes_on(beton
         "-m",
         "fastssl",
     ]
-    command = ["pretrain", "--arch", ARCH, "--recipe", RECIPE, "--data", str(beton), "--out", str(out), "--device", "cpu", "--workers", "1"]
+    command = [
+        "pretrain",
+        "--arch",
+        ARCH,
+        "--recipe",
+        RECIPE,
+        "--data",
+        str(beton),
+        "--out",
+        str(out),
+        "--device",
+        "cpu",
+        "--workers",
+        "1",
+    ]
     # Said to all starts, meant for the first.
-    arguments = [*launcher, *command, "--resume", "never", *(argument for item in overrides for argument in ("--set", item))]
+    arguments = [
+        *launcher,
+        *command,
+        "--resume",
+        "never",
+        *(argument for item in overrides for argument in ("--set", item)),
+    ]
     environ = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    with (tmp_path / "stderr").open("w") as stderr, subprocess.Popen([sys.executable, *arguments], stderr=stderr, env=environ) as process:
+    with (
+        (tmp_path / "stderr").open("w") as stderr,
+        subprocess.Popen([sys.executable, *arguments], stderr=stderr, env=environ) as process,
+    ):
         try:
             deadline = time.monotonic() + 200
             while not last.is_file():
@@ -183,7 +250,9 @@ def test_a_killed_process_is_started_again_by_torchrun_and_the_run_goes_on(beton
             process.kill()
     said = (tmp_path / "stderr").read_text()
     assert set(first) == {0, 1} and said.count("2 processes meet") == 2, said
-    assert "started again by torchrun: --resume never was for the first start" in said and "resumed at step" in said, said
+    assert "started again by torchrun: --resume never was for the first start" in said and "resumed at step" in said, (
+        said
+    )
     # torchrun ends process 0 as soon as it sees that process 1 is gone: it may have nothing to say any more.
     assert said.count("the run cannot go on: process 1 of 2") <= 1
     assert [row["step"] for row in steps(out)] == list(range(1, 73))
@@ -196,7 +265,21 @@ def test_the_first_process_speaks_for_all_when_they_end_together(beton: Path, tm
         tmp_path / "run",
         [argument for item in [*SMALL, "train.epochs=500", "train.log_every=1"] for argument in ("--set", item)],
     )
-    command = ["-m", "fastssl", "pretrain", "--arch", ARCH, "--recipe", RECIPE, "--data", str(beton), "--out", str(out), "--device", "cpu"]
+    command = [
+        "-m",
+        "fastssl",
+        "pretrain",
+        "--arch",
+        ARCH,
+        "--recipe",
+        RECIPE,
+        "--data",
+        str(beton),
+        "--out",
+        str(out),
+        "--device",
+        "cpu",
+    ]
     with Started([[*command, "--workers", "1", *arguments]] * 2, tmp_path) as started:
         started.wait_until_said(0, "steps to make", timeout=200)
         deadline = time.monotonic() + 100
@@ -206,8 +289,13 @@ def test_the_first_process_speaks_for_all_when_they_end_together(beton: Path, tm
         os.kill(started.processes[1].pid, signal.SIGTERM)
         assert started.ended([0, 1], timeout=120) == [130, 130]
         first, second = started.said(0), started.said(1)
-    assert first.startswith("2 processes start") and first.index("2 processes meet at") < first.index("all 2 are here after"), first
-    assert first.count("fastssl: stopped at step") == 1 and "everything is saved" in first and second == "", (first, second)
+    assert first.startswith("2 processes start") and first.index("2 processes meet at") < first.index(
+        "all 2 are here after"
+    ), first
+    assert first.count("fastssl: stopped at step") == 1 and "everything is saved" in first and second == "", (
+        first,
+        second,
+    )
     with Started([[*command, "--workers", "1", *arguments, "--set", "optim.lr=0.5"]] * 2, tmp_path) as started:
         assert started.ended([0, 1], timeout=200) == [1, 1]
         first, second = started.said(0), started.said(1)

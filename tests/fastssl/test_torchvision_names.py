@@ -55,10 +55,15 @@ def test_names_shapes_and_eps_are_the_installed_ones(arch: str) -> None:
 
 
 def test_the_networks_with_a_short_name_that_torchvision_has() -> None:
-    assert {resolve_arch(name) for name in SHORT_NAMES} - TWINS.keys() == {"vit_tiny_patch16_224", "mobilenetv4_conv_small"}
+    assert {resolve_arch(name) for name in SHORT_NAMES} - TWINS.keys() == {
+        "vit_tiny_patch16_224",
+        "mobilenetv4_conv_small",
+    }
 
 
-@pytest.mark.parametrize("arch", ["mobilenetv3_large_100", "mobilenetv3_small_100", "efficientnet_b0", "mobilenetv2_100"])
+@pytest.mark.parametrize(
+    "arch", ["mobilenetv3_large_100", "mobilenetv3_small_100", "efficientnet_b0", "mobilenetv2_100"]
+)
 def test_the_features_are_the_same(arch: str) -> None:
     """In float64, where only the rounding of the scaled weights is left; without the scaling MobileNet-V3's differ by far more."""
     torch.manual_seed(0)
@@ -88,4 +93,6 @@ def test_scaling_there_and_back_is_the_identity() -> None:
     back = with_eps(moved, network, have=1e-3)
     for name, value in tensors.items():
         torch.testing.assert_close(back[name], value)
-    assert not torch.equal(moved["0.weight"], tensors["0.weight"]) and torch.equal(moved["1.weight"], tensors["1.weight"])
+    assert not torch.equal(moved["0.weight"], tensors["0.weight"]) and torch.equal(
+        moved["1.weight"], tensors["1.weight"]
+    )

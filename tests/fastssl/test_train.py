@@ -65,7 +65,9 @@ def cli(*arguments: str) -> int:
 
 
 def options(beton: Path, out: Path, **changes: object) -> RunOptions:
-    return RunOptions(**{"recipe_name": "few-photos-moco", "data": beton, "out": out, "device": "cpu", "workers": 1, **changes})
+    return RunOptions(
+        **{"recipe_name": "few-photos-moco", "data": beton, "out": out, "device": "cpu", "workers": 1, **changes}
+    )
 
 
 def small(*overrides: str):
@@ -193,7 +195,9 @@ def test_a_run_stopped_by_ctrl_c_goes_on_to_the_same_weights(finished: Path, bet
     ]
     command += ["--out", str(out), "--device", "cpu", *overrides]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"})
-    while process.poll() is None and not (out.exists() and (out / "metrics.jsonl").exists() and (out / "metrics.jsonl").read_text()):
+    while process.poll() is None and not (
+        out.exists() and (out / "metrics.jsonl").exists() and (out / "metrics.jsonl").read_text()
+    ):
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     _, text = process.communicate(timeout=120)
@@ -256,10 +260,26 @@ def test_photos_without_labels_train_and_report(photo_tree: Path, tmp_path: Path
         (["--arch", ARCH, "--recipe", "quick-start"], "nearest: quickstart"),
         (["--arch", ARCH, "--set", "optim.lrr=1"], "no key optim.lrr"),
         (
-            ["--arch", ARCH, "--resume", "nothing.pt", "--data", "BETON", "--batch-size", "8", "--epochs", "9", "--set", "moco.queue=48"],
+            [
+                "--arch",
+                ARCH,
+                "--resume",
+                "nothing.pt",
+                "--data",
+                "BETON",
+                "--batch-size",
+                "8",
+                "--epochs",
+                "9",
+                "--set",
+                "moco.queue=48",
+            ],
             "no such checkpoint",
         ),
-        (["--arch", ARCH, "--batch-size", "4096", "--data", "BETON", "--set", "moco.queue=8192"], "fewer than one batch"),
+        (
+            ["--arch", ARCH, "--batch-size", "4096", "--data", "BETON", "--set", "moco.queue=8192"],
+            "fewer than one batch",
+        ),
         (["--arch", ARCH, "--batch-size", "49", "--data", "BETON"], "the largest that would do is --batch-size 48"),
     ],
 )
@@ -281,7 +301,9 @@ def test_wrong_usage_is_status_2(capsys: pytest.CaptureFixture) -> None:
 
 
 @pytest.mark.parametrize("end", ["well", "crash", "signal"])
-def test_a_recorded_step_is_gone_when_the_processes_part(end: str, beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_recorded_step_is_gone_when_the_processes_part(
+    end: str, beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """NCCL waits with the end of its communicator until no CUDA graph holds its collectives, for ever if need be; also in an abort, where tracebacks hold all."""
 
     class Graph:
@@ -362,8 +384,15 @@ def test_a_setting_for_other_networks_is_a_line_and_no_warning(beton: Path, tmp_
     said = Silent()
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="zero_init_residual")
-        pretrain(small("arch=lcnet_035", "train.epochs=1", "probe.final_samples=0"), options(beton, tmp_path / "run"), said)
-    assert said.messages.count("zero_init_residual changes nothing: lcnet_035 has no residual branches that are known here") == 1
+        pretrain(
+            small("arch=lcnet_035", "train.epochs=1", "probe.final_samples=0"), options(beton, tmp_path / "run"), said
+        )
+    assert (
+        said.messages.count(
+            "zero_init_residual changes nothing: lcnet_035 has no residual branches that are known here"
+        )
+        == 1
+    )
     assert "training lcnet_035: 6 of 6 steps to make, 8 photos each; 1 epoch of 6 steps" in said.messages
 
 
@@ -382,7 +411,10 @@ def test_a_run_in_parts_and_bfloat16_resumes_bit_for_bit(beton: Path, tmp_path: 
         with pytest.raises(Interrupted):
             pretrain(recipe, options(beton, tmp_path / "cut"), Silent())
     pretrain(recipe, options(beton, tmp_path / "cut"), Silent())
-    mine, reference = (torch.load(tmp_path / name / "checkpoints" / "last.pt", weights_only=True)["method"] for name in ("cut", "whole"))
+    mine, reference = (
+        torch.load(tmp_path / name / "checkpoints" / "last.pt", weights_only=True)["method"]
+        for name in ("cut", "whole")
+    )
     assert all(torch.equal(mine[name], reference[name]) for name in reference) and whole["steps"] == 12
 
 
@@ -396,7 +428,9 @@ def test_a_run_from_before_a_key_existed_goes_on(finished: Path, beton: Path, tm
     pretrain(small(), options(beton, tmp_path / "run", resume=str(tmp_path / "last.pt")), said)
     assert any("resumed at step 12" in message for message in said.messages)
     with pytest.raises(FastSSLError, match=r"train\.accumulate: 1 there, 2 here"):
-        pretrain(small("train.accumulate=2"), options(beton, tmp_path / "other", resume=str(tmp_path / "last.pt")), Silent())
+        pretrain(
+            small("train.accumulate=2"), options(beton, tmp_path / "other", resume=str(tmp_path / "last.pt")), Silent()
+        )
 
 
 def test_a_switch_that_was_asked_for_and_not_used_takes_nothing_from_the_clock(beton: Path, tmp_path: Path) -> None:

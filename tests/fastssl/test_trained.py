@@ -18,7 +18,14 @@ from fastssl.runs.checkpoint import write_state
 def run(beton: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A MoCo run of six steps, which has both networks."""
     out = tmp_path_factory.mktemp("runs") / "mine"
-    settings = ["views.0.size=32", "train.epochs=1", "train.batch_size=8", "moco.queue=64", "moco.projector.hidden=16", "moco.split_bn=2"]
+    settings = [
+        "views.0.size=32",
+        "train.epochs=1",
+        "train.batch_size=8",
+        "moco.queue=64",
+        "moco.projector.hidden=16",
+        "moco.split_bn=2",
+    ]
     settings += ["probe.size=32", "probe.online_samples=20"]
     command = [
         "pretrain",
@@ -56,7 +63,12 @@ def test_every_form_of_a_run_gives_the_same_network(run: Path) -> None:
 
 
 def test_the_runs_pictures_come_with_every_form_of_it(run: Path, tmp_path: Path) -> None:
-    places = [run, run / "checkpoints", run / "checkpoints" / "last.pt", run / "checkpoints" / "last-teacher.safetensors"]
+    places = [
+        run,
+        run / "checkpoints",
+        run / "checkpoints" / "last.pt",
+        run / "checkpoints" / "last-teacher.safetensors",
+    ]
     assert {(one.size, one.crop) for one in map(load_trained, places)} == {(32, 1.0)}
     bare = tmp_path / "last.safetensors"
     bare.write_bytes((run / "checkpoints" / "last.safetensors").read_bytes())
@@ -84,10 +96,14 @@ def test_what_is_not_there_is_said(run: Path, tmp_path: Path) -> None:
         load_trained(tmp_path / "last.pt")
     with pytest.raises(FastSSLError, match="no such checkpoint"):
         load_trained(tmp_path / "last.safetensors")
-    save_backbone(create_backbone("lcnet_035"), tmp_path / "last.safetensors", arch="lcnet_035", network="student", step="3")
+    save_backbone(
+        create_backbone("lcnet_035"), tmp_path / "last.safetensors", arch="lcnet_035", network="student", step="3"
+    )
     with pytest.raises(FastSSLError, match="has no teacher"):
         load_trained(tmp_path, "teacher")
-    with pytest.raises(FastSSLError, match="holds the student network, not the teacher's, and there is no last-teacher"):
+    with pytest.raises(
+        FastSSLError, match="holds the student network, not the teacher's, and there is no last-teacher"
+    ):
         load_trained(tmp_path / "last.safetensors", "teacher")
     save_backbone(create_backbone("lcnet_035"), tmp_path / "other.safetensors", arch="lcnet_035")
     assert load_trained(tmp_path / "other.safetensors").network == "imported"
@@ -108,7 +124,8 @@ def test_what_is_not_there_is_said(run: Path, tmp_path: Path) -> None:
             state["method"]["student.backbone.conv_stem.weight"] = torch.zeros(8, 3, 3, 3, dtype=torch.int8)
         write_state(tmp_path / "odd.pt", state)
         with pytest.raises(
-            FastSSLError, match=r"conv_stem\.weight.*another kind" if arch == "lcnet_035" else "its config names no network"
+            FastSSLError,
+            match=r"conv_stem\.weight.*another kind" if arch == "lcnet_035" else "its config names no network",
         ):
             load_trained(tmp_path / "odd.pt")
     torch.save({"version": 1}, tmp_path / "odd.pt")
@@ -118,7 +135,10 @@ def test_what_is_not_there_is_said(run: Path, tmp_path: Path) -> None:
 
 def test_a_detector_is_no_run(tmp_path: Path) -> None:
     for more in ({"kind": "detector"}, {}):
-        torch.save({"version": 1, "config": {}, "detector": {"a": torch.zeros(1)}, "iteration": 5, **more}, tmp_path / "detect.pt")
+        torch.save(
+            {"version": 1, "config": {}, "detector": {"a": torch.zeros(1)}, "iteration": 5, **more},
+            tmp_path / "detect.pt",
+        )
         with pytest.raises(FastSSLError, match=r"detect\.pt: is a detector.*the run's own checkpoint"):
             load_trained(tmp_path / "detect.pt")
 
@@ -131,7 +151,8 @@ def test_a_header_is_believed_and_a_files_name_is_not(tmp_path: Path) -> None:
     save("last-teacher.safetensors", network="student", step="3")  # a copy
     for place in (tmp_path, tmp_path / "last.safetensors"):
         with pytest.raises(
-            FastSSLError, match=r"last-teacher\.safetensors: holds the student network, not the teacher's, as its name says"
+            FastSSLError,
+            match=r"last-teacher\.safetensors: holds the student network, not the teacher's, as its name says",
         ):
             load_trained(place, "teacher")
     save("last.safetensors", network="teacher", step="3")

@@ -17,9 +17,15 @@ def test_git_is_none_outside_a_checkout(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert describe_git() is None
 
 
-def test_git_names_the_commit_and_says_when_files_differ_from_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_git_names_the_commit_and_says_when_files_differ_from_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     def git(*arguments: str) -> None:
-        subprocess.run(["git", "-C", tmp_path, "-c", "user.name=n", "-c", "user.email=e", *arguments], check=True, capture_output=True)
+        subprocess.run(
+            ["git", "-C", tmp_path, "-c", "user.name=n", "-c", "user.email=e", *arguments],
+            check=True,
+            capture_output=True,
+        )
 
     file = tmp_path / "versions.py"
     file.write_text("first")

@@ -127,7 +127,9 @@ def test_a_store_that_does_not_answer_is_given_up() -> None:
     watch._words = ""
 
 
-def test_last_words_are_told_and_not_waited_for_long(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> None:
+def test_last_words_are_told_and_not_waited_for_long(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
     """Where they are written may be what the process hangs at."""
     told, answer, codes = [], threading.Event(), []
 
@@ -298,7 +300,14 @@ def test_what_all_raise_is_what_each_says(kind: str, tmp_path: Path) -> None:
 
 def test_a_photo_that_only_one_process_reads_ends_all_with_its_name(damaged: tuple[Path, int], tmp_path: Path) -> None:
     path, sample = damaged
-    small = ["views.0.size=32", "train.batch_size=12", "moco.queue=48", "moco.projector.hidden=8", "moco.split_bn=1", "train.epochs=3"]
+    small = [
+        "views.0.size=32",
+        "train.batch_size=12",
+        "moco.queue=48",
+        "moco.projector.hidden=8",
+        "moco.split_bn=1",
+        "train.epochs=3",
+    ]
     command = [
         "-m",
         "fastssl",
@@ -320,7 +329,9 @@ def test_a_photo_that_only_one_process_reads_ends_all_with_its_name(damaged: tup
             time.sleep(0.05)
         assert started.ended(range(3), timeout=20) == [1, 1, 1]
         assert not any("frame #" in started.said(rank) for rank in range(3)), "torch's own traces"
-        lines = [[line for line in started.said(rank).splitlines() if line.startswith("fastssl: ")] for rank in range(3)]
+        lines = [
+            [line for line in started.said(rank).splitlines() if line.startswith("fastssl: ")] for rank in range(3)
+        ]
     assert all(len(own) == 1 and f"sample {sample}" in own[0] for own in lines), lines
     others = [own[0] for own in lines if "the run cannot go on: process" in own[0]]
     assert len(others) == 2, lines

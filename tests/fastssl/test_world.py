@@ -40,9 +40,15 @@ BATCH_SHELL = {
         (SRUN, World(5, 16, 1, "gpu03", 10000 + 123456 % 20000)),
         ({**SRUN, "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "4000"}, World(5, 16, 1, "10.0.0.1", 4000)),
         ({**SRUN, "SLURM_STEP_NODELIST": "", "SLURM_JOB_NODELIST": "a,b"}, World(5, 16, 1, "a", 13456)),
-        ({**SRUN, "SLURM_STEP_NODELIST": "", "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.2"}, World(5, 16, 1, "10.0.0.2", 13456)),
+        (
+            {**SRUN, "SLURM_STEP_NODELIST": "", "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.2"},
+            World(5, 16, 1, "10.0.0.2", 13456),
+        ),
         (BATCH_SHELL, World()),
-        ({name: value for name, value in BATCH_SHELL.items() if name != "SLURM_STEP_NUM_TASKS"}, World()),  # a shell of salloc
+        (
+            {name: value for name, value in BATCH_SHELL.items() if name != "SLURM_STEP_NUM_TASKS"},
+            World(),
+        ),  # a shell of salloc
     ],
 )
 def test_the_environment_says_who_this_is(environ: dict[str, str], expected: World) -> None:
@@ -63,7 +69,10 @@ def test_the_environment_says_who_this_is(environ: dict[str, str], expected: Wor
         ({name: value for name, value in SRUN.items() if name != "SLURM_LOCALID"}, "SLURM_LOCALID not"),
         ({**SRUN, "SLURM_STEP_NODELIST": ""}, "none of MASTER_ADDR"),
         ({**SRUN, "SLURM_STEP_NODELIST": "gpu[01"}, "list of hosts 'gpu\\[01'"),
-        ({name: value for name, value in SRUN.items() if name != "SLURM_JOB_ID"}, "neither MASTER_PORT nor SLURM_JOB_ID"),
+        (
+            {name: value for name, value in SRUN.items() if name != "SLURM_JOB_ID"},
+            "neither MASTER_PORT nor SLURM_JOB_ID",
+        ),
     ],
 )
 def test_an_environment_that_is_half_set_is_refused_by_name(environ: dict[str, str], says: str) -> None:

@@ -12,7 +12,9 @@ from fastssl.config.recipe import RECIPE_FOLDER, load_recipe
 from fastssl.errors import FastSSLError
 from fastssl.utils.yaml_file import MAX_BYTES, parse_yaml, read_yaml
 
-LAUGHS = "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}, *a{n - 1}, *a{n - 1}]\n" for n in range(1, 40))
+LAUGHS = "a0: &a0 [x, x]\n" + "".join(
+    f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}, *a{n - 1}, *a{n - 1}]\n" for n in range(1, 40)
+)
 MERGES = "a0: &a0 {x: 1}\n" + "".join(f"a{n}: &a{n} {{<<: [*a{n - 1}, *a{n - 1}, *a{n - 1}]}}\n" for n in range(1, 40))
 
 #: name -> (text, what the message says)
@@ -34,7 +36,10 @@ HOSTILE = {
     "twice, inside": ("train: {epochs: 1, epochs: 2}", "key 'epochs' stands twice"),
     "python": ("!!python/object/apply:os.system ['touch broken']", "could not determine a constructor"),
     "python, inside": ("train: !!python/name:os.system ''", "could not determine a constructor"),
-    "python, new": ("train: !!python/object/new:subprocess.Popen [[touch, broken]]", "could not determine a constructor"),
+    "python, new": (
+        "train: !!python/object/new:subprocess.Popen [[touch, broken]]",
+        "could not determine a constructor",
+    ),
     "not a number": ("optim: {lr: .nan}", "optim.lr must be a finite number, got nan"),
     "infinite": ("optim: {lr: -.inf}", "optim.lr must be a finite number, got -inf"),
     "too large": ("optim: {lr: 1.0e+400}", "optim.lr must be a finite number, got inf"),

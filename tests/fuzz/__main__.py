@@ -29,8 +29,12 @@ from fuzz.pool import run
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=None, help="cases; default: 10000, or without end where --minutes is given")
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.fuzz", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--count", type=int, default=None, help="cases; default: 10000, or without end where --minutes is given"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--first", type=int, default=0, help="number of the first case")
     parser.add_argument("--minutes", type=float, default=None)
@@ -54,7 +58,9 @@ def main() -> int:
     for kind, times in found.kinds.items():
         verdict = kind.rsplit(", ", 1)[-1]
         verdicts[verdict] = verdicts.get(verdict, 0) + times
-    print(f"seed {options.seed}: {found.done:,} cases in {seconds:.0f} s on {options.workers} processes: {dict(sorted(verdicts.items()))}")
+    print(
+        f"seed {options.seed}: {found.done:,} cases in {seconds:.0f} s on {options.workers} processes: {dict(sorted(verdicts.items()))}"
+    )
     print(
         f"{len(found.examples)} kinds of messages; slowest case {found.slowest[1]}: {found.slowest[0]:.2f} s; {len(found.failures)} went wrong"
     )
@@ -79,7 +85,11 @@ def worker(make: Callable[[int, int], Case], seed: int, folder: Path, pictures: 
 
         def one(number: int) -> tuple[str, str]:
             case = make(seed, number)
-            verdict = judge_photo(case.content) if judge is None else judge(case.content, "device" if number % 4 == 0 else "host")
+            verdict = (
+                judge_photo(case.content)
+                if judge is None
+                else judge(case.content, "device" if number % 4 == 0 else "host")
+            )
             return f"{case.how}, {verdict.kind}", verdict.message
 
         return one

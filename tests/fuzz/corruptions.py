@@ -102,12 +102,22 @@ def numbers(corruptor: Corruptor, rng: np.random.Generator, file: Beton, layout:
         fields = [
             *[(0, "<H"), (2, "<H"), (4, "<I"), (8, "<Q"), (16, "<Q")],
             *[(24 + 1041 * int(rng.integers(len(file.fields))), "<B")],
-            *[(image, "<B"), (image + 1, "<H"), (image + 3, "<H"), (image + 5, "<Q"), (image + layout.record - 8, "<q")],
+            *[
+                (image, "<B"),
+                (image + 1, "<H"),
+                (image + 3, "<H"),
+                (image + 5, "<Q"),
+                (image + layout.record - 8, "<q"),
+            ],
             *[(entry, "<Q"), (entry + 8, "<Q"), (entry + 16, "<Q")],
         ]
         at, form = fields[int(rng.integers(len(fields)))]
         now = struct.unpack_from(form, content, at)[0]
-        value = int(rng.choice(INTERESTING)) if rng.integers(2) else now + int(rng.choice([-24, -8, -1, 1, 2, 8, 24, now, len(content)]))
+        value = (
+            int(rng.choice(INTERESTING))
+            if rng.integers(2)
+            else now + int(rng.choice([-24, -8, -1, 1, 2, 8, 24, now, len(content)]))
+        )
         width = 8 * struct.calcsize(form)
         struct.pack_into(form.upper(), content, at, value & ((1 << width) - 1))
     return bytes(content)
@@ -150,7 +160,9 @@ def swapped(corruptor: Corruptor, rng: np.random.Generator, file: Beton, layout:
     """Two records, two entries of the table, or two parts of two records change places."""
     content = bytearray(layout.content)
     start, size, count = (
-        (layout.metadata, layout.record, len(file.samples)) if rng.integers(2) else (layout.table, 24, (len(content) - layout.table) // 24)
+        (layout.metadata, layout.record, len(file.samples))
+        if rng.integers(2)
+        else (layout.table, 24, (len(content) - layout.table) // 24)
     )
     one, two = (start + size * int(rng.integers(count)) for _ in range(2))
     low = int(rng.choice([0, 0, size - 8, size // 2]))
@@ -183,7 +195,9 @@ def jpeg_of_another(corruptor: Corruptor, rng: np.random.Generator, file: Beton,
     donor = corruptor.files[int(rng.integers(len(corruptor.files)))]
     theirs = donor.samples[int(rng.integers(len(donor.samples)))].data
     at = int(rng.integers(0, 3))
-    return _with_picture(rng, file, lambda data: theirs if at == 0 else data[: len(data) // 2] + theirs[len(theirs) // 2 :])
+    return _with_picture(
+        rng, file, lambda data: theirs if at == 0 else data[: len(data) // 2] + theirs[len(theirs) // 2 :]
+    )
 
 
 def _with_picture(rng: np.random.Generator, file: Beton, change: Callable[[bytes], bytes]) -> bytes:
@@ -191,7 +205,9 @@ def _with_picture(rng: np.random.Generator, file: Beton, change: Callable[[bytes
     data = change(file.samples[number].data)
     changed = with_data(file, number, data or b"\0")
     if rng.integers(8) == 0:  # and a record that says what the picture says of itself
-        sample = replace(changed.samples[number], height=int(rng.choice([1, 8, 24, 65535])), width=int(rng.choice([1, 8, 16, 65535])))
+        sample = replace(
+            changed.samples[number], height=int(rng.choice([1, 8, 24, 65535])), width=int(rng.choice([1, 8, 16, 65535]))
+        )
         changed = replace(changed, samples=(*changed.samples[:number], sample, *changed.samples[number + 1 :]))
     return changed.layout().content
 
@@ -264,18 +280,23 @@ def edit_markers(rng: np.random.Generator, data: bytes) -> bytes:
             changed[start + 2 : start + 4] = (length & 0xFFFF).to_bytes(2, "big")
         elif how == 6:  # bytes of a table, of EXIF, of a comment
             for _ in range(int(rng.integers(1, 6))):
-                changed[int(rng.integers(start + 4, max(start + 5, end))) % len(changed)] = int(rng.choice([0, 1, 16, 127, 128, 255]))
+                changed[int(rng.integers(start + 4, max(start + 5, end))) % len(changed)] = int(
+                    rng.choice([0, 1, 16, 127, 128, 255])
+                )
         elif how == 7:  # a segment lost, or twice
             changed[start:end] = b"" if rng.integers(2) else changed[start:end] * 2
         elif how == 8:  # a segment of rubbish
             size = int(rng.choice([0, 1, 14, 300]))
             kind = int(rng.choice([0xE0, 0xE1, 0xE2, 0xEE, 0xC4, 0xDB, 0xCC, 0xDC, 0xFE, 0x01]))
             lead = [b"", b"Exif\0\0", b"JFIF\0", b"Adobe\0d", b"ICC_PROFILE\0"][int(rng.integers(5))]
-            changed[start:start] = bytes((0xFF, kind)) + (size + len(lead) + 2).to_bytes(2, "big") + lead + rng.bytes(size)
+            changed[start:start] = (
+                bytes((0xFF, kind)) + (size + len(lead) + 2).to_bytes(2, "big") + lead + rng.bytes(size)
+            )
         else:  # the coded data, end marker included
             at = int(rng.integers(found[-1][1], len(data)))
             changed[at:] = (
-                changed[at:][: int(rng.integers(0, 4))] + [b"", b"\xff\xd9", b"\xff\xd0\xff\xd1", bytes(50)][int(rng.integers(4))]
+                changed[at:][: int(rng.integers(0, 4))]
+                + [b"", b"\xff\xd9", b"\xff\xd0\xff\xd1", bytes(50)][int(rng.integers(4))]
             )
         if len(changed) > 1 << 20:  # repeats of repeats
             break

@@ -181,5 +181,13 @@ def written_by_ffcv() -> Beton:
     records = [struct.unpack_from("<dBHHQ3xq", content, metadata + 32 * k) for k in range(count)]
     sizes = {at: size for _, at, size in struct.iter_unpack("<QQQ", content[table:])}
     places = tuple((record[4], sizes[record[4]]) for record in records)
-    samples = tuple(Sample(content[at : at + size], row[3], row[2], row[1], row[5]) for (at, size), row in zip(places, records))
-    return Beton("written by ffcv", samples, fields, paged=True, stored=Layout(content, metadata, 32, places[0][0], table, places))
+    samples = tuple(
+        Sample(content[at : at + size], row[3], row[2], row[1], row[5]) for (at, size), row in zip(places, records)
+    )
+    return Beton(
+        "written by ffcv",
+        samples,
+        fields,
+        paged=True,
+        stored=Layout(content, metadata, 32, places[0][0], table, places),
+    )

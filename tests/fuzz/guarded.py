@@ -25,7 +25,9 @@ class Guarded:
 
     def __init__(self) -> None:
         size = _LARGEST + mmap.PAGESIZE
-        self._start = _libc.mmap(None, size, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
+        self._start = _libc.mmap(
+            None, size, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0
+        )
         if _libc.mprotect(self._start + _LARGEST, mmap.PAGESIZE, 0):
             raise OSError(ctypes.get_errno(), "mprotect")
         self._all = np.frombuffer((ctypes.c_char * _LARGEST).from_address(self._start), np.uint8)

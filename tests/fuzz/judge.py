@@ -75,7 +75,9 @@ class Judge:
             table = _table(content)
             for i in range(len(reader)):
                 if (i, int(reader.offsets[i]), int(reader.sizes[i])) not in table:
-                    raise Wrong(f"sample {i}: read from byte {reader.offsets[i]}, which the allocation table does not give to it")
+                    raise Wrong(
+                        f"sample {i}: read from byte {reader.offsets[i]}, which the allocation table does not give to it"
+                    )
             found, failed = self._decode(reader)
             keys = tuple(self._key(reader, i) for i in range(len(reader)))
             known = [self.pictures.get(key) for key in keys]
@@ -86,7 +88,13 @@ class Judge:
             if skipped != sorted(failed):
                 raise Wrong(f"skipped {skipped}, but those that cannot be decoded are {sorted(failed)}")
             for i, original in enumerate(known):
-                if views is not None and i not in failed and original is not None and crops == "host" and not _same(views[i], original[1]):
+                if (
+                    views is not None
+                    and i not in failed
+                    and original is not None
+                    and crops == "host"
+                    and not _same(views[i], original[1])
+                ):
                     raise Wrong(f"sample {i}: its bytes are the original's, its view is not")
         kind = "damaged" if failed else "exact" if keys in self.whole else "altered"
         return Verdict(kind, next(iter(failed.values()), ""))

@@ -72,7 +72,12 @@ class _Child:
 
 
 def run(
-    work: Callable[[], Callable[[int], tuple[str, str]]], count: int, *, first: int = 0, workers: int = 1, deadline: float | None = None
+    work: Callable[[], Callable[[int], tuple[str, str]]],
+    count: int,
+    *,
+    first: int = 0,
+    workers: int = 1,
+    deadline: float | None = None,
 ) -> Found:
     """Judge the cases ``first`` to ``first + count``.
 
@@ -101,7 +106,9 @@ def run(
                 continue
             if not since or (os.WIFEXITED(status) and os.WEXITSTATUS(status) == _BROKEN):
                 raise RuntimeError("the judge itself does not work; see above")
-            found.failures.append((number, f"took more than {LIMIT:g} s" if hangs else f"ended the process ({_named(status)})"))
+            found.failures.append(
+                (number, f"took more than {LIMIT:g} s" if hangs else f"ended the process ({_named(status)})")
+            )
             found.done += 1
             if number + child.step < child.end:
                 children.append(_Child(work, number + child.step, child.step, child.end))

@@ -43,7 +43,13 @@ def photos(count: int, size: int) -> torch.Tensor:
 
 def draw(spec: ViewSpec, count: int, seed: int = 0) -> np.ndarray:
     return draw_plan(
-        spec, first_view=0, seed=seed, epoch=0, sample_ids=np.arange(count), heights=np.full(count, 300), widths=np.full(count, 300)
+        spec,
+        first_view=0,
+        seed=seed,
+        epoch=0,
+        sample_ids=np.arange(count),
+        heights=np.full(count, 300),
+        widths=np.full(count, 300),
     )[0]
 
 
@@ -52,7 +58,9 @@ def neutral(count: int) -> np.ndarray:
     return draw(ViewSpec(jitter=0.0, grey=0.0, blur=0.0), count)
 
 
-def on_device(views: torch.Tensor, plan: np.ndarray, spec: ViewSpec, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+def on_device(
+    views: torch.Tensor, plan: np.ndarray, spec: ViewSpec, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
     """The device driver on CPU tensors."""
     return augment_device(views, torch.from_numpy(parameter_table(plan)), spec, dtype)
 
@@ -74,7 +82,10 @@ def test_random_plans_equal_torchvision(driver, size: int, count: int, dtype: to
     result = driver(views, plan, spec, dtype)
     assert result.dtype == dtype and result.shape == views.shape
     assert result.is_contiguous(memory_format=torch.channels_last)
-    expected, margin = (torch.stack(part) for part in zip(*(torchvision_colour(view, record, spec) for view, record in zip(views, plan))))
+    expected, margin = (
+        torch.stack(part)
+        for part in zip(*(torchvision_colour(view, record, spec) for view, record in zip(views, plan)))
+    )
     expected = V2.normalize(expected, list(spec.mean), list(spec.std))
     # A value that lies on the threshold to a rounding error may fall on either side of it.
     clear = margin > 1e-5
@@ -109,7 +120,12 @@ def test_the_samples_own_order_is_kept(driver, order: tuple[int, ...]) -> None:
 OPERATIONS = {
     # name: (plan fields, on a Pillow image, bound of the mean and of the largest difference in grey levels)
     "brightness": ({"brightness": 1.3}, lambda image: ImageEnhance.Brightness(image).enhance(1.3), 0.5, 1),
-    "contrast": ({"contrast": 0.5}, lambda image: ImageEnhance.Contrast(image).enhance(0.5), 0.75, 1),  # Pillow rounds the mean, too
+    "contrast": (
+        {"contrast": 0.5},
+        lambda image: ImageEnhance.Contrast(image).enhance(0.5),
+        0.75,
+        1,
+    ),  # Pillow rounds the mean, too
     "saturation": ({"saturation": 1.7}, lambda image: ImageEnhance.Color(image).enhance(1.7), 0.5, 3),
     "grey": ({"grey": True}, lambda image: image.convert("L").convert("RGB"), 0.5, 1),
     "solarise": ({"solarise": True}, lambda image: ImageOps.solarize(image, 100), 0.0, 0),
@@ -140,7 +156,9 @@ def test_blur_is_close_to_pillows(driver) -> None:
     plan["blur_sigma"] = [0.5, 1.0, 1.5, 2.0]
     result = (driver(views, plan, spec) * 255).permute(0, 2, 3, 1).numpy()
     for view, ours, record in zip(views, result, plan):
-        theirs = Image.fromarray(view.permute(1, 2, 0).contiguous().numpy()).filter(ImageFilter.GaussianBlur(float(record["blur_sigma"])))
+        theirs = Image.fromarray(view.permute(1, 2, 0).contiguous().numpy()).filter(
+            ImageFilter.GaussianBlur(float(record["blur_sigma"]))
+        )
         assert np.abs(ours - np.asarray(theirs))[6:-6, 6:-6].mean() <= 0.7
 
 
@@ -301,7 +319,9 @@ def test_parameter_table_places_every_order() -> None:
 def test_host_driver_from_several_threads() -> None:
     views, plan = photos(30, 32), draw(STRONG, 30)
     expected, found = augment(views, plan, STRONG), {}
-    threads = [threading.Thread(target=lambda k=k: found.__setitem__(k, augment(views, plan, STRONG))) for k in range(4)]
+    threads = [
+        threading.Thread(target=lambda k=k: found.__setitem__(k, augment(views, plan, STRONG))) for k in range(4)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -322,7 +342,11 @@ def test_gpu_equals_the_host_without_a_sync_and_in_a_graph() -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     error = (result.cpu() - expected).abs()
-    assert error.mean() < 0.5 / 255 and error.quantile(0.999) < 1 / 255 and result.is_contiguous(memory_format=torch.channels_last)
+    assert (
+        error.mean() < 0.5 / 255
+        and error.quantile(0.999) < 1 / 255
+        and result.is_contiguous(memory_format=torch.channels_last)
+    )
 
     table = torch.from_numpy(parameter_table(plan)).cuda()
     graph = torch.cuda.CUDAGraph()

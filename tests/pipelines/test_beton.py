@@ -19,7 +19,9 @@ from fastssl.pipelines.ops import jpeg
 def pictures(count, seed=0, side=40):
     rng = np.random.default_rng(seed)
     return [
-        np.kron(rng.integers(0, 256, (*rng.integers(1, side // 8 + 1, 2), 3), dtype=np.uint8), np.ones((8, 8, 1), np.uint8))
+        np.kron(
+            rng.integers(0, 256, (*rng.integers(1, side // 8 + 1, 2), 3), dtype=np.uint8), np.ones((8, 8, 1), np.uint8)
+        )
         for _ in range(count)
     ]
 
@@ -103,7 +105,11 @@ def test_decode_into_checks_its_buffer(tmp_path):
     with BetonReader(tmp_path / "a.beton") as reader:
         for i in (0, 1):
             height, width = images[i].shape[:2]
-            for shape, dtype in [((height + 1, width, 3), np.uint8), ((height, width, 1), np.uint8), ((height, width, 3), np.int16)]:
+            for shape, dtype in [
+                ((height + 1, width, 3), np.uint8),
+                ((height, width, 1), np.uint8),
+                ((height, width, 3), np.int16),
+            ]:
                 with pytest.raises(JpegError, match=f"a.beton: sample {i} is"):
                     reader.decode_into(i, np.empty(shape, dtype))
 
@@ -128,7 +134,9 @@ def test_no_sample_crosses_a_page_and_the_page_grows(tmp_path):
 @pytest.mark.parametrize("kept", [1, 4, 9])
 def test_a_stopped_writer_goes_on_with_the_same_bytes(tmp_path, kept):
     rng = np.random.default_rng(4)
-    images = [rng.integers(0, 256, (side, 700, 3), dtype=np.uint8) for side in (10, 900, 300, 1100, 5, 400, 800, 800, 3)]
+    images = [
+        rng.integers(0, 256, (side, 700, 3), dtype=np.uint8) for side in (10, 900, 300, 1100, 5, 400, 800, 800, 3)
+    ]
 
     def add(writer, some):
         for k in some:
@@ -210,7 +218,15 @@ def foreign_file(path, types, table_order=None, empty_bytes=False):
 
 @pytest.mark.parametrize(
     ("types", "label"),
-    [([2, 1], 10), ([1, 2], 0), ([0, 2, 1], 20), ([3, 2, 4, 1, 1], 30), ([2, 5, 6], None), ([6, 3, 2], None), ([2, 1, 2], 10)],
+    [
+        ([2, 1], 10),
+        ([1, 2], 0),
+        ([0, 2, 1], 20),
+        ([3, 2, 4, 1, 1], 30),
+        ([2, 5, 6], None),
+        ([6, 3, 2], None),
+        ([2, 1, 2], 10),
+    ],
 )
 @pytest.mark.parametrize("empty_bytes", [False, True])
 def test_other_fields_are_skipped_with_a_notice(tmp_path, types, label, empty_bytes):
@@ -290,7 +306,11 @@ def test_opening_is_fast(tmp_path):
     fields["type_id"] = [2, 1]
     table_at = (8 << 20) + 10 * count
     with open(path, "wb") as file:
-        file.write(np.array((2, 2, 2 << 20, count, table_at), beton.HEADER_DTYPE).tobytes() + fields.tobytes() + metadata.tobytes())
+        file.write(
+            np.array((2, 2, 2 << 20, count, table_at), beton.HEADER_DTYPE).tobytes()
+            + fields.tobytes()
+            + metadata.tobytes()
+        )
         file.seek(table_at)
         file.write(table[::-1].tobytes())
     best = 9.0
@@ -310,7 +330,11 @@ def test_some_photos_tell_a_file_from_another(tmp_path, monkeypatch):
             writer.finish()
         return BetonReader(tmp_path / name)
 
-    with write("one.beton", 1, 2, 3) as one, write("same.beton", 1, 2, 3) as same, write("other.beton", 1, 9, 3) as other:
+    with (
+        write("one.beton", 1, 2, 3) as one,
+        write("same.beton", 1, 2, 3) as same,
+        write("other.beton", 1, 9, 3) as other,
+    ):
         assert one.photo_checksum() == same.photo_checksum() != other.photo_checksum()
         assert one.table_checksums() == other.table_checksums()
         read = BetonReader._read

@@ -60,7 +60,9 @@ def read_what_was_cut(copy: Path) -> None:
                 assert np.array_equal(reader.decode(i), whole[i])
                 continue
             for read in (reader.decode, reader.encoded):
-                with pytest.raises(BetonError, match=rf"copy.beton: sample {i}: cut off since it was opened: 0 of [\d,]+ bytes"):
+                with pytest.raises(
+                    BetonError, match=rf"copy.beton: sample {i}: cut off since it was opened: 0 of [\d,]+ bytes"
+                ):
                     read(i)
         with pytest.raises(BetonError, match="its tables: cut off"):
             reader.table_checksums()
@@ -72,7 +74,10 @@ def test_cut_under_an_open_reader(copy: Path) -> None:
 
 
 def stop_at_the_first(copy: Path, engine: str, end: int) -> None:
-    with ViewLoader(copy, TWO, 8, pipeline=engine) as loader, pytest.raises(BetonError, match=r"copy.beton: sample \d+: cut off since"):
+    with (
+        ViewLoader(copy, TWO, 8, pipeline=engine) as loader,
+        pytest.raises(BetonError, match=r"copy.beton: sample \d+: cut off since"),
+    ):
         for batch in (batch for epoch in range(9) for batch in loader.epoch(epoch)):
             os.truncate(copy, end)
             assert len(batch.index) == 8
@@ -198,7 +203,11 @@ def test_reads_that_come_in_pieces(copy: Path, monkeypatch: pytest.MonkeyPatch) 
     with BetonReader(copy) as reader:
         expected = [reader.decode(i) for i in range(48)]
     real = os.preadv
-    monkeypatch.setattr(beton_module.os, "preadv", lambda file, buffers, at: real(file, [buffers[0][: max(1, len(buffers[0]) // 3)]], at))
+    monkeypatch.setattr(
+        beton_module.os,
+        "preadv",
+        lambda file, buffers, at: real(file, [buffers[0][: max(1, len(buffers[0]) // 3)]], at),
+    )
     with BetonReader(copy) as reader:
         assert all(np.array_equal(reader.decode(i), picture) for i, picture in enumerate(expected))
 

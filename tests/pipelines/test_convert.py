@@ -212,7 +212,9 @@ def png_of_size(width, height):
 
     chunk = lambda kind, body: struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))  # noqa: E731
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+    )
 
 
 @cache
@@ -265,7 +267,15 @@ def test_sides_that_the_format_cannot_hold():
 
 
 def test_options_are_checked():
-    wrongs = [dict(short_side=0), dict(quality=0), dict(quality=101), dict(store="png"), dict(workers=0), dict(on_bad="x"), dict(limit=-1)]
+    wrongs = [
+        dict(short_side=0),
+        dict(quality=0),
+        dict(quality=101),
+        dict(store="png"),
+        dict(workers=0),
+        dict(on_bad="x"),
+        dict(limit=-1),
+    ]
     for wrong in wrongs:
         with pytest.raises(ConvertError):
             ConvertOptions(**wrong)
@@ -378,7 +388,9 @@ def test_raw_flat_and_limited(folder, tmp_path):
         assert (reader.modes == 1).all() and np.maximum(reader.heights, reader.widths).max() == 50
         for i, k in enumerate([0, 3, 6, 9]):  # evenly spaced
             data = (folder / "good" / f"{k:02}.JPG").read_bytes()
-            np.testing.assert_array_equal(reader.decode(i), decoded(encode_photo(data, ConvertOptions(store="raw", max_side=50))))
+            np.testing.assert_array_equal(
+                reader.decode(i), decoded(encode_photo(data, ConvertOptions(store="raw", max_side=50)))
+            )
     assert json.loads((tmp_path / "out.beton.json").read_text())["class_counts"] is None
 
 
@@ -518,11 +530,17 @@ def test_a_power_cut_at_any_moment_leaves_what_the_journal_vouches_for(many, tmp
     assert outputs(tmp_path / "out.beton") == whole
     vouched = [place for place, event in enumerate(disk.events) if event == ("fsync", "out.beton.partial.journal")]
     assert len(vouched) == 40 and all(disk.events[place - 1] == ("fsync", "out.beton.partial") for place in vouched)
-    assert [name for what, name in disk.events if what == "rename"] == ["out.beton.rejects.jsonl", "out.beton.json", "out.beton"]
+    assert [name for what, name in disk.events if what == "rename"] == [
+        "out.beton.rejects.jsonl",
+        "out.beton.json",
+        "out.beton",
+    ]
     assert not disk.problems and not disk.lost_names
 
 
-@pytest.mark.parametrize(("what", "when"), [("add", 1), ("add", 25), ("fsync", 41), ("replace", 1), ("replace", 3), ("unlink", 2)])
+@pytest.mark.parametrize(
+    ("what", "when"), [("add", 1), ("add", 25), ("fsync", 41), ("replace", 1), ("replace", 3), ("unlink", 2)]
+)
 def test_killed_at_a_chosen_moment(many, tmp_path, what, when):
     source, whole = many
     dst = tmp_path / "out.beton"
@@ -545,11 +563,17 @@ def test_killed_at_random_moments_until_it_is_done(many, tmp_path):
     rng = np.random.default_rng(0)
     kills = 0
     for _ in range(6):
-        process = subprocess.Popen([sys.executable, "-c", KILLED, str(source), str(dst), "never", "0"], stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            [sys.executable, "-c", KILLED, str(source), str(dst), "never", "0"], stderr=subprocess.DEVNULL
+        )
         journal = tmp_path / "out.beton.partial.journal"
         before = journal.stat().st_size if journal.exists() else 0
         deadline = time.monotonic() + 20
-        while process.poll() is None and time.monotonic() < deadline and not (journal.exists() and journal.stat().st_size > before):
+        while (
+            process.poll() is None
+            and time.monotonic() < deadline
+            and not (journal.exists() and journal.stat().st_size > before)
+        ):
             time.sleep(0.005)
         time.sleep(rng.uniform(0, 0.1))
         process.kill()

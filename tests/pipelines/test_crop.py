@@ -18,7 +18,20 @@ from fastssl.pipelines.ops import crop
 from fastssl.pipelines.ops.crop import boxes_of, crop_resize_device, crop_resize_host, filter_matrices, plan_chunks
 from fastssl.pipelines.plan.draw import VIEW_DTYPE, ViewSpec, draw_plan
 
-SIZES = [(427, 640), (240, 320), (320, 213), (64, 64), (65, 63), (30, 200), (200, 24), (2, 30), (1, 1), (3, 2), (131, 97), (28, 28)]
+SIZES = [
+    (427, 640),
+    (240, 320),
+    (320, 213),
+    (64, 64),
+    (65, 63),
+    (30, 200),
+    (200, 24),
+    (2, 30),
+    (1, 1),
+    (3, 2),
+    (131, 97),
+    (28, 28),
+]
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +58,15 @@ def plans_for(specs: list[ViewSpec], heights: np.ndarray, widths: np.ndarray, se
     plans, first = [], 0
     for spec in specs:
         plans.append(
-            draw_plan(spec, first_view=first, seed=seed, epoch=0, sample_ids=np.arange(len(heights)), heights=heights, widths=widths)
+            draw_plan(
+                spec,
+                first_view=first,
+                seed=seed,
+                epoch=0,
+                sample_ids=np.arange(len(heights)),
+                heights=heights,
+                widths=widths,
+            )
         )
         first += spec.count
     return plans
@@ -85,7 +106,9 @@ def box(top: int, left: int, height: int, width: int, flip: bool = False) -> np.
     return record
 
 
-def device(pictures: list[np.ndarray], plans: list[np.ndarray], specs: list[ViewSpec], slack: int = 0) -> list[np.ndarray]:
+def device(
+    pictures: list[np.ndarray], plans: list[np.ndarray], specs: list[ViewSpec], slack: int = 0
+) -> list[np.ndarray]:
     """crop_resize_device as (count, B, S, S, 3) arrays."""
     outputs = crop_resize_device(*pack(pictures, slack), plans, specs)
     return [
@@ -111,7 +134,10 @@ def test_both_paths_equal_torchvision_and_pillow(photos: list[np.ndarray], inter
             for ours in (on_host, views[view, sample]):
                 mean, most = difference(ours, pillow(photos[sample], record, spec))
                 # The cubic overshoots and is cut to 8 bits between the passes; which pass is first then matters.
-                assert mean <= 0.5 and most <= (1 if interpolation == "bilinear" else 12), (photos[sample].shape, record)
+                assert mean <= 0.5 and most <= (1 if interpolation == "bilinear" else 12), (
+                    photos[sample].shape,
+                    record,
+                )
             for ours, bound in ((on_host, 0.2), (views[view, sample], 0.5)):
                 mean, most = difference(ours, expected)  # torchvision's uint8 cubic keeps its weights in 16 bits
                 assert most <= 3 and mean <= bound, (photos[sample].shape, record)
@@ -126,7 +152,9 @@ def test_the_host_path_equals_pillow_whatever_the_box(interpolation: str) -> Non
         picture = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
         spec = ViewSpec(size=int(rng.integers(8, 60)), interpolation=interpolation)
         high, wide = rng.integers(1, height + 1), rng.integers(1, width + 1)
-        record = box(rng.integers(0, height - high + 1), rng.integers(0, width - wide + 1), high, wide, flip=bool(trial % 2))
+        record = box(
+            rng.integers(0, height - high + 1), rng.integers(0, width - wide + 1), high, wide, flip=bool(trial % 2)
+        )
         mean, most = difference(host(picture, record, spec), pillow_in_passes(picture, record, spec))
         # What lies half way between two grey levels may round otherwise, in both passes.
         assert most <= 2 and mean < 0.2, (picture.shape, record, spec.size)
@@ -189,7 +217,11 @@ def test_an_extreme_reduction_keeps_its_many_small_weights() -> None:
         picture = (rng.random((3, width, 3)) * np.linspace(0, 255, width)[:, None]).astype(np.uint8)
         for interpolation in ("bilinear", "bicubic"):
             spec, record = ViewSpec(size=size, interpolation=interpolation), box(0, 0, 3, width)
-            assert difference(host(picture, record, spec), pillow_in_passes(picture, record, spec))[1] <= 2, (width, size, interpolation)
+            assert difference(host(picture, record, spec), pillow_in_passes(picture, record, spec))[1] <= 2, (
+                width,
+                size,
+                interpolation,
+            )
 
 
 def test_the_compiled_loops_read_only_memory_that_is_theirs() -> None:
@@ -216,7 +248,11 @@ print(check)
     found = set()
     for byte in ("0", "85", "170"):
         environment = {**os.environ, "MALLOC_PERTURB_": byte, "MALLOC_ARENA_MAX": "1", "OMP_NUM_THREADS": "1"}
-        found.add(subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True).stdout)
+        found.add(
+            subprocess.run(
+                [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+            ).stdout
+        )
     assert len(found) == 1
 
 
@@ -252,7 +288,9 @@ def slow_weights(start: int, length: int, flip: bool, spec: ViewSpec, extent: in
     matrix = np.zeros((spec.size, extent))
     for row in range(spec.size):
         center = (row + 0.5) * scale
-        for pixel in range(max(0, int(center - radius * stretch + 0.5)), min(length, int(center + radius * stretch + 0.5))):
+        for pixel in range(
+            max(0, int(center - radius * stretch + 0.5)), min(length, int(center + radius * stretch + 0.5))
+        ):
             matrix[spec.size - 1 - row if flip else row, start + pixel] = kernel((pixel - center + 0.5) / stretch)
     return matrix / matrix.sum(axis=1, keepdims=True)
 
@@ -266,7 +304,9 @@ def test_filter_matrices_equal_the_slow_weights(interpolation: str) -> None:
         length[0], length[1, 0] = extent, 1
         start = rng.integers(0, extent - length + 1)
         flip = rng.integers(0, 2, (4, 2))
-        matrices = filter_matrices(*(torch.from_numpy(a) for a in (start, length, flip)), spec, extent, int(length.max()), torch.float32)
+        matrices = filter_matrices(
+            *(torch.from_numpy(a) for a in (start, length, flip)), spec, extent, int(length.max()), torch.float32
+        )
         for place in np.ndindex(4, 2):
             expected = slow_weights(int(start[place]), int(length[place]), bool(flip[place]), spec, extent)
             assert np.abs(matrices[place].numpy() - expected).max() < 2e-5
@@ -314,7 +354,10 @@ def test_layout_order_and_spare_bytes(photos: list[np.ndarray]) -> None:
     specs = [ViewSpec(size=20, count=2), ViewSpec(size=12, count=1)]
     _, _, heights, widths = pack(photos)
     plans = plans_for(specs, heights, widths)
-    tight, spare = crop_resize_device(*pack(photos), plans, specs), crop_resize_device(*pack(photos, slack=4000), plans, specs)
+    tight, spare = (
+        crop_resize_device(*pack(photos), plans, specs),
+        crop_resize_device(*pack(photos, slack=4000), plans, specs),
+    )
     for spec, a, b in zip(specs, tight, spare):
         assert a.shape == (spec.count * len(photos), 3, spec.size, spec.size) and a.dtype == torch.uint8
         assert a.is_contiguous(memory_format=torch.channels_last)
@@ -336,7 +379,9 @@ def test_many_small_chunks_give_the_same(photos: list[np.ndarray], monkeypatch: 
     _, _, heights, widths = pack(photos)
     plan = plans_for([spec], heights, widths)[0]
     together = device(photos, [plan], [spec])[0]
-    monkeypatch.setattr(crop, "plan_chunks", lambda *args, **kwargs: [np.array([k]) for k in reversed(range(len(photos)))])
+    monkeypatch.setattr(
+        crop, "plan_chunks", lambda *args, **kwargs: [np.array([k]) for k in reversed(range(len(photos)))]
+    )
     assert difference(device(photos, [plan], [spec])[0], together)[1] <= 1
 
 
@@ -403,7 +448,9 @@ def test_wrong_arguments_are_refused(photos: list[np.ndarray]) -> None:
 def test_empty_batch() -> None:
     spec = ViewSpec(size=8, count=2)
     none = np.empty(0, dtype=np.int64)
-    views = crop_resize_device(torch.empty(0, dtype=torch.uint8), none, none, none, [np.empty((2, 0), dtype=VIEW_DTYPE)], [spec])
+    views = crop_resize_device(
+        torch.empty(0, dtype=torch.uint8), none, none, none, [np.empty((2, 0), dtype=VIEW_DTYPE)], [spec]
+    )
     assert views[0].shape == (0, 3, 8, 8)
 
 
@@ -412,7 +459,9 @@ def test_host_path_from_several_threads(photos: list[np.ndarray], monkeypatch: p
     monkeypatch.setattr(torch, "set_num_threads", lambda count: pytest.fail("a crop changed torch's number of threads"))
     spec = ViewSpec(size=128)
     _, _, heights, widths = pack(photos)
-    plan = draw_plan(spec, first_view=0, seed=1, epoch=0, sample_ids=np.arange(len(photos)), heights=heights, widths=widths)[0]
+    plan = draw_plan(
+        spec, first_view=0, seed=1, epoch=0, sample_ids=np.arange(len(photos)), heights=heights, widths=widths
+    )[0]
     expected = [host(photo, record, spec) for photo, record in zip(photos, plan)]
     found: dict[tuple[int, int], np.ndarray] = {}
 

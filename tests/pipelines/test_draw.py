@@ -17,7 +17,9 @@ def test_the_compiled_generator_equals_the_vectorised_one() -> None:
         item, key = (int(value) for value in rng.integers(0, 2**64, 2, dtype=np.uint64))
         epoch, last = (int(value) for value in rng.integers(0, 2**32, 2))
         expected = philox4x32([item & 0xFFFFFFFF, item >> 32, epoch, last], (key & 0xFFFFFFFF, key >> 32))
-        assert list(draw.philox(np.uint64(item), np.uint64(epoch), np.uint64(last), np.uint64(key))) == expected.tolist()
+        assert (
+            list(draw.philox(np.uint64(item), np.uint64(epoch), np.uint64(last), np.uint64(key))) == expected.tolist()
+        )
 
 
 def test_compiled_code_that_cannot_be_read_or_kept_is_compiled_again(tmp_path: Path) -> None:
@@ -26,12 +28,17 @@ def test_compiled_code_that_cannot_be_read_or_kept_is_compiled_again(tmp_path: P
 
     def run(folder: Path) -> str:
         environment = {**os.environ, "NUMBA_CACHE_DIR": str(folder), "OMP_NUM_THREADS": "1"}
-        return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True).stdout
+        return subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+        ).stdout
 
     first = run(tmp_path)
     kept = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(kept) == 2 and float(first) == draw.portable_exp(1.5)
-    for damage in (lambda path: path.write_bytes(b""), lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])):
+    for damage in (
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    ):
         for path in kept:
             damage(path)
         assert run(tmp_path) == first
@@ -41,7 +48,10 @@ def test_compiled_code_that_cannot_be_read_or_kept_is_compiled_again(tmp_path: P
 def test_without_the_compiler_it_says_so() -> None:
     environment = {**os.environ, "NUMBA_DISABLE_JIT": "1"}
     result = subprocess.run(
-        [sys.executable, "-c", "import fastssl.pipelines.plan.compiled_draw"], env=environment, capture_output=True, text=True
+        [sys.executable, "-c", "import fastssl.pipelines.plan.compiled_draw"],
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert "FastSSLError: NUMBA_DISABLE_JIT is set" in result.stderr
 

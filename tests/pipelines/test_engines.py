@@ -106,7 +106,9 @@ def test_leaving_early_leaves_nothing(engine: str, beton: Path) -> None:
 
 @pytest.mark.parametrize("side_file", [False, True], ids=["no checksums", "checksums"])
 @pytest.mark.parametrize("engine", ["native", *OTHERS])
-def test_a_damaged_picture_is_named_or_passed_over(engine: str, side_file: bool, beton: Path, damaged: tuple[Path, int]) -> None:
+def test_a_damaged_picture_is_named_or_passed_over(
+    engine: str, side_file: bool, beton: Path, damaged: tuple[Path, int]
+) -> None:
     path, sample = damaged
     if side_file:
         Path(f"{path}.json").write_text(Path(f"{beton}.json").read_text())
@@ -122,8 +124,12 @@ def test_a_damaged_picture_is_named_or_passed_over(engine: str, side_file: bool,
             assert torch.equal(pixels[first], pixels[second])
 
 
-@pytest.mark.parametrize(("engine", "crops"), [("native", "host"), ("native", "device"), *((engine, "auto") for engine in OTHERS)])
-def test_who_stands_in_does_not_depend_on_the_number_of_processes(engine: str, crops: str, beton: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("engine", "crops"), [("native", "host"), ("native", "device"), *((engine, "auto") for engine in OTHERS)]
+)
+def test_who_stands_in_does_not_depend_on_the_number_of_processes(
+    engine: str, crops: str, beton: Path, tmp_path: Path
+) -> None:
     """A third of the photos is damaged, so that many lie at the edge of a process's part, and some parts have no good one at all."""
     path, content = tmp_path / "damaged.beton", bytearray(beton.read_bytes())
     with BetonReader(beton) as reader:
@@ -140,10 +146,16 @@ def test_who_stands_in_does_not_depend_on_the_number_of_processes(engine: str, c
             with ViewLoader(
                 path, TWO, 16 // world, rank=rank, world=world, pipeline=engine, crops=crops, on_bad="skip", workers=1
             ) as loader:
-                parts.append([(b.index.numpy().copy(), b.views[0].clone().unflatten(0, (2, -1))) for b in loader.epoch(0)])
+                parts.append(
+                    [(b.index.numpy().copy(), b.views[0].clone().unflatten(0, (2, -1))) for b in loader.epoch(0)]
+                )
                 skipped += loader.stats.skipped
         batches = list(zip(*parts))
-        return [np.concatenate([i for i, _ in b]) for b in batches], [torch.cat([v for _, v in b], 1) for b in batches], sorted(skipped)
+        return (
+            [np.concatenate([i for i, _ in b]) for b in batches],
+            [torch.cat([v for _, v in b], 1) for b in batches],
+            sorted(skipped),
+        )
 
     index, views, skipped = of(1)
     assert len(index) == 3 and set(skipped) == broken and not broken & set(np.concatenate(index).tolist())
@@ -191,10 +203,14 @@ def test_what_is_missing_is_said_with_its_remedy(beton: Path, monkeypatch: pytes
 
     monkeypatch.setattr(importlib, "import_module", without)
     assert engine_state("native").problem is None
-    with pytest.raises(FastSSLError, match=r"--pipeline ffcv: not installed; apt-get install .*libopencv-dev.*pip install -e '\.\[ffcv\]'"):
+    with pytest.raises(
+        FastSSLError,
+        match=r"--pipeline ffcv: not installed; apt-get install .*libopencv-dev.*pip install -e '\.\[ffcv\]'",
+    ):
         ViewLoader(beton, TWO, 4, pipeline="ffcv")
     with pytest.raises(
-        FastSSLError, match=r"--pipeline dali: installed, but does not load \(OSError: libnvjpeg.*pip install -e '\.\[dali\]'"
+        FastSSLError,
+        match=r"--pipeline dali: installed, but does not load \(OSError: libnvjpeg.*pip install -e '\.\[dali\]'",
     ):
         ViewLoader(beton, TWO, 4, pipeline="dali")
 
@@ -209,7 +225,9 @@ def test_dali_refuses_views_that_it_would_render_otherwise(beton: Path) -> None:
 
 
 def test_options_that_do_not_belong_together(beton: Path) -> None:
-    with pytest.raises(FastSSLError, match=r"hardware_load=0\.5 is a choice of the dali engine on a GPU; here it is native on cpu"):
+    with pytest.raises(
+        FastSSLError, match=r"hardware_load=0\.5 is a choice of the dali engine on a GPU; here it is native on cpu"
+    ):
         ViewLoader(beton, TWO, 4, hardware_load=0.5)
     with pytest.raises(FastSSLError, match="crops='device' is a choice of the native engine"):
         ViewLoader(beton, TWO, 4, pipeline="dali", crops="device")
@@ -236,10 +254,14 @@ def test_a_thread_that_talks_to_a_gpu_begins_at_that_one(monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("engine", ["native", "ffcv"])
-def test_every_thread_of_an_engine_is_told_its_device(engine: str, beton: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_thread_of_an_engine_is_told_its_device(
+    engine: str, beton: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     told: list[tuple[int, torch.device]] = []
     module = importlib.import_module(f"fastssl.pipelines.{engine}")
-    monkeypatch.setattr(module, "thread_initializer", lambda device: lambda: told.append((threading.get_ident(), device)))
+    monkeypatch.setattr(
+        module, "thread_initializer", lambda device: lambda: told.append((threading.get_ident(), device))
+    )
     views(beton, TWO, pipeline=engine, workers=2)
     assert {device for _, device in told} == {torch.device("cpu")}
     assert len({thread for thread, _ in told} - {threading.get_ident()}) == (2 if engine == "native" else 1)
@@ -307,7 +329,9 @@ def test_views_are_whole_where_the_host_is_ahead_of_the_gpu(engine: str, colour:
 @pytest.mark.parametrize("engine", ["native", *OTHERS])
 def test_the_views_on_a_gpu_are_the_ones_on_a_cpu(engine: str, beton: Path) -> None:
     reference = views(beton, TWO_AND_SIX)
-    made = [(index, [v.cpu() for v in mine]) for index, mine in views(beton, TWO_AND_SIX, pipeline=engine, device="cuda")]
+    made = [
+        (index, [v.cpu() for v in mine]) for index, mine in views(beton, TWO_AND_SIX, pipeline=engine, device="cuda")
+    ]
     mean, _ = grey_levels(made, reference, TWO_AND_SIX)
     assert mean <= 1
 

@@ -47,7 +47,9 @@ def ffcv_read(path, os_cache, labels=True, order=OrderOption.SEQUENTIAL):
     """All (pixels, label) as the real Loader gives them; batches are copied, because it overwrites them."""
     # Decoders only: each further operation costs seconds of compilation.
     pipelines = {"image": [SimpleRGBImageDecoder()]} | ({"label": [IntDecoder()]} if labels else {})
-    loader = Loader(str(path), batch_size=4, num_workers=1, order=order, os_cache=os_cache, pipelines=pipelines, drop_last=False)
+    loader = Loader(
+        str(path), batch_size=4, num_workers=1, order=order, os_cache=os_cache, pipelines=pipelines, drop_last=False
+    )
     images, found = [], []
     for batch in loader:
         images.append(np.array(batch[0]))
@@ -126,7 +128,11 @@ class Photos:
         return len(self.images)
 
     def __getitem__(self, i):
-        more = (float(i), np.arange(3, dtype=np.int64) + i, {"i": int(i)}, np.frombuffer(b"b" * int(i), np.uint8)) if self.extra else ()
+        more = (
+            (float(i), np.arange(3, dtype=np.int64) + i, {"i": int(i)}, np.frombuffer(b"b" * int(i), np.uint8))
+            if self.extra
+            else ()
+        )
         return (self.images[i], int(i) * 7 - 3, *more)
 
 
@@ -135,15 +141,22 @@ class Photos:
 def test_we_read_what_ffcv_writes(tmp_path, mode, extra):
     path = tmp_path / "theirs.beton"
     images = [picture(k, 30 + 17 * k % 40, 20 + 13 * k % 50) for k in range(25)]
-    fields = {"image": RGBImageField(write_mode=mode, jpeg_quality=95, compress_probability=0.5, smart_threshold=3000), "label": IntField()}
+    fields = {
+        "image": RGBImageField(write_mode=mode, jpeg_quality=95, compress_probability=0.5, smart_threshold=3000),
+        "label": IntField(),
+    }
     if extra:
         fields |= {"f": FloatField(), "a": NDArrayField(np.dtype("int64"), (3,)), "j": JSONField(), "b": BytesField()}
-    DatasetWriter(str(path), fields, page_size=2 << 20, num_workers=2).from_indexed_dataset(Photos(images, extra), chunksize=4)
+    DatasetWriter(str(path), fields, page_size=2 << 20, num_workers=2).from_indexed_dataset(
+        Photos(images, extra), chunksize=4
+    )
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         reader = BetonReader(path)
-    assert [str(w.message) for w in caught] == ([f"{path}: fields not read: f (float), a (ndarray), j (json), b (bytes)"] if extra else [])
+    assert [str(w.message) for w in caught] == (
+        [f"{path}: fields not read: f (float), a (ndarray), j (json), b (bytes)"] if extra else []
+    )
     with reader:
         assert len(reader) == 25 and reader.classes is None
         np.testing.assert_array_equal(reader.labels, np.arange(25) * 7 - 3)

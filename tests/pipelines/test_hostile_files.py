@@ -21,7 +21,9 @@ def good(tmp_path_factory):
     """(bytes of a small file with JPEG and raw samples, their pixels)."""
     rng = np.random.default_rng(0)
     path = tmp_path_factory.mktemp("good") / "a.beton"
-    images = [np.kron(rng.integers(0, 256, (2 + k % 3, 3, 3), dtype=np.uint8), np.ones((8, 8, 1), np.uint8)) for k in range(8)]
+    images = [
+        np.kron(rng.integers(0, 256, (2 + k % 3, 3, 3), dtype=np.uint8), np.ones((8, 8, 1), np.uint8)) for k in range(8)
+    ]
     with BetonWriter(path, 8, page_size=2 << 20) as writer:
         for k, image in enumerate(images):
             stored = image.tobytes() if k % 2 else jpeg.encode(image, 95)
@@ -82,7 +84,10 @@ DAMAGE = {
     "jpeg called raw": (lambda d: patched(d, METADATA_AT, "<B", 1), "sample 0: raw pixels"),
     "width 0": (lambda d: patched(d, METADATA_AT + 2 * 24 + 1, "<H", 0), "sample 2: height or width"),
     "height 0": (lambda d: patched(d, METADATA_AT + 2 * 24 + 3, "<H", 0), "sample 2: height or width"),
-    "too many pixels": (lambda d: patched(d, METADATA_AT + 1, "<HH", 65535, 65535), "sample 0: more than 178,956,970 pixels"),
+    "too many pixels": (
+        lambda d: patched(d, METADATA_AT + 1, "<HH", 65535, 65535),
+        "sample 0: more than 178,956,970 pixels",
+    ),
     "raw too wide": (lambda d: patched(d, METADATA_AT + 24 + 1, "<H", 25), "sample 1: raw pixels"),
     "pointer into the header": (lambda d: patched(d, METADATA_AT + 5, "<Q", 0), "sample 0: no entry"),
     "pointer off by one": (lambda d: patched(d, METADATA_AT + 5, "<Q", (2 << 20) + 1), "sample 0: no entry"),
@@ -93,7 +98,10 @@ DAMAGE = {
     "size 0": (lambda d: patched(d, table_at(d) + 16, "<Q", 0), "sample 0: "),
     **{f"{n:#x} samples": (lambda d, n=n: patched(d, 8, "<Q", n), "bytes of metadata") for n in HUGE},
     **{f"table at {n:#x}": (lambda d, n=n: patched(d, 16, "<Q", n), "allocation table should start") for n in HUGE},
-    **{f"sample of {n:#x} bytes": (lambda d, n=n: patched(d, table_at(d) + 24 + 16, "<Q", n), "sample 1: .*outside") for n in HUGE},
+    **{
+        f"sample of {n:#x} bytes": (lambda d, n=n: patched(d, table_at(d) + 24 + 16, "<Q", n), "sample 1: .*outside")
+        for n in HUGE
+    },
     **{
         f"both pointers {n:#x}": (
             lambda d, n=n: patched(patched(d, METADATA_AT + 5, "<Q", n), table_at(d) + 8, "<Q", n),

@@ -32,7 +32,16 @@ from fastssl.pipelines.ops import jpeg
 PHOTO = jpeg_bytes(make_photo(0, 24, 32))
 KEEP = ConvertOptions(keep_size=True, short_side=None)
 #: what a terminal would act on, and what rich would take for markup
-TRICKS = ["\x1b[2J\x1b]0;owned\x07", "[red]", "new\nline", "\x9b31m", "\u202egpj", "carriage\rreturn", "{task.total}", "%s%n"]
+TRICKS = [
+    "\x1b[2J\x1b]0;owned\x07",
+    "[red]",
+    "new\nline",
+    "\x9b31m",
+    "\u202egpj",
+    "carriage\rreturn",
+    "{task.total}",
+    "%s%n",
+]
 
 
 def snapshot(root: Path) -> dict[str, bytes | str]:
@@ -98,7 +107,10 @@ def test_a_tar_writes_nothing_outside(tmp_path: Path, capsys: pytest.CaptureFixt
     added = after.keys() - before.keys()
     assert {name.rsplit("/", 1)[1] for name in added} == {"out.beton", "out.beton.json", "out.beton.rejects.jsonl"}
     assert {name: after[name] for name in before} == before
-    rejected = {row["path"]: row["reason"] for row in map(json.loads, (work / "out.beton.rejects.jsonl").read_text().splitlines())}
+    rejected = {
+        row["path"]: row["reason"]
+        for row in map(json.loads, (work / "out.beton.rejects.jsonl").read_text().splitlines())
+    }
     for name in (
         "../evil.jpg",
         "cat/../../../evil.jpg",
@@ -334,12 +346,21 @@ def tiff(width: int, height: int, next_at: int = 0) -> bytes:
         (279, 4, 100),
     ]
     entries = b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in rows)
-    return b"II*\0" + struct.pack("<I", 8) + struct.pack("<H", len(rows)) + entries + struct.pack("<I", next_at) + bytes(100)
+    return (
+        b"II*\0"
+        + struct.pack("<I", 8)
+        + struct.pack("<H", len(rows))
+        + entries
+        + struct.pack("<I", next_at)
+        + bytes(100)
+    )
 
 
 def gif(width: int, height: int, frames: int) -> bytes:
     buffer = io.BytesIO()
-    Image.new("P", (16, 16)).save(buffer, "GIF", save_all=True, append_images=[Image.new("P", (16, 16), k % 255) for k in range(frames)])
+    Image.new("P", (16, 16)).save(
+        buffer, "GIF", save_all=True, append_images=[Image.new("P", (16, 16), k % 255) for k in range(frames)]
+    )
     data = bytearray(buffer.getvalue())
     data[6:10] = struct.pack("<HH", width, height)
     return bytes(data)
@@ -401,10 +422,15 @@ def test_pictures_that_expand() -> None:
 @pytest.mark.parametrize("mode", ["RGB", "CMYK"])
 def test_a_header_of_50000_by_50000_everywhere(mode: str, tmp_path: Path) -> None:
     bomb = sized_jpeg(50_000, 50_000, mode)
-    for read in (jpeg.decode, lambda data: jpeg.decode_into(data, np.zeros((16, 16, 3), np.uint8)), lambda data: encode_photo(data, KEEP)):
+    for read in (
+        jpeg.decode,
+        lambda data: jpeg.decode_into(data, np.zeros((16, 16, 3), np.uint8)),
+        lambda data: encode_photo(data, KEEP),
+    ):
         # Where only Pillow reads it, it is Pillow's own limit.
         with pytest.raises(
-            (JpegError, Image.DecompressionBombError), match=r"50000x50000 pixels, more than the limit|2500000000 pixels. exceeds"
+            (JpegError, Image.DecompressionBombError),
+            match=r"50000x50000 pixels, more than the limit|2500000000 pixels. exceeds",
         ):
             read(bomb)
     (tmp_path / "photos" / "cat").mkdir(parents=True)
@@ -447,6 +473,12 @@ def test_scans_are_counted() -> None:
     assert jpeg.decode(baseline).shape == (64, 64, 3)  # sequential: what a comment says is nobody's business
     # Nothing that a decoder passes over hides the frame: stray marks, fill bytes, lengths that are too short.
     bomb = many_scans(64, 150)
-    for lead in (b"\xff\x01", b"\xff\xd0\xff\xd7", b"\xff\xff\xff\xfe\x00\x02", b"\xff\xfe\x00\x00", b"\xff\xe5\x00\x04\xff\xc0"):
+    for lead in (
+        b"\xff\x01",
+        b"\xff\xd0\xff\xd7",
+        b"\xff\xff\xff\xfe\x00\x02",
+        b"\xff\xfe\x00\x00",
+        b"\xff\xe5\x00\x04\xff\xc0",
+    ):
         with pytest.raises(JpegError, match=r"scans, more than the limit|damaged|not a readable"):
             jpeg.decode(bomb[:2] + lead + bomb[2:])

@@ -79,7 +79,9 @@ def test_decode_into_refuses_a_buffer_that_does_not_fit(out):
         jpeg.decode_into(saved(picture()), out)
 
 
-@pytest.mark.parametrize("data", [b"", b"\xff\xd8", b"GIF89a", b"\x89PNG\r\n\x1a\n" + bytes(100), bytes(1000), saved(picture())[:100]])
+@pytest.mark.parametrize(
+    "data", [b"", b"\xff\xd8", b"GIF89a", b"\x89PNG\r\n\x1a\n" + bytes(100), bytes(1000), saved(picture())[:100]]
+)
 def test_what_is_no_jpeg_is_refused(data):
     for call in (jpeg.read_header, jpeg.decode, lambda d: jpeg.decode_into(d, np.empty((45, 61, 3), np.uint8))):
         with pytest.raises(JpegError):
@@ -128,7 +130,14 @@ def test_a_bomb_is_refused_by_its_header():
 
 def test_at_least_scales_in_the_decoder_but_not_below():
     data = saved(picture(400, 600), quality=95)
-    for at_least, scale in [((100, 150), 2), ((90, 120), 2), ((101, 100), 3), ((160, 9), 4), ((10, 300), 4), ((201, 9), 8)]:
+    for at_least, scale in [
+        ((100, 150), 2),
+        ((90, 120), 2),
+        ((101, 100), 3),
+        ((160, 9), 4),
+        ((10, 300), 4),
+        ((201, 9), 8),
+    ]:
         pixels = jpeg.decode(data, at_least=at_least)
         shape = (400 * scale // 8, 600 * scale // 8, 3)
         assert pixels.shape == shape
@@ -148,7 +157,9 @@ def test_encode_keeps_the_picture_and_is_repeatable():
     np.testing.assert_array_equal(jpeg.decode(jpeg.encode(np.full((1, 1, 3), 128, np.uint8), 90)), 128)
 
 
-@pytest.mark.parametrize("bad", [np.zeros((4, 4), np.uint8), np.zeros((4, 4, 4), np.uint8), np.zeros((4, 4, 3), np.float32)])
+@pytest.mark.parametrize(
+    "bad", [np.zeros((4, 4), np.uint8), np.zeros((4, 4, 4), np.uint8), np.zeros((4, 4, 3), np.float32)]
+)
 def test_encode_refuses_other_arrays(bad):
     with pytest.raises(JpegError, match="expected"):
         jpeg.encode(bad, 90)

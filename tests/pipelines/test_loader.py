@@ -37,7 +37,9 @@ def test_shapes_layout_and_labels(beton: Path) -> None:
         assert len(made) == len(reader) // 8
         for index, (large, small), label in made:
             assert large.shape == (16, 3, 32, 32) and small.shape == (24, 3, 16, 16)
-            assert large.is_contiguous(memory_format=torch.channels_last) and small.is_contiguous(memory_format=torch.channels_last)
+            assert large.is_contiguous(memory_format=torch.channels_last) and small.is_contiguous(
+                memory_format=torch.channels_last
+            )
             assert large.dtype == torch.float32 and torch.isfinite(large).all()
             np.testing.assert_array_equal(label, labels[index])
         seen = np.concatenate([index for index, _, _ in made])
@@ -209,7 +211,10 @@ def test_host_work_is_counted(beton: Path) -> None:
 
 @pytest.mark.gpu
 def test_cuda_views_equal_cpu_views(beton: Path) -> None:
-    cpu, cuda = by_sample(batches(beton)), by_sample([(i, [v.cpu() for v in views], n) for i, views, n in batches(beton, device="cuda")])
+    cpu, cuda = (
+        by_sample(batches(beton)),
+        by_sample([(i, [v.cpu() for v in views], n) for i, views, n in batches(beton, device="cuda")]),
+    )
     for sample in cpu:
         for mine, theirs in zip(cpu[sample], cuda[sample]):
             assert np.abs(mine - theirs).mean() < 0.0174

@@ -24,7 +24,9 @@ PUBLISHED = {
 def test_presets_are_the_published_designs(name: str) -> None:
     threshold, size, count, weights = PUBLISHED[name]
     values = dict(PRESETS[name])
-    views = MultiCrop(**{**values, "area": tuple(values["area"]), "weights": values["weights"] and tuple(values["weights"])})
+    views = MultiCrop(
+        **{**values, "area": tuple(values["area"]), "weights": values["weights"] and tuple(values["weights"])}
+    )
     first, second, local = views
     assert first.area == second.area == (threshold, 1.0) and local.area == (0.05, threshold)
     assert (first.size, second.size, local.size) == (224, 224, size)
@@ -34,7 +36,9 @@ def test_presets_are_the_published_designs(name: str) -> None:
 
 
 def test_each_kind_of_view_has_its_own_augmentation_over_the_common_one() -> None:
-    views = MultiCrop(augment={"blur": 0.5, "hue": 0.2}, global_1={"blur": 1.0}, global_2={"solarise": 0.2}, local={"hue": 0.0})
+    views = MultiCrop(
+        augment={"blur": 0.5, "hue": 0.2}, global_1={"blur": 1.0}, global_2={"solarise": 0.2}, local={"hue": 0.0}
+    )
     first, second, local = views
     assert (first.blur, second.blur, local.blur) == (1.0, 0.5, 0.5)
     assert (first.solarise, second.solarise, local.solarise) == (0.0, 0.2, 0.0)

@@ -13,10 +13,14 @@ from fastssl.pipelines.plan.compiled_draw import portable_exp
 from fastssl.pipelines.plan.draw import VIEW_DTYPE, ViewSpec, ViewSpecError, draw_plan, factor_range, log_ratio_range
 from fastssl.pipelines.plan.philox import Stream, keyed_words
 
-FULL = ViewSpec(size=96, count=3, area=(0.05, 0.9), jitter=0.8, brightness=0.4, contrast=0.8, saturation=1.2, hue=0.2, solarise=0.3)
+FULL = ViewSpec(
+    size=96, count=3, area=(0.05, 0.9), jitter=0.8, brightness=0.4, contrast=0.8, saturation=1.2, hue=0.2, solarise=0.3
+)
 
 
-def plan_of(spec: ViewSpec, n: int, size: tuple[int, int] = (375, 500), seed: int = 0, epoch: int = 0, first_view: int = 0) -> np.ndarray:
+def plan_of(
+    spec: ViewSpec, n: int, size: tuple[int, int] = (375, 500), seed: int = 0, epoch: int = 0, first_view: int = 0
+) -> np.ndarray:
     return draw_plan(
         spec,
         first_view=first_view,
@@ -58,7 +62,11 @@ def slow_view(spec: ViewSpec, seed: int, epoch: int, sample: int, view: int, hei
     record["top"], record["left"], record["height"], record["width"] = top, left, h, w
 
     words = block(10)
-    record["flip"], record["jitter"], record["grey"] = unit(words[0]) < spec.flip, unit(words[1]) < spec.jitter, unit(words[3]) < spec.grey
+    record["flip"], record["jitter"], record["grey"] = (
+        unit(words[0]) < spec.flip,
+        unit(words[1]) < spec.jitter,
+        unit(words[3]) < spec.grey,
+    )
     remaining, place, order = [0, 1, 2, 3], words[2] * 24 // 2**32 if record["jitter"] else 0, []
     for left_to_place in (6, 2, 1, 1):  # the place-th permutation in lexicographic order
         order.append(remaining.pop(place // left_to_place))
@@ -74,7 +82,9 @@ def slow_view(spec: ViewSpec, seed: int, epoch: int, sample: int, view: int, hei
     return record
 
 
-@pytest.mark.parametrize("spec", [FULL, ViewSpec(), ViewSpec(count=2, area=(0.9, 1.0), ratio=(1.0, 1.0), flip=1.0, jitter=0.0, blur=1.0)])
+@pytest.mark.parametrize(
+    "spec", [FULL, ViewSpec(), ViewSpec(count=2, area=(0.9, 1.0), ratio=(1.0, 1.0), flip=1.0, jitter=0.0, blur=1.0)]
+)
 def test_compiled_equals_the_scalar_twin_bit_for_bit(spec: ViewSpec) -> None:
     rng = np.random.default_rng(0)
     ids = rng.integers(0, 2**62, 40)
@@ -84,7 +94,9 @@ def test_compiled_equals_the_scalar_twin_bit_for_bit(spec: ViewSpec) -> None:
     assert plan.shape == (spec.count, 40) and plan.dtype == VIEW_DTYPE
     for view in range(spec.count):
         for b in range(40):
-            assert plan[view, b] == slow_view(spec, 2**63 + 9, 77, int(ids[b]), 5 + view, int(heights[b]), int(widths[b]))
+            assert plan[view, b] == slow_view(
+                spec, 2**63 + 9, 77, int(ids[b]), 5 + view, int(heights[b]), int(widths[b])
+            )
 
 
 @pytest.mark.parametrize("batch", [1, 2, 7, 64, 99])
@@ -129,7 +141,9 @@ def test_crop_boxes_follow_torchvision(size: tuple[int, int], area: tuple[float,
     plan = plan_of(ViewSpec(area=area), n, size)[0]
     torch.manual_seed(0)
     picture = torch.empty(1, *size)
-    theirs = np.array([RandomResizedCrop.get_params(picture, list(area), [3 / 4, 4 / 3]) for _ in range(n)])  # top, left, height, width
+    theirs = np.array(
+        [RandomResizedCrop.get_params(picture, list(area), [3 / 4, 4 / 3]) for _ in range(n)]
+    )  # top, left, height, width
     ours = np.stack([plan[name] for name in ("top", "left", "height", "width")], axis=1).astype(float)
     assert (ours[:, 0] + ours[:, 2]).max() <= size[0] and (ours[:, 1] + ours[:, 3]).max() <= size[1]
     assert ours[:, :2].min() >= 0 and ours[:, 2:].min() >= 1
@@ -160,12 +174,17 @@ def test_the_fallback_is_torchvisions_centred_crop() -> None:
     ]:
         expected = RandomResizedCrop.get_params(torch.empty(1, *size), list(spec.area), list(spec.ratio))
         plan = plan_of(spec, 50, size)
-        assert {tuple(int(record[name]) for name in ("top", "left", "height", "width")) for record in plan[0]} == {tuple(expected)}
+        assert {tuple(int(record[name]) for name in ("top", "left", "height", "width")) for record in plan[0]} == {
+            tuple(expected)
+        }
 
 
 def test_fallback_within_the_ratio_takes_the_whole_picture() -> None:
     # Area 1 with ratio 1.1 in a square picture: never fits, and the picture's own ratio lies outside; then inside.
-    assert [int(plan_of(ViewSpec(area=(1.0, 1.0), ratio=(1.1, 1.2)), 1, (110, 110))[0, 0][name]) for name in ("height", "width")] == [
+    assert [
+        int(plan_of(ViewSpec(area=(1.0, 1.0), ratio=(1.1, 1.2)), 1, (110, 110))[0, 0][name])
+        for name in ("height", "width")
+    ] == [
         100,
         110,
     ]
@@ -175,7 +194,12 @@ def test_fallback_within_the_ratio_takes_the_whole_picture() -> None:
 
 def test_factors_are_uniform_in_their_ranges() -> None:
     plan = plan_of(replace(FULL, jitter=1.0, count=2), 2000).ravel()
-    for name, low, high in [("brightness", 0.6, 1.4), ("contrast", 0.2, 1.8), ("saturation", 0.0, 2.2), ("hue", -0.2, 0.2)]:
+    for name, low, high in [
+        ("brightness", 0.6, 1.4),
+        ("contrast", 0.2, 1.8),
+        ("saturation", 0.0, 2.2),
+        ("hue", -0.2, 0.2),
+    ]:
         assert kstest(plan[name], "uniform", args=(low, high - low)).pvalue > 1e-4, name
     sigmas = plan["blur_sigma"][plan["blur_sigma"] > 0]
     assert kstest(sigmas, "uniform", args=(0.1, 1.9)).pvalue > 1e-4
@@ -217,7 +241,10 @@ def test_without_jitter_the_factors_are_neutral() -> None:
     idle = plan[~plan["jitter"]]
     assert len(idle) > 100
     assert (
-        (idle["brightness"] == 1).all() and (idle["contrast"] == 1).all() and (idle["saturation"] == 1).all() and (idle["hue"] == 0).all()
+        (idle["brightness"] == 1).all()
+        and (idle["contrast"] == 1).all()
+        and (idle["saturation"] == 1).all()
+        and (idle["hue"] == 0).all()
     )
     assert (idle["order"] == np.arange(4)).all()
 
@@ -229,7 +256,10 @@ def test_evaluation_view() -> None:
         assert [int(record[name]) for name in ("top", "left", "height", "width")] == [16, 58, 224, 224]
         assert not (record["flip"] or record["jitter"] or record["grey"] or record["solarise"] or record["blur_sigma"])
     assert plan.tobytes() == plan_of(spec, 3, (256, 341), seed=9, epoch=4).tobytes()
-    assert [int(plan_of(ViewSpec.evaluation(8, crop=0.1), 1, (1, 3))[0, 0][name]) for name in ("top", "left", "height", "width")] == [
+    assert [
+        int(plan_of(ViewSpec.evaluation(8, crop=0.1), 1, (1, 3))[0, 0][name])
+        for name in ("top", "left", "height", "width")
+    ] == [
         0,
         1,
         1,

@@ -68,7 +68,16 @@ def test_every_part_of_the_key_changes_the_words() -> None:
 
 @pytest.mark.parametrize(
     "name, value",
-    [("seed", -1), ("seed", 2**64), ("epoch", -1), ("epoch", 2**32), ("item", -1), ("view", 2**16), ("slot", 256), ("epoch", 1.5)],
+    [
+        ("seed", -1),
+        ("seed", 2**64),
+        ("epoch", -1),
+        ("epoch", 2**32),
+        ("item", -1),
+        ("view", 2**16),
+        ("slot", 256),
+        ("epoch", 1.5),
+    ],
 )
 def test_what_does_not_fit_is_refused_by_name(name: str, value: object) -> None:
     arguments = dict(seed=0, stream=Stream.PLAN, epoch=0, item=0, view=0, slot=0) | {name: value}
@@ -78,7 +87,9 @@ def test_what_does_not_fit_is_refused_by_name(name: str, value: object) -> None:
 
 
 def test_the_largest_seed_fits() -> None:
-    assert keyed_words(2**64 - 1, Stream.PLAN, 2**32 - 1, 0).tolist() == slow_philox([0, 0, 2**32 - 1, 2 << 24], [2**32 - 1] * 2)
+    assert keyed_words(2**64 - 1, Stream.PLAN, 2**32 - 1, 0).tolist() == slow_philox(
+        [0, 0, 2**32 - 1, 2 << 24], [2**32 - 1] * 2
+    )
 
 
 def test_words_look_uniform() -> None:

@@ -48,7 +48,9 @@ def content(listing):
 
 def test_what_is_a_photo():
     assert all(is_photo_name(name) for name in ["a.jpg", "b.JPEG", "x/y.Png", "n.WebP", "a.b.gif"])
-    assert not any(is_photo_name(name) for name in ["a", "jpg", "a.txt", ".jpg", "x/._a.jpg", ".hidden.jpg", "a.jpg.part", "x.tar"])
+    assert not any(
+        is_photo_name(name) for name in ["a", "jpg", "a.txt", ".jpg", "x/._a.jpg", ".hidden.jpg", "a.jpg.part", "x.tar"]
+    )
 
 
 def test_class_folders(tmp_path):
@@ -125,7 +127,8 @@ def test_a_file_that_changed_or_is_too_large(tmp_path):
 
 @pytest.mark.parametrize("fmt", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 @pytest.mark.parametrize(
-    ("prefix", "flat"), [("", False), ("./", False), ("data/train/", False), ("/abs/", False), ("", True), ("./photos/", True)]
+    ("prefix", "flat"),
+    [("", False), ("./", False), ("data/train/", False), ("/abs/", False), ("", True), ("./photos/", True)],
 )
 def test_plain_tars(tmp_path, fmt, prefix, flat):
     """Read at random from threads, in the tar's order, as a folder would be; nothing is written anywhere."""
@@ -133,7 +136,9 @@ def test_plain_tars(tmp_path, fmt, prefix, flat):
     names = ["b.jpg", "a.jpg", long_name] if flat else ["dog/b.jpg", "cat/deep/a.jpg", f"dog/{long_name}"]
     data = [os.urandom(size) for size in (5, 700, 2000)]
     path = tmp_path / "photos.tar"
-    path.write_bytes(tar_bytes({prefix + name: one for name, one in zip(names, data)} | {prefix + "notes.txt": b"x"}, format=fmt))
+    path.write_bytes(
+        tar_bytes({prefix + name: one for name, one in zip(names, data)} | {prefix + "notes.txt": b"x"}, format=fmt)
+    )
     with list_source(path) as listing, ThreadPoolExecutor(4) as pool:
         clean = prefix.removeprefix("./").lstrip("/")
         assert listing.names == [clean + name for name in names]
@@ -145,12 +150,17 @@ def test_plain_tars(tmp_path, fmt, prefix, flat):
 
 
 def test_tar_of_class_tars(tmp_path):
-    inner = {f"n0{k}.tar": tar_bytes({f"n0{k}_{j}.JPEG": f"{k}{j}".encode() * 300 for j in range(3)} | {"._x.JPEG": b""}) for k in (2, 1)}
+    inner = {
+        f"n0{k}.tar": tar_bytes({f"n0{k}_{j}.JPEG": f"{k}{j}".encode() * 300 for j in range(3)} | {"._x.JPEG": b""})
+        for k in (2, 1)
+    }
     path = tmp_path / "train.tar"
     path.write_bytes(tar_bytes(inner | {"._n09.tar": b"mac", "stray.jpg": b"s"}))
     with list_source(path) as listing:
         assert listing.classes == ["n01", "n02"]
-        assert content(listing) == [(f"n0{k}.tar/n0{k}_{j}.JPEG", f"n0{k}", f"{k}{j}".encode() * 300) for k in (2, 1) for j in range(3)]
+        assert content(listing) == [
+            (f"n0{k}.tar/n0{k}_{j}.JPEG", f"n0{k}", f"{k}{j}".encode() * 300) for k in (2, 1) for j in range(3)
+        ]
         assert [name for name, _ in listing.rejected] == ["stray.jpg"] and listing.ignored == 3
 
 
@@ -169,7 +179,10 @@ def test_hostile_tar_members(tmp_path):
         add(archive, "dog/new\nline \udcff.jpg", b"odd")
         add(archive, "cat/folder.jpg", type=tarfile.DIRTYPE)
     with list_source(path) as listing:
-        assert [(name, data) for name, _, data in content(listing)] == [("cat/good.jpg", b"good"), ("dog/new\nline \udcff.jpg", b"odd")]
+        assert [(name, data) for name, _, data in content(listing)] == [
+            ("cat/good.jpg", b"good"),
+            ("dog/new\nline \udcff.jpg", b"odd"),
+        ]
         assert [name for name, _ in listing.rejected] == [
             "../../evil.jpg",
             "cat/../../evil2.jpg",

@@ -76,7 +76,8 @@ def test_a_disk_that_does_not_answer(engine: str, beton: Path, monkeypatch: pyte
     try:
         started = time.monotonic()
         with pytest.raises(
-            Stalled, match=r"photos.beton: nothing was read for 0\.2 s, since \d\d:\d\d:\d\d, .*batch.*does not answer; see"
+            Stalled,
+            match=r"photos.beton: nothing was read for 0\.2 s, since \d\d:\d\d:\d\d, .*batch.*does not answer; see",
         ) as caught:
             next(iter(loader.epoch(0)))
         # The samples are known where the plan was drawn, not where it waits for the samples' check.
@@ -100,7 +101,11 @@ class Opened:
     memory_manager = type(
         "",
         (),
-        {"schedule_epoch": lambda self, batches: type("", (), {"state": None, "__enter__": lambda s: s, "__exit__": lambda s, *a: None})()},
+        {
+            "schedule_epoch": lambda self, batches: type(
+                "", (), {"state": None, "__enter__": lambda s: s, "__exit__": lambda s, *a: None}
+            )()
+        },
     )()
     graph = type("", (), {"allocate_memory": lambda self, *sizes: None})()
     reader = type("", (), {"metadata": None})()
@@ -131,7 +136,12 @@ def warn_under_a_display() -> None:
         stall.WARN_SECONDS = 0.05
         with pytest.raises(Stalled):
             Patience("photos.beton", 0.2 / 60).take(queue.Queue(), lambda: "at the batch [red]")
-    assert shown.getvalue().count("nothing was read for 0 s, at the batch [red]: the disk or network file system does not answer") == 1
+    assert (
+        shown.getvalue().count(
+            "nothing was read for 0 s, at the batch [red]: the disk or network file system does not answer"
+        )
+        == 1
+    )
 
 
 def test_the_warning_stands_above_the_live_display() -> None:
@@ -151,7 +161,9 @@ def test_leaving_early_does_not_wait_for_ever(beton: Path, monkeypatch: pytest.M
         # Threads enough for all batches ahead: none of them hangs before the first batch is there, and one surely does before it is left.
         with ViewLoader(beton, TWO, 8, workers=8) as loader:
             draw = loader.request
-            monkeypatch.setattr(loader, "request", lambda epoch, step: (step and disk.all_answered.wait(60), draw(epoch, step))[1])
+            monkeypatch.setattr(
+                loader, "request", lambda epoch, step: (step and disk.all_answered.wait(60), draw(epoch, step))[1]
+            )
             for _ in loader.epoch(0):
                 assert disk.hangs.wait(60)
                 started = time.monotonic()
@@ -244,7 +256,10 @@ def test_what_a_thread_throws_reaches_the_consumer(
             monkeypatch.setattr(type(loader.engine), "_open", lambda self: Opened())
             monkeypatch.setattr("fastssl.pipelines.engines.ffcv._Epoch.run_pipeline", lambda self, *rest: [[]])
             monkeypatch.setattr(type(loader.engine), "_groups", lambda self, *rest: [])
-            batches = (rendered for rendered in loader.engine.run(iter([lambda: loader.request(0, 0), lambda: loader.request(0, 1)])))
+            batches = (
+                rendered
+                for rendered in loader.engine.run(iter([lambda: loader.request(0, 0), lambda: loader.request(0, 1)]))
+            )
         else:
             batches = loader.epoch(0)
         with pytest.raises(WorkerError, match=rf"photos.beton: sample 13: {message}") as caught:
@@ -259,7 +274,9 @@ def test_what_the_plan_throws_reaches_the_consumer(beton: Path, monkeypatch: pyt
         need_engine(engine)
         with ViewLoader(beton, TWO, 24, pipeline=engine) as loader:
             monkeypatch.setattr(loader, "request", lambda *step: 1 / 0)
-            with pytest.raises(WorkerError, match=r"photos.beton: drawing the views of a batch: unexpected ZeroDivisionError"):
+            with pytest.raises(
+                WorkerError, match=r"photos.beton: drawing the views of a batch: unexpected ZeroDivisionError"
+            ):
                 list(loader.epoch(0))
 
 

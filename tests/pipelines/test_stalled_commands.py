@@ -62,7 +62,14 @@ class DeadDisk:
     The clock of those who wait for it stands still until then, or until the work has come to ``words``, however long a busy machine takes to get there.
     """
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, owner: object, name: str, dead: Callable[..., bool], words: str | None = None):
+    def __init__(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        owner: object,
+        name: str,
+        dead: Callable[..., bool],
+        words: str | None = None,
+    ):
         self.answer = threading.Event()
         self._words, self._began = words, None
         real, watch = getattr(owner, name), Patience.watch
@@ -74,9 +81,13 @@ class DeadDisk:
                 self.answer.wait()
             return real(*args, **options)
 
-        clock = SimpleNamespace(monotonic=self._monotonic, time=time.time, strftime=time.strftime, localtime=time.localtime)
+        clock = SimpleNamespace(
+            monotonic=self._monotonic, time=time.time, strftime=time.strftime, localtime=time.localtime
+        )
         monkeypatch.setattr(owner, name, waiting)
-        monkeypatch.setattr(Patience, "watch", lambda patience, work: watch(patience, lambda step: work(self._noticed(step))))
+        monkeypatch.setattr(
+            Patience, "watch", lambda patience, work: watch(patience, lambda step: work(self._noticed(step)))
+        )
         monkeypatch.setattr(stall, "time", clock)
 
     def _noticed(self, step: Step) -> Step:
@@ -125,7 +136,10 @@ def test_a_conversion(where: str, photos: Path, whole: Path, tmp_path: Path, mon
         words = "at class1/3.jpg"
         disk = DeadDisk(monkeypatch, Listing, "read", lambda listing, i: listing.names[i] == "class1/3.jpg", words)
     else:
-        disk, words = DeadDisk(monkeypatch, BetonWriter, "sync", lambda writer: True), "while whole.beton.partial was written"
+        disk, words = (
+            DeadDisk(monkeypatch, BetonWriter, "sync", lambda writer: True),
+            "while whole.beton.partial was written",
+        )
     with answered_at_last(disk):
         with pytest.raises(Stalled, match=rf"^{photos}: {NOTHING.format('read or written', words)}$"):
             convert(photos, dst, ConvertOptions(workers=2, stall_minutes=SHORT))
@@ -133,7 +147,9 @@ def test_a_conversion(where: str, photos: Path, whole: Path, tmp_path: Path, mon
     summary = convert(photos, dst)
     # The four photos before the dead one; and the one whose writing did not end until the disk was there again.
     assert summary.resumed == {"the listing": 0, "a photo": 4, "the result": 1}[where]
-    assert everything(tmp_path) == {name: (whole.parent / name).read_bytes() for name in ("whole.beton", "whole.beton.json")}
+    assert everything(tmp_path) == {
+        name: (whole.parent / name).read_bytes() for name in ("whole.beton", "whole.beton.json")
+    }
 
 
 @pytest.mark.parametrize("where", ["the tables", "a sample"])
@@ -159,7 +175,10 @@ def test_a_warning_comes_first(photos: Path, tmp_path: Path, monkeypatch: pytest
     (source / "\x1b[2J.jpg").write_bytes((photos / "class0" / "0.jpg").read_bytes())
     with (
         answered_at_last(disk),
-        pytest.warns(UserWarning, match=r"photos: nothing was read or written for 0 s, at \\x1b\[2J.jpg: the disk .*; an error in 0 min"),
+        pytest.warns(
+            UserWarning,
+            match=r"photos: nothing was read or written for 0 s, at \\x1b\[2J.jpg: the disk .*; an error in 0 min",
+        ),
         pytest.raises(Stalled),
     ):
         convert(source, tmp_path / "out.beton", ConvertOptions(stall_minutes=SHORT))
@@ -195,7 +214,9 @@ def test_the_command_ends_although_threads_hang(command: str, photos: Path, whol
     assert ended.output.splitlines()[-1].startswith(f"fastssl: {arguments[0]}: nothing was {deed} for 0.1 s"), ended
 
 
-def test_ctrl_c_stops_the_work_and_keeps_what_is_done(photos: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_stops_the_work_and_keeps_what_is_done(
+    photos: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     dst, left = tmp_path / "whole.beton", threading.Event()
     read, settled = Listing.read, Patience.settled
 
@@ -211,17 +232,24 @@ def test_ctrl_c_stops_the_work_and_keeps_what_is_done(photos: Path, whole: Path,
 
     monkeypatch.setattr(Listing, "read", interrupting)
     monkeypatch.setattr(Patience, "settled", leaving)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what it puts into the background with SIGINT ignored
+    before = signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a shell starts what it puts into the background with SIGINT ignored
     try:
         with pytest.raises(KeyboardInterrupt):
             convert(photos, dst, ConvertOptions(workers=1))
     finally:
         signal.signal(signal.SIGINT, before)
-    assert set(everything(tmp_path)) == {"whole.beton.partial", "whole.beton.partial.journal"} and not stall.threads_given_up()
+    assert (
+        set(everything(tmp_path)) == {"whole.beton.partial", "whole.beton.partial.journal"}
+        and not stall.threads_given_up()
+    )
     assert convert(photos, dst).written == 6 and dst.read_bytes() == whole.read_bytes()
 
 
-def test_no_memory_for_a_photo_is_no_fault_of_the_photo(photos: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_memory_for_a_photo_is_no_fault_of_the_photo(
+    photos: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It is not among the rejected ones: the next conversion takes it."""
     dst, read = tmp_path / "whole.beton", Listing.read
 
@@ -238,7 +266,8 @@ def test_no_memory_for_a_photo_is_no_fault_of_the_photo(photos: Path, whole: Pat
 
 
 @pytest.mark.parametrize(
-    ("error", "message"), [(MemoryError(), "no memory left; fewer --workers"), (RuntimeError("a bug"), "unexpected RuntimeError: a bug")]
+    ("error", "message"),
+    [(MemoryError(), "no memory left; fewer --workers"), (RuntimeError("a bug"), "unexpected RuntimeError: a bug")],
 )
 def test_what_a_thread_throws_is_no_damage_and_no_proof_of_a_whole_file(
     error: Exception, message: str, whole: Path, monkeypatch: pytest.MonkeyPatch

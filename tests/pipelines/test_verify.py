@@ -51,7 +51,11 @@ def test_a_whole_file(beton):
     report = verify(beton, workers=2, progress=lambda done, total: calls.append((done, total)))
     assert report.ok and (report.samples, report.checksummed, report.decoded) == (20, 20, 20) and report.side_file
     assert calls[0] == (0, 20) and calls[-1] == (20, 20)
-    assert verify(beton, decode=0).decoded == 0 and verify(beton, decode=7).decoded == 7 and verify(beton, decode=99).decoded == 20
+    assert (
+        verify(beton, decode=0).decoded == 0
+        and verify(beton, decode=7).decoded == 7
+        and verify(beton, decode=99).decoded == 20
+    )
 
 
 def test_a_silent_flip_is_found_by_the_checksum(beton):
@@ -72,7 +76,9 @@ def test_what_does_not_decode_is_found_without_a_side_file(beton):
     change(beton, last, 0)
     report = verify(beton)
     assert not report.side_file and report.checksummed == 0 and report.decoded == 20
-    assert [i for i, _ in report.damaged] == [4, 10] and all("JPEG" in why and str(beton) not in why for _, why in report.damaged)
+    assert [i for i, _ in report.damaged] == [4, 10] and all(
+        "JPEG" in why and str(beton) not in why for _, why in report.damaged
+    )
     assert verify(beton, decode=1).ok  # sample 0 alone
 
 
@@ -136,7 +142,9 @@ def test_a_side_file_that_is_made_to_harm(beton, content, why):
     else:
         path.write_bytes(content)
     (problem,) = verify(beton).problems
-    assert re.search(rf"^{re.escape(str(path))}: unreadable side file \(.*{why}.*\); delete it, or convert again$", problem)
+    assert re.search(
+        rf"^{re.escape(str(path))}: unreadable side file \(.*{why}.*\); delete it, or convert again$", problem
+    )
     with BetonReader(beton) as reader:
         assert sample_checksums(reader) is None
         with pytest.raises(BetonError, match="unreadable side file"):

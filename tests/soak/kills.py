@@ -63,13 +63,28 @@ _CROPS = ["views.global_size=32", "views.local_size=16", "views.local_count=2"]
 LARGE = "resnet10t"
 #: Per method: recipe, network, what makes it small. 48 photos: 6 steps an epoch.
 METHODS = {
-    "moco": ("few-photos-moco", "lcnet_035", ["views.0.size=32", "moco.queue=64", "moco.projector.hidden=16", "moco.split_bn=2"]),
+    "moco": (
+        "few-photos-moco",
+        "lcnet_035",
+        ["views.0.size=32", "moco.queue=64", "moco.projector.hidden=16", "moco.split_bn=2"],
+    ),
     "swav": (
         "swav-mobilenetv2-sslight",
         "lcnet_035",
-        [*_CROPS, "swav.prototypes=24", "swav.queue=16", "swav.queue_epoch=0", "swav.projector.hidden=16", "swav.projector.out=16"],
+        [
+            *_CROPS,
+            "swav.prototypes=24",
+            "swav.queue=16",
+            "swav.queue_epoch=0",
+            "swav.projector.hidden=16",
+            "swav.projector.out=16",
+        ],
     ),
-    "dino": ("dino-mobilenetv2-sslight", "lcnet_035", [*_CROPS, "dino.out=32", "dino.projector.hidden=16", "dino.projector.out=16"]),
+    "dino": (
+        "dino-mobilenetv2-sslight",
+        "lcnet_035",
+        [*_CROPS, "dino.out=32", "dino.projector.hidden=16", "dino.projector.out=16"],
+    ),
 }
 #: Fields of a line of metrics that the clock decides.
 _BY_THE_CLOCK = {"pair_per_s", "view_per_s", "data_wait", "data_share", "seconds"}
@@ -120,7 +135,9 @@ class Lab:
             process.kill()
             process.join()
 
-    def start(self, command: Sequence[str], *, world: int = 1, float64: bool = False, fault: Fault | None = None) -> list:
+    def start(
+        self, command: Sequence[str], *, world: int = 1, float64: bool = False, fault: Fault | None = None
+    ) -> list:
         """The processes of ``command``, by rank. ``fault`` strikes rank 0."""
         port = str(free_port())
         started = []
@@ -163,7 +180,8 @@ class Lab:
         statuses = self.finish(processes)
         if any(statuses):
             raise RuntimeError(
-                f"{' '.join(command[:1])} ended with {statuses}:\n" + "\n".join(process.log.read_text()[-2000:] for process in processes)
+                f"{' '.join(command[:1])} ended with {statuses}:\n"
+                + "\n".join(process.log.read_text()[-2000:] for process in processes)
             )
 
 
@@ -185,11 +203,27 @@ def wait_for(condition: Callable[[], bool], processes: list, timeout: float = PA
 # ---------------------------------------------------------------------- training
 
 
-def pretrain(method: str, data: Path, out: Path, epochs: int, *, probe: bool, amp: str = "off", arch: str | None = None) -> list[str]:
+def pretrain(
+    method: str, data: Path, out: Path, epochs: int, *, probe: bool, amp: str = "off", arch: str | None = None
+) -> list[str]:
     """The command line."""
     recipe, usual, small = METHODS[method]
     arch = arch or usual
-    command = ["pretrain", "--arch", arch, "--recipe", recipe, "--data", str(data), "--out", str(out), "--device", "cpu", "--workers", "1"]
+    command = [
+        "pretrain",
+        "--arch",
+        arch,
+        "--recipe",
+        recipe,
+        "--data",
+        str(data),
+        "--out",
+        str(out),
+        "--device",
+        "cpu",
+        "--workers",
+        "1",
+    ]
     settings = [*_COMMON, *small, f"train.epochs={epochs}", f"train.amp={amp}", f"probe.every_epochs={int(probe)}"]
     return [*command, *itertools.chain.from_iterable(("--set", setting) for setting in settings)]
 
@@ -240,7 +274,9 @@ def compare_runs(whole: Path, killed: Path, outcome: Outcome, tolerance: float |
                 else bool(((found - value).abs() < tolerance).all())
             )
             if not equal:
-                outcome.problems.append(f"{part} {name} differs by {float((found.double() - value.double()).abs().max()):.3g}")
+                outcome.problems.append(
+                    f"{part} {name} differs by {float((found.double() - value.double()).abs().max()):.3g}"
+                )
     if mine["position"]["step"] != theirs["position"]["step"]:
         outcome.problems.append(f"step {mine['position']['step']} and {theirs['position']['step']}")
     _compare_rows(rows(whole), rows(killed), outcome, tolerance)
@@ -260,8 +296,12 @@ def _compare_rows(whole: list[dict], killed: list[dict], outcome: Outcome, toler
             for name in theirs.keys() - _BY_THE_CLOCK:
                 # Spreads over a part of the photos are other numbers with another number of processes; the loss is not.
                 exact = tolerance is None
-                if (exact and mine.get(name) != theirs[name]) or (name == "loss" and abs(mine["loss"] - theirs["loss"]) > (tolerance or 0)):
-                    outcome.problems.append(f"{kind} {theirs['step']}: {name} is {mine.get(name)}, wanted {theirs[name]}")
+                if (exact and mine.get(name) != theirs[name]) or (
+                    name == "loss" and abs(mine["loss"] - theirs["loss"]) > (tolerance or 0)
+                ):
+                    outcome.problems.append(
+                        f"{kind} {theirs['step']}: {name} is {mine.get(name)}, wanted {theirs[name]}"
+                    )
 
 
 def tensors(value: Any, name: str = ""):
@@ -298,13 +338,17 @@ def training(
     ``tolerance`` None: equal to the last bit; infinite: the difference is noted and not judged.
     """
     rng, steps = random.Random(f"training {method} {seed}"), 6 * epochs
-    form = f"{'-'.join(map(str, sizes))} processes, {'float64' if float64 else 'bfloat16' if amp == 'bf16' else 'float32'}"
+    form = (
+        f"{'-'.join(map(str, sizes))} processes, {'float64' if float64 else 'bfloat16' if amp == 'bf16' else 'float32'}"
+    )
     outcome = Outcome(f"training {method}, {form}", seed)
     began = time.monotonic()
     folder = Path(tempfile.mkdtemp(dir=lab.folder))
     whole, killed = folder / "whole", folder / "killed"
     options = {"float64": float64}
-    lab.say(f"{outcome.what}: first the run that nobody disturbs, {steps} steps; then up to {min(kills, steps - 1)} kills")
+    lab.say(
+        f"{outcome.what}: first the run that nobody disturbs, {steps} steps; then up to {min(kills, steps - 1)} kills"
+    )
     lab.run(pretrain(method, data, whole, epochs, probe=probe, amp=amp, arch=arch), world=sizes[0], **options)
     command, turns = pretrain(method, data, killed, epochs, probe=probe, amp=amp, arch=arch), itertools.cycle(sizes)
     for target in sorted(rng.sample(range(1, steps), min(kills, steps - 1))):
@@ -323,7 +367,9 @@ def training(
     return outcome
 
 
-def _note(lab: Lab, outcome: Outcome, statuses: list, processes: list, out: Path, steps: int, where: str | None = None) -> None:
+def _note(
+    lab: Lab, outcome: Outcome, statuses: list, processes: list, out: Path, steps: int, where: str | None = None
+) -> None:
     """Count a kill that fell, and into what; tell of it, as the command is started again."""
     if None in statuses:
         outcome.problems.append(f"a process did not end within 60 s of another's death: {statuses}")
@@ -351,7 +397,9 @@ def _note(lab: Lab, outcome: Outcome, statuses: list, processes: list, out: Path
     lab.say(f"  kill {outcome.kills}: behind step {at} of {steps}, {where or found}")
 
 
-def checkpointing(lab: Lab, data: Path, kills: int, seed: int, *, method: str = "moco", epochs: int = 3, arch: str = LARGE) -> Outcome:
+def checkpointing(
+    lab: Lab, data: Path, kills: int, seed: int, *, method: str = "moco", epochs: int = 3, arch: str = LARGE
+) -> Outcome:
     """Kill inside the writing of checkpoints: at calls of the system, and while an unfinished file is there."""
     rng, steps = random.Random(f"checkpointing {seed}"), 6 * epochs
     outcome = Outcome(f"checkpointing {method}", seed)
@@ -412,7 +460,9 @@ def conversion(lab: Lab, photos: Path, kills: int, seed: int) -> Outcome:
             if processes[0].exitcode is None:
                 kill(processes, rng)
         else:
-            processes = lab.start(command, fault=Fault(kind, rng.randint(1, 40 if kind in ("add", "fsync") else 4), rng.random() < 0.5))
+            processes = lab.start(
+                command, fault=Fault(kind, rng.randint(1, 40 if kind in ("add", "fsync") else 4), rng.random() < 0.5)
+            )
         statuses = lab.finish(processes)
         if statuses == [-signal.SIGKILL]:
             outcome.kills += 1
@@ -428,7 +478,9 @@ def conversion(lab: Lab, photos: Path, kills: int, seed: int) -> Outcome:
             for path in folder.glob("killed.beton*"):
                 path.unlink()
         else:
-            outcome.problems.append(f"round {rounds}, {kind}: ended with {statuses}: {processes[0].log.read_text()[-300:]}")
+            outcome.problems.append(
+                f"round {rounds}, {kind}: ended with {statuses}: {processes[0].log.read_text()[-300:]}"
+            )
     lab.say("  started for the last time")
     lab.run(command)
     outcome.restarts += 1
@@ -478,7 +530,8 @@ def run_all(what: str, kills: int, seed: int, say: Callable[[str], None] = print
         where = ", ".join(f"{count} {name}" for name, count in sorted(outcome.where.items()))
         say(
             f"{'ok  ' if not outcome.problems else 'FAIL'} {outcome.what} (seed {outcome.seed}): {outcome.kills} kills ({where}), largest difference "
-            f"{outcome.difference:.3g}, {outcome.seconds:.0f} s" + "".join(f"\n     {problem}" for problem in outcome.problems[:10])
+            f"{outcome.difference:.3g}, {outcome.seconds:.0f} s"
+            + "".join(f"\n     {problem}" for problem in outcome.problems[:10])
         )
 
     with tempfile.TemporaryDirectory(prefix="fastssl-kills-") as work, Lab(Path(work), say) as lab:
@@ -499,7 +552,20 @@ def run_all(what: str, kills: int, seed: int, say: Callable[[str], None] = print
             add(checkpointing(lab, data, kills, seed))
         if what in ("processes", "all"):
             for method, number in at_steps.items():
-                add(training(lab, data, method, number, seed, sizes=(1, 2), float64=True, tolerance=1e-5, probe=False, arch=LARGE))
+                add(
+                    training(
+                        lab,
+                        data,
+                        method,
+                        number,
+                        seed,
+                        sizes=(1, 2),
+                        float64=True,
+                        tolerance=1e-5,
+                        probe=False,
+                        arch=LARGE,
+                    )
+                )
             # What single precision makes of it in the same steps: told, not judged.
             add(training(lab, data, "moco", 5, seed, sizes=(1, 2), tolerance=math.inf, probe=False, arch=LARGE))
             add(training(lab, data, "moco", at_steps["moco"], seed, sizes=(2,), probe=False))
@@ -509,9 +575,14 @@ def run_all(what: str, kills: int, seed: int, say: Callable[[str], None] = print
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument(
-        "--kills", type=int, default=50, help="of each series; of those at random steps at most 20, 10 for all methods but MoCo"
+        "--kills",
+        type=int,
+        default=50,
+        help="of each series; of those at random steps at most 20, 10 for all methods but MoCo",
     )
-    parser.add_argument("--what", choices=["conversion", "training", "bfloat16", "checkpointing", "processes", "all"], default="all")
+    parser.add_argument(
+        "--what", choices=["conversion", "training", "bfloat16", "checkpointing", "processes", "all"], default="all"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="write what came out, with machine and versions")
     chosen = parser.parse_args(arguments)
@@ -523,7 +594,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command = f"python tests/soak/kills.py --kills {chosen.kills} --what {chosen.what} --seed {chosen.seed}"
         series = [{**asdict(outcome), "where": dict(outcome.where)} for outcome in outcomes]
         total = sum(outcome.kills for outcome in outcomes)
-        chosen.json.write_text(json.dumps({"command": command, "kills": total, "series": series, **about}, indent=1) + "\n")
+        chosen.json.write_text(
+            json.dumps({"command": command, "kills": total, "series": series, **about}, indent=1) + "\n"
+        )
     return int(any(outcome.problems for outcome in outcomes))
 
 

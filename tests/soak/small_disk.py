@@ -53,7 +53,9 @@ class SmallDisk:
 
     def read_only(self) -> None:
         """Nothing may be written any more."""
-        if self.how == "mounted":  # a second, read-only view of it on top: the first one is busy while a lock file is open
+        if (
+            self.how == "mounted"
+        ):  # a second, read-only view of it on top: the first one is busy while a lock file is open
             subprocess.run(["mount", "--bind", str(self.folder), str(self.folder)], check=True)
             self.covered = True
             # Busy while the run has a file open for writing through it; it seldom has.
@@ -83,7 +85,10 @@ def small_disk(folder: Path, way: str, megabytes: int = 16) -> Iterator[SmallDis
     """A disk at ``folder``; ``way`` is what is wanted, ``SmallDisk.how`` what it is: without the right to mount all are ``limited``."""
     folder.mkdir()
     mounted = way == "mounted" and (
-        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(folder)], capture_output=True).returncode == 0
+        subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(folder)], capture_output=True
+        ).returncode
+        == 0
         if os.geteuid() == 0
         else False
     )

@@ -85,7 +85,12 @@ def test_a_conversion_goes_on_when_there_is_room_again(lab: Lab, disk: SmallDisk
     photos, dst = make_photos(tmp_path / "photos", 40, bad=(7,), side=200), disk.folder / "out.beton"
     command = ("convert-imagenet", photos, dst, "--workers", 2)
     patches = {"fastssl.pipelines.convert.conversion.CHECKPOINT_SECONDS": 0.0}
-    assert run(lab, SmallDisk(tmp_path, "limited"), "convert-imagenet", photos, tmp_path / "whole.beton", "--workers", 2)[0] == 0
+    assert (
+        run(lab, SmallDisk(tmp_path, "limited"), "convert-imagenet", photos, tmp_path / "whole.beton", "--workers", 2)[
+            0
+        ]
+        == 0
+    )
     size = (tmp_path / "whole.beton").stat().st_size
     photos_bytes = size - 2 * 2**20  # they begin behind two pages of 2 MiB, which are a hole on the disk
     assert photos_bytes > 100_000
@@ -111,13 +116,17 @@ def test_a_conversion_without_resume_leaves_nothing(lab: Lab, disk: SmallDisk, t
     refused(status, text, "out.beton: cannot write")
     assert "again to go on" not in text
     disk.empty()
-    assert dst.read_bytes() == b"what was there before" and [path.name for path in disk.folder.iterdir()] == ["out.beton"]
+    assert dst.read_bytes() == b"what was there before" and [path.name for path in disk.folder.iterdir()] == [
+        "out.beton"
+    ]
 
 
 # ---------------------------------------------------------------------- results, exports, pages
 
 
-def test_results_and_pages_are_named_and_as_they_were(lab: Lab, disk: SmallDisk, trained: Path, beton: Path, tmp_path: Path) -> None:
+def test_results_and_pages_are_named_and_as_they_were(
+    lab: Lab, disk: SmallDisk, trained: Path, beton: Path, tmp_path: Path
+) -> None:
     """Every command that writes a small file, one after the other on the same full disk."""
     evaluate = ["evaluate", "knn", trained, "--data", beton, "--size", 32, "--k", 3, "--device", "cpu", "--json"]
     record = tmp_path / "knn.json"
@@ -134,7 +143,10 @@ def test_results_and_pages_are_named_and_as_they_were(lab: Lab, disk: SmallDisk,
     for command, name in (
         ([*evaluate, disk.folder / "result.json"], "result.json"),
         (["verify", beton, "--json", disk.folder / "new.json"], "new.json"),
-        (["views", beton, "--recipe", "few-photos-moco", "--samples", 1, "--out", disk.folder / "views.png"], "views.png"),
+        (
+            ["views", beton, "--recipe", "few-photos-moco", "--samples", 1, "--out", disk.folder / "views.png"],
+            "views.png",
+        ),
         (["report", run_folder], "report.html"),
         (["evaluate", "compare", record, "--out", disk.folder], "evaluations.md"),
     ):
@@ -143,7 +155,10 @@ def test_results_and_pages_are_named_and_as_they_were(lab: Lab, disk: SmallDisk,
         now = {path: path.read_bytes() for path in disk.folder.rglob("*") if path.is_file() and path.name != "filler"}
         assert now == before, (command, sorted(now.keys() ^ before.keys()))
     disk.empty()
-    assert run(lab, disk, *evaluate, disk.folder / "result.json")[0] == 0 and "knn" in (disk.folder / "result.json").read_text()
+    assert (
+        run(lab, disk, *evaluate, disk.folder / "result.json")[0] == 0
+        and "knn" in (disk.folder / "result.json").read_text()
+    )
 
 
 @pytest.mark.parametrize("name", ["mine.safetensors", "mine.pth", "folder"])
@@ -155,7 +170,9 @@ def test_an_export_is_whole_or_as_it_was(lab: Lab, disk: SmallDisk, trained: Pat
     status, text = run(lab, disk, "export", trained, destination)
     assert status == 1 and f"{name}: not written (" in text and "what was there before is untouched" in text, text
     assert len([line for line in text.splitlines() if line.startswith("fastssl:")]) == 1 and "Traceback" not in text
-    assert {path: path.read_bytes() for path in disk.folder.rglob("*") if path.is_file() and path.name != "filler"} == before
+    assert {
+        path: path.read_bytes() for path in disk.folder.rglob("*") if path.is_file() and path.name != "filler"
+    } == before
     disk.empty()
     assert run(lab, disk, "export", trained, destination)[0] == 0
 
@@ -168,7 +185,9 @@ def test_standard_output_that_is_full_is_one_line(lab: Lab, beton: Path, tmp_pat
         command = [sys.executable, "-m", "fastssl", "verify", str(beton), "--json", "-"]
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
     lines = done.stderr.strip().splitlines()
-    assert done.returncode == 1 and lines[-1].endswith(f"{FULL[0]}: 'standard output'") and "Traceback" not in done.stderr, done.stderr
+    assert (
+        done.returncode == 1 and lines[-1].endswith(f"{FULL[0]}: 'standard output'") and "Traceback" not in done.stderr
+    ), done.stderr
 
 
 # ---------------------------------------------------------------------- training
@@ -180,7 +199,9 @@ STEPS = 36
 def whole(lab: Lab, beton: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run that has room all the time."""
     folder = tmp_path_factory.mktemp("whole")
-    status, text = run(lab, SmallDisk(folder, "limited"), *pretrain_command("moco", beton, folder / "run", STEPS // 6, probe=True))
+    status, text = run(
+        lab, SmallDisk(folder, "limited"), *pretrain_command("moco", beton, folder / "run", STEPS // 6, probe=True)
+    )
     assert status == 0, text
     return folder / "run"
 
@@ -239,7 +260,9 @@ def test_a_run_lives_on_while_its_folder_is_read_only(lab: Lab, disk: SmallDisk,
 def test_full_at_the_very_end(lab: Lab, disk: SmallDisk, beton: Path, whole: Path) -> None:
     """All steps are made and saved; only the summary has no room. The same command writes it later, without training again."""
     out = disk.folder / "run"
-    shutil.copytree(whole, out, ignore=shutil.ignore_patterns("step-*.pt"))  # second names of files, which a copy would double
+    shutil.copytree(
+        whole, out, ignore=shutil.ignore_patterns("step-*.pt")
+    )  # second names of files, which a copy would double
     for name in ("summary.json", "report.html", "views.png", "neighbours.png"):
         (out / name).unlink()
     child = start(lab, disk, beton, out)
@@ -262,7 +285,9 @@ def test_a_folder_that_is_deleted_under_a_run(lab: Lab, beton: Path, whole: Path
     shutil.rmtree(tmp_path / "gone")
     status, text = child.end()
     assert status == 0 and "Traceback" not in text, text
-    mine, theirs = (dict(tensors(load_checkpoint(folder / "checkpoints" / "last.pt")["method"])) for folder in (out, whole))
+    mine, theirs = (
+        dict(tensors(load_checkpoint(folder / "checkpoints" / "last.pt")["method"])) for folder in (out, whole)
+    )
     assert all(mine[name].equal(value) for name, value in theirs.items())
 
 

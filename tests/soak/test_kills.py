@@ -39,7 +39,8 @@ def test_a_run_killed_at_random_steps_ends_bit_for_bit(lab: Lab, said: list[str]
     found = training(lab, beton, "moco", 3, 0, epochs=2)
     assert found.problems == [] and found.difference == 0 and found.kills >= 2
     assert (
-        said[0].endswith("first the run that nobody disturbs, 12 steps; then up to 3 kills") and said[-1] == "  started for the last time"
+        said[0].endswith("first the run that nobody disturbs, 12 steps; then up to 3 kills")
+        and said[-1] == "  started for the last time"
     )
     assert sum(line.startswith("  kill ") and " of 12, " in line for line in said) == found.kills
 
@@ -51,7 +52,9 @@ def test_a_run_killed_while_it_saves_ends_bit_for_bit(lab: Lab, beton: Path) -> 
 
 def test_a_run_over_one_and_two_processes_is_that_of_one(lab: Lab, beton: Path) -> None:
     """In double precision: in single precision the steps of fresh networks blow rounding up (see test_step_over_processes)."""
-    found = training(lab, beton, "moco", 2, 0, epochs=2, sizes=(1, 2), float64=True, tolerance=1e-5, probe=False, arch=LARGE)
+    found = training(
+        lab, beton, "moco", 2, 0, epochs=2, sizes=(1, 2), float64=True, tolerance=1e-5, probe=False, arch=LARGE
+    )
     assert found.problems == [] and found.difference < 1e-9 and found.kills >= 1
 
 
@@ -118,7 +121,9 @@ def test_a_command_that_fails_by_itself_is_no_success(lab: Lab, tmp_path: Path) 
     assert lab.finish(processes)[0] in (-signal.SIGKILL, 1)
 
 
-def test_the_script_writes_its_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+def test_the_script_writes_its_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     import kills
 
     bad = Outcome("training moco", 3, kills=2, problems=["method queue differs by 1"])

@@ -25,7 +25,9 @@ which_option = click.option(
     type=click.Choice(["student", "teacher"]),
     help="Which of a run's networks. Default: what the file holds; of a run's folder the student.",
 )
-data_option = click.option("--data", required=True, type=SomePath(), metavar="FOLDER|TAR|FILE.beton", help="Labelled photos to learn from.")
+data_option = click.option(
+    "--data", required=True, type=SomePath(), metavar="FOLDER|TAR|FILE.beton", help="Labelled photos to learn from."
+)
 val_option = click.option(
     "--val",
     type=SomePath(),
@@ -43,8 +45,12 @@ crop_option = click.option(
     help="Centre crop's share of the short side. Default: as the run's own probe; without a run 0.875.",
 )
 device_option = click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
-workers_option = click.option("--workers", type=click.IntRange(min=1), help="Decoding threads. Default: the cores this process may use.")
-seed_option = click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of everything that is drawn.")
+workers_option = click.option(
+    "--workers", type=click.IntRange(min=1), help="Decoding threads. Default: the cores this process may use."
+)
+seed_option = click.option(
+    "--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of everything that is drawn."
+)
 reestimate_option = click.option(
     "--reestimate-bn",
     type=click.IntRange(min=2),
@@ -118,7 +124,14 @@ def network(
     require_size(session.trained.backbone, size, session.device)
     if not reestimate_bn:
         return session.trained.backbone
-    how = {"samples": reestimate_bn, "size": size, "seed": seed, "batch_size": batch_size, "workers": workers, "crop": crop}
+    how = {
+        "samples": reestimate_bn,
+        "size": size,
+        "seed": seed,
+        "batch_size": batch_size,
+        "workers": workers,
+        "crop": crop,
+    }
     return reestimated(session.trained.backbone, photos, indices=indices, device=session.device, **how)
 
 
@@ -130,7 +143,9 @@ def split_features(session: Session, split: LabelledSplit, **how: Any) -> tuple[
     return tuple(share_features(session, backbone, label, reader, index, **kept) for label, reader, index in parts)
 
 
-def share_features(session: Session, backbone: nn.Module, label: str, reader: BetonReader, index: np.ndarray, **how: Any) -> Features:
+def share_features(
+    session: Session, backbone: nn.Module, label: str, reader: BetonReader, index: np.ndarray, **how: Any
+) -> Features:
     """This process's share of the features of the samples ``index``, as ``evaluate.features.share`` deals them out; with a bar."""
     from fastssl.evaluate.features import extract_features, share
 

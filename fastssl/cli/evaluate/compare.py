@@ -11,7 +11,9 @@ from fastssl.cli.common import SomePath
 
 @click.command()
 @click.argument("records", nargs=-1, required=True, type=SomePath(), metavar="RECORD.json...")
-@click.option("--out", type=SomePath(), required=True, metavar="DIR", help="Folder for evaluations.md and evaluations.html.")
+@click.option(
+    "--out", type=SomePath(), required=True, metavar="DIR", help="Folder for evaluations.md and evaluations.html."
+)
 def compare(records: tuple[Path, ...], out: Path) -> None:
     """Put evaluations side by side: a row for each network, a column for each kind of figure.
 

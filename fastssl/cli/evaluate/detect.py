@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING
 import click
 
 from fastssl.cli.common import SomePath, finite, json_option, progress_bar, quiet_option
-from fastssl.cli.evaluate.common import checkpoint_argument, device_option, finish, seed_option, which_option, workers_option
+from fastssl.cli.evaluate.common import (
+    checkpoint_argument,
+    device_option,
+    finish,
+    seed_option,
+    which_option,
+    workers_option,
+)
 from fastssl.errors import counted
 
 if TYPE_CHECKING:
@@ -32,7 +39,9 @@ def _short_sides(ctx: click.Context, param: click.Parameter, value: str) -> tupl
     except ValueError:
         first, last = 0, 0
     if not 32 <= first <= last:
-        raise click.BadParameter(f"{value!r} is not a side in pixels (from 32 on) or a range of them such as 640-800", ctx, param)
+        raise click.BadParameter(
+            f"{value!r} is not a side in pixels (from 32 on) or a range of them such as 640-800", ctx, param
+        )
     return tuple(range(first, last + 1, 32))
 
 
@@ -40,7 +49,12 @@ def _short_sides(ctx: click.Context, param: click.Parameter, value: str) -> tupl
 @checkpoint_argument
 @which_option
 @click.option(
-    "--data", required=True, multiple=True, type=SomePath(), metavar="FILE", help="Annotations to learn from: .json or a VOC list."
+    "--data",
+    required=True,
+    multiple=True,
+    type=SomePath(),
+    metavar="FILE",
+    help="Annotations to learn from: .json or a VOC list.",
 )
 @click.option("--images", type=SomePath(), metavar="DIR", help="Pictures that the .json of --data speaks of.")
 @click.option("--val", required=True, type=SomePath(), metavar="FILE", help="Annotations to judge on.")
@@ -54,7 +68,9 @@ def _short_sides(ctx: click.Context, param: click.Parameter, value: str) -> tupl
     help="1x: 12.28 passes over the pictures with boxes, which is 90,000 iterations of 16 for COCO.",
 )
 @click.option("--iterations", type=click.IntRange(min=1), help="In place of --schedule.")
-@click.option("--batch-size", type=click.IntRange(min=1), default=16, show_default=True, help="Pictures a step, of all processes.")
+@click.option(
+    "--batch-size", type=click.IntRange(min=1), default=16, show_default=True, help="Pictures a step, of all processes."
+)
 @click.option("--optimizer", type=click.Choice(["sgd", "adamw"]), help="Default: sgd, for vision transformers adamw.")
 @click.option(
     "--lr",
@@ -71,9 +87,15 @@ def _short_sides(ctx: click.Context, param: click.Parameter, value: str) -> tupl
     help="Of training pictures, in steps of 32.",
 )
 @click.option(
-    "--test-side", type=click.IntRange(min=32), default=800, show_default=True, help="Short side of the pictures to be judged on."
+    "--test-side",
+    type=click.IntRange(min=32),
+    default=800,
+    show_default=True,
+    help="Short side of the pictures to be judged on.",
 )
-@click.option("--long-side", type=click.IntRange(min=32), default=1333, show_default=True, help="Of all pictures, at most.")
+@click.option(
+    "--long-side", type=click.IntRange(min=32), default=1333, show_default=True, help="Of all pictures, at most."
+)
 @click.option(
     "--levels",
     default="4,8,16,32",
@@ -82,7 +104,9 @@ def _short_sides(ctx: click.Context, param: click.Parameter, value: str) -> tupl
     help="Strides of the maps that are used; 16,32 is SSLight's form for MobileNetV2.",
 )
 @click.option(
-    "--from-scratch", is_flag=True, help="Begin with new weights instead of the checkpoint's: what pre-training is compared with."
+    "--from-scratch",
+    is_flag=True,
+    help="Begin with new weights instead of the checkpoint's: what pre-training is compared with.",
 )
 @click.option(
     "--out",
@@ -147,7 +171,9 @@ def detect(
     with open_session(checkpoint, which=which, device=device) as session:
         with first_of_host_speaks():
             train = _read(data, images, masks, "--images")
-            judged = _read((val,), val_images or images, masks, "--val-images", categories=list(train.categories.values()))
+            judged = _read(
+                (val,), val_images or images, masks, "--val-images", categories=list(train.categories.values())
+            )
         arch = session.trained.arch
         if from_scratch:
             torch.manual_seed(seed)
@@ -200,24 +226,31 @@ def detect(
             bar=progress_bar if session.is_main else lambda *about: nullcontext(),
         )
         settings = {
-            name: getattr(training, name) for name in ("iterations", "batch_size", "optimizer", "lr", "weight_decay", "long_side", "seed")
+            name: getattr(training, name)
+            for name in ("iterations", "batch_size", "optimizer", "lr", "weight_decay", "long_side", "seed")
         }
         left_out = {f"left_out_{reason}": count for reason, count in train.left_out.items()}
         record = session.record("detect", **about, **settings, short_sides=list(short_side), **left_out, **figures)
         finish(session, _line(figures, len(judged)), record, json_path)
 
 
-def _read(lists: tuple[Path, ...], images: Path | None, masks: bool, option: str, categories: list[str] | None = None) -> DetectionSet:
+def _read(
+    lists: tuple[Path, ...], images: Path | None, masks: bool, option: str, categories: list[str] | None = None
+) -> DetectionSet:
     """COCO's format or VOC's, as the files' names say."""
     from fastssl.evaluate.detection.annotations import DetectionError, load_coco
     from fastssl.evaluate.detection.voc import load_voc
 
     if all(path.suffix == ".txt" for path in lists):
         if masks:
-            raise DetectionError(f"{lists[0]}: Pascal VOC's boxes have no masks; leave out --masks, or give COCO's format")
+            raise DetectionError(
+                f"{lists[0]}: Pascal VOC's boxes have no masks; leave out --masks, or give COCO's format"
+            )
         return load_voc(lists, categories=categories)
     if len(lists) > 1 or lists[0].suffix != ".json":
-        raise DetectionError(f"{lists[-1]}: expected one .json in COCO's format, or lists of Pascal VOC (ImageSets/Main/trainval.txt)")
+        raise DetectionError(
+            f"{lists[-1]}: expected one .json in COCO's format, or lists of Pascal VOC (ImageSets/Main/trainval.txt)"
+        )
     if images is None:
         raise click.UsageError(f"{lists[0].name} is in COCO's format: {option} says where its pictures are")
     return load_coco(lists[0], images, masks=masks)

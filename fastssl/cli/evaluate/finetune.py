@@ -41,7 +41,9 @@ DEFAULTS = {"sgd": (0.03, 0.0), "adamw": (5e-4, 0.05)}
     help="On all weights but biases and norms. Default: 0 (AdamW: 0.05).",
 )
 @options(*AFTER)
-def finetune(labels: float | None, epochs: int, optimizer: str, weight_decay: float | None, lr: float | None, **how: Any) -> None:
+def finetune(
+    labels: float | None, epochs: int, optimizer: str, weight_decay: float | None, lr: float | None, **how: Any
+) -> None:
     """Fine-tune the whole network on a labelled data set, as a rule another one than it was pre-trained on.
 
     Half a cosine to 1e-6 that changes once an epoch; random crops and flips. With --from-scratch the same network begins with random weights: the difference is
@@ -59,7 +61,9 @@ def finetune(labels: float | None, epochs: int, optimizer: str, weight_decay: fl
     def pick(split: LabelledSplit) -> tuple[np.ndarray, dict[str, Any]]:
         if labels is None:
             return split.train_index, {"labels": 1.0}
-        return split.train_index[draw_labels(split.train.labels[split.train_index], labels, how["seed"])], {"labels": labels}
+        return split.train_index[draw_labels(split.train.labels[split.train_index], labels, how["seed"])], {
+            "labels": labels
+        }
 
     fine_tune(
         "finetune",

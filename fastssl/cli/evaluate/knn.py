@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fastssl.cli.common import finite
-from fastssl.cli.evaluate.common import FEATURE_OPTIONS, finish, network, options, percent, pictures, share_features, split_features
+from fastssl.cli.evaluate.common import (
+    FEATURE_OPTIONS,
+    finish,
+    network,
+    options,
+    percent,
+    pictures,
+    share_features,
+    split_features,
+)
 from fastssl.errors import counted
 
 if TYPE_CHECKING:
@@ -98,7 +107,9 @@ def knn(
 
 
 @contextmanager
-def _two_sets(session: Session, data: Path, val: Path | None, **how: Any) -> Iterator[tuple[Features, Features, dict[str, Any]]]:
+def _two_sets(
+    session: Session, data: Path, val: Path | None, **how: Any
+) -> Iterator[tuple[Features, Features, dict[str, Any]]]:
     """This process's share of the bank, all that is judged, and what a record says of the photos."""
     from fastssl.evaluate.features import gathered
     from fastssl.evaluate.photos import open_split
@@ -110,21 +121,30 @@ def _two_sets(session: Session, data: Path, val: Path | None, **how: Any) -> Ite
 
 
 @contextmanager
-def _one_set(session: Session, data: Path, val: Path | None, **how: Any) -> Iterator[tuple[Features, Features, dict[str, Any]]]:
+def _one_set(
+    session: Session, data: Path, val: Path | None, **how: Any
+) -> Iterator[tuple[Features, Features, dict[str, Any]]]:
     """The same for leave-one-out, where what is judged is the bank."""
     import numpy as np
 
     from fastssl.evaluate.features import gathered
     from fastssl.evaluate.photos import open_photos, require_labels
 
-    with open_photos(data, how["workers"]) as train, open_photos(val, how["workers"]) if val else nullcontext(train) as reader:
+    with (
+        open_photos(data, how["workers"]) as train,
+        open_photos(val, how["workers"]) if val else nullcontext(train) as reader,
+    ):
         require_labels(reader)
         _require_classes(np.unique(reader.labels), reader)
         kept = {name: how[name] for name in ("size", "crop", "batch_size", "workers")}
         backbone = network(session, train, **how)
         bank = share_features(session, backbone, "photos", reader, np.arange(len(reader)), **kept)
         read = reader is train or how["reestimate_bn"]
-        yield bank, gathered(bank), {"data": train.path.name if read else None, "val": val and reader.path.name, "held_out_seed": None}
+        yield (
+            bank,
+            gathered(bank),
+            {"data": train.path.name if read else None, "val": val and reader.path.name, "held_out_seed": None},
+        )
 
 
 def _require_classes(classes: np.ndarray, reader: BetonReader) -> None:

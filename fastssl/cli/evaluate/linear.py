@@ -67,7 +67,9 @@ def _all_finite(ctx: click.Context, param: click.Parameter, values: tuple[float,
     help="May be repeated, likewise; every rate goes with every decay. Default: the protocol's, 0.",
 )
 @click.option(
-    "--sweep", is_flag=True, help="Also 0.01, 0.03, 0.1, 0.3, 3 and 10 times the protocol's rate: the best one depends on the network."
+    "--sweep",
+    is_flag=True,
+    help="Also 0.01, 0.03, 0.1, 0.3, 3 and 10 times the protocol's rate: the best one depends on the network.",
 )
 @click.option(
     "--select",
@@ -193,7 +195,9 @@ def _line(record: dict[str, Any], size: int) -> str:
 
     def top(prefix: str = "") -> str:
         top5 = record[f"{prefix}top5_accuracy"]
-        return percent(record[f"{prefix}accuracy"], record[f"{prefix}confidence"]) + ("" if top5 is None else f", top-5 {top5:.2f} %")
+        return percent(record[f"{prefix}accuracy"], record[f"{prefix}confidence"]) + (
+            "" if top5 is None else f", top-5 {top5:.2f} %"
+        )
 
     changed = f"; not as published: {', '.join(record['changed'])}" if record["changed"] else ""
     photos = counted(record["val_samples"], "photo")
@@ -207,6 +211,10 @@ def _line(record: dict[str, Any], size: int) -> str:
         lines.append(
             f"  best of {len(record['grid'])} (lr {record['chosen_lr']:g}, weight decay {record['chosen_weight_decay']:g}), "
             f"chosen on the {record['chosen_on']}: {top('chosen_')}"
-            + ("; its rate is an end of the grid: better ones may lie beyond (--lr)" if record["chosen_at_edge"] else "")
+            + (
+                "; its rate is an end of the grid: better ones may lie beyond (--lr)"
+                if record["chosen_at_edge"]
+                else ""
+            )
         )
     return "\n".join(lines)

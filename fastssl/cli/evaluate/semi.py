@@ -46,7 +46,9 @@ FEW, EPOCHS_FEW, EPOCHS_MORE = 0.05, 60, 30
     help="Learning rate for 256 photos a step; grows with the batch.",
 )
 @options(*AFTER)
-def semi(labels: float | None, list_path: Path | None, photos: Path | None, epochs: int | None, lr: float, **how: Any) -> None:
+def semi(
+    labels: float | None, list_path: Path | None, photos: Path | None, epochs: int | None, lr: float, **how: Any
+) -> None:
     """Fine-tune the whole network with a few of the labels, as the field reports it for 1 % and 10 % of ImageNet.
 
     SGD with Nesterov momentum 0.9, no weight decay, half a cosine to 1e-6 that changes once an epoch; random crops and flips. SSLight's published figures

@@ -55,7 +55,10 @@ class ShareOfLabels(click.ParamType):
 
 
 labels_option = click.option(
-    "--labels", type=ShareOfLabels(), metavar="SHARE", help="Share of each class's labels to learn from, drawn by --seed: 1%, 10%, 0.05."
+    "--labels",
+    type=ShareOfLabels(),
+    metavar="SHARE",
+    help="Share of each class's labels to learn from, drawn by --seed: 1%, 10%, 0.05.",
 )
 head_option = click.option(
     "--head",
@@ -80,10 +83,16 @@ factor_option = click.option(
     help="The head's rate in units of the backbone's.",
 )
 batch_option = click.option(
-    "--batch-size", type=click.IntRange(min=2), default=256, show_default=True, help="Photos a step, of all processes together."
+    "--batch-size",
+    type=click.IntRange(min=2),
+    default=256,
+    show_default=True,
+    help="Photos a step, of all processes together.",
 )
 scratch_option = click.option(
-    "--from-scratch", is_flag=True, help="The same network with random weights: what pre-training has to be compared with."
+    "--from-scratch",
+    is_flag=True,
+    help="The same network with random weights: what pre-training has to be compared with.",
 )
 
 
@@ -99,7 +108,9 @@ def _check_out(ctx: click.Context, param: click.Parameter, value: Path | None) -
         from fastssl.evaluate.classifier import is_classifier
 
         if not is_classifier(value):
-            raise click.BadParameter(f"{value}: exists and is no fine-tuned network; it is left alone: choose another name", ctx, param)
+            raise click.BadParameter(
+                f"{value}: exists and is no fine-tuned network; it is left alone: choose another name", ctx, param
+            )
     return value
 
 
@@ -167,10 +178,15 @@ def fine_tune(
     from fastssl.evaluate.session import open_session
 
     if out is not None and head != "linear":
-        raise click.UsageError("--out writes timm's network, which has no place for the layers of a DINO head; it goes with --head linear")
+        raise click.UsageError(
+            "--out writes timm's network, which has no place for the layers of a DINO head; it goes with --head linear"
+        )
     if head == "dino":
         checkpoint = run_file(checkpoint)  # backbone and head of one moment
-    with open_session(checkpoint, which=which, device=device) as session, open_split(data, val, seed=seed, workers=workers) as split:
+    with (
+        open_session(checkpoint, which=which, device=device) as session,
+        open_split(data, val, seed=seed, workers=workers) as split,
+    ):
         available = len(split.train_index)
         chosen, about = pick(split)
         if not len(chosen):
@@ -178,7 +194,9 @@ def fine_tune(
         if out is not None:
             timm_classifier_name(session.trained.arch)  # better said now than behind the work
         split = dataclasses.replace(split, train_index=chosen)
-        config = FinetuneConfig(optim, epochs(about["labels"]), batch_size, head_lr_factor, **pictures(session, size, crop))
+        config = FinetuneConfig(
+            optim, epochs(about["labels"]), batch_size, head_lr_factor, **pictures(session, size, crop)
+        )
         network = _network(session, checkpoint, head, len(split.classes), from_scratch=from_scratch, seed=seed)
         amp = use_amp("auto", session.device)
         steps = len(chosen) // batch_size
@@ -187,7 +205,9 @@ def fine_tune(
             if session.is_main
             else nullcontext() as advance
         ):
-            result = finetune(network, split, config, device=session.device, amp=amp, seed=seed, workers=workers, progress=advance)
+            result = finetune(
+                network, split, config, device=session.device, amp=amp, seed=seed, workers=workers, progress=advance
+            )
         record = session.record(
             evaluation,
             **{**split.record(), **about},
@@ -206,7 +226,9 @@ def fine_tune(
             save_classifier(network, out, arch=session.trained.arch, classes=classes, view=config.test_view)
 
 
-def _network(session: Session, checkpoint: Path, head: str, classes: int, *, from_scratch: bool, seed: int) -> Classifier:
+def _network(
+    session: Session, checkpoint: Path, head: str, classes: int, *, from_scratch: bool, seed: int
+) -> Classifier:
     import torch
 
     from fastssl.evaluate.classifier import Classifier

@@ -151,7 +151,9 @@ def require_something_to_find(val: DetectionSet) -> None:
         DetectionError: every object of the set is one that it costs nothing to miss: of Pascal VOC, that is a difficult one.
     """
     if not any(not row["iscrowd"] and min(row["bbox"][2:]) > 0 for row in val.document["annotations"]):
-        raise DetectionError(f"{val.name}: all of its objects are difficult, which nobody is to find: there is nothing to judge on")
+        raise DetectionError(
+            f"{val.name}: all of its objects are difficult, which nobody is to find: there is nothing to judge on"
+        )
 
 
 class _Reader:
@@ -202,7 +204,9 @@ class _Reader:
                 raise self.error(f"{place} (id {identity}): no 'file_name'")
             file = Path(row["file_name"])
             if file in files:
-                raise self.error(f"{place} (id {identity}): {row['file_name']} is listed a second time, and would be judged twice")
+                raise self.error(
+                    f"{place} (id {identity}): {row['file_name']} is listed a second time, and would be judged twice"
+                )
             files.add(file)
             for side in ("height", "width"):
                 if self.identity(row, side, f"{place} (id {identity})") < 1:
@@ -243,9 +247,13 @@ class _Reader:
             with_mask += 1
             kept[picture].append((box, labels[category], segmentation))
         if not boxes:
-            raise self.error("not one box in it (crowds and empty boxes do not count): there is nothing to learn or to find")
+            raise self.error(
+                "not one box in it (crowds and empty boxes do not count): there is nothing to learn or to find"
+            )
         if not with_mask:
-            raise self.error("not one of its annotations has a 'segmentation': leave out --masks to train on boxes alone")
+            raise self.error(
+                "not one of its annotations has a 'segmentation': leave out --masks to train on boxes alone"
+            )
         return kept
 
     def box(self, row: dict, image: dict, place: str) -> tuple[float, float, float, float] | None:
@@ -264,10 +272,16 @@ class _Reader:
         """What of the row's segmentation can be drawn; None where it has none."""
         found = row.get("segmentation")
         if isinstance(found, dict):
-            if not isinstance(found.get("counts"), (list, str)) or not isinstance(found.get("size"), list) or len(found["size"]) != 2:
+            if (
+                not isinstance(found.get("counts"), (list, str))
+                or not isinstance(found.get("size"), list)
+                or len(found["size"]) != 2
+            ):
                 raise self.error(f"{place}: 'segmentation' has no 'size' and 'counts'")
             if found["size"] != [image["height"], image["width"]]:
-                raise self.error(f"{place}: 'segmentation' has the size {found['size']}, its picture {[image['height'], image['width']]}")
+                raise self.error(
+                    f"{place}: 'segmentation' has the size {found['size']}, its picture {[image['height'], image['width']]}"
+                )
             self.run_lengths(found["counts"], image["height"] * image["width"], place)
             return {"size": found["size"], "counts": found["counts"]}
         if found is None or found == []:
@@ -277,7 +291,9 @@ class _Reader:
         # pycocotools, in C, takes memory for whatever lies between two corners.
         limit = 4 * max(image["height"], image["width"])
         if not all(_within(polygon, limit) for polygon in found):
-            raise self.error(f"{place}: a polygon of 'segmentation' has a corner that is no number, or far outside its picture")
+            raise self.error(
+                f"{place}: a polygon of 'segmentation' has a corner that is no number, or far outside its picture"
+            )
         # A polygon of less than three corners has no inside, and pycocotools takes one of two for a box.
         polygons = [polygon for polygon in found if len(polygon) >= 6 and len(polygon) % 2 == 0]
         return polygons or None
@@ -308,7 +324,13 @@ class _Reader:
             area = max(0, width) * max(0, height)
         if not _within([area], _LARGEST**2) or area < 0:
             raise self.error(f"{place}: 'area' is {str(area)[:80]!r}, expected the number of pixels")
-        filled = {"image_id": row["image_id"], "category_id": row["category_id"], "bbox": row["bbox"], "area": area, "iscrowd": int(crowd)}
+        filled = {
+            "image_id": row["image_id"],
+            "category_id": row["category_id"],
+            "bbox": row["bbox"],
+            "area": area,
+            "iscrowd": int(crowd),
+        }
         filled["id"] = len(self.judged) + 1
         return filled if segmentation is None else {**filled, "segmentation": segmentation}
 
@@ -328,7 +350,9 @@ class _Reader:
         missing = [picture.path for picture in pictures if not picture.path.is_file()]
         if missing:
             how_many = counted(len(pictures), "picture")
-            raise self.error(f"not there: {len(missing):,} of its {how_many}, the first: {missing[0]}; is that the folder?")
+            raise self.error(
+                f"not there: {len(missing):,} of its {how_many}, the first: {missing[0]}; is that the folder?"
+            )
 
     def for_judging(self, images: dict[int, dict], categories: dict[int, str]) -> dict[str, Any]:
         """The checked part of the document: no key that nobody knows reaches pycocotools."""

@@ -20,7 +20,9 @@ def require_pycocotools() -> None:
     try:
         import pycocotools.mask  # noqa: F401
     except ImportError as error:
-        raise FastSSLError("detection is judged by pycocotools, which is not installed: pip install 'fastssl-vision[detect]'") from error
+        raise FastSSLError(
+            "detection is judged by pycocotools, which is not installed: pip install 'fastssl-vision[detect]'"
+        ) from error
 
 
 def mask_tools() -> Any:
@@ -31,7 +33,9 @@ def mask_tools() -> Any:
     return pycocotools.mask
 
 
-def average_precision(document: dict[str, Any], predictions: list[dict[str, Any]], kind: str) -> dict[str, float | None]:
+def average_precision(
+    document: dict[str, Any], predictions: list[dict[str, Any]], kind: str
+) -> dict[str, float | None]:
     """What ``COCOeval`` says of ``predictions``, in percent.
 
     Args:

@@ -51,7 +51,14 @@ class ConvolutionalPyramid(Pyramid):
     for MobileNet-V3, whose last convolution follows the pooling, behind the last block.
     """
 
-    def __init__(self, body: nn.Module, strides: Sequence[int], out_channels: int, channels: dict[int, tuple[int, int]], final: bool):
+    def __init__(
+        self,
+        body: nn.Module,
+        strides: Sequence[int],
+        out_channels: int,
+        channels: dict[int, tuple[int, int]],
+        final: bool,
+    ):
         super().__init__(body, strides, out_channels)
         self.indices = [channels[stride][0] for stride in strides]
         self.final = final
@@ -75,7 +82,10 @@ class SimplePyramid(Pyramid):
             return nn.ConvTranspose2d(channels, channels // 2, 2, stride=2)
 
         scalings = {
-            patch // 4: (nn.Sequential(enlarge(width), LayerNorm2d(width // 2), nn.GELU(), enlarge(width // 2)), width // 4),
+            patch // 4: (
+                nn.Sequential(enlarge(width), LayerNorm2d(width // 2), nn.GELU(), enlarge(width // 2)),
+                width // 4,
+            ),
             patch // 2: (enlarge(width), width // 2),
             patch: (nn.Identity(), width),
             patch * 2: (nn.MaxPool2d(2), width),
@@ -113,10 +123,14 @@ def create_pyramid(backbone: nn.Module, levels: Sequence[int] = LEVELS, out_chan
     """
     levels = tuple(levels)
     if not levels or any(low < 1 or high != 2 * low for low, high in itertools.pairwise(levels)):
-        raise DetectionError(f"levels are strides that double from one to the next (4,8,16,32 or 16,32), not {_listed(levels)}")
+        raise DetectionError(
+            f"levels are strides that double from one to the next (4,8,16,32 or 16,32), not {_listed(levels)}"
+        )
     name = type(backbone).__name__
     if not hasattr(backbone, "forward_intermediates"):
-        raise DetectionError(f"timm's {name} does not show its feature maps (no forward_intermediates): detection cannot use it")
+        raise DetectionError(
+            f"timm's {name} does not show its feature maps (no forward_intermediates): detection cannot use it"
+        )
     if hasattr(backbone, "patch_embed") and hasattr(backbone, "blocks"):
         patch = int(backbone.patch_embed.patch_size[0])
         _require_levels(levels, (patch // 4, patch // 2, patch, patch * 2), name)
@@ -151,7 +165,9 @@ def _maps(backbone: nn.Module) -> tuple[dict[int, tuple[int, int]], int | None]:
 
 def _require_levels(levels: tuple[int, ...], there: tuple[int, ...], name: str) -> None:
     if missing := [level for level in levels if level not in there]:
-        raise DetectionError(f"{name} has no map of stride {missing[0]}, only of {_listed(there)}: choose --levels among them")
+        raise DetectionError(
+            f"{name} has no map of stride {missing[0]}, only of {_listed(there)}: choose --levels among them"
+        )
 
 
 def _listed(levels: Sequence[int]) -> str:

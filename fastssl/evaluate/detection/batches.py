@@ -70,7 +70,9 @@ def scaled_size(height: int, width: int, short_side: int, long_side: int) -> tup
     return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
 
 
-def draw(pictures: Sequence[Picture], short_sides: Sequence[int], long_side: int, *, flip: bool, seed: int, epoch: int) -> list[View]:
+def draw(
+    pictures: Sequence[Picture], short_sides: Sequence[int], long_side: int, *, flip: bool, seed: int, epoch: int
+) -> list[View]:
     """A view of each picture, its short side one of ``short_sides``, flipped with probability one half: a function of (seed, epoch, image id)."""
     ids = np.array([picture.id for picture in pictures], np.int64)
     words = keyed_words(seed, Stream.DETECTION, epoch, ids)
@@ -128,7 +130,9 @@ def load_batches(
 
 
 def _together(views: list[View], parts: list[tuple[Tensor, dict[str, Tensor]]], divisible: int) -> DetectionBatch:
-    height, width = (-(-max(sides) // divisible) * divisible for sides in zip(*((view.height, view.width) for view in views)))
+    height, width = (
+        -(-max(sides) // divisible) * divisible for sides in zip(*((view.height, view.width) for view in views))
+    )
     images = torch.zeros(len(views), height, width, 3, dtype=torch.uint8)
     for place, view, (pixels, _) in zip(images, views, parts):
         place[: view.height, : view.width] = pixels
@@ -157,7 +161,9 @@ def load_view(view: View, *, masks: bool = False) -> tuple[Tensor, dict[str, Ten
     target = {"boxes": torch.from_numpy(boxes), "labels": torch.from_numpy(picture.labels)}
     if masks:
         drawn = [draw_mask(segmentation, view) for segmentation in picture.segmentations]
-        target["masks"] = torch.from_numpy(np.stack(drawn) if drawn else np.zeros((0, view.height, view.width), np.uint8))
+        target["masks"] = torch.from_numpy(
+            np.stack(drawn) if drawn else np.zeros((0, view.height, view.width), np.uint8)
+        )
     return image, target
 
 
@@ -183,7 +189,11 @@ def read_picture(picture: Picture) -> np.ndarray:
 
 
 def check_pictures(
-    pictures: Sequence[Picture], workers: int | None = None, progress: Callable[[int], None] | None = None, *, masks: bool = True
+    pictures: Sequence[Picture],
+    workers: int | None = None,
+    progress: Callable[[int], None] | None = None,
+    *,
+    masks: bool = True,
 ) -> None:
     """Decode all once, and with ``masks`` draw theirs: better now than in the midst of the training or behind it.
 
@@ -229,18 +239,26 @@ def draw_mask(segmentation: Segmentation, view: View) -> np.ndarray:
                 mask = functional.interpolate(mask, (view.height, view.width), mode="nearest-exact")[0, 0].numpy()
             else:
                 scale = view.width / picture.width, view.height / picture.height
-                polygons = [[value * scale[place % 2] for place, value in enumerate(polygon)] for polygon in segmentation]
+                polygons = [
+                    [value * scale[place % 2] for place, value in enumerate(polygon)] for polygon in segmentation
+                ]
                 mask = tools.decode(tools.merge(tools.frPyObjects(polygons, view.height, view.width)))
     except (ValueError, TypeError, KeyError, IndexError) as error:
-        raise DetectionError(f"{picture.path}: one of its segmentations cannot be drawn ({type(error).__name__}: {error})") from error
+        raise DetectionError(
+            f"{picture.path}: one of its segmentations cannot be drawn ({type(error).__name__}: {error})"
+        ) from error
     return np.ascontiguousarray(mask[:, ::-1] if view.flip else mask)
 
 
-def to_device(batch: DetectionBatch, device: torch.device, normalise: Callable[[Tensor], Tensor]) -> tuple[Tensor, list[dict[str, Tensor]]]:
+def to_device(
+    batch: DetectionBatch, device: torch.device, normalise: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, list[dict[str, Tensor]]]:
     """(images (B, 3, H, W) float, channels-last, normalised, 0 in the padding; targets), on ``device``."""
     pinned = batch.images.pin_memory() if device.type == "cuda" else batch.images
     images = normalise(pinned.to(device, non_blocking=True).permute(0, 3, 1, 2))
     for image, (height, width) in zip(images, batch.sizes):
         image[:, height:] = 0
         image[:, :, width:] = 0
-    return images, [{name: value.to(device, non_blocking=True) for name, value in target.items()} for target in batch.targets]
+    return images, [
+        {name: value.to(device, non_blocking=True) for name, value in target.items()} for target in batch.targets
+    ]

@@ -14,7 +14,9 @@ def annotations_fingerprint(data: DetectionSet) -> str:
     """
     total = hashlib.sha256(json.dumps(list(data.categories.items())).encode())
     for picture in data.with_boxes():
-        total.update(json.dumps([picture.id, picture.path.name, picture.height, picture.width, len(picture.boxes)]).encode())
+        total.update(
+            json.dumps([picture.id, picture.path.name, picture.height, picture.width, len(picture.boxes)]).encode()
+        )
         total.update(picture.boxes.tobytes() + picture.labels.tobytes())
         total.update(json.dumps(picture.segmentations).encode())
     return total.hexdigest()[:16]

@@ -77,7 +77,9 @@ class Detector(nn.Module):
     MEAN = (123.675, 116.28, 103.53)
     STD = (58.395, 57.12, 57.375)
 
-    def __init__(self, backbone: nn.Module, categories: int, config: DetectorConfig = DetectorConfig(), *, amp: bool = False):
+    def __init__(
+        self, backbone: nn.Module, categories: int, config: DetectorConfig = DetectorConfig(), *, amp: bool = False
+    ):
         super().__init__()
         self.config, self.amp = config, amp
         self.pyramid: Pyramid = create_pyramid(backbone, config.levels, config.width)
@@ -115,7 +117,9 @@ class Detector(nn.Module):
         """RoIAlign that knows the maps' strides. It would guess them from the first pictures' sizes, and guess wrong where these are small and padded."""
         pool = MultiScaleRoIAlign(names, size, sampling_ratio=2)
         side = self.pyramid.divisible
-        maps = {name: torch.zeros(1, 1, side // stride, side // stride) for name, stride in zip(names, self.pyramid.strides)}
+        maps = {
+            name: torch.zeros(1, 1, side // stride, side // stride) for name, stride in zip(names, self.pyramid.strides)
+        }
         pool(maps, [torch.zeros(0, 4)], [(side, side)])
         return pool
 

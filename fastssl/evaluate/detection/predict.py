@@ -69,7 +69,9 @@ def _rows(batch: DetectionBatch, found: dict[str, Tensor], category_ids: list[in
     boxes = found["boxes"] * scale
     segmentations: list[dict] = []
     if "masks" in found:
-        segmentations = [_packed(mask, box, (picture.height, picture.width)) for mask, box in zip(found["masks"], boxes)]
+        segmentations = [
+            _packed(mask, box, (picture.height, picture.width)) for mask, box in zip(found["masks"], boxes)
+        ]
     corners, labels, scores = boxes.double().cpu().numpy(), found["labels"].tolist(), found["scores"].tolist()
     for number, ((left, top, right, bottom), label, score) in enumerate(zip(corners, labels, scores)):
         box = [round(float(value), 3) for value in (left, top, right - left, bottom - top)]

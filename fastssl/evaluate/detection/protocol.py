@@ -120,7 +120,9 @@ def _make_folder(out: Path | None) -> None:
         if out is not None:
             out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise FastSSLError(f"{out}: cannot make the folder ({error.strerror or error}); choose another --out") from error
+        raise FastSSLError(
+            f"{out}: cannot make the folder ({error.strerror or error}); choose another --out"
+        ) from error
 
 
 def _write(path: Path, predictions: list[dict[str, Any]]) -> None:

@@ -123,7 +123,9 @@ def fine_tune(
         world=world.size,
     )
     detector.train()
-    with closing(load_batches(requests, divisible=detector.pyramid.divisible, masks=detector.config.masks, workers=workers)) as batches:
+    with closing(
+        load_batches(requests, divisible=detector.pyramid.divisible, masks=detector.config.masks, workers=workers)
+    ) as batches:
         for iteration, batch in enumerate(batches, start=first):
             _seed_sampling(config.seed, iteration, world.rank)
             set_lr(optimizer, rates.at(iteration))
@@ -150,7 +152,9 @@ def fine_tune(
 def create_optimizer(detector: Detector, config: TrainingConfig) -> torch.optim.Optimizer:
     """SGD with momentum 0.9, or AdamW; as in Detectron2, norms do not decay and biases do."""
     kinds = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
-    norms = {id(each) for layer in detector.modules() if isinstance(layer, kinds) for each in layer.parameters(recurse=False)}
+    norms = {
+        id(each) for layer in detector.modules() if isinstance(layer, kinds) for each in layer.parameters(recurse=False)
+    }
     groups = [
         {"params": [each for each in detector.parameters() if (id(each) in norms) == spared], "weight_decay": decay}
         for spared, decay in ((False, config.weight_decay), (True, 0.0))
@@ -163,10 +167,14 @@ def create_optimizer(detector: Detector, config: TrainingConfig) -> torch.optim.
 
 def _check(pictures: list, config: TrainingConfig, world: World, name: str) -> None:
     if config.batch_size % world.size:
-        raise DetectionError(f"a batch of {config.batch_size} cannot be shared by {world.size} processes: make --batch-size a multiple")
+        raise DetectionError(
+            f"a batch of {config.batch_size} cannot be shared by {world.size} processes: make --batch-size a multiple"
+        )
     if len(pictures) < config.batch_size:
         how_many = counted(len(pictures), "picture")
-        raise DetectionError(f"{name}: {how_many} with boxes, fewer than one batch of {config.batch_size}; lower --batch-size")
+        raise DetectionError(
+            f"{name}: {how_many} with boxes, fewer than one batch of {config.batch_size}; lower --batch-size"
+        )
 
 
 def _seed_sampling(seed: int, iteration: int, rank: int) -> None:
@@ -185,7 +193,12 @@ def _look(parts: dict[str, torch.Tensor], done: int, lr: float) -> dict[str, flo
 
 @torch.no_grad()
 def _look_behind(
-    detector: Detector, images: torch.Tensor, sizes: list[tuple[int, int]], targets: list[dict[str, torch.Tensor]], done: int, lr: float
+    detector: Detector,
+    images: torch.Tensor,
+    sizes: list[tuple[int, int]],
+    targets: list[dict[str, torch.Tensor]],
+    done: int,
+    lr: float,
 ) -> None:
     """The loss once more, behind the last step. What the BatchNorms keep of it is put back."""
     kept = [buffer.clone() for buffer in detector.buffers()]
@@ -219,7 +232,9 @@ class _Checkpoint:
         except FastSSLError as error:
             raise DetectionError(f"{error}; choose another --out, or remove it") from error
         if state.get("kind") != KIND or not isinstance(state.get("config"), dict):
-            raise DetectionError(f"{self.path}: holds no detector of this version of fastssl; choose another --out, or remove it")
+            raise DetectionError(
+                f"{self.path}: holds no detector of this version of fastssl; choose another --out, or remove it"
+            )
         if found := differences(self.config, state["config"]):
             raise DetectionError(
                 f"{self.path} belongs to a run with other settings ({'; '.join(found[:3])}): choose another --out, or remove it"
@@ -231,12 +246,18 @@ class _Checkpoint:
             return found
         except (KeyError, ValueError, RuntimeError, TypeError, AttributeError, IndexError, OverflowError) as error:
             why = str(error) if isinstance(error, Unfit) else type(error).__name__
-            raise DetectionError(f"{self.path}: does not fit this detector ({why}); choose another --out, or remove it") from error
+            raise DetectionError(
+                f"{self.path}: does not fit this detector ({why}); choose another --out, or remove it"
+            ) from error
 
     def _position(self, state: dict[str, Any]) -> tuple[int, dict[str, float]]:
         """(iterations done, losses): only such as ``save`` writes."""
         iteration, losses = state["iteration"], state["losses"]
-        if type(iteration) is not int or not 1 <= iteration <= self.config["iterations"] or not math.isfinite(losses["loss"]):
+        if (
+            type(iteration) is not int
+            or not 1 <= iteration <= self.config["iterations"]
+            or not math.isfinite(losses["loss"])
+        ):
             raise ValueError(f"iteration {iteration!r}, losses {losses!r}")
         return iteration, losses
 
@@ -244,7 +265,9 @@ class _Checkpoint:
         """Whether the last one is old enough."""
         return self.path is not None and time.monotonic() - self.saved >= 60 * self.minutes
 
-    def save(self, detector: Detector, optimizer: torch.optim.Optimizer, iteration: int, losses: dict[str, float]) -> None:
+    def save(
+        self, detector: Detector, optimizer: torch.optim.Optimizer, iteration: int, losses: dict[str, float]
+    ) -> None:
         """Write the file: whole, or the one before stays."""
         if self.path is None:
             return
@@ -256,5 +279,7 @@ class _Checkpoint:
         try:
             write_state(self.path, state)
         except (OSError, RuntimeError) as error:
-            raise FastSSLError(f"{self.path}: checkpoint not written ({error}); the one before it is untouched") from error
+            raise FastSSLError(
+                f"{self.path}: checkpoint not written ({error}); the one before it is untouched"
+            ) from error
         self.saved = time.monotonic()

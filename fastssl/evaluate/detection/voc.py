@@ -36,7 +36,9 @@ def load_voc(lists: Sequence[str | Path], *, categories: Sequence[str] | None = 
     found = sorted({label for _, _, objects in parsed for label, _, _ in objects})
     names = list(categories) if categories is not None else found
     if unknown := sorted(set(found) - set(names)):
-        raise DetectionError(f"{lists[0]}: has objects of the category {unknown[0]!r}, which the training pictures do not have")
+        raise DetectionError(
+            f"{lists[0]}: has objects of the category {unknown[0]!r}, which the training pictures do not have"
+        )
     document: dict[str, Any] = {
         "images": [],
         "annotations": [],
@@ -47,7 +49,9 @@ def load_voc(lists: Sequence[str | Path], *, categories: Sequence[str] | None = 
         document["images"].append({"id": number, "file_name": str(path), "height": height, "width": width})
         for label, box, difficult in objects:
             flags = {"iscrowd": 1, "difficult": 1} if difficult else {}
-            document["annotations"].append({"image_id": number, "category_id": names.index(label) + 1, "bbox": box, **flags})
+            document["annotations"].append(
+                {"image_id": number, "category_id": names.index(label) + 1, "bbox": box, **flags}
+            )
     loaded = detection_set(document, Path(), where=lists[0])
     loaded.name = " + ".join(f"{path.resolve().parents[2].name} {path.stem}" for path in lists)
     return loaded
@@ -57,7 +61,9 @@ def _names(path: Path) -> list[tuple[Path, str]]:
     """(the folder with Annotations and JPEGImages, name) of each picture."""
     folder = path.resolve().parent.parent.parent
     if not (folder / "Annotations").is_dir() or not (folder / "JPEGImages").is_dir():
-        raise DetectionError(f"{path}: no Annotations and JPEGImages in {folder}; expected .../VOC2007/ImageSets/Main/trainval.txt")
+        raise DetectionError(
+            f"{path}: no Annotations and JPEGImages in {folder}; expected .../VOC2007/ImageSets/Main/trainval.txt"
+        )
     try:
         lines = path.read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
