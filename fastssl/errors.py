@@ -15,7 +15,8 @@ class FastSSLError(Exception):
     """Base of all failures that are the input's, the machine's or the caller's, not the program's.
 
     Attributes:
-        told: the user has read it already, as of several processes that end with it together the first one speaks for all; the command line does not repeat it.
+        told: the user has read it already, as of several processes that end with it together the first one speaks for
+            all; the command line does not repeat it.
     """
 
     told = False
@@ -30,7 +31,9 @@ class JpegError(FastSSLError):
 
 
 class Stalled(FastSSLError):
-    """The disk or network file system under the photos did not answer. Threads may still hang in it: leave the process with ``os._exit``."""
+    """The disk or network file system under the photos did not answer. Threads may still hang in it: leave the process
+    with ``os._exit``.
+    """
 
 
 class WorkerError(FastSSLError):
@@ -66,11 +69,14 @@ def counted(number: int, noun: str) -> str:
 
 
 def printable(text: str) -> str:
-    r"""``text`` on one line and without what a terminal would act on: control, format and surrogate characters become ``\x1b`` and the like.
+    r"""``text`` on one line and without what a terminal would act on: control, format and surrogate characters become
+    ``\x1b`` and the like.
 
-    File names and messages about strangers' files are printed; escape sequences in them could move the cursor, or worse.
+    File names and messages about strangers' files are printed; escape sequences in them could move the cursor, or
+    worse.
     """
-    # Cc: control, Cf: also those that turn the direction of writing, Cs: bytes of a name that are no UTF-8, Zl and Zp: line ends.
+    # Cc: control, Cf: also those that turn the direction of writing, Cs: bytes of a name that are no UTF-8, Zl and Zp:
+    # line ends.
     odd = {char for char in text if unicodedata.category(char) in ("Cc", "Cf", "Cs", "Zl", "Zp")}
     for char in odd:
         text = text.replace(char, char.encode("unicode_escape").decode("ascii"))
@@ -80,6 +86,7 @@ def printable(text: str) -> str:
 def without_folders(text: str) -> str:
     """``text`` with the names alone of files that stand in it under an absolute path.
 
-    For messages of other programs that go into a run's records: these are passed on, and where they were made is nobody's business.
+    For messages of other programs that go into a run's records: these are passed on, and where they were made is
+    nobody's business.
     """
     return re.sub(r"(?:(?<![\w./~-])|(?<=-[IL]))/(?:[^\s/'\"`:,;()\[\]{}<>]+/)+", "", text)

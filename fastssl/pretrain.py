@@ -76,7 +76,8 @@ def pretrain(recipe: Recipe, options: RunOptions, progress: Progress) -> dict[st
             files.callback(run.close)
             told.append(run)
             run.tell_status("training")
-            # Until this process has left the others: a launcher repeats itself, and ends all as soon as the first has gone.
+            # Until this process has left the others: a launcher repeats itself, and ends all as soon as the first has
+            # gone.
             listening.enter_context(run.stop.by_signals())
             result = train(run)
         # The processes have parted: what follows is the first one's alone.
@@ -95,7 +96,9 @@ def pretrain(recipe: Recipe, options: RunOptions, progress: Progress) -> dict[st
 
 @contextmanager
 def _told() -> Iterator[list[Setup]]:
-    """Keep the status.json of the run that is put into the list. Around ``joined``, which knows what became of the other processes."""
+    """Keep the status.json of the run that is put into the list. Around ``joined``, which knows what became of the
+    other processes.
+    """
     runs: list[Setup] = []
     try:
         yield runs

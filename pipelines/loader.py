@@ -32,10 +32,12 @@ class Batch:
 
     Attributes:
         views: one (count * B, 3, S, S) float tensor for each ``ViewSpec``, channels-last, normalised, on the loader's
-            device, view-major: rows ``v * B : (v + 1) * B`` are view v of all samples. With ``colour=False`` uint8, as they were cropped.
+            device, view-major: rows ``v * B : (v + 1) * B`` are view v of all samples. With ``colour=False`` uint8, as
+            they were cropped.
         index: (B,) int64 sample ids, on the host.
         label: (B,) int64, on the host; -1 where the file has no labels.
-        tables: with ``colour=False`` what ``augment_device`` wants beside each of ``views``, (count * B, 23) float32 on the loader's device.
+        tables: with ``colour=False`` what ``augment_device`` wants beside each of ``views``, (count * B, 23) float32 on
+            the loader's device.
     """
 
     views: list[Tensor]
@@ -54,7 +56,8 @@ class ViewLoader:
         views: the view groups, for instance two global and six local views.
         batch_size: samples a step on this rank.
         device: where the views are wanted.
-        pipeline: the engine: ``native``, ``dali``, ``ffcv``, or ``auto`` (see ``engines.choose_engine``). All render the same plan.
+        pipeline: the engine: ``native``, ``dali``, ``ffcv``, or ``auto`` (see ``engines.choose_engine``). All render
+            the same plan.
         seed: of the order and of the views.
         workers: decoding threads; default: the cores that this process may use.
         rank, world: which part of each global batch is ours.
@@ -65,10 +68,11 @@ class ViewLoader:
         shuffle: draw a new order every epoch; otherwise samples come as they are stored.
         drop_last: leave out the last, partial batch (on one rank only may it be kept).
         dtype: of the views.
-        colour: apply the colour operations here. Without it the batch holds the uint8 crops and the tables that ``augment_device`` takes,
-            for a step that does it itself.
+        colour: apply the colour operations here. Without it the batch holds the uint8 crops and the tables that
+            ``augment_device`` takes, for a step that does it itself.
         hardware_load: for ``dali`` on a GPU, the share of the pictures that its JPEG unit decodes; None: 0.65.
-        stall_minutes: how long a batch is waited for; a warning comes after the first minute, ``Stalled`` at the end. ``math.inf``: for ever.
+        stall_minutes: how long a batch is waited for; a warning comes after the first minute, ``Stalled`` at the end.
+            ``math.inf``: for ever.
 
     Raises:
         FastSSLError: the file has fewer samples than one global batch, or an option has a value that does not exist.
@@ -232,7 +236,9 @@ class ViewLoader:
             self.reader.close()
 
     def close(self) -> None:
-        """Join the threads (not those that a dead disk holds) and free the buffers; also closes the file if the loader opened it."""
+        """Join the threads (not those that a dead disk holds) and free the buffers; also closes the file if the loader
+        opened it.
+        """
         self.engine.close()
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._close_reader()
@@ -245,7 +251,9 @@ class ViewLoader:
 
 
 def _sample_ids(indices: np.ndarray) -> np.ndarray:
-    """``indices`` as (n,) int64. A mask of booleans would pass as the ids 0 and 1, floats would be cut: both are refused."""
+    """``indices`` as (n,) int64. A mask of booleans would pass as the ids 0 and 1, floats would be cut: both are
+    refused.
+    """
     ids = np.asarray(indices)
     if ids.ndim != 1 or not (np.issubdtype(ids.dtype, np.integer) or ids.size == 0):
         raise FastSSLError(

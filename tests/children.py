@@ -11,7 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 
-#: Loaded once, in the process from which the children are forked: it has no threads, whatever the tests' own process has loaded and started.
+#: Loaded once, in the process from which the children are forked: it has no threads, whatever the tests' own process
+#: has loaded and started.
 PRELOADED = [
     "fastssl.models.backbones",
     "fastssl.cli",
@@ -25,7 +26,9 @@ PRELOADED = [
 
 @dataclass
 class Ended:
-    """How a child ended: its exit status (None: it had to be killed, it took too long), the signal that ended it, and what it wrote."""
+    """How a child ended: its exit status (None: it had to be killed, it took too long), the signal that ended it, and
+    what it wrote.
+    """
 
     status: int | None
     signal: str | None
@@ -33,7 +36,8 @@ class Ended:
 
 
 def in_child(function: Callable[..., object], *arguments: object, seconds: float = 30) -> Ended:
-    """Call ``function``, of the top of a module, in a process of its own: status 0 when it returns, 70 with the traceback when it raises.
+    """Call ``function``, of the top of a module, in a process of its own: status 0 when it returns, 70 with the
+    traceback when it raises.
 
     ``seconds`` do not count the start: loading torch once, when this is first used.
     """

@@ -12,11 +12,12 @@ import pytest
 import torch
 from PIL import Image
 
-# One thread: the tests' tensors are small, and a pool of spinning threads that has to share its cores with anything else makes
-# a step of milliseconds take seconds. Set for the processes that tests start, too.
+# One thread: the tests' tensors are small, and a pool of spinning threads that has to share its cores with anything
+# else makes a step of milliseconds take seconds. Set for the processes that tests start, too.
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
-# torch looks once in a process, at its first product on a GPU, whether cuBLAS was told to be deterministic: a test that wants it may come later.
+# torch looks once in a process, at its first product on a GPU, whether cuBLAS was told to be deterministic: a test that
+# wants it may come later.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 

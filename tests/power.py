@@ -1,4 +1,6 @@
-"""What a power cut would leave: which bytes and names a program has brought to the disk, and when. A kill does not tell, as the system keeps what was written."""
+"""What a power cut would leave: which bytes and names a program has brought to the disk, and when. A kill does not
+tell, as the system keeps what was written.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,8 @@ class Disk:
     """Follows ``os.fsync`` and ``os.replace``, from any thread.
 
     Attributes:
-        events: ("fsync" or "rename", name of the file or folder, under which it was opened or is known afterwards), in order.
+        events: ("fsync" or "rename", name of the file or folder, under which it was opened or is known afterwards), in
+            order.
         problems: files that took their name before all their bytes were on the disk.
     """
 

@@ -31,7 +31,8 @@ def run_processes(
 ) -> list[Any]:
     """Call ``function(*args)`` in ``world`` processes; what each returned, by rank.
 
-    The environment of each is torchrun's, so that ``world_from_environment`` finds its place in it. The tests' own process is not one of them.
+    The environment of each is torchrun's, so that ``world_from_environment`` finds its place in it. The tests' own
+    process is not one of them.
 
     Args:
         function: at the top of a module that can be imported.
@@ -78,7 +79,8 @@ def run_processes(
         return [torch.load(file.with_suffix(".result"), weights_only=False) for file in files]
 
 
-#: Seconds beyond the limit for processes that have not yet said where they stand, because a busy machine was slow to start them.
+#: Seconds beyond the limit for processes that have not yet said where they stand, because a busy machine was slow to
+#: start them.
 _SLOW_START = 120.0
 
 
@@ -195,5 +197,7 @@ class Started:
 
 
 def start_processes(code: str, world: int, folder: Path, srun: bool = False, **environ: str) -> Started:
-    """``code`` in ``world`` processes, with the names of ``_PREAMBLE``; the environment is torchrun's (or srun's) and ``environ``."""
+    """``code`` in ``world`` processes, with the names of ``_PREAMBLE``; the environment is torchrun's (or srun's) and
+    ``environ``.
+    """
     return Started([["-c", _PREAMBLE + code]] * world, folder, srun, **environ)

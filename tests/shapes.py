@@ -1,4 +1,6 @@
-"""A small set in COCO's format: coloured squares, discs and triangles on pictures with the spectrum of photos. Made on the spot."""
+"""A small set in COCO's format: coloured squares, discs and triangles on pictures with the spectrum of photos. Made on
+the spot.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ def polygon_of(category: int, left: float, top: float, side: float) -> list[floa
 
 
 def make_shapes(folder: Path, pictures: int, *, height: int = 96, width: int = 128, seed: int = 0) -> tuple[Path, Path]:
-    """Write ``pictures`` JPEGs and their annotations; (the .json, the folder of the pictures). Two or three shapes a picture, which do not touch."""
+    """Write ``pictures`` JPEGs and their annotations; (the .json, the folder of the pictures). Two or three shapes a
+    picture, which do not touch.
+    """
     images = folder / "pictures"
     images.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
@@ -72,7 +76,9 @@ def make_shapes(folder: Path, pictures: int, *, height: int = 96, width: int = 1
 
 
 def make_voc(folder: Path, shapes: tuple[Path, Path]) -> Path:
-    """The same pictures in Pascal VOC's folders: all but two in ``trainval.txt``, the last two in ``test.txt``; the folder VOC2007."""
+    """The same pictures in Pascal VOC's folders: all but two in ``trainval.txt``, the last two in ``test.txt``; the
+    folder VOC2007.
+    """
     document, voc = json.loads(shapes[0].read_text()), folder / "VOC2007"
     for part in ("Annotations", "JPEGImages", "ImageSets/Main"):
         (voc / part).mkdir(parents=True)

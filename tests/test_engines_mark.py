@@ -1,4 +1,6 @@
-"""No test that needs an engine is left out where the engines are: what asks for one must bear the mark that runs it there."""
+"""No test that needs an engine is left out where the engines are: what asks for one must bear the mark that runs it
+there.
+"""
 
 from __future__ import annotations
 

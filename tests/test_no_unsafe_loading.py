@@ -1,4 +1,5 @@
-"""No call in the repository runs what stands in a file, unpacks an archive to where it says, or builds a command for a shell.
+"""No call in the repository runs what stands in a file, unpacks an archive to where it says, or builds a command for a
+shell.
 
 The source is read, not run: a call that is added is seen in the review, or here.
 """

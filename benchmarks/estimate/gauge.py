@@ -1,7 +1,7 @@
 """Short measurements that fit a budget of seconds: what `fastssl estimate` is made of.
 
-Unlike the benchmarks beside it, which run until their medians stand still, these run while there is time; a step that is too slow for its recipe's
-batch is measured at smaller ones.
+Unlike the benchmarks beside it, which run until their medians stand still, these run while there is time; a step that
+is too slow for its recipe's batch is measured at smaller ones.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from fastssl.utils.cores import available_cores
 #: Batch of the first step, which says how slow the machine is.
 FIRST_BATCH = 2
 _MOST_ROUNDS = 5
-#: What a size costs until it and half of it are measured, in steps of it: two first ones, one with memory counted, two or three timed ones, each with its
-#: half.
+#: What a size costs until it and half of it are measured, in steps of it: two first ones, one with memory counted, two
+#: or three timed ones, each with its half.
 _COST_IN_STEPS = 8
 #: The same for a size alone: two first ones, one with memory counted, one timed.
 _LEAST_COST_IN_STEPS = 4
@@ -76,7 +76,9 @@ class Gauge:
 
 
 def scaled(recipe: Recipe, batch: int) -> Recipe:
-    """The recipe with steps of ``batch`` in one pass, eager; a queue and BatchNorm groups that would not go with this batch are adapted to it."""
+    """The recipe with steps of ``batch`` in one pass, eager; a queue and BatchNorm groups that would not go with this
+    batch are adapted to it.
+    """
     return replace(
         recipe,
         **{recipe.method: recipe.settings.scaled(batch)},
@@ -121,7 +123,8 @@ def gauge_step(recipe: Recipe, device: torch.device, batch: int) -> Gauge:
 
 
 def first_gauge(recipe: Recipe, device: torch.device, most: int, seconds: float) -> Gauge:
-    """A timed step of FIRST_BATCH pairs, or of four times as many as often as that takes less than ``seconds`` and stays within ``most``.
+    """A timed step of FIRST_BATCH pairs, or of four times as many as often as that takes less than ``seconds`` and
+    stays within ``most``.
 
     A network's smallest steps say little about its larger ones, because most of their time is fixed.
     """
@@ -135,10 +138,13 @@ def first_gauge(recipe: Recipe, device: torch.device, most: int, seconds: float)
 
 
 def affordable_batch(first: Gauge, most: int, groups: int, seconds: float, room: float) -> int:
-    """The largest halving of ``most`` whose steps can be measured in ``seconds`` and should fit ``room`` bytes; at least the first gauge's batch.
+    """The largest halving of ``most`` whose steps can be measured in ``seconds`` and should fit ``room`` bytes; at
+    least the first gauge's batch.
 
-    Where that would be less than a pair for each of the recipe's BatchNorm ``groups``, this many are measured in a hurry, if there is time for them:
-    smaller steps have fewer groups and are other steps. Time and memory are taken to grow with the batch, which overrates them: a part is fixed.
+    Where that would be less than a pair for each of the recipe's BatchNorm ``groups``, this many are measured in a
+    hurry, if there is time for them:
+    smaller steps have fewer groups and are other steps. Time and memory are taken to grow with the batch, which
+    overrates them: a part is fixed.
     """
 
     def possible(batch: int, steps: int) -> bool:
@@ -158,7 +164,8 @@ def affordable_batch(first: Gauge, most: int, groups: int, seconds: float, room:
 def gauge_steps(
     recipe: Recipe, device: torch.device, most: int, first: Gauge, deadline: float, room: float
 ) -> list[Gauge]:
-    """The step at the largest affordable batch up to ``most``, at half of it and at the first one, timed in turns; smallest first.
+    """The step at the largest affordable batch up to ``most``, at half of it and at the first one, timed in turns;
+    smallest first.
 
     Args:
         first: timed once.
@@ -194,7 +201,9 @@ def loader_rate(
 def together_s(
     gauge: Gauge, reader: BetonReader, recipe: Recipe, pipeline: str, workers: int | None, seconds: float
 ) -> tuple[float, int]:
-    """(seconds a step of the training loop at the gauge's batch, bytes of device memory that the loader's batches took; 0 on a CPU)."""
+    """(seconds a step of the training loop at the gauge's batch, bytes of device memory that the loader's batches took;
+    0 on a CPU).
+    """
     device, batch = gauge.step.device, gauge.batch
 
     def train(loaded: Batch) -> None:
@@ -220,7 +229,9 @@ def _options(recipe: Recipe, device: torch.device) -> dict[str, object]:
 def feature_rate(
     backbone: nn.Module, reader: BetonReader, recipe: Recipe, device: torch.device, workers: int | None, seconds: float
 ) -> float:
-    """Photos a second through the frozen backbone at the probe's size, their decoding included; as many photos as ``seconds`` allow."""
+    """Photos a second through the frozen backbone at the probe's size, their decoding included; as many photos as
+    ``seconds`` allow.
+    """
 
     def extract(count: int) -> float:
         indices = np.arange(min(count, len(reader)))
@@ -289,7 +300,8 @@ def measure(
         FastSSLError: what would stop a training run, too.
     """
     available, total = memory.memory_bytes(device)
-    # The recipe's own step is built once, and not run, so that a batch which does not go with the queue is found as in training.
+    # The recipe's own step is built once, and not run, so that a batch which does not go with the queue is found as in
+    # training.
     eager = replace(recipe, train=replace(recipe.train, compile=False, graph=False))
     Step(eager, device, recipe.train.batch_size, amp=use_amp(recipe.train.amp, device))
     rate, threads = loader_rate(reader, recipe, device, pipeline, workers, 0.05 * seconds)

@@ -16,7 +16,8 @@ from fastssl.config.recipe import Recipe
 from fastssl.distributed.devices import use_amp
 from fastssl.pipelines.beton.reader import BetonReader
 
-#: Batches that the loader keeps ready (the native engine's ring), and float batches that are alive at once: the step's and the next.
+#: Batches that the loader keeps ready (the native engine's ring), and float batches that are alive at once: the step's
+#: and the next.
 _RING, _FLOAT_BATCHES = 5, 2
 
 
@@ -51,7 +52,9 @@ def image_bytes(recipe: Recipe, device: torch.device) -> int:
 
 
 def loader_bytes(recipe: Recipe, reader: BetonReader, device: torch.device) -> tuple[int, int]:
-    """(bytes a pair of the batch's views on the device, bytes a pair of the host's ring), computed from the native engine's way to work."""
+    """(bytes a pair of the batch's views on the device, bytes a pair of the host's ring), computed from the native
+    engine's way to work.
+    """
     views = sum(spec.count * 3 * spec.size**2 for spec in recipe.views)
     if device.type == "cuda":  # the decoded pictures wait in pinned memory, a quarter of slack included
         pixels = float((reader.heights.astype(np.int64) * reader.widths).mean())
@@ -60,7 +63,9 @@ def loader_bytes(recipe: Recipe, reader: BetonReader, device: torch.device) -> t
 
 
 def memory_bytes(device: torch.device) -> tuple[int, int]:
-    """(bytes that a run could take now, bytes there are): the GPU's memory, or the computer's within the limits of a container."""
+    """(bytes that a run could take now, bytes there are): the GPU's memory, or the computer's within the limits of a
+    container.
+    """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -87,7 +92,9 @@ def _host_memory(total: int, meminfo: Path, group: Path) -> tuple[int, int]:
 
 
 def resident_bytes(key: str) -> int | None:
-    """Of this process, from Linux: ``VmRSS`` (now) or ``VmHWM`` (the most since ``forget_peak``); None on other systems."""
+    """Of this process, from Linux: ``VmRSS`` (now) or ``VmHWM`` (the most since ``forget_peak``); None on other
+    systems.
+    """
     try:
         lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
         return 1024 * int(lines[key].split()[0])
@@ -96,7 +103,9 @@ def resident_bytes(key: str) -> int | None:
 
 
 def forget_peak() -> None:
-    """Give freed memory back to the system and let ``VmHWM`` begin again at what is in use now, where the system allows that."""
+    """Give freed memory back to the system and let ``VmHWM`` begin again at what is in use now, where the system allows
+    that.
+    """
     gc.collect()
     try:
         ctypes.CDLL(None).malloc_trim(0)
@@ -106,10 +115,11 @@ def forget_peak() -> None:
 
 
 def step_overhead(grown: int, expected: int, step: int) -> float:
-    """How many times as much as its tensors a step takes from the system on a CPU: gaps in the heap, buffers of the convolution library.
+    """How many times as much as its tensors a step takes from the system on a CPU: gaps in the heap, buffers of the
+    convolution library.
 
-    glibc keeps what is freed in pieces below 32 MiB: MobileNet-V3-Large at 224 px took 1.4 times its tensors, and 1.1 times with
-    MALLOC_MMAP_THRESHOLD_=1048576.
+    glibc keeps what is freed in pieces below 32 MiB: MobileNet-V3-Large at 224 px took 1.4 times its tensors, and 1.1
+    times with MALLOC_MMAP_THRESHOLD_=1048576.
 
     Args:
         grown: bytes by which the process grew until the peak of its first steps, networks included.

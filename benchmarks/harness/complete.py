@@ -20,9 +20,10 @@ CEILING_FIGURES = (
 def missing_parts(record: Record) -> list[str]:
     """Names of what ``record`` lacks, in a fixed order; empty when it is complete.
 
-    Every record needs its machine (processor and cores), the versions of Python and torch, at least five runs, the commit and the command that
-    made it. A measured rate or time stands beside a ceiling; a ``ceilings`` record is one itself and needs one of CEILING_FIGURES instead, a ``soak``
-    its verdicts: it asks whether a rate stays what it is, not how high it could be.
+    Every record needs its machine (processor and cores), the versions of Python and torch, at least five runs, the
+    commit and the command that made it. A measured rate or time stands beside a ceiling; a ``ceilings`` record is one
+    itself and needs one of CEILING_FIGURES instead, a ``soak`` its verdicts: it asks whether a rate stays what it is,
+    not how high it could be.
     """
     details = record.details or {}
     checks = {

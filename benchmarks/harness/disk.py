@@ -1,4 +1,6 @@
-"""What a disk gives to one sequential reader and takes from one writer: its own rates, not those of the page cache in front of it."""
+"""What a disk gives to one sequential reader and takes from one writer: its own rates, not those of the page cache in
+front of it.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,8 @@ import numpy as np
 
 from fastssl.benchmarks.harness.timing import MIN_RUNS
 
-#: Bytes of one request: large enough that the number of requests does not matter, and a multiple of every disk's sector.
+#: Bytes of one request: large enough that the number of requests does not matter, and a multiple of every disk's
+#: sector.
 _BLOCK = 2**22
 #: Below that a figure says more about single requests than about the disk.
 _LEAST = 4 * _BLOCK
@@ -28,9 +31,10 @@ class DiskRates:
     """Medians over runs, in bytes a second; None where ``problem`` says why there is no figure.
 
     Attributes:
-        read_bytes_per_s: of one thread that reads a file from its beginning to its end, past the page cache. It is the most that training can read in
-            file order on this disk; photos in random order come slower from a disk that has to seek. What caches lie below the operating system, in
-            the disk or in a virtual machine's host, cannot be seen from here and is in the figure.
+        read_bytes_per_s: of one thread that reads a file from its beginning to its end, past the page cache. It is the
+            most that training can read in file order on this disk; photos in random order come slower from a disk that
+            has to seek. What caches lie below the operating system, in the disk or in a virtual machine's host, cannot
+            be seen from here and is in the figure.
         write_bytes_per_s: of one thread that writes a new file, until ``fsync`` has returned.
     """
 
@@ -100,7 +104,9 @@ def _write_all(handle: int, data: memoryview) -> None:
 
 
 def _bypass_cache(handle: int, size: int, buffer: mmap.mmap) -> bool:
-    """Make reads come from the disk: past the page cache, or else after it was emptied of the file. False: neither can be had."""
+    """Make reads come from the disk: past the page cache, or else after it was emptied of the file. False: neither can
+    be had.
+    """
     if not hasattr(os, "posix_fadvise") or not hasattr(os, "O_DIRECT"):
         return False
     # Also before direct reads: there are file systems that take O_DIRECT and answer from the page cache all the same.

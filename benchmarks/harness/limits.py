@@ -1,4 +1,6 @@
-"""What the device itself can do, as calls that take their turn among the contenders: a large copy and a large matrix product."""
+"""What the device itself can do, as calls that take their turn among the contenders: a large copy and a large matrix
+product.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Pictures to measure with when no photos are at hand: made up, but as costly to decode as an ImageNet photo.
 
-What decoding costs depends on the number of pixels and of non-zero coefficients, so that is what is imitated: sides of 500 x 375, a spectrum
-that falls with frequency as photos' does, edges, texture that comes and goes over the picture, JPEG quality 90 with 4:2:0. They show nothing, and
-nothing measured on them is a statement about any data set.
+What decoding costs depends on the number of pixels and of non-zero coefficients, so that is what is imitated: sides of
+500 x 375, a spectrum that falls with frequency as photos' does, edges, texture that comes and goes over the picture,
+JPEG quality 90 with 4:2:0. They show nothing, and nothing measured on them is a statement about any data set.
 """
 
 from __future__ import annotations
@@ -82,7 +82,8 @@ def ensure_photos(count: int = 512, cache_dir: Path | None = None) -> Path:
     """The file of ``count`` synthetic pictures, made on first use (about 20 ms of a core each) and found again later.
 
     Args:
-        cache_dir: default :func:`fastssl.data.sample_set.default_cache_dir`; where it cannot be written, a temporary folder.
+        cache_dir: default :func:`fastssl.data.sample_set.default_cache_dir`; where it cannot be written, a temporary
+            folder.
     """
     folder = default_cache_dir() if cache_dir is None else Path(cache_dir)
     path = folder / f"synthetic-photos-{count}-{_EDITION}.beton"
@@ -104,7 +105,8 @@ def find_data(name: str, count: int = 512) -> tuple[Path, str]:
     """What ``--data`` says: the file, and the name under which records speak of it.
 
     Args:
-        name: ``synthetic`` (made here), ``samples`` (the sample set that installs with the package) or the path of a ``.beton`` file.
+        name: ``synthetic`` (made here), ``samples`` (the sample set that installs with the package) or the path of a
+            ``.beton`` file.
         count: of the synthetic pictures.
     """
     if name == "synthetic":

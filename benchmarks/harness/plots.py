@@ -81,7 +81,8 @@ def draw(plot: Callable[[Sequence[Record]], Figure | str], records: Sequence[Rec
 
 
 def measured_parts(records: Iterable[Record]) -> dict[tuple[str, str], Record]:
-    """The fastest record of each recipe's loader, views, step and training: (recipe, part) -> record, by recipe and then in that order.
+    """The fastest record of each recipe's loader, views, step and training: (recipe, part) -> record, by recipe and
+    then in that order.
 
     Records of peers are left out, and of the loader and the views those of one stage alone.
     """
@@ -277,7 +278,9 @@ def _threads(record: Record) -> str:
 
 
 def scaling(records: Sequence[Record]) -> Figure | str:
-    """The loader's rate by its threads, beside the ceilings, and the host's time for a picture by the number of its views."""
+    """The loader's rate by its threads, beside the ceilings, and the host's time for a picture by the number of its
+    views.
+    """
     groups: dict[str, list[Record]] = {}
     costs: dict[str, Record] = {}
     for record in records:
@@ -309,7 +312,9 @@ def scaling(records: Sequence[Record]) -> Figure | str:
 
 
 def host_cost(record: Record) -> dict[str, float]:
-    """``details["host_cpu_ms"]`` without what is no number: milliseconds of processor time for a picture, by the views made of it."""
+    """``details["host_cpu_ms"]`` without what is no number: milliseconds of processor time for a picture, by the views
+    made of it.
+    """
     cost = (record.details or {}).get("host_cpu_ms")
     return {str(name): float(value) for name, value in cost.items() if _number(value)} if isinstance(cost, dict) else {}
 

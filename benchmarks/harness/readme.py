@@ -2,7 +2,8 @@
 
 python -m fastssl.benchmarks.harness.readme README.md benchmarks/results/cpu-2core-epyc/*.jsonl
 
-Replaces what stands between ``<!-- figures: NAME -->`` and ``<!-- /figures -->``. A test holds the README to the records that are committed.
+Replaces what stands between ``<!-- figures: NAME -->`` and ``<!-- /figures -->``. A test holds the README to the
+records that are committed.
 """
 
 from __future__ import annotations
@@ -109,7 +110,9 @@ def _beside(record: Record | None) -> str:
 
 
 def own_recipe_table(records: Iterable[Record]) -> str:
-    """``recipe_table`` of the recipes with the networks that they were made for, and below it which of our recipes are not in it."""
+    """``recipe_table`` of the recipes with the networks that they were made for, and below it which of our recipes are
+    not in it.
+    """
     own = [record for record in records if "--arch" not in str((record.details or {}).get("command")).split()]
     measured = {bench: {record.recipe for record in own if record.bench == bench} for bench in ("step", "train")}
     missing = [name for name in recipe_names() if name not in measured["step"] & measured["train"]]

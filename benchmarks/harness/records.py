@@ -1,4 +1,6 @@
-"""The one form in which every benchmark reports: a JSON object a line, with the machine and the versions beside the figure."""
+"""The one form in which every benchmark reports: a JSON object a line, with the machine and the versions beside the
+figure.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ from fastssl.utils.versions import describe_git, describe_host, describe_version
 
 @dataclass
 class Record:
-    """One measured figure. Fields that do not apply stay None and are written as null, so that every line has the same keys in the same order.
+    """One measured figure. Fields that do not apply stay None and are written as null, so that every line has the same
+    keys in the same order.
 
     Attributes:
         bench: which benchmark (``loss``, ``loader``, ``views``, ...).
@@ -24,12 +27,15 @@ class Record:
         device: ``cpu`` or ``cuda``.
         batch_size: pairs a step and process.
         workers: threads that decode.
-        pair_per_s, view_per_s: source images, and images through the network, a second. A conversion makes no views: its photos count as pairs.
+        pair_per_s, view_per_s: source images, and images through the network, a second. A conversion makes no views:
+            its photos count as pairs.
         median_s: median time of one run, in seconds, of ``runs`` runs.
-        ceiling, ceiling_name: view/s of the limit that applies, photos/s where no views are made, measured in the same process; and what that limit is.
+        ceiling, ceiling_name: view/s of the limit that applies, photos/s where no views are made, measured in the same
+            process; and what that limit is.
         fraction_of_ceiling: ``view_per_s / ceiling``; ``pair_per_s / ceiling`` where no views are made.
         bottleneck: what the time goes into.
-        peer, ratio_to_peer: what was run in turns with ours, and how many times as fast ours is (above 1: ours is faster).
+        peer, ratio_to_peer: what was run in turns with ours, and how many times as fast ours is (above 1: ours is
+            faster).
         host, versions, git: machine, packages and commit; no paths, no host or user names. Filled in when not given.
         details: further figures of this benchmark.
     """

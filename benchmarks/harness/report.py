@@ -1,4 +1,5 @@
-"""``fastssl bench report``: what records say, for a reader: images a second of each recipe, what limits them, and what they are compared with.
+"""``fastssl bench report``: what records say, for a reader: images a second of each recipe, what limits them, and what
+they are compared with.
 
 from fastssl.benchmarks.harness.report import write_report
 write_report([Path("train.jsonl"), Path("loader.jsonl")], Path("bench-report"))
@@ -54,7 +55,8 @@ _CEILINGS = (
 def write_report(results: Iterable[Path], out: Path) -> list[Path]:
     """Write report.md, report.html, recipes.md and the plots of all records in ``results`` into ``out``.
 
-    Each file is written to a temporary name and renamed. Plots of a second and further machine have its number in their names.
+    Each file is written to a temporary name and renamed. Plots of a second and further machine have its number in their
+    names.
 
     Returns:
         The paths that were written.
@@ -170,8 +172,9 @@ def _sentence(train: Record) -> str:
 def _by_recipe(records: Iterable[Record]) -> dict[tuple[str, str | None, str], tuple[Record | None, Record | None]]:
     """(recipe, network, machine) -> the step's and the training's record; peers are left out.
 
-    Where a recipe ran in several settings (precision, batch, threads, photos) the fastest counts, and of a setting that was measured again the
-    last. A run with ``--set`` is of another recipe in all but its name, and counts only where there is no run of the recipe itself.
+    Where a recipe ran in several settings (precision, batch, threads, photos) the fastest counts, and of a setting that
+    was measured again the last. A run with ``--set`` is of another recipe in all but its name, and counts only where
+    there is no run of the recipe itself.
     """
     found: dict[tuple[str, str | None, str], dict[str, dict[str, Record]]] = {}
     for record in records:
@@ -199,10 +202,11 @@ def _short_machine(record: Record) -> str:
 
 
 def recipe_table(records: Iterable[Record]) -> str:
-    """Markdown table of each recipe's step and end-to-end rate, as README files show it; empty if there are no such records.
+    """Markdown table of each recipe's step and end-to-end rate, as README files show it; empty if there are no such
+    records.
 
-    A row is a recipe with its network on one machine. ``of its ceiling`` and ``bottleneck`` are those of the end-to-end figure; where there is
-    none, the bottleneck is the step's.
+    A row is a recipe with its network on one machine. ``of its ceiling`` and ``bottleneck`` are those of the end-to-end
+    figure; where there is none, the bottleneck is the step's.
     """
     table = _recipes(records)
     return table_markdown(table) if table.rows else ""
@@ -307,7 +311,9 @@ def _peers(records: Sequence[Record]) -> list[Block]:
 
 
 def _rates_beside(record: Record, before: Sequence[Record]) -> tuple[float | None, float | None]:
-    """Pairs a second of ours and of the peer. A record is of the peer and follows ours, but where its details hold the peer's time, as of the loss."""
+    """Pairs a second of ours and of the peer. A record is of the peer and follows ours, but where its details hold the
+    peer's time, as of the loss.
+    """
     details = record.details or {}
     if _positive(details.get("peer_median_s")) and record.median_s and record.pair_per_s:
         return record.pair_per_s, record.pair_per_s * record.median_s / details["peer_median_s"]

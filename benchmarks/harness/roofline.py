@@ -1,7 +1,9 @@
-"""The least time that a step's layers can take on this machine: for each its arithmetic or its memory traffic, whichever takes longer.
+"""The least time that a step's layers can take on this machine: for each its arithmetic or its memory traffic,
+whichever takes longer.
 
-Williams, Waterman, Patterson, "Roofline: an insightful visual performance model", CACM 2009. Counted are convolutions and linear layers, each reading its input
-and its weights and writing its output once: BatchNorm, activations and squeeze-and-excite are taken as fused into them. Eager code moves two to three times that.
+Williams, Waterman, Patterson, "Roofline: an insightful visual performance model", CACM 2009. Counted are convolutions
+and linear layers, each reading its input and its weights and writing its output once: BatchNorm, activations and
+squeeze-and-excite are taken as fused into them. Eager code moves two to three times that.
 """
 
 from __future__ import annotations

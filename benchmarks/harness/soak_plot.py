@@ -18,7 +18,8 @@ _BLUE, _ORANGE, _WARM = "#2563a8", "#d1632f", "#eef1f4"
 def soak(records: Sequence[Record]) -> Figure | str:
     """The last soak among ``records``: three panels over the minutes, the warm-up (not judged) in grey.
 
-    The rate is drawn twice where the machine had other work: in the time that the run was given, which is what is judged, and by the clock.
+    The rate is drawn twice where the machine had other work: in the time that the run was given, which is what is
+    judged, and by the clock.
     """
     found = [(record, curves) for record in records if record.bench == "soak" and (curves := _curves(record))]
     if not found:

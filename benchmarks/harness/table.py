@@ -14,7 +14,8 @@ from fastssl.errors import FastSSLError, counted
 from fastssl.report.document import escape_markdown
 
 COLUMNS = ("what", "recipe", "setting", "pair/s", "view/s", "of ceiling", "ceiling", "bottleneck")
-#: Column widths in a terminal, where lines come one by one and the widest is not known; text to the left, figures to the right.
+#: Column widths in a terminal, where lines come one by one and the widest is not known; text to the left, figures to
+#: the right.
 _WIDTHS = (-17, -26, -34, 9, 9, 10, -46, 0)
 #: Which columns hold figures.
 RIGHT = tuple(width > 0 for width in _WIDTHS)

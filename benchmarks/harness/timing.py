@@ -1,7 +1,8 @@
 """How time and memory are measured, for every benchmark the same way.
 
-Contenders run in turns, in one process, and the order turns round with every round, so that a machine that warms up, throttles or is shared with
-others slows all of them alike. What is compared is the ratio within a round; medians are taken over rounds.
+Contenders run in turns, in one process, and the order turns round with every round, so that a machine that warms up,
+throttles or is shared with others slows all of them alike. What is compared is the ratio within a round; medians are
+taken over rounds.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ class Timing:
 
     Attributes:
         wall: on a GPU between two events on the current stream, on a CPU by the clock.
-        cpu: processor time of this process, all threads together: on a shared machine it shows the work when ``wall`` shows the waiting.
+        cpu: processor time of this process, all threads together: on a shared machine it shows the work when ``wall``
+            shows the waiting.
     """
 
     wall: list[float] = field(default_factory=list)
@@ -93,8 +95,9 @@ def _time_once(run: Callable[[], object], device: torch.device) -> tuple[float, 
 def peak_extra_bytes(run: Callable[[], object], device: torch.device | str) -> int:
     """Most bytes of tensors alive at once during ``run``, above those alive before it.
 
-    On a GPU what the caching allocator reports; on a CPU every allocation and release that torch's profiler saw, temporaries inside operators
-    included. Memory that others hold does not count, so the figure is the same on a busy machine.
+    On a GPU what the caching allocator reports; on a CPU every allocation and release that torch's profiler saw,
+    temporaries inside operators included. Memory that others hold does not count, so the figure is the same on a busy
+    machine.
     """
     device = torch.device(device)
     if device.type == "cuda":

@@ -1,7 +1,7 @@
 """Rates of things that run by themselves: a loader works ahead of its consumer, so a single call of it cannot be timed.
 
-Each contender runs for a window of time and says how many samples it finished in it; windows of all contenders come in turns, as in
-``fastssl.benchmarks.harness.timing``, and ratios are taken within a round.
+Each contender runs for a window of time and says how many samples it finished in it; windows of all contenders come in
+turns, as in ``fastssl.benchmarks.harness.timing``, and ratios are taken within a round.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import torch
 from fastssl.benchmarks.harness.timing import MIN_RUNS
 from fastssl.pipelines.engines.base import EngineStats
 
-#: Batches taken before a window opens: more than a loader's ring holds, so that those which were ready beforehand are gone.
+#: Batches taken before a window opens: more than a loader's ring holds, so that those which were ready beforehand are
+#: gone.
 WARM_BATCHES = 6
 
 
@@ -28,7 +29,8 @@ class Window:
     Attributes:
         seconds: length, from the first sample asked for to the last one finished.
         samples: source pictures finished.
-        decoded, host_cpu_s: pictures decoded meanwhile (some for later), and the processor time of the threads that did it.
+        decoded, host_cpu_s: pictures decoded meanwhile (some for later), and the processor time of the threads that did
+            it.
         wait_s: for which the consumer stood waiting for data.
         cpu_s: processor time of the whole process.
         colour_s: for which the consumer was busy with the colours of its batches.

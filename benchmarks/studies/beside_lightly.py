@@ -1,13 +1,15 @@
-"""fastssl beside lightly, minute by minute: the same photos, the same network, the same cores; what are the features worth after 5, 10 and 20 minutes?
+"""fastssl beside lightly, minute by minute: the same photos, the same network, the same cores; what are the features
+worth after 5, 10 and 20 minutes?
 
     pip install -e '.[peers]'
     fastssl convert-imagenet train/ train.beton && fastssl convert-imagenet val/ val.beton
     python -m fastssl.benchmarks.studies.beside_lightly train.beton val.beton --epochs 40 --out benchmarks/results/beside-lightly
 
-lightly's SimCLR and MoCo are trained as the examples in its documentation train them (batch 256, SGD at 0.06, a queue of 4,096 keys, momentum 0.99), with its own
-transforms and losses and a DataLoader with one worker a core. fastssl runs ``fastssl pretrain``. All are started at once and have the machine in turns,
-a slice each while the others are stopped, so that all meet the same machine; a contender's minutes are those in which it ran, its start included. One judge for all: fastssl's
-kNN and linear probe of centre crops, behind the clock.
+lightly's SimCLR and MoCo are trained as the examples in its documentation train them (batch 256, SGD at 0.06, a queue
+of 4,096 keys, momentum 0.99), with its own transforms and losses and a DataLoader with one worker a core. fastssl runs
+``fastssl pretrain``. All are started at once and have the machine in turns, a slice each while the others are stopped,
+so that all meet the same machine; a contender's minutes are those in which it ran, its start included. One judge for
+all: fastssl's kNN and linear probe of centre crops, behind the clock.
 """
 
 from __future__ import annotations
@@ -53,7 +55,9 @@ _SNAPSHOT_S = 10.0
 
 
 class _Photos(Dataset):
-    """Photos of a ``.beton`` file through Pillow, as a folder of JPEG files would be read; ``transform`` makes the views."""
+    """Photos of a ``.beton`` file through Pillow, as a folder of JPEG files would be read; ``transform`` makes the
+    views.
+    """
 
     def __init__(self, path: Path, transform: Callable[[Image.Image], list[Tensor]]):
         self.path, self.transform, self._reader = path, transform, None

@@ -2,8 +2,9 @@
 
     python -m fastssl.benchmarks.studies.parity --data photos.beton --out parity/
 
-Every engine renders the same plan through the real loader; the references render it one view at a time (``reference_views``). Written are
-``parity.md``, ``parity.png`` and ``parity.json``. Differences are in grey levels (1/255), before normalisation.
+Every engine renders the same plan through the real loader; the references render it one view at a time
+(``reference_views``). Written are ``parity.md``, ``parity.png`` and ``parity.json``. Differences are in grey levels
+(1/255), before normalisation.
 """
 
 from __future__ import annotations
@@ -50,8 +51,8 @@ class Operation:
     Attributes:
         name: in words.
         specs: the views that show it.
-        mean, most: the bound on the difference to torchvision in grey levels, mean and largest, for every engine. DALI samples its filter from
-            a table, which costs some grey levels at strong edges: ``dali_most``.
+        mean, most: the bound on the difference to torchvision in grey levels, mean and largest, for every engine. DALI
+            samples its filter from a table, which costs some grey levels at strong edges: ``dali_most``.
     """
 
     name: str
@@ -62,7 +63,8 @@ class Operation:
 
 
 _DECODE = "decode, no resize"
-#: Every crop ends in 8 bits, so every row has the crop's rounding of up to 1 grey level; strong colour operations multiply it.
+#: Every crop ends in 8 bits, so every row has the crop's rounding of up to 1 grey level; strong colour operations
+#: multiply it.
 OPERATIONS = (
     Operation(_DECODE, (replace(_PLAIN, center=1.0, size=96),), 0.5, 3, 12),
     Operation("crop, reduced, bilinear", (_PLAIN,), 0.5, 3, 12),
@@ -90,7 +92,9 @@ OPERATIONS = (
 
 @dataclass(frozen=True)
 class Difference:
-    """One engine against one reference on one operation: mean and largest, in grey levels; ``left_out``: share on a solarisation's threshold."""
+    """One engine against one reference on one operation: mean and largest, in grey levels; ``left_out``: share on a
+    solarisation's threshold.
+    """
 
     mean: float
     most: float
@@ -126,7 +130,9 @@ def measure(
     operations: Sequence[Operation] = OPERATIONS,
     say: Callable[[str], None] = lambda line: None,
 ) -> list[Row]:
-    """Compare all engines that can run here on ``samples`` photos, spread over the file. ``say`` is told of each operation as it is done."""
+    """Compare all engines that can run here on ``samples`` photos, spread over the file. ``say`` is told of each
+    operation as it is done.
+    """
     rows = []
     with BetonReader(data) as reader:
         chosen = np.unique(np.linspace(0, len(reader) - 1, min(samples, len(reader))).astype(np.int64))
@@ -166,7 +172,9 @@ def _render(
 def _references(
     photos: list[np.ndarray], chosen: np.ndarray, specs: list[ViewSpec], seed: int
 ) -> dict[str, list[np.ndarray]]:
-    """The same views by torchvision and by Pillow, and their values' distance to the threshold, shaped like ``_render``'s."""
+    """The same views by torchvision and by Pillow, and their values' distance to the threshold, shaped like
+    ``_render``'s.
+    """
     heights, widths = (np.array([photo.shape[axis] for photo in photos]) for axis in (0, 1))
     made: dict[str, list[np.ndarray]] = {"torchvision": [], "pillow": [], "margin": []}
     first_view = 0
@@ -198,7 +206,9 @@ def _difference(views: list[np.ndarray], reference: list[np.ndarray], margin: li
 
 
 def crop_statistics(draws: int = 20000) -> list[dict[str, float | str]]:
-    """Distance between our crop boxes and torchvision's: Kolmogorov-Smirnov, beside the distance that chance gives to 95 % of equal samples."""
+    """Distance between our crop boxes and torchvision's: Kolmogorov-Smirnov, beside the distance that chance gives to
+    95 % of equal samples.
+    """
     from torchvision.transforms import RandomResizedCrop
 
     found: list[dict[str, float | str]] = []

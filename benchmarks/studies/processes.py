@@ -1,9 +1,11 @@
-"""Do two processes make the run that one makes? The weights behind a whole run, and MoCo's loss curves with and without shuffle-BN.
+"""Do two processes make the run that one makes? The weights behind a whole run, and MoCo's loss curves with and without
+shuffle-BN.
 
     weights    every method through the real loop and loader, in float64: the largest difference of any value behind the last step
     curves     MoCo in float32: one process without BatchNorm groups, one with them, two with them; "noise" is the spread between seeds
 
-Two processes are started by torchrun over gloo on this machine. Written are ``processes.json`` with everything, and ``processes.md``, the tables.
+Two processes are started by torchrun over gloo on this machine. Written are ``processes.json`` with everything, and
+``processes.md``, the tables.
 """
 
 from __future__ import annotations
@@ -103,7 +105,9 @@ def curve_job(arch: str, split_bn: int, batch: int, epochs: int, seed: int) -> J
 
 
 def run_here(jobs: Iterable[Job], data: Path) -> list[dict[str, Any]]:
-    """The runs one after the other, as one of the processes that the environment says: ``state`` and ``start`` (values by name), ``losses`` of each step."""
+    """The runs one after the other, as one of the processes that the environment says: ``state`` and ``start`` (values
+    by name), ``losses`` of each step.
+    """
     world, found = world_from_environment(), []
     with joined(world, torch.device("cpu")):
         for job in jobs:
@@ -197,7 +201,9 @@ def compare_weights(jobs: dict[str, Job], alone: Sequence[dict], together: Seque
 
 
 def summarise(curves: list[dict[str, Any]]) -> dict[str, Any]:
-    """Mean loss of the last quarter of each run; its spread between seeds, and the differences between the kinds of run, seed by seed."""
+    """Mean loss of the last quarter of each run; its spread between seeds, and the differences between the kinds of
+    run, seed by seed.
+    """
     ends = {
         (row["name"], row["seed"]): statistics.fmean(row["losses"][-(len(row["losses"]) // 4 or 1) :]) for row in curves
     }

@@ -1,7 +1,8 @@
 """A long run, watched from outside: does it grow, slow down, or leave things behind?
 
-A real ``fastssl pretrain`` in a process of its own, over and over the same photos, with a probe behind every epoch and a checkpoint every now and then.
-Once a second it is looked at (``vitals.py``); at the end it is stopped as Ctrl-C does, and what was seen is judged (``steadiness.py``).
+A real ``fastssl pretrain`` in a process of its own, over and over the same photos, with a probe behind every epoch and
+a checkpoint every now and then. Once a second it is looked at (``vitals.py``); at the end it is stopped as Ctrl-C does,
+and what was seen is judged (``steadiness.py``).
 """
 
 from __future__ import annotations
@@ -61,10 +62,12 @@ class Watched:
     Attributes:
         samples: see ``vitals.Sample``.
         rows: the lines of kind ``step`` in its metrics.jsonl.
-        early: it ended before it was told to. status: its exit status; None: it did not end when it was told to, and was killed.
+        early: it ended before it was told to. status: its exit status; None: it did not end when it was told to, and
+            was killed.
         last_words: the end of what it printed.
         saved_step: of the checkpoint that it left; None: there is none that can be read.
-        left: files that should not be there any more: unfinished ones in its folder, anything in its folder for temporary files.
+        left: files that should not be there any more: unfinished ones in its folder, anything in its folder for
+            temporary files.
         probes: how many there were.
     """
 
@@ -228,7 +231,8 @@ def run(
         device: ``auto``, ``cpu`` or ``cuda``.
         minutes: of watching, the start of the process included.
         folder: where the run lies while it lasts; None: the system's folder for temporary files.
-        say: told what is about to be done, how it stands (once a minute, in short soaks more often), and when it is stopped.
+        say: told what is about to be done, how it stands (once a minute, in short soaks more often), and when it is
+            stopped.
     """
     from fastssl.distributed.devices import choose_device
 

@@ -1,8 +1,9 @@
 """Is a long run steady? Verdicts on what was seen of it from outside, each with its numbers and its limit.
 
-What the limits stand on was measured on runs of MobileNet-sized networks on a CPU (``benchmarks/results/soak``): behind the first third of a run its memory
-is a flat line to 0.1 MB, but for steps of 0.5 to 2.5 MB, some minutes apart, when the heap finds no gap for a block. So a leak of 1 MB a minute shows within
-two minutes, but only to a measure that steps do not fool: see ``creep``.
+What the limits stand on was measured on runs of MobileNet-sized networks on a CPU (``benchmarks/results/soak``): behind
+the first third of a run its memory is a flat line to 0.1 MB, but for steps of 0.5 to 2.5 MB, some minutes apart, when
+the heap finds no gap for a block. So a leak of 1 MB a minute shows within two minutes, but only to a measure that steps
+do not fool: see ``creep``.
 """
 
 from __future__ import annotations
@@ -17,13 +18,15 @@ import numpy as np
 from fastssl.benchmarks.studies.vitals import Sample
 
 MB = 2**20
-#: An hour's growth that a run of 100 hours can bear: 1 GB. That is what half an hour or more can tell; within minutes some steps of the heap look like a slope
-#: of 10 to 20 MB an hour, and what passes 30 is none of them. A leak of 1 MB a minute is 60.
+#: An hour's growth that a run of 100 hours can bear: 1 GB. That is what half an hour or more can tell; within minutes
+#: some steps of the heap look like a slope of 10 to 20 MB an hour, and what passes 30 is none of them. A leak of 1 MB a
+#: minute is 60.
 MEMORY_MB_PER_HOUR, MEMORY_MB_PER_HOUR_SHORT = 10.0, 30.0
 _LONG = 1800.0
 #: Growth of the last third over the first, whatever its form: what leaks in a few large pieces has no slope to see.
 MEMORY_SHARE = 0.03
-#: Rate of the last third over that of the first; what remains of sharing the processor's caches and clock is below that.
+#: Rate of the last third over that of the first; what remains of sharing the processor's caches and clock is below
+#: that.
 RATE_LAST_OF_FIRST = 0.85
 #: Slowest window over the median.
 RATE_WORST = 0.5
@@ -71,8 +74,9 @@ class Window:
 
 
 def after_warmup(samples: Sequence[Sample]) -> list[Sample]:
-    """The last two thirds of the watched time, or what follows the second probe if that came later: imports, the first steps and the first of
-    everything that comes again and again are over by then."""
+    """The last two thirds of the watched time, or what follows the second probe if that came later: imports, the first
+    steps and the first of everything that comes again and again are over by then.
+    """
     return [
         sample
         for sample in samples
@@ -87,7 +91,9 @@ def thirds(values: Sequence) -> tuple[Sequence, Sequence, Sequence]:
 
 
 def slopes(seconds: Sequence[float], values: Sequence[float]) -> np.ndarray:
-    """All slopes between two points, ascending; float64 (N (N - 1) / 2,). Their median is Theil's and Sen's line (Sen, JASA 63, 1968)."""
+    """All slopes between two points, ascending; float64 (N (N - 1) / 2,). Their median is Theil's and Sen's line (Sen,
+    JASA 63, 1968).
+    """
     x, y = np.asarray(seconds, float), np.asarray(values, float)
     first, second = np.triu_indices(len(x), 1)
     return np.sort((y[second] - y[first]) / (x[second] - x[first]))
@@ -103,8 +109,9 @@ def blocks(seconds: Sequence[float], values: Sequence[float], count: int = _BLOC
 def creep(seconds: Sequence[float], values: Sequence[float]) -> tuple[float, float]:
     """(lower quartile, median) of the slopes between blocks, in units a second.
 
-    What leaks at every step or epoch gives all slopes the same sign, and the quartile is the leak. One to three steps of the heap leave a quarter or
-    more of the pairs without a step between them, and the quartile is 0; the median, which the Theil-Sen line takes, would already see two steps.
+    What leaks at every step or epoch gives all slopes the same sign, and the quartile is the leak. One to three steps
+    of the heap leave a quarter or more of the pairs without a step between them, and the quartile is 0; the median,
+    which the Theil-Sen line takes, would already see two steps.
     """
     found = slopes(*blocks(seconds, values))
     return float(np.quantile(found, 0.25)), float(np.median(found))
@@ -158,7 +165,8 @@ def count(samples: Sequence[Sample], name: str, attribute: str) -> Verdict:
 def windows(
     samples: Sequence[Sample], rows: Sequence[dict[str, Any]], batch_size: int, number: int = 30, least: float = 5.0
 ) -> list[Window]:
-    """Cut the time after warm-up into at most ``number`` windows of at least ``least`` seconds, ends at lines of metrics.jsonl.
+    """Cut the time after warm-up into at most ``number`` windows of at least ``least`` seconds, ends at lines of
+    metrics.jsonl.
 
     Args:
         rows: the lines of kind ``step``, whose ``seconds`` are those of training.

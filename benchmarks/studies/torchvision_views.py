@@ -40,8 +40,8 @@ def torchvision_colour(view: Tensor, record: np.void, spec: ViewSpec) -> tuple[T
     """Colour operations on (3, S, S) uint8, in float as torchvision does them.
 
     Returns:
-        the view in 0 .. 1, and each value's distance to the threshold of a solarisation (1 without one): a value on the threshold to a
-        rounding error may fall on either side of it.
+        the view in 0 .. 1, and each value's distance to the threshold of a solarisation (1 without one): a value on the
+        threshold to a rounding error may fall on either side of it.
     """
     picture = _jitter(view.float() / 255, record)
     if record["grey"]:

@@ -1,11 +1,12 @@
-"""Is an easier view better for a small network? Runs that differ in the views, in the target's smoothing and in the seed alone, and a table of them.
+"""Is an easier view better for a small network? Runs that differ in the views, in the target's smoothing and in the
+seed alone, and a table of them.
 
     baseline   threshold 0.14, local views of 28 px, pairs weigh by their number        (of 64 px: as 96 is of 224)
     sslight    threshold 0.30, local views of 36 px, weights 0.4 and 0.6                (as 128 is of 224)
     smoothed   sslight, and the InfoNCE target smoothed over the nearest negatives
 
-Every run is a `fastssl pretrain` of its own on one thread; a study that was stopped goes on where it stood. Written are ``runs.jsonl``, one line for each run with all its
-probes, and ``table.md``.
+Every run is a `fastssl pretrain` of its own on one thread; a study that was stopped goes on where it stood. Written are
+``runs.jsonl``, one line for each run with all its probes, and ``table.md``.
 """
 
 from __future__ import annotations

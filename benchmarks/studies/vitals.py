@@ -1,6 +1,8 @@
-"""What a process looks like from outside, once a second: memory, threads, open files, processor time; from Linux' own files.
+"""What a process looks like from outside, once a second: memory, threads, open files, processor time; from Linux' own
+files.
 
-From outside, because a process that leaks, hangs or dies would not say so itself, and because looking must not change what is looked at.
+From outside, because a process that leaks, hangs or dies would not say so itself, and because looking must not change
+what is looked at.
 """
 
 from __future__ import annotations
@@ -24,14 +26,17 @@ class Sample:
 
     Attributes:
         seconds: since the watch began.
-        own_bytes: memory that is the process's own: resident anonymous and shared pages and what of them was swapped out. Pages of files (the
-            photos, libraries) are left out: the kernel takes them back when it likes, and they grow until all photos were read once.
+        own_bytes: memory that is the process's own: resident anonymous and shared pages and what of them was swapped
+            out. Pages of files (the photos, libraries) are left out: the kernel takes them back when it likes, and they
+            grow until all photos were read once.
         resident_bytes: everything resident, those pages included (VmRSS).
         threads, descriptors: how many there are.
         cpu_s: processor time since the process began, all threads together.
-        waiting_s: how long its first thread stood ready to run while the cores worked for others, since it began; None where the system does not count.
+        waiting_s: how long its first thread stood ready to run while the cores worked for others, since it began; None
+            where the system does not count.
         files: how many files lie in the watched folder.
-        step, probes: the run's last step and the number of its probes in ``metrics.jsonl`` of that folder; None and 0 before there is one.
+        step, probes: the run's last step and the number of its probes in ``metrics.jsonl`` of that folder; None and 0
+            before there is one.
         gpu_bytes: memory in use on the GPU, by whomever; None between two questions and without a GPU.
     """
 
@@ -60,7 +65,8 @@ def look(pid: int, folder: Path, seconds: float, proc: Path = Path("/proc")) -> 
     try:
         status = dict(line.split(":", 1) for line in (here / "status").read_text().splitlines())
         descriptors = len(os.listdir(here / "fd"))
-        # The program's name in parentheses may hold anything: count from behind it. Fields 14 and 15 of proc(5) are utime and stime.
+        # The program's name in parentheses may hold anything: count from behind it. Fields 14 and 15 of proc(5) are
+        # utime and stime.
         fields = (here / "stat").read_text().rsplit(")", 1)[1].split()
     except (OSError, IndexError, ValueError):
         return None

@@ -1,10 +1,11 @@
 """What would make a training loop faster, by how much, and was that so?
 
-A batch costs the host some processor time for its photos and some for the step; photos are decoded beside the step, on threads of their own. So a batch takes
-the longest of three times: the step's alone, the loader's alone, and both together spread over all cores. What the loop takes above that, because the
-two get into each other's way, is measured, and taken to shrink with the loader's processor time. A remedy changes one of these; what it changes it to is
-measured on the loader alone, and the model says what the loop will make of it. Then the loop is run with the remedy, in turns with the loop as it was, and both
-figures go into the record.
+A batch costs the host some processor time for its photos and some for the step; photos are decoded beside the step, on
+threads of their own. So a batch takes the longest of three times: the step's alone, the loader's alone, and both
+together spread over all cores. What the loop takes above that, because the two get into each other's way, is measured,
+and taken to shrink with the loader's processor time. A remedy changes one of these; what it changes it to is measured
+on the loader alone, and the model says what the loop will make of it. Then the loop is run with the remedy, in turns
+with the loop as it was, and both figures go into the record.
 """
 
 from __future__ import annotations
@@ -62,7 +63,9 @@ class Loop:
         return replace(self, excess_s=max(0.0, sample_s - replace(self, excess_s=0.0).sample_s))
 
     def with_threads(self, threads: int) -> Loop:
-        """The same with other threads: the loader's time falls with their number, down to its processor time on all cores."""
+        """The same with other threads: the loader's time falls with their number, down to its processor time on all
+        cores.
+        """
         loader_s = max(self.loader_s * self.threads / threads, self.loader_cpu_s / self.cores)
         return replace(self, loader_s=loader_s, threads=threads)
 
@@ -98,7 +101,9 @@ def per_sample(windows: list[Window]) -> tuple[float, float]:
 
 
 def more_threads(loop: Loop) -> tuple[int, Remedy] | None:
-    """The smallest number of threads that gives all there is to win by threads; None: no more than there are, or nothing to win."""
+    """The smallest number of threads that gives all there is to win by threads; None: no more than there are, or
+    nothing to win.
+    """
     found = {threads: loop.gain(loop.with_threads(threads)) for threads in range(loop.threads + 1, loop.cores + 1)}
     if not found or max(found.values()) < WORTH:
         return None

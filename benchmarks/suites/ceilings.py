@@ -1,4 +1,6 @@
-"""The machine's own limits, measured without any of our machinery: what decoding, memory, arithmetic and disk can give at most."""
+"""The machine's own limits, measured without any of our machinery: what decoding, memory, arithmetic and disk can give
+at most.
+"""
 
 from __future__ import annotations
 
@@ -26,13 +28,15 @@ class Ceilings:
     """What one machine can do.
 
     Attributes:
-        decode_per_s_1_thread, decode_per_s: JPEGs a second through a bare loop of the binding that the engine uses, on one thread and on
-            ``decode_threads`` that share nothing; no crops.
+        decode_per_s_1_thread, decode_per_s: JPEGs a second through a bare loop of the binding that the engine uses, on
+            one thread and on ``decode_threads`` that share nothing; no crops.
         copy_bytes_per_s: of a large copy in the device's memory, read and written counted.
-        product_flop_per_s: of a large matrix product by type of its numbers, two operations for a multiplication with its addition. float32 is
-            computed as torch is set to do it, which on a GPU is without TF32 unless somebody changed that.
+        product_flop_per_s: of a large matrix product by type of its numbers, two operations for a multiplication with
+            its addition. float32 is computed as torch is set to do it, which on a GPU is without TF32 unless somebody
+            changed that.
         threads: torch's, which copy and multiply on a CPU.
-        disk_read_bytes_per_s, disk_write_bytes_per_s, disk_problem: see :class:`fastssl.benchmarks.harness.disk.DiskRates`.
+        disk_read_bytes_per_s, disk_write_bytes_per_s, disk_problem: see
+            :class:`fastssl.benchmarks.harness.disk.DiskRates`.
         data: the JPEGs that were decoded.
     """
 
@@ -57,7 +61,9 @@ def measure(
     photos: int = 512,
     folder: Path | None = None,
 ) -> Ceilings:
-    """Measure one after the other: decoding, then memory and arithmetic in turns, then the disk. Arguments as of :func:`run`."""
+    """Measure one after the other: decoding, then memory and arithmetic in turns, then the disk. Arguments as of
+    :func:`run`.
+    """
     device = torch.device(device)
     threads = workers or available_cores()
     path, name = find_data(data, photos)

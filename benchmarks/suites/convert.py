@@ -1,7 +1,7 @@
 """The converter, in photos a second: copying JPEGs through as they are, and encoding them anew at a smaller size.
 
-Every contender of a mode does one whole run over the same photos in its turn, into a new file that is removed before the next turn. The sources
-come from the page cache, where the first round has put them; the results go to the disk.
+Every contender of a mode does one whole run over the same photos in its turn, into a new file that is removed before
+the next turn. The sources come from the page cache, where the first round has put them; the results go to the disk.
 """
 
 from __future__ import annotations
@@ -84,7 +84,8 @@ class BareCopy:
 
 
 class BareLoop:
-    """Nothing but the work on the pixels: decode, scale, encode, with the converter's libraries on ``threads`` threads; the result is dropped.
+    """Nothing but the work on the pixels: decode, scale, encode, with the converter's libraries on ``threads`` threads;
+    the result is dropped.
 
     Attributes:
         spent: processor time in seconds of all runs so far, by stage.
@@ -143,7 +144,9 @@ class BareLoop:
 
 
 def _decode(data: bytes, options: ConvertOptions) -> np.ndarray:
-    """(H, W, 3) uint8 pixels; of a JPEG that is more than four times too large at least twice the wanted size, as the converter does it."""
+    """(H, W, 3) uint8 pixels; of a JPEG that is more than four times too large at least twice the wanted size, as the
+    converter does it.
+    """
     if data[:3] != b"\xff\xd8\xff":
         return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
     height, width, *_ = jpeg.read_header(data)
@@ -164,7 +167,8 @@ def run(
     """Measure the conversion of one source.
 
     Args:
-        data: ``synthetic`` (JPEGs made here, written as a tree of class folders), or a folder or tar as ``convert-imagenet`` takes it.
+        data: ``synthetic`` (JPEGs made here, written as a tree of class folders), or a folder or tar as
+            ``convert-imagenet`` takes it.
         workers: threads; default: the cores that this process may use.
         runs: whole conversions of each mode, at least five.
         photos: number of synthetic ones, or the most that are taken from ``data``, evenly spaced.
@@ -172,8 +176,9 @@ def run(
         folder: for temporary files, on the disk to write to; default: the system's.
 
     Returns:
-        One record for each of MODES (``details["part"]``). The ceiling of ``copy`` is a plain copy of the same bytes with ``fsync``, that of encoding
-        anew a bare loop over the pixels' work on as many threads. ``details["share"]``: of a run's time, by what that loop took.
+        One record for each of MODES (``details["part"]``). The ceiling of ``copy`` is a plain copy of the same bytes
+        with ``fsync``, that of encoding anew a bare loop over the pixels' work on as many threads.
+        ``details["share"]``: of a run's time, by what that loop took.
 
     Raises:
         FastSSLError: the source cannot be read, or the folder not be written to.

@@ -51,10 +51,12 @@ class Photos:
 
 
 class FfcvWriter:
-    """``DatasetWriter`` with as many processes as the converter has threads, as its documentation shows it; it does not wait for the disk.
+    """``DatasetWriter`` with as many processes as the converter has threads, as its documentation shows it; it does not
+    wait for the disk.
 
-    It has no copying through: every JPEG is encoded anew. It scales to a longest side, which is set to the median of what the converter's option gives;
-    photos that Pillow cannot read are left out, because one of them would stop the writer for good.
+    It has no copying through: every JPEG is encoded anew. It scales to a longest side, which is set to the median of
+    what the converter's option gives; photos that Pillow cannot read are left out, because one of them would stop the
+    writer for good.
 
     Raises:
         FastSSLError: ffcv is not installed, or Pillow can read none of the photos.

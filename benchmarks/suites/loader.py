@@ -1,4 +1,5 @@
-"""The loader, stage by stage: what the host's decoding can give at most, what the engine makes of it, and what arrives as views.
+"""The loader, stage by stage: what the host's decoding can give at most, what the engine makes of it, and what arrives
+as views.
 
 Three records for each setting:
 
@@ -35,7 +36,8 @@ from fastssl.pipelines.ops.crop import boxes_of, crop_resize_host
 from fastssl.pipelines.plan.draw import ViewSpec, draw_plan
 from fastssl.utils.cores import available_cores
 
-#: Samples of an epoch: small files are read again and again, because a real epoch is not over after a handful of batches.
+#: Samples of an epoch: small files are read again and again, because a real epoch is not over after a handful of
+#: batches.
 _EPOCH = 65536
 #: Batch on a CPU when none is asked for: a recipe's own would need gigabytes of buffers, and rates do not depend on it.
 CPU_BATCH = 32
@@ -150,17 +152,19 @@ def run(
         batch_size: default: the recipe's; at most 32 on a CPU.
         seconds: of all counted windows together; warm-up comes on top.
         runs: windows of each contender, at least five.
-        pipeline: the engine. Of ``dali`` and ``ffcv`` only the whole loader is measured: their stages cannot be taken apart.
+        pipeline: the engine. Of ``dali`` and ``ffcv`` only the whole loader is measured: their stages cannot be taken
+            apart.
 
     Returns:
-        The records ``decode``, ``host cost`` and ``views`` (``details["part"]``). A pair is one source picture with all views of the recipe, and
-        ``median_s`` the time of one batch.
+        The records ``decode``, ``host cost`` and ``views`` (``details["part"]``). A pair is one source picture with all
+        views of the recipe, and ``median_s`` the time of one batch.
     """
     device = torch.device(device)
     workers = workers or available_cores()
     path, name = find_data(data, photos)
     size = default_batch(recipe, device, batch_size)
-    # One global view; the recipe's two; two global and six local ones. The host does not look at a view's size when crops run on the device.
+    # One global view; the recipe's two; two global and six local ones. The host does not look at a view's size when
+    # crops run on the device.
     single, pair = replace(recipe.views[0], count=1), replace(recipe.views[0], count=2)
     local = replace(single, size=max(8, single.size * 3 // 7), count=6, area=(0.05, 0.2))
     groups = {"1 view": [single], "2 views": [pair], "2 + 6 views": [pair, local]} if pipeline == "native" else {}
@@ -285,8 +289,8 @@ def _bottleneck(windows: dict[str, list[Window]], host_crops: bool) -> tuple[str
         return ("decode" if of_decode >= 0.9 else "crop and colour on the device"), {
             "fraction_of_engine_decode": of_decode
         }
-    # Everything runs on the same cores, one after the other: times add up.
-    # A loop that a busy neighbour held up would look slower than the whole of which it is a part: no share is more than what is left.
+    # Everything runs on the same cores, one after the other: times add up. A loop that a busy neighbour held up would
+    # look slower than the whole of which it is a part: no share is more than what is left.
     decode = min(1.0, ratio(windows["views"], windows["bare"]))
     crops = min(1.0, max(decode, ratio(windows["views"], windows["bare crops"])))
     shares = {"decode": decode, "crop": crops - decode, "colour and hand-over": 1 - crops}

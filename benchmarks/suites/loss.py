@@ -1,7 +1,7 @@
 """Smoothed InfoNCE, forward and backward: our kernel in turns with the dense form that the paper's public code uses.
 
-The ceiling is the two products with the queue that no exact method can leave out (queries with keys for the logits, probabilities with keys for
-the gradient), over large tiles, and nothing else.
+The ceiling is the two products with the queue that no exact method can leave out (queries with keys for the logits,
+probabilities with keys for the gradient), over large tiles, and nothing else.
 """
 
 from __future__ import annotations
@@ -33,8 +33,9 @@ def run(
 ) -> list[Record]:
     """Measure one setting on random unit vectors.
 
-    A run is one call of the loss and its backward pass: ``batch_size`` queries against one positive each and the queue. The symmetric loss makes two
-    calls a pair, so ``view_per_s`` is ``batch_size / median_s`` and ``pair_per_s`` half of it.
+    A run is one call of the loss and its backward pass: ``batch_size`` queries against one positive each and the queue.
+    The symmetric loss makes two calls a pair, so ``view_per_s`` is ``batch_size / median_s`` and ``pair_per_s`` half of
+    it.
 
     Args:
         device: ``cpu`` or ``cuda``.
@@ -44,8 +45,8 @@ def run(
         seed: of the vectors.
 
     Returns:
-        One record, of the kernel, with ``ratio_to_peer`` and in ``details`` the peer's times, the ratio of processor times and the peak extra memory of
-        both in bytes.
+        One record, of the kernel, with ``ratio_to_peer`` and in ``details`` the peer's times, the ratio of processor
+        times and the peak extra memory of both in bytes.
     """
     device = torch.device(device)
     generator = torch.Generator().manual_seed(seed)

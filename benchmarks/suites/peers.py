@@ -1,10 +1,11 @@
 """Other people's ways to make two views of a photo, beside our engines, in one alternating run.
 
-Two tables. ``crops``: decode, two antialiased random crops, flip; uint8. ``augmented``: MoCo-v2's whole augmentation, normalised float32. Every contender reads the same
-``.beton`` file, from the page cache, with the same number of threads or worker processes, and gives batches of the same size.
+Two tables. ``crops``: decode, two antialiased random crops, flip; uint8. ``augmented``: MoCo-v2's whole augmentation,
+normalised float32. Every contender reads the same ``.beton`` file, from the page cache, with the same number of threads
+or worker processes, and gives batches of the same size.
 
-Peers are written here in the way that their documentation shows, or are installed packages (lightly: ``pip install 'fastssl-vision[peers]'``). One that is not installed is
-named in the result, not left out silently.
+Peers are written here in the way that their documentation shows, or are installed packages (lightly: ``pip install
+'fastssl-vision[peers]'``). One that is not installed is named in the result, not left out silently.
 """
 
 from __future__ import annotations
@@ -101,7 +102,8 @@ def torchvision_moco(size: int) -> Callable[[Image.Image], torch.Tensor]:
 
 
 class _Workers:
-    """A ``DataLoader`` whose worker processes live from the first stream to ``close``: they take seconds to start, which is not what is measured.
+    """A ``DataLoader`` whose worker processes live from the first stream to ``close``: they take seconds to start,
+    which is not what is measured.
 
     Between streams they fill their queue and sleep.
     """
@@ -230,7 +232,8 @@ def run(
         seconds: of all counted windows together.
 
     Returns:
-        One record for each of our engines and peer: ``details["part"]`` is ``crops`` or ``augmented``; a peer's ``ratio_to_peer`` is how many times
+        One record for each of our engines and peer: ``details["part"]`` is ``crops`` or ``augmented``; a peer's
+            ``ratio_to_peer`` is how many times
         as fast `native` is in the same rounds.
     """
     workers = workers or available_cores()

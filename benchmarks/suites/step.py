@@ -1,8 +1,9 @@
 """The training step alone, on views that are on the device already: no loader, no files.
 
-Its ceiling is a roofline (``roofline.py``) over both networks' layers, at the rates of a matrix product and of a large copy that are measured in the same
-turns. Where the time goes is measured too: the networks' passes alone, optimiser and moving average alone, and what is left for loss and queue; on a GPU
-also the share of the time for which any kernel ran: what is missing there is waiting for launches.
+Its ceiling is a roofline (``roofline.py``) over both networks' layers, at the rates of a matrix product and of a large
+copy that are measured in the same turns. Where the time goes is measured too: the networks' passes alone, optimiser and
+moving average alone, and what is left for loss and queue; on a GPU also the share of the time for which any kernel ran:
+what is missing there is waiting for launches.
 """
 
 from __future__ import annotations
@@ -98,8 +99,9 @@ class Step:
 
     @property
     def rates(self) -> dict[str, float]:
-        """Those of the first step, but for smoothing, which is there in full, and a learning rate so small that the weights stay where they are: every run
-        then does the same arithmetic, and none diverges."""
+        """Those of the first step, but for smoothing, which is there in full, and a learning rate so small that the
+        weights stay where they are: every run then does the same arithmetic, and none diverges.
+        """
         found = self.inner.rates(0, RunLength(1, 1))
         found["lr"] = self.small_lr
         if "smoothing" in found:
@@ -133,7 +135,9 @@ class Step:
         self.inner.update(self.rates)
 
     def cost(self, views: list[Tensor]) -> Cost:
-        """The least work of the networks in a step: the student's pass, its backward pass taken as two more, and the teacher's."""
+        """The least work of the networks in a step: the student's pass, its backward pass taken as two more, and the
+        teacher's.
+        """
         itemsize, images = 2 if self.amp else 4, self.method.images(views)
         with self.inner.autocast():
             found = forward_cost(self.method.student, self.method.student_images(images), itemsize) * 3
@@ -147,10 +151,12 @@ class Fitted:
 
     Attributes:
         step, views: the step, and random views for its networks: a list of (count * B, 3, S, S) channels-last.
-        inputs: what the step is called with: ``views``, or uint8 crops with their colour tables where it colours them itself.
+        inputs: what the step is called with: ``views``, or uint8 crops with their colour tables where it colours them
+            itself.
         asked: batch size before it was halved for want of memory.
         cost: of a step's passes through the networks.
-        first_s: seconds of the first call, in which libraries choose kernels, networks are compiled and the step is recorded.
+        first_s: seconds of the first call, in which libraries choose kernels, networks are compiled and the step is
+            recorded.
     """
 
     step: Step
@@ -185,7 +191,9 @@ def random_views(recipe: Recipe, batch_size: int, device: torch.device) -> list[
 
 
 def random_crops(recipe: Recipe, batch_size: int, device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
-    """Random bytes in the shape and layout of the recipe's crops, and the colour tables of a drawn plan, as a loader with ``colour=False`` gives them."""
+    """Random bytes in the shape and layout of the recipe's crops, and the colour tables of a drawn plan, as a loader
+    with ``colour=False`` gives them.
+    """
     crops, tables, first_view, side = [], [], 0, np.full(batch_size, 512)
     for spec in recipe.views:
         shape = (spec.count * batch_size, 3, spec.size, spec.size)
@@ -242,9 +250,11 @@ def _try_step(
 
 
 def busy_share(run: Callable[[], object], device: torch.device) -> tuple[float, int] | None:
-    """Share of a run's time for which a kernel or copy was on the GPU, and how many there were; None on a CPU, or where the profiler sees no kernels.
+    """Share of a run's time for which a kernel or copy was on the GPU, and how many there were; None on a CPU, or where
+    the profiler sees no kernels.
 
-    What is left is the GPU waiting for the host. The profiler itself slows the host a little, so the share is a lower bound.
+    What is left is the GPU waiting for the host. The profiler itself slows the host a little, so the share is a lower
+    bound.
     """
     if device.type != "cuda":
         return None
@@ -263,7 +273,9 @@ def busy_share(run: Callable[[], object], device: torch.device) -> tuple[float, 
 
 
 def busy_of_spans(spans: list[tuple[float, float]]) -> float:
-    """Length of the union of ``(begin, end)`` spans, sorted by begin, over the time from the first begin to the last end."""
+    """Length of the union of ``(begin, end)`` spans, sorted by begin, over the time from the first begin to the last
+    end.
+    """
     covered, reached = 0.0, float("-inf")
     for begin, end in spans:
         covered += max(0.0, end - max(begin, reached))
@@ -288,14 +300,15 @@ def run(
         recipe: all numbers of the step; its ``arch`` is the network.
         batch_size: default: the recipe's, at most 32 on a CPU. Halved while memory runs out; the record says so.
         amp: ``auto``, ``bf16`` or ``off``.
-        compiled, graph: compile the networks; record the step as a CUDA graph. If that fails the record says so and is of the step without it.
+        compiled, graph: compile the networks; record the step as a CUDA graph. If that fails the record says so and is
+            of the step without it.
         runs: counted runs, at least five.
-        peers: in turns with a step as public code writes it (`PlainStep`) at the same precision, with autocast also in float32; and its optimiser and
-            moving average with ours.
+        peers: in turns with a step as public code writes it (`PlainStep`) at the same precision, with autocast also in
+            float32; and its optimiser and moving average with ours.
 
     Returns:
-        One record, and one more for each peer, whose ``ratio_to_peer`` is how many times as fast ours is. ``pair_per_s``: source pictures a second; a pair is
-        trained on in both of its views.
+        One record, and one more for each peer, whose ``ratio_to_peer`` is how many times as fast ours is.
+        ``pair_per_s``: source pictures a second; a pair is trained on in both of its views.
     """
     device = torch.device(device)
     if peers and not has_peer(recipe):
@@ -384,14 +397,18 @@ CEILING_NAME = "roofline of both networks' layers"
 
 
 def _shares(networks: float, update: float) -> dict[str, float]:
-    """Where a step's time goes. The parts were measured alone: together they may come to more than the whole, and are then scaled to it."""
+    """Where a step's time goes. The parts were measured alone: together they may come to more than the whole, and are
+    then scaled to it.
+    """
     total = max(1.0, networks + update)
     shares = {"networks": networks / total, "optimiser and moving average": update / total}
     return {**shares, "loss, queue, metrics": max(0.0, 1 - sum(shares.values()))}
 
 
 def _measure_updates(step: Step, runs: int, peers: bool = True) -> dict[str, Timing]:
-    """Optimiser and moving average on gradients that stay: ours; with ``peers`` in turns with the loops over tensors and with one flat tensor."""
+    """Optimiser and moving average on gradients that stay: ours; with ``peers`` in turns with the loops over tensors
+    and with one flat tensor.
+    """
     _fill_gradients(step.method.student)
     contenders = {"ours": step.update_alone, **(_update_peers(step) if peers else {})}
     timings = measure_in_turns(contenders, device=step.device, runs=max(runs, _UPDATE_RUNS))
@@ -473,7 +490,8 @@ def bottleneck(arithmetic: float, busy: tuple[float, int] | None) -> str:
 
 
 def _peak_bytes(run: Callable[[], object], device: torch.device, recorded: bool) -> int:
-    """On a GPU all that is allocated at the peak of a step, weights and queue included; on a CPU what a step adds to them.
+    """On a GPU all that is allocated at the peak of a step, weights and queue included; on a CPU what a step adds to
+    them.
 
     A recorded step allocates nothing when it is replayed: its memory is what torch has reserved.
     """

@@ -1,7 +1,9 @@
-"""Training end to end: the loader and the step of the real loop, and how much faster the same steps go on batches that are there already.
+"""Training end to end: the loader and the step of the real loop, and how much faster the same steps go on batches that
+are there already.
 
-The difference is the *headspace*: all that any work on the input side could win. Real and replayed windows come in turns, and with them the loader
-alone. Where there is headspace, ``advice.py`` says what to do about it and what that will bring; the loop is then run that way, too.
+The difference is the *headspace*: all that any work on the input side could win. Real and replayed windows come in
+turns, and with them the loader alone. Where there is headspace, ``advice.py`` says what to do about it and what that
+will bring; the loop is then run that way, too.
 """
 
 from __future__ import annotations
@@ -56,13 +58,14 @@ def run(
         data, photos: see :func:`fastssl.benchmarks.harness.photos.find_data`.
         workers: decoding threads; default: the cores that this process may use.
         batch_size, amp, compiled, graph: as in :func:`fastssl.benchmarks.suites.step.run`.
-        seconds: of all counted windows together, a third of them replayed, a third the loader alone; warm-up comes on top, and the same time again
-            where there is advice to try.
+        seconds: of all counted windows together, a third of them replayed, a third the loader alone; warm-up comes on
+            top, and the same time again where there is advice to try.
         runs: windows of each kind, at least five.
         pipeline: the engine.
 
     Returns:
-        One record. ``details``: ``data_wait``, the share of the time for which the loop stood waiting for a batch; ``headspace``, how much
+        One record. ``details``: ``data_wait``, the share of the time for which the loop stood waiting for a batch;
+            ``headspace``, how much
         faster (0.2: 20 %) the loop would be if data cost nothing; ``data_counted``, the share of data as ``pretrain``
         counts it, beside the one measured in ``share``; ``advice`` in words; and its ``remedies`` with ``predicted``
         and ``measured`` gain.

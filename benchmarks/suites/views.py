@@ -1,7 +1,8 @@
 """The views alone: crop and colour of pictures that are decoded already and lie on the device.
 
-The stages are those of a ``ViewLoader``: on a GPU all crops of a batch as matrix products, on a CPU one view after the other on one thread (the
-loader runs that on each decoding thread); then colour, blur and normalisation of the whole batch.
+The stages are those of a ``ViewLoader``: on a GPU all crops of a batch as matrix products, on a CPU one view after the
+other on one thread (the loader runs that on each decoding thread); then colour, blur and normalisation of the whole
+batch.
 """
 
 from __future__ import annotations
@@ -39,8 +40,9 @@ def run(
         runs: counted runs of each stage, at least five.
 
     Returns:
-        Three records, ``crop``, ``colour`` and ``whole`` (``details["stage"]``). The ceiling is memory: the bytes of the boxes, of the uint8 views and
-        of the float views that the stage cannot avoid to read or write, at the bandwidth of a large copy measured in the same turns.
+        Three records, ``crop``, ``colour`` and ``whole`` (``details["stage"]``). The ceiling is memory: the bytes of
+        the boxes, of the uint8 views and of the float views that the stage cannot avoid to read or write, at the
+        bandwidth of a large copy measured in the same turns.
     """
     device = torch.device(device)
     path, name = find_data(data, photos)

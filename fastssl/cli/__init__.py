@@ -65,9 +65,11 @@ _PRINTING = ("recipes", "archs", "doctor", "--version", "-h")
 
 
 def _interrupt(number: int, frame: object) -> None:
-    """SIGTERM and SIGUSR1 (Slurm's early warning) end a command as Ctrl-C does: files that are half written are put in order, and the status is 130.
+    """SIGTERM and SIGUSR1 (Slurm's early warning) end a command as Ctrl-C does: files that are half written are put in
+    order, and the status is 130.
 
-    Launchers say it twice, and srun to every process of a group: what comes while the command is about to end changes nothing.
+    Launchers say it twice, and srun to every process of a group: what comes while the command is about to end changes
+    nothing.
     """
     global _interrupted_at
     if time.monotonic() - _interrupted_at > _TWICE_S:
@@ -81,7 +83,9 @@ _interrupted_at = -math.inf
 
 
 def _hear_no_more() -> None:
-    """The interpreter puts the signals' own deeds back before it takes its modules down: from there on one would take the place of the status that was told."""
+    """The interpreter puts the signals' own deeds back before it takes its modules down: from there on one would take
+    the place of the status that was told.
+    """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
 
@@ -89,13 +93,14 @@ def _hear_no_more() -> None:
 def main(argv: list[str] | None = None) -> None:
     """Run the command line and leave with 0 (done), 1 (failed), 2 (wrong usage) or 130 (interrupted)."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    # Read by GNU OpenMP when torch is loaded: how long a thread that waits for another spins before it sleeps. Its own 300,000 turns
-    # make a training step on the CPU several times slower as soon as a core is busy with anything else; sleeping at once costs a
-    # quarter on an idle machine. Quick-start step on 2 cores, idle / one core busy, pair/s, one noisy measurement each: spinning 391 / 107, sleeping 300 / 214,
-    # 3,000 turns 376 / 135.
+    # Read by GNU OpenMP when torch is loaded: how long a thread that waits for another spins before it sleeps. Its own
+    # 300,000 turns make a training step on the CPU several times slower as soon as a core is busy with anything else;
+    # sleeping at once costs a quarter on an idle machine. Quick-start step on 2 cores, idle / one core busy, pair/s,
+    # one noisy measurement each: spinning 391 / 107, sleeping 300 / 214, 3,000 turns 376 / 135.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "3000")
-    # Read when torch is loaded: where another process of the run has ended, torch writes a trace of its own C++ frames before our one line. Errors still come.
+    # Read when torch is loaded: where another process of the run has ended, torch writes a trace of its own C++ frames
+    # before our one line. Errors still come.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     # --debug is accepted anywhere on the line: nobody remembers on which side of the command it goes.
     debug = "--debug" in argv
@@ -109,7 +114,8 @@ def main(argv: list[str] | None = None) -> None:
         _hear_no_more
     )  # before all others, and so called behind them: what may hang there can still be ended
     if hasattr(signal, "SIGPIPE") and (not argv or argv[0] in _PRINTING or "--help" in argv):
-        # `fastssl recipes | head`: these only print, so when the reader leaves there is nothing to do but to end, as any filter does.
+        # `fastssl recipes | head`: these only print, so when the reader leaves there is nothing to do but to end, as
+        # any filter does.
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     try:
         with warnings.catch_warnings():
@@ -149,7 +155,9 @@ def _line(error: FastSSLError | OSError) -> str | None:
 
 
 def _was_leaving(stop: BaseException) -> bool:
-    """Whether the interruption struck a process on its way out, whose reason was told: as soon as one process has left, torchrun ends the others."""
+    """Whether the interruption struck a process on its way out, whose reason was told: as soon as one process has left,
+    torchrun ends the others.
+    """
     error: BaseException | None = stop
     while error is not None and not getattr(error, "told", False):
         error = error.__cause__ or error.__context__

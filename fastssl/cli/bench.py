@@ -93,10 +93,11 @@ _PEERS_SECONDS = 160.0
 
 @click.group(subcommand_metavar="WHAT [ARGS]...")
 def bench() -> None:
-    """Measure images/s of the loader, the views, the loss, the step, of training as a whole, or of the conversion; and what the machine can do.
+    """Measure images/s of the loader, the views, the loss, the step, of training as a whole, or of the conversion; and
+    what the machine can do.
 
-    Every figure is a median of alternating runs after a warm-up, and stands beside a ceiling that was measured in the same process. A pair is one
-    source picture with all its views.
+    Every figure is a median of alternating runs after a warm-up, and stands beside a ceiling that was measured in the
+    same process. A pair is one source picture with all its views.
 
     \b
     fastssl bench loader --seconds 10 --json loader.jsonl
@@ -433,7 +434,8 @@ def train(
 @click.option("--peers", is_flag=True, help="In turns with ffcv's DatasetWriter, where that is installed.")
 @json_option
 def convert_bench(data, photos, workers, folder, runs, peers, json_path) -> None:
-    """Whole conversions: JPEGs copied through, and scaled to a short side of 256 px and encoded anew. pair/s are photos/s.
+    """Whole conversions: JPEGs copied through, and scaled to a short side of 256 px and encoded anew. pair/s are
+    photos/s.
 
     \b
     fastssl bench convert --workers 1 --workers 8 --json out.jsonl
@@ -473,7 +475,8 @@ def convert_bench(data, photos, workers, folder, runs, peers, json_path) -> None
 @runs_option
 @json_option
 def ceilings(data, photos, device, workers, seconds, folder, runs, json_path) -> None:
-    """What this machine can do at most: bare JPEG decoding, memory copies, matrix products, and the disk past the page cache.
+    """What this machine can do at most: bare JPEG decoding, memory copies, matrix products, and the disk past the page
+    cache.
 
     Each run writes a file of up to 256 MB and reads it.
 
@@ -522,10 +525,11 @@ def ceilings(data, photos, device, workers, seconds, folder, runs, json_path) ->
 @folder_option
 @json_option
 def soak(minutes, recipes, arch, overrides, data, photos, device, workers, batch_size, folder, json_path) -> None:
-    """Watch a real pre-training from outside: does its memory grow, its rate fall, does it leave threads or files behind?
+    """Watch a real pre-training from outside: does its memory grow, its rate fall, does it leave threads or files
+    behind?
 
-    Epochs without end, a probe behind each, forty checkpoints or more; then it is stopped as Ctrl-C does. Each line of the judgement has its numbers and its
-    limit; the status is 1 when one fails.
+    Epochs without end, a probe behind each, forty checkpoints or more; then it is stopped as Ctrl-C does. Each line of
+    the judgement has its numbers and its limit; the status is 1 when one fails.
 
     \b
     fastssl bench soak --minutes 60 --json soak.jsonl
@@ -565,7 +569,8 @@ def soak(minutes, recipes, arch, overrides, data, photos, device, workers, batch
     "--out", type=SomePath(), default="bench-report", show_default=True, metavar="DIR", help="Made if it is not there."
 )
 def report(results: tuple[Path, ...], out: Path) -> None:
-    """Write what the records in RESULTS say into DIR: report.md, report.html with its plots inside, the plots, and recipes.md.
+    """Write what the records in RESULTS say into DIR: report.md, report.html with its plots inside, the plots, and
+    recipes.md.
 
     \b
     fastssl bench train --json train.jsonl
@@ -589,7 +594,8 @@ def _load(names: Iterable[str], overrides: Iterable[str], arch: str | None = Non
 
 
 def _measure(json_path: str | None, jobs: list[Job]) -> None:
-    """Run the jobs one after the other; every record is printed and written when it is there, so that a stop loses none.
+    """Run the jobs one after the other; every record is printed and written when it is there, so that a stop loses
+    none.
 
     Each gets the running command in its details, so that its reader can make it again.
 

@@ -12,10 +12,12 @@ _LEFT_OUT = frozenset({"json_path"})
 
 
 def command_line(ctx: click.Context) -> str:
-    """The call in ``ctx``, quoted for a shell: the options that were given, in the order of ``--help``, without ``--json`` and ``--debug``.
+    """The call in ``ctx``, quoted for a shell: the options that were given, in the order of ``--help``, without
+    ``--json`` and ``--debug``.
 
-    It is put together from the parsed values and not taken from ``sys.argv``, so that it is the same however the command was started. Of a path
-    only the file's name is left: results are passed on, and folders tell where somebody works.
+    It is put together from the parsed values and not taken from ``sys.argv``, so that it is the same however the
+    command was started. Of a path only the file's name is left: results are passed on, and folders tell where somebody
+    works.
     """
     words = ctx.command_path.split()
     words = words if words[:1] == ["fastssl"] else ["fastssl", *words]

@@ -47,7 +47,9 @@ __all__ = [
 
 
 class PlainConsole(Console):
-    """A console to which text is text: names of files and of classes are strangers' and may hold markup or what a terminal acts on."""
+    """A console to which text is text: names of files and of classes are strangers' and may hold markup or what a
+    terminal acts on.
+    """
 
     def __init__(self, **options: object):
         super().__init__(markup=False, **options)
@@ -228,7 +230,8 @@ def progress_bar(label: str, total: int | None, unit: str = "images") -> Iterato
             yield lambda done: bar.update(task, completed=done)
         return
 
-    # A rate over what was done since the first call: work that was taken over from a stopped run is not this run's speed.
+    # A rate over what was done since the first call: work that was taken over from a stopped run is not this run's
+    # speed.
     started = last = time.monotonic()
     first = None
 

@@ -68,11 +68,13 @@ def convert_imagenet(
 ) -> None:
     """Turn the photos of SRC into one file, DST, that training reads as fast as it decodes.
 
-    SRC is a folder of class folders (SRC/cat/1.jpg), a folder of photos without labels, the ILSVRC2012 train tar, or any tar that
-    holds such a folder. JPEGs that need no change are copied byte for byte; others are turned upright, scaled and encoded anew.
+    SRC is a folder of class folders (SRC/cat/1.jpg), a folder of photos without labels, the ILSVRC2012 train tar, or
+    any tar that holds such a folder. JPEGs that need no change are copied byte for byte; others are turned upright,
+    scaled and encoded anew.
 
-    DST is whole or absent: an existing one is replaced at the end. Beside it stand DST.json (classes, counts, checksums) and, when
-    there were bad photos, DST.rejects.jsonl. After a crash or Ctrl-C, the same command goes on where it was.
+    DST is whole or absent: an existing one is replaced at the end. Beside it stand DST.json (classes, counts,
+    checksums) and, when there were bad photos, DST.rejects.jsonl. After a crash or Ctrl-C, the same command goes on
+    where it was.
 
     \b
     fastssl convert-imagenet photos/ photos.beton

@@ -65,7 +65,8 @@ def estimate(
 ) -> None:
     """What a run will cost on this machine: time, memory, the largest batch, and what limits it.
 
-    Measures the loader and the training step for less than a minute; where the recipe's batch is too slow for that, smaller ones.
+    Measures the loader and the training step for less than a minute; where the recipe's batch is too slow for that,
+    smaller ones.
 
     \b
     fastssl estimate --data photos/

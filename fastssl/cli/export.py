@@ -47,14 +47,15 @@ def export(
     safetensors  DST.safetensors: plain tensors under timm's names
     onnx         DST.onnx: images (N, 3, size, size) -> features (N, F), any N
 
-    Networks that train with several branches and run with one (MobileOne, FastViT, RepViT, GhostNet-V3, ...) are fused for
-    onnx. The other formats keep the branches, which fine-tuning needs and timm.create_model expects:
+    Networks that train with several branches and run with one (MobileOne, FastViT, RepViT, GhostNet-V3, ...) are fused
+    for onnx. The other formats keep the branches, which fine-tuning needs and timm.create_model expects:
     timm.utils.reparameterize_model(net) fuses them after that.
 
-    The tensors must be exactly those of the network there. What was written is loaded and must give the same features, to 1e-5 of their spread
-    over images (ONNX: 1e-4, run with onnxruntime at batch 1 and 3); otherwise DST stays as it was. An earlier export of the same kind,
-    known by what it says of itself, is replaced; anything else that is there, a run's checkpoint or weights from elsewhere, is left alone.
-    Of several processes (torchrun, srun) only the first one writes.
+    The tensors must be exactly those of the network there. What was written is loaded and must give the same features,
+    to 1e-5 of their spread over images (ONNX: 1e-4, run with onnxruntime at batch 1 and 3); otherwise DST stays as it
+    was. An earlier export of the same kind, known by what it says of itself, is replaced; anything else that is there,
+    a run's checkpoint or weights from elsewhere, is left alone. Of several processes (torchrun, srun) only the first
+    one writes.
 
     \b
     fastssl export runs/mine mine.safetensors

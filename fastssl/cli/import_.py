@@ -29,15 +29,16 @@ WHICH = ("student", "teacher", "query", "key")
 )
 @json_option
 def import_(foreign: Path, dst: Path, arch: str, layout: str, which: str | None, json_path: str | None) -> None:
-    """Take the backbone out of FOREIGN, a checkpoint of MoCo, light-moco, DINO or SSLight or weights for timm or torchvision, and write
-    it to DST.safetensors, which every command here takes.
+    """Take the backbone out of FOREIGN, a checkpoint of MoCo, light-moco, DINO or SSLight or weights for timm or
+    torchvision, and write it to DST.safetensors, which every command here takes.
 
-    Every tensor is matched by name and shape; one that is missing is an error. Projectors, classifiers, queues and optimisers are left out and
-    listed. Nothing in FOREIGN is run: a file that needs more than tensors and settings is refused. DST is replaced only if it was imported.
-    Of several processes (torchrun, srun) only the first one writes.
+    Every tensor is matched by name and shape; one that is missing is an error. Projectors, classifiers, queues and
+    optimisers are left out and listed. Nothing in FOREIGN is run: a file that needs more than tensors and settings is
+    refused. DST is replaced only if it was imported. Of several processes (torchrun, srun) only the first one writes.
 
-    timm's tf_ networks (tf_efficientnet_b0, ...) have the names and shapes of the plain ones but pad as TensorFlow does, which the file does
-    not tell: give --arch their own name, never the plain network's, which would take them and give other features.
+    timm's tf_ networks (tf_efficientnet_b0, ...) have the names and shapes of the plain ones but pad as TensorFlow
+    does, which the file does not tell: give --arch their own name, never the plain network's, which would take them and
+    give other features.
 
     \b
     fastssl import checkpoint_0199.pth.tar moco.safetensors --arch mobilenetv3_large

@@ -76,7 +76,8 @@ def pretrain(
     fastssl pretrain --arch mobilenetv2 --recipe dino-mobilenetv2-sslight --data photos.beton
     torchrun --nproc-per-node 8 -m fastssl pretrain --arch ...        # several GPUs: the same command, the batch shared out
 
-    Ctrl-C, SIGTERM, SIGUSR1 and SIGHUP save and stop, with status 130. The same command goes on from there, and after any other end from the newest checkpoint.
+    Ctrl-C, SIGTERM, SIGUSR1 and SIGHUP save and stop, with status 130. The same command goes on from there, and after
+    any other end from the newest checkpoint.
     """
     from fastssl.distributed.world import first_of_host_speaks, world_from_environment
 

@@ -38,7 +38,8 @@ class _Count(click.ParamType):
 @quiet_option
 @json_option
 def verify(file: Path, decode: int | None, workers: int | None, json_path: str | None) -> None:
-    """Check FILE's header and tables, its checksums if FILE.json is there, and decode samples. Status 1 when something is damaged.
+    """Check FILE's header and tables, its checksums if FILE.json is there, and decode samples. Status 1 when something
+    is damaged.
 
     \b
     fastssl verify photos.beton --decode all

@@ -38,22 +38,25 @@ class TrainConfig:
             ``epochs`` is then the length for which those numbers were written. None: ``epochs`` holds for any number of
             photos; so it does in a run's config.yaml, which has the epochs that came out.
         batch_size: samples a step.
-        accumulate: parts into which a step's batch is cut for the pass with gradient, so that larger batches fit into memory. Batch, learning rate, keys
-            and queue stay those of the whole batch; the query network's BatchNorms see one part at a time.
+        accumulate: parts into which a step's batch is cut for the pass with gradient, so that larger batches fit into
+            memory. Batch, learning rate, keys and queue stay those of the whole batch; the query network's BatchNorms
+            see one part at a time.
         compile: compile the networks with ``torch.compile`` (minutes at the start).
         graph: capture the whole step as a CUDA graph, colour operations included: one launch a step.
-        amp: ``auto`` (bfloat16 on a GPU, float32 on the CPU), ``bf16`` or ``off``. On a CPU torch's bfloat16 kernels (2.15) read memory that nobody wrote where
-            a convolution with a stride meets maps of one pixel, as of views below 32 px: a NaN that happens to lie there is then one of the gradient.
+        amp: ``auto`` (bfloat16 on a GPU, float32 on the CPU), ``bf16`` or ``off``. On a CPU torch's bfloat16 kernels
+            (2.15) read memory that nobody wrote where a convolution with a stride meets maps of one pixel, as of views
+            below 32 px: a NaN that happens to lie there is then one of the gradient.
         log_every: steps between two lines of metrics.jsonl; the host reads the device's metrics only then.
-        checkpoint_minutes: a checkpoint is written when the last one is older than this (0: behind every step), and at the end; the first one a minute after
-            the start at the latest.
+        checkpoint_minutes: a checkpoint is written when the last one is older than this (0: behind every step), and at
+            the end; the first one a minute after the start at the latest.
         keep_last: how many checkpoints are kept, the newest included: what a damaged one falls back to.
         milestone_epochs: epochs between two checkpoints that are kept for ever; 0: none.
         on_bad: what to do with a damaged picture: ``fail`` or ``skip``.
-        skip_nonfinite: how many steps of the run may be passed over because their loss or gradient is not finite. 0: the first one ends the run. Otherwise
-            the state is copied at the beginning of every block of ``log_every`` steps, to go back to.
-        deterministic: only algorithms that give the same bits at every call. On a CPU they do so anyway; on a GPU it costs speed, and a network that has an
-            operation without such an algorithm is refused at its first step.
+        skip_nonfinite: how many steps of the run may be passed over because their loss or gradient is not finite. 0:
+            the first one ends the run. Otherwise the state is copied at the beginning of every block of ``log_every``
+            steps, to go back to.
+        deterministic: only algorithms that give the same bits at every call. On a CPU they do so anyway; on a GPU it
+            costs speed, and a network that has an operation without such an algorithm is refused at its first step.
     """
 
     epochs: int = 200
@@ -98,14 +101,14 @@ class ProbeConfig:
 
     Attributes:
         size: pixels of the centre-crop view that the network is probed with.
-        crop: side of the centre square as a share of the shorter side (0.875: the usual 224 of 256; 1 for photos that are cut
-            tight already).
+        crop: side of the centre square as a share of the shorter side (0.875: the usual 224 of 256; 1 for photos that
+            are cut tight already).
         every_epochs: epochs between two online probes (0: only at the end).
         online_samples: bank and query pictures together of the online probe.
         final_samples: pictures of the probe at the end (bank and queries together; 0: all).
         teacher: at the end also probe the teacher (the key network), which is saved beside the student in any case.
-        reestimate_bn: at the end also probe with BatchNorm statistics taken anew from that many centre-crop views, unlabelled: the stored ones are a
-            mix of all kinds of views. 0: not.
+        reestimate_bn: at the end also probe with BatchNorm statistics taken anew from that many centre-crop views,
+            unlabelled: the stored ones are a mix of all kinds of views. 0: not.
     """
 
     size: int = 224
@@ -133,13 +136,16 @@ class Recipe:
 
     Attributes:
         arch: the network the recipe was made for; ``--arch`` may put another in its place.
-        method: ``moco``, ``dino``, ``swav`` or ``simclr``; its numbers stand in the section of that name, and no other section may be given.
-        init: ``timm`` (what the network's definition there does) or ``kaiming``, see ``fastssl.models.backbones.kaiming_init``.
-        zero_init_residual: begin with every residual block as the identity, see ``fastssl.models.backbones.zero_residual_branches``.
+        method: ``moco``, ``dino``, ``swav`` or ``simclr``; its numbers stand in the section of that name, and no other
+            section may be given.
+        init: ``timm`` (what the network's definition there does) or ``kaiming``, see
+            ``fastssl.models.backbones.kaiming_init``.
+        zero_init_residual: begin with every residual block as the identity, see
+            ``fastssl.models.backbones.zero_residual_branches``.
         drop_path: stochastic depth of the deepest block, of the student alone, for networks that have it.
         views: two views as a list of groups, or a multi-crop (``MultiCrop``), which a preset's name may stand for.
-        full_samples: pictures that a whole run of the published recipe sees (epochs x data set), the measure of "what share
-            of a full recipe was this"; None where the recipe is the full one.
+        full_samples: pictures that a whole run of the published recipe sees (epochs x data set), the measure of "what
+            share of a full recipe was this"; None where the recipe is the full one.
         full_recipe: the name of the recipe that ``full_samples`` belongs to.
     """
 
@@ -310,7 +316,9 @@ def _keys(kind: type, values: Any, prefix: str = "") -> Iterator[str]:
 
 
 def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
-    """Plain values of all keys, resolved: what config.yaml holds, and what ``build_recipe`` reads back. Of the methods' sections only the recipe's own."""
+    """Plain values of all keys, resolved: what config.yaml holds, and what ``build_recipe`` reads back. Of the methods'
+    sections only the recipe's own.
+    """
     plain = _plain(dataclasses.asdict(recipe))
     return {key: value for key, value in plain.items() if key == recipe.method or key not in METHODS}
 
@@ -327,7 +335,9 @@ def parse_overrides(pairs: typing.Iterable[str]) -> dict[str, str]:
 
 
 def _override(tree: Any, key: str, value: Any) -> None:
-    """Set ``a.b.0.c`` in nested mappings and lists. Keys that the dataclasses do not know are found later, in one place."""
+    """Set ``a.b.0.c`` in nested mappings and lists. Keys that the dataclasses do not know are found later, in one
+    place.
+    """
     if key == "views.preset":
         _override_views(tree, value)
         return

@@ -3,7 +3,8 @@
     pixel grid -> rays of the field of view -> roll, pitch, yaw -> longitude, latitude -> bilinear look-up in linear light
     -> mean over 2 x 2 rays a pixel -> exposure, white balance, saturation -> gamma, contrast
 
-The geometry is the pinhole camera's; the panorama is equirectangular (width: longitude, height: latitude, 90 degrees at the top).
+The geometry is the pinhole camera's; the panorama is equirectangular (width: longitude, height: latitude, 90 degrees at
+the top).
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
 """The sample photos that install with the package: views of eighteen places, made into ``.beton`` files on first use.
 
-The package holds 18 panoramas (CC0, Poly Haven). From each, 200 views are rendered for training and 80 for judging, 64 px
-wide, each as if by another camera in another light: exposure, white balance, saturation and contrast are its own, so that
-colours alone do not name a place. Training looks into one half of the compass, judging into the other, and at the horizon
-their fields of view never meet: *recognise a place from a direction that the network has never seen*. The views go the way a
-user's own photos go: written as folders of JPEG files, then through the converter.
+The package holds 18 panoramas (CC0, Poly Haven). From each, 200 views are rendered for training and 80 for judging, 64
+px wide, each as if by another camera in another light: exposure, white balance, saturation and contrast are its own, so
+that colours alone do not name a place. Training looks into one half of the compass, judging into the other, and at the
+horizon their fields of view never meet: *recognise a place from a direction that the network has never seen*. The views
+go the way a user's own photos go: written as folders of JPEG files, then through the converter.
 
-The ranges below were chosen by what can be learned: with fields of view of 35 to 60 degrees many views hold a wall or a piece
-of sky alone, and the network ends at 55 % even with labels; with 60 to 90 degrees at 68 % (at contrast 1.5), and a
-colour histogram where it was.
+The ranges below were chosen by what can be learned: with fields of view of 35 to 60 degrees many views hold a wall or a
+piece of sky alone, and the network ends at 55 % even with labels; with 60 to 90 degrees at 68 % (at contrast 1.5), and
+a colour histogram where it was.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ WHITE_BALANCE = (0.4, 1.6)
 SATURATION = (0.0, 1.0)
 #: The contrast lies between its inverse and it, in equal ratios.
 CONTRAST = 1.6
-#: Degrees between a field of view's edge at the horizon and the border of its half of the compass: a camera that rolls sees a little farther.
+#: Degrees between a field of view's edge at the horizon and the border of its half of the compass: a camera that rolls
+#: sees a little farther.
 MARGIN = 3.0
 
 _QUALITY = 95

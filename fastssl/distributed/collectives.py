@@ -1,8 +1,9 @@
 """What the processes of a run tell each other: sums, rows, answers.
 
-Every function is the identity in a single process: it returns what it was given, uncopied, so that the code which calls it reads the same for any
-number of processes. All ranks must call the same ones in the same order. None waits for the device but those that answer the host: ``agree_any``,
-``share``, ``gather_values`` and ``barrier``, and these travel beside the device, over the network of the hosts.
+Every function is the identity in a single process: it returns what it was given, uncopied, so that the code which calls
+it reads the same for any number of processes. All ranks must call the same ones in the same order. None waits for the
+device but those that answer the host: ``agree_any``, ``share``, ``gather_values`` and ``barrier``, and these travel
+beside the device, over the network of the hosts.
 """
 
 from __future__ import annotations
@@ -48,7 +49,9 @@ def all_reduce_mean(tensor: Tensor) -> Tensor:
 
 
 def gather_rows(tensor: Tensor) -> Tensor:
-    """The rows of all ranks in the order of the ranks, without gradient: (n, ...) -> (world * n, ...), ``n`` alike on all ranks. Keeps channels-last."""
+    """The rows of all ranks in the order of the ranks, without gradient: (n, ...) -> (world * n, ...), ``n`` alike on
+    all ranks. Keeps channels-last.
+    """
     if world_size() == 1:
         return tensor
     rows, last = _channels_to_the_end(tensor.detach())
@@ -59,7 +62,9 @@ def gather_rows(tensor: Tensor) -> Tensor:
 
 
 def gather_uneven(tensor: Tensor) -> Tensor:
-    """``gather_rows`` of ranks that have different numbers of rows; waits for the device. (n_r, ...) -> (sum of n_r, ...)."""
+    """``gather_rows`` of ranks that have different numbers of rows; waits for the device. (n_r, ...) -> (sum of n_r,
+    ...).
+    """
     if world_size() == 1:
         return tensor
     count = torch.tensor([len(tensor)], dtype=torch.int64)
@@ -88,14 +93,15 @@ class _GatherRows(torch.autograd.Function):
 def gather_rows_with_gradient(tensor: Tensor) -> Tensor:
     """``gather_rows`` whose gradient at a row is the sum of what all ranks' losses say about it.
 
-    With ``average_gradients`` behind it, ranks that each take a mean over their own rows against everyone's make the gradient of the mean over all rows; and
-    so do ranks that all compute the whole loss.
+    With ``average_gradients`` behind it, ranks that each take a mean over their own rows against everyone's make the
+    gradient of the mean over all rows; and so do ranks that all compute the whole loss.
     """
     return tensor if world_size() == 1 else _GatherRows.apply(tensor)
 
 
 def gather_views(tensor: Tensor, views: int, gradient: bool = False) -> Tensor:
-    """View-major rows of each rank's samples -> view-major rows of all samples, as one process with the whole batch would hold them.
+    """View-major rows of each rank's samples -> view-major rows of all samples, as one process with the whole batch
+    would hold them.
 
     Args:
         tensor: (views * B, ...), rows (view, sample). Channels-last maps stay so.
@@ -130,9 +136,10 @@ def _channels_to_the_end(tensor: Tensor) -> tuple[Tensor, bool]:
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Put the mean over ranks into every ``.grad`` that is there. Which ones are there must be the same on all ranks.
 
-    All gradients of a type go through one buffer and one all-reduce. These networks have 20 MB of them: there is no backward pass long enough to
-    hide buckets behind, as DistributedDataParallel does, and its hooks know nothing of bfloat16 copies whose gradients are collected later, of
-    parts of a batch, or of a recorded CUDA graph. This is a plain call at a plain place, and can be recorded.
+    All gradients of a type go through one buffer and one all-reduce. These networks have 20 MB of them: there is no
+    backward pass long enough to hide buckets behind, as DistributedDataParallel does, and its hooks know nothing of
+    bfloat16 copies whose gradients are collected later, of parts of a batch, or of a recorded CUDA graph. This is a
+    plain call at a plain place, and can be recorded.
     """
     size = world_size()
     if size == 1:
@@ -154,7 +161,9 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
 
 
 def _shaped_like(parameter: Tensor, piece: Tensor) -> Tensor:
-    """``piece`` (numel,) in the shape and layout of the parameter: alike on all ranks, whatever the gradient's, and copied in one launch where they agree."""
+    """``piece`` (numel,) in the shape and layout of the parameter: alike on all ranks, whatever the gradient's, and
+    copied in one launch where they agree.
+    """
     if parameter.dim() == 4 and parameter.is_contiguous(memory_format=torch.channels_last):
         return piece.as_strided(parameter.shape, parameter.stride())
     return piece.view(parameter.shape)

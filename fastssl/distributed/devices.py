@@ -15,8 +15,8 @@ from fastssl.errors import FastSSLError
 def choose_device(name: str, world: World = World(), environ: Mapping[str, str] = os.environ) -> torch.device:  # noqa: B008 (frozen)
     """``auto`` is the GPU when there is one; of several processes on a machine each has its own.
 
-    srun with ``--gpus-per-task`` or ``--gpu-bind`` shows each process no other GPU than its own, which is then number 0. (Where several are shown the same one, NCCL
-    refuses it.)
+    srun with ``--gpus-per-task`` or ``--gpu-bind`` shows each process no other GPU than its own, which is then number
+    0. (Where several are shown the same one, NCCL refuses it.)
 
     Raises:
         FastSSLError: a GPU was asked for and torch sees none.

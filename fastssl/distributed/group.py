@@ -1,4 +1,6 @@
-"""One process per GPU: how all of them (world.py) meet, how they part, and what ends them when one fails. What they tell each other is in collectives.py."""
+"""One process per GPU: how all of them (world.py) meet, how they part, and what ends them when one fails. What they
+tell each other is in collectives.py.
+"""
 
 from __future__ import annotations
 
@@ -43,20 +45,25 @@ def joined(
 ) -> Iterator[None]:
     """Be one of ``world`` inside the block; nothing happens for a world of one.
 
-    All ranks leave a block that ends well together. The failure of one ends the others within seconds, and what they say begins with its words: over gloo their
-    collective fails when the connection breaks; over NCCL, or where a process is killed, stopped or cut off, the watch (watch.py) notices.
-    ``Interrupted`` is no failure: all ranks raise it behind the same step.
+    All ranks leave a block that ends well together. The failure of one ends the others within seconds, and what they
+    say begins with its words: over gloo their collective fails when the connection breaks; over NCCL, or where a
+    process is killed, stopped or cut off, the watch (watch.py) notices. ``Interrupted`` is no failure: all ranks raise
+    it behind the same step.
 
-    A CUDA graph that holds collectives must be gone when the block ends, however it ends: until then NCCL waits, for ever, with the end of its communicator.
+    A CUDA graph that holds collectives must be gone when the block ends, however it ends: until then NCCL waits, for
+    ever, with the end of its communicator.
 
     Args:
-        device: where this rank's tensors are. ``cuda``: NCCL, and gloo beside it for what hosts tell each other; ``cpu``: gloo.
+        device: where this rank's tensors are. ``cuda``: NCCL, and gloo beside it for what hosts tell each other;
+            ``cpu``: gloo.
         timeout_minutes: for each collective: longer than anything that one rank does while the others wait.
-        patience: for all to be there, and with a process that gives no sign of life; None: as the environment says, or 10 minutes and 60 seconds.
+        patience: for all to be there, and with a process that gives no sign of life; None: as the environment says, or
+            10 minutes and 60 seconds.
         before_end: as of ``Watch``.
 
     Raises:
-        FastSSLError: the others are not met, or another kind of device; or another process has failed, with its name and words.
+        FastSSLError: the others are not met, or another kind of device; or another process has failed, with its name
+            and words.
     """
     if world.size == 1:
         yield
@@ -81,7 +88,8 @@ def joined(
             )
         if another is None and not isinstance(error, Interrupted):
             watch.leave(failure=_one_line(told))
-        # NCCL's orderly end waits for all ranks of a machine, and these may be waiting in a collective that this one will never reach.
+        # NCCL's orderly end waits for all ranks of a machine, and these may be waiting in a collective that this one
+        # will never reach.
         if device.type == "cuda" and dist.is_initialized() and hasattr(dist.group.WORLD, "abort"):
             with suppress(RuntimeError):
                 dist.group.WORLD.abort()
@@ -148,7 +156,9 @@ def _make_group(world: World, device: torch.device, store: dist.Store, timeout_m
 
 
 def _learn_why(watch: Watch) -> str | None:
-    """What ended the others' side of a collective; the process that failed speaks first. torchrun, which ends all as soon as one has failed, has to wait so long."""
+    """What ended the others' side of a collective; the process that failed speaks first. torchrun, which ends all as
+    soon as one has failed, has to wait so long.
+    """
     main = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGTERM, signal.SIG_IGN) if main else None
     try:
@@ -170,7 +180,9 @@ def _one_line(error: BaseException) -> str:
 
 @contextmanager
 def _signals_end_the_process() -> Iterator[None]:
-    """SIGINT and SIGTERM end the process at once inside the block: it waits in compiled code, where a handler written in Python does not get its turn."""
+    """SIGINT and SIGTERM end the process at once inside the block: it waits in compiled code, where a handler written
+    in Python does not get its turn.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return

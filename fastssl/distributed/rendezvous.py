@@ -1,10 +1,12 @@
-"""How processes that were started together find each other: a store that one of them (or torchrun) keeps, and a roll call in it.
+"""How processes that were started together find each other: a store that one of them (or torchrun) keeps, and a roll
+call in it.
 
     process 0     writes a call that was never there before, reads the answers, confirms each
     the others    answer the call that they find, with a word of their own, until that very answer is confirmed
 
-torchrun's store outlives the processes: after a restart it still holds what the ended ones wrote. A confirmation that repeats a process's own word cannot
-be such a leftover, so that all who are confirmed are here now, and under the call, which is theirs alone, everything else of theirs is kept.
+torchrun's store outlives the processes: after a restart it still holds what the ended ones wrote. A confirmation that
+repeats a process's own word cannot be such a leftover, so that all who are confirmed are here now, and under the call,
+which is theirs alone, everything else of theirs is kept.
 """
 
 from __future__ import annotations
@@ -30,9 +32,10 @@ class Patience:
     """How long processes wait for each other.
 
     Attributes:
-        meet_minutes: for all to be there; ``FASTSSL_MEET_MINUTES``. A queue that starts the hosts one by one may need more.
-        silent_s: seconds without a sign of life after which a process that cannot be reached is given up; one that can be reached but does
-            nothing has ten times as long; ``FASTSSL_SILENT_SECONDS``.
+        meet_minutes: for all to be there; ``FASTSSL_MEET_MINUTES``. A queue that starts the hosts one by one may need
+            more.
+        silent_s: seconds without a sign of life after which a process that cannot be reached is given up; one that can
+            be reached but does nothing has ten times as long; ``FASTSSL_SILENT_SECONDS``.
     """
 
     meet_minutes: float = 10
@@ -73,7 +76,8 @@ def agent_keeps_store(address: str, port: int, environ: Mapping[str, str]) -> bo
 
 
 def connect(address: str, port: int, seconds: float, *, keep: bool = False) -> dist.TCPStore:
-    """A connection to the store, which one thread may use; ``keep``: serve it from this process, for as long as the object lives.
+    """A connection to the store, which one thread may use; ``keep``: serve it from this process, for as long as the
+    object lives.
 
     Raises:
         RuntimeError, ValueError, OSError: nobody serves it in ``seconds``, or the port is taken.

@@ -1,4 +1,5 @@
-"""Running statistics of BatchNorms whose groups were dealt over the ranks: what one process that sees all groups would hold.
+"""Running statistics of BatchNorms whose groups were dealt over the ranks: what one process that sees all groups would
+hold.
 
 A running statistic is a linear recurrence. With momentum m, a = 1 - m and the groups' statistics x in their order:
 

@@ -3,8 +3,9 @@
     forward     each rank's mean and deviation -> gathered (2C + 1 numbers a rank) -> combined (Chan et al. 1979)
     backward    the two sums per channel, of dy and of dy * (x - mean), over all ranks (2C numbers)
 
-On a GPU the work is done by the kernels of ``torch.nn.SyncBatchNorm``; the CPU has none of them, and does it with their twins below. That layer itself
-is not used: it refuses the CPU, and on a GPU each one makes the host wait (it filters ranks without samples by value) unless it is being recorded.
+On a GPU the work is done by the kernels of ``torch.nn.SyncBatchNorm``; the CPU has none of them, and does it with their
+twins below. That layer itself is not used: it refuses the CPU, and on a GPU each one makes the host wait (it filters
+ranks without samples by value) unless it is being recorded.
 """
 
 from __future__ import annotations
@@ -22,13 +23,15 @@ from fastssl.errors import FastSSLError
 
 
 def synchronise_batchnorm(network: nn.Module, device: torch.device) -> nn.Module:
-    """Let every BatchNorm of ``network`` normalise over all ranks when it trains. In place; ``separate_batchnorm`` undoes it.
+    """Let every BatchNorm of ``network`` normalise over all ranks when it trains. In place; ``separate_batchnorm``
+    undoes it.
 
-    Parameters, buffers, hooks and the names in the state dict are what they were: a layer only changes its class. In evaluation mode and in a single
-    process it is the ordinary layer. A rank may hold another number of samples than the others, but at least one.
+    Parameters, buffers, hooks and the names in the state dict are what they were: a layer only changes its class. In
+    evaluation mode and in a single process it is the ordinary layer. A rank may hold another number of samples than the
+    others, but at least one.
 
-    All ranks must make the same passes: a network that one rank alone runs in training mode waits for the others. ``torch.compile`` cuts its graph
-    at each of these layers.
+    All ranks must make the same passes: a network that one rank alone runs in training mode waits for the others.
+    ``torch.compile`` cuts its graph at each of these layers.
 
     Args:
         network: of ``nn.BatchNorm1d``, ``nn.BatchNorm2d`` and timm's ``BatchNormAct2d``; may itself be one.
@@ -54,7 +57,9 @@ def synchronise_batchnorm(network: nn.Module, device: torch.device) -> nn.Module
 
 
 def separate_batchnorm(network: nn.Module) -> nn.Module:
-    """Make the layers ordinary ones again, in place: for a pass in training mode that one rank makes alone. Returns ``network``."""
+    """Make the layers ordinary ones again, in place: for a pass in training mode that one rank makes alone. Returns
+    ``network``.
+    """
     ordinary = {synchronised: kind for kind, synchronised in _SYNCHRONISED.items()}
     for layer in network.modules():
         if isinstance(layer, _OverRanks):
@@ -112,7 +117,9 @@ def _normalise(*inputs: Any) -> Tensor:
 
 
 class _Normalise(torch.autograd.Function):
-    """(input (N, C, ...), weight, bias, running mean, running var, momentum, eps) -> (N, C, ...); weight, bias and both statistics may be None."""
+    """(input (N, C, ...), weight, bias, running mean, running var, momentum, eps) -> (N, C, ...); weight, bias and both
+    statistics may be None.
+    """
 
     @staticmethod
     def forward(
@@ -131,7 +138,8 @@ class _Normalise(torch.autograd.Function):
         own = torch.cat([mean, invstd, mean.new_full((1,), input.numel() // input.shape[1])])
         means, invstds, counts = gather_rows(own[None]).tensor_split((len(mean), 2 * len(mean)), dim=1)
         counts = counts.flatten()
-        # Of its first argument the kernel takes the type, which must be that of the counts where there are no running statistics.
+        # Of its first argument the kernel takes the type, which must be that of the counts where there are no running
+        # statistics.
         mean, invstd = kernels.batch_norm_gather_stats_with_counts(
             means, means, invstds, running_mean, running_var, momentum, eps, counts
         )
@@ -170,7 +178,9 @@ def _kernels(input: Tensor) -> Any:
 
 
 class HostKernels:
-    """What ``torch`` has on a GPU alone: the same names, arguments and results. Statistics of bfloat16 maps are float32."""
+    """What ``torch`` has on a GPU alone: the same names, arguments and results. Statistics of bfloat16 maps are
+    float32.
+    """
 
     @staticmethod
     def batch_norm_stats(input: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -189,7 +199,9 @@ class HostKernels:
         eps: float,
         counts: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """The ranks' statistics (world, C) of ``counts`` (world,) values each -> those of all values, (C,); the running ones move, with the unbiased variance."""
+        """The ranks' statistics (world, C) of ``counts`` (world,) values each -> those of all values, (C,); the running
+        ones move, with the unbiased variance.
+        """
         total, share = counts.sum(), (counts / counts.sum())[:, None]
         overall = (mean * share).sum(0)
         var = ((invstd.reciprocal().square() - eps + (mean - overall).square()) * share).sum(0)
@@ -235,7 +247,9 @@ class HostKernels:
         sum_dy_xmu: Tensor,
         counts: Tensor,
     ) -> Tensor:
-        """The gradient of the input, from the sums over all ranks: (dy - mean of dy - (x - mean) * mean of dy * (x - mean) * invstd^2) * invstd * weight."""
+        """The gradient of the input, from the sums over all ranks: (dy - mean of dy - (x - mean) * mean of dy * (x -
+        mean) * invstd^2) * invstd * weight.
+        """
         total = counts.sum()
         scale = invstd if weight is None else invstd * weight
         slope = _column(sum_dy_xmu / total * invstd.square(), input)

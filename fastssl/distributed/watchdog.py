@@ -1,4 +1,5 @@
-"""Processes that depend on each other watch over each other: one that dies, stands still or fails ends the others soon, and they say why.
+"""Processes that depend on each other watch over each other: one that dies, stands still or fails ends the others soon,
+and they say why.
 
     each process    writes a sign of life into the store every two seconds, and looks at its right neighbour's (a ring: four small messages a look, however many
                     processes there are) and at the one key ``failure``
@@ -7,8 +8,9 @@
     a silent one    is given up after ``silent_s`` where nothing answers at its address; after ten times that where its kernel still does: it is stopped, or waits
                     for a disk with the interpreter's lock in its hand, which may pass
 
-No clocks of two machines are compared, and the time in which a watcher itself stood still does not count. A process that learns of a failure has
-``leave_s`` seconds to leave by itself (over gloo its collective fails at once). Then it is ended from here, as it may sit in compiled code for ever.
+No clocks of two machines are compared, and the time in which a watcher itself stood still does not count. A process
+that learns of a failure has ``leave_s`` seconds to leave by itself (over gloo its collective fails at once). Then it is
+ended from here, as it may sit in compiled code for ever.
 """
 
 from __future__ import annotations
@@ -95,7 +97,9 @@ class Watch:
         return self
 
     def reason(self, wait_s: float | None = None) -> str | None:
-        """The failure that is known, or becomes known within ``wait_s`` seconds (default: some looks). For a process whose collective broke."""
+        """The failure that is known, or becomes known within ``wait_s`` seconds (default: some looks). For a process
+        whose collective broke.
+        """
         deadline = time.monotonic() + (3 * self._beat_s if wait_s is None else wait_s)
         while self.failure is None and time.monotonic() < deadline:
             self._look_now.set()
@@ -103,7 +107,9 @@ class Watch:
         return self.failure
 
     def leave(self, failure: str = "") -> None:
-        """Tell the others that this process leaves, in order or (one line) why not; returns when that is written, or cannot be."""
+        """Tell the others that this process leaves, in order or (one line) why not; returns when that is written, or
+        cannot be.
+        """
         if self._words is None:
             self._words = failure and f"{self._name(self._rank, socket.gethostname())}: {failure}"
         self._look_now.set()
@@ -221,7 +227,9 @@ def ended_line(failure: str | None) -> str:
 
 
 class _Silence:
-    """Seconds without news, by this process's clock; a stretch in which it stood still itself counts no more than ``at_most``."""
+    """Seconds without news, by this process's clock; a stretch in which it stood still itself counts no more than
+    ``at_most``.
+    """
 
     def __init__(self) -> None:
         self.seconds, self._looked = 0.0, time.monotonic()
@@ -233,14 +241,18 @@ class _Silence:
 
 
 class _Patience:
-    """When a silent process is given up: after ``silent_s``; while its machine says that it is there, only after ten times that."""
+    """When a silent process is given up: after ``silent_s``; while its machine says that it is there, only after ten
+    times that.
+    """
 
     def __init__(self, silent_s: float):
         self._step = self._next = silent_s
         self.answered = False
 
     def is_over(self, silence: float, answers: Callable[[], bool]) -> bool:
-        """``answers`` is asked once in ``silent_s``: each time leaves a connection behind that the silent process does not take."""
+        """``answers`` is asked once in ``silent_s``: each time leaves a connection behind that the silent process does
+        not take.
+        """
         if silence < self._next:
             if silence < self._step:
                 self._next = self._step
@@ -299,7 +311,9 @@ class _Neighbour:
 
 
 class _Line:
-    """A connection on which nothing is ever sent. The other process never accepts it: its kernel does, and ends it with the process, however that ends."""
+    """A connection on which nothing is ever sent. The other process never accepts it: its kernel does, and ends it with
+    the process, however that ends.
+    """
 
     def __init__(self, connection: socket.socket, place: tuple[str, int]):
         self._connection, self._place = connection, place
@@ -350,7 +364,9 @@ def _answers(place: tuple[str, int]) -> bool:
 
 
 def _listen(address: str, port: int) -> tuple[socket.socket | None, dict]:
-    """A socket that is never accepted from, and where it is: at the address by which this machine reaches the store. None where that cannot be had."""
+    """A socket that is never accepted from, and where it is: at the address by which this machine reaches the store.
+    None where that cannot be had.
+    """
     place = {"host": socket.gethostname(), "address": "", "port": 0}
     try:
         family, kind, _, _, target = socket.getaddrinfo(address, port, type=socket.SOCK_DGRAM)[0]

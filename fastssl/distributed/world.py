@@ -18,7 +18,8 @@ from dataclasses import dataclass
 
 from fastssl.errors import FastSSLError
 
-#: Where srun's processes meet without MASTER_PORT: 10000 + job id modulo 20000. Below the ports that Linux hands out by itself (from 32768).
+#: Where srun's processes meet without MASTER_PORT: 10000 + job id modulo 20000. Below the ports that Linux hands out by
+#: itself (from 32768).
 _FIRST_PORT, _PORTS = 10000, 20000
 #: Seconds for which the other processes of a host wait with an error that all of them have.
 _FIRST_SPEAKS_S = 15.0
@@ -50,8 +51,8 @@ class World:
 def world_from_environment(environ: Mapping[str, str] = os.environ) -> World:
     """Who this process is, as torchrun says, or else srun, or else the only one.
 
-    srun's number of processes is ``SLURM_STEP_NUM_TASKS``. ``SLURM_NTASKS`` is not read: it is also set in the shell of sbatch and salloc, where a
-    plain ``fastssl pretrain`` is one process and would wait for others for ever.
+    srun's number of processes is ``SLURM_STEP_NUM_TASKS``. ``SLURM_NTASKS`` is not read: it is also set in the shell of
+    sbatch and salloc, where a plain ``fastssl pretrain`` is one process and would wait for others for ever.
 
     Raises:
         FastSSLError: the variables contradict each other, or some are missing or no numbers; the message names them.
@@ -65,10 +66,12 @@ def world_from_environment(environ: Mapping[str, str] = os.environ) -> World:
 
 @contextmanager
 def first_of_host_speaks(environ: Mapping[str, str] = os.environ) -> Iterator[None]:
-    """For what all processes of a host find wrong alike and before they have met: a mistyped option, a file that is not there. The first one says it.
+    """For what all processes of a host find wrong alike and before they have met: a mistyped option, a file that is not
+    there. The first one says it.
 
-    The others wait with their error. As soon as the first has left, the launcher ends them, and they leave without a word; when none does, the error
-    was theirs alone, and goes on. They do not leave before it: the launcher would end the first one, which may not have come to its words yet.
+    The others wait with their error. As soon as the first has left, the launcher ends them, and they leave without a
+    word; when none does, the error was theirs alone, and goes on. They do not leave before it: the launcher would end
+    the first one, which may not have come to its words yet.
     """
     try:
         yield
@@ -113,7 +116,8 @@ def _meeting_place(environ: Mapping[str, str], starter: str) -> tuple[str, int]:
             )
         return environ["MASTER_ADDR"], _number(environ, "MASTER_PORT")
     address = environ.get("MASTER_ADDR", "")
-    # Rank 0 runs on the first host of the step. The address srun was called from may be that of a login node: the last resort.
+    # Rank 0 runs on the first host of the step. The address srun was called from may be that of a login node: the last
+    # resort.
     for name in ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST"):
         if not address and environ.get(name):
             address = first_host(environ[name])

@@ -1,7 +1,8 @@
 """BatchNorm statistics taken anew from the views that a network is judged on.
 
-In training a backbone's running statistics mix what it saw: global and local crops, jittered and blurred, the last few dozen steps of each. A probe shows it
-plain centre crops. Taking mean and variance from those again costs one pass over some photos, without labels, and leaves all weights alone.
+In training a backbone's running statistics mix what it saw: global and local crops, jittered and blurred, the last few
+dozen steps of each. A probe shows it plain centre crops. Taking mean and variance from those again costs one pass over
+some photos, without labels, and leaves all weights alone.
 """
 
 from __future__ import annotations
@@ -41,12 +42,14 @@ def reestimated(
     on_bad: str = "fail",
     indices: np.ndarray | None = None,
 ) -> nn.Module:
-    """A copy of ``backbone`` whose BatchNorms hold the statistics of centre crops: the mean over batches of each batch's mean and variance.
+    """A copy of ``backbone`` whose BatchNorms hold the statistics of centre crops: the mean over batches of each
+    batch's mean and variance.
 
     Args:
         backbone: on ``device``; left as it is.
         data: photos; their labels are not read.
-        samples: how many of them, at least 2, drawn by ``seed``. All are taken where there are fewer; a few less are where they do not fill equal batches.
+        samples: how many of them, at least 2, drawn by ``seed``. All are taken where there are fewer; a few less are
+            where they do not fill equal batches.
         indices: draw from these sample ids alone; default: from all.
         size, batch_size, workers, amp, crop, on_bad: as in ``extract_features``.
 

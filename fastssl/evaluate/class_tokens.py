@@ -1,6 +1,7 @@
 """What the published linear probes of vision transformers read: the class tokens behind the last blocks, side by side.
 
-Caron et al., "Emerging properties in self-supervised vision transformers" (DINO), arXiv 2104.14294, appendix F.2, for small transformers; SSLight does so too.
+Caron et al., "Emerging properties in self-supervised vision transformers" (DINO), arXiv 2104.14294, appendix F.2, for
+small transformers; SSLight does so too.
 """
 
 from __future__ import annotations

@@ -56,14 +56,16 @@ def timm_classifier_name(arch: str) -> str:
 
 
 def save_classifier(network: Classifier, path: Path, *, arch: str, classes: list[str], view: ViewSpec) -> None:
-    """Write the network as timm's own: ``timm.create_model(arch, num_classes=C, checkpoint_path=path)`` reads it, without fastssl.
+    """Write the network as timm's own: ``timm.create_model(arch, num_classes=C, checkpoint_path=path)`` reads it,
+    without fastssl.
 
     Args:
         network: without hidden layers of a head, which timm's network has no place for.
         path: ends in ``.safetensors``. Whole or absent; an older file stays until the new one is whole.
         arch: short name or timm's.
         classes: names of the C outputs.
-        view: what the network wants to see; with ``classes`` and ``arch`` in the file's metadata, as JSON under ``fastssl-classifier``.
+        view: what the network wants to see; with ``classes`` and ``arch`` in the file's metadata, as JSON under
+            ``fastssl-classifier``.
 
     Raises:
         ProbeError: a network that timm has no place for, or a file that cannot be written.

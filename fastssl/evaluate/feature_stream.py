@@ -16,15 +16,17 @@ from fastssl.pipelines.loader import Batch, ViewLoader
 from fastssl.pipelines.plan.draw import ViewSpec
 from fastssl.pipelines.plan.order import epoch_order
 
-#: Photos that go through the network at once, at most: a probe's batch of 4096 is a step of its classifier, not of the network.
+#: Photos that go through the network at once, at most: a probe's batch of 4096 is a step of its classifier, not of the
+#: network.
 _PASS = 256
 
 
 class FeatureStream:
     """``stream.epoch(e)``: what the classifier's steps of epoch ``e`` read.
 
-    Every photo's view is a function of (seed, epoch, sample), and this process has its part of every batch, so that all processes together see what one
-    would. A last, partial batch of an epoch is left out. Use it as a context manager, as the loader that it holds.
+    Every photo's view is a function of (seed, epoch, sample), and this process has its part of every batch, so that all
+    processes together see what one would. A last, partial batch of an epoch is left out. Use it as a context manager,
+    as the loader that it holds.
 
     Args:
         network: images (B, 3, S, S) -> (B, F), on ``device``. It is put into evaluation mode, and no gradient is kept.
@@ -33,7 +35,8 @@ class FeatureStream:
         view: the training view.
         batch_size: of all processes together.
         device, seed, workers, amp: as in ``extract_features``.
-        cached_epochs: 0, or how many epochs' features are kept, in float32 on the host. Later epochs take their batches, as they were, in an order drawn anew.
+        cached_epochs: 0, or how many epochs' features are kept, in float32 on the host. Later epochs take their
+            batches, as they were, in an order drawn anew.
 
     Attributes:
         steps: batches in an epoch.
@@ -86,7 +89,8 @@ class FeatureStream:
         self._labels = torch.empty(cached_epochs, self.steps, self.batch, dtype=torch.int64)
 
     def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """(features (B, F) float32, targets (B,) int64) of each step, on the device; B is this process's part of the batch.
+        """(features (B, F) float32, targets (B,) int64) of each step, on the device; B is this process's part of the
+        batch.
 
         Epochs that are kept must come first, and in their order.
         """
@@ -132,6 +136,8 @@ class FeatureStream:
 
 
 def _passes(batch: int) -> int:
-    """Into how many equal passes of the network a batch is cut: as few as there may be, or one where it has no divisor that is worth it."""
+    """Into how many equal passes of the network a batch is cut: as few as there may be, or one where it has no divisor
+    that is worth it.
+    """
     fewest = -(-batch // _PASS)
     return next((passes for passes in range(fewest, 4 * fewest) if batch % passes == 0), 1)

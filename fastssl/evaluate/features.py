@@ -176,7 +176,8 @@ def collect(
 
 
 def share(index: np.ndarray, *, may_be_empty: bool = False) -> np.ndarray:
-    """This process's part of ``index``: neighbours stay together, parts differ by one at most. All of it for a single process.
+    """This process's part of ``index``: neighbours stay together, parts differ by one at most. All of it for a single
+    process.
 
     Raises:
         ProbeError: there are fewer samples than processes, on all of them, unless the part ``may_be_empty``.
@@ -249,7 +250,8 @@ def check_probe_input(train: Features, val: Features) -> None:
             raise ProbeError(
                 f"the {name} part has no labels; kNN and linear probes need them (convert a class/file folder tree)"
             )
-        # The extremes are NaN or infinite if any number is, and a table of which ones are would be as large as a quarter of the features.
+        # The extremes are NaN or infinite if any number is, and a table of which ones are would be as large as a
+        # quarter of the features.
         if not all(torch.isfinite(extreme) for extreme in torch.aminmax(part.features)):
             raise ProbeError(f"features of the {name} part are NaN or infinite: the checkpoint's training has diverged")
     if train.features.shape[1] != val.features.shape[1]:
@@ -259,7 +261,9 @@ def check_probe_input(train: Features, val: Features) -> None:
 
 
 def check_shared_input(train: Features, val: Features) -> None:
-    """``check_probe_input`` of every process's share: where one cannot be used, all raise, and none waits for the others in vain."""
+    """``check_probe_input`` of every process's share: where one cannot be used, all raise, and none waits for the
+    others in vain.
+    """
     problem: ProbeError | None = None
     try:
         check_probe_input(train, val)

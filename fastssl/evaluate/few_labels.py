@@ -1,13 +1,15 @@
 """Which photos keep their label, where only a few do: a draw, or a published list.
 
-A *draw* takes the same share of every class and is a pure function of (labels, share, seed). A *list* is a text file with one photo a line, in one of three forms:
+A *draw* takes the same share of every class and is a pure function of (labels, share, seed). A *list* is a text file
+with one photo a line, in one of three forms:
 
     734                                              position in the .beton file
     n01440764_10026.JPEG                             file name (SimCLR, arXiv 2002.05709, section A: 1 % and 10 % of ImageNet)
     1812,1,n01443537,n01443537_18335.JPEG            position, class number, class name, file name (SSLight, arXiv 2210.02808)
 
-SSLight counts positions from 0 in the order of an image folder (by class, then by file name), which is the order of a ``.beton`` file that was made from
-a folder and rejected nothing. A ``.beton`` file holds no file names: they are had by listing the source again that it was made from.
+SSLight counts positions from 0 in the order of an image folder (by class, then by file name), which is the order of a
+``.beton`` file that was made from a folder and rejected nothing. A ``.beton`` file holds no file names: they are had by
+listing the source again that it was made from.
 """
 
 from __future__ import annotations
@@ -30,14 +32,16 @@ def parse_share(text: str) -> float:
     """``1%``, ``10 %`` or ``0.05`` -> 0.01, 0.1, 0.05.
 
     Raises:
-        ProbeError: not a number above 0 and not above 1; a bare ``1`` or ``10``, which may mean either; names the two ways to write it.
+        ProbeError: not a number above 0 and not above 1; a bare ``1`` or ``10``, which may mean either; names the two
+            ways to write it.
     """
     number, percent = text.strip().removesuffix("%").strip(), text.strip().endswith("%")
     try:
         share = float(number) / (100 if percent else 1)
     except ValueError:
         share = float("nan")
-    # The comparison is false for NaN, so NaN is refused too. 1.0 is everything, but so is 100%, which nobody reads as one percent.
+    # The comparison is false for NaN, so NaN is refused too. 1.0 is everything, but so is 100%, which nobody reads as
+    # one percent.
     if not 0 < share <= 1 or (share == 1 and not percent):
         raise ProbeError(
             f"share of labels {text!r}: write a percentage as 1% (up to 100%), or a fraction below 1 as 0.01"
@@ -95,7 +99,8 @@ def read_list(path: str | Path) -> list[ListedPhoto]:
     """The photos of a list, in its order; empty lines are passed over.
 
     Raises:
-        ProbeError: no such file, no photo in it, or a line of none of the three forms, or of another than the first's; names file and line.
+        ProbeError: no such file, no photo in it, or a line of none of the three forms, or of another than the first's;
+            names file and line.
     """
     path = Path(path)
     try:
@@ -151,7 +156,8 @@ def listed_labels(path: str | Path, reader: BetonReader, photos: str | Path | No
         sorted int64 sample ids.
 
     Raises:
-        ProbeError: names that cannot be looked up, a photo that is not there or stands twice, a class that is not the photo's; with file and line.
+        ProbeError: names that cannot be looked up, a photo that is not there or stands twice, a class that is not the
+            photo's; with file and line.
     """
     listed = read_list(path)
     if photos is not None and listed[0].name is not None:

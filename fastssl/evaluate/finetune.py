@@ -3,10 +3,11 @@
     photo -> random resized crop (0.08 to 1 of its area, bicubic), flip -> backbone in training mode -> [half of a DINO head] -> Linear -> cross-entropy
     photo to be judged on -> bicubic centre crop (224 of 256) -> the same in evaluation mode
 
-It is what the semi-supervised figures (1 % and 10 % of the labels) and the transfer to another data set are measured by. Protocol of SSLight (Tan et al., arXiv
-2210.02808): SGD with Nesterov momentum 0.9 without weight decay, rate 0.03 for 256 photos, half a cosine to 1e-6 that changes once an epoch, no warm-up, BatchNorm
-in training mode over all processes. Crops, order and first weights are functions of the seed: a run repeats bit for bit on a CPU, and several processes
-make the steps of one.
+It is what the semi-supervised figures (1 % and 10 % of the labels) and the transfer to another data set are measured
+by. Protocol of SSLight (Tan et al., arXiv 2210.02808): SGD with Nesterov momentum 0.9 without weight decay, rate 0.03
+for 256 photos, half a cosine to 1e-6 that changes once an epoch, no warm-up, BatchNorm in training mode over all
+processes. Crops, order and first weights are functions of the seed: a run repeats bit for bit on a CPU, and several
+processes make the steps of one.
 """
 
 from __future__ import annotations
@@ -97,11 +98,13 @@ class FinetuneResult:
     """What came out.
 
     Attributes:
-        accuracy, top5: of the last epoch, percent; top5 is None with five classes or fewer, of which it would say nothing.
+        accuracy, top5: of the last epoch, percent; top5 is None with five classes or fewer, of which it would say
+            nothing.
         confidence, top5_confidence: their 95 % intervals, percent.
-        best_accuracy, best_confidence, best_top5, best_epoch: of the epoch (from 1) that was best on the photos judged on, which is how papers report
-            it: slightly optimistic, because it was chosen by them.
-        accuracies: by epoch. losses, train_accuracies: mean cross-entropy and top-1 over the epoch's training views, while the network was changing.
+        best_accuracy, best_confidence, best_top5, best_epoch: of the epoch (from 1) that was best on the photos judged
+            on, which is how papers report it: slightly optimistic, because it was chosen by them.
+        accuracies: by epoch. losses, train_accuracies: mean cross-entropy and top-1 over the epoch's training views,
+            while the network was changing.
         learning_rates: of the backbone, by epoch.
         unseen: photos judged on of a class that the labelled ones do not have; they count as wrong.
         steps_per_epoch: whole batches; what is left over is passed over, another part in every epoch.
@@ -137,17 +140,20 @@ def finetune(
     workers: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> FinetuneResult:
-    """Train ``network``, all of it, on the first part of ``split``; judge it on the second after every epoch. All processes get the result.
+    """Train ``network``, all of it, on the first part of ``split``; judge it on the second after every epoch. All
+    processes get the result.
 
     Args:
-        network: with an output for each of ``split.classes``; changed in place, moved to ``device``, in evaluation mode afterwards.
+        network: with an output for each of ``split.classes``; changed in place, moved to ``device``, in evaluation mode
+            afterwards.
         amp: bfloat16 autocast, all but the last layer.
         seed: of the order of photos and of their crops.
         workers: decoding threads.
         progress: called with the number of photos (of all processes) trained on so far.
 
     Raises:
-        FastSSLError: fewer photos than a batch, one class alone, a size that the network cannot take, or a loss that is no longer finite.
+        FastSSLError: fewer photos than a batch, one class alone, a size that the network cannot take, or a loss that is
+            no longer finite.
     """
     classes = len(split.classes)
     own = _own_batch(config.batch_size, len(split.train_index))
@@ -250,7 +256,9 @@ class _Tuner:
         return loss, right
 
     def step(self, batch: Batch) -> Tensor:
-        """Forward, backward, mean gradient of all processes, optimiser; (2,) float64 on the device: summed loss and number right of this process."""
+        """Forward, backward, mean gradient of all processes, optimiser; (2,) float64 on the device: summed loss and
+        number right of this process.
+        """
         targets = to_device(self.targets[batch.index.numpy()], self.device)
         with self.autocast():
             logits = self.network(batch.views[0])
@@ -263,7 +271,9 @@ class _Tuner:
             return torch.stack([loss.double() * len(targets), (logits.argmax(1) == targets).sum().double()])
 
     def count_correct(self) -> tuple[int, int]:
-        """In evaluation mode, over all photos to be judged on: how many have their class first, and among the first five."""
+        """In evaluation mode, over all photos to be judged on: how many have their class first, and among the first
+        five.
+        """
         split, config, best = self.split, self.config, min(5, self.network.linear.out_features)
         self.network.eval()
         mine = share(split.val_index, may_be_empty=True)

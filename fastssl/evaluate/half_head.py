@@ -1,4 +1,5 @@
-"""The first part of a DINO run's head, which SSLight's fine-tuning keeps: everything before the last linear layer of its MLP.
+"""The first part of a DINO run's head, which SSLight's fine-tuning keeps: everything before the last linear layer of
+its MLP.
 
     Linear F-2048, BatchNorm, GELU, Linear 2048-2048, BatchNorm, GELU   | Linear 2048-256, unit length, cosines: left out
 
@@ -54,7 +55,8 @@ def load_half_head(path: Path, which: str = "student", *, fresh: bool = False) -
         fresh: the same layers with new weights, as the run itself began with (drawn from torch's global generator).
 
     Raises:
-        FastSSLError: no DINO run, or a head without hidden layers, or tensors that do not fit what the run says of itself.
+        FastSSLError: no DINO run, or a head without hidden layers, or tensors that do not fit what the run says of
+            itself.
     """
     state = load_checkpoint(path)
     config: dict[str, Any] = state["config"]

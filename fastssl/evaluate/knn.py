@@ -3,8 +3,9 @@
 Formula: Wu, Xiong, Yu, Lin, "Unsupervised feature learning via non-parametric instance discrimination", CVPR 2018,
 section 3.4: each of the k most similar bank samples votes for its class with exp(cosine / temperature).
 
-The usual protocol has the training photos as the bank and judges the validation photos. ``leave_one_out`` is a monitor, not that protocol: every
-sample of one set is judged by all the others, so its figures cannot be compared with published ones.
+The usual protocol has the training photos as the bank and judges the validation photos. ``leave_one_out`` is a monitor,
+not that protocol: every sample of one set is judged by all the others, so its figures cannot be compared with published
+ones.
 """
 
 from __future__ import annotations
@@ -21,9 +22,11 @@ from fastssl.evaluate.features import Features, ProbeError, check_probe_input, c
 
 #: Similarities held at a time: 16 MiB of float32 stay in a CPU's last-level cache.
 _TILE_ELEMENTS = 1 << 22
-#: Queries that are compared with a tile at once; and features of the queries that are normalised for one way through the bank (256 MiB).
+#: Queries that are compared with a tile at once; and features of the queries that are normalised for one way through
+#: the bank (256 MiB).
 _QUERY_TILE, _QUERY_ELEMENTS = 1024, 1 << 26
-#: Neighbours looked for beyond the k wanted: float32 products tell two that are equal to six digits apart by chance, the exact cosines behind them do not.
+#: Neighbours looked for beyond the k wanted: float32 products tell two that are equal to six digits apart by chance,
+#: the exact cosines behind them do not.
 _SPARE = 8
 #: Elements of the float64 blocks in which cosines are taken again, and votes counted.
 _EXACT_ELEMENTS = 1 << 21
@@ -35,8 +38,8 @@ class KnnResult:
 
     Attributes:
         accuracy, confidence: top-1 in percent, and its 95 % interval.
-        top5_accuracy, top5_confidence: the class is one of the five with the most votes (a class without votes is none of them); None where there are no
-            more than five classes.
+        top5_accuracy, top5_confidence: the class is one of the five with the most votes (a class without votes is none
+            of them); None where there are no more than five classes.
         k, temperature: as used.
         train_samples, val_samples: sizes of the bank and of what was judged.
         classes: of the bank.
@@ -89,11 +92,12 @@ def knn_accuracies(
         temperature: of the votes' weights.
         device: where similarities are computed.
         leave_one_out: ``val`` is the bank itself (with ``shared`` all of it), and no sample votes for itself.
-        shared: ``train`` is this process's part of the bank, as ``features.share`` deals it out, and ``val`` is whole on every process. All
-            processes must call this, and get what one would get that has all of the bank.
+        shared: ``train`` is this process's part of the bank, as ``features.share`` deals it out, and ``val`` is whole
+            on every process. All processes must call this, and get what one would get that has all of the bank.
 
     Raises:
-        ProbeError: no labels, an empty part, features that are not finite, k < 1 or temperature <= 0, or a single sample to leave out.
+        ProbeError: no labels, an empty part, features that are not finite, k < 1 or temperature <= 0, or a single
+            sample to leave out.
     """
     _check_vote(min(ks), temperature)
     (check_shared_input if shared else check_probe_input)(train, val)
@@ -157,7 +161,8 @@ def knn_predict(
         exclude_self: query row q is bank row q and gets no vote for itself.
 
     Returns:
-        (Q,) int64 labels. Ties: equal votes go to the lower label; of equally similar neighbours see ``nearest_neighbors``.
+        (Q,) int64 labels. Ties: equal votes go to the lower label; of equally similar neighbours see
+            ``nearest_neighbors``.
     """
     _check_vote(k, temperature)
     similarity, index = _search(
@@ -167,14 +172,15 @@ def knn_predict(
 
 
 def nearest_neighbors(bank: Tensor, query: Tensor, *, k: int, exclude_self: bool = False) -> tuple[Tensor, Tensor]:
-    """The k most similar bank rows of each query by cosine, the nearest first; of equally similar ones the lower row (among those that a float32
-    search brings to within a few places of the k-th).
+    """The k most similar bank rows of each query by cosine, the nearest first; of equally similar ones the lower row
+    (among those that a float32 search brings to within a few places of the k-th).
 
-    The (Q, N) similarity matrix is never whole: tiles of it are computed and merged into a running top k. Nor is the bank ever copied: a tile of it is
-    normalised when it is read, and may be read from another device.
+    The (Q, N) similarity matrix is never whole: tiles of it are computed and merged into a running top k. Nor is the
+    bank ever copied: a tile of it is normalised when it is read, and may be read from another device.
 
     Args:
-        bank: (N, F), query: (Q, F), any scale. The work is done on the query's device. k: neighbours, at most N (N - 1 with ``exclude_self``).
+        bank: (N, F), query: (Q, F), any scale. The work is done on the query's device. k: neighbours, at most N (N - 1
+            with ``exclude_self``).
         exclude_self: leave out bank row q for query row q.
 
     Returns:
@@ -190,12 +196,14 @@ def ranked_classes(similarity: Tensor, labels: Tensor, temperature: float, *, pl
     """The classes with the most votes.
 
     Args:
-        similarity: (Q, k) cosines of the neighbours, the nearest first. labels: (Q, k) int64, not negative, their classes.
+        similarity: (Q, k) cosines of the neighbours, the nearest first. labels: (Q, k) int64, not negative, their
+            classes.
         temperature: of the weights exp(cosine / temperature).
         places: how many classes.
 
     Returns:
-        (Q, places) int64: the class with the most votes first, of equal ones the lower; -1 where no further class has a vote.
+        (Q, places) int64: the class with the most votes first, of equal ones the lower; -1 where no further class has a
+            vote.
     """
     known, labels = labels.unique(
         return_inverse=True
@@ -216,8 +224,9 @@ def ranked_classes(similarity: Tensor, labels: Tensor, temperature: float, *, pl
 
 
 def _search(bank: Tensor, query: Tensor, k: int, device: torch.device, own: int | None) -> tuple[Tensor, Tensor]:
-    """(similarity (Q, K) float64, index (Q, K) int64) on ``device``, K = min(k, len(bank)), the nearest first. ``own``: query row ``own + b`` is bank row b
-    and is left out there: its similarity is -inf."""
+    """(similarity (Q, K) float64, index (Q, K) int64) on ``device``, K = min(k, len(bank)), the nearest first. ``own``:
+    query row ``own + b`` is bank row b and is left out there: its similarity is -inf.
+    """
     wanted = min(k, len(bank))
     similarities, indices = [], []
     for first in range(0, len(query), block := max(_QUERY_TILE, _QUERY_ELEMENTS // max(query.shape[1], 1))):
@@ -236,7 +245,9 @@ def _search(bank: Tensor, query: Tensor, k: int, device: torch.device, own: int 
 
 
 def _candidates(bank: Tensor, query: Tensor, count: int, itself: int | None) -> Tensor:
-    """(Q, count) int64: the bank rows with the largest products with the normalised ``query``, in no order that is promised."""
+    """(Q, count) int64: the bank rows with the largest products with the normalised ``query``, in no order that is
+    promised.
+    """
     best = query.new_full((len(query), count), -torch.inf)
     where = torch.zeros(len(query), count, dtype=torch.int64, device=query.device)
     tile_rows = max(count, _TILE_ELEMENTS // min(max(len(query), 1), _QUERY_TILE))
@@ -254,7 +265,9 @@ def _candidates(bank: Tensor, query: Tensor, count: int, itself: int | None) -> 
 
 
 def _cosines(bank: Tensor, query: Tensor, index: Tensor) -> Tensor:
-    """(Q, K) float64 cosines of each query with its bank rows ``index``: each from the two rows alone, so that it is the same number in any tile or process."""
+    """(Q, K) float64 cosines of each query with its bank rows ``index``: each from the two rows alone, so that it is
+    the same number in any tile or process.
+    """
     found = torch.empty(index.shape, dtype=torch.float64, device=query.device)
     for rows in torch.arange(len(query), device=query.device).split(
         max(1, _EXACT_ELEMENTS // max(index.shape[1] * query.shape[1], 1))
@@ -273,7 +286,9 @@ def _nearest_first(similarity: Tensor, index: Tensor, k: int) -> tuple[Tensor, T
 
 
 def _merged(similarity: Tensor, index: Tensor, k: int, total: int) -> tuple[Tensor, Tensor]:
-    """The nearest k of what every process found in its part of a bank of ``total`` rows, on every process; a block of queries at a time."""
+    """The nearest k of what every process found in its part of a bank of ``total`` rows, on every process; a block of
+    queries at a time.
+    """
     if world_size() == 1:
         return similarity, index
     width = min(k, -(-total // world_size()))  # of the largest part

@@ -24,10 +24,11 @@ L2_DEFAULT = 0.1
 _RANK_TOLERANCE = 1e-11
 #: When a solution counts as found: largest entry of the preconditioned gradient (the loss is then off by about its
 #: square), or number of iterations. With 1e-5 instead of 1e-4 the slowest of six probes (three sets, before and after
-#: training) took twice as long, the others up to twice or as long, and all six chose and scored the same; at strengths set by
-#: hand scores were up to 0.6 points apart. The search needs no more digits than a held-out accuracy
-#: has, and each of its solutions starts from its stronger neighbour's: with 40, 100 and 200 iterations it chose the same
-#: strengths (2,880 x 1,280, 1,024 and 768 features, 18 classes), though scores at the weak end differ by up to two points.
+#: training) took twice as long, the others up to twice or as long, and all six chose and scored the same; at strengths
+#: set by hand scores were up to 0.6 points apart. The search needs no more digits than a held-out accuracy has, and
+#: each of its solutions starts from its stronger neighbour's: with 40, 100 and 200 iterations it chose the same
+#: strengths (2,880 x 1,280, 1,024 and 768 features, 18 classes), though scores at the weak end differ by up to two
+#: points.
 _SEARCH = {"tolerance": 1e-4, "max_iterations": 40}
 _FINAL = {"tolerance": 1e-4, "max_iterations": 1000}
 _EXACT = {"tolerance": 1e-7, "max_iterations": 5000}
@@ -204,7 +205,9 @@ class LogisticRegression:
 
 
 def _principal_directions(centred: Tensor) -> Tensor:
-    """Orthonormal directions (F, R) in which the rows of ``centred`` (N, F) vary, from the smaller of its two Gram matrices."""
+    """Orthonormal directions (F, R) in which the rows of ``centred`` (N, F) vary, from the smaller of its two Gram
+    matrices.
+    """
     count, width = centred.shape
     gram = centred @ centred.T if count < width else centred.T @ centred
     square, vectors = torch.linalg.eigh(gram)

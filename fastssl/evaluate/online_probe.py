@@ -92,7 +92,8 @@ def _subset(labels: np.ndarray | None, count: int, limit: int, seed: int) -> np.
 
 
 def require_same_classes(train: BetonReader, val: BetonReader) -> None:
-    """Label k must mean the same class in both files. Folders are numbered by name, so one missing folder shifts all after it.
+    """Label k must mean the same class in both files. Folders are numbered by name, so one missing folder shifts all
+    after it.
 
     Raises:
         ProbeError: both files are labelled, and differently.

@@ -1,4 +1,6 @@
-"""The photos of an evaluation: a ``.beton`` file, or a folder, with labels; a part to learn from and a part to be judged on."""
+"""The photos of an evaluation: a ``.beton`` file, or a folder, with labels; a part to learn from and a part to be
+judged on.
+"""
 
 from __future__ import annotations
 
@@ -74,7 +76,8 @@ def require_labels(reader: BetonReader) -> None:
 
 @dataclass
 class LabelledSplit:
-    """The part to learn from and the part to be judged on: open files and (n,) int64 sample ids in them; one file where nothing was given to judge on.
+    """The part to learn from and the part to be judged on: open files and (n,) int64 sample ids in them; one file where
+    nothing was given to judge on.
 
     Attributes:
         held_out_seed: of the draw of the held-out fifth; None where the second part is a file of its own.
@@ -92,7 +95,9 @@ class LabelledSplit:
         return np.unique(self.train.labels[self.train_index])
 
     def targets(self, labels: np.ndarray) -> np.ndarray:
-        """Labels -> (n,) int64 classes 0 .. C - 1; -1 for a label that the first part does not have, which no prediction gets right."""
+        """Labels -> (n,) int64 classes 0 .. C - 1; -1 for a label that the first part does not have, which no
+        prediction gets right.
+        """
         classes = self.classes
         place = np.searchsorted(classes, labels).clip(max=len(classes) - 1)
         return np.where(classes[place] == labels, place, -1)

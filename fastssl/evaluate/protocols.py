@@ -1,10 +1,11 @@
 """The numbers of the published linear probes, each with its source.
 
-What all have in common: the backbone is frozen, in evaluation mode; a linear layer (weights normal with standard deviation 0.01, bias 0) is trained on its
-features of random resized crops, flipped at random; the rate changes once an epoch; judged is one centre crop (the photo's short side to 256 pixels, 224 of
-them), after every epoch.
+What all have in common: the backbone is frozen, in evaluation mode; a linear layer (weights normal with standard
+deviation 0.01, bias 0) is trained on its features of random resized crops, flipped at random; the rate changes once an
+epoch; judged is one centre crop (the photo's short side to 256 pixels, 224 of them), after every epoch.
 
-Rates are per 256 photos of a batch, as the papers state them, and are scaled linearly: that of a step is ``lr * batch / 256``.
+Rates are per 256 photos of a batch, as the papers state them, and are scaled linearly: that of a step is ``lr * batch /
+256``.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from fastssl.pipelines.plan.draw import ViewSpec
 
 #: A batch for which rates are stated.
 LR_BATCH = 256
-#: What ``--sweep`` multiplies a protocol's rate with, the protocol's own first. Three decades: the best rate goes by the scale of the features, and that
-#: differs between networks (DINO's ResNet-50 is published with a probe's rate of 0.3, and reads far too low at 0.002).
+#: What ``--sweep`` multiplies a protocol's rate with, the protocol's own first. Three decades: the best rate goes by
+#: the scale of the features, and that differs between networks (DINO's ResNet-50 is published with a probe's rate of
+#: 0.3, and reads far too low at 0.002).
 SWEEP = (1.0, 0.01, 0.03, 0.1, 0.3, 3.0, 10.0)
 
 
@@ -31,18 +33,21 @@ class LinearProtocol:
     Attributes:
         name: on the command line and in records.
         source: where the numbers stand.
-        optimizer: ``sgd`` (momentum, no Nesterov), or ``lars`` as in ``fastssl.optim.optimizers``, which takes the plain step for the bias.
+        optimizer: ``sgd`` (momentum, no Nesterov), or ``lars`` as in ``fastssl.optim.optimizers``, which takes the
+            plain step for the bias.
         lr: rate per 256 photos.
         batch_size: of all processes together.
         epochs: over the training photos.
-        milestones: epochs from which on the rate is a tenth of what it was; without any it follows half a cosine to ``final_lr``.
+        milestones: epochs from which on the rate is a tenth of what it was; without any it follows half a cosine to
+            ``final_lr``.
         final_lr: where that would arrive after the last epoch; not scaled with the batch.
         momentum: of the optimiser.
         weight_decay: on the weights; under ``sgd`` on the bias too, as torch does, under ``lars`` not.
         trust: of LARS.
         area: of the random crops, as a share of the photo's.
         interpolation: of training and test views.
-        class_tokens: 0: the classifier reads what the backbone returns; n: a vision transformer's class tokens behind each of the last n blocks.
+        class_tokens: 0: the classifier reads what the backbone returns; n: a vision transformer's class tokens behind
+            each of the last n blocks.
         init_std: of the classifier's weights.
     """
 

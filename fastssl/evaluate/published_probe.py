@@ -30,7 +30,8 @@ _PASS = 256
 #: Share of the training photos that is kept from the training where the choice is made on them.
 HELD_OUT = 0.1
 
-#: (what is counted, how many) -> a block with a function to be told how many are done; ``fastssl.cli.common.progress_bar`` is one.
+#: (what is counted, how many) -> a block with a function to be told how many are done;
+#: ``fastssl.cli.common.progress_bar`` is one.
 Bar = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 
 
@@ -46,9 +47,10 @@ class ProbeOptions:
 
     Attributes:
         epochs, batch_size (of all processes together): None: the protocol's.
-        choose_on: ``val`` or ``held_out``: what the best epoch and the best trial are chosen on: the photos that are judged, or a tenth of the training
-            photos, which are then not trained on.
-        cached_epochs: 0: fresh views every epoch; n: features of n epochs are kept, and gone round (see ``FeatureStream``).
+        choose_on: ``val`` or ``held_out``: what the best epoch and the best trial are chosen on: the photos that are
+            judged, or a tenth of the training photos, which are then not trained on.
+        cached_epochs: 0: fresh views every epoch; n: features of n epochs are kept, and gone round (see
+            ``FeatureStream``).
         size: pixels of both views. crop: of the test view, its share of the short side.
         seed: of the order, the views, the classifiers' weights and what is held out.
         workers: decoding threads.
@@ -80,18 +82,21 @@ def published_probe(
 ) -> dict[str, Any]:
     """Train the grid's classifiers on the split's first part, judge them on the second after every epoch.
 
-    Under several processes all must call this; each reads its share of the photos. On a GPU the network runs under autocast to bfloat16.
+    Under several processes all must call this; each reads its share of the photos. On a GPU the network runs under
+    autocast to bfloat16.
 
     Args:
         backbone: frozen, on ``device``. It is put into evaluation mode.
         grid: see ``protocols.trials``; its first is the headline.
 
     Returns:
-        the record's values: the protocol's numbers (with those that were used in their place, and ``changed``: the names of what is not as published),
+        the record's values: the protocol's numbers (with those that were used in their place, and ``changed``: the
+            names of what is not as published),
         sizes, and ``sgd_linear.summary``.
 
     Raises:
-        FastSSLError: one class only, fewer photos than a batch, a network that the protocol cannot read, features that are not finite.
+        FastSSLError: one class only, fewer photos than a batch, a network that the protocol cannot read, features that
+            are not finite.
     """
     classes = len(split.classes)
     if classes < 2:

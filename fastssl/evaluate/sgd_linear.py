@@ -1,7 +1,8 @@
-"""Linear classifiers trained by a published protocol on the features of a frozen backbone: a whole grid of rates and decays at once.
+"""Linear classifiers trained by a published protocol on the features of a frozen backbone: a whole grid of rates and
+decays at once.
 
-The features of a batch cost a pass of the network, a classifier on them next to nothing; so all classifiers of a grid read the same features, as one tensor of
-weights, and each moves as it would alone.
+The features of a batch cost a pass of the network, a classifier on them next to nothing; so all classifiers of a grid
+read the same features, as one tensor of weights, and each moves as it would alone.
 """
 
 from __future__ import annotations
@@ -60,14 +61,16 @@ class Classifiers:
 
     @torch.no_grad()
     def step(self, features: Tensor, targets: Tensor, rate: Tensor) -> tuple[Tensor, Tensor]:
-        """One step of each on the mean cross-entropy of a batch; under several processes, of all their parts, which are equally large.
+        """One step of each on the mean cross-entropy of a batch; under several processes, of all their parts, which are
+        equally large.
 
         Args:
             features: (B, F) float32. targets: (B,) int64 in 0 .. C - 1.
             rate: (R,), on the device.
 
         Returns:
-            (loss (R,), share of the batch that was classified rightly (R,)), before the step, of this process's part; on the device.
+            (loss (R,), share of the batch that was classified rightly (R,)), before the step, of this process's part;
+            on the device.
         """
         log_probability = functional.log_softmax(self.scores(features), dim=2)
         place = targets[:, None, None].expand(-1, len(self.bias), 1)
@@ -97,8 +100,8 @@ class Classifiers:
     def right(self, features: Tensor, targets: Tensor) -> Tensor:
         """(2, R) int64: how many of the (B, F) features have their class first, and among the first five.
 
-        A class scored as high as the true one counts as better, and scores that are not numbers as wrong: what a diverged classifier says is no hit. So is
-        a target of -1, a class that was not learned.
+        A class scored as high as the true one counts as better, and scores that are not numbers as wrong: what a
+        diverged classifier says is no hit. So is a target of -1, a class that was not learned.
         """
         found = torch.zeros(2, len(self.bias), dtype=torch.int64, device=self.bias.device)
         rows = max(1, _SCORES // self.bias.numel())
@@ -130,8 +133,10 @@ class Curves:
     """What became of R trials over E epochs, on the host.
 
     Attributes:
-        loss, train_accuracy: (E, R) float64, means over the epoch's steps, each taken before its step; accuracy in percent, of the random crops.
-        right: (E, 2, R) int64 for each set that was judged, by name: how many were right behind the epoch, top-1 and top-5.
+        loss, train_accuracy: (E, R) float64, means over the epoch's steps, each taken before its step; accuracy in
+            percent, of the random crops.
+        right: (E, 2, R) int64 for each set that was judged, by name: how many were right behind the epoch, top-1 and
+            top-5.
         totals: the sets' sizes.
     """
 
@@ -183,10 +188,11 @@ def train_classifiers(
 def summary(curves: Curves, grid: list[Trial], classes: int, *, choose_on: str = "val") -> dict[str, Any]:
     """The figures of a probe, as they stand in its record.
 
-    The headline is the last epoch of the grid's first trial: nothing was chosen for it. Beside it, chosen on the set ``choose_on``: ``best_epoch`` of that trial
-    (what papers often report), and, where the grid has several, the trial with the best last epoch as ``chosen_...``; ``chosen_at_edge`` says that its rate is the
-    grid's smallest or largest, so that better ones may lie beyond. All figures are of the set ``val``;
-    percent, with their 95 % interval; top-5 is None where there are no more than five classes.
+    The headline is the last epoch of the grid's first trial: nothing was chosen for it. Beside it, chosen on the set
+    ``choose_on``: ``best_epoch`` of that trial (what papers often report), and, where the grid has several, the trial
+    with the best last epoch as ``chosen_...``; ``chosen_at_edge`` says that its rate is the grid's smallest or largest,
+    so that better ones may lie beyond. All figures are of the set ``val``; percent, with their 95 % interval; top-5 is
+    None where there are no more than five classes.
     """
     tables = {
         name: 100 * counts.double() / curves.totals[name] for name, counts in curves.right.items()

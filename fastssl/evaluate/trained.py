@@ -1,4 +1,6 @@
-"""The network of a checkpoint, in whatever form a run left it: a run's folder, ``last.safetensors``, ``last-teacher.safetensors`` or ``last.pt``."""
+"""The network of a checkpoint, in whatever form a run left it: a run's folder, ``last.safetensors``,
+``last-teacher.safetensors`` or ``last.pt``.
+"""
 
 from __future__ import annotations
 
@@ -51,10 +53,12 @@ def load_trained(path: str | Path, which: str | None = None) -> Trained:
 
     Args:
         path: a run's folder, its ``checkpoints/``, a ``.safetensors`` file of fastssl, or a ``last.pt``.
-        which: ``student`` or ``teacher``; None: the one in the file, and of a folder or a ``last.pt``, which hold both, the student.
+        which: ``student`` or ``teacher``; None: the one in the file, and of a folder or a ``last.pt``, which hold both,
+            the student.
 
     Raises:
-        FastSSLError: no such file, not a checkpoint of fastssl, no teacher in it, or tensors that do not fit the network it names.
+        FastSSLError: no such file, not a checkpoint of fastssl, no teacher in it, or tensors that do not fit the
+            network it names.
     """
     path = Path(path)
     from_folder = path.is_dir()
@@ -145,7 +149,9 @@ def _missing(folder: Path, which: str | None) -> str:
 
 
 def _short(path: Path) -> str:
-    """``.../runs/mine/checkpoints/last.pt`` -> ``mine/last.pt``: results are passed on, folders tell where somebody works."""
+    """``.../runs/mine/checkpoints/last.pt`` -> ``mine/last.pt``: results are passed on, folders tell where somebody
+    works.
+    """
     parent = path.resolve().parent
     run = parent.parent if parent.name == "checkpoints" else parent
     return f"{run.name}/{path.name}" if run.name else path.name

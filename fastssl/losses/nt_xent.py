@@ -1,12 +1,14 @@
 """InfoNCE within the batch (NT-Xent), with the target smoothed towards the nearest negatives.
 
-Sources: Chen et al., "A Simple Framework for Contrastive Learning of Visual Representations" (SimCLR), arXiv 2002.05709; the smoothing is that of
-Lin et al., arXiv 2212.07158. For anchor (v, b) and global view g of the same sample as its positive, with l the products of embeddings over tau, the
-negatives are both global views of all OTHER samples, with smoothing mass a and a weighting w over ranks:
+Sources: Chen et al., "A Simple Framework for Contrastive Learning of Visual Representations" (SimCLR), arXiv
+2002.05709; the smoothing is that of Lin et al., arXiv 2212.07158. For anchor (v, b) and global view g of the same
+sample as its positive, with l the products of embeddings over tau, the negatives are both global views of all OTHER
+samples, with smoothing mass a and a weighting w over ranks:
 
     loss = log(exp(l+) + sum_j exp(l_j)) - (1 - a) l+ - a sum_r w_r l_(r)          l_(r): the r-th largest l_j, ties to the lowest column
 
-The negatives do not depend on g, so each anchor has one logsumexp and one search for the nearest for both its positives.
+The negatives do not depend on g, so each anchor has one logsumexp and one search for the nearest for both its
+positives.
 """
 
 from __future__ import annotations
@@ -22,12 +24,14 @@ from fastssl.losses.smoothed_infonce import SmoothedInfoNCE, checked_smoothing, 
 class SmoothedNTXent(nn.Module):
     """Pair losses between all views of a batch and its global views.
 
-    Anchors and candidates both receive their gradients; as a rule the candidates are the anchors' first two views, gathered over the ranks. Values are in
-    float32, or in float64 when an input is float64, whatever autocast says; on a GPU the matrix product obeys ``torch.set_float32_matmul_precision``
-    like any other. Nothing here reads a value back to the host. Extra memory is a few matrices (V * B, 2 * M). A NaN in an input reaches the loss.
+    Anchors and candidates both receive their gradients; as a rule the candidates are the anchors' first two views,
+    gathered over the ranks. Values are in float32, or in float64 when an input is float64, whatever autocast says; on a
+    GPU the matrix product obeys ``torch.set_float32_matmul_precision`` like any other. Nothing here reads a value back
+    to the host. Extra memory is a few matrices (V * B, 2 * M). A NaN in an input reaches the loss.
 
     Attributes:
-        temperature, smoothing, weighting, neighbors: as of :class:`fastssl.losses.SmoothedInfoNCE`, defaults and checks included.
+        temperature, smoothing, weighting, neighbors: as of :class:`fastssl.losses.SmoothedInfoNCE`, defaults and checks
+            included.
         weights: share of the smoothing mass on each rank; empty for ``uniform_all``.
 
     Raises:
@@ -63,18 +67,21 @@ class SmoothedNTXent(nn.Module):
 
         Args:
             anchors: (V, B, D) floating point, L2-normalised: all views of this rank's samples.
-            candidates: (2, M, D), the global views of the samples of all ranks, M >= B. They count as 2 * M columns, those of view 0 first.
+            candidates: (2, M, D), the global views of the samples of all ranks, M >= B. They count as 2 * M columns,
+                those of view 0 first.
             first: the anchors' samples are the candidates' samples ``first`` to ``first + B - 1``.
-            smoothing: the mass a of this step: a number, or a tensor with one element on the device, which a schedule can change without
-                a host sync (it gets no gradient and its range is not checked). ``None`` uses the module's. The number 0.0 skips the search for
-                the nearest.
+            smoothing: the mass a of this step: a number, or a tensor with one element on the device, which a schedule
+                can change without a host sync (it gets no gradient and its range is not checked). ``None`` uses the
+                module's. The number 0.0 skips the search for the nearest.
 
         Returns:
-            (2, V) float32 (float64 if an input is float64). Entry [g, v]: anchors of view v, positive in global view g. Entry [v, v] of a
-            global view that is also a candidate compares each anchor with itself: finite, and of no meaning.
+            (2, V) float32 (float64 if an input is float64). Entry [g, v]: anchors of view v, positive in global view g.
+                Entry [v, v] of a global view that is also a candidate compares each anchor with itself: finite, and of
+                no meaning.
 
         Raises:
-            ValueError: wrong shapes, samples that the candidates do not hold, fewer negatives than neighbours, a smoothing that requires a gradient.
+            ValueError: wrong shapes, samples that the candidates do not hold, fewer negatives than neighbours, a
+                smoothing that requires a gradient.
         """
         mass = self.smoothing if smoothing is None else checked_smoothing(smoothing)
         smoothed = isinstance(mass, Tensor) or mass > 0  # a tensor's value is not known here
@@ -154,7 +161,7 @@ class SmoothedNTXent(nn.Module):
 
 @functools.lru_cache(maxsize=64)
 def _weight_row(weights: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    # Kept, because making it is a copy to the device: once per run instead of once per step. An ordinary tensor also if the first call is made in
-    # inference mode: autograd refuses to save any other.
+    # Kept, because making it is a copy to the device: once per run instead of once per step. An ordinary tensor also if
+    # the first call is made in inference mode: autograd refuses to save any other.
     with torch.inference_mode(False):
         return torch.tensor(weights, dtype=dtype, device=device)

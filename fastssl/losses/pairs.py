@@ -1,10 +1,12 @@
 """From the losses of pairs of views to one loss: global-global and global-local pairs, each kind with its weight.
 
-Source: SSLight, arXiv 2210.02808. With two global views and L local ones, and gg and gl the means over the pairs of each kind,
+Source: SSLight, arXiv 2210.02808. With two global views and L local ones, and gg and gl the means over the pairs of
+each kind,
 
     loss = weight_gg * gg + weight_gl * gl            weight_gg + weight_gl = 1
 
-SSLight takes 0.4 and 0.6. ``PairWeights.by_count`` gives what DINO, SwAV and MoCo do without it: the plain mean over all pairs.
+SSLight takes 0.4 and 0.6. ``PairWeights.by_count`` gives what DINO, SwAV and MoCo do without it: the plain mean over
+all pairs.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ class PairWeights:
         gl: weight of the mean over pairs of a global and a local view; 0 if there are no local views.
 
     Raises:
-        ValueError: weights that are negative or not finite, that do not sum to one (within 1e-6), or that go to pairs which do not exist.
+        ValueError: weights that are negative or not finite, that do not sum to one (within 1e-6), or that go to pairs
+            which do not exist.
     """
 
     local_views: int
@@ -88,11 +91,14 @@ def split_pairs(pairs: Tensor, targets: Sequence[int]) -> tuple[Tensor, Tensor |
     """Means over the two kinds of pairs in a matrix of pair losses. A view against itself does not count.
 
     Args:
-        pairs: (T, V) floating point. Row t: global view ``targets[t]`` as the target. Column v: view v, of which 0 and 1 are the global ones.
-        targets: the global view (0 or 1) of each row, each at most once: ``(0, 1)``, or ``(0,)`` if only the first view is a target.
+        pairs: (T, V) floating point. Row t: global view ``targets[t]`` as the target. Column v: view v, of which 0 and
+            1 are the global ones.
+        targets: the global view (0 or 1) of each row, each at most once: ``(0, 1)``, or ``(0,)`` if only the first view
+            is a target.
 
     Returns:
-        Mean over the T global-global pairs and mean over the T * (V - 2) global-local pairs, scalars; ``None`` for the latter if V is 2.
+        Mean over the T global-global pairs and mean over the T * (V - 2) global-local pairs, scalars; ``None`` for the
+        latter if V is 2.
 
     Raises:
         ValueError: a matrix or targets of another form.

@@ -1,7 +1,8 @@
 """Smoothed InfoNCE written out in full: the logits, the target, the cross-entropy.
 
 ``dense_smoothed_infonce`` is the slow, obviously right twin of ``SmoothedInfoNCE``; tests compare the two in float64.
-``dense_step`` does what the paper's public code does in a training step, at its cost, and is the peer that the benchmark runs against.
+``dense_step`` does what the paper's public code does in a training step, at its cost, and is the peer that the
+benchmark runs against.
 """
 
 from __future__ import annotations
@@ -60,7 +61,8 @@ def dense_step(
     weighting: str,
     neighbors: int | None = None,
 ) -> Tensor:
-    """The same mean loss in the way of the public light-moco code: a copy of the queue, dense logits, top-k, a dense soft target.
+    """The same mean loss in the way of the public light-moco code: a copy of the queue, dense logits, top-k, a dense
+    soft target.
 
     Ties fall as ``torch.topk`` lets them; everything else equals :func:`dense_smoothed_infonce`.
     """

@@ -1,4 +1,5 @@
-"""The losses over several views written out pair by pair and sample by sample: slow twins, obviously right, that tests compare with.
+"""The losses over several views written out pair by pair and sample by sample: slow twins, obviously right, that tests
+compare with.
 
 The twin of the loss against a queue is in ``fastssl.losses.reference``, whose target is used here, too.
 """
@@ -14,7 +15,9 @@ from fastssl.losses.reference import dense_target
 
 
 def pair_mean(pairs: Tensor, targets: Sequence[int]) -> Tensor:
-    """Plain mean over all pairs: (T, V) -> scalar. Row t belongs to global view ``targets[t]``; a view against itself does not count."""
+    """Plain mean over all pairs: (T, V) -> scalar. Row t belongs to global view ``targets[t]``; a view against itself
+    does not count.
+    """
     counted = []
     for t in range(pairs.shape[0]):
         for v in range(pairs.shape[1]):
@@ -57,7 +60,9 @@ def dense_nt_xent(
     neighbors: int | None = None,
     first: int = 0,
 ) -> Tensor:
-    """(V, B, D) and (2, M, D) -> (2, V): mean loss of the anchors of view v, positive in global view g, negatives of all other samples."""
+    """(V, B, D) and (2, M, D) -> (2, V): mean loss of the anchors of view v, positive in global view g, negatives of
+    all other samples.
+    """
     views, batch, _ = anchors.shape
     rows = []
     for g in range(2):

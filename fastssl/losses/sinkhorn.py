@@ -1,7 +1,8 @@
 """SwAV's assignment of samples to prototypes: a few steps of Sinkhorn-Knopp towards equal use of all prototypes.
 
-Source: Caron et al., "Unsupervised Learning of Visual Features by Contrasting Cluster Assignments", arXiv 2006.09882. With scores S of N samples (of all
-ranks) and K prototypes, the textbook form, whose twin is ``dense_sinkhorn`` in ``fastssl.losses.reference_views``, is
+Source: Caron et al., "Unsupervised Learning of Visual Features by Contrasting Cluster Assignments", arXiv 2006.09882.
+With scores S of N samples (of all ranks) and K prototypes, the textbook form, whose twin is ``dense_sinkhorn`` in
+``fastssl.losses.reference_views``, is
 
     Q = exp(S / epsilon), divided by its total
     a few times:  each prototype's share of Q is divided by its sum over all samples, and by K;
@@ -39,21 +40,23 @@ def sinkhorn(
     all_reduce: Callable[[Tensor], Tensor] | None = None,
     ranks: int = 1,
 ) -> Tensor:
-    """Soft assignment of this rank's samples, as if computed over the samples of all ranks; without gradient and without a host sync.
+    """Soft assignment of this rank's samples, as if computed over the samples of all ranks; without gradient and
+    without a host sync.
 
-    The scores of a sample may differ by about 80 epsilon (4 by default; cosines differ by 2). Of samples that are further than that from every prototype
-    the exponentials vanish and the assignment is NaN.
+    The scores of a sample may differ by about 80 epsilon (4 by default; cosines differ by 2). Of samples that are
+    further than that from every prototype the exponentials vanish and the assignment is NaN.
 
     Args:
         scores: (B, K) floating point: this rank's samples against the prototypes, cosines as a rule.
         epsilon: entropy of the assignment, positive: the smaller, the harder.
         iterations: rounds, at least one.
-        all_reduce: sums a (K,) tensor over the ranks and returns the sum (in place or not); ``None`` on a single rank. Called ``iterations + 1`` times.
+        all_reduce: sums a (K,) tensor over the ranks and returns the sum (in place or not); ``None`` on a single rank.
+            Called ``iterations + 1`` times.
         ranks: number of ranks over which it sums.
 
     Returns:
-        (B, K) float32 (float64 for float64 scores), whatever autocast says. Each row, a sample, sums to one; over the samples of all ranks each
-        prototype gets nearly the same mass.
+        (B, K) float32 (float64 for float64 scores), whatever autocast says. Each row, a sample, sums to one; over the
+        samples of all ranks each prototype gets nearly the same mass.
 
     Raises:
         ValueError: another shape, settings outside these ranges, several ranks without ``all_reduce``.

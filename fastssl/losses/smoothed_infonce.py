@@ -1,14 +1,14 @@
 """InfoNCE against a queue of negatives, with the target smoothed towards the nearest of them.
 
-Source of the formulas: Lin et al., "Establishing a Stronger Baseline for Lightweight Contrastive Models", arXiv 2212.07158.
-With l+ = q.k+ / tau, l_j = q.n_j / tau, smoothing mass a and a weighting w over ranks that sums to one:
+Source of the formulas: Lin et al., "Establishing a Stronger Baseline for Lightweight Contrastive Models", arXiv
+2212.07158. With l+ = q.k+ / tau, l_j = q.n_j / tau, smoothing mass a and a weighting w over ranks that sums to one:
 
     loss = logsumexp([l+, l_1..l_K]) - (1 - a) l+ - a sum_r w_r l_(r)           l_(r): the r-th largest l_j, ties to the lowest j
     dloss/dq = (softmax([l+, l]) @ [k+; queue] - (1 - a) k+ - a sum_r w_r n_(r)) / tau
 
-Both need the queue once. It is read in tiles with a running maximum, a running sum and a running softmax-weighted sum of the
-queue (as attention does with keys = values = queue), so the (batch, queue) matrix of logits never exists and the backward
-pass is one multiplication. The obviously right twin, which does build it, is ``fastssl.losses.reference``.
+Both need the queue once. It is read in tiles with a running maximum, a running sum and a running softmax-weighted sum
+of the queue (as attention does with keys = values = queue), so the (batch, queue) matrix of logits never exists and the
+backward pass is one multiplication. The obviously right twin, which does build it, is ``fastssl.losses.reference``.
 """
 
 from __future__ import annotations
@@ -35,11 +35,13 @@ DEFAULT_SMOOTHING = {
 }
 WEIGHTINGS = tuple(DEFAULT_SMOOTHING)
 
-# Keys per block in the search for the nearest. Larger: fewer maxima to rank, more keys to look at again (8 and 16 measured alike, 4 and 32 slower).
+# Keys per block in the search for the nearest. Larger: fewer maxima to rank, more keys to look at again (8 and 16
+# measured alike, 4 and 32 slower).
 _BLOCK = 16
-# Size of the large temporaries in elements: products in flight (batch * tile), and keys looked at again in the search (queries * keys * features).
-# On a quiet CPU 2**20 to 2**23 are within 15 % of each other; on a crowded one, where every parallel operation waits for its slowest thread, few large
-# tiles win by far (2**23 took half the time of 2**21). A GPU wants few launches: 64 MB, two tiles at batch 512 and queue 65536.
+# Size of the large temporaries in elements: products in flight (batch * tile), and keys looked at again in the search
+# (queries * keys * features). On a quiet CPU 2**20 to 2**23 are within 15 % of each other; on a crowded one, where
+# every parallel operation waits for its slowest thread, few large tiles win by far (2**23 took half the time of 2**21).
+# A GPU wants few launches: 64 MB, two tiles at batch 512 and queue 65536.
 _CPU_ELEMENTS = (2**23, 2**22)
 _GPU_ELEMENTS = (2**24, 2**24)
 
@@ -50,13 +52,15 @@ def rank_weights(weighting: str, neighbors: int | None = None) -> tuple[float, .
     """Share of the smoothing mass on each rank, nearest negative first; sums to one.
 
     Args:
-        weighting: ``uniform_topk`` (equal on ``neighbors``), ``stepped`` (1/2, 1/4, 1/4 on three rank groups), ``geometric`` (halving,
-            11 ranks), ``nearest`` (all on the first), ``thirds`` (1/3 on ranks 1-2, 3-8 and 9-20) or ``uniform_all`` (equal on the
-            whole queue: no ranks, an empty tuple).
-        neighbors: number of ranks; ``None`` takes the weighting's own (20 for ``uniform_topk``, ``stepped`` and ``thirds``).
+        weighting: ``uniform_topk`` (equal on ``neighbors``), ``stepped`` (1/2, 1/4, 1/4 on three rank groups),
+            ``geometric`` (halving, 11 ranks), ``nearest`` (all on the first), ``thirds`` (1/3 on ranks 1-2, 3-8 and
+            9-20) or ``uniform_all`` (equal on the whole queue: no ranks, an empty tuple).
+        neighbors: number of ranks; ``None`` takes the weighting's own (20 for ``uniform_topk``, ``stepped`` and
+            ``thirds``).
 
     Raises:
-        ValueError: unknown weighting, or a number of neighbours that it does not define; the message lists what is allowed.
+        ValueError: unknown weighting, or a number of neighbours that it does not define; the message lists what is
+            allowed.
     """
     if weighting not in DEFAULT_SMOOTHING:
         raise ValueError(f"weighting={weighting!r} is unknown; choose one of {', '.join(WEIGHTINGS)}")
@@ -105,15 +109,16 @@ def _grouped(ends: tuple[int, ...], masses: tuple[float, ...]) -> tuple[float, .
 class SmoothedInfoNCE(nn.Module):
     """Mean cross-entropy between softmax over (positive, queue) and a target smoothed towards the nearest negatives.
 
-    Only ``query``, and ``key`` if it asks for one, receive a gradient; the queue is a constant. Values and gradients are exact (not
-    sampled) and are accumulated in float32, or in float64 when any input is float64, whatever autocast says. On a GPU the two matrix
-    products obey ``torch.set_float32_matmul_precision`` like any other. Nothing here reads a value back to the host. Extra memory is
-    O(batch * tile). A NaN in any input, or a logit that overflows to +inf, makes the loss NaN instead of passing unnoticed.
+    Only ``query``, and ``key`` if it asks for one, receive a gradient; the queue is a constant. Values and gradients
+    are exact (not sampled) and are accumulated in float32, or in float64 when any input is float64, whatever autocast
+    says. On a GPU the two matrix products obey ``torch.set_float32_matmul_precision`` like any other. Nothing here
+    reads a value back to the host. Extra memory is O(batch * tile). A NaN in any input, or a logit that overflows to
+    +inf, makes the loss NaN instead of passing unnoticed.
 
     Attributes:
         temperature: tau, positive.
-        smoothing: mass a on the negatives, in [0, 1). ``None`` takes the published value: 0.4 for ``geometric``, 0.5 for ``nearest``,
-            0.2 otherwise. Exactly 0.0 skips the search for the nearest.
+        smoothing: mass a on the negatives, in [0, 1). ``None`` takes the published value: 0.4 for ``geometric``, 0.5
+            for ``nearest``, 0.2 otherwise. Exactly 0.0 skips the search for the nearest.
         weighting, neighbors: see :func:`rank_weights`.
         tile: queue rows in flight; ``None`` chooses from the batch size and the device.
 
@@ -156,8 +161,9 @@ class SmoothedInfoNCE(nn.Module):
             query: (B, D) floating point, L2-normalised.
             key: (B, D), the positive of each query.
             queue: (K, D) negatives, without gradient; may be of a lower precision than the query.
-            smoothing: the mass a of this step: a number, or a tensor with one element on the device, which a schedule can change without
-                a host sync (it gets no gradient and its range is not checked). ``None`` uses the module's.
+            smoothing: the mass a of this step: a number, or a tensor with one element on the device, which a schedule
+                can change without a host sync (it gets no gradient and its range is not checked). ``None`` uses the
+                module's.
 
         Returns:
             Scalar tensor: float64 if any input is float64, else float32.
@@ -170,7 +176,8 @@ class SmoothedInfoNCE(nn.Module):
         return _Loss.apply(query, key, queue, mass, self.temperature, self.weights, self.tile, torch.is_grad_enabled())
 
     def target_entropy(self, smoothing: Tensor | float | None = None, queue_size: int | None = None) -> Tensor | float:
-        """Entropy of the target in nats: the least value that the loss can reach, so that ``loss - target_entropy`` is the KL divergence.
+        """Entropy of the target in nats: the least value that the loss can reach, so that ``loss - target_entropy`` is
+        the KL divergence.
 
         Args:
             smoothing: as in :meth:`forward`; a tensor gives a tensor on its device, without a host sync.
@@ -188,7 +195,8 @@ class SmoothedInfoNCE(nn.Module):
             spread = math.log(queue_size)
         else:
             spread = -sum(w * math.log(w) for w in self.weights)
-        # H = h(1 - a) + h(a) + a * H(w): the choice between positive and negatives first, then the one among the negatives.
+        # H = h(1 - a) + h(a) + a * H(w): the choice between positive and negatives first, then the one among the
+        # negatives.
         if isinstance(mass, Tensor):
             mass = mass.detach() if mass.dtype == torch.float64 else mass.detach().float()
             return torch.special.entr(1 - mass) + torch.special.entr(mass) + mass * spread
@@ -253,7 +261,8 @@ class _Loss(torch.autograd.Function):
         tile: int | None,
         grad_enabled: bool,
     ) -> Tensor:
-        # Inside a Function grad mode is always off and needs_input_grad ignores no_grad, hence the flag: evaluation costs half.
+        # Inside a Function grad mode is always off and needs_input_grad ignores no_grad, hence the flag: evaluation
+        # costs half.
         wants_query, wants_key = (grad_enabled and needed for needed in ctx.needs_input_grad[:2])
         dtype = torch.float64 if torch.float64 in (query.dtype, key.dtype, queue.dtype) else torch.float32
         with torch.autocast(query.device.type, enabled=False):
@@ -323,12 +332,12 @@ def _stream(
     if tile is None:
         tile = max(1024, _elements(query)[0] // batch)
     tile = _round_up(min(tile, rows), _BLOCK)
-    # torch's exp2 takes a third of the time of its exp on a CPU. The factor is applied to the products, not to the query, so that products
-    # which tie exactly (vectors of small integers) still do when they are ranked.
+    # torch's exp2 takes a third of the time of its exp on a CPU. The factor is applied to the products, not to the
+    # query, so that products which tie exactly (vectors of small integers) still do when they are ranked.
     to_base_2 = math.log2(math.e) / temperature
 
-    # Keys run down and queries across, so that a block of neighbouring keys reduces over whole contiguous rows: ten times as fast on a
-    # CPU as a reduction over the 16 innermost elements, and coalesced on a GPU.
+    # Keys run down and queries across, so that a block of neighbouring keys reduces over whole contiguous rows: ten
+    # times as fast on a CPU as a reduction over the 16 innermost elements, and coalesced on a GPU.
     buffer = query.new_empty(tile, batch)
     peaks = query.new_empty(_round_up(rows, _BLOCK) // _BLOCK, batch)
     maximum, total, weighted = positive, torch.ones_like(positive), key.clone()
@@ -352,11 +361,13 @@ def _stream(
 
 
 def _nearest_mean(query: Tensor, queue: Tensor, peaks: Tensor, weights: tuple[float, ...]) -> Tensor:
-    """Weighted mean of each query's nearest negatives, (B, D): ``weights[r]`` on the one with the (r + 1)-th largest product, ties to the lowest row.
+    """Weighted mean of each query's nearest negatives, (B, D): ``weights[r]`` on the one with the (r + 1)-th largest
+    product, ties to the lowest row.
 
-    The ``count`` nearest all lie in the ``count`` blocks with the largest peaks (ties to the first block): a block left out has ``count``
-    blocks before it, and each of those holds an element that comes before any of its own. So only the keys of those blocks are looked
-    at again, and their products computed again: cheaper than to search, or to keep, those of every key.
+    The ``count`` nearest all lie in the ``count`` blocks with the largest peaks (ties to the first block): a block left
+    out has ``count`` blocks before it, and each of those holds an element that comes before any of its own. So only the
+    keys of those blocks are looked at again, and their products computed again: cheaper than to search, or to keep,
+    those of every key.
     """
     count, rows = len(weights), queue.shape[0]
     blocks = min(count, peaks.shape[0])
@@ -383,11 +394,14 @@ def _nearest_mean(query: Tensor, queue: Tensor, peaks: Tensor, weights: tuple[fl
 
 
 def top_columns(values: Tensor, count: int) -> Tensor:
-    """Columns of the ``count`` largest values of each row, largest first, equal values by the lowest column: (B, M) -> (B, count) int64."""
+    """Columns of the ``count`` largest values of each row, largest first, equal values by the lowest column: (B, M) ->
+    (B, count) int64.
+    """
     if values.dtype != torch.float32:
         return values.sort(dim=1, descending=True, stable=True).indices[:, :count]
-    # torch.topk leaves ties open and a stable sort of everything is slow, so value and column become one integer key: the float's bits,
-    # made monotonic, above the reversed column. Adding zero turns -0.0, which equals 0.0 but has other bits, into 0.0.
+    # torch.topk leaves ties open and a stable sort of everything is slow, so value and column become one integer key:
+    # the float's bits, made monotonic, above the reversed column. Adding zero turns -0.0, which equals 0.0 but has
+    # other bits, into 0.0.
     bits = (values + 0.0).view(torch.int32)
     bits ^= (bits >> 31).bitwise_and_(_INT32_MAX)
     reversed_column = torch.arange(_INT32_MAX, _INT32_MAX - values.shape[1], -1, device=values.device)

@@ -1,13 +1,15 @@
 """Cross-entropy of every view against every target distribution, for methods whose targets are soft: DINO and SwAV.
 
-Sources: Caron et al., "Emerging Properties in Self-Supervised Vision Transformers" (DINO), arXiv 2104.14294, and "Unsupervised Learning of Visual
-Features by Contrasting Cluster Assignments" (SwAV), arXiv 2006.09882. With p_t a target of one sample, z_v the logits of view v of it and tau the temperature,
+Sources: Caron et al., "Emerging Properties in Self-Supervised Vision Transformers" (DINO), arXiv 2104.14294, and
+"Unsupervised Learning of Visual Features by Contrasting Cluster Assignments" (SwAV), arXiv 2006.09882. With p_t a
+target of one sample, z_v the logits of view v of it and tau the temperature,
 
     pair(t, v)        = - sum_k p_t[k] log softmax(z_v / tau)[k] = logsumexp(z_v / tau) - sum_k p_t[k] z_v[k] / tau      as p_t sums to one
     d pair(t, v)/d z_v = (softmax(z_v / tau) - p_t) / tau
 
-Neither needs the log-probabilities of more than one view at a time, and the gradient needs of the softmax only its logsumexp. So what is kept from
-the forward to the backward pass is one number a sample and view, beside the inputs. The twin is ``fastssl.losses.reference_views``.
+Neither needs the log-probabilities of more than one view at a time, and the gradient needs of the softmax only its
+logsumexp. So what is kept from the forward to the backward pass is one number a sample and view, beside the inputs. The
+twin is ``fastssl.losses.reference_views``.
 """
 
 from __future__ import annotations
@@ -22,19 +24,24 @@ from torch import Tensor
 def soft_cross_entropy(targets: Tensor, logits: Tensor, temperature: float) -> Tensor:
     """Loss of each pair of a target and a view, mean over the samples, in nats.
 
-    Computed in float32, or in float64 when an input is float64, whatever autocast says; nothing is read back to the host. Extra memory is two
-    (B, K) matrices in the forward pass, the gradient and at most two (B, K) matrices in the backward pass. A NaN in an input makes its pairs NaN.
+    Computed in float32, or in float64 when an input is float64, whatever autocast says; nothing is read back to the
+    host. Extra memory is two (B, K) matrices in the forward pass, the gradient and at most two (B, K) matrices in the
+    backward pass. A NaN in an input makes its pairs NaN.
 
     Args:
-        targets: (T, B, K) floating point, no gradient; each row over K is a distribution and sums to one, which the gradient relies on.
-        logits: (V, B, K) floating point, before the division by the temperature; the gradient comes back in their dtype.
+        targets: (T, B, K) floating point, no gradient; each row over K is a distribution and sums to one, which the
+            gradient relies on.
+        logits: (V, B, K) floating point, before the division by the temperature; the gradient comes back in their
+            dtype.
         temperature: tau of the softmax over the logits, positive.
 
     Returns:
-        (T, V) float32 (float64 if an input is float64): entry [t, v] is ``- mean_b sum_k targets[t, b, k] log softmax(logits[v, b] / tau)[k]``.
+        (T, V) float32 (float64 if an input is float64): entry [t, v] is ``- mean_b sum_k targets[t, b, k] log
+            softmax(logits[v, b] / tau)[k]``.
 
     Raises:
-        ValueError: shapes or devices that do not agree, a temperature that is not positive, targets that require a gradient.
+        ValueError: shapes or devices that do not agree, a temperature that is not positive, targets that require a
+            gradient.
 
     Example::
 
@@ -65,8 +72,8 @@ def teacher_probabilities(logits: Tensor, center: Tensor, temperature: Tensor | 
     Args:
         logits: (T, B, K) floating point, of the teacher.
         center: (K,) floating point, the running mean of the teacher's logits.
-        temperature: tau_t, positive; or a tensor with one element on the device, which a schedule can change without a host sync (its range
-            is not checked).
+        temperature: tau_t, positive; or a tensor with one element on the device, which a schedule can change without a
+            host sync (its range is not checked).
 
     Returns:
         (T, B, K) float32, or float64 if logits or centre are float64, whatever autocast says; sums to one over K.

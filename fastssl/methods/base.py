@@ -6,8 +6,9 @@
     (optimiser, moving average)
     method.after_step(...)                   queues, centres
 
-A method keeps no clock. What changes during a run comes as ``rates`` (numbers that follow a schedule; under a recorded step they are read from the device),
-``noise`` (what was drawn for this step) and ``phase`` (what the step does at all: a frozen layer, a queue in use; a change of phase is a new recording).
+A method keeps no clock. What changes during a run comes as ``rates`` (numbers that follow a schedule; under a recorded
+step they are read from the device), ``noise`` (what was drawn for this step) and ``phase`` (what the step does at all:
+a frozen layer, a queue in use; a change of phase is a new recording).
 """
 
 from __future__ import annotations
@@ -160,7 +161,9 @@ class Method(nn.Module):
         self.compute_with(self.student, self.teacher)
 
     def compute_with(self, student: nn.Module, teacher: nn.Module | None) -> None:
-        """Let these networks make the passes: bfloat16 or compiled forms of ``student`` and ``teacher``, which stay what is trained and saved."""
+        """Let these networks make the passes: bfloat16 or compiled forms of ``student`` and ``teacher``, which stay
+        what is trained and saved.
+        """
         self._computing = (
             student,
             teacher,
@@ -245,10 +248,12 @@ class Method(nn.Module):
 
     @torch.no_grad()
     def update_teacher(self, momentum: float | Tensor) -> None:
-        """teacher <- momentum * teacher + (1 - momentum) * student: parameters only; the teacher keeps its own BatchNorm statistics.
+        """teacher <- momentum * teacher + (1 - momentum) * student: parameters only; the teacher keeps its own
+        BatchNorm statistics.
 
         Args:
-            momentum: a number, or a tensor with one element on the device: a schedule may then change it under a captured graph.
+            momentum: a number, or a tensor with one element on the device: a schedule may then change it under a
+                captured graph.
         """
         if self.teacher is None:
             return
@@ -261,7 +266,8 @@ class Method(nn.Module):
 
 
 def smoothing_rates(config: Any, step: int, run: RunLength) -> dict[str, float]:
-    """The present smoothing of a target, under its name; empty without smoothing: the search for neighbours is then left out, also of a recorded step.
+    """The present smoothing of a target, under its name; empty without smoothing: the search for neighbours is then
+    left out, also of a recorded step.
 
     Args:
         config: with ``smoothing``, ``smoothing_schedule`` and ``smoothing_warm_epochs``.

@@ -1,6 +1,7 @@
 """DINO: a student matches the sharpened, centred output of its own moving average.
 
-Source: Caron et al., "Emerging Properties in Self-Supervised Vision Transformers", arXiv 2104.14294; for small networks SSLight, arXiv 2210.02808.
+Source: Caron et al., "Emerging Properties in Self-Supervised Vision Transformers", arXiv 2104.14294; for small networks
+SSLight, arXiv 2210.02808.
 
     P_g = softmax((teacher(x_g) - centre) / tau_t)        g in the two global views, no gradient
     Q_v = softmax(student(x_v) / tau_s)                   v in all views
@@ -97,9 +98,10 @@ class DINOHead(nn.Module):
 class DINO(Method):
     """Student, teacher, centre.
 
-    METRICS: ``loss``; ``kl``, what stands above the entropy of the teacher's output; ``alignment``, the squared distance of the two global views' outputs on the unit
-    sphere; ``embedding_std`` of the student's output; ``target_entropy`` as a share of ln K: 1 is a uniform teacher, 0 a teacher that always says the same with
-    certainty. Collapse shows as a loss that stays at ln K.
+    METRICS: ``loss``; ``kl``, what stands above the entropy of the teacher's output; ``alignment``, the squared
+    distance of the two global views' outputs on the unit sphere; ``embedding_std`` of the student's output;
+    ``target_entropy`` as a share of ln K: 1 is a uniform teacher, 0 a teacher that always says the same with certainty.
+    Collapse shows as a loss that stays at ln K.
     """
 
     METRICS = ("loss", "kl", "alignment", "embedding_std", "target_entropy")

@@ -1,14 +1,15 @@
 """MoCo-v2: one- or two-sided, with local views, with smoothed InfoNCE (light-moco).
 
-Sources: He et al. 2020 (arXiv 1911.05722), Chen et al. 2020 (arXiv 2003.04297), Lin et al. 2022 (arXiv 2212.07158), multi-crop as in SSLight (arXiv 2210.02808).
+Sources: He et al. 2020 (arXiv 1911.05722), Chen et al. 2020 (arXiv 2003.04297), Lin et al. 2022 (arXiv 2212.07158),
+multi-crop as in SSLight (arXiv 2210.02808).
 
     symmetric (light-moco)    keys of both global views; the loss is the SUM of both keys' terms
     otherwise (SSLight)       keys of global view 1 alone
     term of key g             reduce( nce(q_g', k_g, queue), mean over local views of nce(q_v, k_g, queue) )        g' the other global view
     after the step            key <- m * key + (1 - m) * query;  the keys enter the queue
 
-Both global views go through the query network in one pass: the light-moco views are drawn from one distribution, so BatchNorm
-sees two samples of the same statistics at once.
+Both global views go through the query network in one pass: the light-moco views are drawn from one distribution, so
+BatchNorm sees two samples of the same statistics at once.
 """
 
 from __future__ import annotations
@@ -49,16 +50,20 @@ class MoCoConfig(MethodConfig):
     Attributes:
         temperature: of the softmax (light-moco 0.1, MoCo-v2 0.2).
         smoothing: mass that the target gives to the nearest negatives (0: plain InfoNCE).
-        weighting: how the mass is shared: ``uniform_topk``, ``stepped``, ``geometric``, ``nearest``, ``uniform_all``, ``thirds``.
+        weighting: how the mass is shared: ``uniform_topk``, ``stepped``, ``geometric``, ``nearest``, ``uniform_all``,
+            ``thirds``.
         neighbors: number of nearest negatives that share it; None: the weighting's published number.
-        smoothing_schedule: ``constant``, ``warm`` (0 for ``smoothing_warm_epochs``, then all of it) or ``cosine`` (grows from 0).
+        smoothing_schedule: ``constant``, ``warm`` (0 for ``smoothing_warm_epochs``, then all of it) or ``cosine``
+            (grows from 0).
         smoothing_warm_epochs: read by ``warm`` only.
         symmetric: keys of both global views, each with the queries of all other views.
-        queue: number of keys kept as negatives; a multiple of the keys of a step, two (or, if not symmetric, one) for each sample of the batch.
+        queue: number of keys kept as negatives; a multiple of the keys of a step, two (or, if not symmetric, one) for
+            each sample of the batch.
         momentum: of the key network.
         momentum_schedule: ``constant``, or ``cosine`` up to 1.
-        split_bn: groups into which the permuted keys of the whole batch are cut before the key network, so that a query and its key do not
-            share BatchNorm statistics (shuffle-BN, also without a second GPU). 1: one group, the statistics of the whole batch.
+        split_bn: groups into which the permuted keys of the whole batch are cut before the key network, so that a query
+            and its key do not share BatchNorm statistics (shuffle-BN, also without a second GPU). 1: one group, the
+            statistics of the whole batch.
         projector: shape of the head.
     """
 
@@ -174,7 +179,9 @@ class MoCo(Method):
         return {"momentum": momentum, **smoothing_rates(config, step, run)}
 
     def synchronise(self, convert: Callable[[nn.Module], nn.Module]) -> None:
-        """As of any method; but keys that are dealt into groups have the statistics of their group, and the running ones are put together."""
+        """As of any method; but keys that are dealt into groups have the statistics of their group, and the running
+        ones are put together.
+        """
         if self.config.split_bn == 1:
             super().synchronise(convert)
         else:
@@ -184,7 +191,9 @@ class MoCo(Method):
             self._dealt = DealtStatistics(self.teacher, groups=self.config.split_bn // world, rank=rank(), world=world)
 
     def noise(self, seed: int, epoch: int, step: int) -> dict[str, Any]:
-        """``permutation``: (key views * global batch,) int64, the order in which the keys are dealt into BatchNorm groups."""
+        """``permutation``: (key views * global batch,) int64, the order in which the keys are dealt into BatchNorm
+        groups.
+        """
         return {"permutation": batch_permutation(self.key_views * self.views.global_batch, seed, epoch, step)}
 
     def targets(self, images: Sequence[Tensor], noise: Mapping[str, Tensor], rates: Rates) -> Tensor:
@@ -196,7 +205,8 @@ class MoCo(Method):
     ) -> PartLoss:
         """Loss of one part of the batch against the queue as it stands.
 
-        The mean over all parts is the loss of the whole batch but for one thing: the query network's BatchNorms see a part at a time.
+        The mean over all parts is the loss of the whole batch but for one thing: the query network's BatchNorms see a
+        part at a time.
         """
         smoothing = rates.get("smoothing", 0.0)
         keys = self.part_of(targets, part, parts)
@@ -231,10 +241,12 @@ class MoCo(Method):
 
     @torch.no_grad()
     def keys(self, images: Tensor, permutation: Tensor) -> Tensor:
-        """Keys of ``images`` (key views * B, 3, S, S), each BatchNorm group normalised for itself, in the order of ``images``.
+        """Keys of ``images`` (key views * B, 3, S, S), each BatchNorm group normalised for itself, in the order of
+        ``images``.
 
-        The groups are dealt over the samples of all ranks, and each rank makes the keys of its share of the groups. The images go to all ranks for
-        that: a gather has the same shape at every step, which a recorded step needs and an exchange of just the images wanted has not.
+        The groups are dealt over the samples of all ranks, and each rank makes the keys of its share of the groups. The
+        images go to all ranks for that: a gather has the same shape at every step, which a recorded step needs and an
+        exchange of just the images wanted has not.
         """
         teacher = self._computing[1]
         if self.config.split_bn == 1:
@@ -269,8 +281,8 @@ class MoCo(Method):
     def _metrics(self, loss: Tensor, queries: Tensor, keys: Tensor, smoothing: Tensor | float) -> Tensor:
         """The values named in METRICS.
 
-        The loss of a soft target is at least the target's entropy: ``kl`` is what stands above that. ``alignment`` is the squared distance of the
-        first key's pair of global views.
+        The loss of a soft target is at least the target's entropy: ``kl`` is what stands above that. ``alignment`` is
+        the squared distance of the first key's pair of global views.
         """
         size = len(keys) // self.key_views
         # first key: view 2's where there are two (light-moco's order), else view 1's

@@ -1,6 +1,7 @@
 """SwAV: views predict each other's assignment to learned prototypes; the assignments share the prototypes out evenly.
 
-Source: Caron et al., "Unsupervised Learning of Visual Features by Contrasting Cluster Assignments", arXiv 2006.09882; for small networks SSLight, arXiv 2210.02808.
+Source: Caron et al., "Unsupervised Learning of Visual Features by Contrasting Cluster Assignments", arXiv 2006.09882;
+for small networks SSLight, arXiv 2210.02808.
 
     z_v = unit embedding of view v,   S_v = z_v C^T with unit rows C
     q_g = sinkhorn(S_g, the queue's scores beside it)     g in the two global views, no gradient
@@ -39,8 +40,8 @@ class SwAVConfig(MethodConfig):
         temperature: tau of the prediction.
         epsilon: entropy of the assignments; the smaller, the sharper.
         sinkhorn_iterations: rounds of sharing out.
-        queue: features of earlier batches that are assigned beside the present one, for each global view; rounded down to whole batches; 0: none. It
-            lets a small batch be shared out over many prototypes.
+        queue: features of earlier batches that are assigned beside the present one, for each global view; rounded down
+            to whole batches; 0: none. It lets a small batch be shared out over many prototypes.
         queue_epoch: the epoch (from 0) in which the queue begins to fill; it is used from when it is full.
         freeze_epochs: epochs at the start in which the prototypes get no update.
         projector: shape of the MLP.
@@ -101,10 +102,11 @@ class SwAVHead(nn.Module):
 class SwAV(Method):
     """The network, its prototypes, the queue.
 
-    METRICS: as of ``DINO``, with the assignments in the teacher's place: ``target_entropy`` near 1 for long means that the scores do not tell the
-    prototypes apart.
+    METRICS: as of ``DINO``, with the assignments in the teacher's place: ``target_entropy`` near 1 for long means that
+    the scores do not tell the prototypes apart.
 
-    The queue is the same on all ranks, and each takes its share of it into the assignment: the number of ranks changes nothing.
+    The queue is the same on all ranks, and each takes its share of it into the assignment: the number of ranks changes
+    nothing.
     """
 
     METRICS = ("loss", "kl", "alignment", "embedding_std", "target_entropy")
@@ -159,7 +161,9 @@ class SwAV(Method):
 
     @torch.no_grad()
     def assign(self, scores: Tensor, *, use_queue: bool) -> Tensor:
-        """Assignments (2, B, K) float32 of this rank's global views, shared out over the samples (and the queue) of all ranks."""
+        """Assignments (2, B, K) float32 of this rank's global views, shared out over the samples (and the queue) of all
+        ranks.
+        """
         found = []
         for view, own in enumerate(scores):
             columns = own

@@ -51,11 +51,13 @@ def resolve_arch(name: str, *, tags: bool = False) -> str:
     """The timm name of ``name`` (a short name or timm's own).
 
     Args:
-        tags: also take a name with the tag of published weights (``mobilenetv3_large_100.ra_in1k``), where it says whose weights a file holds.
-            For training it is refused: that begins from random weights, and who names some expects them.
+        tags: also take a name with the tag of published weights (``mobilenetv3_large_100.ra_in1k``), where it says
+            whose weights a file holds. For training it is refused: that begins from random weights, and who names some
+            expects them.
 
     Raises:
-        FastSSLError: no such network; the message names the nearest ones. Or a tag that timm does not know, or any without ``tags``.
+        FastSSLError: no such network; the message names the nearest ones. Or a tag that timm does not know, or any
+            without ``tags``.
     """
     plain, dot, tag = name.partition(".")
     arch = SHORT_NAMES.get(plain, plain)
@@ -160,8 +162,8 @@ def _takes(backbone: nn.Module, size: int) -> bool:
 def require_sizes(backbone: nn.Module, name: str, sizes: Mapping[str, int]) -> None:
     """Refuse pictures of a size that ``backbone`` cannot compute.
 
-    Tried with a black picture where there is a doubt: in networks that timm lists with a fixed size, of which some take others
-    too, and with pictures so small that a feature map may become empty.
+    Tried with a black picture where there is a doubt: in networks that timm lists with a fixed size, of which some take
+    others too, and with pictures so small that a feature map may become empty.
 
     Args:
         backbone: on the CPU; left as it is.
@@ -194,10 +196,12 @@ def require_sizes(backbone: nn.Module, name: str, sizes: Mapping[str, int]) -> N
 
 @torch.no_grad()
 def kaiming_init(backbone: nn.Module) -> None:
-    """Draw all convolutions Kaiming normal by fan-out (ReLU), and let every BatchNorm begin at scale 1 and shift 0, as torchvision does.
+    """Draw all convolutions Kaiming normal by fan-out (ReLU), and let every BatchNorm begin at scale 1 and shift 0, as
+    torchvision does.
 
-    He et al., arXiv 1502.01852. timm differs from it for depth-wise filters (its fan-out counts the channels of a group) and silences the last BatchNorm
-    of each of ResNet's residual blocks; SSLight's networks begin in torchvision's way.
+    He et al., arXiv 1502.01852. timm differs from it for depth-wise filters (its fan-out counts the channels of a
+    group) and silences the last BatchNorm of each of ResNet's residual blocks; SSLight's networks begin in
+    torchvision's way.
     """
     for layer in backbone.modules():
         if isinstance(layer, nn.Conv2d):
@@ -212,10 +216,11 @@ def kaiming_init(backbone: nn.Module) -> None:
 def zero_residual_branches(backbone: nn.Module) -> tuple[int, int]:
     """Silence the last layer of each residual branch.
 
-    Every residual block then begins as the identity, and the network as its short chain of down-sampling blocks (Goyal et
-    al. 2017, arXiv 1706.02677, section 5.1, for ResNet; torchvision has the option under the same name, and timm does it
-    to every ResNet unasked, but not to the inverted residuals of the MobileNets and EfficientNets). In those the last layer is a
-    normalisation, whose scale becomes zero, or a layer scale; in a vision transformer it is the linear layer behind the attention or in the MLP.
+    Every residual block then begins as the identity, and the network as its short chain of down-sampling blocks (Goyal
+    et al. 2017, arXiv 1706.02677, section 5.1, for ResNet; torchvision has the option under the same name, and timm
+    does it to every ResNet unasked, but not to the inverted residuals of the MobileNets and EfficientNets). In those
+    the last layer is a normalisation, whose scale becomes zero, or a layer scale; in a vision transformer it is the
+    linear layer behind the attention or in the MLP.
 
     Returns:
         (branches that are silent now, branches that were left as they are because their last layer is not known here).
@@ -240,9 +245,11 @@ def zero_residual_branches(backbone: nn.Module) -> tuple[int, int]:
 
 
 def _end_of_branch(block: nn.Module) -> nn.Module | None:
-    """The layer that scales what an inverted residual, universal inverted bottleneck, attention or convolution block of timm adds to its input.
+    """The layer that scales what an inverted residual, universal inverted bottleneck, attention or convolution block of
+    timm adds to its input.
 
-    None if none is found, or if a ReLU follows: behind a silent layer it lets no gradient through, and the branch would stay silent.
+    None if none is found, or if a ReLU follows: behind a silent layer it lets no gradient through, and the branch would
+    stay silent.
     """
     for child in reversed(list(block.children())):
         if isinstance(child, LayerScale2d):
@@ -286,7 +293,8 @@ def save_backbone(backbone: nn.Module, path: Path, *, arch: str, **notes: str) -
 
 
 def read_header(path: str | Path) -> dict[str, Any]:
-    """What a ``.safetensors`` checkpoint says of itself: ``arch`` and ``feature_dim``, as a rule ``step`` and ``network``.
+    """What a ``.safetensors`` checkpoint says of itself: ``arch`` and ``feature_dim``, as a rule ``step`` and
+    ``network``.
 
     Raises:
         FastSSLError: no such file, not safetensors, or not written by fastssl.
@@ -301,7 +309,8 @@ def load_backbone(path: str | Path) -> nn.Module:
         path: a ``.safetensors`` file that a run (``checkpoints/last.safetensors``) or ``fastssl import`` wrote.
 
     Raises:
-        FastSSLError: no such file, not ours, or tensors missing, left over (loading is strict) or of another kind, such as int8.
+        FastSSLError: no such file, not ours, or tensors missing, left over (loading is strict) or of another kind, such
+            as int8.
     """
     header, tensors = _open_checkpoint(Path(path), tensors=True)
     try:
@@ -340,10 +349,11 @@ def unfit_for(arch: str, tensors: dict[str, Tensor]) -> str:
 
 
 def other_kinds(tensors: dict[str, Tensor], wanted: dict[str, Tensor]) -> list[str]:
-    """Names and types of the tensors that are whole numbers where ``wanted`` has floating-point ones, complex, or the other way round.
+    """Names and types of the tensors that are whole numbers where ``wanted`` has floating-point ones, complex, or the
+    other way round.
 
-    ``load_state_dict`` would cast them without a word: quantised weights, which mean nothing without their scales, would pass for the network's.
-    float16, bfloat16 and float64 are floating-point too and do not count.
+    ``load_state_dict`` would cast them without a word: quantised weights, which mean nothing without their scales,
+    would pass for the network's. float16, bfloat16 and float64 are floating-point too and do not count.
     """
     return [
         f"{name} {str(value.dtype).removeprefix('torch.')} for {str(wanted[name].dtype).removeprefix('torch.')}"

@@ -1,7 +1,9 @@
-"""The gradient of a depth-wise convolution's weights on a CPU, for large filters and for maps that are smaller than the filter.
+"""The gradient of a depth-wise convolution's weights on a CPU, for large filters and for maps that are smaller than the
+filter.
 
-There oneDNN has no kernel of its own (torch 2.15, AVX2) and falls back to one small matrix product for each channel and photo: two thirds of a
-MobileNet-V3 step at 48 px. Here it is one loop over the maps as they lie in memory (channels-last), vectorised over the channels.
+There oneDNN has no kernel of its own (torch 2.15, AVX2) and falls back to one small matrix product for each channel and
+photo: two thirds of a MobileNet-V3 step at 48 px. Here it is one loop over the maps as they lie in memory
+(channels-last), vectorised over the channels.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ from fastssl.utils.jit import fast
 _BLOCK = 64
 #: Multiply-adds from which on several threads are worth waking.
 _WORTH_THREADS = 4e6
-#: From this side on it is always faster; smaller filters have good kernels in oneDNN unless the map is smaller than the filter.
+#: From this side on it is always faster; smaller filters have good kernels in oneDNN unless the map is smaller than the
+#: filter.
 LARGE_FILTER = 5
 
 
@@ -29,7 +32,9 @@ LARGE_FILTER = 5
 def _sum_block(
     maps: np.ndarray, gradient: np.ndarray, weights: np.ndarray, stride: int, padding: int, first: int, last: int
 ) -> None:
-    """``weights`` (C, 1, k, k) of the channels ``first`` .. ``last``: sum over photos and places of ``maps`` (N, H, W, C) times ``gradient`` (N, h, w, C)."""
+    """``weights`` (C, 1, k, k) of the channels ``first`` .. ``last``: sum over photos and places of ``maps`` (N, H, W,
+    C) times ``gradient`` (N, h, w, C).
+    """
     side = weights.shape[2]
     sums = np.zeros((side, side, last - first), np.float32)
     for photo in range(gradient.shape[0]):
@@ -124,7 +129,9 @@ class _Depthwise(torch.autograd.Function):
 
 
 class _Forward:
-    """Takes the place of a convolution's ``_conv_forward``. Holds numbers alone, so that a copy of the network has a copy of it."""
+    """Takes the place of a convolution's ``_conv_forward``. Holds numbers alone, so that a copy of the network has a
+    copy of it.
+    """
 
     def __init__(self, stride: int, padding: int):
         self.stride, self.padding = stride, padding
@@ -159,7 +166,8 @@ def is_taken(layer: nn.Module) -> bool:
 
 
 def use_own_gradient(network: nn.Module) -> int:
-    """Let the depth-wise filters of a network on the CPU have their gradient from here where that is faster; parameters and outputs stay as they are.
+    """Let the depth-wise filters of a network on the CPU have their gradient from here where that is faster; parameters
+    and outputs stay as they are.
 
     Returns:
         how many layers that were.

@@ -1,8 +1,8 @@
 """Drop path whose coins are data: drawn for (seed, epoch, sample, view, layer) and handed to the network as a table.
 
-Drop path (stochastic depth, Huang et al., arXiv 1603.09382) leaves out a residual branch for a random part of the samples. Drawn inside the step,
-the coins would depend on the number of ranks and be lost at a restart; drawn like the views they depend on neither, and a recorded step
-reads them like any other input.
+Drop path (stochastic depth, Huang et al., arXiv 1603.09382) leaves out a residual branch for a random part of the
+samples. Drawn inside the step, the coins would depend on the number of ranks and be lost at a restart; drawn like the
+views they depend on neither, and a recorded step reads them like any other input.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from fastssl.pipelines.plan.philox import Stream, keyed_words
 
 
 def drop_path_layers(backbone: nn.Module) -> list[tuple[nn.Module, str, DropPath]]:
-    """(parent, name, layer) of every drop-path layer that drops something: timm's convolution blocks hold one also where they have no shortcut to drop it from."""
+    """(parent, name, layer) of every drop-path layer that drops something: timm's convolution blocks hold one also
+    where they have no shortcut to drop it from.
+    """
     return [
         (parent, name, layer)
         for parent in backbone.modules()

@@ -26,16 +26,18 @@ class ProjectorConfig:
         hidden: width of each hidden layer.
         out: width of the embedding.
         layers: number of linear layers (2: one hidden layer, as in MoCo-v2 and light-moco).
-        norm_in: LayerNorm without scale and shift on the feature. MobileNet-V3's squeeze-and-excite gates multiply up to heavy tails: in
-            a fresh network the longest feature of a batch is 19 times the median (ResNet-18: 3), and the BatchNorms that follow
-            would spend their unit of variance on those few photos and make all others alike.
-        norm: BatchNorm after each hidden linear layer (MoCo-v2 and light-moco have none; SimCLR, SwAV, DINO on CNNs and MoCo-v3 do).
+        norm_in: LayerNorm without scale and shift on the feature. MobileNet-V3's squeeze-and-excite gates multiply up
+            to heavy tails: in a fresh network the longest feature of a batch is 19 times the median (ResNet-18: 3), and
+            the BatchNorms that follow would spend their unit of variance on those few photos and make all others alike.
+        norm: BatchNorm after each hidden linear layer (MoCo-v2 and light-moco have none; SimCLR, SwAV, DINO on CNNs and
+            MoCo-v3 do).
         norm_out: BatchNorm without scale and shift on the embedding (MoCo-v3). It keeps the embeddings of a fresh
             network from being all alike, which is what holds small networks at the start.
-        bias: a bias also in linear layers that a BatchNorm follows. It has no effect on what is computed; published heads have it.
+        bias: a bias also in linear layers that a BatchNorm follows. It has no effect on what is computed; published
+            heads have it.
         activation: ``relu`` or ``gelu``.
-        init: ``torch`` (its default for linear layers), ``truncated`` (DINO, SSLight's MoCo: weights truncated normal of std 0.02, biases 0) or
-            ``normal`` (SwAV: normal of std 0.01, biases 0).
+        init: ``torch`` (its default for linear layers), ``truncated`` (DINO, SSLight's MoCo: weights truncated normal
+            of std 0.02, biases 0) or ``normal`` (SwAV: normal of std 0.01, biases 0).
     """
 
     hidden: int = 2048
@@ -95,8 +97,8 @@ class Projector(nn.Sequential):
 class CosineLogits(nn.Module):
     """Unit vectors (N, D) -> (N, K): each row of the weight has unit length, times its gain; no bias.
 
-    The last layer of DINO's head (Caron et al., arXiv 2104.14294). Always in float32: its results are cosines, which the loss divides by
-    temperatures down to 0.04.
+    The last layer of DINO's head (Caron et al., arXiv 2104.14294). Always in float32: its results are cosines, which
+    the loss divides by temperatures down to 0.04.
 
     Args:
         learned_gain: train the gains, which start at 1; otherwise they stay there.
@@ -116,9 +118,11 @@ class CosineLogits(nn.Module):
 
 
 class Prototypes(nn.Module):
-    """Unit vectors (N, D) -> scores (N, K) against K unit vectors that are learned. Source: SwAV (Caron et al., arXiv 2006.09882).
+    """Unit vectors (N, D) -> scores (N, K) against K unit vectors that are learned. Source: SwAV (Caron et al., arXiv
+    2006.09882).
 
-    Always in float32: the scores are divided by 0.05 in an exponential. ``normalise_`` brings the rows back to unit length, in place, before each pass.
+    Always in float32: the scores are divided by 0.05 in an exponential. ``normalise_`` brings the rows back to unit
+    length, in place, before each pass.
     """
 
     def __init__(self, in_features: int, count: int):

@@ -22,7 +22,8 @@ class OptimConfig:
         nesterov: of SGD: look ahead along the momentum (Sutskever et al. 2013), in torch's form.
         trust: of LARS: the step of a tensor as a share of its norm, before the rate.
         weight_decay: on every tensor but those that the next two leave out.
-        decay_1d: also on 1-D tensors (biases, norms): MoCo's code decays everything; most recipes for small networks do not.
+        decay_1d: also on 1-D tensors (biases, norms): MoCo's code decays everything; most recipes for small networks do
+            not.
         decay_depthwise: also on depth-wise filters (4-D, one input channel), which SSLight spares.
         final_weight_decay: half a cosine leads from ``weight_decay`` to it; None: constant.
         warmup_epochs: linear warm-up, in epochs.
@@ -88,7 +89,8 @@ class OptimConfig:
 def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict]:
     """Trainable parameters, in one group or in two (with and without weight decay).
 
-    A group's ``weight_decay`` is 0 where the decay follows a schedule: ``ScheduledDecay`` then takes it on, and ``decays`` says of which groups.
+    A group's ``weight_decay`` is 0 where the decay follows a schedule: ``ScheduledDecay`` then takes it on, and
+    ``decays`` says of which groups.
     """
     trainable = [p for p in model.parameters() if p.requires_grad]
     spared = [
@@ -112,13 +114,15 @@ def is_depthwise(parameter: Tensor) -> bool:
 class LARS(torch.optim.Optimizer):
     """SGD with momentum whose step is scaled, tensor by tensor, to a share of the tensor's own norm.
 
-    Source: You, Gitman, Ginsburg, "Large Batch Training of Convolutional Networks", arXiv 1708.03888. With d = grad + weight_decay * p:
+    Source: You, Gitman, Ginsburg, "Large Batch Training of Convolutional Networks", arXiv 1708.03888. With d = grad +
+    weight_decay * p:
 
         d      <- trust * |p| / |d| * d        for tensors of two or more dimensions; as it is where either norm is zero
         buffer <- momentum * buffer + d
         p      <- p - lr * buffer
 
-    Biases and norms (one dimension) take the plain step. All tensors go through together (``torch._foreach_*``), and no norm is read by the host.
+    Biases and norms (one dimension) take the plain step. All tensors go through together (``torch._foreach_*``), and no
+    norm is read by the host.
 
     Args:
         params: parameters or groups.
@@ -162,7 +166,8 @@ def create_optimizer(model: nn.Module, config: OptimConfig, groups: list[dict] |
     """The optimiser over ``model``'s trainable parameters, in the form that takes all tensors together.
 
     Args:
-        groups: of these parameters, where something shall differ between them that ``parameter_groups(model, config)`` does not part.
+        groups: of these parameters, where something shall differ between them that ``parameter_groups(model, config)``
+            does not part.
     """
     groups = parameter_groups(model, config) if groups is None else groups
     if config.name == "sgd":
@@ -170,8 +175,8 @@ def create_optimizer(model: nn.Module, config: OptimConfig, groups: list[dict] |
             groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=True
         )
         if config.momentum:
-            # torch makes the buffers at the first step, for all parameters or none: a layer that is frozen then could never begin to move. From zero the
-            # first step is the same.
+            # torch makes the buffers at the first step, for all parameters or none: a layer that is frozen then could
+            # never begin to move. From zero the first step is the same.
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
                     optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
@@ -184,7 +189,8 @@ def create_optimizer(model: nn.Module, config: OptimConfig, groups: list[dict] |
 
 
 class ScheduledDecay:
-    """Weight decay that changes every step, also under a recorded step: torch's fused kernels take a number and would keep the recorded one.
+    """Weight decay that changes every step, also under a recorded step: torch's fused kernels take a number and would
+    keep the recorded one.
 
     Args:
         optimizer: as ``create_optimizer`` makes it for a recipe with ``final_weight_decay``: with no decay of its own.
@@ -197,7 +203,9 @@ class ScheduledDecay:
 
     @torch.no_grad()
     def apply(self, lr: float | Tensor, decay: float | Tensor) -> None:
-        """To be called between the backward pass and the optimiser's step. Parameters without a gradient are passed over, as the optimiser does."""
+        """To be called between the backward pass and the optimiser's step. Parameters without a gradient are passed
+        over, as the optimiser does.
+        """
         parameters = [p for p in self._parameters if p.grad is not None]
         if self._decoupled:
             torch._foreach_mul_(parameters, 1 - lr * decay)

@@ -1,8 +1,9 @@
 """Values that change during a run: learning rate, momentum of the key network, smoothing of the target.
 
-Pure functions of the optimiser step, so that a resumed run, or a plot, needs nothing but the step number. Steps count from 0; ``total_steps`` is one
-past the last, which is where a cosine arrives: the last step itself is still a hair away from the final value.
-Sources: He et al. (MoCo, arXiv 1911.05722), Lin et al. (light-moco, arXiv 2212.07158), Grill et al. (BYOL, arXiv 2006.07733) and their public code.
+Pure functions of the optimiser step, so that a resumed run, or a plot, needs nothing but the step number. Steps count
+from 0; ``total_steps`` is one past the last, which is where a cosine arrives: the last step itself is still a hair away
+from the final value. Sources: He et al. (MoCo, arXiv 1911.05722), Lin et al. (light-moco, arXiv 2212.07158), Grill et
+al. (BYOL, arXiv 2006.07733) and their public code.
 """
 
 from __future__ import annotations
@@ -45,17 +46,19 @@ def learning_rate(
 ) -> float:
     """Linear warm-up, then half a cosine from ``peak`` to ``final``.
 
-    With W units of warm-up out of U, unit u < W has ``peak * (u + 1) / (W + 1)``: no step is spent at rate zero, and unit W is the first at
-    ``peak``. With ``warmup_lr`` the warm-up is a line with both end points instead, ``warmup_lr`` at unit 0 and ``peak`` at the last unit below W (DINO, SwAV, SSLight).
-    The cosine begins at unit W and reaches ``final`` at u = U. A run no longer than its warm-up only climbs.
+    With W units of warm-up out of U, unit u < W has ``peak * (u + 1) / (W + 1)``: no step is spent at rate zero, and
+    unit W is the first at ``peak``. With ``warmup_lr`` the warm-up is a line with both end points instead,
+    ``warmup_lr`` at unit 0 and ``peak`` at the last unit below W (DINO, SwAV, SSLight). The cosine begins at unit W and
+    reaches ``final`` at u = U. A run no longer than its warm-up only climbs.
 
     Args:
         warmup_lr: rate of the first step; None: a share of the peak.
         step: 0 .. total_steps.
         total_steps, steps_per_epoch: length of the run and of an epoch, in optimiser steps.
         warmup_epochs: may be a fraction when the rate changes every step.
-        per_epoch: u counts epochs, a staircase as in MoCo's and light-moco's code, instead of steps. (light-moco's code also multiplies
-            its warm-up by the cosine continued to the left, under 0.1 % in its recipes; that is left out.)
+        per_epoch: u counts epochs, a staircase as in MoCo's and light-moco's code, instead of steps. (light-moco's code
+            also multiplies its warm-up by the cosine continued to the left, under 0.1 % in its recipes; that is left
+            out.)
 
     Raises:
         ValueError: a length that is not positive, or a step outside the run.
@@ -79,8 +82,8 @@ def ema_momentum(step: int, *, total_steps: int, base: float, schedule: str = "c
     """Momentum m of the key network's moving average, ``key <- m key + (1 - m) query``.
 
     Args:
-        schedule: ``constant`` (MoCo: 0.999 throughout) or ``cosine``: 1 - (1 - base) (1 + cos(pi step / total_steps)) / 2, from ``base``
-            at the start to 1 at the end (BYOL; an option of light-moco, there once an epoch).
+        schedule: ``constant`` (MoCo: 0.999 throughout) or ``cosine``: 1 - (1 - base) (1 + cos(pi step / total_steps)) /
+            2, from ``base`` at the start to 1 at the end (BYOL; an option of light-moco, there once an epoch).
 
     Raises:
         ValueError: unknown schedule, or a step outside the run.
@@ -94,13 +97,17 @@ def ema_momentum(step: int, *, total_steps: int, base: float, schedule: str = "c
 
 
 def weight_decay(step: int, *, total_steps: int, base: float, final: float | None = None) -> float:
-    """From ``base`` along half a cosine to ``final`` at ``total_steps`` (DINO on vision transformers: 0.04 to 0.4); constant without ``final``."""
+    """From ``base`` along half a cosine to ``final`` at ``total_steps`` (DINO on vision transformers: 0.04 to 0.4);
+    constant without ``final``.
+    """
     _check_run(step, total_steps)
     return base if final is None else half_cosine(step / total_steps, base, final)
 
 
 def teacher_temperature(step: int, *, steps_per_epoch: int, first: float, last: float, warm_epochs: int) -> float:
-    """A line from ``first`` in epoch 0 to ``last`` in epoch ``warm_epochs - 1``, constant within an epoch and ever after (DINO, arXiv 2104.14294)."""
+    """A line from ``first`` in epoch 0 to ``last`` in epoch ``warm_epochs - 1``, constant within an epoch and ever
+    after (DINO, arXiv 2104.14294).
+    """
     epoch = step // steps_per_epoch
     if epoch >= max(1, warm_epochs - 1) or not warm_epochs:
         return last
@@ -115,9 +122,10 @@ def smoothing(
     """Mass a that the target of smoothed InfoNCE gives to the nearest negatives.
 
     Args:
-        schedule: ``constant``; ``warm``: 0 during the first ``warm_epochs`` epochs, then ``base``; ``cosine``: base (1 - cos(pi e / E)) / 2, from 0 at
-            the start to ``base`` at the end, where e is the epoch. ``warm`` and ``cosine`` change once an epoch, as in light-moco's code, so the
-            first epoch has no smoothing at all (exactly 0.0, which lets the loss skip the search for the nearest).
+        schedule: ``constant``; ``warm``: 0 during the first ``warm_epochs`` epochs, then ``base``; ``cosine``: base (1
+            - cos(pi e / E)) / 2, from 0 at the start to ``base`` at the end, where e is the epoch. ``warm`` and
+            ``cosine`` change once an epoch, as in light-moco's code, so the first epoch has no smoothing at all
+            (exactly 0.0, which lets the loss skip the search for the nearest).
 
     Raises:
         ValueError: unknown schedule, or a step outside the run.

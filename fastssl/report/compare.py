@@ -1,4 +1,6 @@
-"""Several evaluations side by side: a table for each set of photos, a row for each network, a column for each kind of figure."""
+"""Several evaluations side by side: a table for each set of photos, a row for each network, a column for each kind of
+figure.
+"""
 
 from __future__ import annotations
 
@@ -119,8 +121,10 @@ def _record(record: Any, where: str) -> Record:
 
 
 def comparison(records: Sequence[Record]) -> list[Block]:
-    """The document. Figures of one name that were made with other settings have columns of their own, and other weights a row of their own; of several
-    records that agree in all that the last one counts, and the page says how many it replaced."""
+    """The document. Figures of one name that were made with other settings have columns of their own, and other weights
+    a row of their own; of several records that agree in all that the last one counts, and the page says how many it
+    replaced.
+    """
     blocks: list[Block] = [Heading("Evaluations", 1)]
     tables: dict[str, dict[tuple[str, str], dict[str, Figure]]] = {}
     rows, differing = _row_names(records), _differing(records)

@@ -1,4 +1,6 @@
-"""A short document of headings, sentences, tables and pictures, written once and rendered as markdown and as one html page."""
+"""A short document of headings, sentences, tables and pictures, written once and rendered as markdown and as one html
+page.
+"""
 
 from __future__ import annotations
 

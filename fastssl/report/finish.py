@@ -125,7 +125,9 @@ def _identity(run: TrainResult) -> dict[str, Any]:
 
 
 def _throughput(run: TrainResult, total_seconds: float) -> dict[str, Any]:
-    """Rates over all training steps; the first block (warm-up of libraries and caches) is left out where there are more."""
+    """Rates over all training steps; the first block (warm-up of libraries and caches) is left out where there are
+    more.
+    """
     wanted = ("step", "seconds", "data_wait")
     rows = [
         row

@@ -331,7 +331,8 @@ def _curves(run: RunRecord) -> str:
     rows = probe_rows(run)
     figures = {name: _number(rows.get(name, {}).get("knn")) for name in (RAW, COLOURS, RANDOM)}
     marks = [Mark(name, value) for name, value in figures.items() if value is not None]
-    # The probes at the end use more photos than those in between, so the reference lines are a guide, not a finish line.
+    # The probes at the end use more photos than those in between, so the reference lines are a guide, not a finish
+    # line.
     step, probe = _points(run.steps), _points(run.probes)
     charts = [
         line_chart(

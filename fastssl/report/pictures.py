@@ -82,7 +82,8 @@ def engines_picture(
     tile: int = 112,
     notice: Callable[[str], None] | None = None,
 ) -> Image.Image:
-    """Draw the first view of each photo as several engines make it, and how far each stands from the first engine's, 32 times enlarged.
+    """Draw the first view of each photo as several engines make it, and how far each stands from the first engine's, 32
+    times enlarged.
 
     Args:
         pipelines: the engines; the first is the one that the others are compared with.
@@ -127,7 +128,9 @@ def _render(
     pipeline: str,
     notice: Callable[[str], None] | None,
 ) -> tuple[list[int], list[tuple[str, np.ndarray]]]:
-    """Sample ids, and each view's name and pixels (samples, S, S, 3) uint8. Where a damaged photo was skipped, the one in its place is named."""
+    """Sample ids, and each view's name and pixels (samples, S, S, 3) uint8. Where a damaged photo was skipped, the one
+    in its place is named.
+    """
     chosen = _spread(len(reader), samples)
     with ViewLoader(
         reader, views, len(chosen), seed=seed, indices=chosen, shuffle=False, on_bad="skip", pipeline=pipeline
@@ -285,7 +288,9 @@ def _fitting(text: str, size: int, width: int) -> str:
 def _draw_views(
     reader: BetonReader, rows: list[int], columns: list[tuple[str, str, np.ndarray]], tile: int
 ) -> Image.Image:
-    """A block for each photo: as stored, then its views. Narrow blocks stand side by side, so that the picture is wide, not tall."""
+    """A block for each photo: as stored, then its views. Narrow blocks stand side by side, so that the picture is wide,
+    not tall.
+    """
     gap, head, caption = 8, 40, 18
     names, labels = reader.classes, reader.labels
     stored = tile + 2 * gap  # the photo stands apart from its views

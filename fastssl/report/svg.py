@@ -1,7 +1,7 @@
 """Line charts as inline SVG, written by hand: nothing to install, nothing to download, sharp at any size.
 
-Colours are CSS variables of the page (``--series-1`` ..., ``--ink``, ``--quiet``, ``--grid``), so a chart follows the page's
-light or dark theme.
+Colours are CSS variables of the page (``--series-1`` ..., ``--ink``, ``--quiet``, ``--grid``), so a chart follows the
+page's light or dark theme.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ _WIDTH, _HEIGHT = 520, 264
 _LEFT, _RIGHT, _TOP, _BOTTOM = 56, 16, 14, 44
 #: More points than pixels make a file heavy and a line no better.
 _MAX_POINTS = 400
-#: Of larger values, and between closer ones, the steps from tick to tick are lost in rounding. What a run measures lies far inside.
+#: Of larger values, and between closer ones, the steps from tick to tick are lost in rounding. What a run measures lies
+#: far inside.
 _LARGEST, _SMALLEST = 1e12, 1e-9
 
 
@@ -36,7 +37,9 @@ class Mark:
 
 
 def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """About ``count`` round numbers (1, 2 or 5 times a power of ten apart) from the first one >= low to the last one <= high."""
+    """About ``count`` round numbers (1, 2 or 5 times a power of ten apart) from the first one >= low to the last one <=
+    high.
+    """
     if not (math.isfinite(low) and math.isfinite(high)) or high < low:
         raise ValueError(f"no ticks between {low} and {high}")
     if high == low:
@@ -166,7 +169,9 @@ def _axis(low: float, high: float, fixed: tuple[float | None, float | None]) -> 
 
 
 def _draw_marks(marks: Sequence[Mark], heights: list[float], right: float) -> list[str]:
-    """Dashed lines with their names at the right end; a name goes under its line where one above would meet another name."""
+    """Dashed lines with their names at the right end; a name goes under its line where one above would meet another
+    name.
+    """
     parts = []
     taken: list[float] = []
     for mark, y in sorted(zip(marks, heights), key=lambda pair: pair[1]):

@@ -8,7 +8,8 @@ A run's ``checkpoints/`` holds::
     last-teacher.safetensors    the teacher's, where the method has one
     epoch-0050.pt, ...          milestones, where the recipe asks for them, with ``epoch-0050.safetensors`` (and ``-teacher``): never deleted
 
-Because the order of samples and every view are functions of (seed, epoch, sample), the position (epoch, step) is all that has to be stored of the data side.
+Because the order of samples and every view are functions of (seed, epoch, sample), the position (epoch, step) is all
+that has to be stored of the data side.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ from fastssl.utils.torch_file import UNREADABLE, require_stored_as_is
 #: raised when the layout of last.pt changes; 1 had no digest
 VERSION, READABLE = 2, (1, 2)
 LAST = "last.pt"
-#: Bytes of all that is in a checkpoint, at most: times its file's (tensors may share their bytes), and beside that for names, which are stored once.
+#: Bytes of all that is in a checkpoint, at most: times its file's (tensors may share their bytes), and beside that for
+#: names, which are stored once.
 _AS_LARGE, _AT_LEAST = 4, 1 << 20
 #: no step, second or sample of a run has a larger number; of larger ones Python makes no float and no text
 _LARGEST = 1 << 53
@@ -135,7 +137,8 @@ def _networks(method: nn.Module) -> dict[str, tuple[str, nn.Module]]:
 def has_all_files(folder: Path, method: nn.Module, step: int, milestone: int | None = None) -> bool:
     """Whether beside the ``last.pt`` of this step lies all that ``save_checkpoint`` writes with it.
 
-    A kill between two of its files leaves the backbones of an earlier step, or a milestone out; a checkpoint taken over from elsewhere comes alone.
+    A kill between two of its files leaves the backbones of an earlier step, or a milestone out; a checkpoint taken over
+    from elsewhere comes alone.
     """
     networks = _networks(method)
     try:
@@ -199,7 +202,9 @@ def _may_be_full(folder: Path, error: Exception) -> bool:
 
 
 def _drop_oldest(folder: Path) -> bool:
-    """Delete the oldest ``step-*.pt`` that has a newer one beside it which is also last.pt; whether there was such a one."""
+    """Delete the oldest ``step-*.pt`` that has a newer one beside it which is also last.pt; whether there was such a
+    one.
+    """
     steps = _steps(folder)
     try:
         if len(steps) < 2 or not steps[0].samefile(folder / LAST):
@@ -218,7 +223,8 @@ def _first_line(error: Exception) -> str:
 def find_checkpoint(
     folder: Path, *, say: Callable[[str], None] = lambda text: None
 ) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint of a run's ``checkpoints/`` that is whole, and its content; None where there is none at all.
+    """The newest checkpoint of a run's ``checkpoints/`` that is whole, and its content; None where there is none at
+    all.
 
     Args:
         say: is told of every damaged one that is passed over.
@@ -249,7 +255,8 @@ def find_checkpoint(
 def set_aside(
     folder: Path, step: int, source: Path | None = None, *, say: Callable[[str], None] = lambda text: None
 ) -> None:
-    """Rename the ``step-*.pt`` of later steps than ``step``, from where a run goes on: it makes these steps again, and they would be taken for newer ones.
+    """Rename the ``step-*.pt`` of later steps than ``step``, from where a run goes on: it makes these steps again, and
+    they would be taken for newer ones.
 
     They are damaged, or the run was set back by hand. The newest of them is kept as ``....pt.aside``, for a look.
 
@@ -272,10 +279,12 @@ def set_aside(
 
 
 def load_checkpoint(path: Path, *, advice: str = "") -> dict[str, Any]:
-    """The content of a ``last.pt``, on the CPU. Nothing in the file is executed (``weights_only``), and every bit is as it was written.
+    """The content of a ``last.pt``, on the CPU. Nothing in the file is executed (``weights_only``), and every bit is as
+    it was written.
 
-    A run's has ``method``, ``position`` and ``config``, of the types that ``save_checkpoint`` writes; what is in them ``restore`` (restore.py) and
-    ``load_trained`` check. The state of a detector, which ``fastssl evaluate detect`` keeps (see ``is_detector``), has only ``config`` of them.
+    A run's has ``method``, ``position`` and ``config``, of the types that ``save_checkpoint`` writes; what is in them
+    ``restore`` (restore.py) and ``load_trained`` check. The state of a detector, which ``fastssl evaluate detect``
+    keeps (see ``is_detector``), has only ``config`` of them.
 
     Args:
         advice: what to do about a file that cannot be used, for the message.
@@ -294,7 +303,8 @@ def load_checkpoint(path: Path, *, advice: str = "") -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         said = state.pop("digest", None) if isinstance(state, dict) else None
-        # Also where there is nothing to compare it with: what is nested without end, or claims more memory than it has bytes, ends here.
+        # Also where there is nothing to compare it with: what is nested without end, or claims more memory than it has
+        # bytes, ends here.
         found = digest(state, most_bytes=_AS_LARGE * path.stat().st_size + _AT_LEAST)
     except UNREADABLE as error:
         # torch's own words would advise to load it without weights_only, which runs whatever code the file holds.
@@ -348,7 +358,8 @@ def _odd_part(state: dict[str, Any]) -> str:
 def _has_names(content: object, depth: int = 0, left: list[int] | None = None) -> bool:
     """Whether this is a dict whose keys are strings, in the dicts inside too.
 
-    Settings are a few levels deep, and some hundred dicts in all: one that holds itself has no end, and dicts that each hold the next one twice nearly none.
+    Settings are a few levels deep, and some hundred dicts in all: one that holds itself has no end, and dicts that each
+    hold the next one twice nearly none.
     """
     left = left or [10_000]
     left[0] -= 1

@@ -1,4 +1,5 @@
-"""The folder of a run: who may write into it, what is in it when a run begins, and what is written there while it lasts.
+"""The folder of a run: who may write into it, what is in it when a run begins, and what is written there while it
+lasts.
 
 Only the first process of a run has one.
 """
@@ -81,14 +82,17 @@ class RunFolder:
             config: every value that the run's numbers depend on.
             resume: ``auto``, ``never`` or the path of a checkpoint.
             about: what config.yaml says besides.
-            require_fit: raises FastSSLError where the content of a checkpoint cannot be gone on from; asked before anything in the folder is changed for it.
-            launch: where its launcher starts again what opened this folder, ``resume`` is taken for ``auto``: it was for the first start.
+            require_fit: raises FastSSLError where the content of a checkpoint cannot be gone on from; asked before
+                anything in the folder is changed for it.
+            launch: where its launcher starts again what opened this folder, ``resume`` is taken for ``auto``: it was
+                for the first start.
 
         Returns:
             the content of the checkpoint to go on from; None for a new run.
 
         Raises:
-            FastSSLError: the folder is taken or cannot be written; no checkpoint is whole; or it is that of other settings.
+            FastSSLError: the folder is taken or cannot be written; no checkpoint is whole; or it is that of other
+                settings.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -139,7 +143,9 @@ class RunFolder:
             self._lock_file.close()
 
     def _lock(self) -> bool:
-        """Hold the folder while this process lives: two runs in one folder would write over each other's files. False: here nobody can."""
+        """Hold the folder while this process lives: two runs in one folder would write over each other's files. False:
+        here nobody can.
+        """
         self._lock_file = open(self.path / ".lock", "a")  # noqa: SIM115 (held open for the whole run)
         try:
             fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -155,7 +161,9 @@ class RunFolder:
         return True
 
     def _launches(self) -> object:
-        """The names of the launch that opened the folder last. They are written when all that its ``--resume`` asked for is done."""
+        """The names of the launch that opened the folder last. They are written when all that its ``--resume`` asked
+        for is done.
+        """
         try:
             config = read_yaml(self.path / "config.yaml")
         except FastSSLError:
@@ -163,7 +171,9 @@ class RunFolder:
         return config.get("launch") if isinstance(config, dict) else None
 
     def _say_if_killed(self) -> None:
-        """Whoever looks into a folder that is his now, and finds a run at work in it, looks at one that came to say nothing more."""
+        """Whoever looks into a folder that is his now, and finds a run at work in it, looks at one that came to say
+        nothing more.
+        """
         told = read_status(self.path)
         if told.get("state") == "training":
             heard = f"{told.get('time', 'at an unknown time')}, at step {told.get('step', 'unknown')}"
@@ -196,7 +206,9 @@ class RunFolder:
         return path, state
 
     def _require_room_for(self, config: dict[str, Any], path: Path) -> None:
-        """A checkpoint from elsewhere begins a new folder, or sets back this very run; in another run's folder it would mix the two."""
+        """A checkpoint from elsewhere begins a new folder, or sets back this very run; in another run's folder it would
+        mix the two.
+        """
         if path.resolve().parent == self.checkpoints.resolve() or (there := find_checkpoint(self.checkpoints)) is None:
             return
         if _other_settings(config, there[1]):

@@ -96,7 +96,8 @@ class MetricsFile:
         """Drop the rows behind ``step``: those steps are about to be made again.
 
         Args:
-            probed: whether the probe that follows ``step`` was made already (or there is none); otherwise its row goes too.
+            probed: whether the probe that follows ``step`` was made already (or there is none); otherwise its row goes
+                too.
 
         Raises:
             OSError: the file cannot be written.

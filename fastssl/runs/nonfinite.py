@@ -24,10 +24,12 @@ _ROWS, _COLUMNS = 16, 12
 
 @torch.no_grad()
 def save_bad_step(folder: Path, batch: Batch, views: Sequence[ViewSpec], *, rank: int, about: dict[str, Any]) -> None:
-    """Write ``batch.safetensors``, ``step.json`` and ``views.png`` into ``folder`` (of rank r > 0 ``batch-r.safetensors`` and so on).
+    """Write ``batch.safetensors``, ``step.json`` and ``views.png`` into ``folder`` (of rank r > 0
+    ``batch-r.safetensors`` and so on).
 
-    ``batch.safetensors`` holds ``index`` and ``label`` (B,) int64 and ``views.0``, ``views.1``, ...: (count * B, 3, S, S), view-major, as the step was given
-    them: normalised floats, or uint8 crops together with their colour tables ``tables.0``, ... (see ``augment_device``).
+    ``batch.safetensors`` holds ``index`` and ``label`` (B,) int64 and ``views.0``, ``views.1``, ...: (count * B, 3, S,
+    S), view-major, as the step was given them: normalised floats, or uint8 crops together with their colour tables
+    ``tables.0``, ... (see ``augment_device``).
 
     Args:
         batch: of the step.

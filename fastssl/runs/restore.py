@@ -1,8 +1,10 @@
 """Putting what a checkpoint holds into a run.
 
-Its digest says that a file is as it was written, and not by whom: anybody can compute it. So everything is compared with the run before any of it is taken, and
-all that is taken are numbers, into tensors of the run's own. torch's loading takes more: an optimiser's settings; buffers of any shape or layout, which its fused
-kernels read and write as if they were the parameter's, beyond their end; and, where the file asks for it, tensors in the place of parameters, which the optimiser then never moves.
+Its digest says that a file is as it was written, and not by whom: anybody can compute it. So everything is compared
+with the run before any of it is taken, and all that is taken are numbers, into tensors of the run's own. torch's
+loading takes more: an optimiser's settings; buffers of any shape or layout, which its fused kernels read and write as
+if they were the parameter's, beyond their end; and, where the file asks for it, tensors in the place of parameters,
+which the optimiser then never moves.
 """
 
 from __future__ import annotations
@@ -80,7 +82,8 @@ def load_network(network: nn.Module, found: object) -> None:
         Unfit: a name, shape or type is another one, or a number is not finite.
     """
     require_tensors(network.state_dict(), found)
-    # A plain dict: the one that was read may carry notes for torch, with which a file can have parameters replaced instead of filled.
+    # A plain dict: the one that was read may carry notes for torch, with which a file can have parameters replaced
+    # instead of filled.
     network.load_state_dict(dict(found), strict=True)
 
 
@@ -99,7 +102,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, found: object, *, steps: in
     for number, parameter in enumerate(_parameters(optimizer)):
         kept = found["state"].get(number, {})
         if not kept and "momentum_buffer" in state_names(optimizer):
-            # A parameter that never had a gradient. Some with a buffer and some without is what no first step leaves; from zero it is the same.
+            # A parameter that never had a gradient. Some with a buffer and some without is what no first step leaves;
+            # from zero it is the same.
             state[number] = {"momentum_buffer": torch.zeros_like(parameter)}
         elif kept:
             state[number] = {
@@ -110,7 +114,9 @@ def load_optimizer(optimizer: torch.optim.Optimizer, found: object, *, steps: in
 
 
 def require_tensors(wanted: Mapping[str, Tensor], found: object) -> None:
-    """Raise Unfit where the tensors of a ``state_dict`` are not of these names, shapes and types, or hold a number that is not finite."""
+    """Raise Unfit where the tensors of a ``state_dict`` are not of these names, shapes and types, or hold a number that
+    is not finite.
+    """
     if not isinstance(found, Mapping):
         raise Unfit(f"its networks are a {type(found).__name__}")
     for what, names in (("missing", wanted.keys() - found.keys()), ("unknown", found.keys() - wanted.keys())):
@@ -175,6 +181,7 @@ def _require_position(position: Mapping[str, Any], steps_per_epoch: int, epochs:
         )
     if (last := max(position["skipped"], default=0)) >= samples:
         raise Unfit(f"position.skipped names sample {shown(last)}; there are {samples:,}")
-    # Not only those that are made: a run that was set back twice remembers what it found out ahead of where it stands now.
+    # Not only those that are made: a run that was set back twice remembers what it found out ahead of where it stands
+    # now.
     if odd := [number for number in position["passed_over"] if not 1 <= number <= epochs * steps_per_epoch]:
         raise Unfit(f"position.passed_over names step {shown(odd[0])}; the run has {epochs * steps_per_epoch:,}")

@@ -19,7 +19,8 @@ __all__ = ["NotSaved", "Saver"]
 
 #: Seconds between two tries to write a checkpoint that the disk did not take, and between two messages about it.
 _RETRY_S, _SAY_EVERY_S = 60.0, 600.0
-#: Seconds from the start to the first checkpoint, at most: a folder that takes none should be known in the first minutes, not in the first night.
+#: Seconds from the start to the first checkpoint, at most: a folder that takes none should be known in the first
+#: minutes, not in the first night.
 _FIRST_S = 60.0
 #: How long a run that has made all its steps waits for room. The other processes wait too, an hour at most.
 _WAIT_MINUTES = 30.0
@@ -50,7 +51,9 @@ class Saver:
         self._ask_in(min(60 * self.recipe.train.checkpoint_minutes, _FIRST_S))
 
     def is_due(self) -> bool:
-        """Whether a checkpoint should be written now. True once: among several processes the answer to it comes a step later."""
+        """Whether a checkpoint should be written now. True once: among several processes the answer to it comes a step
+        later.
+        """
         due = not self._asked and time.monotonic() >= self._due_at
         self._asked = self._asked or due
         return due

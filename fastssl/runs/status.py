@@ -2,9 +2,11 @@
 
     {"state": "training", "time": "2026-05-01T12:00:00Z", "step": 1200, "total_steps": 90000, "saved_step": 1000}
 
-A launcher such as torchrun ends with status 1 whatever its processes say; this file says more. A process that is killed says nothing any more, though:
-therefore ``time`` (UTC) is renewed every minute for as long as the process lives, whatever it waits for. ``training`` with a time that is some minutes old means
-that it was killed, or stands still, or that the disk takes no more files. Whoever waits on the same host can also ask for the lock: ``flock`` on ``.lock``.
+A launcher such as torchrun ends with status 1 whatever its processes say; this file says more. A process that is killed
+says nothing any more, though:
+therefore ``time`` (UTC) is renewed every minute for as long as the process lives, whatever it waits for. ``training``
+with a time that is some minutes old means that it was killed, or stands still, or that the disk takes no more files.
+Whoever waits on the same host can also ask for the lock: ``flock`` on ``.lock``.
 """
 
 from __future__ import annotations
@@ -24,8 +26,8 @@ from fastssl.utils.json_text import to_json
 from fastssl.utils.plain_file import read_plain
 
 NAME = "status.json"
-#: ``training``: at work, or killed without a word. ``stopped``: by a signal, with everything saved: the same command goes on. ``failed``: see ``why``.
-#: ``trained``: all steps are made, the report is not written yet. ``finished``.
+#: ``training``: at work, or killed without a word. ``stopped``: by a signal, with everything saved: the same command
+#: goes on. ``failed``: see ``why``. ``trained``: all steps are made, the report is not written yet. ``finished``.
 STATES = ("training", "stopped", "failed", "trained", "finished")
 #: Those in which there is a process behind the file.
 _AT_WORK = ("training", "trained")
@@ -38,9 +40,11 @@ _LONGEST = 64 << 10
 
 
 class RunStatus:
-    """status.json of one run, from its first words until ``close``. No run ends because the file cannot be written, nor waits for long.
+    """status.json of one run, from its first words until ``close``. No run ends because the file cannot be written, nor
+    waits for long.
 
-    One thread writes all of it. So at a disk that does not answer it is this thread that hangs, and the process can leave.
+    One thread writes all of it. So at a disk that does not answer it is this thread that hangs, and the process can
+    leave.
 
     Args:
         folder: of the run.

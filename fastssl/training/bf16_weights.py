@@ -1,9 +1,10 @@
 """bfloat16 weights that are cast once a step.
 
-Autocast casts a weight whenever a layer needs it: once a step in the student, whose casts it keeps, but once for every pass in a network without
-gradient, and the teacher makes a pass for each BatchNorm group. In MobileNet-V3-Large 167 of a step's 632 kernels are such casts. Here the networks
-that compute are copies whose convolutions and linear layers hold bfloat16 weights; they are filled from the float32 ones in one go, and
-the student's gradients come back the same way. The numbers are those of autocast to the last bit.
+Autocast casts a weight whenever a layer needs it: once a step in the student, whose casts it keeps, but once for every
+pass in a network without gradient, and the teacher makes a pass for each BatchNorm group. In MobileNet-V3-Large 167 of
+a step's 632 kernels are such casts. Here the networks that compute are copies whose convolutions and linear layers hold
+bfloat16 weights; they are filled from the float32 ones in one go, and the student's gradients come back the same way.
+The numbers are those of autocast to the last bit.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ _CAST_LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
 
 def _only_multiplies(layer: nn.Module) -> bool:
-    """Whether the layer's weights go into the product as they are. Some kinds standardise them first, in float32, and are left to autocast."""
+    """Whether the layer's weights go into the product as they are. Some kinds standardise them first, in float32, and
+    are left to autocast.
+    """
     kinds = [kind for kind in _CAST_LAYERS if isinstance(layer, kind)]
     return any(type(layer).forward is kind.forward for kind in kinds) or type(layer).__name__ == "Conv2dSame"
 
@@ -26,7 +29,8 @@ def _only_multiplies(layer: nn.Module) -> bool:
 class HalfCopy:
     """A copy of a network that computes with bfloat16 weights where autocast would.
 
-    Every other parameter and every buffer (BatchNorm's statistics, position embeddings) is the very tensor of the original, so that there is one truth.
+    Every other parameter and every buffer (BatchNorm's statistics, position embeddings) is the very tensor of the
+    original, so that there is one truth.
 
     Args:
         original: in float32, on its device already, in training mode; it may not be replaced or moved afterwards.

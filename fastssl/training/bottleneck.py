@@ -59,7 +59,8 @@ def _clamped(share: float) -> float:
 
 
 def smaller_side(reader: BetonReader, views: list[ViewSpec]) -> int | None:
-    """The short side to which photos for these views are usually converted: 256 for 224 px; None: they are hardly larger, or not all are JPEGs.
+    """The short side to which photos for these views are usually converted: 256 for 224 px; None: they are hardly
+    larger, or not all are JPEGs.
 
     A crop of a fifth of the area is then still half as wide as the view, as it is with ImageNet's 256 for 224.
     """

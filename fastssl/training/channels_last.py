@@ -1,4 +1,6 @@
-"""Is the memory layout that a network was given still there at its end? One silent ``.contiguous()`` on the way undoes it."""
+"""Is the memory layout that a network was given still there at its end? One silent ``.contiguous()`` on the way undoes
+it.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,8 @@ def channels_last_breaks(network: nn.Module, images: Tensor) -> list[str]:
     The network is run once in evaluation mode and left as it was.
 
     Args:
-        network: any; layers whose input or output is no map (N, C, H, W) do not count, nor do maps of one pixel, which have no layout.
+        network: any; layers whose input or output is no map (N, C, H, W) do not count, nor do maps of one pixel, which
+            have no layout.
         images: (N, 3, S, S) channels-last, on the network's device.
     """
     broken: list[str] = []

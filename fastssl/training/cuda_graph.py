@@ -25,16 +25,19 @@ def record_cuda_graph(call: Callable[[], Tensor]) -> tuple[Callable[[], None], T
 
 
 class RecordedCall:
-    """``call(inputs)`` recorded with inputs of these shapes; calling it copies new inputs into their places and replays.
+    """``call(inputs)`` recorded with inputs of these shapes; calling it copies new inputs into their places and
+    replays.
 
     Args:
-        call: takes a list of tensors, returns a tensor, changes whatever it likes on the device. It must not read a value back.
+        call: takes a list of tensors, returns a tensor, changes whatever it likes on the device. It must not read a
+            value back.
         inputs: the first ones; all later ones have the same shapes, types and layout.
         undo: called after the warm-up runs, which change the state as any run does; puts it back as it was.
         record: how; another one than CUDA's serves tests.
 
     Raises:
-        RuntimeError: the call cannot be recorded (by CUDA: it waits for the device, which the last warm-up run finds out, or allocates outside torch).
+        RuntimeError: the call cannot be recorded (by CUDA: it waits for the device, which the last warm-up run finds
+            out, or allocates outside torch).
     """
 
     def __init__(
@@ -84,8 +87,8 @@ def _on_gpu(tensors: Sequence[Tensor]) -> bool:
 def _no_waiting(tensors: Sequence[Tensor]) -> Iterator[None]:
     """Whatever makes the host wait for the device raises RuntimeError. Nothing on a CPU.
 
-    A recording would fail at it, too, but in torch before 2.12 its memory would stay taken, and of all memory that two streams share nothing would be free
-    again: the run without a graph would end for want of memory.
+    A recording would fail at it, too, but in torch before 2.12 its memory would stay taken, and of all memory that two
+    streams share nothing would be free again: the run without a graph would end for want of memory.
     """
     if not _on_gpu(tensors):
         yield

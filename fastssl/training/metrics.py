@@ -23,8 +23,8 @@ class _Block:
 class MetricRing:
     """Collects a vector of metrics a step on the device, and hands out their means a block later.
 
-    ``push`` and ``flush`` only queue work. On a GPU ``collect`` returns the blocks whose copy has arrived by now; reading
-    ``loss.item()`` instead would stop the host until the device has caught up, every step.
+    ``push`` and ``flush`` only queue work. On a GPU ``collect`` returns the blocks whose copy has arrived by now;
+    reading ``loss.item()`` instead would stop the host until the device has caught up, every step.
 
     Of several processes each hands out the mean over all; they flush together.
 
@@ -69,7 +69,8 @@ class MetricRing:
             values = all_reduce_mean(values.clone())
         if values.is_cuda:
             host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-            # Ordered behind the pushes on this stream, and before those of the next block: the ring may be reused at once.
+            # Ordered behind the pushes on this stream, and before those of the next block: the ring may be reused at
+            # once.
             values = host.copy_(values, non_blocking=True)
             copied = torch.cuda.Event()
             copied.record()

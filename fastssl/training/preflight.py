@@ -8,7 +8,9 @@ from fastssl.pipelines.beton.verify import verify
 
 
 def require_readable_names(reader: BetonReader) -> None:
-    """Raise FastSSLError where there is a side file and it cannot be read: the report asks it for the names of the classes."""
+    """Raise FastSSLError where there is a side file and it cannot be read: the report asks it for the names of the
+    classes.
+    """
     read_side_file(reader.path)
 
 

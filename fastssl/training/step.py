@@ -6,8 +6,9 @@
       -> gradients averaged over the ranks
       -> optimiser, moving average, queue or centre
 
-What is computed between views and loss is the method's (``methods/``). Two switches of the recipe change how it runs and not what it computes: ``train.compile`` compiles the networks, ``train.graph`` records all of
-the above as one CUDA graph. Where one cannot be had here, the step runs without it and `TrainStep.fallbacks` says why.
+What is computed between views and loss is the method's (``methods/``). Two switches of the recipe change how it runs
+and not what it computes: ``train.compile`` compiles the networks, ``train.graph`` records all of the above as one CUDA
+graph. Where one cannot be had here, the step runs without it and `TrainStep.fallbacks` says why.
 """
 
 from __future__ import annotations
@@ -56,10 +57,12 @@ def initial_backbone(recipe: Recipe, seed: int, say: Callable[[str], None] = lam
     """The backbone as a run with this seed begins with it, on the CPU: the same weights at every call.
 
     Args:
-        say: is told which settings of the recipe change nothing in this network. A recipe may be for other networks, too: that is no warning.
+        say: is told which settings of the recipe change nothing in this network. A recipe may be for other networks,
+            too: that is no warning.
 
     Raises:
-        FastSSLError: no such network, a name with the tag of weights, or a size of views or probe that the network does not take.
+        FastSSLError: no such network, a name with the tag of weights, or a size of views or probe that the network does
+            not take.
     """
     resolve_arch(recipe.arch)  # refuses the tag of weights, which would not be used
     torch.manual_seed(seed)
@@ -88,9 +91,12 @@ class TrainStep:
         batch_size: samples a step on this rank.
         without_effect: a line for each setting of the recipe that changes nothing in this network, with the reason.
         fallbacks: {switch: why it is not used here}; also ``channels_last``, where a network does not keep the layout.
-        networks: student and teacher (or None) in the form that computes: with ``amp`` copies that hold bfloat16 weights.
-        prepared: whether the first call was made, and ``prepare_s``, the seconds of it that went before the step itself.
-        takes_crops: whether the step wants uint8 crops and colour tables (``ViewLoader(colour=False)``), to record the colour with the rest.
+        networks: student and teacher (or None) in the form that computes: with ``amp`` copies that hold bfloat16
+            weights.
+        prepared: whether the first call was made, and ``prepare_s``, the seconds of it that went before the step
+            itself.
+        takes_crops: whether the step wants uint8 crops and colour tables (``ViewLoader(colour=False)``), to record the
+            colour with the rest.
 
     Raises:
         FastSSLError: no such network, or a batch that does not fit the ranks, the queue or the BatchNorm groups.
@@ -230,10 +236,12 @@ class TrainStep:
             noise: see ``noise``.
             rates: see ``rates``; the same names at every call.
             phase: ``method.phase`` of this step.
-            tables: the colour tables that belong to uint8 crops (``Batch.tables``); none: ``views`` are coloured and normalised.
+            tables: the colour tables that belong to uint8 crops (``Batch.tables``); none: ``views`` are coloured and
+                normalised.
 
         Returns:
-            the method's metrics, (len(method.METRICS),) float32 on the device. With ``train.graph`` the next step writes over them.
+            the method's metrics, (len(method.METRICS),) float32 on the device. With ``train.graph`` the next step
+            writes over them.
 
         Raises:
             ValueError: the views are not in channels-last memory, or not those of one batch.
@@ -262,7 +270,9 @@ class TrainStep:
         return self._recorded([to_device(np.array(list(rates.values()), np.float32), self.device), *inputs])
 
     def close(self) -> None:
-        """Let go of a recorded step; later calls would run eagerly. To be called before the processes part (see ``joined``)."""
+        """Let go of a recorded step; later calls would run eagerly. To be called before the processes part (see
+        ``joined``).
+        """
         if self._recorded is not None:
             self._recorded.close()
             self._recorded = None
@@ -382,7 +392,9 @@ class TrainStep:
         return bool(torch.isfinite(torch.stack(torch._foreach_norm(floats, math.inf)).sum()))
 
     def snapshot(self) -> Callable[[], None]:
-        """What puts networks, queue and optimiser back, in place, as they are now. Takes as much memory as they do, and does not wait for the device."""
+        """What puts networks, queue and optimiser back, in place, as they are now. Takes as much memory as they do, and
+        does not wait for the device.
+        """
         kept = [(tensor, tensor.clone()) for tensor in self.method.state_dict().values()]
         before = {
             id(t): t.clone() for state in self.optimizer.state.values() for t in state.values() if isinstance(t, Tensor)

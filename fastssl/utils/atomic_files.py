@@ -16,7 +16,8 @@ _one_sets_the_umask = threading.Lock()
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Call ``write(temporary path)``, flush it to disk and rename it to ``path``: a reader sees the old file or the new one, also after a power cut.
+    """Call ``write(temporary path)``, flush it to disk and rename it to ``path``: a reader sees the old file or the new
+    one, also after a power cut.
 
     The file may be read by whom any other new file may: safetensors writes for its owner's eyes only.
 
@@ -45,15 +46,18 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def _let_go(error: BaseException | None) -> None:
-    """Empty the frames that ``error`` and those before it went through. Who keeps an exception keeps them, and they the file, open: the room that the file
-    takes on a full disk would not come back, though its name is gone."""
+    """Empty the frames that ``error`` and those before it went through. Who keeps an exception keeps them, and they the
+    file, open: the room that the file takes on a full disk would not come back, though its name is gone.
+    """
     while error is not None:
         traceback.clear_frames(error.__traceback__)
         error = error.__context__
 
 
 def link_atomically(source: Path, path: Path) -> None:
-    """Make ``path`` a second name of the file ``source``, or where the file system has no such thing a copy of it, in the place of what is there."""
+    """Make ``path`` a second name of the file ``source``, or where the file system has no such thing a copy of it, in
+    the place of what is there.
+    """
     temporary = path.with_name(path.name + UNFINISHED)
     with suppress(FileNotFoundError):
         temporary.unlink()
@@ -86,7 +90,9 @@ def sync_folder(folder: Path) -> None:
 
 
 def remove_unfinished(folder: Path, *patterns: str) -> None:
-    """Delete what a process that was killed left half-written in ``folder``, of files whose names match. Only where nobody else is writing them."""
+    """Delete what a process that was killed left half-written in ``folder``, of files whose names match. Only where
+    nobody else is writing them.
+    """
     for path in (path for pattern in patterns for path in folder.glob(pattern + UNFINISHED)):
         with suppress(OSError):
             path.unlink()
@@ -98,7 +104,8 @@ def usual_mode() -> int:
         for line in about:
             if line.startswith(b"Umask:"):
                 return 0o666 & ~int(line.split()[1], 8)
-    # Elsewhere it is told only to who sets another, and two threads that do so at once would leave the wrong one behind.
+    # Elsewhere it is told only to who sets another, and two threads that do so at once would leave the wrong one
+    # behind.
     with _one_sets_the_umask:
         mask = os.umask(0)
         os.umask(mask)

@@ -1,10 +1,12 @@
-"""Waiting with a limit: a disk or a network file system that does not answer holds a thread inside the kernel, where nothing can wake it.
+"""Waiting with a limit: a disk or a network file system that does not answer holds a thread inside the kernel, where
+nothing can wake it.
 
-Whoever waits for such a thread would wait for ever, and so would the end of the program, which joins all threads of its pools. Hence two
-rules: a wait ends with `Stalled`, and a program whose threads were given up leaves with ``os._exit`` (`threads_given_up`).
+Whoever waits for such a thread would wait for ever, and so would the end of the program, which joins all threads of its
+pools. Hence two rules: a wait ends with `Stalled`, and a program whose threads were given up leaves with ``os._exit``
+(`threads_given_up`).
 
-A loader waits for its batches (``result``, ``take``). A command that reads or writes in many places does all of it in one thread, which says at
-each step what it begins, and waits for that thread (``watch``).
+A loader waits for its batches (``result``, ``take``). A command that reads or writes in many places does all of it in
+one thread, which says at each step what it begins, and waits for that thread (``watch``).
 """
 
 from __future__ import annotations
@@ -52,7 +54,8 @@ class Patience:
         deed: what was not done in that time, for messages.
 
     Attributes:
-        given_up: a wait was not answered, or interrupted: threads may still hang, and nobody may wait for them any more.
+        given_up: a wait was not answered, or interrupted: threads may still hang, and nobody may wait for them any
+            more.
     """
 
     def __init__(self, path: str | os.PathLike, minutes: float = STALL_MINUTES, deed: str = "read"):
@@ -81,7 +84,8 @@ class Patience:
         return taken[0]
 
     def watch(self, work: Callable[[Step], _Result]) -> _Result:
-        """``work(step)`` in a thread of its own: what it returned or raised, or ``Stalled`` where it has not called ``step`` for too long.
+        """``work(step)`` in a thread of its own: what it returned or raised, or ``Stalled`` where it has not called
+        ``step`` for too long.
 
         ``step`` costs nothing, and ends the work where the caller has left: by Ctrl-C, or because a step took too long.
         """

@@ -1,7 +1,7 @@
 """One number for all that a checkpoint holds.
 
-Neither of our file formats notices a flipped bit: torch reads its zip archives without comparing their CRCs, and safetensors has none. A run that went on
-from such weights would be another run, and nobody would know.
+Neither of our file formats notices a flipped bit: torch reads its zip archives without comparing their CRCs, and
+safetensors has none. A run that went on from such weights would be another run, and nobody would know.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-#: Settings and optimiser states are a few levels deep; a dict that holds itself has no end. Parts in all, each counted as often as it is held: dicts that each
-#: hold the next one twice are 4 billion parts at 32 levels.
+#: Settings and optimiser states are a few levels deep; a dict that holds itself has no end. Parts in all, each counted
+#: as often as it is held: dicts that each hold the next one twice are 4 billion parts at 32 levels.
 _DEEPEST, _MOST = 32, 5_000_000
 
 

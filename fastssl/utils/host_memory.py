@@ -1,7 +1,8 @@
 """Memory that a step frees stays with the process for the next step, on a CPU.
 
-glibc takes large blocks from the kernel with ``mmap`` and gives them back when they are freed. A step at 224 px frees and allocates gigabytes, and the kernel
-zeroes every page of them anew, one fault after the other: a third of the time of such a step. (On a GPU torch's own allocator keeps what is freed.)
+glibc takes large blocks from the kernel with ``mmap`` and gives them back when they are freed. A step at 224 px frees
+and allocates gigabytes, and the kernel zeroes every page of them anew, one fault after the other: a third of the time
+of such a step. (On a GPU torch's own allocator keeps what is freed.)
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ def keep_freed_memory() -> bool:
     """Let malloc reuse large blocks, for the rest of the process.
 
     Returns:
-        whether that was done: it is glibc's, and whoever set ``MALLOC_`` variables or ``GLIBC_TUNABLES``, or preloads another allocator, has chosen.
+        whether that was done: it is glibc's, and whoever set ``MALLOC_`` variables or ``GLIBC_TUNABLES``, or preloads
+            another allocator, has chosen.
     """
     if not sys.platform.startswith("linux") or any(
         name.startswith(("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD")) for name in os.environ

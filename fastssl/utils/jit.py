@@ -1,4 +1,6 @@
-"""How the project's inner loops are compiled: by numba, without the interpreter lock, kept on disk after the first call."""
+"""How the project's inner loops are compiled: by numba, without the interpreter lock, kept on disk after the first
+call.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ def exact(function: Callable) -> Callable:
 
 
 class _Cache(FunctionCache):
-    """Numba's files of compiled code, which may be damaged, cut short or impossible to write: then the function is compiled for this process only."""
+    """Numba's files of compiled code, which may be damaged, cut short or impossible to write: then the function is
+    compiled for this process only.
+    """
 
     def load_overload(self, *arguments: Any) -> Any:
         try:

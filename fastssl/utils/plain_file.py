@@ -1,4 +1,6 @@
-"""Small files that lie beside what a user named, or come with it from strangers: read whole, never for ever, and never more than they can need."""
+"""Small files that lie beside what a user named, or come with it from strangers: read whole, never for ever, and never
+more than they can need.
+"""
 
 from __future__ import annotations
 

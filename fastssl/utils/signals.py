@@ -13,7 +13,8 @@ _Result = TypeVar("_Result")
 
 #: Ctrl-C, the launcher's end, Slurm's ``--signal=USR1@120``, and a terminal that was closed.
 _NAMES = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")
-#: Seconds between two Ctrl-C that are two. torchrun and srun pass on what the terminal has sent to all processes already.
+#: Seconds between two Ctrl-C that are two. torchrun and srun pass on what the terminal has sent to all processes
+#: already.
 _TWICE_S = 2.0
 
 
@@ -43,7 +44,8 @@ class StopRequest:
         return self._flag.wait(seconds)
 
     def unless_asked(self, work: Callable[[], _Result]) -> _Result | None:
-        """What ``work()`` returns; None where a signal asks for the end before it is done. For what may be left in the middle and is made again later.
+        """What ``work()`` returns; None where a signal asks for the end before it is done. For what may be left in the
+        middle and is made again later.
 
         A launcher gives half a minute, and a probe may take longer than that.
         """
@@ -59,7 +61,9 @@ class StopRequest:
 
     @contextmanager
     def by_signals(self) -> Iterator[None]:
-        """Listen inside the block. Signals belong to the main thread: in any other nothing happens, and the caller decides."""
+        """Listen inside the block. Signals belong to the main thread: in any other nothing happens, and the caller
+        decides.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return

@@ -17,7 +17,8 @@ UNREADABLE = (
 
 
 def require_stored_as_is(path: Path) -> None:
-    """``torch.save`` packs its parts into a zip archive without compressing them. One that is compressed can become a thousand times as large in memory.
+    """``torch.save`` packs its parts into a zip archive without compressing them. One that is compressed can become a
+    thousand times as large in memory.
 
     Raises:
         FastSSLError: a compressed or encrypted part, or parts that are larger in all than the file.

@@ -1,7 +1,7 @@
 """Yaml from anywhere, as plain values: nothing in it is run, and no text makes it take long or much memory.
 
-PyYAML's safe loader builds no objects, but it lets an alias stand for an alias of aliases (a few lines are billions of values to whoever walks
-over them), takes seconds for a megabyte, and has Python's own errors for odd scalars.
+PyYAML's safe loader builds no objects, but it lets an alias stand for an alias of aliases (a few lines are billions of
+values to whoever walks over them), takes seconds for a megabyte, and has Python's own errors for odd scalars.
 """
 
 from __future__ import annotations
@@ -19,12 +19,15 @@ MAX_BYTES = 64 << 10
 #: Values and keys, each counted as often as aliases repeat it; levels of lists and mappings inside one another.
 MAX_VALUES, MAX_DEPTH = 10_000, 20
 
-#: what the constructors of scalars raise beside yaml's own: dates that do not exist, numbers of thousands of digits, empty ones with a tag
+#: what the constructors of scalars raise beside yaml's own: dates that do not exist, numbers of thousands of digits,
+#: empty ones with a tag
 _ODD_SCALARS = (ValueError, TypeError, AttributeError, IndexError, KeyError, OverflowError)
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """The safe loader, which would let the second of two equal keys win in silence, made to refuse it; and nesting without end."""
+    """The safe loader, which would let the second of two equal keys win in silence, made to refuse it; and nesting
+    without end.
+    """
 
     _depth = 0
 
@@ -50,7 +53,8 @@ def read_yaml(path: Path) -> Any:
     """The content of a yaml file.
 
     Raises:
-        FastSSLError: it cannot be read, is longer than ``MAX_BYTES``, or is not what ``parse_yaml`` takes; names the file.
+        FastSSLError: it cannot be read, is longer than ``MAX_BYTES``, or is not what ``parse_yaml`` takes; names the
+            file.
     """
     try:
         text = read_plain(path, MAX_BYTES).decode("utf-8")
@@ -62,7 +66,9 @@ def read_yaml(path: Path) -> Any:
 
 
 def parse_yaml(text: str, complaint: str) -> Any:
-    """``text`` as plain values; ``complaint`` opens the message of the ``FastSSLError`` where it is no yaml, or too large."""
+    """``text`` as plain values; ``complaint`` opens the message of the ``FastSSLError`` where it is no yaml, or too
+    large.
+    """
     if len(text) > MAX_BYTES:
         raise FastSSLError(f"{complaint}: longer than {MAX_BYTES >> 10} KiB")
     try:
@@ -87,7 +93,9 @@ class _TooMuch(Exception):
 
 
 def _count_values(node: yaml.Node, known: dict[int, tuple[int, int]]) -> tuple[int, int]:
-    """How many values ``node`` stands for and how many levels, aliases written out. ``known``: by node, (0, 0) for one that holds this one."""
+    """How many values ``node`` stands for and how many levels, aliases written out. ``known``: by node, (0, 0) for one
+    that holds this one.
+    """
     if id(node) in known:
         if known[id(node)] == (0, 0):
             raise _TooMuch("a value that holds itself (an alias inside its own anchor)")

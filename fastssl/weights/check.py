@@ -37,11 +37,13 @@ def check_features(
     tolerance: float,
     batches: Iterable[int] = (2,),
 ) -> float:
-    """The largest difference between the backbone's features and the export's, on random images, as a share of how far features are from their mean.
+    """The largest difference between the backbone's features and the export's, on random images, as a share of how far
+    features are from their mean.
 
-    A share of that and not of the features: much of a feature can be the same for every image, and hide an export that reads no image at all.
-    Rounding alone makes two correct float32 networks differ, by as much as the weights let it grow. How much that is is measured on the
-    backbone itself, against its copy in float64; a network in which rounding grows past ``tolerance`` is not refused for that.
+    A share of that and not of the features: much of a feature can be the same for every image, and hide an export that
+    reads no image at all. Rounding alone makes two correct float32 networks differ, by as much as the weights let it
+    grow. How much that is is measured on the backbone itself, against its copy in float64; a network in which rounding
+    grows past ``tolerance`` is not refused for that.
 
     Args:
         path: for the message.

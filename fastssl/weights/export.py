@@ -1,4 +1,6 @@
-"""A backbone in the forms in which other programs take it. One module for each; the table of torchvision's names is ``fastssl.weights.importing``'s."""
+"""A backbone in the forms in which other programs take it. One module for each; the table of torchvision's names is
+``fastssl.weights.importing``'s.
+"""
 
 from __future__ import annotations
 
@@ -35,8 +37,8 @@ class Exported:
         path: the file or folder.
         tensors: how many.
         size_bytes: of the file, or of the folder's files.
-        difference: the largest one found between the backbone's features and those of the export, right after it was written, as a share of
-            how far features are from their mean.
+        difference: the largest one found between the backbone's features and those of the export, right after it was
+            written, as a share of how far features are from their mean.
         recipe: a line of Python that uses it.
         fused: whether parallel branches and BatchNorms were merged, as ``onnx`` does in networks made for that.
     """
@@ -51,20 +53,24 @@ class Exported:
 
 
 def export_backbone(trained: Trained, destination: Path, format: str = "timm", *, size: int | None = None) -> Exported:
-    """Write the backbone to ``destination``, which is whole or as it was before, and compare its features with the backbone's.
+    """Write the backbone to ``destination``, which is whole or as it was before, and compare its features with the
+    backbone's.
 
-    Networks that train with several branches and run with one (MobileOne, FastViT, RepViT, ...) go into ``onnx`` in the form
-    that runs. The other formats keep the form that trains: its names are those that ``timm.create_model`` takes, its branches
-    those that fine-tuning needs, and ``timm.utils.reparameterize_model`` merges them in one call when that is done.
+    Networks that train with several branches and run with one (MobileOne, FastViT, RepViT, ...) go into ``onnx`` in the
+    form that runs. The other formats keep the form that trains: its names are those that ``timm.create_model`` takes,
+    its branches those that fine-tuning needs, and ``timm.utils.reparameterize_model`` merges them in one call when that
+    is done.
 
     Args:
         trained: as ``load_trained`` gives it; on the CPU, in evaluation mode.
-        destination: ends as ``ENDINGS[format]`` says; an earlier export of the same kind is replaced, see ``require_replaceable``.
+        destination: ends as ``ENDINGS[format]`` says; an earlier export of the same kind is replaced, see
+            ``require_replaceable``.
         format: a key of ``ENDINGS``.
         size: side of the pictures, for ``onnx`` and for a folder of ``timm``; None: as the run was probed, or 224.
 
     Raises:
-        FastSSLError: another ending, a network that the format does not know, something there that is no export, or features that differ.
+        FastSSLError: another ending, a network that the format does not know, something there that is no export, or
+            features that differ.
     """
     from fastssl.weights.staging import require_replaceable, staged
 

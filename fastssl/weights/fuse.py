@@ -1,4 +1,6 @@
-"""Networks that train with several branches and run with one: MobileOne, FastViT, RepViT, RepVGG, GhostNet-V3 and others (arXiv 2206.04040, 2303.14189)."""
+"""Networks that train with several branches and run with one: MobileOne, FastViT, RepViT, RepVGG, GhostNet-V3 and
+others (arXiv 2206.04040, 2303.14189).
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,8 @@ from fastssl.weights.check import check_features
 
 
 def fused(backbone: nn.Module, *, size: int) -> nn.Module | None:
-    """A copy of ``backbone`` with its parallel branches, and in some networks its BatchNorms, merged into single convolutions by timm.
+    """A copy of ``backbone`` with its parallel branches, and in some networks its BatchNorms, merged into single
+    convolutions by timm.
 
     It computes the same features with fewer layers and cannot be trained on as well; its tensors have other names.
 
@@ -20,7 +23,8 @@ def fused(backbone: nn.Module, *, size: int) -> nn.Module | None:
         size: side of the pictures on which both are compared.
 
     Returns:
-        None where timm has nothing to merge, cannot do it, or comes to other features (by more than 1e-4 of their spread).
+        None where timm has nothing to merge, cannot do it, or comes to other features (by more than 1e-4 of their
+        spread).
     """
     try:
         merged = reparameterize_model(backbone)

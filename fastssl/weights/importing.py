@@ -1,7 +1,8 @@
-"""Backbones that others trained: read without running what is in the file, matched by name and shape, kept as our own ``.safetensors``.
+"""Backbones that others trained: read without running what is in the file, matched by name and shape, kept as our own
+``.safetensors``.
 
-``read`` opens the file, ``layouts`` finds the network in it, ``match`` finds each tensor's place in the backbone, ``torchvision_names`` knows
-what torchvision calls it.
+``read`` opens the file, ``layouts`` finds the network in it, ``match`` finds each tensor's place in the backbone,
+``torchvision_names`` knows what torchvision calls it.
 """
 
 from __future__ import annotations
@@ -20,17 +21,20 @@ from fastssl.weights.read import read_foreign
 def import_backbone(
     source: Path, destination: Path, arch: str, *, layout: str = "auto", which: str | None = None
 ) -> Matched:
-    """Write the backbone in ``source`` to ``destination``, for ``fastssl.load_backbone``, ``fastssl evaluate`` and ``fastssl export``.
+    """Write the backbone in ``source`` to ``destination``, for ``fastssl.load_backbone``, ``fastssl evaluate`` and
+    ``fastssl export``.
 
     Args:
-        source: a checkpoint of MoCo, light-moco, DINO or SSLight, or weights for timm or torchvision; ``torch.save``'s format or safetensors.
+        source: a checkpoint of MoCo, light-moco, DINO or SSLight, or weights for timm or torchvision; ``torch.save``'s
+            format or safetensors.
         destination: ends in ``.safetensors``; replaced if it was imported too, or else left alone.
         arch: short name or timm name of the network that is in there.
         layout: see ``find_network``.
         which: ``student`` or ``query``, ``teacher`` or ``key``; None: the student, or the only network.
 
     Raises:
-        FastSSLError: see ``read_foreign``, ``find_network`` and ``match``; or something at ``destination`` that was not imported.
+        FastSSLError: see ``read_foreign``, ``find_network`` and ``match``; or something at ``destination`` that was not
+            imported.
     """
     arch = resolve_arch(arch, tags=True)
     _require_replaceable(destination)

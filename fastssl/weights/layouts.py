@@ -15,7 +15,8 @@ from fastssl.errors import FastSSLError
 
 @dataclass(frozen=True)
 class Layout:
-    """How a project's training state names the backbone's tensors, once ``module.`` (DistributedDataParallel) is taken off.
+    """How a project's training state names the backbone's tensors, once ``module.`` (DistributedDataParallel) is taken
+    off.
 
     Attributes:
         roots: (begin of the names, network), the one with the gradient first.
@@ -28,8 +29,8 @@ class Layout:
     note: str
 
 
-#: name -> layout, the more particular first: SSLight's begin as those of MoCo and DINO do. Read in the projects' code (SSLight: src/sslight/model,
-#: src/sslight/backbone/layer.py; light-moco: moco/builder.py; DINO: main_dino.py).
+#: name -> layout, the more particular first: SSLight's begin as those of MoCo and DINO do. Read in the projects' code
+#: (SSLight: src/sslight/model, src/sslight/backbone/layer.py; light-moco: moco/builder.py; DINO: main_dino.py).
 LAYOUTS: dict[str, Layout] = {
     "sslight": Layout(
         (
@@ -85,8 +86,8 @@ def find_network(path: Path, tensors: dict[str, Tensor], *, layout: str = "auto"
         which: a key of ``NETWORK``; None: the one with the gradient, or the only one.
 
     Raises:
-        FastSSLError: nothing is named as ``layout`` has it, it holds no such network, or two tensors have the same name once what is wrapped
-            around the network is taken off.
+        FastSSLError: nothing is named as ``layout`` has it, it holds no such network, or two tensors have the same name
+            once what is wrapped around the network is taken off.
     """
     inside, left_out = _unpacked(path, tensors)
     packed = any(name.startswith(_CONTAINERS[0]) for name in tensors)
@@ -119,7 +120,9 @@ def find_network(path: Path, tensors: dict[str, Tensor], *, layout: str = "auto"
 
 
 def _renamed(path: Path, tensors: dict[str, Tensor], rename: Callable[[str], str]) -> dict[str, Tensor]:
-    """The tensors under their new names, of which no two may be the same: the file does not say which one the network is made of."""
+    """The tensors under their new names, of which no two may be the same: the file does not say which one the network
+    is made of.
+    """
     before: dict[str, str] = {}
     for name in tensors:
         if (other := before.setdefault(rename(name), name)) != name:

@@ -19,7 +19,8 @@ from fastssl.weights.torchvision_names import TWINS, torchvision_names, with_eps
 HEADS = frozenset(
     {"fc", "classifier", "head", "head_dist", "projector", "projection", "predictor", "prototypes", "mlp", "last_layer"}
 )
-#: SSLight wraps torchvision's ResNets in a Sequential, which numbers the layers; 2 and 3 are the activation and the pooling.
+#: SSLight wraps torchvision's ResNets in a Sequential, which numbers the layers; 2 and 3 are the activation and the
+#: pooling.
 _NUMBERED = {"conv1": "0", "bn1": "1", "layer1": "4", "layer2": "5", "layer3": "6", "layer4": "7"}
 
 
@@ -84,9 +85,9 @@ def match(path: Path, found: Found, arch: str) -> Matched:
         arch: timm name of the network that they should be.
 
     Raises:
-        FastSSLError: tensors are missing, have another shape, or are neither the backbone's nor a head's; the message names the first
-            few and, if there is one, the network with a short name that they fit. Or they are not what a network computes with: whole
-            numbers, complex, sparse, quantised, without values, NaN or infinite.
+        FastSSLError: tensors are missing, have another shape, or are neither the backbone's nor a head's; the message
+            names the first few and, if there is one, the network with a short name that they fit. Or they are not what
+            a network computes with: whole numbers, complex, sparse, quantised, without values, NaN or infinite.
     """
     backbone = create_backbone(arch)
     attempts = _attempts(found, arch, backbone.state_dict())

@@ -17,28 +17,32 @@ from fastssl.utils.torch_file import UNREADABLE, require_stored_as_is
 
 
 def _settings(module: str) -> type:
-    """A stand-in for ``module.CfgNode``, the dict of settings of yacs and fvcore: making one makes an OrderedDict, of which torch knows how to fill it."""
+    """A stand-in for ``module.CfgNode``, the dict of settings of yacs and fvcore: making one makes an OrderedDict, of
+    which torch knows how to fill it.
+    """
     return type("CfgNode", (), {"__module__": module, "__qualname__": "CfgNode", "__new__": lambda cls: OrderedDict()})
 
 
-#: Classes that these projects keep beside their tensors and that can do no harm: reading one sets attributes or keys, and runs no code of its own.
-#: ``argparse.Namespace`` (DINO's ``args``) is Python's; SSLight's settings become dicts, so that fvcore need not be here.
+#: Classes that these projects keep beside their tensors and that can do no harm: reading one sets attributes or keys,
+#: and runs no code of its own. ``argparse.Namespace`` (DINO's ``args``) is Python's; SSLight's settings become dicts,
+#: so that fvcore need not be here.
 HARMLESS = (argparse.Namespace, _settings("fvcore.common.config"), _settings("yacs.config"))
 
-#: Dicts in dicts: trainers' settings are a few levels deep. Values in all of them, each counted as often as it is held: a dict that holds one dict
-#: twice, which holds one twice, and so on, is 4 billion values at 32 levels.
+#: Dicts in dicts: trainers' settings are a few levels deep. Values in all of them, each counted as often as it is held:
+#: a dict that holds one dict twice, which holds one twice, and so on, is 4 billion values at 32 levels.
 DEEPEST, MOST = 32, 1_000_000
 
 
 def read_foreign(path: Path) -> dict[str, Tensor]:
-    """All tensors of a checkpoint, on the CPU: nested dicts become names with dots, and what is not a tensor or stands in a list is left out.
+    """All tensors of a checkpoint, on the CPU: nested dicts become names with dots, and what is not a tensor or stands
+    in a list is left out.
 
     Args:
         path: what ``torch.save`` wrote, whatever its ending, or a ``.safetensors`` file.
 
     Raises:
-        FastSSLError: no such file, damaged, written by fastssl, without tensors, in need of classes that reading would have to trust, with two
-            tensors that have the same name, or with dicts that have no end.
+        FastSSLError: no such file, damaged, written by fastssl, without tensors, in need of classes that reading would
+            have to trust, with two tensors that have the same name, or with dicts that have no end.
     """
     if not path.is_file():
         raise FastSSLError(f"{path}: no such file")

@@ -33,8 +33,9 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, about: dict[str, str]) 
     """Write ``tensors`` as ``path``'s ending says: safetensors, or a dict by ``torch.save``.
 
     Args:
-        about: what the file says of itself, all strings; ``description`` is signed. It goes into safetensors' header; ``torch.save`` has none,
-            so there it is an attribute of the dict, ``torch.load(path).about``, as torch's own state dicts have ``_metadata``.
+        about: what the file says of itself, all strings; ``description`` is signed. It goes into safetensors' header;
+            ``torch.save`` has none, so there it is an attribute of the dict, ``torch.load(path).about``, as torch's own
+            state dicts have ``_metadata``.
     """
     plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     if path.suffix in TORCH_ENDINGS:
@@ -49,12 +50,13 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, about: dict[str, str]) 
 def require_replaceable(destination: Path) -> None:
     """Refuse to write over what is not an earlier export.
 
-    A file may be replaced by an export if it is one of the same kind, which its description says: weights that were downloaded, a run's
-    checkpoints and fine-tuned classifiers do not have it. A folder may be if it is empty, or holds just the two files that
-    ``--format timm`` writes, of which the one with the tensors has that description.
+    A file may be replaced by an export if it is one of the same kind, which its description says: weights that were
+    downloaded, a run's checkpoints and fine-tuned classifiers do not have it. A folder may be if it is empty, or holds
+    just the two files that ``--format timm`` writes, of which the one with the tensors has that description.
 
     Raises:
-        FastSSLError: ``destination`` is something else, or is in a folder that does not exist; or it is an ONNX file, and onnx is missing.
+        FastSSLError: ``destination`` is something else, or is in a folder that does not exist; or it is an ONNX file,
+            and onnx is missing.
     """
     if not destination.parent.is_dir():
         raise FastSSLError(f"{destination.parent}: no such folder; create it first")
@@ -131,13 +133,15 @@ def _is_signed_onnx(path: Path) -> bool:
 
 @contextmanager
 def staged(destination: Path) -> Iterator[Path]:
-    """A place with ``destination``'s name to write to; when the block ends well it is flushed to disk and renamed to ``destination``.
+    """A place with ``destination``'s name to write to; when the block ends well it is flushed to disk and renamed to
+    ``destination``.
 
-    If the block fails or is interrupted, ``destination`` is as it was. A folder cannot be renamed over one that holds files, so there an
-    earlier export is put aside first, and back if the new one does not get its place.
+    If the block fails or is interrupted, ``destination`` is as it was. A folder cannot be renamed over one that holds
+    files, so there an earlier export is put aside first, and back if the new one does not get its place.
 
     Raises:
-        FastSSLError: the folder cannot be written, or the disk is full. Should the earlier export not get back, it is kept, and said where.
+        FastSSLError: the folder cannot be written, or the disk is full. Should the earlier export not get back, it is
+            kept, and said where.
     """
     try:
         beside = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=destination.parent))

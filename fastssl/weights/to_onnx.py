@@ -1,6 +1,7 @@
 """``--format onnx``: one file with graph and weights, for runtimes without PyTorch.
 
-Input ``images`` (N, 3, size, size) float32, normalised as in training; output ``features`` (N, F) float32; N is free, the size is not.
+Input ``images`` (N, 3, size, size) float32, normalised as in training; output ``features`` (N, F) float32; N is free,
+the size is not.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ def require_onnx() -> None:
     """Say in one line what is missing.
 
     Raises:
-        FastSSLError: onnx, onnxscript (torch's exporter stands on it) or onnxruntime (which checks the file) is not installed.
+        FastSSLError: onnx, onnxscript (torch's exporter stands on it) or onnxruntime (which checks the file) is not
+            installed.
     """
     import importlib.util
 
@@ -43,10 +45,11 @@ def write_file(
     size: int,
     merged: nn.Module | None = None,
 ) -> float:
-    """Write ``path`` and run it with onnxruntime at batch 1 and 3; returns how far its features are from the backbone's.
+    """Write ``path`` and run it with onnxruntime at batch 1 and 3; returns how far its features are from the
+    backbone's.
 
-    torch has two exporters. The older one, by tracing TorchScript, cannot express the antialiased bicubic resize of a vision transformer's
-    position embedding; the newer one (``dynamo=True``) takes all networks that have a short name.
+    torch has two exporters. The older one, by tracing TorchScript, cannot express the antialiased bicubic resize of a
+    vision transformer's position embedding; the newer one (``dynamo=True``) takes all networks that have a short name.
 
     Args:
         backbone: in plain layout: channels-last would put a transposition around every convolution.
@@ -54,7 +57,8 @@ def write_file(
         merged: the form of the backbone that goes into the file (see ``fuse.fused``); None: itself.
 
     Raises:
-        FastSSLError: the network cannot be expressed in ONNX at this size, or the file gives features that differ by more than 1e-4.
+        FastSSLError: the network cannot be expressed in ONNX at this size, or the file gives features that differ by
+            more than 1e-4.
     """
     require_onnx()
     import onnx

@@ -12,7 +12,8 @@ from fastssl.weights.staging import save_tensors
 
 
 def write_file(backbone: nn.Module, path: Path, about: dict[str, str]) -> float:
-    """Write the tensors to ``path`` and read them back with ``safetensors.torch.load_file``; returns the largest difference, which is 0.
+    """Write the tensors to ``path`` and read them back with ``safetensors.torch.load_file``; returns the largest
+    difference, which is 0.
 
     Raises:
         FastSSLError: what is read is not what was written.

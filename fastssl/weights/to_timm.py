@@ -1,8 +1,8 @@
 """``--format timm``: a bare state dict, or a folder in the style of the Hugging Face hub.
 
-The file is read by ``timm.create_model(name, num_classes=0, checkpoint_path=FILE)``, or with
-``pretrained=True, pretrained_cfg_overlay=dict(file=FILE, custom_load=False)``. (timm's ViT entries say ``custom_load=True``, which
-expects an .npz file.) The folder is read by ``timm.create_model("local-dir:FOLDER", pretrained=True)``, and is what
+The file is read by ``timm.create_model(name, num_classes=0, checkpoint_path=FILE)``, or with ``pretrained=True,
+pretrained_cfg_overlay=dict(file=FILE, custom_load=False)``. (timm's ViT entries say ``custom_load=True``, which expects
+an .npz file.) The folder is read by ``timm.create_model("local-dir:FOLDER", pretrained=True)``, and is what
 ``timm.create_model("hf-hub:USER/NAME", pretrained=True)`` expects when it is uploaded.
 """
 
@@ -26,7 +26,9 @@ _OF_OTHER_WEIGHTS = (
 
 
 def write_file(backbone: nn.Module, arch: str, path: Path, about: dict[str, str]) -> float:
-    """Write the state dict to ``path`` (.safetensors, .pth or .pt) and load it back as users will; returns the largest difference of features."""
+    """Write the state dict to ``path`` (.safetensors, .pth or .pt) and load it back as users will; returns the largest
+    difference of features.
+    """
     plain = timm.create_model(arch, num_classes=0)
     tensors = backbone.state_dict()
     check_names(path, tensors, plain.state_dict(), f"timm's {arch}")
@@ -36,11 +38,12 @@ def write_file(backbone: nn.Module, arch: str, path: Path, about: dict[str, str]
 
 
 def write_folder(backbone: nn.Module, arch: str, path: Path, about: dict[str, str], *, size: int, crop: float) -> float:
-    """Write ``path/config.json``, by timm itself, and ``path/model.safetensors``; returns the largest difference of features.
+    """Write ``path/config.json``, by timm itself, and ``path/model.safetensors``; returns the largest difference of
+    features.
 
-    The configuration says how pictures are prepared, so that ``timm.data.resolve_model_data_config`` gives the transform with which
-    ``fastssl evaluate`` judges: bilinear, a centre crop, and the mean and deviation of the views that the network
-    was trained on.
+    The configuration says how pictures are prepared, so that ``timm.data.resolve_model_data_config`` gives the
+    transform with which ``fastssl evaluate`` judges: bilinear, a centre crop, and the mean and deviation of the views
+    that the network was trained on.
 
     Args:
         size, crop: side of the pictures, and the centre crop's share of the short side, for the configuration.

@@ -45,7 +45,9 @@ def build_twin(twin: Twin) -> nn.Module:
 
 
 def write_file(backbone: nn.Module, arch: str, path: Path, about: dict[str, str]) -> float:
-    """Write the state dict to ``path`` (.pth, .pt or .safetensors) and load it back as users will; returns the largest difference of features."""
+    """Write the state dict to ``path`` (.pth, .pt or .safetensors) and load it back as users will; returns the largest
+    difference of features.
+    """
     twin = twin_of(arch)
     network = build_twin(twin)
     tensors = to_torchvision(arch, backbone)

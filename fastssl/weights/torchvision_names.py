@@ -1,6 +1,7 @@
 """Networks that timm and torchvision both have: which tensor is which, and the one number in which they differ.
 
-Facts about both libraries, held by tests against the installed ones. Export reads the table from left to right, import from right to left.
+Facts about both libraries, held by tests against the installed ones. Export reads the table from left to right, import
+from right to left.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-#: timm's sub-layers of a block in the order in which they run: (convolution, its BatchNorm); "se" stands for squeeze-and-excitation.
+#: timm's sub-layers of a block in the order in which they run: (convolution, its BatchNorm); "se" stands for
+#: squeeze-and-excitation.
 _INVERTED = (("conv_pw", "bn1"), ("conv_dw", "bn2"), "se", ("conv_pwl", "bn3"))
 _SEPARABLE = (("conv_dw", "bn1"), "se", ("conv_pw", "bn2"))
 _SQUEEZE = {"conv_reduce": "fc1", "conv_expand": "fc2"}
@@ -24,7 +26,8 @@ class Twin:
 
     Attributes:
         builder: ``torchvision.models.<builder>(weights=None)``.
-        last: the layer that makes classes of features: with an Identity in its place the network returns what the backbone returns.
+        last: the layer that makes classes of features: with an Identity in its place the network returns what the
+            backbone returns.
         eps: of its BatchNorms.
     """
 
@@ -70,8 +73,9 @@ def torchvision_names(arch: str, names: Iterable[str]) -> dict[str, str]:
 def _mobile_layers(arch: str, names: list[str]) -> dict[str, str]:
     """timm layer -> torchvision layer of a MobileNet or an EfficientNet.
 
-    torchvision numbers what timm names: ``features`` holds the stem as 0, then the blocks (EfficientNet: the stages, which hold
-    blocks), then the last convolution; a block is a Sequential of (convolution, BatchNorm) pairs and squeeze-and-excitation.
+    torchvision numbers what timm names: ``features`` holds the stem as 0, then the blocks (EfficientNet: the stages,
+    which hold blocks), then the last convolution; a block is a Sequential of (convolution, BatchNorm) pairs and
+    squeeze-and-excitation.
     """
     blocks: dict[tuple[int, int], set[str]] = {}
     for name in names:
@@ -107,11 +111,12 @@ def _mobile_layers(arch: str, names: list[str]) -> dict[str, str]:
 def with_eps(
     tensors: dict[str, Tensor], backbone: nn.Module, *, have: float | None = None, want: float | None = None
 ) -> dict[str, Tensor]:
-    """The tensors of a network that adds another eps to its variances, such that it still computes the same in evaluation mode.
+    """The tensors of a network that adds another eps to its variances, such that it still computes the same in
+    evaluation mode.
 
-    BatchNorm gives ``w (x - mean) / sqrt(var + eps) + b``; a weight ``w sqrt((var + want) / (var + have))`` takes the difference up
-    exactly. A network that is trained on from there normalises by its batch, where eps stands beside the batch's own variance: there
-    the factor is what two definitions of the same network differ in.
+    BatchNorm gives ``w (x - mean) / sqrt(var + eps) + b``; a weight ``w sqrt((var + want) / (var + have))`` takes the
+    difference up exactly. A network that is trained on from there normalises by its batch, where eps stands beside the
+    batch's own variance: there the factor is what two definitions of the same network differ in.
 
     Args:
         tensors: under timm's names.

@@ -1,20 +1,21 @@
 """``.beton``, FFCV's file format (version 2), read and written with NumPy alone.
 
-A file is: header | field descriptors | one metadata record a sample | data pages | allocation table up to the end of the file.
-Everything is little-endian and packed except the metadata record, which is laid out as a C struct would be::
+A file is: header | field descriptors | one metadata record a sample | data pages | allocation table up to the end of
+the file. Everything is little-endian and packed except the metadata record, which is laid out as a C struct would be::
 
     header, 24 bytes        version u2, num_fields u2, page_size u4, num_samples u8, alloc_table_ptr u8
     descriptor, 1041 bytes  type id u1, name 16 bytes NUL-padded, arguments 1024 bytes
     image record, 13 bytes  mode u1 (0 JPEG, 1 raw height x width x 3), width u2, height u2, data_ptr u8
     table entry, 24 bytes   sample_id u8, ptr u8, size u8
 
-A data region's size stands only in the allocation table, under the same ``ptr``. No region crosses a multiple of ``page_size``,
-because FFCV's process cache loads whole pages and finds them as ``ptr >> log2(page_size)``. The format has no checksums: the
-converter keeps them in a side file, ``FILE.beton.json``.
+A data region's size stands only in the allocation table, under the same ``ptr``. No region crosses a multiple of
+``page_size``, because FFCV's process cache loads whole pages and finds them as ``ptr >> log2(page_size)``. The format
+has no checksums: the converter keeps them in a side file, ``FILE.beton.json``.
 
-The reader trusts no number from a file before it has compared it with the file's size: a damaged or hostile file ends in a
-``BetonError``, never in a read outside of it. It reads with ``preadv`` and maps nothing: a file that is cut short, or a disk that
-fails, while a run reads it would end the process with SIGBUS at the next touch of a map, and no program can make an error of that.
+The reader trusts no number from a file before it has compared it with the file's size: a damaged or hostile file ends
+in a ``BetonError``, never in a read outside of it. It reads with ``preadv`` and maps nothing: a file that is cut short,
+or a disk that fails, while a run reads it would end the process with SIGBUS at the next touch of a map, and no program
+can make an error of that.
 """
 
 from __future__ import annotations
@@ -72,7 +73,8 @@ _BLOCK, _PART = 1 << 20, 16 << 20
 #: Photos that tell a file from another one, and bytes of each.
 _LOOKED_AT, _LOOK = 64, 4096
 
-#: Bytes by which a side file may be longer than its file. It has 6 for a sample, which takes 60 and its photo there, and the names of the classes.
+#: Bytes by which a side file may be longer than its file. It has 6 for a sample, which takes 60 and its photo there,
+#: and the names of the classes.
 _SIDE_ROOM = 16 << 20
 
 #: One sample as the writer remembers it; also what a conversion journal stores.
@@ -87,7 +89,9 @@ def side_path(path: str | os.PathLike) -> Path:
 
 
 def read_side_file(path: str | os.PathLike) -> dict | None:
-    """Load the side file of the ``.beton`` file ``path``; None when there is none. ``BetonError`` when it is not what we write."""
+    """Load the side file of the ``.beton`` file ``path``; None when there is none. ``BetonError`` when it is not what
+    we write.
+    """
     side = side_path(path)
     try:
         content = json.loads(read_plain(side, os.stat(path).st_size + _SIDE_ROOM).decode("utf-8"))
@@ -104,9 +108,11 @@ def read_side_file(path: str | os.PathLike) -> dict | None:
 
 
 class _OpenFile:
-    """A file descriptor that is closed with the last reference to it: a thread that still reads keeps its file, whoever closes the reader.
+    """A file descriptor that is closed with the last reference to it: a thread that still reads keeps its file, whoever
+    closes the reader.
 
-    Closed in time, its number could be given to another file while a thread that the disk holds up is about to read from it.
+    Closed in time, its number could be given to another file while a thread that the disk holds up is about to read
+    from it.
     """
 
     def __init__(self, path: Path):
@@ -121,7 +127,9 @@ class _OpenFile:
             os.close(self.descriptor)
 
     def read_into(self, out: np.ndarray, offset: int) -> int:
-        """Fill ``out``, 1-D uint8, from byte ``offset`` on; how many bytes there were, fewer than wanted at the end of the file only."""
+        """Fill ``out``, 1-D uint8, from byte ``offset`` on; how many bytes there were, fewer than wanted at the end of
+        the file only.
+        """
         view, done = memoryview(out), 0
         while done < len(view):
             got = os.preadv(self.descriptor, [view[done:]], offset + done)
@@ -134,10 +142,10 @@ class _OpenFile:
 class BetonReader:
     """An open ``.beton`` file with one image field and, usually, one integer label.
 
-    All tables are checked when the file is opened (about 0.2 s per million samples); afterwards any sample can be read from any
-    thread. It keeps to the file that it opened: one that is put in its place under the same name is not seen, and one that is cut short
-    or written over meanwhile gives errors that name the sample. Fields other than the first image and the first integer are skipped
-    with a warning. Use it as a context manager, or call :meth:`close`.
+    All tables are checked when the file is opened (about 0.2 s per million samples); afterwards any sample can be read
+    from any thread. It keeps to the file that it opened: one that is put in its place under the same name is not seen,
+    and one that is cut short or written over meanwhile gives errors that name the sample. Fields other than the first
+    image and the first integer are skipped with a warning. Use it as a context manager, or call :meth:`close`.
 
     Attributes:
         path: the file. num_samples: N, also ``len(reader)``.
@@ -226,7 +234,8 @@ class BetonReader:
     ) -> np.ndarray:
         """Fill in what stands in the samples' records; returns their data pointers, (N,) uint64.
 
-        In blocks, and each is checked before memory for the next is touched: a file with terabytes of holes is refused at its first one.
+        In blocks, and each is checked before memory for the next is touched: a file with terabytes of holes is refused
+        at its first one.
         """
         count = self.num_samples
         self.modes, self.heights, self.widths = (
@@ -285,7 +294,8 @@ class BetonReader:
         entry_ptr, entry_size, entry_id = (np.ascontiguousarray(table[name]) for name in ("ptr", "size", "sample_id"))
         if not np.array_equal(entry_ptr, pointers):
             # FFCV's workers write the table in the order in which they finish, with entries for every other field too.
-            # An empty bytes field takes no room, so its pointer can be the same as the image's that follows: it must not win.
+            # An empty bytes field takes no room, so its pointer can be the same as the image's that follows: it must
+            # not win.
             order = np.flatnonzero(entry_size)
             order = order[np.argsort(entry_ptr[order], kind="stable")]
             place = np.searchsorted(entry_ptr[order], pointers)
@@ -361,10 +371,12 @@ class BetonReader:
         return out
 
     def decode_into(self, i: int, out: np.ndarray) -> None:
-        """Decode sample ``i`` into ``out``, (heights[i], widths[i], 3) uint8 C-contiguous; after an error its contents are undefined.
+        """Decode sample ``i`` into ``out``, (heights[i], widths[i], 3) uint8 C-contiguous; after an error its contents
+        are undefined.
 
         Raises:
-            JpegError: the picture is damaged, or ``out`` is of another shape. BetonError: as `encoded`. Both name file and sample.
+            JpegError: the picture is damaged, or ``out`` is of another shape. BetonError: as `encoded`. Both name file
+                and sample.
         """
         self._require_sample(i)
         file, offset, size = self._open_file(), int(self.offsets[i]), int(self.sizes[i])
@@ -385,7 +397,9 @@ class BetonReader:
             raise JpegError(f"{self.path}: sample {i}: {error}") from None
 
     def _memory(self, size: int) -> np.ndarray:
-        """``size`` bytes to read into, this thread's own and overwritten by its next sample: new memory costs a fault a page."""
+        """``size`` bytes to read into, this thread's own and overwritten by its next sample: new memory costs a fault a
+        page.
+        """
         kept = getattr(self._scratch, "kept", None)
         if kept is None or kept.size < size:
             kept = self._scratch.kept = np.empty(size + size // 4, np.uint8)
@@ -402,7 +416,9 @@ class BetonReader:
             raise IndexError(f"{self.path}: no sample {i}, there are {self.num_samples}")
 
     def _read(self, file: _OpenFile, offset: int, out: np.ndarray, what: str) -> None:
-        """Fill ``out``, 1-D uint8, from byte ``offset`` on, or raise a ``BetonError`` that says ``what`` could not be read."""
+        """Fill ``out``, 1-D uint8, from byte ``offset`` on, or raise a ``BetonError`` that says ``what`` could not be
+        read.
+        """
         try:
             got = file.read_into(out, offset)
         except OSError as error:
@@ -432,8 +448,9 @@ class BetonReader:
     def photo_checksum(self) -> int:
         """CRC-32 of some bytes from the middle of some photos, spread evenly over the file; of small files all photos.
 
-        Tables alone do not tell two sets of raw pictures of one size apart. Takes no more than 64 small reads, whatever the file's size. A photo that
-        the disk does not give is left out: what to do about such ones is asked where they are needed.
+        Tables alone do not tell two sets of raw pictures of one size apart. Takes no more than 64 small reads, whatever
+        the file's size. A photo that the disk does not give is left out: what to do about such ones is asked where they
+        are needed.
         """
         found = 0
         for i in np.unique(np.linspace(0, self.num_samples - 1, _LOOKED_AT).astype(np.int64)):
@@ -463,7 +480,9 @@ class BetonReader:
         )
 
     def require_whole(self) -> None:
-        """For those that map the file themselves: it is as long as when it was opened, or ``BetonError``. One call to the system."""
+        """For those that map the file themselves: it is as long as when it was opened, or ``BetonError``. One call to
+        the system.
+        """
         if (now := os.fstat(self._open_file().descriptor).st_size) < self.num_bytes:
             raise self._error(
                 f"cut off since it was opened: {now:,} of {self.num_bytes:,} bytes are there; put the whole file back"
@@ -473,18 +492,20 @@ class BetonReader:
 class BetonWriter:
     """Write samples one after the other into a ``.beton`` file that FFCV reads too.
 
-    The number of samples need not be known: room is reserved for ``capacity`` of them and the header, written last, says how many
-    came. A file whose writer was stopped has a header of zeros and is refused by every reader. Memory: 33 bytes a sample.
+    The number of samples need not be known: room is reserved for ``capacity`` of them and the header, written last,
+    says how many came. A file whose writer was stopped has a header of zeros and is refused by every reader. Memory: 33
+    bytes a sample.
 
-    A sample larger than a page doubles ``page_size`` as often as needed. That is safe at any time, because whatever does not
-    cross a multiple of P does not cross a multiple of 2P either.
+    A sample larger than a page doubles ``page_size`` as often as needed. That is safe at any time, because whatever
+    does not cross a multiple of P does not cross a multiple of 2P either.
 
     Args:
         path: the file; it is replaced. capacity: most samples that may come.
         labels: with an integer field ``label`` behind ``image``, or without.
         page_size: in bytes, a power of two of at least 2 MiB.
-        written: RECORD_DTYPE records of samples that ``path`` already holds, from a writer that was stopped and had the same
-            ``capacity``, ``labels`` and ``page_size``: writing goes on behind them, and what lies behind them is cut off.
+        written: RECORD_DTYPE records of samples that ``path`` already holds, from a writer that was stopped and had the
+            same ``capacity``, ``labels`` and ``page_size``: writing goes on behind them, and what lies behind them is
+            cut off.
     """
 
     def __init__(
@@ -543,7 +564,9 @@ class BetonWriter:
         return self._records[: self.num_samples]
 
     def add(self, data: bytes | np.ndarray, height: int, width: int, label: int = 0, mode: int = MODE_JPEG) -> None:
-        """Append one sample: the bytes of a JPEG of ``height`` x ``width`` pixels, or with ``mode`` 1 its raw (H, W, 3) uint8 pixels."""
+        """Append one sample: the bytes of a JPEG of ``height`` x ``width`` pixels, or with ``mode`` 1 its raw (H, W, 3)
+        uint8 pixels.
+        """
         data = memoryview(data).cast("B")
         size = len(data)
         if self.num_samples == len(self._records):

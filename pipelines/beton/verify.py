@@ -58,8 +58,8 @@ def verify(
     """Check ``path``; every sample's checksum is compared when there is a side file.
 
     ``decode``: decode this many samples, evenly spaced; None: all. ``workers``: threads, None: one a CPU.
-    ``progress(done, total)`` is called from one other thread. ``stall_minutes``: how long the tables, or a few dozen samples, are waited for;
-    a warning comes after the first minute.
+    ``progress(done, total)`` is called from one other thread. ``stall_minutes``: how long the tables, or a few dozen
+    samples, are waited for; a warning comes after the first minute.
 
     Raises:
         BetonError: the header or a table is damaged, so that no sample can be trusted.

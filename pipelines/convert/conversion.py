@@ -1,14 +1,15 @@
 """Turn a folder or tar of photos into one ``.beton`` file.
 
-Every photo is decoded once, strictly, so that a damaged one is found now and not in the middle of a training run. A JPEG that
-needs no change goes into the file byte for byte; anything else becomes upright 8-bit RGB and is encoded anew.
+Every photo is decoded once, strictly, so that a damaged one is found now and not in the middle of a training run. A
+JPEG that needs no change goes into the file byte for byte; anything else becomes upright 8-bit RGB and is encoded anew.
 
-While it works, there are two files beside DST: ``DST.partial``, the growing file, and ``DST.partial.journal``, one line for every
-photo that is safely on the disk. DST itself appears by renaming, so it is whole or absent. A conversion that was stopped goes on
-behind the journal's last line; the bytes of the result do not depend on stops, nor on the number of workers.
+While it works, there are two files beside DST: ``DST.partial``, the growing file, and ``DST.partial.journal``, one line
+for every photo that is safely on the disk. DST itself appears by renaming, so it is whole or absent. A conversion that
+was stopped goes on behind the journal's last line; the bytes of the result do not depend on stops, nor on the number of
+workers.
 
-All of it, listing and writing included, is done in threads that the caller waits for with a limit (stall.py): SRC and DST often lie on one
-network disk, and that may be gone for ever.
+All of it, listing and writing included, is done in threads that the caller waits for with a limit (stall.py): SRC and
+DST often lie on one network disk, and that may be gone for ever.
 """
 
 from __future__ import annotations
@@ -88,17 +89,19 @@ class ConvertOptions:
     """What becomes of each photo.
 
     Attributes:
-        short_side: photos whose shorter side is longer are scaled down to it; None: no scaling. Nothing is ever scaled up.
+        short_side: photos whose shorter side is longer are scaled down to it; None: no scaling. Nothing is ever scaled
+            up.
         max_side: the same for the longer side, instead of ``short_side``.
         keep_size: no scaling at all.
         quality: JPEG quality, 1 to 100, of what has to be encoded anew (4:2:0; 4:4:4 from 95).
         store: 'jpeg', or 'raw' for decoded pixels (10 to 20 times larger, nothing to decode in training).
         workers: threads; None: as many as this process has CPUs.
         limit: convert only this many photos, evenly spaced over the source.
-        resume: go on where a stopped conversion of the same photos with the same options stood, and keep what is needed for that.
+        resume: go on where a stopped conversion of the same photos with the same options stood, and keep what is needed
+            for that.
         on_bad: 'skip' lists bad photos in DST.rejects.jsonl, 'fail' stops at the first.
-        stall_minutes: how long one photo, or the disk under DST, is waited for; a warning comes after the first minute, ``Stalled`` at the end.
-            ``math.inf``: for ever.
+        stall_minutes: how long one photo, or the disk under DST, is waited for; a warning comes after the first minute,
+            ``Stalled`` at the end. ``math.inf``: for ever.
         automatic: no person asked for this file: who made it may make it again. Noted in the side file, no more.
     """
 
@@ -180,7 +183,9 @@ class Encoded(NamedTuple):
 
 
 def chosen_photos(count: int, limit: int | None) -> np.ndarray:
-    """Which of a listing's ``count`` photos are converted: all, or ``limit`` of them, evenly spaced. Ascending int64 positions."""
+    """Which of a listing's ``count`` photos are converted: all, or ``limit`` of them, evenly spaced. Ascending int64
+    positions.
+    """
     total = count if limit is None else min(limit, count)
     return np.arange(total) * count // max(1, total)
 
@@ -196,14 +201,18 @@ def convert(
     options: ConvertOptions | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> ConvertSummary:
-    """Convert the photos of ``src`` (see :func:`fastssl.pipelines.convert.sources.list_source`) into the ``.beton`` file ``dst``.
+    """Convert the photos of ``src`` (see :func:`fastssl.pipelines.convert.sources.list_source`) into the ``.beton``
+    file ``dst``.
 
-    An existing ``dst`` is replaced, at the very end. ``progress(done, total)`` is called from one other thread, ten times a second.
+    An existing ``dst`` is replaced, at the very end. ``progress(done, total)`` is called from one other thread, ten
+    times a second.
 
     Raises:
-        ConvertError, SourceError: nothing to convert, every photo rejected, a bad photo with ``on_bad='fail'``, no space, ...
+        ConvertError, SourceError: nothing to convert, every photo rejected, a bad photo with ``on_bad='fail'``, no
+            space, ...
         WorkerError: no memory was left for a photo.
-        Stalled: the disk or network file system did not answer; the same conversion goes on where it stood, in a new process.
+        Stalled: the disk or network file system did not answer; the same conversion goes on where it stood, in a new
+            process.
     """
     options = options or ConvertOptions()
     with warnings.catch_warnings():
@@ -221,7 +230,8 @@ def _convert(
         raise ConvertError(f"{dst}: is a folder; name the .beton file to write")
     if not dst.parent.is_dir():
         raise ConvertError(f"{dst.parent}: no such folder; create it first")
-    # The result takes its name by renaming, which would put a plain file in the place of a device, or of the photos themselves.
+    # The result takes its name by renaming, which would put a plain file in the place of a device, or of the photos
+    # themselves.
     if dst.exists() and not dst.is_file():
         raise ConvertError(f"{dst}: exists and is not a plain file; name another DST")
     if dst.exists() and os.path.samefile(src, dst):
@@ -480,7 +490,8 @@ class _Conversion:
     def _checkpoint(self) -> None:
         """Bring the photos to the disk, and only then the lines that vouch for them."""
         if self._journal is None:
-            # What a large memory holds back would come at the very end, and a slow disk then take longer than one step may.
+            # What a large memory holds back would come at the very end, and a slow disk then take longer than one step
+            # may.
             if self._unsynced >= _MOST_UNSYNCED:
                 self.writer.sync()
                 self._unsynced = 0

@@ -1,8 +1,9 @@
 """Where photos come from: a folder of class folders, a flat folder, a tar, or the ILSVRC2012 tar of class tars.
 
-A listing is made first, without reading any picture: it gives the classes, the count for the progress bar, and a fingerprint by
-which a resumed conversion knows that it looks at the same photos. Tars are never extracted: a listing remembers where in the
-file each member's bytes lie, so that any thread can read them with one ``pread``. Member names are only ever data.
+A listing is made first, without reading any picture: it gives the classes, the count for the progress bar, and a
+fingerprint by which a resumed conversion knows that it looks at the same photos. Tars are never extracted: a listing
+remembers where in the file each member's bytes lie, so that any thread can read them with one ``pread``. Member names
+are only ever data.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ class Listing:
     """The photos of a source in the order in which they are converted.
 
     Attributes:
-        source: the folder or tar. names: N paths inside it. labels: (N,) int64, index into ``classes`` (all 0 when flat).
+        source: the folder or tar. names: N paths inside it. labels: (N,) int64, index into ``classes`` (all 0 when
+            flat).
         classes: sorted class names, or None for photos without labels.
         offsets: (N,) int64, where in the tar each photo's bytes start; None for a folder. sizes: (N,) int64, in bytes.
         rejected: (path inside the source, reason) of what looks like a photo but cannot be one.
@@ -75,7 +77,9 @@ class Listing:
             self._tar.close()
 
     def read(self, i: int) -> bytes:
-        """The encoded bytes of photo ``i``; from any thread. ``SourceError`` when it changed since the listing, ``OSError`` as usual."""
+        """The encoded bytes of photo ``i``; from any thread. ``SourceError`` when it changed since the listing,
+        ``OSError`` as usual.
+        """
         size = int(self.sizes[i])
         if size > MAX_FILE_BYTES:
             raise SourceError(f"{size:,} bytes, more than the limit of {MAX_FILE_BYTES:,}")
@@ -95,10 +99,11 @@ class Listing:
 def list_source(source: str | os.PathLike, step: Step = lambda what: None) -> Listing:
     """List the photos of a folder or a tar.
 
-    Folder: with photos in sub-folders, the first folder level is the class; with photos only directly inside, there are no labels.
-    Tar: a tar of tars takes each inner tar's name as the class; a plain tar is read as a folder would be, below the folders that
-    all its photos share, and without labels when all of them lie in one folder.
-    Symbolic links are followed in folders, never in tars. Hidden files (``.x``, macOS' ``._x``) are ignored. ``step`` is called for each file.
+    Folder: with photos in sub-folders, the first folder level is the class; with photos only directly inside, there are
+    no labels. Tar: a tar of tars takes each inner tar's name as the class; a plain tar is read as a folder would be,
+    below the folders that all its photos share, and without labels when all of them lie in one folder. Symbolic links
+    are followed in folders, never in tars. Hidden files (``.x``, macOS' ``._x``) are ignored. ``step`` is called for
+    each file.
 
     Raises:
         SourceError: missing, neither folder nor tar, compressed, damaged, or without a single photo.

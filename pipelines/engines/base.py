@@ -46,8 +46,8 @@ def batch_name(request: Request) -> str:
 def thread_initializer(device: torch.device) -> Callable[[], None]:
     """What a thread that will talk to ``device`` calls first; to be made in the thread that starts it.
 
-    To CUDA a new thread is at GPU 0, whatever its parent is at: its first call, be it that it waits for an event of another GPU, makes a context there, half a gigabyte
-    for every process of the machine.
+    To CUDA a new thread is at GPU 0, whatever its parent is at: its first call, be it that it waits for an event of
+    another GPU, makes a context there, half a gigabyte for every process of the machine.
     """
     if device.type != "cuda":
         return lambda: None
@@ -114,13 +114,14 @@ class Engine(ABC):
         Closing the iterator early stops the work that was begun ahead.
 
         Raises:
-            FastSSLError: the engine is closed, or its last epoch is still running. While iterating, also: a damaged picture (unless skipped),
-                ``WorkerError`` for what went wrong in a thread, ``Stalled``.
+            FastSSLError: the engine is closed, or its last epoch is still running. While iterating, also: a damaged
+                picture (unless skipped), ``WorkerError`` for what went wrong in a thread, ``Stalled``.
         """
         if self._closed:
             raise FastSSLError("this loader is closed; open a new ViewLoader")
         self.patience.require_threads()
-        # The buffers have one consumer. An epoch that was left by `break` is gone with its last reference, hence the weak one here.
+        # The buffers have one consumer. An epoch that was left by `break` is gone with its last reference, hence the
+        # weak one here.
         if self._unfinished() is not None:
             raise FastSSLError(
                 "an epoch of this loader is still running: finish it or close() its iterator first, or open a second loader"
@@ -130,7 +131,9 @@ class Engine(ABC):
         return iterator
 
     def close(self) -> None:
-        """Stop a running epoch, join all threads but those that were given up, free all buffers. Harmless when called twice."""
+        """Stop a running epoch, join all threads but those that were given up, free all buffers. Harmless when called
+        twice.
+        """
         self._closed = True
         if (iterator := self._unfinished()) is not None:
             iterator.close()

@@ -1,7 +1,7 @@
 """The ``dali`` engine: NVIDIA DALI decodes each picture once and cuts all views of the plan from it.
 
-The boxes are inputs of the graph, so DALI draws nothing. Colour is ours as in every engine: DALI's contrast pivots on grey 128 and
-its hue is a rotation in YIQ, 8.6 grey levels from torchvision on average at MoCo-v2's strength.
+The boxes are inputs of the graph, so DALI draws nothing. Colour is ours as in every engine: DALI's contrast pivots on
+grey 128 and its hue is a rotation in YIQ, 8.6 grey levels from torchvision on average at MoCo-v2's strength.
 
 On a machine without a GPU the same graph is built from the operators' CPU versions.
 """
@@ -100,15 +100,18 @@ class DaliEngine(Engine):
             self._end_epoch(finished)
 
     def _views(self, outputs: tuple) -> list[Tensor]:
-        """DALI's outputs as (count * B, 3, S, S), on memory that DALI does not write to any more: batches that are kept stay whole."""
+        """DALI's outputs as (count * B, 3, S, S), on memory that DALI does not write to any more: batches that are kept
+        stay whole.
+        """
         if self._copy_stream is None:
             return _joined([torch.from_dlpack(output.as_tensor()) for output in outputs], self.specs)
         current = torch.cuda.current_stream(self.device)
         with torch.cuda.stream(self._copy_stream):
             views = [torch.from_dlpack(output.as_tensor()) for output in outputs]
             groups = _joined(views, self.specs, copy=True)
-        # What torch lets go of is DALI's to write to at once, whatever torch's streams have yet to read. So the copies are waited for, on a stream where they
-        # wait for nothing: the steps that the host is ahead of are on another one.
+        # What torch lets go of is DALI's to write to at once, whatever torch's streams have yet to read. So the copies
+        # are waited for, on a stream where they wait for nothing: the steps that the host is ahead of are on another
+        # one.
         self._copy_stream.synchronize()
         for group in groups:
             group.record_stream(current)
@@ -147,7 +150,9 @@ class DaliEngine(Engine):
             self._drawn.append(self._drawer.submit(self._draw, draw))
 
     def _draw(self, draw: Callable[[], Request]) -> tuple[Request, list[np.ndarray]]:
-        """A request and its samples' bytes. Read here and not where DALI asks for them: the consumer waits there, and must not hang."""
+        """A request and its samples' bytes. Read here and not where DALI asks for them: the consumer waits there, and
+        must not hang.
+        """
         cpu = time.thread_time()
         try:
             request = self._check(draw())
@@ -235,7 +240,9 @@ class DaliEngine(Engine):
 
 
 def _joined(views: Sequence[Tensor], specs: Sequence[ViewSpec], copy: bool = False) -> list[Tensor]:
-    """One (B, S, S, 3) tensor a view, as DALI has them -> one (count * B, 3, S, S) a group, for one pass of the network. ``copy``: also of a single view."""
+    """One (B, S, S, 3) tensor a view, as DALI has them -> one (count * B, 3, S, S) a group, for one pass of the
+    network. ``copy``: also of a single view.
+    """
     groups, first = [], 0
     for spec in specs:
         mine = views[first : first + spec.count]

@@ -1,8 +1,9 @@
 """Damaged samples, for engines that would not notice them.
 
-libjpeg goes on after most kinds of damage and leaves grey or stale pixels; DALI and FFCV do not ask it whether it did. So
-each sample is looked at once before such an engine is given it. Where a side file holds checksums of what the converter
-decoded without complaint that costs a CRC, and otherwise one strict decode: in a file of other origin the first epoch decodes twice.
+libjpeg goes on after most kinds of damage and leaves grey or stale pixels; DALI and FFCV do not ask it whether it did.
+So each sample is looked at once before such an engine is given it. Where a side file holds checksums of what the
+converter decoded without complaint that costs a CRC, and otherwise one strict decode: in a file of other origin the
+first epoch decodes twice.
 """
 
 from __future__ import annotations
@@ -91,7 +92,8 @@ def give_places(
 ) -> dict[int, int | None]:
     """Let the nearest good sample of the batch stand in for each damaged one, in ``request`` itself.
 
-    Of the batch of all processes: a damaged photo at the edge of a process's part has the same neighbours however many processes there are.
+    Of the batch of all processes: a damaged photo at the edge of a process's part has the same neighbours however many
+    processes there are.
 
     Args:
         broken: positions in the batch.

@@ -1,12 +1,14 @@
-"""The ``ffcv`` engine: FFCV's loader and decoder, with an operation of ours that decodes once and cuts every view of the plan.
+"""The ``ffcv`` engine: FFCV's loader and decoder, with an operation of ours that decodes once and cuts every view of
+the plan.
 
-FFCV decodes once per *pipeline*, so two views cost two decodes there, and its crops come from a generator that cannot be seeded. Here
-its loader runs one operation whose compiled loop reads boxes that were drawn outside, and resizes with the same antialiased filter
-as the other engines, where FFCV's own takes areas.
+FFCV decodes once per *pipeline*, so two views cost two decodes there, and its crops come from a generator that cannot
+be seeded. Here its loader runs one operation whose compiled loop reads boxes that were drawn outside, and resizes with
+the same antialiased filter as the other engines, where FFCV's own takes areas.
 
-What else is kept away from the user: FFCV sets torch's number of threads when a loader is made or started; an error in its thread
-leaves the consumer waiting for ever; a thread outlives an early ``break``; batches that are kept are overwritten; scratch
-memory is taken for every place of a batch and of the queue at the size of the file's largest picture.
+What else is kept away from the user: FFCV sets torch's number of threads when a loader is made or started; an error in
+its thread leaves the consumer waiting for ever; a thread outlives an early ``break``; batches that are kept are
+overwritten; scratch memory is taken for every place of a batch and of the queue at the size of the file's largest
+picture.
 """
 
 from __future__ import annotations
@@ -43,8 +45,8 @@ from fastssl.utils.deadline import LEAVE_SECONDS, STALL_MINUTES, Patience
 
 # ---------------------------------------------------------------------- compiled: decode, and cut all views
 
-# libturbojpeg as FFCV has it loaded. FFCV's own call asks for the fast DCT and for chroma without smoothing, which is 1 grey level
-# from what every other decoder gives.
+# libturbojpeg as FFCV has it loaded. FFCV's own call asks for the fast DCT and for chroma without smoothing, which is 1
+# grey level from what every other decoder gives.
 _RGB, _ACCURATE_DCT = 0, 4096
 _open_decoder, _close_decoder, _decompress = lib.tjInitDecompress, lib.tjDestroy, lib.tjDecompress2
 _open_decoder.argtypes, _open_decoder.restype = [], c_void_p
@@ -57,7 +59,9 @@ _decompress.argtypes, _decompress.restype = (
 
 @numba.njit(nogil=True, error_model="numpy")
 def _decode(data: np.ndarray, height: int, width: int) -> np.ndarray:
-    """(H, W, 3) uint8. Taken and given back for each picture: memory for the largest one at every place of the queue could be gigabytes."""
+    """(H, W, 3) uint8. Taken and given back for each picture: memory for the largest one at every place of the queue
+    could be gigabytes.
+    """
     image = np.empty((height, width, 3), np.uint8)
     decoder = _open_decoder()
     _decompress(decoder, data.ctypes.data, data.size, image.ctypes.data, width, 3 * width, height, _RGB, _ACCURATE_DCT)
@@ -66,7 +70,9 @@ def _decode(data: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 class _DecodeOnce(SimpleRGBImageDecoder):
-    """FFCV operation: one decode, all views. Its "batch indices" are rows of (sample, box of view 0, box of view 1, ...)."""
+    """FFCV operation: one decode, all views. Its "batch indices" are rows of (sample, box of view 0, box of view 1,
+    ...).
+    """
 
     def __init__(self, specs: Sequence[ViewSpec]):
         super().__init__()
@@ -171,7 +177,9 @@ class FfcvEngine(Engine):
             epoch.stop()
 
     def _checked(self, draw: Callable[[], Request]) -> Request:
-        """Draw, look at what was not seen before; FFCV maps the file, and what is cut off of a map would end the process."""
+        """Draw, look at what was not seen before; FFCV maps the file, and what is cut off of a map would end the
+        process.
+        """
         try:
             request = self._check(draw())
         except FastSSLError:
@@ -221,7 +229,8 @@ class FfcvEngine(Engine):
         self._checkers.shutdown(wait=not self.patience.given_up, cancel_futures=True)
 
 
-#: numba's own thread pool, which it falls back to where neither TBB nor OpenMP loads, ends the process when two threads use it at once.
+#: numba's own thread pool, which it falls back to where neither TBB nor OpenMP loads, ends the process when two threads
+#: use it at once.
 _COMPILED_LOOP = threading.Lock()
 
 

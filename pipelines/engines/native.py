@@ -157,7 +157,9 @@ class NativeEngine(Engine):
             self._drain(pending)
 
     def _drain(self, pending: deque) -> None:
-        """Cancel what has not begun and wait for what has: nobody writes into a slot after this, unless its thread was given up."""
+        """Cancel what has not begun and wait for what has: nobody writes into a slot after this, unless its thread was
+        given up.
+        """
         jobs = [slot.job for slot in pending]
         for job in jobs:
             job.cancel()
@@ -262,7 +264,8 @@ class NativeEngine(Engine):
         batch = len(request.index)
         numel = self.reader.heights[request.index].astype(np.int64) * self.reader.widths[request.index] * 3
         offsets = np.concatenate([[0], np.cumsum(numel)])
-        # crop_resize_device reads rows in windows of the widest picture: spare bytes behind the last one save it a copy.
+        # crop_resize_device reads rows in windows of the widest picture: spare bytes behind the last one save it a
+        # copy.
         spare = 3 * (int(self.reader.widths[request.index].max()) + 8)
         job = _Job(request, offsets[:-1].copy(), int(offsets[-1]) + spare)
         if self.crops == "host":

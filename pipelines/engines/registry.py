@@ -94,7 +94,8 @@ def require_engine(name: str, reader: BetonReader, specs: Sequence[ViewSpec]) ->
     """Whether `open_engine` will take this engine, file and views; nothing is opened.
 
     Raises:
-        FastSSLError: the engine is not installed (the message says what to type), or does not take this file or these views.
+        FastSSLError: the engine is not installed (the message says what to type), or does not take this file or these
+            views.
     """
     if name in ("auto", "native"):
         return

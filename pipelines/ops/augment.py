@@ -1,8 +1,8 @@
 """Colour jitter, grey, Gaussian blur, solarise and normalisation with per-sample parameters.
 
-Takes uint8 views and their plan, gives normalised channels-last tensors. The semantics are those of torchvision.transforms.v2 on
-float pictures in 0 .. 1, operation by operation, clamped in between; the order is jitter (in the sample's own order), grey, blur,
-solarise (the flip happened in the crop).
+Takes uint8 views and their plan, gives normalised channels-last tensors. The semantics are those of
+torchvision.transforms.v2 on float pictures in 0 .. 1, operation by operation, clamped in between; the order is jitter
+(in the sample's own order), grey, blur, solarise (the flip happened in the crop).
 
 Two drivers give the same numbers:
 
@@ -53,8 +53,8 @@ def augment(
     Args:
         views: (N, 3, S, S) uint8, channels-last (other layouts give the same numbers).
         plan: (N,) records of VIEW_DTYPE, drawn for ``spec``; the crop box and the flip are not used.
-        spec: the view group: solarise threshold, largest sigma, mean and std; jitter, hue, grey, blur and solarise are left out
-            where it gives them no probability or strength.
+        spec: the view group: solarise threshold, largest sigma, mean and std; jitter, hue, grey, blur and solarise are
+            left out where it gives them no probability or strength.
         dtype: of the result. Everything is computed in float32 (on a GPU the blur multiplies in float16).
         pool: threads that share the work on a CPU; None: the calling one alone. The result is the same to the last bit.
         memory: where the result lies, on a CPU; None: new memory.
@@ -83,11 +83,12 @@ def _check(views: Tensor, count: int) -> None:
 def parameter_table(plan: NDArray[np.void]) -> NDArray[np.float32]:
     """The plan as plain numbers for the kernels.
 
-    A blend is ``x * factor + (1 - factor) * (to_luminance * luminance + to_mean * mean luminance)``: brightness has (0, 0),
-    saturation (1, 0), contrast (0, 1).
+    A blend is ``x * factor + (1 - factor) * (to_luminance * luminance + to_mean * mean luminance)``: brightness has (0,
+    0), saturation (1, 0), contrast (0, 1).
 
     Returns:
-        (N, 23) float32: six blends of (factor, (1 - factor) * to_luminance, (1 - factor) * to_mean), the hue's shift, grey, blur,
+        (N, 23) float32: six blends of (factor, (1 - factor) * to_luminance, (1 - factor) * to_mean), the hue's shift,
+            grey, blur,
         1 / (2 sigma^2), solarise; flags are 0 or 1.
     """
     count = len(plan)
@@ -121,8 +122,8 @@ def parameter_table(plan: NDArray[np.void]) -> NDArray[np.float32]:
 def augment_device(views: Tensor, table: Tensor, spec: ViewSpec, dtype: torch.dtype = torch.float32) -> Tensor:
     """`augment` with the parameters already on the device.
 
-    The same kernels and allocations whatever the plan, and no host sync. Runs on any device. The blur's constants are made and
-    cached by the first call for a size, so call once before capturing a graph.
+    The same kernels and allocations whatever the plan, and no host sync. Runs on any device. The blur's constants are
+    made and cached by the first call for a size, so call once before capturing a graph.
 
     Args:
         views: (N, 3, S, S) uint8.
@@ -142,7 +143,8 @@ def augment_device(views: Tensor, table: Tensor, spec: ViewSpec, dtype: torch.dt
     if spec.jitter > 0:
         for place in range(_BLENDS):
             if place == _BLENDS // 2 and spec.hue > 0:
-                # Samples whose hue stays must keep their bits: a rounding error could carry a value over the solarise threshold.
+                # Samples whose hue stays must keep their bits: a rounding error could carry a value over the solarise
+                # threshold.
                 planes = [
                     torch.where(column[_HUE] != 0, turned, plane)
                     for turned, plane in zip(turn_hue(planes, column[_HUE]), planes)
@@ -227,10 +229,11 @@ def blend(planes: Sequence[Tensor], factor: Tensor, other: Tensor) -> None:
 def turn_hue(planes: Sequence[Tensor], shift: Tensor) -> list[Tensor]:
     """Turn the hue of each sample with value and chroma kept: torchvision's way through HSV without its choices.
 
-    With the lowest channel moved to 0 and the highest to 1, the hue in sixths of a turn is q = 1 + green + blue - red, counted
-    from red towards green when green >= blue and the other way round otherwise; that covers all six sectors. Back, a channel
-    is low + chroma * clamp(2 - distance of the hue from the channel's own), and |||difference| - 3| - 3| is the distance on the
-    circle of six for differences up to 9. No comparison or remainder is needed: `compiled._turn_hue` is the same formula.
+    With the lowest channel moved to 0 and the highest to 1, the hue in sixths of a turn is q = 1 + green + blue - red,
+    counted from red towards green when green >= blue and the other way round otherwise; that covers all six sectors.
+    Back, a channel is low + chroma * clamp(2 - distance of the hue from the channel's own), and |||difference| - 3| -
+    3| is the distance on the circle of six for differences up to 9. No comparison or remainder is needed:
+    `compiled._turn_hue` is the same formula.
 
     Args:
         planes: red, green, blue, each (N, P) float32 in 0 .. 1.
@@ -254,7 +257,9 @@ def turn_hue(planes: Sequence[Tensor], shift: Tensor) -> list[Tensor]:
 
 
 def mix_grey(planes: Sequence[Tensor], share: Tensor) -> None:
-    """Turn samples with a share (N, 1) of 1 grey, in place. lerp gives its end points exactly: a share of 0 keeps every bit."""
+    """Turn samples with a share (N, 1) of 1 grey, in place. lerp gives its end points exactly: a share of 0 keeps every
+    bit.
+    """
     grey = luminance(planes)
     for plane in planes:
         plane.lerp_(grey, share)
@@ -266,7 +271,9 @@ def solarised(plane: Tensor, threshold: int) -> Tensor:
 
 
 def blur_radius(spec: ViewSpec, size: int) -> int:
-    """Radius of the blur's kernel: three of the largest sigmas, but no more than reflection at the border of a tiny view can fill."""
+    """Radius of the blur's kernel: three of the largest sigmas, but no more than reflection at the border of a tiny
+    view can fill.
+    """
     return min(math.ceil(3 * spec.blur_sigma[1]), size - 1)
 
 
@@ -278,7 +285,9 @@ def _blur_weights(falloff: Tensor, radius: int) -> Tensor:
 
 
 def blur_matrices(falloff: Tensor, radius: int, size: int, dtype: torch.dtype) -> Tensor:
-    """The same blur along one axis as matrices, reflection included: (N, 1) of 1 / (2 sigma^2) -> (N, S, S) of ``dtype``."""
+    """The same blur along one axis as matrices, reflection included: (N, 1) of 1 / (2 sigma^2) -> (N, S, S) of
+    ``dtype``.
+    """
     taps = _tap_matrices(size, radius, falloff.device, dtype)
     return (_blur_weights(falloff, radius).to(dtype) @ taps).view(len(falloff), size, size)
 

@@ -1,7 +1,8 @@
-"""The inner loops of the host side, compiled by numba: pixels pass through the cache once, and the interpreter lock is free meanwhile.
+"""The inner loops of the host side, compiled by numba: pixels pass through the cache once, and the interpreter lock is
+free meanwhile.
 
-The same work in torch or NumPy calls takes six times as long on one core (every call is another pass over the planes), and in several
-threads it does not get faster at all: each of its hundreds of small calls has to come back for the lock.
+The same work in torch or NumPy calls takes six times as long on one core (every call is another pass over the planes),
+and in several threads it does not get faster at all: each of its hundreds of small calls has to come back for the lock.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ _ZERO, _ONE, _TWO, _THREE, _SIX = (np.float32(value) for value in (0, 1, 2, 3, 6
 
 @fast
 def _weights(length: int, size: int, cubic: bool) -> tuple:
-    """First source pixel, number of taps and weights of every output pixel: Pillow's filters, normalised inside the box."""
+    """First source pixel, number of taps and weights of every output pixel: Pillow's filters, normalised inside the
+    box.
+    """
     scale = length / size
     reduction = max(scale, 1.0)
     support = (2.0 if cubic else 1.0) * reduction
@@ -66,8 +69,8 @@ _BITS = 14
 def _whole(taps: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """(S, T) float32 weights as (S, an even number of at least T) int16 in units of 1 / 2^_BITS.
 
-    What a weight loses by rounding goes on to the next one: each row's sum is exact, so that what is even stays even, and the thousands of taps of an
-    extreme reduction are not all rounded to nothing.
+    What a weight loses by rounding goes on to the next one: each row's sum is exact, so that what is even stays even,
+    and the thousands of taps of an extreme reduction are not all rounded to nothing.
     """
     whole = np.zeros((len(weights), (weights.shape[1] + 1) // 2 * 2), np.int16)
     for i in range(len(weights)):
@@ -84,14 +87,17 @@ def _whole(taps: np.ndarray, weights: np.ndarray) -> np.ndarray:
 def _weigh(
     typing: Any, source: Any, row: Any, weights: Any, column: Any, pairs: Any, target: Any, target_row: Any
 ) -> tuple:
-    """One output pixel in each of `_ROWS` rows: the weighted sum of neighbouring RGB pixels, two at a time, rounded and cut to 8 bits.
+    """One output pixel in each of `_ROWS` rows: the weighted sum of neighbouring RGB pixels, two at a time, rounded and
+    cut to 8 bits.
 
-    Numba's own vectoriser does not see that the colours of a pixel belong together. Written as vectors of eight bytes (red, red, green, green, blue,
-    blue, and two that come next), products and sums of a pair of taps become one instruction where the processor has it: the resize is four times as fast.
+    Numba's own vectoriser does not see that the colours of a pixel belong together. Written as vectors of eight bytes
+    (red, red, green, green, blue, blue, and two that come next), products and sums of a pair of taps become one
+    instruction where the processor has it: the resize is four times as fast.
 
-    ``weights`` is the array of `_whole`, of which row ``column`` is used and ``pairs`` pairs of it. (The array and not its address: numba frees what is
-    not named any more.) The others are addresses or distances in bytes: the first tap in the first row, from row to row; the first result, from
-    result to result. Reads up to five bytes behind the last pixel, and writes one behind each result.
+    ``weights`` is the array of `_whole`, of which row ``column`` is used and ``pairs`` pairs of it. (The array and not
+    its address: numba frees what is not named any more.) The others are addresses or distances in bytes: the first tap
+    in the first row, from row to row; the first result, from result to result. Reads up to five bytes behind the last
+    pixel, and writes one behind each result.
     """
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Sequence[ir.Value]) -> ir.Value:
@@ -141,24 +147,28 @@ def _weigh(
 
 @fast
 def crop_resize(image: np.ndarray, box: np.ndarray, cubic: bool, scratch: np.ndarray, out: np.ndarray) -> None:
-    """Crop, resize and flip one view of one decoded picture, along the rows first; Pillow's passes in that order differ by 1/255, at most by 2. Checks nothing.
+    """Crop, resize and flip one view of one decoded picture, along the rows first; Pillow's passes in that order differ
+    by 1/255, at most by 2. Checks nothing.
 
     Args:
-        image: (H, W, 3) uint8, C-contiguous. box: top, left, height, width, flip; inside the image. cubic: bicubic instead of bilinear.
-        scratch: uint8, at least (height, 3 * S + 1): half-done rows, each with a spare byte for `_weigh`. Two-dimensional, because FFCV marks the
-            type of all one-dimensional byte arrays as read-only once a loader is made. out: (S, S, 3) uint8, C-contiguous, overwritten.
+        image: (H, W, 3) uint8, C-contiguous. box: top, left, height, width, flip; inside the image. cubic: bicubic
+            instead of bilinear.
+        scratch: uint8, at least (height, 3 * S + 1): half-done rows, each with a spare byte for `_weigh`.
+            Two-dimensional, because FFCV marks the type of all one-dimensional byte arrays as read-only once a loader
+            is made. out: (S, S, 3) uint8, C-contiguous, overwritten.
     """
     top, left, height, width, flip = box[0], box[1], box[2], box[3], box[4]
     size = out.shape[0]
     row_first, row_taps, row_weights = _weights(height, size, cubic)
     column_first, column_taps, column_weights = _weights(width, size, cubic)
-    # Rounded and cut to 8 bits in between, as Pillow and torchvision do: a cubic's overshoot at an edge is gone behind that.
+    # Rounded and cut to 8 bits in between, as Pillow and torchvision do: a cubic's overshoot at an edge is gone behind
+    # that.
     stride, narrow = image.strides[0], scratch.strides[0]
     whole = _whole(column_taps, column_weights)
     # As signed numbers: numba adds an unsigned and a signed one as floats.
     corner, target = np.intp(image.ctypes.data) + top * stride + 3 * left, np.intp(scratch.ctypes.data)
-    # The last rows are read from a copy, because the bytes behind their last pixels may belong to somebody else. (It is named in the loop, and so
-    # lives until the loop's end.)
+    # The last rows are read from a copy, because the bytes behind their last pixels may belong to somebody else. (It is
+    # named in the loop, and so lives until the loop's end.)
     spare = np.zeros((width + 2, 3), np.uint8)
     y = 0
     while y < height:
@@ -194,7 +204,9 @@ def crop_resize(image: np.ndarray, box: np.ndarray, cubic: bool, scratch: np.nda
 def crop_views(
     image: np.ndarray, boxes: np.ndarray, cubic: bool, scratch: np.ndarray, views: np.ndarray, position: int
 ) -> None:
-    """`crop_resize` of each box into ``views[k, position]``: boxes (count, 5) int64, views (count, B, S, S, 3). Refuses boxes outside the image."""
+    """`crop_resize` of each box into ``views[k, position]``: boxes (count, 5) int64, views (count, B, S, S, 3). Refuses
+    boxes outside the image.
+    """
     for k in range(len(boxes)):
         top, left, height, width = boxes[k, 0], boxes[k, 1], boxes[k, 2], boxes[k, 3]
         if (
@@ -273,8 +285,8 @@ def _turn_hue(planes: np.ndarray, shift: float) -> None:
 def _blur(plane: np.ndarray, weights: np.ndarray, half: np.ndarray, line: np.ndarray) -> None:
     """Gaussian blur of one (S, S) plane in place, borders reflected. half: (S, S) and line: (S + 2 radius) are scratch.
 
-    The two neighbours at a distance share a weight. Loops run over slices, whose indices the compiler knows to be positive: that makes
-    them vector instructions.
+    The two neighbours at a distance share a weight. Loops run over slices, whose indices the compiler knows to be
+    positive: that makes them vector instructions.
     """
     size, radius = len(plane), len(weights) // 2
     for y in range(size):
@@ -334,7 +346,8 @@ def colour(
 
     Args:
         views: (N, S * S * 3) uint8, colours side by side.
-        flags: (N, 3) bool: jitter, grey, solarise. order: (N, 4) int64. factors: (N, 4) float32, at the operations' numbers.
+        flags: (N, 3) bool: jitter, grey, solarise. order: (N, 4) int64. factors: (N, 4) float32, at the operations'
+            numbers.
         sigmas: (N,) float32, 0 for none. radius: of the blur's kernel. threshold: of solarisation, 0 .. 1.
         scale, offset: (3,) float32: the result is value * scale + offset.
         out: (N, S * S * 3) float32, overwritten.

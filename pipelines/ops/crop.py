@@ -1,11 +1,12 @@
 """Crop, antialiased resize and flip of decoded pictures, on the host or on the device.
 
-Both paths compute Pillow's ``picture.crop(box).resize((S, S), filter)``: a triangle or a cubic (a = -0.5) filter whose support grows
-with the reduction, normalised inside the box; pixels outside the box play no part.
+Both paths compute Pillow's ``picture.crop(box).resize((S, S), filter)``: a triangle or a cubic (a = -0.5) filter whose
+support grows with the reduction, normalised inside the box; pixels outside the box play no part.
 
-Host: a compiled loop with Pillow's 8-bit intermediate, several times as fast as Pillow (`compiled.crop_resize`). Device: resizing is
-separable, so a view is ``Wy @ X @ Wx^T`` with the filter's weights as rows of two small matrices. Boxes, ragged picture sizes and flips are
-only entries of these matrices, and a batch is two batched matrix products per view.
+Host: a compiled loop with Pillow's 8-bit intermediate, several times as fast as Pillow (`compiled.crop_resize`).
+Device: resizing is separable, so a view is ``Wy @ X @ Wx^T`` with the filter's weights as rows of two small matrices.
+Boxes, ragged picture sizes and flips are only entries of these matrices, and a batch is two batched matrix products per
+view.
 """
 
 from __future__ import annotations
@@ -44,10 +45,11 @@ def boxes_of(plan: NDArray[np.void]) -> NDArray[np.int64]:
 def crop_resize_host(
     image: NDArray[np.uint8], boxes: NDArray[np.int64], spec: ViewSpec, views: NDArray[np.uint8], position: int
 ) -> None:
-    """Crop, resize and flip all views that one group wants of one decoded picture; safe to call from several threads at once.
+    """Crop, resize and flip all views that one group wants of one decoded picture; safe to call from several threads at
+    once.
 
-    One compiled call without the interpreter lock. Differs from Pillow by 1/255, at most by 2. (Pillow 13 may begin with the columns; with the
-    bicubic filter a sharp edge shows which pass was first.)
+    One compiled call without the interpreter lock. Differs from Pillow by 1/255, at most by 2. (Pillow 13 may begin
+    with the columns; with the bicubic filter a sharp edge shows which pass was first.)
 
     Args:
         image: (H, W, 3) uint8, C-contiguous.
@@ -76,7 +78,8 @@ def crop_resize_host(
     rows, columns = image.shape[0], 3 * spec.size + 1
     scratch = getattr(_memory, "scratch", None)
     if scratch is None or scratch.shape[0] < rows or scratch.shape[1] < columns:
-        # Kept for the thread: memory of this size comes from the system page by page, each with a fault that all threads queue for.
+        # Kept for the thread: memory of this size comes from the system page by page, each with a fault that all
+        # threads queue for.
         had = (0, 0) if scratch is None else scratch.shape
         scratch = _memory.scratch = np.empty((max(rows, had[0]), max(columns, had[1])), np.uint8)
     crop_views(image, boxes, spec.interpolation == "bicubic", scratch, views, int(position))
@@ -92,9 +95,9 @@ def crop_resize_device(
 ) -> list[Tensor]:
     """Crop, resize and flip all views of a batch on the device that holds the decoded pictures.
 
-    Works in float32 on the host and in float16 on a GPU, where the weights' 11 bits and the intermediate's rounding move a
-    result by less than 0.3 grey levels before it is rounded to uint8. Never waits for the device: sizes come from the host, and one small
-    table goes up from pinned memory.
+    Works in float32 on the host and in float16 on a GPU, where the weights' 11 bits and the intermediate's rounding
+    move a result by less than 0.3 grey levels before it is rounded to uint8. Never waits for the device: sizes come
+    from the host, and one small table goes up from pinned memory.
 
     Args:
         packed: 1-D uint8 tensor, the decoded pictures one after the other. Rows are read in windows of the chunk's
@@ -128,7 +131,8 @@ def crop_resize_device(
     chunks = plan_chunks(heights, widths, specs, dtype.itemsize, budget=2**30 if packed.is_cuda else 2**26)
     order = np.concatenate(chunks) if chunks else np.empty(0, dtype=np.int64)
 
-    # One table for the whole batch, in the order of the chunks: index, offset, height, width, then five columns per view.
+    # One table for the whole batch, in the order of the chunks: index, offset, height, width, then five columns per
+    # view.
     about = np.stack([order, offsets[order], heights[order], widths[order]], axis=1)
     table = to_device(
         np.concatenate(
@@ -169,11 +173,12 @@ def _last_byte(
 def plan_chunks(
     heights: NDArray[np.int64], widths: NDArray[np.int64], specs: Sequence[ViewSpec], itemsize: int, budget: int
 ) -> list[NDArray[np.int64]]:
-    """Group samples of similar size, so that padding to a common size wastes little and a chunk's tensors fit the budget.
+    """Group samples of similar size, so that padding to a common size wastes little and a chunk's tensors fit the
+    budget.
 
-    A chunk grows, in order of orientation and area, until padding would make it more than 1.4 times its pictures' own pixels
-    (chunks below two megapixels may: they cost less than the kernel launches that splitting adds) or its tensors exceed the
-    budget. One picture is always a chunk, whatever its size.
+    A chunk grows, in order of orientation and area, until padding would make it more than 1.4 times its pictures' own
+    pixels (chunks below two megapixels may: they cost less than the kernel launches that splitting adds) or its tensors
+    exceed the budget. One picture is always a chunk, whatever its size.
 
     Args:
         heights, widths: (B,) sizes.
@@ -209,10 +214,11 @@ def plan_chunks(
 
 
 def _gather(packed: Tensor, rows: Tensor, height: int, width: int, dtype: torch.dtype) -> Tensor:
-    """The pictures of a chunk as (b, height, 3, width): planar within a row, so that both products are plain batched GEMMs.
+    """The pictures of a chunk as (b, height, 3, width): planar within a row, so that both products are plain batched
+    GEMMs.
 
-    Picture rows are fetched by one index_select over an overlapping view of the packed bytes in which row s is the window that
-    starts at byte s. What a window holds beyond its picture belongs to someone else; its weights are zero.
+    Picture rows are fetched by one index_select over an overlapping view of the packed bytes in which row s is the
+    window that starts at byte s. What a window holds beyond its picture belongs to someone else; its weights are zero.
     """
     window = 3 * width
     windows = packed.as_strided((packed.numel() - window + 1, window), (1, 1))
@@ -258,8 +264,8 @@ def filter_matrices(
 ) -> Tensor:
     """Resize weights along one axis for a batch of boxes.
 
-    Source: Pillow's resampling (Resample.c, precompute_coeffs). Only the few taps of each row are computed, then written into a
-    matrix of zeros: computing the whole matrix would cost more memory traffic than the product it feeds.
+    Source: Pillow's resampling (Resample.c, precompute_coeffs). Only the few taps of each row are computed, then
+    written into a matrix of zeros: computing the whole matrix would cost more memory traffic than the product it feeds.
 
     Args:
         start, length: (b, v) integers, the box along this axis.
@@ -280,7 +286,8 @@ def filter_matrices(
     stretch = scale.clamp_min(1.0)
     center = (place + 0.5) * scale  # (b, v, S), in source pixels from the start of the box
     taps = min(extent, math.ceil(2 * radius * max(longest / size, 1.0)) + 2)
-    # Shifting a window that would leave the picture keeps its taps distinct, and it still covers every weight that is not zero.
+    # Shifting a window that would leave the picture keeps its taps distinct, and it still covers every weight that is
+    # not zero.
     first = ((center - radius * stretch - 0.5).floor().long() + start[..., None]).clamp_(0, extent - taps)
     columns = first[..., None] + torch.arange(taps, device=start.device)  # (b, v, S, taps)
     inside = columns - start[..., None, None]

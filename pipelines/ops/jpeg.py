@@ -16,8 +16,9 @@ from fastssl.errors import JpegError
 #: Above this a header is taken for a decompression bomb (a few KB that ask for GBs). It is also Pillow's own limit.
 MAX_PIXELS = 178_956_970
 
-#: Scans of a progressive JPEG, and scans times pixels. The standard allows thousands of scans, and each costs a pass over all pixels however
-#: few bytes it has: 390 KB can keep a decoder busy for half a minute. Encoders write 10 or so; this budget is about two seconds.
+#: Scans of a progressive JPEG, and scans times pixels. The standard allows thousands of scans, and each costs a pass
+#: over all pixels however few bytes it has: 390 KB can keep a decoder busy for half a minute. Encoders write 10 or so;
+#: this budget is about two seconds.
 MAX_SCANS, MAX_SCANNED_PIXELS = 100, 4_000_000_000
 
 #: From this quality on the encoder keeps full colour resolution: whoever asks for it wants the colours too.
@@ -28,7 +29,9 @@ DECODABLE = frozenset({"YCbCr", "Gray", "RGB"})
 
 
 class JpegHeader(NamedTuple):
-    """What the first bytes of a JPEG say: sizes in pixels, colour space (YCbCr, Gray, RGB, CMYK, YCCK), subsampling ('420', ...)."""
+    """What the first bytes of a JPEG say: sizes in pixels, colour space (YCbCr, Gray, RGB, CMYK, YCCK), subsampling
+    ('420', ...).
+    """
 
     height: int
     width: int
@@ -47,8 +50,8 @@ def read_header(data: bytes | memoryview | np.ndarray) -> JpegHeader:
 def decode(data: bytes | memoryview | np.ndarray, *, at_least: tuple[int, int] | None = None) -> np.ndarray:
     """Decode to a new (H, W, 3) uint8 RGB array; grey pictures get three equal channels.
 
-    ``at_least``: (height, width) in pixels; the decoder may then shrink the picture by itself to n/8, at most to half its
-    size (in the DCT, several times cheaper), as long as neither side falls below.
+    ``at_least``: (height, width) in pixels; the decoder may then shrink the picture by itself to n/8, at most to half
+    its size (in the DCT, several times cheaper), as long as neither side falls below.
 
     Raises:
         JpegError: not a JPEG, damaged, cut off, CMYK, or more than ``MAX_PIXELS``.
@@ -94,7 +97,9 @@ def encode(rgb: np.ndarray, quality: int) -> bytes:
 
 
 def exif_orientation(data: bytes) -> int:
-    """The EXIF orientation of a JPEG, 1 (upright) to 8; 1 when it has none or its EXIF block is damaged (EXIF 2.3, tag 0x0112)."""
+    """The EXIF orientation of a JPEG, 1 (upright) to 8; 1 when it has none or its EXIF block is damaged (EXIF 2.3, tag
+    0x0112).
+    """
     at = 2
     while at + 4 <= len(data) and data[at] == 0xFF:
         marker = data[at + 1]
@@ -128,7 +133,8 @@ def _tiff_orientation(tiff: bytes) -> int:
 def require_few_scans(data: bytes | memoryview | np.ndarray, pixels: int) -> None:
     """``JpegError`` where a picture of ``pixels`` is sent in so many passes that decoding it is an attack on our time.
 
-    Sequential Huffman coding spends bits on every block of every scan, so there the file's size is the bound, and nothing is looked for.
+    Sequential Huffman coding spends bits on every block of every scan, so there the file's size is the bound, and
+    nothing is looked for.
     """
     view = memoryview(data).cast("B")
     if _frame_marker(view) in (0xC0, 0xC1):
@@ -142,7 +148,9 @@ def require_few_scans(data: bytes | memoryview | np.ndarray, pixels: int) -> Non
 
 
 def _frame_marker(data: memoryview) -> int | None:
-    """The second byte of the marker that opens the frame, 0xC0 (baseline) to 0xCF; None where it is not plain what a decoder takes for it."""
+    """The second byte of the marker that opens the frame, 0xC0 (baseline) to 0xCF; None where it is not plain what a
+    decoder takes for it.
+    """
     at, end = 2, len(data) - 3
     while at < end and data[at] == 0xFF:
         marker = data[at + 1]

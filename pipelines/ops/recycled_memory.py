@@ -1,7 +1,7 @@
 """Host memory that is used again, because new memory is not free.
 
-A batch of float views is too large for the allocator to keep: each comes from the system as pages of zeros, one fault a page, and goes
-back when the batch is dropped. On one core that took longer than to compute what is written into it.
+A batch of float views is too large for the allocator to keep: each comes from the system as pages of zeros, one fault a
+page, and goes back when the batch is dropped. On one core that took longer than to compute what is written into it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ class RecycledMemory:
 
     def __init__(self, most: int = 4):
         self.most = most
-        # Each block with the array that the last tensor on it was made from: torch holds on to that as long as any view of the tensor lives.
+        # Each block with the array that the last tensor on it was made from: torch holds on to that as long as any view
+        # of the tensor lives.
         self._blocks: list[tuple[np.ndarray, weakref.ref[np.ndarray]]] = []
 
     def take(self, *shape: int) -> Tensor:

@@ -1,6 +1,8 @@
-"""The compiled loop behind `plan.draw_plan`: one view of one sample after the other, whose random words come from their own counter.
+"""The compiled loop behind `plan.draw_plan`: one view of one sample after the other, whose random words come from their
+own counter.
 
-A batch of 32 costs as much in NumPy calls as two decoded photos, with the interpreter lock held. Here it costs nothing that can be measured.
+A batch of 32 costs as much in NumPy calls as two decoded photos, with the interpreter lock held. Here it costs nothing
+that can be measured.
 """
 
 from __future__ import annotations
@@ -46,7 +48,8 @@ def _below(word: int, bound: int) -> int:
 def portable_exp(x: float) -> float:
     """exp(x) for |x| <= 7 to about 1e-14 relative, from additions and multiplications only.
 
-    The C library's own differs in the last bit from machine to machine, and boxes must not. Taylor series of degree 12 at x / 32, then five squarings.
+    The C library's own differs in the last bit from machine to machine, and boxes must not. Taylor series of degree 12
+    at x / 32, then five squarings.
     """
     small = x * (1.0 / 32.0)
     result = 1.0
@@ -70,7 +73,9 @@ def draw_crop(
     log_ratio: tuple,
     ratio: tuple,
 ) -> None:
-    """torchvision's rule: ten tries, then the centred crop of the nearest allowed ratio. ``area``, ``log_ratio``: lower end, length; ``ratio``: both ends."""
+    """torchvision's rule: ten tries, then the centred crop of the nearest allowed ratio. ``area``, ``log_ratio``: lower
+    end, length; ``ratio``: both ends.
+    """
     for attempt in range(CROP_TRIES):
         to_area, to_ratio, to_top, to_left = philox(item, epoch, stream_view | np.uint64(attempt), key)
         pixels = (height * width) * (area[0] + _uniform(to_area) * area[1])
@@ -103,7 +108,8 @@ def draw_colour(
 ) -> None:
     """Flip, colour and blur from three blocks of words.
 
-    ``chances``: flip, jitter, grey, blur, solarise. ``ranges``: (4, 3), lower end, length and neutral value of the jitter's factors.
+    ``chances``: flip, jitter, grey, blur, solarise. ``ranges``: (4, 3), lower end, length and neutral value of the
+    jitter's factors.
     """
     record.flip = _uniform(flags[0]) < chances[0]
     record.grey = _uniform(flags[3]) < chances[2]
@@ -140,7 +146,8 @@ def draw_views(
 ) -> None:
     """Fill ``plan``, (count, B) records.
 
-    ``first``: stream and number of the first view as in the counter's last word, uint64 like ``epoch`` and ``key``. ``crops``: False leaves the boxes alone.
+    ``first``: stream and number of the first view as in the counter's last word, uint64 like ``epoch`` and ``key``.
+    ``crops``: False leaves the boxes alone.
     """
     for view in range(plan.shape[0]):
         slots = first + (np.uint64(view) << np.uint64(8))

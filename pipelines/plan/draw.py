@@ -3,8 +3,8 @@
 A view group (`ViewSpec`) says what may happen to a picture; `draw_plan` decides what does happen, for each view of each
 sample, as one record of `VIEW_DTYPE`. The draws follow torchvision's RandomResizedCrop, ColorJitter, RandomGrayscale,
 GaussianBlur, RandomSolarize and RandomHorizontalFlip. A record depends on (seed, epoch, sample id, view number, picture
-size) and on nothing else, so any batch size, worker or rank that asks for it gets the same bytes; the arithmetic is limited
-to IEEE-exact operations, so any machine does as well.
+size) and on nothing else, so any batch size, worker or rank that asks for it gets the same bytes; the arithmetic is
+limited to IEEE-exact operations, so any machine does as well.
 
 Blocks of four random words used by a view (see `fastssl.pipelines.plan.philox`):
 
@@ -81,7 +81,8 @@ class ViewSpec:
         solarise: probability of inverting the pixels at or above the threshold.
         solarise_threshold: 0 .. 256, in grey levels of 0 .. 255.
         mean, std: per channel, of pictures scaled to 0 .. 1; the output is (picture - mean) / std.
-        center: None, or the side of a centred square crop as a share of the picture's shorter side; then area and ratio are not used.
+        center: None, or the side of a centred square crop as a share of the picture's shorter side; then area and ratio
+            are not used.
 
     Raises:
         ViewSpecError: a field is out of range.
@@ -138,10 +139,11 @@ class ViewSpec:
 
     @classmethod
     def evaluation(cls, size: int, crop: float = 0.875) -> ViewSpec:
-        """The view for evaluation: the centred square of side ``crop`` x shorter side, resized; nothing random, no colour.
+        """The view for evaluation: the centred square of side ``crop`` x shorter side, resized; nothing random, no
+        colour.
 
-        With the default it is what ``Resize(size / 0.875)`` and ``CenterCrop(size)`` show, up to a shift of less than one
-        pixel of the source, because boxes are whole pixels.
+        With the default it is what ``Resize(size / 0.875)`` and ``CenterCrop(size)`` show, up to a shift of less than
+        one pixel of the source, because boxes are whole pixels.
         """
         return cls(size=size, flip=0.0, jitter=0.0, grey=0.0, blur=0.0, solarise=0.0, center=crop)
 

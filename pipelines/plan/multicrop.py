@@ -1,12 +1,13 @@
-"""View sampling by multi-crop: two global and L local views, their sizes, areas, augmentation, and what their pairs weigh in the loss.
+"""View sampling by multi-crop: two global and L local views, their sizes, areas, augmentation, and what their pairs
+weigh in the loss.
 
-One object says all of it, so that the number of views stands in one place and nothing has to be changed by hand together with it. The areas of global and
-local crops meet at one threshold:
+One object says all of it, so that the number of views stands in one place and nothing has to be changed by hand
+together with it. The areas of global and local crops meet at one threshold:
 
     area 0 ---- smallest ==== local ==== threshold ======== global ======== largest
 
-Small networks want easier views (SSLight, arXiv 2210.02808): a higher threshold, larger local views, and a fixed weight for the pairs of two global
-views, which otherwise are one pair in 1 + L.
+Small networks want easier views (SSLight, arXiv 2210.02808): a higher threshold, larger local views, and a fixed weight
+for the pairs of two global views, which otherwise are one pair in 1 + L.
 """
 
 from __future__ import annotations
@@ -20,11 +21,13 @@ from typing import Any
 from fastssl.errors import counted
 from fastssl.pipelines.plan.draw import ViewSpec, ViewSpecError
 
-#: What ``augment``, ``global_1``, ``global_2`` and ``local`` may set: everything of a view but what this object decides itself.
+#: What ``augment``, ``global_1``, ``global_2`` and ``local`` may set: everything of a view but what this object decides
+#: itself.
 _AUGMENTATION = tuple(f.name for f in dataclasses.fields(ViewSpec) if f.name not in ("size", "count", "area", "center"))
 
 
-#: The designs of the published recipes by name: the usual multi-crop of SwAV and DINO, and SSLight's, for CNNs and for vision transformers.
+#: The designs of the published recipes by name: the usual multi-crop of SwAV and DINO, and SSLight's, for CNNs and for
+#: vision transformers.
 PRESETS: dict[str, dict[str, Any]] = {
     "baseline-cnn": {
         "threshold": 0.14,
@@ -70,8 +73,9 @@ class MultiCrop(Sequence[ViewSpec]):
         area: smallest local and largest global crop.
         global_size, local_size: pixels.
         local_count: local views L; 0: global views only.
-        weights: of the mean loss of pairs of two global views and of pairs of a global and a local one; they sum to 1. None: by the number of pairs,
-            1 / (1 + L) and L / (1 + L), which makes the loss the plain mean over all pairs.
+        weights: of the mean loss of pairs of two global views and of pairs of a global and a local one; they sum to 1.
+            None: by the number of pairs, 1 / (1 + L) and L / (1 + L), which makes the loss the plain mean over all
+            pairs.
         augment: settings of ``ViewSpec`` for all views.
         global_1, global_2, local: settings for one kind of view, over those.
 

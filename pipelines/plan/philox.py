@@ -1,7 +1,7 @@
 """Counter-based random numbers: Philox4x32-10 in vectorised NumPy.
 
-A counter-based generator is a pure function from a counter and a key to random bits. Nothing is carried from one draw to
-the next, so a value depends only on *what it is for* and never on batch size, worker, rank or restart.
+A counter-based generator is a pure function from a counter and a key to random bits. Nothing is carried from one draw
+to the next, so a value depends only on *what it is for* and never on batch size, worker, rank or restart.
 
 Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011; the tests check the
 known answers published with their Random123 library.
@@ -124,7 +124,9 @@ def stream_word(stream: Stream, view: int, last_view: int) -> np.uint64:
 
 
 def check_range(name: str, value: ArrayLike, bits: int) -> NDArray[np.uint64]:
-    """``value`` as uint64. `SeedError` if it is no integer of 0 .. 2^bits - 1: it would silently share another one's words."""
+    """``value`` as uint64. `SeedError` if it is no integer of 0 .. 2^bits - 1: it would silently share another one's
+    words.
+    """
     array = np.asarray(value)
     if array.dtype.kind not in "ui":
         raise SeedError(f"{name} must be an integer, got {value!r}")

@@ -202,7 +202,8 @@ def test_loader_records(full_size: Path) -> None:
         assert record.median_s == pytest.approx(32 / record.pair_per_s)
         assert record.fraction_of_ceiling == pytest.approx(record.view_per_s / record.ceiling)
         assert record.details["data"]["name"] == "full.beton"
-    # Processor time, because the test machine is shared: the engine adds little to the decoding, and views add next to nothing.
+    # Processor time, because the test machine is shared: the engine adds little to the decoding, and views add next to
+    # nothing.
     assert decode.details["host_cpu_of_bare"] < 1.35
     assert cost.details["times_1_view"]["2 + 6 views"] < 1.3
     assert cost.view_per_s == pytest.approx(8 * cost.pair_per_s)

@@ -75,7 +75,9 @@ def test_a_slow_step_hides_the_loader(beton: Path, monkeypatch: pytest.MonkeyPat
 def test_advice_is_tried_and_its_outcome_stands_beside_the_prediction(
     beton: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Photos that take far longer to decode than the step takes: smaller ones, and another thread where there is a core for it, must help."""
+    """Photos that take far longer to decode than the step takes: smaller ones, and another thread where there is a core
+    for it, must help.
+    """
     monkeypatch.setattr(bench, "fit_step", lambda *args, **options: Fitted(FakeStep(0.0), [], 8, Cost((), 0)))
     (record,) = bench.run(
         load_recipe("few-photos-moco", SMALL),

@@ -18,7 +18,8 @@ from fastssl.pipelines.engines.registry import engine_state
 ROOT = Path(fastssl.benchmarks.__path__[0]).resolve().parent
 SCRIPT = ROOT / "benchmarks" / "gpu.sh"
 
-# The parts are answered here; everything else that the script asks of Python, the real one answers. Without `site` it knows no installed fastssl.
+# The parts are answered here; everything else that the script asks of Python, the real one answers. Without `site` it
+# knows no installed fastssl.
 STAND_IN = """#!/bin/bash
 export PYTHONPATH="$PYTHONPATH:{site}"
 if [[ "$*" != *fastssl.cli* ]]; then exec "{python}" -S "$@"; fi
@@ -147,7 +148,8 @@ def test_a_stop_keeps_what_is_finished(stand_in, tmp_path: Path) -> None:
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        # A shell that was itself started in the background hands SIGINT on as ignored, and bash cannot trap what was ignored at its start.
+        # A shell that was itself started in the background hands SIGINT on as ignored, and bash cannot trap what was
+        # ignored at its start.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     for line in process.stdout:

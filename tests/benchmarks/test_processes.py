@@ -1,4 +1,6 @@
-"""Whole runs through the real loop and loader: two processes end where one does, for every method; and the tables that say so."""
+"""Whole runs through the real loop and loader: two processes end where one does, for every method; and the tables that
+say so.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""``fastssl bench soak``: a real run of two minutes, and small programs that leak, slow down, die or leave things behind."""
+"""``fastssl bench soak``: a real run of two minutes, and small programs that leak, slow down, die or leave things
+behind.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +54,9 @@ os._exit(130)
 
 @pytest.fixture
 def watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """What ``judge`` says of the program that misbehaves in one way: (names of the lines that failed, all lines by name)."""
+    """What ``judge`` says of the program that misbehaves in one way: (names of the lines that failed, all lines by
+    name).
+    """
     script = tmp_path / "child.py"
     script.write_text(CHILD)
     monkeypatch.setattr(
@@ -221,10 +225,12 @@ def test_two_minutes_of_a_real_run_are_steady(beton: Path, tmp_path: Path) -> No
         (tmp_path / attempt).mkdir()
         _, (record,) = command(tmp_path / attempt, *arguments)
         lines = {verdict["name"]: verdict for verdict in record.details["verdicts"]}
-        # On a machine that gives it a fifth of its time it is not warm yet in the second minute, and takes its last blocks then. A leak is there both times.
+        # On a machine that gives it a fifth of its time it is not warm yet in the second minute, and takes its last
+        # blocks then. A leak is there both times.
         if lines["memory"]["passed"]:
             break
-    # How fast a shared machine is in its third minute is no property of the code: that is for the long soak on a machine of its own.
+    # How fast a shared machine is in its third minute is no property of the code: that is for the long soak on a
+    # machine of its own.
     for name in ("lives", "memory", "threads", "open files", "files in the run's folder", "nothing left"):
         assert lines[name]["passed"], lines[name]["words"]
     assert lines["rate"]["figures"]["last_of_first"] > 0.5, lines["rate"]["words"]

@@ -71,7 +71,9 @@ def test_the_table_has_means_spreads_and_gains_seed_by_seed() -> None:
 
 
 def test_the_published_study_is_whole_and_its_page_shows_its_runs() -> None:
-    """Three seeds of every cell, each run with what it takes to place and repeat it, and no figure on the page that the runs do not give."""
+    """Three seeds of every cell, each run with what it takes to place and repeat it, and no figure on the page that the
+    runs do not give.
+    """
     runs = [json.loads(line) for line in (STUDY / "runs.jsonl").read_text().splitlines()]
     wanted = {
         (cell.method, cell.design, seed)

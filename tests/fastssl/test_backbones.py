@@ -228,7 +228,9 @@ def test_the_position_embedding_of_a_vit_follows_the_size(size: int, tokens: int
 
 
 def test_kaiming_initialisation_is_torchvisions() -> None:
-    """ResNet-18: the very distribution, and no silent residual branch; depth-wise filters: fan-out over all output channels."""
+    """ResNet-18: the very distribution, and no silent residual branch; depth-wise filters: fan-out over all output
+    channels.
+    """
     torch.manual_seed(0)
     ours = create_backbone("resnet18", init="kaiming")
     assert all(

@@ -125,7 +125,8 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list:
 def test_the_published_epochs(capsys, dino: Path, beton: Path, labels: str, epochs: int, asked: list) -> None:
     assert_one_line(run(capsys, "semi", dino, "--data", beton, "--val", beton, "--labels", labels, *SMALL), "enough")
     ((split, config),) = asked
-    # Of 16 photos a class round(0.05 * 16) = round(0.06 * 16) = 1: the share that was asked for decides, not the one that was drawn.
+    # Of 16 photos a class round(0.05 * 16) = round(0.06 * 16) = 1: the share that was asked for decides, not the one
+    # that was drawn.
     assert (config.epochs, config.batch_size, len(split.train_index)) == (epochs, 256, 3)
     assert config.lr(0) == pytest.approx(0.03) and config.lr(epochs) == pytest.approx(1e-6)
 

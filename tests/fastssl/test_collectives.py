@@ -55,7 +55,9 @@ VIEWS, BATCH, WIDTH = 3, 4, 5
 
 
 def samples(size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """View-major rows of all ranks (VIEWS, size * BATCH, WIDTH), a matrix that makes each row's loss, maps of the same samples."""
+    """View-major rows of all ranks (VIEWS, size * BATCH, WIDTH), a matrix that makes each row's loss, maps of the same
+    samples.
+    """
     generator = torch.Generator().manual_seed(1)
     rows = torch.randn(VIEWS, size * BATCH, WIDTH, generator=generator, dtype=torch.float64)
     maps = torch.randn(VIEWS, size * BATCH, 3, 2, 4, generator=generator)

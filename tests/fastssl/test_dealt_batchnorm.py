@@ -1,4 +1,6 @@
-"""Running statistics of groups that the ranks have shared out, against one process that passes all groups one after the other."""
+"""Running statistics of groups that the ranks have shared out, against one process that passes all groups one after the
+other.
+"""
 
 from __future__ import annotations
 

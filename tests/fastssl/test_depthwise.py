@@ -1,4 +1,6 @@
-"""The gradient of depth-wise filters on a CPU: against torch's own in float64, over shapes, strides, threads and whole networks."""
+"""The gradient of depth-wise filters on a CPU: against torch's own in float64, over shapes, strides, threads and whole
+networks.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Pictures, boxes and masks stay together through scaling and flipping; what is random depends on (seed, epoch, image id) alone."""
+"""Pictures, boxes and masks stay together through scaling and flipping; what is random depends on (seed, epoch, image
+id) alone.
+"""
 
 from __future__ import annotations
 

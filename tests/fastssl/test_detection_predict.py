@@ -19,7 +19,9 @@ SCALE = 2.5
 
 
 class Oracle(nn.Module):
-    """Knows all answers, in pixels of the scaled picture, as a detector gives them; sees the pictures one at a time, in their order."""
+    """Knows all answers, in pixels of the scaled picture, as a detector gives them; sees the pictures one at a time, in
+    their order.
+    """
 
     class pyramid:
         divisible = 64

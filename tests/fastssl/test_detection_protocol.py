@@ -77,7 +77,8 @@ def test_a_detector_learns_eight_pictures_by_heart(tmp_path: Path) -> None:
         "predictions-boxes.json",
         "predictions-masks.json",
     ]
-    # The same again finds the trained detector, and only judges: the training pictures are not looked through once more.
+    # The same again finds the trained detector, and only judges: the training pictures are not looked through once
+    # more.
     kept = (out / "predictions-boxes.json").read_text()
     (out / "predictions-boxes.json").unlink()
     other = create_backbone("resnet10t")

@@ -223,7 +223,9 @@ def test_two_processes_keep_the_same_weights(arch: str, two: list[dict]) -> None
 
 
 def test_two_processes_make_the_mean_of_their_gradients(data: DetectionSet, two: list[dict]) -> None:
-    """One process that computes both halves, each with the samples that its process drew. Without BatchNorm, whose statistics join the halves."""
+    """One process that computes both halves, each with the samples that its process drew. Without BatchNorm, whose
+    statistics join the halves.
+    """
     detector = new_detector("vit_tiny_patch16_224").train()
     spared = [name for name, layer in detector.named_modules() if isinstance(layer, torch.nn.LayerNorm)]
     groups = [

@@ -1,4 +1,6 @@
-"""Every recipe, at reduced size, through the real command line: it trains, stops, saves, goes on where it stood, and ends."""
+"""Every recipe, at reduced size, through the real command line: it trains, stops, saves, goes on where it stood, and
+ends.
+"""
 
 from __future__ import annotations
 

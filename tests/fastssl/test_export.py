@@ -1,4 +1,6 @@
-"""``fastssl export``: what timm, torchvision and onnxruntime read gives the same features; nothing is overwritten that is not an export."""
+"""``fastssl export``: what timm, torchvision and onnxruntime read gives the same features; nothing is overwritten that
+is not an export.
+"""
 
 from __future__ import annotations
 

@@ -106,7 +106,8 @@ def test_progress_counts_photos(tmp_path):
 
 
 def test_raw_pixels_are_the_shrunken_centre_square(tmp_path):
-    # 32 rows x 64 columns: the outer quarters are white and must not be seen; the centre square has four flat quadrants.
+    # 32 rows x 64 columns: the outer quarters are white and must not be seen; the centre square has four flat
+    # quadrants.
     pixels = np.full((32, 64, 3), 255, np.uint8)
     pixels[:16, 16:32], pixels[:16, 32:48], pixels[16:, 16:32], pixels[16:, 32:48] = (
         (200, 0, 0),

@@ -211,7 +211,9 @@ def test_photos_of_another_file(photos: Path, reader: BetonReader, tmp_path: Pat
 
 
 def test_where_positions_are_not_those_of_the_folder(photos: Path, tmp_path: Path) -> None:
-    """A rejected photo moves all behind it; a part of the photos, or a tar, has an order of its own. By name all of them can be read."""
+    """A rejected photo moves all behind it; a part of the photos, or a tar, has an order of its own. By name all of
+    them can be read.
+    """
     line = write(tmp_path, "6,2,n03,n03_8.JPEG")
     broken = tmp_path / "broken"
     shutil.copytree(photos, broken)

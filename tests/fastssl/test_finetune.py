@@ -148,7 +148,9 @@ def test_it_is_a_plain_loop(beton: Path) -> None:
 
 
 def test_adamw_with_decay(beton: Path) -> None:
-    """The head's rate, and decay of matrices alone, in the first step: AdamW's is the rate itself, whatever the gradient."""
+    """The head's rate, and decay of matrices alone, in the first step: AdamW's is the rate itself, whatever the
+    gradient.
+    """
     optim = OptimConfig(name="adamw", lr=1.6, weight_decay=0.05, decay_1d=False, final_lr=0.0, per_epoch=True)
     config = dataclasses.replace(SMALL, optim=optim, epochs=1, batch_size=48, head_lr_factor=0.01)
     net, before = network().double(), network().double().state_dict()
@@ -255,7 +257,9 @@ def test_real_networks_in_bfloat16(beton: Path, arch: str) -> None:
 
 
 def tune_shared(beton: Path) -> dict[str, dict]:
-    """State and figures in float64: a network with and without half a head; 47 photos to judge on, which two processes cannot share evenly."""
+    """State and figures in float64: a network with and without half a head; 47 photos to judge on, which two processes
+    cannot share evenly.
+    """
     found = {}
     for name, head in (("linear", False), ("half head", True)):
         net = network(head=head, seed=rank()).double()  # the others begin with what the first one has

@@ -1,4 +1,6 @@
-"""``fastssl import``: other projects' checkpoints, laid out as their code writes them, give the features that their networks gave."""
+"""``fastssl import``: other projects' checkpoints, laid out as their code writes them, give the features that their
+networks gave.
+"""
 
 from __future__ import annotations
 
@@ -155,7 +157,9 @@ def test_moco_with_a_network_of_torchvision(tmp_path: Path) -> None:
 
 
 def test_dino(tmp_path: Path) -> None:
-    """As its main_dino.py saves: the student's names with ``module.``, the teacher's of a transformer without, and the command's arguments."""
+    """As its main_dino.py saves: the student's names with ``module.``, the teacher's of a transformer without, and the
+    command's arguments.
+    """
     torch.manual_seed(0)
     student, teacher = (
         Wrapped(with_statistics(timm.create_model("vit_tiny_patch16_224", num_classes=0, dynamic_img_size=True), s))

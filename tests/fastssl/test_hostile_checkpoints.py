@@ -1,4 +1,6 @@
-"""Checkpoints of others, damaged or made to harm: a named error or a load, in bounded memory, and nothing in them is run."""
+"""Checkpoints of others, damaged or made to harm: a named error or a load, in bounded memory, and nothing in them is
+run.
+"""
 
 from __future__ import annotations
 

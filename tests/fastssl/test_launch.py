@@ -57,7 +57,9 @@ def environment(monkeypatch: pytest.MonkeyPatch, environ: dict[str, str]) -> Non
 def test_a_run_that_is_started_again_keeps_what_it_has_made(
     resume: str, beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A run of twelve steps is there. The job begins over, or at its step 3, fails in step 9, and is requeued with the same arguments."""
+    """A run of twelve steps is there. The job begins over, or at its step 3, fails in step 9, and is requeued with the
+    same arguments.
+    """
     out, original = tmp_path / "run", trainer.make_step
     recipe = small("train.checkpoint_minutes=0", "train.keep_last=12", "probe.every_epochs=0", "probe.final_samples=0")
     pretrain(recipe, options(beton, out), Silent())

@@ -90,7 +90,9 @@ def test_symmetric_loss_with_local_views_is_the_sum_over_both_keys() -> None:
 
 
 def test_the_keys_of_a_step_are_not_among_its_negatives() -> None:
-    """Enqueued after the logits: a second step on the same batch finds its own keys in the queue, the first one does not."""
+    """Enqueued after the logits: a second step on the same batch finds its own keys in the queue, the first one does
+    not.
+    """
     method, views = make(), images()
     first, again = (step(method, [views], smoothing=0.0).loss.detach() for _ in range(2))
     assert float(again) > float(first) + 0.1  # each query's positive now is a negative, too

@@ -1,6 +1,8 @@
-"""The networks that people choose for phones: each pre-trains two steps by `TrainStep`, as `fastssl pretrain` does, and is exported.
+"""The networks that people choose for phones: each pre-trains two steps by `TrainStep`, as `fastssl pretrain` does, and
+is exported.
 
-Each in a process of its own: what crashes there, as MobileOne and FastViT did, fails its test and leaves the others alone.
+Each in a process of its own: what crashes there, as MobileOne and FastViT did, fails its test and leaves the others
+alone.
 """
 
 from __future__ import annotations

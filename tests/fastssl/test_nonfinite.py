@@ -1,4 +1,6 @@
-"""A loss or gradient that is not finite: the run stops and keeps the batch, or passes over the step as if it had not been."""
+"""A loss or gradient that is not finite: the run stops and keeps the batch, or passes over the step as if it had not
+been.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ from fastssl.training.step import TrainStep
 
 @pytest.fixture
 def break_steps(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """``break_steps({step: "loss" or "gradient"})``: what becomes NaN at steps counted from 1; whatever the run does about it, it does with real batches."""
+    """``break_steps({step: "loss" or "gradient"})``: what becomes NaN at steps counted from 1; whatever the run does
+    about it, it does with real batches.
+    """
 
     def install(broken: dict[int, str]) -> None:
         step, update = trainer.make_step, TrainStep.update
@@ -180,7 +184,9 @@ def test_what_was_passed_over_is_known_behind_a_resume(
 
 @pytest.mark.parametrize("when", [7, 8, 10])
 def test_a_signal_while_the_run_is_set_back(when: int, beton: Path, tmp_path: Path, break_steps: Callable) -> None:
-    """Step 9 of the block 7..10 is bad; the signal comes while its steps are made again one by one, or while the run goes back."""
+    """Step 9 of the block 7..10 is bad; the signal comes while its steps are made again one by one, or while the run
+    goes back.
+    """
     break_steps({9: "gradient"})
     recipe, poisoned, made = small("train.skip_nonfinite=1"), trainer.make_step, []
     pretrain(recipe, options(beton, tmp_path / "whole"), Silent())
@@ -202,7 +208,9 @@ def test_a_signal_while_the_run_is_set_back(when: int, beton: Path, tmp_path: Pa
 def test_a_run_set_back_twice_goes_on_from_before_the_step_that_it_knows_as_bad(
     beton: Path, tmp_path: Path, break_steps: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A checkpoint that is due behind step 3 finds step 2, the end of the block step 4; the signal comes while step 1 is made for the third time."""
+    """A checkpoint that is due behind step 3 finds step 2, the end of the block step 4; the signal comes while step 1
+    is made for the third time.
+    """
     break_steps({2: "gradient", 4: "gradient"})
     recipe, poisoned, made = small("train.skip_nonfinite=2"), trainer.make_step, []
     pretrain(recipe, options(beton, tmp_path / "whole"), Silent())

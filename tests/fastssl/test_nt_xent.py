@@ -24,7 +24,9 @@ FEW = {"uniform_topk": 3, "stepped": 5}
 def vectors(
     seed: int, views: int, batch: int, samples: int, dim: int, dtype: torch.dtype = torch.float64, whole: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Anchors (V, B, D) and candidates (2, M, D), unit vectors, or small whole numbers whose products tie often and exactly."""
+    """Anchors (V, B, D) and candidates (2, M, D), unit vectors, or small whole numbers whose products tie often and
+    exactly.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> Tensor:
@@ -36,7 +38,9 @@ def vectors(
 
 
 def plain_nt_xent(first: Tensor, second: Tensor, temperature: float) -> Tensor:
-    """As in SimCLR's pseudo-code: the 2N x 2N similarities without their diagonal, cross-entropy against the other view."""
+    """As in SimCLR's pseudo-code: the 2N x 2N similarities without their diagonal, cross-entropy against the other
+    view.
+    """
     z = torch.cat([first, second])
     similarity = (z @ z.t() / temperature).fill_diagonal_(-math.inf)
     count = len(first)
@@ -226,7 +230,8 @@ def test_target_entropy_is_that_of_the_loss_against_a_queue(weighting: str) -> N
 
 
 def test_loss_of_the_target_itself_is_its_entropy() -> None:
-    # Logits that are the log of the target's probabilities, made by anchors of one feature. The last negative has next to none.
+    # Logits that are the log of the target's probabilities, made by anchors of one feature. The last negative has next
+    # to none.
     log = torch.tensor([0.8, 0.1, 0.025, 0.025, 0.025, 0.025, 1e-300], dtype=torch.float64).log()
     other_view = torch.zeros(1, dtype=torch.float64)  # of the anchor's own sample: left out
     candidates = torch.stack([log[:4], torch.cat([other_view, log[4:]])])[..., None]

@@ -1,4 +1,6 @@
-"""1x1 convolutions by matrix products: against torch's convolution, which layers are taken, a whole network against float64."""
+"""1x1 convolutions by matrix products: against torch's convolution, which layers are taken, a whole network against
+float64.
+"""
 
 from __future__ import annotations
 

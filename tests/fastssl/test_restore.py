@@ -124,7 +124,9 @@ def test_a_file_cannot_put_its_tensors_in_the_place_of_parameters(tmp_path: Path
 
 
 def test_momentum_is_copied_into_the_parameters_layout() -> None:
-    """The fused kernels take any buffer for one of the parameter's shape and layout: of four stored bytes they would read and write thousands."""
+    """The fused kernels take any buffer for one of the parameter's shape and layout: of four stored bytes they would
+    read and write thousands.
+    """
     parameter = nn.Parameter(torch.zeros(4, 3, 2, 2).to(memory_format=torch.channels_last))
     rows = torch.arange(48.0).view(4, 3, 2, 2)
     for buffer in (rows, torch.ones(1).expand(4, 3, 2, 2)):

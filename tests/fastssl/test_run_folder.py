@@ -185,7 +185,9 @@ def opened(out: Path, config: dict, resume: str) -> tuple[int | None, list[str],
 
 
 def open_and_be_killed(out: Path, config: dict, resume: str, changes: int) -> None:
-    """The process ends before the change of a file that follows the first ``changes`` of them, with nothing put in order."""
+    """The process ends before the change of a file that follows the first ``changes`` of them, with nothing put in
+    order.
+    """
     left = [changes]
 
     def watch(event: str, arguments: tuple) -> None:

@@ -1,4 +1,6 @@
-"""The sample set: places that look as they should, two halves of the compass, the real converter, safe against other processes and damage."""
+"""The sample set: places that look as they should, two halves of the compass, the real converter, safe against other
+processes and damage.
+"""
 
 from __future__ import annotations
 
@@ -59,7 +61,9 @@ def camera(**changes: float) -> Cameras:
 
 
 def one_ray(field_of_view: float, yaw: float, pitch: float, roll: float, x: float, y: float) -> tuple[float, float]:
-    """Slowly and by matrices: longitude and latitude of the ray through (x, y) of the picture, both in -1 .. 1, y downwards."""
+    """Slowly and by matrices: longitude and latitude of the ray through (x, y) of the picture, both in -1 .. 1, y
+    downwards.
+    """
     a, b, c = np.deg2rad([roll, pitch, yaw])
     reach = np.tan(np.deg2rad(field_of_view) / 2)
     ray = np.array([x * reach, -y * reach, 1.0])  # right, up, forward
@@ -123,7 +127,8 @@ def test_stored_panoramas_are_small_and_free_of_specks():
     for name in places():
         panorama = load_panorama(name)
         assert panorama.shape == (3, 256, 512)
-        # The EXR files' compression left dark blue blocks in the sun: no dark pixel may stand where all around it is light.
+        # The EXR files' compression left dark blue blocks in the sun: no dark pixel may stand where all around it is
+        # light.
         light = panorama.float().mean(0)
         around = torch.nn.functional.avg_pool2d(light[None, None], 9, 1, 4)[0, 0]
         assert not ((light < 60) & (around > 235)).any(), name

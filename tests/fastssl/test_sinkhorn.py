@@ -1,4 +1,6 @@
-"""The assignment against its textbook twin, over one rank and over several, and what a shift of the scores may do to it."""
+"""The assignment against its textbook twin, over one rank and over several, and what a shift of the scores may do to
+it.
+"""
 
 from __future__ import annotations
 
@@ -66,7 +68,8 @@ def on_ranks(parts: Sequence[Tensor], in_place: bool = False, **options: float) 
 
 
 def test_twin_by_hand() -> None:
-    # exp(S / epsilon), samples down: [1, 1], [3, 1]. Prototypes sum to 4 and 2: [1/4, 1/2], [3/4, 1/2]. Samples sum to 3/4 and 5/4.
+    # exp(S / epsilon), samples down: [1, 1], [3, 1]. Prototypes sum to 4 and 2: [1/4, 1/2], [3/4, 1/2]. Samples sum to
+    # 3/4 and 5/4.
     scores = torch.tensor([[0.0, 0.0], [math.log(3), 0.0]], dtype=torch.float64)
     expected = torch.tensor([[1 / 3, 2 / 3], [3 / 5, 2 / 5]], dtype=torch.float64)
     torch.testing.assert_close(dense_sinkhorn(scores / 2, 0.5, 1), expected)

@@ -1,4 +1,6 @@
-"""The kernel against its dense twin, the twin against numbers worked out by hand, and the promises about memory and misuse."""
+"""The kernel against its dense twin, the twin against numbers worked out by hand, and the promises about memory and
+misuse.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ def vectors(
 
 
 def whole_numbers(seed: int, batch: int, rows: int, dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Vectors of -1, 0 and 1, whose products are exact in any order of summation: different keys tie exactly, and often."""
+    """Vectors of -1, 0 and 1, whose products are exact in any order of summation: different keys tie exactly, and
+    often.
+    """
     generator = torch.Generator().manual_seed(seed)
     query, key, queue = (torch.randint(-1, 2, (n, dim), generator=generator).to(dtype) for n in (batch, batch, rows))
     return query.requires_grad_(), key.requires_grad_(), queue
@@ -173,7 +177,8 @@ def test_queue_just_as_long_as_the_neighbors() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("weighting", [name for name in WEIGHTINGS if name != "uniform_all"])
 def test_exact_ties_go_to_the_lowest_row(weighting: str, dtype: torch.dtype) -> None:
-    # 8 features of -1, 0, 1: 17 possible products for 500 keys, so that every rank is inside a tie that crosses blocks and tiles
+    # 8 features of -1, 0, 1: 17 possible products for 500 keys, so that every rank is inside a tie that crosses blocks
+    # and tiles
     inputs = whole_numbers(3, 8, 500, 8, dtype)
     for tile in (16, 48, None):
         assert_equals_dense(
@@ -183,7 +188,8 @@ def test_exact_ties_go_to_the_lowest_row(weighting: str, dtype: torch.dtype) -> 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_all_products_equal(dtype: torch.dtype) -> None:
-    # The keys differ but the query sees zero (of either sign) in all of them: rank goes by row alone, and the gradient shows which rows.
+    # The keys differ but the query sees zero (of either sign) in all of them: rank goes by row alone, and the gradient
+    # shows which rows.
     query = torch.zeros(3, 101, dtype=dtype)
     query[:, 0] = -1
     queue = torch.cat([torch.zeros(100, 1, dtype=dtype), torch.eye(100, dtype=dtype)], 1)

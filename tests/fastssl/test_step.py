@@ -91,8 +91,8 @@ def test_a_recorded_step_makes_the_same_steps(optimizer: str, amp: bool) -> None
     assert graphed.takes_crops and not eager.takes_crops
     expected, found = train(eager), train(graphed)
     assert not graphed.fallbacks
-    # A schedule's value reaches the recorded step in float32, where the eager one has it in float64; bfloat16 makes more of that.
-    # Adam makes a whole step of a gradient that is rounding noise.
+    # A schedule's value reaches the recorded step in float32, where the eager one has it in float64; bfloat16 makes
+    # more of that. Adam makes a whole step of a gradient that is rounding noise.
     np.testing.assert_allclose(found, expected, rtol=2e-2 if amp else 5e-3 if optimizer == "adamw" else 1e-3, atol=1e-3)
     assert len({tuple(row) for row in found}) == len(found)
     if not amp and optimizer != "adamw":  # Adam makes a whole step of a gradient that is rounding noise

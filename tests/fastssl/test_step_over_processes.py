@@ -1,6 +1,7 @@
 """Two processes that share a batch make the step that one process makes with the whole of it, for every method.
 
-In float64: the steps of fresh networks blow rounding errors up, in float32 to 1e-3 within four of them, which would hide a mistake of that size.
+In float64: the steps of fresh networks blow rounding errors up, in float32 to 1e-3 within four of them, which would
+hide a mistake of that size.
 """
 
 from __future__ import annotations

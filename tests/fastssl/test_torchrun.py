@@ -1,4 +1,6 @@
-"""The same command under torchrun: two processes make one run, which one process can take over, and the other way round."""
+"""The same command under torchrun: two processes make one run, which one process can take over, and the other way
+round.
+"""
 
 from __future__ import annotations
 

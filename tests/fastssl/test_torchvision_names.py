@@ -1,4 +1,6 @@
-"""The table of torchvision's names against the installed torchvision: every tensor, every shape, the eps, and the features."""
+"""The table of torchvision's names against the installed torchvision: every tensor, every shape, the eps, and the
+features.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +15,11 @@ from fastssl.weights.torchvision_names import TWINS, to_torchvision, torchvision
 
 
 def with_statistics(network: nn.Module, seed: int = 0) -> nn.Module:
-    """Scales, shifts and statistics as training leaves them in place of the ones and zeros of the beginning; in evaluation mode.
+    """Scales, shifts and statistics as training leaves them in place of the ones and zeros of the beginning; in
+    evaluation mode.
 
-    The statistics are those of random images, and then moved a little: with statistics of other images than the network's, features
-    explode, or become the same for every image, and a test of features finds nothing.
+    The statistics are those of random images, and then moved a little: with statistics of other images than the
+    network's, features explode, or become the same for every image, and a test of features finds nothing.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -65,7 +68,9 @@ def test_the_networks_with_a_short_name_that_torchvision_has() -> None:
     "arch", ["mobilenetv3_large_100", "mobilenetv3_small_100", "efficientnet_b0", "mobilenetv2_100"]
 )
 def test_the_features_are_the_same(arch: str) -> None:
-    """In float64, where only the rounding of the scaled weights is left; without the scaling MobileNet-V3's differ by far more."""
+    """In float64, where only the rounding of the scaled weights is left; without the scaling MobileNet-V3's differ by
+    far more.
+    """
     torch.manual_seed(0)
     ours, theirs = with_statistics(create_backbone(arch)), build_twin(TWINS[arch]).eval()
     theirs.load_state_dict(to_torchvision(arch, ours), strict=True)

@@ -1,4 +1,6 @@
-"""A run from the command line: it writes what it promises, learns something measurable, stops cleanly and goes on exactly."""
+"""A run from the command line: it writes what it promises, learns something measurable, stops cleanly and goes on
+exactly.
+"""
 
 from __future__ import annotations
 
@@ -304,7 +306,9 @@ def test_wrong_usage_is_status_2(capsys: pytest.CaptureFixture) -> None:
 def test_a_recorded_step_is_gone_when_the_processes_part(
     end: str, beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """NCCL waits with the end of its communicator until no CUDA graph holds its collectives, for ever if need be; also in an abort, where tracebacks hold all."""
+    """NCCL waits with the end of its communicator until no CUDA graph holds its collectives, for ever if need be; also
+    in an abort, where tracebacks hold all.
+    """
 
     class Graph:
         def __init__(self, call: Callable[[], Tensor]):

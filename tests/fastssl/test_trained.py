@@ -1,4 +1,6 @@
-"""Which network a checkpoint gives: from a run's folder, its weights, its whole state; and one clear line where it gives none."""
+"""Which network a checkpoint gives: from a run's folder, its weights, its whole state; and one clear line where it
+gives none.
+"""
 
 from __future__ import annotations
 

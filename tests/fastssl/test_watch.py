@@ -20,7 +20,9 @@ from fastssl.distributed.watchdog import Watch, _is_refused, _Line, _Patience, _
 
 
 class Watched:
-    """Watches of several "processes" in one, over a real store; instead of ending the process they note what they would have said."""
+    """Watches of several "processes" in one, over a real store; instead of ending the process they note what they would
+    have said.
+    """
 
     def __init__(self, size: int, silent_s: float = 0.5, leave_s: float = 0.3):
         self.port = free_port()
@@ -233,7 +235,8 @@ def test_a_killed_process_is_named_and_the_others_are_gone(victim: int, tmp_path
             assert started.said(rank).count("the run cannot go on") == 1
 
 
-#: Rank 1 stops in the middle; the others are not in a collective of gloo, which would end by itself, but somewhere for ever.
+#: Rank 1 stops in the middle; the others are not in a collective of gloo, which would end by itself, but somewhere for
+#: ever.
 FOR_EVER = """
 def tell(why):
     print(f"told: {why}", file=sys.stderr, flush=True)

@@ -4,7 +4,8 @@
     python -m tests.fuzz --minutes 20 --seed 7 --keep DIR       # until the time is over; files that go wrong are kept
     python -m tests.fuzz --photos --count 10000                 # pictures of all formats through the converter instead
 
-Status 1 when one went wrong: anything but the right pixels, a named error or a skip that is counted; a signal; more than five seconds.
+Status 1 when one went wrong: anything but the right pixels, a named error or a skip that is counted; a signal; more
+than five seconds.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """What can happen to a file, drawn from a seed: (seed, number) always gives the same corrupted bytes.
 
-A plain generator and not hypothesis: a case must run in a process that may die of it, with a clock beside it; ten thousand of them must take
-a minute; and what is found is a file to keep, which needs no shrinking. Coverage could not guide a search here, because the decoders in
-C come as wheels without instrumentation: knowing the format, and where its numbers stand, finds what blind flips do not.
+A plain generator and not hypothesis: a case must run in a process that may die of it, with a clock beside it; ten
+thousand of them must take a minute; and what is found is a file to keep, which needs no shrinking. Coverage could not
+guide a search here, because the decoders in C come as wheels without instrumentation: knowing the format, and where its
+numbers stand, finds what blind flips do not.
 """
 
 from __future__ import annotations

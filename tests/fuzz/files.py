@@ -1,6 +1,7 @@
 """Small ``.beton`` files to begin from, as plain values that can be changed and put together again.
 
-The layout is written down here a second time, byte by byte: what is put together need not be a file that our writer could write.
+The layout is written down here a second time, byte by byte: what is put together need not be a file that our writer
+could write.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ class Beton:
         fields: type ids, in the order of the descriptors.
         backwards: the allocation table lists the last sample first.
         stored: the layout as somebody else wrote it; what is changed in a sample is laid out anew.
-        paged: data begins at a multiple of the page size, as real writers have it; otherwise right behind the metadata, which keeps files small.
+        paged: data begins at a multiple of the page size, as real writers have it; otherwise right behind the metadata,
+            which keeps files small.
     """
 
     name: str

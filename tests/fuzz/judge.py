@@ -1,4 +1,6 @@
-"""Is what became of a corrupted file right? The right pixels, a named error, or a skip that is counted; all else is a `Wrong`."""
+"""Is what became of a corrupted file right? The right pixels, a named error, or a skip that is counted; all else is a
+`Wrong`.
+"""
 
 from __future__ import annotations
 
@@ -29,8 +31,10 @@ class Wrong(Exception):
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of a case: ``refused``, ``exact`` (all pictures are the originals), ``damaged`` (some are named errors) or ``altered`` (some are others,
-    of the size that the file promises); and the first message, with its numbers taken out."""
+    """What became of a case: ``refused``, ``exact`` (all pictures are the originals), ``damaged`` (some are named
+    errors) or ``altered`` (some are others, of the size that the file promises); and the first message, with its
+    numbers taken out.
+    """
 
     kind: str
     message: str = ""
@@ -46,7 +50,8 @@ class Judge:
     def __init__(self, files: list[Beton], path: Path):
         self.path, self._out = path, Guarded()
         self._patience = 10.0  # the loader's inner loops may have to be compiled first
-        #: what stands in whole files: (mode, height, width, bytes) -> (pixels, the view's pixels), None where they cannot be decoded
+        #: what stands in whole files: (mode, height, width, bytes) -> (pixels, the view's pixels), None where they
+        #: cannot be decoded
         self.pictures: dict[tuple, tuple[np.ndarray | None, np.ndarray | None]] = {}
         self.whole: set[tuple] = set()
         for file in files:

@@ -25,7 +25,8 @@ class Found:
     """What a run came to.
 
     Attributes:
-        done: cases judged. kinds: how often each (what was done, verdict). failures: (number, what went wrong). slowest: (seconds, number).
+        done: cases judged. kinds: how often each (what was done, verdict). failures: (number, what went wrong).
+            slowest: (seconds, number).
         examples: for each kind of message the first case that led to it.
     """
 
@@ -37,7 +38,9 @@ class Found:
 
 
 class _Child:
-    """A process that judges numbers ``first``, ``first + step``, ... below ``end``; it says in shared memory which one, and since when."""
+    """A process that judges numbers ``first``, ``first + step``, ... below ``end``; it says in shared memory which one,
+    and since when.
+    """
 
     def __init__(self, work: Callable[[], Callable[[int], tuple[str, str]]], first: int, step: int, end: int):
         self.first, self.step, self.end = first, step, end

@@ -177,7 +177,9 @@ def planes_of(picture: torch.Tensor) -> list[torch.Tensor]:
 
 
 def test_hue_of_every_colour() -> None:
-    """A cube of colours with all its edges (grey, black, white, pure, two channels equal), turned by many angles, to float accuracy."""
+    """A cube of colours with all its edges (grey, black, white, pure, two channels equal), turned by many angles, to
+    float accuracy.
+    """
     levels = torch.tensor([0.0, 1 / 255, 0.2, 0.5, 0.5000001, 254 / 255, 1.0])
     cube = torch.cartesian_prod(levels, levels, levels).T.reshape(1, 3, 7, 49)
     for shift in (-0.5, -0.3, -1 / 6, 0.0, 1e-4, 0.1, 1 / 3, 0.5):

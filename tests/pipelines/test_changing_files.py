@@ -89,7 +89,8 @@ def skip(copy: Path, engine: str, end: int) -> None:
         for batch in (batch for epoch in range(9) for batch in loader.epoch(epoch)):
             os.truncate(copy, end)
             batches, last = batches + 1, batch
-        # Batches that were rendered ahead are whole; the last one has what is left of the file, and all else is counted.
+        # Batches that were rendered ahead are whole; the last one has what is left of the file, and all else is
+        # counted.
         assert batches == 9 and set(last.index.tolist()) == set(range(20))
         assert set(loader.stats.skipped) == set(range(20, 48)) and len(loader.stats.skipped) % 28 == 0
 
@@ -109,7 +110,9 @@ def test_cut_under_a_running_loader(engine: str, copy: Path) -> None:
 
 
 def test_replaced_under_a_reader(copy: Path, tmp_path: Path) -> None:
-    """A new file under the same name, as a conversion puts it there, is another file: the one that was opened is read to the end."""
+    """A new file under the same name, as a conversion puts it there, is another file: the one that was opened is read
+    to the end.
+    """
     with BetonReader(copy) as reader, ViewLoader(reader, TWO, 8) as loader:
         expected = [batch.views[0].clone() for batch in loader.epoch(0)]
         (tmp_path / "new").write_bytes(b"not a beton")
@@ -143,7 +146,9 @@ with ViewLoader(path, [ViewSpec(size=16, count=2)], 8, pipeline="ffcv", on_bad="
 
 @pytest.mark.engines
 def test_ffcv_is_stopped_before_it_touches_what_was_cut_off(copy: Path, tmp_path: Path) -> None:
-    """It maps the file, so the file's length is asked for before each batch. What it opens is the reader's file, whatever has its name."""
+    """It maps the file, so the file's length is asked for before each batch. What it opens is the reader's file,
+    whatever has its name.
+    """
     need_engine("ffcv")
     (tmp_path / "other").write_bytes(b"not a beton")
     with BetonReader(copy) as reader:
@@ -244,7 +249,9 @@ def read_holes(path: Path) -> None:
 
 
 def test_holes_of_a_terabyte(tmp_path: Path) -> None:
-    """A file of a few bytes on the disk whose header speaks of billions of samples: refused before memory is taken for them."""
+    """A file of a few bytes on the disk whose header speaks of billions of samples: refused before memory is taken for
+    them.
+    """
     path = tmp_path / "holes.beton"
     count = 4 << 30
     start = 24 + 1041

@@ -180,11 +180,14 @@ def test_pictures_of_all_kinds(name):
 
 
 def test_unusual_sampling_factors():
-    """Colour at a third of the width: outside what the fast decoder knows, so Pillow decodes it, and it is encoded anew."""
+    """Colour at a third of the width: outside what the fast decoder knows, so Pillow decodes it, and it is encoded
+    anew.
+    """
     data = saved(np.full((8, 24, 3), 128, np.uint8), subsampling=0)
     frame, scan = data.index(b"\xff\xc0"), data.index(b"\xff\xda")
     assert data[frame + 11] == 0x11
-    # One block row in the standard Huffman codes: three grey luma blocks (DC 00, end 1010), then one block each of Cb and Cr (00, 00).
+    # One block row in the standard Huffman codes: three grey luma blocks (DC 00, end 1010), then one block each of Cb
+    # and Cr (00, 00).
     bits = "001010" * 3 + "0000" * 2
     bits += "1" * (-len(bits) % 8)
     body = int(bits, 2).to_bytes(len(bits) // 8, "big")

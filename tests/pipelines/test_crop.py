@@ -161,7 +161,9 @@ def test_the_host_path_equals_pillow_whatever_the_box(interpolation: str) -> Non
 
 
 def test_the_host_path_reads_and_writes_nothing_else() -> None:
-    """Its vectors are a byte longer than a pixel: neighbours in the batch and the bytes behind the picture are left alone."""
+    """Its vectors are a byte longer than a pixel: neighbours in the batch and the bytes behind the picture are left
+    alone.
+    """
     spec = ViewSpec(size=9, count=2)
     picture = np.random.default_rng(0).integers(0, 256, (7, 11, 3), dtype=np.uint8)
     boxes = boxes_of(np.array([[box(0, 0, 7, 11)], [box(3, 5, 4, 6, flip=True)]]))[0]
@@ -225,7 +227,9 @@ def test_an_extreme_reduction_keeps_its_many_small_weights() -> None:
 
 
 def test_the_compiled_loops_read_only_memory_that_is_theirs() -> None:
-    """What the C library writes over freed memory must not show: numba frees an array behind the last line that names it."""
+    """What the C library writes over freed memory must not show: numba frees an array behind the last line that names
+    it.
+    """
     code = """
 import zlib
 import numpy as np

@@ -130,7 +130,9 @@ def test_a_damaged_picture_is_named_or_passed_over(
 def test_who_stands_in_does_not_depend_on_the_number_of_processes(
     engine: str, crops: str, beton: Path, tmp_path: Path
 ) -> None:
-    """A third of the photos is damaged, so that many lie at the edge of a process's part, and some parts have no good one at all."""
+    """A third of the photos is damaged, so that many lie at the edge of a process's part, and some parts have no good
+    one at all.
+    """
     path, content = tmp_path / "damaged.beton", bytearray(beton.read_bytes())
     with BetonReader(beton) as reader:
         broken = set(range(0, len(reader), 3))
@@ -140,7 +142,9 @@ def test_who_stands_in_does_not_depend_on_the_number_of_processes(
     path.write_bytes(content)
 
     def of(world: int) -> tuple[list[np.ndarray], list[torch.Tensor], list[int]]:
-        """(samples of each batch, first group's views of each, (2, B, ...), what was passed over) of all processes together."""
+        """(samples of each batch, first group's views of each, (2, B, ...), what was passed over) of all processes
+        together.
+        """
         parts, skipped = [], []
         for rank in range(world):
             with ViewLoader(
@@ -268,7 +272,9 @@ def test_every_thread_of_an_engine_is_told_its_device(
 
 
 def test_what_dali_gets_back_was_copied_before(beton: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """DALI writes to memory that torch has let go of, and knows nothing of the kernels on torch's streams that have yet to read it."""
+    """DALI writes to memory that torch has let go of, and knows nothing of the kernels on torch's streams that have yet
+    to read it.
+    """
     from fastssl.pipelines.engines.dali import DaliEngine
 
     class Stream:

@@ -98,7 +98,9 @@ def test_ffcv_reads_what_the_converter_writes(converted, os_cache):
 
 @pytest.mark.parametrize("os_cache", [True, False])
 def test_ffcv_reads_pages_that_grew_raw_pixels_and_no_labels(tmp_path, os_cache):
-    """Pages of 2 MiB that became 4 MiB half-way, room reserved for samples that never came; raw pixels are equal to the bit."""
+    """Pages of 2 MiB that became 4 MiB half-way, room reserved for samples that never came; raw pixels are equal to the
+    bit.
+    """
     path = tmp_path / "a.beton"
     images = [picture(k) for k in range(9)]
     with BetonWriter(path, 20, labels=False, page_size=2 << 20) as writer:

@@ -36,7 +36,9 @@ def fuzz(*arguments: str) -> subprocess.CompletedProcess:
 
 @pytest.mark.timed
 def test_ten_thousand_corruptions() -> None:
-    """Each gives the right pixels, a named error or a skip that is counted: no signal, none over five seconds, no read outside the file."""
+    """Each gives the right pixels, a named error or a skip that is counted: no signal, none over five seconds, no read
+    outside the file.
+    """
     done = fuzz("--count", "10000")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "10,000 cases" in done.stdout and "0 went wrong" in done.stdout
@@ -60,7 +62,9 @@ def replay(folder: Path, names: list[str]) -> None:
 
 @pytest.mark.timed
 def test_kept_files_once_more(tmp_path: Path) -> None:
-    """One for each kind of change to each kind of file, chosen by the message it leads to; and whatever went wrong once."""
+    """One for each kind of change to each kind of file, chosen by the message it leads to; and whatever went wrong
+    once.
+    """
     names = [path.name for path in CORPUS]
     assert len(names) > 50 and sum(path.stat().st_size for path in CORPUS) < 1 << 20
     ended = in_child(replay, tmp_path, names, seconds=60)
@@ -68,7 +72,9 @@ def test_kept_files_once_more(tmp_path: Path) -> None:
 
 
 def test_files_are_what_the_writer_writes(tmp_path: Path) -> None:
-    """The layout that corruption begins from, against our writer where it can write such a file, and read by the reader everywhere."""
+    """The layout that corruption begins from, against our writer where it can write such a file, and read by the reader
+    everywhere.
+    """
     for file in seed_files():
         path = tmp_path / "a.beton"
         path.write_bytes(file.layout().content)

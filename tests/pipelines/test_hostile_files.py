@@ -142,7 +142,9 @@ def test_every_length_of_file(good, tmp_path):
 
 @pytest.mark.parametrize("kind", ["bit", "byte", "word"])
 def test_random_damage_to_the_tables(good, tmp_path, kind):
-    """A few hundred random changes of header, descriptors, metadata and table: each ends in an error or the right pixels."""
+    """A few hundred random changes of header, descriptors, metadata and table: each ends in an error or the right
+    pixels.
+    """
     data, pixels = good
     rng = np.random.default_rng({"bit": 2, "byte": 3, "word": 4}[kind])
     path = tmp_path / "bad.beton"
@@ -174,7 +176,9 @@ def test_random_damage_to_the_tables(good, tmp_path, kind):
 
 
 def test_random_damage_to_the_pictures(good, tmp_path):
-    """Damaged JPEG data: an error that names the sample, or a picture of the promised size; other samples are untouched."""
+    """Damaged JPEG data: an error that names the sample, or a picture of the promised size; other samples are
+    untouched.
+    """
     data, pixels = good
     rng = np.random.default_rng(5)
     path = tmp_path / "bad.beton"

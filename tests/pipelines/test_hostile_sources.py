@@ -1,4 +1,6 @@
-"""Folders, tars and pictures that are made to harm: nothing is written outside, nothing expands without end, nothing reaches the terminal."""
+"""Folders, tars and pictures that are made to harm: nothing is written outside, nothing expands without end, nothing
+reaches the terminal.
+"""
 
 from __future__ import annotations
 
@@ -95,7 +97,9 @@ def run(*arguments: object) -> int:
 
 
 def test_a_tar_writes_nothing_outside(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """The whole command: beside DST and its two files nothing is there afterwards that was not before, and nothing has changed."""
+    """The whole command: beside DST and its two files nothing is there afterwards that was not before, and nothing has
+    changed.
+    """
     outside, work = tmp_path / "outside", tmp_path / "a" / "b" / "work"
     outside.mkdir()
     work.mkdir(parents=True)
@@ -136,7 +140,9 @@ def require_plain(text: str) -> None:
 
 @pytest.mark.parametrize("trick", TRICKS)
 def test_names_do_not_reach_the_terminal(trick: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """In messages of every command that takes a folder or a file of a name: as printable characters on one line, markup as it is written."""
+    """In messages of every command that takes a folder or a file of a name: as printable characters on one line, markup
+    as it is written.
+    """
     source, folder = tmp_path / f"photos{trick}", tmp_path / f"photos{trick}" / f"class{trick}"
     folder.mkdir(parents=True)
     for number in range(3):
@@ -309,7 +315,9 @@ def sized_jpeg(width: int, height: int, mode: str = "RGB") -> bytes:
 
 
 def many_scans(side: int, scans: int) -> bytes:
-    """A valid progressive JPEG, grey and even, that refines one coefficient after the other, bit by bit; a few bytes a scan."""
+    """A valid progressive JPEG, grey and even, that refines one coefficient after the other, bit by bit; a few bytes a
+    scan.
+    """
     segment = lambda marker, body: bytes((0xFF, marker)) + struct.pack(">H", len(body) + 2) + body  # noqa: E731
 
     def packed(bits: str) -> bytes:
@@ -317,7 +325,8 @@ def many_scans(side: int, scans: int) -> bytes:
         return int(bits, 2).to_bytes(len(bits) // 8, "big").replace(b"\xff", b"\xff\x00")
 
     blocks = (side // 8) ** 2
-    # One symbol of one bit each: "no difference" for the first scan, "the next 2^14 + n blocks are zero" for the others.
+    # One symbol of one bit each: "no difference" for the first scan, "the next 2^14 + n blocks are zero" for the
+    # others.
     tables = segment(0xC4, b"\x00\x01" + bytes(15) + b"\x00") + segment(0xC4, b"\x10\x01" + bytes(15) + b"\xe0")
     frame = segment(0xC2, b"\x08" + struct.pack(">HH", side, side) + b"\x01\x01\x11\x00")
     data = b"\xff\xd8" + segment(0xDB, b"\0" + b"\x01" * 64) + frame + tables

@@ -71,8 +71,8 @@ def test_device_crops_equal_host_crops(beton: Path) -> None:
     assert host.keys() == device.keys()
     for sample in host:
         for mine, theirs in zip(host[sample], device[sample]):
-            # Views are normalised by about 0.225: one grey level is 0.0174. The crops round differently by at most one level,
-            # which saturation and contrast can stretch a little.
+            # Views are normalised by about 0.225: one grey level is 0.0174. The crops round differently by at most one
+            # level, which saturation and contrast can stretch a little.
             assert np.abs(mine - theirs).mean() < 0.0174 / 2
 
 

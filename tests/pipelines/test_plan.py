@@ -136,7 +136,9 @@ def test_seeds_epochs_views_and_samples_draw_apart() -> None:
 @pytest.mark.parametrize("size", [(375, 500), (224, 224), (60, 500), (500, 130), (40, 30), (11, 300)])
 @pytest.mark.parametrize("area", [(0.2, 1.0), (0.05, 0.14)])
 def test_crop_boxes_follow_torchvision(size: tuple[int, int], area: tuple[float, float]) -> None:
-    """Two-sample Kolmogorov-Smirnov tests on what a box is; the sizes include ones that mostly or always end in the fallback."""
+    """Two-sample Kolmogorov-Smirnov tests on what a box is; the sizes include ones that mostly or always end in the
+    fallback.
+    """
     n = 3000
     plan = plan_of(ViewSpec(area=area), n, size)[0]
     torch.manual_seed(0)

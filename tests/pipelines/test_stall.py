@@ -1,4 +1,6 @@
-"""Disks that do not answer, and threads that meet what they were not made for: the consumer gets an error, and the process can end."""
+"""Disks that do not answer, and threads that meet what they were not made for: the consumer gets an error, and the
+process can end.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,9 @@ def forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class DeadDisk:
-    """Reads in threads hang until ``answer`` is set, but for those at ``answered`` offsets; the main thread's tables are read."""
+    """Reads in threads hang until ``answer`` is set, but for those at ``answered`` offsets; the main thread's tables
+    are read.
+    """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch | None = None, answered: Collection[int] = ()):
         self.answer, self.all_answered, self.hangs = (threading.Event() for _ in range(3))
@@ -158,7 +162,8 @@ def test_leaving_early_does_not_wait_for_ever(beton: Path, monkeypatch: pytest.M
     disk = DeadDisk(monkeypatch, first)
     try:
         started = time.monotonic()
-        # Threads enough for all batches ahead: none of them hangs before the first batch is there, and one surely does before it is left.
+        # Threads enough for all batches ahead: none of them hangs before the first batch is there, and one surely does
+        # before it is left.
         with ViewLoader(beton, TWO, 8, workers=8) as loader:
             draw = loader.request
             monkeypatch.setattr(
@@ -207,7 +212,9 @@ def command_on_a_dead_disk(beton: Path, out: Path) -> None:
 
 
 def test_the_command_ends_although_threads_hang(beton: Path, tmp_path: Path) -> None:
-    """With the reader's threads held for ever, the command says its line and is gone, where the interpreter's own end would join them."""
+    """With the reader's threads held for ever, the command says its line and is gone, where the interpreter's own end
+    would join them.
+    """
     ended = in_child(command_on_a_dead_disk, beton, tmp_path / "views.png", seconds=5)
     assert ended.status == 1 and ended.signal is None, ended
     (line,) = ended.output.splitlines()

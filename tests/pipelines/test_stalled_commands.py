@@ -1,4 +1,6 @@
-"""Converting and verifying on a disk that does not answer, and with threads that meet what they were not made for: an error that says where, and an end."""
+"""Converting and verifying on a disk that does not answer, and with threads that meet what they were not made for: an
+error that says where, and an end.
+"""
 
 from __future__ import annotations
 
@@ -59,7 +61,8 @@ def whole(photos: Path) -> Path:
 class DeadDisk:
     """Calls of a function for which ``dead`` is true wait until ``answer`` is set.
 
-    The clock of those who wait for it stands still until then, or until the work has come to ``words``, however long a busy machine takes to get there.
+    The clock of those who wait for it stands still until then, or until the work has come to ``words``, however long a
+    busy machine takes to get there.
     """
 
     def __init__(
@@ -124,7 +127,9 @@ NOTHING = r"nothing was {} for 0\.1 s, since \d\d:\d\d:\d\d, {}: the disk or net
 
 @pytest.mark.parametrize("where", ["the listing", "a photo", "the result"])
 def test_a_conversion(where: str, photos: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It ends with the name of what does not answer, and the next one makes of the photos what an undisturbed one makes."""
+    """It ends with the name of what does not answer, and the next one makes of the photos what an undisturbed one
+    makes.
+    """
     dst = tmp_path / "whole.beton"
     monkeypatch.setattr(convert_module, "CHECKPOINT_SECONDS", 0.0)
     if where == "the listing":
@@ -206,7 +211,9 @@ def command_on_a_dead_disk(*arguments: object) -> None:
 
 @pytest.mark.parametrize("command", ["convert-imagenet", "verify"])
 def test_the_command_ends_although_threads_hang(command: str, photos: Path, whole: Path, tmp_path: Path) -> None:
-    """With the reader's threads held for ever, the command says its line and is gone, where the interpreter's own end would join them."""
+    """With the reader's threads held for ever, the command says its line and is gone, where the interpreter's own end
+    would join them.
+    """
     arguments = (whole,) if command == "verify" else (photos, tmp_path / "out.beton")
     ended = in_child(command_on_a_dead_disk, command, *arguments)
     assert ended.status == 1 and ended.signal is None, ended

@@ -14,8 +14,8 @@ class Fault:
     """SIGKILL at one call.
 
     Attributes:
-        kind: ``fsync``, ``replace``, ``link``, ``unlink``, ``chmod`` of os; ``add`` of a photo to a .beton; ``often``: none, but a conversion keeps its
-            journal after every photo.
+        kind: ``fsync``, ``replace``, ``link``, ``unlink``, ``chmod`` of os; ``add`` of a photo to a .beton; ``often``:
+            none, but a conversion keeps its journal after every photo.
         number: of the call, counted from 1.
         behind: when the call is done, not before.
     """
@@ -45,7 +45,9 @@ def child(command: list[str], environment: dict[str, str], log: str, float64: bo
 
 
 def in_float64() -> None:
-    """All of training in double precision, so that rounding, which the steps of fresh networks blow up, hides nothing. The probe is left out."""
+    """All of training in double precision, so that rounding, which the steps of fresh networks blow up, hides nothing.
+    The probe is left out.
+    """
     import torch
 
     from fastssl import pretrain

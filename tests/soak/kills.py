@@ -1,4 +1,5 @@
-"""Kill the real commands at random moments, start them again, and compare the end with that of a run that nobody disturbed.
+"""Kill the real commands at random moments, start them again, and compare the end with that of a run that nobody
+disturbed.
 
     python tests/soak/kills.py --kills 50 --what all --seed 0 --json kills.json
 
@@ -8,8 +9,9 @@
     checkpointing   pretrain, killed inside the writing of a checkpoint: at the n-th fsync, rename, link, removal, or while an unfinished file grows
     processes       pretrain in float64 by one process, two, one, ...: against one process that was not killed, to 1e-5; two all the time, against two: bit for bit
 
-SIGKILL, so that nothing is tidied up. The children are forked from a process that has the imports done, which makes a start cheap. Everything is a
-function of the seed but the moment at which the kernel kills; what failed is printed with its seed.
+SIGKILL, so that nothing is tidied up. The children are forked from a process that has the imports done, which makes a
+start cheap. Everything is a function of the seed but the moment at which the kernel kills; what failed is printed with
+its seed.
 """
 
 from __future__ import annotations
@@ -58,8 +60,8 @@ _COMMON = [
     "probe.final_samples=24",
 ]
 _CROPS = ["views.global_size=32", "views.local_size=16", "views.local_count=2"]
-#: Its checkpoints are 60 MB, and take a while to be written. And its steps do not blow differences up as those of LCNet do with batches of 8: there 1e-16
-#: becomes 1 within 20 steps, with nobody killed, in double precision too.
+#: Its checkpoints are 60 MB, and take a while to be written. And its steps do not blow differences up as those of LCNet
+#: do with batches of 8: there 1e-16 becomes 1 within 20 steps, with nobody killed, in double precision too.
 LARGE = "resnet10t"
 #: Per method: recipe, network, what makes it small. 48 photos: 6 steps an epoch.
 METHODS = {
@@ -97,7 +99,8 @@ class Outcome:
     Attributes:
         what, seed: how to make it again.
         kills: how many fell. where: into what, with counts.
-        difference: largest difference of any weight, statistic, queue or centre; 0.0 where bytes were compared and are equal.
+        difference: largest difference of any weight, statistic, queue or centre; 0.0 where bytes were compared and are
+            equal.
         problems: what was not as it should be; empty: all equal.
         restarts: how often a command ended by itself before it was killed, or was started for the end.
     """
@@ -333,7 +336,8 @@ def training(
     probe: bool = True,
     arch: str | None = None,
 ) -> Outcome:
-    """Kill at ``kills`` random steps; start ``sizes`` processes in turn. Against a run of ``sizes[0]`` processes that nobody disturbs.
+    """Kill at ``kills`` random steps; start ``sizes`` processes in turn. Against a run of ``sizes[0]`` processes that
+    nobody disturbs.
 
     ``tolerance`` None: equal to the last bit; infinite: the difference is noted and not judged.
     """

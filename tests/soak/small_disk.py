@@ -1,7 +1,8 @@
 """A disk that is full when a test says so.
 
-``mounted``: a tmpfs of its own, filled with a file and, for read-only, mounted again. Where mounting is not allowed, ``limited``: the kernel refuses writes
-beyond a size (RLIMIT_FSIZE: EFBIG, as on a disk whose quota is used up), and read-only are the calls that open, rename and link files there.
+``mounted``: a tmpfs of its own, filled with a file and, for read-only, mounted again. Where mounting is not allowed,
+``limited``: the kernel refuses writes beyond a size (RLIMIT_FSIZE: EFBIG, as on a disk whose quota is used up), and
+read-only are the calls that open, rename and link files there.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ class SmallDisk:
     covered: bool = False
 
     def fill(self, leave: int = 0, processes: tuple[int, ...] = ()) -> None:
-        """Leave room for ``leave`` bytes more. ``limited``: in any file, for processes that are started from now on and for ``processes``."""
+        """Leave room for ``leave`` bytes more. ``limited``: in any file, for processes that are started from now on and
+        for ``processes``.
+        """
         if self.how == "limited":
             self.limit = leave
             for pid in processes:
@@ -82,7 +85,9 @@ class SmallDisk:
 
 @contextmanager
 def small_disk(folder: Path, way: str, megabytes: int = 16) -> Iterator[SmallDisk]:
-    """A disk at ``folder``; ``way`` is what is wanted, ``SmallDisk.how`` what it is: without the right to mount all are ``limited``."""
+    """A disk at ``folder``; ``way`` is what is wanted, ``SmallDisk.how`` what it is: without the right to mount all are
+    ``limited``.
+    """
     folder.mkdir()
     mounted = way == "mounted" and (
         subprocess.run(
@@ -154,7 +159,9 @@ def speaking_child(command: list[str], said: socket.socket, disk: SmallDisk, pat
 
 
 def refuse_while(disk: SmallDisk) -> None:
-    """Let the calls that change a folder fail in this process while ``disk.flag`` is there, as the kernel does on a read-only disk."""
+    """Let the calls that change a folder fail in this process while ``disk.flag`` is there, as the kernel does on a
+    read-only disk.
+    """
 
     def guarded(function: Callable) -> Callable:
         def call(*args: object, **kwargs: object) -> object:

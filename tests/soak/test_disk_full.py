@@ -1,7 +1,8 @@
-"""A disk that is full or read-only: one line that names the file, what was there before is as it was, and with room again the work goes on.
+"""A disk that is full or read-only: one line that names the file, what was there before is as it was, and with room
+again the work goes on.
 
-Each case runs on a small disk of its own, and once more under a limit for the size of files: where mounting is not allowed, both times under the limit, and the
-last test says so.
+Each case runs on a small disk of its own, and once more under a limit for the size of files: where mounting is not
+allowed, both times under the limit, and the last test says so.
 """
 
 from __future__ import annotations
@@ -258,7 +259,9 @@ def test_a_run_lives_on_while_its_folder_is_read_only(lab: Lab, disk: SmallDisk,
 
 
 def test_full_at_the_very_end(lab: Lab, disk: SmallDisk, beton: Path, whole: Path) -> None:
-    """All steps are made and saved; only the summary has no room. The same command writes it later, without training again."""
+    """All steps are made and saved; only the summary has no room. The same command writes it later, without training
+    again.
+    """
     out = disk.folder / "run"
     shutil.copytree(
         whole, out, ignore=shutil.ignore_patterns("step-*.pt")

@@ -1,4 +1,6 @@
-"""A few kills of each kind. The long form is ``python tests/soak/kills.py``; what it found is in benchmarks/results/soak/."""
+"""A few kills of each kind. The long form is ``python tests/soak/kills.py``; what it found is in
+benchmarks/results/soak/.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +53,9 @@ def test_a_run_killed_while_it_saves_ends_bit_for_bit(lab: Lab, beton: Path) -> 
 
 
 def test_a_run_over_one_and_two_processes_is_that_of_one(lab: Lab, beton: Path) -> None:
-    """In double precision: in single precision the steps of fresh networks blow rounding up (see test_step_over_processes)."""
+    """In double precision: in single precision the steps of fresh networks blow rounding up (see
+    test_step_over_processes).
+    """
     found = training(
         lab, beton, "moco", 2, 0, epochs=2, sizes=(1, 2), float64=True, tolerance=1e-5, probe=False, arch=LARGE
     )

@@ -1,4 +1,6 @@
-"""What the evaluations share on the command line: their options, the photos' features, the line and the record at the end."""
+"""What the evaluations share on the command line: their options, the photos' features, the line and the record at the
+end.
+"""
 
 from __future__ import annotations
 
@@ -117,7 +119,9 @@ def network(
     seed: int,
     **_: Any,
 ) -> nn.Module:
-    """The session's network, with BatchNorm statistics taken anew from ``photos`` (of them ``indices`` alone) if that is asked for."""
+    """The session's network, with BatchNorm statistics taken anew from ``photos`` (of them ``indices`` alone) if that
+    is asked for.
+    """
     from fastssl.evaluate.batchnorm import reestimated
     from fastssl.evaluate.features import require_size
 
@@ -136,7 +140,9 @@ def network(
 
 
 def split_features(session: Session, split: LabelledSplit, **how: Any) -> tuple[Features, Features]:
-    """This process's share of the features of both parts, by ``network``; ``how``: the values of the options of FEATURE_OPTIONS."""
+    """This process's share of the features of both parts, by ``network``; ``how``: the values of the options of
+    FEATURE_OPTIONS.
+    """
     backbone = network(session, split.train, split.train_index, **how)
     kept = {name: how[name] for name in ("size", "crop", "batch_size", "workers")}
     parts = (("training photos", split.train, split.train_index), ("validation photos", split.val, split.val_index))
@@ -146,7 +152,9 @@ def split_features(session: Session, split: LabelledSplit, **how: Any) -> tuple[
 def share_features(
     session: Session, backbone: nn.Module, label: str, reader: BetonReader, index: np.ndarray, **how: Any
 ) -> Features:
-    """This process's share of the features of the samples ``index``, as ``evaluate.features.share`` deals them out; with a bar."""
+    """This process's share of the features of the samples ``index``, as ``evaluate.features.share`` deals them out;
+    with a bar.
+    """
     from fastssl.evaluate.features import extract_features, share
 
     mine = share(index)

@@ -143,10 +143,11 @@ def detect(
     seed: int,
     json_path: str | None,
 ) -> None:
-    """Object detection: the backbone is fine-tuned under Faster R-CNN with FPN (vision transformers: a simple pyramid), all layers, and judged by COCO's AP.
+    """Object detection: the backbone is fine-tuned under Faster R-CNN with FPN (vision transformers: a simple pyramid),
+    all layers, and judged by COCO's AP.
 
-    Annotations are a .json in COCO's format, or a list of Pascal VOC (a .txt in ImageSets/Main); VOC lists may be several. Under torchrun or srun the
-    processes share the pictures.
+    Annotations are a .json in COCO's format, or a list of Pascal VOC (a .txt in ImageSets/Main); VOC lists may be
+    several. Under torchrun or srun the processes share the pictures.
 
     \b
     fastssl evaluate detect runs/mine --json detect.json \\
@@ -201,7 +202,8 @@ def detect(
             "from_scratch": from_scratch,
             "test_side": test_side,
         }
-        # Names and steps are alike in runs that are not. New weights are said by the seed, and may differ in their last bit from machine to machine.
+        # Names and steps are alike in runs that are not. New weights are said by the seed, and may differ in their last
+        # bit from machine to machine.
         resumed = {
             "backbone_weights": None if from_scratch else session.weights,
             "train_annotations": annotations_fingerprint(train),

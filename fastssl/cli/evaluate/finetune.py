@@ -46,8 +46,9 @@ def finetune(
 ) -> None:
     """Fine-tune the whole network on a labelled data set, as a rule another one than it was pre-trained on.
 
-    Half a cosine to 1e-6 that changes once an epoch; random crops and flips. With --from-scratch the same network begins with random weights: the difference is
-    what pre-training is worth. The frozen half of a transfer is `fastssl evaluate linear` on the same photos.
+    Half a cosine to 1e-6 that changes once an epoch; random crops and flips. With --from-scratch the same network
+    begins with random weights: the difference is what pre-training is worth. The frozen half of a transfer is `fastssl
+    evaluate linear` on the same photos.
 
     \b
     fastssl evaluate finetune runs/mine --data flowers/train --val flowers/test --json finetune.json

@@ -103,8 +103,9 @@ def linear(
 ) -> None:
     """Linear probe: a linear classifier on frozen features.
 
-    The default, `fast`, solves a logistic regression on cached features of one centre crop: no rate, no schedule, seconds. It compares networks with each
-    other; published figures come from the other protocols, which train with SGD or LARS on random crops for 90 to 100 epochs.
+    The default, `fast`, solves a logistic regression on cached features of one centre crop: no rate, no schedule,
+    seconds. It compares networks with each other; published figures come from the other protocols, which train with SGD
+    or LARS on random crops for 90 to 100 epochs.
 
     \b
     fastssl evaluate linear runs/mine --data train.beton --val val.beton --json linear.json

@@ -51,8 +51,9 @@ def semi(
 ) -> None:
     """Fine-tune the whole network with a few of the labels, as the field reports it for 1 % and 10 % of ImageNet.
 
-    SGD with Nesterov momentum 0.9, no weight decay, half a cosine to 1e-6 that changes once an epoch; random crops and flips. SSLight's published figures
-    are those with --head dino, --batch-size 1024 and the published lists, of the best epoch.
+    SGD with Nesterov momentum 0.9, no weight decay, half a cosine to 1e-6 that changes once an epoch; random crops and
+    flips. SSLight's published figures are those with --head dino, --batch-size 1024 and the published lists, of the
+    best epoch.
 
     \b
     fastssl evaluate semi runs/mine --data train.beton --val val.beton --labels 1%

@@ -166,7 +166,8 @@ def fine_tune(
 
     Args:
         evaluation: name of the record's kind.
-        pick: split -> (int64 sample ids that keep their label, what the record says of them; ``labels`` is their share).
+        pick: split -> (int64 sample ids that keep their label, what the record says of them; ``labels`` is their
+            share).
         epochs: share of the labels -> number of epochs.
     """
     from fastssl.distributed.devices import use_amp

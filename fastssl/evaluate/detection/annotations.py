@@ -1,8 +1,8 @@
 """Pictures with boxes: annotations in COCO's format, checked once and turned into arrays.
 
-The format (Lin et al., "Microsoft COCO", arXiv 1405.0312; https://cocodataset.org/#format-data): one JSON object with ``images``, ``annotations`` and
-``categories``. A box is [left, top, width, height] in pixels, a mask a list of polygons or run lengths; ``iscrowd`` marks a group that nobody is to learn
-from and that costs nothing when it is found.
+The format (Lin et al., "Microsoft COCO", arXiv 1405.0312; https://cocodataset.org/#format-data): one JSON object with
+``images``, ``annotations`` and ``categories``. A box is [left, top, width, height] in pixels, a mask a list of polygons
+or run lengths; ``iscrowd`` marks a group that nobody is to learn from and that costs nothing when it is found.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ Segmentation = Sequence[Sequence[float]] | Mapping[str, Any]
 #: Numbers in a box beyond this are no pixels, and their products soon no numbers.
 _LARGEST = 1e15
 
-#: Side in pixels under which a box is taken for empty: scaling and flipping in float32 could close it, and the logarithm of its size is learned.
+#: Side in pixels under which a box is taken for empty: scaling and flipping in float32 could close it, and the
+#: logarithm of its size is learned.
 SMALLEST = 0.01
 
 
@@ -63,8 +64,10 @@ class DetectionSet:
         name: of the file that the annotations come from, without its folder.
         pictures: all of them, in the order of the file.
         categories: id -> name, sorted by id; label k of a ``Picture`` is the k-th, from 1.
-        document: the annotations in COCO's format, for ``average_precision``: only what it reads, and all of it checked.
-        left_out: how many annotations are not learned from, by reason: ``crowd``, ``degenerate`` (an empty box, or outside its picture), ``without_mask``.
+        document: the annotations in COCO's format, for ``average_precision``: only what it reads, and all of it
+            checked.
+        left_out: how many annotations are not learned from, by reason: ``crowd``, ``degenerate`` (an empty box, or
+            outside its picture), ``without_mask``.
     """
 
     name: str
@@ -117,9 +120,10 @@ def detection_set(document: Any, images: str | Path, *, where: str | Path, masks
         masks: keep the segmentations; an instance without one is left out then.
 
     Raises:
-        DetectionError: a part or a key is missing or of another kind, an id stands for nothing or for two, a picture is listed twice or its file is missing,
-            there is no box at all, or no mask where masks are asked for; with masks also: a corner far outside its picture, or run lengths (crowds'
-            too) that do not fill it, for pycocotools would crash or hang on them. One line, with the file and the place in it.
+        DetectionError: a part or a key is missing or of another kind, an id stands for nothing or for two, a picture is
+            listed twice or its file is missing, there is no box at all, or no mask where masks are asked for; with
+            masks also: a corner far outside its picture, or run lengths (crowds' too) that do not fill it, for
+            pycocotools would crash or hang on them. One line, with the file and the place in it.
     """
     reader = _Reader(where, Path(images), masks)
     categories = reader.categories(document)
@@ -365,7 +369,9 @@ class _Reader:
 
 
 def _within(numbers: list, limit: float) -> bool:
-    """Whether all are numbers (no truth values, not NaN) from -limit to limit. Of COCO's 45 million corners too, so without a loop in Python."""
+    """Whether all are numbers (no truth values, not NaN) from -limit to limit. Of COCO's 45 million corners too, so
+    without a loop in Python.
+    """
     if not set(map(type, numbers)) <= {int, float}:
         return False
     # max passes over a NaN that is not the first; a sum never does. An integer too large for a float is never added.
@@ -375,8 +381,9 @@ def _within(numbers: list, limit: float) -> bool:
 def _unpacked(text: str) -> list[int] | None:
     """COCO's compressed run lengths, as numbers; None where the text holds none.
 
-    Six bits a character, from "0" on: five of the number, lowest first, and one that says whether it goes on; the last of the five is the sign. From the
-    fourth on a number is the difference to the one two before (cocodataset/cocoapi, rleToString).
+    Six bits a character, from "0" on: five of the number, lowest first, and one that says whether it goes on; the last
+    of the five is the sign. From the fourth on a number is the difference to the one two before (cocodataset/cocoapi,
+    rleToString).
     """
     lengths: list[int] = []
     value = shift = 0

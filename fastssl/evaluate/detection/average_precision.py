@@ -8,7 +8,8 @@ from typing import Any
 
 from fastssl.errors import FastSSLError
 
-#: COCOeval's first six figures: mean over IoU 0.50 to 0.95, at 0.50, at 0.75, and of boxes up to 32^2, up to 96^2 and above 96^2 pixels.
+#: COCOeval's first six figures: mean over IoU 0.50 to 0.95, at 0.50, at 0.75, and of boxes up to 32^2, up to 96^2 and
+#: above 96^2 pixels.
 FIGURES = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
 
 
@@ -40,7 +41,8 @@ def average_precision(
 
     Args:
         document: annotations in COCO's format, as in ``DetectionSet.document``. Not changed.
-        predictions: in COCO's format for results: ``image_id``, ``category_id``, ``score`` and ``bbox`` or ``segmentation``. Not changed.
+        predictions: in COCO's format for results: ``image_id``, ``category_id``, ``score`` and ``bbox`` or
+            ``segmentation``. Not changed.
         kind: ``bbox`` or ``segm``; of masks only annotations that have one are judged.
 
     Returns:

@@ -24,7 +24,8 @@ LEVELS = (4, 8, 16, 32)
 
 
 class Pyramid(nn.Module):
-    """(N, 3, H, W) -> maps of ``out_channels`` channels, named "0", "1", ... by rising stride, and "pool" at twice the last one.
+    """(N, 3, H, W) -> maps of ``out_channels`` channels, named "0", "1", ... by rising stride, and "pool" at twice the
+    last one.
 
     H and W are multiples of ``divisible``.
 
@@ -47,8 +48,9 @@ class Pyramid(nn.Module):
 class ConvolutionalPyramid(Pyramid):
     """FPN over a backbone's maps of the strides ``strides``.
 
-    The deepest map is what the backbone has just before its pooling: for MobileNetV2 and EfficientNet behind the last 1x1 convolution (1280 channels),
-    for MobileNet-V3, whose last convolution follows the pooling, behind the last block.
+    The deepest map is what the backbone has just before its pooling: for MobileNetV2 and EfficientNet behind the last
+    1x1 convolution (1280 channels), for MobileNet-V3, whose last convolution follows the pooling, behind the last
+    block.
     """
 
     def __init__(
@@ -73,7 +75,9 @@ class ConvolutionalPyramid(Pyramid):
 
 
 class SimplePyramid(Pyramid):
-    """ViTDet's pyramid: the last block's map, enlarged four and two times by transposed convolutions, as it is, and halved by max pooling."""
+    """ViTDet's pyramid: the last block's map, enlarged four and two times by transposed convolutions, as it is, and
+    halved by max pooling.
+    """
 
     def __init__(self, body: nn.Module, strides: Sequence[int], out_channels: int, width: int, patch: int):
         super().__init__(body, strides, out_channels)
@@ -115,7 +119,8 @@ def create_pyramid(backbone: nn.Module, levels: Sequence[int] = LEVELS, out_chan
 
     Args:
         backbone: a timm network without its classifier.
-        levels: strides of the maps that are used, each twice the one before it. (16, 32) is SSLight's form for MobileNetV2.
+        levels: strides of the maps that are used, each twice the one before it. (16, 32) is SSLight's form for
+            MobileNetV2.
         out_channels: of the pyramid's maps.
 
     Raises:
@@ -147,7 +152,9 @@ def create_pyramid(backbone: nn.Module, levels: Sequence[int] = LEVELS, out_chan
 
 @torch.no_grad()
 def _maps(backbone: nn.Module) -> tuple[dict[int, tuple[int, int]], int | None]:
-    """(stride -> (index, channels), channels of the map before the pooling where it has the last one's size). The network itself is asked, with a black picture."""
+    """(stride -> (index, channels), channels of the map before the pooling where it has the last one's size). The
+    network itself is asked, with a black picture.
+    """
     side = 64
     flags = [(module, module.training) for module in backbone.modules()]
     backbone.eval()

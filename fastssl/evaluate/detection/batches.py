@@ -1,6 +1,7 @@
 """From annotated pictures to batches: decode, scale, flip, pad; on threads, a few batches ahead.
 
-What is random, the flip and the scale, is a function of (seed, epoch, image id): see ``draw``. Neither threads nor processes change it.
+What is random, the flip and the scale, is a function of (seed, epoch, image id): see ``draw``. Neither threads nor
+processes change it.
 """
 
 from __future__ import annotations
@@ -50,8 +51,10 @@ class DetectionBatch:
 
     Attributes:
         views: what was done to each of the B pictures.
-        images: (B, H, W, 3) uint8 RGB on the host; H and W are multiples of ``divisible``; behind a picture's own edge anything.
-        targets: B of ``boxes`` (n, 4) float32, left, top, right, bottom in pixels of the view; ``labels`` (n,) int64; with masks ``masks`` (n, h, w) uint8.
+        images: (B, H, W, 3) uint8 RGB on the host; H and W are multiples of ``divisible``; behind a picture's own edge
+            anything.
+        targets: B of ``boxes`` (n, 4) float32, left, top, right, bottom in pixels of the view; ``labels`` (n,) int64;
+            with masks ``masks`` (n, h, w) uint8.
     """
 
     views: list[View]
@@ -65,7 +68,9 @@ class DetectionBatch:
 
 
 def scaled_size(height: int, width: int, short_side: int, long_side: int) -> tuple[int, int]:
-    """(height, width) whose short side is ``short_side``, or less where the long one would pass ``long_side``; the aspect ratio stays."""
+    """(height, width) whose short side is ``short_side``, or less where the long one would pass ``long_side``; the
+    aspect ratio stays.
+    """
     scale = min(short_side / min(height, width), long_side / max(height, width))
     return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
 
@@ -73,7 +78,9 @@ def scaled_size(height: int, width: int, short_side: int, long_side: int) -> tup
 def draw(
     pictures: Sequence[Picture], short_sides: Sequence[int], long_side: int, *, flip: bool, seed: int, epoch: int
 ) -> list[View]:
-    """A view of each picture, its short side one of ``short_sides``, flipped with probability one half: a function of (seed, epoch, image id)."""
+    """A view of each picture, its short side one of ``short_sides``, flipped with probability one half: a function of
+    (seed, epoch, image id).
+    """
     ids = np.array([picture.id for picture in pictures], np.int64)
     words = keyed_words(seed, Stream.DETECTION, epoch, ids)
     # The high half of a product, as for all ranges here: no division, no bias worth the name.
@@ -97,7 +104,9 @@ def training_requests(
     rank: int = 0,
     world: int = 1,
 ) -> Iterator[list[View]]:
-    """This rank's part of the batch of every iteration: epoch after epoch in a new order, whole batches only. ``batch_size`` is this rank's."""
+    """This rank's part of the batch of every iteration: epoch after epoch in a new order, whole batches only.
+    ``batch_size`` is this rank's.
+    """
     steps = steps_per_epoch(len(pictures), batch_size, world)
     for iteration in iterations:
         epoch, step = divmod(iteration, steps)
@@ -108,7 +117,8 @@ def training_requests(
 def load_batches(
     requests: Iterable[list[View]], *, divisible: int, masks: bool = False, workers: int | None = None, ahead: int = 3
 ) -> Iterator[DetectionBatch]:
-    """The batches of ``requests``, in order, a picture a thread and at most ``ahead`` batches at a time. Close it, or run it to its end, to join the threads.
+    """The batches of ``requests``, in order, a picture a thread and at most ``ahead`` batches at a time. Close it, or
+    run it to its end, to join the threads.
 
     Raises:
         DetectionError: a picture is damaged, or of another size than its annotation says.
@@ -140,7 +150,8 @@ def _together(views: list[View], parts: list[tuple[Tensor, dict[str, Tensor]]], 
 
 
 def load_view(view: View, *, masks: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
-    """(pixels (h, w, 3) uint8, target): one entry of a ``DetectionBatch``. Antialiased bilinear scaling, as Pillow's and Detectron2's.
+    """(pixels (h, w, 3) uint8, target): one entry of a ``DetectionBatch``. Antialiased bilinear scaling, as Pillow's
+    and Detectron2's.
 
     Raises:
         DetectionError: names the file.
@@ -200,7 +211,8 @@ def check_pictures(
     Drawing goes one mask at a time and would be most of the work for COCO's 850,000.
 
     Raises:
-        DetectionError: names the first that is damaged, of another size than its annotation says, or has a mask that cannot be drawn.
+        DetectionError: names the first that is damaged, of another size than its annotation says, or has a mask that
+            cannot be drawn.
     """
     Image.init()
     # A few hundred at a time: pictures that nobody waits for should not fill the memory.
@@ -223,7 +235,8 @@ _DRAWING = threading.Lock()
 
 
 def draw_mask(segmentation: Segmentation, view: View) -> np.ndarray:
-    """(h, w) uint8 of 0 and 1, in the view's pixels. Polygons are scaled before they are drawn, run lengths after (nearest pixel).
+    """(h, w) uint8 of 0 and 1, in the view's pixels. Polygons are scaled before they are drawn, run lengths after
+    (nearest pixel).
 
     Raises:
         DetectionError: pycocotools cannot draw it.

@@ -9,8 +9,8 @@ from fastssl.evaluate.detection.annotations import DetectionSet
 
 
 def annotations_fingerprint(data: DetectionSet) -> str:
-    """Of what a detector learns from: categories, and of every picture with boxes id, file name (without its folder), size, boxes, labels and
-    segmentations, in their order: 16 hexadecimal digits. The pictures themselves are not read.
+    """Of what a detector learns from: categories, and of every picture with boxes id, file name (without its folder),
+    size, boxes, labels and segmentations, in their order: 16 hexadecimal digits. The pictures themselves are not read.
     """
     total = hashlib.sha256(json.dumps(list(data.categories.items())).encode())
     for picture in data.with_boxes():

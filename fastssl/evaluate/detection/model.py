@@ -1,7 +1,9 @@
-"""Faster and Mask R-CNN on a pyramid of ours: torchvision's proposal network and heads, in Detectron2's configuration where torchvision has the switch.
+"""Faster and Mask R-CNN on a pyramid of ours: torchvision's proposal network and heads, in Detectron2's configuration
+where torchvision has the switch.
 
-Ren et al., arXiv 1506.01497; He et al., arXiv 1703.06870; FPN, arXiv 1612.03144. What remains different from Detectron2, whose figures SSLight publishes: smooth
-L1 with beta 1/9 in place of L1, two samples a bin in RoIAlign and no half-pixel shift.
+Ren et al., arXiv 1506.01497; He et al., arXiv 1703.06870; FPN, arXiv 1612.03144. What remains different from
+Detectron2, whose figures SSLight publishes: smooth L1 with beta 1/9 in place of L1, two samples a bin in RoIAlign and
+no half-pixel shift.
 """
 
 from __future__ import annotations
@@ -29,11 +31,13 @@ class DetectorConfig:
     Attributes:
         levels: strides of the backbone's maps that are used.
         masks: add the mask head: four convolutions on 14x14.
-        anchor_sizes: in pixels, rising. With all four levels each map has one of them; with fewer each has several, as many as are left over, sliding
-            from map to map: (16, 32) has 32, 64, 128 on the first, 64, 128, 256 on the second, 128, 256, 512 on its max pool.
+        anchor_sizes: in pixels, rising. With all four levels each map has one of them; with fewer each has several, as
+            many as are left over, sliding from map to map: (16, 32) has 32, 64, 128 on the first, 64, 128, 256 on the
+            second, 128, 256, 512 on its max pool.
         width: channels of the pyramid and of the mask head.
         head_width: of the box head's two fully connected layers.
-        proposals: kept in training, behind non-maximum suppression; None: 1000 with all four levels, 2000 with fewer, as SSLight has it.
+        proposals: kept in training, behind non-maximum suppression; None: 1000 with all four levels, 2000 with fewer,
+            as SSLight has it.
         box_samples: proposals a picture that the box head learns from.
     """
 
@@ -52,7 +56,8 @@ class DetectorConfig:
 
 
 def anchor_sizes(sizes: Sequence[int], maps: int) -> tuple[tuple[int, ...], ...]:
-    """Sizes for each of ``maps`` maps: ``sizes`` through a window that moves by one from map to map, and reaches the last size at the last map.
+    """Sizes for each of ``maps`` maps: ``sizes`` through a window that moves by one from map to map, and reaches the
+    last size at the last map.
 
     Raises:
         DetectionError: fewer sizes than maps.
@@ -105,7 +110,8 @@ class Detector(nn.Module):
         else:
             built = FasterRCNN(self.pyramid, **options)
         self.rpn, self.heads = built.rpn, built.roi_heads
-        # As in Detectron2: small first weights, so that a new head does not shake the pre-trained network. torchvision keeps torch's.
+        # As in Detectron2: small first weights, so that a new head does not shake the pre-trained network. torchvision
+        # keeps torch's.
         nn.init.normal_(self.heads.box_predictor.cls_score.weight, std=0.01)
         nn.init.normal_(self.heads.box_predictor.bbox_pred.weight, std=0.001)
         for layer in (self.heads.box_predictor.cls_score, self.heads.box_predictor.bbox_pred):
@@ -114,7 +120,9 @@ class Detector(nn.Module):
         self.register_buffer("std", torch.tensor(self.STD).view(3, 1, 1), persistent=False)
 
     def _pool(self, names: list[str], size: int) -> MultiScaleRoIAlign:
-        """RoIAlign that knows the maps' strides. It would guess them from the first pictures' sizes, and guess wrong where these are small and padded."""
+        """RoIAlign that knows the maps' strides. It would guess them from the first pictures' sizes, and guess wrong
+        where these are small and padded.
+        """
         pool = MultiScaleRoIAlign(names, size, sampling_ratio=2)
         side = self.pyramid.divisible
         maps = {
@@ -137,8 +145,8 @@ class Detector(nn.Module):
             targets: in training mode; as in ``DetectionBatch``.
 
         Returns:
-            in training mode the losses by name, scalars; else for each picture ``boxes`` (n, 4) in pixels of the input, ``labels`` (n,), ``scores`` (n,),
-            and with masks ``masks`` (n, 1, 28, 28), probabilities inside the box.
+            in training mode the losses by name, scalars; else for each picture ``boxes`` (n, 4) in pixels of the input,
+            ``labels`` (n,), ``scores`` (n,), and with masks ``masks`` (n, 1, 28, 28), probabilities inside the box.
         """
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.amp):
             maps = self.pyramid(images)

@@ -30,9 +30,11 @@ def predict(
     workers: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> list[dict[str, Any]]:
-    """Detections in all pictures of ``data``, those without boxes included; the processes share the pictures out, and each gets all detections.
+    """Detections in all pictures of ``data``, those without boxes included; the processes share the pictures out, and
+    each gets all detections.
 
-    Every picture goes through the network alone: what is found in it does not depend on its neighbours, or on the number of processes.
+    Every picture goes through the network alone: what is found in it does not depend on its neighbours, or on the
+    number of processes.
 
     Args:
         detector: on ``device``. Put into evaluation mode, and back.
@@ -41,8 +43,9 @@ def predict(
         progress: called with the number of this process's pictures that are done.
 
     Returns:
-        rows of ``image_id``, ``category_id``, ``bbox`` [left, top, width, height] in pixels of the original picture (to 1e-3), ``score`` (to 1e-6), and with a
-        mask head ``segmentation`` as compressed run lengths; in the order of the pictures, in each by falling score.
+        rows of ``image_id``, ``category_id``, ``bbox`` [left, top, width, height] in pixels of the original picture (to
+        1e-3), ``score`` (to 1e-6), and with a mask head ``segmentation`` as compressed run lengths; in the order of the
+        pictures, in each by falling score.
     """
     training = detector.training
     detector.eval()
@@ -80,7 +83,9 @@ def _rows(batch: DetectionBatch, found: dict[str, Tensor], category_ids: list[in
 
 
 def _packed(mask: Tensor, box: Tensor, size: tuple[int, int]) -> dict[str, Any]:
-    """The 28x28 probabilities, laid into the box and cut at one half, as run lengths. One at a time: a hundred masks of a photo are 100 MB and more."""
+    """The 28x28 probabilities, laid into the box and cut at one half, as run lengths. One at a time: a hundred masks of
+    a photo are 100 MB and more.
+    """
     whole = paste_masks_in_image(mask[None], box[None], size)[0, 0] >= 0.5
     packed = mask_tools().encode(np.asfortranarray(whole.cpu().numpy().astype(np.uint8)))
     return {"size": [int(side) for side in packed["size"]], "counts": packed["counts"].decode()}
@@ -94,6 +99,8 @@ def _of_all_processes(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def of_kind(rows: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
-    """The rows as COCO's server and pycocotools want them for ``bbox`` or ``segm``: with the other's key in it, sizes would be those of the boxes."""
+    """The rows as COCO's server and pycocotools want them for ``bbox`` or ``segm``: with the other's key in it, sizes
+    would be those of the boxes.
+    """
     other = {"bbox": "segmentation", "segm": "bbox"}[kind]
     return [{key: value for key, value in row.items() if key != other} for row in rows]

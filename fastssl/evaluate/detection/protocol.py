@@ -53,25 +53,31 @@ def detection_figures(
 ) -> dict[str, Any]:
     """Fine-tune a detector over ``backbone`` on ``train``, judge it on ``val``.
 
-    Before the first step every picture of both is decoded once and compared with its annotation's size, each process its share: of the training pictures
-    (those with boxes) that is one pass, where the schedule has twelve. The masks of ``val`` are drawn too; those of ``train`` were checked when they were read. Where ``out`` holds a
-    ``detect.pt``, whatever wrote it has looked through its training pictures, and ``fine_tune`` takes it for no others: they are not decoded once more.
+    Before the first step every picture of both is decoded once and compared with its annotation's size, each process
+    its share: of the training pictures (those with boxes) that is one pass, where the schedule has twelve. The masks of
+    ``val`` are drawn too; those of ``train`` were checked when they were read. Where ``out`` holds a ``detect.pt``,
+    whatever wrote it has looked through its training pictures, and ``fine_tune`` takes it for no others: they are not
+    decoded once more.
 
     Args:
         backbone: a timm network without its classifier, in float32; it is trained in place.
         train, val: of the same categories; read with ``masks`` if ``shape`` has them.
         world: this process among those that evaluate together; the group is there.
-        test_side: short side of the pictures to be judged on, in pixels; the long one is at most ``training.long_side``.
+        test_side: short side of the pictures to be judged on, in pixels; the long one is at most
+            ``training.long_side``.
         amp: compute backbone and pyramid in bfloat16.
-        out: a folder for the predictions and for ``detect.pt``: the detector, and what is needed to go on with its training.
+        out: a folder for the predictions and for ``detect.pt``: the detector, and what is needed to go on with its
+            training.
         about: as of ``fine_tune``.
 
     Returns:
-        ``box_ap``, ``box_ap50``, ``box_ap75``, ``box_ap_small``, ``box_ap_medium``, ``box_ap_large`` in percent (None where there is no object of the kind), with
+        ``box_ap``, ``box_ap50``, ``box_ap75``, ``box_ap_small``, ``box_ap_medium``, ``box_ap_large`` in percent (None
+        where there is no object of the kind), with
         masks the same of ``mask_``, and ``train_loss``: the last one, of this process's pictures.
 
     Raises:
-        DetectionError: see ``fine_tune``, ``check_pictures``, ``require_same_categories`` and ``require_something_to_find``.
+        DetectionError: see ``fine_tune``, ``check_pictures``, ``require_same_categories`` and
+            ``require_something_to_find``.
         FastSSLError: pycocotools is missing, or ``out`` cannot be written.
     """
     require_pycocotools()

@@ -1,7 +1,8 @@
 """How long a detector is fine-tuned, and with which rate.
 
-Detectron2's 1x schedule: 90,000 iterations of 16 pictures of COCO, the rate a tenth from 60,000 and a hundredth from 80,000 on, 1,000 iterations of warm-up
-from a thousandth. That is 12.28 passes over the 117,266 pictures that have boxes, and so it is for every other set and batch: as many passes.
+Detectron2's 1x schedule: 90,000 iterations of 16 pictures of COCO, the rate a tenth from 60,000 and a hundredth from
+80,000 on, 1,000 iterations of warm-up from a thousandth. That is 12.28 passes over the 117,266 pictures that have
+boxes, and so it is for every other set and batch: as many passes.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ EPOCHS = {"1x": 90_000 * 16 / 117_266, "2x": 180_000 * 16 / 117_266}
 
 
 def iterations_of(schedule: str, pictures: int, batch_size: int) -> int:
-    """Iterations of ``batch_size`` pictures (of all processes) that make as many passes as ``1x`` or ``2x`` makes over COCO; at least one."""
+    """Iterations of ``batch_size`` pictures (of all processes) that make as many passes as ``1x`` or ``2x`` makes over
+    COCO; at least one.
+    """
     return max(1, round(EPOCHS[schedule] * pictures / batch_size))
 
 

@@ -1,8 +1,9 @@
 """Fine-tuning: batch -> losses -> gradients, averaged over the processes -> one step. Every layer is trained.
 
-What is random is a function of (seed, iteration, process): the pictures, their scale and flip (``batches.draw``), and the proposals that torchvision's heads
-sample, for which torch's generator is set anew at every iteration. So a run that goes on from a checkpoint makes the steps that it would have made. Two
-processes do not sample the proposals that one would: the steps are equally good ones, not the same.
+What is random is a function of (seed, iteration, process): the pictures, their scale and flip (``batches.draw``), and
+the proposals that torchvision's heads sample, for which torch's generator is set anew at every iteration. So a run that
+goes on from a checkpoint makes the steps that it would have made. Two processes do not sample the proposals that one
+would: the steps are equally good ones, not the same.
 """
 
 from __future__ import annotations
@@ -89,17 +90,18 @@ def fine_tune(
         detector: on ``device``; alike on all processes behind the first step, whatever it was before.
         world: this process among those that train together; the group is there.
         workers: decoding threads.
-        checkpoint: file of the detector and of what is needed to go on, written every ``checkpoint_minutes`` (with the next look at the loss) and at the end;
-            if it is there, the run goes on from it.
+        checkpoint: file of the detector and of what is needed to go on, written every ``checkpoint_minutes`` (with the
+            next look at the loss) and at the end; if it is there, the run goes on from it.
         about: what else must be equal for that (which backbone, which pictures); must be what JSON can hold.
-        progress: called with the number of iterations done and the last losses, every ``LOOK_EVERY`` iterations and at the end.
+        progress: called with the number of iterations done and the last losses, every ``LOOK_EVERY`` iterations and at
+            the end.
 
     Returns:
         the last losses that were looked at, by name, ``loss`` being their sum; of this process's pictures.
 
     Raises:
-        DetectionError: fewer pictures than a batch, a batch that the processes cannot share, a loss or weights that are no longer finite (the last step's
-            too), or a damaged picture.
+        DetectionError: fewer pictures than a batch, a batch that the processes cannot share, a loss or weights that are
+            no longer finite (the last step's too), or a damaged picture.
         FastSSLError: the checkpoint is damaged or of another run.
     """
     pictures = data.with_boxes()
@@ -140,7 +142,8 @@ def fine_tune(
                 losses = _look(parts, done, rates.at(iteration))
                 if progress is not None:
                     progress(done, losses)
-                # Here, where the loss is known to be finite; of what the step made of the weights the next loss would tell.
+                # Here, where the loss is known to be finite; of what the step made of the weights the next loss would
+                # tell.
                 if done == config.iterations:
                     _look_behind(detector, images, batch.sizes, targets, done, rates.at(iteration))
                 if done == config.iterations or resume.is_due():
@@ -224,7 +227,9 @@ class _Checkpoint:
         self.saved = time.monotonic()
 
     def load(self, detector: Detector, optimizer: torch.optim.Optimizer) -> tuple[int, dict[str, float]]:
-        """Put the file's state into both; how many iterations it has done, and the last losses. (0, {}) where there is none."""
+        """Put the file's state into both; how many iterations it has done, and the last losses. (0, {}) where there is
+        none.
+        """
         if self.path is None or not share(self.path.is_file()):
             return 0, {}
         try:

@@ -4,8 +4,9 @@
     VOC2007/Annotations/000005.xml          <object> with <name>, <difficult>, <bndbox>
     VOC2007/JPEGImages/000005.jpg
 
-Everingham et al., "The Pascal visual object classes (VOC) challenge", IJCV 2010. Its boxes count pixels from 1 and include the last one. Difficult objects
-are learned from; in the judging they neither count as missed nor as wrongly found, as the challenge has it (here: COCO's ``iscrowd``).
+Everingham et al., "The Pascal visual object classes (VOC) challenge", IJCV 2010. Its boxes count pixels from 1 and
+include the last one. Difficult objects are learned from; in the judging they neither count as missed nor as wrongly
+found, as the challenge has it (here: COCO's ``iscrowd``).
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ def load_voc(lists: Sequence[str | Path], *, categories: Sequence[str] | None = 
         categories: the names in the order of their ids, from 1; None: those that occur, sorted.
 
     Raises:
-        DetectionError: a file is missing or damaged, an object has another category than these, or what ``detection_set`` raises.
+        DetectionError: a file is missing or damaged, an object has another category than these, or what
+            ``detection_set`` raises.
     """
     lists = [Path(path) for path in lists]
     # Once each: a picture is in the lists of several classes.
