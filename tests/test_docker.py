@@ -1,4 +1,4 @@
-"""The images install by the steps that the README gives and that CI has run."""
+"""The images install by the steps that the documentation gives and that CI has run."""
 
 from __future__ import annotations
 
@@ -23,8 +23,7 @@ def extras(text: str) -> set[str]:
 
 @pytest.mark.parametrize("name", FILES)
 def test_the_images_follow_the_documented_steps(name: str) -> None:
-    image, readme = (ROOT / name).read_text(), (ROOT / "README.md").read_text()
-    section = readme[readme.index("## Engines and extras") :]
+    image, section = (ROOT / name).read_text(), (ROOT / "docs/install-and-engines.md").read_text()
     assert apt_packages(image) == apt_packages(section) == apt_packages((ROOT / ".ci/run").read_text())
     assert extras(image) == extras(section) == {"ffcv", "dali", "onnx", "detect"}
 

@@ -1,4 +1,4 @@
-"""The README's figures, taken from the records: nobody types one in.
+"""The figures of README.md and docs/performance.md, taken from the records: nobody types one in.
 
 python -m fastssl.benchmarks.harness.readme README.md benchmarks/results/cpu-2core-epyc/*.jsonl
 

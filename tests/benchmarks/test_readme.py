@@ -1,4 +1,4 @@
-"""The README's figures are those of the committed records, and of nothing else."""
+"""The figures of README and docs are those of the committed records, and of nothing else."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from fastssl.benchmarks.harness.records import Record, read_records
 from fastssl.config.recipe import recipe_names
 from fastssl.errors import FastSSLError
 
+#: that hold tables of measured figures
+PAGES = ("README.md", "docs/performance.md")
 ROOT = Path(fastssl.benchmarks.__path__[0]).resolve().parent
 RESULTS = sorted((ROOT / "benchmarks" / "results" / "cpu-2core-epyc").glob("*.jsonl"))
 
@@ -22,12 +24,15 @@ def records() -> list[Record]:
     return [record for path in RESULTS for record in read_records(path)]
 
 
-def test_the_readmes_figures_are_those_of_the_records() -> None:
-    text = (ROOT / "README.md").read_text()
-    assert re.findall(r"<!-- figures: ([\w-]+) -->", text) == list(TABLES)
-    assert fill(text, records()) == text, (
-        "run: python -m fastssl.benchmarks.harness.readme README.md benchmarks/results/cpu-2core-epyc/*.jsonl"
-    )
+def test_the_pages_figures_are_those_of_the_records() -> None:
+    found: list[str] = []
+    for page in PAGES:
+        text = (ROOT / page).read_text()
+        found += re.findall(r"<!-- figures: ([\w-]+) -->", text)
+        assert fill(text, records()) == text, (
+            f"run: python -m fastssl.benchmarks.harness.readme {page} benchmarks/results/cpu-2core-epyc/*.jsonl"
+        )
+    assert sorted(found) == sorted(TABLES)
 
 
 def test_every_recipe_has_a_row_with_the_command_that_made_it() -> None:
