@@ -102,7 +102,9 @@ class Step:
         """Those of the first step, but for smoothing, which is there in full, and a learning rate so small that the
         weights stay where they are: every run then does the same arithmetic, and none diverges.
         """
-        found = self.inner.rates(0, RunLength(1, 1))
+        scheduled = self.inner.rates(0, RunLength(1, 1))
+        # Nothing is frozen, no queue is filled: the step of most epochs.
+        found = {name: False if isinstance(value, bool) else value for name, value in scheduled.items()}
         found["lr"] = self.small_lr
         if "smoothing" in found:
             found["smoothing"] = self.recipe.settings.smoothing
@@ -121,11 +123,9 @@ class Step:
             method.targets(images, noise, self.rates)
         for part in range(parts):
             if method.student.drop is not None:
-                method.student.drop.coins = method.part_of(method.student_coins(noise["drop_path"]), part, parts).t()
+                method.student.drop.coins = self.inner.part_of(noise["drop_path"].t(), part).t()
             with self.inner.autocast():
-                embeddings = method.encode(
-                    [method.part_of(batch, part, parts) for batch in method.student_images(images)]
-                )
+                embeddings = method.encode(*self._student_pass([self.inner.part_of(rows, part) for rows in images]))
             embeddings.sum().backward()
         self.inner.clear_gradients()
         self.number += 1
@@ -140,9 +140,17 @@ class Step:
         """
         itemsize, images = 2 if self.amp else 4, self.method.images(views)
         with self.inner.autocast():
-            found = forward_cost(self.method.student, self.method.student_images(images), itemsize) * 3
-            looked_at = self.method.teacher_images(images)
-            return found if looked_at is None else found + forward_cost(self.method.teacher, looked_at, itemsize)
+            found = forward_cost(self.method.student, self._student_pass(images)[0], itemsize) * 3
+            if self.method.teacher is None:
+                return found
+            seen = images[0][: self.method.teacher_views * self.batch_size]
+            return found + forward_cost(self.method.teacher, seen, itemsize)
+
+    def _student_pass(self, images: list[Tensor]) -> tuple[list[Tensor], int]:
+        """What the student's pass is over, of all views of a part of the batch, and how many rows it leaves out."""
+        rows = self.method.views.count * self.batch_size
+        hidden = self.method.hidden_views * self.batch_size * sum(map(len, images)) // rows
+        return [images[0][hidden:], *images[1:]], hidden
 
 
 @dataclass

@@ -1,14 +1,14 @@
 """What all methods share: the shape of a step over views grouped by size.
 
-    images(views)                            views of one size are one batch: one pass of the backbone for each size
-    targets = method.targets(images, ...)    without gradient: keys, or a teacher's probabilities
-    loss    = method.part_loss(images, targets, ...)    the student's pass, one pass of the head over all views, one reducer for the pairs
-    (optimiser, moving average)
-    method.after_step(...)                   queues, centres
+    rates    what the schedules say for a step, by name: numbers, and switches (True or False)
+    noise    what is drawn for a step
+    targets  without gradient: keys, or a teacher's probabilities
+    forward  the student's pass and the loss
+    after_step   queues and centres, once the optimiser has moved
 
-A method keeps no clock. What changes during a run comes as ``rates`` (numbers that follow a schedule; under a recorded
-step they are read from the device), ``noise`` (what was drawn for this step) and ``phase`` (what the step does at all:
-a frozen layer, a queue in use; a change of phase is a new recording).
+Those five are what a method fills in. It keeps no clock, and knows nothing of processes but through the collectives it
+calls, nothing of parts of a batch, and nothing of recording: a recorded step reads numbers from the device, and a
+switch that flips is a new recording.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from fastssl.models.heads import Projector, ProjectorConfig
 from fastssl.optim import schedules
 from fastssl.optim.schedules import RunLength
 
-#: Number by name, or a tensor with one element on the device.
-Rates = Mapping[str, "Tensor | float"]
+#: By name: a number, or a tensor with one element on the device, or a switch.
+Rates = Mapping[str, "Tensor | float | bool"]
 
 
 @dataclass(frozen=True)
@@ -80,11 +80,15 @@ class Encoder(nn.Module):
         self.projector = head
         self.drop = drop  # no module: no part of the state
 
-    def forward(self, images: Tensor | Sequence[Tensor]) -> Tensor:
-        """One backbone pass for each tensor of ``images``, one head pass over all: (sum of N, out)."""
+    def forward(self, images: Tensor | Sequence[Tensor], first: int = 0) -> Tensor:
+        """One backbone pass for each tensor of ``images``, one head pass over all: (sum of N, out).
+
+        Args:
+            first: row of the first image among the views that drop path was drawn for.
+        """
         if isinstance(images, Tensor):
-            return self.projector(self._features(images, 0))
-        features, first = [], 0
+            return self.projector(self._features(images, first))
+        features = []
         for batch in images:
             features.append(self._features(batch, first))
             first += len(batch)
@@ -122,33 +126,40 @@ class Views:
 
 
 @dataclass
-class PartLoss:
-    """What one part of a batch gives.
+class StepOutput:
+    """What the student's pass gives.
 
     Attributes:
         loss: scalar with gradient, float32.
         metrics: (len(METRICS),) float32 without gradient, on the device.
         kept: what ``after_step`` wants to see again, without gradient.
+        frozen: parameters whose gradient is dropped at this step, so that the optimiser passes them over.
     """
 
     loss: Tensor
     metrics: Tensor
     kept: Tensor | None = None
+    frozen: Sequence[nn.Parameter] = ()
 
 
 class Method(nn.Module):
     """Base of all methods.
 
     Attributes:
-        METRICS: names of the values in ``PartLoss.metrics``.
+        METRICS: names of the values in ``StepOutput.metrics``.
         HAS_TEACHER: whether there is a moving average of the student.
         DIVISIBLE: whether a batch's loss is the mean of its parts' losses, so that ``train.accumulate`` may cut it.
         student, teacher: the network that is trained, and its moving average, or None.
+        teacher_views: how many global views the teacher's pass is over.
+        hidden_views: how many of the first views the student's pass leaves out.
     """
 
     METRICS: ClassVar[tuple[str, ...]] = ("loss",)
     HAS_TEACHER: ClassVar[bool] = True
     DIVISIBLE: ClassVar[bool] = True
+
+    teacher_views: int = 2
+    hidden_views: int = 0
 
     def __init__(self, student: Encoder, views: Views):
         super().__init__()
@@ -171,7 +182,8 @@ class Method(nn.Module):
 
     # ------------------------------------------------------------------ the views
 
-    def images(self, views: Sequence[Tensor]) -> list[Tensor]:
+    @staticmethod
+    def images(views: Sequence[Tensor]) -> list[Tensor]:
         """Neighbouring views of one size joined, (n B, 3, S, S) view-major each: one backbone pass for each."""
         joined: list[list[Tensor]] = []
         for view in views:
@@ -181,46 +193,13 @@ class Method(nn.Module):
                 joined.append([view])
         return [group[0] if len(group) == 1 else torch.cat(group) for group in joined]
 
-    def global_images(self, images: Sequence[Tensor], count: int = 2) -> Tensor:
-        """The first ``count`` global views, (count B, 3, S, S)."""
-        return images[0][: count * self.views.batch_size]
-
-    def part_of(self, rows: Tensor, part: int, parts: int) -> Tensor:
-        """The ``part``-th share of the samples of view-major ``rows`` (n B, ...): (n B / parts, ...), view-major."""
-        if parts == 1:
-            return rows
-        batch, size = self.views.batch_size, self.views.batch_size // parts
-        return torch.cat([rows.narrow(0, first + part * size, size) for first in range(0, len(rows), batch)])
-
-    def encode(self, images: Tensor | Sequence[Tensor]) -> Tensor:
+    def encode(self, images: Tensor | Sequence[Tensor], first: int = 0) -> Tensor:
         """The student's embeddings of ``images``, by the form of it that computes."""
-        return self._computing[0](images)
+        return self._computing[0](images, first)
 
-    def student_images(self, images: Sequence[Tensor]) -> list[Tensor]:
-        """What the student's pass is over."""
-        return list(images)
-
-    def student_coins(self, table: Tensor) -> Tensor:
-        """Of drop path: (layers, views * B) as drawn -> (rows of the student's pass, layers)."""
-        return table.t()
-
-    def teacher_images(self, images: Sequence[Tensor]) -> Tensor | None:
-        """What the teacher's pass is over; None: there is no teacher."""
-        return None if self.teacher is None else self.global_images(images)
-
-    # ------------------------------------------------------------------ what a method fills in
-
-    def rates(self, step: int, run: RunLength) -> dict[str, float]:
-        """This method's scheduled numbers at ``step``."""
-        return {}
-
-    def phase(self, step: int, run: RunLength) -> tuple:
-        """What the step does that is no number; hashable."""
-        return ()
-
-    def frozen(self, phase: tuple) -> Sequence[nn.Parameter]:
-        """Parameters whose gradient is dropped in this phase, so that the optimiser passes them over."""
-        return ()
+    def teach(self, images: Tensor) -> Tensor:
+        """The teacher's output for ``images``, by the form of it that computes."""
+        return self._computing[1](images)
 
     def synchronise(self, convert: Callable[[nn.Module], nn.Module]) -> None:
         """Let the BatchNorms look at the samples of all ranks; ``convert`` makes them do so."""
@@ -229,22 +208,36 @@ class Method(nn.Module):
             self.teacher = convert(self.teacher)
         self.compute_with(self.student, self.teacher)
 
+    # ------------------------------------------------------------------ what a method fills in
+
+    def rates(self, step: int, run: RunLength) -> dict[str, float | bool]:
+        """This method's scheduled numbers and switches at ``step``; ``momentum`` is the teacher's."""
+        return {}
+
     def noise(self, seed: int, epoch: int, step: int) -> dict[str, Any]:
         """Host arrays drawn for this step, by name; each becomes a tensor on the device."""
         return {}
 
-    def targets(self, images: Sequence[Tensor], noise: Mapping[str, Tensor], rates: Rates) -> Any:
-        """What the student is to match, without gradient."""
-        return None
+    def targets(self, images: Sequence[Tensor], noise: Mapping[str, Tensor], rates: Rates) -> tuple[Tensor, ...]:
+        """What the student is to match, without gradient: tensors whose rows are view-major, as those of ``images``."""
+        return ()
 
-    def part_loss(
-        self, images: Sequence[Tensor], targets: Any, rates: Rates, phase: tuple = (), part: int = 0, parts: int = 1
-    ) -> PartLoss:
-        """The loss of one of ``parts`` equal shares of the samples."""
+    def forward(self, images: Sequence[Tensor], targets: tuple[Tensor, ...], rates: Rates) -> StepOutput:
+        """The student's pass and the loss.
+
+        Args:
+            images: (n B, 3, S, S) for each size, see ``images``; of a part of the batch under ``train.accumulate``.
+            targets: of the same samples.
+        """
         raise NotImplementedError
 
-    def after_step(self, targets: Any, kept: Sequence[Tensor], phase: tuple = ()) -> None:
-        """Move queues and centres; called after the optimiser."""
+    def after_step(self, targets: tuple[Tensor, ...], kept: Sequence[Tensor], rates: Rates) -> None:
+        """Move queues and centres.
+
+        Args:
+            targets: of the whole batch.
+            kept: ``StepOutput.kept`` of each part.
+        """
 
     @torch.no_grad()
     def update_teacher(self, momentum: float | Tensor) -> None:

@@ -22,7 +22,7 @@ from torch.nn import functional
 from fastssl.distributed.collectives import all_reduce_mean
 from fastssl.losses.pairs import reduce_pairs, split_pairs
 from fastssl.losses.soft_targets import soft_cross_entropy, teacher_probabilities
-from fastssl.methods.base import Encoder, Method, MethodConfig, PartLoss, Rates, Views, embedding_std
+from fastssl.methods.base import Encoder, Method, MethodConfig, Rates, StepOutput, Views, embedding_std
 from fastssl.models.backbones import feature_dim
 from fastssl.models.drop_path import DropTable
 from fastssl.models.heads import CosineLogits, Projector, ProjectorConfig
@@ -114,7 +114,7 @@ class DINO(Method):
         self.config = config
         self.register_buffer("center", torch.zeros(config.out))
 
-    def rates(self, step: int, run: RunLength) -> dict[str, float]:
+    def rates(self, step: int, run: RunLength) -> dict[str, float | bool]:
         config = self.config
         return {
             "momentum": schedules.ema_momentum(
@@ -127,37 +127,23 @@ class DINO(Method):
                 last=config.teacher_temperature,
                 warm_epochs=config.warmup_teacher_epochs,
             ),
+            "frozen": run.epoch(step) < config.freeze_epochs,
         }
 
-    def phase(self, step: int, run: RunLength) -> tuple:
-        return ("frozen",) if run.epoch(step) < self.config.freeze_epochs else ()
-
-    def frozen(self, phase: tuple) -> Sequence[nn.Parameter]:
-        return list(self.student.projector.last.parameters()) if phase == ("frozen",) else ()
-
     @torch.no_grad()
-    def targets(self, images: Sequence[Tensor], noise: Mapping[str, Tensor], rates: Rates) -> tuple[Tensor, Tensor]:
-        """The teacher's logits and probabilities for the global views, (2, B, K) float32 both."""
-        logits = self._computing[1](self.teacher_images(images)).unflatten(0, (2, -1))
+    def targets(self, images: Sequence[Tensor], noise: Mapping[str, Tensor], rates: Rates) -> tuple[Tensor, ...]:
+        """The teacher's logits and probabilities for the global views, (2 B, K) float32 both."""
+        logits = self.teach(images[0][: self.teacher_views * self.views.batch_size])
         return logits, teacher_probabilities(logits, self.center, rates["teacher_temperature"])
 
-    def part_loss(
-        self,
-        images: Sequence[Tensor],
-        targets: tuple[Tensor, Tensor],
-        rates: Rates,
-        phase: tuple = (),
-        part: int = 0,
-        parts: int = 1,
-    ) -> PartLoss:
-        logits = self.encode([self.part_of(batch, part, parts) for batch in images]).unflatten(
-            0, (self.views.count, -1)
-        )
-        probabilities = self.part_of(targets[1].flatten(0, 1), part, parts).unflatten(0, (2, -1))
+    def forward(self, images: Sequence[Tensor], targets: tuple[Tensor, ...], rates: Rates) -> StepOutput:
+        logits = self.encode(images).unflatten(0, (self.views.count, -1))
+        probabilities = targets[1].unflatten(0, (2, -1))
         pairs = soft_cross_entropy(probabilities, logits, self.config.student_temperature)
         loss = reduce_pairs(*split_pairs(pairs, (0, 1)), self.views.weights)
+        frozen = tuple(self.student.projector.last.parameters()) if rates["frozen"] else ()
         with torch.no_grad():
-            return PartLoss(loss, self._metrics(loss, logits, probabilities))
+            return StepOutput(loss, self._metrics(loss, logits, probabilities), frozen=frozen)
 
     def _metrics(self, loss: Tensor, logits: Tensor, probabilities: Tensor) -> Tensor:
         entropy = torch.special.entr(probabilities).sum(-1).mean()
@@ -174,7 +160,7 @@ class DINO(Method):
         ).float()
 
     @torch.no_grad()
-    def after_step(self, targets: tuple[Tensor, Tensor], kept: Sequence[Tensor], phase: tuple = ()) -> None:
+    def after_step(self, targets: tuple[Tensor, ...], kept: Sequence[Tensor], rates: Rates) -> None:
         """Move the centre towards the mean of the teacher's logits over both global views of all ranks."""
-        mean = all_reduce_mean(targets[0].mean((0, 1)))
+        mean = all_reduce_mean(targets[0].unflatten(0, (2, -1)).mean((0, 1)))
         self.center.lerp_(mean, 1 - self.config.center_momentum)

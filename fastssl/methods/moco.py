@@ -30,8 +30,8 @@ from fastssl.losses.smoothed_infonce import rank_weights
 from fastssl.methods.base import (
     Method,
     MethodConfig,
-    PartLoss,
     Rates,
+    StepOutput,
     Views,
     embedding_std,
     new_encoder,
@@ -154,7 +154,8 @@ class MoCo(Method):
             )
         super().__init__(new_encoder(backbone, config.projector), views)
         self.config = config
-        self.key_views = config.key_views
+        self.key_views = self.teacher_views = config.key_views
+        self.hidden_views = 2 - config.key_views
         self._dealt: DealtStatistics | None = None
         self.loss = SmoothedInfoNCE(
             temperature=config.temperature,
@@ -171,7 +172,7 @@ class MoCo(Method):
         self.register_buffer("queue", functional.normalize(queue, dim=1))
         self.register_buffer("queue_pointer", torch.zeros((), dtype=torch.int64))
 
-    def rates(self, step: int, run: RunLength) -> dict[str, float]:
+    def rates(self, step: int, run: RunLength) -> dict[str, float | bool]:
         config = self.config
         momentum = schedules.ema_momentum(
             step, total_steps=run.total_steps, base=config.momentum, schedule=config.momentum_schedule
@@ -196,39 +197,20 @@ class MoCo(Method):
         """
         return {"permutation": batch_permutation(self.key_views * self.views.global_batch, seed, epoch, step)}
 
-    def targets(self, images: Sequence[Tensor], noise: Mapping[str, Tensor], rates: Rates) -> Tensor:
+    def targets(self, images: Sequence[Tensor], noise: Mapping[str, Tensor], rates: Rates) -> tuple[Tensor, ...]:
         """Keys (key views * B, out) of this rank's global views."""
-        return self.keys(self.teacher_images(images), noise["permutation"])
+        return (self.keys(images[0][: self.teacher_views * self.views.batch_size], noise["permutation"]),)
 
-    def part_loss(
-        self, images: Sequence[Tensor], targets: Tensor, rates: Rates, phase: tuple = (), part: int = 0, parts: int = 1
-    ) -> PartLoss:
-        """Loss of one part of the batch against the queue as it stands.
-
-        The mean over all parts is the loss of the whole batch but for one thing: the query network's BatchNorms see a
-        part at a time.
-        """
-        smoothing = rates.get("smoothing", 0.0)
-        keys = self.part_of(targets, part, parts)
-        queries = self.encode([self.part_of(batch, part, parts) for batch in self.student_images(images)])
-        size = self.views.batch_size // parts
-        terms = [
-            self._term(queries, keys[view * size : (view + 1) * size], view, smoothing)
-            for view in range(self.key_views)
-        ]
+    def forward(self, images: Sequence[Tensor], targets: tuple[Tensor, ...], rates: Rates) -> StepOutput:
+        """The loss against the queue as it stands: all views are queries, or all but the one that the key is made of."""
+        smoothing, (keys,) = rates.get("smoothing", 0.0), targets
+        size = len(keys) // self.key_views
+        hidden = self.hidden_views * size
+        queries = self.encode([images[0][hidden:], *images[1:]], hidden)
+        terms = [self._term(queries, key, view, smoothing) for view, key in enumerate(keys.split(size))]
         loss = terms[0] + terms[1] if self.config.symmetric else terms[0]
         with torch.no_grad():
-            return PartLoss(loss, self._metrics(loss, queries, keys, smoothing))
-
-    def student_images(self, images: Sequence[Tensor]) -> list[Tensor]:
-        """All views, or all but the first where that is the key's alone."""
-        return list(images) if self.config.symmetric else [images[0][self.views.batch_size :], *images[1:]]
-
-    def student_coins(self, table: Tensor) -> Tensor:
-        return table.t() if self.config.symmetric else table.t()[self.views.batch_size :]
-
-    def teacher_images(self, images: Sequence[Tensor]) -> Tensor:
-        return self.global_images(images, self.key_views)
+            return StepOutput(loss, self._metrics(loss, queries, keys, smoothing))
 
     def _term(self, queries: Tensor, key: Tensor, view: int, smoothing: Tensor | float) -> Tensor:
         """All queries but those of the key's own view against ``key`` (n, out): the reduced loss."""
@@ -248,9 +230,8 @@ class MoCo(Method):
         images go to all ranks for that: a gather has the same shape at every step, which a recorded step needs and an
         exchange of just the images wanted has not.
         """
-        teacher = self._computing[1]
         if self.config.split_bn == 1:
-            return teacher(images)
+            return self.teach(images)
         views, world = self.key_views, self.views.world
         groups = self.config.split_bn // world
         everyone = gather_views(images, views)
@@ -258,7 +239,7 @@ class MoCo(Method):
         # index_select keeps channels-last; each group is one forward pass, so that any network's BatchNorm is served.
         shuffled = everyone.index_select(0, mine)
         before = self._dealt.before() if self._dealt else None
-        keys = gather_rows(torch.cat([teacher(group) for group in shuffled.tensor_split(groups)]))
+        keys = gather_rows(torch.cat([self.teach(group) for group in shuffled.tensor_split(groups)]))
         if before is not None:
             self._dealt.combine(before)
         keys = torch.empty_like(keys).index_copy_(0, permutation, keys)
@@ -267,8 +248,8 @@ class MoCo(Method):
         batch, first = self.views.global_batch, rank() * self.views.batch_size
         return torch.cat([keys.narrow(0, view * batch + first, self.views.batch_size) for view in range(views)])
 
-    def after_step(self, targets: Tensor, kept: Sequence[Tensor], phase: tuple = ()) -> None:
-        self.enqueue(gather_views(targets, self.key_views))
+    def after_step(self, targets: tuple[Tensor, ...], kept: Sequence[Tensor], rates: Rates) -> None:
+        self.enqueue(gather_views(targets[0], self.key_views))
 
     @torch.no_grad()
     def enqueue(self, keys: Tensor) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +21,8 @@ from fastssl.losses.smoothed_infonce import rank_weights
 from fastssl.methods.base import (
     Method,
     MethodConfig,
-    PartLoss,
     Rates,
+    StepOutput,
     Views,
     embedding_std,
     new_encoder,
@@ -95,11 +94,9 @@ class SimCLR(Method):
     def rates(self, step: int, run: RunLength) -> dict[str, float]:
         return smoothing_rates(self.config, step, run)
 
-    def part_loss(
-        self, images: Sequence[Tensor], targets: Any, rates: Rates, phase: tuple = (), part: int = 0, parts: int = 1
-    ) -> PartLoss:
+    def forward(self, images: Sequence[Tensor], targets: tuple[Tensor, ...], rates: Rates) -> StepOutput:
         batch, smoothing = self.views.batch_size, rates.get("smoothing", 0.0)
-        anchors = self.encode(list(images))
+        anchors = self.encode(images)
         candidates = gather_views(anchors[: 2 * batch], 2, gradient=True)
         pairs = self.loss(
             anchors.unflatten(0, (self.views.count, -1)),
@@ -109,7 +106,7 @@ class SimCLR(Method):
         )
         loss = reduce_pairs(*split_pairs(pairs, (0, 1)), self.views.weights)
         with torch.no_grad():
-            return PartLoss(loss, self._metrics(loss.detach(), anchors.detach(), smoothing))
+            return StepOutput(loss, self._metrics(loss.detach(), anchors.detach(), smoothing))
 
     def _metrics(self, loss: Tensor, anchors: Tensor, smoothing: Tensor | float) -> Tensor:
         first, second = anchors[: 2 * self.views.batch_size].chunk(2)

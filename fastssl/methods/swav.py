@@ -15,7 +15,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +23,7 @@ from fastssl.distributed.collectives import all_reduce_sum, gather_views, rank
 from fastssl.losses.pairs import reduce_pairs, split_pairs
 from fastssl.losses.sinkhorn import sinkhorn
 from fastssl.losses.soft_targets import soft_cross_entropy
-from fastssl.methods.base import Encoder, Method, MethodConfig, PartLoss, Rates, Views, embedding_std
+from fastssl.methods.base import Encoder, Method, MethodConfig, Rates, StepOutput, Views, embedding_std
 from fastssl.models.backbones import feature_dim
 from fastssl.models.drop_path import DropTable
 from fastssl.models.heads import Projector, ProjectorConfig, Prototypes
@@ -131,33 +130,26 @@ class SwAV(Method):
         """The student's."""
         return self.student.projector.prototypes
 
-    def phase(self, step: int, run: RunLength) -> tuple:
-        """Of ``frozen``, ``fill`` (the batch enters the queue) and ``queue`` (the full queue is used) those that hold."""
-        config, found = self.config, []
-        if run.epoch(step) < config.freeze_epochs:
-            found.append("frozen")
-        since = step - config.queue_epoch * run.steps_per_epoch
-        if self.queue_batches and since >= 0:
-            found.append("fill")
-            if since >= self.queue_batches:
-                found.append("queue")
-        return tuple(found)
+    def rates(self, step: int, run: RunLength) -> dict[str, float | bool]:
+        """``frozen``: the prototypes stand still. ``fill``: the batch enters the queue. ``queue``: it is full and used."""
+        since = step - self.config.queue_epoch * run.steps_per_epoch
+        return {
+            "frozen": run.epoch(step) < self.config.freeze_epochs,
+            "fill": bool(self.queue_batches) and since >= 0,
+            "queue": bool(self.queue_batches) and since >= self.queue_batches,
+        }
 
-    def frozen(self, phase: tuple) -> Sequence[nn.Parameter]:
-        return [self.prototypes.weight] if "frozen" in phase else ()
-
-    def part_loss(
-        self, images: Sequence[Tensor], targets: Any, rates: Rates, phase: tuple = (), part: int = 0, parts: int = 1
-    ) -> PartLoss:
+    def forward(self, images: Sequence[Tensor], targets: tuple[Tensor, ...], rates: Rates) -> StepOutput:
         self.prototypes.normalise_()
-        out, width = self.encode(list(images)), self.config.projector.out
+        out, width = self.encode(images), self.config.projector.out
         embeddings, scores = out[:, :width], out[:, width:].unflatten(0, (self.views.count, -1))
         kept = embeddings[: 2 * self.views.batch_size].detach()
-        assigned = self.assign(scores[:2].detach(), use_queue="queue" in phase)
+        assigned = self.assign(scores[:2].detach(), use_queue=bool(rates["queue"]))
         pairs = soft_cross_entropy(assigned, scores, self.config.temperature)
         loss = reduce_pairs(*split_pairs(pairs, (0, 1)), self.views.weights)
+        frozen = (self.prototypes.weight,) if rates["frozen"] else ()
         with torch.no_grad():
-            return PartLoss(loss, self._metrics(loss, kept, assigned), kept)
+            return StepOutput(loss, self._metrics(loss, kept, assigned), kept, frozen)
 
     @torch.no_grad()
     def assign(self, scores: Tensor, *, use_queue: bool) -> Tensor:
@@ -189,9 +181,9 @@ class SwAV(Method):
         ).float()
 
     @torch.no_grad()
-    def after_step(self, targets: Any, kept: Sequence[Tensor], phase: tuple = ()) -> None:
+    def after_step(self, targets: tuple[Tensor, ...], kept: Sequence[Tensor], rates: Rates) -> None:
         """Put this step's embeddings of all ranks into the queue, in the place of the oldest."""
-        if "fill" not in phase:
+        if not rates["fill"]:
             return
         fresh = gather_views(kept[0], 2).unflatten(0, (2, -1))  # (2, global batch, D)
         self.queue.copy_(torch.cat([self.queue[:, fresh.shape[1] :], fresh], 1))

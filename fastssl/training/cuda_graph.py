@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from fastssl.utils.transfer import to_device
 
 #: Runs before the recording, as PyTorch asks for: libraries choose their kernels and allocate their workspaces in them.
 WARM_UP_RUNS = 3
@@ -77,6 +80,64 @@ class RecordedCall:
     def close(self) -> None:
         """Let go of the recording, also where a traceback still holds this object. It cannot be called any more."""
         self._replay = self._result = None
+
+
+class RecordedStep:
+    """A step ``(views, noise, rates, tables) -> metrics`` as one recorded call; later ones have the same shapes.
+
+    Its inputs are laid out flat here, so that the step itself reads as if nothing were recorded. What the schedules say
+    is an input like any other: a recorded number would stay what it was. Switches are recorded as they are.
+
+    Args:
+        step: the step, run eagerly.
+        views, noise, rates, tables: of its first call.
+        undo, record: see ``RecordedCall``.
+    """
+
+    def __init__(
+        self,
+        step: Callable[[list[Tensor], dict[str, Tensor], dict[str, Tensor | bool], list[Tensor]], Tensor],
+        views: Sequence[Tensor],
+        noise: Mapping[str, Tensor],
+        rates: Mapping[str, float | bool],
+        tables: Sequence[Tensor],
+        *,
+        undo: Callable[[], None],
+        record: Recorder = record_cuda_graph,
+    ):
+        switches = {name: value for name, value in rates.items() if isinstance(value, bool)}
+        self._numbers = [name for name in rates if name not in switches]
+        names, first, last = list(noise), len(views), len(views) + len(tables)
+
+        def call(places: list[Tensor]) -> Tensor:
+            numbers, rest = dict(zip(self._numbers, places[0].unbind())), places[1:]
+            return step(rest[:first], dict(zip(names, rest[last:])), {**numbers, **switches}, rest[first:last])
+
+        self._call = RecordedCall(call, self._flat(views, noise, rates, tables), undo=undo, record=record)
+
+    def __call__(
+        self,
+        views: Sequence[Tensor],
+        noise: Mapping[str, Tensor],
+        rates: Mapping[str, float | bool],
+        tables: Sequence[Tensor],
+    ) -> Tensor:
+        """Replay. The result's memory is written again by the next replay."""
+        return self._call(self._flat(views, noise, rates, tables))
+
+    def close(self) -> None:
+        """Let go of the recording."""
+        self._call.close()
+
+    def _flat(
+        self,
+        views: Sequence[Tensor],
+        noise: Mapping[str, Tensor],
+        rates: Mapping[str, float | bool],
+        tables: Sequence[Tensor],
+    ) -> list[Tensor]:
+        numbers = np.array([rates[name] for name in self._numbers], np.float32)
+        return [to_device(numbers, views[0].device), *views, *tables, *noise.values()]
 
 
 def _on_gpu(tensors: Sequence[Tensor]) -> bool:

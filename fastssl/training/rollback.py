@@ -19,6 +19,7 @@ from fastssl.errors import FastSSLError, counted
 from fastssl.pipelines.loader import Batch
 from fastssl.runs.nonfinite import BAD_STEPS, save_bad_step
 from fastssl.training.setup import Setup
+from fastssl.training.step import numbers
 
 
 class NonFiniteGuard:
@@ -110,7 +111,7 @@ def keep_batch(run: Setup, batch: Batch, number: int, reason: str) -> str | None
         "step_in_epoch": step_in_epoch,
         "seed": run.options.seed,
         "reason": reason,
-        **run.step.rates(number - 1, run.length),
+        **numbers(run.step.rates(number - 1, run.length)),
     }
     folder = run.options.out / BAD_STEPS / f"step-{number:08}"
     try:

@@ -112,7 +112,7 @@ class Setup:
     folder: RunFolder | None = None
     saver: Saver | None = None
     status: RunStatus | None = None
-    rates: dict[str, float] = field(default_factory=dict)
+    rates: dict[str, float | bool] = field(default_factory=dict)
     online_knn: float | None = None
 
     @property

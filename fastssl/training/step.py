@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,7 +38,7 @@ from fastssl.pipelines.ops.augment import augment_device
 from fastssl.pipelines.plan.multicrop import MultiCrop
 from fastssl.training.bf16_weights import HalfCopy
 from fastssl.training.channels_last import channels_last_breaks, require_channels_last
-from fastssl.training.cuda_graph import RecordedCall, Recorder, record_cuda_graph
+from fastssl.training.cuda_graph import RecordedStep, Recorder, record_cuda_graph
 from fastssl.utils.host_memory import keep_freed_memory
 from fastssl.utils.transfer import to_device
 
@@ -71,6 +71,11 @@ def initial_backbone(recipe: Recipe, seed: int, say: Callable[[str], None] = lam
     )
     require_sizes(backbone, recipe.arch, picture_sizes(recipe))
     return backbone
+
+
+def numbers(rates: Mapping[str, float | bool]) -> dict[str, float]:
+    """``rates`` without the switches."""
+    return {name: value for name, value in rates.items() if not isinstance(value, bool)}
 
 
 class TrainStep:
@@ -144,8 +149,8 @@ class TrainStep:
         self.method.compute_with(*self.networks)
         self.fallbacks: dict[str, str] = {}
         self._record = record
-        self._recorded: RecordedCall | None = None
-        self._phase: tuple | None = None
+        self._recorded: RecordedStep | None = None
+        self._switches: dict[str, bool] = {}
         self.prepared, self.prepare_s = False, 0.0
         if recipe.train.graph and device.type != "cuda" and record is record_cuda_graph:
             self.fallbacks["graph"] = f"a CUDA graph needs an NVIDIA GPU, this is the {device.type}"
@@ -190,10 +195,10 @@ class TrainStep:
             drawn["drop_path"] = self.method.student.drop.draw(self.seed, epoch, samples, self.method.views.count)
         return {name: to_device(array, self.device) for name, array in drawn.items()}
 
-    def rates(self, step: int, run: RunLength) -> dict[str, float]:
-        """What the schedules say for ``step`` (of the whole run), by name."""
+    def rates(self, step: int, run: RunLength) -> dict[str, float | bool]:
+        """What the schedules say for ``step`` (of the whole run), by name: numbers, and the method's switches."""
         optim, total = self.recipe.optim, run.total_steps
-        found = {
+        found: dict[str, float | bool] = {
             "lr": learning_rate(
                 step,
                 total_steps=total,
@@ -224,9 +229,8 @@ class TrainStep:
         self,
         views: list[Tensor],
         noise: Mapping[str, Tensor],
-        rates: Mapping[str, float],
+        rates: Mapping[str, float | bool],
         *,
-        phase: tuple = (),
         tables: Sequence[Tensor] = (),
     ) -> Tensor:
         """Forward, backward, optimiser, teacher, queue.
@@ -235,13 +239,12 @@ class TrainStep:
             views: as ``ViewLoader`` gives them.
             noise: see ``noise``.
             rates: see ``rates``; the same names at every call.
-            phase: ``method.phase`` of this step.
             tables: the colour tables that belong to uint8 crops (``Batch.tables``); none: ``views`` are coloured and
                 normalised.
 
         Returns:
-            the method's metrics, (len(method.METRICS),) float32 on the device. With ``train.graph`` the next step
-            writes over them.
+            the method's metrics, (len(method.METRICS),) float32 on the device. With ``train.graph`` the next step writes
+            over them.
 
         Raises:
             ValueError: the views are not in channels-last memory, or not those of one batch.
@@ -252,22 +255,16 @@ class TrainStep:
         wanted = self.method.views.count * self.batch_size
         if sum(map(len, views)) != wanted:
             raise ValueError(f"{sum(map(len, views))} views, but a batch of {self.batch_size} has {wanted}")
-        call = _Call(len(views), len(tables), tuple(noise), tuple(rates), phase)
-        inputs = [*views, *tables, *noise.values()]
+        switches = {name: value for name, value in rates.items() if isinstance(value, bool)}
         if not self.prepared:
             started = time.monotonic()
-            self._phase = phase
-            self._prepare(call, inputs, tuple(rates.values()))
+            self._prepare(views, noise, rates, tables)
             self.prepare_s = time.monotonic() - started
-        elif phase != self._phase:
-            self._phase = phase
-            if self._recorded is not None:  # a recorded step does what it did when it was recorded
-                self._recorded = None
-                self._try("graph", lambda: self._capture(call, inputs, tuple(rates.values())))
-        if self._recorded is None:
-            return self._run(call, inputs, rates)
-        # What the schedules say is an input like any other: a recorded number would stay what it was.
-        return self._recorded([to_device(np.array(list(rates.values()), np.float32), self.device), *inputs])
+        elif self._recorded is not None and switches != self._switches:  # what was recorded is another step
+            self._recorded = None
+            self._try("graph", lambda: self._capture(views, noise, rates, tables))
+        self._switches = switches
+        return (self._recorded or self._run)(views, noise, rates, tables)
 
     def close(self) -> None:
         """Let go of a recorded step; later calls would run eagerly. To be called before the processes part (see
@@ -279,37 +276,53 @@ class TrainStep:
 
     # ------------------------------------------------------------------ the step itself
 
-    def _run(self, call: _Call, inputs: list[Tensor], rates: Mapping[str, Tensor | float]) -> Tensor:
+    def _run(
+        self,
+        views: Sequence[Tensor],
+        noise: Mapping[str, Tensor],
+        rates: Mapping[str, Tensor | float | bool],
+        tables: Sequence[Tensor],
+    ) -> Tensor:
         method, parts = self.method, self.recipe.train.accumulate
-        views, tables, noise = call.split(inputs)
-        with torch.no_grad():
-            coloured = [
-                augment_device(crops, table, spec, self.view_dtype)
-                for crops, table, spec in zip(views, tables, self.recipe.views)
-            ]
-        images = method.images(coloured or views)
+        if tables:
+            specs = zip(views, tables, self.recipe.views)
+            with torch.no_grad():
+                views = [augment_device(crops, table, spec, self.view_dtype) for crops, table, spec in specs]
+        images = method.images(views)
         with self.autocast():
             targets = method.targets(images, noise, rates)
-        found, kept = [], []
+        metrics, kept = [], []
         for part in range(parts):
             if method.student.drop is not None:
-                method.student.drop.coins = method.part_of(method.student_coins(noise["drop_path"]), part, parts).t()
+                method.student.drop.coins = self.part_of(noise["drop_path"].t(), part).t()
             with self.autocast():
-                result = method.part_loss(images, targets, rates, call.phase, part, parts)
-            (result.loss / parts if parts > 1 else result.loss).backward()
+                output = method(
+                    [self.part_of(rows, part) for rows in images],
+                    tuple(self.part_of(rows, part) for rows in targets),
+                    rates,
+                )
+            (output.loss / parts if parts > 1 else output.loss).backward()
             if self._half:
                 self._half[0].collect_gradients()
-            found.append(result.metrics)
-            kept.append(result.kept)
-        for parameter in method.frozen(call.phase):
+            metrics.append(output.metrics)
+            kept.append(output.kept)
+        for parameter in output.frozen:
             parameter.grad = None
         average_gradients(self._trained)
         self.update(rates)
         self.clear_gradients()
-        method.after_step(targets, kept, call.phase)
-        return found[0] if parts == 1 else torch.stack(found).mean(0)
+        method.after_step(targets, kept, rates)
+        return metrics[0] if parts == 1 else torch.stack(metrics).mean(0)
 
-    def update(self, rates: Mapping[str, Tensor | float]) -> None:
+    def part_of(self, rows: Tensor, part: int) -> Tensor:
+        """Of view-major ``rows`` (n B, ...) those of the ``part``-th share of the samples, view-major."""
+        parts, batch = self.recipe.train.accumulate, self.batch_size
+        if parts == 1:
+            return rows
+        size = batch // parts
+        return torch.cat([rows.narrow(0, first + part * size, size) for first in range(0, len(rows), batch)])
+
+    def update(self, rates: Mapping[str, Tensor | float | bool]) -> None:
         """Weight decay and the optimiser's step on the gradients that are there, then the moving average."""
         if self._decay is not None:
             self._decay.apply(rates["lr"], rates["weight_decay"])
@@ -331,17 +344,23 @@ class TrainStep:
 
     # ------------------------------------------------------------------ the first call
 
-    def _prepare(self, call: _Call, inputs: list[Tensor], rates: tuple[float, ...]) -> None:
+    def _prepare(
+        self,
+        views: Sequence[Tensor],
+        noise: Mapping[str, Tensor],
+        rates: Mapping[str, float | bool],
+        tables: Sequence[Tensor],
+    ) -> None:
         """Compile and record as the recipe asks, on the first batch; the state is afterwards as it was before."""
         self.prepared = True
         train, backbone = self.recipe.train, self.method.student.backbone
-        sample = torch.zeros(2, *inputs[0].shape[1:], device=self.device).contiguous(memory_format=torch.channels_last)
+        sample = torch.zeros(2, *views[0].shape[1:], device=self.device).contiguous(memory_format=torch.channels_last)
         if broken := channels_last_breaks(backbone, sample):
             self.fallbacks["channels_last"] = f"{self.recipe.arch} leaves the layout behind {', '.join(broken[:3])}"
         if train.compile:
-            self._try("compile", lambda: self._compile(call, inputs, rates))
+            self._try("compile", lambda: self._compile(views, noise, rates, tables))
         if self.takes_crops:
-            self._try("graph", lambda: self._capture(call, inputs, rates))
+            self._try("graph", lambda: self._capture(views, noise, rates, tables))
 
     def _try(self, switch: str, prepare: Callable[[], None]) -> None:
         undo, reason = self.snapshot(), ""
@@ -362,20 +381,14 @@ class TrainStep:
             else:
                 self._recorded = None
 
-    def _compile(self, call: _Call, inputs: list[Tensor], rates: tuple[float, ...]) -> None:
+    def _compile(self, *step: Any) -> None:
         if torch._dynamo.config.disable:
             raise FastSSLError("switched off by TORCH_COMPILE_DISABLE")
         self.method.compute_with(*(network and torch.compile(network, dynamic=False) for network in self.networks))
-        self._run(call, inputs, dict(zip(call.rates, rates)))
+        self._run(*step)
 
-    def _capture(self, call: _Call, inputs: list[Tensor], rates: tuple[float, ...]) -> None:
-        controls = to_device(np.array(rates, np.float32), self.device)
-        self._recorded = RecordedCall(
-            lambda places: self._run(call, places[1:], dict(zip(call.rates, places[0].unbind()))),
-            [controls, *inputs],
-            undo=self.snapshot(),
-            record=self._record,
-        )
+    def _capture(self, *step: Any) -> None:
+        self._recorded = RecordedStep(self._run, *step, undo=self.snapshot(), record=self._record)
 
     def is_finite(self) -> bool:
         """Whether all numbers of the networks, the queue or centre and the optimiser are. Waits for the device."""
@@ -412,19 +425,3 @@ class TrainStep:
             self._refresh()
 
         return undo
-
-
-@dataclass(frozen=True)
-class _Call:
-    """What the flat list of a step's inputs holds: views, colour tables, noise; and the names of its rates."""
-
-    views: int
-    tables: int
-    noise: tuple[str, ...]
-    rates: tuple[str, ...]
-    phase: tuple
-
-    def split(self, inputs: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], dict[str, Tensor]]:
-        """(views, tables, noise by name)."""
-        rest = self.views + self.tables
-        return list(inputs[: self.views]), list(inputs[self.views : rest]), dict(zip(self.noise, inputs[rest:]))

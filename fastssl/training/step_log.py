@@ -9,6 +9,7 @@ from fastssl.pipelines.loader import ViewLoader
 from fastssl.training.bottleneck import data_share
 from fastssl.training.rollback import diverged
 from fastssl.training.setup import Setup
+from fastssl.training.step import numbers
 
 
 class StepLog:
@@ -68,7 +69,7 @@ class StepLog:
                 "kind": "step",
                 "step": run.position.step,
                 "epoch": run.position.step / run.length.steps_per_epoch,
-                **run.rates,
+                **numbers(run.rates),
                 "pair_per_s": pairs / seconds,
                 "view_per_s": pairs * self._views / seconds,
                 "data_wait": waited / seconds,

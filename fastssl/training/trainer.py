@@ -120,8 +120,7 @@ def make_step(run: Setup, batch: Batch) -> Tensor:
     position, step, first = run.position, run.step, not run.step.prepared
     run.rates = step.rates(position.step, run.length)
     noise = step.noise(position.epoch, position.step_in_epoch, batch.index.numpy())
-    phase = step.method.phase(position.step, run.length)
-    metrics = step(batch.views, noise, run.rates, phase=phase, tables=batch.tables)
+    metrics = step(batch.views, noise, run.rates, tables=batch.tables)
     run.ring.push(metrics, position.step + 1)
     if first:
         for switch, reason in step.fallbacks.items():

@@ -67,8 +67,8 @@ def test_a_step_is_the_training_loops_step(tiny: Recipe) -> None:
     assert rate == pytest.approx(1e-4 * tiny.optim.peak_lr(8))
 
     keys = twin.targets(views, {"permutation": torch.from_numpy(batch_permutation(16, 0, 0, 0))}, {})
-    twin.part_loss(views, keys, {"smoothing": tiny.moco.smoothing}).loss.backward()
-    twin.after_step(keys, [])
+    twin(views, keys, {"smoothing": tiny.moco.smoothing}).loss.backward()
+    twin.after_step(keys, [], {})
     assert decay == [tiny.optim.weight_decay, 0.0]
     for name, parameter in twin.student.named_parameters():
         expected = parameter - rate * (

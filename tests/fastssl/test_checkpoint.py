@@ -44,8 +44,8 @@ def make(seed: int = 0) -> tuple[MoCo, torch.optim.Optimizer]:
 def step(method: MoCo, optimizer: torch.optim.Optimizer, seed: int) -> None:
     views = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
     keys = method.targets([views], {"permutation": torch.arange(8)}, {})
-    method.part_loss([views], keys, {"smoothing": 0.2}).loss.backward()
-    method.after_step(keys, [])
+    method([views], keys, {"smoothing": 0.2}).loss.backward()
+    method.after_step(keys, [], {})
     optimizer.step()
     optimizer.zero_grad()
     method.update_teacher(0.9)

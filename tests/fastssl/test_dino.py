@@ -19,7 +19,7 @@ from fastssl.optim.schedules import RunLength
 
 K = 24
 SMALL = DINOConfig(out=K, projector=replace(DINOConfig().projector, hidden=16, out=8))
-RATES = {"momentum": 0.9, "teacher_temperature": 0.05}
+RATES = {"momentum": 0.9, "teacher_temperature": 0.05, "frozen": False}
 WEIGHTS = PairWeights(3, 0.4, 0.6)
 
 
@@ -41,13 +41,13 @@ def test_loss_is_the_weighted_mean_over_pairs() -> None:
     pairs = {(g, v): -(targets[g] * student[v]).sum(1).mean() for g in range(2) for v in range(5) if g != v}
     gg = torch.stack([pairs[0, 1], pairs[1, 0]]).mean()
     gl = torch.stack([pairs[g, v] for g in range(2) for v in range(2, 5)]).mean()
-    found = method.part_loss(views, method.targets(views, {}, RATES), RATES)
+    found = method(views, method.targets(views, {}, RATES), RATES)
     torch.testing.assert_close(found.loss, 0.4 * gg + 0.6 * gl)
     # The baseline's weights make it the plain mean over all 2 + 2L pairs.
     plain = make(weights=PairWeights(3, 1 / 4, 3 / 4))
     plain.center.copy_(method.center)
     torch.testing.assert_close(
-        plain.part_loss(views, plain.targets(views, {}, RATES), RATES).loss, torch.stack(list(pairs.values())).mean()
+        plain(views, plain.targets(views, {}, RATES), RATES).loss, torch.stack(list(pairs.values())).mean()
     )
 
 
@@ -57,7 +57,7 @@ def test_collapse_reads_as_ln_k() -> None:
     with torch.no_grad():
         method.student.projector.last.gain.zero_()
         method.teacher.projector.last.gain.zero_()
-    found = method.part_loss(views, method.targets(views, {}, RATES), RATES)
+    found = method(views, method.targets(views, {}, RATES), RATES)
     assert found.loss.item() == pytest.approx(math.log(K), rel=1e-6)
     values = dict(zip(method.METRICS, found.metrics.tolist()))
     assert values["kl"] == pytest.approx(0, abs=1e-6) and values["target_entropy"] == pytest.approx(1.0)
@@ -67,7 +67,7 @@ def test_centre_follows_the_mean_of_the_raw_teacher_logits() -> None:
     method, views = make(), batch()
     method.center.fill_(0.5)
     targets = method.targets(views, {}, RATES)
-    method.after_step(targets, [])
+    method.after_step(targets, [], RATES)
     torch.testing.assert_close(
         method.center, 0.9 * torch.full((K,), 0.5) + 0.1 * method.teacher(views[0]).mean(0), rtol=1e-5, atol=1e-5
     )
@@ -78,12 +78,12 @@ def test_softmax_and_centring_are_float32_under_autocast() -> None:
     method, views = make(), batch()
     with torch.autocast("cpu", torch.bfloat16):
         logits, probabilities = method.targets(views, {}, RATES)
-        found = method.part_loss(views, (logits, probabilities), RATES)
+        found = method(views, (logits, probabilities), RATES)
     assert {logits.dtype, probabilities.dtype, found.loss.dtype, found.metrics.dtype, method.center.dtype} == {
         torch.float32
     }
     torch.testing.assert_close(
-        probabilities.sum(-1), torch.ones(2, B), rtol=1e-6, atol=1e-6
+        probabilities.sum(-1), torch.ones(2 * B), rtol=1e-6, atol=1e-6
     )  # bfloat16 would miss by percents
     found.loss.backward()
     assert method.student.projector.last.direction.grad.dtype == torch.float32
@@ -91,7 +91,7 @@ def test_softmax_and_centring_are_float32_under_autocast() -> None:
 
 def test_gradient_reaches_the_student_alone() -> None:
     method, views = make(), batch()
-    method.part_loss(views, method.targets(views, {}, RATES), RATES).loss.backward()
+    method(views, method.targets(views, {}, RATES), RATES).loss.backward()
     trained = [p for p in method.student.parameters() if p.requires_grad]
     # A bias before a BatchNorm has none but rounding noise; all others have.
     assert (
@@ -104,16 +104,18 @@ def test_gradient_reaches_the_student_alone() -> None:
 
 def test_the_last_layer_is_frozen_in_the_first_epoch() -> None:
     method, run = make(), RunLength(100, 10)
-    assert [method.phase(step, run) for step in (0, 9, 10)] == [("frozen",), ("frozen",), ()]
-    last = method.student.projector.last
-    assert {id(p) for p in method.frozen(("frozen",))} == {id(last.direction), id(last.gain)} and not method.frozen(())
-    assert make(replace(SMALL, freeze_epochs=0)).phase(0, run) == ()
+    assert [method.rates(step, run)["frozen"] for step in (0, 9, 10)] == [True, True, False]
+    last, views = method.student.projector.last, batch()
+    targets = method.targets(views, {}, RATES)
+    frozen = method(views, targets, {**RATES, "frozen": True}).frozen
+    assert {id(p) for p in frozen} == {id(last.direction), id(last.gain)} and not method(views, targets, RATES).frozen
+    assert not make(replace(SMALL, freeze_epochs=0)).rates(0, run)["frozen"]
 
 
 def test_rates() -> None:
     run, method = RunLength(200 * 7, 7), make()
-    assert method.rates(0, run) == {"momentum": 0.996, "teacher_temperature": 0.04}
-    assert method.rates(1400, run) == {"momentum": 1.0, "teacher_temperature": 0.07}
+    assert method.rates(0, run) == {"momentum": 0.996, "teacher_temperature": 0.04, "frozen": True}
+    assert method.rates(1400, run) == {"momentum": 1.0, "teacher_temperature": 0.07, "frozen": False}
 
 
 def test_parts_have_the_mean_of_the_whole() -> None:
@@ -122,9 +124,16 @@ def test_parts_have_the_mean_of_the_whole() -> None:
     method, views = make(config), batch()
     method.student.backbone.body[1].eval()
     targets = method.targets(views, {}, RATES)
-    whole = method.part_loss(views, targets, RATES).loss
-    parts = [method.part_loss(views, targets, RATES, (), part, 3).loss for part in range(3)]
-    torch.testing.assert_close(torch.stack(parts).mean(), whole)
+    whole = method(views, targets, RATES).loss
+
+    def part(rows: Tensor, number: int) -> Tensor:
+        return rows.unflatten(0, (-1, 3, B // 3))[:, number].flatten(0, 1)
+
+    losses = [
+        method([part(rows, n) for rows in views], tuple(part(rows, n) for rows in targets), RATES).loss
+        for n in range(3)
+    ]
+    torch.testing.assert_close(torch.stack(losses).mean(), whole)
 
 
 @pytest.mark.parametrize(

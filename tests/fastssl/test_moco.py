@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from fastssl.losses import SmoothedInfoNCE
 from fastssl.losses.pairs import PairWeights
-from fastssl.methods.base import PartLoss, Views
+from fastssl.methods.base import StepOutput, Views
 from fastssl.methods.moco import MoCo, MoCoConfig
 from fastssl.models.heads import ProjectorConfig
 from fastssl.optim.schedules import RunLength
@@ -24,12 +24,12 @@ def make(weights: PairWeights = TWO, **options: object) -> MoCo:
     return MoCo(TinyBackbone(), config, views=Views(B, weights), generator=torch.Generator().manual_seed(1)).train()
 
 
-def step(method: MoCo, views: list[Tensor], smoothing: float = 0.2) -> PartLoss:
+def step(method: MoCo, views: list[Tensor], smoothing: float = 0.2) -> StepOutput:
     """One batch's loss; its keys are then in the queue."""
     joined = method.images(views)
     keys = method.targets(joined, {"permutation": torch.arange(method.key_views * B)}, {})
-    found = method.part_loss(joined, keys, {"smoothing": smoothing})
-    method.after_step(keys, [])
+    found = method(joined, keys, {"smoothing": smoothing})
+    method.after_step(keys, [], {})
     return found
 
 

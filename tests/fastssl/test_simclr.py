@@ -31,7 +31,7 @@ def test_without_smoothing_and_local_views_it_is_nt_xent() -> None:
     similar = embeddings @ embeddings.t() / 0.1
     similar.fill_diagonal_(float("-inf"))
     right = torch.cat([torch.arange(B) + B, torch.arange(B)])
-    found = method.part_loss([views], None, {})
+    found = method([views], (), {})
     torch.testing.assert_close(found.loss, functional.cross_entropy(similar, right))
     found.loss.backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in method.student.parameters())
@@ -58,7 +58,7 @@ def test_smoothing_and_local_views_change_the_loss_as_written() -> None:
                 )
             total["gg" if v < 2 else "gl"].append(torch.stack(losses).mean())
     expected = 0.4 * torch.stack(total["gg"]).mean() + 0.6 * torch.stack(total["gl"]).mean()
-    found = method.part_loss(views, None, {"smoothing": 0.5})
+    found = method(views, (), {"smoothing": 0.5})
     torch.testing.assert_close(found.loss, expected)
     assert dict(zip(method.METRICS, found.metrics.tolist()))["loss"] == pytest.approx(float(expected))
 

@@ -52,11 +52,7 @@ def train(step: TrainStep, steps: int = 4, **inputs: object) -> list[list[float]
     found = []
     for number in range(steps):
         batch = inputs.get("batch", lambda number: {"views": [views(number)]})(number)
-        found.append(
-            step(
-                **batch, noise=step.noise(0, number), rates=rates(step, number), phase=inputs.get("phase", ())
-            ).tolist()
-        )
+        found.append(step(**batch, noise=step.noise(0, number), rates=rates(step, number)).tolist())
     return found
 
 
@@ -69,7 +65,12 @@ def rates(step: TrainStep, number: int = 0, **given: float) -> dict[str, float]:
         "teacher_temperature": 0.04 + 0.01 * number,
         "weight_decay": 0.01 * (number + 1),
     }
-    return {name: given.get(name, values[name]) for name in step.rates(0, RunLength(10, 5))}
+    return {name: given.get(name, values.get(name, False)) for name in step.rates(0, RunLength(10, 5))}
+
+
+def switches(step: TrainStep, number: int, run: RunLength) -> dict[str, bool]:
+    """Those of step ``number`` of a run."""
+    return {name: value for name, value in step.rates(number, run).items() if isinstance(value, bool)}
 
 
 def replayed(call: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
@@ -547,12 +548,8 @@ def run_phases(step: TrainStep, steps: int = 6) -> list[list[float]]:
     run, found = RunLength(20, 2), []
     batch = all_views(step.recipe)
     for number in range(steps):
-        phase = step.method.phase(number, run)
-        found.append(
-            step(
-                **batch, noise=step.noise(number // 2, number % 2), rates=rates(step, number, lr=0.02), phase=phase
-            ).tolist()
-        )
+        given = {**rates(step, number, lr=0.02), **switches(step, number, run)}
+        found.append(step(**batch, noise=step.noise(number // 2, number % 2), rates=given).tolist())
     return found
 
 
@@ -589,12 +586,13 @@ def test_bfloat16_changes_the_loss_by_little(case: str) -> None:
 @pytest.mark.parametrize("case", ["dino", "swav"])
 def test_a_frozen_layer_stands_still_and_then_moves(case: str, optimizer: str) -> None:
     step, run = TrainStep(multicrop(case, optim__name=optimizer), CPU, amp=False, seed=0), RunLength(20, 1)
-    (frozen, *_) = step.method.frozen(("frozen",))
+    head = step.method.student.projector
+    (frozen, *_) = (head.last if case == "dino" else head.prototypes).parameters()
     before = frozen.detach().clone()
     for number in range(2):
-        phase = step.method.phase(number, run)
-        step(**all_views(step.recipe), noise=step.noise(0, number), rates=rates(step, 0, lr=1.0), phase=phase)
-        assert ("frozen" in phase) == (number == 0)
+        given = {**rates(step, 0, lr=1.0), **switches(step, number, run)}
+        step(**all_views(step.recipe), noise=step.noise(0, number), rates=given)
+        assert given["frozen"] == (number == 0)
         assert torch.allclose(frozen, before, atol=1e-6) == (number == 0)
 
 
@@ -643,7 +641,9 @@ def test_a_cuda_graph_of_any_method_makes_the_same_steps(case: str, amp: bool) -
         run, batch = RunLength(20, 2), {"views": [view.to(CUDA) for view in all_views(step.recipe)["views"]]}
         return [
             step(
-                **batch, noise=step.noise(n // 2, n % 2), rates=rates(step, n, lr=0.02), phase=step.method.phase(n, run)
+                **batch,
+                noise=step.noise(n // 2, n % 2),
+                rates={**rates(step, n, lr=0.02), **switches(step, n, run)},
             ).tolist()
             for n in range(6)
         ]

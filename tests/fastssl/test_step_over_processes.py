@@ -136,7 +136,7 @@ def train_one(case: str) -> dict[str, Tensor]:
         # As of the middle of the run, where warm-ups are over.
         noise, rates = step.noise(0, number, index), step.rates(STEPS + number, run)
         rates["lr"] = chosen.optim.lr / 10
-        metrics.append(step(views, noise, rates, phase=step.method.phase(2 + number, run)).clone())
+        metrics.append(step(views, noise, rates).clone())
     return {**step.method.state_dict(), "metrics": torch.stack(metrics), "moved": _distance(before, step)}
 
 
@@ -196,7 +196,7 @@ def centre_by_hand() -> tuple[Tensor, Tensor]:
     logits = torch.full((2, 3, 4), float(rank() + 1))
     logits[1] *= 2
     kept = logits.clone()
-    method.after_step((logits, torch.zeros(())), [])
+    method.after_step((logits.flatten(0, 1), torch.zeros(())), [], {})
     return method.center, logits - kept
 
 
@@ -224,7 +224,7 @@ def train_on_gpus(case: str, graph: bool) -> tuple[list[float], dict[str, str], 
             for number in range(STEPS):
                 views = [share(view).to(device, torch.bfloat16) for view in batch(chosen, number)]
                 rates = {**step.rates(STEPS + number, run), "lr": chosen.optim.lr / 100}
-                metrics = step(views, step.noise(0, number, index), rates, phase=step.method.phase(2 + number, run))
+                metrics = step(views, step.noise(0, number, index), rates)
                 losses.append(all_reduce_mean(metrics.clone())[0].item())
             return (
                 losses,

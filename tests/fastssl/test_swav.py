@@ -21,6 +21,7 @@ SMALL = SwAVConfig(
     prototypes=K, queue=3 * B, queue_epoch=2, projector=replace(SwAVConfig().projector, hidden=16, out=D, init="torch")
 )
 WEIGHTS = PairWeights(3, 0.4, 0.6)
+OFF = {"frozen": False, "fill": False, "queue": False}
 
 
 def make(config: SwAVConfig = SMALL, weights: PairWeights = WEIGHTS) -> SwAV:
@@ -44,37 +45,30 @@ def test_loss_is_the_weighted_mean_over_pairs() -> None:
     pairs = {(g, v): -(assigned[g] * logs[v]).sum(1).mean() for g in range(2) for v in range(5) if g != v}
     gg = torch.stack([pairs[0, 1], pairs[1, 0]]).mean()
     gl = torch.stack([pairs[g, v] for g in range(2) for v in range(2, 5)]).mean()
-    torch.testing.assert_close(method.part_loss(views, None, {}).loss, 0.4 * gg + 0.6 * gl)
+    torch.testing.assert_close(method(views, (), OFF).loss, 0.4 * gg + 0.6 * gl)
 
 
 def test_prototypes_are_normalised_before_the_pass_and_frozen_in_the_first_epoch() -> None:
     method, run = make(), RunLength(100, 10)
     with torch.no_grad():
         method.prototypes.weight.mul_(5)
-    method.part_loss(batch(), None, {})
+    method(batch(), (), OFF)
     torch.testing.assert_close(method.prototypes.weight.detach().norm(dim=1), torch.ones(K))
-    assert method.frozen(method.phase(9, run)) == [method.prototypes.weight] and not method.frozen(
-        method.phase(10, run)
-    )
+    (frozen,) = method(batch(), (), method.rates(9, run)).frozen
+    assert frozen is method.prototypes.weight and not method(batch(), (), method.rates(10, run)).frozen
     assert sum(name.endswith("prototypes.weight") for name in method.state_dict()) == 1
 
 
 def test_the_queue_fills_from_its_epoch_and_is_used_when_full() -> None:
     method, run = make(), RunLength(100, 10)
-    assert [method.phase(step, run) for step in (0, 10, 19, 20, 22, 23)] == [
-        ("frozen",),
-        (),
-        (),
-        ("fill",),
-        ("fill",),
-        ("fill", "queue"),
-    ]
+    switched_on = [[name for name, on in method.rates(step, run).items() if on] for step in (0, 10, 19, 20, 22, 23)]
+    assert switched_on == [["frozen"], [], [], ["fill"], ["fill"], ["fill", "queue"]]
     assert method.queue.shape == (2, 3 * B, D) and make(replace(SMALL, queue=3 * B + 5)).queue.shape == (
         2,
         3 * B,
         D,
     )  # whole batches
-    assert make(replace(SMALL, queue=0)).phase(99, run) == ()
+    assert not any(make(replace(SMALL, queue=0)).rates(99, run).values())
     with pytest.raises(ValueError, match="holds no whole batch"):
         make(replace(SMALL, queue=B - 1))
 
@@ -89,11 +83,11 @@ def test_the_queue_is_first_in_first_out_for_each_view() -> None:
     entered = []
     for number in range(4):
         fresh = torch.full((2 * B, D), float(number)) + torch.arange(2 * B)[:, None] / 100
-        method.after_step(None, [fresh], ("fill",))
+        method.after_step((), [fresh], {**OFF, "fill": True})
         entered.append(fresh.unflatten(0, (2, B)))
     torch.testing.assert_close(method.queue, torch.cat(entered[1:], 1))
     before = method.queue.clone()
-    method.after_step(None, [torch.zeros(2 * B, D)], ())
+    method.after_step((), [torch.zeros(2 * B, D)], OFF)
     assert torch.equal(method.queue, before) and "queue" in method.state_dict()
 
 
@@ -118,7 +112,7 @@ def test_a_full_queue_shares_the_prototypes_out_over_more_samples() -> None:
 def test_assignment_and_loss_are_float32_under_autocast() -> None:
     method = make()
     with torch.autocast("cpu", torch.bfloat16):
-        found = method.part_loss(batch(), None, {})
+        found = method(batch(), (), OFF)
         assigned = method.assign(torch.rand(2, B, K).bfloat16(), use_queue=True)
     assert {found.loss.dtype, found.metrics.dtype, found.kept.dtype, assigned.dtype} == {torch.float32}
     torch.testing.assert_close(assigned.sum(-1), torch.ones(2, B), rtol=1e-6, atol=1e-6)
