@@ -37,7 +37,8 @@ def finished_run(
     for number in range(steps):
         images = [torch.randn(spec.count * BATCH, 3, spec.size, spec.size) for spec in chosen.views]
         images = [view.contiguous(memory_format=torch.channels_last) for view in images]
-        step(images, step.noise(0, number), step.rates(number + 1, length))
+        later = {name: on for name, on in step.rates(number + 5, length).items() if isinstance(on, bool)}
+        step(images, step.noise(0, number), {**step.rates(number + 1, length), **later})
     config = {
         "recipe": recipe,
         "data": {"name": "noise"},

@@ -125,6 +125,12 @@ def train(cases: list[str]) -> dict[str, dict[str, Tensor]]:
         torch.set_default_dtype(torch.float32)
 
 
+def rates_of(step: TrainStep, number: int, run: RunLength) -> dict[str, float | bool]:
+    """Numbers as of the middle of the run, where warm-ups are over; switches as of its third step and later."""
+    switches = {name: on for name, on in step.rates(2 + number, run).items() if isinstance(on, bool)}
+    return {**step.rates(STEPS + number, run), **switches}
+
+
 def train_one(case: str) -> dict[str, Tensor]:
     own = BATCH // world_size()
     index = np.arange(100, 100 + BATCH)[rank() * own : (rank() + 1) * own]
@@ -133,10 +139,8 @@ def train_one(case: str) -> dict[str, Tensor]:
     before = {name: value.clone() for name, value in step.method.student.state_dict().items()}
     for number in range(STEPS):
         views = [share(view) for view in batch(chosen, number)]
-        # As of the middle of the run, where warm-ups are over.
-        noise, rates = step.noise(0, number, index), step.rates(STEPS + number, run)
-        rates["lr"] = chosen.optim.lr / 10
-        metrics.append(step(views, noise, rates).clone())
+        rates = {**rates_of(step, number, run), "lr": chosen.optim.lr / 10}
+        metrics.append(step(views, step.noise(0, number, index), rates).clone())
     return {**step.method.state_dict(), "metrics": torch.stack(metrics), "moved": _distance(before, step)}
 
 
@@ -223,7 +227,7 @@ def train_on_gpus(case: str, graph: bool) -> tuple[list[float], dict[str, str], 
         with closing(TrainStep(chosen, device, amp=True, seed=0, world=world)) as step:
             for number in range(STEPS):
                 views = [share(view).to(device, torch.bfloat16) for view in batch(chosen, number)]
-                rates = {**step.rates(STEPS + number, run), "lr": chosen.optim.lr / 100}
+                rates = {**rates_of(step, number, run), "lr": chosen.optim.lr / 100}
                 metrics = step(views, step.noise(0, number, index), rates)
                 losses.append(all_reduce_mean(metrics.clone())[0].item())
             return (
