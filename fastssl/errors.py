@@ -50,7 +50,8 @@ def worker_error(path: str | os.PathLike, what: str, error: Exception) -> Worker
         return WorkerError(f"{os.fspath(path)}: {what}: no memory left; fewer --workers or a smaller batch need less")
     said = " ".join(str(error).split())
     return WorkerError(
-        f"{os.fspath(path)}: {what}: unexpected {type(error).__name__}: {said} (run again with --debug for the traceback)"
+        f"{os.fspath(path)}: {what}: unexpected {type(error).__name__}: {said} (run again with --debug for the "
+        "traceback)"
     )
 
 

@@ -150,7 +150,8 @@ class ViewLoader:
         if len(self) < 1:
             samples = counted(count, "sample")
             raise FastSSLError(
-                f"{self.reader.path}: {samples}, fewer than one batch of {self.batch_size * self.world}; lower the batch size"
+                f"{self.reader.path}: {samples}, fewer than one batch of {self.batch_size * self.world}; lower "
+                "the batch size"
             )
 
     def __len__(self) -> int:
@@ -257,7 +258,8 @@ def _sample_ids(indices: np.ndarray) -> np.ndarray:
     ids = np.asarray(indices)
     if ids.ndim != 1 or not (np.issubdtype(ids.dtype, np.integer) or ids.size == 0):
         raise FastSSLError(
-            f"indices must be a list of sample ids, got {ids.dtype} of shape {ids.shape} (np.flatnonzero turns a mask into ids)"
+            f"indices must be a list of sample ids, got {ids.dtype} of shape {ids.shape} (np.flatnonzero turns "
+            "a mask into ids)"
         )
     return ids.astype(np.int64)
 

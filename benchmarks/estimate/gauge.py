@@ -256,7 +256,8 @@ def feature_rate(
         return extract(count) if count > 2 * _FEATURES[0] else rate
     except (RuntimeError, AssertionError, ValueError) as error:
         raise FastSSLError(
-            f"{recipe.arch} cannot be probed at {recipe.probe.size} px ({' '.join(str(error).split())}): change probe.size"
+            f"{recipe.arch} cannot be probed at {recipe.probe.size} px ({' '.join(str(error).split())}): "
+            "change probe.size"
         ) from error
 
 

@@ -47,8 +47,10 @@ def in_words(record: Record) -> tuple[str, str] | None:
         read = f", reading from disk {disk / 1e6:,.0f} MB/s" if disk else ""
         return (
             "ceilings of the machine",
-            f"JPEG decoding {details['decode_per_s_1_thread']:,.0f} photos/s on one thread and {details['decode_per_s']:,.0f} on "
-            f"{details['decode_threads']}, memory {details['copy_bytes_per_s'] / 1e9:.1f} GB/s, float32 products {product:,.0f} GFLOP/s{read}",
+            f"JPEG decoding {details['decode_per_s_1_thread']:,.0f} photos/s on one thread and "
+            f"{details['decode_per_s']:,.0f} on "
+            f"{details['decode_threads']}, memory {details['copy_bytes_per_s'] / 1e9:.1f} GB/s, float32 "
+            f"products {product:,.0f} GFLOP/s{read}",
         )
     if record.bench == "loader" and "loader" not in details:
         if part == "decode":
@@ -65,7 +67,8 @@ def in_words(record: Record) -> tuple[str, str] | None:
         alone = f"; its crops alone {crops:.0%} of that loop" if crops else ""
         return (
             "whole loader: decode, two crops, colour, normalised",
-            f"{figure(record.pair_per_s)} photos/s ({threads}), {record.fraction_of_ceiling:.0%} of a loop that decodes and crops and does no colour{alone}",
+            f"{figure(record.pair_per_s)} photos/s ({threads}), {record.fraction_of_ceiling:.0%} of a loop "
+            f"that decodes and crops and does no colour{alone}",
         )
     if record.bench == "step" and record.peer:
         what = (
@@ -82,7 +85,10 @@ def in_words(record: Record) -> tuple[str, str] | None:
         )
     if record.bench == "convert":
         beside = f", {times:.2f}x {record.peer}" if times else ""
-        rate = f"{figure(record.pair_per_s)} photos/s ({threads}), {record.fraction_of_ceiling:.0%} of its ceiling ({record.ceiling_name})"
+        rate = (
+            f"{figure(record.pair_per_s)} photos/s ({threads}), {record.fraction_of_ceiling:.0%} of its ceiling "
+            f"({record.ceiling_name})"
+        )
         return f"convert-imagenet, {part}", rate + beside
     if record.bench == "train" and details.get("remedies"):
         return f"what would help {record.recipe} with {record.arch}, and did ({threads})", details["advice"]

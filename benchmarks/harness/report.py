@@ -111,8 +111,10 @@ def build(records: Sequence[Record]) -> list[Block]:
         blocks.extend(_lead(members))
     blocks.append(
         Paragraph(
-            "A pair is one source picture with all its views. Every figure is a median of alternating runs and stands beside a ceiling that was "
-            f"measured in the same process{'; a soak is one run, judged by its own lines' if any(map(_is_soak, records)) else ''}.",
+            "A pair is one source picture with all its views. Every figure is a median of alternating runs and "
+            "stands beside a ceiling that was "
+            "measured in the same "
+            f"process{'; a soak is one run, judged by its own lines' if any(map(_is_soak, records)) else ''}.",
             quiet=True,
         )
     )
@@ -148,7 +150,8 @@ def _lead(records: Sequence[Record]) -> list[Block]:
         which = f" of {_listed(absent)}" if absent else ""
         blocks.append(
             Paragraph(
-                f"Not measured: training{which} end to end. This measures it: fastssl bench train --recipe NAME --json FILE"
+                f"Not measured: training{which} end to end. This measures it: fastssl bench train --recipe "
+                "NAME --json FILE"
             )
         )
     return blocks
@@ -298,7 +301,8 @@ def _peers(records: Sequence[Record]) -> list[Block]:
     if not rows:
         return [
             Paragraph(
-                "No record has a peer. These commands make some: fastssl bench loader --peers; fastssl bench step --peers"
+                "No record has a peer. These commands make some: fastssl bench loader --peers; fastssl bench "
+                "step --peers"
             )
         ]
     return [
@@ -355,7 +359,8 @@ def _ceilings(records: Sequence[Record]) -> list[Block]:
     if not rows:
         return [
             Paragraph(
-                "Not measured: no record of ceilings. The ceilings in the tables are those that were measured beside each figure."
+                "Not measured: no record of ceilings. The ceilings in the tables are those that were measured "
+                "beside each figure."
             )
         ]
     return [Table(("what", "at most", "device"), rows, (False, True, False))]
@@ -367,7 +372,8 @@ def _incomplete(records: Sequence[Record]) -> list[Block]:
     if not lacking:
         return [
             Paragraph(
-                f"{'The one record is' if len(records) == 1 else f'All {len(records)} records are'} complete: machine, versions, runs, commit, command, ceiling.",
+                f"{'The one record is' if len(records) == 1 else f'All {len(records)} records are'} complete: "
+                "machine, versions, runs, commit, command, ceiling.",
                 quiet=True,
             )
         ]

@@ -260,9 +260,12 @@ def to_markdown(rows: list[Row], boxes: list[dict[str, float | str]], about: dic
         f"`{about['command']}` on {about['host']['cpu']}, {about['host'].get('gpu', 'no GPU')}; "
         + ", ".join(f"{name} {version}" for name, version in about["versions"].items()),
         "",
-        f"{about['samples']} photos of {about['data']['name']}. Mean / largest difference in grey levels (1/255); to torchvision v2 (antialiased, float colour), "
-        "in brackets to Pillow (8 bits behind every operation; its blur is made of box blurs). The bound is on the difference to torchvision; **bold** is beyond it. "
-        "DALI repeats a crop's border pixels, where the others weigh only what is inside: its largest differences stand there.",
+        f"{about['samples']} photos of {about['data']['name']}. Mean / largest difference in grey levels "
+        "(1/255); to torchvision v2 (antialiased, float colour), "
+        "in brackets to Pillow (8 bits behind every operation; its blur is made of box blurs). The bound is on "
+        "the difference to torchvision; **bold** is beyond it. "
+        "DALI repeats a crop's border pixels, where the others weigh only what is inside: its largest "
+        "differences stand there.",
         "",
         "| operation | bound (dali) | " + " | ".join(engines) + " |",
         "| --- | --- |" + " --- |" * len(engines),
@@ -281,7 +284,8 @@ def to_markdown(rows: list[Row], boxes: list[dict[str, float | str]], about: dic
         "",
         "## Crop boxes",
         "",
-        "Kolmogorov-Smirnov distance between our boxes and torchvision's `RandomResizedCrop` (0: the same distribution); equal distributions stay below `chance` 95 times in 100.",
+        "Kolmogorov-Smirnov distance between our boxes and torchvision's `RandomResizedCrop` (0: the same "
+        "distribution); equal distributions stay below `chance` 95 times in 100.",
         "",
         "| photo | scale | " + " | ".join(_BOX_STATISTICS) + " | chance |",
         "| --- | --- |" + " --- |" * (len(_BOX_STATISTICS) + 1),
@@ -345,7 +349,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except FastSSLError as error:
         print(f"parity: {error}", file=sys.stderr)
         return 1
-    shown = f"python -m fastssl.benchmarks.studies.parity --data {name} --samples {options.samples} --device {options.device}"
+    shown = (
+        f"python -m fastssl.benchmarks.studies.parity --data {name} --samples {options.samples} --device "
+        f"{options.device}"
+    )
     about = {
         "command": shown,
         "host": describe_host(),

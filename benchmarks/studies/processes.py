@@ -236,7 +236,8 @@ def summarise(curves: list[dict[str, Any]]) -> dict[str, Any]:
 def to_markdown(record: dict[str, Any]) -> str:
     """The tables."""
     lines = [
-        "| method | steps | values | largest difference of any value, 1 against 2 processes | training moved values by up to |"
+        "| method | steps | values | largest difference of any value, 1 against 2 processes | training moved "
+        "values by up to |"
     ]
     lines += ["| --- | --- | --- | --- | --- |"]
     lines += [
@@ -348,7 +349,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"processes: {error}", file=sys.stderr)
         return 1
     shown = (
-        f"python -m fastssl.benchmarks.studies.processes --data {options.data.name} --exact-arch {options.exact_arch} --exact-batch {options.exact_batch} --arch {options.arch} "
+        f"python -m fastssl.benchmarks.studies.processes --data {options.data.name} --exact-arch "
+        f"{options.exact_arch} --exact-batch {options.exact_batch} --arch {options.arch} "
         f"--batch-size {options.batch_size} --epochs {options.epochs} --seeds {options.seeds}"
     )
     record = {

@@ -118,7 +118,8 @@ def observe(
             stdout=output,
             stderr=output,
             env={**os.environ, "TMPDIR": str(temporary), **(environment or {})},
-            start_new_session=True,  # Ctrl-C at the terminal reaches this process alone, which then stops the run in its own way
+            # Ctrl-C at the terminal reaches this process alone, which then stops the run in its own way.
+            start_new_session=True,
         )
         try:
             samples = watch(process, run, seconds, interval, each)
@@ -274,7 +275,8 @@ def run(
         command += ["--batch-size", str(chosen.train.batch_size)]  # it stays, however few photos there are
         if say is not None:
             say(
-                f"watching a pre-training of {chosen.arch} on {name} for {minutes:g} min, batch {chosen.train.batch_size}: the first third or more is warm-up, the rest is judged"
+                f"watching a pre-training of {chosen.arch} on {name} for {minutes:g} min, batch "
+                f"{chosen.train.batch_size}: the first third or more is warm-up, the rest is judged"
             )
         watched = observe(command, Path(work), 60 * minutes, each=_telling(say, minutes))
     if say is not None and not watched.early:
@@ -351,7 +353,8 @@ def _telling(say: Callable[[str], None] | None, minutes: float) -> Callable[[Sam
             files = counted(sample.descriptors, "open file")
             say(
                 f"{_clock(sample.seconds)} of {_clock(60 * minutes)}, {'judged' if warm else 'warm-up'}: "
-                f"{'no step yet' if sample.step is None else f'step {sample.step:,}'}, {sample.own_bytes / MB:,.1f} MB of its own, {threads}, {files}"
+                f"{'no step yet' if sample.step is None else f'step {sample.step:,}'}, "
+                f"{sample.own_bytes / MB:,.1f} MB of its own, {threads}, {files}"
             )
 
     return tell

@@ -136,7 +136,8 @@ def memory(samples: Sequence[Sample], name: str = "memory", attribute: str = "ow
     passed = lower <= limit and share <= MEMORY_SHARE
     words = (
         f"{size:.1f} MB after warm-up, creeps by {lower:+.1f} MB an hour (limit {limit:.0f}; Theil-Sen {middle:+.1f}), "
-        f"{100 * lower / max(size, 1e-9):+.2f} % of its size; last third {grown:+.2f} MB = {100 * share:+.2f} % over the first (limit {100 * MEMORY_SHARE:g} %)"
+        f"{100 * lower / max(size, 1e-9):+.2f} % of its size; last third {grown:+.2f} MB = {100 * share:+.2f} "
+        f"% over the first (limit {100 * MEMORY_SHARE:g} %)"
     )
     figures = {
         "mb": size,
@@ -158,7 +159,10 @@ def count(samples: Sequence[Sample], name: str, attribute: str) -> Verdict:
     if len(seen) < 6:
         return Verdict(name, False, f"{len(seen)} samples after warm-up tell nothing; let it run longer")
     first, _, last = thirds(seen)
-    words = f"{min(first)} at least in the first third, {min(last)} in the last (limit: no more); at most {max(first)} and {max(last)}"
+    words = (
+        f"{min(first)} at least in the first third, {min(last)} in the last (limit: no more); at most {max(first)} "
+        f"and {max(last)}"
+    )
     return Verdict(name, min(last) <= min(first), words, {"first": min(first), "last": min(last), "most": max(seen)})
 
 
@@ -208,8 +212,10 @@ def rate(found: Sequence[Window]) -> list[Verdict]:
     steady = Verdict(
         "rate",
         kept >= RATE_LAST_OF_FIRST,
-        f"{before:,.1f} pair/s in the first third, {after:,.1f} in the last: {kept:.3f} of it (limit {RATE_LAST_OF_FIRST:g}); by the clock, "
-        f"waiting for cores that worked for others included ({100 * denied:.1f} % of the time): {np.median(wall_first):,.1f} and {np.median(wall_last):,.1f}",
+        f"{before:,.1f} pair/s in the first third, {after:,.1f} in the last: {kept:.3f} of it (limit "
+        f"{RATE_LAST_OF_FIRST:g}); by the clock, "
+        f"waiting for cores that worked for others included ({100 * denied:.1f} % of the time): "
+        f"{np.median(wall_first):,.1f} and {np.median(wall_last):,.1f}",
         {
             "first": before,
             "last": after,
@@ -223,7 +229,8 @@ def rate(found: Sequence[Window]) -> list[Verdict]:
     slowest = Verdict(
         "worst window",
         worst >= RATE_WORST,
-        f"{min(granted):,.1f} pair/s, {worst:.3f} of the median {middle:,.1f} (limit {RATE_WORST:g}); by the clock {min(wall):,.1f}",
+        f"{min(granted):,.1f} pair/s, {worst:.3f} of the median {middle:,.1f} (limit {RATE_WORST:g}); by the "
+        f"clock {min(wall):,.1f}",
         {"worst": min(granted), "median": middle, "worst_of_median": worst, "clock_worst": min(wall)},
     )
     return [steady, slowest]

@@ -140,7 +140,8 @@ def table(runs: Sequence[dict[str, Any]]) -> str:
     for name in (RANDOM, RAW):
         how_many = counted(len(marks), "run")
         lines.append(
-            f"| | {name} | {_spread([m[name]['knn'] for m in marks])} | {_spread([m[name]['linear'] for m in marks])} | | | {how_many} |"
+            f"| | {name} | {_spread([m[name]['knn'] for m in marks])} | "
+            f"{_spread([m[name]['linear'] for m in marks])} | | | {how_many} |"
         )
     lines += ["", "| method | difference, seed by seed | kNN | linear |", "| --- | --- | --- | --- |"]
     for method, (better, base) in itertools.product(

@@ -321,7 +321,8 @@ def run(
     device = torch.device(device)
     if peers and not has_peer(recipe):
         raise FastSSLError(
-            f"{recipe_name}: the peers are steps of MoCo with two views of one kind; bench step without --peers measures any recipe"
+            f"{recipe_name}: the peers are steps of MoCo with two views of one kind; bench step without "
+            "--peers measures any recipe"
         )
     size = default_batch(recipe, device, batch_size)
     fitted = fit_step(recipe, device, size, amp=use_amp(amp, device), compiled=compiled, graph=graph)

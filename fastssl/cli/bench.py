@@ -49,7 +49,8 @@ data_option = click.option(
     default=("synthetic",),
     show_default=True,
     metavar="FILE.beton",
-    help="JPEGs to read; 'synthetic' makes some of ImageNet's usual size, 'samples' is the sample set of the package. May be repeated.",
+    help="JPEGs to read; 'synthetic' makes some of ImageNet's usual size, 'samples' is the sample set of the "
+    "package. May be repeated.",
 )
 photos_option = click.option(
     "--photos", type=click.IntRange(min=1), default=512, show_default=True, help="Number of synthetic photos."
@@ -135,7 +136,8 @@ def bench() -> None:
 @click.option(
     "--peers",
     is_flag=True,
-    help="Instead: our three engines and other people's loaders, two MoCo-v2 views of 224 px, on the CPU; counted time 160 s.",
+    help="Instead: our three engines and other people's loaders, two MoCo-v2 views of 224 px, on the CPU; counted "
+    "time 160 s.",
 )
 @json_option
 @click.pass_context
@@ -417,7 +419,8 @@ def train(
     default=("synthetic",),
     show_default=True,
     metavar="SRC",
-    help="Folder or tar of photos, as convert-imagenet takes it; 'synthetic' makes JPEGs of ImageNet's usual size. May be repeated.",
+    help="Folder or tar of photos, as convert-imagenet takes it; 'synthetic' makes JPEGs of ImageNet's usual size. "
+    "May be repeated.",
 )
 @click.option(
     "--photos",

@@ -109,8 +109,10 @@ def describe(result: Estimate) -> list[str]:
         f"{counted(result.epochs, 'epoch')}: {_time(result.run_s)} on this {_device(result.device)}, "
         f"{_number(result.device_hours)} {'GPU-hours' if result.device == 'cuda' else 'device hours'}.",
         _limit(result),
-        f"Memory: {_bytes(result.memory_bytes)} at the peak of a step (networks, queue, optimiser {_bytes(result.static_bytes)}, activations "
-        f"{_bytes(result.activation_bytes)}, {'views and loader' if result.device == 'cpu' else 'views'} {_bytes(result.data_bytes)}) "
+        f"Memory: {_bytes(result.memory_bytes)} at the peak of a step (networks, queue, optimiser "
+        f"{_bytes(result.static_bytes)}, activations "
+        f"{_bytes(result.activation_bytes)}, {'views and loader' if result.device == 'cpu' else 'views'} "
+        f"{_bytes(result.data_bytes)}) "
         f"of {_bytes(result.available_bytes)} free"
         + (f"; {_bytes(result.host_bytes)} on the host for the loader" if result.host_bytes else "")
         + f". Checkpoints: {_bytes(result.checkpoint_bytes)} on disk, twice that while one is written.",

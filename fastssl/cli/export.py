@@ -77,7 +77,8 @@ def export(
     step = f", step {trained.step:,}" if trained.step is not None else ""
     click.echo(
         f"{trained.name} ({trained.arch}, {trained.network}{step}) -> {dst}: "
-        f"{done.tensors} tensors{', fused' if done.fused else ''}, {done.size_bytes / 1e6:.1f} MB, features differ by {done.difference:.1g} of their spread\n{done.recipe}",
+        f"{done.tensors} tensors{', fused' if done.fused else ''}, {done.size_bytes / 1e6:.1f} MB, features "
+        f"differ by {done.difference:.1g} of their spread\n{done.recipe}",
         err=json_path == "-",
     )
     record = {**trained.record(), **asdict(done), "path": dst.name, "recipe": done.recipe.replace(str(dst), dst.name)}

@@ -101,11 +101,13 @@ def doctor(json_path: str | None) -> None:
             click.echo(f"GPU         {gpu} x {host['gpus']}")
         elif torch.version.cuda:
             click.echo(
-                f"GPU         none found (torch is built for CUDA {torch.version.cuda}: is the driver installed, does nvidia-smi list the card?)"
+                f"GPU         none found (torch is built for CUDA {torch.version.cuda}: is the driver "
+                "installed, does nvidia-smi list the card?)"
             )
         else:
             click.echo(
-                "GPU         none usable: this torch is a CPU build; pip install torch torchvision from PyPI brings the CUDA build"
+                "GPU         none usable: this torch is a CPU build; pip install torch torchvision from PyPI "
+                "brings the CUDA build"
             )
         for name, version in versions.items():
             click.echo(f"{name:11} {version}")

@@ -22,14 +22,16 @@ if TYPE_CHECKING:
 arch_option = click.option(
     "--arch",
     metavar="NAME",
-    help="Network: mobilenetv3_large, efficientnet_b0, mobilenetv2, resnet18, resnet34, resnet50, vit_tiny, or any timm "
+    help="Network: mobilenetv3_large, efficientnet_b0, mobilenetv2, resnet18, resnet34, resnet50, vit_tiny, or any "
+    "timm "
     "name. Default: the recipe's.",
 )
 data_option = click.option(
     "--data",
     type=SomePath(),
     metavar="FOLDER|TAR|FILE.beton",
-    help="Photos to learn from; a folder or tar is converted once. Default: the sample set that installs with the package.",
+    help="Photos to learn from; a folder or tar is converted once. Default: the sample set that installs with the "
+    "package.",
 )
 val_option = click.option(
     "--val",
@@ -41,7 +43,8 @@ recipe_option = click.option(
     "--recipe",
     "recipe_name",
     metavar="NAME|FILE.yaml",
-    help="Default: quickstart without --data; with it few-photos, or light-moco-mobilenetv3 for 20,000 photos and more on a GPU.",
+    help="Default: quickstart without --data; with it few-photos, or light-moco-mobilenetv3 for 20,000 photos and "
+    "more on a GPU.",
 )
 epochs_option = click.option(
     "--epochs",

@@ -43,7 +43,8 @@ from fastssl.errors import counted, without_folders
     default="auto",
     show_default=True,
     metavar="auto|never|PATH",
-    help="auto goes on where the run in --out stopped; never starts over and deletes that run's checkpoints; PATH: of a checkpoint to go on from. "
+    help="auto goes on where the run in --out stopped; never starts over and deletes that run's checkpoints; PATH: "
+    "of a checkpoint to go on from. "
     "Where torchrun or Slurm starts a failed run again, it goes on with what it has made, whatever is said here.",
 )
 @click.option(

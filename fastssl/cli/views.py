@@ -18,7 +18,8 @@ from fastssl.cli.inputs import beton_of
     "overrides",
     multiple=True,
     metavar="KEY=VALUE",
-    help="Change one value of the recipe, e.g. --set views.threshold=0.2 or --set views.preset=sslight-cnn. May be repeated.",
+    help="Change one value of the recipe, e.g. --set views.threshold=0.2 or --set views.preset=sslight-cnn. May be "
+    "repeated.",
 )
 @click.option("--out", required=True, type=SomePath(), metavar="FILE.png", help="Where to write the picture.")
 @click.option(
@@ -36,7 +37,8 @@ from fastssl.cli.inputs import beton_of
     "pipelines",
     type=click.Choice(PIPELINES),
     multiple=True,
-    help="Engine that makes them; given more than once, the first view of each photo by every engine stands side by side, with the differences. Default: auto.",
+    help="Engine that makes them; given more than once, the first view of each photo by every engine stands side by "
+    "side, with the differences. Default: auto.",
 )
 @click.option("--epoch", type=click.IntRange(min=0), default=0, show_default=True, help="Which epoch's views.")
 def views(

@@ -77,7 +77,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.epochs < 1 or self.batch_size < 2 or self.log_every < 1 or self.checkpoint_minutes < 0:
             raise ValueError(
-                "train.epochs and train.log_every must be at least 1, train.batch_size at least 2, checkpoint_minutes not negative"
+                "train.epochs and train.log_every must be at least 1, train.batch_size at least 2, "
+                "checkpoint_minutes not negative"
             )
         if self.samples is not None and self.samples < 1:
             raise ValueError(f"train.samples must be at least 1, got {self.samples}")
@@ -87,7 +88,8 @@ class TrainConfig:
             )
         if self.accumulate < 1 or self.batch_size % self.accumulate or self.batch_size < 2 * self.accumulate:
             raise ValueError(
-                f"train.accumulate={self.accumulate} must divide the batch of {self.batch_size} into equal parts of at least 2 samples"
+                f"train.accumulate={self.accumulate} must divide the batch of {self.batch_size} into equal "
+                "parts of at least 2 samples"
             )
         if self.amp not in ("auto", "bf16", "off"):
             raise ValueError(f"train.amp={self.amp!r} is not one of auto, bf16, off")
@@ -182,7 +184,8 @@ class Recipe:
                 )
         if self.train.accumulate > 1 and not METHODS[self.method][0].DIVISIBLE:
             raise ValueError(
-                f"train.accumulate={self.train.accumulate}: {self.method} looks at the whole batch at once; it must be 1"
+                f"train.accumulate={self.train.accumulate}: {self.method} looks at the whole batch at once; it "
+                "must be 1"
             )
 
     @property
@@ -348,7 +351,8 @@ def _override(tree: Any, key: str, value: Any) -> None:
         tree["views"] = dict(PRESETS[tree["views"]])
     if parents == ["views"] and isinstance(tree.get("views"), list) and not last.isdigit():
         raise FastSSLError(
-            f"--set {key}: this recipe lists its two views (views.0.size ...); a threshold belongs to a multi-crop, e.g. --set views.preset=sslight-cnn"
+            f"--set {key}: this recipe lists its two views (views.0.size ...); a threshold belongs to a "
+            "multi-crop, e.g. --set views.preset=sslight-cnn"
         )
     node = tree
     for number, part in enumerate(parents):
@@ -365,7 +369,8 @@ def _override_views(tree: dict[str, Any], name: Any) -> None:
     """Put a preset's design of the views in the place of the recipe's; how a view is augmented stays as it is."""
     if not isinstance(name, str) or name not in PRESETS:
         raise FastSSLError(
-            f"--set views.preset={shown(name)}: no such preset{nearest(str(name)[:100], PRESETS)}; there are {', '.join(PRESETS)}"
+            f"--set views.preset={shown(name)}: no such preset{nearest(str(name)[:100], PRESETS)}; there are "
+            f"{', '.join(PRESETS)}"
         )
     before = tree.get("views")
     if isinstance(before, str):  # another preset's name: nothing of it stays
@@ -438,7 +443,8 @@ def _build_dataclass(kind: type, value: Any, where: str, key: str) -> Any:
     if kind is MultiCrop and isinstance(value, str):
         if value not in PRESETS:
             raise FastSSLError(
-                f"{where}: {key}: no preset {shown(value)}{nearest(value[:100], PRESETS)}; there are {', '.join(PRESETS)}"
+                f"{where}: {key}: no preset {shown(value)}{nearest(value[:100], PRESETS)}; there are "
+                f"{', '.join(PRESETS)}"
             )
         value = PRESETS[value]
     if not isinstance(value, Mapping):

@@ -64,7 +64,8 @@ def choose(photos: int | None, short_side: float | None, device: str) -> Choice:
     if device != "cuda":
         return Choice(
             FEW_RECIPE,
-            f"as there is no GPU: 200 epochs of {counted(photos, 'photo')} at 224 px would take a CPU months or years{other}",
+            f"as there is no GPU: 200 epochs of {counted(photos, 'photo')} at 224 px would take a CPU months "
+            f"or years{other}",
         )
     return Choice(FULL_RECIPE, f"for {counted(photos, 'photo')} on a GPU")
 
@@ -138,12 +139,14 @@ def require_photos(
     if largest is None:
         key = recipe.settings.BATCH_KEY
         raise FastSSLError(
-            f"{where}: no batch of up to {counted(photos, 'photo')} goes with the {key} that was asked for; leave it to the recipe"
+            f"{where}: no batch of up to {counted(photos, 'photo')} goes with the {key} that was asked for; "
+            "leave it to the recipe"
         )
     if asked:
         verb = "is" if photos == 1 else "are"
         raise FastSSLError(
-            f"{where}: {counted(photos, 'photo')} {verb} fewer than one batch of {batch:,}; the largest that would do is --batch-size {largest}"
+            f"{where}: {counted(photos, 'photo')} {verb} fewer than one batch of {batch:,}; the largest that "
+            f"would do is --batch-size {largest}"
         )
 
 
@@ -268,7 +271,8 @@ def _queue(recipe: Recipe, photos: int) -> str | None:
     if queue <= max(photos, fewer):
         return None
     return (
-        f"{recipe.method}.queue holds {queue:,} features of {counted(photos, 'photo')}: each meets those of its own photo from "
+        f"{recipe.method}.queue holds {queue:,} features of {counted(photos, 'photo')}: each meets those of "
+        "its own photo from "
         f"earlier epochs there; --set {recipe.method}.queue={fewer} holds fewer"
     )
 
@@ -278,7 +282,8 @@ def _enlarged(recipe: Recipe, short_side: float) -> str | None:
     if short_side >= size:
         return None
     return (
-        f"half of the photos have a shorter side of {short_side:g} px or less, and are enlarged for views of {size} px: "
+        f"half of the photos have a shorter side of {short_side:g} px or less, and are enlarged for views of "
+        f"{size} px: "
         "smaller views cost less and show as much"
     )
 
@@ -291,7 +296,10 @@ def _warmup(recipe: Recipe) -> str | None:
     if not late:
         return None
     epochs = counted(recipe.train.epochs, "epoch")
-    return f"a run of {epochs} ends before its warm-up does ({', '.join(late)}): give more --epochs, or lower it with --set"
+    return (
+        f"a run of {epochs} ends before its warm-up does ({', '.join(late)}): give more --epochs, or lower it with "
+        "--set"
+    )
 
 
 def _network(recipe: Recipe, own_arch: str) -> str | None:
@@ -299,4 +307,7 @@ def _network(recipe: Recipe, own_arch: str) -> str | None:
     if mine == meant:
         return None
     kinds = ("a convolutional network", "a vision transformer")
-    return f"{recipe.arch} is {kinds[mine]}, and the recipe was made for {kinds[meant]} ({own_arch}): its rates and heads may not suit it"
+    return (
+        f"{recipe.arch} is {kinds[mine]}, and the recipe was made for {kinds[meant]} ({own_arch}): its rates and "
+        "heads may not suit it"
+    )

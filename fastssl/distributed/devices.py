@@ -25,7 +25,8 @@ def choose_device(name: str, world: World = World(), environ: Mapping[str, str] 
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise FastSSLError(
-            "--device cuda: torch sees no NVIDIA GPU here; `fastssl doctor` says what is missing, --device cpu works anywhere"
+            "--device cuda: torch sees no NVIDIA GPU here; `fastssl doctor` says what is missing, --device cpu "
+            "works anywhere"
         )
     if name != "cuda" or world.size == 1:
         return torch.device(name)

@@ -116,8 +116,10 @@ def _meet(
     except (RuntimeError, ValueError, OSError, NotMet) as error:
         reason = str(error) if isinstance(error, NotMet) else _one_line(error)
         raise FastSSLError(
-            f"process {world.rank} of {world.size} did not meet the others at {world.address}:{world.port} in {time.monotonic() - started:.0f} s: {reason}; is that the "
-            f"host of rank 0, is the port open and free there, and were all {world.size} started? FASTSSL_MEET_MINUTES gives them longer"
+            f"process {world.rank} of {world.size} did not meet the others at {world.address}:{world.port} in "
+            f"{time.monotonic() - started:.0f} s: {reason}; is that the "
+            f"host of rank 0, is the port open and free there, and were all {world.size} started? "
+            "FASTSSL_MEET_MINUTES gives them longer"
         ) from error
     watch = Watch(
         lambda: connect(world.address, world.port, patience.silent_s),
@@ -150,7 +152,8 @@ def _make_group(world: World, device: torch.device, store: dist.Store, timeout_m
             )
     except (RuntimeError, ValueError, OSError) as error:
         raise FastSSLError(
-            f"process {world.rank} of {world.size} met the others but cannot connect to them: {_one_line(error)}; does GLOO_SOCKET_IFNAME (or NCCL_SOCKET_IFNAME) name "
+            f"process {world.rank} of {world.size} met the others but cannot connect to them: "
+            f"{_one_line(error)}; does GLOO_SOCKET_IFNAME (or NCCL_SOCKET_IFNAME) name "
             "the network between the hosts?"
         ) from error
 

@@ -43,7 +43,8 @@ class DealtStatistics:
         for name, layer in layers:
             if layer.momentum is None:
                 raise FastSSLError(
-                    f"layer {name or 'network'} averages its statistics over all batches (momentum=None), which several processes with BatchNorm groups of "
+                    f"layer {name or 'network'} averages its statistics over all batches (momentum=None), "
+                    "which several processes with BatchNorm groups of "
                     "their own cannot: set moco.split_bn=1"
                 )
         self._running = [tensor for _, layer in layers for tensor in (layer.running_mean, layer.running_var)]

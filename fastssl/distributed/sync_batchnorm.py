@@ -49,7 +49,8 @@ def synchronise_batchnorm(network: nn.Module, device: torch.device) -> nn.Module
     for name, layer in layers:
         if type(layer) not in _SYNCHRONISED and not isinstance(layer, _OverRanks):
             raise FastSSLError(
-                f"layer {name or 'network'} is a {type(layer).__name__}, which cannot be normalised over several processes"
+                f"layer {name or 'network'} is a {type(layer).__name__}, which cannot be normalised over "
+                "several processes"
             )
     for _, layer in layers:
         layer.__class__ = _SYNCHRONISED.get(type(layer), type(layer))

@@ -124,14 +124,16 @@ def _meeting_place(environ: Mapping[str, str], starter: str) -> tuple[str, int]:
     address = address or environ.get("SLURM_LAUNCH_NODE_IPADDR", "")
     if not address:
         raise FastSSLError(
-            "srun started several processes, but none of MASTER_ADDR, SLURM_STEP_NODELIST, SLURM_JOB_NODELIST and SLURM_LAUNCH_NODE_IPADDR says where "
+            "srun started several processes, but none of MASTER_ADDR, SLURM_STEP_NODELIST, SLURM_JOB_NODELIST "
+            "and SLURM_LAUNCH_NODE_IPADDR says where "
             "rank 0 is: set MASTER_ADDR to the host of the first process"
         )
     if environ.get("MASTER_PORT"):
         return address, _number(environ, "MASTER_PORT")
     if "SLURM_JOB_ID" not in environ:
         raise FastSSLError(
-            "srun started several processes, but neither MASTER_PORT nor SLURM_JOB_ID is set: set MASTER_PORT to a free port"
+            "srun started several processes, but neither MASTER_PORT nor SLURM_JOB_ID is set: set MASTER_PORT "
+            "to a free port"
         )
     return address, _FIRST_PORT + _number(environ, "SLURM_JOB_ID") % _PORTS
 

@@ -27,7 +27,8 @@ class ClassTokens(nn.Module):
         name = type(backbone).__name__
         if not isinstance(backbone, VisionTransformer) or getattr(backbone, "global_pool", "") != "token":
             raise ProbeError(
-                f"this protocol reads a vision transformer's class tokens, and the network ({name}) has none: choose another --protocol"
+                f"this protocol reads a vision transformer's class tokens, and the network ({name}) has none: "
+                "choose another --protocol"
             )
         if len(backbone.blocks) < blocks:
             raise ProbeError(

@@ -75,7 +75,8 @@ def save_classifier(network: Classifier, path: Path, *, arch: str, classes: list
 
     if not isinstance(network.hidden, nn.Identity):
         raise ProbeError(
-            f"{path}: a network with hidden layers of a DINO head is none that timm could read; fine-tune with --head linear"
+            f"{path}: a network with hidden layers of a DINO head is none that timm could read; fine-tune with "
+            "--head linear"
         )
     name = timm_classifier_name(arch)
     tensors = {

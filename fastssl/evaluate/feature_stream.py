@@ -63,7 +63,8 @@ class FeatureStream:
     ):
         if batch_size % world_size():
             raise ProbeError(
-                f"a batch of {batch_size} cannot be shared by {world_size()} processes: choose a multiple (--batch-size)"
+                f"a batch of {batch_size} cannot be shared by {world_size()} processes: choose a multiple "
+                "(--batch-size)"
             )
         self.steps, self.batch = len(indices) // batch_size, batch_size // world_size()
         if not self.steps:

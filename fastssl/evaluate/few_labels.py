@@ -120,7 +120,8 @@ def read_list(path: str | Path) -> list[ListedPhoto]:
             and (photo.position is None, photo.name is None) != (photos[0].position is None, photos[0].name is None)
         ):
             raise ProbeError(
-                f"{path}, line {number}: {text.strip()[:80]!r} is not a photo as the list should name it: POSITION, NAME, or "
+                f"{path}, line {number}: {text.strip()[:80]!r} is not a photo as the list should name it: "
+                "POSITION, NAME, or "
                 "POSITION,CLASS NUMBER,CLASS,NAME, the same in all lines"
             )
         photos.append(photo)
@@ -176,7 +177,8 @@ def listed_labels(path: str | Path, reader: BetonReader, photos: str | Path | No
         pairs = ((photo.label, label), (photo.class_name, class_name))
         if any(said is not None and is_ is not None and said != is_ for said, is_ in pairs):
             raise ProbeError(
-                f"{where}: says class {photo.label} ({photo.class_name}), but sample {sample} of {reader.path} is of class {label}"
+                f"{where}: says class {photo.label} ({photo.class_name}), but sample {sample} of {reader.path} "
+                f"is of class {label}"
                 + (f" ({class_name})" if class_name is not None else "")
                 + ": the list belongs to other photos"
             )
@@ -186,16 +188,19 @@ def listed_labels(path: str | Path, reader: BetonReader, photos: str | Path | No
 def _by_position(path: str | Path, listed: list[ListedPhoto], reader: BetonReader) -> list[int]:
     if listed[0].position is None:
         raise ProbeError(
-            f"{path}: a list of file names, which {reader.path} does not hold; say with --photos what folder or tar it was converted from"
+            f"{path}: a list of file names, which {reader.path} does not hold; say with --photos what folder "
+            "or tar it was converted from"
         )
     if listed[0].name is not None and (why := _out_of_order(reader)):
         raise ProbeError(
-            f"{path}: counts photos in the order of a folder, but {reader.path} {why}; say with --photos what it was converted from"
+            f"{path}: counts photos in the order of a folder, but {reader.path} {why}; say with --photos what "
+            "it was converted from"
         )
     for photo in listed:
         if photo.position >= len(reader):
             raise ProbeError(
-                f"{path}, line {photo.line}: photo {photo.position}, but {reader.path} has {len(reader):,}, counted from 0"
+                f"{path}, line {photo.line}: photo {photo.position}, but {reader.path} has {len(reader):,}, "
+                "counted from 0"
             )
     return [photo.position for photo in listed]
 
@@ -263,7 +268,8 @@ def stored_names(reader: BetonReader, photos: str | Path) -> list[str]:
             same = np.array_equal(listing.sizes[chosen], reader.sizes)
         if not same:
             raise ProbeError(
-                f"{photos}: not the photos that {reader.path} was converted from ({len(chosen):,} here, {len(reader):,} there)"
+                f"{photos}: not the photos that {reader.path} was converted from ({len(chosen):,} here, "
+                f"{len(reader):,} there)"
             )
         return [listing.names[i] for i in chosen]
 

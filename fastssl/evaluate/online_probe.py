@@ -104,7 +104,10 @@ def require_same_classes(train: BetonReader, val: BetonReader) -> None:
         if train.classes == val.classes:
             return
         only = sorted(set(train.classes) ^ set(val.classes))
-        what = f"{len(train.classes)} and {len(val.classes)} classes, different: {', '.join(only[:5])}{', ...' if len(only) > 5 else ''}"
+        what = (
+            f"{len(train.classes)} and {len(val.classes)} classes, different: "
+            f"{', '.join(only[:5])}{', ...' if len(only) > 5 else ''}"
+        )
     else:
         counts = [len(np.unique(reader.labels)) for reader in (train, val)]
         if counts[0] == counts[1]:

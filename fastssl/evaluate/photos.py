@@ -41,7 +41,8 @@ def open_photos(path: str | Path, workers: int | None = None) -> Iterator[BetonR
         return
     if world_size() > 1:
         raise ProbeError(
-            f"{path}: several processes read one .beton file; make it with `fastssl convert-imagenet {path.name} {path.name}.beton`"
+            f"{path}: several processes read one .beton file; make it with `fastssl convert-imagenet "
+            f"{path.name} {path.name}.beton`"
         )
     with tempfile.TemporaryDirectory(prefix="fastssl-") as folder:
         target = Path(folder) / f"{path.name}.beton"

@@ -119,7 +119,8 @@ def _from_run(path: Path, which: str) -> Trained:
     state = load_checkpoint(path)
     if is_detector(state):
         raise FastSSLError(
-            f"{path}: is a detector, which `fastssl evaluate detect` keeps; give the run's own checkpoint, from which it was trained"
+            f"{path}: is a detector, which `fastssl evaluate detect` keeps; give the run's own checkpoint, "
+            "from which it was trained"
         )
     arch = state["config"].get("arch")
     if not isinstance(arch, str):

@@ -134,7 +134,8 @@ class SmoothedNTXent(nn.Module):
         for name, tensor in (("anchors", anchors), ("candidates", candidates)):
             if tensor.dim() != 3 or not tensor.is_floating_point() or 0 in tensor.shape:
                 raise ValueError(
-                    f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}; expected floating point (views, samples, features), each at least 1"
+                    f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}; expected floating point (views, "
+                    "samples, features), each at least 1"
                 )
         if anchors.device != candidates.device:
             raise ValueError(
@@ -142,7 +143,8 @@ class SmoothedNTXent(nn.Module):
             )
         if anchors.shape[2] != candidates.shape[2]:
             raise ValueError(
-                f"anchors have {anchors.shape[2]} features and candidates {candidates.shape[2]}; both come from the same projector, so they must agree"
+                f"anchors have {anchors.shape[2]} features and candidates {candidates.shape[2]}; both come "
+                "from the same projector, so they must agree"
             )
         if len(candidates) != 2:
             raise ValueError(f"candidates have {len(candidates)} views; expected the two global views")
@@ -155,7 +157,8 @@ class SmoothedNTXent(nn.Module):
         available, needed = 2 * (samples - 1), max(1, len(self.weights) if smoothed else 1)
         if available < needed:
             raise ValueError(
-                f"{samples} samples give {available} negatives, and weighting={self.weighting!r} needs at least {needed}: enlarge the batch or lower neighbors"
+                f"{samples} samples give {available} negatives, and weighting={self.weighting!r} needs at "
+                f"least {needed}: enlarge the batch or lower neighbors"
             )
 
 

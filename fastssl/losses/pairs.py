@@ -47,11 +47,13 @@ class PairWeights:
                 raise ValueError(f"views.weights: the {name} weight is {weight}; give a finite number of at least 0")
         if abs(self.gg + self.gl - 1) > 1e-6:
             raise ValueError(
-                f"views.weights: {self.gg} (global-global) and {self.gl} (global-local) sum to {self.gg + self.gl:.6g}; give two numbers that sum to 1"
+                f"views.weights: {self.gg} (global-global) and {self.gl} (global-local) sum to "
+                f"{self.gg + self.gl:.6g}; give two numbers that sum to 1"
             )
         if not self.local_views and self.gl:
             raise ValueError(
-                f"views.weights: {self.gl} goes to global-local pairs, but there are no local views; set the weights to 1 and 0, or add local views"
+                f"views.weights: {self.gl} goes to global-local pairs, but there are no local views; set the "
+                "weights to 1 and 0, or add local views"
             )
 
     @classmethod

@@ -63,7 +63,8 @@ def sinkhorn(
     """
     if scores.dim() != 2 or not scores.is_floating_point() or 0 in scores.shape:
         raise ValueError(
-            f"scores are {scores.dtype} of shape {tuple(scores.shape)}; expected a floating-point matrix (samples, prototypes)"
+            f"scores are {scores.dtype} of shape {tuple(scores.shape)}; expected a floating-point matrix "
+            "(samples, prototypes)"
         )
     if not (epsilon > 0 and math.isfinite(epsilon)):
         raise ValueError(f"epsilon={epsilon}: give a positive number (0.05 in SwAV)")
@@ -71,7 +72,8 @@ def sinkhorn(
         raise ValueError(f"iterations={iterations}: give at least 1 (3 in SwAV)")
     if ranks < 1 or (ranks > 1 and all_reduce is None):
         raise ValueError(
-            f"ranks={ranks} with all_reduce={all_reduce}: several ranks need a function that sums over them, and there is at least one"
+            f"ranks={ranks} with all_reduce={all_reduce}: several ranks need a function that sums over them, "
+            "and there is at least one"
         )
 
     def over_ranks(share: Tensor) -> Tensor:

@@ -82,7 +82,8 @@ def rank_weights(weighting: str, neighbors: int | None = None) -> tuple[float, .
     if weighting == "uniform_all":
         if neighbors is not None:
             raise ValueError(
-                f"neighbors={neighbors!r} with weighting='uniform_all': the mass goes to every negative, so leave neighbors=None"
+                f"neighbors={neighbors!r} with weighting='uniform_all': the mass goes to every negative, so "
+                "leave neighbors=None"
             )
         return ()
     if weighting == "geometric":
@@ -212,22 +213,26 @@ class SmoothedInfoNCE(nn.Module):
         for name, tensor in (("query", query), ("key", key), ("queue", queue)):
             if tensor.dim() != 2 or not tensor.is_floating_point():
                 raise ValueError(
-                    f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}; expected a floating-point matrix (rows, features)"
+                    f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}; expected a floating-point "
+                    "matrix (rows, features)"
                 )
             if tensor.device != query.device:
                 raise ValueError(f"{name} is on {tensor.device} and query on {query.device}; move them to one device")
         if query.shape != key.shape or 0 in query.shape:
             raise ValueError(
-                f"query {tuple(query.shape)} and key {tuple(key.shape)} must have one shape (B, D) with B and D at least 1"
+                f"query {tuple(query.shape)} and key {tuple(key.shape)} must have one shape (B, D) with B and "
+                "D at least 1"
             )
         if queue.shape[1] != query.shape[1]:
             raise ValueError(
-                f"queue has {queue.shape[1]} features and query {query.shape[1]}; both come from the same projector, so they must agree"
+                f"queue has {queue.shape[1]} features and query {query.shape[1]}; both come from the same "
+                "projector, so they must agree"
             )
         needed = max(1, len(self.weights))
         if queue.shape[0] < needed:
             raise ValueError(
-                f"the queue holds {queue.shape[0]} negatives, and weighting={self.weighting!r} needs at least {needed}: enlarge it or lower neighbors"
+                f"the queue holds {queue.shape[0]} negatives, and weighting={self.weighting!r} needs at least "
+                f"{needed}: enlarge it or lower neighbors"
             )
         if queue.requires_grad:
             raise ValueError("queue requires a gradient, but the loss treats it as a constant: pass queue.detach()")
@@ -237,7 +242,8 @@ def checked_smoothing(smoothing: Tensor | float) -> Tensor | float:
     if isinstance(smoothing, Tensor):
         if smoothing.numel() != 1 or not smoothing.is_floating_point() or smoothing.requires_grad:
             raise ValueError(
-                f"smoothing is a {smoothing.dtype} tensor of shape {tuple(smoothing.shape)}, requires_grad={smoothing.requires_grad}; "
+                f"smoothing is a {smoothing.dtype} tensor of shape {tuple(smoothing.shape)}, "
+                f"requires_grad={smoothing.requires_grad}; "
                 "expected one floating-point element without gradient"
             )
         return smoothing.reshape(())

@@ -52,7 +52,8 @@ def soft_cross_entropy(targets: Tensor, logits: Tensor, temperature: float) -> T
     for name, tensor in (("targets", targets), ("logits", logits)):
         if tensor.dim() != 3 or not tensor.is_floating_point() or 0 in tensor.shape:
             raise ValueError(
-                f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}; expected floating point (views, samples, classes), each at least 1"
+                f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}; expected floating point (views, "
+                "samples, classes), each at least 1"
             )
     if targets.shape[1:] != logits.shape[1:]:
         raise ValueError(
@@ -83,7 +84,8 @@ def teacher_probabilities(logits: Tensor, center: Tensor, temperature: Tensor | 
     """
     if center.shape != logits.shape[-1:]:
         raise ValueError(
-            f"center has shape {tuple(center.shape)} and the logits {tuple(logits.shape)}; expected one number for each class"
+            f"center has shape {tuple(center.shape)} and the logits {tuple(logits.shape)}; expected one number "
+            "for each class"
         )
     if isinstance(temperature, Tensor):
         if temperature.numel() != 1:

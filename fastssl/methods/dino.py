@@ -72,7 +72,8 @@ class DINOConfig(MethodConfig):
                 raise ValueError(f"dino.{name} must be positive, got {getattr(self, name)}")
         if self.momentum_schedule not in schedules.MOMENTUM_SCHEDULES:
             raise ValueError(
-                f"dino.momentum_schedule={self.momentum_schedule!r} is not one of {', '.join(schedules.MOMENTUM_SCHEDULES)}"
+                f"dino.momentum_schedule={self.momentum_schedule!r} is not one of "
+                f"{', '.join(schedules.MOMENTUM_SCHEDULES)}"
             )
         for name in ("center_momentum", "momentum"):
             if not 0 <= getattr(self, name) <= 1:

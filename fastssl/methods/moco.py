@@ -83,7 +83,8 @@ class MoCoConfig(MethodConfig):
     def __post_init__(self) -> None:
         if self.momentum_schedule not in schedules.MOMENTUM_SCHEDULES:
             raise ValueError(
-                f"moco.momentum_schedule={self.momentum_schedule!r} is not one of {', '.join(schedules.MOMENTUM_SCHEDULES)}"
+                f"moco.momentum_schedule={self.momentum_schedule!r} is not one of "
+                f"{', '.join(schedules.MOMENTUM_SCHEDULES)}"
             )
         schedules.check_smoothing("moco", self.smoothing_schedule, self.smoothing_warm_epochs)
         if not 0 <= self.momentum <= 1:
@@ -150,7 +151,8 @@ class MoCo(Method):
             raise ValueError(f"moco.split_bn={config.split_bn} leaves fewer than 2 of {keys} keys in a group")
         if config.split_bn > 1 and (config.split_bn % views.world or (keys % config.split_bn and views.world > 1)):
             raise ValueError(
-                f"moco.split_bn={config.split_bn} must be 1, or a multiple of the {views.world} processes that divides their {keys} keys"
+                f"moco.split_bn={config.split_bn} must be 1, or a multiple of the {views.world} processes that "
+                f"divides their {keys} keys"
             )
         super().__init__(new_encoder(backbone, config.projector), views)
         self.config = config
@@ -165,7 +167,8 @@ class MoCo(Method):
         )
         if self.loss.neighbors and self.loss.neighbors > config.queue:
             raise ValueError(
-                f"moco.queue={config.queue} holds fewer keys than the {self.loss.neighbors} neighbours that share the smoothing"
+                f"moco.queue={config.queue} holds fewer keys than the {self.loss.neighbors} neighbours that "
+                "share the smoothing"
             )
         queue = torch.randn(config.queue, config.projector.out, generator=generator)
         # Buffers, and persistent: a run that resumed with a fresh queue would be another run.

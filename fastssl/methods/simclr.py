@@ -88,7 +88,8 @@ class SimCLR(Method):
         negatives = 2 * (views.global_batch - 1)
         if not config.allows(views.global_batch):
             raise ValueError(
-                f"the batch gives {negatives} negatives, fewer than the {self.loss.neighbors} neighbours that share the smoothing"
+                f"the batch gives {negatives} negatives, fewer than the {self.loss.neighbors} neighbours that "
+                "share the smoothing"
             )
 
     def rates(self, step: int, run: RunLength) -> dict[str, float]:

@@ -121,7 +121,8 @@ class SwAV(Method):
         self.queue_batches = config.queue // views.global_batch
         if config.queue and not self.queue_batches:
             raise ValueError(
-                f"swav.queue={config.queue} holds no whole batch of {views.global_batch}; enlarge it, or set it to 0 for none"
+                f"swav.queue={config.queue} holds no whole batch of {views.global_batch}; enlarge it, or set "
+                "it to 0 for none"
             )
         self.register_buffer("queue", torch.zeros(2, self.queue_batches * views.global_batch, config.projector.out))
 

@@ -70,7 +70,8 @@ def resolve_arch(name: str, *, tags: bool = False) -> str:
         return arch
     if not tags:
         raise FastSSLError(
-            f"{shown(name)}: pre-training begins from random weights, those that the tag {shown(tag)} names would not be used; "
+            f"{shown(name)}: pre-training begins from random weights, those that the tag {shown(tag)} names "
+            "would not be used; "
             f"give the plain network: {plain}"
         )
     if not timm.is_model_pretrained(f"{arch}.{tag}"):
@@ -380,7 +381,8 @@ def _open_checkpoint(path: Path, *, tensors: bool) -> tuple[dict[str, Any], dict
             found = {name: file.get_tensor(name) for name in (file.keys() if tensors else ())}
     except (SafetensorError, OSError, RuntimeError, ValueError, MemoryError) as error:
         raise FastSSLError(
-            f"{path}: not a whole safetensors file ({' '.join(str(error).split())[:300]}); what other programs trained comes in by `fastssl import`"
+            f"{path}: not a whole safetensors file ({' '.join(str(error).split())[:300]}); what other programs "
+            "trained comes in by `fastssl import`"
         ) from error
     if text is None:
         raise FastSSLError(f"{path}: no fastssl header; checkpoints that others wrote come in by `fastssl import`")

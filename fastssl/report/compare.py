@@ -143,14 +143,16 @@ def comparison(records: Sequence[Record]) -> list[Block]:
     blocks.append(Heading("How"))
     blocks.append(
         Paragraph(
-            "Percent right, or average precision in percent; in brackets the 95 % interval by the number of photos that were judged, which says nothing of "
+            "Percent right, or average precision in percent; in brackets the 95 % interval by the number of "
+            "photos that were judged, which says nothing of "
             "another seed of the training."
         )
     )
     if replaced:
         blocks.append(
             Paragraph(
-                f"Of records that agree in network, photos and settings the last one is shown; {replaced} of the replaced had other figures."
+                f"Of records that agree in network, photos and settings the last one is shown; {replaced} of "
+                "the replaced had other figures."
             )
         )
     blocks += [Paragraph(text, quiet=True) for text in dict.fromkeys(map(_machine, records))]

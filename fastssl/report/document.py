@@ -142,7 +142,8 @@ def to_html(title: str, blocks: Sequence[Block]) -> str:
     parts.append("</section>" if open_section else "")
     return (
         "<!doctype html>\n"
-        '<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+        '<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, '
+        'initial-scale=1">'
         f"<title>{escape(title)}</title><style>{CSS}{_MORE_CSS}</style></head>\n"
         f"<body><main>{''.join(parts)}</main></body></html>\n"
     )

@@ -181,14 +181,20 @@ def _bottleneck(run: TrainResult, share: float, wait: float) -> str:
 
 def _probe_note(split: ProbeSplit) -> str:
     if not split.labelled:
-        return "the photos have no labels (or one class), so kNN and linear probes were left out; neighbours.png shows what the network finds alike"
+        return (
+            "the photos have no labels (or one class), so kNN and linear probes were left out; neighbours.png "
+            "shows what the network finds alike"
+        )
     if split.held_out:
         where = "a held-out fifth of the probed photos (pre-training saw them too, without labels)"
     elif not split.can_judge:
         where = f"{split.queries.path.name}, the very photos it was fitted on: these figures say nothing"
     else:
         where = f"{split.queries.path.name}, which pre-training never saw"
-    return f"kNN (k 20, T 0.07) and the fast linear probe (logistic regression on cached centre-crop features), judged on {where}"
+    return (
+        "kNN (k 20, T 0.07) and the fast linear probe (logistic regression on cached centre-crop features), "
+        f"judged on {where}"
+    )
 
 
 def _share(run: TrainResult) -> dict[str, Any] | None:
@@ -202,7 +208,8 @@ def _share(run: TrainResult) -> dict[str, Any] | None:
         "full_samples": full,
         "percent": percent,
         "full_recipe": run.recipe.full_recipe,
-        "text": f"this run saw {seen:,} photos: {percent:.2g} % of the {full:,} of {run.recipe.full_recipe} on ImageNet-1k, at {run.recipe.views[0].size} px",
+        "text": f"this run saw {seen:,} photos: {percent:.2g} % of the {full:,} of {run.recipe.full_recipe} on "
+        f"ImageNet-1k, at {run.recipe.views[0].size} px",
     }
 
 

@@ -115,7 +115,8 @@ def render(run: RunRecord) -> str:
     sections = [_header(run, title), _marks(run), _curves(run), _pictures(run), _throughput(run), _details(run)]
     return (
         "<!doctype html>\n"
-        f'<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+        '<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, '
+        'initial-scale=1">'
         f"<title>{escape(title)} - fastssl</title><style>{CSS}</style></head>\n"
         f"<body><main>{''.join(sections)}</main></body></html>\n"
     )
@@ -132,7 +133,10 @@ def headline(run: RunRecord) -> str:
             return f"{arch}: this run has not logged a step yet."
         last = run.steps[-1]
         took = f" after {duration(last['seconds'])} of training" if _number(last.get("seconds")) is not None else ""
-        return f"{arch}: not finished. The last logged step is {last.get('step', 0):,} (epoch {_figure(last.get('epoch'), 1)}){took}."
+        return (
+            f"{arch}: not finished. The last logged step is {last.get('step', 0):,} (epoch "
+            f"{_figure(last.get('epoch'), 1)}){took}."
+        )
     samples, seconds = _get(run.summary, "data", "samples"), run.summary.get("train_seconds")
     what = f"{samples:,} photos without labels" if isinstance(samples, int) else "photos without labels"
     time = f" in {duration(seconds)}" if _number(seconds) is not None else ""
@@ -322,7 +326,8 @@ def _share(run: RunRecord) -> str:
     # A sliver stays visible where the share would round to nothing.
     width = min(max(percent, 0.3), 100)
     return (
-        f'<div class="card"><h3>Share of a full recipe</h3><div class="bar wide"><i style="width:{width:.2f}%"></i></div>'
+        '<div class="card"><h3>Share of a full recipe</h3><div class="bar wide"><i '
+        f'style="width:{width:.2f}%"></i></div>'
         f"<p>{escape(text[:1].upper() + text[1:])}</p></div>"
     )
 
@@ -450,7 +455,10 @@ def _throughput(run: RunRecord) -> str:
         named = ", ".join(f"{step:,}" for step in passed[:10] if isinstance(step, int)) + (
             ", ..." if len(passed) > 10 else ""
         )
-        steps = f"{len(passed):,} step{'s were' if len(passed) != 1 else ' was'} passed over, because a loss or gradient was not finite"
+        steps = (
+            f"{len(passed):,} step{'s were' if len(passed) != 1 else ' was'} passed over, because a loss or "
+            "gradient was not finite"
+        )
         sentence += f'<p class="notice">{steps}: {named}. Their batches are in <code>nonfinite/</code>.</p>'
     drawn = "".join(charts)
     if not (drawn or figures or sentence):
@@ -476,7 +484,10 @@ def _details(run: RunRecord) -> str:
     command = f"<pre><code>{escape(made)}</code></pre>" if isinstance(made, str) else ""
     config = ""
     if run.config_text:
-        config = f"<details><summary>Resolved configuration</summary><pre><code>{escape(run.config_text)}</code></pre></details>"
+        config = (
+            "<details><summary>Resolved "
+            f"configuration</summary><pre><code>{escape(run.config_text)}</code></pre></details>"
+        )
     cut = (
         f'<p class="small">{run.unreadable} line(s) of metrics.jsonl were unreadable and left out.</p>'
         if run.unreadable

@@ -119,7 +119,8 @@ def line_chart(
     )
     middle = (_TOP + bottom) / 2
     parts.append(
-        f'<text class="label" transform="translate(13 {middle}) rotate(-90)" text-anchor="middle">{escape(y_label)}</text>'
+        f'<text class="label" transform="translate(13 {middle}) rotate(-90)" '
+        f'text-anchor="middle">{escape(y_label)}</text>'
     )
     parts.extend(_draw_marks(marks, [place(x_low, mark.y)[1] for mark in marks], right))
     for number, item, runs in lines:

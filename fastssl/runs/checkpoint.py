@@ -274,7 +274,8 @@ def set_aside(
         aside = later[0].rename(later[0].with_name(later[0].name + ".aside"))
         others = f" ({len(later) - 1} older than it, and also behind that step, were deleted)" if later[1:] else ""
         say(
-            f"{aside}: set aside, as the run goes on from step {step:,} and makes the steps behind it again{others}; nothing reads it, it may be deleted"
+            f"{aside}: set aside, as the run goes on from step {step:,} and makes the steps behind it "
+            f"again{others}; nothing reads it, it may be deleted"
         )
 
 

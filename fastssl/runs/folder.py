@@ -104,7 +104,8 @@ class RunFolder:
             remove_unfinished(self.path, *_RESULTS, "config.yaml", "metrics.jsonl")
             if resume != "auto" and launch.goes_on(self._launches()):
                 self.say(
-                    f"started again by {' and '.join(sorted(launch.again))}: --resume {resume} was for the first start, this one goes on with the run"
+                    f"started again by {' and '.join(sorted(launch.again))}: --resume {resume} was for the "
+                    "first start, this one goes on with the run"
                 )
                 resume = "auto"
             self.checkpoints.mkdir(
@@ -178,7 +179,8 @@ class RunFolder:
         if told.get("state") == "training":
             heard = f"{told.get('time', 'at an unknown time')}, at step {told.get('step', 'unknown')}"
             self.say(
-                f"{self.path}: the run before ended without a word (killed, out of memory, power cut?); last heard of {heard}"
+                f"{self.path}: the run before ended without a word (killed, out of memory, power cut?); last "
+                f"heard of {heard}"
             )
 
     def _is_last(self, path: Path) -> bool:
@@ -200,7 +202,8 @@ class RunFolder:
             self._require_room_for(config, path)
         if found := _other_settings(config, state):
             raise FastSSLError(
-                f"{path} belongs to a run with other settings ({'; '.join(found[:3])}{'; ...' if len(found) > 3 else ''}): "
+                f"{path} belongs to a run with other settings "
+                f"({'; '.join(found[:3])}{'; ...' if len(found) > 3 else ''}): "
                 "choose another --out, or --resume never to start over, which deletes it"
             )
         return path, state
@@ -221,7 +224,8 @@ class RunFolder:
         )
         if before != "" and before != now:
             self.say(
-                f"--val holds other photos than before: the probes up to step {step:,} were judged on those, and are no measure for the next ones"
+                f"--val holds other photos than before: the probes up to step {step:,} were judged on those, "
+                "and are no measure for the next ones"
             )
 
     def _clear(self, resume: str) -> None:
@@ -231,7 +235,8 @@ class RunFolder:
             raise FastSSLError(f"{self.path}: holds {found[0]} and is no run's folder; choose another --out")
         if resume != "never" and any(self.checkpoints.glob("epoch-*.safetensors")):
             raise FastSSLError(
-                f"{self.path}: holds milestones of an earlier run and no checkpoint to go on from; choose another --out, or --resume never to start over"
+                f"{self.path}: holds milestones of an earlier run and no checkpoint to go on from; choose "
+                "another --out, or --resume never to start over"
             )
         for name in _RESULTS:
             (self.path / name).unlink(missing_ok=True)

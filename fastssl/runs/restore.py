@@ -177,7 +177,8 @@ def _require_position(position: Mapping[str, Any], steps_per_epoch: int, epochs:
         raise Unfit(f"its position is step {shown(inside)} of epoch {shown(epoch)}; the run has {how_many} of {steps}")
     if step != epoch * steps_per_epoch + inside:
         raise Unfit(
-            f"position.step is {shown(step)}, but step {inside:,} of epoch {epoch:,} is step {epoch * steps_per_epoch + inside:,}"
+            f"position.step is {shown(step)}, but step {inside:,} of epoch {epoch:,} is step "
+            f"{epoch * steps_per_epoch + inside:,}"
         )
     if (last := max(position["skipped"], default=0)) >= samples:
         raise Unfit(f"position.skipped names sample {shown(last)}; there are {samples:,}")

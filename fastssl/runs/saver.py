@@ -88,7 +88,8 @@ class Saver:
                 return False
             self._say_now_and_then(
                 "end",
-                f"all steps are made; waiting up to {_WAIT_MINUTES:g} min for room for the last checkpoint: {self.why()}",
+                f"all steps are made; waiting up to {_WAIT_MINUTES:g} min for room for the last checkpoint: "
+                f"{self.why()}",
             )
             if time.monotonic() > deadline or stop.wait(_RETRY_S):
                 raise NotSaved(f"all steps are made, but there was no room to save the last of them: {self.why()}")

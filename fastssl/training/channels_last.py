@@ -16,7 +16,8 @@ def require_channels_last(images: Tensor) -> None:
     """
     if images.dim() != 4 or not images.is_contiguous(memory_format=torch.channels_last):
         raise ValueError(
-            f"the step takes images (N, 3, S, S) in channels-last memory, got {tuple(images.shape)} with strides {images.stride()}: "
+            f"the step takes images (N, 3, S, S) in channels-last memory, got {tuple(images.shape)} with "
+            f"strides {images.stride()}: "
             "images.contiguous(memory_format=torch.channels_last)"
         )
 

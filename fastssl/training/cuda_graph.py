@@ -71,7 +71,8 @@ class RecordedCall:
         for place, tensor in zip(self._places, inputs):
             if place.shape != tensor.shape or place.dtype != tensor.dtype:
                 raise ValueError(
-                    f"recorded with {tuple(place.shape)} {place.dtype}, called with {tuple(tensor.shape)} {tensor.dtype}: a graph takes one shape"
+                    f"recorded with {tuple(place.shape)} {place.dtype}, called with {tuple(tensor.shape)} "
+                    f"{tensor.dtype}: a graph takes one shape"
                 )
             place.copy_(tensor)
         self._replay()

@@ -74,7 +74,8 @@ class NonFiniteGuard:
             were = f"{counted(self._most, 'such step')} {'was' if self._most == 1 else 'were'}"
             run.end_together(
                 FastSSLError(
-                    f"step {number:,}: {reason}, and {were} passed over before (train.skip_nonfinite){advice(run, where)}"
+                    f"step {number:,}: {reason}, and {were} passed over before "
+                    f"(train.skip_nonfinite){advice(run, where)}"
                 )
             )
         found.append(number)

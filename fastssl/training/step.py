@@ -123,7 +123,8 @@ class TrainStep:
         total, parts = recipe.train.batch_size, recipe.train.accumulate
         if total % world.size or total // world.size < 2 * parts or total // world.size % parts:
             raise FastSSLError(
-                f"batch of {total}: {world.size} processes with train.accumulate={parts} need equal parts of at least 2 samples; --batch-size changes it"
+                f"batch of {total}: {world.size} processes with train.accumulate={parts} need equal parts of "
+                "at least 2 samples; --batch-size changes it"
             )
         self.batch_size = total // world.size
         self.without_effect: list[str] = []
@@ -169,7 +170,8 @@ class TrainStep:
             ) from error
         except RuntimeError as error:  # torch's allocator: "you tried to allocate ... bytes"
             raise FastSSLError(
-                f"no memory for the networks of {recipe.method} ({' '.join(str(error).split())[:120]}); lower its sizes (queue, out, prototypes, "
+                f"no memory for the networks of {recipe.method} ({' '.join(str(error).split())[:120]}); lower "
+                "its sizes (queue, out, prototypes, "
                 "projector.hidden) with --set"
             ) from error
 

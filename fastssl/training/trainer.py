@@ -196,7 +196,8 @@ def save_checkpoint(run: Setup, milestone: int | None = None, *, patiently: bool
     """
     if not run.step.is_finite():
         raise FastSSLError(
-            f"the networks are no longer finite at step {run.position.step:,}, though the loss is: the run has diverged{advice(run)}"
+            f"the networks are no longer finite at step {run.position.step:,}, though the loss is: the run has "
+            f"diverged{advice(run)}"
         )
     if not run.saver:
         return True

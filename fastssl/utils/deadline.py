@@ -145,7 +145,8 @@ class Patience:
         if limit > WARN_SECONDS:
             end = "" if limit > threading.TIMEOUT_MAX else f"; an error in {(limit - WARN_SECONDS) / 60:.0f} min"
             warnings.warn(
-                f"{self.path}: nothing was {self.deed} for {WARN_SECONDS:.0f} s, {what()}: the disk or network file system does not answer{end}",
+                f"{self.path}: nothing was {self.deed} for {WARN_SECONDS:.0f} s, {what()}: the disk or network "
+                f"file system does not answer{end}",
                 stacklevel=2,
             )
             if arrived(None if limit > threading.TIMEOUT_MAX else limit - WARN_SECONDS):
@@ -153,8 +154,10 @@ class Patience:
         self.give_up()
         spent = f"{self.minutes:g} min" if self.minutes >= 1 else f"{limit:g} s"
         raise Stalled(
-            f"{self.path}: nothing was {self.deed} for {spent}, since {time.strftime('%H:%M:%S', time.localtime(since))}, {what()}: the disk or network "
-            "file system does not answer; see whether the file can be read at all (cat FILE > /dev/null, dmesg), then give the same command again"
+            f"{self.path}: nothing was {self.deed} for {spent}, since "
+            f"{time.strftime('%H:%M:%S', time.localtime(since))}, {what()}: the disk or network "
+            "file system does not answer; see whether the file can be read at all (cat FILE > /dev/null, "
+            "dmesg), then give the same command again"
         )
 
 

@@ -30,7 +30,8 @@ def require_stored_as_is(path: Path) -> None:
         return  # another format, or damaged: the reader itself will say
     if odd := [part.filename for part in parts if part.compress_type != zipfile.ZIP_STORED or part.flag_bits & 1]:
         raise FastSSLError(
-            f"{path}: {len(odd)} of its parts are compressed, which torch.save never does; save it again with torch.save"
+            f"{path}: {len(odd)} of its parts are compressed, which torch.save never does; save it again with "
+            "torch.save"
         )
     if (claimed := sum(part.file_size for part in parts)) > (size := path.stat().st_size):
         raise FastSSLError(f"{path}: damaged: its parts should have {claimed:,} bytes, the file has {size:,}")

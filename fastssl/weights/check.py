@@ -65,13 +65,15 @@ def check_features(
         found.append(other(images))
         if found[-1].shape != ours[-1].shape:
             raise FastSSLError(
-                f"{path.name}: gives features of shape {tuple(found[-1].shape)}, the backbone {tuple(ours[-1].shape)}; not written"
+                f"{path.name}: gives features of shape {tuple(found[-1].shape)}, the backbone "
+                f"{tuple(ours[-1].shape)}; not written"
             )
     wanted, ours, found = torch.cat(wanted), torch.cat(ours), torch.cat(found)
     spread = max(float((wanted - wanted.mean(0)).abs().max()), 1e-30)
     rounding, difference = float((ours - wanted).abs().max()) / spread, float((found - ours).abs().max()) / spread
     if not difference <= max(tolerance, 10 * rounding):  # NaN is no number to pass on either
         raise FastSSLError(
-            f"{path.name}: gives features that differ by {difference:.2g} of their spread from the backbone's; not written"
+            f"{path.name}: gives features that differ by {difference:.2g} of their spread from the backbone's; "
+            "not written"
         )
     return difference

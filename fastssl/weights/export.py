@@ -85,7 +85,8 @@ def export_backbone(trained: Trained, destination: Path, format: str = "timm", *
         )
     if size is not None and not (format == "onnx" or (format == "timm" and suffix == "")):
         raise FastSSLError(
-            f"{destination}: --size is for --format onnx and for a folder of --format timm; this export takes pictures of any size"
+            f"{destination}: --size is for --format onnx and for a folder of --format timm; this export takes "
+            "pictures of any size"
         )
     # Plain layout, as the networks have it that will take the tensors; the caller's network is left as it is.
     backbone, arch = copy.deepcopy(trained.backbone).to(memory_format=torch.contiguous_format), trained.arch
@@ -126,7 +127,10 @@ def export_backbone(trained: Trained, destination: Path, format: str = "timm", *
 
             merged = fused(backbone, size=side)
             difference = write_file(backbone, arch, place, about, size=side, merged=merged)
-            recipe = f"features = onnxruntime.InferenceSession({str(destination)!r}).run(['features'], {{'images': images}})[0]"
+            recipe = (
+                f"features = onnxruntime.InferenceSession({str(destination)!r}).run(['features'], {{'images': "
+                f"images}})[0]"
+            )
         files = list(place.iterdir()) if place.is_dir() else [place]
         written = sum(file.stat().st_size for file in files)
     tensors = len((merged or backbone).state_dict())

@@ -97,7 +97,8 @@ def find_network(path: Path, tensors: dict[str, Tensor], *, layout: str = "auto"
     if not roots:
         first = ", ".join(list(tensors)[:3])
         raise FastSSLError(
-            f"{path}: not laid out as --layout {layout} ({chosen.note}): the first tensors are {first}; try --layout auto"
+            f"{path}: not laid out as --layout {layout} ({chosen.note}): the first tensors are {first}; try "
+            "--layout auto"
         )
     wanted = NETWORK[which] if which else None
     picked = [(root, network) for root, network in roots if wanted is None or network == wanted]

@@ -30,7 +30,8 @@ def twin_of(arch: str) -> Twin:
     """
     if arch not in TWINS:
         raise FastSSLError(
-            f"torchvision has no counterpart of {arch}; it has those of {', '.join(TWINS)} (--format timm takes every network)"
+            f"torchvision has no counterpart of {arch}; it has those of {', '.join(TWINS)} (--format timm "
+            "takes every network)"
         )
     return TWINS[arch]
 

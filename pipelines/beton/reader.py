@@ -218,7 +218,8 @@ class BetonReader:
         entries = (self.num_bytes - table_at) // TABLE_DTYPE.itemsize
         if entries > self.num_samples * num_fields:
             raise self._error(
-                f"damaged header: {entries} entries in the allocation table for {self.num_samples} samples of {num_fields} fields"
+                f"damaged header: {entries} entries in the allocation table for {self.num_samples} samples of "
+                f"{num_fields} fields"
             )
         self._table_at = table_at
 

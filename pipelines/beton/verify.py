@@ -120,7 +120,8 @@ def _check_side_file(reader: BetonReader, side: dict) -> tuple[list[str], np.nda
     name = side_path(reader.path)
     if side["bytes"] != reader.num_bytes:
         return [
-            f"the file has {reader.num_bytes} bytes, its side file {name} says {side['bytes']}: they do not belong together"
+            f"the file has {reader.num_bytes} bytes, its side file {name} says {side['bytes']}: they do not "
+            "belong together"
         ], None
     try:
         expected = {key: int(side["crc32"][key]) for key in ("head", "table")}

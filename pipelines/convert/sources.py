@@ -229,7 +229,8 @@ def _list_open_tar(path: Path, handle: BinaryIO, step: Step) -> Listing:
     magic = handle.read(6)
     if magic[:2] == b"\x1f\x8b" or magic[:3] == b"BZh" or magic == b"\xfd7zXZ\0" or magic[:4] == b"\x28\xb5\x2f\xfd":
         raise SourceError(
-            f"{path}: a compressed tar cannot be read at random places; uncompress it first (gunzip, bunzip2, unxz, unzstd)"
+            f"{path}: a compressed tar cannot be read at random places; uncompress it first (gunzip, bunzip2, "
+            "unxz, unzstd)"
         )
     found: list[tuple[str, int, int]] = []
     offsets: dict[str, int] = {}

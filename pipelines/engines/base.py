@@ -124,7 +124,8 @@ class Engine(ABC):
         # weak one here.
         if self._unfinished() is not None:
             raise FastSSLError(
-                "an epoch of this loader is still running: finish it or close() its iterator first, or open a second loader"
+                "an epoch of this loader is still running: finish it or close() its iterator first, or open a "
+                "second loader"
             )
         iterator = self._run(requests)
         self._epoch = weakref.ref(iterator)

@@ -23,7 +23,8 @@ _DALI_SMALLEST = 16
 
 _HOW = {
     "dali": "pip install -e '.[dali]' where fastssl was checked out",
-    "ffcv": "apt-get install libopencv-dev libturbojpeg0-dev pkg-config g++ make, then pip install -e '.[ffcv]' where fastssl was checked out",
+    "ffcv": "apt-get install libopencv-dev libturbojpeg0-dev pkg-config g++ make, then pip install -e '.[ffcv]' where "
+    "fastssl was checked out",
 }
 
 
@@ -74,7 +75,8 @@ def choose_engine(device: torch.device) -> tuple[str, str]:
     if device.type == "cuda":
         return (
             "native",
-            "decodes on the host's cores and crops on the GPU; measure the others with `fastssl bench loader --pipeline dali`",
+            "decodes on the host's cores and crops on the GPU; measure the others with `fastssl bench loader "
+            "--pipeline dali`",
         )
     return "native", "the fastest on a CPU, and it needs no further package (benchmarks/results/)"
 
@@ -111,7 +113,8 @@ def require_engine(name: str, reader: BetonReader, specs: Sequence[ViewSpec]) ->
         smallest = min(spec.size for spec in specs)
         if smallest < _DALI_SMALLEST:
             raise FastSSLError(
-                f"--pipeline dali: views of {smallest} px are below {_DALI_SMALLEST}; DALI's resize repeats the pixels at the border of a crop, which "
+                f"--pipeline dali: views of {smallest} px are below {_DALI_SMALLEST}; DALI's resize repeats "
+                "the pixels at the border of a crop, which "
                 "at such sizes is no longer what the other engines give; use --pipeline native"
             )
 
@@ -147,7 +150,8 @@ def open_engine(
     if hardware_load is not None:
         if name != "dali" or device.type != "cuda":
             raise FastSSLError(
-                f"hardware_load={hardware_load!r} is a choice of the dali engine on a GPU; here it is {name} on {device.type}"
+                f"hardware_load={hardware_load!r} is a choice of the dali engine on a GPU; here it is {name} "
+                f"on {device.type}"
             )
         if not 0 <= hardware_load <= 1:
             raise FastSSLError(f"hardware_load is a share, 0 .. 1, not {hardware_load!r}")

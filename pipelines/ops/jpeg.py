@@ -143,7 +143,8 @@ def require_few_scans(data: bytes | memoryview | np.ndarray, pixels: int) -> Non
     scans = bytes(view).count(b"\xff\xda")
     if scans > MAX_SCANS or scans * pixels > MAX_SCANNED_PIXELS:
         raise JpegError(
-            f"comes in {scans} scans, more than the limit of {MAX_SCANS} and of {MAX_SCANNED_PIXELS:,} pixels in all of them"
+            f"comes in {scans} scans, more than the limit of {MAX_SCANS} and of {MAX_SCANNED_PIXELS:,} pixels "
+            "in all of them"
         )
 
 

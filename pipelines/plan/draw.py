@@ -192,7 +192,8 @@ def draw_plan(
     ids, heights, widths = (np.asarray(array, dtype=np.int64) for array in (sample_ids, heights, widths))
     if ids.ndim != 1 or heights.shape != ids.shape or widths.shape != ids.shape:
         raise ValueError(
-            f"sample_ids, heights and widths must have one shape (B,), got {ids.shape}, {heights.shape} and {widths.shape}"
+            f"sample_ids, heights and widths must have one shape (B,), got {ids.shape}, {heights.shape} and "
+            f"{widths.shape}"
         )
     if ids.size and min(heights.min(), widths.min()) < 1:
         raise ValueError(f"sample {ids[np.minimum(heights, widths).argmin()]} has an empty picture")

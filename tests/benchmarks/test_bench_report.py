@@ -184,8 +184,8 @@ def test_it_opens_with_the_end_to_end_figures(whole: Path) -> None:
     text = (whole / "report.md").read_text()
     lead = text[: text.index("\n## ")]
     assert (
-        "- **first, resnet18** trains end to end at 34.6 pair/s (69.1 view/s): 80% of its ceiling of 86.4 view/s (ceiling of train). "
-        in lead
+        "- **first, resnet18** trains end to end at 34.6 pair/s (69.1 view/s): 80% of its ceiling of 86.4 "
+        "view/s (ceiling of train). " in lead
     )
     assert lead.count("Bottleneck: data (20% of the time). Advice: " + ADVICE + ".") == 3
     assert (
@@ -351,7 +351,10 @@ def test_the_fastest_of_each_part_is_drawn() -> None:
 
 
 def test_hostile_words_stay_words(tmp_path: Path) -> None:
-    nasty = "<script>alert(1)</script> | `x` [a](http://evil.example) ![b](http://evil.example/p.png) $\\frac{ \\| \n# line\x00"
+    nasty = (
+        "<script>alert(1)</script> | `x` [a](http://evil.example) ![b](http://evil.example/p.png) $\\frac{ \\| \n# "
+        "line\x00"
+    )
     records = [
         replace(
             one,

@@ -157,7 +157,8 @@ def test_words_that_a_person_understands():
     assert "1 epoch: 211.8 days on this GPU, 5,083 GPU-hours." in lines[0]
     assert (
         lines[1]
-        == "Limit: the data, 900 pair/s from 2 decoding threads; the step alone could take 9,000. Both together: 900 pair/s."
+        == "Limit: the data, 900 pair/s from 2 decoding threads; the step alone could take 9,000. Both together: "
+        "900 pair/s."
     )
     assert "3.0 GiB on the host for the loader" in lines[2]
 
@@ -213,7 +214,10 @@ def test_wrong_usage(capsys, arguments):
 
 
 def test_help_has_an_example_and_waits_for_no_torch():
-    code = "import sys; from fastssl.cli import main\ntry: main(sys.argv[1:])\nexcept SystemExit: print('torch' in sys.modules)"
+    code = (
+        "import sys; from fastssl.cli import main\ntry: main(sys.argv[1:])\nexcept SystemExit: print('torch' in "
+        "sys.modules)"
+    )
     for arguments in (["--help"], ["estimate", "--help"]):
         out = subprocess.run(
             [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True

@@ -163,7 +163,8 @@ def test_damaged_files_are_named_in_one_line(case: str, saved: dict, data: Detec
     write_state(tmp_path / "detect.pt", {**saved, **DAMAGED[case]})
     with pytest.raises(
         DetectionError,
-        match=r"detect.pt: (does not fit this detector|holds no detector|is not a whole checkpoint).*choose another --out",
+        match=r"detect.pt: (does not fit this detector|holds no detector|is not a whole checkpoint).*choose another "
+        r"--out",
     ) as error:
         trained(data, TrainingConfig(**{**vars(CONFIG), "iterations": 1}), checkpoint=tmp_path / "detect.pt")
     assert "\n" not in str(error.value)

@@ -33,7 +33,8 @@ def test_those_who_do_not_come_are_missed_by_address_and_port() -> None:
     with (
         pytest.raises(
             FastSSLError,
-            match=f"process 0 of 2 did not meet the others at 127.0.0.1:{port} in [0-9]+ s: process 1 is missing; .* FASTSSL_MEET_MINUTES",
+            match=f"process 0 of 2 did not meet the others at 127.0.0.1:{port} in [0-9]+ s: process 1 is missing; .* "
+            "FASTSSL_MEET_MINUTES",
         ),
         joined(World(0, 2, 0, "127.0.0.1", port), CPU, patience=Patience(meet_minutes=0.01)),
     ):
@@ -48,9 +49,15 @@ def test_those_who_do_not_come_are_missed_by_address_and_port() -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_one_that_waits_for_others_can_be_ended(number: int) -> None:
-    code = "from fastssl.distributed.group import joined; from fastssl.distributed.world import World; from fastssl.distributed.rendezvous import Patience; import torch, signal, sys\n"
+    code = (
+        "from fastssl.distributed.group import joined; from fastssl.distributed.world import World; from "
+        "fastssl.distributed.rendezvous import Patience; import torch, signal, sys\n"
+    )
     code += "signal.signal(signal.SIGTERM, lambda *_: sys.exit(3))\nprint('waiting', flush=True)\n"
-    code += f"with joined(World(0, 2, 0, '127.0.0.1', {free_port()}), torch.device('cpu'), patience=Patience(meet_minutes=2)): pass"
+    code += (
+        f"with joined(World(0, 2, 0, '127.0.0.1', {free_port()}), torch.device('cpu'), "
+        "patience=Patience(meet_minutes=2)): pass"
+    )
     with subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     ) as process:

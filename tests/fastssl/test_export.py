@@ -81,12 +81,16 @@ def test_timm_loads_the_file_and_the_folder(capsys: pytest.CaptureFixture, runs:
         for call in (
             f"{arch!r}, num_classes=0, checkpoint_path='{name}.safetensors'{more}",
             f"{arch!r}, num_classes=0, checkpoint_path='{name}.pth'{more}",
-            f"{arch!r}, pretrained=True, num_classes=0, pretrained_cfg_overlay=dict(file='{name}.safetensors', custom_load=False){more}",
+            f"{arch!r}, pretrained=True, num_classes=0, pretrained_cfg_overlay=dict(file='{name}.safetensors', "
+            f"custom_load=False){more}",
             f"'local-dir:{name}', pretrained=True",
         ):
             script += f"    out.append(timm.create_model({call}).eval()(images))\n"
         wanted += [features(runs / name / "checkpoints" / "last.safetensors")] * 4
-    script += "    assert timm.create_model('vit_tiny_patch16_224', num_classes=0, checkpoint_path='vit_tiny.pth')(torch.zeros(1, 3, 224, 224)).shape[1] == 192\n"
+    script += (
+        "    assert timm.create_model('vit_tiny_patch16_224', num_classes=0, "
+        "checkpoint_path='vit_tiny.pth')(torch.zeros(1, 3, 224, 224)).shape[1] == 192\n"
+    )
     for found, expected in zip(elsewhere(tmp_path, script), wanted, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 

@@ -53,7 +53,10 @@ def test_it_trains_and_is_exported(name: str, tmp_path: Path) -> None:
 
 
 def pretrain_at_a_size_that_fits(name: str, size: int, folder: Path) -> None:
-    wanted = rf"{name} cannot take pictures of 32 px; try --set views\.0\.size={size} --set probe\.size={size}, or another network"
+    wanted = (
+        rf"{name} cannot take pictures of 32 px; try --set views\.0\.size={size} --set probe\.size={size}, or "
+        r"another network"
+    )
     with pytest.raises(FastSSLError, match=wanted):
         pretrain_and_export(name, 32, folder)
     pretrain_and_export(name, size, folder)

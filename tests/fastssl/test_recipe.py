@@ -239,7 +239,8 @@ def test_a_preset_comes_before_single_numbers_wherever_it_stands() -> None:
 def test_two_different_views_keep_their_own_augmentation_under_a_preset(tmp_path: Path) -> None:
     mine = tmp_path / "mine.yaml"
     mine.write_text(
-        "arch: mobilenetv2\nviews:\n- {size: 32, count: 1, blur: 1.0, hue: 0.2}\n- {size: 32, count: 1, blur: 0.1, solarise: 0.2}\n"
+        "arch: mobilenetv2\nviews:\n- {size: 32, count: 1, blur: 1.0, hue: 0.2}\n- {size: 32, count: 1, blur: "
+        "0.1, solarise: 0.2}\n"
     )
     before = load_recipe(str(mine)).views
     first, second, local = load_recipe(str(mine), {"views.preset": "sslight-cnn"}).views

@@ -123,7 +123,10 @@ def test_a_killed_run_is_told_from_one_at_work(beton: Path, tmp_path: Path) -> N
     assert left == {"state": "training", "time": left["time"], "step": 3, "total_steps": 12, "saved_step": 3}
     said = Silent()
     pretrain(small(), options(beton, out), said)
-    words = f"{out}: the run before ended without a word (killed, out of memory, power cut?); last heard of {left['time']}, at step 3"
+    words = (
+        f"{out}: the run before ended without a word (killed, out of memory, power cut?); last heard of "
+        f"{left['time']}, at step 3"
+    )
     assert words in said.messages and status(out)["state"] == "finished"
 
 

@@ -33,7 +33,8 @@ class Disk:
             self.tried.append(options["position"].step)
             if self.tried[-1] in full:
                 raise NotSaved(
-                    f"{folder}: checkpoint not written ([Errno 28] No space left on device); the one before it is untouched"
+                    f"{folder}: checkpoint not written ([Errno 28] No space left on device); the one before it "
+                    "is untouched"
                 )
             original(folder, **options)
 

@@ -182,7 +182,10 @@ def test_a_line_ends_with_the_process_though_it_was_never_accepted() -> None:
     import subprocess
     import sys
 
-    code = "import socket, time; s = socket.create_server(('127.0.0.1', 0)); print(s.getsockname()[1], flush=True); time.sleep(60)"
+    code = (
+        "import socket, time; s = socket.create_server(('127.0.0.1', 0)); print(s.getsockname()[1], flush=True); "
+        "time.sleep(60)"
+    )
     with subprocess.Popen([sys.executable, "-S", "-c", code], stdout=subprocess.PIPE, text=True) as process:
         line = _Line.to(("127.0.0.1", int(process.stdout.readline())))
         assert not line.has_ended() and not _is_refused(line._place) and line.answers()

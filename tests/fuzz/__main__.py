@@ -60,10 +60,12 @@ def main() -> int:
         verdict = kind.rsplit(", ", 1)[-1]
         verdicts[verdict] = verdicts.get(verdict, 0) + times
     print(
-        f"seed {options.seed}: {found.done:,} cases in {seconds:.0f} s on {options.workers} processes: {dict(sorted(verdicts.items()))}"
+        f"seed {options.seed}: {found.done:,} cases in {seconds:.0f} s on {options.workers} processes: "
+        f"{dict(sorted(verdicts.items()))}"
     )
     print(
-        f"{len(found.examples)} kinds of messages; slowest case {found.slowest[1]}: {found.slowest[0]:.2f} s; {len(found.failures)} went wrong"
+        f"{len(found.examples)} kinds of messages; slowest case {found.slowest[1]}: {found.slowest[0]:.2f} s; "
+        f"{len(found.failures)} went wrong"
     )
     for number, reason in found.failures[:50]:
         print(f"  --seed {options.seed} --first {number} --count 1: {make(options.seed, number).how}: {reason}")

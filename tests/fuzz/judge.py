@@ -81,7 +81,8 @@ class Judge:
             for i in range(len(reader)):
                 if (i, int(reader.offsets[i]), int(reader.sizes[i])) not in table:
                     raise Wrong(
-                        f"sample {i}: read from byte {reader.offsets[i]}, which the allocation table does not give to it"
+                        f"sample {i}: read from byte {reader.offsets[i]}, which the allocation table does not "
+                        "give to it"
                     )
             found, failed = self._decode(reader)
             keys = tuple(self._key(reader, i) for i in range(len(reader)))

@@ -122,7 +122,10 @@ def everything(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-NOTHING = r"nothing was {} for 0\.1 s, since \d\d:\d\d:\d\d, {}: the disk or network file system does not answer; see .* give the same command again"
+NOTHING = (
+    r"nothing was {} for 0\.1 s, since \d\d:\d\d:\d\d, {}: the disk or network file system does not answer; see .* "
+    r"give the same command again"
+)
 
 
 @pytest.mark.parametrize("where", ["the listing", "a photo", "the result"])

@@ -267,7 +267,9 @@ def compare_runs(whole: Path, killed: Path, outcome: Outcome, tolerance: float |
             continue
         for name, value in there.items():
             if tolerance is not None and name.startswith("teacher") and ("running" in name or "num_batches" in name):
-                continue  # statistics of the BatchNorm groups that the processes shared out among them; training never reads them
+                # Statistics of the BatchNorm groups that the processes shared out among them; training never reads
+                # them.
+                continue
             found = here[name]
             if value.is_floating_point() and value.numel():
                 outcome.difference = max(outcome.difference, float((found.double() - value.double()).abs().max()))
@@ -292,7 +294,8 @@ def _compare_rows(whole: list[dict], killed: list[dict], outcome: Outcome, toler
         there, here = ([row for row in some if row["kind"] == kind] for some in (whole, killed))
         if [row["step"] for row in here] != [row["step"] for row in there]:
             outcome.problems.append(
-                f"lines of kind {kind} are of steps {[row['step'] for row in here]}, wanted {[row['step'] for row in there]}"
+                f"lines of kind {kind} are of steps {[row['step'] for row in here]}, wanted "
+                f"{[row['step'] for row in there]}"
             )
             continue
         for mine, theirs in zip(here, there):
@@ -501,7 +504,8 @@ def _compare_beside(whole: dict[str, bytes], target: Path, outcome: Outcome) -> 
     found = _beside(target)
     if found != whole:
         outcome.problems.append(
-            f"files {sorted(found)} instead of {sorted(whole)}, or other bytes in {[n for n in whole if found.get(n) != whole[n]]}"
+            f"files {sorted(found)} instead of {sorted(whole)}, or other bytes in "
+            f"{[n for n in whole if found.get(n) != whole[n]]}"
         )
 
 
@@ -533,7 +537,8 @@ def run_all(what: str, kills: int, seed: int, say: Callable[[str], None] = print
         outcomes.append(outcome)
         where = ", ".join(f"{count} {name}" for name, count in sorted(outcome.where.items()))
         say(
-            f"{'ok  ' if not outcome.problems else 'FAIL'} {outcome.what} (seed {outcome.seed}): {outcome.kills} kills ({where}), largest difference "
+            f"{'ok  ' if not outcome.problems else 'FAIL'} {outcome.what} (seed {outcome.seed}): "
+            f"{outcome.kills} kills ({where}), largest difference "
             f"{outcome.difference:.3g}, {outcome.seconds:.0f} s"
             + "".join(f"\n     {problem}" for problem in outcome.problems[:10])
         )

@@ -112,7 +112,8 @@ def _short_sides(ctx: click.Context, param: click.Parameter, value: str) -> tupl
     "--out",
     type=SomePath(),
     metavar="DIR",
-    help="Folder for detector and predictions. A run that was stopped goes on from there (at most ten minutes are lost).",
+    help="Folder for detector and predictions. A run that was stopped goes on from there (at most ten minutes are "
+    "lost).",
 )
 @device_option
 @workers_option

@@ -53,7 +53,8 @@ if TYPE_CHECKING:
 @click.option(
     "--leave-one-out",
     is_flag=True,
-    help="A monitor, not comparable with kNN figures: within --val (without it --data), each photo judged by all the others.",
+    help="A monitor, not comparable with kNN figures: within --val (without it --data), each photo judged by all "
+    "the others.",
 )
 def knn(
     checkpoint: Path,

@@ -42,12 +42,14 @@ def _all_finite(ctx: click.Context, param: click.Parameter, values: tuple[float,
     type=click.Choice(["fast", *_PROTOCOLS]),
     default="fast",
     show_default=True,
-    help="fast: logistic regression on features of one centre crop, to compare networks with each other. The others: published ones, SGD on random crops.",
+    help="fast: logistic regression on features of one centre crop, to compare networks with each other. The "
+    "others: published ones, SGD on random crops.",
 )
 @click.option(
     "--batch-size",
     type=click.IntRange(min=1),
-    help=f"Of all processes together; the rate is scaled linearly. Default: the protocol's. Of `fast`: photos a pass of the network ({_PASS}).",
+    help="Of all processes together; the rate is scaled linearly. Default: the protocol's. Of `fast`: photos a "
+    f"pass of the network ({_PASS}).",
 )
 @click.option("--epochs", type=click.IntRange(min=1), help="Default: the protocol's. Steps of its rate move with it.")
 @click.option(
@@ -56,7 +58,8 @@ def _all_finite(ctx: click.Context, param: click.Parameter, values: tuple[float,
     type=click.FloatRange(min=0, min_open=True),
     multiple=True,
     callback=_all_finite,
-    help="Rate per 256 photos. May be repeated: all are trained at once, the first is the headline. Default: the protocol's.",
+    help="Rate per 256 photos. May be repeated: all are trained at once, the first is the headline. Default: the "
+    "protocol's.",
 )
 @click.option(
     "--weight-decay",
@@ -82,7 +85,8 @@ def _all_finite(ctx: click.Context, param: click.Parameter, values: tuple[float,
     "--cached-epochs",
     type=click.IntRange(min=1),
     metavar="N",
-    help="Keep the features of the views of N epochs (float32, on the host) and go round them. Default: fresh views every epoch.",
+    help="Keep the features of the views of N epochs (float32, on the host) and go round them. Default: fresh views "
+    "every epoch.",
 )
 def linear(
     checkpoint: Path,
@@ -203,14 +207,16 @@ def _line(record: dict[str, Any], size: int) -> str:
     changed = f"; not as published: {', '.join(record['changed'])}" if record["changed"] else ""
     photos = counted(record["val_samples"], "photo")
     lines = [
-        f"linear probe, {record['protocol']} ({record['optimizer'].upper()}, lr {record['lr']:g} per 256, batch {record['batch_size']}, "
+        f"linear probe, {record['protocol']} ({record['optimizer'].upper()}, lr {record['lr']:g} per 256, "
+        f"batch {record['batch_size']}, "
         f"{counted(record['epochs'], 'epoch')}{changed}): {top()} of {photos}, {counted(record['classes'], 'class')}, "
         f"{counted(record['train_samples'], 'photo')} to learn from, {size} px",
         f"  best epoch ({record['best_epoch']}), chosen on the {record['chosen_on']}: {top('best_')}",
     ]
     if len(record["grid"]) > 1:
         lines.append(
-            f"  best of {len(record['grid'])} (lr {record['chosen_lr']:g}, weight decay {record['chosen_weight_decay']:g}), "
+            f"  best of {len(record['grid'])} (lr {record['chosen_lr']:g}, weight decay "
+            f"{record['chosen_weight_decay']:g}), "
             f"chosen on the {record['chosen_on']}: {top('chosen_')}"
             + (
                 "; its rate is an end of the grid: better ones may lie beyond (--lr)"

@@ -28,7 +28,8 @@ FEW, EPOCHS_FEW, EPOCHS_MORE = 0.05, 60, 30
     "list_path",
     type=SomePath(),
     metavar="FILE",
-    help="Instead of a draw: the photos that keep their label, one a line, as SimCLR or SSLight publish them, or positions in --data.",
+    help="Instead of a draw: the photos that keep their label, one a line, as SimCLR or SSLight publish them, or "
+    "positions in --data.",
 )
 @click.option(
     "--photos",

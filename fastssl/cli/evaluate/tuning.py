@@ -65,7 +65,8 @@ head_option = click.option(
     type=click.Choice(["linear", "dino"]),
     default="linear",
     show_default=True,
-    help="What stands on the backbone: a new linear layer; or the hidden layers of the run's DINO head, then a new linear layer.",
+    help="What stands on the backbone: a new linear layer; or the hidden layers of the run's DINO head, then a new "
+    "linear layer.",
 )
 
 

@@ -144,7 +144,8 @@ def require_same_categories(train: DetectionSet, val: DetectionSet) -> None:
     differ = sorted(set(train.categories.items()) ^ set(val.categories.items()))
     identity, name = differ[0]
     raise DetectionError(
-        f"{train.name} and {val.name} have other categories ({len(train.categories)} and {len(val.categories)}; first difference: id {identity}, {name!r}): "
+        f"{train.name} and {val.name} have other categories ({len(train.categories)} and "
+        f"{len(val.categories)}; first difference: id {identity}, {name!r}): "
         "a detector can only be judged on what it was taught"
     )
 
@@ -284,7 +285,8 @@ class _Reader:
                 raise self.error(f"{place}: 'segmentation' has no 'size' and 'counts'")
             if found["size"] != [image["height"], image["width"]]:
                 raise self.error(
-                    f"{place}: 'segmentation' has the size {found['size']}, its picture {[image['height'], image['width']]}"
+                    f"{place}: 'segmentation' has the size {found['size']}, its picture "
+                    f"{[image['height'], image['width']]}"
                 )
             self.run_lengths(found["counts"], image["height"] * image["width"], place)
             return {"size": found["size"], "counts": found["counts"]}
@@ -308,7 +310,8 @@ class _Reader:
         numbers = lengths is not None and all(type(length) is int and length >= 0 for length in lengths)
         if not numbers or sum(lengths) != pixels:
             raise self.error(
-                f"{place}: the 'counts' of its 'segmentation' are no run lengths of {pixels:,} pixels in all, as many as its picture has"
+                f"{place}: the 'counts' of its 'segmentation' are no run lengths of {pixels:,} pixels in all, "
+                "as many as its picture has"
             )
 
     def crowd(self, row: dict, place: str) -> bool:

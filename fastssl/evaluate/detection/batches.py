@@ -192,7 +192,8 @@ def read_picture(picture: Picture) -> np.ndarray:
         ) from error
     if (found.height, found.width) != (picture.height, picture.width):
         raise DetectionError(
-            f"{picture.path}: has {found.height}x{found.width} pixels (upright), its annotation says {picture.height}x{picture.width}: "
+            f"{picture.path}: has {found.height}x{found.width} pixels (upright), its annotation says "
+            f"{picture.height}x{picture.width}: "
             "are these the pictures that were annotated?"
         )
     # The bytes belong to nobody else, and torch wants memory that it may write to.

@@ -242,7 +242,8 @@ class _Checkpoint:
             )
         if found := differences(self.config, state["config"]):
             raise DetectionError(
-                f"{self.path} belongs to a run with other settings ({'; '.join(found[:3])}): choose another --out, or remove it"
+                f"{self.path} belongs to a run with other settings ({'; '.join(found[:3])}): choose another "
+                "--out, or remove it"
             )
         try:
             found = self._position(state)
