@@ -37,7 +37,9 @@ class Stalled(FastSSLError):
 
 
 class WorkerError(FastSSLError):
-    """A thread met what it was not made for: no memory, or a bug of ours. Its cause is the error that the thread met."""
+    """A thread met what it was not made for: no memory, or a bug of ours. Its cause is the error that
+    the thread met.
+    """
 
 
 class Interrupted(FastSSLError):

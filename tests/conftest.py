@@ -67,7 +67,9 @@ def jpeg_bytes(rgb: np.ndarray, quality: int = 90, **options: object) -> bytes:
 
 @pytest.fixture(scope="session")
 def photo_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An image folder: 3 classes x 16 photos of several sizes. The classes differ in colour, so they can be told apart."""
+    """An image folder: 3 classes x 16 photos of several sizes. The classes differ in colour, so they can be told
+    apart.
+    """
     root = tmp_path_factory.mktemp("photos")
     sizes = [(48, 64), (64, 48), (56, 56), (50, 71)]
     for label, name in enumerate(("blue", "green", "red")):

@@ -17,13 +17,31 @@ FOLDERS = ("fastssl", "pipelines", "benchmarks")
 
 #: what runs or builds whatever its input says, under the last two parts of its name
 FORBIDDEN = {
-    *("pickle.load", "pickle.loads", "pickle.Unpickler", "cPickle.load", "dill.load", "dill.loads", "cloudpickle.load", "cloudpickle.loads"),
+    *(
+        "pickle.load",
+        "pickle.loads",
+        "pickle.Unpickler",
+        "cPickle.load",
+        "dill.load",
+        "dill.loads",
+        "cloudpickle.load",
+        "cloudpickle.loads",
+    ),
     *("joblib.load", "marshal.load", "marshal.loads", "shelve.open", "pandas.read_pickle", "pd.read_pickle"),
-    *("yaml.load_all", "yaml.full_load", "yaml.unsafe_load", "yaml.full_load_all", "yaml.unsafe_load_all", "yaml.UnsafeLoader", "yaml.FullLoader", "yaml.Loader"),
+    *(
+        "yaml.load_all",
+        "yaml.full_load",
+        "yaml.unsafe_load",
+        "yaml.full_load_all",
+        "yaml.unsafe_load_all",
+        "yaml.UnsafeLoader",
+        "yaml.FullLoader",
+        "yaml.Loader",
+    ),
     *("jit.load", "hub.load", "package.PackageImporter", "torch.PackageImporter", "hub.load_state_dict_from_url"),
     *("os.system", "os.popen", "subprocess.getoutput", "subprocess.getstatusoutput", "code.interact", "runpy.run_path"),
     *("shutil.unpack_archive", "builtins.eval", "builtins.exec"),
-}  # fmt: skip
+}
 #: built-in functions by their bare name
 BUILT_IN = {"eval", "exec", "compile", "__import__"}
 #: methods that write to where an archive says, whatever the object is called; ``extract`` is looked at by hand

@@ -1,7 +1,8 @@
 """What a whole run will cost on this machine, from less than a minute of measuring: time, memory, the largest batch,
 and what limits.
 
-    loader alone  ->  step at two or three batch sizes  ->  features for the probes  ->  loader and step together  ->  arithmetic (cost.py)
+    loader alone -> step at two or three batch sizes -> features for the probes -> loader and step together
+    -> arithmetic (cost.py)
 
 A step of the recipe's whole batch is run only where it is quick enough; else time and memory are taken as lines over
 the batch, and the estimate says so.

@@ -127,7 +127,9 @@ def measured_parts(records: Iterable[Record]) -> dict[tuple[str, str], Record]:
 
 
 def images_per_s(records: Sequence[Record]) -> Figure | str:
-    """Pairs and views a second of each part of each recipe, with its ceiling as a second bar. The axes are logarithmic."""
+    """Pairs and views a second of each part of each recipe, with its ceiling as a second bar. The axes are
+    logarithmic.
+    """
     parts = measured_parts(records)
     if not parts:
         return "no record of the loader, the views, the step or training has a rate"

@@ -18,7 +18,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer's forward pass: floating-point operations (two for a multiplication with its addition) and bytes moved."""
+    """One layer's forward pass: floating-point operations (two for a multiplication with its addition) and bytes
+    moved.
+    """
 
     flop: float
     bytes: float

@@ -3,7 +3,8 @@ worth after 5, 10 and 20 minutes?
 
     pip install -e '.[peers]'
     fastssl convert-imagenet train/ train.beton && fastssl convert-imagenet val/ val.beton
-    python -m fastssl.benchmarks.studies.beside_lightly train.beton val.beton --epochs 40 --out benchmarks/results/beside-lightly
+    python -m fastssl.benchmarks.studies.beside_lightly train.beton val.beton --epochs 40 \
+        --out benchmarks/results/beside-lightly
 
 lightly's SimCLR and MoCo are trained as the examples in its documentation train them (batch 256, SGD at 0.06, a queue
 of 4,096 keys, momentum 0.99), with its own transforms and losses and a DataLoader with one worker a core. fastssl runs

@@ -1,8 +1,10 @@
 """Do two processes make the run that one makes? The weights behind a whole run, and MoCo's loss curves with and without
 shuffle-BN.
 
-    weights    every method through the real loop and loader, in float64: the largest difference of any value behind the last step
-    curves     MoCo in float32: one process without BatchNorm groups, one with them, two with them; "noise" is the spread between seeds
+    weights    every method through the real loop and loader, in float64: the largest difference of any value
+               behind the last step
+    curves     MoCo in float32: one process without BatchNorm groups, one with them, two with them; "noise" is
+               the spread between seeds
 
 Two processes are started by torchrun over gloo on this machine. Written are ``processes.json`` with everything, and
 ``processes.md``, the tables.
@@ -175,7 +177,9 @@ def run_under_torchrun(jobs: Iterable[Job], data: Path, processes: int = 2) -> l
 
 
 def difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
-    """The largest absolute difference of two states' values; infinite where whole numbers (counters, pointers) differ."""
+    """The largest absolute difference of two states' values; infinite where whole numbers (counters, pointers)
+    differ.
+    """
     found = 0.0
     for name, value in one.items():
         apart = (value.double() - other[name].double()).abs().max().item() if value.numel() else 0.0

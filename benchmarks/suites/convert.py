@@ -68,7 +68,9 @@ class Convert:
 
 
 class BareCopy:
-    """A plain copy of the photos' bytes into one file, brought to the disk once at the end: no look at them, no tables."""
+    """A plain copy of the photos' bytes into one file, brought to the disk once at the end: no look at them, no
+    tables.
+    """
 
     def __init__(self, listing: Listing, chosen: Sequence[int], folder: Path):
         self.listing, self.chosen, self.folder = listing, chosen, folder

@@ -3,8 +3,10 @@ as views.
 
 Three records for each setting:
 
-``decode``      the engine with its device stage left out, beside a bare loop over the same JPEGs with the same binding on as many threads
-``host cost``   processor time a picture for one view, for two, and for two global and six local views, when crops run on the device
+``decode``      the engine with its device stage left out, beside a bare loop over the same JPEGs with the same
+                binding on as many threads
+``host cost``   processor time a picture for one view, for two, and for two global and six local views, when
+                crops run on the device
 ``views``       a whole ``ViewLoader``: decode, crop, colour, on the device; beside what the bare loop could have fed
 """
 

@@ -41,7 +41,8 @@ def export(
     \b
     timm         DST.safetensors, DST.pth: timm.create_model(NAME, num_classes=0, checkpoint_path=DST)
                  any other DST: a folder as on the Hugging Face hub: timm.create_model("local-dir:DST", pretrained=True)
-    torchvision  DST.pth, DST.safetensors: torchvision's names. Put an Identity where the network makes classes, then load strictly:
+    torchvision  DST.pth, DST.safetensors: torchvision's names. Put an Identity where the network makes classes,
+                 then load strictly:
                  net.fc (resnet18, 34, 50), net.classifier[3] (mobilenet_v3_large, mobilenet_v3_small),
                  net.classifier[1] (mobilenet_v2, efficientnet_b0, b1)
     safetensors  DST.safetensors: plain tensors under timm's names

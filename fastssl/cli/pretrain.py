@@ -75,7 +75,7 @@ def pretrain(
     fastssl pretrain --data photos/                                   # yours: a folder, a tar or a .beton file
     fastssl pretrain --arch resnet18 --data photos/ --epochs 100
     fastssl pretrain --arch mobilenetv2 --recipe dino-mobilenetv2-sslight --data photos.beton
-    torchrun --nproc-per-node 8 -m fastssl pretrain --arch ...        # several GPUs: the same command, the batch shared out
+    torchrun --nproc-per-node 8 -m fastssl pretrain --arch ...        # several GPUs, the batch shared out
 
     Ctrl-C, SIGTERM, SIGUSR1 and SIGHUP save and stop, with status 130. The same command goes on from there, and after
     any other end from the newest checkpoint.

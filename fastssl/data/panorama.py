@@ -1,6 +1,7 @@
 """Perspective views of a 360-degree panorama: what a camera that stands in it would see.
 
-    pixel grid -> rays of the field of view -> roll, pitch, yaw -> longitude, latitude -> bilinear look-up in linear light
+    pixel grid -> rays of the field of view -> roll, pitch, yaw -> longitude, latitude
+    -> bilinear look-up in linear light
     -> mean over 2 x 2 rays a pixel -> exposure, white balance, saturation -> gamma, contrast
 
 The geometry is the pinhole camera's; the panorama is equirectangular (width: longitude, height: latitude, 90 degrees at

@@ -1,12 +1,12 @@
 """Processes that depend on each other watch over each other: one that dies, stands still or fails ends the others soon,
 and they say why.
 
-    each process    writes a sign of life into the store every two seconds, and looks at its right neighbour's (a ring: four small messages a look, however many
-                    processes there are) and at the one key ``failure``
+    each process    writes a sign of life into the store every two seconds, and looks at its right neighbour's (a ring:
+                    four small messages a look, however many processes there are) and at the one key ``failure``
     its failure     is written there before it leaves; the first one stays
-    a killed one    is noticed by its neighbour within a look: the kernel ends the connection that the neighbour holds to it
-    a silent one    is given up after ``silent_s`` where nothing answers at its address; after ten times that where its kernel still does: it is stopped, or waits
-                    for a disk with the interpreter's lock in its hand, which may pass
+    a killed one    is noticed by its neighbour within a look: the kernel ends the connection that it holds to it
+    a silent one    is given up after ``silent_s`` where nothing answers at its address; after ten times that where its
+                    kernel still does: it is stopped, or waits for a disk holding the interpreter's lock, which may pass
 
 No clocks of two machines are compared, and the time in which a watcher itself stood still does not count. A process
 that learns of a failure has ``leave_s`` seconds to leave by itself (over gloo its collective fails at once). Then it is

@@ -1,7 +1,8 @@
 """Who this process is among those that train together, as the launcher's environment says.
 
-    torchrun --nproc-per-node 8 -m fastssl pretrain ...        sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT
-    srun --ntasks 16 fastssl pretrain ...                      sets SLURM_PROCID, SLURM_STEP_NUM_TASKS, SLURM_LOCALID, SLURM_STEP_NODELIST
+    torchrun --nproc-per-node 8 -m fastssl pretrain ...   sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT
+    srun --ntasks 16 fastssl pretrain ...                 sets SLURM_PROCID, SLURM_STEP_NUM_TASKS, SLURM_LOCALID,
+                                                          SLURM_STEP_NODELIST
     fastssl pretrain ...                                       neither: one process
 
 Loads no torch, which takes seconds: a command can say that it has begun before it does.

@@ -1,4 +1,6 @@
-"""Features of training views, batch by batch: fresh views every epoch, or those of a few epochs, kept and gone round."""
+"""Features of training views, batch by batch: fresh views every epoch, or those of a few epochs, kept
+and gone round.
+"""
 
 from __future__ import annotations
 

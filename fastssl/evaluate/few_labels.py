@@ -4,8 +4,8 @@ A *draw* takes the same share of every class and is a pure function of (labels, 
 with one photo a line, in one of three forms:
 
     734                                              position in the .beton file
-    n01440764_10026.JPEG                             file name (SimCLR, arXiv 2002.05709, section A: 1 % and 10 % of ImageNet)
-    1812,1,n01443537,n01443537_18335.JPEG            position, class number, class name, file name (SSLight, arXiv 2210.02808)
+    n01440764_10026.JPEG                     file name (SimCLR, arXiv 2002.05709, section A: 1 % and 10 % of ImageNet)
+    1812,1,n01443537,n01443537_18335.JPEG    position, class number, class name, file name (SSLight, arXiv 2210.02808)
 
 SSLight counts positions from 0 in the order of an image folder (by class, then by file name), which is the order of a
 ``.beton`` file that was made from a folder and rejected nothing. A ``.beton`` file holds no file names: they are had by

@@ -1,6 +1,7 @@
 """Fine-tuning: a new classifier on a backbone, both trained with labels, judged after every epoch.
 
-    photo -> random resized crop (0.08 to 1 of its area, bicubic), flip -> backbone in training mode -> [half of a DINO head] -> Linear -> cross-entropy
+    photo -> random resized crop (0.08 to 1 of its area, bicubic), flip -> backbone in training mode
+    -> [half of a DINO head] -> Linear -> cross-entropy
     photo to be judged on -> bicubic centre crop (224 of 256) -> the same in evaluation mode
 
 It is what the semi-supervised figures (1 % and 10 % of the labels) and the transfer to another data set are measured
@@ -71,7 +72,9 @@ class FinetuneConfig:
             )
 
     def lr(self, epoch: int) -> float:
-        """The backbone's rate in ``epoch`` (0 .. epochs; at ``epochs``, one past the last, the schedule has arrived)."""
+        """The backbone's rate in ``epoch`` (0 .. epochs; at ``epochs``, one past the last, the schedule
+        has arrived).
+        """
         optim = self.optim
         schedule = {
             "peak": optim.peak_lr(self.batch_size),
@@ -243,7 +246,9 @@ class _Tuner:
     def epoch(
         self, loader: ViewLoader, epoch: int, lr: float, progress: Callable[[int], None] | None
     ) -> tuple[float, float]:
-        """One pass over the labelled photos: (mean loss, share right). The device's numbers are read once, at its end."""
+        """One pass over the labelled photos: (mean loss, share right). The device's numbers are read once, at its
+        end.
+        """
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_factor"]
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)

@@ -1,7 +1,7 @@
 """The first part of a DINO run's head, which SSLight's fine-tuning keeps: everything before the last linear layer of
 its MLP.
 
-    Linear F-2048, BatchNorm, GELU, Linear 2048-2048, BatchNorm, GELU   | Linear 2048-256, unit length, cosines: left out
+    Linear F-2048, BatchNorm, GELU, Linear 2048-2048, BatchNorm, GELU | Linear 2048-256, unit length, cosines: left out
 
 Source: Tan et al., arXiv 2210.02808, and their public code.
 """

@@ -59,7 +59,9 @@ class KnnResult:
 def knn_accuracy(
     train: Features, val: Features, *, k: int = 20, temperature: float = 0.07, device: str | torch.device = "cpu"
 ) -> KnnResult:
-    """Accuracy on ``val`` of the weighted kNN vote of ``train``. For the arguments and errors see ``knn_accuracies``."""
+    """Accuracy on ``val`` of the weighted kNN vote of ``train``. For the arguments and errors see
+    ``knn_accuracies``.
+    """
     return knn_accuracies(train, val, ks=[k], temperature=temperature, device=device)[0]
 
 

@@ -5,7 +5,8 @@ Sources: Chen et al., "A Simple Framework for Contrastive Learning of Visual Rep
 sample as its positive, with l the products of embeddings over tau, the negatives are both global views of all OTHER
 samples, with smoothing mass a and a weighting w over ranks:
 
-    loss = log(exp(l+) + sum_j exp(l_j)) - (1 - a) l+ - a sum_r w_r l_(r)          l_(r): the r-th largest l_j, ties to the lowest column
+    loss = log(exp(l+) + sum_j exp(l_j)) - (1 - a) l+ - a sum_r w_r l_(r)
+    l_(r): the r-th largest l_j, ties to the lowest column
 
 The negatives do not depend on g, so each anchor has one logsumexp and one search for the nearest for both its
 positives.

@@ -11,16 +11,18 @@ With scores S of N samples (of all ranks) and K prototypes, the textbook form, w
 
 What is computed here is the same with fewer steps:
 
-* Every constant cancels. The total and the N of one round are common to all of Q, so the next division by the prototypes' sums removes
-  them; the K of a round is removed by its division by the samples' sums, and the last N by the final product. What is left are the two divisions by
-  sums, and only the prototypes' sums go over all samples.
-* The exponentials need a shift lest they overflow. A shift c_k of prototype k's scores, the same for all samples of all ranks, multiplies that
-  prototype's share by exp(-c_k / epsilon), and the first division by its sum removes it: the result does not change, at any number of rounds.
-  A shift of one sample's scores would not do: it weighs that sample in the first sums of the prototypes, and a finite number of rounds remembers it.
-  Nor would each rank's own maximum, which is a shift of that rank's samples.
-* So c_k is the mean over ranks of the rank's largest score of prototype k, which takes nothing but a sum over ranks (the one that the total would have taken).
-  On one rank it is the maximum: no exponential exceeds 1, and that of the nearest sample is 1. On several, one rank's maximum is at least their mean, so
-  no prototype's sum is below 1, and an exponential overflows only if the ranks' maxima of a prototype lie 88 epsilon apart: 4.4 where cosines have 2.
+* Every constant cancels. The total and the N of one round are common to all of Q, so the next division by the
+  prototypes' sums removes them; the K of a round is removed by its division by the samples' sums, and the last N by the
+  final product. What is left are the two divisions by sums, and only the prototypes' sums go over all samples.
+* The exponentials need a shift lest they overflow. A shift c_k of prototype k's scores, the same for all samples of all
+  ranks, multiplies that prototype's share by exp(-c_k / epsilon), and the first division by its sum removes it: the
+  result does not change, at any number of rounds. A shift of one sample's scores would not do: it weighs that sample in
+  the first sums of the prototypes, and a finite number of rounds remembers it. Nor would each rank's own maximum, which
+  is a shift of that rank's samples.
+* So c_k is the mean over ranks of the rank's largest score of prototype k, which takes nothing but a sum over ranks
+  (the one that the total would have taken). On one rank it is the maximum: no exponential exceeds 1, and that of the
+  nearest sample is 1. On several, one rank's maximum is at least their mean, so no prototype's sum is below 1, and an
+  exponential overflows only if the ranks' maxima of a prototype lie 88 epsilon apart: 4.4 where cosines have 2.
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
 Source of the formulas: Lin et al., "Establishing a Stronger Baseline for Lightweight Contrastive Models", arXiv
 2212.07158. With l+ = q.k+ / tau, l_j = q.n_j / tau, smoothing mass a and a weighting w over ranks that sums to one:
 
-    loss = logsumexp([l+, l_1..l_K]) - (1 - a) l+ - a sum_r w_r l_(r)           l_(r): the r-th largest l_j, ties to the lowest j
+    loss = logsumexp([l+, l_1..l_K]) - (1 - a) l+ - a sum_r w_r l_(r)
+    l_(r): the r-th largest l_j, ties to the lowest j
     dloss/dq = (softmax([l+, l]) @ [k+; queue] - (1 - a) k+ - a sum_r w_r n_(r)) / tau
 
 Both need the queue once. It is read in tiles with a running maximum, a running sum and a running softmax-weighted sum

@@ -4,7 +4,8 @@ Sources: Caron et al., "Emerging Properties in Self-Supervised Vision Transforme
 "Unsupervised Learning of Visual Features by Contrasting Cluster Assignments" (SwAV), arXiv 2006.09882. With p_t a
 target of one sample, z_v the logits of view v of it and tau the temperature,
 
-    pair(t, v)        = - sum_k p_t[k] log softmax(z_v / tau)[k] = logsumexp(z_v / tau) - sum_k p_t[k] z_v[k] / tau      as p_t sums to one
+    pair(t, v)        = - sum_k p_t[k] log softmax(z_v / tau)[k] = logsumexp(z_v / tau) - sum_k p_t[k] z_v[k] / tau
+                        as p_t sums to one
     d pair(t, v)/d z_v = (softmax(z_v / tau) - p_t) / tau
 
 Neither needs the log-probabilities of more than one view at a time, and the gradient needs of the softmax only its

@@ -5,7 +5,8 @@ multi-crop as in SSLight (arXiv 2210.02808).
 
     symmetric (light-moco)    keys of both global views; the loss is the SUM of both keys' terms
     otherwise (SSLight)       keys of global view 1 alone
-    term of key g             reduce( nce(q_g', k_g, queue), mean over local views of nce(q_v, k_g, queue) )        g' the other global view
+    term of key g             reduce( nce(q_g', k_g, queue), mean over local views of nce(q_v, k_g, queue) )
+                              g' the other global view
     after the step            key <- m * key + (1 - m) * query;  the keys enter the queue
 
 Both global views go through the query network in one pass: the light-moco views are drawn from one distribution, so
@@ -205,7 +206,9 @@ class MoCo(Method):
         return (self.keys(images[0][: self.teacher_views * self.views.batch_size], noise["permutation"]),)
 
     def forward(self, images: Sequence[Tensor], targets: tuple[Tensor, ...], rates: Rates) -> StepOutput:
-        """The loss against the queue as it stands: all views are queries, or all but the one that the key is made of."""
+        """The loss against the queue as it stands: all views are queries, or all but the one that the
+        key is made of.
+        """
         smoothing, (keys,) = rates.get("smoothing", 0.0), targets
         size = len(keys) // self.key_views
         hidden = self.hidden_views * size

@@ -3,7 +3,8 @@
 Sources: Chen et al., "A Simple Framework for Contrastive Learning of Visual Representations", arXiv 2002.05709; the
 smoothing is light-moco's (arXiv 2212.07158), local views are paired as in SSLight (arXiv 2210.02808).
 
-    pair(g, v) = nce of view v's embedding: positive is global view g of the same photo, negatives are both global views of all others       g != v
+    pair(g, v) = nce of view v's embedding: positive is global view g of the same photo, negatives are both global
+                 views of all others       g != v
 """
 
 from __future__ import annotations

@@ -132,7 +132,9 @@ class SwAV(Method):
         return self.student.projector.prototypes
 
     def rates(self, step: int, run: RunLength) -> dict[str, float | bool]:
-        """``frozen``: the prototypes stand still. ``fill``: the batch enters the queue. ``queue``: it is full and used."""
+        """``frozen``: the prototypes stand still. ``fill``: the batch enters the queue. ``queue``: it is full and
+        used.
+        """
         since = step - self.config.queue_epoch * run.steps_per_epoch
         return {
             "frozen": run.epoch(step) < self.config.freeze_epochs,

@@ -146,7 +146,9 @@ def create_backbone(
 
 
 def resizes_positions(arch: str) -> bool:
-    """Whether the network is made with ``dynamic_img_size``: timm's vision transformers take only one size without it."""
+    """Whether the network is made with ``dynamic_img_size``: timm's vision transformers take only one size without
+    it.
+    """
     return arch.startswith(("vit_", "deit"))
 
 

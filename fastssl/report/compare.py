@@ -84,9 +84,23 @@ FIGURES: dict[str, Callable[[Record], list[Figure]]] = {
 
 #: What may differ between two figures of one name: where it does among the records compared, it goes into the name.
 SETTINGS = (
-    "size", "crop", "reestimate_bn", "epochs", "batch_size", "lr", "weight_decay", "cached_epochs", "chosen_on", "optimizer", "head_lr_factor",
-    "list", "seed", "levels", "test_side", "short_sides",
-)  # fmt: skip
+    "size",
+    "crop",
+    "reestimate_bn",
+    "epochs",
+    "batch_size",
+    "lr",
+    "weight_decay",
+    "cached_epochs",
+    "chosen_on",
+    "optimizer",
+    "head_lr_factor",
+    "list",
+    "seed",
+    "levels",
+    "test_side",
+    "short_sides",
+)
 
 
 def read_evaluations(paths: Iterable[str | Path]) -> list[Record]:
@@ -175,7 +189,9 @@ def _identity(record: Record) -> tuple[str, str, str]:
 
 
 def _row_names(records: Sequence[Record]) -> dict[tuple[str, str, str], tuple[str, str]]:
-    """What each network is called: by its file, and by its weights too where two files of one name hold different ones."""
+    """What each network is called: by its file, and by its weights too where two files of one name hold different
+    ones.
+    """
     known = list(dict.fromkeys(map(_identity, records)))
     called = Counter((file, network) for file, network, _ in known)
     return {

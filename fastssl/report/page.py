@@ -342,37 +342,52 @@ def _curves(run: RunRecord) -> str:
     charts = [
         line_chart(
             [Series("loss", step("loss")), Series("KL to the target", step("kl"))],
-            title="Loss", x_label="epoch", y_label="nats",
+            title="Loss",
+            x_label="epoch",
+            y_label="nats",
         ),
         line_chart(
             [Series("kNN", probe("knn"))],
             title="Online kNN accuracy (dashed: the final probe's marks)" if marks else "Online kNN accuracy",
-            x_label="epoch", y_label="percent", marks=marks,
+            x_label="epoch",
+            y_label="percent",
+            marks=marks,
         ),
         line_chart(
             [Series("features", probe("feature_std")), Series("embedding", step("embedding_std"))],
-            title="Feature spread (1: even over the sphere, 0: collapsed)", x_label="epoch", y_label="std x sqrt(D)",
+            title="Feature spread (1: even over the sphere, 0: collapsed)",
+            x_label="epoch",
+            y_label="std x sqrt(D)",
             y_range=(0.0, None),
         ),
         line_chart(
             [Series("effective rank", probe("effective_rank"))],
-            title="Effective rank (directions in use)", x_label="epoch", y_label="directions", y_range=(0.0, None),
+            title="Effective rank (directions in use)",
+            x_label="epoch",
+            y_label="directions",
+            y_range=(0.0, None),
         ),
         line_chart(
             [Series("alignment", step("alignment"))],
-            title="Alignment (distance of two views, 0: equal)", x_label="epoch", y_label="squared distance",
+            title="Alignment (distance of two views, 0: equal)",
+            x_label="epoch",
+            y_label="squared distance",
             y_range=(0.0, None),
         ),
         line_chart(
             [Series("target entropy", step("target_entropy"))],
-            title="Entropy of the target (1: says nothing, 0: always sure)", x_label="epoch", y_label="share of ln K",
+            title="Entropy of the target (1: says nothing, 0: always sure)",
+            x_label="epoch",
+            y_label="share of ln K",
             y_range=(0.0, 1.0),
         ),
         line_chart(
             [Series("uniformity", probe("uniformity"))],
-            title="Uniformity (0: collapsed, -4: evenly spread)", x_label="epoch", y_label="log mean exp",
+            title="Uniformity (0: collapsed, -4: evenly spread)",
+            x_label="epoch",
+            y_label="log mean exp",
         ),
-    ]  # fmt: skip
+    ]
     charts = [chart for chart in charts if chart]
     if not charts:
         return '<section><h2>Curves</h2><p class="small">No finite values were logged yet.</p></section>'

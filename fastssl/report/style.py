@@ -34,8 +34,10 @@ section { margin-top: 44px; }
 .verdict.good { border-color: var(--good); } .verdict.good b { color: var(--good); }
 .verdict.bad { border-color: var(--bad); } .verdict.bad b { color: var(--bad); }
 .small { color: var(--quiet); font-size: 14px; max-width: 60em; }
-.notice { background: var(--note); border: 1px solid var(--note-edge); border-radius: 8px; padding: 10px 14px; font-size: 15px; }
-.facts { display: flex; flex-wrap: wrap; gap: 12px 36px; margin: 22px 0 0; padding: 16px 0; border-top: 1px solid var(--edge);
+.notice { background: var(--note); border: 1px solid var(--note-edge);
+  border-radius: 8px; padding: 10px 14px; font-size: 15px; }
+.facts { display: flex; flex-wrap: wrap; gap: 12px 36px; margin: 22px 0 0;
+  padding: 16px 0; border-top: 1px solid var(--edge);
   border-bottom: 1px solid var(--edge); }
 .facts dt { color: var(--quiet); font-size: 13px; }
 .facts dd { margin: 0; font-weight: 600; }
@@ -56,18 +58,22 @@ td b { font-weight: 500; }
 .yes { color: var(--good); font-weight: 600; }
 .no { color: var(--bad); font-weight: 600; }
 .none { color: var(--quiet); }
-.card { background: var(--card); border: 1px solid var(--edge); border-radius: 10px; padding: 16px 20px; margin-top: 16px; }
+.card { background: var(--card); border: 1px solid var(--edge);
+  border-radius: 10px; padding: 16px 20px; margin-top: 16px; }
 .card p:last-child { margin-bottom: 0; }
-pre { background: var(--grid); border-radius: 8px; padding: 12px 14px; margin: 0 0 12px; overflow-x: auto; font-size: 13.5px;
+pre { background: var(--grid); border-radius: 8px; padding: 12px 14px;
+  margin: 0 0 12px; overflow-x: auto; font-size: 13.5px;
   line-height: 1.5; }
 code { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(420px, 100%), 1fr)); gap: 18px; }
-.chart { margin: 0; background: var(--card); border: 1px solid var(--edge); border-radius: 10px; padding: 14px 16px 8px; display: flex;
+.chart { margin: 0; background: var(--card); border: 1px solid var(--edge);
+  border-radius: 10px; padding: 14px 16px 8px; display: flex;
   flex-direction: column; }
 .chart figcaption { font-weight: 600; font-size: 15px; margin-bottom: 4px; line-height: 1.35; }
 .chart svg { width: 100%; height: auto; display: block; margin-top: auto; }
 .legend { display: flex; gap: 18px; font-size: 13px; color: var(--quiet); }
-.legend i { display: inline-block; width: 14px; height: 3px; border-radius: 2px; margin-right: 6px; vertical-align: middle;
+.legend i { display: inline-block; width: 14px; height: 3px; border-radius: 2px;
+  margin-right: 6px; vertical-align: middle;
   background: var(--c); }
 .s1 { --c: var(--series-1); } .s2 { --c: var(--series-2); } .s3 { --c: var(--series-3); }
 .s4 { --c: var(--series-4); } .s5 { --c: var(--series-5); }

@@ -2,11 +2,12 @@
 
 A run's ``checkpoints/`` holds::
 
-    step-00012000.pt, ...       the run (all networks, queue or centre, optimiser, position) as it was; the newest few are kept
+    step-00012000.pt, ...       the run (all networks, queue or centre, optimiser, position); the newest few are kept
     last.pt                     the newest of them: a second name of the same file
     last.safetensors            the backbone alone, for ``fastssl.load_backbone``
     last-teacher.safetensors    the teacher's, where the method has one
-    epoch-0050.pt, ...          milestones, where the recipe asks for them, with ``epoch-0050.safetensors`` (and ``-teacher``): never deleted
+    epoch-0050.pt, ...          milestones, where the recipe asks for them, with ``epoch-0050.safetensors`` (and
+                                ``-teacher``): never deleted
 
 Because the order of samples and every view are functions of (seed, epoch, sample), the position (epoch, step) is all
 that has to be stored of the data side.

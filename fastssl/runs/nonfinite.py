@@ -1,4 +1,6 @@
-"""The batch of a step whose loss is not finite, kept for a look: what the network was given, exactly, and as a picture."""
+"""The batch of a step whose loss is not finite, kept for a look: what the network was given, exactly, and as a
+picture.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""When a run is saved, and what becomes of it while the disk does not take it. Only the first process of a run has one."""
+"""When a run is saved, and what becomes of it while the disk does not take it. Only the first process of a run has
+one.
+"""
 
 from __future__ import annotations
 

@@ -245,8 +245,8 @@ class TrainStep:
                 normalised.
 
         Returns:
-            the method's metrics, (len(method.METRICS),) float32 on the device. With ``train.graph`` the next step writes
-            over them.
+            the method's metrics, (len(method.METRICS),) float32 on the device. With ``train.graph`` the next step
+            writes over them.
 
         Raises:
             ValueError: the views are not in channels-last memory, or not those of one batch.

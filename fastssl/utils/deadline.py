@@ -133,7 +133,9 @@ class Patience:
         self.given_up = _given_up = True
 
     def require_threads(self) -> None:
-        """``FastSSLError`` where threads were given up: they may still write into buffers that a new epoch would use."""
+        """``FastSSLError`` where threads were given up: they may still write into buffers that a new
+        epoch would use.
+        """
         if self.given_up:
             raise FastSSLError(f"{self.path}: threads of this loader still wait for the disk; open a new ViewLoader")
 

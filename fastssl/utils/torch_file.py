@@ -11,9 +11,20 @@ from fastssl.errors import FastSSLError
 
 #: what ``torch.load(weights_only=True)`` raises at files that are damaged, or that ``torch.save`` did not write
 UNREADABLE = (
-    pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError, AssertionError, OverflowError,
-    struct.error, OSError, MemoryError,
-)  # fmt: skip
+    pickle.UnpicklingError,
+    RuntimeError,
+    EOFError,
+    ValueError,
+    KeyError,
+    IndexError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    OverflowError,
+    struct.error,
+    OSError,
+    MemoryError,
+)
 
 
 def require_stored_as_is(path: Path) -> None:

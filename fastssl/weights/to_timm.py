@@ -20,9 +20,20 @@ from fastssl.weights.staging import save_tensors
 
 #: Of timm's entry for the architecture: what is said there about weights that others trained.
 _OF_OTHER_WEIGHTS = (
-    "tag", "license", "description", "origin_url", "paper_name", "paper_ids", "notes", "label_names", "label_descriptions", "label_offset",
-    "test_input_size", "test_crop_pct", "test_pool_size",
-)  # fmt: skip
+    "tag",
+    "license",
+    "description",
+    "origin_url",
+    "paper_name",
+    "paper_ids",
+    "notes",
+    "label_names",
+    "label_descriptions",
+    "label_offset",
+    "test_input_size",
+    "test_crop_pct",
+    "test_pool_size",
+)
 
 
 def write_file(backbone: nn.Module, arch: str, path: Path, about: dict[str, str]) -> float:

@@ -2,10 +2,12 @@
 
 It loads strictly into torchvision's network once the layer that makes classes is an Identity:
 
-    net = torchvision.models.mobilenet_v3_large(weights=None); net.classifier[3] = torch.nn.Identity()    # .._v3_small too
-    net = torchvision.models.efficientnet_b0(weights=None);    net.classifier[1] = torch.nn.Identity()    # efficientnet_b1 too
+    net = torchvision.models.mobilenet_v3_large(weights=None)  # mobilenet_v3_small too
+    net.classifier[3] = torch.nn.Identity()
+    net = torchvision.models.efficientnet_b0(weights=None)  # efficientnet_b1 too
+    net.classifier[1] = torch.nn.Identity()
     net = torchvision.models.mobilenet_v2(weights=None);       net.classifier[1] = torch.nn.Identity()
-    net = torchvision.models.resnet18(weights=None);           net.fc = torch.nn.Identity()               # resnet34, resnet50 too
+    net = torchvision.models.resnet18(weights=None);           net.fc = torch.nn.Identity()  # resnet34, resnet50 too
     net.load_state_dict(torch.load("mine.pth", weights_only=True), strict=True)
 """
 

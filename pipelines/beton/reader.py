@@ -346,7 +346,9 @@ class BetonReader:
 
     @property
     def classes(self) -> list[str] | None:
-        """The class names, label k being ``classes[k]``, from the side file; None without one or for unlabelled photos."""
+        """The class names, label k being ``classes[k]``, from the side file; None without one or for unlabelled
+        photos.
+        """
         side = read_side_file(self.path)
         if side is None:
             return None

@@ -261,10 +261,10 @@ def encode_photo(data: bytes, options: ConvertOptions) -> Encoded:
     """Turn the bytes of any picture file into what goes into the ``.beton``: a pure function of its arguments.
 
     * A JPEG in YCbCr or grey, upright and of fitting size, that decodes without complaint, is returned as it is.
-    * Scaling: Pillow's Lanczos filter (antialiased); a JPEG more than four times too large is first reduced by the decoder, in
-      the DCT, to no less than twice the size.
-    * EXIF orientation is applied. CMYK becomes RGB as Pillow does it. Transparency is laid over white. Of 16 bits the high 8
-      stay. Of an animation the first picture is taken.
+    * Scaling: Pillow's Lanczos filter (antialiased); a JPEG more than four times too large is first reduced by the
+      decoder, in the DCT, to no less than twice the size.
+    * EXIF orientation is applied. CMYK becomes RGB as Pillow does it. Transparency is laid over white. Of 16 bits the
+      high 8 stay. Of an animation the first picture is taken.
 
     Raises:
         JpegError, OSError, ValueError or whatever else a decoder raises for a damaged picture.
@@ -527,7 +527,9 @@ class _Conversion:
             self._journal.close()
 
     def _take_over(self) -> np.ndarray:
-        """Read what a stopped run left; the records of its samples, none when it cannot be continued (which is said)."""
+        """Read what a stopped run left; the records of its samples, none when it cannot be continued
+        (which is said).
+        """
         none = np.zeros(0, RECORD_DTYPE)
         try:
             lines = self.journal_path.read_bytes().split(b"\n")

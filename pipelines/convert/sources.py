@@ -161,7 +161,9 @@ def _list_folder(root: Path, step: Step) -> Listing:
 
 
 def _walk(root: Path, step: Step) -> Iterator[tuple[str, os.stat_result | str]]:
-    """Yield (path below root, stat or the reason why there is none) of every file; links are followed, loops are not."""
+    """Yield (path below root, stat or the reason why there is none) of every file; links are followed,
+    loops are not.
+    """
     seen: set[tuple[int, int]] = set()
     waiting = [""]
     while waiting:

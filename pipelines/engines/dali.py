@@ -118,7 +118,9 @@ class DaliEngine(Engine):
         return groups
 
     def _end_epoch(self, finished: bool) -> None:
-        """Bring the graph back to its beginning, or let go of it after an error: DALI's object is of no more use then."""
+        """Bring the graph back to its beginning, or let go of it after an error: DALI's object is of no more use
+        then.
+        """
         self._requests = iter(())
         for future in self._drawn:
             future.cancel()

@@ -196,7 +196,9 @@ class NativeEngine(Engine):
         return copy
 
     def _replace_bad(self, slot: _Slot, job: _Job) -> None:
-        """Give the place of every damaged sample to the nearest good one of the batch, which may be another process's."""
+        """Give the place of every damaged sample to the nearest good one of the batch, which may be another
+        process's.
+        """
         if not job.bad:
             return
         index = job.request.index

@@ -7,9 +7,9 @@ torchvision.transforms.v2 on float pictures in 0 .. 1, operation by operation, c
 Two drivers give the same numbers:
 
 * `augment_host` is a compiled loop over samples, which does what was drawn and nothing else (see `compiled.py`).
-* `augment_device` has no branch, no shape and no host value that depends on the plan: the same kernels for every batch, so it can be
-  captured in a CUDA graph or compiled. Hue has one place in each sample's order, so three blends, hue, three blends
-  hold all 24 orders; places that a sample does not need blend with factor one, which changes nothing.
+* `augment_device` has no branch, no shape and no host value that depends on the plan: the same kernels for every batch,
+  so it can be captured in a CUDA graph or compiled. Hue has one place in each sample's order, so three blends, hue,
+  three blends hold all 24 orders; places that a sample does not need blend with factor one, which changes nothing.
 """
 
 from __future__ import annotations

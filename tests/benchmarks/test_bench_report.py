@@ -205,8 +205,11 @@ def test_every_record_is_in_the_tables_with_its_figures(whole: Path) -> None:
         CEILINGS,
         *records_of("first", 100.0, host=GPU, device="cuda"),
     ]
-    rows = [row for row in rows_of((whole / "report.md").read_text()) if len(row) == len(COLUMNS) and row[0].split(":")[0] in
-            ("loader", "views", "step", "train", "ceilings")]  # fmt: skip
+    rows = [
+        row
+        for row in rows_of((whole / "report.md").read_text())
+        if len(row) == len(COLUMNS) and row[0].split(":")[0] in ("loader", "views", "step", "train", "ceilings")
+    ]
     assert len(rows) == len(records)
     for row, one in zip(rows, records):
         assert row[0].startswith(one.bench) and row[1] == (one.recipe or "")
@@ -342,8 +345,11 @@ def test_the_fastest_of_each_part_is_drawn() -> None:
         [*records, record("loader", "first", 1e6, pipeline="native", details={"part": "decode"})]
     )
     assert [(key, one.pair_per_s) for key, one in found.items()] == [
-        (("first", "loader"), 2 * 987.0 / 3), (("first", "views"), 765.0), (("first", "step"), 43.21), (("first", "train"), 34.56),
-    ]  # fmt: skip
+        (("first", "loader"), 2 * 987.0 / 3),
+        (("first", "views"), 765.0),
+        (("first", "step"), 43.21),
+        (("first", "train"), 34.56),
+    ]
     two = plots.measured_parts([*records, *records_of("first", device="cuda")])
     odd = record("step", "first", 1.0, details={"part": ["a list"]})
     assert plots.measured_parts([odd]) == {}

@@ -29,7 +29,8 @@ echo "$*" >>"{log}"
 out="${{@: -1}}"
 name="$(basename "$out" .jsonl)"
 echo "measuring $name" >&2
-"{python}" -S -c 'import os, fastssl.pipelines, fastssl.benchmarks, fastssl.recipes as r; print(os.path.realpath(r.__path__[0]))' >>"{log}.from" || exit 9
+"{python}" -S -c 'import os, fastssl.pipelines, fastssl.benchmarks, fastssl.recipes as r
+print(os.path.realpath(r.__path__[0]))' >>"{log}.from" || exit 9
 echo "{{\\"bench\\": \\"$name\\", \\"host\\": {{}}, \\"versions\\": {{}}}}" >"$out"
 case "$name" in {failing}) exit 3 ;; {hanging}) sleep 60 ;; esac
 """

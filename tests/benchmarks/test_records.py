@@ -14,9 +14,27 @@ from fastssl.benchmarks.harness.records import Record, read_records, write_recor
 from fastssl.errors import FastSSLError
 
 PUBLIC_FIELDS = [
-    "bench", "recipe", "arch", "pipeline", "device", "batch_size", "workers", "pair_per_s", "view_per_s", "median_s", "runs",
-    "ceiling", "ceiling_name", "fraction_of_ceiling", "bottleneck", "peer", "ratio_to_peer", "host", "versions", "git",
-]  # fmt: skip
+    "bench",
+    "recipe",
+    "arch",
+    "pipeline",
+    "device",
+    "batch_size",
+    "workers",
+    "pair_per_s",
+    "view_per_s",
+    "median_s",
+    "runs",
+    "ceiling",
+    "ceiling_name",
+    "fraction_of_ceiling",
+    "bottleneck",
+    "peer",
+    "ratio_to_peer",
+    "host",
+    "versions",
+    "git",
+]
 
 
 def test_a_line_has_the_public_fields_in_order_and_null_where_nothing_applies() -> None:

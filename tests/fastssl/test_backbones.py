@@ -79,7 +79,9 @@ RESIDUAL_BLOCKS = {
 
 @pytest.mark.parametrize("name", RESIDUAL_BLOCKS)
 def test_zero_init_residual_makes_every_residual_block_the_identity(name: str) -> None:
-    """Found without knowing timm's classes: a block is residual if its input comes out again when its branch is silent."""
+    """Found without knowing timm's classes: a block is residual if its input comes out again when its branch is
+    silent.
+    """
     backbone = create_backbone(name, zero_init_residual=True)
     untouched = create_backbone(name)
     blocks = [(block, twin) for block, twin in zip(backbone.modules(), untouched.modules()) if _is_residual(block)]

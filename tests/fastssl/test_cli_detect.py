@@ -1,4 +1,6 @@
-"""``fastssl evaluate detect``: the record, both formats, several processes, and one clear line for what cannot be done."""
+"""``fastssl evaluate detect``: the record, both formats, several processes, and one clear line for what cannot be
+done.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Pyramids over every kind of backbone: the right maps, the very tensors, and gradients in all layers that take part."""
+"""Pyramids over every kind of backbone: the right maps, the very tensors, and gradients in all layers
+that take part.
+"""
 
 from __future__ import annotations
 

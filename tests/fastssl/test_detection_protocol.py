@@ -1,4 +1,6 @@
-"""The whole way: a detector learns eight pictures by heart, and its figures are those of pycocotools on what it saved."""
+"""The whole way: a detector learns eight pictures by heart, and its figures are those of pycocotools on what it
+saved.
+"""
 
 from __future__ import annotations
 

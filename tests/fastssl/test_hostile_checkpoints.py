@@ -60,7 +60,9 @@ def judged(load: Callable[[], object], path: Path) -> bool:
 
 
 def corrupted(rng: np.random.Generator, whole: bytes, head: int) -> bytes:
-    """Bits, bytes, words, cuts, growth; most of it in the first ``head`` bytes or the last 1000, where the numbers are."""
+    """Bits, bytes, words, cuts, growth; most of it in the first ``head`` bytes or the last 1000, where the numbers
+    are.
+    """
     changed = bytearray(whole)
     for _ in range(int(rng.choice([1, 1, 2, 6]))):
         near = [
@@ -198,12 +200,20 @@ GLOBAL = b"\x80\x02cposix\nsystem\n(X\x0c\x00\x00\x00touch brokentR."
 
 #: name -> (its ending, content, what the message says)
 BOMBS: dict[str, tuple[str, bytes, str]] = {
-    "compressed": (".pt", zipped(b"\x80\x02}.", {"data/0": bytes(200 << 20)}, compression=zipfile.ZIP_DEFLATED), "of its parts are compressed"),
+    "compressed": (
+        ".pt",
+        zipped(b"\x80\x02}.", {"data/0": bytes(200 << 20)}, compression=zipfile.ZIP_DEFLATED),
+        "of its parts are compressed",
+    ),
     "claims 4 GB": (".pt", claims(zipped(b"\x80\x02}."), 0xFFFFFF00), "its parts should have 4,29"),
     "a storage of terabytes": (".pt", zipped(storage(1 << 40, (1 << 40,), (1,)), {"data/0": b"\0" * 4}), "damaged"),
     "a tensor larger than its storage": (".pt", zipped(storage(1, (1 << 40,), (1,)), {"data/0": b"\0" * 4}), "damaged"),
     "negative": (".pt", zipped(storage(-1, (-1,), (1,)), {"data/0": b"\0" * 4}), "damaged"),
-    "bytearray of terabytes": (".pt", zipped(b"\x80\x02cbuiltins\nbytearray\n(L1099511627776L\ntR."), "damaged|refused"),
+    "bytearray of terabytes": (
+        ".pt",
+        zipped(b"\x80\x02cbuiltins\nbytearray\n(L1099511627776L\ntR."),
+        "damaged|refused",
+    ),
     "dicts that double": (".pt", zipped(doubling(31)), f"more than {MOST:,} values"),
     "dicts that have no end": (".pt", zipped(b"\x80\x02}q\x00X\x01\x00\x00\x00ah\x00s."), "deep in one another"),
     "lists without end": (".pt", zipped(b"\x80\x02" + b"]" * 50_000 + b"a" * 49_999 + b"."), "."),
@@ -213,13 +223,25 @@ BOMBS: dict[str, tuple[str, bytes, str]] = {
     "runs a command, before zip": (".pt", GLOBAL, "refused|damaged"),
     "header of 2^63 bytes": (".safetensors", header("{}", 1 << 63), "not a whole safetensors file"),
     "header of a terabyte": (".safetensors", header("{}", 1 << 40), "not a whole safetensors file"),
-    "a tensor of terabytes": (".safetensors", header({"w": {**TENSOR, "shape": [1 << 40], "data_offsets": [0, 1 << 42]}}, rest=b"\0" * 4), "not a whole"),
-    "a shape that wraps around": (".safetensors", header({"w": {**TENSOR, "shape": [1 << 32, 1 << 32]}}, rest=b"\0" * 4), "not a whole"),
+    "a tensor of terabytes": (
+        ".safetensors",
+        header({"w": {**TENSOR, "shape": [1 << 40], "data_offsets": [0, 1 << 42]}}, rest=b"\0" * 4),
+        "not a whole",
+    ),
+    "a shape that wraps around": (
+        ".safetensors",
+        header({"w": {**TENSOR, "shape": [1 << 32, 1 << 32]}}, rest=b"\0" * 4),
+        "not a whole",
+    ),
     "no end of brackets": (".safetensors", header("[" * 1_000_000), "not a whole"),
-    "begins in another tensor": (".safetensors", header({"w": TENSOR, "v": {**TENSOR, "data_offsets": [0, 4]}}, rest=b"\0" * 4), "not a whole|."),
+    "begins in another tensor": (
+        ".safetensors",
+        header({"w": TENSOR, "v": {**TENSOR, "data_offsets": [0, 4]}}, rest=b"\0" * 4),
+        "not a whole|.",
+    ),
     "nothing": (".safetensors", b"", "not a whole"),
     "nothing, torch": (".pt", b"", "damaged"),
-}  # fmt: skip
+}
 
 
 def read_bombs(folder: Path) -> None:

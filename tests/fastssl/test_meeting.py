@@ -13,7 +13,9 @@ from fastssl.errors import FastSSLError
 
 
 class Place:
-    """A store that outlives the processes, as torchrun's does; "processes" are threads with a connection of their own."""
+    """A store that outlives the processes, as torchrun's does; "processes" are threads with a connection of their
+    own.
+    """
 
     def __init__(self) -> None:
         self.port = free_port()

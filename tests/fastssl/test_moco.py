@@ -55,7 +55,9 @@ SSLIGHT = PairWeights(3, 0.4, 0.6)
 
 
 def test_one_sided_loss_has_the_first_views_key_and_all_other_queries() -> None:
-    """SSLight: key of global view 1; queries of global view 2 (weight 0.4) and of the local views (0.6 for their mean)."""
+    """SSLight: key of global view 1; queries of global view 2 (weight 0.4) and of the local views (0.6 for their
+    mean).
+    """
     method, globals_, locals_ = make(SSLIGHT, symmetric=False), images(), images(1, views=3, size=7)
     queue = method.queue.clone()
     single = SmoothedInfoNCE(temperature=0.1, smoothing=0.0, weighting="stepped", neighbors=5)

@@ -227,8 +227,13 @@ def test_a_run_set_back_twice_goes_on_from_before_the_step_that_it_knows_as_bad(
         with pytest.raises(Interrupted):
             pretrain(recipe, options(beton, tmp_path / "run"), Silent())
     assert state(tmp_path / "run")["position"] | {"train_seconds": 0} == {
-        "step": 1, "epoch": 0, "step_in_epoch": 1, "train_seconds": 0, "skipped": [], "passed_over": [2],
-    }  # fmt: skip
+        "step": 1,
+        "epoch": 0,
+        "step_in_epoch": 1,
+        "train_seconds": 0,
+        "skipped": [],
+        "passed_over": [2],
+    }
     summary = pretrain(recipe, options(beton, tmp_path / "run"), Silent())
     assert summary["passed_over_steps"] == [2, 4] and same(state(tmp_path / "run"), state(tmp_path / "whole"))
 
@@ -251,8 +256,13 @@ def in_one_of_two(beton: str, out: str) -> None:
 def test_processes_pass_over_a_step_together(beton: Path, tmp_path: Path) -> None:
     run_processes(in_one_of_two, 2, str(beton), str(tmp_path / "run"), join=False)
     assert state(tmp_path / "run")["position"] | {"train_seconds": 0} == {
-        "step": 12, "epoch": 2, "step_in_epoch": 0, "train_seconds": 0, "skipped": [], "passed_over": [3],
-    }  # fmt: skip
+        "step": 12,
+        "epoch": 2,
+        "step_in_epoch": 0,
+        "train_seconds": 0,
+        "skipped": [],
+        "passed_over": [3],
+    }
     kept = [
         load_file(tmp_path / "run" / "nonfinite" / "step-00000003" / name)
         for name in ("batch.safetensors", "batch-1.safetensors")

@@ -1,4 +1,6 @@
-"""In-batch InfoNCE against its twin, which loops over samples, and the twin against NT-Xent as it is usually written."""
+"""In-batch InfoNCE against its twin, which loops over samples, and the twin against NT-Xent as it is
+usually written.
+"""
 
 from __future__ import annotations
 

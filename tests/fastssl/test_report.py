@@ -176,14 +176,20 @@ def test_a_finished_run(tmp_path):
 @pytest.mark.parametrize(
     ("trained", "expected"),
     [
-        (60.0, "was trained on 4,000 photos without labels in 9 min: linear probe 60.0 %, random initialisation 71.2 "
+        (
+            60.0,
+            "was trained on 4,000 photos without labels in 9 min: linear probe 60.0 %, random initialisation 71.2 "
             "%, raw pixels 83.1 %. "
-               "It is not above random initialisation or raw pixels yet."),
+            "It is not above random initialisation or raw pixels yet.",
+        ),
         (71.2, "It is not above random initialisation or raw pixels yet."),
-        (90.0, "learned from 4,000 photos without labels in 9 min: linear probe 90.0 %, random initialisation 71.2 %, "
-            "raw pixels 83.1 %."),
+        (
+            90.0,
+            "learned from 4,000 photos without labels in 9 min: linear probe 90.0 %, random initialisation 71.2 %, "
+            "raw pixels 83.1 %.",
+        ),
     ],
-)  # fmt: skip
+)
 def test_the_headline_of_a_run_older_than_verdicts_is_honest(tmp_path, trained, expected):
     old = {"name": "raw pixels", "command": "fastssl pretrain", "note": ""}
     result = summary(trained=(70.0, trained), next_mark=old)

@@ -58,27 +58,41 @@ HOSTILE: dict[str, tuple[Callable[[dict], None], str]] = {
     "samples that are not there": (at(skipped=[47, 48]), r"position\.skipped names sample 48; there are 48"),
     "steps that there are not": (at(passed_over=[12, 13]), r"position\.passed_over names step 13; the run has 12"),
     "something else": (at(steps=1), r"unexpected keyword"),
-    "a queue of another size": (tensor("queue", lambda queue: queue[:5]), r"queue is \(5, 8\) float32, not \(64, 8\) float32"),
+    "a queue of another size": (
+        tensor("queue", lambda queue: queue[:5]),
+        r"queue is \(5, 8\) float32, not \(64, 8\) float32",
+    ),
     "a queue of another type": (tensor("queue", torch.Tensor.double), r"queue is \(64, 8\) float64, not"),
     "a queue of words": (tensor("queue", lambda _: "x"), r"queue is a str"),
     "a queue that is not finite": (tensor("queue", infinite), r"queue holds numbers that are not finite"),
-    "a pointer that is a list": (tensor("queue_pointer", lambda pointer: pointer.expand(3)), r"queue_pointer is \(3,\) int64, not \(\) int64"),
+    "a pointer that is a list": (
+        tensor("queue_pointer", lambda pointer: pointer.expand(3)),
+        r"queue_pointer is \(3,\) int64, not \(\) int64",
+    ),
     "weights of whole numbers": (tensor(STEM, torch.Tensor.int), r"conv_stem\.weight is .* int32, not .* float32"),
     "weights of another shape": (tensor(STEM, lambda weight: weight[:1]), r"conv_stem\.weight is \(1, 3, 3, 3\)"),
     "a tensor too few": (lambda state: state["method"].pop(STEM), r"conv_stem\.weight' is missing"),
     "a tensor too many": (lambda state: state["method"].update(x=torch.zeros(1)), r"'x' is unknown"),
     "no optimiser": (lambda state: state.pop("optimizer"), r"no state of an optimiser"),
-    "momentum of another shape": (momentum(lambda value: value[:1]), r"momentum_buffer of parameter 0 is \(1, 3, 3, 3\)"),
+    "momentum of another shape": (
+        momentum(lambda value: value[:1]),
+        r"momentum_buffer of parameter 0 is \(1, 3, 3, 3\)",
+    ),
     "momentum of another type": (momentum(torch.Tensor.double), r"momentum_buffer of parameter 0 is .* float64"),
-    "momentum that is not finite": (momentum(infinite), r"momentum_buffer of parameter 0 holds numbers that are not finite"),
+    "momentum that is not finite": (
+        momentum(infinite),
+        r"momentum_buffer of parameter 0 holds numbers that are not finite",
+    ),
     "momentum of nothing": (lambda state: state["optimizer"]["state"].pop(3), r"nothing of parameter 3"),
     "momentum of what is not there": (
-        lambda state: state["optimizer"]["state"].update({10**6: {}}), r"has a parameter 1000000; there are",
+        lambda state: state["optimizer"]["state"].update({10**6: {}}),
+        r"has a parameter 1000000; there are",
     ),
     "another optimiser's": (
-        lambda state: state["optimizer"]["state"].update({0: {"exp_avg": torch.zeros(1)}}), "does not keep momentum_buffer of parameter 0",
+        lambda state: state["optimizer"]["state"].update({0: {"exp_avg": torch.zeros(1)}}),
+        "does not keep momentum_buffer of parameter 0",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", HOSTILE)

@@ -75,8 +75,13 @@ def test_killed_behind_every_single_step(
         assert state(out)["position"]["step"] == done + 1
         assert any(f"resumed at step {done}" in text for text in said.messages) == (done > 0)
         assert status(out) | {"why": "", "time": ""} == {
-            "state": "failed", "time": "", "step": done + 1, "total_steps": 12, "saved_step": done + 1, "why": "",
-        }  # fmt: skip
+            "state": "failed",
+            "time": "",
+            "step": done + 1,
+            "total_steps": 12,
+            "saved_step": done + 1,
+            "why": "",
+        }
     done = 11
     pretrain(small("train.checkpoint_minutes=0"), options(beton, out), Silent())
     assert same(state(out), state(whole))

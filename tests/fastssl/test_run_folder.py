@@ -54,7 +54,9 @@ def test_what_a_kill_left_half_written_is_cleared(beton: Path, tmp_path: Path) -
 def test_going_back_to_an_older_step_holds_also_if_that_start_is_killed(
     beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Twelve steps are made; the run is set back to step 8, killed before its first checkpoint, and started as usual."""
+    """Twelve steps are made; the run is set back to step 8, killed before its first checkpoint, and
+    started as usual.
+    """
     out, original = tmp_path / "run", trainer.make_step
     pretrain(small("train.checkpoint_minutes=0", "train.keep_last=9"), options(beton, out), Silent())
     whole = state(out)

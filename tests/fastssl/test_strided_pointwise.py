@@ -1,4 +1,6 @@
-"""A 1x1 convolution with a stride: the same features and gradients as torch's, and no crash where torch's own has one."""
+"""A 1x1 convolution with a stride: the same features and gradients as torch's, and no crash where torch's own has
+one.
+"""
 
 from __future__ import annotations
 

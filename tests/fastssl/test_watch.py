@@ -32,9 +32,17 @@ class Watched:
 
     def _watch(self, rank: int, size: int, silent_s: float, leave_s: float) -> Watch:
         watch = Watch(
-            lambda: connect("127.0.0.1", self.port, 5), rank, size, prefix="test", address="127.0.0.1", port=self.port, keeper="the keeper",
-            keeps_store=rank == 0, silent_s=silent_s, leave_s=leave_s,
-        )  # fmt: skip
+            lambda: connect("127.0.0.1", self.port, 5),
+            rank,
+            size,
+            prefix="test",
+            address="127.0.0.1",
+            port=self.port,
+            keeper="the keeper",
+            keeps_store=rank == 0,
+            silent_s=silent_s,
+            leave_s=leave_s,
+        )
         watch._end = lambda failure: self.ended.__setitem__(rank, failure)
         return watch
 
@@ -106,8 +114,16 @@ def test_one_that_cannot_be_reached_is_given_up_earlier(three: Watched) -> None:
 def test_a_lost_store_is_its_keepers_end() -> None:
     port = free_port()
     watch = Watch(
-        lambda: dist.HashStore(), 1, 2, prefix="x", address="127.0.0.1", port=port, keeper="process 0 of 2 (head)", keeps_store=False, silent_s=1
-    )  # fmt: skip
+        lambda: dist.HashStore(),
+        1,
+        2,
+        prefix="x",
+        address="127.0.0.1",
+        port=port,
+        keeper="process 0 of 2 (head)",
+        keeps_store=False,
+        silent_s=1,
+    )
 
     def look(*_: object) -> None:
         raise RuntimeError("Connection reset by peer")
@@ -121,9 +137,16 @@ def test_a_lost_store_is_its_keepers_end() -> None:
 
 def test_a_store_that_does_not_answer_is_given_up() -> None:
     watch = Watch(
-        lambda: dist.HashStore(), 1, 2, prefix="x", address="127.0.0.1", port=free_port(), keeper="process 0 of 2 (head)", keeps_store=False,
+        lambda: dist.HashStore(),
+        1,
+        2,
+        prefix="x",
+        address="127.0.0.1",
+        port=free_port(),
+        keeper="process 0 of 2 (head)",
+        keeps_store=False,
         silent_s=0.5,
-    )  # fmt: skip
+    )
     watch._look, watch._end, watch._leave_s = lambda *_: time.sleep(30), lambda failure: None, 0.1
     assert watch.start().reason(3) == "process 0 of 2 (head) has not answered for 1 s"
     watch._words = ""
@@ -142,8 +165,16 @@ def test_last_words_are_told_and_not_waited_for_long(
     monkeypatch.setattr("fastssl.distributed.watchdog.os._exit", codes.append)
     monkeypatch.setattr("fastssl.distributed.watchdog._TELL_S", 0.1)
     watch = Watch(
-        lambda: dist.HashStore(), 1, 2, prefix="x", address="127.0.0.1", port=free_port(), keeper="the keeper", keeps_store=False, before_end=hang
-    )  # fmt: skip
+        lambda: dist.HashStore(),
+        1,
+        2,
+        prefix="x",
+        address="127.0.0.1",
+        port=free_port(),
+        keeper="the keeper",
+        keeps_store=False,
+        before_end=hang,
+    )
     try:
         watch._end("process 0 of 2 (head) is gone")
         assert codes == [1] and wait_for(lambda: told == ["the run cannot go on: process 0 of 2 (head) is gone"], 60)

@@ -39,7 +39,9 @@ def write(path, images, *, modes=None, labels=True, capacity=None, **options):
 
 
 def slow_read(path):
-    """The format as its description reads, one number at a time, for files with an image and then perhaps an int field."""
+    """The format as its description reads, one number at a time, for files with an image and then perhaps an int
+    field.
+    """
     data = path.read_bytes()
     version, num_fields, page_size, num_samples, table_at = struct.unpack_from("<HHIQQ", data, 0)
     assert version == 2

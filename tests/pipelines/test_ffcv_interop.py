@@ -60,7 +60,9 @@ def ffcv_read(path, os_cache, labels=True, order=OrderOption.SEQUENTIAL):
 
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory):
-    """What the converter makes of 14 photos of one size: copied, progressive, grey, from PNG, turned; two are rejected."""
+    """What the converter makes of 14 photos of one size: copied, progressive, grey, from PNG, turned; two are
+    rejected.
+    """
     root = tmp_path_factory.mktemp("converted")
     for k in range(14):
         image = Image.fromarray(picture(k))

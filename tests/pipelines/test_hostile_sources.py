@@ -273,7 +273,9 @@ def test_a_tar_that_holds_itself(tmp_path: Path) -> None:
 
 
 def test_class_folders_of_an_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Links out of the folder are read as the photos they are; pipes and devices are not opened; nothing stays behind."""
+    """Links out of the folder are read as the photos they are; pipes and devices are not opened; nothing stays
+    behind.
+    """
     from fastssl.evaluate.photos import open_photos
 
     source, temporary = tmp_path / "photos", tmp_path / "temporary"
@@ -394,14 +396,25 @@ BOMBS: dict[str, tuple[Callable[[], bytes], bool]] = {
     "tiff whose pages go round": (lambda: tiff(8, 8, 8), True),
     "gif 65,535 x 65,535": (lambda: gif(65_535, 65_535, 1), False),
     "gif of many frames": (lambda: gif(16, 16, 500), True),
-    "bmp 50,000 x 50,000": (lambda: b"BM" + struct.pack("<IHHIIiiHHIIiiII", 54, 0, 0, 54, 40, 50_000, 50_000, 1, 24, 0, 0, 0, 0, 0, 0), False),
+    "bmp 50,000 x 50,000": (
+        lambda: b"BM" + struct.pack("<IHHIIiiHHIIiiII", 54, 0, 0, 54, 40, 50_000, 50_000, 1, 24, 0, 0, 0, 0, 0, 0),
+        False,
+    ),
     "ppm 50,000 x 50,000": (lambda: b"P6 50000 50000 255\n" + bytes(100), False),
     "ppm of ten thousand digits": (lambda: b"P6 " + b"9" * 10_000 + b" 1 255\n", False),
     "webp 16,383 x 16,383": (
-        lambda: b"RIFF" + struct.pack("<I", 30) + b"WEBPVP8L" + struct.pack("<I", 18) + b"\x2f" + struct.pack("<I", 16382 | 16382 << 14) + bytes(13),
+        lambda: (
+            b"RIFF"
+            + struct.pack("<I", 30)
+            + b"WEBPVP8L"
+            + struct.pack("<I", 18)
+            + b"\x2f"
+            + struct.pack("<I", 16382 | 16382 << 14)
+            + bytes(13)
+        ),
         False,
     ),
-}  # fmt: skip
+}
 
 
 def read_bombs() -> None:

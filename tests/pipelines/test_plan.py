@@ -271,12 +271,40 @@ def test_evaluation_view() -> None:
 
 @pytest.mark.parametrize(
     "field, value",
-    [("size", 0), ("size", 32.5), ("size", True), ("count", 0), ("area", (0.0, 1.0)), ("area", (0.5, 0.2)), ("area", (0.5, 1.5)),
-     ("area", 0.5), ("area", (0.1, 0.2, 0.3)), ("ratio", (0, 1)), ("ratio", (2.0, 1.0)), ("interpolation", "nearest"), ("flip", 1.5),
-     ("flip", -0.1), ("flip", "yes"), ("jitter", 2), ("brightness", -1), ("contrast", -0.1), ("saturation", float("nan")), ("hue", 0.6),
-     ("grey", -1), ("blur", 1.01), ("blur_sigma", (0.0, 1.0)), ("blur_sigma", (2.0, 0.1)), ("solarise", 3), ("solarise_threshold", 300),
-     ("solarise_threshold", 1.5), ("mean", (0.5, 0.5)), ("std", (0.1, 0.0, 0.1)), ("center", 0.0), ("center", 1.2)],
-)  # fmt: skip
+    [
+        ("size", 0),
+        ("size", 32.5),
+        ("size", True),
+        ("count", 0),
+        ("area", (0.0, 1.0)),
+        ("area", (0.5, 0.2)),
+        ("area", (0.5, 1.5)),
+        ("area", 0.5),
+        ("area", (0.1, 0.2, 0.3)),
+        ("ratio", (0, 1)),
+        ("ratio", (2.0, 1.0)),
+        ("interpolation", "nearest"),
+        ("flip", 1.5),
+        ("flip", -0.1),
+        ("flip", "yes"),
+        ("jitter", 2),
+        ("brightness", -1),
+        ("contrast", -0.1),
+        ("saturation", float("nan")),
+        ("hue", 0.6),
+        ("grey", -1),
+        ("blur", 1.01),
+        ("blur_sigma", (0.0, 1.0)),
+        ("blur_sigma", (2.0, 0.1)),
+        ("solarise", 3),
+        ("solarise_threshold", 300),
+        ("solarise_threshold", 1.5),
+        ("mean", (0.5, 0.5)),
+        ("std", (0.1, 0.0, 0.1)),
+        ("center", 0.0),
+        ("center", 1.2),
+    ],
+)
 def test_errors_name_the_field(field: str, value: object) -> None:
     with pytest.raises(ViewSpecError, match=field):
         ViewSpec(**{field: value})

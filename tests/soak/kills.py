@@ -4,10 +4,13 @@ disturbed.
     python tests/soak/kills.py --kills 50 --what all --seed 0 --json kills.json
 
     conversion      convert-imagenet: the .beton and what stands beside it, byte for byte
-    training        pretrain, killed at random steps: weights, optimiser, queue or centre bit for bit, each step's line of metrics once and the same
+    training        pretrain, killed at random steps: weights, optimiser, queue or centre bit for bit, each
+                    step's line of metrics once and the same
     bfloat16        the same with bfloat16 networks and the optimiser's float32 weights beside them
-    checkpointing   pretrain, killed inside the writing of a checkpoint: at the n-th fsync, rename, link, removal, or while an unfinished file grows
-    processes       pretrain in float64 by one process, two, one, ...: against one process that was not killed, to 1e-5; two all the time, against two: bit for bit
+    checkpointing   pretrain, killed inside the writing of a checkpoint: at the n-th fsync, rename, link, removal,
+                    or while an unfinished file grows
+    processes       pretrain in float64 by one process, two, one, ...: against one process that was not killed, to
+                    1e-5; two all the time, against two: bit for bit
 
 SIGKILL, so that nothing is tidied up. The children are forked from a process that has the imports done, which makes a
 start cheap. Everything is a function of the seed but the moment at which the kernel kills; what failed is printed with

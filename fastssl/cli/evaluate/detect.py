@@ -153,7 +153,8 @@ def detect(
     \b
     fastssl evaluate detect runs/mine --json detect.json \\
         --data instances_train2017.json --images train2017 --val instances_val2017.json --val-images val2017
-    fastssl evaluate detect runs/mine --iterations 24000 --short-side 480-800 --data VOC2007/ImageSets/Main/trainval.txt \\
+    fastssl evaluate detect runs/mine --iterations 24000 --short-side 480-800 \\
+        --data VOC2007/ImageSets/Main/trainval.txt \\
         --data VOC2012/ImageSets/Main/trainval.txt --val VOC2007/ImageSets/Main/test.txt
     """
     import torch

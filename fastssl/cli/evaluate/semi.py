@@ -58,7 +58,8 @@ def semi(
 
     \b
     fastssl evaluate semi runs/mine --data train.beton --val val.beton --labels 1%
-    fastssl evaluate semi runs/mine --data train.beton --val val.beton --list 1percent.txt --photos imagenet/train --head dino
+    fastssl evaluate semi runs/mine --data train.beton --val val.beton --list 1percent.txt \\
+        --photos imagenet/train --head dino
     """
     from fastssl.evaluate.features import ProbeError
     from fastssl.evaluate.few_labels import draw_labels, listed_labels

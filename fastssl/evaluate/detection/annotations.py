@@ -153,7 +153,7 @@ def require_same_categories(train: DetectionSet, val: DetectionSet) -> None:
 def require_something_to_find(val: DetectionSet) -> None:
     """
     Raises:
-        DetectionError: every object of the set is one that it costs nothing to miss: of Pascal VOC, that is a difficult one.
+        DetectionError: every object of the set is one that it costs nothing to miss: of Pascal VOC, a difficult one.
     """
     if not any(not row["iscrowd"] and min(row["bbox"][2:]) > 0 for row in val.document["annotations"]):
         raise DetectionError(
@@ -305,7 +305,9 @@ class _Reader:
         return polygons or None
 
     def run_lengths(self, counts: list | str, pixels: int, place: str) -> None:
-        """That they fill the picture: pycocotools believes whatever they say, and reads past its memory or never ends."""
+        """That they fill the picture: pycocotools believes whatever they say, and reads past its memory or never
+        ends.
+        """
         lengths = _unpacked(counts) if isinstance(counts, str) else counts
         numbers = lengths is not None and all(type(length) is int and length >= 0 for length in lengths)
         if not numbers or sum(lengths) != pixels:

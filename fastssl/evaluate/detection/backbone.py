@@ -1,7 +1,9 @@
 """Feature pyramids over a backbone of ours: the very timm module, its maps, and a few convolutions on top.
 
-* Networks whose maps shrink step by step (ResNet, MobileNet, EfficientNet): FPN, Lin et al., arXiv 1612.03144, without norm.
-* Vision transformers, which have one map at one stride: ViTDet's simple pyramid, Li et al., arXiv 2203.16527, with its layer norms.
+* Networks whose maps shrink step by step (ResNet, MobileNet, EfficientNet): FPN, Lin et al., arXiv 1612.03144,
+  without norm.
+* Vision transformers, which have one map at one stride: ViTDet's simple pyramid, Li et al., arXiv 2203.16527, with its
+  layer norms.
 """
 
 from __future__ import annotations

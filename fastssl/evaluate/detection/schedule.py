@@ -35,7 +35,9 @@ class Rates:
     warmup: int | None = None
 
     def at(self, iteration: int) -> float:
-        """The rate of ``iteration``, from 0: a tenth of the peak from two thirds on, a hundredth from eight ninths on."""
+        """The rate of ``iteration``, from 0: a tenth of the peak from two thirds on, a hundredth from eight ninths
+        on.
+        """
         warmup = min(1000, self.iterations // 10) if self.warmup is None else self.warmup
         rate = self.peak
         if iteration < warmup:
