@@ -17,12 +17,12 @@ from __future__ import annotations
 import functools
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fastssl.losses.smoothed_infonce import SmoothedInfoNCE, checked_smoothing, top_columns
+from fastssl.losses.smoothed_target import SmoothedTarget, checked_smoothing, top_columns
 
 
-class SmoothedNTXent(nn.Module):
+class SmoothedNTXent(SmoothedTarget):
     """Pair losses between all views of a batch and its global views.
 
     Anchors and candidates both receive their gradients; as a rule the candidates are the anchors' first two views,
@@ -52,14 +52,7 @@ class SmoothedNTXent(nn.Module):
         weighting: str = "stepped",
         neighbors: int | None = None,
     ) -> None:
-        super().__init__()
-        # Settings, their checks and the entropy of the target are those of the loss against a queue.
-        self._infonce = SmoothedInfoNCE(temperature, smoothing, weighting, neighbors)
-        self.temperature = self._infonce.temperature
-        self.smoothing = self._infonce.smoothing
-        self.weighting = weighting
-        self.neighbors = self._infonce.neighbors
-        self.weights = self._infonce.weights
+        super().__init__(temperature, smoothing, weighting, neighbors)
 
     def forward(
         self, anchors: Tensor, candidates: Tensor, first: int = 0, smoothing: Tensor | float | None = None
@@ -129,7 +122,7 @@ class SmoothedNTXent(nn.Module):
         """
         if self.weighting == "uniform_all" and not negatives:
             raise ValueError("negatives is missing: with weighting='uniform_all' the entropy depends on their number")
-        return self._infonce.target_entropy(smoothing, queue_size=negatives)
+        return self.entropy(smoothing, negatives)
 
     def _check(self, anchors: Tensor, candidates: Tensor, first: int, smoothed: bool) -> None:
         for name, tensor in (("anchors", anchors), ("candidates", candidates)):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastssl.losses.smoothed_infonce import rank_weights
+from fastssl.losses.smoothed_target import rank_weights
 
 
 def dense_target(logits: Tensor, smoothing: Tensor | float, weighting: str, neighbors: int | None = None) -> Tensor:
@@ -20,7 +20,7 @@ def dense_target(logits: Tensor, smoothing: Tensor | float, weighting: str, neig
     Args:
         logits: (B, 1 + K), the positive in column 0.
         smoothing: mass a on the negatives, which the weighting shares by rank (largest logit first, ties by index).
-        weighting, neighbors: see :func:`fastssl.losses.smoothed_infonce.rank_weights`.
+        weighting, neighbors: see :func:`fastssl.losses.smoothed_target.rank_weights`.
 
     Returns:
         (B, 1 + K) of the logits' dtype; each row sums to one.

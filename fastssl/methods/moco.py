@@ -27,7 +27,7 @@ from fastssl.distributed.collectives import gather_rows, gather_views, rank
 from fastssl.distributed.split_batchnorm import DealtStatistics
 from fastssl.losses import SmoothedInfoNCE
 from fastssl.losses.pairs import reduce_pairs
-from fastssl.losses.smoothed_infonce import rank_weights
+from fastssl.losses.smoothed_target import rank_weights
 from fastssl.methods.base import (
     Method,
     MethodConfig,

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fastssl.distributed.collectives import gather_views, rank
 from fastssl.losses.nt_xent import SmoothedNTXent
 from fastssl.losses.pairs import reduce_pairs, split_pairs
-from fastssl.losses.smoothed_infonce import rank_weights
+from fastssl.losses.smoothed_target import rank_weights
 from fastssl.methods.base import (
     Method,
     MethodConfig,

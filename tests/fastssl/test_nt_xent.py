@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from fastssl.losses import SmoothedInfoNCE, nt_xent
 from fastssl.losses.nt_xent import SmoothedNTXent
 from fastssl.losses.reference_views import dense_nt_xent
-from fastssl.losses.smoothed_infonce import WEIGHTINGS
+from fastssl.losses.smoothed_target import WEIGHTINGS
 
 # Published numbers of neighbours need 20 negatives; these need few.
 FEW = {"uniform_topk": 3, "stepped": 5}

@@ -1,0 +1,161 @@
+"""The target of the smoothed losses: 1 - a on the positive, a on the nearest negatives by their rank.
+
+Source: Lin et al., "Establishing a Stronger Baseline for Lightweight Contrastive Models", arXiv 2212.07158.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+# Ends of the rank groups of `stepped`, which hold 1/2, 1/4 and 1/4 of the mass, by number of neighbours.
+STEPPED_GROUP_ENDS = {5: (1, 3, 5), 10: (1, 4, 10), 20: (2, 8, 20), 30: (3, 12, 30)}
+THIRDS_GROUP_ENDS = (2, 8, 20)
+
+# The mass that the paper's code uses with each weighting; the names are also the allowed values of `weighting`.
+DEFAULT_SMOOTHING = {
+    "uniform_topk": 0.2,
+    "stepped": 0.2,
+    "geometric": 0.4,
+    "nearest": 0.5,
+    "uniform_all": 0.2,
+    "thirds": 0.2,
+}
+WEIGHTINGS = tuple(DEFAULT_SMOOTHING)
+
+_INT32_MAX = 2**31 - 1
+
+
+def rank_weights(weighting: str, neighbors: int | None = None) -> tuple[float, ...]:
+    """Share of the smoothing mass on each rank, nearest negative first; sums to one.
+
+    Args:
+        weighting: ``uniform_topk`` (equal on ``neighbors``), ``stepped`` (1/2, 1/4, 1/4 on three rank groups),
+            ``geometric`` (halving, 11 ranks), ``nearest`` (all on the first), ``thirds`` (1/3 on ranks 1-2, 3-8 and
+            9-20) or ``uniform_all`` (equal on the whole queue: no ranks, an empty tuple).
+        neighbors: number of ranks; ``None`` takes the weighting's own (20 for ``uniform_topk``, ``stepped`` and
+            ``thirds``).
+
+    Raises:
+        ValueError: unknown weighting, or a number of neighbours that it does not define; the message lists what is
+            allowed.
+    """
+    if weighting not in DEFAULT_SMOOTHING:
+        raise ValueError(f"weighting={weighting!r} is unknown; choose one of {', '.join(WEIGHTINGS)}")
+    if weighting == "uniform_topk":
+        count = 20 if neighbors is None else neighbors
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise ValueError(
+                f"neighbors={neighbors!r} with weighting='uniform_topk': give a whole number of at least 1"
+            )
+        return (1.0 / count,) * count
+    if weighting == "stepped":
+        count = 20 if neighbors is None else neighbors
+        if count not in STEPPED_GROUP_ENDS:
+            allowed = ", ".join(map(str, STEPPED_GROUP_ENDS))
+            raise ValueError(
+                f"neighbors={neighbors!r} with weighting='stepped': its rank groups are defined for {allowed} only"
+            )
+        return _grouped(STEPPED_GROUP_ENDS[count], (0.5, 0.25, 0.25))
+    if weighting == "uniform_all":
+        if neighbors is not None:
+            raise ValueError(
+                f"neighbors={neighbors!r} with weighting='uniform_all': the mass goes to every negative, so "
+                "leave neighbors=None"
+            )
+        return ()
+    if weighting == "geometric":
+        weights = tuple(0.5 / 2**i for i in range(10)) + (0.5 / 2**9,)
+    elif weighting == "nearest":
+        weights = (1.0,)
+    else:
+        weights = _grouped(THIRDS_GROUP_ENDS, (1 / 3, 1 / 3, 1 / 3))
+    if neighbors not in (None, len(weights)):
+        raise ValueError(
+            f"neighbors={neighbors!r} with weighting={weighting!r}: it always uses {len(weights)}; pass that or None"
+        )
+    return weights
+
+
+def _grouped(ends: tuple[int, ...], masses: tuple[float, ...]) -> tuple[float, ...]:
+    weights: list[float] = []
+    for end, mass in zip(ends, masses):
+        size = end - len(weights)
+        weights += [mass / size] * size
+    return tuple(weights)
+
+
+def checked_smoothing(smoothing: Tensor | float) -> Tensor | float:
+    if isinstance(smoothing, Tensor):
+        if smoothing.numel() != 1 or not smoothing.is_floating_point() or smoothing.requires_grad:
+            raise ValueError(
+                f"smoothing is a {smoothing.dtype} tensor of shape {tuple(smoothing.shape)}, "
+                f"requires_grad={smoothing.requires_grad}; "
+                "expected one floating-point element without gradient"
+            )
+        return smoothing.reshape(())
+    if not 0 <= smoothing < 1:
+        raise ValueError(f"smoothing={smoothing}: give a mass in [0, 1); the positive keeps the rest")
+    return float(smoothing)
+
+
+def top_columns(values: Tensor, count: int) -> Tensor:
+    """Columns of the ``count`` largest values of each row, largest first, equal values by the lowest column: (B, M) ->
+    (B, count) int64.
+    """
+    if values.dtype != torch.float32:
+        return values.sort(dim=1, descending=True, stable=True).indices[:, :count]
+    # torch.topk leaves ties open and a stable sort of everything is slow, so value and column become one integer key:
+    # the float's bits, made monotonic, above the reversed column. Adding zero turns -0.0, which equals 0.0 but has
+    # other bits, into 0.0.
+    bits = (values + 0.0).view(torch.int32)
+    bits ^= (bits >> 31).bitwise_and_(_INT32_MAX)
+    reversed_column = torch.arange(_INT32_MAX, _INT32_MAX - values.shape[1], -1, device=values.device)
+    keys = bits.to(torch.int64).bitwise_left_shift_(32).add_(reversed_column)
+    return _INT32_MAX - (keys.topk(count, 1).values & 0xFFFFFFFF)
+
+
+class SmoothedTarget(nn.Module):
+    """Settings of a loss with such a target, checked, and the target's entropy.
+
+    Attributes:
+        temperature: tau, positive.
+        smoothing: mass a on the negatives, in [0, 1). ``None`` takes the published value: 0.4 for ``geometric``, 0.5
+            for ``nearest``, 0.2 otherwise. Exactly 0.0 skips the search for the nearest.
+        weighting, neighbors: see :func:`rank_weights`.
+        weights: share of the smoothing mass on each rank; empty for ``uniform_all``.
+
+    Raises:
+        ValueError: settings outside these ranges.
+    """
+
+    def __init__(self, temperature: float, smoothing: float | None, weighting: str, neighbors: int | None) -> None:
+        super().__init__()
+        if not (temperature > 0 and math.isfinite(temperature)):
+            raise ValueError(
+                f"temperature={temperature}: give a positive number (0.1 in the paper's code, 0.2 in MoCo-v2)"
+            )
+        self.weights = rank_weights(weighting, neighbors)
+        self.temperature = float(temperature)
+        self.smoothing = checked_smoothing(DEFAULT_SMOOTHING[weighting] if smoothing is None else smoothing)
+        self.weighting = weighting
+        self.neighbors = len(self.weights) if self.weights else None
+
+    def entropy(self, smoothing: Tensor | float | None, negatives: int | None) -> Tensor | float:
+        """Entropy of the target in nats: the least value that the loss can reach, so that ``loss - entropy`` is the KL
+        divergence.
+
+        Args:
+            smoothing: the mass a, ``None`` for the module's; a tensor gives a tensor on its device, without host sync.
+            negatives: how many there are; read by ``uniform_all`` only.
+        """
+        mass = self.smoothing if smoothing is None else checked_smoothing(smoothing)
+        spread = -sum(w * math.log(w) for w in self.weights) if self.weights else math.log(negatives)
+        # H = h(1 - a) + h(a) + a * H(w): the choice between positive and negatives first, then the one among the
+        # negatives.
+        if isinstance(mass, Tensor):
+            mass = mass.detach() if mass.dtype == torch.float64 else mass.detach().float()
+            return torch.special.entr(1 - mass) + torch.special.entr(mass) + mass * spread
+        return -sum(p * math.log(p) for p in (1 - mass, mass) if p > 0) + mass * spread
