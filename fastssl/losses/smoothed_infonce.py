@@ -37,8 +37,6 @@ _BLOCK = 16
 _CPU_ELEMENTS = (2**23, 2**22)
 _GPU_ELEMENTS = (2**24, 2**24)
 
-_INT32_MAX = 2**31 - 1
-
 
 class SmoothedInfoNCE(SmoothedTarget):
     """Mean cross-entropy between softmax over (positive, queue) and a target smoothed towards the nearest negatives.
