@@ -13,7 +13,7 @@ from fastssl.errors import BetonError, FastSSLError, JpegError
 _LAZY = {
     "Batch": "fastssl.pipelines.loader",
     "BetonReader": "fastssl.pipelines.beton.reader",
-    "BetonWriter": "fastssl.pipelines.beton.reader",
+    "BetonWriter": "fastssl.pipelines.beton.writer",
     "MultiCrop": "fastssl.pipelines.plan.multicrop",
     "ViewLoader": "fastssl.pipelines.loader",
     "ViewSpec": "fastssl.pipelines.plan.draw",

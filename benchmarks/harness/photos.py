@@ -18,7 +18,9 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from fastssl.data.sample_set import default_cache_dir, ensure_sample_set
-from fastssl.pipelines.beton.reader import MIN_PAGE_SIZE, BetonReader, BetonWriter
+from fastssl.pipelines.beton.format import MIN_PAGE_SIZE
+from fastssl.pipelines.beton.reader import BetonReader
+from fastssl.pipelines.beton.writer import BetonWriter
 from fastssl.pipelines.ops import jpeg
 from fastssl.utils.cores import available_cores
 

@@ -21,7 +21,9 @@ import numpy as np
 
 from fastssl.benchmarks.harness.windows import Window
 from fastssl.errors import counted
-from fastssl.pipelines.beton.reader import MIN_PAGE_SIZE, BetonReader, BetonWriter
+from fastssl.pipelines.beton.format import MIN_PAGE_SIZE
+from fastssl.pipelines.beton.reader import BetonReader
+from fastssl.pipelines.beton.writer import BetonWriter
 from fastssl.pipelines.convert.conversion import ConvertOptions, encode_photo
 from fastssl.training.bottleneck import WORTH as WORTH_A_WORD
 

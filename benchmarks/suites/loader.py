@@ -30,7 +30,8 @@ from fastssl.benchmarks.harness.timing import MIN_RUNS
 from fastssl.benchmarks.harness.windows import Window, measure_windows, rate, ratio, stream_window, wait_share
 from fastssl.config.recipe import Recipe
 from fastssl.errors import counted
-from fastssl.pipelines.beton.reader import MODE_RAW, BetonReader
+from fastssl.pipelines.beton.format import MODE_RAW
+from fastssl.pipelines.beton.reader import BetonReader
 from fastssl.pipelines.engines.base import Engine, Request
 from fastssl.pipelines.engines.native import NativeEngine
 from fastssl.pipelines.loader import ViewLoader

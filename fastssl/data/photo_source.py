@@ -30,7 +30,8 @@ from fastssl.config.recipe import Recipe
 from fastssl.config.recipe_choice import short_side_of
 from fastssl.data.sample_set import default_cache_dir
 from fastssl.errors import FastSSLError, counted, printable
-from fastssl.pipelines.beton.reader import BetonReader, read_side_file, side_path
+from fastssl.pipelines.beton.reader import BetonReader
+from fastssl.pipelines.beton.side_file import read_side_file, side_path
 from fastssl.pipelines.convert.conversion import (
     PILLOW_FORMATS,
     ConvertOptions,

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from fastssl.pipelines.beton.reader import MODE_RAW, BetonReader
+from fastssl.pipelines.beton.format import MODE_RAW
+from fastssl.pipelines.beton.reader import BetonReader
 from fastssl.pipelines.plan.draw import ViewSpec
 
 #: Shares of data below that are not worth a word.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from fastssl.errors import FastSSLError, counted
-from fastssl.pipelines.beton.reader import BetonReader, read_side_file
+from fastssl.pipelines.beton.reader import BetonReader
+from fastssl.pipelines.beton.side_file import read_side_file
 from fastssl.pipelines.beton.verify import verify
 
 

@@ -1,16 +1,4 @@
-"""``.beton``, FFCV's file format (version 2), read and written with NumPy alone.
-
-A file is: header | field descriptors | one metadata record a sample | data pages | allocation table up to the end of
-the file. Everything is little-endian and packed except the metadata record, which is laid out as a C struct would be::
-
-    header, 24 bytes        version u2, num_fields u2, page_size u4, num_samples u8, alloc_table_ptr u8
-    descriptor, 1041 bytes  type id u1, name 16 bytes NUL-padded, arguments 1024 bytes
-    image record, 13 bytes  mode u1 (0 JPEG, 1 raw height x width x 3), width u2, height u2, data_ptr u8
-    table entry, 24 bytes   sample_id u8, ptr u8, size u8
-
-A data region's size stands only in the allocation table, under the same ``ptr``. No region crosses a multiple of
-``page_size``, because FFCV's process cache loads whole pages and finds them as ``ptr >> log2(page_size)``. The format
-has no checksums: the converter keeps them in a side file, ``FILE.beton.json``.
+"""Reading ``.beton`` files (format.py says what they look like) with NumPy alone.
 
 The reader trusts no number from a file before it has compared it with the file's size: a damaged or hostile file ends
 in a ``BetonError``, never in a read outside of it. It reads with ``preadv`` and maps nothing: a file that is cut short,
@@ -20,9 +8,7 @@ can make an error of that.
 
 from __future__ import annotations
 
-import json
 import os
-import stat
 import threading
 import warnings
 import zlib
@@ -31,112 +17,26 @@ from pathlib import Path
 
 import numpy as np
 
-from fastssl.errors import BetonError, FastSSLError, JpegError, counted, printable
-from fastssl.pipelines.ops import jpeg
-from fastssl.utils.plain_file import read_plain
-
-VERSION = 2
-MODE_JPEG, MODE_RAW = 0, 1
-#: FFCV's smallest allowed page, and the size it takes unless told otherwise.
-MIN_PAGE_SIZE, DEFAULT_PAGE_SIZE = 2 << 20, 8 << 20
-#: ``page_size`` is 32 bits and a power of two.
-MAX_PAGE_SIZE = 1 << 31
-
-HEADER_DTYPE = np.dtype(
-    [
-        ("version", "<u2"),
-        ("num_fields", "<u2"),
-        ("page_size", "<u4"),
-        ("num_samples", "<u8"),
-        ("alloc_table_ptr", "<u8"),
-    ]
+from fastssl.errors import BetonError, JpegError, counted, printable
+from fastssl.pipelines.beton.format import (
+    FIELD_DTYPE,
+    FIELD_TYPES,
+    HEADER_DTYPE,
+    MIN_PAGE_SIZE,
+    MODE_RAW,
+    TABLE_DTYPE,
+    TYPE_IMAGE,
+    TYPE_INT,
+    VERSION,
 )
-FIELD_DTYPE = np.dtype([("type_id", "u1"), ("name", "S16"), ("arguments", "u1", (1024,))])
-IMAGE_DTYPE = np.dtype([("mode", "u1"), ("width", "<u2"), ("height", "<u2"), ("data_ptr", "<u8")])
-TABLE_DTYPE = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
-
-_TYPE_INT, _TYPE_IMAGE = 1, 2
-_REGION_DTYPE = np.dtype([("ptr", "<u8"), ("size", "<u8")])
-#: field type id -> (what it is called, its part of a metadata record)
-FIELD_TYPES: dict[int, tuple[str, np.dtype]] = {
-    0: ("float", np.dtype("<f8")),
-    _TYPE_INT: ("int", np.dtype("<i8")),
-    _TYPE_IMAGE: ("image", IMAGE_DTYPE),
-    3: ("bytes", _REGION_DTYPE),
-    4: ("ndarray", np.dtype("<u8")),
-    5: ("json", _REGION_DTYPE),
-    6: ("torch tensor", np.dtype("<u8")),
-}
+from fastssl.pipelines.beton.open_file import OpenFile
+from fastssl.pipelines.beton.side_file import read_side_file, side_path
+from fastssl.pipelines.ops import jpeg
 
 #: Samples whose metadata is read at a time; bytes that are summed up at a time.
 _BLOCK, _PART = 1 << 20, 16 << 20
 #: Photos that tell a file from another one, and bytes of each.
 _LOOKED_AT, _LOOK = 64, 4096
-
-#: Bytes by which a side file may be longer than its file. It has 6 for a sample, which takes 60 and its photo there,
-#: and the names of the classes.
-_SIDE_ROOM = 16 << 20
-
-#: One sample as the writer remembers it; also what a conversion journal stores.
-RECORD_DTYPE = np.dtype(
-    [("offset", "<u8"), ("size", "<u8"), ("label", "<i8"), ("height", "<u4"), ("width", "<u4"), ("mode", "u1")]
-)
-
-
-def side_path(path: str | os.PathLike) -> Path:
-    """Where the side file of ``path`` stands: ``photos.beton`` -> ``photos.beton.json``."""
-    return Path(f"{os.fspath(path)}.json")
-
-
-def read_side_file(path: str | os.PathLike) -> dict | None:
-    """Load the side file of the ``.beton`` file ``path``; None when there is none. ``BetonError`` when it is not what
-    we write.
-    """
-    side = side_path(path)
-    try:
-        content = json.loads(read_plain(side, os.stat(path).st_size + _SIDE_ROOM).decode("utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, RecursionError, FastSSLError) as error:
-        why = str(error).removeprefix(f"{side}: ")
-        raise BetonError(f"{side}: unreadable side file ({why}); delete it, or convert again") from None
-    classes = content.get("classes") if isinstance(content, dict) else 0
-    named = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
-    if not (named or classes is None) or not isinstance(content.get("bytes"), int):
-        raise BetonError(f"{side}: not a side file of ours (needs 'classes' and 'bytes'); delete it, or convert again")
-    return content
-
-
-class _OpenFile:
-    """A file descriptor that is closed with the last reference to it: a thread that still reads keeps its file, whoever
-    closes the reader.
-
-    Closed in time, its number could be given to another file while a thread that the disk holds up is about to read
-    from it.
-    """
-
-    def __init__(self, path: Path):
-        self.descriptor = -1
-        # A named pipe would wait here for its writer; a plain file knows nothing of the flag.
-        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        about = os.fstat(self.descriptor)
-        self.num_bytes, self.plain = about.st_size, stat.S_ISREG(about.st_mode)
-
-    def __del__(self) -> None:
-        if self.descriptor >= 0:
-            os.close(self.descriptor)
-
-    def read_into(self, out: np.ndarray, offset: int) -> int:
-        """Fill ``out``, 1-D uint8, from byte ``offset`` on; how many bytes there were, fewer than wanted at the end of
-        the file only.
-        """
-        view, done = memoryview(out), 0
-        while done < len(view):
-            got = os.preadv(self.descriptor, [view[done:]], offset + done)
-            if got == 0:
-                break
-            done += got
-        return done
 
 
 class BetonReader:
@@ -159,7 +59,7 @@ class BetonReader:
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
         try:
-            self._file: _OpenFile | None = _OpenFile(self.path)
+            self._file: OpenFile | None = OpenFile(self.path)
         except OSError as error:
             raise BetonError(f"{self.path}: cannot open: {error.strerror or error}") from None
         self._scratch = threading.local()
@@ -278,9 +178,9 @@ class BetonReader:
                 raise self._error(
                     f"field {name!r} has the unknown or custom type {type_id}, whose size only its own program knows"
                 )
-        if _TYPE_IMAGE not in types:
+        if TYPE_IMAGE not in types:
             raise self._error(f"has no image field, only {', '.join(names)}")
-        image, label = types.index(_TYPE_IMAGE), types.index(_TYPE_INT) if _TYPE_INT in types else None
+        image, label = types.index(TYPE_IMAGE), types.index(TYPE_INT) if TYPE_INT in types else None
         self.field_names, self.image_field = names, names[image]
         skipped = [
             f"{name} ({FIELD_TYPES[t][0]})" for k, (name, t) in enumerate(zip(names, types)) if k not in (image, label)
@@ -408,7 +308,7 @@ class BetonReader:
             kept = self._scratch.kept = np.empty(size + size // 4, np.uint8)
         return kept[:size]
 
-    def _open_file(self) -> _OpenFile:
+    def _open_file(self) -> OpenFile:
         file = self._file
         if file is None:
             raise self._error("the reader is closed")
@@ -418,7 +318,7 @@ class BetonReader:
         if not 0 <= i < self.num_samples:
             raise IndexError(f"{self.path}: no sample {i}, there are {self.num_samples}")
 
-    def _read(self, file: _OpenFile, offset: int, out: np.ndarray, what: str) -> None:
+    def _read(self, file: OpenFile, offset: int, out: np.ndarray, what: str) -> None:
         """Fill ``out``, 1-D uint8, from byte ``offset`` on, or raise a ``BetonError`` that says ``what`` could not be
         read.
         """
@@ -490,143 +390,3 @@ class BetonReader:
             raise self._error(
                 f"cut off since it was opened: {now:,} of {self.num_bytes:,} bytes are there; put the whole file back"
             )
-
-
-class BetonWriter:
-    """Write samples one after the other into a ``.beton`` file that FFCV reads too.
-
-    The number of samples need not be known: room is reserved for ``capacity`` of them and the header, written last,
-    says how many came. A file whose writer was stopped has a header of zeros and is refused by every reader. Memory: 33
-    bytes a sample.
-
-    A sample larger than a page doubles ``page_size`` as often as needed. That is safe at any time, because whatever
-    does not cross a multiple of P does not cross a multiple of 2P either.
-
-    Args:
-        path: the file; it is replaced. capacity: most samples that may come.
-        labels: with an integer field ``label`` behind ``image``, or without.
-        page_size: in bytes, a power of two of at least 2 MiB.
-        written: RECORD_DTYPE records of samples that ``path`` already holds, from a writer that was stopped and had the
-            same ``capacity``, ``labels`` and ``page_size``: writing goes on behind them, and what lies behind them is
-            cut off.
-    """
-
-    def __init__(
-        self,
-        path: str | os.PathLike,
-        capacity: int,
-        *,
-        labels: bool = True,
-        page_size: int = DEFAULT_PAGE_SIZE,
-        written: np.ndarray | None = None,
-    ):
-        if capacity < 1:
-            raise BetonError(f"{path}: a .beton file needs at least one sample")
-        if not MIN_PAGE_SIZE <= page_size <= MAX_PAGE_SIZE or page_size & (page_size - 1):
-            raise BetonError(f"page size {page_size} is not a power of two from {MIN_PAGE_SIZE} to {MAX_PAGE_SIZE}")
-        self.path = Path(path)
-        self.labels = labels
-        self._fields = [("image", _TYPE_IMAGE)] + ([("label", _TYPE_INT)] if labels else [])
-        self._record_dtype = np.dtype([("", FIELD_TYPES[type_id][1]) for _, type_id in self._fields], align=True)
-        self._metadata_at = HEADER_DTYPE.itemsize + len(self._fields) * FIELD_DTYPE.itemsize
-        metadata_end = self._metadata_at + capacity * self._record_dtype.itemsize
-        self._page_size = page_size
-        self._position = -(-metadata_end // page_size) * page_size
-        self._records = np.zeros(capacity, RECORD_DTYPE)
-        self.num_samples = 0
-        if written is None or len(written) == 0:
-            self._file = open(self.path, "wb", buffering=1 << 20)  # noqa: SIM115 - lives on, see close()
-        else:
-            self.num_samples = len(written)
-            self._records[: self.num_samples] = written
-            self._grow_page(int(written["size"].max()))
-            self._position = int(written[-1]["offset"] + written[-1]["size"])
-            self._file = open(self.path, "r+b", buffering=1 << 20)  # noqa: SIM115 - lives on, see close()
-            self._file.truncate(self._position)
-            # It may have been stopped between its header and its rename: unfinished again.
-            self._file.write(bytes(HEADER_DTYPE.itemsize))
-
-    def __enter__(self) -> BetonWriter:
-        return self
-
-    def __exit__(self, exc_type: type | None, *exc: object) -> None:
-        """Finish the file; after an exception only close it, so that it stays recognisably unfinished."""
-        try:
-            if exc_type is None:
-                self.finish()
-        finally:
-            self.close()
-
-    def close(self) -> None:
-        """Close the file as it is: unless :meth:`finish` came before, every reader will call it unfinished."""
-        self._file.close()
-
-    @property
-    def records(self) -> np.ndarray:
-        """RECORD_DTYPE records of the samples so far."""
-        return self._records[: self.num_samples]
-
-    def add(self, data: bytes | np.ndarray, height: int, width: int, label: int = 0, mode: int = MODE_JPEG) -> None:
-        """Append one sample: the bytes of a JPEG of ``height`` x ``width`` pixels, or with ``mode`` 1 its raw (H, W, 3)
-        uint8 pixels.
-        """
-        data = memoryview(data).cast("B")
-        size = len(data)
-        if self.num_samples == len(self._records):
-            raise BetonError(f"{self.path}: room was reserved for {counted(self.num_samples, 'sample')} only")
-        if (
-            not (0 < height <= 0xFFFF and 0 < width <= 0xFFFF)
-            or size == 0
-            or (mode == MODE_RAW and size != height * width * 3)
-        ):
-            raise BetonError(
-                f"{self.path}: cannot store {size} bytes as a picture of {height}x{width} (sides are 1 to 65535)"
-            )
-        self._grow_page(size)
-        if self._position % self._page_size + size > self._page_size:
-            self._position += -self._position % self._page_size
-        # Seeking over the rest of a page leaves a hole of zeros that takes no disk space.
-        if self._file.tell() != self._position:
-            self._file.seek(self._position)
-        self._file.write(data)
-        self._records[self.num_samples] = (self._position, size, label, height, width, mode)
-        self.num_samples += 1
-        self._position += size
-
-    def _grow_page(self, size: int) -> None:
-        if size > MAX_PAGE_SIZE:
-            raise BetonError(f"{self.path}: a sample of {size} bytes is larger than the format's largest page")
-        while size > self._page_size:
-            self._page_size *= 2
-
-    def sync(self) -> None:
-        """Bring everything written so far to the disk."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-
-    def finish(self) -> None:
-        """Write the allocation table, the metadata and, last, the header; bring all of it to the disk."""
-        if self.num_samples == 0:
-            raise BetonError(f"{self.path}: no samples were written")
-        records = self.records
-        table = np.empty(len(records), TABLE_DTYPE)
-        table["sample_id"], table["ptr"], table["size"] = np.arange(len(records)), records["offset"], records["size"]
-        metadata = np.zeros(len(records), self._record_dtype)
-        metadata["f0"]["mode"], metadata["f0"]["data_ptr"] = records["mode"], records["offset"]
-        metadata["f0"]["height"], metadata["f0"]["width"] = records["height"], records["width"]
-        if self.labels:
-            metadata["f1"] = records["label"]
-        fields = np.zeros(len(self._fields), FIELD_DTYPE)
-        for descriptor, (name, type_id) in zip(fields, self._fields):
-            descriptor["type_id"], descriptor["name"] = type_id, name.encode("ascii")
-
-        table_at = self._position + -self._position % 8
-        self._file.seek(table_at)
-        self._file.write(table.tobytes())
-        self._file.seek(HEADER_DTYPE.itemsize)
-        self._file.write(fields.tobytes() + metadata.tobytes())
-        self.sync()
-        header = np.array((VERSION, len(fields), self._page_size, len(records), table_at), HEADER_DTYPE)
-        self._file.seek(0)
-        self._file.write(header.tobytes())
-        self.sync()

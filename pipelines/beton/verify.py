@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from fastssl.errors import BetonError, JpegError, counted, worker_error
-from fastssl.pipelines.beton.reader import BetonReader, read_side_file, side_path
+from fastssl.pipelines.beton.reader import BetonReader
+from fastssl.pipelines.beton.side_file import read_side_file, side_path
 from fastssl.utils.cores import available_cores
 from fastssl.utils.deadline import STALL_MINUTES, Patience, Step
 

@@ -41,16 +41,10 @@ from PIL import Image
 
 from fastssl._version import __version__
 from fastssl.errors import FastSSLError, JpegError, counted, printable, worker_error
-from fastssl.pipelines.beton.reader import (
-    DEFAULT_PAGE_SIZE,
-    MIN_PAGE_SIZE,
-    MODE_JPEG,
-    MODE_RAW,
-    RECORD_DTYPE,
-    BetonReader,
-    BetonWriter,
-    side_path,
-)
+from fastssl.pipelines.beton.format import DEFAULT_PAGE_SIZE, MIN_PAGE_SIZE, MODE_JPEG, MODE_RAW, RECORD_DTYPE
+from fastssl.pipelines.beton.reader import BetonReader
+from fastssl.pipelines.beton.side_file import side_path
+from fastssl.pipelines.beton.writer import BetonWriter
 from fastssl.pipelines.convert.sources import Listing, list_source
 from fastssl.pipelines.ops import jpeg
 from fastssl.utils.atomic_files import sync_folder, write_atomically

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 
 from fastssl.errors import FastSSLError, counted
-from fastssl.pipelines.beton.reader import MODE_RAW, BetonReader
+from fastssl.pipelines.beton.format import MODE_RAW
+from fastssl.pipelines.beton.reader import BetonReader
 from fastssl.pipelines.engines.base import Engine
 from fastssl.pipelines.engines.native import NativeEngine
 from fastssl.pipelines.plan.draw import ViewSpec

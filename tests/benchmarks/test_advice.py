@@ -11,7 +11,9 @@ import pytest
 from fastssl.benchmarks.harness.photos import write_photos
 from fastssl.benchmarks.harness.windows import Window
 from fastssl.benchmarks.suites.advice import Loop, Remedy, in_words, more_threads, per_sample, shrunken
-from fastssl.pipelines.beton.reader import MODE_RAW, BetonReader, BetonWriter
+from fastssl.pipelines.beton.format import MODE_RAW
+from fastssl.pipelines.beton.reader import BetonReader
+from fastssl.pipelines.beton.writer import BetonWriter
 from fastssl.pipelines.plan.draw import ViewSpec
 from fastssl.training.bottleneck import smaller_side
 

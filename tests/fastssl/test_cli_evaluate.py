@@ -15,7 +15,8 @@ from fastssl.evaluate.features import extract_features, split_indices
 from fastssl.evaluate.fingerprint import weights_fingerprint
 from fastssl.evaluate.knn import knn_accuracy, knn_leave_one_out
 from fastssl.models.backbones import create_backbone, load_backbone, save_backbone
-from fastssl.pipelines.beton.reader import BetonWriter, side_path
+from fastssl.pipelines.beton.side_file import side_path
+from fastssl.pipelines.beton.writer import BetonWriter
 from fastssl.pipelines.convert.conversion import ConvertOptions, convert
 
 

@@ -21,7 +21,7 @@ from fastssl.evaluate.few_labels import draw_labels
 from fastssl.evaluate.finetune import FinetuneConfig, finetune
 from fastssl.evaluate.photos import open_split
 from fastssl.evaluate.trained import load_trained
-from fastssl.pipelines.beton.reader import side_path
+from fastssl.pipelines.beton.side_file import side_path
 from fastssl.pipelines.convert.conversion import ConvertOptions, convert
 from fastssl.pipelines.loader import ViewLoader
 

@@ -21,7 +21,9 @@ from fastssl.evaluate.features import (
     wilson_interval,
 )
 from fastssl.evaluate.raw_pixels import raw_pixel_features
-from fastssl.pipelines.beton.reader import MODE_RAW, BetonReader, BetonWriter
+from fastssl.pipelines.beton.format import MODE_RAW
+from fastssl.pipelines.beton.reader import BetonReader
+from fastssl.pipelines.beton.writer import BetonWriter
 from fastssl.pipelines.loader import ViewLoader
 from fastssl.pipelines.ops import jpeg
 from fastssl.pipelines.plan.draw import ViewSpec

@@ -12,7 +12,8 @@ from conftest import jpeg_bytes, make_photo
 
 from fastssl.evaluate.features import ProbeError
 from fastssl.evaluate.few_labels import ListedPhoto, draw_labels, listed_labels, parse_share, read_list, stored_names
-from fastssl.pipelines.beton.reader import BetonReader, side_path
+from fastssl.pipelines.beton.reader import BetonReader
+from fastssl.pipelines.beton.side_file import side_path
 from fastssl.pipelines.convert.conversion import ConvertOptions, convert
 
 AS_IS = ConvertOptions(keep_size=True, short_side=None)

@@ -17,7 +17,8 @@ from fastssl.config.recipe import load_recipe
 from fastssl.data import photo_source
 from fastssl.data.photo_source import as_beton, is_source, look_at, side_for
 from fastssl.errors import FastSSLError
-from fastssl.pipelines.beton.reader import BetonReader, read_side_file
+from fastssl.pipelines.beton.reader import BetonReader
+from fastssl.pipelines.beton.side_file import read_side_file
 from fastssl.pipelines.convert.conversion import ConvertOptions, convert
 
 

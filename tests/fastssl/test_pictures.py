@@ -11,7 +11,8 @@ from PIL import Image
 
 from fastssl.errors import FastSSLError
 from fastssl.evaluate.features import Features
-from fastssl.pipelines.beton.reader import BetonReader, BetonWriter
+from fastssl.pipelines.beton.reader import BetonReader
+from fastssl.pipelines.beton.writer import BetonWriter
 from fastssl.pipelines.loader import ViewLoader
 from fastssl.pipelines.ops import jpeg
 from fastssl.pipelines.plan.draw import ViewSpec

@@ -20,7 +20,8 @@ from fastssl.config.recipe import Recipe
 from fastssl.errors import FastSSLError, Interrupted
 from fastssl.evaluate.online_probe import OnlineProbe
 from fastssl.models.backbones import read_header
-from fastssl.pipelines.beton.reader import MODE_RAW, BetonWriter
+from fastssl.pipelines.beton.format import MODE_RAW
+from fastssl.pipelines.beton.writer import BetonWriter
 from fastssl.pretrain import pretrain
 from fastssl.runs import checkpoint
 from fastssl.runs.checkpoint import load_checkpoint, write_state

@@ -16,7 +16,7 @@ from fuzz.files import Beton
 from fuzz.guarded import Guarded, GuardedReader
 
 from fastssl.errors import BetonError, FastSSLError, JpegError, WorkerError
-from fastssl.pipelines.beton.reader import MODE_JPEG
+from fastssl.pipelines.beton.format import MODE_JPEG
 from fastssl.pipelines.convert.conversion import ConvertOptions, encode_photo
 from fastssl.pipelines.loader import ViewLoader
 from fastssl.pipelines.ops import jpeg

@@ -11,8 +11,11 @@ import numpy as np
 import pytest
 
 from fastssl.errors import BetonError, JpegError
-from fastssl.pipelines.beton import reader as beton
-from fastssl.pipelines.beton.reader import MODE_JPEG, MODE_RAW, BetonReader, BetonWriter
+from fastssl.pipelines.beton import format as beton_format
+from fastssl.pipelines.beton import side_file
+from fastssl.pipelines.beton.format import MODE_JPEG, MODE_RAW
+from fastssl.pipelines.beton.reader import BetonReader
+from fastssl.pipelines.beton.writer import BetonWriter
 from fastssl.pipelines.ops import jpeg
 
 
@@ -187,7 +190,7 @@ def test_writer_refuses_what_the_format_cannot_hold(tmp_path):
 def foreign_file(path, types, table_order=None, empty_bytes=False):
     """A file as FFCV's workers leave it: any fields, a table with entries for all of them in any order."""
     images = pictures(6, seed=9)
-    record = np.dtype([("", beton.FIELD_TYPES[t][1]) for t in types], align=True)
+    record = np.dtype([("", beton_format.FIELD_TYPES[t][1]) for t in types], align=True)
     metadata, data, table = np.zeros(6, record), bytearray(), []
     start = 4 << 20
     for i, image in enumerate(images):
@@ -206,13 +209,13 @@ def foreign_file(path, types, table_order=None, empty_bytes=False):
                 continue
             table.append((i, start + len(data), len(payload)))
             data += payload
-    fields = np.zeros(len(types), beton.FIELD_DTYPE)
+    fields = np.zeros(len(types), beton_format.FIELD_DTYPE)
     fields["type_id"] = types
     fields["name"] = [f"field{k}".encode() for k in range(len(types))]
-    table = np.array(table, beton.TABLE_DTYPE)
+    table = np.array(table, beton_format.TABLE_DTYPE)
     if table_order is not None:
         table = table[table_order(len(table))]
-    header = np.array((2, len(types), 2 << 20, 6, start + len(data)), beton.HEADER_DTYPE)
+    header = np.array((2, len(types), 2 << 20, 6, start + len(data)), beton_format.HEADER_DTYPE)
     head = header.tobytes() + fields.tobytes() + metadata.tobytes()
     path.write_bytes(head + bytes(start - len(head)) + data + table.tobytes())
     return images
@@ -266,7 +269,7 @@ def test_custom_fields_and_files_without_images_are_refused(tmp_path):
 def test_classes_come_from_the_side_file(tmp_path):
     path = tmp_path / "a.beton"
     write(path, pictures(2))
-    side = beton.side_path(path)
+    side = side_file.side_path(path)
     assert side == tmp_path / "a.beton.json"
     reader = BetonReader(path)
     assert reader.classes is None
@@ -300,16 +303,16 @@ def test_indices_and_a_closed_reader(tmp_path):
 def test_opening_is_fast(tmp_path):
     """Well under a second for a million samples: 300,000 within 0.3 s of CPU time (0.02 s measured)."""
     count, path = 300_000, tmp_path / "a.beton"
-    table = np.zeros(count, beton.TABLE_DTYPE)
-    metadata = np.zeros(count, np.dtype([("", beton.IMAGE_DTYPE), ("", "<i8")], align=True))
+    table = np.zeros(count, beton_format.TABLE_DTYPE)
+    metadata = np.zeros(count, np.dtype([("", beton_format.IMAGE_DTYPE), ("", "<i8")], align=True))
     table["sample_id"], table["ptr"], table["size"] = np.arange(count), (8 << 20) + 10 * np.arange(count), 10
     metadata["f0"]["data_ptr"], metadata["f0"]["width"], metadata["f0"]["height"] = table["ptr"], 4, 3
-    fields = np.zeros(2, beton.FIELD_DTYPE)
+    fields = np.zeros(2, beton_format.FIELD_DTYPE)
     fields["type_id"] = [2, 1]
     table_at = (8 << 20) + 10 * count
     with open(path, "wb") as file:
         file.write(
-            np.array((2, 2, 2 << 20, count, table_at), beton.HEADER_DTYPE).tobytes()
+            np.array((2, 2, 2 << 20, count, table_at), beton_format.HEADER_DTYPE).tobytes()
             + fields.tobytes()
             + metadata.tobytes()
         )

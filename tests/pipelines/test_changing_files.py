@@ -17,6 +17,7 @@ from children import in_child
 from conftest import need_engine
 
 from fastssl.errors import BetonError, JpegError
+from fastssl.pipelines.beton import format as beton_format
 from fastssl.pipelines.beton import reader as beton_module
 from fastssl.pipelines.beton.reader import BetonReader
 from fastssl.pipelines.beton.verify import verify
@@ -255,7 +256,7 @@ def test_holes_of_a_terabyte(tmp_path: Path) -> None:
     path = tmp_path / "holes.beton"
     count = 4 << 30
     start = 24 + 1041
-    header = np.array((2, 1, 2 << 20, count, start + 16 * count), beton_module.HEADER_DTYPE)
+    header = np.array((2, 1, 2 << 20, count, start + 16 * count), beton_format.HEADER_DTYPE)
     path.write_bytes(header.tobytes() + b"\x02image")
     os.truncate(path, start + 16 * count + 24 * count)
 

@@ -20,7 +20,8 @@ from power import Disk
 
 from fastssl.cli import main
 from fastssl.errors import JpegError
-from fastssl.pipelines.beton.reader import BetonReader, BetonWriter
+from fastssl.pipelines.beton.reader import BetonReader
+from fastssl.pipelines.beton.writer import BetonWriter
 from fastssl.pipelines.convert.conversion import ConvertError, ConvertOptions, convert, encode_photo, rejects_path
 from fastssl.pipelines.convert.sources import SourceError
 from fastssl.pipelines.ops import jpeg

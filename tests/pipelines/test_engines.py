@@ -14,7 +14,7 @@ import torch
 from conftest import make_photo, need_engine
 
 from fastssl.pipelines import BetonReader, BetonWriter, FastSSLError, JpegError, ViewLoader, ViewSpec
-from fastssl.pipelines.beton.reader import MODE_RAW
+from fastssl.pipelines.beton.format import MODE_RAW
 from fastssl.pipelines.engines.base import thread_initializer
 from fastssl.pipelines.engines.registry import choose_engine, engine_state
 

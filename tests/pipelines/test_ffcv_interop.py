@@ -12,7 +12,9 @@ import torch
 from conftest import need_engine
 from PIL import Image
 
-from fastssl.pipelines.beton.reader import MODE_RAW, BetonReader, BetonWriter
+from fastssl.pipelines.beton.format import MODE_RAW
+from fastssl.pipelines.beton.reader import BetonReader
+from fastssl.pipelines.beton.writer import BetonWriter
 from fastssl.pipelines.convert.conversion import ConvertOptions, convert
 from fastssl.pipelines.ops import jpeg
 

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 from fastssl.errors import BetonError, FastSSLError, JpegError
-from fastssl.pipelines.beton import reader as beton
-from fastssl.pipelines.beton.reader import MODE_JPEG, MODE_RAW, BetonReader, BetonWriter
+from fastssl.pipelines.beton import format as beton_format
+from fastssl.pipelines.beton.format import MODE_JPEG, MODE_RAW
+from fastssl.pipelines.beton.reader import BetonReader
+from fastssl.pipelines.beton.writer import BetonWriter
 from fastssl.pipelines.ops import jpeg
 
 METADATA_AT = 24 + 2 * 1041
@@ -209,7 +211,7 @@ def test_random_bytes_are_no_file(tmp_path):
         noise = rng.integers(0, 256, size, dtype=np.uint8)
         if size > 24 and size % 2:
             # With a header that gets past the first checks.
-            noise[:24] = np.array([(2, 1, 2 << 20, 1 + size % 7, size - 24)], beton.HEADER_DTYPE).view(np.uint8)
+            noise[:24] = np.array([(2, 1, 2 << 20, 1 + size % 7, size - 24)], beton_format.HEADER_DTYPE).view(np.uint8)
             noise[24] = 2 if size > 1100 else noise[24]
         path.write_bytes(noise.tobytes())
         with pytest.raises(FastSSLError, match=r"noise.beton"):

@@ -26,7 +26,8 @@ from rich.console import Console
 from fastssl.cli import main
 from fastssl.cli.common import PlainConsole
 from fastssl.errors import BetonError, FastSSLError, JpegError, printable, without_folders
-from fastssl.pipelines.beton.reader import BetonReader, BetonWriter
+from fastssl.pipelines.beton.reader import BetonReader
+from fastssl.pipelines.beton.writer import BetonWriter
 from fastssl.pipelines.convert.conversion import ConvertOptions, convert, encode_photo
 from fastssl.pipelines.convert.sources import SourceError, list_source
 from fastssl.pipelines.ops import jpeg

@@ -21,8 +21,9 @@ from children import in_child
 
 from fastssl.cli import main
 from fastssl.errors import FastSSLError, Stalled, WorkerError
-from fastssl.pipelines.beton.reader import BetonReader, BetonWriter, _OpenFile
+from fastssl.pipelines.beton.reader import BetonReader, _OpenFile
 from fastssl.pipelines.beton.verify import verify
+from fastssl.pipelines.beton.writer import BetonWriter
 from fastssl.pipelines.convert import conversion as convert_module
 from fastssl.pipelines.convert.conversion import ConvertOptions, convert
 from fastssl.pipelines.convert.sources import Listing

@@ -58,12 +58,12 @@ def in_float64() -> None:
 
 def install(fault: Fault) -> None:
     """Let the fault strike this process."""
-    from fastssl.pipelines.beton import reader as beton
+    from fastssl.pipelines.beton import writer
     from fastssl.pipelines.convert import conversion as convert
 
     convert.CHECKPOINT_SECONDS = 0.0  # a conversion of a second would otherwise have one point to go on from
     if fault.kind == "add":
-        beton.BetonWriter.add = struck(beton.BetonWriter.add, fault)
+        writer.BetonWriter.add = struck(writer.BetonWriter.add, fault)
     elif fault.kind != "often":
         setattr(os, fault.kind, struck(getattr(os, fault.kind), fault))
 
