@@ -85,7 +85,8 @@ def photo_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def beton(photo_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """``photo_tree`` through the real converter."""
-    from fastssl.pipelines.convert.conversion import ConvertOptions, convert
+    from fastssl.pipelines.convert.conversion import convert
+    from fastssl.pipelines.convert.options import ConvertOptions
 
     path = tmp_path_factory.mktemp("beton") / "photos.beton"
     convert(photo_tree, path, ConvertOptions(keep_size=True, short_side=None))

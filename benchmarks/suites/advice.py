@@ -24,7 +24,8 @@ from fastssl.errors import counted
 from fastssl.pipelines.beton.format import MIN_PAGE_SIZE
 from fastssl.pipelines.beton.reader import BetonReader
 from fastssl.pipelines.beton.writer import BetonWriter
-from fastssl.pipelines.convert.conversion import ConvertOptions, encode_photo
+from fastssl.pipelines.convert.encode import encode_photo
+from fastssl.pipelines.convert.options import ConvertOptions
 from fastssl.training.bottleneck import WORTH as WORTH_A_WORD
 
 #: Photos that stand for the file when it is tried in another size.

@@ -29,7 +29,8 @@ from fastssl.benchmarks.harness.windows import Contender, Window, measure_window
 from fastssl.benchmarks.suites.ffcv_writer import FfcvWriter
 from fastssl.errors import FastSSLError, counted
 from fastssl.pipelines.beton.reader import BetonReader
-from fastssl.pipelines.convert.conversion import ConvertOptions, ConvertSummary, convert
+from fastssl.pipelines.convert.conversion import convert
+from fastssl.pipelines.convert.options import ConvertOptions, ConvertSummary
 from fastssl.pipelines.convert.sources import Listing, list_source
 from fastssl.pipelines.engines.registry import engine_state
 from fastssl.pipelines.ops import jpeg

@@ -16,7 +16,7 @@ from PIL import Image
 
 from fastssl.benchmarks.harness.windows import Window
 from fastssl.errors import FastSSLError
-from fastssl.pipelines.convert.conversion import ConvertOptions
+from fastssl.pipelines.convert.options import ConvertOptions
 from fastssl.pipelines.convert.sources import Listing
 from fastssl.pipelines.engines.registry import engine_state
 

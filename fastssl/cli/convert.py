@@ -82,7 +82,8 @@ def convert_imagenet(
     """
     if sum([short_side is not None, max_side is not None, keep_size]) > 1:
         raise click.UsageError("give one of --short-side, --max-side, --keep-size")
-    from fastssl.pipelines.convert.conversion import ConvertOptions, convert, rejects_path
+    from fastssl.pipelines.convert.conversion import convert, rejects_path
+    from fastssl.pipelines.convert.options import ConvertOptions
 
     options = ConvertOptions(
         short_side=256 if short_side is None else short_side,

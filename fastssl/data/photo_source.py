@@ -32,14 +32,9 @@ from fastssl.data.sample_set import default_cache_dir
 from fastssl.errors import FastSSLError, counted, printable
 from fastssl.pipelines.beton.reader import BetonReader
 from fastssl.pipelines.beton.side_file import read_side_file, side_path
-from fastssl.pipelines.convert.conversion import (
-    PILLOW_FORMATS,
-    ConvertOptions,
-    ConvertSummary,
-    chosen_photos,
-    convert,
-    rejects_path,
-)
+from fastssl.pipelines.convert.conversion import convert, rejects_path
+from fastssl.pipelines.convert.encode import PILLOW_FORMATS
+from fastssl.pipelines.convert.options import ConvertOptions, ConvertSummary, chosen_photos
 from fastssl.pipelines.convert.sources import Listing, list_source
 from fastssl.utils.deadline import STALL_MINUTES, Patience, Step
 

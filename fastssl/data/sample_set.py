@@ -208,7 +208,8 @@ def _verified(folder: Path) -> SampleSet | None:
 
 def _build(folder: Path) -> None:
     """Render the views, write them as JPEG files and convert them, both parts, into ``folder``."""
-    from fastssl.pipelines.convert.conversion import ConvertOptions, convert
+    from fastssl.pipelines.convert.conversion import convert
+    from fastssl.pipelines.convert.options import ConvertOptions
 
     for part in PARTS:
         # Beside the result and not in /tmp: one disk, one clean-up when the caller removes the folder.

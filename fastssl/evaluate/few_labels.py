@@ -24,7 +24,8 @@ from fastssl.errors import counted
 from fastssl.evaluate.features import ProbeError
 from fastssl.pipelines.beton.reader import BetonReader
 from fastssl.pipelines.beton.side_file import read_side_file
-from fastssl.pipelines.convert.conversion import chosen_photos, rejects_path
+from fastssl.pipelines.convert.conversion import rejects_path
+from fastssl.pipelines.convert.options import chosen_photos
 from fastssl.pipelines.convert.sources import list_source
 from fastssl.pipelines.plan.order import epoch_order
 

@@ -21,7 +21,8 @@ from fastssl.errors import FastSSLError
 from fastssl.evaluate.features import ProbeError, split_indices
 from fastssl.evaluate.online_probe import require_same_classes
 from fastssl.pipelines.beton.reader import BetonReader
-from fastssl.pipelines.convert.conversion import ConvertOptions, convert
+from fastssl.pipelines.convert.conversion import convert
+from fastssl.pipelines.convert.options import ConvertOptions
 
 
 @contextmanager

@@ -22,7 +22,9 @@ from fastssl.cli.bench import bench
 from fastssl.errors import FastSSLError
 from fastssl.pipelines.beton.reader import BetonReader
 from fastssl.pipelines.convert import conversion as converter
-from fastssl.pipelines.convert.conversion import ConvertOptions, convert, encode_photo
+from fastssl.pipelines.convert.conversion import convert
+from fastssl.pipelines.convert.encode import encode_photo
+from fastssl.pipelines.convert.options import ConvertOptions
 from fastssl.pipelines.convert.sources import Listing, list_source
 from fastssl.pipelines.ops import jpeg
 

@@ -17,7 +17,8 @@ from fastssl.evaluate.knn import knn_accuracy, knn_leave_one_out
 from fastssl.models.backbones import create_backbone, load_backbone, save_backbone
 from fastssl.pipelines.beton.side_file import side_path
 from fastssl.pipelines.beton.writer import BetonWriter
-from fastssl.pipelines.convert.conversion import ConvertOptions, convert
+from fastssl.pipelines.convert.conversion import convert
+from fastssl.pipelines.convert.options import ConvertOptions
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,8 @@ from fastssl.evaluate.finetune import FinetuneConfig, finetune
 from fastssl.evaluate.photos import open_split
 from fastssl.evaluate.trained import load_trained
 from fastssl.pipelines.beton.side_file import side_path
-from fastssl.pipelines.convert.conversion import ConvertOptions, convert
+from fastssl.pipelines.convert.conversion import convert
+from fastssl.pipelines.convert.options import ConvertOptions
 from fastssl.pipelines.loader import ViewLoader
 
 SMALL = ("--size", 32, "--device", "cpu", "--workers", 1)

@@ -14,7 +14,8 @@ from fastssl.evaluate.features import ProbeError
 from fastssl.evaluate.few_labels import ListedPhoto, draw_labels, listed_labels, parse_share, read_list, stored_names
 from fastssl.pipelines.beton.reader import BetonReader
 from fastssl.pipelines.beton.side_file import side_path
-from fastssl.pipelines.convert.conversion import ConvertOptions, convert
+from fastssl.pipelines.convert.conversion import convert
+from fastssl.pipelines.convert.options import ConvertOptions
 
 AS_IS = ConvertOptions(keep_size=True, short_side=None)
 

@@ -19,7 +19,8 @@ from conftest import need_engine
 
 from fastssl.cli import main
 from fastssl.pipelines import BetonReader, BetonWriter
-from fastssl.pipelines.convert.conversion import ConvertOptions, convert
+from fastssl.pipelines.convert.conversion import convert
+from fastssl.pipelines.convert.options import ConvertOptions
 
 TINY = [
     "train.epochs=1",
@@ -195,7 +196,8 @@ def test_a_finished_run_without_its_metrics_is_reported_all_the_same(beton: Path
 def test_val_must_have_the_same_classes(
     beton: Path, photo_tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    from fastssl.pipelines.convert.conversion import ConvertOptions, convert
+    from fastssl.pipelines.convert.conversion import convert
+    from fastssl.pipelines.convert.options import ConvertOptions
 
     shutil.copytree(photo_tree, tmp_path / "two")
     shutil.rmtree(tmp_path / "two" / "blue")

@@ -19,7 +19,8 @@ from fastssl.data.photo_source import as_beton, is_source, look_at, side_for
 from fastssl.errors import FastSSLError
 from fastssl.pipelines.beton.reader import BetonReader
 from fastssl.pipelines.beton.side_file import read_side_file
-from fastssl.pipelines.convert.conversion import ConvertOptions, convert
+from fastssl.pipelines.convert.conversion import convert
+from fastssl.pipelines.convert.options import ConvertOptions
 
 
 @pytest.fixture(autouse=True)

@@ -241,7 +241,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_by_name(beton: Path, tmp_path: 
 
 
 def test_photos_without_labels_train_and_report(photo_tree: Path, tmp_path: Path) -> None:
-    from fastssl.pipelines.convert.conversion import ConvertOptions, convert
+    from fastssl.pipelines.convert.conversion import convert
+    from fastssl.pipelines.convert.options import ConvertOptions
 
     flat = tmp_path / "flat"
     flat.mkdir()

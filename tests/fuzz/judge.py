@@ -17,7 +17,8 @@ from fuzz.guarded import Guarded, GuardedReader
 
 from fastssl.errors import BetonError, FastSSLError, JpegError, WorkerError
 from fastssl.pipelines.beton.format import MODE_JPEG
-from fastssl.pipelines.convert.conversion import ConvertOptions, encode_photo
+from fastssl.pipelines.convert.encode import encode_photo
+from fastssl.pipelines.convert.options import ConvertOptions
 from fastssl.pipelines.loader import ViewLoader
 from fastssl.pipelines.ops import jpeg
 from fastssl.pipelines.plan.draw import ViewSpec

@@ -22,7 +22,9 @@ from fastssl.cli import main
 from fastssl.errors import JpegError
 from fastssl.pipelines.beton.reader import BetonReader
 from fastssl.pipelines.beton.writer import BetonWriter
-from fastssl.pipelines.convert.conversion import ConvertError, ConvertOptions, convert, encode_photo, rejects_path
+from fastssl.pipelines.convert.conversion import convert, rejects_path
+from fastssl.pipelines.convert.encode import encode_photo
+from fastssl.pipelines.convert.options import ConvertError, ConvertOptions
 from fastssl.pipelines.convert.sources import SourceError
 from fastssl.pipelines.ops import jpeg
 
@@ -503,7 +505,7 @@ def dying(function):
         return function(*args, **kwargs)
     return wrapped
 if what == "add":
-    beton.BetonWriter.add = dying(beton.BetonWriter.add)
+    writer.BetonWriter.add = dying(writer.BetonWriter.add)
 elif what == "fsync":
     os.fsync = dying(os.fsync)
 elif what == "replace":

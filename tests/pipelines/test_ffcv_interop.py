@@ -15,7 +15,8 @@ from PIL import Image
 from fastssl.pipelines.beton.format import MODE_RAW
 from fastssl.pipelines.beton.reader import BetonReader
 from fastssl.pipelines.beton.writer import BetonWriter
-from fastssl.pipelines.convert.conversion import ConvertOptions, convert
+from fastssl.pipelines.convert.conversion import convert
+from fastssl.pipelines.convert.options import ConvertOptions
 from fastssl.pipelines.ops import jpeg
 
 # ruff: noqa: E402  (what follows is there only where ffcv is installed)

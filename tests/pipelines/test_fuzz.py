@@ -19,8 +19,8 @@ from fuzz.guarded import Guarded, GuardedReader, watch_reads
 from fuzz.judge import Judge, Wrong
 from fuzz.pool import run
 
-from fastssl.pipelines.beton import writer
 from fastssl.pipelines.beton.reader import BetonReader
+from fastssl.pipelines.beton.writer import BetonWriter
 from fastssl.pipelines.ops import jpeg
 
 ROOT = Path(__file__).parents[2]
@@ -85,7 +85,7 @@ def test_files_are_what_the_writer_writes(tmp_path: Path) -> None:
             assert [reader.encoded(i).tobytes() for i in range(len(reader))] == [sample.data for sample in file.samples]
             assert reader.labels is None or reader.labels.tolist() == [sample.label for sample in file.samples]
         if file.paged and file.stored is None:
-            with writer.BetonWriter(path, len(file.samples), page_size=file.page_size) as writer:
+            with BetonWriter(path, len(file.samples), page_size=file.page_size) as writer:
                 for sample in file.samples:
                     writer.add(sample.data, sample.height, sample.width, sample.label, sample.mode)
             assert path.read_bytes() == file.layout().content

@@ -28,7 +28,9 @@ from fastssl.cli.common import PlainConsole
 from fastssl.errors import BetonError, FastSSLError, JpegError, printable, without_folders
 from fastssl.pipelines.beton.reader import BetonReader
 from fastssl.pipelines.beton.writer import BetonWriter
-from fastssl.pipelines.convert.conversion import ConvertOptions, convert, encode_photo
+from fastssl.pipelines.convert.conversion import convert
+from fastssl.pipelines.convert.encode import encode_photo
+from fastssl.pipelines.convert.options import ConvertOptions
 from fastssl.pipelines.convert.sources import SourceError, list_source
 from fastssl.pipelines.ops import jpeg
 

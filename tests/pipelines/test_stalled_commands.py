@@ -25,7 +25,8 @@ from fastssl.pipelines.beton.reader import BetonReader, _OpenFile
 from fastssl.pipelines.beton.verify import verify
 from fastssl.pipelines.beton.writer import BetonWriter
 from fastssl.pipelines.convert import conversion as convert_module
-from fastssl.pipelines.convert.conversion import ConvertOptions, convert
+from fastssl.pipelines.convert.conversion import convert
+from fastssl.pipelines.convert.options import ConvertOptions
 from fastssl.pipelines.convert.sources import Listing
 from fastssl.pipelines.ops import jpeg
 from fastssl.utils import deadline as stall

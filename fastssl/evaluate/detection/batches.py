@@ -20,7 +20,8 @@ from torch.nn import functional
 
 from fastssl.evaluate.detection.annotations import DetectionError, Picture, Segmentation
 from fastssl.evaluate.detection.average_precision import mask_tools
-from fastssl.pipelines.convert.conversion import ConvertOptions, encode_photo
+from fastssl.pipelines.convert.encode import encode_photo
+from fastssl.pipelines.convert.options import ConvertOptions
 from fastssl.pipelines.plan.order import batch_indices, steps_per_epoch
 from fastssl.pipelines.plan.philox import Stream, keyed_words
 from fastssl.utils.cores import available_cores

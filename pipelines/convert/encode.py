@@ -1,0 +1,144 @@
+"""One photo: the bytes of any picture file to those that a ``.beton`` file holds."""
+
+from __future__ import annotations
+
+import io
+import re
+import zlib
+from functools import cache
+from typing import NamedTuple
+
+import numpy as np
+import PIL
+import simplejpeg
+from PIL import Image
+
+from fastssl.errors import JpegError
+from fastssl.pipelines.beton.format import MODE_JPEG, MODE_RAW
+from fastssl.pipelines.convert.options import ConvertOptions
+from fastssl.pipelines.ops import jpeg
+
+#: Only formats that Pillow decodes by itself: EPS, for one, would start Ghostscript on a stranger's program.
+PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+
+
+_TRANSPOSE = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class Encoded(NamedTuple):
+    """A photo as it goes into the file."""
+
+    data: bytes
+    height: int
+    width: int
+    mode: int
+    copied: bool
+    crc32: int
+
+
+def encode_photo(data: bytes, options: ConvertOptions) -> Encoded:
+    """Turn the bytes of any picture file into what goes into the ``.beton``: a pure function of its arguments.
+
+    * A JPEG in YCbCr or grey, upright and of fitting size, that decodes without complaint, is returned as it is.
+    * Scaling: Pillow's Lanczos filter (antialiased); a JPEG more than four times too large is first reduced by the
+      decoder, in the DCT, to no less than twice the size.
+    * EXIF orientation is applied. CMYK becomes RGB as Pillow does it. Transparency is laid over white. Of 16 bits the
+      high 8 stay. Of an animation the first picture is taken.
+
+    Raises:
+        JpegError, OSError, ValueError or whatever else a decoder raises for a damaged picture.
+    """
+    if not data:
+        raise JpegError("the file is empty")
+    is_jpeg = data[:3] == b"\xff\xd8\xff"
+    header = _readable_header(data) if is_jpeg else None
+    if header is not None:
+        size = options.target_size(header.height, header.width)
+        orientation = jpeg.exif_orientation(data)
+        unchanged = size == (header.height, header.width) and orientation == 1
+        far = header.height >= 4 * size[0] and header.width >= 4 * size[1]
+        rgb, clean = _decode_jpeg(data, (2 * size[0], 2 * size[1]) if far else None)
+        if unchanged and clean and header.colorspace != "RGB" and options.store == "jpeg":
+            return Encoded(data, header.height, header.width, MODE_JPEG, True, zlib.crc32(data))
+        image = Image.fromarray(rgb) if not unchanged else None
+    else:
+        image, orientation = _decode_pillow(data, is_jpeg)
+        size = options.target_size(image.height, image.width)
+        unchanged = size == (image.height, image.width) and orientation == 1
+        rgb = np.asarray(image)
+    if not unchanged:
+        image = image.resize((size[1], size[0]), Image.Resampling.LANCZOS)
+        # Turned after scaling, when there are fewer pixels; the filter does not know up from down.
+        image = image.transpose(_TRANSPOSE[orientation]) if orientation != 1 else image
+        rgb = np.asarray(image)
+    height, width, _ = rgb.shape
+    if max(height, width) > 0xFFFF:
+        raise JpegError(f"{height}x{width} pixels: the format stores sides up to 65535; scale it down")
+    stored = jpeg.encode(rgb, options.quality) if options.store == "jpeg" else rgb.tobytes()
+    return Encoded(stored, height, width, MODE_JPEG if options.store == "jpeg" else MODE_RAW, False, zlib.crc32(stored))
+
+
+def _readable_header(data: bytes) -> jpeg.JpegHeader | None:
+    """The header of a JPEG, or None when it is one that only Pillow can decode: CMYK, or unusual sampling factors."""
+    try:
+        header = jpeg.read_header(data)
+    except JpegError:
+        return None
+    return header if header.colorspace in jpeg.DECODABLE else None
+
+
+def _decode_jpeg(data: bytes, at_least: tuple[int, int] | None) -> tuple[np.ndarray, bool]:
+    """Decode strictly; (pixels, whether the file may be stored as it is)."""
+    try:
+        return jpeg.decode(data, at_least=at_least), True
+    except JpegError as error:
+        # Stray bytes between the last pixel and the end marker (0xd9): the picture is whole, only untidy.
+        if re.search(r"extraneous bytes before marker 0xd9$", str(error)) is None:
+            raise
+        return simplejpeg.decode_jpeg(data, colorspace="RGB", strict=False), False
+
+
+def _decode_pillow(data: bytes, is_jpeg: bool) -> tuple[Image.Image, int]:
+    """Decode with Pillow; (RGB picture, EXIF orientation still to be applied)."""
+    try:
+        image = Image.open(io.BytesIO(data), formats=pillow_formats())
+    except PIL.UnidentifiedImageError:
+        raise JpegError("not a picture in a format that we read (by its contents, not by its name)") from None
+    # Before load(): the size in the header costs nothing, the pixels behind it may cost gigabytes.
+    if image.width * image.height > jpeg.MAX_PIXELS:
+        raise JpegError(
+            f"the header asks for {image.height}x{image.width} pixels, more than the limit of {jpeg.MAX_PIXELS:,}"
+        )
+    if is_jpeg:
+        jpeg.require_few_scans(data, image.width * image.height)
+    if image.format == "PNG":
+        with Image.open(io.BytesIO(data), formats=("PNG",)) as check:
+            check.verify()  # the chunks' checksums, which load() leaves out
+    image.load()
+    orientation = jpeg.exif_orientation(data) if is_jpeg else image.getexif().get(0x0112, 1)
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        values = np.asarray(image)
+        if values.min() < 0 or values.max() > 0xFFFF:
+            raise JpegError("32 bits a pixel: of unknown range, convert it to 8 or 16 bits first")
+        image = Image.fromarray((values >> 8).astype(np.uint8))
+    elif image.mode == "F":
+        raise JpegError("floating-point pixels: of unknown range, convert it to 8 or 16 bits first")
+    elif image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
+    return image.convert("RGB"), orientation if orientation in _TRANSPOSE else 1
+
+
+@cache
+def pillow_formats() -> tuple[str, ...]:
+    """Those of our formats that this Pillow was built with."""
+    Image.init()
+    return tuple(name for name in PILLOW_FORMATS if name in Image.OPEN)

@@ -1,0 +1,110 @@
+"""What a conversion is told, and what it tells."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from fastssl.errors import FastSSLError
+from fastssl.utils.deadline import STALL_MINUTES
+
+
+class ConvertError(FastSSLError):
+    """A conversion cannot start, or was stopped by a bad photo or by the disk."""
+
+
+@dataclass(frozen=True)
+class ConvertOptions:
+    """What becomes of each photo.
+
+    Attributes:
+        short_side: photos whose shorter side is longer are scaled down to it; None: no scaling. Nothing is ever scaled
+            up.
+        max_side: the same for the longer side, instead of ``short_side``.
+        keep_size: no scaling at all.
+        quality: JPEG quality, 1 to 100, of what has to be encoded anew (4:2:0; 4:4:4 from 95).
+        store: 'jpeg', or 'raw' for decoded pixels (10 to 20 times larger, nothing to decode in training).
+        workers: threads; None: as many as this process has CPUs.
+        limit: convert only this many photos, evenly spaced over the source.
+        resume: go on where a stopped conversion of the same photos with the same options stood, and keep what is needed
+            for that.
+        on_bad: 'skip' lists bad photos in DST.rejects.jsonl, 'fail' stops at the first.
+        stall_minutes: how long one photo, or the disk under DST, is waited for; a warning comes after the first minute,
+            ``Stalled`` at the end. ``math.inf``: for ever.
+        automatic: no person asked for this file: who made it may make it again. Noted in the side file, no more.
+    """
+
+    short_side: int | None = 256
+    max_side: int | None = None
+    keep_size: bool = False
+    quality: int = 90
+    store: str = "jpeg"
+    workers: int | None = None
+    limit: int | None = None
+    resume: bool = True
+    on_bad: str = "skip"
+    stall_minutes: float = STALL_MINUTES
+    automatic: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("short_side", "max_side", "workers", "limit"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConvertError(f"{name} is at least 1, not {value}")
+        if not 1 <= self.quality <= 100:
+            raise ConvertError(f"quality is 1 to 100, not {self.quality}")
+        if self.store not in ("jpeg", "raw"):
+            raise ConvertError(f"store is 'jpeg' or 'raw', not {self.store!r}")
+        if self.on_bad not in ("skip", "fail"):
+            raise ConvertError(f"on_bad is 'skip' or 'fail', not {self.on_bad!r}")
+        if self.keep_size and self.max_side is not None:
+            raise ConvertError("give max_side or keep_size, not both")
+
+    def target_size(self, height: int, width: int) -> tuple[int, int]:
+        """The (height, width) that a photo of this size gets; the aspect ratio is kept to the nearest pixel."""
+        if self.keep_size or (self.max_side is None and self.short_side is None):
+            return height, width
+        side, limit = (
+            (max(height, width), self.max_side) if self.max_side is not None else (min(height, width), self.short_side)
+        )
+        if side <= limit:
+            return height, width
+        return max(1, round(height * limit / side)), max(1, round(width * limit / side))
+
+    def deciding(self) -> dict:
+        """The options that decide about the bytes of the result."""
+        free = ("workers", "resume", "on_bad", "stall_minutes", "automatic")
+        return {name: value for name, value in asdict(self).items() if name not in free}
+
+
+@dataclass(frozen=True)
+class ConvertSummary:
+    """What :func:`convert` did.
+
+    Attributes:
+        path: the file. written: photos in it = copied (byte for byte) + reencoded.
+        rejected: bad photos, listed in DST.rejects.jsonl. ignored: files that are no photos.
+        resumed: photos, good or bad, that an earlier, stopped run had done already.
+        classes: names, or None for photos without labels. bytes: size of the file. seconds: what this run took.
+    """
+
+    path: Path
+    written: int
+    copied: int
+    reencoded: int
+    rejected: int
+    ignored: int
+    resumed: int
+    classes: list[str] | None
+    bytes: int
+    seconds: float
+
+
+def chosen_photos(count: int, limit: int | None) -> np.ndarray:
+    """Which of a listing's ``count`` photos are converted: all, or ``limit`` of them, evenly spaced. Ascending int64
+    positions.
+    """
+    total = count if limit is None else min(limit, count)
+    return np.arange(total) * count // max(1, total)
