@@ -10,7 +10,7 @@ from fastssl.cli.lazy import LazyCommand, LazyGroup
 
 BENCHES = {
     "loader": LazyCommand(
-        "fastssl.cli.bench.loader", "loader", "Decoding, the host's cost of views, and the whole loader."
+        "fastssl.cli.bench.loader", "loader", "Decoding, the host's cost of views, the whole loader."
     ),
     "views": LazyCommand("fastssl.cli.bench.views", "views", "Crop and colour of pictures that lie on the device."),
     "loss": LazyCommand("fastssl.cli.bench.loss", "loss", "The loss, in turns with its dense form."),

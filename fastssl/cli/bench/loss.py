@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from fastssl.cli.bench.measure import load_recipes
+from fastssl.cli.bench.measure import load_recipes, measure
 from fastssl.cli.bench.options import device_option, recipe_option, runs_option, set_option
 from fastssl.cli.common import json_option
 from fastssl.errors import FastSSLError, counted
