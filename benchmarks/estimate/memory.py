@@ -41,7 +41,7 @@ def half_bytes(step: Step) -> int:
     """Bytes of the bfloat16 weights that compute beside the float32 ones."""
     return sum(
         tensor_bytes([p for p in half.network.parameters() if p.dtype == torch.bfloat16])
-        for half in step.inner.half_copies
+        for half in step.inner.bf16_weights
     )
 
 

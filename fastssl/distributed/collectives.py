@@ -2,7 +2,7 @@
 
 Every function is the identity in a single process: it returns what it was given, uncopied, so that the code which calls
 it reads the same for any number of processes. All ranks must call the same ones in the same order. None waits for the
-device but those that answer the host: ``agree_any``, ``share``, ``gather_values`` and ``barrier``, and these travel
+device but those that answer the host: ``any_rank``, ``share``, ``gather_objects`` and ``barrier``, and these travel
 beside the device, over the network of the hosts.
 """
 
@@ -184,7 +184,7 @@ def broadcast_module(module: nn.Module) -> None:
 # ---------------------------------------------------------------------- between the hosts
 
 
-def agree_any(flag: bool) -> bool:
+def any_rank(flag: bool) -> bool:
     """Whether any rank says so; the answer is the same on all."""
     if world_size() == 1:
         return flag
@@ -227,7 +227,7 @@ class Vote:
         return tuple(bool(value) for value in said.tolist())
 
 
-def share(value: _Value) -> _Value:
+def broadcast_object(value: _Value) -> _Value:
     """What rank 0 says, on all ranks: any value that can be pickled."""
     if world_size() == 1:
         return value
@@ -236,7 +236,7 @@ def share(value: _Value) -> _Value:
     return said[0]
 
 
-def gather_values(value: _Value) -> list[_Value]:
+def gather_objects(value: _Value) -> list[_Value]:
     """What each rank says, by rank, on all ranks: any value that can be pickled."""
     if world_size() == 1:
         return [value]
@@ -247,4 +247,4 @@ def gather_values(value: _Value) -> list[_Value]:
 
 def barrier() -> None:
     """Wait until all ranks are here. What they have queued on their GPUs may still run."""
-    agree_any(False)
+    any_rank(False)

@@ -20,7 +20,7 @@ from fastssl.distributed.collectives import all_reduce_sum
 from fastssl.errors import FastSSLError
 
 
-class DealtStatistics:
+class SplitBatchNormStats:
     """The running statistics of a network of which each rank passes ``groups`` groups a step in training mode.
 
     Nothing here waits for the device, and all shapes are the same at every step: it can be recorded.

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastssl.distributed.collectives import agree_any, gather_uneven, rank, world_size
+from fastssl.distributed.collectives import any_rank, gather_uneven, rank, world_size
 from fastssl.errors import FastSSLError, counted
 from fastssl.pipelines.beton.reader import BetonReader
 from fastssl.pipelines.loader import ViewLoader
@@ -175,7 +175,7 @@ def collect(
     return Features(features[:kept], labels[:kept], index[:kept])
 
 
-def share(index: np.ndarray, *, may_be_empty: bool = False) -> np.ndarray:
+def shard(index: np.ndarray, *, may_be_empty: bool = False) -> np.ndarray:
     """This process's part of ``index``: neighbours stay together, parts differ by one at most. All of it for a single
     process.
 
@@ -269,5 +269,5 @@ def check_shared_input(train: Features, val: Features) -> None:
         check_probe_input(train, val)
     except ProbeError as error:
         problem = error
-    if agree_any(problem is not None):
+    if any_rank(problem is not None):
         raise problem or ProbeError("another process's share of the features cannot be used: it says why")

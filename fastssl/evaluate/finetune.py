@@ -26,7 +26,7 @@ from fastssl.distributed.collectives import all_reduce_sum, average_gradients, b
 from fastssl.distributed.sync_batchnorm import synchronise_batchnorm
 from fastssl.errors import counted
 from fastssl.evaluate.classifier import Classifier
-from fastssl.evaluate.features import EVALUATION_CROP, ProbeError, collect, require_size, share, wilson_interval
+from fastssl.evaluate.features import EVALUATION_CROP, ProbeError, collect, require_size, shard, wilson_interval
 from fastssl.evaluate.photos import LabelledSplit
 from fastssl.optim.optimizers import OptimConfig, create_optimizer, parameter_groups
 from fastssl.optim.schedules import learning_rate
@@ -281,7 +281,7 @@ class _Tuner:
         """
         split, config, best = self.split, self.config, min(5, self.network.linear.out_features)
         self.network.eval()
-        mine = share(split.val_index, may_be_empty=True)
+        mine = shard(split.val_index, may_be_empty=True)
         right = torch.zeros(2, dtype=torch.int64)
         if len(mine):
 

@@ -17,7 +17,7 @@ from fastssl.evaluate.features import (
     ProbeError,
     check_shared_input,
     extract_features,
-    share,
+    shard,
     split_indices,
 )
 from fastssl.evaluate.photos import LabelledSplit
@@ -168,7 +168,7 @@ def _judged(
     network: nn.Module, split: LabelledSplit, label: str, reader: BetonReader, index: Any, bar: Bar, **how: Any
 ) -> Judged:
     """This process's share of the features of centre crops."""
-    mine = share(index)
+    mine = shard(index)
     with bar(label, len(mine)) as advance:
         found = extract_features(network, reader, indices=mine, batch_size=_PASS, progress=advance, **how)
     check_shared_input(found, found)

@@ -169,9 +169,9 @@ class Method(nn.Module):
         if self.teacher is not None:
             self._student_parameters = list(self.student.parameters())
             self._teacher_parameters = list(self.teacher.parameters())
-        self.compute_with(self.student, self.teacher)
+        self.set_forward_modules(self.student, self.teacher)
 
-    def compute_with(self, student: nn.Module, teacher: nn.Module | None) -> None:
+    def set_forward_modules(self, student: nn.Module, teacher: nn.Module | None) -> None:
         """Let these networks make the passes: bfloat16 or compiled forms of ``student`` and ``teacher``, which stay
         what is trained and saved.
         """
@@ -206,7 +206,7 @@ class Method(nn.Module):
         self.student = convert(self.student)
         if self.teacher is not None:
             self.teacher = convert(self.teacher)
-        self.compute_with(self.student, self.teacher)
+        self.set_forward_modules(self.student, self.teacher)
 
     # ------------------------------------------------------------------ what a method fills in
 

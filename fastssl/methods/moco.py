@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fastssl.distributed.collectives import gather_rows, gather_views, rank
-from fastssl.distributed.split_batchnorm import DealtStatistics
+from fastssl.distributed.split_batchnorm import SplitBatchNormStats
 from fastssl.losses import SmoothedInfoNCE
 from fastssl.losses.pairs import reduce_pairs
 from fastssl.losses.smoothed_target import rank_weights
@@ -159,7 +159,7 @@ class MoCo(Method):
         self.config = config
         self.key_views = self.teacher_views = config.key_views
         self.hidden_views = 2 - config.key_views
-        self._dealt: DealtStatistics | None = None
+        self._dealt: SplitBatchNormStats | None = None
         self.loss = SmoothedInfoNCE(
             temperature=config.temperature,
             smoothing=config.smoothing,
@@ -191,9 +191,11 @@ class MoCo(Method):
             super().synchronise(convert)
         else:
             self.student = convert(self.student)
-            self.compute_with(self.student, self.teacher)
+            self.set_forward_modules(self.student, self.teacher)
             world = self.views.world
-            self._dealt = DealtStatistics(self.teacher, groups=self.config.split_bn // world, rank=rank(), world=world)
+            self._dealt = SplitBatchNormStats(
+                self.teacher, groups=self.config.split_bn // world, rank=rank(), world=world
+            )
 
     def noise(self, seed: int, epoch: int, step: int) -> dict[str, Any]:
         """``permutation``: (key views * global batch,) int64, the order in which the keys are dealt into BatchNorm

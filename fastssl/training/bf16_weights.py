@@ -26,7 +26,7 @@ def _only_multiplies(layer: nn.Module) -> bool:
     return any(type(layer).forward is kind.forward for kind in kinds) or type(layer).__name__ == "Conv2dSame"
 
 
-class HalfCopy:
+class Bf16Weights:
     """A copy of a network that computes with bfloat16 weights where autocast would.
 
     Every other parameter and every buffer (BatchNorm's statistics, position embeddings) is the very tensor of the

@@ -14,7 +14,7 @@ from contextlib import closing
 
 from torch import Tensor
 
-from fastssl.distributed.collectives import agree_any
+from fastssl.distributed.collectives import any_rank
 from fastssl.errors import FastSSLError, counted
 from fastssl.pipelines.loader import Batch
 from fastssl.runs.nonfinite import BAD_STEPS, save_bad_step
@@ -47,7 +47,7 @@ class NonFiniteGuard:
     def accept_block(self) -> bool:
         """Whether all steps since ``begin_block`` were finite; if not, the run is back where it was then."""
         run = self._run
-        if not (self._most and agree_any(not (run.ring.is_finite() and run.step.is_finite()))):
+        if not (self._most and any_rank(not (run.ring.is_finite() and run.step.is_finite()))):
             return True
         self._careful_until = run.position.step
         self._undo()
@@ -64,7 +64,7 @@ class NonFiniteGuard:
             return
         undo = run.step.snapshot()
         loss = float(make_step(run, batch)[0])
-        if not agree_any(not (math.isfinite(loss) and run.step.is_finite())):
+        if not any_rank(not (math.isfinite(loss) and run.step.is_finite())):
             return
         undo()
         run.ring.pop()

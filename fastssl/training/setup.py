@@ -12,7 +12,7 @@ from torch import nn
 from fastssl.config.differences import differences
 from fastssl.config.recipe import Recipe, recipe_to_dict
 from fastssl.config.recipe_choice import require_photos
-from fastssl.distributed.collectives import agree_any, barrier, broadcast_module, share
+from fastssl.distributed.collectives import any_rank, barrier, broadcast_module, broadcast_object
 from fastssl.distributed.devices import use_amp
 from fastssl.distributed.restarts import launch_from_environment
 from fastssl.distributed.world import World, first_of_host_speaks
@@ -276,8 +276,8 @@ def _require_same_settings(run: Setup) -> None:
         "device": run.device.type,
         "bfloat16": run.step.amp,
     }
-    found = differences(mine, share(mine))
-    if agree_any(bool(found)):
+    found = differences(mine, broadcast_object(mine))
+    if any_rank(bool(found)):
         what = f"this is process {run.world.rank}: {'; '.join(found[:3])}" if found else "another one says which"
         raise FastSSLError(
             f"the processes of this run were started with different settings ('there' is process 0; {what})"
@@ -300,7 +300,7 @@ def _resume(run: Setup) -> None:
             )
         except FastSSLError as error:
             found = str(error)
-    found = share(found)
+    found = broadcast_object(found)
     if isinstance(found, str):
         run.end_together(FastSSLError(found))
     if found is not None:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from fastssl.config.recipe import Recipe
-from fastssl.distributed.collectives import agree_any, average_gradients
+from fastssl.distributed.collectives import any_rank, average_gradients
 from fastssl.distributed.sync_batchnorm import synchronise_batchnorm
 from fastssl.distributed.world import World
 from fastssl.errors import FastSSLError, without_folders
@@ -36,7 +36,7 @@ from fastssl.optim.optimizers import ScheduledDecay, create_optimizer, set_lr
 from fastssl.optim.schedules import RunLength, learning_rate, weight_decay
 from fastssl.pipelines.ops.augment import augment_device
 from fastssl.pipelines.plan.multicrop import MultiCrop
-from fastssl.training.bf16_weights import HalfCopy
+from fastssl.training.bf16_weights import Bf16Weights
 from fastssl.training.channels_last import channels_last_breaks, require_channels_last
 from fastssl.training.cuda_graph import RecordedStep, Recorder, record_cuda_graph
 from fastssl.utils.host_memory import keep_freed_memory
@@ -141,13 +141,13 @@ class TrainStep:
         if recipe.optim.final_weight_decay is not None:
             self._decay = ScheduledDecay(self.optimizer, decoupled=recipe.optim.name == "adamw")
         self._trained = [p for p in self.method.parameters() if p.requires_grad]
-        self._half: list[HalfCopy] = []
+        self._half: list[Bf16Weights] = []
         self.networks: tuple[nn.Module, nn.Module | None] = (self.method.student, self.method.teacher)
         if amp:
-            self._half = [HalfCopy(network) for network in self.networks if network is not None]
+            self._half = [Bf16Weights(network) for network in self.networks if network is not None]
             self.networks = (self._half[0].network, self._half[1].network if len(self._half) > 1 else None)
             self.method.register_load_state_dict_post_hook(lambda *_: self._refresh())
-        self.method.compute_with(*self.networks)
+        self.method.set_forward_modules(*self.networks)
         self.fallbacks: dict[str, str] = {}
         self._record = record
         self._recorded: RecordedStep | None = None
@@ -176,7 +176,7 @@ class TrainStep:
             ) from error
 
     @property
-    def half_copies(self) -> tuple[HalfCopy, ...]:
+    def bf16_weights(self) -> tuple[Bf16Weights, ...]:
         """Of student and teacher; none without ``amp``."""
         return tuple(self._half)
 
@@ -376,17 +376,19 @@ class TrainStep:
         finally:
             self.clear_gradients()
             undo()
-        if agree_any(bool(reason)):  # all ranks do the same, or wait for each other for ever
+        if any_rank(bool(reason)):  # all ranks do the same, or wait for each other for ever
             self.fallbacks[switch] = reason or "another process cannot"
             if switch == "compile":
-                self.method.compute_with(*self.networks)
+                self.method.set_forward_modules(*self.networks)
             else:
                 self._recorded = None
 
     def _compile(self, *step: Any) -> None:
         if torch._dynamo.config.disable:
             raise FastSSLError("switched off by TORCH_COMPILE_DISABLE")
-        self.method.compute_with(*(network and torch.compile(network, dynamic=False) for network in self.networks))
+        self.method.set_forward_modules(
+            *(network and torch.compile(network, dynamic=False) for network in self.networks)
+        )
         self._run(*step)
 
     def _capture(self, *step: Any) -> None:

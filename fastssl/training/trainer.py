@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from fastssl.config.recipe import Recipe
-from fastssl.distributed.collectives import Vote, agree_any, gather_values, share
+from fastssl.distributed.collectives import Vote, any_rank, broadcast_object, gather_objects
 from fastssl.errors import FastSSLError, Interrupted, counted
 from fastssl.evaluate.online_probe import OnlineProbe, choose_split
 from fastssl.methods.base import Encoder
@@ -147,7 +147,7 @@ def _end_epoch(run: Setup, loader: ViewLoader, vote: Vote, probe: OnlineProbe | 
     if every and ended % every == 0 and not last:
         row = probe and run.stop.unless_asked(lambda: probe.run(run.backbone, step=position.step, epoch=ended))
         # The others wait here for the first process, which probes alone. A run that goes on from here probes again.
-        if agree_any(bool(run.stop)):
+        if any_rank(bool(run.stop)):
             _leave(run, vote)
         if row is not None:
             _report_probe(run, probe, row)
@@ -234,7 +234,7 @@ def _leave(run: Setup, vote: Vote) -> NoReturn:
     """Save, and end the run, as all processes do here."""
     saved, step = save_checkpoint(run), run.position.step
     vote.close()
-    if not share(saved):
+    if not broadcast_object(saved):
         why = run.saver.why() if run.saver else "its first process says why"
         run.end_together(NotSaved(f"stopped at step {step:,}, which could not be saved: {why}"))
     run.end_together(
@@ -246,7 +246,7 @@ def _leave(run: Setup, vote: Vote) -> NoReturn:
 
 def _gather_skipped(run: Setup, loader: ViewLoader) -> None:
     """Put the damaged photos that all processes have met so far on record."""
-    met = chain.from_iterable(gather_values(loader.stats.skipped))
+    met = chain.from_iterable(gather_objects(loader.stats.skipped))
     run.position.skipped = sorted({*run.position.skipped, *met})
 
 

@@ -58,7 +58,7 @@ def test_a_step_is_the_training_loops_step(tiny: Recipe) -> None:
         list(twin.student.parameters()),
         list(twin.teacher.parameters()),
     )
-    twin.compute_with(twin.student, twin.teacher)
+    twin.set_forward_modules(twin.student, twin.teacher)
     views = random_views(tiny, 8, CPU)
     assert views[0].is_contiguous(memory_format=torch.channels_last) and views[0].shape == (16, 3, 16, 16)
     before = {name: value.clone() for name, value in step.method.named_parameters()}

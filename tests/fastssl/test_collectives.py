@@ -8,18 +8,18 @@ from processes import run_processes
 from torch import Tensor, nn
 
 from fastssl.distributed.collectives import (
-    agree_any,
     all_reduce_mean,
     all_reduce_sum,
+    any_rank,
     average_gradients,
     barrier,
     broadcast_module,
+    broadcast_object,
+    gather_objects,
     gather_rows,
     gather_rows_with_gradient,
-    gather_values,
     gather_views,
     rank,
-    share,
     world_size,
 )
 from fastssl.distributed.group import joined
@@ -44,8 +44,14 @@ def test_alone_every_collective_is_the_identity() -> None:
         average_gradients([rows])
         assert rows.grad.eq(1).all()
         broadcast_module(nn.Linear(2, 2))
-        assert (rank(), world_size(), agree_any(True), agree_any(False), share("x")) == (0, 1, True, False, "x")
-        assert gather_values("x") == ["x"]
+        assert (rank(), world_size(), any_rank(True), any_rank(False), broadcast_object("x")) == (
+            0,
+            1,
+            True,
+            False,
+            "x",
+        )
+        assert gather_objects("x") == ["x"]
         barrier()
     with pytest.raises(ValueError, match="3 views"):
         gather_views(rows, 3)
@@ -124,8 +130,8 @@ def together() -> dict[str, object]:
     found["gradients"] = [parameter.grad for parameter in parameters]
     found["same tensors"] = all(parameter.grad is old for parameter, old in zip(parameters, before))
 
-    found["any"] = (agree_any(me == size - 1), agree_any(False))
-    found["shared"], found["said"] = share({"from": me}), gather_values([me] * me)
+    found["any"] = (any_rank(me == size - 1), any_rank(False))
+    found["shared"], found["said"] = broadcast_object({"from": me}), gather_objects([me] * me)
     barrier()
     return found
 

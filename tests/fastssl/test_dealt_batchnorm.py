@@ -10,7 +10,7 @@ from processes import run_processes
 from torch import Tensor, nn
 
 from fastssl.distributed.collectives import rank, world_size
-from fastssl.distributed.split_batchnorm import DealtStatistics
+from fastssl.distributed.split_batchnorm import SplitBatchNormStats
 from fastssl.errors import FastSSLError
 
 GROUPS, STEPS = 6, 3
@@ -40,7 +40,7 @@ def groups(step: int) -> Tensor:
 
 def buffers_behind_all_steps() -> dict[str, Tensor]:
     layers, world, own = network(), world_size(), GROUPS // world_size()
-    statistics = DealtStatistics(layers, groups=own, rank=rank(), world=world) if world > 1 else None
+    statistics = SplitBatchNormStats(layers, groups=own, rank=rank(), world=world) if world > 1 else None
     for step in range(STEPS):
         before = statistics.before() if statistics else None
         for group in groups(step)[rank() * own : (rank() + 1) * own]:
@@ -63,9 +63,9 @@ def test_dealt_groups_leave_the_statistics_of_one_process(world: int) -> None:
 
 def test_a_layer_with_another_recurrence_is_refused_by_name() -> None:
     with pytest.raises(FastSSLError, match=r"layer 0 averages .*momentum=None.*split_bn=1"):
-        DealtStatistics(nn.Sequential(nn.BatchNorm1d(2, momentum=None)), groups=2, rank=0, world=2)
+        SplitBatchNormStats(nn.Sequential(nn.BatchNorm1d(2, momentum=None)), groups=2, rank=0, world=2)
 
 
 def test_a_network_without_statistics_has_nothing_to_combine() -> None:
-    statistics = DealtStatistics(nn.Linear(2, 2), groups=2, rank=0, world=2)
+    statistics = SplitBatchNormStats(nn.Linear(2, 2), groups=2, rank=0, world=2)
     statistics.combine(statistics.before())

@@ -16,7 +16,7 @@ from fastssl.evaluate.features import (
     ProbeError,
     check_probe_input,
     extract_features,
-    share,
+    shard,
     split_indices,
     wilson_interval,
 )
@@ -199,10 +199,10 @@ def test_shares_are_neighbours_and_none_is_empty(monkeypatch):
     parts = []
     for rank in range(3):
         monkeypatch.setattr(features, "rank", lambda rank=rank: rank)
-        parts.append(share(np.arange(100, 110)).tolist())
+        parts.append(shard(np.arange(100, 110)).tolist())
     assert [row for part in parts for row in part] == list(range(100, 110)) and {len(part) for part in parts} == {3, 4}
     with pytest.raises(ProbeError, match="2 photos cannot be shared out to 3 processes"):
-        share(np.arange(2))
+        shard(np.arange(2))
 
 
 def test_numbers_that_are_not_finite_are_found_wherever_they_are():

@@ -11,7 +11,7 @@ from processes import run_processes
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastssl.evaluate import knn
-from fastssl.evaluate.features import Features, ProbeError, gathered, share
+from fastssl.evaluate.features import Features, ProbeError, gathered, shard
 from fastssl.evaluate.knn import (
     knn_accuracies,
     knn_accuracy,
@@ -201,7 +201,7 @@ def over_processes():
     """What this process finds when it has a share of the bank, and the whole of the queries."""
     bank, labels = clusters(401, classes=7, width=16)
     bank[300:] = bank[:101]  # neighbours that are equally near, in parts of two processes
-    mine = Features(bank, labels, torch.arange(401)).subset(share(np.arange(401)))
+    mine = Features(bank, labels, torch.arange(401)).subset(shard(np.arange(401)))
     query, truth = clusters(90, classes=7, width=16, seed=5)
     asked = Features(query, truth, torch.arange(90))
     found = [

@@ -19,7 +19,7 @@ from fastssl.optim.schedules import RunLength
 from fastssl.pipelines.loader import ViewLoader
 from fastssl.training import cuda_graph as graph_module
 from fastssl.training import step as step_module
-from fastssl.training.bf16_weights import HalfCopy
+from fastssl.training.bf16_weights import Bf16Weights
 from fastssl.training.channels_last import channels_last_breaks
 from fastssl.training.cuda_graph import RecordedCall
 from fastssl.training.step import TrainStep, picture_sizes
@@ -173,7 +173,7 @@ def test_weights_cast_once_a_step_give_what_autocast_gives(arch: str, monkeypatc
     ours = TrainStep(recipe(arch), CPU, amp=True, seed=0)
     autocast = TrainStep(recipe(arch), CPU, amp=True, seed=0)
     autocast._half = []
-    autocast.method.compute_with(autocast.method.student, autocast.method.teacher)
+    autocast.method.set_forward_modules(autocast.method.student, autocast.method.teacher)
     assert train(ours, 3) == train(autocast, 3)
     for name, value in autocast.method.state_dict().items():
         assert torch.equal(ours.method.state_dict()[name], value), name
@@ -198,7 +198,7 @@ def test_no_weight_is_cast_inside_the_passes() -> None:
         step = TrainStep(recipe(moco__split_bn=4), CPU, amp=True, seed=0)
         if not half:
             step._half = []
-            step.method.compute_with(step.method.student, step.method.teacher)
+            step.method.set_forward_modules(step.method.student, step.method.teacher)
         images = views(0).to(torch.bfloat16)
         step([images], step.noise(0, 0), rates(step))
         with Casts() as counter:
@@ -226,7 +226,7 @@ def test_a_restored_checkpoint_reaches_the_bfloat16_weights() -> None:
 
 def test_a_half_copy_shares_all_but_the_cast_weights() -> None:
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2))
-    half = HalfCopy(network)
+    half = Bf16Weights(network)
     assert half.network[1].weight is network[1].weight and half.network[1].running_mean is network[1].running_mean
     assert half.network[0].weight.dtype == half.network[3].bias.dtype == torch.bfloat16
     assert network[0].weight.dtype == torch.float32
@@ -250,7 +250,7 @@ def test_layers_that_work_on_their_weights_are_left_to_autocast() -> None:
             return self._conv_forward(images, weight, self.bias)
 
     network = nn.Sequential(StandardisedConv(3, 4, 3), nn.Conv2d(4, 4, 3))
-    half = HalfCopy(network)
+    half = Bf16Weights(network)
     assert half.network[0].weight is network[0].weight and half.network[1].weight.dtype == torch.bfloat16
     images = torch.randn(2, 3, 9, 9)
     with torch.autocast("cpu", dtype=torch.bfloat16):

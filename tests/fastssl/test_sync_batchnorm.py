@@ -21,7 +21,7 @@ from fastssl.distributed.sync_batchnorm import (
     synchronise_batchnorm,
 )
 from fastssl.errors import FastSSLError
-from fastssl.training.bf16_weights import HalfCopy
+from fastssl.training.bf16_weights import Bf16Weights
 
 CPU, CHANNELS, SHARES = torch.device("cpu"), 6, (5, 3)
 
@@ -113,7 +113,7 @@ def all_cases() -> dict[str, dict]:
     for name, case in CASES.items():
         first = sum(case.shares[: rank()])
         found[name] = passes(case, synchronise_batchnorm(made(case), CPU), slice(first, first + case.shares[rank()]))
-    return found | {"half": half_copies(), "compiled": compiled(), "separate": separate()}
+    return found | {"half": bf16_weights(), "compiled": compiled(), "separate": separate()}
 
 
 def half_images() -> Tensor:
@@ -127,12 +127,12 @@ def half_network() -> nn.Module:
     return layers.to(memory_format=torch.channels_last).train()
 
 
-def half_copies() -> dict:
+def bf16_weights() -> dict:
     """A converted network through the copy that holds bfloat16 weights; also without a copy, in the same precision."""
     size = world_size()
     images = half_images().chunk(size)[rank()]
     full = synchronise_batchnorm(half_network(), CPU)
-    half = HalfCopy(full)
+    half = Bf16Weights(full)
     half.network[1].register_forward_hook(
         lambda layer, inputs, output: seen.append((inputs[0].detach(), output.detach()))
     )

@@ -155,9 +155,9 @@ def share_features(
     """This process's share of the features of the samples ``index``, as ``evaluate.features.share`` deals them out;
     with a bar.
     """
-    from fastssl.evaluate.features import extract_features, share
+    from fastssl.evaluate.features import extract_features, shard
 
-    mine = share(index)
+    mine = shard(index)
     with progress_bar(label, len(mine)) if session.is_main else nullcontext() as advance:
         return extract_features(backbone, reader, indices=mine, device=session.device, progress=advance, **how)
 

@@ -175,7 +175,7 @@ def fine_tune(
     from fastssl.evaluate.classifier import save_classifier, timm_classifier_name
     from fastssl.evaluate.features import ProbeError
     from fastssl.evaluate.finetune import FinetuneConfig, finetune
-    from fastssl.evaluate.half_head import run_file
+    from fastssl.evaluate.dino_head_probe import run_file
     from fastssl.evaluate.photos import open_split
     from fastssl.evaluate.session import open_session
 
@@ -234,7 +234,7 @@ def _network(
     import torch
 
     from fastssl.evaluate.classifier import Classifier
-    from fastssl.evaluate.half_head import load_half_head
+    from fastssl.evaluate.dino_head_probe import load_half_head
     from fastssl.models.backbones import create_backbone
 
     with torch.random.fork_rng(devices=[]):

@@ -16,7 +16,7 @@ from fastssl.evaluate.detection.annotations import DetectionSet
 from fastssl.evaluate.detection.average_precision import mask_tools
 from fastssl.evaluate.detection.batches import DetectionBatch, View, load_batches, scaled_size, to_device
 from fastssl.evaluate.detection.model import Detector
-from fastssl.evaluate.features import share
+from fastssl.evaluate.features import shard
 
 
 @torch.no_grad()
@@ -51,7 +51,7 @@ def predict(
     detector.eval()
     try:
         rows: list[dict[str, Any]] = []
-        mine = [data.pictures[number] for number in share(np.arange(len(data)))]
+        mine = [data.pictures[number] for number in shard(np.arange(len(data)))]
         requests = ([View(each, *scaled_size(each.height, each.width, short_side, long_side))] for each in mine)
         batches = load_batches(requests, divisible=detector.pyramid.divisible, workers=workers, ahead=8)
         for done, batch in enumerate(batches, start=1):

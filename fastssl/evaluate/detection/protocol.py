@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fastssl.distributed.collectives import agree_any
+from fastssl.distributed.collectives import any_rank
 from fastssl.distributed.world import World
 from fastssl.errors import FastSSLError
 from fastssl.evaluate.detection.annotations import DetectionSet, require_same_categories, require_something_to_find
@@ -20,7 +20,7 @@ from fastssl.evaluate.detection.batches import check_pictures
 from fastssl.evaluate.detection.model import Detector, DetectorConfig
 from fastssl.evaluate.detection.predict import of_kind, predict
 from fastssl.evaluate.detection.train import TrainingConfig, fine_tune
-from fastssl.evaluate.features import share
+from fastssl.evaluate.features import shard
 from fastssl.utils.atomic_files import write_atomically
 from fastssl.utils.json_text import to_json
 
@@ -84,13 +84,13 @@ def detection_figures(
     require_same_categories(train, val)
     require_something_to_find(val)
     _make_folder(out)
-    mine = [val.pictures[number] for number in share(np.arange(len(val)))]
+    mine = [val.pictures[number] for number in shard(np.arange(len(val)))]
     with bar("checking the validation pictures", len(mine), "images") as advance:
         check_pictures(mine, workers, advance)
     checkpoint = out / "detect.pt" if out else None
-    if not agree_any(world.is_main and checkpoint is not None and checkpoint.is_file()):
+    if not any_rank(world.is_main and checkpoint is not None and checkpoint.is_file()):
         learned = train.with_boxes()
-        checked = [learned[number] for number in share(np.arange(len(learned)))]
+        checked = [learned[number] for number in shard(np.arange(len(learned)))]
         with bar("checking the training pictures", len(checked), "images") as advance:
             check_pictures(checked, workers, advance, masks=False)
     torch.manual_seed(training.seed)  # of the first weights of pyramid and heads

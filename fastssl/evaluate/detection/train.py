@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from fastssl.config.differences import differences
-from fastssl.distributed.collectives import agree_any, average_gradients, broadcast_module, share
+from fastssl.distributed.collectives import any_rank, average_gradients, broadcast_module, broadcast_object
 from fastssl.distributed.sync_batchnorm import synchronise_batchnorm
 from fastssl.distributed.world import World
 from fastssl.errors import FastSSLError, counted
@@ -189,7 +189,7 @@ def _seed_sampling(seed: int, iteration: int, rank: int) -> None:
 def _look(parts: dict[str, torch.Tensor], done: int, lr: float) -> dict[str, float]:
     values = torch.stack([value.detach() for value in parts.values()]).tolist()
     losses = {"loss": sum(values), **dict(zip(parts, values))}
-    if agree_any(not math.isfinite(losses["loss"])):
+    if any_rank(not math.isfinite(losses["loss"])):
         raise DetectionError(f"the loss is not finite at iteration {done:,} (learning rate {lr:g}): lower --lr")
     return losses
 
@@ -230,7 +230,7 @@ class _Checkpoint:
         """Put the file's state into both; how many iterations it has done, and the last losses. (0, {}) where there is
         none.
         """
-        if self.path is None or not share(self.path.is_file()):
+        if self.path is None or not broadcast_object(self.path.is_file()):
             return 0, {}
         try:
             state = load_checkpoint(self.path)
