@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from fastssl.config.recipe import load_recipe, parse_overrides
-from fastssl.distributed.collectives import share
+from fastssl.distributed.collectives import broadcast_object
 from fastssl.distributed.group import joined
 from fastssl.distributed.world import world_from_environment
 from fastssl.errors import FastSSLError, counted
@@ -116,7 +116,7 @@ def run_here(jobs: Iterable[Job], data: Path) -> list[dict[str, Any]]:
             torch.set_default_dtype(torch.float64 if job.exact else torch.float32)
             try:
                 with tempfile.TemporaryDirectory() as folder:
-                    found.append(_run(job, data, Path(share(folder)) / "run"))  # one folder, as of any run
+                    found.append(_run(job, data, Path(broadcast_object(folder)) / "run"))  # one folder, as of any run
             finally:
                 torch.set_default_dtype(torch.float32)
     return found

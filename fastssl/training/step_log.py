@@ -23,12 +23,12 @@ class StepLog:
     def __init__(self, run: Setup, loader: ViewLoader):
         self._run, self._loader = run, loader
         self._views = sum(spec.count for spec in run.recipe.views)
-        self._prepared_s = run.step.prepare_s
         self.begin_block()
 
     def begin_block(self) -> None:
         """Steps are timed from here."""
         self._started = time.monotonic()
+        self._prepared_s = self._run.step.prepare_s
         self._stats, self._cpu = dataclasses.replace(self._loader.stats), time.thread_time()
 
     def is_block_end(self) -> bool:
@@ -59,8 +59,7 @@ class StepLog:
     def _flush(self, steps: int) -> None:
         run, spent, before = self._run, self._loader.stats, self._stats
         # Minutes of compiling before the first step are not the rate of a step.
-        prepared, self._prepared_s = run.step.prepare_s - self._prepared_s, run.step.prepare_s
-        seconds = max(time.monotonic() - self._started - prepared, 1e-9)
+        seconds = max(time.monotonic() - self._started - (run.step.prepare_s - self._prepared_s), 1e-9)
         waited = spent.wait_s - before.wait_s
         run.position.train_seconds += seconds
         pairs = steps * run.recipe.train.batch_size

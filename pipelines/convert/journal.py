@@ -54,7 +54,8 @@ class Journal:
         for line in lines[1:]:
             end += len(line) + 1
             try:
-                yield _read(line), end
+                position, *rest = _read(line)
+                yield [position, *rest], end
             except ValueError:  # what it and those behind it vouched for is done again
                 return
 

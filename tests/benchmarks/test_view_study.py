@@ -14,7 +14,7 @@ from fastssl.config.recipe import load_recipe, parse_overrides
 from fastssl.errors import FastSSLError
 from fastssl.report.finish import RANDOM, RAW, REESTIMATED, TEACHER, TRAINED
 
-STUDY = Path(view_study.__file__).parent / "results" / "view-sampling"
+STUDY = Path(view_study.__file__).parents[1] / "results" / "view-sampling"
 RECIPES = STUDY / "recipes"
 
 

@@ -58,9 +58,8 @@ def metrics(share: float | None) -> list[dict]:
 def test_the_sentence_about_the_bottleneck_follows_the_share(device: str, share: float | None, words: str) -> None:
     sides = np.full(4, 500)
     run = SimpleNamespace(
-        folder=SimpleNamespace(metrics=SimpleNamespace(rows=lambda: metrics(share))),
-        batch_size=8,
-        recipe=SimpleNamespace(views=[SimpleNamespace(size=32, count=2)]),
+        rows=metrics(share),
+        recipe=SimpleNamespace(views=[SimpleNamespace(size=32, count=2)], train=SimpleNamespace(batch_size=8)),
         position=SimpleNamespace(train_seconds=2.0),
         device=SimpleNamespace(type=device),
         reader=SimpleNamespace(modes=np.zeros(4), heights=sides, widths=sides),

@@ -283,7 +283,7 @@ def test_zero_smoothing_skips_the_search(monkeypatch: pytest.MonkeyPatch) -> Non
     def no_search(*_: object) -> Tensor:
         raise AssertionError("searched for the nearest without need")
 
-    monkeypatch.setattr("fastssl.losses.smoothed_target.top_columns", no_search)
+    monkeypatch.setattr("fastssl.losses.smoothed_infonce.top_columns", no_search)
     plain = F.cross_entropy(
         torch.cat([(query * key).sum(1, keepdim=True), query @ queue.t()], 1) / 0.1, torch.zeros(5, dtype=torch.int64)
     )

@@ -136,8 +136,8 @@ def test_a_network_that_cannot_be_compiled_runs_without_and_says_why(monkeypatch
             super().__init__()
             self.network = network
 
-        def forward(self, images: Tensor) -> Tensor:
-            self.network(images)  # moves the BatchNorms' statistics, which must not stay moved
+        def forward(self, images: Tensor, first: int = 0) -> Tensor:
+            self.network(images, first)  # moves the BatchNorms' statistics, which must not stay moved
             raise RuntimeError("no compiler\nfound: g++ /tmp/of_somebody/a.cpp")
 
     plain = TrainStep(recipe(), CPU, amp=False, seed=0)

@@ -262,7 +262,7 @@ def test_every_thread_of_an_engine_is_told_its_device(
     engine: str, beton: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told: list[tuple[int, torch.device]] = []
-    module = importlib.import_module(f"fastssl.pipelines.{engine}")
+    module = importlib.import_module(f"fastssl.pipelines.engines.{engine}")
     monkeypatch.setattr(
         module, "thread_initializer", lambda device: lambda: told.append((threading.get_ident(), device))
     )

@@ -21,7 +21,8 @@ from children import in_child
 
 from fastssl.cli import main
 from fastssl.errors import FastSSLError, Stalled, WorkerError
-from fastssl.pipelines.beton.reader import BetonReader, _OpenFile
+from fastssl.pipelines.beton.open_file import OpenFile
+from fastssl.pipelines.beton.reader import BetonReader
 from fastssl.pipelines.beton.verify import verify
 from fastssl.pipelines.beton.writer import BetonWriter
 from fastssl.pipelines.convert import conversion as convert_module
@@ -165,7 +166,7 @@ def test_a_conversion(where: str, photos: Path, whole: Path, tmp_path: Path, mon
 @pytest.mark.parametrize("where", ["the tables", "a sample"])
 def test_a_check(where: str, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if where == "the tables":
-        disk, words = DeadDisk(monkeypatch, _OpenFile, "read_into", lambda *args: True), "at its tables"
+        disk, words = DeadDisk(monkeypatch, OpenFile, "read_into", lambda *args: True), "at its tables"
     else:
         words = "at samples 0 to 5"
         disk = DeadDisk(monkeypatch, BetonReader, "encoded", lambda reader, sample: sample == 3, words)
@@ -210,7 +211,7 @@ def test_for_ever_if_so_wished(photos: Path, whole: Path, tmp_path: Path) -> Non
 def command_on_a_dead_disk(*arguments: object) -> None:
     kept = Patience.__init__
     Patience.__init__ = lambda self, path, minutes=0, deed="read": kept(self, path, SHORT, deed)
-    Listing.read = _OpenFile.read_into = lambda *args: threading.Event().wait()
+    Listing.read = OpenFile.read_into = lambda *args: threading.Event().wait()
     main([str(argument) for argument in arguments])
 
 
