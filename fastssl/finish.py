@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -55,6 +56,7 @@ def finish_run(run: Run, started: float) -> dict[str, Any]:
     if split.labelled:
         rows = [*_majority(split), *(probe_features(name, *parts, True) for name, parts in features.items())]
     collapse = _collapse_figures(features[TRAINED])
+    features = {name: tuple(map(_without_holes, parts)) for name, parts in features.items()}
     summary = {
         "command": _command(),
         **_identity(run),
@@ -178,8 +180,10 @@ def _bottleneck(run: Run, share: float, wait: float) -> str:
 
 def _probe_note(split: ProbeSplit) -> str:
     if not split.labelled:
-        return "the photos have no labels (or one class), so kNN and linear probes were left out; neighbours.png shows what the network finds alike"
-    if split.held_out:
+        return f"{split.obstacle}, so kNN and linear probes were left out; neighbours.png shows what the network finds alike"
+    if split.held_out and not split.seen:
+        where = f"a held-out fifth of {split.queries.path.name}, which pre-training never saw"
+    elif split.held_out:
         where = "a held-out fifth of the probed photos (pre-training saw them too, without labels)"
     elif not split.can_judge:
         where = f"{split.queries.path.name}, the very photos it was fitted on: these figures say nothing"
@@ -220,11 +224,20 @@ def _majority(split: ProbeSplit) -> list[dict[str, Any]]:
     return [{"name": MAJORITY, "knn": share, "linear": share}]
 
 
+def _without_holes(part: Features) -> Features:
+    """For the pictures: numbers that are not finite are 0."""
+    return replace(part, features=torch.nan_to_num(part.features, posinf=0.0, neginf=0.0))
+
+
 def _collapse_figures(trained: tuple[Features, Features]) -> dict[str, float]:
-    """Spread and effective rank of the features of some photos, evenly from all."""
+    """Spread and effective rank of the features of some photos, evenly from all, and of how many."""
     everything = torch.cat([part.features for part in trained])
     some = everything[:: -(-len(everything) // _FEW)]
-    return {"feature_std": float(monitor.feature_std(some)), "effective_rank": float(monitor.effective_rank(some))}
+    return {
+        "feature_std": float(monitor.feature_std(some)),
+        "effective_rank": float(monitor.effective_rank(some)),
+        "photos": len(some),
+    }
 
 
 def _evidence(run: Run, split: ProbeSplit, rows: list[dict[str, Any]], collapse: dict[str, float]) -> Evidence:

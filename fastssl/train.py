@@ -627,7 +627,7 @@ class Run:
         found = f"effective rank {rank:.1f}" if math.isfinite(rank) else "features that are NaN or infinite outside of training"
         if row["knn"] is not None:
             found = f"kNN {row['knn']:.1f} % of {photos}, {found}"
-        probe = "online probe" if split.labelled else f"online probe, {photos} without labels"
+        probe = "online probe" if split.labelled else f"online probe, {photos}: {split.obstacle}"
         self.progress.note(f"epoch {row['epoch']:,}: {found} ({probe})")
 
     def _write(self, row: dict[str, Any]) -> None:

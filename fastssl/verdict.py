@@ -21,6 +21,10 @@ COLLAPSED, NO_BETTER, NOT_JUDGED = "collapsed", "no better than random", "not ju
 
 #: Collapse. Random networks have an effective rank of 30 and more and a spread above 0.5; trained ones 80 and 0.7.
 _LEAST_RANK, _LEAST_SPREAD, _LEAST_EMBEDDING = 2.0, 0.02, 0.1
+#: Photos below which the rank says nothing: it is less than their number, whatever the network.
+_FEW_PHOTOS = 20
+#: Points above which the chance of the judging set hides whether anything was learned.
+_TOO_WIDE = 10.0
 #: A target whose entropy is that share of ln K says nothing.
 _NO_TARGET = 0.99
 #: What of its first value the loss may keep and still count as fallen; and how much of it must go in a quarter of the
@@ -43,7 +47,7 @@ class Evidence:
         epochs: that the run made.
         steps, probes: the two kinds of rows of metrics.jsonl.
         online_judged: photos that an online probe judges.
-        features: ``feature_std`` and ``effective_rank`` of the trained network's features.
+        features: ``feature_std`` and ``effective_rank`` of the trained network's features, and of how many ``photos``.
     """
 
     rows: Sequence[Mapping[str, Any]]
@@ -102,8 +106,10 @@ def judge(evidence: Evidence) -> dict[str, Any]:
         state, rising = NOT_JUDGED, falling
         text = _without_labels(evidence)
     elif not any(found.word == "better" for found in against[RANDOM].values()):
-        state, rising = NO_BETTER, falling
-        text = f"{_in_words(against, (RANDOM,), evidence.judged)}. {_of_the_loss(evidence.steps)}"
+        unknown = all(found.word == "level" and found.high > _TOO_WIDE for found in against[RANDOM].values())
+        state, rising = NOT_JUDGED if unknown else NO_BETTER, falling
+        few = f"{evidence.judged:,} judged {_plural('photo', evidence.judged)} are too few to tell: " if unknown else ""
+        text = f"{few}{_in_words(against, (RANDOM,), evidence.judged)}. {_of_the_loss(evidence.steps)}"
     else:
         passed = all(found.word == "better" for kinds in against.values() for found in kinds.values())
         complete = RAW in against and all(len(kinds) == 2 for kinds in against.values())
@@ -200,7 +206,10 @@ def collapse_signs(evidence: Evidence) -> list[str]:
     """What says that the network has collapsed, in words; []: nothing does."""
     signs = []
     rank, spread = (_number(evidence.features.get(name)) for name in ("effective_rank", "feature_std"))
-    if rank is not None and rank < _LEAST_RANK:
+    photos = _number(evidence.features.get("photos"))
+    if "effective_rank" in evidence.features and rank is None:
+        signs.append("features of the trained network are NaN or infinite")
+    if rank is not None and rank < _LEAST_RANK and (photos is None or photos >= _FEW_PHOTOS):
         signs.append(f"the features use hardly more than one direction (effective rank {rank:.2f})")
     if spread is not None and spread < _LEAST_SPREAD:
         signs.append(f"the features of all photos are nearly equal (spread {spread:.3f}; 1: even over the sphere)")

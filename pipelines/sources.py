@@ -24,6 +24,8 @@ import numpy as np
 from fastssl.pipelines.errors import FastSSLError, counted, printable
 from fastssl.pipelines.stall import Step
 
+#: Folders that programs of cameras and network disks put beside photos: thumbnails, what was deleted.
+_NOT_PHOTOS = frozenset({"@eaDir", "#recycle", "lost+found", "__MACOSX"})
 #: Compared in lower case; the contents decide how a file is decoded.
 IMAGE_EXTENSIONS = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
 #: No photo has this many bytes; a larger file is a mistake or an attack on our memory.
@@ -135,10 +137,10 @@ def _list_folder(root: Path, step: Step) -> Listing:
     rejected: list[tuple[str, str]] = []
     ignored = 0
     for name, info in _walk(root, step):
-        if not is_photo_name(name):
-            ignored += 1
-        elif isinstance(info, str):
+        if isinstance(info, str) and (is_photo_name(name) or name.endswith("/")):
             rejected.append((name, info))
+        elif isinstance(info, str) or not is_photo_name(name):
+            ignored += 1
         elif not stat.S_ISREG(info.st_mode):
             # A named pipe called x.jpg would block the reader for ever.
             ignored += 1
@@ -146,13 +148,17 @@ def _list_folder(root: Path, step: Step) -> Listing:
             found.append((name, info.st_size, info.st_mtime_ns))
     # By parts, so that a class's photos stay together: "cat-2/x" sorts before "cat/x" as a string.
     found.sort(key=lambda row: row[0].split("/"))
-    flat = all("/" not in name for name, _, _ in found)
+    # A folder of photos with some folders in it (thumbnails, a few edited ones) has no classes: most photos are in none.
+    loose = sum("/" not in name for name, _, _ in found)
+    flat = loose == len(found) or 2 * loose > len(found)
     class_of = {} if flat else {name: name.split("/", 1)[0] for name, _, _ in found if "/" in name}
     return _listing(root, found, class_of, flat, rejected, ignored)
 
 
 def _walk(root: Path, step: Step) -> Iterator[tuple[str, os.stat_result | str]]:
-    """Yield (path below root, stat or the reason why there is none) of every file; links are followed, loops are not."""
+    """Yield (path below root, stat or the reason why there is none) of every file, and (path with a slash at its end,
+    reason) of a folder that cannot be read. Links are followed, loops are not; folders of runs are left out.
+    """
     seen: set[tuple[int, int]] = set()
     waiting = [""]
     while waiting:
@@ -163,9 +169,17 @@ def _walk(root: Path, step: Step) -> Iterator[tuple[str, os.stat_result | str]]:
         if (here.st_dev, here.st_ino) in seen:
             continue
         seen.add((here.st_dev, here.st_ino))
-        with os.scandir(folder) as entries:
-            # Sorted, so that of two links to one folder always the same one is taken.
-            ordered = sorted(entries, key=lambda entry: entry.name)
+        try:
+            with os.scandir(folder) as entries:
+                # Sorted, so that of two links to one folder always the same one is taken.
+                ordered = sorted(entries, key=lambda entry: entry.name)
+        except OSError as error:
+            if not prefix:
+                raise
+            yield prefix, f"a folder that cannot be read: {error.strerror}"
+            continue
+        if prefix and _is_a_run({entry.name for entry in ordered}):
+            continue
         for entry in ordered:
             name = f"{prefix}{entry.name}"
             step(partial(_listing_at, name))
@@ -175,10 +189,15 @@ def _walk(root: Path, step: Step) -> Iterator[tuple[str, os.stat_result | str]]:
                 yield name, f"cannot be read: {error.strerror}"
                 continue
             if stat.S_ISDIR(info.st_mode):
-                if not entry.name.startswith("."):
+                if not entry.name.startswith(".") and entry.name not in _NOT_PHOTOS:
                     waiting.append(f"{name}/")
             else:
                 yield name, info
+
+
+def _is_a_run(names: set[str]) -> bool:
+    """Whether a folder with these in it is that of a pre-training, whose pictures are no photos."""
+    return {"config.yaml", "checkpoints"} <= names
 
 
 # ---------------------------------------------------------------- tars

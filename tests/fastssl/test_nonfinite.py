@@ -256,9 +256,7 @@ def test_values_that_are_not_finite_are_red_in_the_picture(beton: Path, tmp_path
     assert red.sum() == 1 and red[18 + 3, 5]
 
 
-def test_features_that_overflow_in_an_online_probe_do_not_end_the_run(
-    beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_features_that_overflow_in_an_online_probe_do_not_end_the_run(beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Batch statistics hold in training what the running ones, in evaluation, let grow without bound."""
     said, probe = Silent(), OnlineProbe.run
 
