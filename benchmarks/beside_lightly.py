@@ -211,7 +211,11 @@ def to_markdown(record: dict[str, Any]) -> str:
     lines = ["| | " + " | ".join(f"{minutes:g} min" for minutes in marks) + " |", "| --- |" + " --- |" * len(marks)]
     for row in record["rows"]:
         cells = [row["marks"].get(f"{minutes:g}") for minutes in marks]
-        lines.append(f"| {row['name']} | " + " | ".join(f"{c['knn']:.1f} / {c['linear']:.1f}" if c else "-" for c in cells) + " |")
+        lines.append(
+            f"| {row['name']} | "
+            + " | ".join(f"{c['knn']:.1f} / {c['linear']:.1f}" if c and c["knn"] is not None else "-" for c in cells)
+            + " |"
+        )
     return "\n".join(lines) + "\n"
 
 

@@ -24,7 +24,7 @@ from fastssl.json_text import to_json
 from fastssl.marks import COLOURS, MAJORITY, RANDOM, TRAINED
 from fastssl.marks import RAW as RAW_PIXELS
 from fastssl.pipelines.errors import without_folders
-from fastssl.probe import ProbeSplit, choose_split, probe_features
+from fastssl.probe import ProbeSplit, choose_split, is_finite, probe_features
 from fastssl.report.page import write_report
 from fastssl.report.pictures import neighbours_picture, views_picture
 from fastssl.step import initial_backbone
@@ -56,7 +56,6 @@ def finish_run(run: Run, started: float) -> dict[str, Any]:
     if split.labelled:
         rows = [*_majority(split), *(probe_features(name, *parts, True) for name, parts in features.items())]
     collapse = _collapse_figures(features[TRAINED])
-    features = {name: tuple(map(_without_holes, parts)) for name, parts in features.items()}
     summary = {
         "command": _command(),
         **_identity(run),
@@ -77,7 +76,9 @@ def finish_run(run: Run, started: float) -> dict[str, Any]:
     text = to_json(summary, indent=2) + "\n"
     write_atomically(run.out / "summary.json", lambda path: path.write_text(text))
     views_picture(run.reader, run.recipe.views, run.out / "views.png", seed=run.options.seed)
-    neighbours_picture(split, before=features[RANDOM], after=features[TRAINED], out=run.out / "neighbours.png")
+    neighbours_picture(
+        split, before=_without_holes(features[RANDOM]), after=_without_holes(features[TRAINED]), out=run.out / "neighbours.png"
+    )
     write_report(run.out)
     return summary
 
@@ -224,9 +225,12 @@ def _majority(split: ProbeSplit) -> list[dict[str, Any]]:
     return [{"name": MAJORITY, "knn": share, "linear": share}]
 
 
-def _without_holes(part: Features) -> Features:
+def _without_holes(parts: tuple[Features, Features]) -> tuple[Features, Features]:
     """For the pictures: numbers that are not finite are 0."""
-    return replace(part, features=torch.nan_to_num(part.features, posinf=0.0, neginf=0.0))
+    bank, queries = (
+        part if is_finite(part) else replace(part, features=torch.nan_to_num(part.features, posinf=0.0, neginf=0.0)) for part in parts
+    )
+    return bank, queries
 
 
 def _collapse_figures(trained: tuple[Features, Features]) -> dict[str, float]:

@@ -151,7 +151,7 @@ def as_beton(
         return source.path
     options = ConvertOptions(short_side=short_side, workers=workers, automatic=True)
     wanted = {
-        "source": source.path.name,
+        "source": Path(os.path.abspath(source.path)).name,
         "fingerprint": source.fingerprint,
         "options": options.deciding(),
         "tool": f"fastssl {tool_version()}",
@@ -172,7 +172,7 @@ def as_beton(
                 return _found(source, place, say)
             if not _may_write(place, wanted):
                 continue
-            done = convert(source.path, place, options, progress)
+            done = convert(Path(os.path.abspath(source.path)), place, options, progress)
         say(_made(source, done, short_side))
         return place
     raise FastSSLError(
@@ -229,8 +229,7 @@ def _may_write(place: Path, wanted: dict[str, Any]) -> bool:
     side = _side(place)
     if side is None or side.get("automatic") is not True or side.get("options") != wanted["options"]:
         return False
-    # `photos/` and `photos.tar` would both have photos.beton. Of `.` no name is known.
-    return wanted["source"] == "" or side.get("source") in (wanted["source"], "")
+    return side.get("source") == wanted["source"]  # `photos/` and `photos.tar` would both have photos.beton
 
 
 @contextmanager

@@ -209,6 +209,8 @@ class Run:
                 if world.is_main and recipe.train.on_bad == "fail":
                     require_whole_photos(val, workers=options.workers)
             self.step = TrainStep(recipe, self.device, amp=self.amp, seed=options.seed, world=world)
+        if val is not None and val.labels is None and reader.labels is not None:
+            progress.message("the photos of --val have no labels: the probes judge on a held-out fifth of --data")
         for line in self.step.without_effect:
             progress.message(line)
         self.position = Position()

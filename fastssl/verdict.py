@@ -21,7 +21,7 @@ COLLAPSED, NO_BETTER, NOT_JUDGED = "collapsed", "no better than random", "not ju
 
 #: Collapse. Random networks have an effective rank of 30 and more and a spread above 0.5; trained ones 80 and 0.7.
 _LEAST_RANK, _LEAST_SPREAD, _LEAST_EMBEDDING = 2.0, 0.02, 0.1
-#: Photos below which the rank says nothing: it is less than their number, whatever the network.
+#: Photos below which rank and spread say nothing: the rank is less than their number, whatever the network.
 _FEW_PHOTOS = 20
 #: Points above which the chance of the judging set hides whether anything was learned.
 _TOO_WIDE = 10.0
@@ -209,7 +209,9 @@ def collapse_signs(evidence: Evidence) -> list[str]:
     photos = _number(evidence.features.get("photos"))
     if "effective_rank" in evidence.features and rank is None:
         signs.append("features of the trained network are NaN or infinite")
-    if rank is not None and rank < _LEAST_RANK and (photos is None or photos >= _FEW_PHOTOS):
+    if photos is not None and photos < _FEW_PHOTOS:
+        rank = spread = None
+    if rank is not None and rank < _LEAST_RANK:
         signs.append(f"the features use hardly more than one direction (effective rank {rank:.2f})")
     if spread is not None and spread < _LEAST_SPREAD:
         signs.append(f"the features of all photos are nearly equal (spread {spread:.3f}; 1: even over the sphere)")

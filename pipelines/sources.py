@@ -148,9 +148,7 @@ def _list_folder(root: Path, step: Step) -> Listing:
             found.append((name, info.st_size, info.st_mtime_ns))
     # By parts, so that a class's photos stay together: "cat-2/x" sorts before "cat/x" as a string.
     found.sort(key=lambda row: row[0].split("/"))
-    # A folder of photos with some folders in it (thumbnails, a few edited ones) has no classes: most photos are in none.
-    loose = sum("/" not in name for name, _, _ in found)
-    flat = loose == len(found) or 2 * loose > len(found)
+    flat = _is_flat(["/" not in name for name, _, _ in found])
     class_of = {} if flat else {name: name.split("/", 1)[0] for name, _, _ in found if "/" in name}
     return _listing(root, found, class_of, flat, rejected, ignored)
 
@@ -173,7 +171,7 @@ def _walk(root: Path, step: Step) -> Iterator[tuple[str, os.stat_result | str]]:
             with os.scandir(folder) as entries:
                 # Sorted, so that of two links to one folder always the same one is taken.
                 ordered = sorted(entries, key=lambda entry: entry.name)
-        except OSError as error:
+        except PermissionError as error:  # any other error may pass, and would lose a whole class
             if not prefix:
                 raise
             yield prefix, f"a folder that cannot be read: {error.strerror}"
@@ -193,6 +191,13 @@ def _walk(root: Path, step: Step) -> Iterator[tuple[str, os.stat_result | str]]:
                     waiting.append(f"{name}/")
             else:
                 yield name, info
+
+
+def _is_flat(loose: list[bool]) -> bool:
+    """Whether photos have no classes: a folder of photos may have some folders in it (thumbnails, a few edited ones), but
+    most photos lie in none.
+    """
+    return all(loose) or 2 * sum(loose) > len(loose)
 
 
 def _is_a_run(names: set[str]) -> bool:
@@ -249,7 +254,7 @@ def _list_open_tar(path: Path, handle: BinaryIO, step: Step) -> Listing:
         """Sort one member into photos, rejects and ignored files; True for a photo."""
         nonlocal ignored
         step(partial(_listing_at, name))
-        if not is_photo_name(name) or member.isdir():
+        if not is_photo_name(name) or member.isdir() or not _NOT_PHOTOS.isdisjoint(name.split("/")):
             ignored += not member.isdir()
         elif member.issym() or member.islnk():
             rejected.append((name, "a link inside a tar, which is not followed"))
@@ -292,6 +297,7 @@ def _list_open_tar(path: Path, handle: BinaryIO, step: Step) -> Listing:
         ordered = sorted(folder.split("/") if folder else [] for folder in folders)
         shared = 0 if flat else sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(ordered[0], ordered[-1])))
         parts = {name: name.split("/")[shared:] for name, _, _ in found}
+        flat = flat or _is_flat([len(rest) == 1 for rest in parts.values()])
         class_of = {} if flat else {name: rest[0] for name, rest in parts.items() if len(rest) > 1}
     listing = _listing(path, found, class_of, flat, rejected, ignored)
     listing.offsets = np.array([offsets[name] for name in listing.names], np.int64)

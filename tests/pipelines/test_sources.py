@@ -87,6 +87,13 @@ def test_some_folders_in_a_folder_of_photos_are_no_classes(tmp_path):
         assert listing.names == [*(f"{number}.jpg" for number in range(5)), "edited/0.jpg"]
 
 
+def test_the_same_photos_in_a_tar_have_no_classes_either(tmp_path):
+    files = {f"x/{number}.jpg": b"p" for number in range(5)} | {"x/edited/0.jpg": b"e", "x/@eaDir/0.jpg/thumb.jpg": b"t"}
+    (tmp_path / "x.tar").write_bytes(tar_bytes(files))
+    with list_source(tmp_path / "x.tar") as listing:
+        assert listing.classes is None and len(listing) == 6 and listing.ignored == 1 and listing.rejected == []
+
+
 def test_a_folder_that_cannot_be_read_is_a_reject(tmp_path, monkeypatch):
     real = os.scandir
 
