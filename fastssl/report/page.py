@@ -295,8 +295,9 @@ def _against(run: RunRecord, mark: str, trained: dict[str, Any], row: dict[str, 
         points = ours - theirs
         low, high = (_number(_get(run.summary, "verdict", "against", mark, kind, end)) for end in ("low", "high"))
         judged = low is not None and high is not None
-        # Runs older than verdicts are judged here; a verdict that does not compare them says that these figures are none.
-        low, high = (low, high) if judged else (0.0, 0.0) if verdict_of(run) else (points, points)
+        if not judged:
+            # Runs older than verdicts are judged here; a verdict that compares nothing says that these figures say nothing.
+            low, high = (0.0, 0.0) if _get(run.summary, "verdict", "against") == {} else (points, points)
         css, sign = ("yes", "&#10003;") if low > 0 else ("no", "&#10007;") if high < 0 else ("none", "level" * judged)
         lines.append(f'<span class="{css}">{words} {points:+.1f} {sign}</span>')
     return "<br>".join(lines) or '<span class="none">-</span>'
