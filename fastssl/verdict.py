@@ -278,7 +278,7 @@ def _without_labels(evidence: Evidence) -> str:
 def _of_the_loss(steps: Sequence[Mapping[str, Any]]) -> str:
     trend = loss_trend(steps)
     if not trend:
-        return "The run logged too few steps to say how its loss went"
+        return "The run made too few steps to say how its loss went: without --epochs the recipe chooses how many"
     if not trend["fallen"]:
         ends = f"{trend['first']:.2f} at the start, {trend['last']:.2f} at the end"
         return f"The loss has not fallen ({ends}): nothing was learned yet"
@@ -295,7 +295,8 @@ def _more_epochs(epochs: int, more: int, gain: Gain | None) -> str:
         return f"{run}; how much that brings cannot be told from this run."
     return (
         f"The kNN curve is still rising. {run} gains some {gain.points:.1f} points "
-        f"({gain.low:.1f} to {gain.high:.1f}) if the curve goes on as it did, which curves seldom do for long."
+        f"({gain.low:.1f} to {gain.high:.1f}) if the curve goes on as it did, which curves seldom do for long: "
+        "the end of a run rises by itself, as its learning rate falls."
     )
 
 
