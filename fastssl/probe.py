@@ -67,6 +67,8 @@ class ProbeSplit:
 
 #: Photos of a class that a probe of some photos should have at least: four to learn from, one to be judged.
 _LEAST_OF_A_CLASS = 5
+#: Photos that tell two files apart.
+_LOOKED_AT, _MOST_OF_A_SIZE = 16, 64
 
 
 def choose_split(data: BetonReader, val: BetonReader | None, limit: int, seed: int) -> ProbeSplit:
@@ -89,7 +91,8 @@ def choose_split(data: BetonReader, val: BetonReader | None, limit: int, seed: i
         keep, held_out = split_indices(None if reader.labels is None else reader.labels[some], len(some), seed=seed)
         if not len(held_out):  # one photo in each class: the labels cannot judge anything
             keep, held_out = split_indices(None, len(some), seed=seed)
-        split = ProbeSplit(reader, some[keep], reader, some[held_out], held_out=True, seen=reader is data)
+        seen = reader is data or _same_photos(reader, data)
+        split = ProbeSplit(reader, some[keep], reader, some[held_out], held_out=True, seen=seen)
     return replace(split, obstacle=_obstacle(split))
 
 
@@ -119,20 +122,41 @@ def _obstacle(split: ProbeSplit) -> str:
 
 
 def _same_photos(one: BetonReader, other: BetonReader) -> bool:
-    """Whether two files are one, or copies of one."""
+    """Whether two files hold the same photos, in whatever order: as far as sizes, and the bytes of some photos, tell."""
     if one.path.samefile(other.path):
         return True
-    same = len(one) == len(other) and one.table_checksums() == other.table_checksums()
-    return same and one.photo_checksum() == other.photo_checksum()
+    if len(one) != len(other):
+        return False
+    orders = [np.lexsort((reader.widths, reader.heights, reader.sizes)) for reader in (one, other)]
+    for mine, theirs in ((one.sizes, other.sizes), (one.heights, other.heights), (one.widths, other.widths)):
+        if not np.array_equal(mine[orders[0]], theirs[orders[1]]):
+            return False
+    places = np.unique(np.linspace(0, len(one) - 1, _LOOKED_AT).astype(np.int64))
+    some = one.sizes[orders[0]][places]
+    # Photos of one size have no order among themselves: all of them are looked at, or, of many, those in the same places.
+    for size in np.unique(some):
+        groups = [(reader, np.flatnonzero(reader.sizes == size)) for reader in (one, other)]
+        if len(groups[0][1]) > _MOST_OF_A_SIZE:
+            return one.table_checksums() == other.table_checksums() and one.photo_checksum() == other.photo_checksum()
+        first, second = (sorted(bytes(reader.encoded(int(i))) for i in found) for reader, found in groups)
+        if first != second:
+            return False
+    return True
 
 
 def _some_classes(labels: Sequence[np.ndarray | None], limit: int, seed: int) -> np.ndarray | None:
-    """The classes that a probe of ``limit`` photos is of, where that is too few for all of them; else None."""
+    """The classes that a probe of ``limit`` photos is of, where that is too few for all of them; else None. Those of two
+    photos and more come first: of the others nothing can be held out.
+    """
     if not limit or any(one is None for one in labels):
         return None
-    known = np.unique(np.concatenate(labels))
+    everything = np.concatenate(labels)
+    known, counts = np.unique(everything, return_counts=True)
     most = max(2, limit // _LEAST_OF_A_CLASS)
-    return known[epoch_order(len(known), seed, 0)[:most]] if len(known) > most else None
+    if len(everything) <= limit or len(known) <= most:
+        return None
+    order = epoch_order(len(known), seed, 0)
+    return known[np.concatenate([order[counts[order] > 1], order[counts[order] == 1]])[:most]]
 
 
 def _subset(labels: np.ndarray | None, count: int, limit: int, kept: np.ndarray | None, seed: int) -> np.ndarray:

@@ -23,6 +23,8 @@ COLLAPSED, NO_BETTER, NOT_JUDGED = "collapsed", "no better than random", "not ju
 _LEAST_RANK, _LEAST_SPREAD, _LEAST_EMBEDDING = 2.0, 0.02, 0.1
 #: Photos below which rank and spread say nothing: the rank is less than their number, whatever the network.
 _FEW_PHOTOS = 20
+#: Steps below which they say nothing either: BatchNorm's running statistics still hold much of what they began with.
+_FEW_STEPS = 50
 #: Points above which the chance of the judging set hides whether anything was learned.
 _TOO_WIDE = 10.0
 #: A target whose entropy is that share of ln K says nothing.
@@ -205,12 +207,9 @@ def loss_trend(steps: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def collapse_signs(evidence: Evidence) -> list[str]:
     """What says that the network has collapsed, in words; []: nothing does."""
     signs = []
-    rank, spread = (_number(evidence.features.get(name)) for name in ("effective_rank", "feature_std"))
-    photos = _number(evidence.features.get("photos"))
-    if "effective_rank" in evidence.features and rank is None:
+    if "effective_rank" in evidence.features and _number(evidence.features["effective_rank"]) is None:
         signs.append("features of the trained network are NaN or infinite")
-    if photos is not None and photos < _FEW_PHOTOS:
-        rank = spread = None
+    rank, spread = _telling(evidence)
     if rank is not None and rank < _LEAST_RANK:
         signs.append(f"the features use hardly more than one direction (effective rank {rank:.2f})")
     if spread is not None and spread < _LEAST_SPREAD:
@@ -223,6 +222,15 @@ def collapse_signs(evidence: Evidence) -> list[str]:
         ends = f"{trend['first']:.2f} at the start, {trend['last']:.2f} at the end"
         signs.append(f"the loss has stayed at that of a guess ({ends})")
     return signs
+
+
+def _telling(evidence: Evidence) -> tuple[float | None, float | None]:
+    """Effective rank and spread of the features, where photos and steps are enough for them to tell anything."""
+    photos = _number(evidence.features.get("photos"))
+    steps = max((step for row in evidence.steps if (step := _number(row.get("step"))) is not None), default=None)
+    if (photos is not None and photos < _FEW_PHOTOS) or (steps is not None and steps < _FEW_STEPS):
+        return None, None
+    return _number(evidence.features.get("effective_rank")), _number(evidence.features.get("feature_std"))
 
 
 # ---------------------------------------------------------------------- words
@@ -262,7 +270,7 @@ def _phrase(knn: str | None, linear: str | None, names: Sequence[str]) -> str:
 def _without_labels(evidence: Evidence) -> str:
     """What can be said where labels cannot judge."""
     parts = ["without labels that can judge, nobody knows what the features are worth"]
-    rank, spread = (_number(evidence.features.get(name)) for name in ("effective_rank", "feature_std"))
+    rank, spread = _telling(evidence)
     if rank is not None and spread is not None:
         parts.append(f"The network has not collapsed (effective rank {rank:.0f}, spread {spread:.2f})")
     if evidence.steps:

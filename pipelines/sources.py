@@ -12,6 +12,7 @@ import hashlib
 import os
 import stat
 import tarfile
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -137,7 +138,10 @@ def _list_folder(root: Path, step: Step) -> Listing:
     rejected: list[tuple[str, str]] = []
     ignored = 0
     for name, info in _walk(root, step):
-        if isinstance(info, str) and (is_photo_name(name) or name.endswith("/")):
+        if isinstance(info, str) and name.endswith("/"):
+            warnings.warn(f"{root / printable(name)}: {info}: its photos are missing", stacklevel=2)
+            rejected.append((name, info))
+        elif isinstance(info, str) and is_photo_name(name):
             rejected.append((name, info))
         elif isinstance(info, str) or not is_photo_name(name):
             ignored += 1
@@ -148,7 +152,7 @@ def _list_folder(root: Path, step: Step) -> Listing:
             found.append((name, info.st_size, info.st_mtime_ns))
     # By parts, so that a class's photos stay together: "cat-2/x" sorts before "cat/x" as a string.
     found.sort(key=lambda row: row[0].split("/"))
-    flat = _is_flat(["/" not in name for name, _, _ in found])
+    flat = _is_flat([name.split("/")[0] if "/" in name else None for name, _, _ in found])
     class_of = {} if flat else {name: name.split("/", 1)[0] for name, _, _ in found if "/" in name}
     return _listing(root, found, class_of, flat, rejected, ignored)
 
@@ -193,11 +197,12 @@ def _walk(root: Path, step: Step) -> Iterator[tuple[str, os.stat_result | str]]:
                 yield name, info
 
 
-def _is_flat(loose: list[bool]) -> bool:
-    """Whether photos have no classes: a folder of photos may have some folders in it (thumbnails, a few edited ones), but
-    most photos lie in none.
+def _is_flat(folders: list[str | None]) -> bool:
+    """Whether photos, each in one of ``folders`` or in none (None), have no classes: a folder of photos may have some
+    folders in it (thumbnails, a few edited ones), but at least half of its photos lie in none; or there is only one.
     """
-    return all(loose) or 2 * sum(loose) > len(loose)
+    loose = folders.count(None)
+    return loose == len(folders) or 2 * loose >= len(folders) or (loose > 0 and len(set(folders)) == 2)
 
 
 def _is_a_run(names: set[str]) -> bool:
@@ -297,7 +302,7 @@ def _list_open_tar(path: Path, handle: BinaryIO, step: Step) -> Listing:
         ordered = sorted(folder.split("/") if folder else [] for folder in folders)
         shared = 0 if flat else sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(ordered[0], ordered[-1])))
         parts = {name: name.split("/")[shared:] for name, _, _ in found}
-        flat = flat or _is_flat([len(rest) == 1 for rest in parts.values()])
+        flat = flat or _is_flat([rest[0] if len(rest) > 1 else None for rest in parts.values()])
         class_of = {} if flat else {name: rest[0] for name, rest in parts.items() if len(rest) > 1}
     listing = _listing(path, found, class_of, flat, rejected, ignored)
     listing.offsets = np.array([offsets[name] for name in listing.names], np.int64)

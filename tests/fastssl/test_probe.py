@@ -64,7 +64,7 @@ def test_of_more_classes_than_the_probe_has_photos_some_are_probed(tmp_path: Pat
 
 
 def test_labels_of_val_alone_judge_and_val_without_labels_does_not(tmp_path: Path) -> None:
-    with photos(tmp_path / "a.beton", None, count=40) as data, photos(tmp_path / "b.beton", [0, 1] * 20) as val:
+    with photos(tmp_path / "a.beton", None, count=50) as data, photos(tmp_path / "b.beton", [0, 1] * 20) as val:
         split = choose_split(data, val, 0, 0)
         assert split.bank is split.queries is val and split.held_out and not split.seen and split.can_judge
         split = choose_split(val, data, 0, 0)
@@ -76,8 +76,28 @@ def test_a_copy_of_the_photos_cannot_judge(tmp_path: Path) -> None:
         (tmp_path / "copy.beton").write_bytes((tmp_path / "a.beton").read_bytes())
         with BetonReader(tmp_path / "copy.beton") as copy:
             assert not choose_split(data, copy, 0, 0).can_judge
-    with photos(tmp_path / "other.beton", [1, 0] * 20) as other, BetonReader(tmp_path / "a.beton") as data:
+        with BetonWriter(tmp_path / "turned.beton", 40, labels=True) as writer:
+            for place in reversed(range(40)):
+                writer.add(bytes([place, 0, 7]), 1, 1, place % 2, mode=1)
+        with BetonReader(tmp_path / "turned.beton") as turned, photos(tmp_path / "bare.beton", None, count=40) as bare:
+            assert not choose_split(data, turned, 0, 0).can_judge
+            assert choose_split(bare, turned, 0, 0).seen, "the photos are those of training, the labels alone are new"
+    # Of many photos of one size, as raw ones are, those in the same places are compared.
+    with photos(tmp_path / "raw.beton", [0, 1] * 50) as raw, BetonWriter(tmp_path / "else.beton", 100, labels=True) as writer:
+        for place in range(100):
+            writer.add(bytes([place, 9, 9]), 1, 1, place % 2, mode=1)
+    with BetonReader(tmp_path / "else.beton") as other, BetonReader(raw.path) as data:
         assert choose_split(data, other, 0, 0).can_judge
+    with photos(tmp_path / "more.beton", [1, 0] * 21) as other, BetonReader(tmp_path / "a.beton") as data:
+        assert choose_split(data, other, 0, 0).can_judge
+
+
+def test_all_classes_are_probed_where_the_photos_fit_and_those_of_one_photo_come_last(tmp_path: Path) -> None:
+    with photos(tmp_path / "a.beton", np.arange(600) // 2) as data:
+        assert choose_split(data, None, 600, 0).classes == 300
+    with photos(tmp_path / "b.beton", [0] * 30 + list(range(1, 11))) as data:
+        split = choose_split(data, None, 20, 0)
+        assert 0 in data.labels[split.query_index]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

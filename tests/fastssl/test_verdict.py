@@ -147,7 +147,10 @@ def test_features_that_are_not_finite_are_a_sign_and_the_rank_of_a_few_photos_is
     assert broken["state"] == "collapsed" and broken["signs"] == ["features of the trained network are NaN or infinite"]
     two = {"effective_rank": 1.0, "feature_std": 0.8}
     assert judge(evidence(rows=[], features={**two, "photos": 2}))["state"] == "not judged"
+    assert "has not collapsed" not in judge(evidence(rows=[], features={**two, "photos": 2}))["text"]
     assert judge(evidence(rows=[], features={**two, "photos": 20}))["state"] == "collapsed"
+    begun = [{**row, "step": place} for place, row in enumerate(losses(9.0, 8.0))]
+    assert judge(evidence(rows=[], features={**two, "photos": 20}, steps=begun))["state"] == "not judged"
 
 
 def test_what_only_looks_like_a_collapse() -> None:
