@@ -174,7 +174,7 @@ def gauge_steps(
     """
     groups = recipe.settings.groups
     top = affordable_batch(first, most, groups, deadline - time.perf_counter(), room)
-    sizes = {size for size in (top // 2, top) if size >= min(groups, most) and size != first.batch}
+    sizes = {size for size in (top // 2, top) if size >= max(2, min(groups, most)) and size != first.batch}
     gauges = sorted([first, *(gauge_step(recipe, device, size) for size in sizes)], key=lambda gauge: gauge.batch)
     for number in range(_MOST_ROUNDS):
         for gauge in (

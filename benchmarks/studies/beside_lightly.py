@@ -218,7 +218,7 @@ def to_markdown(record: dict[str, Any]) -> str:
         cells = [row["marks"].get(f"{minutes:g}") for minutes in marks]
         lines.append(
             f"| {row['name']} | "
-            + " | ".join(f"{c['knn']:.1f} / {c['linear']:.1f}" if c else "-" for c in cells)
+            + " | ".join(f"{c['knn']:.1f} / {c['linear']:.1f}" if c and c["knn"] is not None else "-" for c in cells)
             + " |"
         )
     return "\n".join(lines) + "\n"

@@ -121,16 +121,19 @@ def choose_inputs(
     recipe = load_recipe(recipe_name, changes)
     own_arch = recipe.arch
     recipe = dataclasses.replace(recipe, arch=arch or own_arch)
+    resolve_arch(recipe.arch)
+    val_source = None if val is None else look_at(val)
     if chosen:
         _say(f"recipe {chosen.name} {chosen.reason}")
     if source is None:
         from fastssl.data.sample_set import ensure_sample_set
 
         samples = ensure_sample_set()
-        data, val = samples.train, val or samples.val
+        data, val = samples.train, samples.val
     else:
         data = beton_of(source, recipe, workers)
-    val = val and beton_of(look_at(val), recipe, workers)
+    if val_source is not None:
+        val = beton_of(val_source, recipe, workers)
     found = look_at(data)  # as they are stored: photos that were rejected are gone, large ones scaled down
     where = str(source.path if source else data)
     recipe, lines = fit(recipe, found.photos, given=changes.keys(), processes=processes, where=where)

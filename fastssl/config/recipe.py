@@ -128,6 +128,8 @@ class ProbeConfig:
             )
         if self.size < 8 or self.every_epochs < 0 or self.online_samples < 20 or self.final_samples < 0:
             raise ValueError("probe.size must be at least 8, probe.online_samples at least 20, the others not negative")
+        if 0 < self.final_samples < 20:
+            raise ValueError(f"probe.final_samples must be 0 (all photos) or at least 20, got {self.final_samples}")
         if not 0 < self.crop <= 1:
             raise ValueError(f"probe.crop must lie above 0 and not above 1, got {self.crop}")
 

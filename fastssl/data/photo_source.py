@@ -146,7 +146,12 @@ def as_beton(
     if source.fingerprint is None:
         return source.path
     options = ConvertOptions(short_side=short_side, workers=workers, automatic=True)
-    wanted = {"fingerprint": source.fingerprint, "options": options.deciding(), "tool": f"fastssl {__version__}"}
+    wanted = {
+        "source": Path(os.path.abspath(source.path)).name,
+        "fingerprint": source.fingerprint,
+        "options": options.deciding(),
+        "tool": f"fastssl {__version__}",
+    }
     places = (_beside(source.path), _cached(source.path, options))
     for place in places:
         if _holds(place, wanted):
@@ -156,14 +161,14 @@ def as_beton(
             place.parent.mkdir(parents=True, exist_ok=True)
         if not _may_write(place, wanted):
             continue
-        with _alone(place) as lock:
+        with _alone(place, say) as lock:
             if not lock:
                 continue
             if _holds(place, wanted):
                 return _found(source, place, say)
             if not _may_write(place, wanted):
                 continue
-            done = convert(source.path, place, options, progress)
+            done = convert(Path(os.path.abspath(source.path)), place, options, progress)
         say(_made(source, done, short_side))
         return place
     raise FastSSLError(
@@ -206,7 +211,7 @@ def _side(place: Path) -> dict[str, Any] | None:
 def _holds(place: Path, wanted: dict[str, Any]) -> bool:
     """Whether the file is there, whole as far as its tables tell, and what a conversion now would make."""
     side = _side(place) if place.is_file() else None
-    return side is not None and all(side.get(key) == value for key, value in wanted.items())
+    return side is not None and all(side.get(key) == value for key, value in wanted.items() if key != "source")
 
 
 def _may_write(place: Path, wanted: dict[str, Any]) -> bool:
@@ -218,11 +223,13 @@ def _may_write(place: Path, wanted: dict[str, Any]) -> bool:
     if not os.path.lexists(place) and not os.path.lexists(side_path(place)):
         return True
     side = _side(place)
-    return side is not None and side.get("automatic") is True and side.get("options") == wanted["options"]
+    if side is None or side.get("automatic") is not True or side.get("options") != wanted["options"]:
+        return False
+    return side.get("source") == wanted["source"]  # `photos/` and `photos.tar` would both have photos.beton
 
 
 @contextmanager
-def _alone(place: Path) -> Iterator[bool]:
+def _alone(place: Path, say: Callable[[str], None]) -> Iterator[bool]:
     """Hold ``place`` against other processes, waiting for theirs. False: nothing can be written there. Without locks
     (some network disks) nobody waits.
     """
@@ -233,11 +240,15 @@ def _alone(place: Path) -> Iterator[bool]:
         yield False
         return
     with file:
+        waiting = False
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
+                if not waiting:
+                    say(f"waiting for another process that makes {place}")
+                waiting = True
                 time.sleep(0.2)
             except OSError:
                 break
@@ -248,15 +259,21 @@ def _alone(place: Path) -> Iterator[bool]:
 
 
 def _found(source: Source, place: Path, say: Callable[[str], None]) -> Path:
-    say(f"{source.path}: converted before, into {place}")
+    rejected = (_side(place) or {}).get("rejected") or 0
+    say(f"{source.path}: converted before, into {place}{_rejected(rejected, place)}")
     return place
+
+
+def _rejected(count: int, place: Path) -> str:
+    return f"; {count:,} rejected (see {rejects_path(place)})" if count else ""
 
 
 def _made(source: Source, done: ConvertSummary, short_side: int) -> str:
     photos = counted(done.written, "photo")
     classes = "no labels" if done.classes is None else counted(len(done.classes), "class")
-    rejected = f"; {done.rejected:,} rejected (see {rejects_path(done.path)})" if done.rejected else ""
+    ignored = f"; {counted(done.ignored, 'other file')} passed over" if done.ignored else ""
     return (
         f"{source.path}: {photos}, {classes}, now also in {done.path} ({done.bytes / 1e6:,.1f} MB, "
-        f"short side at most {short_side} px), which is used as long as they stay as they are{rejected}"
+        f"short side at most {short_side} px), which is used as long as they stay as they are"
+        f"{_rejected(done.rejected, done.path)}{ignored}"
     )

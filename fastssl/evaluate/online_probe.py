@@ -6,7 +6,8 @@ Labels are used here alone. Without them (a flat folder) the collapse monitors a
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from fastssl.evaluate.features import Features, ProbeError, extract_features, sp
 from fastssl.evaluate.knn import knn_accuracy
 from fastssl.evaluate.linear import linear_probe
 from fastssl.pipelines.beton.reader import BetonReader
+from fastssl.pipelines.plan.order import epoch_order
 
 
 @dataclass
@@ -27,15 +29,23 @@ class ProbeSplit:
     Attributes:
         bank, queries: the open files (one and the same when nothing else was given).
         bank_index, query_index: sample ids in them.
-        labelled: both have labels, of at least two classes.
+        held_out: the queries are a part of the bank's file that the bank does not hold.
+        seen: pre-training learned from the queries, too (without their labels).
+        obstacle: why labels cannot judge anything, in words; empty: they can.
     """
 
     bank: BetonReader
     bank_index: np.ndarray
     queries: BetonReader
     query_index: np.ndarray
-    labelled: bool
     held_out: bool
+    seen: bool = True
+    obstacle: str = ""
+
+    @property
+    def labelled(self) -> bool:
+        """Whether bank and queries have labels of at least two classes each."""
+        return not self.obstacle
 
     @property
     def classes(self) -> int:
@@ -45,7 +55,7 @@ class ProbeSplit:
     @property
     def can_judge(self) -> bool:
         """Whether the queries are labelled photos that the bank does not hold."""
-        return self.labelled and (self.held_out or not self.queries.path.samefile(self.bank.path))
+        return self.labelled and (self.held_out or not _same_photos(self.queries, self.bank))
 
     def features(self, backbone: nn.Module, size: int, **options: Any) -> tuple[Features, Features]:
         """Features of bank and queries; ``options`` as in ``extract_features``."""
@@ -55,40 +65,111 @@ class ProbeSplit:
         )
 
 
-def choose_split(bank: BetonReader, queries: BetonReader | None, limit: int, seed: int) -> ProbeSplit:
-    """At most ``limit`` photos (0: all), spread evenly over the classes.
+#: Photos of a class that a probe of some photos should have at least: four to learn from, one to be judged.
+_LEAST_OF_A_CLASS = 5
+#: Photos that tell two files apart.
+_LOOKED_AT, _MOST_OF_A_SIZE = 16, 64
+
+
+def choose_split(data: BetonReader, val: BetonReader | None, limit: int, seed: int) -> ProbeSplit:
+    """At most ``limit`` photos (0: all), spread evenly over the classes; where these are too many, over some of them.
 
     Args:
-        bank: what the run learned from.
-        queries: photos of their own to judge on; None: a fifth of the bank's file is held out from the probe.
+        data: what the run learned from.
+        val: photos of their own to judge on. None, or without labels where ``data`` has some: a fifth of ``data`` is
+            held out from the probe. Where ``val`` alone has labels, a fifth of ``val``.
     """
-    labelled = bank.labels is not None and len(np.unique(bank.labels)) > 1
-    if queries is None:
-        everything = _subset(bank.labels, len(bank), limit, seed)
-        labels = None if bank.labels is None else bank.labels[everything]
-        keep, held_out = split_indices(labels, len(everything), seed=seed)
+    if val is not None and _is_labelled(val) == _is_labelled(data):
+        total = len(data) + len(val)
+        kept = _some_classes((data.labels, val.labels), limit, seed)
+        shares = [round(min(1.0, limit / total) * len(reader)) if limit else 0 for reader in (data, val)]
+        bank, queries = (
+            _subset(reader.labels, len(reader), share, kept, seed) for reader, share in zip((data, val), shares)
+        )
+        split = ProbeSplit(data, bank, val, queries, held_out=False, seen=False)
+    else:
+        reader = val if val is not None and _is_labelled(val) else data
+        some = _subset(reader.labels, len(reader), limit, _some_classes((reader.labels,), limit, seed), seed)
+        keep, held_out = split_indices(None if reader.labels is None else reader.labels[some], len(some), seed=seed)
         if not len(held_out):  # one photo in each class: the labels cannot judge anything
-            labelled = False
-            keep, held_out = split_indices(None, len(everything), seed=seed)
-        return ProbeSplit(bank, everything[keep], bank, everything[held_out], labelled, held_out=True)
-    labelled = labelled and queries.labels is not None
-    total = len(bank) + len(queries)
-    share = min(1.0, limit / total) if limit else 1.0
-    return ProbeSplit(
-        bank,
-        _subset(bank.labels, len(bank), round(share * len(bank)), seed),
-        queries,
-        _subset(queries.labels, len(queries), round(share * len(queries)), seed),
-        labelled,
-        held_out=False,
-    )
+            keep, held_out = split_indices(None, len(some), seed=seed)
+        seen = reader is data or _same_photos(reader, data)
+        split = ProbeSplit(reader, some[keep], reader, some[held_out], held_out=True, seen=seen)
+    return replace(split, obstacle=_obstacle(split))
 
 
-def _subset(labels: np.ndarray | None, count: int, limit: int, seed: int) -> np.ndarray:
-    """About ``limit`` of ``count`` sample ids (0: all), the same share of every class, sorted."""
-    if not limit or limit >= count:
-        return np.arange(count)
-    return split_indices(labels, count, fraction=limit / count, seed=seed)[1]
+def _is_labelled(reader: BetonReader) -> bool:
+    return reader.labels is not None
+
+
+def _obstacle(split: ProbeSplit) -> str:
+    """Why labels cannot judge anything, in words; empty: they can."""
+    found = []
+    for reader, index in ((split.bank, split.bank_index), (split.queries, split.query_index)):
+        if reader.labels is None:
+            return "the photos have no labels"
+        labels = reader.labels[index]
+        if len(labels) and labels.min() < 0:
+            return f"some photos in {reader.path.name} have no label"
+        found.append(np.unique(labels))
+    known, asked = found
+    if len(known) < 2:
+        return "the photos are all of one class"
+    if not np.isin(asked, known).any():
+        return "no class has two photos, one to learn from and one to be judged"
+    if len(asked) < 2:
+        rest = "there are too few of the others" if split.held_out else "which tells nothing"
+        return f"the photos to be judged are all of one class: {rest}"
+    return ""
+
+
+def _same_photos(one: BetonReader, other: BetonReader) -> bool:
+    """Whether two files hold the same photos, in whatever order, as far as sizes and the bytes of some photos tell."""
+    if one.path.samefile(other.path):
+        return True
+    if len(one) != len(other):
+        return False
+    orders = [np.lexsort((reader.widths, reader.heights, reader.sizes)) for reader in (one, other)]
+    for mine, theirs in ((one.sizes, other.sizes), (one.heights, other.heights), (one.widths, other.widths)):
+        if not np.array_equal(mine[orders[0]], theirs[orders[1]]):
+            return False
+    places = np.unique(np.linspace(0, len(one) - 1, _LOOKED_AT).astype(np.int64))
+    some = one.sizes[orders[0]][places]
+    # Photos of one size have no order among themselves: all of them are compared; of many, those in the same places.
+    for size in np.unique(some):
+        groups = [(reader, np.flatnonzero(reader.sizes == size)) for reader in (one, other)]
+        if len(groups[0][1]) > _MOST_OF_A_SIZE:
+            return one.table_checksums() == other.table_checksums() and one.photo_checksum() == other.photo_checksum()
+        first, second = (sorted(bytes(reader.encoded(int(i))) for i in found) for reader, found in groups)
+        if first != second:
+            return False
+    return True
+
+
+def _some_classes(labels: Sequence[np.ndarray | None], limit: int, seed: int) -> np.ndarray | None:
+    """The classes that a probe of ``limit`` photos is of, where that is too few for all of them; else None. Those of
+    two photos and more come first: of the others nothing can be held out.
+    """
+    if not limit or any(one is None for one in labels):
+        return None
+    everything = np.concatenate(labels)
+    known, counts = np.unique(everything, return_counts=True)
+    most = max(2, limit // _LEAST_OF_A_CLASS)
+    if len(everything) <= limit or len(known) <= most:
+        return None
+    order = epoch_order(len(known), seed, 0)
+    return known[np.concatenate([order[counts[order] > 1], order[counts[order] == 1]])[:most]]
+
+
+def _subset(labels: np.ndarray | None, count: int, limit: int, kept: np.ndarray | None, seed: int) -> np.ndarray:
+    """About ``limit`` of ``count`` sample ids (0: all), sorted; an equal share of each class in ``kept`` (None: all)"""
+    chosen = np.arange(count)
+    if kept is not None:
+        chosen = np.flatnonzero(np.isin(labels, kept))
+        labels = labels[chosen]
+    if not limit or limit >= len(chosen):
+        return chosen
+    return chosen[split_indices(labels, len(chosen), fraction=limit / len(chosen), seed=seed)[1]]
 
 
 def require_same_classes(train: BetonReader, val: BetonReader) -> None:
@@ -131,8 +212,7 @@ class OnlineProbe:
         row: dict[str, Any] = {"kind": "probe", "step": step, "epoch": epoch}
         everything = torch.cat([bank.features, queries.features])
         # In evaluation mode a network can overflow that trains on: the row says so, and the run goes on.
-        finite = all(torch.isfinite(extreme) for extreme in torch.aminmax(everything))
-        row["knn"] = knn_accuracy(bank, queries).accuracy if self.split.labelled and finite else None
+        row["knn"] = knn_accuracy(bank, queries).accuracy if self.split.labelled and is_finite(bank, queries) else None
         row["feature_std"] = float(monitor.feature_std(everything))
         row["effective_rank"] = float(monitor.effective_rank(everything))
         row["uniformity"] = float(monitor.uniformity(everything))
@@ -141,7 +221,15 @@ class OnlineProbe:
 
 
 def probe_features(name: str, bank: Features, queries: Features, labelled: bool) -> dict[str, Any]:
-    """A row of the table at the end: percent right with kNN and with a linear classifier."""
-    if not labelled:
+    """A row of the table at the end: percent right with kNN and with a linear classifier; None where features are NaN
+    or infinite.
+    """
+    if not (labelled and is_finite(bank, queries)):
         return {"name": name, "knn": None, "linear": None}
     return {"name": name, "knn": knn_accuracy(bank, queries).accuracy, "linear": linear_probe(bank, queries).accuracy}
+
+
+def is_finite(*parts: Features) -> bool:
+    """Whether no feature is NaN or infinite."""
+    # The extremes are NaN or infinite if any number is.
+    return all(bool(torch.isfinite(extreme)) for part in parts if len(part) for extreme in torch.aminmax(part.features))

@@ -26,6 +26,8 @@ DEFAULT_SMOOTHING = {
 WEIGHTINGS = tuple(DEFAULT_SMOOTHING)
 
 _INT32_MAX = 2**31 - 1
+# More than any queue holds; each of them has a weight.
+_MOST_NEIGHBORS = 2**22
 
 
 def rank_weights(weighting: str, neighbors: int | None = None) -> tuple[float, ...]:
@@ -50,6 +52,8 @@ def rank_weights(weighting: str, neighbors: int | None = None) -> tuple[float, .
             raise ValueError(
                 f"neighbors={neighbors!r} with weighting='uniform_topk': give a whole number of at least 1"
             )
+        if count > _MOST_NEIGHBORS:
+            raise ValueError(f"neighbors={neighbors:,} with weighting='uniform_topk': at most {_MOST_NEIGHBORS:,}")
         return (1.0 / count,) * count
     if weighting == "stepped":
         count = 20 if neighbors is None else neighbors

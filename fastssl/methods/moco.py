@@ -88,6 +88,7 @@ class MoCoConfig(MethodConfig):
                 f"{', '.join(schedules.MOMENTUM_SCHEDULES)}"
             )
         schedules.check_smoothing("moco", self.smoothing_schedule, self.smoothing_warm_epochs)
+        rank_weights(self.weighting, self.neighbors)  # which says what is wrong with them
         if not 0 <= self.momentum <= 1:
             raise ValueError(f"moco.momentum must lie in 0..1, got {self.momentum}")
         if self.split_bn < 1 or self.queue < 1:

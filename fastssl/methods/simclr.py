@@ -56,6 +56,7 @@ class SimCLRConfig(MethodConfig):
 
     def __post_init__(self) -> None:
         schedules.check_smoothing("simclr", self.smoothing_schedule, self.smoothing_warm_epochs)
+        rank_weights(self.weighting, self.neighbors)  # which says what is wrong with them
 
     BATCH_KEY = "simclr.neighbors"
     EPOCH_KEYS = ("smoothing_warm_epochs",)

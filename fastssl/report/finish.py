@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from fastssl.evaluate import collapse as monitor
 from fastssl.evaluate.batchnorm import has_batchnorm, reestimated
 from fastssl.evaluate.colour_histogram import colour_histogram_features
 from fastssl.evaluate.features import Features
-from fastssl.evaluate.online_probe import ProbeSplit, choose_split, probe_features
+from fastssl.evaluate.online_probe import ProbeSplit, choose_split, is_finite, probe_features
 from fastssl.evaluate.raw_pixels import raw_pixel_features
 from fastssl.report.marks import COLOURS, MAJORITY, RANDOM, TRAINED
 from fastssl.report.marks import RAW as RAW_PIXELS
@@ -70,7 +71,8 @@ def finish_run(run: TrainResult, started: float) -> dict[str, Any]:
     text = to_json(summary, indent=2) + "\n"
     write_atomically(run.options.out / "summary.json", lambda path: path.write_text(text))
     views_picture(run.reader, run.recipe.views, run.options.out / "views.png", seed=run.options.seed)
-    neighbours_picture(split, before=features[RANDOM], after=features[TRAINED], out=run.options.out / "neighbours.png")
+    before, after = (_without_holes(features[name]) for name in (RANDOM, TRAINED))
+    neighbours_picture(split, before=before, after=after, out=run.options.out / "neighbours.png")
     write_report(run.options.out)
     return summary
 
@@ -181,11 +183,11 @@ def _bottleneck(run: TrainResult, share: float, wait: float) -> str:
 
 def _probe_note(split: ProbeSplit) -> str:
     if not split.labelled:
-        return (
-            "the photos have no labels (or one class), so kNN and linear probes were left out; neighbours.png "
-            "shows what the network finds alike"
-        )
-    if split.held_out:
+        left_out = "so kNN and linear probes were left out; neighbours.png shows what the network finds alike"
+        return f"{split.obstacle}, {left_out}"
+    if split.held_out and not split.seen:
+        where = f"a held-out fifth of {split.queries.path.name}, which pre-training never saw"
+    elif split.held_out:
         where = "a held-out fifth of the probed photos (pre-training saw them too, without labels)"
     elif not split.can_judge:
         where = f"{split.queries.path.name}, the very photos it was fitted on: these figures say nothing"
@@ -224,11 +226,24 @@ def _majority(split: ProbeSplit) -> list[dict[str, Any]]:
     return [{"name": MAJORITY, "knn": share, "linear": share}]
 
 
+def _without_holes(parts: tuple[Features, Features]) -> tuple[Features, Features]:
+    """For the pictures: numbers that are not finite are 0."""
+    bank, queries = (
+        part if is_finite(part) else replace(part, features=torch.nan_to_num(part.features, posinf=0.0, neginf=0.0))
+        for part in parts
+    )
+    return bank, queries
+
+
 def _collapse_figures(trained: tuple[Features, Features]) -> dict[str, float]:
-    """Spread and effective rank of the features of some photos, evenly from all."""
+    """Spread and effective rank of the features of some photos, evenly from all, and of how many."""
     everything = torch.cat([part.features for part in trained])
     some = everything[:: -(-len(everything) // _FEW)]
-    return {"feature_std": float(monitor.feature_std(some)), "effective_rank": float(monitor.effective_rank(some))}
+    return {
+        "feature_std": float(monitor.feature_std(some)),
+        "effective_rank": float(monitor.effective_rank(some)),
+        "photos": len(some),
+    }
 
 
 def _evidence(run: TrainResult, split: ProbeSplit, rows: list[dict[str, Any]], collapse: dict[str, float]) -> Evidence:

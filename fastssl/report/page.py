@@ -306,8 +306,11 @@ def _against(run: RunRecord, mark: str, trained: dict[str, Any], row: dict[str, 
             continue
         points = ours - theirs
         low, high = (_number(_get(run.summary, "verdict", "against", mark, kind, end)) for end in ("low", "high"))
-        low, high = (points, points) if low is None or high is None else (low, high)
-        css, sign = ("yes", "&#10003;") if low > 0 else ("no", "&#10007;") if high < 0 else ("none", "level")
+        judged = low is not None and high is not None
+        if not judged:
+            # Runs older than verdicts are judged here. A verdict that compares nothing says that these say nothing.
+            low, high = (0.0, 0.0) if _get(run.summary, "verdict", "against") == {} else (points, points)
+        css, sign = ("yes", "&#10003;") if low > 0 else ("no", "&#10007;") if high < 0 else ("none", "level" * judged)
         lines.append(f'<span class="{css}">{words} {points:+.1f} {sign}</span>')
     return "<br>".join(lines) or '<span class="none">-</span>'
 

@@ -49,7 +49,7 @@ tbody th { font-weight: 500; }
 tr.ours th, tr.ours b { font-weight: 700; }
 tr.ours .bar i { background: var(--series-1); }
 td .bar { display: inline-block; width: calc(100% - 70px); margin-right: 12px; vertical-align: middle; }
-@media (max-width: 640px) { td .bar { display: none; } }
+@media (max-width: 640px) { td .bar { display: none; } th, td { font-size: 14px; padding-right: 8px; } }
 td b { font-weight: 500; }
 .bar { height: 10px; background: var(--grid); border-radius: 5px; overflow: hidden; }
 .bar i { display: block; height: 100%; background: var(--bar); border-radius: 5px; }

@@ -21,6 +21,12 @@ COLLAPSED, NO_BETTER, NOT_JUDGED = "collapsed", "no better than random", "not ju
 
 #: Collapse. Random networks have an effective rank of 30 and more and a spread above 0.5; trained ones 80 and 0.7.
 _LEAST_RANK, _LEAST_SPREAD, _LEAST_EMBEDDING = 2.0, 0.02, 0.1
+#: Photos below which rank and spread say nothing: the rank is less than their number, whatever the network.
+_FEW_PHOTOS = 20
+#: Steps below which they say nothing either: BatchNorm's running statistics still hold much of what they began with.
+_FEW_STEPS = 50
+#: Points above which the chance of the judging set hides whether anything was learned.
+_TOO_WIDE = 10.0
 #: A target whose entropy is that share of ln K says nothing.
 _NO_TARGET = 0.99
 #: What of its first value the loss may keep and still count as fallen; and how much of it must go in a quarter of the
@@ -43,7 +49,7 @@ class Evidence:
         epochs: that the run made.
         steps, probes: the two kinds of rows of metrics.jsonl.
         online_judged: photos that an online probe judges.
-        features: ``feature_std`` and ``effective_rank`` of the trained network's features.
+        features: ``feature_std`` and ``effective_rank`` of the trained network's features, and of how many ``photos``.
     """
 
     rows: Sequence[Mapping[str, Any]]
@@ -102,8 +108,10 @@ def judge(evidence: Evidence) -> dict[str, Any]:
         state, rising = NOT_JUDGED, falling
         text = _without_labels(evidence)
     elif not any(found.word == "better" for found in against[RANDOM].values()):
-        state, rising = NO_BETTER, falling
-        text = f"{_in_words(against, (RANDOM,), evidence.judged)}. {_of_the_loss(evidence.steps)}"
+        unknown = all(found.word == "level" and found.high > _TOO_WIDE for found in against[RANDOM].values())
+        state, rising = NOT_JUDGED if unknown else NO_BETTER, falling
+        few = f"{evidence.judged:,} judged {_plural('photo', evidence.judged)} are too few to tell: " if unknown else ""
+        text = f"{few}{_in_words(against, (RANDOM,), evidence.judged)}. {_of_the_loss(evidence.steps)}"
     else:
         passed = all(found.word == "better" for kinds in against.values() for found in kinds.values())
         complete = RAW in against and all(len(kinds) == 2 for kinds in against.values())
@@ -199,7 +207,9 @@ def loss_trend(steps: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def collapse_signs(evidence: Evidence) -> list[str]:
     """What says that the network has collapsed, in words; []: nothing does."""
     signs = []
-    rank, spread = (_number(evidence.features.get(name)) for name in ("effective_rank", "feature_std"))
+    if "effective_rank" in evidence.features and _number(evidence.features["effective_rank"]) is None:
+        signs.append("features of the trained network are NaN or infinite")
+    rank, spread = _telling(evidence)
     if rank is not None and rank < _LEAST_RANK:
         signs.append(f"the features use hardly more than one direction (effective rank {rank:.2f})")
     if spread is not None and spread < _LEAST_SPREAD:
@@ -212,6 +222,15 @@ def collapse_signs(evidence: Evidence) -> list[str]:
         ends = f"{trend['first']:.2f} at the start, {trend['last']:.2f} at the end"
         signs.append(f"the loss has stayed at that of a guess ({ends})")
     return signs
+
+
+def _telling(evidence: Evidence) -> tuple[float | None, float | None]:
+    """Effective rank and spread of the features, where photos and steps are enough for them to tell anything."""
+    photos = _number(evidence.features.get("photos"))
+    steps = max((step for row in evidence.steps if (step := _number(row.get("step"))) is not None), default=None)
+    if (photos is not None and photos < _FEW_PHOTOS) or (steps is not None and steps < _FEW_STEPS):
+        return None, None
+    return _number(evidence.features.get("effective_rank")), _number(evidence.features.get("feature_std"))
 
 
 # ---------------------------------------------------------------------- words
@@ -251,7 +270,7 @@ def _phrase(knn: str | None, linear: str | None, names: Sequence[str]) -> str:
 def _without_labels(evidence: Evidence) -> str:
     """What can be said where labels cannot judge."""
     parts = ["without labels that can judge, nobody knows what the features are worth"]
-    rank, spread = (_number(evidence.features.get(name)) for name in ("effective_rank", "feature_std"))
+    rank, spread = _telling(evidence)
     if rank is not None and spread is not None:
         parts.append(f"The network has not collapsed (effective rank {rank:.0f}, spread {spread:.2f})")
     if evidence.steps:
@@ -267,7 +286,7 @@ def _without_labels(evidence: Evidence) -> str:
 def _of_the_loss(steps: Sequence[Mapping[str, Any]]) -> str:
     trend = loss_trend(steps)
     if not trend:
-        return "The run logged too few steps to say how its loss went"
+        return "The run made too few steps to say how its loss went: without --epochs the recipe chooses how many"
     if not trend["fallen"]:
         ends = f"{trend['first']:.2f} at the start, {trend['last']:.2f} at the end"
         return f"The loss has not fallen ({ends}): nothing was learned yet"
@@ -284,7 +303,8 @@ def _more_epochs(epochs: int, more: int, gain: Gain | None) -> str:
         return f"{run}; how much that brings cannot be told from this run."
     return (
         f"The kNN curve is still rising. {run} gains some {gain.points:.1f} points "
-        f"({gain.low:.1f} to {gain.high:.1f}) if the curve goes on as it did, which curves seldom do for long."
+        f"({gain.low:.1f} to {gain.high:.1f}) if the curve goes on as it did, which curves seldom do for long: "
+        "the end of a run rises by itself, as its learning rate falls."
     )
 
 

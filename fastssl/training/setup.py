@@ -227,6 +227,8 @@ def prepare(
             if world.is_main and recipe.train.on_bad == "fail":
                 require_whole_photos(val, workers=options.workers)
         step = TrainStep(recipe, device, amp=use_amp(recipe.train.amp, device), seed=options.seed, world=world)
+    if val is not None and val.labels is None and reader.labels is not None:
+        progress.message("the photos of --val have no labels: the probes judge on a held-out fifth of --data")
     for line in step.without_effect:
         progress.message(line)
     steps = steps_per_epoch(len(reader), recipe.train.batch_size)

@@ -181,7 +181,7 @@ def _report_probe(run: Setup, probe: OnlineProbe, row: dict[str, Any]) -> None:
         found = f"effective rank {rank:.1f}"
     if row["knn"] is not None:
         found = f"kNN {row['knn']:.1f} % of {photos}, {found}"
-    kind = "online probe" if split.labelled else f"online probe, {photos} without labels"
+    kind = "online probe" if split.labelled else f"online probe, {photos}: {split.obstacle}"
     run.progress.note(f"epoch {row['epoch']:,}: {found} ({kind})")
 
 

@@ -13,6 +13,7 @@ import hashlib
 import os
 import stat
 import tarfile
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,6 +26,8 @@ import numpy as np
 from fastssl.errors import FastSSLError, counted, printable
 from fastssl.utils.deadline import Step
 
+#: Folders that programs of cameras and network disks put beside photos: thumbnails, what was deleted.
+_NOT_PHOTOS = frozenset({"@eaDir", "#recycle", "lost+found", "__MACOSX"})
 #: Compared in lower case; the contents decide how a file is decoded.
 IMAGE_EXTENSIONS = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
@@ -144,10 +147,13 @@ def _list_folder(root: Path, step: Step) -> Listing:
     rejected: list[tuple[str, str]] = []
     ignored = 0
     for name, info in _walk(root, step):
-        if not is_photo_name(name):
-            ignored += 1
-        elif isinstance(info, str):
+        if isinstance(info, str) and name.endswith("/"):
+            warnings.warn(f"{root / printable(name)}: {info}: its photos are missing", stacklevel=2)
             rejected.append((name, info))
+        elif isinstance(info, str) and is_photo_name(name):
+            rejected.append((name, info))
+        elif isinstance(info, str) or not is_photo_name(name):
+            ignored += 1
         elif not stat.S_ISREG(info.st_mode):
             # A named pipe called x.jpg would block the reader for ever.
             ignored += 1
@@ -155,14 +161,14 @@ def _list_folder(root: Path, step: Step) -> Listing:
             found.append((name, info.st_size, info.st_mtime_ns))
     # By parts, so that a class's photos stay together: "cat-2/x" sorts before "cat/x" as a string.
     found.sort(key=lambda row: row[0].split("/"))
-    flat = all("/" not in name for name, _, _ in found)
+    flat = _is_flat([name.split("/")[0] if "/" in name else None for name, _, _ in found])
     class_of = {} if flat else {name: name.split("/", 1)[0] for name, _, _ in found if "/" in name}
     return _listing(root, found, class_of, flat, rejected, ignored)
 
 
 def _walk(root: Path, step: Step) -> Iterator[tuple[str, os.stat_result | str]]:
-    """Yield (path below root, stat or the reason why there is none) of every file; links are followed,
-    loops are not.
+    """Yield (path below root, stat or the reason why there is none) of every file, and (path with a slash at its end,
+    reason) of a folder that cannot be read. Links are followed, loops are not; folders of runs are left out.
     """
     seen: set[tuple[int, int]] = set()
     waiting = [""]
@@ -174,9 +180,17 @@ def _walk(root: Path, step: Step) -> Iterator[tuple[str, os.stat_result | str]]:
         if (here.st_dev, here.st_ino) in seen:
             continue
         seen.add((here.st_dev, here.st_ino))
-        with os.scandir(folder) as entries:
-            # Sorted, so that of two links to one folder always the same one is taken.
-            ordered = sorted(entries, key=lambda entry: entry.name)
+        try:
+            with os.scandir(folder) as entries:
+                # Sorted, so that of two links to one folder always the same one is taken.
+                ordered = sorted(entries, key=lambda entry: entry.name)
+        except PermissionError as error:  # any other error may pass, and would lose a whole class
+            if not prefix:
+                raise
+            yield prefix, f"a folder that cannot be read: {error.strerror}"
+            continue
+        if prefix and _is_a_run({entry.name for entry in ordered}):
+            continue
         for entry in ordered:
             name = f"{prefix}{entry.name}"
             step(partial(_listing_at, name))
@@ -186,10 +200,23 @@ def _walk(root: Path, step: Step) -> Iterator[tuple[str, os.stat_result | str]]:
                 yield name, f"cannot be read: {error.strerror}"
                 continue
             if stat.S_ISDIR(info.st_mode):
-                if not entry.name.startswith("."):
+                if not entry.name.startswith(".") and entry.name not in _NOT_PHOTOS:
                     waiting.append(f"{name}/")
             else:
                 yield name, info
+
+
+def _is_flat(folders: list[str | None]) -> bool:
+    """Whether photos, each in one of ``folders`` or in none (None), have no classes: a folder of photos may have some
+    folders in it (thumbnails, a few edited ones), but at least half of its photos lie in none; or there is only one.
+    """
+    loose = folders.count(None)
+    return loose == len(folders) or 2 * loose >= len(folders) or (loose > 0 and len(set(folders)) == 2)
+
+
+def _is_a_run(names: set[str]) -> bool:
+    """Whether a folder with these in it is that of a pre-training, whose pictures are no photos."""
+    return {"config.yaml", "checkpoints"} <= names
 
 
 # ---------------------------------------------------------------- tars
@@ -244,7 +271,7 @@ def _list_open_tar(path: Path, handle: BinaryIO, step: Step) -> Listing:
         """Sort one member into photos, rejects and ignored files; True for a photo."""
         nonlocal ignored
         step(partial(_listing_at, name))
-        if not is_photo_name(name) or member.isdir():
+        if not is_photo_name(name) or member.isdir() or not _NOT_PHOTOS.isdisjoint(name.split("/")):
             ignored += not member.isdir()
         elif member.issym() or member.islnk():
             rejected.append((name, "a link inside a tar, which is not followed"))
@@ -287,6 +314,7 @@ def _list_open_tar(path: Path, handle: BinaryIO, step: Step) -> Listing:
         ordered = sorted(folder.split("/") if folder else [] for folder in folders)
         shared = 0 if flat else sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(ordered[0], ordered[-1])))
         parts = {name: name.split("/")[shared:] for name, _, _ in found}
+        flat = flat or _is_flat([rest[0] if len(rest) > 1 else None for rest in parts.values()])
         class_of = {} if flat else {name: rest[0] for name, rest in parts.items() if len(rest) > 1}
     listing = _listing(path, found, class_of, flat, rejected, ignored)
     listing.offsets = np.array([offsets[name] for name in listing.names], np.int64)

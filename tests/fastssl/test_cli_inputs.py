@@ -113,10 +113,13 @@ def test_mistakes_are_found_before_photos_are_converted(tmp_path: Path) -> None:
         ({"arch": "mobilnetv3"}, "unknown network"),
         ({"recipe_name": "quick-start"}, "nearest: quickstart"),
         ({"overrides": ("optim.lrr=1",)}, "no key optim.lrr"),
+        ({"overrides": ("arch=rsnet18",)}, "unknown network"),
+        ({"overrides": ("simclr.smoothing=0.2", "simclr.weighting=foo")}, "weighting='foo' is unknown"),
         ({"val": tmp_path / "none.beton"}, "none.beton"),
     ):
         with pytest.raises(FastSSLError, match=message):
             chosen(data=folder, **options)
+        assert not (tmp_path / "photos.beton").exists()
     for overrides in (("train.epochs=3",), ("train.samples=100",)):
         with pytest.raises(click.UsageError):
             chosen(data=folder, epochs=3, overrides=overrides)
@@ -202,6 +205,8 @@ def test_odd_photos_run_to_the_end(kind: str, tmp_path: Path) -> None:
     ]
     assert cli(*command, *sets(*SMALL)) == 0
     assert (out / "report.html").is_file()
+    verdict = json.loads((out / "summary.json").read_text())["verdict"]
+    assert kind == "one colour" or "not judged" in verdict["text"]
 
 
 def test_views_of_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

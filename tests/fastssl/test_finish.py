@@ -17,7 +17,7 @@ from fastssl.report.finish import _majority, _throughput
 def split(bank: list[int], queries: list[int]) -> ProbeSplit:
     first, second = (SimpleNamespace(labels=np.array(labels), path=Path("x")) for labels in (bank, queries))
     indices = np.arange(len(bank)), np.arange(len(queries))
-    return ProbeSplit(first, indices[0], second, indices[1], labelled=True, held_out=True)
+    return ProbeSplit(first, indices[0], second, indices[1], held_out=True)
 
 
 def test_a_constant_answer_has_a_row_where_a_class_is_half_as_large_again_as_the_others_or_more() -> None:

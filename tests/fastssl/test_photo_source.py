@@ -114,6 +114,23 @@ def test_a_file_that_somebody_made_is_never_written_over(how: str, photos: Path,
     assert {path: path.read_bytes() for path in photos.parent.glob("photos.beton*")} == before
 
 
+def test_a_folder_and_a_tar_of_one_name_do_not_take_each_others_place(photos: Path, cache: Path) -> None:
+    path, _ = made(photos)
+    with tarfile.open(f"{photos}.tar", "w") as archive:
+        archive.add(photos / "0.jpg", "0.jpg")
+    other, _ = made(Path(f"{photos}.tar"))
+    assert other.parent == cache and count(other) == 1 and count(path) == 5
+    assert made(photos)[0] == path and made(Path(f"{photos}.tar"))[0] == other
+
+
+def test_what_was_left_out_is_said_each_time(photos: Path) -> None:
+    (photos / "bad.jpg").write_bytes(b"no photo")
+    (photos / "clip.mov").write_bytes(b"a film")
+    assert "1 rejected (see " in made(photos)[1][0] and "1 rejected (see " in made(photos)[1][0]
+    (photos / "5.jpg").write_bytes((photos / "0.jpg").read_bytes())
+    assert made(photos)[1][0].endswith("photos.beton.rejects.jsonl); 1 other file passed over")
+
+
 def test_a_conversion_that_somebody_made_the_same_way_is_taken(photos: Path, cache: Path) -> None:
     theirs = photos.parent / "photos.beton"
     convert(photos, theirs, ConvertOptions(short_side=32))

@@ -217,6 +217,14 @@ def test_colours_and_the_most_frequent_class_have_rows_of_their_own(tmp_path):
     assert "kNN +36.7 &#10003;" in page and "linear +15.4 &#10003;" in page
 
 
+def test_figures_that_the_verdict_does_not_compare_have_no_tick(tmp_path):
+    """As of photos that were learned from: the figures say nothing."""
+    result = summary()
+    result["verdict"] = {"state": "not judged", "text": "not judged: nobody knows.", "against": {}}
+    page = render(read_run(make_run(tmp_path / "run", result)))
+    assert "&#10003;" not in page and "&#10007;" not in page and "level" not in page and "kNN +20.0" in page
+
+
 def test_without_labels(tmp_path):
     result = summary() | {"probe": {"note": "the photos have no labels", "rows": []}, "share": None}
     rows = [step_row(10), step_row(20), probe_row(20, knn=None)]

@@ -68,7 +68,10 @@ def test_a_small_judging_set_tells_less() -> None:
     figures = {"raw": (50.0, 60.0), "colours": (50.0, 60.0), "random": (50.0, 60.0), "curve": FLAT, "steps": RESTED}
     assert judge(evidence(judged=1000, **figures))["state"] == "learned"
     few = judge(evidence(judged=40, **figures))
-    assert few["state"] == "no better than random" and "no farther apart than chance on 40 photos" in few["text"]
+    assert few["state"] == "not judged" and "no farther apart than chance on 40 photos" in few["text"]
+    assert few["text"].startswith("not judged: 40 judged photos are too few to tell: level with random initialisation")
+    nothing = judge(evidence((50.0, 60.0), judged=1000, **{**figures, "steps": RESTED}))
+    assert nothing["state"] == "no better than random"
 
 
 def test_where_the_kinds_disagree_the_text_says_so() -> None:
@@ -137,6 +140,19 @@ def test_each_sign_of_a_collapse_is_named(changes: dict[str, Any], sign: str, la
     verdict = judge(evidence(curve=RISING, **changes, **({} if labelled else {"rows": []})))
     assert verdict["state"] == "collapsed" and sign in verdict["text"] and len(verdict["signs"]) == 1
     assert verdict["epochs"] is None and "Run " not in verdict["text"]
+
+
+def test_features_that_are_not_finite_are_a_sign_and_the_rank_of_a_few_photos_is_none() -> None:
+    broken = judge(
+        evidence((None, None), features={"effective_rank": math.nan, "feature_std": math.nan, "photos": 400})
+    )
+    assert broken["state"] == "collapsed" and broken["signs"] == ["features of the trained network are NaN or infinite"]
+    two = {"effective_rank": 1.0, "feature_std": 0.8}
+    assert judge(evidence(rows=[], features={**two, "photos": 2}))["state"] == "not judged"
+    assert "has not collapsed" not in judge(evidence(rows=[], features={**two, "photos": 2}))["text"]
+    assert judge(evidence(rows=[], features={**two, "photos": 20}))["state"] == "collapsed"
+    begun = [{**row, "step": place} for place, row in enumerate(losses(9.0, 8.0))]
+    assert judge(evidence(rows=[], features={**two, "photos": 20}, steps=begun))["state"] == "not judged"
 
 
 def test_what_only_looks_like_a_collapse() -> None:

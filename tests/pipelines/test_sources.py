@@ -75,9 +75,46 @@ def test_flat_folder(tmp_path):
 
 
 def test_photos_beside_class_folders_are_rejected_not_lost(tmp_path):
-    with list_source(grow(tmp_path, {"stray.jpg": b"s", "cat/a.jpg": b"a"})) as listing:
-        assert listing.names == ["cat/a.jpg"]
+    with list_source(grow(tmp_path, {"stray.jpg": b"s", "cat/a.jpg": b"a", "dog/b.jpg": b"b"})) as listing:
+        assert listing.names == ["cat/a.jpg", "dog/b.jpg"]
         assert [name for name, _ in listing.rejected] == ["stray.jpg"]
+
+
+def test_some_folders_in_a_folder_of_photos_are_no_classes(tmp_path):
+    """Most photos lie in none: edited ones, thumbnails of a network disk, the pictures of an earlier run."""
+    files = {f"{number}.jpg": b"p" for number in range(5)} | {"edited/0.jpg": b"e", "@eaDir/0.jpg/thumb.jpg": b"t"}
+    files |= {"runs/mine/config.yaml": b"", "runs/mine/checkpoints/last.pt": b"", "runs/mine/views.png": b"v"}
+    with list_source(grow(tmp_path, files)) as listing:
+        assert listing.classes is None and listing.rejected == []
+        assert listing.names == [*(f"{number}.jpg" for number in range(5)), "edited/0.jpg"]
+
+
+def test_the_same_photos_in_a_tar_have_no_classes_either(tmp_path):
+    files = {f"x/{number}.jpg": b"p" for number in range(5)} | {
+        "x/edited/0.jpg": b"e",
+        "x/@eaDir/0.jpg/thumb.jpg": b"t",
+    }
+    (tmp_path / "x.tar").write_bytes(tar_bytes(files))
+    with list_source(tmp_path / "x.tar") as listing:
+        assert listing.classes is None and len(listing) == 6 and listing.ignored == 1 and listing.rejected == []
+
+
+def test_a_folder_that_cannot_be_read_is_a_reject(tmp_path, monkeypatch):
+    real = os.scandir
+
+    def scandir(path):
+        if os.path.basename(os.path.normpath(path)) == "locked":
+            raise PermissionError(13, "Permission denied")
+        return real(path)
+
+    root = grow(tmp_path, {"cat/a.jpg": b"a", "locked/b.jpg": b"b"})
+    monkeypatch.setattr(os, "scandir", scandir)
+    with (
+        pytest.warns(UserWarning, match="locked: a folder that cannot be read.*its photos are missing"),
+        list_source(root) as listing,
+    ):
+        assert listing.names == ["cat/a.jpg"]
+        assert listing.rejected == [("locked/", "a folder that cannot be read: Permission denied")]
 
 
 def test_links_loops_pipes_and_hidden_folders(tmp_path):
