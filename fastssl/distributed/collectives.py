@@ -2,7 +2,7 @@
 
 Every function is the identity in a single process: it returns what it was given, uncopied, so that the code which calls
 it reads the same for any number of processes. All ranks must call the same ones in the same order. None waits for the
-device but those that answer the host: ``any_rank``, ``share``, ``gather_objects`` and ``barrier``, and these travel
+device but those that answer the host: ``any_rank``, ``broadcast_object``, ``gather_objects`` and ``barrier``, and these travel
 beside the device, over the network of the hosts.
 """
 
@@ -16,6 +16,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 _Value = TypeVar("_Value")
+
+#: By which hosts tell each other: the others may wait there for what one does alone. None: the default group.
+_waiting: dist.ProcessGroup | None = None
+
+
+def use_waiting_group(group: dist.ProcessGroup | None) -> None:
+    """Let ``group``, of gloo and more patient than the default one, carry what hosts tell each other."""
+    global _waiting
+    _waiting = group
 
 
 def rank() -> int:
@@ -189,7 +198,7 @@ def any_rank(flag: bool) -> bool:
     if world_size() == 1:
         return flag
     said = torch.tensor([int(flag)], dtype=torch.int32)
-    dist.all_reduce(said, op=dist.ReduceOp.MAX)
+    dist.all_reduce(said, op=dist.ReduceOp.MAX, group=_waiting)
     return bool(said.item())
 
 
@@ -232,7 +241,7 @@ def broadcast_object(value: _Value) -> _Value:
     if world_size() == 1:
         return value
     said: list[Any] = [value]
-    dist.broadcast_object_list(said, src=0, device=torch.device("cpu"))
+    dist.broadcast_object_list(said, src=0, group=_waiting, device=torch.device("cpu"))
     return said[0]
 
 
@@ -241,7 +250,7 @@ def gather_objects(value: _Value) -> list[_Value]:
     if world_size() == 1:
         return [value]
     said: list[Any] = [None] * world_size()
-    dist.all_gather_object(said, value)
+    dist.all_gather_object(said, value, group=_waiting)
     return said
 
 
