@@ -17,14 +17,16 @@ from torch import Tensor, nn
 
 _Value = TypeVar("_Value")
 
-#: By which hosts tell each other: the others may wait there for what one does alone. None: the default group.
+#: Of gloo, by which hosts tell each other: what goes with every step, and where the others may wait for what one does
+#: alone. None: the default group.
+_voting: dist.ProcessGroup | None = None
 _waiting: dist.ProcessGroup | None = None
 
 
-def use_waiting_group(group: dist.ProcessGroup | None) -> None:
-    """Let ``group``, of gloo and more patient than the default one, carry what hosts tell each other."""
-    global _waiting
-    _waiting = group
+def use_host_groups(voting: dist.ProcessGroup | None, waiting: dist.ProcessGroup | None) -> None:
+    """Let these groups carry what hosts tell each other; ``waiting`` is the more patient one."""
+    global _voting, _waiting
+    _voting, _waiting = voting, waiting
 
 
 def rank() -> int:
@@ -76,6 +78,7 @@ def gather_uneven(tensor: Tensor) -> Tensor:
     """
     if world_size() == 1:
         return tensor
+    barrier()  # whoever has fewer rows waits here, where waiting is allowed
     count = torch.tensor([len(tensor)], dtype=torch.int64)
     counts = [torch.empty_like(count) for _ in range(world_size())]
     dist.all_gather(counts, count)
@@ -223,7 +226,7 @@ class Vote:
             return flags
         answer = self.close()
         said = torch.tensor([int(flag) for flag in flags], dtype=torch.int32)
-        self._pending = (dist.all_reduce(said, op=dist.ReduceOp.MAX, async_op=True), said)
+        self._pending = (dist.all_reduce(said, op=dist.ReduceOp.MAX, group=_voting, async_op=True), said)
         return answer
 
     def close(self) -> tuple[bool, ...]:

@@ -19,7 +19,7 @@ from itertools import count
 import torch
 import torch.distributed as dist
 
-from fastssl.distributed.collectives import barrier, use_waiting_group
+from fastssl.distributed.collectives import barrier, use_host_groups
 from fastssl.distributed.world import World
 from fastssl.errors import FastSSLError
 
@@ -27,13 +27,14 @@ from fastssl.errors import FastSSLError
 TIMEOUT_VARIABLE, TIMEOUT_MINUTES = "FASTSSL_TIMEOUT_MINUTES", 10.0
 #: Times that, for what one process does alone while the others wait: a probe, a disk that is full at the very end.
 _WAITING = 6
-_TIMED_OUT = "Timed out waiting"
+#: What gloo says in a collective that lasted too long, and in others that were under way then.
+_TIMED_OUT = ("Timed out waiting", "Application timeout caused pair closure")
 #: What gloo and NCCL say in a collective where the process at the other end is gone, or does not come.
 _LOST_ANOTHER = (
     "Connection closed by peer",
     "Connection reset by peer",
     "Broken pipe",
-    _TIMED_OUT,
+    *_TIMED_OUT,
     "remote process exited",
     "NCCL communicator was aborted",
 )
@@ -48,7 +49,9 @@ _groups = count()
 
 
 @contextmanager
-def joined(world: World, device: torch.device, timeout_minutes: float | None = None) -> Iterator[None]:
+def joined(
+    world: World, device: torch.device, timeout_minutes: float | None = None, join_minutes: float | None = None
+) -> Iterator[None]:
     """Be one of ``world`` inside the block; nothing happens for a world of one.
 
     All ranks leave a block that ends well together. ``Interrupted`` is no failure: all ranks raise it after the same
@@ -58,7 +61,7 @@ def joined(world: World, device: torch.device, timeout_minutes: float | None = N
     Args:
         device: where this rank's tensors are. ``cuda``: NCCL, and gloo beside it for what hosts tell each other;
             ``cpu``: gloo.
-        timeout_minutes: for all to join, and for each collective; None: as the environment says, or 10.
+        timeout_minutes: for each collective; join_minutes: for all to join. None: as the environment says, or 10.
 
     Raises:
         FastSSLError: ranks that did not join, by number; another kind of device; or another process has failed or hangs.
@@ -71,15 +74,16 @@ def joined(world: World, device: torch.device, timeout_minutes: float | None = N
     if device.type == "cuda":
         device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
         torch.cuda.set_device(device)
-    minutes = timeout_from_environment() if timeout_minutes is None else timeout_minutes
-    store = _join(world, minutes)
+    usual = timeout_from_environment()
+    minutes = usual if timeout_minutes is None else timeout_minutes
+    store = _join(world, usual if join_minutes is None else join_minutes)
     try:
         _make_groups(world, device, store, minutes)
         yield
         barrier()
     except BaseException as error:
         lost = isinstance(error, RuntimeError) and any(words in str(error) for words in _LOST_ANOTHER)
-        why = _why_lost(str(error), world, store, minutes) if lost else ""
+        why = _why_lost(str(error), world, store) if lost else ""
         # NCCL's orderly end waits for all ranks of a machine, and these may be in a collective that this one will never
         # reach.
         if device.type == "cuda" and dist.is_initialized() and hasattr(dist.group.WORLD, "abort"):
@@ -89,7 +93,7 @@ def joined(world: World, device: torch.device, timeout_minutes: float | None = N
             raise FastSSLError(f"the run cannot go on: {why}") from error
         raise
     finally:
-        use_waiting_group(None)
+        use_host_groups(None, None)
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -124,7 +128,10 @@ def _join(world: World, minutes: float) -> dist.Store:
             store.set(f"joined/{world.rank}", "")
             if world.is_main:
                 store.set("missing", _missing(store, "joined", world, started + 60 * minutes))
-            missing = store.get("missing").decode()  # waits for it
+            try:
+                missing = store.get("missing").decode()  # waits for it
+            except RuntimeError:
+                missing = "process 0 is"
             if missing and serve:
                 time.sleep(1)  # the others still read in it
             reason = missing and f"{missing} missing"
@@ -165,10 +172,15 @@ def _make_groups(world: World, device: torch.device, store: dist.Store, minutes:
                 store=dist.PrefixStore("group", store),
                 rank=world.rank,
                 world_size=world.size,
-                timeout=timedelta(minutes=minutes),
+                # Of NCCL's longer collectives gloo's, which wait for the same steps, give up first, and say why.
+                timeout=timedelta(minutes=(2 if device.type == "cuda" else 1) * minutes),
                 device_id=device if device.type == "cuda" else None,
             )
-            use_waiting_group(dist.new_group(backend="gloo", timeout=timedelta(minutes=_WAITING * minutes)))
+            voting = None
+            if device.type == "cuda":
+                voting = dist.new_group(backend="gloo", timeout=timedelta(minutes=minutes))
+            waiting = dist.new_group(backend="gloo", timeout=timedelta(minutes=_WAITING * minutes))
+            use_host_groups(voting, waiting)
     except (RuntimeError, ValueError, OSError) as error:
         raise FastSSLError(
             f"process {world.rank} of {world.size} met the others but cannot connect to them: "
@@ -177,18 +189,22 @@ def _make_groups(world: World, device: torch.device, store: dist.Store, minutes:
         ) from error
 
 
-def _why_lost(text: str, world: World, store: dist.Store, minutes: float) -> str:
+def _why_lost(text: str, world: World, store: dist.Store) -> str:
     """What broke this process's collective."""
-    if _TIMED_OUT not in text:
+    timed_out, answers = any(words in text for words in _TIMED_OUT), False
+    # When one gives up, gloo ends the collectives of all: each of them answers, the one that hangs does not.
+    with suppress(RuntimeError):
+        store.set_timeout(timedelta(seconds=_ROLL_CALL_S))
+        store.set(f"lost/{world.rank}", "")
+        answers = True
+    if not timed_out:
         with _terminations_wait():
             time.sleep(_LAUNCHER_SEES_S)
         return "another process has ended, and its message says why"
     with suppress(RuntimeError):
-        store.set_timeout(timedelta(seconds=_ROLL_CALL_S))
-        store.set(f"waits/{world.rank}", "")
-        if absent := _missing(store, "waits", world, time.monotonic() + _ROLL_CALL_S):
-            return f"{absent} not answering; waited {minutes:g} min (stopped, or held up by a disk?)"
-    return f"waited {minutes:g} min for the other processes in vain"
+        if answers and (absent := _missing(store, "lost", world, time.monotonic() + _ROLL_CALL_S)):
+            return f"{absent} not answering (stopped, or held up by a disk?)"
+    return "a collective lasted too long" if answers else "process 0 is not answering (stopped, or held up by a disk?)"
 
 
 @contextmanager
