@@ -2,8 +2,8 @@
 
 Every function is the identity in a single process: it returns what it was given, uncopied, so that the code which calls
 it reads the same for any number of processes. All ranks must call the same ones in the same order. None waits for the
-device but those that answer the host: ``any_rank``, ``broadcast_object``, ``gather_objects`` and ``barrier``, and these travel
-beside the device, over the network of the hosts.
+device but those that answer the host: ``any_rank``, ``broadcast_object``, ``gather_objects`` and ``barrier``,
+and these travel beside the device, over the network of the hosts.
 """
 
 from __future__ import annotations

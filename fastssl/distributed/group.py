@@ -64,7 +64,7 @@ def joined(
         timeout_minutes: for each collective; join_minutes: for all to join. None: as the environment says, or 10.
 
     Raises:
-        FastSSLError: ranks that did not join, by number; another kind of device; or another process has failed or hangs.
+        FastSSLError: ranks that did not join, by number; another kind of device; another process has failed or hangs.
     """
     if world.size == 1:
         yield
