@@ -61,20 +61,16 @@ def pretrain(recipe: Recipe, options: RunOptions, progress: Progress) -> dict[st
             for one in filter(None, (reader, val)):
                 require_readable_names(one)
         recipe = follow_samples(recipe, len(reader))
-        said = progress if world.is_main else _Silence()
+        log = progress if world.is_main else _Silence()
         if world.size > 1:
-            said.note(f"{world.size} processes meet at {world.address}:{world.port}")
+            log.note(f"{world.size} processes meet at {world.address}:{world.port}")
         meeting = time.monotonic()
-        with (
-            ExitStack() as listening,
-            _told() as told,
-            joined(world, device, before_end=lambda why: _tell(told, "failed", why)),
-        ):
+        with ExitStack() as listening, _status_of() as runs, joined(world, device):
             if world.size > 1:
-                said.note(f"all {world.size} are here after {time.monotonic() - meeting:.0f} s")
-            run = prepare(recipe, options, reader, val, said, world, device)
+                log.note(f"all {world.size} are here after {time.monotonic() - meeting:.0f} s")
+            run = prepare(recipe, options, reader, val, log, world, device)
             files.callback(run.close)
-            told.append(run)
+            runs.append(run)
             run.tell_status("training")
             # Until this process has left the others: a launcher repeats itself, and ends all as soon as the first has
             # gone.
@@ -88,31 +84,25 @@ def pretrain(recipe: Recipe, options: RunOptions, progress: Progress) -> dict[st
             raise Interrupted(
                 f"{result.total_steps:,} of {steps} made and saved in {options.out}; the same command writes the report"
             )
-        said.note("probing: the trained network, the same network before training, raw pixels, colours")
+        log.note("probing: the trained network, the same network before training, raw pixels, colours")
         summary = finish_run(result, started)
         run.tell_status("finished")
         return summary
 
 
 @contextmanager
-def _told() -> Iterator[list[Setup]]:
-    """Keep the status.json of the run that is put into the list. Around ``joined``, which knows what became of the
-    other processes.
-    """
+def _status_of() -> Iterator[list[Setup]]:
+    """Keep the status.json of the run that is put into the list."""
     runs: list[Setup] = []
     try:
         yield runs
     except BaseException as error:
-        if isinstance(error, (Interrupted, KeyboardInterrupt)):
-            _tell(runs, "stopped", str(error) or "interrupted")
-        else:
-            kind = "" if isinstance(error, FastSSLError) else f"{type(error).__name__}: "
-            _tell(runs, "failed", f"{kind}{error}")
+        state = "stopped" if isinstance(error, (Interrupted, KeyboardInterrupt)) else "failed"
+        why = str(error) if isinstance(error, FastSSLError) else f"{type(error).__name__}: {error}"
+        if isinstance(error, KeyboardInterrupt):
+            why = str(error) or "interrupted"
+        for run in runs:
+            run.tell_status(state, why=why[:1000])
         raise
     for run in runs:
         run.tell_status("trained")
-
-
-def _tell(runs: list[Setup], state: str, why: str) -> None:
-    for run in runs:
-        run.tell_status(state, why=why[:1000])

@@ -17,6 +17,17 @@ from torch import Tensor, nn
 
 _Value = TypeVar("_Value")
 
+#: Of gloo, by which hosts tell each other: what goes with every step, and where the others may wait for what one does
+#: alone. None: the default group.
+_voting: dist.ProcessGroup | None = None
+_waiting: dist.ProcessGroup | None = None
+
+
+def use_host_groups(voting: dist.ProcessGroup | None, waiting: dist.ProcessGroup | None) -> None:
+    """Let these groups carry what hosts tell each other; ``waiting`` is the more patient one."""
+    global _voting, _waiting
+    _voting, _waiting = voting, waiting
+
 
 def rank() -> int:
     """This process's number; 0 without a group."""
@@ -67,6 +78,7 @@ def gather_uneven(tensor: Tensor) -> Tensor:
     """
     if world_size() == 1:
         return tensor
+    barrier()  # whoever has fewer rows waits here, where waiting is allowed
     count = torch.tensor([len(tensor)], dtype=torch.int64)
     counts = [torch.empty_like(count) for _ in range(world_size())]
     dist.all_gather(counts, count)
@@ -189,7 +201,7 @@ def any_rank(flag: bool) -> bool:
     if world_size() == 1:
         return flag
     said = torch.tensor([int(flag)], dtype=torch.int32)
-    dist.all_reduce(said, op=dist.ReduceOp.MAX)
+    dist.all_reduce(said, op=dist.ReduceOp.MAX, group=_waiting)
     return bool(said.item())
 
 
@@ -214,7 +226,7 @@ class Vote:
             return flags
         answer = self.close()
         said = torch.tensor([int(flag) for flag in flags], dtype=torch.int32)
-        self._pending = (dist.all_reduce(said, op=dist.ReduceOp.MAX, async_op=True), said)
+        self._pending = (dist.all_reduce(said, op=dist.ReduceOp.MAX, group=_voting, async_op=True), said)
         return answer
 
     def close(self) -> tuple[bool, ...]:
@@ -232,7 +244,7 @@ def broadcast_object(value: _Value) -> _Value:
     if world_size() == 1:
         return value
     said: list[Any] = [value]
-    dist.broadcast_object_list(said, src=0, device=torch.device("cpu"))
+    dist.broadcast_object_list(said, src=0, group=_waiting, device=torch.device("cpu"))
     return said[0]
 
 
@@ -241,7 +253,7 @@ def gather_objects(value: _Value) -> list[_Value]:
     if world_size() == 1:
         return [value]
     said: list[Any] = [None] * world_size()
-    dist.all_gather_object(said, value)
+    dist.all_gather_object(said, value, group=_waiting)
     return said
 
 

@@ -1,5 +1,8 @@
-"""One process per GPU: how all of them (world.py) meet, how they part, and what ends them when one fails. What they
-tell each other is in collectives.py.
+"""One process per GPU: how all of them (world.py) join and leave, and what the failure of one means for the others.
+
+torchrun, or ``srun --kill-on-bad-exit``, watches the processes: when one ends it ends the others, and torchrun names
+the first failure and starts all again. A process that hangs is what they cannot see: the collectives of the others fail
+after ``FASTSSL_TIMEOUT_MINUTES``, and they say which process did not come.
 """
 
 from __future__ import annotations
@@ -8,62 +11,60 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from itertools import count
 
 import torch
 import torch.distributed as dist
 
-from fastssl.distributed.collectives import barrier
-from fastssl.distributed.rendezvous import NotMet, Patience, agent_keeps_store, connect, meet
-from fastssl.distributed.watchdog import Watch, ended_line
+from fastssl.distributed.collectives import barrier, use_host_groups
 from fastssl.distributed.world import World
-from fastssl.errors import FastSSLError, Interrupted
+from fastssl.errors import FastSSLError
 
-_TIMED_OUT = "Timed out waiting"
+#: Environment variable, and its value where it is not set: minutes for all to join, and for a collective.
+TIMEOUT_VARIABLE, TIMEOUT_MINUTES = "FASTSSL_TIMEOUT_MINUTES", 10.0
+#: Times that, for what one process does alone while the others wait: a probe, a disk that is full at the very end.
+_WAITING = 6
+#: What gloo says in a collective that lasted too long, and in others that were under way then.
+_TIMED_OUT = ("Timed out waiting", "Application timeout caused pair closure")
 #: What gloo and NCCL say in a collective where the process at the other end is gone, or does not come.
 _LOST_ANOTHER = (
     "Connection closed by peer",
     "Connection reset by peer",
     "Broken pipe",
-    _TIMED_OUT,
+    *_TIMED_OUT,
     "remote process exited",
     "NCCL communicator was aborted",
 )
-#: Seconds for which the others wait with their line for that of the process that failed.
-_SPEAKS_FIRST_S = 0.5
+#: Seconds for which a process whose collective broke stays, so that the launcher sees the first failure first.
+_LAUNCHER_SEES_S = 3.0
+#: Seconds for which processes whose collective timed out look for each other.
+_ROLL_CALL_S = 5.0
+#: Seconds beyond the limit in which the others learn who is missing.
+_LAST_LOOK_S = 10.0
+#: Every group of a process has keys of its own in the store.
+_groups = count()
 
 
 @contextmanager
 def joined(
-    world: World,
-    device: torch.device,
-    timeout_minutes: float = 60,
-    patience: Patience | None = None,
-    before_end: Callable[[str], None] | None = None,
+    world: World, device: torch.device, timeout_minutes: float | None = None, join_minutes: float | None = None
 ) -> Iterator[None]:
     """Be one of ``world`` inside the block; nothing happens for a world of one.
 
-    All ranks leave a block that ends well together. The failure of one ends the others within seconds, and what they
-    say begins with its words: over gloo their collective fails when the connection breaks; over NCCL, or where a
-    process is killed, stopped or cut off, the watch (watch.py) notices. ``Interrupted`` is no failure: all ranks raise
-    it behind the same step.
-
-    A CUDA graph that holds collectives must be gone when the block ends, however it ends: until then NCCL waits, for
-    ever, with the end of its communicator.
+    All ranks leave a block that ends well together. ``Interrupted`` is no failure: all ranks raise it after the same
+    step. A CUDA graph that holds collectives must be gone when the block ends: until then NCCL waits, without end, for
+    its communicator.
 
     Args:
         device: where this rank's tensors are. ``cuda``: NCCL, and gloo beside it for what hosts tell each other;
             ``cpu``: gloo.
-        timeout_minutes: for each collective: longer than anything that one rank does while the others wait.
-        patience: for all to be there, and with a process that gives no sign of life; None: as the environment says, or
-            10 minutes and 60 seconds.
-        before_end: as of ``Watch``.
+        timeout_minutes: for each collective; join_minutes: for all to join. None: as the environment says, or 10.
 
     Raises:
-        FastSSLError: the others are not met, or another kind of device; or another process has failed, with its name
-            and words.
+        FastSSLError: ranks that did not join, by number; another kind of device; another process has failed or hangs.
     """
     if world.size == 1:
         yield
@@ -73,112 +74,150 @@ def joined(
     if device.type == "cuda":
         device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
         torch.cuda.set_device(device)
-    kept, group, watch = _meet(world, patience or Patience.from_environment(os.environ), before_end)
+    usual = timeout_from_environment()
+    minutes = usual if timeout_minutes is None else timeout_minutes
+    store = _join(world, usual if join_minutes is None else join_minutes)
     try:
-        _make_group(world, device, group, timeout_minutes)
+        _make_groups(world, device, store, minutes)
         yield
         barrier()
     except BaseException as error:
-        told, another = error, None
-        if isinstance(error, RuntimeError) and any(words in str(error) for words in _LOST_ANOTHER):
-            another = _learn_why(watch)
-            late = another is None and _TIMED_OUT in str(error)
-            told = FastSSLError(
-                f"waited {timeout_minutes:g} min for the other processes in vain" if late else ended_line(another)
-            )
-        if another is None and not isinstance(error, Interrupted):
-            watch.leave(failure=_one_line(told))
-        # NCCL's orderly end waits for all ranks of a machine, and these may be waiting in a collective that this one
-        # will never reach.
+        lost = isinstance(error, RuntimeError) and any(words in str(error) for words in _LOST_ANOTHER)
+        why = _why_lost(str(error), world, store) if lost else ""
+        # NCCL's orderly end waits for all ranks of a machine, and these may be in a collective that this one will never
+        # reach.
         if device.type == "cuda" and dist.is_initialized() and hasattr(dist.group.WORLD, "abort"):
             with suppress(RuntimeError):
                 dist.group.WORLD.abort()
-        if told is not error:
-            raise told from error
+        if lost:
+            raise FastSSLError(f"the run cannot go on: {why}") from error
         raise
     finally:
+        use_host_groups(None, None)
         if dist.is_initialized():
             dist.destroy_process_group()
-        watch.close()
-        del kept  # the store, if it is this process that keeps it
 
 
-def _meet(
-    world: World, patience: Patience, before_end: Callable[[str], None] | None
-) -> tuple[dist.Store, dist.Store, Watch]:
-    """Wait for all to be there: (the store, the part of it that is for the group, the watch, which has begun)."""
-    agent = agent_keeps_store(world.address, world.port, os.environ)
-    seconds, started = 60 * patience.meet_minutes, time.monotonic()
+def timeout_from_environment() -> float:
+    """Minutes.
+
+    Raises:
+        FastSSLError: the variable is no positive number.
+    """
+    text = os.environ.get(TIMEOUT_VARIABLE, "")
+    try:
+        value = float(text) if text else TIMEOUT_MINUTES
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1e6:  # NaN fails, too
+        raise FastSSLError(f"{TIMEOUT_VARIABLE}={text!r} in the environment is not a positive number")
+    return value
+
+
+def _join(world: World, minutes: float) -> dist.Store:
+    """Wait for all to be there; the part of the store that is this group's."""
+    started, agent = time.monotonic(), _agent_keeps_store(world)
+    # torchrun's store outlives the processes: after a restart it still holds what the ended ones wrote.
+    prefix = f"fastssl/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{next(_groups)}"
     try:
         with _signals_end_the_process():
-            store = connect(world.address, world.port, seconds, keep=world.is_main and not agent)
-            call = meet(store, world.rank, world.size, seconds - (time.monotonic() - started))
-    except (RuntimeError, ValueError, OSError, NotMet) as error:
-        reason = str(error) if isinstance(error, NotMet) else _one_line(error)
+            # A little longer than process 0 takes to know who is missing.
+            serve, limit = world.is_main and not agent, timedelta(minutes=minutes, seconds=_LAST_LOOK_S)
+            store = dist.TCPStore(world.address, world.port, None, serve, limit, wait_for_workers=False)
+            store = dist.PrefixStore(prefix, store)
+            store.set(f"joined/{world.rank}", "")
+            if world.is_main:
+                store.set("missing", _missing(store, "joined", world, started + 60 * minutes))
+            try:
+                missing = store.get("missing").decode()  # waits for it
+            except RuntimeError:
+                missing = "process 0 is"
+            if missing and serve:
+                time.sleep(1)  # the others still read in it
+            reason = missing and f"{missing} missing"
+    except (RuntimeError, ValueError, OSError) as error:
+        reason = " ".join(str(error).split())[:400]
+    if reason:
         raise FastSSLError(
             f"process {world.rank} of {world.size} did not meet the others at {world.address}:{world.port} in "
-            f"{time.monotonic() - started:.0f} s: {reason}; is that the "
-            f"host of rank 0, is the port open and free there, and were all {world.size} started? "
-            "FASTSSL_MEET_MINUTES gives them longer"
-        ) from error
-    watch = Watch(
-        lambda: connect(world.address, world.port, patience.silent_s),
-        world.rank,
-        world.size,
-        prefix=f"{call}/watch",
-        address=world.address,
-        port=world.port,
-        keeper=f"torchrun's store at {world.address}:{world.port}"
-        if agent
-        else f"process 0 of {world.size} ({world.address})",
-        keeps_store=world.is_main and not agent,
-        silent_s=patience.silent_s,
-        before_end=before_end,
-    )
-    return store, dist.PrefixStore(f"{call}/group", store), watch.start()
+            f"{time.monotonic() - started:.0f} s: {reason}; is that the host of rank 0, is the port open and free "
+            f"there, and were all {world.size} started? {TIMEOUT_VARIABLE} gives them longer"
+        )
+    return store
 
 
-def _make_group(world: World, device: torch.device, store: dist.Store, timeout_minutes: float) -> None:
+def _missing(store: dist.Store, key: str, world: World, deadline: float) -> str:
+    """Ranks that have not set their ``key`` by the deadline, in words; empty: all have."""
+    missing = list(range(world.size))
+    while missing := [rank for rank in missing if not store.check([f"{key}/{rank}"])]:
+        if time.monotonic() >= deadline:
+            shown = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
+            return f"process {shown} is" if len(missing) == 1 else f"processes {shown} are"
+        time.sleep(0.1)
+    return ""
+
+
+def _agent_keeps_store(world: World) -> bool:
+    """Whether torchrun serves a store there, so that no process of the run has to."""
+    there = (os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT"))
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and there == (world.address, str(world.port))
+
+
+def _make_groups(world: World, device: torch.device, store: dist.Store, minutes: float) -> None:
     try:
         with _signals_end_the_process():
             dist.init_process_group(
                 # One group with two ways: a tensor on the host goes by gloo, and no GPU waits for it.
                 "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-                store=store,
+                store=dist.PrefixStore("group", store),
                 rank=world.rank,
                 world_size=world.size,
-                timeout=timedelta(minutes=timeout_minutes),
+                # Of NCCL's longer collectives gloo's, which wait for the same steps, give up first, and say why.
+                timeout=timedelta(minutes=(2 if device.type == "cuda" else 1) * minutes),
                 device_id=device if device.type == "cuda" else None,
             )
+            voting = None
+            if device.type == "cuda":
+                voting = dist.new_group(backend="gloo", timeout=timedelta(minutes=minutes))
+            waiting = dist.new_group(backend="gloo", timeout=timedelta(minutes=_WAITING * minutes))
+            use_host_groups(voting, waiting)
     except (RuntimeError, ValueError, OSError) as error:
         raise FastSSLError(
             f"process {world.rank} of {world.size} met the others but cannot connect to them: "
-            f"{_one_line(error)}; does GLOO_SOCKET_IFNAME (or NCCL_SOCKET_IFNAME) name "
-            "the network between the hosts?"
+            f"{' '.join(str(error).split())[:400]}; does GLOO_SOCKET_IFNAME (or NCCL_SOCKET_IFNAME) name the network "
+            "between the hosts?"
         ) from error
 
 
-def _learn_why(watch: Watch) -> str | None:
-    """What ended the others' side of a collective; the process that failed speaks first. torchrun, which ends all as
-    soon as one has failed, has to wait so long.
-    """
-    main = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, signal.SIG_IGN) if main else None
+def _why_lost(text: str, world: World, store: dist.Store) -> str:
+    """What broke this process's collective."""
+    timed_out, answers = any(words in text for words in _TIMED_OUT), False
+    # When one gives up, gloo ends the collectives of all: each of them answers, the one that hangs does not.
+    with suppress(RuntimeError):
+        store.set_timeout(timedelta(seconds=_ROLL_CALL_S))
+        store.set(f"lost/{world.rank}", "")
+        answers = True
+    if not timed_out:
+        with _terminations_wait():
+            time.sleep(_LAUNCHER_SEES_S)
+        return "another process has ended, and its message says why"
+    with suppress(RuntimeError):
+        if answers and (absent := _missing(store, "lost", world, time.monotonic() + _ROLL_CALL_S)):
+            return f"{absent} not answering (stopped, or held up by a disk?)"
+    return "a collective lasted too long" if answers else "process 0 is not answering (stopped, or held up by a disk?)"
+
+
+@contextmanager
+def _terminations_wait() -> Iterator[None]:
+    """SIGTERM, by which torchrun ends all as soon as one has failed, does nothing inside the block."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
-        reason = watch.reason()
-        time.sleep(_SPEAKS_FIRST_S)
-        return reason
+        yield
     finally:
-        if main:
-            signal.signal(signal.SIGTERM, before or signal.SIG_DFL)  # None: a handler that was not written in Python
-
-
-def _one_line(error: BaseException) -> str:
-    """What the others are told of this process's failure."""
-    if isinstance(error, KeyboardInterrupt):
-        return "was interrupted"
-    text = " ".join(str(error).split())[:400]
-    return text if isinstance(error, FastSSLError) else f"{type(error).__name__}: {text}"
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)  # None: a handler that was not written in Python
 
 
 @contextmanager

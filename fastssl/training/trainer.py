@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from fastssl.config.recipe import Recipe
-from fastssl.distributed.collectives import Vote, any_rank, broadcast_object, gather_objects
+from fastssl.distributed.collectives import Vote, any_rank, barrier, broadcast_object, gather_objects
 from fastssl.errors import FastSSLError, Interrupted, counted
 from fastssl.evaluate.online_probe import OnlineProbe, choose_split
 from fastssl.methods.base import Encoder
@@ -112,6 +112,7 @@ def make_steps(run: Setup, loader: ViewLoader, log: StepLog, guard: NonFiniteGua
                 if stop:
                     _leave(run, vote)
                 save_checkpoint(run)
+                barrier()  # the others wait for the disk here, and not in a step
                 log.begin_block()  # what was spent on the checkpoint is not the rate of a step
 
 

@@ -7,15 +7,13 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from children import in_child
 from small_run import Silent, options, small, status
 
-from fastssl import pretrain as pretrain_module
 from fastssl.pretrain import pretrain
 from fastssl.runs import folder as run_folder
 from fastssl.runs import status as run_status
@@ -146,29 +144,6 @@ def test_only_one_that_was_at_work_and_cannot_be_any_more(
     folder.open({"train": {"epochs": 2}}, "never", {}, lambda state: None)
     folder.close()
     assert any("without a word" in text for text in said) == killed
-
-
-def test_what_the_watch_knows_is_written_before_it_ends_the_process(
-    beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tell: list[Callable[[str], None]] = []
-    found: list[dict] = []
-
-    @contextmanager
-    def watched(world: object, device: object, before_end: Callable[[str], None]) -> Iterator[None]:
-        tell.append(before_end)
-        yield
-
-    def hang(run: Setup, batch: object) -> None:
-        tell[0](f"process 1 of 2 (b): {tmp_path}/photos.beton: sample 13 is damaged")
-        found.append(status(tmp_path / "run"))
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(pretrain_module, "joined", watched)
-    monkeypatch.setattr(trainer, "make_step", hang)
-    with pytest.raises(KeyboardInterrupt):
-        pretrain(small(), options(beton, tmp_path / "run"), Silent())
-    assert found[0]["state"] == "failed" and found[0]["why"] == "process 1 of 2 (b): photos.beton: sample 13 is damaged"
 
 
 def test_why_a_run_failed_names_no_folder(beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
