@@ -173,9 +173,9 @@ def fine_tune(
     """
     from fastssl.distributed.devices import use_amp
     from fastssl.evaluate.classifier import save_classifier, timm_classifier_name
+    from fastssl.evaluate.dino_head_probe import run_file
     from fastssl.evaluate.features import ProbeError
     from fastssl.evaluate.finetune import FinetuneConfig, finetune
-    from fastssl.evaluate.dino_head_probe import run_file
     from fastssl.evaluate.photos import open_split
     from fastssl.evaluate.session import open_session
 
