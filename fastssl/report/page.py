@@ -14,6 +14,7 @@ from fastssl.report.marks import COLOURS, MARKS, RANDOM, RAW, TRAINED
 from fastssl.report.render import render_template
 from fastssl.report.run_record import LONGEST, RunRecord, get, number, other_rows, probe_rows, read_run, verdict_of
 from fastssl.report.svg import Mark, Series, line_chart
+from fastssl.report.words import duration
 from fastssl.utils.atomic_files import write_atomically
 from fastssl.utils.plain_file import read_plain
 
@@ -113,21 +114,6 @@ def headline(run: RunRecord) -> str:
     elif missed:
         sentence += f" It is not above {' or '.join(missed)} yet."
     return sentence
-
-
-def duration(seconds: float) -> str:
-    """9 s, 4 min 10 s, 25 min, 3 h 20 min."""
-    seconds = round(seconds)
-    if seconds < 60:
-        return f"{seconds} s"
-    minutes, rest = divmod(seconds, 60)
-    if minutes < 10:
-        return f"{minutes} min {rest} s" if rest else f"{minutes} min"
-    minutes = round(seconds / 60)
-    if minutes < 60:
-        return f"{minutes} min"
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if minutes else f"{hours} h"
 
 
 def _no_probe_reason(run: RunRecord) -> str:
