@@ -384,8 +384,8 @@ def _sentence(text: Any) -> str:
 
 
 def _figure(value: Any, digits: int) -> str:
-    number = number(value)
-    return "?" if number is None else f"{number:.{digits}f}"
+    found = number(value)
+    return "?" if found is None else f"{found:.{digits}f}"
 
 
 def _flat(value: Any) -> dict[str, Any]:
