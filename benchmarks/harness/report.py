@@ -70,7 +70,7 @@ def write_report(results: Iterable[Path], out: Path) -> list[Path]:
     blocks = build(records)
     files = {block.name: block.png for block in blocks if isinstance(block, Picture)}
     files["report.md"] = to_markdown(blocks).encode()
-    files["report.html"] = to_html(f"{TITLE} - fastssl", blocks).encode()
+    files["report.html"] = to_html(TITLE, blocks).encode()
     files["recipes.md"] = (recipe_table(records) or "No record of a step or of training.").encode() + b"\n"
     out.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():

@@ -176,7 +176,7 @@ def _device(kind: str) -> str:
 
 def _time(seconds: float) -> str:
     """0.3 s, 12 min, 3 h 12 min, 26.7 days."""
-    from fastssl.report.page import duration
+    from fastssl.report.words import duration
 
     if seconds < 10:
         return f"{seconds:.1f} s"

@@ -215,7 +215,7 @@ def write_comparison(records: Sequence[Record], out: str | Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     pages = {
         folder / "evaluations.md": to_markdown(blocks),
-        folder / "evaluations.html": to_html("Evaluations - fastssl", blocks),
+        folder / "evaluations.html": to_html("Evaluations", blocks),
     }
     for path, text in pages.items():
         write_atomically(path, lambda temporary, text=text: temporary.write_text(text, "utf-8", "backslashreplace"))

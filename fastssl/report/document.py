@@ -4,31 +4,10 @@ page.
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
 
-from fastssl.report.style import CSS
-
-_MORE_CSS = """
-main { max-width: 1240px; }
-.wide { overflow-x: auto; margin-bottom: 14px; }
-.wide table { margin-bottom: 0; }
-.wide th, .wide td { font-size: 14px; padding: 7px 16px 7px 0; vertical-align: top; }
-.wide .right { text-align: right; white-space: nowrap; }
-.wide th { vertical-align: bottom; }
-.wide th.right { white-space: normal; min-width: 90px; }
-.wide code { font-size: 12.5px; overflow-wrap: anywhere; }
-td code { display: inline-block; min-width: 260px; }
-.wide td { min-width: 90px; }
-ul { padding-left: 20px; margin: 0 0 14px; }
-ul.lead { font-size: 17px; max-width: 60em; }
-ul.lead li { margin-bottom: 6px; }
-section h2 { font-size: 22px; }
-section h3 { margin: 28px 0 10px; font-size: 17px; }
-.picture { margin-bottom: 18px; }
-"""
+from fastssl.report.render import render_template
 
 
 @dataclass(frozen=True)
@@ -133,45 +112,9 @@ def _markdown_code(line: str) -> str:
 
 def to_html(title: str, blocks: Sequence[Block]) -> str:
     """One page that needs nothing but itself: no script, no network."""
-    parts, open_section = [], False
+    sections: list[dict] = [{"opened": False, "blocks": []}]
     for block in blocks:
         if isinstance(block, Heading) and block.level == 2:
-            parts.append(f"{'</section>' if open_section else ''}<section>")
-            open_section = True
-        parts.append(_html(block))
-    parts.append("</section>" if open_section else "")
-    return (
-        "<!doctype html>\n"
-        '<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, '
-        'initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{CSS}{_MORE_CSS}</style></head>\n"
-        f"<body><main>{''.join(parts)}</main></body></html>\n"
-    )
-
-
-def _html(block: Block) -> str:
-    match block:
-        case Heading(text, level):
-            return f"<h{level}>{escape(text)}</h{level}>"
-        case Paragraph(text, quiet):
-            return f"<p{' class=small' if quiet else ''}>{escape(text)}</p>"
-        case Bullets(items, lead):
-            listed = "".join(f"<li><b>{escape(name)}</b> {escape(text)}</li>" for name, text in items)
-            return f"<ul{' class=lead' if lead else ''}>{listed}</ul>"
-        case Table(header, rows, right):
-            css = [' class="right"' if one else "" for one in right]
-            head = "".join(f"<th{one}>{escape(text)}</th>" for one, text in zip(css, header))
-            body = "".join(
-                "<tr>" + "".join(f"<td{one}>{_html_cell(cell)}</td>" for one, cell in zip(css, row)) + "</tr>"
-                for row in rows
-            )
-            return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-        case Picture(_, words, png):
-            data = base64.b64encode(png).decode("ascii")
-            return f'<div class="picture"><img alt="{escape(words)}" src="data:image/png;base64,{data}"></div>'
-
-
-def _html_cell(cell: str | Code) -> str:
-    if isinstance(cell, str):
-        return escape(cell)
-    return "<br>".join(f"<code>{escape(line)}</code>" for line in cell.lines)
+            sections.append({"opened": True, "blocks": []})
+        sections[-1]["blocks"].append((type(block).__name__, block))
+    return render_template("document.html.j2", title=title, sections=sections)

@@ -13,8 +13,10 @@ import pytest
 from PIL import Image
 
 from fastssl.errors import FastSSLError
-from fastssl.report.page import duration, headline, read_run, render, write_report
+from fastssl.report.page import headline, render, write_report
+from fastssl.report.run_record import read_run
 from fastssl.report.svg import Mark, Series, format_number, line_chart, nice_ticks
+from fastssl.report.words import duration
 
 VOID = {"meta", "img", "line", "circle", "polyline", "br"}
 

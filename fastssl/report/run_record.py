@@ -1,0 +1,122 @@
+"""What a run's folder holds, read for its report. Everything may be missing: a run can be stopped at any moment."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastssl.errors import FastSSLError
+from fastssl.report.marks import MARKS, TRAINED, mark_of
+from fastssl.utils.plain_file import read_plain
+from fastssl.utils.yaml_file import MAX_BYTES, parse_yaml
+
+#: Bytes of a run's other files: a line of metrics has 300, and comes once in many steps.
+LONGEST = 256 << 20
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What a run directory holds. Everything may be missing: a run can be stopped at any moment.
+
+    Attributes:
+        folder: the directory.
+        summary: summary.json, or {} while the run is not finished.
+        config: config.yaml, or {}.
+        config_text: config.yaml as written.
+        steps, probes: the two kinds of rows in metrics.jsonl, in order.
+        unreadable: lines of metrics.jsonl that are no JSON object (a line may be cut off by a kill).
+    """
+
+    folder: Path
+    summary: dict[str, Any]
+    config: dict[str, Any]
+    config_text: str
+    steps: list[dict[str, Any]]
+    probes: list[dict[str, Any]]
+    unreadable: int
+
+
+def read_run(folder: str | Path) -> RunRecord:
+    """Read a run directory.
+
+    Raises:
+        FastSSLError: it does not exist, holds none of a run's files, or one of them is damaged.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FastSSLError(f"{folder}: no such run directory; `fastssl pretrain --out DIR` makes one")
+    files = ("config.yaml", "metrics.jsonl", "summary.json")
+    if not any((folder / name).is_file() for name in files):
+        raise FastSSLError(f"{folder}: not a run directory (none of {', '.join(files)} is there)")
+    config_text = _text(folder / "config.yaml", MAX_BYTES)
+    config = parse_yaml(config_text, f"{folder / 'config.yaml'}: not valid yaml") or {}
+    try:
+        summary = json.loads(_text(folder / "summary.json") or "{}")
+    except (ValueError, RecursionError) as error:
+        raise FastSSLError(f"{folder / 'summary.json'}: not valid JSON ({error})") from error
+    for name, value in (("config.yaml", config), ("summary.json", summary)):
+        if not isinstance(value, dict):
+            raise FastSSLError(f"{folder / name}: holds no mapping of keys to values")
+    steps, probes, unreadable = [], [], 0
+    for line in _text(folder / "metrics.jsonl").splitlines():
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        if not isinstance(row, dict):
+            unreadable += bool(line.strip())
+        elif row.get("kind") == "step":
+            steps.append(row)
+        elif row.get("kind") == "probe":
+            probes.append(row)
+    return RunRecord(
+        folder, summary, config if isinstance(config, dict) else {}, config_text, steps, probes, unreadable
+    )
+
+
+def verdict_of(run: RunRecord) -> tuple[str, str] | None:
+    """(state, what is said of it); None: the run is not finished, or older than verdicts."""
+    state, text = (get(run.summary, "verdict", key) for key in ("state", "text"))
+    if not isinstance(state, str) or not isinstance(text, str):
+        return None
+    return state, text.removeprefix(f"{state}: ")
+
+
+def probe_rows(run: RunRecord) -> dict[str, dict[str, Any]]:
+    """The table's rows by mark (``MARKS`` and ``TRAINED``), those that are there."""
+    found: dict[str, dict[str, Any]] = {}
+    for row in get(run.summary, "probe", "rows") or []:
+        mark = mark_of(str(row.get("name", "")))
+        if mark in (*MARKS, TRAINED):
+            found[mark] = row
+    return found
+
+
+def other_rows(run: RunRecord) -> list[dict[str, Any]]:
+    """The rows of the trained network's other forms: its teacher, BatchNorm statistics taken anew."""
+    rows = get(run.summary, "probe", "rows") or []
+    marked = [id(row) for row in probe_rows(run).values()]
+    return [row for row in rows if id(row) not in marked]
+
+
+def get(mapping: Any, *keys: str) -> Any:
+    for key in keys:
+        mapping = mapping.get(key) if isinstance(mapping, dict) else None
+    return mapping
+
+
+def number(value: Any) -> float | None:
+    """``value`` as a float, None when it is no finite number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+def _text(path: Path, at_most: int = LONGEST) -> str:
+    try:
+        return read_plain(path, at_most).decode("utf-8", "replace")
+    except FileNotFoundError:
+        return ""
