@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from fastssl.evaluate.features import Features
-from fastssl.pipelines.beton import BetonReader, BetonWriter
-from fastssl.probe import choose_split, probe_features
+from fastssl.evaluate.online_probe import choose_split, probe_features
+from fastssl.pipelines.beton.reader import BetonReader
+from fastssl.pipelines.beton.writer import BetonWriter
 
 
 def photos(path: Path, labels: Sequence[int] | None, count: int = 0) -> BetonReader:
