@@ -134,9 +134,11 @@ def main(argv: list[str] | None = None) -> None:
         _leave(130, _line(stop))
     except (FastSSLError, OSError) as error:
         _show_traceback(debug)
+        _tell_torchrun(error)
         _leave(1, _line(error))
     except Exception as error:
         _show_traceback(debug)
+        _tell_torchrun(error)
         _leave(1, f"fastssl: unexpected {type(error).__name__}: {error} (run again with --debug for the traceback)")
 
 
@@ -147,6 +149,14 @@ def _run(argv: list[str]) -> object:
     except click.ClickException:
         with first_of_host_speaks():
             raise
+
+
+def _tell_torchrun(error: Exception) -> None:
+    """Torchrun's closing table names the process that failed first, and why, from a file that each may write."""
+    if os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+        get_error_handler().record_exception(error)
 
 
 def _line(error: FastSSLError | OSError) -> str | None:
