@@ -141,7 +141,7 @@ class DINO(Method):
         logits = self.encode(images).unflatten(0, (self.views.count, -1))
         probabilities = targets[1].unflatten(0, (2, -1))
         pairs = soft_cross_entropy(probabilities, logits, self.config.student_temperature)
-        loss = reduce_pairs(*split_pairs(pairs, (0, 1)), self.views.weights)
+        loss = reduce_pairs(*split_pairs(pairs), self.views.weights)
         frozen = tuple(self.student.projector.last.parameters()) if rates["frozen"] else ()
         with torch.no_grad():
             return StepOutput(loss, self._metrics(loss, logits, probabilities), frozen=frozen)

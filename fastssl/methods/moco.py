@@ -277,6 +277,6 @@ class MoCo(Method):
         size = len(keys) // self.key_views
         # first key: view 2's where there are two (light-moco's order), else view 1's
         key, query = (keys[size:], queries[:size]) if self.config.symmetric else (keys, queries[:size])
-        kl = loss - self.key_views * self.loss.target_entropy(smoothing, queue_size=len(self.queue))
+        kl = loss - self.key_views * self.loss.target_entropy(smoothing, negatives=len(self.queue))
         alignment = (query - key).square().sum(dim=1).mean()
         return torch.stack([loss.detach(), kl.detach(), alignment, embedding_std(query)]).float()

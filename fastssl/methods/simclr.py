@@ -107,7 +107,7 @@ class SimCLR(Method):
             first=rank() * batch,
             smoothing=smoothing,
         )
-        loss = reduce_pairs(*split_pairs(pairs, (0, 1)), self.views.weights)
+        loss = reduce_pairs(*split_pairs(pairs), self.views.weights)
         with torch.no_grad():
             return StepOutput(loss, self._metrics(loss.detach(), anchors.detach(), smoothing))
 

@@ -149,7 +149,7 @@ class SwAV(Method):
         kept = embeddings[: 2 * self.views.batch_size].detach()
         assigned = self.assign(scores[:2].detach(), use_queue=bool(rates["queue"]))
         pairs = soft_cross_entropy(assigned, scores, self.config.temperature)
-        loss = reduce_pairs(*split_pairs(pairs, (0, 1)), self.views.weights)
+        loss = reduce_pairs(*split_pairs(pairs), self.views.weights)
         frozen = (self.prototypes.weight,) if rates["frozen"] else ()
         with torch.no_grad():
             return StepOutput(loss, self._metrics(loss, kept, assigned), kept, frozen)
