@@ -184,5 +184,6 @@ class SmoothedTarget(nn.Module):
         # negatives.
         if isinstance(mass, Tensor):
             mass = mass.detach() if mass.dtype == torch.float64 else mass.detach().float()
-            return torch.special.entr(1 - mass) + torch.special.entr(mass) + mass * spread
+            entropy: Tensor = torch.special.entr(1 - mass) + torch.special.entr(mass) + mass * spread
+            return entropy
         return mass * spread - sum(p * math.log(p) for p in (1 - mass, mass) if p > 0)

@@ -22,7 +22,8 @@ from fastssl.training import step as step_module
 from fastssl.training.bf16_weights import Bf16Weights
 from fastssl.training.channels_last import channels_last_breaks
 from fastssl.training.cuda_graph import RecordedCall
-from fastssl.training.step import TrainStep, picture_sizes
+from fastssl.training.initial_backbone import picture_sizes
+from fastssl.training.step import TrainStep
 
 CPU, BATCH, SIZE = torch.device("cpu"), 8, 32
 
