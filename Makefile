@@ -46,8 +46,14 @@ test-engines: export FASTSSL_ALL_ENGINES = 1
 test-engines: $(VENV)/.installed-test
 	$(call suite,engines and)
 
+# import-linter and mypy find packages by their folders: in build/tree pipelines/ and benchmarks/ stand where they are imported from.
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check fastssl pipelines benchmarks tests
+	$(BIN)/ruff format --check fastssl pipelines benchmarks tests
+	rm -rf build/tree && mkdir -p build/tree/fastssl
+	ln -s $(CURDIR)/fastssl/* $(CURDIR)/pipelines $(CURDIR)/benchmarks build/tree/fastssl/
+	cd build/tree && $(abspath $(BIN))/lint-imports --config ../../.importlinter
+	$(BIN)/python -m mypy
 
 bench: $(VENV)/.installed
 	bash benchmarks/gpu.sh --python $(BIN)/python

@@ -30,18 +30,13 @@ def command_line(ctx: click.Context) -> str:
         values = value if isinstance(value, tuple) else (value,)
         if isinstance(param, click.Argument):
             places.extend(map(_word, values))
-        elif param.is_flag:
+        elif isinstance(param, click.Option) and param.is_flag:
             words.append((param.opts if value else param.secondary_opts)[-1])
         else:
-            shown = (
-                str if param.name == "overrides" else _word
-            )  # --set's values are the recipe's, and may hold anything
-            words.extend(word for one in values for word in (_long(param), shown(one)))
+            # --set's values are the recipe's, and may hold anything.
+            shown = str if param.name == "overrides" else _word
+            words.extend(word for one in values for word in (max(param.opts, key=len), shown(one)))
     return shlex.join([*words, *places])
-
-
-def _long(option: click.Option) -> str:
-    return max(option.opts, key=len)
 
 
 def _word(value: object) -> str:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import click
 from rich.console import Console
@@ -27,23 +28,6 @@ from rich.text import Text
 from fastssl.errors import printable
 from fastssl.utils.atomic_files import write_atomically
 from fastssl.utils.json_text import records_to_json
-from fastssl.utils.suggest import nearest
-
-__all__ = [
-    "PIPELINES",
-    "PlainConsole",
-    "SomePath",
-    "console",
-    "finite",
-    "json_option",
-    "late_progress_bar",
-    "nearest",
-    "pipeline_option",
-    "progress_bar",
-    "quiet",
-    "quiet_option",
-    "write_json",
-]
 
 
 class PlainConsole(Console):
@@ -51,13 +35,17 @@ class PlainConsole(Console):
     terminal acts on.
     """
 
-    def __init__(self, **options: object):
-        super().__init__(markup=False, **options)
+    def __init__(self, **options: Any):  # rich's own, as of `print`
+        super().__init__(markup=False, highlight=False, **options)
 
-    def print(self, *objects: object, **options: object) -> None:
+    def print(self, *objects: object, **options: Any) -> None:
         """As rich does it; strings line by line through ``printable``."""
         shown = ["\n".join(map(printable, one.split("\n"))) if isinstance(one, str) else one for one in objects]
         super().print(*shown, **options)
+
+    def say(self, text: str, style: str | None = None) -> None:
+        """A line, which the terminal breaks where it is too long."""
+        self.print(text, style=style, soft_wrap=True)
 
 
 #: Written to stderr, so that ``--json -`` owns standard output.
@@ -67,13 +55,10 @@ console = PlainConsole(stderr=True)
 class SomePath(click.Path):
     """A path that is not the empty string: an unset ``"$VAR"`` in a script should not mean "the current folder"."""
 
-    def __init__(self) -> None:
-        super().__init__(path_type=Path)
-
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+    def convert(self, value: str | os.PathLike[str], param: click.Parameter | None, ctx: click.Context | None) -> Path:
         if value == "":
             self.fail("the path is empty", param, ctx)
-        return super().convert(value, param, ctx)
+        return Path(os.fsdecode(super().convert(value, param, ctx)))
 
 
 def _check_json_path(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
@@ -208,7 +193,7 @@ class RateColumn(ProgressColumn):
 
 
 @contextmanager
-def progress_bar(label: str, total: int | None, unit: str = "images") -> Iterator:
+def progress_bar(label: str, total: int | None, unit: str = "images") -> Iterator[Callable[[int], None]]:
     """Yield ``advance(done_so_far)``; a live bar on a terminal, a plain line every ~10 % when piped.
 
     ``total`` may be None when it is not known. With ``--quiet`` nothing is shown.
@@ -217,15 +202,8 @@ def progress_bar(label: str, total: int | None, unit: str = "images") -> Iterato
         yield lambda done: None
         return
     if console.is_terminal:
-        columns = [
-            SpinnerColumn(),
-            TextColumn(label),
-            BarColumn(),
-            MofNCompleteColumn(),
-            RateColumn(unit),
-            TimeRemainingColumn(),
-        ]
-        with Progress(*columns, console=console, transient=False) as bar:
+        columns = SpinnerColumn(), TextColumn(label), BarColumn(), MofNCompleteColumn()
+        with Progress(*columns, RateColumn(unit), TimeRemainingColumn(), console=console) as bar:
             task = bar.add_task(label, total=total)
             yield lambda done: bar.update(task, completed=done)
         return
@@ -233,7 +211,7 @@ def progress_bar(label: str, total: int | None, unit: str = "images") -> Iterato
     # A rate over what was done since the first call: work that was taken over from a stopped run is not this run's
     # speed.
     started = last = time.monotonic()
-    first = None
+    first: int | None = None
 
     def advance(done: int) -> None:
         nonlocal last, first
@@ -245,9 +223,7 @@ def progress_bar(label: str, total: int | None, unit: str = "images") -> Iterato
         last = now
         rate = (done - first) / max(now - started, 1e-9)
         left = f", {(total - done) / rate:,.0f} s left" if total and done < total else ""
-        console.print(
-            f"{label}: {done:,}{f'/{total:,}' if total else ''} {unit}, {rate:,.0f} {unit}/s{left}", highlight=False
-        )
+        console.print(f"{label}: {done:,}{f'/{total:,}' if total else ''} {unit}, {rate:,.0f} {unit}/s{left}")
 
     yield advance
 

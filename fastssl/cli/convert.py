@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from fastssl.cli.common import SomePath, console, json_option, progress_bar, quiet_option, write_json
+from fastssl.cli.common import SomePath, console, json_option, late_progress_bar, quiet_option, write_json
 from fastssl.errors import counted
 
 
@@ -96,21 +96,8 @@ def convert_imagenet(
         resume=resume,
         on_bad=on_bad,
     )
-    bar = advance = None
-
-    def progress(done: int, total: int) -> None:
-        # Only now is the total known: listing a large source takes a while.
-        nonlocal bar, advance
-        if bar is None:
-            bar = progress_bar("converting", total)
-            advance = bar.__enter__()
-        advance(done)
-
-    try:
+    with late_progress_bar("converting") as progress:
         summary = convert(src, dst, options, progress)
-    finally:
-        if bar is not None:
-            bar.__exit__(None, None, None)
     classes = counted(len(summary.classes), "class") if summary.classes is not None else "no labels"
     photos = counted(summary.written, "photo")
     parts = [f"{photos}, {classes}: {summary.copied:,} copied, {summary.reencoded:,} encoded anew"]
@@ -122,5 +109,5 @@ def convert_imagenet(
         parts.append(f"{summary.resumed:,} taken over from the stopped run")
     rate = (summary.written + summary.rejected - summary.resumed) / max(summary.seconds, 1e-9)
     parts.append(f"{summary.bytes / 1e6:,.1f} MB, {summary.seconds:,.1f} s, {rate:,.0f} images/s")
-    console.print(f"{dst}: {'; '.join(parts)}", highlight=False, markup=False, soft_wrap=True)
+    console.say(f"{dst}: {'; '.join(parts)}")
     write_json(json_path, {**asdict(summary), "path": summary.path.name})

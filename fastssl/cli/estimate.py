@@ -4,21 +4,12 @@ from __future__ import annotations
 
 import os
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from fastssl.cli.common import console, finite, json_option, pipeline_option, write_json
-from fastssl.cli.inputs import (
-    arch_option,
-    batch_option,
-    choose_inputs,
-    data_option,
-    epochs_option,
-    recipe_option,
-    val_option,
-)
+from fastssl.cli.common import console, finite, json_option, write_json
+from fastssl.cli.inputs import Wanted, choose_inputs, input_options
 from fastssl.errors import counted
 
 if TYPE_CHECKING:
@@ -26,20 +17,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@arch_option
-@data_option
-@val_option
-@recipe_option
-@click.option(
-    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change one value of the recipe. May be repeated."
-)
-@epochs_option
-@batch_option
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
-@click.option(
-    "--workers", type=click.IntRange(min=1), help="Decoding threads. Default: the cores this process may use."
-)
-@pipeline_option
+@input_options
 @click.option(
     "--seconds",
     type=click.FloatRange(min=1),
@@ -49,20 +27,7 @@ if TYPE_CHECKING:
     help="Time for measuring; more of it comes closer to the recipe's batch.",
 )
 @json_option
-def estimate(
-    arch: str | None,
-    data: Path | None,
-    val: Path | None,
-    recipe_name: str | None,
-    overrides: tuple[str, ...],
-    epochs: int | None,
-    batch_size: int | None,
-    device: str,
-    workers: int | None,
-    pipeline: str,
-    seconds: float,
-    json_path: str | None,
-) -> None:
+def estimate(wanted: Wanted, seconds: float, json_path: str | None) -> None:
     """What a run will cost on this machine: time, memory, the largest batch, and what limits it.
 
     Measures the loader and the training step for less than a minute; where the recipe's batch is too slow for that,
@@ -78,24 +43,14 @@ def estimate(
     from fastssl.benchmarks.estimate.estimate import run
     from fastssl.distributed.devices import choose_device
 
-    inputs = choose_inputs(
-        arch=arch,
-        data=data,
-        val=val,
-        device=device,
-        recipe_name=recipe_name,
-        overrides=overrides,
-        epochs=epochs,
-        batch_size=batch_size,
-        workers=workers,
-    )
-    place = choose_device(device)
-    _say(
+    inputs = choose_inputs(wanted)
+    place = choose_device(wanted.device)
+    console.say(
         f"measuring {inputs.name} with {inputs.recipe.arch} on this {_device(place.type)} for about {seconds:.0f} s ..."
     )
-    result = run(inputs.recipe, inputs.name, inputs.data, inputs.val, place, pipeline, workers, seconds)
+    result = run(inputs.recipe, inputs.name, inputs.data, inputs.val, place, wanted.pipeline, wanted.workers, seconds)
     for line in describe(result):
-        _say(line)
+        console.say(line)
     write_json(json_path, asdict(result))
 
 
@@ -164,10 +119,6 @@ def _probes(result: Estimate) -> str:
 
 def _sentence(opening: str, items: list[str]) -> str:
     return f"{opening}: {'; '.join(items)}." if items else ""
-
-
-def _say(text: str) -> None:
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def _device(kind: str) -> str:

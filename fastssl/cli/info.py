@@ -95,7 +95,7 @@ def doctor(json_path: str | None) -> None:
         "jpeg_hardware": jpeg_hardware(),
     }
     if json_path != "-":
-        cores = counted(host["cores"], "core")
+        cores = counted(int(host["cores"]), "core")
         click.echo(f"processor   {host['cpu']}, {cores} for this process, {host.get('memory_gib', '?')} GiB")
         if gpu:
             click.echo(f"GPU         {gpu} x {host['gpus']}")

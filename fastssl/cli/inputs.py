@@ -5,57 +5,106 @@ with them.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from fastssl.cli.common import SomePath, console, late_progress_bar, quiet
+from fastssl.cli.common import SomePath, console, late_progress_bar, pipeline_option, quiet
 
 if TYPE_CHECKING:
     from fastssl.config.recipe import Recipe
     from fastssl.data.photo_source import Source
 
 
-arch_option = click.option(
-    "--arch",
-    metavar="NAME",
-    help="Network: mobilenetv3_large, efficientnet_b0, mobilenetv2, resnet18, resnet34, resnet50, vit_tiny, or any "
-    "timm "
-    "name. Default: the recipe's.",
+_OPTIONS = (
+    click.option(
+        "--arch",
+        metavar="NAME",
+        help="Network: mobilenetv3_large, efficientnet_b0, mobilenetv2, resnet18, resnet34, resnet50, vit_tiny, or any "
+        "timm name. Default: the recipe's.",
+    ),
+    click.option(
+        "--data",
+        type=SomePath(),
+        metavar="FOLDER|TAR|FILE.beton",
+        help="Photos to learn from; a folder or tar is converted once. Default: the sample set that installs with the "
+        "package.",
+    ),
+    click.option(
+        "--val",
+        type=SomePath(),
+        metavar="FOLDER|TAR|FILE.beton",
+        help="Labelled photos to probe on. Default: a held-out fifth of --data.",
+    ),
+    click.option(
+        "--recipe",
+        "recipe_name",
+        metavar="NAME|FILE.yaml",
+        help="Default: quickstart without --data; with it few-photos, or light-moco-mobilenetv3 for 20,000 photos and "
+        "more on a GPU.",
+    ),
+    click.option(
+        "--set",
+        "overrides",
+        multiple=True,
+        metavar="KEY=VALUE",
+        help="Change one value of the recipe, e.g. --set optim.lr=0.1. May be repeated.",
+    ),
+    click.option(
+        "--epochs",
+        type=click.IntRange(min=1),
+        help="Default: the recipe's, or what goes with the number of photos.",
+    ),
+    click.option(
+        "--batch-size",
+        type=click.IntRange(min=2),
+        help="Default: the recipe's, or fewer where there are few photos. All of the learning rate's schedule follows.",
+    ),
+    pipeline_option,
+    click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True),
+    click.option(
+        "--workers", type=click.IntRange(min=1), help="Decoding threads. Default: the cores this process may use."
+    ),
 )
-data_option = click.option(
-    "--data",
-    type=SomePath(),
-    metavar="FOLDER|TAR|FILE.beton",
-    help="Photos to learn from; a folder or tar is converted once. Default: the sample set that installs with the "
-    "package.",
-)
-val_option = click.option(
-    "--val",
-    type=SomePath(),
-    metavar="FOLDER|TAR|FILE.beton",
-    help="Labelled photos to probe on. Default: a held-out fifth of --data.",
-)
-recipe_option = click.option(
-    "--recipe",
-    "recipe_name",
-    metavar="NAME|FILE.yaml",
-    help="Default: quickstart without --data; with it few-photos, or light-moco-mobilenetv3 for 20,000 photos and "
-    "more on a GPU.",
-)
-epochs_option = click.option(
-    "--epochs",
-    type=click.IntRange(min=1),
-    help="Default: the recipe's, or what goes with the number of photos.",
-)
-batch_option = click.option(
-    "--batch-size",
-    type=click.IntRange(min=2),
-    help="Default: the recipe's, or fewer where there are few photos. All of the learning rate's schedule follows.",
-)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What the options of ``input_options`` say.
+
+    Attributes:
+        arch: None: the recipe's network.
+        data: a ``.beton`` file, folder or tar; None: the sample set.
+        recipe_name: None: the one that suits the photos, see ``recipe_choice.choose``.
+    """
+
+    arch: str | None
+    data: Path | None
+    val: Path | None
+    recipe_name: str | None
+    overrides: Sequence[str]
+    epochs: int | None
+    batch_size: int | None
+    pipeline: str
+    device: str
+    workers: int | None
+
+
+def input_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give ``command`` the options that say what is trained on what: one `Wanted`, before its own."""
+
+    @functools.wraps(command)
+    def call(**given: Any) -> None:
+        wanted = Wanted(**{field.name: given.pop(field.name) for field in dataclasses.fields(Wanted)})
+        command(wanted, **given)
+
+    for option in reversed(_OPTIONS):
+        call = option(call)
+    return call
 
 
 @dataclass(frozen=True)
@@ -74,26 +123,11 @@ class Inputs:
     val: Path | None
 
 
-def choose_inputs(
-    *,
-    arch: str | None,
-    data: Path | None,
-    val: Path | None,
-    device: str,
-    recipe_name: str | None,
-    overrides: Sequence[str],
-    epochs: int | None,
-    batch_size: int | None,
-    workers: int | None,
-    processes: int = 1,
-) -> Inputs:
+def choose_inputs(wanted: Wanted, processes: int = 1) -> Inputs:
     """Recipe and photos that the options ask for. What was chosen, converted or changed on the way is said, a line
     each.
 
     Args:
-        arch: None: the recipe's network.
-        data: a ``.beton`` file, folder or tar; None: the sample set.
-        recipe_name: None: the one that suits the photos, see ``recipe_choice.choose``.
         processes: that will share a step.
 
     Raises:
@@ -105,22 +139,23 @@ def choose_inputs(
     from fastssl.data.photo_source import look_at
     from fastssl.models.backbones import resolve_arch
 
-    changes = _changes(parse_overrides(overrides), epochs, batch_size)
-    if arch is not None:
-        resolve_arch(arch)  # a mistyped network should fail before photos are looked at
+    changes = _changes(parse_overrides(wanted.overrides), wanted.epochs, wanted.batch_size)
+    recipe_name, val = wanted.recipe_name, wanted.val
+    if wanted.arch is not None:
+        resolve_arch(wanted.arch)  # a mistyped network should fail before photos are looked at
     if recipe_name:  # and so should a mistyped key
         load_recipe(recipe_name, changes)
-    source = None if data is None else look_at(data)
+    source = None if wanted.data is None else look_at(wanted.data)
     chosen = None
     if not recipe_name:
         from fastssl.distributed.devices import choose_device
 
-        kind = "cpu" if source is None else choose_device(device).type
-        chosen = choose(source and source.photos, source and source.short_side, kind)
+        kind = "cpu" if source is None else choose_device(wanted.device).type
+        chosen = choose(source.photos if source else None, source.short_side if source else None, kind)
         recipe_name = chosen.name
     recipe = load_recipe(recipe_name, changes)
     own_arch = recipe.arch
-    recipe = dataclasses.replace(recipe, arch=arch or own_arch)
+    recipe = dataclasses.replace(recipe, arch=wanted.arch or own_arch)
     resolve_arch(recipe.arch)
     val_source = None if val is None else look_at(val)
     if chosen:
@@ -131,17 +166,18 @@ def choose_inputs(
         samples = ensure_sample_set()
         data, val = samples.train, samples.val
     else:
-        data = beton_of(source, recipe, workers)
+        data = beton_of(source, recipe, wanted.workers)
     if val_source is not None:
-        val = beton_of(val_source, recipe, workers)
+        val = beton_of(val_source, recipe, wanted.workers)
     found = look_at(data)  # as they are stored: photos that were rejected are gone, large ones scaled down
     where = str(source.path if source else data)
     recipe, lines = fit(recipe, found.photos, given=changes.keys(), processes=processes, where=where)
     for line in lines:
         _say(line)
+    assert found.short_side is not None  # a .beton file says it
     for line in warnings_for(recipe, own_arch, found.photos, found.short_side):
         # Through the console, which is silent in all processes but the first; and said also with --quiet.
-        console.print(f"warning: {line}", highlight=False, markup=False, soft_wrap=True)
+        console.say(f"warning: {line}")
     return Inputs(recipe, Path(recipe_name).stem, data, val)
 
 
@@ -167,4 +203,4 @@ def _changes(changes: dict[str, str], epochs: int | None, batch_size: int | None
 
 def _say(line: str) -> None:
     if not quiet():
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        console.say(line)

@@ -34,9 +34,12 @@ class LazyGroup(click.Group):
         if cmd_name not in self.lazy:
             return None
         found = self.lazy[cmd_name]
-        return getattr(importlib.import_module(found.module), found.attribute)
+        command: click.Command = getattr(importlib.import_module(found.module), found.attribute)
+        return command
 
-    def resolve_command(self, ctx: click.Context, args: list[str]):
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
         from fastssl.utils.suggest import nearest
 
         if args and args[0] not in self.lazy and not args[0].startswith("-"):

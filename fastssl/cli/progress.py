@@ -50,8 +50,7 @@ class RunProgress:
         self.console, self.interval, self.quiet = console, interval, quiet
         self._line = _LiveLine()
         self._live: Live | None = None
-        self._started: float | None = None
-        self._first_step = 0
+        self._first: tuple[float, int] | None = None  # when the first block came, and its step
         self._last_line = 0.0
 
     def __enter__(self) -> RunProgress:
@@ -67,9 +66,13 @@ class RunProgress:
     def row(self, row: Row, done: int, total: int) -> None:
         """A block of steps is done. ``row["knn"]``: what the newest online probe found, if there was one."""
         now = time.monotonic()
-        if self._started is None:
-            self._started, self._first_step = now, done
-        left = self._seconds_left(row, now, done, total)
+        began, first_step = self._first = self._first or (now, done)
+        # By the clock since the first block, probes and checkpoints included; until then by what its steps took.
+        left: float | None = None
+        if done > first_step:
+            left = (now - began) / (done - first_step) * (total - done)
+        elif row.get("seconds") and row.get("step"):
+            left = row["seconds"] / row["step"] * (total - done)
         if self._live is not None:
             self._line.tell(row, done, total, None if left is None else now + left)
         elif not self.quiet and (now - self._last_line >= self.interval or done == total):
@@ -77,12 +80,6 @@ class RunProgress:
             words = "" if left is None or done == total else f"  {_minutes(left)} left"
             line = f"step {done:,}/{total:,}  epoch {row['epoch']:.1f}  {describe_row(row)}{words}"
             self.console.print(line, highlight=False, soft_wrap=True)
-
-    def _seconds_left(self, row: Row, now: float, done: int, total: int) -> float | None:
-        """By the clock since the first block, probes and checkpoints included; until then by what its steps took."""
-        if done > self._first_step:
-            return (now - self._started) / (done - self._first_step) * (total - done)
-        return row["seconds"] / row["step"] * (total - done) if row.get("seconds") and row.get("step") else None
 
     def message(self, text: str) -> None:
         """One line above the display: a warning."""
@@ -99,7 +96,8 @@ class _LiveLine:
 
     def __init__(self) -> None:
         self._row: Row | None = None
-        self._done, self._total, self._ends = 0, 1, None
+        self._done, self._total = 0, 1
+        self._ends: float | None = None
 
     def tell(self, row: Row, done: int, total: int, ends: float | None) -> None:
         """``ends``: when the run will be done, by `time.monotonic`; None: not known yet."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from fastssl.cli.common import SomePath, console, json_option, progress_bar, quiet_option, write_json
+from fastssl.cli.common import SomePath, console, json_option, late_progress_bar, quiet_option, write_json
 from fastssl.errors import BetonError, counted
 
 #: How many damaged samples are printed; the JSON names all of them.
@@ -17,12 +17,12 @@ SHOWN = 20
 class _Count(click.ParamType):
     name = "all|N"
 
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int | None:
-        if value == "all" or value is None:
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> int | None:
+        if value == "all":
             return None
         try:
             count = int(value)
-        except (TypeError, ValueError):
+        except ValueError:
             self.fail(f"{value!r} is neither 'all' nor a number", param, ctx)
         if count < 0:
             self.fail("a count cannot be negative", param, ctx)
@@ -46,25 +46,14 @@ def verify(file: Path, decode: int | None, workers: int | None, json_path: str |
     """
     from fastssl.pipelines.beton.verify import verify as run
 
-    bar = advance = None
-
-    def progress(done: int, total: int) -> None:
-        nonlocal bar, advance
-        if bar is None:
-            bar = progress_bar("checking", total, "samples")
-            advance = bar.__enter__()
-        advance(done)
-
     try:
-        report = run(file, decode, workers, progress)
+        with late_progress_bar("checking", "samples") as progress:
+            report = run(file, decode, workers, progress)
     except BetonError as error:
         write_json(
             json_path, {"path": file.name, "ok": False, "problems": [_passed_on(file, str(error))], "damaged": []}
         )
         raise
-    finally:
-        if bar is not None:
-            bar.__exit__(None, None, None)
     problems = [_passed_on(file, problem) for problem in report.problems]
     write_json(json_path, {**asdict(report), "path": file.name, "ok": report.ok, "problems": problems})
     how_many = counted(report.checksummed, "checksum")
@@ -73,13 +62,13 @@ def verify(file: Path, decode: int | None, workers: int | None, json_path: str |
         checksums = f"no side file {file}.json, so no checksums"
     samples = counted(report.samples, "sample")
     line = f"{samples}, tables in order, {checksums}, {report.decoded:,} decoded, {report.seconds:,.1f} s"
-    console.print(f"{file}: {line}", highlight=False, markup=False, soft_wrap=True)
+    console.say(f"{file}: {line}")
     for problem in report.problems:
-        console.print(f"damaged: {problem}", highlight=False, markup=False, soft_wrap=True)
+        console.say(f"damaged: {problem}")
     for sample, complaint in report.damaged[:SHOWN]:
-        console.print(f"damaged: sample {sample}: {complaint}", highlight=False, markup=False, soft_wrap=True)
+        console.say(f"damaged: sample {sample}: {complaint}")
     if len(report.damaged) > SHOWN:
-        console.print(f"damaged: and {counted(len(report.damaged) - SHOWN, 'more sample')}", highlight=False)
+        console.say(f"damaged: and {counted(len(report.damaged) - SHOWN, 'more sample')}")
     if not report.ok:
         found = [f"{len(report.damaged):,} of {counted(report.samples, 'sample')}"] if report.damaged else []
         found += report.problems[:1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -70,14 +71,11 @@ def views(
     from fastssl.pipelines.plan.multicrop import MultiCrop
     from fastssl.report.pictures import engines_picture, views_picture
 
-    def notice(line: str) -> None:
-        console.print(line, highlight=False, soft_wrap=True, markup=False)
-
     recipe = load_recipe(recipe_name, parse_overrides(overrides))
     specs, file = recipe.views, beton_of(look_at(file), recipe)
     if isinstance(specs, MultiCrop):
-        notice(specs.describe())
-    options = {"samples": samples, "seed": seed, "epoch": epoch, "notice": notice}
+        console.say(specs.describe())
+    options: dict[str, Any] = {"samples": samples, "seed": seed, "epoch": epoch, "notice": console.say}
     if len(pipelines) > 1:
         # `auto` beside what it stands for would be a comparison with itself.
         named = [choose_engine(torch.device("cpu"))[0] if name == "auto" else name for name in pipelines]

@@ -1,6 +1,4 @@
-"""Losses. One concept a file, each with a slow twin in ``reference`` (queues) or ``reference_views`` (pairs of
-views).
-"""
+"""Losses. One concept a file, each with a slow twin among the tests."""
 
 from fastssl.losses.nt_xent import SmoothedNTXent
 from fastssl.losses.pairs import PairWeights, reduce_pairs, split_pairs

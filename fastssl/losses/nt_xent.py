@@ -14,12 +14,10 @@ positives.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
-from fastssl.losses.smoothed_target import SmoothedTarget, checked_smoothing, top_columns
+from fastssl.losses.smoothed_target import SmoothedTarget, checked_smoothing, top_columns, weight_row
 
 
 class SmoothedNTXent(SmoothedTarget):
@@ -44,15 +42,6 @@ class SmoothedNTXent(SmoothedTarget):
         pairs = criterion(embeddings, embeddings[:2])             # L2-normalised (V, B, D), (2, B, D) -> (2, V)
         loss = (pairs[0, 1] + pairs[1, 0]) / 2                    # of two views; split_pairs and reduce_pairs of more
     """
-
-    def __init__(
-        self,
-        temperature: float = 0.1,
-        smoothing: float | None = None,
-        weighting: str = "stepped",
-        neighbors: int | None = None,
-    ) -> None:
-        super().__init__(temperature, smoothing, weighting, neighbors)
 
     def forward(
         self, anchors: Tensor, candidates: Tensor, first: int = 0, smoothing: Tensor | float | None = None
@@ -101,7 +90,7 @@ class SmoothedNTXent(SmoothedTarget):
                 if self.weights:
                     nearest = top_columns(negatives.detach().flatten(0, 1), len(self.weights))  # (V * B, n)
                     soft = (
-                        (logits.gather(1, nearest) * _weight_row(self.weights, dtype, logits.device))
+                        (logits.gather(1, nearest) * weight_row(self.weights, dtype, logits.device))
                         .sum(1)
                         .view(views, batch)
                     )
@@ -109,20 +98,6 @@ class SmoothedNTXent(SmoothedTarget):
                     soft = by_view.masked_fill(own, 0).sum((2, 3)) / (2 * (samples - 1))
                 loss = loss + (mass.to(dtype) if isinstance(mass, Tensor) else mass) * (positive - soft)
             return loss.mean(2)
-
-    def target_entropy(self, smoothing: Tensor | float | None = None, negatives: int | None = None) -> Tensor | float:
-        """Entropy of the target in nats: the least value that a pair's loss can reach.
-
-        Args:
-            smoothing: as in :meth:`forward`; a tensor gives a tensor on its device, without a host sync.
-            negatives: 2 * (M - 1); needed (and used) by ``uniform_all`` only.
-
-        Raises:
-            ValueError: ``uniform_all`` without the number of negatives.
-        """
-        if self.weighting == "uniform_all" and not negatives:
-            raise ValueError("negatives is missing: with weighting='uniform_all' the entropy depends on their number")
-        return self.entropy(smoothing, negatives)
 
     def _check(self, anchors: Tensor, candidates: Tensor, first: int, smoothed: bool) -> None:
         for name, tensor in (("anchors", anchors), ("candidates", candidates)):
@@ -154,11 +129,3 @@ class SmoothedNTXent(SmoothedTarget):
                 f"{samples} samples give {available} negatives, and weighting={self.weighting!r} needs at "
                 f"least {needed}: enlarge the batch or lower neighbors"
             )
-
-
-@functools.lru_cache(maxsize=64)
-def _weight_row(weights: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    # Kept, because making it is a copy to the device: once per run instead of once per step. An ordinary tensor also if
-    # the first call is made in inference mode: autograd refuses to save any other.
-    with torch.inference_mode(False):
-        return torch.tensor(weights, dtype=dtype, device=device)

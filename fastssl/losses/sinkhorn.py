@@ -1,8 +1,7 @@
 """SwAV's assignment of samples to prototypes: a few steps of Sinkhorn-Knopp towards equal use of all prototypes.
 
 Source: Caron et al., "Unsupervised Learning of Visual Features by Contrasting Cluster Assignments", arXiv 2006.09882.
-With scores S of N samples (of all ranks) and K prototypes, the textbook form, whose twin is ``dense_sinkhorn`` in
-``fastssl.losses.reference_views``, is
+With scores S of N samples (of all ranks) and K prototypes, the textbook form is
 
     Q = exp(S / epsilon), divided by its total
     a few times:  each prototype's share of Q is divided by its sum over all samples, and by K;

@@ -9,23 +9,18 @@ Source of the formulas: Lin et al., "Establishing a Stronger Baseline for Lightw
 
 Both need the queue once. It is read in tiles with a running maximum, a running sum and a running softmax-weighted sum
 of the queue (as attention does with keys = values = queue), so the (batch, queue) matrix of logits never exists and the
-backward pass is one multiplication. The obviously right twin, which does build it, is ``fastssl.losses.reference``.
+backward pass is one multiplication.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastssl.losses.smoothed_target import (
-    SmoothedTarget,
-    checked_smoothing,
-    top_columns,
-)
+from fastssl.losses.smoothed_target import SmoothedTarget, checked_smoothing, top_columns, weight_row
 
 # Keys per block in the search for the nearest. Larger: fewer maxima to rank, more keys to look at again (8 and 16
 # measured alike, 4 and 32 slower).
@@ -96,25 +91,10 @@ class SmoothedInfoNCE(SmoothedTarget):
         """
         mass = self.smoothing if smoothing is None else checked_smoothing(smoothing)
         self._check(query, key, queue)
-        return _Loss.apply(query, key, queue, mass, self.temperature, self.weights, self.tile, torch.is_grad_enabled())
-
-    def target_entropy(self, smoothing: Tensor | float | None = None, queue_size: int | None = None) -> Tensor | float:
-        """See ``SmoothedTarget.entropy``; ``queue_size`` is K.
-
-        Raises:
-            ValueError: ``uniform_all`` without a queue size.
-        """
-        if self.weighting == "uniform_all" and not queue_size:
-            raise ValueError(
-                "queue_size is missing: with weighting='uniform_all' the entropy depends on the number of negatives"
-            )
-        return self.entropy(smoothing, queue_size)
-
-    def extra_repr(self) -> str:
-        return (
-            f"temperature={self.temperature}, smoothing={self.smoothing}, weighting={self.weighting!r}, "
-            f"neighbors={self.neighbors}, tile={self.tile}"
+        loss: Tensor = _Loss.apply(
+            query, key, queue, mass, self.temperature, self.weights, self.tile, torch.is_grad_enabled()
         )
+        return loss
 
     def _check(self, query: Tensor, key: Tensor, queue: Tensor) -> None:
         for name, tensor in (("query", query), ("key", key), ("queue", queue)):
@@ -270,7 +250,7 @@ def _nearest_mean(query: Tensor, queue: Tensor, peaks: Tensor, weights: tuple[fl
     """
     count, rows = len(weights), queue.shape[0]
     blocks = min(count, peaks.shape[0])
-    profile = _profile(weights, query.dtype, queue.device)
+    profile = weight_row(weights, query.dtype, queue.device)
     in_block = torch.arange(_BLOCK, device=queue.device)
     # The keys looked at again are a matrix per query, too much for the whole batch at once.
     chunk = max(1, _elements(query)[1] // (blocks * _BLOCK * query.shape[1]))
@@ -290,12 +270,6 @@ def _nearest_mean(query: Tensor, queue: Tensor, peaks: Tensor, weights: tuple[fl
         share = torch.zeros_like(products).scatter_(1, nearest, profile.expand_as(nearest))
         means.append(torch.bmm(share[:, None, :], candidates).squeeze(1))
     return torch.cat(means)
-
-
-@functools.lru_cache(maxsize=64)
-def _profile(weights: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    # Kept, because making it is a copy to the device: once per run instead of once per step.
-    return torch.tensor(weights, dtype=dtype, device=device)
 
 
 def _elements(like: Tensor) -> tuple[int, int]:

@@ -5,6 +5,7 @@ Source: Lin et al., "Establishing a Stronger Baseline for Lightweight Contrastiv
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -121,6 +122,14 @@ def top_columns(values: Tensor, count: int) -> Tensor:
     return _INT32_MAX - (keys.topk(count, 1).values & 0xFFFFFFFF)
 
 
+@functools.lru_cache(maxsize=64)
+def weight_row(weights: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """``weights`` as a tensor (n,), kept: making it is a copy to the device, once per run instead of once per step."""
+    # An ordinary tensor also if the first call is made in inference mode: autograd refuses to save any other.
+    with torch.inference_mode(False):
+        return torch.tensor(weights, dtype=dtype, device=device)
+
+
 class SmoothedTarget(nn.Module):
     """Settings of a loss with such a target, checked, and the target's entropy.
 
@@ -135,7 +144,13 @@ class SmoothedTarget(nn.Module):
         ValueError: settings outside these ranges.
     """
 
-    def __init__(self, temperature: float, smoothing: float | None, weighting: str, neighbors: int | None) -> None:
+    def __init__(
+        self,
+        temperature: float = 0.1,
+        smoothing: float | None = None,
+        weighting: str = "stepped",
+        neighbors: int | None = None,
+    ) -> None:
         super().__init__()
         if not (temperature > 0 and math.isfinite(temperature)):
             raise ValueError(
@@ -147,19 +162,28 @@ class SmoothedTarget(nn.Module):
         self.weighting = weighting
         self.neighbors = len(self.weights) if self.weights else None
 
-    def entropy(self, smoothing: Tensor | float | None, negatives: int | None) -> Tensor | float:
+    def target_entropy(self, smoothing: Tensor | float | None = None, negatives: int | None = None) -> Tensor | float:
         """Entropy of the target in nats: the least value that the loss can reach, so that ``loss - entropy`` is the KL
         divergence.
 
         Args:
             smoothing: the mass a, ``None`` for the module's; a tensor gives a tensor on its device, without host sync.
-            negatives: how many there are; read by ``uniform_all`` only.
+            negatives: how many there are; needed (and used) by ``uniform_all`` only.
+
+        Raises:
+            ValueError: ``uniform_all`` without the number of negatives.
         """
         mass = self.smoothing if smoothing is None else checked_smoothing(smoothing)
-        spread = -sum(w * math.log(w) for w in self.weights) if self.weights else math.log(negatives)
+        if self.weights:
+            spread = -sum(w * math.log(w) for w in self.weights)
+        elif negatives:
+            spread = math.log(negatives)
+        else:
+            raise ValueError("negatives is missing: with weighting='uniform_all' the entropy depends on their number")
         # H = h(1 - a) + h(a) + a * H(w): the choice between positive and negatives first, then the one among the
         # negatives.
         if isinstance(mass, Tensor):
             mass = mass.detach() if mass.dtype == torch.float64 else mass.detach().float()
-            return torch.special.entr(1 - mass) + torch.special.entr(mass) + mass * spread
-        return -sum(p * math.log(p) for p in (1 - mass, mass) if p > 0) + mass * spread
+            entropy: Tensor = torch.special.entr(1 - mass) + torch.special.entr(mass) + mass * spread
+            return entropy
+        return mass * spread - sum(p * math.log(p) for p in (1 - mass, mass) if p > 0)

@@ -9,8 +9,7 @@ target of one sample, z_v the logits of view v of it and tau the temperature,
     d pair(t, v)/d z_v = (softmax(z_v / tau) - p_t) / tau
 
 Neither needs the log-probabilities of more than one view at a time, and the gradient needs of the softmax only its
-logsumexp. So what is kept from the forward to the backward pass is one number a sample and view, beside the inputs. The
-twin is ``fastssl.losses.reference_views``.
+logsumexp. So what is kept from the forward to the backward pass is one number a sample and view, beside the inputs.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ def soft_cross_entropy(targets: Tensor, logits: Tensor, temperature: float) -> T
     Example::
 
         pairs = soft_cross_entropy(teacher_probabilities(teacher_logits, center, 0.04), student_logits, 0.1)
-        loss = reduce_pairs(*split_pairs(pairs, (0, 1)), weights)
+        loss = reduce_pairs(*split_pairs(pairs), weights)
     """
     _check_temperature(temperature)
     for name, tensor in (("targets", targets), ("logits", logits)):
@@ -64,7 +63,8 @@ def soft_cross_entropy(targets: Tensor, logits: Tensor, temperature: float) -> T
         raise ValueError(f"targets are on {targets.device} and logits on {logits.device}; move them to one device")
     if targets.requires_grad:
         raise ValueError("targets require a gradient, but the loss treats them as constants: pass targets.detach()")
-    return _SoftCrossEntropy.apply(targets, logits, float(temperature))
+    pairs: Tensor = _SoftCrossEntropy.apply(targets, logits, float(temperature))
+    return pairs
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ switch that flips is a new recording.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from fastssl.losses.pairs import PairWeights
+from fastssl.losses.smoothed_target import rank_weights
 from fastssl.models.backbones import feature_dim
 from fastssl.models.drop_path import DropTable
 from fastssl.models.heads import Projector, ProjectorConfig
@@ -65,20 +67,73 @@ class MethodConfig:
         return self
 
 
+@dataclass(frozen=True)
+class SmoothedConfig(MethodConfig):
+    """Numbers of the methods whose loss has a smoothed target (``losses.smoothed_target``).
+
+    Attributes:
+        temperature: of the softmax (light-moco 0.1, MoCo-v2 0.2).
+        smoothing: mass that the target gives to the nearest negatives (0: plain InfoNCE).
+        weighting: how the mass is shared: ``uniform_topk``, ``stepped``, ``geometric``, ``nearest``, ``uniform_all``,
+            ``thirds``.
+        neighbors: number of nearest negatives that share it; None: the weighting's published number.
+        smoothing_schedule: ``constant``, ``warm`` (0 for ``smoothing_warm_epochs``, then all of it) or ``cosine``
+            (grows from 0).
+        smoothing_warm_epochs: read by ``warm`` only.
+    """
+
+    temperature: float = 0.1
+    smoothing: float = 0.2
+    weighting: str = "stepped"
+    neighbors: int | None = None
+    smoothing_schedule: str = "constant"
+    smoothing_warm_epochs: int = 0
+
+    EPOCH_KEYS = ("smoothing_warm_epochs",)
+
+    def __post_init__(self) -> None:
+        schedules.check_smoothing(self.BATCH_KEY.partition(".")[0], self.smoothing_schedule, self.smoothing_warm_epochs)
+        rank_weights(self.weighting, self.neighbors)  # which says what is wrong with them
+
+    @property
+    def sharing(self) -> int:
+        """How many nearest negatives share the smoothing; 0 where all do."""
+        return len(rank_weights(self.weighting, self.neighbors))
+
+    def smoothing_rates(self, step: int, run: RunLength) -> dict[str, float | bool]:
+        """The present smoothing, under its name; empty without smoothing: the search for neighbours is then left out,
+        also of a recorded step.
+        """
+        if not self.smoothing:
+            return {}
+        return {
+            "smoothing": schedules.smoothing(
+                step,
+                total_steps=run.total_steps,
+                steps_per_epoch=run.steps_per_epoch,
+                base=self.smoothing,
+                schedule=self.smoothing_schedule,
+                warm_epochs=self.smoothing_warm_epochs,
+            )
+        }
+
+
 class Encoder(nn.Module):
     """Backbone, and the head that stays with it in the moving average.
 
     Args:
         backbone: images (N, 3, S, S) -> (N, F).
         head: (N, F) -> (N, out).
+
+    Attributes:
         drop: the table that the backbone's drop-path layers read; None: it has none.
     """
 
-    def __init__(self, backbone: nn.Module, head: nn.Module, drop: DropTable | None = None):
+    def __init__(self, backbone: nn.Module, head: nn.Module):
         super().__init__()
         self.backbone = backbone
         self.projector = head
-        self.drop = drop  # no module: no part of the state
+        self.drop = DropTable.install(backbone)  # no module: no part of the state
 
     def forward(self, images: Tensor | Sequence[Tensor], first: int = 0) -> Tensor:
         """One backbone pass for each tensor of ``images``, one head pass over all: (sum of N, out).
@@ -86,18 +141,14 @@ class Encoder(nn.Module):
         Args:
             first: row of the first image among the views that drop path was drawn for.
         """
-        if isinstance(images, Tensor):
-            return self.projector(self._features(images, first))
         features = []
-        for batch in images:
-            features.append(self._features(batch, first))
+        for batch in [images] if isinstance(images, Tensor) else images:
+            if self.drop is not None:
+                self.drop.first = first
+            features.append(self.backbone(batch))
             first += len(batch)
-        return self.projector(features[0] if len(features) == 1 else torch.cat(features))
-
-    def _features(self, images: Tensor, first: int) -> Tensor:
-        if self.drop is not None:
-            self.drop.first = first
-        return self.backbone(images)
+        embeddings: Tensor = self.projector(features[0] if len(features) == 1 else torch.cat(features))
+        return embeddings
 
 
 @dataclass(frozen=True)
@@ -167,18 +218,16 @@ class Method(nn.Module):
         self.student = student
         self.teacher = _teacher_of(student) if self.HAS_TEACHER else None
         if self.teacher is not None:
-            self._student_parameters = list(self.student.parameters())
-            self._teacher_parameters = list(self.teacher.parameters())
+            self._student_parameters: list[Tensor] = list(self.student.parameters())
+            self._teacher_parameters: list[Tensor] = list(self.teacher.parameters())
         self.set_forward_modules(self.student, self.teacher)
 
-    def set_forward_modules(self, student: nn.Module, teacher: nn.Module | None) -> None:
+    def set_forward_modules(self, student: Callable[..., Tensor], teacher: Callable[..., Tensor] | None) -> None:
         """Let these networks make the passes: bfloat16 or compiled forms of ``student`` and ``teacher``, which stay
         what is trained and saved.
         """
-        self._computing = (
-            student,
-            teacher,
-        )  # in a tuple, which nn.Module does not register: they are no part of the state
+        # In a list, which nn.Module does not register: they are no part of the state.
+        self._computing = [student] if teacher is None else [student, teacher]
 
     # ------------------------------------------------------------------ the views
 
@@ -201,12 +250,11 @@ class Method(nn.Module):
         """The teacher's output for ``images``, by the form of it that computes."""
         return self._computing[1](images)
 
-    def synchronise(self, convert: Callable[[nn.Module], nn.Module]) -> None:
-        """Let the BatchNorms look at the samples of all ranks; ``convert`` makes them do so."""
-        self.student = convert(self.student)
+    def synchronise(self, convert: Callable[[nn.Module], object]) -> None:
+        """Let the BatchNorms look at the samples of all ranks; ``convert`` makes those of a network do so, in place."""
+        convert(self.student)
         if self.teacher is not None:
-            self.teacher = convert(self.teacher)
-        self.set_forward_modules(self.student, self.teacher)
+            convert(self.teacher)
 
     # ------------------------------------------------------------------ what a method fills in
 
@@ -258,30 +306,9 @@ class Method(nn.Module):
         torch._foreach_add_(self._teacher_parameters, way)
 
 
-def smoothing_rates(config: Any, step: int, run: RunLength) -> dict[str, float]:
-    """The present smoothing of a target, under its name; empty without smoothing: the search for neighbours is then
-    left out, also of a recorded step.
-
-    Args:
-        config: with ``smoothing``, ``smoothing_schedule`` and ``smoothing_warm_epochs``.
-    """
-    if not config.smoothing:
-        return {}
-    return {
-        "smoothing": schedules.smoothing(
-            step,
-            total_steps=run.total_steps,
-            steps_per_epoch=run.steps_per_epoch,
-            base=config.smoothing,
-            schedule=config.smoothing_schedule,
-            warm_epochs=config.smoothing_warm_epochs,
-        )
-    }
-
-
 def new_encoder(backbone: nn.Module, config: ProjectorConfig) -> Encoder:
     """Backbone and projector: images -> unit vectors (N, out)."""
-    return Encoder(backbone, Projector(feature_dim(backbone), config), DropTable.install(backbone))
+    return Encoder(backbone, Projector(feature_dim(backbone), config))
 
 
 def _teacher_of(student: Encoder) -> Encoder:
@@ -292,6 +319,15 @@ def _teacher_of(student: Encoder) -> Encoder:
 
 
 @torch.no_grad()
+def view_metrics(loss: Tensor, entropy: Tensor | float, first: Tensor, second: Tensor, *more: Tensor) -> Tensor:
+    """``loss``; ``kl``, what stands above the target's ``entropy``, the least that it can be; ``alignment``, the mean
+    squared distance of two views' unit vectors (B, D); ``embedding_std`` of the first; and ``more``.
+    """
+    alignment = (first - second).square().sum(-1).mean()
+    return torch.stack([loss, loss - entropy, alignment, embedding_std(first), *more]).float()
+
+
+@torch.no_grad()
 def embedding_std(embeddings: Tensor) -> Tensor:
     """1 for unit vectors spread evenly over the sphere, 0 when all are one point: (N, D) -> scalar."""
-    return embeddings.detach().std(dim=0).mean() * embeddings.shape[1] ** 0.5
+    return embeddings.std(dim=0).mean() * math.sqrt(embeddings.shape[1])

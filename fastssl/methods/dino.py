@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +23,8 @@ from torch.nn import functional
 from fastssl.distributed.collectives import all_reduce_mean
 from fastssl.losses.pairs import reduce_pairs, split_pairs
 from fastssl.losses.soft_targets import soft_cross_entropy, teacher_probabilities
-from fastssl.methods.base import Encoder, Method, MethodConfig, Rates, StepOutput, Views, embedding_std
+from fastssl.methods.base import Encoder, Method, MethodConfig, Rates, StepOutput, Views, view_metrics
 from fastssl.models.backbones import feature_dim
-from fastssl.models.drop_path import DropTable
 from fastssl.models.heads import CosineLogits, Projector, ProjectorConfig
 from fastssl.optim import schedules
 from fastssl.optim.schedules import RunLength
@@ -70,14 +70,9 @@ class DINOConfig(MethodConfig):
         for name in ("student_temperature", "teacher_temperature", "warmup_teacher_temperature"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"dino.{name} must be positive, got {getattr(self, name)}")
-        if self.momentum_schedule not in schedules.MOMENTUM_SCHEDULES:
-            raise ValueError(
-                f"dino.momentum_schedule={self.momentum_schedule!r} is not one of "
-                f"{', '.join(schedules.MOMENTUM_SCHEDULES)}"
-            )
-        for name in ("center_momentum", "momentum"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"dino.{name} must lie in 0..1, got {getattr(self, name)}")
+        schedules.check_momentum("dino", self.momentum_schedule, self.momentum)
+        if not 0 <= self.center_momentum <= 1:
+            raise ValueError(f"dino.center_momentum must lie in 0..1, got {self.center_momentum}")
         if self.warmup_teacher_epochs < 0 or self.freeze_epochs < 0:
             raise ValueError("dino.warmup_teacher_epochs and dino.freeze_epochs must not be negative")
 
@@ -93,7 +88,8 @@ class DINOHead(nn.Module):
         self.last = CosineLogits(config.projector.out, config.out, learned_gain=config.learned_gain)
 
     def forward(self, features: Tensor) -> Tensor:
-        return self.last(self.mlp(features))
+        logits: Tensor = self.last(self.mlp(features))
+        return logits
 
 
 class DINO(Method):
@@ -107,11 +103,12 @@ class DINO(Method):
 
     METRICS = ("loss", "kl", "alignment", "embedding_std", "target_entropy")
 
+    center: Tensor
+
     def __init__(
         self, backbone: nn.Module, config: DINOConfig, *, views: Views, generator: torch.Generator | None = None
     ):
-        head = DINOHead(feature_dim(backbone), config)
-        super().__init__(Encoder(backbone, head, DropTable.install(backbone)), views)
+        super().__init__(Encoder(backbone, DINOHead(feature_dim(backbone), config)), views)
         self.config = config
         self.register_buffer("center", torch.zeros(config.out))
 
@@ -141,24 +138,13 @@ class DINO(Method):
         logits = self.encode(images).unflatten(0, (self.views.count, -1))
         probabilities = targets[1].unflatten(0, (2, -1))
         pairs = soft_cross_entropy(probabilities, logits, self.config.student_temperature)
-        loss = reduce_pairs(*split_pairs(pairs, (0, 1)), self.views.weights)
-        frozen = tuple(self.student.projector.last.parameters()) if rates["frozen"] else ()
+        loss = reduce_pairs(*split_pairs(pairs), self.views.weights)
+        frozen = tuple(cast(DINOHead, self.student.projector).last.parameters()) if rates["frozen"] else ()
         with torch.no_grad():
-            return StepOutput(loss, self._metrics(loss, logits, probabilities), frozen=frozen)
-
-    def _metrics(self, loss: Tensor, logits: Tensor, probabilities: Tensor) -> Tensor:
-        entropy = torch.special.entr(probabilities).sum(-1).mean()
-        first, second = functional.normalize(logits[:2].detach().float(), dim=-1)
-        alignment = (first - second).square().sum(-1).mean()
-        return torch.stack(
-            [
-                loss.detach(),
-                loss.detach() - entropy,
-                alignment,
-                embedding_std(first),
-                entropy / math.log(self.config.out),
-            ]
-        ).float()
+            entropy = torch.special.entr(probabilities).sum(-1).mean()
+            first, second = functional.normalize(logits[:2].float(), dim=-1)
+            metrics = view_metrics(loss, entropy, first, second, entropy / math.log(self.config.out))
+        return StepOutput(loss, metrics, frozen=frozen)
 
     @torch.no_grad()
     def after_step(self, targets: tuple[Tensor, ...], kept: Sequence[Tensor], rates: Rates) -> None:

@@ -27,17 +27,7 @@ from fastssl.distributed.collectives import gather_rows, gather_views, rank
 from fastssl.distributed.split_batchnorm import SplitBatchNormStats
 from fastssl.losses import SmoothedInfoNCE
 from fastssl.losses.pairs import reduce_pairs
-from fastssl.losses.smoothed_target import rank_weights
-from fastssl.methods.base import (
-    Method,
-    MethodConfig,
-    Rates,
-    StepOutput,
-    Views,
-    embedding_std,
-    new_encoder,
-    smoothing_rates,
-)
+from fastssl.methods.base import Encoder, Method, Rates, SmoothedConfig, StepOutput, Views, new_encoder, view_metrics
 from fastssl.models.heads import ProjectorConfig
 from fastssl.optim import schedules
 from fastssl.optim.schedules import RunLength
@@ -45,18 +35,10 @@ from fastssl.pipelines.plan.order import batch_permutation
 
 
 @dataclass(frozen=True)
-class MoCoConfig(MethodConfig):
+class MoCoConfig(SmoothedConfig):
     """The method's own numbers.
 
     Attributes:
-        temperature: of the softmax (light-moco 0.1, MoCo-v2 0.2).
-        smoothing: mass that the target gives to the nearest negatives (0: plain InfoNCE).
-        weighting: how the mass is shared: ``uniform_topk``, ``stepped``, ``geometric``, ``nearest``, ``uniform_all``,
-            ``thirds``.
-        neighbors: number of nearest negatives that share it; None: the weighting's published number.
-        smoothing_schedule: ``constant``, ``warm`` (0 for ``smoothing_warm_epochs``, then all of it) or ``cosine``
-            (grows from 0).
-        smoothing_warm_epochs: read by ``warm`` only.
         symmetric: keys of both global views, each with the queries of all other views.
         queue: number of keys kept as negatives; a multiple of the keys of a step, two (or, if not symmetric, one) for
             each sample of the batch.
@@ -68,12 +50,6 @@ class MoCoConfig(MethodConfig):
         projector: shape of the head.
     """
 
-    temperature: float = 0.1
-    smoothing: float = 0.2
-    weighting: str = "stepped"
-    neighbors: int | None = None
-    smoothing_schedule: str = "constant"
-    smoothing_warm_epochs: int = 0
     symmetric: bool = True
     queue: int = 65536
     momentum: float = 0.999
@@ -82,20 +58,12 @@ class MoCoConfig(MethodConfig):
     projector: ProjectorConfig = field(default_factory=ProjectorConfig)
 
     def __post_init__(self) -> None:
-        if self.momentum_schedule not in schedules.MOMENTUM_SCHEDULES:
-            raise ValueError(
-                f"moco.momentum_schedule={self.momentum_schedule!r} is not one of "
-                f"{', '.join(schedules.MOMENTUM_SCHEDULES)}"
-            )
-        schedules.check_smoothing("moco", self.smoothing_schedule, self.smoothing_warm_epochs)
-        rank_weights(self.weighting, self.neighbors)  # which says what is wrong with them
-        if not 0 <= self.momentum <= 1:
-            raise ValueError(f"moco.momentum must lie in 0..1, got {self.momentum}")
+        super().__post_init__()
+        schedules.check_momentum("moco", self.momentum_schedule, self.momentum)
         if self.split_bn < 1 or self.queue < 1:
             raise ValueError("moco.split_bn and moco.queue must be at least 1")
 
     BATCH_KEY = "moco.queue"
-    EPOCH_KEYS = ("smoothing_warm_epochs",)
 
     @property
     def key_views(self) -> int:
@@ -119,8 +87,7 @@ class MoCoConfig(MethodConfig):
         steps = -(-self.queue // keys)
         if photos is not None:
             # One step's keys are the least; so are the neighbours that share the smoothing.
-            neighbors = len(rank_weights(self.weighting, self.neighbors))
-            steps = min(steps, max(1, photos // keys, -(-neighbors // keys)))
+            steps = min(steps, max(1, photos // keys, -(-self.sharing // keys)))
         groups = [min(self.split_bn, keys // 2)]
         if processes > 1:  # each process makes as many groups as the others, all of one size
             groups = [n for n in range(processes, self.split_bn + 1, processes) if keys % n == 0 and keys >= 2 * n]
@@ -141,6 +108,10 @@ class MoCo(Method):
     """
 
     METRICS = ("loss", "kl", "alignment", "embedding_std")
+
+    teacher: Encoder
+    queue: Tensor
+    queue_pointer: Tensor
 
     def __init__(
         self, backbone: nn.Module, config: MoCoConfig, *, views: Views, generator: torch.Generator | None = None
@@ -182,17 +153,16 @@ class MoCo(Method):
         momentum = schedules.ema_momentum(
             step, total_steps=run.total_steps, base=config.momentum, schedule=config.momentum_schedule
         )
-        return {"momentum": momentum, **smoothing_rates(config, step, run)}
+        return {"momentum": momentum, **config.smoothing_rates(step, run)}
 
-    def synchronise(self, convert: Callable[[nn.Module], nn.Module]) -> None:
+    def synchronise(self, convert: Callable[[nn.Module], object]) -> None:
         """As of any method; but keys that are dealt into groups have the statistics of their group, and the running
         ones are put together.
         """
         if self.config.split_bn == 1:
             super().synchronise(convert)
         else:
-            self.student = convert(self.student)
-            self.set_forward_modules(self.student, self.teacher)
+            convert(self.student)
             world = self.views.world
             self._dealt = SplitBatchNormStats(
                 self.teacher, groups=self.config.split_bn // world, rank=rank(), world=world
@@ -218,8 +188,10 @@ class MoCo(Method):
         queries = self.encode([images[0][hidden:], *images[1:]], hidden)
         terms = [self._term(queries, key, view, smoothing) for view, key in enumerate(keys.split(size))]
         loss = terms[0] + terms[1] if self.config.symmetric else terms[0]
-        with torch.no_grad():
-            return StepOutput(loss, self._metrics(loss, queries, keys, smoothing))
+        # The metrics' pair of global views is that of the first key: view 2's where there are two (light-moco's order).
+        key = keys[size:] if self.config.symmetric else keys
+        entropy = self.loss.target_entropy(smoothing, negatives=len(self.queue))
+        return StepOutput(loss, view_metrics(loss, self.key_views * entropy, queries[:size], key))
 
     def _term(self, queries: Tensor, key: Tensor, view: int, smoothing: Tensor | float) -> Tensor:
         """All queries but those of the key's own view against ``key`` (n, out): the reduced loss."""
@@ -249,7 +221,7 @@ class MoCo(Method):
         shuffled = everyone.index_select(0, mine)
         before = self._dealt.before() if self._dealt else None
         keys = gather_rows(torch.cat([self.teach(group) for group in shuffled.tensor_split(groups)]))
-        if before is not None:
+        if self._dealt and before is not None:
             self._dealt.combine(before)
         keys = torch.empty_like(keys).index_copy_(0, permutation, keys)
         if world == 1:
@@ -267,16 +239,3 @@ class MoCo(Method):
         places = (self.queue_pointer + torch.arange(count, device=keys.device)) % len(self.queue)
         self.queue.index_copy_(0, places, keys.to(self.queue.dtype))
         self.queue_pointer.add_(count).remainder_(len(self.queue))
-
-    def _metrics(self, loss: Tensor, queries: Tensor, keys: Tensor, smoothing: Tensor | float) -> Tensor:
-        """The values named in METRICS.
-
-        The loss of a soft target is at least the target's entropy: ``kl`` is what stands above that. ``alignment`` is
-        the squared distance of the first key's pair of global views.
-        """
-        size = len(keys) // self.key_views
-        # first key: view 2's where there are two (light-moco's order), else view 1's
-        key, query = (keys[size:], queries[:size]) if self.config.symmetric else (keys, queries[:size])
-        kl = loss - self.key_views * self.loss.target_entropy(smoothing, queue_size=len(self.queue))
-        alignment = (query - key).square().sum(dim=1).mean()
-        return torch.stack([loss.detach(), kl.detach(), alignment, embedding_std(query)]).float()

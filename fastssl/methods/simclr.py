@@ -18,52 +18,27 @@ from torch import Tensor, nn
 from fastssl.distributed.collectives import gather_views, rank
 from fastssl.losses.nt_xent import SmoothedNTXent
 from fastssl.losses.pairs import reduce_pairs, split_pairs
-from fastssl.losses.smoothed_target import rank_weights
-from fastssl.methods.base import (
-    Method,
-    MethodConfig,
-    Rates,
-    StepOutput,
-    Views,
-    embedding_std,
-    new_encoder,
-    smoothing_rates,
-)
+from fastssl.methods.base import Method, Rates, SmoothedConfig, StepOutput, Views, new_encoder, view_metrics
 from fastssl.models.heads import ProjectorConfig
-from fastssl.optim import schedules
 from fastssl.optim.schedules import RunLength
 
 
 @dataclass(frozen=True)
-class SimCLRConfig(MethodConfig):
+class SimCLRConfig(SmoothedConfig):
     """The method's own numbers.
 
     Attributes:
-        temperature: of the softmax.
-        smoothing, weighting, neighbors, smoothing_schedule, smoothing_warm_epochs: as of ``MoCoConfig``.
         projector: shape of the MLP.
     """
 
-    temperature: float = 0.1
-    smoothing: float = 0.2
-    weighting: str = "stepped"
-    neighbors: int | None = None
-    smoothing_schedule: str = "constant"
-    smoothing_warm_epochs: int = 0
     projector: ProjectorConfig = field(
         default_factory=lambda: ProjectorConfig(hidden=2048, out=128, layers=2, norm=True)
     )
 
-    def __post_init__(self) -> None:
-        schedules.check_smoothing("simclr", self.smoothing_schedule, self.smoothing_warm_epochs)
-        rank_weights(self.weighting, self.neighbors)  # which says what is wrong with them
-
     BATCH_KEY = "simclr.neighbors"
-    EPOCH_KEYS = ("smoothing_warm_epochs",)
 
     def allows(self, batch: int) -> bool:
-        needed = len(rank_weights(self.weighting, self.neighbors)) if self.smoothing else 0
-        return batch >= 2 and 2 * (batch - 1) >= needed
+        return batch >= 2 and 2 * (batch - 1) >= (self.sharing if self.smoothing else 0)
 
     def scaled(self, batch: int, *, photos: int | None = None, processes: int = 1) -> SimCLRConfig:
         return self if self.allows(batch) else replace(self, weighting="nearest", neighbors=None)
@@ -94,8 +69,8 @@ class SimCLR(Method):
                 "share the smoothing"
             )
 
-    def rates(self, step: int, run: RunLength) -> dict[str, float]:
-        return smoothing_rates(self.config, step, run)
+    def rates(self, step: int, run: RunLength) -> dict[str, float | bool]:
+        return self.config.smoothing_rates(step, run)
 
     def forward(self, images: Sequence[Tensor], targets: tuple[Tensor, ...], rates: Rates) -> StepOutput:
         batch, smoothing = self.views.batch_size, rates.get("smoothing", 0.0)
@@ -107,12 +82,6 @@ class SimCLR(Method):
             first=rank() * batch,
             smoothing=smoothing,
         )
-        loss = reduce_pairs(*split_pairs(pairs, (0, 1)), self.views.weights)
-        with torch.no_grad():
-            return StepOutput(loss, self._metrics(loss.detach(), anchors.detach(), smoothing))
-
-    def _metrics(self, loss: Tensor, anchors: Tensor, smoothing: Tensor | float) -> Tensor:
-        first, second = anchors[: 2 * self.views.batch_size].chunk(2)
+        loss = reduce_pairs(*split_pairs(pairs), self.views.weights)
         entropy = self.loss.target_entropy(smoothing, negatives=2 * (self.views.global_batch - 1))
-        alignment = (first - second).square().sum(1).mean()
-        return torch.stack([loss, loss - entropy, alignment, embedding_std(first)]).float()
+        return StepOutput(loss, view_metrics(loss, entropy, *anchors[: 2 * batch].chunk(2)))

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +24,8 @@ from fastssl.distributed.collectives import all_reduce_sum, gather_views, rank
 from fastssl.losses.pairs import reduce_pairs, split_pairs
 from fastssl.losses.sinkhorn import sinkhorn
 from fastssl.losses.soft_targets import soft_cross_entropy
-from fastssl.methods.base import Encoder, Method, MethodConfig, Rates, StepOutput, Views, embedding_std
+from fastssl.methods.base import Encoder, Method, MethodConfig, Rates, StepOutput, Views, view_metrics
 from fastssl.models.backbones import feature_dim
-from fastssl.models.drop_path import DropTable
 from fastssl.models.heads import Projector, ProjectorConfig, Prototypes
 from fastssl.optim.schedules import RunLength
 
@@ -112,11 +112,12 @@ class SwAV(Method):
     HAS_TEACHER = False
     DIVISIBLE = False  # the assignment looks at the whole batch
 
+    queue: Tensor
+
     def __init__(
         self, backbone: nn.Module, config: SwAVConfig, *, views: Views, generator: torch.Generator | None = None
     ):
-        head = SwAVHead(feature_dim(backbone), config)
-        super().__init__(Encoder(backbone, head, DropTable.install(backbone)), views)
+        super().__init__(Encoder(backbone, SwAVHead(feature_dim(backbone), config)), views)
         self.config = config
         self.queue_batches = config.queue // views.global_batch
         if config.queue and not self.queue_batches:
@@ -129,7 +130,7 @@ class SwAV(Method):
     @property
     def prototypes(self) -> Prototypes:
         """The student's."""
-        return self.student.projector.prototypes
+        return cast(SwAVHead, self.student.projector).prototypes
 
     def rates(self, step: int, run: RunLength) -> dict[str, float | bool]:
         """``frozen``: the prototypes stand still. ``fill``: the batch enters the queue. ``queue``: it is full and
@@ -149,39 +150,34 @@ class SwAV(Method):
         kept = embeddings[: 2 * self.views.batch_size].detach()
         assigned = self.assign(scores[:2].detach(), use_queue=bool(rates["queue"]))
         pairs = soft_cross_entropy(assigned, scores, self.config.temperature)
-        loss = reduce_pairs(*split_pairs(pairs, (0, 1)), self.views.weights)
+        loss = reduce_pairs(*split_pairs(pairs), self.views.weights)
         frozen = (self.prototypes.weight,) if rates["frozen"] else ()
         with torch.no_grad():
-            return StepOutput(loss, self._metrics(loss, kept, assigned), kept, frozen)
+            entropy = torch.special.entr(assigned).sum(-1).mean()
+            metrics = view_metrics(loss, entropy, *kept.chunk(2), entropy / math.log(self.config.prototypes))
+        return StepOutput(loss, metrics, kept, frozen)
 
     @torch.no_grad()
     def assign(self, scores: Tensor, *, use_queue: bool) -> Tensor:
         """Assignments (2, B, K) float32 of this rank's global views, shared out over the samples (and the queue) of all
         ranks.
         """
-        found = []
+        found, world = [], self.views.world
         for view, own in enumerate(scores):
             columns = own
             if use_queue:
-                share = self.queue.shape[1] // self.views.world
+                share = self.queue.shape[1] // world
                 mine = self.queue[view, rank() * share : (rank() + 1) * share]
                 columns = torch.cat([self.prototypes(mine), own])  # with the present prototypes; the batch comes last
-            found.append(self._sinkhorn(columns)[-len(own) :])
+            shared = sinkhorn(
+                columns,
+                self.config.epsilon,
+                self.config.sinkhorn_iterations,
+                all_reduce=all_reduce_sum if world > 1 else None,
+                ranks=world,
+            )
+            found.append(shared[-len(own) :])
         return torch.stack(found)
-
-    def _sinkhorn(self, scores: Tensor) -> Tensor:
-        world = self.views.world
-        reduce = all_reduce_sum if world > 1 else None
-        return sinkhorn(scores, self.config.epsilon, self.config.sinkhorn_iterations, all_reduce=reduce, ranks=world)
-
-    def _metrics(self, loss: Tensor, embeddings: Tensor, assigned: Tensor) -> Tensor:
-        entropy = torch.special.entr(assigned).sum(-1).mean()
-        first, second = embeddings.chunk(2)
-        alignment = (first - second).square().sum(1).mean()
-        loss = loss.detach()
-        return torch.stack(
-            [loss, loss - entropy, alignment, embedding_std(first), entropy / math.log(self.config.prototypes)]
-        ).float()
 
     @torch.no_grad()
     def after_step(self, targets: tuple[Tensor, ...], kept: Sequence[Tensor], rates: Rates) -> None:

@@ -15,12 +15,11 @@ from typing import Any
 
 import timm
 import torch
-from timm.layers import Attention2d, ConvNormAct, LayerScale2d, MultiQueryAttention2d
-from timm.models.vision_transformer import Block as VisionTransformerBlock
 from torch import Tensor, nn
 
 from fastssl.errors import FastSSLError
 from fastssl.models.drop_path import drop_path_layers
+from fastssl.models.initial import kaiming_init, zero_residual_branches
 from fastssl.models.strided_pointwise import guard_strided_pointwise
 from fastssl.utils.atomic_files import write_atomically
 from fastssl.utils.digest import digest
@@ -75,15 +74,11 @@ def resolve_arch(name: str, *, tags: bool = False) -> str:
             f"give the plain network: {plain}"
         )
     if not timm.is_model_pretrained(f"{arch}.{tag}"):
+        tags_of = [name.partition(".")[2] for name in timm.list_pretrained(f"{arch}.*")]
         raise FastSSLError(
-            f"unknown tag {shown(tag)} of {plain}{nearest(tag[:100], known_tags(arch))}; the plain network is {plain}"
+            f"unknown tag {shown(tag)} of {plain}{nearest(tag[:100], tags_of)}; the plain network is {plain}"
         )
     return f"{arch}.{tag}"
-
-
-def known_tags(arch: str) -> list[str]:
-    """The tags of the weights that timm lists for its network ``arch``."""
-    return [name.partition(".")[2] for name in timm.list_pretrained(f"{arch}.*")]
 
 
 def _warn(text: str) -> None:
@@ -112,7 +107,7 @@ def create_backbone(
         take any S that their patch size divides: the position embedding is interpolated.
     """
     arch = resolve_arch(name, tags=True)
-    options: dict[str, object] = {"num_classes": 0}
+    options: dict[str, Any] = {"num_classes": 0}  # of any network's constructor
     if resizes_positions(arch):
         options["dynamic_img_size"] = True
     if drop_path > 0:
@@ -197,84 +192,14 @@ def require_sizes(backbone: nn.Module, name: str, sizes: Mapping[str, int]) -> N
     raise FastSSLError(f"{name} cannot take pictures of {' or '.join(map(str, sorted(refused)))} px; {way}")
 
 
-@torch.no_grad()
-def kaiming_init(backbone: nn.Module) -> None:
-    """Draw all convolutions Kaiming normal by fan-out (ReLU), and let every BatchNorm begin at scale 1 and shift 0, as
-    torchvision does.
-
-    He et al., arXiv 1502.01852. timm differs from it for depth-wise filters (its fan-out counts the channels of a
-    group) and silences the last BatchNorm of each of ResNet's residual blocks; SSLight's networks begin in
-    torchvision's way.
-    """
-    for layer in backbone.modules():
-        if isinstance(layer, nn.Conv2d):
-            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
-            if layer.bias is not None:
-                nn.init.zeros_(layer.bias)
-        elif isinstance(layer, nn.BatchNorm2d) and layer.affine:
-            nn.init.ones_(layer.weight)
-            nn.init.zeros_(layer.bias)
-
-
-def zero_residual_branches(backbone: nn.Module) -> tuple[int, int]:
-    """Silence the last layer of each residual branch.
-
-    Every residual block then begins as the identity, and the network as its short chain of down-sampling blocks (Goyal
-    et al. 2017, arXiv 1706.02677, section 5.1, for ResNet; torchvision has the option under the same name, and timm
-    does it to every ResNet unasked, but not to the inverted residuals of the MobileNets and EfficientNets). In those
-    the last layer is a normalisation, whose scale becomes zero, or a layer scale; in a vision transformer it is the
-    linear layer behind the attention or in the MLP.
-
-    Returns:
-        (branches that are silent now, branches that were left as they are because their last layer is not known here).
-    """
-    silenced = left = 0
-    for block in backbone.modules():
-        if callable(getattr(block, "zero_init_last", None)):
-            block.zero_init_last()
-            silenced += 1
-            continue
-        ends: list[nn.Module | None] = []
-        if getattr(block, "has_skip", False):
-            ends = [_end_of_branch(block)]
-        elif isinstance(block, VisionTransformerBlock):
-            ends = [block.attn.proj, block.mlp.fc2]
-        for last in ends:
-            for name in ("weight", "bias", "gamma"):
-                if isinstance(parameter := getattr(last, name, None), nn.Parameter):
-                    nn.init.zeros_(parameter)
-        silenced, left = silenced + len(ends) - ends.count(None), left + ends.count(None)
-    return silenced, left
-
-
-def _end_of_branch(block: nn.Module) -> nn.Module | None:
-    """The layer that scales what an inverted residual, universal inverted bottleneck, attention or convolution block of
-    timm adds to its input.
-
-    None if none is found, or if a ReLU follows: behind a silent layer it lets no gradient through, and the branch would
-    stay silent.
-    """
-    for child in reversed(list(block.children())):
-        if isinstance(child, LayerScale2d):
-            return child
-        if isinstance(child, MultiQueryAttention2d):
-            return child.output.proj
-        if isinstance(child, Attention2d):
-            return child.proj
-        layer = child.bn if isinstance(child, ConvNormAct) else child
-        scale = getattr(layer, "weight", None)
-        if isinstance(scale, nn.Parameter) and scale.dim() == 1:  # a normalisation: one number a channel
-            return None if isinstance(getattr(layer, "act", None), (nn.ReLU, nn.ReLU6)) else layer
-    return None
-
-
 def feature_dim(backbone: nn.Module) -> int:
     """Width F of the vector that ``backbone`` returns.
 
     timm's ``num_features`` is the width of the last feature map; networks with a head after the pooling
     (MobileNet-V3) say the width of what they return in ``head_hidden_size``.
     """
-    return int(getattr(backbone, "head_hidden_size", None) or backbone.num_features)
+    widths = (getattr(backbone, name, None) for name in ("head_hidden_size", "num_features"))
+    return int(next(width for width in widths if width))
 
 
 def save_backbone(backbone: nn.Module, path: Path, *, arch: str, **notes: str) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -108,19 +108,9 @@ class _Depthwise(torch.autograd.Function):
         stride, padding, has_bias = context.settings
         of_maps = None
         if context.needs_input_grad[0]:
-            of_maps = torch.ops.aten.convolution_backward(
-                gradient,
-                maps,
-                weight,
-                None,
-                [stride] * 2,
-                [padding] * 2,
-                [1, 1],
-                False,
-                [0, 0],
-                len(weight),
-                [True, False, False],
-            )[0]
+            geometry = [stride] * 2, [padding] * 2, [1, 1], False, [0, 0], len(weight)
+            wanted = [True, False, False]
+            of_maps = torch.ops.aten.convolution_backward(gradient, maps, weight, None, *geometry, wanted)[0]
         of_weight = (
             weight_gradient(maps, gradient, weight.shape[2], stride, padding) if context.needs_input_grad[1] else None
         )
@@ -147,11 +137,12 @@ class _Forward:
             and torch.is_grad_enabled()
             and (side >= LARGE_FILTER or min(maps.shape[2:]) < side)
         ):
-            return _Depthwise.apply(maps, weight, bias, self.stride, self.padding)
+            features: Tensor = _Depthwise.apply(maps, weight, bias, self.stride, self.padding)
+            return features
         return functional.conv2d(maps, weight, bias, self.stride, self.padding, groups=len(weight))
 
 
-def is_taken(layer: nn.Module) -> bool:
+def is_taken(layer: nn.Module) -> TypeGuard[nn.Conv2d]:
     """Whether this is a convolution that :func:`use_own_gradient` changes."""
     return (
         type(layer) is nn.Conv2d
@@ -174,5 +165,5 @@ def use_own_gradient(network: nn.Module) -> int:
     """
     layers = [layer for layer in network.modules() if is_taken(layer)]
     for layer in layers:
-        layer._conv_forward = _Forward(layer.stride[0], layer.padding[0])
+        vars(layer)["_conv_forward"] = _Forward(layer.stride[0], int(layer.padding[0]))
     return len(layers)

@@ -39,9 +39,8 @@ class DropTable:
     """
 
     def __init__(self, layers: int):
-        self.layers, self.coins, self.first = layers, None, 0
-
-    coins: Tensor | None
+        self.layers, self.first = layers, 0
+        self.coins: Tensor | None = None
 
     def __deepcopy__(self, memo: dict) -> DropTable:
         return self  # a copy of the network reads the same coins
@@ -77,7 +76,8 @@ class DropTable:
             np.arange(slots)[:, None, None],
         )  # (4, slots, views, B)
         words = words.swapaxes(0, 1).reshape(4 * slots, -1)[: self.layers]
-        return (words >> np.uint32(8)).astype(np.float32) * np.float32(2.0**-24)
+        coins: NDArray[np.float32] = (words >> np.uint32(8)).astype(np.float32) * np.float32(2.0**-24)
+        return coins
 
 
 class PlannedDropPath(nn.Module):
@@ -96,6 +96,3 @@ class PlannedDropPath(nn.Module):
             1 - self.drop_prob
         )
         return branch * keep.view(-1, *[1] * (branch.dim() - 1))
-
-    def extra_repr(self) -> str:
-        return f"drop_prob={self.drop_prob:.3f}"

@@ -7,6 +7,7 @@ Prototypes    unit vectors to K scores by unit rows: SwAV's
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +16,7 @@ from torch.nn import functional
 
 #: a number of a stranger's recipe, for which layers are made one by one
 _MOST_LAYERS = 100
-ACTIVATIONS = {"relu": lambda: nn.ReLU(inplace=True), "gelu": nn.GELU}
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"relu": lambda: nn.ReLU(inplace=True), "gelu": nn.GELU}
 
 
 @dataclass(frozen=True)

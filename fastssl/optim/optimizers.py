@@ -96,7 +96,8 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict]:
     spared = [
         p
         for p in trainable
-        if (p.ndim <= 1 and not config.decay_1d) or (is_depthwise(p) and not config.decay_depthwise)
+        if (p.ndim <= 1 and not config.decay_1d)
+        or (p.ndim == 4 and p.shape[1] == 1 and not config.decay_depthwise)  # a depth-wise filter (C, 1, k, k)
     ]
     chosen = {id(p) for p in spared}
     decay = config.weight_decay if config.final_weight_decay is None else 0.0
@@ -104,11 +105,6 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict]:
     if spared:
         groups.append({"params": spared, "weight_decay": 0.0, "decays": False})
     return groups
-
-
-def is_depthwise(parameter: Tensor) -> bool:
-    """Whether this is the filter of a depth-wise convolution: (C, 1, k, k)."""
-    return parameter.ndim == 4 and parameter.shape[1] == 1
 
 
 class LARS(torch.optim.Optimizer):
@@ -136,7 +132,7 @@ class LARS(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "trust": trust})
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # it takes no closure
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
             if not parameters:

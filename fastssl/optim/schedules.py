@@ -153,6 +153,14 @@ def check_smoothing(section: str, schedule: str, warm_epochs: int) -> None:
         raise ValueError(f"{section}.smoothing_warm_epochs is read only with smoothing_schedule: warm")
 
 
+def check_momentum(section: str, schedule: str, momentum: float) -> None:
+    """The same for the momentum of the key network."""
+    if schedule not in MOMENTUM_SCHEDULES:
+        raise ValueError(f"{section}.momentum_schedule={schedule!r} is not one of {', '.join(MOMENTUM_SCHEDULES)}")
+    if not 0 <= momentum <= 1:
+        raise ValueError(f"{section}.momentum must lie in 0..1, got {momentum}")
+
+
 def _check_run(step: int, total_steps: int, steps_per_epoch: int = 1) -> None:
     if total_steps < 1 or steps_per_epoch < 1:
         raise ValueError(

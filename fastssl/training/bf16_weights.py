@@ -45,8 +45,8 @@ class Bf16Weights:
         shared = {id(t): t for t in (*original.parameters(), *original.buffers()) if id(t) not in cast}
         self.network: nn.Module = copy.deepcopy(original, shared)
         names = [name for name, parameter in original.named_parameters() if id(parameter) in cast]
-        self._full = [original.get_parameter(name) for name in names]
-        self._half = [self._replace(name) for name in names]
+        self._full: list[Tensor] = [original.get_parameter(name) for name in names]
+        self._half: list[Tensor] = [self._replace(name) for name in names]
 
     def _replace(self, name: str) -> nn.Parameter:
         path, _, last = name.rpartition(".")
@@ -64,23 +64,18 @@ class Bf16Weights:
     @torch.no_grad()
     def collect_gradients(self) -> None:
         """Add what a backward pass left at the bfloat16 weights to the float32 weights' gradients, and clear it."""
-        fresh = [
-            (full, half.grad)
-            for full, half in zip(self._full, self._half)
-            if half.grad is not None and full.grad is None
-        ]
-        again = [
-            (full.grad, half.grad)
-            for full, half in zip(self._full, self._half)
-            if half.grad is not None and full.grad is not None
-        ]
-        if fresh:
-            targets: list[Tensor] = []
-            for full, _ in fresh:
+        fresh: tuple[list[Tensor], list[Tensor]] = [], []
+        again: tuple[list[Tensor], list[Tensor]] = [], []
+        for full, half in zip(self._full, self._half):
+            if half.grad is None:
+                continue
+            totals, grads = fresh if full.grad is None else again
+            if full.grad is None:
                 full.grad = torch.empty_like(full)
-                targets.append(full.grad)
-            torch._foreach_copy_(targets, [grad for _, grad in fresh])
-        if again:
-            torch._foreach_add_([total for total, _ in again], [grad for _, grad in again])
-        for half in self._half:
+            totals.append(full.grad)
+            grads.append(half.grad)
             half.grad = None
+        if fresh[0]:
+            torch._foreach_copy_(*fresh)
+        if again[0]:
+            torch._foreach_add_(*again)

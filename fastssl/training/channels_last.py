@@ -4,6 +4,9 @@ it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeGuard
+
 import torch
 from torch import Tensor, nn
 
@@ -35,7 +38,7 @@ def channels_last_breaks(network: nn.Module, images: Tensor) -> list[str]:
     """
     broken: list[str] = []
 
-    def is_map(tensor: object) -> bool:
+    def is_map(tensor: object) -> TypeGuard[Tensor]:
         return (
             isinstance(tensor, Tensor)
             and tensor.dim() == 4
@@ -43,8 +46,8 @@ def channels_last_breaks(network: nn.Module, images: Tensor) -> list[str]:
             and tensor.shape[2] * tensor.shape[3] > 1
         )
 
-    def watch(name: str):
-        def look(layer: nn.Module, inputs: tuple, output: object) -> None:
+    def watch(name: str) -> Callable[[nn.Module, tuple[object, ...], object], None]:
+        def look(layer: nn.Module, inputs: tuple[object, ...], output: object) -> None:
             if inputs and is_map(inputs[0]) and is_map(output):
                 before, after = (t.is_contiguous(memory_format=torch.channels_last) for t in (inputs[0], output))
                 if before and not after:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fastssl.methods.base import Rates
 from fastssl.utils.transfer import to_device
 
 #: Runs before the recording, as PyTorch asks for: libraries choose their kernels and allocate their workspaces in them.
@@ -51,9 +53,8 @@ class RecordedCall:
         undo: Callable[[], None],
         record: Recorder = record_cuda_graph,
     ):
-        self._places = [
-            torch.empty_like(tensor).copy_(tensor) for tensor in inputs
-        ]  # the layout stays, channels-last too
+        # The layout stays, channels-last too.
+        self._places = [torch.empty_like(tensor).copy_(tensor) for tensor in inputs]
         try:
             with _side_stream(self._places):
                 for _ in range(WARM_UP_RUNS - 1):
@@ -80,65 +81,72 @@ class RecordedCall:
 
     def close(self) -> None:
         """Let go of the recording, also where a traceback still holds this object. It cannot be called any more."""
-        self._replay = self._result = None
+        del self._replay, self._result
+
+
+class StepInputs(NamedTuple):
+    """What a training step is called with.
+
+    Attributes:
+        views: as ``ViewLoader`` gives them.
+        noise: what is drawn for the step, by name.
+        rates: what the schedules say, by name: numbers and switches.
+        tables: the colour tables that belong to uint8 crops; none: ``views`` are coloured and normalised.
+    """
+
+    views: Sequence[Tensor]
+    noise: Mapping[str, Tensor]
+    rates: Rates
+    tables: Sequence[Tensor]
+
+    def switches(self) -> dict[str, bool]:
+        """Those of ``rates`` that are no numbers."""
+        return {name: value for name, value in self.rates.items() if isinstance(value, bool)}
 
 
 class RecordedStep:
-    """A step ``(views, noise, rates, tables) -> metrics`` as one recorded call; later ones have the same shapes.
+    """A step as one recorded call; later ones have the same shapes.
 
     Its inputs are laid out flat here, so that the step itself reads as if nothing were recorded. What the schedules say
     is an input like any other: a recorded number would stay what it was. Switches are recorded as they are.
 
     Args:
-        step: the step, run eagerly.
-        views, noise, rates, tables: of its first call.
+        step: the step, run eagerly; returns its metrics.
+        inputs: of its first call.
         undo, record: see ``RecordedCall``.
     """
 
     def __init__(
         self,
-        step: Callable[[list[Tensor], dict[str, Tensor], dict[str, Tensor | bool], list[Tensor]], Tensor],
-        views: Sequence[Tensor],
-        noise: Mapping[str, Tensor],
-        rates: Mapping[str, float | bool],
-        tables: Sequence[Tensor],
+        step: Callable[[StepInputs], Tensor],
+        inputs: StepInputs,
         *,
         undo: Callable[[], None],
         record: Recorder = record_cuda_graph,
     ):
-        switches = {name: value for name, value in rates.items() if isinstance(value, bool)}
-        self._numbers = [name for name in rates if name not in switches]
-        names, first, last = list(noise), len(views), len(views) + len(tables)
+        switches = inputs.switches()
+        self._numbers = [name for name in inputs.rates if name not in switches]
+        names, first, last = list(inputs.noise), len(inputs.views), len(inputs.views) + len(inputs.tables)
 
         def call(places: list[Tensor]) -> Tensor:
             numbers, rest = dict(zip(self._numbers, places[0].unbind())), places[1:]
-            return step(rest[:first], dict(zip(names, rest[last:])), {**numbers, **switches}, rest[first:last])
+            return step(
+                StepInputs(rest[:first], dict(zip(names, rest[last:])), {**numbers, **switches}, rest[first:last])
+            )
 
-        self._call = RecordedCall(call, self._flat(views, noise, rates, tables), undo=undo, record=record)
+        self._call = RecordedCall(call, self._flat(inputs), undo=undo, record=record)
 
-    def __call__(
-        self,
-        views: Sequence[Tensor],
-        noise: Mapping[str, Tensor],
-        rates: Mapping[str, float | bool],
-        tables: Sequence[Tensor],
-    ) -> Tensor:
+    def __call__(self, inputs: StepInputs) -> Tensor:
         """Replay. The result's memory is written again by the next replay."""
-        return self._call(self._flat(views, noise, rates, tables))
+        return self._call(self._flat(inputs))
 
     def close(self) -> None:
         """Let go of the recording."""
         self._call.close()
 
-    def _flat(
-        self,
-        views: Sequence[Tensor],
-        noise: Mapping[str, Tensor],
-        rates: Mapping[str, float | bool],
-        tables: Sequence[Tensor],
-    ) -> list[Tensor]:
-        numbers = np.array([rates[name] for name in self._numbers], np.float32)
-        return [to_device(numbers, views[0].device), *views, *tables, *noise.values()]
+    def _flat(self, inputs: StepInputs) -> list[Tensor]:
+        numbers = np.array([inputs.rates[name] for name in self._numbers], np.float32)
+        return [to_device(numbers, inputs.views[0].device), *inputs.views, *inputs.tables, *inputs.noise.values()]
 
 
 def _on_gpu(tensors: Sequence[Tensor]) -> bool:
@@ -165,20 +173,16 @@ def _no_waiting(tensors: Sequence[Tensor]) -> Iterator[None]:
         torch.cuda.set_sync_debug_mode(before)
 
 
-class _side_stream:
+@contextmanager
+def _side_stream(tensors: Sequence[Tensor]) -> Iterator[None]:
     """Warm-up on a stream of its own, which both waits for and is waited for by the present one. Nothing on a CPU."""
-
-    def __init__(self, tensors: Sequence[Tensor]):
-        self._used = _on_gpu(tensors)
-
-    def __enter__(self) -> None:
-        if self._used:
-            self._stream = torch.cuda.Stream()
-            self._stream.wait_stream(torch.cuda.current_stream())
-            self._context = torch.cuda.stream(self._stream)
-            self._context.__enter__()
-
-    def __exit__(self, *error: object) -> None:
-        if self._used:
-            self._context.__exit__(*error)
-            torch.cuda.current_stream().wait_stream(self._stream)
+    if not _on_gpu(tensors):
+        yield
+        return
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    try:
+        with torch.cuda.stream(stream):
+            yield
+    finally:
+        torch.cuda.current_stream().wait_stream(stream)

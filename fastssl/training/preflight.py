@@ -4,15 +4,7 @@ from __future__ import annotations
 
 from fastssl.errors import FastSSLError, counted
 from fastssl.pipelines.beton.reader import BetonReader
-from fastssl.pipelines.beton.side_file import read_side_file
 from fastssl.pipelines.beton.verify import verify
-
-
-def require_readable_names(reader: BetonReader) -> None:
-    """Raise FastSSLError where there is a side file and it cannot be read: the report asks it for the names of the
-    classes.
-    """
-    read_side_file(reader.path)
 
 
 def require_whole_photos(reader: BetonReader, workers: int | None = None) -> None:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -28,49 +27,18 @@ from fastssl.distributed.sync_batchnorm import synchronise_batchnorm
 from fastssl.distributed.world import World
 from fastssl.errors import FastSSLError, without_folders
 from fastssl.methods import METHODS
-from fastssl.methods.base import Method, Views
-from fastssl.models.backbones import create_backbone, require_sizes, resolve_arch
+from fastssl.methods.base import Method, Rates, Views
 from fastssl.models.depthwise import use_own_gradient
 from fastssl.models.pointwise import use_matrix_products
 from fastssl.optim.optimizers import ScheduledDecay, create_optimizer, set_lr
 from fastssl.optim.schedules import RunLength, learning_rate, weight_decay
 from fastssl.pipelines.ops.augment import augment_device
-from fastssl.pipelines.plan.multicrop import MultiCrop
 from fastssl.training.bf16_weights import Bf16Weights
 from fastssl.training.channels_last import channels_last_breaks, require_channels_last
-from fastssl.training.cuda_graph import RecordedStep, Recorder, record_cuda_graph
+from fastssl.training.cuda_graph import RecordedStep, Recorder, StepInputs, record_cuda_graph
+from fastssl.training.initial_backbone import initial_backbone
 from fastssl.utils.host_memory import keep_freed_memory
 from fastssl.utils.transfer import to_device
-
-
-def picture_sizes(recipe: Recipe) -> dict[str, int]:
-    """Sides of the pictures that the network will see, by the recipe's key."""
-    if isinstance(recipe.views, MultiCrop):
-        local = {"views.local_size": recipe.views.local_size} if recipe.views.local_count else {}
-        views = {"views.global_size": recipe.views.global_size, **local}
-    else:
-        views = {f"views.{number}.size": spec.size for number, spec in enumerate(recipe.views)}
-    return {**views, "probe.size": recipe.probe.size}
-
-
-def initial_backbone(recipe: Recipe, seed: int, say: Callable[[str], None] = lambda text: None) -> nn.Module:
-    """The backbone as a run with this seed begins with it, on the CPU: the same weights at every call.
-
-    Args:
-        say: is told which settings of the recipe change nothing in this network. A recipe may be for other networks,
-            too: that is no warning.
-
-    Raises:
-        FastSSLError: no such network, a name with the tag of weights, or a size of views or probe that the network does
-            not take.
-    """
-    resolve_arch(recipe.arch)  # refuses the tag of weights, which would not be used
-    torch.manual_seed(seed)
-    backbone = create_backbone(
-        recipe.arch, drop_path=recipe.drop_path, init=recipe.init, zero_init_residual=recipe.zero_init_residual, say=say
-    )
-    require_sizes(backbone, recipe.arch, picture_sizes(recipe))
-    return backbone
 
 
 def numbers(rates: Mapping[str, float | bool]) -> dict[str, float]:
@@ -130,14 +98,14 @@ class TrainStep:
         self.without_effect: list[str] = []
         if device.type == "cuda":
             torch.backends.cudnn.benchmark = not recipe.train.deterministic  # every step has the same shapes
-        self.method = self._new_method().to(device, memory_format=torch.channels_last).train()
+        self.method = self._new_method().to(device).to(memory_format=torch.channels_last).train()
         if device.type == "cpu":
             use_own_gradient(self.method)
             use_matrix_products(self.method)
         if world.size > 1:
             self.method.synchronise(lambda network: synchronise_batchnorm(network, device))
         self.optimizer = create_optimizer(self.method, recipe.optim)
-        self._decay = None
+        self._decay: ScheduledDecay | None = None
         if recipe.optim.final_weight_decay is not None:
             self._decay = ScheduledDecay(self.optimizer, decoupled=recipe.optim.name == "adamw")
         self._trained = [p for p in self.method.parameters() if p.requires_grad]
@@ -159,7 +127,7 @@ class TrainStep:
 
     def _new_method(self) -> Method:
         recipe = self.recipe
-        kind, _ = METHODS[recipe.method]
+        kind: Callable[..., Method] = METHODS[recipe.method][0]
         views = Views(self.batch_size, recipe.pair_weights, self.world.size)
         backbone = initial_backbone(recipe, self.seed, self.without_effect.append)
         try:
@@ -171,8 +139,7 @@ class TrainStep:
         except RuntimeError as error:  # torch's allocator: "you tried to allocate ... bytes"
             raise FastSSLError(
                 f"no memory for the networks of {recipe.method} ({' '.join(str(error).split())[:120]}); lower "
-                "its sizes (queue, out, prototypes, "
-                "projector.hidden) with --set"
+                "its sizes (queue, out, prototypes, projector.hidden) with --set"
             ) from error
 
     @property
@@ -257,16 +224,16 @@ class TrainStep:
         wanted = self.method.views.count * self.batch_size
         if sum(map(len, views)) != wanted:
             raise ValueError(f"{sum(map(len, views))} views, but a batch of {self.batch_size} has {wanted}")
-        switches = {name: value for name, value in rates.items() if isinstance(value, bool)}
+        inputs = StepInputs(views, noise, rates, tables)
         if not self.prepared:
             started = time.monotonic()
-            self._prepare(views, noise, rates, tables)
+            self._prepare(inputs)
             self.prepare_s = time.monotonic() - started
-        elif self._recorded is not None and switches != self._switches:  # what was recorded is another step
+        elif self._recorded is not None and inputs.switches() != self._switches:  # what was recorded is another step
             self._recorded = None
-            self._try("graph", lambda: self._capture(views, noise, rates, tables))
-        self._switches = switches
-        return (self._recorded or self._run)(views, noise, rates, tables)
+            self._try("graph", lambda: self._capture(inputs))
+        self._switches = inputs.switches()
+        return (self._recorded or self._run)(inputs)
 
     def close(self) -> None:
         """Let go of a recorded step; later calls would run eagerly. To be called before the processes part (see
@@ -278,13 +245,8 @@ class TrainStep:
 
     # ------------------------------------------------------------------ the step itself
 
-    def _run(
-        self,
-        views: Sequence[Tensor],
-        noise: Mapping[str, Tensor],
-        rates: Mapping[str, Tensor | float | bool],
-        tables: Sequence[Tensor],
-    ) -> Tensor:
+    def _run(self, inputs: StepInputs) -> Tensor:
+        views, noise, rates, tables = inputs
         method, parts = self.method, self.recipe.train.accumulate
         if tables:
             specs = zip(views, tables, self.recipe.views)
@@ -324,7 +286,7 @@ class TrainStep:
         size = batch // parts
         return torch.cat([rows.narrow(0, first + part * size, size) for first in range(0, len(rows), batch)])
 
-    def update(self, rates: Mapping[str, Tensor | float | bool]) -> None:
+    def update(self, rates: Rates) -> None:
         """Weight decay and the optimiser's step on the gradients that are there, then the moving average."""
         if self._decay is not None:
             self._decay.apply(rates["lr"], rates["weight_decay"])
@@ -346,23 +308,18 @@ class TrainStep:
 
     # ------------------------------------------------------------------ the first call
 
-    def _prepare(
-        self,
-        views: Sequence[Tensor],
-        noise: Mapping[str, Tensor],
-        rates: Mapping[str, float | bool],
-        tables: Sequence[Tensor],
-    ) -> None:
+    def _prepare(self, inputs: StepInputs) -> None:
         """Compile and record as the recipe asks, on the first batch; the state is afterwards as it was before."""
         self.prepared = True
         train, backbone = self.recipe.train, self.method.student.backbone
-        sample = torch.zeros(2, *views[0].shape[1:], device=self.device).contiguous(memory_format=torch.channels_last)
+        sample = torch.zeros(2, *inputs.views[0].shape[1:], device=self.device)
+        sample = sample.contiguous(memory_format=torch.channels_last)
         if broken := channels_last_breaks(backbone, sample):
             self.fallbacks["channels_last"] = f"{self.recipe.arch} leaves the layout behind {', '.join(broken[:3])}"
         if train.compile:
-            self._try("compile", lambda: self._compile(views, noise, rates, tables))
+            self._try("compile", lambda: self._compile(inputs))
         if self.takes_crops:
-            self._try("graph", lambda: self._capture(views, noise, rates, tables))
+            self._try("graph", lambda: self._capture(inputs))
 
     def _try(self, switch: str, prepare: Callable[[], None]) -> None:
         undo, reason = self.snapshot(), ""
@@ -383,26 +340,26 @@ class TrainStep:
             else:
                 self._recorded = None
 
-    def _compile(self, *step: Any) -> None:
+    def _compile(self, inputs: StepInputs) -> None:
         if torch._dynamo.config.disable:
             raise FastSSLError("switched off by TORCH_COMPILE_DISABLE")
+        student, teacher = self.networks
         self.method.set_forward_modules(
-            *(network and torch.compile(network, dynamic=False) for network in self.networks)
+            torch.compile(student, dynamic=False), teacher and torch.compile(teacher, dynamic=False)
         )
-        self._run(*step)
+        self._run(inputs)
 
-    def _capture(self, *step: Any) -> None:
-        self._recorded = RecordedStep(self._run, *step, undo=self.snapshot(), record=self._record)
+    def _capture(self, inputs: StepInputs) -> None:
+        self._recorded = RecordedStep(self._run, inputs, undo=self.snapshot(), record=self._record)
+
+    def _optimizer_tensors(self) -> list[Tensor]:
+        return [t for state in self.optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
 
     def is_finite(self) -> bool:
         """Whether all numbers of the networks, the queue or centre and the optimiser are. Waits for the device."""
-        tensors = [
-            *self.method.state_dict().values(),
-            *(t for state in self.optimizer.state.values() for t in state.values() if isinstance(t, Tensor)),
-        ]
         floats = [
             tensor
-            for tensor in tensors
+            for tensor in (*self.method.state_dict().values(), *self._optimizer_tensors())
             if tensor.is_floating_point() and tensor.numel() and tensor.device.type == self.device.type
         ]
         # The largest magnitude is finite if all are: one launch for all tensors, and one number to wait for.
@@ -413,19 +370,15 @@ class TrainStep:
         does not wait for the device.
         """
         kept = [(tensor, tensor.clone()) for tensor in self.method.state_dict().values()]
-        before = {
-            id(t): t.clone() for state in self.optimizer.state.values() for t in state.values() if isinstance(t, Tensor)
-        }
+        before = {id(tensor): tensor.clone() for tensor in self._optimizer_tensors()}
 
         @torch.no_grad()
         def undo() -> None:
             for tensor, value in kept:
                 tensor.copy_(value)
-            for state in self.optimizer.state.values():
-                for tensor in state.values():
-                    if isinstance(tensor, Tensor):
-                        # A buffer that was made meanwhile is one that the first step would have begun at zero.
-                        tensor.copy_(before[id(tensor)]) if id(tensor) in before else tensor.zero_()
+            for tensor in self._optimizer_tensors():
+                # A buffer that was made meanwhile is one that the first step would have begun at zero.
+                tensor.copy_(before[id(tensor)]) if id(tensor) in before else tensor.zero_()
             self._refresh()
 
         return undo

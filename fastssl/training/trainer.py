@@ -30,6 +30,7 @@ from fastssl.methods.base import Encoder
 from fastssl.pipelines.beton.reader import BetonReader
 from fastssl.pipelines.loader import Batch, ViewLoader
 from fastssl.runs.checkpoint import Position, has_all_files
+from fastssl.runs.folder import RunFolder
 from fastssl.runs.saver import NotSaved
 from fastssl.training.rollback import NonFiniteGuard, advice
 from fastssl.training.setup import RunOptions, Setup
@@ -76,7 +77,7 @@ def train(run: Setup) -> TrainResult | None:
     with run.make_loader() as loader, closing(run.step):
         log, guard, vote, probe = StepLog(run, loader), NonFiniteGuard(run), Vote(2), _online_probe(run)
         if run.saver:
-            _complete_checkpoint(run)
+            _complete_checkpoint(run, run.saver.folder)
             run.saver.begin()
         for line in run.plan():
             run.progress.note(line)
@@ -85,7 +86,7 @@ def train(run: Setup) -> TrainResult | None:
                 make_steps(run, loader, log, guard, vote)
             _end_epoch(run, loader, vote, probe)
         vote.close()
-    return _result(run, probe) if probe else None
+    return _result(run, probe, run.folder) if probe and run.folder else None
 
 
 def make_steps(run: Setup, loader: ViewLoader, log: StepLog, guard: NonFiniteGuard, vote: Vote) -> None:
@@ -146,11 +147,13 @@ def _end_epoch(run: Setup, loader: ViewLoader, vote: Vote, probe: OnlineProbe | 
     ended = position.epoch + 1
     last = ended == run.recipe.train.epochs
     if every and ended % every == 0 and not last:
-        row = probe and run.stop.unless_asked(lambda: probe.run(run.backbone, step=position.step, epoch=ended))
+        row = None
+        if probe:
+            row = run.stop.unless_asked(lambda: probe.run(run.backbone, step=position.step, epoch=ended))
         # The others wait here for the first process, which probes alone. A run that goes on from here probes again.
         if any_rank(bool(run.stop)):
             _leave(run, vote)
-        if row is not None:
+        if probe and row is not None:
             _report_probe(run, probe, row)
     position.epoch, position.step_in_epoch = ended, 0
     milestone = _milestone(run, ended)
@@ -214,14 +217,14 @@ def save_checkpoint(run: Setup, milestone: int | None = None, *, patiently: bool
     return saved
 
 
-def _complete_checkpoint(run: Setup) -> None:
+def _complete_checkpoint(run: Setup, folder: RunFolder) -> None:
     """Write the files that a kill in the middle of a checkpoint, or a checkpoint from elsewhere, left out."""
     position, milestone = run.position, None
     if position.step == 0:
         return
     if position.step_in_epoch == 0:
         milestone = _milestone(run, position.epoch)
-    if not has_all_files(run.folder.checkpoints, run.step.method, position.step, milestone):
+    if not has_all_files(folder.checkpoints, run.step.method, position.step, milestone):
         save_checkpoint(run, milestone, patiently=position.epoch >= run.recipe.train.epochs)
 
 
@@ -251,7 +254,7 @@ def _gather_skipped(run: Setup, loader: ViewLoader) -> None:
     run.position.skipped = sorted({*run.position.skipped, *met})
 
 
-def _result(run: Setup, probe: OnlineProbe) -> TrainResult:
+def _result(run: Setup, probe: OnlineProbe, folder: RunFolder) -> TrainResult:
     return TrainResult(
         recipe=run.recipe,
         options=run.options,
@@ -266,6 +269,6 @@ def _result(run: Setup, probe: OnlineProbe) -> TrainResult:
         git=run.git,
         total_steps=run.length.total_steps,
         position=run.position,
-        rows=run.folder.metrics.rows(),
+        rows=folder.metrics.rows(),
         online_judged=len(probe.split.query_index),
     )

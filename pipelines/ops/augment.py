@@ -137,7 +137,7 @@ def augment_device(views: Tensor, table: Tensor, spec: ViewSpec, dtype: torch.dt
     count, _, size, _ = views.shape
     column = table.split(1, dim=1)  # (N, 1) each: per-sample numbers that broadcast over (N, S * S)
     planes = [
-        views[:, channel].float(memory_format=torch.contiguous_format).view(count, size * size).div_(255)
+        views[:, channel].to(torch.float32, memory_format=torch.contiguous_format).view(count, size * size).div_(255)
         for channel in range(3)
     ]
     if spec.jitter > 0:

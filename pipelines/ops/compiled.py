@@ -183,7 +183,8 @@ def crop_resize(image: np.ndarray, box: np.ndarray, cubic: bool, scratch: np.nda
         for x in range(size):
             column = size - 1 - x if flip else x
             pairs = (column_taps[column] + 1) // 2
-            _weigh(source + 3 * column_first[column], source_row, whole, column, pairs, target + 3 * x, target_row)
+            first, place = source + 3 * column_first[column], target + 3 * x
+            _weigh(first, source_row, whole, column, pairs, place, target_row)  # type: ignore[call-arg]  # see @intrinsic
         y += _ROWS if many else 1
         target += narrow * (_ROWS if many else 1)
     # Whole lines are added up here, which the compiler turns into vector instructions.

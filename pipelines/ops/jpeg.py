@@ -6,7 +6,7 @@ because a wrong picture in a training set is never noticed again. Every call rel
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import simplejpeg
@@ -59,9 +59,10 @@ def decode(data: bytes | memoryview | np.ndarray, *, at_least: tuple[int, int] |
     _checked_header(data)
     scale = {} if at_least is None else {"min_height": at_least[0], "min_width": at_least[1], "min_factor": 2}
     try:
-        return simplejpeg.decode_jpeg(data, colorspace="RGB", strict=True, **scale)
+        rgb: np.ndarray = simplejpeg.decode_jpeg(data, colorspace="RGB", strict=True, **scale)
     except (ValueError, MemoryError) as error:
         raise JpegError(f"damaged JPEG: {_cause(error)}") from None
+    return rgb
 
 
 def decode_into(data: bytes | memoryview | np.ndarray, out: np.ndarray) -> None:
@@ -89,11 +90,12 @@ def encode(rgb: np.ndarray, quality: int) -> bytes:
         raise JpegError(f"JPEG quality is 1 to 100, not {quality}")
     subsampling = "444" if quality >= FULL_CHROMA_QUALITY else "420"
     try:
-        return simplejpeg.encode_jpeg(
+        data: bytes = simplejpeg.encode_jpeg(
             np.ascontiguousarray(rgb), quality=quality, colorspace="RGB", colorsubsampling=subsampling
         )
     except ValueError as error:
         raise JpegError(f"cannot encode a {rgb.shape[0]}x{rgb.shape[1]} picture as JPEG: {_cause(error)}") from None
+    return data
 
 
 def exif_orientation(data: bytes) -> int:
@@ -118,7 +120,7 @@ def exif_orientation(data: bytes) -> int:
 def _tiff_orientation(tiff: bytes) -> int:
     if tiff[:4] not in (b"II*\0", b"MM\0*"):
         return 1
-    order = "little" if tiff[:1] == b"I" else "big"
+    order: Literal["little", "big"] = "little" if tiff[:1] == b"I" else "big"
     directory = int.from_bytes(tiff[4:8], order)
     entries = int.from_bytes(tiff[directory : directory + 2], order)
     for at in range(directory + 2, min(directory + 2 + 12 * entries, len(tiff) - 11), 12):
@@ -136,7 +138,7 @@ def require_few_scans(data: bytes | memoryview | np.ndarray, pixels: int) -> Non
     Sequential Huffman coding spends bits on every block of every scan, so there the file's size is the bound, and
     nothing is looked for.
     """
-    view = memoryview(data).cast("B")
+    view = memoryview(data).cast("B")  # type: ignore[arg-type]  # arrays are buffers, by NumPy's types from 3.12 on
     if _frame_marker(view) in (0xC0, 0xC1):
         return
     # 0xFF is followed by 0 in coded data: this is a marker, or a few bytes of a comment.

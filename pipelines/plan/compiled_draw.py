@@ -62,7 +62,7 @@ def portable_exp(x: float) -> float:
 
 @exact
 def draw_crop(
-    record: np.void,
+    record: np.record,
     item: int,
     epoch: int,
     stream_view: int,
@@ -97,7 +97,7 @@ def draw_crop(
 
 @exact
 def draw_colour(
-    record: np.void,
+    record: np.record,
     flags: tuple,
     factors: tuple,
     blurs: tuple,

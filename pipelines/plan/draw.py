@@ -110,8 +110,8 @@ class ViewSpec:
 
     def __post_init__(self) -> None:
         for name, most in (("size", 4096), ("count", 1024)):
-            _check_integer(name, getattr(self, name), 1, most)
-        _check_integer("solarise_threshold", self.solarise_threshold, 0, 256)
+            check_integer(name, getattr(self, name), 1, most)
+        check_integer("solarise_threshold", self.solarise_threshold, 0, 256)
         for name, low, high in (("area", 1e-6, 1.0), ("ratio", 1e-3, 1e3), ("blur_sigma", 1e-2, 100.0)):
             self._check_numbers(name, 2, low, high)
             if getattr(self, name)[0] > getattr(self, name)[1]:
@@ -154,7 +154,8 @@ def _check_number(name: str, value: object, low: float, high: float) -> None:
         raise ViewSpecError(f"{name} must lie in {low:g} .. {high:g}, got {value!r}")
 
 
-def _check_integer(name: str, value: object, low: int, high: int) -> None:
+def check_integer(name: str, value: object, low: int, high: int) -> None:
+    """Raise ViewSpecError unless ``value`` is a whole number in this range."""
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
         raise ViewSpecError(f"{name} must be a whole number in {low} .. {high}, got {value!r}")
 
@@ -185,9 +186,8 @@ def draw_plan(
         ValueError: the arrays' shapes differ, or a picture is empty.
         SeedError: seed, epoch, id or view number is out of range.
     """
-    from fastssl.pipelines.plan.compiled_draw import (
-        draw_views,
-    )  # numba takes half a second to load, and recipes are read without it
+    # numba takes half a second to load, and recipes are read without it.
+    from fastssl.pipelines.plan.compiled_draw import draw_views
 
     ids, heights, widths = (np.asarray(array, dtype=np.int64) for array in (sample_ids, heights, widths))
     if ids.ndim != 1 or heights.shape != ids.shape or widths.shape != ids.shape:

@@ -16,51 +16,35 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from fastssl.errors import counted
-from fastssl.pipelines.plan.draw import ViewSpec, ViewSpecError
+from fastssl.pipelines.plan.draw import ViewSpec, ViewSpecError, check_integer
 
 #: What ``augment``, ``global_1``, ``global_2`` and ``local`` may set: everything of a view but what this object decides
 #: itself.
 _AUGMENTATION = tuple(f.name for f in dataclasses.fields(ViewSpec) if f.name not in ("size", "count", "area", "center"))
 
 
+def _preset(threshold: float, local_size: int, local_count: int, weights: list[float] | None) -> dict[str, Any]:
+    return {
+        "threshold": threshold,
+        "area": [0.05, 1.0],
+        "global_size": 224,
+        "local_size": local_size,
+        "local_count": local_count,
+        "weights": weights,
+    }
+
+
 #: The designs of the published recipes by name: the usual multi-crop of SwAV and DINO, and SSLight's, for CNNs and for
 #: vision transformers.
-PRESETS: dict[str, dict[str, Any]] = {
-    "baseline-cnn": {
-        "threshold": 0.14,
-        "area": [0.05, 1.0],
-        "global_size": 224,
-        "local_size": 96,
-        "local_count": 6,
-        "weights": None,
-    },
-    "sslight-cnn": {
-        "threshold": 0.3,
-        "area": [0.05, 1.0],
-        "global_size": 224,
-        "local_size": 128,
-        "local_count": 6,
-        "weights": [0.4, 0.6],
-    },
-    "baseline-vit": {
-        "threshold": 0.25,
-        "area": [0.05, 1.0],
-        "global_size": 224,
-        "local_size": 96,
-        "local_count": 10,
-        "weights": None,
-    },
-    "sslight-vit": {
-        "threshold": 0.3,
-        "area": [0.05, 1.0],
-        "global_size": 224,
-        "local_size": 128,
-        "local_count": 10,
-        "weights": [0.4, 0.6],
-    },
+PRESETS = {
+    "baseline-cnn": _preset(0.14, 96, 6, None),
+    "sslight-cnn": _preset(0.3, 128, 6, [0.4, 0.6]),
+    "baseline-vit": _preset(0.25, 96, 10, None),
+    "sslight-vit": _preset(0.3, 128, 10, [0.4, 0.6]),
 }
 
 
@@ -97,12 +81,7 @@ class MultiCrop(Sequence[ViewSpec]):
     def __post_init__(self) -> None:
         if not self.area[0] <= self.threshold <= self.area[1]:
             raise ViewSpecError(f"threshold={self.threshold} must lie within area={list(self.area)}")
-        if (
-            isinstance(self.local_count, bool)
-            or not isinstance(self.local_count, int)
-            or not 0 <= self.local_count <= 1022
-        ):
-            raise ViewSpecError(f"local_count must be a whole number in 0 .. 1022, got {self.local_count!r}")
+        check_integer("local_count", self.local_count, 0, 1022)
         if self.weights is not None:
             if not all(math.isfinite(w) and w >= 0 for w in self.weights) or abs(sum(self.weights) - 1) > 1e-6:
                 raise ViewSpecError(f"weights={list(self.weights)} must be two numbers, none negative, that sum to 1")
@@ -114,9 +93,10 @@ class MultiCrop(Sequence[ViewSpec]):
                 raise ViewSpecError(
                     f"weights={list(self.weights)} give local pairs no weight: local_count=0 would save their cost"
                 )
-        object.__setattr__(self, "_specs", tuple(self._build()))
+        list(self)  # each group checks its own settings
 
-    def _build(self) -> list[ViewSpec]:
+    @cached_property
+    def _specs(self) -> list[ViewSpec]:
         split = (self.threshold, self.area[1])
         groups = [
             self._spec("global_1", self.global_size, 1, split),
@@ -142,7 +122,7 @@ class MultiCrop(Sequence[ViewSpec]):
     def __len__(self) -> int:
         return len(self._specs)
 
-    def __getitem__(self, index: int) -> ViewSpec:  # type: ignore[override]
+    def __getitem__(self, index: int) -> ViewSpec:  # type: ignore[override]  # no slices
         return self._specs[index]
 
     @property

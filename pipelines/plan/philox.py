@@ -108,19 +108,20 @@ def keyed_words(
     Raises:
         SeedError: a value does not fit; it would silently share another one's stream.
     """
-    seed, epoch = check_range("seed", seed, 64), check_range("epoch", epoch, 32)
+    key, epochs = check_range("seed", seed, 64), check_range("epoch", epoch, 32)
     item, view, slot = check_range("item", item, 63), check_range("view", view, 16), check_range("slot", slot, 8)
     last = (np.uint64(stream) << np.uint64(24)) | (view << np.uint64(8)) | slot
     shape = np.broadcast_shapes(item.shape, last.shape)
     counter = np.empty((4, *shape), dtype=np.uint64)
-    counter[0], counter[1], counter[2], counter[3] = item & _MASK, item >> _SHIFT, epoch, last
-    return philox4x32(counter, (int(seed & _MASK), int(seed >> _SHIFT)))
+    counter[0], counter[1], counter[2], counter[3] = item & _MASK, item >> _SHIFT, epochs, last
+    return philox4x32(counter, (int(key & _MASK), int(key >> _SHIFT)))
 
 
 def stream_word(stream: Stream, view: int, last_view: int) -> np.uint64:
     """The counter's last word for slot 0 of a view, when all views up to ``last_view`` will be used."""
     check_range("view", [view, last_view], 16)
-    return np.uint64((int(stream) << 24) | (int(view) << 8))
+    word: np.uint64 = np.uint64((int(stream) << 24) | (int(view) << 8))
+    return word
 
 
 def check_range(name: str, value: ArrayLike, bits: int) -> NDArray[np.uint64]:

@@ -37,7 +37,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> Recipe:
             )
 
     monkeypatch.setattr(
-        "fastssl.training.step.create_backbone",
+        "fastssl.training.initial_backbone.create_backbone",
         lambda name, **options: Backbone().to(memory_format=torch.channels_last),
     )
     changes = {

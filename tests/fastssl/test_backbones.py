@@ -22,8 +22,8 @@ from fastssl.models.backbones import (
     read_header,
     resolve_arch,
     save_backbone,
-    zero_residual_branches,
 )
+from fastssl.models.initial import zero_residual_branches
 from fastssl.training.step import TrainStep
 
 #: short name -> (feature width, parameters without the classifier), as the papers count them

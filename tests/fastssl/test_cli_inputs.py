@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -14,7 +15,7 @@ import yaml
 from conftest import jpeg_bytes, make_photo
 
 from fastssl.cli import main
-from fastssl.cli.inputs import Inputs, choose_inputs
+from fastssl.cli.inputs import Inputs, Wanted, choose_inputs
 from fastssl.data import sample_set
 from fastssl.distributed import devices
 from fastssl.errors import FastSSLError
@@ -45,8 +46,8 @@ def photos(folder: Path, count: int, side: int = 60, *, flat: bool = False) -> P
 
 
 def chosen(**options: object) -> Inputs:
-    names = ("arch", "data", "val", "recipe_name", "epochs", "batch_size")
-    return choose_inputs(**{**dict.fromkeys(names), "device": "cpu", "overrides": (), "workers": 1, **options})
+    wanted = dict.fromkeys(field.name for field in dataclasses.fields(Wanted)) | {"device": "cpu", "overrides": ()}
+    return choose_inputs(Wanted(**{**wanted, "workers": 1, **options}))
 
 
 def cli(*arguments: object) -> int:

@@ -10,13 +10,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from loss_twins import dense_nt_xent
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
 
 from fastssl.losses import SmoothedInfoNCE, nt_xent
 from fastssl.losses.nt_xent import SmoothedNTXent
-from fastssl.losses.reference_views import dense_nt_xent
 from fastssl.losses.smoothed_target import WEIGHTINGS
 
 # Published numbers of neighbours need 20 negatives; these need few.
@@ -228,7 +228,7 @@ def test_nan_reaches_the_loss(weighting: str, spoiled: int) -> None:
 def test_target_entropy_is_that_of_the_loss_against_a_queue(weighting: str) -> None:
     ours, theirs = SmoothedNTXent(weighting=weighting), SmoothedInfoNCE(weighting=weighting)
     for mass in (None, 0.0, 0.3, torch.tensor(0.3)):
-        assert float(ours.target_entropy(mass, negatives=30)) == float(theirs.target_entropy(mass, queue_size=30))
+        assert float(ours.target_entropy(mass, negatives=30)) == float(theirs.target_entropy(mass, negatives=30))
 
 
 def test_loss_of_the_target_itself_is_its_entropy() -> None:
@@ -244,7 +244,7 @@ def test_loss_of_the_target_itself_is_its_entropy() -> None:
 
 def test_the_first_call_may_be_made_in_inference_mode() -> None:
     anchors, candidates = vectors(12, 2, 3, 12, 5)
-    nt_xent._weight_row.cache_clear()
+    nt_xent.weight_row.cache_clear()
     with torch.inference_mode():
         SmoothedNTXent()(anchors, candidates)
     SmoothedNTXent()(anchors, candidates).sum().backward()
@@ -254,7 +254,7 @@ def test_the_first_call_may_be_made_in_inference_mode() -> None:
 @pytest.mark.parametrize("weighting", ["stepped", "uniform_all"])
 def test_nothing_is_read_back_to_the_host(weighting: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        nt_xent, "_weight_row", nt_xent._weight_row.__wrapped__
+        nt_xent, "weight_row", nt_xent.weight_row.__wrapped__
     )  # a fake tensor must not stay in the cache
     with FakeTensorMode():  # raises where a value is asked for
         anchors, candidates = torch.randn(3, 4, 8, requires_grad=True), torch.randn(2, 16, 8, requires_grad=True)

@@ -12,11 +12,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from loss_twins import dense_sinkhorn
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
 
-from fastssl.losses.reference_views import dense_sinkhorn
 from fastssl.losses.sinkhorn import sinkhorn
 
 

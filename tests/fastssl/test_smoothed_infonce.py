@@ -10,12 +10,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from loss_twins import dense_smoothed_infonce, dense_target
 from torch import Tensor
 from torch.nn import functional as F
 
 from fastssl.benchmarks.harness.timing import peak_extra_bytes
 from fastssl.losses import SmoothedInfoNCE
-from fastssl.losses.reference import dense_smoothed_infonce, dense_step, dense_target
+from fastssl.losses.reference import dense_step
 from fastssl.losses.smoothed_target import WEIGHTINGS, rank_weights, top_columns
 
 
@@ -321,8 +322,8 @@ def test_target_entropy(weighting: str) -> None:
     for mass in (0.0, 0.3):
         target = dense_target(torch.randn(1, 1 + rows, dtype=torch.float64), mass, weighting)
         expected = torch.special.entr(target).sum().item()
-        assert criterion.target_entropy(mass, queue_size=rows) == pytest.approx(expected, rel=1e-12)
-        on_device = criterion.target_entropy(torch.tensor(mass, dtype=torch.float64), queue_size=rows)
+        assert criterion.target_entropy(mass, negatives=rows) == pytest.approx(expected, rel=1e-12)
+        on_device = criterion.target_entropy(torch.tensor(mass, dtype=torch.float64), negatives=rows)
         assert isinstance(on_device, Tensor)
         assert on_device.item() == pytest.approx(expected, rel=1e-12)
 
@@ -414,7 +415,7 @@ def test_inputs_that_make_no_sense() -> None:
             criterion(*arguments)
     with pytest.raises(ValueError, match="at least 1"):
         SmoothedInfoNCE(weighting="uniform_all")(query, key, queue[:0])
-    with pytest.raises(ValueError, match="queue_size"):
+    with pytest.raises(ValueError, match="negatives"):
         SmoothedInfoNCE(weighting="uniform_all").target_entropy()
 
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from loss_twins import dense_soft_cross_entropy
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 from fastssl.benchmarks.harness.timing import peak_extra_bytes
-from fastssl.losses.reference_views import dense_soft_cross_entropy
 from fastssl.losses.soft_targets import soft_cross_entropy, teacher_probabilities
 
 

@@ -18,11 +18,11 @@ from fastssl.models.backbones import SHORT_NAMES, create_backbone
 from fastssl.optim.schedules import RunLength
 from fastssl.pipelines.loader import ViewLoader
 from fastssl.training import cuda_graph as graph_module
-from fastssl.training import step as step_module
 from fastssl.training.bf16_weights import Bf16Weights
 from fastssl.training.channels_last import channels_last_breaks
 from fastssl.training.cuda_graph import RecordedCall
-from fastssl.training.step import TrainStep, picture_sizes
+from fastssl.training.initial_backbone import picture_sizes
+from fastssl.training.step import TrainStep
 
 CPU, BATCH, SIZE = torch.device("cpu"), 8, 32
 
@@ -269,7 +269,7 @@ def test_accumulation_keeps_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
         def __init__(self) -> None:
             super().__init__(nn.Conv2d(3, 8, 3, 2, 1), nn.GELU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
-    monkeypatch.setattr(step_module, "create_backbone", lambda name, **options: Backbone())
+    monkeypatch.setattr("fastssl.training.initial_backbone.create_backbone", lambda name, **options: Backbone())
     plain = {"moco__projector__norm": "false", "moco__projector__norm_out": "false"}
     whole, parts = (TrainStep(recipe(train__accumulate=n, **plain), CPU, amp=False, seed=0) for n in (1, 4))
     expected, found = np.array(train(whole)), np.array(train(parts))

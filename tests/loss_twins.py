@@ -1,28 +1,54 @@
-"""The losses over several views written out pair by pair and sample by sample: slow twins, obviously right, that tests
-compare with.
-
-The twin of the loss against a queue is in ``fastssl.losses.reference``, whose target is used here, too.
-"""
+"""The losses written out in full, pair by pair and sample by sample: slow twins, obviously right, for the tests."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from fastssl.losses.reference import dense_target
+from fastssl.losses.smoothed_target import rank_weights
 
 
-def pair_mean(pairs: Tensor, targets: Sequence[int]) -> Tensor:
-    """Plain mean over all pairs: (T, V) -> scalar. Row t belongs to global view ``targets[t]``; a view against itself
-    does not count.
+def dense_target(logits: Tensor, smoothing: Tensor | float, weighting: str, neighbors: int | None = None) -> Tensor:
+    """Target distribution over ``[positive, negatives]``.
+
+    Args:
+        logits: (B, 1 + K), the positive in column 0.
+        smoothing: mass a on the negatives, which the weighting shares by rank (largest logit first, ties by index).
+        weighting, neighbors: see :func:`fastssl.losses.smoothed_target.rank_weights`.
+
+    Returns:
+        (B, 1 + K) of the logits' dtype; each row sums to one.
     """
-    counted = []
-    for t in range(pairs.shape[0]):
-        for v in range(pairs.shape[1]):
-            if v != targets[t]:
-                counted.append(pairs[t, v])
+    negatives = logits.detach()[:, 1:]  # (B, K)
+    target = torch.zeros_like(logits, requires_grad=False)
+    target[:, 0] = 1 - smoothing
+    if weighting == "uniform_all":
+        target[:, 1:] = smoothing / negatives.shape[1]
+        return target
+    weights = torch.tensor(rank_weights(weighting, neighbors), dtype=logits.dtype, device=logits.device)
+    order = negatives.sort(dim=1, descending=True, stable=True).indices[:, : len(weights)]  # (B, n)
+    return target.scatter(1, order + 1, (smoothing * weights).expand_as(order))
+
+
+def dense_smoothed_infonce(
+    query: Tensor,
+    key: Tensor,
+    queue: Tensor,
+    temperature: float,
+    smoothing: Tensor | float,
+    weighting: str,
+    neighbors: int | None = None,
+) -> Tensor:
+    """Mean loss, differentiable in ``query`` and ``key``: (B, D), (B, D), (K, D) -> scalar of the inputs' dtype."""
+    positive = (query * key).sum(1, keepdim=True)  # (B, 1)
+    logits = torch.cat([positive, query @ queue.t()], 1) / temperature  # (B, 1 + K)
+    target = dense_target(logits, smoothing, weighting, neighbors)
+    return -(target * logits.log_softmax(1)).sum(1).mean()
+
+
+def pair_mean(pairs: Tensor) -> Tensor:
+    """Plain mean over all pairs of a target and another view: (2, V) -> scalar."""
+    counted = [pairs[target, view] for target in range(2) for view in range(pairs.shape[1]) if view != target]
     return sum(counted) / len(counted)
 
 
