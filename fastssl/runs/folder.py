@@ -73,7 +73,7 @@ class RunFolder:
         config: dict[str, Any],
         resume: str,
         about: dict[str, Any],
-        require_fit: Callable[[dict[str, Any]], None],
+        put_in: Callable[[dict[str, Any]], object],
         launch: Launch = NO_LAUNCH,
     ) -> dict[str, Any] | None:
         """Take the folder, and make it ready to go on, or for a new run.
@@ -82,7 +82,7 @@ class RunFolder:
             config: every value that the run's numbers depend on.
             resume: ``auto``, ``never`` or the path of a checkpoint.
             about: what config.yaml says besides.
-            require_fit: raises FastSSLError where the content of a checkpoint cannot be gone on from; asked before
+            put_in: takes the content of the checkpoint, or raises FastSSLError where it does not fit; called before
                 anything in the folder is changed for it.
             launch: where its launcher starts again what opened this folder, ``resume`` is taken for ``auto``: it was
                 for the first start.
@@ -113,13 +113,12 @@ class RunFolder:
             )  # one that cannot be made is better known now than at the first checkpoint
             remove_unfinished(self.checkpoints, *_CHECKPOINTS)
             found = self._find(config, resume)
-            if found is not None:
-                require_fit(found[1])
             state = None
             if found is None:
                 self._clear(resume)
             else:
                 path, state = found
+                put_in(state)
                 at = state["position"]
                 self._say_other_judges(config, state["config"].get("data"), at["step"])
                 if not self._is_last(path):
