@@ -36,7 +36,7 @@ def require_onnx() -> None:
         raise FastSSLError(f"--format onnx needs {' and '.join(missing)}: pip install 'fastssl-vision[onnx]'")
 
 
-def write_file(
+def write_onnx(
     backbone: nn.Module,
     arch: str,
     path: Path,

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fastssl.errors import FastSSLError
+
 #: timm's sub-layers of a block in the order in which they run: (convolution, its BatchNorm); "se" stands for
 #: squeeze-and-excitation.
 _INVERTED = (("conv_pw", "bn1"), ("conv_dw", "bn2"), "se", ("conv_pwl", "bn3"))
@@ -41,6 +43,14 @@ class Twin:
         inner = re.sub(r"\.(\d+)", r"[\1]", self.last)
         return f"net = torchvision.models.{self.builder}(weights=None); net.{inner} = torch.nn.Identity()"
 
+    def build(self) -> nn.Module:
+        """torchvision's network, freshly initialised, with an Identity where classes would be made."""
+        import torchvision
+
+        network = getattr(torchvision.models, self.builder)(weights=None)
+        network.set_submodule(self.last, nn.Identity())
+        return network
+
 
 #: timm name -> its counterpart
 TWINS: dict[str, Twin] = {
@@ -53,6 +63,20 @@ TWINS: dict[str, Twin] = {
     "resnet34": Twin("resnet34", "fc"),
     "resnet50": Twin("resnet50", "fc"),
 }
+
+
+def twin_of(arch: str) -> Twin:
+    """torchvision's counterpart.
+
+    Raises:
+        FastSSLError: it has none; the message names the networks that have one.
+    """
+    if arch not in TWINS:
+        raise FastSSLError(
+            f"torchvision has no counterpart of {arch}; it has those of {', '.join(TWINS)} (--format timm "
+            "takes every network)"
+        )
+    return TWINS[arch]
 
 
 def torchvision_names(arch: str, names: Iterable[str]) -> dict[str, str]:
