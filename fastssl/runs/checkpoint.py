@@ -32,7 +32,6 @@ from fastssl.errors import FastSSLError
 from fastssl.models.backbones import read_header, save_backbone
 from fastssl.utils.atomic_files import link_atomically, write_atomically
 from fastssl.utils.digest import digest
-from fastssl.utils.torch_file import UNREADABLE
 
 #: raised when the layout of last.pt changes; 1 had no digest
 VERSION, READABLE = 2, (1, 2)
@@ -287,7 +286,7 @@ def load_checkpoint(path: Path, *, advice: str = "") -> dict[str, Any]:
         state = torch.load(path, map_location="cpu", weights_only=True)
         said = state.pop("digest", None)
         intact = said is None or said == digest(state)
-    except UNREADABLE as error:
+    except Exception as error:  # a damaged file makes torch raise anything at all
         # torch's own words would advise to load it without weights_only, which runs whatever code the file holds.
         raise DamagedCheckpoint(
             f"{path}: damaged checkpoint, or no last.pt at all ({type(error).__name__}){end}"

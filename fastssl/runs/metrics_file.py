@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -68,16 +69,8 @@ class MetricsFile:
 
     def sync(self) -> None:
         """Bring the file to the disk: the rows of a checkpoint's steps should not be younger than the checkpoint."""
-        try:
-            descriptor = os.open(self.path, os.O_RDONLY)
-        except OSError:
-            return
-        try:
-            os.fsync(descriptor)
-        except OSError as error:
-            self.failure = error
-        finally:
-            os.close(descriptor)
+        with suppress(OSError), self.path.open("rb") as file:
+            os.fsync(file.fileno())
 
     def rows(self) -> list[dict[str, Any]]:
         """All whole rows, also those that still wait; a line that a kill cut short is passed over."""

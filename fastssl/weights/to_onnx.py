@@ -103,14 +103,10 @@ def write_onnx(
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """The exporter talks by print, by warnings and by logging; errors come as exceptions all the same."""
-    noisy = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in noisy]
+    logging.disable(logging.WARNING)
     try:
-        for logger in noisy:
-            logger.setLevel(logging.ERROR)
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
-        for logger, level in zip(noisy, levels):
-            logger.setLevel(level)
+        logging.disable(logging.NOTSET)
