@@ -49,9 +49,7 @@ _groups = count()
 
 
 @contextmanager
-def joined(
-    world: World, device: torch.device, timeout_minutes: float | None = None, join_minutes: float | None = None
-) -> Iterator[None]:
+def joined(world: World, device: torch.device) -> Iterator[None]:
     """Be one of ``world`` inside the block; nothing happens for a world of one.
 
     All ranks leave a block that ends well together. ``Interrupted`` is no failure: all ranks raise it after the same
@@ -61,7 +59,6 @@ def joined(
     Args:
         device: where this rank's tensors are. ``cuda``: NCCL, and gloo beside it for what hosts tell each other;
             ``cpu``: gloo.
-        timeout_minutes: for each collective; join_minutes: for all to join. None: as the environment says, or 10.
 
     Raises:
         FastSSLError: ranks that did not join, by number; another kind of device; another process has failed or hangs.
@@ -74,9 +71,8 @@ def joined(
     if device.type == "cuda":
         device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
         torch.cuda.set_device(device)
-    usual = timeout_from_environment()
-    minutes = usual if timeout_minutes is None else timeout_minutes
-    store = _join(world, usual if join_minutes is None else join_minutes)
+    minutes = _timeout()
+    store = _join(world, minutes)
     try:
         _make_groups(world, device, store, minutes)
         yield
@@ -98,8 +94,8 @@ def joined(
             dist.destroy_process_group()
 
 
-def timeout_from_environment() -> float:
-    """Minutes.
+def _timeout() -> float:
+    """Minutes for all to join, and for each collective.
 
     Raises:
         FastSSLError: the variable is no positive number.
