@@ -18,7 +18,7 @@ import yaml
 
 from fastssl.config.differences import differences
 from fastssl.config.recipe import Recipe, build_recipe, recipe_to_dict
-from fastssl.distributed.restarts import NO_LAUNCH, Launch
+from fastssl.distributed.restarts import Launch
 from fastssl.errors import FastSSLError, counted
 from fastssl.runs.checkpoint import LAST, find_checkpoint, load_checkpoint, set_aside
 from fastssl.runs.metrics_file import MetricsFile
@@ -74,7 +74,7 @@ class RunFolder:
         resume: str,
         about: dict[str, Any],
         put_in: Callable[[dict[str, Any]], object],
-        launch: Launch = NO_LAUNCH,
+        launch: Launch = Launch(),  # noqa: B008 (frozen)
     ) -> dict[str, Any] | None:
         """Take the folder, and make it ready to go on, or for a new run.
 

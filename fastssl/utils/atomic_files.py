@@ -37,9 +37,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
             raise
         raise OSError(error.errno, error.strerror, os.fspath(path)) from error
     finally:
-        with suppress(
-            OSError
-        ):  # the folder may be gone or read-only by now, and the first error is the one that matters
+        with suppress(OSError):  # a folder may be gone or read-only by now, and the first error is the one that matters
             temporary.unlink(missing_ok=True)
 
 
@@ -82,16 +80,12 @@ def link_atomically(source: Path, path: Path) -> None:
 
 def sync_folder(folder: Path) -> None:
     """Bring a folder's list of names to the disk: without that a renamed file may be lost with the power."""
-    try:
+    with suppress(OSError):  # not every file system lets a folder be opened
         descriptor = os.open(folder, os.O_RDONLY)
-    except OSError:  # not every file system lets a folder be opened
-        return
-    try:
-        os.fsync(descriptor)
-    except OSError:
-        pass
-    finally:
-        os.close(descriptor)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def remove_unfinished(folder: Path, *patterns: str) -> None:
