@@ -84,9 +84,8 @@ class _OverRanks(_BatchNorm):
         momentum = 0.0 if self.momentum is None else self.momentum
         if tracked and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
-            if (
-                self.momentum is None
-            ):  # the mean over all batches; as in the ordinary layer, the one case in which the host waits
+            # The mean over all batches; as in the ordinary layer, the one case in which the host waits.
+            if self.momentum is None:
                 momentum = 1.0 / float(self.num_batches_tracked)
         running = (self.running_mean, self.running_var) if tracked else (None, None)
         return self._finish(_normalise(input, self.weight, self.bias, *running, momentum, self.eps))

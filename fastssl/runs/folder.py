@@ -108,9 +108,8 @@ class RunFolder:
                     "first start, this one goes on with the run"
                 )
                 resume = "auto"
-            self.checkpoints.mkdir(
-                exist_ok=True
-            )  # one that cannot be made is better known now than at the first checkpoint
+            # One that cannot be made is better known now than at the first checkpoint.
+            self.checkpoints.mkdir(exist_ok=True)
             remove_unfinished(self.checkpoints, *_CHECKPOINTS)
             found = self._find(config, resume)
             state = None

@@ -145,7 +145,7 @@ def _attempts(found: Found, arch: str, wanted: dict[str, Tensor]) -> list[_Attem
     """One for each set of names that the file may use for ``arch``."""
     tables = {"timm": {name: name for name in wanted}}
     if arch in TWINS:
-        tables["torchvision"] = torchvision_names(arch, wanted)
+        tables["torchvision"] = torchvision_names(arch)
         tables["sslight"] = _sslight_names(tables["torchvision"])
     if found.layouts == ("sslight",):
         # Its vision transformers are named as timm's are, its other networks number what torchvision names.
