@@ -252,8 +252,7 @@ def _alone(place: Path, say: Callable[[str], None]) -> Iterator[bool]:
 
 
 def _found(source: Source, place: Path, say: Callable[[str], None]) -> Path:
-    rejected = (_side(place) or {}).get("rejected") or 0
-    say(f"{source.path}: converted before, into {place}{_rejected(rejected, place)}")
+    say(f"{source.path}: converted before, into {place}{_rejected((_side(place) or {}).get('rejected') or 0, place)}")
     return place
 
 

@@ -120,9 +120,10 @@ class RunFolder:
                 put_in(state)
                 at = state["position"]
                 self._say_other_judges(config, state["config"].get("data"), at["step"])
-                if not self._is_last(path):
+                last = self.checkpoints / LAST
+                if not (last.is_file() and last.samefile(path)):
                     # The next start goes on from here, too, if this one does not come to save.
-                    link_atomically(path, self.checkpoints / LAST)
+                    link_atomically(path, last)
                 set_aside(self.checkpoints, at["step"], path, say=self.say)
                 if at["epoch"] < config["train"]["epochs"]:
                     for name in _RESULTS:  # of a run that was finished and is set back
@@ -180,10 +181,6 @@ class RunFolder:
                 f"{self.path}: the run before ended without a word (killed, out of memory, power cut?); last "
                 f"heard of {heard}"
             )
-
-    def _is_last(self, path: Path) -> bool:
-        last = self.checkpoints / LAST
-        return last.is_file() and last.samefile(path)
 
     def _find(self, config: dict[str, Any], resume: str) -> tuple[Path, dict[str, Any]] | None:
         if resume == "never":

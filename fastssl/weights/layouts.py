@@ -139,9 +139,7 @@ def _unpacked(path: Path, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor]
 
 def _fitting(names: dict[str, Tensor], packed: bool) -> tuple[str, ...]:
     """The layouts that the names can have."""
-    for name in ("sslight", "moco", "dino"):
-        if name == "sslight" and not packed:
-            continue  # DINO's two networks are dicts of their own
+    for name in ("sslight", "moco", "dino") if packed else ("moco", "dino"):  # of DINO's two each is a dict of its own
         if any(tensor.startswith(root) for tensor in names for root, _ in LAYOUTS[name].roots):
             return (name,)
     return ("timm", "torchvision")
