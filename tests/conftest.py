@@ -1,4 +1,4 @@
-"""Pictures and files that several tests need, made on the spot: nothing binary is stored."""
+"""Pictures and files that several tests need, made on the spot: binary are only those of old versions (fixtures/)."""
 
 from __future__ import annotations
 

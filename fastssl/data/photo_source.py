@@ -13,7 +13,6 @@ import fcntl
 import hashlib
 import io
 import os
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -240,18 +239,12 @@ def _alone(place: Path, say: Callable[[str], None]) -> Iterator[bool]:
         yield False
         return
     with file:
-        waiting = False
-        while True:
+        with suppress(OSError):
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
             except BlockingIOError:
-                if not waiting:
-                    say(f"waiting for another process that makes {place}")
-                waiting = True
-                time.sleep(0.2)
-            except OSError:
-                break
+                say(f"waiting for another process that makes {place}")
+                fcntl.flock(file, fcntl.LOCK_EX)
         try:
             yield True
         finally:
@@ -259,8 +252,7 @@ def _alone(place: Path, say: Callable[[str], None]) -> Iterator[bool]:
 
 
 def _found(source: Source, place: Path, say: Callable[[str], None]) -> Path:
-    rejected = (_side(place) or {}).get("rejected") or 0
-    say(f"{source.path}: converted before, into {place}{_rejected(rejected, place)}")
+    say(f"{source.path}: converted before, into {place}{_rejected((_side(place) or {}).get('rejected') or 0, place)}")
     return place
 
 

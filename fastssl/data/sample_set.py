@@ -18,6 +18,7 @@ import os
 import shutil
 import tempfile
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -141,7 +142,14 @@ def ensure_sample_set(cache_dir: Path | None = None) -> SampleSet:
         return SampleSet(final / "train.beton", final / "val.beton")
     try:
         _build(building)
-        _put_in_place(building, final)
+        try:
+            building.rename(final)
+        except OSError:
+            # A folder that is not empty is never replaced by a rename: somebody was first, or it is a damaged one.
+            if _verified(final) is None:
+                shutil.rmtree(final, ignore_errors=True)
+                with suppress(OSError):  # somebody was quicker here
+                    building.rename(final)
     finally:
         shutil.rmtree(building, ignore_errors=True)
     found = _verified(final)
@@ -150,39 +158,9 @@ def ensure_sample_set(cache_dir: Path | None = None) -> SampleSet:
     return found
 
 
-def _put_in_place(building: Path, final: Path) -> None:
-    """Rename ``building`` to ``final``, unless another process has put a good one there in the meantime."""
-    for _ in range(3):
-        try:
-            building.rename(final)
-            return
-        except OSError:
-            # A folder that is not empty is never replaced by a rename: somebody was first, or it is a damaged one.
-            if _verified(final) is not None:
-                return
-            grave = Path(tempfile.mkdtemp(prefix=f".{final.name}-old-", dir=final.parent))
-            try:
-                final.rename(grave / "damaged")
-            except FileNotFoundError:
-                pass  # another process was clearing the same damage
-            finally:
-                shutil.rmtree(grave, ignore_errors=True)
-
-
 def _fingerprint() -> str:
-    settings = (
-        PARTS,
-        SIZE,
-        FIELD_OF_VIEW,
-        PITCH,
-        ROLL,
-        EXPOSURE,
-        WHITE_BALANCE,
-        SATURATION,
-        CONTRAST,
-        MARGIN,
-        _QUALITY,
-    )
+    ranges = (FIELD_OF_VIEW, PITCH, ROLL, EXPOSURE, WHITE_BALANCE, SATURATION)
+    settings = (PARTS, SIZE, *ranges, CONTRAST, MARGIN, _QUALITY)
     digest = hashlib.sha256(repr(settings).encode())
     for path in sorted(_STORED.glob("*.jpg")):
         digest.update(path.name.encode() + path.read_bytes())

@@ -48,8 +48,7 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
     if world_size() > 1:
         whole = tensor.contiguous()
         dist.all_reduce(whole)
-        if whole.data_ptr() != tensor.data_ptr():
-            tensor.copy_(whole)
+        tensor.copy_(whole)  # nothing where it is the same one
     return tensor
 
 
@@ -96,9 +95,8 @@ class _GatherRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        total = all_reduce_sum(
-            grad.clone(memory_format=torch.contiguous_format)
-        )  # autograd may show `grad` to others, too
+        # A copy: autograd may show `grad` to others, too.
+        total = all_reduce_sum(grad.clone(memory_format=torch.contiguous_format))
         return total.narrow(0, rank() * ctx.rows, ctx.rows)
 
 
@@ -189,8 +187,7 @@ def broadcast_module(module: nn.Module) -> None:
     for tensor in (*module.parameters(), *module.buffers()):
         whole = tensor.contiguous()
         dist.broadcast(whole, src=0)
-        if whole.data_ptr() != tensor.data_ptr():
-            tensor.copy_(whole)
+        tensor.copy_(whole)
 
 
 # ---------------------------------------------------------------------- between the hosts

@@ -12,7 +12,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import timedelta
 from itertools import count
 
@@ -49,9 +49,7 @@ _groups = count()
 
 
 @contextmanager
-def joined(
-    world: World, device: torch.device, timeout_minutes: float | None = None, join_minutes: float | None = None
-) -> Iterator[None]:
+def joined(world: World, device: torch.device) -> Iterator[None]:
     """Be one of ``world`` inside the block; nothing happens for a world of one.
 
     All ranks leave a block that ends well together. ``Interrupted`` is no failure: all ranks raise it after the same
@@ -61,7 +59,6 @@ def joined(
     Args:
         device: where this rank's tensors are. ``cuda``: NCCL, and gloo beside it for what hosts tell each other;
             ``cpu``: gloo.
-        timeout_minutes: for each collective; join_minutes: for all to join. None: as the environment says, or 10.
 
     Raises:
         FastSSLError: ranks that did not join, by number; another kind of device; another process has failed or hangs.
@@ -74,9 +71,8 @@ def joined(
     if device.type == "cuda":
         device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
         torch.cuda.set_device(device)
-    usual = timeout_from_environment()
-    minutes = usual if timeout_minutes is None else timeout_minutes
-    store = _join(world, usual if join_minutes is None else join_minutes)
+    minutes = _timeout()
+    store = _join(world, minutes)
     try:
         _make_groups(world, device, store, minutes)
         yield
@@ -98,8 +94,8 @@ def joined(
             dist.destroy_process_group()
 
 
-def timeout_from_environment() -> float:
-    """Minutes.
+def _timeout() -> float:
+    """Minutes for all to join, and for each collective.
 
     Raises:
         FastSSLError: the variable is no positive number.
@@ -198,7 +194,7 @@ def _why_lost(text: str, world: World, store: dist.Store) -> str:
         store.set(f"lost/{world.rank}", "")
         answers = True
     if not timed_out:
-        with _terminations_wait():
+        with _signals(signal.SIG_IGN, signal.SIGTERM):  # by which torchrun ends all as soon as one has failed
             time.sleep(_LAUNCHER_SEES_S)
         return "another process has ended, and its message says why"
     with suppress(RuntimeError):
@@ -208,29 +204,19 @@ def _why_lost(text: str, world: World, store: dist.Store) -> str:
 
 
 @contextmanager
-def _terminations_wait() -> Iterator[None]:
-    """SIGTERM, by which torchrun ends all as soon as one has failed, does nothing inside the block."""
+def _signals(action: signal.Handlers, *numbers: signal.Signals) -> Iterator[None]:
+    """Let these signals do something else inside the block; they belong to the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)  # None: a handler that was not written in Python
-
-
-@contextmanager
-def _signals_end_the_process() -> Iterator[None]:
-    """SIGINT and SIGTERM end the process at once inside the block: it waits in compiled code, where a handler written
-    in Python does not get its turn.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, action) for number in numbers}
     try:
         yield
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler or signal.SIG_DFL)  # None: as above
+            signal.signal(number, handler or signal.SIG_DFL)  # None: a handler that was not written in Python
+
+
+def _signals_end_the_process() -> AbstractContextManager[None]:
+    """For the time in which it waits in compiled code, where a handler written in Python does not get its turn."""
+    return _signals(signal.SIG_DFL, signal.SIGINT, signal.SIGTERM)

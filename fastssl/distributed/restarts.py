@@ -36,10 +36,6 @@ class Launch:
         )
 
 
-#: Of a command that somebody gave by hand.
-NO_LAUNCH = Launch()
-
-
 def launch_from_environment(environ: Mapping[str, str] = os.environ) -> Launch:
     """The launch of this process: of torchrun (``TORCHELASTIC_RUN_ID``, ``TORCHELASTIC_RESTART_COUNT``), of Slurm
     (``SLURM_JOB_ID``, ``SLURM_RESTART_COUNT``, which it sets where a job was requeued), of both, or of none.

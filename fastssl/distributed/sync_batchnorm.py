@@ -3,9 +3,9 @@
     forward     each rank's mean and deviation -> gathered (2C + 1 numbers a rank) -> combined (Chan et al. 1979)
     backward    the two sums per channel, of dy and of dy * (x - mean), over all ranks (2C numbers)
 
-On a GPU the work is done by the kernels of ``torch.nn.SyncBatchNorm``; the CPU has none of them, and does it with their
-twins below. That layer itself is not used: it refuses the CPU, and on a GPU each one makes the host wait (it filters
-ranks without samples by value) unless it is being recorded.
+On a GPU the work is done by the kernels of ``torch.nn.SyncBatchNorm``; the CPU has none of them, and leaves the
+backward pass to autograd. That layer itself is not used: it refuses the CPU, and on a GPU each one makes the host wait
+(it filters ranks without samples by value) unless it is being recorded.
 """
 
 from __future__ import annotations
@@ -18,7 +18,12 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fastssl.distributed.collectives import all_reduce_sum, gather_rows, world_size
+from fastssl.distributed.collectives import (
+    all_reduce_sum,
+    gather_rows,
+    gather_rows_with_gradient,
+    world_size,
+)
 from fastssl.errors import FastSSLError
 
 
@@ -79,9 +84,8 @@ class _OverRanks(_BatchNorm):
         momentum = 0.0 if self.momentum is None else self.momentum
         if tracked and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
-            if (
-                self.momentum is None
-            ):  # the mean over all batches; as in the ordinary layer, the one case in which the host waits
+            # The mean over all batches; as in the ordinary layer, the one case in which the host waits.
+            if self.momentum is None:
                 momentum = 1.0 / float(self.num_batches_tracked)
         running = (self.running_mean, self.running_var) if tracked else (None, None)
         return self._finish(_normalise(input, self.weight, self.bias, *running, momentum, self.eps))
@@ -113,11 +117,38 @@ _SYNCHRONISED: dict[type, type] = {
 
 
 @torch.compiler.disable  # a compiler can trace neither the collectives nor the statistics that change on the way
-def _normalise(*inputs: Any) -> Tensor:
-    return _Normalise.apply(*inputs)
+def _normalise(input: Tensor, *rest: Any) -> Tensor:
+    return (_ByKernels.apply if input.is_cuda else by_autograd)(input, *rest)
 
 
-class _Normalise(torch.autograd.Function):
+def by_autograd(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float,
+    eps: float,
+) -> Tensor:
+    """``_ByKernels`` in plain operations. Statistics of bfloat16 maps are float32."""
+    wide = input.float() if input.dtype in (torch.bfloat16, torch.float16) else input
+    var, mean = torch.var_mean(wide, [place for place in range(input.dim()) if place != 1], correction=0)
+    own = torch.cat([mean, var, mean.new_full((1,), input.numel() // input.shape[1])])
+    means, variances, counts = gather_rows_with_gradient(own[None]).tensor_split((len(mean), 2 * len(mean)), dim=1)
+    total = counts.sum()
+    mean = (means * (counts / total)).sum(0)
+    var = ((variances + (means - mean).square()) * (counts / total)).sum(0)
+    if running_mean is not None and running_var is not None:
+        with torch.no_grad():
+            running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+            running_var.lerp_((var * (total / (total - 1))).to(running_var.dtype), momentum)
+    scale = (var + eps).rsqrt() if weight is None else (var + eps).rsqrt() * weight
+    column = (-1, *[1] * (input.dim() - 2))  # (C,) against (N, C, ...)
+    output = (wide - mean.view(column)) * scale.view(column)
+    return (output if bias is None else output + bias.view(column)).to(input.dtype)
+
+
+class _ByKernels(torch.autograd.Function):
     """(input (N, C, ...), weight, bias, running mean, running var, momentum, eps) -> (N, C, ...); weight, bias and both
     statistics may be None.
     """
@@ -133,33 +164,32 @@ class _Normalise(torch.autograd.Function):
         momentum: float,
         eps: float,
     ) -> Tensor:
-        kernels = _kernels(input)
         input = input.contiguous(memory_format=_layout(input))
-        mean, invstd = kernels.batch_norm_stats(input, eps)
+        mean, invstd = torch.batch_norm_stats(input, eps)
         own = torch.cat([mean, invstd, mean.new_full((1,), input.numel() // input.shape[1])])
         means, invstds, counts = gather_rows(own[None]).tensor_split((len(mean), 2 * len(mean)), dim=1)
         counts = counts.flatten()
         # Of its first argument the kernel takes the type, which must be that of the counts where there are no running
         # statistics.
-        mean, invstd = kernels.batch_norm_gather_stats_with_counts(
+        mean, invstd = torch.batch_norm_gather_stats_with_counts(
             means, means, invstds, running_mean, running_var, momentum, eps, counts
         )
         ctx.save_for_backward(input, weight, mean, invstd, counts.to(torch.int32))
-        return kernels.batch_norm_elemt(input, weight, bias, mean, invstd, eps)
+        return torch.batch_norm_elemt(input, weight, bias, mean, invstd, eps)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         input, weight, mean, invstd, counts = ctx.saved_tensors
-        kernels, grad = _kernels(input), grad.contiguous(memory_format=_layout(input))
+        grad = grad.contiguous(memory_format=_layout(input))
         wanted = ctx.needs_input_grad[:3]
-        sum_dy, sum_dy_xmu, grad_weight, grad_bias = kernels.batch_norm_backward_reduce(
+        sum_dy, sum_dy_xmu, grad_weight, grad_bias = torch.batch_norm_backward_reduce(
             grad, input, mean, invstd, weight, *wanted
         )
         grad_input = None
         if wanted[0]:
             sums = all_reduce_sum(torch.cat([sum_dy, sum_dy_xmu]))
-            grad_input = kernels.batch_norm_backward_elemt(
+            grad_input = torch.batch_norm_backward_elemt(
                 grad, input, mean, invstd, weight, *sums.tensor_split(2), counts
             )
         # A parameter's gradient is that of this rank's samples, as in every other layer.
@@ -169,103 +199,3 @@ class _Normalise(torch.autograd.Function):
 def _layout(input: Tensor) -> torch.memory_format:
     channels_last = input.dim() == 4 and input.is_contiguous(memory_format=torch.channels_last)
     return torch.channels_last if channels_last else torch.contiguous_format
-
-
-# ---------------------------------------------------------------------- the kernels' twins
-
-
-def _kernels(input: Tensor) -> Any:
-    return torch if input.is_cuda else HostKernels
-
-
-class HostKernels:
-    """What ``torch`` has on a GPU alone: the same names, arguments and results. Statistics of bfloat16 maps are
-    float32.
-    """
-
-    @staticmethod
-    def batch_norm_stats(input: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        """Mean and 1 / sqrt(variance + eps) of each channel, (C,) both."""
-        var, mean = torch.var_mean(_wide(input), _all_but_channels(input), correction=0)
-        return mean, (var + eps).rsqrt()
-
-    @staticmethod
-    def batch_norm_gather_stats_with_counts(
-        input: Tensor,
-        mean: Tensor,
-        invstd: Tensor,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        momentum: float,
-        eps: float,
-        counts: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """The ranks' statistics (world, C) of ``counts`` (world,) values each -> those of all values, (C,); the running
-        ones move, with the unbiased variance.
-        """
-        total, share = counts.sum(), (counts / counts.sum())[:, None]
-        overall = (mean * share).sum(0)
-        var = ((invstd.reciprocal().square() - eps + (mean - overall).square()) * share).sum(0)
-        if running_mean is not None and running_var is not None:
-            running_mean.lerp_(overall.to(running_mean.dtype), momentum)
-            running_var.lerp_((var * (total / (total - 1))).to(running_var.dtype), momentum)
-        return overall, (var + eps).rsqrt()
-
-    @staticmethod
-    def batch_norm_elemt(
-        input: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, invstd: Tensor, eps: float
-    ) -> Tensor:
-        """(input - mean) * invstd * weight + bias, in the type of ``input``."""
-        scale = invstd if weight is None else invstd * weight
-        output = (_wide(input) - _column(mean, input)) * _column(scale, input)
-        return (output if bias is None else output + _column(bias, input)).to(input.dtype)
-
-    @staticmethod
-    def batch_norm_backward_reduce(
-        grad: Tensor,
-        input: Tensor,
-        mean: Tensor,
-        invstd: Tensor,
-        weight: Tensor | None,
-        input_wanted: bool,
-        weight_wanted: bool,
-        bias_wanted: bool,
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """The sums of dy and of dy * (x - mean), the gradients of weight and bias: (C,) each."""
-        dy, places = _wide(grad), _all_but_channels(input)
-        sum_dy = dy.sum(places)
-        sum_dy_xmu = (dy * (_wide(input) - _column(mean, input))).sum(places)
-        return sum_dy, sum_dy_xmu, sum_dy_xmu * invstd if weight_wanted else None, sum_dy if bias_wanted else None
-
-    @staticmethod
-    def batch_norm_backward_elemt(
-        grad: Tensor,
-        input: Tensor,
-        mean: Tensor,
-        invstd: Tensor,
-        weight: Tensor | None,
-        sum_dy: Tensor,
-        sum_dy_xmu: Tensor,
-        counts: Tensor,
-    ) -> Tensor:
-        """The gradient of the input, from the sums over all ranks: (dy - mean of dy - (x - mean) * mean of dy * (x -
-        mean) * invstd^2) * invstd * weight.
-        """
-        total = counts.sum()
-        scale = invstd if weight is None else invstd * weight
-        slope = _column(sum_dy_xmu / total * invstd.square(), input)
-        rest = _wide(grad) - _column(sum_dy / total, input) - (_wide(input) - _column(mean, input)) * slope
-        return (rest * _column(scale, input)).to(input.dtype)
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
-
-
-def _all_but_channels(input: Tensor) -> list[int]:
-    return [place for place in range(input.dim()) if place != 1]
-
-
-def _column(values: Tensor, input: Tensor) -> Tensor:
-    """(C,) to be broadcast against (N, C, ...)."""
-    return values.view(-1, *[1] * (input.dim() - 2))

@@ -20,7 +20,6 @@ from fastssl.errors import FastSSLError
 from fastssl.methods.dino import DINOHead
 from fastssl.models.backbones import create_backbone, feature_dim
 from fastssl.runs.checkpoint import load_checkpoint
-from fastssl.runs.restore import Unfit, load_network, require_tensors
 
 _RECIPE_KEYS = frozenset(field.name for field in dataclasses.fields(Recipe))
 
@@ -70,17 +69,15 @@ def load_half_head(path: Path, which: str = "student", *, fresh: bool = False) -
         )
     prefix = f"{which}.projector."
     tensors = {name.removeprefix(prefix): value for name, value in state["method"].items() if name.startswith(prefix)}
-    try:
-        if settings.projector.layers > len(tensors):
-            raise Unfit(f"{len(tensors)} tensors for {settings.projector.layers:,} layers")
-        with torch.device("meta"):  # takes no memory: a few bytes of settings can name a network or head of gigabytes
-            width = feature_dim(create_backbone(recipe.arch))
-            require_tensors(DINOHead(width, settings).state_dict(), tensors)
-    except Unfit as error:
-        raise FastSSLError(f"{path}: the {which}'s head does not fit: {error}") from error
+    with torch.device("meta"):  # the width alone is wanted of it
+        width = feature_dim(create_backbone(recipe.arch))
     head = DINOHead(width, settings)
     if not fresh:
-        load_network(head, tensors)
+        try:
+            head.load_state_dict(tensors, strict=True)
+        except RuntimeError as error:
+            why = " ".join(str(error).split())[:300]
+            raise FastSSLError(f"{path}: the {which}'s head does not fit: {why}") from error
     layers = list(head.mlp)
     last = max(place for place, layer in enumerate(layers) if isinstance(layer, nn.Linear))
     return nn.Sequential(*layers[:last]), settings.projector.hidden

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from fastssl.errors import FastSSLError
-from fastssl.models.backbones import create_backbone, load_backbone, other_kinds, read_header, unfit_for
+from fastssl.models.backbones import create_backbone, load_backbone, read_header
 from fastssl.runs.checkpoint import is_detector, load_checkpoint
 from fastssl.utils.yaml_file import read_yaml
 
@@ -122,20 +122,12 @@ def _from_run(path: Path, which: str) -> Trained:
             f"{path}: is a detector, which `fastssl evaluate detect` keeps; give the run's own checkpoint, "
             "from which it was trained"
         )
-    arch = state["config"].get("arch")
-    if not isinstance(arch, str):
-        raise FastSSLError(f"{path}: is not a whole checkpoint of a run (its config names no network)")
+    arch = state["config"]["arch"]
     prefix = f"{which}.backbone."
     tensors = {name.removeprefix(prefix): value for name, value in state["method"].items() if name.startswith(prefix)}
     if not tensors:
         raise FastSSLError(f"{path}: the run has no {which} network ({state['config'].get('method')} has none)")
-    odd = [name for name, value in tensors.items() if not isinstance(value, Tensor)]
-    if not odd and (unfit := unfit_for(arch, tensors)):
-        raise FastSSLError(f"{path}: tensors do not fit {arch}: {unfit}")
     backbone = create_backbone(arch)
-    odd = odd or other_kinds(tensors, backbone.state_dict())
-    if odd:
-        raise FastSSLError(f"{path}: tensors do not fit {arch}: {prefix}{odd[0]} is of another kind")
     try:
         backbone.load_state_dict(tensors, strict=True)
     except RuntimeError as error:

@@ -215,11 +215,3 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float | Tensor) -> None:
     """Give every group the rate ``lr``; a tensor (one element, on the device) is read by the kernels at every step."""
     for group in optimizer.param_groups:
         group["lr"] = lr
-
-
-def state_names(optimizer: torch.optim.Optimizer) -> set[str]:
-    """What the optimiser keeps of a parameter, by torch's names."""
-    if isinstance(optimizer, torch.optim.AdamW):
-        return {"step", "exp_avg", "exp_avg_sq"}
-    momentum = isinstance(optimizer, LARS) or any(group["momentum"] for group in optimizer.param_groups)
-    return {"momentum_buffer"} if momentum else set()

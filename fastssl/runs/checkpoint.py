@@ -18,7 +18,7 @@ from __future__ import annotations
 import errno
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,16 +32,10 @@ from fastssl.errors import FastSSLError
 from fastssl.models.backbones import read_header, save_backbone
 from fastssl.utils.atomic_files import link_atomically, write_atomically
 from fastssl.utils.digest import digest
-from fastssl.utils.torch_file import UNREADABLE, require_stored_as_is
 
 #: raised when the layout of last.pt changes; 1 had no digest
 VERSION, READABLE = 2, (1, 2)
 LAST = "last.pt"
-#: Bytes of all that is in a checkpoint, at most: times its file's (tensors may share their bytes), and beside that for
-#: names, which are stored once.
-_AS_LARGE, _AT_LEAST = 4, 1 << 20
-#: no step, second or sample of a run has a larger number; of larger ones Python makes no float and no text
-_LARGEST = 1 << 53
 
 
 class DamagedCheckpoint(FastSSLError):
@@ -111,8 +105,8 @@ def save_checkpoint(
                 network.backbone, folder / f"{name}.safetensors", arch=arch, step=str(position.step), network=which
             )
         if milestone is not None:
-            for source, name in ((path, f"epoch-{milestone:04}.pt"), *_exports(folder, networks, milestone)):
-                link_atomically(source, folder / name)
+            for name, kept in _kept_names(networks, milestone).items():
+                link_atomically(folder / name, folder / kept)
 
     while True:
         try:
@@ -120,7 +114,8 @@ def save_checkpoint(
             break
         except (OSError, RuntimeError, SafetensorError) as error:
             if not (_may_be_full(folder, error) and _drop_oldest(folder)):
-                why = "the disk is full" if _may_be_full(folder, error) else _first_line(error)
+                said = (getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()[0]
+                why = "the disk is full" if _may_be_full(folder, error) else said[:200]
                 raise NotSaved(f"{folder}: checkpoint not written ({why}); the one before it is untouched") from error
     for other in [other for other in _steps(folder) if other != path][max(keep, 1) - 1 :]:
         with suppress(OSError):
@@ -146,19 +141,14 @@ def has_all_files(folder: Path, method: nn.Module, step: int, milestone: int | N
         steps = [read_header(folder / f"{name}.safetensors").get("step") for name in networks]
     except FastSSLError:
         return False
-    names = (
-        []
-        if milestone is None
-        else [f"epoch-{milestone:04}.pt", *(name for _, name in _exports(folder, networks, milestone))]
-    )
-    return all(found == str(step) for found in steps) and all((folder / name).is_file() for name in names)
+    kept = [] if milestone is None else _kept_names(networks, milestone).values()
+    return all(found == str(step) for found in steps) and all((folder / name).is_file() for name in kept)
 
 
-def _exports(folder: Path, networks: Mapping[str, Any], epoch: int) -> list[tuple[Path, str]]:
-    return [
-        (folder / f"{name}.safetensors", f"epoch-{epoch:04}{name.removeprefix('last')}.safetensors")
-        for name in networks
-    ]
+def _kept_names(networks: Iterable[str], epoch: int) -> dict[str, str]:
+    """The files of a step, and what they are called where the epoch that it ends is kept for ever."""
+    names = (LAST, *(f"{name}.safetensors" for name in networks))
+    return {name: f"epoch-{epoch:04}{name.removeprefix('last')}" for name in names}
 
 
 def write_state(path: Path, state: dict[str, Any]) -> None:
@@ -214,11 +204,6 @@ def _drop_oldest(folder: Path) -> bool:
     except OSError:
         return False
     return True
-
-
-def _first_line(error: Exception) -> str:
-    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return " ".join((text.splitlines() or [type(error).__name__])[0].split())[:200]
 
 
 def find_checkpoint(
@@ -284,8 +269,7 @@ def load_checkpoint(path: Path, *, advice: str = "") -> dict[str, Any]:
     """The content of a ``last.pt``, on the CPU. Nothing in the file is executed (``weights_only``), and every bit is as
     it was written.
 
-    A run's has ``method``, ``position`` and ``config``, of the types that ``save_checkpoint`` writes; what is in them
-    ``restore`` (restore.py) and ``load_trained`` check. The state of a detector, which ``fastssl evaluate detect``
+    A run's has ``method``, ``position`` and ``config``; the state of a detector, which ``fastssl evaluate detect``
     keeps (see ``is_detector``), has only ``config`` of them.
 
     Args:
@@ -293,88 +277,32 @@ def load_checkpoint(path: Path, *, advice: str = "") -> dict[str, Any]:
 
     Raises:
         DamagedCheckpoint: not as it was written, or not written by us.
-        FastSSLError: missing, written by another version, or neither a run's nor a detector's.
+        FastSSLError: missing, or written by another version.
     """
     if not path.is_file():
         raise FastSSLError(f"{path}: no such checkpoint")
     end = f"; {advice}" if advice else ""
     try:
-        require_stored_as_is(path)
-    except FastSSLError as error:
-        raise DamagedCheckpoint(f"{error}{end}") from error
-    try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        said = state.pop("digest", None) if isinstance(state, dict) else None
-        # Also where there is nothing to compare it with: what is nested without end, or claims more memory than it has
-        # bytes, ends here.
-        found = digest(state, most_bytes=_AS_LARGE * path.stat().st_size + _AT_LEAST)
-    except UNREADABLE as error:
+        said = state.pop("digest", None)
+        intact = said is None or said == digest(state)
+    except Exception as error:  # a damaged file makes torch raise anything at all
         # torch's own words would advise to load it without weights_only, which runs whatever code the file holds.
         raise DamagedCheckpoint(
             f"{path}: damaged checkpoint, or no last.pt at all ({type(error).__name__}){end}"
         ) from error
-    if said is not None and said != found:
+    if not intact:
         raise DamagedCheckpoint(f"{path}: damaged checkpoint (its content is not what was written){end}")
-    version = state.get("version") if isinstance(state, dict) else None
-    if type(version) is not int or version not in READABLE:
+    if (version := state.get("version")) not in READABLE:
         raise FastSSLError(f"{path}: not a checkpoint of this version of fastssl (wanted version {VERSION}){end}")
     if version > 1 and said is None:
         raise DamagedCheckpoint(f"{path}: damaged checkpoint (its digest is missing){end}")
-    if odd := _odd_part(state):
-        raise DamagedCheckpoint(
-            f"{path}: is not a whole checkpoint of a {'detector' if is_detector(state) else 'run'} ({odd}){end}"
-        )
+    kind, parts = ("detector", ("config",)) if is_detector(state) else ("run", ("method", "position", "config"))
+    if missing := [part for part in parts if part not in state]:
+        raise DamagedCheckpoint(f"{path}: is not a whole checkpoint of a {kind} (no {missing[0]}){end}")
     return state
 
 
 def is_detector(state: dict[str, Any]) -> bool:
-    """Whether this is the state of a detector in training and not a run's."""
-    kind = state.get("kind")
-    return (isinstance(kind, str) and kind == "detector") or (
-        kind is None and "detector" in state and "method" not in state
-    )
-
-
-def _odd_part(state: dict[str, Any]) -> str:
-    """What is not as it is written; empty if all is."""
-    detector = is_detector(state)
-    for part in ("config",) if detector else ("method", "position", "config"):
-        if part not in state:
-            return f"no {part}"
-        if not _has_names(state[part]):
-            return f"{part} is no dict with names"
-    if not _is_plain(state["config"]):
-        return "config holds something else than settings"
-    if detector:
-        return ""
-    for name, value in vars(Position()).items():
-        found = state["position"].get(name, [] if isinstance(value, list) else None)  # version 1 had no lists
-        if isinstance(value, list):
-            if type(found) is not list or not all(type(number) is int and 0 <= number <= _LARGEST for number in found):
-                return f"position.{name} is no list of numbers"
-        elif type(found) not in {type(value), int} or not 0 <= found <= _LARGEST:
-            return f"position.{name} is no number of {'seconds' if isinstance(value, float) else 'steps or epochs'}"
-    return ""
-
-
-def _has_names(content: object, depth: int = 0, left: list[int] | None = None) -> bool:
-    """Whether this is a dict whose keys are strings, in the dicts inside too.
-
-    Settings are a few levels deep, and some hundred dicts in all: one that holds itself has no end, and dicts that each
-    hold the next one twice nearly none.
-    """
-    left = left or [10_000]
-    left[0] -= 1
-    if not isinstance(content, Mapping) or depth > 32 or left[0] < 1:
-        return False
-    inner = [value for value in content.values() if isinstance(value, Mapping)]
-    return all(isinstance(name, str) for name in content) and all(_has_names(value, depth + 1, left) for value in inner)
-
-
-def _is_plain(content: object) -> bool:
-    """Whether there are but settings in it: a tensor among them could not even be compared."""
-    if isinstance(content, Mapping):
-        return all(map(_is_plain, content.values()))
-    if isinstance(content, (list, tuple)):
-        return all(map(_is_plain, content))
-    return content is None or isinstance(content, (bool, int, float, str))
+    """Whether this is the state of a detector in training and not a run's; older ones do not say what they are."""
+    return state.get("kind", "detector" if "detector" in state and "method" not in state else None) == "detector"

@@ -18,7 +18,7 @@ import yaml
 
 from fastssl.config.differences import differences
 from fastssl.config.recipe import Recipe, build_recipe, recipe_to_dict
-from fastssl.distributed.restarts import NO_LAUNCH, Launch
+from fastssl.distributed.restarts import Launch
 from fastssl.errors import FastSSLError, counted
 from fastssl.runs.checkpoint import LAST, find_checkpoint, load_checkpoint, set_aside
 from fastssl.runs.metrics_file import MetricsFile
@@ -73,8 +73,8 @@ class RunFolder:
         config: dict[str, Any],
         resume: str,
         about: dict[str, Any],
-        require_fit: Callable[[dict[str, Any]], None],
-        launch: Launch = NO_LAUNCH,
+        put_in: Callable[[dict[str, Any]], object],
+        launch: Launch = Launch(),  # noqa: B008 (frozen)
     ) -> dict[str, Any] | None:
         """Take the folder, and make it ready to go on, or for a new run.
 
@@ -82,7 +82,7 @@ class RunFolder:
             config: every value that the run's numbers depend on.
             resume: ``auto``, ``never`` or the path of a checkpoint.
             about: what config.yaml says besides.
-            require_fit: raises FastSSLError where the content of a checkpoint cannot be gone on from; asked before
+            put_in: takes the content of the checkpoint, or raises FastSSLError where it does not fit; called before
                 anything in the folder is changed for it.
             launch: where its launcher starts again what opened this folder, ``resume`` is taken for ``auto``: it was
                 for the first start.
@@ -108,23 +108,22 @@ class RunFolder:
                     "first start, this one goes on with the run"
                 )
                 resume = "auto"
-            self.checkpoints.mkdir(
-                exist_ok=True
-            )  # one that cannot be made is better known now than at the first checkpoint
+            # One that cannot be made is better known now than at the first checkpoint.
+            self.checkpoints.mkdir(exist_ok=True)
             remove_unfinished(self.checkpoints, *_CHECKPOINTS)
             found = self._find(config, resume)
-            if found is not None:
-                require_fit(found[1])
             state = None
             if found is None:
                 self._clear(resume)
             else:
                 path, state = found
+                put_in(state)
                 at = state["position"]
                 self._say_other_judges(config, state["config"].get("data"), at["step"])
-                if not self._is_last(path):
+                last = self.checkpoints / LAST
+                if not (last.is_file() and last.samefile(path)):
                     # The next start goes on from here, too, if this one does not come to save.
-                    link_atomically(path, self.checkpoints / LAST)
+                    link_atomically(path, last)
                 set_aside(self.checkpoints, at["step"], path, say=self.say)
                 if at["epoch"] < config["train"]["epochs"]:
                     for name in _RESULTS:  # of a run that was finished and is set back
@@ -182,10 +181,6 @@ class RunFolder:
                 f"{self.path}: the run before ended without a word (killed, out of memory, power cut?); last "
                 f"heard of {heard}"
             )
-
-    def _is_last(self, path: Path) -> bool:
-        last = self.checkpoints / LAST
-        return last.is_file() and last.samefile(path)
 
     def _find(self, config: dict[str, Any], resume: str) -> tuple[Path, dict[str, Any]] | None:
         if resume == "never":

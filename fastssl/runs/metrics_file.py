@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -50,34 +51,22 @@ class MetricsFile:
 
     def _write(self, data: bytes) -> None:
         """All of ``data`` behind the last whole line, or nothing of it."""
-        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
-        try:
-            size = os.fstat(descriptor).st_size
-            if size and os.pread(descriptor, 1, size - 1) != b"\n":
-                data = (
-                    b"\n" + data
-                )  # a line that a kill cut short: it is passed over by `rows`, and must not spoil this one
+        with self.path.open("ab+", buffering=0) as file:
+            size = file.seek(0, os.SEEK_END)
+            if size and os.pread(file.fileno(), 1, size - 1) != b"\n":
+                # A line that a kill cut short: it is passed over by `rows`, and must not spoil this one.
+                data = b"\n" + data
             try:
                 while data:
-                    data = data[os.write(descriptor, data) :]
+                    data = data[os.write(file.fileno(), data) :]
             except OSError:
-                os.ftruncate(descriptor, size)
+                file.truncate(size)
                 raise
-        finally:
-            os.close(descriptor)
 
     def sync(self) -> None:
         """Bring the file to the disk: the rows of a checkpoint's steps should not be younger than the checkpoint."""
-        try:
-            descriptor = os.open(self.path, os.O_RDONLY)
-        except OSError:
-            return
-        try:
-            os.fsync(descriptor)
-        except OSError as error:
-            self.failure = error
-        finally:
-            os.close(descriptor)
+        with suppress(OSError), self.path.open("rb") as file:
+            os.fsync(file.fileno())
 
     def rows(self) -> list[dict[str, Any]]:
         """All whole rows, also those that still wait; a line that a kill cut short is passed over."""

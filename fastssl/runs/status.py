@@ -18,25 +18,21 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from fastssl.errors import FastSSLError
 from fastssl.utils.atomic_files import write_atomically
 from fastssl.utils.json_text import to_json
-from fastssl.utils.plain_file import read_plain
 
 NAME = "status.json"
 #: ``training``: at work, or killed without a word. ``stopped``: by a signal, with everything saved: the same command
 #: goes on. ``failed``: see ``why``. ``trained``: all steps are made, the report is not written yet. ``finished``.
-STATES = ("training", "stopped", "failed", "trained", "finished")
+State = Literal["training", "stopped", "failed", "trained", "finished"]
 #: Those in which there is a process behind the file.
 _AT_WORK = ("training", "trained")
 #: Seconds between two signs of life.
 BEAT_S = 60.0
 #: Seconds for which whoever has something to tell waits until it is written.
 _WAIT_S = 10.0
-#: Bytes of the file, at most.
-_LONGEST = 64 << 10
 
 
 class RunStatus:
@@ -53,13 +49,12 @@ class RunStatus:
 
     def __init__(self, folder: Path, standing: Callable[[], dict[str, Any]]):
         self._folder, self._standing = folder, standing
-        self._words: queue.SimpleQueue[tuple[str, dict[str, Any], threading.Event] | None] = queue.SimpleQueue()
+        self._words: queue.SimpleQueue[tuple[State, dict[str, Any], threading.Event] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._write, name="fastssl-status", daemon=True)
         self._thread.start()
 
-    def tell(self, state: str, **more: Any) -> None:
+    def tell(self, state: State, **more: Any) -> None:
         """Write how the run stands; from any thread."""
-        _require_known(state)
         written = threading.Event()
         self._words.put((state, {**self._standing(), **more}, written))
         written.wait(_WAIT_S)
@@ -70,7 +65,7 @@ class RunStatus:
         self._thread.join(_WAIT_S)
 
     def _write(self) -> None:
-        state = ""
+        state: State | None = None
         while True:
             try:
                 words = self._words.get(timeout=BEAT_S)
@@ -85,14 +80,8 @@ class RunStatus:
             written.set()
 
 
-def _require_known(state: str) -> None:
-    if state not in STATES:
-        raise ValueError(f"state={state!r} is not one of {', '.join(STATES)}")
-
-
-def write_status(folder: Path, state: str, **values: Any) -> None:
+def write_status(folder: Path, state: State, **values: Any) -> None:
     """Write ``folder/status.json``; where the disk does not take it, nothing happens: no run ends for that."""
-    _require_known(state)
     now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     text = to_json({"state": state, "time": now, **values}) + "\n"
     with suppress(OSError):
@@ -102,7 +91,7 @@ def write_status(folder: Path, state: str, **values: Any) -> None:
 def read_status(folder: Path) -> dict[str, Any]:
     """What ``folder/status.json`` says; empty where there is none that can be read."""
     try:
-        found = json.loads(read_plain(folder / NAME, _LONGEST))
-    except (OSError, ValueError, RecursionError, FastSSLError):
+        found = json.loads((folder / NAME).read_bytes())
+    except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}

@@ -26,7 +26,7 @@ from fastssl.pipelines.loader import ViewLoader
 from fastssl.pipelines.plan.order import steps_per_epoch
 from fastssl.runs.checkpoint import Position
 from fastssl.runs.folder import RunFolder
-from fastssl.runs.restore import require_fit, restore
+from fastssl.runs.restore import restore
 from fastssl.runs.saver import Saver
 from fastssl.runs.status import RunStatus
 from fastssl.training.metrics import MetricRing
@@ -289,6 +289,10 @@ def _require_same_settings(run: Setup) -> None:
 def _resume(run: Setup) -> None:
     """Go on with what is in the folder, or begin. The first process alone looks at the files, and tells the others."""
     found: dict[str, Any] | str | None = None
+
+    def put_in(state: dict[str, Any]) -> Position:
+        return restore(state, method=run.step.method, optimizer=run.step.optimizer)
+
     if run.folder:
         about = {
             "device": run.device.type,
@@ -297,29 +301,15 @@ def _resume(run: Setup) -> None:
             "git": run.git,
         }
         try:
-            found = run.folder.open(
-                run.config, run.options.resume, about, lambda state: _require_fit(run, state), launch_from_environment()
-            )
+            found = run.folder.open(run.config, run.options.resume, about, put_in, launch_from_environment())
         except FastSSLError as error:
             found = str(error)
     found = broadcast_object(found)
     if isinstance(found, str):
         run.end_together(FastSSLError(found))
     if found is not None:
-        run.position = restore(found, method=run.step.method, optimizer=run.step.optimizer)
+        run.position = put_in(found)
         if run.saver:
             run.saver.saved_step = run.position.step
         run.progress.note(f"resumed at step {run.position.step:,} (epoch {run.position.epoch})")
     broadcast_module(run.step.method)
-
-
-def _require_fit(run: Setup, state: dict[str, Any]) -> None:
-    """Raise FastSSLError where this run cannot go on from the checkpoint."""
-    require_fit(
-        state,
-        method=run.step.method,
-        optimizer=run.step.optimizer,
-        steps_per_epoch=run.length.steps_per_epoch,
-        epochs=run.recipe.train.epochs,
-        samples=len(run.reader),
-    )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
@@ -11,8 +10,6 @@ from pathlib import Path
 
 #: what a file is called until it is whole
 UNFINISHED = ".tmp"
-
-_one_sets_the_umask = threading.Lock()
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -27,8 +24,9 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """
     temporary = path.with_name(path.name + UNFINISHED)
     try:
+        mode = usual_mode(temporary)
         write(temporary)
-        temporary.chmod(usual_mode())
+        temporary.chmod(mode)
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -39,10 +37,15 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
             raise
         raise OSError(error.errno, error.strerror, os.fspath(path)) from error
     finally:
-        with suppress(
-            OSError
-        ):  # the folder may be gone or read-only by now, and the first error is the one that matters
+        with suppress(OSError):  # a folder may be gone or read-only by now, and the first error is the one that matters
             temporary.unlink(missing_ok=True)
+
+
+def usual_mode(path: Path) -> int:
+    """The permissions that this process's umask gives to a new file; makes ``path``, an empty one."""
+    path.unlink(missing_ok=True)
+    path.touch()
+    return path.stat().st_mode & 0o777
 
 
 def _let_go(error: BaseException | None) -> None:
@@ -77,16 +80,12 @@ def link_atomically(source: Path, path: Path) -> None:
 
 def sync_folder(folder: Path) -> None:
     """Bring a folder's list of names to the disk: without that a renamed file may be lost with the power."""
-    try:
+    with suppress(OSError):  # not every file system lets a folder be opened
         descriptor = os.open(folder, os.O_RDONLY)
-    except OSError:  # not every file system lets a folder be opened
-        return
-    try:
-        os.fsync(descriptor)
-    except OSError:
-        pass
-    finally:
-        os.close(descriptor)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def remove_unfinished(folder: Path, *patterns: str) -> None:
@@ -96,17 +95,3 @@ def remove_unfinished(folder: Path, *patterns: str) -> None:
     for path in (path for pattern in patterns for path in folder.glob(pattern + UNFINISHED)):
         with suppress(OSError):
             path.unlink()
-
-
-def usual_mode() -> int:
-    """The permissions of a new file, as this process's umask has them; from any thread."""
-    with suppress(OSError), open("/proc/self/status", "rb") as about:
-        for line in about:
-            if line.startswith(b"Umask:"):
-                return 0o666 & ~int(line.split()[1], 8)
-    # Elsewhere it is told only to who sets another, and two threads that do so at once would leave the wrong one
-    # behind.
-    with _one_sets_the_umask:
-        mask = os.umask(0)
-        os.umask(mask)
-    return 0o666 & ~mask

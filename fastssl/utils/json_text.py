@@ -67,7 +67,6 @@ def _lines(path: Path | str, text: str, expected: str) -> Iterator[tuple[str, An
         where = f"{path}, line {number}"
         try:
             yield where, json.loads(line)
-        except RecursionError as error:
-            raise FastSSLError(f"{where}: not JSON (nested too deeply); expected {expected}") from error
-        except ValueError as error:  # also numbers of thousands of digits
-            raise FastSSLError(f"{where}: not JSON ({getattr(error, 'msg', error)}); expected {expected}") from error
+        except (ValueError, RecursionError) as error:  # also numbers of thousands of digits
+            why = "nested too deeply" if isinstance(error, RecursionError) else getattr(error, "msg", error)
+            raise FastSSLError(f"{where}: not JSON ({why}); expected {expected}") from error

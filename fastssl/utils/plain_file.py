@@ -5,7 +5,6 @@ more than they can need.
 from __future__ import annotations
 
 import os
-import stat
 from pathlib import Path
 
 from fastssl.errors import FastSSLError
@@ -22,28 +21,15 @@ def read_plain(path: str | os.PathLike, at_most: int) -> bytes:
     """
     path = Path(path)
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        try:
-            plain = stat.S_ISREG(os.fstat(descriptor).st_mode)
-            content = _read(descriptor, at_most + 1) if plain else b""
-        finally:
-            os.close(descriptor)
+        if path.exists() and not path.is_file():
+            raise FastSSLError(f"{path}: is not a plain file")
+        with path.open("rb") as file:
+            content = file.read(at_most + 1)
     except FileNotFoundError:
         raise
     except (OSError, ValueError) as error:
         raise FastSSLError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
-    if not plain:
-        raise FastSSLError(f"{path}: is not a plain file")
     if len(content) > at_most:
-        raise FastSSLError(f"{path}: is longer than {_size(at_most)}")
+        size = f"{at_most >> 20} MiB" if at_most >= 1 << 20 else f"{at_most >> 10} KiB"
+        raise FastSSLError(f"{path}: is longer than {size}")
     return content
-
-
-def _read(descriptor: int, count: int) -> bytes:
-    """So many bytes, or all that there are."""
-    with open(descriptor, "rb", closefd=False) as file:
-        return file.read(count)
-
-
-def _size(count: int) -> str:
-    return f"{count >> 20} MiB" if count >= 1 << 20 else f"{count >> 10} KiB"

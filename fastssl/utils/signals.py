@@ -12,7 +12,7 @@ from typing import TypeVar
 _Result = TypeVar("_Result")
 
 #: Ctrl-C, the launcher's end, Slurm's ``--signal=USR1@120``, and a terminal that was closed.
-_NAMES = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 #: Seconds between two Ctrl-C that are two. torchrun and srun pass on what the terminal has sent to all processes
 #: already.
 _TWICE_S = 2.0
@@ -77,10 +77,9 @@ class StopRequest:
                 raise KeyboardInterrupt
 
         before = {}
-        for number in (getattr(signal, name) for name in _NAMES if hasattr(signal, name)):
-            if (
-                number == signal.SIGINT or signal.getsignal(number) is not signal.SIG_IGN
-            ):  # nohup: it asked not to be told
+        for number in _SIGNALS:
+            # What is ignored stays so: nohup asked not to be told.
+            if number == signal.SIGINT or signal.getsignal(number) is not signal.SIG_IGN:
                 before[number] = signal.signal(number, ask)
         try:
             yield

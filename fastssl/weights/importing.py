@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -55,14 +56,10 @@ def _require_replaceable(destination: Path) -> None:
         raise FastSSLError(f"{destination}: an imported backbone is a .safetensors file: end its name so")
     if not destination.parent.is_dir():
         raise FastSSLError(f"{destination.parent}: no such folder; create it first")
-    if destination.exists() and not _was_imported(destination):
+    imported = not destination.exists()
+    with suppress(FastSSLError):
+        imported = imported or read_header(destination).get("network") == "imported"
+    if not imported:
         raise FastSSLError(
             f"{destination}: exists and was not imported; it is left alone: choose another name or remove it"
         )
-
-
-def _was_imported(path: Path) -> bool:
-    try:
-        return read_header(path).get("network") == "imported"
-    except FastSSLError:
-        return False

@@ -103,19 +103,14 @@ def find_network(path: Path, tensors: dict[str, Tensor], *, layout: str = "auto"
     wanted = NETWORK[which] if which else None
     picked = [(root, network) for root, network in roots if wanted is None or network == wanted]
     if not picked:
-        there = (
-            " and ".join(sorted({f"the {network}'s" for _, network in roots if network}))
-            or "only one network; leave --which out"
-        )
+        there = " and ".join(sorted({f"the {network}'s" for _, network in roots if network}))
+        there = there or "only one network; leave --which out"
         raise FastSSLError(f"{path}: does not hold the {which}'s network; it holds {there}")
     root, network = picked[0]
     lead = re.compile("^" + re.escape(root) + chosen.inner)
     others = Counter(name.split(".")[0] for name in inside if not lead.match(name))
-    mine = _renamed(
-        path,
-        {name: value for name, value in inside.items() if lead.match(name)},
-        lambda name: lead.sub("", name, count=1),
-    )
+    mine = {name: value for name, value in inside.items() if lead.match(name)}
+    mine = _renamed(path, mine, lambda name: lead.sub("", name, count=1))
     rest = [(group, count, _reason(group, network, root)) for group, count in sorted(others.items())]
     return Found(names, network, mine, (*rest, *left_out))
 
@@ -144,9 +139,7 @@ def _unpacked(path: Path, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor]
 
 def _fitting(names: dict[str, Tensor], packed: bool) -> tuple[str, ...]:
     """The layouts that the names can have."""
-    for name in ("sslight", "moco", "dino"):
-        if name == "sslight" and not packed:
-            continue  # DINO's two networks are dicts of their own
+    for name in ("sslight", "moco", "dino") if packed else ("moco", "dino"):  # of DINO's two each is a dict of its own
         if any(tensor.startswith(root) for tensor in names for root, _ in LAYOUTS[name].roots):
             return (name,)
     return ("timm", "torchvision")

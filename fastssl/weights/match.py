@@ -52,13 +52,8 @@ class Matched:
 
     def record(self) -> dict:
         """All but the tensors, as JSON has it."""
-        kept = {
-            name: getattr(self, name) for name in ("arch", "layout", "network", "names", "taken", "counters", "eps")
-        }
-        return {
-            **kept,
-            "left_out": [{"group": group, "tensors": count, "why": why} for group, count, why in self.left_out],
-        }
+        kept = {name: value for name, value in vars(self).items() if name != "tensors"}
+        return {**kept, "left_out": [dict(zip(("group", "tensors", "why"), entry)) for entry in self.left_out]}
 
 
 @dataclass(frozen=True)
@@ -150,7 +145,7 @@ def _attempts(found: Found, arch: str, wanted: dict[str, Tensor]) -> list[_Attem
     """One for each set of names that the file may use for ``arch``."""
     tables = {"timm": {name: name for name in wanted}}
     if arch in TWINS:
-        tables["torchvision"] = torchvision_names(arch, wanted)
+        tables["torchvision"] = torchvision_names(arch)
         tables["sslight"] = _sslight_names(tables["torchvision"])
     if found.layouts == ("sslight",):
         # Its vision transformers are named as timm's are, its other networks number what torchvision names.
@@ -176,15 +171,10 @@ def _attempt(names: str, table: dict[str, str], tensors: dict[str, Tensor], want
         if theirs not in tensors:
             if not ours.endswith(".num_batches_tracked"):  # torch did not always write it
                 missing.append(theirs)
-        elif not _same_shape(tensors[theirs].shape, wanted[ours].shape):
-            wrong.append(f"{theirs} {tuple(tensors[theirs].shape)} for {tuple(wanted[ours].shape)}")
+        elif wanted[ours].shape not in ((shape := tensors[theirs].shape), (*shape, 1, 1)):  # a Linear is a convolution
+            wrong.append(f"{theirs} {tuple(shape)} for {tuple(wanted[ours].shape)}")
     extra = [name for name in tensors.keys() - set(table.values()) if name.split(".")[0] not in HEADS]
     return _Attempt(names, table, missing, wrong, extra)
-
-
-def _same_shape(theirs: torch.Size, ours: torch.Size) -> bool:
-    """A Linear (out, in) is a convolution (out, in, 1, 1)."""
-    return theirs == ours or (len(ours) == 4 and ours == (*theirs, 1, 1))
 
 
 def _guess(found: Found, arch: str) -> str:

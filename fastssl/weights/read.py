@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import pickle
 import re
+import zipfile
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,7 +14,6 @@ import torch
 from torch import Tensor
 
 from fastssl.errors import FastSSLError
-from fastssl.utils.torch_file import UNREADABLE, require_stored_as_is
 
 
 def _settings(module: str) -> type:
@@ -78,7 +78,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _read_torch(path: Path) -> object:
-    require_stored_as_is(path)
+    _require_stored_as_is(path)
     try:
         with torch.serialization.safe_globals(list(HARMLESS)):
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -91,10 +91,31 @@ def _read_torch(path: Path) -> object:
             f"{path}: refused, because reading it means running {wanted[1]}, which is not a tensor; "
             "where you trust the file, save its state_dict alone with the program that wrote it, and import that"
         ) from error
-    except UNREADABLE as error:
+    except Exception as error:  # a damaged file makes torch raise anything at all
         raise FastSSLError(
             f"{path}: neither what torch.save writes nor safetensors, or damaged ({type(error).__name__})"
         ) from error
+
+
+def _require_stored_as_is(path: Path) -> None:
+    """``torch.save`` packs its parts into a zip archive without compressing them. One that is compressed can become a
+    thousand times as large in memory.
+
+    Raises:
+        FastSSLError: a compressed or encrypted part, or parts that are larger in all than the file.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            parts = archive.infolist()
+    except Exception:  # another format, or damaged: the reader itself will say
+        return
+    if odd := [part.filename for part in parts if part.compress_type != zipfile.ZIP_STORED or part.flag_bits & 1]:
+        raise FastSSLError(
+            f"{path}: {len(odd)} of its parts are compressed, which torch.save never does; save it again with "
+            "torch.save"
+        )
+    if (claimed := sum(part.file_size for part in parts)) > (size := path.stat().st_size):
+        raise FastSSLError(f"{path}: damaged: its parts should have {claimed:,} bytes, the file has {size:,}")
 
 
 def _flat(

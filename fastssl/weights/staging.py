@@ -19,14 +19,11 @@ from torch import Tensor
 
 from fastssl.errors import FastSSLError
 from fastssl.utils.atomic_files import usual_mode
-from fastssl.utils.torch_file import UNREADABLE
 
 #: what a folder of ``--format timm`` holds
 FOLDER_FILES = frozenset({"config.json", "model.safetensors"})
-TORCH_ENDINGS = (".pth", ".pt")
 #: the end of every export's description, by which it is known again: ``..., exported by fastssl 0.1.0``
 SIGNATURE = "exported by fastssl"
-_SIGNED = re.compile(rf"\b{SIGNATURE} \d")
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, about: dict[str, str]) -> None:
@@ -38,7 +35,7 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, about: dict[str, str]) 
             state dicts have ``_metadata``.
     """
     plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    if path.suffix in TORCH_ENDINGS:
+    if path.suffix != ".safetensors":
         # A tensor that is a part of a larger one would take all of it along.
         content = OrderedDict((name, value.clone()) for name, value in plain.items())
         content.about = about
@@ -66,69 +63,46 @@ def require_replaceable(destination: Path) -> None:
         return
     if destination.is_dir() and destination.samefile(Path.cwd()):
         raise FastSSLError(f"{destination}: is the current folder, which would be replaced; name a new one")
-    kind = (
-        "folder"
-        if destination.is_dir()
-        else {".safetensors": "safetensors", ".onnx": "onnx"}.get(destination.suffix, "torch")
-    )
-    known = {
-        "folder": _is_exported_folder,
-        "safetensors": _is_signed_safetensors,
-        "onnx": _is_signed_onnx,
-        "torch": _is_signed_torch,
-    }
-    if not known[kind](destination):
+    if not (_is_exported_folder(destination) if destination.is_dir() else _is_signed(destination)):
         raise FastSSLError(
             f"{destination}: exists and is no export of this kind; it is left alone: choose another name or remove it"
         )
 
 
-def _is_signed(description: object) -> bool:
-    return isinstance(description, str) and _SIGNED.search(description) is not None
-
-
 def _is_exported_folder(path: Path) -> bool:
     names = {entry.name for entry in path.iterdir()}
-    if not names:
-        return True
     if names != FOLDER_FILES:
-        return False
+        return not names
     try:
         config = json.loads((path / "config.json").read_bytes())
     except (OSError, ValueError, RecursionError):
         return False
-    return isinstance(config, dict) and "architecture" in config and _is_signed_safetensors(path / "model.safetensors")
+    return isinstance(config, dict) and "architecture" in config and _is_signed(path / "model.safetensors")
 
 
-def _is_signed_safetensors(path: Path) -> bool:
+def _is_signed(path: Path) -> bool:
+    """Whether the file's description says that it is an export."""
+    if path.suffix == ".onnx":
+        from fastssl.weights.to_onnx import require_onnx
+
+        require_onnx()
     try:
+        description = _description(path)
+    except Exception:  # somebody else's file: each format's reader raises what it likes
+        return False
+    return isinstance(description, str) and re.search(rf"\b{SIGNATURE} \d", description) is not None
+
+
+def _description(path: Path) -> object:
+    if path.suffix == ".safetensors":
         with safe_open(str(path), framework="pt") as file:
-            return _is_signed((file.metadata() or {}).get("description"))
-    except (SafetensorError, OSError):
-        return False
+            return file.metadata()["description"]
+    if path.suffix == ".onnx":
+        import onnx
 
-
-def _is_signed_torch(path: Path) -> bool:
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except UNREADABLE:
-        return False
-    about = getattr(content, "about", None)
-    return isinstance(content, OrderedDict) and isinstance(about, dict) and _is_signed(about.get("description"))
-
-
-def _is_signed_onnx(path: Path) -> bool:
-    from fastssl.weights.to_onnx import require_onnx
-
-    require_onnx()
-    import onnx
-    from google.protobuf.message import DecodeError
-
-    try:
-        model = onnx.load(str(path), load_external_data=False)
-    except (DecodeError, OSError):
-        return False
-    return any(entry.key == "description" and _is_signed(entry.value) for entry in model.metadata_props)
+        props = onnx.load(str(path), load_external_data=False).metadata_props
+        return next(entry.value for entry in props if entry.key == "description")
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=True).about["description"]
 
 
 @contextmanager
@@ -149,19 +123,17 @@ def staged(destination: Path) -> Iterator[Path]:
         raise FastSSLError(f"{destination.parent}: cannot be written ({error.strerror})") from error
     place, aside = beside / destination.name, beside / f"{destination.name}.before"
     try:
+        mode = usual_mode(beside / "mode")
         yield place
         for file in place.iterdir() if place.is_dir() else [place]:
-            file.chmod(usual_mode())  # safetensors writes for its owner's eyes only
+            file.chmod(mode)  # safetensors writes for its owner's eyes only
             with file.open("rb") as opened:
                 os.fsync(opened.fileno())
         if destination.is_dir():
             destination.rename(aside)
         place.replace(destination)
-    except (
-        OSError,
-        RuntimeError,
-        SafetensorError,
-    ) as error:  # torch says a full disk in a RuntimeError, safetensors in its own
+    # torch says a full disk in a RuntimeError, safetensors in its own
+    except (OSError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         raise FastSSLError(f"{destination}: not written ({reason}); what was there before is untouched") from error
     finally:

@@ -36,7 +36,7 @@ def require_onnx() -> None:
         raise FastSSLError(f"--format onnx needs {' and '.join(missing)}: pip install 'fastssl-vision[onnx]'")
 
 
-def write_file(
+def write_onnx(
     backbone: nn.Module,
     arch: str,
     path: Path,
@@ -103,14 +103,10 @@ def write_file(
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """The exporter talks by print, by warnings and by logging; errors come as exceptions all the same."""
-    noisy = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in noisy]
+    logging.disable(logging.WARNING)
     try:
-        for logger in noisy:
-            logger.setLevel(logging.ERROR)
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
-        for logger, level in zip(noisy, levels):
-            logger.setLevel(level)
+        logging.disable(logging.NOTSET)

@@ -137,12 +137,6 @@ def test_weights_that_are_not_finite_are_not_kept() -> None:
 
 
 DAMAGED = {
-    "no losses": {"losses": {}},
-    "a loss that is a word": {"losses": {"loss": "x"}},
-    "losses that are none": {"losses": None},
-    "before the start": {"iteration": -5},
-    "behind the end": {"iteration": 99},
-    "no number": {"iteration": "1"},
     "no detector": {"detector": None},
     "no optimizer": {"optimizer": []},
     "of another kind": {"kind": "probe"},

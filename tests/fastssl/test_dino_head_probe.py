@@ -78,20 +78,11 @@ def test_a_head_without_batchnorm(tmp_path: Path) -> None:
     assert [type(layer) for layer in load_half_head(run_file(run))[0]] == [nn.Linear, nn.GELU] * 2
 
 
-@pytest.mark.parametrize("fresh", [False, True])
-@pytest.mark.parametrize(
-    ("key", "value", "words"),
-    [
-        ("hidden", 24, "mlp.0.weight is"),
-        ("hidden", 1 << 30, "mlp.0.weight is"),
-        ("layers", 90, "tensors for 90 layers"),
-    ],
-)
-def test_tensors_that_do_not_fit(key: str, value: int, words: str, fresh: bool, run: Path, tmp_path: Path) -> None:
-    """A head of exabytes, too, is known not to fit before it is made."""
+@pytest.mark.parametrize(("key", "value"), [("hidden", 24), ("layers", 5)])
+def test_tensors_that_do_not_fit(key: str, value: int, run: Path, tmp_path: Path) -> None:
     state = load_checkpoint(run_file(run))
     state["config"]["dino"]["projector"][key] = value
     write_state(tmp_path / "last.pt", state)
-    with pytest.raises(FastSSLError, match=rf"the student's head does not fit: .*{words}") as error:
-        load_half_head(tmp_path / "last.pt", fresh=fresh)
+    with pytest.raises(FastSSLError, match=r"last.pt: the student's head does not fit: .*mlp\.\d\.weight") as error:
+        load_half_head(tmp_path / "last.pt")
     assert "\n" not in str(error.value)

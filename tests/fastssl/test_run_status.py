@@ -28,15 +28,6 @@ def test_it_says_how_a_run_stands_and_when(tmp_path: Path) -> None:
     found = json.loads((tmp_path / "status.json").read_text())
     said = time.mktime(time.strptime(found.pop("time"), "%Y-%m-%dT%H:%M:%SZ")) - time.timezone
     assert before <= said <= time.time() and found == {"state": "stopped", "step": 3, "why": "a signal"}
-    with pytest.raises(ValueError, match="state='gone' is not one of"):
-        write_status(tmp_path, "gone")
-
-
-def test_a_state_that_nobody_knows_is_a_mistake_of_ours(tmp_path: Path) -> None:
-    found = RunStatus(tmp_path, dict)
-    with pytest.raises(ValueError, match="state='gone' is not one of"):
-        found.tell("gone")
-    found.close()
 
 
 def test_no_run_ends_because_it_cannot_be_written(tmp_path: Path) -> None:

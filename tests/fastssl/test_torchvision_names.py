@@ -10,7 +10,6 @@ import torchvision
 from torch import Tensor, nn
 
 from fastssl.models.backbones import SHORT_NAMES, create_backbone, resolve_arch
-from fastssl.weights.to_torchvision import build_twin
 from fastssl.weights.torchvision_names import TWINS, to_torchvision, torchvision_names, with_eps
 
 
@@ -48,7 +47,7 @@ def test_names_shapes_and_eps_are_the_installed_ones(arch: str) -> None:
     twin = TWINS[arch]
     with torch.device("meta"):
         ours, theirs = create_backbone(arch), getattr(torchvision.models, twin.builder)(weights=None)
-    names = torchvision_names(arch, ours.state_dict())
+    names = torchvision_names(arch)
     classifier = {f"{twin.last}.weight", f"{twin.last}.bias"}
     assert sorted(names.values()) == sorted(theirs.state_dict().keys() - classifier)
     for name, value in ours.state_dict().items():
@@ -72,7 +71,7 @@ def test_the_features_are_the_same(arch: str) -> None:
     far more.
     """
     torch.manual_seed(0)
-    ours, theirs = with_statistics(create_backbone(arch)), build_twin(TWINS[arch]).eval()
+    ours, theirs = with_statistics(create_backbone(arch)), TWINS[arch].build().eval()
     theirs.load_state_dict(to_torchvision(arch, ours), strict=True)
     images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
     with torch.no_grad():

@@ -120,16 +120,6 @@ def test_what_is_not_there_is_said(run: Path, tmp_path: Path) -> None:
     write_state(tmp_path / "another.pt", state)
     with pytest.raises(FastSSLError, match="tensors do not fit resnet18"):
         load_trained(tmp_path / "another.pt")
-    for arch in (5, None, "lcnet_035"):
-        state["config"]["arch"] = arch
-        if arch == "lcnet_035":
-            state["method"]["student.backbone.conv_stem.weight"] = torch.zeros(8, 3, 3, 3, dtype=torch.int8)
-        write_state(tmp_path / "odd.pt", state)
-        with pytest.raises(
-            FastSSLError,
-            match=r"conv_stem\.weight.*another kind" if arch == "lcnet_035" else "its config names no network",
-        ):
-            load_trained(tmp_path / "odd.pt")
     torch.save({"version": 1}, tmp_path / "odd.pt")
     with pytest.raises(FastSSLError, match=r"is not a whole checkpoint of a run \(no method\)$"):
         load_trained(tmp_path / "odd.pt")

@@ -32,7 +32,7 @@ from fastssl.evaluate.detection.schedule import Rates
 from fastssl.optim.optimizers import set_lr
 from fastssl.pipelines.plan.philox import Stream, keyed_words
 from fastssl.runs.checkpoint import VERSION, load_checkpoint, write_state
-from fastssl.runs.restore import Unfit, load_network, load_optimizer
+from fastssl.runs.restore import load_optimizer
 
 #: Iterations between two looks at the loss, for which the host waits.
 LOOK_EVERY = 20
@@ -246,26 +246,14 @@ class _Checkpoint:
                 "--out, or remove it"
             )
         try:
-            found = self._position(state)
-            load_network(detector, state["detector"])
-            load_optimizer(optimizer, state["optimizer"], steps=found[0])
-            return found
-        except (KeyError, ValueError, RuntimeError, TypeError, AttributeError, IndexError, OverflowError) as error:
-            why = str(error) if isinstance(error, Unfit) else type(error).__name__
+            detector.load_state_dict(state["detector"], strict=True)
+            load_optimizer(optimizer, state["optimizer"])
+            return state["iteration"], state["losses"]
+        except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
+            why = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             raise DetectionError(
                 f"{self.path}: does not fit this detector ({why}); choose another --out, or remove it"
             ) from error
-
-    def _position(self, state: dict[str, Any]) -> tuple[int, dict[str, float]]:
-        """(iterations done, losses): only such as ``save`` writes."""
-        iteration, losses = state["iteration"], state["losses"]
-        if (
-            type(iteration) is not int
-            or not 1 <= iteration <= self.config["iterations"]
-            or not math.isfinite(losses["loss"])
-        ):
-            raise ValueError(f"iteration {iteration!r}, losses {losses!r}")
-        return iteration, losses
 
     def is_due(self) -> bool:
         """Whether the last one is old enough."""
