@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from fastssl.losses.pairs import PairWeights
+from fastssl.losses.smoothed_target import rank_weights
 from fastssl.models.backbones import feature_dim
 from fastssl.models.drop_path import DropTable
 from fastssl.models.heads import Projector, ProjectorConfig
@@ -256,6 +257,18 @@ class Method(nn.Module):
         way = torch._foreach_sub(self._student_parameters, self._teacher_parameters)
         torch._foreach_mul_(way, 1 - momentum)
         torch._foreach_add_(self._teacher_parameters, way)
+
+
+def check_smoothing(config: Any) -> None:
+    """Refuse a warm-up of the smoothing that its schedule does not read, and neighbours that its weighting does not
+    define.
+
+    Args:
+        config: with ``smoothing_schedule``, ``smoothing_warm_epochs``, ``weighting`` and ``neighbors``.
+    """
+    if config.smoothing_warm_epochs and config.smoothing_schedule != "warm":
+        raise ValueError("smoothing_warm_epochs is read only with smoothing_schedule: warm")
+    rank_weights(config.weighting, config.neighbors)  # which says what is wrong with them
 
 
 def smoothing_rates(config: Any, step: int, run: RunLength) -> dict[str, float]:

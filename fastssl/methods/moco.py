@@ -16,7 +16,7 @@ BatchNorm sees two samples of the same statistics at once.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from typing import Any
 
 import torch
@@ -34,17 +34,19 @@ from fastssl.methods.base import (
     Rates,
     StepOutput,
     Views,
+    check_smoothing,
     embedding_std,
     new_encoder,
     smoothing_rates,
 )
 from fastssl.models.heads import ProjectorConfig
 from fastssl.optim import schedules
-from fastssl.optim.schedules import RunLength
+from fastssl.optim.schedules import MomentumSchedule, RunLength, SmoothingSchedule
 from fastssl.pipelines.plan.order import batch_permutation
+from fastssl.utils.settings import BelowOne, Count, Natural, Positive, Share, Switch, Whole, settings
 
 
-@dataclass(frozen=True)
+@settings("moco")
 class MoCoConfig(MethodConfig):
     """The method's own numbers.
 
@@ -68,31 +70,20 @@ class MoCoConfig(MethodConfig):
         projector: shape of the head.
     """
 
-    temperature: float = 0.1
-    smoothing: float = 0.2
+    temperature: Positive = 0.1
+    smoothing: BelowOne = 0.2
     weighting: str = "stepped"
-    neighbors: int | None = None
-    smoothing_schedule: str = "constant"
-    smoothing_warm_epochs: int = 0
-    symmetric: bool = True
-    queue: int = 65536
-    momentum: float = 0.999
-    momentum_schedule: str = "constant"
-    split_bn: int = 8
+    neighbors: Whole | None = None
+    smoothing_schedule: SmoothingSchedule = "constant"
+    smoothing_warm_epochs: Natural = 0
+    symmetric: Switch = True
+    queue: Count = 65536
+    momentum: Share = 0.999
+    momentum_schedule: MomentumSchedule = "constant"
+    split_bn: Count = 8
     projector: ProjectorConfig = field(default_factory=ProjectorConfig)
 
-    def __post_init__(self) -> None:
-        if self.momentum_schedule not in schedules.MOMENTUM_SCHEDULES:
-            raise ValueError(
-                f"moco.momentum_schedule={self.momentum_schedule!r} is not one of "
-                f"{', '.join(schedules.MOMENTUM_SCHEDULES)}"
-            )
-        schedules.check_smoothing("moco", self.smoothing_schedule, self.smoothing_warm_epochs)
-        rank_weights(self.weighting, self.neighbors)  # which says what is wrong with them
-        if not 0 <= self.momentum <= 1:
-            raise ValueError(f"moco.momentum must lie in 0..1, got {self.momentum}")
-        if self.split_bn < 1 or self.queue < 1:
-            raise ValueError("moco.split_bn and moco.queue must be at least 1")
+    __post_init__ = check_smoothing
 
     BATCH_KEY = "moco.queue"
     EPOCH_KEYS = ("smoothing_warm_epochs",)

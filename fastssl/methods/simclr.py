@@ -10,7 +10,7 @@ smoothing is light-moco's (arXiv 2212.07158), local views are paired as in SSLig
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 
 import torch
 from torch import Tensor, nn
@@ -25,16 +25,17 @@ from fastssl.methods.base import (
     Rates,
     StepOutput,
     Views,
+    check_smoothing,
     embedding_std,
     new_encoder,
     smoothing_rates,
 )
 from fastssl.models.heads import ProjectorConfig
-from fastssl.optim import schedules
-from fastssl.optim.schedules import RunLength
+from fastssl.optim.schedules import RunLength, SmoothingSchedule
+from fastssl.utils.settings import BelowOne, Natural, Positive, Whole, settings
 
 
-@dataclass(frozen=True)
+@settings("simclr")
 class SimCLRConfig(MethodConfig):
     """The method's own numbers.
 
@@ -44,19 +45,17 @@ class SimCLRConfig(MethodConfig):
         projector: shape of the MLP.
     """
 
-    temperature: float = 0.1
-    smoothing: float = 0.2
+    temperature: Positive = 0.1
+    smoothing: BelowOne = 0.2
     weighting: str = "stepped"
-    neighbors: int | None = None
-    smoothing_schedule: str = "constant"
-    smoothing_warm_epochs: int = 0
+    neighbors: Whole | None = None
+    smoothing_schedule: SmoothingSchedule = "constant"
+    smoothing_warm_epochs: Natural = 0
     projector: ProjectorConfig = field(
         default_factory=lambda: ProjectorConfig(hidden=2048, out=128, layers=2, norm=True)
     )
 
-    def __post_init__(self) -> None:
-        schedules.check_smoothing("simclr", self.smoothing_schedule, self.smoothing_warm_epochs)
-        rank_weights(self.weighting, self.neighbors)  # which says what is wrong with them
+    __post_init__ = check_smoothing
 
     BATCH_KEY = "simclr.neighbors"
     EPOCH_KEYS = ("smoothing_warm_epochs",)
