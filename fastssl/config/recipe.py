@@ -24,7 +24,6 @@ from fastssl.utils.settings import (
     BY_FORM,
     LIST,
     MAPPING,
-    UNKNOWN,
     BelowOne,
     Count,
     Natural,
@@ -32,9 +31,7 @@ from fastssl.utils.settings import (
     Real,
     Switch,
     Whole,
-    first_mistake,
     in_words,
-    key_of,
     settings,
 )
 from fastssl.utils.suggest import did_you_mean, nearest
@@ -283,13 +280,11 @@ def build_recipe(tree: Mapping[str, Any], *, where: str) -> Recipe:
     try:
         return _RECIPE.validate_python(tree)
     except ValidationError as mistakes:
-        mistake = first_mistake(mistakes)
-    if mistake["type"] != UNKNOWN:
-        raise FastSSLError(f"{where}: {in_words(mistake)}")
-    key = _first_leaf(key_of(mistake), mistake["input"])
-    raise FastSSLError(
-        f"{where}: no key {key if len(key) <= 100 else shown(key)}{did_you_mean(key[:100], list(_keys(tree)))}"
-    )
+        line, unknown = in_words(mistakes)
+    if unknown:  # a section that does not exist is told by what was meant to stand in it
+        key = next(_leaves(unknown))
+        line = f"no key {key if len(key) <= 100 else shown(key)}{did_you_mean(key[:100], list(_keys(tree)))}"
+    raise FastSSLError(f"{where}: {line}")
 
 
 def _preset(name: object, where: str) -> dict[str, Any]:
@@ -315,14 +310,6 @@ def _leaves(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[str]:
             yield from _leaves(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}"
-
-
-def _first_leaf(key: str, value: Any) -> str:
-    """A section that does not exist is told by what was meant to stand in it."""
-    while isinstance(value, Mapping) and value and len(key) < 100:  # a stranger's may hold itself
-        name, value = next(iter(value.items()))
-        key = f"{key}.{name if isinstance(name, str) else shown(name)}"
-    return key
 
 
 def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
@@ -351,23 +338,23 @@ def _override(tree: Any, key: str, value: Any) -> None:
     if key == "views.preset":
         _override_views(tree, value)
         return
-    *parents, last = key.split(".")
-    if parents[:1] == ["views"] and isinstance(tree.get("views"), str):  # of a preset one number is to be another
-        tree["views"] = _preset(tree["views"], f"--set {key}")
-    if parents == ["views"] and isinstance(tree.get("views"), list) and not last.isdigit():
+    parts, views = key.split("."), tree.get("views")
+    if parts[0] == "views" and len(parts) > 1 and isinstance(views, str):  # of a preset one number is to be another
+        tree["views"] = _preset(views, f"--set {key}")
+    if parts[0] == "views" and len(parts) == 2 and isinstance(views, list) and not parts[1].isdigit():
         raise FastSSLError(
             f"--set {key}: this recipe lists its two views (views.0.size ...); a threshold belongs to a "
             "multi-crop, e.g. --set views.preset=sslight-cnn"
         )
-    node = tree
-    for number, part in enumerate(parents):
-        node = node[_position(node, part, key)] if isinstance(node, list) else node.setdefault(part, {})
+    node, place = {"": tree}, ""
+    for number, part in enumerate(parts):
+        node = node[place] if isinstance(node, list) else node.setdefault(place, {})
+        if isinstance(node, list) and not (part.isdigit() and int(part) < len(node)):
+            raise FastSSLError(f"--set {key}: {part!r} is not a position in a list of {len(node)} (counted from 0)")
         if not isinstance(node, (dict, list)):
-            raise FastSSLError(f"--set {key}: {'.'.join(parents[: number + 1])} is a value, it holds no keys")
-    if isinstance(node, list):
-        node[_position(node, last, key)] = value
-    else:
-        node[last] = value
+            raise FastSSLError(f"--set {key}: {'.'.join(parts[:number])} is a value, it holds no keys")
+        place = int(part) if isinstance(node, list) else part
+    node[place] = value
 
 
 def _override_views(tree: dict[str, Any], name: Any) -> None:
@@ -385,12 +372,6 @@ def _override_views(tree: dict[str, Any], name: Any) -> None:
         if len(kept) == 2 and kept[0] != kept[1]:  # each global view keeps its own; local ones are as the first
             before = {"global_1": kept[0], "global_2": kept[1], "local": kept[0]}
     tree["views"] = {**(before or {}), **_preset(name, "--set views.preset")}
-
-
-def _position(node: list, part: str, key: str) -> int:
-    if not part.isdigit() or int(part) >= len(node):
-        raise FastSSLError(f"--set {key}: {part!r} is not a position in a list of {len(node)} (counted from 0)")
-    return int(part)
 
 
 _RECIPE = TypeAdapter(Recipe)

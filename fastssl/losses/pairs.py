@@ -11,17 +11,17 @@ all pairs.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from fastssl.utils.settings import Natural, NotNegative, settings
-
 GLOBAL_VIEWS = 2
 
 
-@settings()
+@dataclass(frozen=True)
 class PairWeights:
     """How much each kind of pair counts.
 
@@ -35,15 +35,26 @@ class PairWeights:
             which do not exist.
     """
 
-    local_views: Natural
-    gg: NotNegative
-    gl: NotNegative
+    local_views: int
+    gg: float
+    gl: float
 
     def __post_init__(self) -> None:
+        if self.local_views < 0:
+            raise ValueError(f"local_views={self.local_views}: give the number of local views, 0 for none")
+        for name, weight in (("global-global", self.gg), ("global-local", self.gl)):
+            if not (math.isfinite(weight) and weight >= 0):
+                raise ValueError(f"views.weights: the {name} weight is {weight}; give a finite number of at least 0")
         if abs(self.gg + self.gl - 1) > 1e-6:
-            raise ValueError(f"weights={[self.gg, self.gl]} must be two numbers that sum to 1")
+            raise ValueError(
+                f"views.weights: {self.gg} (global-global) and {self.gl} (global-local) sum to "
+                f"{self.gg + self.gl:.6g}; give two numbers that sum to 1"
+            )
         if not self.local_views and self.gl:
-            raise ValueError(f"weights={[self.gg, self.gl]} give local pairs a weight, but there are no local views")
+            raise ValueError(
+                f"views.weights: {self.gl} goes to global-local pairs, but there are no local views; set the "
+                "weights to 1 and 0, or add local views"
+            )
 
     @classmethod
     def by_count(cls, local_views: int) -> PairWeights:

@@ -27,7 +27,8 @@ from fastssl.models.backbones import feature_dim
 from fastssl.models.drop_path import DropTable
 from fastssl.models.heads import Projector, ProjectorConfig
 from fastssl.optim import schedules
-from fastssl.optim.schedules import RunLength
+from fastssl.optim.schedules import RunLength, SmoothingSchedule
+from fastssl.utils.settings import BelowOne, Natural, Positive, Whole, settings
 
 #: By name: a number, or a tensor with one element on the device, or a switch.
 Rates = Mapping[str, "Tensor | float | bool"]
@@ -64,6 +65,58 @@ class MethodConfig:
             processes: that share a step.
         """
         return self
+
+
+@settings()
+class SmoothedConfig(MethodConfig):
+    """Numbers of the methods whose loss has a smoothed target (``losses.smoothed_target``).
+
+    Attributes:
+        temperature: of the softmax (light-moco 0.1, MoCo-v2 0.2).
+        smoothing: mass that the target gives to the nearest negatives (0: plain InfoNCE).
+        weighting: how the mass is shared: ``uniform_topk``, ``stepped``, ``geometric``, ``nearest``, ``uniform_all``,
+            ``thirds``.
+        neighbors: number of nearest negatives that share it; None: the weighting's published number.
+        smoothing_schedule: ``constant``, ``warm`` (0 for ``smoothing_warm_epochs``, then all of it) or ``cosine``
+            (grows from 0).
+        smoothing_warm_epochs: read by ``warm`` only.
+    """
+
+    temperature: Positive = 0.1
+    smoothing: BelowOne = 0.2
+    weighting: str = "stepped"
+    neighbors: Whole | None = None
+    smoothing_schedule: SmoothingSchedule = "constant"
+    smoothing_warm_epochs: Natural = 0
+
+    EPOCH_KEYS = ("smoothing_warm_epochs",)
+
+    def __post_init__(self) -> None:
+        if self.smoothing_warm_epochs and self.smoothing_schedule != "warm":
+            raise ValueError("smoothing_warm_epochs is read only with smoothing_schedule: warm")
+        rank_weights(self.weighting, self.neighbors)  # which says what is wrong with them
+
+    @property
+    def sharing(self) -> int:
+        """How many nearest negatives share the smoothing; 0 where all do."""
+        return len(rank_weights(self.weighting, self.neighbors))
+
+    def smoothing_rates(self, step: int, run: RunLength) -> dict[str, float | bool]:
+        """The present smoothing, under its name; empty without smoothing: the search for neighbours is then left out,
+        also of a recorded step.
+        """
+        if not self.smoothing:
+            return {}
+        return {
+            "smoothing": schedules.smoothing(
+                step,
+                total_steps=run.total_steps,
+                steps_per_epoch=run.steps_per_epoch,
+                base=self.smoothing,
+                schedule=self.smoothing_schedule,
+                warm_epochs=self.smoothing_warm_epochs,
+            )
+        }
 
 
 class Encoder(nn.Module):
@@ -257,39 +310,6 @@ class Method(nn.Module):
         way = torch._foreach_sub(self._student_parameters, self._teacher_parameters)
         torch._foreach_mul_(way, 1 - momentum)
         torch._foreach_add_(self._teacher_parameters, way)
-
-
-def check_smoothing(config: Any) -> None:
-    """Refuse a warm-up of the smoothing that its schedule does not read, and neighbours that its weighting does not
-    define.
-
-    Args:
-        config: with ``smoothing_schedule``, ``smoothing_warm_epochs``, ``weighting`` and ``neighbors``.
-    """
-    if config.smoothing_warm_epochs and config.smoothing_schedule != "warm":
-        raise ValueError("smoothing_warm_epochs is read only with smoothing_schedule: warm")
-    rank_weights(config.weighting, config.neighbors)  # which says what is wrong with them
-
-
-def smoothing_rates(config: Any, step: int, run: RunLength) -> dict[str, float]:
-    """The present smoothing of a target, under its name; empty without smoothing: the search for neighbours is then
-    left out, also of a recorded step.
-
-    Args:
-        config: with ``smoothing``, ``smoothing_schedule`` and ``smoothing_warm_epochs``.
-    """
-    if not config.smoothing:
-        return {}
-    return {
-        "smoothing": schedules.smoothing(
-            step,
-            total_steps=run.total_steps,
-            steps_per_epoch=run.steps_per_epoch,
-            base=config.smoothing,
-            schedule=config.smoothing_schedule,
-            warm_epochs=config.smoothing_warm_epochs,
-        )
-    }
 
 
 def new_encoder(backbone: nn.Module, config: ProjectorConfig) -> Encoder:

@@ -27,38 +27,27 @@ from fastssl.distributed.collectives import gather_rows, gather_views, rank
 from fastssl.distributed.split_batchnorm import SplitBatchNormStats
 from fastssl.losses import SmoothedInfoNCE
 from fastssl.losses.pairs import reduce_pairs
-from fastssl.losses.smoothed_target import rank_weights
 from fastssl.methods.base import (
     Method,
-    MethodConfig,
     Rates,
+    SmoothedConfig,
     StepOutput,
     Views,
-    check_smoothing,
     embedding_std,
     new_encoder,
-    smoothing_rates,
 )
 from fastssl.models.heads import ProjectorConfig
 from fastssl.optim import schedules
-from fastssl.optim.schedules import MomentumSchedule, RunLength, SmoothingSchedule
+from fastssl.optim.schedules import MomentumSchedule, RunLength
 from fastssl.pipelines.plan.order import batch_permutation
-from fastssl.utils.settings import BelowOne, Count, Natural, Positive, Share, Switch, Whole, settings
+from fastssl.utils.settings import Count, Share, Switch, settings
 
 
 @settings("moco")
-class MoCoConfig(MethodConfig):
+class MoCoConfig(SmoothedConfig):
     """The method's own numbers.
 
     Attributes:
-        temperature: of the softmax (light-moco 0.1, MoCo-v2 0.2).
-        smoothing: mass that the target gives to the nearest negatives (0: plain InfoNCE).
-        weighting: how the mass is shared: ``uniform_topk``, ``stepped``, ``geometric``, ``nearest``, ``uniform_all``,
-            ``thirds``.
-        neighbors: number of nearest negatives that share it; None: the weighting's published number.
-        smoothing_schedule: ``constant``, ``warm`` (0 for ``smoothing_warm_epochs``, then all of it) or ``cosine``
-            (grows from 0).
-        smoothing_warm_epochs: read by ``warm`` only.
         symmetric: keys of both global views, each with the queries of all other views.
         queue: number of keys kept as negatives; a multiple of the keys of a step, two (or, if not symmetric, one) for
             each sample of the batch.
@@ -70,12 +59,6 @@ class MoCoConfig(MethodConfig):
         projector: shape of the head.
     """
 
-    temperature: Positive = 0.1
-    smoothing: BelowOne = 0.2
-    weighting: str = "stepped"
-    neighbors: Whole | None = None
-    smoothing_schedule: SmoothingSchedule = "constant"
-    smoothing_warm_epochs: Natural = 0
     symmetric: Switch = True
     queue: Count = 65536
     momentum: Share = 0.999
@@ -83,10 +66,7 @@ class MoCoConfig(MethodConfig):
     split_bn: Count = 8
     projector: ProjectorConfig = field(default_factory=ProjectorConfig)
 
-    __post_init__ = check_smoothing
-
     BATCH_KEY = "moco.queue"
-    EPOCH_KEYS = ("smoothing_warm_epochs",)
 
     @property
     def key_views(self) -> int:
@@ -110,8 +90,7 @@ class MoCoConfig(MethodConfig):
         steps = -(-self.queue // keys)
         if photos is not None:
             # One step's keys are the least; so are the neighbours that share the smoothing.
-            neighbors = len(rank_weights(self.weighting, self.neighbors))
-            steps = min(steps, max(1, photos // keys, -(-neighbors // keys)))
+            steps = min(steps, max(1, photos // keys, -(-self.sharing // keys)))
         groups = [min(self.split_bn, keys // 2)]
         if processes > 1:  # each process makes as many groups as the others, all of one size
             groups = [n for n in range(processes, self.split_bn + 1, processes) if keys % n == 0 and keys >= 2 * n]
@@ -173,7 +152,7 @@ class MoCo(Method):
         momentum = schedules.ema_momentum(
             step, total_steps=run.total_steps, base=config.momentum, schedule=config.momentum_schedule
         )
-        return {"momentum": momentum, **smoothing_rates(config, step, run)}
+        return {"momentum": momentum, **config.smoothing_rates(step, run)}
 
     def synchronise(self, convert: Callable[[nn.Module], nn.Module]) -> None:
         """As of any method; but keys that are dealt into groups have the statistics of their group, and the running

@@ -18,51 +18,36 @@ from torch import Tensor, nn
 from fastssl.distributed.collectives import gather_views, rank
 from fastssl.losses.nt_xent import SmoothedNTXent
 from fastssl.losses.pairs import reduce_pairs, split_pairs
-from fastssl.losses.smoothed_target import rank_weights
 from fastssl.methods.base import (
     Method,
-    MethodConfig,
     Rates,
+    SmoothedConfig,
     StepOutput,
     Views,
-    check_smoothing,
     embedding_std,
     new_encoder,
-    smoothing_rates,
 )
 from fastssl.models.heads import ProjectorConfig
-from fastssl.optim.schedules import RunLength, SmoothingSchedule
-from fastssl.utils.settings import BelowOne, Natural, Positive, Whole, settings
+from fastssl.optim.schedules import RunLength
+from fastssl.utils.settings import settings
 
 
 @settings("simclr")
-class SimCLRConfig(MethodConfig):
+class SimCLRConfig(SmoothedConfig):
     """The method's own numbers.
 
     Attributes:
-        temperature: of the softmax.
-        smoothing, weighting, neighbors, smoothing_schedule, smoothing_warm_epochs: as of ``MoCoConfig``.
         projector: shape of the MLP.
     """
 
-    temperature: Positive = 0.1
-    smoothing: BelowOne = 0.2
-    weighting: str = "stepped"
-    neighbors: Whole | None = None
-    smoothing_schedule: SmoothingSchedule = "constant"
-    smoothing_warm_epochs: Natural = 0
     projector: ProjectorConfig = field(
         default_factory=lambda: ProjectorConfig(hidden=2048, out=128, layers=2, norm=True)
     )
 
-    __post_init__ = check_smoothing
-
     BATCH_KEY = "simclr.neighbors"
-    EPOCH_KEYS = ("smoothing_warm_epochs",)
 
     def allows(self, batch: int) -> bool:
-        needed = len(rank_weights(self.weighting, self.neighbors)) if self.smoothing else 0
-        return batch >= 2 and 2 * (batch - 1) >= needed
+        return batch >= 2 and 2 * (batch - 1) >= (self.sharing if self.smoothing else 0)
 
     def scaled(self, batch: int, *, photos: int | None = None, processes: int = 1) -> SimCLRConfig:
         return self if self.allows(batch) else replace(self, weighting="nearest", neighbors=None)
@@ -93,8 +78,8 @@ class SimCLR(Method):
                 "share the smoothing"
             )
 
-    def rates(self, step: int, run: RunLength) -> dict[str, float]:
-        return smoothing_rates(self.config, step, run)
+    def rates(self, step: int, run: RunLength) -> dict[str, float | bool]:
+        return self.config.smoothing_rates(step, run)
 
     def forward(self, images: Sequence[Tensor], targets: tuple[Tensor, ...], rates: Rates) -> StepOutput:
         batch, smoothing = self.views.batch_size, rates.get("smoothing", 0.0)

@@ -9,7 +9,6 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Strict, Tag, ValidationError
 from pydantic.dataclasses import dataclass
-from pydantic_core import ErrorDetails
 from typing_extensions import dataclass_transform
 
 from fastssl.utils.yaml_file import shown
@@ -61,7 +60,7 @@ _WORDS = {
     "less_than": "must be below {lt}",
     "less_than_equal": "must be at most {le}",
 }
-UNKNOWN = "unexpected_keyword_argument"
+_UNKNOWN = "unexpected_keyword_argument"
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(field,))
@@ -84,7 +83,7 @@ def settings(section: str = "", error: type[Exception] = ValueError) -> Callable
             try:  # by name: what stands at a place has none in a mistake
                 make(self, *args[len(names) :], **dict(zip(names, args)), **values)
             except ValidationError as mistakes:
-                raise error(in_words(first_mistake(mistakes), section)) from None
+                raise error(in_words(mistakes, section)[0]) from None
 
         kind.__init__ = init
         return kind
@@ -92,27 +91,20 @@ def settings(section: str = "", error: type[Exception] = ValueError) -> Callable
     return checked
 
 
-def first_mistake(mistakes: ValidationError) -> ErrorDetails:
-    """The mistake to tell: a key that does not exist before any other, as it may be why another is missing."""
-    return min(
-        mistakes.errors(include_url=False),
-        key=lambda one: (one["type"] != UNKNOWN, one["type"].startswith("missing")),
+def in_words(mistakes: ValidationError, section: str = "") -> tuple[str, dict[str, Any]]:
+    """What is wrong, in one line: the whole key, what it must be, and what it is. Beside it the key that does not exist
+    with its value, if that is what is wrong.
+    """
+    # A key that does not exist comes before any other: it may be why another is missing.
+    mistake = min(
+        mistakes.errors(include_url=False), key=lambda one: (one["type"] != _UNKNOWN, one["type"].startswith("missing"))
     )
-
-
-def key_of(mistake: ErrorDetails, section: str = "") -> str:
-    """The whole key, ``views.0.size``."""
-    return ".".join([section] * bool(section) + [str(part) for part in mistake["loc"] if part not in _KINDS])
-
-
-def in_words(mistake: ErrorDetails, section: str = "") -> str:
-    """A mistake in one line: key, what it must be, and what it is."""
-    key, kind, about = key_of(mistake, section), mistake["type"], mistake.get("ctx", {})
+    kind, about, value = mistake["type"], mistake.get("ctx", {}), mistake["input"]
+    key = ".".join([section] * bool(section) + [str(part) for part in mistake["loc"] if part not in _KINDS])
+    if kind == _UNKNOWN:
+        return f"no key {key}", {key: value}
     if kind == "value_error":
-        return f"{key}.{about['error']}" if key else str(about["error"])
+        return f"{key}.{about['error']}" if key else str(about["error"]), {}
     if kind.startswith("missing"):
-        return f"{key} is missing"
-    if kind == UNKNOWN:
-        return f"no key {key}"
-    words = _WORDS.get(kind, mistake["msg"]).format(**about)
-    return f"{key} {words}, got {shown(mistake['input'])}"
+        return f"{key} is missing", {}
+    return f"{key} {_WORDS.get(kind, mistake['msg']).format(**about)}, got {shown(value)}", {}
