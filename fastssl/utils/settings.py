@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
-from dataclasses import field, fields
+from dataclasses import field
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Strict, Tag, ValidationError
@@ -76,12 +77,13 @@ def settings(section: str = "", error: type[Exception] = ValueError) -> Callable
 
     def checked(kind: Checked) -> Checked:
         kind = dataclass(kind, frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
-        make, names = kind.__init__, [one.name for one in fields(kind)]
+        make, signature = kind.__init__, inspect.signature(kind)
 
         @functools.wraps(make)
         def init(self: Any, *args: Any, **values: Any) -> None:
-            try:  # by name: what stands at a place has none in a mistake
-                make(self, *args[len(names) :], **dict(zip(names, args)), **values)
+            named = signature.bind(*args, **values).arguments  # TypeError, as of any call
+            try:
+                make(self, **named)
             except ValidationError as mistakes:
                 raise error(in_words(mistakes, section)[0]) from None
 
