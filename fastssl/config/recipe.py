@@ -7,13 +7,12 @@ that does not exist is an error that names the right one in full: an ignored typ
 from __future__ import annotations
 
 import dataclasses
-import math
-import types
-import typing
-from collections.abc import Container, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Container, Iterable, Iterator, Mapping
+from dataclasses import field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 
 from fastssl.errors import FastSSLError
 from fastssl.losses.pairs import PairWeights
@@ -21,13 +20,31 @@ from fastssl.methods import METHODS, DINOConfig, MoCoConfig, SimCLRConfig, SwAVC
 from fastssl.optim.optimizers import OptimConfig
 from fastssl.pipelines.plan.draw import ViewSpec
 from fastssl.pipelines.plan.multicrop import PRESETS, MultiCrop
+from fastssl.utils.settings import (
+    BY_FORM,
+    LIST,
+    MAPPING,
+    BelowOne,
+    Count,
+    Natural,
+    NotNegative,
+    Real,
+    Switch,
+    Whole,
+    in_words,
+    settings,
+)
 from fastssl.utils.suggest import did_you_mean, nearest
 from fastssl.utils.yaml_file import parse_yaml, read_yaml, shown
 
 RECIPE_FOLDER = Path(__file__).parents[1] / "recipes"
 
 
-@dataclass(frozen=True)
+def _bare_off(value: object) -> object:
+    return "off" if value is False else value  # for which yaml takes the bare word
+
+
+@settings("train")
 class TrainConfig:
     """The loop.
 
@@ -59,45 +76,30 @@ class TrainConfig:
             costs speed, and a network that has an operation without such an algorithm is refused at its first step.
     """
 
-    epochs: int = 200
-    samples: int | None = None
-    batch_size: int = 512
-    accumulate: int = 1
-    compile: bool = False
-    graph: bool = False
-    amp: str = "auto"
-    log_every: int = 50
-    checkpoint_minutes: float = 10.0
-    keep_last: int = 2
-    milestone_epochs: int = 0
-    on_bad: str = "fail"
-    skip_nonfinite: int = 0
-    deterministic: bool = False
+    epochs: Count = 200
+    samples: Count | None = None
+    batch_size: Annotated[Whole, Field(ge=2)] = 512
+    accumulate: Count = 1
+    compile: Switch = False
+    graph: Switch = False
+    amp: Annotated[Literal["auto", "bf16", "off"], BeforeValidator(_bare_off)] = "auto"
+    log_every: Count = 50
+    checkpoint_minutes: NotNegative = 10.0
+    keep_last: Count = 2
+    milestone_epochs: Natural = 0
+    on_bad: Literal["fail", "skip"] = "fail"
+    skip_nonfinite: Natural = 0
+    deterministic: Switch = False
 
     def __post_init__(self) -> None:
-        if self.epochs < 1 or self.batch_size < 2 or self.log_every < 1 or self.checkpoint_minutes < 0:
+        if self.batch_size % self.accumulate or self.batch_size < 2 * self.accumulate:
             raise ValueError(
-                "train.epochs and train.log_every must be at least 1, train.batch_size at least 2, "
-                "checkpoint_minutes not negative"
+                f"accumulate={self.accumulate} must divide the batch of {self.batch_size} into equal parts of at least "
+                "2 samples"
             )
-        if self.samples is not None and self.samples < 1:
-            raise ValueError(f"train.samples must be at least 1, got {self.samples}")
-        if self.keep_last < 1 or self.milestone_epochs < 0 or self.skip_nonfinite < 0:
-            raise ValueError(
-                "train.keep_last must be at least 1, train.milestone_epochs and train.skip_nonfinite not negative"
-            )
-        if self.accumulate < 1 or self.batch_size % self.accumulate or self.batch_size < 2 * self.accumulate:
-            raise ValueError(
-                f"train.accumulate={self.accumulate} must divide the batch of {self.batch_size} into equal "
-                "parts of at least 2 samples"
-            )
-        if self.amp not in ("auto", "bf16", "off"):
-            raise ValueError(f"train.amp={self.amp!r} is not one of auto, bf16, off")
-        if self.on_bad not in ("fail", "skip"):
-            raise ValueError(f"train.on_bad={self.on_bad!r} is not one of fail, skip")
 
 
-@dataclass(frozen=True)
+@settings("probe")
 class ProbeConfig:
     """The checks during and after training; they need labels only for kNN and linear.
 
@@ -113,28 +115,22 @@ class ProbeConfig:
             unlabelled: the stored ones are a mix of all kinds of views. 0: not.
     """
 
-    size: int = 224
-    crop: float = 0.875
-    every_epochs: int = 5
-    online_samples: int = 2000
-    final_samples: int = 20000
-    teacher: bool = False
-    reestimate_bn: int = 0
+    size: Annotated[Whole, Field(ge=8)] = 224
+    crop: Annotated[Real, Field(gt=0, le=1)] = 0.875
+    every_epochs: Natural = 5
+    online_samples: Annotated[Whole, Field(ge=20)] = 2000
+    final_samples: Natural = 20000
+    teacher: Switch = False
+    reestimate_bn: Natural = 0
 
     def __post_init__(self) -> None:
-        if self.reestimate_bn < 0 or self.reestimate_bn == 1:
-            raise ValueError(
-                f"probe.reestimate_bn must be 0 (not at all) or at least 2 photos, got {self.reestimate_bn}"
-            )
-        if self.size < 8 or self.every_epochs < 0 or self.online_samples < 20 or self.final_samples < 0:
-            raise ValueError("probe.size must be at least 8, probe.online_samples at least 20, the others not negative")
+        if self.reestimate_bn == 1:
+            raise ValueError("reestimate_bn must be 0 (not at all) or at least 2 photos, got 1")
         if 0 < self.final_samples < 20:
-            raise ValueError(f"probe.final_samples must be 0 (all photos) or at least 20, got {self.final_samples}")
-        if not 0 < self.crop <= 1:
-            raise ValueError(f"probe.crop must lie above 0 and not above 1, got {self.crop}")
+            raise ValueError(f"final_samples must be 0 (all photos) or at least 20, got {self.final_samples}")
 
 
-@dataclass(frozen=True)
+@settings()
 class Recipe:
     """All numbers of a run but the data.
 
@@ -154,11 +150,13 @@ class Recipe:
     """
 
     arch: str
-    method: str = "moco"
-    init: str = "timm"
-    zero_init_residual: bool = False
-    drop_path: float = 0.0
-    views: list[ViewSpec] | MultiCrop = field(default_factory=list)
+    method: Literal["moco", "dino", "swav", "simclr"] = "moco"
+    init: Literal["timm", "kaiming"] = "timm"
+    zero_init_residual: Switch = False
+    drop_path: BelowOne = 0.0
+    views: Annotated[Annotated[list[ViewSpec], LIST] | Annotated[MultiCrop, MAPPING], BY_FORM] = field(
+        default_factory=list
+    )
     moco: MoCoConfig = field(default_factory=MoCoConfig)
     dino: DINOConfig = field(default_factory=DINOConfig)
     swav: SwAVConfig = field(default_factory=SwAVConfig)
@@ -166,16 +164,10 @@ class Recipe:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     probe: ProbeConfig = field(default_factory=ProbeConfig)
-    full_samples: int | None = None
+    full_samples: Whole | None = None
     full_recipe: str | None = None
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise ValueError(f"method={self.method!r} does not exist; there are: {', '.join(METHODS)}")
-        if self.init not in ("timm", "kaiming"):
-            raise ValueError(f"init={self.init!r} is not one of timm, kaiming")
-        if not 0 <= self.drop_path < 1:
-            raise ValueError(f"drop_path must lie in 0..1 (1 excluded), got {self.drop_path}")
         if not isinstance(self.views, MultiCrop):
             sizes = {spec.size for spec in self.views}
             count = sum(spec.count for spec in self.views)
@@ -186,8 +178,7 @@ class Recipe:
                 )
         if self.train.accumulate > 1 and not METHODS[self.method][0].DIVISIBLE:
             raise ValueError(
-                f"train.accumulate={self.train.accumulate}: {self.method} looks at the whole batch at once; it "
-                "must be 1"
+                f"train.accumulate={self.train.accumulate} must be 1: {self.method} looks at the whole batch at once"
             )
 
     @property
@@ -284,51 +275,52 @@ def build_recipe(tree: Mapping[str, Any], *, where: str) -> Recipe:
             raise FastSSLError(
                 f"{where}: {other}.* has no effect with method: {method}; its numbers stand under {method}.*"
             )
+    if isinstance(views := tree.get("views"), str):
+        tree = {**tree, "views": _preset(views, f"{where}: views")}
     try:
-        return _build(Recipe, tree, where, "")
-    except _NoSuchKey as error:
-        key = error.key if len(error.key) <= 100 else shown(error.key)
-        raise FastSSLError(f"{where}: no key {key}{did_you_mean(error.key[:100], list(_keys(Recipe, tree)))}") from None
+        return _RECIPE.validate_python(tree)
+    except ValidationError as mistakes:
+        line, unknown = in_words(mistakes)
+    if unknown:  # a section that does not exist is told by what was meant to stand in it
+        key = next(_leaves(unknown))
+        line = f"no key {key if len(key) <= 100 else shown(key)}{did_you_mean(key[:100], list(_keys(tree)))}"
+    raise FastSSLError(f"{where}: {line}")
 
 
-class _NoSuchKey(Exception):
-    """In a recipe there is no ``key``, written from the recipe's top on."""
+def _preset(name: object, where: str) -> dict[str, Any]:
+    """A preset's design of the views; ``where`` opens the message if there is none of that name."""
+    if not isinstance(name, str) or name not in PRESETS:
+        hint = f"{nearest(str(name)[:100], PRESETS)}; there are {', '.join(PRESETS)}"
+        raise FastSSLError(f"{where}: no preset {shown(name)}{hint}")
+    return dict(PRESETS[name])
 
-    def __init__(self, key: str):
-        self.key = key
+
+def _keys(tree: Mapping[str, Any]) -> Iterator[str]:
+    """All keys of a recipe, with its views in the form that they have in ``tree``."""
+    method, views = tree.get("method"), tree.get("views")
+    plain = recipe_to_dict(Recipe("", method if method in list(METHODS) else "moco", views=MultiCrop()))
+    if isinstance(views, list):
+        plain["views"] = dict(enumerate([dataclasses.asdict(ViewSpec())] * len(views)))
+    return _leaves(plain)
 
 
-def _keys(kind: type, values: Any, prefix: str = "") -> Iterator[str]:
-    """All keys of a dataclass and of those in it, in the form in which ``values`` stands there.
-
-    Of the methods' sections only the recipe's own.
-    """
-    values = values if isinstance(values, Mapping) else {}
-    for name, hint in typing.get_type_hints(kind).items():
-        if kind is Recipe and name in METHODS and name != values.get("method", "moco"):
-            continue
-        value, key = values.get(name), f"{prefix}{name}"
-        parts = [hint, *typing.get_args(hint)]
-        listed = [typing.get_args(part)[0] for part in parts if typing.get_origin(part) is list]
-        nested = [part for part in parts if dataclasses.is_dataclass(part)]
-        if isinstance(value, list) and listed:
-            for number, item in enumerate(value):
-                yield from _keys(listed[0], item, f"{key}.{number}.")
-        elif nested:
-            yield from _keys(nested[0], value, f"{key}.")
+def _leaves(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[str]:
+    for name, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{prefix}{name}.")
         else:
-            yield key
+            yield f"{prefix}{name}"
 
 
 def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
     """Plain values of all keys, resolved: what config.yaml holds, and what ``build_recipe`` reads back. Of the methods'
     sections only the recipe's own.
     """
-    plain = _plain(dataclasses.asdict(recipe))
+    plain = _RECIPE.dump_python(recipe, mode="json")
     return {key: value for key, value in plain.items() if key == recipe.method or key not in METHODS}
 
 
-def parse_overrides(pairs: typing.Iterable[str]) -> dict[str, str]:
+def parse_overrides(pairs: Iterable[str]) -> dict[str, str]:
     """``["optim.lr=0.1"]`` -> ``{"optim.lr": "0.1"}``."""
     parsed = {}
     for pair in pairs:
@@ -346,34 +338,27 @@ def _override(tree: Any, key: str, value: Any) -> None:
     if key == "views.preset":
         _override_views(tree, value)
         return
-    *parents, last = key.split(".")
-    if (
-        parents[:1] == ["views"] and isinstance(tree.get("views"), str) and tree["views"] in PRESETS
-    ):  # a preset's name, of which one number is to be another
-        tree["views"] = dict(PRESETS[tree["views"]])
-    if parents == ["views"] and isinstance(tree.get("views"), list) and not last.isdigit():
+    parts, views = key.split("."), tree.get("views")
+    if parts[0] == "views" and len(parts) > 1 and isinstance(views, str):  # of a preset one number is to be another
+        tree["views"] = _preset(views, f"--set {key}")
+    if parts[0] == "views" and len(parts) == 2 and isinstance(views, list) and not parts[1].isdigit():
         raise FastSSLError(
             f"--set {key}: this recipe lists its two views (views.0.size ...); a threshold belongs to a "
             "multi-crop, e.g. --set views.preset=sslight-cnn"
         )
-    node = tree
-    for number, part in enumerate(parents):
-        node = node[_position(node, part, key)] if isinstance(node, list) else node.setdefault(part, {})
+    node, place = {"": tree}, ""
+    for number, part in enumerate(parts):
+        node = node[place] if isinstance(node, list) else node.setdefault(place, {})
+        if isinstance(node, list) and not (part.isdigit() and int(part) < len(node)):
+            raise FastSSLError(f"--set {key}: {part!r} is not a position in a list of {len(node)} (counted from 0)")
         if not isinstance(node, (dict, list)):
-            raise FastSSLError(f"--set {key}: {'.'.join(parents[: number + 1])} is a value, it holds no keys")
-    if isinstance(node, list):
-        node[_position(node, last, key)] = value
-    else:
-        node[last] = value
+            raise FastSSLError(f"--set {key}: {'.'.join(parts[:number])} is a value, it holds no keys")
+        place = int(part) if isinstance(node, list) else part
+    node[place] = value
 
 
 def _override_views(tree: dict[str, Any], name: Any) -> None:
     """Put a preset's design of the views in the place of the recipe's; how a view is augmented stays as it is."""
-    if not isinstance(name, str) or name not in PRESETS:
-        raise FastSSLError(
-            f"--set views.preset={shown(name)}: no such preset{nearest(str(name)[:100], PRESETS)}; there are "
-            f"{', '.join(PRESETS)}"
-        )
     before = tree.get("views")
     if isinstance(before, str):  # another preset's name: nothing of it stays
         before = {}
@@ -386,100 +371,7 @@ def _override_views(tree: dict[str, Any], name: Any) -> None:
         before = {"augment": kept[0]} if kept else {}
         if len(kept) == 2 and kept[0] != kept[1]:  # each global view keeps its own; local ones are as the first
             before = {"global_1": kept[0], "global_2": kept[1], "local": kept[0]}
-    tree["views"] = {**(before or {}), **PRESETS[name]}
+    tree["views"] = {**(before or {}), **_preset(name, "--set views.preset")}
 
 
-def _position(node: list, part: str, key: str) -> int:
-    if not part.isdigit() or int(part) >= len(node):
-        raise FastSSLError(f"--set {key}: {part!r} is not a position in a list of {len(node)} (counted from 0)")
-    return int(part)
-
-
-def _build(kind: Any, value: Any, where: str, key: str) -> Any:
-    """``value`` as ``kind`` (a type hint), or an error that names the key."""
-    origin, options = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in options:
-            return None
-        kinds = [option for option in options if option is not type(None)]
-        # Of several kinds (a list of views, or a multi-crop) the value's own form tells which is meant.
-        fitting = [option for option in kinds if (typing.get_origin(option) is list) == isinstance(value, list)]
-        return _build((fitting or kinds)[0], value, where, key)
-    if dataclasses.is_dataclass(kind):
-        return _build_dataclass(kind, value, where, key)
-    if origin is dict:
-        if not isinstance(value, Mapping):
-            raise FastSSLError(f"{where}: {key} must be a mapping of keys to values, got {shown(value)}")
-        return dict(value)
-    if origin is list:
-        if not isinstance(value, list):
-            raise FastSSLError(f"{where}: {key} must be a list, got {shown(value)}")
-        return [_build(options[0], item, where, f"{key}.{number}") for number, item in enumerate(value)]
-    if origin is tuple:
-        kinds = options if options[-1] is not Ellipsis else (options[0],) * len(value)
-        if not isinstance(value, (list, tuple)) or len(value) != len(kinds):
-            raise FastSSLError(f"{where}: {key} must be a list of {len(kinds)} values, got {shown(value)}")
-        return tuple(_build(option, item, where, key) for option, item in zip(kinds, value))
-    return _build_scalar(kind, value, where, key)
-
-
-def _build_scalar(kind: type, value: Any, where: str, key: str) -> Any:
-    # bool is an int to Python, and yaml reads 1e-4 (no dot) as a string: both would pass or fail silently.
-    if kind is float and isinstance(value, str):
-        try:
-            value = float(value)
-        except ValueError:
-            pass
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value) if abs(value) < 2**1000 else math.inf
-    if kind is str and value is False:
-        value = "off"  # yaml takes the bare word for a boolean
-    if isinstance(value, float) and not math.isfinite(value):
-        raise FastSSLError(f"{where}: {key} must be a finite number, got {shown(value)}")
-    if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
-        raise FastSSLError(f"{where}: {key} must be {kind.__name__}, got {shown(value)}")
-    return value
-
-
-def _build_dataclass(kind: type, value: Any, where: str, key: str) -> Any:
-    if kind is MultiCrop and isinstance(value, str):
-        if value not in PRESETS:
-            raise FastSSLError(
-                f"{where}: {key}: no preset {shown(value)}{nearest(value[:100], PRESETS)}; there are "
-                f"{', '.join(PRESETS)}"
-            )
-        value = PRESETS[value]
-    if not isinstance(value, Mapping):
-        raise FastSSLError(f"{where}: {key or 'the recipe'} must be a mapping of keys to values, got {shown(value)}")
-    hints = typing.get_type_hints(kind)
-    prefix = f"{key}." if key else ""
-    for name in value:
-        if name not in hints:
-            raise _NoSuchKey(f"{prefix}{_first_leaf(name, value[name])}")
-    arguments = {name: _build(hints[name], item, where, f"{prefix}{name}") for name, item in value.items()}
-    missing = [
-        f.name
-        for f in dataclasses.fields(kind)
-        if f.name not in arguments and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-    ]
-    if missing:
-        raise FastSSLError(f"{where}: {prefix}{missing[0]} is missing")
-    try:
-        return kind(**arguments)
-    except ValueError as error:
-        raise FastSSLError(f"{where}: {key + ': ' if key and key.split('.')[0] == 'views' else ''}{error}") from error
-
-
-def _first_leaf(name: Any, value: Any) -> str:
-    """``a.b`` for a mapping of mappings: a section that does not exist is told by what was meant to stand in it."""
-    written = name if isinstance(name, str) else shown(name)
-    return f"{written}.{_first_leaf(*next(iter(value.items())))}" if isinstance(value, Mapping) and value else written
-
-
-def _plain(value: Any) -> Any:
-    """Tuples as lists, so that yaml writes what it can read back."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return value
+_RECIPE = TypeAdapter(Recipe)

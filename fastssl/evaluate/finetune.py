@@ -33,6 +33,7 @@ from fastssl.optim.schedules import learning_rate
 from fastssl.pipelines.loader import Batch, ViewLoader
 from fastssl.pipelines.plan.draw import ViewSpec
 from fastssl.utils.host_memory import keep_freed_memory
+from fastssl.utils.settings import Count, Positive, Real, settings
 from fastssl.utils.transfer import to_device
 
 #: The published optimiser of the semi-supervised figures.
@@ -41,7 +42,7 @@ SSLIGHT_OPTIM = OptimConfig(
 )
 
 
-@dataclass(frozen=True)
+@settings(error=ProbeError)
 class FinetuneConfig:
     """How to fine-tune.
 
@@ -55,20 +56,16 @@ class FinetuneConfig:
     """
 
     optim: OptimConfig = SSLIGHT_OPTIM
-    epochs: int = 30
-    batch_size: int = 256
-    head_lr_factor: float = 1.0
-    size: int = 224
-    crop: float = EVALUATION_CROP
+    epochs: Count = 30
+    batch_size: Count = 256
+    head_lr_factor: Positive = 1.0
+    size: Count = 224
+    crop: Real = EVALUATION_CROP
 
     def __post_init__(self) -> None:
-        if self.epochs < 1:
-            raise ProbeError(f"fine-tuning takes at least one epoch, got {self.epochs}")
-        if not 0 < self.head_lr_factor < math.inf:
-            raise ProbeError(f"the head's factor of the learning rate must be positive, got {self.head_lr_factor}")
         if not self.optim.per_epoch or self.optim.warmup_lr is not None or self.optim.final_weight_decay is not None:
-            raise ProbeError(
-                "fine-tuning changes its rate once an epoch, without warmup_lr, and keeps its weight decay"
+            raise ValueError(
+                "optim: fine-tuning changes its rate once an epoch, without warmup_lr, and keeps its weight decay"
             )
 
     def lr(self, epoch: int) -> float:

@@ -28,7 +28,8 @@ from fastssl.models.backbones import feature_dim
 from fastssl.models.drop_path import DropTable
 from fastssl.models.heads import Projector, ProjectorConfig
 from fastssl.optim import schedules
-from fastssl.optim.schedules import RunLength
+from fastssl.optim.schedules import RunLength, SmoothingSchedule
+from fastssl.utils.settings import BelowOne, Natural, Positive, Whole, settings
 
 #: By name: a number, or a tensor with one element on the device, or a switch.
 Rates = Mapping[str, "Tensor | float | bool"]
@@ -67,7 +68,7 @@ class MethodConfig:
         return self
 
 
-@dataclass(frozen=True)
+@settings()
 class SmoothedConfig(MethodConfig):
     """Numbers of the methods whose loss has a smoothed target (``losses.smoothed_target``).
 
@@ -82,17 +83,18 @@ class SmoothedConfig(MethodConfig):
         smoothing_warm_epochs: read by ``warm`` only.
     """
 
-    temperature: float = 0.1
-    smoothing: float = 0.2
+    temperature: Positive = 0.1
+    smoothing: BelowOne = 0.2
     weighting: str = "stepped"
-    neighbors: int | None = None
-    smoothing_schedule: str = "constant"
-    smoothing_warm_epochs: int = 0
+    neighbors: Whole | None = None
+    smoothing_schedule: SmoothingSchedule = "constant"
+    smoothing_warm_epochs: Natural = 0
 
     EPOCH_KEYS = ("smoothing_warm_epochs",)
 
     def __post_init__(self) -> None:
-        schedules.check_smoothing(self.BATCH_KEY.partition(".")[0], self.smoothing_schedule, self.smoothing_warm_epochs)
+        if self.smoothing_warm_epochs and self.smoothing_schedule != "warm":
+            raise ValueError("smoothing_warm_epochs is read only with smoothing_schedule: warm")
         rank_weights(self.weighting, self.neighbors)  # which says what is wrong with them
 
     @property

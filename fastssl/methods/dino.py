@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import cast
+from dataclasses import field
+from typing import Annotated, cast
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -27,10 +28,11 @@ from fastssl.methods.base import Encoder, Method, MethodConfig, Rates, StepOutpu
 from fastssl.models.backbones import feature_dim
 from fastssl.models.heads import CosineLogits, Projector, ProjectorConfig
 from fastssl.optim import schedules
-from fastssl.optim.schedules import RunLength
+from fastssl.optim.schedules import MomentumSchedule, RunLength
+from fastssl.utils.settings import Natural, Positive, Share, Switch, Whole, settings
 
 
-@dataclass(frozen=True)
+@settings("dino")
 class DINOConfig(MethodConfig):
     """The method's own numbers.
 
@@ -48,33 +50,21 @@ class DINOConfig(MethodConfig):
         projector: the MLP before the last layer.
     """
 
-    out: int = 4096
-    student_temperature: float = 0.1
-    teacher_temperature: float = 0.07
-    warmup_teacher_temperature: float = 0.04
-    warmup_teacher_epochs: int = 50
-    center_momentum: float = 0.9
-    momentum: float = 0.996
-    momentum_schedule: str = "cosine"
-    freeze_epochs: int = 1
-    learned_gain: bool = False
+    out: Annotated[Whole, Field(ge=2)] = 4096
+    student_temperature: Positive = 0.1
+    teacher_temperature: Positive = 0.07
+    warmup_teacher_temperature: Positive = 0.04
+    warmup_teacher_epochs: Natural = 50
+    center_momentum: Share = 0.9
+    momentum: Share = 0.996
+    momentum_schedule: MomentumSchedule = "cosine"
+    freeze_epochs: Natural = 1
+    learned_gain: Switch = False
     projector: ProjectorConfig = field(
         default_factory=lambda: ProjectorConfig(
             hidden=2048, out=256, layers=3, norm=True, bias=True, activation="gelu", init="truncated"
         )
     )
-
-    def __post_init__(self) -> None:
-        if self.out < 2:
-            raise ValueError(f"dino.out must be at least 2, got {self.out}")
-        for name in ("student_temperature", "teacher_temperature", "warmup_teacher_temperature"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"dino.{name} must be positive, got {getattr(self, name)}")
-        schedules.check_momentum("dino", self.momentum_schedule, self.momentum)
-        if not 0 <= self.center_momentum <= 1:
-            raise ValueError(f"dino.center_momentum must lie in 0..1, got {self.center_momentum}")
-        if self.warmup_teacher_epochs < 0 or self.freeze_epochs < 0:
-            raise ValueError("dino.warmup_teacher_epochs and dino.freeze_epochs must not be negative")
 
     EPOCH_KEYS = ("warmup_teacher_epochs", "freeze_epochs")
 

@@ -16,7 +16,7 @@ BatchNorm sees two samples of the same statistics at once.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from typing import Any
 
 import torch
@@ -30,11 +30,12 @@ from fastssl.losses.pairs import reduce_pairs
 from fastssl.methods.base import Encoder, Method, Rates, SmoothedConfig, StepOutput, Views, new_encoder, view_metrics
 from fastssl.models.heads import ProjectorConfig
 from fastssl.optim import schedules
-from fastssl.optim.schedules import RunLength
+from fastssl.optim.schedules import MomentumSchedule, RunLength
 from fastssl.pipelines.plan.order import batch_permutation
+from fastssl.utils.settings import Count, Share, Switch, settings
 
 
-@dataclass(frozen=True)
+@settings("moco")
 class MoCoConfig(SmoothedConfig):
     """The method's own numbers.
 
@@ -50,18 +51,12 @@ class MoCoConfig(SmoothedConfig):
         projector: shape of the head.
     """
 
-    symmetric: bool = True
-    queue: int = 65536
-    momentum: float = 0.999
-    momentum_schedule: str = "constant"
-    split_bn: int = 8
+    symmetric: Switch = True
+    queue: Count = 65536
+    momentum: Share = 0.999
+    momentum_schedule: MomentumSchedule = "constant"
+    split_bn: Count = 8
     projector: ProjectorConfig = field(default_factory=ProjectorConfig)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        schedules.check_momentum("moco", self.momentum_schedule, self.momentum)
-        if self.split_bn < 1 or self.queue < 1:
-            raise ValueError("moco.split_bn and moco.queue must be at least 1")
 
     BATCH_KEY = "moco.queue"
 

@@ -10,7 +10,7 @@ smoothing is light-moco's (arXiv 2212.07158), local views are paired as in SSLig
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +21,10 @@ from fastssl.losses.pairs import reduce_pairs, split_pairs
 from fastssl.methods.base import Method, Rates, SmoothedConfig, StepOutput, Views, new_encoder, view_metrics
 from fastssl.models.heads import ProjectorConfig
 from fastssl.optim.schedules import RunLength
+from fastssl.utils.settings import settings
 
 
-@dataclass(frozen=True)
+@settings("simclr")
 class SimCLRConfig(SmoothedConfig):
     """The method's own numbers.
 

@@ -14,10 +14,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import cast
+from dataclasses import field, replace
+from typing import Annotated, cast
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from fastssl.distributed.collectives import all_reduce_sum, gather_views, rank
@@ -28,9 +29,10 @@ from fastssl.methods.base import Encoder, Method, MethodConfig, Rates, StepOutpu
 from fastssl.models.backbones import feature_dim
 from fastssl.models.heads import Projector, ProjectorConfig, Prototypes
 from fastssl.optim.schedules import RunLength
+from fastssl.utils.settings import Count, Natural, Positive, Whole, settings
 
 
-@dataclass(frozen=True)
+@settings("swav")
 class SwAVConfig(MethodConfig):
     """The method's own numbers.
 
@@ -46,24 +48,16 @@ class SwAVConfig(MethodConfig):
         projector: shape of the MLP.
     """
 
-    prototypes: int = 3000
-    temperature: float = 0.1
-    epsilon: float = 0.05
-    sinkhorn_iterations: int = 3
-    queue: int = 3840
-    queue_epoch: int = 15
-    freeze_epochs: int = 1
+    prototypes: Annotated[Whole, Field(ge=2)] = 3000
+    temperature: Positive = 0.1
+    epsilon: Positive = 0.05
+    sinkhorn_iterations: Count = 3
+    queue: Natural = 3840
+    queue_epoch: Natural = 15
+    freeze_epochs: Natural = 1
     projector: ProjectorConfig = field(
         default_factory=lambda: ProjectorConfig(hidden=4096, out=128, layers=2, norm=True, bias=True, init="normal")
     )
-
-    def __post_init__(self) -> None:
-        if self.prototypes < 2 or self.sinkhorn_iterations < 1:
-            raise ValueError("swav.prototypes must be at least 2 and swav.sinkhorn_iterations at least 1")
-        if self.temperature <= 0 or self.epsilon <= 0:
-            raise ValueError("swav.temperature and swav.epsilon must be positive")
-        if self.queue < 0 or self.queue_epoch < 0 or self.freeze_epochs < 0:
-            raise ValueError("swav.queue, swav.queue_epoch and swav.freeze_epochs must not be negative")
 
     BATCH_KEY = "swav.queue"
     EPOCH_KEYS = ("queue_epoch", "freeze_epochs")

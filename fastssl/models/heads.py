@@ -8,18 +8,19 @@ Prototypes    unit vectors to K scores by unit rows: SwAV's
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
-#: a number of a stranger's recipe, for which layers are made one by one
-_MOST_LAYERS = 100
+from fastssl.utils.settings import Count, Switch, settings
+
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"relu": lambda: nn.ReLU(inplace=True), "gelu": nn.GELU}
 
 
-@dataclass(frozen=True)
+@settings("projector")
 class ProjectorConfig:
     """Shape of the MLP from the backbone's feature (F) to the embedding.
 
@@ -41,26 +42,15 @@ class ProjectorConfig:
             of std 0.02, biases 0) or ``normal`` (SwAV: normal of std 0.01, biases 0).
     """
 
-    hidden: int = 2048
-    out: int = 128
-    layers: int = 2
-    norm_in: bool = False
-    norm: bool = False
-    norm_out: bool = False
-    bias: bool = False
-    activation: str = "relu"
-    init: str = "torch"
-
-    def __post_init__(self) -> None:
-        for name in ("hidden", "out", "layers"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"projector.{name} must be at least 1, got {getattr(self, name)}")
-        if self.layers > _MOST_LAYERS:
-            raise ValueError(f"projector.layers must be at most {_MOST_LAYERS}, got {self.layers}")
-        if self.activation not in ACTIVATIONS:
-            raise ValueError(f"projector.activation={self.activation!r} is not one of {', '.join(ACTIVATIONS)}")
-        if self.init not in ("torch", "truncated", "normal"):
-            raise ValueError(f"projector.init={self.init!r} is not one of torch, truncated, normal")
+    hidden: Count = 2048
+    out: Count = 128
+    layers: Annotated[Count, Field(le=100)] = 2  # a number of a stranger's recipe, and layers are made one by one
+    norm_in: Switch = False
+    norm: Switch = False
+    norm_out: Switch = False
+    bias: Switch = False
+    activation: Literal["relu", "gelu"] = "relu"
+    init: Literal["torch", "truncated", "normal"] = "torch"
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:

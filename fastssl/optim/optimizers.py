@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from fastssl.utils.settings import BelowOne, Natural, NotNegative, Positive, Switch, settings
 
-@dataclass(frozen=True)
+
+@settings("optim")
 class OptimConfig:
     """Optimiser and learning-rate schedule.
 
@@ -33,40 +35,26 @@ class OptimConfig:
         per_epoch: change the rate once an epoch, as MoCo does, instead of every step.
     """
 
-    name: str = "sgd"
-    lr: float = 0.03
-    lr_batch: int = 256
-    momentum: float = 0.9
-    nesterov: bool = False
-    trust: float = 0.001
-    weight_decay: float = 1e-4
-    decay_1d: bool = True
-    decay_depthwise: bool = True
-    final_weight_decay: float | None = None
-    warmup_epochs: float = 0.0
-    warmup_lr: float | None = None
-    final_lr: float = 0.0
-    per_epoch: bool = False
+    name: Literal["sgd", "adamw", "lars"] = "sgd"
+    lr: Positive = 0.03
+    lr_batch: Natural = 256
+    momentum: BelowOne = 0.9
+    nesterov: Switch = False
+    trust: Positive = 0.001
+    weight_decay: NotNegative = 1e-4
+    decay_1d: Switch = True
+    decay_depthwise: Switch = True
+    final_weight_decay: NotNegative | None = None
+    warmup_epochs: NotNegative = 0.0
+    warmup_lr: NotNegative | None = None
+    final_lr: NotNegative = 0.0
+    per_epoch: Switch = False
 
     def __post_init__(self) -> None:
-        if self.name not in ("sgd", "adamw", "lars"):
-            raise ValueError(f"optim.name={self.name!r} is not one of sgd, adamw, lars")
-        if self.lr <= 0 or self.lr_batch < 0 or self.weight_decay < 0 or self.warmup_epochs < 0 or self.final_lr < 0:
-            raise ValueError(
-                "optim.lr must be positive; lr_batch, weight_decay, warmup_epochs and final_lr not negative"
-            )
-        if (self.final_weight_decay or 0) < 0 or (self.warmup_lr or 0) < 0:
-            raise ValueError("optim.final_weight_decay and optim.warmup_lr must not be negative")
         if self.warmup_lr is not None and (self.per_epoch or not self.warmup_epochs):
-            raise ValueError(
-                "optim.warmup_lr needs warmup_epochs, and a rate that changes every step (per_epoch: false)"
-            )
-        if not 0 <= self.momentum < 1:
-            raise ValueError(f"optim.momentum must lie in 0..1 (1 excluded), got {self.momentum}")
+            raise ValueError("warmup_lr needs warmup_epochs, and a rate that changes every step (per_epoch: false)")
         if self.nesterov and (self.name != "sgd" or not self.momentum):
-            raise ValueError("optim.nesterov needs optim.name: sgd with momentum")
-        if self.trust <= 0:
-            raise ValueError(f"optim.trust must be positive, got {self.trust}")
+            raise ValueError("nesterov needs optim.name: sgd with momentum")
 
     def peak_lr(self, batch_size: int) -> float:
         """The rate after warm-up for ``batch_size`` samples a step (of all ranks together)."""

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
-MOMENTUM_SCHEDULES = ("constant", "cosine")
-SMOOTHING_SCHEDULES = ("constant", "warm", "cosine")
+MomentumSchedule = Literal["constant", "cosine"]
+SmoothingSchedule = Literal["constant", "warm", "cosine"]
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def ema_momentum(step: int, *, total_steps: int, base: float, schedule: str = "c
         return base
     if schedule == "cosine":
         return half_cosine(step / total_steps, base, 1.0)
-    raise ValueError(f"momentum schedule {schedule!r} is unknown; choose one of {', '.join(MOMENTUM_SCHEDULES)}")
+    raise ValueError(f"momentum schedule {schedule!r} is unknown; choose one of constant, cosine")
 
 
 def weight_decay(step: int, *, total_steps: int, base: float, final: float | None = None) -> float:
@@ -138,27 +139,7 @@ def smoothing(
         return 0.0 if epoch < warm_epochs else base
     if schedule == "cosine":
         return half_cosine(epoch * steps_per_epoch / total_steps, 0.0, base)
-    raise ValueError(f"smoothing schedule {schedule!r} is unknown; choose one of {', '.join(SMOOTHING_SCHEDULES)}")
-
-
-def check_smoothing(section: str, schedule: str, warm_epochs: int) -> None:
-    """Refuse a smoothing schedule that does not exist, or a warm-up that it does not read; ``section`` is the recipe's.
-
-    Raises:
-        ValueError: names the recipe's key.
-    """
-    if schedule not in SMOOTHING_SCHEDULES:
-        raise ValueError(f"{section}.smoothing_schedule={schedule!r} is not one of {', '.join(SMOOTHING_SCHEDULES)}")
-    if warm_epochs and schedule != "warm":
-        raise ValueError(f"{section}.smoothing_warm_epochs is read only with smoothing_schedule: warm")
-
-
-def check_momentum(section: str, schedule: str, momentum: float) -> None:
-    """The same for the momentum of the key network."""
-    if schedule not in MOMENTUM_SCHEDULES:
-        raise ValueError(f"{section}.momentum_schedule={schedule!r} is not one of {', '.join(MOMENTUM_SCHEDULES)}")
-    if not 0 <= momentum <= 1:
-        raise ValueError(f"{section}.momentum must lie in 0..1, got {momentum}")
+    raise ValueError(f"smoothing schedule {schedule!r} is unknown; choose one of constant, warm, cosine")
 
 
 def _check_run(step: int, total_steps: int, steps_per_epoch: int = 1) -> None:

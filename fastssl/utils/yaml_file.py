@@ -24,20 +24,36 @@ MAX_VALUES, MAX_DEPTH = 10_000, 20
 _ODD_SCALARS = (ValueError, TypeError, AttributeError, IndexError, KeyError, OverflowError)
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """The safe loader, which would let the second of two equal keys win in silence, made to refuse it; and nesting
-    without end.
+class _PlainLoader(yaml.SafeLoader):
+    """The safe loader, made to refuse more values and levels than anyone writes, and two equal keys, of which the
+    second would win in silence.
     """
 
-    _depth = 0
+    def __init__(self, text: str):
+        super().__init__(text)
+        self._sizes: dict[yaml.Node, tuple[int, int]] = {}  # values and levels, aliases written out
+        self._depth, self._values, self._levels = 0, 0, 0
 
     def compose_node(self, parent: yaml.Node | None, index: object) -> yaml.Node | None:
-        self._depth += 1
-        if self._depth > MAX_DEPTH:
-            raise _TooMuch(f"lists or mappings lie more than {MAX_DEPTH} deep in one another")
+        alias = self.check_event(yaml.AliasEvent)
+        beside, levels = self._values, self._levels
+        self._depth, self._values, self._levels = self._depth + 1, 1, 1
+        self._refuse_too_much()
         node = super().compose_node(parent, index)
-        self._depth -= 1
+        if alias:
+            if node not in self._sizes:
+                raise yaml.YAMLError("a value that holds itself (an alias inside its own anchor)")
+            self._values, self._levels = self._sizes[node]
+        self._refuse_too_much()
+        self._sizes[node] = self._values, self._levels
+        self._depth, self._values, self._levels = self._depth - 1, self._values + beside, max(self._levels + 1, levels)
         return node
+
+    def _refuse_too_much(self) -> None:
+        if self._values > MAX_VALUES:
+            raise yaml.YAMLError(f"more than {MAX_VALUES:,} values, with aliases written out")
+        if self._depth + self._levels - 1 > MAX_DEPTH:
+            raise yaml.YAMLError(f"lists or mappings lie more than {MAX_DEPTH} deep in one another")
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen: set[str] = set()
@@ -72,47 +88,13 @@ def parse_yaml(text: str, complaint: str) -> Any:
     if len(text) > MAX_BYTES:
         raise FastSSLError(f"{complaint}: longer than {MAX_BYTES >> 10} KiB")
     try:
-        loader = _UniqueKeyLoader(text)
-        node = loader.get_single_node()
-        if node is None:
-            return None
-        _count_values(node, {})
-        return loader.construct_document(node)
-    except _TooMuch as error:
-        raise FastSSLError(f"{complaint}: {error}") from error
+        return _PlainLoader(text).get_single_data()
     except yaml.YAMLError as error:
         raise FastSSLError(f"{complaint}: {' '.join(str(error).split())[:500]}") from error
     except _ODD_SCALARS as error:
         raise FastSSLError(
             f"{complaint}: a value that cannot be read ({' '.join(str(error).split())[:200]})"
         ) from error
-
-
-class _TooMuch(Exception):
-    """A document with more values or levels than anyone writes."""
-
-
-def _count_values(node: yaml.Node, known: dict[int, tuple[int, int]]) -> tuple[int, int]:
-    """How many values ``node`` stands for and how many levels, aliases written out. ``known``: by node, (0, 0) for one
-    that holds this one.
-    """
-    if id(node) in known:
-        if known[id(node)] == (0, 0):
-            raise _TooMuch("a value that holds itself (an alias inside its own anchor)")
-        return known[id(node)]
-    known[id(node)] = (0, 0)
-    total, levels = 1, 1
-    children = node.value if isinstance(node, yaml.CollectionNode) else ()
-    for child in children:
-        for one in child if isinstance(child, tuple) else (child,):
-            values, below = _count_values(one, known)
-            total, levels = total + values, max(levels, below + 1)
-            if total > MAX_VALUES:
-                raise _TooMuch(f"more than {MAX_VALUES:,} values, with aliases written out")
-            if levels > MAX_DEPTH:
-                raise _TooMuch(f"lists or mappings lie more than {MAX_DEPTH} deep in one another")
-    known[id(node)] = (total, levels)
-    return total, levels
 
 
 def shown(value: object) -> str:

@@ -21,14 +21,16 @@ slot    words
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from itertools import permutations
+from typing import Annotated, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from pydantic import Field
 
 from fastssl.errors import FastSSLError
 from fastssl.pipelines.plan.philox import Stream, check_range, stream_word
+from fastssl.utils.settings import Real, Share, Whole, settings
 
 #: Values of ``order``: the jitter's operations.
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
@@ -61,7 +63,16 @@ class ViewSpecError(FastSSLError, ValueError):
     """A view group's parameter has no meaning; the message names the field."""
 
 
-@dataclass(frozen=True)
+_Area = Annotated[Real, Field(ge=1e-6, le=1)]
+_Ratio = Annotated[Real, Field(ge=1e-3, le=1e3)]
+_Sigma = Annotated[Real, Field(ge=1e-2, le=100)]
+_Strength = Annotated[Real, Field(ge=0, le=100)]
+_Std = Annotated[Real, Field(ge=1e-6, le=1e6)]
+Pixels = Annotated[Whole, Field(ge=1, le=4096)]
+AreaRange = tuple[_Area, _Area]
+
+
+@settings(error=ViewSpecError)
 class ViewSpec:
     """A group of views that share their size and the distribution of their augmentation.
 
@@ -88,54 +99,31 @@ class ViewSpec:
         ViewSpecError: a field is out of range.
     """
 
-    size: int = 224
-    count: int = 1
-    area: tuple[float, float] = (0.2, 1.0)
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    interpolation: str = "bilinear"
-    flip: float = 0.5
-    jitter: float = 0.8
-    brightness: float = 0.4
-    contrast: float = 0.4
-    saturation: float = 0.4
-    hue: float = 0.1
-    grey: float = 0.2
-    blur: float = 0.5
-    blur_sigma: tuple[float, float] = (0.1, 2.0)
-    solarise: float = 0.0
-    solarise_threshold: int = 128
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    center: float | None = None
+    size: Pixels = 224
+    count: Annotated[Whole, Field(ge=1, le=1024)] = 1
+    area: AreaRange = (0.2, 1.0)
+    ratio: tuple[_Ratio, _Ratio] = (3 / 4, 4 / 3)
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    flip: Share = 0.5
+    jitter: Share = 0.8
+    brightness: _Strength = 0.4
+    contrast: _Strength = 0.4
+    saturation: _Strength = 0.4
+    hue: Annotated[Real, Field(ge=0, le=0.5)] = 0.1
+    grey: Share = 0.2
+    blur: Share = 0.5
+    blur_sigma: tuple[_Sigma, _Sigma] = (0.1, 2.0)
+    solarise: Share = 0.0
+    solarise_threshold: Annotated[Whole, Field(ge=0, le=256)] = 128
+    mean: tuple[Share, Share, Share] = (0.485, 0.456, 0.406)
+    std: tuple[_Std, _Std, _Std] = (0.229, 0.224, 0.225)
+    center: _Area | None = None
 
     def __post_init__(self) -> None:
-        for name, most in (("size", 4096), ("count", 1024)):
-            check_integer(name, getattr(self, name), 1, most)
-        check_integer("solarise_threshold", self.solarise_threshold, 0, 256)
-        for name, low, high in (("area", 1e-6, 1.0), ("ratio", 1e-3, 1e3), ("blur_sigma", 1e-2, 100.0)):
-            self._check_numbers(name, 2, low, high)
-            if getattr(self, name)[0] > getattr(self, name)[1]:
-                raise ViewSpecError(f"{name}: the lower end must not exceed the upper one, got {getattr(self, name)}")
-        for name in ("flip", "jitter", "grey", "blur", "solarise"):
-            _check_number(name, getattr(self, name), 0.0, 1.0)
-        for name in ("brightness", "contrast", "saturation"):
-            _check_number(name, getattr(self, name), 0.0, 100.0)
-        _check_number("hue", self.hue, 0.0, 0.5)
-        self._check_numbers("mean", 3, 0.0, 1.0)
-        self._check_numbers("std", 3, 1e-6, 1e6)
-        if self.interpolation not in ("bilinear", "bicubic"):
-            raise ViewSpecError(f"interpolation must be 'bilinear' or 'bicubic', got {self.interpolation!r}")
-        if self.center is not None:
-            _check_number("center", self.center, 1e-6, 1.0)
-
-    def _check_numbers(self, name: str, length: int, low: float, high: float) -> None:
-        """Check a tuple field, and store it as a tuple: a list from a recipe file would not be hashable."""
-        value = getattr(self, name)
-        if not isinstance(value, (tuple, list)) or len(value) != length:
-            raise ViewSpecError(f"{name} must be {length} numbers, got {value!r}")
-        for number in value:
-            _check_number(name, number, low, high)
-        object.__setattr__(self, name, tuple(float(number) for number in value))
+        for name in ("area", "ratio", "blur_sigma"):
+            low, high = getattr(self, name)
+            if low > high:
+                raise ViewSpecError(f"{name}: the lower end must not exceed the upper one, got {[low, high]}")
 
     @classmethod
     def evaluation(cls, size: int, crop: float = 0.875) -> ViewSpec:
@@ -146,18 +134,6 @@ class ViewSpec:
         one pixel of the source, because boxes are whole pixels.
         """
         return cls(size=size, flip=0.0, jitter=0.0, grey=0.0, blur=0.0, solarise=0.0, center=crop)
-
-
-def _check_number(name: str, value: object, low: float, high: float) -> None:
-    # The comparison is false for NaN, so NaN is refused too.
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-        raise ViewSpecError(f"{name} must lie in {low:g} .. {high:g}, got {value!r}")
-
-
-def check_integer(name: str, value: object, low: int, high: int) -> None:
-    """Raise ViewSpecError unless ``value`` is a whole number in this range."""
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise ViewSpecError(f"{name} must be a whole number in {low} .. {high}, got {value!r}")
 
 
 def draw_plan(

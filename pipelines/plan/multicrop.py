@@ -13,42 +13,37 @@ for the pairs of two global views, which otherwise are one pair in 1 + L.
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import field
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from fastssl.errors import counted
-from fastssl.pipelines.plan.draw import ViewSpec, ViewSpecError, check_integer
+from fastssl.pipelines.plan.draw import AreaRange, Pixels, ViewSpec, ViewSpecError
+from fastssl.utils.settings import NotNegative, Share, Whole, settings
 
 #: What ``augment``, ``global_1``, ``global_2`` and ``local`` may set: everything of a view but what this object decides
 #: itself.
 _AUGMENTATION = tuple(f.name for f in dataclasses.fields(ViewSpec) if f.name not in ("size", "count", "area", "center"))
 
 
-def _preset(threshold: float, local_size: int, local_count: int, weights: list[float] | None) -> dict[str, Any]:
-    return {
-        "threshold": threshold,
-        "area": [0.05, 1.0],
-        "global_size": 224,
-        "local_size": local_size,
-        "local_count": local_count,
-        "weights": weights,
-    }
+def _design(threshold: float, local_size: int, local_count: int, weights: list[float] | None) -> dict[str, Any]:
+    sizes = {"global_size": 224, "local_size": local_size, "local_count": local_count}
+    return {"threshold": threshold, "area": [0.05, 1.0], **sizes, "weights": weights}
 
 
 #: The designs of the published recipes by name: the usual multi-crop of SwAV and DINO, and SSLight's, for CNNs and for
 #: vision transformers.
-PRESETS = {
-    "baseline-cnn": _preset(0.14, 96, 6, None),
-    "sslight-cnn": _preset(0.3, 128, 6, [0.4, 0.6]),
-    "baseline-vit": _preset(0.25, 96, 10, None),
-    "sslight-vit": _preset(0.3, 128, 10, [0.4, 0.6]),
+PRESETS: dict[str, dict[str, Any]] = {
+    "baseline-cnn": _design(0.14, 96, 6, None),
+    "sslight-cnn": _design(0.3, 128, 6, [0.4, 0.6]),
+    "baseline-vit": _design(0.25, 96, 10, None),
+    "sslight-vit": _design(0.3, 128, 10, [0.4, 0.6]),
 }
 
 
-@dataclass(frozen=True)
+@settings(error=ViewSpecError)
 class MultiCrop(Sequence[ViewSpec]):
     """A sequence of view groups: global view 1, global view 2, then the local views (one group).
 
@@ -67,57 +62,43 @@ class MultiCrop(Sequence[ViewSpec]):
         ViewSpecError: a value is out of range, the weights do not sum to 1, or an augmentation has no such setting.
     """
 
-    threshold: float = 0.3
-    area: tuple[float, float] = (0.05, 1.0)
-    global_size: int = 224
-    local_size: int = 128
-    local_count: int = 6
-    weights: tuple[float, float] | None = None
+    threshold: Share = 0.3
+    area: AreaRange = (0.05, 1.0)
+    global_size: Pixels = 224
+    local_size: Pixels = 128
+    local_count: Annotated[Whole, Field(ge=0, le=1022)] = 6
+    weights: tuple[NotNegative, NotNegative] | None = None
     augment: dict[str, Any] = field(default_factory=dict)
     global_1: dict[str, Any] = field(default_factory=dict)
     global_2: dict[str, Any] = field(default_factory=dict)
     local: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not self.area[0] <= self.threshold <= self.area[1]:
-            raise ViewSpecError(f"threshold={self.threshold} must lie within area={list(self.area)}")
-        check_integer("local_count", self.local_count, 0, 1022)
+        smallest, largest = self.area
+        if not smallest <= self.threshold <= largest:
+            raise ViewSpecError(f"threshold={self.threshold} must lie within area={[smallest, largest]}")
         if self.weights is not None:
-            if not all(math.isfinite(w) and w >= 0 for w in self.weights) or abs(sum(self.weights) - 1) > 1e-6:
-                raise ViewSpecError(f"weights={list(self.weights)} must be two numbers, none negative, that sum to 1")
-            if not self.local_count and self.weights[1] > 0:
-                raise ViewSpecError(
-                    f"weights={list(self.weights)} give local pairs a weight, but local_count is 0: there are none"
-                )
+            weights = f"weights={list(self.weights)}"
+            if abs(sum(self.weights) - 1) > 1e-6:
+                raise ViewSpecError(f"{weights} must be two numbers that sum to 1")
+            if not self.local_count and self.weights[1]:
+                raise ViewSpecError(f"{weights} give local pairs a weight, but local_count is 0: there are none")
             if self.local_count and not self.weights[1]:
-                raise ViewSpecError(
-                    f"weights={list(self.weights)} give local pairs no weight: local_count=0 would save their cost"
-                )
-        list(self)  # each group checks its own settings
-
-    @cached_property
-    def _specs(self) -> list[ViewSpec]:
-        split = (self.threshold, self.area[1])
-        groups = [
-            self._spec("global_1", self.global_size, 1, split),
-            self._spec("global_2", self.global_size, 1, split),
-        ]
+                raise ViewSpecError(f"{weights} give local pairs no weight: local_count=0 would save their cost")
+        specs = [self._spec(kind, self.global_size, 1, (self.threshold, largest)) for kind in ("global_1", "global_2")]
         if self.local_count:
-            groups.append(self._spec("local", self.local_size, self.local_count, (self.area[0], self.threshold)))
-        return groups
+            specs.append(self._spec("local", self.local_size, self.local_count, (smallest, self.threshold)))
+        object.__setattr__(self, "_specs", tuple(specs))
 
     def _spec(self, kind: str, size: int, count: int, area: tuple[float, float]) -> ViewSpec:
         for source in ("augment", kind):
-            values = getattr(self, source)
-            if not isinstance(values, Mapping):
-                raise ViewSpecError(f"{source} must be a mapping of settings to values, got {values!r}")
-            for name in values:
+            for name in getattr(self, source):
                 if name not in _AUGMENTATION:
                     raise ViewSpecError(f"{source}.{name}: no such setting; there are {', '.join(_AUGMENTATION)}")
         try:
             return ViewSpec(size=size, count=count, area=area, **{**self.augment, **getattr(self, kind)})
         except ViewSpecError as error:
-            raise ViewSpecError(f"{kind}: {error}") from error
+            raise ViewSpecError(f"{kind}.{error}") from error
 
     def __len__(self) -> int:
         return len(self._specs)
