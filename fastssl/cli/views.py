@@ -68,7 +68,7 @@ def views(
     from fastssl.data.photo_source import look_at
     from fastssl.pipelines.engines.registry import choose_engine
     from fastssl.pipelines.plan.multicrop import MultiCrop
-    from fastssl.report.pictures import engines_picture, views_picture
+    from fastssl.report.pictures import views_picture
 
     def notice(line: str) -> None:
         console.print(line, highlight=False, soft_wrap=True, markup=False)
@@ -77,11 +77,8 @@ def views(
     specs, file = recipe.views, beton_of(look_at(file), recipe)
     if isinstance(specs, MultiCrop):
         notice(specs.describe())
-    options = {"samples": samples, "seed": seed, "epoch": epoch, "notice": notice}
-    if len(pipelines) > 1:
-        # `auto` beside what it stands for would be a comparison with itself.
-        named = [choose_engine(torch.device("cpu"))[0] if name == "auto" else name for name in pipelines]
-        picture = engines_picture(file, specs, out, pipelines=list(dict.fromkeys(named)), **options)
-    else:
-        picture = views_picture(file, specs, out, pipeline=pipelines[0] if pipelines else "auto", **options)
+    # `auto` beside what it stands for would be a comparison with itself.
+    named = [choose_engine(torch.device("cpu"))[0] if name == "auto" else name for name in pipelines or ("auto",)]
+    made_by = list(dict.fromkeys(named))
+    picture = views_picture(file, specs, out, samples=samples, seed=seed, epoch=epoch, pipelines=made_by, notice=notice)
     click.echo(f"{out}: {picture.width}x{picture.height} px")

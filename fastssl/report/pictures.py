@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,7 +41,7 @@ def views_picture(
     seed: int = 0,
     epoch: int = 0,
     tile: int = 112,
-    pipeline: str = "auto",
+    pipelines: Sequence[str] = ("auto",),
     notice: Callable[[str], None] | None = None,
 ) -> Image.Image:
     """Draw photos as they are stored and, side by side, the views that training makes of them.
@@ -53,70 +54,32 @@ def views_picture(
         out: where to write the PNG; None: only return the picture.
         samples: rows, spread evenly over the file.
         tile: side of a drawn square in pixels.
-        pipeline: the engine that makes the views.
+        pipelines: the engine that makes the views. Of several engines: the first view by each of them, and how far it
+            stands from the first engine's, 32 times enlarged.
         notice: called with a line of text when a damaged photo was left out.
     """
-    owned = not isinstance(data, BetonReader)
-    reader = BetonReader(data) if owned else data
-    try:
-        rows, pixels = _render(reader, views, samples, seed, epoch, pipeline, notice)
-        columns = [(title, f"{side.shape[1]} px", side) for title, side in pixels][:_MAX_VIEWS]
-        picture = _draw_views(reader, rows, columns, tile)
-    finally:
-        if owned:
-            reader.close()
-    if out is not None:
-        _write_png(picture, out)
-    return picture
-
-
-def engines_picture(
-    data: BetonReader | str | Path,
-    views: Sequence[ViewSpec],
-    out: Path | None = None,
-    *,
-    pipelines: Sequence[str],
-    samples: int = 9,
-    seed: int = 0,
-    epoch: int = 0,
-    tile: int = 112,
-    notice: Callable[[str], None] | None = None,
-) -> Image.Image:
-    """Draw the first view of each photo as several engines make it, and how far each stands from the first engine's, 32
-    times enlarged.
-
-    Args:
-        pipelines: the engines; the first is the one that the others are compared with.
-        data, views, out, samples, seed, epoch, tile, notice: as in ``views_picture``.
-    """
-    owned = not isinstance(data, BetonReader)
-    reader = BetonReader(data) if owned else data
-    try:
-        rendered = {}
-        for name in pipelines:
-            rows, pixels = _render(reader, views, samples, seed, epoch, name, notice if name == pipelines[0] else None)
-            rendered[name] = pixels[0][1]
-        first = rendered[pipelines[0]].astype(np.int16)
-        columns = [(pipelines[0], f"{first.shape[1]} px", rendered[pipelines[0]])]
+    with nullcontext(data) if isinstance(data, BetonReader) else BetonReader(data) as reader:
+        rows, pixels = _render(reader, views, samples, seed, epoch, pipelines[0], notice)
+        if len(pipelines) == 1:
+            columns = [(title, f"{side.shape[1]} px", side) for title, side in pixels][:_MAX_VIEWS]
+        else:
+            first = pixels[0][1]
+            columns = [(pipelines[0], f"{first.shape[1]} px", first)]
         for name in pipelines[1:]:
-            apart = np.abs(rendered[name].astype(np.int16) - first)
-            columns.append((name, f"mean {apart.mean():.2f} / 255", rendered[name]))
+            side = _render(reader, views, samples, seed, epoch, name, None)[1][0][1]
+            apart = np.abs(side.astype(np.int16) - first)
+            columns.append((name, f"mean {apart.mean():.2f} / 255", side))
             columns.append(("difference", f"x 32, max {apart.max()}", np.minimum(32 * apart, 255).astype(np.uint8)))
-        picture = _draw_views(reader, rows, columns, tile)
-    finally:
-        if owned:
-            reader.close()
-    if out is not None:
-        _write_png(picture, out)
-    return picture
+        return _written(_draw_views(reader, rows, columns, tile), out)
 
 
-def _write_png(picture: Image.Image, out: Path) -> None:
+def _written(picture: Image.Image, out: Path | None) -> Image.Image:
     """Whole or as it was before; into a pipe or a device as it comes."""
-    if out.exists() and not out.is_file():
+    if out is not None and out.exists() and not out.is_file():
         picture.save(out, format="PNG", optimize=True)
-    else:
+    elif out is not None:
         write_atomically(out, lambda temporary: picture.save(temporary, format="PNG", optimize=True))
+    return picture
 
 
 def _render(
@@ -140,21 +103,13 @@ def _render(
         if notice is not None and loader.stats.skipped:
             names = ", ".join(map(str, loader.stats.skipped))
             notice(f"{reader.path}: damaged and not shown: sample {names}; another photo stands in its place")
-    names = views.names if isinstance(views, MultiCrop) else _names(views)
-    pixels = [
-        (names[group][number], side)
-        for group, (spec, rendered) in enumerate(zip(views, batch.views))
-        for number, side in enumerate(
-            to_pictures(rendered, spec).reshape(spec.count, len(chosen), spec.size, spec.size, 3)
-        )
-    ]
+    pixels = []
+    for group, (spec, rendered) in enumerate(zip(views, batch.views)):
+        prefix = f"group {group + 1}, " if len(views) > 1 else ""
+        plain = [f"{prefix}view {number + 1}" for number in range(spec.count)]
+        names = views.names[group] if isinstance(views, MultiCrop) else plain
+        pixels += zip(names, to_pictures(rendered, spec).reshape(spec.count, len(chosen), spec.size, spec.size, 3))
     return batch.index.tolist(), pixels
-
-
-def _names(views: Sequence[ViewSpec]) -> list[list[str]]:
-    """What the views of each group are called."""
-    groups = ["view"] if len(views) == 1 else [f"group {group + 1}, view" for group in range(len(views))]
-    return [[f"{group} {number + 1}" for number in range(spec.count)] for group, spec in zip(groups, views)]
 
 
 def neighbours_picture(
@@ -187,7 +142,6 @@ def neighbours_picture(
     if not len(bank) or not len(asked):
         raise FastSSLError("a picture of neighbours needs at least one photo in the bank and one query")
     labelled = bank.labelled and asked.labelled
-    names = split.bank.classes if labelled else None
     rows = _choose_queries(asked.labels.numpy() if labelled else None, len(asked), queries)
     found = [
         nearest_neighbors(part[0].features, part[1].features[torch.from_numpy(rows)], k=neighbours)[1]
@@ -201,18 +155,15 @@ def neighbours_picture(
             hits = [bool(bank.labels[i] == label) for i in nearest[number].tolist()] if labelled else None
             photos = [_photo(split.bank, int(bank.index[i]), tile) for i in nearest[number].tolist()]
             lines.append((title, photos, hits))
-        title = (
-            names[label]
-            if names and label < len(names)
-            else f"class {label}"
-            if labelled
-            else f"photo {int(asked.index[row])}"
-        )
-        blocks.append((title, _photo(split.queries, int(asked.index[row]), 2 * tile), lines))
-    picture = _draw_neighbours(blocks, neighbours, tile, labelled)
-    if out is not None:
-        _write_png(picture, out)
-    return picture
+        sample = int(asked.index[row])
+        title = _class_name(split.bank, label, f"class {label}") if labelled else f"photo {sample}"
+        blocks.append((title, _photo(split.queries, sample, 2 * tile), lines))
+    return _written(_draw_neighbours(blocks, neighbours, tile, labelled), out)
+
+
+def _class_name(reader: BetonReader, label: int, otherwise: str) -> str:
+    """What the file calls the class; ``otherwise`` where it has no name for it."""
+    return reader.classes[label] if reader.classes and 0 <= label < len(reader.classes) else otherwise
 
 
 def to_pictures(views: Tensor, spec: ViewSpec) -> np.ndarray:
@@ -292,7 +243,6 @@ def _draw_views(
     not tall.
     """
     gap, head, caption = 8, 40, 18
-    names, labels = reader.classes, reader.labels
     stored = tile + 2 * gap  # the photo stands apart from its views
     block = stored + len(columns) * (tile + gap) - gap
     across = next(n for n in (3, 2, 1) if n == 1 or (n * (1 + len(columns)) <= 9 and n <= len(rows)))
@@ -313,8 +263,8 @@ def _draw_views(
             for place, (title, note, _) in enumerate(columns):
                 heading(left + stored + place * (tile + gap), title, note)
         picture.paste(_photo(reader, sample, tile), (left, top))
-        label = None if labels is None else int(labels[sample])
-        name = f"photo {sample}" if label is None or not names or not 0 <= label < len(names) else names[label]
+        label = -1 if reader.labels is None else int(reader.labels[sample])
+        name = _class_name(reader, label, f"photo {sample}")
         size = f"{reader.widths[sample]}x{reader.heights[sample]}"
         _text(draw, (left, top + tile + 3), _fitting(f"{name}, {size}", 11, tile), 11, _QUIET)
         for place, (_, _, pixels) in enumerate(columns):
