@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cache
 
 import matplotlib
@@ -32,7 +31,6 @@ _STYLE = {
     "axes.grid": True,
     "axes.grid.axis": "y",
     "grid.color": _GRID,
-    "grid.linewidth": 1,
     "xtick.color": _QUIET,
     "xtick.labelcolor": "black",
     "xtick.major.pad": 5,
@@ -46,29 +44,15 @@ _LARGEST = 1e12
 Points = Sequence[tuple[float, float]]
 
 
-@dataclass(frozen=True)
-class Chart:
-    """A drawing, and what the page sets around it.
-
-    Attributes:
-        title: of the figure.
-        names: number (from 1) -> name of each series that has a finite point.
-        drawing: ``<svg>``.
-    """
-
-    title: str
-    names: Mapping[int, str]
-    drawing: Markup
-
-
 def line_chart(
     title: str,
     unit: str,
     series: Mapping[str, Points],
     reach: Sequence[float] = (),
     marks: Mapping[str, float] | None = None,
-) -> Chart | None:
-    """A chart over epochs; None when no series has a finite point.
+) -> tuple[str, dict[int, str], Markup] | None:
+    """A chart over epochs: title, number (from 1) -> name of each series that has a finite point, ``<svg>``; None when
+    no series has one.
 
     Args:
         series: name -> (epoch, value) by rising epoch, one or two. Values that are not finite leave a gap.
@@ -102,7 +86,7 @@ def line_chart(
         _draw_marks(axes, marks)
         buffer = io.StringIO()
         axes.figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
-    return Chart(title, names, Markup(_for_page(buffer.getvalue(), title, names)))
+    return title, names, Markup(_for_page(buffer.getvalue(), title, names))
 
 
 @cache

@@ -62,7 +62,22 @@ def finish_run(run: TrainResult, started: float) -> dict[str, Any]:
     )
     summary = {
         "command": run.options.command,
-        **_identity(run),
+        "arch": run.arch,
+        "recipe": run.options.recipe_name,
+        "data": {
+            "name": run.options.data.name,
+            "samples": len(run.reader),
+            "classes": len(run.reader.classes) if run.reader.classes else None,
+            "val_name": run.options.val.name if run.options.val else None,
+        },
+        "device": run.device.type,
+        "fallbacks": run.fallbacks,
+        "host": describe_host(),
+        "versions": describe_versions(),
+        "git": run.git,
+        "epochs": run.recipe.train.epochs,
+        "steps": run.total_steps,
+        "samples_seen": run.total_steps * run.recipe.train.batch_size,
         **_throughput(run, time.monotonic() - started),
         "probe": {
             "note": _probe_note(split),
@@ -116,27 +131,6 @@ def _all_features(run: TrainResult, split: ProbeSplit) -> dict[str, tuple[Featur
                     **options,
                 )
     return {**plain, **{name: split.features(network, probe.size, **options) for name, network in networks.items()}}
-
-
-def _identity(run: TrainResult) -> dict[str, Any]:
-    return {
-        "arch": run.arch,
-        "recipe": run.options.recipe_name,
-        "data": {
-            "name": run.options.data.name,
-            "samples": len(run.reader),
-            "classes": len(run.reader.classes) if run.reader.classes else None,
-            "val_name": run.options.val.name if run.options.val else None,
-        },
-        "device": run.device.type,
-        "fallbacks": run.fallbacks,
-        "host": describe_host(),
-        "versions": describe_versions(),
-        "git": run.git,
-        "epochs": run.recipe.train.epochs,
-        "steps": run.total_steps,
-        "samples_seen": run.total_steps * run.recipe.train.batch_size,
-    }
 
 
 def _throughput(run: TrainResult, total_seconds: float) -> dict[str, Any]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fastssl.report.marks import COLOURS, MARKS, RANDOM, RAW, TRAINED
 from fastssl.report.render import render_template
@@ -15,20 +15,7 @@ from fastssl.report.words import duration
 from fastssl.utils.atomic_files import write_atomically
 from fastssl.utils.plain_file import read_plain
 
-if TYPE_CHECKING:
-    from fastssl.report.charts import Chart
-
 _PNG = b"\x89PNG\r\n\x1a\n"
-#: name of the file, heading, words
-_PICTURES = (
-    ("views.png", "What the network was shown", "Photos as stored, and the random views that training made of them."),
-    (
-        "neighbours.png",
-        "What it finds alike",
-        "A query photo with its nearest photos by the features of the untrained and of the trained network. "
-        "Labels only colour the frames; training never saw them.",
-    ),
-)
 _ARCH_NAMES = {
     "mobilenetv3_large": "MobileNet-V3-Large",
     "mobilenetv2": "MobileNet-V2",
@@ -63,10 +50,10 @@ def render(run: RunRecord) -> str:
         headline=headline(run),
         facts=_facts(run),
         marks=_marks(run),
-        probed=_probed(run),
         curves=_curves(run),
         not_finite=sum(number(row.get("loss")) is None for row in run.steps),
-        pictures=_pictures(run),
+        views=_picture(run, "views.png"),
+        neighbours=_picture(run, "neighbours.png"),
         rates=_rates(run),
         machine=run.summary.get("host") or run.config.get("host"),
         versions=run.summary.get("versions") or run.config.get("versions"),
@@ -139,15 +126,7 @@ def _against(run: RunRecord, mark: str, trained: Any, row: Any) -> list[tuple[st
     return found
 
 
-def _probed(run: RunRecord) -> list[str]:
-    """On how many photos the rows were judged, and how; sentences."""
-    named = {"train_samples": "photos to learn from", "val_samples": "to be judged on", "classes": "classes"}
-    sizes = {what: get(run.summary, "probe", key) for key, what in named.items()}
-    said = ", ".join(f"{value:,} {what}" for what, value in sizes.items() if isinstance(value, int))
-    return [text for text in (said, get(run.summary, "probe", "note")) if text]
-
-
-def _curves(run: RunRecord) -> list[Chart]:
+def _curves(run: RunRecord) -> list[tuple]:
     step, probe = partial(_points, run.steps), partial(_points, run.probes)
     # The probes at the end use more photos than those in between, so the reference lines are a guide, not a finish
     # line.
@@ -167,7 +146,7 @@ def _curves(run: RunRecord) -> list[Chart]:
     )
 
 
-def _rates(run: RunRecord) -> list[Chart]:
+def _rates(run: RunRecord) -> list[tuple]:
     waits = [(epoch, 100 * wait) for epoch, wait in _points(run.steps, "data_wait")]
     return _drawn(
         ("Photos per second", "photos/s", {"photos/s": _points(run.steps, "pair_per_s")}, [0]),
@@ -181,22 +160,18 @@ def _points(rows: list[dict[str, Any]], key: str) -> list[tuple[float, float]]:
     return [(epoch, math.nan if value is None else value) for epoch, value in points if epoch is not None]
 
 
-def _drawn(*charts: tuple) -> list[Chart]:
+def _drawn(*charts: tuple) -> list[tuple]:
     from fastssl.report.charts import line_chart  # matplotlib is loaded where a page is written, and nowhere else
 
     return [chart for arguments in charts if (chart := line_chart(*arguments))]
 
 
-def _pictures(run: RunRecord) -> Iterable[tuple[str, str, bytes]]:
-    """(heading, words, PNG)"""
-    for name, heading, words in _PICTURES:
-        try:
-            content = read_plain(run.folder / name, LONGEST)
-        except FileNotFoundError:
-            continue
+def _picture(run: RunRecord, name: str) -> bytes:
+    with suppress(FileNotFoundError):
+        content = read_plain(run.folder / name, LONGEST)
         # A page is passed on: of a folder that came from elsewhere this name may lead to any file of ours.
-        if content.startswith(_PNG):
-            yield heading, words, content
+        return content if content.startswith(_PNG) else b""
+    return b""
 
 
 def _arch(run: RunRecord) -> str:

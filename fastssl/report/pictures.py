@@ -60,18 +60,38 @@ def views_picture(
         notice: called with a line of text when a damaged photo was left out.
     """
     with nullcontext(data) if isinstance(data, BetonReader) else BetonReader(data) as reader:
-        rows, pixels = _render(reader, views, samples, seed, epoch, pipelines[0], notice)
-        if len(pipelines) == 1:
-            columns = [(title, f"{side.shape[1]} px", side) for title, side in pixels][:_MAX_VIEWS]
-        else:
-            first = pixels[0][1]
-            columns = [(pipelines[0], f"{first.shape[1]} px", first)]
-        for name in pipelines[1:]:
-            side = _render(reader, views, samples, seed, epoch, name, None)[1][0][1]
-            apart = np.abs(side.astype(np.int16) - first)
-            columns.append((name, f"mean {apart.mean():.2f} / 255", side))
-            columns.append(("difference", f"x 32, max {apart.max()}", np.minimum(32 * apart, 255).astype(np.uint8)))
-        return _written(_draw_views(reader, rows, columns, tile), out)
+        chosen = _spread(len(reader), samples)
+        options = {"seed": seed, "indices": chosen, "shuffle": False, "on_bad": "skip"}
+        columns: list[tuple[str, str, np.ndarray]] = []
+        for pipeline in pipelines:
+            with ViewLoader(reader, views, len(chosen), pipeline=pipeline, **options) as loader:
+                batch = next(batches := loader.epoch(epoch))
+                batches.close()
+            if notice is not None and loader.stats.skipped and not columns:
+                names = ", ".join(map(str, loader.stats.skipped))
+                notice(f"{reader.path}: damaged and not shown: sample {names}; another photo stands in its place")
+            made = _named_views(views, batch.views)
+            side = made[0][1]
+            if len(pipelines) == 1:
+                columns = [(title, f"{side.shape[1]} px", side) for title, side in made[:_MAX_VIEWS]]
+            elif not columns:
+                columns.append((pipeline, f"{side.shape[1]} px", side))
+            else:
+                apart = np.abs(side.astype(np.int16) - columns[0][2])
+                columns.append((pipeline, f"mean {apart.mean():.2f} / 255", side))
+                columns.append(("difference", f"x 32, max {apart.max()}", np.minimum(32 * apart, 255).astype(np.uint8)))
+        return _written(_draw_views(reader, batch.index.tolist(), columns, tile), out)
+
+
+def _named_views(views: Sequence[ViewSpec], rendered: Sequence[Tensor]) -> list[tuple[str, np.ndarray]]:
+    """Each view's name and pixels (samples, S, S, 3) uint8."""
+    found = []
+    for group, (spec, pixels) in enumerate(zip(views, rendered)):
+        prefix = f"group {group + 1}, " if len(views) > 1 else ""
+        plain = [f"{prefix}view {number + 1}" for number in range(spec.count)]
+        names = views.names[group] if isinstance(views, MultiCrop) else plain
+        found += zip(names, to_pictures(pixels, spec).reshape(spec.count, -1, spec.size, spec.size, 3))
+    return found
 
 
 def _written(picture: Image.Image, out: Path | None) -> Image.Image:
@@ -81,36 +101,6 @@ def _written(picture: Image.Image, out: Path | None) -> Image.Image:
     elif out is not None:
         write_atomically(out, lambda temporary: picture.save(temporary, format="PNG", optimize=True))
     return picture
-
-
-def _render(
-    reader: BetonReader,
-    views: Sequence[ViewSpec],
-    samples: int,
-    seed: int,
-    epoch: int,
-    pipeline: str,
-    notice: Callable[[str], None] | None,
-) -> tuple[list[int], list[tuple[str, np.ndarray]]]:
-    """Sample ids, and each view's name and pixels (samples, S, S, 3) uint8. Where a damaged photo was skipped, the one
-    in its place is named.
-    """
-    chosen = _spread(len(reader), samples)
-    with ViewLoader(
-        reader, views, len(chosen), seed=seed, indices=chosen, shuffle=False, on_bad="skip", pipeline=pipeline
-    ) as loader:
-        batch = next(batches := loader.epoch(epoch))
-        batches.close()
-        if notice is not None and loader.stats.skipped:
-            names = ", ".join(map(str, loader.stats.skipped))
-            notice(f"{reader.path}: damaged and not shown: sample {names}; another photo stands in its place")
-    pixels = []
-    for group, (spec, rendered) in enumerate(zip(views, batch.views)):
-        prefix = f"group {group + 1}, " if len(views) > 1 else ""
-        plain = [f"{prefix}view {number + 1}" for number in range(spec.count)]
-        names = views.names[group] if isinstance(views, MultiCrop) else plain
-        pixels += zip(names, to_pictures(rendered, spec).reshape(spec.count, len(chosen), spec.size, spec.size, 3))
-    return batch.index.tolist(), pixels
 
 
 def neighbours_picture(

@@ -118,12 +118,10 @@ def judge(evidence: Evidence) -> dict[str, Any]:
         state = LEARNED if passed and complete else STILL_LEARNING if rising else IN_PART
         text = _in_words(against, tuple(against), evidence.judged)
     more = 2 * evidence.epochs if rising and state != COLLAPSED else None
-    sentences = [f"{text.rstrip('. ')}."]
-    if more:
-        sentences.append(_more_epochs(evidence.epochs, more, gain))
+    text = f"{state}: {text.rstrip('. ')}." + (f" {_more_epochs(evidence.epochs, more, gain)}" if more else "")
     return {
         "state": state,
-        "text": f"{state}: {' '.join(sentences)}",
+        "text": text,
         "epochs": more,
         "gain": asdict(gain) if more and gain else None,
         "signs": signs,
@@ -193,13 +191,8 @@ def loss_trend(steps: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     parts = (values[:tenth], values[-quarter:], values[-2 * quarter : -quarter])
     first, last, before = (sum(part) / len(part) for part in parts)
     fall = (before - last) / before if before > 0 else 0.0
-    return {
-        "first": first,
-        "last": last,
-        "fallen": last < _UNMOVED * first,
-        "fall": fall,
-        "falling": last < first and fall > _FALLING,
-    }
+    falling = last < first and fall > _FALLING
+    return {"first": first, "last": last, "fallen": last < _UNMOVED * first, "fall": fall, "falling": falling}
 
 
 def collapse_signs(evidence: Evidence) -> list[str]:
@@ -217,8 +210,7 @@ def collapse_signs(evidence: Evidence) -> list[str]:
     if entropy is None and embedding is not None and embedding < _LEAST_EMBEDDING:
         signs.append(f"the embeddings of all photos are nearly equal (spread {embedding:.3f}; 1: even over the sphere)")
     if entropy is not None and entropy > _NO_TARGET and trend and not trend["fallen"]:
-        ends = f"{trend['first']:.2f} at the start, {trend['last']:.2f} at the end"
-        signs.append(f"the loss has stayed at that of a guess ({ends})")
+        signs.append(f"the loss has stayed at that of a guess ({_ends(trend)})")
     return signs
 
 
@@ -282,12 +274,14 @@ def _of_the_loss(steps: Sequence[Mapping[str, Any]]) -> str:
     if not trend:
         return "The run made too few steps to say how its loss went: without --epochs the recipe chooses how many"
     if not trend["fallen"]:
-        ends = f"{trend['first']:.2f} at the start, {trend['last']:.2f} at the end"
-        return f"The loss has not fallen ({ends}): nothing was learned yet"
-    now = "and has come to rest"
-    if trend["falling"]:
-        now = f"and is still falling ({trend['fall']:.0%} in the last quarter of the run)"
-    return f"The loss fell from {trend['first']:.2f} to {trend['last']:.2f} {now}"
+        return f"The loss has not fallen ({_ends(trend)}): nothing was learned yet"
+    falling = f"is still falling ({trend['fall']:.0%} in the last quarter of the run)"
+    now = falling if trend["falling"] else "has come to rest"
+    return f"The loss fell from {trend['first']:.2f} to {trend['last']:.2f} and {now}"
+
+
+def _ends(trend: Mapping[str, Any]) -> str:
+    return f"{trend['first']:.2f} at the start, {trend['last']:.2f} at the end"
 
 
 def _more_epochs(epochs: int, more: int, gain: Gain | None) -> str:
