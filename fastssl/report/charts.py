@@ -18,14 +18,13 @@ WIDTH, HEIGHT = 520, 264
 #: What matplotlib draws in, and the variable of the page that takes its place. Text stays black: it has none.
 _SERIES, _GRID, _QUIET = ("#000001", "#000002"), "#00000a", "#00000b"
 _VARIABLES = dict(zip((*_SERIES, _GRID, _QUIET), ("--series-1", "--series-2", "--grid", "--quiet")))
-_STYLE = {
-    "text.usetex": False,
+#: Matplotlib's own style with ours on top, whatever the user has set.
+_STYLE = {key: value for key, value in matplotlib.rcParamsDefault.items() if key != "backend"} | {
     "font.family": "DejaVu Sans",
     "font.size": 12,
     "svg.fonttype": "none",
     "axes.autolimit_mode": "round_numbers",
     "axes.ymargin": 0,
-    "axes.axisbelow": True,
     "axes.edgecolor": _QUIET,
     "axes.facecolor": "none",
     "axes.grid": True,

@@ -78,6 +78,10 @@ SETTINGS = (
     "test_side",
     "short_sides",
 )
+_HOW = (
+    "Percent right, or average precision in percent; in brackets the 95 % interval by the number of photos that were "
+    "judged, which says nothing of another seed of the training."
+)
 
 
 def read_evaluations(paths: Iterable[str | Path]) -> list[Record]:
@@ -130,20 +134,10 @@ def comparison(records: Sequence[Record]) -> list[Block]:
             lines.append([named, network, *(cells.get(name, "") for name in columns)])
         blocks.append(Heading(photos))
         blocks.append(Table(["checkpoint", "network", *columns], lines, [False, False] + [True] * len(columns)))
-    blocks.append(Heading("How"))
-    blocks.append(
-        Paragraph(
-            "Percent right, or average precision in percent; in brackets the 95 % interval by the number of photos "
-            "that were judged, which says nothing of another seed of the training."
-        )
-    )
+    blocks += [Heading("How"), Paragraph(_HOW)]
     if replaced:
-        blocks.append(
-            Paragraph(
-                f"Of records that agree in network, photos and settings the last one is shown; {replaced} of "
-                "the replaced had other figures."
-            )
-        )
+        last = "Of records that agree in network, photos and settings the last one is shown"
+        blocks.append(Paragraph(f"{last}; {replaced} of the replaced had other figures."))
     return blocks + [Paragraph(text, quiet=True) for text in dict.fromkeys(map(_machine, records))]
 
 

@@ -95,21 +95,13 @@ def _facts(run: RunRecord) -> dict[str, Any]:
     }
 
 
-def _marks(run: RunRecord) -> list[dict[str, Any]]:
-    """A row for each mark, for the trained network and for its other forms; none without figures."""
+def _marks(run: RunRecord) -> list[tuple[bool, Any, list[tuple[str, str]]]]:
+    """A row for each mark, for the trained network and for its other forms; none without figures: (whether it is the
+    trained network's, row of the summary, what stands against it)."""
     marked, others = probe_rows(run)
-    rows = [(mark, marked[mark]) for mark in (*MARKS, TRAINED) if mark in marked] + [("", row) for row in others]
-    return [
-        {
-            "name": get(row, "name"),
-            "knn": number(get(row, "knn")),
-            "linear": number(get(row, "linear")),
-            "ours": mark == TRAINED,
-            "against": _against(run, mark, marked.get(TRAINED), row) if mark in MARKS else [],
-        }
-        for mark, row in rows
-        if marked
-    ]
+    rows = [(mark, marked[mark]) for mark in (*MARKS, TRAINED) if mark in marked]
+    found = [(mark == TRAINED, row, _against(run, mark, marked.get(TRAINED), row)) for mark, row in rows]
+    return [*found, *((False, row, []) for row in others)] if found else []
 
 
 def _against(run: RunRecord, mark: str, trained: Any, row: Any) -> list[tuple[str, str]]:
@@ -119,7 +111,7 @@ def _against(run: RunRecord, mark: str, trained: Any, row: Any) -> list[tuple[st
     for kind, words in (("knn", "kNN"), ("linear", "linear")):
         ours, theirs = number(get(trained, kind)), number(get(row, kind))
         low, high = (number(get(run.summary, "verdict", "against", mark, kind, end)) for end in ("low", "high"))
-        if ours is not None and theirs is not None:
+        if mark != TRAINED and ours is not None and theirs is not None:
             judged = low is not None and high is not None
             word = "" if not judged else "better" if low > 0 else "worse" if high < 0 else "level"
             found.append((word, f"{words} {ours - theirs:+.1f}"))

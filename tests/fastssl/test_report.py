@@ -9,6 +9,7 @@ import random
 import re
 from html.parser import HTMLParser
 
+import matplotlib
 import pytest
 from PIL import Image
 
@@ -375,6 +376,8 @@ def test_chart_places_points_leaves_gaps_and_follows_the_theme():
     points = [(0, 0.0), (5, 1.0), (6, math.nan), (8, 0.5), (9, math.nan), (10, 0.5), (15, 0.0)]
     chart = line_chart("a <t>", "y", {"nothing": [(1, math.nan)], "a": points}, [0, 1])
     assert chart[:2] == ("a <t>", {2: "a"}) and chart == line_chart("a <t>", "y", {"nothing": [], "a": points}, [0, 1])
+    with matplotlib.rc_context({"text.color": "white", "lines.linestyle": "--"}):  # of the user's own style
+        assert chart == line_chart("a <t>", "y", {"nothing": [], "a": points}, [0, 1])
     svg = str(chart[2])
     parse(svg)
     ((x0, y0, x1, y1, *alone, x2, y2, x3, y3),) = drawn(svg, r'<title>a</title>\s*<path d="([^"]*)"')
