@@ -69,17 +69,15 @@ def views(
     from fastssl.data.photo_source import look_at
     from fastssl.pipelines.engines.registry import choose_engine
     from fastssl.pipelines.plan.multicrop import MultiCrop
-    from fastssl.report.pictures import engines_picture, views_picture
+    from fastssl.report.pictures import views_picture
 
     recipe = load_recipe(recipe_name, parse_overrides(overrides))
     specs, file = recipe.views, beton_of(look_at(file), recipe)
     if isinstance(specs, MultiCrop):
         console.say(specs.describe())
+    # `auto` beside what it stands for would be a comparison with itself.
+    named = [choose_engine(torch.device("cpu"))[0] if name == "auto" else name for name in pipelines or ("auto",)]
+    made_by = list(dict.fromkeys(named))
     options: dict[str, Any] = {"samples": samples, "seed": seed, "epoch": epoch, "notice": console.say}
-    if len(pipelines) > 1:
-        # `auto` beside what it stands for would be a comparison with itself.
-        named = [choose_engine(torch.device("cpu"))[0] if name == "auto" else name for name in pipelines]
-        picture = engines_picture(file, specs, out, pipelines=list(dict.fromkeys(named)), **options)
-    else:
-        picture = views_picture(file, specs, out, pipeline=pipelines[0] if pipelines else "auto", **options)
+    picture = views_picture(file, specs, out, pipelines=made_by, **options)
     click.echo(f"{out}: {picture.width}x{picture.height} px")

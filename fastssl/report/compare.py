@@ -7,8 +7,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,68 +17,46 @@ from fastssl.utils.atomic_files import write_atomically
 from fastssl.utils.json_text import read_json_records
 
 Record = dict[str, Any]
+#: Evaluations whose records stand in the table.
+KINDS = ("knn", "knn_leave_one_out", "linear", "semi", "finetune", "detect")
 
 
-@dataclass(frozen=True)
-class Figure:
-    """One number of a record.
+def figures(record: Record) -> dict[str, str]:
+    """What of a record stands in the table, in percent: name of a column -> ``68.2 (67.8 to 68.7)``, where the 95 %
+    interval is known.
 
-    Attributes:
-        name: of its column.
-        value: in percent.
-        interval: its 95 % confidence interval, or None.
+    Raises:
+        ValueError: a figure is not finite.
     """
-
-    name: str
-    value: float
-    interval: tuple[float, float] | None = None
-
-    def __str__(self) -> str:
-        if self.interval is None:
-            return f"{self.value:.1f}"
-        return f"{self.value:.1f} ({self.interval[0]:.1f} to {self.interval[1]:.1f})"
-
-
-def _accuracy(name: str, record: Record) -> list[Figure]:
-    return [Figure(name, record["accuracy"], tuple(record["confidence"]))]
-
-
-def _knn(record: Record) -> list[Figure]:
-    return _accuracy(f"kNN, k {record['k']}, T {record['temperature']:g}", record)
+    if record["evaluation"] == "detect":
+        names = {"box_ap": "box AP", "box_ap50": "box AP50", "mask_ap": "mask AP", "mask_ap50": "mask AP50"}
+        length = f", {counted(record['iterations'], 'iteration')} of {record['batch_size']}"
+        found = {name + length: [record[key]] for key, name in names.items() if record.get(key) is not None}
+    else:
+        found = {_accuracy_name(record): [record["accuracy"], *record["confidence"]]}
+    for name, values in found.items():
+        if not all(map(math.isfinite, values)):
+            raise ValueError(f"{name} is no finite number")
+    return {
+        name: ("{:.1f} ({:.1f} to {:.1f})" if values[1:] else "{:.1f}").format(*values)
+        for name, values in found.items()
+    }
 
 
-def _leave_one_out(record: Record) -> list[Figure]:
-    return _accuracy(f"leave-one-out kNN, k {record['k']}, T {record['temperature']:g}", record)
-
-
-def _linear(record: Record) -> list[Figure]:
-    # What is not as published makes another figure of it.
-    changed = "; ".join(f"{name.replace('_', ' ')} {record[name]}" for name in record.get("changed", ()))
-    return _accuracy(f"linear probe, {record['protocol']}" + (f", but {changed}" if changed else ""), record)
-
-
-def _tuned(record: Record) -> list[Figure]:
+def _accuracy_name(record: Record) -> str:
+    match record["evaluation"]:
+        case "knn":
+            return f"kNN, k {record['k']}, T {record['temperature']:g}"
+        case "knn_leave_one_out":
+            return f"leave-one-out kNN, k {record['k']}, T {record['temperature']:g}"
+        case "linear":
+            # What is not as published makes another figure of it.
+            changed = "; ".join(f"{_word(name)} {record[name]}" for name in record.get("changed", ()))
+            return f"linear probe, {record['protocol']}" + (f", but {changed}" if changed else "")
     share = "all labels" if record["labels"] == 1 else f"{100 * record['labels']:.3g} % of the labels"
     head = ", half of the DINO head" if record["head"] == "dino" else ""
     epochs = counted(record["epochs"], "epoch")
-    return _accuracy(f"fine-tuned, {share}{head}, {epochs}, {record['optimizer']} lr {record['lr']:g}", record)
-
-
-def _detection(record: Record) -> list[Figure]:
-    names = (("box_ap", "box AP"), ("box_ap50", "box AP50"), ("mask_ap", "mask AP"), ("mask_ap50", "mask AP50"))
-    length = f", {counted(record['iterations'], 'iteration')} of {record['batch_size']}"
-    return [Figure(name + length, record[key]) for key, name in names if record.get(key) is not None]
-
-
-#: What of a record of each kind stands in the table.
-FIGURES: dict[str, Callable[[Record], list[Figure]]] = {
-    "knn": _knn,
-    "knn_leave_one_out": _leave_one_out,
-    "linear": _linear,
-    "semi": _tuned,
-    "finetune": _tuned,
-    "detect": _detection,
-}
+    return f"fine-tuned, {share}{head}, {epochs}, {record['optimizer']} lr {record['lr']:g}"
 
 
 #: What may differ between two figures of one name: where it does among the records compared, it goes into the name.
@@ -101,6 +78,10 @@ SETTINGS = (
     "test_side",
     "short_sides",
 )
+_HOW = (
+    "Percent right, or average precision in percent; in brackets the 95 % interval by the number of photos that were "
+    "judged, which says nothing of another seed of the training."
+)
 
 
 def read_evaluations(paths: Iterable[str | Path]) -> list[Record]:
@@ -118,19 +99,14 @@ def read_evaluations(paths: Iterable[str | Path]) -> list[Record]:
 
 
 def _record(record: Any, where: str) -> Record:
-    if not isinstance(record, dict) or str(record.get("evaluation")) not in FIGURES:
-        kinds = ", ".join(FIGURES)
-        raise FastSSLError(f"{where}: not a record of an evaluation ({kinds})")
+    if not isinstance(record, dict) or record.get("evaluation") not in KINDS:
+        raise FastSSLError(f"{where}: not a record of an evaluation ({', '.join(KINDS)})")
     try:
-        figures = FIGURES[record["evaluation"]](record)
-        wrong = [one for one in figures if not all(map(math.isfinite, (one.value, *(one.interval or ()))))]
-        _network(record), _photos(record), _machine(record)
+        figures(record), _network(record), _photos(record), _machine(record)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise FastSSLError(
             f"{where}: the record lacks a value or holds one of another kind ({type(error).__name__}: {error})"
         ) from error
-    if wrong:
-        raise FastSSLError(f"{where}: {wrong[0].name} is no finite number")
     return record
 
 
@@ -140,66 +116,40 @@ def comparison(records: Sequence[Record]) -> list[Block]:
     replaced.
     """
     blocks: list[Block] = [Heading("Evaluations", 1)]
-    tables: dict[str, dict[tuple[str, str], dict[str, Figure]]] = {}
-    rows, differing = _row_names(records), _differing(records)
-    replaced = 0
+    tables: dict[str, dict[tuple[str, str, str], dict[str, str]]] = {}
+    differing, replaced = _differing(records), 0
     for record in records:
-        cells = tables.setdefault(_photos(record), {}).setdefault(rows[_identity(record)], {})
-        for figure in FIGURES[record["evaluation"]](record):
-            name = figure.name + "".join(f", {_word(key)} {_word(record.get(key))}" for key in differing[figure.name])
+        cells = tables.setdefault(_photos(record), {}).setdefault(_network(record), {})
+        for name, figure in figures(record).items():
+            name += "".join(f", {_word(key)} {_word(record.get(key))}" for key in differing[name])
             replaced += name in cells and cells[name] != figure
             cells[name] = figure
+    called = Counter((file, network) for file, network, _ in set(map(_network, records)))
     for photos, networks in tables.items():
         columns = list(dict.fromkeys(name for cells in networks.values() for name in cells))
+        lines = []
+        for (file, network, weights), cells in networks.items():
+            # Two files of one name may hold different weights.
+            named = f"{file} [{weights or 'weights unknown'}]" if called[file, network] > 1 else file
+            lines.append([named, network, *(cells.get(name, "") for name in columns)])
         blocks.append(Heading(photos))
-        lines = [[*network, *(str(cells.get(name, "")) for name in columns)] for network, cells in networks.items()]
         blocks.append(Table(["checkpoint", "network", *columns], lines, [False, False] + [True] * len(columns)))
-    blocks.append(Heading("How"))
-    blocks.append(
-        Paragraph(
-            "Percent right, or average precision in percent; in brackets the 95 % interval by the number of "
-            "photos that were judged, which says nothing of "
-            "another seed of the training."
-        )
-    )
+    blocks += [Heading("How"), Paragraph(_HOW)]
     if replaced:
-        blocks.append(
-            Paragraph(
-                f"Of records that agree in network, photos and settings the last one is shown; {replaced} of "
-                "the replaced had other figures."
-            )
-        )
-    blocks += [Paragraph(text, quiet=True) for text in dict.fromkeys(map(_machine, records))]
-    return blocks
+        last = "Of records that agree in network, photos and settings the last one is shown"
+        blocks.append(Paragraph(f"{last}; {replaced} of the replaced had other figures."))
+    return blocks + [Paragraph(text, quiet=True) for text in dict.fromkeys(map(_machine, records))]
 
 
 def _differing(records: Sequence[Record]) -> dict[str, list[str]]:
     """For each name of a figure the settings in which its records differ."""
-    seen: dict[str, dict[str, set[str]]] = {}
+    seen: dict[str, list[Record]] = {}
     for record in records:
-        for figure in FIGURES[record["evaluation"]](record):
-            values = seen.setdefault(figure.name, {key: set() for key in SETTINGS})
-            for key in SETTINGS:
-                values[key].add(json.dumps(record.get(key)))
-    return {name: [key for key, found in values.items() if len(found) > 1] for name, values in seen.items()}
-
-
-def _identity(record: Record) -> tuple[str, str, str]:
-    return (*_network(record), str(record.get("weights") or ""))
-
-
-def _row_names(records: Sequence[Record]) -> dict[tuple[str, str, str], tuple[str, str]]:
-    """What each network is called: by its file, and by its weights too where two files of one name hold different
-    ones.
-    """
-    known = list(dict.fromkeys(map(_identity, records)))
-    called = Counter((file, network) for file, network, _ in known)
+        for name in figures(record):
+            seen.setdefault(name, []).append(record)
     return {
-        (file, network, weights): (
-            f"{file} [{weights or 'weights unknown'}]" if called[file, network] > 1 else file,
-            network,
-        )
-        for file, network, weights in known
+        name: [key for key in SETTINGS if len({json.dumps(record.get(key)) for record in members}) > 1]
+        for name, members in seen.items()
     }
 
 
@@ -222,12 +172,13 @@ def write_comparison(records: Sequence[Record], out: str | Path) -> list[Path]:
     return list(pages)
 
 
-def _network(record: Record) -> tuple[str, str]:
-    """(which file, what is in it); random weights are those of no file."""
+def _network(record: Record) -> tuple[str, str, str]:
+    """(which file, what is in it, which weights); random weights are those of no file."""
+    weights = str(record.get("weights") or "")
     if record["network"] == "random":
-        return "random weights", record["arch"]
+        return "random weights", record["arch"], weights
     step = "" if record["step"] is None else f", step {record['step']:,}"
-    return record["checkpoint"], f"{record['arch']}, {record['network']}{step}"
+    return record["checkpoint"], f"{record['arch']}, {record['network']}{step}", weights
 
 
 def _photos(record: Record) -> str:

@@ -99,22 +99,14 @@ def table_markdown(table: Table) -> str:
 def _markdown_cell(cell: str | Code) -> str:
     if isinstance(cell, str):
         return escape_markdown(cell)
-    return "<br>".join(map(_markdown_code, cell.lines))
-
-
-def _markdown_code(line: str) -> str:
-    """Between backticks nothing is markup but another backtick and, in a table, the bar."""
-    if "`" in line:
-        return f"<code>{escape_markdown(line)}</code>"
-    words = " ".join(line.replace("|", "\\|").split())
-    return f"`{words}`"
+    # Between backticks nothing is markup but another backtick and, in a table, the bar.
+    plain = (" ".join(line.replace("|", "\\|").split()) for line in cell.lines)
+    return "<br>".join(
+        f"<code>{escape_markdown(line)}</code>" if "`" in line else f"`{words}`"
+        for line, words in zip(cell.lines, plain)
+    )
 
 
 def to_html(title: str, blocks: Sequence[Block]) -> str:
     """One page that needs nothing but itself: no script, no network."""
-    sections: list[dict] = [{"opened": False, "blocks": []}]
-    for block in blocks:
-        if isinstance(block, Heading) and block.level == 2:
-            sections.append({"opened": True, "blocks": []})
-        sections[-1]["blocks"].append((type(block).__name__, block))
-    return render_template("document.html.j2", title=title, sections=sections)
+    return render_template("document.html.j2", title=title, blocks=[(type(block).__name__, block) for block in blocks])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -14,12 +13,13 @@ from fastssl.evaluate import collapse as monitor
 from fastssl.evaluate.batchnorm import has_batchnorm, reestimated
 from fastssl.evaluate.colour_histogram import colour_histogram_features
 from fastssl.evaluate.features import Features
-from fastssl.evaluate.online_probe import ProbeSplit, choose_split, is_finite, probe_features
+from fastssl.evaluate.online_probe import ProbeSplit, choose_split, probe_features
 from fastssl.evaluate.raw_pixels import raw_pixel_features
 from fastssl.report.marks import COLOURS, MAJORITY, RANDOM, TRAINED
 from fastssl.report.marks import RAW as RAW_PIXELS
 from fastssl.report.page import write_report
 from fastssl.report.pictures import neighbours_picture, views_picture
+from fastssl.report.run_record import number
 from fastssl.report.verdict import Evidence, judge
 from fastssl.training.bottleneck import WORTH, bottleneck, smaller_side
 from fastssl.training.step import initial_backbone
@@ -51,9 +51,33 @@ def finish_run(run: TrainResult, started: float) -> dict[str, Any]:
     if split.labelled:
         rows = [*_majority(split), *(probe_features(name, *parts, True) for name, parts in features.items())]
     collapse = _collapse_figures(features[TRAINED])
+    evidence = Evidence(
+        rows=rows if split.can_judge else [],
+        judged=len(split.query_index),
+        epochs=run.recipe.train.epochs,
+        steps=_rows(run, "step"),
+        probes=_rows(run, "probe"),
+        online_judged=run.online_judged,
+        features=collapse,
+    )
     summary = {
         "command": run.options.command,
-        **_identity(run),
+        "arch": run.arch,
+        "recipe": run.options.recipe_name,
+        "data": {
+            "name": run.options.data.name,
+            "samples": len(run.reader),
+            "classes": len(run.reader.classes) if run.reader.classes else None,
+            "val_name": run.options.val.name if run.options.val else None,
+        },
+        "device": run.device.type,
+        "fallbacks": run.fallbacks,
+        "host": describe_host(),
+        "versions": describe_versions(),
+        "git": run.git,
+        "epochs": run.recipe.train.epochs,
+        "steps": run.total_steps,
+        "samples_seen": run.total_steps * run.recipe.train.batch_size,
         **_throughput(run, time.monotonic() - started),
         "probe": {
             "note": _probe_note(split),
@@ -63,7 +87,7 @@ def finish_run(run: TrainResult, started: float) -> dict[str, Any]:
             "rows": rows,
         },
         "features": collapse,
-        "verdict": judge(_evidence(run, split, rows, collapse)),
+        "verdict": judge(evidence),
         "share": _share(run),
         "skipped": len(run.position.skipped),
         "passed_over_steps": run.position.passed_over,
@@ -71,10 +95,14 @@ def finish_run(run: TrainResult, started: float) -> dict[str, Any]:
     text = to_json(summary, indent=2) + "\n"
     write_atomically(run.options.out / "summary.json", lambda path: path.write_text(text))
     views_picture(run.reader, run.recipe.views, run.options.out / "views.png", seed=run.options.seed)
-    before, after = (_without_holes(features[name]) for name in (RANDOM, TRAINED))
+    before, after = (tuple(map(_without_holes, features[name])) for name in (RANDOM, TRAINED))
     neighbours_picture(split, before=before, after=after, out=run.options.out / "neighbours.png")
     write_report(run.options.out)
     return summary
+
+
+def _rows(run: TrainResult, kind: str) -> list[dict[str, Any]]:
+    return [row for row in run.rows if row.get("kind") == kind]
 
 
 def _all_features(run: TrainResult, split: ProbeSplit) -> dict[str, tuple[Features, Features]]:
@@ -105,65 +133,28 @@ def _all_features(run: TrainResult, split: ProbeSplit) -> dict[str, tuple[Featur
     return {**plain, **{name: split.features(network, probe.size, **options) for name, network in networks.items()}}
 
 
-def _identity(run: TrainResult) -> dict[str, Any]:
-    return {
-        "arch": run.arch,
-        "recipe": run.options.recipe_name,
-        "data": {
-            "name": run.options.data.name,
-            "samples": len(run.reader),
-            "classes": len(run.reader.classes) if run.reader.classes else None,
-            "val_name": run.options.val.name if run.options.val else None,
-        },
-        "device": run.device.type,
-        "fallbacks": run.fallbacks,
-        "host": describe_host(),
-        "versions": describe_versions(),
-        "git": run.git,
-        "epochs": run.recipe.train.epochs,
-        "steps": run.total_steps,
-        "samples_seen": run.total_steps * run.recipe.train.batch_size,
-    }
-
-
 def _throughput(run: TrainResult, total_seconds: float) -> dict[str, Any]:
     """Rates over all training steps; the first block (warm-up of libraries and caches) is left out where there are
     more.
     """
+    times = {"train_seconds": run.position.train_seconds, "total_seconds": total_seconds}
     wanted = ("step", "seconds", "data_wait")
-    rows = [
-        row
-        for row in run.rows
-        if row.get("kind") == "step"
-        and all(type(row.get(name)) in (int, float) and math.isfinite(row[name]) for name in wanted)
-    ]
+    rows = [row for row in _rows(run, "step") if None not in (number(row.get(name)) for name in wanted)]
     if not rows:  # resumed from a checkpoint whose metrics are gone
-        unknown = dict.fromkeys(("pair_per_s", "view_per_s", "data_wait"))
-        return {
-            "train_seconds": run.position.train_seconds,
-            "total_seconds": total_seconds,
-            **unknown,
-            "data_share": None,
-            "bottleneck": "unknown: no metrics of this run are left",
-        }
+        unknown = dict.fromkeys(("pair_per_s", "view_per_s", "data_wait", "data_share"))
+        return {**times, **unknown, "bottleneck": "unknown: no metrics of this run are left"}
+    before = rows[0] if len(rows) > 1 else {"step": 0, "seconds": 0.0}
     steady = rows[1:] or rows
     # Blocks have different lengths: a rate is pairs over seconds, not a mean of rates.
-    seconds = pairs = waited = data = 0.0
-    before = rows[0] if len(rows) > 1 else {"step": 0, "seconds": 0.0}
-    for row in steady:
-        duration = max(row["seconds"] - before["seconds"], 1e-9)
-        seconds += duration
-        pairs += (row["step"] - before["step"]) * run.recipe.train.batch_size
-        waited += row["data_wait"] * duration
-        data += row.get("data_share", row["data_wait"]) * duration  # older rows have the wait alone
-        before = row
-    views = sum(spec.count for spec in run.recipe.views)
-    wait, share = waited / seconds, data / seconds
+    seconds = np.maximum(np.diff([row["seconds"] for row in (before, *steady)]), 1e-9)
+    pair_per_s = (steady[-1]["step"] - before["step"]) * run.recipe.train.batch_size / float(seconds.sum())
+    wait = float(np.average([row["data_wait"] for row in steady], weights=seconds))
+    # Older rows have the wait alone.
+    share = float(np.average([row.get("data_share", row["data_wait"]) for row in steady], weights=seconds))
     return {
-        "train_seconds": run.position.train_seconds,
-        "total_seconds": total_seconds,
-        "pair_per_s": pairs / seconds,
-        "view_per_s": views * pairs / seconds,
+        **times,
+        "pair_per_s": pair_per_s,
+        "view_per_s": pair_per_s * sum(spec.count for spec in run.recipe.views),
         "data_wait": wait,
         "data_share": share,
         "bottleneck": _bottleneck(run, share, wait),
@@ -185,14 +176,15 @@ def _probe_note(split: ProbeSplit) -> str:
     if not split.labelled:
         left_out = "so kNN and linear probes were left out; neighbours.png shows what the network finds alike"
         return f"{split.obstacle}, {left_out}"
-    if split.held_out and not split.seen:
-        where = f"a held-out fifth of {split.queries.path.name}, which pre-training never saw"
-    elif split.held_out:
+    where = split.queries.path.name
+    if split.held_out and split.seen:
         where = "a held-out fifth of the probed photos (pre-training saw them too, without labels)"
-    elif not split.can_judge:
-        where = f"{split.queries.path.name}, the very photos it was fitted on: these figures say nothing"
+    elif split.held_out:
+        where = f"a held-out fifth of {where}, which pre-training never saw"
+    elif split.can_judge:
+        where += ", which pre-training never saw"
     else:
-        where = f"{split.queries.path.name}, which pre-training never saw"
+        where += ", the very photos it was fitted on: these figures say nothing"
     return (
         "kNN (k 20, T 0.07) and the fast linear probe (logistic regression on cached centre-crop features), "
         f"judged on {where}"
@@ -200,19 +192,13 @@ def _probe_note(split: ProbeSplit) -> str:
 
 
 def _share(run: TrainResult) -> dict[str, Any] | None:
-    full = run.recipe.full_samples
+    full, name = run.recipe.full_samples, run.recipe.full_recipe
     if not full:
         return None
     seen = run.total_steps * run.recipe.train.batch_size
-    percent = 100 * seen / full
-    return {
-        "samples_seen": seen,
-        "full_samples": full,
-        "percent": percent,
-        "full_recipe": run.recipe.full_recipe,
-        "text": f"this run saw {seen:,} photos: {percent:.2g} % of the {full:,} of {run.recipe.full_recipe} on "
-        f"ImageNet-1k, at {run.recipe.views[0].size} px",
-    }
+    percent, size = 100 * seen / full, run.recipe.views[0].size
+    text = f"this run saw {seen:,} photos: {percent:.2g} % of the {full:,} of {name} on ImageNet-1k, at {size} px"
+    return {"samples_seen": seen, "full_samples": full, "percent": percent, "full_recipe": name, "text": text}
 
 
 def _majority(split: ProbeSplit) -> list[dict[str, Any]]:
@@ -226,13 +212,9 @@ def _majority(split: ProbeSplit) -> list[dict[str, Any]]:
     return [{"name": MAJORITY, "knn": share, "linear": share}]
 
 
-def _without_holes(parts: tuple[Features, Features]) -> tuple[Features, Features]:
+def _without_holes(part: Features) -> Features:
     """For the pictures: numbers that are not finite are 0."""
-    bank, queries = (
-        part if is_finite(part) else replace(part, features=torch.nan_to_num(part.features, posinf=0.0, neginf=0.0))
-        for part in parts
-    )
-    return bank, queries
+    return replace(part, features=torch.nan_to_num(part.features, posinf=0.0, neginf=0.0))
 
 
 def _collapse_figures(trained: tuple[Features, Features]) -> dict[str, float]:
@@ -244,15 +226,3 @@ def _collapse_figures(trained: tuple[Features, Features]) -> dict[str, float]:
         "effective_rank": float(monitor.effective_rank(some)),
         "photos": len(some),
     }
-
-
-def _evidence(run: TrainResult, split: ProbeSplit, rows: list[dict[str, Any]], collapse: dict[str, float]) -> Evidence:
-    return Evidence(
-        rows=rows if split.can_judge else [],
-        judged=len(split.query_index),
-        epochs=run.recipe.train.epochs,
-        steps=[row for row in run.rows if row.get("kind") == "step"],
-        probes=[row for row in run.rows if row.get("kind") == "probe"],
-        online_judged=run.online_judged,
-        features=collapse,
-    )

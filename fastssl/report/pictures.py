@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,7 +42,7 @@ def views_picture(
     seed: int = 0,
     epoch: int = 0,
     tile: int = 112,
-    pipeline: str = "auto",
+    pipelines: Sequence[str] = ("auto",),
     notice: Callable[[str], None] | None = None,
 ) -> Image.Image:
     """Draw photos as they are stored and, side by side, the views that training makes of them.
@@ -53,108 +55,52 @@ def views_picture(
         out: where to write the PNG; None: only return the picture.
         samples: rows, spread evenly over the file.
         tile: side of a drawn square in pixels.
-        pipeline: the engine that makes the views.
+        pipelines: the engine that makes the views. Of several engines: the first view by each of them, and how far it
+            stands from the first engine's, 32 times enlarged.
         notice: called with a line of text when a damaged photo was left out.
     """
-    owned = not isinstance(data, BetonReader)
-    reader = BetonReader(data) if owned else data
-    try:
-        rows, pixels = _render(reader, views, samples, seed, epoch, pipeline, notice)
-        columns = [(title, f"{side.shape[1]} px", side) for title, side in pixels][:_MAX_VIEWS]
-        picture = _draw_views(reader, rows, columns, tile)
-    finally:
-        if owned:
-            reader.close()
-    if out is not None:
-        _write_png(picture, out)
-    return picture
+    with nullcontext(data) if isinstance(data, BetonReader) else BetonReader(data) as reader:
+        chosen = _spread(len(reader), samples)
+        options = {"seed": seed, "indices": chosen, "shuffle": False, "on_bad": "skip"}
+        columns: list[tuple[str, str, np.ndarray]] = []
+        for pipeline in pipelines:
+            with ViewLoader(reader, views, len(chosen), pipeline=pipeline, **options) as loader:
+                batch = next(batches := loader.epoch(epoch))
+                batches.close()
+            if notice is not None and loader.stats.skipped and not columns:
+                names = ", ".join(map(str, loader.stats.skipped))
+                notice(f"{reader.path}: damaged and not shown: sample {names}; another photo stands in its place")
+            made = _named_views(views, batch.views)
+            side = made[0][1]
+            if len(pipelines) == 1:
+                columns = [(title, f"{side.shape[1]} px", side) for title, side in made[:_MAX_VIEWS]]
+            elif not columns:
+                columns.append((pipeline, f"{side.shape[1]} px", side))
+            else:
+                apart = np.abs(side.astype(np.int16) - columns[0][2])
+                columns.append((pipeline, f"mean {apart.mean():.2f} / 255", side))
+                columns.append(("difference", f"x 32, max {apart.max()}", np.minimum(32 * apart, 255).astype(np.uint8)))
+        return _written(_draw_views(reader, batch.index.tolist(), columns, tile), out)
 
 
-def engines_picture(
-    data: BetonReader | str | Path,
-    views: Sequence[ViewSpec],
-    out: Path | None = None,
-    *,
-    pipelines: Sequence[str],
-    samples: int = 9,
-    seed: int = 0,
-    epoch: int = 0,
-    tile: int = 112,
-    notice: Callable[[str], None] | None = None,
-) -> Image.Image:
-    """Draw the first view of each photo as several engines make it, and how far each stands from the first engine's, 32
-    times enlarged.
-
-    Args:
-        pipelines: the engines; the first is the one that the others are compared with.
-        data, views, out, samples, seed, epoch, tile, notice: as in ``views_picture``.
-    """
-    owned = not isinstance(data, BetonReader)
-    reader = BetonReader(data) if owned else data
-    try:
-        rendered = {}
-        for name in pipelines:
-            rows, pixels = _render(reader, views, samples, seed, epoch, name, notice if name == pipelines[0] else None)
-            rendered[name] = pixels[0][1]
-        first = rendered[pipelines[0]].astype(np.int16)
-        columns = [(pipelines[0], f"{first.shape[1]} px", rendered[pipelines[0]])]
-        for name in pipelines[1:]:
-            apart = np.abs(rendered[name].astype(np.int16) - first)
-            columns.append((name, f"mean {apart.mean():.2f} / 255", rendered[name]))
-            columns.append(("difference", f"x 32, max {apart.max()}", np.minimum(32 * apart, 255).astype(np.uint8)))
-        picture = _draw_views(reader, rows, columns, tile)
-    finally:
-        if owned:
-            reader.close()
-    if out is not None:
-        _write_png(picture, out)
-    return picture
+def _named_views(views: Sequence[ViewSpec], rendered: Sequence[Tensor]) -> list[tuple[str, np.ndarray]]:
+    """Each view's name and pixels (samples, S, S, 3) uint8."""
+    found = []
+    for group, (spec, pixels) in enumerate(zip(views, rendered)):
+        prefix = f"group {group + 1}, " if len(views) > 1 else ""
+        plain = [f"{prefix}view {number + 1}" for number in range(spec.count)]
+        names = views.names[group] if isinstance(views, MultiCrop) else plain
+        found += zip(names, to_pictures(pixels, spec).reshape(spec.count, -1, spec.size, spec.size, 3))
+    return found
 
 
-def _write_png(picture: Image.Image, out: Path) -> None:
+def _written(picture: Image.Image, out: Path | None) -> Image.Image:
     """Whole or as it was before; into a pipe or a device as it comes."""
-    if out.exists() and not out.is_file():
+    if out is not None and out.exists() and not out.is_file():
         picture.save(out, format="PNG", optimize=True)
-    else:
+    elif out is not None:
         write_atomically(out, lambda temporary: picture.save(temporary, format="PNG", optimize=True))
-
-
-def _render(
-    reader: BetonReader,
-    views: Sequence[ViewSpec],
-    samples: int,
-    seed: int,
-    epoch: int,
-    pipeline: str,
-    notice: Callable[[str], None] | None,
-) -> tuple[list[int], list[tuple[str, np.ndarray]]]:
-    """Sample ids, and each view's name and pixels (samples, S, S, 3) uint8. Where a damaged photo was skipped, the one
-    in its place is named.
-    """
-    chosen = _spread(len(reader), samples)
-    with ViewLoader(
-        reader, views, len(chosen), seed=seed, indices=chosen, shuffle=False, on_bad="skip", pipeline=pipeline
-    ) as loader:
-        batch = next(batches := loader.epoch(epoch))
-        batches.close()
-        if notice is not None and loader.stats.skipped:
-            names = ", ".join(map(str, loader.stats.skipped))
-            notice(f"{reader.path}: damaged and not shown: sample {names}; another photo stands in its place")
-    names = views.names if isinstance(views, MultiCrop) else _names(views)
-    pixels = [
-        (names[group][number], side)
-        for group, (spec, rendered) in enumerate(zip(views, batch.views))
-        for number, side in enumerate(
-            to_pictures(rendered, spec).reshape(spec.count, len(chosen), spec.size, spec.size, 3)
-        )
-    ]
-    return batch.index.tolist(), pixels
-
-
-def _names(views: Sequence[ViewSpec]) -> list[list[str]]:
-    """What the views of each group are called."""
-    groups = ["view"] if len(views) == 1 else [f"group {group + 1}, view" for group in range(len(views))]
-    return [[f"{group} {number + 1}" for number in range(spec.count)] for group, spec in zip(groups, views)]
+    return picture
 
 
 def neighbours_picture(
@@ -187,32 +133,52 @@ def neighbours_picture(
     if not len(bank) or not len(asked):
         raise FastSSLError("a picture of neighbours needs at least one photo in the bank and one query")
     labelled = bank.labelled and asked.labelled
-    names = split.bank.classes if labelled else None
     rows = _choose_queries(asked.labels.numpy() if labelled else None, len(asked), queries)
-    found = [
-        nearest_neighbors(part[0].features, part[1].features[torch.from_numpy(rows)], k=neighbours)[1]
+    nearest = [
+        nearest_neighbors(part[0].features, part[1].features[torch.from_numpy(rows)], k=neighbours)[1].tolist()
         for part in (before, after)
     ]
-    blocks = []
+    frame, gap, caption, head = 3, 6, 20, 36
+    cell = tile + 2 * frame
+    line = caption + cell + gap
+    block_width = 2 * tile + 16 + neighbours * (cell + gap)
+    block_height = 2 * line + 26
+    per_row = min(len(rows), 2)
+    block_rows = -(-len(rows) // per_row)
+    width = per_row * (block_width + 2 * _MARGIN)
+    picture = Image.new("RGB", (width, 2 * _MARGIN + head + block_rows * block_height - 26), _PAPER)
+    frames = ImageDraw.Draw(picture)
+    words = f"Query, and its {neighbours} nearest photos by feature similarity"
+    _text(picture, (_MARGIN, _MARGIN - 4), words, 17, _INK)
+    for text, colour, x in (("same class", _SAME, 274), ("another class", _OTHER, 154)) if labelled else ():
+        frames.rectangle((width - x, _MARGIN - 2, width - x + 12, _MARGIN + 10), outline=colour, width=frame)
+        _text(picture, (width - x + 20, _MARGIN - 3), text, 14, _QUIET)
     for number, row in enumerate(rows.tolist()):
-        label = int(asked.labels[row])
-        lines = []
-        for title, nearest in zip(("random initialisation", "after pre-training"), found):
-            hits = [bool(bank.labels[i] == label) for i in nearest[number].tolist()] if labelled else None
-            photos = [_photo(split.bank, int(bank.index[i]), tile) for i in nearest[number].tolist()]
-            lines.append((title, photos, hits))
-        title = (
-            names[label]
-            if names and label < len(names)
-            else f"class {label}"
-            if labelled
-            else f"photo {int(asked.index[row])}"
-        )
-        blocks.append((title, _photo(split.queries, int(asked.index[row]), 2 * tile), lines))
-    picture = _draw_neighbours(blocks, neighbours, tile, labelled)
-    if out is not None:
-        _write_png(picture, out)
-    return picture
+        left = _MARGIN + (number % per_row) * (block_width + 2 * _MARGIN)
+        top = _MARGIN + head + (number // per_row) * block_height
+        sample, label = int(asked.index[row]), int(asked.labels[row])
+        title = _class_name(split.bank, label, f"class {label}") if labelled else f"photo {sample}"
+        _text(picture, (left, top), title, 15, _INK, 2 * tile)
+        picture.paste(_photo(split.queries, sample, 2 * tile), (left, top + caption))
+        frames.rectangle((left, top + caption, left + 2 * tile - 1, top + caption + 2 * tile - 1), outline=_LINE)
+        left += 2 * tile + 16
+        for words, found, colour in zip(("random initialisation", "after pre-training"), nearest, (_QUIET, _INK)):
+            hits = [bool(bank.labels[i] == label) for i in found[number]]
+            count = f": {sum(hits)} of {len(hits)} of the same class" if labelled else ""
+            _text(picture, (left, top), words + count, 14, colour)
+            for place, (i, hit) in enumerate(zip(found[number], hits)):
+                x, y = left + place * (cell + gap), top + caption
+                picture.paste(_photo(split.bank, int(bank.index[i]), tile), (x + frame, y + frame))
+                if labelled:
+                    box = (x, y, x + cell - 1, y + cell - 1)
+                    frames.rectangle(box, outline=_SAME if hit else _OTHER, width=frame)
+            top += line
+    return _written(picture, out)
+
+
+def _class_name(reader: BetonReader, label: int, otherwise: str) -> str:
+    """What the file calls the class; ``otherwise`` where it has no name for it."""
+    return reader.classes[label] if reader.classes and 0 <= label < len(reader.classes) else otherwise
 
 
 def to_pictures(views: Tensor, spec: ViewSpec) -> np.ndarray:
@@ -252,7 +218,9 @@ def _photo(reader: BetonReader, sample: int, side: int) -> Image.Image:
     try:
         photo = Image.fromarray(reader.decode(sample))
     except JpegError:
-        _text(ImageDraw.Draw(square), (side / 2, side / 2), "damaged", 12, _QUIET, anchor="mm")
+        ImageDraw.Draw(square).text(
+            (side / 2, side / 2), "damaged", fill=_QUIET, font=ImageFont.load_default(12), anchor="mm"
+        )
         return square
     photo = _scaled(photo, side)
     square.paste(photo, ((side - photo.width) // 2, (side - photo.height) // 2))
@@ -270,19 +238,15 @@ def _scaled(photo: Image.Image, side: int) -> Image.Image:
 
 
 def _text(
-    draw: ImageDraw.ImageDraw, at: tuple[float, float], text: str, size: int, fill: str, anchor: str = "la"
+    picture: Image.Image, at: tuple[float, float], text: str, size: int, fill: str, width: float = math.inf
 ) -> None:
-    draw.text(at, text, fill=fill, font=ImageFont.load_default(size), anchor=anchor)
-
-
-def _fitting(text: str, size: int, width: int) -> str:
-    """``text``, cut with an ellipsis to ``width`` pixels."""
+    """Write ``text``, cut with an ellipsis to ``width`` pixels."""
     font = ImageFont.load_default(size)
-    if font.getlength(text) <= width:
-        return text
-    while text and font.getlength(text + "…") > width:
-        text = text[:-1]
-    return text.rstrip() + "…"
+    if font.getlength(text) > width:
+        while text and font.getlength(text + "…") > width:
+            text = text[:-1]
+        text = text.rstrip() + "…"
+    ImageDraw.Draw(picture).text(at, text, fill=fill, font=font)
 
 
 def _draw_views(
@@ -292,77 +256,24 @@ def _draw_views(
     not tall.
     """
     gap, head, caption = 8, 40, 18
-    names, labels = reader.classes, reader.labels
-    stored = tile + 2 * gap  # the photo stands apart from its views
-    block = stored + len(columns) * (tile + gap) - gap
-    across = next(n for n in (3, 2, 1) if n == 1 or (n * (1 + len(columns)) <= 9 and n <= len(rows)))
+    columns = [("as stored", "the whole photo", None), *columns]
+    block = len(columns) * (tile + gap)  # the photo stands apart from its views
+    across = next(n for n in (3, 2, 1) if n == 1 or (n * len(columns) <= 9 and n <= len(rows)))
     down = -(-len(rows) // across)
-    width = 2 * _MARGIN + across * block + (across - 1) * 2 * _MARGIN
+    width = across * (block + 2 * _MARGIN)
     picture = Image.new("RGB", (width, 2 * _MARGIN + head + down * (tile + caption + gap) - gap), _PAPER)
-    draw = ImageDraw.Draw(picture)
-
-    def heading(left: int, title: str, note: str) -> None:
-        _text(draw, (left, _MARGIN), _fitting(title, 13, tile), 13, _INK)
-        _text(draw, (left, _MARGIN + 17), _fitting(note, 11, tile), 11, _QUIET)
-
     for number, sample in enumerate(rows):
-        left = _MARGIN + (number % across) * (block + 2 * _MARGIN)
         top = _MARGIN + head + (number // across) * (tile + caption + gap)
-        if number < across:
-            heading(left, "as stored", "the whole photo")
-            for place, (title, note, _) in enumerate(columns):
-                heading(left + stored + place * (tile + gap), title, note)
-        picture.paste(_photo(reader, sample, tile), (left, top))
-        label = None if labels is None else int(labels[sample])
-        name = f"photo {sample}" if label is None or not names or not 0 <= label < len(names) else names[label]
-        size = f"{reader.widths[sample]}x{reader.heights[sample]}"
-        _text(draw, (left, top + tile + 3), _fitting(f"{name}, {size}", 11, tile), 11, _QUIET)
-        for place, (_, _, pixels) in enumerate(columns):
-            view = _scaled(Image.fromarray(pixels[number]), tile)
-            picture.paste(view, (left + stored + place * (tile + gap), top))
-    return picture
-
-
-def _draw_neighbours(
-    blocks: list[tuple[str, Image.Image, list[tuple[str, list[Image.Image], list[bool] | None]]]],
-    neighbours: int,
-    tile: int,
-    labelled: bool,
-) -> Image.Image:
-    """Two columns of blocks; a block is a query and two captioned rows of neighbours."""
-    frame, gap, caption, head = 3, 6, 20, 36
-    cell = tile + 2 * frame
-    line = caption + cell + gap
-    block_width = 2 * tile + 16 + neighbours * (cell + gap)
-    block_height = 2 * line + 26
-    per_row = 1 if len(blocks) == 1 else 2
-    block_rows = -(-len(blocks) // per_row)
-    width = 2 * _MARGIN + per_row * block_width + (per_row - 1) * 2 * _MARGIN
-    picture = Image.new("RGB", (width, 2 * _MARGIN + head + block_rows * block_height - 26), _PAPER)
-    draw = ImageDraw.Draw(picture)
-
-    _text(draw, (_MARGIN, _MARGIN - 4), f"Query, and its {neighbours} nearest photos by feature similarity", 17, _INK)
-    if labelled:
-        left = width - _MARGIN - 250
-        for text, colour, offset in (("same class", _SAME, 0), ("another class", _OTHER, 120)):
-            draw.rectangle((left + offset, _MARGIN - 2, left + offset + 12, _MARGIN + 10), outline=colour, width=frame)
-            _text(draw, (left + offset + 20, _MARGIN - 3), text, 14, _QUIET)
-
-    for number, (title, query, lines) in enumerate(blocks):
-        left = _MARGIN + (number % per_row) * (block_width + 2 * _MARGIN)
-        top = _MARGIN + head + (number // per_row) * block_height
-        _text(draw, (left, top), _fitting(title, 15, 2 * tile), 15, _INK)
-        picture.paste(query, (left, top + caption))
-        draw.rectangle((left, top + caption, left + 2 * tile - 1, top + caption + 2 * tile - 1), outline=_LINE)
-        for place, (name, photos, hits) in enumerate(lines):
-            row_left, row_top = left + 2 * tile + 16, top + place * line
-            count = "" if hits is None else f": {sum(hits)} of {len(hits)} of the same class"
-            _text(draw, (row_left, row_top), name + count, 14, _INK if place else _QUIET)
-            for position, photo in enumerate(photos):
-                x, y = row_left + position * (cell + gap), row_top + caption
-                picture.paste(photo, (x + frame, y + frame))
-                if hits is not None:
-                    draw.rectangle(
-                        (x, y, x + cell - 1, y + cell - 1), outline=_SAME if hits[position] else _OTHER, width=frame
-                    )
+        for place, (title, note, pixels) in enumerate(columns):
+            left = _MARGIN + (number % across) * (block + 2 * _MARGIN) + place * (tile + gap) + gap * (place > 0)
+            if number < across:
+                _text(picture, (left, _MARGIN), title, 13, _INK, tile)
+                _text(picture, (left, _MARGIN + 17), note, 11, _QUIET, tile)
+            if pixels is not None:
+                picture.paste(_scaled(Image.fromarray(pixels[number]), tile), (left, top))
+                continue
+            picture.paste(_photo(reader, sample, tile), (left, top))
+            label = -1 if reader.labels is None else int(reader.labels[sample])
+            words = f"{_class_name(reader, label, f'photo {sample}')}, {reader.widths[sample]}x{reader.heights[sample]}"
+            _text(picture, (left, top + tile + 3), words, 11, _QUIET, tile)
     return picture

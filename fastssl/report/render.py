@@ -9,6 +9,9 @@ from typing import Any
 
 import jinja2
 
+from fastssl.errors import counted
+from fastssl.report.run_record import get, number
+
 
 @cache
 def _environment() -> jinja2.Environment:
@@ -19,7 +22,14 @@ def _environment() -> jinja2.Environment:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters["base64"] = lambda content: base64.b64encode(content).decode("ascii")
+    environment.filters |= {
+        "base64": lambda content: base64.b64encode(content).decode("ascii"),
+        "counted": counted,
+        "get": get,
+        "number": number,
+        "sentence": lambda text: f"{str(text).rstrip().rstrip('.')}.",
+        "thousands": lambda value: f"{value:,}" if isinstance(value, int) else value,
+    }
     return environment
 
 

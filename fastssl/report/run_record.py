@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ LONGEST = 256 << 20
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What a run directory holds. Everything may be missing: a run can be stopped at any moment.
+    """What a run directory holds.
 
     Attributes:
         folder: the directory.
@@ -60,49 +59,36 @@ def read_run(folder: str | Path) -> RunRecord:
     for name, value in (("config.yaml", config), ("summary.json", summary)):
         if not isinstance(value, dict):
             raise FastSSLError(f"{folder / name}: holds no mapping of keys to values")
-    steps, probes, unreadable = [], [], 0
-    for line in _text(folder / "metrics.jsonl").splitlines():
+    rows, unreadable = [], 0
+    for line in filter(str.strip, _text(folder / "metrics.jsonl").splitlines()):
         try:
             row = json.loads(line)
         except (ValueError, RecursionError):
             row = None
-        if not isinstance(row, dict):
-            unreadable += bool(line.strip())
-        elif row.get("kind") == "step":
-            steps.append(row)
-        elif row.get("kind") == "probe":
-            probes.append(row)
-    return RunRecord(
-        folder, summary, config if isinstance(config, dict) else {}, config_text, steps, probes, unreadable
-    )
+        if isinstance(row, dict):
+            rows.append(row)
+        else:
+            unreadable += 1
+    steps, probes = ([row for row in rows if row.get("kind") == kind] for kind in ("step", "probe"))
+    return RunRecord(folder, summary, config, config_text, steps, probes, unreadable)
 
 
-def verdict_of(run: RunRecord) -> tuple[str, str] | None:
-    """(state, what is said of it); None: the run is not finished, or older than verdicts."""
-    state, text = (get(run.summary, "verdict", key) for key in ("state", "text"))
-    if not isinstance(state, str) or not isinstance(text, str):
-        return None
-    return state, text.removeprefix(f"{state}: ")
-
-
-def probe_rows(run: RunRecord) -> dict[str, dict[str, Any]]:
-    """The table's rows by mark (``MARKS`` and ``TRAINED``), those that are there."""
-    found: dict[str, dict[str, Any]] = {}
-    for row in get(run.summary, "probe", "rows") or []:
-        mark = mark_of(str(row.get("name", "")))
+def probe_rows(run: RunRecord) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
+    """The table's rows by mark (``MARKS`` and ``TRAINED``), those that are there; and the rows of the trained network's
+    other forms: its teacher, BatchNorm statistics taken anew."""
+    marked, others = {}, []
+    rows = get(run.summary, "probe", "rows")
+    for row in rows if isinstance(rows, list) else []:
+        mark = mark_of(str(get(row, "name")))
         if mark in (*MARKS, TRAINED):
-            found[mark] = row
-    return found
-
-
-def other_rows(run: RunRecord) -> list[dict[str, Any]]:
-    """The rows of the trained network's other forms: its teacher, BatchNorm statistics taken anew."""
-    rows = get(run.summary, "probe", "rows") or []
-    marked = [id(row) for row in probe_rows(run).values()]
-    return [row for row in rows if id(row) not in marked]
+            marked[mark] = row
+        else:
+            others.append(row)
+    return marked, others
 
 
 def get(mapping: Any, *keys: str) -> Any:
+    """The value behind ``keys``, one in the other; None: there is none."""
     for key in keys:
         mapping = mapping.get(key) if isinstance(mapping, dict) else None
     return mapping
@@ -110,7 +96,7 @@ def get(mapping: Any, *keys: str) -> Any:
 
 def number(value: Any) -> float | None:
     """``value`` as a float, None when it is no finite number."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e300:
         return None
     return float(value)
 

@@ -13,8 +13,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import numpy as np
+
+from fastssl.errors import counted
 from fastssl.evaluate.features import wilson_interval
 from fastssl.report.marks import MARKS, RANDOM, RAW, TRAINED, mark_of
+from fastssl.report.run_record import number
 
 LEARNED, STILL_LEARNING, IN_PART = "learned", "still learning", "learned in part"
 COLLAPSED, NO_BETTER, NOT_JUDGED = "collapsed", "no better than random", "not judged"
@@ -76,12 +80,8 @@ class Difference:
 
 
 @dataclass(frozen=True)
-class Gain:
+class Gain(Difference):
     """Points of online kNN that as many epochs again would bring, if the curve went on as it did; 95 % interval."""
-
-    points: float
-    low: float
-    high: float
 
     @property
     def rising(self) -> bool:
@@ -110,7 +110,7 @@ def judge(evidence: Evidence) -> dict[str, Any]:
     elif not any(found.word == "better" for found in against[RANDOM].values()):
         unknown = all(found.word == "level" and found.high > _TOO_WIDE for found in against[RANDOM].values())
         state, rising = NOT_JUDGED if unknown else NO_BETTER, falling
-        few = f"{evidence.judged:,} judged {_plural('photo', evidence.judged)} are too few to tell: " if unknown else ""
+        few = f"{counted(evidence.judged, 'judged photo')} are too few to tell: " if unknown else ""
         text = f"{few}{_in_words(against, (RANDOM,), evidence.judged)}. {_of_the_loss(evidence.steps)}"
     else:
         passed = all(found.word == "better" for kinds in against.values() for found in kinds.values())
@@ -118,12 +118,10 @@ def judge(evidence: Evidence) -> dict[str, Any]:
         state = LEARNED if passed and complete else STILL_LEARNING if rising else IN_PART
         text = _in_words(against, tuple(against), evidence.judged)
     more = 2 * evidence.epochs if rising and state != COLLAPSED else None
-    sentences = [f"{text.rstrip('. ')}."]
-    if more:
-        sentences.append(_more_epochs(evidence.epochs, more, gain))
+    text = f"{state}: {text.rstrip('. ')}." + (f" {_more_epochs(evidence.epochs, more, gain)}" if more else "")
     return {
         "state": state,
-        "text": f"{state}: {' '.join(sentences)}",
+        "text": text,
         "epochs": more,
         "gain": asdict(gain) if more and gain else None,
         "signs": signs,
@@ -148,7 +146,7 @@ def compare(rows: Sequence[Mapping[str, Any]], judged: int) -> dict[str, dict[st
     trained, against = found.get(TRAINED, {}), {}
     for mark in MARKS:
         if mark in found and judged:
-            figures = {kind: (_number(trained.get(kind)), _number(found[mark].get(kind))) for kind in ("knn", "linear")}
+            figures = {kind: (number(trained.get(kind)), number(found[mark].get(kind))) for kind in ("knn", "linear")}
             kinds = {kind: difference(*pair, judged) for kind, pair in figures.items() if None not in pair}
             against.update({mark: kinds} if kinds else {})
     return against
@@ -160,27 +158,25 @@ def expected_gain(evidence: Evidence) -> Gain | None:
     The share of wrong answers is taken to fall as a power of the epoch, fitted to the second half of the run. Its
     noise is that of the residuals, but no less than what photos that are judged again and again leave.
     """
-    points = [(_number(row.get("epoch")), _number(row.get("knn"))) for row in evidence.probes]
+    points = [(number(row.get("epoch")), number(row.get("knn"))) for row in evidence.probes]
     points = [(epoch, knn) for epoch, knn in points if epoch and knn is not None and epoch > 0]
     recent = [point for point in points if 2 * point[0] >= points[-1][0]]
     recent = recent if len(recent) >= 3 else points[-3:]
     if len(recent) < 3 or not evidence.online_judged:
         return None
     least = 50 / evidence.online_judged  # half a photo: the logarithm of nothing
-    across = [math.log(epoch) for epoch, _ in recent]
-    wrong = [math.log(max(100 - knn, least)) for _, knn in recent]
-    middle, height = sum(across) / len(across), sum(wrong) / len(wrong)
-    spread = sum((x - middle) ** 2 for x in across)
+    across, wrong = np.log([(epoch, max(100 - knn, least)) for epoch, knn in recent]).T
+    middle, height = across.mean(), wrong.mean()
+    spread = ((across - middle) ** 2).sum()
     if not spread:
         return None
-    slope = sum((x - middle) * (y - height) for x, y in zip(across, wrong)) / spread
-    squares = sum((y - height - slope * (x - middle)) ** 2 for x, y in zip(across, wrong))
-    residual = math.sqrt(squares / (len(recent) - 2))
+    slope = ((across - middle) * (wrong - height)).sum() / spread
+    residual = math.sqrt(((wrong - height - slope * (across - middle)) ** 2).sum() / (len(recent) - 2))
     share = math.exp(height) / 100
     floor = _OWN_ERROR * math.sqrt((1 - share) / (share * evidence.online_judged))  # of the logarithm of the share
     error = _Z * max(residual, floor) / math.sqrt(spread)
     now = min(math.exp(height + slope * (math.log(evidence.epochs) - middle)), 100.0)
-    return Gain(*(now * (1 - 2.0 ** min(exponent, 0.5)) for exponent in (slope, slope + error, slope - error)))
+    return Gain(*(float(now * (1 - 2 ** min(exponent, 0.5))) for exponent in (slope, slope + error, slope - error)))
 
 
 def loss_trend(steps: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -188,26 +184,21 @@ def loss_trend(steps: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     and ``fall`` over the last quarter of the run as a share, ``falling``. {}: fewer than four rows."""
     logged = {key for row in steps for key in row}
     key = "kl" if "kl" in logged and "target_entropy" not in logged else "loss"
-    values = [value for row in steps if (value := _number(row.get(key))) is not None]
+    values = _values(steps, key)
     if len(values) < 4:
         return {}
     tenth, quarter = max(1, len(values) // 10), len(values) // 4
     parts = (values[:tenth], values[-quarter:], values[-2 * quarter : -quarter])
     first, last, before = (sum(part) / len(part) for part in parts)
     fall = (before - last) / before if before > 0 else 0.0
-    return {
-        "first": first,
-        "last": last,
-        "fallen": last < _UNMOVED * first,
-        "fall": fall,
-        "falling": last < first and fall > _FALLING,
-    }
+    falling = last < first and fall > _FALLING
+    return {"first": first, "last": last, "fallen": last < _UNMOVED * first, "fall": fall, "falling": falling}
 
 
 def collapse_signs(evidence: Evidence) -> list[str]:
     """What says that the network has collapsed, in words; []: nothing does."""
     signs = []
-    if "effective_rank" in evidence.features and _number(evidence.features["effective_rank"]) is None:
+    if "effective_rank" in evidence.features and number(evidence.features["effective_rank"]) is None:
         signs.append("features of the trained network are NaN or infinite")
     rank, spread = _telling(evidence)
     if rank is not None and rank < _LEAST_RANK:
@@ -219,18 +210,17 @@ def collapse_signs(evidence: Evidence) -> list[str]:
     if entropy is None and embedding is not None and embedding < _LEAST_EMBEDDING:
         signs.append(f"the embeddings of all photos are nearly equal (spread {embedding:.3f}; 1: even over the sphere)")
     if entropy is not None and entropy > _NO_TARGET and trend and not trend["fallen"]:
-        ends = f"{trend['first']:.2f} at the start, {trend['last']:.2f} at the end"
-        signs.append(f"the loss has stayed at that of a guess ({ends})")
+        signs.append(f"the loss has stayed at that of a guess ({_ends(trend)})")
     return signs
 
 
 def _telling(evidence: Evidence) -> tuple[float | None, float | None]:
     """Effective rank and spread of the features, where photos and steps are enough for them to tell anything."""
-    photos = _number(evidence.features.get("photos"))
-    steps = max((step for row in evidence.steps if (step := _number(row.get("step"))) is not None), default=None)
-    if (photos is not None and photos < _FEW_PHOTOS) or (steps is not None and steps < _FEW_STEPS):
+    photos = number(evidence.features.get("photos"))
+    steps = max(_values(evidence.steps, "step"), default=_FEW_STEPS)
+    if (photos is not None and photos < _FEW_PHOTOS) or steps < _FEW_STEPS:
         return None, None
-    return _number(evidence.features.get("effective_rank")), _number(evidence.features.get("feature_std"))
+    return number(evidence.features.get("effective_rank")), number(evidence.features.get("feature_std"))
 
 
 # ---------------------------------------------------------------------- words
@@ -242,29 +232,26 @@ def _in_words(against: Mapping[str, Mapping[str, Difference]], marks: Sequence[s
     for mark in marks:
         words = [against[mark][kind].word if kind in against[mark] else None for kind in ("knn", "linear")]
         groups.setdefault((words[0], words[1]), []).append(mark)
-    phrases = [_phrase(knn, linear, names) for (knn, linear), names in groups.items()]
-    text = "; ".join(phrases)
+    text = "; ".join(_phrase(knn, linear, names) for (knn, linear), names in groups.items())
     knn, linear = ({pair[place] for pair in groups} - {None} for place in (0, 1))
     if linear == {"better"} and knn - {"better"}:
         text += ": good for fine-tuning, not yet for search"
     elif knn == {"better"} and linear - {"better"}:
         text += ": good for search, not yet for a classifier on top"
     if any("level" in words for words in groups):
-        text += f" (level: no farther apart than chance on {judged:,} {_plural('photo', judged)})"
+        text += f" (level: no farther apart than chance on {counted(judged, 'photo')})"
     return text
 
 
 def _phrase(knn: str | None, linear: str | None, names: Sequence[str]) -> str:
-    listed = f"{', '.join(names[:-1])} and {names[-1]}" if len(names) > 1 else names[0]
+    listed, it = (f"{', '.join(names[:-1])} and {names[-1]}", "them") if len(names) > 1 else (names[0], "it")
     than = {"better": f"better than {listed}", "worse": f"worse than {listed}", "level": f"level with {listed}"}
-    it = "them" if len(names) > 1 else "it"
-    then = {"better": "better", "worse": "worse", "level": f"level with {it}"}
-    if knn is None or linear is None:
-        only = linear or knn
-        return f"{than[only]} in {'the linear probe' if linear else 'nearest neighbours'}"
     if knn == linear:
         return f"{than[knn]} in nearest neighbours and in the linear probe"
-    return f"{than[linear]} in the linear probe, {then[knn]} in nearest neighbours"
+    if linear is None:
+        return f"{than[knn]} in nearest neighbours"
+    then = "" if knn is None else f", {f'level with {it}' if knn == 'level' else knn} in nearest neighbours"
+    return f"{than[linear]} in the linear probe{then}"
 
 
 def _without_labels(evidence: Evidence) -> str:
@@ -275,8 +262,7 @@ def _without_labels(evidence: Evidence) -> str:
         parts.append(f"The network has not collapsed (effective rank {rank:.0f}, spread {spread:.2f})")
     if evidence.steps:
         parts.append(_of_the_loss(evidence.steps))
-    alignment = [value for row in evidence.steps if (value := _number(row.get("alignment"))) is not None]
-    if alignment:
+    if alignment := _values(evidence.steps, "alignment"):
         ends = f"{alignment[-1]:.2f} apart ({alignment[0]:.2f} at the start; 0: equal, 2: unrelated)"
         parts.append(f"Two views of a photo lie {ends}")
     parts.append("neighbours.png shows which photos it finds alike")
@@ -288,17 +274,18 @@ def _of_the_loss(steps: Sequence[Mapping[str, Any]]) -> str:
     if not trend:
         return "The run made too few steps to say how its loss went: without --epochs the recipe chooses how many"
     if not trend["fallen"]:
-        ends = f"{trend['first']:.2f} at the start, {trend['last']:.2f} at the end"
-        return f"The loss has not fallen ({ends}): nothing was learned yet"
-    now = "and has come to rest"
-    if trend["falling"]:
-        now = f"and is still falling ({trend['fall']:.0%} in the last quarter of the run)"
-    return f"The loss fell from {trend['first']:.2f} to {trend['last']:.2f} {now}"
+        return f"The loss has not fallen ({_ends(trend)}): nothing was learned yet"
+    falling = f"is still falling ({trend['fall']:.0%} in the last quarter of the run)"
+    now = falling if trend["falling"] else "has come to rest"
+    return f"The loss fell from {trend['first']:.2f} to {trend['last']:.2f} and {now}"
+
+
+def _ends(trend: Mapping[str, Any]) -> str:
+    return f"{trend['first']:.2f} at the start, {trend['last']:.2f} at the end"
 
 
 def _more_epochs(epochs: int, more: int, gain: Gain | None) -> str:
-    added = more - epochs
-    run = f"Run {added:,} more {_plural('epoch', added)}: the same command with --epochs {more} and another --out"
+    run = f"Run {counted(more - epochs, 'more epoch')}: the same command with --epochs {more} and another --out"
     if gain is None or not gain.rising:
         return f"{run}; how much that brings cannot be told from this run."
     return (
@@ -308,19 +295,13 @@ def _more_epochs(epochs: int, more: int, gain: Gain | None) -> str:
     )
 
 
-def _plural(noun: str, count: int) -> str:
-    return noun if count == 1 else f"{noun}s"
+def _values(rows: Sequence[Mapping[str, Any]], key: str) -> list[float]:
+    """What was logged under ``key``, finite numbers."""
+    return [value for row in rows if (value := number(row.get(key))) is not None]
 
 
 def _last(rows: Sequence[Mapping[str, Any]], key: str) -> float | None:
     """Mean of the last tenth of what was logged under ``key``."""
-    values = [value for row in rows if (value := _number(row.get(key))) is not None]
+    values = _values(rows, key)
     recent = values[-max(1, len(values) // 10) :]
     return sum(recent) / len(recent) if recent else None
-
-
-def _number(value: Any) -> float | None:
-    """``value`` as a float; None: it is no finite number."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        return None
-    return float(value)

@@ -10,7 +10,7 @@ import pytest
 
 from fastssl.cli import main
 from fastssl.errors import FastSSLError
-from fastssl.report.compare import FIGURES, comparison, read_evaluations, write_comparison
+from fastssl.report.compare import KINDS, comparison, figures, read_evaluations, write_comparison
 from fastssl.report.document import Paragraph, Table, table_markdown
 
 
@@ -130,7 +130,7 @@ def test_a_document_of_several_records_is_read_as_lines_are(tmp_path: Path) -> N
 
 
 def test_every_kind_is_tried_here() -> None:
-    named = {kind: FIGURES[kind](record(kind))[0].name for kind in FIGURES}
+    named = {kind: next(iter(figures(record(kind)))) for kind in KINDS}
     assert named == {
         "knn": "kNN, k 20, T 0.07",
         "knn_leave_one_out": "leave-one-out kNN, k 20, T 0.07",
@@ -139,9 +139,9 @@ def test_every_kind_is_tried_here() -> None:
         "finetune": "fine-tuned, all labels, 30 epochs, sgd lr 0.03",
         "detect": "box AP, 90,000 iterations of 16",
     }
-    assert list(map(str, FIGURES["detect"](record("detect")))) == ["34.1", "53.6"]
+    assert list(figures(record("detect")).values()) == ["34.1", "53.6"]
     shorter = record("linear", protocol="sslight", changed=["epochs", "cached_epochs"], epochs=30, cached_epochs=3)
-    assert FIGURES["linear"](shorter)[0].name == "linear probe, sslight, but epochs 30; cached epochs 3"
+    assert list(figures(shorter)) == ["linear probe, sslight, but epochs 30; cached epochs 3"]
     scratch = record("semi", network="random", step=None)
     assert tables([scratch])[0].rows[0][:2] == ["random weights", "mobilenetv2_100"]
     # Neither what was learned from nor a held-out part: photos that are judged among themselves.
