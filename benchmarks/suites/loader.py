@@ -32,7 +32,7 @@ from fastssl.config.recipe import Recipe
 from fastssl.errors import counted
 from fastssl.pipelines.beton.format import MODE_RAW
 from fastssl.pipelines.beton.reader import BetonReader
-from fastssl.pipelines.engines.base import Engine, Request
+from fastssl.pipelines.engines.base import Engine, EngineSettings, Request
 from fastssl.pipelines.engines.native import NativeEngine
 from fastssl.pipelines.loader import ViewLoader
 from fastssl.pipelines.ops.crop import boxes_of, crop_resize_host
@@ -177,7 +177,7 @@ def run(
             for key, specs in groups.items()
         }
         engines = {
-            key: DecodeEngine(reader, specs, device=device, workers=workers, crops="device")
+            key: DecodeEngine(reader, specs, EngineSettings(device, size, workers=workers, crops="device"))
             for key, specs in groups.items()
         }
         whole = open_loader(reader, recipe.views, size, device, workers=workers, pipeline=pipeline)

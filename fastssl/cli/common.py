@@ -119,7 +119,7 @@ json_option = click.option(
 )
 
 
-#: fastssl.pipelines.engines.registry.PIPELINES, written out: that module loads torch, which --help should not wait for.
+#: fastssl.pipelines.engines.base.PIPELINES, written out: that module loads torch, which --help should not wait for.
 PIPELINES = ("auto", "native", "dali", "ffcv")
 
 pipeline_option = click.option(
