@@ -16,8 +16,8 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import closing
+from concurrent.futures import Future, ThreadPoolExecutor, TimeoutError, wait
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -64,7 +64,9 @@ class Patience:
     def result(self, future: Future[_Result], what: Callable[[], str]) -> _Result:
         """``future.result()``. Raises what the future raised, or ``Stalled``, which says ``what()`` was waited for."""
         since, limit = time.time(), 60 * self.minutes
-        if future.done() or wait([future], min(WARN_SECONDS, limit)).done:
+        with suppress(TimeoutError):
+            return future.result(min(WARN_SECONDS, limit))
+        if future.done():  # the time-out was the work's own, or it has ended since
             return future.result()
         nothing, silent = f"{self.path}: nothing was {self.deed} for", "the disk or network file system does not answer"
         if limit > WARN_SECONDS:

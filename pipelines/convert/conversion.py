@@ -196,14 +196,14 @@ class _Conversion:
         return self.patience.call(work, f"while {self.partial.name} was written")
 
     def _photo(self, i: int) -> Encoded | str:
-        with at_work_on(self.listing.source, printable(self.listing.names[i])):
-            try:
-                return encode_photo(self.listing.read(i), self.options)
-            except MemoryError:  # not the photo's fault: the next run may have more
+        try:
+            return encode_photo(self.listing.read(i), self.options)
+        except MemoryError:  # not the photo's fault: the next run may have more
+            with at_work_on(self.listing.source, printable(self.listing.names[i])):
                 raise
-            except Exception as error:  # decoders raise anything at all for damaged input: it must not end the run
-                reason = str(error).strip()
-                return reason if isinstance(error, FastSSLError) and reason else f"{type(error).__name__}: {reason}"
+        except Exception as error:  # decoders raise anything at all for damaged input: it must not end the run
+            reason = str(error).strip()
+            return reason if isinstance(error, FastSSLError) and reason else f"{type(error).__name__}: {reason}"
 
     def _take(self, i: int, result: Encoded | str) -> None:
         """Write one photo, or note why not."""

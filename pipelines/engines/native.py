@@ -248,13 +248,15 @@ class NativeEngine(Engine):
         cpu = time.thread_time()
         for position in range(low, high):
             try:
-                with at_work_on(self.reader.path, f"sample {job.request.index[position]}"):
-                    self._render_one(slot, job, position)
+                self._render_one(slot, job, position)
             except (JpegError, BetonError) as error:
                 if self.on_bad == "fail":
                     raise
                 with self._lock:
                     job.bad.append((position, error))
+            except Exception:
+                with at_work_on(self.reader.path, f"sample {job.request.index[position]}"):
+                    raise
         with self._lock:
             self.stats.samples += high - low
             self.stats.host_cpu_s += time.thread_time() - cpu
