@@ -19,7 +19,7 @@ from fastssl.pipelines.engines.base import EngineSettings, EngineStats, Request
 from fastssl.pipelines.engines.registry import open_engine
 from fastssl.pipelines.ops.augment import augment, parameter_table
 from fastssl.pipelines.ops.recycled_memory import RecycledMemory
-from fastssl.pipelines.plan.draw import ViewSpec, draw_plan
+from fastssl.pipelines.plan.draw import ViewSpec, draw_plans
 from fastssl.pipelines.plan.order import batch_indices, steps_per_epoch
 from fastssl.utils.deadline import STALL_MINUTES
 from fastssl.utils.transfer import to_device
@@ -175,21 +175,7 @@ class ViewLoader:
     def _drawn(self, epoch: int, chosen: np.ndarray) -> Request:
         index = self.indices[chosen]
         heights, widths = self.reader.heights[index], self.reader.widths[index]
-        plans, first_view = [], 0
-        for spec in self.views:
-            plans.append(
-                draw_plan(
-                    spec,
-                    first_view=first_view,
-                    seed=self.output.seed,
-                    epoch=epoch,
-                    sample_ids=index,
-                    heights=heights,
-                    widths=widths,
-                )
-            )
-            first_view += spec.count
-        return Request(index, plans)
+        return Request(index, draw_plans(self.views, self.output.seed, epoch, index, heights, widths))
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
         """The batches of one epoch, from ``start_step`` on (to go on where a run was stopped)."""

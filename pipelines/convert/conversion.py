@@ -107,20 +107,9 @@ def _convert(
         job = _Conversion(listing, dst, unfinished, options, patience)
         job.run(progress)
         num_bytes = job.publish()
-    written, rejected = job.writer.num_samples, len(job.rejects)
-    seconds = time.monotonic() - started
-    return ConvertSummary(
-        dst,
-        written,
-        job.num_copied,
-        written - job.num_copied,
-        rejected,
-        listing.ignored,
-        job.resumed,
-        listing.classes,
-        num_bytes,
-        seconds,
-    )
+    written, copied, seconds = job.writer.num_samples, job.num_copied, time.monotonic() - started
+    counts = (written, copied, written - copied, len(job.rejects), listing.ignored, job.resumed)
+    return ConvertSummary(dst, *counts, listing.classes, num_bytes, seconds)
 
 
 class _Conversion:

@@ -21,6 +21,7 @@ slot    words
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import permutations
 
@@ -185,9 +186,8 @@ def draw_plan(
         ValueError: the arrays' shapes differ, or a picture is empty.
         SeedError: seed, epoch, id or view number is out of range.
     """
-    from fastssl.pipelines.plan.compiled_draw import (
-        draw_views,
-    )  # numba takes half a second to load, and recipes are read without it
+    # numba takes half a second to load, and recipes are read without it.
+    from fastssl.pipelines.plan.compiled_draw import draw_views
 
     ids, heights, widths = (np.asarray(array, dtype=np.int64) for array in (sample_ids, heights, widths))
     if ids.ndim != 1 or heights.shape != ids.shape or widths.shape != ids.shape:
@@ -224,6 +224,18 @@ def draw_plan(
         _ORDERS,
     )
     return plan
+
+
+def draw_plans(
+    specs: Iterable[ViewSpec], seed: int, epoch: int, sample_ids: ArrayLike, heights: ArrayLike, widths: ArrayLike
+) -> list[NDArray[np.void]]:
+    """``draw_plan`` of each group of a multi-crop, one (count, B) array each; their views are numbered through."""
+    plans, first_view = [], 0
+    for spec in specs:
+        sizes = {"sample_ids": sample_ids, "heights": heights, "widths": widths}
+        plans.append(draw_plan(spec, first_view=first_view, seed=seed, epoch=epoch, **sizes))
+        first_view += spec.count
+    return plans
 
 
 def factor_range(spec: ViewSpec, name: str) -> tuple[float, float, float]:
