@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 import re
 import unicodedata
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class FastSSLError(Exception):
@@ -46,15 +48,23 @@ class Interrupted(FastSSLError):
     """The work was asked to stop (SIGINT, SIGTERM), and what was done is saved. The command line leaves with 130."""
 
 
-def worker_error(path: str | os.PathLike, what: str, error: Exception) -> WorkerError:
-    """What to raise, ``from error``, at something unexpected in a thread that was at work on ``what``."""
-    if isinstance(error, MemoryError):
-        return WorkerError(f"{os.fspath(path)}: {what}: no memory left; fewer --workers or a smaller batch need less")
-    said = " ".join(str(error).split())
-    return WorkerError(
-        f"{os.fspath(path)}: {what}: unexpected {type(error).__name__}: {said} (run again with --debug for the "
-        "traceback)"
-    )
+@contextmanager
+def at_work_on(path: str | os.PathLike, what: str) -> Iterator[None]:
+    """For threads: what is raised in here and is no failure of ours becomes a ``WorkerError`` that names ``what``."""
+    try:
+        yield
+    except FastSSLError:
+        raise
+    except MemoryError as error:
+        raise WorkerError(
+            f"{os.fspath(path)}: {what}: no memory left; fewer --workers or a smaller batch need less"
+        ) from error
+    except Exception as error:
+        said = " ".join(str(error).split())
+        raise WorkerError(
+            f"{os.fspath(path)}: {what}: unexpected {type(error).__name__}: {said} (run again with --debug for the "
+            "traceback)"
+        ) from error
 
 
 def counted(number: int, noun: str) -> str:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import operator
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +15,12 @@ from torch import Tensor
 
 from fastssl.errors import FastSSLError, counted
 from fastssl.pipelines.beton.reader import BetonReader
-from fastssl.pipelines.engines.base import EngineStats, Request
-from fastssl.pipelines.engines.registry import PIPELINES, open_engine
+from fastssl.pipelines.engines.base import EngineSettings, EngineStats, Request
+from fastssl.pipelines.engines.registry import open_engine
 from fastssl.pipelines.ops.augment import augment, parameter_table
 from fastssl.pipelines.ops.recycled_memory import RecycledMemory
-from fastssl.pipelines.plan.draw import ViewSpec, draw_plan
+from fastssl.pipelines.plan.draw import ViewSpec, draw_plans
 from fastssl.pipelines.plan.order import batch_indices, steps_per_epoch
-from fastssl.utils.cores import available_cores
 from fastssl.utils.deadline import STALL_MINUTES
 from fastssl.utils.transfer import to_device
 
@@ -46,6 +45,40 @@ class Batch:
     tables: list[Tensor] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class OutputSettings:
+    """Which samples come when, and as what.
+
+    Attributes:
+        seed: of the order and of the views.
+        rank, world: which part of each global batch is ours.
+        shuffle: draw a new order every epoch; otherwise samples come as they are stored.
+        drop_last: leave out the last, partial batch (on one rank only may it be kept).
+        dtype: of the views.
+        colour: apply the colour operations here. Without it the batch holds the uint8 crops and the tables that
+            ``augment_device`` takes, for a step that does it itself.
+
+    Raises:
+        FastSSLError: values that do not go together.
+    """
+
+    seed: int = 0
+    rank: int = 0
+    world: int = 1
+    shuffle: bool = True
+    drop_last: bool = True
+    dtype: torch.dtype = torch.float32
+    colour: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.drop_last and (self.world > 1 or self.shuffle):
+            raise FastSSLError(
+                "drop_last=False goes with shuffle=False and one process: training steps all have one size"
+            )
+        if not isinstance(self.dtype, torch.dtype) or not self.dtype.is_floating_point:
+            raise FastSSLError(f"dtype={self.dtype!r} is not a floating-point dtype of torch; views are normalised")
+
+
 class ViewLoader:
     """Batches of views. Every random choice is a function of (seed, epoch, sample id, view): nothing else.
 
@@ -54,25 +87,10 @@ class ViewLoader:
     Args:
         data: a ``.beton`` file, or an open ``BetonReader`` (which then stays open).
         views: the view groups, for instance two global and six local views.
-        batch_size: samples a step on this rank.
-        device: where the views are wanted.
-        pipeline: the engine: ``native``, ``dali``, ``ffcv``, or ``auto`` (see ``engines.choose_engine``). All render
-            the same plan.
-        seed: of the order and of the views.
-        workers: decoding threads; default: the cores that this process may use.
-        rank, world: which part of each global batch is ours.
-        crops: ``host`` cuts views on the decoding threads, ``device`` on the device from the decoded pictures;
-            ``auto`` takes the device when it is a GPU. For ``native`` only.
-        on_bad: what to do with a damaged picture: ``fail``, or ``skip`` (counted in ``stats.skipped``).
         indices: restrict the loader to these sample ids.
-        shuffle: draw a new order every epoch; otherwise samples come as they are stored.
-        drop_last: leave out the last, partial batch (on one rank only may it be kept).
-        dtype: of the views.
-        colour: apply the colour operations here. Without it the batch holds the uint8 crops and the tables that
-            ``augment_device`` takes, for a step that does it itself.
-        hardware_load: for ``dali`` on a GPU, the share of the pictures that its JPEG unit decodes; None: 0.65.
-        stall_minutes: how long a batch is waited for; a warning comes after the first minute, ``Stalled`` at the end.
-            ``math.inf``: for ever.
+        batch_size: samples a step on this rank.
+        device, pipeline, workers, crops, on_bad, hardware_load, stall_minutes: see ``EngineSettings``.
+        seed, rank, world, shuffle, drop_last, dtype, colour: see ``OutputSettings``.
 
     Raises:
         FastSSLError: the file has fewer samples than one global batch, or an option has a value that does not exist.
@@ -99,48 +117,24 @@ class ViewLoader:
         hardware_load: float | None = None,
         stall_minutes: float = STALL_MINUTES,
     ):
-        _one_of("pipeline", pipeline, PIPELINES)
-        _one_of("crops", crops, ("auto", "host", "device"))
-        _one_of("on_bad", on_bad, ("fail", "skip"))
         if isinstance(views, ViewSpec):
             raise FastSSLError("views is a list of ViewSpec: [ViewSpec(...)]")
         if not views:
             raise FastSSLError("a loader needs at least one view")
-        batch_size, workers = (
-            _count("batch_size", batch_size),
-            workers if workers is None else _count("workers", workers),
-        )
-        if not drop_last and (world > 1 or shuffle):
-            raise FastSSLError(
-                "drop_last=False goes with shuffle=False and one process: training steps all have one size"
-            )
-        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-            raise FastSSLError(f"dtype={dtype!r} is not a floating-point dtype of torch; views are normalised")
-        self.device = _device(device)
-        self.views, self.batch_size, self.seed, self.dtype = list(views), batch_size, seed, dtype
-        self.rank, self.world, self.shuffle, self.drop_last, self.colour = rank, world, shuffle, drop_last, colour
+        settings = EngineSettings(device, batch_size, pipeline, workers, crops, on_bad, hardware_load, stall_minutes)
+        self.output = OutputSettings(seed, rank, world, shuffle, drop_last, dtype, colour)
+        self.device, self.views, self.batch_size = settings.device, list(views), settings.batch_size
         self._owns_reader = not isinstance(data, BetonReader)
         self.reader = BetonReader(data) if self._owns_reader else data
-        self.indices = np.arange(len(self.reader)) if indices is None else _sample_ids(indices)
         try:
+            self.indices = np.arange(len(self.reader)) if indices is None else _sample_ids(indices)
             self._check_size()
-            self.engine = open_engine(
-                pipeline,
-                self.reader,
-                self.views,
-                device=self.device,
-                batch_size=batch_size,
-                workers=workers,
-                crops=crops,
-                on_bad=on_bad,
-                hardware_load=hardware_load,
-                stall_minutes=stall_minutes,
-            )
+            self.engine = open_engine(self.reader, self.views, settings)
         except Exception:
             self._close_reader()
             raise
         # Threads start when they are first needed: none on a GPU.
-        self._pool = ThreadPoolExecutor(workers or available_cores(), "fastssl-colour")
+        self._pool = ThreadPoolExecutor(settings.workers, "fastssl-colour")
         self._memory = [RecycledMemory() for _ in self.views]
 
     def _check_size(self) -> None:
@@ -150,14 +144,14 @@ class ViewLoader:
         if len(self) < 1:
             samples = counted(count, "sample")
             raise FastSSLError(
-                f"{self.reader.path}: {samples}, fewer than one batch of {self.batch_size * self.world}; lower "
+                f"{self.reader.path}: {samples}, fewer than one batch of {self.batch_size * self.output.world}; lower "
                 "the batch size"
             )
 
     def __len__(self) -> int:
         """Steps in an epoch."""
-        if self.drop_last:
-            return steps_per_epoch(len(self.indices), self.batch_size, self.world)
+        if self.output.drop_last:
+            return steps_per_epoch(len(self.indices), self.batch_size, self.output.world)
         return -(-len(self.indices) // self.batch_size)
 
     @property
@@ -167,12 +161,12 @@ class ViewLoader:
 
     def request(self, epoch: int, step: int) -> Request:
         """The ids and the view plan of one step: a pure function, the same on any machine."""
-        total = self.batch_size * self.world
-        if self.shuffle:
-            everyone = batch_indices(len(self.indices), self.seed, epoch, step, total)
+        total = self.batch_size * self.output.world
+        if self.output.shuffle:
+            everyone = batch_indices(len(self.indices), self.output.seed, epoch, step, total)
         else:
             everyone = np.arange(step * total, min((step + 1) * total, len(self.indices)))
-        first = self.rank * self.batch_size
+        first = self.output.rank * self.batch_size
         request = self._drawn(epoch, everyone[first : first + self.batch_size])
         request.first, request.total = first, len(everyone)
         request.draw = lambda place: self._drawn(epoch, everyone[place : place + 1])
@@ -181,29 +175,11 @@ class ViewLoader:
     def _drawn(self, epoch: int, chosen: np.ndarray) -> Request:
         index = self.indices[chosen]
         heights, widths = self.reader.heights[index], self.reader.widths[index]
-        plans, first_view = [], 0
-        for spec in self.views:
-            plans.append(
-                draw_plan(
-                    spec,
-                    first_view=first_view,
-                    seed=self.seed,
-                    epoch=epoch,
-                    sample_ids=index,
-                    heights=heights,
-                    widths=widths,
-                )
-            )
-            first_view += spec.count
-        return Request(index, plans)
+        return Request(index, draw_plans(self.views, self.output.seed, epoch, index, heights, widths))
 
     def epoch(self, epoch: int, start_step: int = 0) -> Generator[Batch, None, None]:
         """The batches of one epoch, from ``start_step`` on (to go on where a run was stopped)."""
-
-        def drawer(step: int) -> Callable[[], Request]:
-            return lambda: self.request(epoch, step)
-
-        requests = (drawer(step) for step in range(start_step, len(self)))
+        requests = (partial(self.request, epoch, step) for step in range(start_step, len(self)))
         rendered_batches, stats = self.engine.run(requests), self.stats
         cpu = time.thread_time()
         try:
@@ -211,9 +187,9 @@ class ViewLoader:
                 started = time.perf_counter()
                 index, plans = rendered.request.index, [plan.reshape(-1) for plan in rendered.request.plans]
                 batch = Batch(rendered.views, torch.from_numpy(index), torch.from_numpy(self._labels(index)))
-                if self.colour:
+                if self.output.colour:
                     batch.views = [
-                        augment(pixels, plan, spec, self.dtype, self._pool, memory)
+                        augment(pixels, plan, spec, self.output.dtype, self._pool, memory)
                         for pixels, plan, spec, memory in zip(rendered.views, plans, self.views, self._memory)
                     ]
                 else:
@@ -262,29 +238,3 @@ def _sample_ids(indices: np.ndarray) -> np.ndarray:
             "a mask into ids)"
         )
     return ids.astype(np.int64)
-
-
-def _count(name: str, value: object) -> int:
-    """``value`` as an int of at least 1; NumPy's integers pass, True and 2.0 do not."""
-    try:
-        number = 0 if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        number = 0
-    if number < 1:
-        raise FastSSLError(f"{name} must be a whole number of at least 1, got {value!r}")
-    return number
-
-
-def _device(device: str | torch.device) -> torch.device:
-    try:
-        found = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise FastSSLError(f"device={device!r} is not a device of torch (cpu, cuda, cuda:1)") from error
-    if found.type == "cuda" and not torch.cuda.is_available():
-        raise FastSSLError(f"device={device!r}: torch sees no NVIDIA GPU here; `fastssl doctor` says what is missing")
-    return found
-
-
-def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise FastSSLError(f"{name}={value!r} is not one of {', '.join(allowed)}")

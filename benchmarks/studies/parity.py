@@ -31,7 +31,7 @@ from fastssl.errors import FastSSLError
 from fastssl.pipelines.beton.reader import BetonReader
 from fastssl.pipelines.engines.registry import engine_state
 from fastssl.pipelines.loader import ViewLoader
-from fastssl.pipelines.plan.draw import ViewSpec, draw_plan
+from fastssl.pipelines.plan.draw import ViewSpec, draw_plan, draw_plans
 from fastssl.utils.versions import describe_host, describe_versions
 
 _PLAIN = ViewSpec(size=96, area=(0.2, 1.0), flip=0.0, jitter=0.0, grey=0.0, blur=0.0)
@@ -177,12 +177,7 @@ def _references(
     """
     heights, widths = (np.array([photo.shape[axis] for photo in photos]) for axis in (0, 1))
     made: dict[str, list[np.ndarray]] = {"torchvision": [], "pillow": [], "margin": []}
-    first_view = 0
-    for spec in specs:
-        plan = draw_plan(
-            spec, first_view=first_view, seed=seed, epoch=0, sample_ids=chosen, heights=heights, widths=widths
-        )
-        first_view += spec.count
+    for spec, plan in zip(specs, draw_plans(specs, seed, 0, chosen, heights, widths)):
         group: dict[str, list[np.ndarray]] = {key: [] for key in made}
         for view in plan:
             for photo, record in zip(photos, view):

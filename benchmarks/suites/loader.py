@@ -32,11 +32,11 @@ from fastssl.config.recipe import Recipe
 from fastssl.errors import counted
 from fastssl.pipelines.beton.format import MODE_RAW
 from fastssl.pipelines.beton.reader import BetonReader
-from fastssl.pipelines.engines.base import Engine, Request
+from fastssl.pipelines.engines.base import Engine, EngineSettings, Request
 from fastssl.pipelines.engines.native import NativeEngine
 from fastssl.pipelines.loader import ViewLoader
 from fastssl.pipelines.ops.crop import boxes_of, crop_resize_host
-from fastssl.pipelines.plan.draw import ViewSpec, draw_plan
+from fastssl.pipelines.plan.draw import ViewSpec, draw_plans
 from fastssl.utils.cores import available_cores
 
 #: Samples of an epoch: small files are read again and again, because a real epoch is not over after a handful of
@@ -91,19 +91,7 @@ class BareLoop:
     def __init__(self, reader: BetonReader, threads: int, specs: Sequence[ViewSpec] = ()):
         self.reader, self.threads, self.specs = reader, threads, list(specs)
         ids = np.arange(len(reader))
-        self.boxes, first_view = [], 0
-        for spec in self.specs:
-            plan = draw_plan(
-                spec,
-                first_view=first_view,
-                seed=0,
-                epoch=0,
-                sample_ids=ids,
-                heights=reader.heights,
-                widths=reader.widths,
-            )
-            self.boxes.append(boxes_of(plan))
-            first_view += spec.count
+        self.boxes = [boxes_of(plan) for plan in draw_plans(self.specs, 0, 0, ids, reader.heights, reader.widths)]
 
     def __call__(self, seconds: float) -> Window:
         started = time.perf_counter()
@@ -177,7 +165,7 @@ def run(
             for key, specs in groups.items()
         }
         engines = {
-            key: DecodeEngine(reader, specs, device=device, workers=workers, crops="device")
+            key: DecodeEngine(reader, specs, EngineSettings(device, size, workers=workers, crops="device"))
             for key, specs in groups.items()
         }
         whole = open_loader(reader, recipe.views, size, device, workers=workers, pipeline=pipeline)

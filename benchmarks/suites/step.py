@@ -37,7 +37,7 @@ from fastssl.models.backbones import resolve_arch
 from fastssl.optim.optimizers import create_optimizer
 from fastssl.optim.schedules import RunLength
 from fastssl.pipelines.ops.augment import parameter_table
-from fastssl.pipelines.plan.draw import draw_plan
+from fastssl.pipelines.plan.draw import draw_plans
 from fastssl.training.step import TrainStep
 from fastssl.utils.transfer import to_device
 
@@ -202,16 +202,13 @@ def random_crops(recipe: Recipe, batch_size: int, device: torch.device) -> tuple
     """Random bytes in the shape and layout of the recipe's crops, and the colour tables of a drawn plan, as a loader
     with ``colour=False`` gives them.
     """
-    crops, tables, first_view, side = [], [], 0, np.full(batch_size, 512)
+    crops, side = [], np.full(batch_size, 512)
     for spec in recipe.views:
         shape = (spec.count * batch_size, 3, spec.size, spec.size)
         pixels = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
         crops.append(pixels.contiguous(memory_format=torch.channels_last))
-        ids = np.arange(batch_size)
-        plan = draw_plan(spec, first_view=first_view, seed=0, epoch=0, sample_ids=ids, heights=side, widths=side)
-        tables.append(to_device(parameter_table(plan.reshape(-1)), device))
-        first_view += spec.count
-    return crops, tables
+    plans = draw_plans(recipe.views, 0, 0, np.arange(batch_size), side, side)
+    return crops, [to_device(parameter_table(plan.reshape(-1)), device) for plan in plans]
 
 
 def fit_step(

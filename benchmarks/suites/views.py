@@ -20,7 +20,7 @@ from fastssl.config.recipe import Recipe
 from fastssl.pipelines.beton.reader import BetonReader
 from fastssl.pipelines.ops.augment import augment
 from fastssl.pipelines.ops.crop import boxes_of, crop_resize_device, crop_resize_host
-from fastssl.pipelines.plan.draw import draw_plan
+from fastssl.pipelines.plan.draw import draw_plans
 
 
 def run(
@@ -52,20 +52,7 @@ def run(
         pictures = {int(sample): reader.decode(int(sample)) for sample in np.unique(ids)}
         heights, widths = reader.heights[ids].astype(np.int64), reader.widths[ids].astype(np.int64)
         about = describe_data(reader, name)
-    plans, first_view = [], 0
-    for spec in recipe.views:
-        plans.append(
-            draw_plan(
-                spec,
-                first_view=first_view,
-                seed=0,
-                epoch=0,
-                sample_ids=np.arange(batch),
-                heights=heights,
-                widths=widths,
-            )
-        )
-        first_view += spec.count
+    plans = draw_plans(recipe.views, 0, 0, np.arange(batch), heights, widths)
     packed = torch.from_numpy(np.concatenate([pictures[int(sample)].reshape(-1) for sample in ids])).to(device)
     offsets = np.concatenate([[0], np.cumsum(heights * widths * 3)[:-1]])
     boxes = [boxes_of(plan) for plan in plans]

@@ -104,7 +104,7 @@ json_option = click.option(
 )
 
 
-#: fastssl.pipelines.engines.registry.PIPELINES, written out: that module loads torch, which --help should not wait for.
+#: fastssl.pipelines.engines.base.PIPELINES, written out: that module loads torch, which --help should not wait for.
 PIPELINES = ("auto", "native", "dali", "ffcv")
 
 pipeline_option = click.option(

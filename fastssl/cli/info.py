@@ -6,7 +6,7 @@ import dataclasses
 
 import click
 
-from fastssl.cli.common import json_option, write_json
+from fastssl.cli.common import PIPELINES, json_option, write_json
 from fastssl.errors import counted
 
 
@@ -77,7 +77,7 @@ def doctor(json_path: str | None) -> None:
     """
     import torch
 
-    from fastssl.pipelines.engines.registry import PIPELINES, choose_engine, engine_state, jpeg_hardware
+    from fastssl.pipelines.engines.registry import choose_engine, engine_state, jpeg_hardware
     from fastssl.utils.versions import describe_host, describe_versions
 
     host, versions = describe_host(), describe_versions()

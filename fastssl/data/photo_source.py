@@ -32,10 +32,10 @@ from fastssl.errors import FastSSLError, counted, printable
 from fastssl.pipelines.beton.reader import BetonReader
 from fastssl.pipelines.beton.side_file import read_side_file, side_path
 from fastssl.pipelines.convert.conversion import convert, rejects_path
-from fastssl.pipelines.convert.encode import PILLOW_FORMATS
+from fastssl.pipelines.convert.encode import pillow_formats
 from fastssl.pipelines.convert.options import ConvertOptions, ConvertSummary, chosen_photos
 from fastssl.pipelines.convert.sources import Listing, list_source
-from fastssl.utils.deadline import STALL_MINUTES, Patience, Step
+from fastssl.utils.deadline import Patience
 
 #: Endings of tars; of compressed ones, too, as the converter says what to do with those.
 _TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
@@ -83,20 +83,14 @@ def look_at(path: str | os.PathLike) -> Source:
         FastSSLError: neither folder, tar nor ``.beton`` file; or no photos.
     """
     path = Path(path)
-    if is_source(path):
-        return Patience(path, STALL_MINUTES).watch(partial(_listed, path))
-    with BetonReader(path) as reader:
-        return Source(path, len(reader), short_side_of(reader))
-
-
-def _listed(path: Path, step: Step) -> Source:
-    Image.init()  # all of Pillow's formats are known from here on
-    with list_source(path, step) as listing:
-        sides = []
-        for i in chosen_photos(len(listing), _LOOKED_AT).tolist():
-            step(lambda i=i: f"at {printable(listing.names[i])}")
-            if side := _short_side(listing, i):
-                sides.append(side)
+    if not is_source(path):
+        with BetonReader(path) as reader:
+            return Source(path, len(reader), short_side_of(reader))
+    patience = Patience(path)
+    with list_source(path, patience) as listing:
+        some, names = chosen_photos(len(listing), _LOOKED_AT).tolist(), listing.names
+        looked = patience.map(partial(_short_side, listing), some, 1, lambda i: f"at {printable(names[i])}")
+        sides = [side for side in looked if side]
         return Source(path, len(listing), median(sides) if sides else None, listing.fingerprint)
 
 
@@ -104,8 +98,7 @@ def _short_side(listing: Listing, i: int) -> int | None:
     """Of one photo, by its header; None: it cannot be read, which the conversion will say."""
     with warnings.catch_warnings(), suppress(Exception):  # decoders raise anything at all for damaged input
         warnings.simplefilter("ignore")
-        known = [name for name in PILLOW_FORMATS if name in Image.OPEN]
-        with Image.open(io.BytesIO(listing.read(i)), formats=known) as image:
+        with Image.open(io.BytesIO(listing.read(i)), formats=pillow_formats()) as image:
             return min(image.size)
     return None
 

@@ -7,20 +7,21 @@ import binascii
 import os
 import time
 import zlib
-from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from fastssl.errors import BetonError, JpegError, counted, worker_error
+from fastssl.errors import BetonError, JpegError, at_work_on, counted
 from fastssl.pipelines.beton.reader import BetonReader
 from fastssl.pipelines.beton.side_file import read_side_file, side_path
 from fastssl.utils.cores import available_cores
-from fastssl.utils.deadline import STALL_MINUTES, Patience, Step
+from fastssl.utils.deadline import STALL_MINUTES, Patience
+
+#: Samples that one task checks: a checksum alone takes microseconds.
+_PART = 64
 
 
 @dataclass(frozen=True)
@@ -59,49 +60,53 @@ def verify(
     """Check ``path``; every sample's checksum is compared when there is a side file.
 
     ``decode``: decode this many samples, evenly spaced; None: all. ``workers``: threads, None: one a CPU.
-    ``progress(done, total)`` is called from one other thread. ``stall_minutes``: how long the tables, or a few dozen
-    samples, are waited for; a warning comes after the first minute.
+    ``stall_minutes``: how long the tables, or a few dozen samples, are waited for; a warning comes after the first
+    minute.
 
     Raises:
         BetonError: the header or a table is damaged, so that no sample can be trusted.
         WorkerError: no memory was left for a sample, or a bug of ours.
         Stalled: the disk or network file system did not answer.
     """
-    return Patience(path, stall_minutes).watch(partial(_verify, path, decode, workers or available_cores(), progress))
+    started, patience = time.monotonic(), Patience(path, stall_minutes)
+    reader, problems, checksums = patience.call(lambda: _opened(path), "at its tables")
+    with reader:
+        total = len(reader)
+        count = total if decode is None else min(decode, total)
+        to_decode = np.zeros(total, bool)
+        to_decode[np.arange(count) * total // max(count, 1)] = True
+        wanted = np.flatnonzero(to_decode) if checksums is None else np.arange(total)
+        parts = np.split(wanted, range(_PART, len(wanted), _PART))
+        damaged, done = [], 0
+        if progress is not None:
+            progress(0, len(wanted))
 
+        def check(some: np.ndarray) -> list[tuple[int, str]]:
+            found = ((i, _check_sample(reader, i, checksums, bool(to_decode[i]))) for i in some.tolist())
+            return [(i, complaint) for i, complaint in found if complaint]
 
-def _verify(
-    path: str | os.PathLike, decode: int | None, workers: int, progress: Callable[[int, int], None] | None, step: Step
-) -> VerifyReport:
-    started = time.monotonic()
-    step(lambda: "at its tables")
-    with BetonReader(path) as reader:
-        problems: list[str] = []
-        checksums: np.ndarray | None = None
-        side_file = side_path(path).exists()
-        try:
-            side = read_side_file(path)
-            if side is not None:
-                problems, checksums = _check_side_file(reader, side)
-        except BetonError as error:
-            problems.append(str(error))
-        count = reader.num_samples if decode is None else min(decode, reader.num_samples)
-        to_decode = np.zeros(reader.num_samples, bool)
-        to_decode[np.arange(count) * reader.num_samples // max(count, 1)] = True
-        damaged = []
-        for i, complaint in _check_samples(reader, checksums, to_decode, workers, progress, step):
-            if complaint is not None:
-                damaged.append((i, complaint))
-        return VerifyReport(
-            reader.path,
-            reader.num_samples,
-            0 if checksums is None else len(checksums),
-            count,
-            problems,
-            damaged,
-            side_file,
-            time.monotonic() - started,
+        found = patience.map(
+            check, parts, workers or available_cores(), lambda some: f"at samples {some[0]} to {some[-1]}"
         )
+        with closing(found):
+            for some, bad in zip(parts, found):
+                damaged += bad
+                done += len(some)
+                if progress is not None:
+                    progress(done, len(wanted))
+        compared, side_file = 0 if checksums is None else len(checksums), side_path(path).exists()
+        seconds = time.monotonic() - started
+        return VerifyReport(reader.path, total, compared, count, problems, damaged, side_file, seconds)
+
+
+def _opened(path: str | os.PathLike) -> tuple[BetonReader, list[str], np.ndarray | None]:
+    """The file, what is wrong with it as a whole, and its samples' checksums if they are known."""
+    reader = BetonReader(path)
+    try:
+        side = read_side_file(path)
+        return (reader, [], None) if side is None else (reader, *_check_side_file(reader, side))
+    except BetonError as error:
+        return reader, [str(error)], None
 
 
 def sample_checksums(reader: BetonReader) -> np.ndarray | None:
@@ -147,61 +152,15 @@ def _check_side_file(reader: BetonReader, side: dict) -> tuple[list[str], np.nda
     return problems, checksums
 
 
-def _check_samples(
-    reader: BetonReader,
-    checksums: np.ndarray | None,
-    to_decode: np.ndarray,
-    workers: int,
-    progress: Callable[[int, int], None] | None,
-    step: Step,
-) -> Iterator[tuple[int, str | None]]:
-    """Yield (sample, complaint or None) in order for all samples that there is something to check about."""
-    wanted = np.flatnonzero(to_decode) if checksums is None else np.arange(reader.num_samples)
-    chunk = 64  # samples a task: a checksum alone takes microseconds
-
-    def check(some: np.ndarray) -> list[tuple[int, str | None]]:
-        return [
-            (int(i), _check_sample(reader, int(i), None if checksums is None else int(checksums[i]), to_decode[i]))
-            for i in some
-        ]
-
-    pending: deque[tuple[np.ndarray, Future]] = deque()
-    done = 0
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="fastssl-verify")
-    try:
-        if progress is not None:
-            progress(0, len(wanted))
-        starts = iter(range(0, len(wanted), chunk))
-        while True:
-            while len(pending) < 2 * workers and (start := next(starts, None)) is not None:
-                some = wanted[start : start + chunk]
-                pending.append((some, pool.submit(check, some)))
-            if not pending:
-                return
-            some, future = pending.popleft()
-            step(partial(_at_samples, some))
-            results = future.result()
-            yield from results
-            done += len(results)
-            if progress is not None:
-                progress(done, len(wanted))
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _at_samples(some: np.ndarray) -> str:
-    return f"at samples {some[0]} to {some[-1]}"
-
-
-def _check_sample(reader: BetonReader, i: int, checksum: int | None, decode: bool) -> str | None:
+def _check_sample(reader: BetonReader, i: int, checksums: np.ndarray | None, decode: bool) -> str:
+    """What is wrong with it; empty: nothing."""
     complaints = []
     try:
-        if checksum is not None and zlib.crc32(reader.encoded(i)) != checksum:
-            complaints.append("wrong checksum")
-        if decode:
-            reader.decode(i)
+        with at_work_on(reader.path, f"sample {i}"):
+            if checksums is not None and zlib.crc32(reader.encoded(i)) != checksums[i]:
+                complaints.append("wrong checksum")
+            if decode:
+                reader.decode(i)
     except (JpegError, BetonError) as error:
         complaints.append(str(error).removeprefix(f"{reader.path}: sample {i}: "))
-    except Exception as error:
-        raise worker_error(reader.path, f"sample {i}", error) from error
-    return "; ".join(complaints) or None
+    return "; ".join(complaints)

@@ -8,8 +8,8 @@ for every photo that is safely on the disk. DST itself appears by renaming, so i
 was stopped goes on behind the journal's last line; the bytes of the result do not depend on stops, nor on the number of
 workers.
 
-All of it, listing and writing included, is done in threads that the caller waits for with a limit (stall.py): SRC and
-DST often lie on one network disk, and that may be gone for ever.
+SRC and DST often lie on one network disk, and that may be gone for ever: what reads from it, or waits for it, does so
+in threads that are waited for with a limit (deadline.py).
 """
 
 from __future__ import annotations
@@ -22,19 +22,17 @@ import time
 import warnings
 import zlib
 from array import array
-from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
 from contextlib import closing
-from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import PIL
 import simplejpeg
 
 from fastssl._version import __version__
-from fastssl.errors import FastSSLError, counted, printable, worker_error
+from fastssl.errors import FastSSLError, at_work_on, counted, printable
 from fastssl.pipelines.beton.format import DEFAULT_PAGE_SIZE, MIN_PAGE_SIZE, RECORD_DTYPE
 from fastssl.pipelines.beton.reader import BetonReader
 from fastssl.pipelines.beton.side_file import side_path
@@ -46,9 +44,10 @@ from fastssl.pipelines.convert.sources import Listing, list_source
 from fastssl.pipelines.convert.unfinished import reserve, write_or_remove
 from fastssl.utils.atomic_files import sync_folder
 from fastssl.utils.cores import available_cores
-from fastssl.utils.deadline import Patience, Step
+from fastssl.utils.deadline import Patience
 
 logger = logging.getLogger(__name__)
+_Result = TypeVar("_Result")
 
 SIDE_FORMAT, SIDE_VERSION = "fastssl-beton-side-file", 1
 #: How much work a kill may cost. Each checkpoint waits for the disk twice.
@@ -73,8 +72,7 @@ def convert(
     """Convert the photos of ``src`` (see :func:`fastssl.pipelines.convert.sources.list_source`) into the ``.beton``
     file ``dst``.
 
-    An existing ``dst`` is replaced, at the very end. ``progress(done, total)`` is called from one other thread, ten
-    times a second.
+    An existing ``dst`` is replaced, at the very end. ``progress(done, total)`` is called ten times a second.
 
     Raises:
         ConvertError, SourceError: nothing to convert, every photo rejected, a bad photo with ``on_bad='fail'``, no
@@ -87,13 +85,11 @@ def convert(
     with warnings.catch_warnings():
         # Pillow warns about odd metadata, which does not concern the pixels, in the middle of the progress bar.
         warnings.filterwarnings("ignore", module=r"PIL\.")
-        return Patience(src, options.stall_minutes, "read or written").watch(
-            partial(_convert, src, Path(dst), options, progress)
-        )
+        return _convert(src, Path(dst), options, progress)
 
 
 def _convert(
-    src: str | os.PathLike, dst: Path, options: ConvertOptions, progress: Callable[[int, int], None] | None, step: Step
+    src: str | os.PathLike, dst: Path, options: ConvertOptions, progress: Callable[[int, int], None] | None
 ) -> ConvertSummary:
     if dst.is_dir():
         raise ConvertError(f"{dst}: is a folder; name the .beton file to write")
@@ -106,39 +102,30 @@ def _convert(
     if dst.exists() and os.path.samefile(src, dst):
         raise ConvertError(f"{dst}: SRC and DST are one file; the photos would be overwritten by the result")
     started = time.monotonic()
-    with list_source(src, step) as listing, reserve(dst) as unfinished:
-        job = _Conversion(listing, dst, unfinished, options, step)
+    patience = Patience(src, options.stall_minutes, "read or written")
+    with list_source(src, patience) as listing, reserve(dst) as unfinished:
+        job = _Conversion(listing, dst, unfinished, options, patience)
         job.run(progress)
         num_bytes = job.publish()
-    written, rejected = job.writer.num_samples, len(job.rejects)
-    seconds = time.monotonic() - started
-    return ConvertSummary(
-        dst,
-        written,
-        job.num_copied,
-        written - job.num_copied,
-        rejected,
-        listing.ignored,
-        job.resumed,
-        listing.classes,
-        num_bytes,
-        seconds,
-    )
+    written, copied, seconds = job.writer.num_samples, job.num_copied, time.monotonic() - started
+    counts = (written, copied, written - copied, len(job.rejects), listing.ignored, job.resumed)
+    return ConvertSummary(dst, *counts, listing.classes, num_bytes, seconds)
 
 
 class _Conversion:
     """One run: takes photos in order from the threads, writes them, keeps the journal."""
 
-    def __init__(self, listing: Listing, dst: Path, partial: Path, options: ConvertOptions, step: Step):
-        self.listing, self.dst, self.partial, self.options, self.step = listing, dst, partial, options, step
-        step(self._writing)
+    def __init__(self, listing: Listing, dst: Path, partial: Path, options: ConvertOptions, patience: Patience):
+        self.listing, self.dst, self.partial, self.options, self.patience = listing, dst, partial, options, patience
         self.chosen = chosen_photos(len(listing), options.limit)
         total = len(self.chosen)
         self.journal = Journal(Path(f"{partial}.journal"), self.key())
         self._unsynced = 0  # bytes
         self._start_again()
 
-        written = self._take_over() if options.resume else np.zeros(0, RECORD_DTYPE)
+        written = np.zeros(0, RECORD_DTYPE)
+        if options.resume:
+            written = patience.call(self._take_over, f"while {self.journal.path.name} was read")
         self.resumed = self.num_done
         if not self.resumed:
             self.journal.remove()
@@ -174,9 +161,9 @@ class _Conversion:
                 self.journal.open(new=not self.resumed)
             if progress is not None:
                 progress(self.num_done, total)
-            with closing(self._results()) as results:
-                for i, result in results:
-                    self.step(self._writing)
+            left, workers = self.chosen[self.num_done :].tolist(), self.options.workers or available_cores()
+            with closing(self.patience.map(self._photo, left, workers, self._at)) as results:
+                for i, result in zip(left, results):
                     self._take(i, result)
                     now = time.monotonic()
                     if now >= checkpoint_at:
@@ -185,45 +172,25 @@ class _Conversion:
                     if progress is not None and (now >= progress_at or self.num_done == total):
                         progress(self.num_done, total)
                         progress_at = now + 0.1
-            self.step(self._writing)
             self._checkpoint()
         except BaseException as error:
             self._stop(error)
             raise
 
-    def _taking_over(self) -> str:
-        return f"while {self.journal.path.name} was read"
+    def _at(self, i: int) -> str:
+        return f"at {printable(self.listing.names[i])}"
 
-    def _writing(self) -> str:
-        return f"while {self.partial.name} was written"
-
-    def _results(self) -> Iterator[tuple[int, Encoded | str]]:
-        """Yield (index into the listing, photo or reason for its rejection) in order, with few photos in flight."""
-        workers = self.options.workers or available_cores()
-        pending: deque[tuple[int, Future]] = deque()
-        pool = ThreadPoolExecutor(workers, thread_name_prefix="fastssl-convert")
-        try:
-            for i in self.chosen[self.num_done :].tolist():
-                pending.append((i, pool.submit(self._photo, i)))
-                if len(pending) >= 4 * workers:
-                    yield self._result(*pending.popleft())
-            while pending:
-                yield self._result(*pending.popleft())
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-
-    def _result(self, i: int, future: Future) -> tuple[int, Encoded | str]:
-        self.step(lambda: f"at {printable(self.listing.names[i])}")
-        return i, future.result()
+    def _on_disk(self, work: Callable[[], _Result]) -> _Result:
+        """``work()``, which waits for the disk under DST."""
+        return self.patience.call(work, f"while {self.partial.name} was written")
 
     def _photo(self, i: int) -> Encoded | str:
         try:
             return encode_photo(self.listing.read(i), self.options)
-        except MemoryError as error:  # not the photo's fault: the next run may have more
-            raise worker_error(self.listing.source, printable(self.listing.names[i]), error) from error
-        except (
-            Exception
-        ) as error:  # decoders raise anything at all for damaged input, and one photo must not end the run
+        except MemoryError:  # not the photo's fault: the next run may have more
+            with at_work_on(self.listing.source, printable(self.listing.names[i])):
+                raise
+        except Exception as error:  # decoders raise anything at all for damaged input: it must not end the run
             reason = str(error).strip()
             return reason if isinstance(error, FastSSLError) and reason else f"{type(error).__name__}: {reason}"
 
@@ -250,19 +217,16 @@ class _Conversion:
 
     def _checkpoint(self) -> None:
         """Bring the photos to the disk, and only then the lines that vouch for them."""
-        if not self.journal.is_open:
-            # What a large memory holds back would come at the very end, and a slow disk then take longer than one step
-            # may.
-            if self._unsynced >= _MOST_UNSYNCED:
-                self.writer.sync()
-                self._unsynced = 0
-            return
-        if self.journal.has_unsaved:
-            self.writer.sync()
-            self.journal.sync()
+        # Without a journal, what a large memory holds back would come at the very end, and a slow disk then take longer
+        # than it may.
+        if self.journal.has_unsaved or (not self.journal.is_open and self._unsynced >= _MOST_UNSYNCED):
+            self._on_disk(lambda: (self.writer.sync(), self.journal.sync()))
+            self._unsynced = 0
 
     def _stop(self, error: BaseException) -> None:
-        """Leave things as the options promise: ready to go on, or clean."""
+        """Leave things as the options promise: ready to go on, or clean; what may lie on a dead disk as it is."""
+        if self.patience.given_up:
+            return
         try:
             if self.num_done < len(self.chosen) or self.journal.has_unsaved:
                 self._checkpoint()
@@ -298,7 +262,6 @@ class _Conversion:
             return none
         rows, good = [], 0
         for (position, *row), end in lines:
-            self.step(self._taking_over)
             reason = str(row[0]) if len(row) == 1 else None
             checksum, copied, *record = [0, 0] if reason is not None else row
             # A write that failed half-way may have been tried again: take each photo once, in order.
@@ -347,21 +310,23 @@ class _Conversion:
                 f"{self.listing.source}: all of {photos} rejected, nothing is left to write; first {name}: {reason}"
             )
         try:
-            self.step(self._writing)
-            self.writer.finish()
-            self._close()
-            side = self._side_file()
-            # The file itself comes last: when it is there, all of it is there.
-            write_or_remove(
-                rejects_path(self.dst),
-                "".join(json.dumps({"path": name, "reason": why}) + "\n" for name, why in self.rejects),
-            )
-            write_or_remove(side_path(self.dst), json.dumps(side, indent=1) + "\n")
-            os.replace(self.partial, self.dst)
-            sync_folder(self.dst.parent)
+            return self._on_disk(self._finish)
         except BaseException as error:
             self._stop(error)
             raise
+
+    def _finish(self) -> int:
+        self.writer.finish()
+        self._close()
+        side = self._side_file()
+        # The file itself comes last: when it is there, all of it is there.
+        write_or_remove(
+            rejects_path(self.dst),
+            "".join(json.dumps({"path": name, "reason": why}) + "\n" for name, why in self.rejects),
+        )
+        write_or_remove(side_path(self.dst), json.dumps(side, indent=1) + "\n")
+        os.replace(self.partial, self.dst)
+        sync_folder(self.dst.parent)
         self.journal.remove()
         return side["bytes"]
 

@@ -71,7 +71,9 @@ class Journal:
             self._unsaved.append(_line(row))
 
     def sync(self) -> None:
-        """Bring the lines to the disk. What they vouch for must be there already."""
+        """Bring the lines to the disk, if the journal is open. What they vouch for must be there already."""
+        if self._file is None:
+            return
         self._file.write("".join(self._unsaved).encode())
         self._file.flush()
         os.fsync(self._file.fileno())

@@ -16,15 +16,14 @@ import tarfile
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import takewhile
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from fastssl.errors import FastSSLError, counted, printable
-from fastssl.utils.deadline import Step
+from fastssl.utils.deadline import Patience
 
 #: Folders that programs of cameras and network disks put beside photos: thumbnails, what was deleted.
 _NOT_PHOTOS = frozenset({"@eaDir", "#recycle", "lost+found", "__MACOSX"})
@@ -99,25 +98,27 @@ class Listing:
         return data
 
 
-def list_source(source: str | os.PathLike, step: Step = lambda what: None) -> Listing:
+def list_source(source: str | os.PathLike, patience: Patience | None = None) -> Listing:
     """List the photos of a folder or a tar.
 
     Folder: with photos in sub-folders, the first folder level is the class; with photos only directly inside, there are
     no labels. Tar: a tar of tars takes each inner tar's name as the class; a plain tar is read as a folder would be,
     below the folders that all its photos share, and without labels when all of them lie in one folder. Symbolic links
-    are followed in folders, never in tars. Hidden files (``.x``, macOS' ``._x``) are ignored. ``step`` is called for
-    each file.
+    are followed in folders, never in tars. Hidden files (``.x``, macOS' ``._x``) are ignored. ``patience``: with which
+    a hundred files are waited for.
 
     Raises:
         SourceError: missing, neither folder nor tar, compressed, damaged, or without a single photo.
+        Stalled: the disk or network file system did not answer.
     """
     source = Path(source)
+    patience = patience or Patience(source)
     try:
         mode = os.stat(source).st_mode
         if stat.S_ISDIR(mode):
-            listing = _list_folder(source, step)
+            listing = _list_folder(source, patience)
         elif stat.S_ISREG(mode):
-            listing = _list_tar(source, step)
+            listing = _list_tar(source, patience)
         else:
             raise SourceError(f"{source}: neither a folder nor a tar file")
     except OSError as error:
@@ -142,11 +143,11 @@ def is_photo_name(name: str) -> bool:
 # ---------------------------------------------------------------- folders
 
 
-def _list_folder(root: Path, step: Step) -> Listing:
+def _list_folder(root: Path, patience: Patience) -> Listing:
     found: list[tuple[str, int, int]] = []
     rejected: list[tuple[str, str]] = []
     ignored = 0
-    for name, info in _walk(root, step):
+    for name, info in patience.each(_walk(root), _listed_behind):
         if isinstance(info, str) and name.endswith("/"):
             warnings.warn(f"{root / printable(name)}: {info}: its photos are missing", stacklevel=2)
             rejected.append((name, info))
@@ -166,7 +167,7 @@ def _list_folder(root: Path, step: Step) -> Listing:
     return _listing(root, found, class_of, flat, rejected, ignored)
 
 
-def _walk(root: Path, step: Step) -> Iterator[tuple[str, os.stat_result | str]]:
+def _walk(root: Path) -> Iterator[tuple[str, os.stat_result | str]]:
     """Yield (path below root, stat or the reason why there is none) of every file, and (path with a slash at its end,
     reason) of a folder that cannot be read. Links are followed, loops are not; folders of runs are left out.
     """
@@ -175,7 +176,6 @@ def _walk(root: Path, step: Step) -> Iterator[tuple[str, os.stat_result | str]]:
     while waiting:
         prefix = waiting.pop()
         folder = root / prefix
-        step(partial(_listing_at, prefix))
         here = os.stat(folder)
         if (here.st_dev, here.st_ino) in seen:
             continue
@@ -193,7 +193,6 @@ def _walk(root: Path, step: Step) -> Iterator[tuple[str, os.stat_result | str]]:
             continue
         for entry in ordered:
             name = f"{prefix}{entry.name}"
-            step(partial(_listing_at, name))
             try:
                 info = entry.stat()
             except OSError as error:
@@ -244,34 +243,27 @@ class _Window:
         return data
 
 
-def _list_tar(path: Path, step: Step) -> Listing:
+def _list_tar(path: Path, patience: Patience) -> Listing:
     handle = open(path, "rb")  # noqa: SIM115 - lives on, see close()
     try:
-        return _list_open_tar(path, handle, step)
+        return _list_open_tar(path, handle, patience)
     except BaseException:
         handle.close()
         raise
 
 
-def _list_open_tar(path: Path, handle: BinaryIO, step: Step) -> Listing:
-    size, mtime = os.fstat(handle.fileno()).st_size, os.fstat(handle.fileno()).st_mtime_ns
-    magic = handle.read(6)
-    if magic[:2] == b"\x1f\x8b" or magic[:3] == b"BZh" or magic == b"\xfd7zXZ\0" or magic[:4] == b"\x28\xb5\x2f\xfd":
-        raise SourceError(
-            f"{path}: a compressed tar cannot be read at random places; uncompress it first (gunzip, bunzip2, "
-            "unxz, unzstd)"
-        )
+def _list_open_tar(path: Path, handle: BinaryIO, patience: Patience) -> Listing:
+    about = os.fstat(handle.fileno())
     found: list[tuple[str, int, int]] = []
     offsets: dict[str, int] = {}
     rejected: list[tuple[str, str]] = []
     inner_class: dict[str, str] = {}
     ignored = 0
-
-    def take(member: tarfile.TarInfo, name: str, start: int, end: int) -> bool:
-        """Sort one member into photos, rejects and ignored files; True for a photo."""
-        nonlocal ignored
-        step(partial(_listing_at, name))
-        if not is_photo_name(name) or member.isdir() or not _NOT_PHOTOS.isdisjoint(name.split("/")):
+    for name, (member, start, end, label) in patience.each(_all_members(path, handle, about.st_size), _listed_behind):
+        if isinstance(member, SourceError):
+            # What could be listed before the damage is used; the damage itself is on record.
+            rejected.append((name, str(member)))
+        elif not is_photo_name(name) or member.isdir() or not _NOT_PHOTOS.isdisjoint(name.split("/")):
             ignored += not member.isdir()
         elif member.issym() or member.islnk():
             rejected.append((name, "a link inside a tar, which is not followed"))
@@ -284,26 +276,10 @@ def _list_open_tar(path: Path, handle: BinaryIO, step: Step) -> Listing:
         elif name in offsets:
             rejected.append((name, "a second member of the same name; the first one is used"))
         else:
-            found.append((name, member.size, mtime))
+            found.append((name, member.size, about.st_mtime_ns))
             offsets[name] = start
-            return True
-        return False
-
-    for member in _members(handle, size, str(path)):
-        name = _clean(member.name)
-        if not (member.isreg() and name.lower().endswith(".tar") and not name.rsplit("/", 1)[-1].startswith(".")):
-            take(member, name, member.offset_data, size)
-            continue
-        label = PurePosixPath(name).name[: -len(".tar")]
-        window = _Window(handle, member.offset_data, min(member.size, size - member.offset_data))
-        try:
-            for inner in _members(window, window.size, name):
-                inner_name = f"{name}/{_clean(inner.name)}"
-                if take(inner, inner_name, member.offset_data + inner.offset_data, member.offset_data + window.size):
-                    inner_class[inner_name] = label
-        except SourceError as error:
-            # What could be listed before the damage is used; the damage itself is on record.
-            rejected.append((name, str(error)))
+            if label is not None:
+                inner_class[name] = label
 
     if inner_class:
         class_of, flat = inner_class, False
@@ -320,6 +296,32 @@ def _list_open_tar(path: Path, handle: BinaryIO, step: Step) -> Listing:
     listing.offsets = np.array([offsets[name] for name in listing.names], np.int64)
     listing._tar = handle
     return listing
+
+
+def _all_members(
+    path: Path, handle: BinaryIO, size: int
+) -> Iterator[tuple[str, tuple[tarfile.TarInfo | SourceError, int, int, str | None]]]:
+    """Yield (name, (member, where its data begin and where they must end, class)) of the tar and of the tars in it, and
+    the name of a damaged one of these with its error in the member's place.
+    """
+    magic = handle.read(6)
+    if magic[:2] == b"\x1f\x8b" or magic[:3] == b"BZh" or magic == b"\xfd7zXZ\0" or magic[:4] == b"\x28\xb5\x2f\xfd":
+        raise SourceError(
+            f"{path}: a compressed tar cannot be read at random places; uncompress it first (gunzip, bunzip2, "
+            "unxz, unzstd)"
+        )
+    for member in _members(handle, size, str(path)):
+        name, start = _clean(member.name), member.offset_data
+        if not (member.isreg() and name.lower().endswith(".tar") and not name.rsplit("/", 1)[-1].startswith(".")):
+            yield name, (member, start, size, None)
+            continue
+        window, label = _Window(handle, start, min(member.size, size - start)), PurePosixPath(name).name[: -len(".tar")]
+        try:
+            for inner in _members(window, window.size, name):
+                place = (inner, start + inner.offset_data, start + window.size, label)
+                yield f"{name}/{_clean(inner.name)}", place
+        except SourceError as error:
+            yield name, (error, 0, 0, None)
 
 
 def _members(file: BinaryIO | _Window, size: int, what: str) -> Iterator[tarfile.TarInfo]:
@@ -361,8 +363,8 @@ def _clean(name: str) -> str:
 # ---------------------------------------------------------------- both
 
 
-def _listing_at(name: str) -> str:
-    return f"while photos were listed, at {printable(name) or 'the folder itself'}"
+def _listed_behind(found: tuple[str, Any] | None) -> str:
+    return "while photos were listed, " + (f"behind {printable(found[0])}" if found else "at the first of them")
 
 
 def _listing(

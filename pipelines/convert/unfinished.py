@@ -10,6 +10,7 @@ from pathlib import Path
 
 from fastssl.pipelines.convert.options import ConvertError
 from fastssl.utils.atomic_files import write_atomically
+from fastssl.utils.deadline import threads_given_up
 
 
 @contextmanager
@@ -30,9 +31,11 @@ def reserve(dst: Path) -> Iterator[Path]:
             pass  # a file system without locks
         yield partial
     finally:
-        os.close(handle)
-        if not existed and partial.exists() and partial.stat().st_size == 0:
-            partial.unlink()
+        # Closing waits for what is on its way to the disk, also to one that will never take it.
+        if not threads_given_up():
+            os.close(handle)
+            if not existed and partial.exists() and partial.stat().st_size == 0:
+                partial.unlink()
 
 
 def write_or_remove(path: Path, text: str) -> None:

@@ -6,9 +6,11 @@ request to the same pixels within rounding, and a run can change its engine with
 
 from __future__ import annotations
 
+import operator
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -17,7 +19,75 @@ import torch
 from torch import Tensor
 
 from fastssl.errors import FastSSLError
-from fastssl.utils.deadline import Patience
+from fastssl.pipelines.beton.reader import BetonReader
+from fastssl.pipelines.plan.draw import ViewSpec
+from fastssl.utils.cores import available_cores
+from fastssl.utils.deadline import STALL_MINUTES, Patience
+
+#: The engines, and who chooses one.
+PIPELINES = ("auto", "native", "dali", "ffcv")
+_CHOICES = {"pipeline": PIPELINES, "crops": ("auto", "host", "device"), "on_bad": ("fail", "skip")}
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """Where and how batches are rendered; whatever it says, the pixels are the same.
+
+    Attributes:
+        device: where the views are wanted.
+        batch_size: most samples of a request.
+        pipeline: the engine, one of PIPELINES; ``auto``: see ``choose_engine``.
+        workers: decoding threads; None becomes the cores that this process may use.
+        crops: ``host`` cuts views on the decoding threads, ``device`` on the device from the decoded pictures;
+            ``auto`` takes the device when it is a GPU. For ``native`` only, the other engines have one way.
+        on_bad: ``fail`` raises at the first damaged picture; ``skip`` puts another sample of the batch in its place,
+            counts it in ``stats.skipped`` and goes on.
+        hardware_load: for ``dali`` on a GPU, the share of the pictures that its JPEG unit decodes (0 .. 1); None: 0.65.
+        stall_minutes: how long a batch is waited for; a warning comes after the first minute, ``Stalled`` at the end.
+            ``math.inf``: for ever.
+
+    Raises:
+        FastSSLError: a value that does not exist.
+    """
+
+    device: torch.device
+    batch_size: int
+    pipeline: str = "auto"
+    workers: int | None = None
+    crops: str = "auto"
+    on_bad: str = "fail"
+    hardware_load: float | None = None
+    stall_minutes: float = STALL_MINUTES
+
+    def __post_init__(self) -> None:
+        for name, allowed in _CHOICES.items():
+            if (value := getattr(self, name)) not in allowed:
+                raise FastSSLError(f"{name}={value!r} is not one of {', '.join(allowed)}")
+        workers = available_cores() if self.workers is None else _count("workers", self.workers)
+        checked = {"device": _device(self.device), "batch_size": _count("batch_size", self.batch_size)}
+        for name, value in {**checked, "workers": workers}.items():
+            object.__setattr__(self, name, value)
+
+
+def _count(name: str, value: object) -> int:
+    """``value`` as an int of at least 1; NumPy's integers pass, True and 2.0 do not."""
+    try:
+        number = 0 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = 0
+    if number < 1:
+        raise FastSSLError(f"{name} must be a whole number of at least 1, got {value!r}")
+    return number
+
+
+def _device(device: str | torch.device) -> torch.device:
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise FastSSLError(f"device={device!r} is not a device of torch (cpu, cuda, cuda:1)") from error
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise FastSSLError(f"device={device!r}: torch sees no NVIDIA GPU here; `fastssl doctor` says what is missing")
+    return found
 
 
 @dataclass
@@ -96,17 +166,33 @@ class EngineStats:
 class Engine(ABC):
     """Renders requests in order, some way ahead of the consumer; one epoch at a time.
 
+    Args:
+        reader: the open ``.beton`` file. Not closed here.
+        specs: the view groups.
+        settings: see ``EngineSettings``.
+
     Attributes:
-        name: what ``--pipeline`` calls it.
+        name: what ``--pipeline`` calls it. ahead: batches rendered ahead of the consumer.
         stats: see ``EngineStats``.
         patience: with which the consumer waits for batches.
     """
 
     name: str
-    stats: EngineStats
-    patience: Patience
+    ahead = 3
     _epoch: weakref.ref[Generator[Rendered, None, None]] | None = None
     _closed = False
+
+    def __init__(self, reader: BetonReader, specs: Sequence[ViewSpec], settings: EngineSettings):
+        self.reader, self.specs, self.settings = reader, list(specs), settings
+        self.device, self.workers, self.on_bad = settings.device, settings.workers, settings.on_bad
+        self.stats, self.patience = EngineStats(), Patience(reader.path, settings.stall_minutes)
+        self._pools: list[ThreadPoolExecutor] = []
+
+    def _threads(self, number: int, name: str, begin: Callable[[], None] = lambda: None) -> ThreadPoolExecutor:
+        """Threads that ``close`` joins; each calls ``begin`` first."""
+        pool = ThreadPoolExecutor(number, f"fastssl-{name}", begin)
+        self._pools.append(pool)
+        return pool
 
     def run(self, requests: Iterator[Callable[[], Request]]) -> Iterator[Rendered]:
         """Render one after the other. Requests come as callables, so that drawing the plan is the workers' job too.
@@ -119,7 +205,9 @@ class Engine(ABC):
         """
         if self._closed:
             raise FastSSLError("this loader is closed; open a new ViewLoader")
-        self.patience.require_threads()
+        if self.patience.given_up:  # they may still write into buffers that a new epoch would use
+            path = self.reader.path
+            raise FastSSLError(f"{path}: threads of this loader still wait for the disk; open a new ViewLoader")
         # The buffers have one consumer. An epoch that was left by `break` is gone with its last reference, hence the
         # weak one here.
         if self._unfinished() is not None:
@@ -138,6 +226,8 @@ class Engine(ABC):
         self._closed = True
         if (iterator := self._unfinished()) is not None:
             iterator.close()
+        for pool in self._pools:
+            pool.shutdown(wait=not self.patience.given_up, cancel_futures=True)
         self._free()
 
     def _unfinished(self) -> Generator[Rendered, None, None] | None:

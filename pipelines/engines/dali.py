@@ -8,66 +8,36 @@ On a machine without a GPU the same graph is built from the operators' CPU versi
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastssl.errors import BetonError, FastSSLError, worker_error
+from fastssl.errors import BetonError, FastSSLError, at_work_on
 from fastssl.pipelines.beton.reader import BetonReader
-from fastssl.pipelines.engines.base import Engine, EngineStats, Rendered, Request
+from fastssl.pipelines.engines.base import Engine, EngineSettings, Rendered, Request
 from fastssl.pipelines.engines.damaged import SampleCheck
 from fastssl.pipelines.plan.draw import ViewSpec
-from fastssl.utils.cores import available_cores
-from fastssl.utils.deadline import STALL_MINUTES, Patience
 
 
 class DaliEngine(Engine):
-    """Decode and crop with DALI; see the module's text.
-
-    Args:
-        reader: the open ``.beton`` file, all JPEG (`engines.require_engine` sees to that). Not closed here.
-        specs: the view groups.
-        device: where the views are wanted; on a GPU decoding is DALI's ``mixed`` and everything behind it runs there.
-        batch_size: most samples of a request.
-        workers: DALI's threads; default: the cores that this process may use.
-        on_bad: ``fail`` raises at the first damaged picture; ``skip`` puts another sample of the batch in its place,
-            counts it in ``stats.skipped`` and goes on.
-        prefetch: batches rendered ahead of the consumer.
-        hardware_load: share of the pictures that goes to the GPU's JPEG engine (GPU only).
-        stall_minutes: how long the consumer waits for a batch's bytes before it is an error.
-    """
+    """Decode and crop with DALI, a file of JPEGs only (`require_engine` sees to that); see the module's text."""
 
     name = "dali"
+    ahead = 2
 
-    def __init__(
-        self,
-        reader: BetonReader,
-        specs: Sequence[ViewSpec],
-        *,
-        device: torch.device,
-        batch_size: int,
-        workers: int | None = None,
-        on_bad: str = "fail",
-        prefetch: int = 2,
-        hardware_load: float = 0.65,
-        stall_minutes: float = STALL_MINUTES,
-    ):
-        self.patience = Patience(reader.path, stall_minutes)
-        self.reader, self.specs, self.device, self.batch_size = reader, list(specs), device, batch_size
-        self.workers = workers or available_cores()
-        self.prefetch, self.hardware_load = prefetch, hardware_load
-        self.stats = EngineStats()
+    def __init__(self, reader: BetonReader, specs: Sequence[ViewSpec], settings: EngineSettings):
+        super().__init__(reader, specs, settings)
         # One thread draws plans in order and reads; the other ones look at samples that were not seen before.
-        self._drawer = ThreadPoolExecutor(1, thread_name_prefix="fastssl-dali-plan")
-        self._checkers = ThreadPoolExecutor(self.workers, thread_name_prefix="fastssl-dali-check")
-        self._check = SampleCheck(reader, on_bad, self.stats, self._checkers)
-        self._copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._drawer = self._threads(1, "dali-plan")
+        self._check = SampleCheck(reader, self.on_bad, self.stats, self._threads(self.workers, "dali-check"))
+        self._copy_stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._pipeline: Any = None
         self._requests: Iterator[Callable[[], Request]] = iter(())
         self._drawn: deque[Future[tuple[Request, list[np.ndarray]]]] = deque()
@@ -122,8 +92,6 @@ class DaliEngine(Engine):
         then.
         """
         self._requests = iter(())
-        for future in self._drawn:
-            future.cancel()
         self.patience.settled(self._drawn)
         left_early = not finished and self._pipeline is not None
         self._drawn.clear()
@@ -142,13 +110,11 @@ class DaliEngine(Engine):
 
     def _free(self) -> None:
         self._pipeline = None
-        for pool in (self._drawer, self._checkers):
-            pool.shutdown(wait=not self.patience.given_up, cancel_futures=True)
 
     # ------------------------------------------------------------------ what DALI is fed
 
     def _draw_ahead(self) -> None:
-        while len(self._drawn) < self.prefetch + 1 and (draw := next(self._requests, None)) is not None:
+        for draw in itertools.islice(self._requests, self.ahead + 1 - len(self._drawn)):
             self._drawn.append(self._drawer.submit(self._draw, draw))
 
     def _draw(self, draw: Callable[[], Request]) -> tuple[Request, list[np.ndarray]]:
@@ -156,14 +122,10 @@ class DaliEngine(Engine):
         must not hang.
         """
         cpu = time.thread_time()
-        try:
+        with at_work_on(self.reader.path, "drawing the views of a batch"):
             request = self._check(draw())
             while (encoded := self._read(request)) is None:
                 request = self._check(request)
-        except FastSSLError:
-            raise
-        except Exception as error:
-            raise worker_error(self.reader.path, "drawing the views of a batch", error) from error
         self.stats.host_cpu_s += time.thread_time() - cpu
         return request, encoded
 
@@ -203,10 +165,10 @@ class DaliEngine(Engine):
         total = sum(spec.count for spec in self.specs)
 
         @pipeline_def(
-            batch_size=self.batch_size,
+            batch_size=self.settings.batch_size,
             num_threads=self.workers,
             device_id=(self.device.index or 0) if gpu else None,
-            prefetch_queue_depth=self.prefetch,
+            prefetch_queue_depth=self.ahead,
         )
         def graph():
             encoded, *boxes = fn.external_source(
@@ -219,11 +181,11 @@ class DaliEngine(Engine):
             # The slow, smooth chroma upsampling is what libjpeg does in the other engines.
             options: dict = {"output_type": types.RGB, "jpeg_fancy_upsampling": True}
             if GetSchema("decoders__Image").HasArgument("adjust_orientation"):
-                options["adjust_orientation"] = (
-                    False  # DALI 2 turns by EXIF unasked; the converter has done it, other engines never do
-                )
+                # DALI 2 turns by EXIF unasked; the converter has done it, other engines never do.
+                options["adjust_orientation"] = False
             if gpu:
-                options["hw_decoder_load"] = self.hardware_load
+                load = self.settings.hardware_load
+                options["hw_decoder_load"] = 0.65 if load is None else load
             pictures = fn.decoders.image(encoded, device="mixed" if gpu else "cpu", **options)
             outputs = []
             every_view = [spec for spec in self.specs for _ in range(spec.count)]

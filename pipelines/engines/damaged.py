@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from fastssl.errors import BetonError, FastSSLError, JpegError, worker_error
+from fastssl.errors import BetonError, FastSSLError, JpegError, at_work_on
 from fastssl.pipelines.beton.reader import BetonReader
 from fastssl.pipelines.beton.verify import sample_checksums
 from fastssl.pipelines.engines.base import EngineStats, Request
@@ -45,12 +45,7 @@ class SampleCheck:
         """
         # After the first epoch this is empty: looking costs one indexing a batch.
         unknown = np.unique(request.index[~self._sound[request.index]]).tolist()
-        new = [sample for sample in unknown if sample not in self._damaged]
-        for sample, error in zip(new, self._pool.map(self._look, new)):
-            if error is None:
-                self._sound[sample] = True
-            else:
-                self._damaged[sample] = error
+        self._look_at([sample for sample in unknown if sample not in self._damaged])
         broken = np.flatnonzero(~self._sound[request.index])
         if len(broken):
             if self.on_bad == "fail":
@@ -62,12 +57,15 @@ class SampleCheck:
     def _is_sound(self, sample: int) -> bool:
         """Of a sample that is another process's."""
         if not self._sound[sample] and sample not in self._damaged:
-            (error,) = self._pool.map(self._look, [sample])
+            self._look_at([sample])
+        return bool(self._sound[sample])
+
+    def _look_at(self, samples: list[int]) -> None:
+        for sample, error in zip(samples, self._pool.map(self._look, samples)):
             if error is None:
                 self._sound[sample] = True
             else:
                 self._damaged[sample] = error
-        return bool(self._sound[sample])
 
     def lost(self, sample: int, error: BetonError) -> None:
         """``sample`` was sound when it was looked at, and can no longer be read."""
@@ -76,14 +74,12 @@ class SampleCheck:
 
     def _look(self, sample: int) -> JpegError | BetonError | None:
         try:
-            # A wrong checksum alone is not damage here: the picture may still decode, as `native` would find.
-            if self._checksums is not None and zlib.crc32(self.reader.encoded(sample)) == self._checksums[sample]:
-                return None
-            self.reader.decode(sample)
+            with at_work_on(self.reader.path, f"sample {sample}"):
+                # A wrong checksum alone is not damage here: the picture may still decode, as `native` would find.
+                if self._checksums is None or zlib.crc32(self.reader.encoded(sample)) != self._checksums[sample]:
+                    self.reader.decode(sample)
         except (JpegError, BetonError) as error:
             return error
-        except Exception as error:
-            raise worker_error(self.reader.path, f"sample {sample}", error) from error
         return None
 
 

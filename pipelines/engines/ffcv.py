@@ -13,11 +13,12 @@ picture.
 
 from __future__ import annotations
 
-import queue
+import itertools
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from ctypes import c_int, c_ulong, c_void_p
 from dataclasses import replace
 from typing import Any
@@ -33,15 +34,13 @@ from ffcv.pipeline.allocation_query import AllocationQuery
 from ffcv.pipeline.compiler import Compiler
 from torch import Tensor
 
-from fastssl.errors import FastSSLError, worker_error
+from fastssl.errors import at_work_on
 from fastssl.pipelines.beton.reader import BetonReader
-from fastssl.pipelines.engines.base import Engine, EngineStats, Rendered, Request, batch_name, thread_initializer
+from fastssl.pipelines.engines.base import Engine, EngineSettings, Rendered, Request, batch_name, thread_initializer
 from fastssl.pipelines.engines.damaged import SampleCheck
 from fastssl.pipelines.ops.compiled import crop_resize
 from fastssl.pipelines.ops.crop import BOX, boxes_of
 from fastssl.pipelines.plan.draw import ViewSpec
-from fastssl.utils.cores import available_cores
-from fastssl.utils.deadline import LEAVE_SECONDS, STALL_MINUTES, Patience
 
 # ---------------------------------------------------------------------- compiled: decode, and cut all views
 
@@ -117,77 +116,58 @@ class _DecodeOnce(SimpleRGBImageDecoder):
 
 
 class FfcvEngine(Engine):
-    """Decode and crop with FFCV; see the module's text.
-
-    Args:
-        reader: the open ``.beton`` file. Not closed here.
-        specs: the view groups.
-        device: where the views are wanted.
-        batch_size: most samples of a request.
-        workers: FFCV's threads; default: the cores that this process may use.
-        on_bad: ``fail`` raises at the first damaged picture; ``skip`` puts another sample of the batch in its place,
-            counts it in ``stats.skipped`` and goes on.
-        prefetch: batches rendered ahead of the consumer.
-        stall_minutes: how long the consumer waits for a batch before it is an error.
-    """
+    """Decode and crop with FFCV; see the module's text."""
 
     name = "ffcv"
 
-    def __init__(
-        self,
-        reader: BetonReader,
-        specs: Sequence[ViewSpec],
-        *,
-        device: torch.device,
-        batch_size: int,
-        workers: int | None = None,
-        on_bad: str = "fail",
-        prefetch: int = 3,
-        stall_minutes: float = STALL_MINUTES,
-    ):
-        self.patience = Patience(reader.path, stall_minutes)
-        self.reader, self.specs, self.device, self.batch_size = reader, list(specs), device, batch_size
+    def __init__(self, reader: BetonReader, specs: Sequence[ViewSpec], settings: EngineSettings):
+        super().__init__(reader, specs, settings)
         # numba starts its threads once, as many as the machine has cores, and refuses more.
-        self.workers = min(workers or available_cores(), numba.config.NUMBA_NUM_THREADS)
-        self.prefetch = prefetch
-        self.stats = EngineStats()
-        self._checkers = ThreadPoolExecutor(self.workers, thread_name_prefix="fastssl-ffcv-check")
-        self._check = SampleCheck(reader, on_bad, self.stats, self._checkers)
+        self.workers = min(self.workers, numba.config.NUMBA_NUM_THREADS)
+        self._check = SampleCheck(reader, self.on_bad, self.stats, self._threads(self.workers, "ffcv-check"))
+        begin = thread_initializer(self.device)
+        self._renderer = self._threads(1, "ffcv", lambda: (numba.set_num_threads(self.workers), begin()))
         self._loader: Loader | None = None
 
     def _run(self, requests: Iterator[Callable[[], Request]]) -> Generator[Rendered, None, None]:
         if self._loader is None:
             self._loader = self._open()
-        epoch = _Epoch(
-            self._loader, requests, self._checked, self.workers, self.patience, thread_initializer(self.device)
-        )
+        epoch, slots = _Epoch(self._loader, np.zeros(0, np.int64)), itertools.cycle(range(self.ahead + 2))
+        pending: deque[Future[tuple[Request, Sequence[np.ndarray], float]]] = deque()
+
+        def fill() -> None:
+            for draw in itertools.islice(requests, self.ahead + 1 - len(pending)):
+                pending.append(self._renderer.submit(self._render, epoch, draw, next(slots)))
+
         try:
-            while True:
+            fill()
+            while pending:
                 started = time.perf_counter()
-                got = epoch.get()
-                if got is None:
-                    return
-                request, views, cpu = got
+                request, views, cpu = self.patience.result(pending[0], lambda: "while a batch was to come")
                 groups = self._groups(views, len(request.index))
                 self.stats.wait_s += time.perf_counter() - started
                 self.stats.samples += len(request.index)
                 self.stats.host_cpu_s += cpu
+                pending.popleft()
+                fill()
                 yield Rendered(request, groups)
         finally:
-            epoch.stop()
+            if self.patience.settled(pending):
+                epoch.close()  # lets go of the map, which a thread may be reading
+            epoch.closed = True
 
-    def _checked(self, draw: Callable[[], Request]) -> Request:
-        """Draw, look at what was not seen before; FFCV maps the file, and what is cut off of a map would end the
-        process.
-        """
-        try:
+    def _render(
+        self, epoch: _Epoch, draw: Callable[[], Request], slot: int
+    ) -> tuple[Request, Sequence[np.ndarray], float]:
+        """A request, its views on memory of FFCV's, and the CPU seconds that they took."""
+        cpu = time.thread_time()
+        with at_work_on(self.reader.path, "drawing the views of a batch"):
             request = self._check(draw())
-        except FastSSLError:
-            raise
-        except Exception as error:
-            raise worker_error(self.reader.path, "drawing the views of a batch", error) from error
+        # FFCV maps the file, and what is cut off of a map would end the process.
         self.reader.require_whole()
-        return request
+        with at_work_on(self.reader.path, batch_name(request)), _COMPILED_LOOP:
+            views = epoch.run_pipeline(0, _table(request), slot, None)[0]
+        return request, views, time.thread_time() - cpu
 
     def _groups(self, views: Sequence[np.ndarray], batch: int) -> list[Tensor]:
         """FFCV's buffers as (count * B, 3, S, S) tensors on memory of their own: FFCV will write over its."""
@@ -210,12 +190,12 @@ class FfcvEngine(Engine):
             fields[self.reader.image_field] = [_DecodeOnce(self.specs)]
             loader = Loader(
                 self.reader.same_file(),
-                batch_size=self.batch_size,
+                batch_size=self.settings.batch_size,
                 num_workers=self.workers,
                 os_cache=True,
                 pipelines=fields,
                 drop_last=False,
-                batches_ahead=self.prefetch,
+                batches_ahead=self.ahead,
             )
         finally:
             torch.set_num_threads(threads)
@@ -226,7 +206,6 @@ class FfcvEngine(Engine):
 
     def _free(self) -> None:
         self._loader = None
-        self._checkers.shutdown(wait=not self.patience.given_up, cancel_futures=True)
 
 
 #: numba's own thread pool, which it falls back to where neither TBB nor OpenMP loads, ends the process when two threads
@@ -235,74 +214,10 @@ _COMPILED_LOOP = threading.Lock()
 
 
 class _Epoch(EpochIterator):
-    """FFCV's epoch, whose thread also draws the plans, hands errors on, and can be stopped and joined."""
+    """FFCV's epoch: its memory and its compiled code, without its thread."""
 
-    def __init__(
-        self,
-        loader: Loader,
-        requests: Iterator[Callable[[], Request]],
-        check: Callable,
-        threads: int,
-        patience: Patience,
-        begin: Callable[[], None],
-    ):
-        self._requests, self._check, self._threads, self._patience, self._begin = (
-            requests,
-            check,
-            threads,
-            patience,
-            begin,
-        )
-        self._wanted = threading.Event()
-        super().__init__(loader, np.zeros(0, np.int64))
-
-    def run(self) -> None:
-        numba.set_num_threads(self._threads)
-        slot = 0
-        try:
-            self._begin()
-            while not self.terminate_event.is_set() and (draw := next(self._requests, None)) is not None:
-                cpu = time.thread_time()
-                request = self._check(draw)
-                with _COMPILED_LOOP:
-                    views = self._rendered(request, slot)
-                slot = (slot + 1) % (self.loader.batches_ahead + 2)
-                self._put((request, views, time.thread_time() - cpu))
-            self._put(None)
-        except BaseException as error:  # for whoever waits at the other end
-            self._put(error)
-
-    def _rendered(self, request: Request, slot: int) -> Sequence[np.ndarray]:
-        try:
-            return self.run_pipeline(0, _table(request), slot, None)[0]
-        except Exception as error:
-            raise worker_error(self._patience.path, batch_name(request), error) from error
-
-    def _put(self, item: object) -> None:
-        while not self.terminate_event.is_set():
-            try:
-                self.output_queue.put(item, timeout=0.1)
-                return
-            except queue.Full:
-                continue
-
-    def get(self) -> tuple[Request, Sequence[np.ndarray], float] | None:
-        """The next batch; None behind the last one."""
-        item = self._patience.take(self.output_queue, lambda: "while a batch was to come")
-        if isinstance(item, BaseException):
-            raise item
-        return item
-
-    def stop(self) -> None:
-        """End the thread and wait for it, unless it was given up."""
-        self.terminate_event.set()
-        if not self._patience.given_up:
-            self.join(LEAVE_SECONDS)
-        if self.is_alive():
-            self._patience.give_up()
-        else:
-            self.close()  # lets go of the map, which a thread may be reading
-        self.closed = True
+    def start(self) -> None:
+        """FFCV's own thread would leave the consumer waiting for ever at an error."""
 
 
 def _table(request: Request) -> np.ndarray:

@@ -18,21 +18,19 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastssl.errors import BetonError, FastSSLError, JpegError, worker_error
+from fastssl.errors import BetonError, JpegError, at_work_on
 from fastssl.pipelines.beton.reader import BetonReader
-from fastssl.pipelines.engines.base import Engine, EngineStats, Rendered, Request, batch_name, thread_initializer
+from fastssl.pipelines.engines.base import Engine, EngineSettings, Rendered, Request, batch_name, thread_initializer
 from fastssl.pipelines.engines.damaged import give_places
 from fastssl.pipelines.ops.crop import boxes_of, crop_resize_device, crop_resize_host
 from fastssl.pipelines.plan.draw import ViewSpec
-from fastssl.utils.cores import available_cores
-from fastssl.utils.deadline import STALL_MINUTES, Patience
 
 
 class _Slot:
@@ -78,54 +76,25 @@ class _Job:
         self.numel = numel  # bytes of the packed buffer that are used
         self.parts: list[Future[None]] = []
         self.views: list[Tensor] = []
-        self.boxes: list[
-            np.ndarray
-        ] = []  # (B, count, 5) a group, and its views as (count, B, S, S, 3): what host crops are told
+        # What host crops are told: (B, count, 5) a group, and its views as (count, B, S, S, 3).
+        self.boxes: list[np.ndarray] = []
         self.arrays: list[np.ndarray] = []
         self.bad: list[tuple[int, Exception]] = []
 
 
 class NativeEngine(Engine):
-    """Decode and crop on threads; see the module's text.
-
-    Args:
-        reader: the open ``.beton`` file. Not closed here.
-        specs: the view groups.
-        device: where the views are wanted.
-        workers: decoding threads; default: the cores that this process may use.
-        crops: ``host`` or ``device``.
-        on_bad: ``fail`` raises at the first damaged picture; ``skip`` puts another sample of the batch in its place,
-            counts it in ``stats.skipped`` and goes on.
-        prefetch: batches rendered ahead of the consumer.
-        stall_minutes: how long the consumer waits for a batch before it is an error.
-    """
+    """Decode and crop on threads; see the module's text."""
 
     name = "native"
 
-    def __init__(
-        self,
-        reader: BetonReader,
-        specs: Sequence[ViewSpec],
-        *,
-        device: torch.device,
-        workers: int | None = None,
-        crops: str = "host",
-        on_bad: str = "fail",
-        prefetch: int = 3,
-        stall_minutes: float = STALL_MINUTES,
-    ):
-        self.reader, self.specs, self.device = reader, list(specs), device
-        self.patience = Patience(reader.path, stall_minutes)
-        self.crops, self.on_bad = crops, on_bad
-        self.workers = workers or available_cores()
-        self.stats = EngineStats()
-        pin = device.type == "cuda"
+    def __init__(self, reader: BetonReader, specs: Sequence[ViewSpec], settings: EngineSettings):
+        super().__init__(reader, specs, settings)
+        pin = self.device.type == "cuda"
+        self.crops = settings.crops if settings.crops != "auto" else "device" if pin else "host"
         # Two more slots than batches ahead: one is in the consumer's hands, one may still be copying.
-        self._slots = [_Slot(pin) for _ in range(prefetch + 2)]
-        self._copy_stream = torch.cuda.Stream(device) if pin else None
-        self._pool = ThreadPoolExecutor(
-            self.workers, thread_name_prefix="fastssl-decode", initializer=thread_initializer(device)
-        )
+        self._slots = [_Slot(pin) for _ in range(self.ahead + 2)]
+        self._copy_stream = torch.cuda.Stream(self.device) if pin else None
+        self._pool = self._threads(self.workers, "decode", thread_initializer(self.device))
         self._scratch = threading.local()
         self._lock = threading.Lock()
 
@@ -157,19 +126,13 @@ class NativeEngine(Engine):
             self._drain(pending)
 
     def _drain(self, pending: deque) -> None:
-        """Cancel what has not begun and wait for what has: nobody writes into a slot after this, unless its thread was
-        given up.
-        """
+        """Nobody writes into a slot after this, unless its thread was given up."""
         jobs = [slot.job for slot in pending]
-        for job in jobs:
-            job.cancel()
         if not self.patience.settled(jobs):
             return
         # One that failed has handed nothing out; the consumer has left, or was given the first error already.
-        parts = [part for job in jobs if not job.cancelled() and job.exception() is None for part in job.result().parts]
-        for part in parts:
-            part.cancel()
-        self.patience.settled(parts)
+        begun = [job.result() for job in jobs if not job.cancelled() and job.exception() is None]
+        self.patience.settled([part for job in begun for part in job.parts])
 
     def _deliver(self, slot: _Slot, job: _Job) -> list[Tensor]:
         """Views on the device. Nothing here waits for the device."""
@@ -241,7 +204,6 @@ class NativeEngine(Engine):
         slot.packed[len(old) : len(old) + picture.size] = torch.from_numpy(picture.reshape(-1))
 
     def _free(self) -> None:
-        self._pool.shutdown(wait=not self.patience.given_up, cancel_futures=True)
         self._slots = []
 
     # ------------------------------------------------------------------ the workers' side
@@ -249,16 +211,10 @@ class NativeEngine(Engine):
     def _begin(self, slot: _Slot, draw: Callable[[], Request]) -> _Job:
         """Draw the plan, make room, and hand the samples out in parts."""
         cpu = time.thread_time()
-        try:
+        with at_work_on(self.reader.path, "drawing the views of a batch"):
             request = draw()
-        except FastSSLError:
-            raise
-        except Exception as error:
-            raise worker_error(self.reader.path, "drawing the views of a batch", error) from error
-        try:
+        with at_work_on(self.reader.path, batch_name(request)):
             return self._hand_out(slot, request, cpu)
-        except Exception as error:
-            raise worker_error(self.reader.path, batch_name(request), error) from error
 
     def _hand_out(self, slot: _Slot, request: Request, cpu: float) -> _Job:
         if slot.copied:
@@ -298,8 +254,9 @@ class NativeEngine(Engine):
                     raise
                 with self._lock:
                     job.bad.append((position, error))
-            except Exception as error:
-                raise worker_error(self.reader.path, f"sample {job.request.index[position]}", error) from error
+            except Exception:
+                with at_work_on(self.reader.path, f"sample {job.request.index[position]}"):
+                    raise
         with self._lock:
             self.stats.samples += high - low
             self.stats.host_cpu_s += time.thread_time() - cpu
@@ -318,12 +275,8 @@ class NativeEngine(Engine):
             crop_resize_host(source, boxes[position], spec, views, position)
 
     def _decode(self, sample: int) -> np.ndarray:
-        try:
+        with at_work_on(self.reader.path, f"sample {sample}"):
             return self.reader.decode(sample)
-        except (JpegError, BetonError):
-            raise
-        except Exception as error:
-            raise worker_error(self.reader.path, f"sample {sample}", error) from error
 
     def _scratch_for(self, height: int, width: int) -> np.ndarray:
         """This thread's decode memory, shaped (height, width, 3)."""

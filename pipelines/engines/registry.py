@@ -12,12 +12,9 @@ import torch
 from fastssl.errors import FastSSLError, counted
 from fastssl.pipelines.beton.format import MODE_RAW
 from fastssl.pipelines.beton.reader import BetonReader
-from fastssl.pipelines.engines.base import Engine
+from fastssl.pipelines.engines.base import Engine, EngineSettings
 from fastssl.pipelines.engines.native import NativeEngine
 from fastssl.pipelines.plan.draw import ViewSpec
-from fastssl.utils.deadline import STALL_MINUTES
-
-PIPELINES = ("auto", "native", "dali", "ffcv")
 
 #: DALI's mean difference to the other engines grows as views shrink: 0.2 grey levels at 32 px, 0.4 at 16, 1.0 at 8.
 _DALI_SMALLEST = 16
@@ -120,63 +117,25 @@ def require_engine(name: str, reader: BetonReader, specs: Sequence[ViewSpec]) ->
             )
 
 
-def open_engine(
-    name: str,
-    reader: BetonReader,
-    specs: Sequence[ViewSpec],
-    *,
-    device: torch.device,
-    batch_size: int,
-    workers: int | None = None,
-    crops: str = "auto",
-    on_bad: str = "fail",
-    hardware_load: float | None = None,
-    stall_minutes: float = STALL_MINUTES,
-) -> Engine:
-    """Open an engine by name.
-
-    Args:
-        name: one of PIPELINES.
-        reader, specs, device, workers, on_bad: as the engines take them.
-        batch_size: most samples of a request.
-        crops: where `native` cuts views: ``host``, ``device`` or ``auto``; the other engines have one way only.
-        hardware_load: for `dali` on a GPU, the share of the pictures that its JPEG unit decodes (0 .. 1); None: 0.65.
-        stall_minutes: see ``ViewLoader``.
+def open_engine(reader: BetonReader, specs: Sequence[ViewSpec], settings: EngineSettings) -> Engine:
+    """Open the engine that ``settings`` name.
 
     Raises:
         FastSSLError: as `require_engine`, or an option that the engine does not have.
     """
-    if name == "auto":
-        name, _ = choose_engine(device)
-    if hardware_load is not None:
+    device, load = settings.device, settings.hardware_load
+    name = choose_engine(device)[0] if settings.pipeline == "auto" else settings.pipeline
+    if load is not None:
         if name != "dali" or device.type != "cuda":
             raise FastSSLError(
-                f"hardware_load={hardware_load!r} is a choice of the dali engine on a GPU; here it is {name} "
-                f"on {device.type}"
+                f"hardware_load={load!r} is a choice of the dali engine on a GPU; here it is {name} on {device.type}"
             )
-        if not 0 <= hardware_load <= 1:
-            raise FastSSLError(f"hardware_load is a share, 0 .. 1, not {hardware_load!r}")
+        if not 0 <= load <= 1:
+            raise FastSSLError(f"hardware_load is a share, 0 .. 1, not {load!r}")
     if name == "native":
-        if crops == "auto":
-            crops = "device" if device.type == "cuda" else "host"
-        return NativeEngine(
-            reader, specs, device=device, workers=workers, crops=crops, on_bad=on_bad, stall_minutes=stall_minutes
-        )
-    if crops != "auto":
-        raise FastSSLError(f"crops={crops!r} is a choice of the native engine; {name} has one way to crop")
+        return NativeEngine(reader, specs, settings)
+    if settings.crops != "auto":
+        raise FastSSLError(f"crops={settings.crops!r} is a choice of the native engine; {name} has one way to crop")
     require_engine(name, reader, specs)
-    common = {
-        "device": device,
-        "batch_size": batch_size,
-        "workers": workers,
-        "on_bad": on_bad,
-        "stall_minutes": stall_minutes,
-    }
-    if name == "dali":
-        from fastssl.pipelines.engines.dali import DaliEngine
-
-        load = {} if hardware_load is None else {"hardware_load": hardware_load}
-        return DaliEngine(reader, specs, **common, **load)
-    from fastssl.pipelines.engines.ffcv import FfcvEngine
-
-    return FfcvEngine(reader, specs, **common)
+    module = importlib.import_module(f"fastssl.pipelines.engines.{name}")
+    return getattr(module, f"{name.capitalize()}Engine")(reader, specs, settings)

@@ -21,6 +21,7 @@ slot    words
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from itertools import permutations
 from typing import Annotated, Literal
 
@@ -200,6 +201,18 @@ def draw_plan(
         _ORDERS,
     )
     return plan
+
+
+def draw_plans(
+    specs: Iterable[ViewSpec], seed: int, epoch: int, sample_ids: ArrayLike, heights: ArrayLike, widths: ArrayLike
+) -> list[NDArray[np.void]]:
+    """``draw_plan`` of each group of a multi-crop, one (count, B) array each; their views are numbered through."""
+    plans, first_view = [], 0
+    for spec in specs:
+        sizes = {"sample_ids": sample_ids, "heights": heights, "widths": widths}
+        plans.append(draw_plan(spec, first_view=first_view, seed=seed, epoch=epoch, **sizes))
+        first_view += spec.count
+    return plans
 
 
 def factor_range(spec: ViewSpec, name: str) -> tuple[float, float, float]:

@@ -18,7 +18,7 @@ from fastssl.benchmarks.harness.windows import WARM_BATCHES, Window, measure_win
 from fastssl.benchmarks.suites.loader import BareLoop, DecodeEngine, open_loader, requests_of, run
 from fastssl.config.recipe import load_recipe
 from fastssl.pipelines.beton.reader import BetonReader
-from fastssl.pipelines.engines.base import EngineStats
+from fastssl.pipelines.engines.base import EngineSettings, EngineStats
 from fastssl.pipelines.plan.draw import ViewSpec
 
 CPU = torch.device("cpu")
@@ -175,7 +175,7 @@ def test_the_decode_engine_decodes_and_renders_nothing(beton: Path) -> None:
         BetonReader(beton) as reader,
         open_loader(reader, [ViewSpec(size=16)], 8, CPU, workers=2, crops="device") as loader,
     ):
-        engine = DecodeEngine(reader, loader.views, device=CPU, workers=2, crops="device")
+        engine = DecodeEngine(reader, loader.views, EngineSettings(CPU, 8, workers=2, crops="device"))
         run_ = engine.run(requests_of(loader))
         rendered = next(run_)
         # What lies in the ring is the decoded batch, packed: the work that is being timed was done.

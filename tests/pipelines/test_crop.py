@@ -16,7 +16,7 @@ from sklearn.datasets import load_sample_images
 from fastssl.benchmarks.studies.torchvision_views import pillow_crop, torchvision_crop
 from fastssl.pipelines.ops import crop
 from fastssl.pipelines.ops.crop import boxes_of, crop_resize_device, crop_resize_host, filter_matrices, plan_chunks
-from fastssl.pipelines.plan.draw import VIEW_DTYPE, ViewSpec, draw_plan
+from fastssl.pipelines.plan.draw import VIEW_DTYPE, ViewSpec, draw_plan, draw_plans
 
 SIZES = [
     (427, 640),
@@ -55,21 +55,7 @@ def pack(pictures: list[np.ndarray], slack: int = 0) -> tuple[torch.Tensor, np.n
 
 
 def plans_for(specs: list[ViewSpec], heights: np.ndarray, widths: np.ndarray, seed: int = 0) -> list[np.ndarray]:
-    plans, first = [], 0
-    for spec in specs:
-        plans.append(
-            draw_plan(
-                spec,
-                first_view=first,
-                seed=seed,
-                epoch=0,
-                sample_ids=np.arange(len(heights)),
-                heights=heights,
-                widths=widths,
-            )
-        )
-        first += spec.count
-    return plans
+    return draw_plans(specs, seed, 0, np.arange(len(heights)), heights, widths)
 
 
 def host(picture: np.ndarray, record: np.void, spec: ViewSpec) -> np.ndarray:

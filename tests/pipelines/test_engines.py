@@ -15,7 +15,7 @@ from conftest import make_photo, need_engine
 
 from fastssl.pipelines import BetonReader, BetonWriter, FastSSLError, JpegError, ViewLoader, ViewSpec
 from fastssl.pipelines.beton.format import MODE_RAW
-from fastssl.pipelines.engines.base import thread_initializer
+from fastssl.pipelines.engines.base import EngineSettings, thread_initializer
 from fastssl.pipelines.engines.registry import choose_engine, engine_state
 
 pytestmark = pytest.mark.engines
@@ -289,6 +289,7 @@ def test_what_dali_gets_back_was_copied_before(beton: Path, monkeypatch: pytest.
             self.as_tensor = lambda: source
 
     stream, current, used = Stream(), object(), []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: stream)
     monkeypatch.setattr(torch.cuda, "stream", lambda entered: nullcontext(entered))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
@@ -296,7 +297,7 @@ def test_what_dali_gets_back_was_copied_before(beton: Path, monkeypatch: pytest.
     specs = [ViewSpec(size=8), ViewSpec(size=8, count=2)]
     sources = [torch.full((4, 8, 8, 3), number, dtype=torch.uint8) for number in (1, 2, 3)]
     with BetonReader(beton) as reader:
-        engine = DaliEngine(reader, specs, device=torch.device("cuda", 0), batch_size=4, workers=1)
+        engine = DaliEngine(reader, specs, EngineSettings(torch.device("cuda", 0), 4, workers=1))
         groups = engine._views(tuple(map(Output, sources)))
         engine.close()
     assert stream.waited == 1 and used == [(group.data_ptr(), current) for group in groups]

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import io
 import math
-import queue
 import threading
 import time
 import warnings
@@ -137,10 +136,10 @@ def warn_under_a_display() -> None:
     shown = io.StringIO()
     with RunProgress(Console(file=shown, force_terminal=True, width=300)):
         with pytest.raises(Stalled):
-            Patience("photos.beton", 0.2 / 60).take(queue.Queue(), lambda: "at the batch [red]")
+            Patience("photos.beton", 0.2 / 60).result(Future(), lambda: "at the batch [red]")
         stall.WARN_SECONDS = 0.05
         with pytest.raises(Stalled):
-            Patience("photos.beton", 0.2 / 60).take(queue.Queue(), lambda: "at the batch [red]")
+            Patience("photos.beton", 0.2 / 60).result(Future(), lambda: "at the batch [red]")
     assert (
         shown.getvalue().count(
             "nothing was read for 0 s, at the batch [red]: the disk or network file system does not answer"
@@ -191,18 +190,24 @@ def test_a_time_out_of_the_work_itself_is_no_stall() -> None:
     failed.set_exception(TimeoutError("the server's"))
     with pytest.raises(TimeoutError, match="the server's"):
         patience.result(failed, str)
-    full: queue.Queue = queue.Queue()
-    full.put(3)
-    assert patience.take(full, str) == 3 and not patience.given_up
+    assert not patience.given_up
 
 
-def test_one_who_leaves_waits_for_what_runs_and_not_for_what_was_cancelled() -> None:
+def test_one_who_leaves_waits_for_what_runs_and_cancels_what_has_not_begun() -> None:
     patience, gate = Patience("x.beton"), threading.Event()
     with ThreadPoolExecutor(1) as pool:
         running, waiting = pool.submit(gate.wait), pool.submit(gate.wait)
-        waiting.cancel()
         threading.Timer(0.2, gate.set).start()
-        assert patience.settled([running, waiting]) and running.done() and not patience.given_up
+        assert patience.settled([running, waiting]) and running.done() and waiting.cancelled()
+    assert not patience.given_up
+
+
+def test_a_long_list_is_taken_in_a_thread_of_its_own_in_order() -> None:
+    source = ((number, threading.current_thread()) for number in range(250))
+    numbers, takers = zip(*Patience("x").each(source, str))
+    assert numbers == tuple(range(250)) and len(set(takers)) == 1 and threading.main_thread() not in takers
+    with pytest.raises(ZeroDivisionError):
+        list(Patience("x").each((1 // (200 - number) for number in range(250)), str))
 
 
 def command_on_a_dead_disk(beton: Path, out: Path) -> None:

@@ -9,11 +9,8 @@ import math
 import os
 import signal
 import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -31,10 +28,10 @@ from fastssl.pipelines.convert.options import ConvertOptions
 from fastssl.pipelines.convert.sources import Listing
 from fastssl.pipelines.ops import jpeg
 from fastssl.utils import deadline as stall
-from fastssl.utils.deadline import Patience, Step
+from fastssl.utils.deadline import Patience
 
 #: Seconds for which nothing is waited longer, in minutes.
-SHORT = 0.1 / 60
+SHORT = 1 / 60
 
 
 @pytest.fixture(autouse=True)
@@ -61,64 +58,16 @@ def whole(photos: Path) -> Path:
     return photos.parent / "whole.beton"
 
 
-class DeadDisk:
-    """Calls of a function for which ``dead`` is true wait until ``answer`` is set.
+def hang(owner: object, name: str, dead: Callable[..., bool]) -> None:
+    """Calls of a function for which ``dead`` is true do not return, as from a disk that does not answer."""
+    real = getattr(owner, name)
 
-    The clock of those who wait for it stands still until then, or until the work has come to ``words``, however long a
-    busy machine takes to get there.
-    """
+    def waiting(*args: object, **options: object) -> object:
+        if dead(*args):
+            threading.Event().wait()
+        return real(*args, **options)
 
-    def __init__(
-        self,
-        monkeypatch: pytest.MonkeyPatch,
-        owner: object,
-        name: str,
-        dead: Callable[..., bool],
-        words: str | None = None,
-    ):
-        self.answer = threading.Event()
-        self._words, self._began = words, None
-        real, watch = getattr(owner, name), Patience.watch
-
-        def waiting(*args: object, **options: object) -> object:
-            if dead(*args) and not self.answer.is_set():
-                if words is None:
-                    self._began = time.monotonic()
-                self.answer.wait()
-            return real(*args, **options)
-
-        clock = SimpleNamespace(
-            monotonic=self._monotonic, time=time.time, strftime=time.strftime, localtime=time.localtime
-        )
-        monkeypatch.setattr(owner, name, waiting)
-        monkeypatch.setattr(
-            Patience, "watch", lambda patience, work: watch(patience, lambda step: work(self._noticed(step)))
-        )
-        monkeypatch.setattr(stall, "time", clock)
-
-    def _noticed(self, step: Step) -> Step:
-        def noticed(what: Callable[[], str]) -> None:
-            step(what)
-            if self._words is not None and self._words in what():
-                self._began = time.monotonic()
-
-        return noticed
-
-    def _monotonic(self) -> float:
-        return 0.0 if self._began is None else time.monotonic() - self._began
-
-
-@contextmanager
-def answered_at_last(disk: DeadDisk) -> Iterator[None]:
-    """Behind the block no thread that began in it is left."""
-    before = set(threading.enumerate())
-    try:
-        yield
-    finally:
-        disk.answer.set()
-    for thread in set(threading.enumerate()) - before:
-        thread.join(60)
-        assert not thread.is_alive()
+    setattr(owner, name, waiting)
 
 
 def everything(folder: Path) -> dict[str, bytes]:
@@ -126,73 +75,82 @@ def everything(folder: Path) -> dict[str, bytes]:
 
 
 NOTHING = (
-    r"nothing was {} for 0\.1 s, since \d\d:\d\d:\d\d, {}: the disk or network file system does not answer; see .* "
-    r"give the same command again"
+    r"nothing was {} for 1 s, since \d\d:\d\d:\d\d, {}: the disk or network file system does not answer; see .* give "
+    r"the same command again"
 )
 
 
+def stalled_conversion(where: str, photos: Path, dst: Path) -> None:
+    convert_module.CHECKPOINT_SECONDS = 0.0
+    if where == "the listing":
+        hang(os, "scandir", lambda path=".": path == photos)
+        words = "while photos were listed, at the first of them"
+    elif where == "a photo":
+        hang(Listing, "read", lambda listing, i: listing.names[i] == "class1/3.jpg")
+        words = "at class1/3.jpg"
+    else:
+        hang(BetonWriter, "sync", lambda writer: True)
+        words = "while whole.beton.partial was written"
+    with pytest.raises(Stalled, match=rf"^{photos}: {NOTHING.format('read or written', words)}$"):
+        convert(photos, dst, ConvertOptions(workers=2, stall_minutes=SHORT))
+    assert stall.threads_given_up() and not dst.exists()
+
+
+@pytest.mark.timed
 @pytest.mark.parametrize("where", ["the listing", "a photo", "the result"])
-def test_a_conversion(where: str, photos: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It ends with the name of what does not answer, and the next one makes of the photos what an undisturbed one
-    makes.
+def test_a_conversion(where: str, photos: Path, whole: Path, tmp_path: Path) -> None:
+    """It ends with the name of what does not answer, and the next one, in a new process, makes of the photos what an
+    undisturbed one makes.
     """
     dst = tmp_path / "whole.beton"
-    monkeypatch.setattr(convert_module, "CHECKPOINT_SECONDS", 0.0)
-    if where == "the listing":
-        disk, words = (
-            DeadDisk(monkeypatch, os, "scandir", lambda path=".": path == photos),
-            "while photos were listed, at the folder itself",
-        )
-    elif where == "a photo":
-        words = "at class1/3.jpg"
-        disk = DeadDisk(monkeypatch, Listing, "read", lambda listing, i: listing.names[i] == "class1/3.jpg", words)
-    else:
-        disk, words = (
-            DeadDisk(monkeypatch, BetonWriter, "sync", lambda writer: True),
-            "while whole.beton.partial was written",
-        )
-    with answered_at_last(disk):
-        with pytest.raises(Stalled, match=rf"^{photos}: {NOTHING.format('read or written', words)}$"):
-            convert(photos, dst, ConvertOptions(workers=2, stall_minutes=SHORT))
-        assert stall.threads_given_up() and not dst.exists()
-    summary = convert(photos, dst)
-    # The four photos before the dead one; and the one whose writing did not end until the disk was there again.
-    assert summary.resumed == {"the listing": 0, "a photo": 4, "the result": 1}[where]
+    ended = in_child(stalled_conversion, where, photos, dst)
+    assert ended.status == 0, ended
+    # Of six photos the four before the dead one; none where no line of the journal has come to the disk.
+    assert convert(photos, dst).resumed == {"the listing": 0, "a photo": 4, "the result": 0}[where]
     assert everything(tmp_path) == {
         name: (whole.parent / name).read_bytes() for name in ("whole.beton", "whole.beton.json")
     }
 
 
-@pytest.mark.parametrize("where", ["the tables", "a sample"])
-def test_a_check(where: str, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def stalled_check(where: str, whole: Path) -> None:
     if where == "the tables":
-        disk, words = DeadDisk(monkeypatch, OpenFile, "read_into", lambda *args: True), "at its tables"
+        hang(OpenFile, "read_into", lambda *args: True)
+        words = "at its tables"
     else:
+        hang(BetonReader, "encoded", lambda reader, sample: sample == 3)
         words = "at samples 0 to 5"
-        disk = DeadDisk(monkeypatch, BetonReader, "encoded", lambda reader, sample: sample == 3, words)
-    with answered_at_last(disk):
-        with pytest.raises(Stalled, match=rf"^{whole}: {NOTHING.format('read', words)}$"):
-            verify(whole, workers=2, stall_minutes=SHORT)
-        assert stall.threads_given_up()
-    assert verify(whole).ok
+    with pytest.raises(Stalled, match=rf"^{whole}: {NOTHING.format('read', words)}$"):
+        verify(whole, workers=2, stall_minutes=SHORT)
+    assert stall.threads_given_up()
 
 
-def test_a_warning_comes_first(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And what a stranger has called a photo does nothing to the terminal."""
-    monkeypatch.setattr(stall, "WARN_SECONDS", 0.05)
-    disk = DeadDisk(monkeypatch, Listing, "read", lambda listing, i: True, "at ")
-    source = tmp_path / "photos"
-    source.mkdir()
-    (source / "\x1b[2J.jpg").write_bytes((photos / "class0" / "0.jpg").read_bytes())
+@pytest.mark.timed
+@pytest.mark.parametrize("where", ["the tables", "a sample"])
+def test_a_check(where: str, whole: Path) -> None:
+    ended = in_child(stalled_check, where, whole)
+    assert ended.status == 0, ended
+
+
+def warned_conversion(source: Path, dst: Path) -> None:
+    stall.WARN_SECONDS = 0.5
+    hang(Listing, "read", lambda listing, i: True)
     with (
-        answered_at_last(disk),
         pytest.warns(
             UserWarning,
             match=r"photos: nothing was read or written for 0 s, at \\x1b\[2J.jpg: the disk .*; an error in 0 min",
         ),
         pytest.raises(Stalled),
     ):
-        convert(source, tmp_path / "out.beton", ConvertOptions(stall_minutes=SHORT))
+        convert(source, dst, ConvertOptions(stall_minutes=SHORT))
+
+
+def test_a_warning_comes_first(photos: Path, tmp_path: Path) -> None:
+    """And what a stranger has called a photo does nothing to the terminal."""
+    source = tmp_path / "photos"
+    source.mkdir()
+    (source / "\x1b[2J.jpg").write_bytes((photos / "class0" / "0.jpg").read_bytes())
+    ended = in_child(warned_conversion, source, tmp_path / "out.beton")
+    assert ended.status == 0, ended
 
 
 @pytest.mark.parametrize("value", [0, math.nan, "10"])
@@ -224,23 +182,25 @@ def test_the_command_ends_although_threads_hang(command: str, photos: Path, whol
     ended = in_child(command_on_a_dead_disk, command, *arguments)
     assert ended.status == 1 and ended.signal is None, ended
     deed = "read" if command == "verify" else "read or written"
-    assert ended.output.splitlines()[-1].startswith(f"fastssl: {arguments[0]}: nothing was {deed} for 0.1 s"), ended
+    assert ended.output.splitlines()[-1].startswith(f"fastssl: {arguments[0]}: nothing was {deed} for 1 s"), ended
 
 
 def test_ctrl_c_stops_the_work_and_keeps_what_is_done(
     photos: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    dst, left = tmp_path / "whole.beton", threading.Event()
+    dst, pressed, left = tmp_path / "whole.beton", threading.Event(), threading.Event()
     read, settled = Listing.read, Patience.settled
 
     def interrupting(listing: Listing, i: int) -> bytes:
         if listing.names[i] == "class1/3.jpg" and not left.is_set():
+            pressed.set()
             _thread.interrupt_main()
             assert left.wait(60)
         return read(listing, i)
 
     def leaving(patience: Patience, futures: list) -> bool:
-        left.set()
+        if pressed.is_set():
+            left.set()
         return settled(patience, futures)
 
     monkeypatch.setattr(Listing, "read", interrupting)
