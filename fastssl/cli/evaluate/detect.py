@@ -162,7 +162,6 @@ def detect(
     from fastssl.distributed.devices import use_amp
     from fastssl.distributed.world import first_of_host_speaks
     from fastssl.evaluate.detection.average_precision import require_pycocotools
-    from fastssl.evaluate.detection.fingerprint import annotations_fingerprint
     from fastssl.evaluate.detection.model import DetectorConfig
     from fastssl.evaluate.detection.protocol import detection_figures
     from fastssl.evaluate.detection.schedule import iterations_of
@@ -208,7 +207,7 @@ def detect(
         # bit from machine to machine.
         resumed = {
             "backbone_weights": None if from_scratch else session.weights,
-            "train_annotations": annotations_fingerprint(train),
+            "train_annotations": train.fingerprint(),
         }
         for reason, count in train.left_out.items():
             if count and session.is_main:
