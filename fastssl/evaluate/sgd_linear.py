@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fastssl.distributed.collectives import all_reduce_mean, all_reduce_sum, average_gradients
-from fastssl.evaluate.features import wilson_interval
+from fastssl.evaluate.features import accuracies
 from fastssl.evaluate.protocols import LinearProtocol, Trial
 from fastssl.optim.optimizers import LARS
 
@@ -199,14 +199,7 @@ def summary(curves: Curves, grid: list[Trial], classes: int, *, choose_on: str =
 
     def figures(epoch: int, trial: int) -> dict[str, Any]:
         top1, top5 = (int(count) for count in curves.right["val"][epoch, :, trial])
-        total = curves.totals["val"]
-        found: dict[str, Any] = {"accuracy": 100 * top1 / total, "confidence": wilson_interval(top1, total)}
-        known = classes > 5
-        return {
-            **found,
-            "top5_accuracy": 100 * top5 / total if known else None,
-            "top5_confidence": wilson_interval(top5, total) if known else None,
-        }
+        return accuracies(top1, top5, curves.totals["val"], classes)
 
     def with_prefix(prefix: str, values: dict[str, Any]) -> dict[str, Any]:
         return {f"{prefix}_{name}": value for name, value in values.items()}
