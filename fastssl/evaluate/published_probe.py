@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -49,16 +49,12 @@ class ProbeOptions:
 
     epochs: int | None = None
     batch_size: int | None = None
-    choose_on: str = "val"
+    choose_on: Literal["val", "held_out"] = "val"
     cached_epochs: int = 0
     size: int = 224
     crop: float = EVALUATION_CROP
     seed: int = 0
     workers: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.choose_on not in ("val", "held_out"):
-            raise ProbeError(f"choose_on={self.choose_on!r} is neither val nor held_out")
 
 
 def published_probe(

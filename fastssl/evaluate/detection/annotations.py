@@ -218,8 +218,7 @@ def detection_set(
 
 
 def _detection_set(document: Any, folder: Path, name: str, masks: bool) -> DetectionSet:
-    categories = {row["id"]: str(row.get("name", row["id"])) for row in document["categories"]}
-    categories = dict(sorted(categories.items()))
+    categories = dict(sorted((row["id"], str(row.get("name", row["id"]))) for row in document["categories"]))
     images = {row["id"]: row for row in document["images"]}
     _require_once("categories", (row["id"] for row in document["categories"]))
     _require_once("images", (row["id"] for row in document["images"]))
@@ -234,6 +233,7 @@ def _detection_set(document: Any, folder: Path, name: str, masks: bool) -> Detec
         if row["category_id"] not in labels:
             raise DetectionError(f"{place}: category_id {row['category_id']} is not in 'categories'")
         image = images[row["image_id"]]
+        difficult = row.pop("difficult", False)
         segmentation = _drawable(row.pop("segmentation", None), image, place)
         if segmentation is not None:
             row["segmentation"] = segmentation
@@ -243,7 +243,7 @@ def _detection_set(document: Any, folder: Path, name: str, masks: bool) -> Detec
             row["area"] = max(0, row["bbox"][2]) * max(0, row["bbox"][3])
         box = _inside(row["bbox"], image)
         # VOC's difficult objects are learned from, as everywhere, but cost nothing when they are missed.
-        if row["iscrowd"] and not row.pop("difficult", False):
+        if row["iscrowd"] and not difficult:
             left_out["crowd"] += 1
         elif box is None:
             left_out["degenerate"] += 1
@@ -251,7 +251,6 @@ def _detection_set(document: Any, folder: Path, name: str, masks: bool) -> Detec
             left_out["without_mask"] += 1
         else:
             kept[row["image_id"]].append((box, labels[row["category_id"]], segmentation))
-        row.pop("difficult", None)
     if not any(kept.values()):
         if left_out.get("without_mask"):
             raise DetectionError(
