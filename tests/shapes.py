@@ -93,8 +93,8 @@ def make_voc(folder: Path, shapes: tuple[Path, Path]) -> Path:
                 left, top, width, height = row["bbox"]
                 sides = {"xmin": left + 1, "ymin": top + 1, "xmax": left + width, "ymax": top + height}
                 box = "".join(f"<{side}>{round(value)}</{side}>" for side, value in sides.items())
-                name = f"<name>{CATEGORIES[row['category_id']]}</name>"
-                objects += f"<object>{name}<difficult>0</difficult><bndbox>{box}</bndbox></object>"
+                label = f"<name>{CATEGORIES[row['category_id']]}</name>"
+                objects += f"<object>{label}<difficult>0</difficult><bndbox>{box}</bndbox></object>"
         size = f"<size><width>{image['width']}</width><height>{image['height']}</height><depth>3</depth></size>"
         (voc / "Annotations" / f"{name}.xml").write_text(f"<annotation>{size}{objects}</annotation>")
     (voc / "ImageSets/Main/trainval.txt").write_text("\n".join(names[:-2]) + "\n")

@@ -146,10 +146,11 @@ def quiet() -> bool:
     return _quiet
 
 
-def finite(ctx: click.Context, param: click.Parameter, value: float) -> float:
-    """For float options: NaN passes every comparison of a range."""
-    if not math.isfinite(value):
-        raise click.BadParameter(f"{value} is not a number to work with", ctx, param)
+def finite(ctx: click.Context, param: click.Parameter, value: Any) -> Any:
+    """For float options, also such that may be left out or repeated: NaN passes every comparison of a range."""
+    for one in value if isinstance(value, tuple) else (value,):
+        if one is not None and not math.isfinite(one):
+            raise click.BadParameter(f"{one} is not a number to work with", ctx, param)
     return value
 
 

@@ -57,25 +57,10 @@ def effective_rank(features: Tensor) -> Tensor:
     return torch.where(finite, rank, torch.full_like(rank, torch.nan))
 
 
-def alignment(first: Tensor, second: Tensor) -> Tensor:
-    """Mean squared distance of two views of the same photos on the unit sphere: 0 means equal, 2 unrelated.
-
-    Wang & Isola, "Understanding contrastive representation learning through alignment and uniformity", ICML 2020,
-    with alpha = 2.
-
-    Args:
-        first, second: (N, D) floating point, row n of both from photo n, any scale.
-
-    Returns:
-        () float32.
-    """
-    first = functional.normalize(first.detach().float(), dim=1)
-    second = functional.normalize(second.detach().float(), dim=1)
-    return (first - second).square().sum(dim=1).mean()
-
-
 def uniformity(features: Tensor, t: float = 2.0) -> Tensor:
-    """log of the mean of exp(-t |x - y|^2) over all pairs of different rows, on the unit sphere (Wang & Isola 2020).
+    """log of the mean of exp(-t |x - y|^2) over all pairs of different rows, on the unit sphere.
+
+    Wang & Isola, "Understanding contrastive representation learning through alignment and uniformity", ICML 2020.
 
     0: collapsed to one point; about -2 t for features spread evenly in many dimensions (-4 for t = 2), and a little
     lower at best for few rows.

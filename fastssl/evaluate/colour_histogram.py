@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,25 +24,16 @@ BINS = 8
 SIZE = 64
 
 
-def colour_histogram_features(
-    data: BetonReader | str | Path,
-    *,
-    indices: np.ndarray | None = None,
-    batch_size: int = 256,
-    workers: int | None = None,
-    crop: float = EVALUATION_CROP,
-    on_bad: str = "fail",
-) -> Features:
+def colour_histogram_features(data: BetonReader | str | Path, *, crop: float = EVALUATION_CROP, **how: Any) -> Features:
     """For every photo the square root of each colour's share of the pixels: 512 values from 0 to 1, whose squares sum
     to 1.
 
     The pixels are those of the view that a network is evaluated on, at 64x64. With the root the cosine of two rows is
     the Bhattacharyya coefficient of their histograms, so a small patch of a telling colour counts beside a large
-    background. For the arguments see ``extract_features``.
+    background. ``how``: as of ``collect``.
     """
     spec = replace(ViewSpec.evaluation(SIZE, crop=crop), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
-    cpu = torch.device("cpu")
-    return collect(histograms, data, spec, indices, batch_size, device=cpu, workers=workers, on_bad=on_bad)
+    return collect(histograms, data, spec, **how)
 
 
 def histograms(views: Tensor) -> Tensor:

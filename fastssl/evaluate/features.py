@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,10 +19,20 @@ from fastssl.pipelines.loader import ViewLoader
 from fastssl.pipelines.plan.draw import ViewSpec
 from fastssl.pipelines.plan.order import epoch_order
 
+#: (what is counted, how many, [of what]) -> a block with a function to be told how many are done:
+#: ``fastssl.cli.common.progress_bar`` is one.
+Bar = Callable[..., AbstractContextManager[Callable[[int], None]]]
+
 #: Side of the centre crop relative to the short side: the field's 224 of 256.
 EVALUATION_CROP = 0.875
 #: Pixels along each side of it, where nothing is known of the run.
 EVALUATION_SIZE = 224
+
+
+@contextmanager
+def silent(label: str, total: int, unit: str = "images") -> Iterator[Callable[[int], None]]:
+    """A bar that shows nothing."""
+    yield lambda done: None
 
 
 class ProbeError(FastSSLError):
@@ -59,15 +71,11 @@ def extract_features(
     data: BetonReader | str | Path,
     *,
     size: int,
-    indices: np.ndarray | None = None,
-    batch_size: int = 256,
     device: str | torch.device = "cpu",
-    workers: int | None = None,
     amp: bool = False,
     crop: float = EVALUATION_CROP,
     interpolation: str = "bilinear",
-    on_bad: str = "fail",
-    progress: Callable[[int], None] | None = None,
+    **how: Any,
 ) -> Features:
     """Run ``backbone`` in evaluation mode over the centre crops of ``data``, without gradient.
 
@@ -76,31 +84,33 @@ def extract_features(
             ``device``; each module's training flag is put back afterwards.
         data: a ``.beton`` file or an open reader (which stays open).
         size: S, in pixels.
-        indices: only these sample ids, in this order; default: all.
         device: where the backbone runs.
-        workers: decoding threads.
         amp: bfloat16 autocast.
         crop: side of the centre square relative to the photo's short side.
         interpolation: of the resize, ``bilinear`` or ``bicubic``.
-        on_bad: ``fail``, or ``skip``: damaged photos are left out of the result.
-        progress: called with the number of photos done, after each batch.
+        how: ``indices``, ``batch_size``, ``workers``, ``on_bad`` and ``progress``, see ``collect``.
 
     Raises:
         FastSSLError: a damaged photo with ``on_bad="fail"``, or indices outside the file.
     """
     device = torch.device(device)
-    flags = [(module, module.training) for module in backbone.modules()]
-    backbone.eval()
+
+    def forward(images: Tensor) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+            return backbone(images)
+
+    spec = replace(ViewSpec.evaluation(size, crop=crop), interpolation=interpolation)
+    with evaluating(backbone):
+        return collect(forward, data, spec, device=device, **how)
+
+
+@contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside the block; each module's own flag is put back behind it."""
+    flags = [(module, module.training) for module in network.modules()]
+    network.eval()
     try:
-
-        def forward(images: Tensor) -> Tensor:
-            with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-                return backbone(images)
-
-        spec = replace(ViewSpec.evaluation(size, crop=crop), interpolation=interpolation)
-        return collect(
-            forward, data, spec, indices, batch_size, device=device, workers=workers, on_bad=on_bad, progress=progress
-        )
+        yield
     finally:
         for module, training in flags:
             module.training = training
@@ -129,15 +139,22 @@ def collect(
     function: Callable[[Tensor], Tensor],
     data: BetonReader | str | Path,
     spec: ViewSpec,
-    indices: np.ndarray | None,
-    batch_size: int,
     *,
-    device: torch.device,
-    workers: int | None,
-    on_bad: str,
+    indices: np.ndarray | None = None,
+    batch_size: int = 256,
+    device: torch.device = torch.device("cpu"),  # noqa: B008 (cannot be changed)
+    workers: int | None = None,
+    on_bad: str = "fail",
     progress: Callable[[int], None] | None = None,
 ) -> Features:
-    """Apply ``function`` (B, 3, S, S) -> (B, F) to the one view ``spec`` of every sample, in stored order."""
+    """Apply ``function`` (B, 3, S, S) -> (B, F) to the one view ``spec`` of every sample.
+
+    Args:
+        indices: only these sample ids, in this order; default: all, in stored order.
+        workers: decoding threads.
+        on_bad: ``fail``, or ``skip``: damaged photos are left out of the result.
+        progress: called with the number of photos done, after each batch.
+    """
     # no_grad and not inference_mode: the tensors may later stand in a computation with gradient.
     with ViewLoader(
         data,
@@ -239,6 +256,19 @@ def wilson_interval(correct: int, total: int, z: float = 1.96) -> tuple[float, f
     half = z * (share * (1 - share) / total + z * z / (4 * total * total)) ** 0.5
     scale = 1 + z * z / total
     return 100 * max(0.0, (centre - half) / scale), 100 * min(1.0, (centre + half) / scale)
+
+
+def accuracies(top1: int, top5: int, total: int, classes: int) -> dict[str, Any]:
+    """``accuracy`` and ``top5_accuracy`` in percent, each with its interval; top-5 is None where there are no more than
+    five classes, of which it would say nothing.
+    """
+    tells = classes > 5
+    return {
+        "accuracy": 100 * top1 / total,
+        "confidence": wilson_interval(top1, total),
+        "top5_accuracy": 100 * top5 / total if tells else None,
+        "top5_confidence": wilson_interval(top5, total) if tells else None,
+    }
 
 
 def check_probe_input(train: Features, val: Features) -> None:

@@ -15,6 +15,7 @@ listing the source again that it was made from.
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -97,6 +98,13 @@ class ListedPhoto:
     name: str | None = None
 
 
+#: POSITION, POSITION,CLASS NUMBER,CLASS,NAME or NAME. "12" may be a file's name, but a photo has an extension.
+_LINE = re.compile(
+    r"(?P<position>[0-9]{1,18})(\s*,\s*(?P<label>[0-9]{1,18})\s*,\s*(?P<class_name>[^,]*[^,\s])\s*,\s*(?P<name>[^,]+))?"
+    r"|(?P<alone>[^,]+)"
+)
+
+
 def read_list(path: str | Path) -> list[ListedPhoto]:
     """The photos of a list, in its order; empty lines are passed over.
 
@@ -113,11 +121,12 @@ def read_list(path: str | Path) -> list[ListedPhoto]:
         raise ProbeError(f"{path}: not a list of photos, one a line ({error})") from None
     photos: list[ListedPhoto] = []
     for number, text in enumerate(lines, 1):
-        fields = [field.strip() for field in text.strip().split(",")]
-        if fields == [""]:
+        if not text.strip():
             continue
-        photo = _listed(number, fields)
-        if photo is None or (
+        if said := _LINE.fullmatch(text.strip()):
+            position, label = (None if said[part] is None else int(said[part]) for part in ("position", "label"))
+            photo = ListedPhoto(number, position, label, said["class_name"], said["name"] or said["alone"])
+        if not said or (
             photos
             and (photo.position is None, photo.name is None) != (photos[0].position is None, photos[0].name is None)
         ):
@@ -130,21 +139,6 @@ def read_list(path: str | Path) -> list[ListedPhoto]:
     if not photos:
         raise ProbeError(f"{path}: the list names no photo")
     return photos
-
-
-def _listed(line: int, fields: list[str]) -> ListedPhoto | None:
-    if len(fields) == 1:
-        # "12" may be a file's name, but a photo has an extension.
-        return (
-            ListedPhoto(line, position=int(fields[0])) if _is_number(fields[0]) else ListedPhoto(line, name=fields[0])
-        )
-    if len(fields) == 4 and _is_number(fields[0]) and _is_number(fields[1]) and fields[2] and fields[3]:
-        return ListedPhoto(line, int(fields[0]), int(fields[1]), fields[2], fields[3])
-    return None
-
-
-def _is_number(text: str) -> bool:
-    return text.isascii() and text.isdigit() and len(text) < 19
 
 
 def listed_labels(path: str | Path, reader: BetonReader, photos: str | Path | None = None) -> np.ndarray:

@@ -291,11 +291,10 @@ class _Tuner:
                 guesses,
                 split.val,
                 config.test_view,
-                mine,
-                config.batch_size,
+                indices=mine,
+                batch_size=config.batch_size,
                 device=self.device,
                 workers=self.workers,
-                on_bad="fail",
             )
             hits = found.features.long() == torch.from_numpy(split.targets(found.labels.numpy()))[:, None]
             right[0], right[1] = hits[:, 0].sum(), hits.sum()

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fastssl.distributed.collectives import gather_rows, gather_uneven, rank, world_size
-from fastssl.evaluate.features import Features, ProbeError, check_probe_input, check_shared_input, wilson_interval
+from fastssl.evaluate.features import Features, ProbeError, accuracies, check_probe_input, check_shared_input
 
 #: Similarities held at a time: 16 MiB of float32 stay in a CPU's last-level cache.
 _TILE_ELEMENTS = 1 << 22
@@ -65,16 +65,6 @@ def knn_accuracy(
     return knn_accuracies(train, val, ks=[k], temperature=temperature, device=device)[0]
 
 
-def knn_leave_one_out(
-    data: Features, *, k: int = 20, temperature: float = 0.07, device: str | torch.device = "cpu"
-) -> KnnResult:
-    """Accuracy when every sample is classified by all the others: no sample is lost to a split.
-
-    Not to be compared with :func:`knn_accuracy` on another set: the bank is larger by everything that is classified.
-    """
-    return knn_accuracies(data, data, ks=[k], temperature=temperature, device=device, leave_one_out=True)[0]
-
-
 def knn_accuracies(
     train: Features,
     val: Features,
@@ -101,7 +91,8 @@ def knn_accuracies(
         ProbeError: no labels, an empty part, features that are not finite, k < 1 or temperature <= 0, or a single
             sample to leave out.
     """
-    _check_vote(min(ks), temperature)
+    if min(ks) < 1 or not temperature > 0:
+        raise ProbeError(f"kNN needs k >= 1 and a temperature above 0, got k={min(ks)} and temperature={temperature}")
     (check_shared_input if shared else check_probe_input)(train, val)
     labels = gather_uneven(train.labels) if shared else train.labels
     if leave_one_out and len(labels) < 2:
@@ -122,58 +113,12 @@ def knn_accuracies(
         ranked = ranked_classes(similarity[:, :k], neighbours[:, :k], temperature, places=5).cpu()
         hits = ranked == val.labels[:, None]
         top1, top5 = int(hits[:, 0].sum()), int(hits.sum())
-        results.append(
-            KnnResult(
-                accuracy=100 * top1 / len(val),
-                confidence=wilson_interval(top1, len(val)),
-                top5_accuracy=100 * top5 / len(val) if classes > 5 else None,
-                top5_confidence=wilson_interval(top5, len(val)) if classes > 5 else None,
-                k=k,
-                temperature=temperature,
-                train_samples=len(labels),
-                val_samples=len(val),
-                classes=classes,
-            )
-        )
+        about = {"train_samples": len(labels), "val_samples": len(val), "classes": classes}
+        results.append(KnnResult(**accuracies(top1, top5, len(val), classes), k=k, temperature=temperature, **about))
     return results
 
 
-def _check_vote(k: int, temperature: float) -> None:
-    if k < 1 or not temperature > 0:
-        raise ProbeError(f"kNN needs k >= 1 and a temperature above 0, got k={k} and temperature={temperature}")
-
-
-def knn_predict(
-    bank: Tensor,
-    bank_labels: Tensor,
-    query: Tensor,
-    *,
-    k: int = 20,
-    temperature: float = 0.07,
-    exclude_self: bool = False,
-) -> Tensor:
-    """Classify ``query`` by the votes of its k most similar bank samples.
-
-    Args:
-        bank: (N, F) floating point, of any scale.
-        bank_labels: (N,) int64, not negative.
-        query: (Q, F); the work is done on its device.
-        k: neighbours that vote; at most the whole bank does.
-        temperature: of the weights exp(cosine / temperature).
-        exclude_self: query row q is bank row q and gets no vote for itself.
-
-    Returns:
-        (Q,) int64 labels. Ties: equal votes go to the lower label; of equally similar neighbours see
-            ``nearest_neighbors``.
-    """
-    _check_vote(k, temperature)
-    similarity, index = _search(
-        bank, query, min(k, len(bank) - exclude_self), query.device, 0 if exclude_self else None
-    )
-    return ranked_classes(similarity, bank_labels.to(index.device)[index], temperature, places=1)[:, 0]
-
-
-def nearest_neighbors(bank: Tensor, query: Tensor, *, k: int, exclude_self: bool = False) -> tuple[Tensor, Tensor]:
+def nearest_neighbors(bank: Tensor, query: Tensor, *, k: int) -> tuple[Tensor, Tensor]:
     """The k most similar bank rows of each query by cosine, the nearest first; of equally similar ones the lower row
     (among those that a float32 search brings to within a few places of the k-th).
 
@@ -181,16 +126,12 @@ def nearest_neighbors(bank: Tensor, query: Tensor, *, k: int, exclude_self: bool
     bank ever copied: a tile of it is normalised when it is read, and may be read from another device.
 
     Args:
-        bank: (N, F), query: (Q, F), any scale. The work is done on the query's device. k: neighbours, at most N (N - 1
-            with ``exclude_self``).
-        exclude_self: leave out bank row q for query row q.
+        bank: (N, F), query: (Q, F), any scale. The work is done on the query's device. k: neighbours, at most N.
 
     Returns:
         (similarity (Q, k) float32 in [-1, 1] up to rounding, index (Q, k) int64 bank rows), on the query's device.
     """
-    similarity, index = _search(
-        bank, query, min(k, len(bank) - exclude_self), query.device, 0 if exclude_self else None
-    )
+    similarity, index = _search(bank, query, min(k, len(bank)), query.device, None)
     return similarity.float(), index
 
 

@@ -151,10 +151,10 @@ class LogisticRegression:
         standardised = (features - self._mean) * self._scale
         self._directions = _principal_directions(standardised)  # (F, R)
         self._inputs = (standardised @ self._directions).to(dtype)  # (N, R)
-        self._target = functional.one_hot(labels, num_classes).to(dtype)
+        self._labels = labels
         self._weight = self._inputs.new_zeros(num_classes, self._inputs.shape[1])
         # The optimum when nothing can be learned: the classes' frequencies.
-        self._bias = (self._target.mean(dim=0) + 1e-12).log()
+        self._bias = (torch.bincount(labels, minlength=num_classes).to(dtype) / len(labels) + 1e-12).log()
 
     def start_from(self, weight: Tensor, bias: Tensor) -> None:
         """Begin the next ``solve`` at (weight, bias), which are for the features as given."""
@@ -180,16 +180,14 @@ class LogisticRegression:
             history_size=30,
             line_search_fn="strong_wolfe",
         )
-        inputs, target = self._inputs, self._target
 
-        @torch.no_grad()
         def closure() -> Tensor:
+            optimiser.zero_grad()
             weight = parameter[:, :rank] * step
-            log_probability = functional.log_softmax(torch.addmm(parameter[:, rank], inputs, weight.T), dim=1)
-            residual = (log_probability.exp() - target) / len(inputs)
-            gradient = (residual.T @ inputs + l2 * weight) * step
-            parameter.grad = torch.cat([gradient, residual.sum(dim=0)[:, None]], dim=1)
-            return -(target * log_probability).sum() / len(inputs) + 0.5 * l2 * weight.square().sum()
+            scores = torch.addmm(parameter[:, rank], self._inputs, weight.T)
+            loss = functional.cross_entropy(scores, self._labels) + 0.5 * l2 * weight.square().sum()
+            loss.backward()
+            return loss
 
         optimiser.step(closure)
         solution = parameter.detach()

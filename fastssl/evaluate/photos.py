@@ -131,18 +131,13 @@ def _open_split(
     train = files.enter_context(open_photos(data, workers))
     require_labels(train)
     if val is None:
-        split = LabelledSplit(train, *_halves(train, seed), held_out_seed=seed)
-        if not len(split.val_index):
+        kept, held_out = split_indices(train.labels, len(train), seed=seed)
+        if not len(held_out):
             raise ProbeError(f"{data}: one photo in each class leaves nothing to hold out; give --val")
-        return split
+        return LabelledSplit(train, kept, train, held_out, held_out_seed=seed)
     if Path(val).exists() and Path(val).samefile(data):
         warnings.warn(f"{val}: is --data itself; photos are judged that were learned from", stacklevel=4)
     judged = files.enter_context(open_photos(val, workers))
     require_labels(judged)
     require_same_classes(train, judged)
     return LabelledSplit(train, np.arange(len(train)), judged, np.arange(len(judged)), held_out_seed=None)
-
-
-def _halves(reader: BetonReader, seed: int) -> tuple[np.ndarray, BetonReader, np.ndarray]:
-    kept, held_out = split_indices(reader.labels, len(reader), seed=seed)
-    return kept, reader, held_out

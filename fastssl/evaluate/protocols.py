@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from fastssl.evaluate.features import ProbeError
 from fastssl.optim.schedules import half_cosine
 from fastssl.pipelines.plan.draw import ViewSpec
 
@@ -146,14 +145,9 @@ def trials(
     """The grid: every rate with every decay, without repeats. Its first is the one whose last epoch is the headline.
 
     Args:
-        lrs: rates per 256 photos; none: the protocol's own, or ``sweep``'s around it.
+        lrs: rates per 256 photos; none: the protocol's own, or with ``sweep`` those around it.
         weight_decays: none: the protocol's own.
         sweep: ``SWEEP`` times the protocol's rate.
-
-    Raises:
-        ProbeError: both rates and a sweep.
     """
-    if sweep and lrs:
-        raise ProbeError("a sweep goes around the protocol's rate: give either rates (--lr) or --sweep")
     lrs = lrs if lrs else [float(f"{protocol.lr * factor:.6g}") for factor in (SWEEP if sweep else (1.0,))]
     return list(dict.fromkeys(Trial(lr, decay) for decay in (weight_decays or [protocol.weight_decay]) for lr in lrs))

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -14,10 +13,12 @@ from fastssl.evaluate.class_tokens import ClassTokens
 from fastssl.evaluate.feature_stream import FeatureStream
 from fastssl.evaluate.features import (
     EVALUATION_CROP,
+    Bar,
     ProbeError,
     check_shared_input,
     extract_features,
     shard,
+    silent,
     split_indices,
 )
 from fastssl.evaluate.photos import LabelledSplit
@@ -29,16 +30,6 @@ from fastssl.pipelines.beton.reader import BetonReader
 _PASS = 256
 #: Share of the training photos that is kept from the training where the choice is made on them.
 HELD_OUT = 0.1
-
-#: (what is counted, how many) -> a block with a function to be told how many are done;
-#: ``fastssl.cli.common.progress_bar`` is one.
-Bar = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
-
-
-@contextmanager
-def silent(label: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar that shows nothing."""
-    yield lambda done: None
 
 
 @dataclass(frozen=True)
@@ -58,16 +49,12 @@ class ProbeOptions:
 
     epochs: int | None = None
     batch_size: int | None = None
-    choose_on: str = "val"
+    choose_on: Literal["val", "held_out"] = "val"
     cached_epochs: int = 0
     size: int = 224
     crop: float = EVALUATION_CROP
     seed: int = 0
     workers: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.choose_on not in ("val", "held_out"):
-            raise ProbeError(f"choose_on={self.choose_on!r} is neither val nor held_out")
 
 
 def published_probe(

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from fastssl.distributed.devices import choose_device
 from fastssl.distributed.group import joined
 from fastssl.distributed.world import World, first_of_host_speaks, world_from_environment
-from fastssl.evaluate.fingerprint import weights_fingerprint
 from fastssl.evaluate.trained import Trained, load_trained
+from fastssl.models.backbones import create_backbone
+from fastssl.utils.digest import add_tensor
 from fastssl.utils.versions import describe_git, describe_host, describe_versions
 
 
@@ -42,6 +45,12 @@ class Session:
         """Whether this process talks and writes."""
         return self.world.is_main
 
+    def forget(self) -> nn.Module:
+        """The same network with weights drawn by torch's generator, in place of the trained one; on the host."""
+        backbone = create_backbone(self.trained.arch)
+        self.trained = replace(self.trained, backbone=backbone, network="random", step=None)
+        return backbone
+
     def record(self, evaluation: str, **values: Any) -> dict[str, Any]:
         """One flat JSON object: what was evaluated, on what, by which protocol, what came out, and with which machine
         and code.
@@ -62,6 +71,20 @@ class Session:
             "versions": describe_versions(),
             "git": describe_git(),
         }
+
+
+@torch.no_grad()
+def weights_fingerprint(network: nn.Module) -> str:
+    """Which weights these are, as file names and steps say little of a network that was copied or trained again.
+
+    Of names, types, shapes and values of all tensors, as 16 hexadecimal digits: alike for alike networks, on any
+    device and in any memory layout.
+    """
+    total = hashlib.sha256()
+    for name, value in sorted(network.state_dict().items()):
+        total.update(f"{name} ".encode())
+        add_tensor(total, value)
+    return total.hexdigest()[:16]
 
 
 @contextmanager

@@ -7,7 +7,7 @@ read the same features, as one tensor of weights, and each moves as it would alo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fastssl.distributed.collectives import all_reduce_mean, all_reduce_sum
-from fastssl.evaluate.features import wilson_interval
+from fastssl.distributed.collectives import all_reduce_mean, all_reduce_sum, average_gradients
+from fastssl.evaluate.features import accuracies
 from fastssl.evaluate.protocols import LinearProtocol, Trial
+from fastssl.optim.optimizers import LARS
 
 #: Scores held at a time when classifiers are judged: 64 MiB of float32.
 _SCORES = 1 << 24
@@ -33,7 +34,7 @@ class Classifiers:
         seed: of the weights, drawn on the host: alike on all processes and devices.
 
     Attributes:
-        weight: (R, C, F) float32. bias: (R, C).
+        weights: R of (C, F) float32. biases: R of (C,).
     """
 
     def __init__(
@@ -49,52 +50,48 @@ class Classifiers:
         first = torch.empty(classes, width).normal_(
             0.0, protocol.init_std, generator=torch.Generator().manual_seed(seed)
         )
-        self.weight = first.to(device).expand(len(grid), -1, -1).clone()
-        self.bias = torch.zeros(len(grid), classes, device=device)
-        self._weight_step, self._bias_step = torch.zeros_like(self.weight), torch.zeros_like(self.bias)
-        self._decay = torch.tensor([trial.weight_decay for trial in grid], device=device)
-        self._protocol = protocol
+        self.weights = [first.to(device, copy=True).requires_grad_() for _ in grid]
+        self.biases = [torch.zeros(classes, device=device).requires_grad_() for _ in grid]
+        decays = [trial.weight_decay for trial in grid]
+        groups = [{"params": [weight], "weight_decay": decay} for weight, decay in zip(self.weights, decays)]
+        self._optimizer: torch.optim.Optimizer
+        if protocol.optimizer == "lars":
+            groups += [{"params": [bias], "weight_decay": 0.0} for bias in self.biases]
+            self._optimizer = LARS(groups, 0.0, momentum=protocol.momentum, trust=protocol.trust)
+        else:
+            groups += [{"params": [bias], "weight_decay": decay} for bias, decay in zip(self.biases, decays)]
+            self._optimizer = torch.optim.SGD(groups, 0.0, momentum=protocol.momentum, fused=True)
 
     def scores(self, features: Tensor) -> Tensor:
         """(B, F) -> (B, R, C): one matrix product for all classifiers."""
-        return torch.addmm(self.bias.flatten(), features, self.weight.flatten(0, 1).T).unflatten(1, self.bias.shape)
+        found = torch.addmm(torch.cat(self.biases), features, torch.cat(self.weights).T)
+        return found.unflatten(1, (len(self.biases), -1))
 
-    @torch.no_grad()
-    def step(self, features: Tensor, targets: Tensor, rate: Tensor) -> tuple[Tensor, Tensor]:
+    def step(self, features: Tensor, targets: Tensor, rates: Sequence[float]) -> tuple[Tensor, Tensor]:
         """One step of each on the mean cross-entropy of a batch; under several processes, of all their parts, which are
         equally large.
 
         Args:
             features: (B, F) float32. targets: (B,) int64 in 0 .. C - 1.
-            rate: (R,), on the device.
+            rates: R of them.
 
         Returns:
             (loss (R,), share of the batch that was classified rightly (R,)), before the step, of this process's part;
             on the device.
         """
-        log_probability = functional.log_softmax(self.scores(features), dim=2)
-        place = targets[:, None, None].expand(-1, len(self.bias), 1)
-        true = log_probability.gather(2, place)
-        right = ((log_probability >= true).sum(dim=2) == 1).float().mean(dim=0)
-        # The gradient of cross-entropy by the scores: probability - 1 at the true class.
-        residual = log_probability.exp_().scatter_add_(2, place, -torch.ones_like(true)).div_(len(features))
-        weight_grad = all_reduce_mean((residual.flatten(1).T @ features).view_as(self.weight))
-        self._move(weight_grad, all_reduce_mean(residual.sum(dim=0)), rate)
-        return -true.squeeze(2).mean(dim=0), right
-
-    def _move(self, weight_grad: Tensor, bias_grad: Tensor, rate: Tensor) -> None:
-        protocol = self._protocol
-        weight_grad = weight_grad.addcmul_(self.weight, self._decay[:, None, None])
-        if protocol.optimizer == "lars":
-            length, step = self.weight.flatten(1).norm(dim=1), weight_grad.flatten(1).norm(dim=1)
-            ratio = torch.where((length > 0) & (step > 0), protocol.trust * length / step, torch.ones_like(length))
-            weight_grad *= ratio[:, None, None]
-        else:
-            bias_grad = bias_grad.addcmul_(self.bias, self._decay[:, None])
-        self._weight_step.mul_(protocol.momentum).add_(weight_grad)
-        self._bias_step.mul_(protocol.momentum).add_(bias_grad)
-        self.weight.addcmul_(self._weight_step, rate[:, None, None], value=-1)
-        self.bias.addcmul_(self._bias_step, rate[:, None], value=-1)
+        for group, rate in zip(self._optimizer.param_groups, [*rates, *rates]):
+            group["lr"] = min(rate, 1e38)  # LARS refuses a number that float32 does not have
+        scores = self.scores(features)
+        wanted = targets[:, None].expand(-1, len(self.biases))
+        losses = functional.cross_entropy(scores.flatten(0, 1), wanted.flatten(), reduction="none")
+        loss = losses.view(wanted.shape).mean(dim=0)
+        self._optimizer.zero_grad()
+        loss.sum().backward()
+        average_gradients([*self.weights, *self.biases])
+        self._optimizer.step()
+        with torch.no_grad():
+            true = scores.gather(2, wanted[:, :, None])
+            return loss.detach(), ((scores >= true).sum(dim=2) == 1).float().mean(dim=0)
 
     @torch.no_grad()
     def right(self, features: Tensor, targets: Tensor) -> Tensor:
@@ -103,11 +100,11 @@ class Classifiers:
         A class scored as high as the true one counts as better, and scores that are not numbers as wrong: what a
         diverged classifier says is no hit. So is a target of -1, a class that was not learned.
         """
-        found = torch.zeros(2, len(self.bias), dtype=torch.int64, device=self.bias.device)
-        rows = max(1, _SCORES // self.bias.numel())
+        found = torch.zeros(2, len(self.biases), dtype=torch.int64, device=self.biases[0].device)
+        rows = max(1, _SCORES // sum(map(len, self.biases)))
         for part, classes in zip(features.split(rows), targets.split(rows)):
             scores = self.scores(part)
-            true = scores.gather(2, classes.clamp_min(0)[:, None, None].expand(-1, len(self.bias), 1))
+            true = scores.gather(2, classes.clamp_min(0)[:, None, None].expand(-1, len(self.biases), 1))
             place = (scores >= true).sum(dim=2)  # 1: first; 0: not a number
             known = (classes >= 0)[:, None]
             found += torch.stack([((place == 1) & known).sum(dim=0), ((place >= 1) & (place <= 5) & known).sum(dim=0)])
@@ -163,14 +160,14 @@ def train_classifiers(
         judged: sets by name.
         batch_size: of all processes together; rates are scaled to it.
     """
-    device = classifiers.bias.device
+    device = classifiers.biases[0].device
     losses, shares, right = [], [], {name: [] for name in judged}
     for epoch in range(epochs):
-        rate = torch.tensor([protocol.rate(trial.lr, epoch, epochs, batch_size) for trial in grid], device=device)
+        rates = [protocol.rate(trial.lr, epoch, epochs, batch_size) for trial in grid]
         means = torch.zeros(2, len(grid), dtype=torch.float64, device=device)
         steps = 0
         for features, targets in batches(epoch):
-            means += torch.stack(classifiers.step(features, targets, rate))
+            means += torch.stack(classifiers.step(features, targets, rates))
             steps += 1
         means = all_reduce_mean(means / steps).cpu()
         losses.append(means[0])
@@ -202,14 +199,7 @@ def summary(curves: Curves, grid: list[Trial], classes: int, *, choose_on: str =
 
     def figures(epoch: int, trial: int) -> dict[str, Any]:
         top1, top5 = (int(count) for count in curves.right["val"][epoch, :, trial])
-        total = curves.totals["val"]
-        found: dict[str, Any] = {"accuracy": 100 * top1 / total, "confidence": wilson_interval(top1, total)}
-        known = classes > 5
-        return {
-            **found,
-            "top5_accuracy": 100 * top5 / total if known else None,
-            "top5_confidence": wilson_interval(top5, total) if known else None,
-        }
+        return accuracies(top1, top5, curves.totals["val"], classes)
 
     def with_prefix(prefix: str, values: dict[str, Any]) -> dict[str, Any]:
         return {f"{prefix}_{name}": value for name, value in values.items()}

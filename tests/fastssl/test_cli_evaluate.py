@@ -12,8 +12,8 @@ from processes import run_processes
 
 from fastssl.cli import main
 from fastssl.evaluate.features import extract_features, split_indices
-from fastssl.evaluate.fingerprint import weights_fingerprint
-from fastssl.evaluate.knn import knn_accuracy, knn_leave_one_out
+from fastssl.evaluate.knn import knn_accuracies, knn_accuracy
+from fastssl.evaluate.session import weights_fingerprint
 from fastssl.models.backbones import create_backbone, load_backbone, save_backbone
 from fastssl.pipelines.beton.side_file import side_path
 from fastssl.pipelines.beton.writer import BetonWriter
@@ -87,7 +87,7 @@ def test_several_k_are_records_of_one_search(capsys, checkpoint, beton):
 
 def test_leave_one_out_is_a_kind_of_its_own(capsys, checkpoint, beton, tmp_path):
     features = extract_features(load_backbone(checkpoint), beton, size=32, workers=1)
-    expected = knn_leave_one_out(features, k=5)
+    expected = knn_accuracies(features, features, ks=[5], leave_one_out=True)[0]
     for photos, data, val in (
         (("--data", beton), beton.name, None),
         (("--data", beton, "--val", beton), None, beton.name),

@@ -38,7 +38,7 @@ def test_of_a_file_it_counts_the_pixels_of_the_evaluation_view(beton: Path) -> N
 
     chosen = np.array([40, 2, 17])
     spec = ViewSpec.evaluation(SIZE, crop=1.0)
-    seen = collect(pixels, beton, spec, chosen, 2, device=torch.device("cpu"), workers=1, on_bad="fail")
+    seen = collect(pixels, beton, spec, indices=chosen, batch_size=2, workers=1)
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (spec.mean, spec.std))
     pictures = ((seen.features.view(-1, 3, SIZE, SIZE) * std + mean) * 255).round().to(torch.uint8)
     found = colour_histogram_features(beton, indices=chosen, batch_size=2, workers=1, crop=1.0)

@@ -9,17 +9,14 @@ import numpy as np
 from shapes import make_shapes
 
 from fastssl.evaluate.detection.annotations import DetectionSet, load_coco
-from fastssl.evaluate.detection.fingerprint import annotations_fingerprint
 
 
 def test_annotations(tmp_path: Path) -> None:
     files = make_shapes(tmp_path / "one", 3)
     data = load_coco(*files, masks=True)
-    found = annotations_fingerprint(data)
+    found = data.fingerprint()
     # Elsewhere the same is the same.
-    assert (
-        len(found) == 16 and annotations_fingerprint(load_coco(*make_shapes(tmp_path / "two", 3), masks=True)) == found
-    )
+    assert len(found) == 16 and load_coco(*make_shapes(tmp_path / "two", 3), masks=True).fingerprint() == found
     own = data.pictures[1]
     changes = [
         {"id": 5},
@@ -29,11 +26,9 @@ def test_annotations(tmp_path: Path) -> None:
         {"labels": own.labels % 3 + 1},
         {"segmentations": own.segmentations[::-1]},
     ]
-    sums = {found, annotations_fingerprint(load_coco(*files))}
+    sums = {found, load_coco(*files).fingerprint()}
     for change in changes:
         pictures = [data.pictures[0], dataclasses.replace(own, **change), data.pictures[2]]
-        sums.add(annotations_fingerprint(DetectionSet(data.name, pictures, data.categories, data.document)))
-    sums.add(
-        annotations_fingerprint(DetectionSet(data.name, data.pictures, {**data.categories, 3: "ring"}, data.document))
-    )
+        sums.add(DetectionSet(data.name, pictures, data.categories, data.document).fingerprint())
+    sums.add(DetectionSet(data.name, data.pictures, {**data.categories, 3: "ring"}, data.document).fingerprint())
     assert len(sums) == 2 + len(changes) + 1

@@ -31,9 +31,9 @@ class Bars:
     def __init__(self) -> None:
         self.shown: list[tuple[str, int]] = []
 
-    def __call__(self, label: str, total: int, unit: str) -> contextlib.AbstractContextManager[None]:
+    def __call__(self, label: str, total: int, unit: str) -> contextlib.AbstractContextManager:
         self.shown.append((label, total))
-        return contextlib.nullcontext()
+        return contextlib.nullcontext(lambda done: None)
 
 
 def by_hand(annotations: Path, predictions: Path, kind: str) -> dict[str, float | None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fastssl.evaluate.detection.schedule import Rates, iterations_of
+from fastssl.evaluate.detection.train import TrainingConfig, iterations_of
 
 
 def test_coco_gets_the_published_number_of_iterations() -> None:
@@ -15,8 +15,8 @@ def test_coco_gets_the_published_number_of_iterations() -> None:
 
 
 def test_rates_of_the_published_schedule() -> None:
-    rates = Rates(90_000, 0.02)
-    assert rates.at(0) == pytest.approx(0.02 / 1000) and rates.at(500) == pytest.approx(0.02 * (0.001 + 0.999 / 2))
+    rates = TrainingConfig(90_000, lr=0.02)
+    assert rates.rate(0) == pytest.approx(0.02 / 1000) and rates.rate(500) == pytest.approx(0.02 * (0.001 + 0.999 / 2))
     for iteration, rate in (
         (1000, 0.02),
         (59_999, 0.02),
@@ -25,13 +25,13 @@ def test_rates_of_the_published_schedule() -> None:
         (80_000, 0.0002),
         (89_999, 0.0002),
     ):
-        assert rates.at(iteration) == pytest.approx(rate), iteration
-    double = Rates(180_000, 0.02)
-    assert [double.at(iteration) for iteration in (119_999, 120_000, 160_000)] == pytest.approx([0.02, 0.002, 0.0002])
+        assert rates.rate(iteration) == pytest.approx(rate), iteration
+    double = TrainingConfig(180_000, lr=0.02)
+    assert [double.rate(iteration) for iteration in (119_999, 120_000, 160_000)] == pytest.approx([0.02, 0.002, 0.0002])
 
 
 def test_short_runs_warm_up_for_a_tenth() -> None:
-    rates = Rates(50, 1.0)
-    assert rates.at(0) == pytest.approx(0.001) and rates.at(4) < 1 and rates.at(5) == 1
-    assert Rates(1, 1.0).at(0) == 1
-    assert Rates(50, 1.0, warmup=0).at(0) == 1 and Rates(50, 1.0, warmup=20).at(19) < 1
+    rates = TrainingConfig(50, lr=1.0)
+    assert rates.rate(0) == pytest.approx(0.001) and rates.rate(4) < 1 and rates.rate(5) == 1
+    assert TrainingConfig(1, lr=1.0).rate(0) == 1
+    assert TrainingConfig(50, lr=1.0, warmup=0).rate(0) == 1 and TrainingConfig(50, lr=1.0, warmup=20).rate(19) < 1

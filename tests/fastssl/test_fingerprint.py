@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fastssl.evaluate.fingerprint import weights_fingerprint
+from fastssl.evaluate.session import weights_fingerprint
 from fastssl.models.backbones import create_backbone
 
 

@@ -15,8 +15,6 @@ from fastssl.evaluate.features import Features, ProbeError, gathered, shard
 from fastssl.evaluate.knn import (
     knn_accuracies,
     knn_accuracy,
-    knn_leave_one_out,
-    knn_predict,
     nearest_neighbors,
     ranked_classes,
 )
@@ -39,6 +37,17 @@ def slow_knn(bank, labels, query, k, temperature, exclude_self=False):
     return predicted
 
 
+def knn_predict(bank, labels, query, *, k=20, temperature=0.07, exclude_self=False):
+    """The class with the most votes for each query, of a bank that nobody shares."""
+    own = 0 if exclude_self else None
+    similarity, index = knn._search(bank, query, min(k, len(bank) - exclude_self), query.device, own)
+    return ranked_classes(similarity, labels[index], temperature, places=1)[:, 0]
+
+
+def leave_one_out(features, **how):
+    return knn_accuracies(features, features, leave_one_out=True, **how)[0]
+
+
 def clusters(count, classes=5, width=12, seed=0):
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(0, classes, (count,), generator=generator)
@@ -59,7 +68,7 @@ def test_leave_one_out_equals_the_slow_twin():
     bank, labels = clusters(70)
     expected = slow_knn(bank, labels, bank, 7, 0.1, exclude_self=True)
     assert knn_predict(bank, labels, bank, k=7, temperature=0.1, exclude_self=True).tolist() == expected
-    result = knn_leave_one_out(Features(bank, labels, torch.arange(70)), k=7, temperature=0.1)
+    result = leave_one_out(Features(bank, labels, torch.arange(70)), ks=[7], temperature=0.1)
     assert result.accuracy == pytest.approx(100 * np.mean(np.array(expected) == labels.numpy()))
 
 
@@ -81,16 +90,17 @@ def test_equals_scikit_learn():
 def test_tiles_do_not_change_the_neighbours(monkeypatch, exclude_self):
     bank, _ = clusters(2500, width=8)
     query = bank if exclude_self else clusters(1300, width=8, seed=2)[0]
-    similarity, index = nearest_neighbors(bank, query, k=9, exclude_self=exclude_self)
+    own = 0 if exclude_self else None
+    similarity, index = knn._search(bank, query, 9, query.device, own)
     monkeypatch.setattr(knn, "_TILE_ELEMENTS", 64 * 1024)
-    tiled, tiled_index = nearest_neighbors(bank, query, k=9, exclude_self=exclude_self)
+    tiled, tiled_index = knn._search(bank, query, 9, query.device, own)
     torch.testing.assert_close(tiled, similarity, atol=1e-6, rtol=0)
     # An index may differ only where two samples are equally near up to rounding.
     assert (tiled_index == index).float().mean() > 0.999
     whole = torch.nn.functional.normalize(query, dim=1) @ torch.nn.functional.normalize(bank, dim=1).T
     if exclude_self:
         whole.fill_diagonal_(-torch.inf)
-    torch.testing.assert_close(similarity, whole.topk(9, dim=1).values, atol=1e-6, rtol=0)
+    torch.testing.assert_close(similarity.float(), whole.topk(9, dim=1).values, atol=1e-6, rtol=0)
 
 
 def test_low_temperatures_neither_overflow_nor_vanish():
@@ -228,12 +238,13 @@ def test_shares_of_several_processes_find_what_one_finds():
 
 def test_wrong_arguments():
     bank, labels = clusters(10)
+    whole = Features(bank, labels, torch.arange(10))
     with pytest.raises(ProbeError, match="k >= 1"):
-        knn_predict(bank, labels, bank, k=0)
+        knn_accuracy(whole, whole, k=0)
     with pytest.raises(ProbeError, match="temperature"):
-        knn_predict(bank, labels, bank, temperature=0.0)
+        knn_accuracy(whole, whole, temperature=0.0)
     with pytest.raises(ProbeError, match="two samples"):
-        knn_leave_one_out(Features(bank[:1], labels[:1], torch.arange(1)))
+        leave_one_out(Features(bank[:1], labels[:1], torch.arange(1)), ks=[20])
 
 
 def test_labels_may_be_any_numbers():

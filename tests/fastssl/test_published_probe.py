@@ -12,7 +12,6 @@ from torch import nn
 from torch.nn import functional
 
 from fastssl.evaluate import published_probe as module
-from fastssl.evaluate.features import ProbeError
 from fastssl.evaluate.photos import open_split
 from fastssl.evaluate.protocols import PROTOCOLS, LinearProtocol, Trial
 from fastssl.evaluate.published_probe import ProbeOptions, published_probe
@@ -148,8 +147,3 @@ def test_a_transformer_is_read_at_four_blocks(beton: Path) -> None:
         assert (record["features"], record["class_tokens"], record["interpolation"]) == (768, 4, "bicubic")
         record = published_probe(network, split, PROTOCOLS["sslight"], grid, replace(OPTIONS, epochs=1), device=CPU)
         assert record["features"] == 192  # what the backbone returns
-
-
-def test_a_choice_on_something_else() -> None:
-    with pytest.raises(ProbeError, match="neither val nor held_out"):
-        ProbeOptions(choose_on="test")

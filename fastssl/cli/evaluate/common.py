@@ -5,7 +5,6 @@ end.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -16,7 +15,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import nn
 
-    from fastssl.evaluate.features import Features
+    from fastssl.evaluate.features import Bar, Features
     from fastssl.evaluate.photos import LabelledSplit
     from fastssl.evaluate.session import Session
     from fastssl.pipelines.beton.reader import BetonReader
@@ -52,6 +51,11 @@ workers_option = click.option(
 )
 seed_option = click.option(
     "--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of everything that is drawn."
+)
+scratch_option = click.option(
+    "--from-scratch",
+    is_flag=True,
+    help="The same network with random weights: what pre-training has to be compared with.",
 )
 reestimate_option = click.option(
     "--reestimate-bn",
@@ -90,6 +94,13 @@ def options(*wanted: Callable) -> Callable[[Callable], Callable]:
         return command
 
     return decorate
+
+
+def bar(session: Session) -> Bar:
+    """What shows progress: the first process's bar."""
+    from fastssl.evaluate.features import silent
+
+    return progress_bar if session.is_main else silent
 
 
 def pictures(session: Session, size: int | None, crop: float | None) -> dict[str, Any]:
@@ -158,7 +169,7 @@ def share_features(
     from fastssl.evaluate.features import extract_features, shard
 
     mine = shard(index)
-    with progress_bar(label, len(mine)) if session.is_main else nullcontext() as advance:
+    with bar(session)(label, len(mine)) as advance:
         return extract_features(backbone, reader, indices=mine, device=session.device, progress=advance, **how)
 
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
-from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from fastssl.cli.common import SomePath, finite, json_option, progress_bar, quiet_option
+from fastssl.cli.common import SomePath, finite, json_option, quiet_option
 from fastssl.cli.evaluate.common import (
+    bar,
     checkpoint_argument,
     device_option,
     finish,
+    options,
+    scratch_option,
     seed_option,
     which_option,
     workers_option,
@@ -46,8 +48,7 @@ def _short_sides(ctx: click.Context, param: click.Parameter, value: str) -> tupl
 
 
 @click.command()
-@checkpoint_argument
-@which_option
+@options(checkpoint_argument, which_option)
 @click.option(
     "--data",
     required=True,
@@ -75,11 +76,12 @@ def _short_sides(ctx: click.Context, param: click.Parameter, value: str) -> tupl
 @click.option(
     "--lr",
     type=click.FloatRange(min=0, min_open=True),
-    callback=lambda ctx, param, value: value if value is None else finite(ctx, param, value),
+    callback=finite,
     help="Peak rate for 16 pictures, scaled with the batch. Default: 0.02, with adamw 0.0001.",
 )
 @click.option(
     "--short-side",
+    "short_sides",
     default="640-800",
     show_default=True,
     callback=_short_sides,
@@ -104,22 +106,13 @@ def _short_sides(ctx: click.Context, param: click.Parameter, value: str) -> tupl
     help="Strides of the maps that are used; 16,32 is SSLight's form for MobileNetV2.",
 )
 @click.option(
-    "--from-scratch",
-    is_flag=True,
-    help="Begin with new weights instead of the checkpoint's: what pre-training is compared with.",
-)
-@click.option(
     "--out",
     type=SomePath(),
     metavar="DIR",
     help="Folder for detector and predictions. A run that was stopped goes on from there (at most ten minutes are "
     "lost).",
 )
-@device_option
-@workers_option
-@seed_option
-@quiet_option
-@json_option
+@options(scratch_option, device_option, workers_option, seed_option, quiet_option, json_option)
 def detect(
     checkpoint: Path,
     which: str | None,
@@ -130,19 +123,16 @@ def detect(
     masks: bool,
     schedule: str,
     iterations: int | None,
-    batch_size: int,
     optimizer: str | None,
     lr: float | None,
-    short_side: tuple[int, ...],
     test_side: int,
-    long_side: int,
     levels: tuple[int, ...],
     from_scratch: bool,
     out: Path | None,
     device: str,
     workers: int | None,
-    seed: int,
     json_path: str | None,
+    **how: Any,
 ) -> None:
     """Object detection: the backbone is fine-tuned under Faster R-CNN with FPN (vision transformers: a simple pyramid),
     all layers, and judged by COCO's AP.
@@ -162,13 +152,10 @@ def detect(
     from fastssl.distributed.devices import use_amp
     from fastssl.distributed.world import first_of_host_speaks
     from fastssl.evaluate.detection.average_precision import require_pycocotools
-    from fastssl.evaluate.detection.fingerprint import annotations_fingerprint
     from fastssl.evaluate.detection.model import DetectorConfig
     from fastssl.evaluate.detection.protocol import detection_figures
-    from fastssl.evaluate.detection.schedule import iterations_of
-    from fastssl.evaluate.detection.train import TrainingConfig
+    from fastssl.evaluate.detection.train import TrainingConfig, iterations_of
     from fastssl.evaluate.session import open_session
-    from fastssl.models.backbones import create_backbone
 
     require_pycocotools()
     with open_session(checkpoint, which=which, device=device) as session:
@@ -179,19 +166,15 @@ def detect(
             )
         arch = session.trained.arch
         if from_scratch:
-            torch.manual_seed(seed)
-            backbone = create_backbone(arch).to(session.device)
-            session.trained = dataclasses.replace(session.trained, backbone=backbone, network="random", step=None)
+            torch.manual_seed(how["seed"])
+            session.forget().to(session.device)
         optimizer = optimizer or ("adamw" if arch.startswith(("vit_", "deit")) else "sgd")
         training = TrainingConfig(
-            iterations=iterations or iterations_of(schedule, len(train.with_boxes()), batch_size),
-            batch_size=batch_size,
+            iterations=iterations or iterations_of(schedule, len(train.with_boxes()), how["batch_size"]),
             optimizer=optimizer,
             lr=lr or {"sgd": 0.02, "adamw": 1e-4}[optimizer],
             weight_decay={"sgd": 1e-4, "adamw": 0.1}[optimizer],
-            short_sides=short_side,
-            long_side=long_side,
-            seed=seed,
+            **how,
         )
         about = {
             "data": train.name,
@@ -208,7 +191,7 @@ def detect(
         # bit from machine to machine.
         resumed = {
             "backbone_weights": None if from_scratch else session.weights,
-            "train_annotations": annotations_fingerprint(train),
+            "train_annotations": train.fingerprint(),
         }
         for reason, count in train.left_out.items():
             if count and session.is_main:
@@ -227,14 +210,11 @@ def detect(
             out=out,
             workers=workers,
             about={**session.trained.record(), **about, **resumed},
-            bar=progress_bar if session.is_main else lambda *about: nullcontext(),
+            bar=bar(session),
         )
-        settings = {
-            name: getattr(training, name)
-            for name in ("iterations", "batch_size", "optimizer", "lr", "weight_decay", "long_side", "seed")
-        }
+        settings = {name: value for name, value in asdict(training).items() if name not in ("warmup", "flip")}
         left_out = {f"left_out_{reason}": count for reason, count in train.left_out.items()}
-        record = session.record("detect", **about, **settings, short_sides=list(short_side), **left_out, **figures)
+        record = session.record("detect", **about, **settings, **left_out, **figures)
         finish(session, _line(figures, len(judged)), record, json_path)
 
 

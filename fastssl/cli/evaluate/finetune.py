@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from fastssl.cli.common import finite
 from fastssl.cli.evaluate.common import options
-from fastssl.cli.evaluate.tuning import AFTER, BEFORE, fine_tune, labels_option, optional_finite
+from fastssl.cli.evaluate.tuning import AFTER, BEFORE, fine_tune, labels_option
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,13 +32,13 @@ DEFAULTS = {"sgd": (0.03, 0.0), "adamw": (5e-4, 0.05)}
 @click.option(
     "--lr",
     type=click.FloatRange(min=0, min_open=True),
-    callback=optional_finite,
+    callback=finite,
     help="Learning rate for 256 photos a step; grows with the batch. Default: 0.03 (AdamW: 0.0005).",
 )
 @click.option(
     "--weight-decay",
     type=click.FloatRange(min=0),
-    callback=optional_finite,
+    callback=finite,
     help="On all weights but biases and norms. Default: 0 (AdamW: 0.05).",
 )
 @options(*AFTER)

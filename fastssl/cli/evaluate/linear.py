@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fastssl.cli.common import finite, progress_bar
+from fastssl.cli.common import finite
 from fastssl.cli.evaluate.common import (
     FEATURE_OPTIONS,
+    bar,
     feature_batch_option,
     finish,
     network,
@@ -29,10 +30,6 @@ if TYPE_CHECKING:
 _PROTOCOLS = ("light-moco", "light-moco-lars", "sslight", "sslight-vit")
 #: Photos a pass of the network, of the fast probe.
 _PASS = 256
-
-
-def _all_finite(ctx: click.Context, param: click.Parameter, values: tuple[float, ...]) -> tuple[float, ...]:
-    return tuple(finite(ctx, param, value) for value in values)
 
 
 @click.command()
@@ -57,7 +54,7 @@ def _all_finite(ctx: click.Context, param: click.Parameter, values: tuple[float,
     "lrs",
     type=click.FloatRange(min=0, min_open=True),
     multiple=True,
-    callback=_all_finite,
+    callback=finite,
     help="Rate per 256 photos. May be repeated: all are trained at once, the first is the headline. Default: the "
     "protocol's.",
 )
@@ -66,7 +63,7 @@ def _all_finite(ctx: click.Context, param: click.Parameter, values: tuple[float,
     "decays",
     type=click.FloatRange(min=0),
     multiple=True,
-    callback=_all_finite,
+    callback=finite,
     help="May be repeated, likewise; every rate goes with every decay. Default: the protocol's, 0.",
 )
 @click.option(
@@ -177,7 +174,7 @@ def _published(
 ) -> tuple[str, dict[str, Any]]:
     """(what is said, what the record holds) of a protocol that trains."""
     from fastssl.evaluate.protocols import PROTOCOLS, trials
-    from fastssl.evaluate.published_probe import ProbeOptions, published_probe, silent
+    from fastssl.evaluate.published_probe import ProbeOptions, published_probe
 
     options = ProbeOptions(**chosen, **{name: how[name] for name in ("size", "crop", "seed", "workers")})
     numbers = PROTOCOLS[protocol]
@@ -188,7 +185,7 @@ def _published(
         trials(numbers, **grid),
         options,
         device=session.device,
-        bar=progress_bar if session.is_main else silent,
+        bar=bar(session),
     )
     if how["reestimate_bn"]:
         figures["changed"].append("reestimate_bn")

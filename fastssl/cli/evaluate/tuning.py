@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from fastssl.cli.common import SomePath, finite, json_option, progress_bar, quiet_option
+from fastssl.cli.common import SomePath, finite, json_option, quiet_option
 from fastssl.cli.evaluate.common import (
+    bar,
     checkpoint_argument,
     crop_option,
     data_option,
@@ -19,6 +19,7 @@ from fastssl.cli.evaluate.common import (
     finish,
     percent,
     pictures,
+    scratch_option,
     seed_option,
     size_option,
     val_option,
@@ -70,11 +71,6 @@ head_option = click.option(
 )
 
 
-def optional_finite(ctx: click.Context, param: click.Parameter, value: float | None) -> float | None:
-    """``finite`` for an option that may be left out."""
-    return None if value is None else finite(ctx, param, value)
-
-
 factor_option = click.option(
     "--head-lr-factor",
     type=click.FloatRange(min=0, min_open=True),
@@ -89,11 +85,6 @@ batch_option = click.option(
     default=256,
     show_default=True,
     help="Photos a step, of all processes together.",
-)
-scratch_option = click.option(
-    "--from-scratch",
-    is_flag=True,
-    help="The same network with random weights: what pre-training has to be compared with.",
 )
 
 
@@ -202,11 +193,7 @@ def fine_tune(
         network = _network(session, checkpoint, head, len(split.classes), from_scratch=from_scratch, seed=seed)
         amp = use_amp("auto", session.device)
         steps = len(chosen) // batch_size
-        with (
-            progress_bar(counted(config.epochs, "epoch"), config.epochs * steps * batch_size)
-            if session.is_main
-            else nullcontext() as advance
-        ):
+        with bar(session)(counted(config.epochs, "epoch"), config.epochs * steps * batch_size) as advance:
             result = finetune(
                 network, split, config, device=session.device, amp=amp, seed=seed, workers=workers, progress=advance
             )
@@ -235,13 +222,11 @@ def _network(
 
     from fastssl.evaluate.classifier import Classifier
     from fastssl.evaluate.dino_head_probe import load_half_head
-    from fastssl.models.backbones import create_backbone
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if from_scratch:
-            backbone = create_backbone(session.trained.arch)
-            session.trained = dataclasses.replace(session.trained, backbone=backbone, network="random", step=None)
+            session.forget()
         source = "student" if from_scratch else session.trained.network
         hidden = load_half_head(checkpoint, source, fresh=from_scratch) if head == "dino" else None
     return Classifier(session.trained.backbone, classes, hidden, seed=seed)

@@ -20,6 +20,7 @@ from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from fastssl.evaluate.detection.annotations import DetectionError
+from fastssl.evaluate.features import evaluating
 
 #: Strides of the maps that detectors use.
 LEVELS = (4, 8, 16, 32)
@@ -158,14 +159,9 @@ def _maps(backbone: nn.Module) -> tuple[dict[int, tuple[int, int]], int | None]:
     network itself is asked, with a black picture.
     """
     side = 64
-    flags = [(module, module.training) for module in backbone.modules()]
-    backbone.eval()
-    try:
+    with evaluating(backbone):
         device = next(backbone.parameters()).device
         final, maps = backbone.forward_intermediates(torch.zeros(1, 3, side, side, device=device))
-    finally:
-        for module, training in flags:
-            module.training = training
     # Of several maps of one stride the deepest.
     channels = {side // each.shape[-1]: (index, each.shape[1]) for index, each in enumerate(maps)}
     fits = final.dim() == 4 and final.shape[-2:] == maps[-1].shape[-2:]

@@ -16,7 +16,7 @@ from fastssl.evaluate.detection.annotations import DetectionSet
 from fastssl.evaluate.detection.average_precision import mask_tools
 from fastssl.evaluate.detection.batches import DetectionBatch, View, load_batches, scaled_size, to_device
 from fastssl.evaluate.detection.model import Detector
-from fastssl.evaluate.features import shard
+from fastssl.evaluate.features import evaluating, shard
 
 
 @torch.no_grad()
@@ -47,21 +47,17 @@ def predict(
         1e-3), ``score`` (to 1e-6), and with a mask head ``segmentation`` as compressed run lengths; in the order of the
         pictures, in each by falling score.
     """
-    training = detector.training
-    detector.eval()
-    try:
-        rows: list[dict[str, Any]] = []
-        mine = [data.pictures[number] for number in shard(np.arange(len(data)))]
-        requests = ([View(each, *scaled_size(each.height, each.width, short_side, long_side))] for each in mine)
-        batches = load_batches(requests, divisible=detector.pyramid.divisible, workers=workers, ahead=8)
+    rows: list[dict[str, Any]] = []
+    mine = [data.pictures[number] for number in shard(np.arange(len(data)))]
+    requests = ([View(each, *scaled_size(each.height, each.width, short_side, long_side))] for each in mine)
+    batches = load_batches(requests, divisible=detector.pyramid.divisible, workers=workers, ahead=8)
+    with evaluating(detector):
         for done, batch in enumerate(batches, start=1):
             images, _ = to_device(batch, device, detector.normalise)
             [found] = detector(images, batch.sizes)
             rows.extend(_rows(batch, found, data.category_ids))
             if progress is not None:
                 progress(done)
-    finally:
-        detector.train(training)
     return _of_all_processes(rows)
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +18,12 @@ from fastssl.evaluate.detection.batches import check_pictures
 from fastssl.evaluate.detection.model import Detector, DetectorConfig
 from fastssl.evaluate.detection.predict import of_kind, predict
 from fastssl.evaluate.detection.train import TrainingConfig, fine_tune
-from fastssl.evaluate.features import shard
+from fastssl.evaluate.features import Bar, shard, silent
 from fastssl.utils.atomic_files import write_atomically
 from fastssl.utils.json_text import to_json
 
-#: (label, total, unit) -> a bar whose value is told how many are done: ``fastssl.cli.common.progress_bar``.
-Bar = Callable[[str, int, str], AbstractContextManager[Callable[[int], None] | None]]
-
 #: kind of pycocotools -> what the figures' names begin with, and the file of the predictions
 KINDS = {"bbox": ("box", "predictions-boxes.json"), "segm": ("mask", "predictions-masks.json")}
-
-
-def _no_bar(label: str, total: int, unit: str) -> AbstractContextManager[None]:
-    return nullcontext()
 
 
 def detection_figures(
@@ -49,7 +40,7 @@ def detection_figures(
     out: Path | None = None,
     workers: int | None = None,
     about: dict[str, Any] | None = None,
-    bar: Bar = _no_bar,
+    bar: Bar = silent,
 ) -> dict[str, Any]:
     """Fine-tune a detector over ``backbone`` on ``train``, judge it on ``val``.
 
@@ -83,11 +74,18 @@ def detection_figures(
     require_pycocotools()
     require_same_categories(train, val)
     require_something_to_find(val)
-    _make_folder(out)
+    checkpoint = None
+    if out is not None:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise FastSSLError(
+                f"{out}: cannot make the folder ({error.strerror or error}); choose another --out"
+            ) from error
+        checkpoint = out / "detect.pt"
     mine = [val.pictures[number] for number in shard(np.arange(len(val)))]
     with bar("checking the validation pictures", len(mine), "images") as advance:
         check_pictures(mine, workers, advance)
-    checkpoint = out / "detect.pt" if out else None
     if not any_rank(world.is_main and checkpoint is not None and checkpoint.is_file()):
         learned = train.with_boxes()
         checked = [learned[number] for number in shard(np.arange(len(learned)))]
@@ -105,7 +103,7 @@ def detection_figures(
             workers=workers,
             checkpoint=checkpoint,
             about=about,
-            progress=None if advance is None else lambda done, losses: advance(done),
+            progress=lambda done, losses: advance(done),
         )
     with bar("validation pictures", len(mine), "images") as advance:
         sizes = {"short_side": test_side, "long_side": training.long_side}
@@ -119,16 +117,6 @@ def detection_figures(
         found = average_precision(val.document, predictions, kind) if world.is_main else {}
         figures.update({f"{name}_{figure}": value for figure, value in found.items()})
     return {**figures, "train_loss": losses["loss"]}
-
-
-def _make_folder(out: Path | None) -> None:
-    try:
-        if out is not None:
-            out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise FastSSLError(
-            f"{out}: cannot make the folder ({error.strerror or error}); choose another --out"
-        ) from error
 
 
 def _write(path: Path, predictions: list[dict[str, Any]]) -> None:

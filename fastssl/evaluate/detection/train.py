@@ -28,7 +28,6 @@ from fastssl.errors import FastSSLError, counted
 from fastssl.evaluate.detection.annotations import DetectionError, DetectionSet
 from fastssl.evaluate.detection.batches import load_batches, to_device, training_requests
 from fastssl.evaluate.detection.model import Detector
-from fastssl.evaluate.detection.schedule import Rates
 from fastssl.optim.optimizers import set_lr
 from fastssl.pipelines.plan.philox import Stream, keyed_words
 from fastssl.runs.checkpoint import VERSION, load_checkpoint, write_state
@@ -41,18 +40,29 @@ LOOK_EVERY = 20
 #: What tells a detector's file from the other checkpoints.
 KIND = "detector"
 
+#: Passes over the pictures with boxes. Detectron2's 1x schedule: 90,000 iterations of 16 of COCO's 117,266.
+EPOCHS = {"1x": 90_000 * 16 / 117_266, "2x": 180_000 * 16 / 117_266}
+
+
+def iterations_of(schedule: str, pictures: int, batch_size: int) -> int:
+    """Iterations of ``batch_size`` pictures (of all processes) that make as many passes as ``1x`` or ``2x`` makes over
+    COCO; at least one.
+    """
+    return max(1, round(EPOCHS[schedule] * pictures / batch_size))
+
 
 @dataclass(frozen=True)
 class TrainingConfig:
     """How a detector is fine-tuned; the defaults are Detectron2's.
 
     Attributes:
-        iterations: steps, see ``schedule.iterations_of``.
+        iterations: steps, see ``iterations_of``.
         batch_size: pictures a step, of all processes together.
         optimizer: ``sgd`` or ``adamw``.
         lr: peak rate for 16 pictures; scaled linearly with the batch.
         weight_decay: on everything but norms.
-        warmup: iterations; None: see ``Rates``.
+        warmup: iterations on a line from a thousandth of the rate to all of it; None: 1000, or a tenth of all where
+            that is less.
         short_sides: in pixels; each picture gets one of them.
         long_side: at most, in pixels.
         flip: with probability one half.
@@ -69,6 +79,17 @@ class TrainingConfig:
     long_side: int = 1333
     flip: bool = True
     seed: int = 0
+
+    def rate(self, iteration: int) -> float:
+        """The rate of ``iteration``, from 0: a tenth of the peak from two thirds on, a hundredth from eight ninths
+        on.
+        """
+        warmup = min(1000, self.iterations // 10) if self.warmup is None else self.warmup
+        rate = self.lr * self.batch_size / 16
+        if iteration < warmup:
+            rate *= 0.001 + 0.999 * iteration / warmup
+        drops = (3 * iteration >= 2 * self.iterations) + (9 * iteration >= 8 * self.iterations)
+        return rate * 0.1**drops
 
 
 def fine_tune(
@@ -105,8 +126,15 @@ def fine_tune(
         FastSSLError: the checkpoint is damaged or of another run.
     """
     pictures = data.with_boxes()
-    _check(pictures, config, world, data.name)
-    rates = Rates(config.iterations, config.lr * config.batch_size / 16, config.warmup)
+    if config.batch_size % world.size:
+        raise DetectionError(
+            f"a batch of {config.batch_size} cannot be shared by {world.size} processes: make --batch-size a multiple"
+        )
+    if len(pictures) < config.batch_size:
+        how_many = counted(len(pictures), "picture")
+        raise DetectionError(
+            f"{data.name}: {how_many} with boxes, fewer than one batch of {config.batch_size}; lower --batch-size"
+        )
     synchronise_batchnorm(detector.pyramid.body, device)
     optimizer = create_optimizer(detector, config)
     resume = _Checkpoint(checkpoint, {**(about or {}), **asdict(config)}, world, checkpoint_minutes)
@@ -130,7 +158,8 @@ def fine_tune(
     ) as batches:
         for iteration, batch in enumerate(batches, start=first):
             _seed_sampling(config.seed, iteration, world.rank)
-            set_lr(optimizer, rates.at(iteration))
+            rate = config.rate(iteration)
+            set_lr(optimizer, rate)
             images, targets = to_device(batch, device, detector.normalise)
             parts = detector(images, batch.sizes, targets)
             optimizer.zero_grad(set_to_none=True)
@@ -139,15 +168,15 @@ def fine_tune(
             optimizer.step()
             done = iteration + 1
             if done % LOOK_EVERY == 0 or done == config.iterations:
-                losses = _look(parts, done, rates.at(iteration))
+                losses = _look(parts, done, rate)
                 if progress is not None:
                     progress(done, losses)
                 # Here, where the loss is known to be finite; of what the step made of the weights the next loss would
                 # tell.
                 if done == config.iterations:
-                    _look_behind(detector, images, batch.sizes, targets, done, rates.at(iteration))
+                    _look_behind(detector, images, batch.sizes, targets, done, rate)
                 if done == config.iterations or resume.is_due():
-                    _require_finite(detector, done, rates.at(iteration))
+                    _require_finite(detector, done, rate)
                     resume.save(detector, optimizer, done, losses)
     return losses
 
@@ -166,18 +195,6 @@ def create_optimizer(detector: Detector, config: TrainingConfig) -> torch.optim.
     if config.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=config.lr, momentum=0.9, fused=True)
     return torch.optim.AdamW(groups, lr=config.lr, fused=True)
-
-
-def _check(pictures: list, config: TrainingConfig, world: World, name: str) -> None:
-    if config.batch_size % world.size:
-        raise DetectionError(
-            f"a batch of {config.batch_size} cannot be shared by {world.size} processes: make --batch-size a multiple"
-        )
-    if len(pictures) < config.batch_size:
-        how_many = counted(len(pictures), "picture")
-        raise DetectionError(
-            f"{name}: {how_many} with boxes, fewer than one batch of {config.batch_size}; lower --batch-size"
-        )
 
 
 def _seed_sampling(seed: int, iteration: int, rank: int) -> None:
@@ -263,10 +280,8 @@ class _Checkpoint:
         self, detector: Detector, optimizer: torch.optim.Optimizer, iteration: int, losses: dict[str, float]
     ) -> None:
         """Write the file: whole, or the one before stays."""
-        if self.path is None:
-            return
-        if not self.world.is_main:
-            self.saved = time.monotonic()
+        self.saved = time.monotonic()
+        if self.path is None or not self.world.is_main:
             return
         state = {"version": VERSION, "kind": KIND, "config": self.config, "iteration": iteration, "losses": losses}
         state.update(detector=detector.state_dict(), optimizer=optimizer.state_dict())
@@ -276,4 +291,3 @@ class _Checkpoint:
             raise FastSSLError(
                 f"{self.path}: checkpoint not written ({error}); the one before it is untouched"
             ) from error
-        self.saved = time.monotonic()

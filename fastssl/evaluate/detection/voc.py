@@ -15,7 +15,6 @@ import math
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from fastssl.evaluate.detection.annotations import DetectionError, DetectionSet, detection_set
 
@@ -41,19 +40,15 @@ def load_voc(lists: Sequence[str | Path], *, categories: Sequence[str] | None = 
         raise DetectionError(
             f"{lists[0]}: has objects of the category {unknown[0]!r}, which the training pictures do not have"
         )
-    document: dict[str, Any] = {
-        "images": [],
-        "annotations": [],
-        "categories": [{"id": number, "name": name} for number, name in enumerate(names, start=1)],
-    }
+    images, annotations = [], []
     for number, ((folder, name), (height, width, objects)) in enumerate(zip(entries, parsed), start=1):
         path = folder / "JPEGImages" / f"{name}.jpg"
-        document["images"].append({"id": number, "file_name": str(path), "height": height, "width": width})
+        images.append({"id": number, "file_name": str(path), "height": height, "width": width})
         for label, box, difficult in objects:
-            flags = {"iscrowd": 1, "difficult": 1} if difficult else {}
-            document["annotations"].append(
-                {"image_id": number, "category_id": names.index(label) + 1, "bbox": box, **flags}
-            )
+            flags = {"iscrowd": difficult, "difficult": difficult}
+            annotations.append({"image_id": number, "category_id": names.index(label) + 1, "bbox": box, **flags})
+    known = [{"id": number, "name": name} for number, name in enumerate(names, start=1)]
+    document = {"images": images, "annotations": annotations, "categories": known}
     loaded = detection_set(document, Path(), where=lists[0])
     loaded.name = " + ".join(f"{path.resolve().parents[2].name} {path.stem}" for path in lists)
     return loaded
