@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from fastssl.benchmarks.estimate import memory
 from fastssl.benchmarks.estimate.cost import USABLE
-from fastssl.benchmarks.harness.timing import peak_extra_bytes
-from fastssl.benchmarks.harness.windows import stream_window, synchronize
-from fastssl.benchmarks.suites.loader import default_batch, endless, open_loader
+from fastssl.benchmarks.harness.setting import default_batch
+from fastssl.benchmarks.harness.timing import peak_extra_bytes, synchronize
+from fastssl.benchmarks.harness.windows import stream_window
+from fastssl.benchmarks.suites.loader import endless, open_loader
 from fastssl.benchmarks.suites.step import Step, random_views
 from fastssl.config.recipe import Recipe
 from fastssl.distributed.devices import use_amp
@@ -190,7 +191,7 @@ def loader_rate(
 ) -> tuple[float, int]:
     """(pairs a second that the loader delivers to a consumer who does nothing with them, decoding threads)."""
     pixels = float((reader.heights.astype(np.int64) * reader.widths).mean())
-    batch = min(default_batch(recipe, device, None), max(2, int(_PIXELS * (workers or available_cores()) / pixels)))
+    batch = min(default_batch(recipe, device), max(2, int(_PIXELS * (workers or available_cores()) / pixels)))
     with open_loader(
         reader, recipe.views, batch, device, pipeline=pipeline, workers=workers, **_options(recipe, device)
     ) as loader:
