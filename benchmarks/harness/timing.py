@@ -127,6 +127,28 @@ def traced(run: Callable[[], object], activity: ProfilerActivity, **options: boo
         return json.loads(trace.read_text())["traceEvents"]
 
 
+def busy_share(run: Callable[[], object], device: torch.device) -> tuple[float, int] | None:
+    """Share of a run's time for which a kernel or copy was on the GPU, and how many there were; None on a CPU, or where
+    the profiler sees no kernels.
+
+    What is left is the GPU waiting for the host. The profiler itself slows the host a little, so the share is a lower
+    bound.
+    """
+    if device.type != "cuda":
+        return None
+    synchronize(device)
+    events = traced(lambda: (run(), synchronize(device)), ProfilerActivity.CUDA)
+    spans = [(e["ts"], e["ts"] + e["dur"]) for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
+    return (busy_of_spans(spans), len(spans)) if spans else None
+
+
+def busy_of_spans(spans: list[tuple[float, float]]) -> float:
+    """Length of the union of ``(begin, end)`` spans, over the time from the first begin to the last end."""
+    begin, end = np.array(sorted(spans)).T
+    reached = np.concatenate([begin[:1], np.maximum.accumulate(end)])
+    return float(np.maximum(0, end - np.maximum(begin, reached[:-1])).sum() / (reached[-1] - begin[0]))
+
+
 def synchronize(device: torch.device) -> None:
     """Wait until ``device`` has done what it was given."""
     if device.type == "cuda":

@@ -12,24 +12,21 @@ import gc
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.profiler import ProfilerActivity
+from torch import Tensor
 
 from fastssl.benchmarks.harness.limits import copy_bytes, copy_call, product_call, product_flop
 from fastssl.benchmarks.harness.records import Record
 from fastssl.benchmarks.harness.roofline import Cost, forward_cost
 from fastssl.benchmarks.harness.setting import RecipeSetting, rates
-from fastssl.benchmarks.harness.timing import Timing, measure_in_turns, peak_extra_bytes, synchronize, traced
+from fastssl.benchmarks.harness.timing import Timing, busy_share, measure_in_turns, peak_extra_bytes, synchronize
 from fastssl.benchmarks.suites.loader import draw_plans
-from fastssl.benchmarks.suites.plain_step import PlainStep, has_peer
+from fastssl.benchmarks.suites.plain_step import fill_gradients, has_peer, plain_steps, update_peers
 from fastssl.config.recipe import Recipe
 from fastssl.errors import FastSSLError
-from fastssl.optim.optimizers import create_optimizer
 from fastssl.optim.schedules import RunLength
 from fastssl.pipelines.ops.augment import parameter_table
 from fastssl.training.step import TrainStep
@@ -103,10 +100,6 @@ class Step:
     def small_lr(self) -> float:
         """A ten-thousandth of the peak."""
         return 1e-4 * self.recipe.optim.peak_lr(self.batch_size)
-
-    def plain(self, amp: bool) -> PlainStep:
-        """The same step as public code writes it."""
-        return PlainStep(self.recipe, self.device, self.batch_size, amp=amp, lr=self.small_lr, seed=self.seed)
 
     def networks_alone(self, views: list[Tensor]) -> None:
         """The passes through the networks that a step makes, and nothing else but the teacher's targets."""
@@ -244,28 +237,6 @@ def _try_step(setting: RecipeSetting, size: int) -> Fitted | None:
         return None
 
 
-def busy_share(run: Callable[[], object], device: torch.device) -> tuple[float, int] | None:
-    """Share of a run's time for which a kernel or copy was on the GPU, and how many there were; None on a CPU, or where
-    the profiler sees no kernels.
-
-    What is left is the GPU waiting for the host. The profiler itself slows the host a little, so the share is a lower
-    bound.
-    """
-    if device.type != "cuda":
-        return None
-    synchronize(device)
-    events = traced(lambda: (run(), synchronize(device)), ProfilerActivity.CUDA)
-    spans = [(e["ts"], e["ts"] + e["dur"]) for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
-    return (busy_of_spans(spans), len(spans)) if spans else None
-
-
-def busy_of_spans(spans: list[tuple[float, float]]) -> float:
-    """Length of the union of ``(begin, end)`` spans, over the time from the first begin to the last end."""
-    begin, end = np.array(sorted(spans)).T
-    reached = np.concatenate([begin[:1], np.maximum.accumulate(end)])
-    return float(np.maximum(0, end - np.maximum(begin, reached[:-1])).sum() / (reached[-1] - begin[0]))
-
-
 #: What a step's rate is held against.
 CEILING_NAME = "roofline of both networks' layers"
 
@@ -286,7 +257,7 @@ def run(setting: RecipeSetting) -> list[Record]:
         )
     fitted = fit_step(setting)
     step, cost, details = fitted.step, fitted.cost, fitted.details
-    plain = _plain_steps(fitted) if setting.peers else {}
+    plain = plain_steps(step, fitted.views[0]) if setting.peers else {}
     timings = measure_in_turns(
         {
             "step": lambda: step(*fitted.inputs),
@@ -375,47 +346,11 @@ def _measure_updates(step: Step, runs: int, peers: bool) -> dict[str, Timing]:
     """Optimiser and moving average on gradients that stay: ours; with ``peers`` in turns with the loops over tensors
     and with one flat tensor.
     """
-    _fill_gradients(step.method.student)
-    contenders = {"ours": step.update_alone, **(_update_peers(step) if peers else {})}
+    fill_gradients(step.method.student)
+    contenders = {"ours": step.update_alone, **(update_peers(step) if peers else {})}
     timings = measure_in_turns(contenders, device=step.device, runs=max(runs, _UPDATE_RUNS))
     step.inner.clear_gradients()
     return timings
-
-
-def _update_peers(step: Step) -> dict[str, Callable[[], None]]:
-    """The same work in loops over tensors, and on a single tensor."""
-    plain = step.plain(step.amp)
-    flat = torch.cat([p.detach().flatten() for p in step.method.student.parameters()])
-    one = nn.ParameterDict({"flat": flat[None]})  # two dimensions: LARS takes norms of such
-    average, weight = one["flat"].detach().clone(), 1 - step.recipe.moco.momentum
-    of_one = create_optimizer(one, replace(step.recipe.optim, decay_1d=True, lr=step.small_lr))
-    for network in (plain.query, one):
-        _fill_gradients(network)
-
-    def loops() -> None:
-        plain.optimizer.step()
-        plain.move_keys()
-
-    def of_all() -> None:
-        of_one.step()
-        average.lerp_(one["flat"].detach(), weight)
-
-    return {"loops": loops, "flat": of_all}
-
-
-def _fill_gradients(network: nn.Module) -> None:
-    for parameter in network.parameters():
-        parameter.grad = torch.full_like(parameter, 1e-6)
-
-
-def _plain_steps(fitted: Fitted) -> dict[str, Callable[[], object]]:
-    """The peers by name, ready to run on the same images in NCHW memory."""
-    step = fitted.step
-    first, second = (view.float().contiguous() for view in fitted.views[0].chunk(2))
-    return {
-        f"plain MoCo step, NCHW, {'bf16 autocast' if amp else 'float32'}": partial(step.plain(amp), first, second)
-        for amp in dict.fromkeys((step.amp, False))
-    }
 
 
 def bottleneck(arithmetic: float, busy: tuple[float, int] | None) -> str:

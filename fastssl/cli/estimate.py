@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import asdict
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -50,18 +49,7 @@ if TYPE_CHECKING:
 )
 @json_option
 def estimate(
-    arch: str | None,
-    data: Path | None,
-    val: Path | None,
-    recipe_name: str | None,
-    overrides: tuple[str, ...],
-    epochs: int | None,
-    batch_size: int | None,
-    device: str,
-    workers: int | None,
-    pipeline: str,
-    seconds: float,
-    json_path: str | None,
+    device: str, workers: int | None, pipeline: str, seconds: float, json_path: str | None, **chosen: Any
 ) -> None:
     """What a run will cost on this machine: time, memory, the largest batch, and what limits it.
 
@@ -78,17 +66,7 @@ def estimate(
     from fastssl.benchmarks.estimate.estimate import run
     from fastssl.distributed.devices import choose_device
 
-    inputs = choose_inputs(
-        arch=arch,
-        data=data,
-        val=val,
-        device=device,
-        recipe_name=recipe_name,
-        overrides=overrides,
-        epochs=epochs,
-        batch_size=batch_size,
-        workers=workers,
-    )
+    inputs = choose_inputs(device=device, workers=workers, **chosen)
     place = choose_device(device)
     _say(
         f"measuring {inputs.name} with {inputs.recipe.arch} on this {_device(place.type)} for about {seconds:.0f} s ..."
@@ -129,13 +107,12 @@ def describe(result: Estimate) -> list[str]:
 
 
 def _limit(result: Estimate) -> str:
-    rates = {"step": result.step_pair_per_s, "data": result.loader_pair_per_s}
+    step, data = _number(result.step_pair_per_s), _number(result.loader_pair_per_s)
+    threads = counted(result.workers, "decoding thread")
     if result.limit == "step":
-        text = f"Limit: the step, {_number(rates['step'])} pair/s; the loader alone could feed {_number(rates['data'])}"
+        text = f"Limit: the step, {step} pair/s; the loader alone could feed {data}"
     else:
-        threads = counted(result.workers, "decoding thread")
-        text = f"Limit: the data, {_number(rates['data'])} pair/s from {threads}; "
-        text += f"the step alone could take {_number(rates['step'])}"
+        text = f"Limit: the data, {data} pair/s from {threads}; the step alone could take {step}"
     return f"{text}. Both together: {_number(result.pair_per_s)} pair/s."
 
 

@@ -11,8 +11,9 @@ from lines import to_line
 from fastssl.benchmarks.estimate import gauge
 from fastssl.benchmarks.harness.roofline import Cost, Layer, forward_cost
 from fastssl.benchmarks.harness.setting import RecipeSetting
+from fastssl.benchmarks.harness.timing import busy_of_spans, busy_share
 from fastssl.benchmarks.suites import step as bench
-from fastssl.benchmarks.suites.step import Step, bottleneck, busy_of_spans, busy_share, fit_step, random_views, run
+from fastssl.benchmarks.suites.step import Step, bottleneck, fit_step, random_views, run
 from fastssl.config.recipe import Recipe, load_recipe
 from fastssl.distributed.devices import use_amp
 from fastssl.errors import FastSSLError
