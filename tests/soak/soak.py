@@ -27,6 +27,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -153,10 +154,11 @@ def observe(
                 pass  # it has just ended
             time.sleep(max(0.0, began + now + interval - time.monotonic()))
         early = process.poll() is not None
-        process.send_signal(signal.SIGINT)
+        with suppress(psutil.NoSuchProcess):
+            process.send_signal(signal.SIGINT)
         try:
             status: int | None = process.wait(_PATIENCE)
-        except (subprocess.TimeoutExpired, psutil.TimeoutExpired):
+        except psutil.TimeoutExpired:
             status = None
     finally:
         if process.poll() is None:
