@@ -61,7 +61,7 @@ bench: $(VENV)/.installed
 # An hour's run watched from outside, then commands killed at random moments; what came out last is in benchmarks/results/soak.
 soak: $(VENV)/.installed-test
 	mkdir -p runs
-	$(BIN)/fastssl bench soak --minutes 60 --json runs/soak.jsonl; steady=$$?; \
+	$(BIN)/python tests/soak/soak.py --minutes 60 --json runs/soak.jsonl; steady=$$?; \
 	$(BIN)/python tests/soak/kills.py --kills 50 --json runs/kills.json && exit $$steady
 
 clean:

@@ -4,6 +4,7 @@ out.
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -39,11 +40,8 @@ def fit_line(points: Sequence[tuple[float, float]]) -> Line:
     if not points or min(x for x, _ in points) <= 0:
         raise ValueError(f"a line needs points with positive x, got {list(points)}")
     last_x, last_y = max(points)
-    mean_x, mean_y = (sum(values) / len(points) for values in zip(*points))
-    spread = sum((x - mean_x) ** 2 for x, _ in points)
-    if spread > 0:
-        slope = sum((x - mean_x) * (y - mean_y) for x, y in points) / spread
-        fixed = mean_y - slope * mean_x
+    if len({x for x, _ in points}) > 1:
+        slope, fixed = statistics.linear_regression(*zip(*points))
         if slope >= 0 and fixed >= 0:
             return Line(fixed, slope)
     return Line(0.0, last_y / last_x)

@@ -11,6 +11,7 @@ the batch, and the estimate says so.
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -141,44 +142,16 @@ def run(
     batch = recipe.train.batch_size
     with BetonReader(data) as reader:
         if len(reader) < batch:
-            photos = counted(len(reader), "photo")
-            raise FastSSLError(f"{data}: {photos}, fewer than one batch of {batch}; give a smaller --batch-size")
+            how_many = counted(len(reader), "photo")
+            raise FastSSLError(f"{data}: {how_many}, fewer than one batch of {batch}; give a smaller --batch-size")
         measured = measure(recipe, reader, device, pipeline, workers, started, seconds)
-        split_sizes = _probe_sizes(recipe, reader, val)
-        host_data = memory.loader_bytes(recipe, reader, device)
-        about = {"name": data.name, "samples": len(reader)}
-    engine = choose_engine(device)[0] if pipeline == "auto" else pipeline
-    return _estimate(recipe, recipe_name, about, device, engine, measured, split_sizes, host_data, started)
-
-
-def _probe_sizes(recipe: Recipe, reader: BetonReader, val: Path | None) -> tuple[int, int]:
-    """Photos of an online probe, and of the final one."""
-
-    def count(queries: BetonReader | None, limit: int) -> int:
-        split = choose_split(reader, queries, limit, seed=0)
-        return len(split.bank_index) + len(split.query_index)
-
-    limits = (recipe.probe.online_samples, recipe.probe.final_samples)
-    if val is None:
-        return count(None, limits[0]), count(None, limits[1])
-    with BetonReader(val) as queries:
-        require_same_classes(reader, queries)
-        return count(queries, limits[0]), count(queries, limits[1])
-
-
-def _estimate(
-    recipe: Recipe,
-    recipe_name: str,
-    data: dict[str, Any],
-    device: torch.device,
-    pipeline: str,
-    measured: Measured,
-    probe_sizes: tuple[int, int],
-    buffers: tuple[int, int],
-    started: float,
-) -> Estimate:
+        online, final = _probe_sizes(recipe, reader, val)
+        on_device, on_host = memory.loader_bytes(recipe, reader, device)
+        photos = len(reader)
+    if pipeline == "auto":
+        pipeline = choose_engine(device)[0]
     train, gauges, cpu = recipe.train, measured.gauges, device.type == "cpu"
-    batch, parts, top = train.batch_size, train.accumulate, gauges[-1]
+    parts, top = train.accumulate, gauges[-1]
     part = batch // parts
     groups = recipe.settings.groups
     # Steps with fewer BatchNorm groups than the recipe's make other passes: they count only where there is nothing
@@ -190,13 +163,12 @@ def _estimate(
     together = measured.together if parts == 1 else None
     step_s = cost.step_with_data_s(alone_s, batch, measured.loader, shared=cpu, together=together)
     probes = cost.probe_count(train.epochs, recipe.probe.every_epochs)
-    probe_s, final_s = probe_sizes[0] / measured.features, _final_passes(recipe, probe_sizes[1]) / measured.features
-    epoch_s, run_s = cost.run_seconds(data["samples"], batch, train.epochs, step_s, probes=probes, probe_s=probe_s)
+    probe_s, final_s = online / measured.features, _final_passes(recipe, final) / measured.features
+    epoch_s, run_s = cost.run_seconds(photos, batch, train.epochs, step_s, probes=probes, probe_s=probe_s)
     run_s += final_s
 
     saved, backbone = memory.state_bytes(top.step)
     static = saved + memory.half_bytes(top.step)
-    on_device, on_host = buffers
     if not cpu and measured.device_data:
         on_device = measured.device_data / top.batch
     images = memory.image_bytes(recipe, device) if groups > 1 else 0
@@ -208,7 +180,7 @@ def _estimate(
     )
     usable = cost.USABLE[device.type] * measured.available
     fits = need.at(batch, parts) <= usable
-    largest, stopped = cost.largest_batch(need, usable, settings=recipe.settings, most=data["samples"], parts=parts)
+    largest, stopped = cost.largest_batch(need, usable, settings=recipe.settings, most=photos, parts=parts)
     peak = need.at(batch, parts)
     return Estimate(
         recipe=recipe_name,
@@ -217,11 +189,11 @@ def _estimate(
         device=device.type,
         workers=measured.workers,
         devices=1,
-        data=data,
+        data={"name": data.name, "samples": photos},
         epochs=train.epochs,
         batch_size=batch,
         accumulate=parts,
-        steps_per_epoch=data["samples"] // batch,
+        steps_per_epoch=photos // batch,
         step_s=step_s,
         epoch_s=epoch_s,
         run_s=run_s,
@@ -265,6 +237,16 @@ def _estimate(
         left_out=_left_out(recipe),
         seconds=time.perf_counter() - started,
     )
+
+
+def _probe_sizes(recipe: Recipe, reader: BetonReader, val: Path | None) -> tuple[int, int]:
+    """Photos of an online probe, and of the final one."""
+    with BetonReader(val) if val else nullcontext() as queries:
+        if queries is not None:
+            require_same_classes(reader, queries)
+        limits = (recipe.probe.online_samples, recipe.probe.final_samples)
+        online, final = (choose_split(reader, queries, limit, seed=0) for limit in limits)
+        return len(online.bank_index) + len(online.query_index), len(final.bank_index) + len(final.query_index)
 
 
 def _extrapolated(recipe: Recipe, measured: Measured, points: int) -> list[str]:

@@ -16,16 +16,17 @@ from torch import Tensor, nn
 
 from fastssl.benchmarks.estimate import memory
 from fastssl.benchmarks.estimate.cost import USABLE
-from fastssl.benchmarks.harness.timing import peak_extra_bytes
-from fastssl.benchmarks.harness.windows import stream_window, synchronize
-from fastssl.benchmarks.suites.loader import default_batch, endless, open_loader
+from fastssl.benchmarks.harness.setting import default_batch
+from fastssl.benchmarks.harness.timing import peak_extra_bytes, synchronize
+from fastssl.benchmarks.harness.windows import stream_window
+from fastssl.benchmarks.suites.loader import endless, open_loader
 from fastssl.benchmarks.suites.step import Step, random_views
 from fastssl.config.recipe import Recipe
 from fastssl.distributed.devices import use_amp
 from fastssl.errors import FastSSLError
 from fastssl.evaluate.features import extract_features
 from fastssl.pipelines.beton.reader import BetonReader
-from fastssl.pipelines.loader import Batch
+from fastssl.pipelines.loader import Batch, ViewLoader
 from fastssl.utils.cores import available_cores
 
 #: Batch of the first step, which says how slow the machine is.
@@ -106,12 +107,9 @@ def gauge_step(recipe: Recipe, device: torch.device, batch: int) -> Gauge:
         if device.type == "cpu" and before is not None and peak is not None:
             alive = memory.state_bytes(step)[0] + memory.tensor_bytes(views) + gauge.peak_bytes
             gauge.overhead = memory.step_overhead(peak - before, alive, gauge.peak_bytes)
-    except torch.OutOfMemoryError as error:
-        raise FastSSLError(
-            f"{recipe.arch}: out of memory with {batch} pictures a step on this {device.type} device"
-        ) from error
     except (RuntimeError, AssertionError, ValueError) as error:
-        if "you tried to allocate" in str(error):  # torch's words for it on a CPU
+        # On a CPU torch has words for it, and no class.
+        if isinstance(error, torch.OutOfMemoryError) or "you tried to allocate" in str(error):
             raise FastSSLError(
                 f"{recipe.arch}: out of memory with {batch} pictures a step on this {device.type} device"
             ) from error
@@ -190,10 +188,8 @@ def loader_rate(
 ) -> tuple[float, int]:
     """(pairs a second that the loader delivers to a consumer who does nothing with them, decoding threads)."""
     pixels = float((reader.heights.astype(np.int64) * reader.widths).mean())
-    batch = min(default_batch(recipe, device, None), max(2, int(_PIXELS * (workers or available_cores()) / pixels)))
-    with open_loader(
-        reader, recipe.views, batch, device, pipeline=pipeline, workers=workers, **_options(recipe, device)
-    ) as loader:
+    batch = min(default_batch(recipe, device), max(2, int(_PIXELS * (workers or available_cores()) / pixels)))
+    with _loader(reader, recipe, batch, device, pipeline=pipeline, workers=workers) as loader:
         window = stream_window(lambda: endless(loader), lambda _: None, loader.stats, batch, device, seconds)
         return window.samples / window.seconds, loader.engine.workers
 
@@ -213,17 +209,15 @@ def together_s(
     if cuda:
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
-    with open_loader(
-        reader, recipe.views, batch, device, pipeline=pipeline, workers=workers, **_options(recipe, device)
-    ) as loader:
+    with _loader(reader, recipe, batch, device, pipeline=pipeline, workers=workers) as loader:
         window = stream_window(lambda: endless(loader), train, loader.stats, batch, device, seconds)
     held = torch.cuda.max_memory_allocated(device) - before - gauge.peak_bytes if cuda else 0
     return window.seconds * batch / window.samples, max(0, held)
 
 
-def _options(recipe: Recipe, device: torch.device) -> dict[str, object]:
+def _loader(reader: BetonReader, recipe: Recipe, batch: int, device: torch.device, **options: object) -> ViewLoader:
     dtype = torch.bfloat16 if use_amp(recipe.train.amp, device) else torch.float32
-    return {"on_bad": recipe.train.on_bad, "dtype": dtype}
+    return open_loader(reader, recipe.views, batch, device, on_bad=recipe.train.on_bad, dtype=dtype, **options)
 
 
 def feature_rate(

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import os
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 from torch import Tensor
 
@@ -68,27 +68,20 @@ def memory_bytes(device: torch.device) -> tuple[int, int]:
     """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return _host_memory(total, Path("/proc/meminfo"), Path("/sys/fs/cgroup"))
+    memory = psutil.virtual_memory()
+    return _within_group(memory.available, memory.total, Path("/sys/fs/cgroup"))
 
 
-def _host_memory(total: int, meminfo: Path, group: Path) -> tuple[int, int]:
-    """(available, total) bytes from Linux' own files; where there are none, all of ``total``."""
-    free = total
-    try:
-        lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
-        free = 1024 * int(lines["MemAvailable"].split()[0])
-    except (OSError, KeyError, ValueError):
-        pass
+def _within_group(free: int, total: int, group: Path) -> tuple[int, int]:
+    """(available, total) bytes, within the limit of a control group where there is one."""
     try:
         limit, used = int((group / "memory.max").read_text()), int((group / "memory.current").read_text())
         counts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        # Cached files count as used, and go when somebody needs the room.
-        cached = int(counts.get("inactive_file", 0)) + int(counts.get("active_file", 0))
-        free, total = min(free, limit - used + cached), min(total, limit)
     except (OSError, ValueError):
-        pass  # no control group, or one without a limit ("max")
-    return free, total
+        return free, total  # no control group, or one without a limit ("max")
+    # Cached files count as used, and go when somebody needs the room.
+    cached = int(counts.get("inactive_file", 0)) + int(counts.get("active_file", 0))
+    return min(free, limit - used + cached), min(total, limit)
 
 
 def resident_bytes(key: str) -> int | None:

@@ -4,6 +4,7 @@ front of it.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import mmap
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import psutil
 
 from fastssl.benchmarks.harness.timing import MIN_RUNS
 
@@ -135,11 +137,9 @@ def _is_cached(handle: int, position: int) -> bool:
 def _kind_in_memory(folder: Path) -> str | None:
     """The name of the file system if it keeps its files in memory; None: it does not, or the system does not tell."""
     device = os.stat(folder).st_dev
-    number = f"{os.major(device)}:{os.minor(device)}"
-    try:
-        lines = Path("/proc/self/mountinfo").read_text().splitlines()
-    except OSError:
-        return None
-    # "36 35 98:0 / /mnt rw,noatime shared:1 - ext3 /dev/root rw": the number of optional fields before the dash varies.
-    kinds = [line.partition(" - ")[2].split()[0] for line in lines if line.split()[2] == number]
-    return next((kind for kind in kinds if kind in ("tmpfs", "ramfs", "devtmpfs")), None)
+    for mount in psutil.disk_partitions(all=True):
+        if mount.fstype in ("tmpfs", "ramfs", "devtmpfs"):
+            with contextlib.suppress(OSError):
+                if os.stat(mount.mountpoint).st_dev == device:
+                    return mount.fstype
+    return None

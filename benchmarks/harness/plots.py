@@ -10,7 +10,7 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import matplotlib
 from matplotlib.figure import Figure
@@ -18,26 +18,13 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, MultipleLocator, NullLocator, PercentFormatter
 
 from fastssl.benchmarks.harness.records import Record
-from fastssl.benchmarks.harness.table import cells, figure
+from fastssl.benchmarks.harness.table import cells, figure, positive
 from fastssl.errors import counted
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_COLOURS = (
-    "#2563a8",
-    "#d1632f",
-    "#0f8a68",
-    "#8b5cb8",
-    "#9a7b1c",
-    "#b8477d",
-    "#4a93b5",
-    "#7a6a5d",
-    "#5f8f2f",
-    "#3f3f74",
-    "#a3463c",
-    "#6b7785",
-)
+_COLOURS = ("#2563a8", "#d1632f", "#0f8a68", "#8b5cb8", "#9a7b1c", "#b8477d", "#4a93b5", "#7a6a5d")
 _CEILING, _INK, _QUIET, _GRID = "#b9c6d6", "#1c2430", "#5b6676", "#e3e7ec"
 # Names come from files: a dollar sign in one is no formula.
 _STYLE = {
@@ -79,6 +66,9 @@ def draw(plot: Callable[[Sequence[Record]], Figure | str], records: Sequence[Rec
 
 # Rates beside their ceilings
 
+#: (bench, stage) -> part, in the order of drawing
+_PARTS = {("loader", "views"): "loader", ("views", "whole"): "views", ("step", ""): "step", ("train", ""): "train"}
+
 
 def measured_parts(records: Iterable[Record]) -> dict[tuple[str, str], Record]:
     """The fastest record of each recipe's loader, views, step and training: (recipe, part) -> record, by recipe and
@@ -86,27 +76,13 @@ def measured_parts(records: Iterable[Record]) -> dict[tuple[str, str], Record]:
 
     Records of peers are left out, and of the loader and the views those of one stage alone.
     """
-    wanted = {
-        ("loader", "views"): "loader",
-        ("views", "whole"): "views",
-        ("step", None): "step",
-        ("train", None): "train",
-    }
     devices = {record.device for record in records}
     found: dict[tuple[str, str], Record] = {}
     networks: dict[str, str] = {}  # of each recipe the first one: others get a place of their own
     for record in records:
         details = record.details or {}
-        stage = details.get("part") or details.get("stage")
-        part = wanted.get((record.bench, stage and str(stage)))
-        if (
-            part is None
-            or record.peer
-            or not record.pair_per_s
-            or not record.view_per_s
-            or record.pair_per_s < 0
-            or record.view_per_s < 0
-        ):
+        part = _PARTS.get((record.bench, str(details.get("part") or details.get("stage") or "")))
+        if part is None or record.peer or not positive(record.pair_per_s) or not positive(record.view_per_s):
             continue
         # More than one engine or device: each is worth its own bar.
         more = [record.pipeline if record.pipeline != "native" else None, record.device if len(devices) > 1 else None]
@@ -114,16 +90,11 @@ def measured_parts(records: Iterable[Record]) -> dict[tuple[str, str], Record]:
         recipe = record.recipe or "no recipe"
         first = networks.setdefault(recipe, record.arch) if record.arch else record.arch
         key = (recipe if record.arch == first else f"{recipe} with {record.arch}", name)
-        if key not in found or record.pair_per_s > (found[key].pair_per_s or 0):
+        if key not in found or record.pair_per_s > found[key].pair_per_s:
             found[key] = record
-    order = list(wanted.values())
-    recipes = list(dict.fromkeys(recipe for recipe, _ in found))
-    return dict(
-        sorted(
-            found.items(),
-            key=lambda item: (recipes.index(item[0][0]), order.index(item[0][1].split(" (")[0]), item[0][1]),
-        )
-    )
+    recipes, parts = list(dict.fromkeys(recipe for recipe, _ in found)), list(_PARTS.values())
+    order = sorted(found, key=lambda key: (recipes.index(key[0]), parts.index(key[1].split(" (")[0]), key[1]))
+    return {key: found[key] for key in order}
 
 
 def images_per_s(records: Sequence[Record]) -> Figure | str:
@@ -133,73 +104,28 @@ def images_per_s(records: Sequence[Record]) -> Figure | str:
     parts = measured_parts(records)
     if not parts:
         return "no record of the loader, the views, the step or training has a rate"
-    rows, places, names, y = list(parts.items()), [], [], 0.0
-    for number, ((recipe, _), _) in enumerate(rows):
-        if number and recipe != rows[number - 1][0][0]:
-            y += 1.1
+    places, names, y = [], {}, 0.0
+    for recipe, _ in parts:
+        if recipe not in names:
+            y += 1.1 * bool(names)
+            names[recipe] = y - 0.75
         places.append(y)
         y += 1.0
     canvas = Figure(figsize=(11, 1.5 + 0.46 * y), layout="constrained")
-    for axes, unit, field in zip(
-        canvas.subplots(1, 2, sharey=True), ("pair/s", "view/s"), ("pair_per_s", "view_per_s")
-    ):
-        values = [getattr(record, field) for _, record in rows]
-        ceilings = [_ceiling(record, field) for _, record in rows]
-        axes.set_xscale("log")
-        low = min(values + [c for c in ceilings if c])
-        high = max(values + [c for c in ceilings if c])
-        # A bar on a logarithmic axis begins at a power of ten below all; on the right there is room for the figures.
-        left, right = 10.0 ** math.floor(math.log10(low) - 0.15), high * (high / low * 10) ** 0.36
-        axes.set_xlim(left, right)
-        for place, (_, record), value, ceiling in zip(places, rows, values, ceilings):
-            axes.barh(place - 0.17, value - left, 0.34, left=left, color=_COLOURS[0])
-            share = (
-                f"  ({record.fraction_of_ceiling:.0%})" if record.fraction_of_ceiling is not None and ceiling else ""
-            )
-            axes.annotate(
-                f"{figure(value)}{share}",
-                (value, place - 0.17),
-                (4, 0),
-                textcoords="offset points",
-                va="center",
-                fontsize=9,
-            )
-            if ceiling:
-                axes.barh(place + 0.17, ceiling - left, 0.28, left=left, color=_CEILING)
-                axes.annotate(
-                    figure(ceiling),
-                    (ceiling, place + 0.17),
-                    (4, 0),
-                    textcoords="offset points",
-                    va="center",
-                    fontsize=8,
-                    color=_QUIET,
-                )
-        axes.set_title(f"{unit}, logarithmic", color=_QUIET, fontsize=10)
-        axes.grid(axis="x")
-        axes.xaxis.set_major_locator(LogLocator(10, numticks=12))
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.xaxis.set_major_formatter(
-            FuncFormatter(lambda value, _: f"{value:,.10g}" if value < 1e6 else f"{value / 1e6:,.10g} M")
-        )
-        axes.tick_params(axis="y", length=0)
-    first = canvas.axes[0]
-    first.set_yticks(places, [part for (_, part), _ in rows])
-    first.set_ylim(y - 0.4, -1.1)
-    for number, ((recipe, _), _) in enumerate(rows):
-        if not number or recipe != rows[number - 1][0][0]:
-            names.append((places[number], _short(recipe, 48)))
-    for axes in canvas.axes:
-        for place, name in names:
+    for axes, field in zip(canvas.subplots(1, 2, sharey=True), ("pair_per_s", "view_per_s")):
+        _draw_rates(axes, field, places, list(parts.values()))
+        axes.set_title(f"{field.replace('_per_', '/')}, logarithmic", color=_QUIET, fontsize=10)
+        for recipe, place in names.items():
             axes.text(
                 0.0,
-                place - 0.75,
-                f" {name}",
+                place,
+                f" {_short(recipe, 48)}",
                 transform=axes.get_yaxis_transform(),
-                fontsize=10,
                 fontweight="bold",
                 va="center",
             )
+    canvas.axes[0].set_yticks(places, [part for _, part in parts])
+    canvas.axes[0].set_ylim(y - 0.4, -1.1)
     handles = [
         Patch(color=_COLOURS[0], label="measured (share of its ceiling)"),
         Patch(color=_CEILING, label="ceiling"),
@@ -208,11 +134,41 @@ def images_per_s(records: Sequence[Record]) -> Figure | str:
     return canvas
 
 
+def _draw_rates(axes: Axes, field: str, places: Sequence[float], records: Sequence[Record]) -> None:
+    limits = [(place, ceiling) for place, one in zip(places, records) if (ceiling := _ceiling(one, field))]
+    shown = [getattr(one, field) for one in records] + [ceiling for _, ceiling in limits]
+    # A bar on a logarithmic axis begins at a power of ten below all; on the right there is room for the figures.
+    left = 10.0 ** math.floor(math.log10(min(shown)) - 0.15)
+    axes.set_xscale("log")
+    axes.set_xlim(left, max(shown) * (max(shown) / min(shown) * 10) ** 0.36)
+    texts = [
+        figure(value) + (f"  ({one.fraction_of_ceiling:.0%})" if one.fraction_of_ceiling and one.ceiling else "")
+        for one, value in zip(records, shown)
+    ]
+    rates = zip(places, shown, texts)
+    _bars(axes, [(place - 0.17, value, text) for place, value, text in rates], left, 0.34, _COLOURS[0], fontsize=9)
+    ceilings = [(place + 0.17, value, figure(value)) for place, value in limits]
+    _bars(axes, ceilings, left, 0.28, _CEILING, fontsize=8, color=_QUIET)
+    axes.grid(axis="x")
+    axes.xaxis.set_major_locator(LogLocator(10, numticks=12))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(
+        FuncFormatter(lambda value, _: f"{value:,.10g}" if value < 1e6 else f"{value / 1e6:,.10g} M")
+    )
+    axes.tick_params(axis="y", length=0)
+
+
+def _bars(
+    axes: Axes, rows: Sequence[tuple[float, float, str]], left: float, height: float, colour: str, **text: object
+) -> None:
+    """Bars from ``left`` to each row's value, its text behind it."""
+    for place, value, words in rows:
+        axes.bar_label(axes.barh(place, value - left, height, left=left, color=colour), [words], padding=4, **text)
+
+
 def _ceiling(record: Record, field: str) -> float | None:
     """The ceiling, which records hold in views a second, in the unit of ``field``; None when there is none."""
-    if not record.ceiling or record.ceiling < 0:
-        return None
-    return record.ceiling * getattr(record, field) / record.view_per_s
+    return record.ceiling * getattr(record, field) / record.view_per_s if positive(record.ceiling) else None
 
 
 # Shares of the time
@@ -220,17 +176,22 @@ def _ceiling(record: Record, field: str) -> float | None:
 
 def shares_of(record: Record) -> dict[str, float]:
     """``details["share"]`` without what is no positive number."""
-    share = (record.details or {}).get("share")
-    return (
-        {str(name): float(part) for name, part in share.items() if _number(part) and part > 0}
-        if isinstance(share, dict)
-        else {}
-    )
+    return _figures(record, "share")
+
+
+def _figures(record: Record, key: str) -> dict[str, float]:
+    values = (record.details or {}).get(key)
+    found = values.items() if isinstance(values, dict) else ()
+    return {str(name): float(value) for name, value in found if positive(value)}
 
 
 def share_of_time(records: Sequence[Record]) -> Figure | str:
     """What the time of a batch or step goes into: a bar of parts for every record that has shares."""
-    rows = [(" · ".join(filter(None, _what(record))), shares) for record in records if (shares := shares_of(record))]
+    rows = []
+    for record in records:
+        if shares := shares_of(record):
+            what, recipe, setting = cells(record)[:3]
+            rows.append((" · ".join(filter(None, (recipe, what, setting))), shares))
     if not rows:
         return "no record has the shares of its time"
     rows = rows[-_ROWS:]
@@ -250,9 +211,9 @@ def share_of_time(records: Sequence[Record]) -> Figure | str:
     for place, (name, shares) in enumerate(rows):
         begin = 0.0
         for part, share in shares.items():
-            axes.barh(place, share, 0.42, left=begin, linewidth=0.8, **looks[part])
+            bar = axes.barh(place, share, 0.42, left=begin, linewidth=0.8, **looks[part])
             if share >= 0.04:
-                axes.text(begin + share / 2, place, f"{share:.0%}", ha="center", va="center", color="white", fontsize=9)
+                axes.bar_label(bar, [f"{share:.0%}"], label_type="center", color="white", fontsize=9)
             begin += share
         axes.text(0.0, place - 0.27, _short(name, 120), va="bottom", fontsize=9)
     axes.set_ylim(len(rows) - 0.6, -0.75)
@@ -267,15 +228,6 @@ def share_of_time(records: Sequence[Record]) -> Figure | str:
     return canvas
 
 
-def _what(record: Record) -> tuple[str, str, str]:
-    what, recipe, setting = cells(record)[:3]
-    return recipe, what, setting
-
-
-def _threads(record: Record) -> str:
-    return counted(record.workers, "thread") if record.workers else ""
-
-
 # How it grows
 
 
@@ -287,17 +239,15 @@ def scaling(records: Sequence[Record]) -> Figure | str:
     costs: dict[str, Record] = {}
     for record in records:
         part = (record.details or {}).get("part")
-        if record.bench != "loader" or record.peer or record.pipeline != "native":
+        if record.bench != "loader" or record.peer or record.pipeline != "native" or not record.workers:
             continue
-        if part in ("decode", "views") and record.recipe and record.workers and record.pair_per_s and record.view_per_s:
-            groups.setdefault(_setting(record), []).append(record)
+        setting = _setting(record)
+        if part in ("decode", "views") and record.recipe and record.pair_per_s and record.view_per_s:
+            groups.setdefault(setting, []).append(record)
         # One line for each recipe, on the most threads: more would lie on one another.
-        if (
-            part == "host cost"
-            and host_cost(record)
-            and (costs.get(_setting(record), record).workers or 0) <= (record.workers or 0)
-        ):
-            costs[_setting(record)] = record
+        most = costs.get(setting, record).workers
+        if part == "host cost" and _figures(record, "host_cpu_ms") and most <= record.workers:
+            costs[setting] = record
     if not groups and not costs:
         return "no record of our loader has the part decode, views or host cost"
     # Where more thread counts were measured there is more to see.
@@ -313,31 +263,18 @@ def scaling(records: Sequence[Record]) -> Figure | str:
     return canvas
 
 
-def host_cost(record: Record) -> dict[str, float]:
-    """``details["host_cpu_ms"]`` without what is no number: milliseconds of processor time for a picture, by the views
-    made of it.
-    """
-    cost = (record.details or {}).get("host_cpu_ms")
-    return {str(name): float(value) for name, value in cost.items() if _number(value)} if isinstance(cost, dict) else {}
-
-
 def _setting(record: Record) -> str:
-    data = (record.details or {}).get("data")
-    name = data.get("name") if isinstance(data, dict) else None
-    return ", ".join(
-        filter(None, [record.recipe, record.device, f"batch {record.batch_size}", str(name) if name else None])
-    )
+    data = (record.details or {}).get("data") or {}
+    return ", ".join(filter(None, [record.recipe, record.device, f"batch {record.batch_size}", data.get("name")]))
 
 
 def _draw_threads(axes: Axes, title: str, records: Sequence[Record]) -> None:
     counts = sorted({record.workers for record in records})
-    for number, part in enumerate(("decode", "views")):
+    for colour, part, name in zip(_COLOURS, ("decode", "views"), ("decode", "whole loader")):
         members = {record.workers: record for record in records if record.details["part"] == part}
         points = [members[count] for count in sorted(members)]
         if not points:
             continue
-        colour = _COLOURS[number]
-        name = "decode" if part == "decode" else "whole loader"
         axes.plot([r.workers for r in points], [r.pair_per_s for r in points], "o-", color=colour, label=name)
         limits = [(r.workers, ceiling) for r in points if (ceiling := _ceiling(r, "pair_per_s"))]
         if limits:
@@ -354,7 +291,8 @@ def _draw_threads(axes: Axes, title: str, records: Sequence[Record]) -> None:
     axes.set_xlabel("decoding threads")
     axes.set_ylabel("pair/s")
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
-    axes.set_title(f"Loader: {_folded(title)}", fontsize=10)
+    recipe, _, rest = title.partition(", ")
+    axes.set_title(f"Loader: {_short(recipe, 50)}\n{_short(rest, 60)}", fontsize=10)
     axes.grid()
     axes.legend(fontsize=9)
 
@@ -362,14 +300,15 @@ def _draw_threads(axes: Axes, title: str, records: Sequence[Record]) -> None:
 def _draw_costs(axes: Axes, records: Sequence[Record]) -> None:
     """Lines by the number of views; a bare decode loop, which makes none, stands at zero."""
     names: dict[int, str] = {}
-    for number, record in enumerate(records[: len(_COLOURS)]):
-        views = {key: 0 if key == "bare" else sum(map(int, re.findall(r"\d{1,6}", key))) for key in host_cost(record)}
-        points = sorted((views[key], value) for key, value in host_cost(record).items())
+    for colour, record in zip(_COLOURS, records):
+        cost = _figures(record, "host_cpu_ms")
+        views = {key: 0 if key == "bare" else sum(map(int, re.findall(r"\d{1,6}", key))) for key in cost}
         names.update({views[key]: "decode\nalone" if key == "bare" else str(views[key]) for key in views})
-        axes.plot(*zip(*points), "o-", color=_COLOURS[number], label=_short(f"{record.recipe}, {_threads(record)}", 44))
+        label = _short(f"{record.recipe}, {counted(record.workers, 'thread')}", 44)
+        axes.plot(*zip(*sorted((views[key], cost[key]) for key in cost)), "o-", color=colour, label=label)
     axes.set_xticks(list(names), list(names.values()))
     axes.margins(x=0.08)
-    axes.set_ylim(0, 1.25 * max(value for record in records for value in host_cost(record).values()) or 1)
+    axes.set_ylim(0, 1.25 * axes.dataLim.y1)
     axes.set_xlabel("views of a picture, cropped on the device")
     axes.set_ylabel("ms of processor time")
     axes.set_title("Host time for a picture", fontsize=10)
@@ -377,17 +316,7 @@ def _draw_costs(axes: Axes, records: Sequence[Record]) -> None:
     axes.legend(fontsize=9, loc="lower right")
 
 
-def _number(value: Any) -> bool:
-    # Beyond this no rate or share lies, and an axis has no room for it.
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and (value == 0 or 1e-30 < abs(value) < 1e30)
-
-
 def _short(text: str, length: int) -> str:
     """``text`` on one line, cut to ``length`` letters. The legend leaves out names that begin with an underscore."""
     line = " ".join("".join(letter if letter.isprintable() else " " for letter in text).split()).lstrip("_")
     return line if len(line) <= length else line[: length - 1] + "…"
-
-
-def _folded(text: str) -> str:
-    recipe, _, rest = text.partition(", ")
-    return f"{_short(recipe, 50)}\n{_short(rest, 60)}"

@@ -7,17 +7,17 @@ write_report([Path("train.jsonl"), Path("loader.jsonl")], Path("bench-report"))
 
 from __future__ import annotations
 
-import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fastssl.benchmarks.harness import plots, soak_plot
+from fastssl.benchmarks.harness import plots
 from fastssl.benchmarks.harness.complete import incomplete
 from fastssl.benchmarks.harness.records import Record, read_records
-from fastssl.benchmarks.harness.table import COLUMNS, RIGHT, cells, figure
-from fastssl.errors import FastSSLError, counted
+from fastssl.benchmarks.harness.table import COLUMNS, RIGHT, ceilings, cells, figure, positive
+from fastssl.errors import FastSSLError
 from fastssl.report.document import (
     Block,
     Bullets,
@@ -38,17 +38,6 @@ PLOTS: tuple[tuple[str, Callable, str], ...] = (
     ("images_per_s", plots.images_per_s, "Pairs and views a second of each part, beside its ceiling"),
     ("share_of_time", plots.share_of_time, "What the time goes into"),
     ("scaling", plots.scaling, "Rates by decoding threads, and the host's time for a picture by its views"),
-)
-#: drawn where there is a soak
-SOAK = ("soak", soak_plot.soak, "A long run, watched")
-#: Figures of a ``ceilings`` record: key in the details, words, factor, unit.
-_CEILINGS = (
-    ("decode_per_s_1_thread", "JPEG decoding, 1 thread", 1.0, "photos/s"),
-    ("decode_per_s", "JPEG decoding, {threads}", 1.0, "photos/s"),
-    ("copy_bytes_per_s", "memory copy, read and written", 1e-9, "GB/s"),
-    ("product_flop_per_s", "matrix product, {kind}", 1e-12, "TFLOP/s"),
-    ("disk_read_bytes_per_s", "reading from disk", 1e-6, "MB/s"),
-    ("disk_write_bytes_per_s", "writing to disk", 1e-6, "MB/s"),
 )
 
 
@@ -101,10 +90,9 @@ def _read(path: Path) -> list[Record]:
 
 def build(records: Sequence[Record]) -> list[Block]:
     """The report's blocks, plots drawn."""
-    machines: dict[str, list[Record]] = {}
-    for record in records:
-        machines.setdefault(machine_name(record), []).append(record)
+    machines = _grouped(records, _machine)
     blocks: list[Block] = [Heading(TITLE, 1)]
+    benches = {record.bench for record in records}
     for name, members in machines.items():
         if len(machines) > 1:
             blocks.append(Paragraph(f"On {name}:"))
@@ -112,9 +100,8 @@ def build(records: Sequence[Record]) -> list[Block]:
     blocks.append(
         Paragraph(
             "A pair is one source picture with all its views. Every figure is a median of alternating runs and "
-            "stands beside a ceiling that was "
-            "measured in the same "
-            f"process{'; a soak is one run, judged by its own lines' if any(map(_is_soak, records)) else ''}.",
+            "stands beside a ceiling that was measured in the same "
+            f"process{'; a soak is one run, judged by its own lines' if 'soak' in benches else ''}.",
             quiet=True,
         )
     )
@@ -123,11 +110,14 @@ def build(records: Sequence[Record]) -> list[Block]:
     return blocks
 
 
-def _is_soak(record: Record) -> bool:
-    return record.bench == "soak"
+def _grouped(records: Iterable[Record], key: Callable[[Record], str]) -> dict[str, list[Record]]:
+    groups: dict[str, list[Record]] = {}
+    for record in records:
+        groups.setdefault(key(record), []).append(record)
+    return groups
 
 
-def machine_name(record: Record) -> str:
+def _machine(record: Record) -> str:
     """GPU, processor and cores."""
     host = record.host
     gpu = f"{host['gpu']}, " if host.get("gpu") else ""
@@ -199,9 +189,10 @@ def _changed(record: Record) -> bool:
 
 def _short_machine(record: Record) -> str:
     """The GPU where it did the work, else the processor with its cores."""
-    if record.device == "cuda" and record.host.get("gpu"):
-        return str(record.host["gpu"])
-    return f"{record.host.get('cpu') or 'unknown processor'}, {record.host.get('cores', '?')} cores"
+    gpu = record.host.get("gpu")
+    if record.device == "cuda" and gpu:
+        return str(gpu)
+    return _machine(record).removeprefix(f"{gpu}, ")
 
 
 def recipe_table(records: Iterable[Record]) -> str:
@@ -254,7 +245,7 @@ def _section(name: str, records: Sequence[Record], suffix: str) -> list[Block]:
     recipes = _recipes(records)
     if recipes.rows:
         blocks += [Heading("Recipes", 3), recipes]
-    for stem, plot, words in (*PLOTS, *[SOAK] * any(map(_is_soak, records))):
+    for stem, plot, words in PLOTS:
         drawn = plots.draw(plot, records)
         blocks.append(Heading(words, 3))
         if isinstance(drawn, str):
@@ -264,10 +255,7 @@ def _section(name: str, records: Sequence[Record], suffix: str) -> list[Block]:
     blocks += [Heading("Beside other people's code", 3), *_peers(records)]
     blocks += [Heading("Ceilings of this machine", 3), *_ceilings(records)]
     blocks += [Heading("All records", 3), *_incomplete(records)]
-    versions: dict[str, list[Record]] = {}
-    for record in records:
-        versions.setdefault(_versions(record), []).append(record)
-    for text, members in versions.items():
+    for text, members in _grouped(records, _versions).items():
         blocks += [Paragraph(text, quiet=True), Table(COLUMNS, [cells(record) for record in members], RIGHT)]
     return blocks
 
@@ -319,7 +307,7 @@ def _rates_beside(record: Record, before: Sequence[Record]) -> tuple[float | Non
     peer's time, as of the loss.
     """
     details = record.details or {}
-    if _positive(details.get("peer_median_s")) and record.median_s and record.pair_per_s:
+    if positive(details.get("peer_median_s")) and record.median_s and record.pair_per_s:
         return record.pair_per_s, record.pair_per_s * record.median_s / details["peer_median_s"]
 
     def run(one: Record) -> tuple[Any, ...]:
@@ -344,18 +332,9 @@ def _ceilings(records: Sequence[Record]) -> list[Block]:
     rows = []
     for record in records:
         details = record.details or {}
-        used = details.get("decode_threads")
-        threads = counted(used, "thread") if isinstance(used, int) else f"{used or 'all'} threads"
-        for key, words, factor, unit in _CEILINGS if record.bench == "ceilings" else ():
-            values = details.get(key)
-            # A matrix product has a figure for each type of number.
-            for kind, value in values.items() if isinstance(values, dict) else [("", values)]:
-                shown = (
-                    f"{figure(value * factor)} {unit}"
-                    if _positive(value)
-                    else str(details.get("disk_problem") or "not measured")
-                )
-                rows.append((words.format(threads=threads, kind=kind), shown, record.device or ""))
+        missing = str(details.get("disk_problem") or "not measured")
+        if record.bench == "ceilings":
+            rows += [(words, shown or missing, record.device or "") for _, words, shown in ceilings(details)]
     if not rows:
         return [
             Paragraph(
@@ -379,17 +358,11 @@ def _incomplete(records: Sequence[Record]) -> list[Block]:
         ]
     items = []
     for part, members in lacking.items():
-        kinds: dict[str, int] = {}
-        for record in members:
-            kinds[cells(record)[0]] = kinds.get(cells(record)[0], 0) + 1
+        kinds = Counter(cells(record)[0] for record in members)
         items.append((f"{part}:", ", ".join(f"{count} of {kind}" for kind, count in kinds.items())))
     count = len({id(record) for members in lacking.values() for record in members})
     verb = "records lack" if count > 1 else "record lacks"
     return [Paragraph(f"{count} {verb}: {_listed(list(lacking))}."), Bullets(items)]
-
-
-def _positive(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -1,17 +1,11 @@
-"""Records as a table: one line each, in the terminal and in markdown.
-
-python -m fastssl.benchmarks.harness.table results.jsonl > results.md
-"""
+"""Records as rows of a table: their cells, and lines for a terminal."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 
-from fastssl.benchmarks.harness.records import Record, read_records
-from fastssl.errors import FastSSLError, counted
-from fastssl.report.document import escape_markdown
+from fastssl.benchmarks.harness.records import Record
+from fastssl.errors import counted
 
 COLUMNS = ("what", "recipe", "setting", "pair/s", "view/s", "of ceiling", "ceiling", "bottleneck")
 #: Column widths in a terminal, where lines come one by one and the widest is not known; text to the left, figures to
@@ -80,26 +74,38 @@ def _remarks(record: Record, details: dict) -> list[str]:
     return remarks + (_limits(details) if record.bench == "ceilings" else [])
 
 
+#: Figures of a ``ceilings`` record: key in the details, words in a line and in a table of their own, factor, unit.
+_CEILINGS = (
+    ("decode_per_s_1_thread", "decoding, 1 thread", "JPEG decoding, 1 thread", 1.0, "photos/s"),
+    ("decode_per_s", "decoding, all threads", "JPEG decoding, {threads}", 1.0, "photos/s"),
+    ("copy_bytes_per_s", "memory copy", "memory copy, read and written", 1e-9, "GB/s"),
+    ("product_flop_per_s", "{kind} product", "matrix product, {kind}", 1e-12, "TFLOP/s"),
+    ("disk_read_bytes_per_s", "disk read", "reading from disk", 1e-6, "MB/s"),
+    ("disk_write_bytes_per_s", "disk written", "writing to disk", 1e-6, "MB/s"),
+)
+
+
+def ceilings(details: dict) -> Iterator[tuple[str, str, str | None]]:
+    """(words in a line, words in a table, figure with its unit or None) of each limit that a record may hold."""
+    used = details.get("decode_threads")
+    threads = counted(used, "thread") if isinstance(used, int) else f"{used or 'all'} threads"
+    for key, short, long, factor, unit in _CEILINGS:
+        values = details.get(key)
+        # A matrix product has a figure for each type of number.
+        for kind, value in values.items() if isinstance(values, dict) else [("", values)]:
+            shown = f"{figure(value * factor)} {unit}" if positive(value) else None
+            yield short.format(kind=kind), long.format(threads=threads, kind=kind), shown
+
+
 def _limits(details: dict) -> list[str]:
     """The figures of a ``ceilings`` record, which has no rate of its own."""
-    product = details.get("product_flop_per_s")
-    rows = [
-        ("decoding, 1 thread", details.get("decode_per_s_1_thread"), 1.0, "photos/s"),
-        ("decoding, all threads", details.get("decode_per_s"), 1.0, "photos/s"),
-        ("memory copy", details.get("copy_bytes_per_s"), 1e-9, "GB/s"),
-        *(
-            (f"{name} product", value, 1e-12, "TFLOP/s")
-            for name, value in (product.items() if isinstance(product, dict) else ())
-        ),
-        ("disk read", details.get("disk_read_bytes_per_s"), 1e-6, "MB/s"),
-        ("disk written", details.get("disk_write_bytes_per_s"), 1e-6, "MB/s"),
-    ]
-    found = [
-        f"{words} {figure(value * factor)} {unit}"
-        for words, value, factor, unit in rows
-        if isinstance(value, (int, float))
-    ]
+    found = [f"{short} {shown}" for short, _, shown in ceilings(details) if shown]
     return found + ([f"disk: {details['disk_problem']}"] if details.get("disk_problem") else [])
+
+
+def positive(value: object) -> bool:
+    """Whether ``value`` is a rate or share that an axis has room for."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 1e-30 < value < 1e30
 
 
 def figure(value: float | None) -> str:
@@ -114,48 +120,3 @@ def line(texts: Sequence[str]) -> str:
     return "  ".join(
         text.ljust(-width) if width <= 0 else text.rjust(width) for text, width in zip(texts, _WIDTHS)
     ).rstrip()
-
-
-def markdown(records: Iterable[Record]) -> str:
-    """A table for every machine that the records name, with its versions above."""
-    groups: dict[str, list[Record]] = {}
-    for record in records:
-        groups.setdefault(machine(record), []).append(record)
-    parts = []
-    for name, members in groups.items():
-        rows = [COLUMNS, tuple("--:" if right else ":--" for right in RIGHT), *(cells(record) for record in members)]
-        parts.append(
-            name
-            + "\n\n"
-            + "\n".join("| " + " | ".join(escape_markdown(text) for text in row) + " |" for row in rows)
-            + "\n"
-        )
-    return "\n".join(parts)
-
-
-def machine(record: Record) -> str:
-    """Markdown that names the machine, the versions and the commit."""
-    host, versions = record.host, record.versions
-    gpu = f"{host['gpu']}, " if "gpu" in host else ""
-    cores = f"{host.get('cpu', 'unknown processor')}, {host.get('cores', '?')} cores"
-    packages = ", ".join(
-        f"{name} {versions[name]}" for name in ("python", "torch", "cuda", "timm", "fastssl") if name in versions
-    )
-    return f"**{gpu}{cores}** ({packages}{f', commit {record.git}' if record.git else ''})"
-
-
-def main(argv: Sequence[str]) -> int:
-    """Print the table of a results file; 0 done, 1 unreadable, 2 wrong usage."""
-    if len(argv) != 1:
-        print("usage: python -m fastssl.benchmarks.harness.table RESULTS.jsonl", file=sys.stderr)
-        return 2
-    try:
-        print(markdown(read_records(Path(argv[0]))), end="")
-    except (OSError, FastSSLError) as error:
-        print(f"table: {error}", file=sys.stderr)
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

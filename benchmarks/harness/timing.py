@@ -11,14 +11,28 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 MIN_RUNS = 5
+
+
+def in_turns(names: Iterable[str], runs: int) -> list[str]:
+    """Every name ``runs`` times.
+
+    Raises:
+        ValueError: fewer than five runs, whose median says little, or no names.
+    """
+    names = list(names)
+    if runs < MIN_RUNS or not names:
+        raise ValueError(f"{runs} runs of {len(names)} contenders: a median of fewer than {MIN_RUNS} runs says little")
+    return [name for number in range(runs) for name in (names if number % 2 == 0 else reversed(names))]
 
 
 @dataclass
@@ -54,26 +68,16 @@ class Timing:
 def measure_in_turns(
     contenders: dict[str, Callable[[], object]], *, device: torch.device | str, runs: int = MIN_RUNS, warmup: int = 2
 ) -> dict[str, Timing]:
-    """Time every contender ``runs`` times, in turns, after ``warmup`` runs each that are not counted.
-
-    Raises:
-        ValueError: fewer than five runs, whose median says little, or no contenders.
-    """
-    if runs < MIN_RUNS:
-        raise ValueError(f"runs={runs}: a median of fewer than {MIN_RUNS} runs says little; ask for {MIN_RUNS} or more")
-    if not contenders:
-        raise ValueError("nothing to measure: contenders is empty")
-    device = torch.device(device)
+    """Time every contender ``runs`` times, in turns, after ``warmup`` runs each that are not counted."""
+    device, turns = torch.device(device), in_turns(contenders, runs)
     for _ in range(warmup):
         for run in contenders.values():
             run()
     timings = {name: Timing() for name in contenders}
-    names = list(contenders)
-    for number in range(runs):
-        for name in names if number % 2 == 0 else reversed(names):
-            wall, cpu = _time_once(contenders[name], device)
-            timings[name].wall.append(wall)
-            timings[name].cpu.append(cpu)
+    for name in turns:
+        wall, cpu = _time_once(contenders[name], device)
+        timings[name].wall.append(wall)
+        timings[name].cpu.append(cpu)
     return timings
 
 
@@ -107,16 +111,45 @@ def peak_extra_bytes(run: Callable[[], object], device: torch.device | str) -> i
         run()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    events = traced(run, ProfilerActivity.CPU, profile_memory=True)
+    changes = [event for event in events if event.get("name") == "[memory]"]
+    changes.sort(key=lambda event: event["ts"])
+    return int(np.cumsum([event["args"]["Bytes"] for event in changes]).max(initial=0))
+
+
+def traced(run: Callable[[], object], activity: ProfilerActivity, **options: bool) -> list[dict[str, Any]]:
+    """What torch's profiler saw of ``run``, as events of a Chrome trace."""
+    with profile(activities=[activity], **options) as profiler:
         run()
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(trace))
-        events = json.loads(trace.read_text())["traceEvents"]
-    changes = [(event["ts"], event["args"]["Bytes"]) for event in events if event.get("name") == "[memory]"]
-    changes.sort(key=lambda change: change[0])
-    alive = peak = 0
-    for _, change in changes:
-        alive += change
-        peak = max(peak, alive)
-    return peak
+        return json.loads(trace.read_text())["traceEvents"]
+
+
+def busy_share(run: Callable[[], object], device: torch.device) -> tuple[float, int] | None:
+    """Share of a run's time for which a kernel or copy was on the GPU, and how many there were; None on a CPU, or where
+    the profiler sees no kernels.
+
+    What is left is the GPU waiting for the host. The profiler itself slows the host a little, so the share is a lower
+    bound.
+    """
+    if device.type != "cuda":
+        return None
+    synchronize(device)
+    events = traced(lambda: (run(), synchronize(device)), ProfilerActivity.CUDA)
+    spans = [(e["ts"], e["ts"] + e["dur"]) for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
+    return (busy_of_spans(spans), len(spans)) if spans else None
+
+
+def busy_of_spans(spans: list[tuple[float, float]]) -> float:
+    """Length of the union of ``(begin, end)`` spans, over the time from the first begin to the last end."""
+    begin, end = np.array(sorted(spans)).T
+    reached = np.concatenate([begin[:1], np.maximum.accumulate(end)])
+    return float(np.maximum(0, end - np.maximum(begin, reached[:-1])).sum() / (reached[-1] - begin[0]))
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until ``device`` has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from fastssl.benchmarks.harness.timing import MIN_RUNS
+from fastssl.benchmarks.harness.timing import MIN_RUNS, in_turns, synchronize
 from fastssl.pipelines.engines.base import EngineStats
 
 #: Batches taken before a window opens: more than a loader's ring holds, so that those which were ready beforehand are
@@ -58,20 +58,13 @@ def measure_windows(
 
     Args:
         seconds: for all counted windows together.
-
-    Raises:
-        ValueError: fewer than five runs, or no time.
     """
-    if runs < MIN_RUNS or seconds <= 0:
-        raise ValueError(f"runs={runs}, seconds={seconds}: give at least {MIN_RUNS} runs and some time")
-    length = seconds / (runs * len(contenders))
+    length, turns = seconds / (runs * len(contenders)), in_turns(contenders, runs)
     for run in contenders.values():
         run(length / 4)
     windows: dict[str, list[Window]] = {name: [] for name in contenders}
-    names = list(contenders)
-    for number in range(runs):
-        for name in names if number % 2 == 0 else reversed(names):
-            windows[name].append(contenders[name](length))
+    for name in turns:
+        windows[name].append(contenders[name](length))
     return windows
 
 
@@ -88,6 +81,12 @@ def ratio(ours: Sequence[Window], theirs: Sequence[Window]) -> float:
 def wait_share(windows: Sequence[Window]) -> float:
     """Median share of the time for which the consumer waited."""
     return statistics.median(window.wait_s / window.seconds for window in windows)
+
+
+def largest_share(shares: Mapping[str, float]) -> str:
+    """A bottleneck in words."""
+    largest = max(shares, key=shares.__getitem__)
+    return f"{largest} ({shares[largest]:.0%} of the time)"
 
 
 def stream_window(
@@ -135,9 +134,3 @@ def stream_window(
         )
     finally:
         stream.close()
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait until ``device`` has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

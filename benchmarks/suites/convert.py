@@ -15,8 +15,8 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import simplejpeg
@@ -24,8 +24,8 @@ from PIL import Image
 
 from fastssl.benchmarks.harness.photos import ensure_photos
 from fastssl.benchmarks.harness.records import Record
-from fastssl.benchmarks.harness.timing import MIN_RUNS
-from fastssl.benchmarks.harness.windows import Contender, Window, measure_windows, rate, ratio
+from fastssl.benchmarks.harness.setting import Setting
+from fastssl.benchmarks.harness.windows import Contender, Window, largest_share, measure_windows, rate, ratio
 from fastssl.benchmarks.suites.ffcv_writer import FfcvWriter
 from fastssl.errors import FastSSLError, counted
 from fastssl.pipelines.beton.reader import BetonReader
@@ -34,7 +34,6 @@ from fastssl.pipelines.convert.options import ConvertOptions, ConvertSummary
 from fastssl.pipelines.convert.sources import Listing, list_source
 from fastssl.pipelines.engines.registry import engine_state
 from fastssl.pipelines.ops import jpeg
-from fastssl.utils.cores import available_cores
 
 #: The two things a converter does, by the name of the record's part.
 MODES = {"copy": {"keep_size": True, "short_side": None}, "short side 256": {"short_side": 256}}
@@ -159,24 +158,10 @@ def _decode(data: bytes, options: ConvertOptions) -> np.ndarray:
     return simplejpeg.decode_jpeg(data, colorspace="RGB", strict=True, **scale)
 
 
-def run(
-    data: str = "synthetic",
-    workers: int | None = None,
-    runs: int = MIN_RUNS,
-    photos: int = 512,
-    peers: bool = False,
-    folder: Path | None = None,
-) -> list[Record]:
-    """Measure the conversion of one source.
-
-    Args:
-        data: ``synthetic`` (JPEGs made here, written as a tree of class folders), or a folder or tar as
-            ``convert-imagenet`` takes it.
-        workers: threads; default: the cores that this process may use.
-        runs: whole conversions of each mode, at least five.
-        photos: number of synthetic ones, or the most that are taken from ``data``, evenly spaced.
-        peers: in turns with ffcv's writer, where that is installed.
-        folder: for temporary files, on the disk to write to; default: the system's.
+def run(setting: Setting) -> list[Record]:
+    """Measure the conversion of one source: ``data`` is ``synthetic`` (``photos`` JPEGs made here, written as a tree of
+    class folders), or a folder or tar as ``convert-imagenet`` takes it, of which at most ``photos``, evenly spaced, are
+    converted. The peer is ffcv's writer, where that is installed.
 
     Returns:
         One record for each of MODES (``details["part"]``). The ceiling of ``copy`` is a plain copy of the same bytes
@@ -186,8 +171,8 @@ def run(
     Raises:
         FastSSLError: the source cannot be read, or the folder not be written to.
     """
-    workers = workers or available_cores()
-    problem = engine_state("ffcv").problem if peers else None
+    data, folder, photos = setting.data, setting.folder, setting.photos
+    problem = engine_state("ffcv").problem if setting.peers else None
     try:
         temporary = tempfile.TemporaryDirectory(prefix="fastssl-bench-", dir=folder)
     except OSError as error:
@@ -208,16 +193,15 @@ def run(
                 "bytes": round(float(sizes.mean())),
             }
             about = {"data": about, "missing": {"ffcv": problem} if problem else {}}
-            records = [
-                _measure(listing, chosen, part, Path(name), workers, runs, peers and not problem) for part in MODES
-            ]
-            return [replace(record, details={**(record.details or {}), **about}) for record in records]
+            peer = setting.peers and not problem
+            return [_measure(setting, listing, chosen, part, Path(name), peer, about) for part in MODES]
 
 
 def _measure(
-    listing: Listing, chosen: list[int], part: str, folder: Path, workers: int, runs: int, peer: bool
+    setting: Setting, listing: Listing, chosen: list[int], part: str, folder: Path, peer: bool, about: dict[str, Any]
 ) -> Record:
-    """One mode's record, without the words on its data."""
+    """One mode's record."""
+    workers = setting.threads
     options = ConvertOptions(workers=workers, limit=len(chosen), resume=False, **MODES[part])
     ours, loop = Convert(listing.source, len(chosen), options, folder), BareLoop(listing, chosen, options, workers)
     contenders: dict[str, Contender] = {"ours": ours, "loop": loop}
@@ -225,21 +209,19 @@ def _measure(
         contenders["copy"] = BareCopy(listing, chosen, folder)
     if peer:
         contenders["peer"] = FfcvWriter(listing, chosen, options, folder)
-    windows = measure_windows(contenders, seconds=1.0, runs=runs)  # whole runs, however long they take
+    windows = measure_windows(contenders, seconds=1.0, runs=setting.runs)  # whole runs, however long they take
     top = "copy" if part == "copy" else "loop"
     names = {
         "copy": "plain copy of the same bytes, with fsync",
         "loop": f"bare decode, scale and encode loop, {counted(workers, 'thread')}",
     }
-    pair_per_s, fraction, of_loop = (
-        rate(windows["ours"]),
-        ratio(windows["ours"], windows[top]),
-        ratio(windows["ours"], windows["loop"]),
-    )
+    pair_per_s, fraction = rate(windows["ours"]), ratio(windows["ours"], windows[top])
+    of_loop = ratio(windows["ours"], windows["loop"])
     share = {stage: of_the_loop * min(1.0, of_loop) for stage, of_the_loop in loop.shares.items()}
     share["order, checksums, writing"] = max(0.0, 1 - of_loop)
-    largest = max(share, key=share.__getitem__)
-    words = "decoding, by which damaged photos are found" if (part, largest) == ("copy", "decoding") else largest
+    words = largest_share(share)
+    if part == "copy":
+        words = words.replace("decoding (", "decoding, by which damaged photos are found (")
     assert ours.last is not None  # it has run
     details = {
         "part": part,
@@ -252,21 +234,20 @@ def _measure(
         "share": share,
         "loop_per_s": rate(windows["loop"]),
         "cpu_s": statistics.median(window.cpu_s for window in windows["ours"]),
+        **about,
     }
     if peer:
         details["peer_median_s"] = len(chosen) / rate(windows["peer"])
-    return Record(
-        bench="convert",
+    return setting.record(
+        "convert",
         pipeline="native",
-        device="cpu",
         workers=workers,
         pair_per_s=pair_per_s,
         median_s=len(chosen) / pair_per_s,
-        runs=runs,
         ceiling=pair_per_s / fraction,
         ceiling_name=names[top],
         fraction_of_ceiling=fraction,
-        bottleneck=f"{words} ({share[largest]:.0%} of the time)",
+        bottleneck=words,
         peer=FfcvWriter.NAME if peer else None,
         ratio_to_peer=ratio(windows["ours"], windows["peer"]) if peer else None,
         details=details,

@@ -10,7 +10,9 @@ import torch
 from torch.nn import functional as F
 
 from fastssl.benchmarks.harness.records import Record
-from fastssl.benchmarks.harness.timing import MIN_RUNS, measure_in_turns, peak_extra_bytes
+from fastssl.benchmarks.harness.setting import RecipeSetting, rates
+from fastssl.benchmarks.harness.timing import measure_in_turns, peak_extra_bytes
+from fastssl.errors import FastSSLError
 from fastssl.losses import SmoothedInfoNCE
 from fastssl.losses.reference import dense_step
 
@@ -18,44 +20,31 @@ PEER = "light-moco (dense logits and target)"
 _CEILING_TILE = 16384
 
 
-def run(
-    device: torch.device | str = "cpu",
-    batch_size: int = 512,
-    queue: int = 65536,
-    dim: int = 128,
-    runs: int = MIN_RUNS,
-    *,
-    temperature: float = 0.1,
-    smoothing: float = 0.2,
-    weighting: str = "stepped",
-    neighbors: int | None = None,
-    seed: int = 0,
-) -> list[Record]:
-    """Measure one setting on random unit vectors.
+def run(setting: RecipeSetting) -> list[Record]:
+    """Measure a MoCo recipe's loss on random unit vectors.
 
-    A run is one call of the loss and its backward pass: ``batch_size`` queries against one positive each and the queue.
-    The symmetric loss makes two calls a pair, so ``view_per_s`` is ``batch_size / median_s`` and ``pair_per_s`` half of
-    it.
-
-    Args:
-        device: ``cpu`` or ``cuda``.
-        queue, dim: number of negatives and their width.
-        runs: counted runs of each contender, at least five.
-        temperature, smoothing, weighting, neighbors: as in :class:`fastssl.losses.SmoothedInfoNCE`.
-        seed: of the vectors.
+    A run is one call of the loss and its backward pass: a batch of queries against one positive each and the queue. The
+    symmetric loss makes two calls a pair, so ``view_per_s`` is batch over ``median_s`` and ``pair_per_s`` half of it.
 
     Returns:
         One record, of the kernel, with ``ratio_to_peer`` and in ``details`` the peer's times, the ratio of processor
         times and the peak extra memory of both in bytes.
     """
-    device = torch.device(device)
-    generator = torch.Generator().manual_seed(seed)
+    if setting.recipe.method != "moco":
+        raise FastSSLError(
+            f"{setting.recipe_name}: bench loss measures smoothed InfoNCE, which {setting.recipe.method} does not use; "
+            "name a MoCo recipe"
+        )
+    device, moco = setting.device, setting.recipe.moco
+    queue, dim, batch_size = moco.queue, moco.projector.out, setting.batch_size or setting.recipe.train.batch_size
+    target = (moco.temperature, moco.smoothing, moco.weighting, moco.neighbors)
+    generator = torch.Generator().manual_seed(0)
     queries, keys, negatives = (
         F.normalize(torch.randn(rows, dim, generator=generator), dim=1).to(device)
         for rows in (batch_size, batch_size, queue)
     )
     queries.requires_grad_()
-    criterion = SmoothedInfoNCE(temperature, smoothing, weighting, neighbors)
+    criterion = SmoothedInfoNCE(*target)
 
     def kernel() -> None:
         queries.grad = None
@@ -63,7 +52,7 @@ def run(
 
     def peer() -> None:
         queries.grad = None
-        dense_step(queries, keys, negatives, temperature, smoothing, weighting, neighbors).backward()
+        dense_step(queries, keys, negatives, *target).backward()
 
     logits = torch.empty(min(queue, _CEILING_TILE), batch_size, device=device)
     gradient = torch.empty(batch_size, dim, device=device)
@@ -76,31 +65,25 @@ def run(
             torch.mm(tile, queries.t(), out=part)
             gradient.addmm_(part.t(), tile)
 
-    timings = measure_in_turns({"kernel": kernel, "peer": peer, "ceiling": products_alone}, device=device, runs=runs)
+    timings = measure_in_turns(
+        {"kernel": kernel, "peer": peer, "ceiling": products_alone}, device=device, runs=setting.runs
+    )
     ours, theirs, ceiling = timings["kernel"], timings["peer"], timings["ceiling"]
     fraction = 1 / ceiling.times_faster_than(ours)
-    view_per_s = batch_size / ours.median_s
     return [
-        Record(
-            bench="loss",
-            device=device.type,
-            batch_size=batch_size,
-            pair_per_s=view_per_s / 2,
-            view_per_s=view_per_s,
-            median_s=ours.median_s,
-            runs=runs,
-            ceiling=view_per_s / fraction,
+        setting.record(
+            "loss",
+            **{**rates(batch_size / ours.median_s / 2, batch_size, 2, fraction), "median_s": ours.median_s},
             ceiling_name="the two matrix products with the queue alone",
-            fraction_of_ceiling=fraction,
             bottleneck="matrix products" if fraction >= 0.5 else "exponentials and the search for the nearest",
             peer=PEER,
             ratio_to_peer=ours.times_faster_than(theirs),
             details={
                 "queue": queue,
                 "dim": dim,
-                "weighting": weighting,
+                "weighting": moco.weighting,
                 "neighbors": criterion.neighbors,
-                "smoothing": smoothing,
+                "smoothing": moco.smoothing,
                 "threads": torch.get_num_threads(),
                 "cpu_s": ours.median_cpu_s,
                 "peer_median_s": theirs.median_s,

@@ -14,6 +14,7 @@ import importlib.util
 import io
 import random
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,17 +26,15 @@ import torchvision.transforms as T
 from PIL import Image, ImageFilter
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from fastssl.benchmarks.harness.photos import describe_data, find_data
 from fastssl.benchmarks.harness.records import Record
-from fastssl.benchmarks.harness.timing import MIN_RUNS
-from fastssl.benchmarks.harness.windows import Window, measure_windows, rate, ratio, stream_window
+from fastssl.benchmarks.harness.setting import CPU_BATCH, Setting, rates
+from fastssl.benchmarks.harness.windows import Contender, measure_windows, rate, ratio, stream_window
 from fastssl.benchmarks.suites.loader import BareLoop, endless, open_loader, requests_of
 from fastssl.errors import counted
 from fastssl.pipelines.beton.reader import BetonReader
 from fastssl.pipelines.engines.base import EngineStats
 from fastssl.pipelines.engines.registry import engine_state
 from fastssl.pipelines.plan.draw import ViewSpec
-from fastssl.utils.cores import available_cores
 
 #: The two views of MoCo-v2, and the same without colour.
 AUGMENTED = ViewSpec(size=224, count=2, area=(0.2, 1.0))
@@ -213,92 +212,70 @@ def left_out() -> list[str]:
     ]
 
 
-def run(
-    data: str = "synthetic",
-    *,
-    size: int = AUGMENTED.size,
-    workers: int | None = None,
-    batch_size: int = 32,
-    seconds: float = 120.0,
-    runs: int = MIN_RUNS,
-    photos: int = 512,
-) -> list[Record]:
-    """Measure all contenders of both tables on the CPU.
-
-    Args:
-        data, photos: see :func:`fastssl.benchmarks.harness.photos.find_data`.
-        size: of the views.
-        workers: threads or worker processes of each contender; default: the cores that this process may use.
-        seconds: of all counted windows together.
+def run(setting: Setting) -> list[Record]:
+    """Measure all contenders of both tables on the CPU, each with as many threads or worker processes.
 
     Returns:
         One record for each of our engines and peer: ``details["part"]`` is ``crops`` or ``augmented``; a peer's
-            ``ratio_to_peer`` is how many times
-        as fast `native` is in the same rounds.
+        ``ratio_to_peer`` is how many times as fast `native` is in the same rounds.
     """
-    workers = workers or available_cores()
-    path, name = find_data(data, photos)
-    absent = missing()
-    with BetonReader(path) as reader:
-        about = {"data": describe_data(reader, name), "size": size}
-        opened, contenders = [], {}
-        device = torch.device("cpu")
+    threads, batch, device, size = setting.threads, setting.batch_size or CPU_BATCH, torch.device("cpu"), AUGMENTED.size
+    absent, contenders = missing(), {}
 
-        def add(part: str, contender: str, stream: Stream, stats: EngineStats | None = None) -> None:
-            window: Callable[[float], Window] = partial(
-                stream_window, stream, lambda batch: None, stats or EngineStats(), batch_size, device
-            )
-            contenders[part, contender] = window
+    def add(part: str, name: str, stream: Stream, stats: EngineStats | None = None) -> None:
+        window: Contender = partial(stream_window, stream, lambda _: None, stats or EngineStats(), batch, device)
+        contenders[part, name] = window
+
+    with ExitStack() as opened:
+        reader, about = opened.enter_context(setting.open())
+        path = reader.path
+
+        def workers(transform: Callable[[Image.Image], Any], views: int = 2) -> _Workers:
+            return opened.enter_context(closing(_Workers(_Photos(path, transform, views), batch, threads)))
 
         for part, spec in (("crops", CROPS), ("augmented", AUGMENTED)):
             for engine in ("native", "dali", "ffcv"):
                 if engine in absent:
                     continue
-                loader = open_loader(
-                    reader, [replace(spec, size=size)], batch_size, device, workers=workers, pipeline=engine
+                loader = opened.enter_context(
+                    open_loader(reader, [spec], batch, device, workers=threads, pipeline=engine)
                 )
-                opened.append(loader)
                 if part == "crops":  # the engine's own work: uint8 views, as the peers give them
                     add(part, engine, partial(lambda one: one.engine.run(requests_of(one)), loader), loader.stats)
                 else:
                     add(part, engine, partial(endless, loader), loader.stats)
         for part, transform in (("crops", torchvision_crops(size)), ("augmented", torchvision_moco(size))):
-            opened.append(_Workers(_Photos(path, transform), batch_size, workers))
-            add(part, "torchvision on Pillow in a DataLoader", opened[-1])
+            add(part, "torchvision on Pillow in a DataLoader", workers(transform))
         if "lightly" not in absent:
             from lightly.transforms import MoCoV2Transform
 
-            opened.append(_Workers(_Photos(path, MoCoV2Transform(input_size=size), views=1), batch_size, workers))
-            add("augmented", "lightly's MoCoV2Transform in a DataLoader", opened[-1])
+            add("augmented", "lightly's MoCoV2Transform in a DataLoader", workers(MoCoV2Transform(input_size=size), 1))
         if "ffcv" not in absent:
-            add("crops", "FFCV, a pipeline for each view", _ffcv_per_view(path, size, batch_size, workers))
+            add("crops", "FFCV, a pipeline for each view", _ffcv_per_view(path, size, batch, threads))
         if "dali" not in absent:
-            add("crops", "DALI, decoding for each view", _dali_per_view(path, size, batch_size, workers))
+            add("crops", "DALI, decoding for each view", _dali_per_view(path, size, batch, threads))
         # What no loader on as many threads can pass: the same photos decoded and cropped, and nothing else.
-        contenders[BARE] = BareLoop(reader, workers, [replace(CROPS, size=size)])
-        try:
-            windows = measure_windows(contenders, seconds=seconds, runs=runs)
-        finally:
-            for one in opened:
-                one.close()
+        contenders[BARE] = BareLoop(reader, threads, [CROPS])
+        windows = measure_windows(contenders, seconds=setting.seconds, runs=setting.runs)
+    bare = windows.pop(BARE)
     return [
-        Record(
-            bench="loader",
-            pipeline=contender if contender in ("native", "dali", "ffcv") else None,
+        setting.record(
+            "loader",
             device="cpu",
-            batch_size=batch_size,
-            workers=workers,
-            runs=runs,
-            pair_per_s=rate(found),
-            view_per_s=2 * rate(found),
-            median_s=batch_size / rate(found),
-            ceiling=2 * rate(windows[BARE]),
-            ceiling_name=f"bare decode and crop loop, {counted(workers, 'thread')}",
-            fraction_of_ceiling=ratio(found, windows[BARE]),
-            peer=None if contender == "native" else contender,
-            ratio_to_peer=None if contender == "native" else ratio(windows[part, "native"], found),
-            details={"part": part, "loader": contender, **about, "seconds": seconds, "missing": absent},
+            pipeline=name if name in ("native", "dali", "ffcv") else None,
+            workers=threads,
+            ceiling_name=f"bare decode and crop loop, {counted(threads, 'thread')}",
+            peer=None if name == "native" else name,
+            ratio_to_peer=None if name == "native" else ratio(windows[part, "native"], found),
+            details={
+                "part": part,
+                "loader": name,
+                "data": about,
+                "size": size,
+                "seconds": setting.seconds,
+                "missing": absent,
+            },
+            **rates(rate(found), batch, 2, ratio(found, bare)),
         )
-        for (part, contender), found in windows.items()
-        if (part, contender) != BARE
+        for (part, name), found in windows.items()
     ]

@@ -9,6 +9,10 @@ of MoCo-v2 with a symmetric loss and, where the recipe smooths, light-moco's tar
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +21,11 @@ from torch.nn import functional
 from fastssl.config.recipe import Recipe
 from fastssl.losses.reference import dense_step
 from fastssl.methods.base import new_encoder
-from fastssl.optim.optimizers import OptimConfig, parameter_groups
+from fastssl.optim.optimizers import OptimConfig, create_optimizer, parameter_groups
 from fastssl.training.step import initial_backbone
+
+if TYPE_CHECKING:
+    from fastssl.benchmarks.suites.step import Step
 
 
 class PlainLARS(torch.optim.Optimizer):
@@ -124,3 +131,43 @@ class PlainStep:
     def _enqueue(self, keys: Tensor) -> None:
         self.queue[:, self.pointer : self.pointer + len(keys)] = keys.t().to(self.queue.dtype)
         self.pointer = (self.pointer + len(keys)) % self.queue.shape[1]
+
+
+def _plain(step: Step, amp: bool) -> PlainStep:
+    return PlainStep(step.recipe, step.device, step.batch_size, amp=amp, lr=step.small_lr, seed=step.seed)
+
+
+def plain_steps(step: Step, views: Tensor) -> dict[str, Callable[[], object]]:
+    """The peers of ``step`` by name, ready to run on the same images in NCHW memory."""
+    first, second = (view.float().contiguous() for view in views.chunk(2))
+    return {
+        f"plain MoCo step, NCHW, {'bf16 autocast' if amp else 'float32'}": partial(_plain(step, amp), first, second)
+        for amp in dict.fromkeys((step.amp, False))
+    }
+
+
+def update_peers(step: Step) -> dict[str, Callable[[], None]]:
+    """The same work in loops over tensors, and on a single tensor."""
+    plain = _plain(step, step.amp)
+    flat = torch.cat([p.detach().flatten() for p in step.method.student.parameters()])
+    one = nn.ParameterDict({"flat": flat[None]})  # two dimensions: LARS takes norms of such
+    average, weight = one["flat"].detach().clone(), 1 - step.recipe.moco.momentum
+    of_one = create_optimizer(one, replace(step.recipe.optim, decay_1d=True, lr=step.small_lr))
+    for network in (plain.query, one):
+        fill_gradients(network)
+
+    def loops() -> None:
+        plain.optimizer.step()
+        plain.move_keys()
+
+    def of_all() -> None:
+        of_one.step()
+        average.lerp_(one["flat"].detach(), weight)
+
+    return {"loops": loops, "flat": of_all}
+
+
+def fill_gradients(network: nn.Module) -> None:
+    """Gradients for an optimiser that runs alone."""
+    for parameter in network.parameters():
+        parameter.grad = torch.full_like(parameter, 1e-6)

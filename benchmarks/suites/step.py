@@ -9,32 +9,23 @@ what is missing there is waiting for launches.
 from __future__ import annotations
 
 import gc
-import json
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
+from torch import Tensor
 
 from fastssl.benchmarks.harness.limits import copy_bytes, copy_call, product_call, product_flop
 from fastssl.benchmarks.harness.records import Record
 from fastssl.benchmarks.harness.roofline import Cost, forward_cost
-from fastssl.benchmarks.harness.timing import MIN_RUNS, Timing, measure_in_turns, peak_extra_bytes
-from fastssl.benchmarks.harness.windows import synchronize
-from fastssl.benchmarks.suites.loader import default_batch
-from fastssl.benchmarks.suites.plain_step import PlainStep, has_peer
+from fastssl.benchmarks.harness.setting import RecipeSetting, rates
+from fastssl.benchmarks.harness.timing import Timing, busy_share, measure_in_turns, peak_extra_bytes, synchronize
+from fastssl.benchmarks.suites.plain_step import fill_gradients, has_peer, plain_steps, update_peers
 from fastssl.config.recipe import Recipe
-from fastssl.distributed.devices import use_amp
 from fastssl.errors import FastSSLError
-from fastssl.models.backbones import resolve_arch
-from fastssl.optim.optimizers import create_optimizer
 from fastssl.optim.schedules import RunLength
 from fastssl.pipelines.ops.augment import parameter_table
 from fastssl.pipelines.plan.draw import draw_plans
@@ -82,13 +73,8 @@ class Step:
         self.recipe = recipe = replace(recipe, train=train)
         self.seed = seed
         self.inner = TrainStep(recipe, device, amp=amp, seed=seed)
-        self.device, self.batch_size, self.amp, self.method, self.optimizer = (
-            device,
-            batch_size,
-            amp,
-            self.inner.method,
-            self.inner.optimizer,
-        )
+        self.device, self.batch_size, self.amp = device, batch_size, amp
+        self.method, self.optimizer = self.inner.method, self.inner.optimizer
         self.number = 0
         self.metrics: Tensor | None = None
 
@@ -211,21 +197,19 @@ def random_crops(recipe: Recipe, batch_size: int, device: torch.device) -> tuple
     return crops, [to_device(parameter_table(plan.reshape(-1)), device) for plan in plans]
 
 
-def fit_step(
-    recipe: Recipe, device: torch.device, batch_size: int, *, amp: bool, compiled: bool = False, graph: bool = False
-) -> Fitted:
-    """A step of the largest batch that fits: ``batch_size``, or half of it as often as memory runs out.
+def fit_step(setting: RecipeSetting) -> Fitted:
+    """A step of the largest batch that fits: the setting's, or half of it as often as memory runs out.
 
     A network that cannot be compiled or recorded here runs as it is, and the result's details say why.
 
     Raises:
         FastSSLError: not even two pictures a BatchNorm group fit.
     """
-    size = batch_size
+    size, recipe, device = setting.batch, setting.recipe, setting.device
     while True:
-        fitted = _try_step(recipe, device, size, amp=amp, compiled=compiled, graph=graph)
+        fitted = _try_step(setting, size)
         if fitted is not None:
-            return replace(fitted, asked=batch_size)
+            return fitted
         # Only here, out of the exception's reach, are the tensors of the failed try nobody's.
         gc.collect()
         if device.type == "cuda":
@@ -237,144 +221,81 @@ def fit_step(
             )
 
 
-def _try_step(
-    recipe: Recipe, device: torch.device, batch_size: int, *, amp: bool, compiled: bool, graph: bool
-) -> Fitted | None:
+def _try_step(setting: RecipeSetting, size: int) -> Fitted | None:
     """None: out of memory."""
+    recipe, device = setting.recipe, setting.device
     try:
-        step = Step(recipe, device, batch_size, amp=amp, compiled=compiled, graph=graph)
-        views = [view.to(step.inner.view_dtype) for view in random_views(recipe, batch_size, device)]
-        inputs = random_crops(recipe, batch_size, device) if step.inner.takes_crops else (views, [])
+        step = Step(recipe, device, size, amp=setting.in_bf16, compiled=setting.compiled, graph=setting.graph)
+        views = [view.to(step.inner.view_dtype) for view in random_views(recipe, size, device)]
+        inputs = random_crops(recipe, size, device) if step.inner.takes_crops else (views, [])
         started = time.perf_counter()
         step(*inputs)
         synchronize(device)
         first_s = time.perf_counter() - started
-        return Fitted(step, views, batch_size, step.cost(views), first_s, inputs)
+        return Fitted(step, views, setting.batch, step.cost(views), first_s, inputs)
     except torch.OutOfMemoryError:
         return None
 
 
-def busy_share(run: Callable[[], object], device: torch.device) -> tuple[float, int] | None:
-    """Share of a run's time for which a kernel or copy was on the GPU, and how many there were; None on a CPU, or where
-    the profiler sees no kernels.
-
-    What is left is the GPU waiting for the host. The profiler itself slows the host a little, so the share is a lower
-    bound.
-    """
-    if device.type != "cuda":
-        return None
-    synchronize(device)
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        run()
-        synchronize(device)
-    with tempfile.TemporaryDirectory() as folder:
-        trace = Path(folder) / "trace.json"
-        profiler.export_chrome_trace(str(trace))
-        events = json.loads(trace.read_text())["traceEvents"]
-    spans = sorted(
-        (e["ts"], e["ts"] + e["dur"]) for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")
-    )
-    return (busy_of_spans(spans), len(spans)) if spans else None
+#: What a step's rate is held against.
+CEILING_NAME = "roofline of both networks' layers"
 
 
-def busy_of_spans(spans: list[tuple[float, float]]) -> float:
-    """Length of the union of ``(begin, end)`` spans, sorted by begin, over the time from the first begin to the last
-    end.
-    """
-    covered, reached = 0.0, float("-inf")
-    for begin, end in spans:
-        covered += max(0.0, end - max(begin, reached))
-        reached = max(reached, end)
-    return covered / (reached - spans[0][0])
-
-
-def run(
-    recipe: Recipe,
-    recipe_name: str,
-    device: torch.device | str = "cpu",
-    batch_size: int | None = None,
-    amp: str = "auto",
-    compiled: bool = False,
-    runs: int = MIN_RUNS,
-    peers: bool = False,
-    graph: bool = False,
-) -> list[Record]:
-    """Measure one recipe's training step.
-
-    Args:
-        recipe: all numbers of the step; its ``arch`` is the network.
-        batch_size: default: the recipe's, at most 32 on a CPU. Halved while memory runs out; the record says so.
-        amp: ``auto``, ``bf16`` or ``off``.
-        compiled, graph: compile the networks; record the step as a CUDA graph. If that fails the record says so and is
-            of the step without it.
-        runs: counted runs, at least five.
-        peers: in turns with a step as public code writes it (`PlainStep`) at the same precision, with autocast also in
-            float32; and its optimiser and moving average with ours.
+def run(setting: RecipeSetting) -> list[Record]:
+    """Measure one recipe's training step, in turns with peers if there are to be some: a step as public code writes it
+    (`PlainStep`) at the same precision, with autocast also in float32; and its optimiser and moving average with ours.
 
     Returns:
         One record, and one more for each peer, whose ``ratio_to_peer`` is how many times as fast ours is.
         ``pair_per_s``: source pictures a second; a pair is trained on in both of its views.
     """
-    device = torch.device(device)
-    if peers and not has_peer(recipe):
+    device, recipe = setting.device, setting.recipe
+    if setting.peers and not has_peer(recipe):
         raise FastSSLError(
-            f"{recipe_name}: the peers are steps of MoCo with two views of one kind; bench step without "
+            f"{setting.recipe_name}: the peers are steps of MoCo with two views of one kind; bench step without "
             "--peers measures any recipe"
         )
-    size = default_batch(recipe, device, batch_size)
-    fitted = fit_step(recipe, device, size, amp=use_amp(amp, device), compiled=compiled, graph=graph)
-    step, views = fitted.step, fitted.views
-    contenders: dict[str, Callable[[], object]] = {
-        "step": lambda: step(*fitted.inputs),
-        "networks": lambda: step.networks_alone(views),
-        "product": product_call(device, torch.bfloat16 if step.amp else torch.float32),
-        "copy": copy_call(device),
-    }
-    plain = _plain_steps(fitted) if peers else {}
-    timings = measure_in_turns({**contenders, **plain}, device=device, runs=runs)
-    # Apart from the steps: the gradients that it works on lie in memory that a step would want.
-    updates = _measure_updates(step, runs, peers)
-    batch, count = step.batch_size, sum(spec.count for spec in recipe.views)
-    flop_per_s, bytes_per_s = (
-        product_flop(device) / timings["product"].median_s,
-        copy_bytes(device) / timings["copy"].median_s,
+    fitted = fit_step(setting)
+    step, cost, details = fitted.step, fitted.cost, fitted.details
+    plain = plain_steps(step, fitted.views[0]) if setting.peers else {}
+    timings = measure_in_turns(
+        {
+            "step": lambda: step(*fitted.inputs),
+            "networks": lambda: step.networks_alone(fitted.views),
+            "product": product_call(device, torch.bfloat16 if step.amp else torch.float32),
+            "copy": copy_call(device),
+            **plain,
+        },
+        device=device,
+        runs=setting.runs,
     )
-    least_s = fitted.cost.seconds(flop_per_s, bytes_per_s)
-    common = {
-        "bench": "step",
-        "recipe": recipe_name,
-        "arch": resolve_arch(recipe.arch),
-        "device": device.type,
-        "batch_size": batch,
-        "runs": runs,
-    }
+    # Apart from the steps: the gradients that it works on lie in memory that a step would want.
+    updates = _measure_updates(step, setting.runs, setting.peers)
+    flop_per_s = product_flop(device) / timings["product"].median_s
+    bytes_per_s = copy_bytes(device) / timings["copy"].median_s
+    least_s = cost.seconds(flop_per_s, bytes_per_s)
+    batch, ours = step.batch_size, timings["step"]
 
     def record(timing: Timing, **values: Any) -> Record:
-        seconds = timing.median_s
-        limits = {
-            "ceiling": count * batch / least_s,
-            "ceiling_name": CEILING_NAME,
-            "fraction_of_ceiling": least_s / seconds,
-        }
-        rates = {"pair_per_s": batch / seconds, "view_per_s": count * batch / seconds, "median_s": seconds}
-        return Record(**{**common, **rates, **limits, **values})
+        limits = rates(batch / timing.median_s, batch, setting.views, least_s / timing.median_s)
+        return setting.record("step", **{"arch": setting.arch, "ceiling_name": CEILING_NAME, **limits, **values})
 
-    ours, arithmetic = timings["step"], fitted.cost.flop / timings["step"].median_s
+    arithmetic = cost.flop / ours.median_s
     networks, update = 1 / timings["networks"].times_faster_than(ours), updates["ours"].median_s / ours.median_s
     busy = busy_share(lambda: step(*fitted.inputs), device)
-    records = [
+    found = [
         record(
             ours,
             bottleneck=bottleneck(arithmetic / flop_per_s, busy),
             details={
-                **fitted.details,
+                **details,
                 # The parts are run as they are written: beside a recorded step their shares would say nothing.
                 "share": None if step.inner.recorded else _shares(networks, update),
                 "networks_fraction": networks,
                 "peak_bytes": _peak_bytes(lambda: step(*fitted.inputs), device, step.inner.recorded),
                 "cpu_s": ours.median_cpu_s,
-                "flop_per_pair": fitted.cost.flop / batch,
-                "bytes_per_pair": fitted.cost.bytes / batch,
+                "flop_per_pair": cost.flop / batch,
+                "bytes_per_pair": cost.bytes / batch,
                 "flop_per_s": arithmetic,
                 "product_flop_per_s": flop_per_s,
                 "copy_bytes_per_s": bytes_per_s,
@@ -384,22 +305,32 @@ def run(
         )
     ]
     for name in plain:
-        faster, less_cpu = ours.times_faster_than(timings[name]), ours.times_less_cpu_than(timings[name])
-        records.append(
+        less_cpu = ours.times_less_cpu_than(timings[name])
+        beside = {"peer": name, "ratio_to_peer": ours.times_faster_than(timings[name])}
+        found.append(record(timings[name], **beside, details={**details, "cpu_ratio_to_peer": less_cpu}))
+    if setting.peers:
+        fraction, seconds = updates["ours"].times_faster_than(updates["flat"]), updates["ours"].median_s
+        found.append(
             record(
-                timings[name],
-                peer=name,
-                ratio_to_peer=faster,
-                details={**fitted.details, "cpu_ratio_to_peer": less_cpu},
+                updates["ours"],
+                runs=len(updates["ours"].wall),
+                **{
+                    **rates(batch / seconds, batch, setting.views, fraction),
+                    "ceiling_name": "the same on one flat tensor",
+                },
+                bottleneck="memory bandwidth" if fraction > 0.7 else "many small tensors",
+                peer="optimiser and moving average tensor by tensor",
+                ratio_to_peer=updates["ours"].times_faster_than(updates["loops"]),
+                details={
+                    "part": "update",
+                    "parameters": sum(p.numel() for p in step.method.student.parameters()),
+                    "optimiser": recipe.optim.name,
+                    "amp": details["amp"],
+                    "peer_median_s": updates["loops"].median_s,
+                },
             )
         )
-    if peers:
-        records.append(_update_record(step, updates, common))
-    return records
-
-
-#: What a step's rate is held against.
-CEILING_NAME = "roofline of both networks' layers"
+    return found
 
 
 def _shares(networks: float, update: float) -> dict[str, float]:
@@ -411,79 +342,15 @@ def _shares(networks: float, update: float) -> dict[str, float]:
     return {**shares, "loss, queue, metrics": max(0.0, 1 - sum(shares.values()))}
 
 
-def _measure_updates(step: Step, runs: int, peers: bool = True) -> dict[str, Timing]:
+def _measure_updates(step: Step, runs: int, peers: bool) -> dict[str, Timing]:
     """Optimiser and moving average on gradients that stay: ours; with ``peers`` in turns with the loops over tensors
     and with one flat tensor.
     """
-    _fill_gradients(step.method.student)
-    contenders = {"ours": step.update_alone, **(_update_peers(step) if peers else {})}
+    fill_gradients(step.method.student)
+    contenders = {"ours": step.update_alone, **(update_peers(step) if peers else {})}
     timings = measure_in_turns(contenders, device=step.device, runs=max(runs, _UPDATE_RUNS))
     step.inner.clear_gradients()
     return timings
-
-
-def _update_peers(step: Step) -> dict[str, Callable[[], None]]:
-    """The same work in loops over tensors, and on a single tensor."""
-    lr = step.small_lr
-    plain = PlainStep(step.recipe, step.device, step.batch_size, amp=step.amp, lr=lr, seed=step.seed)
-    flat = torch.cat([p.detach().flatten() for p in step.method.student.parameters()])
-    one = nn.ParameterDict({"flat": flat[None]})  # two dimensions: LARS takes norms of such
-    average, weight = one["flat"].detach().clone(), 1 - step.recipe.moco.momentum
-    of_one = create_optimizer(one, replace(step.recipe.optim, decay_1d=True, lr=lr))
-    for network in (plain.query, one):
-        _fill_gradients(network)
-
-    def loops() -> None:
-        plain.optimizer.step()
-        plain.move_keys()
-
-    def of_all() -> None:
-        of_one.step()
-        average.lerp_(one["flat"].detach(), weight)
-
-    return {"loops": loops, "flat": of_all}
-
-
-def _fill_gradients(network: nn.Module) -> None:
-    for parameter in network.parameters():
-        parameter.grad = torch.full_like(parameter, 1e-6)
-
-
-def _update_record(step: Step, updates: dict[str, Timing], common: dict[str, Any]) -> Record:
-    """Ours beside the loops over tensors; the ceiling is the same work on one flat tensor."""
-    ours, batch, views = updates["ours"], step.batch_size, step.method.views.count
-    fraction = ours.times_faster_than(updates["flat"])
-    return Record(
-        **{**common, "runs": len(ours.wall)},
-        pair_per_s=batch / ours.median_s,
-        view_per_s=views * batch / ours.median_s,
-        median_s=ours.median_s,
-        ceiling=views * batch / ours.median_s / fraction,
-        ceiling_name="the same on one flat tensor",
-        fraction_of_ceiling=fraction,
-        bottleneck="memory bandwidth" if fraction > 0.7 else "many small tensors",
-        peer="optimiser and moving average tensor by tensor",
-        ratio_to_peer=ours.times_faster_than(updates["loops"]),
-        details={
-            "part": "update",
-            "parameters": sum(p.numel() for p in step.method.student.parameters()),
-            "optimiser": step.recipe.optim.name,
-            "amp": "bf16" if step.amp else "off",
-            "peer_median_s": updates["loops"].median_s,
-        },
-    )
-
-
-def _plain_steps(fitted: Fitted) -> dict[str, Callable[[], object]]:
-    """The peers by name, ready to run on the same images in NCHW memory."""
-    step, recipe = fitted.step, fitted.step.recipe
-    first, second = (view.float().contiguous() for view in fitted.views[0].chunk(2))
-    lr = step.small_lr
-    found: dict[str, Callable[[], object]] = {}
-    for amp in dict.fromkeys((step.amp, False)):
-        plain = PlainStep(recipe, step.device, step.batch_size, amp=amp, lr=lr, seed=step.seed)
-        found[f"plain MoCo step, NCHW, {'bf16 autocast' if amp else 'float32'}"] = partial(plain, first, second)
-    return found
 
 
 def bottleneck(arithmetic: float, busy: tuple[float, int] | None) -> str:
@@ -505,7 +372,4 @@ def _peak_bytes(run: Callable[[], object], device: torch.device, recorded: bool)
         return peak_extra_bytes(run, device)
     if recorded:
         return torch.cuda.memory_reserved(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    run()
-    torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device)
+    return torch.cuda.memory_allocated(device) + peak_extra_bytes(run, device)

@@ -84,13 +84,12 @@ def describe(result: Estimate) -> list[str]:
 
 
 def _limit(result: Estimate) -> str:
-    rates = {"step": result.step_pair_per_s, "data": result.loader_pair_per_s}
+    step, data = _number(result.step_pair_per_s), _number(result.loader_pair_per_s)
+    threads = counted(result.workers, "decoding thread")
     if result.limit == "step":
-        text = f"Limit: the step, {_number(rates['step'])} pair/s; the loader alone could feed {_number(rates['data'])}"
+        text = f"Limit: the step, {step} pair/s; the loader alone could feed {data}"
     else:
-        threads = counted(result.workers, "decoding thread")
-        text = f"Limit: the data, {_number(rates['data'])} pair/s from {threads}; "
-        text += f"the step alone could take {_number(rates['step'])}"
+        text = f"Limit: the data, {data} pair/s from {threads}; the step alone could take {step}"
     return f"{text}. Both together: {_number(result.pair_per_s)} pair/s."
 
 

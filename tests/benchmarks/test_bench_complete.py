@@ -12,8 +12,7 @@ from fastssl.benchmarks.harness.records import Record, read_records
 from fastssl.benchmarks.harness.table import cells
 
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
-#: metrics.jsonl is the log of a training run; the study's runs are no benchmark records, and test_view_study.py asks of
-#: them what is asked here
+#: metrics.jsonl is the log of a training run, and those of the study of views are no benchmark records.
 PUBLISHED = sorted(
     path for path in RESULTS.glob("*/*.jsonl") if path.name != "metrics.jsonl" and path.parent.name != "view-sampling"
 )

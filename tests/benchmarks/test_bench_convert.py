@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from conftest import jpeg_bytes, make_photo, need_engine
+from lines import to_line
 
 from fastssl.benchmarks.harness.records import Record, read_records
+from fastssl.benchmarks.harness.setting import Setting
 from fastssl.benchmarks.harness.table import cells
 from fastssl.benchmarks.suites import convert as bench_convert
 from fastssl.benchmarks.suites import ffcv_writer
@@ -152,7 +154,7 @@ def test_convert_records(photo_tree: Path, tmp_path: Path, kind: str) -> None:
         with tarfile.open(tmp_path / "some.tar", "w") as archive:
             archive.add(source, "photos")
         source = tmp_path / "some.tar"
-    copy, small = run(str(source), workers=2, folder=work)
+    copy, small = run(Setting(data=str(source), workers=2, folder=work))
     for record in (copy, small):
         assert (record.bench, record.device, record.workers, record.runs) == ("convert", "cpu", 2, 5)
         assert record.view_per_s is None and record.batch_size is None and record.peer is None
@@ -163,7 +165,7 @@ def test_convert_records(photo_tree: Path, tmp_path: Path, kind: str) -> None:
         assert details["data"]["name"] == source.name and details["missing"] == {}
         assert details["bytes_in"] == pytest.approx(52 * details["data"]["bytes"], abs=52) and details["bytes_out"] > 0
         assert sum(details["share"].values()) == pytest.approx(1) and "of the time" in record.bottleneck
-        assert str(tmp_path) not in record.to_json()
+        assert str(tmp_path) not in to_line(record)
     assert cells(copy)[0] == "convert: copy" and cells(small)[0] == "convert: short side 256"
     assert (copy.details["reencoded"], small.details["reencoded"]) == (0, 4)
     assert "fsync" in copy.ceiling_name and small.ceiling_name == "bare decode, scale and encode loop, 2 threads"
@@ -171,7 +173,7 @@ def test_convert_records(photo_tree: Path, tmp_path: Path, kind: str) -> None:
 
 
 def test_a_large_source_is_thinned_out_the_same_for_everybody(photo_tree: Path, reads: Counter) -> None:
-    copy, _ = run(str(photo_tree), workers=1, photos=12)
+    copy, _ = run(Setting(data=str(photo_tree), workers=1, photos=12))
     assert copy.details["photos"] == copy.details["copied"] == 12
     with list_source(photo_tree) as listing:
         assert set(reads) == {listing.names[number] for number in range(0, 48, 4)}
@@ -180,9 +182,9 @@ def test_a_large_source_is_thinned_out_the_same_for_everybody(photo_tree: Path, 
 def test_what_cannot_be_read_or_written_is_one_line(tmp_path: Path, photo_tree: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(FastSSLError, match="absent"):
-        run(str(tmp_path / "absent"))
+        run(Setting(data=str(tmp_path / "absent")))
     with pytest.raises(FastSSLError, match=r"cannot write temporary files: Not a directory"):
-        run(str(photo_tree), folder=tmp_path / "file")
+        run(Setting(data=str(photo_tree), folder=tmp_path / "file"))
 
 
 # ------------------------------------------------------------------ the peer
@@ -224,7 +226,7 @@ def test_ffcvs_writer_writes_the_same_photos(part: str, tmp_path: Path, capfd: p
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_ffcv_takes_turns_with_ours(photo_tree: Path, tmp_path: Path) -> None:
     need_engine("ffcv")
-    copy, small = run(str(photo_tree), workers=1, photos=6, peers=True, folder=tmp_path)
+    copy, small = run(Setting(data=str(photo_tree), workers=1, photos=6, peers=True, folder=tmp_path))
     for record in (copy, small):
         assert record.peer == "ffcv's DatasetWriter" and record.details["missing"] == {}
         assert record.ratio_to_peer > 0 and record.details["peer_median_s"] > 0
@@ -237,7 +239,7 @@ def test_a_peer_that_is_missing_is_named(photo_tree: Path, monkeypatch: pytest.M
 
     for module in (bench_convert, ffcv_writer):
         monkeypatch.setattr(module, "engine_state", lambda name: EngineState(name, None, "not installed", "install it"))
-    for record in run(str(photo_tree), workers=1, photos=2, peers=True):
+    for record in run(Setting(data=str(photo_tree), workers=1, photos=2, peers=True)):
         assert (
             record.peer is None
             and record.ratio_to_peer is None
@@ -257,17 +259,19 @@ def invoke(*arguments: str) -> int:
 
 
 def test_settings_are_crossed_and_passed_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    calls: list[tuple] = []
+    calls: list[Setting] = []
     monkeypatch.setattr(
         bench_convert,
         "run",
-        lambda *args: calls.append(args) or [Record(bench="convert", host={}, versions={}, git=None)],
+        lambda setting: calls.append(setting) or [Record(bench="convert", host={}, versions={}, git=None)],
     )
     out, more = tmp_path / "out.jsonl", ["--runs", "6", "--photos", "9", "--folder", str(tmp_path), "--peers"]
     assert (
         invoke("--data", "synthetic", "--data", "x", "--workers", "1", "--workers", "4", *more, "--json", str(out)) == 0
     )
-    assert calls == [(data, workers, 6, 9, True, tmp_path) for data in ("synthetic", "x") for workers in (1, 4)]
+    options = {"runs": 6, "photos": 9, "peers": True, "folder": tmp_path}
+    crossed = [(data, workers) for data in ("synthetic", "x") for workers in (1, 4)]
+    assert calls == [Setting(data=data, workers=workers, **options) for data, workers in crossed]
     assert [record.details["command"].split()[:3] for record in read_records(out)] == [
         ["fastssl", "bench", "convert"]
     ] * 4

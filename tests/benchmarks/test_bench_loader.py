@@ -11,17 +11,23 @@ import numpy as np
 import pytest
 import torch
 from conftest import need_engine
+from lines import to_line
 
 from fastssl.benchmarks.harness import photos
 from fastssl.benchmarks.harness.photos import describe_data, ensure_photos, find_data, write_photos
+from fastssl.benchmarks.harness.setting import RecipeSetting
 from fastssl.benchmarks.harness.windows import WARM_BATCHES, Window, measure_windows, rate, ratio, stream_window
 from fastssl.benchmarks.suites.loader import BareLoop, DecodeEngine, open_loader, requests_of, run
-from fastssl.config.recipe import load_recipe
+from fastssl.config.recipe import Recipe, load_recipe
 from fastssl.pipelines.beton.reader import BetonReader
 from fastssl.pipelines.engines.base import EngineSettings, EngineStats
 from fastssl.pipelines.plan.draw import ViewSpec
 
 CPU = torch.device("cpu")
+
+
+def setting(recipe: Recipe, data: Path, **options: object) -> RecipeSetting:
+    return RecipeSetting(recipe=recipe, recipe_name="quickstart", data=str(data), **options)
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +115,7 @@ def test_windows_come_in_turns_and_ratios_are_within_rounds() -> None:
     assert len(windows["a"]) == 5
     assert ratio(windows["a"], windows["b"]) == pytest.approx(3.0)
     assert rate(windows["b"]) == pytest.approx(50.0)
-    with pytest.raises(ValueError, match="at least 5"):
+    with pytest.raises(ValueError, match="fewer than 5"):
         measure_windows({"a": contender("a", 1.0)}, seconds=1.0, runs=4)
 
 
@@ -194,7 +200,7 @@ def test_the_decode_engine_decodes_and_renders_nothing(beton: Path) -> None:
 
 def test_loader_records(full_size: Path) -> None:
     recipe = load_recipe("quickstart", {"views.0.size": "32"})
-    decode, cost, views = run(recipe, "quickstart", str(full_size), "cpu", workers=2, batch_size=32, seconds=2.0)
+    decode, cost, views = run(setting(recipe, full_size, workers=2, batch_size=32, seconds=2.0))
     assert [r.details["part"] for r in (decode, cost, views)] == ["decode", "host cost", "views"]
     for record in (decode, views):
         assert record.bench == "loader" and record.runs == 5 and record.workers == 2 and record.batch_size == 32
@@ -212,7 +218,7 @@ def test_loader_records(full_size: Path) -> None:
     assert sum(views.details["share"].values()) == pytest.approx(1.0, abs=0.35)
     assert 0 <= views.details["consumer_wait_share"] <= 1
     for record in (decode, cost, views):
-        record.to_json()
+        to_line(record)
     assert not [t for t in threading.enumerate() if t.name.startswith("fastssl-decode")]
 
 
@@ -221,7 +227,7 @@ def test_loader_records(full_size: Path) -> None:
 def test_other_engines_have_one_record(engine: str, beton: Path) -> None:
     need_engine(engine)
     recipe = load_recipe("quickstart", {"views.0.size": "32"})
-    (views,) = run(recipe, "quickstart", str(beton), "cpu", workers=1, batch_size=8, seconds=0.5, pipeline=engine)
+    (views,) = run(setting(recipe, beton, workers=1, batch_size=8, seconds=0.5, pipeline=engine))
     assert views.pipeline == engine and views.details["part"] == "views" and views.details["seconds"] == 0.5
     assert views.pair_per_s > 0 and views.fraction_of_ceiling == pytest.approx(views.view_per_s / views.ceiling)
     assert views.ceiling_name == "bare decode and crop loop, 1 thread" and "colour" in views.bottleneck + str(

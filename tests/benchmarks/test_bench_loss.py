@@ -6,9 +6,12 @@ import time
 
 import pytest
 import torch
+from lines import to_line
 
+from fastssl.benchmarks.harness.setting import RecipeSetting
 from fastssl.benchmarks.harness.timing import Timing, measure_in_turns, peak_extra_bytes
 from fastssl.benchmarks.suites import loss
+from fastssl.config.recipe import load_recipe
 
 
 def test_contenders_take_turns_and_the_order_turns_round() -> None:
@@ -38,7 +41,7 @@ def test_ratios_are_taken_within_rounds() -> None:
 
 
 @pytest.mark.parametrize(
-    ("contenders", "runs", "message"), [({"a": lambda: None}, 4, "5 or more"), ({}, 5, "nothing to measure")]
+    ("contenders", "runs", "message"), [({"a": lambda: None}, 4, "fewer than 5"), ({}, 5, "0 contenders")]
 )
 def test_mistakes(contenders: dict, runs: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -61,7 +64,11 @@ def test_peak_memory_counts_what_is_alive_at_once() -> None:
 
 @pytest.mark.parametrize("weighting", ["stepped", "uniform_all"])
 def test_loss_record(weighting: str) -> None:
-    (record,) = loss.run(batch_size=32, queue=2048, dim=16, weighting=weighting)
+    numbers = {"queue": 2048, "projector.out": 16, "weighting": weighting}
+    numbers["neighbors"] = 20 if weighting == "stepped" else "null"
+    changes = {f"moco.{name}": str(value) for name, value in numbers.items()}
+    recipe = load_recipe("light-moco-mobilenetv3", changes)
+    (record,) = loss.run(RecipeSetting(recipe=recipe, recipe_name="light-moco-mobilenetv3", batch_size=32))
     assert (record.bench, record.device, record.batch_size, record.runs, record.peer) == (
         "loss",
         "cpu",
@@ -76,4 +83,4 @@ def test_loss_record(weighting: str) -> None:
     assert record.details["peer_peak_extra_bytes"] > 3 * 32 * 2048 * 4
     assert record.details["peak_extra_bytes"] > 0
     assert record.details["neighbors"] == (20 if weighting == "stepped" else None)
-    assert record.to_json()
+    to_line(record)

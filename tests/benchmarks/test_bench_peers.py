@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -10,8 +11,8 @@ import pytest
 import torch
 from conftest import need_engine
 
-from fastssl.benchmarks.harness.records import read_records, write_records
-from fastssl.benchmarks.harness.table import markdown
+from fastssl.benchmarks.harness.setting import Setting
+from fastssl.benchmarks.harness.table import cells
 from fastssl.benchmarks.suites import peers
 from fastssl.pipelines.engines.registry import EngineState
 
@@ -57,14 +58,14 @@ def test_ffcv_and_dali_decode_for_each_view(engine: str, beton: Path) -> None:
 
 
 @pytest.mark.engines
-def test_one_run_measures_all_and_names_who_is_missing(
-    beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_run_measures_all_and_names_who_is_missing(beton: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         peers, "engine_state", lambda name: EngineState(name, None, "not installed" if name == "ffcv" else None)
     )
     need_engine("dali")
-    records = peers.run(str(beton), size=SIZE, workers=1, batch_size=4, seconds=0.6)
+    for name in ("AUGMENTED", "CROPS"):
+        monkeypatch.setattr(peers, name, replace(getattr(peers, name), size=SIZE))
+    records = peers.run(Setting(data=str(beton), workers=1, batch_size=4, seconds=0.6))
     found = {(record.details["part"], record.details["loader"]): record for record in records}
     parts = {part: {loader for one, loader in found if one == part} for part in ("crops", "augmented")}
     pillow = "torchvision on Pillow in a DataLoader"
@@ -74,7 +75,5 @@ def test_one_run_measures_all_and_names_who_is_missing(
     assert "ffcv" in records[0].details["missing"] and ("lightly" in records[0].details["missing"]) == (not lightly)
     for (_, loader), record in found.items():
         assert record.pair_per_s > 0 and (record.ratio_to_peer is None) == (loader == "native")
-    write_records(tmp_path / "peers.jsonl", records)
-    assert f"native is {found['crops', pillow].ratio_to_peer:.2f}x {pillow}" in markdown(
-        read_records(tmp_path / "peers.jsonl")
-    )
+    beside = found["crops", pillow]
+    assert f"native is {beside.ratio_to_peer:.2f}x {pillow}" in cells(beside)[-1]

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from lines import write_records
 from PIL import Image
 
 from fastssl.benchmarks.harness import plots
-from fastssl.benchmarks.harness.records import Record, write_records
+from fastssl.benchmarks.harness.records import Record
 from fastssl.benchmarks.harness.report import build, recipe_table, write_report
 from fastssl.benchmarks.harness.table import COLUMNS, figure
 from fastssl.cli import main

@@ -6,17 +6,24 @@ import copy
 
 import pytest
 import torch
+from lines import to_line
 
 from fastssl.benchmarks.estimate import gauge
 from fastssl.benchmarks.harness.roofline import Cost, Layer, forward_cost
+from fastssl.benchmarks.harness.setting import RecipeSetting
+from fastssl.benchmarks.harness.timing import busy_of_spans, busy_share
 from fastssl.benchmarks.suites import step as bench
-from fastssl.benchmarks.suites.step import Step, bottleneck, busy_of_spans, busy_share, fit_step, random_views, run
+from fastssl.benchmarks.suites.step import Step, bottleneck, fit_step, random_views, run
 from fastssl.config.recipe import Recipe, load_recipe
 from fastssl.distributed.devices import use_amp
 from fastssl.errors import FastSSLError
 from fastssl.pipelines.plan.order import batch_permutation
 
 CPU = torch.device("cpu")
+
+
+def setting(recipe: Recipe, name: str = "few-photos-moco", **options: object) -> RecipeSetting:
+    return RecipeSetting(recipe=recipe, recipe_name=name, **options)
 
 
 @pytest.fixture
@@ -97,7 +104,7 @@ def test_networks_alone_leaves_weights_and_queue(tiny: Recipe) -> None:
 
 
 def test_step_record(tiny: Recipe) -> None:
-    (record,) = run(tiny, "few-photos-moco", "cpu", batch_size=8)
+    (record,) = run(setting(tiny, batch_size=8))
     assert record.bench == "step" and record.recipe == "few-photos-moco" and record.arch == "mobilenetv3_large_100"
     assert record.batch_size == 8 and record.view_per_s == pytest.approx(2 * record.pair_per_s)
     assert record.pair_per_s == pytest.approx(8 / record.median_s)
@@ -112,7 +119,7 @@ def test_step_record(tiny: Recipe) -> None:
     assert details["peak_bytes"] > 16 * 8 * 8 * 8 * 4  # at least the first feature map
     assert details["flop_per_s"] == pytest.approx(details["flop_per_pair"] * record.pair_per_s)
     assert sum(details["share"].values()) == pytest.approx(1) and min(details["share"].values()) >= 0
-    record.to_json()
+    to_line(record)
 
 
 def test_operations_and_bytes_against_a_count_by_hand(tiny: Recipe) -> None:
@@ -140,7 +147,7 @@ def test_the_roofline_takes_the_longer_of_the_two_layer_by_layer() -> None:
 
 
 def test_optimiser_and_average_beside_the_loops(tiny: Recipe) -> None:
-    *_, record = run(tiny, "few-photos-moco", "cpu", batch_size=8, peers=True)
+    *_, record = run(setting(tiny, batch_size=8, peers=True))
     assert record.details["part"] == "update" and record.runs >= 5 and record.ratio_to_peer > 0
     parameters = (
         8 * 27 + 2 * 8 + 8 * 72 + 8 + 8 * 16 + 16 + 2 * 16 + 16 * 8
@@ -159,12 +166,12 @@ def test_memory_that_runs_out_halves_the_batch(tiny: Recipe, monkeypatch: pytest
         return real(recipe, batch_size, device)
 
     monkeypatch.setattr(bench, "random_views", limited)
-    (record,) = run(tiny, "few-photos-moco", "cpu", batch_size=16)
+    (record,) = run(setting(tiny, batch_size=16))
     assert tried == [16, 8, 4]
     assert record.batch_size == 4 and record.details["asked_batch_size"] == 16
     monkeypatch.setattr(bench, "random_views", lambda *args: limited(tiny, 99, CPU))
     with pytest.raises(FastSSLError, match="out of memory even with 2 pictures"):
-        fit_step(tiny, CPU, 16, amp=False)
+        fit_step(setting(tiny, batch_size=16))
 
 
 def test_switches_that_cannot_be_used_are_reported(tiny: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,7 +180,7 @@ def test_switches_that_cannot_be_used_are_reported(tiny: Recipe, monkeypatch: py
 
     monkeypatch.setattr(torch, "compile", broken)
     with torch._dynamo.config.patch(disable=False):
-        (record,) = run(tiny, "few-photos-moco", "cpu", batch_size=4, compiled=True, graph=True)
+        (record,) = run(setting(tiny, batch_size=4, compiled=True, graph=True))
     assert record.details["compiled"] is False and record.details["graph"] is False
     assert record.details["fallbacks"]["compile"] == "RuntimeError: no C++ compiler found"
     assert "NVIDIA GPU" in record.details["fallbacks"]["graph"]
@@ -186,7 +193,7 @@ def test_a_compiled_step_says_so_and_how_long_the_first_call_took(
     compiled: list[torch.nn.Module] = []
     monkeypatch.setattr(torch, "compile", lambda module, **options: compiled.append(module) or module)
     with torch._dynamo.config.patch(disable=False):
-        fitted = fit_step(tiny, CPU, 4, amp=False, compiled=True)
+        fitted = fit_step(setting(tiny, batch_size=4, compiled=True))
     assert fitted.details["compiled"] and not fitted.details["fallbacks"] and fitted.details["first_s"] > 0
     assert compiled == [fitted.step.method.student, fitted.step.method.teacher]
 
@@ -238,7 +245,7 @@ def test_busy_share_of_a_long_product() -> None:
 @pytest.mark.gpu
 def test_optimiser_and_average_are_three_times_as_fast_as_the_loops() -> None:
     recipe = load_recipe("light-moco-mobilenetv3", {"moco.queue": "4096"})
-    updates = bench._measure_updates(Step(recipe, torch.device("cuda"), 32, amp=True), 21)
+    updates = bench._measure_updates(Step(recipe, torch.device("cuda"), 32, amp=True), 21, peers=True)
     assert updates["ours"].times_faster_than(updates["loops"]) >= 3
 
 
@@ -254,11 +261,11 @@ WITH_LOCAL_VIEWS = {
 @pytest.mark.parametrize("name", WITH_LOCAL_VIEWS)
 def test_recipes_with_local_views_are_measured(name: str) -> None:
     recipe = load_recipe(name, {**LOCAL, **WITH_LOCAL_VIEWS[name]})
-    (record,) = run(recipe, name, "cpu", batch_size=4)
+    (record,) = run(setting(recipe, name, batch_size=4))
     assert record.view_per_s == pytest.approx(5 * record.pair_per_s) and record.batch_size == 4
     assert 0 < record.fraction_of_ceiling < 1.5 and not record.details["fallbacks"]
     with pytest.raises(FastSSLError, match="the peers are steps of MoCo with two views of one kind"):
-        run(recipe, name, "cpu", batch_size=4, peers=True)
+        run(setting(recipe, name, batch_size=4, peers=True))
 
 
 def test_the_work_of_a_step_counts_each_network_over_what_it_sees(tiny: Recipe) -> None:

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import pytest
-
-from fastssl.benchmarks.harness.records import Record, write_records
-from fastssl.benchmarks.harness.table import COLUMNS, cells, line, main, markdown
+from fastssl.benchmarks.harness.records import Record
+from fastssl.benchmarks.harness.table import COLUMNS, cells, line
 
 HOST = {"cpu": "Some CPU", "cores": 16, "gpu": "Some GPU"}
 STEP = Record(
@@ -91,25 +87,3 @@ def test_terminal_lines_align() -> None:
         # "ceiling" also ends the heading "of ceiling"
         assert header.rindex(name) == row.index(text)
     assert header.index("pair/s") + len("pair/s") == row.index("12,346") + len("12,346")
-
-
-def test_markdown_keeps_machines_apart() -> None:
-    text = markdown([STEP, COST, STEP])
-    first, second = text.split("\n**Other CPU")
-    assert first.startswith("**Some GPU, Some CPU, 16 cores** (torch 2.11, commit abc)\n\n| what | recipe |")
-    assert first.count("| step | quickstart |") == 2
-    assert second.startswith(", 2 cores** ()\n\n| what |") and "| loader: host cost |" in second
-    for row in text.splitlines():
-        if row.startswith("|"):  # a bar inside a cell would be one more column
-            assert row.replace("\\|", "").count("|") == len(COLUMNS) + 1
-
-
-def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_records(tmp_path / "results.jsonl", [STEP])
-    assert main([str(tmp_path / "results.jsonl")]) == 0
-    assert capsys.readouterr().out == markdown([STEP])
-    (tmp_path / "bad.jsonl").write_text("{\n")
-    assert main([str(tmp_path / "bad.jsonl")]) == 1
-    assert "bad.jsonl, line 1" in capsys.readouterr().err
-    assert main([str(tmp_path / "absent.jsonl")]) == 1
-    assert main([]) == 2

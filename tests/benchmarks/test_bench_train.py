@@ -10,17 +10,23 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from lines import to_line
 
 from fastssl.benchmarks.harness.roofline import Cost
+from fastssl.benchmarks.harness.setting import RecipeSetting
 from fastssl.benchmarks.suites import step as step_bench
 from fastssl.benchmarks.suites import train as bench
 from fastssl.benchmarks.suites.step import Fitted
-from fastssl.config.recipe import load_recipe
+from fastssl.config.recipe import Recipe, load_recipe
 from fastssl.errors import FastSSLError
 from fastssl.training.step import TrainStep
 from fastssl.utils.cores import available_cores
 
 SMALL = {"views.0.size": "32", "probe.size": "32"}
+
+
+def setting(recipe: Recipe, data: str = "synthetic", **options: object) -> RecipeSetting:
+    return RecipeSetting(recipe=recipe, recipe_name="few-photos-moco", data=data, **options)
 
 
 class FakeStep:
@@ -41,15 +47,8 @@ class FakeStep:
 
 def measure(beton: Path, step: FakeStep, monkeypatch: pytest.MonkeyPatch, seconds: float = 1.0):
     monkeypatch.setattr(bench, "fit_step", lambda *args, **options: Fitted(step, [], 8, Cost((), 0)))
-    (record,) = bench.run(
-        load_recipe("few-photos-moco", SMALL),
-        "few-photos-moco",
-        str(beton),
-        "cpu",
-        workers=1,
-        batch_size=8,
-        seconds=seconds,
-    )
+    recipe = load_recipe("few-photos-moco", SMALL)
+    (record,) = bench.run(setting(recipe, str(beton), workers=1, batch_size=8, seconds=seconds))
     assert record.view_per_s == pytest.approx(2 * record.pair_per_s)
     assert record.fraction_of_ceiling == pytest.approx(record.view_per_s / record.ceiling)
     assert record.details["headspace"] == pytest.approx(1 / record.fraction_of_ceiling - 1)
@@ -79,17 +78,8 @@ def test_advice_is_tried_and_its_outcome_stands_beside_the_prediction(
     for it, must help.
     """
     monkeypatch.setattr(bench, "fit_step", lambda *args, **options: Fitted(FakeStep(0.0), [], 8, Cost((), 0)))
-    (record,) = bench.run(
-        load_recipe("few-photos-moco", SMALL),
-        "few-photos-moco",
-        "synthetic",
-        "cpu",
-        workers=1,
-        batch_size=8,
-        seconds=2.0,
-        runs=5,
-        photos=64,
-    )
+    recipe = load_recipe("few-photos-moco", SMALL)
+    (record,) = bench.run(setting(recipe, "synthetic", workers=1, batch_size=8, seconds=2.0, photos=64))
     remedies = record.details["remedies"]
     (smaller,) = [remedy for remedy in remedies if remedy["do"] == "convert with --short-side 48"]
     assert smaller["predicted"] > 2 and smaller["measured"] > 1.5
@@ -111,11 +101,11 @@ def test_a_loop_that_waits_for_nothing_needs_no_advice(beton: Path, monkeypatch:
 
 def test_train_record_of_a_real_network(beton: Path) -> None:
     recipe = load_recipe("few-photos-moco", {**SMALL, "moco.queue": "64", "arch": "lcnet_035"})
-    (record,) = bench.run(recipe, "few-photos-moco", str(beton), "cpu", workers=2, batch_size=4, seconds=0.2)
+    (record,) = bench.run(setting(recipe, str(beton), workers=2, batch_size=4, seconds=0.2))
     assert record.bench == "train" and record.arch == "lcnet_035" and record.workers == 2 and record.batch_size == 4
     assert record.details["data"]["name"] == beton.name and record.details["amp"] == "off"
     assert record.pair_per_s > 0
-    record.to_json()
+    to_line(record)
 
 
 def test_a_recorded_step_is_fed_the_crops_that_it_was_recorded_with(
@@ -129,11 +119,10 @@ def test_a_recorded_step_is_fed_the_crops_that_it_was_recorded_with(
     recipe = load_recipe(
         "few-photos-moco", {**SMALL, "moco.queue": "64", "arch": "lcnet_035", "zero_init_residual": "false"}
     )
-    (record,) = bench.run(
-        recipe, "few-photos-moco", str(beton), "cpu", workers=1, batch_size=4, seconds=0.2, graph=True, amp="bf16"
-    )
+    chosen = setting(recipe, str(beton), workers=1, batch_size=4, seconds=0.2, graph=True, amp="bf16")
+    (record,) = bench.run(chosen)
     assert record.details["graph"] and record.details["colours_crops"] and record.details["fallbacks"] == {}
-    (record,) = step_bench.run(recipe, "few-photos-moco", "cpu", batch_size=4, graph=True)
+    (record,) = step_bench.run(setting(recipe, batch_size=4, graph=True))
     assert record.details["graph"] and record.details["share"] is None
 
 
@@ -141,15 +130,8 @@ def test_damaged_photos_are_passed_over_as_the_recipe_says(damaged: tuple[Path, 
     path, _ = damaged
     options = {"moco.queue": "64", "arch": "lcnet_035", "zero_init_residual": "false"}
     with pytest.raises(FastSSLError, match="sample"):
-        bench.run(
-            load_recipe("few-photos-moco", {**SMALL, **options}),
-            "few-photos-moco",
-            str(path),
-            "cpu",
-            workers=1,
-            batch_size=4,
-            seconds=0.2,
-        )
+        recipe = load_recipe("few-photos-moco", {**SMALL, **options})
+        bench.run(setting(recipe, str(path), workers=1, batch_size=4, seconds=0.2))
     skipping = load_recipe("few-photos-moco", {**SMALL, **options, "train.on_bad": "skip"})
-    (record,) = bench.run(skipping, "few-photos-moco", str(path), "cpu", workers=1, batch_size=4, seconds=0.2)
+    (record,) = bench.run(setting(skipping, str(path), workers=1, batch_size=4, seconds=0.2))
     assert record.pair_per_s > 0

@@ -7,8 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from lines import to_line
 
 from fastssl.benchmarks.harness import limits
+from fastssl.benchmarks.harness.setting import RecipeSetting
+from fastssl.benchmarks.harness.windows import largest_share
 from fastssl.benchmarks.suites import views as bench
 from fastssl.config.recipe import load_recipe
 from fastssl.pipelines.beton.reader import BetonReader
@@ -18,14 +21,14 @@ from fastssl.pipelines.plan.draw import draw_plan
 def test_views_records(beton: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "_COPY_CPU", 2**22)
     recipe = load_recipe("quickstart", {"views.0.size": "32"})
-    records = bench.run(recipe, "quickstart", str(beton), "cpu", batch_size=6)
+    records = bench.run(RecipeSetting(recipe=recipe, recipe_name="quickstart", data=str(beton), batch_size=6))
     by_stage = {record.details["stage"]: record for record in records}
     assert list(by_stage) == ["crop", "colour", "whole"]
     for record in records:
         assert record.bench == "views" and record.recipe == "quickstart" and record.batch_size == 6
         assert record.view_per_s == pytest.approx(2 * record.pair_per_s) == pytest.approx(12 / record.median_s)
         assert record.fraction_of_ceiling == pytest.approx(record.view_per_s / record.ceiling)
-        record.to_json()
+        to_line(record)
     # The bytes that a stage must move, counted here from the same plan.
     (spec,) = recipe.views
     with BetonReader(beton) as reader:
@@ -56,10 +59,11 @@ def test_every_view_of_every_group_is_made(beton: Path, monkeypatch: pytest.Monk
         return real(pixels, plan, spec)
 
     monkeypatch.setattr(bench, "augment", spy)
-    bench.run(load_recipe("quickstart", {"views.0.size": "24"}), "quickstart", str(beton), "cpu", batch_size=3)
+    recipe = load_recipe("quickstart", {"views.0.size": "24"})
+    bench.run(RecipeSetting(recipe=recipe, recipe_name="quickstart", data=str(beton), batch_size=3))
     assert shapes == {((6, 3, 24, 24), 6)}
 
 
 def test_the_larger_stage_is_named() -> None:
-    assert bench._larger(3.0, 1.0) == "crop (75% of the time)"
-    assert bench._larger(1.0, 4.0) == "colour (80% of the time)"
+    assert largest_share({"crop": 0.75, "colour": 0.25}) == "crop (75% of the time)"
+    assert largest_share({"crop": 0.2, "colour": 0.8}) == "colour (80% of the time)"

@@ -11,6 +11,7 @@ from click.testing import CliRunner
 
 from fastssl.benchmarks.harness import limits
 from fastssl.benchmarks.harness.records import Record, read_records
+from fastssl.benchmarks.harness.setting import RecipeSetting, Setting
 from fastssl.benchmarks.suites import loader, loss, step, train, views
 from fastssl.cli import main
 from fastssl.cli.bench import bench
@@ -20,13 +21,13 @@ MODULES = {"loader": loader, "views": views, "loss": loss, "step": step, "train"
 
 
 @pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
-    """The benchmarks give a record without measuring; the list holds their arguments."""
-    made: list[tuple] = []
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[RecipeSetting]:
+    """The benchmarks give a record without measuring; the list holds their settings."""
+    made: list[RecipeSetting] = []
     for name, module in MODULES.items():
 
-        def fake(*args: object, name: str = name, **options: object) -> list[Record]:
-            made.append((name, args, options))
+        def fake(setting: RecipeSetting, name: str = name) -> list[Record]:
+            made.append(setting)
             return [Record(bench=name, recipe="from the benchmark", device="cpu", host={}, versions={}, git=None)]
 
         monkeypatch.setattr(module, "run", fake)
@@ -47,7 +48,7 @@ def test_help_has_an_example(name: str) -> None:
     assert f"fastssl bench {name} " in result.output and "--json FILE" in result.output
 
 
-def test_settings_are_crossed_and_passed_on(calls: list[tuple], tmp_path: Path) -> None:
+def test_settings_are_crossed_and_passed_on(calls: list[RecipeSetting], tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
     status = invoke(
         *(
@@ -65,74 +66,63 @@ def test_settings_are_crossed_and_passed_on(calls: list[tuple], tmp_path: Path) 
         *("--set", "views.0.size=48", "--device", "cpu", "--json", str(out)),
     )
     assert status == 0 and len(calls) == len(read_records(out)) == 8
-    assert [(args[1], args[2], args[4]) for _, args, _ in calls] == [
+    assert [(one.recipe_name, one.data, one.workers) for one in calls] == [
         (recipe, data, workers)
         for recipe in ("quickstart", "moco-v2-resnet50")
         for data in ("synthetic", "x.beton")
         for workers in (1, 3)
     ]
-    for _, (recipe, _, _, device, _, *rest), _ in calls:
-        assert recipe.views[0].size == 48 and device == torch.device("cpu") and rest == [16, 2.0, 7, 9, "native"]
+    for one in calls:
+        assert one.recipe.views[0].size == 48 and one.device == torch.device("cpu")
+        assert (one.batch_size, one.seconds, one.runs, one.photos, one.pipeline) == (16, 2.0, 7, 9, "native")
 
 
-def test_loader_goes_through_the_engines(calls: list[tuple]) -> None:
+def test_loader_goes_through_the_engines(calls: list[RecipeSetting]) -> None:
     assert (
         invoke(
             "loader", "--device", "cpu", "--workers", "1", "--workers", "4", "--pipeline", "dali", "--pipeline", "ffcv"
         )
         == 0
     )
-    assert [(args[4], args[-1]) for _, args, _ in calls] == [(1, "dali"), (1, "ffcv"), (4, "dali"), (4, "ffcv")]
+    assert [(one.workers, one.pipeline) for one in calls] == [(1, "dali"), (1, "ffcv"), (4, "dali"), (4, "ffcv")]
     assert invoke("loader", "--pipeline", "auto") == 2
 
 
 def test_peers_take_their_time_and_say_who_is_missing(
-    calls: list[tuple], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    calls: list[RecipeSetting], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     from fastssl.benchmarks.suites import peers
 
-    asked: list[dict] = []
-    monkeypatch.setattr(peers, "run", lambda data, **options: asked.append(options) or [])
+    asked: list[Setting] = []
+    monkeypatch.setattr(peers, "run", lambda setting: asked.append(setting) or [])
     monkeypatch.setattr(peers, "left_out", lambda: ["ffcv, ours and as its documentation has it (not installed)"])
     assert invoke("loader", "--peers") == 0 and invoke("loader", "--peers", "--seconds", "9") == 0
-    assert [options["seconds"] for options in asked] == [160.0, 9.0]
+    assert [one.seconds for one in asked] == [160.0, 9.0]
     printed = capfd.readouterr()
     assert "left out: ffcv, ours and as its documentation has it (not installed)" in printed.out + printed.err
     for one in (["--pipeline", "dali"], ["--recipe", "quickstart"], ["--device", "cpu"]):
         assert invoke("loader", "--peers", *one) == 2
 
 
-def test_step_and_train_take_another_network(calls: list[tuple]) -> None:
+def test_step_and_train_take_another_network(calls: list[RecipeSetting]) -> None:
     assert invoke("step", "--arch", "resnet18", "--amp", "bf16", "--compile", "--device", "cpu") == 0
     assert invoke("train", "--arch", "resnet18", "--workers", "2", "--device", "cpu") == 0
-    (_, of_step, _), (_, of_train, _) = calls
-    assert of_step[0].arch == of_train[0].arch == "resnet18"
-    assert of_step[1:] == ("light-moco-mobilenetv3", torch.device("cpu"), None, "bf16", True, 5, False, False)
-    assert of_train[1:] == (
-        "light-moco-mobilenetv3",
-        "synthetic",
-        torch.device("cpu"),
-        2,
-        None,
-        "auto",
-        False,
-        10.0,
-        5,
-        512,
-        False,
-        "native",
-    )
+    of_step, of_train = calls
+    assert of_step.recipe.arch == of_train.recipe.arch == "resnet18"
+    common = {"recipe": of_step.recipe, "recipe_name": "light-moco-mobilenetv3"}
+    assert of_step == RecipeSetting(amp="bf16", compiled=True, **common)
+    assert of_train == RecipeSetting(workers=2, **common)
 
 
-def test_step_goes_through_both_precisions(calls: list[tuple]) -> None:
+def test_step_goes_through_both_precisions(calls: list[RecipeSetting]) -> None:
     both = ["--recipe", "quickstart", "--recipe", "moco-v2-resnet50"]
     assert invoke("step", *both, "--amp", "bf16", "--amp", "off", "--device", "cpu") == 0
-    assert [(args[4], args[1]) for _, args, _ in calls] == [
+    assert [(one.amp, one.recipe_name) for one in calls] == [
         (amp, name) for amp in ("bf16", "off") for name in ("quickstart", "moco-v2-resnet50")
     ]
 
 
-def test_loss_takes_the_recipes_numbers(calls: list[tuple], tmp_path: Path) -> None:
+def test_loss_takes_the_recipes_numbers(calls: list[RecipeSetting], tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
     assert (
         invoke(
@@ -150,12 +140,13 @@ def test_loss_takes_the_recipes_numbers(calls: list[tuple], tmp_path: Path) -> N
         )
         == 0
     )
-    assert [args[1:] for _, args, _ in calls] == [(8, 65536, 128, 5), (16, 65536, 128, 5)]
-    assert calls[0][2] == {"temperature": 0.1, "smoothing": 0.2, "weighting": "stepped", "neighbors": 20}
-    assert [record.recipe for record in read_records(out)] == ["light-moco-mobilenetv3"] * 2
+    assert [(one.batch_size, one.recipe_name, one.runs) for one in calls] == [
+        (queries, "light-moco-mobilenetv3", 5) for queries in (8, 16)
+    ]
+    assert len(read_records(out)) == 2
 
 
-def test_json_on_standard_output_is_alone_there(calls: list[tuple], capfd: pytest.CaptureFixture[str]) -> None:
+def test_json_on_standard_output_is_alone_there(calls: list[RecipeSetting], capfd: pytest.CaptureFixture[str]) -> None:
     assert invoke("views", "--device", "cpu", "--json", "-") == 0
     captured = capfd.readouterr()
     assert json.loads(captured.out)["bench"] == "views"
@@ -163,14 +154,14 @@ def test_json_on_standard_output_is_alone_there(calls: list[tuple], capfd: pytes
 
 
 def test_one_setting_that_fails_leaves_the_others(
-    calls: list[tuple], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    calls: list[RecipeSetting], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     real = step.run
 
-    def run(recipe, name, *args):
-        if name == "quickstart":
+    def run(setting: RecipeSetting) -> list[Record]:
+        if setting.recipe_name == "quickstart":
             raise RuntimeError("the device\nis gone")
-        return real(recipe, name, *args)
+        return real(setting)
 
     monkeypatch.setattr(step, "run", run)
     out = tmp_path / "out.jsonl"
@@ -187,7 +178,7 @@ def test_one_setting_that_fails_leaves_the_others(
 def test_records_are_on_disk_before_the_next_setting_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     out, lines = tmp_path / "out.jsonl", []
 
-    def run(*args: object) -> list[Record]:
+    def run(setting: RecipeSetting) -> list[Record]:
         lines.append(len(read_records(out)))
         return [Record(bench="step", host={}, versions={}, git=None)] * 2
 
@@ -201,7 +192,7 @@ def test_records_are_on_disk_before_the_next_setting_runs(monkeypatch: pytest.Mo
 def test_a_json_file_is_one_document_at_every_moment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     out, found = tmp_path / "out.json", []
 
-    def run(*args: object) -> list[Record]:
+    def run(setting: RecipeSetting) -> list[Record]:
         found.append(json.loads(out.read_text()))
         return [Record(bench="step", median_s=float("nan"), host={}, versions={}, git=None)]
 
@@ -230,7 +221,7 @@ def test_wrong_use(arguments: list[str], status: int, capfd: pytest.CaptureFixtu
 
 
 def test_debug_shows_the_cause(monkeypatch: pytest.MonkeyPatch) -> None:
-    def run(*args: object) -> list[Record]:
+    def run(setting: RecipeSetting) -> list[Record]:
         raise ZeroDivisionError("here")
 
     monkeypatch.setattr(step, "run", run)

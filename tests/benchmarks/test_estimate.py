@@ -170,10 +170,8 @@ def test_the_measured_batch_follows_the_budget() -> None:
 
 
 def test_memory_of_the_host(tmp_path: Path) -> None:
-    meminfo, group = tmp_path / "meminfo", tmp_path / "cgroup"
-    assert memory._host_memory(1000, meminfo, group) == (1000, 1000)  # no such files: another system
-    meminfo.write_text("MemTotal:  9 kB\nMemAvailable:   4 kB\n")
-    assert memory._host_memory(9216, meminfo, group) == (4096, 9216)
+    group = tmp_path / "cgroup"
+    assert memory._within_group(4096, 9216, group) == (4096, 9216)  # no such files: another system
     group.mkdir()
     for name, text in (
         ("memory.max", "max\n"),
@@ -181,9 +179,12 @@ def test_memory_of_the_host(tmp_path: Path) -> None:
         ("memory.stat", "anon 1\ninactive_file 150\nactive_file 50\n"),
     ):
         (group / name).write_text(text)
-    assert memory._host_memory(9216, meminfo, group) == (4096, 9216)
+    assert memory._within_group(4096, 9216, group) == (4096, 9216)
     (group / "memory.max").write_text("2000\n")
-    assert memory._host_memory(9216, meminfo, group) == (1500, 2000)
+    assert memory._within_group(4096, 9216, group) == (1500, 2000)
+
+    available, total = memory.memory_bytes(CPU)
+    assert 0 < available <= total
 
 
 def test_what_a_step_takes_beside_its_tensors() -> None:

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 
+from fastssl.benchmarks.harness.setting import RecipeSetting
 from fastssl.benchmarks.suites.plain_step import PlainStep
 from fastssl.benchmarks.suites.step import random_views, run
 from fastssl.config.recipe import Recipe, load_recipe
@@ -73,14 +74,17 @@ def test_two_steps_of_both_end_at_the_same_weights(recipe: Recipe) -> None:
 
 
 def test_the_record_stands_beside_its_peers(recipe: Recipe) -> None:
-    ours, plain, update = run(recipe, "few-photos-moco", CPU, BATCH, "off", peers=True)
+    def setting(recipe: Recipe, amp: str) -> RecipeSetting:
+        return RecipeSetting(recipe=recipe, recipe_name="few-photos-moco", batch_size=BATCH, amp=amp, peers=True)
+
+    ours, plain, update = run(setting(recipe, "off"))
     assert ours.peer is None and plain.peer == "plain MoCo step, NCHW, float32"
     assert (
         plain.ratio_to_peer > 0
         and plain.details["cpu_ratio_to_peer"] > 0
         and plain.pair_per_s == pytest.approx(BATCH / plain.median_s)
     )
-    with_amp = run(recipe, "few-photos-moco", CPU, BATCH, "bf16", peers=True)
+    with_amp = run(setting(recipe, "bf16"))
     loops = "optimiser and moving average tensor by tensor"
     assert [record.peer for record in with_amp] == [
         None,

@@ -10,8 +10,8 @@ import torch
 import torchvision.transforms.v2.functional as V2
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from sklearn.datasets import load_sample_images
+from torchvision_views import torchvision_colour
 
-from fastssl.benchmarks.studies.torchvision_views import torchvision_colour
 from fastssl.pipelines.ops import compiled
 from fastssl.pipelines.ops.augment import (
     augment,

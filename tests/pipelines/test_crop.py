@@ -12,8 +12,8 @@ import torch
 import torchvision.transforms.v2.functional as V2
 from PIL import Image
 from sklearn.datasets import load_sample_images
+from torchvision_views import pillow_crop, torchvision_crop
 
-from fastssl.benchmarks.studies.torchvision_views import pillow_crop, torchvision_crop
 from fastssl.pipelines.ops import crop
 from fastssl.pipelines.ops.crop import boxes_of, crop_resize_device, crop_resize_host, filter_matrices, plan_chunks
 from fastssl.pipelines.plan.draw import VIEW_DTYPE, ViewSpec, draw_plan, draw_plans

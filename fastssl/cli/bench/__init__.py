@@ -18,7 +18,6 @@ BENCHES = {
     "train": LazyCommand("fastssl.cli.bench.train", "train", "Loader and step together, and what would help."),
     "convert": LazyCommand("fastssl.cli.bench.convert", "convert_bench", "Whole conversions, copied or encoded anew."),
     "ceilings": LazyCommand("fastssl.cli.bench.ceilings", "ceilings", "What this machine can do at most."),
-    "soak": LazyCommand("fastssl.cli.bench.soak", "soak", "A real pre-training, watched from outside."),
     "report": LazyCommand("fastssl.cli.bench.report", "report", "What the records say, as a page, markdown and plots."),
 }
 

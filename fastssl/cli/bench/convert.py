@@ -2,40 +2,40 @@
 
 from __future__ import annotations
 
-import itertools
-
 import click
 
-from fastssl.cli.bench.measure import in_threads, measure
-from fastssl.cli.bench.options import folder_option, runs_option
-from fastssl.cli.common import console, json_option
+from fastssl.cli.bench.measure import measure
+from fastssl.cli.bench.options import options
+from fastssl.cli.common import console
 
 
 @click.command("convert")
-@click.option(
-    "--data",
-    multiple=True,
-    default=("synthetic",),
-    show_default=True,
-    metavar="SRC",
-    help="Folder or tar of photos, as convert-imagenet takes it; 'synthetic' makes JPEGs of ImageNet's usual size. "
-    "May be repeated.",
+@options(
+    click.option(
+        "--data",
+        multiple=True,
+        default=("synthetic",),
+        show_default=True,
+        metavar="SRC",
+        help="Folder or tar of photos, as convert-imagenet takes it; 'synthetic' makes JPEGs of ImageNet's usual size. "
+        "May be repeated.",
+    ),
+    click.option(
+        "--photos",
+        type=click.IntRange(min=1),
+        default=512,
+        show_default=True,
+        help="Number of synthetic photos; of SRC at most so many, evenly spaced.",
+    ),
+    click.option(
+        "--workers", type=click.IntRange(min=1), multiple=True, help="Threads; may be repeated. Default: one a core."
+    ),
+    "folder",
+    "runs",
+    click.option("--peers", is_flag=True, help="In turns with ffcv's DatasetWriter, where that is installed."),
+    "json",
 )
-@click.option(
-    "--photos",
-    type=click.IntRange(min=1),
-    default=512,
-    show_default=True,
-    help="Number of synthetic photos; of SRC at most so many, evenly spaced.",
-)
-@click.option(
-    "--workers", type=click.IntRange(min=1), multiple=True, help="Threads; may be repeated. Default: one a core."
-)
-@folder_option
-@runs_option
-@click.option("--peers", is_flag=True, help="In turns with ffcv's DatasetWriter, where that is installed.")
-@json_option
-def convert_bench(data, photos, workers, folder, runs, peers, json_path) -> None:
+def convert_bench(peers: bool, **chosen) -> None:
     """Whole conversions: JPEGs copied through, and scaled to a short side of 256 px and encoded anew. pair/s are
     photos/s.
 
@@ -48,13 +48,4 @@ def convert_bench(data, photos, workers, folder, runs, peers, json_path) -> None
 
     if peers and (problem := engine_state("ffcv").problem):
         console.print(f"left out: ffcv's DatasetWriter ({problem})", highlight=False, markup=False, soft_wrap=True)
-    measure(
-        json_path,
-        [
-            (
-                f"convert, {source}{in_threads(threads)}",
-                lambda source=source, threads=threads: run(source, threads, runs, photos, peers, folder),
-            )
-            for source, threads in itertools.product(data, workers or (None,))
-        ],
-    )
+    measure("convert", run, peers=peers, **chosen)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
@@ -18,35 +19,68 @@ from fastssl.utils.json_text import to_json
 
 if TYPE_CHECKING:
     from fastssl.benchmarks.harness.records import Record
-    from fastssl.config.recipe import Recipe
 
-#: A name for the reader, and the measurement.
-Job = tuple[str, "Callable[[], list[Record]]"]
+#: Options that may be repeated, in the order in which they vary, and the field that each value goes to.
+_REPEATED = {
+    "amps": "amp",
+    "recipes": "recipe",
+    "data": "data",
+    "workers": "workers",
+    "pipelines": "pipeline",
+    "batch_sizes": "batch_size",
+}
 
 
-def load_recipes(names: Iterable[str], overrides: Iterable[str], arch: str | None = None) -> list[tuple[Recipe, str]]:
+def settings(chosen: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """One setting, with words for it, for each combination of the repeated options among a command's."""
+    from fastssl.benchmarks.harness.setting import RecipeSetting, Setting
     from fastssl.config.recipe import load_recipe, parse_overrides
+    from fastssl.distributed.devices import choose_device
     from fastssl.models.backbones import resolve_arch
 
+    options = {**chosen, "device": choose_device(chosen.get("device", "cpu"))}
+    if "pipelines" in options:
+        options["pipelines"] = tuple(dict.fromkeys(options["pipelines"]))
+    arch, changes = options.pop("arch", None), parse_overrides(options.pop("overrides", ()))
     if arch is not None:
         resolve_arch(arch)  # a mistyped network should fail before anything is measured
-    changes = parse_overrides(overrides)
-    loaded = [(load_recipe(name, changes), Path(name).stem) for name in names]
-    return [(replace(recipe, arch=arch) if arch else recipe, name) for recipe, name in loaded]
+    recipes = {}
+    for name in options.get("recipes", ()):
+        recipe = load_recipe(name, changes)
+        recipes[name] = replace(recipe, arch=arch) if arch else recipe
+    repeated = [name for name in _REPEATED if isinstance(options.get(name), tuple)]
+    found = []
+    for values in itertools.product(*(options.pop(name) or (None,) for name in repeated)):
+        one = dict(zip(repeated, values))
+        fields = {**options, **{_REPEATED[name]: value for name, value in one.items()}}
+        if name := one.get("recipes"):
+            fields |= {"recipe": recipes[name], "recipe_name": Path(name).stem}
+        words = [
+            fields.get("recipe_name"),
+            one.get("pipelines"),
+            one.get("data"),
+            one.get("workers") and counted(one["workers"], "thread"),
+            one.get("amps") and f"amp {one['amps']}",
+            one.get("batch_sizes") and counted(one["batch_sizes"], "query"),
+        ]
+        kind = RecipeSetting if recipes else Setting
+        found.append((", ".join(filter(None, words)), kind(**fields)))
+    return found
 
 
-def measure(json_path: str | None, jobs: list[Job]) -> None:
-    """Run the jobs one after the other; every record is printed and written when it is there, so that a stop loses
-    none.
+def measure(what: str, run: Callable[[Any], list[Record]], json_path: str | None, **chosen: Any) -> None:
+    """``run`` each of a command's settings, one after the other; every record is printed and written when it is there,
+    so that a stop loses none.
 
     Each gets the running command in its details, so that its reader can make it again.
 
     Raises:
-        FastSSLError: after all jobs, if some failed; the first failure is its cause.
+        FastSSLError: after all settings, if some failed; the first failure is its cause.
     """
     from fastssl.benchmarks.harness.table import COLUMNS, cells, line
 
     command = command_line(click.get_current_context())
+    jobs = settings(chosen)
 
     def show(texts: Iterable[str]) -> None:
         console.print(line(tuple(texts)), highlight=False, markup=False, soft_wrap=True)
@@ -55,9 +89,10 @@ def measure(json_path: str | None, jobs: list[Job]) -> None:
     written: list[dict] = []
     with _open(json_path) as file:
         show(COLUMNS)
-        for label, job in jobs:
+        for words, setting in jobs:
+            label = f"{what}, {words}"
             try:
-                records = job()
+                records = run(setting)
             except Exception as error:  # the other settings are worth their figures all the same
                 failures.append((label, error))
                 console.print(f"failed: {label}: {in_words(error)}", highlight=False, markup=False, soft_wrap=True)
@@ -87,10 +122,6 @@ def _add(file: TextIO | None, json_path: str | None, records: list[dict]) -> Non
         raise FastSSLError(
             f"{json_path}: a result was not written ({error.strerror or error}); it is in the table above"
         ) from error
-
-
-def in_threads(number: int | None) -> str:
-    return f", {counted(number, 'thread')}" if number else ""
 
 
 def in_words(error: Exception) -> str:

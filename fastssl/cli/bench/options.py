@@ -1,71 +1,112 @@
-"""Options that several bench commands share."""
+"""Options that several bench commands share, by name."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import click
 
-from fastssl.cli.common import finite
+from fastssl.cli.common import finite, json_option
 
-recipe_option = click.option(
-    "--recipe",
-    "recipes",
-    multiple=True,
-    default=("light-moco-mobilenetv3",),
-    show_default=True,
-    metavar="NAME|FILE.yaml",
-    help="May be repeated.",
-)
-arch_option = click.option("--arch", metavar="NAME", help="Another network than the recipe's.")
-set_option = click.option(
-    "--set",
-    "overrides",
-    multiple=True,
-    metavar="KEY=VALUE",
-    help="Change one value of the recipes, e.g. --set views.0.size=96.",
-)
-data_option = click.option(
-    "--data",
-    multiple=True,
-    default=("synthetic",),
-    show_default=True,
-    metavar="FILE.beton",
-    help="JPEGs to read; 'synthetic' makes some of ImageNet's usual size, 'samples' is the sample set of the "
-    "package. May be repeated.",
-)
-photos_option = click.option(
-    "--photos", type=click.IntRange(min=1), default=512, show_default=True, help="Number of synthetic photos."
-)
-device_option = click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
-batch_option = click.option(
-    "--batch-size", type=click.IntRange(min=2), help="Pictures a batch. Default: the recipe's, at most 32 on a CPU."
-)
-runs_option = click.option(
-    "--runs", type=click.IntRange(min=5), default=5, show_default=True, help="Counted runs; figures are their medians."
-)
-seconds_option = click.option(
-    "--seconds",
-    type=click.FloatRange(min=0, min_open=True),
-    callback=finite,
-    default=10.0,
-    show_default=True,
-    help="Counted time of each setting, of all that is compared in it together; warm-up comes on top.",
-)
-amp_option = click.option(
-    "--amp",
-    type=click.Choice(["auto", "bf16", "off"]),
-    default="auto",
-    show_default=True,
-    help="bfloat16 autocast; auto: on a GPU.",
-)
-compile_option = click.option("--compile", "compiled", is_flag=True, help="Compile the networks first (minutes).")
-graph_option = click.option(
-    "--graph", is_flag=True, help="Record the whole step as one CUDA graph, colour operations included."
-)
-folder_option = click.option(
-    "--folder",
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
-    metavar="DIR",
-    help="Where temporary files are written, on the disk that is meant.  [default: the system's folder for them]",
-)
+_ENGINES = click.Choice(["native", "dali", "ffcv"])
+_AMP = {"type": click.Choice(["auto", "bf16", "off"]), "show_default": True}
+
+_OPTIONS: dict[str, Callable] = {
+    "recipe": click.option(
+        "--recipe",
+        "recipes",
+        multiple=True,
+        default=("light-moco-mobilenetv3",),
+        show_default=True,
+        metavar="NAME|FILE.yaml",
+        help="May be repeated.",
+    ),
+    "arch": click.option("--arch", metavar="NAME", help="Another network than the recipe's."),
+    "set": click.option(
+        "--set",
+        "overrides",
+        multiple=True,
+        metavar="KEY=VALUE",
+        help="Change one value of the recipes, e.g. --set views.0.size=96.",
+    ),
+    "data": click.option(
+        "--data",
+        multiple=True,
+        default=("synthetic",),
+        show_default=True,
+        metavar="FILE.beton",
+        help="JPEGs to read; 'synthetic' makes some of ImageNet's usual size, 'samples' is the sample set of the "
+        "package. May be repeated.",
+    ),
+    "photos": click.option(
+        "--photos", type=click.IntRange(min=1), default=512, show_default=True, help="Number of synthetic photos."
+    ),
+    "device": click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True),
+    "workers": click.option("--workers", type=click.IntRange(min=1), help="Decoding threads. Default: one a core."),
+    "many workers": click.option(
+        "--workers",
+        type=click.IntRange(min=1),
+        multiple=True,
+        help="Decoding threads; may be repeated. Default: one a core.",
+    ),
+    "batch": click.option(
+        "--batch-size", type=click.IntRange(min=2), help="Pictures a batch. Default: the recipe's, at most 32 on a CPU."
+    ),
+    "amp": click.option("--amp", default="auto", help="bfloat16 autocast; auto: on a GPU.", **_AMP),
+    "many amps": click.option(
+        "--amp",
+        "amps",
+        multiple=True,
+        default=("auto",),
+        help="bfloat16 autocast; auto: on a GPU. May be repeated.",
+        **_AMP,
+    ),
+    "compile": click.option("--compile", "compiled", is_flag=True, help="Compile the networks first (minutes)."),
+    "graph": click.option(
+        "--graph", is_flag=True, help="Record the whole step as one CUDA graph, colour operations included."
+    ),
+    "engine": click.option("--pipeline", type=_ENGINES, default="native", show_default=True, help="Engine."),
+    "many engines": click.option(
+        "--pipeline",
+        "pipelines",
+        type=_ENGINES,
+        multiple=True,
+        default=("native",),
+        show_default=True,
+        help="Engine; may be repeated.",
+    ),
+    "seconds": click.option(
+        "--seconds",
+        type=click.FloatRange(min=0, min_open=True),
+        callback=finite,
+        default=10.0,
+        show_default=True,
+        help="Counted time of each setting, of all that is compared in it together; warm-up comes on top.",
+    ),
+    "folder": click.option(
+        "--folder",
+        type=click.Path(exists=True, file_okay=False, path_type=Path),
+        metavar="DIR",
+        help="Where temporary files are written, on the disk that is meant.  [default: the system's folder for them]",
+    ),
+    "runs": click.option(
+        "--runs",
+        type=click.IntRange(min=5),
+        default=5,
+        show_default=True,
+        help="Counted runs; figures are their medians.",
+    ),
+    "json": json_option,
+}
+
+
+def options(*names: str | Callable) -> Callable[[Callable], Callable]:
+    """The options of these names, and others as they are, in the order of ``--help``."""
+
+    def decorate(command: Callable) -> Callable:
+        for name in reversed(names):
+            command = (_OPTIONS[name] if isinstance(name, str) else name)(command)
+        return command
+
+    return decorate

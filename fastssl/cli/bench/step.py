@@ -2,45 +2,27 @@
 
 from __future__ import annotations
 
-import itertools
-
 import click
 
-from fastssl.cli.bench.measure import load_recipes, measure
-from fastssl.cli.bench.options import (
-    arch_option,
-    batch_option,
-    compile_option,
-    device_option,
-    graph_option,
-    recipe_option,
-    runs_option,
-    set_option,
-)
-from fastssl.cli.common import json_option
+from fastssl.cli.bench.measure import measure
+from fastssl.cli.bench.options import options
 
 
 @click.command()
-@recipe_option
-@arch_option
-@set_option
-@device_option
-@batch_option
-@click.option(
-    "--amp",
-    "amps",
-    type=click.Choice(["auto", "bf16", "off"]),
-    multiple=True,
-    default=("auto",),
-    show_default=True,
-    help="bfloat16 autocast; auto: on a GPU. May be repeated.",
+@options(
+    "recipe",
+    "arch",
+    "set",
+    "device",
+    "batch",
+    "many amps",
+    "compile",
+    "graph",
+    "runs",
+    click.option("--peers", is_flag=True, help="In turns with a MoCo step as public code writes it, in NCHW memory."),
+    "json",
 )
-@compile_option
-@graph_option
-@runs_option
-@click.option("--peers", is_flag=True, help="In turns with a MoCo step as public code writes it, in NCHW memory.")
-@json_option
-def step(recipes, arch, overrides, device, batch_size, amps, compiled, graph, runs, peers, json_path) -> None:
+def step(**chosen) -> None:
     """The training step on views that are on the device already. A batch that does not fit is halved.
 
     \b
@@ -49,18 +31,5 @@ def step(recipes, arch, overrides, device, batch_size, amps, compiled, graph, ru
     fastssl bench step --arch resnet18 --batch-size 64
     """
     from fastssl.benchmarks.suites.step import run
-    from fastssl.distributed.devices import choose_device
 
-    place = choose_device(device)
-    measure(
-        json_path,
-        [
-            (
-                f"step, {name}, amp {amp}",
-                lambda recipe=recipe, name=name, amp=amp: run(
-                    recipe, name, place, batch_size, amp, compiled, runs, peers, graph
-                ),
-            )
-            for amp, (recipe, name) in itertools.product(amps, load_recipes(recipes, overrides, arch))
-        ],
-    )
+    measure("step", run, **chosen)

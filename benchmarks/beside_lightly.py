@@ -3,8 +3,7 @@ worth after 5, 10 and 20 minutes?
 
     pip install -e '.[peers]'
     fastssl convert-imagenet train/ train.beton && fastssl convert-imagenet val/ val.beton
-    python -m fastssl.benchmarks.studies.beside_lightly train.beton val.beton --epochs 40 \
-        --out benchmarks/results/beside-lightly
+    python -m fastssl.benchmarks.beside_lightly train.beton val.beton --epochs 40 --out beside-lightly
 
 lightly's SimCLR and MoCo are trained as the examples in its documentation train them (batch 256, SGD at 0.06, a queue
 of 4,096 keys, momentum 0.99), with its own transforms and losses and a DataLoader with one worker a core. fastssl runs
@@ -34,6 +33,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -41,6 +41,7 @@ from fastssl.config.recipe import load_recipe
 from fastssl.evaluate.online_probe import choose_split, probe_features
 from fastssl.models.backbones import create_backbone, feature_dim
 from fastssl.pipelines.beton.reader import BetonReader
+from fastssl.report.document import Table, table_markdown
 from fastssl.utils.atomic_files import write_atomically
 from fastssl.utils.cores import available_cores
 from fastssl.utils.versions import describe_git, describe_host, describe_versions
@@ -101,7 +102,7 @@ def train_lightly(method: str, data: Path, arch: str, size: int, seed: int, out:
         num_workers=available_cores(),
         persistent_workers=True,
     )
-    saved, step = time.monotonic(), 0
+    saved = time.monotonic()
     while True:
         for first, second in loader:
             if method == "moco":
@@ -114,10 +115,8 @@ def train_lightly(method: str, data: Path, arch: str, size: int, seed: int, out:
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-            step += 1
             if time.monotonic() - saved > _SNAPSHOT_S:
-                state = {"backbone": backbone.state_dict(), "step": step, "loss": loss.item()}
-                write_atomically(out, lambda path, state=state: torch.save(state, path))
+                write_atomically(out, lambda path: save_file(backbone.state_dict(), path))
                 saved = time.monotonic()
 
 
@@ -197,12 +196,7 @@ def race(contenders: list[Contender], marks: list[float], slice_s: float) -> Non
 def judge(weights: Path, arch: str, data: Path, val: Path, size: int, crop: float) -> dict[str, Any]:
     """kNN and linear probe of a snapshot, percent."""
     backbone = create_backbone(arch)
-    if weights.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        backbone.load_state_dict(load_file(weights))
-    else:
-        backbone.load_state_dict(torch.load(weights, weights_only=True)["backbone"])
+    backbone.load_state_dict(load_file(weights))
     with BetonReader(data) as train, BetonReader(val) as queries:
         split = choose_split(train, queries, 0, 0)
         features = split.features(backbone.eval(), size, device=torch.device("cpu"), crop=crop)
@@ -212,26 +206,23 @@ def judge(weights: Path, arch: str, data: Path, val: Path, size: int, crop: floa
 
 def to_markdown(record: dict[str, Any]) -> str:
     """The record as a table, a row for each contender, kNN / linear for each mark."""
-    marks = record["minutes"]
-    lines = ["| | " + " | ".join(f"{minutes:g} min" for minutes in marks) + " |", "| --- |" + " --- |" * len(marks)]
+    marks = [f"{minutes:g}" for minutes in record["minutes"]]
+    rows = []
     for row in record["rows"]:
-        cells = [row["marks"].get(f"{minutes:g}") for minutes in marks]
-        lines.append(
-            f"| {row['name']} | "
-            + " | ".join(f"{c['knn']:.1f} / {c['linear']:.1f}" if c and c["knn"] is not None else "-" for c in cells)
-            + " |"
-        )
-    return "\n".join(lines) + "\n"
+        found = [row["marks"].get(mark) for mark in marks]
+        rows.append((row["name"], *(f"{one['knn']:.1f} / {one['linear']:.1f}" if one else "-" for one in found)))
+    return table_markdown(Table(("", *(f"{mark} min" for mark in marks)), rows, (False,) * (1 + len(marks))))
 
 
 def main(arguments: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("val", type=Path)
     parser.add_argument("--arch", default="mobilenetv3_large")
     parser.add_argument("--recipe", default="few-photos")
     parser.add_argument(
-        "--epochs", type=int, required=True, help="of fastssl, so that they fill the minutes of the last mark"
+        "--epochs", type=int, required=True, help="of fastssl: they should fill the last mark's minutes"
     )
     parser.add_argument("--minutes", type=float, nargs="+", default=[5, 10, 20])
     parser.add_argument("--slice", type=float, default=60, dest="slice_s", help="seconds of a turn")
@@ -246,54 +237,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     options.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        run = folder / "fastssl"
-        common = [
-            str(options.data.resolve()),
-            str(options.val.resolve()),
-            "--arch",
-            options.arch,
-            "--recipe",
-            options.recipe,
-        ]
-        ours = [sys.executable, "-m", "fastssl", "pretrain", "--arch", options.arch, "--recipe", options.recipe]
-        ours += [
-            "--data",
-            str(options.data),
-            "--out",
-            str(run),
-            "--epochs",
-            str(options.epochs),
-            "--seed",
-            str(options.seed),
-        ]
-        ours += [
-            "--set",
-            f"train.checkpoint_minutes={_SNAPSHOT_S / 60:.2f}",
-            "--set",
-            "probe.every_epochs=0",
-            "--device",
-            "cpu",
-        ]
-        contenders = [
-            Contender(
-                f"fastssl, {options.recipe}", ours, run / "checkpoints" / "last.safetensors", folder / "fastssl.log"
-            )
-        ]
-        for method in METHODS:
-            weights = folder / f"{method}.pt"
-            theirs = [
-                sys.executable,
-                "-m",
-                "fastssl.benchmarks.studies.beside_lightly",
-                *common,
-                "--epochs",
-                "1",
-                "--seed",
-                str(options.seed),
-            ]
-            theirs += ["--train", method, "--out", str(weights)]
-            contenders.append(Contender(f"lightly, {method}", theirs, weights, folder / f"{method}.log"))
+        contenders = _contenders(options, Path(scratch))
         race(contenders, options.minutes, options.slice_s)
         rows = []
         for one in contenders:
@@ -303,9 +247,7 @@ def main(arguments: list[str] | None = None) -> int:
             }
             rows.append({"name": one.name, "seconds": round(one.seconds, 1), "marks": judged})
     record = {
-        "command": shlex.join(
-            ["python", "-m", "fastssl.benchmarks.studies.beside_lightly", *(arguments or sys.argv[1:])]
-        ),
+        "command": shlex.join(["python", "-m", "fastssl.benchmarks.beside_lightly", *arguments]),
         "minutes": sorted(options.minutes),
         "size": probe.size,
         "rows": rows,
@@ -317,6 +259,22 @@ def main(arguments: list[str] | None = None) -> int:
     (options.out / "table.md").write_text(to_markdown(record))
     print(to_markdown(record))
     return 0
+
+
+def _contenders(options: argparse.Namespace, folder: Path) -> list[Contender]:
+    """fastssl's own command, and this file once for each of lightly's methods."""
+    both = f"--arch {options.arch} --recipe {options.recipe} --seed {options.seed}".split()
+    ours = [sys.executable, "-m", "fastssl", "pretrain", *both, "--epochs", str(options.epochs), "--device", "cpu"]
+    ours += ["--data", str(options.data), "--out", str(folder / "fastssl")]
+    ours += ["--set", f"train.checkpoint_minutes={_SNAPSHOT_S / 60:.2f}", "--set", "probe.every_epochs=0"]
+    weights = folder / "fastssl" / "checkpoints" / "last.safetensors"
+    found = [Contender(f"fastssl, {options.recipe}", ours, weights, folder / "fastssl.log")]
+    for method in METHODS:
+        weights = folder / f"{method}.safetensors"
+        theirs = [sys.executable, "-m", "fastssl.benchmarks.beside_lightly", str(options.data), str(options.val), *both]
+        theirs += ["--epochs", "1", "--train", method, "--out", str(weights)]
+        found.append(Contender(f"lightly, {method}", theirs, weights, folder / f"{method}.log"))
+    return found
 
 
 if __name__ == "__main__":

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
-
 import numpy as np
 import torch
 import torchvision.transforms.v2.functional as V2
-from PIL import Image, ImageFilter
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 
 from fastssl.pipelines.ops.augment import blur_radius
 from fastssl.pipelines.plan.draw import BRIGHTNESS, CONTRAST, HUE, SATURATION, ViewSpec
-
-_Picture = TypeVar("_Picture", Tensor, Image.Image)
 
 
 def torchvision_crop(picture: np.ndarray, record: np.void, spec: ViewSpec) -> Tensor:
@@ -57,17 +53,7 @@ def torchvision_colour(view: Tensor, record: np.void, spec: ViewSpec) -> tuple[T
     return picture, margin
 
 
-def pillow_colour(view: Image.Image, record: np.void, spec: ViewSpec) -> Image.Image:
-    """The same with Pillow, which rounds to 8 bits behind each operation; its blur is made of three box blurs."""
-    view = _jitter(view, record)
-    if record["grey"]:
-        view = V2.rgb_to_grayscale(view, num_output_channels=3)
-    if record["blur_sigma"] > 0:
-        view = view.filter(ImageFilter.GaussianBlur(float(record["blur_sigma"])))
-    return V2.solarize(view, spec.solarise_threshold) if record["solarise"] else view
-
-
-def _jitter(picture: _Picture, record: np.void) -> _Picture:
+def _jitter(picture: Tensor, record: np.void) -> Tensor:
     if not record["jitter"]:
         return picture
     for operation in record["order"]:

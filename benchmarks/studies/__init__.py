@@ -1,1 +1,0 @@
-"""Evidence that is made by hand, not by users."""
