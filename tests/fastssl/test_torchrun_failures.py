@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -51,8 +52,9 @@ def launched(
     launcher += ["--master-port", str(free_port())]
     environ = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     environ["FASTSSL_TIMEOUT_MINUTES"] = str(timeout_minutes)
+    command = [sys.executable, *launcher, *program, *arguments]
     with log.open("w") as stderr:
-        return subprocess.Popen([sys.executable, *launcher, *program, *arguments], stderr=stderr, env=environ)
+        return subprocess.Popen(command, stderr=stderr, env=environ, start_new_session=True)
 
 
 def rank_1_of(launcher: int) -> int:
@@ -96,7 +98,8 @@ def test_the_run_is_started_again_and_ends_in_the_same_bits(
         wait_until(process, log, lambda: log.read_text().count("2 processes start") == 2, documented + 30 + 60)
         assert process.wait(timeout=300) == 0, log.read_text()
     finally:
-        process.kill()
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # a stopped process, too
     said = log.read_text()
     assert "resumed at step" in said, said
     if fault == "hangs":
