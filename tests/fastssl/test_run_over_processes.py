@@ -92,8 +92,8 @@ def run_one(data: Path, out: Path, recipe: str, small: list[str]) -> dict[str, A
 
 
 def test_two_processes_end_where_one_does(beton: Path, tmp_path: Path) -> None:
-    (alone,) = run_processes(run_all, 1, beton, tmp_path / "one", timeout=300)
-    together, _ = run_processes(run_all, 2, beton, tmp_path / "two", timeout=300)
+    (alone,) = run_processes(run_all, 1, beton, tmp_path / "one", timeout=1200)
+    together, _ = run_processes(run_all, 2, beton, tmp_path / "two", timeout=1200)
     for method, one in alone.items():
         two = together[method]
         assert one["steps"] == two["steps"] == len(one["losses"]) == 12
