@@ -81,7 +81,7 @@ if [[ "$(imported)" != "$ROOT/pipelines" ]]; then
 fi
 missing="$("$PYTHON" -c '
 from importlib.util import find_spec
-print(*[name for name in "torch torchvision timm numpy PIL click rich yaml safetensors simplejpeg numba matplotlib psutil jinja2".split() if find_spec(name) is None])')" || exit 1
+print(*[name for name in "torch torchvision timm numpy PIL click rich yaml safetensors simplejpeg numba matplotlib psutil pydantic jinja2".split() if find_spec(name) is None])')" || exit 1
 [[ -z "$missing" ]] || { echo "gpu.sh: $PYTHON lacks the packages: $missing" >&2; exit 1; }
 
 export PYTHONUNBUFFERED=1 PYTHONWARNINGS="${PYTHONWARNINGS:-ignore}"
