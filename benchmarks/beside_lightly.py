@@ -116,7 +116,8 @@ def train_lightly(method: str, data: Path, arch: str, size: int, seed: int, out:
             optimizer.step()
             optimizer.zero_grad()
             if time.monotonic() - saved > _SNAPSHOT_S:
-                write_atomically(out, lambda path: save_file(backbone.state_dict(), path))
+                state = {name: value.contiguous() for name, value in backbone.state_dict().items()}
+                write_atomically(out, lambda path, state=state: save_file(state, path))
                 saved = time.monotonic()
 
 
