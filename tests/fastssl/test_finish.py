@@ -7,9 +7,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from rich.console import Console
 
 from fastssl.cli import pretrain as command
+from fastssl.cli.common import PlainConsole
 from fastssl.evaluate.online_probe import ProbeSplit
 from fastssl.report.finish import _majority, _throughput
 
@@ -72,7 +72,7 @@ def test_the_sentence_about_the_bottleneck_follows_the_share(device: str, share:
 
 
 def test_the_verdict_stands_right_under_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
-    console = Console(record=True, width=100)
+    console = PlainConsole(record=True, width=100)
     monkeypatch.setattr(command, "console", console)
     rows = [
         {"name": "most frequent class", "knn": 33.0, "linear": 33.0},
