@@ -1,4 +1,4 @@
-"""Losses. One concept a file, each with a slow twin among the tests."""
+"""Losses. One concept a file, each with a slow twin in tests/loss_twins.py."""
 
 from fastssl.losses.nt_xent import SmoothedNTXent
 from fastssl.losses.pairs import PairWeights, reduce_pairs, split_pairs

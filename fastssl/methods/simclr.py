@@ -46,7 +46,7 @@ class SimCLRConfig(SmoothedConfig):
 
 
 class SimCLR(Method):
-    """One network. METRICS: as of ``MoCo``."""
+    """One network. METRICS: those of ``view_metrics``."""
 
     METRICS = ("loss", "kl", "alignment", "embedding_std")
     HAS_TEACHER = False
