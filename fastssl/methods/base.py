@@ -199,7 +199,7 @@ class Method(nn.Module):
     """Base of all methods.
 
     Attributes:
-        METRICS: names of the values in ``StepOutput.metrics``.
+        METRICS: names of the values in ``StepOutput.metrics``; these four, as ``view_metrics`` gives them, come first.
         HAS_TEACHER: whether there is a moving average of the student.
         DIVISIBLE: whether a batch's loss is the mean of its parts' losses, so that ``train.accumulate`` may cut it.
         student, teacher: the network that is trained, and its moving average, or None.
@@ -207,7 +207,7 @@ class Method(nn.Module):
         hidden_views: how many of the first views the student's pass leaves out.
     """
 
-    METRICS: ClassVar[tuple[str, ...]] = ("loss",)
+    METRICS: ClassVar[tuple[str, ...]] = ("loss", "kl", "alignment", "embedding_std")
     HAS_TEACHER: ClassVar[bool] = True
     DIVISIBLE: ClassVar[bool] = True
 

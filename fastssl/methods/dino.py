@@ -85,13 +85,11 @@ class DINOHead(nn.Module):
 class DINO(Method):
     """Student, teacher, centre.
 
-    METRICS: ``loss``; ``kl``, what stands above the entropy of the teacher's output; ``alignment``, the squared
-    distance of the two global views' outputs on the unit sphere; ``embedding_std`` of the student's output;
-    ``target_entropy`` as a share of ln K: 1 is a uniform teacher, 0 a teacher that always says the same with certainty.
-    Collapse shows as a loss that stays at ln K.
+    METRICS: also ``target_entropy`` as a share of ln K: 1 is a uniform teacher, 0 one that always says the same with
+    certainty. Collapse shows as a loss that stays at ln K.
     """
 
-    METRICS = ("loss", "kl", "alignment", "embedding_std", "target_entropy")
+    METRICS = (*Method.METRICS, "target_entropy")
 
     center: Tensor
 

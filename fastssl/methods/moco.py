@@ -102,8 +102,6 @@ class MoCo(Method):
         ValueError: the batch does not fit the queue or the BatchNorm groups.
     """
 
-    METRICS = ("loss", "kl", "alignment", "embedding_std")
-
     teacher: Encoder
     queue: Tensor
     queue_pointer: Tensor
@@ -126,6 +124,7 @@ class MoCo(Method):
         self.config = config
         self.key_views = self.teacher_views = config.key_views
         self.hidden_views = 2 - config.key_views
+        # Running statistics of the keys' BatchNorm groups, put together over the ranks.
         self._dealt: SplitBatchNormStats | None = None
         self.loss = SmoothedInfoNCE(
             temperature=config.temperature,

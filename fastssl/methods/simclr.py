@@ -36,7 +36,7 @@ class SimCLRConfig(SmoothedConfig):
         default_factory=lambda: ProjectorConfig(hidden=2048, out=128, layers=2, norm=True)
     )
 
-    BATCH_KEY = "simclr.neighbors"
+    BATCH_KEY = "simclr.neighbors"  # the batch has to give as many negatives
 
     def allows(self, batch: int) -> bool:
         return batch >= 2 and 2 * (batch - 1) >= (self.sharing if self.smoothing else 0)
@@ -46,9 +46,8 @@ class SimCLRConfig(SmoothedConfig):
 
 
 class SimCLR(Method):
-    """One network. METRICS: those of ``view_metrics``."""
+    """One network, and one training step's loss."""
 
-    METRICS = ("loss", "kl", "alignment", "embedding_std")
     HAS_TEACHER = False
     DIVISIBLE = False  # the batch is the negatives
 

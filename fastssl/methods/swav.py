@@ -95,14 +95,14 @@ class SwAVHead(nn.Module):
 class SwAV(Method):
     """The network, its prototypes, the queue.
 
-    METRICS: as of ``DINO``, with the assignments in the teacher's place: ``target_entropy`` near 1 for long means that
-    the scores do not tell the prototypes apart.
+    METRICS: also ``target_entropy``, of the assignments, as a share of ln K: near 1 for long means that the scores do
+    not tell the prototypes apart.
 
     The queue is the same on all ranks, and each takes its share of it into the assignment: the number of ranks changes
     nothing.
     """
 
-    METRICS = ("loss", "kl", "alignment", "embedding_std", "target_entropy")
+    METRICS = (*Method.METRICS, "target_entropy")
     HAS_TEACHER = False
     DIVISIBLE = False  # the assignment looks at the whole batch
 

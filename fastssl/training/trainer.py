@@ -95,7 +95,7 @@ def make_steps(run: Setup, loader: ViewLoader, log: StepLog, guard: NonFiniteGua
         log.begin_block()
         guard.begin_block()
         for batch in batches:
-            if guard.careful:
+            if guard.careful:  # a block that was undone is made again step by step; the guilty one is passed over
                 guard.step(make_step, batch)
             elif not guard.passes_over():
                 make_step(run, batch)
@@ -103,6 +103,7 @@ def make_steps(run: Setup, loader: ViewLoader, log: StepLog, guard: NonFiniteGua
             run.position.step_in_epoch += 1
             if log.is_block_end() and not _end_block(log, guard):
                 return
+            # Asked now, answered at the next step: no rank waits for another.
             stop, save = vote(bool(run.stop), run.saver is not None and run.saver.is_due())
             if stop or save:
                 if not _end_block(log, guard, wait=True):
