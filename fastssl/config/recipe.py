@@ -191,7 +191,8 @@ class Recipe:
     @property
     def settings(self) -> MoCoConfig | DINOConfig | SwAVConfig | SimCLRConfig:
         """The section of the recipe's method."""
-        return getattr(self, self.method)
+        section: MoCoConfig | DINOConfig | SwAVConfig | SimCLRConfig = getattr(self, self.method)
+        return section
 
 
 def recipe_names() -> list[str]:
@@ -231,23 +232,21 @@ def load_recipe(name: str, overrides: Mapping[str, str] | None = None) -> Recipe
     Raises:
         FastSSLError: unknown recipe or key (with the nearest), wrong type, or a value out of range; names file and key.
     """
-    path = recipe_path(name)
+    path, overrides = recipe_path(name), overrides or {}
     tree = read_yaml(path)
     if not isinstance(tree, dict):
         raise FastSSLError(f"{path}: a recipe is a mapping of keys to values")
     train = tree.get("train")
     own_batch = train.get("batch_size", TrainConfig.batch_size) if isinstance(train, dict) else TrainConfig.batch_size
     # A whole design of the views first, wherever it stands: what was said of single numbers is a change of it.
-    for key, text in sorted(
-        (overrides or {}).items(), key=lambda item: ("views", "views.preset", item[0]).index(item[0])
-    ):
+    for key, text in sorted(overrides.items(), key=lambda item: ("views", "views.preset", item[0]).index(item[0])):
         _override(tree, key, parse_yaml(text, f"--set {key}: {shown(text)} is not a value"))
     recipe = build_recipe(tree, where=path.name)
-    if "train.epochs" in (overrides or {}) and "train.samples" not in overrides:
+    if "train.epochs" in overrides and "train.samples" not in overrides:
         recipe = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, samples=None))
     if not isinstance(own_batch, int) or own_batch < 2:  # an override mended it: nothing to be in proportion to
         return recipe
-    return with_batch(recipe, recipe.train.batch_size, own_batch, given=overrides or {})
+    return with_batch(recipe, recipe.train.batch_size, own_batch, given=overrides)
 
 
 def with_batch(recipe: Recipe, batch: int, own_batch: int, *, given: Container[str] = frozenset()) -> Recipe:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -103,7 +103,7 @@ def fit(
     if batch != wanted or not recipe.settings.allows(batch):
         settings = _settings(recipe, batch, None if asked else photos, given, processes)
         if settings.allows(batch):  # otherwise the method says which key it is that was asked for
-            fitted = dataclasses.replace(with_batch(recipe, batch, wanted, given=given), **{recipe.method: settings})
+            fitted = _with_settings(with_batch(recipe, batch, wanted, given=given), settings)
     lines = []
     if changes := _changes(recipe, fitted):
         rate = "; the learning rate follows the batch" if batch != wanted and recipe.optim.lr_batch else ""
@@ -190,6 +190,11 @@ def _settings(recipe: Recipe, batch: int, photos: int | None, given: Collection[
     return dataclasses.replace(scaled, **{name: getattr(settings, name) for name in kept})
 
 
+def _with_settings(recipe: Recipe, settings: MethodConfig) -> Recipe:
+    section: dict[str, Any] = {recipe.method: settings}
+    return dataclasses.replace(recipe, **section)
+
+
 def _changes(before: Recipe, after: Recipe) -> list[str]:
     """``train.batch_size 128 -> 16``, of all that a batch changes but the rates."""
     pairs = [(f"{before.method}.{field.name}", field.name) for field in dataclasses.fields(before.settings)]
@@ -228,21 +233,21 @@ def _stretched(recipe: Recipe, epochs: int, given: Collection[str]) -> Recipe:
     """The recipe for another number of epochs: what is counted in them keeps its share of the run."""
     factor = epochs / recipe.train.epochs
 
-    def whole(value: int) -> int:
+    def whole(value: float) -> int:
         return max(1, round(value * factor)) if value else 0
 
     warmup = recipe.optim.warmup_epochs
     if not is_given("optim.warmup_epochs", given):
         warmup = whole(warmup) if recipe.optim.per_epoch else round(warmup * factor, 2)
     keys = [key for key in recipe.settings.EPOCH_KEYS if not is_given(f"{recipe.method}.{key}", given)]
-    settings = dataclasses.replace(recipe.settings, **{key: whole(getattr(recipe.settings, key)) for key in keys})
+    settings: MethodConfig = recipe.settings
+    settings = dataclasses.replace(settings, **{key: whole(getattr(settings, key)) for key in keys})
     probes = recipe.probe.every_epochs if is_given("probe.every_epochs", given) else whole(recipe.probe.every_epochs)
     return dataclasses.replace(
-        recipe,
+        _with_settings(recipe, settings),
         optim=dataclasses.replace(recipe.optim, warmup_epochs=float(warmup)),
         train=dataclasses.replace(recipe.train, epochs=epochs),
         probe=dataclasses.replace(recipe.probe, every_epochs=probes),
-        **{recipe.method: settings},
     )
 
 

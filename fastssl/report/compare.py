@@ -8,6 +8,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -168,7 +169,7 @@ def write_comparison(records: Sequence[Record], out: str | Path) -> list[Path]:
         folder / "evaluations.html": to_html("Evaluations", blocks),
     }
     for path, text in pages.items():
-        write_atomically(path, lambda temporary, text=text: temporary.write_text(text, "utf-8", "backslashreplace"))
+        write_atomically(path, partial(Path.write_text, data=text, encoding="utf-8", errors="backslashreplace"))
     return list(pages)
 
 

@@ -15,9 +15,10 @@ import threading
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, TimeoutError, wait
 from contextlib import closing, suppress
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -83,12 +84,12 @@ class Patience:
 
     def map(
         self, work: Callable[[_Item], _Result], items: Iterable[_Item], workers: int, what: Callable[[_Item], str]
-    ) -> Iterator[_Result]:
+    ) -> Generator[_Result, None, None]:
         """``work(item)`` of each item, in order, from ``workers`` threads that are a few items ahead.
 
         Raises what the work raised, or ``Stalled``, which says ``what(item)``. To close the iterator ends the threads.
         """
-        items, pending = iter(items), deque()
+        items, pending = iter(items), deque[tuple[_Item, Future[_Result]]]()
         pool = ThreadPoolExecutor(workers, thread_name_prefix="fastssl-work")
         try:
             while True:
@@ -97,7 +98,7 @@ class Patience:
                 if not pending:
                     return
                 item, future = pending[0]
-                yield self.result(future, lambda item=item: what(item))
+                yield self.result(future, partial(what, item))
                 pending.popleft()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)

@@ -76,8 +76,8 @@ def settings(section: str = "", error: type[Exception] = ValueError) -> Callable
     """
 
     def checked(kind: Checked) -> Checked:
-        kind = dataclass(kind, frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
-        make, signature = kind.__init__, inspect.signature(kind)
+        made: Any = dataclass(kind, frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
+        make, signature = made.__init__, inspect.signature(made)
 
         @functools.wraps(make)
         def init(self: Any, *args: Any, **values: Any) -> None:
@@ -87,8 +87,9 @@ def settings(section: str = "", error: type[Exception] = ValueError) -> Callable
             except ValidationError as mistakes:
                 raise error(in_words(mistakes, section)[0]) from None
 
-        kind.__init__ = init
-        return kind
+        made.__init__ = init
+        result: Checked = made
+        return result
 
     return checked
 

@@ -34,12 +34,13 @@ class _PlainLoader(yaml.SafeLoader):
         self._sizes: dict[yaml.Node, tuple[int, int]] = {}  # values and levels, aliases written out
         self._depth, self._values, self._levels = 0, 0, 0
 
-    def compose_node(self, parent: yaml.Node | None, index: object) -> yaml.Node | None:
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         alias = self.check_event(yaml.AliasEvent)
         beside, levels = self._values, self._levels
         self._depth, self._values, self._levels = self._depth + 1, 1, 1
         self._refuse_too_much()
         node = super().compose_node(parent, index)
+        assert node is not None
         if alias:
             if node not in self._sizes:
                 raise yaml.YAMLError("a value that holds itself (an alias inside its own anchor)")

@@ -68,9 +68,9 @@ def check_features(
                 f"{path.name}: gives features of shape {tuple(found[-1].shape)}, the backbone "
                 f"{tuple(ours[-1].shape)}; not written"
             )
-    wanted, ours, found = torch.cat(wanted), torch.cat(ours), torch.cat(found)
-    spread = max(float((wanted - wanted.mean(0)).abs().max()), 1e-30)
-    rounding, difference = float((ours - wanted).abs().max()) / spread, float((found - ours).abs().max()) / spread
+    truth, features, others = torch.cat(wanted), torch.cat(ours), torch.cat(found)
+    spread = max(float((truth - truth.mean(0)).abs().max()), 1e-30)
+    rounding, difference = (float((a - b).abs().max()) / spread for a, b in ((features, truth), (others, features)))
     if not difference <= max(tolerance, 10 * rounding):  # NaN is no number to pass on either
         raise FastSSLError(
             f"{path.name}: gives features that differ by {difference:.2g} of their spread from the backbone's; "

@@ -108,7 +108,8 @@ def export_backbone(trained: Trained, destination: Path, format: str = "timm", *
     # Plain layout, as the networks have it that will take the tensors; the caller's network is left as it is.
     backbone, arch = copy.deepcopy(trained.backbone).to(memory_format=torch.contiguous_format), trained.arch
     about, side = _about(trained), size or trained.size or EVALUATION_SIZE
-    taker = None if format == "onnx" else _taker(format, arch)  # before anything is written
+    if format == "torchvision":
+        twin_of(arch)  # before anything is written
     final, merged = Path(os.path.abspath(destination)), None
     require_replaceable(final)
     with staged(final) as place:
@@ -121,11 +122,11 @@ def export_backbone(trained: Trained, destination: Path, format: str = "timm", *
             )
         elif suffix == "":
             crop = trained.crop or EVALUATION_CROP
-            difference = _write_folder(backbone, arch, place, about, taker, size=side, crop=crop)
+            difference = _write_folder(backbone, arch, place, about, size=side, crop=crop)
             recipe = f"net = timm.create_model({f'local-dir:{destination}'!r}, pretrained=True)"
         else:
             tensors = to_torchvision(arch, backbone) if format == "torchvision" else backbone.state_dict()
-            difference = _write_file(backbone, tensors, place, about, *taker)
+            difference = _write_file(backbone, tensors, place, about, *_taker(format, arch))
             loading = f"safetensors.torch.load_file({str(destination)!r})"
             if format == "timm":
                 recipe = f"net = timm.create_model({arch!r}, num_classes=0, checkpoint_path={str(destination)!r})"
@@ -137,8 +138,8 @@ def export_backbone(trained: Trained, destination: Path, format: str = "timm", *
                 recipe = f"{twin_of(arch).recipe}; net.load_state_dict({loading})"
         files = list(place.iterdir()) if place.is_dir() else [place]
         written = sum(file.stat().st_size for file in files)
-    tensors = len((merged or backbone).state_dict())
-    return Exported(format, destination, tensors, written, difference, recipe, fused=merged is not None)
+    count = len((merged or backbone).state_dict())
+    return Exported(format, destination, count, written, difference, recipe, fused=merged is not None)
 
 
 def _taker(format: str, arch: str) -> tuple[nn.Module, str]:
@@ -166,7 +167,6 @@ def _write_folder(
     arch: str,
     path: Path,
     about: dict[str, str],
-    taker: tuple[nn.Module, str],
     *,
     size: int,
     crop: float,
@@ -193,14 +193,14 @@ def _write_folder(
         "std": view.std,
         "custom_load": False,  # timm's ViT entries say True, which expects an .npz file
     }
-    options = {}
+    options: dict[str, Any] = {}
     if resizes_positions(arch):
         options, overlay["fixed_input_size"] = {"dynamic_img_size": True}, False
     described = timm.create_model(arch, num_classes=0, pretrained_cfg_overlay=overlay, **options)
-    timm.models.save_for_hf(described, path, model_args=options, safe_serialization=True)
+    timm.models.save_for_hf(described, str(path), model_args=options, safe_serialization=True)
     # Over timm's file, which has no header that says what the tensors are.
     tensors = backbone.state_dict()
-    difference = _write_file(backbone, tensors, path / "model.safetensors", about, *taker)
+    difference = _write_file(backbone, tensors, path / "model.safetensors", about, *_taker("timm", arch))
     described.load_state_dict(tensors, strict=True)
     return difference
 

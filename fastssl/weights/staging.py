@@ -38,7 +38,7 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, about: dict[str, str]) 
     if path.suffix != ".safetensors":
         # A tensor that is a part of a larger one would take all of it along.
         content = OrderedDict((name, value.clone()) for name, value in plain.items())
-        content.about = about
+        vars(content)["about"] = about
         torch.save(content, path)
         return
     save_file(plain, str(path), metadata={"format": "pt", **about})

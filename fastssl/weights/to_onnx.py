@@ -79,6 +79,7 @@ def write_onnx(
                 dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
                 verbose=False,
             )
+            assert program is not None  # with dynamo=True there is one
             program.save(str(path), external_data=False)
     except OSError:
         raise  # a full disk is not the network's fault

@@ -42,7 +42,7 @@ class Twin:
         """torchvision's network, freshly initialised, with an Identity where classes would be made."""
         import torchvision
 
-        network = getattr(torchvision.models, self.builder)(weights=None)
+        network: nn.Module = getattr(torchvision.models, self.builder)(weights=None)
         network.set_submodule(self.last, nn.Identity())
         return network
 
