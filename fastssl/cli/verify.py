@@ -14,25 +14,21 @@ from fastssl.errors import BetonError, counted
 SHOWN = 20
 
 
-class _Count(click.ParamType):
+class _Count(click.IntRange):
     name = "all|N"
 
     def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> int | None:
-        if value == "all":
-            return None
-        try:
-            count = int(value)
-        except ValueError:
-            self.fail(f"{value!r} is neither 'all' nor a number", param, ctx)
-        if count < 0:
-            self.fail("a count cannot be negative", param, ctx)
-        return count
+        return None if value == "all" else super().convert(value, param, ctx)
 
 
 @click.command("verify")
 @click.argument("file", type=SomePath())
 @click.option(
-    "--decode", type=_Count(), default="100", show_default=True, help="Decode this many samples, evenly spaced, or all."
+    "--decode",
+    type=_Count(min=0),
+    default="100",
+    show_default=True,
+    help="Decode this many samples, evenly spaced, or all.",
 )
 @click.option("--workers", type=click.IntRange(min=1), default=None, help="Threads.  [default: one a CPU]")
 @quiet_option

@@ -26,9 +26,8 @@ from fastssl.evaluate.trained import Trained
 from fastssl.models.backbones import resizes_positions
 from fastssl.pipelines.plan.draw import ViewSpec
 from fastssl.weights.check import check_features, check_names
-from fastssl.weights.fuse import fused
 from fastssl.weights.staging import SIGNATURE, require_replaceable, save_tensors, staged
-from fastssl.weights.to_onnx import write_onnx
+from fastssl.weights.to_onnx import fused, write_onnx
 from fastssl.weights.torchvision_names import to_torchvision, twin_of
 
 #: format -> endings of the files that it writes; "" is a folder
