@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -14,21 +15,22 @@ from fastssl.errors import BetonError, counted
 SHOWN = 20
 
 
-class _Count(click.IntRange):
+class _Count(click.ParamType):
     name = "all|N"
 
     def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> int | None:
-        return None if value == "all" else super().convert(value, param, ctx)
+        if value == "all":
+            return None
+        with suppress(ValueError):
+            if (count := int(value)) >= 0:
+                return count
+        self.fail(f"{value!r} is neither 'all' nor a number of samples", param, ctx)
 
 
 @click.command("verify")
 @click.argument("file", type=SomePath())
 @click.option(
-    "--decode",
-    type=_Count(min=0),
-    default="100",
-    show_default=True,
-    help="Decode this many samples, evenly spaced, or all.",
+    "--decode", type=_Count(), default="100", show_default=True, help="Decode this many samples, evenly spaced, or all."
 )
 @click.option("--workers", type=click.IntRange(min=1), default=None, help="Threads.  [default: one a CPU]")
 @quiet_option

@@ -123,25 +123,21 @@ def require_photos(
     asked = is_given("train.batch_size", given)
     if photos >= (batch if asked else 2 * batch):
         return
+    have = counted(photos, "photo")
     every = range(min(photos, batch) // unit * unit, unit, -unit)
     largest = next(_allowed(recipe, every, photos, given, processes), None)
     if largest is None and photos < 2 * unit:
         parts = recipe.train.accumulate
         shared = f" for {processes} processes" * (processes > 1) + f" in {parts} parts" * (parts > 1)
-        raise FastSSLError(
-            f"{where}: {counted(photos, 'photo')}, but a batch{shared} has at least {2 * unit}; add photos"
-        )
+        raise FastSSLError(f"{where}: {have}, but a batch{shared} has at least {2 * unit}; add photos")
     if largest is None:
-        key = recipe.settings.BATCH_KEY
-        raise FastSSLError(
-            f"{where}: no batch of up to {counted(photos, 'photo')} goes with the {key} that was asked for; "
-            "leave it to the recipe"
-        )
+        asked_for = f"the {recipe.settings.BATCH_KEY} that was asked for; leave it to the recipe"
+        raise FastSSLError(f"{where}: no batch of up to {have} goes with {asked_for}")
     if asked:
         verb = "is" if photos == 1 else "are"
         raise FastSSLError(
-            f"{where}: {counted(photos, 'photo')} {verb} fewer than one batch of {batch:,}; the largest that "
-            f"would do is --batch-size {largest}"
+            f"{where}: {have} {verb} fewer than one batch of {batch:,}; the largest that would do is "
+            f"--batch-size {largest}"
         )
 
 

@@ -226,9 +226,8 @@ def _photo(reader: BetonReader, sample: int, side: int) -> Image.Image:
     try:
         photo = Image.fromarray(reader.decode(sample))
     except JpegError:
-        ImageDraw.Draw(square).text(
-            (side / 2, side / 2), "damaged", fill=_QUIET, font=ImageFont.load_default(12), anchor="mm"
-        )
+        middle, font = (side / 2, side / 2), ImageFont.load_default(12)
+        ImageDraw.Draw(square).text(middle, "damaged", fill=_QUIET, font=font, anchor="mm")
         return square
     photo = _scaled(photo, side)
     square.paste(photo, ((side - photo.width) // 2, (side - photo.height) // 2))

@@ -74,10 +74,8 @@ def export_backbone(trained: Trained, destination: Path, format: str = "timm", *
     """Write the backbone to ``destination``, which is whole or as it was before, and compare its features with the
     backbone's.
 
-    Networks that train with several branches and run with one (MobileOne, FastViT, RepViT, ...) go into ``onnx`` in the
-    form that runs. The other formats keep the form that trains: its names are those that ``timm.create_model`` takes,
-    its branches those that fine-tuning needs, and ``timm.utils.reparameterize_model`` merges them in one call when that
-    is done.
+    Networks that train with several branches and run with one go into ``onnx`` in the form that runs (``fused``), into
+    the other formats in the form that trains, which ``timm.create_model`` takes.
 
     Args:
         trained: as ``load_trained`` gives it; on the CPU, in evaluation mode.
@@ -115,10 +113,8 @@ def export_backbone(trained: Trained, destination: Path, format: str = "timm", *
         if format == "onnx":
             merged = fused(backbone, size=side)
             difference = write_onnx(backbone, arch, place, about, size=side, merged=merged)
-            recipe = (
-                f"features = onnxruntime.InferenceSession({str(destination)!r}).run(['features'], {{'images': "
-                f"images}})[0]"
-            )
+            session = f"onnxruntime.InferenceSession({str(destination)!r})"
+            recipe = f"features = {session}.run(['features'], {{'images': images}})[0]"
         elif suffix == "":
             crop = trained.crop or EVALUATION_CROP
             difference = _write_folder(backbone, arch, place, about, size=side, crop=crop)
@@ -173,10 +169,8 @@ def _write_folder(
     """Write ``path/config.json``, by timm itself, and ``path/model.safetensors``; returns the largest difference of
     features.
 
-    The folder is read by ``timm.create_model("local-dir:FOLDER", pretrained=True)``, and is what ``hf-hub:USER/NAME``
-    expects when it is uploaded. The configuration says how pictures are prepared, so that
-    ``timm.data.resolve_model_data_config`` gives the transform with which ``fastssl evaluate`` judges: bilinear, a
-    centre crop, and the mean and deviation of the views that the network was trained on.
+    The configuration says how pictures are prepared, so that ``timm.data.resolve_model_data_config`` gives the
+    transform with which ``fastssl evaluate`` judges.
 
     Args:
         size, crop: side of the pictures, and the centre crop's share of the short side, for the configuration.

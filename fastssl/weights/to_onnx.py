@@ -72,8 +72,7 @@ def write_onnx(
     """Write ``path`` and run it with onnxruntime at batch 1 and 3; returns how far its features are from the
     backbone's.
 
-    torch has two exporters. The older one, by tracing TorchScript, cannot express the antialiased bicubic resize of a
-    vision transformer's position embedding; the newer one (``dynamo=True``) takes all networks that have a short name.
+    Torch's older exporter (``dynamo=False``) cannot express the antialiased resize of a vision transformer's positions.
 
     Args:
         backbone: in plain layout: channels-last would put a transposition around every convolution.
