@@ -64,9 +64,8 @@ def _show(matched: Matched, source: Path, destination: Path, *, err: bool) -> No
     scaled = f", BatchNorm weights scaled from eps {matched.eps:g}" if matched.eps else ""
     rows = [("backbone", matched.taken, f"taken, by {matched.names}'s names{scaled}")]
     if matched.counters:
-        rows.append(
-            ("num_batches_tracked", matched.counters, "not in the file: begin at 0, evaluation does not read them")
-        )
+        zero = "not in the file: begin at 0, evaluation does not read them"
+        rows.append(("num_batches_tracked", matched.counters, zero))
     rows += [(printable(group), count, f"left out: {why}") for group, count, why in matched.left_out]
     network = f"{matched.network} network, " if matched.network else ""
     title = f"{printable(source.name)}: {matched.arch}, {network}layout {matched.layout}"

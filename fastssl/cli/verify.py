@@ -48,9 +48,8 @@ def verify(file: Path, decode: int | None, workers: int | None, json_path: str |
         with late_progress_bar("checking", "samples") as progress:
             report = run(file, decode, workers, progress)
     except BetonError as error:
-        write_json(
-            json_path, {"path": file.name, "ok": False, "problems": [_passed_on(file, str(error))], "damaged": []}
-        )
+        problems = [_passed_on(file, str(error))]
+        write_json(json_path, {"path": file.name, "ok": False, "problems": problems, "damaged": []})
         raise
     problems = [_passed_on(file, problem) for problem in report.problems]
     write_json(json_path, {**asdict(report), "path": file.name, "ok": report.ok, "problems": problems})

@@ -1,9 +1,8 @@
 """Waiting with a limit: a disk or a network file system that does not answer holds a thread inside the kernel, where
 nothing can wake it.
 
-Whoever waits for such a thread would wait for ever, and so would the end of the program, which joins all threads of its
-pools. Hence two rules: a wait ends with `Stalled`, and a program whose threads were given up leaves with ``os._exit``
-(`threads_given_up`).
+Hence two rules: a wait ends with `Stalled`, and a program whose threads were given up leaves with ``os._exit``, since
+its ordinary end joins the threads of all pools (`threads_given_up`).
 """
 
 from __future__ import annotations
@@ -53,8 +52,7 @@ class Patience:
         deed: what was not done in that time, for messages.
 
     Attributes:
-        given_up: a wait was not answered, or interrupted: threads may still hang, and nobody may wait for them any
-            more.
+        given_up: a wait was not answered, or interrupted: threads may still hang, and nobody may wait for them.
     """
 
     def __init__(self, path: str | os.PathLike, minutes: float = STALL_MINUTES, deed: str = "read"):

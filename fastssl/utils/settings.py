@@ -44,17 +44,13 @@ BY_FORM = Discriminator(lambda value: _KINDS[not isinstance(value, list)])
 
 #: pydantic's kinds of mistakes -> what the key must be; by the names of pydantic's documentation
 _WORDS = {
-    "dataclass_type": "must be a mapping of keys to values",
-    "dataclass_exact_type": "must be a mapping of keys to values",
-    "dict_type": "must be a mapping of keys to values",
-    "list_type": "must be a list",
-    "tuple_type": "must be a list",
+    **dict.fromkeys(("dataclass_type", "dataclass_exact_type", "dict_type"), "must be a mapping of keys to values"),
+    **dict.fromkeys(("list_type", "tuple_type"), "must be a list"),
     "too_long": "must be a list of {max_length} values",
     "bool_type": "must be true or false",
     "string_type": "must be text",
     "int_type": "must be a whole number",
-    "float_type": "must be a finite number",
-    "finite_number": "must be a finite number",
+    **dict.fromkeys(("float_type", "finite_number"), "must be a finite number"),
     "literal_error": "must be {expected}",
     "greater_than": "must be above {gt}",
     "greater_than_equal": "must be at least {ge}",

@@ -83,9 +83,7 @@ def read_yaml(path: Path) -> Any:
 
 
 def parse_yaml(text: str, complaint: str) -> Any:
-    """``text`` as plain values; ``complaint`` opens the message of the ``FastSSLError`` where it is no yaml, or too
-    large.
-    """
+    """``text`` as plain values, or a ``FastSSLError`` whose message begins with ``complaint``."""
     if len(text) > MAX_BYTES:
         raise FastSSLError(f"{complaint}: longer than {MAX_BYTES >> 10} KiB")
     try:
@@ -93,9 +91,8 @@ def parse_yaml(text: str, complaint: str) -> Any:
     except yaml.YAMLError as error:
         raise FastSSLError(f"{complaint}: {' '.join(str(error).split())[:500]}") from error
     except _ODD_SCALARS as error:
-        raise FastSSLError(
-            f"{complaint}: a value that cannot be read ({' '.join(str(error).split())[:200]})"
-        ) from error
+        why = " ".join(str(error).split())[:200]
+        raise FastSSLError(f"{complaint}: a value that cannot be read ({why})") from error
 
 
 def shown(value: object) -> str:
