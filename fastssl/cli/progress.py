@@ -31,14 +31,6 @@ _GAP = "  "
 _BAR = (6, 24)
 
 
-def describe_row(row: Row) -> str:
-    """One block of steps in words: ``loss 11.34 (kl 10.1)  1,234 pair/s  data-wait 3 %  lr 0.06``."""
-    return (
-        f"loss {row['loss']:.3f} (kl {row['kl']:.3f})  spread {row['embedding_std']:.2f}  "
-        f"{row['pair_per_s']:,.0f} pair/s  data-wait {100 * row['data_wait']:.0f} %  lr {row['lr']:.4g}"
-    )
-
-
 class RunProgress:
     """Use as a context manager. ``console`` decides between the live display and plain lines.
 
@@ -78,7 +70,11 @@ class RunProgress:
         elif not self.quiet and (now - self._last_line >= self.interval or done == total):
             self._last_line = now
             words = "" if left is None or done == total else f"  {_minutes(left)} left"
-            line = f"step {done:,}/{total:,}  epoch {row['epoch']:.1f}  {describe_row(row)}{words}"
+            line = (
+                f"step {done:,}/{total:,}  epoch {row['epoch']:.1f}  loss {row['loss']:.3f} (kl {row['kl']:.3f})  "
+                f"spread {row['embedding_std']:.2f}  {row['pair_per_s']:,.0f} pair/s  "
+                f"data-wait {100 * row['data_wait']:.0f} %  lr {row['lr']:.4g}{words}"
+            )
             self.console.print(line, highlight=False, soft_wrap=True)
 
     def message(self, text: str) -> None:

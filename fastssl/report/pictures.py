@@ -64,14 +64,7 @@ def views_picture(
         columns: list[tuple[str, str, np.ndarray]] = []
         for pipeline in pipelines:
             with ViewLoader(
-                reader,
-                views,
-                len(chosen),
-                pipeline=pipeline,
-                seed=seed,
-                indices=chosen,
-                shuffle=False,
-                on_bad="skip",
+                reader, views, len(chosen), pipeline=pipeline, seed=seed, indices=chosen, shuffle=False, on_bad="skip"
             ) as loader:
                 batch = next(batches := loader.epoch(epoch))
                 batches.close()
