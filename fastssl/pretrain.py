@@ -34,8 +34,7 @@ class _Silence:
     def message(self, text: str) -> None:
         pass
 
-    def note(self, text: str) -> None:
-        pass
+    note = message
 
 
 def pretrain(recipe: Recipe, options: RunOptions, progress: Progress) -> dict[str, Any] | None:

@@ -110,9 +110,8 @@ def main(argv: list[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, _interrupt)
     signal.signal(signal.SIGUSR1, _interrupt)
     atexit.unregister(_hear_no_more)
-    atexit.register(
-        _hear_no_more
-    )  # before all others, and so called behind them: what may hang there can still be ended
+    # Before all others, and so called behind them: what may hang there can still be ended.
+    atexit.register(_hear_no_more)
     if hasattr(signal, "SIGPIPE") and (not argv or argv[0] in _PRINTING or "--help" in argv):
         # `fastssl recipes | head`: these only print, so when the reader leaves there is nothing to do but to end, as
         # any filter does.

@@ -73,9 +73,8 @@ def _check_json_path(ctx: click.Context, param: click.Parameter, value: str | No
     if path.name.endswith((".beton", ".beton.json")):
         raise click.BadParameter(f"{value}: that name belongs to a .beton file; choose another", ctx, param)
     if path.suffix.lower() in _OF_OTHERS or _holds_something_else(path):
-        raise click.BadParameter(
-            f"{value}: is the name of something else than results in JSON; choose another", ctx, param
-        )
+        other = "is the name of something else than results in JSON; choose another"
+        raise click.BadParameter(f"{value}: {other}", ctx, param)
     return value
 
 

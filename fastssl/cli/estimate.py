@@ -59,18 +59,17 @@ def describe(result: Estimate) -> list[str]:
     # From one small batch in proportion: what is fixed in a step was taken to grow with it.
     most = "at most " if any("in proportion" in item for item in result.extrapolated) else ""
     steps = counted(result.steps_per_epoch, "step")
+    views = "views and loader" if result.device == "cpu" else "views"
+    host = f"; {_bytes(result.host_bytes)} on the host for the loader" if result.host_bytes else ""
     lines = [
         f"One epoch: {most}{_time(result.epoch_s)} ({steps} of {result.batch_size:,}). "
         f"{counted(result.epochs, 'epoch')}: {_time(result.run_s)} on this {_device(result.device)}, "
         f"{_number(result.device_hours)} {'GPU-hours' if result.device == 'cuda' else 'device hours'}.",
         _limit(result),
         f"Memory: {_bytes(result.memory_bytes)} at the peak of a step (networks, queue, optimiser "
-        f"{_bytes(result.static_bytes)}, activations "
-        f"{_bytes(result.activation_bytes)}, {'views and loader' if result.device == 'cpu' else 'views'} "
-        f"{_bytes(result.data_bytes)}) "
-        f"of {_bytes(result.available_bytes)} free"
-        + (f"; {_bytes(result.host_bytes)} on the host for the loader" if result.host_bytes else "")
-        + f". Checkpoints: {_bytes(result.checkpoint_bytes)} on disk, twice that while one is written.",
+        f"{_bytes(result.static_bytes)}, activations {_bytes(result.activation_bytes)}, {views} "
+        f"{_bytes(result.data_bytes)}) of {_bytes(result.available_bytes)} free{host}. "
+        f"Checkpoints: {_bytes(result.checkpoint_bytes)} on disk, twice that while one is written.",
         _batch(result),
         _probes(result),
     ]
@@ -106,9 +105,8 @@ def _batch(result: Estimate) -> str:
         return f"Largest batch that fits and that the recipe allows: {result.largest_batch:,} ({reason})."
     ways = [f"--batch-size {result.largest_batch}"] if result.largest_batch else []
     ways += [f"--set train.accumulate={result.fitting_accumulate}"] if result.fitting_accumulate else []
-    return f"The batch of {result.batch_size:,} does not fit" + (
-        f"; {' or '.join(ways)} does." if ways else ", and no smaller one does."
-    )
+    other = f"; {' or '.join(ways)} does" if ways else ", and no smaller one does"
+    return f"The batch of {result.batch_size:,} does not fit{other}."
 
 
 def _probes(result: Estimate) -> str:

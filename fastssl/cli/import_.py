@@ -58,31 +58,16 @@ def import_(foreign: Path, dst: Path, arch: str, layout: str, which: str | None,
 
 
 def _show(matched: Matched, source: Path, destination: Path, *, err: bool) -> None:
-    """A table on a terminal, plain lines when piped."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
+    """What became of each part of the file, a line each."""
     from fastssl.errors import printable
 
     scaled = f", BatchNorm weights scaled from eps {matched.eps:g}" if matched.eps else ""
     rows = [("backbone", matched.taken, f"taken, by {matched.names}'s names{scaled}")]
     if matched.counters:
-        rows.append(
-            ("num_batches_tracked", matched.counters, "not in the file: begin at 0, evaluation does not read them")
-        )
+        zero = "not in the file: begin at 0, evaluation does not read them"
+        rows.append(("num_batches_tracked", matched.counters, zero))
     rows += [(printable(group), count, f"left out: {why}") for group, count, why in matched.left_out]
     network = f"{matched.network} network, " if matched.network else ""
     title = f"{printable(source.name)}: {matched.arch}, {network}layout {matched.layout}"
-    console = Console(stderr=err)
-    if console.is_terminal:
-        table = Table("tensors of", "number", "what became of them", title=Text(title))
-        table.columns[1].justify = "right"
-        for group, count, why in rows:
-            table.add_row(Text(group), f"{count:,}", why)
-        console.print(table)
-    else:
-        click.echo(title, err=err)
-        for group, count, why in rows:
-            click.echo(f"  {group:20} {count:6,}  {why}", err=err)
-    click.echo(f"written: {destination}", err=err)
+    lines = [f"  {group:20} {count:6,}  {why}" for group, count, why in rows]
+    click.echo("\n".join([title, *lines, f"written: {destination}"]), err=err)

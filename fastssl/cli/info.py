@@ -100,15 +100,11 @@ def doctor(json_path: str | None) -> None:
         if gpu:
             click.echo(f"GPU         {gpu} x {host['gpus']}")
         elif torch.version.cuda:
-            click.echo(
-                f"GPU         none found (torch is built for CUDA {torch.version.cuda}: is the driver "
-                "installed, does nvidia-smi list the card?)"
-            )
+            ask = "is the driver installed, does nvidia-smi list the card?"
+            click.echo(f"GPU         none found (torch is built for CUDA {torch.version.cuda}: {ask})")
         else:
-            click.echo(
-                "GPU         none usable: this torch is a CPU build; pip install torch torchvision from PyPI "
-                "brings the CUDA build"
-            )
+            remedy = "pip install torch torchvision from PyPI brings the CUDA build"
+            click.echo(f"GPU         none usable: this torch is a CPU build; {remedy}")
         for name, version in versions.items():
             click.echo(f"{name:11} {version}")
         click.echo(f"\nJPEG engine {record['jpeg_hardware']}")

@@ -87,15 +87,13 @@ def _print_summary(summary: dict, out: Path) -> None:
         table.add_column("kNN", justify="right")
         table.add_column("linear", justify="right")
         for row in probe["rows"]:
-            table.add_row(
-                row["name"], *(f"{row[kind]:.1f} %" if row[kind] is not None else "-" for kind in ("knn", "linear"))
-            )
+            values = (row["knn"], row["linear"])
+            table.add_row(row["name"], *("-" if value is None else f"{value:.1f} %" for value in values))
         console.print(table)
     console.say(summary["verdict"]["text"], style="bold")
     console.say(probe["note"])
-    rate = (
-        f"{summary['pair_per_s']:,.0f} pair/s ({summary['view_per_s']:,.0f} view/s); " if summary["pair_per_s"] else ""
-    )
+    pairs, views = summary["pair_per_s"], summary["view_per_s"]
+    rate = f"{pairs:,.0f} pair/s ({views:,.0f} view/s); " if pairs else ""
     console.say(f"{rate}{summary['bottleneck']}")
     if summary["share"]:
         console.say(summary["share"]["text"])

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from rich.console import Console, ConsoleOptions, RenderResult
+from rich.console import Console, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -31,14 +31,6 @@ _GAP = "  "
 _BAR = (6, 24)
 
 
-def describe_row(row: Row) -> str:
-    """One block of steps in words: ``loss 11.34 (kl 10.1)  1,234 pair/s  data-wait 3 %  lr 0.06``."""
-    return (
-        f"loss {row['loss']:.3f} (kl {row['kl']:.3f})  spread {row['embedding_std']:.2f}  "
-        f"{row['pair_per_s']:,.0f} pair/s  data-wait {100 * row['data_wait']:.0f} %  lr {row['lr']:.4g}"
-    )
-
-
 class RunProgress:
     """Use as a context manager. ``console`` decides between the live display and plain lines.
 
@@ -48,14 +40,14 @@ class RunProgress:
 
     def __init__(self, console: Console, interval: float = 15.0, quiet: bool = False):
         self.console, self.interval, self.quiet = console, interval, quiet
-        self._line = _LiveLine()
         self._live: Live | None = None
+        self._newest: tuple[Row, int, int, float | None] | None = None  # row, done, total, when the run will be done
         self._first: tuple[float, int] | None = None  # when the first block came, and its step
         self._last_line = 0.0
 
     def __enter__(self) -> RunProgress:
         if self.console.is_terminal and not self.console.is_dumb_terminal and not self.quiet:
-            self._live = Live(self._line, console=self.console, refresh_per_second=2)
+            self._live = Live(console=self.console, refresh_per_second=2, get_renderable=self._line)
             self._live.start()
         return self
 
@@ -74,11 +66,15 @@ class RunProgress:
         elif row.get("seconds") and row.get("step"):
             left = row["seconds"] / row["step"] * (total - done)
         if self._live is not None:
-            self._line.tell(row, done, total, None if left is None else now + left)
+            self._newest = row, done, total, None if left is None else now + left
         elif not self.quiet and (now - self._last_line >= self.interval or done == total):
             self._last_line = now
             words = "" if left is None or done == total else f"  {_minutes(left)} left"
-            line = f"step {done:,}/{total:,}  epoch {row['epoch']:.1f}  {describe_row(row)}{words}"
+            line = (
+                f"step {done:,}/{total:,}  epoch {row['epoch']:.1f}  loss {row['loss']:.3f} (kl {row['kl']:.3f})  "
+                f"spread {row['embedding_std']:.2f}  {row['pair_per_s']:,.0f} pair/s  "
+                f"data-wait {100 * row['data_wait']:.0f} %  lr {row['lr']:.4g}{words}"
+            )
             self.console.print(line, highlight=False, soft_wrap=True)
 
     def message(self, text: str) -> None:
@@ -90,35 +86,21 @@ class RunProgress:
         if not self.quiet:
             self.message(text)
 
-
-class _LiveLine:
-    """``step 120/9,000 ━━━━━━━━ 1:02:03 left  loss 11.34  1,234 pair/s ...``: one line, of the words that fit."""
-
-    def __init__(self) -> None:
-        self._row: Row | None = None
-        self._done, self._total = 0, 1
-        self._ends: float | None = None
-
-    def tell(self, row: Row, done: int, total: int, ends: float | None) -> None:
-        """``ends``: when the run will be done, by `time.monotonic`; None: not known yet."""
-        self._row, self._done, self._total, self._ends = row, done, total, ends
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        if self._row is None:
-            yield Text("starting", no_wrap=True, overflow="crop")
-            return
-        step = f"step {self._done:,}/{self._total:,}"
-        left = f"{_clock(self._ends)} left"
-        room = options.max_width - len(step) - len(left) - 2
-        words = ""
-        for word in filter(None, (say(self._row) for say in _WORDS)):
-            if len(words) + len(_GAP) + len(word) > room - _BAR[0]:
+    def _line(self) -> RenderableType:
+        """``step 120/9,000 ━━━━━━━━ 1:02:03 left  loss 11.34  1,234 pair/s ...``: one line, of the words that fit."""
+        if self._newest is None:
+            return Text("starting", no_wrap=True, overflow="crop")
+        row, done, total, ends = self._newest
+        step, words = f"step {done:,}/{total:,}", f"{_clock(ends)} left"
+        room = self.console.width - len(step) - len(words) - 2
+        for word in filter(None, (say(row) for say in _WORDS)):
+            if len(_GAP) + len(word) > room - _BAR[0]:
                 break
-            words += _GAP + word
+            words, room = words + _GAP + word, room - len(_GAP) - len(word)
         line = Table.grid(padding=(0, 1, 0, 0))
-        bar = ProgressBar(self._total, self._done, width=max(0, min(_BAR[1], room - len(words))))
-        line.add_row(Text(step, no_wrap=True), bar, Text(f"{left}{words}", no_wrap=True, overflow="crop"))
-        yield line
+        bar = ProgressBar(total, done, width=max(0, min(_BAR[1], room)))
+        line.add_row(Text(step, no_wrap=True), bar, Text(words, no_wrap=True, overflow="crop"))
+        return line
 
 
 def _minutes(seconds: float) -> str:

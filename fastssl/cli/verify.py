@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -20,13 +21,10 @@ class _Count(click.ParamType):
     def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> int | None:
         if value == "all":
             return None
-        try:
-            count = int(value)
-        except ValueError:
-            self.fail(f"{value!r} is neither 'all' nor a number", param, ctx)
-        if count < 0:
-            self.fail("a count cannot be negative", param, ctx)
-        return count
+        with suppress(ValueError):
+            if (count := int(value)) >= 0:
+                return count
+        self.fail(f"{value!r} is neither 'all' nor a number of samples", param, ctx)
 
 
 @click.command("verify")
@@ -50,9 +48,8 @@ def verify(file: Path, decode: int | None, workers: int | None, json_path: str |
         with late_progress_bar("checking", "samples") as progress:
             report = run(file, decode, workers, progress)
     except BetonError as error:
-        write_json(
-            json_path, {"path": file.name, "ok": False, "problems": [_passed_on(file, str(error))], "damaged": []}
-        )
+        problems = [_passed_on(file, str(error))]
+        write_json(json_path, {"path": file.name, "ok": False, "problems": problems, "damaged": []})
         raise
     problems = [_passed_on(file, problem) for problem in report.problems]
     write_json(json_path, {**asdict(report), "path": file.name, "ok": report.ok, "problems": problems})

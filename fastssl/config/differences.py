@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from fastssl.utils.yaml_file import shown
+
 
 def differences(mine: dict[str, Any], theirs: dict[str, Any], prefix: str = "") -> list[str]:
     """``["optim.lr: 0.1 there, 0.2 here", ...]``: where two resolved configurations differ."""
@@ -15,11 +17,5 @@ def differences(mine: dict[str, Any], theirs: dict[str, Any], prefix: str = "") 
         elif isinstance(here, dict) or isinstance(there, dict):
             found.append(f"{prefix}{key}: only {'here' if there is None else 'there'}")
         elif here != there:
-            found.append(f"{prefix}{key}: {_cut(there)} there, {_cut(here)} here")
+            found.append(f"{prefix}{key}: {shown(there)} there, {shown(here)} here")
     return found
-
-
-def _cut(value: object) -> str:
-    """As text, which in a stranger's file may be a long one."""
-    text = str(value)
-    return text if len(text) <= 200 else f"{text[:197]}..."

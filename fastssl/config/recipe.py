@@ -50,19 +50,17 @@ class TrainConfig:
 
     Attributes:
         epochs: passes over the data.
-        samples: photos times epochs of a run. Where it is given and nobody says how many epochs, they follow from the
-            number of photos, and with them all that the recipe counts in epochs (``recipe_choice.follow_samples``):
-            ``epochs`` is then the length for which those numbers were written. None: ``epochs`` holds for any number of
-            photos; so it does in a run's config.yaml, which has the epochs that came out.
+        samples: photos times epochs of a run: unless epochs are asked for, they follow from the number of photos, and
+            with them all that is counted in epochs; ``epochs`` is then the length for which those numbers were written.
+            None, as in a run's config.yaml: ``epochs`` holds for any number of photos.
         batch_size: samples a step.
-        accumulate: parts into which a step's batch is cut for the pass with gradient, so that larger batches fit into
-            memory. Batch, learning rate, keys and queue stay those of the whole batch; the query network's BatchNorms
-            see one part at a time.
+        accumulate: parts into which a step's batch is cut for the pass with gradient, to save memory. Learning rate,
+            keys and queue stay those of the whole batch; the query network's BatchNorms see one part at a time.
         compile: compile the networks with ``torch.compile`` (minutes at the start).
         graph: capture the whole step as a CUDA graph, colour operations included: one launch a step.
-        amp: ``auto`` (bfloat16 on a GPU, float32 on the CPU), ``bf16`` or ``off``. On a CPU torch's bfloat16 kernels
-            (2.15) read memory that nobody wrote where a convolution with a stride meets maps of one pixel, as of views
-            below 32 px: a NaN that happens to lie there is then one of the gradient.
+        amp: ``auto`` (bfloat16 on a GPU, float32 on the CPU), ``bf16`` or ``off``. On a CPU torch's (2.15) bfloat16
+            reads unwritten memory, and may find NaN, where a convolution with a stride meets maps of one pixel (views
+            below 32 px).
         log_every: steps between two lines of metrics.jsonl; the host reads the device's metrics only then.
         checkpoint_minutes: a checkpoint is written when the last one is older than this (0: behind every step), and at
             the end; the first one a minute after the start at the latest.
@@ -177,9 +175,8 @@ class Recipe:
                     "Local views come with a multi-crop: `views: {threshold: 0.3, local_count: 6, ...}`"
                 )
         if self.train.accumulate > 1 and not METHODS[self.method][0].DIVISIBLE:
-            raise ValueError(
-                f"train.accumulate={self.train.accumulate} must be 1: {self.method} looks at the whole batch at once"
-            )
+            parts = self.train.accumulate
+            raise ValueError(f"train.accumulate={parts} must be 1: {self.method} looks at the whole batch at once")
 
     @property
     def pair_weights(self) -> PairWeights:
@@ -191,7 +188,8 @@ class Recipe:
     @property
     def settings(self) -> MoCoConfig | DINOConfig | SwAVConfig | SimCLRConfig:
         """The section of the recipe's method."""
-        return getattr(self, self.method)
+        section: MoCoConfig | DINOConfig | SwAVConfig | SimCLRConfig = getattr(self, self.method)
+        return section
 
 
 def recipe_names() -> list[str]:
@@ -231,23 +229,21 @@ def load_recipe(name: str, overrides: Mapping[str, str] | None = None) -> Recipe
     Raises:
         FastSSLError: unknown recipe or key (with the nearest), wrong type, or a value out of range; names file and key.
     """
-    path = recipe_path(name)
+    path, overrides = recipe_path(name), overrides or {}
     tree = read_yaml(path)
     if not isinstance(tree, dict):
         raise FastSSLError(f"{path}: a recipe is a mapping of keys to values")
     train = tree.get("train")
     own_batch = train.get("batch_size", TrainConfig.batch_size) if isinstance(train, dict) else TrainConfig.batch_size
     # A whole design of the views first, wherever it stands: what was said of single numbers is a change of it.
-    for key, text in sorted(
-        (overrides or {}).items(), key=lambda item: ("views", "views.preset", item[0]).index(item[0])
-    ):
+    for key, text in sorted(overrides.items(), key=lambda item: ("views", "views.preset", item[0]).index(item[0])):
         _override(tree, key, parse_yaml(text, f"--set {key}: {shown(text)} is not a value"))
     recipe = build_recipe(tree, where=path.name)
-    if "train.epochs" in (overrides or {}) and "train.samples" not in overrides:
+    if "train.epochs" in overrides and "train.samples" not in overrides:
         recipe = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, samples=None))
     if not isinstance(own_batch, int) or own_batch < 2:  # an override mended it: nothing to be in proportion to
         return recipe
-    return with_batch(recipe, recipe.train.batch_size, own_batch, given=overrides or {})
+    return with_batch(recipe, recipe.train.batch_size, own_batch, given=overrides)
 
 
 def with_batch(recipe: Recipe, batch: int, own_batch: int, *, given: Container[str] = frozenset()) -> Recipe:
@@ -272,9 +268,8 @@ def build_recipe(tree: Mapping[str, Any], *, where: str) -> Recipe:
     method = tree.get("method", "moco")
     for other in METHODS:
         if other in tree and isinstance(method, str) and other != method and method in METHODS:
-            raise FastSSLError(
-                f"{where}: {other}.* has no effect with method: {method}; its numbers stand under {method}.*"
-            )
+            why = f"has no effect with method: {method}; its numbers stand under {method}.*"
+            raise FastSSLError(f"{where}: {other}.* {why}")
     if isinstance(views := tree.get("views"), str):
         tree = {**tree, "views": _preset(views, f"{where}: views")}
     try:

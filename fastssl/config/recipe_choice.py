@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -53,21 +53,16 @@ def choose(photos: int | None, short_side: float | None, device: str) -> Choice:
     """
     if photos is None:
         return Choice(SAMPLE_RECIPE, "without --data, on the sample photos")
-    other = f" (--recipe {FULL_RECIPE} is the full one)"
+    all_of_them, other = counted(photos, "photo"), f" (--recipe {FULL_RECIPE} is the full one)"
     if photos < MANY_PHOTOS:
-        return Choice(FEW_RECIPE, f"for {counted(photos, 'photo')}, which are fewer than {MANY_PHOTOS:,}{other}")
+        return Choice(FEW_RECIPE, f"for {all_of_them}, which are fewer than {MANY_PHOTOS:,}{other}")
     if short_side is not None and short_side < SMALL_SIDE:
-        size = f"{short_side:g} px"
-        return Choice(
-            FEW_RECIPE, f"for {counted(photos, 'photo')} of {size}, which are too small for views of 224 px{other}"
-        )
+        small = f"of {short_side:g} px, which are too small for views of 224 px"
+        return Choice(FEW_RECIPE, f"for {all_of_them} {small}{other}")
     if device != "cuda":
-        return Choice(
-            FEW_RECIPE,
-            f"as there is no GPU: 200 epochs of {counted(photos, 'photo')} at 224 px would take a CPU months "
-            f"or years{other}",
-        )
-    return Choice(FULL_RECIPE, f"for {counted(photos, 'photo')} on a GPU")
+        long = f"200 epochs of {all_of_them} at 224 px would take a CPU months or years"
+        return Choice(FEW_RECIPE, f"as there is no GPU: {long}{other}")
+    return Choice(FULL_RECIPE, f"for {all_of_them} on a GPU")
 
 
 # ---------------------------------------------------------------- batch and epochs
@@ -103,7 +98,7 @@ def fit(
     if batch != wanted or not recipe.settings.allows(batch):
         settings = _settings(recipe, batch, None if asked else photos, given, processes)
         if settings.allows(batch):  # otherwise the method says which key it is that was asked for
-            fitted = dataclasses.replace(with_batch(recipe, batch, wanted, given=given), **{recipe.method: settings})
+            fitted = _with_settings(with_batch(recipe, batch, wanted, given=given), settings)
     lines = []
     if changes := _changes(recipe, fitted):
         rate = "; the learning rate follows the batch" if batch != wanted and recipe.optim.lr_batch else ""
@@ -128,25 +123,21 @@ def require_photos(
     asked = is_given("train.batch_size", given)
     if photos >= (batch if asked else 2 * batch):
         return
+    have = counted(photos, "photo")
     every = range(min(photos, batch) // unit * unit, unit, -unit)
     largest = next(_allowed(recipe, every, photos, given, processes), None)
     if largest is None and photos < 2 * unit:
         parts = recipe.train.accumulate
         shared = f" for {processes} processes" * (processes > 1) + f" in {parts} parts" * (parts > 1)
-        raise FastSSLError(
-            f"{where}: {counted(photos, 'photo')}, but a batch{shared} has at least {2 * unit}; add photos"
-        )
+        raise FastSSLError(f"{where}: {have}, but a batch{shared} has at least {2 * unit}; add photos")
     if largest is None:
-        key = recipe.settings.BATCH_KEY
-        raise FastSSLError(
-            f"{where}: no batch of up to {counted(photos, 'photo')} goes with the {key} that was asked for; "
-            "leave it to the recipe"
-        )
+        asked_for = f"the {recipe.settings.BATCH_KEY} that was asked for; leave it to the recipe"
+        raise FastSSLError(f"{where}: no batch of up to {have} goes with {asked_for}")
     if asked:
         verb = "is" if photos == 1 else "are"
         raise FastSSLError(
-            f"{where}: {counted(photos, 'photo')} {verb} fewer than one batch of {batch:,}; the largest that "
-            f"would do is --batch-size {largest}"
+            f"{where}: {have} {verb} fewer than one batch of {batch:,}; the largest that would do is "
+            f"--batch-size {largest}"
         )
 
 
@@ -190,6 +181,11 @@ def _settings(recipe: Recipe, batch: int, photos: int | None, given: Collection[
     return dataclasses.replace(scaled, **{name: getattr(settings, name) for name in kept})
 
 
+def _with_settings(recipe: Recipe, settings: MethodConfig) -> Recipe:
+    section: dict[str, Any] = {recipe.method: settings}
+    return dataclasses.replace(recipe, **section)
+
+
 def _changes(before: Recipe, after: Recipe) -> list[str]:
     """``train.batch_size 128 -> 16``, of all that a batch changes but the rates."""
     pairs = [(f"{before.method}.{field.name}", field.name) for field in dataclasses.fields(before.settings)]
@@ -228,25 +224,30 @@ def _stretched(recipe: Recipe, epochs: int, given: Collection[str]) -> Recipe:
     """The recipe for another number of epochs: what is counted in them keeps its share of the run."""
     factor = epochs / recipe.train.epochs
 
-    def whole(value: int) -> int:
+    def whole(value: float) -> int:
         return max(1, round(value * factor)) if value else 0
 
     warmup = recipe.optim.warmup_epochs
     if not is_given("optim.warmup_epochs", given):
         warmup = whole(warmup) if recipe.optim.per_epoch else round(warmup * factor, 2)
     keys = [key for key in recipe.settings.EPOCH_KEYS if not is_given(f"{recipe.method}.{key}", given)]
-    settings = dataclasses.replace(recipe.settings, **{key: whole(getattr(recipe.settings, key)) for key in keys})
+    settings: MethodConfig = recipe.settings
+    settings = dataclasses.replace(settings, **{key: whole(getattr(settings, key)) for key in keys})
     probes = recipe.probe.every_epochs if is_given("probe.every_epochs", given) else whole(recipe.probe.every_epochs)
     return dataclasses.replace(
-        recipe,
+        _with_settings(recipe, settings),
         optim=dataclasses.replace(recipe.optim, warmup_epochs=float(warmup)),
         train=dataclasses.replace(recipe.train, epochs=epochs),
         probe=dataclasses.replace(recipe.probe, every_epochs=probes),
-        **{recipe.method: settings},
     )
 
 
 # ---------------------------------------------------------------- warnings
+
+
+def short_side_of(reader: BetonReader) -> float:
+    """The shorter side of the photos in pixels, the median."""
+    return float(np.median(np.minimum(reader.heights, reader.widths)))
 
 
 def warnings_for(recipe: Recipe, own_arch: str, photos: int, short_side: float) -> list[str]:
@@ -256,58 +257,33 @@ def warnings_for(recipe: Recipe, own_arch: str, photos: int, short_side: float) 
         own_arch: the network that the recipe was made for.
         short_side: of the photos, in pixels, the median.
     """
-    found = (_queue(recipe, photos), _enlarged(recipe, short_side), _warmup(recipe), _network(recipe, own_arch))
-    return [line for line in found if line]
-
-
-def short_side_of(reader: BetonReader) -> float:
-    """The shorter side of the photos in pixels, the median."""
-    return float(np.median(np.minimum(reader.heights, reader.widths)))
-
-
-def _queue(recipe: Recipe, photos: int) -> str | None:
-    queue = getattr(recipe.settings, "queue", 0)
-    fewer = getattr(recipe.settings.scaled(recipe.train.batch_size, photos=photos), "queue", 0)
-    if queue <= max(photos, fewer):
-        return None
-    return (
-        f"{recipe.method}.queue holds {queue:,} features of {counted(photos, 'photo')}: each meets those of "
-        "its own photo from "
-        f"earlier epochs there; --set {recipe.method}.queue={fewer} holds fewer"
-    )
-
-
-def _enlarged(recipe: Recipe, short_side: float) -> str | None:
+    found = []
+    method, settings = recipe.method, recipe.settings
+    queue = getattr(settings, "queue", 0)
+    fewer = getattr(settings.scaled(recipe.train.batch_size, photos=photos), "queue", 0)
+    if queue > max(photos, fewer):
+        found.append(
+            f"{method}.queue holds {queue:,} features of {counted(photos, 'photo')}: each meets those of its own photo "
+            f"from earlier epochs there; --set {method}.queue={fewer} holds fewer"
+        )
     size = max(spec.size for spec in recipe.views)
-    if short_side >= size:
-        return None
-    return (
-        f"half of the photos have a shorter side of {short_side:g} px or less, and are enlarged for views of "
-        f"{size} px: "
-        "smaller views cost less and show as much"
-    )
-
-
-def _warmup(recipe: Recipe) -> str | None:
+    if short_side < size:
+        found.append(
+            f"half of the photos have a shorter side of {short_side:g} px or less, and are enlarged for views of "
+            f"{size} px: smaller views cost less and show as much"
+        )
     keys = {"optim.warmup_epochs": recipe.optim.warmup_epochs}
-    warming = [key for key in recipe.settings.EPOCH_KEYS if key != "queue_epoch"]
-    keys |= {f"{recipe.method}.{key}": getattr(recipe.settings, key) for key in warming}
-    late = [f"{key} {value:g}" for key, value in keys.items() if value >= recipe.train.epochs]
-    if not late:
-        return None
-    epochs = counted(recipe.train.epochs, "epoch")
-    return (
-        f"a run of {epochs} ends before its warm-up does ({', '.join(late)}): give more --epochs, or lower it with "
-        "--set"
-    )
-
-
-def _network(recipe: Recipe, own_arch: str) -> str | None:
+    keys |= {f"{method}.{key}": getattr(settings, key) for key in settings.EPOCH_KEYS if key != "queue_epoch"}
+    if late := [f"{key} {value:g}" for key, value in keys.items() if value >= recipe.train.epochs]:
+        found.append(
+            f"a run of {counted(recipe.train.epochs, 'epoch')} ends before its warm-up does ({', '.join(late)}): "
+            "give more --epochs, or lower it with --set"
+        )
     mine, meant = (resizes_positions(resolve_arch(arch)) for arch in (recipe.arch, own_arch))
-    if mine == meant:
-        return None
-    kinds = ("a convolutional network", "a vision transformer")
-    return (
-        f"{recipe.arch} is {kinds[mine]}, and the recipe was made for {kinds[meant]} ({own_arch}): its rates and "
-        "heads may not suit it"
-    )
+    if mine != meant:
+        kinds = ("a convolutional network", "a vision transformer")
+        found.append(
+            f"{recipe.arch} is {kinds[mine]}, and the recipe was made for {kinds[meant]} ({own_arch}): its rates and "
+            "heads may not suit it"
+        )
+    return found

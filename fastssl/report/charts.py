@@ -19,7 +19,7 @@ WIDTH, HEIGHT = 520, 264
 _SERIES, _GRID, _QUIET = ("#000001", "#000002"), "#00000a", "#00000b"
 _VARIABLES = dict(zip((*_SERIES, _GRID, _QUIET), ("--series-1", "--series-2", "--grid", "--quiet")))
 #: Matplotlib's own style with ours on top, whatever the user has set.
-_STYLE = {key: value for key, value in matplotlib.rcParamsDefault.items() if key != "backend"} | {
+_STYLE = dict(matplotlib.rcParamsDefault) | {
     "font.family": "DejaVu Sans",
     "font.size": 12,
     "svg.fonttype": "none",
@@ -35,6 +35,7 @@ _STYLE = {key: value for key, value in matplotlib.rcParamsDefault.items() if key
     "xtick.major.pad": 5,
     "ytick.left": False,
 }
+del _STYLE["backend"]
 #: More points than pixels make a file heavy and a line no better.
 _MAX_POINTS = 400
 #: An axis has no room beside larger values. What a run measures lies far inside.
@@ -70,8 +71,8 @@ def line_chart(
             beside = np.pad(whole, 1)
             # A dot at the end, and for a value without neighbours.
             dots = {*np.flatnonzero(whole & ~beside[:-2] & ~beside[2:]).tolist(), int(np.flatnonzero(whole)[-1])}
-            style = {"color": _SERIES[number - 1], "linewidth": 2, "marker": "o", "clip_on": False}
-            axes.plot(*points.T, markevery=sorted(dots), gid=f"series-{number}", **style)
+            (line,) = axes.plot(*points.T, color=_SERIES[number - 1], linewidth=2, marker="o", clip_on=False)
+            line.set(markevery=sorted(dots), gid=f"series-{number}")
         left, right = axes.dataLim.intervalx
         marks = {name: value for name, value in (marks or {}).items() if abs(value) < _LARGEST}
         axes.update_datalim([(right, value) for value in (*reach, *marks.values())])
@@ -84,6 +85,7 @@ def line_chart(
         axes.set_ylim(max(bottom, 0.0) if axes.dataLim.y0 >= 0 else bottom, top)
         _draw_marks(axes, marks)
         buffer = io.StringIO()
+        assert isinstance(axes.figure, Figure)
         axes.figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     return title, names, Markup(_for_page(buffer.getvalue(), title, names))
 
@@ -130,14 +132,14 @@ def _draw_marks(axes: Axes, marks: Mapping[str, float]) -> None:
         y = axes.transData.transform((0, value))[1]
         above = y < HEIGHT - 30 and all(abs(y + 5 - other) >= 13 for other in taken)
         taken.append(y + (5 if above else -13))
-        place = {"xy": (1, value), "xycoords": axes.get_yaxis_transform(), "textcoords": "offset points"}
-        axes.annotate(name, xytext=(-2, taken[-1] - y), ha="right", gid="mark", **place)
+        at, beside = axes.get_yaxis_transform(), (-2, taken[-1] - y)
+        axes.annotate(name, (1, value), beside, xycoords=at, textcoords="offset points", ha="right", gid="mark")
 
 
 def _for_page(svg: str, title: str, names: Mapping[int, str]) -> str:
     """Without what is for a file of its own: head, style, ids that other charts have, too; with colours of the page."""
     start = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">'
-    svg = start + re.search(r"</style>\s*</defs>(.*</svg>)", svg, re.DOTALL)[1]
+    svg = start + svg.split("</defs>", 1)[1].rstrip()
     svg = re.sub(r' id="[\w.]+_\d+"', "", svg).replace('<g id="mark">', '<g class="mark">')
     for number, name in names.items():
         svg = svg.replace(f'<g id="series-{number}">', f"<g><title>{escape(name)}</title>")

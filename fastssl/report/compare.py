@@ -8,6 +8,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,22 +62,8 @@ def _accuracy_name(record: Record) -> str:
 
 #: What may differ between two figures of one name: where it does among the records compared, it goes into the name.
 SETTINGS = (
-    "size",
-    "crop",
-    "reestimate_bn",
-    "epochs",
-    "batch_size",
-    "lr",
-    "weight_decay",
-    "cached_epochs",
-    "chosen_on",
-    "optimizer",
-    "head_lr_factor",
-    "list",
-    "seed",
-    "levels",
-    "test_side",
-    "short_sides",
+    *("size", "crop", "reestimate_bn", "epochs", "batch_size", "lr", "weight_decay", "cached_epochs", "chosen_on"),
+    *("optimizer", "head_lr_factor", "list", "seed", "levels", "test_side", "short_sides"),
 )
 _HOW = (
     "Percent right, or average precision in percent; in brackets the 95 % interval by the number of photos that were "
@@ -163,13 +150,11 @@ def write_comparison(records: Sequence[Record], out: str | Path) -> list[Path]:
     """Write ``evaluations.md`` and ``evaluations.html`` into the folder ``out`` and return their paths."""
     folder, blocks = Path(out), comparison(records)
     folder.mkdir(parents=True, exist_ok=True)
-    pages = {
-        folder / "evaluations.md": to_markdown(blocks),
-        folder / "evaluations.html": to_html("Evaluations", blocks),
-    }
-    for path, text in pages.items():
-        write_atomically(path, lambda temporary, text=text: temporary.write_text(text, "utf-8", "backslashreplace"))
-    return list(pages)
+    pages = {"md": to_markdown(blocks), "html": to_html("Evaluations", blocks)}
+    paths = [folder / f"evaluations.{ending}" for ending in pages]
+    for path, text in zip(paths, pages.values()):
+        write_atomically(path, partial(Path.write_text, data=text, encoding="utf-8", errors="backslashreplace"))
+    return paths
 
 
 def _network(record: Record) -> tuple[str, str, str]:
@@ -191,11 +176,8 @@ def _photos(record: Record) -> str:
 
 
 def _machine(record: Record) -> str:
-    versions = ", ".join(
-        f"{name} {record['versions'][name]}"
-        for name in ("python", "torch", "timm", "fastssl")
-        if name in record["versions"]
-    )
+    names = [name for name in ("python", "torch", "timm", "fastssl") if name in record["versions"]]
+    versions = ", ".join(f"{name} {record['versions'][name]}" for name in names)
     host = record["host"]
     commit = f", commit {record['git']}" if record.get("git") else ""
     return f"{host.get('gpu') or host['cpu']}, {versions}{commit}"

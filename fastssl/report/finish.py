@@ -95,7 +95,7 @@ def finish_run(run: TrainResult, started: float) -> dict[str, Any]:
     text = to_json(summary, indent=2) + "\n"
     write_atomically(run.options.out / "summary.json", lambda path: path.write_text(text))
     views_picture(run.reader, run.recipe.views, run.options.out / "views.png", seed=run.options.seed)
-    before, after = (tuple(map(_without_holes, features[name])) for name in (RANDOM, TRAINED))
+    before, after = (_without_holes(features[name]) for name in (RANDOM, TRAINED))
     neighbours_picture(split, before=before, after=after, out=run.options.out / "neighbours.png")
     write_report(run.options.out)
     return summary
@@ -109,10 +109,11 @@ def _all_features(run: TrainResult, split: ProbeSplit) -> dict[str, tuple[Featur
     """(bank, queries) of raw pixels and colours, of the network as it was before the first step, of the trained one,
     and of the forms of it that the recipe names."""
     options, probe = run.extraction, run.recipe.probe
-    plain = {
-        name: tuple(
-            function(reader, indices=index, **{name: options[name] for name in ("workers", "crop", "on_bad")})
-            for reader, index in ((split.bank, split.bank_index), (split.queries, split.query_index))
+    shared = {name: options[name] for name in ("workers", "crop", "on_bad")}
+    found = {
+        name: (
+            function(split.bank, indices=split.bank_index, **shared),
+            function(split.queries, indices=split.query_index, **shared),
         )
         for name, function in ((RAW, raw_pixel_features), (COLOURS, colour_histogram_features))
     }
@@ -130,7 +131,7 @@ def _all_features(run: TrainResult, split: ProbeSplit) -> dict[str, tuple[Featur
                     seed=run.options.seed,
                     **options,
                 )
-    return {**plain, **{name: split.features(network, probe.size, **options) for name, network in networks.items()}}
+    return found | {name: split.features(network, probe.size, **options) for name, network in networks.items()}
 
 
 def _throughput(run: TrainResult, total_seconds: float) -> dict[str, Any]:
@@ -204,6 +205,7 @@ def _share(run: TrainResult) -> dict[str, Any] | None:
 def _majority(split: ProbeSplit) -> list[dict[str, Any]]:
     """What a constant answer gets, the bank's most frequent class; where that class is half as large again as it
     would be if all were equal, or more."""
+    assert split.bank.labels is not None and split.queries.labels is not None  # the split is labelled
     known, counts = np.unique(split.bank.labels[split.bank_index], return_counts=True)
     if counts.max() * len(known) < 1.5 * counts.sum():
         return []
@@ -212,9 +214,10 @@ def _majority(split: ProbeSplit) -> list[dict[str, Any]]:
     return [{"name": MAJORITY, "knn": share, "linear": share}]
 
 
-def _without_holes(part: Features) -> Features:
+def _without_holes(parts: tuple[Features, Features]) -> tuple[Features, Features]:
     """For the pictures: numbers that are not finite are 0."""
-    return replace(part, features=torch.nan_to_num(part.features, posinf=0.0, neginf=0.0))
+    bank, queries = (replace(part, features=part.features.nan_to_num(posinf=0.0, neginf=0.0)) for part in parts)
+    return bank, queries
 
 
 def _collapse_figures(trained: tuple[Features, Features]) -> dict[str, float]:

@@ -112,8 +112,7 @@ def _against(run: RunRecord, mark: str, trained: Any, row: Any) -> list[tuple[st
         ours, theirs = number(get(trained, kind)), number(get(row, kind))
         low, high = (number(get(run.summary, "verdict", "against", mark, kind, end)) for end in ("low", "high"))
         if mark != TRAINED and ours is not None and theirs is not None:
-            judged = low is not None and high is not None
-            word = "" if not judged else "better" if low > 0 else "worse" if high < 0 else "level"
+            word = "" if low is None or high is None else "better" if low > 0 else "worse" if high < 0 else "level"
             found.append((word, f"{words} {ours - theirs:+.1f}"))
     return found
 

@@ -61,10 +61,11 @@ def views_picture(
     """
     with nullcontext(data) if isinstance(data, BetonReader) else BetonReader(data) as reader:
         chosen = _spread(len(reader), samples)
-        options = {"seed": seed, "indices": chosen, "shuffle": False, "on_bad": "skip"}
         columns: list[tuple[str, str, np.ndarray]] = []
         for pipeline in pipelines:
-            with ViewLoader(reader, views, len(chosen), pipeline=pipeline, **options) as loader:
+            with ViewLoader(
+                reader, views, len(chosen), pipeline=pipeline, seed=seed, indices=chosen, shuffle=False, on_bad="skip"
+            ) as loader:
                 batch = next(batches := loader.epoch(epoch))
                 batches.close()
             if notice is not None and loader.stats.skipped and not columns:
@@ -85,7 +86,7 @@ def views_picture(
 
 def _named_views(views: Sequence[ViewSpec], rendered: Sequence[Tensor]) -> list[tuple[str, np.ndarray]]:
     """Each view's name and pixels (samples, S, S, 3) uint8."""
-    found = []
+    found: list[tuple[str, np.ndarray]] = []
     for group, (spec, pixels) in enumerate(zip(views, rendered)):
         prefix = f"group {group + 1}, " if len(views) > 1 else ""
         plain = [f"{prefix}view {number + 1}" for number in range(spec.count)]
@@ -218,9 +219,8 @@ def _photo(reader: BetonReader, sample: int, side: int) -> Image.Image:
     try:
         photo = Image.fromarray(reader.decode(sample))
     except JpegError:
-        ImageDraw.Draw(square).text(
-            (side / 2, side / 2), "damaged", fill=_QUIET, font=ImageFont.load_default(12), anchor="mm"
-        )
+        middle, font = (side / 2, side / 2), ImageFont.load_default(12)
+        ImageDraw.Draw(square).text(middle, "damaged", fill=_QUIET, font=font, anchor="mm")
         return square
     photo = _scaled(photo, side)
     square.paste(photo, ((side - photo.width) // 2, (side - photo.height) // 2))
@@ -230,11 +230,11 @@ def _photo(reader: BetonReader, sample: int, side: int) -> Image.Image:
 def _scaled(photo: Image.Image, side: int) -> Image.Image:
     """Scale so that the longer side is ``side``. Thumbnails are enlarged in whole pixels first: blocks stay sharp."""
     factor = side / max(photo.size)
-    size = tuple(max(1, round(length * factor)) for length in photo.size)
+    width, height = (max(1, round(length * factor)) for length in photo.size)
     if factor > 1.5:
         whole = int(np.ceil(factor))
         photo = photo.resize((photo.width * whole, photo.height * whole), Image.Resampling.NEAREST)
-    return photo.resize(size, Image.Resampling.LANCZOS)
+    return photo.resize((width, height), Image.Resampling.LANCZOS)
 
 
 def _text(
@@ -256,15 +256,14 @@ def _draw_views(
     not tall.
     """
     gap, head, caption = 8, 40, 18
-    columns = [("as stored", "the whole photo", None), *columns]
-    block = len(columns) * (tile + gap)  # the photo stands apart from its views
-    across = next(n for n in (3, 2, 1) if n == 1 or (n * len(columns) <= 9 and n <= len(rows)))
+    block = (1 + len(columns)) * (tile + gap)  # the photo stands apart from its views
+    across = next(n for n in (3, 2, 1) if n == 1 or (n * (1 + len(columns)) <= 9 and n <= len(rows)))
     down = -(-len(rows) // across)
     width = across * (block + 2 * _MARGIN)
     picture = Image.new("RGB", (width, 2 * _MARGIN + head + down * (tile + caption + gap) - gap), _PAPER)
     for number, sample in enumerate(rows):
         top = _MARGIN + head + (number // across) * (tile + caption + gap)
-        for place, (title, note, pixels) in enumerate(columns):
+        for place, (title, note, pixels) in enumerate([("as stored", "the whole photo", None), *columns]):
             left = _MARGIN + (number % across) * (block + 2 * _MARGIN) + place * (tile + gap) + gap * (place > 0)
             if number < across:
                 _text(picture, (left, _MARGIN), title, 13, _INK, tile)

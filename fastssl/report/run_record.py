@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,18 +60,14 @@ def read_run(folder: str | Path) -> RunRecord:
     for name, value in (("config.yaml", config), ("summary.json", summary)):
         if not isinstance(value, dict):
             raise FastSSLError(f"{folder / name}: holds no mapping of keys to values")
-    rows, unreadable = [], 0
-    for line in filter(str.strip, _text(folder / "metrics.jsonl").splitlines()):
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            row = None
-        if isinstance(row, dict):
-            rows.append(row)
-        else:
-            unreadable += 1
+    rows: list[dict[str, Any]] = []
+    lines = list(filter(str.strip, _text(folder / "metrics.jsonl").splitlines()))
+    for line in lines:
+        with suppress(ValueError, RecursionError):
+            if isinstance(row := json.loads(line), dict):
+                rows.append(row)
     steps, probes = ([row for row in rows if row.get("kind") == kind] for kind in ("step", "probe"))
-    return RunRecord(folder, summary, config, config_text, steps, probes, unreadable)
+    return RunRecord(folder, summary, config, config_text, steps, probes, unreadable=len(lines) - len(rows))
 
 
 def probe_rows(run: RunRecord) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:

@@ -146,8 +146,11 @@ def compare(rows: Sequence[Mapping[str, Any]], judged: int) -> dict[str, dict[st
     trained, against = found.get(TRAINED, {}), {}
     for mark in MARKS:
         if mark in found and judged:
-            figures = {kind: (number(trained.get(kind)), number(found[mark].get(kind))) for kind in ("knn", "linear")}
-            kinds = {kind: difference(*pair, judged) for kind, pair in figures.items() if None not in pair}
+            kinds = {}
+            for kind in ("knn", "linear"):
+                ours, theirs = number(trained.get(kind)), number(found[mark].get(kind))
+                if ours is not None and theirs is not None:
+                    kinds[kind] = difference(ours, theirs, judged)
             against.update({mark: kinds} if kinds else {})
     return against
 
@@ -158,8 +161,8 @@ def expected_gain(evidence: Evidence) -> Gain | None:
     The share of wrong answers is taken to fall as a power of the epoch, fitted to the second half of the run. Its
     noise is that of the residuals, but no less than what photos that are judged again and again leave.
     """
-    points = [(number(row.get("epoch")), number(row.get("knn"))) for row in evidence.probes]
-    points = [(epoch, knn) for epoch, knn in points if epoch and knn is not None and epoch > 0]
+    rows = ((number(row.get("epoch")), number(row.get("knn"))) for row in evidence.probes)
+    points = [(epoch, knn) for epoch, knn in rows if epoch and knn is not None and epoch > 0]
     recent = [point for point in points if 2 * point[0] >= points[-1][0]]
     recent = recent if len(recent) >= 3 else points[-3:]
     if len(recent) < 3 or not evidence.online_judged:
@@ -246,10 +249,9 @@ def _in_words(against: Mapping[str, Mapping[str, Difference]], marks: Sequence[s
 def _phrase(knn: str | None, linear: str | None, names: Sequence[str]) -> str:
     listed, it = (f"{', '.join(names[:-1])} and {names[-1]}", "them") if len(names) > 1 else (names[0], "it")
     than = {"better": f"better than {listed}", "worse": f"worse than {listed}", "level": f"level with {listed}"}
-    if knn == linear:
-        return f"{than[knn]} in nearest neighbours and in the linear probe"
-    if linear is None:
-        return f"{than[knn]} in nearest neighbours"
+    if linear is None or knn == linear:
+        assert knn is not None  # one of the two was measured
+        return f"{than[knn]} in nearest neighbours{' and in the linear probe' if linear else ''}"
     then = "" if knn is None else f", {f'level with {it}' if knn == 'level' else knn} in nearest neighbours"
     return f"{than[linear]} in the linear probe{then}"
 

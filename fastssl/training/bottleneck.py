@@ -7,6 +7,8 @@ it from the loader's clocks.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from fastssl.pipelines.beton.format import MODE_RAW
@@ -59,7 +61,7 @@ def _clamped(share: float) -> float:
     return min(max(share, 0.0), 1.0)
 
 
-def smaller_side(reader: BetonReader, views: list[ViewSpec]) -> int | None:
+def smaller_side(reader: BetonReader, views: Sequence[ViewSpec]) -> int | None:
     """The short side to which photos for these views are usually converted: 256 for 224 px; None: they are hardly
     larger, or not all are JPEGs.
 

@@ -14,9 +14,7 @@ UNFINISHED = ".tmp"
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Call ``write(temporary path)``, flush it to disk and rename it to ``path``: a reader sees the old file or the new
-    one, also after a power cut.
-
-    The file may be read by whom any other new file may: safetensors writes for its owner's eyes only.
+    one, also after a power cut. The file gets the usual permissions: safetensors writes for its owner's eyes only.
 
     Raises:
         OSError: with the name of ``path``; of itself a write says "No space left on device" and not where.

@@ -1,9 +1,8 @@
 """Waiting with a limit: a disk or a network file system that does not answer holds a thread inside the kernel, where
 nothing can wake it.
 
-Whoever waits for such a thread would wait for ever, and so would the end of the program, which joins all threads of its
-pools. Hence two rules: a wait ends with `Stalled`, and a program whose threads were given up leaves with ``os._exit``
-(`threads_given_up`).
+Hence two rules: a wait ends with `Stalled`, and a program whose threads were given up leaves with ``os._exit``, since
+its ordinary end joins the threads of all pools (`threads_given_up`).
 """
 
 from __future__ import annotations
@@ -15,9 +14,10 @@ import threading
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, TimeoutError, wait
 from contextlib import closing, suppress
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -52,8 +52,7 @@ class Patience:
         deed: what was not done in that time, for messages.
 
     Attributes:
-        given_up: a wait was not answered, or interrupted: threads may still hang, and nobody may wait for them any
-            more.
+        given_up: a wait was not answered, or interrupted: threads may still hang, and nobody may wait for them.
     """
 
     def __init__(self, path: str | os.PathLike, minutes: float = STALL_MINUTES, deed: str = "read"):
@@ -83,12 +82,12 @@ class Patience:
 
     def map(
         self, work: Callable[[_Item], _Result], items: Iterable[_Item], workers: int, what: Callable[[_Item], str]
-    ) -> Iterator[_Result]:
+    ) -> Generator[_Result, None, None]:
         """``work(item)`` of each item, in order, from ``workers`` threads that are a few items ahead.
 
         Raises what the work raised, or ``Stalled``, which says ``what(item)``. To close the iterator ends the threads.
         """
-        items, pending = iter(items), deque()
+        items, pending = iter(items), deque[tuple[_Item, Future[_Result]]]()
         pool = ThreadPoolExecutor(workers, thread_name_prefix="fastssl-work")
         try:
             while True:
@@ -97,7 +96,7 @@ class Patience:
                 if not pending:
                     return
                 item, future = pending[0]
-                yield self.result(future, lambda item=item: what(item))
+                yield self.result(future, partial(what, item))
                 pending.popleft()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)

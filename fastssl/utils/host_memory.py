@@ -1,8 +1,7 @@
 """Memory that a step frees stays with the process for the next step, on a CPU.
 
-glibc takes large blocks from the kernel with ``mmap`` and gives them back when they are freed. A step at 224 px frees
-and allocates gigabytes, and the kernel zeroes every page of them anew, one fault after the other: a third of the time
-of such a step. (On a GPU torch's own allocator keeps what is freed.)
+glibc gives large blocks back to the kernel when they are freed, which zeroes every page of them anew for the next step:
+a third of the time of a step at 224 px. (On a GPU torch's own allocator keeps what is freed.)
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ class _Cache(FunctionCache):
 
 
 def _compile(function: Callable, **options: Any) -> Callable:
-    if numba.config.DISABLE_JIT:
+    if numba.config.DISABLE_JIT:  # type: ignore[attr-defined]  # set while numba is imported
         raise FastSSLError("NUMBA_DISABLE_JIT is set; the loops of fastssl run compiled only: unset it")
     compiled = numba.njit(nogil=True, error_model="numpy", **options)(function)
     try:

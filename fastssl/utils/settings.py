@@ -44,17 +44,13 @@ BY_FORM = Discriminator(lambda value: _KINDS[not isinstance(value, list)])
 
 #: pydantic's kinds of mistakes -> what the key must be; by the names of pydantic's documentation
 _WORDS = {
-    "dataclass_type": "must be a mapping of keys to values",
-    "dataclass_exact_type": "must be a mapping of keys to values",
-    "dict_type": "must be a mapping of keys to values",
-    "list_type": "must be a list",
-    "tuple_type": "must be a list",
+    **dict.fromkeys(("dataclass_type", "dataclass_exact_type", "dict_type"), "must be a mapping of keys to values"),
+    **dict.fromkeys(("list_type", "tuple_type"), "must be a list"),
     "too_long": "must be a list of {max_length} values",
     "bool_type": "must be true or false",
     "string_type": "must be text",
     "int_type": "must be a whole number",
-    "float_type": "must be a finite number",
-    "finite_number": "must be a finite number",
+    **dict.fromkeys(("float_type", "finite_number"), "must be a finite number"),
     "literal_error": "must be {expected}",
     "greater_than": "must be above {gt}",
     "greater_than_equal": "must be at least {ge}",
@@ -76,8 +72,8 @@ def settings(section: str = "", error: type[Exception] = ValueError) -> Callable
     """
 
     def checked(kind: Checked) -> Checked:
-        kind = dataclass(kind, frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
-        make, signature = kind.__init__, inspect.signature(kind)
+        made: Any = dataclass(kind, frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
+        make, signature = made.__init__, inspect.signature(made)
 
         @functools.wraps(make)
         def init(self: Any, *args: Any, **values: Any) -> None:
@@ -87,8 +83,9 @@ def settings(section: str = "", error: type[Exception] = ValueError) -> Callable
             except ValidationError as mistakes:
                 raise error(in_words(mistakes, section)[0]) from None
 
-        kind.__init__ = init
-        return kind
+        made.__init__ = init
+        result: Checked = made
+        return result
 
     return checked
 

@@ -13,8 +13,7 @@ _Result = TypeVar("_Result")
 
 #: Ctrl-C, the launcher's end, Slurm's ``--signal=USR1@120``, and a terminal that was closed.
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
-#: Seconds between two Ctrl-C that are two. torchrun and srun pass on what the terminal has sent to all processes
-#: already.
+#: Seconds between two Ctrl-C that are two: torchrun and srun pass on what the terminal has sent to all already.
 _TWICE_S = 2.0
 
 
@@ -45,9 +44,7 @@ class StopRequest:
 
     def unless_asked(self, work: Callable[[], _Result]) -> _Result | None:
         """What ``work()`` returns; None where a signal asks for the end before it is done. For what may be left in the
-        middle and is made again later.
-
-        A launcher gives half a minute, and a probe may take longer than that.
+        middle and is made again later: a launcher gives half a minute, and a probe may take longer than that.
         """
         try:
             try:
@@ -61,9 +58,7 @@ class StopRequest:
 
     @contextmanager
     def by_signals(self) -> Iterator[None]:
-        """Listen inside the block. Signals belong to the main thread: in any other nothing happens, and the caller
-        decides.
-        """
+        """Listen inside the block. Signals belong to the main thread: in any other nothing happens."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return

@@ -8,8 +8,6 @@ from torch import Tensor
 
 
 def to_device(table: NDArray, device: torch.device) -> Tensor:
-    """A small host table as a tensor on the device; through pinned memory, so that the host does not wait for the
-    copy.
-    """
+    """A small host table as a tensor on the device; through pinned memory, so that the host does not wait."""
     tensor = torch.from_numpy(table)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

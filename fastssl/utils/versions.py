@@ -48,12 +48,9 @@ def _cpu_model() -> str:
 
 
 def describe_git() -> str | None:
-    """Commit of the running code, ``-dirty`` if files differ from it; None when the code does not come from a
-    checkout.
-    """
+    """Commit of the running code, ``-dirty`` if files differ from it; None when it does not come from a checkout."""
     here = Path(__file__).resolve()
-    # A copy in site-packages may lie inside somebody else's checkout: only a file that git tracks speaks for its
-    # commit.
+    # A copy in site-packages may lie in somebody else's checkout: only a file that git tracks speaks for its commit.
     if _git(here.parent, "ls-files", "--error-unmatch", here.name) is None:
         return None
     return _git(here.parent, "describe", "--always", "--dirty", "--exclude=*")

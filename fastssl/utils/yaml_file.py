@@ -34,12 +34,13 @@ class _PlainLoader(yaml.SafeLoader):
         self._sizes: dict[yaml.Node, tuple[int, int]] = {}  # values and levels, aliases written out
         self._depth, self._values, self._levels = 0, 0, 0
 
-    def compose_node(self, parent: yaml.Node | None, index: object) -> yaml.Node | None:
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         alias = self.check_event(yaml.AliasEvent)
         beside, levels = self._values, self._levels
         self._depth, self._values, self._levels = self._depth + 1, 1, 1
         self._refuse_too_much()
         node = super().compose_node(parent, index)
+        assert node is not None
         if alias:
             if node not in self._sizes:
                 raise yaml.YAMLError("a value that holds itself (an alias inside its own anchor)")
@@ -82,9 +83,7 @@ def read_yaml(path: Path) -> Any:
 
 
 def parse_yaml(text: str, complaint: str) -> Any:
-    """``text`` as plain values; ``complaint`` opens the message of the ``FastSSLError`` where it is no yaml, or too
-    large.
-    """
+    """``text`` as plain values, or a ``FastSSLError`` whose message begins with ``complaint``."""
     if len(text) > MAX_BYTES:
         raise FastSSLError(f"{complaint}: longer than {MAX_BYTES >> 10} KiB")
     try:
@@ -92,9 +91,8 @@ def parse_yaml(text: str, complaint: str) -> Any:
     except yaml.YAMLError as error:
         raise FastSSLError(f"{complaint}: {' '.join(str(error).split())[:500]}") from error
     except _ODD_SCALARS as error:
-        raise FastSSLError(
-            f"{complaint}: a value that cannot be read ({' '.join(str(error).split())[:200]})"
-        ) from error
+        why = " ".join(str(error).split())[:200]
+        raise FastSSLError(f"{complaint}: a value that cannot be read ({why})") from error
 
 
 def shown(value: object) -> str:

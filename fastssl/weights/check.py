@@ -20,11 +20,9 @@ def check_names(path: Path, have: Iterable[str], want: Iterable[str], network: s
         FastSSLError: one line that counts what is missing and what is left over, and names the first few of each.
     """
     have, want = set(have), set(want)
-    parts = [some_names(found, word) for found, word in ((want - have, "missing"), (have - want, "left over"))]
-    if any(parts):
-        raise FastSSLError(
-            f"{path.name}: the tensors are not those of {network}: {'; '.join(part for part in parts if part)}"
-        )
+    odd = ((want - have, "missing"), (have - want, "left over"))
+    if parts := [some_names(names, word) for names, word in odd if names]:
+        raise FastSSLError(f"{path.name}: the tensors are not those of {network}: {'; '.join(parts)}")
 
 
 @torch.no_grad()
@@ -41,9 +39,8 @@ def check_features(
     features are from their mean.
 
     A share of that and not of the features: much of a feature can be the same for every image, and hide an export that
-    reads no image at all. Rounding alone makes two correct float32 networks differ, by as much as the weights let it
-    grow. How much that is is measured on the backbone itself, against its copy in float64; a network in which rounding
-    grows past ``tolerance`` is not refused for that.
+    reads no image at all. A network in which rounding alone, measured against its copy in float64, grows past
+    ``tolerance`` is not refused for that.
 
     Args:
         path: for the message.
@@ -68,9 +65,9 @@ def check_features(
                 f"{path.name}: gives features of shape {tuple(found[-1].shape)}, the backbone "
                 f"{tuple(ours[-1].shape)}; not written"
             )
-    wanted, ours, found = torch.cat(wanted), torch.cat(ours), torch.cat(found)
-    spread = max(float((wanted - wanted.mean(0)).abs().max()), 1e-30)
-    rounding, difference = float((ours - wanted).abs().max()) / spread, float((found - ours).abs().max()) / spread
+    truth, features, others = torch.cat(wanted), torch.cat(ours), torch.cat(found)
+    spread = max(float((truth - truth.mean(0)).abs().max()), 1e-30)
+    rounding, difference = (float((a - b).abs().max()) / spread for a, b in ((features, truth), (others, features)))
     if not difference <= max(tolerance, 10 * rounding):  # NaN is no number to pass on either
         raise FastSSLError(
             f"{path.name}: gives features that differ by {difference:.2g} of their spread from the backbone's; "

@@ -26,9 +26,8 @@ from fastssl.evaluate.trained import Trained
 from fastssl.models.backbones import resizes_positions
 from fastssl.pipelines.plan.draw import ViewSpec
 from fastssl.weights.check import check_features, check_names
-from fastssl.weights.fuse import fused
 from fastssl.weights.staging import SIGNATURE, require_replaceable, save_tensors, staged
-from fastssl.weights.to_onnx import write_onnx
+from fastssl.weights.to_onnx import fused, write_onnx
 from fastssl.weights.torchvision_names import to_torchvision, twin_of
 
 #: format -> endings of the files that it writes; "" is a folder
@@ -75,10 +74,8 @@ def export_backbone(trained: Trained, destination: Path, format: str = "timm", *
     """Write the backbone to ``destination``, which is whole or as it was before, and compare its features with the
     backbone's.
 
-    Networks that train with several branches and run with one (MobileOne, FastViT, RepViT, ...) go into ``onnx`` in the
-    form that runs. The other formats keep the form that trains: its names are those that ``timm.create_model`` takes,
-    its branches those that fine-tuning needs, and ``timm.utils.reparameterize_model`` merges them in one call when that
-    is done.
+    Networks that train with several branches and run with one go into ``onnx`` in the form that runs (``fused``), into
+    the other formats in the form that trains, which ``timm.create_model`` takes.
 
     Args:
         trained: as ``load_trained`` gives it; on the CPU, in evaluation mode.
@@ -108,24 +105,23 @@ def export_backbone(trained: Trained, destination: Path, format: str = "timm", *
     # Plain layout, as the networks have it that will take the tensors; the caller's network is left as it is.
     backbone, arch = copy.deepcopy(trained.backbone).to(memory_format=torch.contiguous_format), trained.arch
     about, side = _about(trained), size or trained.size or EVALUATION_SIZE
-    taker = None if format == "onnx" else _taker(format, arch)  # before anything is written
+    if format == "torchvision":
+        twin_of(arch)  # before anything is written
     final, merged = Path(os.path.abspath(destination)), None
     require_replaceable(final)
     with staged(final) as place:
         if format == "onnx":
             merged = fused(backbone, size=side)
             difference = write_onnx(backbone, arch, place, about, size=side, merged=merged)
-            recipe = (
-                f"features = onnxruntime.InferenceSession({str(destination)!r}).run(['features'], {{'images': "
-                f"images}})[0]"
-            )
+            session = f"onnxruntime.InferenceSession({str(destination)!r})"
+            recipe = f"features = {session}.run(['features'], {{'images': images}})[0]"
         elif suffix == "":
             crop = trained.crop or EVALUATION_CROP
-            difference = _write_folder(backbone, arch, place, about, taker, size=side, crop=crop)
+            difference = _write_folder(backbone, arch, place, about, size=side, crop=crop)
             recipe = f"net = timm.create_model({f'local-dir:{destination}'!r}, pretrained=True)"
         else:
             tensors = to_torchvision(arch, backbone) if format == "torchvision" else backbone.state_dict()
-            difference = _write_file(backbone, tensors, place, about, *taker)
+            difference = _write_file(backbone, tensors, place, about, *_taker(format, arch))
             loading = f"safetensors.torch.load_file({str(destination)!r})"
             if format == "timm":
                 recipe = f"net = timm.create_model({arch!r}, num_classes=0, checkpoint_path={str(destination)!r})"
@@ -137,8 +133,8 @@ def export_backbone(trained: Trained, destination: Path, format: str = "timm", *
                 recipe = f"{twin_of(arch).recipe}; net.load_state_dict({loading})"
         files = list(place.iterdir()) if place.is_dir() else [place]
         written = sum(file.stat().st_size for file in files)
-    tensors = len((merged or backbone).state_dict())
-    return Exported(format, destination, tensors, written, difference, recipe, fused=merged is not None)
+    count = len((merged or backbone).state_dict())
+    return Exported(format, destination, count, written, difference, recipe, fused=merged is not None)
 
 
 def _taker(format: str, arch: str) -> tuple[nn.Module, str]:
@@ -166,7 +162,6 @@ def _write_folder(
     arch: str,
     path: Path,
     about: dict[str, str],
-    taker: tuple[nn.Module, str],
     *,
     size: int,
     crop: float,
@@ -174,10 +169,8 @@ def _write_folder(
     """Write ``path/config.json``, by timm itself, and ``path/model.safetensors``; returns the largest difference of
     features.
 
-    The folder is read by ``timm.create_model("local-dir:FOLDER", pretrained=True)``, and is what ``hf-hub:USER/NAME``
-    expects when it is uploaded. The configuration says how pictures are prepared, so that
-    ``timm.data.resolve_model_data_config`` gives the transform with which ``fastssl evaluate`` judges: bilinear, a
-    centre crop, and the mean and deviation of the views that the network was trained on.
+    The configuration says how pictures are prepared, so that ``timm.data.resolve_model_data_config`` gives the
+    transform with which ``fastssl evaluate`` judges.
 
     Args:
         size, crop: side of the pictures, and the centre crop's share of the short side, for the configuration.
@@ -193,14 +186,14 @@ def _write_folder(
         "std": view.std,
         "custom_load": False,  # timm's ViT entries say True, which expects an .npz file
     }
-    options = {}
+    options: dict[str, Any] = {}
     if resizes_positions(arch):
         options, overlay["fixed_input_size"] = {"dynamic_img_size": True}, False
     described = timm.create_model(arch, num_classes=0, pretrained_cfg_overlay=overlay, **options)
-    timm.models.save_for_hf(described, path, model_args=options, safe_serialization=True)
+    timm.models.save_for_hf(described, str(path), model_args=options, safe_serialization=True)
     # Over timm's file, which has no header that says what the tensors are.
     tensors = backbone.state_dict()
-    difference = _write_file(backbone, tensors, path / "model.safetensors", about, *taker)
+    difference = _write_file(backbone, tensors, path / "model.safetensors", about, *_taker("timm", arch))
     described.load_state_dict(tensors, strict=True)
     return difference
 

@@ -60,6 +60,5 @@ def _require_replaceable(destination: Path) -> None:
     with suppress(FastSSLError):
         imported = imported or read_header(destination).get("network") == "imported"
     if not imported:
-        raise FastSSLError(
-            f"{destination}: exists and was not imported; it is left alone: choose another name or remove it"
-        )
+        left_alone = "it is left alone: choose another name or remove it"
+        raise FastSSLError(f"{destination}: exists and was not imported; {left_alone}")

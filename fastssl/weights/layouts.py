@@ -96,10 +96,8 @@ def find_network(path: Path, tensors: dict[str, Tensor], *, layout: str = "auto"
     roots = [(root, network) for root, network in chosen.roots if any(name.startswith(root) for name in inside)]
     if not roots:
         first = ", ".join(list(tensors)[:3])
-        raise FastSSLError(
-            f"{path}: not laid out as --layout {layout} ({chosen.note}): the first tensors are {first}; try "
-            "--layout auto"
-        )
+        why = f"({chosen.note}): the first tensors are {first}; try --layout auto"
+        raise FastSSLError(f"{path}: not laid out as --layout {layout} {why}")
     wanted = NETWORK[which] if which else None
     picked = [(root, network) for root, network in roots if wanted is None or network == wanted]
     if not picked:
@@ -116,9 +114,7 @@ def find_network(path: Path, tensors: dict[str, Tensor], *, layout: str = "auto"
 
 
 def _renamed(path: Path, tensors: dict[str, Tensor], rename: Callable[[str], str]) -> dict[str, Tensor]:
-    """The tensors under their new names, of which no two may be the same: the file does not say which one the network
-    is made of.
-    """
+    """The tensors under their new names, of which no two may be the same."""
     before: dict[str, str] = {}
     for name in tensors:
         if (other := before.setdefault(rename(name), name)) != name:

@@ -93,21 +93,13 @@ def match(path: Path, found: Found, arch: str) -> Matched:
     # In a bare state dict both libraries' ResNets are called the same; the first is meant.
     best = min(attempts, key=lambda one: len(one.missing) + len(one.wrong))
     if not best.fits:
-        parts = (
-            some_names(best.missing, "missing"),
-            some_names(best.wrong, "of another shape"),
-            some_names(best.extra, "left over"),
-        )
-        raise FastSSLError(
-            f"{path}: does not fit {arch}: {'; '.join(part for part in parts if part)}{_guess(found, arch)}"
-        )
+        odd = ((best.missing, "missing"), (best.wrong, "of another shape"), (best.extra, "left over"))
+        parts = filter(None, (some_names(names, word) for names, word in odd))
+        raise FastSSLError(f"{path}: does not fit {arch}: {'; '.join(parts)}{_guess(found, arch)}")
     begun = backbone.state_dict()
     theirs = {name: found.tensors[best.table[name]] for name in begun if best.table[name] in found.tensors}
     _require_usable(path, theirs, begun)
-    tensors = {
-        **begun,
-        **{name: value.reshape(begun[name].shape).to(begun[name].dtype) for name, value in theirs.items()},
-    }
+    tensors = begun | {name: value.reshape(begun[name].shape).to(begun[name].dtype) for name, value in theirs.items()}
     if broken := [best.table[name] for name, value in tensors.items() if not value.isfinite().all()]:
         raise FastSSLError(
             f"{path}: {some_names(broken, 'tensors with NaN or infinite values')}: no network that computes anything"

@@ -110,10 +110,8 @@ def _require_stored_as_is(path: Path) -> None:
     except Exception:  # another format, or damaged: the reader itself will say
         return
     if odd := [part.filename for part in parts if part.compress_type != zipfile.ZIP_STORED or part.flag_bits & 1]:
-        raise FastSSLError(
-            f"{path}: {len(odd)} of its parts are compressed, which torch.save never does; save it again with "
-            "torch.save"
-        )
+        why = "which torch.save never does; save it again with torch.save"
+        raise FastSSLError(f"{path}: {len(odd)} of its parts are compressed, {why}")
     if (claimed := sum(part.file_size for part in parts)) > (size := path.stat().st_size):
         raise FastSSLError(f"{path}: damaged: its parts should have {claimed:,} bytes, the file has {size:,}")
 

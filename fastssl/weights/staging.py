@@ -38,7 +38,7 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, about: dict[str, str]) 
     if path.suffix != ".safetensors":
         # A tensor that is a part of a larger one would take all of it along.
         content = OrderedDict((name, value.clone()) for name, value in plain.items())
-        content.about = about
+        vars(content)["about"] = about
         torch.save(content, path)
         return
     save_file(plain, str(path), metadata={"format": "pt", **about})
@@ -47,9 +47,8 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, about: dict[str, str]) 
 def require_replaceable(destination: Path) -> None:
     """Refuse to write over what is not an earlier export.
 
-    A file may be replaced by an export if it is one of the same kind, which its description says: weights that were
-    downloaded, a run's checkpoints and fine-tuned classifiers do not have it. A folder may be if it is empty, or holds
-    just the two files that ``--format timm`` writes, of which the one with the tensors has that description.
+    A file may be replaced if its description says that it is an export of the same kind; a folder if it is empty, or
+    holds just the two files that ``--format timm`` writes.
 
     Raises:
         FastSSLError: ``destination`` is something else, or is in a folder that does not exist; or it is an ONNX file,

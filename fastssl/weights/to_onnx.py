@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from timm.utils import reparameterize_model
 from torch import Tensor, nn
 
 from fastssl.errors import FastSSLError
@@ -36,6 +37,29 @@ def require_onnx() -> None:
         raise FastSSLError(f"--format onnx needs {' and '.join(missing)}: pip install 'fastssl-vision[onnx]'")
 
 
+def fused(backbone: nn.Module, *, size: int) -> nn.Module | None:
+    """A copy of a network that trains with several branches and runs with one (MobileOne, FastViT, RepViT, RepVGG,
+    GhostNet-V3 and others: arXiv 2206.04040, 2303.14189), its branches and in some its BatchNorms merged into single
+    convolutions by timm. It computes the same features with fewer layers; its tensors have other names.
+
+    Args:
+        backbone: in evaluation mode, on the CPU; left as it is.
+        size: side of the pictures on which both are compared.
+
+    Returns:
+        None where timm has nothing to merge, cannot do it, or comes to other features (by more than 1e-4 of their
+        spread).
+    """
+    try:
+        merged = reparameterize_model(backbone)
+        if merged.state_dict().keys() == backbone.state_dict().keys():
+            return None
+        check_features(Path("fused"), backbone, merged.eval(), size=size, tolerance=1e-4)
+    except Exception:  # whatever timm's merging fails with in one network; that one is exported as it was trained
+        return None
+    return merged
+
+
 def write_onnx(
     backbone: nn.Module,
     arch: str,
@@ -48,13 +72,12 @@ def write_onnx(
     """Write ``path`` and run it with onnxruntime at batch 1 and 3; returns how far its features are from the
     backbone's.
 
-    torch has two exporters. The older one, by tracing TorchScript, cannot express the antialiased bicubic resize of a
-    vision transformer's position embedding; the newer one (``dynamo=True``) takes all networks that have a short name.
+    Torch's older exporter (``dynamo=False``) cannot express the antialiased resize of a vision transformer's positions.
 
     Args:
         backbone: in plain layout: channels-last would put a transposition around every convolution.
         size: side of the images that the file will take.
-        merged: the form of the backbone that goes into the file (see ``fuse.fused``); None: itself.
+        merged: the form of the backbone that goes into the file (see ``fused``); None: itself.
 
     Raises:
         FastSSLError: the network cannot be expressed in ONNX at this size, or the file gives features that differ by
@@ -79,6 +102,7 @@ def write_onnx(
                 dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
                 verbose=False,
             )
+            assert program is not None  # with dynamo=True there is one
             program.save(str(path), external_data=False)
     except OSError:
         raise  # a full disk is not the network's fault

@@ -42,7 +42,7 @@ class Twin:
         """torchvision's network, freshly initialised, with an Identity where classes would be made."""
         import torchvision
 
-        network = getattr(torchvision.models, self.builder)(weights=None)
+        network: nn.Module = getattr(torchvision.models, self.builder)(weights=None)
         network.set_submodule(self.last, nn.Identity())
         return network
 
@@ -67,10 +67,8 @@ def twin_of(arch: str) -> Twin:
         FastSSLError: it has none; the message names the networks that have one.
     """
     if arch not in TWINS:
-        raise FastSSLError(
-            f"torchvision has no counterpart of {arch}; it has those of {', '.join(TWINS)} (--format timm "
-            "takes every network)"
-        )
+        every = "--format timm takes every network"
+        raise FastSSLError(f"torchvision has no counterpart of {arch}; it has those of {', '.join(TWINS)} ({every})")
     return TWINS[arch]
 
 
@@ -92,8 +90,7 @@ def with_eps(
     evaluation mode.
 
     BatchNorm gives ``w (x - mean) / sqrt(var + eps) + b``; a weight ``w sqrt((var + want) / (var + have))`` takes the
-    difference up exactly. A network that is trained on from there normalises by its batch, where eps stands beside the
-    batch's own variance: there the factor is what two definitions of the same network differ in.
+    difference up exactly. In training, where BatchNorm has the batch's own variance, the two definitions differ still.
 
     Args:
         tensors: under timm's names.

@@ -19,7 +19,7 @@ from torch import nn
 from fastssl.errors import FastSSLError
 from fastssl.evaluate.trained import Trained, load_trained
 from fastssl.models.backbones import create_backbone
-from fastssl.weights import fuse
+from fastssl.weights import to_onnx
 from fastssl.weights.export import export_backbone
 
 #: timm's names; at 32 px
@@ -91,14 +91,14 @@ def test_onnx_gets_the_fused_form(name: str, tmp_path: Path) -> None:
 
 
 def test_a_network_that_timm_merges_wrongly_is_exported_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    backbone, merge = with_statistics(create_backbone("repvit_m0_9")), fuse.reparameterize_model
-    assert fuse.fused(backbone, size=32) is not None
-    assert fuse.fused(create_backbone("lcnet_035").eval(), size=32) is None  # nothing to merge
+    backbone, merge = with_statistics(create_backbone("repvit_m0_9")), to_onnx.reparameterize_model
+    assert to_onnx.fused(backbone, size=32) is not None
+    assert to_onnx.fused(create_backbone("lcnet_035").eval(), size=32) is None  # nothing to merge
 
     def wrong(network: nn.Module) -> nn.Module:
         merged = merge(network)
         next(layer for layer in merged.modules() if isinstance(layer, nn.Conv2d)).weight.data.mul_(1.1)
         return merged
 
-    monkeypatch.setattr(fuse, "reparameterize_model", wrong)
-    assert fuse.fused(backbone, size=32) is None
+    monkeypatch.setattr(to_onnx, "reparameterize_model", wrong)
+    assert to_onnx.fused(backbone, size=32) is None
