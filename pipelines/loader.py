@@ -15,12 +15,13 @@ from torch import Tensor
 
 from fastssl.errors import FastSSLError, counted
 from fastssl.pipelines.beton.reader import BetonReader
-from fastssl.pipelines.engines.base import EngineSettings, EngineStats, Request
+from fastssl.pipelines.engines.base import EngineSettings, EngineStats, Request, checked_device
 from fastssl.pipelines.engines.registry import open_engine
 from fastssl.pipelines.ops.augment import augment, parameter_table
 from fastssl.pipelines.ops.recycled_memory import RecycledMemory
 from fastssl.pipelines.plan.draw import ViewSpec, draw_plans
 from fastssl.pipelines.plan.order import batch_indices, steps_per_epoch
+from fastssl.utils.cores import available_cores
 from fastssl.utils.deadline import STALL_MINUTES
 from fastssl.utils.transfer import to_device
 
@@ -121,11 +122,12 @@ class ViewLoader:
             raise FastSSLError("views is a list of ViewSpec: [ViewSpec(...)]")
         if not views:
             raise FastSSLError("a loader needs at least one view")
-        settings = EngineSettings(device, batch_size, pipeline, workers, crops, on_bad, hardware_load, stall_minutes)
+        place, threads = checked_device(device), available_cores() if workers is None else workers
+        settings = EngineSettings(place, batch_size, pipeline, threads, crops, on_bad, hardware_load, stall_minutes)
         self.output = OutputSettings(seed, rank, world, shuffle, drop_last, dtype, colour)
         self.device, self.views, self.batch_size = settings.device, list(views), settings.batch_size
         self._owns_reader = not isinstance(data, BetonReader)
-        self.reader = BetonReader(data) if self._owns_reader else data
+        self.reader = data if isinstance(data, BetonReader) else BetonReader(data)
         try:
             self.indices = np.arange(len(self.reader)) if indices is None else _sample_ids(indices)
             self._check_size()
@@ -186,7 +188,8 @@ class ViewLoader:
             for rendered in rendered_batches:
                 started = time.perf_counter()
                 index, plans = rendered.request.index, [plan.reshape(-1) for plan in rendered.request.plans]
-                batch = Batch(rendered.views, torch.from_numpy(index), torch.from_numpy(self._labels(index)))
+                labels = np.full(len(index), -1) if self.reader.labels is None else self.reader.labels[index]
+                batch = Batch(rendered.views, torch.from_numpy(index), torch.from_numpy(labels))
                 if self.output.colour:
                     batch.views = [
                         augment(pixels, plan, spec, self.output.dtype, self._pool, memory)
@@ -202,11 +205,6 @@ class ViewLoader:
                 cpu = time.thread_time()
         finally:
             rendered_batches.close()
-
-    def _labels(self, index: np.ndarray) -> np.ndarray:
-        if self.reader.labels is None:
-            return np.full(len(index), -1, np.int64)
-        return self.reader.labels[index].astype(np.int64)
 
     def _close_reader(self) -> None:
         if self._owns_reader:

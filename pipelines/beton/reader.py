@@ -12,7 +12,6 @@ import os
 import threading
 import warnings
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +55,8 @@ class BetonReader:
         BetonError: the file is missing, damaged, unfinished or empty, or uses a custom field; the message says where.
     """
 
+    num_samples: int
+
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
         try:
@@ -75,9 +76,8 @@ class BetonReader:
             raise self._error(f"no memory for its tables: the header speaks of {samples}") from None
 
     def _read_tables(self) -> None:
-        header = self._read_array(0, 1, HEADER_DTYPE)[0]
         # Python integers from here on: they cannot overflow, whatever the file says.
-        version, num_fields, page_size, self.num_samples, table_at = (int(header[name]) for name in HEADER_DTYPE.names)
+        version, num_fields, page_size, self.num_samples, table_at = self._read_array(0, 1, HEADER_DTYPE)[0].item()
         if version in (0, VERSION) and table_at == 0:
             raise self._error("unfinished: its writer was stopped before the header was written; convert again")
         if version != VERSION:
@@ -257,7 +257,8 @@ class BetonReader:
                 f"{side_path(self.path)}: belongs to another version of the file; class names not used", stacklevel=2
             )
             return None
-        return side["classes"]
+        classes: list[str] | None = side["classes"]
+        return classes
 
     def encoded(self, i: int) -> np.ndarray:
         """The stored bytes of sample ``i``: 1-D uint8, a copy of the caller's own.
@@ -363,18 +364,14 @@ class BetonReader:
                 self._read(self._open_file(), int(self.offsets[i]) + (size - len(part)) // 2, part, f"sample {i}")
             except BetonError:
                 continue
-            found = zlib.crc32(part, found)
+            found = zlib.crc32(part.data, found)
         return found
 
     def _checksum(self, start: int, end: int) -> int:
         found = 0
-        for part in self._parts(start, end):
-            found = zlib.crc32(part, found)
-        return found
-
-    def _parts(self, start: int, end: int) -> Iterator[np.ndarray]:
         for low in range(start, end, _PART):
-            yield self._read_array(low, min(_PART, end - low), np.dtype(np.uint8))
+            found = zlib.crc32(self._read_array(low, min(_PART, end - low), np.dtype(np.uint8)).data, found)
+        return found
 
     def same_file(self) -> str:
         """A name under which others open the very file that is open here, also if its path leads elsewhere by now."""

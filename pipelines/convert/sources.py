@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import os
 import stat
 import tarfile
@@ -85,7 +86,7 @@ class Listing:
         size = int(self.sizes[i])
         if size > MAX_FILE_BYTES:
             raise SourceError(f"{size:,} bytes, more than the limit of {MAX_FILE_BYTES:,}")
-        if self._tar is not None:
+        if self._tar is not None and self.offsets is not None:
             data = os.pread(self._tar.fileno(), size, int(self.offsets[i]))
             if len(data) != size:
                 raise SourceError(f"cut off: the tar ends after {len(data)} of {size} bytes")
@@ -221,14 +222,11 @@ def _is_a_run(names: set[str]) -> bool:
 # ---------------------------------------------------------------- tars
 
 
-class _Window:
+class _Window(io.RawIOBase):
     """A part of an open file as a file of its own: how a tar inside a tar is read without copying it."""
 
     def __init__(self, file: BinaryIO, start: int, size: int):
         self._file, self._start, self.size, self._position = file, start, size, 0
-
-    def tell(self) -> int:
-        return self._position
 
     def seek(self, position: int, whence: int = os.SEEK_SET) -> int:
         base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self.size}[whence]
@@ -336,7 +334,7 @@ def _members(file: BinaryIO | _Window, size: int, what: str) -> Iterator[tarfile
                     raise SourceError(f"{what}: damaged tar: the member header at byte {member.offset} leads backwards")
                 last, count = member.offset, count + 1
                 # tarfile remembers every member: over a gigabyte for ImageNet.
-                archive.members = []
+                archive.members = []  # type: ignore[attr-defined]  # not in its types
                 yield member
             end = archive.offset
     except (tarfile.TarError, ValueError, OverflowError, RecursionError, EOFError, MemoryError) as error:

@@ -170,7 +170,7 @@ class DaliEngine(Engine):
             device_id=(self.device.index or 0) if gpu else None,
             prefetch_queue_depth=self.ahead,
         )
-        def graph():
+        def graph() -> tuple:
             encoded, *boxes = fn.external_source(
                 source=self._feed,
                 num_outputs=1 + 3 * total,
@@ -179,7 +179,7 @@ class DaliEngine(Engine):
                 ndim=[1] + [1, 1, 0] * total,
             )
             # The slow, smooth chroma upsampling is what libjpeg does in the other engines.
-            options: dict = {"output_type": types.RGB, "jpeg_fancy_upsampling": True}
+            options: dict[str, Any] = {"output_type": types.RGB, "jpeg_fancy_upsampling": True}
             if GetSchema("decoders__Image").HasArgument("adjust_orientation"):
                 # DALI 2 turns by EXIF unasked; the converter has done it, other engines never do.
                 options["adjust_orientation"] = False

@@ -138,4 +138,5 @@ def open_engine(reader: BetonReader, specs: Sequence[ViewSpec], settings: Engine
         raise FastSSLError(f"crops={settings.crops!r} is a choice of the native engine; {name} has one way to crop")
     require_engine(name, reader, specs)
     module = importlib.import_module(f"fastssl.pipelines.engines.{name}")
-    return getattr(module, f"{name.capitalize()}Engine")(reader, specs, settings)
+    engine: type[Engine] = getattr(module, f"{name.capitalize()}Engine")
+    return engine(reader, specs, settings)

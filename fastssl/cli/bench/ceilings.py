@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 from fastssl.cli.bench.measure import measure
@@ -27,7 +29,7 @@ from fastssl.cli.common import finite
     "runs",
     "json",
 )
-def ceilings(**chosen) -> None:
+def ceilings(**chosen: Any) -> None:
     """What this machine can do at most: bare JPEG decoding, memory copies, matrix products, and the disk past the page
     cache.
 

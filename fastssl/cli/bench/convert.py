@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 from fastssl.cli.bench.measure import measure
@@ -35,7 +37,7 @@ from fastssl.cli.common import console
     click.option("--peers", is_flag=True, help="In turns with ffcv's DatasetWriter, where that is installed."),
     "json",
 )
-def convert_bench(peers: bool, **chosen) -> None:
+def convert_bench(peers: bool, **chosen: Any) -> None:
     """Whole conversions: JPEGs copied through, and scaled to a short side of 256 px and encoded anew. pair/s are
     photos/s.
 

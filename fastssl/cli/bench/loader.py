@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 from fastssl.cli.bench.measure import measure
@@ -36,7 +38,7 @@ _OF_A_RECIPE = {"recipes": "recipe", "overrides": "set", "device": "device", "pi
     "json",
 )
 @click.pass_context
-def loader(ctx: click.Context, peers: bool, **chosen) -> None:
+def loader(ctx: click.Context, peers: bool, **chosen: Any) -> None:
     """Decoding, the host's cost in the number of views, and the whole loader; of the other engines the whole loader.
 
     \b

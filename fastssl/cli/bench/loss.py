@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 from fastssl.cli.bench.measure import measure
@@ -23,7 +25,7 @@ from fastssl.cli.bench.options import options
     "runs",
     "json",
 )
-def loss(**chosen) -> None:
+def loss(**chosen: Any) -> None:
     """The loss, forward and backward, in turns with the dense form of it.
 
     \b

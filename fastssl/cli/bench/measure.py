@@ -103,9 +103,9 @@ def measure(what: str, run: Callable[[Any], list[Record]], json_path: str | None
                 written.append(asdict(record))
                 _add(file, json_path, written)
     if failures:
-        label, error = failures[0]
+        label, first = failures[0]
         others = f" ({len(failures)} of {counted(len(jobs), 'setting')} failed)" if len(jobs) > 1 else ""
-        raise FastSSLError(f"{label}: {in_words(error)}{others}") from error
+        raise FastSSLError(f"{label}: {in_words(first)}{others}") from first
 
 
 def _add(file: TextIO | None, json_path: str | None, records: list[dict]) -> None:
@@ -117,8 +117,9 @@ def _add(file: TextIO | None, json_path: str | None, records: list[dict]) -> Non
             file.write(to_json(records[-1]) + "\n")
             file.flush()
     except OSError as error:
-        with suppress(OSError, AttributeError):
-            file.close()  # what is left in its buffer would be tried again at the end
+        with suppress(OSError):
+            if file is not None:
+                file.close()  # what is left in its buffer would be tried again at the end
         raise FastSSLError(
             f"{json_path}: a result was not written ({error.strerror or error}); it is in the table above"
         ) from error

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 
 from fastssl.cli.common import finite, json_option
 
 _ENGINES = click.Choice(["native", "dali", "ffcv"])
-_AMP = {"type": click.Choice(["auto", "bf16", "off"]), "show_default": True}
+_AMP: dict[str, Any] = {"type": click.Choice(["auto", "bf16", "off"]), "show_default": True}
 
 _OPTIONS: dict[str, Callable] = {
     "recipe": click.option(

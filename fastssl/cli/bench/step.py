@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 from fastssl.cli.bench.measure import measure
@@ -22,7 +24,7 @@ from fastssl.cli.bench.options import options
     click.option("--peers", is_flag=True, help="In turns with a MoCo step as public code writes it, in NCHW memory."),
     "json",
 )
-def step(**chosen) -> None:
+def step(**chosen: Any) -> None:
     """The training step on views that are on the device already. A batch that does not fit is halved.
 
     \b

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 from fastssl.cli.bench.measure import measure
@@ -11,7 +13,7 @@ from fastssl.cli.bench.options import options
 @click.command()
 @options("recipe", "arch", "set", "data", "photos", "device", "workers", "batch", "amp", "compile", "graph", "engine")
 @options("seconds", "runs", "json")
-def train(**chosen) -> None:
+def train(**chosen: Any) -> None:
     """Loader and step together, how much faster the same steps are on cached batches, and what would help.
 
     What would help is tried: the sentence that is printed holds the predicted and the measured gain.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 from fastssl.cli.bench.measure import measure
@@ -10,7 +12,7 @@ from fastssl.cli.bench.options import options
 
 @click.command()
 @options("recipe", "set", "data", "photos", "device", "batch", "runs", "json")
-def views(**chosen) -> None:
+def views(**chosen: Any) -> None:
     """Crop and colour of decoded pictures that lie on the device.
 
     \b
