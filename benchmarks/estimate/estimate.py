@@ -146,6 +146,7 @@ def run(
             raise FastSSLError(f"{data}: {how_many}, fewer than one batch of {batch}; give a smaller --batch-size")
         measured = measure(recipe, reader, device, pipeline, workers, started, seconds)
         online, final = _probe_sizes(recipe, reader, val)
+        on_device: float
         on_device, on_host = memory.loader_bytes(recipe, reader, device)
         photos = len(reader)
     if pipeline == "auto":

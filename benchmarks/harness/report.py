@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ def write_report(results: Iterable[Path], out: Path) -> list[Path]:
     files["recipes.md"] = (recipe_table(records) or "No record of a step or of training.").encode() + b"\n"
     out.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
-        write_atomically(out / name, lambda temporary, content=content: temporary.write_bytes(content))
+        write_atomically(out / name, partial(Path.write_bytes, data=content))
     return [
         out / name
         for name in ("report.html", "report.md", "recipes.md", *(name for name in files if name.endswith(".png")))
@@ -226,8 +227,8 @@ def _recipes(records: Iterable[Record]) -> Table:
             (
                 recipe,
                 network or "",
-                figure(step and step.pair_per_s),
-                figure(train and train.pair_per_s),
+                figure(step.pair_per_s if step else None),
+                figure(train.pair_per_s if train else None),
                 "" if fraction is None else f"{fraction:.0%}",
                 bottleneck or "",
                 machine,
@@ -325,7 +326,7 @@ def _rates_beside(record: Record, before: Sequence[Record]) -> tuple[float | Non
         )
 
     ours = next((one for one in reversed(before) if one.peer is None and run(one) == run(record)), None)
-    return ours and ours.pair_per_s, record.pair_per_s
+    return ours.pair_per_s if ours else None, record.pair_per_s
 
 
 def _ceilings(records: Sequence[Record]) -> list[Block]:
