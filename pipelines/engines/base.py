@@ -44,7 +44,6 @@ class EngineSettings:
             ``auto`` takes the device when it is a GPU. For ``native`` only, the other engines have one way.
         on_bad: ``fail`` raises at the first damaged picture; ``skip`` puts another sample of the batch in its place,
             counts it in ``stats.skipped`` and goes on.
-        hardware_load: for ``dali`` on a GPU, the share of the pictures that its JPEG unit decodes (0 .. 1); None: 0.65.
         stall_minutes: how long a batch is waited for; a warning comes after the first minute, ``Stalled`` at the end.
             ``math.inf``: for ever.
 
@@ -58,7 +57,6 @@ class EngineSettings:
     workers: int = field(default_factory=available_cores)
     crops: str = "auto"
     on_bad: str = "fail"
-    hardware_load: float | None = None
     stall_minutes: float = STALL_MINUTES
 
     def __post_init__(self) -> None:

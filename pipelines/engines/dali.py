@@ -184,8 +184,7 @@ class DaliEngine(Engine):
                 # DALI 2 turns by EXIF unasked; the converter has done it, other engines never do.
                 options["adjust_orientation"] = False
             if gpu:
-                load = self.settings.hardware_load
-                options["hw_decoder_load"] = 0.65 if load is None else load
+                options["hw_decoder_load"] = 0.65  # of the pictures; CUDA kernels decode the others
             pictures = fn.decoders.image(encoded, device="mixed" if gpu else "cpu", **options)
             outputs = []
             every_view = [spec for spec in self.specs for _ in range(spec.count)]

@@ -123,15 +123,7 @@ def open_engine(reader: BetonReader, specs: Sequence[ViewSpec], settings: Engine
     Raises:
         FastSSLError: as `require_engine`, or an option that the engine does not have.
     """
-    device, load = settings.device, settings.hardware_load
-    name = choose_engine(device)[0] if settings.pipeline == "auto" else settings.pipeline
-    if load is not None:
-        if name != "dali" or device.type != "cuda":
-            raise FastSSLError(
-                f"hardware_load={load!r} is a choice of the dali engine on a GPU; here it is {name} on {device.type}"
-            )
-        if not 0 <= load <= 1:
-            raise FastSSLError(f"hardware_load is a share, 0 .. 1, not {load!r}")
+    name = choose_engine(settings.device)[0] if settings.pipeline == "auto" else settings.pipeline
     if name == "native":
         return NativeEngine(reader, specs, settings)
     if settings.crops != "auto":
