@@ -311,19 +311,9 @@ def _rates_beside(record: Record, before: Sequence[Record]) -> tuple[float | Non
     if positive(details.get("peer_median_s")) and record.median_s and record.pair_per_s:
         return record.pair_per_s, record.pair_per_s * record.median_s / details["peer_median_s"]
 
-    def run(one: Record) -> tuple[Any, ...]:
-        about = one.details or {}
-        return (
-            one.bench,
-            one.recipe,
-            one.arch,
-            one.device,
-            one.batch_size,
-            one.workers,
-            one.git,
-            about.get("part"),
-            about.get("data"),
-        )
+    def run(one: Record) -> list[Any]:
+        fields = ("bench", "recipe", "arch", "device", "batch_size", "workers", "git")
+        return [getattr(one, name) for name in fields] + [(one.details or {}).get(name) for name in ("part", "data")]
 
     ours = next((one for one in reversed(before) if one.peer is None and run(one) == run(record)), None)
     return ours.pair_per_s if ours else None, record.pair_per_s

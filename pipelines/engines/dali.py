@@ -93,13 +93,12 @@ class DaliEngine(Engine):
         """
         self._requests = iter(())
         self.patience.settled(self._drawn)
-        left_early = not finished and self._pipeline is not None
         self._drawn.clear()
-        if left_early:
-            self._pipeline = None  # batches that it has begun cannot be taken back
-        elif self._pipeline is not None:
-            self._pipeline.reset()
         self._fed.clear()
+        if finished:
+            self._pipeline.reset()
+        else:
+            self._pipeline = None  # batches that it has begun cannot be taken back
 
     def _explain(self, error: RuntimeError) -> FastSSLError:
         text = " ".join(str(error).split())

@@ -78,7 +78,7 @@ class _Job:
         # What host crops are told: (B, count, 5) a group, and its views as (count, B, S, S, 3).
         self.boxes: list[np.ndarray] = []
         self.arrays: list[np.ndarray] = []
-        self.bad: list[tuple[int, Exception]] = []
+        self.bad: dict[int, Exception] = {}  # by position
 
 
 class NativeEngine(Engine):
@@ -161,9 +161,8 @@ class NativeEngine(Engine):
         """
         if not job.bad:
             return
-        index = job.request.index
-        self.stats.skipped.extend(int(index[position]) for position, _ in sorted(job.bad, key=lambda bad: bad[0]))
-        first = min(job.bad, key=lambda bad: bad[0])
+        index, bad = job.request.index, dict(sorted(job.bad.items()))
+        self.stats.skipped.extend(int(index[position]) for position in bad)
         pictures: dict[int, np.ndarray] = {}
 
         def is_sound(sample: int) -> bool:
@@ -176,7 +175,7 @@ class NativeEngine(Engine):
                     return False
             return True
 
-        donors = give_places(job.request, [position for position, _ in job.bad], first[1], is_sound)
+        donors = give_places(job.request, bad, next(iter(bad.values())), is_sound)
         for position, donor in donors.items():
             if donor is None:
                 self._put(slot, job, position, pictures[int(index[position])])
@@ -250,7 +249,7 @@ class NativeEngine(Engine):
                 if self.on_bad == "fail":
                     raise
                 with self._lock:
-                    job.bad.append((position, error))
+                    job.bad[position] = error
             except Exception:
                 with at_work_on(self.reader.path, f"sample {job.request.index[position]}"):
                     raise
