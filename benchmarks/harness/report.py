@@ -131,7 +131,11 @@ def _machine(record: Record) -> str:
 def _lead(records: Sequence[Record]) -> list[Block]:
     """One sentence for each recipe that was trained end to end, and one for those that were not."""
     rows = _by_recipe(records)
-    items = [(_row_name(recipe, train), _sentence(train)) for (recipe, *_), (_, train) in rows.items() if train]
+    items = [
+        (", ".join(filter(None, [recipe, network])), _sentence(train))
+        for (recipe, network, _), (_, train) in rows.items()
+        if train
+    ]
     trained = {recipe for (recipe, *_), (_, train) in rows.items() if train}
     absent = [
         recipe for recipe in dict.fromkeys(record.recipe for record in records) if recipe and recipe not in trained
@@ -146,10 +150,6 @@ def _lead(records: Sequence[Record]) -> list[Block]:
             )
         )
     return blocks
-
-
-def _row_name(recipe: str, record: Record) -> str:
-    return ", ".join(filter(None, [recipe, record.arch]))
 
 
 def _sentence(train: Record) -> str:

@@ -12,6 +12,7 @@ import os
 import threading
 import warnings
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -267,12 +268,7 @@ class BetonReader:
             BetonError: they cannot be read, or are no longer there; names file and sample.
         """
         self._require_sample(i)
-        try:
-            out = np.empty(int(self.sizes[i]), np.uint8)
-        except MemoryError:
-            raise self._error(f"sample {i}: no memory for its {self.sizes[i]:,} bytes") from None
-        self._read(self._open_file(), int(self.offsets[i]), out, f"sample {i}")
-        return out
+        return self._stored(i, lambda size: np.empty(size, np.uint8))
 
     def decode_into(self, i: int, out: np.ndarray) -> None:
         """Decode sample ``i`` into ``out``, (heights[i], widths[i], 3) uint8 C-contiguous; after an error its contents
@@ -283,22 +279,27 @@ class BetonReader:
                 and sample.
         """
         self._require_sample(i)
-        file, offset, size = self._open_file(), int(self.offsets[i]), int(self.sizes[i])
         shape = (int(self.heights[i]), int(self.widths[i]), 3)
         if out.shape != shape or out.dtype != np.uint8 or not out.flags.c_contiguous:
             raise JpegError(f"{self.path}: sample {i} is {shape} uint8, the buffer {out.shape} {out.dtype}")
         if self.modes[i] == MODE_RAW:
-            self._read(file, offset, out.reshape(-1), f"sample {i}")
+            self._stored(i, lambda _: out.reshape(-1))
             return
-        try:
-            data = self._memory(size)
-        except MemoryError:
-            raise self._error(f"sample {i}: no memory for its {size:,} bytes") from None
-        self._read(file, offset, data, f"sample {i}")
+        data = self._stored(i, self._memory)
         try:
             jpeg.decode_into(data, out)
         except JpegError as error:
             raise JpegError(f"{self.path}: sample {i}: {error}") from None
+
+    def _stored(self, i: int, room: Callable[[int], np.ndarray]) -> np.ndarray:
+        """The stored bytes of sample ``i`` in ``room(size)``."""
+        file, size = self._open_file(), int(self.sizes[i])
+        try:
+            out = room(size)
+        except MemoryError:
+            raise self._error(f"sample {i}: no memory for its {size:,} bytes") from None
+        self._read(file, int(self.offsets[i]), out, f"sample {i}")
+        return out
 
     def _memory(self, size: int) -> np.ndarray:
         """``size`` bytes to read into, this thread's own and overwritten by its next sample: new memory costs a fault a

@@ -219,7 +219,7 @@ class _Conversion:
         """Bring the photos to the disk, and only then the lines that vouch for them."""
         # Without a journal, what a large memory holds back would come at the very end, and a slow disk then take longer
         # than it may.
-        if self.journal.has_unsaved or (not self.journal.is_open and self._unsynced >= _MOST_UNSYNCED):
+        if self.journal.has_unsaved or (not self.options.resume and self._unsynced >= _MOST_UNSYNCED):
             self._on_disk(self._sync)
             self._unsynced = 0
 

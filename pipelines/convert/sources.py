@@ -187,8 +187,8 @@ def _walk(root: Path) -> Iterator[tuple[str, os.stat_result | str]]:
                 raise
             yield prefix, f"a folder that cannot be read: {error.strerror}"
             continue
-        if prefix and _is_a_run({entry.name for entry in ordered}):
-            continue
+        if prefix and {"config.yaml", "checkpoints"} <= {entry.name for entry in ordered}:
+            continue  # of a pre-training, whose pictures are no photos
         for entry in ordered:
             name = f"{prefix}{entry.name}"
             try:
@@ -211,11 +211,6 @@ def _classes(parts: dict[str, list[str]]) -> dict[str, str] | None:
     class_of = {name: path[0] for name, path in parts.items() if len(path) > 1}
     loose = len(parts) - len(class_of)
     return None if 2 * loose >= len(parts) or (loose and len(set(class_of.values())) == 1) else class_of
-
-
-def _is_a_run(names: set[str]) -> bool:
-    """Whether a folder with these in it is that of a pre-training, whose pictures are no photos."""
-    return {"config.yaml", "checkpoints"} <= names
 
 
 # ---------------------------------------------------------------- tars

@@ -70,13 +70,11 @@ def _version(start: str) -> str | None:
 
 def choose_engine(device: torch.device) -> tuple[str, str]:
     """What ``auto`` stands for on ``device``, and why: (name, reason)."""
+    why = "the fastest on a CPU, and it needs no further package (benchmarks/results/)"
     if device.type == "cuda":
-        return (
-            "native",
-            "decodes on the host's cores and crops on the GPU; measure the others with `fastssl bench loader "
-            "--pipeline dali`",
-        )
-    return "native", "the fastest on a CPU, and it needs no further package (benchmarks/results/)"
+        why = "decodes on the host's cores and crops on the GPU; measure the others with `fastssl bench loader "
+        why += "--pipeline dali`"
+    return "native", why
 
 
 def jpeg_hardware() -> str:
