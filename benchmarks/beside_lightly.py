@@ -34,7 +34,7 @@ from typing import Any
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from fastssl.config.recipe import load_recipe
@@ -61,15 +61,16 @@ class _Photos(Dataset):
     views.
     """
 
-    def __init__(self, path: Path, transform: Callable[[Image.Image], list[Tensor]]):
-        self.path, self.transform, self._reader = path, transform, None
+    def __init__(self, path: Path, transform: Callable[[Any], Any]):
+        self.path, self.transform = path, transform
+        self._reader: BetonReader | None = None
         with BetonReader(path) as reader:
             self._length = len(reader)
 
     def __len__(self) -> int:
         return self._length
 
-    def __getitem__(self, index: int) -> list[Tensor]:
+    def __getitem__(self, index: int) -> Any:
         if self._reader is None:  # in the worker
             self._reader = BetonReader(self.path)
         return self.transform(Image.open(io.BytesIO(self._reader.encoded(index).tobytes())).convert("RGB"))

@@ -15,12 +15,13 @@ from torch import Tensor
 
 from fastssl.errors import FastSSLError, counted
 from fastssl.pipelines.beton.reader import BetonReader
-from fastssl.pipelines.engines.base import EngineSettings, EngineStats, Request
+from fastssl.pipelines.engines.base import EngineSettings, EngineStats, Request, checked_device
 from fastssl.pipelines.engines.registry import open_engine
 from fastssl.pipelines.ops.augment import augment, parameter_table
 from fastssl.pipelines.ops.recycled_memory import RecycledMemory
 from fastssl.pipelines.plan.draw import ViewSpec, draw_plans
 from fastssl.pipelines.plan.order import batch_indices, steps_per_epoch
+from fastssl.utils.cores import available_cores
 from fastssl.utils.deadline import STALL_MINUTES
 from fastssl.utils.transfer import to_device
 
@@ -45,40 +46,6 @@ class Batch:
     tables: list[Tensor] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class OutputSettings:
-    """Which samples come when, and as what.
-
-    Attributes:
-        seed: of the order and of the views.
-        rank, world: which part of each global batch is ours.
-        shuffle: draw a new order every epoch; otherwise samples come as they are stored.
-        drop_last: leave out the last, partial batch (on one rank only may it be kept).
-        dtype: of the views.
-        colour: apply the colour operations here. Without it the batch holds the uint8 crops and the tables that
-            ``augment_device`` takes, for a step that does it itself.
-
-    Raises:
-        FastSSLError: values that do not go together.
-    """
-
-    seed: int = 0
-    rank: int = 0
-    world: int = 1
-    shuffle: bool = True
-    drop_last: bool = True
-    dtype: torch.dtype = torch.float32
-    colour: bool = True
-
-    def __post_init__(self) -> None:
-        if not self.drop_last and (self.world > 1 or self.shuffle):
-            raise FastSSLError(
-                "drop_last=False goes with shuffle=False and one process: training steps all have one size"
-            )
-        if not isinstance(self.dtype, torch.dtype) or not self.dtype.is_floating_point:
-            raise FastSSLError(f"dtype={self.dtype!r} is not a floating-point dtype of torch; views are normalised")
-
-
 class ViewLoader:
     """Batches of views. Every random choice is a function of (seed, epoch, sample id, view): nothing else.
 
@@ -89,8 +56,14 @@ class ViewLoader:
         views: the view groups, for instance two global and six local views.
         indices: restrict the loader to these sample ids.
         batch_size: samples a step on this rank.
-        device, pipeline, workers, crops, on_bad, hardware_load, stall_minutes: see ``EngineSettings``.
-        seed, rank, world, shuffle, drop_last, dtype, colour: see ``OutputSettings``.
+        device, pipeline, workers, crops, on_bad, stall_minutes: see ``EngineSettings``.
+        seed: of the order and of the views.
+        rank, world: which part of each global batch is ours.
+        shuffle: draw a new order every epoch; otherwise samples come as they are stored.
+        drop_last: leave out the last, partial batch; it may be kept without ``shuffle`` on one rank.
+        dtype: of the views.
+        colour: apply the colour operations here. Without it the batch holds the uint8 crops and the tables that
+            ``augment_device`` takes, for a step that does it itself.
 
     Raises:
         FastSSLError: the file has fewer samples than one global batch, or an option has a value that does not exist.
@@ -114,18 +87,25 @@ class ViewLoader:
         drop_last: bool = True,
         dtype: torch.dtype = torch.float32,
         colour: bool = True,
-        hardware_load: float | None = None,
         stall_minutes: float = STALL_MINUTES,
     ):
         if isinstance(views, ViewSpec):
             raise FastSSLError("views is a list of ViewSpec: [ViewSpec(...)]")
         if not views:
             raise FastSSLError("a loader needs at least one view")
-        settings = EngineSettings(device, batch_size, pipeline, workers, crops, on_bad, hardware_load, stall_minutes)
-        self.output = OutputSettings(seed, rank, world, shuffle, drop_last, dtype, colour)
+        place, threads = checked_device(device), available_cores() if workers is None else workers
+        settings = EngineSettings(place, batch_size, pipeline, threads, crops, on_bad, stall_minutes)
+        if not drop_last and (world > 1 or shuffle):
+            raise FastSSLError(
+                "drop_last=False goes with shuffle=False and one process: training steps all have one size"
+            )
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise FastSSLError(f"dtype={dtype!r} is not a floating-point dtype of torch; views are normalised")
+        self.seed, self.rank, self.world, self.shuffle = seed, rank, world, shuffle
+        self.drop_last, self.dtype, self.colour = drop_last, dtype, colour
         self.device, self.views, self.batch_size = settings.device, list(views), settings.batch_size
         self._owns_reader = not isinstance(data, BetonReader)
-        self.reader = BetonReader(data) if self._owns_reader else data
+        self.reader = data if isinstance(data, BetonReader) else BetonReader(data)
         try:
             self.indices = np.arange(len(self.reader)) if indices is None else _sample_ids(indices)
             self._check_size()
@@ -144,14 +124,14 @@ class ViewLoader:
         if len(self) < 1:
             samples = counted(count, "sample")
             raise FastSSLError(
-                f"{self.reader.path}: {samples}, fewer than one batch of {self.batch_size * self.output.world}; lower "
+                f"{self.reader.path}: {samples}, fewer than one batch of {self.batch_size * self.world}; lower "
                 "the batch size"
             )
 
     def __len__(self) -> int:
         """Steps in an epoch."""
-        if self.output.drop_last:
-            return steps_per_epoch(len(self.indices), self.batch_size, self.output.world)
+        if self.drop_last:
+            return steps_per_epoch(len(self.indices), self.batch_size, self.world)
         return -(-len(self.indices) // self.batch_size)
 
     @property
@@ -161,12 +141,12 @@ class ViewLoader:
 
     def request(self, epoch: int, step: int) -> Request:
         """The ids and the view plan of one step: a pure function, the same on any machine."""
-        total = self.batch_size * self.output.world
-        if self.output.shuffle:
-            everyone = batch_indices(len(self.indices), self.output.seed, epoch, step, total)
+        total = self.batch_size * self.world
+        if self.shuffle:
+            everyone = batch_indices(len(self.indices), self.seed, epoch, step, total)
         else:
             everyone = np.arange(step * total, min((step + 1) * total, len(self.indices)))
-        first = self.output.rank * self.batch_size
+        first = self.rank * self.batch_size
         request = self._drawn(epoch, everyone[first : first + self.batch_size])
         request.first, request.total = first, len(everyone)
         request.draw = lambda place: self._drawn(epoch, everyone[place : place + 1])
@@ -175,7 +155,7 @@ class ViewLoader:
     def _drawn(self, epoch: int, chosen: np.ndarray) -> Request:
         index = self.indices[chosen]
         heights, widths = self.reader.heights[index], self.reader.widths[index]
-        return Request(index, draw_plans(self.views, self.output.seed, epoch, index, heights, widths))
+        return Request(index, draw_plans(self.views, self.seed, epoch, index, heights, widths))
 
     def epoch(self, epoch: int, start_step: int = 0) -> Generator[Batch, None, None]:
         """The batches of one epoch, from ``start_step`` on (to go on where a run was stopped)."""
@@ -186,10 +166,11 @@ class ViewLoader:
             for rendered in rendered_batches:
                 started = time.perf_counter()
                 index, plans = rendered.request.index, [plan.reshape(-1) for plan in rendered.request.plans]
-                batch = Batch(rendered.views, torch.from_numpy(index), torch.from_numpy(self._labels(index)))
-                if self.output.colour:
+                labels = np.full(len(index), -1) if self.reader.labels is None else self.reader.labels[index]
+                batch = Batch(rendered.views, torch.from_numpy(index), torch.from_numpy(labels))
+                if self.colour:
                     batch.views = [
-                        augment(pixels, plan, spec, self.output.dtype, self._pool, memory)
+                        augment(pixels, plan, spec, self.dtype, self._pool, memory)
                         for pixels, plan, spec, memory in zip(rendered.views, plans, self.views, self._memory)
                     ]
                 else:
@@ -202,11 +183,6 @@ class ViewLoader:
                 cpu = time.thread_time()
         finally:
             rendered_batches.close()
-
-    def _labels(self, index: np.ndarray) -> np.ndarray:
-        if self.reader.labels is None:
-            return np.full(len(index), -1, np.int64)
-        return self.reader.labels[index].astype(np.int64)
 
     def _close_reader(self) -> None:
         if self._owns_reader:

@@ -146,6 +146,7 @@ def run(
             raise FastSSLError(f"{data}: {how_many}, fewer than one batch of {batch}; give a smaller --batch-size")
         measured = measure(recipe, reader, device, pipeline, workers, started, seconds)
         online, final = _probe_sizes(recipe, reader, val)
+        on_device: float
         on_device, on_host = memory.loader_bytes(recipe, reader, device)
         photos = len(reader)
     if pipeline == "auto":
@@ -182,6 +183,7 @@ def run(
     fits = need.at(batch, parts) <= usable
     largest, stopped = cost.largest_batch(need, usable, settings=recipe.settings, most=photos, parts=parts)
     peak = need.at(batch, parts)
+    online_knn = "kNN of the online probes, " if recipe.probe.every_epochs else ""
     return Estimate(
         recipe=recipe_name,
         arch=resolve_arch(recipe.arch),
@@ -234,7 +236,7 @@ def run(
             "step_overhead": measured.overhead,
         },
         extrapolated=_extrapolated(recipe, measured, len(alike)),
-        left_out=_left_out(recipe),
+        left_out=[f"{online_knn}kNN, linear probe, pictures and report at the end", "writing checkpoints"],
         seconds=time.perf_counter() - started,
     )
 
@@ -268,9 +270,3 @@ def _extrapolated(recipe: Recipe, measured: Measured, points: int) -> list[str]:
         if getattr(train, switch):
             found.append(f"train.{switch}: measured without it, the run should be faster")
     return found
-
-
-def _left_out(recipe: Recipe) -> list[str]:
-    """What the run will do besides, in words."""
-    online = "kNN of the online probes, " if recipe.probe.every_epochs else ""
-    return [f"{online}kNN, linear probe, pictures and report at the end", "writing checkpoints"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import statistics
 import time
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -80,11 +81,9 @@ def scaled(recipe: Recipe, batch: int) -> Recipe:
     """The recipe with steps of ``batch`` in one pass, eager; a queue and BatchNorm groups that would not go with this
     batch are adapted to it.
     """
-    return replace(
-        recipe,
-        **{recipe.method: recipe.settings.scaled(batch)},
-        train=replace(recipe.train, batch_size=batch, accumulate=1, compile=False, graph=False),
-    )
+    train = replace(recipe.train, batch_size=batch, accumulate=1, compile=False, graph=False)
+    changes: dict[str, Any] = {recipe.method: recipe.settings.scaled(batch), "train": train}
+    return replace(recipe, **changes)
 
 
 def gauge_step(recipe: Recipe, device: torch.device, batch: int) -> Gauge:
@@ -215,7 +214,7 @@ def together_s(
     return window.seconds * batch / window.samples, max(0, held)
 
 
-def _loader(reader: BetonReader, recipe: Recipe, batch: int, device: torch.device, **options: object) -> ViewLoader:
+def _loader(reader: BetonReader, recipe: Recipe, batch: int, device: torch.device, **options: Any) -> ViewLoader:
     dtype = torch.bfloat16 if use_amp(recipe.train.amp, device) else torch.float32
     return open_loader(reader, recipe.views, batch, device, on_bad=recipe.train.on_bad, dtype=dtype, **options)
 

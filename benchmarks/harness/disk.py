@@ -55,7 +55,8 @@ def measure_disk(folder: Path | None = None, runs: int = MIN_RUNS, size: int = 2
         size: of each file in bytes; less where that would be more than a quarter of the free space.
     """
     folder = Path(tempfile.gettempdir()) if folder is None else folder
-    writes, reads = [], []
+    writes: list[float] = []
+    reads: list[float] = []
     try:
         if kind := _kind_in_memory(folder):
             return DiskRates(problem=f"the folder lies in memory ({kind}), not on a disk")
@@ -68,11 +69,11 @@ def measure_disk(folder: Path | None = None, runs: int = MIN_RUNS, size: int = 2
         for _ in range(runs + 1):
             write_s, read_s = _round(folder, size, memoryview(noise))
             writes.append(write_s)
-            reads.append(read_s)
+            reads += [read_s] if read_s is not None else []
     except OSError as error:
         return DiskRates(problem=error.strerror or str(error))
     write = size / statistics.median(writes[1:])
-    if None in reads:
+    if len(reads) < len(writes):
         return DiskRates(
             None, write, "the page cache can neither be passed by (O_DIRECT) nor be emptied of the file here"
         )
@@ -141,5 +142,5 @@ def _kind_in_memory(folder: Path) -> str | None:
         if mount.fstype in ("tmpfs", "ramfs", "devtmpfs"):
             with contextlib.suppress(OSError):
                 if os.stat(mount.mountpoint).st_dev == device:
-                    return mount.fstype
+                    return str(mount.fstype)
     return None

@@ -54,7 +54,9 @@ def make_photo(seed: int, height: int, width: int) -> NDArray[np.uint8]:
     texture = np.clip(noise(6) + 0.6, 0.1, 2.0) * rng.standard_normal((height, width)).astype(np.float32)
     light += np.asarray(edges) + 24 * texture
     red, blue = (sum(noise(cells) * (25 / cells**0.5) for cells in (2, 6, 24)) for _ in range(2))
-    return np.clip(np.stack([light + red, light - 0.5 * (red + blue), light + blue], axis=2), 0, 255).astype(np.uint8)
+    photo: NDArray[np.uint8]
+    photo = np.clip(np.stack([light + red, light - 0.5 * (red + blue), light + blue], axis=2), 0, 255).astype(np.uint8)
+    return photo
 
 
 def write_photos(path: Path, count: int, *, seed: int = 0, sizes: tuple[tuple[int, int], ...] = SIZES) -> None:

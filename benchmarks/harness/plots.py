@@ -10,7 +10,7 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 from matplotlib.figure import Figure
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 _COLOURS = ("#2563a8", "#d1632f", "#0f8a68", "#8b5cb8", "#9a7b1c", "#b8477d", "#4a93b5", "#7a6a5d")
 _CEILING, _INK, _QUIET, _GRID = "#b9c6d6", "#1c2430", "#5b6676", "#e3e7ec"
 # Names come from files: a dollar sign in one is no formula.
-_STYLE = {
+_STYLE: Any = {  # matplotlib's type for it lists all names that there are
     "text.parse_math": False,
     "font.family": "DejaVu Sans",
     "font.size": 10,
@@ -90,7 +90,7 @@ def measured_parts(records: Iterable[Record]) -> dict[tuple[str, str], Record]:
         recipe = record.recipe or "no recipe"
         first = networks.setdefault(recipe, record.arch) if record.arch else record.arch
         key = (recipe if record.arch == first else f"{recipe} with {record.arch}", name)
-        if key not in found or record.pair_per_s > found[key].pair_per_s:
+        if key not in found or record.pair_per_s > (found[key].pair_per_s or 0):
             found[key] = record
     recipes, parts = list(dict.fromkeys(recipe for recipe, _ in found)), list(_PARTS.values())
     order = sorted(found, key=lambda key: (recipes.index(key[0]), parts.index(key[1].split(" (")[0]), key[1]))
@@ -104,7 +104,9 @@ def images_per_s(records: Sequence[Record]) -> Figure | str:
     parts = measured_parts(records)
     if not parts:
         return "no record of the loader, the views, the step or training has a rate"
-    places, names, y = [], {}, 0.0
+    places: list[float] = []
+    names: dict[str, float] = {}
+    y = 0.0
     for recipe, _ in parts:
         if recipe not in names:
             y += 1.1 * bool(names)
@@ -159,7 +161,7 @@ def _draw_rates(axes: Axes, field: str, places: Sequence[float], records: Sequen
 
 
 def _bars(
-    axes: Axes, rows: Sequence[tuple[float, float, str]], left: float, height: float, colour: str, **text: object
+    axes: Axes, rows: Sequence[tuple[float, float, str]], left: float, height: float, colour: str, **text: Any
 ) -> None:
     """Bars from ``left`` to each row's value, its text behind it."""
     for place, value, words in rows:
@@ -196,7 +198,7 @@ def share_of_time(records: Sequence[Record]) -> Figure | str:
         return "no record has the shares of its time"
     rows = rows[-_ROWS:]
     parts = list(dict.fromkeys(name for _, shares in rows for name in shares))
-    looks = {
+    looks: dict[str, dict[str, Any]] = {
         name: {
             "facecolor": _COLOURS[number % len(_COLOURS)],
             "hatch": "//" if number >= len(_COLOURS) else None,
@@ -245,7 +247,7 @@ def scaling(records: Sequence[Record]) -> Figure | str:
         if part in ("decode", "views") and record.recipe and record.pair_per_s and record.view_per_s:
             groups.setdefault(setting, []).append(record)
         # One line for each recipe, on the most threads: more would lie on one another.
-        most = costs.get(setting, record).workers
+        most = costs.get(setting, record).workers or 0
         if part == "host cost" and _figures(record, "host_cpu_ms") and most <= record.workers:
             costs[setting] = record
     if not groups and not costs:
@@ -269,14 +271,14 @@ def _setting(record: Record) -> str:
 
 
 def _draw_threads(axes: Axes, title: str, records: Sequence[Record]) -> None:
-    counts = sorted({record.workers for record in records})
+    counts = sorted({record.workers or 0 for record in records})
     for colour, part, name in zip(_COLOURS, ("decode", "views"), ("decode", "whole loader")):
-        members = {record.workers: record for record in records if record.details["part"] == part}
-        points = [members[count] for count in sorted(members)]
+        points = {r.workers or 0: r for r in records if (r.details or {}).get("part") == part}
         if not points:
             continue
-        axes.plot([r.workers for r in points], [r.pair_per_s for r in points], "o-", color=colour, label=name)
-        limits = [(r.workers, ceiling) for r in points if (ceiling := _ceiling(r, "pair_per_s"))]
+        members = [(count, points[count]) for count in sorted(points)]
+        axes.plot(*zip(*((count, r.pair_per_s or 0.0) for count, r in members)), "o-", color=colour, label=name)
+        limits = [(count, ceiling) for count, r in members if (ceiling := _ceiling(r, "pair_per_s"))]
         if limits:
             axes.plot(*zip(*limits), "o--", color=colour, alpha=0.5, markerfacecolor="white", label=f"{name}: ceiling")
     high = max(counts)
@@ -304,7 +306,7 @@ def _draw_costs(axes: Axes, records: Sequence[Record]) -> None:
         cost = _figures(record, "host_cpu_ms")
         views = {key: 0 if key == "bare" else sum(map(int, re.findall(r"\d{1,6}", key))) for key in cost}
         names.update({views[key]: "decode\nalone" if key == "bare" else str(views[key]) for key in views})
-        label = _short(f"{record.recipe}, {counted(record.workers, 'thread')}", 44)
+        label = _short(f"{record.recipe}, {counted(record.workers or 0, 'thread')}", 44)
         axes.plot(*zip(*sorted((views[key], cost[key]) for key in cost)), "o-", color=colour, label=label)
     axes.set_xticks(list(names), list(names.values()))
     axes.margins(x=0.08)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ def write_report(results: Iterable[Path], out: Path) -> list[Path]:
     files["recipes.md"] = (recipe_table(records) or "No record of a step or of training.").encode() + b"\n"
     out.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
-        write_atomically(out / name, lambda temporary, content=content: temporary.write_bytes(content))
+        write_atomically(out / name, partial(Path.write_bytes, data=content))
     return [
         out / name
         for name in ("report.html", "report.md", "recipes.md", *(name for name in files if name.endswith(".png")))
@@ -130,7 +131,11 @@ def _machine(record: Record) -> str:
 def _lead(records: Sequence[Record]) -> list[Block]:
     """One sentence for each recipe that was trained end to end, and one for those that were not."""
     rows = _by_recipe(records)
-    items = [(_row_name(recipe, train), _sentence(train)) for (recipe, *_), (_, train) in rows.items() if train]
+    items = [
+        (", ".join(filter(None, [recipe, network])), _sentence(train))
+        for (recipe, network, _), (_, train) in rows.items()
+        if train
+    ]
     trained = {recipe for (recipe, *_), (_, train) in rows.items() if train}
     absent = [
         recipe for recipe in dict.fromkeys(record.recipe for record in records) if recipe and recipe not in trained
@@ -145,10 +150,6 @@ def _lead(records: Sequence[Record]) -> list[Block]:
             )
         )
     return blocks
-
-
-def _row_name(recipe: str, record: Record) -> str:
-    return ", ".join(filter(None, [recipe, record.arch]))
 
 
 def _sentence(train: Record) -> str:
@@ -226,8 +227,8 @@ def _recipes(records: Iterable[Record]) -> Table:
             (
                 recipe,
                 network or "",
-                figure(step and step.pair_per_s),
-                figure(train and train.pair_per_s),
+                figure(step.pair_per_s if step else None),
+                figure(train.pair_per_s if train else None),
                 "" if fraction is None else f"{fraction:.0%}",
                 bottleneck or "",
                 machine,
@@ -310,22 +311,12 @@ def _rates_beside(record: Record, before: Sequence[Record]) -> tuple[float | Non
     if positive(details.get("peer_median_s")) and record.median_s and record.pair_per_s:
         return record.pair_per_s, record.pair_per_s * record.median_s / details["peer_median_s"]
 
-    def run(one: Record) -> tuple[Any, ...]:
-        about = one.details or {}
-        return (
-            one.bench,
-            one.recipe,
-            one.arch,
-            one.device,
-            one.batch_size,
-            one.workers,
-            one.git,
-            about.get("part"),
-            about.get("data"),
-        )
+    def run(one: Record) -> list[Any]:
+        fields = ("bench", "recipe", "arch", "device", "batch_size", "workers", "git")
+        return [getattr(one, name) for name in fields] + [(one.details or {}).get(name) for name in ("part", "data")]
 
     ours = next((one for one in reversed(before) if one.peer is None and run(one) == run(record)), None)
-    return ours and ours.pair_per_s, record.pair_per_s
+    return ours.pair_per_s if ours else None, record.pair_per_s
 
 
 def _ceilings(records: Sequence[Record]) -> list[Block]:

@@ -68,11 +68,10 @@ def forward_cost(network: nn.Module, images: Tensor | Sequence[Tensor], itemsize
     layers: list[Layer] = []
 
     def count(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        per_output = layer.weight[
-            0
-        ].numel()  # a convolution's weight is (out, in / groups, kh, kw), a linear layer's (out, in)
-        moved = inputs[0].numel() + output.numel() + layer.weight.numel()
-        layers.append(Layer(2.0 * per_output * output.numel(), float(itemsize * moved)))
+        weight = layer.weight  # of a convolution (out, in / groups, kh, kw), of a linear layer (out, in)
+        assert isinstance(weight, Tensor)
+        moved = inputs[0].numel() + output.numel() + weight.numel()
+        layers.append(Layer(2.0 * weight[0].numel() * output.numel(), float(itemsize * moved)))
 
     watched = [layer for layer in network.modules() if isinstance(layer, (nn.Conv2d, nn.Linear))]
     hooks = [layer.register_forward_hook(count) for layer in watched]

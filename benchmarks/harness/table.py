@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import TypeGuard
 
 from fastssl.benchmarks.harness.records import Record
 from fastssl.errors import counted
@@ -103,7 +104,7 @@ def _limits(details: dict) -> list[str]:
     return found + ([f"disk: {details['disk_problem']}"] if details.get("disk_problem") else [])
 
 
-def positive(value: object) -> bool:
+def positive(value: object) -> TypeGuard[float]:
     """Whether ``value`` is a rate or share that an axis has room for."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 1e-30 < value < 1e30
 

@@ -11,19 +11,20 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 MIN_RUNS = 5
+_Name = TypeVar("_Name", bound=Hashable)
 
 
-def in_turns(names: Iterable[str], runs: int) -> list[str]:
+def in_turns(names: Iterable[_Name], runs: int) -> list[_Name]:
     """Every name ``runs`` times.
 
     Raises:
@@ -66,7 +67,7 @@ class Timing:
 
 
 def measure_in_turns(
-    contenders: dict[str, Callable[[], object]], *, device: torch.device | str, runs: int = MIN_RUNS, warmup: int = 2
+    contenders: Mapping[str, Callable[[], object]], *, device: torch.device | str, runs: int = MIN_RUNS, warmup: int = 2
 ) -> dict[str, Timing]:
     """Time every contender ``runs`` times, in turns, after ``warmup`` runs each that are not counted."""
     device, turns = torch.device(device), in_turns(contenders, runs)
@@ -117,14 +118,15 @@ def peak_extra_bytes(run: Callable[[], object], device: torch.device | str) -> i
     return int(np.cumsum([event["args"]["Bytes"] for event in changes]).max(initial=0))
 
 
-def traced(run: Callable[[], object], activity: ProfilerActivity, **options: bool) -> list[dict[str, Any]]:
+def traced(run: Callable[[], object], activity: ProfilerActivity, **options: Any) -> list[dict[str, Any]]:
     """What torch's profiler saw of ``run``, as events of a Chrome trace."""
     with profile(activities=[activity], **options) as profiler:
         run()
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(trace))
-        return json.loads(trace.read_text())["traceEvents"]
+        events: list[dict[str, Any]] = json.loads(trace.read_text())["traceEvents"]
+        return events
 
 
 def busy_share(run: Callable[[], object], device: torch.device) -> tuple[float, int] | None:
@@ -137,7 +139,12 @@ def busy_share(run: Callable[[], object], device: torch.device) -> tuple[float, 
     if device.type != "cuda":
         return None
     synchronize(device)
-    events = traced(lambda: (run(), synchronize(device)), ProfilerActivity.CUDA)
+
+    def whole_run() -> None:
+        run()
+        synchronize(device)
+
+    events = traced(whole_run, ProfilerActivity.CUDA)
     spans = [(e["ts"], e["ts"] + e["dur"]) for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
     return (busy_of_spans(spans), len(spans)) if spans else None
 

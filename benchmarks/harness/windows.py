@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -20,6 +20,7 @@ from fastssl.pipelines.engines.base import EngineStats
 #: Batches taken before a window opens: more than a loader's ring holds, so that those which were ready beforehand are
 #: gone.
 WARM_BATCHES = 6
+_Name = TypeVar("_Name", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,8 @@ Contender = Callable[[float], Window]
 
 
 def measure_windows(
-    contenders: dict[str, Contender], *, seconds: float, runs: int = MIN_RUNS
-) -> dict[str, list[Window]]:
+    contenders: Mapping[_Name, Contender], *, seconds: float, runs: int = MIN_RUNS
+) -> dict[_Name, list[Window]]:
     """``runs`` windows of each contender in turns, the order turning round, after one short round that is not counted.
 
     Args:
@@ -62,7 +63,7 @@ def measure_windows(
     length, turns = seconds / (runs * len(contenders)), in_turns(contenders, runs)
     for run in contenders.values():
         run(length / 4)
-    windows: dict[str, list[Window]] = {name: [] for name in contenders}
+    windows: dict[_Name, list[Window]] = {name: [] for name in contenders}
     for name in turns:
         windows[name].append(contenders[name](length))
     return windows
@@ -90,7 +91,7 @@ def largest_share(shares: Mapping[str, float]) -> str:
 
 
 def stream_window(
-    start: Callable[[], Iterator[Any]],
+    start: Callable[[], Generator[Any, None, None]],
     consume: Callable[[Any], object],
     stats: EngineStats,
     batch_size: int,

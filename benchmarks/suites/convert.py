@@ -36,12 +36,16 @@ from fastssl.pipelines.engines.registry import engine_state
 from fastssl.pipelines.ops import jpeg
 
 #: The two things a converter does, by the name of the record's part.
-MODES = {"copy": {"keep_size": True, "short_side": None}, "short side 256": {"short_side": 256}}
+MODES: dict[str, dict[str, Any]] = {
+    "copy": {"keep_size": True, "short_side": None},
+    "short side 256": {"short_side": 256},
+}
 
 
 def write_tree(folder: Path, count: int) -> None:
     """Write the ``count`` synthetic JPEGs as ``folder``/class/number.jpg."""
     with BetonReader(ensure_photos(count)) as reader:
+        assert reader.labels is not None  # `write_photos` gave them some
         for sample in range(len(reader)):
             place = folder / f"class{int(reader.labels[sample])}"
             place.mkdir(parents=True, exist_ok=True)
@@ -155,7 +159,8 @@ def _decode(data: bytes, options: ConvertOptions) -> np.ndarray:
     goal = options.target_size(height, width)
     far = height >= 4 * goal[0] and width >= 4 * goal[1]
     scale = {"min_height": 2 * goal[0], "min_width": 2 * goal[1], "min_factor": 2} if far else {}
-    return simplejpeg.decode_jpeg(data, colorspace="RGB", strict=True, **scale)
+    pixels: np.ndarray = simplejpeg.decode_jpeg(data, colorspace="RGB", strict=True, **scale)
+    return pixels
 
 
 def run(setting: Setting) -> list[Record]:

@@ -67,15 +67,12 @@ class FfcvWriter:
     def __init__(self, listing: Listing, chosen: Sequence[int], options: ConvertOptions, folder: Path):
         if problem := engine_state("ffcv").problem:
             raise FastSSLError(f"ffcv's writer cannot run here: {problem}")
-        self.folder, self.quality, self.workers = folder, options.quality, options.workers
+        self.folder, self.quality, self.workers = folder, options.quality, options.workers or 1
         places, sides, scaled = [], [], []
         for number in chosen:
-            inside = listing.offsets is not None
-            path, offset = (
-                (listing.source, int(listing.offsets[number]))
-                if inside
-                else (listing.source / listing.names[number], 0)
-            )
+            path, offset = listing.source / listing.names[number], 0
+            if listing.offsets is not None:
+                path, offset = listing.source, int(listing.offsets[number])
             place = Place(path, offset, int(listing.sizes[number]), int(listing.labels[number]))
             with contextlib.suppress(Exception):  # decoders raise anything at all for damaged input
                 width, height = place.open().size

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
@@ -43,7 +43,7 @@ from fastssl.pipelines.beton.format import MODE_RAW
 from fastssl.pipelines.beton.reader import BetonReader
 from fastssl.pipelines.engines.base import Engine, EngineSettings, Request
 from fastssl.pipelines.engines.native import NativeEngine
-from fastssl.pipelines.loader import ViewLoader
+from fastssl.pipelines.loader import Batch, ViewLoader
 from fastssl.pipelines.ops.crop import boxes_of, crop_resize_host
 from fastssl.pipelines.plan.draw import ViewSpec, draw_plans
 
@@ -60,7 +60,7 @@ class DecodeEngine(NativeEngine):
 
 
 def open_loader(
-    reader: BetonReader, views: Sequence[ViewSpec], batch_size: int, device: torch.device, **options: object
+    reader: BetonReader, views: Sequence[ViewSpec], batch_size: int, device: torch.device, **options: Any
 ) -> ViewLoader:
     """A loader whose epochs are long, however few samples the file has."""
     repeats = max(1, -(-max(_EPOCH, 16 * batch_size) // len(reader)))
@@ -68,7 +68,7 @@ def open_loader(
     return ViewLoader(reader, views=views, batch_size=batch_size, device=device, indices=indices, **options)
 
 
-def endless(loader: ViewLoader) -> Iterator:
+def endless(loader: ViewLoader) -> Generator[Batch, None, None]:
     """The loader's batches, epoch after epoch."""
     for epoch in itertools.count():
         yield from loader.epoch(epoch)
@@ -150,7 +150,7 @@ def run(setting: RecipeSetting) -> list[Record]:
             "bare": BareLoop(reader, threads),
         }
 
-        def stream(start: Callable[[], Iterator], engine: Engine) -> Contender:
+        def stream(start: Callable[[], Generator[Any, None, None]], engine: Engine) -> Contender:
             return partial(stream_window, start, lambda batch: None, engine.stats, size, device)
 
         def decoding(views: list[ViewSpec]) -> Contender:
@@ -205,7 +205,7 @@ def run(setting: RecipeSetting) -> list[Record]:
         "threads_help": ratio(windows["bare"], windows["bare, 1 thread"]),
         "host_cpu_of_bare": growth("2 views", "bare"),
     }
-    host = {
+    host: dict[str, Any] = {
         "rates": "per processor second, of 2 + 6 views",
         "host_cpu_ms": {key: float(np.median(values)) for key, values in cost.items()},
         "times_1_view": {key: growth(key, "1 view") for key in groups},

@@ -13,7 +13,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import partial
@@ -44,7 +44,7 @@ _MEAN, _STD = AUGMENTED.mean, AUGMENTED.std
 #: The contender that is the ceiling of all others.
 BARE = ("bare", "bare")
 
-Stream = Callable[[], Iterator[Any]]
+Stream = Callable[[], Generator[Any, None, None]]
 
 
 # ---------------------------------------------------------------------- DataLoader with Pillow
@@ -80,12 +80,12 @@ class _PillowBlur:
         return picture.filter(ImageFilter.GaussianBlur(random.uniform(*AUGMENTED.blur_sigma)))
 
 
-def torchvision_crops(size: int) -> Callable[[Image.Image], torch.Tensor]:
+def torchvision_crops(size: int) -> Any:
     """torchvision's random crop and flip on Pillow pictures."""
     return T.Compose([T.RandomResizedCrop(size, scale=CROPS.area), T.RandomHorizontalFlip(), T.Lambda(_as_bytes)])
 
 
-def torchvision_moco(size: int) -> Callable[[Image.Image], torch.Tensor]:
+def torchvision_moco(size: int) -> Any:
     """MoCo-v2's augmentation from torchvision's transforms."""
     return T.Compose(
         [
@@ -109,15 +109,19 @@ class _Workers:
 
     def __init__(self, dataset: Dataset, batch_size: int, workers: int):
         # Not by fork, for our engines have threads by then.
-        options = {"prefetch_factor": 2, "multiprocessing_context": "forkserver", "persistent_workers": True}
+        options: dict[str, Any] = {
+            "prefetch_factor": 2,
+            "multiprocessing_context": "forkserver",
+            "persistent_workers": True,
+        }
         self._loader = DataLoader(dataset, batch_size=batch_size, num_workers=workers, **options)
 
-    def __call__(self) -> Iterator[Any]:
+    def __call__(self) -> Generator[Any, None, None]:
         yield from self._loader
 
     def close(self) -> None:
         if self._loader._iterator is not None:
-            self._loader._iterator._shutdown_workers()
+            self._loader._iterator._shutdown_workers()  # type: ignore[attr-defined]  # private
 
 
 # ---------------------------------------------------------------------- FFCV and DALI as their documentation has them
@@ -151,7 +155,7 @@ def _ffcv_per_view(path: Path, size: int, batch_size: int, workers: int) -> Stre
     )
     torch.set_num_threads(threads)
 
-    def stream() -> Iterator[Any]:
+    def stream() -> Generator[Any, None, None]:
         try:
             while True:
                 yield from loader
@@ -165,7 +169,7 @@ def _dali_per_view(path: Path, size: int, batch_size: int, workers: int) -> Stre
     """DALI with a decoding random crop for each view."""
     from nvidia.dali import fn, pipeline_def, types
 
-    def stream() -> Iterator[Any]:
+    def stream() -> Generator[Any, None, None]:
         with BetonReader(path) as reader:
             order = np.random.default_rng(0)
 
@@ -173,7 +177,7 @@ def _dali_per_view(path: Path, size: int, batch_size: int, workers: int) -> Stre
                 return [reader.encoded(int(sample)) for sample in order.integers(0, len(reader), batch_size)]
 
             @pipeline_def(batch_size=batch_size, num_threads=workers, device_id=None, prefetch_queue_depth=2)
-            def graph():
+            def graph() -> tuple:
                 source = fn.external_source(source=encoded, batch=True, dtype=types.UINT8, ndim=1)
                 views = []
                 for seed in (1, 2):
@@ -220,7 +224,8 @@ def run(setting: Setting) -> list[Record]:
         ``ratio_to_peer`` is how many times as fast `native` is in the same rounds.
     """
     threads, batch, device, size = setting.threads, setting.batch_size or CPU_BATCH, torch.device("cpu"), AUGMENTED.size
-    absent, contenders = missing(), {}
+    absent = missing()
+    contenders: dict[tuple[str, str], Contender] = {}
 
     def add(part: str, name: str, stream: Stream, stats: EngineStats | None = None) -> None:
         window: Contender = partial(stream_window, stream, lambda _: None, stats or EngineStats(), batch, device)

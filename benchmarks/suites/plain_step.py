@@ -35,7 +35,7 @@ class PlainLARS(torch.optim.Optimizer):
         super().__init__(groups, {"lr": lr, "momentum": momentum, "trust": trust})
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self) -> None:  # type: ignore[override]  # without a closure
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is None:
@@ -83,9 +83,8 @@ class PlainStep:
     def __init__(self, recipe: Recipe, device: torch.device, batch_size: int, *, amp: bool, lr: float, seed: int = 0):
         self.moco, self.device, self.amp, self.batch_size = recipe.moco, device, amp, batch_size
         backbone = initial_backbone(recipe, seed)
-        self.query = (
-            new_encoder(backbone, recipe.moco.projector).to(device, memory_format=torch.contiguous_format).train()
-        )
+        network = new_encoder(backbone, recipe.moco.projector).to(device)
+        self.query = network.to(memory_format=torch.contiguous_format).train()
         self.key = copy.deepcopy(self.query)
         for parameter in self.key.parameters():
             parameter.requires_grad = False
@@ -118,7 +117,8 @@ class PlainStep:
 
     def _shuffled_keys(self, view: Tensor) -> Tensor:
         order = torch.randperm(len(view), device=view.device)
-        return self.key(view[order])[torch.argsort(order)]
+        keys: Tensor = self.key(view[order])[torch.argsort(order)]
+        return keys
 
     def _loss(self, query: Tensor, key: Tensor) -> Tensor:
         moco = self.moco

@@ -93,7 +93,7 @@ class Step:
         found = {name: False if isinstance(value, bool) else value for name, value in scheduled.items()}
         found["lr"] = self.small_lr
         if "smoothing" in found:
-            found["smoothing"] = self.recipe.settings.smoothing
+            found["smoothing"] = getattr(self.recipe.settings, "smoothing", 0.0)
         return found
 
     @property
@@ -347,7 +347,7 @@ def _measure_updates(step: Step, runs: int, peers: bool) -> dict[str, Timing]:
     and with one flat tensor.
     """
     fill_gradients(step.method.student)
-    contenders = {"ours": step.update_alone, **(update_peers(step) if peers else {})}
+    contenders: dict[str, Callable[[], None]] = {"ours": step.update_alone, **(update_peers(step) if peers else {})}
     timings = measure_in_turns(contenders, device=step.device, runs=max(runs, _UPDATE_RUNS))
     step.inner.clear_gradients()
     return timings

@@ -87,9 +87,13 @@ def run(setting: RecipeSetting) -> list[Record]:
         replay = partial(
             stream_window, lambda: (batch for batch in itertools.cycle(cached)), train, EngineStats(), size, device
         )
-        contenders = {"real": loop(loader), "replay": replay, "loader": loop(loader, lambda batch: None)}
+        contenders: dict[str, Contender] = {
+            "real": loop(loader),
+            "replay": replay,
+            "loader": loop(loader, lambda batch: None),
+        }
         # The same photos, smaller, through the loader alone: what decoding them would cost.
-        side, small = smaller_side(reader, recipe.views), None
+        side, small = smaller_side(reader, list(recipe.views)), None
         if side is not None:
             small = loader_of(opened.enter_context(BetonReader(opened.enter_context(shrunken(reader, side)))), threads)
             contenders["small"] = loop(small, lambda batch: None)

@@ -32,7 +32,7 @@ class OpenFile:
         """Fill ``out``, 1-D uint8, from byte ``offset`` on; how many bytes there were, fewer than wanted at the end of
         the file only.
         """
-        view, done = memoryview(out), 0
+        view, done = out.data, 0
         while done < len(view):
             got = os.preadv(self.descriptor, [view[done:]], offset + done)
             if got == 0:

@@ -12,7 +12,7 @@ import os
 import threading
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +56,8 @@ class BetonReader:
         BetonError: the file is missing, damaged, unfinished or empty, or uses a custom field; the message says where.
     """
 
+    num_samples: int
+
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
         try:
@@ -75,9 +77,8 @@ class BetonReader:
             raise self._error(f"no memory for its tables: the header speaks of {samples}") from None
 
     def _read_tables(self) -> None:
-        header = self._read_array(0, 1, HEADER_DTYPE)[0]
         # Python integers from here on: they cannot overflow, whatever the file says.
-        version, num_fields, page_size, self.num_samples, table_at = (int(header[name]) for name in HEADER_DTYPE.names)
+        version, num_fields, page_size, self.num_samples, table_at = self._read_array(0, 1, HEADER_DTYPE)[0].item()
         if version in (0, VERSION) and table_at == 0:
             raise self._error("unfinished: its writer was stopped before the header was written; convert again")
         if version != VERSION:
@@ -257,7 +258,8 @@ class BetonReader:
                 f"{side_path(self.path)}: belongs to another version of the file; class names not used", stacklevel=2
             )
             return None
-        return side["classes"]
+        classes: list[str] | None = side["classes"]
+        return classes
 
     def encoded(self, i: int) -> np.ndarray:
         """The stored bytes of sample ``i``: 1-D uint8, a copy of the caller's own.
@@ -266,12 +268,7 @@ class BetonReader:
             BetonError: they cannot be read, or are no longer there; names file and sample.
         """
         self._require_sample(i)
-        try:
-            out = np.empty(int(self.sizes[i]), np.uint8)
-        except MemoryError:
-            raise self._error(f"sample {i}: no memory for its {self.sizes[i]:,} bytes") from None
-        self._read(self._open_file(), int(self.offsets[i]), out, f"sample {i}")
-        return out
+        return self._stored(i, lambda size: np.empty(size, np.uint8))
 
     def decode_into(self, i: int, out: np.ndarray) -> None:
         """Decode sample ``i`` into ``out``, (heights[i], widths[i], 3) uint8 C-contiguous; after an error its contents
@@ -282,22 +279,27 @@ class BetonReader:
                 and sample.
         """
         self._require_sample(i)
-        file, offset, size = self._open_file(), int(self.offsets[i]), int(self.sizes[i])
         shape = (int(self.heights[i]), int(self.widths[i]), 3)
         if out.shape != shape or out.dtype != np.uint8 or not out.flags.c_contiguous:
             raise JpegError(f"{self.path}: sample {i} is {shape} uint8, the buffer {out.shape} {out.dtype}")
         if self.modes[i] == MODE_RAW:
-            self._read(file, offset, out.reshape(-1), f"sample {i}")
+            self._stored(i, lambda _: out.reshape(-1))
             return
-        try:
-            data = self._memory(size)
-        except MemoryError:
-            raise self._error(f"sample {i}: no memory for its {size:,} bytes") from None
-        self._read(file, offset, data, f"sample {i}")
+        data = self._stored(i, self._memory)
         try:
             jpeg.decode_into(data, out)
         except JpegError as error:
             raise JpegError(f"{self.path}: sample {i}: {error}") from None
+
+    def _stored(self, i: int, room: Callable[[int], np.ndarray]) -> np.ndarray:
+        """The stored bytes of sample ``i`` in ``room(size)``."""
+        file, size = self._open_file(), int(self.sizes[i])
+        try:
+            out = room(size)
+        except MemoryError:
+            raise self._error(f"sample {i}: no memory for its {size:,} bytes") from None
+        self._read(file, int(self.offsets[i]), out, f"sample {i}")
+        return out
 
     def _memory(self, size: int) -> np.ndarray:
         """``size`` bytes to read into, this thread's own and overwritten by its next sample: new memory costs a fault a
@@ -363,18 +365,14 @@ class BetonReader:
                 self._read(self._open_file(), int(self.offsets[i]) + (size - len(part)) // 2, part, f"sample {i}")
             except BetonError:
                 continue
-            found = zlib.crc32(part, found)
+            found = zlib.crc32(part.data, found)
         return found
 
     def _checksum(self, start: int, end: int) -> int:
         found = 0
-        for part in self._parts(start, end):
-            found = zlib.crc32(part, found)
-        return found
-
-    def _parts(self, start: int, end: int) -> Iterator[np.ndarray]:
         for low in range(start, end, _PART):
-            yield self._read_array(low, min(_PART, end - low), np.dtype(np.uint8))
+            found = zlib.crc32(self._read_array(low, min(_PART, end - low), np.dtype(np.uint8)).data, found)
+        return found
 
     def same_file(self) -> str:
         """A name under which others open the very file that is open here, also if its path leads elsewhere by now."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from fastssl.errors import BetonError, FastSSLError
 from fastssl.utils.plain_file import read_plain
@@ -19,7 +20,7 @@ def side_path(path: str | os.PathLike) -> Path:
     return Path(f"{os.fspath(path)}.json")
 
 
-def read_side_file(path: str | os.PathLike) -> dict | None:
+def read_side_file(path: str | os.PathLike) -> dict[str, Any] | None:
     """Load the side file of the ``.beton`` file ``path``; None when there is none. ``BetonError`` when it is not what
     we write.
     """
@@ -31,8 +32,9 @@ def read_side_file(path: str | os.PathLike) -> dict | None:
     except (OSError, ValueError, RecursionError, FastSSLError) as error:
         why = str(error).removeprefix(f"{side}: ")
         raise BetonError(f"{side}: unreadable side file ({why}); delete it, or convert again") from None
-    classes = content.get("classes") if isinstance(content, dict) else 0
+    found: dict[str, Any] = content if isinstance(content, dict) else {}
+    classes = found.get("classes")
     named = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
-    if not (named or classes is None) or not isinstance(content.get("bytes"), int):
+    if not (named or classes is None) or not isinstance(found.get("bytes"), int):
         raise BetonError(f"{side}: not a side file of ours (needs 'classes' and 'bytes'); delete it, or convert again")
-    return content
+    return found

@@ -157,7 +157,7 @@ def _check_sample(reader: BetonReader, i: int, checksums: np.ndarray | None, dec
     complaints = []
     try:
         with at_work_on(reader.path, f"sample {i}"):
-            if checksums is not None and zlib.crc32(reader.encoded(i)) != checksums[i]:
+            if checksums is not None and zlib.crc32(reader.encoded(i).data) != checksums[i]:
                 complaints.append("wrong checksum")
             if decode:
                 reader.decode(i)

@@ -103,8 +103,8 @@ class BetonWriter:
         """Append one sample: the bytes of a JPEG of ``height`` x ``width`` pixels, or with ``mode`` 1 its raw (H, W, 3)
         uint8 pixels.
         """
-        data = memoryview(data).cast("B")
-        size = len(data)
+        view = (data.data if isinstance(data, np.ndarray) else memoryview(data)).cast("B")
+        size = len(view)
         if self.num_samples == len(self._records):
             raise BetonError(f"{self.path}: room was reserved for {counted(self.num_samples, 'sample')} only")
         if (
@@ -121,7 +121,7 @@ class BetonWriter:
         # Seeking over the rest of a page leaves a hole of zeros that takes no disk space.
         if self._file.tell() != self._position:
             self._file.seek(self._position)
-        self._file.write(data)
+        self._file.write(view)
         self._records[self.num_samples] = (self._position, size, label, height, width, mode)
         self.num_samples += 1
         self._position += size

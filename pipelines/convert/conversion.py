@@ -219,9 +219,13 @@ class _Conversion:
         """Bring the photos to the disk, and only then the lines that vouch for them."""
         # Without a journal, what a large memory holds back would come at the very end, and a slow disk then take longer
         # than it may.
-        if self.journal.has_unsaved or (not self.journal.is_open and self._unsynced >= _MOST_UNSYNCED):
-            self._on_disk(lambda: (self.writer.sync(), self.journal.sync()))
+        if self.journal.has_unsaved or (not self.options.resume and self._unsynced >= _MOST_UNSYNCED):
+            self._on_disk(self._sync)
             self._unsynced = 0
+
+    def _sync(self) -> None:
+        self.writer.sync()
+        self.journal.sync()
 
     def _stop(self, error: BaseException) -> None:
         """Leave things as the options promise: ready to go on, or clean; what may lie on a dead disk as it is."""
@@ -268,7 +272,7 @@ class _Conversion:
             if (
                 position != self.num_done
                 or self.num_done == len(self.chosen)
-                or len(record) not in (0, len(RECORD_DTYPE))
+                or len(record) not in (0, len(RECORD_DTYPE.descr))
             ):
                 break
             if reason is not None:
@@ -328,7 +332,7 @@ class _Conversion:
         os.replace(self.partial, self.dst)
         sync_folder(self.dst.parent)
         self.journal.remove()
-        return side["bytes"]
+        return int(side["bytes"])
 
     def _side_file(self) -> dict:
         with BetonReader(self.partial) as reader:  # also proves that the tables can be read

@@ -68,14 +68,12 @@ def encode_photo(data: bytes, options: ConvertOptions) -> Encoded:
         rgb, clean = _decode_jpeg(data, (2 * size[0], 2 * size[1]) if far else None)
         if unchanged and clean and header.colorspace != "RGB" and options.store == "jpeg":
             return Encoded(data, header.height, header.width, MODE_JPEG, True, zlib.crc32(data))
-        image = Image.fromarray(rgb) if not unchanged else None
     else:
-        image, orientation = _decode_pillow(data, is_jpeg)
-        size = options.target_size(image.height, image.width)
-        unchanged = size == (image.height, image.width) and orientation == 1
-        rgb = np.asarray(image)
+        rgb, orientation = _decode_pillow(data, is_jpeg)
+        size = options.target_size(*rgb.shape[:2])
+        unchanged = size == rgb.shape[:2] and orientation == 1
     if not unchanged:
-        image = image.resize((size[1], size[0]), Image.Resampling.LANCZOS)
+        image = Image.fromarray(rgb).resize((size[1], size[0]), Image.Resampling.LANCZOS)
         # Turned after scaling, when there are fewer pixels; the filter does not know up from down.
         image = image.transpose(_TRANSPOSE[orientation]) if orientation != 1 else image
         rgb = np.asarray(image)
@@ -106,10 +104,10 @@ def _decode_jpeg(data: bytes, at_least: tuple[int, int] | None) -> tuple[np.ndar
         return simplejpeg.decode_jpeg(data, colorspace="RGB", strict=False), False
 
 
-def _decode_pillow(data: bytes, is_jpeg: bool) -> tuple[Image.Image, int]:
-    """Decode with Pillow; (RGB picture, EXIF orientation still to be applied)."""
+def _decode_pillow(data: bytes, is_jpeg: bool) -> tuple[np.ndarray, int]:
+    """Decode with Pillow; (RGB pixels, EXIF orientation still to be applied)."""
     try:
-        image = Image.open(io.BytesIO(data), formats=pillow_formats())
+        image: Image.Image = Image.open(io.BytesIO(data), formats=pillow_formats())
     except PIL.UnidentifiedImageError:
         raise JpegError("not a picture in a format that we read (by its contents, not by its name)") from None
     # Before load(): the size in the header costs nothing, the pixels behind it may cost gigabytes.
@@ -134,7 +132,7 @@ def _decode_pillow(data: bytes, is_jpeg: bool) -> tuple[Image.Image, int]:
     elif image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
-    return image.convert("RGB"), orientation if orientation in _TRANSPOSE else 1
+    return np.asarray(image.convert("RGB")), orientation if orientation in _TRANSPOSE else 1
 
 
 @cache

@@ -88,11 +88,6 @@ class Journal:
         """Delete the file, if there is one."""
         self.path.unlink(missing_ok=True)
 
-    @property
-    def is_open(self) -> bool:
-        """Whether lines are kept."""
-        return self._file is not None
-
 
 def _line(content: list | dict) -> str:
     text = json.dumps(content)

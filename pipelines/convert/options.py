@@ -64,12 +64,9 @@ class ConvertOptions:
 
     def target_size(self, height: int, width: int) -> tuple[int, int]:
         """The (height, width) that a photo of this size gets; the aspect ratio is kept to the nearest pixel."""
-        if self.keep_size or (self.max_side is None and self.short_side is None):
-            return height, width
-        side, limit = (
-            (max(height, width), self.max_side) if self.max_side is not None else (min(height, width), self.short_side)
-        )
-        if side <= limit:
+        limit = self.max_side or self.short_side
+        side = max(height, width) if self.max_side else min(height, width)
+        if self.keep_size or limit is None or side <= limit:
             return height, width
         return max(1, round(height * limit / side)), max(1, round(width * limit / side))
 

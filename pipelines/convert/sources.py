@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import os
 import stat
 import tarfile
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import takewhile
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
@@ -85,7 +85,7 @@ class Listing:
         size = int(self.sizes[i])
         if size > MAX_FILE_BYTES:
             raise SourceError(f"{size:,} bytes, more than the limit of {MAX_FILE_BYTES:,}")
-        if self._tar is not None:
+        if self._tar is not None and self.offsets is not None:
             data = os.pread(self._tar.fileno(), size, int(self.offsets[i]))
             if len(data) != size:
                 raise SourceError(f"cut off: the tar ends after {len(data)} of {size} bytes")
@@ -162,9 +162,7 @@ def _list_folder(root: Path, patience: Patience) -> Listing:
             found.append((name, info.st_size, info.st_mtime_ns))
     # By parts, so that a class's photos stay together: "cat-2/x" sorts before "cat/x" as a string.
     found.sort(key=lambda row: row[0].split("/"))
-    flat = _is_flat([name.split("/")[0] if "/" in name else None for name, _, _ in found])
-    class_of = {} if flat else {name: name.split("/", 1)[0] for name, _, _ in found if "/" in name}
-    return _listing(root, found, class_of, flat, rejected, ignored)
+    return _listing(root, found, _classes({name: name.split("/") for name, _, _ in found}), rejected, ignored)
 
 
 def _walk(root: Path) -> Iterator[tuple[str, os.stat_result | str]]:
@@ -189,8 +187,8 @@ def _walk(root: Path) -> Iterator[tuple[str, os.stat_result | str]]:
                 raise
             yield prefix, f"a folder that cannot be read: {error.strerror}"
             continue
-        if prefix and _is_a_run({entry.name for entry in ordered}):
-            continue
+        if prefix and {"config.yaml", "checkpoints"} <= {entry.name for entry in ordered}:
+            continue  # of a pre-training, whose pictures are no photos
         for entry in ordered:
             name = f"{prefix}{entry.name}"
             try:
@@ -205,30 +203,24 @@ def _walk(root: Path) -> Iterator[tuple[str, os.stat_result | str]]:
                 yield name, info
 
 
-def _is_flat(folders: list[str | None]) -> bool:
-    """Whether photos, each in one of ``folders`` or in none (None), have no classes: a folder of photos may have some
-    folders in it (thumbnails, a few edited ones), but at least half of its photos lie in none; or there is only one.
+def _classes(parts: dict[str, list[str]]) -> dict[str, str] | None:
+    """The class, its first folder, of every photo that lies in one, by the parts of its path; None: they have no
+    classes. A folder of photos may have some folders in it (thumbnails, a few edited ones), but at least half of its
+    photos lie in none; or there is only one.
     """
-    loose = folders.count(None)
-    return loose == len(folders) or 2 * loose >= len(folders) or (loose > 0 and len(set(folders)) == 2)
-
-
-def _is_a_run(names: set[str]) -> bool:
-    """Whether a folder with these in it is that of a pre-training, whose pictures are no photos."""
-    return {"config.yaml", "checkpoints"} <= names
+    class_of = {name: path[0] for name, path in parts.items() if len(path) > 1}
+    loose = len(parts) - len(class_of)
+    return None if 2 * loose >= len(parts) or (loose and len(set(class_of.values())) == 1) else class_of
 
 
 # ---------------------------------------------------------------- tars
 
 
-class _Window:
+class _Window(io.RawIOBase):
     """A part of an open file as a file of its own: how a tar inside a tar is read without copying it."""
 
     def __init__(self, file: BinaryIO, start: int, size: int):
         self._file, self._start, self.size, self._position = file, start, size, 0
-
-    def tell(self) -> int:
-        return self._position
 
     def seek(self, position: int, whence: int = os.SEEK_SET) -> int:
         base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self.size}[whence]
@@ -281,18 +273,11 @@ def _list_open_tar(path: Path, handle: BinaryIO, patience: Patience) -> Listing:
             if label is not None:
                 inner_class[name] = label
 
-    if inner_class:
-        class_of, flat = inner_class, False
-    else:
-        folders = {name.rpartition("/")[0] for name, _, _ in found}
-        flat = len(folders) <= 1
-        # The first and the last in order share what all of them share.
-        ordered = sorted(folder.split("/") if folder else [] for folder in folders)
-        shared = 0 if flat else sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(ordered[0], ordered[-1])))
-        parts = {name: name.split("/")[shared:] for name, _, _ in found}
-        flat = flat or _is_flat([rest[0] if len(rest) > 1 else None for rest in parts.values()])
-        class_of = {} if flat else {name: rest[0] for name, rest in parts.items() if len(rest) > 1}
-    listing = _listing(path, found, class_of, flat, rejected, ignored)
+    # The folders that all photos share name no class.
+    folders = {name.rpartition("/")[0] for name, _, _ in found}
+    shared = len(os.path.commonpath(folders)) if folders else 0
+    class_of = inner_class or _classes({name: name[shared:].lstrip("/").split("/") for name, _, _ in found})
+    listing = _listing(path, found, class_of, rejected, ignored)
     listing.offsets = np.array([offsets[name] for name in listing.names], np.int64)
     listing._tar = handle
     return listing
@@ -336,7 +321,7 @@ def _members(file: BinaryIO | _Window, size: int, what: str) -> Iterator[tarfile
                     raise SourceError(f"{what}: damaged tar: the member header at byte {member.offset} leads backwards")
                 last, count = member.offset, count + 1
                 # tarfile remembers every member: over a gigabyte for ImageNet.
-                archive.members = []
+                archive.members = []  # type: ignore[attr-defined]  # not in its types
                 yield member
             end = archive.offset
     except (tarfile.TarError, ValueError, OverflowError, RecursionError, EOFError, MemoryError) as error:
@@ -370,21 +355,18 @@ def _listed_behind(found: tuple[str, Any] | None) -> str:
 def _listing(
     source: Path,
     found: list[tuple[str, int, int]],
-    class_of: dict[str, str],
-    flat: bool,
+    class_of: dict[str, str] | None,
     rejected: list[tuple[str, str]],
     ignored: int,
 ) -> Listing:
-    if not flat:
-        rejected += [
-            (name, "not inside a class folder, unlike other photos here")
-            for name, _, _ in found
-            if name not in class_of
-        ]
+    classes, labels = None, np.zeros(len(found), np.int64)
+    if class_of is not None:
+        outside = "not inside a class folder, unlike other photos here"
+        rejected += [(name, outside) for name, _, _ in found if name not in class_of]
         found = [row for row in found if row[0] in class_of]
-    classes = None if flat else sorted(set(class_of.values()))
-    index = {name: k for k, name in enumerate(classes or [])}
-    labels = np.array([0 if flat else index[class_of[name]] for name, _, _ in found], np.int64)
+        classes = sorted(set(class_of.values()))
+        index = {name: k for k, name in enumerate(classes)}
+        labels = np.array([index[class_of[name]] for name, _, _ in found], np.int64)
     digest = hashlib.sha256(repr(classes).encode())
     for name, size, mtime in found:
         digest.update(f"{name!r} {size} {mtime}\n".encode())

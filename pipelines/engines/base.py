@@ -6,6 +6,7 @@ request to the same pixels within rounding, and a run can change its engine with
 
 from __future__ import annotations
 
+import inspect
 import operator
 import weakref
 from abc import ABC, abstractmethod
@@ -13,6 +14,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from typing import SupportsIndex
 
 import numpy as np
 import torch
@@ -37,12 +39,11 @@ class EngineSettings:
         device: where the views are wanted.
         batch_size: most samples of a request.
         pipeline: the engine, one of PIPELINES; ``auto``: see ``choose_engine``.
-        workers: decoding threads; None becomes the cores that this process may use.
+        workers: decoding threads; as many as this process may use cores.
         crops: ``host`` cuts views on the decoding threads, ``device`` on the device from the decoded pictures;
             ``auto`` takes the device when it is a GPU. For ``native`` only, the other engines have one way.
         on_bad: ``fail`` raises at the first damaged picture; ``skip`` puts another sample of the batch in its place,
             counts it in ``stats.skipped`` and goes on.
-        hardware_load: for ``dali`` on a GPU, the share of the pictures that its JPEG unit decodes (0 .. 1); None: 0.65.
         stall_minutes: how long a batch is waited for; a warning comes after the first minute, ``Stalled`` at the end.
             ``math.inf``: for ever.
 
@@ -53,23 +54,20 @@ class EngineSettings:
     device: torch.device
     batch_size: int
     pipeline: str = "auto"
-    workers: int | None = None
+    workers: int = field(default_factory=available_cores)
     crops: str = "auto"
     on_bad: str = "fail"
-    hardware_load: float | None = None
     stall_minutes: float = STALL_MINUTES
 
     def __post_init__(self) -> None:
         for name, allowed in _CHOICES.items():
             if (value := getattr(self, name)) not in allowed:
                 raise FastSSLError(f"{name}={value!r} is not one of {', '.join(allowed)}")
-        workers = available_cores() if self.workers is None else _count("workers", self.workers)
-        checked = {"device": _device(self.device), "batch_size": _count("batch_size", self.batch_size)}
-        for name, value in {**checked, "workers": workers}.items():
-            object.__setattr__(self, name, value)
+        for name in ("batch_size", "workers"):
+            object.__setattr__(self, name, _count(name, getattr(self, name)))
 
 
-def _count(name: str, value: object) -> int:
+def _count(name: str, value: SupportsIndex) -> int:
     """``value`` as an int of at least 1; NumPy's integers pass, True and 2.0 do not."""
     try:
         number = 0 if isinstance(value, bool) else operator.index(value)
@@ -80,7 +78,8 @@ def _count(name: str, value: object) -> int:
     return number
 
 
-def _device(device: str | torch.device) -> torch.device:
+def checked_device(device: str | torch.device) -> torch.device:
+    """``device`` as torch's own; ``FastSSLError`` where it is none, or not here."""
     try:
         found = torch.device(device)
     except (RuntimeError, TypeError) as error:
@@ -194,7 +193,7 @@ class Engine(ABC):
         self._pools.append(pool)
         return pool
 
-    def run(self, requests: Iterator[Callable[[], Request]]) -> Iterator[Rendered]:
+    def run(self, requests: Iterator[Callable[[], Request]]) -> Generator[Rendered, None, None]:
         """Render one after the other. Requests come as callables, so that drawing the plan is the workers' job too.
 
         Closing the iterator early stops the work that was begun ahead.
@@ -232,7 +231,7 @@ class Engine(ABC):
 
     def _unfinished(self) -> Generator[Rendered, None, None] | None:
         iterator = self._epoch() if self._epoch else None
-        return iterator if iterator is not None and iterator.gi_frame is not None else None
+        return iterator if iterator is not None and inspect.getgeneratorstate(iterator) != inspect.GEN_CLOSED else None
 
     @abstractmethod
     def _run(self, requests: Iterator[Callable[[], Request]]) -> Generator[Rendered, None, None]: ...

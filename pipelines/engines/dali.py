@@ -93,13 +93,12 @@ class DaliEngine(Engine):
         """
         self._requests = iter(())
         self.patience.settled(self._drawn)
-        left_early = not finished and self._pipeline is not None
         self._drawn.clear()
-        if left_early:
-            self._pipeline = None  # batches that it has begun cannot be taken back
-        elif self._pipeline is not None:
-            self._pipeline.reset()
         self._fed.clear()
+        if finished:
+            self._pipeline.reset()
+        else:
+            self._pipeline = None  # batches that it has begun cannot be taken back
 
     def _explain(self, error: RuntimeError) -> FastSSLError:
         text = " ".join(str(error).split())
@@ -170,7 +169,7 @@ class DaliEngine(Engine):
             device_id=(self.device.index or 0) if gpu else None,
             prefetch_queue_depth=self.ahead,
         )
-        def graph():
+        def graph() -> tuple:
             encoded, *boxes = fn.external_source(
                 source=self._feed,
                 num_outputs=1 + 3 * total,
@@ -179,13 +178,12 @@ class DaliEngine(Engine):
                 ndim=[1] + [1, 1, 0] * total,
             )
             # The slow, smooth chroma upsampling is what libjpeg does in the other engines.
-            options: dict = {"output_type": types.RGB, "jpeg_fancy_upsampling": True}
+            options: dict[str, Any] = {"output_type": types.RGB, "jpeg_fancy_upsampling": True}
             if GetSchema("decoders__Image").HasArgument("adjust_orientation"):
                 # DALI 2 turns by EXIF unasked; the converter has done it, other engines never do.
                 options["adjust_orientation"] = False
             if gpu:
-                load = self.settings.hardware_load
-                options["hw_decoder_load"] = 0.65 if load is None else load
+                options["hw_decoder_load"] = 0.65  # of the pictures; CUDA kernels decode the others
             pictures = fn.decoders.image(encoded, device="mixed" if gpu else "cpu", **options)
             outputs = []
             every_view = [spec for spec in self.specs for _ in range(spec.count)]

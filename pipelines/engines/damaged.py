@@ -76,7 +76,7 @@ class SampleCheck:
         try:
             with at_work_on(self.reader.path, f"sample {sample}"):
                 # A wrong checksum alone is not damage here: the picture may still decode, as `native` would find.
-                if self._checksums is None or zlib.crc32(self.reader.encoded(sample)) != self._checksums[sample]:
+                if self._checksums is None or zlib.crc32(self.reader.encoded(sample).data) != self._checksums[sample]:
                     self.reader.decode(sample)
         except (JpegError, BetonError) as error:
             return error
@@ -113,6 +113,7 @@ def give_places(
                     continue
                 donors[position], other = donor, request
             else:
+                assert request.draw is not None, "a request of several processes"
                 donors[position], donor, other = None, 0, request.draw(place)
                 if not is_sound(int(other.index[0])):
                     continue

@@ -90,7 +90,7 @@ class _DecodeOnce(SimpleRGBImageDecoder):
         largest = max(spec.size for spec in self.specs)
         cubic = np.array([spec.interpolation == "bicubic" for spec in self.specs])
 
-        def decode(rows, destinations, metadata, storage_state):
+        def decode(rows: Any, destinations: Any, metadata: Any, storage_state: Any) -> Any:
             for place in places(len(rows)):
                 row = rows[place]
                 field = metadata[row[0]]
@@ -108,7 +108,7 @@ class _DecodeOnce(SimpleRGBImageDecoder):
                     )
             return destinations
 
-        decode.is_parallel = True
+        decode.is_parallel = True  # type: ignore[attr-defined]  # how FFCV is told
         return decode
 
 
@@ -123,10 +123,15 @@ class FfcvEngine(Engine):
     def __init__(self, reader: BetonReader, specs: Sequence[ViewSpec], settings: EngineSettings):
         super().__init__(reader, specs, settings)
         # numba starts its threads once, as many as the machine has cores, and refuses more.
-        self.workers = min(self.workers, numba.config.NUMBA_NUM_THREADS)
+        self.workers = min(self.workers, numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]  # made on import
         self._check = SampleCheck(reader, self.on_bad, self.stats, self._threads(self.workers, "ffcv-check"))
-        begin = thread_initializer(self.device)
-        self._renderer = self._threads(1, "ffcv", lambda: (numba.set_num_threads(self.workers), begin()))
+        at_device = thread_initializer(self.device)
+
+        def begin() -> None:
+            numba.set_num_threads(self.workers)
+            at_device()
+
+        self._renderer = self._threads(1, "ffcv", begin)
         self._loader: Loader | None = None
 
     def _run(self, requests: Iterator[Callable[[], Request]]) -> Generator[Rendered, None, None]:

@@ -44,7 +44,6 @@ class _Slot:
         self.packed = torch.empty(0, dtype=torch.uint8)
         self.views: list[Tensor] = []
         self.copied = torch.cuda.Event() if pin else None
-        self.job: Future | None = None
 
     def reserve(self, numel: int) -> Tensor:
         """At least ``numel`` bytes of packed source memory."""
@@ -79,7 +78,7 @@ class _Job:
         # What host crops are told: (B, count, 5) a group, and its views as (count, B, S, S, 3).
         self.boxes: list[np.ndarray] = []
         self.arrays: list[np.ndarray] = []
-        self.bad: list[tuple[int, Exception]] = []
+        self.bad: dict[int, Exception] = {}  # by position
 
 
 class NativeEngine(Engine):
@@ -101,33 +100,31 @@ class NativeEngine(Engine):
     # ------------------------------------------------------------------ the consumer's side
 
     def _run(self, requests: Iterator[Callable[[], Request]]) -> Generator[Rendered, None, None]:
-        free, pending = deque(self._slots), deque()
+        free, pending = deque(self._slots), deque[tuple[_Slot, Future[_Job]]]()
 
         def fill() -> None:
             while free and (draw := next(requests, None)) is not None:
                 slot = free.popleft()
-                slot.job = self._pool.submit(self._begin, slot, draw)
-                pending.append(slot)
+                pending.append((slot, self._pool.submit(self._begin, slot, draw)))
 
         try:
             fill()
             while pending:
-                slot = pending[0]
+                slot, begun = pending[0]
                 started = time.perf_counter()
-                job: _Job = self.patience.result(slot.job, lambda: "while a batch was to begin")
+                job = self.patience.result(begun, lambda: "while a batch was to begin")
                 for part in job.parts:
                     self.patience.result(part, partial(batch_name, job.request))
                 self.stats.wait_s += time.perf_counter() - started
                 self._replace_bad(slot, job)
                 yield Rendered(job.request, self._deliver(slot, job))
-                free.append(pending.popleft())
+                free.append(pending.popleft()[0])
                 fill()
         finally:
-            self._drain(pending)
+            self._drain([job for _, job in pending])
 
-    def _drain(self, pending: deque) -> None:
+    def _drain(self, jobs: list[Future[_Job]]) -> None:
         """Nobody writes into a slot after this, unless its thread was given up."""
-        jobs = [slot.job for slot in pending]
         if not self.patience.settled(jobs):
             return
         # One that failed has handed nothing out; the consumer has left, or was given the first error already.
@@ -138,22 +135,22 @@ class NativeEngine(Engine):
         """Views on the device. Nothing here waits for the device."""
         if self.crops == "host":
             views = [view.permute(0, 3, 1, 2) for view in job.views]
-            return [self._to_device(slot, view) for view in views] if slot.copied else views
+            return [self._to_device(slot.copied, view) for view in views] if slot.copied else views
         packed = slot.packed[: job.numel]
         if slot.copied:
-            packed = self._to_device(slot, packed)
+            packed = self._to_device(slot.copied, packed)
         index = job.request.index
         return crop_resize_device(
             packed, job.offsets, self.reader.heights[index], self.reader.widths[index], job.request.plans, self.specs
         )
 
-    def _to_device(self, slot: _Slot, host: Tensor) -> Tensor:
+    def _to_device(self, copied: torch.cuda.Event, host: Tensor) -> Tensor:
         """Copy pinned memory on the long-lived copy stream; the current stream waits for it, the host does not."""
         current = torch.cuda.current_stream(self.device)
         with torch.cuda.stream(self._copy_stream):
             copy = host.to(self.device, non_blocking=True)
-            slot.copied.record(self._copy_stream)
-        current.wait_event(slot.copied)
+            copied.record(self._copy_stream)
+        current.wait_event(copied)
         # The memory was taken on the copy stream; without this the allocator could hand it on while it is being read.
         copy.record_stream(current)
         return copy
@@ -164,9 +161,8 @@ class NativeEngine(Engine):
         """
         if not job.bad:
             return
-        index = job.request.index
-        self.stats.skipped.extend(int(index[position]) for position, _ in sorted(job.bad, key=lambda bad: bad[0]))
-        first = min(job.bad, key=lambda bad: bad[0])
+        index, bad = job.request.index, dict(sorted(job.bad.items()))
+        self.stats.skipped.extend(int(index[position]) for position in bad)
         pictures: dict[int, np.ndarray] = {}
 
         def is_sound(sample: int) -> bool:
@@ -179,7 +175,7 @@ class NativeEngine(Engine):
                     return False
             return True
 
-        donors = give_places(job.request, [position for position, _ in job.bad], first[1], is_sound)
+        donors = give_places(job.request, bad, next(iter(bad.values())), is_sound)
         for position, donor in donors.items():
             if donor is None:
                 self._put(slot, job, position, pictures[int(index[position])])
@@ -253,7 +249,7 @@ class NativeEngine(Engine):
                 if self.on_bad == "fail":
                     raise
                 with self._lock:
-                    job.bad.append((position, error))
+                    job.bad[position] = error
             except Exception:
                 with at_work_on(self.reader.path, f"sample {job.request.index[position]}"):
                     raise

@@ -70,13 +70,11 @@ def _version(start: str) -> str | None:
 
 def choose_engine(device: torch.device) -> tuple[str, str]:
     """What ``auto`` stands for on ``device``, and why: (name, reason)."""
+    why = "the fastest on a CPU, and it needs no further package (benchmarks/results/)"
     if device.type == "cuda":
-        return (
-            "native",
-            "decodes on the host's cores and crops on the GPU; measure the others with `fastssl bench loader "
-            "--pipeline dali`",
-        )
-    return "native", "the fastest on a CPU, and it needs no further package (benchmarks/results/)"
+        why = "decodes on the host's cores and crops on the GPU; measure the others with `fastssl bench loader "
+        why += "--pipeline dali`"
+    return "native", why
 
 
 def jpeg_hardware() -> str:
@@ -123,19 +121,12 @@ def open_engine(reader: BetonReader, specs: Sequence[ViewSpec], settings: Engine
     Raises:
         FastSSLError: as `require_engine`, or an option that the engine does not have.
     """
-    device, load = settings.device, settings.hardware_load
-    name = choose_engine(device)[0] if settings.pipeline == "auto" else settings.pipeline
-    if load is not None:
-        if name != "dali" or device.type != "cuda":
-            raise FastSSLError(
-                f"hardware_load={load!r} is a choice of the dali engine on a GPU; here it is {name} on {device.type}"
-            )
-        if not 0 <= load <= 1:
-            raise FastSSLError(f"hardware_load is a share, 0 .. 1, not {load!r}")
+    name = choose_engine(settings.device)[0] if settings.pipeline == "auto" else settings.pipeline
     if name == "native":
         return NativeEngine(reader, specs, settings)
     if settings.crops != "auto":
         raise FastSSLError(f"crops={settings.crops!r} is a choice of the native engine; {name} has one way to crop")
     require_engine(name, reader, specs)
     module = importlib.import_module(f"fastssl.pipelines.engines.{name}")
-    return getattr(module, f"{name.capitalize()}Engine")(reader, specs, settings)
+    engine: type[Engine] = getattr(module, f"{name.capitalize()}Engine")
+    return engine(reader, specs, settings)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import field
+from functools import cached_property
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -85,10 +86,15 @@ class MultiCrop(Sequence[ViewSpec]):
                 raise ViewSpecError(f"{weights} give local pairs a weight, but local_count is 0: there are none")
             if self.local_count and not self.weights[1]:
                 raise ViewSpecError(f"{weights} give local pairs no weight: local_count=0 would save their cost")
+        _ = self._specs  # what is wrong with a view is said at once
+
+    @cached_property
+    def _specs(self) -> tuple[ViewSpec, ...]:
+        smallest, largest = self.area
         specs = [self._spec(kind, self.global_size, 1, (self.threshold, largest)) for kind in ("global_1", "global_2")]
         if self.local_count:
             specs.append(self._spec("local", self.local_size, self.local_count, (smallest, self.threshold)))
-        object.__setattr__(self, "_specs", tuple(specs))
+        return tuple(specs)
 
     def _spec(self, kind: str, size: int, count: int, area: tuple[float, float]) -> ViewSpec:
         for source in ("augment", kind):

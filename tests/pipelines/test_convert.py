@@ -546,7 +546,7 @@ def test_a_power_cut_at_any_moment_leaves_what_the_journal_vouches_for(many, tmp
 
 
 @pytest.mark.parametrize(
-    ("what", "when"), [("add", 1), ("add", 25), ("fsync", 41), ("replace", 1), ("replace", 3), ("unlink", 4)]
+    ("what", "when"), [("add", 1), ("add", 25), ("fsync", 41), ("replace", 1), ("replace", 3), ("unlink", 6)]
 )
 def test_killed_at_a_chosen_moment(many, tmp_path, what, when):
     source, whole = many

@@ -229,10 +229,6 @@ def test_dali_refuses_views_that_it_would_render_otherwise(beton: Path) -> None:
 
 
 def test_options_that_do_not_belong_together(beton: Path) -> None:
-    with pytest.raises(
-        FastSSLError, match=r"hardware_load=0\.5 is a choice of the dali engine on a GPU; here it is native on cpu"
-    ):
-        ViewLoader(beton, TWO, 4, hardware_load=0.5)
     with pytest.raises(FastSSLError, match="crops='device' is a choice of the native engine"):
         ViewLoader(beton, TWO, 4, pipeline="dali", crops="device")
     with pytest.raises(FastSSLError, match="pipeline='tfdata' is not one of auto, native, dali, ffcv"):

@@ -1,4 +1,4 @@
-"""``fastssl bench``: images a second of each part, beside what limits it. One module for each command."""
+"""``fastssl bench``: images a second of each part, beside what limits it."""
 
 from __future__ import annotations
 
@@ -8,18 +8,17 @@ import click
 
 from fastssl.cli.lazy import LazyCommand, LazyGroup
 
-BENCHES = {
-    "loader": LazyCommand(
-        "fastssl.cli.bench.loader", "loader", "Decoding, the host's cost of views, the whole loader."
-    ),
-    "views": LazyCommand("fastssl.cli.bench.views", "views", "Crop and colour of pictures that lie on the device."),
-    "loss": LazyCommand("fastssl.cli.bench.loss", "loss", "The loss, in turns with its dense form."),
-    "step": LazyCommand("fastssl.cli.bench.step", "step", "The training step on views that are there already."),
-    "train": LazyCommand("fastssl.cli.bench.train", "train", "Loader and step together, and what would help."),
-    "convert": LazyCommand("fastssl.cli.bench.convert", "convert_bench", "Whole conversions, copied or encoded anew."),
-    "ceilings": LazyCommand("fastssl.cli.bench.ceilings", "ceilings", "What this machine can do at most."),
-    "report": LazyCommand("fastssl.cli.bench.report", "report", "What the records say, as a page, markdown and plots."),
+_LINES = {
+    "loader": "Decoding, the host's cost of views, the whole loader.",
+    "views": "Crop and colour of pictures that lie on the device.",
+    "loss": "The loss, in turns with its dense form.",
+    "step": "The training step on views that are there already.",
+    "train": "Loader and step together, and what would help.",
+    "convert": "Whole conversions, copied or encoded anew.",
+    "ceilings": "What this machine can do at most.",
+    "report": "What the records say, as a page, markdown and plots.",
 }
+BENCHES = {name: LazyCommand("fastssl.cli.bench.commands", name, line) for name, line in _LINES.items()}
 
 
 @click.group(cls=LazyGroup, lazy=BENCHES, subcommand_metavar="WHAT [ARGS]...")

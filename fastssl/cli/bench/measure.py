@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, replace
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -68,9 +69,9 @@ def settings(chosen: Mapping[str, Any]) -> list[tuple[str, Any]]:
     return found
 
 
-def measure(what: str, run: Callable[[Any], list[Record]], json_path: str | None, **chosen: Any) -> None:
-    """``run`` each of a command's settings, one after the other; every record is printed and written when it is there,
-    so that a stop loses none.
+def measure(what: str, json_path: str | None, suite: str | None = None, **chosen: Any) -> None:
+    """Measure each of a command's settings, one after the other; every record is printed and written when it is there,
+    so that a stop loses none. ``suite``: the module of `fastssl.benchmarks.suites` that does it; None: ``what``.
 
     Each gets the running command in its details, so that its reader can make it again.
 
@@ -79,11 +80,12 @@ def measure(what: str, run: Callable[[Any], list[Record]], json_path: str | None
     """
     from fastssl.benchmarks.harness.table import COLUMNS, cells, line
 
+    run: Callable[[Any], list[Record]] = import_module(f"fastssl.benchmarks.suites.{suite or what}").run
     command = command_line(click.get_current_context())
     jobs = settings(chosen)
 
     def show(texts: Iterable[str]) -> None:
-        console.print(line(tuple(texts)), highlight=False, markup=False, soft_wrap=True)
+        console.say(line(tuple(texts)))
 
     failures: list[tuple[str, Exception]] = []
     written: list[dict] = []
@@ -95,7 +97,7 @@ def measure(what: str, run: Callable[[Any], list[Record]], json_path: str | None
                 records = run(setting)
             except Exception as error:  # the other settings are worth their figures all the same
                 failures.append((label, error))
-                console.print(f"failed: {label}: {in_words(error)}", highlight=False, markup=False, soft_wrap=True)
+                console.say(f"failed: {label}: {in_words(error)}")
                 continue
             for record in records:
                 record = replace(record, details={**(record.details or {}), "command": command})
@@ -103,9 +105,9 @@ def measure(what: str, run: Callable[[Any], list[Record]], json_path: str | None
                 written.append(asdict(record))
                 _add(file, json_path, written)
     if failures:
-        label, error = failures[0]
+        label, first = failures[0]
         others = f" ({len(failures)} of {counted(len(jobs), 'setting')} failed)" if len(jobs) > 1 else ""
-        raise FastSSLError(f"{label}: {in_words(error)}{others}") from error
+        raise FastSSLError(f"{label}: {in_words(first)}{others}") from first
 
 
 def _add(file: TextIO | None, json_path: str | None, records: list[dict]) -> None:
@@ -117,8 +119,9 @@ def _add(file: TextIO | None, json_path: str | None, records: list[dict]) -> Non
             file.write(to_json(records[-1]) + "\n")
             file.flush()
     except OSError as error:
-        with suppress(OSError, AttributeError):
-            file.close()  # what is left in its buffer would be tried again at the end
+        with suppress(OSError):
+            if file is not None:
+                file.close()  # what is left in its buffer would be tried again at the end
         raise FastSSLError(
             f"{json_path}: a result was not written ({error.strerror or error}); it is in the table above"
         ) from error

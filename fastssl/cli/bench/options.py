@@ -4,13 +4,43 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 
 from fastssl.cli.common import finite, json_option
 
 _ENGINES = click.Choice(["native", "dali", "ffcv"])
-_AMP = {"type": click.Choice(["auto", "bf16", "off"]), "show_default": True}
+_AMP: dict[str, Any] = {"type": click.Choice(["auto", "bf16", "off"]), "show_default": True}
+
+
+def workers(help: str, *, multiple: bool = False) -> Callable:
+    """``--workers``."""
+    return click.option("--workers", type=click.IntRange(min=1), multiple=multiple, help=help)
+
+
+def seconds(help: str) -> Callable:
+    """``--seconds``."""
+    kind = click.FloatRange(min=0, min_open=True)
+    return click.option("--seconds", type=kind, callback=finite, default=10.0, show_default=True, help=help)
+
+
+def data(metavar: str, help: str) -> Callable:
+    """``--data``, which may be repeated."""
+    return click.option(
+        "--data",
+        multiple=True,
+        default=("synthetic",),
+        show_default=True,
+        metavar=metavar,
+        help=f"{help} May be repeated.",
+    )
+
+
+def photos(help: str) -> Callable:
+    """``--photos``."""
+    return click.option("--photos", type=click.IntRange(min=1), default=512, show_default=True, help=help)
+
 
 _OPTIONS: dict[str, Callable] = {
     "recipe": click.option(
@@ -30,26 +60,14 @@ _OPTIONS: dict[str, Callable] = {
         metavar="KEY=VALUE",
         help="Change one value of the recipes, e.g. --set views.0.size=96.",
     ),
-    "data": click.option(
-        "--data",
-        multiple=True,
-        default=("synthetic",),
-        show_default=True,
-        metavar="FILE.beton",
-        help="JPEGs to read; 'synthetic' makes some of ImageNet's usual size, 'samples' is the sample set of the "
-        "package. May be repeated.",
+    "data": data(
+        "FILE.beton",
+        "JPEGs to read; 'synthetic' makes some of ImageNet's usual size, 'samples' is the sample set of the package.",
     ),
-    "photos": click.option(
-        "--photos", type=click.IntRange(min=1), default=512, show_default=True, help="Number of synthetic photos."
-    ),
+    "photos": photos("Number of synthetic photos."),
     "device": click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True),
-    "workers": click.option("--workers", type=click.IntRange(min=1), help="Decoding threads. Default: one a core."),
-    "many workers": click.option(
-        "--workers",
-        type=click.IntRange(min=1),
-        multiple=True,
-        help="Decoding threads; may be repeated. Default: one a core.",
-    ),
+    "workers": workers("Decoding threads. Default: one a core."),
+    "many workers": workers("Decoding threads; may be repeated. Default: one a core.", multiple=True),
     "batch": click.option(
         "--batch-size", type=click.IntRange(min=2), help="Pictures a batch. Default: the recipe's, at most 32 on a CPU."
     ),
@@ -76,14 +94,7 @@ _OPTIONS: dict[str, Callable] = {
         show_default=True,
         help="Engine; may be repeated.",
     ),
-    "seconds": click.option(
-        "--seconds",
-        type=click.FloatRange(min=0, min_open=True),
-        callback=finite,
-        default=10.0,
-        show_default=True,
-        help="Counted time of each setting, of all that is compared in it together; warm-up comes on top.",
-    ),
+    "seconds": seconds("Counted time of each setting, of all that is compared in it together; warm-up comes on top."),
     "folder": click.option(
         "--folder",
         type=click.Path(exists=True, file_okay=False, path_type=Path),
