@@ -79,9 +79,9 @@ def first_of_host_speaks(environ: Mapping[str, str] = os.environ) -> Iterator[No
     except Exception as error:
         if _is_first_of_host(environ):
             raise
-        error.told = True  # where the wait is ended
+        vars(error)["told"] = True  # where the wait is ended
         time.sleep(_FIRST_SPEAKS_S)
-        error.told = False
+        vars(error)["told"] = False
         raise
 
 

@@ -11,7 +11,7 @@ import copy
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastssl.distributed.sync_batchnorm import separate_batchnorm
@@ -72,13 +72,8 @@ def reestimated(
     # Equal batches: a last one of a handful of photos would count as much as a whole one.
     batch = max(2, count // -(-count // batch_size))
     chosen = np.sort(ids[epoch_order(len(ids), seed, 0)[: count - count % batch]])
-
-    def forward(images: Tensor) -> Tensor:
-        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-            return network(images)
-
     collect(
-        forward,
+        torch.autocast(device.type, torch.bfloat16, enabled=amp)(network),
         data,
         ViewSpec.evaluation(size, crop=crop),
         indices=chosen,
@@ -88,6 +83,6 @@ def reestimated(
         on_bad=on_bad,
     )
     for layer, original in zip(network.modules(), backbone.modules()):
-        if isinstance(layer, _BatchNorm):
+        if isinstance(layer, _BatchNorm) and isinstance(original, _BatchNorm):
             layer.momentum = original.momentum
     return network.train(backbone.training)

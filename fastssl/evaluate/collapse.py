@@ -26,7 +26,8 @@ def feature_std(features: Tensor) -> Tensor:
         () float32.
     """
     normalised = functional.normalize(features.detach().float(), dim=1)
-    return normalised.std(dim=0, unbiased=False).mean() * features.shape[1] ** 0.5
+    spread: Tensor = normalised.std(dim=0, unbiased=False).mean() * features.shape[1] ** 0.5
+    return spread
 
 
 def effective_rank(features: Tensor) -> Tensor:

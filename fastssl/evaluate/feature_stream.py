@@ -88,7 +88,7 @@ class FeatureStream:
             indices=indices,
         )
         self._kept = cached_epochs
-        self._features: Tensor | None = None  # (epochs kept, steps, batch, F)
+        self._features = torch.empty(0)  # then (epochs kept, steps, batch, F)
         self._labels = torch.empty(cached_epochs, self.steps, self.batch, dtype=torch.int64)
 
     def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -118,7 +118,7 @@ class FeatureStream:
         return features.float(), self._targets[batch.index]
 
     def _keep(self, epoch: int, step: int, features: Tensor, targets: Tensor) -> None:
-        if self._features is None:
+        if not len(self._features):
             # Pinned for a GPU: copies both ways then go by its queue, and the host does not wait for them.
             shape = (self._kept, self.steps, *features.shape)
             self._features = torch.empty(shape, pin_memory=self._device.type == "cuda")

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -74,7 +74,7 @@ def extract_features(
     device: str | torch.device = "cpu",
     amp: bool = False,
     crop: float = EVALUATION_CROP,
-    interpolation: str = "bilinear",
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear",
     **how: Any,
 ) -> Features:
     """Run ``backbone`` in evaluation mode over the centre crops of ``data``, without gradient.
@@ -94,11 +94,7 @@ def extract_features(
         FastSSLError: a damaged photo with ``on_bad="fail"``, or indices outside the file.
     """
     device = torch.device(device)
-
-    def forward(images: Tensor) -> Tensor:
-        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-            return backbone(images)
-
+    forward = torch.autocast(device.type, torch.bfloat16, enabled=amp)(backbone)
     spec = replace(ViewSpec.evaluation(size, crop=crop), interpolation=interpolation)
     with evaluating(backbone):
         return collect(forward, data, spec, device=device, **how)
@@ -168,10 +164,7 @@ def collect(
         drop_last=False,
     ) as loader:
         features: Tensor | None = None
-        index, labels = (
-            torch.empty(len(loader.indices), dtype=torch.int64),
-            torch.empty(len(loader.indices), dtype=torch.int64),
-        )
+        index, labels = torch.empty(2, len(loader.indices), dtype=torch.int64).unbind()
         first = kept = 0
         for batch in loader.epoch(0):
             rows = function(batch.views[0])
@@ -189,6 +182,7 @@ def collect(
             kept += len(good)
             if progress is not None:
                 progress(first)
+    assert features is not None  # a loader has samples
     return Features(features[:kept], labels[:kept], index[:kept])
 
 

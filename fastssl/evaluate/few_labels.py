@@ -23,6 +23,7 @@ import numpy as np
 
 from fastssl.errors import counted
 from fastssl.evaluate.features import ProbeError
+from fastssl.evaluate.photos import require_labels
 from fastssl.pipelines.beton.reader import BetonReader
 from fastssl.pipelines.beton.side_file import read_side_file
 from fastssl.pipelines.convert.conversion import rejects_path
@@ -161,13 +162,13 @@ def listed_labels(path: str | Path, reader: BetonReader, photos: str | Path | No
         found = _by_name(path, listed, stored_names(reader, photos), reader.path)
     else:
         found = _by_position(path, listed, reader)
-    classes, seen = reader.classes, {}
+    classes, labels, seen = reader.classes, require_labels(reader), dict[int, int]()
     for photo, sample in zip(listed, found):
         where = f"{path}, line {photo.line}"
         if sample in seen:
             raise ProbeError(f"{where}: sample {sample} of {reader.path} stands in line {seen[sample]} already")
         seen[sample] = photo.line
-        label = int(reader.labels[sample])
+        label = int(labels[sample])
         class_name = classes[label] if classes is not None and label < len(classes) else None
         # Where only one side says what class it is, there is nothing to compare.
         pairs = ((photo.label, label), (photo.class_name, class_name))
@@ -182,7 +183,8 @@ def listed_labels(path: str | Path, reader: BetonReader, photos: str | Path | No
 
 
 def _by_position(path: str | Path, listed: list[ListedPhoto], reader: BetonReader) -> list[int]:
-    if listed[0].position is None:
+    positions = [photo.position for photo in listed if photo.position is not None]  # of all lines, or of none
+    if not positions:
         raise ProbeError(
             f"{path}: a list of file names, which {reader.path} does not hold; say with --photos what folder "
             "or tar it was converted from"
@@ -192,13 +194,12 @@ def _by_position(path: str | Path, listed: list[ListedPhoto], reader: BetonReade
             f"{path}: counts photos in the order of a folder, but {reader.path} {why}; say with --photos what "
             "it was converted from"
         )
-    for photo in listed:
-        if photo.position >= len(reader):
+    for photo, position in zip(listed, positions):
+        if position >= len(reader):
             raise ProbeError(
-                f"{path}, line {photo.line}: photo {photo.position}, but {reader.path} has {len(reader):,}, "
-                "counted from 0"
+                f"{path}, line {photo.line}: photo {position}, but {reader.path} has {len(reader):,}, counted from 0"
             )
-    return [photo.position for photo in listed]
+    return positions
 
 
 def _out_of_order(reader: BetonReader) -> str | None:
@@ -224,15 +225,15 @@ def _by_name(path: str | Path, listed: list[ListedPhoto], names: list[str], data
     places.update({name: sample for sample, name in enumerate(names) if "/" in name})
     found = []
     for photo in listed:
-        sample = places.get(f"{photo.class_name}/{photo.name}", places.get(photo.name))
-        if sample is None or sample < 0:
+        place = places.get(f"{photo.class_name}/{photo.name}", places.get(photo.name or ""))
+        if place is None or place < 0:
             what = (
                 "several photos have this name; write CLASS/NAME"
-                if sample is not None
+                if place is not None
                 else f"not among the {counted(len(names), 'photo')} of {data}"
             )
             raise ProbeError(f"{path}, line {photo.line}: {photo.name}: {what}")
-        found.append(sample)
+        found.append(place)
     return found
 
 
@@ -257,7 +258,7 @@ def stored_names(reader: BetonReader, photos: str | Path) -> list[str]:
         same = (
             len(chosen) == len(reader)
             and listing.classes is not None
-            and np.array_equal(listing.labels[chosen], reader.labels)
+            and np.array_equal(listing.labels[chosen], require_labels(reader))
         )
         # Photos that went in as they were still have their size.
         if same and side.get("copied") == len(reader):

@@ -27,7 +27,7 @@ from fastssl.distributed.sync_batchnorm import synchronise_batchnorm
 from fastssl.errors import counted
 from fastssl.evaluate.classifier import Classifier
 from fastssl.evaluate.features import EVALUATION_CROP, ProbeError, collect, require_size, shard, wilson_interval
-from fastssl.evaluate.photos import LabelledSplit
+from fastssl.evaluate.photos import LabelledSplit, require_labels
 from fastssl.optim.optimizers import OptimConfig, create_optimizer, parameter_groups
 from fastssl.optim.schedules import learning_rate
 from fastssl.pipelines.loader import Batch, ViewLoader
@@ -165,7 +165,7 @@ def finetune(
         keep_freed_memory()
     else:
         torch.backends.cudnn.benchmark = True  # every step has the same shapes
-    network.to(device, memory_format=torch.channels_last)
+    network.to(device).to(memory_format=torch.channels_last)
     require_size(network, config.size, device, network.linear.weight.dtype)
     broadcast_module(network)
     if world_size() > 1:
@@ -212,15 +212,9 @@ class _Tuner:
         amp: bool,
         workers: int | None,
     ):
-        self.network, self.split, self.config, self.device, self.amp, self.workers = (
-            network,
-            split,
-            config,
-            device,
-            amp,
-            workers,
-        )
-        self.targets = split.targets(split.train.labels)
+        self.network, self.split, self.config = network, split, config
+        self.device, self.amp, self.workers = device, amp, workers
+        self.targets = split.targets(require_labels(split.train))
         parts = (
             (network.backbone, 1.0),
             (network.hidden, config.head_lr_factor),
@@ -284,7 +278,7 @@ class _Tuner:
 
             def guesses(images: Tensor) -> Tensor:
                 with self.autocast():
-                    logits = self.network(images.to(self.dtype))
+                    logits: Tensor = self.network(images.to(self.dtype))
                 return logits.topk(best, dim=1).indices  # float32 holds them exactly
 
             found = collect(
@@ -347,6 +341,6 @@ def _result(
         train_samples=len(split.train_index),
         val_samples=total,
         classes=classes,
-        unseen=int((split.targets(split.val.labels[split.val_index]) < 0).sum()),
+        unseen=int((split.targets(require_labels(split.val)[split.val_index]) < 0).sum()),
         steps_per_epoch=steps,
     )

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -108,13 +109,14 @@ def knn_accuracies(
     if shared:
         similarity, index = _merged(similarity, index + first, most, len(labels))
     neighbours, classes = labels.to(index.device)[index], len(labels.unique())
+    sizes: dict[str, Any] = {"train_samples": len(labels), "val_samples": len(val), "classes": classes}
     results = []
     for k in dict.fromkeys(min(k, most) for k in ks):
         ranked = ranked_classes(similarity[:, :k], neighbours[:, :k], temperature, places=5).cpu()
         hits = ranked == val.labels[:, None]
         top1, top5 = int(hits[:, 0].sum()), int(hits.sum())
-        about = {"train_samples": len(labels), "val_samples": len(val), "classes": classes}
-        results.append(KnnResult(**accuracies(top1, top5, len(val), classes), k=k, temperature=temperature, **about))
+        figures = accuracies(top1, top5, len(val), classes)
+        results.append(KnnResult(**figures, **sizes, k=k, temperature=temperature))
     return results
 
 
@@ -241,9 +243,9 @@ def _merged(similarity: Tensor, index: Tensor, k: int, total: int) -> tuple[Tens
         functional.pad(index, missing, value=total),
     )
     found = []
-    for values, places in zip(similarity.split(_QUERY_TILE), index.split(_QUERY_TILE)):
-        everyone = [
-            gather_rows(part).unflatten(0, (world_size(), -1)).transpose(0, 1).flatten(1) for part in (values, places)
-        ]
-        found.append(_nearest_first(*everyone, k))
-    return tuple(torch.cat(parts) for parts in zip(*found))
+    for parts in zip(similarity.split(_QUERY_TILE), index.split(_QUERY_TILE)):
+        values, places = (
+            gather_rows(part).unflatten(0, (world_size(), -1)).transpose(0, 1).flatten(1) for part in parts
+        )
+        found.append(_nearest_first(values, places, k))
+    return torch.cat([values for values, _ in found]), torch.cat([places for _, places in found])

@@ -50,7 +50,8 @@ class ProbeSplit:
     @property
     def classes(self) -> int:
         """Number of classes in the bank."""
-        return len(np.unique(self.bank.labels[self.bank_index])) if self.labelled else 0
+        labels = self.bank.labels
+        return 0 if labels is None or not self.labelled else len(np.unique(labels[self.bank_index]))
 
     @property
     def can_judge(self) -> bool:
@@ -81,7 +82,7 @@ def choose_split(data: BetonReader, val: BetonReader | None, limit: int, seed: i
     """
     if val is not None and _is_labelled(val) == _is_labelled(data):
         total = len(data) + len(val)
-        kept = _some_classes((data.labels, val.labels), limit, seed)
+        kept = _some_classes((data, val), limit, seed)
         shares = [round(min(1.0, limit / total) * len(reader)) if limit else 0 for reader in (data, val)]
         bank, queries = (
             _subset(reader.labels, len(reader), share, kept, seed) for reader, share in zip((data, val), shares)
@@ -89,7 +90,7 @@ def choose_split(data: BetonReader, val: BetonReader | None, limit: int, seed: i
         split = ProbeSplit(data, bank, val, queries, held_out=False, seen=False)
     else:
         reader = val if val is not None and _is_labelled(val) else data
-        some = _subset(reader.labels, len(reader), limit, _some_classes((reader.labels,), limit, seed), seed)
+        some = _subset(reader.labels, len(reader), limit, _some_classes((reader,), limit, seed), seed)
         keep, held_out = split_indices(None if reader.labels is None else reader.labels[some], len(some), seed=seed)
         if not len(held_out):  # one photo in each class: the labels cannot judge anything
             keep, held_out = split_indices(None, len(some), seed=seed)
@@ -146,11 +147,12 @@ def _same_photos(one: BetonReader, other: BetonReader) -> bool:
     return True
 
 
-def _some_classes(labels: Sequence[np.ndarray | None], limit: int, seed: int) -> np.ndarray | None:
+def _some_classes(files: Sequence[BetonReader], limit: int, seed: int) -> np.ndarray | None:
     """The classes that a probe of ``limit`` photos is of, where that is too few for all of them; else None. Those of
     two photos and more come first: of the others nothing can be held out.
     """
-    if not limit or any(one is None for one in labels):
+    labels = [reader.labels for reader in files if reader.labels is not None]
+    if not limit or len(labels) < len(files):
         return None
     everything = np.concatenate(labels)
     known, counts = np.unique(everything, return_counts=True)
@@ -158,18 +160,18 @@ def _some_classes(labels: Sequence[np.ndarray | None], limit: int, seed: int) ->
     if len(everything) <= limit or len(known) <= most:
         return None
     order = epoch_order(len(known), seed, 0)
-    return known[np.concatenate([order[counts[order] > 1], order[counts[order] == 1]])[:most]]
+    return np.take(known, np.concatenate([order[counts[order] > 1], order[counts[order] == 1]])[:most])
 
 
 def _subset(labels: np.ndarray | None, count: int, limit: int, kept: np.ndarray | None, seed: int) -> np.ndarray:
     """About ``limit`` of ``count`` sample ids (0: all), sorted; an equal share of each class in ``kept`` (None: all)"""
     chosen = np.arange(count)
-    if kept is not None:
+    if kept is not None and labels is not None:
         chosen = np.flatnonzero(np.isin(labels, kept))
         labels = labels[chosen]
-    if not limit or limit >= len(chosen):
-        return chosen
-    return chosen[split_indices(labels, len(chosen), fraction=limit / len(chosen), seed=seed)[1]]
+    if limit and limit < len(chosen):
+        chosen = chosen[split_indices(labels, len(chosen), fraction=limit / len(chosen), seed=seed)[1]]
+    return chosen
 
 
 def require_same_classes(train: BetonReader, val: BetonReader) -> None:
@@ -190,7 +192,7 @@ def require_same_classes(train: BetonReader, val: BetonReader) -> None:
             f"{', '.join(only[:5])}{', ...' if len(only) > 5 else ''}"
         )
     else:
-        counts = [len(np.unique(reader.labels)) for reader in (train, val)]
+        counts = [len(np.unique(labels)) for labels in (train.labels, val.labels)]
         if counts[0] == counts[1]:
             return
         what = f"{counts[0]} and {counts[1]} classes"

@@ -67,13 +67,15 @@ def open_photos(path: str | Path, workers: int | None = None) -> Iterator[BetonR
             raise FastSSLError(said) from error
 
 
-def require_labels(reader: BetonReader) -> None:
-    """
+def require_labels(reader: BetonReader) -> np.ndarray:
+    """The labels of all samples, (N,) int64.
+
     Raises:
         ProbeError: the file has no labels.
     """
     if reader.labels is None or (reader.labels < 0).any():
         raise ProbeError(f"{reader.path}: has no labels; convert a class/file folder tree to evaluate on")
+    return reader.labels
 
 
 @dataclass
@@ -94,7 +96,7 @@ class LabelledSplit:
     @property
     def classes(self) -> np.ndarray:
         """(C,) int64, the labels that the first part has, sorted: class c of a classifier is label ``classes[c]``."""
-        return np.unique(self.train.labels[self.train_index])
+        return np.unique(require_labels(self.train)[self.train_index])
 
     def targets(self, labels: np.ndarray) -> np.ndarray:
         """Labels -> (n,) int64 classes 0 .. C - 1; -1 for a label that the first part does not have, which no

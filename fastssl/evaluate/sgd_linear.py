@@ -65,7 +65,7 @@ class Classifiers:
     def scores(self, features: Tensor) -> Tensor:
         """(B, F) -> (B, R, C): one matrix product for all classifiers."""
         found = torch.addmm(torch.cat(self.biases), features, torch.cat(self.weights).T)
-        return found.unflatten(1, (len(self.biases), -1))
+        return found.view(-1, len(self.biases), len(self.biases[0]))
 
     def step(self, features: Tensor, targets: Tensor, rates: Sequence[float]) -> tuple[Tensor, Tensor]:
         """One step of each on the mean cross-entropy of a batch; under several processes, of all their parts, which are
@@ -161,7 +161,8 @@ def train_classifiers(
         batch_size: of all processes together; rates are scaled to it.
     """
     device = classifiers.biases[0].device
-    losses, shares, right = [], [], {name: [] for name in judged}
+    losses, shares = [], []
+    right: dict[str, list[Tensor]] = {name: [] for name in judged}
     for epoch in range(epochs):
         rates = [protocol.rate(trial.lr, epoch, epochs, batch_size) for trial in grid]
         means = torch.zeros(2, len(grid), dtype=torch.float64, device=device)

@@ -195,10 +195,10 @@ class RunFolder:
                 raise FastSSLError(f"--resume {path}: no such checkpoint (auto, never, or the path of a last.pt)")
             state = load_checkpoint(path, advice="start anew with --resume never")
             self._require_room_for(config, path)
-        if found := _other_settings(config, state):
+        if others := _other_settings(config, state):
             raise FastSSLError(
                 f"{path} belongs to a run with other settings "
-                f"({'; '.join(found[:3])}{'; ...' if len(found) > 3 else ''}): "
+                f"({'; '.join(others[:3])}{'; ...' if len(others) > 3 else ''}): "
                 "choose another --out, or --resume never to start over, which deletes it"
             )
         return path, state

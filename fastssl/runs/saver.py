@@ -46,6 +46,7 @@ class Saver:
         self.saved_step: int | None = None
         self._failure: str | None = None  # words alone: an exception keeps all that its frames hold
         self._said_at = dict.fromkeys(("checkpoint", "metrics", "end"), -math.inf)
+        self._due_at, self._asked = math.inf, False
         self.begin()
 
     def begin(self) -> None:

@@ -139,15 +139,18 @@ def network(
     require_size(session.trained.backbone, size, session.device)
     if not reestimate_bn:
         return session.trained.backbone
-    how = {
-        "samples": reestimate_bn,
-        "size": size,
-        "seed": seed,
-        "batch_size": batch_size,
-        "workers": workers,
-        "crop": crop,
-    }
-    return reestimated(session.trained.backbone, photos, indices=indices, device=session.device, **how)
+    return reestimated(
+        session.trained.backbone,
+        photos,
+        samples=reestimate_bn,
+        size=size,
+        seed=seed,
+        device=session.device,
+        batch_size=batch_size,
+        workers=workers,
+        crop=crop,
+        indices=indices,
+    )
 
 
 def split_features(session: Session, split: LabelledSplit, **how: Any) -> tuple[Features, Features]:
@@ -156,8 +159,10 @@ def split_features(session: Session, split: LabelledSplit, **how: Any) -> tuple[
     """
     backbone = network(session, split.train, split.train_index, **how)
     kept = {name: how[name] for name in ("size", "crop", "batch_size", "workers")}
-    parts = (("training photos", split.train, split.train_index), ("validation photos", split.val, split.val_index))
-    return tuple(share_features(session, backbone, label, reader, index, **kept) for label, reader, index in parts)
+    return (
+        share_features(session, backbone, "training photos", split.train, split.train_index, **kept),
+        share_features(session, backbone, "validation photos", split.val, split.val_index, **kept),
+    )
 
 
 def share_features(

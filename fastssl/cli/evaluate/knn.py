@@ -135,8 +135,7 @@ def _one_set(
         open_photos(data, how["workers"]) as train,
         open_photos(val, how["workers"]) if val else nullcontext(train) as reader,
     ):
-        require_labels(reader)
-        _require_classes(np.unique(reader.labels), reader)
+        _require_classes(np.unique(require_labels(reader)), reader)
         kept = {name: how[name] for name in ("size", "crop", "batch_size", "workers")}
         backbone = network(session, train, **how)
         bank = share_features(session, backbone, "photos", reader, np.arange(len(reader)), **kept)

@@ -95,7 +95,7 @@ class _MaskedDocument(_Document):
     annotations: list[_Masked]  # type: ignore[misc]
 
 
-_FORMATS = {False: TypeAdapter(_Document), True: TypeAdapter(_MaskedDocument)}
+_FORMATS: dict[bool, TypeAdapter[Any]] = {False: TypeAdapter(_Document), True: TypeAdapter(_MaskedDocument)}
 
 
 def _problem(error: ValidationError) -> str:
@@ -209,8 +209,8 @@ def detection_set(
     """
     adapter = _FORMATS[masks]
     try:
-        parse = adapter.validate_json if isinstance(document, bytes) else adapter.validate_python
-        return _detection_set(parse(document), Path(images), Path(where).name, masks)
+        known = adapter.validate_json(document) if isinstance(document, bytes) else adapter.validate_python(document)
+        return _detection_set(known, Path(images), Path(where).name, masks)
     except ValidationError as error:
         raise DetectionError(f"{where}: {_problem(error)}") from None
     except DetectionError as error:
@@ -331,7 +331,7 @@ def _unpacked(text: str) -> list[int]:
     The last character's fifth bit is the sign. From the fourth number on each is the difference to the one two before
     (cocodataset/cocoapi, rleToString).
     """
-    packed, lengths = _PACKED.findall(text), []
+    packed, lengths = _PACKED.findall(text), list[int]()
     if "".join(packed) != text:
         return []
     for letters in packed:

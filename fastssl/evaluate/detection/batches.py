@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -117,7 +117,7 @@ def training_requests(
 
 def load_batches(
     requests: Iterable[list[View]], *, divisible: int, masks: bool = False, workers: int | None = None, ahead: int = 3
-) -> Iterator[DetectionBatch]:
+) -> Generator[DetectionBatch, None, None]:
     """The batches of ``requests``, in order, a picture a thread and at most ``ahead`` batches at a time. Close it, or
     run it to its end, to join the threads.
 
@@ -246,12 +246,12 @@ def draw_mask(segmentation: Segmentation, view: View) -> np.ndarray:
     tools, picture = mask_tools(), view.picture
     try:
         with _DRAWING:
-            if isinstance(segmentation, dict):
+            if isinstance(segmentation, Mapping):
                 run_lengths = segmentation
                 if isinstance(segmentation["counts"], list):
                     run_lengths = tools.frPyObjects(segmentation, *segmentation["size"])
-                mask = torch.from_numpy(tools.decode(run_lengths))[None, None]
-                mask = functional.interpolate(mask, (view.height, view.width), mode="nearest-exact")[0, 0].numpy()
+                own = torch.from_numpy(tools.decode(run_lengths))[None, None]
+                mask = functional.interpolate(own, (view.height, view.width), mode="nearest-exact")[0, 0].numpy()
             else:
                 scale = view.width / picture.width, view.height / picture.height
                 polygons = [

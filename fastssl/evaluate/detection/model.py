@@ -81,6 +81,8 @@ class Detector(nn.Module):
     #: of photos with values from 0 to 255
     MEAN = (123.675, 116.28, 103.53)
     STD = (58.395, 57.12, 57.375)
+    mean: Tensor
+    std: Tensor
 
     def __init__(
         self, backbone: nn.Module, categories: int, config: DetectorConfig = DetectorConfig(), *, amp: bool = False
