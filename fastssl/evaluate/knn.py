@@ -60,9 +60,7 @@ class KnnResult:
 def knn_accuracy(
     train: Features, val: Features, *, k: int = 20, temperature: float = 0.07, device: str | torch.device = "cpu"
 ) -> KnnResult:
-    """Accuracy on ``val`` of the weighted kNN vote of ``train``. For the arguments and errors see
-    ``knn_accuracies``.
-    """
+    """Accuracy on ``val`` of the weighted kNN vote of ``train``: ``knn_accuracies`` for one ``k``."""
     return knn_accuracies(train, val, ks=[k], temperature=temperature, device=device)[0]
 
 
@@ -150,9 +148,7 @@ def ranked_classes(similarity: Tensor, labels: Tensor, temperature: float, *, pl
         (Q, places) int64: the class with the most votes first, of equal ones the lower; -1 where no further class has a
             vote.
     """
-    known, labels = labels.unique(
-        return_inverse=True
-    )  # labels may be any numbers; votes are counted for those that are there
+    known, labels = labels.unique(return_inverse=True)  # may be any numbers; votes are for those that are there
     classes = len(known)
     ranked = []
     for rows in torch.arange(len(labels), device=labels.device).split(max(1, _EXACT_ELEMENTS // classes)):
@@ -180,9 +176,8 @@ def _search(bank: Tensor, query: Tensor, k: int, device: torch.device, own: int 
         candidates = _candidates(bank, functional.normalize(rows.float(), dim=1), min(k + _SPARE, len(bank)), itself)
         similarity = _cosines(bank, rows, candidates)
         if itself is not None:
-            similarity.masked_fill_(
-                candidates == torch.arange(itself, itself + len(rows), device=device)[:, None], -torch.inf
-            )
+            own_rows = torch.arange(itself, itself + len(rows), device=device)[:, None]
+            similarity.masked_fill_(candidates == own_rows, -torch.inf)
         similarity, index = _nearest_first(similarity, candidates, wanted)
         similarities.append(similarity)
         indices.append(index)
@@ -214,9 +209,8 @@ def _cosines(bank: Tensor, query: Tensor, index: Tensor) -> Tensor:
     the same number in any tile or process.
     """
     found = torch.empty(index.shape, dtype=torch.float64, device=query.device)
-    for rows in torch.arange(len(query), device=query.device).split(
-        max(1, _EXACT_ELEMENTS // max(index.shape[1] * query.shape[1], 1))
-    ):
+    most = max(1, _EXACT_ELEMENTS // max(index.shape[1] * query.shape[1], 1))
+    for rows in torch.arange(len(query), device=query.device).split(most):
         one, others = query[rows].double(), bank[index[rows].to(bank.device)].to(query.device).double()
         length = one.norm(dim=1, keepdim=True).clamp_min(1e-12) * others.norm(dim=2).clamp_min(1e-12)
         found[rows] = (one[:, None] * others).sum(dim=2) / length
@@ -231,17 +225,13 @@ def _nearest_first(similarity: Tensor, index: Tensor, k: int) -> tuple[Tensor, T
 
 
 def _merged(similarity: Tensor, index: Tensor, k: int, total: int) -> tuple[Tensor, Tensor]:
-    """The nearest k of what every process found in its part of a bank of ``total`` rows, on every process; a block of
-    queries at a time.
-    """
+    """The nearest k of what all processes found, each in its part of a bank of ``total`` rows; on every process."""
     if world_size() == 1:
         return similarity, index
     width = min(k, -(-total // world_size()))  # of the largest part
     missing = (0, width - similarity.shape[1])
-    similarity, index = (
-        functional.pad(similarity, missing, value=-torch.inf),
-        functional.pad(index, missing, value=total),
-    )
+    similarity = functional.pad(similarity, missing, value=-torch.inf)
+    index = functional.pad(index, missing, value=total)
     found = []
     for parts in zip(similarity.split(_QUERY_TILE), index.split(_QUERY_TILE)):
         values, places = (

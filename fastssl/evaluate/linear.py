@@ -23,12 +23,9 @@ L2_DEFAULT = 0.1
 #: Principal directions with less than this share of the largest variance are rounding noise of float32 features.
 _RANK_TOLERANCE = 1e-11
 #: When a solution counts as found: largest entry of the preconditioned gradient (the loss is then off by about its
-#: square), or number of iterations. With 1e-5 instead of 1e-4 the slowest of six probes (three sets, before and after
-#: training) took twice as long, the others up to twice or as long, and all six chose and scored the same; at strengths
-#: set by hand scores were up to 0.6 points apart. The search needs no more digits than a held-out accuracy has, and
-#: each of its solutions starts from its stronger neighbour's: with 40, 100 and 200 iterations it chose the same
-#: strengths (2,880 x 1,280, 1,024 and 768 features, 18 classes), though scores at the weak end differ by up to two
-#: points.
+#: square), or number of iterations. With 1e-5 in the place of 1e-4 six probes chose and scored the same, in up to twice
+#: the time. The search, whose solutions each start from the stronger neighbour's, chose the same strengths with 40, 100
+#: and 200 iterations.
 _SEARCH, _FINAL, _EXACT = (1e-4, 40), (1e-4, 1000), (1e-7, 5000)
 
 
@@ -77,9 +74,7 @@ def linear_probe(
     features, targets = train.features.to(device), targets.to(device)
 
     scores: dict[float, float] = {}
-    fit_rows, held_rows = (
-        torch.from_numpy(rows).to(device) for rows in split_indices(train.labels.numpy(), len(train))
-    )
+    fit_rows, held_rows = map(torch.from_numpy, split_indices(train.labels.numpy(), len(train)))
     # float32 iterations: an accuracy does not need float64, which costs three times as much.
     whole = LogisticRegression(features, targets, len(classes), dtype=torch.float32)
     l2 = L2_DEFAULT

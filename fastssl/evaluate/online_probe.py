@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from fastssl.evaluate import collapse as monitor
-from fastssl.evaluate.features import Features, ProbeError, extract_features, split_indices
+from fastssl.evaluate.features import Features, ProbeError, extract_features, is_finite, split_indices
 from fastssl.evaluate.knn import knn_accuracy
 from fastssl.evaluate.linear import linear_probe
 from fastssl.pipelines.beton.reader import BetonReader
@@ -80,7 +80,7 @@ def choose_split(data: BetonReader, val: BetonReader | None, limit: int, seed: i
         val: photos of their own to judge on. None, or without labels where ``data`` has some: a fifth of ``data`` is
             held out from the probe. Where ``val`` alone has labels, a fifth of ``val``.
     """
-    if val is not None and _is_labelled(val) == _is_labelled(data):
+    if val is not None and (val.labels is None) == (data.labels is None):
         total = len(data) + len(val)
         kept = _some_classes((data, val), limit, seed)
         shares = [round(min(1.0, limit / total) * len(reader)) if limit else 0 for reader in (data, val)]
@@ -89,7 +89,7 @@ def choose_split(data: BetonReader, val: BetonReader | None, limit: int, seed: i
         )
         split = ProbeSplit(data, bank, val, queries, held_out=False, seen=False)
     else:
-        reader = val if val is not None and _is_labelled(val) else data
+        reader = val if val is not None and val.labels is not None else data
         some = _subset(reader.labels, len(reader), limit, _some_classes((reader,), limit, seed), seed)
         keep, held_out = split_indices(None if reader.labels is None else reader.labels[some], len(some), seed=seed)
         if not len(held_out):  # one photo in each class: the labels cannot judge anything
@@ -97,10 +97,6 @@ def choose_split(data: BetonReader, val: BetonReader | None, limit: int, seed: i
         seen = reader is data or _same_photos(reader, data)
         split = ProbeSplit(reader, some[keep], reader, some[held_out], held_out=True, seen=seen)
     return replace(split, obstacle=_obstacle(split))
-
-
-def _is_labelled(reader: BetonReader) -> bool:
-    return reader.labels is not None
 
 
 def _obstacle(split: ProbeSplit) -> str:
@@ -187,10 +183,8 @@ def require_same_classes(train: BetonReader, val: BetonReader) -> None:
         if train.classes == val.classes:
             return
         only = sorted(set(train.classes) ^ set(val.classes))
-        what = (
-            f"{len(train.classes)} and {len(val.classes)} classes, different: "
-            f"{', '.join(only[:5])}{', ...' if len(only) > 5 else ''}"
-        )
+        shown = ", ".join([*only[:5], *(["..."] if len(only) > 5 else [])])
+        what = f"{len(train.classes)} and {len(val.classes)} classes, different: {shown}"
     else:
         counts = [len(np.unique(labels)) for labels in (train.labels, val.labels)]
         if counts[0] == counts[1]:
@@ -229,9 +223,3 @@ def probe_features(name: str, bank: Features, queries: Features, labelled: bool)
     if not (labelled and is_finite(bank, queries)):
         return {"name": name, "knn": None, "linear": None}
     return {"name": name, "knn": knn_accuracy(bank, queries).accuracy, "linear": linear_probe(bank, queries).accuracy}
-
-
-def is_finite(*parts: Features) -> bool:
-    """Whether no feature is NaN or infinite."""
-    # The extremes are NaN or infinite if any number is.
-    return all(bool(torch.isfinite(extreme)) for part in parts if len(part) for extreme in torch.aminmax(part.features))

@@ -25,7 +25,6 @@ from fastssl.errors import FastSSLError, counted
 #: Polygons ([[x0, y0, x1, y1, ...], ...] in pixels), or COCO's run lengths ({"size": [h, w], "counts": ...}).
 Segmentation = Sequence[Sequence[float]] | Mapping[str, Any]
 
-
 #: Numbers in a box beyond this are no pixels, and their products soon no numbers.
 _LARGEST = 1e15
 
@@ -253,11 +252,9 @@ def _detection_set(document: Any, folder: Path, name: str, masks: bool) -> Detec
             kept[row["image_id"]].append((box, labels[row["category_id"]], segmentation))
     if not any(kept.values()):
         if left_out.get("without_mask"):
-            raise DetectionError(
-                "not one of its annotations has a 'segmentation': leave out --masks to train on boxes alone"
-            )
+            raise DetectionError("not one of its annotations has a 'segmentation': leave out --masks to train on boxes")
         raise DetectionError(
-            "not one box in it (crowds and empty boxes do not count): there is nothing to learn or to find"
+            "not one box in it (crowds and empty ones do not count): there is nothing to learn or to find"
         )
     pictures = [
         Picture(
@@ -273,10 +270,8 @@ def _detection_set(document: Any, folder: Path, name: str, masks: bool) -> Detec
     ]
     # Better now than hours into the training.
     if missing := [picture.path for picture in pictures if not picture.path.is_file()]:
-        how_many = counted(len(pictures), "picture")
-        raise DetectionError(
-            f"not there: {len(missing):,} of its {how_many}, the first: {missing[0]}; is that the folder?"
-        )
+        of = f"{len(missing):,} of its {counted(len(pictures), 'picture')}"
+        raise DetectionError(f"not there: {of}, the first: {missing[0]}; is that the folder?")
     judged = {**document, "info": {}, "categories": [{"id": id_, "name": said} for id_, said in categories.items()]}
     return DetectionSet(name, pictures, categories, judged, left_out)
 

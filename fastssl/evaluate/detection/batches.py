@@ -141,9 +141,8 @@ def load_batches(
 
 
 def _together(views: list[View], parts: list[tuple[Tensor, dict[str, Tensor]]], divisible: int) -> DetectionBatch:
-    height, width = (
-        -(-max(sides) // divisible) * divisible for sides in zip(*((view.height, view.width) for view in views))
-    )
+    height = -(-max(view.height for view in views) // divisible) * divisible
+    width = -(-max(view.width for view in views) // divisible) * divisible
     images = torch.zeros(len(views), height, width, 3, dtype=torch.uint8)
     for place, view, (pixels, _) in zip(images, views, parts):
         place[: view.height, : view.width] = pixels
@@ -159,12 +158,11 @@ def load_view(view: View, *, masks: bool = False) -> tuple[Tensor, dict[str, Ten
     """
     picture = view.picture
     pixels = read_picture(picture)
+    image = torch.from_numpy(pixels)
     if (view.height, view.width) != (picture.height, picture.width):
-        planes = torch.from_numpy(pixels).permute(2, 0, 1)[None]  # channels-last in memory
+        planes = image.permute(2, 0, 1)[None]  # channels-last in memory
         scaled = functional.interpolate(planes, (view.height, view.width), mode="bilinear", antialias=True)
         image = scaled[0].permute(1, 2, 0)
-    else:
-        image = torch.from_numpy(pixels)
     scale = np.array([view.width / picture.width, view.height / picture.height] * 2, np.float32)
     boxes = picture.boxes * scale
     if view.flip:
@@ -194,8 +192,7 @@ def read_picture(picture: Picture) -> np.ndarray:
     if (found.height, found.width) != (picture.height, picture.width):
         raise DetectionError(
             f"{picture.path}: has {found.height}x{found.width} pixels (upright), its annotation says "
-            f"{picture.height}x{picture.width}: "
-            "are these the pictures that were annotated?"
+            f"{picture.height}x{picture.width}: are these the pictures that were annotated?"
         )
     # The bytes belong to nobody else, and torch wants memory that it may write to.
     return np.frombuffer(bytearray(found.data), np.uint8).reshape(found.height, found.width, 3)
