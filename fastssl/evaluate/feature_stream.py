@@ -1,6 +1,4 @@
-"""Features of training views, batch by batch: fresh views every epoch, or those of a few epochs, kept
-and gone round.
-"""
+"""Features of training views, batch by batch: fresh ones every epoch, or those of a few epochs, kept and gone round."""
 
 from __future__ import annotations
 
@@ -139,8 +137,6 @@ class FeatureStream:
 
 
 def _passes(batch: int) -> int:
-    """Into how many equal passes of the network a batch is cut: as few as there may be, or one where it has no divisor
-    that is worth it.
-    """
+    """Into how many equal passes of the network a batch is cut: as few as may be; one where no divisor is worth it."""
     fewest = -(-batch // _PASS)
     return next((passes for passes in range(fewest, 4 * fewest) if batch % passes == 0), 1)

@@ -49,22 +49,14 @@ def open_photos(path: str | Path, workers: int | None = None) -> Iterator[BetonR
         target = Path(folder) / f"{path.name}.beton"
         try:
             # As of a .beton file: a damaged photo is an error, and no figure is over what is left.
-            convert(
-                path,
-                target,
-                ConvertOptions(
-                    keep_size=True, short_side=None, quality=95, workers=workers, resume=False, on_bad="fail"
-                ),
-            )
+            options = ConvertOptions(keep_size=True, short_side=None, workers=workers, resume=False, on_bad="fail")
+            convert(path, target, options)
             with BetonReader(target) as reader:
                 yield reader
         except FastSSLError as error:  # whoever gave a folder knows nothing of the file
+            advice = "mend or remove it; `fastssl convert-imagenet` can leave bad photos out"
             said = str(error).replace(str(target), str(path))
-            said = said.replace(
-                "--on-bad skip lists bad photos and goes on",
-                "mend or remove it; `fastssl convert-imagenet` can leave bad photos out",
-            )
-            raise FastSSLError(said) from error
+            raise FastSSLError(said.replace("--on-bad skip lists bad photos and goes on", advice)) from error
 
 
 def require_labels(reader: BetonReader) -> np.ndarray:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -78,8 +78,7 @@ def published_probe(
         grid: see ``protocols.trials``; its first is the headline.
 
     Returns:
-        the record's values: the protocol's numbers (with those that were used in their place, and ``changed``: the
-            names of what is not as published),
+        the record's values: the protocol's numbers, or those that were used in their place (``changed`` names them),
         sizes, and ``sgd_linear.summary``.
 
     Raises:
@@ -129,18 +128,13 @@ def published_probe(
             curves = train_classifiers(
                 classifiers, protocol, grid, batches, judged, epochs=epochs, batch_size=batch_size
             )
-    used = {"lr": grid[0].lr, "weight_decay": grid[0].weight_decay, "epochs": epochs, "batch_size": batch_size}
-    usual = {name: getattr(protocol, name) for name in used} | {
-        "size": 224,
-        "crop": EVALUATION_CROP,
-        "cached_epochs": 0,
-        "choose_on": "val",
-    }
-    now = used | {"size": options.size, "crop": options.crop, "cached_epochs": cached, "choose_on": options.choose_on}
+    used = {**asdict(grid[0]), "epochs": epochs, "batch_size": batch_size}
+    more = {"size": options.size, "crop": options.crop, "cached_epochs": cached, "choose_on": options.choose_on}
+    changed = [name for name, value in used.items() if value != getattr(protocol, name)]
     return {
         **protocol.record(),
         **used,
-        "changed": [name for name, value in usual.items() if now[name] != value],
+        "changed": changed + [name for name, value in more.items() if value != getattr(ProbeOptions, name)],
         "steps_per_epoch": stream.steps,
         "cached_epochs": cached,
         "cache_dtype": "float32" if cached else None,

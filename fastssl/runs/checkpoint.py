@@ -102,9 +102,8 @@ def save_checkpoint(
         write_state(path, state)
         link_atomically(path, folder / LAST)
         for name, (which, network) in networks.items():
-            save_backbone(
-                network.backbone, folder / f"{name}.safetensors", arch=arch, step=str(position.step), network=which
-            )
+            path_of = folder / f"{name}.safetensors"
+            save_backbone(network.backbone, path_of, arch=arch, step=str(position.step), network=which)
         if milestone is not None:
             for name, kept in _kept_names(networks, milestone).items():
                 link_atomically(folder / name, folder / kept)
@@ -194,9 +193,7 @@ def _may_be_full(folder: Path, error: Exception) -> bool:
 
 
 def _drop_oldest(folder: Path) -> bool:
-    """Delete the oldest ``step-*.pt`` that has a newer one beside it which is also last.pt; whether there was such a
-    one.
-    """
+    """Delete the oldest ``step-*.pt`` where a newer one is last.pt; whether there was such a one."""
     steps = _steps(folder)
     try:
         if len(steps) < 2 or not steps[0].samefile(folder / LAST):

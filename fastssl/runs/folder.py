@@ -161,9 +161,7 @@ class RunFolder:
         return True
 
     def _launches(self) -> object:
-        """The names of the launch that opened the folder last. They are written when all that its ``--resume`` asked
-        for is done.
-        """
+        """The names of the launch that last did here what its ``--resume`` asked for."""
         try:
             config = read_yaml(self.path / "config.yaml")
         except FastSSLError:
@@ -171,16 +169,12 @@ class RunFolder:
         return config.get("launch") if isinstance(config, dict) else None
 
     def _say_if_killed(self) -> None:
-        """Whoever looks into a folder that is his now, and finds a run at work in it, looks at one that came to say
-        nothing more.
-        """
+        """A run that is at work by its status, in a folder that is ours now, came to say nothing more."""
         told = read_status(self.path)
         if told.get("state") == "training":
             heard = f"{told.get('time', 'at an unknown time')}, at step {told.get('step', 'unknown')}"
-            self.say(
-                f"{self.path}: the run before ended without a word (killed, out of memory, power cut?); last "
-                f"heard of {heard}"
-            )
+            why = "killed, out of memory, power cut?"
+            self.say(f"{self.path}: the run before ended without a word ({why}); last heard of {heard}")
 
     def _find(self, config: dict[str, Any], resume: str) -> tuple[Path, dict[str, Any]] | None:
         if resume == "never":
@@ -196,10 +190,10 @@ class RunFolder:
             state = load_checkpoint(path, advice="start anew with --resume never")
             self._require_room_for(config, path)
         if others := _other_settings(config, state):
+            shown = "; ".join([*others[:3], *(["..."] if others[3:] else [])])
             raise FastSSLError(
-                f"{path} belongs to a run with other settings "
-                f"({'; '.join(others[:3])}{'; ...' if len(others) > 3 else ''}): "
-                "choose another --out, or --resume never to start over, which deletes it"
+                f"{path} belongs to a run with other settings ({shown}): choose another --out, or --resume never to "
+                "start over, which deletes it"
             )
         return path, state
 
@@ -214,10 +208,8 @@ class RunFolder:
 
     def _say_other_judges(self, config: dict[str, Any], data: object, step: int) -> None:
         """Probes before and behind a change of --val stand in one curve."""
-        now, before = (
-            found.get("val_photos", "") if isinstance(found, dict) else "" for found in (config["data"], data)
-        )
-        if before != "" and before != now:
+        before = data.get("val_photos", "") if isinstance(data, dict) else ""
+        if before not in ("", config["data"].get("val_photos", "")):
             self.say(
                 f"--val holds other photos than before: the probes up to step {step:,} were judged on those, "
                 "and are no measure for the next ones"

@@ -17,8 +17,6 @@ from fastssl.runs.checkpoint import NotSaved, Position, save_checkpoint
 from fastssl.runs.folder import RunFolder
 from fastssl.utils.signals import StopRequest
 
-__all__ = ["NotSaved", "Saver"]
-
 #: Seconds between two tries to write a checkpoint that the disk did not take, and between two messages about it.
 _RETRY_S, _SAY_EVERY_S = 60.0, 600.0
 #: Seconds from the start to the first checkpoint, at most: a folder that takes none should be known in the first
@@ -54,11 +52,9 @@ class Saver:
         self._ask_in(min(60 * self.recipe.train.checkpoint_minutes, _FIRST_S))
 
     def is_due(self) -> bool:
-        """Whether a checkpoint should be written now. True once: among several processes the answer to it comes a step
-        later.
-        """
+        """Whether a checkpoint should be written now. True once: the answer of several processes comes a step later."""
         due = not self._asked and time.monotonic() >= self._due_at
-        self._asked = self._asked or due
+        self._asked |= due
         return due
 
     def ask_again(self) -> None:
@@ -89,11 +85,8 @@ class Saver:
         while not self._try(method, optimizer, position, milestone):
             if stop is None:
                 return False
-            self._say_now_and_then(
-                "end",
-                f"all steps are made; waiting up to {_WAIT_MINUTES:g} min for room for the last checkpoint: "
-                f"{self.why()}",
-            )
+            waiting = f"waiting up to {_WAIT_MINUTES:g} min for room for the last checkpoint"
+            self._say_now_and_then("end", f"all steps are made; {waiting}: {self.why()}")
             if time.monotonic() > deadline or stop.wait(_RETRY_S):
                 raise NotSaved(f"all steps are made, but there was no room to save the last of them: {self.why()}")
         self.folder.metrics.flush()
@@ -115,9 +108,8 @@ class Saver:
             )
         except NotSaved as error:
             self._failure = str(error)
-            self._say_now_and_then(
-                "checkpoint", f"{error}; {self.newest()}; the run goes on, and tries again every {_RETRY_S:g} s"
-            )
+            text = f"{error}; {self.newest()}; the run goes on, and tries again every {_RETRY_S:g} s"
+            self._say_now_and_then("checkpoint", text)
             self._ask_in(_RETRY_S)
             return False
         if self._failure is not None:
@@ -131,17 +123,13 @@ class Saver:
         """Add a row to the metrics."""
         metrics = self.folder.metrics
         if not metrics.append(row):
-            self._say_now_and_then(
-                "metrics", f"{metrics.path}: not written ({metrics.failure}); kept in memory until there is room"
-            )
+            text = f"{metrics.path}: not written ({metrics.failure}); kept in memory until there is room"
+            self._say_now_and_then("metrics", text)
 
     def newest(self) -> str:
         """What the next start will go on from, in words."""
-        return (
-            "there is no checkpoint"
-            if self.saved_step is None
-            else f"the newest checkpoint is of step {self.saved_step:,}"
-        )
+        step = self.saved_step
+        return "there is no checkpoint" if step is None else f"the newest checkpoint is of step {step:,}"
 
     def why(self) -> str:
         """What became of the last try, in words."""
