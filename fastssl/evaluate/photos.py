@@ -49,8 +49,8 @@ def open_photos(path: str | Path, workers: int | None = None) -> Iterator[BetonR
         target = Path(folder) / f"{path.name}.beton"
         try:
             # As of a .beton file: a damaged photo is an error, and no figure is over what is left.
-            options = ConvertOptions(keep_size=True, short_side=None, workers=workers, resume=False, on_bad="fail")
-            convert(path, target, options)
+            how: dict[str, Any] = {"quality": 95, "workers": workers, "resume": False, "on_bad": "fail"}
+            convert(path, target, ConvertOptions(keep_size=True, short_side=None, **how))
             with BetonReader(target) as reader:
                 yield reader
         except FastSSLError as error:  # whoever gave a folder knows nothing of the file

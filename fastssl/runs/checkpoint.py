@@ -102,8 +102,8 @@ def save_checkpoint(
         write_state(path, state)
         link_atomically(path, folder / LAST)
         for name, (which, network) in networks.items():
-            path_of = folder / f"{name}.safetensors"
-            save_backbone(network.backbone, path_of, arch=arch, step=str(position.step), network=which)
+            file = folder / f"{name}.safetensors"
+            save_backbone(network.backbone, file, arch=arch, step=str(position.step), network=which)
         if milestone is not None:
             for name, kept in _kept_names(networks, milestone).items():
                 link_atomically(folder / name, folder / kept)
