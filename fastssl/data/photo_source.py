@@ -206,9 +206,7 @@ def _holds(place: Path, wanted: dict[str, Any]) -> bool:
 
 
 def _may_write(place: Path, wanted: dict[str, Any]) -> bool:
-    """Whether nothing is there, or a file that was made the same way from these photos as they were, and nobody asked
-    for.
-    """
+    """Whether nothing is there, or a file that nobody asked for, made the same way from these photos as they were."""
     if not os.access(place.parent, os.W_OK):
         return False
     if not os.path.lexists(place) and not os.path.lexists(side_path(place)):
@@ -221,9 +219,7 @@ def _may_write(place: Path, wanted: dict[str, Any]) -> bool:
 
 @contextmanager
 def _alone(place: Path, say: Callable[[str], None]) -> Iterator[bool]:
-    """Hold ``place`` against other processes, waiting for theirs. False: nothing can be written there. Without locks
-    (some network disks) nobody waits.
-    """
+    """Hold ``place`` against other processes, waiting for theirs; not on disks without locks. False: not writable."""
     path = place.with_name(f".{place.name}.lock")
     try:
         file = open(path, "a")  # noqa: SIM115 (held open)

@@ -2,8 +2,8 @@
 
 Every function is the identity in a single process: it returns what it was given, uncopied, so that the code which calls
 it reads the same for any number of processes. All ranks must call the same ones in the same order. None waits for the
-device but those that answer the host: ``any_rank``, ``broadcast_object``, ``gather_objects`` and ``barrier``,
-and these travel beside the device, over the network of the hosts.
+device but those that answer the host (``any_rank``, ``broadcast_object``, ``gather_objects``, ``barrier``), over the
+network of the hosts.
 """
 
 from __future__ import annotations
@@ -72,9 +72,7 @@ def gather_rows(tensor: Tensor) -> Tensor:
 
 
 def gather_uneven(tensor: Tensor) -> Tensor:
-    """``gather_rows`` of ranks that have different numbers of rows; waits for the device. (n_r, ...) -> (sum of n_r,
-    ...).
-    """
+    """``gather_rows`` of different numbers of rows; waits for the device. (n_r, ...) -> (sum of n_r, ...)."""
     if world_size() == 1:
         return tensor
     barrier()  # whoever has fewer rows waits here, where waiting is allowed
@@ -172,9 +170,7 @@ def average_gradients(parameters: Iterable[Tensor]) -> None:
 
 
 def _shaped_like(parameter: Tensor, piece: Tensor) -> Tensor:
-    """``piece`` (numel,) in the shape and layout of the parameter: alike on all ranks, whatever the gradient's, and
-    copied in one launch where they agree.
-    """
+    """``piece`` (numel,) in the shape and layout of the parameter, which are alike on all ranks."""
     if parameter.dim() == 4 and parameter.is_contiguous(memory_format=torch.channels_last):
         return piece.as_strided(parameter.shape, parameter.stride())
     return piece.view(parameter.shape)

@@ -126,8 +126,7 @@ def _meeting_place(environ: Mapping[str, str], starter: str) -> tuple[str, int]:
     if not address:
         raise FastSSLError(
             "srun started several processes, but none of MASTER_ADDR, SLURM_STEP_NODELIST, SLURM_JOB_NODELIST "
-            "and SLURM_LAUNCH_NODE_IPADDR says where "
-            "rank 0 is: set MASTER_ADDR to the host of the first process"
+            "and SLURM_LAUNCH_NODE_IPADDR says where rank 0 is: set MASTER_ADDR to the host of the first process"
         )
     if environ.get("MASTER_PORT"):
         return address, _number(environ, "MASTER_PORT")

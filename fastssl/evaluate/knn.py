@@ -185,9 +185,7 @@ def _search(bank: Tensor, query: Tensor, k: int, device: torch.device, own: int 
 
 
 def _candidates(bank: Tensor, query: Tensor, count: int, itself: int | None) -> Tensor:
-    """(Q, count) int64: the bank rows with the largest products with the normalised ``query``, in no order that is
-    promised.
-    """
+    """(Q, count) int64: the bank rows with the largest products with the normalised ``query``, in any order."""
     best = query.new_full((len(query), count), -torch.inf)
     where = torch.zeros(len(query), count, dtype=torch.int64, device=query.device)
     tile_rows = max(count, _TILE_ELEMENTS // min(max(len(query), 1), _QUERY_TILE))
@@ -205,9 +203,7 @@ def _candidates(bank: Tensor, query: Tensor, count: int, itself: int | None) -> 
 
 
 def _cosines(bank: Tensor, query: Tensor, index: Tensor) -> Tensor:
-    """(Q, K) float64 cosines of each query with its bank rows ``index``: each from the two rows alone, so that it is
-    the same number in any tile or process.
-    """
+    """(Q, K) float64 cosines of each query with its bank rows ``index``: the same numbers in any tile or process."""
     found = torch.empty(index.shape, dtype=torch.float64, device=query.device)
     most = max(1, _EXACT_ELEMENTS // max(index.shape[1] * query.shape[1], 1))
     for rows in torch.arange(len(query), device=query.device).split(most):

@@ -196,9 +196,7 @@ class LogisticRegression:
 
 
 def _principal_directions(centred: Tensor) -> Tensor:
-    """Orthonormal directions (F, R) in which the rows of ``centred`` (N, F) vary, from the smaller of its two Gram
-    matrices.
-    """
+    """Orthonormal directions (F, R) in which the rows of ``centred`` (N, F) vary, from the smaller Gram matrix."""
     count, width = centred.shape
     gram = centred @ centred.T if count < width else centred.T @ centred
     square, vectors = torch.linalg.eigh(gram)

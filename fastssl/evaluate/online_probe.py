@@ -145,7 +145,7 @@ def _same_photos(one: BetonReader, other: BetonReader) -> bool:
 
 def _some_classes(files: Sequence[BetonReader], limit: int, seed: int) -> np.ndarray | None:
     """The classes that a probe of ``limit`` photos is of, where that is too few for all of them; else None. Those of
-    two photos and more come first: of the others nothing can be held out.
+    one photo, of which nothing can be held out, come last.
     """
     labels = [reader.labels for reader in files if reader.labels is not None]
     if not limit or len(labels) < len(files):
@@ -217,9 +217,7 @@ class OnlineProbe:
 
 
 def probe_features(name: str, bank: Features, queries: Features, labelled: bool) -> dict[str, Any]:
-    """A row of the table at the end: percent right with kNN and with a linear classifier; None where features are NaN
-    or infinite.
-    """
+    """A row of the table at the end: percent right with kNN and linearly; None where features are not finite."""
     if not (labelled and is_finite(bank, queries)):
         return {"name": name, "knn": None, "linear": None}
     return {"name": name, "knn": knn_accuracy(bank, queries).accuracy, "linear": linear_probe(bank, queries).accuracy}

@@ -27,9 +27,7 @@ from fastssl.pipelines.convert.options import ConvertOptions
 
 @contextmanager
 def open_photos(path: str | Path, workers: int | None = None) -> Iterator[BetonReader]:
-    """A ``.beton`` file; or a folder of class folders, or a tar of them, converted for the length of the block.
-
-    Into a temporary file, JPEGs byte for byte.
+    """A ``.beton`` file; or a folder or tar of class folders, converted into a temporary one, JPEGs byte for byte.
 
     Raises:
         FastSSLError: neither; a folder without photos; or one where several processes evaluate, each of which would
@@ -91,9 +89,7 @@ class LabelledSplit:
         return np.unique(require_labels(self.train)[self.train_index])
 
     def targets(self, labels: np.ndarray) -> np.ndarray:
-        """Labels -> (n,) int64 classes 0 .. C - 1; -1 for a label that the first part does not have, which no
-        prediction gets right.
-        """
+        """Labels -> (n,) int64 classes 0 .. C - 1; -1 for a label that the first part does not have."""
         classes = self.classes
         place = np.searchsorted(classes, labels).clip(max=len(classes) - 1)
         return np.where(classes[place] == labels, place, -1)

@@ -1,5 +1,4 @@
-"""Linear classifiers trained by a published protocol on the features of a frozen backbone: a whole grid of rates and
-decays at once.
+"""Linear classifiers trained by a published protocol on frozen features: a whole grid of rates and decays at once.
 
 The features of a batch cost a pass of the network, a classifier on them next to nothing; so all classifiers of a grid
 read the same features, as one tensor of weights, and each moves as it would alone.

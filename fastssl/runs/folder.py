@@ -1,5 +1,4 @@
-"""The folder of a run: who may write into it, what is in it when a run begins, and what is written there while it
-lasts.
+"""The folder of a run: who may write into it, what is in it when a run begins, and what is written while it lasts.
 
 Only the first process of a run has one.
 """
@@ -143,9 +142,7 @@ class RunFolder:
             self._lock_file.close()
 
     def _lock(self) -> bool:
-        """Hold the folder while this process lives: two runs in one folder would write over each other's files. False:
-        here nobody can.
-        """
+        """Hold the folder, which two runs would spoil, while this process lives. False: here nobody can."""
         self._lock_file = open(self.path / ".lock", "a")  # noqa: SIM115 (held open for the whole run)
         try:
             fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -198,9 +195,7 @@ class RunFolder:
         return path, state
 
     def _require_room_for(self, config: dict[str, Any], path: Path) -> None:
-        """A checkpoint from elsewhere begins a new folder, or sets back this very run; in another run's folder it would
-        mix the two.
-        """
+        """A checkpoint from elsewhere begins a new folder, or sets back this run; it would spoil another."""
         if path.resolve().parent == self.checkpoints.resolve() or (there := find_checkpoint(self.checkpoints)) is None:
             return
         if _other_settings(config, there[1]):

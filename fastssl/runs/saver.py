@@ -1,6 +1,4 @@
-"""When a run is saved, and what becomes of it while the disk does not take it. Only the first process of a run has
-one.
-"""
+"""When a run is saved, and what becomes of it while the disk takes nothing. Only a run's first process has one."""
 
 from __future__ import annotations
 

@@ -69,9 +69,7 @@ class DetectionBatch:
 
 
 def scaled_size(height: int, width: int, short_side: int, long_side: int) -> tuple[int, int]:
-    """(height, width) whose short side is ``short_side``, or less where the long one would pass ``long_side``; the
-    aspect ratio stays.
-    """
+    """(height, width) whose short side is ``short_side``, or less where the long one would pass ``long_side``."""
     scale = min(short_side / min(height, width), long_side / max(height, width))
     return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
 
@@ -79,9 +77,7 @@ def scaled_size(height: int, width: int, short_side: int, long_side: int) -> tup
 def draw(
     pictures: Sequence[Picture], short_sides: Sequence[int], long_side: int, *, flip: bool, seed: int, epoch: int
 ) -> list[View]:
-    """A view of each picture, its short side one of ``short_sides``, flipped with probability one half: a function of
-    (seed, epoch, image id).
-    """
+    """A view of each picture, its short side one of ``short_sides``: a function of (seed, epoch, image id)."""
     ids = np.array([picture.id for picture in pictures], np.int64)
     words = keyed_words(seed, Stream.DETECTION, epoch, ids)
     # The high half of a product, as for all ranges here: no division, no bias worth the name.

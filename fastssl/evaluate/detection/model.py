@@ -56,8 +56,7 @@ class DetectorConfig:
 
 
 def anchor_sizes(sizes: Sequence[int], maps: int) -> tuple[tuple[int, ...], ...]:
-    """Sizes for each of ``maps`` maps: ``sizes`` through a window that moves by one from map to map, and reaches the
-    last size at the last map.
+    """Sizes for each of ``maps`` maps: a window over ``sizes`` that moves by one and ends at the last size.
 
     Raises:
         DetectionError: fewer sizes than maps.

@@ -76,9 +76,8 @@ def _rows(batch: DetectionBatch, found: dict[str, Tensor], category_ids: list[in
 
 
 def _packed(mask: Tensor, box: Tensor, size: tuple[int, int]) -> dict[str, Any]:
-    """The 28x28 probabilities, laid into the box and cut at one half, as run lengths. One at a time: a hundred masks of
-    a photo are 100 MB and more.
-    """
+    """The 28x28 probabilities, laid into the box and cut at one half, as run lengths."""
+    # One at a time: a hundred masks of a photo are 100 MB and more.
     whole = paste_masks_in_image(mask[None], box[None], size)[0, 0] >= 0.5
     packed = mask_tools().encode(np.asfortranarray(whole.cpu().numpy().astype(np.uint8)))
     return {"size": [int(side) for side in packed["size"]], "counts": packed["counts"].decode()}

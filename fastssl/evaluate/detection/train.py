@@ -241,9 +241,7 @@ class _Checkpoint:
         self.saved = time.monotonic()
 
     def load(self, detector: Detector, optimizer: torch.optim.Optimizer) -> tuple[int, dict[str, float]]:
-        """Put the file's state into both; how many iterations it has done, and the last losses. (0, {}) where there is
-        none.
-        """
+        """Put the file's state into both; (iterations it has done, the last losses), (0, {}) where there is none."""
         if self.path is None or not broadcast_object(self.path.is_file()):
             return 0, {}
         try:
