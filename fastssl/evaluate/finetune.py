@@ -195,10 +195,8 @@ def finetune(
             losses.append(loss)
             train_accuracies.append(100 * train_accuracy)
             counts.append(tuner.count_correct())
-    total, best = (
-        len(split.val_index),
-        max(range(config.epochs), key=lambda epoch: counts[epoch][0]),
-    )  # of equals the first
+    total = len(split.val_index)
+    best = max(range(config.epochs), key=lambda epoch: counts[epoch][0])  # the first of equals
     last, at_best = (accuracies(*counts[epoch], total, classes) for epoch in (-1, best))
     return FinetuneResult(
         accuracy=last["accuracy"],
