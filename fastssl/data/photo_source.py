@@ -99,7 +99,8 @@ def _short_side(listing: Listing, i: int) -> int | None:
     with warnings.catch_warnings(), suppress(Exception):  # decoders raise anything at all for damaged input
         warnings.simplefilter("ignore")
         with Image.open(io.BytesIO(listing.read(i)), formats=pillow_formats()) as image:
-            return min(image.size)
+            side: int = min(image.size)
+            return side
     return None
 
 
@@ -188,16 +189,14 @@ def _side(place: Path) -> dict[str, Any] | None:
     """The side file, if it is this very file's."""
     try:
         side = read_side_file(place)
-        with BetonReader(place) as reader:
-            sums = (side or {}).get("crc32")
-            same = isinstance(sums, dict) and {"bytes": side["bytes"], **sums} == {
-                "bytes": reader.num_bytes,
-                **reader.table_checksums(),
-                "samples": sums.get("samples"),
-            }
-        return side if same else None
+        if side is not None and isinstance(sums := side.get("crc32"), dict):
+            with BetonReader(place) as reader:
+                found = {"bytes": reader.num_bytes, **reader.table_checksums(), "samples": sums.get("samples")}
+            if {"bytes": side["bytes"], **sums} == found:
+                return side
     except (FastSSLError, OSError):
-        return None
+        pass
+    return None
 
 
 def _holds(place: Path, wanted: dict[str, Any]) -> bool:
@@ -207,9 +206,7 @@ def _holds(place: Path, wanted: dict[str, Any]) -> bool:
 
 
 def _may_write(place: Path, wanted: dict[str, Any]) -> bool:
-    """Whether nothing is there, or a file that was made the same way from these photos as they were, and nobody asked
-    for.
-    """
+    """Whether nothing is there, or a file that nobody asked for, made the same way from these photos as they were."""
     if not os.access(place.parent, os.W_OK):
         return False
     if not os.path.lexists(place) and not os.path.lexists(side_path(place)):
@@ -217,14 +214,12 @@ def _may_write(place: Path, wanted: dict[str, Any]) -> bool:
     side = _side(place)
     if side is None or side.get("automatic") is not True or side.get("options") != wanted["options"]:
         return False
-    return side.get("source") == wanted["source"]  # `photos/` and `photos.tar` would both have photos.beton
+    return bool(side.get("source") == wanted["source"])  # `photos/` and `photos.tar` would both have photos.beton
 
 
 @contextmanager
 def _alone(place: Path, say: Callable[[str], None]) -> Iterator[bool]:
-    """Hold ``place`` against other processes, waiting for theirs. False: nothing can be written there. Without locks
-    (some network disks) nobody waits.
-    """
+    """Hold ``place`` against other processes, waiting for theirs; not on disks without locks. False: not writable."""
     path = place.with_name(f".{place.name}.lock")
     try:
         file = open(path, "a")  # noqa: SIM115 (held open)

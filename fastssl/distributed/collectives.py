@@ -2,8 +2,8 @@
 
 Every function is the identity in a single process: it returns what it was given, uncopied, so that the code which calls
 it reads the same for any number of processes. All ranks must call the same ones in the same order. None waits for the
-device but those that answer the host: ``any_rank``, ``broadcast_object``, ``gather_objects`` and ``barrier``,
-and these travel beside the device, over the network of the hosts.
+device but those that answer the host (``any_rank``, ``broadcast_object``, ``gather_objects``, ``barrier``), over the
+network of the hosts.
 """
 
 from __future__ import annotations
@@ -72,9 +72,7 @@ def gather_rows(tensor: Tensor) -> Tensor:
 
 
 def gather_uneven(tensor: Tensor) -> Tensor:
-    """``gather_rows`` of ranks that have different numbers of rows; waits for the device. (n_r, ...) -> (sum of n_r,
-    ...).
-    """
+    """``gather_rows`` of different numbers of rows; waits for the device. (n_r, ...) -> (sum of n_r, ...)."""
     if world_size() == 1:
         return tensor
     barrier()  # whoever has fewer rows waits here, where waiting is allowed
@@ -106,7 +104,10 @@ def gather_rows_with_gradient(tensor: Tensor) -> Tensor:
     With ``average_gradients`` behind it, ranks that each take a mean over their own rows against everyone's make the
     gradient of the mean over all rows; and so do ranks that all compute the whole loss.
     """
-    return tensor if world_size() == 1 else _GatherRows.apply(tensor)
+    if world_size() == 1:
+        return tensor
+    everyone: Tensor = _GatherRows.apply(tensor)
+    return everyone
 
 
 def gather_views(tensor: Tensor, views: int, gradient: bool = False) -> Tensor:
@@ -132,8 +133,8 @@ def gather_views(tensor: Tensor, views: int, gradient: bool = False) -> Tensor:
     if views == 1:
         return everyone
     rows, last = _channels_to_the_end(everyone)
-    rows = rows.unflatten(0, (world_size(), views, -1)).transpose(0, 1).flatten(0, 2)
-    return rows.movedim(-1, 1) if last else rows
+    whole: Tensor = rows.unflatten(0, (world_size(), views, -1)).transpose(0, 1).flatten(0, 2)
+    return whole.movedim(-1, 1) if last else whole
 
 
 def _channels_to_the_end(tensor: Tensor) -> tuple[Tensor, bool]:
@@ -143,7 +144,7 @@ def _channels_to_the_end(tensor: Tensor) -> tuple[Tensor, bool]:
 
 
 @torch.no_grad()
-def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
+def average_gradients(parameters: Iterable[Tensor]) -> None:
     """Put the mean over ranks into every ``.grad`` that is there. Which ones are there must be the same on all ranks.
 
     All gradients of a type go through one buffer and one all-reduce. These networks have 20 MB of them: there is no
@@ -154,16 +155,14 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     size = world_size()
     if size == 1:
         return
-    kinds: dict[tuple[torch.dtype, torch.device], list[nn.Parameter]] = {}
+    kinds: dict[tuple[torch.dtype, torch.device], list[tuple[Tensor, Tensor]]] = {}
     for parameter in parameters:
         if parameter.grad is not None:
-            kinds.setdefault((parameter.grad.dtype, parameter.grad.device), []).append(parameter)
+            kinds.setdefault((parameter.grad.dtype, parameter.grad.device), []).append((parameter, parameter.grad))
     for (dtype, device), group in kinds.items():
-        buffer = torch.empty(sum(parameter.numel() for parameter in group), dtype=dtype, device=device)
-        pieces = [
-            _shaped_like(parameter, piece) for parameter, piece in zip(group, buffer.split([p.numel() for p in group]))
-        ]
-        gradients = [parameter.grad for parameter in group]
+        sizes, gradients = [parameter.numel() for parameter, _ in group], [gradient for _, gradient in group]
+        buffer = torch.empty(sum(sizes), dtype=dtype, device=device)
+        pieces = [_shaped_like(parameter, piece) for (parameter, _), piece in zip(group, buffer.split(sizes))]
         torch._foreach_copy_(pieces, gradients)
         dist.all_reduce(buffer)
         buffer.div_(size)
@@ -171,9 +170,7 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
 
 
 def _shaped_like(parameter: Tensor, piece: Tensor) -> Tensor:
-    """``piece`` (numel,) in the shape and layout of the parameter: alike on all ranks, whatever the gradient's, and
-    copied in one launch where they agree.
-    """
+    """``piece`` (numel,) in the shape and layout of the parameter, which are alike on all ranks."""
     if parameter.dim() == 4 and parameter.is_contiguous(memory_format=torch.channels_last):
         return piece.as_strided(parameter.shape, parameter.stride())
     return piece.view(parameter.shape)
@@ -240,7 +237,7 @@ def broadcast_object(value: _Value) -> _Value:
     """What rank 0 says, on all ranks: any value that can be pickled."""
     if world_size() == 1:
         return value
-    said: list[Any] = [value]
+    said = [value]
     dist.broadcast_object_list(said, src=0, group=_waiting, device=torch.device("cpu"))
     return said[0]
 

@@ -61,7 +61,5 @@ def only_deterministic() -> Iterator[None]:
 
 
 def use_amp(amp: str, device: torch.device) -> bool:
-    """Whether to compute in bfloat16: ``auto`` does on a GPU and not on a CPU, where float32 is often
-    the faster one.
-    """
+    """Whether to compute in bfloat16: ``auto`` does on a GPU, not on a CPU, where float32 is often faster."""
     return amp == "bf16" or (amp == "auto" and device.type == "cuda")

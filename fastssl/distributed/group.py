@@ -82,9 +82,10 @@ def joined(world: World, device: torch.device) -> Iterator[None]:
         why = _why_lost(str(error), world, store) if lost else ""
         # NCCL's orderly end waits for all ranks of a machine, and these may be in a collective that this one will never
         # reach.
-        if device.type == "cuda" and dist.is_initialized() and hasattr(dist.group.WORLD, "abort"):
+        everyone = dist.group.WORLD
+        if device.type == "cuda" and everyone is not None and hasattr(everyone, "abort"):
             with suppress(RuntimeError):
-                dist.group.WORLD.abort()
+                everyone.abort()
         if lost:
             raise FastSSLError(f"the run cannot go on: {why}") from error
         raise
@@ -119,8 +120,8 @@ def _join(world: World, minutes: float) -> dist.Store:
         with _signals_end_the_process():
             # A little longer than process 0 takes to know who is missing.
             serve, limit = world.is_main and not agent, timedelta(minutes=minutes, seconds=_LAST_LOOK_S)
-            store = dist.TCPStore(world.address, world.port, None, serve, limit, wait_for_workers=False)
-            store = dist.PrefixStore(prefix, store)
+            tcp = dist.TCPStore(world.address, world.port, None, serve, limit, wait_for_workers=False)
+            store = dist.PrefixStore(prefix, tcp)
             store.set(f"joined/{world.rank}", "")
             if world.is_main:
                 store.set("missing", _missing(store, "joined", world, started + 60 * minutes))
@@ -172,17 +173,19 @@ def _make_groups(world: World, device: torch.device, store: dist.Store, minutes:
                 timeout=timedelta(minutes=(2 if device.type == "cuda" else 1) * minutes),
                 device_id=device if device.type == "cuda" else None,
             )
-            voting = None
-            if device.type == "cuda":
-                voting = dist.new_group(backend="gloo", timeout=timedelta(minutes=minutes))
-            waiting = dist.new_group(backend="gloo", timeout=timedelta(minutes=_WAITING * minutes))
-            use_host_groups(voting, waiting)
+            use_host_groups(_gloo(minutes) if device.type == "cuda" else None, _gloo(_WAITING * minutes))
     except (RuntimeError, ValueError, OSError) as error:
         raise FastSSLError(
             f"process {world.rank} of {world.size} met the others but cannot connect to them: "
             f"{' '.join(str(error).split())[:400]}; does GLOO_SOCKET_IFNAME (or NCCL_SOCKET_IFNAME) name the network "
             "between the hosts?"
         ) from error
+
+
+def _gloo(minutes: float) -> dist.ProcessGroup:
+    group = dist.new_group(backend="gloo", timeout=timedelta(minutes=minutes))
+    assert isinstance(group, dist.ProcessGroup)  # a number, where this process is none of the group
+    return group
 
 
 def _why_lost(text: str, world: World, store: dist.Store) -> str:

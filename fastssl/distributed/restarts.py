@@ -28,9 +28,7 @@ class Launch:
     again: frozenset[str] = frozenset()
 
     def goes_on(self, before: object) -> bool:
-        """Whether one of the launchers repeats the start that kept ``before`` (a mapping as ``names``; anything else
-        has no names).
-        """
+        """Whether a launcher repeats the start that kept ``before``: a mapping as ``names``, or something else."""
         return isinstance(before, Mapping) and any(
             before.get(launcher) == self.names[launcher] for launcher in self.again
         )

@@ -35,30 +35,24 @@ class SplitBatchNormStats:
     """
 
     def __init__(self, network: nn.Module, *, groups: int, rank: int, world: int):
-        layers = [
-            (name, layer)
-            for name, layer in network.named_modules()
-            if isinstance(layer, _BatchNorm) and layer.running_mean is not None
-        ]
-        for name, layer in layers:
+        self._running: list[Tensor] = []
+        self._counters: list[Tensor] = []
+        shares = [torch.empty(0, dtype=torch.float64)]  # of the old value in the new one, for each value
+        for name, layer in network.named_modules():
+            if not isinstance(layer, _BatchNorm) or layer.running_mean is None or layer.running_var is None:
+                continue
             if layer.momentum is None:
                 raise FastSSLError(
-                    f"layer {name or 'network'} averages its statistics over all batches (momentum=None), "
-                    "which several processes with BatchNorm groups of "
-                    "their own cannot: set moco.split_bn=1"
+                    f"layer {name or 'network'} averages its statistics over all batches (momentum=None), which "
+                    "several processes with BatchNorm groups of their own cannot: set moco.split_bn=1"
                 )
-        self._running = [tensor for _, layer in layers for tensor in (layer.running_mean, layer.running_var)]
-        self._counters = [layer.num_batches_tracked for _, layer in layers if layer.num_batches_tracked is not None]
+            self._running += [layer.running_mean, layer.running_var]
+            shares.append(torch.full((2 * layer.num_features,), 1 - layer.momentum, dtype=torch.float64))
+            if layer.num_batches_tracked is not None:
+                self._counters.append(layer.num_batches_tracked)
         self._sizes = [tensor.numel() for tensor in self._running]
         self._counted_elsewhere = groups * (world - 1)
-        keep = torch.cat(
-            [
-                torch.full((tensor.numel(),), 1 - layer.momentum, dtype=torch.float64)
-                for _, layer in layers
-                for tensor in (layer.running_mean,) * 2
-            ]
-            or [torch.empty(0, dtype=torch.float64)]
-        )
+        keep = torch.cat(shares)
         like = self._running[0] if self._running else torch.empty(0)
         # a^n, a^(n (W - 1 - k)) and a^(n W), one for each value
         self._own, self._weight, self._all = (

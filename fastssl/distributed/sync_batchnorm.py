@@ -18,12 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fastssl.distributed.collectives import (
-    all_reduce_sum,
-    gather_rows,
-    gather_rows_with_gradient,
-    world_size,
-)
+from fastssl.distributed.collectives import all_reduce_sum, gather_rows, gather_rows_with_gradient, world_size
 from fastssl.errors import FastSSLError
 
 
@@ -106,7 +101,8 @@ class SynchronisedBatchNormAct2d(_OverRanks, BatchNormAct2d):
     """timm's ``BatchNormAct2d`` over all ranks, with its own activation and drop layers."""
 
     def _finish(self, output: Tensor) -> Tensor:
-        return self.act(self.drop(output))
+        activated: Tensor = self.act(self.drop(output))
+        return activated
 
 
 _SYNCHRONISED: dict[type, type] = {
@@ -118,7 +114,8 @@ _SYNCHRONISED: dict[type, type] = {
 
 @torch.compiler.disable  # a compiler can trace neither the collectives nor the statistics that change on the way
 def _normalise(input: Tensor, *rest: Any) -> Tensor:
-    return (_ByKernels.apply if input.is_cuda else by_autograd)(input, *rest)
+    normalised: Tensor = (_ByKernels.apply if input.is_cuda else by_autograd)(input, *rest)
+    return normalised
 
 
 def by_autograd(
@@ -188,10 +185,8 @@ class _ByKernels(torch.autograd.Function):
         )
         grad_input = None
         if wanted[0]:
-            sums = all_reduce_sum(torch.cat([sum_dy, sum_dy_xmu]))
-            grad_input = torch.batch_norm_backward_elemt(
-                grad, input, mean, invstd, weight, *sums.tensor_split(2), counts
-            )
+            sum_dy, sum_dy_xmu = all_reduce_sum(torch.cat([sum_dy, sum_dy_xmu])).tensor_split(2)
+            grad_input = torch.batch_norm_backward_elemt(grad, input, mean, invstd, weight, sum_dy, sum_dy_xmu, counts)
         # A parameter's gradient is that of this rank's samples, as in every other layer.
         return grad_input, grad_weight if wanted[1] else None, grad_bias if wanted[2] else None, None, None, None, None
 

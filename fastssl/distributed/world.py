@@ -79,9 +79,9 @@ def first_of_host_speaks(environ: Mapping[str, str] = os.environ) -> Iterator[No
     except Exception as error:
         if _is_first_of_host(environ):
             raise
-        error.told = True  # where the wait is ended
+        vars(error)["told"] = True  # where the wait is ended
         time.sleep(_FIRST_SPEAKS_S)
-        error.told = False
+        vars(error)["told"] = False
         raise
 
 
@@ -126,8 +126,7 @@ def _meeting_place(environ: Mapping[str, str], starter: str) -> tuple[str, int]:
     if not address:
         raise FastSSLError(
             "srun started several processes, but none of MASTER_ADDR, SLURM_STEP_NODELIST, SLURM_JOB_NODELIST "
-            "and SLURM_LAUNCH_NODE_IPADDR says where "
-            "rank 0 is: set MASTER_ADDR to the host of the first process"
+            "and SLURM_LAUNCH_NODE_IPADDR says where rank 0 is: set MASTER_ADDR to the host of the first process"
         )
     if environ.get("MASTER_PORT"):
         return address, _number(environ, "MASTER_PORT")

@@ -8,10 +8,11 @@ some photos, without labels, and leaves all weights alone.
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastssl.distributed.sync_batchnorm import separate_batchnorm
@@ -36,11 +37,10 @@ def reestimated(
     seed: int = 0,
     device: str | torch.device = "cpu",
     batch_size: int = 256,
-    workers: int | None = None,
     amp: bool = False,
     crop: float = EVALUATION_CROP,
-    on_bad: str = "fail",
     indices: np.ndarray | None = None,
+    **how: Any,
 ) -> nn.Module:
     """A copy of ``backbone`` whose BatchNorms hold the statistics of centre crops: the mean over batches of each
     batch's mean and variance.
@@ -51,7 +51,7 @@ def reestimated(
         samples: how many of them, at least 2, drawn by ``seed``. All are taken where there are fewer; a few less are
             where they do not fill equal batches.
         indices: draw from these sample ids alone; default: from all.
-        size, batch_size, workers, amp, crop, on_bad: as in ``extract_features``.
+        size, batch_size, amp, crop, how: as in ``extract_features``.
 
     Raises:
         FastSSLError: the network has no BatchNorm, or there are fewer than two photos.
@@ -72,22 +72,16 @@ def reestimated(
     # Equal batches: a last one of a handful of photos would count as much as a whole one.
     batch = max(2, count // -(-count // batch_size))
     chosen = np.sort(ids[epoch_order(len(ids), seed, 0)[: count - count % batch]])
-
-    def forward(images: Tensor) -> Tensor:
-        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-            return network(images)
-
     collect(
-        forward,
+        torch.autocast(device.type, torch.bfloat16, enabled=amp)(network),
         data,
         ViewSpec.evaluation(size, crop=crop),
         indices=chosen,
         batch_size=batch,
         device=device,
-        workers=workers,
-        on_bad=on_bad,
+        **how,
     )
     for layer, original in zip(network.modules(), backbone.modules()):
-        if isinstance(layer, _BatchNorm):
+        if isinstance(layer, _BatchNorm) and isinstance(original, _BatchNorm):
             layer.momentum = original.momentum
     return network.train(backbone.training)

@@ -31,9 +31,7 @@ class ClassTokens(nn.Module):
                 "choose another --protocol"
             )
         if len(backbone.blocks) < blocks:
-            raise ProbeError(
-                f"the network has {len(backbone.blocks)} blocks, and this protocol reads the last {blocks}"
-            )
+            raise ProbeError(f"the network has {len(backbone.blocks)} blocks, this protocol reads the last {blocks}")
         self.backbone, self.blocks = backbone, blocks
 
     def forward(self, images: Tensor) -> Tensor:

@@ -38,7 +38,8 @@ class Classifier(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         features = at_least_float32(self.hidden(self.backbone(images)))
         with torch.autocast(images.device.type, enabled=False):
-            return self.linear(features)
+            logits: Tensor = self.linear(features)
+        return logits
 
 
 def timm_classifier_name(arch: str) -> str:
@@ -47,7 +48,7 @@ def timm_classifier_name(arch: str) -> str:
     Raises:
         ProbeError: it has none, or several.
     """
-    name = create_backbone(arch).default_cfg.get("classifier")
+    name = getattr(create_backbone(arch), "default_cfg", {}).get("classifier")
     if not isinstance(name, str):
         raise ProbeError(
             f"{arch} has no single classifier in timm ({name}): a fine-tuned network of this kind cannot be written"

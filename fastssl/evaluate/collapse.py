@@ -26,7 +26,8 @@ def feature_std(features: Tensor) -> Tensor:
         () float32.
     """
     normalised = functional.normalize(features.detach().float(), dim=1)
-    return normalised.std(dim=0, unbiased=False).mean() * features.shape[1] ** 0.5
+    spread: Tensor = normalised.std(dim=0, unbiased=False).mean() * features.shape[1] ** 0.5
+    return spread
 
 
 def effective_rank(features: Tensor) -> Tensor:
@@ -57,13 +58,13 @@ def effective_rank(features: Tensor) -> Tensor:
     return torch.where(finite, rank, torch.full_like(rank, torch.nan))
 
 
-def uniformity(features: Tensor, t: float = 2.0) -> Tensor:
-    """log of the mean of exp(-t |x - y|^2) over all pairs of different rows, on the unit sphere.
+def uniformity(features: Tensor) -> Tensor:
+    """log of the mean of exp(-2 |x - y|^2) over all pairs of different rows, on the unit sphere.
 
     Wang & Isola, "Understanding contrastive representation learning through alignment and uniformity", ICML 2020.
 
-    0: collapsed to one point; about -2 t for features spread evenly in many dimensions (-4 for t = 2), and a little
-    lower at best for few rows.
+    0: collapsed to one point; about -4 for features spread evenly in many dimensions, a little lower at best for few
+    rows.
 
     Args:
         features: (N, D) floating point, any scale, N >= 2. Takes N^2 floats of memory.
@@ -73,6 +74,6 @@ def uniformity(features: Tensor, t: float = 2.0) -> Tensor:
     """
     normalised = functional.normalize(features.detach().float(), dim=1)
     count = len(normalised)
-    exponent = 2 * t * (normalised @ normalised.T - 1)
+    exponent = 4 * (normalised @ normalised.T - 1)
     exponent.fill_diagonal_(-torch.inf)
     return torch.logsumexp(exponent.flatten(), dim=0) - math.log(count * (count - 1))

@@ -17,7 +17,7 @@ from torch import nn
 
 from fastssl.config.recipe import Recipe, build_recipe
 from fastssl.errors import FastSSLError
-from fastssl.methods.dino import DINOHead
+from fastssl.methods.dino import DINOConfig, DINOHead
 from fastssl.models.backbones import create_backbone, feature_dim
 from fastssl.runs.checkpoint import load_checkpoint
 
@@ -63,6 +63,7 @@ def load_half_head(path: Path, which: str = "student", *, fresh: bool = False) -
         raise FastSSLError(f"{path}: a run of {config.get('method')} has no DINO head; --head linear needs none")
     recipe = build_recipe({key: value for key, value in config.items() if key in _RECIPE_KEYS}, where=str(path))
     settings = recipe.settings
+    assert isinstance(settings, DINOConfig)
     if settings.projector.layers < 2:
         raise FastSSLError(
             f"{path}: its DINO head has one linear layer, of which nothing is kept; --head linear does the same"

@@ -1,6 +1,4 @@
-"""Features of training views, batch by batch: fresh views every epoch, or those of a few epochs, kept
-and gone round.
-"""
+"""Features of training views, batch by batch: fresh ones every epoch, or those of a few epochs, kept and gone round."""
 
 from __future__ import annotations
 
@@ -88,7 +86,7 @@ class FeatureStream:
             indices=indices,
         )
         self._kept = cached_epochs
-        self._features: Tensor | None = None  # (epochs kept, steps, batch, F)
+        self._features = torch.empty(0)  # then (epochs kept, steps, batch, F)
         self._labels = torch.empty(cached_epochs, self.steps, self.batch, dtype=torch.int64)
 
     def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -118,7 +116,7 @@ class FeatureStream:
         return features.float(), self._targets[batch.index]
 
     def _keep(self, epoch: int, step: int, features: Tensor, targets: Tensor) -> None:
-        if self._features is None:
+        if not len(self._features):
             # Pinned for a GPU: copies both ways then go by its queue, and the host does not wait for them.
             shape = (self._kept, self.steps, *features.shape)
             self._features = torch.empty(shape, pin_memory=self._device.type == "cuda")
@@ -139,8 +137,6 @@ class FeatureStream:
 
 
 def _passes(batch: int) -> int:
-    """Into how many equal passes of the network a batch is cut: as few as there may be, or one where it has no divisor
-    that is worth it.
-    """
+    """Into how many equal passes of the network a batch is cut: as few as may be; one where no divisor is worth it."""
     fewest = -(-batch // _PASS)
     return next((passes for passes in range(fewest, 4 * fewest) if batch % passes == 0), 1)

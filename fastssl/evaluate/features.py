@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -74,7 +74,7 @@ def extract_features(
     device: str | torch.device = "cpu",
     amp: bool = False,
     crop: float = EVALUATION_CROP,
-    interpolation: str = "bilinear",
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear",
     **how: Any,
 ) -> Features:
     """Run ``backbone`` in evaluation mode over the centre crops of ``data``, without gradient.
@@ -94,11 +94,7 @@ def extract_features(
         FastSSLError: a damaged photo with ``on_bad="fail"``, or indices outside the file.
     """
     device = torch.device(device)
-
-    def forward(images: Tensor) -> Tensor:
-        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-            return backbone(images)
-
+    forward = torch.autocast(device.type, torch.bfloat16, enabled=amp)(backbone)
     spec = replace(ViewSpec.evaluation(size, crop=crop), interpolation=interpolation)
     with evaluating(backbone):
         return collect(forward, data, spec, device=device, **how)
@@ -156,22 +152,10 @@ def collect(
         progress: called with the number of photos done, after each batch.
     """
     # no_grad and not inference_mode: the tensors may later stand in a computation with gradient.
-    with ViewLoader(
-        data,
-        [spec],
-        batch_size,
-        device,
-        workers=workers,
-        on_bad=on_bad,
-        indices=indices,
-        shuffle=False,
-        drop_last=False,
-    ) as loader:
+    how: dict[str, Any] = {"workers": workers, "on_bad": on_bad, "indices": indices}
+    with ViewLoader(data, [spec], batch_size, device, shuffle=False, drop_last=False, **how) as loader:
         features: Tensor | None = None
-        index, labels = (
-            torch.empty(len(loader.indices), dtype=torch.int64),
-            torch.empty(len(loader.indices), dtype=torch.int64),
-        )
+        index, labels = torch.empty(2, len(loader.indices), dtype=torch.int64).unbind()
         first = kept = 0
         for batch in loader.epoch(0):
             rows = function(batch.views[0])
@@ -189,6 +173,7 @@ def collect(
             kept += len(good)
             if progress is not None:
                 progress(first)
+    assert features is not None  # a loader has samples
     return Features(features[:kept], labels[:kept], index[:kept])
 
 
@@ -206,9 +191,7 @@ def shard(index: np.ndarray, *, may_be_empty: bool = False) -> np.ndarray:
 
 
 def gathered(features: Features) -> Features:
-    """The features of all processes on each of them, in the order that ``share`` dealt their samples out."""
-    if world_size() == 1:
-        return features
+    """The features of all processes on each of them, in the order that ``shard`` dealt their samples out."""
     return Features(*(gather_uneven(part) for part in (features.features, features.labels, features.index)))
 
 
@@ -271,6 +254,12 @@ def accuracies(top1: int, top5: int, total: int, classes: int) -> dict[str, Any]
     }
 
 
+def is_finite(*parts: Features) -> bool:
+    """Whether no feature is NaN or infinite."""
+    # The extremes are if any number is, and a table of which ones are would be as large as a quarter of the features.
+    return all(bool(torch.isfinite(extreme)) for part in parts if len(part) for extreme in torch.aminmax(part.features))
+
+
 def check_probe_input(train: Features, val: Features) -> None:
     """Refuse what no probe can use: nothing there, no labels, widths that differ, numbers that are not finite."""
     for name, part in (("training", train), ("validation", val)):
@@ -280,9 +269,7 @@ def check_probe_input(train: Features, val: Features) -> None:
             raise ProbeError(
                 f"the {name} part has no labels; kNN and linear probes need them (convert a class/file folder tree)"
             )
-        # The extremes are NaN or infinite if any number is, and a table of which ones are would be as large as a
-        # quarter of the features.
-        if not all(torch.isfinite(extreme) for extreme in torch.aminmax(part.features)):
+        if not is_finite(part):
             raise ProbeError(f"features of the {name} part are NaN or infinite: the checkpoint's training has diverged")
     if train.features.shape[1] != val.features.shape[1]:
         raise ProbeError(
@@ -294,10 +281,10 @@ def check_shared_input(train: Features, val: Features) -> None:
     """``check_probe_input`` of every process's share: where one cannot be used, all raise, and none waits for the
     others in vain.
     """
-    problem: ProbeError | None = None
     try:
         check_probe_input(train, val)
-    except ProbeError as error:
-        problem = error
-    if any_rank(problem is not None):
-        raise problem or ProbeError("another process's share of the features cannot be used: it says why")
+    except ProbeError:
+        any_rank(True)
+        raise
+    if any_rank(False):
+        raise ProbeError("another process's share of the features cannot be used: it says why")

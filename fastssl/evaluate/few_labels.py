@@ -23,6 +23,7 @@ import numpy as np
 
 from fastssl.errors import counted
 from fastssl.evaluate.features import ProbeError
+from fastssl.evaluate.photos import require_labels
 from fastssl.pipelines.beton.reader import BetonReader
 from fastssl.pipelines.beton.side_file import read_side_file
 from fastssl.pipelines.convert.conversion import rejects_path
@@ -43,8 +44,7 @@ def parse_share(text: str) -> float:
         share = float(number) / (100 if percent else 1)
     except ValueError:
         share = float("nan")
-    # The comparison is false for NaN, so NaN is refused too. 1.0 is everything, but so is 100%, which nobody reads as
-    # one percent.
+    # NaN fails, too. 1.0 is everything, but so is 100%, which nobody reads as one percent.
     if not 0 < share <= 1 or (share == 1 and not percent):
         raise ProbeError(
             f"share of labels {text!r}: write a percentage as 1% (up to 100%), or a fraction below 1 as 0.01"
@@ -67,14 +67,12 @@ def draw_labels(labels: np.ndarray, share: float, seed: int) -> np.ndarray:
     """
     if not 0 < share <= 1:
         raise ProbeError(f"the share of labels must lie above 0 and not above 1, got {share}")
-    labels = np.asarray(labels)
     order = epoch_order(len(labels), seed, 0)
     # Class by class, each in the drawn order: one sort, where a thousand classes would be a thousand searches.
     by_class = order[np.argsort(labels[order], kind="stable")]
     _, first, count = np.unique(labels[by_class], return_index=True, return_counts=True)
-    kept = [
-        by_class[start : start + max(1, round(share * size))] for start, size in zip(first.tolist(), count.tolist())
-    ]
+    sizes = np.maximum(1, np.round(share * count)).astype(np.int64)  # of a class
+    kept = [by_class[start : start + size] for start, size in zip(first, sizes)]
     return np.sort(np.concatenate([np.zeros(0, np.int64), *kept]))
 
 
@@ -132,8 +130,7 @@ def read_list(path: str | Path) -> list[ListedPhoto]:
         ):
             raise ProbeError(
                 f"{path}, line {number}: {text.strip()[:80]!r} is not a photo as the list should name it: "
-                "POSITION, NAME, or "
-                "POSITION,CLASS NUMBER,CLASS,NAME, the same in all lines"
+                "POSITION, NAME, or POSITION,CLASS NUMBER,CLASS,NAME, the same in all lines"
             )
         photos.append(photo)
     if not photos:
@@ -161,28 +158,28 @@ def listed_labels(path: str | Path, reader: BetonReader, photos: str | Path | No
         found = _by_name(path, listed, stored_names(reader, photos), reader.path)
     else:
         found = _by_position(path, listed, reader)
-    classes, seen = reader.classes, {}
+    classes, labels, seen = reader.classes, require_labels(reader), dict[int, int]()
     for photo, sample in zip(listed, found):
         where = f"{path}, line {photo.line}"
         if sample in seen:
             raise ProbeError(f"{where}: sample {sample} of {reader.path} stands in line {seen[sample]} already")
         seen[sample] = photo.line
-        label = int(reader.labels[sample])
+        label = int(labels[sample])
         class_name = classes[label] if classes is not None and label < len(classes) else None
         # Where only one side says what class it is, there is nothing to compare.
         pairs = ((photo.label, label), (photo.class_name, class_name))
         if any(said is not None and is_ is not None and said != is_ for said, is_ in pairs):
+            actual = f"{label}" if class_name is None else f"{label} ({class_name})"
             raise ProbeError(
                 f"{where}: says class {photo.label} ({photo.class_name}), but sample {sample} of {reader.path} "
-                f"is of class {label}"
-                + (f" ({class_name})" if class_name is not None else "")
-                + ": the list belongs to other photos"
+                f"is of class {actual}: the list belongs to other photos"
             )
     return np.sort(np.array(found, np.int64))
 
 
 def _by_position(path: str | Path, listed: list[ListedPhoto], reader: BetonReader) -> list[int]:
-    if listed[0].position is None:
+    positions = [photo.position for photo in listed if photo.position is not None]  # of all lines, or of none
+    if not positions:
         raise ProbeError(
             f"{path}: a list of file names, which {reader.path} does not hold; say with --photos what folder "
             "or tar it was converted from"
@@ -192,13 +189,12 @@ def _by_position(path: str | Path, listed: list[ListedPhoto], reader: BetonReade
             f"{path}: counts photos in the order of a folder, but {reader.path} {why}; say with --photos what "
             "it was converted from"
         )
-    for photo in listed:
-        if photo.position >= len(reader):
+    for photo, position in zip(listed, positions):
+        if position >= len(reader):
             raise ProbeError(
-                f"{path}, line {photo.line}: photo {photo.position}, but {reader.path} has {len(reader):,}, "
-                "counted from 0"
+                f"{path}, line {photo.line}: photo {position}, but {reader.path} has {len(reader):,}, counted from 0"
             )
-    return [photo.position for photo in listed]
+    return positions
 
 
 def _out_of_order(reader: BetonReader) -> str | None:
@@ -224,15 +220,12 @@ def _by_name(path: str | Path, listed: list[ListedPhoto], names: list[str], data
     places.update({name: sample for sample, name in enumerate(names) if "/" in name})
     found = []
     for photo in listed:
-        sample = places.get(f"{photo.class_name}/{photo.name}", places.get(photo.name))
-        if sample is None or sample < 0:
-            what = (
-                "several photos have this name; write CLASS/NAME"
-                if sample is not None
-                else f"not among the {counted(len(names), 'photo')} of {data}"
-            )
+        place = places.get(f"{photo.class_name}/{photo.name}", places.get(photo.name or ""))
+        if place is None or place < 0:
+            what = f"not among the {counted(len(names), 'photo')} of {data}"
+            what = what if place is None else "several photos have this name; write CLASS/NAME"
             raise ProbeError(f"{path}, line {photo.line}: {photo.name}: {what}")
-        found.append(sample)
+        found.append(place)
     return found
 
 
@@ -249,16 +242,9 @@ def stored_names(reader: BetonReader, photos: str | Path) -> list[str]:
     side = read_side_file(reader.path) or {}
     rejected = _rejected(reader.path)
     with list_source(photos) as listing:
-        chosen = [
-            i
-            for i in chosen_photos(len(listing), (side.get("options") or {}).get("limit"))
-            if listing.names[i] not in rejected
-        ]
-        same = (
-            len(chosen) == len(reader)
-            and listing.classes is not None
-            and np.array_equal(listing.labels[chosen], reader.labels)
-        )
+        limit = (side.get("options") or {}).get("limit")
+        chosen = [i for i in chosen_photos(len(listing), limit) if listing.names[i] not in rejected]
+        same = listing.classes is not None and np.array_equal(listing.labels[chosen], require_labels(reader))
         # Photos that went in as they were still have their size.
         if same and side.get("copied") == len(reader):
             same = np.array_equal(listing.sizes[chosen], reader.sizes)

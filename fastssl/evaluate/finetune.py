@@ -26,8 +26,8 @@ from fastssl.distributed.collectives import all_reduce_sum, average_gradients, b
 from fastssl.distributed.sync_batchnorm import synchronise_batchnorm
 from fastssl.errors import counted
 from fastssl.evaluate.classifier import Classifier
-from fastssl.evaluate.features import EVALUATION_CROP, ProbeError, collect, require_size, shard, wilson_interval
-from fastssl.evaluate.photos import LabelledSplit
+from fastssl.evaluate.features import EVALUATION_CROP, ProbeError, accuracies, collect, require_size, shard
+from fastssl.evaluate.photos import LabelledSplit, require_labels
 from fastssl.optim.optimizers import OptimConfig, create_optimizer, parameter_groups
 from fastssl.optim.schedules import learning_rate
 from fastssl.pipelines.loader import Batch, ViewLoader
@@ -69,16 +69,15 @@ class FinetuneConfig:
             )
 
     def lr(self, epoch: int) -> float:
-        """The backbone's rate in ``epoch`` (0 .. epochs; at ``epochs``, one past the last, the schedule
-        has arrived).
-        """
-        optim = self.optim
-        schedule = {
-            "peak": optim.peak_lr(self.batch_size),
-            "final": optim.final_lr,
-            "warmup_epochs": optim.warmup_epochs,
-        }
-        return learning_rate(epoch, total_steps=self.epochs, steps_per_epoch=1, per_epoch=True, **schedule)
+        """The backbone's rate in ``epoch`` (0 .. epochs; at ``epochs``, one past the last, it is the final one)."""
+        return learning_rate(
+            epoch,
+            total_steps=self.epochs,
+            steps_per_epoch=1,
+            peak=self.optim.peak_lr(self.batch_size),
+            final=self.optim.final_lr,
+            warmup_epochs=self.optim.warmup_epochs,
+        )
 
     @property
     def train_view(self) -> ViewSpec:
@@ -165,12 +164,12 @@ def finetune(
         keep_freed_memory()
     else:
         torch.backends.cudnn.benchmark = True  # every step has the same shapes
-    network.to(device, memory_format=torch.channels_last)
+    network.to(device).to(memory_format=torch.channels_last)
     require_size(network, config.size, device, network.linear.weight.dtype)
     broadcast_module(network)
     if world_size() > 1:
         synchronise_batchnorm(network, device)
-    tuner = _Tuner(network, split, config, device=device, amp=amp, workers=workers)
+    tuner = _Tuner(network, split, config, device, amp, workers)
     loader = ViewLoader(
         split.train,
         [config.train_view],
@@ -196,7 +195,28 @@ def finetune(
             losses.append(loss)
             train_accuracies.append(100 * train_accuracy)
             counts.append(tuner.count_correct())
-    return _result(split, counts, len(loader), accuracies=(losses, train_accuracies, rates))
+    total = len(split.val_index)
+    best = max(range(config.epochs), key=lambda epoch: counts[epoch][0])  # the first of equals
+    last, at_best = (accuracies(*counts[epoch], total, classes) for epoch in (-1, best))
+    return FinetuneResult(
+        accuracy=last["accuracy"],
+        confidence=last["confidence"],
+        top5=last["top5_accuracy"],
+        top5_confidence=last["top5_confidence"],
+        best_accuracy=at_best["accuracy"],
+        best_confidence=at_best["confidence"],
+        best_top5=at_best["top5_accuracy"],
+        best_epoch=best + 1,
+        accuracies=[100 * first / total for first, _ in counts],
+        losses=losses,
+        train_accuracies=train_accuracies,
+        learning_rates=rates,
+        train_samples=len(split.train_index),
+        val_samples=total,
+        classes=classes,
+        unseen=int((split.targets(require_labels(split.val)[split.val_index]) < 0).sum()),
+        steps_per_epoch=len(loader),
+    )
 
 
 class _Tuner:
@@ -207,28 +227,17 @@ class _Tuner:
         network: Classifier,
         split: LabelledSplit,
         config: FinetuneConfig,
-        *,
         device: torch.device,
         amp: bool,
         workers: int | None,
     ):
-        self.network, self.split, self.config, self.device, self.amp, self.workers = (
-            network,
-            split,
-            config,
-            device,
-            amp,
-            workers,
-        )
-        self.targets = split.targets(split.train.labels)
-        parts = (
-            (network.backbone, 1.0),
-            (network.hidden, config.head_lr_factor),
-            (network.linear, config.head_lr_factor),
-        )
+        self.network, self.split, self.config = network, split, config
+        self.device, self.workers = device, workers
+        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=amp)
+        self.targets = split.targets(require_labels(split.train))
         groups = [
-            {**group, "lr_factor": factor}
-            for part, factor in parts
+            {**group, "lr_factor": 1.0 if part is network.backbone else config.head_lr_factor}
+            for part in (network.backbone, network.hidden, network.linear)
             for group in parameter_groups(part, config.optim)
             if group["params"]
         ]
@@ -237,15 +246,10 @@ class _Tuner:
         # Views in the type that the first layer reads, so that no pass casts them again.
         self.dtype = torch.bfloat16 if amp else network.linear.weight.dtype
 
-    def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp)
-
     def epoch(
         self, loader: ViewLoader, epoch: int, lr: float, progress: Callable[[int], None] | None
     ) -> tuple[float, float]:
-        """One pass over the labelled photos: (mean loss, share right). The device's numbers are read once, at its
-        end.
-        """
+        """One pass over the labelled photos: (mean loss, share right). The device is waited for once, at its end."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_factor"]
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
@@ -262,7 +266,7 @@ class _Tuner:
         number right of this process.
         """
         targets = to_device(self.targets[batch.index.numpy()], self.device)
-        with self.autocast():
+        with self.autocast:
             logits = self.network(batch.views[0])
         loss = functional.cross_entropy(logits, targets)
         loss.backward()
@@ -273,9 +277,7 @@ class _Tuner:
             return torch.stack([loss.double() * len(targets), (logits.argmax(1) == targets).sum().double()])
 
     def count_correct(self) -> tuple[int, int]:
-        """In evaluation mode, over all photos to be judged on: how many have their class first, and among the first
-        five.
-        """
+        """How many of all photos to be judged on have their class first, and among the first five."""
         split, config, best = self.split, self.config, min(5, self.network.linear.out_features)
         self.network.eval()
         mine = shard(split.val_index, may_be_empty=True)
@@ -283,8 +285,8 @@ class _Tuner:
         if len(mine):
 
             def guesses(images: Tensor) -> Tensor:
-                with self.autocast():
-                    logits = self.network(images.to(self.dtype))
+                with self.autocast:
+                    logits: Tensor = self.network(images.to(self.dtype))
                 return logits.topk(best, dim=1).indices  # float32 holds them exactly
 
             found = collect(
@@ -309,44 +311,10 @@ def _own_batch(batch: int, photos: int) -> int:
         wanted = "at least 2 photos" if batch < 2 else f"a multiple of the {world} processes"
         raise ProbeError(f"a batch of {batch}: must be {wanted}; --batch-size changes it")
     if photos < batch:
-        largest = photos - photos % world
+        how_many, largest = counted(photos, "labelled photo"), photos - photos % world
         if largest < 2:
-            how_many = counted(photos, "labelled photo")
             raise ProbeError(f"{how_many}: too few to train on with {counted(world, 'process')}")
-        how_many = counted(photos, "labelled photo")
         raise ProbeError(
             f"{how_many}, fewer than one batch of {batch:,}; the largest that works is --batch-size {largest}"
         )
     return batch // world
-
-
-def _result(
-    split: LabelledSplit, counts: list[tuple[int, int]], steps: int, accuracies: tuple[list[float], ...]
-) -> FinetuneResult:
-    losses, train_accuracies, rates = accuracies
-    total, classes = len(split.val_index), len(split.classes)
-    best = max(range(len(counts)), key=lambda epoch: counts[epoch][0])  # the first of equals
-    tells = classes > 5
-
-    def percent(right: int) -> float:
-        return 100 * right / total
-
-    return FinetuneResult(
-        accuracy=percent(counts[-1][0]),
-        confidence=wilson_interval(counts[-1][0], total),
-        top5=percent(counts[-1][1]) if tells else None,
-        top5_confidence=wilson_interval(counts[-1][1], total) if tells else None,
-        best_accuracy=percent(counts[best][0]),
-        best_confidence=wilson_interval(counts[best][0], total),
-        best_top5=percent(counts[best][1]) if tells else None,
-        best_epoch=best + 1,
-        accuracies=[percent(first) for first, _ in counts],
-        losses=losses,
-        train_accuracies=train_accuracies,
-        learning_rates=rates,
-        train_samples=len(split.train_index),
-        val_samples=total,
-        classes=classes,
-        unseen=int((split.targets(split.val.labels[split.val_index]) < 0).sum()),
-        steps_per_epoch=steps,
-    )

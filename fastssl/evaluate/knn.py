@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,9 +60,7 @@ class KnnResult:
 def knn_accuracy(
     train: Features, val: Features, *, k: int = 20, temperature: float = 0.07, device: str | torch.device = "cpu"
 ) -> KnnResult:
-    """Accuracy on ``val`` of the weighted kNN vote of ``train``. For the arguments and errors see
-    ``knn_accuracies``.
-    """
+    """Accuracy on ``val`` of the weighted kNN vote of ``train``: ``knn_accuracies`` for one ``k``."""
     return knn_accuracies(train, val, ks=[k], temperature=temperature, device=device)[0]
 
 
@@ -108,13 +107,14 @@ def knn_accuracies(
     if shared:
         similarity, index = _merged(similarity, index + first, most, len(labels))
     neighbours, classes = labels.to(index.device)[index], len(labels.unique())
+    sizes: dict[str, Any] = {"train_samples": len(labels), "val_samples": len(val), "classes": classes}
     results = []
     for k in dict.fromkeys(min(k, most) for k in ks):
         ranked = ranked_classes(similarity[:, :k], neighbours[:, :k], temperature, places=5).cpu()
         hits = ranked == val.labels[:, None]
         top1, top5 = int(hits[:, 0].sum()), int(hits.sum())
-        about = {"train_samples": len(labels), "val_samples": len(val), "classes": classes}
-        results.append(KnnResult(**accuracies(top1, top5, len(val), classes), k=k, temperature=temperature, **about))
+        figures = accuracies(top1, top5, len(val), classes)
+        results.append(KnnResult(**figures, **sizes, k=k, temperature=temperature))
     return results
 
 
@@ -148,9 +148,7 @@ def ranked_classes(similarity: Tensor, labels: Tensor, temperature: float, *, pl
         (Q, places) int64: the class with the most votes first, of equal ones the lower; -1 where no further class has a
             vote.
     """
-    known, labels = labels.unique(
-        return_inverse=True
-    )  # labels may be any numbers; votes are counted for those that are there
+    known, labels = labels.unique(return_inverse=True)  # may be any numbers; votes are for those that are there
     classes = len(known)
     ranked = []
     for rows in torch.arange(len(labels), device=labels.device).split(max(1, _EXACT_ELEMENTS // classes)):
@@ -178,9 +176,8 @@ def _search(bank: Tensor, query: Tensor, k: int, device: torch.device, own: int 
         candidates = _candidates(bank, functional.normalize(rows.float(), dim=1), min(k + _SPARE, len(bank)), itself)
         similarity = _cosines(bank, rows, candidates)
         if itself is not None:
-            similarity.masked_fill_(
-                candidates == torch.arange(itself, itself + len(rows), device=device)[:, None], -torch.inf
-            )
+            own_rows = torch.arange(itself, itself + len(rows), device=device)[:, None]
+            similarity.masked_fill_(candidates == own_rows, -torch.inf)
         similarity, index = _nearest_first(similarity, candidates, wanted)
         similarities.append(similarity)
         indices.append(index)
@@ -188,9 +185,7 @@ def _search(bank: Tensor, query: Tensor, k: int, device: torch.device, own: int 
 
 
 def _candidates(bank: Tensor, query: Tensor, count: int, itself: int | None) -> Tensor:
-    """(Q, count) int64: the bank rows with the largest products with the normalised ``query``, in no order that is
-    promised.
-    """
+    """(Q, count) int64: the bank rows with the largest products with the normalised ``query``, in any order."""
     best = query.new_full((len(query), count), -torch.inf)
     where = torch.zeros(len(query), count, dtype=torch.int64, device=query.device)
     tile_rows = max(count, _TILE_ELEMENTS // min(max(len(query), 1), _QUERY_TILE))
@@ -208,13 +203,10 @@ def _candidates(bank: Tensor, query: Tensor, count: int, itself: int | None) -> 
 
 
 def _cosines(bank: Tensor, query: Tensor, index: Tensor) -> Tensor:
-    """(Q, K) float64 cosines of each query with its bank rows ``index``: each from the two rows alone, so that it is
-    the same number in any tile or process.
-    """
+    """(Q, K) float64 cosines of each query with its bank rows ``index``: the same numbers in any tile or process."""
     found = torch.empty(index.shape, dtype=torch.float64, device=query.device)
-    for rows in torch.arange(len(query), device=query.device).split(
-        max(1, _EXACT_ELEMENTS // max(index.shape[1] * query.shape[1], 1))
-    ):
+    most = max(1, _EXACT_ELEMENTS // max(index.shape[1] * query.shape[1], 1))
+    for rows in torch.arange(len(query), device=query.device).split(most):
         one, others = query[rows].double(), bank[index[rows].to(bank.device)].to(query.device).double()
         length = one.norm(dim=1, keepdim=True).clamp_min(1e-12) * others.norm(dim=2).clamp_min(1e-12)
         found[rows] = (one[:, None] * others).sum(dim=2) / length
@@ -229,21 +221,17 @@ def _nearest_first(similarity: Tensor, index: Tensor, k: int) -> tuple[Tensor, T
 
 
 def _merged(similarity: Tensor, index: Tensor, k: int, total: int) -> tuple[Tensor, Tensor]:
-    """The nearest k of what every process found in its part of a bank of ``total`` rows, on every process; a block of
-    queries at a time.
-    """
+    """The nearest k of what all processes found, each in its part of a bank of ``total`` rows; on every process."""
     if world_size() == 1:
         return similarity, index
     width = min(k, -(-total // world_size()))  # of the largest part
     missing = (0, width - similarity.shape[1])
-    similarity, index = (
-        functional.pad(similarity, missing, value=-torch.inf),
-        functional.pad(index, missing, value=total),
-    )
+    similarity = functional.pad(similarity, missing, value=-torch.inf)
+    index = functional.pad(index, missing, value=total)
     found = []
-    for values, places in zip(similarity.split(_QUERY_TILE), index.split(_QUERY_TILE)):
-        everyone = [
-            gather_rows(part).unflatten(0, (world_size(), -1)).transpose(0, 1).flatten(1) for part in (values, places)
-        ]
-        found.append(_nearest_first(*everyone, k))
-    return tuple(torch.cat(parts) for parts in zip(*found))
+    for parts in zip(similarity.split(_QUERY_TILE), index.split(_QUERY_TILE)):
+        values, places = (
+            gather_rows(part).unflatten(0, (world_size(), -1)).transpose(0, 1).flatten(1) for part in parts
+        )
+        found.append(_nearest_first(values, places, k))
+    return torch.cat([values for values, _ in found]), torch.cat([places for _, places in found])

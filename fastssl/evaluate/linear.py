@@ -23,15 +23,10 @@ L2_DEFAULT = 0.1
 #: Principal directions with less than this share of the largest variance are rounding noise of float32 features.
 _RANK_TOLERANCE = 1e-11
 #: When a solution counts as found: largest entry of the preconditioned gradient (the loss is then off by about its
-#: square), or number of iterations. With 1e-5 instead of 1e-4 the slowest of six probes (three sets, before and after
-#: training) took twice as long, the others up to twice or as long, and all six chose and scored the same; at strengths
-#: set by hand scores were up to 0.6 points apart. The search needs no more digits than a held-out accuracy has, and
-#: each of its solutions starts from its stronger neighbour's: with 40, 100 and 200 iterations it chose the same
-#: strengths (2,880 x 1,280, 1,024 and 768 features, 18 classes), though scores at the weak end differ by up to two
-#: points.
-_SEARCH = {"tolerance": 1e-4, "max_iterations": 40}
-_FINAL = {"tolerance": 1e-4, "max_iterations": 1000}
-_EXACT = {"tolerance": 1e-7, "max_iterations": 5000}
+#: square), or number of iterations. With 1e-5 in the place of 1e-4 six probes chose and scored the same, in up to twice
+#: the time. The search, whose solutions each start from the stronger neighbour's, chose the same strengths with 40, 100
+#: and 200 iterations.
+_SEARCH, _FINAL, _EXACT = (1e-4, 40), (1e-4, 1000), (1e-7, 5000)
 
 
 @dataclass(frozen=True)
@@ -79,9 +74,7 @@ def linear_probe(
     features, targets = train.features.to(device), targets.to(device)
 
     scores: dict[float, float] = {}
-    fit_rows, held_rows = (
-        torch.from_numpy(rows).to(device) for rows in split_indices(train.labels.numpy(), len(train))
-    )
+    fit_rows, held_rows = map(torch.from_numpy, split_indices(train.labels.numpy(), len(train)))
     # float32 iterations: an accuracy does not need float64, which costs three times as much.
     whole = LogisticRegression(features, targets, len(classes), dtype=torch.float32)
     l2 = L2_DEFAULT
@@ -89,14 +82,14 @@ def linear_probe(
         part = LogisticRegression(features[fit_rows], targets[fit_rows], len(classes), dtype=torch.float32)
         for strength in sorted(grid, reverse=True):
             # Each solution is the start for the next, weaker strength: the path costs little more than its last point.
-            weight, bias = part.solve(strength, **_SEARCH)
+            weight, bias = part.solve(strength, *_SEARCH)
             score = _percent_correct(features[held_rows], targets[held_rows], weight, bias)
             if not scores or score > max(scores.values()):
                 l2 = strength
                 whole.start_from(weight, bias)
             scores[strength] = score
 
-    weight, bias = whole.solve(l2, **_FINAL)
+    weight, bias = whole.solve(l2, *_FINAL)
     predicted = classes[_predict(val.features.to(device), weight, bias).cpu()]
     correct = int((predicted == val.labels).sum())
     return LinearResult(
@@ -125,7 +118,7 @@ def fit_logistic(features: Tensor, labels: Tensor, num_classes: int, l2: float) 
         (weight (num_classes, F), bias (num_classes,)) float64, for the features as given. Features without spread get
         weight 0.
     """
-    return LogisticRegression(features, labels, num_classes).solve(l2, **_EXACT)
+    return LogisticRegression(features, labels, num_classes).solve(l2, *_EXACT)
 
 
 class LogisticRegression:
@@ -162,7 +155,7 @@ class LogisticRegression:
         self._weight = ((weight * self._spread) @ self._directions).to(dtype)
         self._bias = (bias + weight @ self._mean).to(dtype)
 
-    def solve(self, l2: float, *, tolerance: float, max_iterations: int) -> tuple[Tensor, Tensor]:
+    def solve(self, l2: float, tolerance: float, max_iterations: int) -> tuple[Tensor, Tensor]:
         """(weight (C, F), bias (C,)) float64 at strength ``l2``; see :func:`fit_logistic`.
 
         ``tolerance``: largest entry of the preconditioned gradient at which to stop.
@@ -203,16 +196,13 @@ class LogisticRegression:
 
 
 def _principal_directions(centred: Tensor) -> Tensor:
-    """Orthonormal directions (F, R) in which the rows of ``centred`` (N, F) vary, from the smaller of its two Gram
-    matrices.
-    """
+    """Orthonormal directions (F, R) in which the rows of ``centred`` (N, F) vary, from the smaller Gram matrix."""
     count, width = centred.shape
     gram = centred @ centred.T if count < width else centred.T @ centred
     square, vectors = torch.linalg.eigh(gram)
     kept = square > _RANK_TOLERANCE * square[-1].clamp_min(1e-300)
-    if count >= width:
-        return vectors[:, kept]
-    return centred.T @ vectors[:, kept] / square[kept].sqrt()
+    directions: Tensor = vectors[:, kept]
+    return directions if count >= width else centred.T @ directions / square[kept].sqrt()
 
 
 def _predict(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

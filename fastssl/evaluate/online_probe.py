@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from fastssl.evaluate import collapse as monitor
-from fastssl.evaluate.features import Features, ProbeError, extract_features, split_indices
+from fastssl.evaluate.features import Features, ProbeError, extract_features, is_finite, split_indices
 from fastssl.evaluate.knn import knn_accuracy
 from fastssl.evaluate.linear import linear_probe
 from fastssl.pipelines.beton.reader import BetonReader
@@ -50,7 +50,8 @@ class ProbeSplit:
     @property
     def classes(self) -> int:
         """Number of classes in the bank."""
-        return len(np.unique(self.bank.labels[self.bank_index])) if self.labelled else 0
+        labels = self.bank.labels
+        return 0 if labels is None or not self.labelled else len(np.unique(labels[self.bank_index]))
 
     @property
     def can_judge(self) -> bool:
@@ -79,27 +80,23 @@ def choose_split(data: BetonReader, val: BetonReader | None, limit: int, seed: i
         val: photos of their own to judge on. None, or without labels where ``data`` has some: a fifth of ``data`` is
             held out from the probe. Where ``val`` alone has labels, a fifth of ``val``.
     """
-    if val is not None and _is_labelled(val) == _is_labelled(data):
+    if val is not None and (val.labels is None) == (data.labels is None):
         total = len(data) + len(val)
-        kept = _some_classes((data.labels, val.labels), limit, seed)
+        kept = _some_classes((data, val), limit, seed)
         shares = [round(min(1.0, limit / total) * len(reader)) if limit else 0 for reader in (data, val)]
         bank, queries = (
             _subset(reader.labels, len(reader), share, kept, seed) for reader, share in zip((data, val), shares)
         )
         split = ProbeSplit(data, bank, val, queries, held_out=False, seen=False)
     else:
-        reader = val if val is not None and _is_labelled(val) else data
-        some = _subset(reader.labels, len(reader), limit, _some_classes((reader.labels,), limit, seed), seed)
+        reader = val if val is not None and val.labels is not None else data
+        some = _subset(reader.labels, len(reader), limit, _some_classes((reader,), limit, seed), seed)
         keep, held_out = split_indices(None if reader.labels is None else reader.labels[some], len(some), seed=seed)
         if not len(held_out):  # one photo in each class: the labels cannot judge anything
             keep, held_out = split_indices(None, len(some), seed=seed)
         seen = reader is data or _same_photos(reader, data)
         split = ProbeSplit(reader, some[keep], reader, some[held_out], held_out=True, seen=seen)
     return replace(split, obstacle=_obstacle(split))
-
-
-def _is_labelled(reader: BetonReader) -> bool:
-    return reader.labels is not None
 
 
 def _obstacle(split: ProbeSplit) -> str:
@@ -146,11 +143,12 @@ def _same_photos(one: BetonReader, other: BetonReader) -> bool:
     return True
 
 
-def _some_classes(labels: Sequence[np.ndarray | None], limit: int, seed: int) -> np.ndarray | None:
+def _some_classes(files: Sequence[BetonReader], limit: int, seed: int) -> np.ndarray | None:
     """The classes that a probe of ``limit`` photos is of, where that is too few for all of them; else None. Those of
-    two photos and more come first: of the others nothing can be held out.
+    one photo, of which nothing can be held out, come last.
     """
-    if not limit or any(one is None for one in labels):
+    labels = [reader.labels for reader in files if reader.labels is not None]
+    if not limit or len(labels) < len(files):
         return None
     everything = np.concatenate(labels)
     known, counts = np.unique(everything, return_counts=True)
@@ -158,18 +156,18 @@ def _some_classes(labels: Sequence[np.ndarray | None], limit: int, seed: int) ->
     if len(everything) <= limit or len(known) <= most:
         return None
     order = epoch_order(len(known), seed, 0)
-    return known[np.concatenate([order[counts[order] > 1], order[counts[order] == 1]])[:most]]
+    return np.take(known, np.concatenate([order[counts[order] > 1], order[counts[order] == 1]])[:most])
 
 
 def _subset(labels: np.ndarray | None, count: int, limit: int, kept: np.ndarray | None, seed: int) -> np.ndarray:
     """About ``limit`` of ``count`` sample ids (0: all), sorted; an equal share of each class in ``kept`` (None: all)"""
     chosen = np.arange(count)
-    if kept is not None:
+    if kept is not None and labels is not None:
         chosen = np.flatnonzero(np.isin(labels, kept))
         labels = labels[chosen]
-    if not limit or limit >= len(chosen):
-        return chosen
-    return chosen[split_indices(labels, len(chosen), fraction=limit / len(chosen), seed=seed)[1]]
+    if limit and limit < len(chosen):
+        chosen = chosen[split_indices(labels, len(chosen), fraction=limit / len(chosen), seed=seed)[1]]
+    return chosen
 
 
 def require_same_classes(train: BetonReader, val: BetonReader) -> None:
@@ -185,12 +183,10 @@ def require_same_classes(train: BetonReader, val: BetonReader) -> None:
         if train.classes == val.classes:
             return
         only = sorted(set(train.classes) ^ set(val.classes))
-        what = (
-            f"{len(train.classes)} and {len(val.classes)} classes, different: "
-            f"{', '.join(only[:5])}{', ...' if len(only) > 5 else ''}"
-        )
+        shown = ", ".join([*only[:5], *(["..."] if len(only) > 5 else [])])
+        what = f"{len(train.classes)} and {len(val.classes)} classes, different: {shown}"
     else:
-        counts = [len(np.unique(reader.labels)) for reader in (train, val)]
+        counts = [len(np.unique(labels)) for labels in (train.labels, val.labels)]
         if counts[0] == counts[1]:
             return
         what = f"{counts[0]} and {counts[1]} classes"
@@ -221,15 +217,7 @@ class OnlineProbe:
 
 
 def probe_features(name: str, bank: Features, queries: Features, labelled: bool) -> dict[str, Any]:
-    """A row of the table at the end: percent right with kNN and with a linear classifier; None where features are NaN
-    or infinite.
-    """
+    """A row of the table at the end: percent right with kNN and linearly; None where features are not finite."""
     if not (labelled and is_finite(bank, queries)):
         return {"name": name, "knn": None, "linear": None}
     return {"name": name, "knn": knn_accuracy(bank, queries).accuracy, "linear": linear_probe(bank, queries).accuracy}
-
-
-def is_finite(*parts: Features) -> bool:
-    """Whether no feature is NaN or infinite."""
-    # The extremes are NaN or infinite if any number is.
-    return all(bool(torch.isfinite(extreme)) for part in parts if len(part) for extreme in torch.aminmax(part.features))

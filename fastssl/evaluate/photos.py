@@ -27,9 +27,7 @@ from fastssl.pipelines.convert.options import ConvertOptions
 
 @contextmanager
 def open_photos(path: str | Path, workers: int | None = None) -> Iterator[BetonReader]:
-    """A ``.beton`` file; or a folder of class folders, or a tar of them, converted for the length of the block.
-
-    Into a temporary file, JPEGs byte for byte.
+    """A ``.beton`` file; or a folder or tar of class folders, converted into a temporary one, JPEGs byte for byte.
 
     Raises:
         FastSSLError: neither; a folder without photos; or one where several processes evaluate, each of which would
@@ -49,31 +47,25 @@ def open_photos(path: str | Path, workers: int | None = None) -> Iterator[BetonR
         target = Path(folder) / f"{path.name}.beton"
         try:
             # As of a .beton file: a damaged photo is an error, and no figure is over what is left.
-            convert(
-                path,
-                target,
-                ConvertOptions(
-                    keep_size=True, short_side=None, quality=95, workers=workers, resume=False, on_bad="fail"
-                ),
-            )
+            how: dict[str, Any] = {"quality": 95, "workers": workers, "resume": False, "on_bad": "fail"}
+            convert(path, target, ConvertOptions(keep_size=True, short_side=None, **how))
             with BetonReader(target) as reader:
                 yield reader
         except FastSSLError as error:  # whoever gave a folder knows nothing of the file
+            advice = "mend or remove it; `fastssl convert-imagenet` can leave bad photos out"
             said = str(error).replace(str(target), str(path))
-            said = said.replace(
-                "--on-bad skip lists bad photos and goes on",
-                "mend or remove it; `fastssl convert-imagenet` can leave bad photos out",
-            )
-            raise FastSSLError(said) from error
+            raise FastSSLError(said.replace("--on-bad skip lists bad photos and goes on", advice)) from error
 
 
-def require_labels(reader: BetonReader) -> None:
-    """
+def require_labels(reader: BetonReader) -> np.ndarray:
+    """The labels of all samples, (N,) int64.
+
     Raises:
         ProbeError: the file has no labels.
     """
     if reader.labels is None or (reader.labels < 0).any():
         raise ProbeError(f"{reader.path}: has no labels; convert a class/file folder tree to evaluate on")
+    return reader.labels
 
 
 @dataclass
@@ -94,12 +86,10 @@ class LabelledSplit:
     @property
     def classes(self) -> np.ndarray:
         """(C,) int64, the labels that the first part has, sorted: class c of a classifier is label ``classes[c]``."""
-        return np.unique(self.train.labels[self.train_index])
+        return np.unique(require_labels(self.train)[self.train_index])
 
     def targets(self, labels: np.ndarray) -> np.ndarray:
-        """Labels -> (n,) int64 classes 0 .. C - 1; -1 for a label that the first part does not have, which no
-        prediction gets right.
-        """
+        """Labels -> (n,) int64 classes 0 .. C - 1; -1 for a label that the first part does not have."""
         classes = self.classes
         place = np.searchsorted(classes, labels).clip(max=len(classes) - 1)
         return np.where(classes[place] == labels, place, -1)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 from fastssl.optim.schedules import half_cosine
 from fastssl.pipelines.plan.draw import ViewSpec
@@ -62,7 +62,7 @@ class LinearProtocol:
     weight_decay: float = 0.0
     trust: float = 0.001
     area: tuple[float, float] = (0.08, 1.0)
-    interpolation: str = "bilinear"
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     class_tokens: int = 0
     init_std: float = 0.01
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -21,7 +22,7 @@ from fastssl.evaluate.features import (
     silent,
     split_indices,
 )
-from fastssl.evaluate.photos import LabelledSplit
+from fastssl.evaluate.photos import LabelledSplit, require_labels
 from fastssl.evaluate.protocols import LinearProtocol, Trial
 from fastssl.evaluate.sgd_linear import Classifiers, Judged, summary, train_classifiers
 from fastssl.pipelines.beton.reader import BetonReader
@@ -77,8 +78,7 @@ def published_probe(
         grid: see ``protocols.trials``; its first is the headline.
 
     Returns:
-        the record's values: the protocol's numbers (with those that were used in their place, and ``changed``: the
-            names of what is not as published),
+        the record's values: the protocol's numbers, or those that were used in their place (``changed`` names them),
         sizes, and ``sgd_linear.summary``.
 
     Raises:
@@ -94,13 +94,13 @@ def published_probe(
     epochs, batch_size = options.epochs or protocol.epochs, options.batch_size or protocol.batch_size
     # As many as there are, or more: none would be read again.
     cached = options.cached_epochs if options.cached_epochs < epochs else 0
-    learned = split.train_index
+    learned, labels = split.train_index, require_labels(split.train)
     sets = {"val": ("validation photos", split.val, split.val_index)}
     if options.choose_on == "held_out":
-        kept, held_out = split_indices(split.train.labels[learned], len(learned), fraction=HELD_OUT, seed=options.seed)
+        kept, held_out = split_indices(labels[learned], len(learned), fraction=HELD_OUT, seed=options.seed)
         learned, sets["held_out"] = learned[kept], ("held-out photos", split.train, learned[held_out])
-    how = {"device": device, "workers": options.workers, "amp": device.type == "cuda"}
-    targets = torch.from_numpy(split.targets(split.train.labels))
+    how: dict[str, Any] = {"device": device, "workers": options.workers, "amp": device.type == "cuda"}
+    targets = torch.from_numpy(split.targets(labels))
     view = protocol.view(options.size)
     # Opened first: a batch that does not fit is said before any photo is read.
     with FeatureStream(
@@ -114,8 +114,8 @@ def published_probe(
         cached_epochs=cached,
         **how,
     ) as stream:
-        view_of = {"size": options.size, "crop": options.crop, "interpolation": protocol.interpolation}
-        judged = {name: _judged(network, split, *part, bar, **view_of, **how) for name, part in sets.items()}
+        how |= {"size": options.size, "crop": options.crop, "interpolation": protocol.interpolation}
+        judged = {name: _judged(network, split, *part, bar, how) for name, part in sets.items()}
         width = judged["val"].features.shape[1]
         classifiers = Classifiers(protocol, grid, width, classes, device=device, seed=options.seed)
         with bar("training views", epochs * stream.steps * batch_size) as advance:
@@ -128,18 +128,13 @@ def published_probe(
             curves = train_classifiers(
                 classifiers, protocol, grid, batches, judged, epochs=epochs, batch_size=batch_size
             )
-    used = {"lr": grid[0].lr, "weight_decay": grid[0].weight_decay, "epochs": epochs, "batch_size": batch_size}
-    usual = {name: getattr(protocol, name) for name in used} | {
-        "size": 224,
-        "crop": EVALUATION_CROP,
-        "cached_epochs": 0,
-        "choose_on": "val",
-    }
-    now = used | {"size": options.size, "crop": options.crop, "cached_epochs": cached, "choose_on": options.choose_on}
+    used = {**asdict(grid[0]), "epochs": epochs, "batch_size": batch_size}
+    more = {"size": options.size, "crop": options.crop, "cached_epochs": cached, "choose_on": options.choose_on}
+    changed = [name for name, value in used.items() if value != getattr(protocol, name)]
     return {
         **protocol.record(),
         **used,
-        "changed": [name for name, value in usual.items() if now[name] != value],
+        "changed": changed + [name for name, value in more.items() if value != getattr(ProbeOptions, name)],
         "steps_per_epoch": stream.steps,
         "cached_epochs": cached,
         "cache_dtype": "float32" if cached else None,
@@ -152,7 +147,13 @@ def published_probe(
 
 
 def _judged(
-    network: nn.Module, split: LabelledSplit, label: str, reader: BetonReader, index: Any, bar: Bar, **how: Any
+    network: nn.Module,
+    split: LabelledSplit,
+    label: str,
+    reader: BetonReader,
+    index: np.ndarray,
+    bar: Bar,
+    how: dict[str, Any],
 ) -> Judged:
     """This process's share of the features of centre crops."""
     mine = shard(index)

@@ -52,8 +52,7 @@ class Session:
         return backbone
 
     def record(self, evaluation: str, **values: Any) -> dict[str, Any]:
-        """One flat JSON object: what was evaluated, on what, by which protocol, what came out, and with which machine
-        and code.
+        """One flat JSON object: what was evaluated, on what, how, what came out, and with which machine and code.
 
         Args:
             evaluation: ``knn``, ``linear``, ...: records of one kind stand in one table.
@@ -89,8 +88,7 @@ def weights_fingerprint(network: nn.Module) -> str:
 
 @contextmanager
 def open_session(checkpoint: str | Path, *, which: str | None = None, device: str = "auto") -> Iterator[Session]:
-    """The checkpoint's network on its device, and the processes (under torchrun or srun) as one group, inside the
-    block.
+    """The checkpoint's network on its device, and the processes (of torchrun or srun) as one group, inside the block.
 
     Raises:
         FastSSLError: see ``load_trained``, ``choose_device`` and ``joined``.

@@ -1,5 +1,4 @@
-"""Linear classifiers trained by a published protocol on the features of a frozen backbone: a whole grid of rates and
-decays at once.
+"""Linear classifiers trained by a published protocol on frozen features: a whole grid of rates and decays at once.
 
 The features of a batch cost a pass of the network, a classifier on them next to nothing; so all classifiers of a grid
 read the same features, as one tensor of weights, and each moves as it would alone.
@@ -8,7 +7,7 @@ read the same features, as one tensor of weights, and each moves as it would alo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -47,25 +46,24 @@ class Classifiers:
         device: torch.device,
         seed: int = 0,
     ):
-        first = torch.empty(classes, width).normal_(
-            0.0, protocol.init_std, generator=torch.Generator().manual_seed(seed)
-        )
+        drawn = torch.Generator().manual_seed(seed)
+        first = torch.empty(classes, width).normal_(0.0, protocol.init_std, generator=drawn)
         self.weights = [first.to(device, copy=True).requires_grad_() for _ in grid]
         self.biases = [torch.zeros(classes, device=device).requires_grad_() for _ in grid]
-        decays = [trial.weight_decay for trial in grid]
-        groups = [{"params": [weight], "weight_decay": decay} for weight, decay in zip(self.weights, decays)]
-        self._optimizer: torch.optim.Optimizer
-        if protocol.optimizer == "lars":
-            groups += [{"params": [bias], "weight_decay": 0.0} for bias in self.biases]
-            self._optimizer = LARS(groups, 0.0, momentum=protocol.momentum, trust=protocol.trust)
-        else:
-            groups += [{"params": [bias], "weight_decay": decay} for bias, decay in zip(self.biases, decays)]
-            self._optimizer = torch.optim.SGD(groups, 0.0, momentum=protocol.momentum, fused=True)
+        lars, decays = protocol.optimizer == "lars", [trial.weight_decay for trial in grid]
+        decays += [0.0 if lars else decay for decay in decays]  # of the biases
+        tensors = zip([*self.weights, *self.biases], decays)
+        groups = [{"params": [tensor], "weight_decay": decay} for tensor, decay in tensors]
+        self._optimizer: torch.optim.Optimizer = (
+            LARS(groups, 0.0, momentum=protocol.momentum, trust=protocol.trust)
+            if lars
+            else torch.optim.SGD(groups, 0.0, momentum=protocol.momentum, fused=True)
+        )
 
     def scores(self, features: Tensor) -> Tensor:
         """(B, F) -> (B, R, C): one matrix product for all classifiers."""
         found = torch.addmm(torch.cat(self.biases), features, torch.cat(self.weights).T)
-        return found.unflatten(1, (len(self.biases), -1))
+        return found.view(-1, len(self.biases), len(self.biases[0]))
 
     def step(self, features: Tensor, targets: Tensor, rates: Sequence[float]) -> tuple[Tensor, Tensor]:
         """One step of each on the mean cross-entropy of a batch; under several processes, of all their parts, which are
@@ -161,7 +159,8 @@ def train_classifiers(
         batch_size: of all processes together; rates are scaled to it.
     """
     device = classifiers.biases[0].device
-    losses, shares, right = [], [], {name: [] for name in judged}
+    losses, shares = [], []
+    right: dict[str, list[Tensor]] = {name: [] for name in judged}
     for epoch in range(epochs):
         rates = [protocol.rate(trial.lr, epoch, epochs, batch_size) for trial in grid]
         means = torch.zeros(2, len(grid), dtype=torch.float64, device=device)
@@ -191,9 +190,8 @@ def summary(curves: Curves, grid: list[Trial], classes: int, *, choose_on: str =
     so that better ones may lie beyond. All figures are of the set ``val``; percent, with their 95 % interval; top-5 is
     None where there are no more than five classes.
     """
-    tables = {
-        name: 100 * counts.double() / curves.totals[name] for name, counts in curves.right.items()
-    }  # (E, 2, R) percent
+    # (E, 2, R) percent
+    tables = {name: 100 * counts.double() / curves.totals[name] for name, counts in curves.right.items()}
     deciding = tables[choose_on][:, 0]
     best = deciding.argmax(dim=0)  # (R,) of equal epochs the first
 
@@ -207,13 +205,13 @@ def summary(curves: Curves, grid: list[Trial], classes: int, *, choose_on: str =
     rows = []
     for number, trial in enumerate(grid):
         row = {
-            "lr": trial.lr,
-            "weight_decay": trial.weight_decay,
+            **asdict(trial),
             **figures(-1, number),
             "best_epoch": int(best[number]) + 1,
+            **with_prefix("best", figures(int(best[number]), number)),
+            "train_loss": _finite(curves.loss[-1, number]),
+            "train_accuracy": float(curves.train_accuracy[-1, number]),
         }
-        row.update(with_prefix("best", figures(int(best[number]), number)))
-        row.update(train_loss=_finite(curves.loss[-1, number]), train_accuracy=float(curves.train_accuracy[-1, number]))
         if choose_on != "val":
             row[f"{choose_on}_accuracy"] = float(deciding[-1, number])
         rows.append(row)
@@ -221,9 +219,7 @@ def summary(curves: Curves, grid: list[Trial], classes: int, *, choose_on: str =
     rates = sorted({trial.lr for trial in grid})
     return {
         **{name: value for name, value in rows[0].items() if name not in ("lr", "weight_decay")},
-        **with_prefix(
-            "chosen", {"lr": grid[chosen].lr, "weight_decay": grid[chosen].weight_decay, **figures(-1, chosen)}
-        ),
+        **with_prefix("chosen", {**asdict(grid[chosen]), **figures(-1, chosen)}),
         "chosen_at_edge": len(rates) > 1 and grid[chosen].lr in (rates[0], rates[-1]),
         "chosen_on": {"val": "validation photos", "held_out": "held-out training photos"}[choose_on],
         "accuracy_by_epoch": tables["val"][:, 0, 0].tolist(),

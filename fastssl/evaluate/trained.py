@@ -142,9 +142,7 @@ def _missing(folder: Path, which: str | None) -> str:
 
 
 def _short(path: Path) -> str:
-    """``.../runs/mine/checkpoints/last.pt`` -> ``mine/last.pt``: results are passed on, folders tell where somebody
-    works.
-    """
-    parent = path.resolve().parent
-    run = parent.parent if parent.name == "checkpoints" else parent
+    """``.../runs/mine/checkpoints/last.pt`` -> ``mine/last.pt``: results are passed on, and folders are private."""
+    run = path.resolve().parent
+    run = run.parent if run.name == "checkpoints" else run
     return f"{run.name}/{path.name}" if run.name else path.name

@@ -26,9 +26,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastssl.errors import FastSSLError
+from fastssl.methods.base import Encoder, Method
 from fastssl.models.backbones import read_header, save_backbone
 from fastssl.utils.atomic_files import link_atomically, write_atomically
 from fastssl.utils.digest import digest
@@ -68,7 +69,7 @@ class Position:
 def save_checkpoint(
     folder: Path,
     *,
-    method: nn.Module,
+    method: Method,
     optimizer: torch.optim.Optimizer,
     position: Position,
     config: dict[str, Any],
@@ -101,9 +102,8 @@ def save_checkpoint(
         write_state(path, state)
         link_atomically(path, folder / LAST)
         for name, (which, network) in networks.items():
-            save_backbone(
-                network.backbone, folder / f"{name}.safetensors", arch=arch, step=str(position.step), network=which
-            )
+            file = folder / f"{name}.safetensors"
+            save_backbone(network.backbone, file, arch=arch, step=str(position.step), network=which)
         if milestone is not None:
             for name, kept in _kept_names(networks, milestone).items():
                 link_atomically(folder / name, folder / kept)
@@ -122,7 +122,7 @@ def save_checkpoint(
             other.unlink()
 
 
-def _networks(method: nn.Module) -> dict[str, tuple[str, nn.Module]]:
+def _networks(method: Method) -> dict[str, tuple[str, Encoder]]:
     """Whose backbones are written, by the stem of the file: (what its header says, the network)."""
     networks = {"last": ("student", method.student)}
     if method.teacher is not None:
@@ -130,7 +130,7 @@ def _networks(method: nn.Module) -> dict[str, tuple[str, nn.Module]]:
     return networks
 
 
-def has_all_files(folder: Path, method: nn.Module, step: int, milestone: int | None = None) -> bool:
+def has_all_files(folder: Path, method: Method, step: int, milestone: int | None = None) -> bool:
     """Whether beside the ``last.pt`` of this step lies all that ``save_checkpoint`` writes with it.
 
     A kill between two of its files leaves the backbones of an earlier step, or a milestone out; a checkpoint taken over
@@ -193,9 +193,7 @@ def _may_be_full(folder: Path, error: Exception) -> bool:
 
 
 def _drop_oldest(folder: Path) -> bool:
-    """Delete the oldest ``step-*.pt`` that has a newer one beside it which is also last.pt; whether there was such a
-    one.
-    """
+    """Delete the oldest ``step-*.pt`` where a newer one is last.pt; whether there was such a one."""
     steps = _steps(folder)
     try:
         if len(steps) < 2 or not steps[0].samefile(folder / LAST):
@@ -283,7 +281,7 @@ def load_checkpoint(path: Path, *, advice: str = "") -> dict[str, Any]:
         raise FastSSLError(f"{path}: no such checkpoint")
     end = f"; {advice}" if advice else ""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         said = state.pop("digest", None)
         intact = said is None or said == digest(state)
     except Exception as error:  # a damaged file makes torch raise anything at all

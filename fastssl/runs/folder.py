@@ -1,5 +1,4 @@
-"""The folder of a run: who may write into it, what is in it when a run begins, and what is written there while it
-lasts.
+"""The folder of a run: who may write into it, what is in it when a run begins, and what is written while it lasts.
 
 Only the first process of a run has one.
 """
@@ -143,9 +142,7 @@ class RunFolder:
             self._lock_file.close()
 
     def _lock(self) -> bool:
-        """Hold the folder while this process lives: two runs in one folder would write over each other's files. False:
-        here nobody can.
-        """
+        """Hold the folder, which two runs would spoil, while this process lives. False: here nobody can."""
         self._lock_file = open(self.path / ".lock", "a")  # noqa: SIM115 (held open for the whole run)
         try:
             fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -161,9 +158,7 @@ class RunFolder:
         return True
 
     def _launches(self) -> object:
-        """The names of the launch that opened the folder last. They are written when all that its ``--resume`` asked
-        for is done.
-        """
+        """The names of the launch that last did here what its ``--resume`` asked for."""
         try:
             config = read_yaml(self.path / "config.yaml")
         except FastSSLError:
@@ -171,16 +166,12 @@ class RunFolder:
         return config.get("launch") if isinstance(config, dict) else None
 
     def _say_if_killed(self) -> None:
-        """Whoever looks into a folder that is his now, and finds a run at work in it, looks at one that came to say
-        nothing more.
-        """
+        """A run that is at work by its status, in a folder that is ours now, came to say nothing more."""
         told = read_status(self.path)
         if told.get("state") == "training":
             heard = f"{told.get('time', 'at an unknown time')}, at step {told.get('step', 'unknown')}"
-            self.say(
-                f"{self.path}: the run before ended without a word (killed, out of memory, power cut?); last "
-                f"heard of {heard}"
-            )
+            why = "killed, out of memory, power cut?"
+            self.say(f"{self.path}: the run before ended without a word ({why}); last heard of {heard}")
 
     def _find(self, config: dict[str, Any], resume: str) -> tuple[Path, dict[str, Any]] | None:
         if resume == "never":
@@ -195,18 +186,16 @@ class RunFolder:
                 raise FastSSLError(f"--resume {path}: no such checkpoint (auto, never, or the path of a last.pt)")
             state = load_checkpoint(path, advice="start anew with --resume never")
             self._require_room_for(config, path)
-        if found := _other_settings(config, state):
+        if others := _other_settings(config, state):
+            shown = "; ".join([*others[:3], *(["..."] if others[3:] else [])])
             raise FastSSLError(
-                f"{path} belongs to a run with other settings "
-                f"({'; '.join(found[:3])}{'; ...' if len(found) > 3 else ''}): "
-                "choose another --out, or --resume never to start over, which deletes it"
+                f"{path} belongs to a run with other settings ({shown}): choose another --out, or --resume never to "
+                "start over, which deletes it"
             )
         return path, state
 
     def _require_room_for(self, config: dict[str, Any], path: Path) -> None:
-        """A checkpoint from elsewhere begins a new folder, or sets back this very run; in another run's folder it would
-        mix the two.
-        """
+        """A checkpoint from elsewhere begins a new folder, or sets back this run; it would spoil another."""
         if path.resolve().parent == self.checkpoints.resolve() or (there := find_checkpoint(self.checkpoints)) is None:
             return
         if _other_settings(config, there[1]):
@@ -214,10 +203,8 @@ class RunFolder:
 
     def _say_other_judges(self, config: dict[str, Any], data: object, step: int) -> None:
         """Probes before and behind a change of --val stand in one curve."""
-        now, before = (
-            found.get("val_photos", "") if isinstance(found, dict) else "" for found in (config["data"], data)
-        )
-        if before != "" and before != now:
+        before = data.get("val_photos", "") if isinstance(data, dict) else ""
+        if before not in ("", config["data"].get("val_photos", "")):
             self.say(
                 f"--val holds other photos than before: the probes up to step {step:,} were judged on those, "
                 "and are no measure for the next ones"

@@ -92,9 +92,7 @@ class MetricsFile:
             OSError: the file cannot be written.
         """
         rows = [row for row in self.rows() if row.get("kind") in ("step", "probe") and isinstance(row.get("step"), int)]
-        kept = [
-            row for row in rows if row["step"] < step or (row["step"] == step and (row["kind"] == "step" or probed))
-        ]
+        kept = [row for row in rows if row["step"] < step + (row["kind"] == "step" or probed)]
         self._waiting = []
         write_atomically(self.path, lambda path: path.write_text("".join(to_json(row) + "\n" for row in kept)))
 

@@ -47,24 +47,17 @@ def save_bad_step(folder: Path, batch: Batch, views: Sequence[ViewSpec], *, rank
     mine = f"-{rank}" if rank else ""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {"index": batch.index, "label": batch.label}
-    for number, view in enumerate(batch.views):
-        tensors[f"views.{number}"] = view.detach().cpu().contiguous()
-    for number, table in enumerate(batch.tables):
-        tensors[f"tables.{number}"] = table.detach().cpu().contiguous()
+    for kind, parts in (("views", batch.views), ("tables", batch.tables)):
+        tensors.update({f"{kind}.{number}": part.detach().cpu().contiguous() for number, part in enumerate(parts)})
     write_atomically(folder / f"batch{mine}.safetensors", lambda path: save_file(tensors, str(path)))
     text = to_json({**about, "rank": rank, "samples": batch.index.tolist()}, indent=2) + "\n"
     write_atomically(folder / f"step{mine}.json", lambda path: path.write_text(text))
-    picture = _picture(_coloured(batch, views), views, len(batch.index))
+    groups = batch.views
+    if batch.tables:
+        triples = zip(batch.views, batch.tables, views)
+        groups = [augment_device(crops, table, spec, torch.float32) for crops, table, spec in triples]
+    picture = _picture(groups, views, len(batch.index))
     write_atomically(folder / f"views{mine}.png", lambda path: picture.save(path, format="PNG"))
-
-
-def _coloured(batch: Batch, views: Sequence[ViewSpec]) -> list[Tensor]:
-    if not batch.tables:
-        return batch.views
-    return [
-        augment_device(crops, table, spec, torch.float32)
-        for crops, table, spec in zip(batch.views, batch.tables, views)
-    ]
 
 
 def _picture(groups: Sequence[Tensor], views: Sequence[ViewSpec], batch: int) -> Image.Image:

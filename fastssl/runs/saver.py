@@ -1,6 +1,4 @@
-"""When a run is saved, and what becomes of it while the disk does not take it. Only the first process of a run has
-one.
-"""
+"""When a run is saved, and what becomes of it while the disk takes nothing. Only a run's first process has one."""
 
 from __future__ import annotations
 
@@ -16,8 +14,6 @@ from fastssl.methods.base import Method
 from fastssl.runs.checkpoint import NotSaved, Position, save_checkpoint
 from fastssl.runs.folder import RunFolder
 from fastssl.utils.signals import StopRequest
-
-__all__ = ["NotSaved", "Saver"]
 
 #: Seconds between two tries to write a checkpoint that the disk did not take, and between two messages about it.
 _RETRY_S, _SAY_EVERY_S = 60.0, 600.0
@@ -46,6 +42,7 @@ class Saver:
         self.saved_step: int | None = None
         self._failure: str | None = None  # words alone: an exception keeps all that its frames hold
         self._said_at = dict.fromkeys(("checkpoint", "metrics", "end"), -math.inf)
+        self._due_at, self._asked = math.inf, False
         self.begin()
 
     def begin(self) -> None:
@@ -53,11 +50,9 @@ class Saver:
         self._ask_in(min(60 * self.recipe.train.checkpoint_minutes, _FIRST_S))
 
     def is_due(self) -> bool:
-        """Whether a checkpoint should be written now. True once: among several processes the answer to it comes a step
-        later.
-        """
+        """Whether a checkpoint should be written now. True once: the answer of several processes comes a step later."""
         due = not self._asked and time.monotonic() >= self._due_at
-        self._asked = self._asked or due
+        self._asked |= due
         return due
 
     def ask_again(self) -> None:
@@ -88,11 +83,8 @@ class Saver:
         while not self._try(method, optimizer, position, milestone):
             if stop is None:
                 return False
-            self._say_now_and_then(
-                "end",
-                f"all steps are made; waiting up to {_WAIT_MINUTES:g} min for room for the last checkpoint: "
-                f"{self.why()}",
-            )
+            waiting = f"waiting up to {_WAIT_MINUTES:g} min for room for the last checkpoint"
+            self._say_now_and_then("end", f"all steps are made; {waiting}: {self.why()}")
             if time.monotonic() > deadline or stop.wait(_RETRY_S):
                 raise NotSaved(f"all steps are made, but there was no room to save the last of them: {self.why()}")
         self.folder.metrics.flush()
@@ -114,9 +106,8 @@ class Saver:
             )
         except NotSaved as error:
             self._failure = str(error)
-            self._say_now_and_then(
-                "checkpoint", f"{error}; {self.newest()}; the run goes on, and tries again every {_RETRY_S:g} s"
-            )
+            text = f"{error}; {self.newest()}; the run goes on, and tries again every {_RETRY_S:g} s"
+            self._say_now_and_then("checkpoint", text)
             self._ask_in(_RETRY_S)
             return False
         if self._failure is not None:
@@ -130,17 +121,13 @@ class Saver:
         """Add a row to the metrics."""
         metrics = self.folder.metrics
         if not metrics.append(row):
-            self._say_now_and_then(
-                "metrics", f"{metrics.path}: not written ({metrics.failure}); kept in memory until there is room"
-            )
+            text = f"{metrics.path}: not written ({metrics.failure}); kept in memory until there is room"
+            self._say_now_and_then("metrics", text)
 
     def newest(self) -> str:
         """What the next start will go on from, in words."""
-        return (
-            "there is no checkpoint"
-            if self.saved_step is None
-            else f"the newest checkpoint is of step {self.saved_step:,}"
-        )
+        step = self.saved_step
+        return "there is no checkpoint" if step is None else f"the newest checkpoint is of step {step:,}"
 
     def why(self) -> str:
         """What became of the last try, in words."""

@@ -2,11 +2,10 @@
 
     {"state": "training", "time": "2026-05-01T12:00:00Z", "step": 1200, "total_steps": 90000, "saved_step": 1000}
 
-A launcher such as torchrun ends with status 1 whatever its processes say; this file says more. A process that is killed
-says nothing any more, though:
-therefore ``time`` (UTC) is renewed every minute for as long as the process lives, whatever it waits for. ``training``
-with a time that is some minutes old means that it was killed, or stands still, or that the disk takes no more files.
-Whoever waits on the same host can also ask for the lock: ``flock`` on ``.lock``.
+A launcher such as torchrun ends with status 1 whatever its processes say; this file says more. ``time`` (UTC) is
+renewed every minute for as long as the process lives, whatever it waits for: ``training`` with a time that is some
+minutes old means that it was killed, or stands still, or that the disk takes no more files. Whoever waits on the same
+host can also ask for the lock: ``flock`` on ``.lock``.
 """
 
 from __future__ import annotations
@@ -36,11 +35,8 @@ _WAIT_S = 10.0
 
 
 class RunStatus:
-    """status.json of one run, from its first words until ``close``. No run ends because the file cannot be written, nor
-    waits for long.
-
-    One thread writes all of it. So at a disk that does not answer it is this thread that hangs, and the process can
-    leave.
+    """status.json of one run, until ``close``. No run ends because the file cannot be written, nor waits for long: one
+    thread writes all of it, and at a disk that does not answer it is this thread that hangs.
 
     Args:
         folder: of the run.

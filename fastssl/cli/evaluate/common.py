@@ -104,9 +104,8 @@ def bar(session: Session) -> Bar:
 
 
 def pictures(session: Session, size: int | None, crop: float | None) -> dict[str, Any]:
-    """``size`` and ``crop`` of the pictures: those that were asked for, or else the run's, or else the usual ones.
-
-    Says where they are not the run's.
+    """``size`` and ``crop`` of the pictures: as asked for, which is said where the run's differ, or the run's, or the
+    usual ones.
     """
     from fastssl.evaluate.features import EVALUATION_CROP, EVALUATION_SIZE
 
@@ -130,42 +129,41 @@ def network(
     seed: int,
     **_: Any,
 ) -> nn.Module:
-    """The session's network, with BatchNorm statistics taken anew from ``photos`` (of them ``indices`` alone) if that
-    is asked for.
-    """
+    """The session's network; if that is asked for, its BatchNorm statistics taken anew from these photos."""
     from fastssl.evaluate.batchnorm import reestimated
     from fastssl.evaluate.features import require_size
 
     require_size(session.trained.backbone, size, session.device)
     if not reestimate_bn:
         return session.trained.backbone
-    how = {
-        "samples": reestimate_bn,
-        "size": size,
-        "seed": seed,
-        "batch_size": batch_size,
-        "workers": workers,
-        "crop": crop,
-    }
-    return reestimated(session.trained.backbone, photos, indices=indices, device=session.device, **how)
+    return reestimated(
+        session.trained.backbone,
+        photos,
+        samples=reestimate_bn,
+        size=size,
+        seed=seed,
+        device=session.device,
+        batch_size=batch_size,
+        workers=workers,
+        crop=crop,
+        indices=indices,
+    )
 
 
 def split_features(session: Session, split: LabelledSplit, **how: Any) -> tuple[Features, Features]:
-    """This process's share of the features of both parts, by ``network``; ``how``: the values of the options of
-    FEATURE_OPTIONS.
-    """
+    """This process's share of the features of both parts; ``how``: the values of FEATURE_OPTIONS."""
     backbone = network(session, split.train, split.train_index, **how)
     kept = {name: how[name] for name in ("size", "crop", "batch_size", "workers")}
-    parts = (("training photos", split.train, split.train_index), ("validation photos", split.val, split.val_index))
-    return tuple(share_features(session, backbone, label, reader, index, **kept) for label, reader, index in parts)
+    return (
+        share_features(session, backbone, "training photos", split.train, split.train_index, **kept),
+        share_features(session, backbone, "validation photos", split.val, split.val_index, **kept),
+    )
 
 
 def share_features(
     session: Session, backbone: nn.Module, label: str, reader: BetonReader, index: np.ndarray, **how: Any
 ) -> Features:
-    """This process's share of the features of the samples ``index``, as ``evaluate.features.share`` deals them out;
-    with a bar.
-    """
+    """This process's share of the features of the samples ``index``, with a bar."""
     from fastssl.evaluate.features import extract_features, shard
 
     mine = shard(index)

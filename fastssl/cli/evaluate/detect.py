@@ -161,9 +161,8 @@ def detect(
     with open_session(checkpoint, which=which, device=device) as session:
         with first_of_host_speaks():
             train = _read(data, images, masks, "--images")
-            judged = _read(
-                (val,), val_images or images, masks, "--val-images", categories=list(train.categories.values())
-            )
+            names = list(train.categories.values())
+            judged = _read((val,), val_images or images, masks, "--val-images", categories=names)
         arch = session.trained.arch
         if from_scratch:
             torch.manual_seed(how["seed"])
@@ -189,10 +188,8 @@ def detect(
         }
         # Names and steps are alike in runs that are not. New weights are said by the seed, and may differ in their last
         # bit from machine to machine.
-        resumed = {
-            "backbone_weights": None if from_scratch else session.weights,
-            "train_annotations": train.fingerprint(),
-        }
+        weights = None if from_scratch else session.weights
+        resumed = {"backbone_weights": weights, "train_annotations": train.fingerprint()}
         for reason, count in train.left_out.items():
             if count and session.is_main:
                 words = f"{reason.replace('_', ' ')} annotation"
@@ -245,10 +242,7 @@ def _line(figures: dict, pictures: int) -> str:
     parts = []
     for name in ("box", "mask"):
         if f"{name}_ap" in figures:
-            mean, half, strict = (_number(figures[f"{name}_{figure}"]) for figure in ("ap", "ap50", "ap75"))
+            values = (figures[f"{name}_{figure}"] for figure in ("ap", "ap50", "ap75"))
+            mean, half, strict = ("-" if value is None else f"{value:.1f}" for value in values)
             parts.append(f"{name} AP {mean} (AP50 {half}, AP75 {strict})")
     return f"{'; '.join(parts)} on {counted(pictures, 'picture')}"
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1f}"

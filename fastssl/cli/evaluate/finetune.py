@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -43,7 +43,12 @@ DEFAULTS = {"sgd": (0.03, 0.0), "adamw": (5e-4, 0.05)}
 )
 @options(*AFTER)
 def finetune(
-    labels: float | None, epochs: int, optimizer: str, weight_decay: float | None, lr: float | None, **how: Any
+    labels: float | None,
+    epochs: int,
+    optimizer: Literal["sgd", "adamw"],
+    weight_decay: float | None,
+    lr: float | None,
+    **how: Any,
 ) -> None:
     """Fine-tune the whole network on a labelled data set, as a rule another one than it was pre-trained on.
 
@@ -56,6 +61,7 @@ def finetune(
     fastssl evaluate finetune runs/mine --data flowers/train --val flowers/test --from-scratch
     """
     from fastssl.evaluate.few_labels import draw_labels
+    from fastssl.evaluate.photos import require_labels
     from fastssl.optim.optimizers import OptimConfig
 
     default_lr, default_decay = DEFAULTS[optimizer]
@@ -63,9 +69,8 @@ def finetune(
     def pick(split: LabelledSplit) -> tuple[np.ndarray, dict[str, Any]]:
         if labels is None:
             return split.train_index, {"labels": 1.0}
-        return split.train_index[draw_labels(split.train.labels[split.train_index], labels, how["seed"])], {
-            "labels": labels
-        }
+        drawn = draw_labels(require_labels(split.train)[split.train_index], labels, how["seed"])
+        return split.train_index[drawn], {"labels": labels}
 
     fine_tune(
         "finetune",

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -78,11 +77,9 @@ def knn(
     from fastssl.evaluate.knn import knn_accuracies
     from fastssl.evaluate.session import open_session
 
-    features = _one_set if leave_one_out else _two_sets
-    with ExitStack() as opened:
-        session = opened.enter_context(open_session(checkpoint, which=which, device=device))
+    with open_session(checkpoint, which=which, device=device) as session:
         how |= pictures(session, how["size"], how["crop"])
-        bank, judged, photos = opened.enter_context(features(session, data, val, **how))
+        bank, judged, photos = (_one_set if leave_one_out else _two_sets)(session, data, val, **how)
         results = knn_accuracies(
             bank,
             judged,
@@ -107,10 +104,7 @@ def knn(
         finish(session, "\n".join(lines), records, json_path)
 
 
-@contextmanager
-def _two_sets(
-    session: Session, data: Path, val: Path | None, **how: Any
-) -> Iterator[tuple[Features, Features, dict[str, Any]]]:
+def _two_sets(session: Session, data: Path, val: Path | None, **how: Any) -> tuple[Features, Features, dict[str, Any]]:
     """This process's share of the bank, all that is judged, and what a record says of the photos."""
     from fastssl.evaluate.features import gathered
     from fastssl.evaluate.photos import open_split
@@ -118,13 +112,10 @@ def _two_sets(
     with open_split(data, val, seed=how["seed"], workers=how["workers"]) as split:
         _require_classes(split.classes, split.train)
         bank, judged = split_features(session, split, **how)
-        yield bank, gathered(judged), split.record()
+        return bank, gathered(judged), split.record()
 
 
-@contextmanager
-def _one_set(
-    session: Session, data: Path, val: Path | None, **how: Any
-) -> Iterator[tuple[Features, Features, dict[str, Any]]]:
+def _one_set(session: Session, data: Path, val: Path | None, **how: Any) -> tuple[Features, Features, dict[str, Any]]:
     """The same for leave-one-out, where what is judged is the bank."""
     import numpy as np
 
@@ -135,17 +126,12 @@ def _one_set(
         open_photos(data, how["workers"]) as train,
         open_photos(val, how["workers"]) if val else nullcontext(train) as reader,
     ):
-        require_labels(reader)
-        _require_classes(np.unique(reader.labels), reader)
+        _require_classes(np.unique(require_labels(reader)), reader)
         kept = {name: how[name] for name in ("size", "crop", "batch_size", "workers")}
         backbone = network(session, train, **how)
         bank = share_features(session, backbone, "photos", reader, np.arange(len(reader)), **kept)
-        read = reader is train or how["reestimate_bn"]
-        yield (
-            bank,
-            gathered(bank),
-            {"data": train.path.name if read else None, "val": val and reader.path.name, "held_out_seed": None},
-        )
+        read = train.path.name if reader is train or how["reestimate_bn"] else None
+        return bank, gathered(bank), {"data": read, "val": val and reader.path.name, "held_out_seed": None}
 
 
 def _require_classes(classes: np.ndarray, reader: BetonReader) -> None:

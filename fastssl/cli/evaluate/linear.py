@@ -112,14 +112,8 @@ def linear(
     fastssl evaluate linear runs/mine --data train.beton --val val.beton --json linear.json
     fastssl evaluate linear runs/mine --data train.beton --val val.beton --protocol sslight --sweep --json linear.json
     """
-    training = {
-        "--epochs": epochs,
-        "--lr": lrs,
-        "--weight-decay": decays,
-        "--sweep": sweep,
-        "--select": select,
-        "--cached-epochs": cached_epochs,
-    }
+    training = {"--epochs": epochs, "--lr": lrs, "--weight-decay": decays, "--sweep": sweep, "--select": select}
+    training["--cached-epochs"] = cached_epochs
     if protocol == "fast" and (given := [name for name, value in training.items() if value]):
         raise click.UsageError(f"{given[0]} belongs to a protocol that trains: --protocol {', '.join(_PROTOCOLS)}")
     if sweep and lrs:
@@ -136,19 +130,10 @@ def linear(
         if protocol == "fast":
             line, figures = _fast(session, split, batch_size=batch_size or _PASS, **how)
         else:
-            line, figures = _published(
-                session,
-                split,
-                protocol,
-                {"lrs": lrs, "weight_decays": decays, "sweep": sweep},
-                {
-                    "epochs": epochs,
-                    "batch_size": batch_size,
-                    "choose_on": (select or "val").replace("-", "_"),
-                    "cached_epochs": cached_epochs or 0,
-                },
-                **how,
-            )
+            grid = {"lrs": lrs, "weight_decays": decays, "sweep": sweep}
+            chosen: dict[str, Any] = {"epochs": epochs, "batch_size": batch_size, "cached_epochs": cached_epochs or 0}
+            chosen["choose_on"] = (select or "val").replace("-", "_")
+            line, figures = _published(session, split, protocol, grid, chosen, **how)
         about = {**split.record(), **{name: how[name] for name in ("size", "crop", "reestimate_bn")}}
         finish(session, line, session.record("linear", **about, **figures), json_path)
 
@@ -211,14 +196,9 @@ def _line(record: dict[str, Any], size: int) -> str:
         f"  best epoch ({record['best_epoch']}), chosen on the {record['chosen_on']}: {top('best_')}",
     ]
     if len(record["grid"]) > 1:
+        end = "; its rate is an end of the grid: better ones may lie beyond (--lr)" if record["chosen_at_edge"] else ""
         lines.append(
             f"  best of {len(record['grid'])} (lr {record['chosen_lr']:g}, weight decay "
-            f"{record['chosen_weight_decay']:g}), "
-            f"chosen on the {record['chosen_on']}: {top('chosen_')}"
-            + (
-                "; its rate is an end of the grid: better ones may lie beyond (--lr)"
-                if record["chosen_at_edge"]
-                else ""
-            )
+            f"{record['chosen_weight_decay']:g}), chosen on the {record['chosen_on']}: {top('chosen_')}{end}"
         )
     return "\n".join(lines)

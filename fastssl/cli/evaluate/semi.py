@@ -64,6 +64,7 @@ def semi(
     from fastssl.evaluate.features import ProbeError
     from fastssl.evaluate.few_labels import draw_labels, listed_labels
     from fastssl.evaluate.finetune import SSLIGHT_OPTIM
+    from fastssl.evaluate.photos import require_labels
 
     if (labels is None) == (list_path is None):
         raise click.UsageError("say which photos keep their label: --labels 1% for a draw, or --list FILE")
@@ -77,7 +78,8 @@ def semi(
         if list_path is not None:
             chosen = listed_labels(list_path, split.train, photos)
             return chosen, {"labels": len(chosen) / len(split.train_index), "list": list_path.name}
-        drawn = draw_labels(split.train.labels[split.train_index], labels, how["seed"])
+        assert labels is not None
+        drawn = draw_labels(require_labels(split.train)[split.train_index], labels, how["seed"])
         return split.train_index[drawn], {"labels": labels, "list": None}
 
     fine_tune(

@@ -26,7 +26,7 @@ from fastssl.cli.evaluate.common import (
     which_option,
     workers_option,
 )
-from fastssl.errors import counted
+from fastssl.errors import FastSSLError, counted
 
 if TYPE_CHECKING:
     import numpy as np
@@ -44,7 +44,6 @@ class ShareOfLabels(click.ParamType):
     name = "share"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        from fastssl.errors import FastSSLError
         from fastssl.evaluate.few_labels import parse_share
 
         if isinstance(value, float):
@@ -236,18 +235,10 @@ def _protocol(config: FinetuneConfig) -> dict[str, Any]:
     optim = config.optim
     return {
         "optimizer": optim.name,
-        "lr": optim.lr,
-        "lr_batch": optim.lr_batch,
         "peak_lr": optim.peak_lr(config.batch_size),
-        "final_lr": optim.final_lr,
         "momentum": optim.momentum if optim.name == "sgd" else None,
-        "nesterov": optim.nesterov,
-        "weight_decay": optim.weight_decay,
-        "head_lr_factor": config.head_lr_factor,
-        "epochs": config.epochs,
-        "batch_size": config.batch_size,
-        "size": config.size,
-        "crop": config.crop,
+        **{name: getattr(optim, name) for name in ("lr", "lr_batch", "final_lr", "nesterov", "weight_decay")},
+        **{name: getattr(config, name) for name in ("head_lr_factor", "epochs", "batch_size", "size", "crop")},
     }
 
 
@@ -261,8 +252,8 @@ def _line(session: Session, result: FinetuneResult, available: int, config: Fine
         line += f", top-5 {result.top5:.2f} %"
     line += f"; best epoch {result.best_epoch} of {len(result.accuracies)}: {result.best_accuracy:.2f} %"
     if left := result.train_samples - result.steps_per_epoch * config.batch_size:
-        how_many = counted(left, "label")
-        line += f"; of {how_many} no batch of {config.batch_size:,} can be filled: passed over, others in every epoch"
+        line += f"; of {counted(left, 'label')} no batch of {config.batch_size:,} can be filled: passed over, "
+        line += "others in every epoch"
     if result.unseen:
         line += f"; wrong by necessity, as of classes without a label: {counted(result.unseen, 'photo')}"
     return line

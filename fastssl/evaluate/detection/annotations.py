@@ -25,7 +25,6 @@ from fastssl.errors import FastSSLError, counted
 #: Polygons ([[x0, y0, x1, y1, ...], ...] in pixels), or COCO's run lengths ({"size": [h, w], "counts": ...}).
 Segmentation = Sequence[Sequence[float]] | Mapping[str, Any]
 
-
 #: Numbers in a box beyond this are no pixels, and their products soon no numbers.
 _LARGEST = 1e15
 
@@ -95,7 +94,7 @@ class _MaskedDocument(_Document):
     annotations: list[_Masked]  # type: ignore[misc]
 
 
-_FORMATS = {False: TypeAdapter(_Document), True: TypeAdapter(_MaskedDocument)}
+_FORMATS: dict[bool, TypeAdapter[Any]] = {False: TypeAdapter(_Document), True: TypeAdapter(_MaskedDocument)}
 
 
 def _problem(error: ValidationError) -> str:
@@ -209,8 +208,8 @@ def detection_set(
     """
     adapter = _FORMATS[masks]
     try:
-        parse = adapter.validate_json if isinstance(document, bytes) else adapter.validate_python
-        return _detection_set(parse(document), Path(images), Path(where).name, masks)
+        known = adapter.validate_json(document) if isinstance(document, bytes) else adapter.validate_python(document)
+        return _detection_set(known, Path(images), Path(where).name, masks)
     except ValidationError as error:
         raise DetectionError(f"{where}: {_problem(error)}") from None
     except DetectionError as error:
@@ -253,11 +252,9 @@ def _detection_set(document: Any, folder: Path, name: str, masks: bool) -> Detec
             kept[row["image_id"]].append((box, labels[row["category_id"]], segmentation))
     if not any(kept.values()):
         if left_out.get("without_mask"):
-            raise DetectionError(
-                "not one of its annotations has a 'segmentation': leave out --masks to train on boxes alone"
-            )
+            raise DetectionError("not one of its annotations has a 'segmentation': leave out --masks to train on boxes")
         raise DetectionError(
-            "not one box in it (crowds and empty boxes do not count): there is nothing to learn or to find"
+            "not one box in it (crowds and empty ones do not count): there is nothing to learn or to find"
         )
     pictures = [
         Picture(
@@ -273,10 +270,8 @@ def _detection_set(document: Any, folder: Path, name: str, masks: bool) -> Detec
     ]
     # Better now than hours into the training.
     if missing := [picture.path for picture in pictures if not picture.path.is_file()]:
-        how_many = counted(len(pictures), "picture")
-        raise DetectionError(
-            f"not there: {len(missing):,} of its {how_many}, the first: {missing[0]}; is that the folder?"
-        )
+        of = f"{len(missing):,} of its {counted(len(pictures), 'picture')}"
+        raise DetectionError(f"not there: {of}, the first: {missing[0]}; is that the folder?")
     judged = {**document, "info": {}, "categories": [{"id": id_, "name": said} for id_, said in categories.items()]}
     return DetectionSet(name, pictures, categories, judged, left_out)
 
@@ -331,7 +326,7 @@ def _unpacked(text: str) -> list[int]:
     The last character's fifth bit is the sign. From the fourth number on each is the difference to the one two before
     (cocodataset/cocoapi, rleToString).
     """
-    packed, lengths = _PACKED.findall(text), []
+    packed, lengths = _PACKED.findall(text), list[int]()
     if "".join(packed) != text:
         return []
     for letters in packed:

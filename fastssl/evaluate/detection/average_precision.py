@@ -28,7 +28,6 @@ def require_pycocotools() -> None:
 
 def mask_tools() -> Any:
     """``pycocotools.mask``: draws polygons, packs masks into run lengths."""
-    require_pycocotools()
     import pycocotools.mask
 
     return pycocotools.mask
@@ -48,7 +47,6 @@ def average_precision(
     Returns:
         ``FIGURES`` by name. None where there is no object of that size.
     """
-    require_pycocotools()
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from timm.layers import LayerNorm2d
@@ -41,6 +42,9 @@ class Pyramid(nn.Module):
     def __init__(self, body: nn.Module, strides: Sequence[int], out_channels: int):
         super().__init__()
         self.body, self.strides, self.out_channels = body, tuple(strides), out_channels
+
+    #: a timm network: what it can do beyond ``nn.Module`` is in no type
+    body: Any
 
     @property
     def divisible(self) -> int:
@@ -74,7 +78,8 @@ class ConvolutionalPyramid(Pyramid):
         final, maps = self.body.forward_intermediates(images, indices=self.indices)
         if self.final:
             maps[-1] = final
-        return self.fpn(OrderedDict((str(level), each) for level, each in enumerate(maps)))
+        pyramid: OrderedDict[str, Tensor] = self.fpn(OrderedDict((str(level), each) for level, each in enumerate(maps)))
+        return pyramid
 
 
 class SimplePyramid(Pyramid):
@@ -117,7 +122,7 @@ class SimplePyramid(Pyramid):
         return maps
 
 
-def create_pyramid(backbone: nn.Module, levels: Sequence[int] = LEVELS, out_channels: int = 256) -> Pyramid:
+def create_pyramid(backbone: Any, levels: Sequence[int] = LEVELS, out_channels: int = 256) -> Pyramid:
     """A pyramid over ``backbone``, which becomes part of it; the convolutions on top are drawn by torch's generator.
 
     Args:
@@ -146,26 +151,23 @@ def create_pyramid(backbone: nn.Module, levels: Sequence[int] = LEVELS, out_chan
     else:
         channels, final = _maps(backbone)
         _require_levels(levels, tuple(channels), name)
-        at_the_end = final is not None and levels[-1] == max(channels)
-        if at_the_end:
-            channels[levels[-1]] = (channels[levels[-1]][0], final)
-        pyramid = ConvolutionalPyramid(backbone, levels, out_channels, channels, at_the_end)
+        pyramid = ConvolutionalPyramid(backbone, levels, out_channels, channels, final and levels[-1] == max(channels))
     return pyramid.to(memory_format=torch.channels_last)
 
 
 @torch.no_grad()
-def _maps(backbone: nn.Module) -> tuple[dict[int, tuple[int, int]], int | None]:
-    """(stride -> (index, channels), channels of the map before the pooling where it has the last one's size). The
-    network itself is asked, with a black picture.
+def _maps(backbone: Any) -> tuple[dict[int, tuple[int, int]], bool]:
+    """(stride -> (index, channels), whether the map before the pooling has the last one's size, whose place it takes).
+    The network itself is asked, with a black picture.
     """
     side = 64
     with evaluating(backbone):
         device = next(backbone.parameters()).device
         final, maps = backbone.forward_intermediates(torch.zeros(1, 3, side, side, device=device))
     # Of several maps of one stride the deepest.
-    channels = {side // each.shape[-1]: (index, each.shape[1]) for index, each in enumerate(maps)}
     fits = final.dim() == 4 and final.shape[-2:] == maps[-1].shape[-2:]
-    return channels, final.shape[1] if fits else None
+    maps = [*maps[:-1], final] if fits else maps
+    return {side // each.shape[-1]: (index, each.shape[1]) for index, each in enumerate(maps)}, fits
 
 
 def _require_levels(levels: tuple[int, ...], there: tuple[int, ...], name: str) -> None:

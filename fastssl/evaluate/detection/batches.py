@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -69,9 +69,7 @@ class DetectionBatch:
 
 
 def scaled_size(height: int, width: int, short_side: int, long_side: int) -> tuple[int, int]:
-    """(height, width) whose short side is ``short_side``, or less where the long one would pass ``long_side``; the
-    aspect ratio stays.
-    """
+    """(height, width) whose short side is ``short_side``, or less where the long one would pass ``long_side``."""
     scale = min(short_side / min(height, width), long_side / max(height, width))
     return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
 
@@ -79,9 +77,7 @@ def scaled_size(height: int, width: int, short_side: int, long_side: int) -> tup
 def draw(
     pictures: Sequence[Picture], short_sides: Sequence[int], long_side: int, *, flip: bool, seed: int, epoch: int
 ) -> list[View]:
-    """A view of each picture, its short side one of ``short_sides``, flipped with probability one half: a function of
-    (seed, epoch, image id).
-    """
+    """A view of each picture, its short side one of ``short_sides``: a function of (seed, epoch, image id)."""
     ids = np.array([picture.id for picture in pictures], np.int64)
     words = keyed_words(seed, Stream.DETECTION, epoch, ids)
     # The high half of a product, as for all ranges here: no division, no bias worth the name.
@@ -117,7 +113,7 @@ def training_requests(
 
 def load_batches(
     requests: Iterable[list[View]], *, divisible: int, masks: bool = False, workers: int | None = None, ahead: int = 3
-) -> Iterator[DetectionBatch]:
+) -> Generator[DetectionBatch, None, None]:
     """The batches of ``requests``, in order, a picture a thread and at most ``ahead`` batches at a time. Close it, or
     run it to its end, to join the threads.
 
@@ -141,9 +137,8 @@ def load_batches(
 
 
 def _together(views: list[View], parts: list[tuple[Tensor, dict[str, Tensor]]], divisible: int) -> DetectionBatch:
-    height, width = (
-        -(-max(sides) // divisible) * divisible for sides in zip(*((view.height, view.width) for view in views))
-    )
+    height = -(-max(view.height for view in views) // divisible) * divisible
+    width = -(-max(view.width for view in views) // divisible) * divisible
     images = torch.zeros(len(views), height, width, 3, dtype=torch.uint8)
     for place, view, (pixels, _) in zip(images, views, parts):
         place[: view.height, : view.width] = pixels
@@ -159,12 +154,11 @@ def load_view(view: View, *, masks: bool = False) -> tuple[Tensor, dict[str, Ten
     """
     picture = view.picture
     pixels = read_picture(picture)
+    image = torch.from_numpy(pixels)
     if (view.height, view.width) != (picture.height, picture.width):
-        planes = torch.from_numpy(pixels).permute(2, 0, 1)[None]  # channels-last in memory
+        planes = image.permute(2, 0, 1)[None]  # channels-last in memory
         scaled = functional.interpolate(planes, (view.height, view.width), mode="bilinear", antialias=True)
         image = scaled[0].permute(1, 2, 0)
-    else:
-        image = torch.from_numpy(pixels)
     scale = np.array([view.width / picture.width, view.height / picture.height] * 2, np.float32)
     boxes = picture.boxes * scale
     if view.flip:
@@ -194,8 +188,7 @@ def read_picture(picture: Picture) -> np.ndarray:
     if (found.height, found.width) != (picture.height, picture.width):
         raise DetectionError(
             f"{picture.path}: has {found.height}x{found.width} pixels (upright), its annotation says "
-            f"{picture.height}x{picture.width}: "
-            "are these the pictures that were annotated?"
+            f"{picture.height}x{picture.width}: are these the pictures that were annotated?"
         )
     # The bytes belong to nobody else, and torch wants memory that it may write to.
     return np.frombuffer(bytearray(found.data), np.uint8).reshape(found.height, found.width, 3)
@@ -246,12 +239,12 @@ def draw_mask(segmentation: Segmentation, view: View) -> np.ndarray:
     tools, picture = mask_tools(), view.picture
     try:
         with _DRAWING:
-            if isinstance(segmentation, dict):
+            if isinstance(segmentation, Mapping):
                 run_lengths = segmentation
                 if isinstance(segmentation["counts"], list):
                     run_lengths = tools.frPyObjects(segmentation, *segmentation["size"])
-                mask = torch.from_numpy(tools.decode(run_lengths))[None, None]
-                mask = functional.interpolate(mask, (view.height, view.width), mode="nearest-exact")[0, 0].numpy()
+                own = torch.from_numpy(tools.decode(run_lengths))[None, None]
+                mask = functional.interpolate(own, (view.height, view.width), mode="nearest-exact")[0, 0].numpy()
             else:
                 scale = view.width / picture.width, view.height / picture.height
                 polygons = [

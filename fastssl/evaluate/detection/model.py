@@ -56,8 +56,7 @@ class DetectorConfig:
 
 
 def anchor_sizes(sizes: Sequence[int], maps: int) -> tuple[tuple[int, ...], ...]:
-    """Sizes for each of ``maps`` maps: ``sizes`` through a window that moves by one from map to map, and reaches the
-    last size at the last map.
+    """Sizes for each of ``maps`` maps: a window over ``sizes`` that moves by one and ends at the last size.
 
     Raises:
         DetectionError: fewer sizes than maps.
@@ -81,6 +80,8 @@ class Detector(nn.Module):
     #: of photos with values from 0 to 255
     MEAN = (123.675, 116.28, 103.53)
     STD = (58.395, 57.12, 57.375)
+    mean: Tensor
+    std: Tensor
 
     def __init__(
         self, backbone: nn.Module, categories: int, config: DetectorConfig = DetectorConfig(), *, amp: bool = False

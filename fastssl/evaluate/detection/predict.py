@@ -66,11 +66,8 @@ def _rows(batch: DetectionBatch, found: dict[str, Tensor], category_ids: list[in
     picture = view.picture
     scale = found["boxes"].new_tensor([picture.width / view.width, picture.height / view.height] * 2)
     boxes = found["boxes"] * scale
-    segmentations: list[dict] = []
-    if "masks" in found:
-        segmentations = [
-            _packed(mask, box, (picture.height, picture.width)) for mask, box in zip(found["masks"], boxes)
-        ]
+    size = picture.height, picture.width
+    segmentations = [_packed(mask, box, size) for mask, box in zip(found.get("masks", ()), boxes)]
     corners, labels, scores = boxes.double().cpu().numpy(), found["labels"].tolist(), found["scores"].tolist()
     for number, ((left, top, right, bottom), label, score) in enumerate(zip(corners, labels, scores)):
         box = [round(float(value), 3) for value in (left, top, right - left, bottom - top)]
@@ -79,9 +76,8 @@ def _rows(batch: DetectionBatch, found: dict[str, Tensor], category_ids: list[in
 
 
 def _packed(mask: Tensor, box: Tensor, size: tuple[int, int]) -> dict[str, Any]:
-    """The 28x28 probabilities, laid into the box and cut at one half, as run lengths. One at a time: a hundred masks of
-    a photo are 100 MB and more.
-    """
+    """The 28x28 probabilities, laid into the box and cut at one half, as run lengths."""
+    # One at a time: a hundred masks of a photo are 100 MB and more.
     whole = paste_masks_in_image(mask[None], box[None], size)[0, 0] >= 0.5
     packed = mask_tools().encode(np.asfortranarray(whole.cpu().numpy().astype(np.uint8)))
     return {"size": [int(side) for side in packed["size"]], "counts": packed["counts"].decode()}

@@ -13,7 +13,7 @@ from fastssl.distributed.collectives import any_rank
 from fastssl.distributed.world import World
 from fastssl.errors import FastSSLError
 from fastssl.evaluate.detection.annotations import DetectionSet, require_same_categories, require_something_to_find
-from fastssl.evaluate.detection.average_precision import average_precision, require_pycocotools
+from fastssl.evaluate.detection.average_precision import average_precision
 from fastssl.evaluate.detection.batches import check_pictures
 from fastssl.evaluate.detection.model import Detector, DetectorConfig
 from fastssl.evaluate.detection.predict import of_kind, predict
@@ -46,9 +46,8 @@ def detection_figures(
 
     Before the first step every picture of both is decoded once and compared with its annotation's size, each process
     its share: of the training pictures (those with boxes) that is one pass, where the schedule has twelve. The masks of
-    ``val`` are drawn too; those of ``train`` were checked when they were read. Where ``out`` holds a ``detect.pt``,
-    whatever wrote it has looked through its training pictures, and ``fine_tune`` takes it for no others: they are not
-    decoded once more.
+    ``val`` are drawn too; those of ``train`` were checked when they were read. A run that goes on from a ``detect.pt``
+    has looked through its training pictures.
 
     Args:
         backbone: a timm network without its classifier, in float32; it is trained in place.
@@ -62,16 +61,14 @@ def detection_figures(
         about: as of ``fine_tune``.
 
     Returns:
-        ``box_ap``, ``box_ap50``, ``box_ap75``, ``box_ap_small``, ``box_ap_medium``, ``box_ap_large`` in percent (None
-        where there is no object of the kind), with
-        masks the same of ``mask_``, and ``train_loss``: the last one, of this process's pictures.
+        ``box_ap`` and the others of ``FIGURES`` in percent (None where there is no object of the kind), with masks the
+        same of ``mask_``, and ``train_loss``: the last one, of this process's pictures.
 
     Raises:
         DetectionError: see ``fine_tune``, ``check_pictures``, ``require_same_categories`` and
             ``require_something_to_find``.
-        FastSSLError: pycocotools is missing, or ``out`` cannot be written.
+        FastSSLError: ``out`` cannot be written.
     """
-    require_pycocotools()
     require_same_categories(train, val)
     require_something_to_find(val)
     checkpoint = None

@@ -36,7 +36,6 @@ from fastssl.runs.restore import load_optimizer
 #: Iterations between two looks at the loss, for which the host waits.
 LOOK_EVERY = 20
 
-
 #: What tells a detector's file from the other checkpoints.
 KIND = "detector"
 
@@ -81,9 +80,7 @@ class TrainingConfig:
     seed: int = 0
 
     def rate(self, iteration: int) -> float:
-        """The rate of ``iteration``, from 0: a tenth of the peak from two thirds on, a hundredth from eight ninths
-        on.
-        """
+        """The rate of ``iteration``, from 0: a tenth of the peak from two thirds on, a hundredth from eight ninths."""
         warmup = min(1000, self.iterations // 10) if self.warmup is None else self.warmup
         rate = self.lr * self.batch_size / 16
         if iteration < warmup:
@@ -244,50 +241,37 @@ class _Checkpoint:
         self.saved = time.monotonic()
 
     def load(self, detector: Detector, optimizer: torch.optim.Optimizer) -> tuple[int, dict[str, float]]:
-        """Put the file's state into both; how many iterations it has done, and the last losses. (0, {}) where there is
-        none.
-        """
+        """Put the file's state into both; (iterations it has done, the last losses), (0, {}) where there is none."""
         if self.path is None or not broadcast_object(self.path.is_file()):
             return 0, {}
         try:
             state = load_checkpoint(self.path)
-        except FastSSLError as error:
-            raise DetectionError(f"{error}; choose another --out, or remove it") from error
-        if state.get("kind") != KIND or not isinstance(state.get("config"), dict):
-            raise DetectionError(
-                f"{self.path}: holds no detector of this version of fastssl; choose another --out, or remove it"
-            )
-        if found := differences(self.config, state["config"]):
-            raise DetectionError(
-                f"{self.path} belongs to a run with other settings ({'; '.join(found[:3])}): choose another "
-                "--out, or remove it"
-            )
-        try:
+            if state.get("kind") != KIND or not isinstance(state.get("config"), dict):
+                raise FastSSLError(f"{self.path}: holds no detector of this version of fastssl")
+            if found := differences(self.config, state["config"]):
+                raise FastSSLError(f"{self.path} belongs to a run with other settings ({'; '.join(found[:3])})")
             detector.load_state_dict(state["detector"], strict=True)
             load_optimizer(optimizer, state["optimizer"])
             return state["iteration"], state["losses"]
+        except FastSSLError as error:
+            why = str(error)
         except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
             why = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-            raise DetectionError(
-                f"{self.path}: does not fit this detector ({why}); choose another --out, or remove it"
-            ) from error
+            why = f"{self.path}: does not fit this detector ({why})"
+        raise DetectionError(f"{why}; choose another --out, or remove it")
 
     def is_due(self) -> bool:
         """Whether the last one is old enough."""
         return self.path is not None and time.monotonic() - self.saved >= 60 * self.minutes
 
-    def save(
-        self, detector: Detector, optimizer: torch.optim.Optimizer, iteration: int, losses: dict[str, float]
-    ) -> None:
+    def save(self, detector: Detector, optimizer: torch.optim.Optimizer, done: int, losses: dict[str, float]) -> None:
         """Write the file: whole, or the one before stays."""
         self.saved = time.monotonic()
         if self.path is None or not self.world.is_main:
             return
-        state = {"version": VERSION, "kind": KIND, "config": self.config, "iteration": iteration, "losses": losses}
+        state = {"version": VERSION, "kind": KIND, "config": self.config, "iteration": done, "losses": losses}
         state.update(detector=detector.state_dict(), optimizer=optimizer.state_dict())
         try:
             write_state(self.path, state)
         except (OSError, RuntimeError) as error:
-            raise FastSSLError(
-                f"{self.path}: checkpoint not written ({error}); the one before it is untouched"
-            ) from error
+            raise FastSSLError(f"{self.path}: not written ({error}); the one before it is untouched") from error

@@ -19,7 +19,7 @@ from pathlib import Path
 from fastssl.evaluate.detection.annotations import DetectionError, DetectionSet, detection_set
 
 
-def load_voc(lists: Sequence[str | Path], *, categories: Sequence[str] | None = None) -> DetectionSet:
+def load_voc(lists: Sequence[Path], *, categories: Sequence[str] | None = None) -> DetectionSet:
     """Read the pictures that one or more lists name, for instance the trainval lists of 2007 and 2012 as one set.
 
     Args:
@@ -30,7 +30,6 @@ def load_voc(lists: Sequence[str | Path], *, categories: Sequence[str] | None = 
         DetectionError: a file is missing or damaged, an object has another category than these, or what
             ``detection_set`` raises.
     """
-    lists = [Path(path) for path in lists]
     # Once each: a picture is in the lists of several classes.
     entries = list(dict.fromkeys((folder, name) for path in lists for folder, name in _names(path)))
     parsed = [_read(folder, name) for folder, name in entries]
