@@ -27,6 +27,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -118,7 +119,7 @@ def train_lightly(method: str, data: Path, arch: str, size: int, seed: int, out:
             optimizer.zero_grad()
             if time.monotonic() - saved > _SNAPSHOT_S:
                 state = {name: value.contiguous() for name, value in backbone.state_dict().items()}
-                write_atomically(out, lambda path, state=state: save_file(state, path))
+                write_atomically(out, partial(save_file, state))
                 saved = time.monotonic()
 
 

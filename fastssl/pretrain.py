@@ -19,6 +19,7 @@ from fastssl.errors import FastSSLError, Interrupted, counted
 from fastssl.pipelines.beton.reader import BetonReader
 from fastssl.pipelines.beton.side_file import read_side_file
 from fastssl.report.finish import finish_run
+from fastssl.runs.status import State
 from fastssl.training.setup import Progress, RunOptions, Setup, prepare
 from fastssl.training.trainer import train
 
@@ -96,7 +97,7 @@ def _status_of() -> Iterator[list[Setup]]:
     try:
         yield runs
     except BaseException as error:
-        state = "stopped" if isinstance(error, (Interrupted, KeyboardInterrupt)) else "failed"
+        state: State = "stopped" if isinstance(error, (Interrupted, KeyboardInterrupt)) else "failed"
         why = str(error) if isinstance(error, FastSSLError) else f"{type(error).__name__}: {error}"
         if isinstance(error, KeyboardInterrupt):
             why = str(error) or "interrupted"

@@ -28,7 +28,7 @@ from fastssl.runs.checkpoint import Position
 from fastssl.runs.folder import RunFolder
 from fastssl.runs.restore import restore
 from fastssl.runs.saver import Saver
-from fastssl.runs.status import RunStatus
+from fastssl.runs.status import RunStatus, State
 from fastssl.training.metrics import MetricRing
 from fastssl.training.preflight import require_whole_photos
 from fastssl.training.step import TrainStep
@@ -171,7 +171,7 @@ class Setup:
             return f"{many}{torch.cuda.get_device_name(self.device)} ({threads})"
         return f"{many}{self.device.type} ({counted(torch.get_num_threads(), 'thread')})"
 
-    def tell_status(self, state: str, **more: str) -> None:
+    def tell_status(self, state: State, **more: str) -> None:
         """Write status.json, where this is the first process."""
         if self.status:
             # Reports are passed on, and folders say where somebody works: names alone are left.
