@@ -17,11 +17,11 @@ class FastSSLError(Exception):
     """Base of all failures that are the input's, the machine's or the caller's, not the program's.
 
     Attributes:
-        told: the user has read it already, as of several processes that end with it together the first one speaks for
-            all; the command line does not repeat it.
+        reported: the user has read it already (of several processes that end with it together the first one speaks);
+            the command line does not repeat it.
     """
 
-    told = False
+    reported = False
 
 
 class BetonError(FastSSLError):

@@ -64,10 +64,10 @@ def pretrain(recipe: Recipe, options: RunOptions, progress: Progress) -> dict[st
         log = progress if world.is_main else _Silence()
         if world.size > 1:
             log.note(f"{world.size} processes meet at {world.address}:{world.port}")
-        meeting = time.monotonic()
+        joining = time.monotonic()
         with ExitStack() as listening, _status_of() as runs, joined(world, device):
             if world.size > 1:
-                log.note(f"all {world.size} are here after {time.monotonic() - meeting:.0f} s")
+                log.note(f"all {world.size} are here after {time.monotonic() - joining:.0f} s")
             run = prepare(recipe, options, reader, val, log, world, device)
             files.callback(run.close)
             runs.append(run)

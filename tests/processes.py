@@ -1,4 +1,4 @@
-"""Several processes that meet over gloo on this machine, and a time limit, so that one that waits for ever fails."""
+"""Several processes that meet over gloo on this machine, and a time limit, so that one that waits forever fails."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ _SLOW_START = 120.0
 def _wait(processes: list, files: list[Path], deadline: float) -> None:
     while True:
         running = [rank for rank, process in enumerate(processes) if process.is_alive()]
-        # The others fail as a consequence, or wait for ever: the first to fail says why.
+        # The others fail as a consequence, or wait forever: the first to fail says why.
         if errors := sorted(
             (file.with_suffix(".error") for file in files if file.with_suffix(".error").exists()), key=os.path.getmtime
         ):

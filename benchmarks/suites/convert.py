@@ -1,4 +1,4 @@
-"""The converter, in photos a second: copying JPEGs through as they are, and encoding them anew at a smaller size.
+"""The converter, in photos a second: copying JPEGs through as they are, and re-encoding them at a smaller size.
 
 Every contender of a mode does one whole run over the same photos in its turn, into a new file that is removed before
 the next turn. The sources come from the page cache, where the first round has put them; the results go to the disk.
@@ -170,7 +170,7 @@ def run(setting: Setting) -> list[Record]:
 
     Returns:
         One record for each of MODES (``details["part"]``). The ceiling of ``copy`` is a plain copy of the same bytes
-        with ``fsync``, that of encoding anew a bare loop over the pixels' work on as many threads.
+        with ``fsync``, that of re-encoding a bare loop over the pixels' work on as many threads.
         ``details["share"]``: of a run's time, by what that loop took.
 
     Raises:

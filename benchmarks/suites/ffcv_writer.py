@@ -54,7 +54,7 @@ class FfcvWriter:
     """``DatasetWriter`` with as many processes as the converter has threads, as its documentation shows it; it does not
     wait for the disk.
 
-    It has no copying through: every JPEG is encoded anew. It scales to a longest side, which is set to the median of
+    It has no copying through: every JPEG is re-encoded. It scales to a longest side, which is set to the median of
     what the converter's option gives; photos that Pillow cannot read are left out, because one of them would stop the
     writer for good.
 

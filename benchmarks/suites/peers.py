@@ -51,7 +51,7 @@ Stream = Callable[[], Generator[Any, None, None]]
 
 
 class _Photos(IterableDataset):
-    """Photos for ever, in random order, decoded by Pillow; ``transform(picture)`` is called once a view."""
+    """Photos forever, in random order, decoded by Pillow; ``transform(picture)`` is called once a view."""
 
     def __init__(self, path: Path, transform: Callable[[Image.Image], Any], views: int = 2):
         self.path, self.transform, self.views = path, transform, views

@@ -1,6 +1,6 @@
 """A MoCo step as public code writes it: the peer of our own.
 
-What is plain about it: NCHW memory, a forward pass for each view, the keys dealt anew by a random permutation and
+What is plain about it: NCHW memory, a forward pass for each view, the keys dealt again by a random permutation and
 brought back, a copy of the whole queue for each loss, dense logits and a dense soft target, an optimiser and a moving
 average that go from tensor to tensor, and the loss read back every step for the progress line. The arithmetic is that
 of MoCo-v2 with a symmetric loss and, where the recipe smooths, light-moco's target; BatchNorm sees one view at a time.

@@ -109,7 +109,7 @@ class Step:
             method.targets(images, noise, self.rates)
         for part in range(parts):
             if method.student.drop is not None:
-                method.student.drop.coins = self.inner.part_of(noise["drop_path"].t(), part).t()
+                method.student.drop.uniforms = self.inner.part_of(noise["drop_path"].t(), part).t()
             with self.inner.autocast():
                 embeddings = method.encode(*self._student_pass([self.inner.part_of(rows, part) for rows in images]))
             embeddings.sum().backward()

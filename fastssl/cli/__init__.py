@@ -160,7 +160,7 @@ def _tell_torchrun(error: Exception) -> None:
 
 def _line(error: FastSSLError | OSError) -> str | None:
     """What is said of ``error``; None where it was said before."""
-    return None if getattr(error, "told", False) else f"fastssl: {error}"
+    return None if getattr(error, "reported", False) else f"fastssl: {error}"
 
 
 def _was_leaving(stop: BaseException) -> bool:
@@ -168,7 +168,7 @@ def _was_leaving(stop: BaseException) -> bool:
     torchrun ends the others.
     """
     error: BaseException | None = stop
-    while error is not None and not getattr(error, "told", False):
+    while error is not None and not getattr(error, "reported", False):
         error = error.__cause__ or error.__context__
     return error is not None
 

@@ -24,7 +24,7 @@ from fastssl.errors import counted
     type=click.IntRange(1, 100),
     default=90,
     show_default=True,
-    help="JPEG quality of what is encoded anew.",
+    help="JPEG quality of what is re-encoded.",
 )
 @click.option(
     "--store",
@@ -70,7 +70,7 @@ def convert_imagenet(
 
     SRC is a folder of class folders (SRC/cat/1.jpg), a folder of photos without labels, the ILSVRC2012 train tar, or
     any tar that holds such a folder. JPEGs that need no change are copied byte for byte; others are turned upright,
-    scaled and encoded anew.
+    scaled and re-encoded.
 
     DST is whole or absent: an existing one is replaced at the end. Beside it stand DST.json (classes, counts,
     checksums) and, when there were bad photos, DST.rejects.jsonl. After a crash or Ctrl-C, the same command goes on
@@ -100,7 +100,7 @@ def convert_imagenet(
         summary = convert(src, dst, options, progress)
     classes = counted(len(summary.classes), "class") if summary.classes is not None else "no labels"
     photos = counted(summary.written, "photo")
-    parts = [f"{photos}, {classes}: {summary.copied:,} copied, {summary.reencoded:,} encoded anew"]
+    parts = [f"{photos}, {classes}: {summary.copied:,} copied, {summary.reencoded:,} re-encoded"]
     if summary.rejected:
         parts.append(f"{summary.rejected:,} rejected (see {rejects_path(dst)})")
     if summary.ignored:

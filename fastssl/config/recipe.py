@@ -65,7 +65,7 @@ class TrainConfig:
         checkpoint_minutes: a checkpoint is written when the last one is older than this (0: behind every step), and at
             the end; the first one a minute after the start at the latest.
         keep_last: how many checkpoints are kept, the newest included: what a damaged one falls back to.
-        milestone_epochs: epochs between two checkpoints that are kept for ever; 0: none.
+        milestone_epochs: epochs between two checkpoints that are kept forever; 0: none.
         on_bad: what to do with a damaged picture: ``fail`` or ``skip``.
         skip_nonfinite: how many steps of the run may be passed over because their loss or gradient is not finite. 0:
             the first one ends the run. Otherwise the state is copied at the beginning of every block of ``log_every``
@@ -109,7 +109,7 @@ class ProbeConfig:
         online_samples: bank and query pictures together of the online probe.
         final_samples: pictures of the probe at the end (bank and queries together; 0: all).
         teacher: at the end also probe the teacher (the key network), which is saved beside the student in any case.
-        reestimate_bn: at the end also probe with BatchNorm statistics taken anew from that many centre-crop views,
+        reestimate_bn: at the end also probe with re-estimated BatchNorm statistics from that many centre-crop views,
             unlabelled: the stored ones are a mix of all kinds of views. 0: not.
     """
 

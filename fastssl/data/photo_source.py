@@ -35,7 +35,7 @@ from fastssl.pipelines.convert.conversion import convert, rejects_path
 from fastssl.pipelines.convert.encode import pillow_formats
 from fastssl.pipelines.convert.options import ConvertOptions, ConvertSummary, chosen_photos
 from fastssl.pipelines.convert.sources import Listing, list_source
-from fastssl.utils.deadline import Patience
+from fastssl.utils.deadline import Deadline
 
 #: Endings of tars; of compressed ones, too, as the converter says what to do with those.
 _TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
@@ -86,10 +86,10 @@ def look_at(path: str | os.PathLike) -> Source:
     if not is_source(path):
         with BetonReader(path) as reader:
             return Source(path, len(reader), short_side_of(reader))
-    patience = Patience(path)
-    with list_source(path, patience) as listing:
+    deadline = Deadline(path)
+    with list_source(path, deadline) as listing:
         some, names = chosen_photos(len(listing), _LOOKED_AT).tolist(), listing.names
-        looked = patience.map(partial(_short_side, listing), some, 1, lambda i: f"at {printable(names[i])}")
+        looked = deadline.map(partial(_short_side, listing), some, 1, lambda i: f"at {printable(names[i])}")
         sides = [side for side in looked if side]
         return Source(path, len(listing), median(sides) if sides else None, listing.fingerprint)
 

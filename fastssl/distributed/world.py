@@ -53,7 +53,7 @@ def world_from_environment(environ: Mapping[str, str] = os.environ) -> World:
     """Who this process is, as torchrun says, or else srun, or else the only one.
 
     srun's number of processes is ``SLURM_STEP_NUM_TASKS``. ``SLURM_NTASKS`` is not read: it is also set in the shell of
-    sbatch and salloc, where a plain ``fastssl pretrain`` is one process and would wait for others for ever.
+    sbatch and salloc, where a plain ``fastssl pretrain`` is one process and would wait for others forever.
 
     Raises:
         FastSSLError: the variables contradict each other, or some are missing or no numbers; the message names them.
@@ -79,9 +79,9 @@ def first_of_host_speaks(environ: Mapping[str, str] = os.environ) -> Iterator[No
     except Exception as error:
         if _is_first_of_host(environ):
             raise
-        vars(error)["told"] = True  # where the wait is ended
+        vars(error)["reported"] = True  # where the wait is ended
         time.sleep(_FIRST_SPEAKS_S)
-        vars(error)["told"] = False
+        vars(error)["reported"] = False
         raise
 
 

@@ -1,4 +1,4 @@
-"""BatchNorm statistics taken anew from the views that a network is judged on.
+"""re-estimated BatchNorm statistics from the views that a network is judged on.
 
 In training a backbone's running statistics mix what it saw: global and local crops, jittered and blurred, the last few
 dozen steps of each. A probe shows it plain centre crops. Taking mean and variance from those again costs one pass over

@@ -36,7 +36,7 @@ class FeatureStream:
         batch_size: of all processes together.
         device, seed, workers, amp: as in ``extract_features``.
         cached_epochs: 0, or how many epochs' features are kept, in float32 on the host. Later epochs take their
-            batches, as they were, in an order drawn anew.
+            batches, as they were, reshuffled.
 
     Attributes:
         steps: batches in an epoch.

@@ -230,7 +230,7 @@ def _by_name(path: str | Path, listed: list[ListedPhoto], names: list[str], data
 
 
 def stored_names(reader: BetonReader, photos: str | Path) -> list[str]:
-    """The path inside its source of every sample of a ``.beton`` file, by listing the source anew.
+    """The path inside its source of every sample of a ``.beton`` file, by listing the source again.
 
     Args:
         photos: the folder or tar that the file was converted from.

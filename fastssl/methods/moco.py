@@ -125,7 +125,7 @@ class MoCo(Method):
         self.key_views = self.teacher_views = config.key_views
         self.hidden_views = 2 - config.key_views
         # Running statistics of the keys' BatchNorm groups, put together over the ranks.
-        self._dealt: SplitBatchNormStats | None = None
+        self._group_stats: SplitBatchNormStats | None = None
         self.loss = SmoothedInfoNCE(
             temperature=config.temperature,
             smoothing=config.smoothing,
@@ -158,7 +158,7 @@ class MoCo(Method):
         else:
             convert(self.student)
             world = self.views.world
-            self._dealt = SplitBatchNormStats(
+            self._group_stats = SplitBatchNormStats(
                 self.teacher, groups=self.config.split_bn // world, rank=rank(), world=world
             )
 
@@ -213,10 +213,10 @@ class MoCo(Method):
         mine = permutation.view(world, -1)[rank()] if world > 1 else permutation
         # index_select keeps channels-last; each group is one forward pass, so that any network's BatchNorm is served.
         shuffled = everyone.index_select(0, mine)
-        before = self._dealt.before() if self._dealt else None
+        before = self._group_stats.before() if self._group_stats else None
         keys = gather_rows(torch.cat([self.teach(group) for group in shuffled.tensor_split(groups)]))
-        if self._dealt and before is not None:
-            self._dealt.combine(before)
+        if self._group_stats and before is not None:
+            self._group_stats.combine(before)
         keys = torch.empty_like(keys).index_copy_(0, permutation, keys)
         if world == 1:
             return keys

@@ -1,8 +1,8 @@
-"""Drop path whose coins are data: drawn for (seed, epoch, sample, view, layer) and handed to the network as a table.
+"""Drop path whose random numbers are data: a table, drawn for (seed, epoch, sample, view, layer).
 
 Drop path (stochastic depth, Huang et al., arXiv 1603.09382) leaves out a residual branch for a random part of the
-samples. Drawn inside the step, the coins would depend on the number of ranks and be lost at a restart; drawn like the
-views they depend on neither, and a recorded step reads them like any other input.
+samples. Drawn inside the step, its uniform numbers would depend on the number of ranks and be lost at a restart; drawn
+like the views they depend on neither, and a recorded step reads them like any other input.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ def drop_path_layers(backbone: nn.Module) -> list[tuple[nn.Module, str, DropPath
 
 
 class DropTable:
-    """The coins of one step, shared by all layers of a network.
+    """The uniforms of one step, shared by all layers of a network.
 
     Attributes:
         layers: number of drop-path layers.
-        coins: (layers, N) float32, uniform in 0 .. 1, on the device; None: nothing is dropped.
+        uniforms: (layers, N) float32, uniform in 0 .. 1, on the device; None: nothing is dropped.
         first: column of the first sample of the pass that runs.
     """
 
     def __init__(self, layers: int):
         self.layers, self.first = layers, 0
-        self.coins: Tensor | None = None
+        self.uniforms: Tensor | None = None
 
     def __deepcopy__(self, memo: dict) -> DropTable:
-        return self  # a copy of the network reads the same coins
+        return self  # a copy of the network reads the same uniforms
 
     @classmethod
     def install(cls, backbone: nn.Module) -> DropTable | None:
@@ -65,7 +65,7 @@ class DropTable:
                     setattr(parent, name, nn.Identity())
 
     def draw(self, seed: int, epoch: int, index: Sequence[int] | NDArray[np.int64], views: int) -> NDArray[np.float32]:
-        """(layers, views * B) coins for these samples, view-major."""
+        """(layers, views * B) uniforms for these samples, view-major."""
         slots = -(-self.layers // 4)
         words = keyed_words(
             seed,
@@ -76,23 +76,23 @@ class DropTable:
             np.arange(slots)[:, None, None],
         )  # (4, slots, views, B)
         words = words.swapaxes(0, 1).reshape(4 * slots, -1)[: self.layers]
-        coins: NDArray[np.float32] = (words >> np.uint32(8)).astype(np.float32) * np.float32(2.0**-24)
-        return coins
+        uniforms: NDArray[np.float32] = (words >> np.uint32(8)).astype(np.float32) * np.float32(2.0**-24)
+        return uniforms
 
 
 class PlannedDropPath(nn.Module):
-    """Drops a sample's branch where its coin lies below ``drop_prob``, and scales the others up, in training mode."""
+    """In training mode: drops a branch where its sample's number lies below ``drop_prob``, and scales the others up."""
 
     def __init__(self, drop_prob: float, table: DropTable, number: int):
         super().__init__()
         self.drop_prob, self.table, self.number = drop_prob, table, number
 
     def forward(self, branch: Tensor) -> Tensor:
-        coins = self.table.coins
-        if not self.training or coins is None:
+        uniforms = self.table.uniforms
+        if not self.training or uniforms is None:
             return branch
         first = self.table.first
-        keep = (coins[self.number, first : first + len(branch)] >= self.drop_prob).to(branch.dtype) / (
+        keep = (uniforms[self.number, first : first + len(branch)] >= self.drop_prob).to(branch.dtype) / (
             1 - self.drop_prob
         )
         return branch * keep.view(-1, *[1] * (branch.dim() - 1))

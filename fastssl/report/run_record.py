@@ -72,7 +72,7 @@ def read_run(folder: str | Path) -> RunRecord:
 
 def probe_rows(run: RunRecord) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
     """The table's rows by mark (``MARKS`` and ``TRAINED``), those that are there; and the rows of the trained network's
-    other forms: its teacher, BatchNorm statistics taken anew."""
+    other forms: its teacher, re-estimated BatchNorm statistics."""
     marked, others = {}, []
     rows = get(run.summary, "probe", "rows")
     for row in rows if isinstance(rows, list) else []:

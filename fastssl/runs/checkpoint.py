@@ -83,7 +83,7 @@ def save_checkpoint(
 
     Args:
         keep: how many ``step-*.pt`` stay, this one included; at least 1.
-        milestone: the epoch that has just ended, to be kept for ever.
+        milestone: the epoch that has just ended, to be kept forever.
 
     Raises:
         NotSaved: the disk is full or the folder cannot be written; the newest checkpoint before is untouched.
@@ -146,7 +146,7 @@ def has_all_files(folder: Path, method: Method, step: int, milestone: int | None
 
 
 def _kept_names(networks: Iterable[str], epoch: int) -> dict[str, str]:
-    """The files of a step, and what they are called where the epoch that it ends is kept for ever."""
+    """The files of a step, and what they are called where the epoch that it ends is kept forever."""
     names = (LAST, *(f"{name}.safetensors" for name in networks))
     return {name: f"epoch-{epoch:04}{name.removeprefix('last')}" for name in names}
 
@@ -232,7 +232,7 @@ def find_checkpoint(
             say(f"passed over: {complaint}")
         return path, found
     if damaged:
-        raise FastSSLError(f"{damaged[0]}; there is no other to go on from; start anew with --resume never")
+        raise FastSSLError(f"{damaged[0]}; there is no other to go on from; start over with --resume never")
     return None
 
 

@@ -184,7 +184,7 @@ class RunFolder:
             path = Path(resume)
             if not path.is_file():
                 raise FastSSLError(f"--resume {path}: no such checkpoint (auto, never, or the path of a last.pt)")
-            state = load_checkpoint(path, advice="start anew with --resume never")
+            state = load_checkpoint(path, advice="start over with --resume never")
             self._require_room_for(config, path)
         if others := _other_settings(config, state):
             shown = "; ".join([*others[:3], *(["..."] if others[3:] else [])])

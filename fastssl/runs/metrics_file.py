@@ -18,7 +18,7 @@ _MOST = 100_000
 class MetricsFile:
     """Rows (dicts) appended to a file of JSON lines.
 
-    Where the disk does not take a row, it waits in memory for the next one: a run is worth more than its diary.
+    Where the disk does not take a row, it waits in memory for the next one: never fail the run for its log.
 
     Args:
         path: the file; it need not exist.
@@ -97,6 +97,6 @@ class MetricsFile:
         write_atomically(self.path, lambda path: path.write_text("".join(to_json(row) + "\n" for row in kept)))
 
     def clear(self) -> None:
-        """Begin anew with an empty file."""
+        """Start over with an empty file."""
         self._waiting, self.failure = [], None
         self.path.write_text("")

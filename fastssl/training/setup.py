@@ -192,7 +192,7 @@ class Setup:
         if self.world.size > 1:
             self.progress.message(f"fastssl: {error}")
             barrier()
-            error.told = True
+            error.reported = True
         raise error
 
     def close(self) -> None:
@@ -270,7 +270,7 @@ def _resolved(recipe: Recipe, options: RunOptions, reader: BetonReader, val: Bet
 
 
 def _require_same_settings(run: Setup) -> None:
-    """Processes that were started with different settings would wait for each other for ever: better to say so now."""
+    """Processes that were started with different settings would wait for each other forever: better to say so now."""
     mine = {
         **run.config,
         "out": str(run.options.out),

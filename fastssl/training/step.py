@@ -258,7 +258,7 @@ class TrainStep:
         metrics, kept = [], []
         for part in range(parts):
             if method.student.drop is not None:
-                method.student.drop.coins = self.part_of(noise["drop_path"].t(), part).t()
+                method.student.drop.uniforms = self.part_of(noise["drop_path"].t(), part).t()
             with self.autocast():
                 output = method(
                     [self.part_of(rows, part) for rows in images],
@@ -333,7 +333,7 @@ class TrainStep:
         finally:
             self.clear_gradients()
             undo()
-        if any_rank(bool(reason)):  # all ranks do the same, or wait for each other for ever
+        if any_rank(bool(reason)):  # all ranks do the same, or wait for each other forever
             self.fallbacks[switch] = reason or "another process cannot"
             if switch == "compile":
                 self.method.set_forward_modules(*self.networks)

@@ -43,12 +43,12 @@ def threads_given_up() -> bool:
     return _given_up
 
 
-class Patience:
+class Deadline:
     """The waits of one consumer.
 
     Args:
         path: the file that is read, for messages.
-        minutes: how long one wait may take; ``math.inf``: for ever.
+        minutes: how long one wait may take; ``math.inf``: forever.
         deed: what was not done in that time, for messages.
 
     Attributes:
@@ -119,7 +119,7 @@ class Patience:
                 last = some[-1]
 
     def settled(self, futures: Collection[Future]) -> bool:
-        """Cancel what has not begun of ``futures``, and wait, not for ever, for what has; False where some of it still
+        """Cancel what has not begun of ``futures``, and wait, not forever, for what has; False where some of it still
         runs: it is given up.
         """
         # One that was cancelled counts as done only when a thread comes across it.

@@ -1,6 +1,6 @@
 """Memory that a step frees stays with the process for the next step, on a CPU.
 
-glibc gives large blocks back to the kernel when they are freed, which zeroes every page of them anew for the next step:
+glibc gives large blocks back to the kernel when they are freed, which zeroes every page again for the next step:
 a third of the time of a step at 224 px. (On a GPU torch's own allocator keeps what is freed.)
 """
 

@@ -1,4 +1,4 @@
-"""Small files that lie beside what a user named, or come with it from strangers: read whole, never for ever, and never
+"""Small files that lie beside what a user named, or come with it from strangers: read whole, never forever, and never
 more than they can need.
 """
 
@@ -13,7 +13,7 @@ from fastssl.errors import FastSSLError
 def read_plain(path: str | os.PathLike, at_most: int) -> bytes:
     """The content of a plain file.
 
-    A pipe of that name would wait for its writer for ever; a device has no end.
+    A pipe of that name would wait for its writer forever; a device has no end.
 
     Raises:
         FileNotFoundError: there is none.

@@ -18,7 +18,7 @@ from fastssl.errors import BetonError, JpegError, at_work_on, counted
 from fastssl.pipelines.beton.reader import BetonReader
 from fastssl.pipelines.beton.side_file import read_side_file, side_path
 from fastssl.utils.cores import available_cores
-from fastssl.utils.deadline import STALL_MINUTES, Patience
+from fastssl.utils.deadline import STALL_MINUTES, Deadline
 
 #: Samples that one task checks: a checksum alone takes microseconds.
 _PART = 64
@@ -68,8 +68,8 @@ def verify(
         WorkerError: no memory was left for a sample, or a bug of ours.
         Stalled: the disk or network file system did not answer.
     """
-    started, patience = time.monotonic(), Patience(path, stall_minutes)
-    reader, problems, checksums = patience.call(lambda: _opened(path), "at its tables")
+    started, deadline = time.monotonic(), Deadline(path, stall_minutes)
+    reader, problems, checksums = deadline.call(lambda: _opened(path), "at its tables")
     with reader:
         total = len(reader)
         count = total if decode is None else min(decode, total)
@@ -85,7 +85,7 @@ def verify(
             found = ((i, _check_sample(reader, i, checksums, bool(to_decode[i]))) for i in some.tolist())
             return [(i, complaint) for i, complaint in found if complaint]
 
-        found = patience.map(
+        found = deadline.map(
             check, parts, workers or available_cores(), lambda some: f"at samples {some[0]} to {some[-1]}"
         )
         with closing(found):

@@ -1,14 +1,14 @@
 """Turn a folder or tar of photos into one ``.beton`` file.
 
 Every photo is decoded once, strictly, so that a damaged one is found now and not in the middle of a training run. A
-JPEG that needs no change goes into the file byte for byte; anything else becomes upright 8-bit RGB and is encoded anew.
+JPEG that needs no change goes into the file byte for byte; anything else becomes upright 8-bit RGB and is re-encoded.
 
 While it works, there are two files beside DST: ``DST.partial``, the growing file, and ``DST.partial.journal``, one line
 for every photo that is safely on the disk. DST itself appears by renaming, so it is whole or absent. A conversion that
 was stopped goes on behind the journal's last line; the bytes of the result do not depend on stops, nor on the number of
 workers.
 
-SRC and DST often lie on one network disk, and that may be gone for ever: what reads from it, or waits for it, does so
+SRC and DST often lie on one network disk, and that may be gone forever: what reads from it, or waits for it, does so
 in threads that are waited for with a limit (deadline.py).
 """
 
@@ -44,7 +44,7 @@ from fastssl.pipelines.convert.sources import Listing, list_source
 from fastssl.pipelines.convert.unfinished import reserve, write_or_remove
 from fastssl.utils.atomic_files import sync_folder
 from fastssl.utils.cores import available_cores
-from fastssl.utils.deadline import Patience
+from fastssl.utils.deadline import Deadline
 
 logger = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
@@ -102,9 +102,9 @@ def _convert(
     if dst.exists() and os.path.samefile(src, dst):
         raise ConvertError(f"{dst}: SRC and DST are one file; the photos would be overwritten by the result")
     started = time.monotonic()
-    patience = Patience(src, options.stall_minutes, "read or written")
-    with list_source(src, patience) as listing, reserve(dst) as unfinished:
-        job = _Conversion(listing, dst, unfinished, options, patience)
+    deadline = Deadline(src, options.stall_minutes, "read or written")
+    with list_source(src, deadline) as listing, reserve(dst) as unfinished:
+        job = _Conversion(listing, dst, unfinished, options, deadline)
         job.run(progress)
         num_bytes = job.publish()
     written, copied, seconds = job.writer.num_samples, job.num_copied, time.monotonic() - started
@@ -115,8 +115,8 @@ def _convert(
 class _Conversion:
     """One run: takes photos in order from the threads, writes them, keeps the journal."""
 
-    def __init__(self, listing: Listing, dst: Path, partial: Path, options: ConvertOptions, patience: Patience):
-        self.listing, self.dst, self.partial, self.options, self.patience = listing, dst, partial, options, patience
+    def __init__(self, listing: Listing, dst: Path, partial: Path, options: ConvertOptions, deadline: Deadline):
+        self.listing, self.dst, self.partial, self.options, self.deadline = listing, dst, partial, options, deadline
         self.chosen = chosen_photos(len(listing), options.limit)
         total = len(self.chosen)
         self.journal = Journal(Path(f"{partial}.journal"), self.key())
@@ -125,7 +125,7 @@ class _Conversion:
 
         written = np.zeros(0, RECORD_DTYPE)
         if options.resume:
-            written = patience.call(self._take_over, f"while {self.journal.path.name} was read")
+            written = deadline.call(self._take_over, f"while {self.journal.path.name} was read")
         self.resumed = self.num_done
         if not self.resumed:
             self.journal.remove()
@@ -162,7 +162,7 @@ class _Conversion:
             if progress is not None:
                 progress(self.num_done, total)
             left, workers = self.chosen[self.num_done :].tolist(), self.options.workers or available_cores()
-            with closing(self.patience.map(self._photo, left, workers, self._at)) as results:
+            with closing(self.deadline.map(self._photo, left, workers, self._at)) as results:
                 for i, result in zip(left, results):
                     self._take(i, result)
                     now = time.monotonic()
@@ -182,7 +182,7 @@ class _Conversion:
 
     def _on_disk(self, work: Callable[[], _Result]) -> _Result:
         """``work()``, which waits for the disk under DST."""
-        return self.patience.call(work, f"while {self.partial.name} was written")
+        return self.deadline.call(work, f"while {self.partial.name} was written")
 
     def _photo(self, i: int) -> Encoded | str:
         try:
@@ -229,7 +229,7 @@ class _Conversion:
 
     def _stop(self, error: BaseException) -> None:
         """Leave things as the options promise: ready to go on, or clean; what may lie on a dead disk as it is."""
-        if self.patience.given_up:
+        if self.deadline.given_up:
             return
         try:
             if self.num_done < len(self.chosen) or self.journal.has_unsaved:

@@ -24,7 +24,7 @@ class ConvertOptions:
             up.
         max_side: the same for the longer side, instead of ``short_side``.
         keep_size: no scaling at all.
-        quality: JPEG quality, 1 to 100, of what has to be encoded anew (4:2:0; 4:4:4 from 95).
+        quality: JPEG quality, 1 to 100, of what has to be re-encoded (4:2:0; 4:4:4 from 95).
         store: 'jpeg', or 'raw' for decoded pixels (10 to 20 times larger, nothing to decode in training).
         workers: threads; None: as many as this process has CPUs.
         limit: convert only this many photos, evenly spaced over the source.
@@ -32,7 +32,7 @@ class ConvertOptions:
             for that.
         on_bad: 'skip' lists bad photos in DST.rejects.jsonl, 'fail' stops at the first.
         stall_minutes: how long one photo, or the disk under DST, is waited for; a warning comes after the first minute,
-            ``Stalled`` at the end. ``math.inf``: for ever.
+            ``Stalled`` at the end. ``math.inf``: forever.
         automatic: no person asked for this file: who made it may make it again. Noted in the side file, no more.
     """
 

@@ -23,7 +23,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from fastssl.errors import FastSSLError, counted, printable
-from fastssl.utils.deadline import Patience
+from fastssl.utils.deadline import Deadline
 
 #: Folders that programs of cameras and network disks put beside photos: thumbnails, what was deleted.
 _NOT_PHOTOS = frozenset({"@eaDir", "#recycle", "lost+found", "__MACOSX"})
@@ -98,13 +98,13 @@ class Listing:
         return data
 
 
-def list_source(source: str | os.PathLike, patience: Patience | None = None) -> Listing:
+def list_source(source: str | os.PathLike, deadline: Deadline | None = None) -> Listing:
     """List the photos of a folder or a tar.
 
     Folder: with photos in sub-folders, the first folder level is the class; with photos only directly inside, there are
     no labels. Tar: a tar of tars takes each inner tar's name as the class; a plain tar is read as a folder would be,
     below the folders that all its photos share, and without labels when all of them lie in one folder. Symbolic links
-    are followed in folders, never in tars. Hidden files (``.x``, macOS' ``._x``) are ignored. ``patience``: with which
+    are followed in folders, never in tars. Hidden files (``.x``, macOS' ``._x``) are ignored. ``deadline``: with which
     a hundred files are waited for.
 
     Raises:
@@ -112,13 +112,13 @@ def list_source(source: str | os.PathLike, patience: Patience | None = None) -> 
         Stalled: the disk or network file system did not answer.
     """
     source = Path(source)
-    patience = patience or Patience(source)
+    deadline = deadline or Deadline(source)
     try:
         mode = os.stat(source).st_mode
         if stat.S_ISDIR(mode):
-            listing = _list_folder(source, patience)
+            listing = _list_folder(source, deadline)
         elif stat.S_ISREG(mode):
-            listing = _list_tar(source, patience)
+            listing = _list_tar(source, deadline)
         else:
             raise SourceError(f"{source}: neither a folder nor a tar file")
     except OSError as error:
@@ -143,11 +143,11 @@ def is_photo_name(name: str) -> bool:
 # ---------------------------------------------------------------- folders
 
 
-def _list_folder(root: Path, patience: Patience) -> Listing:
+def _list_folder(root: Path, deadline: Deadline) -> Listing:
     found: list[tuple[str, int, int]] = []
     rejected: list[tuple[str, str]] = []
     ignored = 0
-    for name, info in patience.each(_walk(root), _listed_behind):
+    for name, info in deadline.each(_walk(root), _listed_behind):
         if isinstance(info, str) and name.endswith("/"):
             warnings.warn(f"{root / printable(name)}: {info}: its photos are missing", stacklevel=2)
             rejected.append((name, info))
@@ -156,7 +156,7 @@ def _list_folder(root: Path, patience: Patience) -> Listing:
         elif isinstance(info, str) or not is_photo_name(name):
             ignored += 1
         elif not stat.S_ISREG(info.st_mode):
-            # A named pipe called x.jpg would block the reader for ever.
+            # A named pipe called x.jpg would block the reader forever.
             ignored += 1
         else:
             found.append((name, info.st_size, info.st_mtime_ns))
@@ -235,23 +235,23 @@ class _Window(io.RawIOBase):
         return data
 
 
-def _list_tar(path: Path, patience: Patience) -> Listing:
+def _list_tar(path: Path, deadline: Deadline) -> Listing:
     handle = open(path, "rb")  # noqa: SIM115 - lives on, see close()
     try:
-        return _list_open_tar(path, handle, patience)
+        return _list_open_tar(path, handle, deadline)
     except BaseException:
         handle.close()
         raise
 
 
-def _list_open_tar(path: Path, handle: BinaryIO, patience: Patience) -> Listing:
+def _list_open_tar(path: Path, handle: BinaryIO, deadline: Deadline) -> Listing:
     about = os.fstat(handle.fileno())
     found: list[tuple[str, int, int]] = []
     offsets: dict[str, int] = {}
     rejected: list[tuple[str, str]] = []
     inner_class: dict[str, str] = {}
     ignored = 0
-    for name, (member, start, end, label) in patience.each(_all_members(path, handle, about.st_size), _listed_behind):
+    for name, (member, start, end, label) in deadline.each(_all_members(path, handle, about.st_size), _listed_behind):
         if isinstance(member, SourceError):
             # What could be listed before the damage is used; the damage itself is on record.
             rejected.append((name, str(member)))
@@ -316,7 +316,7 @@ def _members(file: BinaryIO | _Window, size: int, what: str) -> Iterator[tarfile
         file.seek(0)
         with tarfile.open(fileobj=file, mode="r:") as archive:
             while (member := archive.next()) is not None:
-                # A member of negative size sends older Pythons' tarfile backwards, for ever (CVE-2025-8194).
+                # A member of negative size sends older Pythons' tarfile backwards, forever (CVE-2025-8194).
                 if member.offset <= last or member.size < 0:
                     raise SourceError(f"{what}: damaged tar: the member header at byte {member.offset} leads backwards")
                 last, count = member.offset, count + 1

@@ -24,7 +24,7 @@ from fastssl.errors import FastSSLError
 from fastssl.pipelines.beton.reader import BetonReader
 from fastssl.pipelines.plan.draw import ViewSpec
 from fastssl.utils.cores import available_cores
-from fastssl.utils.deadline import STALL_MINUTES, Patience
+from fastssl.utils.deadline import STALL_MINUTES, Deadline
 
 #: The engines, and who chooses one.
 PIPELINES = ("auto", "native", "dali", "ffcv")
@@ -45,7 +45,7 @@ class EngineSettings:
         on_bad: ``fail`` raises at the first damaged picture; ``skip`` puts another sample of the batch in its place,
             counts it in ``stats.skipped`` and goes on.
         stall_minutes: how long a batch is waited for; a warning comes after the first minute, ``Stalled`` at the end.
-            ``math.inf``: for ever.
+            ``math.inf``: forever.
 
     Raises:
         FastSSLError: a value that does not exist.
@@ -173,7 +173,7 @@ class Engine(ABC):
     Attributes:
         name: what ``--pipeline`` calls it. ahead: batches rendered ahead of the consumer.
         stats: see ``EngineStats``.
-        patience: with which the consumer waits for batches.
+        deadline: with which the consumer waits for batches.
     """
 
     name: str
@@ -184,7 +184,7 @@ class Engine(ABC):
     def __init__(self, reader: BetonReader, specs: Sequence[ViewSpec], settings: EngineSettings):
         self.reader, self.specs, self.settings = reader, list(specs), settings
         self.device, self.workers, self.on_bad = settings.device, settings.workers, settings.on_bad
-        self.stats, self.patience = EngineStats(), Patience(reader.path, settings.stall_minutes)
+        self.stats, self.deadline = EngineStats(), Deadline(reader.path, settings.stall_minutes)
         self._pools: list[ThreadPoolExecutor] = []
 
     def _threads(self, number: int, name: str, begin: Callable[[], None] = lambda: None) -> ThreadPoolExecutor:
@@ -204,7 +204,7 @@ class Engine(ABC):
         """
         if self._closed:
             raise FastSSLError("this loader is closed; open a new ViewLoader")
-        if self.patience.given_up:  # they may still write into buffers that a new epoch would use
+        if self.deadline.given_up:  # they may still write into buffers that a new epoch would use
             path = self.reader.path
             raise FastSSLError(f"{path}: threads of this loader still wait for the disk; open a new ViewLoader")
         # The buffers have one consumer. An epoch that was left by `break` is gone with its last reference, hence the
@@ -226,7 +226,7 @@ class Engine(ABC):
         if (iterator := self._unfinished()) is not None:
             iterator.close()
         for pool in self._pools:
-            pool.shutdown(wait=not self.patience.given_up, cancel_futures=True)
+            pool.shutdown(wait=not self.deadline.given_up, cancel_futures=True)
         self._free()
 
     def _unfinished(self) -> Generator[Rendered, None, None] | None:

@@ -92,7 +92,7 @@ class DaliEngine(Engine):
         then.
         """
         self._requests = iter(())
-        self.patience.settled(self._drawn)
+        self.deadline.settled(self._drawn)
         self._drawn.clear()
         self._fed.clear()
         if finished:
@@ -143,7 +143,7 @@ class DaliEngine(Engine):
         """DALI asks for its next batch, in the thread that called ``run``: the pictures, then each view's box."""
         if not self._drawn:
             raise StopIteration
-        request, encoded = self.patience.result(self._drawn[0], lambda: "while a batch was to begin")
+        request, encoded = self.deadline.result(self._drawn[0], lambda: "while a batch was to begin")
         self._drawn.popleft()
         self._draw_ahead()
         self._fed.append(request)

@@ -6,7 +6,7 @@ be seeded. Here its loader runs one operation whose compiled loop reads boxes th
 the same antialiased filter as the other engines, where FFCV's own takes areas.
 
 What else is kept away from the user: FFCV sets torch's number of threads when a loader is made or started; an error in
-its thread leaves the consumer waiting for ever; a thread outlives an early ``break``; batches that are kept are
+its thread leaves the consumer waiting forever; a thread outlives an early ``break``; batches that are kept are
 overwritten; scratch memory is taken for every place of a batch and of the queue at the size of the file's largest
 picture.
 """
@@ -148,7 +148,7 @@ class FfcvEngine(Engine):
             fill()
             while pending:
                 started = time.perf_counter()
-                request, views, cpu = self.patience.result(pending[0], lambda: "while a batch was to come")
+                request, views, cpu = self.deadline.result(pending[0], lambda: "while a batch was to come")
                 groups = self._groups(views, len(request.index))
                 self.stats.wait_s += time.perf_counter() - started
                 self.stats.samples += len(request.index)
@@ -157,7 +157,7 @@ class FfcvEngine(Engine):
                 fill()
                 yield Rendered(request, groups)
         finally:
-            if self.patience.settled(pending):
+            if self.deadline.settled(pending):
                 epoch.close()  # lets go of the map, which a thread may be reading
             epoch.closed = True
 
@@ -222,7 +222,7 @@ class _Epoch(EpochIterator):
     """FFCV's epoch: its memory and its compiled code, without its thread."""
 
     def start(self) -> None:
-        """FFCV's own thread would leave the consumer waiting for ever at an error."""
+        """FFCV's own thread would leave the consumer waiting forever at an error."""
 
 
 def _table(request: Request) -> np.ndarray:

@@ -112,9 +112,9 @@ class NativeEngine(Engine):
             while pending:
                 slot, begun = pending[0]
                 started = time.perf_counter()
-                job = self.patience.result(begun, lambda: "while a batch was to begin")
+                job = self.deadline.result(begun, lambda: "while a batch was to begin")
                 for part in job.parts:
-                    self.patience.result(part, partial(batch_name, job.request))
+                    self.deadline.result(part, partial(batch_name, job.request))
                 self.stats.wait_s += time.perf_counter() - started
                 self._replace_bad(slot, job)
                 yield Rendered(job.request, self._deliver(slot, job))
@@ -125,11 +125,11 @@ class NativeEngine(Engine):
 
     def _drain(self, jobs: list[Future[_Job]]) -> None:
         """Nobody writes into a slot after this, unless its thread was given up."""
-        if not self.patience.settled(jobs):
+        if not self.deadline.settled(jobs):
             return
         # One that failed has handed nothing out; the consumer has left, or was given the first error already.
         begun = [job.result() for job in jobs if not job.cancelled() and job.exception() is None]
-        self.patience.settled([part for job in begun for part in job.parts])
+        self.deadline.settled([part for job in begun for part in job.parts])
 
     def _deliver(self, slot: _Slot, job: _Job) -> list[Tensor]:
         """Views on the device. Nothing here waits for the device."""
@@ -168,7 +168,7 @@ class NativeEngine(Engine):
         def is_sound(sample: int) -> bool:
             if sample not in pictures:
                 try:
-                    pictures[sample] = self.patience.result(
+                    pictures[sample] = self.deadline.result(
                         self._pool.submit(self._decode, sample), lambda: f"at sample {sample}"
                     )
                 except (JpegError, BetonError):

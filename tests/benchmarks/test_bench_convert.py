@@ -201,7 +201,7 @@ def test_ffcvs_writer_writes_the_same_photos(part: str, tmp_path: Path, capfd: p
     for number in range(10):
         (source / f"class{number % 2}").mkdir(parents=True, exist_ok=True)
         (source / f"class{number % 2}" / f"{number}.jpg").write_bytes(jpeg_bytes(make_photo(number, 280, 364)))
-    (source / "class0" / "bad.jpg").write_bytes(b"\xff\xd8\xff bad")  # ffcv's writer would wait for it for ever
+    (source / "class0" / "bad.jpg").write_bytes(b"\xff\xd8\xff bad")  # ffcv's writer would wait for it forever
     options = ConvertOptions(workers=2, resume=False, **MODES[part])
     ours = tmp_path / "ours.beton"
     convert(source, ours, options)

@@ -115,8 +115,8 @@ def test_what_is_not_whole_is_one_line(tmp_path: Path) -> None:
     whole = load_checkpoint(path)
     for missing in ("method", "position", "config"):
         write_state(path, {name: value for name, value in whole.items() if name != missing})
-        with pytest.raises(FastSSLError, match=rf"is not a whole checkpoint of a run \(no {missing}\); start anew"):
-            load_checkpoint(path, advice="start anew")
+        with pytest.raises(FastSSLError, match=rf"is not a whole checkpoint of a run \(no {missing}\); start over"):
+            load_checkpoint(path, advice="start over")
     torch.save(whole, path)
     with pytest.raises(DamagedCheckpoint, match="its digest is missing"):
         load_checkpoint(path)
@@ -309,7 +309,7 @@ def test_resume_passes_over_what_is_damaged_and_says_so(save: Callable, tmp_path
     for path in tmp_path.glob("*.pt"):
         path.write_bytes(b"")
     with pytest.raises(
-        FastSSLError, match=r"damaged checkpoint.*no other to go on from; start anew with --resume never"
+        FastSSLError, match=r"damaged checkpoint.*no other to go on from; start over with --resume never"
     ):
         find_checkpoint(tmp_path)
 

@@ -47,7 +47,7 @@ def test_with_debug_a_warning_is_left_to_python(run) -> None:
 def test_what_was_told_is_not_repeated(run, kind: type[FastSSLError], status: int) -> None:
     def end(told: bool) -> None:
         error = kind("stopped at step 7")
-        error.told = told
+        error.reported = told
         raise error
 
     assert run(lambda: end(False)) == (status, "fastssl: stopped at step 7\n")
@@ -59,7 +59,7 @@ def test_one_that_is_ended_on_its_way_out_says_nothing_more(run) -> None:
 
     def end(told: bool) -> None:
         error = Interrupted("stopped at step 7")
-        error.told = told
+        error.reported = told
         try:
             raise error
         finally:

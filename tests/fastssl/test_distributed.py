@@ -89,7 +89,7 @@ def one_fails() -> None:
         with joined(world, CPU):
             if world.rank == 1:
                 raise KeyError("of rank 1")
-            all_reduce_sum(torch.zeros(1))  # would wait for ever
+            all_reduce_sum(torch.zeros(1))  # would wait forever
     except (KeyError, FastSSLError):
         if world_size() != 1:
             raise AssertionError("the group is still there") from None

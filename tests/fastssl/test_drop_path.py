@@ -1,4 +1,4 @@
-"""Drop path from a table: the arithmetic of timm's, and coins that belong to the sample."""
+"""Drop path from a table: the arithmetic of timm's, and uniforms that belong to the sample."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def test_a_branch_is_left_out_where_its_coin_says_so_and_scaled_elsewhere() -> N
     table = DropTable(2)
     layer = PlannedDropPath(0.25, table, 1).train()
     branch = torch.ones(3, 2, 4)
-    assert torch.equal(layer(branch), branch)  # no coins, nothing is dropped
-    table.coins = torch.tensor([[0.0, 0.0, 0.0, 0.0], [0.9, 0.1, 0.25, 0.2]])
+    assert torch.equal(layer(branch), branch)  # no uniforms, nothing is dropped
+    table.uniforms = torch.tensor([[0.0, 0.0, 0.0, 0.0], [0.9, 0.1, 0.25, 0.2]])
     assert torch.equal(layer(branch)[:, 0, 0], torch.tensor([4 / 3, 0.0, 4 / 3]))
     table.first = 1
     assert torch.equal(layer(branch)[:, 0, 0], torch.tensor([0.0, 4 / 3, 0.0]))
@@ -39,14 +39,14 @@ def test_a_branch_is_left_out_where_its_coin_says_so_and_scaled_elsewhere() -> N
 
 def test_coins_are_uniform_and_belong_to_sample_view_and_layer() -> None:
     table = DropTable(7)
-    coins = table.draw(3, 1, np.arange(500), 4)
-    assert coins.shape == (7, 2000) and coins.dtype == np.float32 and coins.min() >= 0 and coins.max() < 1
-    assert abs(coins.mean() - 0.5) < 0.01 and len(np.unique(coins)) > 13_900
-    # Part of the samples, in another order: the same coins, whatever batch they are in.
+    uniforms = table.draw(3, 1, np.arange(500), 4)
+    assert uniforms.shape == (7, 2000) and uniforms.dtype == np.float32 and uniforms.min() >= 0 and uniforms.max() < 1
+    assert abs(uniforms.mean() - 0.5) < 0.01 and len(np.unique(uniforms)) > 13_900
+    # Part of the samples, in another order: the same uniforms, whatever batch they are in.
     some = np.array([499, 7, 20])
-    np.testing.assert_array_equal(table.draw(3, 1, some, 4).reshape(7, 4, 3), coins.reshape(7, 4, 500)[:, :, some])
-    assert not np.array_equal(table.draw(3, 2, np.arange(500), 4), coins) and not np.array_equal(
-        table.draw(4, 1, np.arange(500), 4), coins
+    np.testing.assert_array_equal(table.draw(3, 1, some, 4).reshape(7, 4, 3), uniforms.reshape(7, 4, 500)[:, :, some])
+    assert not np.array_equal(table.draw(3, 2, np.arange(500), 4), uniforms) and not np.array_equal(
+        table.draw(4, 1, np.arange(500), 4), uniforms
     )
 
 

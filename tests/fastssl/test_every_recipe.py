@@ -111,7 +111,7 @@ def test_it_trains_stops_and_goes_on(name: str, beton: Path, tmp_path: Path) -> 
     "name", ["dino-vit_tiny-sslight", "swav-mobilenetv2-sslight", "moco-mobilenetv2-sslight", "simclr-mobilenetv3"]
 )
 def test_a_stopped_run_ends_with_the_weights_of_one_that_was_not(name: str, beton: Path, tmp_path: Path) -> None:
-    """Queues, centres, coins of drop path and all: resuming is exact for every method."""
+    """Queues, centres, uniforms of drop path and all: resuming is exact for every method."""
     original = trainer.make_step
 
     def stop_at_four(run: Setup, batch: object) -> object:

@@ -38,7 +38,7 @@ def test_a_second_start_goes_on_with_its_own_launch_alone(launcher: str) -> None
     both = {**TORCHRUN, **SLURM}
     first, second = launch_from_environment(both), launch_from_environment({**both, **again(launcher)})
     assert second.again == {launcher} and second.names == first.names and second.goes_on(first.names)
-    # A requeued job starts another torchrun; a torchrun that starts anew may do so in the job of an earlier one.
+    # A requeued job starts another torchrun; a torchrun that starts again may do so in the job of an earlier one.
     assert second.goes_on({launcher: first.names[launcher]})
     other = {**both, "TORCHELASTIC_RUN_ID": "other"} if launcher == "torchrun" else {**both, "SLURM_JOB_ID": "4712"}
     assert not second.goes_on(launch_from_environment(other).names)

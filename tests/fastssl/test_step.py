@@ -606,7 +606,7 @@ def test_drop_path_is_of_the_student_alone_and_follows_the_samples() -> None:
     with torch.no_grad():
         embeddings = []
         for epoch in (0, 0, 1):
-            step.method.student.drop.coins = step.noise(epoch, 0)["drop_path"]
+            step.method.student.drop.uniforms = step.noise(epoch, 0)["drop_path"]
             embeddings.append(step.method.encode(step.method.images(batch["views"])))
     assert torch.equal(embeddings[0], embeddings[1]) and not torch.allclose(embeddings[0], embeddings[2], atol=1e-3)
 

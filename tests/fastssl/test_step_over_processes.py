@@ -241,7 +241,7 @@ def train_on_gpus(case: str, graph: bool) -> tuple[list[float], dict[str, str], 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("graph", [False, True])
 def test_two_gpus_are_one_and_part(case: str, graph: bool) -> None:
-    """A recorded step that is not let go would keep NCCL from its end for ever."""
+    """A recorded step that is not let go would keep NCCL from its end forever."""
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
     losses, _, _ = train_on_gpus(case, graph=False)

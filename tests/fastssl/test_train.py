@@ -307,7 +307,7 @@ def test_wrong_usage_is_status_2(capsys: pytest.CaptureFixture) -> None:
 def test_a_recorded_step_is_gone_when_the_processes_part(
     end: str, beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """NCCL waits with the end of its communicator until no CUDA graph holds its collectives, for ever if need be; also
+    """NCCL waits with the end of its communicator until no CUDA graph holds its collectives, forever if need be; also
     in an abort, where tracebacks hold all.
     """
 

@@ -114,4 +114,4 @@ def test_what_all_processes_of_a_host_have_wrong_the_first_says(monkeypatch: pyt
         waited.clear()
         with pytest.raises(FastSSLError) as error, first_of_host_speaks(environ):
             raise FastSSLError("no such network")
-        assert (len(waited), error.value.told) == (waits, False), environ
+        assert (len(waited), error.value.reported) == (waits, False), environ

@@ -38,7 +38,7 @@ class Beton:
     Attributes:
         fields: type ids, in the order of the descriptors.
         backwards: the allocation table lists the last sample first.
-        stored: the layout as somebody else wrote it; what is changed in a sample is laid out anew.
+        stored: the layout as somebody else wrote it; what is changed in a sample is laid out again.
         paged: data begins at a multiple of the page size, as real writers have it; otherwise right behind the metadata,
             which keeps files small.
     """

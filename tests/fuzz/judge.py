@@ -50,7 +50,7 @@ class Judge:
 
     def __init__(self, files: list[Beton], path: Path):
         self.path, self._out = path, Guarded()
-        self._patience = 10.0  # the loader's inner loops may have to be compiled first
+        self._deadline = 10.0  # the loader's inner loops may have to be compiled first
         #: what stands in whole files: (mode, height, width, bytes) -> (pixels, the view's pixels), None where they
         #: cannot be decoded
         self.pictures: dict[tuple, tuple[np.ndarray | None, np.ndarray | None]] = {}
@@ -66,7 +66,7 @@ class Judge:
                 self.whole.add(tuple(self._key(reader, i) for i in range(len(reader))))
                 for i, picture in enumerate(found):
                     self.pictures[self._key(reader, i)] = (picture, None if picture is None else views[i])
-        self._patience = 0.05
+        self._deadline = 0.05
 
     def __call__(self, content: bytes, crops: str = "host") -> Verdict:
         """Judge one file. Raises ``Wrong``."""
@@ -134,7 +134,7 @@ class Judge:
             colour=False,
             workers=1,
             crops=crops,
-            stall_minutes=self._patience,
+            stall_minutes=self._deadline,
         ) as loader:
             try:
                 (batch,) = loader.epoch(0)

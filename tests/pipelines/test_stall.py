@@ -28,7 +28,7 @@ from fastssl.pipelines.engines import native
 from fastssl.pipelines.loader import ViewLoader
 from fastssl.pipelines.plan.draw import ViewSpec
 from fastssl.utils import deadline as stall
-from fastssl.utils.deadline import Patience
+from fastssl.utils.deadline import Deadline
 
 TWO = [ViewSpec(size=16, count=2)]
 
@@ -136,10 +136,10 @@ def warn_under_a_display() -> None:
     shown = io.StringIO()
     with RunProgress(Console(file=shown, force_terminal=True, width=300)):
         with pytest.raises(Stalled):
-            Patience("photos.beton", 0.2 / 60).result(Future(), lambda: "at the batch [red]")
+            Deadline("photos.beton", 0.2 / 60).result(Future(), lambda: "at the batch [red]")
         stall.WARN_SECONDS = 0.05
         with pytest.raises(Stalled):
-            Patience("photos.beton", 0.2 / 60).result(Future(), lambda: "at the batch [red]")
+            Deadline("photos.beton", 0.2 / 60).result(Future(), lambda: "at the batch [red]")
     assert (
         shown.getvalue().count(
             "nothing was read for 0 s, at the batch [red]: the disk or network file system does not answer"
@@ -185,40 +185,40 @@ def test_the_limit_is_a_number(value: object, beton: Path) -> None:
 
 
 def test_a_time_out_of_the_work_itself_is_no_stall() -> None:
-    patience = Patience("x.beton", 0.1)
+    deadline = Deadline("x.beton", 0.1)
     failed: Future = Future()
     failed.set_exception(TimeoutError("the server's"))
     with pytest.raises(TimeoutError, match="the server's"):
-        patience.result(failed, str)
-    assert not patience.given_up
+        deadline.result(failed, str)
+    assert not deadline.given_up
 
 
 def test_one_who_leaves_waits_for_what_runs_and_cancels_what_has_not_begun() -> None:
-    patience, gate = Patience("x.beton"), threading.Event()
+    deadline, gate = Deadline("x.beton"), threading.Event()
     with ThreadPoolExecutor(1) as pool:
         running, waiting = pool.submit(gate.wait), pool.submit(gate.wait)
         threading.Timer(0.2, gate.set).start()
-        assert patience.settled([running, waiting]) and running.done() and waiting.cancelled()
-    assert not patience.given_up
+        assert deadline.settled([running, waiting]) and running.done() and waiting.cancelled()
+    assert not deadline.given_up
 
 
 def test_a_long_list_is_taken_in_a_thread_of_its_own_in_order() -> None:
     source = ((number, threading.current_thread()) for number in range(250))
-    numbers, takers = zip(*Patience("x").each(source, str))
+    numbers, takers = zip(*Deadline("x").each(source, str))
     assert numbers == tuple(range(250)) and len(set(takers)) == 1 and threading.main_thread() not in takers
     with pytest.raises(ZeroDivisionError):
-        list(Patience("x").each((1 // (200 - number) for number in range(250)), str))
+        list(Deadline("x").each((1 // (200 - number) for number in range(250)), str))
 
 
 def command_on_a_dead_disk(beton: Path, out: Path) -> None:
-    kept = Patience.__init__
-    Patience.__init__ = lambda self, path, minutes=0: kept(self, path, 0.2 / 60)
+    kept = Deadline.__init__
+    Deadline.__init__ = lambda self, path, minutes=0: kept(self, path, 0.2 / 60)
     DeadDisk()
     main(["views", str(beton), "--recipe", "quickstart", "--out", str(out)])
 
 
 def test_the_command_ends_although_threads_hang(beton: Path, tmp_path: Path) -> None:
-    """With the reader's threads held for ever, the command says its line and is gone, where the interpreter's own end
+    """With the reader's threads held forever, the command says its line and is gone, where the interpreter's own end
     would join them.
     """
     ended = in_child(command_on_a_dead_disk, beton, tmp_path / "views.png", seconds=5)

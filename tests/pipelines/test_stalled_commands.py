@@ -28,7 +28,7 @@ from fastssl.pipelines.convert.options import ConvertOptions
 from fastssl.pipelines.convert.sources import Listing
 from fastssl.pipelines.ops import jpeg
 from fastssl.utils import deadline as stall
-from fastssl.utils.deadline import Patience
+from fastssl.utils.deadline import Deadline
 
 #: Seconds for which nothing is waited longer, in minutes.
 SHORT = 1 / 60
@@ -167,15 +167,15 @@ def test_for_ever_if_so_wished(photos: Path, whole: Path, tmp_path: Path) -> Non
 
 
 def command_on_a_dead_disk(*arguments: object) -> None:
-    kept = Patience.__init__
-    Patience.__init__ = lambda self, path, minutes=0, deed="read": kept(self, path, SHORT, deed)
+    kept = Deadline.__init__
+    Deadline.__init__ = lambda self, path, minutes=0, deed="read": kept(self, path, SHORT, deed)
     Listing.read = OpenFile.read_into = lambda *args: threading.Event().wait()
     main([str(argument) for argument in arguments])
 
 
 @pytest.mark.parametrize("command", ["convert-imagenet", "verify"])
 def test_the_command_ends_although_threads_hang(command: str, photos: Path, whole: Path, tmp_path: Path) -> None:
-    """With the reader's threads held for ever, the command says its line and is gone, where the interpreter's own end
+    """With the reader's threads held forever, the command says its line and is gone, where the interpreter's own end
     would join them.
     """
     arguments = (whole,) if command == "verify" else (photos, tmp_path / "out.beton")
@@ -189,7 +189,7 @@ def test_ctrl_c_stops_the_work_and_keeps_what_is_done(
     photos: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dst, pressed, left = tmp_path / "whole.beton", threading.Event(), threading.Event()
-    read, settled = Listing.read, Patience.settled
+    read, settled = Listing.read, Deadline.settled
 
     def interrupting(listing: Listing, i: int) -> bytes:
         if listing.names[i] == "class1/3.jpg" and not left.is_set():
@@ -198,13 +198,13 @@ def test_ctrl_c_stops_the_work_and_keeps_what_is_done(
             assert left.wait(60)
         return read(listing, i)
 
-    def leaving(patience: Patience, futures: list) -> bool:
+    def leaving(deadline: Deadline, futures: list) -> bool:
         if pressed.is_set():
             left.set()
-        return settled(patience, futures)
+        return settled(deadline, futures)
 
     monkeypatch.setattr(Listing, "read", interrupting)
-    monkeypatch.setattr(Patience, "settled", leaving)
+    monkeypatch.setattr(Deadline, "settled", leaving)
     before = signal.signal(
         signal.SIGINT, signal.default_int_handler
     )  # a shell starts what it puts into the background with SIGINT ignored

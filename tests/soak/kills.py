@@ -434,7 +434,7 @@ def checkpointing(
         statuses = lab.finish(processes)
         _note(lab, outcome, statuses, processes, killed, steps, where)
         if 0 in statuses:  # it reached the end
-            lab.say("  at the end: compared, and begun anew")
+            lab.say("  at the end: compared, and started over")
             compare_runs(whole, killed, outcome, None)
             shutil.rmtree(killed)
     lab.say("  started for the last time")
@@ -483,7 +483,7 @@ def conversion(lab: Lab, photos: Path, kills: int, seed: int) -> Outcome:
                 outcome.problems.append(f"round {rounds}, {kind}: the file is there and not whole")
         elif statuses == [0]:
             outcome.restarts += 1
-            lab.say("  at the end: compared, and begun anew")
+            lab.say("  at the end: compared, and started over")
             _compare_beside(whole, target, outcome)
             for path in folder.glob("killed.beton*"):
                 path.unlink()

@@ -14,7 +14,7 @@ _LINES = {
     "loss": "The loss, in turns with its dense form.",
     "step": "The training step on views that are there already.",
     "train": "Loader and step together, and what would help.",
-    "convert": "Whole conversions, copied or encoded anew.",
+    "convert": "Whole conversions, copied or re-encoded.",
     "ceilings": "What this machine can do at most.",
     "report": "What the records say, as a page, markdown and plots.",
 }

@@ -160,7 +160,7 @@ def train(**chosen: Any) -> None:
     "json",
 )
 def convert(peers: bool, **chosen: Any) -> None:
-    """Whole conversions: JPEGs copied through, and scaled to a short side of 256 px and encoded anew. pair/s are
+    """Whole conversions: JPEGs copied through, and scaled to a short side of 256 px and re-encoded. pair/s are
     photos/s.
 
     \b

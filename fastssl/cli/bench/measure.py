@@ -111,7 +111,7 @@ def measure(what: str, json_path: str | None, suite: str | None = None, **chosen
 
 
 def _add(file: TextIO | None, json_path: str | None, records: list[dict]) -> None:
-    """Bring the last of ``records`` to the file of lines; without one write the document of all of them anew."""
+    """Bring the last of ``records`` to the file of lines; without one write the document of all of them again."""
     try:
         if file is None:
             write_json(json_path, records)

@@ -61,7 +61,7 @@ reestimate_option = click.option(
     "--reestimate-bn",
     type=click.IntRange(min=2),
     metavar="N",
-    help="First take the BatchNorm statistics anew from the centre crops of N photos of --data.",
+    help="First re-estimate the BatchNorm statistics from the centre crops of N photos of --data.",
 )
 feature_batch_option = click.option(
     "--batch-size", type=click.IntRange(min=1), default=256, show_default=True, help="Photos a pass of the network."
@@ -129,7 +129,7 @@ def network(
     seed: int,
     **_: Any,
 ) -> nn.Module:
-    """The session's network; if that is asked for, its BatchNorm statistics taken anew from these photos."""
+    """The session's network; if that is asked for, its re-estimated BatchNorm statistics from these photos."""
     from fastssl.evaluate.batchnorm import reestimated
     from fastssl.evaluate.features import require_size
 

@@ -1,7 +1,7 @@
 """Fine-tuning: batch -> losses -> gradients, averaged over the processes -> one step. Every layer is trained.
 
 What is random is a function of (seed, iteration, process): the pictures, their scale and flip (``batches.draw``), and
-the proposals that torchvision's heads sample, for which torch's generator is set anew at every iteration. So a run that
+the proposals that torchvision's heads sample, for which torch's generator is reseeded at every iteration. So a run that
 goes on from a checkpoint makes the steps that it would have made. Two processes do not sample the proposals that one
 would: the steps are equally good ones, not the same.
 """
