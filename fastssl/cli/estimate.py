@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@input_options
+@input_options()
 @click.option(
     "--seconds",
     type=click.FloatRange(min=1),

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from fastssl.data.photo_source import Source
 
 
-_OPTIONS = (
+_PHOTOS_AND_RECIPE = (
     click.option(
         "--arch",
         metavar="NAME",
@@ -54,6 +54,8 @@ _OPTIONS = (
         metavar="KEY=VALUE",
         help="Change one value of the recipe, e.g. --set optim.lr=0.1. May be repeated.",
     ),
+)
+_LENGTH_AND_MACHINE = (
     click.option(
         "--epochs",
         type=click.IntRange(min=1),
@@ -94,17 +96,25 @@ class Wanted:
     workers: int | None
 
 
-def input_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Give ``command`` the options that say what is trained on what: one `Wanted`, before its own."""
+def input_options(*out: Callable[..., Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command the options that say what is trained on what, as one `Wanted`, its first argument.
 
-    @functools.wraps(command)
-    def call(**given: Any) -> None:
-        wanted = Wanted(**{field.name: given.pop(field.name) for field in dataclasses.fields(Wanted)})
-        command(wanted, **given)
+    Args:
+        out: options that say where the result goes; they stand between the recipe and the machine in ``--help``, and in
+            the command that a result names.
+    """
 
-    for option in reversed(_OPTIONS):
-        call = option(call)
-    return call
+    def decorated(command: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(command)
+        def call(**given: Any) -> None:
+            wanted = Wanted(**{field.name: given.pop(field.name) for field in dataclasses.fields(Wanted)})
+            command(wanted, **given)
+
+        for option in reversed((*_PHOTOS_AND_RECIPE, *out, *_LENGTH_AND_MACHINE)):
+            call = option(call)
+        return call
+
+    return decorated
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,7 @@ from fastssl.errors import counted, without_folders
 
 
 @click.command()
-@input_options
-@click.option("--out", type=SomePath(), metavar="DIR", help="Default: runs/RECIPE-ARCH.")
+@input_options(click.option("--out", type=SomePath(), metavar="DIR", help="Default: runs/RECIPE-ARCH."))
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True)
 @click.option(
     "--resume",
