@@ -95,9 +95,12 @@ def torchrun(command: list[str], processes: int) -> subprocess.CompletedProcess:
     )
 
 
-def test_processes_convert_a_folder_once(photo_tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_convert_a_folder_once(
+    photo_tree: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """And they agree on the file, the batch and the epochs."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    # Its own folder: matplotlib puts its list of fonts there.
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
     folder, out = tmp_path / "photos", tmp_path / "run"
     folder.mkdir()
     for number, photo in enumerate(sorted(photo_tree.rglob("*.jpg"))[:12]):
