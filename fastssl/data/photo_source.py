@@ -152,8 +152,6 @@ def as_beton(
     for place in places:
         with suppress(OSError):
             place.parent.mkdir(parents=True, exist_ok=True)
-        if not _may_write(place, wanted):
-            continue
         with _alone(place, say) as lock:
             if not lock:
                 continue
@@ -220,19 +218,27 @@ def _may_write(place: Path, wanted: dict[str, Any]) -> bool:
 @contextmanager
 def _alone(place: Path, say: Callable[[str], None]) -> Iterator[bool]:
     """Hold ``place`` against other processes, waiting for theirs; not on disks without locks. False: not writable."""
-    path = place.with_name(f".{place.name}.lock")
-    try:
-        file = open(path, "a")  # noqa: SIM115 (held open)
-    except OSError:
-        yield False
-        return
-    with file:
+    path, waits = place.with_name(f".{place.name}.lock"), False
+    while True:
+        try:
+            file = open(path, "a")  # noqa: SIM115 (held open)
+        except OSError:
+            yield False
+            return
         with suppress(OSError):
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                say(f"waiting for another process that makes {place}")
+                if not waits:
+                    say(f"waiting for another process that makes {place}")
+                waits = True
                 fcntl.flock(file, fcntl.LOCK_EX)
+        # Who held it takes the file away: a lock on what is no longer there keeps nobody out.
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                break
+        file.close()
+    with file:
         try:
             yield True
         finally:

@@ -4,9 +4,11 @@ else.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import tarfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from fastssl.data import photo_source
 from fastssl.data.photo_source import as_beton, is_source, look_at, side_for
 from fastssl.errors import FastSSLError
 from fastssl.pipelines.beton.reader import BetonReader
-from fastssl.pipelines.beton.side_file import read_side_file
+from fastssl.pipelines.beton.side_file import read_side_file, side_path
 from fastssl.pipelines.convert.conversion import convert
 from fastssl.pipelines.convert.options import ConvertOptions
 
@@ -168,6 +170,44 @@ def test_many_at_once_convert_once(photos: Path, monkeypatch: pytest.MonkeyPatch
         paths = set(pool.map(lambda _: as_beton(source, 32, workers=1), range(6)))
     assert paths == {photos.parent / "photos.beton"} and len(calls) == 1
     assert not list(photos.parent.glob(".*.lock"))
+
+
+def test_who_comes_between_the_file_and_its_side_file_waits(photos: Path, cache: Path, tmp_path: Path) -> None:
+    """The two take their names one after the other: without the second the first looks like a stranger's."""
+    path, _ = made(photos)
+    side, lock = side_path(path), path.with_name(f".{path.name}.lock")
+    side.rename(tmp_path / "side")
+    said: list[str] = []
+    with open(lock, "a") as held, ThreadPoolExecutor(1) as pool:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        other = pool.submit(as_beton, look_at(photos), 32, workers=1, say=said.append)
+        while not said:
+            time.sleep(0.01)
+        (tmp_path / "side").rename(side)
+        lock.unlink()
+        held.close()
+        assert other.result(timeout=60) == path
+    assert "waiting for another process" in said[0] and "converted before" in said[1] and not cache.exists()
+
+
+def test_a_lock_on_a_file_that_was_taken_away_keeps_nobody_out(photos: Path) -> None:
+    """Three at once: the second waits for the first one's file, the third finds none there and makes a new one."""
+    place = photos.parent / "photos.beton"
+    lock = place.with_name(f".{place.name}.lock")
+    said: list[str] = []
+    with open(lock, "a") as first, ThreadPoolExecutor(1) as pool:
+        fcntl.flock(first, fcntl.LOCK_EX)
+        second = pool.submit(as_beton, look_at(photos), 32, workers=1, say=said.append)
+        while not said:
+            time.sleep(0.01)
+        lock.unlink()
+        with open(lock, "a") as third:
+            fcntl.flock(third, fcntl.LOCK_EX)
+            first.close()
+            time.sleep(0.3)
+            assert not second.done() and not place.exists()
+            lock.unlink()
+        assert second.result(timeout=60) == place
 
 
 def test_tars_and_classes(photos: Path, photo_tree: Path, tmp_path: Path) -> None:
