@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from children import PRELOADED
 
 
 def free_port() -> int:
@@ -38,19 +39,22 @@ def run_processes(
         function: at the top of a module that can be imported.
         args: and the results: whatever can be pickled.
         join: call it inside ``joined``; otherwise it does that itself.
-        timeout: seconds for all of it, the start of the processes (some seconds of imports) included.
+        timeout: seconds for all of it, the start of the processes included.
 
     Raises:
         RuntimeError: one of them raised; with the traceback of the first that did.
         TimeoutError: not all were done in time; with where each stood.
     """
     environment = {
+        **os.environ,  # as it is now: the process that is forked from keeps what it began with
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
         "WORLD_SIZE": str(world),
         "GLOO_SOCKET_IFNAME": "lo",
     }
-    context = multiprocessing.get_context("spawn")
+    # Forked from a process that has loaded torch and has no threads: a start takes no seconds of imports.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder) / str(rank) for rank in range(world)]
         processes = [
@@ -112,6 +116,7 @@ def _child(
     from fastssl.distributed.group import joined
     from fastssl.distributed.world import world_from_environment
 
+    os.environ.clear()
     os.environ.update(environment)
     torch.set_num_threads(1)
     with file.with_suffix(".stack").open("w") as stack:
