@@ -16,6 +16,8 @@ from fastssl.benchmarks.harness.table import cells
 from fastssl.benchmarks.suites import peers
 from fastssl.pipelines.engines.registry import EngineState
 
+pytestmark = pytest.mark.slow
+
 SIZE = 24
 
 

@@ -108,6 +108,7 @@ def test_train_record_of_a_real_network(beton: Path) -> None:
     to_line(record)
 
 
+@pytest.mark.slow
 def test_a_recorded_step_is_fed_the_crops_that_it_was_recorded_with(
     beton: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -87,6 +87,7 @@ def benches(out: Path) -> list[str]:
     return [json.loads(line)["bench"] for line in (out / "results.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_all_parts_run_from_any_folder_without_an_installed_package(stand_in, tmp_path: Path) -> None:
     stand_in()
     (tmp_path / "photos.beton").write_text("not read here")
@@ -124,6 +125,7 @@ def test_all_parts_run_from_any_folder_without_an_installed_package(stand_in, tm
     assert not Path((tmp_path / "log.cwd").read_text().split()[0]).exists()
 
 
+@pytest.mark.slow
 def test_a_part_that_fails_is_listed_and_the_rest_runs(stand_in, tmp_path: Path) -> None:
     done = script("--smoke", "--python", stand_in(failing="loader | views"), "--out", tmp_path / "out")
     assert done.returncode == 1
@@ -132,6 +134,7 @@ def test_a_part_that_fails_is_listed_and_the_rest_runs(stand_in, tmp_path: Path)
     assert failed == ["FAILED loader: status 3", "FAILED views: status 3"]
 
 
+@pytest.mark.slow
 def test_time_limits(stand_in, tmp_path: Path) -> None:
     done = script("--smoke", "--python", stand_in(hanging="step"), "--out", tmp_path / "out", "--budget", 5)
     assert done.returncode == 1

@@ -73,6 +73,7 @@ def test_two_steps_of_both_end_at_the_same_weights(recipe: Recipe) -> None:
     torch.testing.assert_close(ours.method.queue[: 2 * BATCH], plain.queue.t()[: 2 * BATCH], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_record_stands_beside_its_peers(recipe: Recipe) -> None:
     def setting(recipe: Recipe, amp: str) -> RecipeSetting:
         return RecipeSetting(recipe=recipe, recipe_name="few-photos-moco", batch_size=BATCH, amp=amp, peers=True)

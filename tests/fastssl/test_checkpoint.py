@@ -269,6 +269,7 @@ def test_where_files_have_one_name_last_is_a_copy(
     assert not (tmp_path / "last.pt").samefile(tmp_path / "step-00000001.pt")
 
 
+@pytest.mark.slow
 def test_any_flipped_bit_is_noticed_or_means_nothing(save: Callable, tmp_path: Path) -> None:
     """torch itself would load most of these without a word."""
     save(1)

@@ -47,6 +47,7 @@ def by_hand(annotations: Path, predictions: Path, kind: str) -> dict[str, float 
     return {name: None if value == -1 else 100 * value for name, value in zip(FIGURES, judge.stats[:6])}
 
 
+@pytest.mark.slow
 def test_a_detector_learns_eight_pictures_by_heart(tmp_path: Path) -> None:
     """Slow: half a minute, the test of all parts together. Boxes and masks, from random weights."""
     files = make_shapes(tmp_path / "shapes", 8)

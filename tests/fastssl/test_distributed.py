@@ -142,12 +142,14 @@ def test_those_who_are_left_alone_say_what_ended_the_other() -> None:
     assert second == "'of rank 1'"
 
 
+@pytest.mark.slow
 def test_a_collective_that_one_does_not_reach_in_time_fails_in_all_with_one_reason() -> None:
     first, second = run_processes(one_comes_late, 2, join=False)
     assert first == ("the run cannot go on: process 1 is not answering (stopped, or held up by a disk?)")
     assert second == "the run cannot go on: another process has ended, and its message says why"
 
 
+@pytest.mark.slow
 def test_a_hang_ends_at_the_time_limit_and_says_where() -> None:
     with pytest.raises(TimeoutError, match=r"still running: \[0, 1\](.|\n)*in barrier"):
         run_processes(one_does_not_come, 2, timeout=15)

@@ -18,6 +18,8 @@ from fastssl.models.backbones import load_backbone
 from fastssl.training import trainer
 from fastssl.training.setup import Setup
 
+#: In `make test`: one a method
+QUICK = ("few-photos", "light-moco-mobilenetv3", "dino-mobilenetv2-baseline", "swav-mobilenetv2-baseline")
 #: What makes a recipe small. The number of views, the pair weights, the optimiser and the schedules stay its own.
 ALWAYS = [
     "train.epochs=1",
@@ -71,7 +73,9 @@ def cli(arguments: list[str]) -> int:
     return stop.value.code
 
 
-@pytest.mark.parametrize("name", recipe_names())
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in recipe_names()]
+)
 def test_it_trains_stops_and_goes_on(name: str, beton: Path, tmp_path: Path) -> None:
     out, original = tmp_path / "run", trainer.make_step
 
@@ -107,6 +111,7 @@ def test_it_trains_stops_and_goes_on(name: str, beton: Path, tmp_path: Path) -> 
         assert summary["probe"]["rows"][-1]["name"] == "its teacher"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["dino-vit_tiny-sslight", "swav-mobilenetv2-sslight", "moco-mobilenetv2-sslight", "simclr-mobilenetv3"]
 )

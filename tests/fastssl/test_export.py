@@ -70,6 +70,7 @@ def features(path: Path, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return backbone(torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1)).to(dtype))
 
 
+@pytest.mark.slow
 def test_timm_loads_the_file_and_the_folder(capsys: pytest.CaptureFixture, runs: Path, tmp_path: Path) -> None:
     script, wanted = "import timm\nwith torch.no_grad():\n", []
     for name, arch in ARCHS.items():
@@ -167,6 +168,7 @@ def test_pictures_are_prepared_as_the_run_took_them(capsys: pytest.CaptureFixtur
     assert run(capsys, runs / "lcnet_035", tmp_path / "bare")[0] == 0 and prepared("bare") == ([3, 224, 224], 0.875)
 
 
+@pytest.mark.slow
 def test_onnx_runs_at_any_batch(capsys: pytest.CaptureFixture, runs: Path, tmp_path: Path) -> None:
     import onnxruntime
 
@@ -186,6 +188,7 @@ def test_onnx_runs_at_any_batch(capsys: pytest.CaptureFixture, runs: Path, tmp_p
     assert session.get_modelmeta().custom_metadata_map["arch"] == "lcnet_035"
 
 
+@pytest.mark.slow
 def test_an_onnx_file_that_differs_is_not_kept(
     capsys: pytest.CaptureFixture, runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

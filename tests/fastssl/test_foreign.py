@@ -288,6 +288,7 @@ def test_evaluate_takes_it(capsys: pytest.CaptureFixture, tmp_path: Path, beton:
     assert stop.value.code == 0 and (record["network"], record["arch"]) == ("imported", "lcnet_035")
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_named_and_the_right_network_guessed(
     capsys: pytest.CaptureFixture, tmp_path: Path
 ) -> None:

@@ -106,6 +106,7 @@ def corrupt_safetensors(folder: Path) -> None:
     check()
 
 
+@pytest.mark.slow
 def test_five_hundred_corruptions_of_safetensors(tmp_path: Path) -> None:
     ended = in_child(corrupt_safetensors, tmp_path, seconds=100)
     assert ended.status == 0, ended

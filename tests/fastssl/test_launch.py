@@ -53,6 +53,7 @@ def environment(monkeypatch: pytest.MonkeyPatch, environ: dict[str, str]) -> Non
         monkeypatch.setenv(name, value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("resume", ["never", "step-00000003.pt"])
 def test_a_run_that_is_started_again_keeps_what_it_has_made(
     resume: str, beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

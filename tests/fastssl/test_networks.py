@@ -32,6 +32,9 @@ NETWORKS = (
     *("shvit_s1", "starnet_s1", "tiny_vit_5m_224", "deit_tiny_patch16_224", "convnext_atto"),
     *("resnet18", "resnet34", "resnet50", "regnetx_002", "regnety_002"),
 )
+#: in `make test`
+QUICK = ("mobilenetv3_small_050", "resnet18")
+SLOW = pytest.mark.slow
 
 
 def pretrain_and_export(name: str, size: int, folder: Path) -> None:
@@ -46,7 +49,7 @@ def pretrain_and_export(name: str, size: int, folder: Path) -> None:
     assert export_backbone(trained, folder / "mine.safetensors").difference < 1e-5
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", [name if name in QUICK else pytest.param(name, marks=SLOW) for name in NETWORKS])
 def test_it_trains_and_is_exported(name: str, tmp_path: Path) -> None:
     ended = in_child(pretrain_and_export, name, 32, tmp_path, seconds=300)
     assert (ended.status, ended.signal) == (0, None), ended.output
@@ -62,6 +65,7 @@ def pretrain_at_a_size_that_fits(name: str, size: int, folder: Path) -> None:
     pretrain_and_export(name, size, folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "size"), [("levit_128s", 224), ("efficientformerv2_s0", 224), ("pit_ti_224", 224), ("ghostnetv3_100", 64)]
 )
@@ -84,6 +88,7 @@ def export_fused(name: str, folder: Path) -> None:
     assert not kept.fused and kept.tensors == len(backbone.state_dict())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mobileone_s0", "fastvit_t8", "repvit_m0_9"])
 def test_onnx_gets_the_fused_form(name: str, tmp_path: Path) -> None:
     ended = in_child(export_fused, name, tmp_path, seconds=300)

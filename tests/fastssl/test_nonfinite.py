@@ -88,6 +88,7 @@ def test_a_step_that_is_passed_over_leaves_no_trace(
     assert [row["step"] for row in blocks] == [4, 6, 10, 12] and all(np.isfinite(row["loss"]) for row in blocks)
 
 
+@pytest.mark.slow
 def test_a_run_without_bad_steps_is_not_changed_by_the_option(beton: Path, tmp_path: Path) -> None:
     pretrain(small(), options(beton, tmp_path / "plain"), Silent())
     pretrain(small("train.skip_nonfinite=3"), options(beton, tmp_path / "ready"), Silent())
@@ -119,6 +120,7 @@ def test_the_batch_of_the_step_that_ends_a_run_is_kept(beton: Path, tmp_path: Pa
     assert told["state"] == "failed" and "diverged" in told["why"] and str(tmp_path) not in told["why"]
 
 
+@pytest.mark.slow
 def test_the_same_command_with_the_option_goes_on(beton: Path, tmp_path: Path, break_steps: Callable) -> None:
     break_steps({8: "gradient"})
     with pytest.raises(
@@ -138,6 +140,7 @@ def test_a_state_that_is_not_finite_is_never_saved(beton: Path, tmp_path: Path, 
     assert not (tmp_path / "run" / "checkpoints" / "last.pt").exists()
 
 
+@pytest.mark.slow
 def test_checkpoints_go_on_behind_a_step_that_was_passed_over(
     beton: Path, tmp_path: Path, break_steps: Callable
 ) -> None:
@@ -160,6 +163,7 @@ def test_more_bad_steps_than_allowed_end_the_run_in_a_good_state(
     ]
 
 
+@pytest.mark.slow
 def test_what_was_passed_over_is_known_behind_a_resume(
     beton: Path, tmp_path: Path, break_steps: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -182,6 +186,7 @@ def test_what_was_passed_over_is_known_behind_a_resume(
     assert summary["passed_over_steps"] == [2, 9] and same(state(tmp_path / "run"), state(tmp_path / "whole"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("when", [7, 8, 10])
 def test_a_signal_while_the_run_is_set_back(when: int, beton: Path, tmp_path: Path, break_steps: Callable) -> None:
     """Step 9 of the block 7..10 is bad; the signal comes while its steps are made again one by one, or while the run
@@ -205,6 +210,7 @@ def test_a_signal_while_the_run_is_set_back(when: int, beton: Path, tmp_path: Pa
     assert summary["passed_over_steps"] == [9] and same(state(tmp_path / "run"), state(tmp_path / "whole"))
 
 
+@pytest.mark.slow
 def test_a_run_set_back_twice_goes_on_from_before_the_step_that_it_knows_as_bad(
     beton: Path, tmp_path: Path, break_steps: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -253,6 +259,7 @@ def in_one_of_two(beton: str, out: str) -> None:
     pretrain(small("train.skip_nonfinite=1", "moco.split_bn=2"), options(Path(beton), Path(out)), Silent())
 
 
+@pytest.mark.slow
 def test_processes_pass_over_a_step_together(beton: Path, tmp_path: Path) -> None:
     run_processes(in_one_of_two, 2, str(beton), str(tmp_path / "run"), join=False)
     assert state(tmp_path / "run")["position"] | {"train_seconds": 0} == {

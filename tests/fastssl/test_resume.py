@@ -56,6 +56,7 @@ def whole(beton: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_killed_behind_every_single_step(
     whole: Path, beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -116,6 +117,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(whole: Path, beton: Path, tm
     assert (out / "checkpoints" / "step-00000009.pt.aside").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_scheduler_that_asks_gets_a_checkpoint_and_status_130(
     number: int, whole: Path, beton: Path, tmp_path: Path
@@ -374,6 +376,7 @@ def stopped_by_one_of_two(data: str, out: str, number: int) -> int:
     return int(str(stop.value).split("stopped at step ")[1].split(";")[0])
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_process_stops_all_behind_the_same_step(beton: Path, tmp_path: Path) -> None:
     """At once, not some steps later: a launcher kills after half a minute whoever has not left."""
     assert run_processes(stopped_by_one_of_two, 2, str(beton), str(tmp_path / "run"), signal.SIGUSR1, join=False) == [
@@ -393,6 +396,7 @@ def said_by_one_of_two() -> list[tuple[bool, ...]]:
     return [*answers, vote.close(), vote.close()]
 
 
+@pytest.mark.slow
 def test_a_vote_is_known_to_all_one_call_later() -> None:
     from fastssl.distributed.collectives import Vote
 

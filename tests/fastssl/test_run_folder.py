@@ -51,6 +51,7 @@ def test_what_a_kill_left_half_written_is_cleared(beton: Path, tmp_path: Path) -
     assert not list(out.rglob("*.tmp"))
 
 
+@pytest.mark.slow
 def test_going_back_to_an_older_step_holds_also_if_that_start_is_killed(
     beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -205,6 +206,7 @@ def open_and_be_killed(out: Path, config: dict, resume: str, changes: int) -> No
     opened(out, config, resume)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("resume", "again"),
     [("never", "never"), ("step-00000008.pt", "step-00000008.pt"), ("step-00000008.pt", "auto"), ("damaged", "auto")],

@@ -19,6 +19,8 @@ from fastssl.pipelines.beton.reader import BetonReader
 from fastssl.training.setup import RunOptions, prepare
 from fastssl.training.trainer import train
 
+pytestmark = pytest.mark.slow
+
 BATCH = 16
 _LENGTH = [
     "arch=resnet10t",

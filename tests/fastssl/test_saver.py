@@ -42,6 +42,7 @@ class Disk:
         patch.setattr(saver, "_RETRY_S", 0.0)
 
 
+@pytest.mark.slow
 def test_a_power_cut_at_any_moment_leaves_whole_files(
     beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -67,6 +68,7 @@ def test_a_power_cut_at_any_moment_leaves_whole_files(
         metrics = disk.events.index(("rename", f"step-{step:08}.pt"), metrics)
 
 
+@pytest.mark.slow
 def test_a_run_lives_on_while_the_disk_is_full(
     whole: Path, beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -553,6 +553,7 @@ def run_phases(step: TrainStep, steps: int = 6) -> list[list[float]]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", METHODS)
 def test_a_recorded_step_of_any_method_is_recorded_again_for_each_phase(case: str) -> None:
     eager = TrainStep(multicrop(case), CPU, amp=False, seed=0)
@@ -562,6 +563,7 @@ def test_a_recorded_step_of_any_method_is_recorded_again_for_each_phase(case: st
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", METHODS)
 def test_no_method_reads_a_value_back(case: str) -> None:
     # torch's fused kernels read the rate on a CPU alone; LARS is ours throughout.

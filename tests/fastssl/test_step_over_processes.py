@@ -24,6 +24,8 @@ from fastssl.errors import FastSSLError
 from fastssl.optim.schedules import RunLength
 from fastssl.training.step import TrainStep
 
+pytestmark = pytest.mark.slow
+
 CPU, BATCH, STEPS = torch.device("cpu"), 16, 4
 MULTICROP = {
     "views.global_size": 32,

@@ -24,6 +24,8 @@ from fastssl.pretrain import pretrain
 from fastssl.training import trainer
 from fastssl.training.setup import RunOptions, Setup
 
+pytestmark = pytest.mark.slow
+
 SMALL = [
     "views.global_size=32",
     "views.local_size=16",

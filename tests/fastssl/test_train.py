@@ -180,6 +180,7 @@ def test_the_same_seed_makes_the_same_run(finished: Path, beton: Path, tmp_path:
     assert not torch.equal(first["student.projector.1.weight"], other["student.projector.1.weight"])
 
 
+@pytest.mark.slow
 def test_a_run_stopped_by_ctrl_c_goes_on_to_the_same_weights(finished: Path, beton: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     overrides = [argument for item in SMALL for argument in ("--set", item)]
@@ -401,6 +402,7 @@ def test_a_setting_for_other_networks_is_a_line_and_no_warning(beton: Path, tmp_
     assert "training lcnet_035: 6 of 6 steps to make, 8 photos each; 1 epoch of 6 steps" in said.messages
 
 
+@pytest.mark.slow
 def test_a_run_in_parts_and_bfloat16_resumes_bit_for_bit(beton: Path, tmp_path: Path) -> None:
     recipe, original = small("train.accumulate=2", "train.amp=bf16", "optim.name=lars"), trainer.make_step
 

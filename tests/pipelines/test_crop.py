@@ -212,6 +212,7 @@ def test_an_extreme_reduction_keeps_its_many_small_weights() -> None:
             )
 
 
+@pytest.mark.slow
 def test_the_compiled_loops_read_only_memory_that_is_theirs() -> None:
     """What the C library writes over freed memory must not show: numba frees an array behind the last line that names
     it.

@@ -21,6 +21,8 @@ from small_disk import FULL, SmallDisk, Spoken, small_disk, speaking_child
 
 from fastssl.runs.checkpoint import load_checkpoint
 
+pytestmark = pytest.mark.slow
+
 WAYS = ("mounted", "limited")
 used: set[tuple[str, str]] = set()
 

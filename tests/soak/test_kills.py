@@ -16,6 +16,8 @@ from kills import LARGE, Lab, Outcome, checkpointing, compare_runs, conversion, 
 
 from fastssl.runs.checkpoint import load_checkpoint, write_state
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:

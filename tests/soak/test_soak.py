@@ -76,6 +76,7 @@ def test_a_program_that_behaves_is_steady(judged) -> None:
     assert lines["lives"].figures["steps"] > 50 and "130" in lines["lives"].words
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("what", "line", "says"),
     [
