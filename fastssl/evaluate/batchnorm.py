@@ -1,8 +1,7 @@
-"""re-estimated BatchNorm statistics from the views that a network is judged on.
+"""BatchNorm statistics, re-estimated from the views that a network is judged on.
 
-In training a backbone's running statistics mix what it saw: global and local crops, jittered and blurred, the last few
-dozen steps of each. A probe shows it plain centre crops. Taking mean and variance from those again costs one pass over
-some photos, without labels, and leaves all weights alone.
+In training they mix what the network saw: global and local crops, jittered and blurred. A probe shows it plain centre
+crops. Mean and variance of those cost one pass over some photos, without labels, and leave all weights alone.
 """
 
 from __future__ import annotations
@@ -23,9 +22,14 @@ from fastssl.pipelines.plan.draw import ViewSpec
 from fastssl.pipelines.plan.order import epoch_order
 
 
+def _layers(network: nn.Module) -> list[_BatchNorm]:
+    """Those that keep statistics."""
+    return [one for one in network.modules() if isinstance(one, _BatchNorm) and one.track_running_stats]
+
+
 def has_batchnorm(network: nn.Module) -> bool:
     """Whether there are statistics to take."""
-    return any(isinstance(layer, _BatchNorm) and layer.track_running_stats for layer in network.modules())
+    return bool(_layers(network))
 
 
 def reestimated(
@@ -48,8 +52,8 @@ def reestimated(
     Args:
         backbone: on ``device``; left as it is.
         data: photos; their labels are not read.
-        samples: how many of them, at least 2, drawn by ``seed``. All are taken where there are fewer; a few less are
-            where they do not fill equal batches.
+        samples: how many of them, at least 2, drawn by ``seed``: all where there are fewer, a few less where they do
+            not fill equal batches.
         indices: draw from these sample ids alone; default: from all.
         size, batch_size, amp, crop, how: as in ``extract_features``.
 
@@ -64,24 +68,15 @@ def reestimated(
         raise FastSSLError(f"{data.path}: BatchNorm statistics need at least two photos, not {count}")
     device = torch.device(device)
     network = separate_batchnorm(copy.deepcopy(backbone).eval())  # of several processes this one is alone here
-    for layer in network.modules():
-        if isinstance(layer, _BatchNorm) and layer.track_running_stats:
-            layer.reset_running_stats()
-            layer.momentum = None  # the mean over all batches instead of a moving one
-            layer.train()  # these layers alone: drop path and dropout stay still
+    for layer in _layers(network):
+        layer.reset_running_stats()
+        layer.momentum = None  # the mean over all batches instead of a moving one
+        layer.train()  # these layers alone: drop path and dropout stay still
     # Equal batches: a last one of a handful of photos would count as much as a whole one.
     batch = max(2, count // -(-count // batch_size))
     chosen = np.sort(ids[epoch_order(len(ids), seed, 0)[: count - count % batch]])
-    collect(
-        torch.autocast(device.type, torch.bfloat16, enabled=amp)(network),
-        data,
-        ViewSpec.evaluation(size, crop=crop),
-        indices=chosen,
-        batch_size=batch,
-        device=device,
-        **how,
-    )
-    for layer, original in zip(network.modules(), backbone.modules()):
-        if isinstance(layer, _BatchNorm) and isinstance(original, _BatchNorm):
-            layer.momentum = original.momentum
+    forward = torch.autocast(device.type, torch.bfloat16, enabled=amp)(network)
+    collect(forward, data, ViewSpec.evaluation(size, crop=crop), indices=chosen, batch_size=batch, device=device, **how)
+    for layer, original in zip(_layers(network), _layers(backbone)):
+        layer.momentum = original.momentum
     return network.train(backbone.training)

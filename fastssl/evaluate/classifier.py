@@ -1,17 +1,29 @@
-"""A backbone with a new linear layer on it, and the file that such a network goes into."""
+"""A backbone with a new linear layer on it, and the file that such a network goes into.
+
+Between the two may stand the first part of a DINO run's head, which SSLight's fine-tuning keeps (Tan et al., arXiv
+2210.02808, and their public code): everything before the last linear layer of its MLP.
+
+    Linear F-2048, BatchNorm, GELU, Linear 2048-2048, BatchNorm, GELU | Linear 2048-256, unit length, cosines: left out
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from fastssl.config.recipe import Recipe, build_recipe
+from fastssl.errors import FastSSLError
 from fastssl.evaluate.features import ProbeError
+from fastssl.evaluate.trained import checkpoints_of, load_part
+from fastssl.methods.dino import DINOConfig, DINOHead
 from fastssl.models.backbones import create_backbone, feature_dim, resolve_arch
 from fastssl.models.heads import at_least_float32
 from fastssl.pipelines.plan.draw import ViewSpec
+from fastssl.runs.checkpoint import load_checkpoint
 from fastssl.utils.atomic_files import write_atomically
 
 
@@ -21,8 +33,7 @@ class Classifier(nn.Module):
     The last layer is never computed in bfloat16: its 8 bits would make ties among a thousand classes.
 
     Args:
-        backbone: images -> (N, F).
-        classes: C.
+        backbone: images -> (N, F). classes: C.
         head: (N, F) -> (N, H) and H; None: the linear layer reads the feature itself.
         seed: of the linear layer's first weights (torch's default for such layers).
     """
@@ -69,39 +80,19 @@ def save_classifier(network: Classifier, path: Path, *, arch: str, classes: list
             ``fastssl-classifier``.
 
     Raises:
-        ProbeError: a network that timm has no place for, or a file that cannot be written.
+        ProbeError: a network without a single classifier in timm, or a file that cannot be written.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    if not isinstance(network.hidden, nn.Identity):
-        raise ProbeError(
-            f"{path}: a network with hidden layers of a DINO head is none that timm could read; fine-tune with "
-            "--head linear"
-        )
     name = timm_classifier_name(arch)
-    tensors = {
-        **network.backbone.state_dict(),
-        f"{name}.weight": network.linear.weight,
-        f"{name}.bias": network.linear.bias,
-    }
-    about = {
-        "arch": resolve_arch(arch, tags=True),
-        "classes": classes,
-        "size": view.size,
-        "crop": view.center,
-        "interpolation": view.interpolation,
-        "mean": view.mean,
-        "std": view.std,
-    }
+    tensors = {**network.backbone.state_dict(), **network.linear.state_dict(prefix=f"{name}.")}
+    seen = {"crop": view.center, **{name: getattr(view, name) for name in ("interpolation", "mean", "std")}}
+    about = {"arch": resolve_arch(arch, tags=True), "classes": classes, "size": view.size, **seen}
+    notes = {"format": "pt", "fastssl-classifier": json.dumps(about)}
     plain = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
     try:
-        write_atomically(
-            path,
-            lambda temporary: save_file(
-                plain, str(temporary), {"format": "pt", "fastssl-classifier": json.dumps(about)}
-            ),
-        )
+        write_atomically(path, lambda temporary: save_file(plain, str(temporary), notes))
     except (OSError, RuntimeError, SafetensorError) as error:
         raise ProbeError(f"{path}: not written ({' '.join(str(error).split())[:200]})") from error
 
@@ -115,3 +106,57 @@ def is_classifier(path: Path) -> bool:
             return "fastssl-classifier" in (file.metadata() or {})
     except (SafetensorError, OSError):
         return False
+
+
+def run_file(checkpoint: str | Path) -> Path:
+    """The ``last.pt`` of a run: heads are kept there alone.
+
+    Args:
+        checkpoint: a run's folder, its ``checkpoints/``, or the ``last.pt`` itself.
+
+    Raises:
+        FastSSLError: something else, or no such file.
+    """
+    path = Path(checkpoint)
+    path = checkpoints_of(path) / "last.pt" if path.is_dir() else path
+    if path.suffix != ".pt":
+        raise FastSSLError(
+            f"{path}: holds a backbone alone; the DINO head is in the run's last.pt: give that, or the run's folder"
+        )
+    if not path.is_file():
+        raise FastSSLError(f"{path}: no such file; the DINO head is kept in a run's last.pt")
+    return path
+
+
+def load_half_head(path: Path, which: str = "student", *, fresh: bool = False) -> tuple[nn.Sequential, int]:
+    """The hidden layers of a DINO head, features (N, F) -> (N, H), and H.
+
+    Args:
+        path: the ``last.pt`` of a DINO run.
+        which: ``student`` or ``teacher``.
+        fresh: the same layers with new weights, as the run itself began with (drawn from torch's global generator).
+
+    Raises:
+        FastSSLError: no DINO run, or a head without hidden layers, or tensors that do not fit what the run says of
+            itself.
+    """
+    state = load_checkpoint(path)
+    config = state["config"]
+    if config.get("method") != "dino":
+        raise FastSSLError(f"{path}: a run of {config.get('method')} has no DINO head; --head linear needs none")
+    keys = [field.name for field in dataclasses.fields(Recipe)]
+    recipe = build_recipe({key: config[key] for key in keys if key in config}, where=str(path))
+    settings = recipe.settings
+    assert isinstance(settings, DINOConfig)
+    if settings.projector.layers < 2:
+        raise FastSSLError(
+            f"{path}: its DINO head has one linear layer, of which nothing is kept; --head linear does the same"
+        )
+    with torch.device("meta"):  # the width alone is wanted of it
+        width = feature_dim(create_backbone(recipe.arch))
+    head = DINOHead(width, settings)
+    if not fresh and (unfit := load_part(head, state, f"{which}.projector.")):
+        raise FastSSLError(f"{path}: the {which}'s head does not fit: {unfit}")
+    layers = list(head.mlp)
+    last = max(place for place, layer in enumerate(layers) if isinstance(layer, nn.Linear))
+    return nn.Sequential(*layers[:last]), settings.projector.hidden

@@ -1,7 +1,7 @@
-"""Has the network collapsed? Cheap statistics of a batch of features, all of them tensors on the features' device.
+"""Has the network collapsed? A self-supervised loss can fall while the features become useless: all alike, or along a
+few directions only. These statistics of a batch of (N, D) floating-point features show it, without labels.
 
-A self-supervised loss can fall while the features become useless (all alike, or along a few directions only): these
-figures show it, without labels. Except for :func:`effective_rank` nothing here waits for the device.
+Each is () float32 on the features' device; only :func:`effective_rank` may wait for it.
 """
 
 from __future__ import annotations
@@ -18,12 +18,6 @@ def feature_std(features: Tensor) -> Tensor:
 
     1: spread evenly over the sphere; 0: collapsed to one point. As in Chen & He, "Exploring simple Siamese
     representation learning", CVPR 2021, section 4.1, scaled so that it does not depend on the width.
-
-    Args:
-        features: (N, D) floating point, any scale.
-
-    Returns:
-        () float32.
     """
     normalised = functional.normalize(features.detach().float(), dim=1)
     spread: Tensor = normalised.std(dim=0, unbiased=False).mean() * features.shape[1] ** 0.5
@@ -34,15 +28,11 @@ def effective_rank(features: Tensor) -> Tensor:
     """Number of directions that the features use: exp of the entropy of the singular values' distribution.
 
     Garrido, Balestriero, Najman, LeCun, "RankMe", ICML 2023, after Roy & Vetterli 2007; here of the *centred*
-    features, so that a large common offset (which a fresh network has) does not count as structure.
-
-    On a GPU the singular value decomposition waits for the device: call it between steps, not in one.
-
-    Args:
-        features: (N, D) floating point.
+    features, so that a large common offset (which a fresh network has) does not count as structure. On a GPU the
+    singular value decomposition waits for the device: call it between steps, not in one.
 
     Returns:
-        () float32 from 1 to min(N - 1, D); 0 when all rows are equal up to rounding; NaN when a feature is not finite.
+        from 1 to min(N - 1, D); 0 when all rows are equal up to rounding; NaN when a feature is not finite.
     """
     features = features.detach().float()
     finite = torch.isfinite(features).all()
@@ -51,26 +41,18 @@ def effective_rank(features: Tensor) -> Tensor:
     singular = torch.linalg.svdvals(features - features.mean(dim=0))
     # What subtracting the mean leaves of equal rows is rounding noise, which looks like a full rank: it does not count.
     noise = torch.finfo(torch.float32).eps * torch.linalg.vector_norm(features) * 4
-    singular = torch.where(singular > noise, singular, torch.zeros_like(singular))
+    singular = torch.where(singular > noise, singular, 0.0)
     share = singular / singular.sum().clamp_min(torch.finfo(torch.float32).tiny)
-    rank = torch.special.entr(share).sum().exp()
-    rank = torch.where(singular.sum() > 0, rank, torch.zeros_like(rank))
-    return torch.where(finite, rank, torch.full_like(rank, torch.nan))
+    rank = torch.where(singular.sum() > 0, torch.special.entr(share).sum().exp(), 0.0)
+    return torch.where(finite, rank, torch.nan)
 
 
 def uniformity(features: Tensor) -> Tensor:
-    """log of the mean of exp(-2 |x - y|^2) over all pairs of different rows, on the unit sphere.
+    """log of the mean of exp(-2 |x - y|^2) over all pairs of different rows (at least two), on the unit sphere: 0 if
+    collapsed to one point, about -4 if spread evenly in many dimensions, a little lower at best for few rows.
 
-    Wang & Isola, "Understanding contrastive representation learning through alignment and uniformity", ICML 2020.
-
-    0: collapsed to one point; about -4 for features spread evenly in many dimensions, a little lower at best for few
-    rows.
-
-    Args:
-        features: (N, D) floating point, any scale, N >= 2. Takes N^2 floats of memory.
-
-    Returns:
-        () float32.
+    Wang & Isola, "Understanding contrastive representation learning through alignment and uniformity", ICML 2020. Takes
+    N^2 floats of memory.
     """
     normalised = functional.normalize(features.detach().float(), dim=1)
     count = len(normalised)

@@ -3,30 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from fastssl.distributed.collectives import rank, world_size
 from fastssl.errors import counted
 from fastssl.evaluate.features import ProbeError
 from fastssl.pipelines.beton.reader import BetonReader
-from fastssl.pipelines.loader import Batch, ViewLoader
+from fastssl.pipelines.loader import ViewLoader
 from fastssl.pipelines.plan.draw import ViewSpec
 from fastssl.pipelines.plan.order import epoch_order
 
 #: Photos that go through the network at once, at most: a probe's batch of 4096 is a step of its classifier, not of the
 #: network.
-_PASS = 256
+PASS = 256
 
 
 class FeatureStream:
     """``stream.epoch(e)``: what the classifier's steps of epoch ``e`` read.
 
     Every photo's view is a function of (seed, epoch, sample), and this process has its part of every batch, so that all
-    processes together see what one would. A last, partial batch of an epoch is left out. Use it as a context manager,
-    as the loader that it holds.
+    processes together see what one would. A last, partial batch of an epoch is left out. A context manager.
 
     Args:
         network: images (B, 3, S, S) -> (B, F), on ``device``. It is put into evaluation mode, and no gradient is kept.
@@ -34,9 +35,9 @@ class FeatureStream:
         targets: (len(reader),) int64 class of each sample of the file, on the CPU.
         view: the training view.
         batch_size: of all processes together.
-        device, seed, workers, amp: as in ``extract_features``.
         cached_epochs: 0, or how many epochs' features are kept, in float32 on the host. Later epochs take their
             batches, as they were, reshuffled.
+        seed, amp: as in ``extract_features``. loading: ``workers``.
 
     Attributes:
         steps: batches in an epoch.
@@ -57,16 +58,16 @@ class FeatureStream:
         batch_size: int,
         device: torch.device,
         seed: int = 0,
-        workers: int | None = None,
         amp: bool = False,
         cached_epochs: int = 0,
+        **loading: Any,
     ):
-        if batch_size % world_size():
+        world = world_size()
+        if batch_size % world:
             raise ProbeError(
-                f"a batch of {batch_size} cannot be shared by {world_size()} processes: choose a multiple "
-                "(--batch-size)"
+                f"a batch of {batch_size} cannot be shared by {world} processes: choose a multiple (--batch-size)"
             )
-        self.steps, self.batch = len(indices) // batch_size, batch_size // world_size()
+        self.steps, self.batch = len(indices) // batch_size, batch_size // world
         if not self.steps:
             photos = counted(len(indices), "photo")
             raise ProbeError(
@@ -74,26 +75,15 @@ class FeatureStream:
             )
         self._network, self._targets, self._device, self._amp, self._seed = network.eval(), targets, device, amp, seed
         self._passes = _passes(self.batch)
-        self._loader = ViewLoader(
-            reader,
-            [view],
-            self.batch // self._passes,
-            device,
-            seed=seed,
-            workers=workers,
-            rank=rank(),
-            world=world_size(),
-            indices=indices,
-        )
+        loading |= {"seed": seed, "rank": rank(), "world": world, "indices": indices}
+        self._loader = ViewLoader(reader, [view], self.batch // self._passes, device, **loading)
         self._kept = cached_epochs
         self._features = torch.empty(0)  # then (epochs kept, steps, batch, F)
         self._labels = torch.empty(cached_epochs, self.steps, self.batch, dtype=torch.int64)
 
     def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """(features (B, F) float32, targets (B,) int64) of each step, on the device; B is this process's part of the
-        batch.
-
-        Epochs that are kept must come first, and in their order.
+        """(features (B, F) float32, targets (B,) int64) of each step, on the device, B in this process's part of the
+        batch. Epochs that are kept must come first, and in their order.
         """
         return self._fresh(epoch) if epoch < self._kept or not self._kept else self._again(epoch)
 
@@ -102,26 +92,23 @@ class FeatureStream:
         batches = self._loader.epoch(epoch)
         try:
             for step in range(self.steps):
-                features, targets = zip(*(self._read(next(batches)) for _ in range(self._passes)))
-                found = torch.cat(features), torch.cat(targets)
+                parts = []
+                for _ in range(self._passes):
+                    batch = next(batches)
+                    with torch.autocast(self._device.type, torch.bfloat16, enabled=self._amp):
+                        found = self._network(batch.views[0])
+                    parts.append((found.float(), self._targets[batch.index]))
+                features, targets = map(torch.cat, zip(*parts))
                 if epoch < self._kept:
-                    self._keep(epoch, step, *found)
-                yield found[0], found[1].to(self._device, non_blocking=True)
+                    if not len(self._features):
+                        # Pinned for a GPU: copies both ways then go by its queue, and the host does not wait for them.
+                        shape = (self._kept, self.steps, *features.shape)
+                        self._features = torch.empty(shape, pin_memory=self._device.type == "cuda")
+                    self._features[epoch, step].copy_(features, non_blocking=True)
+                    self._labels[epoch, step] = targets
+                yield features, targets.to(self._device, non_blocking=True)
         finally:
             batches.close()
-
-    def _read(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._amp):
-            features = self._network(batch.views[0])
-        return features.float(), self._targets[batch.index]
-
-    def _keep(self, epoch: int, step: int, features: Tensor, targets: Tensor) -> None:
-        if not len(self._features):
-            # Pinned for a GPU: copies both ways then go by its queue, and the host does not wait for them.
-            shape = (self._kept, self.steps, *features.shape)
-            self._features = torch.empty(shape, pin_memory=self._device.type == "cuda")
-        self._features[epoch, step].copy_(features, non_blocking=True)
-        self._labels[epoch, step] = targets
 
     def _again(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         kept = epoch % self._kept
@@ -138,5 +125,33 @@ class FeatureStream:
 
 def _passes(batch: int) -> int:
     """Into how many equal passes of the network a batch is cut: as few as may be; one where no divisor is worth it."""
-    fewest = -(-batch // _PASS)
+    fewest = -(-batch // PASS)
     return next((passes for passes in range(fewest, 4 * fewest) if batch % passes == 0), 1)
+
+
+class ClassTokens(nn.Module):
+    """A vision transformer, read at the class tokens of its last ``blocks`` blocks, each through the final norm.
+
+    ``module(images (B, 3, S, S)) -> (B, blocks * F)``, the deepest block's last: 768 wide for ViT-Ti and 4 blocks. So
+    do Caron et al., "Emerging properties in self-supervised vision transformers" (DINO), arXiv 2104.14294, appendix
+    F.2, for small transformers, and SSLight.
+
+    Raises:
+        ProbeError: the network is no vision transformer of timm that reads its class token, or has fewer blocks.
+    """
+
+    def __init__(self, backbone: nn.Module, blocks: int):
+        super().__init__()
+        name = type(backbone).__name__
+        if not isinstance(backbone, VisionTransformer) or getattr(backbone, "global_pool", "") != "token":
+            raise ProbeError(
+                f"this protocol reads a vision transformer's class tokens, and the network ({name}) has none: "
+                "choose another --protocol"
+            )
+        if len(backbone.blocks) < blocks:
+            raise ProbeError(f"the network has {len(backbone.blocks)} blocks, this protocol reads the last {blocks}")
+        self.backbone, self.blocks = backbone, blocks
+
+    def forward(self, images: Tensor) -> Tensor:
+        layers = self.backbone.get_intermediate_layers(images, n=self.blocks, return_prefix_tokens=True, norm=True)
+        return torch.cat([prefix[:, 0] for _, prefix in layers], dim=1)

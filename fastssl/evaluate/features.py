@@ -84,10 +84,8 @@ def extract_features(
             ``device``; each module's training flag is put back afterwards.
         data: a ``.beton`` file or an open reader (which stays open).
         size: S, in pixels.
-        device: where the backbone runs.
         amp: bfloat16 autocast.
         crop: side of the centre square relative to the photo's short side.
-        interpolation: of the resize, ``bilinear`` or ``bicubic``.
         how: ``indices``, ``batch_size``, ``workers``, ``on_bad`` and ``progress``, see ``collect``.
 
     Raises:
@@ -98,6 +96,15 @@ def extract_features(
     spec = replace(ViewSpec.evaluation(size, crop=crop), interpolation=interpolation)
     with evaluating(backbone):
         return collect(forward, data, spec, device=device, **how)
+
+
+def share_features(
+    backbone: nn.Module, data: BetonReader, index: np.ndarray, label: str, bar: Bar = silent, **how: Any
+) -> Features:
+    """``extract_features`` of this process's share of the samples ``index``, with a bar."""
+    mine = shard(index)
+    with bar(label, len(mine)) as advance:
+        return extract_features(backbone, data, indices=mine, progress=advance, **how)
 
 
 @contextmanager
@@ -141,7 +148,7 @@ def collect(
     device: torch.device = torch.device("cpu"),  # noqa: B008 (cannot be changed)
     workers: int | None = None,
     on_bad: str = "fail",
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], None] = lambda done: None,
 ) -> Features:
     """Apply ``function`` (B, 3, S, S) -> (B, F) to the one view ``spec`` of every sample.
 
@@ -171,15 +178,13 @@ def collect(
             features[target] = rows[good.to(rows.device)].to("cpu", torch.float32)
             index[target], labels[target] = batch.index[good], batch.label[good]
             kept += len(good)
-            if progress is not None:
-                progress(first)
+            progress(first)
     assert features is not None  # a loader has samples
     return Features(features[:kept], labels[:kept], index[:kept])
 
 
 def shard(index: np.ndarray, *, may_be_empty: bool = False) -> np.ndarray:
-    """This process's part of ``index``: neighbours stay together, parts differ by one at most. All of it for a single
-    process.
+    """This process's part of ``index``: neighbours stay together, parts differ by one at most.
 
     Raises:
         ProbeError: there are fewer samples than processes, on all of them, unless the part ``may_be_empty``.
@@ -198,39 +203,43 @@ def gathered(features: Features) -> Features:
 def split_indices(
     labels: np.ndarray | None, num_samples: int, *, fraction: float = 0.2, seed: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Hold out a part of one data set, the same share of every class.
-
-    A pure function of its arguments: the split does not change with machine, library version or run.
+    """Hold out a part of one data set, the same share of every class; a pure function of its arguments, on any machine.
 
     Args:
         labels: (num_samples,) integers, or None for an unlabelled set (then the split is not stratified).
-        num_samples: N.
         fraction: share to hold out, 0 < fraction < 1; of each class at least one sample is held out if it has two,
             and at least one stays.
-        seed: of the draw.
 
     Returns:
-        (train, held_out): two sorted int64 arrays of sample ids, disjoint, together all N.
+        (train, held_out): two sorted int64 arrays of sample ids, disjoint, together all of them.
     """
     if not 0 < fraction < 1:
         raise ProbeError(f"the held-out fraction must lie between 0 and 1, got {fraction}")
-    order = epoch_order(num_samples, seed, 0)
     groups = np.zeros(num_samples, np.int64) if labels is None else np.asarray(labels)
     if groups.shape != (num_samples,):
         raise ProbeError(f"{groups.shape} labels for {num_samples} samples")
-    held_out = np.zeros(num_samples, bool)
-    for group in np.unique(groups):
-        members = order[groups[order] == group]
-        count = min(max(round(fraction * len(members)), 1), len(members) - 1)
-        held_out[members[:count]] = True
+    held_out = draw_of_each(groups, seed, lambda size: min(max(round(fraction * size), 1), size - 1))
     return np.flatnonzero(~held_out), np.flatnonzero(held_out)
+
+
+def draw_of_each(labels: np.ndarray, seed: int, count: Callable[[int], int]) -> np.ndarray:
+    """(N,) bool, which of the samples are drawn: of a class with n samples the first ``count(n)`` in an order of
+    ``seed``, which of a larger count has those of a smaller.
+    """
+    order = epoch_order(len(labels), seed, 0)
+    # Class by class, each in the drawn order: one sort, where a thousand classes would be a thousand searches.
+    by_class = order[np.argsort(labels[order], kind="stable")]
+    drawn = np.zeros(len(labels), bool)
+    for members in np.split(by_class, np.flatnonzero(np.diff(labels[by_class])) + 1):
+        drawn[members[: count(len(members))]] = True
+    return drawn
 
 
 def wilson_interval(correct: int, total: int, z: float = 1.96) -> tuple[float, float]:
     """95 % confidence interval of an accuracy, in percent.
 
     Wilson's score interval (J. Am. Stat. Assoc. 22, 1927): sound also near 0 and 100 %. It covers the choice of the
-    ``total`` validation samples only, not the seed of the training.
+    ``total`` samples only, not the seed of the training.
     """
     if total == 0:
         return 0.0, 100.0
@@ -245,13 +254,9 @@ def accuracies(top1: int, top5: int, total: int, classes: int) -> dict[str, Any]
     """``accuracy`` and ``top5_accuracy`` in percent, each with its interval; top-5 is None where there are no more than
     five classes, of which it would say nothing.
     """
-    tells = classes > 5
-    return {
-        "accuracy": 100 * top1 / total,
-        "confidence": wilson_interval(top1, total),
-        "top5_accuracy": 100 * top5 / total if tells else None,
-        "top5_confidence": wilson_interval(top5, total) if tells else None,
-    }
+    first, five = ((100 * right / total, wilson_interval(right, total)) for right in (top1, top5))
+    names = ("accuracy", "confidence", "top5_accuracy", "top5_confidence")
+    return dict(zip(names, [*first, *(five if classes > 5 else (None, None))]))
 
 
 def is_finite(*parts: Features) -> bool:
@@ -272,9 +277,8 @@ def check_probe_input(train: Features, val: Features) -> None:
         if not is_finite(part):
             raise ProbeError(f"features of the {name} part are NaN or infinite: the checkpoint's training has diverged")
     if train.features.shape[1] != val.features.shape[1]:
-        raise ProbeError(
-            f"features differ in width: {train.features.shape[1]} in training, {val.features.shape[1]} in validation"
-        )
+        widths = f"{train.features.shape[1]} in training, {val.features.shape[1]} in validation"
+        raise ProbeError(f"features differ in width: {widths}")
 
 
 def check_shared_input(train: Features, val: Features) -> None:

@@ -4,11 +4,9 @@
     -> [half of a DINO head] -> Linear -> cross-entropy
     photo to be judged on -> bicubic centre crop (224 of 256) -> the same in evaluation mode
 
-It is what the semi-supervised figures (1 % and 10 % of the labels) and the transfer to another data set are measured
-by. Protocol of SSLight (Tan et al., arXiv 2210.02808): SGD with Nesterov momentum 0.9 without weight decay, rate 0.03
-for 256 photos, half a cosine to 1e-6 that changes once an epoch, no warm-up, BatchNorm in training mode over all
-processes. Crops, order and first weights are functions of the seed: a run repeats bit for bit on a CPU, and several
-processes make the steps of one.
+Protocol of SSLight (Tan et al., arXiv 2210.02808) for 1 % and 10 % of the labels: ``SSLIGHT_OPTIM``, no warm-up,
+BatchNorm in training mode over all processes. Crops, order and first weights are functions of the seed: a run repeats
+bit for bit on a CPU, and several processes make the steps of one.
 """
 
 from __future__ import annotations
@@ -17,6 +15,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,10 +26,10 @@ from fastssl.distributed.sync_batchnorm import synchronise_batchnorm
 from fastssl.errors import counted
 from fastssl.evaluate.classifier import Classifier
 from fastssl.evaluate.features import EVALUATION_CROP, ProbeError, accuracies, collect, require_size, shard
-from fastssl.evaluate.photos import LabelledSplit, require_labels
+from fastssl.evaluate.photos import LabelledSplit, require_classes, require_labels
 from fastssl.optim.optimizers import OptimConfig, create_optimizer, parameter_groups
-from fastssl.optim.schedules import learning_rate
-from fastssl.pipelines.loader import Batch, ViewLoader
+from fastssl.optim.schedules import half_cosine
+from fastssl.pipelines.loader import ViewLoader
 from fastssl.pipelines.plan.draw import ViewSpec
 from fastssl.utils.host_memory import keep_freed_memory
 from fastssl.utils.settings import Count, Positive, Real, settings
@@ -47,12 +46,11 @@ class FinetuneConfig:
     """How to fine-tune.
 
     Attributes:
-        optim: optimiser and schedule; the rate is for 256 photos and scales with the batch.
-        epochs: passes over the labelled photos.
+        optim: optimiser, with the rate for 256 photos, which scales with the batch, and half a cosine to ``final_lr``
+            that changes once an epoch; no warm-up, constant decay.
         batch_size: photos a step, of all processes together.
         head_lr_factor: the head's rate in units of the backbone's.
-        size: pixels of both views.
-        crop: share of the short side that the centre crop shows.
+        size: pixels of both views. crop: share of the short side that the centre crop shows.
     """
 
     optim: OptimConfig = SSLIGHT_OPTIM
@@ -62,29 +60,15 @@ class FinetuneConfig:
     size: Count = 224
     crop: Real = EVALUATION_CROP
 
-    def __post_init__(self) -> None:
-        if not self.optim.per_epoch or self.optim.warmup_lr is not None or self.optim.final_weight_decay is not None:
-            raise ValueError(
-                "optim: fine-tuning changes its rate once an epoch, without warmup_lr, and keeps its weight decay"
-            )
-
     def lr(self, epoch: int) -> float:
         """The backbone's rate in ``epoch`` (0 .. epochs; at ``epochs``, one past the last, it is the final one)."""
-        return learning_rate(
-            epoch,
-            total_steps=self.epochs,
-            steps_per_epoch=1,
-            peak=self.optim.peak_lr(self.batch_size),
-            final=self.optim.final_lr,
-            warmup_epochs=self.optim.warmup_epochs,
-        )
+        return half_cosine(epoch / self.epochs, self.optim.peak_lr(self.batch_size), self.optim.final_lr)
 
     @property
     def train_view(self) -> ViewSpec:
         """Random resized crop and flip, no colour: torchvision's defaults for classification, bicubic."""
-        return ViewSpec(
-            size=self.size, area=(0.08, 1.0), interpolation="bicubic", flip=0.5, jitter=0.0, grey=0.0, blur=0.0
-        )
+        no_colour: dict[str, Any] = {"jitter": 0.0, "grey": 0.0, "blur": 0.0}
+        return ViewSpec(size=self.size, area=(0.08, 1.0), interpolation="bicubic", flip=0.5, **no_colour)
 
     @property
     def test_view(self) -> ViewSpec:
@@ -94,17 +78,15 @@ class FinetuneConfig:
 
 @dataclass(frozen=True)
 class FinetuneResult:
-    """What came out.
+    """What came out; shares in percent.
 
     Attributes:
-        accuracy, top5: of the last epoch, percent; top5 is None with five classes or fewer, of which it would say
-            nothing.
-        confidence, top5_confidence: their 95 % intervals, percent.
+        accuracy, top5: of the last epoch; top5 is None with five classes or fewer, of which it would say nothing.
+        confidence, top5_confidence: their 95 % intervals.
         best_accuracy, best_confidence, best_top5, best_epoch: of the epoch (from 1) that was best on the photos judged
             on, which is how papers report it: slightly optimistic, because it was chosen by them.
         accuracies: by epoch. losses, train_accuracies: mean cross-entropy and top-1 over the epoch's training views,
-            while the network was changing.
-        learning_rates: of the backbone, by epoch.
+            while the network was changing. learning_rates: of the backbone, by epoch.
         unseen: photos judged on of a class that the labelled ones do not have; they count as wrong.
         steps_per_epoch: whole batches; what is left over is passed over, another part in every epoch.
     """
@@ -137,7 +119,7 @@ def finetune(
     amp: bool = False,
     seed: int = 0,
     workers: int | None = None,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], None] = lambda done: None,
 ) -> FinetuneResult:
     """Train ``network``, all of it, on the first part of ``split``; judge it on the second after every epoch. All
     processes get the result.
@@ -147,7 +129,6 @@ def finetune(
             afterwards.
         amp: bfloat16 autocast, all but the last layer.
         seed: of the order of photos and of their crops.
-        workers: decoding threads.
         progress: called with the number of photos (of all processes) trained on so far.
 
     Raises:
@@ -156,10 +137,7 @@ def finetune(
     """
     classes = len(split.classes)
     own = _own_batch(config.batch_size, len(split.train_index))
-    if classes < 2:
-        raise ProbeError(
-            f"{split.train.path}: the labelled photos are of one class only; a classifier needs at least two"
-        )
+    require_classes(split.classes, split.train, "labelled photos", "a classifier")
     if device.type == "cpu":
         keep_freed_memory()
     else:
@@ -169,43 +147,53 @@ def finetune(
     broadcast_module(network)
     if world_size() > 1:
         synchronise_batchnorm(network, device)
-    tuner = _Tuner(network, split, config, device, amp, workers)
-    loader = ViewLoader(
-        split.train,
-        [config.train_view],
-        own,
-        device,
-        seed=seed,
-        workers=workers,
-        rank=rank(),
-        world=world_size(),
-        indices=split.train_index,
-        dtype=tuner.dtype,
-    )
+    groups = [
+        {**group, "lr_factor": 1.0 if part is network.backbone else config.head_lr_factor}
+        for part in (network.backbone, network.hidden, network.linear)
+        for group in parameter_groups(part, config.optim)
+        if group["params"]
+    ]
+    optimizer = create_optimizer(network, config.optim, groups)
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    targets = split.targets(require_labels(split.train))
+    # Views in the type that the first layer reads, so that no pass casts them again.
+    how: dict[str, Any] = {"workers": workers, "dtype": torch.bfloat16 if amp else network.linear.weight.dtype}
+    how |= {"seed": seed, "rank": rank(), "world": world_size(), "indices": split.train_index}
     losses, train_accuracies, counts, rates = [], [], [], []
-    with loader:
+    with ViewLoader(split.train, [config.train_view], own, device, **how) as loader:
+        photos = len(loader) * config.batch_size  # an epoch
         for epoch in range(config.epochs):
             rates.append(config.lr(epoch))
+            for group in optimizer.param_groups:
+                group["lr"] = rates[-1] * group["lr_factor"]
             network.train()
-            loss, train_accuracy = tuner.epoch(loader, epoch, rates[-1], progress)
-            if not math.isfinite(loss):
+            sums = torch.zeros(2, dtype=torch.float64, device=device)  # loss, right; waited for behind the epoch
+            for step, batch in enumerate(loader.epoch(epoch), 1):
+                wanted = to_device(targets[batch.index.numpy()], device)
+                with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+                    logits = network(batch.views[0])
+                loss = functional.cross_entropy(logits, wanted)
+                loss.backward()
+                average_gradients(parameters)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                with torch.no_grad():
+                    sums += torch.stack([loss.double() * len(wanted), (logits.argmax(1) == wanted).sum().double()])
+                progress(epoch * photos + step * config.batch_size)
+            mean, right = (all_reduce_sum(sums) / photos).tolist()
+            if not math.isfinite(mean):
                 raise ProbeError(
-                    f"fine-tuning has diverged: the loss is {loss} in epoch {epoch + 1} of {config.epochs}; lower --lr"
+                    f"fine-tuning has diverged: the loss is {mean} in epoch {epoch + 1} of {config.epochs}; lower --lr"
                 )
-            losses.append(loss)
-            train_accuracies.append(100 * train_accuracy)
-            counts.append(tuner.count_correct())
+            losses.append(mean)
+            train_accuracies.append(100 * right)
+            counts.append(count_correct(network, split, config, device=device, amp=amp, workers=workers))
     total = len(split.val_index)
     best = max(range(config.epochs), key=lambda epoch: counts[epoch][0])  # the first of equals
-    last, at_best = (accuracies(*counts[epoch], total, classes) for epoch in (-1, best))
+    last, at_best = (accuracies(*counts[epoch], total, classes).values() for epoch in (-1, best))
+    names = ("accuracy", "confidence", "top5", "top5_confidence", "best_accuracy", "best_confidence", "best_top5")
     return FinetuneResult(
-        accuracy=last["accuracy"],
-        confidence=last["confidence"],
-        top5=last["top5_accuracy"],
-        top5_confidence=last["top5_confidence"],
-        best_accuracy=at_best["accuracy"],
-        best_confidence=at_best["confidence"],
-        best_top5=at_best["top5_accuracy"],
+        **dict(zip(names, [*last, *at_best])),
         best_epoch=best + 1,
         accuracies=[100 * first / total for first, _ in counts],
         losses=losses,
@@ -219,89 +207,35 @@ def finetune(
     )
 
 
-class _Tuner:
-    """The parts of a step: network, optimiser, targets."""
+def count_correct(
+    network: Classifier,
+    split: LabelledSplit,
+    config: FinetuneConfig,
+    *,
+    device: torch.device,
+    amp: bool = False,
+    workers: int | None = None,
+) -> tuple[int, int]:
+    """How many of all photos to be judged on have their class first, and among the first five. The network is in
+    evaluation mode afterwards.
+    """
+    best, mine = min(5, network.linear.out_features), shard(split.val_index, may_be_empty=True)
+    dtype = torch.bfloat16 if amp else network.linear.weight.dtype
+    network.eval()
+    right = torch.zeros(2, dtype=torch.int64)
+    if len(mine):
 
-    def __init__(
-        self,
-        network: Classifier,
-        split: LabelledSplit,
-        config: FinetuneConfig,
-        device: torch.device,
-        amp: bool,
-        workers: int | None,
-    ):
-        self.network, self.split, self.config = network, split, config
-        self.device, self.workers = device, workers
-        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=amp)
-        self.targets = split.targets(require_labels(split.train))
-        groups = [
-            {**group, "lr_factor": 1.0 if part is network.backbone else config.head_lr_factor}
-            for part in (network.backbone, network.hidden, network.linear)
-            for group in parameter_groups(part, config.optim)
-            if group["params"]
-        ]
-        self.optimizer = create_optimizer(network, config.optim, groups)
-        self.parameters = [parameter for group in groups for parameter in group["params"]]
-        # Views in the type that the first layer reads, so that no pass casts them again.
-        self.dtype = torch.bfloat16 if amp else network.linear.weight.dtype
+        def guesses(images: Tensor) -> Tensor:
+            with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+                logits: Tensor = network(images.to(dtype))
+            return logits.topk(best, dim=1).indices  # float32 holds them exactly
 
-    def epoch(
-        self, loader: ViewLoader, epoch: int, lr: float, progress: Callable[[int], None] | None
-    ) -> tuple[float, float]:
-        """One pass over the labelled photos: (mean loss, share right). The device is waited for once, at its end."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr * group["lr_factor"]
-        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
-        whole = self.config.batch_size
-        for step, batch in enumerate(loader.epoch(epoch)):
-            sums += self.step(batch)
-            if progress is not None:
-                progress((epoch * len(loader) + step + 1) * whole)
-        loss, right = (all_reduce_sum(sums) / (len(loader) * whole)).tolist()
-        return loss, right
-
-    def step(self, batch: Batch) -> Tensor:
-        """Forward, backward, mean gradient of all processes, optimiser; (2,) float64 on the device: summed loss and
-        number right of this process.
-        """
-        targets = to_device(self.targets[batch.index.numpy()], self.device)
-        with self.autocast:
-            logits = self.network(batch.views[0])
-        loss = functional.cross_entropy(logits, targets)
-        loss.backward()
-        average_gradients(self.parameters)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        with torch.no_grad():
-            return torch.stack([loss.double() * len(targets), (logits.argmax(1) == targets).sum().double()])
-
-    def count_correct(self) -> tuple[int, int]:
-        """How many of all photos to be judged on have their class first, and among the first five."""
-        split, config, best = self.split, self.config, min(5, self.network.linear.out_features)
-        self.network.eval()
-        mine = shard(split.val_index, may_be_empty=True)
-        right = torch.zeros(2, dtype=torch.int64)
-        if len(mine):
-
-            def guesses(images: Tensor) -> Tensor:
-                with self.autocast:
-                    logits: Tensor = self.network(images.to(self.dtype))
-                return logits.topk(best, dim=1).indices  # float32 holds them exactly
-
-            found = collect(
-                guesses,
-                split.val,
-                config.test_view,
-                indices=mine,
-                batch_size=config.batch_size,
-                device=self.device,
-                workers=self.workers,
-            )
-            hits = found.features.long() == torch.from_numpy(split.targets(found.labels.numpy()))[:, None]
-            right[0], right[1] = hits[:, 0].sum(), hits.sum()
-        first, five = all_reduce_sum(right).tolist()
-        return first, five
+        how: dict[str, Any] = {"indices": mine, "batch_size": config.batch_size, "device": device, "workers": workers}
+        found = collect(guesses, split.val, config.test_view, **how)
+        hits = found.features.long() == torch.from_numpy(split.targets(found.labels.numpy()))[:, None]
+        right[0], right[1] = hits[:, 0].sum(), hits.sum()
+    first, five = all_reduce_sum(right).tolist()
+    return first, five
 
 
 def _own_batch(batch: int, photos: int) -> int:

@@ -1,11 +1,8 @@
-"""Weighted k-nearest-neighbour classification of frozen features: no training, one number, quick enough to run online.
+"""Weighted k-nearest-neighbour classification of frozen features: no training, quick enough to run online.
 
 Formula: Wu, Xiong, Yu, Lin, "Unsupervised feature learning via non-parametric instance discrimination", CVPR 2018,
-section 3.4: each of the k most similar bank samples votes for its class with exp(cosine / temperature).
-
-The usual protocol has the training photos as the bank and judges the validation photos. ``leave_one_out`` is a monitor,
-not that protocol: every sample of one set is judged by all the others, so its figures cannot be compared with published
-ones.
+section 3.4: each of the k most similar bank samples votes for its class with exp(cosine / temperature). The usual
+protocol has the training photos as the bank and judges the validation photos.
 """
 
 from __future__ import annotations
@@ -41,7 +38,6 @@ class KnnResult:
         accuracy, confidence: top-1 in percent, and its 95 % interval.
         top5_accuracy, top5_confidence: the class is one of the five with the most votes (a class without votes is none
             of them); None where there are no more than five classes.
-        k, temperature: as used.
         train_samples, val_samples: sizes of the bank and of what was judged.
         classes: of the bank.
     """
@@ -80,10 +76,9 @@ def knn_accuracies(
         train: the bank. It stays where it is; tiles of it go to ``device``.
         val: to be judged.
         ks: numbers of neighbours that vote, at most the whole bank; those that come to the same number are one.
-        temperature: of the votes' weights.
-        device: where similarities are computed.
-        leave_one_out: ``val`` is the bank itself (with ``shared`` all of it), and no sample votes for itself.
-        shared: ``train`` is this process's part of the bank, as ``features.share`` deals it out, and ``val`` is whole
+        leave_one_out: ``val`` is the bank itself (with ``shared`` all of it), and no sample votes for itself. A
+            monitor: its figures cannot be compared with published ones.
+        shared: ``train`` is this process's part of the bank, as ``features.shard`` deals it out, and ``val`` is whole
             on every process. All processes must call this, and get what one would get that has all of the bank.
 
     Raises:
@@ -97,13 +92,9 @@ def knn_accuracies(
     if leave_one_out and len(labels) < 2:
         raise ProbeError("leave-one-out needs at least two samples")
     most = min(max(ks), len(labels) - leave_one_out)
-    first = 0
-    if shared and world_size() > 1:
-        lengths = gather_rows(torch.tensor([len(train)]))
-        first = int(lengths[: rank()].sum())
-    similarity, index = _search(
-        train.features, val.features, most, torch.device(device), first if leave_one_out else None
-    )
+    first = int(gather_rows(torch.tensor([len(train)]))[: rank()].sum()) if shared else 0
+    own = first if leave_one_out else None
+    similarity, index = _search(train.features, val.features, most, torch.device(device), own)
     if shared:
         similarity, index = _merged(similarity, index + first, most, len(labels))
     neighbours, classes = labels.to(index.device)[index], len(labels.unique())
@@ -112,8 +103,7 @@ def knn_accuracies(
     for k in dict.fromkeys(min(k, most) for k in ks):
         ranked = ranked_classes(similarity[:, :k], neighbours[:, :k], temperature, places=5).cpu()
         hits = ranked == val.labels[:, None]
-        top1, top5 = int(hits[:, 0].sum()), int(hits.sum())
-        figures = accuracies(top1, top5, len(val), classes)
+        figures = accuracies(int(hits[:, 0].sum()), int(hits.sum()), len(val), classes)
         results.append(KnnResult(**figures, **sizes, k=k, temperature=temperature))
     return results
 
@@ -122,8 +112,8 @@ def nearest_neighbors(bank: Tensor, query: Tensor, *, k: int) -> tuple[Tensor, T
     """The k most similar bank rows of each query by cosine, the nearest first; of equally similar ones the lower row
     (among those that a float32 search brings to within a few places of the k-th).
 
-    The (Q, N) similarity matrix is never whole: tiles of it are computed and merged into a running top k. Nor is the
-    bank ever copied: a tile of it is normalised when it is read, and may be read from another device.
+    The (Q, N) similarity matrix is never whole, and the bank never copied: tiles are normalised when they are read,
+    from whatever device, and merged into a running top k.
 
     Args:
         bank: (N, F), query: (Q, F), any scale. The work is done on the query's device. k: neighbours, at most N.
@@ -131,22 +121,19 @@ def nearest_neighbors(bank: Tensor, query: Tensor, *, k: int) -> tuple[Tensor, T
     Returns:
         (similarity (Q, k) float32 in [-1, 1] up to rounding, index (Q, k) int64 bank rows), on the query's device.
     """
-    similarity, index = _search(bank, query, min(k, len(bank)), query.device, None)
+    similarity, index = _search(bank, query, k, query.device, None)
     return similarity.float(), index
 
 
 def ranked_classes(similarity: Tensor, labels: Tensor, temperature: float, *, places: int) -> Tensor:
-    """The classes with the most votes.
+    """The ``places`` classes with the most votes.
 
     Args:
         similarity: (Q, k) cosines of the neighbours, the nearest first. labels: (Q, k) int64, not negative, their
             classes.
-        temperature: of the weights exp(cosine / temperature).
-        places: how many classes.
 
     Returns:
-        (Q, places) int64: the class with the most votes first, of equal ones the lower; -1 where no further class has a
-            vote.
+        (Q, places) int64: the most votes first, of equal ones the lower class; -1 where no further class has a vote.
     """
     known, labels = labels.unique(return_inverse=True)  # may be any numbers; votes are for those that are there
     classes = len(known)

@@ -1,8 +1,7 @@
 """The fast linear probe: logistic regression on cached features of one centre crop, solved to its optimum.
 
-It is *not* the field's published protocol (a linear layer trained for 90-100 epochs of SGD on random crops with a
-searched learning rate): figures from here compare networks with each other, not with papers. In return it has no
-learning rate, no schedule and no seed of its own, and takes seconds.
+It is *not* a published protocol (see ``protocols``): figures from here compare networks with each other, not with
+papers. In return it has no learning rate, no schedule and no seed of its own, and takes seconds.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from torch.nn import functional
 
 from fastssl.evaluate.features import Features, ProbeError, check_probe_input, split_indices, wilson_interval
 
-#: L2 strengths that may be tried, the strongest first. For scikit-learn's ``C`` see :func:`fit_logistic`.
+#: L2 strengths that may be tried, the strongest first. For scikit-learn's ``C`` see ``LogisticRegression``.
 L2_GRID = (1.0, 0.3, 0.1, 0.03, 0.01, 3e-3, 1e-3, 1e-4, 1e-5, 1e-6)
 #: Taken where no sample can be held out to choose by.
 L2_DEFAULT = 0.1
@@ -24,9 +23,8 @@ L2_DEFAULT = 0.1
 _RANK_TOLERANCE = 1e-11
 #: When a solution counts as found: largest entry of the preconditioned gradient (the loss is then off by about its
 #: square), or number of iterations. With 1e-5 in the place of 1e-4 six probes chose and scored the same, in up to twice
-#: the time. The search, whose solutions each start from the stronger neighbour's, chose the same strengths with 40, 100
-#: and 200 iterations.
-_SEARCH, _FINAL, _EXACT = (1e-4, 40), (1e-4, 1000), (1e-7, 5000)
+#: the time; the search chose the same strengths with 40, 100 and 200 iterations.
+_SEARCH, _FINAL = (1e-4, 40), (1e-4, 1000)
 
 
 @dataclass(frozen=True)
@@ -34,7 +32,7 @@ class LinearResult:
     """What the fast linear probe found.
 
     Attributes:
-        accuracy: top-1 on the validation part, percent. confidence: its 95 % interval, percent.
+        accuracy: top-1 on the validation part, percent. confidence: its 95 % interval.
         train_accuracy: on the training part, percent.
         l2: strength used.
         grid: accuracy (percent) on the held-out fifth of the training part for each strength tried; empty when the
@@ -53,14 +51,12 @@ class LinearResult:
     unseen: int
 
 
-def linear_probe(
-    train: Features, val: Features, *, grid: tuple[float, ...] = L2_GRID, device: str | torch.device = "cpu"
-) -> LinearResult:
-    """Fit on ``train``, measure on ``val``. Deterministic.
+def linear_probe(train: Features, val: Features, *, device: str | torch.device = "cpu") -> LinearResult:
+    """Fit on ``train``, measure on ``val``, which is looked at once. Deterministic.
 
     The L2 strength is the one with the best accuracy on a held-out fifth of ``train`` (equal ones: the stronger). All
-    of the grid is tried: the held-out curve has several hills, and networks before and after training have them in
-    different places. The fit is then repeated on all of ``train``. ``val`` is looked at once, at the end.
+    of ``L2_GRID`` is tried: the held-out curve has several hills, and networks before and after training have them in
+    different places. The fit is then repeated on all of ``train``.
 
     Raises:
         ProbeError: no labels, an empty part, features that are not finite, or a training part of a single class.
@@ -71,16 +67,14 @@ def linear_probe(
         raise ProbeError(
             f"the training part has one class only (label {int(classes[0])}); a linear probe needs at least two"
         )
-    features, targets = train.features.to(device), targets.to(device)
-
-    scores: dict[float, float] = {}
+    features, targets, scores = train.features.to(device), targets.to(device), dict[float, float]()
     fit_rows, held_rows = map(torch.from_numpy, split_indices(train.labels.numpy(), len(train)))
     # float32 iterations: an accuracy does not need float64, which costs three times as much.
     whole = LogisticRegression(features, targets, len(classes), dtype=torch.float32)
     l2 = L2_DEFAULT
     if len(held_rows):
         part = LogisticRegression(features[fit_rows], targets[fit_rows], len(classes), dtype=torch.float32)
-        for strength in sorted(grid, reverse=True):
+        for strength in L2_GRID:
             # Each solution is the start for the next, weaker strength: the path costs little more than its last point.
             weight, bias = part.solve(strength, *_SEARCH)
             score = _percent_correct(features[held_rows], targets[held_rows], weight, bias)
@@ -105,31 +99,19 @@ def linear_probe(
     )
 
 
-def fit_logistic(features: Tensor, labels: Tensor, num_classes: int, l2: float) -> tuple[Tensor, Tensor]:
-    """Multinomial logistic regression with an L2 penalty on the weights of the *standardised* features.
+class LogisticRegression:
+    """Multinomial logistic regression with an L2 penalty on the weights of the *standardised* features: one data set,
+    prepared once, solved for any number of strengths; each solution starts from the one before.
 
     Minimises  mean_n cross_entropy(x_n W^T + b, y_n) + l2 / 2 * |W_s|^2,  where W_s are the weights in units of each
     feature's standard deviation; the bias is free. scikit-learn's ``C`` on standardised features is 1 / (N * l2).
-
-    Args:
-        features: (N, F) floating point. labels: (N,) int64 in 0 .. num_classes - 1. l2: above 0.
-
-    Returns:
-        (weight (num_classes, F), bias (num_classes,)) float64, for the features as given. Features without spread get
-        weight 0.
-    """
-    return LogisticRegression(features, labels, num_classes).solve(l2, *_EXACT)
-
-
-class LogisticRegression:
-    """One data set, prepared once, solved for any number of L2 strengths; each solution starts from the one before.
 
     How it is fast and still exact: the standardised features are rotated to their principal directions, which leaves
     the penalty as it is, and each weight is scaled by its entry of the Hessian's diagonal. L-BFGS then meets a nearly
     round problem and needs tens of iterations where the features as given need many hundreds.
 
     Args:
-        features, labels, num_classes: see :func:`fit_logistic`.
+        features: (N, F) floating point. labels: (N,) int64 in 0 .. num_classes - 1.
         dtype: of the iterations; statistics and directions are float64 always.
     """
 
@@ -139,7 +121,7 @@ class LogisticRegression:
         spread = features.std(dim=0, unbiased=False)
         # A spread of a few float32 roundings is no signal: blowing it up to 1 would make it one.
         constant = spread <= 1e-6 * self._mean.abs()
-        self._spread = torch.where(constant, torch.zeros_like(spread), spread)
+        self._spread = torch.where(constant, 0.0, spread)
         self._scale = torch.where(self._spread > 0, 1 / self._spread.clamp_min(1e-300), self._spread)
         standardised = (features - self._mean) * self._scale
         self._directions = _principal_directions(standardised)  # (F, R)
@@ -156,12 +138,11 @@ class LogisticRegression:
         self._bias = (bias + weight @ self._mean).to(dtype)
 
     def solve(self, l2: float, tolerance: float, max_iterations: int) -> tuple[Tensor, Tensor]:
-        """(weight (C, F), bias (C,)) float64 at strength ``l2``; see :func:`fit_logistic`.
+        """(weight (C, F), bias (C,)) float64 at strength ``l2``, above 0, for the features as given; features without
+        spread get weight 0.
 
         ``tolerance``: largest entry of the preconditioned gradient at which to stop.
         """
-        if not l2 > 0:
-            raise ProbeError(f"the L2 strength must be above 0, got {l2}")
         rank = self._weight.shape[1]
         step = self._diagonal_scale(l2)  # (C, R)
         parameter = torch.cat([self._weight / step, self._bias[:, None]], dim=1).requires_grad_()

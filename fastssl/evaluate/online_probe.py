@@ -1,6 +1,5 @@
-"""Probing a run: which photos, which features, and what is computed from them.
-
-Labels are used here alone. Without them (a flat folder) the collapse monitors are all that can be said.
+"""Probing a run: which photos, which features, and what is computed from them. Without labels, which are used here
+alone, the collapse monitors are all that can be said.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ class ProbeSplit:
         bank_index, query_index: sample ids in them.
         held_out: the queries are a part of the bank's file that the bank does not hold.
         seen: pre-training learned from the queries, too (without their labels).
-        obstacle: why labels cannot judge anything, in words; empty: they can.
+        obstacle: see ``_obstacle``.
     """
 
     bank: BetonReader
@@ -60,10 +59,8 @@ class ProbeSplit:
 
     def features(self, backbone: nn.Module, size: int, **options: Any) -> tuple[Features, Features]:
         """Features of bank and queries; ``options`` as in ``extract_features``."""
-        return (
-            extract_features(backbone, self.bank, size=size, indices=self.bank_index, **options),
-            extract_features(backbone, self.queries, size=size, indices=self.query_index, **options),
-        )
+        bank = extract_features(backbone, self.bank, size=size, indices=self.bank_index, **options)
+        return bank, extract_features(backbone, self.queries, size=size, indices=self.query_index, **options)
 
 
 #: Photos of a class that a probe of some photos should have at least: four to learn from, one to be judged.
@@ -124,16 +121,12 @@ def _same_photos(one: BetonReader, other: BetonReader) -> bool:
     """Whether two files hold the same photos, in whatever order, as far as sizes and the bytes of some photos tell."""
     if one.path.samefile(other.path):
         return True
-    if len(one) != len(other):
+    tables = [np.stack([reader.widths, reader.heights, reader.sizes]).astype(np.int64) for reader in (one, other)]
+    mine, theirs = (table[:, np.lexsort(table)] for table in tables)
+    if not np.array_equal(mine, theirs):
         return False
-    orders = [np.lexsort((reader.widths, reader.heights, reader.sizes)) for reader in (one, other)]
-    for mine, theirs in ((one.sizes, other.sizes), (one.heights, other.heights), (one.widths, other.widths)):
-        if not np.array_equal(mine[orders[0]], theirs[orders[1]]):
-            return False
-    places = np.unique(np.linspace(0, len(one) - 1, _LOOKED_AT).astype(np.int64))
-    some = one.sizes[orders[0]][places]
     # Photos of one size have no order among themselves: all of them are compared; of many, those in the same places.
-    for size in np.unique(some):
+    for size in np.unique(mine[2, np.linspace(0, len(one) - 1, _LOOKED_AT).astype(np.int64)]):
         groups = [(reader, np.flatnonzero(reader.sizes == size)) for reader in (one, other)]
         if len(groups[0][1]) > _MOST_OF_A_SIZE:
             return one.table_checksums() == other.table_checksums() and one.photo_checksum() == other.photo_checksum()
@@ -205,15 +198,14 @@ class OnlineProbe:
         """One line for metrics.jsonl. Where a feature is NaN or infinite there is no kNN, and the monitors are NaN."""
         started = time.monotonic()
         bank, queries = self.split.features(backbone, self.size, **self.options)
-        row: dict[str, Any] = {"kind": "probe", "step": step, "epoch": epoch}
         everything = torch.cat([bank.features, queries.features])
         # In evaluation mode a network can overflow that trains on: the row says so, and the run goes on.
-        row["knn"] = knn_accuracy(bank, queries).accuracy if self.split.labelled and is_finite(bank, queries) else None
-        row["feature_std"] = float(monitor.feature_std(everything))
-        row["effective_rank"] = float(monitor.effective_rank(everything))
-        row["uniformity"] = float(monitor.uniformity(everything))
-        row["seconds"] = time.monotonic() - started
-        return row
+        judged = self.split.labelled and is_finite(bank, queries)
+        row: dict[str, Any] = {"kind": "probe", "step": step, "epoch": epoch}
+        row["knn"] = knn_accuracy(bank, queries).accuracy if judged else None
+        for figure in (monitor.feature_std, monitor.effective_rank, monitor.uniformity):
+            row[figure.__name__] = float(figure(everything))
+        return row | {"seconds": time.monotonic() - started}
 
 
 def probe_features(name: str, bank: Features, queries: Features, labelled: bool) -> dict[str, Any]:

@@ -1,9 +1,11 @@
 """The photos of an evaluation: a ``.beton`` file, or a folder, with labels; a part to learn from and a part to be
-judged on.
+judged on; and which keep their label, where only a few do: a draw, or a published list.
 """
 
 from __future__ import annotations
 
+import json
+import re
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -17,12 +19,14 @@ import numpy as np
 from fastssl.data.photo_source import is_source
 from fastssl.distributed.collectives import world_size
 from fastssl.distributed.world import first_of_host_speaks
-from fastssl.errors import FastSSLError
-from fastssl.evaluate.features import ProbeError, split_indices
+from fastssl.errors import FastSSLError, counted
+from fastssl.evaluate.features import ProbeError, draw_of_each, split_indices
 from fastssl.evaluate.online_probe import require_same_classes
 from fastssl.pipelines.beton.reader import BetonReader
-from fastssl.pipelines.convert.conversion import convert
-from fastssl.pipelines.convert.options import ConvertOptions
+from fastssl.pipelines.beton.side_file import read_side_file
+from fastssl.pipelines.convert.conversion import convert, rejects_path
+from fastssl.pipelines.convert.options import ConvertOptions, chosen_photos
+from fastssl.pipelines.convert.sources import list_source
 
 
 @contextmanager
@@ -30,8 +34,7 @@ def open_photos(path: str | Path, workers: int | None = None) -> Iterator[BetonR
     """A ``.beton`` file; or a folder or tar of class folders, converted into a temporary one, JPEGs byte for byte.
 
     Raises:
-        FastSSLError: neither; a folder without photos; or one where several processes evaluate, each of which would
-            convert it.
+        FastSSLError: neither; a folder without photos; or one that several processes would each convert.
     """
     path = Path(path)
     if not is_source(path):
@@ -68,13 +71,18 @@ def require_labels(reader: BetonReader) -> np.ndarray:
     return reader.labels
 
 
+def require_classes(classes: np.ndarray, reader: BetonReader, photos: str, what: str) -> None:
+    """Refuse photos of a single class: it is always right, which says nothing."""
+    if len(classes) < 2:
+        raise ProbeError(f"{reader.path}: the {photos} are of one class only; {what} needs at least two")
+
+
 @dataclass
 class LabelledSplit:
     """The part to learn from and the part to be judged on: open files and (n,) int64 sample ids in them; one file where
     nothing was given to judge on.
 
-    Attributes:
-        held_out_seed: of the draw of the held-out fifth; None where the second part is a file of its own.
+    ``held_out_seed`` is of the draw of the held-out fifth; None where the second part is a file of its own.
     """
 
     train: BetonReader
@@ -111,23 +119,222 @@ def open_split(
     """
     with ExitStack() as files:
         with first_of_host_speaks():
-            split = _open_split(files, data, val, seed, workers)
+            train = files.enter_context(open_photos(data, workers))
+            labels = require_labels(train)
+            if val is None:
+                kept, held_out = split_indices(labels, len(train), seed=seed)
+                if not len(held_out):
+                    raise ProbeError(f"{data}: one photo in each class leaves nothing to hold out; give --val")
+                split = LabelledSplit(train, kept, train, held_out, held_out_seed=seed)
+            else:
+                if Path(val).exists() and Path(val).samefile(data):
+                    warnings.warn(f"{val}: is --data itself; photos are judged that were learned from", stacklevel=3)
+                judged = files.enter_context(open_photos(val, workers))
+                require_labels(judged)
+                require_same_classes(train, judged)
+                split = LabelledSplit(train, np.arange(len(train)), judged, np.arange(len(judged)), None)
         yield split
 
 
-def _open_split(
-    files: ExitStack, data: str | Path, val: str | Path | None, seed: int, workers: int | None
-) -> LabelledSplit:
-    train = files.enter_context(open_photos(data, workers))
-    require_labels(train)
-    if val is None:
-        kept, held_out = split_indices(train.labels, len(train), seed=seed)
-        if not len(held_out):
-            raise ProbeError(f"{data}: one photo in each class leaves nothing to hold out; give --val")
-        return LabelledSplit(train, kept, train, held_out, held_out_seed=seed)
-    if Path(val).exists() and Path(val).samefile(data):
-        warnings.warn(f"{val}: is --data itself; photos are judged that were learned from", stacklevel=4)
-    judged = files.enter_context(open_photos(val, workers))
-    require_labels(judged)
-    require_same_classes(train, judged)
-    return LabelledSplit(train, np.arange(len(train)), judged, np.arange(len(judged)), held_out_seed=None)
+def parse_share(text: str) -> float:
+    """``1%``, ``10 %`` or ``0.05`` -> 0.01, 0.1, 0.05.
+
+    Raises:
+        ProbeError: not a number above 0 and not above 1; or a bare ``1`` or ``10``, which may mean either.
+    """
+    number, percent = text.strip().removesuffix("%").strip(), text.strip().endswith("%")
+    try:
+        share = float(number) / (100 if percent else 1)
+    except ValueError:
+        share = float("nan")
+    # NaN fails, too. 1.0 is everything, but so is 100%, which nobody reads as one percent.
+    if not 0 < share <= 1 or (share == 1 and not percent):
+        raise ProbeError(
+            f"share of labels {text!r}: write a percentage as 1% (up to 100%), or a fraction below 1 as 0.01"
+        )
+    return share
+
+
+def draw_labels(labels: np.ndarray, share: float, seed: int) -> np.ndarray:
+    """The same share of every class; the samples of a smaller one are among those of a larger one with the same seed.
+
+    Args:
+        labels: (N,) integers.
+        share: 0 < share <= 1. A class of n samples gets ``round(share * n)`` (halves to even), or one.
+
+    Returns:
+        sorted int64 positions in ``labels``.
+    """
+    return np.flatnonzero(draw_of_each(labels, seed, lambda size: max(1, round(share * size))))
+
+
+@dataclass(frozen=True)
+class ListedPhoto:
+    """One line of a published list of photos: what it says of one; None: nothing. The forms of a line:
+
+        734                                     position in the .beton file
+        n01440764_10026.JPEG                    file name (SimCLR, arXiv 2002.05709, section A: 1 % and 10 %)
+        1812,1,n01443537,n01443537_18335.JPEG   position, class number, class, file name (SSLight, arXiv 2210.02808)
+
+    SSLight counts positions from 0 in the order of an image folder (by class, then by file name), which is the order of
+    a ``.beton`` file that was made from a folder and rejected nothing.
+
+    Attributes:
+        line: its number in the file, from 1.
+        position: in the order of an image folder, from 0; of a line that says nothing else, in the .beton file.
+        label: number of the class. class_name: its folder. name: of the file.
+    """
+
+    line: int
+    position: int | None = None
+    label: int | None = None
+    class_name: str | None = None
+    name: str | None = None
+
+    @property
+    def form(self) -> tuple[bool, bool]:
+        """Alike in all lines of a list: (no position, no name)."""
+        return self.position is None, self.name is None
+
+
+#: POSITION, POSITION,CLASS NUMBER,CLASS,NAME or NAME. "12" may be a file's name, but a photo has an extension.
+_LINE = re.compile(
+    r"(?P<position>[0-9]{1,18})(\s*,\s*(?P<label>[0-9]{1,18})\s*,\s*(?P<class_name>[^,]*[^,\s])\s*,\s*(?P<name>[^,]+))?"
+    r"|(?P<alone>[^,]+)"
+)
+
+
+def read_list(path: str | Path) -> list[ListedPhoto]:
+    """The photos of a list, in its order; empty lines are passed over.
+
+    Raises:
+        ProbeError: no such file, no photo in it, or a line of none of the three forms, or of another than the first's;
+            names file and line.
+    """
+    path = Path(path)
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except FileNotFoundError:
+        raise ProbeError(f"{path}: no such list of photos") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ProbeError(f"{path}: not a list of photos, one a line ({error})") from None
+    photos: list[ListedPhoto] = []
+    for number, text in enumerate(lines, 1):
+        if not text.strip():
+            continue
+        if said := _LINE.fullmatch(text.strip()):
+            position, label = (None if said[part] is None else int(said[part]) for part in ("position", "label"))
+            photo = ListedPhoto(number, position, label, said["class_name"], said["name"] or said["alone"])
+        if not said or (photos and photo.form != photos[0].form):
+            raise ProbeError(
+                f"{path}, line {number}: {text.strip()[:80]!r} is not a photo as the list should name it: "
+                "POSITION, NAME, or POSITION,CLASS NUMBER,CLASS,NAME, the same in all lines"
+            )
+        photos.append(photo)
+    if not photos:
+        raise ProbeError(f"{path}: the list names no photo")
+    return photos
+
+
+def listed_labels(path: str | Path, reader: BetonReader, photos: str | Path | None = None) -> np.ndarray:
+    """The samples that a list names, sorted int64 ids.
+
+    Args:
+        photos: the folder or tar that the labelled photos were converted from: lists are then read by name. Without
+            it, by position.
+
+    Raises:
+        ProbeError: names that cannot be looked up, a photo that is not there or stands twice, a class that is not the
+            photo's; with file and line.
+    """
+    listed = read_list(path)
+    if photos is not None and listed[0].name is not None:
+        found = _by_name(path, listed, stored_names(reader, photos), reader.path)
+    else:
+        found = _by_position(path, listed, reader)
+    classes, labels, seen = reader.classes, require_labels(reader), dict[int, int]()
+    for photo, sample in zip(listed, found):
+        where = f"{path}, line {photo.line}"
+        if sample in seen:
+            raise ProbeError(f"{where}: sample {sample} of {reader.path} stands in line {seen[sample]} already")
+        seen[sample] = photo.line
+        label = int(labels[sample])
+        class_name = classes[label] if classes is not None and label < len(classes) else None
+        # Where only one side says what class it is, there is nothing to compare.
+        pairs = ((photo.label, label), (photo.class_name, class_name))
+        if any(said is not None and is_ is not None and said != is_ for said, is_ in pairs):
+            actual = f"{label}" if class_name is None else f"{label} ({class_name})"
+            raise ProbeError(
+                f"{where}: says class {photo.label} ({photo.class_name}), but sample {sample} of {reader.path} "
+                f"is of class {actual}: the list belongs to other photos"
+            )
+    return np.sort(np.array(found, np.int64))
+
+
+def _by_position(path: str | Path, listed: list[ListedPhoto], reader: BetonReader) -> list[int]:
+    positions = [photo.position for photo in listed if photo.position is not None]  # of all lines, or of none
+    advice = "say with --photos what folder or tar it was converted from"
+    if not positions:
+        raise ProbeError(f"{path}: a list of file names, which {reader.path} does not hold; {advice}")
+    side = (read_side_file(reader.path) if listed[0].name is not None else None) or {}
+    for reason, why in (
+        (str(side.get("source", "")).lower().endswith(".tar"), "was made from a tar, whose order is its own"),
+        (side.get("rejected"), f"lacks {counted(side.get('rejected') or 0, 'rejected photo')}"),
+        ((side.get("options") or {}).get("limit"), "holds a part of its source's photos (--limit)"),
+    ):
+        if reason:
+            raise ProbeError(f"{path}: counts photos in the order of a folder, but {reader.path} {why}; {advice}")
+    for photo, position in zip(listed, positions):
+        if position >= len(reader):
+            raise ProbeError(
+                f"{path}, line {photo.line}: photo {position}, but {reader.path} has {len(reader):,}, counted from 0"
+            )
+    return positions
+
+
+def _by_name(path: str | Path, listed: list[ListedPhoto], names: list[str], data: Path) -> list[int]:
+    places: dict[str, int] = {}
+    for sample, name in enumerate(names):
+        # -1: a name that several classes have, which alone says nothing.
+        base = name.rsplit("/", 1)[-1]
+        places[base] = -1 if base in places else sample
+    places.update({name: sample for sample, name in enumerate(names) if "/" in name})
+    found = []
+    for photo in listed:
+        place = places.get(f"{photo.class_name}/{photo.name}", places.get(photo.name or ""))
+        if place is None or place < 0:
+            what = f"not among the {counted(len(names), 'photo')} of {data}"
+            what = what if place is None else "several photos have this name; write CLASS/NAME"
+            raise ProbeError(f"{path}, line {photo.line}: {photo.name}: {what}")
+        found.append(place)
+    return found
+
+
+def stored_names(reader: BetonReader, photos: str | Path) -> list[str]:
+    """The path inside its source of every sample of a ``.beton`` file, which holds no names: the source, the folder or
+    tar ``photos``, is listed again.
+
+    Raises:
+        ProbeError: it was not converted from these photos (their number, classes or sizes differ).
+        SourceError: no photos there.
+    """
+    side, rejects = read_side_file(reader.path) or {}, rejects_path(reader.path)
+    rejected: set[str] = set()
+    if rejects.is_file():  # what the conversion left out
+        try:
+            rejected = {json.loads(line)["path"] for line in rejects.read_text(encoding="utf-8").splitlines()}
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise ProbeError(f"{rejects}: unreadable list of rejected photos ({error}); convert again") from None
+    with list_source(photos) as listing:
+        limit = (side.get("options") or {}).get("limit")
+        chosen = [i for i in chosen_photos(len(listing), limit) if listing.names[i] not in rejected]
+        same = listing.classes is not None and np.array_equal(listing.labels[chosen], require_labels(reader))
+        # Photos that went in as they were still have their size.
+        if same and side.get("copied") == len(reader):
+            same = np.array_equal(listing.sizes[chosen], reader.sizes)
+        if not same:
+            raise ProbeError(
+                f"{photos}: not the photos that {reader.path} was converted from ({len(chosen):,} here, "
+                f"{len(reader):,} there)"
+            )
+        return [listing.names[i] for i in chosen]

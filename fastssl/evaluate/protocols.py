@@ -1,11 +1,8 @@
 """The numbers of the published linear probes, each with its source.
 
-What all have in common: the backbone is frozen, in evaluation mode; a linear layer (weights normal with standard
-deviation 0.01, bias 0) is trained on its features of random resized crops, flipped at random; the rate changes once an
-epoch; judged is one centre crop (the photo's short side to 256 pixels, 224 of them), after every epoch.
-
-Rates are per 256 photos of a batch, as the papers state them, and are scaled linearly: that of a step is ``lr * batch /
-256``.
+In all of them the backbone is frozen, in evaluation mode; a linear layer (bias 0 at first) is trained on its features
+of random resized crops, flipped at random; the rate changes once an epoch; judged is one centre crop (the photo's short
+side to 256 pixels, 224 of them), after every epoch.
 """
 
 from __future__ import annotations
@@ -30,29 +27,25 @@ class LinearProtocol:
     """How a linear classifier is trained on frozen features.
 
     Attributes:
-        name: on the command line and in records.
         source: where the numbers stand.
-        optimizer: ``sgd`` (momentum, no Nesterov), or ``lars`` as in ``fastssl.optim.optimizers``, which takes the
-            plain step for the bias.
-        lr: rate per 256 photos.
+        optimizer: ``sgd`` (no Nesterov), or ``lars`` as in ``fastssl.optim.optimizers``, which takes the plain step for
+            the bias.
+        lr: rate per 256 photos of a batch, as the papers state it: a step's is ``lr * batch / 256``.
         batch_size: of all processes together.
-        epochs: over the training photos.
         milestones: epochs from which on the rate is a tenth of what it was; without any it follows half a cosine to
-            ``final_lr``.
-        final_lr: where that would arrive after the last epoch; not scaled with the batch.
-        momentum: of the optimiser.
+            ``final_lr`` after the last epoch, which is not scaled with the batch.
         weight_decay: on the weights; under ``sgd`` on the bias too, as torch does, under ``lars`` not.
         trust: of LARS.
         area: of the random crops, as a share of the photo's.
         interpolation: of training and test views.
         class_tokens: 0: the classifier reads what the backbone returns; n: a vision transformer's class tokens behind
             each of the last n blocks.
-        init_std: of the classifier's weights.
+        init_std: standard deviation of the classifier's first weights, which are normal.
     """
 
     name: str
     source: str
-    optimizer: str
+    optimizer: Literal["sgd", "lars"]
     lr: float
     batch_size: int
     epochs: int
@@ -92,41 +85,17 @@ class LinearProtocol:
 
 
 _LIGHT_MOCO = "Lin et al., arXiv 2212.07158, public code of light-moco (MoCo's probe: He et al., arXiv 1911.05722)"
+_LARS_VARIANT = f"{_LIGHT_MOCO}, its LARS variant (SimSiam's probe: arXiv 2011.10566)"
 _SSLIGHT = "Tan et al., arXiv 2210.02808 (SSLight), public code"
+_LONG: dict[str, Any] = {"epochs": 100, "final_lr": 1e-6, "interpolation": "bicubic"}
 
 PROTOCOLS = {
     protocol.name: protocol
     for protocol in (
         LinearProtocol("light-moco", _LIGHT_MOCO, "sgd", lr=30.0, batch_size=256, epochs=100, milestones=(60, 80)),
-        LinearProtocol(
-            "light-moco-lars",
-            _LIGHT_MOCO + ", its LARS variant (SimSiam's probe: arXiv 2011.10566)",
-            "lars",
-            lr=0.1,
-            batch_size=4096,
-            epochs=90,
-        ),
-        LinearProtocol(
-            "sslight",
-            _SSLIGHT + ", convolutional networks",
-            "lars",
-            0.05,
-            batch_size=4096,
-            epochs=100,
-            final_lr=1e-6,
-            interpolation="bicubic",
-        ),
-        LinearProtocol(
-            "sslight-vit",
-            _SSLIGHT + ", vision transformer",
-            "sgd",
-            lr=0.01,
-            batch_size=1024,
-            epochs=100,
-            final_lr=1e-6,
-            interpolation="bicubic",
-            class_tokens=4,
-        ),
+        LinearProtocol("light-moco-lars", _LARS_VARIANT, "lars", lr=0.1, batch_size=4096, epochs=90),
+        LinearProtocol("sslight", f"{_SSLIGHT}, convolutional networks", "lars", 0.05, 4096, **_LONG),
+        LinearProtocol("sslight-vit", f"{_SSLIGHT}, vision transformer", "sgd", 0.01, 1024, class_tokens=4, **_LONG),
     )
 }
 

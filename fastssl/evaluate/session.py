@@ -6,7 +6,7 @@ import hashlib
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,6 @@ class Session:
 
     Attributes:
         trained: the checkpoint's network, on ``device``.
-        device: where it runs.
         world: this process among those that evaluate together; the group is there.
         weights: fingerprint of the network as it was loaded.
         started: ``time.monotonic()`` at the start.
@@ -38,7 +37,7 @@ class Session:
     device: torch.device
     world: World
     weights: str
-    started: float = field(default_factory=time.monotonic)
+    started: float
 
     @property
     def is_main(self) -> bool:
@@ -56,7 +55,7 @@ class Session:
 
         Args:
             evaluation: ``knn``, ``linear``, ...: records of one kind stand in one table.
-            values: by name; must be what JSON can hold.
+            values: what JSON can hold.
         """
         return {
             "evaluation": evaluation,
@@ -74,10 +73,8 @@ class Session:
 
 @torch.no_grad()
 def weights_fingerprint(network: nn.Module) -> str:
-    """Which weights these are, as file names and steps say little of a network that was copied or trained again.
-
-    Of names, types, shapes and values of all tensors, as 16 hexadecimal digits: alike for alike networks, on any
-    device and in any memory layout.
+    """Which weights these are: 16 hexadecimal digits of names, types, shapes and values of all tensors, alike on any
+    device and in any memory layout. File names and steps say little of a network that was copied or trained again.
     """
     total = hashlib.sha256()
     for name, value in sorted(network.state_dict().items()):

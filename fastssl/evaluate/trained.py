@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +16,8 @@ from fastssl.models.backbones import create_backbone, load_backbone, read_header
 from fastssl.runs.checkpoint import is_detector, load_checkpoint
 from fastssl.utils.yaml_file import read_yaml
 
-NETWORKS = ("student", "teacher")
-#: a number of steps in a header; str.isdigit would take "\u00b2" too
-_STEP = re.compile(r"[0-9]{1,18}")
+#: The networks of a run -> the file in its ``checkpoints/``.
+FILES = {"student": "last.safetensors", "teacher": "last-teacher.safetensors"}
 
 
 @dataclass
@@ -27,8 +25,7 @@ class Trained:
     """A trained backbone and where it comes from.
 
     Attributes:
-        backbone: a timm module in evaluation mode, on the CPU.
-        arch: its timm name.
+        backbone: a timm module in evaluation mode, on the CPU. arch: its timm name.
         network: ``student``, ``teacher``, or ``imported`` where the file says neither.
         step: how many steps it was trained; None where the file does not say.
         name: the checkpoint for people: at most the run's folder and the file, no path to it.
@@ -61,41 +58,57 @@ def load_trained(path: str | Path, which: str | None = None) -> Trained:
             network it names.
     """
     path = Path(path)
-    from_folder = path.is_dir()
-    if from_folder:
-        folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-        path = folder / ("last-teacher.safetensors" if which == "teacher" else "last.safetensors")
+    if from_folder := path.is_dir():
+        folder = checkpoints_of(path)
+        path = folder / FILES[which or "student"]
         if not path.is_file():
-            raise FastSSLError(_missing(folder, which))
+            if which == "teacher" and (folder / FILES["student"]).is_file():
+                raise FastSSLError(f"{folder}: the run has no teacher network (SwAV and SimCLR have none)")
+            raise FastSSLError(f"{folder}: no last.safetensors in it; give a run's folder or a checkpoint file")
     if path.suffix == ".pt":
         return _from_run(path, which or "student")
     network = _network(path)
     if which is None and from_folder and network != "imported":
         which = "student"
     if which is not None and network != which:
-        other = path.with_name("last-teacher.safetensors" if which == "teacher" else "last.safetensors")
-        if network not in NETWORKS or not other.is_file():
-            raise FastSSLError(
-                f"{path}: holds the {network} network, not the {which}'s"
-                + ("" if network == "imported" else f", and there is no {other.name} beside it")
-            )
+        other = path.with_name(FILES[which])
+        if network == "imported" or not other.is_file():
+            beside = "" if network == "imported" else f", and there is no {other.name} beside it"
+            raise FastSSLError(f"{path}: holds the {network} network, not the {which}'s{beside}")
         path, network = other, _network(other)
         if network != which:  # a file's name says what a run writes there, its header what is in it
             raise FastSSLError(f"{path}: holds the {network} network, not the {which}'s, as its name says")
     header = read_header(path)
     step = str(header.get("step"))
-    made = int(step) if _STEP.fullmatch(step) else None
+    made = int(step) if step.isascii() and step.isdigit() and len(step) <= 18 else None
     return Trained(load_backbone(path), header["arch"], network, made, _short(path), *_probed(_config_beside(path)))
+
+
+def checkpoints_of(run: Path) -> Path:
+    """A run's folder, or its ``checkpoints/`` -> its ``checkpoints/``."""
+    return run / "checkpoints" if (run / "checkpoints").is_dir() else run
+
+
+def load_part(module: nn.Module, state: dict[str, Any], part: str) -> str | None:
+    """Fill ``module`` with the tensors of a run's state whose names begin with ``part``.
+
+    Returns:
+        what does not fit, in one line; None: all is well.
+    """
+    tensors = {name.removeprefix(part): value for name, value in state["method"].items() if name.startswith(part)}
+    try:
+        module.load_state_dict(tensors, strict=True)
+    except RuntimeError as error:
+        return " ".join(str(error).split())[:300]
+    return None
 
 
 def _config_beside(path: Path) -> Any:
     """What the config.yaml of the run says whose ``checkpoints/`` the file lies in; None: none can be read."""
     folder = path.resolve().parent
     config = folder.parent / "config.yaml"
-    if folder.name != "checkpoints" or not config.is_file():
-        return None
     try:
-        return read_yaml(config)
+        return read_yaml(config) if folder.name == "checkpoints" and config.is_file() else None
     except FastSSLError as error:
         warnings.warn(f"{error}; pictures are taken as of no run", stacklevel=3)
         return None
@@ -112,7 +125,7 @@ def _probed(config: Any) -> tuple[int | None, float | None]:
 def _network(path: Path) -> str:
     """What the header says that it is."""
     network = read_header(path).get("network")
-    return network if network in NETWORKS else "imported"
+    return network if network in list(FILES) else "imported"  # a stranger's may be no text
 
 
 def _from_run(path: Path, which: str) -> Trained:
@@ -123,22 +136,12 @@ def _from_run(path: Path, which: str) -> Trained:
             "from which it was trained"
         )
     arch = state["config"]["arch"]
-    prefix = f"{which}.backbone."
-    tensors = {name.removeprefix(prefix): value for name, value in state["method"].items() if name.startswith(prefix)}
-    if not tensors:
+    if not any(name.startswith(f"{which}.backbone.") for name in state["method"]):
         raise FastSSLError(f"{path}: the run has no {which} network ({state['config'].get('method')} has none)")
     backbone = create_backbone(arch)
-    try:
-        backbone.load_state_dict(tensors, strict=True)
-    except RuntimeError as error:
-        raise FastSSLError(f"{path}: tensors do not fit {arch}: {' '.join(str(error).split())[:300]}") from error
+    if unfit := load_part(backbone, state, f"{which}.backbone."):
+        raise FastSSLError(f"{path}: tensors do not fit {arch}: {unfit}")
     return Trained(backbone.eval(), arch, which, state["position"]["step"], _short(path), *_probed(state["config"]))
-
-
-def _missing(folder: Path, which: str | None) -> str:
-    if which == "teacher" and (folder / "last.safetensors").is_file():
-        return f"{folder}: the run has no teacher network (SwAV and SimCLR have none)"
-    return f"{folder}: no last.safetensors in it; give a run's folder or a checkpoint file"
 
 
 def _short(path: Path) -> str:

@@ -11,10 +11,9 @@ import torch
 
 from fastssl.evaluate import collapse as monitor
 from fastssl.evaluate.batchnorm import has_batchnorm, reestimated
-from fastssl.evaluate.colour_histogram import colour_histogram_features
 from fastssl.evaluate.features import Features
 from fastssl.evaluate.online_probe import ProbeSplit, choose_split, probe_features
-from fastssl.evaluate.raw_pixels import raw_pixel_features
+from fastssl.evaluate.references import colour_histogram_features, raw_pixel_features
 from fastssl.report.marks import COLOURS, MAJORITY, RANDOM, TRAINED
 from fastssl.report.marks import RAW as RAW_PIXELS
 from fastssl.report.page import write_report

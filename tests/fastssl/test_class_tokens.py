@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 
-from fastssl.evaluate.class_tokens import ClassTokens
+from fastssl.evaluate.feature_stream import ClassTokens
 from fastssl.evaluate.features import ProbeError
 from fastssl.models.backbones import create_backbone
 

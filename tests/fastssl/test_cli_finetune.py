@@ -17,9 +17,8 @@ from fastssl.cli import main
 from fastssl.evaluate import classifier
 from fastssl.evaluate.classifier import Classifier
 from fastssl.evaluate.features import ProbeError
-from fastssl.evaluate.few_labels import draw_labels
 from fastssl.evaluate.finetune import FinetuneConfig, finetune
-from fastssl.evaluate.photos import open_split
+from fastssl.evaluate.photos import draw_labels, open_split
 from fastssl.evaluate.trained import load_trained
 from fastssl.pipelines.beton.side_file import side_path
 from fastssl.pipelines.convert.conversion import convert

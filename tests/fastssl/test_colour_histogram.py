@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fastssl.evaluate.colour_histogram import BINS, SIZE, colour_histogram_features, histograms
 from fastssl.evaluate.features import collect
 from fastssl.evaluate.knn import knn_accuracy
+from fastssl.evaluate.references import BINS, COLOUR_SIZE, colour_histogram_features, histograms
 from fastssl.pipelines.plan.draw import ViewSpec
 
 
@@ -37,10 +37,10 @@ def test_of_a_file_it_counts_the_pixels_of_the_evaluation_view(beton: Path) -> N
         return views.flatten(1)
 
     chosen = np.array([40, 2, 17])
-    spec = ViewSpec.evaluation(SIZE, crop=1.0)
+    spec = ViewSpec.evaluation(COLOUR_SIZE, crop=1.0)
     seen = collect(pixels, beton, spec, indices=chosen, batch_size=2, workers=1)
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (spec.mean, spec.std))
-    pictures = ((seen.features.view(-1, 3, SIZE, SIZE) * std + mean) * 255).round().to(torch.uint8)
+    pictures = ((seen.features.view(-1, 3, COLOUR_SIZE, COLOUR_SIZE) * std + mean) * 255).round().to(torch.uint8)
     found = colour_histogram_features(beton, indices=chosen, batch_size=2, workers=1, crop=1.0)
     np.testing.assert_allclose(found.features.numpy(), slow(pictures.permute(0, 2, 3, 1).numpy()), atol=1e-6)
     assert found.index.tolist() == chosen.tolist() and found.labels.tolist() == seen.labels.tolist()

@@ -10,7 +10,7 @@ from runs import finished_run
 from torch import nn
 
 from fastssl.errors import FastSSLError
-from fastssl.evaluate.dino_head_probe import load_half_head, run_file
+from fastssl.evaluate.classifier import load_half_head, run_file
 from fastssl.runs.checkpoint import load_checkpoint, write_state
 
 

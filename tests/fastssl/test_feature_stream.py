@@ -54,7 +54,7 @@ def test_equals_the_loader_and_the_network(beton: Path) -> None:
 def test_passes_of_the_network_do_not_change_a_batch(beton: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with BetonReader(beton) as reader:
         whole = read(reader, 1)
-        monkeypatch.setattr(feature_stream, "_PASS", 4)
+        monkeypatch.setattr(feature_stream, "PASS", 4)
         parts = read(reader, 1)
     assert len(whole[0]) == len(parts[0]) == 4
     for (one, targets), (other, others) in zip(whole[0], parts[0]):

@@ -20,7 +20,7 @@ from fastssl.evaluate.features import (
     split_indices,
     wilson_interval,
 )
-from fastssl.evaluate.raw_pixels import raw_pixel_features
+from fastssl.evaluate.references import raw_pixel_features
 from fastssl.pipelines.beton.format import MODE_RAW
 from fastssl.pipelines.beton.reader import BetonReader
 from fastssl.pipelines.beton.writer import BetonWriter

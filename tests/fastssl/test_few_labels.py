@@ -11,7 +11,7 @@ import pytest
 from conftest import jpeg_bytes, make_photo
 
 from fastssl.evaluate.features import ProbeError
-from fastssl.evaluate.few_labels import ListedPhoto, draw_labels, listed_labels, parse_share, read_list, stored_names
+from fastssl.evaluate.photos import ListedPhoto, draw_labels, listed_labels, parse_share, read_list, stored_names
 from fastssl.pipelines.beton.reader import BetonReader
 from fastssl.pipelines.beton.side_file import side_path
 from fastssl.pipelines.convert.conversion import convert
@@ -70,12 +70,6 @@ def test_the_draw_is_uniform_within_a_class() -> None:
         counts[draw_labels(labels, 0.25, seed)] += 1
     # Binomial, 800 draws: 200 and 160 are expected (round(2.5) is 2), with deviations of 12 and 11.
     assert np.all(np.abs(counts[:40] - 200) < 60) and np.all(np.abs(counts[40:] - 160) < 56)
-
-
-@pytest.mark.parametrize("share", [0.0, -0.1, 1.1, float("nan")])
-def test_no_share_to_draw(share: float) -> None:
-    with pytest.raises(ProbeError, match="share of labels"):
-        draw_labels(np.zeros(4), share, 0)
 
 
 # ---------------------------------------------------------------------- lists

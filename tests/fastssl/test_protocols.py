@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from fastssl.cli.evaluate.linear import _PROTOCOLS as ON_THE_COMMAND_LINE
+from fastssl.cli.evaluate.frozen import _PROTOCOLS as ON_THE_COMMAND_LINE
 from fastssl.evaluate.protocols import PROTOCOLS, SWEEP, Trial, trials
 
 

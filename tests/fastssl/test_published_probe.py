@@ -11,16 +11,18 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from fastssl.evaluate import features
 from fastssl.evaluate import published_probe as module
 from fastssl.evaluate.photos import open_split
 from fastssl.evaluate.protocols import PROTOCOLS, LinearProtocol, Trial
-from fastssl.evaluate.published_probe import ProbeOptions, published_probe
+from fastssl.evaluate.published_probe import published_probe
 from fastssl.models.backbones import create_backbone
 from fastssl.optim.optimizers import LARS
 from fastssl.pipelines.loader import ViewLoader
 from fastssl.pipelines.plan.draw import ViewSpec
 
-CPU, OPTIONS = torch.device("cpu"), ProbeOptions(epochs=3, batch_size=16, size=32, seed=7, workers=1)
+CPU = torch.device("cpu")
+OPTIONS = {"epochs": 3, "batch_size": 16, "size": 32, "seed": 7, "workers": 1, "device": CPU}
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +89,7 @@ def plain(backbone: nn.Module, path: Path, protocol: LinearProtocol, trial: Tria
 def test_equals_a_plain_loop(beton: Path, backbone: nn.Module, name: str, lrs: tuple[float, float]) -> None:
     protocol, grid = PROTOCOLS[name], [Trial(lrs[0], 0.0), Trial(lrs[1], 0.001)]
     with open_split(beton, beton) as split:
-        record = published_probe(backbone, split, protocol, grid, OPTIONS, device=CPU)
+        record = published_probe(backbone, split, protocol, grid, **OPTIONS)
     for row, trial in zip(record["grid"], grid):
         accuracies, loss = plain(backbone, beton, protocol, trial)
         assert row["accuracy"] == pytest.approx(accuracies[-1]) and row["best_accuracy"] == pytest.approx(
@@ -105,9 +107,7 @@ def test_features_that_are_kept_are_those_of_the_first_epochs(beton: Path, backb
     with open_split(beton, beton) as split:
         grid = [Trial(3.0, 0.0)]
         fresh, kept, all_kept = (
-            published_probe(
-                backbone, split, PROTOCOLS["light-moco"], grid, replace(OPTIONS, cached_epochs=count), device=CPU
-            )
+            published_probe(backbone, split, PROTOCOLS["light-moco"], grid, **OPTIONS, cached_epochs=count)
             for count in (0, 2, 3)
         )
     assert kept["accuracy_by_epoch"][:2] == fresh["accuracy_by_epoch"][:2] and kept["train_loss"] != fresh["train_loss"]
@@ -127,12 +127,12 @@ def test_held_out_photos_are_not_trained_on(beton: Path, backbone: nn.Module, mo
         seen["judged"] += indices.tolist()
         return module_extract(*args, indices=indices, **options)
 
-    module_extract = module.extract_features
+    module_extract = features.extract_features
     monkeypatch.setattr(module, "FeatureStream", Spy)
-    monkeypatch.setattr(module, "extract_features", extract)
-    options = replace(OPTIONS, epochs=1, choose_on="held_out")
+    monkeypatch.setattr(features, "extract_features", extract)
+    options = {**OPTIONS, "epochs": 1, "choose_on": "held_out"}
     with open_split(beton, None) as split:
-        record = published_probe(backbone, split, PROTOCOLS["sslight"], [Trial(0.05, 0.0)], options, device=CPU)
+        record = published_probe(backbone, split, PROTOCOLS["sslight"], [Trial(0.05, 0.0)], **options)
     assert (
         sorted(seen["learned"] + seen["judged"]) == list(range(48))
         and len(seen["learned"]) == record["train_samples"] == 36
@@ -142,8 +142,8 @@ def test_held_out_photos_are_not_trained_on(beton: Path, backbone: nn.Module, mo
 
 def test_a_transformer_is_read_at_four_blocks(beton: Path) -> None:
     with open_split(beton, None) as split:
-        network, grid = create_backbone("vit_tiny"), [Trial(0.01, 0.0)]
-        record = published_probe(network, split, PROTOCOLS["sslight-vit"], grid, replace(OPTIONS, epochs=1), device=CPU)
+        network, grid, options = create_backbone("vit_tiny"), [Trial(0.01, 0.0)], {**OPTIONS, "epochs": 1}
+        record = published_probe(network, split, PROTOCOLS["sslight-vit"], grid, **options)
         assert (record["features"], record["class_tokens"], record["interpolation"]) == (768, 4, "bicubic")
-        record = published_probe(network, split, PROTOCOLS["sslight"], grid, replace(OPTIONS, epochs=1), device=CPU)
+        record = published_probe(network, split, PROTOCOLS["sslight"], grid, **options)
         assert record["features"] == 192  # what the backbone returns

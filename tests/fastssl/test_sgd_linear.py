@@ -13,7 +13,7 @@ from torch.nn import functional
 from fastssl.evaluate.features import Features, wilson_interval
 from fastssl.evaluate.linear import linear_probe
 from fastssl.evaluate.protocols import PROTOCOLS, Trial
-from fastssl.evaluate.sgd_linear import Classifiers, Curves, Judged, summary, train_classifiers
+from fastssl.evaluate.published_probe import Classifiers, Curves, summary
 from fastssl.optim.optimizers import LARS
 
 CPU, WIDTH, CLASSES = torch.device("cpu"), 9, 6
@@ -93,8 +93,8 @@ def train(grid: list[Trial], epochs: int = 4, protocol: str = "sslight") -> tupl
     chosen = PROTOCOLS[protocol]
     classifiers = Classifiers(chosen, grid, WIDTH, CLASSES, device=CPU, seed=5)
     features, targets = make(300, seed=99)
-    judged = {"val": Judged(features, targets, 300), "held_out": Judged(features[:50], targets[:50], 50)}
-    return classifiers, train_classifiers(classifiers, chosen, grid, batches, judged, epochs=epochs, batch_size=16)
+    judged = {"val": (features, targets, 300), "held_out": (features[:50], targets[:50], 50)}
+    return classifiers, classifiers.train(batches, judged, epochs=epochs, batch_size=16)
 
 
 @pytest.mark.parametrize("protocol", ["sslight", "light-moco"])
@@ -140,7 +140,7 @@ def test_right_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     classifiers = Classifiers(PROTOCOLS["light-moco"], GRID, WIDTH, CLASSES, device=CPU)
     features, targets = make(50)
     whole = classifiers.right(features, targets)
-    monkeypatch.setattr("fastssl.evaluate.sgd_linear._SCORES", 7 * len(GRID) * CLASSES)
+    monkeypatch.setattr("fastssl.evaluate.published_probe._SCORES", 7 * len(GRID) * CLASSES)
     assert torch.equal(classifiers.right(features, targets), whole)
 
 
@@ -160,10 +160,8 @@ def test_trained_to_convergence_equals_scikit_learn(protocol: str, lr: float) ->
 
     chosen = PROTOCOLS[protocol]
     classifiers = Classifiers(chosen, [Trial(lr, 0.0)], WIDTH, CLASSES, device=CPU)
-    judged = {"val": Judged(asked, truth, 4000)}
-    curves = train_classifiers(
-        classifiers, chosen, [Trial(lr, 0.0)], shuffled, judged, epochs=chosen.epochs, batch_size=256
-    )
+    judged = {"val": (asked, truth, 4000)}
+    curves = classifiers.train(shuffled, judged, epochs=chosen.epochs, batch_size=256)
     result = summary(curves, [Trial(lr, 0.0)], CLASSES)
     assert result["accuracy"] == pytest.approx(expected, abs=0.5)
     fast = linear_probe(Features(features, targets, torch.arange(3000)), Features(asked, truth, torch.arange(4000)))

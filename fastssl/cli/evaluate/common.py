@@ -1,15 +1,16 @@
-"""What the evaluations share on the command line: their options, the photos' features, the line and the record at the
-end.
-"""
+"""What the evaluations share on the command line: options, the photos' features, the line and the record at the end."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from fastssl.cli.common import SomePath, json_option, progress_bar, quiet_option, write_json
+from fastssl.cli.common import SomePath, finite, json_option, progress_bar, quiet_option, write_json
+from fastssl.errors import counted
 
 if TYPE_CHECKING:
     import numpy as np
@@ -20,80 +21,68 @@ if TYPE_CHECKING:
     from fastssl.evaluate.session import Session
     from fastssl.pipelines.beton.reader import BetonReader
 
+COUNT: dict[str, Any] = {"type": click.IntRange(min=1)}
+POSITIVE: dict[str, Any] = {"type": click.FloatRange(min=0, min_open=True), "callback": finite}
+NOT_NEGATIVE: dict[str, Any] = {"type": click.FloatRange(min=0), "callback": finite}
+_OF_FEATURES = ("size", "crop", "batch_size", "workers")
+_PHOTOS: dict[str, Any] = {"type": SomePath(), "metavar": "FOLDER|TAR|FILE.beton"}
+
+
+def option(name: str, help: str | None = None, *, variable: str | None = None, **more: Any) -> Callable:
+    """``click.option``, whose default, if it has one, stands in ``--help``."""
+    names = (name, variable) if variable else (name,)
+    return click.option(*names, help=help, show_default="default" in more, **more)
+
+
+def choice(*values: str) -> dict[str, Any]:
+    """The type of an option that takes one of ``values``."""
+    return {"type": click.Choice(values)}
+
+
 checkpoint_argument = click.argument("checkpoint", type=SomePath())
-which_option = click.option(
+which_option = option(
     "--which",
-    type=click.Choice(["student", "teacher"]),
-    help="Which of a run's networks. Default: what the file holds; of a run's folder the student.",
+    "Which of a run's networks. Default: what the file holds; of a run's folder the student.",
+    **choice("student", "teacher"),
 )
-data_option = click.option(
-    "--data", required=True, type=SomePath(), metavar="FOLDER|TAR|FILE.beton", help="Labelled photos to learn from."
-)
-val_option = click.option(
+data_option = option("--data", "Labelled photos to learn from.", required=True, **_PHOTOS)
+val_option = option(
     "--val",
-    type=SomePath(),
-    metavar="FOLDER|TAR|FILE.beton",
-    help="Labelled photos to judge on. Default: a fifth of --data is held out, the same one for a --seed.",
+    "Labelled photos to judge on. Default: a fifth of --data is held out, the same one for a --seed.",
+    **_PHOTOS,
 )
-size_option = click.option(
+size_option = option(
     "--size",
+    "Pixels of the centre crop that the network sees. Default: as the run's own probe; without a run 224.",
     type=click.IntRange(min=8),
-    help="Pixels of the centre crop that the network sees. Default: as the run's own probe; without a run 224.",
 )
-crop_option = click.option(
+crop_option = option(
     "--crop",
+    "Centre crop's share of the short side. Default: as the run's own probe; without a run 0.875.",
     type=click.FloatRange(0.1, 1.0),
-    help="Centre crop's share of the short side. Default: as the run's own probe; without a run 0.875.",
 )
-device_option = click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
-workers_option = click.option(
-    "--workers", type=click.IntRange(min=1), help="Decoding threads. Default: the cores this process may use."
+device_option = option("--device", default="auto", **choice("auto", "cpu", "cuda"))
+workers_option = option("--workers", "Decoding threads. Default: the cores this process may use.", **COUNT)
+seed_option = option("--seed", "Of everything that is drawn.", type=click.IntRange(0, 2**63 - 1), default=0)
+scratch_option = option(
+    "--from-scratch", "The same network with random weights: what pre-training has to be compared with.", is_flag=True
 )
-seed_option = click.option(
-    "--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of everything that is drawn."
-)
-scratch_option = click.option(
-    "--from-scratch",
-    is_flag=True,
-    help="The same network with random weights: what pre-training has to be compared with.",
-)
-reestimate_option = click.option(
+reestimate_option = option(
     "--reestimate-bn",
+    "First re-estimate the BatchNorm statistics from the centre crops of N photos of --data.",
     type=click.IntRange(min=2),
     metavar="N",
-    help="First re-estimate the BatchNorm statistics from the centre crops of N photos of --data.",
-)
-feature_batch_option = click.option(
-    "--batch-size", type=click.IntRange(min=1), default=256, show_default=True, help="Photos a pass of the network."
-)
-
-#: Of the commands that read frozen features of one centre crop.
-FEATURE_OPTIONS = (
-    checkpoint_argument,
-    which_option,
-    data_option,
-    val_option,
-    size_option,
-    crop_option,
-    device_option,
-    feature_batch_option,
-    workers_option,
-    seed_option,
-    reestimate_option,
-    quiet_option,
-    json_option,
 )
 
 
 def options(*wanted: Callable) -> Callable[[Callable], Callable]:
     """A decorator that gives a command these options, in this order."""
+    return lambda command: functools.reduce(lambda found, one: one(found), reversed(wanted), command)
 
-    def decorate(command: Callable) -> Callable:
-        for option in reversed(wanted):
-            command = option(command)
-        return command
 
-    return decorate
+#: What a command with frozen features of one centre crop begins with, and ends with.
+FEATURES_OF = checkpoint_argument, which_option, data_option, val_option, size_option, crop_option, device_option
+FEATURES_BY = workers_option, seed_option, reestimate_option, quiet_option, json_option
 
 
 def bar(session: Session) -> Bar:
@@ -103,72 +92,51 @@ def bar(session: Session) -> Bar:
     return progress_bar if session.is_main else silent
 
 
-def pictures(session: Session, size: int | None, crop: float | None) -> dict[str, Any]:
+def pictures(session: Session, asked: SimpleNamespace) -> dict[str, Any]:
     """``size`` and ``crop`` of the pictures: as asked for, which is said where the run's differ, or the run's, or the
     usual ones.
     """
     from fastssl.evaluate.features import EVALUATION_CROP, EVALUATION_SIZE
 
-    trained = session.trained
-    for name, asked, own in (("size", size, trained.size), ("crop", crop, trained.crop)):
-        if session.is_main and None not in (asked, own) and asked != own:
-            click.echo(f"--{name} {asked:g}: the run itself was probed with {own:g} (probe.{name})", err=True)
-    return {"size": size or trained.size or EVALUATION_SIZE, "crop": crop or trained.crop or EVALUATION_CROP}
+    found = {}
+    for name, usual in (("size", EVALUATION_SIZE), ("crop", EVALUATION_CROP)):
+        wanted, own = getattr(asked, name), getattr(session.trained, name)
+        if session.is_main and None not in (wanted, own) and wanted != own:
+            click.echo(f"--{name} {wanted:g}: the run itself was probed with {own:g} (probe.{name})", err=True)
+        found[name] = wanted or own or usual
+    return found
 
 
 def network(
-    session: Session,
-    photos: BetonReader,
-    indices: np.ndarray | None = None,
-    *,
-    size: int,
-    crop: float,
-    batch_size: int,
-    workers: int | None,
-    reestimate_bn: int | None,
-    seed: int,
-    **_: Any,
+    session: Session, asked: SimpleNamespace, photos: BetonReader, indices: np.ndarray | None = None
 ) -> nn.Module:
-    """The session's network; if that is asked for, its re-estimated BatchNorm statistics from these photos."""
+    """The session's network; if that is asked for, with BatchNorm statistics of these photos (see ``reestimated``)."""
     from fastssl.evaluate.batchnorm import reestimated
     from fastssl.evaluate.features import require_size
 
-    require_size(session.trained.backbone, size, session.device)
-    if not reestimate_bn:
-        return session.trained.backbone
-    return reestimated(
-        session.trained.backbone,
-        photos,
-        samples=reestimate_bn,
-        size=size,
-        seed=seed,
-        device=session.device,
-        batch_size=batch_size,
-        workers=workers,
-        crop=crop,
-        indices=indices,
-    )
+    backbone, device = session.trained.backbone, session.device
+    require_size(backbone, asked.size, device)
+    if not asked.reestimate_bn:
+        return backbone
+    how = {name: getattr(asked, name) for name in (*_OF_FEATURES, "seed")}
+    return reestimated(backbone, photos, samples=asked.reestimate_bn, device=device, indices=indices, **how)
 
 
-def split_features(session: Session, split: LabelledSplit, **how: Any) -> tuple[Features, Features]:
-    """This process's share of the features of both parts; ``how``: the values of FEATURE_OPTIONS."""
-    backbone = network(session, split.train, split.train_index, **how)
-    kept = {name: how[name] for name in ("size", "crop", "batch_size", "workers")}
-    return (
-        share_features(session, backbone, "training photos", split.train, split.train_index, **kept),
-        share_features(session, backbone, "validation photos", split.val, split.val_index, **kept),
-    )
-
-
-def share_features(
-    session: Session, backbone: nn.Module, label: str, reader: BetonReader, index: np.ndarray, **how: Any
+def features_of(
+    session: Session, asked: SimpleNamespace, backbone: nn.Module, label: str, reader: BetonReader, index: np.ndarray
 ) -> Features:
-    """This process's share of the features of the samples ``index``, with a bar."""
-    from fastssl.evaluate.features import extract_features, shard
+    """This process's share of the features of the samples ``index``."""
+    from fastssl.evaluate.features import share_features
 
-    mine = shard(index)
-    with bar(session)(label, len(mine)) as advance:
-        return extract_features(backbone, reader, indices=mine, device=session.device, progress=advance, **how)
+    how = {name: getattr(asked, name) for name in _OF_FEATURES}
+    return share_features(backbone, reader, index, label, bar(session), device=session.device, **how)
+
+
+def split_features(session: Session, asked: SimpleNamespace, split: LabelledSplit) -> tuple[Features, Features]:
+    """``features_of`` both parts."""
+    backbone = network(session, asked, split.train, split.train_index)
+    bank = features_of(session, asked, backbone, "training photos", split.train, split.train_index)
+    return bank, features_of(session, asked, backbone, "validation photos", split.val, split.val_index)
 
 
 def finish(session: Session, line: str, record: dict[str, Any] | list[dict[str, Any]], json_path: str | None) -> None:
@@ -178,6 +146,16 @@ def finish(session: Session, line: str, record: dict[str, Any] | list[dict[str, 
         write_json(json_path, record)
 
 
-def percent(accuracy: float, confidence: tuple[float, float]) -> str:
-    """``68.30 % (95 %: 67.9 to 68.7)``."""
-    return f"{accuracy:.2f} % (95 %: {confidence[0]:.1f} to {confidence[1]:.1f})"
+def percent(figures: Mapping[str, Any], prefix: str = "") -> str:
+    """``68.30 % (95 %: 67.9 to 68.7), top-5 88.10 %``; without the end where there is no top-5."""
+    low, high = figures[f"{prefix}confidence"]
+    top5 = figures.get(f"{prefix}top5_accuracy")
+    end = "" if top5 is None else f", top-5 {top5:.2f} %"
+    return f"{figures[f'{prefix}accuracy']:.2f} % (95 %: {low:.1f} to {high:.1f}){end}"
+
+
+def photos_of(figures: Mapping[str, Any], size: int, learned: str | None = None) -> str:
+    """``9 photos, 3 classes, 39 photos to learn from, 224 px``; ``learned`` in place of the photos to learn from."""
+    learned = learned or f"{counted(figures['train_samples'], 'photo')} to learn from"
+    judged, classes = counted(figures["val_samples"], "photo"), counted(figures["classes"], "class")
+    return f"{judged}, {classes}, {learned}, {size} px"

@@ -1,90 +1,40 @@
-"""What ``semi`` and ``finetune`` share: their options, and the way from a checkpoint to a record."""
+"""``fastssl evaluate semi`` and ``finetune``: the whole network trained on, with labels."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from fastssl.cli.common import SomePath, finite, json_option, quiet_option
-from fastssl.cli.evaluate.common import (
-    bar,
-    checkpoint_argument,
-    crop_option,
-    data_option,
-    device_option,
-    finish,
-    percent,
-    pictures,
-    scratch_option,
-    seed_option,
-    size_option,
-    val_option,
-    which_option,
-    workers_option,
-)
+from fastssl.cli.common import SomePath, json_option, quiet_option
+from fastssl.cli.evaluate import common
+from fastssl.cli.evaluate.common import COUNT, NOT_NEGATIVE, POSITIVE, choice, option, options
 from fastssl.errors import FastSSLError, counted
 
 if TYPE_CHECKING:
-    import numpy as np
-
-    from fastssl.evaluate.classifier import Classifier
     from fastssl.evaluate.finetune import FinetuneConfig, FinetuneResult
-    from fastssl.evaluate.photos import LabelledSplit
     from fastssl.evaluate.session import Session
     from fastssl.optim.optimizers import OptimConfig
 
+#: Published epochs: 60 for 1 % of the labels, 30 for 10 %. The border between them is ours.
+FEW, EPOCHS_FEW, EPOCHS_MORE = 0.05, 60, 30
+#: (learning rate for 256 photos, weight decay) by optimiser: ours, of no paper.
+DEFAULTS = {"sgd": (0.03, 0.0), "adamw": (5e-4, 0.05)}
 
-class ShareOfLabels(click.ParamType):
+
+def _share(ctx: click.Context, param: click.Parameter, value: str | None) -> float | None:
     """``1%`` or ``0.01`` -> 0.01."""
+    if value is None:
+        return None
+    from fastssl.evaluate.photos import parse_share
 
-    name = "share"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        from fastssl.evaluate.few_labels import parse_share
-
-        if isinstance(value, float):
-            return value
-        try:
-            return parse_share(value)
-        except FastSSLError as error:
-            self.fail(str(error), param, ctx)
-
-
-labels_option = click.option(
-    "--labels",
-    type=ShareOfLabels(),
-    metavar="SHARE",
-    help="Share of each class's labels to learn from, drawn by --seed: 1%, 10%, 0.05.",
-)
-head_option = click.option(
-    "--head",
-    type=click.Choice(["linear", "dino"]),
-    default="linear",
-    show_default=True,
-    help="What stands on the backbone: a new linear layer; or the hidden layers of the run's DINO head, then a new "
-    "linear layer.",
-)
-
-
-factor_option = click.option(
-    "--head-lr-factor",
-    type=click.FloatRange(min=0, min_open=True),
-    default=1.0,
-    show_default=True,
-    callback=finite,
-    help="The head's rate in units of the backbone's.",
-)
-batch_option = click.option(
-    "--batch-size",
-    type=click.IntRange(min=2),
-    default=256,
-    show_default=True,
-    help="Photos a step, of all processes together.",
-)
+    try:
+        return parse_share(value)
+    except FastSSLError as error:
+        raise click.BadParameter(str(error), ctx, param) from None
 
 
 def _check_out(ctx: click.Context, param: click.Parameter, value: Path | None) -> Path | None:
@@ -105,141 +55,204 @@ def _check_out(ctx: click.Context, param: click.Parameter, value: Path | None) -
     return value
 
 
-out_option = click.option(
-    "--out",
-    type=SomePath(),
-    metavar="FILE.safetensors",
-    callback=_check_out,
-    help="Write the network of the last epoch as timm reads it (create_model's checkpoint_path).",
-)
-
 #: Of both commands, around their own.
-BEFORE = (checkpoint_argument, which_option, data_option, val_option)
-AFTER = (
-    head_option,
-    batch_option,
-    factor_option,
-    scratch_option,
-    size_option,
-    crop_option,
-    device_option,
-    workers_option,
-    seed_option,
-    out_option,
+_BEFORE = options(
+    common.checkpoint_argument,
+    common.which_option,
+    common.data_option,
+    common.val_option,
+    option(
+        "--labels",
+        "Share of each class's labels to learn from, drawn by --seed: 1%, 10%, 0.05.",
+        callback=_share,
+        metavar="SHARE",
+    ),
+)
+_AFTER = options(
+    option(
+        "--head",
+        "What stands on the backbone: a new linear layer; or the hidden layers of the run's DINO head, then a new "
+        "linear layer.",
+        default="linear",
+        **choice("linear", "dino"),
+    ),
+    option("--batch-size", "Photos a step, of all processes together.", type=click.IntRange(min=2), default=256),
+    option("--head-lr-factor", "The head's rate in units of the backbone's.", default=1.0, **POSITIVE),
+    common.scratch_option,
+    common.size_option,
+    common.crop_option,
+    common.device_option,
+    common.workers_option,
+    common.seed_option,
+    option(
+        "--out",
+        "Write the network of the last epoch as timm reads it (create_model's checkpoint_path).",
+        type=SomePath(),
+        metavar="FILE.safetensors",
+        callback=_check_out,
+    ),
     quiet_option,
     json_option,
 )
 
 
-def fine_tune(
-    evaluation: str,
-    *,
-    pick: Callable[[LabelledSplit], tuple[np.ndarray, dict[str, Any]]],
-    epochs: Callable[[float], int],
-    optim: OptimConfig,
-    checkpoint: Path,
-    which: str | None,
-    data: Path,
-    val: Path | None,
-    head: str,
-    batch_size: int,
-    head_lr_factor: float,
-    from_scratch: bool,
-    size: int | None,
-    crop: float | None,
-    device: str,
-    workers: int | None,
-    seed: int,
-    out: Path | None,
-    json_path: str | None,
-) -> None:
+@click.command()
+@_BEFORE
+@option(
+    "--list",
+    "Instead of a draw: the photos that keep their label, one a line, as SimCLR or SSLight publish them, or positions "
+    "in --data.",
+    variable="list_path",
+    type=SomePath(),
+    metavar="FILE",
+)
+@option(
+    "--photos",
+    "What --data was converted from: the photos of a --list are then looked up by name.",
+    type=SomePath(),
+    metavar="DIR|TAR",
+)
+@option("--epochs", "Default: 60 up to 5 % of the labels, 30 beyond.", **COUNT)
+@option("--lr", "Learning rate for 256 photos a step; grows with the batch.", default=0.03, **POSITIVE)
+@_AFTER
+def semi(lr: float, **how: Any) -> None:
+    """Fine-tune the whole network with a few of the labels, as the field reports it for 1 % and 10 % of ImageNet.
+
+    SGD with Nesterov momentum 0.9, no weight decay, half a cosine to 1e-6 that changes once an epoch; random crops and
+    flips. SSLight's published figures are those with --head dino, --batch-size 1024 and the published lists, of the
+    best epoch.
+
+    \b
+    fastssl evaluate semi runs/mine --data train.beton --val val.beton --labels 1%
+    fastssl evaluate semi runs/mine --data train.beton --val val.beton --list 1percent.txt \\
+        --photos imagenet/train --head dino
+    """
+    from fastssl.evaluate.features import ProbeError
+    from fastssl.evaluate.finetune import SSLIGHT_OPTIM
+
+    if (how["labels"] is None) == (how["list_path"] is None):
+        raise click.UsageError("say which photos keep their label: --labels 1% for a draw, or --list FILE")
+    if how["photos"] is not None and how["list_path"] is None:
+        raise click.UsageError("--photos says where the names of a --list are looked up; a draw reads none")
+    if how["list_path"] is not None and how["val"] is None:
+        # A fifth that is held out could hold photos of the list.
+        raise ProbeError(f"{how['list_path']}: a list goes with photos of their own to judge on; give them with --val")
+    _fine_tune("semi", dataclasses.replace(SSLIGHT_OPTIM, lr=lr), SimpleNamespace(**how))
+
+
+@click.command()
+@_BEFORE
+@option("--epochs", default=100, **COUNT)
+@option(
+    "--optimizer", "sgd: Nesterov momentum 0.9. adamw: for vision transformers.", default="sgd", **choice(*DEFAULTS)
+)
+@option(
+    "--lr",
+    "Learning rate for 256 photos a step; grows with the batch. Default: 0.03 (AdamW: 0.0005).",
+    **POSITIVE,
+)
+@option("--weight-decay", "On all weights but biases and norms. Default: 0 (AdamW: 0.05).", **NOT_NEGATIVE)
+@_AFTER
+def finetune(optimizer: Any, weight_decay: float | None, lr: float | None, **how: Any) -> None:
+    """Fine-tune the whole network on a labelled data set, as a rule another one than it was pre-trained on.
+
+    Half a cosine to 1e-6 that changes once an epoch; random crops and flips. With --from-scratch the same network
+    begins with random weights: the difference is what pre-training is worth. The frozen half of a transfer is `fastssl
+    evaluate linear` on the same photos.
+
+    \b
+    fastssl evaluate finetune runs/mine --data flowers/train --val flowers/test --json finetune.json
+    fastssl evaluate finetune runs/mine --data flowers/train --val flowers/test --from-scratch
+    """
+    from fastssl.evaluate.finetune import SSLIGHT_OPTIM
+
+    default_lr, default_decay = DEFAULTS[optimizer]
+    optim = dataclasses.replace(
+        SSLIGHT_OPTIM,
+        name=optimizer,
+        nesterov=optimizer == "sgd",
+        lr=default_lr if lr is None else lr,
+        weight_decay=default_decay if weight_decay is None else weight_decay,
+    )
+    how["labels"] = 1.0 if how["labels"] is None else how["labels"]
+    _fine_tune("finetune", optim, SimpleNamespace(**how, list_path=None))
+
+
+def _fine_tune(evaluation: str, optim: OptimConfig, asked: SimpleNamespace) -> None:
     """Open checkpoint and photos, fine-tune, say and write what came out.
 
     Args:
-        evaluation: name of the record's kind.
-        pick: split -> (int64 sample ids that keep their label, what the record says of them; ``labels`` is their
-            share).
-        epochs: share of the labels -> number of epochs.
+        evaluation: the command, which is the record's kind.
+        asked: the values of its other options.
     """
+    import torch
+
     from fastssl.distributed.devices import use_amp
-    from fastssl.evaluate.classifier import save_classifier, timm_classifier_name
-    from fastssl.evaluate.dino_head_probe import run_file
+    from fastssl.evaluate.classifier import Classifier, load_half_head, run_file, save_classifier, timm_classifier_name
     from fastssl.evaluate.features import ProbeError
     from fastssl.evaluate.finetune import FinetuneConfig, finetune
-    from fastssl.evaluate.photos import open_split
+    from fastssl.evaluate.photos import draw_labels, listed_labels, open_split, require_labels
     from fastssl.evaluate.session import open_session
 
-    if out is not None and head != "linear":
+    dino, seed, out = asked.head == "dino", asked.seed, asked.out
+    if out is not None and dino:
         raise click.UsageError(
             "--out writes timm's network, which has no place for the layers of a DINO head; it goes with --head linear"
         )
-    if head == "dino":
-        checkpoint = run_file(checkpoint)  # backbone and head of one moment
+    # Backbone and head are of one moment.
+    checkpoint = run_file(asked.checkpoint) if dino else asked.checkpoint
     with (
-        open_session(checkpoint, which=which, device=device) as session,
-        open_split(data, val, seed=seed, workers=workers) as split,
+        open_session(checkpoint, which=asked.which, device=asked.device) as session,
+        open_split(asked.data, asked.val, seed=seed, workers=asked.workers) as split,
     ):
-        available = len(split.train_index)
-        chosen, about = pick(split)
+        available, share = split.train_index, asked.labels
+        if asked.list_path is not None:
+            chosen = listed_labels(asked.list_path, split.train, asked.photos)
+            share = len(chosen) / len(available)
+        else:
+            chosen = available[draw_labels(require_labels(split.train)[available], share, seed)]
         if not len(chosen):
-            raise ProbeError(f"{data}: no labelled photos to learn from")
+            raise ProbeError(f"{asked.data}: no labelled photos to learn from")
         if out is not None:
             timm_classifier_name(session.trained.arch)  # better said now than behind the work
         split = dataclasses.replace(split, train_index=chosen)
-        config = FinetuneConfig(
-            optim, epochs(about["labels"]), batch_size, head_lr_factor, **pictures(session, size, crop)
-        )
-        network = _network(session, checkpoint, head, len(split.classes), from_scratch=from_scratch, seed=seed)
+        epochs = asked.epochs or (EPOCHS_FEW if share <= FEW else EPOCHS_MORE)
+        seen = common.pictures(session, asked)
+        config = FinetuneConfig(optim, epochs, asked.batch_size, asked.head_lr_factor, **seen)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            source, fresh = session.trained.network, asked.from_scratch
+            if fresh:
+                session.forget()
+            hidden = load_half_head(checkpoint, "student" if fresh else source, fresh=fresh) if dino else None
+        network = Classifier(session.trained.backbone, len(split.classes), hidden, seed=seed)
         amp = use_amp("auto", session.device)
-        steps = len(chosen) // batch_size
-        with bar(session)(counted(config.epochs, "epoch"), config.epochs * steps * batch_size) as advance:
-            result = finetune(
-                network, split, config, device=session.device, amp=amp, seed=seed, workers=workers, progress=advance
-            )
+        photos = epochs * (len(chosen) // config.batch_size) * config.batch_size
+        with common.bar(session)(counted(epochs, "epoch"), photos) as advance:
+            how: dict[str, Any] = {"device": session.device, "amp": amp, "seed": seed, "workers": asked.workers}
+            result = finetune(network, split, config, progress=advance, **how)
         record = session.record(
             evaluation,
-            **{**split.record(), **about},
-            head=head,
-            from_scratch=from_scratch,
+            **split.record(),
+            labels=share,
+            **({"list": asked.list_path and asked.list_path.name} if evaluation == "semi" else {}),
+            head=asked.head,
+            from_scratch=fresh,
             seed=seed,
             bfloat16=amp,
-            **_protocol(config),
+            optimizer=optim.name,
+            peak_lr=optim.peak_lr(config.batch_size),
+            momentum=optim.momentum if optim.name == "sgd" else None,
+            **{name: getattr(optim, name) for name in ("lr", "lr_batch", "final_lr", "nesterov", "weight_decay")},
+            **{name: getattr(config, name) for name in ("head_lr_factor", "epochs", "batch_size", "size", "crop")},
             **dataclasses.asdict(result),
         )
         # First: whatever becomes of --out, the figures are not lost.
-        finish(session, _line(session, result, available, config), record, json_path)
+        common.finish(session, _line(session, result, len(available), config), record, asked.json_path)
         if out is not None and session.is_main:
             names = split.train.classes or []
             classes = [names[label] if label < len(names) else str(label) for label in split.classes.tolist()]
             save_classifier(network, out, arch=session.trained.arch, classes=classes, view=config.test_view)
-
-
-def _network(
-    session: Session, checkpoint: Path, head: str, classes: int, *, from_scratch: bool, seed: int
-) -> Classifier:
-    import torch
-
-    from fastssl.evaluate.classifier import Classifier
-    from fastssl.evaluate.dino_head_probe import load_half_head
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        if from_scratch:
-            session.forget()
-        source = "student" if from_scratch else session.trained.network
-        hidden = load_half_head(checkpoint, source, fresh=from_scratch) if head == "dino" else None
-    return Classifier(session.trained.backbone, classes, hidden, seed=seed)
-
-
-def _protocol(config: FinetuneConfig) -> dict[str, Any]:
-    optim = config.optim
-    return {
-        "optimizer": optim.name,
-        "peak_lr": optim.peak_lr(config.batch_size),
-        "momentum": optim.momentum if optim.name == "sgd" else None,
-        **{name: getattr(optim, name) for name in ("lr", "lr_batch", "final_lr", "nesterov", "weight_decay")},
-        **{name: getattr(config, name) for name in ("head_lr_factor", "epochs", "batch_size", "size", "crop")},
-    }
 
 
 def _line(session: Session, result: FinetuneResult, available: int, config: FinetuneConfig) -> str:
@@ -247,7 +260,7 @@ def _line(session: Session, result: FinetuneResult, available: int, config: Fine
     labels = counted(available, "label")
     of_labels = f"{result.train_samples:,} of {labels}" if result.train_samples < available else labels
     line = f"fine-tuned {name}, {of_labels}, {counted(result.classes, 'class')}: "
-    line += f"{percent(result.accuracy, result.confidence)} of {counted(result.val_samples, 'photo')}"
+    line += f"{common.percent(dataclasses.asdict(result))} of {counted(result.val_samples, 'photo')}"
     if result.top5 is not None:
         line += f", top-5 {result.top5:.2f} %"
     line += f"; best epoch {result.best_epoch} of {len(result.accuracies)}: {result.best_accuracy:.2f} %"
