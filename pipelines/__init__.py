@@ -11,28 +11,18 @@ from typing import Any
 from fastssl.errors import BetonError, FastSSLError, JpegError
 
 _LAZY = {
-    "Batch": "fastssl.pipelines.loader",
-    "BetonReader": "fastssl.pipelines.beton.reader",
-    "BetonWriter": "fastssl.pipelines.beton.writer",
-    "MultiCrop": "fastssl.pipelines.plan.multicrop",
-    "ViewLoader": "fastssl.pipelines.loader",
-    "ViewSpec": "fastssl.pipelines.plan.draw",
+    "Batch": "loader",
+    "BetonReader": "beton.reader",
+    "BetonWriter": "beton.writer",
+    "MultiCrop": "plan.multicrop",
+    "ViewLoader": "loader",
+    "ViewSpec": "plan.draw",
 }
 
-__all__ = [
-    "Batch",
-    "BetonError",
-    "BetonReader",
-    "BetonWriter",
-    "FastSSLError",
-    "JpegError",
-    "MultiCrop",
-    "ViewLoader",
-    "ViewSpec",
-]
+__all__ = ["BetonError", "FastSSLError", "JpegError", *_LAZY]
 
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
-        return getattr(importlib.import_module(_LAZY[name]), name)
+        return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

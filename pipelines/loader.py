@@ -18,7 +18,7 @@ from fastssl.pipelines.beton.reader import BetonReader
 from fastssl.pipelines.engines.base import EngineSettings, EngineStats, Request, checked_device
 from fastssl.pipelines.engines.registry import open_engine
 from fastssl.pipelines.ops.augment import augment, parameter_table
-from fastssl.pipelines.ops.recycled_memory import RecycledMemory
+from fastssl.pipelines.ops.memory import RecycledMemory
 from fastssl.pipelines.plan.draw import ViewSpec, draw_plans
 from fastssl.pipelines.plan.order import batch_indices, steps_per_epoch
 from fastssl.utils.cores import available_cores
@@ -34,8 +34,7 @@ class Batch:
         views: one (count * B, 3, S, S) float tensor for each ``ViewSpec``, channels-last, normalised, on the loader's
             device, view-major: rows ``v * B : (v + 1) * B`` are view v of all samples. With ``colour=False`` uint8, as
             they were cropped.
-        index: (B,) int64 sample ids, on the host.
-        label: (B,) int64, on the host; -1 where the file has no labels.
+        index, label: (B,) int64 on the host, the samples' ids and labels; -1 where the file has none.
         tables: with ``colour=False`` what ``augment_device`` wants beside each of ``views``, (count * B, 23) float32 on
             the loader's device.
     """
@@ -50,23 +49,20 @@ class ViewLoader:
     """Batches of views. Every random choice is a function of (seed, epoch, sample id, view): nothing else.
 
     Use it as a context manager: leaving it joins its threads and frees its buffers, also after an early ``break``.
+    ``FastSSLError``: the file has fewer samples than one global batch, or an option a value that does not exist.
 
     Args:
         data: a ``.beton`` file, or an open ``BetonReader`` (which then stays open).
         views: the view groups, for instance two global and six local views.
         indices: restrict the loader to these sample ids.
-        batch_size: samples a step on this rank.
+        batch_size: samples a step on this rank. rank, world: which part of each global batch is ours.
         device, pipeline, workers, crops, on_bad, stall_minutes: see ``EngineSettings``.
         seed: of the order and of the views.
-        rank, world: which part of each global batch is ours.
         shuffle: draw a new order every epoch; otherwise samples come as they are stored.
         drop_last: leave out the last, partial batch; it may be kept without ``shuffle`` on one rank.
         dtype: of the views.
         colour: apply the colour operations here. Without it the batch holds the uint8 crops and the tables that
             ``augment_device`` takes, for a step that does it itself.
-
-    Raises:
-        FastSSLError: the file has fewer samples than one global batch, or an option has a value that does not exist.
     """
 
     def __init__(
@@ -97,7 +93,7 @@ class ViewLoader:
         settings = EngineSettings(place, batch_size, pipeline, threads, crops, on_bad, stall_minutes)
         if not drop_last and (world > 1 or shuffle):
             raise FastSSLError(
-                "drop_last=False goes with shuffle=False and one process: training steps all have one size"
+                "drop_last=False goes with shuffle=False and one process: training has steps of one size"
             )
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise FastSSLError(f"dtype={dtype!r} is not a floating-point dtype of torch; views are normalised")
@@ -122,11 +118,8 @@ class ViewLoader:
         if count and (self.indices.min() < 0 or self.indices.max() >= len(self.reader)):
             raise FastSSLError(f"{self.reader.path}: indices reach beyond its {counted(len(self.reader), 'sample')}")
         if len(self) < 1:
-            samples = counted(count, "sample")
-            raise FastSSLError(
-                f"{self.reader.path}: {samples}, fewer than one batch of {self.batch_size * self.world}; lower "
-                "the batch size"
-            )
+            few = f"{counted(count, 'sample')}, fewer than one batch of {self.batch_size * self.world}"
+            raise FastSSLError(f"{self.reader.path}: {few}; lower the batch size")
 
     def __len__(self) -> int:
         """Steps in an epoch."""
@@ -189,9 +182,7 @@ class ViewLoader:
             self.reader.close()
 
     def close(self) -> None:
-        """Join the threads (not those that a dead disk holds) and free the buffers; also closes the file if the loader
-        opened it.
-        """
+        """Join the threads (not those that a dead disk holds), free the buffers, close the file if opened here."""
         self.engine.close()
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._close_reader()
@@ -204,13 +195,9 @@ class ViewLoader:
 
 
 def _sample_ids(indices: np.ndarray) -> np.ndarray:
-    """``indices`` as (n,) int64. A mask of booleans would pass as the ids 0 and 1, floats would be cut: both are
-    refused.
-    """
+    """``indices`` as (n,) int64. A mask of booleans would pass as the ids 0 and 1, floats would be cut."""
     ids = np.asarray(indices)
     if ids.ndim != 1 or not (np.issubdtype(ids.dtype, np.integer) or ids.size == 0):
-        raise FastSSLError(
-            f"indices must be a list of sample ids, got {ids.dtype} of shape {ids.shape} (np.flatnonzero turns "
-            "a mask into ids)"
-        )
+        got = f"got {ids.dtype} of shape {ids.shape} (np.flatnonzero turns a mask into ids)"
+        raise FastSSLError(f"indices must be a list of sample ids, {got}")
     return ids.astype(np.int64)

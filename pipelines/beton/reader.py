@@ -1,15 +1,14 @@
 """Reading ``.beton`` files (format.py says what they look like) with NumPy alone.
 
 The reader trusts no number from a file before it has compared it with the file's size: a damaged or hostile file ends
-in a ``BetonError``, never in a read outside of it. It reads with ``preadv`` and maps nothing: a file that is cut short,
-or a disk that fails, while a run reads it would end the process with SIGBUS at the next touch of a map, and no program
-can make an error of that.
+in a ``BetonError``, never in a read outside of it. It reads with ``preadv`` and maps nothing: where a file is cut
+short, or a disk fails, a map would end the process with SIGBUS, and no program can make an error of that.
 """
 
 from __future__ import annotations
 
 import os
-import threading
+import stat
 import warnings
 import zlib
 from collections.abc import Callable
@@ -29,9 +28,9 @@ from fastssl.pipelines.beton.format import (
     TYPE_INT,
     VERSION,
 )
-from fastssl.pipelines.beton.open_file import OpenFile
 from fastssl.pipelines.beton.side_file import read_side_file, side_path
 from fastssl.pipelines.ops import jpeg
+from fastssl.pipelines.ops.memory import ThreadMemory
 
 #: Samples whose metadata is read at a time; bytes that are summed up at a time.
 _BLOCK, _PART = 1 << 20, 16 << 20
@@ -39,21 +38,44 @@ _BLOCK, _PART = 1 << 20, 16 << 20
 _LOOKED_AT, _LOOK = 64, 4096
 
 
+class OpenFile:
+    """A file descriptor that is closed with the last reference to it. Closed with its reader, its number could be given
+    to another file while a thread that the disk holds up is about to read from it.
+    """
+
+    def __init__(self, path: Path):
+        self.descriptor = -1
+        # A named pipe would wait here for its writer; a plain file knows nothing of the flag.
+        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        about = os.fstat(self.descriptor)
+        self.num_bytes, self.plain = about.st_size, stat.S_ISREG(about.st_mode)
+
+    def __del__(self) -> None:
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+
+    def read_into(self, out: np.ndarray, offset: int) -> int:
+        """Fill ``out``, 1-D uint8, from byte ``offset`` on; how many bytes there were, fewer than wanted at the end of
+        the file only.
+        """
+        view, done = out.data, 0
+        while done < len(view) and (got := os.preadv(self.descriptor, [view[done:]], offset + done)):
+            done += got
+        return done
+
+
 class BetonReader:
     """An open ``.beton`` file with one image field and, usually, one integer label.
 
     All tables are checked when the file is opened (about 0.2 s per million samples); afterwards any sample can be read
-    from any thread. It keeps to the file that it opened: one that is put in its place under the same name is not seen,
-    and one that is cut short or written over meanwhile gives errors that name the sample. Fields other than the first
-    image and the first integer are skipped with a warning. Use it as a context manager, or call :meth:`close`.
+    from any thread. It keeps to the file that it opened, and one that is cut short or written over meanwhile gives
+    errors that name the sample. Fields other than the first image and the first integer are skipped with a warning.
+    ``BetonError``: the file is missing, damaged, unfinished or empty, or uses a custom field.
 
     Attributes:
         path: the file. num_samples: N, also ``len(reader)``.
         heights, widths: (N,) int32, in pixels. modes: (N,) uint8, 0 JPEG, 1 raw. offsets, sizes: (N,) int64, in bytes.
         labels: (N,) int64, or None when the file has no integer field.
-
-    Raises:
-        BetonError: the file is missing, damaged, unfinished or empty, or uses a custom field; the message says where.
     """
 
     num_samples: int
@@ -64,7 +86,7 @@ class BetonReader:
             self._file: OpenFile | None = OpenFile(self.path)
         except OSError as error:
             raise BetonError(f"{self.path}: cannot open: {error.strerror or error}") from None
-        self._scratch = threading.local()
+        self._scratch = ThreadMemory()
         self.num_bytes = self._file.num_bytes
         if not self._file.plain:
             raise self._error("is not a plain file")
@@ -97,9 +119,8 @@ class BetonReader:
         fields_end = HEADER_DTYPE.itemsize + num_fields * FIELD_DTYPE.itemsize
         if num_fields == 0 or fields_end > self.num_bytes:
             raise self._error(f"damaged header: {num_fields} field descriptors do not fit into {self.num_bytes} bytes")
-        record_dtype, image_field, label_field = self._read_fields(
-            self._read_array(HEADER_DTYPE.itemsize, num_fields, FIELD_DTYPE)
-        )
+        descriptors = self._read_array(HEADER_DTYPE.itemsize, num_fields, FIELD_DTYPE)
+        record_dtype, image_field, label_field = self._read_fields(descriptors)
 
         self._metadata_end = fields_end + self.num_samples * record_dtype.itemsize
         if self._metadata_end > self.num_bytes:
@@ -126,10 +147,8 @@ class BetonReader:
 
         pointers = self._read_metadata(fields_end, record_dtype, image_field, label_field)
         self._read_regions(pointers, self._read_array(table_at, entries, TABLE_DTYPE))
-        self._require(
-            (self.modes != MODE_RAW) | (self.sizes == 3 * self._pixels()),
-            "raw pixels whose size is not height x width x 3",
-        )
+        whole = (self.modes != MODE_RAW) | (self.sizes == 3 * self._pixels())
+        self._require(whole, "raw pixels whose size is not height x width x 3")
 
     def _read_metadata(
         self, start: int, record_dtype: np.dtype, image_field: str, label_field: str | None
@@ -140,23 +159,16 @@ class BetonReader:
         at its first one.
         """
         count = self.num_samples
-        self.modes, self.heights, self.widths = (
-            np.empty(count, np.uint8),
-            np.empty(count, np.int32),
-            np.empty(count, np.int32),
-        )
+        self.modes = np.empty(count, np.uint8)
+        self.heights, self.widths = np.empty(count, np.int32), np.empty(count, np.int32)
         self.labels = None if label_field is None else np.empty(count, np.int64)
         pointers = np.empty(count, np.uint64)
         for low in range(0, count, _BLOCK):
             high = min(low + _BLOCK, count)
             records = self._read_array(start + low * record_dtype.itemsize, high - low, record_dtype)
             images = records[image_field]
-            self.modes[low:high], self.heights[low:high], self.widths[low:high] = (
-                images["mode"],
-                images["height"],
-                images["width"],
-            )
-            pointers[low:high] = images["data_ptr"]
+            self.modes[low:high], pointers[low:high] = images["mode"], images["data_ptr"]
+            self.heights[low:high], self.widths[low:high] = images["height"], images["width"]
             if self.labels is not None:
                 self.labels[low:high] = records[label_field]
             pixels = self._pixels(low, high)
@@ -170,9 +182,8 @@ class BetonReader:
 
     def _read_fields(self, descriptors: np.ndarray) -> tuple[np.dtype, str, str | None]:
         """Return the metadata record's dtype and the names in it (f0, f1, ...) of the image and of the label."""
-        names = [
-            printable(bytes(name).split(b"\0")[0].decode("ascii", "backslashreplace")) for name in descriptors["name"]
-        ]
+        ended = (bytes(name).split(b"\0")[0] for name in descriptors["name"])
+        names = [printable(name.decode("ascii", "backslashreplace")) for name in ended]
         types = descriptors["type_id"].tolist()
         for name, type_id in zip(names, types):
             if type_id not in FIELD_TYPES:
@@ -193,34 +204,31 @@ class BetonReader:
 
     def _read_regions(self, pointers: np.ndarray, table: np.ndarray) -> None:
         """Find the allocation of every image and check that it lies between the metadata and the table."""
-        entry_ptr, entry_size, entry_id = (np.ascontiguousarray(table[name]) for name in ("ptr", "size", "sample_id"))
-        if not np.array_equal(entry_ptr, pointers):
+        last = int(table["sample_id"].max())
+        if not np.array_equal(table["ptr"], pointers):
             # FFCV's workers write the table in the order in which they finish, with entries for every other field too.
             # An empty bytes field takes no room, so its pointer can be the same as the image's that follows: it must
             # not win.
-            order = np.flatnonzero(entry_size)
-            order = order[np.argsort(entry_ptr[order], kind="stable")]
-            place = np.searchsorted(entry_ptr[order], pointers)
-            self._require(place < len(order), "no entry in the allocation table for its image")
-            found = order[place]
-            entry_ptr, entry_size, entry_id = entry_ptr[found], entry_size[found], entry_id[found]
-            self._require(entry_ptr == pointers, "no entry in the allocation table for its image")
-        if table["sample_id"].max() >= self.num_samples:
+            table = table[table["size"] > 0]
+            table = table[np.argsort(table["ptr"], kind="stable")]
+            place = np.searchsorted(table["ptr"], pointers)
+            self._require(place < len(table), "no entry in the allocation table for its image")
+            table = table[place]
+            self._require(table["ptr"] == pointers, "no entry in the allocation table for its image")
+        if last >= self.num_samples:
             raise self._error(
                 f"damaged header: the allocation table knows more samples than the {self.num_samples} of the header"
             )
-        low, high = np.uint64(self._metadata_end), np.uint64(self._table_at)
+        sizes, low, high = np.ascontiguousarray(table["size"]), np.uint64(self._metadata_end), np.uint64(self._table_at)
         inside = (pointers >= low) & (pointers <= high)
         # Subtract before comparing: ptr + size could wrap around.
-        self._require(
-            inside & (entry_size <= high - np.where(inside, pointers, high)), "its image lies outside the data pages"
-        )
-        self._require(entry_size > 0, "its image has no bytes")
-        self._require(
-            entry_size <= np.uint64(self.page_size), f"its image is larger than a page of {self.page_size} bytes"
-        )
-        self._require(entry_id == np.arange(self.num_samples, dtype=np.uint64), "its image belongs to another sample")
-        self.offsets, self.sizes = pointers.astype(np.int64), entry_size.astype(np.int64)
+        fits = inside & (sizes <= high - np.where(inside, pointers, high))
+        self._require(fits, "its image lies outside the data pages")
+        self._require(sizes > 0, "its image has no bytes")
+        self._require(sizes <= self.page_size, f"its image is larger than a page of {self.page_size} bytes")
+        own = table["sample_id"] == np.arange(self.num_samples, dtype=np.uint64)
+        self._require(own, "its image belongs to another sample")
+        self.offsets, self.sizes = pointers.astype(np.int64), sizes.astype(np.int64)
 
     def _require(self, good: np.ndarray, complaint: str, first: int = 0) -> None:
         """Refuse the file where not all are ``good``, of which the first one belongs to sample ``first``."""
@@ -250,33 +258,25 @@ class BetonReader:
         """The class names, label k being ``classes[k]``, from the side file; None without one or for unlabelled
         photos.
         """
-        side = read_side_file(self.path)
-        if side is None:
-            return None
-        if side["bytes"] != self.num_bytes:
-            warnings.warn(
-                f"{side_path(self.path)}: belongs to another version of the file; class names not used", stacklevel=2
-            )
-            return None
-        classes: list[str] | None = side["classes"]
-        return classes
+        side = read_side_file(self.path) or {"classes": None, "bytes": self.num_bytes}
+        if side["bytes"] == self.num_bytes:
+            classes: list[str] | None = side.get("classes")
+            return classes
+        what = "belongs to another version of the file; class names not used"
+        warnings.warn(f"{side_path(self.path)}: {what}", stacklevel=2)
+        return None
 
     def encoded(self, i: int) -> np.ndarray:
-        """The stored bytes of sample ``i``: 1-D uint8, a copy of the caller's own.
-
-        Raises:
-            BetonError: they cannot be read, or are no longer there; names file and sample.
+        """The stored bytes of sample ``i``: 1-D uint8, a copy of the caller's own. ``BetonError``, which names file and
+        sample: they cannot be read, or are no longer there.
         """
         self._require_sample(i)
         return self._stored(i, lambda size: np.empty(size, np.uint8))
 
     def decode_into(self, i: int, out: np.ndarray) -> None:
         """Decode sample ``i`` into ``out``, (heights[i], widths[i], 3) uint8 C-contiguous; after an error its contents
-        are undefined.
-
-        Raises:
-            JpegError: the picture is damaged, or ``out`` is of another shape. BetonError: as `encoded`. Both name file
-                and sample.
+        are undefined. ``JpegError``, which names file and sample: the picture is damaged, or ``out`` is of another
+        shape; ``BetonError``: as `encoded`.
         """
         self._require_sample(i)
         shape = (int(self.heights[i]), int(self.widths[i]), 3)
@@ -302,17 +302,10 @@ class BetonReader:
         return out
 
     def _memory(self, size: int) -> np.ndarray:
-        """``size`` bytes to read into, this thread's own and overwritten by its next sample: new memory costs a fault a
-        page.
-        """
-        kept = getattr(self._scratch, "kept", None)
-        if kept is None or kept.size < size:
-            kept = self._scratch.kept = np.empty(size + size // 4, np.uint8)
-        return kept[:size]
+        return self._scratch.take(size)
 
     def _open_file(self) -> OpenFile:
-        file = self._file
-        if file is None:
+        if (file := self._file) is None:
             raise self._error("the reader is closed")
         return file
 
@@ -321,17 +314,17 @@ class BetonReader:
             raise IndexError(f"{self.path}: no sample {i}, there are {self.num_samples}")
 
     def _read(self, file: OpenFile, offset: int, out: np.ndarray, what: str) -> None:
-        """Fill ``out``, 1-D uint8, from byte ``offset`` on, or raise a ``BetonError`` that says ``what`` could not be
-        read.
-        """
+        """Fill ``out``, 1-D uint8, from byte ``offset`` on; ``BetonError`` says ``what`` could not be read."""
         try:
             got = file.read_into(out, offset)
         except OSError as error:
             raise self._error(f"{what}: cannot be read: {error.strerror or error}") from None
-        if got < len(out):
-            raise self._error(
-                f"{what}: cut off since it was opened: {got:,} of {len(out):,} bytes are there; put the whole file back"
-            )
+        self._require_bytes(got, len(out), f"{what}: ")
+
+    def _require_bytes(self, there: int, wanted: int, what: str = "") -> None:
+        if there < wanted:
+            found = f"{there:,} of {wanted:,} bytes are there"
+            raise self._error(f"{what}cut off since it was opened: {found}; put the whole file back")
 
     def _read_array(self, offset: int, count: int, dtype: np.dtype) -> np.ndarray:
         """(count,) of ``dtype``, as they stand at byte ``offset``."""
@@ -351,11 +344,9 @@ class BetonReader:
         return {"head": self._checksum(0, self._metadata_end), "table": self._checksum(self._table_at, self.num_bytes)}
 
     def photo_checksum(self) -> int:
-        """CRC-32 of some bytes from the middle of some photos, spread evenly over the file; of small files all photos.
-
-        Tables alone do not tell two sets of raw pictures of one size apart. Takes no more than 64 small reads, whatever
-        the file's size. A photo that the disk does not give is left out: what to do about such ones is asked where they
-        are needed.
+        """CRC-32 of some bytes from the middle of at most 64 photos, spread evenly over the file: tables alone do not
+        tell two sets of raw pictures of one size apart. A photo that the disk does not give is left out: what to do
+        about such ones is asked where they are needed.
         """
         found = 0
         for i in np.unique(np.linspace(0, self.num_samples - 1, _LOOKED_AT).astype(np.int64)):
@@ -376,15 +367,9 @@ class BetonReader:
 
     def same_file(self) -> str:
         """A name under which others open the very file that is open here, also if its path leads elsewhere by now."""
-        return (
-            f"/proc/self/fd/{self._open_file().descriptor}" if os.path.isdir("/proc/self/fd") else os.fspath(self.path)
-        )
+        here = "/proc/self/fd"
+        return f"{here}/{self._open_file().descriptor}" if os.path.isdir(here) else os.fspath(self.path)
 
     def require_whole(self) -> None:
-        """For those that map the file themselves: it is as long as when it was opened, or ``BetonError``. One call to
-        the system.
-        """
-        if (now := os.fstat(self._open_file().descriptor).st_size) < self.num_bytes:
-            raise self._error(
-                f"cut off since it was opened: {now:,} of {self.num_bytes:,} bytes are there; put the whole file back"
-            )
+        """For those that map the file themselves: it is as long as when it was opened, or ``BetonError``."""
+        self._require_bytes(os.fstat(self._open_file().descriptor).st_size, self.num_bytes)

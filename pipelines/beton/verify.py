@@ -60,24 +60,25 @@ def verify(
     """Check ``path``; every sample's checksum is compared when there is a side file.
 
     ``decode``: decode this many samples, evenly spaced; None: all. ``workers``: threads, None: one a CPU.
-    ``stall_minutes``: how long the tables, or a few dozen samples, are waited for; a warning comes after the first
-    minute.
+    ``stall_minutes``: how long the tables, or a few dozen samples, are waited for.
 
     Raises:
         BetonError: the header or a table is damaged, so that no sample can be trusted.
         WorkerError: no memory was left for a sample, or a bug of ours.
         Stalled: the disk or network file system did not answer.
     """
-    started, deadline = time.monotonic(), Deadline(path, stall_minutes)
-    reader, problems, checksums = deadline.call(lambda: _opened(path), "at its tables")
+    started, deadline, workers = time.monotonic(), Deadline(path, stall_minutes), workers or available_cores()
+    reader = deadline.call(lambda: BetonReader(path), "at its tables")
     with reader:
+        problems, checksums = deadline.call(lambda: _side_file_of(reader), "at its tables")
         total = len(reader)
         count = total if decode is None else min(decode, total)
         to_decode = np.zeros(total, bool)
         to_decode[np.arange(count) * total // max(count, 1)] = True
         wanted = np.flatnonzero(to_decode) if checksums is None else np.arange(total)
         parts = np.split(wanted, range(_PART, len(wanted), _PART))
-        damaged, done = [], 0
+        damaged: list[tuple[int, str]] = []
+        done = 0
         if progress is not None:
             progress(0, len(wanted))
 
@@ -85,10 +86,7 @@ def verify(
             found = ((i, _check_sample(reader, i, checksums, bool(to_decode[i]))) for i in some.tolist())
             return [(i, complaint) for i, complaint in found if complaint]
 
-        found = deadline.map(
-            check, parts, workers or available_cores(), lambda some: f"at samples {some[0]} to {some[-1]}"
-        )
-        with closing(found):
+        with closing(deadline.map(check, parts, workers, lambda some: f"at samples {some[0]} to {some[-1]}")) as found:
             for some, bad in zip(parts, found):
                 damaged += bad
                 done += len(some)
@@ -99,36 +97,27 @@ def verify(
         return VerifyReport(reader.path, total, compared, count, problems, damaged, side_file, seconds)
 
 
-def _opened(path: str | os.PathLike) -> tuple[BetonReader, list[str], np.ndarray | None]:
-    """The file, what is wrong with it as a whole, and its samples' checksums if they are known."""
-    reader = BetonReader(path)
-    try:
-        side = read_side_file(path)
-        return (reader, [], None) if side is None else (reader, *_check_side_file(reader, side))
-    except BetonError as error:
-        return reader, [str(error)], None
-
-
 def sample_checksums(reader: BetonReader) -> np.ndarray | None:
     """CRC-32 of every sample's bytes, (N,) uint32, from the side file; None where there is none that fits this file."""
+    problems, checksums = _side_file_of(reader)
+    return None if problems else checksums
+
+
+def _side_file_of(reader: BetonReader) -> tuple[list[str], np.ndarray | None]:
+    """What is wrong with the file as a whole, and its samples' checksums if they are known."""
     try:
         side = read_side_file(reader.path)
-        if side is None:
-            return None
-        problems, checksums = _check_side_file(reader, side)
-    except BetonError:
-        return None
-    return None if problems else checksums
+        return ([], None) if side is None else _check_side_file(reader, side)
+    except BetonError as error:
+        return [str(error)], None
 
 
 def _check_side_file(reader: BetonReader, side: dict) -> tuple[list[str], np.ndarray | None]:
     """Compare file and side file as wholes; return the complaints and the samples' checksums, (N,) uint32."""
     name = side_path(reader.path)
     if side["bytes"] != reader.num_bytes:
-        return [
-            f"the file has {reader.num_bytes} bytes, its side file {name} says {side['bytes']}: they do not "
-            "belong together"
-        ], None
+        sizes = f"the file has {reader.num_bytes} bytes, its side file {name} says {side['bytes']}"
+        return [f"{sizes}: they do not belong together"], None
     try:
         expected = {key: int(side["crc32"][key]) for key in ("head", "table")}
         checksums = np.frombuffer(base64.b64decode(side["crc32"]["samples"], validate=True), "<u4")
@@ -136,19 +125,14 @@ def _check_side_file(reader: BetonReader, side: dict) -> tuple[list[str], np.nda
         return [f"{name}: unreadable checksums ({type(error).__name__}: {error})"], None
     if len(checksums) != reader.num_samples:
         return [f"{name}: {counted(len(checksums), 'checksum')} for {counted(reader.num_samples, 'sample')}"], None
-    problems = [
-        f"checksum of the {what} is wrong"
-        for key, what in (("head", "header or metadata"), ("table", "allocation table"))
-        if reader.table_checksums()[key] != expected[key]
-    ]
+    found, names = reader.table_checksums(), {"head": "header or metadata", "table": "allocation table"}
+    problems = [f"checksum of the {what} is wrong" for key, what in names.items() if found[key] != expected[key]]
     classes = side.get("classes")
     if classes is not None and reader.labels is not None:
         outside = np.flatnonzero((reader.labels < 0) | (reader.labels >= len(classes)))
         if len(outside):
-            how_many = counted(len(classes), "class")
-            problems.append(
-                f"sample {outside[0]} has the label {reader.labels[outside[0]]}, but the file has {how_many}"
-            )
+            label = f"sample {outside[0]} has the label {reader.labels[outside[0]]}"
+            problems.append(f"{label}, but the file has {counted(len(classes), 'class')}")
     return problems, checksums
 
 

@@ -28,9 +28,8 @@ from fastssl.pipelines.beton.format import (
 class BetonWriter:
     """Write samples one after the other into a ``.beton`` file that FFCV reads too.
 
-    The number of samples need not be known: room is reserved for ``capacity`` of them and the header, written last,
-    says how many came. A file whose writer was stopped has a header of zeros and is refused by every reader. Memory: 33
-    bytes a sample.
+    Room is reserved for ``capacity`` samples and the header, written last, says how many came: a file whose writer was
+    stopped has a header of zeros and is refused by every reader. Memory: 33 bytes a sample.
 
     A sample larger than a page doubles ``page_size`` as often as needed. That is safe at any time, because whatever
     does not cross a multiple of P does not cross a multiple of 2P either.
@@ -66,15 +65,14 @@ class BetonWriter:
         self._page_size = page_size
         self._position = -(-metadata_end // page_size) * page_size
         self._records = np.zeros(capacity, RECORD_DTYPE)
-        self.num_samples = 0
-        if written is None or len(written) == 0:
-            self._file = open(self.path, "wb", buffering=1 << 20)  # noqa: SIM115 - lives on, see close()
-        else:
-            self.num_samples = len(written)
+        written = np.zeros(0, RECORD_DTYPE) if written is None else written
+        self.num_samples = len(written)
+        mode = "r+b" if self.num_samples else "wb"
+        self._file = open(self.path, mode, buffering=1 << 20)  # noqa: SIM115 - lives on, see close()
+        if self.num_samples:
             self._records[: self.num_samples] = written
             self._grow_page(int(written["size"].max()))
             self._position = int(written[-1]["offset"] + written[-1]["size"])
-            self._file = open(self.path, "r+b", buffering=1 << 20)  # noqa: SIM115 - lives on, see close()
             self._file.truncate(self._position)
             # It may have been stopped between its header and its rename: unfinished again.
             self._file.write(bytes(HEADER_DTYPE.itemsize))
@@ -107,14 +105,10 @@ class BetonWriter:
         size = len(view)
         if self.num_samples == len(self._records):
             raise BetonError(f"{self.path}: room was reserved for {counted(self.num_samples, 'sample')} only")
-        if (
-            not (0 < height <= 0xFFFF and 0 < width <= 0xFFFF)
-            or size == 0
-            or (mode == MODE_RAW and size != height * width * 3)
-        ):
-            raise BetonError(
-                f"{self.path}: cannot store {size} bytes as a picture of {height}x{width} (sides are 1 to 65535)"
-            )
+        sides_fit = 0 < height <= 0xFFFF and 0 < width <= 0xFFFF
+        if not sides_fit or size == 0 or (mode == MODE_RAW and size != height * width * 3):
+            picture = f"a picture of {height}x{width} (sides are 1 to 65535)"
+            raise BetonError(f"{self.path}: cannot store {size} bytes as {picture}")
         self._grow_page(size)
         if self._position % self._page_size + size > self._page_size:
             self._position += -self._position % self._page_size

@@ -3,10 +3,8 @@
 Every photo is decoded once, strictly, so that a damaged one is found now and not in the middle of a training run. A
 JPEG that needs no change goes into the file byte for byte; anything else becomes upright 8-bit RGB and is re-encoded.
 
-While it works, there are two files beside DST: ``DST.partial``, the growing file, and ``DST.partial.journal``, one line
-for every photo that is safely on the disk. DST itself appears by renaming, so it is whole or absent. A conversion that
-was stopped goes on behind the journal's last line; the bytes of the result do not depend on stops, nor on the number of
-workers.
+DST itself appears by renaming, so it is whole or absent. A conversion that was stopped goes on behind the last line of
+its journal (unfinished.py); the bytes of the result do not depend on stops, nor on the number of workers.
 
 SRC and DST often lie on one network disk, and that may be gone forever: what reads from it, or waits for it, does so
 in threads that are waited for with a limit (deadline.py).
@@ -38,18 +36,16 @@ from fastssl.pipelines.beton.reader import BetonReader
 from fastssl.pipelines.beton.side_file import side_path
 from fastssl.pipelines.beton.writer import BetonWriter
 from fastssl.pipelines.convert.encode import Encoded, encode_photo, pillow_formats
-from fastssl.pipelines.convert.journal import Journal
 from fastssl.pipelines.convert.options import ConvertError, ConvertOptions, ConvertSummary, chosen_photos
 from fastssl.pipelines.convert.sources import Listing, list_source
-from fastssl.pipelines.convert.unfinished import reserve, write_or_remove
-from fastssl.utils.atomic_files import sync_folder
+from fastssl.pipelines.convert.unfinished import Journal, reserve
+from fastssl.utils.atomic_files import sync_folder, write_atomically
 from fastssl.utils.cores import available_cores
 from fastssl.utils.deadline import Deadline
 
 logger = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
 
-SIDE_FORMAT, SIDE_VERSION = "fastssl-beton-side-file", 1
 #: How much work a kill may cost. Each checkpoint waits for the disk twice.
 CHECKPOINT_SECONDS = 2.0
 #: Bytes that are left to the system's memory, at most, where no journal asks for more.
@@ -69,10 +65,8 @@ def convert(
     options: ConvertOptions | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> ConvertSummary:
-    """Convert the photos of ``src`` (see :func:`fastssl.pipelines.convert.sources.list_source`) into the ``.beton``
-    file ``dst``.
-
-    An existing ``dst`` is replaced, at the very end. ``progress(done, total)`` is called ten times a second.
+    """Convert the photos of ``src`` (see `sources.list_source`) into the ``.beton`` file ``dst``; an existing one is
+    replaced, at the very end. ``progress(done, total)`` is called ten times a second.
 
     Raises:
         ConvertError, SourceError: nothing to convert, every photo rejected, a bad photo with ``on_bad='fail'``, no
@@ -81,16 +75,7 @@ def convert(
         Stalled: the disk or network file system did not answer; the same conversion goes on where it stood, in a new
             process.
     """
-    options = options or ConvertOptions()
-    with warnings.catch_warnings():
-        # Pillow warns about odd metadata, which does not concern the pixels, in the middle of the progress bar.
-        warnings.filterwarnings("ignore", module=r"PIL\.")
-        return _convert(src, Path(dst), options, progress)
-
-
-def _convert(
-    src: str | os.PathLike, dst: Path, options: ConvertOptions, progress: Callable[[int, int], None] | None
-) -> ConvertSummary:
+    options, dst = options or ConvertOptions(), Path(dst)
     if dst.is_dir():
         raise ConvertError(f"{dst}: is a folder; name the .beton file to write")
     if not dst.parent.is_dir():
@@ -103,7 +88,9 @@ def _convert(
         raise ConvertError(f"{dst}: SRC and DST are one file; the photos would be overwritten by the result")
     started = time.monotonic()
     deadline = Deadline(src, options.stall_minutes, "read or written")
-    with list_source(src, deadline) as listing, reserve(dst) as unfinished:
+    with warnings.catch_warnings(), list_source(src, deadline) as listing, reserve(dst) as unfinished:
+        # Pillow warns about odd metadata, which does not concern the pixels, in the middle of the progress bar.
+        warnings.filterwarnings("ignore", module=r"PIL\.")
         job = _Conversion(listing, dst, unfinished, options, deadline)
         job.run(progress)
         num_bytes = job.publish()
@@ -119,35 +106,29 @@ class _Conversion:
         self.listing, self.dst, self.partial, self.options, self.deadline = listing, dst, partial, options, deadline
         self.chosen = chosen_photos(len(listing), options.limit)
         total = len(self.chosen)
-        self.journal = Journal(Path(f"{partial}.journal"), self.key())
+        # What has to be equal for a stopped conversion to be continued with the very same bytes.
+        versions = {"simplejpeg": simplejpeg.__version__, "pillow": PIL.__version__, "fastssl": __version__}
+        key = {"source": listing.fingerprint, "total": total, "options": options.deciding(), "versions": versions}
+        self.journal = Journal(Path(f"{partial}.journal"), key)
         self._unsynced = 0  # bytes
-        self._start_again()
-
-        written = np.zeros(0, RECORD_DTYPE)
+        written = self._from_the_start()
         if options.resume:
             written = deadline.call(self._take_over, f"while {self.journal.path.name} was read")
         self.resumed = self.num_done
         if not self.resumed:
             self.journal.remove()
         page_size = DEFAULT_PAGE_SIZE if total >= SMALL_SET else MIN_PAGE_SIZE
-        self.writer = BetonWriter(
-            partial, total, labels=listing.classes is not None, page_size=page_size, written=written
-        )
+        labels = listing.classes is not None
+        self.writer = BetonWriter(partial, total, labels=labels, page_size=page_size, written=written)
 
-    def _start_again(self) -> None:
+    def _from_the_start(self, why: str = "") -> np.ndarray:
+        """Begin with no photo done; the records of those that are. ``why`` is said, where there was something."""
+        if why:
+            logger.warning("%s: %s; starting again", self.dst, why)
         self.num_done = self.num_copied = 0
         self.checksums = array("I")
         self.rejects = list(self.listing.rejected)
-
-    def key(self) -> dict:
-        """What has to be equal for a stopped conversion to be continued with the very same bytes."""
-        versions = {"simplejpeg": simplejpeg.__version__, "pillow": PIL.__version__, "fastssl": __version__}
-        return {
-            "source": self.listing.fingerprint,
-            "total": len(self.chosen),
-            "options": self.options.deciding(),
-            "versions": versions,
-        }
+        return np.zeros(0, RECORD_DTYPE)
 
     def run(self, progress: Callable[[int, int], None] | None) -> None:
         """Convert all photos that are not done yet; whatever stops it, what is done so far is kept for the next run."""
@@ -162,7 +143,8 @@ class _Conversion:
             if progress is not None:
                 progress(self.num_done, total)
             left, workers = self.chosen[self.num_done :].tolist(), self.options.workers or available_cores()
-            with closing(self.deadline.map(self._photo, left, workers, self._at)) as results:
+            photos = self.deadline.map(self._photo, left, workers, lambda i: f"at {printable(self.listing.names[i])}")
+            with closing(photos) as results:
                 for i, result in zip(left, results):
                     self._take(i, result)
                     now = time.monotonic()
@@ -176,9 +158,6 @@ class _Conversion:
         except BaseException as error:
             self._stop(error)
             raise
-
-    def _at(self, i: int) -> str:
-        return f"at {printable(self.listing.names[i])}"
 
     def _on_disk(self, work: Callable[[], _Result]) -> _Result:
         """``work()``, which waits for the disk under DST."""
@@ -217,8 +196,7 @@ class _Conversion:
 
     def _checkpoint(self) -> None:
         """Bring the photos to the disk, and only then the lines that vouch for them."""
-        # Without a journal, what a large memory holds back would come at the very end, and a slow disk then take longer
-        # than it may.
+        # Without a journal, what a large memory holds back would come at the very end, and take longer than it may.
         if self.journal.has_unsaved or (not self.options.resume and self._unsynced >= _MOST_UNSYNCED):
             self._on_disk(self._sync)
             self._unsynced = 0
@@ -251,54 +229,33 @@ class _Conversion:
         self.journal.close()
 
     def _take_over(self) -> np.ndarray:
-        """Read what a stopped run left; the records of its samples, none when it cannot be continued
-        (which is said).
-        """
-        none = np.zeros(0, RECORD_DTYPE)
-        try:
-            lines = self.journal.replay()
-        except ValueError:
-            logger.warning(
-                "%s: the photos, the options or a version changed since it was stopped; starting again", self.dst
-            )
-            return none
-        if lines is None:
-            return none
+        """Read what a stopped run left; the records of its samples, none when it cannot be continued."""
         rows, good = [], 0
-        for (position, *row), end in lines:
-            reason = str(row[0]) if len(row) == 1 else None
-            checksum, copied, *record = [0, 0] if reason is not None else row
-            # A write that failed half-way may have been tried again: take each photo once, in order.
-            if (
-                position != self.num_done
-                or self.num_done == len(self.chosen)
-                or len(record) not in (0, len(RECORD_DTYPE.descr))
-            ):
-                break
-            if reason is not None:
-                self.rejects.append((self.listing.names[self.chosen[position]], reason))
-            else:
-                self.checksums.append(checksum)
-                self.num_copied += copied
-                rows.append(tuple(record))
-            self.num_done += 1
-            good = end
+        try:
+            for (position, *row), end in self.journal.replay():
+                # A write that failed half-way may have been tried again: take each photo once, in order.
+                if position != self.num_done:
+                    break
+                if len(row) == 1:
+                    self.rejects.append((self.listing.names[self.chosen[position]], row[0]))
+                else:
+                    checksum, copied, *record = row
+                    self.checksums.append(checksum)
+                    self.num_copied += copied
+                    rows.append(tuple(record))
+                self.num_done, good = position + 1, end
+        except ValueError:
+            return self._from_the_start("the photos, the options or a version changed since it was stopped")
         records = np.array(rows, RECORD_DTYPE)
-        if not self._last_is_there(records):
-            logger.warning("%s: the unfinished file does not match its journal; starting again", self.dst)
-            self._start_again()
-            return none
+        if len(records):
+            with open(self.partial, "rb") as file:
+                file.seek(int(records[-1]["offset"]))
+                last = file.read(int(records[-1]["size"]))
+            if len(last) != records[-1]["size"] or zlib.crc32(last) != self.checksums[-1]:
+                return self._from_the_start("the unfinished file does not match its journal")
         if good:
             os.truncate(self.journal.path, good)
         return records
-
-    def _last_is_there(self, records: np.ndarray) -> bool:
-        if len(records) == 0:
-            return True
-        with open(self.partial, "rb") as file:
-            file.seek(int(records[-1]["offset"]))
-            data = file.read(int(records[-1]["size"]))
-        return len(data) == records[-1]["size"] and zlib.crc32(data) == self.checksums[-1]
 
     # ---- the end
 
@@ -324,11 +281,13 @@ class _Conversion:
         self._close()
         side = self._side_file()
         # The file itself comes last: when it is there, all of it is there.
-        write_or_remove(
-            rejects_path(self.dst),
-            "".join(json.dumps({"path": name, "reason": why}) + "\n" for name, why in self.rejects),
-        )
-        write_or_remove(side_path(self.dst), json.dumps(side, indent=1) + "\n")
+        if self.rejects:
+            lines = [json.dumps({"path": name, "reason": why}) + "\n" for name, why in self.rejects]
+            write_atomically(rejects_path(self.dst), lambda unfinished: unfinished.write_text("".join(lines), "utf-8"))
+        else:
+            rejects_path(self.dst).unlink(missing_ok=True)
+        text = json.dumps(side, indent=1) + "\n"
+        write_atomically(side_path(self.dst), lambda unfinished: unfinished.write_text(text, "utf-8"))
         os.replace(self.partial, self.dst)
         sync_folder(self.dst.parent)
         self.journal.remove()
@@ -338,11 +297,12 @@ class _Conversion:
         with BetonReader(self.partial) as reader:  # also proves that the tables can be read
             checksums = reader.table_checksums()
             num_bytes = reader.num_bytes
-        samples = np.array(self.checksums, "<u4")
-        classes = self.listing.classes
+        samples, classes, counts = np.array(self.checksums, "<u4"), self.listing.classes, None
+        if classes is not None:
+            counts = np.bincount(self.writer.records["label"], minlength=len(classes)).tolist()
         return {
-            "format": SIDE_FORMAT,
-            "version": SIDE_VERSION,
+            "format": "fastssl-beton-side-file",
+            "version": 1,
             "tool": f"fastssl {__version__}",
             "source": self.listing.source.name,
             "fingerprint": self.listing.fingerprint,
@@ -354,9 +314,7 @@ class _Conversion:
             "rejected": len(self.rejects),
             "bytes": num_bytes,
             "classes": classes,
-            "class_counts": None
-            if classes is None
-            else np.bincount(self.writer.records["label"], minlength=len(classes)).tolist(),
+            "class_counts": counts,
             # CRC-32, the samples' as little-endian uint32 in base64: 5 bytes a sample.
             "crc32": {**checksums, "samples": base64.b64encode(samples.tobytes()).decode("ascii")},
         }

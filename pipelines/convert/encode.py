@@ -20,17 +20,9 @@ from fastssl.pipelines.ops import jpeg
 
 #: Only formats that Pillow decodes by itself: EPS, for one, would start Ghostscript on a stranger's program.
 PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-
-
-_TRANSPOSE = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+#: By EXIF orientation, from 2 on.
+_TURNS = ("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90")
+_TRANSPOSE = {number: Image.Transpose[name] for number, name in enumerate(_TURNS, 2)}
 
 
 class Encoded(NamedTuple):
@@ -45,16 +37,14 @@ class Encoded(NamedTuple):
 
 
 def encode_photo(data: bytes, options: ConvertOptions) -> Encoded:
-    """Turn the bytes of any picture file into what goes into the ``.beton``: a pure function of its arguments.
+    """Turn the bytes of any picture file into what goes into the ``.beton``: a pure function of its arguments. Raises
+    JpegError, OSError, ValueError or whatever else a decoder raises for a damaged picture.
 
     * A JPEG in YCbCr or grey, upright and of fitting size, that decodes without complaint, is returned as it is.
     * Scaling: Pillow's Lanczos filter (antialiased); a JPEG more than four times too large is first reduced by the
       decoder, in the DCT, to no less than twice the size.
     * EXIF orientation is applied. CMYK becomes RGB as Pillow does it. Transparency is laid over white. Of 16 bits the
       high 8 stay. Of an animation the first picture is taken.
-
-    Raises:
-        JpegError, OSError, ValueError or whatever else a decoder raises for a damaged picture.
     """
     if not data:
         raise JpegError("the file is empty")
@@ -80,8 +70,9 @@ def encode_photo(data: bytes, options: ConvertOptions) -> Encoded:
     height, width, _ = rgb.shape
     if max(height, width) > 0xFFFF:
         raise JpegError(f"{height}x{width} pixels: the format stores sides up to 65535; scale it down")
-    stored = jpeg.encode(rgb, options.quality) if options.store == "jpeg" else rgb.tobytes()
-    return Encoded(stored, height, width, MODE_JPEG if options.store == "jpeg" else MODE_RAW, False, zlib.crc32(stored))
+    mode = MODE_JPEG if options.store == "jpeg" else MODE_RAW
+    stored = jpeg.encode(rgb, options.quality) if mode == MODE_JPEG else rgb.tobytes()
+    return Encoded(stored, height, width, mode, False, zlib.crc32(stored))
 
 
 def _readable_header(data: bytes) -> jpeg.JpegHeader | None:
@@ -111,10 +102,7 @@ def _decode_pillow(data: bytes, is_jpeg: bool) -> tuple[np.ndarray, int]:
     except PIL.UnidentifiedImageError:
         raise JpegError("not a picture in a format that we read (by its contents, not by its name)") from None
     # Before load(): the size in the header costs nothing, the pixels behind it may cost gigabytes.
-    if image.width * image.height > jpeg.MAX_PIXELS:
-        raise JpegError(
-            f"the header asks for {image.height}x{image.width} pixels, more than the limit of {jpeg.MAX_PIXELS:,}"
-        )
+    jpeg.require_few_pixels(image.height, image.width)
     if is_jpeg:
         jpeg.require_few_scans(data, image.width * image.height)
     if image.format == "PNG":

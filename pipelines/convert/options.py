@@ -4,30 +4,31 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
 import numpy as np
+from pydantic import Field, SkipValidation
 
 from fastssl.errors import FastSSLError
 from fastssl.utils.deadline import STALL_MINUTES
+from fastssl.utils.settings import Count, Whole, settings
 
 
 class ConvertError(FastSSLError):
     """A conversion cannot start, or was stopped by a bad photo or by the disk."""
 
 
-@dataclass(frozen=True)
+@settings(error=ConvertError)
 class ConvertOptions:
-    """What becomes of each photo.
+    """What becomes of each photo. ``ConvertError``: a value out of range.
 
     Attributes:
         short_side: photos whose shorter side is longer are scaled down to it; None: no scaling. Nothing is ever scaled
             up.
-        max_side: the same for the longer side, instead of ``short_side``.
-        keep_size: no scaling at all.
+        max_side: the same for the longer side, instead of ``short_side``. keep_size: no scaling at all.
         quality: JPEG quality, 1 to 100, of what has to be re-encoded (4:2:0; 4:4:4 from 95).
         store: 'jpeg', or 'raw' for decoded pixels (10 to 20 times larger, nothing to decode in training).
-        workers: threads; None: as many as this process has CPUs.
-        limit: convert only this many photos, evenly spaced over the source.
+        workers: threads; None: one a CPU. limit: convert only this many photos, evenly spaced over the source.
         resume: go on where a stopped conversion of the same photos with the same options stood, and keep what is needed
             for that.
         on_bad: 'skip' lists bad photos in DST.rejects.jsonl, 'fail' stops at the first.
@@ -36,29 +37,19 @@ class ConvertOptions:
         automatic: no person asked for this file: who made it may make it again. Noted in the side file, no more.
     """
 
-    short_side: int | None = 256
-    max_side: int | None = None
+    short_side: Count | None = 256
+    max_side: Count | None = None
     keep_size: bool = False
-    quality: int = 90
-    store: str = "jpeg"
-    workers: int | None = None
-    limit: int | None = None
+    quality: Annotated[Whole, Field(ge=1, le=100)] = 90
+    store: Literal["jpeg", "raw"] = "jpeg"
+    workers: Count | None = None
+    limit: Count | None = None
     resume: bool = True
-    on_bad: str = "skip"
-    stall_minutes: float = STALL_MINUTES
+    on_bad: Literal["skip", "fail"] = "skip"
+    stall_minutes: SkipValidation[float] = STALL_MINUTES
     automatic: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("short_side", "max_side", "workers", "limit"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConvertError(f"{name} is at least 1, not {value}")
-        if not 1 <= self.quality <= 100:
-            raise ConvertError(f"quality is 1 to 100, not {self.quality}")
-        if self.store not in ("jpeg", "raw"):
-            raise ConvertError(f"store is 'jpeg' or 'raw', not {self.store!r}")
-        if self.on_bad not in ("skip", "fail"):
-            raise ConvertError(f"on_bad is 'skip' or 'fail', not {self.on_bad!r}")
         if self.keep_size and self.max_side is not None:
             raise ConvertError("give max_side or keep_size, not both")
 

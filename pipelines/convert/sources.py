@@ -1,9 +1,8 @@
 """Where photos come from: a folder of class folders, a flat folder, a tar, or the ILSVRC2012 tar of class tars.
 
-A listing is made first, without reading any picture: it gives the classes, the count for the progress bar, and a
-fingerprint by which a resumed conversion knows that it looks at the same photos. Tars are never extracted: a listing
-remembers where in the file each member's bytes lie, so that any thread can read them with one ``pread``. Member names
-are only ever data.
+A listing is made first, without reading any picture; by its fingerprint a resumed conversion knows that it looks at the
+same photos. Tars are never extracted: a listing remembers where each member's bytes lie, so that any thread can read
+them with one ``pread``. Member names are only ever data.
 """
 
 from __future__ import annotations
@@ -15,7 +14,8 @@ import os
 import stat
 import tarfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
@@ -44,9 +44,8 @@ class Listing:
     """The photos of a source in the order in which they are converted.
 
     Attributes:
-        source: the folder or tar. names: N paths inside it. labels: (N,) int64, index into ``classes`` (all 0 when
-            flat).
-        classes: sorted class names, or None for photos without labels.
+        source: the folder or tar. names: N paths inside it.
+        classes: sorted class names, or None for photos without labels. labels: (N,) int64, index into them, or 0.
         offsets: (N,) int64, where in the tar each photo's bytes start; None for a folder. sizes: (N,) int64, in bytes.
         rejected: (path inside the source, reason) of what looks like a photo but cannot be one.
         ignored: number of other files: no image extension, hidden, or not a regular file.
@@ -128,9 +127,8 @@ def list_source(source: str | os.PathLike, deadline: Deadline | None = None) -> 
         others = counted(listing.ignored, "other file")
         if listing.rejected:
             others += f"; {len(listing.rejected)} rejected, first {listing.rejected[0][0]}: {listing.rejected[0][1]}"
-        raise SourceError(
-            f"{source}: no photos found ({others}); expected {source}/CLASS/photo.jpg, {source}/photo.jpg, or a tar"
-        )
+        expected = f"{source}/CLASS/photo.jpg, {source}/photo.jpg, or a tar"
+        raise SourceError(f"{source}: no photos found ({others}); expected {expected}")
     return listing
 
 
@@ -140,23 +138,18 @@ def is_photo_name(name: str) -> bool:
     return not base.startswith(".") and os.path.splitext(base)[1].lower() in IMAGE_EXTENSIONS
 
 
-# ---------------------------------------------------------------- folders
-
-
 def _list_folder(root: Path, deadline: Deadline) -> Listing:
     found: list[tuple[str, int, int]] = []
     rejected: list[tuple[str, str]] = []
     ignored = 0
     for name, info in deadline.each(_walk(root), _listed_behind):
-        if isinstance(info, str) and name.endswith("/"):
+        folder = name.endswith("/")
+        if folder:
             warnings.warn(f"{root / printable(name)}: {info}: its photos are missing", stacklevel=2)
+        if isinstance(info, str) and (folder or is_photo_name(name)):
             rejected.append((name, info))
-        elif isinstance(info, str) and is_photo_name(name):
-            rejected.append((name, info))
-        elif isinstance(info, str) or not is_photo_name(name):
-            ignored += 1
-        elif not stat.S_ISREG(info.st_mode):
-            # A named pipe called x.jpg would block the reader forever.
+        # A named pipe called x.jpg would block the reader forever.
+        elif isinstance(info, str) or not is_photo_name(name) or not stat.S_ISREG(info.st_mode):
             ignored += 1
         else:
             found.append((name, info.st_size, info.st_mtime_ns))
@@ -213,9 +206,6 @@ def _classes(parts: dict[str, list[str]]) -> dict[str, str] | None:
     return None if 2 * loose >= len(parts) or (loose and len(set(class_of.values())) == 1) else class_of
 
 
-# ---------------------------------------------------------------- tars
-
-
 class _Window(io.RawIOBase):
     """A part of an open file as a file of its own: how a tar inside a tar is read without copying it."""
 
@@ -236,51 +226,51 @@ class _Window(io.RawIOBase):
 
 
 def _list_tar(path: Path, deadline: Deadline) -> Listing:
-    handle = open(path, "rb")  # noqa: SIM115 - lives on, see close()
-    try:
-        return _list_open_tar(path, handle, deadline)
-    except BaseException:
-        handle.close()
-        raise
-
-
-def _list_open_tar(path: Path, handle: BinaryIO, deadline: Deadline) -> Listing:
-    about = os.fstat(handle.fileno())
     found: list[tuple[str, int, int]] = []
     offsets: dict[str, int] = {}
     rejected: list[tuple[str, str]] = []
     inner_class: dict[str, str] = {}
     ignored = 0
-    for name, (member, start, end, label) in deadline.each(_all_members(path, handle, about.st_size), _listed_behind):
-        if isinstance(member, SourceError):
-            # What could be listed before the damage is used; the damage itself is on record.
-            rejected.append((name, str(member)))
-        elif not is_photo_name(name) or member.isdir() or not _NOT_PHOTOS.isdisjoint(name.split("/")):
-            ignored += not member.isdir()
-        elif member.issym() or member.islnk():
-            rejected.append((name, "a link inside a tar, which is not followed"))
-        elif not member.isreg() or member.issparse():
-            rejected.append((name, "not a plain file inside the tar"))
-        elif member.size > end - start:
-            rejected.append((name, "cut off: the tar ends before the file does"))
-        elif ".." in name.split("/"):
-            rejected.append((name, "its name leads out of the tar ('..')"))
-        elif name in offsets:
-            rejected.append((name, "a second member of the same name; the first one is used"))
-        else:
-            found.append((name, member.size, about.st_mtime_ns))
-            offsets[name] = start
-            if label is not None:
-                inner_class[name] = label
+    with ExitStack() as opened:
+        handle = opened.enter_context(open(path, "rb"))
+        about = os.fstat(handle.fileno())
+        members = _all_members(path, handle, about.st_size)
+        for name, (member, start, end, label) in deadline.each(members, _listed_behind):
+            if isinstance(member, SourceError):
+                # What could be listed before the damage is used; the damage itself is on record.
+                rejected.append((name, str(member)))
+            elif not is_photo_name(name) or member.isdir() or not _NOT_PHOTOS.isdisjoint(name.split("/")):
+                ignored += not member.isdir()
+            elif why := _unusable(member, name, end - start, offsets):
+                rejected.append((name, why))
+            else:
+                found.append((name, member.size, about.st_mtime_ns))
+                offsets[name] = start
+                if label is not None:
+                    inner_class[name] = label
 
-    # The folders that all photos share name no class.
-    folders = {name.rpartition("/")[0] for name, _, _ in found}
-    shared = len(os.path.commonpath(folders)) if folders else 0
-    class_of = inner_class or _classes({name: name[shared:].lstrip("/").split("/") for name, _, _ in found})
-    listing = _listing(path, found, class_of, rejected, ignored)
-    listing.offsets = np.array([offsets[name] for name in listing.names], np.int64)
-    listing._tar = handle
+        # The folders that all photos share name no class.
+        folders = {name.rpartition("/")[0] for name, _, _ in found}
+        shared = len(os.path.commonpath(folders)) if folders else 0
+        class_of = inner_class or _classes({name: name[shared:].lstrip("/").split("/") for name, _, _ in found})
+        listing = _listing(path, found, class_of, rejected, ignored)
+        listing.offsets = np.array([offsets[name] for name in listing.names], np.int64)
+        listing._tar = handle
+        opened.pop_all()
     return listing
+
+
+def _unusable(member: tarfile.TarInfo, name: str, room: int, taken: Collection[str]) -> str:
+    """Why a photo of the tar, with ``room`` bytes up to the tar's end, is rejected; empty: it is not."""
+    if member.issym() or member.islnk():
+        return "a link inside a tar, which is not followed"
+    if not member.isreg() or member.issparse():
+        return "not a plain file inside the tar"
+    if member.size > room:
+        return "cut off: the tar ends before the file does"
+    if ".." in name.split("/"):
+        return "its name leads out of the tar ('..')"
+    return "a second member of the same name; the first one is used" if name in taken else ""
 
 
 def _all_members(
@@ -289,12 +279,9 @@ def _all_members(
     """Yield (name, (member, where its data begin and where they must end, class)) of the tar and of the tars in it, and
     the name of a damaged one of these with its error in the member's place.
     """
-    magic = handle.read(6)
-    if magic[:2] == b"\x1f\x8b" or magic[:3] == b"BZh" or magic == b"\xfd7zXZ\0" or magic[:4] == b"\x28\xb5\x2f\xfd":
-        raise SourceError(
-            f"{path}: a compressed tar cannot be read at random places; uncompress it first (gunzip, bunzip2, "
-            "unxz, unzstd)"
-        )
+    if handle.read(6).startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd")):
+        how = "uncompress it first (gunzip, bunzip2, unxz, unzstd)"
+        raise SourceError(f"{path}: a compressed tar cannot be read at random places; {how}")
     for member in _members(handle, size, str(path)):
         name, start = _clean(member.name), member.offset_data
         if not (member.isreg() and name.lower().endswith(".tar") and not name.rsplit("/", 1)[-1].startswith(".")):
@@ -330,10 +317,8 @@ def _members(file: BinaryIO | _Window, size: int, what: str) -> Iterator[tarfile
     except OSError as error:
         if error.errno != errno.EINVAL:
             raise
-        # A size that leads further than any file is long.
-        raise SourceError(
-            f"{what}: damaged tar: the member behind byte {last} claims more bytes than a file can have"
-        ) from None
+        kind = f"damaged tar: the member behind byte {last} claims more bytes than a file can have"
+        raise SourceError(f"{what}: {kind}") from None
     # tarfile takes a damaged header for the end of the archive, without a word.
     file.seek(min(end, size))
     if file.read(tarfile.BLOCKSIZE).strip(b"\0"):
@@ -343,9 +328,6 @@ def _members(file: BinaryIO | _Window, size: int, what: str) -> Iterator[tarfile
 def _clean(name: str) -> str:
     """Drop what carries no meaning from a member name: leading '/', './', doubled '/'."""
     return "/".join(part for part in name.split("/") if part not in ("", "."))
-
-
-# ---------------------------------------------------------------- both
 
 
 def _listed_behind(found: tuple[str, Any] | None) -> str:
@@ -371,6 +353,6 @@ def _listing(
     for name, size, mtime in found:
         digest.update(f"{name!r} {size} {mtime}\n".encode())
     digest.update(repr(rejected).encode())
-    names = [name for name, _, _ in found]
     sizes = np.array([size for _, size, _ in found], np.int64)
-    return Listing(source, names, labels, classes, None, sizes, rejected, ignored, digest.hexdigest())
+    names, fingerprint = [name for name, _, _ in found], digest.hexdigest()
+    return Listing(source, names, labels, classes, None, sizes, rejected, ignored, fingerprint)

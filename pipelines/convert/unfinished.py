@@ -1,15 +1,23 @@
-"""The growing file beside the result, and how results take their names."""
+"""What stands beside the result while a conversion runs, and lets one that was stopped go on: the growing file,
+``DST.partial``, and ``DST.partial.journal``, one line for every photo that is safely on the disk.
+
+The journal's first line is the key: what has to be equal for a stopped conversion to be continued with the very same
+bytes. Every line has a checksum of its own: a wrong digit would become a wrong label in the result, and nobody would
+know.
+"""
 
 from __future__ import annotations
 
 import fcntl
+import json
 import os
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, BinaryIO
 
 from fastssl.pipelines.convert.options import ConvertError
-from fastssl.utils.atomic_files import write_atomically
 from fastssl.utils.deadline import threads_given_up
 
 
@@ -38,9 +46,70 @@ def reserve(dst: Path) -> Iterator[Path]:
                 partial.unlink()
 
 
-def write_or_remove(path: Path, text: str) -> None:
-    """Write ``text`` to ``path``; an empty text removes the file."""
-    if text:
-        write_atomically(path, lambda unfinished: unfinished.write_text(text, encoding="utf-8"))
-    else:
-        path.unlink(missing_ok=True)
+class Journal:
+    """The journal file at ``path`` of the conversion with this ``key``."""
+
+    def __init__(self, path: Path, key: dict[str, Any]):
+        self.path, self.key = path, key
+        self._file: BinaryIO | None = None
+        self._unsaved: list[str] = []
+
+    @property
+    def has_unsaved(self) -> bool:
+        """Whether lines were added since the last ``sync``."""
+        return bool(self._unsaved)
+
+    def replay(self) -> Iterator[tuple[list, int]]:
+        """(row, bytes of the file up to the row's end) of each whole line. ``ValueError``: it is of another
+        conversion.
+        """
+        # What follows the last newline was being written when the run was stopped.
+        *lines, _ = self.path.read_bytes().split(b"\n") if self.path.exists() else [b""]
+        if lines and _read(lines[0]) != self.key:
+            raise ValueError("the journal of another conversion")
+        end = 0
+        for number, line in enumerate(lines):
+            end += len(line) + 1
+            if (row := _read(line)) is None:  # what it and those behind it vouched for is done again
+                return
+            if number:
+                yield row, end
+
+    def open(self, *, new: bool) -> None:
+        """Lines are added from now on; ``new``: to an empty journal."""
+        self._file = open(self.path, "wb" if new else "ab")  # noqa: SIM115 - lives on, see close()
+        if new:
+            self._file.write(_line(self.key).encode())
+
+    def append(self, row: list) -> None:
+        """Add a line; on the disk after the next ``sync``. Nothing happens to a journal that is not open."""
+        if self._file is not None:
+            self._unsaved.append(_line(row))
+
+    def sync(self) -> None:
+        """Bring the lines to the disk, if the journal is open. What they vouch for must be there already."""
+        if self._file is not None:
+            self._file.write("".join(self._unsaved).encode())
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._unsaved.clear()
+
+    def close(self) -> None:
+        """Close the file as it is."""
+        if self._file is not None:
+            self._file.close()
+
+    def remove(self) -> None:
+        """Delete the file, if there is one."""
+        self.path.unlink(missing_ok=True)
+
+
+def _line(content: list | dict) -> str:
+    text = json.dumps(content)
+    return f"{zlib.crc32(text.encode()):08x} {text}\n"
+
+
+def _read(line: bytes) -> Any:
+    """What stands in a line; None: it is not as it was written."""
+    checksum, _, text = line.partition(b" ")
+    return json.loads(text) if checksum == b"%08x" % zlib.crc32(text) else None

@@ -14,7 +14,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from typing import SupportsIndex
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,22 +33,19 @@ _CHOICES = {"pipeline": PIPELINES, "crops": ("auto", "host", "device"), "on_bad"
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """Where and how batches are rendered; whatever it says, the pixels are the same.
+    """Where and how batches are rendered; whatever it says, the pixels are the same. ``FastSSLError``: a value that
+    does not exist.
 
     Attributes:
-        device: where the views are wanted.
-        batch_size: most samples of a request.
+        device: where the views are wanted. batch_size: most samples of a request.
         pipeline: the engine, one of PIPELINES; ``auto``: see ``choose_engine``.
         workers: decoding threads; as many as this process may use cores.
         crops: ``host`` cuts views on the decoding threads, ``device`` on the device from the decoded pictures;
             ``auto`` takes the device when it is a GPU. For ``native`` only, the other engines have one way.
-        on_bad: ``fail`` raises at the first damaged picture; ``skip`` puts another sample of the batch in its place,
-            counts it in ``stats.skipped`` and goes on.
+        on_bad: ``fail`` raises at the first damaged picture; ``skip`` puts another sample of the batch in its place and
+            goes on.
         stall_minutes: how long a batch is waited for; a warning comes after the first minute, ``Stalled`` at the end.
             ``math.inf``: forever.
-
-    Raises:
-        FastSSLError: a value that does not exist.
     """
 
     device: torch.device
@@ -64,18 +61,10 @@ class EngineSettings:
             if (value := getattr(self, name)) not in allowed:
                 raise FastSSLError(f"{name}={value!r} is not one of {', '.join(allowed)}")
         for name in ("batch_size", "workers"):
-            object.__setattr__(self, name, _count(name, getattr(self, name)))
-
-
-def _count(name: str, value: SupportsIndex) -> int:
-    """``value`` as an int of at least 1; NumPy's integers pass, True and 2.0 do not."""
-    try:
-        number = 0 if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        number = 0
-    if number < 1:
-        raise FastSSLError(f"{name} must be a whole number of at least 1, got {value!r}")
-    return number
+            value: Any = getattr(self, name)
+            if isinstance(value, bool) or not hasattr(value, "__index__") or value < 1:
+                raise FastSSLError(f"{name} must be a whole number of at least 1, got {value!r}")
+            object.__setattr__(self, name, operator.index(value))  # of NumPy's, too
 
 
 def checked_device(device: str | torch.device) -> torch.device:
@@ -108,15 +97,15 @@ class Request:
 
 
 def batch_name(request: Request) -> str:
-    """What a message calls a batch: ``at the batch that begins with samples 7, 0, 3``."""
-    return f"at the batch that begins with samples {', '.join(str(int(sample)) for sample in request.index[:3])}"
+    """What a message calls a batch."""
+    return f"at the batch that begins with samples {', '.join(map(str, request.index[:3].tolist()))}"
 
 
 def thread_initializer(device: torch.device) -> Callable[[], None]:
     """What a thread that will talk to ``device`` calls first; to be made in the thread that starts it.
 
-    To CUDA a new thread is at GPU 0, whatever its parent is at: its first call, be it that it waits for an event of
-    another GPU, makes a context there, half a gigabyte for every process of the machine.
+    To CUDA a new thread is at GPU 0, whatever its parent is at: its first call makes a context there, half a gigabyte
+    for every process of the machine.
     """
     if device.type != "cuda":
         return lambda: None
@@ -141,11 +130,9 @@ class EngineStats:
     """What the host spent, summed since the engine was opened (or since ``reset``).
 
     Attributes:
-        samples: pictures decoded.
-        host_cpu_s: CPU seconds of the worker threads (decode, host crops, plan).
-        wait_s: seconds for which the consumer stood waiting for a batch to be ready.
-        colour_s: seconds that it then spent on the batch's colours.
-        consumer_cpu_s: CPU seconds of the consumer's own thread in the loader.
+        samples: pictures decoded. host_cpu_s: CPU seconds of the worker threads (decode, host crops, plan).
+        wait_s: seconds for which the consumer stood waiting for a batch. colour_s: seconds that it then spent on its
+            colours. consumer_cpu_s: CPU seconds of the consumer's own thread in the loader.
         skipped: ids of damaged samples that were passed over, in the order met.
     """
 
@@ -163,16 +150,10 @@ class EngineStats:
 
 
 class Engine(ABC):
-    """Renders requests in order, some way ahead of the consumer; one epoch at a time.
-
-    Args:
-        reader: the open ``.beton`` file. Not closed here.
-        specs: the view groups.
-        settings: see ``EngineSettings``.
+    """Renders requests in order, some way ahead of the consumer; one epoch at a time. Does not close ``reader``.
 
     Attributes:
         name: what ``--pipeline`` calls it. ahead: batches rendered ahead of the consumer.
-        stats: see ``EngineStats``.
         deadline: with which the consumer waits for batches.
     """
 
@@ -194,9 +175,8 @@ class Engine(ABC):
         return pool
 
     def run(self, requests: Iterator[Callable[[], Request]]) -> Generator[Rendered, None, None]:
-        """Render one after the other. Requests come as callables, so that drawing the plan is the workers' job too.
-
-        Closing the iterator early stops the work that was begun ahead.
+        """Render one after the other. Requests come as callables, so that drawing the plan is the workers' job too;
+        closing the iterator stops what was begun ahead.
 
         Raises:
             FastSSLError: the engine is closed, or its last epoch is still running. While iterating, also: a damaged
@@ -219,9 +199,7 @@ class Engine(ABC):
         return iterator
 
     def close(self) -> None:
-        """Stop a running epoch, join all threads but those that were given up, free all buffers. Harmless when called
-        twice.
-        """
+        """Stop a running epoch, join all threads but those that were given up, free all buffers."""
         self._closed = True
         if (iterator := self._unfinished()) is not None:
             iterator.close()

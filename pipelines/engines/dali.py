@@ -1,9 +1,8 @@
 """The ``dali`` engine: NVIDIA DALI decodes each picture once and cuts all views of the plan from it.
 
 The boxes are inputs of the graph, so DALI draws nothing. Colour is ours as in every engine: DALI's contrast pivots on
-grey 128 and its hue is a rotation in YIQ, 8.6 grey levels from torchvision on average at MoCo-v2's strength.
-
-On a machine without a GPU the same graph is built from the operators' CPU versions.
+grey 128 and its hue is a rotation in YIQ, 8.6 grey levels from torchvision on average at MoCo-v2's strength. Without a
+GPU the same graph is built from the operators' CPU versions.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from fastssl.errors import BetonError, FastSSLError, at_work_on
 from fastssl.pipelines.beton.reader import BetonReader
-from fastssl.pipelines.engines.base import Engine, EngineSettings, Rendered, Request
+from fastssl.pipelines.engines.base import Engine, EngineSettings, Rendered, Request, batch_name
 from fastssl.pipelines.engines.damaged import SampleCheck
 from fastssl.pipelines.plan.draw import ViewSpec
 
@@ -43,7 +42,7 @@ class DaliEngine(Engine):
         self._drawn: deque[Future[tuple[Request, list[np.ndarray]]]] = deque()
         self._fed: deque[Request] = deque()
 
-    # ------------------------------------------------------------------ the consumer's side
+    # ---- the consumer's side
 
     def _run(self, requests: Iterator[Callable[[], Request]]) -> Generator[Rendered, None, None]:
         self._requests = requests
@@ -70,22 +69,28 @@ class DaliEngine(Engine):
             self._end_epoch(finished)
 
     def _views(self, outputs: tuple) -> list[Tensor]:
-        """DALI's outputs as (count * B, 3, S, S), on memory that DALI does not write to any more: batches that are kept
-        stay whole.
+        """DALI's outputs, (B, S, S, 3) a view, as (count * B, 3, S, S) a group, on memory that DALI does not write to
+        any more: batches that are kept stay whole.
         """
         if self._copy_stream is None:
-            return _joined([torch.from_dlpack(output.as_tensor()) for output in outputs], self.specs)
+            return self._groups([torch.from_dlpack(output.as_tensor()) for output in outputs])
         current = torch.cuda.current_stream(self.device)
         with torch.cuda.stream(self._copy_stream):
             views = [torch.from_dlpack(output.as_tensor()) for output in outputs]
-            groups = _joined(views, self.specs, copy=True)
+            groups = self._groups(views, copy=True)
         # What torch lets go of is DALI's to write to at once, whatever torch's streams have yet to read. So the copies
-        # are waited for, on a stream where they wait for nothing: the steps that the host is ahead of are on another
-        # one.
+        # are waited for, on a stream where they do not stand behind the steps that the host is ahead of.
         self._copy_stream.synchronize()
         for group in groups:
             group.record_stream(current)
         return groups
+
+    def _groups(self, views: list[Tensor], copy: bool = False) -> list[Tensor]:
+        """``copy``: also of a single view."""
+        left = iter(views)
+        parts = [list(itertools.islice(left, spec.count)) for spec in self.specs]
+        whole = [part[0] if len(part) == 1 and not copy else torch.cat(part) for part in parts]
+        return [group.permute(0, 3, 1, 2) for group in whole]
 
     def _end_epoch(self, finished: bool) -> None:
         """Bring the graph back to its beginning, or let go of it after an error: DALI's object is of no more use
@@ -101,16 +106,14 @@ class DaliEngine(Engine):
             self._pipeline = None  # batches that it has begun cannot be taken back
 
     def _explain(self, error: RuntimeError) -> FastSSLError:
-        text = " ".join(str(error).split())
-        samples = ", ".join(str(int(sample)) for sample in (self._fed[0].index[:8] if self._fed else []))
-        return FastSSLError(
-            f"{self.reader.path}: DALI failed at the batch that begins with samples {samples}: {text[:300]}"
-        )
+        text = " ".join(str(error).split())[:300]
+        where = batch_name(self._fed[0]) if self._fed else "before its first batch"
+        return FastSSLError(f"{self.reader.path}: DALI failed {where}: {text}")
 
     def _free(self) -> None:
         self._pipeline = None
 
-    # ------------------------------------------------------------------ what DALI is fed
+    # ---- what DALI is fed
 
     def _draw_ahead(self) -> None:
         for draw in itertools.islice(self._requests, self.ahead + 1 - len(self._drawn)):
@@ -189,26 +192,11 @@ class DaliEngine(Engine):
             every_view = [spec for spec in self.specs for _ in range(spec.count)]
             for spec, start, end, flip in zip(every_view, boxes[0::3], boxes[1::3], boxes[2::3]):
                 # Cut first, resize then: with `roi_start` the filter would reach for pixels outside the box.
-                crop = fn.slice(pictures, start=start, end=end, axes=[0, 1])
-                view = fn.resize(
-                    crop, size=[spec.size, spec.size], interp_type=filters[spec.interpolation], antialias=True
-                )
+                crop, kind = fn.slice(pictures, start=start, end=end, axes=[0, 1]), filters[spec.interpolation]
+                view = fn.resize(crop, size=[spec.size, spec.size], interp_type=kind, antialias=True)
                 outputs.append(fn.flip(view, horizontal=flip))
             return tuple(outputs)
 
         pipeline = graph()
         pipeline.build()
         return pipeline
-
-
-def _joined(views: Sequence[Tensor], specs: Sequence[ViewSpec], copy: bool = False) -> list[Tensor]:
-    """One (B, S, S, 3) tensor a view, as DALI has them -> one (count * B, 3, S, S) a group, for one pass of the
-    network. ``copy``: also of a single view.
-    """
-    groups, first = [], 0
-    for spec in specs:
-        mine = views[first : first + spec.count]
-        first += spec.count
-        joined = mine[0] if spec.count == 1 and not copy else torch.cat(list(mine))
-        groups.append(joined.permute(0, 3, 1, 2))
-    return groups

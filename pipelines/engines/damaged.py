@@ -1,9 +1,8 @@
 """Damaged samples, for engines that would not notice them.
 
 libjpeg goes on after most kinds of damage and leaves grey or stale pixels; DALI and FFCV do not ask it whether it did.
-So each sample is looked at once before such an engine is given it. Where a side file holds checksums of what the
-converter decoded without complaint that costs a CRC, and otherwise one strict decode: in a file of other origin the
-first epoch decodes twice.
+So each sample is looked at once before such an engine is given it. Where a side file holds checksums that costs a CRC,
+and otherwise one strict decode: in a file of other origin the first epoch decodes twice.
 """
 
 from __future__ import annotations
@@ -21,37 +20,30 @@ from fastssl.pipelines.engines.base import EngineStats, Request
 
 
 class SampleCheck:
-    """Says which samples of a request are damaged; remembers what it has looked at.
-
-    Args:
-        reader: the open file. Not closed here.
-        on_bad: ``fail`` or ``skip``.
-        stats: ``skipped`` is filled in here.
-        pool: runs the strict decodes.
+    """Says which samples of a request are damaged; remembers what it has looked at. The strict decodes run on ``pool``;
+    what was passed over goes into ``stats``.
     """
 
     def __init__(self, reader: BetonReader, on_bad: str, stats: EngineStats, pool: ThreadPoolExecutor):
         self.reader, self.on_bad, self.stats, self._pool = reader, on_bad, stats, pool
         self._checksums = sample_checksums(reader)
         self._sound = np.zeros(len(reader), bool)
-        self._damaged: dict[int, JpegError | BetonError] = {}
+        self._damaged: dict[int, FastSSLError] = {}
 
     def __call__(self, request: Request) -> Request:
-        """The request without damaged samples: each one's place is given to a good one of the batch.
-
-        Raises:
-            JpegError: a damaged sample, and ``on_bad`` is ``fail``; names file and sample.
-            FastSSLError: all are damaged, or looking at one went wrong (``WorkerError``).
+        """The request without damaged samples: each one's place is given to a good one of the batch. ``FastSSLError``:
+        one is damaged, and ``on_bad`` is ``fail``; all are; or looking at one went wrong (``WorkerError``).
         """
         # After the first epoch this is empty: looking costs one indexing a batch.
         unknown = np.unique(request.index[~self._sound[request.index]]).tolist()
         self._look_at([sample for sample in unknown if sample not in self._damaged])
-        broken = np.flatnonzero(~self._sound[request.index])
-        if len(broken):
+        broken = np.flatnonzero(~self._sound[request.index]).tolist()
+        if broken:
+            samples = request.index[broken].tolist()
             if self.on_bad == "fail":
-                raise self._damaged[int(request.index[broken[0]])]
-            self.stats.skipped.extend(int(sample) for sample in request.index[broken])
-            give_places(request, broken.tolist(), self._damaged[int(request.index[broken[0]])], self._is_sound)
+                raise self._damaged[samples[0]]
+            self.stats.skipped.extend(samples)
+            give_places(request, broken, self._damaged[samples[0]], self._is_sound)
         return request
 
     def _is_sound(self, sample: int) -> bool:
@@ -72,7 +64,7 @@ class SampleCheck:
         self._sound[sample] = False
         self._damaged[sample] = error
 
-    def _look(self, sample: int) -> JpegError | BetonError | None:
+    def _look(self, sample: int) -> FastSSLError | None:
         try:
             with at_work_on(self.reader.path, f"sample {sample}"):
                 # A wrong checksum alone is not damage here: the picture may still decode, as `native` would find.
@@ -86,14 +78,12 @@ class SampleCheck:
 def give_places(
     request: Request, broken: Collection[int], first_error: Exception, is_sound: Callable[[int], bool]
 ) -> dict[int, int | None]:
-    """Let the nearest good sample of the batch stand in for each damaged one, in ``request`` itself.
-
-    Of the batch of all processes: a damaged photo at the edge of a process's part has the same neighbours however many
-    processes there are.
+    """Let the nearest good sample of the batch stand in for each damaged one, in ``request`` itself: the batch of all
+    processes, so that a damaged photo has the same neighbours however many there are.
 
     Args:
         broken: positions in the batch.
-        first_error: for the message when no sample is good.
+        first_error: for the message of the ``FastSSLError`` when no sample is good.
         is_sound: is asked of samples of other processes, by their ids.
 
     Returns:
@@ -104,17 +94,14 @@ def give_places(
     donors: dict[int, int | None] = {}
     for position in sorted(bad):
         here = request.first + position
-        for place in sorted(
-            (place for place in range(total) if place != here), key=lambda place: (abs(place - here), place)
-        ):
-            donor = place - request.first
-            if 0 <= donor < len(index):
-                if donor in bad:
-                    continue
-                donors[position], other = donor, request
-            else:
+        for place in sorted(set(range(total)) - {here}, key=lambda place: (abs(place - here), place)):
+            donor, other = place - request.first, request
+            donors[position] = donor if 0 <= donor < len(index) else None
+            if donor in bad:
+                continue
+            if donors[position] is None:
                 assert request.draw is not None, "a request of several processes"
-                donors[position], donor, other = None, 0, request.draw(place)
+                donor, other = 0, request.draw(place)
                 if not is_sound(int(other.index[0])):
                     continue
             index[position] = other.index[donor]

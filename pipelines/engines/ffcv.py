@@ -5,10 +5,9 @@ FFCV decodes once per *pipeline*, so two views cost two decodes there, and its c
 be seeded. Here its loader runs one operation whose compiled loop reads boxes that were drawn outside, and resizes with
 the same antialiased filter as the other engines, where FFCV's own takes areas.
 
-What else is kept away from the user: FFCV sets torch's number of threads when a loader is made or started; an error in
-its thread leaves the consumer waiting forever; a thread outlives an early ``break``; batches that are kept are
-overwritten; scratch memory is taken for every place of a batch and of the queue at the size of the file's largest
-picture.
+Also kept away from the user: FFCV sets torch's number of threads when a loader is made; an error in its thread leaves
+the consumer waiting forever; a thread outlives an early ``break``; batches that are kept are overwritten; scratch
+memory is taken for every place of a batch and of the queue at the size of the file's largest picture.
 """
 
 from __future__ import annotations
@@ -42,18 +41,16 @@ from fastssl.pipelines.ops.compiled import crop_resize
 from fastssl.pipelines.ops.crop import BOX, boxes_of
 from fastssl.pipelines.plan.draw import ViewSpec
 
-# ---------------------------------------------------------------------- compiled: decode, and cut all views
-
 # libturbojpeg as FFCV has it loaded. FFCV's own call asks for the fast DCT and for chroma without smoothing, which is 1
 # grey level from what every other decoder gives.
 _RGB, _ACCURATE_DCT = 0, 4096
 _open_decoder, _close_decoder, _decompress = lib.tjInitDecompress, lib.tjDestroy, lib.tjDecompress2
-_open_decoder.argtypes, _open_decoder.restype = [], c_void_p
-_close_decoder.argtypes, _close_decoder.restype = [c_void_p], c_int
-_decompress.argtypes, _decompress.restype = (
-    [c_void_p, c_void_p, c_ulong, c_void_p, c_int, c_int, c_int, c_int, c_int],
-    c_int,
-)
+for _call, _takes, _gives in (
+    (_open_decoder, [], c_void_p),
+    (_close_decoder, [c_void_p], c_int),
+    (_decompress, [c_void_p, c_void_p, c_ulong, c_void_p, *[c_int] * 5], c_int),
+):
+    _call.argtypes, _call.restype = _takes, _gives
 
 
 @numba.njit(nogil=True, error_model="numpy")
@@ -78,11 +75,9 @@ class _DecodeOnce(SimpleRGBImageDecoder):
         self.specs = [spec for spec in specs for _ in range(spec.count)]
 
     def declare_state_and_memory(self, previous_state: Any) -> tuple:
-        shapes = [(spec.size, spec.size, 3) for spec in self.specs]
-        byte = np.dtype("<u1")
-        return replace(previous_state, jit_mode=True, shape=shapes[0], dtype=byte), tuple(
-            AllocationQuery(shape, byte) for shape in shapes
-        )
+        shapes, byte = [(spec.size, spec.size, 3) for spec in self.specs], np.dtype("<u1")
+        state = replace(previous_state, jit_mode=True, shape=shapes[0], dtype=byte)
+        return state, tuple(AllocationQuery(shape, byte) for shape in shapes)
 
     def generate_code(self) -> Callable:
         read, decode_jpeg, cut, places = self.memory_read, _decode, crop_resize, Compiler.get_iterator()
@@ -99,20 +94,12 @@ class _DecodeOnce(SimpleRGBImageDecoder):
                 image = decode_jpeg(data, height, width) if field["mode"] == jpg else data.reshape((height, width, 3))
                 scratch = np.empty((height, 3 * largest + 1), np.uint8)
                 for view in range(views):
-                    cut(
-                        image,
-                        row[1 + box * view : 1 + box * (view + 1)],
-                        cubic[view],
-                        scratch,
-                        destinations[view][place],
-                    )
+                    here = row[1 + box * view : 1 + box * (view + 1)]
+                    cut(image, here, cubic[view], scratch, destinations[view][place])
             return destinations
 
         decode.is_parallel = True  # type: ignore[attr-defined]  # how FFCV is told
         return decode
-
-
-# ---------------------------------------------------------------------- the engine
 
 
 class FfcvEngine(Engine):
@@ -179,11 +166,10 @@ class FfcvEngine(Engine):
         groups, first = [], 0
         for spec in self.specs:
             # Pinned memory from torch's cache is not handed out again before a copy from it has arrived.
-            host = torch.empty(
-                spec.count * batch, spec.size, spec.size, 3, dtype=torch.uint8, pin_memory=self.device.type == "cuda"
-            )
-            for number in range(spec.count):
-                np.copyto(host[number * batch : (number + 1) * batch].numpy(), views[first + number])
+            shape, pin = (spec.count * batch, spec.size, spec.size, 3), self.device.type == "cuda"
+            host = torch.empty(shape, dtype=torch.uint8, pin_memory=pin)
+            for number, part in enumerate(host.numpy().reshape(spec.count, batch, *shape[1:]), first):
+                np.copyto(part, views[number])
             first += spec.count
             groups.append(host.to(self.device, non_blocking=True).permute(0, 3, 1, 2))
         return groups
@@ -227,11 +213,5 @@ class _Epoch(EpochIterator):
 
 def _table(request: Request) -> np.ndarray:
     """(B, 1 + 5 V) int64: the sample, then each view's box and flip."""
-    batch = len(request.index)
-    return np.concatenate(
-        [
-            request.index.reshape(batch, 1),
-            *(boxes_of(plan).reshape(batch, len(BOX) * len(plan)) for plan in request.plans),
-        ],
-        axis=1,
-    )
+    boxes = (boxes_of(plan).reshape(len(request.index), -1) for plan in request.plans)
+    return np.concatenate([request.index[:, None], *boxes], axis=1)

@@ -7,18 +7,20 @@ Two ways to crop, one interface:
 * ``device``: a worker decodes straight into a packed, pinned buffer; one copy moves it; all views of all samples are
   then cut by two batched matrix products on the device. The host's work does not grow with the number of views.
 
-Threads, not processes: decoding and resizing release the GIL, so nothing is pickled and nothing is copied between
-address spaces. The consumer owns the ring: a slot is filled again only when the consumer comes back for the next
-batch, so views handed out are never overwritten under its hands.
+Threads, not processes: decoding and resizing release the GIL, and nothing is copied between address spaces. A slot of
+the ring is filled again only when the consumer comes back for the next batch, so views handed out are never
+overwritten under its hands.
 """
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from functools import partial
 
 import numpy as np
@@ -30,6 +32,7 @@ from fastssl.pipelines.beton.reader import BetonReader
 from fastssl.pipelines.engines.base import Engine, EngineSettings, Rendered, Request, batch_name, thread_initializer
 from fastssl.pipelines.engines.damaged import give_places
 from fastssl.pipelines.ops.crop import boxes_of, crop_resize_device, crop_resize_host
+from fastssl.pipelines.ops.memory import ThreadMemory
 from fastssl.pipelines.plan.draw import ViewSpec
 
 
@@ -45,25 +48,18 @@ class _Slot:
         self.views: list[Tensor] = []
         self.copied = torch.cuda.Event() if pin else None
 
-    def reserve(self, numel: int) -> Tensor:
-        """At least ``numel`` bytes of packed source memory."""
+    def reserve(self, numel: int) -> None:
+        """Make room for ``numel`` bytes of packed source memory."""
         if self.packed.numel() < numel:
             # A quarter of slack: batches of photos differ by a few percent, and pinning memory is slow.
             self.packed = torch.empty(numel + numel // 4, dtype=torch.uint8, pin_memory=self.pin)
-        return self.packed
 
     def reserve_views(self, specs: Sequence[ViewSpec], batch: int) -> list[Tensor]:
         """One (count * batch, S, S, 3) uint8 tensor a group, on memory that is kept for the largest batch."""
-        for group, spec in enumerate(specs):
-            numel = spec.count * batch * spec.size * spec.size * 3
-            if len(self.views) <= group:
-                self.views.append(torch.empty(numel, dtype=torch.uint8, pin_memory=self.pin))
-            elif self.views[group].numel() < numel:
-                self.views[group] = torch.empty(numel, dtype=torch.uint8, pin_memory=self.pin)
-        return [
-            flat[: spec.count * batch * spec.size * spec.size * 3].view(spec.count * batch, spec.size, spec.size, 3)
-            for flat, spec in zip(self.views, specs)
-        ]
+        shapes = [(spec.count * batch, spec.size, spec.size, 3) for spec in specs]
+        if not self.views or self.views[0].shape[0] < shapes[0][0]:
+            self.views = [torch.empty(shape, dtype=torch.uint8, pin_memory=self.pin) for shape in shapes]
+        return [whole[: shape[0]] for whole, shape in zip(self.views, shapes)]
 
 
 class _Job:
@@ -74,10 +70,10 @@ class _Job:
         self.offsets = offsets  # (B,) int64, first byte of each decoded picture in the packed buffer
         self.numel = numel  # bytes of the packed buffer that are used
         self.parts: list[Future[None]] = []
+        # With host crops, of each group: the views, the same as (count, B, S, S, 3), and the boxes, (B, count, 5).
         self.views: list[Tensor] = []
-        # What host crops are told: (B, count, 5) a group, and its views as (count, B, S, S, 3).
-        self.boxes: list[np.ndarray] = []
         self.arrays: list[np.ndarray] = []
+        self.boxes: list[np.ndarray] = []
         self.bad: dict[int, Exception] = {}  # by position
 
 
@@ -94,10 +90,10 @@ class NativeEngine(Engine):
         self._slots = [_Slot(pin) for _ in range(self.ahead + 2)]
         self._copy_stream = torch.cuda.Stream(self.device) if pin else None
         self._pool = self._threads(self.workers, "decode", thread_initializer(self.device))
-        self._scratch = threading.local()
+        self._scratch = ThreadMemory()
         self._lock = threading.Lock()
 
-    # ------------------------------------------------------------------ the consumer's side
+    # ---- the consumer's side
 
     def _run(self, requests: Iterator[Callable[[], Request]]) -> Generator[Rendered, None, None]:
         free, pending = deque(self._slots), deque[tuple[_Slot, Future[_Job]]]()
@@ -133,16 +129,12 @@ class NativeEngine(Engine):
 
     def _deliver(self, slot: _Slot, job: _Job) -> list[Tensor]:
         """Views on the device. Nothing here waits for the device."""
+        host = job.views if self.crops == "host" else [slot.packed[: job.numel]]
+        there = [self._to_device(slot.copied, tensor) for tensor in host] if slot.copied else host
         if self.crops == "host":
-            views = [view.permute(0, 3, 1, 2) for view in job.views]
-            return [self._to_device(slot.copied, view) for view in views] if slot.copied else views
-        packed = slot.packed[: job.numel]
-        if slot.copied:
-            packed = self._to_device(slot.copied, packed)
-        index = job.request.index
-        return crop_resize_device(
-            packed, job.offsets, self.reader.heights[index], self.reader.widths[index], job.request.plans, self.specs
-        )
+            return [view.permute(0, 3, 1, 2) for view in there]
+        heights, widths = self.reader.heights[job.request.index], self.reader.widths[job.request.index]
+        return crop_resize_device(there[0], job.offsets, heights, widths, job.request.plans, self.specs)
 
     def _to_device(self, copied: torch.cuda.Event, host: Tensor) -> Tensor:
         """Copy pinned memory on the long-lived copy stream; the current stream waits for it, the host does not."""
@@ -167,13 +159,10 @@ class NativeEngine(Engine):
 
         def is_sound(sample: int) -> bool:
             if sample not in pictures:
-                try:
-                    pictures[sample] = self.deadline.result(
-                        self._pool.submit(self._decode, sample), lambda: f"at sample {sample}"
-                    )
-                except (JpegError, BetonError):
-                    return False
-            return True
+                begun = self._pool.submit(self._decode, sample)
+                with suppress(JpegError, BetonError):
+                    pictures[sample] = self.deadline.result(begun, lambda: f"at sample {sample}")
+            return sample in pictures
 
         donors = give_places(job.request, bad, next(iter(bad.values())), is_sound)
         for position, donor in donors.items():
@@ -181,28 +170,31 @@ class NativeEngine(Engine):
                 self._put(slot, job, position, pictures[int(index[position])])
                 continue
             job.offsets[position] = job.offsets[donor]
-            for view, spec in zip(job.views, self.specs):
-                batch = view.view(spec.count, len(index), *view.shape[1:])
-                batch[:, position] = batch[:, donor]
+            for views in job.arrays:
+                views[:, position] = views[:, donor]
 
     def _put(self, slot: _Slot, job: _Job, position: int, picture: np.ndarray) -> None:
         """Make ``picture`` (H, W, 3) that of ``position``, whose view plan is there already."""
         if self.crops == "host":
-            for plan, views, spec in zip(job.request.plans, job.arrays, self.specs):
-                crop_resize_host(picture, boxes_of(plan[:, position : position + 1])[0], spec, views, position)
+            job.boxes = [boxes_of(plan) for plan in job.request.plans]
+            self._cut(job, position, picture)
             return
         # Behind all others; what is spare behind the last one stays that, for the widest of them.
-        old, spare = slot.packed[: job.numel], 3 * (int(self.reader.widths[job.request.index].max()) + 8)
+        old = slot.packed[: job.numel]
         job.offsets[position] = job.numel
-        job.numel += picture.size + spare
+        job.numel += picture.size + self._spare(job.request)
         slot.packed = torch.empty(job.numel, dtype=torch.uint8, pin_memory=slot.pin)
         slot.packed[: len(old)] = old
         slot.packed[len(old) : len(old) + picture.size] = torch.from_numpy(picture.reshape(-1))
 
+    def _spare(self, request: Request) -> int:
+        """Bytes behind the last picture: crop_resize_device reads rows in windows of the widest one."""
+        return 3 * (int(self.reader.widths[request.index].max()) + 8)
+
     def _free(self) -> None:
         self._slots = []
 
-    # ------------------------------------------------------------------ the workers' side
+    # ---- the workers' side
 
     def _begin(self, slot: _Slot, draw: Callable[[], Request]) -> _Job:
         """Draw the plan, make room, and hand the samples out in parts."""
@@ -210,34 +202,26 @@ class NativeEngine(Engine):
         with at_work_on(self.reader.path, "drawing the views of a batch"):
             request = draw()
         with at_work_on(self.reader.path, batch_name(request)):
-            return self._hand_out(slot, request, cpu)
-
-    def _hand_out(self, slot: _Slot, request: Request, cpu: float) -> _Job:
-        if slot.copied:
-            slot.copied.synchronize()  # the slot's last content may still be on its way to the GPU
-        batch = len(request.index)
-        numel = self.reader.heights[request.index].astype(np.int64) * self.reader.widths[request.index] * 3
-        offsets = np.concatenate([[0], np.cumsum(numel)])
-        # crop_resize_device reads rows in windows of the widest picture: spare bytes behind the last one save it a
-        # copy.
-        spare = 3 * (int(self.reader.widths[request.index].max()) + 8)
-        job = _Job(request, offsets[:-1].copy(), int(offsets[-1]) + spare)
-        if self.crops == "host":
-            job.views = slot.reserve_views(self.specs, batch)
-            job.boxes = [boxes_of(plan) for plan in request.plans]
-            job.arrays = [
-                view.numpy().reshape(spec.count, batch, *view.shape[1:]) for view, spec in zip(job.views, self.specs)
+            if slot.copied:
+                slot.copied.synchronize()  # the slot's last content may still be on its way to the GPU
+            batch = len(request.index)
+            numel = self.reader.heights[request.index].astype(np.int64) * self.reader.widths[request.index] * 3
+            ends = np.cumsum(numel)
+            job = _Job(request, ends - numel, int(ends[-1]) + self._spare(request))
+            if self.crops == "host":
+                job.views = slot.reserve_views(self.specs, batch)
+                job.arrays = [view.numpy().reshape(-1, batch, *view.shape[1:]) for view in job.views]
+                job.boxes = [boxes_of(plan) for plan in request.plans]
+            else:
+                slot.reserve(job.numel)
+            # A part a worker: nobody idles at the end of a batch, because the next ones are waiting already.
+            part = max(1, batch // self.workers)
+            job.parts = [
+                self._pool.submit(self._render, slot, job, low, min(low + part, batch)) for low in range(0, batch, part)
             ]
-        else:
-            slot.reserve(job.numel)
-        # A part a worker: nobody idles at the end of a batch, because the next ones are waiting already.
-        part = max(1, batch // self.workers)
-        job.parts = [
-            self._pool.submit(self._render, slot, job, low, min(low + part, batch)) for low in range(0, batch, part)
-        ]
-        with self._lock:
-            self.stats.host_cpu_s += time.thread_time() - cpu
-        return job
+            with self._lock:
+                self.stats.host_cpu_s += time.thread_time() - cpu
+            return job
 
     def _render(self, slot: _Slot, job: _Job, low: int, high: int) -> None:
         """Decode samples ``low:high`` of the batch and, for host crops, cut their views."""
@@ -259,25 +243,19 @@ class NativeEngine(Engine):
 
     def _render_one(self, slot: _Slot, job: _Job, position: int) -> None:
         sample = int(job.request.index[position])
-        height, width = int(self.reader.heights[sample]), int(self.reader.widths[sample])
+        shape = (int(self.reader.heights[sample]), int(self.reader.widths[sample]), 3)
+        numel, start = math.prod(shape), int(job.offsets[position])
         if self.crops == "device":
-            start = int(job.offsets[position])
-            source = slot.packed[start : start + height * width * 3].view(height, width, 3).numpy()
-            self.reader.decode_into(sample, source)
+            self.reader.decode_into(sample, slot.packed[start : start + numel].numpy().reshape(shape))
             return
-        source = self._scratch_for(height, width)
-        self.reader.decode_into(sample, source)
+        picture = self._scratch.take(numel).reshape(shape)
+        self.reader.decode_into(sample, picture)
+        self._cut(job, position, picture)
+
+    def _cut(self, job: _Job, position: int, picture: np.ndarray) -> None:
         for boxes, views, spec in zip(job.boxes, job.arrays, self.specs):
-            crop_resize_host(source, boxes[position], spec, views, position)
+            crop_resize_host(picture, boxes[position], spec, views, position)
 
     def _decode(self, sample: int) -> np.ndarray:
         with at_work_on(self.reader.path, f"sample {sample}"):
             return self.reader.decode(sample)
-
-    def _scratch_for(self, height: int, width: int) -> np.ndarray:
-        """This thread's decode memory, shaped (height, width, 3)."""
-        numel = height * width * 3
-        memory = getattr(self._scratch, "memory", None)
-        if memory is None or memory.size < numel:
-            memory = self._scratch.memory = np.empty(numel, np.uint8)
-        return memory[:numel].reshape(height, width, 3)

@@ -28,11 +28,8 @@ _HOW = {
 
 @dataclass(frozen=True)
 class EngineState:
-    """Whether an engine can run here.
-
-    Attributes:
-        name: of the engine. version: of what it stands on; None where that is missing.
-        problem: why it cannot run; None if it can. remedy: what to type about that.
+    """Whether an engine can run here: ``version`` of what it stands on, None where that is missing; the ``problem`` why
+    it cannot run, None if it can; the ``remedy``, what to type about that.
     """
 
     name: str
@@ -42,19 +39,16 @@ class EngineState:
 
 
 def engine_state(name: str) -> EngineState:
-    """Try the engine's imports. Packages are loaded by this, some hundred milliseconds each."""
+    """Try the engine's imports, which takes some hundred milliseconds each."""
     if name == "native":
         return EngineState(name, f"simplejpeg {importlib.metadata.version('simplejpeg')}")
     package, version = ("ffcv", _version("ffcv")) if name == "ffcv" else ("nvidia.dali", _version("nvidia-dali-cuda"))
     try:
         importlib.import_module(package)
     except Exception as error:  # whatever a half-installed extension module raises
+        said = f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
         missing = isinstance(error, ModuleNotFoundError) and error.name in ("ffcv", "nvidia", "nvidia.dali")
-        problem = (
-            "not installed"
-            if missing
-            else f"installed, but does not load ({type(error).__name__}: {' '.join(str(error).split())[:150]})"
-        )
+        problem = "not installed" if missing else f"installed, but does not load ({said})"
         return EngineState(name, version, problem, _HOW[name])
     return EngineState(name, version)
 
@@ -70,11 +64,10 @@ def _version(start: str) -> str | None:
 
 def choose_engine(device: torch.device) -> tuple[str, str]:
     """What ``auto`` stands for on ``device``, and why: (name, reason)."""
-    why = "the fastest on a CPU, and it needs no further package (benchmarks/results/)"
     if device.type == "cuda":
-        why = "decodes on the host's cores and crops on the GPU; measure the others with `fastssl bench loader "
-        why += "--pipeline dali`"
-    return "native", why
+        others = "measure the others with `fastssl bench loader --pipeline dali`"
+        return "native", f"decodes on the host's cores and crops on the GPU; {others}"
+    return "native", "the fastest on a CPU, and it needs no further package (benchmarks/results/)"
 
 
 def jpeg_hardware() -> str:
@@ -89,11 +82,8 @@ def jpeg_hardware() -> str:
 
 
 def require_engine(name: str, reader: BetonReader, specs: Sequence[ViewSpec]) -> None:
-    """Whether `open_engine` will take this engine, file and views; nothing is opened.
-
-    Raises:
-        FastSSLError: the engine is not installed (the message says what to type), or does not take this file or these
-            views.
+    """``FastSSLError`` where `open_engine` will not take this engine, file and views: it is not installed (the message
+    says what to type), or does not take them. Nothing is opened.
     """
     if name in ("auto", "native"):
         return
@@ -102,24 +92,20 @@ def require_engine(name: str, reader: BetonReader, specs: Sequence[ViewSpec]) ->
         raise FastSSLError(f"--pipeline {name}: {state.problem}; {state.remedy}")
     if name == "dali":
         if raw := int((reader.modes == MODE_RAW).sum()):
-            pictures = counted(raw, "picture")
-            raise FastSSLError(
-                f"{reader.path}: {pictures} of it stored raw, which DALI cannot decode; use --pipeline native"
-            )
+            stored = f"{counted(raw, 'picture')} of it stored raw"
+            raise FastSSLError(f"{reader.path}: {stored}, which DALI cannot decode; use --pipeline native")
         smallest = min(spec.size for spec in specs)
         if smallest < _DALI_SMALLEST:
             raise FastSSLError(
-                f"--pipeline dali: views of {smallest} px are below {_DALI_SMALLEST}; DALI's resize repeats "
-                "the pixels at the border of a crop, which "
-                "at such sizes is no longer what the other engines give; use --pipeline native"
+                f"--pipeline dali: views of {smallest} px are below {_DALI_SMALLEST}; DALI's resize repeats the pixels "
+                "at the border of a crop, which at such sizes is no longer what the other engines give; use --pipeline "
+                "native"
             )
 
 
 def open_engine(reader: BetonReader, specs: Sequence[ViewSpec], settings: EngineSettings) -> Engine:
-    """Open the engine that ``settings`` name.
-
-    Raises:
-        FastSSLError: as `require_engine`, or an option that the engine does not have.
+    """Open the engine that ``settings`` name. ``FastSSLError``: as `require_engine`, or an option that it does not
+    have.
     """
     name = choose_engine(settings.device)[0] if settings.pipeline == "auto" else settings.pipeline
     if name == "native":
@@ -128,5 +114,5 @@ def open_engine(reader: BetonReader, specs: Sequence[ViewSpec], settings: Engine
         raise FastSSLError(f"crops={settings.crops!r} is a choice of the native engine; {name} has one way to crop")
     require_engine(name, reader, specs)
     module = importlib.import_module(f"fastssl.pipelines.engines.{name}")
-    engine: type[Engine] = getattr(module, f"{name.capitalize()}Engine")
-    return engine(reader, specs, settings)
+    engine: Engine = getattr(module, f"{name.capitalize()}Engine")(reader, specs, settings)
+    return engine

@@ -1,8 +1,7 @@
 """Colour jitter, grey, Gaussian blur, solarise and normalisation with per-sample parameters.
 
-Takes uint8 views and their plan, gives normalised channels-last tensors. The semantics are those of
-torchvision.transforms.v2 on float pictures in 0 .. 1, operation by operation, clamped in between; the order is jitter
-(in the sample's own order), grey, blur, solarise (the flip happened in the crop).
+The semantics are those of torchvision.transforms.v2 on float pictures in 0 .. 1, operation by operation, clamped in
+between; the order is jitter (in the sample's own order), grey, blur, solarise (the flip happened in the crop).
 
 Two drivers give the same numbers:
 
@@ -25,7 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastssl.pipelines.ops.compiled import colour
-from fastssl.pipelines.ops.recycled_memory import RecycledMemory
+from fastssl.pipelines.ops.memory import RecycledMemory
 from fastssl.pipelines.plan.draw import CONTRAST, HUE, SATURATION, VIEW_DTYPE, ViewSpec
 from fastssl.utils.transfer import to_device
 
@@ -48,22 +47,16 @@ def augment(
     pool: Executor | None = None,
     memory: RecycledMemory | None = None,
 ) -> Tensor:
-    """Apply the plan's colour operations and normalise.
+    """Apply the plan's colour operations and normalise: (N, 3, S, S) of ``dtype`` in channels-last layout on the device
+    of ``views``, (picture / 255 - mean) / std. ``ValueError``: shapes or types are not as below.
 
     Args:
         views: (N, 3, S, S) uint8, channels-last (other layouts give the same numbers).
         plan: (N,) records of VIEW_DTYPE, drawn for ``spec``; the crop box and the flip are not used.
-        spec: the view group: solarise threshold, largest sigma, mean and std; jitter, hue, grey, blur and solarise are
-            left out where it gives them no probability or strength.
+        spec: the view group; what it gives no probability or strength is left out.
         dtype: of the result. Everything is computed in float32 (on a GPU the blur multiplies in float16).
         pool: threads that share the work on a CPU; None: the calling one alone. The result is the same to the last bit.
         memory: where the result lies, on a CPU; None: new memory.
-
-    Returns:
-        (N, 3, S, S) of ``dtype`` in channels-last layout on the device of ``views``: (picture / 255 - mean) / std.
-
-    Raises:
-        ValueError: the views' shape or type, or the plan's, is not as above.
     """
     _check(views, len(plan))
     if plan.dtype != VIEW_DTYPE or plan.ndim != 1:
@@ -81,22 +74,17 @@ def _check(views: Tensor, count: int) -> None:
 
 
 def parameter_table(plan: NDArray[np.void]) -> NDArray[np.float32]:
-    """The plan as plain numbers for the kernels.
+    """The plan as plain numbers for the kernels, (N, 23) float32: six blends of (factor, (1 - factor) * to_luminance,
+    (1 - factor) * to_mean), the hue's shift, grey, blur, 1 / (2 sigma^2), solarise; flags are 0 or 1.
 
     A blend is ``x * factor + (1 - factor) * (to_luminance * luminance + to_mean * mean luminance)``: brightness has (0,
     0), saturation (1, 0), contrast (0, 1).
-
-    Returns:
-        (N, 23) float32: six blends of (factor, (1 - factor) * to_luminance, (1 - factor) * to_mean), the hue's shift,
-            grey, blur,
-        1 / (2 sigma^2), solarise; flags are 0 or 1.
     """
     count = len(plan)
     table = np.zeros((count, _COLUMNS), dtype=np.float32)
     blends = table[:, : 3 * _BLENDS].reshape(count, _BLENDS, 3)
     blends[:, :, 0] = 1.0
-    factors = np.stack([plan["brightness"], plan["contrast"], plan["saturation"], plan["hue"]], axis=1)
-    order = plan["order"].astype(np.int64)
+    factors, order = _factors(plan), plan["order"].astype(np.int64)
     hue_place = (order == HUE).argmax(axis=1)
     for place in range(4):
         operation = order[:, place]
@@ -109,29 +97,22 @@ def parameter_table(plan: NDArray[np.void]) -> NDArray[np.float32]:
         blends[sample, blend, 1] = (1 - factor) * (operation == SATURATION)
         blends[sample, blend, 2] = (1 - factor) * (operation == CONTRAST)
     sigma = plan["blur_sigma"]
-    table[:, _HUE], table[:, _GREY], table[:, _SOLARISE], table[:, _BLUR] = (
-        plan["hue"],
-        plan["grey"],
-        plan["solarise"],
-        sigma > 0,
-    )
-    table[:, _FALLOFF] = 0.5 / np.where(sigma > 0, sigma, 1.0) ** 2
+    falloff = 0.5 / np.where(sigma > 0, sigma, 1.0) ** 2
+    table[:, 3 * _BLENDS :] = np.stack([plan["hue"], plan["grey"], sigma > 0, falloff, plan["solarise"]], axis=1)
     return table
 
 
+def _factors(plan: NDArray[np.void]) -> NDArray[np.float32]:
+    """(N, 4), at the operations' numbers."""
+    return np.stack([plan["brightness"], plan["contrast"], plan["saturation"], plan["hue"]], axis=1)
+
+
 def augment_device(views: Tensor, table: Tensor, spec: ViewSpec, dtype: torch.dtype = torch.float32) -> Tensor:
-    """`augment` with the parameters already on the device.
+    """`augment` with the parameters already on the device, any device: ``table`` (N, 23) float32 from
+    `parameter_table`; other arguments and result as there.
 
-    The same kernels and allocations whatever the plan, and no host sync. Runs on any device. The blur's constants are
-    made and cached by the first call for a size, so call once before capturing a graph.
-
-    Args:
-        views: (N, 3, S, S) uint8.
-        table: (N, 23) float32 on the same device, from `parameter_table`.
-        spec, dtype: as in `augment`.
-
-    Returns:
-        (N, 3, S, S) of ``dtype``, channels-last.
+    The same kernels and allocations whatever the plan, and no host sync. The blur's constants are made and cached by
+    the first call for a size, so call once before capturing a graph.
     """
     _check(views, len(table))
     count, _, size, _ = views.shape
@@ -143,29 +124,26 @@ def augment_device(views: Tensor, table: Tensor, spec: ViewSpec, dtype: torch.dt
     if spec.jitter > 0:
         for place in range(_BLENDS):
             if place == _BLENDS // 2 and spec.hue > 0:
-                # Samples whose hue stays must keep their bits: a rounding error could carry a value over the solarise
-                # threshold.
-                planes = [
-                    torch.where(column[_HUE] != 0, turned, plane)
-                    for turned, plane in zip(turn_hue(planes, column[_HUE]), planes)
-                ]
+                # Samples whose hue stays must keep their bits: rounding could carry one over the solarise threshold.
+                turned = turn_hue(planes, column[_HUE])
+                planes = [torch.where(column[_HUE] != 0, *pair) for pair in zip(turned, planes)]
             factor, to_luminance, to_mean = column[3 * place : 3 * place + 3]
             grey = luminance(planes)
             blend(planes, factor, grey.mean(dim=1, keepdim=True) * to_mean + grey * to_luminance)
     if spec.grey > 0:
-        mix_grey(planes, column[_GREY])
+        grey = luminance(planes)
+        for plane in planes:
+            plane.lerp_(grey, column[_GREY])  # gives its end points exactly: a share of 0 keeps every bit
     if spec.blur > 0:
-        matrices = blur_matrices(
-            column[_FALLOFF], blur_radius(spec, size), size, torch.float16 if views.is_cuda else torch.float32
-        )
+        multiplied = torch.float16 if views.is_cuda else torch.float32
+        matrices = blur_matrices(column[_FALLOFF], blur_radius(spec, size), size, multiplied)
         planes = [torch.where(column[_BLUR] > 0, blur_by_matrices(plane, matrices), plane) for plane in planes]
     if spec.solarise > 0:
-        planes = [
-            torch.where(column[_SOLARISE] > 0, solarised(plane, spec.solarise_threshold), plane) for plane in planes
-        ]
+        bound, picked = spec.solarise_threshold / 255, column[_SOLARISE] > 0
+        planes = [torch.where(picked & (plane >= bound), 1 - plane, plane) for plane in planes]
     result = torch.empty(views.shape, dtype=dtype, device=views.device, memory_format=torch.channels_last)
-    for channel, plane in enumerate(planes):
-        result[:, channel].copy_(_normalise(plane, spec, channel).view(count, size, size))
+    for plane, out, mean, std in zip(planes, result.unbind(1), spec.mean, spec.std):
+        out.copy_(plane.mul(1 / std).add_(-mean / std).view(count, size, size))
     return result
 
 
@@ -183,9 +161,7 @@ def augment_host(
     source = views.permute(0, 2, 3, 1).contiguous().numpy().reshape(count, 3 * size * size)
     result = (memory or RecycledMemory()).take(count, size, size, 3)
     out = result.numpy().reshape(count, 3 * size * size)
-    flags = np.stack([plan["jitter"], plan["grey"], plan["solarise"]], axis=1)
-    # By the operations' numbers: brightness, contrast, saturation, hue.
-    factors = np.stack([plan["brightness"], plan["contrast"], plan["saturation"], plan["hue"]], axis=1)
+    flags, factors = np.stack([plan["jitter"], plan["grey"], plan["solarise"]], axis=1), _factors(plan)
     order, sigmas = plan["order"].astype(np.int64), np.ascontiguousarray(plan["blur_sigma"])
     std, mean = np.array(spec.std, np.float32), np.array(spec.mean, np.float32)
     radius, threshold = blur_radius(spec, size), np.float32(spec.solarise_threshold / 255)
@@ -201,11 +177,6 @@ def augment_host(
     return result.to(dtype).permute(0, 3, 1, 2)
 
 
-def _normalise(plane: Tensor, spec: ViewSpec, channel: int) -> Tensor:
-    """(plane - mean) / std as one multiplication and one addition, in a new tensor."""
-    return plane.mul(1 / spec.std[channel]).add_(-spec.mean[channel] / spec.std[channel])
-
-
 def luminance(planes: Sequence[Tensor]) -> Tensor:
     """Three (N, P) planes -> (N, P), a new tensor."""
     red, green, blue = planes
@@ -215,12 +186,11 @@ def luminance(planes: Sequence[Tensor]) -> Tensor:
 def blend(planes: Sequence[Tensor], factor: Tensor, other: Tensor) -> None:
     """Brightness, contrast or saturation of each sample, in place: ``clamp(plane * factor + other)``.
 
-    The mean luminance of contrast is that of the picture as the operations before it left it, as ColorJitter has it.
-
     Args:
         planes: red, green, blue, each (N, P) float32 in 0 .. 1.
         factor: (N, 1).
-        other: (N, 1) or (N, P), (1 - factor) times what to blend with: black, the mean luminance, or the luminance.
+        other: (N, 1) or (N, P), (1 - factor) times what to blend with: black, the mean luminance (of the picture as the
+            operations before left it, as ColorJitter has it), or the luminance.
     """
     for plane in planes:
         plane.mul_(factor).add_(other).clamp_(0, 1)
@@ -232,42 +202,23 @@ def turn_hue(planes: Sequence[Tensor], shift: Tensor) -> list[Tensor]:
     With the lowest channel moved to 0 and the highest to 1, the hue in sixths of a turn is q = 1 + green + blue - red,
     counted from red towards green when green >= blue and the other way round otherwise; that covers all six sectors.
     Back, a channel is low + chroma * clamp(2 - distance of the hue from the channel's own), and |||difference| - 3| -
-    3| is the distance on the circle of six for differences up to 9. No comparison or remainder is needed:
-    `compiled._turn_hue` is the same formula.
+    3| is the distance on the circle of six for differences up to 9. `compiled._turn_hue` is the same formula.
 
     Args:
-        planes: red, green, blue, each (N, P) float32 in 0 .. 1.
+        planes: red, green, blue, each (N, P) float32 in 0 .. 1. The result is three new ones.
         shift: (N, 1) in turns, -0.5 .. 0.5.
-
-    Returns:
-        The three planes, new tensors.
     """
     red, green, blue = planes
     low = torch.minimum(red, green).minimum(blue)
     chroma = torch.maximum(red, green).maximum(blue).sub_(low)
-    hue = (
-        (green + blue).sub_(red).sub_(low).div_(chroma.clamp_min(1e-12)).add_(1)
-    )  # of grey pixels: 1, without effect as chroma is 0
+    # Of grey pixels 1, without effect as chroma is 0.
+    hue = (green + blue).sub_(red).sub_(low).div_(chroma.clamp_min(1e-12)).add_(1)
     hue.copysign_(green - blue).add_(shift * 6)  # -6 .. 6
     top = low.add_(chroma, alpha=2)
     own = (0, 2, -2)  # red, green, blue on the circle
     return [
         torch.addcmul(top, chroma, (hue - at).abs_().sub_(3).abs_().sub_(3).abs_().clamp_(1, 2), value=-1) for at in own
     ]
-
-
-def mix_grey(planes: Sequence[Tensor], share: Tensor) -> None:
-    """Turn samples with a share (N, 1) of 1 grey, in place. lerp gives its end points exactly: a share of 0 keeps every
-    bit.
-    """
-    grey = luminance(planes)
-    for plane in planes:
-        plane.lerp_(grey, share)
-
-
-def solarised(plane: Tensor, threshold: int) -> Tensor:
-    """Invert the values at or above a threshold given in grey levels of 0 .. 255; a new tensor."""
-    return torch.where(plane >= threshold / 255, 1 - plane, plane)
 
 
 def blur_radius(spec: ViewSpec, size: int) -> int:
@@ -277,32 +228,20 @@ def blur_radius(spec: ViewSpec, size: int) -> int:
     return min(math.ceil(3 * spec.blur_sigma[1]), size - 1)
 
 
-def _blur_weights(falloff: Tensor, radius: int) -> Tensor:
-    """(N, 1) of 1 / (2 sigma^2) -> (N, 2 * radius + 1) weights that sum to one."""
+def blur_matrices(falloff: Tensor, radius: int, size: int, dtype: torch.dtype) -> Tensor:
+    """The blur along one axis as matrices, reflection included: (N, 1) of 1 / (2 sigma^2) -> (N, S, S) of ``dtype``."""
     distance = torch.arange(-radius, radius + 1, device=falloff.device, dtype=torch.float32)
     weights = torch.exp(-falloff * distance**2)  # torch.softmax would use the thread pool even for these few numbers
-    return weights / weights.sum(dim=1, keepdim=True)
-
-
-def blur_matrices(falloff: Tensor, radius: int, size: int, dtype: torch.dtype) -> Tensor:
-    """The same blur along one axis as matrices, reflection included: (N, 1) of 1 / (2 sigma^2) -> (N, S, S) of
-    ``dtype``.
-    """
+    weights = weights / weights.sum(dim=1, keepdim=True)
     taps = _tap_matrices(size, radius, falloff.device, dtype)
-    return (_blur_weights(falloff, radius).to(dtype) @ taps).view(len(falloff), size, size)
+    return (weights.to(dtype) @ taps).view(len(falloff), size, size)
 
 
 def blur_by_matrices(plane: Tensor, matrices: Tensor) -> Tensor:
-    """The blur as two batched products M X M^T: more multiplications, but few kernels and all of them for tensor cores.
+    """The blur of (N, S * S) float32 by matrices (N, S, S) as two batched products M X M^T: more multiplications, but
+    few kernels and all of them for tensor cores. The result is a new tensor.
 
-    With float16 matrices a result is off by less than 0.3/255; the products accumulate in float32.
-
-    Args:
-        plane: (N, S * S) float32.
-        matrices: (N, S, S), from `blur_matrices`.
-
-    Returns:
-        (N, S * S) float32, a new tensor.
+    With float16 matrices it is off by less than 0.3/255; the products accumulate in float32.
     """
     square = plane.view(matrices.shape).to(matrices.dtype)
     return torch.bmm(torch.bmm(matrices, square), matrices.transpose(1, 2)).float().flatten(1)

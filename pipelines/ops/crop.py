@@ -3,16 +3,14 @@
 Both paths compute Pillow's ``picture.crop(box).resize((S, S), filter)``: a triangle or a cubic (a = -0.5) filter whose
 support grows with the reduction, normalised inside the box; pixels outside the box play no part.
 
-Host: a compiled loop with Pillow's 8-bit intermediate, several times as fast as Pillow (`compiled.crop_resize`).
+Host: a compiled loop with Pillow's 8-bit intermediate (`compiled.crop_resize`).
 Device: resizing is separable, so a view is ``Wy @ X @ Wx^T`` with the filter's weights as rows of two small matrices.
-Boxes, ragged picture sizes and flips are only entries of these matrices, and a batch is two batched matrix products per
-view.
+Boxes, ragged picture sizes and flips are only entries of these, and a batch is two batched matrix products per view.
 """
 
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Sequence
 
 import numpy as np
@@ -22,6 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from fastssl.pipelines.ops.compiled import crop_views
+from fastssl.pipelines.ops.memory import ThreadMemory
 from fastssl.pipelines.plan.draw import ViewSpec
 from fastssl.utils.transfer import to_device
 
@@ -31,35 +30,26 @@ _SUPPORT = {"bilinear": 1, "bicubic": 2}
 #: a view in a table of boxes, as int64
 BOX = ("top", "left", "height", "width", "flip")
 
-_memory = threading.local()
+_memory = ThreadMemory()
 
 
 def boxes_of(plan: NDArray[np.void]) -> NDArray[np.int64]:
     """(count, B) plan of a view group -> (B, count, 5) int64, the numbers of `BOX`."""
-    boxes = np.empty((*plan.shape[::-1], len(BOX)), np.int64)
-    for k, name in enumerate(BOX):
-        boxes[..., k] = plan[name].T
-    return boxes
+    return np.stack([plan[name].T for name in BOX], axis=-1).astype(np.int64)
 
 
 def crop_resize_host(
     image: NDArray[np.uint8], boxes: NDArray[np.int64], spec: ViewSpec, views: NDArray[np.uint8], position: int
 ) -> None:
-    """Crop, resize and flip all views that one group wants of one decoded picture; safe to call from several threads at
-    once.
-
-    One compiled call without the interpreter lock. Differs from Pillow by 1/255, at most by 2. (Pillow 13 may begin
-    with the columns; with the bicubic filter a sharp edge shows which pass was first.)
+    """Crop, resize and flip all views that one group wants of one decoded picture, in one compiled call without the
+    interpreter lock, from any thread. Differs from Pillow by 1/255, at most by 2. (Pillow 13 may begin with the
+    columns; with the bicubic filter a sharp edge shows which pass was first.) ``ValueError``: types, layouts or shapes
+    are others, or a box lies outside the image.
 
     Args:
         image: (H, W, 3) uint8, C-contiguous.
         boxes: (count, 5) int64, a sample's row of `boxes_of`.
-        spec: the view group (size, interpolation).
         views: (count, B, S, S, 3) uint8, C-contiguous; [:, position] is overwritten.
-        position: of the sample in the batch.
-
-    Raises:
-        ValueError: types, layouts or shapes are others, or a box lies outside the image.
     """
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.flags.c_contiguous:
         raise ValueError(f"a picture must be (H, W, 3) uint8 and C-contiguous, not {image.shape} {image.dtype}")
@@ -76,12 +66,7 @@ def crop_resize_host(
     ):
         raise ValueError(f"{len(boxes)} views of {spec.size} px do not go to place {position} of {views.shape}")
     rows, columns = image.shape[0], 3 * spec.size + 1
-    scratch = getattr(_memory, "scratch", None)
-    if scratch is None or scratch.shape[0] < rows or scratch.shape[1] < columns:
-        # Kept for the thread: memory of this size comes from the system page by page, each with a fault that all
-        # threads queue for.
-        had = (0, 0) if scratch is None else scratch.shape
-        scratch = _memory.scratch = np.empty((max(rows, had[0]), max(columns, had[1])), np.uint8)
+    scratch = _memory.take(rows * columns).reshape(rows, columns)
     crop_views(image, boxes, spec.interpolation == "bicubic", scratch, views, int(position))
 
 
@@ -95,24 +80,19 @@ def crop_resize_device(
 ) -> list[Tensor]:
     """Crop, resize and flip all views of a batch on the device that holds the decoded pictures.
 
-    Works in float32 on the host and in float16 on a GPU, where the weights' 11 bits and the intermediate's rounding
-    move a result by less than 0.3 grey levels before it is rounded to uint8. Never waits for the device: sizes come
-    from the host, and one small table goes up from pinned memory.
+    Works in float32 on the host and in float16 on a GPU, where a result moves by less than 0.3 grey levels before it is
+    rounded to uint8. Never waits for the device: sizes come from the host, and one small table goes up from pinned
+    memory. ``ValueError``: shapes differ, or a picture lies outside ``packed``.
 
     Args:
         packed: 1-D uint8 tensor, the decoded pictures one after the other. Rows are read in windows of the chunk's
             width, so pictures at the very end need up to 3 * (largest width + 8) spare bytes behind them; where they
             are missing the buffer is copied once.
-        offsets: (B,) host integers; picture b is (heights[b], widths[b], 3) at packed[offsets[b]:].
-        heights, widths: (B,) host integers.
+        offsets, heights, widths: (B,) host integers; picture b is (heights[b], widths[b], 3) at packed[offsets[b]:].
         plans: one (count, B) plan per view group.
-        specs: the view groups.
 
     Returns:
         For each group a (count * B, 3, S, S) uint8 tensor in channels-last layout; view k of sample b is row k * B + b.
-
-    Raises:
-        ValueError: shapes differ, or a picture lies outside ``packed``.
     """
     offsets, heights, widths = (np.asarray(array, dtype=np.int64) for array in (offsets, heights, widths))
     batch = offsets.size
@@ -131,30 +111,21 @@ def crop_resize_device(
     chunks = plan_chunks(heights, widths, specs, dtype.itemsize, budget=2**30 if packed.is_cuda else 2**26)
     order = np.concatenate(chunks) if chunks else np.empty(0, dtype=np.int64)
 
-    # One table for the whole batch, in the order of the chunks: index, offset, height, width, then five columns per
-    # view.
+    # One table for the whole batch, in the order of the chunks: index, offset, height, width, then each view's box.
     about = np.stack([order, offsets[order], heights[order], widths[order]], axis=1)
-    table = to_device(
-        np.concatenate(
-            [about, *(boxes_of(plan)[order].reshape(batch, len(BOX) * spec.count) for plan, spec in zip(plans, specs))],
-            axis=1,
-        ),
-        packed.device,
-    )
+    columns = [len(BOX) * spec.count for spec in specs]
+    boxes = [boxes_of(plan)[order].reshape(batch, wide) for plan, wide in zip(plans, columns)]
+    table = to_device(np.concatenate([about, *boxes], axis=1), packed.device)
 
     shortfall = max((_last_byte(offsets, heights, widths, chunk) for chunk in chunks), default=0) - packed.numel()
     if shortfall > 0:
         packed = F.pad(packed, (0, shortfall))
-    done = 0
-    for chunk in chunks:
-        rows = table[done : done + len(chunk)]
-        done += len(chunk)
-        source = _gather(packed, rows, _padded(heights[chunk]), _padded(widths[chunk]), dtype)
-        first_column = 4
-        for plan, spec, output in zip(plans, specs, outputs):
-            boxes = rows[:, first_column : first_column + 5 * spec.count].view(len(chunk), spec.count, 5)
-            first_column += 5 * spec.count
-            _crop_group(source, boxes, plan[:, chunk], spec, rows[:, 0], output)
+    for chunk, rows in zip(chunks, table.split([len(chunk) for chunk in chunks])):
+        head, *groups = rows.split([4, *columns], dim=1)
+        source = _gather(packed, head, _padded(heights[chunk]), _padded(widths[chunk]), dtype)
+        for group, plan, spec, output in zip(groups, plans, specs, outputs):
+            own = group.unflatten(1, (spec.count, len(BOX)))
+            _crop_group(source, own, plan[:, chunk], spec, head[:, 0], output)
     return [output.flatten(0, 1).permute(0, 3, 1, 2) for output in outputs]
 
 
@@ -173,21 +144,12 @@ def _last_byte(
 def plan_chunks(
     heights: NDArray[np.int64], widths: NDArray[np.int64], specs: Sequence[ViewSpec], itemsize: int, budget: int
 ) -> list[NDArray[np.int64]]:
-    """Group samples of similar size, so that padding to a common size wastes little and a chunk's tensors fit the
-    budget.
+    """Group samples of (B,) sizes that are similar, so that padding to a common size wastes little and a chunk's
+    tensors, with ``itemsize`` bytes per number, fit ``budget`` bytes: index arrays that together hold 0 .. B - 1 once.
 
     A chunk grows, in order of orientation and area, until padding would make it more than 1.4 times its pictures' own
     pixels (chunks below two megapixels may: they cost less than the kernel launches that splitting adds) or its tensors
     exceed the budget. One picture is always a chunk, whatever its size.
-
-    Args:
-        heights, widths: (B,) sizes.
-        specs: the view groups, for the size of weights and intermediates.
-        itemsize: bytes per number in the matrix products.
-        budget: bytes.
-
-    Returns:
-        Index arrays that together hold 0 .. B - 1 once each.
     """
     order = np.lexsort((heights * widths, heights > widths))
     rows_of_weights = sum(spec.count * spec.size for spec in specs)
@@ -214,11 +176,10 @@ def plan_chunks(
 
 
 def _gather(packed: Tensor, rows: Tensor, height: int, width: int, dtype: torch.dtype) -> Tensor:
-    """The pictures of a chunk as (b, height, 3, width): planar within a row, so that both products are plain batched
-    GEMMs.
+    """The pictures of a chunk as (b, height, 3, width): planar within a row, so that both products are batched GEMMs.
 
-    Picture rows are fetched by one index_select over an overlapping view of the packed bytes in which row s is the
-    window that starts at byte s. What a window holds beyond its picture belongs to someone else; its weights are zero.
+    Rows are fetched by one index_select over an overlapping view of the packed bytes in which row s is the window that
+    starts at byte s. What a window holds beyond its picture belongs to someone else; its weights are zero.
     """
     window = 3 * width
     windows = packed.as_strided((packed.numel() - window + 1, window), (1, 1))
@@ -236,8 +197,7 @@ def _crop_group(
 
     Args:
         source: (b, H, 3, W) pictures.
-        boxes: (b, count, 5) integers on the device: top, left, height, width, flip.
-        plan: (count, b), the same boxes on the host; only its largest sizes are used.
+        boxes: (b, count, 5) integers on the device, as `BOX`. plan: (count, b), the same on the host.
         index: (b,) places of the chunk's samples in the batch.
         output: (count, B, S, S, 3) uint8, written at ``index``.
     """
@@ -252,31 +212,23 @@ def _crop_group(
             narrow.clamp_(0, 255)  # Pillow stores this stage in 8 bits, which cuts the cubic's overshoot
         small = torch.bmm(rows[:, view], narrow.view(batch, height, 3 * size))  # (b, S, 3S)
         small.clamp_(0, 255).add_(0.5)  # the conversion to uint8 cuts the fraction off
-        output[view].index_copy_(
-            0,
-            index,
-            small.view(batch, size, 3, size).permute(0, 1, 3, 2).to(torch.uint8, memory_format=torch.contiguous_format),
-        )
+        pixels = small.view(batch, size, 3, size).permute(0, 1, 3, 2)
+        output[view].index_copy_(0, index, pixels.to(torch.uint8, memory_format=torch.contiguous_format))
 
 
 def filter_matrices(
     start: Tensor, length: Tensor, flip: Tensor | None, spec: ViewSpec, extent: int, longest: int, dtype: torch.dtype
 ) -> Tensor:
-    """Resize weights along one axis for a batch of boxes.
-
-    Source: Pillow's resampling (Resample.c, precompute_coeffs). Only the few taps of each row are computed, then
-    written into a matrix of zeros: computing the whole matrix would cost more memory traffic than the product it feeds.
+    """Resize weights along one axis for a batch of boxes, (b, v, S, extent): each row sums to one and is zero outside
+    its box. Source: Pillow's resampling (Resample.c, precompute_coeffs). Only the few taps of each row are computed:
+    the whole matrix would cost more memory traffic than the product it feeds.
 
     Args:
         start, length: (b, v) integers, the box along this axis.
         flip: (b, v) integers, 1 where the output runs backwards; None for nowhere.
-        spec: size S and interpolation.
         extent: length of the source axis; at least start + length.
         longest: the largest of ``length``, known to the host.
         dtype: of the result; the weights are computed in float32.
-
-    Returns:
-        (b, v, S, extent); each row sums to one and is zero outside its box.
     """
     size, radius = spec.size, _SUPPORT[spec.interpolation]
     place = torch.arange(size, device=start.device, dtype=torch.float32)

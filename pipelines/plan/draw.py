@@ -1,10 +1,9 @@
 """The view plan: every random choice of every view, drawn up front into a table of numbers.
 
-A view group (`ViewSpec`) says what may happen to a picture; `draw_plan` decides what does happen, for each view of each
+A view group (`ViewSpec`) says what may happen to a picture; `draw_plan` decides what does, for each view of each
 sample, as one record of `VIEW_DTYPE`. The draws follow torchvision's RandomResizedCrop, ColorJitter, RandomGrayscale,
 GaussianBlur, RandomSolarize and RandomHorizontalFlip. A record depends on (seed, epoch, sample id, view number, picture
-size) and on nothing else, so any batch size, worker or rank that asks for it gets the same bytes; the arithmetic is
-limited to IEEE-exact operations, so any machine does as well.
+size) and on nothing else, and the arithmetic is limited to IEEE-exact operations: any machine gets the same bytes.
 
 Blocks of four random words used by a view (see `fastssl.pipelines.plan.philox`):
 
@@ -75,29 +74,24 @@ AreaRange = tuple[_Area, _Area]
 
 @settings(error=ViewSpecError)
 class ViewSpec:
-    """A group of views that share their size and the distribution of their augmentation.
+    """A group of views that share their size and the distribution of their augmentation. ``ViewSpecError``: a field is
+    out of range.
 
     Attributes:
-        size: side of the square view in pixels.
-        count: views of this kind per sample.
+        size: side of the square view in pixels. count: views of this kind per sample.
         area: range of the crop's area as a share of the picture's.
         ratio: range of the crop's aspect ratio width / height, drawn log-uniformly.
         interpolation: "bilinear" or "bicubic", both antialiased.
-        flip: probability of the horizontal flip.
-        jitter: probability of the colour jitter.
+        flip, jitter, grey, blur: probabilities of the horizontal flip, the colour jitter, turning grey, the Gaussian
+            blur.
         brightness, contrast, saturation: factors are uniform in max(0, 1 - x) .. 1 + x.
         hue: uniform in -x .. x turns, at most 0.5.
-        grey: probability of turning grey.
-        blur: probability of the Gaussian blur.
         blur_sigma: range of its sigma in pixels of the view.
         solarise: probability of inverting the pixels at or above the threshold.
         solarise_threshold: 0 .. 256, in grey levels of 0 .. 255.
         mean, std: per channel, of pictures scaled to 0 .. 1; the output is (picture - mean) / std.
         center: None, or the side of a centred square crop as a share of the picture's shorter side; then area and ratio
             are not used.
-
-    Raises:
-        ViewSpecError: a field is out of range.
     """
 
     size: Pixels = 224
@@ -129,10 +123,8 @@ class ViewSpec:
     @classmethod
     def evaluation(cls, size: int, crop: float = 0.875) -> ViewSpec:
         """The view for evaluation: the centred square of side ``crop`` x shorter side, resized; nothing random, no
-        colour.
-
-        With the default it is what ``Resize(size / 0.875)`` and ``CenterCrop(size)`` show, up to a shift of less than
-        one pixel of the source, because boxes are whole pixels.
+        colour. With the default it is what ``Resize(size / 0.875)`` and ``CenterCrop(size)`` show, up to a shift of
+        less than one pixel of the source, because boxes are whole pixels.
         """
         return cls(size=size, flip=0.0, jitter=0.0, grey=0.0, blur=0.0, solarise=0.0, center=crop)
 
@@ -147,59 +139,40 @@ def draw_plan(
     heights: ArrayLike,
     widths: ArrayLike,
 ) -> NDArray[np.void]:
-    """Draw every random choice of a view group for a batch.
+    """Draw every random choice of a view group for a batch: (count, B) records of VIEW_DTYPE. No global random state is
+    read or changed.
 
     Args:
-        spec: the view group.
         first_view: number of views in the groups before this one; view k of the group draws as view first_view + k.
-        seed, epoch: the run's seed and the epoch's number.
         sample_ids: (B,) non-negative integers. The draws belong to the id, not to the place in the batch.
         heights, widths: (B,) sizes of the decoded pictures in pixels, at least 1.
-
-    Returns:
-        (count, B) records of VIEW_DTYPE. No global random state is read or changed.
 
     Raises:
         ValueError: the arrays' shapes differ, or a picture is empty.
         SeedError: seed, epoch, id or view number is out of range.
     """
     # numba takes half a second to load, and recipes are read without it.
-    from fastssl.pipelines.plan.compiled_draw import draw_views
+    from fastssl.pipelines.plan.compiled_draw import Chances, draw_views
 
     ids, heights, widths = (np.asarray(array, dtype=np.int64) for array in (sample_ids, heights, widths))
     if ids.ndim != 1 or heights.shape != ids.shape or widths.shape != ids.shape:
-        raise ValueError(
-            f"sample_ids, heights and widths must have one shape (B,), got {ids.shape}, {heights.shape} and "
-            f"{widths.shape}"
-        )
+        got = f"{ids.shape}, {heights.shape} and {widths.shape}"
+        raise ValueError(f"sample_ids, heights and widths must have one shape (B,), got {got}")
     if ids.size and min(heights.min(), widths.min()) < 1:
         raise ValueError(f"sample {ids[np.minimum(heights, widths).argmin()]} has an empty picture")
-    first = stream_word(Stream.PLAN, first_view, first_view + spec.count - 1)
+    first, _ = stream_word(Stream.PLAN, [first_view, first_view + spec.count - 1])
     plan = np.zeros((spec.count, ids.size), dtype=VIEW_DTYPE)
     if spec.center is not None:
         side = np.maximum(np.rint(spec.center * np.minimum(heights, widths)), 1).astype(np.int64)
         plan["height"], plan["width"] = side, side
         plan["top"], plan["left"] = (heights - side) // 2, (widths - side) // 2
-    chances = np.array([spec.flip, spec.jitter, spec.grey, spec.blur, spec.solarise])
-    ranges = np.array([factor_range(spec, name) for name in ("brightness", "contrast", "saturation", "hue")])
-    ranges[:, 1] -= ranges[:, 0]
-    draw_views(
-        plan,
-        check_range("item", ids, 63),
-        heights,
-        widths,
-        first,
-        np.uint64(int(check_range("epoch", epoch, 32))),
-        np.uint64(int(check_range("seed", seed, 64))),
-        spec.center is None,
-        (spec.area[0], spec.area[1] - spec.area[0]),
-        log_ratio_range(spec),
-        spec.ratio,
-        chances,
-        ranges,
-        (spec.blur_sigma[0], spec.blur_sigma[1] - spec.blur_sigma[0]),
-        _ORDERS,
-    )
+    factors = np.array([factor_range(spec, name) for name in ("brightness", "contrast", "saturation", "hue")])
+    factors[:, 1] -= factors[:, 0]
+    area, sigma = ((low, high - low) for low, high in (spec.area, spec.blur_sigma))
+    flags = np.array([spec.flip, spec.jitter, spec.grey, spec.blur, spec.solarise])
+    chances = Chances(spec.center is None, area, log_ratio_range(spec), spec.ratio, sigma, flags, factors, _ORDERS)
+    key, epochs = check_range("seed", seed, 64)[()], check_range("epoch", epoch, 32)[()]
+    draw_views(plan, check_range("item", ids, 63), heights, widths, first, epochs, key, chances)
     return plan
 
 
@@ -224,9 +197,8 @@ def factor_range(spec: ViewSpec, name: str) -> tuple[float, float, float]:
 
 
 def log_ratio_range(spec: ViewSpec) -> tuple[float, float]:
-    """Lower end and length of the range of log(ratio).
-
-    Rounded to float32: the last bit of a logarithm differs between C libraries, and boxes must not.
+    """Lower end and length of the range of log(ratio), rounded to float32: the last bit of a logarithm differs between
+    C libraries, and boxes must not.
     """
     low = float(np.float32(math.log(spec.ratio[0])))
     return low, float(np.float32(math.log(spec.ratio[1]))) - low

@@ -1,8 +1,5 @@
 """View sampling by multi-crop: two global and L local views, their sizes, areas, augmentation, and what their pairs
-weigh in the loss.
-
-One object says all of it, so that the number of views stands in one place and nothing has to be changed by hand
-together with it. The areas of global and local crops meet at one threshold:
+weigh in the loss, all in one object. The areas of global and local crops meet at one threshold:
 
     area 0 ---- smallest ==== local ==== threshold ======== global ======== largest
 
@@ -46,21 +43,18 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 @settings(error=ViewSpecError)
 class MultiCrop(Sequence[ViewSpec]):
-    """A sequence of view groups: global view 1, global view 2, then the local views (one group).
+    """A sequence of view groups: global view 1, global view 2, then the local views (one group). ``ViewSpecError``: a
+    value is out of range, or there is no such setting.
 
     Attributes:
         threshold: area, as a share of the picture's, where local crops end and global ones begin.
-        area: smallest local and largest global crop.
-        global_size, local_size: pixels.
+        area: smallest local and largest global crop. global_size, local_size: pixels.
         local_count: local views L; 0: global views only.
         weights: of the mean loss of pairs of two global views and of pairs of a global and a local one; they sum to 1.
             None: by the number of pairs, 1 / (1 + L) and L / (1 + L), which makes the loss the plain mean over all
             pairs.
         augment: settings of ``ViewSpec`` for all views.
         global_1, global_2, local: settings for one kind of view, over those.
-
-    Raises:
-        ViewSpecError: a value is out of range, the weights do not sum to 1, or an augmentation has no such setting.
     """
 
     threshold: Share = 0.3

@@ -18,22 +18,14 @@ def _random_keys(count: int, seed: int, stream: Stream, epoch: int, high_word: i
     """(count,) 64-bit sort keys, two from each Philox block; the block's item is (high_word << 32) + position // 2."""
     blocks = np.arange((count + 1) // 2, dtype=np.int64) + (high_word << 32)
     words = keyed_words(seed, stream, epoch, blocks).astype(np.uint64)
-    keys = np.empty((blocks.size, 2), dtype=np.uint64)
-    keys[:, 0] = (words[0] << np.uint64(32)) | words[1]
-    keys[:, 1] = (words[2] << np.uint64(32)) | words[3]
-    return keys.reshape(-1)[:count]
+    return ((words[0::2] << np.uint64(32)) | words[1::2]).T.reshape(-1)[:count]
 
 
 # Two entries: the current epoch's order and the next one's, which prefetching asks for before the current one ends.
 @lru_cache(maxsize=2)
 def epoch_order(num_samples: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    """The order of samples in an epoch: position -> sample.
-
-    The permutation sorts one random 64-bit key per sample; equal keys keep the samples' order, so the result does not
-    depend on the sorting algorithm.
-
-    Returns:
-        (num_samples,) int64 permutation of 0 .. num_samples - 1. It is shared with other callers and read-only.
+    """The order of samples in an epoch, position -> sample: (num_samples,) int64, shared with other callers and
+    read-only. The permutation sorts one random 64-bit key per sample; equal keys keep the samples' order.
     """
     if num_samples < 0:
         raise ValueError(f"num_samples must not be negative, got {num_samples}")
@@ -52,16 +44,8 @@ def steps_per_epoch(num_samples: int, batch_size: int, world: int = 1) -> int:
 def batch_indices(
     num_samples: int, seed: int, epoch: int, step: int, batch_size: int, rank: int = 0, world: int = 1
 ) -> NDArray[np.int64]:
-    """The samples of one rank's part of a global batch.
-
-    Args:
-        num_samples: size of the data set.
-        step: 0 <= step < steps_per_epoch(num_samples, batch_size, world).
-        batch_size: samples per rank.
-        rank: 0 <= rank < world.
-
-    Returns:
-        (batch_size,) int64 sample indices, a read-only view of the epoch's order.
+    """The samples of one rank's part of a global batch, of ``batch_size`` per rank: (batch_size,) int64 sample indices,
+    a read-only view of the epoch's order. ``ValueError``: there is no such step or rank.
     """
     steps = steps_per_epoch(num_samples, batch_size, world)
     if not 0 <= rank < world:
@@ -80,6 +64,5 @@ def batch_permutation(n: int, seed: int, epoch: int, step: int) -> NDArray[np.in
         raise ValueError(f"step must lie in 0 .. 2**31 - 1, got {step}")
     if not 0 <= n < 2**32:
         raise ValueError(f"n must lie in 0 .. 2**32 - 1, got {n}")
-    return np.argsort(_random_keys(n, seed, Stream.BATCH_PERMUTATION, epoch, high_word=step), kind="stable").astype(
-        np.int64, copy=False
-    )
+    keys = _random_keys(n, seed, Stream.BATCH_PERMUTATION, epoch, high_word=step)
+    return np.argsort(keys, kind="stable").astype(np.int64, copy=False)

@@ -8,18 +8,6 @@ from pathlib import Path
 import numpy as np
 
 from fastssl.pipelines.plan import compiled_draw as draw
-from fastssl.pipelines.plan.philox import philox4x32
-
-
-def test_the_compiled_generator_equals_the_vectorised_one() -> None:
-    rng = np.random.default_rng(0)
-    for _ in range(50):
-        item, key = (int(value) for value in rng.integers(0, 2**64, 2, dtype=np.uint64))
-        epoch, last = (int(value) for value in rng.integers(0, 2**32, 2))
-        expected = philox4x32([item & 0xFFFFFFFF, item >> 32, epoch, last], (key & 0xFFFFFFFF, key >> 32))
-        assert (
-            list(draw.philox(np.uint64(item), np.uint64(epoch), np.uint64(last), np.uint64(key))) == expected.tolist()
-        )
 
 
 def test_compiled_code_that_cannot_be_read_or_kept_is_compiled_again(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ import gc
 
 import torch
 
-from fastssl.pipelines.ops.recycled_memory import RecycledMemory
+from fastssl.pipelines.ops.memory import RecycledMemory
 
 
 def test_memory_is_used_again_only_when_nobody_refers_to_it() -> None:

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from fastssl.errors import FastSSLError
-from fastssl.pipelines.plan.philox import SeedError, Stream, keyed_words, philox4x32
+from fastssl.pipelines.plan.compiled_draw import philox
+from fastssl.pipelines.plan.philox import SeedError, Stream, keyed_words
 
 # The philox4x32-10 lines of the known answers published with Random123: counter, key, result.
 KNOWN_ANSWERS = [
@@ -30,18 +31,20 @@ def slow_philox(counter: list[int], key: list[int]) -> list[int]:
 
 @pytest.mark.parametrize("counter, key, answer", KNOWN_ANSWERS)
 def test_known_answers(counter: str, key: str, answer: str) -> None:
-    assert philox4x32(_hex(counter), tuple(_hex(key))).tolist() == _hex(answer)
+    (low, high, epoch, last), (key_low, key_high) = _hex(counter), _hex(key)
+    inputs = (high << 32 | low, epoch, last, key_high << 32 | key_low)
+    assert list(philox(*(np.uint64(value) for value in inputs))) == _hex(answer)
     assert slow_philox(_hex(counter), _hex(key)) == _hex(answer)
 
 
-def test_vectorised_equals_scalar_over_piece_borders() -> None:
+def test_compiled_equals_scalar() -> None:
     rng = np.random.default_rng(0)
-    counters = rng.integers(0, 2**32, size=(4, 3, 6000), dtype=np.uint64)
-    words = philox4x32(counters, (0x12345678, 0xFEDCBA98))
-    assert words.shape == counters.shape and words.dtype == np.uint32
-    flat, result = counters.reshape(4, -1), words.reshape(4, -1)
-    for lane in [0, 1, 8191, 8192, 16383, 16384, flat.shape[1] - 1]:
-        assert result[:, lane].tolist() == slow_philox([int(x) for x in flat[:, lane]], [0x12345678, 0xFEDCBA98])
+    items, views = rng.integers(0, 2**63, (3, 50), dtype=np.int64), rng.integers(0, 2**16, 50)
+    words = keyed_words(0xFEDCBA98_12345678, Stream.PLAN, 2**31, items, views, 7)
+    assert words.shape == (4, 3, 50) and words.dtype == np.uint32
+    for (row, column), item in np.ndenumerate(items):
+        counter = [int(item) % 2**32, int(item) >> 32, 2**31, 2 << 24 | int(views[column]) << 8 | 7]
+        assert words[:, row, column].tolist() == slow_philox(counter, [0x12345678, 0xFEDCBA98])
 
 
 def test_layout_of_counter_and_key() -> None:

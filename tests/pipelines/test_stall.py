@@ -22,7 +22,6 @@ from rich.console import Console
 from fastssl.cli import main
 from fastssl.cli.progress import RunProgress
 from fastssl.errors import FastSSLError, Stalled, WorkerError
-from fastssl.pipelines.beton import open_file
 from fastssl.pipelines.beton import reader as beton_module
 from fastssl.pipelines.engines import native
 from fastssl.pipelines.loader import ViewLoader
@@ -47,7 +46,7 @@ class DeadDisk:
     def __init__(self, monkeypatch: pytest.MonkeyPatch | None = None, answered: Collection[int] = ()):
         self.answer, self.all_answered, self.hangs = (threading.Event() for _ in range(3))
         left = set(answered)
-        real = open_file.OpenFile.read_into
+        real = beton_module.OpenFile.read_into
 
         def read_into(file, out, offset):
             if threading.current_thread() is not threading.main_thread() and offset not in answered:
@@ -60,9 +59,9 @@ class DeadDisk:
             return done
 
         if monkeypatch is None:
-            open_file.OpenFile.read_into = read_into
+            beton_module.OpenFile.read_into = read_into
         else:
-            monkeypatch.setattr(open_file.OpenFile, "read_into", read_into)
+            monkeypatch.setattr(beton_module.OpenFile, "read_into", read_into)
 
 
 @pytest.mark.engines

@@ -1,17 +1,30 @@
-"""Host memory that is used again, because new memory is not free.
-
-A batch of float views is too large for the allocator to keep: each comes from the system as pages of zeros, one fault a
-page, and goes back when the batch is dropped. On one core that took longer than to compute what is written into it.
+"""Host memory that is used again: new memory comes from the system page by page, each with a fault that all threads
+queue for. On one core that took longer than to compute what is written into it.
 """
 
 from __future__ import annotations
 
 import math
+import threading
 import weakref
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class ThreadMemory(threading.local):
+    """Scratch memory of each thread."""
+
+    _kept = np.empty(0, np.uint8)
+
+    def take(self, size: int) -> np.ndarray:
+        """(size,) uint8 of undefined content, overwritten by the thread's next use."""
+        if self._kept.size < size:
+            self._kept = np.empty(size + size // 4, np.uint8)
+        return self._kept[:size]
 
 
 class RecycledMemory:
@@ -29,6 +42,8 @@ class RecycledMemory:
 
     def take(self, *shape: int) -> Tensor:
         """A contiguous float32 tensor whose content is undefined."""
+        import torch  # here, because those who only read a .beton file do without it
+
         numel = math.prod(shape)
         free = [place for place, (block, user) in enumerate(self._blocks) if user() is None and block.size >= numel]
         if free:
