@@ -30,8 +30,8 @@ COMMANDS = {
     "verify": LazyCommand("fastssl.cli.verify", "verify", "Check a .beton file: header, tables, checksums, pictures."),
     "pretrain": LazyCommand("fastssl.cli.pretrain", "pretrain", "Pre-train a backbone without labels."),
     "evaluate": LazyCommand("fastssl.cli.evaluate", "evaluate", "What a checkpoint is worth: kNN, linear probe, ..."),
-    "export": LazyCommand("fastssl.cli.export", "export", "Write a backbone for timm, torchvision or ONNX."),
-    "import": LazyCommand("fastssl.cli.import_", "import_", "Take over a backbone that others trained."),
+    "export": LazyCommand("fastssl.cli.weights", "export", "Write a backbone for timm, torchvision or ONNX."),
+    "import": LazyCommand("fastssl.cli.weights", "import_", "Take over a backbone that others trained."),
     "bench": LazyCommand(
         "fastssl.cli.bench", "bench", "Measure images/s of every part, beside its ceiling; write the report."
     ),

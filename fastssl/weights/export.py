@@ -1,4 +1,4 @@
-"""A backbone in the forms in which other programs take it.
+"""A backbone in the forms in which other programs take it; each gets to its place in one piece.
 
 timm          a state dict under timm's names: timm.create_model(name, num_classes=0, checkpoint_path=FILE);
               or a folder in the style of the Hugging Face hub
@@ -10,13 +10,22 @@ onnx          one file with graph and weights, see to_onnx.py
 from __future__ import annotations
 
 import copy
+import json
 import os
+import re
+import shutil
+import tempfile
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fastssl._version import __version__
@@ -25,11 +34,13 @@ from fastssl.evaluate.features import EVALUATION_CROP, EVALUATION_SIZE
 from fastssl.evaluate.trained import Trained
 from fastssl.models.backbones import resizes_positions
 from fastssl.pipelines.plan.draw import ViewSpec
-from fastssl.weights.check import check_features, check_names
-from fastssl.weights.staging import SIGNATURE, require_replaceable, save_tensors, staged
-from fastssl.weights.to_onnx import fused, write_onnx
-from fastssl.weights.torchvision_names import to_torchvision, twin_of
+from fastssl.utils.atomic_files import usual_mode
+from fastssl.utils.suggest import some_names
+from fastssl.weights.to_onnx import check_features, fused, require_onnx, write_onnx
+from fastssl.weights.torchvision_names import TWINS, Twin, to_torchvision
 
+#: the end of every export's description, by which it is known again: ``..., exported by fastssl 0.1.0``
+SIGNATURE = "exported by fastssl"
 #: format -> endings of the files that it writes; "" is a folder
 ENDINGS: dict[str, tuple[str, ...]] = {
     "timm": (".safetensors", ".pth", ".pt", ""),
@@ -51,12 +62,11 @@ class Exported:
     """What was written.
 
     Attributes:
-        format: ``timm``, ``torchvision``, ``safetensors`` or ``onnx``.
+        format: a key of ``ENDINGS``.
         path: the file or folder.
         tensors: how many.
         size_bytes: of the file, or of the folder's files.
-        difference: the largest one found between the backbone's features and those of the export, right after it was
-            written, as a share of how far features are from their mean.
+        difference: see ``check_features``.
         recipe: a line of Python that uses it.
         fused: whether parallel branches and BatchNorms were merged, as ``onnx`` does in networks made for that.
     """
@@ -79,8 +89,7 @@ def export_backbone(trained: Trained, destination: Path, format: str = "timm", *
 
     Args:
         trained: as ``load_trained`` gives it; on the CPU, in evaluation mode.
-        destination: ends as ``ENDINGS[format]`` says; an earlier export of the same kind is replaced, see
-            ``require_replaceable``.
+        destination: ends as ``ENDINGS[format]`` says; for what is replaced see ``require_replaceable``.
         format: a key of ``ENDINGS``.
         size: side of the pictures, for ``onnx`` and for a folder of ``timm``; None: as the run was probed, or 224.
 
@@ -92,79 +101,71 @@ def export_backbone(trained: Trained, destination: Path, format: str = "timm", *
     if suffix not in ENDINGS[format]:
         fitting = [name for name, endings in ENDINGS.items() if suffix and suffix in endings]
         other = f"; or give --format {' or '.join(fitting)}" if fitting else ""
-        wanted = [ending for ending in ENDINGS[format] if ending]
-        folder = ", or is a folder" if "" in ENDINGS[format] else ""
-        raise FastSSLError(
-            f"{destination}: --format {format} writes a file that ends in {' or '.join(wanted)}{folder}{other}"
-        )
-    if size is not None and not (format == "onnx" or (format == "timm" and suffix == "")):
+        wanted = " or ".join(filter(None, ENDINGS[format])) + (", or is a folder" if "" in ENDINGS[format] else "")
+        raise FastSSLError(f"{destination}: --format {format} writes a file that ends in {wanted}{other}")
+    if size is not None and suffix not in (".onnx", ""):
         raise FastSSLError(
             f"{destination}: --size is for --format onnx and for a folder of --format timm; this export takes "
             "pictures of any size"
         )
     # Plain layout, as the networks have it that will take the tensors; the caller's network is left as it is.
     backbone, arch = copy.deepcopy(trained.backbone).to(memory_format=torch.contiguous_format), trained.arch
-    about, side = _about(trained), size or trained.size or EVALUATION_SIZE
-    if format == "torchvision":
-        twin_of(arch)  # before anything is written
+    about, side, target = _about(trained), size or trained.size or EVALUATION_SIZE, str(destination)
+    if format == "torchvision" and arch not in TWINS:
+        every = "--format timm takes every network"
+        raise FastSSLError(f"torchvision has no counterpart of {arch}; it has those of {', '.join(TWINS)} ({every})")
+    twin = TWINS[arch] if format == "torchvision" else None
     final, merged = Path(os.path.abspath(destination)), None
     require_replaceable(final)
     with staged(final) as place:
         if format == "onnx":
             merged = fused(backbone, size=side)
             difference = write_onnx(backbone, arch, place, about, size=side, merged=merged)
-            session = f"onnxruntime.InferenceSession({str(destination)!r})"
+            session = f"onnxruntime.InferenceSession({target!r})"
             recipe = f"features = {session}.run(['features'], {{'images': images}})[0]"
         elif suffix == "":
-            crop = trained.crop or EVALUATION_CROP
-            difference = _write_folder(backbone, arch, place, about, size=side, crop=crop)
+            difference = _write_folder(backbone, arch, place, about, size=side, crop=trained.crop or EVALUATION_CROP)
             recipe = f"net = timm.create_model({f'local-dir:{destination}'!r}, pretrained=True)"
         else:
-            tensors = to_torchvision(arch, backbone) if format == "torchvision" else backbone.state_dict()
-            difference = _write_file(backbone, tensors, place, about, *_taker(format, arch))
-            loading = f"safetensors.torch.load_file({str(destination)!r})"
-            if format == "timm":
-                recipe = f"net = timm.create_model({arch!r}, num_classes=0, checkpoint_path={str(destination)!r})"
-            elif format == "safetensors":
+            difference = _write_file(backbone, arch, place, about, twin)
+            loading = f"safetensors.torch.load_file({target!r})"
+            recipe = f"net = timm.create_model({arch!r}, num_classes=0, checkpoint_path={target!r})"
+            if format == "safetensors":
                 recipe = f"tensors = {loading}"
-            else:
-                if suffix != ".safetensors":
-                    loading = f"torch.load({str(destination)!r}, weights_only=True)"
-                recipe = f"{twin_of(arch).recipe}; net.load_state_dict({loading})"
-        files = list(place.iterdir()) if place.is_dir() else [place]
-        written = sum(file.stat().st_size for file in files)
+            elif twin is not None:
+                loading = loading if suffix == ".safetensors" else f"torch.load({target!r}, weights_only=True)"
+                recipe = f"{twin.recipe}; net.load_state_dict({loading})"
+        written = sum(file.stat().st_size for file in (place.iterdir() if place.is_dir() else (place,)))
     count = len((merged or backbone).state_dict())
     return Exported(format, destination, count, written, difference, recipe, fused=merged is not None)
 
 
-def _taker(format: str, arch: str) -> tuple[nn.Module, str]:
-    """The network that users will load a file into, freshly initialised, and its name for messages."""
-    if format == "torchvision":
-        twin = twin_of(arch)
-        return twin.build(), f"torchvision's {twin.builder}"
-    return timm.create_model(arch, num_classes=0), f"timm's {arch}"
-
-
 def _write_file(
-    backbone: nn.Module, tensors: dict[str, Tensor], path: Path, about: dict[str, str], taker: nn.Module, name: str
+    backbone: nn.Module, arch: str, path: Path, about: dict[str, str], twin: Twin | None = None
 ) -> float:
-    """Write ``tensors`` to ``path`` (.safetensors, .pth or .pt) and load them back as users will; returns the largest
-    difference of features.
+    """Write ``path`` (.safetensors, .pth or .pt) for timm's ``arch``, or its ``twin``, and load it back as users will;
+    returns the largest difference of features.
+
+    Raises:
+        FastSSLError: the network there has other tensors, or gives other features.
     """
-    check_names(path, tensors, taker.state_dict(), name)
+    if twin is None:
+        tensors, taker, name = backbone.state_dict(), timm.create_model(arch, num_classes=0), f"timm's {arch}"
+    else:
+        tensors, taker, name = to_torchvision(arch, backbone), twin.build(), f"torchvision's {twin.builder}"
+    have, want = tensors.keys(), taker.state_dict().keys()
+    odd = ((want - have, "missing"), (have - want, "left over"))
+    if parts := [some_names(names, word) for names, word in odd if names]:
+        raise FastSSLError(f"{path.name}: the tensors are not those of {name}: {'; '.join(parts)}")
     save_tensors(tensors, path, about)
     timm.models.load_checkpoint(taker, str(path), strict=True)
-    return check_features(path, backbone, taker.eval(), size=_check_size(taker), tolerance=1e-5)
+    config = getattr(taker, "pretrained_cfg", {})  # convolutions take anything; networks that do not say their size
+    size = config["input_size"][1] if config.get("fixed_input_size") else 64
+    return check_features(path, backbone, taker.eval(), size=size, tolerance=1e-5)
 
 
 def _write_folder(
-    backbone: nn.Module,
-    arch: str,
-    path: Path,
-    about: dict[str, str],
-    *,
-    size: int,
-    crop: float,
+    backbone: nn.Module, arch: str, path: Path, about: dict[str, str], *, size: int, crop: float
 ) -> float:
     """Write ``path/config.json``, by timm itself, and ``path/model.safetensors``; returns the largest difference of
     features.
@@ -192,16 +193,7 @@ def _write_folder(
     described = timm.create_model(arch, num_classes=0, pretrained_cfg_overlay=overlay, **options)
     timm.models.save_for_hf(described, str(path), model_args=options, safe_serialization=True)
     # Over timm's file, which has no header that says what the tensors are.
-    tensors = backbone.state_dict()
-    difference = _write_file(backbone, tensors, path / "model.safetensors", about, *_taker("timm", arch))
-    described.load_state_dict(tensors, strict=True)
-    return difference
-
-
-def _check_size(network: nn.Module) -> int:
-    """Convolutions take anything; networks that do not say their size."""
-    config = getattr(network, "pretrained_cfg", {})
-    return config["input_size"][1] if config.get("fixed_input_size") else 64
+    return _write_file(backbone, arch, path / "model.safetensors", about)
 
 
 def _about(trained: Trained) -> dict[str, str]:
@@ -209,3 +201,113 @@ def _about(trained: Trained) -> dict[str, str]:
     origin = "that others trained" if trained.network == "imported" else "pre-trained without labels"
     said: dict[str, Any] = {"description": f"backbone {origin}, {SIGNATURE} {__version__}", **trained.record()}
     return {name: str(value) for name, value in said.items() if value is not None}
+
+
+# ---------------------------------------------------------------------- what may be replaced, and how
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path, about: dict[str, str]) -> None:
+    """Write ``tensors`` as ``path``'s ending says: safetensors, or a dict by ``torch.save``.
+
+    ``about``, what the file says of itself (all strings; ``description`` is signed), goes into safetensors' header;
+    ``torch.save`` has none, so there it is an attribute of the dict, as torch's own state dicts have ``_metadata``.
+    """
+    plain = OrderedDict((name, value.detach().cpu().contiguous()) for name, value in tensors.items())
+    if path.suffix == ".safetensors":
+        save_file(plain, str(path), metadata={"format": "pt", **about})
+        return
+    for name, value in plain.items():  # a tensor that is a part of a larger one would take all of it along
+        plain[name] = value.clone()
+    vars(plain)["about"] = about
+    torch.save(plain, path)
+
+
+def require_replaceable(destination: Path) -> None:
+    """Refuse to write over what is not an earlier export: a file whose description says that it is an export of the
+    same kind, a folder that is empty, or holds just the two files that ``--format timm`` writes.
+
+    Raises:
+        FastSSLError: ``destination`` is something else, or is in a folder that does not exist; or it is an ONNX file,
+            and onnx is missing.
+    """
+    if not destination.parent.is_dir():
+        raise FastSSLError(f"{destination.parent}: no such folder; create it first")
+    if destination.is_symlink():
+        raise FastSSLError(f"{destination}: is a link; name the place that it leads to")
+    if not destination.exists():
+        return
+    if destination.is_dir() and destination.samefile(Path.cwd()):
+        raise FastSSLError(f"{destination}: is the current folder, which would be replaced; name a new one")
+    if destination.suffix == ".onnx":
+        require_onnx()
+    try:
+        replaceable = _is_export(destination)
+    except Exception:  # somebody else's file: each format's reader raises what it likes
+        replaceable = False
+    if not replaceable:
+        raise FastSSLError(
+            f"{destination}: exists and is no export of this kind; it is left alone: choose another name or remove it"
+        )
+
+
+def _is_export(path: Path) -> bool:
+    if path.is_dir():
+        names = {entry.name for entry in path.iterdir()}
+        if names != {"config.json", "model.safetensors"}:
+            return not names
+        config, path = json.loads((path / "config.json").read_bytes()), path / "model.safetensors"
+        if not isinstance(config, dict) or "architecture" not in config:
+            return False
+    if path.suffix == ".safetensors":
+        with safe_open(str(path), framework="pt") as file:
+            about = file.metadata()
+    elif path.suffix == ".onnx":
+        import onnx
+
+        props = onnx.load(str(path), load_external_data=False).metadata_props
+        about = {entry.key: entry.value for entry in props}
+    else:
+        about = torch.load(path, map_location="cpu", weights_only=True, mmap=True).about
+    return re.search(rf"\b{SIGNATURE} \d", about["description"]) is not None
+
+
+@contextmanager
+def staged(destination: Path) -> Iterator[Path]:
+    """A place with ``destination``'s name to write to; when the block ends well it is flushed to disk and renamed to
+    ``destination``, which is as it was if the block fails or is interrupted.
+
+    A folder cannot be renamed over one that holds files, so there an earlier export is put aside first, and back if the
+    new one does not get its place.
+
+    Raises:
+        FastSSLError: the folder cannot be written, or the disk is full. Should the earlier export not get back, it is
+            kept, and said where.
+    """
+    try:
+        beside = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=destination.parent))
+    except OSError as error:
+        raise FastSSLError(f"{destination.parent}: cannot be written ({error.strerror})") from error
+    place, aside = beside / destination.name, beside / f"{destination.name}.before"
+    try:
+        mode = usual_mode(beside / "mode")
+        yield place
+        for file in place.iterdir() if place.is_dir() else [place]:
+            file.chmod(mode)  # safetensors writes for its owner's eyes only
+            with file.open("rb") as opened:
+                os.fsync(opened.fileno())
+        if destination.is_dir():
+            destination.rename(aside)
+        place.replace(destination)
+    # torch says a full disk in a RuntimeError, safetensors in its own
+    except (OSError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise FastSSLError(f"{destination}: not written ({reason}); what was there before is untouched") from error
+    finally:
+        if aside.exists() and place.exists():  # stopped between the two renames, by whatever it was
+            try:
+                aside.rename(destination)
+            except OSError as error:
+                raise FastSSLError(
+                    f"{destination}: not written, and what was there before is in {aside} now ({error.strerror})"
+                ) from error
+        shutil.rmtree(beside, ignore_errors=True)  # not reached while the earlier export is still in there

@@ -1,16 +1,19 @@
-"""``--format onnx``: one file with graph and weights, for runtimes without PyTorch.
+"""``--format onnx``, one file with graph and weights for runtimes without PyTorch; and the comparison of every export
+with the backbone that it was made from.
 
-Input ``images`` (N, 3, size, size) float32, normalised as in training; output ``features`` (N, F) float32; N is free,
-the size is not.
+ONNX: input ``images`` (N, 3, size, size) float32, normalised as in training; output ``features`` (N, F) float32; N is
+free, the size is not.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
+import importlib.util
 import io
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -18,24 +21,66 @@ from timm.utils import reparameterize_model
 from torch import Tensor, nn
 
 from fastssl.errors import FastSSLError
-from fastssl.weights.check import check_features
 
 INPUT, OUTPUT = "images", "features"
 
-
 def require_onnx() -> None:
-    """Say in one line what is missing.
-
+    """
     Raises:
         FastSSLError: onnx, onnxscript (torch's exporter stands on it) or onnxruntime (which checks the file) is not
             installed.
     """
-    import importlib.util
-
     missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
     if missing:
         raise FastSSLError(f"--format onnx needs {' and '.join(missing)}: pip install 'fastssl-vision[onnx]'")
 
+@torch.no_grad()
+def check_features(
+    path: Path,
+    backbone: nn.Module,
+    other: Callable[[Tensor], Tensor],
+    *,
+    size: int,
+    tolerance: float,
+    batches: Iterable[int] = (2,),
+) -> float:
+    """The largest difference between the backbone's features and the export's, on random images, as a share of how far
+    features are from their mean: much of a feature can be the same for every image, and hide an export that reads no
+    image at all.
+
+    Args:
+        path: for the message.
+        backbone: what was exported, in evaluation mode, on the CPU.
+        other: images (N, 3, size, size) float32 -> features (N, F).
+        size: side of the images.
+        tolerance: what the result may be; or ten times what rounding does, measured against a copy in float64, if that
+            is more.
+        batches: sizes N to try, at least two images in all.
+
+    Raises:
+        FastSSLError: the features differ by more, are not finite, or have another shape.
+    """
+    exact = copy.deepcopy(backbone).double()
+    wanted, ours, found = [], [], []
+    for number, batch in enumerate(batches):
+        images = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(number))
+        wanted.append(exact(images.double()))
+        ours.append(backbone(images))
+        found.append(other(images))
+        if found[-1].shape != ours[-1].shape:
+            raise FastSSLError(
+                f"{path.name}: gives features of shape {tuple(found[-1].shape)}, the backbone "
+                f"{tuple(ours[-1].shape)}; not written"
+            )
+    truth, features, others = torch.cat(wanted), torch.cat(ours), torch.cat(found)
+    spread = max(float((truth - truth.mean(0)).abs().max()), 1e-30)
+    rounding, difference = (float((a - b).abs().max()) / spread for a, b in ((features, truth), (others, features)))
+    if not difference <= max(tolerance, 10 * rounding):  # NaN is no number to pass on either
+        raise FastSSLError(
+            f"{path.name}: gives features that differ by {difference:.2g} of their spread from the backbone's; "
+            "not written"
+        )
+    return difference
 
 def fused(backbone: nn.Module, *, size: int) -> nn.Module | None:
     """A copy of a network that trains with several branches and runs with one (MobileOne, FastViT, RepViT, RepVGG,
@@ -59,15 +104,8 @@ def fused(backbone: nn.Module, *, size: int) -> nn.Module | None:
         return None
     return merged
 
-
 def write_onnx(
-    backbone: nn.Module,
-    arch: str,
-    path: Path,
-    about: dict[str, str],
-    *,
-    size: int,
-    merged: nn.Module | None = None,
+    backbone: nn.Module, arch: str, path: Path, about: dict[str, str], *, size: int, merged: nn.Module | None = None
 ) -> float:
     """Write ``path`` and run it with onnxruntime at batch 1 and 3; returns how far its features are from the
     backbone's.
@@ -103,15 +141,12 @@ def write_onnx(
                 verbose=False,
             )
             assert program is not None  # with dynamo=True there is one
-            program.save(str(path), external_data=False)
-    except OSError:
-        raise  # a full disk is not the network's fault
+            model = program.model_proto
     except Exception as error:  # the exporter raises whatever an operator's translation does
         reason = " ".join(str(error).split())[:200]
         raise FastSSLError(
             f"{arch} cannot be exported to ONNX at {size} px ({type(error).__name__}: {reason})"
         ) from error
-    model = onnx.load(str(path))
     model.doc_string = "; ".join(f"{name}: {value}" for name, value in about.items())
     onnx.helper.set_model_props(model, about)
     onnx.save(model, str(path))
@@ -122,7 +157,6 @@ def write_onnx(
         return torch.from_numpy(session.run([OUTPUT], {INPUT: images.numpy()})[0])
 
     return check_features(path, backbone, run, size=size, tolerance=1e-4, batches=(1, 3))
-
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:

@@ -12,9 +12,9 @@ from functools import cache
 
 import timm
 import torch
+import torchvision
 from torch import Tensor, nn
 
-from fastssl.errors import FastSSLError
 
 
 @dataclass(frozen=True)
@@ -40,13 +40,13 @@ class Twin:
 
     def build(self) -> nn.Module:
         """torchvision's network, freshly initialised, with an Identity where classes would be made."""
-        import torchvision
-
         network: nn.Module = getattr(torchvision.models, self.builder)(weights=None)
         network.set_submodule(self.last, nn.Identity())
         return network
 
 
+#: of the BatchNorms of these networks in timm
+TIMM_EPS = 1e-5
 #: timm name -> its counterpart
 TWINS: dict[str, Twin] = {
     "mobilenetv3_large_100": Twin("mobilenet_v3_large", "classifier.3", eps=1e-3),
@@ -54,22 +54,8 @@ TWINS: dict[str, Twin] = {
     "efficientnet_b0": Twin("efficientnet_b0", "classifier.1"),
     "efficientnet_b1": Twin("efficientnet_b1", "classifier.1"),
     "mobilenetv2_100": Twin("mobilenet_v2", "classifier.1"),
-    "resnet18": Twin("resnet18", "fc"),
-    "resnet34": Twin("resnet34", "fc"),
-    "resnet50": Twin("resnet50", "fc"),
+    **{name: Twin(name, "fc") for name in ("resnet18", "resnet34", "resnet50")},
 }
-
-
-def twin_of(arch: str) -> Twin:
-    """torchvision's counterpart.
-
-    Raises:
-        FastSSLError: it has none; the message names the networks that have one.
-    """
-    if arch not in TWINS:
-        every = "--format timm takes every network"
-        raise FastSSLError(f"torchvision has no counterpart of {arch}; it has those of {', '.join(TWINS)} ({every})")
-    return TWINS[arch]
 
 
 @cache
@@ -83,40 +69,25 @@ def torchvision_names(arch: str) -> dict[str, str]:
     return dict(zip(ours, theirs, strict=True))
 
 
-def with_eps(
-    tensors: dict[str, Tensor], backbone: nn.Module, *, have: float | None = None, want: float | None = None
-) -> dict[str, Tensor]:
-    """The tensors of a network that adds another eps to its variances, such that it still computes the same in
-    evaluation mode.
+def with_eps(tensors: dict[str, Tensor], have: float, want: float) -> dict[str, Tensor]:
+    """The tensors of a network whose BatchNorms added ``have`` to their variances, for one that adds ``want``, such
+    that it still computes the same in evaluation mode.
 
     BatchNorm gives ``w (x - mean) / sqrt(var + eps) + b``; a weight ``w sqrt((var + want) / (var + have))`` takes the
     difference up exactly. In training, where BatchNorm has the batch's own variance, the two definitions differ still.
-
-    Args:
-        tensors: under timm's names.
-        backbone: whose BatchNorms are looked up, and whose eps is meant by None.
-        have: eps with which the tensors were made.
-        want: eps of the network that will take them.
     """
     result = dict(tensors)
-    for name, layer in backbone.named_modules():
-        if isinstance(layer, nn.BatchNorm2d):
-            before, after = layer.eps if have is None else have, layer.eps if want is None else want
-            if before != after:
-                variance, weight = tensors[f"{name}.running_var"].double(), tensors[f"{name}.weight"]
-                factor = torch.sqrt((variance + after) / (variance + before))
-                result[f"{name}.weight"] = (weight.double() * factor).to(weight.dtype)
+    for name, variance in tensors.items() if have != want else ():
+        if name.endswith("running_var"):
+            weight = tensors[name := f"{name.removesuffix('running_var')}weight"]
+            factor = torch.sqrt((variance.double() + want) / (variance.double() + have))
+            result[name] = (weight.double() * factor).to(weight.dtype)
     return result
 
 
 def to_torchvision(arch: str, backbone: nn.Module) -> dict[str, Tensor]:
-    """The backbone's tensors as ``TWINS[arch]`` takes them, by name.
-
-    Args:
-        arch: a key of ``TWINS``.
-        backbone: the timm network, on the CPU.
-    """
-    tensors = with_eps(dict(backbone.state_dict()), backbone, want=TWINS[arch].eps)
+    """The tensors of ``backbone``, the timm network ``arch`` on the CPU, as ``TWINS[arch]`` takes them, by name."""
+    tensors = with_eps(backbone.state_dict(), TIMM_EPS, TWINS[arch].eps)
     tensors = {torchvision_names(arch).get(name, name): value for name, value in tensors.items()}
     if arch.startswith("mobilenetv3"):
         tensors["classifier.0.weight"] = tensors["classifier.0.weight"].flatten(1)  # a convolution of one pixel

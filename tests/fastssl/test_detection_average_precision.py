@@ -6,11 +6,11 @@ import copy
 from typing import Any
 
 import pytest
+from pycocotools import mask as mask_tools
 
 from fastssl.errors import FastSSLError
-from fastssl.evaluate.detection import average_precision as module
-from fastssl.evaluate.detection.average_precision import FIGURES, average_precision
-from fastssl.evaluate.detection.predict import of_kind
+from fastssl.evaluate.detection import protocol as module
+from fastssl.evaluate.detection.protocol import FIGURES, average_precision, of_kind
 
 SQUARE = [[10, 10, 50, 10, 50, 50, 10, 50]]
 
@@ -47,10 +47,8 @@ def test_perfect_half_and_nothing() -> None:
 
 
 def test_masks_are_judged_by_their_own_size() -> None:
-    from fastssl.evaluate.detection.average_precision import mask_tools
-
-    tools, truth = mask_tools(), document()
-    packed = tools.merge(tools.frPyObjects(SQUARE, 100, 100))
+    truth = document()
+    packed = mask_tools.merge(mask_tools.frPyObjects(SQUARE, 100, 100))
     outline = {"size": [100, 100], "counts": packed["counts"].decode()}
     # Boxes that are wrong: masks do not care.
     rows = [{**found(number, [0, 0, 99, 99]), "segmentation": outline} for number in (1, 2)]
@@ -62,10 +60,8 @@ def test_masks_are_judged_by_their_own_size() -> None:
 
 
 def test_annotations_without_a_mask_are_not_judged_as_masks() -> None:
-    from fastssl.evaluate.detection.average_precision import mask_tools
-
-    tools, truth = mask_tools(), document()
-    packed = tools.merge(tools.frPyObjects(SQUARE, 100, 100))
+    truth = document()
+    packed = mask_tools.merge(mask_tools.frPyObjects(SQUARE, 100, 100))
     del truth["annotations"][1]["segmentation"]
     rows = [{**found(1, [0, 0, 1, 1]), "segmentation": {"size": [100, 100], "counts": packed["counts"].decode()}}]
     assert average_precision(truth, of_kind(rows, "segm"), "segm")["ap"] == pytest.approx(100)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fastssl.evaluate.detection.annotations import DetectionError
-from fastssl.evaluate.detection.backbone import LEVELS, create_pyramid
+from fastssl.evaluate.detection.model import LEVELS, create_pyramid
 from fastssl.models.backbones import create_backbone
 
 #: network -> (channels that FPN's first convolutions read, parameters that take no part)

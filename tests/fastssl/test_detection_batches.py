@@ -12,22 +12,21 @@ import pytest
 import torch
 from conftest import jpeg_bytes, make_photo
 from PIL import Image
+from pycocotools import mask as mask_tools
 from shapes import make_shapes
 
 from fastssl.evaluate.detection.annotations import DetectionError, DetectionSet, Picture, load_coco
-from fastssl.evaluate.detection.average_precision import mask_tools
 from fastssl.evaluate.detection.batches import (
     DetectionBatch,
     View,
     check_pictures,
-    draw,
     draw_mask,
     load_batches,
     load_view,
     scaled_size,
     to_device,
-    training_requests,
 )
+from fastssl.evaluate.detection.train import TrainingConfig, draw, training_requests
 
 
 @pytest.fixture(scope="module")
@@ -57,15 +56,15 @@ def test_scaled_size(size, short, long, expected) -> None:
 
 def test_draws_depend_on_seed_epoch_and_id_alone(shapes: DetectionSet) -> None:
     sides = tuple(range(640, 801, 32))
-    drawn = draw(shapes.pictures, sides, 1333, flip=True, seed=3, epoch=5)
+    config = TrainingConfig(1, short_sides=sides, seed=3)
+    drawn = draw(shapes.pictures, config, 5)
     for number, view in enumerate(drawn):
-        assert draw([shapes.pictures[number]], sides, 1333, flip=True, seed=3, epoch=5) == [view]
-    for other in ({"seed": 4, "epoch": 5}, {"seed": 3, "epoch": 6}):
-        assert draw(shapes.pictures, sides, 1333, flip=True, **other) != drawn
-    assert not any(view.flip for view in draw(shapes.pictures, sides, 1333, flip=False, seed=3, epoch=5))
+        assert draw([shapes.pictures[number]], config, 5) == [view]
+    for seed, epoch in ((4, 5), (3, 6)):
+        assert draw(shapes.pictures, TrainingConfig(1, short_sides=sides, seed=seed), epoch) != drawn
     # Every side as often as any other, half of them flipped, and the two have nothing to do with each other.
     many = [dataclasses.replace(shapes.pictures[0], id=number) for number in range(6000)]
-    views = draw(many, sides, 1333, flip=True, seed=0, epoch=0)
+    views = draw(many, TrainingConfig(1, short_sides=sides), 0)
     counts = {(side, flip): 0 for side in sides for flip in (False, True)}
     for view in views:
         counts[view.height, view.flip] += 1
@@ -73,12 +72,9 @@ def test_draws_depend_on_seed_epoch_and_id_alone(shapes: DetectionSet) -> None:
 
 
 def test_ranks_share_the_batches_of_one_process(shapes: DetectionSet) -> None:
-    how = {"short_sides": (64, 96), "long_side": 128, "seed": 1}
-    whole = list(training_requests(shapes.pictures, range(2, 7), batch_size=4, **how))
-    parts = [
-        list(training_requests(shapes.pictures, range(2, 7), batch_size=2, rank=rank, world=2, **how))
-        for rank in (0, 1)
-    ]
+    config = TrainingConfig(1, batch_size=4, short_sides=(64, 96), long_side=128, seed=1)
+    whole = list(training_requests(shapes.pictures, range(2, 7), config))
+    parts = [list(training_requests(shapes.pictures, range(2, 7), config, rank, 2)) for rank in (0, 1)]
     assert whole == [first + second for first, second in zip(*parts)]
     # Nine pictures make two batches of four an epoch; no picture comes twice in it.
     assert all(len({view.picture.id for view in whole[number] + whole[number + 1]}) == 8 for number in (0, 2))
@@ -102,7 +98,7 @@ def test_pixels_boxes_and_masks_stay_together(shapes: DetectionSet, flip: bool, 
 
 
 def test_run_lengths_and_polygons_draw_the_same(shapes: DetectionSet) -> None:
-    tools, picture = mask_tools(), shapes.pictures[0]
+    tools, picture = mask_tools, shapes.pictures[0]
     polygons = picture.segmentations[0]
     packed = tools.merge(tools.frPyObjects(polygons, 96, 128))
     text = {"size": [96, 128], "counts": packed["counts"].decode()}
@@ -124,7 +120,7 @@ def test_batches_are_padded_and_come_in_order(shapes: DetectionSet) -> None:
         [View(shapes.pictures[0], 60, 80), View(shapes.pictures[1], 96, 72)],
         [View(shapes.pictures[2], 30, 40)],
     ] * 4
-    batches = list(load_batches(requests, divisible=32, masks=True, workers=3, ahead=2))
+    batches = list(load_batches(requests, divisible=32, masks=True, workers=3))
     assert [batch.views for batch in batches] == requests
     assert [tuple(batch.images.shape) for batch in batches[:2]] == [(2, 96, 96, 3), (1, 32, 64, 3)]
     for batch in batches[:2]:
@@ -176,13 +172,4 @@ def test_damaged_pictures_are_named(tmp_path: Path) -> None:
     (tmp_path / "x.jpg").write_bytes(whole)
     done: list[int] = []
     check_pictures([picture] * 300, workers=1, progress=done.append)
-    assert done == [256, 300]
-
-
-def test_outlines_that_cannot_be_drawn_are_named(shapes: DetectionSet) -> None:
-    with pytest.raises(DetectionError, match=r"0000.jpg: one of its segmentations cannot be drawn"):
-        draw_mask([["a", "b", "c", "d", "e", "f"]], View(shapes.pictures[0], 96, 128))
-    with pytest.raises(DetectionError, match=r"0000.jpg: one of its segmentations cannot be drawn"):
-        check_pictures(
-            [dataclasses.replace(shapes.pictures[0], segmentations=({"size": [96, 128], "counts": [1.5, "x"]},))]
-        )
+    assert done == list(range(1, 301))

@@ -16,14 +16,11 @@ from pycocotools.cocoeval import COCOeval
 from shapes import make_shapes
 
 from fastssl.evaluate.detection.annotations import DetectionError, load_coco
-from fastssl.evaluate.detection.average_precision import FIGURES
+from fastssl.evaluate.detection.protocol import FIGURES
 from fastssl.evaluate.detection.model import DetectorConfig
 from fastssl.evaluate.detection.protocol import detection_figures
 from fastssl.evaluate.detection.train import TrainingConfig
 from fastssl.models.backbones import create_backbone
-
-CPU = torch.device("cpu")
-
 
 class Bars:
     """Remembers what a bar was shown for."""
@@ -68,7 +65,7 @@ def test_a_detector_learns_eight_pictures_by_heart(tmp_path: Path) -> None:
     )
     out = tmp_path / "new" / "out"
     figures = detection_figures(
-        create_backbone("resnet10t"), data, data, shape, training, device=CPU, test_side=96, out=out, workers=1
+        create_backbone("resnet10t"), data, data, shape, training, test_side=96, out=out, workers=1
     )
     assert figures["box_ap50"] > 90 and figures["mask_ap50"] > 80 and figures["train_loss"] < 1
     for kind, name, file in (("bbox", "box", "predictions-boxes.json"), ("segm", "mask", "predictions-masks.json")):
@@ -87,7 +84,7 @@ def test_a_detector_learns_eight_pictures_by_heart(tmp_path: Path) -> None:
     other = create_backbone("resnet10t")
     bars = Bars()
     again = detection_figures(
-        other, data, data, shape, training, device=CPU, test_side=96, out=out, workers=1, bar=bars
+        other, data, data, shape, training, test_side=96, out=out, workers=1, bar=bars
     )
     assert [label for label, _ in bars.shown] == [
         "checking the validation pictures",
@@ -104,7 +101,7 @@ def test_damaged_validation_pictures_are_found_before_the_training(tmp_path: Pat
     # A training that would take days.
     endless = TrainingConfig(iterations=10**9, batch_size=4, short_sides=(96,))
     with pytest.raises(DetectionError, match=r"val/pictures/0003.jpg: cannot decode the picture"):
-        detection_figures(create_backbone("lcnet_035"), train, val, DetectorConfig(), endless, device=CPU, workers=1)
+        detection_figures(create_backbone("lcnet_035"), train, val, DetectorConfig(), endless, workers=1)
 
 
 def test_damaged_training_pictures_are_found_before_the_training(tmp_path: Path) -> None:
@@ -116,7 +113,7 @@ def test_damaged_training_pictures_are_found_before_the_training(tmp_path: Path)
     bars = Bars()
     with pytest.raises(DetectionError, match=r"train/pictures/0002.jpg: cannot decode the picture"):
         detection_figures(
-            create_backbone("lcnet_035"), train, val, DetectorConfig(), endless, device=CPU, workers=1, bar=bars
+            create_backbone("lcnet_035"), train, val, DetectorConfig(), endless, workers=1, bar=bars
         )
     assert bars.shown == [("checking the validation pictures", 4), ("checking the training pictures", 4)]
 
@@ -127,4 +124,4 @@ def test_a_set_without_anything_to_find_is_refused_at_once(tmp_path: Path) -> No
         row["iscrowd"] = 1
     endless = TrainingConfig(iterations=10**9, batch_size=4, short_sides=(96,))
     with pytest.raises(DetectionError, match=r"instances-0.json: all of its objects are difficult"):
-        detection_figures(create_backbone("lcnet_035"), data, data, DetectorConfig(), endless, device=CPU, workers=1)
+        detection_figures(create_backbone("lcnet_035"), data, data, DetectorConfig(), endless, workers=1)

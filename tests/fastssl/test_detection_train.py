@@ -10,14 +10,13 @@ from processes import run_processes
 from shapes import make_shapes
 
 from fastssl.distributed.collectives import rank, world_size
-from fastssl.distributed.world import World, world_from_environment
 from fastssl.errors import FastSSLError
 from fastssl.evaluate.detection import train as module
 from fastssl.evaluate.detection.annotations import DetectionError, DetectionSet, load_coco
-from fastssl.evaluate.detection.batches import load_batches, to_device, training_requests
+from fastssl.evaluate.detection.batches import load_batches, to_device
 from fastssl.evaluate.detection.model import Detector, DetectorConfig
-from fastssl.evaluate.detection.predict import predict
-from fastssl.evaluate.detection.train import TrainingConfig, create_optimizer, fine_tune
+from fastssl.evaluate.detection.protocol import predict
+from fastssl.evaluate.detection.train import TrainingConfig, create_optimizer, fine_tune, training_requests
 from fastssl.models.backbones import create_backbone
 from fastssl.runs.checkpoint import write_state
 
@@ -48,7 +47,7 @@ def trained(
     data: DetectionSet, config: TrainingConfig = CONFIG, arch: str = "lcnet_035", **how: object
 ) -> dict[str, torch.Tensor]:
     detector = new_detector(arch)
-    fine_tune(detector, data, config, device=CPU, workers=1, **how)
+    fine_tune(detector, data, config, workers=1, **how)
     return detector.state_dict()
 
 
@@ -76,7 +75,7 @@ def test_a_stopped_run_goes_on_where_it_stood(
     path = tmp_path / "detect.pt"
     seen: list[int] = []
 
-    def stop(done: int, losses: dict[str, float]) -> None:
+    def stop(done: int) -> None:
         seen.append(done)
         if done == 3:
             raise KeyboardInterrupt
@@ -85,11 +84,11 @@ def test_a_stopped_run_goes_on_where_it_stood(
         trained(data, checkpoint=path, checkpoint_minutes=0, progress=stop)
     assert path.is_file() and seen == [1, 2, 3]
     again: list[int] = []
-    assert_equal(trained(data, checkpoint=path, progress=lambda done, losses: again.append(done)), trained(data))
+    assert_equal(trained(data, checkpoint=path, progress=again.append), trained(data))
     assert again == [3, 4]  # the third was not saved any more
     # Behind the end there is nothing left to do, and the file has it all.
     detector = new_detector(seed=9)
-    losses = fine_tune(detector, data, CONFIG, device=CPU, workers=1, checkpoint=path)
+    losses = fine_tune(detector, data, CONFIG, workers=1, checkpoint=path)
     assert_equal(detector.state_dict(), trained(data))
     assert losses["loss"] > 0
     with pytest.raises(
@@ -105,13 +104,14 @@ def test_a_stopped_run_goes_on_where_it_stood(
         trained(data, checkpoint=path)
 
 
-def test_what_cannot_be_trained_is_refused(data: DetectionSet) -> None:
+def test_what_cannot_be_trained_is_refused(data: DetectionSet, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(
         DetectionError, match=r"instances-0.json: 7 pictures with boxes, fewer than one batch of 8; lower --batch-size"
     ):
         trained(data, TrainingConfig(iterations=1, batch_size=8))
-    with pytest.raises(DetectionError, match=r"a batch of 4 cannot be shared by 3 processes"):
-        trained(data, world=World(0, 3, 0))
+    with monkeypatch.context() as patch, pytest.raises(DetectionError, match=r"4 cannot be shared by 3 processes"):
+        patch.setattr(module, "world_size", lambda: 3)
+        trained(data)
     with pytest.raises(DetectionError, match=r"the loss is not finite at iteration 4 \(learning rate .*\): lower --lr"):
         trained(data, TrainingConfig(**{**vars(CONFIG), "lr": 1e12}))
 
@@ -189,13 +189,13 @@ def test_norms_do_not_decay_and_biases_do() -> None:
 
 def of_a_process(files: tuple[str, str], config: TrainingConfig) -> dict:
     """The weights behind the training of both networks, and what the untrained one finds."""
-    data, world = load_coco(*files), world_from_environment()
+    data = load_coco(*files)
     # The second process begins with other weights: the first one's count.
-    found = predict(new_detector(), data, device=CPU, workers=1, **SMALL)
+    found = predict(new_detector(), data, workers=1, **SMALL)
     weights = {}
     for arch in ("lcnet_035", "vit_tiny_patch16_224"):
         detector = new_detector(arch, seed=rank())
-        fine_tune(detector, data, config, device=CPU, world=world, workers=1)
+        fine_tune(detector, data, config, workers=1)
         weights[arch] = detector.state_dict()
     return {"found": found, "weights": weights, "size": world_size()}
 
@@ -206,7 +206,7 @@ def two(files: tuple[Path, Path]) -> list[dict]:
 
 
 def test_two_processes_find_what_one_finds(data: DetectionSet, two: list[dict]) -> None:
-    found = predict(new_detector(), data, device=CPU, workers=1, **SMALL)
+    found = predict(new_detector(), data, workers=1, **SMALL)
     assert len(found) > 50 and len({row["image_id"] for row in found}) == len(data)
     assert all(each["size"] == 2 and each["found"] == found for each in two)
 
@@ -232,10 +232,7 @@ def test_two_processes_make_the_mean_of_their_gradients(data: DetectionSet, two:
     for iteration in range(CONFIG.iterations):
         optimizer.zero_grad()
         for half in (0, 1):
-            how = {"short_sides": CONFIG.short_sides, "long_side": CONFIG.long_side, "seed": CONFIG.seed}
-            requests = training_requests(
-                data.with_boxes(), range(iteration, iteration + 1), batch_size=2, rank=half, world=2, **how
-            )
+            requests = training_requests(data.with_boxes(), range(iteration, iteration + 1), CONFIG, half, 2)
             [batch] = load_batches(requests, divisible=64, workers=1)
             module._seed_sampling(CONFIG.seed, iteration, half)
             images, targets = to_device(batch, CPU, detector.normalise)

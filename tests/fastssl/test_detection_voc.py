@@ -25,8 +25,8 @@ def test_the_same_pictures_in_both_formats(voc: Path, tmp_path: Path) -> None:
     for picture, other in zip(found.pictures, expected.pictures):
         # VOC's pixels are whole.
         np.testing.assert_allclose(picture.boxes, other.boxes, atol=0.51)
-        names = [found.categories[found.category_ids[label - 1]] for label in picture.labels]
-        assert names == [CATEGORIES[expected.category_ids[label - 1]] for label in other.labels]
+        names = [found.categories[list(found.categories)[label - 1]] for label in picture.labels]
+        assert names == [CATEGORIES[list(expected.categories)[label - 1]] for label in other.labels]
         assert picture.path == voc.resolve() / "JPEGImages" / other.path.name
 
 

@@ -22,9 +22,8 @@ from fastssl.cli import main
 from fastssl.errors import FastSSLError
 from fastssl.evaluate.trained import Trained, load_trained
 from fastssl.models.backbones import create_backbone, load_backbone, save_backbone
-from fastssl.weights.check import check_features
-from fastssl.weights.export import export_backbone
-from fastssl.weights.staging import SIGNATURE, require_replaceable, save_tensors, staged
+from fastssl.weights.export import SIGNATURE, export_backbone, require_replaceable, save_tensors, staged
+from fastssl.weights.to_onnx import check_features
 
 ARCHS = {"lcnet_035": "lcnet_035", "mobilenetv3_large": "mobilenetv3_large_100", "vit_tiny": "vit_tiny_patch16_224"}
 

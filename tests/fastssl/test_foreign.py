@@ -27,8 +27,7 @@ from fastssl.errors import FastSSLError
 from fastssl.evaluate.trained import load_trained
 from fastssl.models.backbones import create_backbone, read_header, save_backbone
 from fastssl.weights.export import export_backbone
-from fastssl.weights.importing import import_backbone
-from fastssl.weights.layouts import LAYOUTS, NETWORK, find_network
+from fastssl.weights.importing import LAYOUTS, NETWORK, find_network, import_backbone
 from fastssl.weights.read import read_foreign
 
 IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(3))
@@ -491,7 +490,7 @@ def test_only_what_was_imported_is_replaced(
 
 
 def test_help_has_an_example_and_knows_the_layouts(capsys: pytest.CaptureFixture) -> None:
-    from fastssl.cli import import_ as command
+    from fastssl.cli import weights as command
 
     status, out, _ = run(capsys, "--help")
     assert status == 0 and "fastssl import checkpoint_0199.pth.tar moco.safetensors --arch mobilenetv3_large" in out

@@ -10,7 +10,7 @@ import torchvision
 from torch import Tensor, nn
 
 from fastssl.models.backbones import SHORT_NAMES, create_backbone, resolve_arch
-from fastssl.weights.torchvision_names import TWINS, to_torchvision, torchvision_names, with_eps
+from fastssl.weights.torchvision_names import TIMM_EPS, TWINS, to_torchvision, torchvision_names, with_eps
 
 
 def with_statistics(network: nn.Module, seed: int = 0) -> nn.Module:
@@ -53,7 +53,8 @@ def test_names_shapes_and_eps_are_the_installed_ones(arch: str) -> None:
     for name, value in ours.state_dict().items():
         other = theirs.state_dict()[names[name]]
         assert other.shape == value.shape or (name == "conv_head.weight" and (*other.shape, 1, 1) == value.shape), name
-    assert {layer.eps for layer in theirs.modules() if isinstance(layer, nn.BatchNorm2d)} == {twin.eps}
+    for network, eps in ((ours, TIMM_EPS), (theirs, twin.eps)):
+        assert {layer.eps for layer in network.modules() if isinstance(layer, nn.BatchNorm2d)} == {eps}
 
 
 def test_the_networks_with_a_short_name_that_torchvision_has() -> None:
@@ -89,12 +90,12 @@ def test_scaling_there_and_back_is_the_identity() -> None:
     network = nn.Sequential(nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1)).double().eval()
     network[0].running_var.copy_(torch.tensor([1.0, 0.1, 1e-3, 0.0]))
     tensors = network.state_dict()
-    moved = with_eps(tensors, network, want=1e-3)
+    moved = with_eps(tensors, 1e-5, 1e-3)
     other = nn.Sequential(nn.BatchNorm2d(4, eps=1e-3), nn.Conv2d(4, 2, 1)).double().eval()
     other.load_state_dict(moved)
     images = torch.randn(2, 4, 3, 3, dtype=torch.float64)
     torch.testing.assert_close(other(images), network(images))
-    back = with_eps(moved, network, have=1e-3)
+    back = with_eps(moved, 1e-3, 1e-5)
     for name, value in tensors.items():
         torch.testing.assert_close(back[name], value)
     assert not torch.equal(moved["0.weight"], tensors["0.weight"]) and torch.equal(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,93 +48,51 @@ def _short_sides(ctx: click.Context, param: click.Parameter, value: str) -> tupl
     return tuple(range(first, last + 1, 32))
 
 
+def _option(name: str, text: str, **how: Any) -> Callable:
+    return click.option(*name.split(), help=text, show_default=True, **how)
+
+
+_FILE, _FOLDER = ({"type": SomePath(), "metavar": metavar} for metavar in ("FILE", "DIR"))
+_COUNT, _SIDE = click.IntRange(min=1), click.IntRange(min=32)
+_PASSES = "1x: 12.28 passes over the pictures with boxes, which is 90,000 iterations of 16 for COCO."
+_RATE = "Peak rate for 16 pictures, scaled with the batch. Default: 0.02, with adamw 0.0001."
+_MAPS = "Strides of the maps that are used; 16,32 is SSLight's form for MobileNetV2."
+_OUT = "Folder for detector and predictions. A run that was stopped goes on from there (at most ten minutes are lost)."
+
+
 @click.command()
-@options(checkpoint_argument, which_option)
-@click.option(
-    "--data",
-    required=True,
-    multiple=True,
-    type=SomePath(),
-    metavar="FILE",
-    help="Annotations to learn from: .json or a VOC list.",
+@options(
+    checkpoint_argument,
+    which_option,
+    _option("--data", "Annotations to learn from: .json or a VOC list.", required=True, multiple=True, **_FILE),
+    _option("--images", "Pictures that the .json of --data speaks of.", **_FOLDER),
+    _option("--val", "Annotations to judge on.", required=True, **_FILE),
+    _option("--val-images", "Their pictures. Default: --images.", **_FOLDER),
+    _option("--masks", "Also segment: Mask R-CNN in place of Faster R-CNN. Needs segmentations.", is_flag=True),
+    _option("--schedule", _PASSES, type=click.Choice(["1x", "2x"]), default="1x"),
+    _option("--iterations", "In place of --schedule.", type=_COUNT),
+    _option("--batch-size", "Pictures a step, of all processes.", type=_COUNT, default=16),
+    _option("--optimizer", "Default: sgd, for vision transformers adamw.", type=click.Choice(["sgd", "adamw"])),
+    _option("--lr", _RATE, type=click.FloatRange(min=0, min_open=True), callback=finite),
+    _option(
+        "--short-side short_sides",
+        "Of training pictures, in steps of 32.",
+        default="640-800",
+        callback=_short_sides,
+        metavar="PIXELS|FROM-TO",
+    ),
+    _option("--test-side", "Short side of the pictures to be judged on.", type=_SIDE, default=800),
+    _option("--long-side", "Of all pictures, at most.", type=_SIDE, default=1333),
+    _option("--levels", _MAPS, default="4,8,16,32", callback=_levels),
+    _option("--out", _OUT, **_FOLDER),
+    scratch_option,
+    device_option,
+    workers_option,
+    seed_option,
+    quiet_option,
+    json_option,
 )
-@click.option("--images", type=SomePath(), metavar="DIR", help="Pictures that the .json of --data speaks of.")
-@click.option("--val", required=True, type=SomePath(), metavar="FILE", help="Annotations to judge on.")
-@click.option("--val-images", type=SomePath(), metavar="DIR", help="Their pictures. Default: --images.")
-@click.option("--masks", is_flag=True, help="Also segment: Mask R-CNN in place of Faster R-CNN. Needs segmentations.")
-@click.option(
-    "--schedule",
-    type=click.Choice(["1x", "2x"]),
-    default="1x",
-    show_default=True,
-    help="1x: 12.28 passes over the pictures with boxes, which is 90,000 iterations of 16 for COCO.",
-)
-@click.option("--iterations", type=click.IntRange(min=1), help="In place of --schedule.")
-@click.option(
-    "--batch-size", type=click.IntRange(min=1), default=16, show_default=True, help="Pictures a step, of all processes."
-)
-@click.option("--optimizer", type=click.Choice(["sgd", "adamw"]), help="Default: sgd, for vision transformers adamw.")
-@click.option(
-    "--lr",
-    type=click.FloatRange(min=0, min_open=True),
-    callback=finite,
-    help="Peak rate for 16 pictures, scaled with the batch. Default: 0.02, with adamw 0.0001.",
-)
-@click.option(
-    "--short-side",
-    "short_sides",
-    default="640-800",
-    show_default=True,
-    callback=_short_sides,
-    metavar="PIXELS|FROM-TO",
-    help="Of training pictures, in steps of 32.",
-)
-@click.option(
-    "--test-side",
-    type=click.IntRange(min=32),
-    default=800,
-    show_default=True,
-    help="Short side of the pictures to be judged on.",
-)
-@click.option(
-    "--long-side", type=click.IntRange(min=32), default=1333, show_default=True, help="Of all pictures, at most."
-)
-@click.option(
-    "--levels",
-    default="4,8,16,32",
-    show_default=True,
-    callback=_levels,
-    help="Strides of the maps that are used; 16,32 is SSLight's form for MobileNetV2.",
-)
-@click.option(
-    "--out",
-    type=SomePath(),
-    metavar="DIR",
-    help="Folder for detector and predictions. A run that was stopped goes on from there (at most ten minutes are "
-    "lost).",
-)
-@options(scratch_option, device_option, workers_option, seed_option, quiet_option, json_option)
-def detect(
-    checkpoint: Path,
-    which: str | None,
-    data: tuple[Path, ...],
-    images: Path | None,
-    val: Path,
-    val_images: Path | None,
-    masks: bool,
-    schedule: str,
-    iterations: int | None,
-    optimizer: str | None,
-    lr: float | None,
-    test_side: int,
-    levels: tuple[int, ...],
-    from_scratch: bool,
-    out: Path | None,
-    device: str,
-    workers: int | None,
-    json_path: str | None,
-    **how: Any,
-) -> None:
+def detect(checkpoint: Path, which: str | None, device: str, json_path: str | None, **how: Any) -> None:
     """Object detection: the backbone is fine-tuned under Faster R-CNN with FPN (vision transformers: a simple pyramid),
     all layers, and judged by COCO's AP.
 
@@ -149,46 +108,42 @@ def detect(
     """
     import torch
 
-    from fastssl.distributed.devices import use_amp
     from fastssl.distributed.world import first_of_host_speaks
-    from fastssl.evaluate.detection.average_precision import require_pycocotools
     from fastssl.evaluate.detection.model import DetectorConfig
-    from fastssl.evaluate.detection.protocol import detection_figures
+    from fastssl.evaluate.detection.protocol import detection_figures, require_pycocotools
     from fastssl.evaluate.detection.train import TrainingConfig, iterations_of
     from fastssl.evaluate.session import open_session
 
     require_pycocotools()
     with open_session(checkpoint, which=which, device=device) as session:
         with first_of_host_speaks():
-            train = _read(data, images, masks, "--images")
-            names = list(train.categories.values())
-            judged = _read((val,), val_images or images, masks, "--val-images", categories=names)
-        arch = session.trained.arch
-        if from_scratch:
+            train = _read(how["data"], how["images"], how["masks"], "--images")
+            names, images = list(train.categories.values()), how["val_images"] or how["images"]
+            judged = _read((how["val"],), images, how["masks"], "--val-images", categories=names)
+        if how["from_scratch"]:
             torch.manual_seed(how["seed"])
             session.forget().to(session.device)
-        optimizer = optimizer or ("adamw" if arch.startswith(("vit_", "deit")) else "sgd")
+        arch, learned = session.trained.arch, len(train.with_boxes())
+        optimizer = how["optimizer"] or ("adamw" if arch.startswith(("vit_", "deit")) else "sgd")
+        lr, weight_decay = {"sgd": (0.02, 1e-4), "adamw": (1e-4, 0.1)}[optimizer]
         training = TrainingConfig(
-            iterations=iterations or iterations_of(schedule, len(train.with_boxes()), how["batch_size"]),
+            iterations=how["iterations"] or iterations_of(how["schedule"], learned, how["batch_size"]),
             optimizer=optimizer,
-            lr=lr or {"sgd": 0.02, "adamw": 1e-4}[optimizer],
-            weight_decay={"sgd": 1e-4, "adamw": 0.1}[optimizer],
-            **how,
+            lr=how["lr"] or lr,
+            weight_decay=weight_decay,
+            **{name: how[name] for name in ("batch_size", "short_sides", "long_side", "seed")},
         )
         about = {
             "data": train.name,
             "val": judged.name,
             "categories": len(train.categories),
-            "train_images": len(train.with_boxes()),
+            "train_images": learned,
             "val_images": len(judged),
-            "masks": masks,
-            "levels": list(levels),
-            "from_scratch": from_scratch,
-            "test_side": test_side,
+            **{name: how[name] for name in ("masks", "levels", "from_scratch", "test_side")},
         }
         # Names and steps are alike in runs that are not. New weights are said by the seed, and may differ in their last
         # bit from machine to machine.
-        weights = None if from_scratch else session.weights
+        weights = None if how["from_scratch"] else session.weights
         resumed = {"backbone_weights": weights, "train_annotations": train.fingerprint()}
         for reason, count in train.left_out.items():
             if count and session.is_main:
@@ -198,18 +153,13 @@ def detect(
             session.trained.backbone,
             train,
             judged,
-            DetectorConfig(levels=levels, masks=masks),
+            DetectorConfig(levels=how["levels"], masks=how["masks"]),
             training,
-            device=session.device,
-            world=session.world,
-            test_side=test_side,
-            amp=use_amp("auto", session.device),
-            out=out,
-            workers=workers,
             about={**session.trained.record(), **about, **resumed},
             bar=bar(session),
+            **{name: how[name] for name in ("test_side", "out", "workers")},
         )
-        settings = {name: value for name, value in asdict(training).items() if name not in ("warmup", "flip")}
+        settings = {name: value for name, value in asdict(training).items() if name != "warmup"}
         left_out = {f"left_out_{reason}": count for reason, count in train.left_out.items()}
         record = session.record("detect", **about, **settings, **left_out, **figures)
         finish(session, _line(figures, len(judged)), record, json_path)

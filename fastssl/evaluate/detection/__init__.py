@@ -1,3 +1,1 @@
-"""Object detection and instance segmentation: a pre-trained backbone, fine-tuned under torchvision's Faster or Mask
-R-CNN with a feature pyramid.
-"""
+"""Object detection and instance segmentation: a pre-trained backbone under torchvision's Faster or Mask R-CNN."""

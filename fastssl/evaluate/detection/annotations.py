@@ -14,7 +14,7 @@ import reprlib
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Generic, Literal, TypeVar
 
 import numpy as np
 from pydantic import Discriminator, Field, Tag, TypeAdapter, ValidationError, WrapValidator
@@ -24,9 +24,6 @@ from fastssl.errors import FastSSLError, counted
 
 #: Polygons ([[x0, y0, x1, y1, ...], ...] in pixels), or COCO's run lengths ({"size": [h, w], "counts": ...}).
 Segmentation = Sequence[Sequence[float]] | Mapping[str, Any]
-
-#: Numbers in a box beyond this are no pixels, and their products soon no numbers.
-_LARGEST = 1e15
 
 #: Side in pixels under which a box is taken for empty: scaling and flipping in float32 could close it, and the
 #: logarithm of its size is learned.
@@ -40,8 +37,9 @@ class DetectionError(FastSSLError):
 # ---------------------------------------------------------------------- the format; keys that nobody knows are left out
 
 _Whole = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
-_Side = Annotated[int, Field(strict=True, ge=1, lt=2**63)]
-_Number = Annotated[float, Field(strict=True, ge=-_LARGEST, le=_LARGEST, allow_inf_nan=False)]
+_Side = Annotated[_Whole, Field(ge=1)]
+#: Numbers in a box beyond this are no pixels, and their products soon no numbers.
+_Number = Annotated[float, Field(strict=True, ge=-1e15, le=1e15, allow_inf_nan=False)]
 
 
 class _RunLengths(TypedDict):
@@ -65,9 +63,13 @@ class _Annotation(TypedDict):
     image_id: _Whole
     category_id: _Whole
     bbox: Annotated[list[_Number], Field(min_length=4, max_length=4)]
-    area: NotRequired[Annotated[float, Field(strict=True, ge=0, le=_LARGEST**2)] | None]
+    area: NotRequired[Annotated[float, Field(strict=True, ge=0, le=1e30)] | None]
     iscrowd: NotRequired[Literal[0, 1, False, True, None]]
     difficult: NotRequired[Any]
+
+
+def _kind(value: object) -> str:
+    return "nothing" if value is None else "run lengths" if isinstance(value, dict) else "polygons"
 
 
 class _Masked(_Annotation):
@@ -77,24 +79,24 @@ class _Masked(_Annotation):
             Annotated[list[list[_Number]], WrapValidator(lambda value, check: check(value) and value), Tag("polygons")]
             | Annotated[_RunLengths, Tag("run lengths")]
             | Annotated[None, Tag("nothing")],
-            Discriminator(
-                lambda value: "nothing" if value is None else "run lengths" if isinstance(value, dict) else "polygons"
-            ),
+            Discriminator(_kind),
         ]
     ]
 
 
-class _Document(TypedDict):
+_Row = TypeVar("_Row")
+
+
+class _Document(TypedDict, Generic[_Row]):
     categories: Annotated[list[_Category], Field(min_length=1)]
     images: Annotated[list[_Image], Field(min_length=1)]
-    annotations: list[_Annotation]
+    annotations: list[_Row]
 
 
-class _MaskedDocument(_Document):
-    annotations: list[_Masked]  # type: ignore[misc]
-
-
-_FORMATS: dict[bool, TypeAdapter[Any]] = {False: TypeAdapter(_Document), True: TypeAdapter(_MaskedDocument)}
+_FORMATS: dict[bool, TypeAdapter[Any]] = {
+    False: TypeAdapter(_Document[_Annotation]),
+    True: TypeAdapter(_Document[_Masked]),
+}
 
 
 def _problem(error: ValidationError) -> str:
@@ -116,9 +118,7 @@ class Picture:
     """One picture and what there is to learn from it.
 
     Attributes:
-        id: of the annotations' file.
-        path: of the picture's file.
-        height, width: in pixels.
+        id, path, height, width: its number in the annotations, its file, its size in pixels.
         boxes: (n, 4) float32, left, top, right, bottom in pixels, inside the picture and not empty; crowds left out.
         labels: (n,) int64, 1 .. C; 0 is the background.
         segmentations: n of them; empty where masks were not asked for.
@@ -156,19 +156,13 @@ class DetectionSet:
     def __len__(self) -> int:
         return len(self.pictures)
 
-    @property
-    def category_ids(self) -> list[int]:
-        """(C,): the id of label k stands at k - 1."""
-        return list(self.categories)
-
     def with_boxes(self) -> list[Picture]:
         """The pictures that there is something to learn from, in the order of the file: 117,266 of COCO's 118,287."""
         return [picture for picture in self.pictures if len(picture.boxes)]
 
     def fingerprint(self) -> str:
-        """Of what a detector learns from: categories, and of every picture with boxes id, file name (without its
-        folder), size, boxes, labels and segmentations, in their order: 16 hexadecimal digits. The pictures themselves
-        are not read.
+        """Of what a detector learns from, as 16 hexadecimal digits: categories, and of every picture with boxes id,
+        file name (without its folder), size, boxes, labels and segmentations. The pictures are not read.
         """
         total = hashlib.sha256(json.dumps(list(self.categories.items())).encode())
         for picture in self.with_boxes():
@@ -179,58 +173,50 @@ class DetectionSet:
         return total.hexdigest()[:16]
 
 
-def load_coco(annotations: str | Path, images: str | Path, *, masks: bool = False) -> DetectionSet:
-    """Read a JSON file in COCO's format. For the arguments and errors see ``detection_set``."""
-    try:
-        content = Path(annotations).read_bytes()
-    except OSError as error:
-        raise DetectionError(f"{annotations}: cannot read the annotations: {error.strerror or error}") from None
-    return detection_set(content, images, where=annotations, masks=masks)
-
-
-def detection_set(
-    document: bytes | dict[str, Any], images: str | Path, *, where: str | Path, masks: bool = False
+def load_coco(
+    annotations: str | Path | dict[str, Any], images: str | Path, *, masks: bool = False, where: str | Path = ""
 ) -> DetectionSet:
-    """Check annotations in COCO's format and turn them into arrays.
+    """Read annotations in COCO's format, check them and turn them into arrays.
 
     Args:
-        document: JSON, or what was parsed of it, which is not changed.
+        annotations: a JSON file, or what was parsed of one, which is not changed.
         images: the folder that its ``file_name`` are in.
-        where: its file, for messages.
-        masks: keep the segmentations; without, what they say is forgotten at once (of COCO's 450 MB they are most). An
-            instance without one is left out then.
+        masks: keep the segmentations, and leave instances without one out; without, what they say is forgotten at once
+            (of COCO's 450 MB they are most).
+        where: the file, for messages, where ``annotations`` is none.
 
     Raises:
-        DetectionError: no JSON, a part or a key is missing or of another kind, an id stands for nothing or for two, a
-            picture is listed twice or its file is missing, there is no box at all, or no mask where masks are asked
-            for; with masks also: a corner far outside its picture, or run lengths (crowds' too) that do not fill it,
-            for pycocotools would crash or hang on them. One line, with the file and the place in it.
+        DetectionError: one line, with the file and the place in it: no JSON, a part or a key is missing or of another
+            kind, an id stands for nothing or for two, a picture is listed twice or its file is missing, there is no box
+            at all, or no mask where masks are asked for; with masks also: a corner far outside its picture, or run
+            lengths (crowds' too) that do not fill it, for pycocotools would crash or hang on them.
     """
-    adapter = _FORMATS[masks]
+    file = Path(where) if isinstance(annotations, dict) else Path(annotations)
     try:
-        known = adapter.validate_json(document) if isinstance(document, bytes) else adapter.validate_python(document)
-        return _detection_set(known, Path(images), Path(where).name, masks)
-    except ValidationError as error:
-        raise DetectionError(f"{where}: {_problem(error)}") from None
-    except DetectionError as error:
-        raise DetectionError(f"{where}: {error}") from None
+        content = annotations if isinstance(annotations, dict) else file.read_bytes()
+    except OSError as error:
+        raise DetectionError(f"{file}: cannot read the annotations: {error.strerror or error}") from None
+    check = _FORMATS[masks].validate_json if isinstance(content, bytes) else _FORMATS[masks].validate_python
+    try:
+        return _detection_set(check(content), Path(images), file.name, masks)
+    except (ValidationError, DetectionError) as error:
+        what = _problem(error) if isinstance(error, ValidationError) else error
+        raise DetectionError(f"{file}: {what}") from None
 
 
 def _detection_set(document: Any, folder: Path, name: str, masks: bool) -> DetectionSet:
+    for part, key in (("categories", "id"), ("images", "id"), ("images", "file_name")):
+        _require_once(part, (Path(row[key]) if key == "file_name" else row[key] for row in document[part]))
     categories = dict(sorted((row["id"], str(row.get("name", row["id"]))) for row in document["categories"]))
-    images = {row["id"]: row for row in document["images"]}
-    _require_once("categories", (row["id"] for row in document["categories"]))
-    _require_once("images", (row["id"] for row in document["images"]))
-    _require_once("images", (Path(row["file_name"]) for row in document["images"]))
     labels = {identity: label for label, identity in enumerate(categories, start=1)}
+    images = {row["id"]: row for row in document["images"]}
     kept: dict[int, list[tuple]] = {identity: [] for identity in images}
     left_out = {"crowd": 0, "degenerate": 0, **({"without_mask": 0} if masks else {})}
     for number, row in enumerate(document["annotations"]):
         place = f"annotations[{number}]"
-        if row["image_id"] not in images:
-            raise DetectionError(f"{place}: image_id {row['image_id']} is not in 'images'")
-        if row["category_id"] not in labels:
-            raise DetectionError(f"{place}: category_id {row['category_id']} is not in 'categories'")
+        for key, part, known in (("image_id", "images", images), ("category_id", "categories", labels)):
+            if row[key] not in known:
+                raise DetectionError(f"{place}: {key} {row[key]} is not in '{part}'")
         image = images[row["image_id"]]
         difficult = row.pop("difficult", False)
         segmentation = _drawable(row.pop("segmentation", None), image, place)
@@ -256,18 +242,12 @@ def _detection_set(document: Any, folder: Path, name: str, masks: bool) -> Detec
         raise DetectionError(
             "not one box in it (crowds and empty ones do not count): there is nothing to learn or to find"
         )
-    pictures = [
-        Picture(
-            identity,
-            folder / row["file_name"],
-            row["height"],
-            row["width"],
-            np.array([box for box, _, _ in kept[identity]], np.float32).reshape(-1, 4),
-            np.array([label for _, label, _ in kept[identity]], np.int64),
-            tuple(segmentation for _, _, segmentation in kept[identity]) if masks else (),
-        )
-        for identity, row in images.items()
-    ]
+    pictures = []
+    for identity, row in images.items():
+        boxes, numbers, segmentations = zip(*kept[identity]) if kept[identity] else ((), (), ())
+        about = identity, folder / row["file_name"], row["height"], row["width"]
+        arrays = np.array(boxes, np.float32).reshape(-1, 4), np.array(numbers, np.int64)
+        pictures.append(Picture(*about, *arrays, segmentations if masks else ()))
     # Better now than hours into the training.
     if missing := [picture.path for picture in pictures if not picture.path.is_file()]:
         of = f"{len(missing):,} of its {counted(len(pictures), 'picture')}"
@@ -337,10 +317,11 @@ def _unpacked(text: str) -> list[int]:
     return lengths
 
 
-def require_same_categories(train: DetectionSet, val: DetectionSet) -> None:
+def require_judgeable(train: DetectionSet, val: DetectionSet) -> None:
     """
     Raises:
-        DetectionError: the sets differ in an id or a name.
+        DetectionError: the sets differ in an id or a name of their categories; or every object of ``val`` is one that
+            it costs nothing to miss: of Pascal VOC, a difficult one.
     """
     if differ := sorted(set(train.categories.items()) ^ set(val.categories.items())):
         identity, name = differ[0]
@@ -349,13 +330,6 @@ def require_same_categories(train: DetectionSet, val: DetectionSet) -> None:
             f"{len(val.categories)}; first difference: id {identity}, {name!r}): "
             "a detector can only be judged on what it was taught"
         )
-
-
-def require_something_to_find(val: DetectionSet) -> None:
-    """
-    Raises:
-        DetectionError: every object of the set is one that it costs nothing to miss: of Pascal VOC, a difficult one.
-    """
     if not any(not row["iscrowd"] and min(row["bbox"][2:]) > 0 for row in val.document["annotations"]):
         raise DetectionError(
             f"{val.name}: all of its objects are difficult, which nobody is to find: there is nothing to judge on"

@@ -1,27 +1,160 @@
-"""Faster and Mask R-CNN on a pyramid of ours: torchvision's proposal network and heads, in Detectron2's configuration
-where torchvision has the switch.
+"""Faster and Mask R-CNN over a backbone of ours: the very timm module, a feature pyramid on top, and torchvision's
+proposal network and heads, in Detectron2's configuration where torchvision has the switch.
 
-Ren et al., arXiv 1506.01497; He et al., arXiv 1703.06870; FPN, arXiv 1612.03144. What remains different from
-Detectron2, whose figures SSLight publishes: smooth L1 with beta 1/9 in place of L1, two samples a bin in RoIAlign and
-no half-pixel shift.
+Ren et al., arXiv 1506.01497; He et al., arXiv 1703.06870. What remains different from Detectron2, whose figures SSLight
+publishes: smooth L1 with beta 1/9 in place of L1, two samples a bin in RoIAlign and no half-pixel shift.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections import OrderedDict
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from timm.layers import LayerNorm2d
 from torch import Tensor, nn
+from torch.nn import functional
 from torchvision.models.detection import FasterRCNN, MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
-from torchvision.ops import MultiScaleRoIAlign
+from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from fastssl.evaluate.detection.annotations import DetectionError
-from fastssl.evaluate.detection.backbone import LEVELS, Pyramid, create_pyramid
+from fastssl.evaluate.features import evaluating
+
+#: Strides of the maps that detectors use.
+LEVELS = (4, 8, 16, 32)
+
+
+class Pyramid(nn.Module):
+    """(N, 3, H, W) -> maps of ``out_channels`` channels, named "0", "1", ... by rising stride, and "pool" at twice the
+    last one.
+
+    Attributes:
+        body: the backbone, with the names of its tensors as they were.
+        strides: of the maps without "pool".
+        out_channels: of each.
+        divisible: H and W are multiples of it. Padding to the coarsest stride makes every map's size exact, and with
+            it the anchors' places.
+
+    Raises:
+        DetectionError: a stride is none of those ``there``.
+    """
+
+    #: a timm network: what it can do beyond ``nn.Module`` is in no type
+    body: Any
+
+    def __init__(self, body: nn.Module, strides: Sequence[int], out_channels: int, there: Collection[int]):
+        super().__init__()
+        if missing := [stride for stride in strides if stride not in there]:
+            raise DetectionError(
+                f"{type(body).__name__} has no map of stride {missing[0]}, only of {','.join(map(str, there))}: choose "
+                "--levels among them"
+            )
+        self.body, self.strides, self.out_channels = body, tuple(strides), out_channels
+        self.divisible = 2 * strides[-1]
+
+
+class ConvolutionalPyramid(Pyramid):
+    """For networks whose maps shrink step by step: FPN, Lin et al., arXiv 1612.03144, without norm.
+
+    The deepest map is what the backbone has just before its pooling: for MobileNetV2 and EfficientNet behind the last
+    1x1 convolution (1280 channels), for MobileNet-V3, whose last convolution follows the pooling, behind the last
+    block.
+    """
+
+    def __init__(self, body: Any, strides: Sequence[int], out_channels: int):
+        side = 64
+        with evaluating(body), torch.no_grad():  # the network itself is asked for its maps, with a black picture
+            black = torch.zeros(1, 3, side, side, device=next(body.parameters()).device)
+            final, maps = body.forward_intermediates(black)
+        fits = final.dim() == 4 and final.shape[-2:] == maps[-1].shape[-2:]
+        maps = [*maps[:-1], final] if fits else maps
+        # stride -> (index, channels): of several maps of one stride the deepest
+        known = {side // each.shape[-1]: (index, each.shape[1]) for index, each in enumerate(maps)}
+        super().__init__(body, strides, out_channels, known)
+        self.indices = [known[stride][0] for stride in strides]
+        self.final = fits and strides[-1] == max(known)
+        widths = [known[stride][1] for stride in strides]
+        self.fpn = FeaturePyramidNetwork(widths, out_channels, extra_blocks=LastLevelMaxPool())
+
+    def forward(self, images: Tensor) -> OrderedDict[str, Tensor]:
+        final, maps = self.body.forward_intermediates(images, indices=self.indices)
+        if self.final:
+            maps[-1] = final
+        pyramid: OrderedDict[str, Tensor] = self.fpn(OrderedDict((str(level), each) for level, each in enumerate(maps)))
+        return pyramid
+
+
+class SimplePyramid(Pyramid):
+    """For vision transformers, which have one map: ViTDet's simple pyramid, Li et al., arXiv 2203.16527. The last
+    block's map, enlarged four and two times by transposed convolutions, as it is, and halved by max pooling; with layer
+    norms.
+    """
+
+    def __init__(self, body: Any, strides: Sequence[int], out_channels: int):
+        patch, width = int(body.patch_embed.patch_size[0]), body.num_features
+        super().__init__(body, strides, out_channels, (patch // 4, patch // 2, patch, patch * 2))
+
+        def enlarge(channels: int) -> nn.ConvTranspose2d:
+            return nn.ConvTranspose2d(channels, channels // 2, 2, stride=2)
+
+        twice = nn.Sequential(enlarge(width), LayerNorm2d(width // 2), nn.GELU(), enlarge(width // 2))
+        scalings = {
+            patch // 4: (twice, width // 4),
+            patch // 2: (enlarge(width), width // 2),
+            patch: (nn.Identity(), width),
+            patch * 2: (nn.MaxPool2d(2), width),
+        }
+        self.levels = nn.ModuleList(
+            nn.Sequential(
+                scaling,
+                nn.Conv2d(channels, out_channels, 1, bias=False),
+                LayerNorm2d(out_channels),
+                nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False),
+                LayerNorm2d(out_channels),
+            )
+            for scaling, channels in (scalings[stride] for stride in strides)
+        )
+
+    def forward(self, images: Tensor) -> OrderedDict[str, Tensor]:
+        [last] = self.body.forward_intermediates(images, indices=1, norm=True, intermediates_only=True)
+        maps = OrderedDict((str(number), level(last)) for number, level in enumerate(self.levels))
+        maps["pool"] = functional.max_pool2d(maps[str(len(self.levels) - 1)], 1, 2)
+        return maps
+
+
+def create_pyramid(backbone: Any, levels: Sequence[int] = LEVELS, out_channels: int = 256) -> Pyramid:
+    """A pyramid over ``backbone``, a timm network without its classifier, which becomes part of it; the convolutions on
+    top are drawn by torch's generator.
+
+    Args:
+        levels: strides of the maps that are used, each twice the one before it. (16, 32) is SSLight's form for
+            MobileNetV2.
+        out_channels: of the pyramid's maps.
+
+    Raises:
+        DetectionError: the network shows no maps, or has none of such a stride.
+    """
+    if not levels or any(low < 1 or high != 2 * low for low, high in itertools.pairwise(levels)):
+        raise DetectionError(
+            "levels are strides that double from one to the next (4,8,16,32 or 16,32), not "
+            f"{','.join(map(str, levels)) or 'none'}"
+        )
+    if not hasattr(backbone, "forward_intermediates"):
+        raise DetectionError(
+            f"timm's {type(backbone).__name__} does not show its feature maps (no forward_intermediates): detection "
+            "cannot use it"
+        )
+    transformer = hasattr(backbone, "patch_embed") and hasattr(backbone, "blocks")
+    kind = SimplePyramid if transformer else ConvolutionalPyramid
+    return kind(backbone, levels, out_channels).to(memory_format=torch.channels_last)
 
 
 @dataclass(frozen=True)
@@ -31,9 +164,7 @@ class DetectorConfig:
     Attributes:
         levels: strides of the backbone's maps that are used.
         masks: add the mask head: four convolutions on 14x14.
-        anchor_sizes: in pixels, rising. With all four levels each map has one of them; with fewer each has several, as
-            many as are left over, sliding from map to map: (16, 32) has 32, 64, 128 on the first, 64, 128, 256 on the
-            second, 128, 256, 512 on its max pool.
+        anchor_sizes: in pixels, rising; see ``anchor_sizes``.
         width: channels of the pyramid and of the mask head.
         head_width: of the box head's two fully connected layers.
         proposals: kept in training, behind non-maximum suppression; None: 1000 with all four levels, 2000 with fewer,
@@ -49,14 +180,11 @@ class DetectorConfig:
     proposals: int | None = None
     box_samples: int = 512
 
-    @property
-    def training_proposals(self) -> int:
-        """``proposals``, resolved."""
-        return self.proposals or (1000 if len(self.levels) == len(LEVELS) else 2000)
-
 
 def anchor_sizes(sizes: Sequence[int], maps: int) -> tuple[tuple[int, ...], ...]:
-    """Sizes for each of ``maps`` maps: a window over ``sizes`` that moves by one and ends at the last size.
+    """Anchors' sizes for each of ``maps`` maps: a window over ``sizes`` that moves by one and ends at the last size.
+    Five maps have one of the five each; SSLight's three (strides 16, 32 and the max pool) have 32, 64, 128, then 64,
+    128, 256, then 128, 256, 512.
 
     Raises:
         DetectionError: fewer sizes than maps.
@@ -91,31 +219,27 @@ class Detector(nn.Module):
         self.pyramid: Pyramid = create_pyramid(backbone, config.levels, config.width)
         names = [str(level) for level in range(len(config.levels))]
         sizes = anchor_sizes(config.anchor_sizes, len(names) + 1)
-        box_pool = self._pool(names, 7)
         options = {
             "rpn_anchor_generator": AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes)),
-            "rpn_post_nms_top_n_train": config.training_proposals,
-            "box_roi_pool": box_pool,
+            "rpn_post_nms_top_n_train": config.proposals or (1000 if len(names) == len(LEVELS) else 2000),
+            "box_roi_pool": self._pool(names, 7),
             "box_head": TwoMLPHead(config.width * 7 * 7, config.head_width),
             "box_predictor": FastRCNNPredictor(config.head_width, categories + 1),
             "box_batch_size_per_image": config.box_samples,
         }
         if config.masks:
-            built: FasterRCNN = MaskRCNN(
-                self.pyramid,
-                mask_roi_pool=self._pool(names, 14),
-                mask_head=MaskRCNNHeads(config.width, (config.width,) * 4, 1),
-                mask_predictor=MaskRCNNPredictor(config.width, config.width, categories + 1),
-                **options,
-            )
-        else:
-            built = FasterRCNN(self.pyramid, **options)
+            options |= {
+                "mask_roi_pool": self._pool(names, 14),
+                "mask_head": MaskRCNNHeads(config.width, (config.width,) * 4, 1),
+                "mask_predictor": MaskRCNNPredictor(config.width, config.width, categories + 1),
+            }
+        built = (MaskRCNN if config.masks else FasterRCNN)(self.pyramid, **options)
         self.rpn, self.heads = built.rpn, built.roi_heads
         # As in Detectron2: small first weights, so that a new head does not shake the pre-trained network. torchvision
         # keeps torch's.
-        nn.init.normal_(self.heads.box_predictor.cls_score.weight, std=0.01)
-        nn.init.normal_(self.heads.box_predictor.bbox_pred.weight, std=0.001)
-        for layer in (self.heads.box_predictor.cls_score, self.heads.box_predictor.bbox_pred):
+        predictor = self.heads.box_predictor
+        for layer, std in ((predictor.cls_score, 0.01), (predictor.bbox_pred, 0.001)):
+            nn.init.normal_(layer.weight, std=std)
             nn.init.zeros_(layer.bias)
         self.register_buffer("mean", torch.tensor(self.MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(self.STD).view(3, 1, 1), persistent=False)
@@ -124,12 +248,9 @@ class Detector(nn.Module):
         """RoIAlign that knows the maps' strides. It would guess them from the first pictures' sizes, and guess wrong
         where these are small and padded.
         """
-        pool = MultiScaleRoIAlign(names, size, sampling_ratio=2)
-        side = self.pyramid.divisible
-        maps = {
-            name: torch.zeros(1, 1, side // stride, side // stride) for name, stride in zip(names, self.pyramid.strides)
-        }
-        pool(maps, [torch.zeros(0, 4)], [(side, side)])
+        pool, side = MultiScaleRoIAlign(names, size, sampling_ratio=2), self.pyramid.divisible
+        sides = {name: side // stride for name, stride in zip(names, self.pyramid.strides)}
+        pool({name: torch.zeros(1, 1, own, own) for name, own in sides.items()}, [torch.zeros(0, 4)], [(side, side)])
         return pool
 
     def normalise(self, images: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Fine-tuning: batch -> losses -> gradients, averaged over the processes -> one step. Every layer is trained.
 
-What is random is a function of (seed, iteration, process): the pictures, their scale and flip (``batches.draw``), and
-the proposals that torchvision's heads sample, for which torch's generator is reseeded at every iteration. So a run that
+What is random is a function of (seed, iteration, process): the pictures, their scale and flip (``draw``), and the
+proposals that torchvision's heads sample, for which torch's generator is reseeded at every iteration. So a run that
 goes on from a checkpoint makes the steps that it would have made. Two processes do not sample the proposals that one
 would: the steps are equally good ones, not the same.
 """
@@ -11,24 +11,32 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastssl.config.differences import differences
-from fastssl.distributed.collectives import any_rank, average_gradients, broadcast_module, broadcast_object
+from fastssl.distributed.collectives import (
+    any_rank,
+    average_gradients,
+    broadcast_module,
+    broadcast_object,
+    rank,
+    world_size,
+)
 from fastssl.distributed.sync_batchnorm import synchronise_batchnorm
-from fastssl.distributed.world import World
 from fastssl.errors import FastSSLError, counted
-from fastssl.evaluate.detection.annotations import DetectionError, DetectionSet
-from fastssl.evaluate.detection.batches import load_batches, to_device, training_requests
+from fastssl.evaluate.detection.annotations import DetectionError, DetectionSet, Picture
+from fastssl.evaluate.detection.batches import View, load_batches, scaled_size, to_device
 from fastssl.evaluate.detection.model import Detector
 from fastssl.optim.optimizers import set_lr
+from fastssl.pipelines.plan.order import batch_indices, steps_per_epoch
 from fastssl.pipelines.plan.philox import Stream, keyed_words
 from fastssl.runs.checkpoint import VERSION, load_checkpoint, write_state
 from fastssl.runs.restore import load_optimizer
@@ -36,18 +44,13 @@ from fastssl.runs.restore import load_optimizer
 #: Iterations between two looks at the loss, for which the host waits.
 LOOK_EVERY = 20
 
-#: What tells a detector's file from the other checkpoints.
-KIND = "detector"
-
-#: Passes over the pictures with boxes. Detectron2's 1x schedule: 90,000 iterations of 16 of COCO's 117,266.
-EPOCHS = {"1x": 90_000 * 16 / 117_266, "2x": 180_000 * 16 / 117_266}
-
 
 def iterations_of(schedule: str, pictures: int, batch_size: int) -> int:
-    """Iterations of ``batch_size`` pictures (of all processes) that make as many passes as ``1x`` or ``2x`` makes over
-    COCO; at least one.
+    """Iterations of ``batch_size`` pictures (of all processes), at least one, that make as many passes as over COCO's
+    117,266 pictures with boxes ``1x`` (Detectron2's 90,000 iterations of 16) or ``2x`` makes.
     """
-    return max(1, round(EPOCHS[schedule] * pictures / batch_size))
+    passes = int(schedule[0]) * 90_000 * 16 / 117_266
+    return max(1, round(passes * pictures / batch_size))
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,6 @@ class TrainingConfig:
             that is less.
         short_sides: in pixels; each picture gets one of them.
         long_side: at most, in pixels.
-        flip: with probability one half.
         seed: of everything that is drawn.
     """
 
@@ -76,7 +78,6 @@ class TrainingConfig:
     warmup: int | None = None
     short_sides: tuple[int, ...] = (640, 672, 704, 736, 768, 800)
     long_side: int = 1333
-    flip: bool = True
     seed: int = 0
 
     def rate(self, iteration: int) -> float:
@@ -89,72 +90,88 @@ class TrainingConfig:
         return rate * 0.1**drops
 
 
+def draw(pictures: Sequence[Picture], config: TrainingConfig, epoch: int) -> list[View]:
+    """A view of each picture, half of them flipped: a function of (seed, epoch, image id)."""
+    ids = np.array([picture.id for picture in pictures], np.int64)
+    words = keyed_words(config.seed, Stream.DETECTION, epoch, ids)
+    # The high half of a product, as for all ranges here: no division, no bias worth the name.
+    chosen = (words[0].astype(np.uint64) * np.uint64(len(config.short_sides))) >> np.uint64(32)
+    sides = [config.short_sides[int(side)] for side in chosen]
+    return [
+        View(picture, *scaled_size(picture.height, picture.width, side, config.long_side), bool(word >> 31))
+        for picture, side, word in zip(pictures, sides, words[1])
+    ]
+
+
+def training_requests(
+    pictures: Sequence[Picture], iterations: range, config: TrainingConfig, rank: int = 0, world: int = 1
+) -> Iterator[list[View]]:
+    """This rank's part of the batch of every iteration: epoch after epoch in a new order, whole batches only."""
+    size = config.batch_size // world
+    steps = steps_per_epoch(len(pictures), size, world)
+    for iteration in iterations:
+        epoch, step = divmod(iteration, steps)
+        chosen = batch_indices(len(pictures), config.seed, epoch, step, size, rank, world)
+        yield draw([pictures[number] for number in chosen], config, epoch)
+
+
 def fine_tune(
     detector: Detector,
     data: DetectionSet,
     config: TrainingConfig,
     *,
-    device: torch.device,
-    world: World = World(),  # noqa: B008 (frozen)
     workers: int | None = None,
     checkpoint: Path | None = None,
     checkpoint_minutes: float = 10.0,
     about: dict[str, Any] | None = None,
-    progress: Callable[[int, dict[str, float]], None] | None = None,
+    progress: Callable[[int], None] = lambda done: None,
 ) -> dict[str, float]:
-    """Train ``detector``, in place, on the pictures of ``data`` that have boxes.
+    """Train ``detector``, in place, on the pictures of ``data`` that have boxes, together with the other processes.
 
     Args:
-        detector: on ``device``; alike on all processes behind the first step, whatever it was before.
-        world: this process among those that train together; the group is there.
+        detector: where it runs; alike on all processes behind the first step, whatever it was before.
         workers: decoding threads.
-        checkpoint: file of the detector and of what is needed to go on, written every ``checkpoint_minutes`` (with the
-            next look at the loss) and at the end; if it is there, the run goes on from it.
+        checkpoint: file of the detector and of what is needed to go on, written at the first look at the loss behind
+            every ``checkpoint_minutes`` and at the end; if it is there, the run goes on from it.
         about: what else must be equal for that (which backbone, which pictures); must be what JSON can hold.
-        progress: called with the number of iterations done and the last losses, every ``LOOK_EVERY`` iterations and at
-            the end.
+        progress: called with the number of iterations done, every ``LOOK_EVERY`` iterations and at the end.
 
     Returns:
         the last losses that were looked at, by name, ``loss`` being their sum; of this process's pictures.
 
     Raises:
-        DetectionError: fewer pictures than a batch, a batch that the processes cannot share, a loss or weights that are
-            no longer finite (the last step's too), or a damaged picture.
-        FastSSLError: the checkpoint is damaged or of another run.
+        DetectionError: fewer pictures than a batch, a batch that the processes cannot share, a damaged picture, a
+            checkpoint that is damaged or of another run, or a loss or weights that are not finite (the last step's
+            too).
+        FastSSLError: the checkpoint cannot be written.
     """
     pictures = data.with_boxes()
-    if config.batch_size % world.size:
+    if config.batch_size % world_size():
         raise DetectionError(
-            f"a batch of {config.batch_size} cannot be shared by {world.size} processes: make --batch-size a multiple"
+            f"a batch of {config.batch_size} cannot be shared by {world_size()} processes: make --batch-size a multiple"
         )
     if len(pictures) < config.batch_size:
         how_many = counted(len(pictures), "picture")
         raise DetectionError(
             f"{data.name}: {how_many} with boxes, fewer than one batch of {config.batch_size}; lower --batch-size"
         )
+    device = detector.mean.device
     synchronise_batchnorm(detector.pyramid.body, device)
     optimizer = create_optimizer(detector, config)
-    resume = _Checkpoint(checkpoint, {**(about or {}), **asdict(config)}, world, checkpoint_minutes)
-    first, losses = resume.load(detector, optimizer)
+    # Through JSON, as what is read back: tuples are lists there. Of "flip" older files could say something else.
+    settings = json.loads(json.dumps({**(about or {}), **asdict(config), "flip": True}))
+    first, losses, saved = 0, dict[str, float](), time.monotonic()
+    if checkpoint is not None and broadcast_object(checkpoint.is_file()):
+        first, losses = _resume(checkpoint, settings, detector, optimizer)
     broadcast_module(detector)
 
-    requests = training_requests(
-        pictures,
-        range(first, config.iterations),
-        batch_size=config.batch_size // world.size,
-        short_sides=config.short_sides,
-        long_side=config.long_side,
-        flip=config.flip,
-        seed=config.seed,
-        rank=world.rank,
-        world=world.size,
-    )
+    requests = training_requests(pictures, range(first, config.iterations), config, rank(), world_size())
     detector.train()
     with closing(
         load_batches(requests, divisible=detector.pyramid.divisible, masks=detector.config.masks, workers=workers)
     ) as batches:
         for iteration, batch in enumerate(batches, start=first):
-            _seed_sampling(config.seed, iteration, world.rank)
+            _seed_sampling(config.seed, iteration, rank())
             rate = config.rate(iteration)
             set_lr(optimizer, rate)
             images, targets = to_device(batch, device, detector.normalise)
@@ -164,17 +181,24 @@ def fine_tune(
             average_gradients(detector.parameters())
             optimizer.step()
             done = iteration + 1
-            if done % LOOK_EVERY == 0 or done == config.iterations:
-                losses = _look(parts, done, rate)
-                if progress is not None:
-                    progress(done, losses)
-                # Here, where the loss is known to be finite; of what the step made of the weights the next loss would
-                # tell.
-                if done == config.iterations:
-                    _look_behind(detector, images, batch.sizes, targets, done, rate)
-                if done == config.iterations or resume.is_due():
-                    _require_finite(detector, done, rate)
-                    resume.save(detector, optimizer, done, losses)
+            last = done == config.iterations
+            if done % LOOK_EVERY and not last:
+                continue
+            losses = _look(parts, done, rate)
+            progress(done)
+            if last:  # of what a step made of the weights the next one's loss tells; behind the last, this one
+                kept = [buffer.clone() for buffer in detector.buffers()]
+                with torch.no_grad():
+                    parts = detector(images, batch.sizes, targets)
+                    for buffer, value in zip(detector.buffers(), kept):  # statistics of the BatchNorms
+                        buffer.copy_(value)
+                _look(parts, done, rate)
+            if last or (checkpoint is not None and time.monotonic() - saved >= 60 * checkpoint_minutes):
+                _require_finite(detector, done, rate)
+                saved = time.monotonic()
+                if checkpoint is not None and rank() == 0:
+                    states = {"detector": detector.state_dict(), "optimizer": optimizer.state_dict()}
+                    _save(checkpoint, config=settings, iteration=done, losses=losses, **states)
     return losses
 
 
@@ -200,29 +224,12 @@ def _seed_sampling(seed: int, iteration: int, rank: int) -> None:
     torch.manual_seed((high >> 1) << 32 | low)
 
 
-def _look(parts: dict[str, torch.Tensor], done: int, lr: float) -> dict[str, float]:
+def _look(parts: dict[str, Tensor], done: int, lr: float) -> dict[str, float]:
     values = torch.stack([value.detach() for value in parts.values()]).tolist()
     losses = {"loss": sum(values), **dict(zip(parts, values))}
     if any_rank(not math.isfinite(losses["loss"])):
         raise DetectionError(f"the loss is not finite at iteration {done:,} (learning rate {lr:g}): lower --lr")
     return losses
-
-
-@torch.no_grad()
-def _look_behind(
-    detector: Detector,
-    images: torch.Tensor,
-    sizes: list[tuple[int, int]],
-    targets: list[dict[str, torch.Tensor]],
-    done: int,
-    lr: float,
-) -> None:
-    """The loss once more, behind the last step. What the BatchNorms keep of it is put back."""
-    kept = [buffer.clone() for buffer in detector.buffers()]
-    parts = detector(images, sizes, targets)
-    for buffer, value in zip(detector.buffers(), kept):
-        buffer.copy_(value)
-    _look(parts, done, lr)
 
 
 def _require_finite(detector: Detector, done: int, lr: float) -> None:
@@ -232,46 +239,28 @@ def _require_finite(detector: Detector, done: int, lr: float) -> None:
         raise DetectionError(f"the weights are not finite behind iteration {done:,} (learning rate {lr:g}): lower --lr")
 
 
-class _Checkpoint:
-    """Where a long run stands, in one file; does nothing without one."""
+def _resume(
+    path: Path, settings: dict[str, Any], detector: Detector, optimizer: torch.optim.Optimizer
+) -> tuple[int, dict[str, float]]:
+    """Put the file's state into both; (iterations it has done, the last losses)."""
+    try:
+        state = load_checkpoint(path)
+        if found := differences(settings, state["config"]):
+            raise FastSSLError(f"{path} belongs to a run with other settings ({'; '.join(found[:3])})")
+        detector.load_state_dict(state["detector"], strict=True)
+        load_optimizer(optimizer, state["optimizer"])
+        return state["iteration"], state["losses"]
+    except FastSSLError as error:
+        why = str(error)
+    except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
+        why = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        why = f"{path}: does not fit this detector ({why})"
+    raise DetectionError(f"{why}; choose another --out, or remove it")
 
-    def __init__(self, path: Path | None, config: dict[str, Any], world: World, minutes: float):
-        # Through JSON, as what is read back: tuples are lists there.
-        self.path, self.config, self.world, self.minutes = path, json.loads(json.dumps(config)), world, minutes
-        self.saved = time.monotonic()
 
-    def load(self, detector: Detector, optimizer: torch.optim.Optimizer) -> tuple[int, dict[str, float]]:
-        """Put the file's state into both; (iterations it has done, the last losses), (0, {}) where there is none."""
-        if self.path is None or not broadcast_object(self.path.is_file()):
-            return 0, {}
-        try:
-            state = load_checkpoint(self.path)
-            if state.get("kind") != KIND or not isinstance(state.get("config"), dict):
-                raise FastSSLError(f"{self.path}: holds no detector of this version of fastssl")
-            if found := differences(self.config, state["config"]):
-                raise FastSSLError(f"{self.path} belongs to a run with other settings ({'; '.join(found[:3])})")
-            detector.load_state_dict(state["detector"], strict=True)
-            load_optimizer(optimizer, state["optimizer"])
-            return state["iteration"], state["losses"]
-        except FastSSLError as error:
-            why = str(error)
-        except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
-            why = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-            why = f"{self.path}: does not fit this detector ({why})"
-        raise DetectionError(f"{why}; choose another --out, or remove it")
-
-    def is_due(self) -> bool:
-        """Whether the last one is old enough."""
-        return self.path is not None and time.monotonic() - self.saved >= 60 * self.minutes
-
-    def save(self, detector: Detector, optimizer: torch.optim.Optimizer, done: int, losses: dict[str, float]) -> None:
-        """Write the file: whole, or the one before stays."""
-        self.saved = time.monotonic()
-        if self.path is None or not self.world.is_main:
-            return
-        state = {"version": VERSION, "kind": KIND, "config": self.config, "iteration": done, "losses": losses}
-        state.update(detector=detector.state_dict(), optimizer=optimizer.state_dict())
-        try:
-            write_state(self.path, state)
-        except (OSError, RuntimeError) as error:
-            raise FastSSLError(f"{self.path}: not written ({error}); the one before it is untouched") from error
+def _save(path: Path, **state: Any) -> None:
+    """Write the file: whole, or the one before stays."""
+    try:
+        write_state(path, {"version": VERSION, "kind": "detector", **state})
+    except (OSError, RuntimeError) as error:
+        raise FastSSLError(f"{path}: not written ({error}); the one before it is untouched") from error

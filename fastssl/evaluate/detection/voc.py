@@ -15,8 +15,9 @@ import math
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from fastssl.evaluate.detection.annotations import DetectionError, DetectionSet, detection_set
+from fastssl.evaluate.detection.annotations import DetectionError, DetectionSet, load_coco
 
 
 def load_voc(lists: Sequence[Path], *, categories: Sequence[str] | None = None) -> DetectionSet:
@@ -28,27 +29,27 @@ def load_voc(lists: Sequence[Path], *, categories: Sequence[str] | None = None) 
 
     Raises:
         DetectionError: a file is missing or damaged, an object has another category than these, or what
-            ``detection_set`` raises.
+            ``load_coco`` raises.
     """
     # Once each: a picture is in the lists of several classes.
     entries = list(dict.fromkeys((folder, name) for path in lists for folder, name in _names(path)))
-    parsed = [_read(folder, name) for folder, name in entries]
-    found = sorted({label for _, _, objects in parsed for label, _, _ in objects})
-    names = list(categories) if categories is not None else found
+    images, annotations = [], list[dict[str, Any]]()
+    for number, (folder, name) in enumerate(entries, start=1):
+        size, objects = _read(folder / "Annotations" / f"{name}.xml")
+        images.append({"id": number, "file_name": str(folder / "JPEGImages" / f"{name}.jpg"), **size})
+        annotations += [{"image_id": number, **each} for each in objects]
+    found = sorted({row["name"] for row in annotations})
+    names = found if categories is None else list(categories)
     if unknown := sorted(set(found) - set(names)):
         raise DetectionError(
             f"{lists[0]}: has objects of the category {unknown[0]!r}, which the training pictures do not have"
         )
-    images, annotations = [], []
-    for number, ((folder, name), (height, width, objects)) in enumerate(zip(entries, parsed), start=1):
-        path = folder / "JPEGImages" / f"{name}.jpg"
-        images.append({"id": number, "file_name": str(path), "height": height, "width": width})
-        for label, box, difficult in objects:
-            flags = {"iscrowd": difficult, "difficult": difficult}
-            annotations.append({"image_id": number, "category_id": names.index(label) + 1, "bbox": box, **flags})
-    known = [{"id": number, "name": name} for number, name in enumerate(names, start=1)]
+    ids = {name: number for number, name in enumerate(names, start=1)}
+    for row in annotations:
+        row["category_id"] = ids[row.pop("name")]
+    known = [{"id": number, "name": name} for name, number in ids.items()]
     document = {"images": images, "annotations": annotations, "categories": known}
-    loaded = detection_set(document, Path(), where=lists[0])
+    loaded = load_coco(document, Path(), where=lists[0])
     loaded.name = " + ".join(f"{path.resolve().parents[2].name} {path.stem}" for path in lists)
     return loaded
 
@@ -61,35 +62,31 @@ def _names(path: Path) -> list[tuple[Path, str]]:
             f"{path}: no Annotations and JPEGImages in {folder}; expected .../VOC2007/ImageSets/Main/trainval.txt"
         )
     try:
-        lines = path.read_text().splitlines()
+        names = [line.split()[0] for line in path.read_text().splitlines() if line.strip()]  # some have a second column
     except (OSError, UnicodeDecodeError) as error:
         raise DetectionError(f"{path}: cannot read the list of pictures: {error}") from None
-    # Lists of one class have a second column.
-    names = [line.split()[0] for line in lines if line.strip()]
     if not names:
         raise DetectionError(f"{path}: names no picture")
     return [(folder, name) for name in names]
 
 
-def _read(folder: Path, name: str) -> tuple[int, int, list[tuple[str, list[float], bool]]]:
-    """(height, width, objects) of one picture; an object is (category, [left, top, width, height], difficult)."""
-    path = folder / "Annotations" / f"{name}.xml"
+def _read(path: Path) -> tuple[dict[str, int], list[dict[str, Any]]]:
+    """(height and width, objects by COCO's keys but with their category's ``name``) of one picture."""
     try:
         root = ElementTree.fromstring(path.read_bytes())
-        height, width = int(root.findtext("size/height", "")), int(root.findtext("size/width", ""))
-        objects = []
+        size, objects = {side: int(root.findtext(f"size/{side}", "")) for side in ("height", "width")}, []
         for item in root.iter("object"):
-            sides = (float(item.findtext(f"bndbox/{side}", "")) for side in ("xmin", "ymin", "xmax", "ymax"))
-            left, top, right, bottom = sides
-            if not all(map(math.isfinite, (left, top, right, bottom))):
+            sides = [float(item.findtext(f"bndbox/{side}", "")) for side in ("xmin", "ymin", "xmax", "ymax")]
+            if not all(map(math.isfinite, sides)):
                 raise ValueError("a <bndbox> that is not finite")
-            label = item.findtext("name", "").strip()
-            if not label:
+            name, difficult = item.findtext("name", "").strip(), item.findtext("difficult", "0").strip() == "1"
+            if not name:
                 raise ValueError("an <object> without <name>")
+            left, top, right, bottom = sides
             box = [left - 1, top - 1, right - left + 1, bottom - top + 1]
-            objects.append((label, box, item.findtext("difficult", "0").strip() == "1"))
+            objects.append({"name": name, "bbox": box, "iscrowd": difficult, "difficult": difficult})
     except OSError as error:
         raise DetectionError(f"{path}: cannot read the annotation: {error.strerror or error}") from None
     except (ElementTree.ParseError, ValueError, LookupError) as error:  # LookupError: an encoding that nobody knows
         raise DetectionError(f"{path}: not an annotation of Pascal VOC ({error})") from None
-    return height, width, objects
+    return size, objects

@@ -1,0 +1,147 @@
+"""``fastssl export``: a backbone in the form in which others take it. ``fastssl import``: one that others trained, for
+evaluate and export. Of several processes the first does it for all.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from fastssl.cli.common import SomePath, json_option, write_json
+from fastssl.cli.evaluate.common import which_option
+from fastssl.distributed.world import world_from_environment
+from fastssl.errors import printable
+
+if TYPE_CHECKING:
+    from fastssl.weights.importing import Matched
+
+#: fastssl.weights.export.ENDINGS, and fastssl.weights.importing.LAYOUTS and NETWORK, written out: that package loads
+#: torch, which --help should not wait for.
+FORMATS = ("timm", "torchvision", "safetensors", "onnx")
+LAYOUTS = ("auto", "timm", "torchvision", "moco", "dino", "sslight")
+WHICH = ("student", "teacher", "query", "key")
+
+
+@click.command()
+@click.argument("checkpoint", type=SomePath())
+@click.argument("dst", type=SomePath())
+@click.option(
+    "--format",
+    "format_",
+    type=click.Choice(FORMATS),
+    default="timm",
+    show_default=True,
+    help="Who will read it: see above what DST is then.",
+)
+@which_option
+@click.option(
+    "--size",
+    type=click.IntRange(min=8, max=4096),
+    metavar="N",
+    help="Side of the pictures: of onnx's input; of timm's folder for its config.json. Default: the run's, or 224.",
+)
+@json_option
+def export(
+    checkpoint: Path, dst: Path, format_: str, which: str | None, size: int | None, json_path: str | None
+) -> None:
+    """Write the backbone of CHECKPOINT, a run's folder or one of its files, to DST.
+
+    \b
+    timm         DST.safetensors, DST.pth: timm.create_model(NAME, num_classes=0, checkpoint_path=DST)
+                 any other DST: a folder as on the Hugging Face hub: timm.create_model("local-dir:DST", pretrained=True)
+    torchvision  DST.pth, DST.safetensors: torchvision's names. Put an Identity where the network makes classes,
+                 then load strictly:
+                 net.fc (resnet18, 34, 50), net.classifier[3] (mobilenet_v3_large, mobilenet_v3_small),
+                 net.classifier[1] (mobilenet_v2, efficientnet_b0, b1)
+    safetensors  DST.safetensors: plain tensors under timm's names
+    onnx         DST.onnx: images (N, 3, size, size) -> features (N, F), any N
+
+    Networks that train with several branches and run with one (MobileOne, FastViT, RepViT, GhostNet-V3, ...) are fused
+    for onnx. The other formats keep the branches, which fine-tuning needs and timm.create_model expects:
+    timm.utils.reparameterize_model(net) fuses them after that.
+
+    The tensors must be exactly those of the network there. What was written is loaded and must give the same features,
+    to 1e-5 of their spread over images (ONNX: 1e-4, run with onnxruntime at batch 1 and 3); otherwise DST stays as it
+    was. An earlier export of the same kind, known by what it says of itself, is replaced; anything else that is there,
+    a run's checkpoint or weights from elsewhere, is left alone. Of several processes (torchrun, srun) only the first
+    one writes.
+
+    \b
+    fastssl export runs/mine mine.safetensors
+    fastssl export runs/mine mine.pth --format torchvision --which teacher
+    fastssl export runs/mine mine.onnx --format onnx --size 224
+    """
+    if not world_from_environment().is_main:
+        return
+
+    from fastssl.evaluate.trained import load_trained
+    from fastssl.weights.export import export_backbone
+
+    trained = load_trained(checkpoint, which)
+    if None not in (size, trained.size) and size != trained.size:
+        click.echo(f"--size {size}: the run itself was probed with {trained.size} (probe.size)", err=True)
+    done = export_backbone(trained, dst, format_, size=size)
+    step = f", step {trained.step:,}" if trained.step is not None else ""
+    click.echo(
+        f"{trained.name} ({trained.arch}, {trained.network}{step}) -> {dst}: "
+        f"{done.tensors} tensors{', fused' if done.fused else ''}, {done.size_bytes / 1e6:.1f} MB, features "
+        f"differ by {done.difference:.1g} of their spread\n{done.recipe}",
+        err=json_path == "-",
+    )
+    record = {**trained.record(), **asdict(done), "path": dst.name, "recipe": done.recipe.replace(str(dst), dst.name)}
+    write_json(json_path, record)
+
+
+@click.command("import")
+@click.argument("foreign", type=SomePath())
+@click.argument("dst", type=SomePath())
+@click.option("--arch", required=True, metavar="NAME", help="The network that is in it: a short name or timm's.")
+@click.option("--layout", type=click.Choice(LAYOUTS), default="auto", show_default=True, help="Who wrote it.")
+@click.option(
+    "--which",
+    type=click.Choice(WHICH),
+    help="Of two networks: the student is MoCo's query encoder, the teacher its key encoder.  [default: student]",
+)
+@json_option
+def import_(foreign: Path, dst: Path, arch: str, layout: str, which: str | None, json_path: str | None) -> None:
+    """Take the backbone out of FOREIGN, a checkpoint of MoCo, light-moco, DINO or SSLight or weights for timm or
+    torchvision, and write it to DST.safetensors, which every command here takes.
+
+    Every tensor is matched by name and shape; one that is missing is an error. Projectors, classifiers, queues and
+    optimisers are left out and listed. Nothing in FOREIGN is run: a file that needs more than tensors and settings is
+    refused. DST is replaced only if it was imported. Of several processes (torchrun, srun) only the first one writes.
+
+    timm's tf_ networks (tf_efficientnet_b0, ...) have the names and shapes of the plain ones but pad as TensorFlow
+    does, which the file does not tell: give --arch their own name, never the plain network's, which would take them and
+    give other features.
+
+    \b
+    fastssl import checkpoint_0199.pth.tar moco.safetensors --arch mobilenetv3_large
+    fastssl import DINO_mobilenet_v2_last_ckpt.pth.tar sslight.safetensors --arch mobilenetv2 --which teacher
+    fastssl evaluate knn sslight.safetensors --data train.beton --val val.beton
+    """
+    if not world_from_environment().is_main:
+        return
+
+    from fastssl.weights.importing import import_backbone
+
+    matched = import_backbone(foreign, dst, arch, layout=layout, which=which)
+    _show(matched, foreign, dst, err=json_path == "-")
+    write_json(json_path, {"source": foreign.name, "path": dst.name, **asdict(matched)})
+
+
+def _show(matched: Matched, source: Path, destination: Path, *, err: bool) -> None:
+    """What became of each part of the file, a line each."""
+    scaled = f", BatchNorm weights scaled from eps {matched.eps:g}" if matched.eps else ""
+    rows = [("backbone", matched.taken, f"taken, by {matched.names}'s names{scaled}")]
+    if matched.counters:
+        zero = "not in the file: begin at 0, evaluation does not read them"
+        rows.append(("num_batches_tracked", matched.counters, zero))
+    rows += [(printable(row["group"]), row["tensors"], f"left out: {row['why']}") for row in matched.left_out]
+    network = f"{matched.network} network, " if matched.network else ""
+    title = f"{printable(source.name)}: {matched.arch}, {network}layout {matched.layout}"
+    lines = [f"  {group:20} {count:6,}  {why}" for group, count, why in rows]
+    click.echo("\n".join([title, *lines, f"written: {destination}"]), err=err)
