@@ -1,7 +1,5 @@
-"""Failures that a user can act on.
-
-Every message says what is wrong, with which file, sample or key, and what to do about it: the command
-line prints it as one line and leaves with status 1. Anything else that escapes is a bug of ours.
+"""Failures that a user can act on: every message says what is wrong, with which file, sample or key, and what to do
+about it. And words that messages share.
 """
 
 from __future__ import annotations
@@ -14,7 +12,8 @@ from contextlib import contextmanager
 
 
 class FastSSLError(Exception):
-    """Base of all failures that are the input's, the machine's or the caller's, not the program's.
+    """Base of all failures that are the input's, the machine's or the caller's, not the program's. The command line
+    prints its message as one line and leaves with status 1.
 
     Attributes:
         reported: the user has read it already (of several processes that end with it together the first one speaks);
@@ -39,9 +38,7 @@ class Stalled(FastSSLError):
 
 
 class WorkerError(FastSSLError):
-    """A thread met what it was not made for: no memory, or a bug of ours. Its cause is the error that
-    the thread met.
-    """
+    """A thread met what it was not made for: no memory, or a bug of ours. Its cause is the error that it met."""
 
 
 class Interrupted(FastSSLError):
@@ -81,25 +78,26 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {re.sub('(?<![aeiou])y$', 'ie', noun)}s"
 
 
+def duration(seconds: float) -> str:
+    """9 s, 4 min 10 s, 25 min, 3 h 20 min."""
+    whole, minutes = round(seconds), round(round(seconds) / 60)
+    parts = ((minutes // 60, "h"), (minutes % 60, "min")) if whole >= 600 else ((whole // 60, "min"), (whole % 60, "s"))
+    return " ".join(f"{number} {unit}" for number, unit in parts if number) or "0 s"
+
+
 def printable(text: str) -> str:
     r"""``text`` on one line and without what a terminal would act on: control, format and surrogate characters become
-    ``\x1b`` and the like.
-
-    File names and messages about strangers' files are printed; escape sequences in them could move the cursor, or
-    worse.
+    ``\x1b`` and the like. Names of strangers' files are printed; escape sequences in them could move the cursor.
     """
     # Cc: control, Cf: also those that turn the direction of writing, Cs: bytes of a name that are no UTF-8, Zl and Zp:
     # line ends.
-    odd = {char for char in text if unicodedata.category(char) in ("Cc", "Cf", "Cs", "Zl", "Zp")}
-    for char in odd:
+    for char in {char for char in text if unicodedata.category(char) in ("Cc", "Cf", "Cs", "Zl", "Zp")}:
         text = text.replace(char, char.encode("unicode_escape").decode("ascii"))
     return text
 
 
 def without_folders(text: str) -> str:
-    """``text`` with the names alone of files that stand in it under an absolute path.
-
-    For messages of other programs that go into a run's records: these are passed on, and where they were made is
-    nobody's business.
+    """``text`` with the names alone of files that stand in it under an absolute path: for messages of other programs
+    that go into a run's records, which are passed on.
     """
     return re.sub(r"(?:(?<![\w./~-])|(?<=-[IL]))/(?:[^\s/'\"`:,;()\[\]{}<>]+/)+", "", text)

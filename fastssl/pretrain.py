@@ -6,8 +6,7 @@ from fastssl.pretrain import RunOptions, pretrain
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import Any
 
 from fastssl.config.recipe import Recipe
@@ -29,13 +28,10 @@ __all__ = ["RunOptions", "pretrain"]
 class _Silence:
     """The progress of all processes but the first."""
 
-    def row(self, row: dict[str, Any], done: int, total: int) -> None:
+    def row(self, *_: object, **__: object) -> None:
         pass
 
-    def message(self, text: str) -> None:
-        pass
-
-    note = message
+    message = note = row
 
 
 def pretrain(recipe: Recipe, options: RunOptions, progress: Progress) -> dict[str, Any] | None:
@@ -65,17 +61,28 @@ def pretrain(recipe: Recipe, options: RunOptions, progress: Progress) -> dict[st
         if world.size > 1:
             log.note(f"{world.size} processes meet at {world.address}:{world.port}")
         joining = time.monotonic()
-        with ExitStack() as listening, _status_of() as runs, joined(world, device):
-            if world.size > 1:
-                log.note(f"all {world.size} are here after {time.monotonic() - joining:.0f} s")
-            run = prepare(recipe, options, reader, val, log, world, device)
-            files.callback(run.close)
-            runs.append(run)
-            run.tell_status("training")
-            # Until this process has left the others: a launcher repeats itself, and ends all as soon as the first has
-            # gone.
-            listening.enter_context(run.stop.by_signals())
-            result = train(run)
+        run: Setup | None = None
+        with ExitStack() as listening:
+            try:
+                with joined(world, device):
+                    if world.size > 1:
+                        log.note(f"all {world.size} are here after {time.monotonic() - joining:.0f} s")
+                    run = prepare(recipe, options, reader, val, log, world, device)
+                    files.callback(run.close)
+                    run.tell_status("training")
+                    # Until this process has left the others: a launcher repeats itself, and ends all as soon as the
+                    # first has gone.
+                    listening.enter_context(run.stop.by_signals())
+                    result = train(run)
+            except BaseException as error:
+                state: State = "stopped" if isinstance(error, (Interrupted, KeyboardInterrupt)) else "failed"
+                why = str(error) if isinstance(error, FastSSLError) else f"{type(error).__name__}: {error}"
+                if isinstance(error, KeyboardInterrupt):
+                    why = str(error) or "interrupted"
+                if run is not None:
+                    run.tell_status(state, why=why[:1000])
+                raise
+            run.tell_status("trained")
         # The processes have parted: what follows is the first one's alone.
         if result is None:
             return None
@@ -88,21 +95,3 @@ def pretrain(recipe: Recipe, options: RunOptions, progress: Progress) -> dict[st
         summary = finish_run(result, started)
         run.tell_status("finished")
         return summary
-
-
-@contextmanager
-def _status_of() -> Iterator[list[Setup]]:
-    """Keep the status.json of the run that is put into the list."""
-    runs: list[Setup] = []
-    try:
-        yield runs
-    except BaseException as error:
-        state: State = "stopped" if isinstance(error, (Interrupted, KeyboardInterrupt)) else "failed"
-        why = str(error) if isinstance(error, FastSSLError) else f"{type(error).__name__}: {error}"
-        if isinstance(error, KeyboardInterrupt):
-            why = str(error) or "interrupted"
-        for run in runs:
-            run.tell_status(state, why=why[:1000])
-        raise
-    for run in runs:
-        run.tell_status("trained")

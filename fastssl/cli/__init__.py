@@ -1,6 +1,5 @@
-"""The command line. Each command lives in its own module and is imported only when it is called.
-
-Importing torch takes seconds; ``fastssl --help`` and ``fastssl verify`` should not pay for it.
+"""The command line. Each command lives in its own module and is imported only when it is called: importing torch takes
+seconds, which ``fastssl --help`` and ``fastssl verify`` should not pay for.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import sys
 import time
 import traceback
 import warnings
-from typing import NoReturn, TextIO
+from typing import NoReturn
 
 import click
 
@@ -62,24 +61,19 @@ def cli(ctx: click.Context, debug: bool) -> None:
 
 #: commands that only print
 _PRINTING = ("recipes", "archs", "doctor", "--version", "-h")
+#: Seconds between two signals that are two.
+_TWICE_S = 5.0
+_interrupted_at = -math.inf
 
 
 def _interrupt(number: int, frame: object) -> None:
     """SIGTERM and SIGUSR1 (Slurm's early warning) end a command as Ctrl-C does: files that are half written are put in
-    order, and the status is 130.
-
-    Launchers say it twice, and srun to every process of a group: what comes while the command is about to end changes
-    nothing.
+    order, and the status is 130. Launchers say it twice, and srun to every process of a group.
     """
     global _interrupted_at
     if time.monotonic() - _interrupted_at > _TWICE_S:
         _interrupted_at = time.monotonic()
         raise KeyboardInterrupt
-
-
-#: Seconds between two signals that are two.
-_TWICE_S = 5.0
-_interrupted_at = -math.inf
 
 
 def _hear_no_more() -> None:
@@ -112,9 +106,7 @@ def main(argv: list[str] | None = None) -> None:
     atexit.unregister(_hear_no_more)
     # Before all others, and so called behind them: what may hang there can still be ended.
     atexit.register(_hear_no_more)
-    if hasattr(signal, "SIGPIPE") and (not argv or argv[0] in _PRINTING or "--help" in argv):
-        # `fastssl recipes | head`: these only print, so when the reader leaves there is nothing to do but to end, as
-        # any filter does.
+    if not argv or argv[0] in _PRINTING or "--help" in argv:  # `fastssl recipes | head`: to end as any filter does
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     try:
         with warnings.catch_warnings():
@@ -131,14 +123,19 @@ def main(argv: list[str] | None = None) -> None:
         _leave(2)
     except Interrupted as stop:
         _leave(130, _line(stop))
-    except (FastSSLError, OSError) as error:
-        _show_traceback(debug)
-        _tell_torchrun(error)
-        _leave(1, _line(error))
     except Exception as error:
-        _show_traceback(debug)
-        _tell_torchrun(error)
-        _leave(1, f"fastssl: unexpected {type(error).__name__}: {error} (run again with --debug for the traceback)")
+        # With --debug the error goes on as it is, unless the end of the interpreter would never come.
+        if debug and not threads_given_up():
+            raise
+        if debug:
+            traceback.print_exc()
+        if os.environ.get("TORCHELASTIC_ERROR_FILE"):
+            # Torchrun's closing table names the process that failed first, and why, from a file that each may write.
+            from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+            get_error_handler().record_exception(error)
+        unexpected = f"fastssl: unexpected {type(error).__name__}: {error} (run again with --debug for the traceback)"
+        _leave(1, _line(error) if isinstance(error, (FastSSLError, OSError)) else unexpected)
 
 
 def _run(argv: list[str]) -> object:
@@ -148,14 +145,6 @@ def _run(argv: list[str]) -> object:
     except click.ClickException:
         with first_of_host_speaks():
             raise
-
-
-def _tell_torchrun(error: Exception) -> None:
-    """Torchrun's closing table names the process that failed first, and why, from a file that each may write."""
-    if os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
-
-        get_error_handler().record_exception(error)
 
 
 def _line(error: FastSSLError | OSError) -> str | None:
@@ -173,25 +162,9 @@ def _was_leaving(stop: BaseException) -> bool:
     return error is not None
 
 
-def _show_warning(
-    message: Warning | str,
-    category: type[Warning],
-    filename: str,
-    lineno: int,
-    file: TextIO | None = None,
-    line: str | None = None,
-) -> None:
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
     """One line for the reader. Python's own form, with the line of source that warns, comes with ``--debug``."""
     click.echo(printable(f"fastssl: warning: {' '.join(str(message).split())}"), err=True)
-
-
-def _show_traceback(debug: bool) -> None:
-    """With ``--debug`` the error goes on as it is, unless the end of the interpreter would never come."""
-    if not debug:
-        return
-    if not threads_given_up():
-        raise
-    traceback.print_exc()
 
 
 def _leave(status: int, message: str | None = None) -> NoReturn:

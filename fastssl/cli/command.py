@@ -7,24 +7,18 @@ from pathlib import PureWindowsPath
 
 import click
 
-#: Parameters that say where the result goes, not what it is.
-_LEFT_OUT = frozenset({"json_path"})
-
 
 def command_line(ctx: click.Context) -> str:
     """The call in ``ctx``, quoted for a shell: the options that were given, in the order of ``--help``, without
-    ``--json`` and ``--debug``.
-
-    It is put together from the parsed values and not taken from ``sys.argv``, so that it is the same however the
-    command was started. Of a path only the file's name is left: results are passed on, and folders tell where somebody
-    works.
+    ``--json`` and ``--debug``; the same however the command was started. Of a path only the file's name is left:
+    results are passed on, and folders tell where somebody works.
     """
     words = ctx.command_path.split()
     words = words if words[:1] == ["fastssl"] else ["fastssl", *words]
     places: list[str] = []
     for param in ctx.command.params:
         given = ctx.get_parameter_source(param.name) is click.core.ParameterSource.COMMANDLINE
-        if not given or param.name in _LEFT_OUT or not param.expose_value:  # --quiet: how it is told, not what it is
+        if not given or param.name == "json_path" or not param.expose_value:  # --quiet: how it is told, not what it is
             continue
         value = ctx.params[param.name]
         values = value if isinstance(value, tuple) else (value,)

@@ -1,4 +1,4 @@
-"""What several commands share: JSON output, progress."""
+"""What several commands share: the console, JSON output, progress."""
 
 from __future__ import annotations
 
@@ -33,7 +33,12 @@ from fastssl.utils.json_text import records_to_json
 class PlainConsole(Console):
     """A console to which text is text: names of files and of classes are strangers' and may hold markup or what a
     terminal acts on.
+
+    Attributes:
+        notes: False with ``--quiet``, for all threads: no progress, and nothing of what is only noted.
     """
+
+    notes = True
 
     def __init__(self, **options: Any):  # rich's own, as of `print`
         super().__init__(markup=False, highlight=False, **options)
@@ -46,6 +51,11 @@ class PlainConsole(Console):
     def say(self, text: str, style: str | None = None) -> None:
         """A line, which the terminal breaks where it is too long."""
         self.print(text, style=style, soft_wrap=True)
+
+    def note(self, text: str) -> None:
+        """A line that nothing depends on."""
+        if self.notes:
+            self.say(text)
 
 
 #: Written to stderr, so that ``--json -`` owns standard output.
@@ -72,25 +82,18 @@ def _check_json_path(ctx: click.Context, param: click.Parameter, value: str | No
         raise click.BadParameter(f"{path.parent}: no such folder; create it first", ctx, param)
     if path.name.endswith((".beton", ".beton.json")):
         raise click.BadParameter(f"{value}: that name belongs to a .beton file; choose another", ctx, param)
-    if path.suffix.lower() in _OF_OTHERS or _holds_something_else(path):
+    begin = b""
+    if path.is_file():
+        with path.open("rb") as file:
+            begin = file.read(4096).lstrip()[:1]
+    if path.suffix.lower() in _OF_OTHERS or begin not in (b"", b"{", b"["):  # with which JSON begins
         other = "is the name of something else than results in JSON; choose another"
         raise click.BadParameter(f"{value}: {other}", ctx, param)
     return value
 
 
 #: endings of weights, recipes and pages
-_OF_OTHERS = frozenset(
-    {".pt", ".pth", ".tar", ".safetensors", ".onnx", ".yaml", ".yml", ".html", ".md", ".png", ".jpg", ".jpeg"}
-)
-
-
-def _holds_something_else(path: Path) -> bool:
-    """Whether there is a file whose first character is none that JSON begins with."""
-    if not path.is_file():
-        return False
-    with path.open("rb") as file:
-        begin = file.read(4096).lstrip()
-    return bool(begin) and begin[:1] not in (b"{", b"[")
+_OF_OTHERS = tuple(".pt .pth .tar .safetensors .onnx .yaml .yml .html .md .png .jpg .jpeg".split())
 
 
 json_option = click.option(
@@ -115,19 +118,9 @@ pipeline_option = click.option(
 )
 
 
-#: Of the running command, for all of its threads.
-_quiet = False
-
-
 def _be_quiet(ctx: click.Context, param: click.Parameter, value: bool) -> None:
-    global _quiet
-    _quiet = value
-    ctx.call_on_close(_speak_again)
-
-
-def _speak_again() -> None:
-    global _quiet
-    _quiet = False
+    vars(console).update(notes=not value)
+    ctx.call_on_close(lambda: vars(console).update(notes=True))
 
 
 quiet_option = click.option(
@@ -138,11 +131,6 @@ quiet_option = click.option(
     callback=_be_quiet,
     help="No progress and no notes: only warnings, errors and the result.",
 )
-
-
-def quiet() -> bool:
-    """Whether the running command was given ``--quiet``."""
-    return _quiet
 
 
 def finite(ctx: click.Context, param: click.Parameter, value: Any) -> Any:
@@ -158,38 +146,28 @@ def write_json(path: str | None, records: dict | list[dict]) -> None:
     if path is None:
         return
     text = records_to_json(records if isinstance(records, list) else [records], path)
+    target = Path(path)
     if path == "-":
-        _print(text)
-    else:
-        target = Path(path)
-        if target.is_file() or not target.exists():
-            write_atomically(target, lambda temporary: temporary.write_text(text))
-        else:  # a pipe or a device
-            target.write_text(text)
+        try:
+            sys.stdout.write(text)
+            sys.stdout.flush()  # what fails when the interpreter ends is no error that a command could tell
+        except OSError as error:
+            with suppress(OSError, ValueError):  # what is left in the buffer would be tried again at the end
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            error.filename = "standard output"
+            raise
+    elif target.is_file() or not target.exists():
+        write_atomically(target, lambda temporary: temporary.write_text(text))
+    else:  # a pipe or a device
+        target.write_text(text)
 
 
-def _print(text: str) -> None:
-    """To standard output, now: what fails when the interpreter ends is no error that a command could tell."""
-    try:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-    except OSError as error:
-        with suppress(OSError, ValueError):  # what is left in the buffer would be tried again at the end
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        error.filename = "standard output"
-        raise
-
-
-class RateColumn(ProgressColumn):
+class _RateColumn(ProgressColumn):
     """Items a second, over the recent past."""
-
-    def __init__(self, unit: str):
-        super().__init__()
-        self.unit = unit
 
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
-        return Text(f"{speed:,.0f} {self.unit}/s" if speed else f"- {self.unit}/s")
+        return Text(f"{f'{speed:,.0f}' if speed else '-'} {task.fields['unit']}/s")
 
 
 @contextmanager
@@ -198,26 +176,23 @@ def progress_bar(label: str, total: int | None, unit: str = "images") -> Iterato
 
     ``total`` may be None when it is not known. With ``--quiet`` nothing is shown.
     """
-    if quiet():
+    if not console.notes:
         yield lambda done: None
         return
     if console.is_terminal:
         columns = SpinnerColumn(), TextColumn(label), BarColumn(), MofNCompleteColumn()
-        with Progress(*columns, RateColumn(unit), TimeRemainingColumn(), console=console) as bar:
-            task = bar.add_task(label, total=total)
+        with Progress(*columns, _RateColumn(), TimeRemainingColumn(), console=console) as bar:
+            task = bar.add_task(label, total=total, unit=unit)
             yield lambda done: bar.update(task, completed=done)
         return
 
-    # A rate over what was done since the first call: work that was taken over from a stopped run is not this run's
-    # speed.
     started = last = time.monotonic()
-    first: int | None = None
+    first: int | None = None  # what was taken over from a stopped run is not this run's speed
 
     def advance(done: int) -> None:
         nonlocal last, first
         now = time.monotonic()
         first = done if first is None else first
-        # A log file wants a line now and then, not one for every picture, and none before there is anything to say.
         if done == first or (done != total and now - last < 10):
             return
         last = now
@@ -232,12 +207,11 @@ def progress_bar(label: str, total: int | None, unit: str = "images") -> Iterato
 def late_progress_bar(label: str, unit: str = "images") -> Iterator[Callable[[int, int], None]]:
     """Yield ``progress(done, total)``, whose first call begins the bar: a large source's total is known late."""
     with ExitStack() as stack:
-        advance: Callable[[int], None] | None = None
+        begun: list[Callable[[int], None]] = []
 
         def progress(done: int, total: int) -> None:
-            nonlocal advance
-            if advance is None:
-                advance = stack.enter_context(progress_bar(label, total, unit))
-            advance(done)
+            if not begun:
+                begun.append(stack.enter_context(progress_bar(label, total, unit)))
+            begun[0](done)
 
         yield progress

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -33,10 +34,8 @@ from fastssl.errors import counted
     show_default=True,
     help="Store JPEGs, or decoded pixels.",
 )
-@click.option("--workers", type=click.IntRange(min=1), default=None, help="Threads.  [default: one a CPU]")
-@click.option(
-    "--limit", type=click.IntRange(min=1), default=None, help="Convert only N photos, evenly spaced over the source."
-)
+@click.option("--workers", type=click.IntRange(min=1), help="Threads.  [default: one a CPU]")
+@click.option("--limit", type=click.IntRange(min=1), help="Convert only N photos, evenly spaced over the source.")
 @click.option(
     "--resume/--no-resume",
     default=True,
@@ -53,18 +52,7 @@ from fastssl.errors import counted
 @quiet_option
 @json_option
 def convert_imagenet(
-    src: Path,
-    dst: Path,
-    short_side: int | None,
-    max_side: int | None,
-    keep_size: bool,
-    quality: int,
-    store: str,
-    workers: int | None,
-    limit: int | None,
-    resume: bool,
-    on_bad: str,
-    json_path: str | None,
+    src: Path, dst: Path, short_side: int | None, max_side: int | None, json_path: str | None, **options: Any
 ) -> None:
     """Turn the photos of SRC into one file, DST, that training reads as fast as it decodes.
 
@@ -80,27 +68,17 @@ def convert_imagenet(
     fastssl convert-imagenet photos/ photos.beton
     fastssl convert-imagenet ILSVRC2012_img_train.tar train.beton --short-side 256 --workers 16
     """
-    if sum([short_side is not None, max_side is not None, keep_size]) > 1:
+    if sum([short_side is not None, max_side is not None, options["keep_size"]]) > 1:
         raise click.UsageError("give one of --short-side, --max-side, --keep-size")
     from fastssl.pipelines.convert.conversion import convert, rejects_path
     from fastssl.pipelines.convert.options import ConvertOptions
 
-    options = ConvertOptions(
-        short_side=256 if short_side is None else short_side,
-        max_side=max_side,
-        keep_size=keep_size,
-        quality=quality,
-        store=store,
-        workers=workers,
-        limit=limit,
-        resume=resume,
-        on_bad=on_bad,
-    )
+    options |= {"short_side": 256 if short_side is None else short_side, "max_side": max_side}
     with late_progress_bar("converting") as progress:
-        summary = convert(src, dst, options, progress)
+        summary = convert(src, dst, ConvertOptions(**options), progress)
     classes = counted(len(summary.classes), "class") if summary.classes is not None else "no labels"
-    photos = counted(summary.written, "photo")
-    parts = [f"{photos}, {classes}: {summary.copied:,} copied, {summary.reencoded:,} re-encoded"]
+    made = f"{summary.copied:,} copied, {summary.reencoded:,} re-encoded"
+    parts = [f"{counted(summary.written, 'photo')}, {classes}: {made}"]
     if summary.rejected:
         parts.append(f"{summary.rejected:,} rejected (see {rejects_path(dst)})")
     if summary.ignored:

@@ -10,7 +10,7 @@ import click
 
 from fastssl.cli.common import console, finite, json_option, write_json
 from fastssl.cli.inputs import Wanted, choose_inputs, input_options
-from fastssl.errors import counted
+from fastssl.errors import counted, duration
 
 
 @click.command()
@@ -106,8 +106,6 @@ def _batch(result: SimpleNamespace) -> str:
 
 def _time(seconds: float) -> str:
     """0.3 s, 12 min, 3 h 12 min, 26.7 days."""
-    from fastssl.report.words import duration
-
     if seconds < 10:
         return f"{seconds:.1f} s"
     return duration(seconds) if seconds < 48 * 3600 else f"{seconds / 86400:,.1f} days"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+from dataclasses import asdict
 
 import click
 
@@ -32,16 +32,8 @@ def recipes(name: str | None, json_path: str | None) -> None:
     for known in recipe_names():
         recipe = load_recipe(known)
         title = recipe_path(known).read_text().splitlines()[0].lstrip("# ")
-        rows.append(
-            {
-                "recipe": known,
-                "arch": recipe.arch,
-                "method": recipe.method,
-                "epochs": recipe.train.epochs,
-                "batch_size": recipe.train.batch_size,
-                "title": title,
-            }
-        )
+        length = {"epochs": recipe.train.epochs, "batch_size": recipe.train.batch_size}
+        rows.append({"recipe": known, "arch": recipe.arch, "method": recipe.method, **length, "title": title})
         if json_path != "-":
             click.echo(f"{known:34} {title}")
     write_json(json_path, rows)
@@ -60,10 +52,10 @@ def archs(json_path: str | None) -> None:
     rows = []
     for short, name in SHORT_NAMES.items():
         backbone = create_backbone(short)
-        parameters = sum(p.numel() for p in backbone.parameters())
-        rows.append({"arch": short, "timm": name, "feature_dim": feature_dim(backbone), "parameters": parameters})
+        dim, parameters = feature_dim(backbone), sum(p.numel() for p in backbone.parameters())
+        rows.append({"arch": short, "timm": name, "feature_dim": dim, "parameters": parameters})
         if json_path != "-":
-            click.echo(f"{short:20} {name:24} {feature_dim(backbone):5}-d  {parameters / 1e6:5.1f} M parameters")
+            click.echo(f"{short:20} {name:24} {dim:5}-d  {parameters / 1e6:5.1f} M parameters")
     write_json(json_path, rows)
 
 
@@ -80,38 +72,25 @@ def doctor(json_path: str | None) -> None:
     from fastssl.pipelines.engines.registry import choose_engine, engine_state, jpeg_hardware
     from fastssl.utils.versions import describe_host, describe_versions
 
-    host, versions = describe_host(), describe_versions()
+    host, versions, jpegs, cuda = describe_host(), describe_versions(), jpeg_hardware(), torch.version.cuda
     gpu = host.get("gpu")
-    device = torch.device("cuda" if gpu else "cpu")
     engines = [engine_state(name) for name in PIPELINES if name != "auto"]
-    choice, reason = choose_engine(device)
-    record = {
-        "host": host,
-        "versions": versions,
-        "cuda_build": torch.version.cuda,
-        "gpu": gpu,
-        "engines": [dataclasses.asdict(engine) for engine in engines],
-        "auto": {"engine": choice, "reason": reason},
-        "jpeg_hardware": jpeg_hardware(),
-    }
+    choice, reason = choose_engine(torch.device("cuda" if gpu else "cpu"))
+    card = f"{gpu} x {host.get('gpus')}"
+    if not gpu:
+        card = "none usable: this torch is a CPU build; pip install torch torchvision from PyPI brings the CUDA build"
+    if not gpu and cuda:
+        ask = "is the driver installed, does nvidia-smi list the card?"
+        card = f"none found (torch is built for CUDA {cuda}: {ask})"
+    cores = counted(int(host["cores"]), "core")
+    lines = [("processor", f"{host['cpu']}, {cores} for this process, {host['memory_gib']} GiB"), ("GPU", card)]
+    lines += [*versions.items(), ("\nJPEG engine", jpegs)]
+    for engine in engines:
+        state = f"cannot run: {engine.problem}" if engine.problem else f"ready ({engine.version or '-'})"
+        lines += [(engine.name, state), *([("", engine.remedy)] if engine.remedy else [])]
     if json_path != "-":
-        cores = counted(int(host["cores"]), "core")
-        click.echo(f"processor   {host['cpu']}, {cores} for this process, {host.get('memory_gib', '?')} GiB")
-        if gpu:
-            click.echo(f"GPU         {gpu} x {host['gpus']}")
-        elif torch.version.cuda:
-            ask = "is the driver installed, does nvidia-smi list the card?"
-            click.echo(f"GPU         none found (torch is built for CUDA {torch.version.cuda}: {ask})")
-        else:
-            remedy = "pip install torch torchvision from PyPI brings the CUDA build"
-            click.echo(f"GPU         none usable: this torch is a CPU build; {remedy}")
-        for name, version in versions.items():
-            click.echo(f"{name:11} {version}")
-        click.echo(f"\nJPEG engine {record['jpeg_hardware']}")
-        for engine in engines:
-            found = engine.version or "-"
-            click.echo(f"{engine.name:11} {f'cannot run: {engine.problem}' if engine.problem else f'ready ({found})'}")
-            if engine.remedy:
-                click.echo(f"{'':11} {engine.remedy}")
-        click.echo(f"auto        {choice}: {reason}")
-    write_json(json_path, record)
+        for name, text in (*lines, ("auto", f"{choice}: {reason}")):
+            click.echo(f"{name:11} {text}")
+    record = {"host": host, "versions": versions, "cuda_build": cuda, "gpu": gpu}
+    record |= {"engines": [asdict(engine) for engine in engines], "auto": {"engine": choice, "reason": reason}}
+    write_json(json_path, {**record, "jpeg_hardware": jpegs})

@@ -1,6 +1,4 @@
-"""What ``pretrain``, ``estimate`` and ``views`` make of --data and --recipe: photos in any form, and a recipe that goes
-with them.
-"""
+"""What ``pretrain``, ``estimate`` and ``views`` make of --data and --recipe."""
 
 from __future__ import annotations
 
@@ -13,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fastssl.cli.common import SomePath, console, late_progress_bar, pipeline_option, quiet
+from fastssl.cli.common import SomePath, console, late_progress_bar, pipeline_option
 
 if TYPE_CHECKING:
     from fastssl.config.recipe import Recipe
     from fastssl.data.photo_source import Source
 
 
+_photos = functools.partial(click.option, type=SomePath(), metavar="FOLDER|TAR|FILE.beton")
 _PHOTOS_AND_RECIPE = (
     click.option(
         "--arch",
@@ -27,19 +26,12 @@ _PHOTOS_AND_RECIPE = (
         help="Network: mobilenetv3_large, efficientnet_b0, mobilenetv2, resnet18, resnet34, resnet50, vit_tiny, or any "
         "timm name. Default: the recipe's.",
     ),
-    click.option(
+    _photos(
         "--data",
-        type=SomePath(),
-        metavar="FOLDER|TAR|FILE.beton",
         help="Photos to learn from; a folder or tar is converted once. Default: the sample set that installs with the "
         "package.",
     ),
-    click.option(
-        "--val",
-        type=SomePath(),
-        metavar="FOLDER|TAR|FILE.beton",
-        help="Labelled photos to probe on. Default: a held-out fifth of --data.",
-    ),
+    _photos("--val", help="Labelled photos to probe on. Default: a held-out fifth of --data."),
     click.option(
         "--recipe",
         "recipe_name",
@@ -57,9 +49,7 @@ _PHOTOS_AND_RECIPE = (
 )
 _LENGTH_AND_MACHINE = (
     click.option(
-        "--epochs",
-        type=click.IntRange(min=1),
-        help="Default: the recipe's, or what goes with the number of photos.",
+        "--epochs", type=click.IntRange(min=1), help="Default: the recipe's, or what goes with the number of photos."
     ),
     click.option(
         "--batch-size",
@@ -97,11 +87,8 @@ class Wanted:
 
 
 def input_options(*out: Callable[..., Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command the options that say what is trained on what, as one `Wanted`, its first argument.
-
-    Args:
-        out: options that say where the result goes; they stand between the recipe and the machine in ``--help``, and in
-            the command that a result names.
+    """Give a command the options that say what is trained on what, as one `Wanted`, its first argument; in ``--help``
+    those that say where the result goes, ``out``, stand between the recipe and the machine.
     """
 
     def decorated(command: Callable[..., None]) -> Callable[..., None]:
@@ -134,8 +121,7 @@ class Inputs:
 
 
 def choose_inputs(wanted: Wanted, processes: int = 1) -> Inputs:
-    """Recipe and photos that the options ask for. What was chosen, converted or changed on the way is said, a line
-    each.
+    """Recipe and photos that the options ask for. What was chosen, converted or changed on the way is said.
 
     Args:
         processes: that will share a step.
@@ -146,34 +132,31 @@ def choose_inputs(wanted: Wanted, processes: int = 1) -> Inputs:
     """
     from fastssl.config.recipe import load_recipe, parse_overrides
     from fastssl.config.recipe_choice import choose, fit, warnings_for
+    from fastssl.data import sample_set
     from fastssl.data.photo_source import look_at
+    from fastssl.distributed.devices import choose_device
     from fastssl.models.backbones import resolve_arch
 
     changes = _changes(parse_overrides(wanted.overrides), wanted.epochs, wanted.batch_size)
-    recipe_name, val = wanted.recipe_name, wanted.val
+    recipe_name, reason, val = wanted.recipe_name, "", wanted.val
     if wanted.arch is not None:
         resolve_arch(wanted.arch)  # a mistyped network should fail before photos are looked at
     if recipe_name:  # and so should a mistyped key
         load_recipe(recipe_name, changes)
     source = None if wanted.data is None else look_at(wanted.data)
-    chosen = None
     if not recipe_name:
-        from fastssl.distributed.devices import choose_device
-
         kind = "cpu" if source is None else choose_device(wanted.device).type
         chosen = choose(source.photos if source else None, source.short_side if source else None, kind)
-        recipe_name = chosen.name
+        recipe_name, reason = chosen.name, chosen.reason
     recipe = load_recipe(recipe_name, changes)
     own_arch = recipe.arch
     recipe = dataclasses.replace(recipe, arch=wanted.arch or own_arch)
     resolve_arch(recipe.arch)
     val_source = None if val is None else look_at(val)
-    if chosen:
-        _say(f"recipe {chosen.name} {chosen.reason}")
+    if reason:
+        console.note(f"recipe {recipe_name} {reason}")
     if source is None:
-        from fastssl.data.sample_set import ensure_sample_set
-
-        samples = ensure_sample_set()
+        samples = sample_set.ensure_sample_set()
         data, val = samples.train, samples.val
     else:
         data = beton_of(source, recipe, wanted.workers)
@@ -183,7 +166,7 @@ def choose_inputs(wanted: Wanted, processes: int = 1) -> Inputs:
     where = str(source.path if source else data)
     recipe, lines = fit(recipe, found.photos, given=changes.keys(), processes=processes, where=where)
     for line in lines:
-        _say(line)
+        console.note(line)
     assert found.short_side is not None  # a .beton file says it
     for line in warnings_for(recipe, own_arch, found.photos, found.short_side):
         # Through the console, which is silent in all processes but the first; and said also with --quiet.
@@ -196,7 +179,7 @@ def beton_of(source: Source, recipe: Recipe, workers: int | None = None) -> Path
     from fastssl.data.photo_source import as_beton, side_for
 
     with late_progress_bar("converting") as progress:
-        return as_beton(source, side_for(recipe), workers=workers, say=_say, progress=progress)
+        return as_beton(source, side_for(recipe), workers=workers, say=console.note, progress=progress)
 
 
 def _changes(changes: dict[str, str], epochs: int | None, batch_size: int | None) -> dict[str, str]:
@@ -209,8 +192,3 @@ def _changes(changes: dict[str, str], epochs: int | None, batch_size: int | None
     if "train.epochs" in changes and "train.samples" in changes:
         raise click.UsageError("train.samples says how many epochs there are: give either it or the epochs")
     return changes
-
-
-def _say(line: str) -> None:
-    if not quiet():
-        console.say(line)

@@ -18,9 +18,8 @@ class LazyCommand(NamedTuple):
 
 
 class LazyGroup(click.Group):
-    """A click group that knows its commands by name and imports one when it is asked for.
-
-    Importing torch takes seconds; ``--help`` should not pay for it.
+    """A click group that knows its commands by name and imports one when it is asked for: ``--help`` should not wait
+    for torch.
     """
 
     def __init__(self, *args: Any, lazy: Mapping[str, LazyCommand], **kwargs: Any):
@@ -31,11 +30,10 @@ class LazyGroup(click.Group):
         return list(self.lazy)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in self.lazy:
-            return None
-        found = self.lazy[cmd_name]
-        command: click.Command = getattr(importlib.import_module(found.module), found.attribute)
-        return command
+        if found := self.lazy.get(cmd_name):
+            command: click.Command = getattr(importlib.import_module(found.module), found.attribute)
+            return command
+        return None
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]

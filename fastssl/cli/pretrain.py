@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from fastssl.cli.command import command_line
-from fastssl.cli.common import SomePath, console, json_option, quiet, quiet_option, write_json
+from fastssl.cli.common import SomePath, console, json_option, quiet_option, write_json
 from fastssl.cli.inputs import Wanted, choose_inputs, input_options
 from fastssl.errors import counted, without_folders
 
@@ -44,9 +44,9 @@ def pretrain(wanted: Wanted, out: Path | None, seed: int, resume: str, json_path
     world = world_from_environment()
     if not world.is_main:
         console.quiet = True  # the first process speaks for all
-    elif world.size > 1 and not quiet():
+    elif world.size > 1:
         # torch is not loaded yet, which several processes on a busy machine may take half a minute for.
-        console.print(f"{world.size} processes start; each loads torch first, then they meet")
+        console.note(f"{world.size} processes start; each loads torch first, then they meet")
 
     from fastssl.cli.progress import RunProgress
     from fastssl.pretrain import RunOptions
@@ -66,25 +66,22 @@ def pretrain(wanted: Wanted, out: Path | None, seed: int, resume: str, json_path
         resume=resume,
         command=without_folders(command_line(click.get_current_context())),
     )
-    with RunProgress(console, quiet=quiet()) as progress:
+    with RunProgress(console, quiet=not console.notes) as progress:
         summary = run(inputs.recipe, options, progress)
-    if summary is None:
-        return
-    _print_summary(summary, options.out)
-    write_json(json_path, summary)
+    if summary is not None:
+        _print_summary(summary, options.out)
+        write_json(json_path, summary)
 
 
 def _print_summary(summary: dict, out: Path) -> None:
     """The proof that it learned, or that it did not, and where to look."""
-    from rich.table import Table
+    from rich.table import Column, Table
 
     probe = summary["probe"]
     if probe["rows"]:
         photos = counted(probe["val_samples"], "photo")
-        table = Table(title=f"{summary['arch']}, probed on {photos} of {counted(probe['classes'], 'class')}")
-        table.add_column("features")
-        table.add_column("kNN", justify="right")
-        table.add_column("linear", justify="right")
+        title = f"{summary['arch']}, probed on {photos} of {counted(probe['classes'], 'class')}"
+        table = Table("features", Column("kNN", justify="right"), Column("linear", justify="right"), title=title)
         for row in probe["rows"]:
             values = (row["knn"], row["linear"])
             table.add_row(row["name"], *("-" if value is None else f"{value:.1f} %" for value in values))
@@ -93,7 +90,6 @@ def _print_summary(summary: dict, out: Path) -> None:
     console.say(probe["note"])
     pairs, views = summary["pair_per_s"], summary["view_per_s"]
     rate = f"{pairs:,.0f} pair/s ({views:,.0f} view/s); " if pairs else ""
-    console.say(f"{rate}{summary['bottleneck']}")
-    if summary["share"]:
-        console.say(summary["share"]["text"])
-    console.say(f"report: {out / 'report.html'}")
+    share = [summary["share"]["text"]] if summary["share"] else []
+    for line in (f"{rate}{summary['bottleneck']}", *share, f"report: {out / 'report.html'}"):
+        console.say(line)

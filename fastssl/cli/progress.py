@@ -32,10 +32,8 @@ _BAR = (6, 24)
 
 
 class RunProgress:
-    """Use as a context manager. ``console`` decides between the live display and plain lines.
-
-    Plain lines come at most every ``interval`` seconds: a log of a day-long run should be readable. With ``quiet``
-    there are neither, and of what the run says only its warnings are left.
+    """Use as a context manager. ``console`` decides between the live display and plain lines, which come at most every
+    ``interval`` seconds. With ``quiet`` there are neither, and of what the run says only its warnings are left.
     """
 
     def __init__(self, console: Console, interval: float = 15.0, quiet: bool = False):
@@ -69,7 +67,9 @@ class RunProgress:
             self._newest = row, done, total, None if left is None else now + left
         elif not self.quiet and (now - self._last_line >= self.interval or done == total):
             self._last_line = now
-            words = "" if left is None or done == total else f"  {_minutes(left)} left"
+            words = ""
+            if left is not None and done != total:
+                words = f"  {left / 60:.0f} min left" if left >= 90 else f"  {left:.0f} s left"
             line = (
                 f"step {done:,}/{total:,}  epoch {row['epoch']:.1f}  loss {row['loss']:.3f} (kl {row['kl']:.3f})  "
                 f"spread {row['embedding_std']:.2f}  {row['pair_per_s']:,.0f} pair/s  "
@@ -91,7 +91,10 @@ class RunProgress:
         if self._newest is None:
             return Text("starting", no_wrap=True, overflow="crop")
         row, done, total, ends = self._newest
-        step, words = f"step {done:,}/{total:,}", f"{_clock(ends)} left"
+        step, words = f"step {done:,}/{total:,}", "-:--:-- left"
+        if ends is not None:
+            seconds = max(0, round(ends - time.monotonic()))
+            words = f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02} left"
         room = self.console.width - len(step) - len(words) - 2
         for word in filter(None, (say(row) for say in _WORDS)):
             if len(_GAP) + len(word) > room - _BAR[0]:
@@ -101,15 +104,3 @@ class RunProgress:
         bar = ProgressBar(total, done, width=max(0, min(_BAR[1], room)))
         line.add_row(Text(step, no_wrap=True), bar, Text(words, no_wrap=True, overflow="crop"))
         return line
-
-
-def _minutes(seconds: float) -> str:
-    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
-
-
-def _clock(ends: float | None) -> str:
-    """Hours, minutes and seconds until then."""
-    if ends is None:
-        return "-:--:--"
-    seconds = max(0, round(ends - time.monotonic()))
-    return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -32,7 +33,7 @@ class _Count(click.ParamType):
 @click.option(
     "--decode", type=_Count(), default="100", show_default=True, help="Decode this many samples, evenly spaced, or all."
 )
-@click.option("--workers", type=click.IntRange(min=1), default=None, help="Threads.  [default: one a CPU]")
+@click.option("--workers", type=click.IntRange(min=1), help="Threads.  [default: one a CPU]")
 @quiet_option
 @json_option
 def verify(file: Path, decode: int | None, workers: int | None, json_path: str | None) -> None:
@@ -44,34 +45,30 @@ def verify(file: Path, decode: int | None, workers: int | None, json_path: str |
     """
     from fastssl.pipelines.beton.verify import verify as run
 
+    def write(record: dict[str, Any]) -> None:
+        # As in every record: the file's name without the folders that tell where somebody works.
+        problems = [problem.replace(str(file), file.name) for problem in record["problems"]]
+        write_json(json_path, {**record, "path": file.name, "problems": problems})
+
     try:
         with late_progress_bar("checking", "samples") as progress:
             report = run(file, decode, workers, progress)
     except BetonError as error:
-        problems = [_passed_on(file, str(error))]
-        write_json(json_path, {"path": file.name, "ok": False, "problems": problems, "damaged": []})
+        write({"path": "", "ok": False, "problems": [str(error)], "damaged": []})
         raise
-    problems = [_passed_on(file, problem) for problem in report.problems]
-    write_json(json_path, {**asdict(report), "path": file.name, "ok": report.ok, "problems": problems})
-    how_many = counted(report.checksummed, "checksum")
-    checksums = f"{how_many} compared" if report.checksummed else "no checksums to compare"
+    write({**asdict(report), "ok": report.ok})
+    samples, sums = counted(report.samples, "sample"), f"{counted(report.checksummed, 'checksum')} compared"
     if not report.side_file:
-        checksums = f"no side file {file}.json, so no checksums"
-    samples = counted(report.samples, "sample")
-    line = f"{samples}, tables in order, {checksums}, {report.decoded:,} decoded, {report.seconds:,.1f} s"
-    console.say(f"{file}: {line}")
-    for problem in report.problems:
-        console.say(f"damaged: {problem}")
-    for sample, complaint in report.damaged[:SHOWN]:
-        console.say(f"damaged: sample {sample}: {complaint}")
+        sums = f"no side file {file}.json, so no checksums"
+    elif not report.checksummed:
+        sums = "no checksums to compare"
+    console.say(f"{file}: {samples}, tables in order, {sums}, {report.decoded:,} decoded, {report.seconds:,.1f} s")
+    damaged = [*report.problems, *(f"sample {sample}: {complaint}" for sample, complaint in report.damaged[:SHOWN])]
     if len(report.damaged) > SHOWN:
-        console.say(f"damaged: and {counted(len(report.damaged) - SHOWN, 'more sample')}")
+        damaged.append(f"and {counted(len(report.damaged) - SHOWN, 'more sample')}")
+    for problem in damaged:
+        console.say(f"damaged: {problem}")
     if not report.ok:
-        found = [f"{len(report.damaged):,} of {counted(report.samples, 'sample')}"] if report.damaged else []
+        found = [f"{len(report.damaged):,} of {samples}"] if report.damaged else []
         found += report.problems[:1]
         raise BetonError(f"{file}: damaged ({'; '.join(found)}); convert it again, or copy it again from a good one")
-
-
-def _passed_on(file: Path, message: str) -> str:
-    """As in every record: the file's name without the folders that tell where somebody works."""
-    return message.replace(str(file), file.name)

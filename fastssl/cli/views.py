@@ -43,14 +43,7 @@ from fastssl.cli.inputs import beton_of
 )
 @click.option("--epoch", type=click.IntRange(min=0), default=0, show_default=True, help="Which epoch's views.")
 def views(
-    file: Path,
-    recipe_name: str,
-    overrides: tuple[str, ...],
-    out: Path,
-    samples: int,
-    seed: int,
-    pipelines: tuple[str, ...],
-    epoch: int,
+    file: Path, recipe_name: str, overrides: tuple[str, ...], out: Path, pipelines: tuple[str, ...], **options: Any
 ) -> None:
     """Draw photos beside the very views that a run with this recipe and seed would see.
 
@@ -72,12 +65,10 @@ def views(
     from fastssl.report.pictures import views_picture
 
     recipe = load_recipe(recipe_name, parse_overrides(overrides))
-    specs, file = recipe.views, beton_of(look_at(file), recipe)
-    if isinstance(specs, MultiCrop):
-        console.say(specs.describe())
+    file = beton_of(look_at(file), recipe)
+    if isinstance(recipe.views, MultiCrop):
+        console.say(recipe.views.describe())
     # `auto` beside what it stands for would be a comparison with itself.
     named = [choose_engine(torch.device("cpu"))[0] if name == "auto" else name for name in pipelines or ("auto",)]
-    made_by = list(dict.fromkeys(named))
-    options: dict[str, Any] = {"samples": samples, "seed": seed, "epoch": epoch, "notice": console.say}
-    picture = views_picture(file, specs, out, pipelines=made_by, **options)
+    picture = views_picture(file, recipe.views, out, pipelines=list(dict.fromkeys(named)), notice=console.say, **options)
     click.echo(f"{out}: {picture.width}x{picture.height} px")

@@ -1,7 +1,5 @@
-"""Recipes: one yaml file holds every number of a published row, and is checked to the last key.
-
-A recipe is read into dataclasses that are owned by the parts they configure (``ViewSpec``, ``MoCoConfig``, ...). A key
-that does not exist is an error that names the right one in full: an ignored typo costs a training run.
+"""Recipes: one yaml file holds every number of a published row. It is read into dataclasses that are owned by the parts
+they configure (``ViewSpec``, ``MoCoConfig``, ...); a key that does not exist is an error that names the right one.
 """
 
 from __future__ import annotations
@@ -10,13 +8,14 @@ import dataclasses
 from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 
 from fastssl.errors import FastSSLError
 from fastssl.losses.pairs import PairWeights
 from fastssl.methods import METHODS, DINOConfig, MoCoConfig, SimCLRConfig, SwAVConfig
+from fastssl.methods.base import MethodConfig
 from fastssl.optim.optimizers import OptimConfig
 from fastssl.pipelines.plan.draw import ViewSpec
 from fastssl.pipelines.plan.multicrop import PRESETS, MultiCrop
@@ -38,10 +37,10 @@ from fastssl.utils.suggest import did_you_mean, nearest
 from fastssl.utils.yaml_file import parse_yaml, read_yaml, shown
 
 RECIPE_FOLDER = Path(__file__).parents[1] / "recipes"
-
-
-def _bare_off(value: object) -> object:
-    return "off" if value is False else value  # for which yaml takes the bare word
+if TYPE_CHECKING:
+    MethodName = str
+else:
+    MethodName = Literal[tuple(METHODS)]
 
 
 @settings("train")
@@ -80,7 +79,8 @@ class TrainConfig:
     accumulate: Count = 1
     compile: Switch = False
     graph: Switch = False
-    amp: Annotated[Literal["auto", "bf16", "off"], BeforeValidator(_bare_off)] = "auto"
+    # yaml takes the bare word off for false
+    amp: Annotated[Literal["auto", "bf16", "off"], BeforeValidator(lambda it: "off" if it is False else it)] = "auto"
     log_every: Count = 50
     checkpoint_minutes: NotNegative = 10.0
     keep_last: Count = 2
@@ -136,10 +136,9 @@ class Recipe:
         arch: the network the recipe was made for; ``--arch`` may put another in its place.
         method: ``moco``, ``dino``, ``swav`` or ``simclr``; its numbers stand in the section of that name, and no other
             section may be given.
-        init: ``timm`` (what the network's definition there does) or ``kaiming``, see
-            ``fastssl.models.backbones.kaiming_init``.
-        zero_init_residual: begin with every residual block as the identity, see
-            ``fastssl.models.backbones.zero_residual_branches``.
+        init: ``timm`` (what the network's definition there does) or ``kaiming`` (``models.backbones.kaiming_init``).
+        zero_init_residual: begin with every residual block as the identity
+            (``models.backbones.zero_residual_branches``).
         drop_path: stochastic depth of the deepest block, of the student alone, for networks that have it.
         views: two views as a list of groups, or a multi-crop (``MultiCrop``), which a preset's name may stand for.
         full_samples: pictures that a whole run of the published recipe sees (epochs x data set), the measure of "what
@@ -148,7 +147,7 @@ class Recipe:
     """
 
     arch: str
-    method: Literal["moco", "dino", "swav", "simclr"] = "moco"
+    method: MethodName = "moco"
     init: Literal["timm", "kaiming"] = "timm"
     zero_init_residual: Switch = False
     drop_path: BelowOne = 0.0
@@ -186,9 +185,9 @@ class Recipe:
         return PairWeights(0, 1.0, 0.0)
 
     @property
-    def settings(self) -> MoCoConfig | DINOConfig | SwAVConfig | SimCLRConfig:
+    def settings(self) -> MethodConfig:
         """The section of the recipe's method."""
-        section: MoCoConfig | DINOConfig | SwAVConfig | SimCLRConfig = getattr(self, self.method)
+        section: MethodConfig = getattr(self, self.method)
         return section
 
 
@@ -217,10 +216,8 @@ def recipe_path(name: str) -> Path:
 
 
 def load_recipe(name: str, overrides: Mapping[str, str] | None = None) -> Recipe:
-    """Read and check a recipe.
-
-    With another batch than the file's the whole schedule of the learning rate follows, see ``with_batch``; epochs take
-    the place of ``train.samples``.
+    """Read and check a recipe. With another batch than the file's the whole schedule of the learning rate follows, see
+    ``with_batch``; epochs take the place of ``train.samples``.
 
     Args:
         name: a recipe of ours, or the path of a yaml file.
@@ -234,7 +231,7 @@ def load_recipe(name: str, overrides: Mapping[str, str] | None = None) -> Recipe
     if not isinstance(tree, dict):
         raise FastSSLError(f"{path}: a recipe is a mapping of keys to values")
     train = tree.get("train")
-    own_batch = train.get("batch_size", TrainConfig.batch_size) if isinstance(train, dict) else TrainConfig.batch_size
+    own_batch = (train if isinstance(train, dict) else {}).get("batch_size", TrainConfig.batch_size)
     # A whole design of the views first, wherever it stands: what was said of single numbers is a change of it.
     for key, text in sorted(overrides.items(), key=lambda item: ("views", "views.preset", item[0]).index(item[0])):
         _override(tree, key, parse_yaml(text, f"--set {key}: {shown(text)} is not a value"))
@@ -267,7 +264,7 @@ def build_recipe(tree: Mapping[str, Any], *, where: str) -> Recipe:
     """A ``Recipe`` from plain values (as yaml gives them); ``where`` opens every error message."""
     method = tree.get("method", "moco")
     for other in METHODS:
-        if other in tree and isinstance(method, str) and other != method and method in METHODS:
+        if other in tree and method in list(METHODS) and other != method:
             why = f"has no effect with method: {method}; its numbers stand under {method}.*"
             raise FastSSLError(f"{where}: {other}.* {why}")
     if isinstance(views := tree.get("views"), str):
@@ -311,8 +308,8 @@ def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
     """Plain values of all keys, resolved: what config.yaml holds, and what ``build_recipe`` reads back. Of the methods'
     sections only the recipe's own.
     """
-    plain = _RECIPE.dump_python(recipe, mode="json")
-    return {key: value for key, value in plain.items() if key == recipe.method or key not in METHODS}
+    plain: dict[str, Any] = _RECIPE.dump_python(recipe, mode="json", exclude={*METHODS} - {recipe.method})
+    return plain
 
 
 def parse_overrides(pairs: Iterable[str]) -> dict[str, str]:
@@ -327,9 +324,7 @@ def parse_overrides(pairs: Iterable[str]) -> dict[str, str]:
 
 
 def _override(tree: Any, key: str, value: Any) -> None:
-    """Set ``a.b.0.c`` in nested mappings and lists. Keys that the dataclasses do not know are found later, in one
-    place.
-    """
+    """Set ``a.b.0.c`` in nested mappings and lists, whether there is such a key or not."""
     if key == "views.preset":
         _override_views(tree, value)
         return
@@ -355,8 +350,6 @@ def _override(tree: Any, key: str, value: Any) -> None:
 def _override_views(tree: dict[str, Any], name: Any) -> None:
     """Put a preset's design of the views in the place of the recipe's; how a view is augmented stays as it is."""
     before = tree.get("views")
-    if isinstance(before, str):  # another preset's name: nothing of it stays
-        before = {}
     if isinstance(before, list):
         kept = [
             {key: value for key, value in view.items() if key not in ("size", "count", "area", "center")}
@@ -366,7 +359,8 @@ def _override_views(tree: dict[str, Any], name: Any) -> None:
         before = {"augment": kept[0]} if kept else {}
         if len(kept) == 2 and kept[0] != kept[1]:  # each global view keeps its own; local ones are as the first
             before = {"global_1": kept[0], "global_2": kept[1], "local": kept[0]}
-    tree["views"] = {**(before or {}), **_preset(name, "--set views.preset")}
+    # Of another preset's name nothing stays.
+    tree["views"] = {**(before if isinstance(before, dict) else {}), **_preset(name, "--set views.preset")}
 
 
 _RECIPE = TypeAdapter(Recipe)

@@ -1,29 +1,18 @@
 """The recipe follows the data: which one photos get where none is named, and what of it changes with their number.
-
-    choose         number and size of the photos, and the device -> a recipe's name and the reason
-    fit            recipe, number of photos -> the recipe whose batch, queue and epochs go with them, and a line for
-                   each change
-    warnings_for   what will run, but seldom as it was meant
-
 Pure functions: processes of one run that ask alike are answered alike.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
 
 from fastssl.config.recipe import Recipe, is_given, with_batch
 from fastssl.errors import FastSSLError, counted
 from fastssl.methods.base import MethodConfig
 from fastssl.models.backbones import resizes_positions, resolve_arch
-
-if TYPE_CHECKING:
-    from fastssl.pipelines.beton.reader import BetonReader
 
 SAMPLE_RECIPE, FEW_RECIPE, FULL_RECIPE = "quickstart", "few-photos", "light-moco-mobilenetv3"
 #: From this many photos on the full recipe, which was written for 1.3 million, sees enough different ones.
@@ -88,18 +77,16 @@ def fit(
         FastSSLError: too few photos for any batch, or for the one that was asked for; the message names one that works.
     """
     require_photos(recipe, photos, given=given, processes=processes, where=where)
-    wanted = recipe.train.batch_size
+    wanted = batch = recipe.train.batch_size
     asked = is_given("train.batch_size", given)
-    batch = wanted
     if not asked and photos < 2 * wanted:
-        lower = _lower_batches(photos, wanted, _unit(recipe, processes))
+        lower = _lower_batches(photos, wanted, processes * recipe.train.accumulate)
         batch = next(_allowed(recipe, lower, photos, given, processes), wanted)
-    fitted = recipe
+    fitted, lines = recipe, []
     if batch != wanted or not recipe.settings.allows(batch):
         settings = _settings(recipe, batch, None if asked else photos, given, processes)
         if settings.allows(batch):  # otherwise the method says which key it is that was asked for
             fitted = _with_settings(with_batch(recipe, batch, wanted, given=given), settings)
-    lines = []
     if changes := _changes(recipe, fitted):
         rate = "; the learning rate follows the batch" if batch != wanted and recipe.optim.lr_batch else ""
         why = f"for {counted(photos, 'photo')}" if batch != wanted else f"to go with a batch of {batch:,}"
@@ -119,7 +106,8 @@ def require_photos(
     """Raise FastSSLError where the photos fill no batch, or not the one that was asked for; the message names the
     largest that works.
     """
-    unit, batch = _unit(recipe, processes), recipe.train.batch_size
+    parts, batch = recipe.train.accumulate, recipe.train.batch_size
+    unit = processes * parts  # divides a batch; each share of each process has two samples at least
     asked = is_given("train.batch_size", given)
     if photos >= (batch if asked else 2 * batch):
         return
@@ -127,18 +115,14 @@ def require_photos(
     every = range(min(photos, batch) // unit * unit, unit, -unit)
     largest = next(_allowed(recipe, every, photos, given, processes), None)
     if largest is None and photos < 2 * unit:
-        parts = recipe.train.accumulate
         shared = f" for {processes} processes" * (processes > 1) + f" in {parts} parts" * (parts > 1)
         raise FastSSLError(f"{where}: {have}, but a batch{shared} has at least {2 * unit}; add photos")
     if largest is None:
         asked_for = f"the {recipe.settings.BATCH_KEY} that was asked for; leave it to the recipe"
         raise FastSSLError(f"{where}: no batch of up to {have} goes with {asked_for}")
     if asked:
-        verb = "is" if photos == 1 else "are"
-        raise FastSSLError(
-            f"{where}: {have} {verb} fewer than one batch of {batch:,}; the largest that would do is "
-            f"--batch-size {largest}"
-        )
+        few = f"{'is' if photos == 1 else 'are'} fewer than one batch of {batch:,}"
+        raise FastSSLError(f"{where}: {have} {few}; the largest that would do is --batch-size {largest}")
 
 
 def follow_samples(recipe: Recipe, photos: int) -> Recipe:
@@ -146,11 +130,6 @@ def follow_samples(recipe: Recipe, photos: int) -> Recipe:
     counted in epochs follows.
     """
     return _with_epochs(recipe, photos, recipe.train.batch_size, ())[0]
-
-
-def _unit(recipe: Recipe, processes: int) -> int:
-    """What divides a batch; each share of each process has two samples at least."""
-    return processes * recipe.train.accumulate
 
 
 def _lower_batches(photos: int, wanted: int, unit: int) -> Iterator[int]:
@@ -165,7 +144,7 @@ def _lower_batches(photos: int, wanted: int, unit: int) -> Iterator[int]:
 
 
 def _allowed(
-    recipe: Recipe, batches: Collection[int] | Iterator[int], photos: int, given: Collection[str], processes: int
+    recipe: Recipe, batches: Iterable[int], photos: int, given: Collection[str], processes: int
 ) -> Iterator[int]:
     """Those of ``batches`` that the method's numbers go with, changed as far as nobody asked for them."""
     return (batch for batch in batches if _settings(recipe, batch, photos, given, processes).allows(batch))
@@ -178,76 +157,62 @@ def _settings(recipe: Recipe, batch: int, photos: int | None, given: Collection[
     except ValueError as error:  # numbers that go with no batch
         raise FastSSLError(f"{recipe.method}: {error}") from error
     kept = [field.name for field in dataclasses.fields(settings) if is_given(f"{recipe.method}.{field.name}", given)]
-    return dataclasses.replace(scaled, **{name: getattr(settings, name) for name in kept})
+    return replace(scaled, **{name: getattr(settings, name) for name in kept})
 
 
 def _with_settings(recipe: Recipe, settings: MethodConfig) -> Recipe:
     section: dict[str, Any] = {recipe.method: settings}
-    return dataclasses.replace(recipe, **section)
+    return replace(recipe, **section)
 
 
 def _changes(before: Recipe, after: Recipe) -> list[str]:
     """``train.batch_size 128 -> 16``, of all that a batch changes but the rates."""
-    pairs = [(f"{before.method}.{field.name}", field.name) for field in dataclasses.fields(before.settings)]
-    found = [("train.batch_size", before.train.batch_size, after.train.batch_size)]
-    found += [(key, getattr(before.settings, name), getattr(after.settings, name)) for key, name in pairs]
-    return [f"{key} {_number(old)} -> {_number(new)}" for key, old, new in found if old != new]
+    found: list[tuple[str, Any, Any]] = [("train.batch_size", before.train.batch_size, after.train.batch_size)]
+    for name in (field.name for field in dataclasses.fields(before.settings)):
+        found.append((f"{before.method}.{name}", getattr(before.settings, name), getattr(after.settings, name)))
 
+    def shown(value: object) -> str:
+        return f"{value:,}" if isinstance(value, int) else "its own" if value is None else str(value)
 
-def _number(value: object) -> str:
-    return f"{value:,}" if isinstance(value, int) else "its own" if value is None else str(value)
+    return [f"{key} {shown(old)} -> {shown(new)}" for key, old, new in found if old != new]
 
 
 def _with_epochs(recipe: Recipe, photos: int, batch: int, given: Collection[str]) -> tuple[Recipe, list[str]]:
-    """``train.samples`` resolved, and a line if that gave other epochs than the recipe's.
+    """``train.samples`` resolved, and a line if that gave other epochs than the recipe's: what is counted in them keeps
+    its share of the run.
 
     Args:
         batch: with which ``train.samples`` are counted. A batch that was lowered for want of photos makes as many steps
             as this one, not as many samples: ten photos would be seen 18,000 times.
     """
-    train = recipe.train
+    train, optim, settings = recipe.train, recipe.optim, recipe.settings
     if train.samples is None:
         return recipe, []
-    resolved = dataclasses.replace(recipe, train=dataclasses.replace(train, samples=None))
     steps = max(1, photos // train.batch_size)
     epochs = min(max(round(train.samples / batch / steps), FEWEST_EPOCHS), MOST_EPOCHS)
     if epochs == train.epochs:
-        return resolved, []
-    line = (
-        f"{epochs:,} epochs for {counted(photos, 'photo')}: the recipe's {train.epochs:,} are for about "
-        f"{train.samples / train.epochs:,.0f} (--epochs says otherwise)"
+        return replace(recipe, train=replace(train, samples=None)), []
+    factor = epochs / train.epochs
+
+    def whole(key: str, value: float) -> Any:
+        return value if is_given(key, given) else max(1, round(value * factor)) if value else 0
+
+    warmup: float = whole("optim.warmup_epochs", optim.warmup_epochs)
+    if not optim.per_epoch and not is_given("optim.warmup_epochs", given):
+        warmup = round(optim.warmup_epochs * factor, 2)
+    counts = {key: whole(f"{recipe.method}.{key}", getattr(settings, key)) for key in settings.EPOCH_KEYS}
+    every = whole("probe.every_epochs", recipe.probe.every_epochs)
+    stretched = replace(
+        _with_settings(recipe, replace(settings, **counts)),
+        optim=replace(optim, warmup_epochs=float(warmup)),
+        train=replace(train, samples=None, epochs=epochs),
+        probe=replace(recipe.probe, every_epochs=every),
     )
-    return _stretched(resolved, epochs, given), [line]
-
-
-def _stretched(recipe: Recipe, epochs: int, given: Collection[str]) -> Recipe:
-    """The recipe for another number of epochs: what is counted in them keeps its share of the run."""
-    factor = epochs / recipe.train.epochs
-
-    def whole(value: float) -> int:
-        return max(1, round(value * factor)) if value else 0
-
-    warmup = recipe.optim.warmup_epochs
-    if not is_given("optim.warmup_epochs", given):
-        warmup = whole(warmup) if recipe.optim.per_epoch else round(warmup * factor, 2)
-    keys = [key for key in recipe.settings.EPOCH_KEYS if not is_given(f"{recipe.method}.{key}", given)]
-    settings: MethodConfig = recipe.settings
-    settings = dataclasses.replace(settings, **{key: whole(getattr(settings, key)) for key in keys})
-    probes = recipe.probe.every_epochs if is_given("probe.every_epochs", given) else whole(recipe.probe.every_epochs)
-    return dataclasses.replace(
-        _with_settings(recipe, settings),
-        optim=dataclasses.replace(recipe.optim, warmup_epochs=float(warmup)),
-        train=dataclasses.replace(recipe.train, epochs=epochs),
-        probe=dataclasses.replace(recipe.probe, every_epochs=probes),
-    )
+    meant = f"the recipe's {train.epochs:,} are for about {train.samples / train.epochs:,.0f}"
+    return stretched, [f"{epochs:,} epochs for {counted(photos, 'photo')}: {meant} (--epochs says otherwise)"]
 
 
 # ---------------------------------------------------------------- warnings
-
-
-def short_side_of(reader: BetonReader) -> float:
-    """The shorter side of the photos in pixels, the median."""
-    return float(np.median(np.minimum(reader.heights, reader.widths)))
 
 
 def warnings_for(recipe: Recipe, own_arch: str, photos: int, short_side: float) -> list[str]:

@@ -1,10 +1,8 @@
-"""A folder or tar of photos in the place of a ``.beton`` file: converted once, found again as long as the photos stay
-as they are.
+"""A folder or tar of photos in the place of a ``.beton`` file: ``photos/`` becomes ``photos.beton`` beside it, or a
+file in the user's cache folder where that place cannot be written or the name is taken.
 
-``photos/`` becomes ``photos.beton`` beside it, or a file in the user's cache folder where that place cannot be written
-or the name is taken. The side file says what it was made from (``fingerprint``: names, sizes and times of change) and
-that nobody asked for it (``automatic``): such a file is made again when the photos have changed, and no other file is
-ever written over.
+The side file says what it was made from (``fingerprint``: names, sizes and times of change) and that nobody asked for
+it (``automatic``): such a file is made again when the photos have changed, and no other file is ever written over.
 """
 
 from __future__ import annotations
@@ -15,18 +13,18 @@ import io
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from fastssl._version import __version__
 from fastssl.config.recipe import Recipe
-from fastssl.config.recipe_choice import short_side_of
 from fastssl.data.sample_set import default_cache_dir
 from fastssl.errors import FastSSLError, counted, printable
 from fastssl.pipelines.beton.reader import BetonReader
@@ -41,9 +39,6 @@ from fastssl.utils.deadline import Deadline
 _TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 #: Photos whose size is looked at.
 _LOOKED_AT = 64
-#: Stored photos are twice as large as the largest view up to this side, beyond which decoding would cost more than the
-#: sharper views are worth.
-_LARGE_SIDE = 384
 
 
 @dataclass(frozen=True)
@@ -85,7 +80,7 @@ def look_at(path: str | os.PathLike) -> Source:
     path = Path(path)
     if not is_source(path):
         with BetonReader(path) as reader:
-            return Source(path, len(reader), short_side_of(reader))
+            return Source(path, len(reader), float(np.median(np.minimum(reader.heights, reader.widths))))
     deadline = Deadline(path)
     with list_source(path, deadline) as listing:
         some, names = chosen_photos(len(listing), _LOOKED_AT).tolist(), listing.names
@@ -112,7 +107,7 @@ def side_for(recipe: Recipe) -> int:
     not enlarged at all. Never less than the probe's crop needs.
     """
     largest = max(spec.size for spec in recipe.views)
-    return max(min(2 * largest, _LARGE_SIDE), largest, round(recipe.probe.size / recipe.probe.crop))
+    return max(min(2 * largest, 384), largest, round(recipe.probe.size / recipe.probe.crop))
 
 
 def as_beton(
@@ -123,9 +118,8 @@ def as_beton(
     say: Callable[[str], None] = lambda line: None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Path:
-    """The ``.beton`` file of ``source``: itself, or the one that was made of it before, or one that is made now.
-
-    Any number of processes may call this at once: one converts, the others wait and find the file.
+    """The ``.beton`` file of ``source``: itself, or the one that was made of it before, or one that is made now. Any
+    number of processes may call this at once: one converts, the others wait and find the file.
 
     Args:
         short_side: photos whose shorter side is longer are scaled down to it.
@@ -138,28 +132,27 @@ def as_beton(
     """
     if source.fingerprint is None:
         return source.path
+    path = Path(os.path.abspath(source.path))
     options = ConvertOptions(short_side=short_side, workers=workers, automatic=True)
     wanted = {
-        "source": Path(os.path.abspath(source.path)).name,
+        "source": path.name,
         "fingerprint": source.fingerprint,
         "options": options.deciding(),
         "tool": f"fastssl {__version__}",
     }
-    places = (_beside(source.path), _cached(source.path, options))
+    places = _places(path, options)
     for place in places:
         if _holds(place, wanted):
             return _found(source, place, say)
     for place in places:
         with suppress(OSError):
             place.parent.mkdir(parents=True, exist_ok=True)
-        with _alone(place, say) as lock:
-            if not lock:
-                continue
-            if _holds(place, wanted):
+        with _alone(place, say) as alone:
+            if alone and _holds(place, wanted):
                 return _found(source, place, say)
-            if not _may_write(place, wanted):
+            if not alone or not _may_write(place, wanted):
                 continue
-            done = convert(Path(os.path.abspath(source.path)), place, options, progress)
+            done = convert(path, place, options, progress)
         say(_made(source, done, short_side))
         return place
     raise FastSSLError(
@@ -168,32 +161,25 @@ def as_beton(
     )
 
 
-def _beside(path: Path) -> Path:
-    """``photos/`` or ``photos.tar`` -> ``photos.beton`` in the same folder."""
-    path = Path(os.path.abspath(path))
+def _places(path: Path, options: ConvertOptions) -> tuple[Path, Path]:
+    """``photos/`` or ``photos.tar`` -> ``photos.beton`` in the same folder; and in the user's cache folder, one name
+    for each place and way of converting.
+    """
     name = next((path.name[: -len(ending)] for ending in _TARS if path.name.lower().endswith(ending)), path.name)
-    return path.parent / f"{name or 'photos'}.beton"
-
-
-def _cached(path: Path, options: ConvertOptions) -> Path:
-    """In the user's cache folder, one name for each place and way of converting."""
-    what = f"{os.path.abspath(path)} {options.deciding()}".encode("utf-8", "surrogateescape")
-    key = hashlib.sha256(what).hexdigest()[:12]
-    beside = _beside(path)
-    return default_cache_dir() / "photos" / f"{beside.stem}-{key}.beton"
+    key = hashlib.sha256(f"{path} {options.deciding()}".encode("utf-8", "surrogateescape")).hexdigest()[:12]
+    beside = path.parent / f"{name or 'photos'}.beton"
+    return beside, default_cache_dir() / "photos" / f"{beside.stem}-{key}.beton"
 
 
 def _side(place: Path) -> dict[str, Any] | None:
     """The side file, if it is this very file's."""
-    try:
+    with suppress(FastSSLError, OSError):
         side = read_side_file(place)
         if side is not None and isinstance(sums := side.get("crc32"), dict):
             with BetonReader(place) as reader:
                 found = {"bytes": reader.num_bytes, **reader.table_checksums(), "samples": sums.get("samples")}
             if {"bytes": side["bytes"], **sums} == found:
                 return side
-    except (FastSSLError, OSError):
-        pass
     return None
 
 
@@ -255,11 +241,10 @@ def _rejected(count: int, place: Path) -> str:
 
 
 def _made(source: Source, done: ConvertSummary, short_side: int) -> str:
-    photos = counted(done.written, "photo")
     classes = "no labels" if done.classes is None else counted(len(done.classes), "class")
     ignored = f"; {counted(done.ignored, 'other file')} passed over" if done.ignored else ""
     return (
-        f"{source.path}: {photos}, {classes}, now also in {done.path} ({done.bytes / 1e6:,.1f} MB, "
-        f"short side at most {short_side} px), which is used as long as they stay as they are"
+        f"{source.path}: {counted(done.written, 'photo')}, {classes}, now also in {done.path} ({done.bytes / 1e6:,.1f} "
+        f"MB, short side at most {short_side} px), which is used as long as they stay as they are"
         f"{_rejected(done.rejected, done.path)}{ignored}"
     )

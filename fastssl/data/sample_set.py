@@ -1,10 +1,9 @@
 """The sample photos that install with the package: views of eighteen places, made into ``.beton`` files on first use.
 
 The package holds 18 panoramas (CC0, Poly Haven). From each, 200 views are rendered for training and 80 for judging, 64
-px wide, each as if by another camera in another light: exposure, white balance, saturation and contrast are its own, so
-that colours alone do not name a place. Training looks into one half of the compass, judging into the other, and at the
-horizon their fields of view never meet: *recognise a place from a direction that the network has never seen*. The views
-go the way a user's own photos go: written as folders of JPEG files, then through the converter.
+px wide, each as if by another camera in another light, so that colours alone do not name a place. Training looks into
+one half of the compass, judging into the other, and at the horizon their fields of view never meet. The views go the
+way a user's own photos go: written as folders of JPEG files, then through the converter.
 
 The ranges below were chosen by what can be learned: with fields of view of 35 to 60 degrees many views hold a wall or a
 piece of sky alone, and the network ends at 55 % even with labels; with 60 to 90 degrees at 68 % (at contrast 1.5), and
@@ -29,6 +28,9 @@ from PIL import Image
 from fastssl._version import __version__
 from fastssl.data.panorama import Cameras, render
 from fastssl.errors import FastSSLError
+from fastssl.pipelines.beton.reader import BetonReader
+from fastssl.pipelines.convert.conversion import convert
+from fastssl.pipelines.convert.options import ConvertOptions
 
 #: part -> views of each place
 PARTS: dict[str, int] = {"train": 200, "val": 80}
@@ -73,22 +75,21 @@ def draw_cameras(part: str, place: int, count: int | None = None) -> Cameras:
         place: position in :func:`places`.
         count: views; default: as many as the sample set has.
     """
-    count = PARTS[part] if count is None else count
-    words = np.random.default_rng([place, list(PARTS).index(part)]).random((count, 10))
+    shape = PARTS[part] if count is None else count, 10
+    words = np.random.default_rng([place, list(PARTS).index(part)]).random(shape)
 
     def between(column: int, bounds: tuple[float, float]) -> torch.Tensor:
         return torch.from_numpy(bounds[0] + (bounds[1] - bounds[0]) * words[:, column]).float()
 
     field_of_view = between(0, FIELD_OF_VIEW)
-    middle = 90.0 if part == "train" else -90.0
     reach = 90 - MARGIN - field_of_view / 2
     return Cameras(
-        yaw=middle + reach * between(1, (-1.0, 1.0)),
+        yaw=(90.0 if part == "train" else -90.0) + reach * between(1, (-1.0, 1.0)),
         pitch=between(2, PITCH),
         roll=between(3, ROLL),
         field_of_view=field_of_view,
         exposure=between(4, EXPOSURE),
-        white_balance=torch.stack([between(5, WHITE_BALANCE), between(6, WHITE_BALANCE), between(7, WHITE_BALANCE)], 1),
+        white_balance=torch.stack([between(column, WHITE_BALANCE) for column in (5, 6, 7)], 1),
         saturation=between(8, SATURATION),
         contrast=CONTRAST ** between(9, (-1.0, 1.0)),
     )
@@ -115,10 +116,9 @@ def default_cache_dir() -> Path:
 
 
 def ensure_sample_set(cache_dir: Path | None = None) -> SampleSet:
-    """The sample set as ``.beton`` files, converted on first use (a few seconds), found again later.
-
-    Any number of processes may call this at once: each converts into a folder of its own, the first to finish renames
-    it into place, the others use that one. A cached set whose files are damaged or short is made again.
+    """The sample set as ``.beton`` files, converted on first use (a few seconds), found again later. Any number of
+    processes may call this at once: each converts into a folder of its own, the first to finish renames it into place,
+    the others use that one. A cached set whose files are damaged or short is made again.
 
     Args:
         cache_dir: default :func:`default_cache_dir`. If it cannot be written, a temporary folder is used and a
@@ -142,20 +142,16 @@ def ensure_sample_set(cache_dir: Path | None = None) -> SampleSet:
         return SampleSet(final / "train.beton", final / "val.beton")
     try:
         _build(building)
-        try:
-            building.rename(final)
-        except OSError:
+        for _ in range(2):
             # A folder that is not empty is never replaced by a rename: somebody was first, or it is a damaged one.
-            if _verified(final) is None:
-                shutil.rmtree(final, ignore_errors=True)
-                with suppress(OSError):  # somebody was quicker here
-                    building.rename(final)
+            with suppress(OSError):
+                building.rename(final)
+            if (found := _verified(final)) is not None:
+                return found
+            shutil.rmtree(final, ignore_errors=True)
     finally:
         shutil.rmtree(building, ignore_errors=True)
-    found = _verified(final)
-    if found is None:
-        raise FastSSLError(f"{final}: the converted sample set does not verify; delete this folder and try again")
-    return found
+    raise FastSSLError(f"{final}: the converted sample set does not verify; delete this folder and try again")
 
 
 def _fingerprint() -> str:
@@ -169,26 +165,19 @@ def _fingerprint() -> str:
 
 def _verified(folder: Path) -> SampleSet | None:
     """The set in ``folder`` if both files are whole and have the number of samples they should have."""
-    from fastssl.pipelines.beton.reader import BetonReader
-
-    for part, per_place in PARTS.items():
-        path = folder / f"{part}.beton"
-        if not path.is_file():
-            return None
-        try:
+    found = SampleSet(folder / "train.beton", folder / "val.beton")
+    try:
+        for path, per_place in zip((found.train, found.val), PARTS.values()):
             with BetonReader(path) as reader:
                 if len(reader) != per_place * len(places()) or reader.classes != places():
                     return None
-        except FastSSLError:
-            return None
-    return SampleSet(folder / "train.beton", folder / "val.beton")
+    except FastSSLError:
+        return None
+    return found
 
 
 def _build(folder: Path) -> None:
     """Render the views, write them as JPEG files and convert them, both parts, into ``folder``."""
-    from fastssl.pipelines.convert.conversion import convert
-    from fastssl.pipelines.convert.options import ConvertOptions
-
     for part in PARTS:
         # Beside the result and not in /tmp: one disk, one clean-up when the caller removes the folder.
         with tempfile.TemporaryDirectory(prefix="views-", dir=folder) as views:

@@ -65,6 +65,10 @@ def line_chart(
         return None
     with matplotlib.rc_context(_STYLE | {"svg.hashsalt": title}):  # so that no two charts of a page share an id
         axes = _axes()
+        for artist in (*axes.lines, *axes.texts):  # of the chart before
+            artist.remove()
+        axes.relim()
+        axes.autoscale()
         for number in names:
             points = lines[number]
             whole = np.isfinite(points[:, 1])
@@ -91,7 +95,8 @@ def line_chart(
 
 
 @cache
-def _new_axes() -> Axes:
+def _axes() -> Axes:
+    """The same for all charts: new ones would take as long as all that is drawn in them."""
     figure = Figure((WIDTH / 72, HEIGHT / 72), dpi=72, frameon=False)  # a point is a unit of the drawing
     axes = figure.add_axes((56 / WIDTH, 44 / HEIGHT, (WIDTH - 72) / WIDTH, (HEIGHT - 58) / HEIGHT))
     axes.spines[["left", "top", "right"]].set_visible(False)
@@ -100,16 +105,6 @@ def _new_axes() -> Axes:
         axis.set_major_locator(MaxNLocator(7, steps=[1, 2, 5, 10]))
         axis.set_major_formatter(lambda value, _: f"{value + 0.0:,g}")  # + 0: never -0
         axis.set_label_coords(*place)
-    return axes
-
-
-def _axes() -> Axes:
-    """Empty ones. Not new ones: these would take as long as all that is drawn in them."""
-    axes = _new_axes()
-    for artist in (*axes.lines, *axes.texts):
-        artist.remove()
-    axes.relim()
-    axes.autoscale()
     return axes
 
 

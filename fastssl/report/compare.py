@@ -1,6 +1,4 @@
-"""Several evaluations side by side: a table for each set of photos, a row for each network, a column for each kind of
-figure.
-"""
+"""Several evaluations side by side: a table a set of photos, a row a network, a column a kind of figure."""
 
 from __future__ import annotations
 
@@ -38,22 +36,18 @@ def figures(record: Record) -> dict[str, str]:
     for name, values in found.items():
         if not all(map(math.isfinite, values)):
             raise ValueError(f"{name} is no finite number")
-    return {
-        name: ("{:.1f} ({:.1f} to {:.1f})" if values[1:] else "{:.1f}").format(*values)
-        for name, values in found.items()
-    }
+    forms = {1: "{:.1f}", 3: "{:.1f} ({:.1f} to {:.1f})"}
+    return {name: forms[len(values)].format(*values) for name, values in found.items()}
 
 
 def _accuracy_name(record: Record) -> str:
-    match record["evaluation"]:
-        case "knn":
-            return f"kNN, k {record['k']}, T {record['temperature']:g}"
-        case "knn_leave_one_out":
-            return f"leave-one-out kNN, k {record['k']}, T {record['temperature']:g}"
-        case "linear":
-            # What is not as published makes another figure of it.
-            changed = "; ".join(f"{_word(name)} {record[name]}" for name in record.get("changed", ()))
-            return f"linear probe, {record['protocol']}" + (f", but {changed}" if changed else "")
+    kind = record["evaluation"]
+    if kind.startswith("knn"):
+        among = "leave-one-out " * (kind == "knn_leave_one_out")
+        return f"{among}kNN, k {record['k']}, T {record['temperature']:g}"
+    if kind == "linear":  # what is not as published makes another figure of it
+        changed = "; ".join(f"{_word(name)} {record[name]}" for name in record.get("changed", ()))
+        return f"linear probe, {record['protocol']}" + (f", but {changed}" if changed else "")
     share = "all labels" if record["labels"] == 1 else f"{100 * record['labels']:.3g} % of the labels"
     head = ", half of the DINO head" if record["head"] == "dino" else ""
     epochs = counted(record["epochs"], "epoch")
@@ -78,23 +72,20 @@ def read_evaluations(paths: Iterable[str | Path]) -> list[Record]:
         FastSSLError: something is no such record; the message names file and line, or the record's number.
         OSError: a file cannot be read.
     """
-    expected = "records of `fastssl evaluate ... --json FILE`"
-    found = [_record(value, where) for path in paths for where, value in read_json_records(path, expected)]
+    expected, found = "records of `fastssl evaluate ... --json FILE`", []
+    for where, record in (place for path in paths for place in read_json_records(path, expected)):
+        if not isinstance(record, dict) or record.get("evaluation") not in KINDS:
+            raise FastSSLError(f"{where}: not a record of an evaluation ({', '.join(KINDS)})")
+        try:
+            figures(record), _network(record), _photos(record), _machine(record)
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            raise FastSSLError(
+                f"{where}: the record lacks a value or holds one of another kind ({type(error).__name__}: {error})"
+            ) from error
+        found.append(record)
     if not found:
         raise FastSSLError("no evaluations in these files; `fastssl evaluate ... --json FILE` writes them")
     return found
-
-
-def _record(record: Any, where: str) -> Record:
-    if not isinstance(record, dict) or record.get("evaluation") not in KINDS:
-        raise FastSSLError(f"{where}: not a record of an evaluation ({', '.join(KINDS)})")
-    try:
-        figures(record), _network(record), _photos(record), _machine(record)
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise FastSSLError(
-            f"{where}: the record lacks a value or holds one of another kind ({type(error).__name__}: {error})"
-        ) from error
-    return record
 
 
 def comparison(records: Sequence[Record]) -> list[Block]:
@@ -104,7 +95,14 @@ def comparison(records: Sequence[Record]) -> list[Block]:
     """
     blocks: list[Block] = [Heading("Evaluations", 1)]
     tables: dict[str, dict[tuple[str, str, str], dict[str, str]]] = {}
-    differing, replaced = _differing(records), 0
+    named: dict[str, list[Record]] = {}
+    for record, name in ((record, name) for record in records for name in figures(record)):
+        named.setdefault(name, []).append(record)
+    differing = {
+        name: [key for key in SETTINGS if len({json.dumps(record.get(key)) for record in members}) > 1]
+        for name, members in named.items()
+    }
+    replaced = 0
     for record in records:
         cells = tables.setdefault(_photos(record), {}).setdefault(_network(record), {})
         for name, figure in figures(record).items():
@@ -117,8 +115,8 @@ def comparison(records: Sequence[Record]) -> list[Block]:
         lines = []
         for (file, network, weights), cells in networks.items():
             # Two files of one name may hold different weights.
-            named = f"{file} [{weights or 'weights unknown'}]" if called[file, network] > 1 else file
-            lines.append([named, network, *(cells.get(name, "") for name in columns)])
+            which = f" [{weights or 'weights unknown'}]" if called[file, network] > 1 else ""
+            lines.append([file + which, network, *(cells.get(name, "") for name in columns)])
         blocks.append(Heading(photos))
         blocks.append(Table(["checkpoint", "network", *columns], lines, [False, False] + [True] * len(columns)))
     blocks += [Heading("How"), Paragraph(_HOW)]
@@ -128,22 +126,8 @@ def comparison(records: Sequence[Record]) -> list[Block]:
     return blocks + [Paragraph(text, quiet=True) for text in dict.fromkeys(map(_machine, records))]
 
 
-def _differing(records: Sequence[Record]) -> dict[str, list[str]]:
-    """For each name of a figure the settings in which its records differ."""
-    seen: dict[str, list[Record]] = {}
-    for record in records:
-        for name in figures(record):
-            seen.setdefault(name, []).append(record)
-    return {
-        name: [key for key in SETTINGS if len({json.dumps(record.get(key)) for record in members}) > 1]
-        for name, members in seen.items()
-    }
-
-
 def _word(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:g}"
-    return str(value).replace("_", " ")
+    return f"{value:g}" if isinstance(value, float) else str(value).replace("_", " ")
 
 
 def write_comparison(records: Sequence[Record], out: str | Path) -> list[Path]:
@@ -151,10 +135,10 @@ def write_comparison(records: Sequence[Record], out: str | Path) -> list[Path]:
     folder, blocks = Path(out), comparison(records)
     folder.mkdir(parents=True, exist_ok=True)
     pages = {"md": to_markdown(blocks), "html": to_html("Evaluations", blocks)}
-    paths = [folder / f"evaluations.{ending}" for ending in pages]
-    for path, text in zip(paths, pages.values()):
-        write_atomically(path, partial(Path.write_text, data=text, encoding="utf-8", errors="backslashreplace"))
-    return paths
+    for ending, text in pages.items():
+        write = partial(Path.write_text, data=text, encoding="utf-8", errors="backslashreplace")
+        write_atomically(folder / f"evaluations.{ending}", write)
+    return [folder / f"evaluations.{ending}" for ending in pages]
 
 
 def _network(record: Record) -> tuple[str, str, str]:

@@ -1,13 +1,45 @@
-"""A short document of headings, sentences, tables and pictures, written once and rendered as markdown and as one html
-page.
+"""Pages from the templates beside this file: self-contained, no script, no network; every value is escaped. And a short
+document of headings, sentences, tables and pictures, written once and rendered as markdown and as such a page.
 """
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
 
-from fastssl.report.render import render_template
+import jinja2
+
+from fastssl.errors import counted
+from fastssl.report.run_record import get, number
+
+
+@cache
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters |= {
+        "base64": lambda content: base64.b64encode(content).decode("ascii"),
+        "counted": counted,
+        "get": get,
+        "number": number,
+        "sentence": lambda text: f"{str(text).rstrip().rstrip('.')}.",
+        "thousands": lambda value: f"{value:,}" if isinstance(value, int) else value,
+    }
+    return environment
+
+
+def render_template(name: str, **values: Any) -> str:
+    """``templates/NAME`` with ``values``; what is not ``markupsafe.Markup`` is text."""
+    return _environment().get_template(name).render(**values)
 
 
 @dataclass(frozen=True)
@@ -99,12 +131,12 @@ def table_markdown(table: Table) -> str:
 def _markdown_cell(cell: str | Code) -> str:
     if isinstance(cell, str):
         return escape_markdown(cell)
-    # Between backticks nothing is markup but another backtick and, in a table, the bar.
-    plain = (" ".join(line.replace("|", "\\|").split()) for line in cell.lines)
-    return "<br>".join(
-        f"<code>{escape_markdown(line)}</code>" if "`" in line else f"`{words}`"
-        for line, words in zip(cell.lines, plain)
-    )
+
+    def code(line: str) -> str:  # between backticks nothing is markup but a backtick and, in a table, the bar
+        plain = " ".join(line.replace("|", "\\|").split())
+        return f"<code>{escape_markdown(line)}</code>" if "`" in line else f"`{plain}`"
+
+    return "<br>".join(map(code, cell.lines))
 
 
 def to_html(title: str, blocks: Sequence[Block]) -> str:

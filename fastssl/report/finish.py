@@ -14,11 +14,9 @@ from fastssl.evaluate.batchnorm import has_batchnorm, reestimated
 from fastssl.evaluate.features import Features
 from fastssl.evaluate.online_probe import ProbeSplit, choose_split, probe_features
 from fastssl.evaluate.references import colour_histogram_features, raw_pixel_features
-from fastssl.report.marks import COLOURS, MAJORITY, RANDOM, TRAINED
-from fastssl.report.marks import RAW as RAW_PIXELS
 from fastssl.report.page import write_report
 from fastssl.report.pictures import neighbours_picture, views_picture
-from fastssl.report.run_record import number
+from fastssl.report.run_record import COLOURS, MAJORITY, RANDOM, RAW, TRAINED, number
 from fastssl.report.verdict import Evidence, judge
 from fastssl.training.bottleneck import WORTH, bottleneck, smaller_side
 from fastssl.training.step import initial_backbone
@@ -29,12 +27,8 @@ from fastssl.utils.versions import describe_host, describe_versions
 if TYPE_CHECKING:
     from fastssl.training.trainer import TrainResult
 
-RAW = f"{RAW_PIXELS} (16x16)"
 TEACHER = "its teacher"
 REESTIMATED = ", BatchNorm statistics of centre crops"
-
-#: Photos whose features say whether the network has collapsed.
-_FEW = 2000
 
 
 def finish_run(run: TrainResult, started: float) -> dict[str, Any]:
@@ -49,7 +43,11 @@ def finish_run(run: TrainResult, started: float) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     if split.labelled:
         rows = [*_majority(split), *(probe_features(name, *parts, True) for name, parts in features.items())]
-    collapse = _collapse_figures(features[TRAINED])
+    # Of some photos, evenly from all: whether the network has collapsed.
+    some = torch.cat([part.features for part in features[TRAINED]])
+    some = some[:: -(-len(some) // 2000)]
+    collapse = {"feature_std": float(monitor.feature_std(some)), "effective_rank": float(monitor.effective_rank(some))}
+    collapse["photos"] = len(some)
     evidence = Evidence(
         rows=rows if split.can_judge else [],
         judged=len(split.query_index),
@@ -59,16 +57,13 @@ def finish_run(run: TrainResult, started: float) -> dict[str, Any]:
         online_judged=run.online_judged,
         features=collapse,
     )
+    options, classes = run.options, run.reader.classes
+    data = {"name": options.data.name, "samples": len(run.reader), "classes": len(classes) if classes else None}
     summary = {
-        "command": run.options.command,
+        "command": options.command,
         "arch": run.arch,
-        "recipe": run.options.recipe_name,
-        "data": {
-            "name": run.options.data.name,
-            "samples": len(run.reader),
-            "classes": len(run.reader.classes) if run.reader.classes else None,
-            "val_name": run.options.val.name if run.options.val else None,
-        },
+        "recipe": options.recipe_name,
+        "data": {**data, "val_name": options.val.name if options.val else None},
         "device": run.device.type,
         "fallbacks": run.fallbacks,
         "host": describe_host(),
@@ -92,11 +87,11 @@ def finish_run(run: TrainResult, started: float) -> dict[str, Any]:
         "passed_over_steps": run.position.passed_over,
     }
     text = to_json(summary, indent=2) + "\n"
-    write_atomically(run.options.out / "summary.json", lambda path: path.write_text(text))
-    views_picture(run.reader, run.recipe.views, run.options.out / "views.png", seed=run.options.seed)
+    write_atomically(options.out / "summary.json", lambda path: path.write_text(text))
+    views_picture(run.reader, run.recipe.views, options.out / "views.png", seed=options.seed)
     before, after = (_without_holes(features[name]) for name in (RANDOM, TRAINED))
-    neighbours_picture(split, before=before, after=after, out=run.options.out / "neighbours.png")
-    write_report(run.options.out)
+    neighbours_picture(split, before=before, after=after, out=options.out / "neighbours.png")
+    write_report(options.out)
     return summary
 
 
@@ -106,30 +101,22 @@ def _rows(run: TrainResult, kind: str) -> list[dict[str, Any]]:
 
 def _all_features(run: TrainResult, split: ProbeSplit) -> dict[str, tuple[Features, Features]]:
     """(bank, queries) of raw pixels and colours, of the network as it was before the first step, of the trained one,
-    and of the forms of it that the recipe names."""
+    and of the forms of it that the recipe names.
+    """
     options, probe = run.extraction, run.recipe.probe
     shared = {name: options[name] for name in ("workers", "crop", "on_bad")}
-    found = {
-        name: (
-            function(split.bank, indices=split.bank_index, **shared),
-            function(split.queries, indices=split.query_index, **shared),
-        )
-        for name, function in ((RAW, raw_pixel_features), (COLOURS, colour_histogram_features))
-    }
+    parts = (split.bank, split.bank_index), (split.queries, split.query_index)
+    found: dict[str, tuple[Features, Features]] = {}
+    for name, function in ((f"{RAW} (16x16)", raw_pixel_features), (COLOURS, colour_histogram_features)):
+        bank, queries = (function(reader, indices=index, **shared) for reader, index in parts)
+        found[name] = bank, queries
     networks = {RANDOM: initial_backbone(run.recipe, run.options.seed).to(run.device), TRAINED: run.backbone}
     if probe.teacher and run.teacher is not None:
         networks[TEACHER] = run.teacher.backbone
     if probe.reestimate_bn and has_batchnorm(run.backbone):
-        for name in (TRAINED, TEACHER):
-            if name in networks:
-                networks[name + REESTIMATED] = reestimated(
-                    networks[name],
-                    run.reader,
-                    samples=probe.reestimate_bn,
-                    size=probe.size,
-                    seed=run.options.seed,
-                    **options,
-                )
+        views = {"samples": probe.reestimate_bn, "size": probe.size, "seed": run.options.seed}
+        for name in (name for name in (TRAINED, TEACHER) if name in networks):
+            networks[name + REESTIMATED] = reestimated(networks[name], run.reader, **views, **options)
     return found | {name: split.features(network, probe.size, **options) for name, network in networks.items()}
 
 
@@ -179,16 +166,12 @@ def _probe_note(split: ProbeSplit) -> str:
     where = split.queries.path.name
     if split.held_out and split.seen:
         where = "a held-out fifth of the probed photos (pre-training saw them too, without labels)"
-    elif split.held_out:
-        where = f"a held-out fifth of {where}, which pre-training never saw"
-    elif split.can_judge:
-        where += ", which pre-training never saw"
+    elif split.can_judge or split.held_out:
+        where = f"{'a held-out fifth of ' * split.held_out}{where}, which pre-training never saw"
     else:
         where += ", the very photos it was fitted on: these figures say nothing"
-    return (
-        "kNN (k 20, T 0.07) and the fast linear probe (logistic regression on cached centre-crop features), "
-        f"judged on {where}"
-    )
+    probes = "kNN (k 20, T 0.07) and the fast linear probe (logistic regression on cached centre-crop features)"
+    return f"{probes}, judged on {where}"
 
 
 def _share(run: TrainResult) -> dict[str, Any] | None:
@@ -202,8 +185,9 @@ def _share(run: TrainResult) -> dict[str, Any] | None:
 
 
 def _majority(split: ProbeSplit) -> list[dict[str, Any]]:
-    """What a constant answer gets, the bank's most frequent class; where that class is half as large again as it
-    would be if all were equal, or more."""
+    """What a constant answer gets, the bank's most frequent class; where that is half as large again as it would be if
+    all were equal, or more.
+    """
     assert split.bank.labels is not None and split.queries.labels is not None  # the split is labelled
     known, counts = np.unique(split.bank.labels[split.bank_index], return_counts=True)
     if counts.max() * len(known) < 1.5 * counts.sum():
@@ -217,14 +201,3 @@ def _without_holes(parts: tuple[Features, Features]) -> tuple[Features, Features
     """For the pictures: numbers that are not finite are 0."""
     bank, queries = (replace(part, features=part.features.nan_to_num(posinf=0.0, neginf=0.0)) for part in parts)
     return bank, queries
-
-
-def _collapse_figures(trained: tuple[Features, Features]) -> dict[str, float]:
-    """Spread and effective rank of the features of some photos, evenly from all, and of how many."""
-    everything = torch.cat([part.features for part in trained])
-    some = everything[:: -(-len(everything) // _FEW)]
-    return {
-        "feature_std": float(monitor.feature_std(some)),
-        "effective_rank": float(monitor.effective_rank(some)),
-        "photos": len(some),
-    }

@@ -8,10 +8,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fastssl.report.marks import COLOURS, MARKS, RANDOM, RAW, TRAINED
-from fastssl.report.render import render_template
-from fastssl.report.run_record import LONGEST, RunRecord, get, number, probe_rows, read_run
-from fastssl.report.words import duration
+from fastssl.errors import duration
+from fastssl.report.document import render_template
+from fastssl.report.run_record import (
+    COLOURS,
+    LONGEST,
+    MARKS,
+    RANDOM,
+    RAW,
+    TRAINED,
+    RunRecord,
+    get,
+    number,
+    probe_rows,
+    read_run,
+)
 from fastssl.utils.atomic_files import write_atomically
 from fastssl.utils.plain_file import read_plain
 
@@ -29,9 +40,8 @@ _ARCH_NAMES = {
 
 
 def write_report(run_dir: str | Path) -> Path:
-    """Write ``run_dir/report.html`` from what the run has left so far, and return its path.
-
-    The page is written to a temporary name and renamed. Raises as :func:`read_run`.
+    """Write ``run_dir/report.html``, whole, from what the run has left so far, and return its path. Raises as
+    :func:`read_run`.
     """
     run = read_run(run_dir)
     path = run.folder / "report.html"
@@ -42,27 +52,27 @@ def write_report(run_dir: str | Path) -> Path:
 
 def render(run: RunRecord) -> str:
     """The whole page as html."""
+    name = get(run.summary, "data", "name") or run.config.get("data") or "photos"
+    data = Path(str(name.get("name", "photos") if isinstance(name, dict) else name)).name
     return render_template(
         "run.html.j2",
         run=run,
         summary=run.summary,
-        title=f"{_arch(run)} on {_data_name(run)}",
+        title=f"{_arch(run)} on {data}",
         headline=headline(run),
         facts=_facts(run),
         marks=_marks(run),
         curves=_curves(run),
+        rates=_rates(run),
         not_finite=sum(number(row.get("loss")) is None for row in run.steps),
         views=_picture(run, "views.png"),
         neighbours=_picture(run, "neighbours.png"),
-        rates=_rates(run),
-        machine=run.summary.get("host") or run.config.get("host"),
-        versions=run.summary.get("versions") or run.config.get("versions"),
     )
 
 
 def headline(run: RunRecord) -> str:
     """The result in one or two plain sentences, without markup: good or bad, as it is."""
-    arch, marked = _arch(run), probe_rows(run)[0]
+    arch, marked = _arch(run), _rows(run)[0]
     if not run.summary:
         if not run.steps:
             return f"{arch}: this run has not logged a step yet."
@@ -82,6 +92,10 @@ def headline(run: RunRecord) -> str:
     return f"{done}. There are no probe figures: {reason.rstrip('. ')}."
 
 
+def _rows(run: RunRecord) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
+    return probe_rows(get(run.summary, "probe", "rows"))
+
+
 def _facts(run: RunRecord) -> dict[str, Any]:
     train_s, total_s = (number(run.summary.get(key)) for key in ("train_seconds", "total_seconds"))
     return {
@@ -97,31 +111,27 @@ def _facts(run: RunRecord) -> dict[str, Any]:
 
 def _marks(run: RunRecord) -> list[tuple[bool, Any, list[tuple[str, str]]]]:
     """A row for each mark, for the trained network and for its other forms; none without figures: (whether it is the
-    trained network's, row of the summary, what stands against it)."""
-    marked, others = probe_rows(run)
-    rows = [(mark, marked[mark]) for mark in (*MARKS, TRAINED) if mark in marked]
-    found = [(mark == TRAINED, row, _against(run, mark, marked.get(TRAINED), row)) for mark, row in rows]
-    return [*found, *((False, row, []) for row in others)] if found else []
-
-
-def _against(run: RunRecord, mark: str, trained: Any, row: Any) -> list[tuple[str, str]]:
-    """How far the trained network is above or below a mark, for each kind: (better, worse or level, as the verdict has
-    it; words)."""
+    trained network's, row of the summary, how far the trained network is above or below it: (better, worse or level, as
+    the verdict has it; words)).
+    """
+    marked, others = _rows(run)
     found = []
-    for kind, words in (("knn", "kNN"), ("linear", "linear")):
-        ours, theirs = number(get(trained, kind)), number(get(row, kind))
-        low, high = (number(get(run.summary, "verdict", "against", mark, kind, end)) for end in ("low", "high"))
-        if mark != TRAINED and ours is not None and theirs is not None:
-            word = "" if low is None or high is None else "better" if low > 0 else "worse" if high < 0 else "level"
-            found.append((word, f"{words} {ours - theirs:+.1f}"))
-    return found
+    for mark in (mark for mark in (*MARKS, TRAINED) if mark in marked):
+        against = []
+        for kind, words in (("knn", "kNN"), ("linear", "linear")) if mark != TRAINED else ():
+            ours, theirs = (number(get(marked, name, kind)) for name in (TRAINED, mark))
+            low, high = (number(get(run.summary, "verdict", "against", mark, kind, end)) for end in ("low", "high"))
+            if ours is not None and theirs is not None:
+                word = "" if low is None or high is None else "better" if low > 0 else "worse" if high < 0 else "level"
+                against.append((word, f"{words} {ours - theirs:+.1f}"))
+        found.append((mark == TRAINED, marked[mark], against))
+    return [*found, *((False, row, []) for row in others)] if found else []
 
 
 def _curves(run: RunRecord) -> list[tuple]:
     step, probe = partial(_points, run.steps), partial(_points, run.probes)
-    # The probes at the end use more photos than those in between, so the reference lines are a guide, not a finish
-    # line.
-    figures = {name: number(get(probe_rows(run)[0], name, "knn")) for name in (RAW, COLOURS, RANDOM)}
+    # The probes at the end use more photos than those in between: the dashed lines are a guide, not a finish line.
+    figures = {name: number(get(_rows(run)[0], name, "knn")) for name in (RAW, COLOURS, RANDOM)}
     marks = {name: value for name, value in figures.items() if value is not None}
     knn = "Online kNN accuracy" + " (dashed: the final probe's marks)" * bool(marks)
     spread = {"features": probe("feature_std"), "embedding": step("embedding_std")}
@@ -168,8 +178,3 @@ def _picture(run: RunRecord, name: str) -> bytes:
 def _arch(run: RunRecord) -> str:
     name = str(run.summary.get("arch") or run.config.get("arch") or "network")
     return _ARCH_NAMES.get(name.removesuffix("_100").removesuffix("_patch16_224"), name)
-
-
-def _data_name(run: RunRecord) -> str:
-    name = get(run.summary, "data", "name") or run.config.get("data") or "photos"
-    return Path(str(name.get("name", "photos") if isinstance(name, dict) else name)).name

@@ -45,9 +45,8 @@ def views_picture(
     pipelines: Sequence[str] = ("auto",),
     notice: Callable[[str], None] | None = None,
 ) -> Image.Image:
-    """Draw photos as they are stored and, side by side, the views that training makes of them.
-
-    The views are the very ones that a run with this ``seed`` shows in this ``epoch``: they come from the loader.
+    """Draw photos as they are stored and, side by side, the very views that a run with this ``seed`` makes of them in
+    this ``epoch``.
 
     Args:
         data: a ``.beton`` file or an open reader.
@@ -117,12 +116,11 @@ def neighbours_picture(
     """Draw query photos with their nearest photos (cosine) by two networks, one row each.
 
     Args:
-        split: the photos: ``split.bank`` and ``split.queries`` are the open files that the features came from.
+        split: its ``bank`` and ``queries`` are the open files that the features came from.
         before, after: (bank, queries) features of the random and of the trained network. Rows are paired by sample
             id; photos that one of them lacks are left out.
         out: where to write the PNG; None: only return the picture.
-        queries: number of query photos, spread over the classes (the file when there are none); the choice depends on
-            nothing but the data.
+        queries: number of query photos, spread over the classes (the file when there are none).
         neighbours: photos in a row.
         tile: side of a drawn neighbour in pixels.
 
@@ -217,13 +215,11 @@ def _photo(reader: BetonReader, sample: int, side: int) -> Image.Image:
     """The whole photo, fitted into a square and centred; a damaged one becomes a grey square that says so."""
     square = Image.new("RGB", (side, side), "#f2f4f7")
     try:
-        photo = Image.fromarray(reader.decode(sample))
+        photo = _scaled(Image.fromarray(reader.decode(sample)), side)
+        square.paste(photo, ((side - photo.width) // 2, (side - photo.height) // 2))
     except JpegError:
         middle, font = (side / 2, side / 2), ImageFont.load_default(12)
         ImageDraw.Draw(square).text(middle, "damaged", fill=_QUIET, font=font, anchor="mm")
-        return square
-    photo = _scaled(photo, side)
-    square.paste(photo, ((side - photo.width) // 2, (side - photo.height) // 2))
     return square
 
 
@@ -252,9 +248,7 @@ def _text(
 def _draw_views(
     reader: BetonReader, rows: list[int], columns: list[tuple[str, str, np.ndarray]], tile: int
 ) -> Image.Image:
-    """A block for each photo: as stored, then its views. Narrow blocks stand side by side, so that the picture is wide,
-    not tall.
-    """
+    """A block for each photo: as stored, then its views. Narrow blocks stand side by side."""
     gap, head, caption = 8, 40, 18
     block = (1 + len(columns)) * (tile + gap)  # the photo stands apart from its views
     across = next(n for n in (3, 2, 1) if n == 1 or (n * (1 + len(columns)) <= 9 and n <= len(rows)))
@@ -263,16 +257,16 @@ def _draw_views(
     picture = Image.new("RGB", (width, 2 * _MARGIN + head + down * (tile + caption + gap) - gap), _PAPER)
     for number, sample in enumerate(rows):
         top = _MARGIN + head + (number // across) * (tile + caption + gap)
+        label = -1 if reader.labels is None else int(reader.labels[sample])
+        words = f"{_class_name(reader, label, f'photo {sample}')}, {reader.widths[sample]}x{reader.heights[sample]}"
         for place, (title, note, pixels) in enumerate([("as stored", "the whole photo", None), *columns]):
             left = _MARGIN + (number % across) * (block + 2 * _MARGIN) + place * (tile + gap) + gap * (place > 0)
             if number < across:
                 _text(picture, (left, _MARGIN), title, 13, _INK, tile)
                 _text(picture, (left, _MARGIN + 17), note, 11, _QUIET, tile)
-            if pixels is not None:
+            if pixels is None:
+                picture.paste(_photo(reader, sample, tile), (left, top))
+                _text(picture, (left, top + tile + 3), words, 11, _QUIET, tile)
+            else:
                 picture.paste(_scaled(Image.fromarray(pixels[number]), tile), (left, top))
-                continue
-            picture.paste(_photo(reader, sample, tile), (left, top))
-            label = -1 if reader.labels is None else int(reader.labels[sample])
-            words = f"{_class_name(reader, label, f'photo {sample}')}, {reader.widths[sample]}x{reader.heights[sample]}"
-            _text(picture, (left, top + tile + 3), words, 11, _QUIET, tile)
     return picture

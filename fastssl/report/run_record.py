@@ -9,12 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from fastssl.errors import FastSSLError
-from fastssl.report.marks import MARKS, TRAINED, mark_of
 from fastssl.utils.plain_file import read_plain
 from fastssl.utils.yaml_file import MAX_BYTES, parse_yaml
 
 #: Bytes of a run's other files: a line of metrics has 300, and comes once in many steps.
 LONGEST = 256 << 20
+
+#: Names of the rows that a run is judged by: the trained network, and what it has to beat, in the table's order.
+RAW, COLOURS, MAJORITY = "raw pixels", "colour histogram", "most frequent class"
+RANDOM, TRAINED = "random initialisation", "after pre-training"
+MARKS = (MAJORITY, RAW, COLOURS, RANDOM)
 
 
 @dataclass(frozen=True)
@@ -70,13 +74,14 @@ def read_run(folder: str | Path) -> RunRecord:
     return RunRecord(folder, summary, config, config_text, steps, probes, unreadable=len(lines) - len(rows))
 
 
-def probe_rows(run: RunRecord) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
-    """The table's rows by mark (``MARKS`` and ``TRAINED``), those that are there; and the rows of the trained network's
-    other forms: its teacher, re-estimated BatchNorm statistics."""
+def probe_rows(rows: Any) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
+    """Of a summary's ``probe.rows`` those by mark (``MARKS`` and ``TRAINED``) that are there; and those of the trained
+    network's other forms: its teacher, re-estimated BatchNorm statistics.
+    """
     marked, others = {}, []
-    rows = get(run.summary, "probe", "rows")
-    for row in rows if isinstance(rows, list) else []:
-        mark = mark_of(str(get(row, "name")))
+    for row in rows if isinstance(rows, (list, tuple)) else []:
+        name = str(get(row, "name"))
+        mark = RAW if name.startswith(RAW) else name  # behind raw pixels stands their size
         if mark in (*MARKS, TRAINED):
             marked[mark] = row
         else:

@@ -1,9 +1,8 @@
-"""What came of a run, in words: learned, still learning, collapsed, no better than random.
+"""What came of a run, in words: pure functions of what ``summary.json`` and ``metrics.jsonl`` hold.
 
-Pure functions of what ``summary.json`` and ``metrics.jsonl`` hold. A difference counts where it is larger than the
-chance of the judging set: the 95 % interval of a difference of two shares, from their Wilson intervals (Newcombe,
-Statistics in Medicine 17, 1998, method 10). It takes the two for independent; here they are of the same photos, which
-makes it careful.
+A difference counts where it is larger than the chance of the judging set: the 95 % interval of a difference of two
+shares, from their Wilson intervals (Newcombe, Statistics in Medicine 17, 1998, method 10). It takes the two for
+independent; here they are of the same photos, which makes it careful.
 """
 
 from __future__ import annotations
@@ -17,8 +16,7 @@ import numpy as np
 
 from fastssl.errors import counted
 from fastssl.evaluate.features import wilson_interval
-from fastssl.report.marks import MARKS, RANDOM, RAW, TRAINED, mark_of
-from fastssl.report.run_record import number
+from fastssl.report.run_record import MARKS, RANDOM, RAW, TRAINED, number, probe_rows
 
 LEARNED, STILL_LEARNING, IN_PART = "learned", "still learning", "learned in part"
 COLLAPSED, NO_BETTER, NOT_JUDGED = "collapsed", "no better than random", "not judged"
@@ -142,16 +140,15 @@ def difference(trained: float, mark: float, judged: int) -> Difference:
 
 def compare(rows: Sequence[Mapping[str, Any]], judged: int) -> dict[str, dict[str, Difference]]:
     """mark -> ``knn`` and ``linear`` -> difference, of what was measured."""
-    found = {mark_of(str(row.get("name", ""))): row for row in rows}
-    trained, against = found.get(TRAINED, {}), {}
-    for mark in MARKS:
-        if mark in found and judged:
-            kinds = {}
-            for kind in ("knn", "linear"):
-                ours, theirs = number(trained.get(kind)), number(found[mark].get(kind))
-                if ours is not None and theirs is not None:
-                    kinds[kind] = difference(ours, theirs, judged)
-            against.update({mark: kinds} if kinds else {})
+    found, against = probe_rows(rows)[0], {}
+    for mark in MARKS if judged else ():
+        kinds = {}
+        for kind in ("knn", "linear"):
+            ours, theirs = (number(found.get(name, {}).get(kind)) for name in (TRAINED, mark))
+            if ours is not None and theirs is not None:
+                kinds[kind] = difference(ours, theirs, judged)
+        if kinds:
+            against[mark] = kinds
     return against
 
 
@@ -170,8 +167,7 @@ def expected_gain(evidence: Evidence) -> Gain | None:
     least = 50 / evidence.online_judged  # half a photo: the logarithm of nothing
     across, wrong = np.log([(epoch, max(100 - knn, least)) for epoch, knn in recent]).T
     middle, height = across.mean(), wrong.mean()
-    spread = ((across - middle) ** 2).sum()
-    if not spread:
+    if not (spread := ((across - middle) ** 2).sum()):
         return None
     slope = ((across - middle) * (wrong - height)).sum() / spread
     residual = math.sqrt(((wrong - height - slope * (across - middle)) ** 2).sum() / (len(recent) - 2))
@@ -248,12 +244,11 @@ def _in_words(against: Mapping[str, Mapping[str, Difference]], marks: Sequence[s
 
 def _phrase(knn: str | None, linear: str | None, names: Sequence[str]) -> str:
     listed, it = (f"{', '.join(names[:-1])} and {names[-1]}", "them") if len(names) > 1 else (names[0], "it")
-    than = {"better": f"better than {listed}", "worse": f"worse than {listed}", "level": f"level with {listed}"}
+    than = f"{linear or knn} {'with' if (linear or knn) == 'level' else 'than'} {listed}"
     if linear is None or knn == linear:
-        assert knn is not None  # one of the two was measured
-        return f"{than[knn]} in nearest neighbours{' and in the linear probe' if linear else ''}"
+        return f"{than} in nearest neighbours{' and in the linear probe' if linear else ''}"
     then = "" if knn is None else f", {f'level with {it}' if knn == 'level' else knn} in nearest neighbours"
-    return f"{than[linear]} in the linear probe{then}"
+    return f"{than} in the linear probe{then}"
 
 
 def _without_labels(evidence: Evidence) -> str:
@@ -278,8 +273,8 @@ def _of_the_loss(steps: Sequence[Mapping[str, Any]]) -> str:
     if not trend["fallen"]:
         return f"The loss has not fallen ({_ends(trend)}): nothing was learned yet"
     falling = f"is still falling ({trend['fall']:.0%} in the last quarter of the run)"
-    now = falling if trend["falling"] else "has come to rest"
-    return f"The loss fell from {trend['first']:.2f} to {trend['last']:.2f} and {now}"
+    ends = f"from {trend['first']:.2f} to {trend['last']:.2f}"
+    return f"The loss fell {ends} and {falling if trend['falling'] else 'has come to rest'}"
 
 
 def _ends(trend: Mapping[str, Any]) -> str:
@@ -298,7 +293,6 @@ def _more_epochs(epochs: int, more: int, gain: Gain | None) -> str:
 
 
 def _values(rows: Sequence[Mapping[str, Any]], key: str) -> list[float]:
-    """What was logged under ``key``, finite numbers."""
     return [value for row in rows if (value := number(row.get(key))) is not None]
 
 

@@ -30,7 +30,12 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         os.replace(temporary, path)
         sync_folder(path.parent)
     except BaseException as error:
-        _let_go(error)
+        # Who keeps an exception keeps the frames that it went through, and they the file, open: its room on a full disk
+        # would not come back.
+        passed: BaseException | None = error
+        while passed is not None:
+            traceback.clear_frames(passed.__traceback__)
+            passed = passed.__context__
         if not isinstance(error, OSError) or error.errno is None:
             raise
         raise OSError(error.errno, error.strerror, os.fspath(path)) from error
@@ -46,34 +51,19 @@ def usual_mode(path: Path) -> int:
     return path.stat().st_mode & 0o777
 
 
-def _let_go(error: BaseException | None) -> None:
-    """Empty the frames that ``error`` and those before it went through. Who keeps an exception keeps them, and they the
-    file, open: the room that the file takes on a full disk would not come back, though its name is gone.
-    """
-    while error is not None:
-        traceback.clear_frames(error.__traceback__)
-        error = error.__context__
-
-
 def link_atomically(source: Path, path: Path) -> None:
     """Make ``path`` a second name of the file ``source``, or where the file system has no such thing a copy of it, in
     the place of what is there.
     """
-    temporary = path.with_name(path.name + UNFINISHED)
-    with suppress(FileNotFoundError):
+
+    def link(temporary: Path) -> None:
         temporary.unlink()
-    try:
-        os.link(source, temporary)
-    except OSError:
-        write_atomically(path, lambda copy: copy.write_bytes(source.read_bytes()))
-        return
-    try:
-        os.replace(temporary, path)
-        sync_folder(path.parent)
-    finally:
-        # Renaming one name of a file to another name of it does nothing, and leaves both.
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
+        try:
+            os.link(source, temporary)
+        except OSError:
+            temporary.write_bytes(source.read_bytes())
+
+    write_atomically(path, link)
 
 
 def sync_folder(folder: Path) -> None:

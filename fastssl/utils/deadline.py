@@ -1,8 +1,5 @@
 """Waiting with a limit: a disk or a network file system that does not answer holds a thread inside the kernel, where
-nothing can wake it.
-
-Hence two rules: a wait ends with `Stalled`, and a program whose threads were given up leaves with ``os._exit``, since
-its ordinary end joins the threads of all pools (`threads_given_up`).
+nothing can wake it. A wait ends with `Stalled`, and a program whose threads were given up leaves with ``os._exit``.
 """
 
 from __future__ import annotations
@@ -83,9 +80,8 @@ class Deadline:
     def map(
         self, work: Callable[[_Item], _Result], items: Iterable[_Item], workers: int, what: Callable[[_Item], str]
     ) -> Generator[_Result, None, None]:
-        """``work(item)`` of each item, in order, from ``workers`` threads that are a few items ahead.
-
-        Raises what the work raised, or ``Stalled``, which says ``what(item)``. To close the iterator ends the threads.
+        """``work(item)`` of each item, in order, from ``workers`` threads that are a few items ahead. Raises what the
+        work raised, or ``Stalled``, which says ``what(item)``. To close the iterator ends the threads.
         """
         items, pending = iter(items), deque[tuple[_Item, Future[_Result]]]()
         pool = ThreadPoolExecutor(workers, thread_name_prefix="fastssl-work")

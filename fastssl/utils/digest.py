@@ -1,7 +1,5 @@
-"""One number for all that a checkpoint holds.
-
-Neither of our file formats notices a flipped bit: torch reads its zip archives without comparing their CRCs, and
-safetensors has none. A run that went on from such weights would be another run, and nobody would know.
+"""One number for all that a checkpoint holds. Neither of our file formats notices a flipped bit: torch reads its zip
+archives without comparing their CRCs, and safetensors has none.
 """
 
 from __future__ import annotations

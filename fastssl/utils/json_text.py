@@ -52,21 +52,16 @@ def read_json_records(path: Path | str, expected: str) -> Iterator[tuple[str, An
     try:
         whole = json.loads(text)
     except (ValueError, RecursionError):  # more than one document: an object a line
-        yield from _lines(path, text, expected)
+        for number, line in enumerate(text.splitlines(), 1):
+            where = f"{path}, line {number}"
+            try:
+                if line.strip():
+                    yield where, json.loads(line)
+            except (ValueError, RecursionError) as error:  # also numbers of thousands of digits
+                why = "nested too deeply" if isinstance(error, RecursionError) else getattr(error, "msg", error)
+                raise FastSSLError(f"{where}: not JSON ({why}); expected {expected}") from error
         return
     if isinstance(whole, list):
         yield from ((f"{path}, record {number}", value) for number, value in enumerate(whole, 1))
     else:
         yield f"{path}, line 1", whole
-
-
-def _lines(path: Path | str, text: str, expected: str) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(text.splitlines(), 1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            yield where, json.loads(line)
-        except (ValueError, RecursionError) as error:  # also numbers of thousands of digits
-            why = "nested too deeply" if isinstance(error, RecursionError) else getattr(error, "msg", error)
-            raise FastSSLError(f"{where}: not JSON ({why}); expected {expected}") from error

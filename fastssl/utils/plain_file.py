@@ -1,6 +1,4 @@
-"""Small files that lie beside what a user named, or come with it from strangers: read whole, never forever, and never
-more than they can need.
-"""
+"""Small files that come from strangers: read whole, never forever, and never more than they can need."""
 
 from __future__ import annotations
 
@@ -11,9 +9,7 @@ from fastssl.errors import FastSSLError
 
 
 def read_plain(path: str | os.PathLike, at_most: int) -> bytes:
-    """The content of a plain file.
-
-    A pipe of that name would wait for its writer forever; a device has no end.
+    """The content of a plain file; a pipe of that name would wait for its writer forever, and a device has no end.
 
     Raises:
         FileNotFoundError: there is none.

@@ -21,26 +21,18 @@ class _Stopped(BaseException):
     """Ends work that may be left in the middle; no `except Exception` on the way takes it for an error."""
 
 
-class StopRequest:
+class StopRequest(threading.Event):
     """Whether a signal asked for the end. A second Ctrl-C, some seconds behind the first, ends the process at once."""
 
-    def __init__(self) -> None:
-        self._flag = threading.Event()
-        self._since = 0.0
-        self._impatient = False
-        self.name = ""
+    _since, _impatient, name = 0.0, False, ""
 
     def __bool__(self) -> bool:
-        return self._flag.is_set()
+        return self.is_set()
 
     def set(self, name: str = "asked to") -> None:
         """Ask for the end."""
         self.name, self._since = name, time.monotonic()
-        self._flag.set()
-
-    def wait(self, seconds: float) -> bool:
-        """Wait for a request at most so long; whether there is one."""
-        return self._flag.wait(seconds)
+        super().set()
 
     def unless_asked(self, work: Callable[[], _Result]) -> _Result | None:
         """What ``work()`` returns; None where a signal asks for the end before it is done. For what may be left in the

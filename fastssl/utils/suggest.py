@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -12,19 +12,18 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f" (nearest: {', '.join(hits)})" if hits else ""
 
 
-def did_you_mean(key: str, known: Sequence[str]) -> str:
+def did_you_mean(key: str, known: Iterable[str]) -> str:
     """``; did you mean optim.lr?`` for a dotted ``key`` that does not exist, or the empty string when nothing is near.
 
     The last name decides, by its spelling, its beginning or its initials (``lr``, ``learning_rate``); among equals
     those before it do.
     """
-    *section, name = key.split(".")
+    section, _, name = key.rpartition(".")
     scores = {}
     for other in known:
-        *place, last = other.split(".")
-        alike = _alike(name, last)
-        if alike >= 0.6:
-            scores[other] = alike + 0.3 * difflib.SequenceMatcher(None, ".".join(section), ".".join(place)).ratio()
+        place, _, last = other.rpartition(".")
+        if (alike := _alike(name, last)) >= 0.6:
+            scores[other] = alike + 0.3 * difflib.SequenceMatcher(None, section, place).ratio()
     best = max(scores.values(), default=0)
     hits = sorted((other for other in scores if scores[other] > best - 0.1), key=scores.__getitem__, reverse=True)[:3]
     return f"; did you mean {' or '.join(hits)}?" if hits else ""
@@ -34,17 +33,14 @@ def _alike(one: str, other: str) -> float:
     """1: the same; 0.8 and more: initials, beginning, or beginning of a word; else the share of equal characters."""
     if one == other:
         return 1.0
-    if _initials(one) == other or one == _initials(other):
+    initials, others = ("".join(word[:1] for word in name.split("_")) for name in (one, other))
+    if initials == other or one == others:
         return 0.95
     if min(len(one), len(other)) >= 3 and (one.startswith(other) or other.startswith(one)):
         return 0.9
     if len(one) >= 3 and any(word.startswith(one) for word in other.split("_")):
         return 0.8
     return difflib.SequenceMatcher(None, one, other).ratio()
-
-
-def _initials(name: str) -> str:
-    return "".join(word[:1] for word in name.split("_"))
 
 
 def some_names(names: Iterable[str], word: str, most: int = 3) -> str:

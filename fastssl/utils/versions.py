@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import platform
+import re
 import subprocess
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 
+import psutil
 import torch
 
 from fastssl._version import __version__
@@ -30,21 +31,16 @@ def describe_versions() -> dict[str, str]:
 
 def describe_host() -> dict[str, str | int]:
     """Processor, cores that this process may use, memory, GPU."""
-    host: dict[str, str | int] = {"cpu": _cpu_model(), "cores": available_cores(), "system": platform.system()}
-    if hasattr(os, "sysconf"):
-        host["memory_gib"] = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30)
+    named: list[str] = []
+    with suppress(OSError):
+        named = re.findall(r"^model name\s*:\s*(.*?)\s*$", Path("/proc/cpuinfo").read_text(), re.M)
+    cpu = named[0] if named else platform.processor() or platform.machine()
+    host: dict[str, str | int] = {"cpu": cpu, "cores": available_cores(), "system": platform.system()}
+    host["memory_gib"] = round(psutil.virtual_memory().total / 2**30)
     if torch.cuda.is_available():
         host["gpu"] = torch.cuda.get_device_name()
         host["gpus"] = torch.cuda.device_count()
     return host
-
-
-def _cpu_model() -> str:
-    with suppress(OSError), open("/proc/cpuinfo") as file:
-        for line in file:
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 def describe_git() -> str | None:

@@ -14,10 +14,11 @@ import yaml
 from fastssl.errors import FastSSLError
 from fastssl.utils.plain_file import read_plain
 
-#: The longest recipe of ours has 2.2 KB, a resolved one 3 KB: a page or two of numbers.
+#: The longest recipe of ours has 2.2 KB, a resolved one 3 KB.
 MAX_BYTES = 64 << 10
 #: Values and keys, each counted as often as aliases repeat it; levels of lists and mappings inside one another.
 MAX_VALUES, MAX_DEPTH = 10_000, 20
+_TOO_DEEP = f"lists or mappings lie more than {MAX_DEPTH} deep in one another"
 
 #: what the constructors of scalars raise beside yaml's own: dates that do not exist, numbers of thousands of digits,
 #: empty ones with a tag
@@ -25,45 +26,41 @@ _ODD_SCALARS = (ValueError, TypeError, AttributeError, IndexError, KeyError, Ove
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """The safe loader, made to refuse more values and levels than anyone writes, and two equal keys, of which the
-    second would win in silence.
-    """
+    """The safe loader, made to refuse what `_measured` does before it builds anything."""
 
-    def __init__(self, text: str):
-        super().__init__(text)
-        self._sizes: dict[yaml.Node, tuple[int, int]] = {}  # values and levels, aliases written out
-        self._depth, self._values, self._levels = 0, 0, 0
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        alias = self.check_event(yaml.AliasEvent)
-        beside, levels = self._values, self._levels
-        self._depth, self._values, self._levels = self._depth + 1, 1, 1
-        self._refuse_too_much()
-        node = super().compose_node(parent, index)
-        assert node is not None
-        if alias:
-            if node not in self._sizes:
-                raise yaml.YAMLError("a value that holds itself (an alias inside its own anchor)")
-            self._values, self._levels = self._sizes[node]
-        self._refuse_too_much()
-        self._sizes[node] = self._values, self._levels
-        self._depth, self._values, self._levels = self._depth - 1, self._values + beside, max(self._levels + 1, levels)
+    def get_single_node(self) -> yaml.Node | None:
+        node: yaml.Node | None = super().get_single_node()
+        if node is not None:
+            _measured(node, {})
         return node
 
-    def _refuse_too_much(self) -> None:
-        if self._values > MAX_VALUES:
-            raise yaml.YAMLError(f"more than {MAX_VALUES:,} values, with aliases written out")
-        if self._depth + self._levels - 1 > MAX_DEPTH:
-            raise yaml.YAMLError(f"lists or mappings lie more than {MAX_DEPTH} deep in one another")
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            name = str(key.value)
-            if name in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {shown(name)} stands twice", key.start_mark)
-            seen.add(name)
-        return super().construct_mapping(node, deep)
+def _measured(node: yaml.Node, known: dict[yaml.Node, tuple[int, int] | None]) -> tuple[int, int]:
+    """Values and levels in ``node``, aliases written out. Raises YAMLError for more than anyone writes, and for two
+    equal keys, of which the second would win in silence.
+    """
+    if node not in known:
+        known[node] = None
+        inside = node.value if isinstance(node, yaml.CollectionNode) else []
+        if isinstance(node, yaml.MappingNode):
+            names: set[str] = set()
+            for key, _ in node.value:
+                if (name := str(key.value)) in names:
+                    why = f"key {shown(name)} stands twice"
+                    raise yaml.constructor.ConstructorError(None, None, why, key.start_mark)
+                names.add(name)
+            inside = [one for pair in node.value for one in pair]
+        sizes = [_measured(one, known) for one in inside]
+        values, levels = 1 + sum(size[0] for size in sizes), 1 + max((size[1] for size in sizes), default=0)
+        if values > MAX_VALUES:
+            raise yaml.YAMLError(f"more than {MAX_VALUES:,} values, with aliases written out")
+        if levels > MAX_DEPTH:
+            raise yaml.YAMLError(_TOO_DEEP)
+        known[node] = values, levels
+    found = known[node]
+    if found is None:
+        raise yaml.YAMLError("a value that holds itself (an alias inside its own anchor)")
+    return found
 
 
 def read_yaml(path: Path) -> Any:
@@ -90,6 +87,8 @@ def parse_yaml(text: str, complaint: str) -> Any:
         return _PlainLoader(text).get_single_data()
     except yaml.YAMLError as error:
         raise FastSSLError(f"{complaint}: {' '.join(str(error).split())[:500]}") from error
+    except RecursionError:
+        raise FastSSLError(f"{complaint}: {_TOO_DEEP}") from None
     except _ODD_SCALARS as error:
         why = " ".join(str(error).split())[:200]
         raise FastSSLError(f"{complaint}: a value that cannot be read ({why})") from error

@@ -13,11 +13,10 @@ import matplotlib
 import pytest
 from PIL import Image
 
-from fastssl.errors import FastSSLError
+from fastssl.errors import FastSSLError, duration
 from fastssl.report.charts import line_chart
 from fastssl.report.page import headline, render, write_report
 from fastssl.report.run_record import read_run
-from fastssl.report.words import duration
 
 VOID = {"meta", "img", "br"}
 
