@@ -29,7 +29,7 @@ from fastssl.evaluate.classifier import Classifier
 from fastssl.evaluate.features import EVALUATION_CROP, ProbeError, accuracies, collect, require_size, shard
 from fastssl.evaluate.photos import LabelledSplit, require_labels
 from fastssl.optim.optimizers import OptimConfig, create_optimizer, parameter_groups
-from fastssl.optim.schedules import learning_rate
+from fastssl.optim.schedules import RunLength
 from fastssl.pipelines.loader import Batch, ViewLoader
 from fastssl.pipelines.plan.draw import ViewSpec
 from fastssl.utils.host_memory import keep_freed_memory
@@ -70,14 +70,7 @@ class FinetuneConfig:
 
     def lr(self, epoch: int) -> float:
         """The backbone's rate in ``epoch`` (0 .. epochs; at ``epochs``, one past the last, it is the final one)."""
-        return learning_rate(
-            epoch,
-            total_steps=self.epochs,
-            steps_per_epoch=1,
-            peak=self.optim.peak_lr(self.batch_size),
-            final=self.optim.final_lr,
-            warmup_epochs=self.optim.warmup_epochs,
-        )
+        return self.optim.rate(epoch, RunLength(self.epochs, 1), self.batch_size)
 
     @property
     def train_view(self) -> ViewSpec:
