@@ -73,7 +73,7 @@ def pretrain(recipe: Recipe, options: RunOptions, progress: Progress) -> dict[st
                     # Until this process has left the others: a launcher repeats itself, and ends all as soon as the
                     # first has gone.
                     listening.enter_context(run.stop.by_signals())
-                    result = train(run)
+                    train(run)
             except BaseException as error:
                 state: State = "stopped" if isinstance(error, (Interrupted, KeyboardInterrupt)) else "failed"
                 why = str(error) if isinstance(error, FastSSLError) else f"{type(error).__name__}: {error}"
@@ -84,14 +84,13 @@ def pretrain(recipe: Recipe, options: RunOptions, progress: Progress) -> dict[st
                 raise
             run.tell_status("trained")
         # The processes have parted: what follows is the first one's alone.
-        if result is None:
+        if not world.is_main:
             return None
         if run.stop:  # too late for the last step to be told
-            steps = counted(result.total_steps, "step")
-            raise Interrupted(
-                f"{result.total_steps:,} of {steps} made and saved in {options.out}; the same command writes the report"
-            )
+            made = run.length.total_steps
+            saved = f"{made:,} of {counted(made, 'step')} made and saved in {options.out}"
+            raise Interrupted(f"{saved}; the same command writes the report")
         log.note("probing: the trained network, the same network before training, raw pixels, colours")
-        summary = finish_run(result, started)
+        summary = finish_run(run, started)
         run.tell_status("finished")
         return summary

@@ -60,6 +60,7 @@ def draw(plot: Callable[[Sequence[Record]], Figure | str], records: Sequence[Rec
         drawn.savefig(buffer, format="png", dpi=150, facecolor="white")
     return buffer.getvalue()
 
+
 #: (bench, stage) -> part, in the order of drawing
 _PARTS = {("loader", "views"): "loader", ("views", "whole"): "views", ("step", ""): "step", ("train", ""): "train"}
 

@@ -15,7 +15,6 @@ from fastssl.errors import FastSSLError
 from fastssl.utils.json_text import read_json_records
 from fastssl.utils.versions import describe_git, describe_host, describe_versions
 
-
 # Sums and axes have room for such.
 _Count = Annotated[int, Field(strict=True, gt=-(2**53), lt=2**53)]
 _Figure = Annotated[float, Field(strict=True, gt=-1e30, lt=1e30, allow_inf_nan=False)]

@@ -165,7 +165,16 @@ def recipe_table(records: Iterable[Record]) -> str:
 
 
 def _recipes(records: Iterable[Record]) -> Table:
-    header = "recipe,network,step pair/s,end to end pair/s,of its ceiling,bottleneck,machine,command".split(",")
+    header = [
+        "recipe",
+        "network",
+        "step pair/s",
+        "end to end pair/s",
+        "of its ceiling",
+        "bottleneck",
+        "machine",
+        "command",
+    ]
     rows: list[tuple[str | Code, ...]] = []
     for (recipe, network, machine), (step, train) in _by_recipe(records).items():
         fraction = train.fraction_of_ceiling if train else None

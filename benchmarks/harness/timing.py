@@ -202,6 +202,7 @@ def stream_window(
     finally:
         stream.close()
 
+
 #: By the kind of device: bytes of the copy, several times any cache, and the side of the square matrices.
 LIMITS = {"cpu": (2**26, 1024), "cuda": (2**29, 8192)}
 

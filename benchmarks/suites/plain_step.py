@@ -22,7 +22,7 @@ from fastssl.config.recipe import Recipe
 from fastssl.losses.reference import dense_step
 from fastssl.methods.base import new_encoder
 from fastssl.optim.optimizers import OptimConfig, create_optimizer, parameter_groups
-from fastssl.training.step import initial_backbone
+from fastssl.training.networks import initial_backbone
 
 if TYPE_CHECKING:
     from fastssl.benchmarks.suites.step import Step

@@ -93,7 +93,9 @@ def _check_json_path(ctx: click.Context, param: click.Parameter, value: str | No
 
 
 #: endings of weights, recipes and pages
-_OF_OTHERS = tuple(".pt .pth .tar .safetensors .onnx .yaml .yml .html .md .png .jpg .jpeg".split())
+_OF_OTHERS = tuple(
+    [".pt", ".pth", ".tar", ".safetensors", ".onnx", ".yaml", ".yml", ".html", ".md", ".png", ".jpg", ".jpeg"]
+)
 
 
 json_option = click.option(

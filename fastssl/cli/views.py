@@ -70,5 +70,7 @@ def views(
         console.say(recipe.views.describe())
     # `auto` beside what it stands for would be a comparison with itself.
     named = [choose_engine(torch.device("cpu"))[0] if name == "auto" else name for name in pipelines or ("auto",)]
-    picture = views_picture(file, recipe.views, out, pipelines=list(dict.fromkeys(named)), notice=console.say, **options)
+    picture = views_picture(
+        file, recipe.views, out, pipelines=list(dict.fromkeys(named)), notice=console.say, **options
+    )
     click.echo(f"{out}: {picture.width}x{picture.height} px")

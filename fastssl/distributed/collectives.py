@@ -1,9 +1,8 @@
 """What the processes of a run tell each other: sums, rows, answers.
 
-Every function is the identity in a single process: it returns what it was given, uncopied, so that the code which calls
-it reads the same for any number of processes. All ranks must call the same ones in the same order. None waits for the
-device but those that answer the host (``any_rank``, ``broadcast_object``, ``gather_objects``, ``barrier``), over the
-network of the hosts.
+Every function is the identity in a single process: it returns what it was given, uncopied. All ranks must call the same
+ones in the same order. None waits for the device but those that answer the host (``any_rank``, ``broadcast_object``,
+``gather_objects``, ``barrier``), over the network of the hosts.
 """
 
 from __future__ import annotations
@@ -31,12 +30,12 @@ def use_host_groups(voting: dist.ProcessGroup | None, waiting: dist.ProcessGroup
 
 def rank() -> int:
     """This process's number; 0 without a group."""
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+    return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
     """Number of processes; 1 without a group."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 # ---------------------------------------------------------------------- collectives on the device
@@ -58,12 +57,20 @@ def all_reduce_mean(tensor: Tensor) -> Tensor:
     return all_reduce_sum(tensor).div_(world_size()) if world_size() > 1 else tensor
 
 
-def gather_rows(tensor: Tensor) -> Tensor:
-    """The rows of all ranks in the order of the ranks, without gradient: (n, ...) -> (world * n, ...), ``n`` alike on
-    all ranks. Keeps channels-last.
+def gather_rows(tensor: Tensor, gradient: bool = False) -> Tensor:
+    """The rows of all ranks in the order of the ranks: (n, ...) -> (world * n, ...), ``n`` alike on all ranks. Keeps
+    channels-last.
+
+    Args:
+        gradient: at a row the sum of what all ranks' losses say about it; otherwise there is none. Behind
+            ``average_gradients`` it is that of the mean over all rows, where each rank takes a mean over its own rows
+            against everyone's, or all compute the whole loss.
     """
     if world_size() == 1:
         return tensor
+    if gradient:
+        found: Tensor = _GatherRows.apply(tensor)
+        return found
     rows, last = _channels_to_the_end(tensor.detach())
     rows = rows.contiguous()
     everyone = rows.new_empty((world_size() * len(rows), *rows.shape[1:]))
@@ -98,18 +105,6 @@ class _GatherRows(torch.autograd.Function):
         return total.narrow(0, rank() * ctx.rows, ctx.rows)
 
 
-def gather_rows_with_gradient(tensor: Tensor) -> Tensor:
-    """``gather_rows`` whose gradient at a row is the sum of what all ranks' losses say about it.
-
-    With ``average_gradients`` behind it, ranks that each take a mean over their own rows against everyone's make the
-    gradient of the mean over all rows; and so do ranks that all compute the whole loss.
-    """
-    if world_size() == 1:
-        return tensor
-    everyone: Tensor = _GatherRows.apply(tensor)
-    return everyone
-
-
 def gather_views(tensor: Tensor, views: int, gradient: bool = False) -> Tensor:
     """View-major rows of each rank's samples -> view-major rows of all samples, as one process with the whole batch
     would hold them.
@@ -117,7 +112,7 @@ def gather_views(tensor: Tensor, views: int, gradient: bool = False) -> Tensor:
     Args:
         tensor: (views * B, ...), rows (view, sample). Channels-last maps stay so.
         views: how many each sample has.
-        gradient: as of ``gather_rows_with_gradient``.
+        gradient: as of ``gather_rows``.
 
     Returns:
         (views * world * B, ...), rows (view, rank, sample).
@@ -129,7 +124,7 @@ def gather_views(tensor: Tensor, views: int, gradient: bool = False) -> Tensor:
         raise ValueError(f"{len(tensor)} rows are not {views} views of the same samples")
     if world_size() == 1:
         return tensor
-    everyone = gather_rows_with_gradient(tensor) if gradient else gather_rows(tensor)
+    everyone = gather_rows(tensor, gradient)
     if views == 1:
         return everyone
     rows, last = _channels_to_the_end(everyone)
@@ -147,10 +142,9 @@ def _channels_to_the_end(tensor: Tensor) -> tuple[Tensor, bool]:
 def average_gradients(parameters: Iterable[Tensor]) -> None:
     """Put the mean over ranks into every ``.grad`` that is there. Which ones are there must be the same on all ranks.
 
-    All gradients of a type go through one buffer and one all-reduce. These networks have 20 MB of them: there is no
-    backward pass long enough to hide buckets behind, as DistributedDataParallel does, and its hooks know nothing of
-    bfloat16 copies whose gradients are collected later, of parts of a batch, or of a recorded CUDA graph. This is a
-    plain call at a plain place, and can be recorded.
+    All gradients of a type go through one buffer and one all-reduce, which can be recorded. These networks have 20 MB
+    of them: no backward pass is long enough to hide buckets behind, as DistributedDataParallel does, and its hooks know
+    nothing of bfloat16 copies whose gradients are collected later, or of parts of a batch.
     """
     size = world_size()
     if size == 1:
@@ -203,30 +197,24 @@ class Vote:
     """What any rank says, known to all of them one call later: nobody waits for the slowest of them to have said it.
 
     All ranks call it at the same places. In a single process the answer is what was just said.
-
-    Args:
-        questions: how many flags each call has.
     """
 
-    def __init__(self, questions: int):
-        self._questions = questions
+    def __init__(self) -> None:
         self._pending: tuple[dist.Work, Tensor] | None = None
 
     def __call__(self, *flags: bool) -> tuple[bool, ...]:
-        """Say ``flags``; whether any rank said so at the call before."""
-        if len(flags) != self._questions:
-            raise ValueError(f"{len(flags)} answers to {self._questions} questions")
+        """Say ``flags``; whether any rank said so at the call before, each False at the first."""
         if world_size() == 1:
             return flags
-        answer = self.close()
+        answer = self.close() or (False,) * len(flags)
         said = torch.tensor([int(flag) for flag in flags], dtype=torch.int32)
         self._pending = (dist.all_reduce(said, op=dist.ReduceOp.MAX, group=_voting, async_op=True), said)
         return answer
 
     def close(self) -> tuple[bool, ...]:
-        """Wait for the call before; what any rank said at it."""
+        """Wait for the call before; what any rank said at it. Empty: there was none."""
         if self._pending is None:
-            return (False,) * self._questions
+            return ()
         work, said = self._pending
         self._pending = None
         work.wait()

@@ -1,8 +1,7 @@
 """One process per GPU: how all of them (world.py) join and leave, and what the failure of one means for the others.
 
-torchrun, or ``srun --kill-on-bad-exit``, watches the processes: when one ends it ends the others, and torchrun names
-the first failure and starts all again. A process that hangs is what they cannot see: the collectives of the others fail
-after ``FASTSSL_TIMEOUT_MINUTES``, and they say which process did not come.
+torchrun, or ``srun --kill-on-bad-exit``, ends all processes when one ends. One that hangs is what they cannot see: the
+collectives of the others fail after ``FASTSSL_TIMEOUT_MINUTES``, and they say which process did not come.
 """
 
 from __future__ import annotations
@@ -52,9 +51,8 @@ _groups = count()
 def joined(world: World, device: torch.device) -> Iterator[None]:
     """Be one of ``world`` inside the block; nothing happens for a world of one.
 
-    All ranks leave a block that ends well together. ``Interrupted`` is no failure: all ranks raise it after the same
-    step. A CUDA graph that holds collectives must be gone when the block ends: until then NCCL waits, without end, for
-    its communicator.
+    All ranks leave a block that ends well together; ``Interrupted`` all raise after the same step. A CUDA graph that
+    holds collectives must be gone when the block ends: until then NCCL waits, without end, for its communicator.
 
     Args:
         device: where this rank's tensors are. ``cuda``: NCCL, and gloo beside it for what hosts tell each other;
@@ -82,9 +80,8 @@ def joined(world: World, device: torch.device) -> Iterator[None]:
         why = _why_lost(str(error), world, store) if lost else ""
         # NCCL's orderly end waits for all ranks of a machine, and these may be in a collective that this one will never
         # reach.
-        everyone = dist.group.WORLD
-        if device.type == "cuda" and everyone is not None and hasattr(everyone, "abort"):
-            with suppress(RuntimeError):
+        if device.type == "cuda" and (everyone := dist.group.WORLD) is not None:
+            with suppress(RuntimeError, AttributeError):  # older ones have no abort
                 everyone.abort()
         if lost:
             raise FastSSLError(f"the run cannot go on: {why}") from error

@@ -21,14 +21,11 @@ from fastssl.errors import FastSSLError
 
 
 class SplitBatchNormStats:
-    """The running statistics of a network of which each rank passes ``groups`` groups a step in training mode.
-
-    Nothing here waits for the device, and all shapes are the same at every step: it can be recorded.
+    """The running statistics of a network of which each rank passes ``groups`` groups a step in training mode, between
+    ``before`` and ``combine``. It can be recorded.
 
     Args:
         network: on its device; its buffers may not be replaced or moved afterwards.
-        groups: passes of each rank between ``before`` and ``combine``.
-        rank, world: this rank among how many.
 
     Raises:
         FastSSLError: a layer averages over all batches (``momentum=None``): that is another recurrence.

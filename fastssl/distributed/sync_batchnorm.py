@@ -3,9 +3,8 @@
     forward     each rank's mean and deviation -> gathered (2C + 1 numbers a rank) -> combined (Chan et al. 1979)
     backward    the two sums per channel, of dy and of dy * (x - mean), over all ranks (2C numbers)
 
-On a GPU the work is done by the kernels of ``torch.nn.SyncBatchNorm``; the CPU has none of them, and leaves the
-backward pass to autograd. That layer itself is not used: it refuses the CPU, and on a GPU each one makes the host wait
-(it filters ranks without samples by value) unless it is being recorded.
+On a GPU by the kernels of ``torch.nn.SyncBatchNorm``, on a CPU, which has none of them, by autograd. That layer itself
+refuses the CPU, and on a GPU makes the host wait (it filters ranks without samples by value) unless it is recorded.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fastssl.distributed.collectives import all_reduce_sum, gather_rows, gather_rows_with_gradient, world_size
+from fastssl.distributed.collectives import all_reduce_sum, gather_rows, world_size
 from fastssl.errors import FastSSLError
 
 
@@ -26,19 +25,14 @@ def synchronise_batchnorm(network: nn.Module, device: torch.device) -> nn.Module
     """Let every BatchNorm of ``network`` normalise over all ranks when it trains. In place; ``separate_batchnorm``
     undoes it.
 
-    Parameters, buffers, hooks and the names in the state dict are what they were: a layer only changes its class. In
-    evaluation mode and in a single process it is the ordinary layer. A rank may hold another number of samples than the
-    others, but at least one.
-
-    All ranks must make the same passes: a network that one rank alone runs in training mode waits for the others.
-    ``torch.compile`` cuts its graph at each of these layers.
+    A layer only changes its class: parameters, buffers, hooks and names are what they were. In evaluation mode and in a
+    single process it is the ordinary layer. Ranks may hold different numbers of samples, at least one each. All must
+    make the same passes: a network that one rank alone runs in training mode waits for the others. ``torch.compile``
+    cuts its graph at each of these layers.
 
     Args:
-        network: of ``nn.BatchNorm1d``, ``nn.BatchNorm2d`` and timm's ``BatchNormAct2d``; may itself be one.
+        network: of ``nn.BatchNorm1d``, ``nn.BatchNorm2d`` and timm's ``BatchNormAct2d``; may itself be one; returned.
         device: where it will train.
-
-    Returns:
-        ``network``.
 
     Raises:
         FastSSLError: another kind of device, or a layer that is a BatchNorm of a kind of its own.
@@ -48,19 +42,15 @@ def synchronise_batchnorm(network: nn.Module, device: torch.device) -> nn.Module
     layers = [(name, layer) for name, layer in network.named_modules() if isinstance(layer, _BatchNorm)]
     for name, layer in layers:
         if type(layer) not in _SYNCHRONISED and not isinstance(layer, _OverRanks):
-            raise FastSSLError(
-                f"layer {name or 'network'} is a {type(layer).__name__}, which cannot be normalised over "
-                "several processes"
-            )
+            kind = type(layer).__name__
+            raise FastSSLError(f"layer {name or 'network'} is a {kind}, which cannot be normalised over processes")
     for _, layer in layers:
         layer.__class__ = _SYNCHRONISED.get(type(layer), type(layer))
     return network
 
 
 def separate_batchnorm(network: nn.Module) -> nn.Module:
-    """Make the layers ordinary ones again, in place: for a pass in training mode that one rank makes alone. Returns
-    ``network``.
-    """
+    """Undo it, in place, for a pass in training mode that one rank makes alone. Returns ``network``."""
     ordinary = {synchronised: kind for kind, synchronised in _SYNCHRONISED.items()}
     for layer in network.modules():
         if isinstance(layer, _OverRanks):
@@ -83,9 +73,9 @@ class _OverRanks(_BatchNorm):
             if self.momentum is None:
                 momentum = 1.0 / float(self.num_batches_tracked)
         running = (self.running_mean, self.running_var) if tracked else (None, None)
-        return self._finish(_normalise(input, self.weight, self.bias, *running, momentum, self.eps))
-
-    def _finish(self, output: Tensor) -> Tensor:
+        output: Tensor = _normalise(input, self.weight, self.bias, *running, momentum, self.eps)
+        if isinstance(self, BatchNormAct2d):
+            output = self.act(self.drop(output))
         return output
 
 
@@ -100,10 +90,6 @@ class SynchronisedBatchNorm2d(_OverRanks, nn.BatchNorm2d):
 class SynchronisedBatchNormAct2d(_OverRanks, BatchNormAct2d):
     """timm's ``BatchNormAct2d`` over all ranks, with its own activation and drop layers."""
 
-    def _finish(self, output: Tensor) -> Tensor:
-        activated: Tensor = self.act(self.drop(output))
-        return activated
-
 
 _SYNCHRONISED: dict[type, type] = {
     nn.BatchNorm1d: SynchronisedBatchNorm1d,
@@ -113,9 +99,8 @@ _SYNCHRONISED: dict[type, type] = {
 
 
 @torch.compiler.disable  # a compiler can trace neither the collectives nor the statistics that change on the way
-def _normalise(input: Tensor, *rest: Any) -> Tensor:
-    normalised: Tensor = (_ByKernels.apply if input.is_cuda else by_autograd)(input, *rest)
-    return normalised
+def _normalise(input: Tensor, *rest: Any) -> Any:
+    return (_ByKernels.apply if input.is_cuda else by_autograd)(input, *rest)
 
 
 def by_autograd(
@@ -131,7 +116,7 @@ def by_autograd(
     wide = input.float() if input.dtype in (torch.bfloat16, torch.float16) else input
     var, mean = torch.var_mean(wide, [place for place in range(input.dim()) if place != 1], correction=0)
     own = torch.cat([mean, var, mean.new_full((1,), input.numel() // input.shape[1])])
-    means, variances, counts = gather_rows_with_gradient(own[None]).tensor_split((len(mean), 2 * len(mean)), dim=1)
+    means, variances, counts = gather_rows(own[None], gradient=True).tensor_split((len(mean), 2 * len(mean)), dim=1)
     total = counts.sum()
     mean = (means * (counts / total)).sum(0)
     var = ((variances + (means - mean).square()) * (counts / total)).sum(0)

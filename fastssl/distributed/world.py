@@ -10,12 +10,14 @@ Loads no torch, which takes seconds: a command can say that it has begun before 
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
+import socket
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from fastssl.errors import FastSSLError
 
@@ -52,8 +54,8 @@ class World:
 def world_from_environment(environ: Mapping[str, str] = os.environ) -> World:
     """Who this process is, as torchrun says, or else srun, or else the only one.
 
-    srun's number of processes is ``SLURM_STEP_NUM_TASKS``. ``SLURM_NTASKS`` is not read: it is also set in the shell of
-    sbatch and salloc, where a plain ``fastssl pretrain`` is one process and would wait for others forever.
+    ``SLURM_NTASKS`` is not read: it is also set in the shell of sbatch and salloc, where a plain ``fastssl pretrain``
+    is one process and would wait for others forever.
 
     Raises:
         FastSSLError: the variables contradict each other, or some are missing or no numbers; the message names them.
@@ -70,26 +72,23 @@ def first_of_host_speaks(environ: Mapping[str, str] = os.environ) -> Iterator[No
     """For what all processes of a host find wrong alike and before they have met: a mistyped option, a file that is not
     there. The first one says it.
 
-    The others wait with their error. As soon as the first has left, the launcher ends them, and they leave without a
-    word; when none does, the error was theirs alone, and goes on. They do not leave before it: the launcher would end
-    the first one, which may not have come to its words yet.
+    The others wait with their error: if they left first, the launcher would end the first one, which may not have come
+    to its words yet. As soon as it has left they are ended without a word; when none does, the error was theirs alone,
+    and goes on.
     """
     try:
         yield
     except Exception as error:
-        if _is_first_of_host(environ):
+        try:
+            first = world_from_environment(environ).local_rank == 0
+        except FastSSLError:
+            first = True
+        if first:
             raise
         vars(error)["reported"] = True  # where the wait is ended
         time.sleep(_FIRST_SPEAKS_S)
         vars(error)["reported"] = False
         raise
-
-
-def _is_first_of_host(environ: Mapping[str, str]) -> bool:
-    try:
-        return world_from_environment(environ).local_rank == 0
-    except FastSSLError:
-        return True
 
 
 def _world(environ: Mapping[str, str], starter: str, *names: str) -> World:
@@ -116,13 +115,10 @@ def _meeting_place(environ: Mapping[str, str], starter: str) -> tuple[str, int]:
                 f"RANK, WORLD_SIZE and LOCAL_RANK are set, but {' and '.join(missing)} not: where is rank 0?"
             )
         return environ["MASTER_ADDR"], _number(environ, "MASTER_PORT")
-    address = environ.get("MASTER_ADDR", "")
     # Rank 0 runs on the first host of the step. The address srun was called from may be that of a login node: the last
     # resort.
-    for name in ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST"):
-        if not address and environ.get(name):
-            address = first_host(environ[name])
-    address = address or environ.get("SLURM_LAUNCH_NODE_IPADDR", "")
+    nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST")
+    address = environ.get("MASTER_ADDR") or (first_host(nodes) if nodes else environ.get("SLURM_LAUNCH_NODE_IPADDR"))
     if not address:
         raise FastSSLError(
             "srun started several processes, but none of MASTER_ADDR, SLURM_STEP_NODELIST, SLURM_JOB_NODELIST "
@@ -156,3 +152,47 @@ def first_host(nodelist: str) -> str:
             f"cannot read the list of hosts {nodelist!r}: set MASTER_ADDR to the host of the first process"
         )
     return re.sub(r"\[([^],-]+)[^]]*\]", r"\1", found[0])
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What the launchers say of this start of the command: torchrun starts failed processes again, Slurm a job that was
+    pre-empted, all with the same arguments. ``--resume never`` or a checkpoint's path was meant for the first start:
+    taken at its word again it would delete what that one had trained.
+
+    Attributes:
+        names: of each launcher that started this process, a mark of the launch: 16 hexadecimal digits, equal in all of
+            its starts and in those of no other launch. Hosts, clusters and jobs are not to be read in it.
+        again: the launchers that say that this start is not the first.
+    """
+
+    names: Mapping[str, str] = field(default_factory=dict)
+    again: frozenset[str] = frozenset()
+
+    def goes_on(self, before: object) -> bool:
+        """Whether a launcher repeats the start that kept ``before``: a mapping as ``names``, or something else."""
+        return isinstance(before, Mapping) and any(
+            before.get(launcher) == self.names[launcher] for launcher in self.again
+        )
+
+
+def launch_from_environment(environ: Mapping[str, str] = os.environ) -> Launch:
+    """The launch of this process: of torchrun (``TORCHELASTIC_RUN_ID``, ``TORCHELASTIC_RESTART_COUNT``), of Slurm
+    (``SLURM_JOB_ID``, ``SLURM_RESTART_COUNT``, which it sets where a job was requeued), of both, or of none.
+    """
+    names, again = {}, set()
+    if run := environ.get("TORCHELASTIC_RUN_ID"):
+        # Unless it was given --rdzv-id, torchrun calls each of its launches "none": then the launcher itself is the
+        # name, our parent.
+        names["torchrun"] = _mark(run if run != "none" else f"{socket.gethostname()}:{os.getppid()}")
+        if environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+            again.add("torchrun")
+    if job := environ.get("SLURM_JOB_ID"):
+        names["slurm"] = _mark(f"{environ.get('SLURM_CLUSTER_NAME', '')}:{job}")
+        if environ.get("SLURM_RESTART_COUNT", "0") != "0":
+            again.add("slurm")
+    return Launch(names, frozenset(again))
+
+
+def _mark(name: str) -> str:
+    return hashlib.sha256(name.encode()).hexdigest()[:16]

@@ -28,7 +28,7 @@ from fastssl.evaluate.classifier import Classifier
 from fastssl.evaluate.features import EVALUATION_CROP, ProbeError, accuracies, collect, require_size, shard
 from fastssl.evaluate.photos import LabelledSplit, require_classes, require_labels
 from fastssl.optim.optimizers import OptimConfig, create_optimizer, parameter_groups
-from fastssl.optim.schedules import half_cosine
+from fastssl.optim.schedules import RunLength
 from fastssl.pipelines.loader import ViewLoader
 from fastssl.pipelines.plan.draw import ViewSpec
 from fastssl.utils.host_memory import keep_freed_memory
@@ -62,7 +62,7 @@ class FinetuneConfig:
 
     def lr(self, epoch: int) -> float:
         """The backbone's rate in ``epoch`` (0 .. epochs; at ``epochs``, one past the last, it is the final one)."""
-        return half_cosine(epoch / self.epochs, self.optim.peak_lr(self.batch_size), self.optim.final_lr)
+        return self.optim.rate(epoch, RunLength(self.epochs, 1), self.batch_size)
 
     @property
     def train_view(self) -> ViewSpec:

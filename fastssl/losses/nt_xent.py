@@ -8,8 +8,7 @@ samples, with smoothing mass a and a weighting w over ranks:
     loss = log(exp(l+) + sum_j exp(l_j)) - (1 - a) l+ - a sum_r w_r l_(r)
     l_(r): the r-th largest l_j, ties to the lowest column
 
-The negatives do not depend on g, so each anchor has one logsumexp and one search for the nearest for both its
-positives.
+The negatives do not depend on g: each anchor has one logsumexp and one search for both its positives.
 """
 
 from __future__ import annotations
@@ -17,24 +16,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastssl.losses.smoothed_target import SmoothedTarget, checked_smoothing, top_columns, weight_row
+from fastssl.losses.smoothed_target import SmoothedTarget, top_columns, weight_row
 
 
 class SmoothedNTXent(SmoothedTarget):
     """Pair losses between all views of a batch and its global views.
 
     Anchors and candidates both receive their gradients; as a rule the candidates are the anchors' first two views,
-    gathered over the ranks. Values are in float32, or in float64 when an input is float64, whatever autocast says; on a
-    GPU the matrix product obeys ``torch.set_float32_matmul_precision`` like any other. Nothing here reads a value back
-    to the host. Extra memory is a few matrices (V * B, 2 * M). A NaN in an input reaches the loss.
-
-    Attributes:
-        temperature, smoothing, weighting, neighbors: as of :class:`fastssl.losses.SmoothedInfoNCE`, defaults and checks
-            included.
-        weights: share of the smoothing mass on each rank; empty for ``uniform_all``.
-
-    Raises:
-        ValueError: settings outside their ranges.
+    gathered over the ranks. Values are in float32, or in float64 when an input is float64, whatever autocast says.
+    Nothing here reads a value back to the host. Extra memory is a few matrices (V * B, 2 * M). A NaN in an input
+    reaches the loss. Settings: see :class:`SmoothedTarget`.
 
     Example::
 
@@ -53,9 +44,8 @@ class SmoothedNTXent(SmoothedTarget):
             candidates: (2, M, D), the global views of the samples of all ranks, M >= B. They count as 2 * M columns,
                 those of view 0 first.
             first: the anchors' samples are the candidates' samples ``first`` to ``first + B - 1``.
-            smoothing: the mass a of this step: a number, or a tensor with one element on the device, which a schedule
-                can change without a host sync (it gets no gradient and its range is not checked). ``None`` uses the
-                module's. The number 0.0 skips the search for the nearest.
+            smoothing: the mass a of this step, see :meth:`SmoothedTarget.mass`; the number 0.0 skips the search for the
+                nearest.
 
         Returns:
             (2, V) float32 (float64 if an input is float64). Entry [g, v]: anchors of view v, positive in global view g.
@@ -63,24 +53,20 @@ class SmoothedNTXent(SmoothedTarget):
                 no meaning.
 
         Raises:
-            ValueError: wrong shapes, samples that the candidates do not hold, fewer negatives than neighbours, a
-                smoothing that requires a gradient.
+            ValueError: fewer negatives than neighbours, a smoothing that is no mass or requires a gradient.
         """
-        mass = self.smoothing if smoothing is None else checked_smoothing(smoothing)
+        mass = self.mass(smoothing)
         smoothed = isinstance(mass, Tensor) or mass > 0  # a tensor's value is not known here
-        self._check(anchors, candidates, first, smoothed)
         views, batch, samples = *anchors.shape[:2], candidates.shape[1]
+        self.require_negatives(2 * (samples - 1), smoothed)
         dtype = torch.float64 if torch.float64 in (anchors.dtype, candidates.dtype) else torch.float32
         with torch.autocast(anchors.device.type, enabled=False):
-            logits = (
-                anchors.flatten(0, 1).to(dtype) @ candidates.flatten(0, 1).to(dtype).t() / self.temperature
-            )  # (V * B, 2 * M)
+            rows, columns = (tensor.flatten(0, 1).to(dtype) for tensor in (anchors, candidates))
+            logits = rows @ columns.t() / self.temperature  # (V * B, 2 * M)
             by_view = logits.view(views, batch, 2, samples)
             positive = by_view[..., first : first + batch].diagonal(dim1=1, dim2=3).transpose(0, 1)  # (2, V, B)
-            own = torch.arange(batch, device=logits.device)[:, None] + first == torch.arange(
-                samples, device=logits.device
-            )  # (B, M)
-            own = own[:, None, :]  # neither candidate of the anchor's sample is a negative
+            own, all_of_them = (torch.arange(count, device=logits.device) for count in (batch, samples))
+            own = (own[:, None] + first == all_of_them)[:, None, :]  # (B, 1, M): no negatives of the anchor's sample
             negatives = by_view.masked_fill(own, -torch.inf).flatten(2)  # (V, B, 2 * M)
 
             # Differences to the positive, which stay accurate when the loss is near zero.
@@ -89,43 +75,9 @@ class SmoothedNTXent(SmoothedTarget):
             if smoothed:
                 if self.weights:
                     nearest = top_columns(negatives.detach().flatten(0, 1), len(self.weights))  # (V * B, n)
-                    soft = (
-                        (logits.gather(1, nearest) * weight_row(self.weights, dtype, logits.device))
-                        .sum(1)
-                        .view(views, batch)
-                    )
+                    shares = logits.gather(1, nearest) * weight_row(self.weights, dtype, logits.device)
+                    soft = shares.sum(1).view(views, batch)
                 else:
                     soft = by_view.masked_fill(own, 0).sum((2, 3)) / (2 * (samples - 1))
                 loss = loss + (mass.to(dtype) if isinstance(mass, Tensor) else mass) * (positive - soft)
             return loss.mean(2)
-
-    def _check(self, anchors: Tensor, candidates: Tensor, first: int, smoothed: bool) -> None:
-        for name, tensor in (("anchors", anchors), ("candidates", candidates)):
-            if tensor.dim() != 3 or not tensor.is_floating_point() or 0 in tensor.shape:
-                raise ValueError(
-                    f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}; expected floating point (views, "
-                    "samples, features), each at least 1"
-                )
-        if anchors.device != candidates.device:
-            raise ValueError(
-                f"anchors are on {anchors.device} and candidates on {candidates.device}; move them to one device"
-            )
-        if anchors.shape[2] != candidates.shape[2]:
-            raise ValueError(
-                f"anchors have {anchors.shape[2]} features and candidates {candidates.shape[2]}; both come "
-                "from the same projector, so they must agree"
-            )
-        if len(candidates) != 2:
-            raise ValueError(f"candidates have {len(candidates)} views; expected the two global views")
-        batch, samples = anchors.shape[1], candidates.shape[1]
-        if not 0 <= first <= samples - batch:
-            raise ValueError(
-                f"the anchors are samples {first} to {first + batch - 1} of the candidates, which hold {samples}: "
-                "pass the candidates of all ranks, and as first the offset of this rank's samples"
-            )
-        available, needed = 2 * (samples - 1), max(1, len(self.weights) if smoothed else 1)
-        if available < needed:
-            raise ValueError(
-                f"{samples} samples give {available} negatives, and weighting={self.weighting!r} needs at "
-                f"least {needed}: enlarge the batch or lower neighbors"
-            )

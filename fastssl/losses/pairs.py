@@ -5,8 +5,8 @@ each kind,
 
     loss = weight_gg * gg + weight_gl * gl            weight_gg + weight_gl = 1
 
-SSLight takes 0.4 and 0.6; 1 / (1 + L) and L / (1 + L) give what DINO, SwAV and MoCo do without it, the plain mean over
-all pairs. ``MultiCrop`` checks the weights and knows what they are by default.
+SSLight takes 0.4 and 0.6; 1 / (1 + L) and L / (1 + L) give the plain mean over all pairs, as DINO, SwAV and MoCo have
+it. ``MultiCrop`` checks the weights and knows what they are by default.
 """
 
 from __future__ import annotations
@@ -51,8 +51,7 @@ def split_pairs(pairs: Tensor) -> tuple[Tensor, Tensor | None]:
             are the global ones.
 
     Returns:
-        Mean over the two global-global pairs and mean over the 2 * (V - 2) global-local pairs, scalars; ``None`` for
-        the latter if V is 2.
+        Mean over the two global-global pairs and over the 2 * (V - 2) global-local pairs, scalars; V = 2: None for it.
     """
     gg = torch.stack([pairs[0, 1], pairs[1, 0]]).mean()
     return gg, pairs[:, 2:].mean() if pairs.shape[1] > 2 else None

@@ -10,23 +10,20 @@ With scores S of N samples (of all ranks) and K prototypes, the textbook form is
 
 What is computed here is the same with fewer steps:
 
-* Every constant cancels. The total and the N of one round are common to all of Q, so the next division by the
-  prototypes' sums removes them; the K of a round is removed by its division by the samples' sums, and the last N by the
-  final product. What is left are the two divisions by sums, and only the prototypes' sums go over all samples.
+* Every constant cancels (each is common to all of Q until the next division by sums removes it). What is left are the
+  two divisions by sums, and only the prototypes' sums go over all samples.
 * The exponentials need a shift lest they overflow. A shift c_k of prototype k's scores, the same for all samples of all
-  ranks, multiplies that prototype's share by exp(-c_k / epsilon), and the first division by its sum removes it: the
-  result does not change, at any number of rounds. A shift of one sample's scores would not do: it weighs that sample in
-  the first sums of the prototypes, and a finite number of rounds remembers it. Nor would each rank's own maximum, which
-  is a shift of that rank's samples.
-* So c_k is the mean over ranks of the rank's largest score of prototype k, which takes nothing but a sum over ranks
-  (the one that the total would have taken). On one rank it is the maximum: no exponential exceeds 1, and that of the
-  nearest sample is 1. On several, one rank's maximum is at least their mean, so no prototype's sum is below 1, and an
-  exponential overflows only if the ranks' maxima of a prototype lie 88 epsilon apart: 4.4 where cosines have 2.
+  ranks, multiplies that prototype's share by exp(-c_k / epsilon), and the first division by its sum removes it. A shift
+  of one sample's scores, or of one rank's samples, would not do: it weighs them in the first sums of the prototypes,
+  and a finite number of rounds remembers it.
+* So c_k is the mean over ranks of the rank's largest score of prototype k, which takes nothing but a sum over ranks.
+  On one rank it is the maximum: no exponential exceeds 1, and that of the nearest sample is 1. On several, one rank's
+  maximum is at least their mean, so no prototype's sum is below 1, and an exponential overflows only if the ranks'
+  maxima of a prototype lie 88 epsilon apart: 4.4 where cosines have 2.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -38,7 +35,7 @@ def sinkhorn(
     scores: Tensor,
     epsilon: float = 0.05,
     iterations: int = 3,
-    all_reduce: Callable[[Tensor], Tensor] | None = None,
+    all_reduce: Callable[[Tensor], Tensor] = lambda share: share,
     ranks: int = 1,
 ) -> Tensor:
     """Soft assignment of this rank's samples, as if computed over the samples of all ranks; without gradient and
@@ -51,40 +48,20 @@ def sinkhorn(
         scores: (B, K) floating point: this rank's samples against the prototypes, cosines as a rule.
         epsilon: entropy of the assignment, positive: the smaller, the harder.
         iterations: rounds, at least one.
-        all_reduce: sums a (K,) tensor over the ranks and returns the sum (in place or not); ``None`` on a single rank.
-            Called ``iterations + 1`` times.
+        all_reduce: sums a (K,) tensor over the ranks and returns the sum (in place or not); called ``iterations + 1``
+            times.
         ranks: number of ranks over which it sums.
 
     Returns:
         (B, K) float32 (float64 for float64 scores), whatever autocast says. Each row, a sample, sums to one; over the
         samples of all ranks each prototype gets nearly the same mass.
-
-    Raises:
-        ValueError: another shape, settings outside these ranges, several ranks without ``all_reduce``.
     """
-    if scores.dim() != 2 or not scores.is_floating_point() or 0 in scores.shape:
-        raise ValueError(
-            f"scores are {scores.dtype} of shape {tuple(scores.shape)}; expected a floating-point matrix "
-            "(samples, prototypes)"
-        )
-    if not (epsilon > 0 and math.isfinite(epsilon)):
-        raise ValueError(f"epsilon={epsilon}: give a positive number (0.05 in SwAV)")
-    if iterations < 1:
-        raise ValueError(f"iterations={iterations}: give at least 1 (3 in SwAV)")
-    if ranks < 1 or (ranks > 1 and all_reduce is None):
-        raise ValueError(
-            f"ranks={ranks} with all_reduce={all_reduce}: several ranks need a function that sums over them, "
-            "and there is at least one"
-        )
-
-    def over_ranks(share: Tensor) -> Tensor:
-        return share if all_reduce is None else all_reduce(share)
 
     with torch.autocast(scores.device.type, enabled=False):
         own = scores if scores.dtype == torch.float64 else scores.float()
-        shift = over_ranks(own.amax(0)) / ranks  # (K,)
+        shift = all_reduce(own.amax(0)) / ranks  # (K,)
         mass = (own - shift).div_(epsilon).exp_()  # (B, K)
         for _ in range(iterations):
-            mass.div_(over_ranks(mass.sum(0)))  # prototypes
+            mass.div_(all_reduce(mass.sum(0)))  # prototypes
             mass.div_(mass.sum(1, keepdim=True))  # samples
     return mass

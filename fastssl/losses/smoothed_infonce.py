@@ -20,15 +20,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastssl.losses.smoothed_target import SmoothedTarget, checked_smoothing, top_columns, weight_row
+from fastssl.losses.smoothed_target import SmoothedTarget, top_columns, weight_row
 
 # Keys per block in the search for the nearest. Larger: fewer maxima to rank, more keys to look at again (8 and 16
 # measured alike, 4 and 32 slower).
 _BLOCK = 16
 # Size of the large temporaries in elements: products in flight (batch * tile), and keys looked at again in the search
-# (queries * keys * features). On a quiet CPU 2**20 to 2**23 are within 15 % of each other; on a crowded one, where
-# every parallel operation waits for its slowest thread, few large tiles win by far (2**23 took half the time of 2**21).
-# A GPU wants few launches: 64 MB, two tiles at batch 512 and queue 65536.
+# (queries * keys * features). On a quiet CPU 2**20 to 2**23 are within 15 % of each other; on a crowded one few large
+# tiles win by far. A GPU wants few launches: 64 MB, two tiles at batch 512 and queue 65536.
 _CPU_ELEMENTS = (2**23, 2**22)
 _GPU_ELEMENTS = (2**24, 2**24)
 
@@ -37,16 +36,12 @@ class SmoothedInfoNCE(SmoothedTarget):
     """Mean cross-entropy between softmax over (positive, queue) and a target smoothed towards the nearest negatives.
 
     Only ``query``, and ``key`` if it asks for one, receive a gradient; the queue is a constant. Values and gradients
-    are exact (not sampled) and are accumulated in float32, or in float64 when any input is float64, whatever autocast
-    says. On a GPU the two matrix products obey ``torch.set_float32_matmul_precision`` like any other. Nothing here
+    are exact (not sampled), in float32, or in float64 when any input is float64, whatever autocast says. Nothing here
     reads a value back to the host. Extra memory is O(batch * tile). A NaN in any input, or a logit that overflows to
-    +inf, makes the loss NaN instead of passing unnoticed.
+    +inf, makes the loss NaN.
 
     Attributes:
-        temperature: tau, positive.
-        smoothing: mass a on the negatives, in [0, 1). ``None`` takes the published value: 0.4 for ``geometric``, 0.5
-            for ``nearest``, 0.2 otherwise. Exactly 0.0 skips the search for the nearest.
-        weighting, neighbors: see :func:`rank_weights`.
+        temperature, smoothing, weighting, neighbors: see :class:`SmoothedTarget`.
         tile: queue rows in flight; ``None`` chooses from the batch size and the device.
 
     Raises:
@@ -79,9 +74,7 @@ class SmoothedInfoNCE(SmoothedTarget):
             query: (B, D) floating point, L2-normalised.
             key: (B, D), the positive of each query.
             queue: (K, D) negatives, without gradient; may be of a lower precision than the query.
-            smoothing: the mass a of this step: a number, or a tensor with one element on the device, which a schedule
-                can change without a host sync (it gets no gradient and its range is not checked). ``None`` uses the
-                module's.
+            smoothing: the mass a of this step, see :meth:`SmoothedTarget.mass`.
 
         Returns:
             Scalar tensor: float64 if any input is float64, else float32.
@@ -89,7 +82,7 @@ class SmoothedInfoNCE(SmoothedTarget):
         Raises:
             ValueError: wrong shapes, fewer negatives than neighbours, a queue or a smoothing that requires a gradient.
         """
-        mass = self.smoothing if smoothing is None else checked_smoothing(smoothing)
+        mass = self.mass(smoothing)
         self._check(query, key, queue)
         loss: Tensor = _Loss.apply(
             query, key, queue, mass, self.temperature, self.weights, self.tile, torch.is_grad_enabled()
@@ -115,12 +108,7 @@ class SmoothedInfoNCE(SmoothedTarget):
                 f"queue has {queue.shape[1]} features and query {query.shape[1]}; both come from the same "
                 "projector, so they must agree"
             )
-        needed = max(1, len(self.weights))
-        if queue.shape[0] < needed:
-            raise ValueError(
-                f"the queue holds {queue.shape[0]} negatives, and weighting={self.weighting!r} needs at least "
-                f"{needed}: enlarge it or lower neighbors"
-            )
+        self.require_negatives(len(queue))
         if queue.requires_grad:
             raise ValueError("queue requires a gradient, but the loss treats it as a constant: pass queue.detach()")
 
@@ -155,12 +143,10 @@ class _Loss(torch.autograd.Function):
             # Written as differences to the positive, which stay accurate when the loss is near zero.
             loss = (seen.maximum - positive) / temperature + seen.total.log()
             if smoothed:
-                # (B, D), or (1, D) where every negative counts alike
-                soft = (
-                    _nearest_mean(q, queue, seen.peaks, weights)
-                    if weights
-                    else queue.mean(0, keepdim=True, dtype=dtype)
-                )
+                if weights:
+                    soft = _nearest_mean(q, queue, seen.peaks, weights)  # (B, D)
+                else:
+                    soft = queue.mean(0, keepdim=True, dtype=dtype)  # (1, D): every negative counts alike
                 loss = loss + mass * (positive - (q * soft).sum(1)) / temperature
             loss = loss.mean()
 
@@ -184,7 +170,7 @@ class _Loss(torch.autograd.Function):
         grads = (
             None if grad is None else (grad * grad_loss).to(dtype) for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes)
         )
-        return (*grads, None, None, None, None, None, None)
+        return (*grads, *[None] * 6)
 
 
 class _Seen(NamedTuple):
@@ -192,9 +178,7 @@ class _Seen(NamedTuple):
 
     maximum: Tensor  # (B,) largest product q.k, the positive's included
     total: Tensor  # (B,) sum of exp((q.k - maximum) / temperature)
-    weighted: (
-        Tensor  # (B, D) the same sum with each term times its key; the positive's key alone if it was not asked for
-    )
+    weighted: Tensor  # (B, D) the same sum of term times key; the positive's key alone if it was not asked for
     peaks: Tensor  # (blocks, B) largest product of each block of 16 keys, over the whole queue
 
 
@@ -209,7 +193,7 @@ def _stream(
 ) -> _Seen:
     batch, rows = query.shape[0], queue.shape[0]
     if tile is None:
-        tile = max(1024, _elements(query)[0] // batch)
+        tile = max(1024, (_GPU_ELEMENTS if query.is_cuda else _CPU_ELEMENTS)[0] // batch)
     tile = _round_up(min(tile, rows), _BLOCK)
     # torch's exp2 takes a third of the time of its exp on a CPU. The factor is applied to the products, not to the
     # query, so that products which tie exactly (vectors of small integers) still do when they are ranked.
@@ -244,25 +228,22 @@ def _nearest_mean(query: Tensor, queue: Tensor, peaks: Tensor, weights: tuple[fl
     product, ties to the lowest row.
 
     The ``count`` nearest all lie in the ``count`` blocks with the largest peaks (ties to the first block): a block left
-    out has ``count`` blocks before it, and each of those holds an element that comes before any of its own. So only the
-    keys of those blocks are looked at again, and their products computed again: cheaper than to search, or to keep,
-    those of every key.
+    out has ``count`` blocks before it, and each of those holds an element that comes before any of its own. So only
+    their products are computed again: cheaper than to search, or to keep, those of every key.
     """
     count, rows = len(weights), queue.shape[0]
     blocks = min(count, peaks.shape[0])
     profile = weight_row(weights, query.dtype, queue.device)
     in_block = torch.arange(_BLOCK, device=queue.device)
     # The keys looked at again are a matrix per query, too much for the whole batch at once.
-    chunk = max(1, _elements(query)[1] // (blocks * _BLOCK * query.shape[1]))
-    kept = (
-        top_columns(peaks.t().contiguous(), blocks).sort(1).values
-    )  # (B, n): ascending, so that candidates follow rows
+    chunk = max(1, (_GPU_ELEMENTS if query.is_cuda else _CPU_ELEMENTS)[1] // (blocks * _BLOCK * query.shape[1]))
+    # (B, n): ascending, so that candidates follow rows
+    kept = top_columns(peaks.t().contiguous(), blocks).sort(1).values
     means = []
     for queries, its_blocks in zip(query.split(chunk), kept.split(chunk)):
         index = (its_blocks[:, :, None] * _BLOCK + in_block).flatten(1)  # (b, 16 n)
-        candidates = (
-            queue.index_select(0, index.clamp(max=rows - 1).flatten()).to(query.dtype).view(*index.shape, -1)
-        )  # (b, 16 n, D)
+        candidates = queue.index_select(0, index.clamp(max=rows - 1).flatten()).to(query.dtype)
+        candidates = candidates.view(*index.shape, -1)  # (b, 16 n, D)
         products = torch.bmm(candidates, queries[:, :, None]).squeeze(2)  # (b, 16 n)
         if rows % _BLOCK:
             products.masked_fill_(index >= rows, -math.inf)
@@ -270,10 +251,6 @@ def _nearest_mean(query: Tensor, queue: Tensor, peaks: Tensor, weights: tuple[fl
         share = torch.zeros_like(products).scatter_(1, nearest, profile.expand_as(nearest))
         means.append(torch.bmm(share[:, None, :], candidates).squeeze(1))
     return torch.cat(means)
-
-
-def _elements(like: Tensor) -> tuple[int, int]:
-    return _GPU_ELEMENTS if like.is_cuda else _CPU_ELEMENTS
 
 
 def _round_up(value: int, multiple: int) -> int:

@@ -11,9 +11,13 @@ import math
 import torch
 from torch import Tensor, nn
 
-# Ends of the rank groups of `stepped`, which hold 1/2, 1/4 and 1/4 of the mass, by number of neighbours.
-STEPPED_GROUP_ENDS = {5: (1, 3, 5), 10: (1, 4, 10), 20: (2, 8, 20), 30: (3, 12, 30)}
-THIRDS_GROUP_ENDS = (2, 8, 20)
+# weighting -> number of neighbours, the default first -> last rank of each group, and the groups' shares of the mass
+RANK_GROUPS: dict[str, dict[int, tuple[tuple[int, ...], tuple[float, ...]]]] = {
+    "stepped": {ends[-1]: (ends, (0.5, 0.25, 0.25)) for ends in ((2, 8, 20), (1, 3, 5), (1, 4, 10), (3, 12, 30))},
+    "geometric": {11: (tuple(range(1, 12)), (*(0.5 / 2**i for i in range(10)), 0.5 / 2**9))},
+    "nearest": {1: ((1,), (1.0,))},
+    "thirds": {20: ((2, 8, 20), (1 / 3, 1 / 3, 1 / 3))},
+}
 
 # The mass that the paper's code uses with each weighting; the names are also the allowed values of `weighting`.
 DEFAULT_SMOOTHING = {
@@ -47,23 +51,6 @@ def rank_weights(weighting: str, neighbors: int | None = None) -> tuple[float, .
     """
     if weighting not in DEFAULT_SMOOTHING:
         raise ValueError(f"weighting={weighting!r} is unknown; choose one of {', '.join(WEIGHTINGS)}")
-    if weighting == "uniform_topk":
-        count = 20 if neighbors is None else neighbors
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-            raise ValueError(
-                f"neighbors={neighbors!r} with weighting='uniform_topk': give a whole number of at least 1"
-            )
-        if count > _MOST_NEIGHBORS:
-            raise ValueError(f"neighbors={neighbors:,} with weighting='uniform_topk': at most {_MOST_NEIGHBORS:,}")
-        return (1.0 / count,) * count
-    if weighting == "stepped":
-        count = 20 if neighbors is None else neighbors
-        if count not in STEPPED_GROUP_ENDS:
-            allowed = ", ".join(map(str, STEPPED_GROUP_ENDS))
-            raise ValueError(
-                f"neighbors={neighbors!r} with weighting='stepped': its rank groups are defined for {allowed} only"
-            )
-        return _grouped(STEPPED_GROUP_ENDS[count], (0.5, 0.25, 0.25))
     if weighting == "uniform_all":
         if neighbors is not None:
             raise ValueError(
@@ -71,39 +58,22 @@ def rank_weights(weighting: str, neighbors: int | None = None) -> tuple[float, .
                 "leave neighbors=None"
             )
         return ()
-    if weighting == "geometric":
-        weights = tuple(0.5 / 2**i for i in range(10)) + (0.5 / 2**9,)
-    elif weighting == "nearest":
-        weights = (1.0,)
-    else:
-        weights = _grouped(THIRDS_GROUP_ENDS, (1 / 3, 1 / 3, 1 / 3))
-    if neighbors not in (None, len(weights)):
-        raise ValueError(
-            f"neighbors={neighbors!r} with weighting={weighting!r}: it always uses {len(weights)}; pass that or None"
-        )
-    return weights
-
-
-def _grouped(ends: tuple[int, ...], masses: tuple[float, ...]) -> tuple[float, ...]:
-    weights: list[float] = []
-    for end, mass in zip(ends, masses):
-        size = end - len(weights)
-        weights += [mass / size] * size
-    return tuple(weights)
-
-
-def checked_smoothing(smoothing: Tensor | float) -> Tensor | float:
-    if isinstance(smoothing, Tensor):
-        if smoothing.numel() != 1 or not smoothing.is_floating_point() or smoothing.requires_grad:
+    if weighting == "uniform_topk":
+        count = 20 if neighbors is None else neighbors
+        if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= _MOST_NEIGHBORS:
             raise ValueError(
-                f"smoothing is a {smoothing.dtype} tensor of shape {tuple(smoothing.shape)}, "
-                f"requires_grad={smoothing.requires_grad}; "
-                "expected one floating-point element without gradient"
+                f"neighbors={neighbors!r} with weighting='uniform_topk': give a whole number of at least 1 and at most "
+                f"{_MOST_NEIGHBORS:,}"
             )
-        return smoothing.reshape(())
-    if not 0 <= smoothing < 1:
-        raise ValueError(f"smoothing={smoothing}: give a mass in [0, 1); the positive keeps the rest")
-    return float(smoothing)
+        return (1.0 / count,) * count
+    groups = RANK_GROUPS[weighting]
+    if (count := next(iter(groups)) if neighbors is None else neighbors) not in groups:
+        allowed = ", ".join(map(str, sorted(groups)))
+        only = f"its rank groups are defined for {allowed} only" if len(groups) > 1 else f"it always uses {allowed}"
+        raise ValueError(f"neighbors={neighbors!r} with weighting={weighting!r}: {only}")
+    ends, shares = groups[count]
+    sizes = [last - before for before, last in zip((0, *ends), ends)]
+    return tuple(share / size for size, share in zip(sizes, shares) for _ in range(size))
 
 
 def top_columns(values: Tensor, count: int) -> Tensor:
@@ -158,22 +128,51 @@ class SmoothedTarget(nn.Module):
             )
         self.weights = rank_weights(weighting, neighbors)
         self.temperature = float(temperature)
-        self.smoothing = checked_smoothing(DEFAULT_SMOOTHING[weighting] if smoothing is None else smoothing)
+        self.smoothing: Tensor | float = self.mass(DEFAULT_SMOOTHING[weighting] if smoothing is None else smoothing)
         self.weighting = weighting
         self.neighbors = len(self.weights) if self.weights else None
+
+    def mass(self, smoothing: Tensor | float | None) -> Tensor | float:
+        """The mass a of a step: a number, or a tensor with one element on the device, which a schedule can change
+        without a host sync (its range is not checked); None: the module's.
+
+        Raises:
+            ValueError: a number outside [0, 1), a tensor of several elements or one that requires a gradient.
+        """
+        if smoothing is None:
+            return self.smoothing
+        if isinstance(smoothing, Tensor):
+            if smoothing.numel() != 1 or not smoothing.is_floating_point() or smoothing.requires_grad:
+                raise ValueError(
+                    f"smoothing is a {smoothing.dtype} tensor of shape {tuple(smoothing.shape)}, requires_grad="
+                    f"{smoothing.requires_grad}; expected one floating-point element without gradient"
+                )
+            return smoothing.reshape(())
+        if not 0 <= smoothing < 1:
+            raise ValueError(f"smoothing={smoothing}: give a mass in [0, 1); the positive keeps the rest")
+        return float(smoothing)
+
+    def require_negatives(self, available: int, smoothed: bool = True) -> None:
+        """Raise ValueError where there are fewer negatives than neighbours that share the smoothing, or none."""
+        needed = max(1, len(self.weights) if smoothed else 1)
+        if available < needed:
+            raise ValueError(
+                f"there are {available} negatives, and weighting={self.weighting!r} needs at least {needed}: enlarge "
+                "the batch or the queue, or lower neighbors"
+            )
 
     def target_entropy(self, smoothing: Tensor | float | None = None, negatives: int | None = None) -> Tensor | float:
         """Entropy of the target in nats: the least value that the loss can reach, so that ``loss - entropy`` is the KL
         divergence.
 
         Args:
-            smoothing: the mass a, ``None`` for the module's; a tensor gives a tensor on its device, without host sync.
+            smoothing: see ``mass``; a tensor gives a tensor on its device, without host sync.
             negatives: how many there are; needed (and used) by ``uniform_all`` only.
 
         Raises:
             ValueError: ``uniform_all`` without the number of negatives.
         """
-        mass = self.smoothing if smoothing is None else checked_smoothing(smoothing)
+        mass = self.mass(smoothing)
         if self.weights:
             spread = -sum(w * math.log(w) for w in self.weights)
         elif negatives:

@@ -14,15 +14,4 @@ METHODS: dict[str, tuple[type[Method], type]] = {
     "simclr": (SimCLR, SimCLRConfig),
 }
 
-__all__ = [
-    "DINO",
-    "METHODS",
-    "DINOConfig",
-    "Method",
-    "MoCo",
-    "MoCoConfig",
-    "SimCLR",
-    "SimCLRConfig",
-    "SwAV",
-    "SwAVConfig",
-]
+__all__ = ["DINO", "METHODS", "DINOConfig", "MoCo", "MoCoConfig", "SimCLR", "SimCLRConfig", "SwAV", "SwAVConfig"]

@@ -6,9 +6,9 @@
     forward  the student's pass and the loss
     after_step   queues and centres, once the optimiser has moved
 
-Those five are what a method fills in. It keeps no clock, and knows nothing of processes but through the collectives it
-calls, nothing of parts of a batch, and nothing of recording: a recorded step reads numbers from the device, and a
-switch that flips is a new recording.
+Those five are what a method fills in. It knows nothing of processes but through the collectives it calls, nothing of
+parts of a batch, and nothing of recording: a recorded step reads numbers from the device, and a switch that flips is a
+new recording.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, ClassVar
 
 import torch
@@ -75,9 +76,7 @@ class SmoothedConfig(MethodConfig):
     Attributes:
         temperature: of the softmax (light-moco 0.1, MoCo-v2 0.2).
         smoothing: mass that the target gives to the nearest negatives (0: plain InfoNCE).
-        weighting: how the mass is shared: ``uniform_topk``, ``stepped``, ``geometric``, ``nearest``, ``uniform_all``,
-            ``thirds``.
-        neighbors: number of nearest negatives that share it; None: the weighting's published number.
+        weighting, neighbors: how many of them share the mass, and how: see ``losses.smoothed_target.rank_weights``.
         smoothing_schedule: ``constant``, ``warm`` (0 for ``smoothing_warm_epochs``, then all of it) or ``cosine``
             (grows from 0).
         smoothing_warm_epochs: read by ``warm`` only.
@@ -102,22 +101,19 @@ class SmoothedConfig(MethodConfig):
         """How many nearest negatives share the smoothing; 0 where all do."""
         return len(rank_weights(self.weighting, self.neighbors))
 
+    @property
+    def target(self) -> dict[str, Any]:
+        """Of these the arguments of ``losses.smoothed_target.SmoothedTarget``."""
+        return {name: getattr(self, name) for name in ("temperature", "smoothing", "weighting", "neighbors")}
+
     def smoothing_rates(self, step: int, run: RunLength) -> dict[str, float | bool]:
         """The present smoothing, under its name; empty without smoothing: the search for neighbours is then left out,
         also of a recorded step.
         """
         if not self.smoothing:
             return {}
-        return {
-            "smoothing": schedules.smoothing(
-                step,
-                total_steps=run.total_steps,
-                steps_per_epoch=run.steps_per_epoch,
-                base=self.smoothing,
-                schedule=self.smoothing_schedule,
-                warm_epochs=self.smoothing_warm_epochs,
-            )
-        }
+        schedule, warm = self.smoothing_schedule, self.smoothing_warm_epochs
+        return {"smoothing": schedules.smoothing(step, run, self.smoothing, schedule, warm)}
 
 
 class Encoder(nn.Module):
@@ -138,10 +134,8 @@ class Encoder(nn.Module):
         self.drop = DropTable.install(backbone)  # no module: no part of the state
 
     def forward(self, images: Tensor | Sequence[Tensor], first: int = 0) -> Tensor:
-        """One backbone pass for each tensor of ``images``, one head pass over all: (sum of N, out).
-
-        Args:
-            first: row of the first image among the views that drop path was drawn for.
+        """One backbone pass for each tensor of ``images``, one head pass over all: (sum of N, out). ``first``: row of
+        the first image among the views that drop path was drawn for.
         """
         features = []
         for batch in [images] if isinstance(images, Tensor) else images:
@@ -152,15 +146,21 @@ class Encoder(nn.Module):
         embeddings: Tensor = self.projector(features[0] if len(features) == 1 else torch.cat(features))
         return embeddings
 
+    def as_teacher(self) -> Encoder:
+        """A copy without gradient and drop path."""
+        teacher = copy.deepcopy(self).requires_grad_(False)
+        DropTable.remove(teacher.backbone)
+        teacher.drop = None
+        return teacher
+
 
 @dataclass(frozen=True)
 class Views:
     """The views of one batch on this rank: two global ones first, then the local ones.
 
     Attributes:
-        batch_size: samples a step on this rank.
+        batch_size: samples a step on this rank. world: ranks that share a step.
         weights: of the pairs; also says how many local views there are.
-        world: ranks that share a step.
     """
 
     batch_size: int
@@ -169,7 +169,7 @@ class Views:
 
     @property
     def count(self) -> int:
-        """Views of a sample."""
+        """Of a sample."""
         return 2 + self.weights.local_views
 
     @property
@@ -218,31 +218,28 @@ class Method(nn.Module):
         super().__init__()
         self.views = views
         self.student = student
-        self.teacher = _teacher_of(student) if self.HAS_TEACHER else None
+        self.teacher = student.as_teacher() if self.HAS_TEACHER else None
         if self.teacher is not None:
             self._student_parameters: list[Tensor] = list(self.student.parameters())
             self._teacher_parameters: list[Tensor] = list(self.teacher.parameters())
-        self.set_forward_modules(self.student, self.teacher)
+        self.set_forward_modules(*self.networks)
 
-    def set_forward_modules(self, student: Callable[..., Tensor], teacher: Callable[..., Tensor] | None) -> None:
-        """Let these networks make the passes: bfloat16 or compiled forms of ``student`` and ``teacher``, which stay
-        what is trained and saved.
-        """
-        # In a list, which nn.Module does not register: they are no part of the state.
-        self._computing = [student] if teacher is None else [student, teacher]
+    @property
+    def networks(self) -> list[nn.Module]:
+        """The student, and the teacher if there is one."""
+        return [self.student] if self.teacher is None else [self.student, self.teacher]
+
+    def set_forward_modules(self, *networks: Callable[..., Tensor]) -> None:
+        """Let these make the passes: forms of ``networks``, which stay what is trained and saved."""
+        self._computing = networks  # nn.Module does not register a tuple: they are no part of the state
 
     # ------------------------------------------------------------------ the views
 
     @staticmethod
     def images(views: Sequence[Tensor]) -> list[Tensor]:
         """Neighbouring views of one size joined, (n B, 3, S, S) view-major each: one backbone pass for each."""
-        joined: list[list[Tensor]] = []
-        for view in views:
-            if joined and joined[-1][0].shape[1:] == view.shape[1:]:
-                joined[-1].append(view)
-            else:
-                joined.append([view])
-        return [group[0] if len(group) == 1 else torch.cat(group) for group in joined]
+        groups = [list(group) for _, group in groupby(views, lambda view: view.shape[1:])]
+        return [group[0] if len(group) == 1 else torch.cat(group) for group in groups]
 
     def encode(self, images: Tensor | Sequence[Tensor], first: int = 0) -> Tensor:
         """The student's embeddings of ``images``, by the form of it that computes."""
@@ -254,9 +251,8 @@ class Method(nn.Module):
 
     def synchronise(self, convert: Callable[[nn.Module], object]) -> None:
         """Let the BatchNorms look at the samples of all ranks; ``convert`` makes those of a network do so, in place."""
-        convert(self.student)
-        if self.teacher is not None:
-            convert(self.teacher)
+        for network in self.networks:
+            convert(network)
 
     # ------------------------------------------------------------------ what a method fills in
 
@@ -292,11 +288,7 @@ class Method(nn.Module):
     @torch.no_grad()
     def update_teacher(self, momentum: float | Tensor) -> None:
         """teacher <- momentum * teacher + (1 - momentum) * student: parameters only; the teacher keeps its own
-        BatchNorm statistics.
-
-        Args:
-            momentum: a number, or a tensor with one element on the device: a schedule may then change it under a
-                captured graph.
+        BatchNorm statistics. A tensor (one element, on the device) may change under a recorded step.
         """
         if self.teacher is None:
             return
@@ -313,23 +305,12 @@ def new_encoder(backbone: nn.Module, config: ProjectorConfig) -> Encoder:
     return Encoder(backbone, Projector(feature_dim(backbone), config))
 
 
-def _teacher_of(student: Encoder) -> Encoder:
-    teacher = copy.deepcopy(student).requires_grad_(False)
-    DropTable.remove(teacher.backbone)
-    teacher.drop = None
-    return teacher
-
-
 @torch.no_grad()
 def view_metrics(loss: Tensor, entropy: Tensor | float, first: Tensor, second: Tensor, *more: Tensor) -> Tensor:
     """``loss``; ``kl``, what stands above the target's ``entropy``, the least that it can be; ``alignment``, the mean
-    squared distance of two views' unit vectors (B, D); ``embedding_std`` of the first; and ``more``.
+    squared distance of two views' unit vectors (B, D); ``embedding_std`` of the first, 1 where they are spread evenly
+    over the sphere and 0 where all are one point; and ``more``.
     """
     alignment = (first - second).square().sum(-1).mean()
-    return torch.stack([loss, loss - entropy, alignment, embedding_std(first), *more]).float()
-
-
-@torch.no_grad()
-def embedding_std(embeddings: Tensor) -> Tensor:
-    """1 for unit vectors spread evenly over the sphere, 0 when all are one point: (N, D) -> scalar."""
-    return embeddings.std(dim=0).mean() * math.sqrt(embeddings.shape[1])
+    spread = first.std(dim=0).mean() * math.sqrt(first.shape[1])
+    return torch.stack([loss, loss - entropy, alignment, spread, *more]).float()

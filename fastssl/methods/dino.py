@@ -103,15 +103,9 @@ class DINO(Method):
     def rates(self, step: int, run: RunLength) -> dict[str, float | bool]:
         config = self.config
         return {
-            "momentum": schedules.ema_momentum(
-                step, total_steps=run.total_steps, base=config.momentum, schedule=config.momentum_schedule
-            ),
+            "momentum": schedules.ema_momentum(step, run, config.momentum, config.momentum_schedule),
             "teacher_temperature": schedules.teacher_temperature(
-                step,
-                steps_per_epoch=run.steps_per_epoch,
-                first=config.warmup_teacher_temperature,
-                last=config.teacher_temperature,
-                warm_epochs=config.warmup_teacher_epochs,
+                step, run, config.warmup_teacher_temperature, config.teacher_temperature, config.warmup_teacher_epochs
             ),
             "frozen": run.epoch(step) < config.freeze_epochs,
         }

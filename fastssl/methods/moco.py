@@ -93,9 +93,6 @@ class MoCo(Method):
     """The two networks, the queue, and one training step's loss.
 
     Args:
-        backbone: the query network's backbone; the key network starts as its copy.
-        config: see ``MoCoConfig``.
-        views: batch, views and pair weights.
         generator: draws the queue's first content (random unit vectors, as in MoCo); on the CPU.
 
     Raises:
@@ -126,12 +123,7 @@ class MoCo(Method):
         self.hidden_views = 2 - config.key_views
         # Running statistics of the keys' BatchNorm groups, put together over the ranks.
         self._group_stats: SplitBatchNormStats | None = None
-        self.loss = SmoothedInfoNCE(
-            temperature=config.temperature,
-            smoothing=config.smoothing,
-            weighting=config.weighting,
-            neighbors=config.neighbors,
-        )
+        self.loss = SmoothedInfoNCE(**config.target)
         if self.loss.neighbors and self.loss.neighbors > config.queue:
             raise ValueError(
                 f"moco.queue={config.queue} holds fewer keys than the {self.loss.neighbors} neighbours that "
@@ -144,28 +136,21 @@ class MoCo(Method):
 
     def rates(self, step: int, run: RunLength) -> dict[str, float | bool]:
         config = self.config
-        momentum = schedules.ema_momentum(
-            step, total_steps=run.total_steps, base=config.momentum, schedule=config.momentum_schedule
-        )
+        momentum = schedules.ema_momentum(step, run, config.momentum, config.momentum_schedule)
         return {"momentum": momentum, **config.smoothing_rates(step, run)}
 
     def synchronise(self, convert: Callable[[nn.Module], object]) -> None:
-        """As of any method; but keys that are dealt into groups have the statistics of their group, and the running
-        ones are put together.
-        """
+        """Keys that are dealt into groups have the statistics of their group, and the running ones are put together."""
         if self.config.split_bn == 1:
             super().synchronise(convert)
         else:
             convert(self.student)
             world = self.views.world
-            self._group_stats = SplitBatchNormStats(
-                self.teacher, groups=self.config.split_bn // world, rank=rank(), world=world
-            )
+            groups = self.config.split_bn // world
+            self._group_stats = SplitBatchNormStats(self.teacher, groups=groups, rank=rank(), world=world)
 
     def noise(self, seed: int, epoch: int, step: int) -> dict[str, Any]:
-        """``permutation``: (key views * global batch,) int64, the order in which the keys are dealt into BatchNorm
-        groups.
-        """
+        """``permutation``: (key views * global batch,) int64, by which the keys are dealt into BatchNorm groups."""
         return {"permutation": batch_permutation(self.key_views * self.views.global_batch, seed, epoch, step)}
 
     def targets(self, images: Sequence[Tensor], noise: Mapping[str, Tensor], rates: Rates) -> tuple[Tensor, ...]:
@@ -198,12 +183,10 @@ class MoCo(Method):
 
     @torch.no_grad()
     def keys(self, images: Tensor, permutation: Tensor) -> Tensor:
-        """Keys of ``images`` (key views * B, 3, S, S), each BatchNorm group normalised for itself, in the order of
-        ``images``.
+        """Keys of ``images`` (key views * B, 3, S, S), each BatchNorm group normalised for itself, in their order.
 
-        The groups are dealt over the samples of all ranks, and each rank makes the keys of its share of the groups. The
-        images go to all ranks for that: a gather has the same shape at every step, which a recorded step needs and an
-        exchange of just the images wanted has not.
+        The groups are dealt over the samples of all ranks, and each rank makes the keys of its share of the groups. All
+        images go to all ranks for that: a gather has the same shape at every step, which a recorded step needs.
         """
         if self.config.split_bn == 1:
             return self.teach(images)

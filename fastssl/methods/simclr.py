@@ -56,17 +56,11 @@ class SimCLR(Method):
     ):
         super().__init__(new_encoder(backbone, config.projector), views)
         self.config = config
-        self.loss = SmoothedNTXent(
-            temperature=config.temperature,
-            smoothing=config.smoothing,
-            weighting=config.weighting,
-            neighbors=config.neighbors,
-        )
-        negatives = 2 * (views.global_batch - 1)
+        self.loss = SmoothedNTXent(**config.target)
         if not config.allows(views.global_batch):
             raise ValueError(
-                f"the batch gives {negatives} negatives, fewer than the {self.loss.neighbors} neighbours that "
-                "share the smoothing"
+                f"the batch gives {2 * (views.global_batch - 1)} negatives, fewer than the {self.loss.neighbors} "
+                "neighbours that share the smoothing"
             )
 
     def rates(self, step: int, run: RunLength) -> dict[str, float | bool]:

@@ -115,10 +115,8 @@ class SwAV(Method):
         self.config = config
         self.queue_batches = config.queue // views.global_batch
         if config.queue and not self.queue_batches:
-            raise ValueError(
-                f"swav.queue={config.queue} holds no whole batch of {views.global_batch}; enlarge it, or set "
-                "it to 0 for none"
-            )
+            batch = views.global_batch
+            raise ValueError(f"swav.queue={config.queue} holds no whole batch of {batch}; enlarge it, or set it to 0")
         self.register_buffer("queue", torch.zeros(2, self.queue_batches * views.global_batch, config.projector.out))
 
     @property
@@ -130,12 +128,9 @@ class SwAV(Method):
         """``frozen``: the prototypes stand still. ``fill``: the batch enters the queue. ``queue``: it is full and
         used.
         """
-        since = step - self.config.queue_epoch * run.steps_per_epoch
-        return {
-            "frozen": run.epoch(step) < self.config.freeze_epochs,
-            "fill": bool(self.queue_batches) and since >= 0,
-            "queue": bool(self.queue_batches) and since >= self.queue_batches,
-        }
+        since = step - self.config.queue_epoch * run.steps_per_epoch if self.queue_batches else -1
+        frozen = run.epoch(step) < self.config.freeze_epochs
+        return {"frozen": frozen, "fill": since >= 0, "queue": since >= self.queue_batches}
 
     def forward(self, images: Sequence[Tensor], targets: tuple[Tensor, ...], rates: Rates) -> StepOutput:
         self.prototypes.normalise_()
@@ -163,13 +158,7 @@ class SwAV(Method):
                 share = self.queue.shape[1] // world
                 mine = self.queue[view, rank() * share : (rank() + 1) * share]
                 columns = torch.cat([self.prototypes(mine), own])  # with the present prototypes; the batch comes last
-            shared = sinkhorn(
-                columns,
-                self.config.epsilon,
-                self.config.sinkhorn_iterations,
-                all_reduce=all_reduce_sum if world > 1 else None,
-                ranks=world,
-            )
+            shared = sinkhorn(columns, self.config.epsilon, self.config.sinkhorn_iterations, all_reduce_sum, world)
             found.append(shared[-len(own) :])
         return torch.stack(found)
 

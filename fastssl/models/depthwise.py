@@ -85,11 +85,8 @@ def weight_gradient(maps: Tensor, gradient: Tensor, side: int, stride: int, padd
     def block(bounds: tuple[int, int]) -> None:
         _sum_block(x, g, weights, stride, padding, *bounds)
 
-    if threads > 1 and gradient.numel() * side * side > _WORTH_THREADS:
-        list(_pool(threads).map(block, blocks))
-    else:
-        for bounds in blocks:
-            block(bounds)
+    many = threads > 1 and gradient.numel() * side * side > _WORTH_THREADS
+    list((_pool(threads).map if many else map)(block, blocks))
     return torch.from_numpy(weights)
 
 
@@ -111,28 +108,23 @@ class _Depthwise(torch.autograd.Function):
             geometry = [stride] * 2, [padding] * 2, [1, 1], False, [0, 0], len(weight)
             wanted = [True, False, False]
             of_maps = torch.ops.aten.convolution_backward(gradient, maps, weight, None, *geometry, wanted)[0]
-        of_weight = (
-            weight_gradient(maps, gradient, weight.shape[2], stride, padding) if context.needs_input_grad[1] else None
-        )
+        of_weight = weight_gradient(maps, gradient, weight.shape[2], stride, padding)
         of_bias = gradient.sum((0, 2, 3)) if has_bias and context.needs_input_grad[2] else None
         return of_maps, of_weight, of_bias, None, None
 
 
 class _Forward:
-    """Takes the place of a convolution's ``_conv_forward``. Holds numbers alone, so that a copy of the network has a
-    copy of it.
-    """
+    """In the place of a convolution's ``_conv_forward``. Numbers alone, so that a copy of the network has its copy."""
 
     def __init__(self, stride: int, padding: int):
         self.stride, self.padding = stride, padding
 
     def __call__(self, maps: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if torch.compiler.is_compiling():  # compiled code has no call of ours in it
-            return functional.conv2d(maps, weight, bias, self.stride, self.padding, groups=len(weight))
-        plain = maps.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled(maps.device.type)
         side = weight.shape[2]
         if (
-            plain
+            not torch.compiler.is_compiling()  # compiled code has no call of ours in it
+            and maps.dtype == weight.dtype == torch.float32
+            and not torch.is_autocast_enabled(maps.device.type)
             and weight.requires_grad
             and torch.is_grad_enabled()
             and (side >= LARGE_FILTER or min(maps.shape[2:]) < side)
@@ -158,10 +150,7 @@ def is_taken(layer: nn.Module) -> TypeGuard[nn.Conv2d]:
 
 def use_own_gradient(network: nn.Module) -> int:
     """Let the depth-wise filters of a network on the CPU have their gradient from here where that is faster; parameters
-    and outputs stay as they are.
-
-    Returns:
-        how many layers that were.
+    and outputs stay as they are. Returns how many layers that were.
     """
     layers = [layer for layer in network.modules() if is_taken(layer)]
     for layer in layers:

@@ -92,7 +92,5 @@ class PlannedDropPath(nn.Module):
         if not self.training or uniforms is None:
             return branch
         first = self.table.first
-        keep = (uniforms[self.number, first : first + len(branch)] >= self.drop_prob).to(branch.dtype) / (
-            1 - self.drop_prob
-        )
-        return branch * keep.view(-1, *[1] * (branch.dim() - 1))
+        keep = (uniforms[self.number, first : first + len(branch)] >= self.drop_prob).to(branch.dtype)
+        return branch * (keep / (1 - self.drop_prob)).view(-1, *[1] * (branch.dim() - 1))

@@ -1,13 +1,7 @@
-"""Heads: what stands between the backbone's feature and the loss, thrown away after pre-training.
-
-Projector     MLP, then unit length: MoCo, SimCLR, and the first part of the two below
-CosineLogits  unit vectors to K logits by weight-normalised rows: the last layer of DINO's head
-Prototypes    unit vectors to K scores by unit rows: SwAV's
-"""
+"""Heads: what stands between the backbone's feature and the loss, thrown away after pre-training."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Annotated, Literal
 
 import torch
@@ -16,8 +10,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fastssl.utils.settings import Count, Switch, settings
-
-ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"relu": lambda: nn.ReLU(inplace=True), "gelu": nn.GELU}
 
 
 @settings("projector")
@@ -28,9 +20,9 @@ class ProjectorConfig:
         hidden: width of each hidden layer.
         out: width of the embedding.
         layers: number of linear layers (2: one hidden layer, as in MoCo-v2 and light-moco).
-        norm_in: LayerNorm without scale and shift on the feature. MobileNet-V3's squeeze-and-excite gates multiply up
-            to heavy tails: in a fresh network the longest feature of a batch is 19 times the median (ResNet-18: 3), and
-            the BatchNorms that follow would spend their unit of variance on those few photos and make all others alike.
+        norm_in: LayerNorm without scale and shift on the feature. In a fresh MobileNet-V3 the longest feature of a
+            batch is 19 times the median (ResNet-18: 3): the BatchNorms that follow would spend their unit of variance
+            on those few photos.
         norm: BatchNorm after each hidden linear layer (MoCo-v2 and light-moco have none; SimCLR, SwAV, DINO on CNNs and
             MoCo-v3 do).
         norm_out: BatchNorm without scale and shift on the embedding (MoCo-v3). It keeps the embeddings of a fresh
@@ -59,10 +51,8 @@ def at_least_float32(tensor: Tensor) -> Tensor:
 
 
 class Projector(nn.Sequential):
-    """MLP (N, F) -> (N, out), L2-normalised rows in float32.
-
-    The norm is taken in float32 also under autocast: a bfloat16 norm would move the logits, which the loss divides
-    by a temperature of 0.1, by percents.
+    """MLP (N, F) -> (N, out) of all methods, L2-normalised rows, in float32 also under autocast: a bfloat16 norm would
+    move the logits, which the loss divides by a temperature of 0.1, by percents.
     """
 
     def __init__(self, in_features: int, config: ProjectorConfig):
@@ -72,14 +62,18 @@ class Projector(nn.Sequential):
             layers.append(nn.Linear(width, config.hidden, bias=config.bias or not config.norm))
             if config.norm:
                 layers.append(nn.BatchNorm1d(config.hidden))
-            layers.append(ACTIVATIONS[config.activation]())
+            layers.append(nn.GELU() if config.activation == "gelu" else nn.ReLU(inplace=True))
             width = config.hidden
         layers.append(nn.Linear(width, config.out, bias=config.bias or not config.norm_out))
         if config.norm_out:
             layers.append(nn.BatchNorm1d(config.out, affine=False))
         super().__init__(*layers)
-        if config.init != "torch":
-            initialise_linear(self, config.init)
+        for layer in layers if config.init != "torch" else ():
+            if isinstance(layer, nn.Linear):
+                draw = nn.init.trunc_normal_ if config.init == "truncated" else nn.init.normal_
+                draw(layer.weight, std=0.02 if config.init == "truncated" else 0.01)
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
 
     def forward(self, features: Tensor) -> Tensor:
         return functional.normalize(at_least_float32(super().forward(features)), dim=1)
@@ -103,9 +97,8 @@ class CosineLogits(nn.Module):
 
     def forward(self, embeddings: Tensor) -> Tensor:
         with torch.autocast(embeddings.device.type, enabled=False):
-            return functional.linear(
-                at_least_float32(embeddings), functional.normalize(self.direction, dim=1) * self.gain
-            )
+            rows = functional.normalize(self.direction, dim=1) * self.gain
+            return functional.linear(at_least_float32(embeddings), rows)
 
 
 class Prototypes(nn.Module):
@@ -129,16 +122,3 @@ class Prototypes(nn.Module):
     def forward(self, embeddings: Tensor) -> Tensor:
         with torch.autocast(embeddings.device.type, enabled=False):
             return functional.linear(at_least_float32(embeddings), self.weight)
-
-
-@torch.no_grad()
-def initialise_linear(module: nn.Module, init: str) -> None:
-    """Draw the weights of all linear layers in ``module`` as ``ProjectorConfig.init`` says; biases become zero."""
-    for layer in module.modules():
-        if isinstance(layer, nn.Linear):
-            if init == "truncated":
-                nn.init.trunc_normal_(layer.weight, std=0.02)
-            else:
-                nn.init.normal_(layer.weight, std=0.01)
-            if layer.bias is not None:
-                nn.init.zeros_(layer.bias)

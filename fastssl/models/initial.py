@@ -13,9 +13,8 @@ def kaiming_init(backbone: nn.Module) -> None:
     """Draw all convolutions Kaiming normal by fan-out (ReLU), and let every BatchNorm begin at scale 1 and shift 0, as
     torchvision does.
 
-    He et al., arXiv 1502.01852. timm differs from it for depth-wise filters (its fan-out counts the channels of a
-    group) and silences the last BatchNorm of each of ResNet's residual blocks; SSLight's networks begin in
-    torchvision's way.
+    He et al., arXiv 1502.01852; SSLight's networks begin so. timm differs for depth-wise filters (its fan-out counts
+    the channels of a group) and silences the last BatchNorm of each of ResNet's residual blocks.
     """
     for layer in backbone.modules():
         if isinstance(layer, nn.Conv2d):
@@ -30,8 +29,7 @@ def kaiming_init(backbone: nn.Module) -> None:
 def zero_residual_branches(backbone: nn.Module) -> tuple[int, int]:
     """Silence the last layer of each residual branch.
 
-    Every residual block then begins as the identity, and the network as its short chain of down-sampling blocks (Goyal
-    et al. 2017, arXiv 1706.02677, section 5.1, for ResNet; torchvision has the option under the same name, and timm
+    Every residual block then begins as the identity (Goyal et al. 2017, arXiv 1706.02677, section 5.1, for ResNet; timm
     does it to every ResNet unasked, but not to the inverted residuals of the MobileNets and EfficientNets). In those
     the last layer is a normalisation, whose scale becomes zero, or a layer scale; in a vision transformer it is the
     linear layer behind the attention or in the MLP.

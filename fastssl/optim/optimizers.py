@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from dataclasses import replace
 from typing import Any, Literal
@@ -9,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from fastssl.optim.schedules import RunLength, half_cosine
 from fastssl.utils.settings import BelowOne, Natural, NotNegative, Positive, Switch, settings
 
 
@@ -27,10 +29,11 @@ class OptimConfig:
         decay_1d: also on 1-D tensors (biases, norms): MoCo's code decays everything; most recipes for small networks do
             not.
         decay_depthwise: also on depth-wise filters (4-D, one input channel), which SSLight spares.
-        final_weight_decay: half a cosine leads from ``weight_decay`` to it; None: constant.
+        final_weight_decay: half a cosine leads from ``weight_decay`` to it (DINO on vision transformers: 0.04 to 0.4);
+            None: constant.
         warmup_epochs: linear warm-up, in epochs.
         warmup_lr: rate of the very first step at the recipe's own batch, the last of the warm-up having the peak;
-            None: see ``schedules.learning_rate``. With another batch it follows as the peak does, see ``scaled``.
+            None: a share of the peak. With another batch it follows as the peak does, see ``scaled``.
         final_lr: rate of the last step at the recipe's own batch; with another one it follows, too.
         per_epoch: change the rate once an epoch, as MoCo does, instead of every step.
     """
@@ -60,6 +63,30 @@ class OptimConfig:
         """The rate after warm-up for ``batch_size`` samples a step (of all ranks together)."""
         return self.lr * (batch_size / self.lr_batch if self.lr_batch else 1.0)
 
+    def rate(self, step: int, run: RunLength, batch_size: int) -> float:
+        """The learning rate at ``step`` (0 .. the run's steps) for ``batch_size`` samples a step: linear warm-up, then
+        half a cosine from the peak to ``final_lr``.
+
+        With W units of warm-up out of U, unit u < W has ``peak * (u + 1) / (W + 1)``: no step is spent at rate zero,
+        and unit W is the first at the peak. With ``warmup_lr`` the warm-up is a line with both end points instead,
+        ``warmup_lr`` at unit 0 and the peak at the last unit below W (DINO, SwAV, SSLight). The cosine begins at unit W
+        and reaches ``final_lr`` at u = U. A run no longer than its warm-up only climbs. A unit is a step, or with
+        ``per_epoch`` an epoch. (light-moco's code also multiplies its warm-up by the cosine continued to the left,
+        under 0.1 % in its recipes; that is left out.)
+        """
+        peak, warmup = self.peak_lr(batch_size), self.warmup_epochs
+        if self.per_epoch:
+            unit, units = float(run.epoch(step)), run.total_steps / run.steps_per_epoch
+        else:
+            unit, units, warmup = step, run.total_steps, warmup * run.steps_per_epoch
+        if unit >= warmup:
+            # The last unit of a run that ends with its warm-up is the peak itself, whence the guard.
+            return half_cosine((unit - warmup) / (units - warmup) if units > warmup else 0.0, peak, self.final_lr)
+        if self.warmup_lr is None:
+            return peak * (unit + 1) / (warmup + 1)
+        last = math.ceil(warmup) - 1
+        return self.warmup_lr + (peak - self.warmup_lr) * unit / last if last else peak
+
     def scaled(self, factor: float, keep: Collection[str] = ()) -> OptimConfig:
         """For a batch ``factor`` times that for which the numbers were written: the schedule's two ends follow it.
 
@@ -77,8 +104,8 @@ class OptimConfig:
 def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict]:
     """Trainable parameters, in one group or in two (with and without weight decay).
 
-    A group's ``weight_decay`` is 0 where the decay follows a schedule: ``ScheduledDecay`` then takes it on, and
-    ``decays`` says of which groups.
+    A group's ``weight_decay`` is 0 where the decay follows a schedule: ``apply_decay`` then takes it on, and ``decays``
+    says of which groups.
     """
     trainable = [p for p in model.parameters() if p.requires_grad]
     spared = [
@@ -105,13 +132,8 @@ class LARS(torch.optim.Optimizer):
         buffer <- momentum * buffer + d
         p      <- p - lr * buffer
 
-    Biases and norms (one dimension) take the plain step. All tensors go through together (``torch._foreach_*``), and no
-    norm is read by the host.
-
-    Args:
-        params: parameters or groups.
-        lr: rate; a tensor with one element on the parameters' device serves a captured graph.
-        momentum, weight_decay, trust: as above.
+    Biases and norms (one dimension) take the plain step. No norm is read by the host. ``lr`` may be a tensor with one
+    element on the parameters' device.
     """
 
     def __init__(
@@ -150,20 +172,17 @@ def create_optimizer(model: nn.Module, config: OptimConfig, groups: list[dict] |
     """The optimiser over ``model``'s trainable parameters, in the form that takes all tensors together.
 
     Args:
-        groups: of these parameters, where something shall differ between them that ``parameter_groups(model, config)``
-            does not part.
+        groups: of these parameters; None: ``parameter_groups(model, config)``.
     """
     groups = parameter_groups(model, config) if groups is None else groups
     if config.name == "sgd":
         optimizer = torch.optim.SGD(
             groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=True
         )
-        if config.momentum:
+        for parameter in (p for group in optimizer.param_groups for p in group["params"] if config.momentum):
             # torch makes the buffers at the first step, for all parameters or none: a layer that is frozen then could
             # never begin to move. From zero the first step is the same.
-            for group in optimizer.param_groups:
-                for parameter in group["params"]:
-                    optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         return optimizer
     if config.name == "lars":
         return LARS(groups, lr=config.lr, momentum=config.momentum, trust=config.trust)
@@ -172,31 +191,24 @@ def create_optimizer(model: nn.Module, config: OptimConfig, groups: list[dict] |
     return torch.optim.AdamW(groups, lr=config.lr, fused=True, capturable=on_gpu)
 
 
-class ScheduledDecay:
-    """Weight decay that changes every step, also under a recorded step: torch's fused kernels take a number and would
-    keep the recorded one.
+@torch.no_grad()
+def apply_decay(optimizer: torch.optim.Optimizer, lr: float | Tensor, decay: float | Tensor) -> None:
+    """Weight decay that changes every step, also of a recorded one: torch's fused kernels take a number and would keep
+    that. AdamW shrinks the weights (p <- p - lr * decay * p), SGD and LARS add decay * p to the gradient.
+
+    To be called between the backward pass and the optimiser's step. Parameters without a gradient are passed over.
 
     Args:
         optimizer: as ``create_optimizer`` makes it for a recipe with ``final_weight_decay``: with no decay of its own.
-        decoupled: shrink the weights (AdamW: p <- p - lr * decay * p), or add decay * p to the gradient (SGD, LARS).
     """
-
-    def __init__(self, optimizer: torch.optim.Optimizer, *, decoupled: bool):
-        self._parameters = [p for group in optimizer.param_groups if group["decays"] for p in group["params"]]
-        self._decoupled = decoupled
-
-    @torch.no_grad()
-    def apply(self, lr: float | Tensor, decay: float | Tensor) -> None:
-        """To be called between the backward pass and the optimiser's step. Parameters without a gradient are passed
-        over, as the optimiser does.
-        """
-        parameters = [p for p in self._parameters if p.grad is not None]
-        if self._decoupled:
-            torch._foreach_mul_(parameters, 1 - lr * decay)
-        elif isinstance(decay, Tensor):
-            torch._foreach_add_([p.grad for p in parameters], torch._foreach_mul(parameters, decay))
-        else:
-            torch._foreach_add_([p.grad for p in parameters], parameters, alpha=decay)
+    decaying = [p for group in optimizer.param_groups if group["decays"] for p in group["params"]]
+    parameters = [p for p in decaying if p.grad is not None]
+    if isinstance(optimizer, torch.optim.AdamW):
+        torch._foreach_mul_(parameters, 1 - lr * decay)
+    elif isinstance(decay, Tensor):
+        torch._foreach_add_([p.grad for p in parameters], torch._foreach_mul(parameters, decay))
+    else:
+        torch._foreach_add_([p.grad for p in parameters], parameters, alpha=decay)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float | Tensor) -> None:

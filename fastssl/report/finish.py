@@ -19,19 +19,19 @@ from fastssl.report.pictures import neighbours_picture, views_picture
 from fastssl.report.run_record import COLOURS, MAJORITY, RANDOM, RAW, TRAINED, number
 from fastssl.report.verdict import Evidence, judge
 from fastssl.training.bottleneck import WORTH, bottleneck, smaller_side
-from fastssl.training.step import initial_backbone
+from fastssl.training.networks import initial_backbone
 from fastssl.utils.atomic_files import write_atomically
 from fastssl.utils.json_text import to_json
 from fastssl.utils.versions import describe_host, describe_versions
 
 if TYPE_CHECKING:
-    from fastssl.training.trainer import TrainResult
+    from fastssl.training.setup import Setup
 
 TEACHER = "its teacher"
 REESTIMATED = ", BatchNorm statistics of centre crops"
 
 
-def finish_run(run: TrainResult, started: float) -> dict[str, Any]:
+def finish_run(run: Setup, started: float) -> dict[str, Any]:
     """Probe the network beside the marks that cost nothing, give the verdict, and write the rest of the run's folder.
 
     Returns:
@@ -61,17 +61,17 @@ def finish_run(run: TrainResult, started: float) -> dict[str, Any]:
     data = {"name": options.data.name, "samples": len(run.reader), "classes": len(classes) if classes else None}
     summary = {
         "command": options.command,
-        "arch": run.arch,
+        "arch": run.config["arch"],
         "recipe": options.recipe_name,
         "data": {**data, "val_name": options.val.name if options.val else None},
         "device": run.device.type,
-        "fallbacks": run.fallbacks,
+        "fallbacks": run.step.fallbacks,
         "host": describe_host(),
         "versions": describe_versions(),
         "git": run.git,
         "epochs": run.recipe.train.epochs,
-        "steps": run.total_steps,
-        "samples_seen": run.total_steps * run.recipe.train.batch_size,
+        "steps": run.length.total_steps,
+        "samples_seen": run.length.total_steps * run.recipe.train.batch_size,
         **_throughput(run, time.monotonic() - started),
         "probe": {
             "note": _probe_note(split),
@@ -95,11 +95,11 @@ def finish_run(run: TrainResult, started: float) -> dict[str, Any]:
     return summary
 
 
-def _rows(run: TrainResult, kind: str) -> list[dict[str, Any]]:
+def _rows(run: Setup, kind: str) -> list[dict[str, Any]]:
     return [row for row in run.rows if row.get("kind") == kind]
 
 
-def _all_features(run: TrainResult, split: ProbeSplit) -> dict[str, tuple[Features, Features]]:
+def _all_features(run: Setup, split: ProbeSplit) -> dict[str, tuple[Features, Features]]:
     """(bank, queries) of raw pixels and colours, of the network as it was before the first step, of the trained one,
     and of the forms of it that the recipe names.
     """
@@ -111,8 +111,8 @@ def _all_features(run: TrainResult, split: ProbeSplit) -> dict[str, tuple[Featur
         bank, queries = (function(reader, indices=index, **shared) for reader, index in parts)
         found[name] = bank, queries
     networks = {RANDOM: initial_backbone(run.recipe, run.options.seed).to(run.device), TRAINED: run.backbone}
-    if probe.teacher and run.teacher is not None:
-        networks[TEACHER] = run.teacher.backbone
+    if probe.teacher and (teacher := run.step.method.teacher) is not None:
+        networks[TEACHER] = teacher.backbone
     if probe.reestimate_bn and has_batchnorm(run.backbone):
         views = {"samples": probe.reestimate_bn, "size": probe.size, "seed": run.options.seed}
         for name in (name for name in (TRAINED, TEACHER) if name in networks):
@@ -120,7 +120,7 @@ def _all_features(run: TrainResult, split: ProbeSplit) -> dict[str, tuple[Featur
     return found | {name: split.features(network, probe.size, **options) for name, network in networks.items()}
 
 
-def _throughput(run: TrainResult, total_seconds: float) -> dict[str, Any]:
+def _throughput(run: Setup, total_seconds: float) -> dict[str, Any]:
     """Rates over all training steps; the first block (warm-up of libraries and caches) is left out where there are
     more.
     """
@@ -148,7 +148,7 @@ def _throughput(run: TrainResult, total_seconds: float) -> dict[str, Any]:
     }
 
 
-def _bottleneck(run: TrainResult, share: float, wait: float) -> str:
+def _bottleneck(run: Setup, share: float, wait: float) -> str:
     text = f"{bottleneck(share)}; the network waited for photos {100 * wait:.1f} % of the time"
     if share < WORTH:
         return f"{text}; a faster loader would win no more than that share"
@@ -174,11 +174,11 @@ def _probe_note(split: ProbeSplit) -> str:
     return f"{probes}, judged on {where}"
 
 
-def _share(run: TrainResult) -> dict[str, Any] | None:
+def _share(run: Setup) -> dict[str, Any] | None:
     full, name = run.recipe.full_samples, run.recipe.full_recipe
     if not full:
         return None
-    seen = run.total_steps * run.recipe.train.batch_size
+    seen = run.length.total_steps * run.recipe.train.batch_size
     percent, size = 100 * seen / full, run.recipe.views[0].size
     text = f"this run saw {seen:,} photos: {percent:.2g} % of the {full:,} of {name} on ImageNet-1k, at {size} px"
     return {"samples_seen": seen, "full_samples": full, "percent": percent, "full_recipe": name, "text": text}

@@ -18,7 +18,7 @@ from __future__ import annotations
 import errno
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +26,8 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from fastssl.errors import FastSSLError
 from fastssl.methods.base import Encoder, Method
@@ -77,9 +78,8 @@ def save_checkpoint(
     keep: int = 2,
     milestone: int | None = None,
 ) -> None:
-    """Write the files of this step into ``folder``, and delete those of earlier steps beyond the newest ``keep``.
-
-    On a disk that is full it makes room: of the older ``step-*.pt`` the oldest go first, the newest whole one never.
+    """Write the files of this step into ``folder``, and delete those of earlier steps beyond the newest ``keep``; on a
+    full disk, where it does not go otherwise, all but the newest whole one, the oldest first.
 
     Args:
         keep: how many ``step-*.pt`` stay, this one included; at least 1.
@@ -101,9 +101,9 @@ def save_checkpoint(
         folder.mkdir(parents=True, exist_ok=True)
         write_state(path, state)
         link_atomically(path, folder / LAST)
-        for name, (which, network) in networks.items():
-            file = folder / f"{name}.safetensors"
-            save_backbone(network.backbone, file, arch=arch, step=str(position.step), network=which)
+        for name, network in networks.items():
+            notes = {"step": str(position.step), "network": "teacher" if network is method.teacher else "student"}
+            save_backbone(network.backbone, folder / f"{name}.safetensors", arch=arch, **notes)
         if milestone is not None:
             for name, kept in _kept_names(networks, milestone).items():
                 link_atomically(folder / name, folder / kept)
@@ -117,24 +117,19 @@ def save_checkpoint(
                 said = (getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()[0]
                 why = "the disk is full" if _may_be_full(folder, error) else said[:200]
                 raise NotSaved(f"{folder}: checkpoint not written ({why}); the one before it is untouched") from error
-    for other in [other for other in _steps(folder) if other != path][max(keep, 1) - 1 :]:
+    for other in [other for other in _steps(folder) if other != path][keep - 1 :]:
         with suppress(OSError):
             other.unlink()
 
 
-def _networks(method: Method) -> dict[str, tuple[str, Encoder]]:
-    """Whose backbones are written, by the stem of the file: (what its header says, the network)."""
-    networks = {"last": ("student", method.student)}
-    if method.teacher is not None:
-        networks["last-teacher"] = ("teacher", method.teacher)
-    return networks
+def _networks(method: Method) -> dict[str, Encoder]:
+    """Whose backbones are written, by the stem of the file."""
+    return {"last": method.student, **({} if method.teacher is None else {"last-teacher": method.teacher})}
 
 
 def has_all_files(folder: Path, method: Method, step: int, milestone: int | None = None) -> bool:
-    """Whether beside the ``last.pt`` of this step lies all that ``save_checkpoint`` writes with it.
-
-    A kill between two of its files leaves the backbones of an earlier step, or a milestone out; a checkpoint taken over
-    from elsewhere comes alone.
+    """Whether beside the ``last.pt`` of this step lies all that ``save_checkpoint`` writes with it: not behind a kill
+    between two of its files, nor where a checkpoint from elsewhere was taken over.
     """
     networks = _networks(method)
     try:
@@ -157,18 +152,11 @@ def write_state(path: Path, state: dict[str, Any]) -> None:
     Raises:
         OSError, RuntimeError: the file cannot be written; what was there is untouched.
     """
-    state = {name: _on_host(value) for name, value in state.items() if name != "digest"}
+    # On the CPU, so that tensors are copied from a GPU once, and not again for the file.
+    state = tree_map_only(Tensor, lambda tensor: tensor.detach().cpu(), state)
+    state.pop("digest", None)
     state["digest"] = digest(state)
     write_atomically(path, lambda temporary: torch.save(state, temporary))
-
-
-def _on_host(content: Any) -> Any:
-    """The same with all tensors on the CPU, so that they are copied from a GPU once and not again for the file."""
-    if isinstance(content, Tensor):
-        return content.detach().cpu()
-    if isinstance(content, Mapping):
-        return {key: _on_host(value) for key, value in content.items()}
-    return [_on_host(value) for value in content] if isinstance(content, list) else content
 
 
 def _steps(folder: Path) -> list[Path]:
@@ -207,8 +195,7 @@ def _drop_oldest(folder: Path) -> bool:
 def find_checkpoint(
     folder: Path, *, say: Callable[[str], None] = lambda text: None
 ) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint of a run's ``checkpoints/`` that is whole, and its content; None where there is none at
-    all.
+    """The newest checkpoint of a run's ``checkpoints/`` that is whole, and its content; None: there is none at all.
 
     Args:
         say: is told of every damaged one that is passed over.
@@ -239,10 +226,8 @@ def find_checkpoint(
 def set_aside(
     folder: Path, step: int, source: Path | None = None, *, say: Callable[[str], None] = lambda text: None
 ) -> None:
-    """Rename the ``step-*.pt`` of later steps than ``step``, from where a run goes on: it makes these steps again, and
-    they would be taken for newer ones.
-
-    They are damaged, or the run was set back by hand. The newest of them is kept as ``....pt.aside``, for a look.
+    """Put away the ``step-*.pt`` of later steps than ``step``, from where a run goes on: it makes these steps again,
+    and they would be taken for newer ones. The newest of them is kept as ``....pt.aside``, for a look.
 
     Args:
         source: the file that it goes on from, which stays whatever its name.
@@ -264,11 +249,10 @@ def set_aside(
 
 
 def load_checkpoint(path: Path, *, advice: str = "") -> dict[str, Any]:
-    """The content of a ``last.pt``, on the CPU. Nothing in the file is executed (``weights_only``), and every bit is as
-    it was written.
+    """The content of a ``last.pt``, on the CPU, every bit as it was written; nothing in the file is executed.
 
-    A run's has ``method``, ``position`` and ``config``; the state of a detector, which ``fastssl evaluate detect``
-    keeps (see ``is_detector``), has only ``config`` of them.
+    A run's has ``method``, ``position`` and ``config``; that of ``fastssl evaluate detect`` (``is_detector``) only
+    ``config`` of them.
 
     Args:
         advice: what to do about a file that cannot be used, for the message.
@@ -304,3 +288,25 @@ def load_checkpoint(path: Path, *, advice: str = "") -> dict[str, Any]:
 def is_detector(state: dict[str, Any]) -> bool:
     """Whether this is the state of a detector in training and not a run's; older ones do not say what they are."""
     return state.get("kind", "detector" if "detector" in state and "method" not in state else None) == "detector"
+
+
+def restore(state: dict[str, Any], *, method: nn.Module, optimizer: torch.optim.Optimizer) -> Position:
+    """Put a loaded checkpoint into the networks and the optimiser; returns where the run stands.
+
+    Raises:
+        FastSSLError: it does not fit, as where a network has changed in timm since; the message names the part.
+    """
+    try:
+        method.load_state_dict(state["method"], strict=True)
+        load_optimizer(optimizer, state["optimizer"])
+        return Position(**state["position"])
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        why = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise FastSSLError(f"the checkpoint does not fit this run ({why}); --resume never starts over") from error
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, found: dict[str, Any]) -> None:
+    """Take momentum and the like of an optimiser's ``state_dict``; its settings stay those of the run."""
+    own = optimizer.state_dict()
+    # A parameter that never had a gradient is not in the file: it keeps the buffer with which the run began.
+    optimizer.load_state_dict({"state": {**own["state"], **found["state"]}, "param_groups": own["param_groups"]})

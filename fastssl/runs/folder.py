@@ -10,6 +10,7 @@ import errno
 import fcntl
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -17,7 +18,7 @@ import yaml
 
 from fastssl.config.differences import differences
 from fastssl.config.recipe import Recipe, build_recipe, recipe_to_dict
-from fastssl.distributed.restarts import Launch
+from fastssl.distributed.world import Launch
 from fastssl.errors import FastSSLError, counted
 from fastssl.runs.checkpoint import LAST, find_checkpoint, load_checkpoint, set_aside
 from fastssl.runs.metrics_file import MetricsFile
@@ -29,20 +30,11 @@ from fastssl.utils.yaml_file import read_yaml
 _RESULTS = ("summary.json", "report.html", "views.png", "neighbours.png", "status.json")
 _CHECKPOINTS = ("last*.pt", "last*.safetensors", "step-*.pt", "epoch-*.pt", "epoch-*.safetensors", "*.aside")
 #: What may be another when a run goes on: it decides what is told, kept and put up with, and no step that was made.
-_FREE = frozenset(
-    {
-        "data.name",
-        "data.val_photos",
-        "val",
-        "train.log_every",
-        "train.checkpoint_minutes",
-        "train.keep_last",
-        "train.milestone_epochs",
-        "train.skip_nonfinite",
-        "train.on_bad",
-    }
-)
-_FREE_SECTIONS = ("probe", "full_samples", "full_recipe", "next_mark")  # next_mark: in the records of older versions
+#: next_mark: in the records of older versions.
+_FREE = {"data.name", "data.val_photos", "val", "probe", "full_samples", "full_recipe", "next_mark"} | {
+    f"train.{key}"
+    for key in ("log_every", "checkpoint_minutes", "keep_last", "milestone_epochs", "skip_nonfinite", "on_bad")
+}
 _RECIPE_KEYS = frozenset(field.name for field in dataclasses.fields(Recipe))
 
 
@@ -54,18 +46,14 @@ class RunFolder:
         say: is told one line at a time what the user should know.
 
     Attributes:
+        checkpoints: where they are.
         metrics: the rows of metrics.jsonl.
     """
 
     def __init__(self, path: Path, say: Callable[[str], None]):
-        self.path, self.say = path, say
+        self.path, self.checkpoints, self.say = path, path / "checkpoints", say
         self.metrics = MetricsFile(path / "metrics.jsonl")
         self._lock_file: TextIO | None = None
-
-    @property
-    def checkpoints(self) -> Path:
-        """Where they are."""
-        return self.path / "checkpoints"
 
     def open(
         self,
@@ -83,15 +71,13 @@ class RunFolder:
             about: what config.yaml says besides.
             put_in: takes the content of the checkpoint, or raises FastSSLError where it does not fit; called before
                 anything in the folder is changed for it.
-            launch: where its launcher starts again what opened this folder, ``resume`` is taken for ``auto``: it was
-                for the first start.
+            launch: where it repeats the one that opened this folder, ``resume`` is taken for ``auto``.
 
         Returns:
             the content of the checkpoint to go on from; None for a new run.
 
         Raises:
-            FastSSLError: the folder is taken or cannot be written; no checkpoint is whole; or it is that of other
-                settings.
+            FastSSLError: the folder is taken or cannot be written; no checkpoint is whole, or it has other settings.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -159,14 +145,13 @@ class RunFolder:
 
     def _launches(self) -> object:
         """The names of the launch that last did here what its ``--resume`` asked for."""
-        try:
-            config = read_yaml(self.path / "config.yaml")
-        except FastSSLError:
-            return None
-        return config.get("launch") if isinstance(config, dict) else None
+        with suppress(FastSSLError):
+            if isinstance(config := read_yaml(self.path / "config.yaml"), dict):
+                return config.get("launch")
+        return None
 
     def _say_if_killed(self) -> None:
-        """A run that is at work by its status, in a folder that is ours now, came to say nothing more."""
+        """A run that is at work by its status, in a folder that is ours now, was killed."""
         told = read_status(self.path)
         if told.get("state") == "training":
             heard = f"{told.get('time', 'at an unknown time')}, at step {told.get('step', 'unknown')}"
@@ -185,7 +170,10 @@ class RunFolder:
             if not path.is_file():
                 raise FastSSLError(f"--resume {path}: no such checkpoint (auto, never, or the path of a last.pt)")
             state = load_checkpoint(path, advice="start over with --resume never")
-            self._require_room_for(config, path)
+            # One from elsewhere begins a new folder, or sets back this run; it would spoil another.
+            elsewhere = path.resolve().parent != self.checkpoints.resolve()
+            if elsewhere and (there := find_checkpoint(self.checkpoints)) and _other_settings(config, there[1]):
+                raise FastSSLError(f"{self.path}: holds another run; for --resume {path} choose another --out")
         if others := _other_settings(config, state):
             shown = "; ".join([*others[:3], *(["..."] if others[3:] else [])])
             raise FastSSLError(
@@ -194,17 +182,10 @@ class RunFolder:
             )
         return path, state
 
-    def _require_room_for(self, config: dict[str, Any], path: Path) -> None:
-        """A checkpoint from elsewhere begins a new folder, or sets back this run; it would spoil another."""
-        if path.resolve().parent == self.checkpoints.resolve() or (there := find_checkpoint(self.checkpoints)) is None:
-            return
-        if _other_settings(config, there[1]):
-            raise FastSSLError(f"{self.path}: holds another run; for --resume {path} choose another --out")
-
     def _say_other_judges(self, config: dict[str, Any], data: object, step: int) -> None:
         """Probes before and behind a change of --val stand in one curve."""
-        before = data.get("val_photos", "") if isinstance(data, dict) else ""
-        if before not in ("", config["data"].get("val_photos", "")):
+        now = config["data"].get("val_photos")
+        if isinstance(data, dict) and data.get("val_photos", now) != now:
             self.say(
                 f"--val holds other photos than before: the probes up to step {step:,} were judged on those, "
                 "and are no measure for the next ones"
@@ -246,7 +227,7 @@ def _deciding(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return {
         key: _deciding(value, f"{prefix}{key}.") if isinstance(value, dict) else value
         for key, value in config.items()
-        if prefix + key not in _FREE and not (prefix == "" and key in _FREE_SECTIONS)
+        if prefix + key not in _FREE
     }
 
 

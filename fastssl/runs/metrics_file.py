@@ -16,9 +16,7 @@ _MOST = 100_000
 
 
 class MetricsFile:
-    """Rows (dicts) appended to a file of JSON lines.
-
-    Where the disk does not take a row, it waits in memory for the next one: never fail the run for its log.
+    """Rows (dicts) appended to a file of JSON lines. One that the disk does not take waits in memory for the next.
 
     Args:
         path: the file; it need not exist.
@@ -98,5 +96,5 @@ class MetricsFile:
 
     def clear(self) -> None:
         """Start over with an empty file."""
-        self._waiting, self.failure = [], None
+        self._waiting = []
         self.path.write_text("")

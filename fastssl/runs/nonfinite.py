@@ -29,9 +29,8 @@ def save_bad_step(folder: Path, batch: Batch, views: Sequence[ViewSpec], *, rank
     """Write ``batch.safetensors``, ``step.json`` and ``views.png`` into ``folder`` (of rank r > 0
     ``batch-r.safetensors`` and so on).
 
-    ``batch.safetensors`` holds ``index`` and ``label`` (B,) int64 and ``views.0``, ``views.1``, ...: (count * B, 3, S,
-    S), view-major, as the step was given them: normalised floats, or uint8 crops together with their colour tables
-    ``tables.0``, ... (see ``augment_device``).
+    The tensors: ``index`` and ``label`` (B,) int64 and ``views.0``, ...: (count * B, 3, S, S), view-major, normalised
+    floats or uint8 crops together with their colour tables ``tables.0``, ... (see ``augment_device``).
 
     Args:
         batch: of the step.

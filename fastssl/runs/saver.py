@@ -17,8 +17,7 @@ from fastssl.utils.signals import StopRequest
 
 #: Seconds between two tries to write a checkpoint that the disk did not take, and between two messages about it.
 _RETRY_S, _SAY_EVERY_S = 60.0, 600.0
-#: Seconds from the start to the first checkpoint, at most: a folder that takes none should be known in the first
-#: minutes, not in the first night.
+#: Seconds from the start to the first checkpoint, at most: a folder that takes none should be known at once.
 _FIRST_S = 60.0
 #: How long a run that has made all its steps waits for room. The other processes wait too, an hour at most.
 _WAIT_MINUTES = 30.0
@@ -41,8 +40,7 @@ class Saver:
         self.folder, self.recipe, self.config, self.say = folder, recipe, config, say
         self.saved_step: int | None = None
         self._failure: str | None = None  # words alone: an exception keeps all that its frames hold
-        self._said_at = dict.fromkeys(("checkpoint", "metrics", "end"), -math.inf)
-        self._due_at, self._asked = math.inf, False
+        self._said_at: dict[str, float] = {}
         self.begin()
 
     def begin(self) -> None:
@@ -68,12 +66,9 @@ class Saver:
         milestone: int | None = None,
         stop: StopRequest | None = None,
     ) -> bool:
-        """Write a checkpoint. False: the disk did not take it; ``is_due`` says when to try again.
+        """Write a checkpoint, see ``save_checkpoint``. False: the disk did not take it; ``is_due`` says when it may.
 
         Args:
-            method, optimizer: what is saved.
-            position: of the run.
-            milestone: as of ``save_checkpoint``.
             stop: all steps are made: wait for room, until this is set, because what would be lost is the whole run.
 
         Raises:
@@ -93,16 +88,10 @@ class Saver:
     def _try(self, method: Method, optimizer: Optimizer, position: Position, milestone: int | None) -> bool:
         train = self.recipe.train
         self.folder.metrics.sync()
+        state: dict[str, Any] = {"method": method, "optimizer": optimizer, "position": position, "config": self.config}
         try:
             save_checkpoint(
-                self.folder.checkpoints,
-                method=method,
-                optimizer=optimizer,
-                position=position,
-                config=self.config,
-                arch=self.recipe.arch,
-                keep=train.keep_last,
-                milestone=milestone,
+                self.folder.checkpoints, **state, arch=self.recipe.arch, keep=train.keep_last, milestone=milestone
             )
         except NotSaved as error:
             self._failure = str(error)
@@ -113,7 +102,7 @@ class Saver:
         if self._failure is not None:
             self.say(f"saved at step {position.step:,}: there is room again")
         self._failure, self.saved_step = None, position.step
-        self._said_at["checkpoint"] = -math.inf
+        self._said_at.pop("checkpoint", None)
         self._ask_in(60 * train.checkpoint_minutes)
         return True
 
@@ -138,6 +127,6 @@ class Saver:
 
     def _say_now_and_then(self, about: str, text: str) -> None:
         """What goes wrong every few seconds is told every ten minutes."""
-        if time.monotonic() - self._said_at[about] >= _SAY_EVERY_S:
+        if time.monotonic() - self._said_at.get(about, -math.inf) >= _SAY_EVERY_S:
             self._said_at[about] = time.monotonic()
             self.say(text)

@@ -2,10 +2,9 @@
 
     {"state": "training", "time": "2026-05-01T12:00:00Z", "step": 1200, "total_steps": 90000, "saved_step": 1000}
 
-A launcher such as torchrun ends with status 1 whatever its processes say; this file says more. ``time`` (UTC) is
-renewed every minute for as long as the process lives, whatever it waits for: ``training`` with a time that is some
-minutes old means that it was killed, or stands still, or that the disk takes no more files. Whoever waits on the same
-host can also ask for the lock: ``flock`` on ``.lock``.
+``time`` (UTC) is renewed every minute for as long as the process lives, whatever it waits for: ``training`` with a time
+that is some minutes old means that it was killed, or stands still, or that the disk takes no more files. Whoever waits
+on the same host can also ask for the lock: ``flock`` on ``.lock``.
 """
 
 from __future__ import annotations

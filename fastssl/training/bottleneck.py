@@ -30,10 +30,9 @@ def data_share(
 ) -> float:
     """The share of data, counted.
 
-    On a GPU that is the time for which the loop stood waiting. On a CPU the wait alone says little: photos are
-    decoded beside the step on the same cores, which makes the step longer and the wait short. The thread that makes
-    the steps takes part in all of their work, so a step alone would take about that thread's processor time; what the
-    loop took above it is data's doing, as far as the loader was at work at all (the rest is other processes').
+    On a GPU that is the time for which the loop stood waiting. On a CPU photos are decoded beside the step on the same
+    cores, which makes the step longer and the wait short. A step alone would take about the processor time of the
+    thread that makes it; what the loop took above that is data's doing, as far as the loader was at work at all.
 
     Args:
         seconds: of the loop, above 0.
@@ -45,9 +44,8 @@ def data_share(
     Returns:
         0 to 1.
     """
-    if not on_cpu:
-        return _clamped(wait_s / seconds)
-    return _clamped(min(seconds - step_cpu_s, wait_s + colour_s + loader_cpu_s) / seconds)
+    data_s = min(seconds - step_cpu_s, wait_s + colour_s + loader_cpu_s) if on_cpu else wait_s
+    return min(max(data_s / seconds, 0.0), 1.0)
 
 
 def bottleneck(share: float) -> str:
@@ -55,10 +53,6 @@ def bottleneck(share: float) -> str:
     if share >= WORTH:
         return f"data ({share:.0%} of the time)"
     return f"step (data costs {max(0.0, share):.0%} of the time)"
-
-
-def _clamped(share: float) -> float:
-    return min(max(share, 0.0), 1.0)
 
 
 def smaller_side(reader: BetonReader, views: Sequence[ViewSpec]) -> int | None:

@@ -29,61 +29,6 @@ def record_cuda_graph(call: Callable[[], Tensor]) -> tuple[Callable[[], None], T
     return graph.replay, result
 
 
-class RecordedCall:
-    """``call(inputs)`` recorded with inputs of these shapes; calling it copies new inputs into their places and
-    replays.
-
-    Args:
-        call: takes a list of tensors, returns a tensor, changes whatever it likes on the device. It must not read a
-            value back.
-        inputs: the first ones; all later ones have the same shapes, types and layout.
-        undo: called after the warm-up runs, which change the state as any run does; puts it back as it was.
-        record: how; another one than CUDA's serves tests.
-
-    Raises:
-        RuntimeError: the call cannot be recorded (by CUDA: it waits for the device, which the last warm-up run finds
-            out, or allocates outside torch).
-    """
-
-    def __init__(
-        self,
-        call: Callable[[list[Tensor]], Tensor],
-        inputs: Sequence[Tensor],
-        *,
-        undo: Callable[[], None],
-        record: Recorder = record_cuda_graph,
-    ):
-        # The layout stays, channels-last too.
-        self._places = [torch.empty_like(tensor).copy_(tensor) for tensor in inputs]
-        try:
-            with _side_stream(self._places):
-                for _ in range(WARM_UP_RUNS - 1):
-                    call(self._places)
-                with _no_waiting(self._places):
-                    call(self._places)
-        finally:
-            undo()
-        self._replay, self._result = record(lambda: call(self._places))
-
-    def __call__(self, inputs: Sequence[Tensor]) -> Tensor:
-        """Replay with ``inputs``. The result's memory is written again by the next replay."""
-        if len(inputs) != len(self._places):
-            raise ValueError(f"recorded with {len(self._places)} inputs, called with {len(inputs)}")
-        for place, tensor in zip(self._places, inputs):
-            if place.shape != tensor.shape or place.dtype != tensor.dtype:
-                raise ValueError(
-                    f"recorded with {tuple(place.shape)} {place.dtype}, called with {tuple(tensor.shape)} "
-                    f"{tensor.dtype}: a graph takes one shape"
-                )
-            place.copy_(tensor)
-        self._replay()
-        return self._result
-
-    def close(self) -> None:
-        """Let go of the recording, also where a traceback still holds this object. It cannot be called any more."""
-        del self._replay, self._result
-
-
 class StepInputs(NamedTuple):
     """What a training step is called with.
 
@@ -105,15 +50,21 @@ class StepInputs(NamedTuple):
 
 
 class RecordedStep:
-    """A step as one recorded call; later ones have the same shapes.
+    """A step recorded with inputs of these shapes; calling it copies new inputs into their places and replays.
 
     Its inputs are laid out flat here, so that the step itself reads as if nothing were recorded. What the schedules say
     is an input like any other: a recorded number would stay what it was. Switches are recorded as they are.
 
     Args:
-        step: the step, run eagerly; returns its metrics.
-        inputs: of its first call.
-        undo, record: see ``RecordedCall``.
+        step: the step, run eagerly; returns its metrics, changes whatever it likes on the device. It must not read a
+            value back.
+        inputs: of its first call; all later ones have the same shapes, types and layout.
+        undo: called after the warm-up runs, which change the state as any run does; puts it back as it was.
+        record: how; another one than CUDA's serves tests.
+
+    Raises:
+        RuntimeError: the step cannot be recorded (by CUDA: it waits for the device, which the last warm-up run finds
+            out, or allocates outside torch).
     """
 
     def __init__(
@@ -125,24 +76,41 @@ class RecordedStep:
         record: Recorder = record_cuda_graph,
     ):
         switches = inputs.switches()
-        self._numbers = [name for name in inputs.rates if name not in switches]
+        self._numbers = numbers = [name for name in inputs.rates if name not in switches]
         names, first, last = list(inputs.noise), len(inputs.views), len(inputs.views) + len(inputs.tables)
+        # The layout stays, channels-last too.
+        self._places = places = [torch.empty_like(tensor).copy_(tensor) for tensor in self._flat(inputs)]
 
-        def call(places: list[Tensor]) -> Tensor:
-            numbers, rest = dict(zip(self._numbers, places[0].unbind())), places[1:]
-            return step(
-                StepInputs(rest[:first], dict(zip(names, rest[last:])), {**numbers, **switches}, rest[first:last])
-            )
+        def call() -> Tensor:
+            rates, rest = dict(zip(numbers, places[0].unbind())), places[1:]
+            noise = dict(zip(names, rest[last:]))
+            return step(StepInputs(rest[:first], noise, {**rates, **switches}, rest[first:last]))
 
-        self._call = RecordedCall(call, self._flat(inputs), undo=undo, record=record)
+        try:
+            with _side_stream(places):
+                for _ in range(WARM_UP_RUNS - 1):
+                    call()
+                with _no_waiting(places):
+                    call()
+        finally:
+            undo()
+        self._replay, self._result = record(call)
 
     def __call__(self, inputs: StepInputs) -> Tensor:
-        """Replay. The result's memory is written again by the next replay."""
-        return self._call(self._flat(inputs))
+        """Replay with ``inputs``. The result's memory is written again by the next replay."""
+        for place, tensor in zip(self._places, self._flat(inputs), strict=True):
+            if place.shape != tensor.shape or place.dtype != tensor.dtype:
+                raise ValueError(
+                    f"recorded with {tuple(place.shape)} {place.dtype}, called with {tuple(tensor.shape)} "
+                    f"{tensor.dtype}: a graph takes one shape"
+                )
+            place.copy_(tensor)
+        self._replay()
+        return self._result
 
     def close(self) -> None:
-        """Let go of the recording."""
-        self._call.close()
+        """Let go of the recording, also where a traceback still holds this object. It cannot be called any more."""
+        del self._replay, self._result
 
     def _flat(self, inputs: StepInputs) -> list[Tensor]:
         numbers = np.array([inputs.rates[name] for name in self._numbers], np.float32)

@@ -11,6 +11,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from contextlib import closing
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -18,8 +19,10 @@ from fastssl.distributed.collectives import any_rank
 from fastssl.errors import FastSSLError, counted
 from fastssl.pipelines.loader import Batch
 from fastssl.runs.nonfinite import BAD_STEPS, save_bad_step
-from fastssl.training.setup import Setup
 from fastssl.training.step import numbers
+
+if TYPE_CHECKING:
+    from fastssl.training.setup import Setup
 
 
 class NonFiniteGuard:
@@ -71,13 +74,9 @@ class NonFiniteGuard:
         reason = "a gradient is not finite" if math.isfinite(loss) else f"the loss is {loss}"
         where = keep_batch(run, batch, number, reason)
         if len(found) >= self._most:
-            were = f"{counted(self._most, 'such step')} {'was' if self._most == 1 else 'were'}"
-            run.end_together(
-                FastSSLError(
-                    f"step {number:,}: {reason}, and {were} passed over before "
-                    f"(train.skip_nonfinite){advice(run, where)}"
-                )
-            )
+            were = f"{counted(self._most, 'such step')} {'was' if self._most == 1 else 'were'} passed over before"
+            why = f"step {number:,}: {reason}, and {were} (train.skip_nonfinite){advice(run, where)}"
+            run.end_together(FastSSLError(why))
         found.append(number)
         kept = f", its batch is in {where}" if where else ""
         run.progress.message(f"step {number:,}: {reason}; passed over{kept}")

@@ -14,24 +14,22 @@ from fastssl.config.recipe import Recipe, recipe_to_dict
 from fastssl.config.recipe_choice import require_photos
 from fastssl.distributed.collectives import any_rank, barrier, broadcast_module, broadcast_object
 from fastssl.distributed.devices import use_amp
-from fastssl.distributed.restarts import launch_from_environment
-from fastssl.distributed.world import World, first_of_host_speaks
+from fastssl.distributed.world import World, first_of_host_speaks, launch_from_environment
 from fastssl.errors import FastSSLError, counted, without_folders
 from fastssl.evaluate.online_probe import require_same_classes
 from fastssl.models.backbones import resolve_arch
 from fastssl.optim.schedules import RunLength
 from fastssl.pipelines.beton.reader import BetonReader
+from fastssl.pipelines.beton.verify import verify
 from fastssl.pipelines.engines.registry import require_engine
 from fastssl.pipelines.loader import ViewLoader
 from fastssl.pipelines.plan.order import steps_per_epoch
-from fastssl.runs.checkpoint import Position
+from fastssl.runs.checkpoint import Position, restore
 from fastssl.runs.folder import RunFolder
-from fastssl.runs.restore import restore
 from fastssl.runs.saver import Saver
 from fastssl.runs.status import RunStatus, State
-from fastssl.training.metrics import MetricRing
-from fastssl.training.preflight import require_whole_photos
 from fastssl.training.step import TrainStep
+from fastssl.training.step_log import MetricRing
 from fastssl.utils.cores import available_cores
 from fastssl.utils.signals import StopRequest
 from fastssl.utils.versions import describe_git, describe_host, describe_versions
@@ -62,8 +60,7 @@ class RunOptions:
         out: the run's folder.
         device: ``auto``, ``cpu`` or ``cuda``.
         resume: ``auto`` (go on if the folder holds a run, from its newest checkpoint that is whole), ``never``, or the
-            path of a checkpoint; of the last two only the first start of a launch takes notice
-            (`fastssl.distributed.restarts`).
+            path of a checkpoint; of the last two only the first start of a launch takes notice (``Launch``).
         command: the call of the command line that this is part of, for the report; folders left out.
     """
 
@@ -93,6 +90,7 @@ class Setup:
         position: where the run stands. Another object after a rollback.
         rates: what the schedules said for the newest step.
         online_knn: percent, of the newest online probe; None: there was none.
+        online_judged: photos that an online probe judges.
     """
 
     recipe: Recipe
@@ -114,6 +112,7 @@ class Setup:
     status: RunStatus | None = None
     rates: dict[str, float | bool] = field(default_factory=dict)
     online_knn: float | None = None
+    online_judged: int = 0
 
     @property
     def backbone(self) -> nn.Module:
@@ -121,8 +120,13 @@ class Setup:
         return self.step.method.student.backbone
 
     @property
+    def rows(self) -> list[dict[str, Any]]:
+        """Of metrics.jsonl; none in other processes than the first."""
+        return self.folder.metrics.rows() if self.folder else []
+
+    @property
     def extraction(self) -> dict[str, Any]:
-        """How features are taken on this machine (arguments of ``extract_features``)."""
+        """Where and how features are taken (arguments of ``extract_features``)."""
         return {
             "device": self.device,
             "workers": self.options.workers,
@@ -185,9 +189,8 @@ class Setup:
         return {"step": self.position.step, "total_steps": self.length.total_steps, "saved_step": saved}
 
     def end_together(self, error: FastSSLError) -> NoReturn:
-        """Raise what all processes end with, by agreement.
-
-        The first one says it for all before any of them leaves: when one has left, torchrun ends the others.
+        """Raise what all processes end with. The first one says it for all before any of them leaves: when one has
+        left, torchrun ends the others.
         """
         if self.world.size > 1:
             self.progress.message(f"fastssl: {error}")
@@ -215,8 +218,7 @@ def prepare(
     """Check everything, build the networks, take the folder, and go on with what is in it or begin.
 
     Raises:
-        FastSSLError: photos, engine, sizes or batch that do not go together; processes that were started with different
-            settings; a folder that holds a run of other settings.
+        FastSSLError: what does not go together; processes, or a run in the folder, of other settings.
     """
     git = describe_git()
     with first_of_host_speaks():  # all find the same faults, before they first wait for each other
@@ -225,7 +227,7 @@ def prepare(
         if val is not None:
             require_same_classes(reader, val)
             if world.is_main and recipe.train.on_bad == "fail":
-                require_whole_photos(val, workers=options.workers)
+                _require_whole_photos(val, options.workers)
         step = TrainStep(recipe, device, amp=use_amp(recipe.train.amp, device), seed=options.seed, world=world)
     if val is not None and val.labels is None and reader.labels is not None:
         progress.message("the photos of --val have no labels: the probes judge on a held-out fifth of --data")
@@ -250,6 +252,18 @@ def prepare(
     return run
 
 
+def _require_whole_photos(reader: BetonReader, workers: int | None) -> None:
+    """Decode once the photos that the run is judged on at its end: better to know now that one is damaged."""
+    # A wrong checksum alone is no reason: the photo decodes, and training would take it too.
+    found = verify(reader.path, workers=workers).damaged
+    if damaged := [(sample, complaint) for sample, complaint in found if complaint != "wrong checksum"]:
+        sample, complaint = damaged[0]
+        raise FastSSLError(
+            f"{reader.path}: damaged are {len(damaged):,} of {counted(len(reader), 'photo')}, the first is sample "
+            f"{sample} ({complaint}); convert again without them, or leave them out with --set train.on_bad=skip"
+        )
+
+
 def _resolved(recipe: Recipe, options: RunOptions, reader: BetonReader, val: BetonReader | None) -> dict[str, Any]:
     """Every value that the run's numbers depend on."""
     return {
@@ -271,13 +285,8 @@ def _resolved(recipe: Recipe, options: RunOptions, reader: BetonReader, val: Bet
 
 def _require_same_settings(run: Setup) -> None:
     """Processes that were started with different settings would wait for each other forever: better to say so now."""
-    mine = {
-        **run.config,
-        "out": str(run.options.out),
-        "resume": run.options.resume,
-        "device": run.device.type,
-        "bfloat16": run.step.amp,
-    }
+    place = {"out": str(run.options.out), "resume": run.options.resume, "device": run.device.type}
+    mine = {**run.config, **place, "bfloat16": run.step.amp}
     found = differences(mine, broadcast_object(mine))
     if any_rank(bool(found)):
         what = f"this is process {run.world.rank}: {'; '.join(found[:3])}" if found else "another one says which"
@@ -294,12 +303,7 @@ def _resume(run: Setup) -> None:
         return restore(state, method=run.step.method, optimizer=run.step.optimizer)
 
     if run.folder:
-        about = {
-            "device": run.device.type,
-            "host": describe_host(),
-            "versions": describe_versions(),
-            "git": run.git,
-        }
+        about = {"device": run.device.type, "host": describe_host(), "versions": describe_versions(), "git": run.git}
         try:
             found = run.folder.open(run.config, run.options.resume, about, put_in, launch_from_environment())
         except FastSSLError as error:

@@ -30,13 +30,11 @@ from fastssl.methods import METHODS
 from fastssl.methods.base import Method, Rates, Views
 from fastssl.models.depthwise import use_own_gradient
 from fastssl.models.pointwise import use_matrix_products
-from fastssl.optim.optimizers import ScheduledDecay, create_optimizer, set_lr
-from fastssl.optim.schedules import RunLength, learning_rate, weight_decay
+from fastssl.optim.optimizers import apply_decay, create_optimizer, set_lr
+from fastssl.optim.schedules import RunLength, half_cosine
 from fastssl.pipelines.ops.augment import augment_device
-from fastssl.training.bf16_weights import Bf16Weights
-from fastssl.training.channels_last import channels_last_breaks, require_channels_last
 from fastssl.training.cuda_graph import RecordedStep, Recorder, StepInputs, record_cuda_graph
-from fastssl.training.initial_backbone import initial_backbone
+from fastssl.training.networks import Bf16Weights, channels_last_breaks, initial_backbone, require_channels_last
 from fastssl.utils.host_memory import keep_freed_memory
 from fastssl.utils.transfer import to_device
 
@@ -64,8 +62,9 @@ class TrainStep:
         batch_size: samples a step on this rank.
         without_effect: a line for each setting of the recipe that changes nothing in this network, with the reason.
         fallbacks: {switch: why it is not used here}; also ``channels_last``, where a network does not keep the layout.
-        networks: student and teacher (or None) in the form that computes: with ``amp`` copies that hold bfloat16
-            weights.
+        networks: student and, if there is one, teacher in the form that computes: with ``amp`` copies, see
+            ``Bf16Weights``.
+        bf16_weights: of student and teacher; none without ``amp``.
         prepared: whether the first call was made, and ``prepare_s``, the seconds of it that went before the step
             itself.
         takes_crops: whether the step wants uint8 crops and colour tables (``ViewLoader(colour=False)``), to record the
@@ -105,15 +104,12 @@ class TrainStep:
         if world.size > 1:
             self.method.synchronise(lambda network: synchronise_batchnorm(network, device))
         self.optimizer = create_optimizer(self.method, recipe.optim)
-        self._decay: ScheduledDecay | None = None
-        if recipe.optim.final_weight_decay is not None:
-            self._decay = ScheduledDecay(self.optimizer, decoupled=recipe.optim.name == "adamw")
         self._trained = [p for p in self.method.parameters() if p.requires_grad]
-        self._half: list[Bf16Weights] = []
-        self.networks: tuple[nn.Module, nn.Module | None] = (self.method.student, self.method.teacher)
+        self.bf16_weights: list[Bf16Weights] = []
+        self.networks: list[nn.Module] = self.method.networks
         if amp:
-            self._half = [Bf16Weights(network) for network in self.networks if network is not None]
-            self.networks = (self._half[0].network, self._half[1].network if len(self._half) > 1 else None)
+            self.bf16_weights = [Bf16Weights(network) for network in self.networks]
+            self.networks = [half.network for half in self.bf16_weights]
             self.method.register_load_state_dict_post_hook(lambda *_: self._refresh())
         self.method.set_forward_modules(*self.networks)
         self.fallbacks: dict[str, str] = {}
@@ -133,19 +129,13 @@ class TrainStep:
         try:
             return kind(backbone, recipe.settings, views=views, generator=torch.Generator().manual_seed(self.seed))
         except ValueError as error:
-            raise FastSSLError(
-                f"batch of {recipe.train.batch_size}: {error}; --batch-size or --set changes that"
-            ) from error
+            batch = recipe.train.batch_size
+            raise FastSSLError(f"batch of {batch}: {error}; --batch-size or --set changes that") from error
         except RuntimeError as error:  # torch's allocator: "you tried to allocate ... bytes"
             raise FastSSLError(
                 f"no memory for the networks of {recipe.method} ({' '.join(str(error).split())[:120]}); lower "
                 "its sizes (queue, out, prototypes, projector.hidden) with --set"
             ) from error
-
-    @property
-    def bf16_weights(self) -> tuple[Bf16Weights, ...]:
-        """Of student and teacher; none without ``amp``."""
-        return tuple(self._half)
 
     @property
     def recorded(self) -> bool:
@@ -166,23 +156,11 @@ class TrainStep:
 
     def rates(self, step: int, run: RunLength) -> dict[str, float | bool]:
         """What the schedules say for ``step`` (of the whole run), by name: numbers, and the method's switches."""
-        optim, total = self.recipe.optim, run.total_steps
-        found: dict[str, float | bool] = {
-            "lr": learning_rate(
-                step,
-                total_steps=total,
-                steps_per_epoch=run.steps_per_epoch,
-                peak=optim.peak_lr(self.recipe.train.batch_size),
-                final=optim.final_lr,
-                warmup_epochs=optim.warmup_epochs,
-                warmup_lr=optim.warmup_lr,
-                per_epoch=optim.per_epoch,
-            )
-        }
-        if self._decay is not None:
-            found["weight_decay"] = weight_decay(
-                step, total_steps=total, base=optim.weight_decay, final=optim.final_weight_decay
-            )
+        optim = self.recipe.optim
+        found: dict[str, float | bool] = {"lr": optim.rate(step, run, self.recipe.train.batch_size)}
+        if optim.final_weight_decay is not None:
+            progress = step / run.total_steps
+            found["weight_decay"] = half_cosine(progress, optim.weight_decay, optim.final_weight_decay)
         return {**found, **self.method.rates(step, run)}
 
     def autocast(self) -> torch.autocast:
@@ -218,9 +196,8 @@ class TrainStep:
         Raises:
             ValueError: the views are not in channels-last memory, or not those of one batch.
         """
-        if not tables:  # crops are coloured here, into the right layout
-            for view in views:
-                require_channels_last(view)
+        for view in () if tables else views:  # crops are coloured here, into the right layout
+            require_channels_last(view)
         wanted = self.method.views.count * self.batch_size
         if sum(map(len, views)) != wanted:
             raise ValueError(f"{sum(map(len, views))} views, but a batch of {self.batch_size} has {wanted}")
@@ -259,15 +236,12 @@ class TrainStep:
         for part in range(parts):
             if method.student.drop is not None:
                 method.student.drop.uniforms = self.part_of(noise["drop_path"].t(), part).t()
+            mine = [self.part_of(rows, part) for rows in images], tuple(self.part_of(rows, part) for rows in targets)
             with self.autocast():
-                output = method(
-                    [self.part_of(rows, part) for rows in images],
-                    tuple(self.part_of(rows, part) for rows in targets),
-                    rates,
-                )
+                output = method(*mine, rates)
             (output.loss / parts if parts > 1 else output.loss).backward()
-            if self._half:
-                self._half[0].collect_gradients()
+            if self.bf16_weights:
+                self.bf16_weights[0].collect_gradients()
             metrics.append(output.metrics)
             kept.append(output.kept)
         for parameter in output.frozen:
@@ -288,8 +262,8 @@ class TrainStep:
 
     def update(self, rates: Rates) -> None:
         """Weight decay and the optimiser's step on the gradients that are there, then the moving average."""
-        if self._decay is not None:
-            self._decay.apply(rates["lr"], rates["weight_decay"])
+        if "weight_decay" in rates:
+            apply_decay(self.optimizer, rates["lr"], rates["weight_decay"])
         set_lr(self.optimizer, rates["lr"])
         self.optimizer.step()
         if "momentum" in rates:
@@ -299,11 +273,11 @@ class TrainStep:
     def clear_gradients(self) -> None:
         """Forget all gradients."""
         self.optimizer.zero_grad(set_to_none=True)
-        for half in self._half:
+        for half in self.bf16_weights:
             half.network.zero_grad(set_to_none=True)
 
     def _refresh(self) -> None:
-        for half in self._half:
+        for half in self.bf16_weights:
             half.refresh()
 
     # ------------------------------------------------------------------ the first call
@@ -343,10 +317,7 @@ class TrainStep:
     def _compile(self, inputs: StepInputs) -> None:
         if torch._dynamo.config.disable:
             raise FastSSLError("switched off by TORCH_COMPILE_DISABLE")
-        student, teacher = self.networks
-        self.method.set_forward_modules(
-            torch.compile(student, dynamic=False), teacher and torch.compile(teacher, dynamic=False)
-        )
+        self.method.set_forward_modules(*(torch.compile(network, dynamic=False) for network in self.networks))
         self._run(inputs)
 
     def _capture(self, inputs: StepInputs) -> None:

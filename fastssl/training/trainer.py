@@ -15,69 +15,29 @@ from __future__ import annotations
 
 import math
 from contextlib import closing
-from dataclasses import dataclass
 from itertools import chain
+from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fastssl.config.recipe import Recipe
 from fastssl.distributed.collectives import Vote, any_rank, barrier, broadcast_object, gather_objects
 from fastssl.errors import FastSSLError, Interrupted, counted
 from fastssl.evaluate.online_probe import OnlineProbe, choose_split
-from fastssl.methods.base import Encoder
-from fastssl.pipelines.beton.reader import BetonReader
 from fastssl.pipelines.loader import Batch, ViewLoader
-from fastssl.runs.checkpoint import Position, has_all_files
-from fastssl.runs.folder import RunFolder
+from fastssl.runs.checkpoint import has_all_files
 from fastssl.runs.saver import NotSaved
 from fastssl.training.rollback import NonFiniteGuard, advice
-from fastssl.training.setup import RunOptions, Setup
+from fastssl.training.setup import Setup
 from fastssl.training.step_log import StepLog
 
 
-@dataclass(frozen=True)
-class TrainResult:
-    """What training leaves behind, for the report.
-
-    Attributes:
-        arch: full timm name.
-        backbone, teacher: the trained networks; None: the method has no teacher.
-        device, extraction: where and how features are taken.
-        fallbacks: {switch: why it was not used}.
-        total_steps, position: of the run, at its end.
-        rows: of metrics.jsonl.
-        online_judged: photos that an online probe judges.
-    """
-
-    recipe: Recipe
-    options: RunOptions
-    reader: BetonReader
-    val: BetonReader | None
-    arch: str
-    backbone: nn.Module
-    teacher: Encoder | None
-    device: torch.device
-    extraction: dict[str, Any]
-    fallbacks: dict[str, str]
-    git: str | None
-    total_steps: int
-    position: Position
-    rows: list[dict[str, Any]]
-    online_judged: int
-
-
-def train(run: Setup) -> TrainResult | None:
-    """Make all steps that are left, with the probes between epochs.
-
-    Returns:
-        None in all processes but the first.
-    """
+def train(run: Setup) -> None:
+    """Make all steps that are left, with the probes between epochs."""
     with run.make_loader() as loader, closing(run.step):
-        log, guard, vote, probe = StepLog(run, loader), NonFiniteGuard(run), Vote(2), _online_probe(run)
+        log, guard, vote, probe = StepLog(run, loader), NonFiniteGuard(run), Vote(), _online_probe(run)
         if run.saver:
-            _complete_checkpoint(run, run.saver.folder)
+            _complete_checkpoint(run, run.saver.folder.checkpoints)
             run.saver.begin()
         for line in run.plan():
             run.progress.note(line)
@@ -86,7 +46,6 @@ def train(run: Setup) -> TrainResult | None:
                 make_steps(run, loader, log, guard, vote)
             _end_epoch(run, loader, vote, probe)
         vote.close()
-    return _result(run, probe, run.folder) if probe and run.folder else None
 
 
 def make_steps(run: Setup, loader: ViewLoader, log: StepLog, guard: NonFiniteGuard, vote: Vote) -> None:
@@ -171,6 +130,7 @@ def _online_probe(run: Setup) -> OnlineProbe | None:
         return None
     settings = run.recipe.probe
     split = choose_split(run.reader, run.val, settings.online_samples, run.options.seed)
+    run.online_judged = len(split.query_index)
     return OnlineProbe(split, settings.size, **run.extraction)
 
 
@@ -200,32 +160,25 @@ def save_checkpoint(run: Setup, milestone: int | None = None, *, patiently: bool
         FastSSLError: the state is not finite; a checkpoint of it would be worse than none.
     """
     if not run.step.is_finite():
-        raise FastSSLError(
-            f"the networks are no longer finite at step {run.position.step:,}, though the loss is: the run has "
-            f"diverged{advice(run)}"
-        )
+        found = f"the networks are no longer finite at step {run.position.step:,}, though the loss is"
+        raise FastSSLError(f"{found}: the run has diverged{advice(run)}")
     if not run.saver:
         return True
-    saved = run.saver.save(
-        run.step.method,
-        run.step.optimizer,
-        run.position,
-        milestone=milestone,
-        stop=run.stop if patiently else None,
-    )
+    stop = run.stop if patiently else None
+    saved = run.saver.save(run.step.method, run.step.optimizer, run.position, milestone=milestone, stop=stop)
     if saved:
         run.tell_status("training")
     return saved
 
 
-def _complete_checkpoint(run: Setup, folder: RunFolder) -> None:
+def _complete_checkpoint(run: Setup, folder: Path) -> None:
     """Write the files that a kill in the middle of a checkpoint, or a checkpoint from elsewhere, left out."""
     position, milestone = run.position, None
     if position.step == 0:
         return
     if position.step_in_epoch == 0:
         milestone = _milestone(run, position.epoch)
-    if not has_all_files(folder.checkpoints, run.step.method, position.step, milestone):
+    if not has_all_files(folder, run.step.method, position.step, milestone):
         save_checkpoint(run, milestone, patiently=position.epoch >= run.recipe.train.epochs)
 
 
@@ -242,34 +195,11 @@ def _leave(run: Setup, vote: Vote) -> NoReturn:
     if not broadcast_object(saved):
         why = run.saver.why() if run.saver else "its first process says why"
         run.end_together(NotSaved(f"stopped at step {step:,}, which could not be saved: {why}"))
-    run.end_together(
-        Interrupted(
-            f"stopped at step {step:,}; everything is saved in {run.options.out}; the same command goes on from here"
-        )
-    )
+    where = f"everything is saved in {run.options.out}; the same command goes on from here"
+    run.end_together(Interrupted(f"stopped at step {step:,}; {where}"))
 
 
 def _gather_skipped(run: Setup, loader: ViewLoader) -> None:
     """Put the damaged photos that all processes have met so far on record."""
     met = chain.from_iterable(gather_objects(loader.stats.skipped))
     run.position.skipped = sorted({*run.position.skipped, *met})
-
-
-def _result(run: Setup, probe: OnlineProbe, folder: RunFolder) -> TrainResult:
-    return TrainResult(
-        recipe=run.recipe,
-        options=run.options,
-        reader=run.reader,
-        val=run.val,
-        arch=run.config["arch"],
-        backbone=run.backbone,
-        teacher=run.step.method.teacher,
-        device=run.device,
-        extraction=run.extraction,
-        fallbacks=run.step.fallbacks,
-        git=run.git,
-        total_steps=run.length.total_steps,
-        position=run.position,
-        rows=folder.metrics.rows(),
-        online_judged=len(probe.split.query_index),
-    )

@@ -140,9 +140,7 @@ def export_backbone(trained: Trained, destination: Path, format: str = "timm", *
     return Exported(format, destination, count, written, difference, recipe, fused=merged is not None)
 
 
-def _write_file(
-    backbone: nn.Module, arch: str, path: Path, about: dict[str, str], twin: Twin | None = None
-) -> float:
+def _write_file(backbone: nn.Module, arch: str, path: Path, about: dict[str, str], twin: Twin | None = None) -> float:
     """Write ``path`` (.safetensors, .pth or .pt) for timm's ``arch``, or its ``twin``, and load it back as users will;
     returns the largest difference of features.
 

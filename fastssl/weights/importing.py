@@ -68,6 +68,7 @@ HEADS = frozenset(
 #: pooling.
 _NUMBERED = {"conv1": "0", "bn1": "1", "layer1": "4", "layer2": "5", "layer3": "6", "layer4": "7"}
 
+
 class Found(NamedTuple):
     """A network in a checkpoint.
 
@@ -203,8 +204,6 @@ def _renamed(path: Path, tensors: dict[str, Tensor], rename: Callable[[str], str
                 f"{path}: {other} and {name} would both be {rename(name)}: keep the one that the network is made of"
             )
     return {new: tensors[name] for new, name in before.items()}
-
-
 
 
 def _grouped(names: Iterable[str], why: Callable[[str], str]) -> list[dict[str, Any]]:

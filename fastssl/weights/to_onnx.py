@@ -24,6 +24,7 @@ from fastssl.errors import FastSSLError
 
 INPUT, OUTPUT = "images", "features"
 
+
 def require_onnx() -> None:
     """
     Raises:
@@ -33,6 +34,7 @@ def require_onnx() -> None:
     missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
     if missing:
         raise FastSSLError(f"--format onnx needs {' and '.join(missing)}: pip install 'fastssl-vision[onnx]'")
+
 
 @torch.no_grad()
 def check_features(
@@ -82,6 +84,7 @@ def check_features(
         )
     return difference
 
+
 def fused(backbone: nn.Module, *, size: int) -> nn.Module | None:
     """A copy of a network that trains with several branches and runs with one (MobileOne, FastViT, RepViT, RepVGG,
     GhostNet-V3 and others: arXiv 2206.04040, 2303.14189), its branches and in some its BatchNorms merged into single
@@ -103,6 +106,7 @@ def fused(backbone: nn.Module, *, size: int) -> nn.Module | None:
     except Exception:  # whatever timm's merging fails with in one network; that one is exported as it was trained
         return None
     return merged
+
 
 def write_onnx(
     backbone: nn.Module, arch: str, path: Path, about: dict[str, str], *, size: int, merged: nn.Module | None = None
@@ -157,6 +161,7 @@ def write_onnx(
         return torch.from_numpy(session.run([OUTPUT], {INPUT: images.numpy()})[0])
 
     return check_features(path, backbone, run, size=size, tolerance=1e-4, batches=(1, 3))
+
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:

@@ -16,7 +16,6 @@ import torchvision
 from torch import Tensor, nn
 
 
-
 @dataclass(frozen=True)
 class Twin:
     """torchvision's counterpart of a timm network.

@@ -44,7 +44,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> Recipe:
             )
 
     monkeypatch.setattr(
-        "fastssl.training.initial_backbone.create_backbone",
+        "fastssl.training.networks.create_backbone",
         lambda name, **options: Backbone().to(memory_format=torch.channels_last),
     )
     changes = {

@@ -14,11 +14,11 @@ from click.testing import CliRunner
 from lines import to_line
 
 from fastssl.benchmarks.harness import timing
-from fastssl.benchmarks.suites.ceilings import DiskRates, measure_disk
 from fastssl.benchmarks.harness.records import Record, read_records
 from fastssl.benchmarks.harness.setting import Setting
 from fastssl.benchmarks.harness.table import cells
 from fastssl.benchmarks.suites import ceilings
+from fastssl.benchmarks.suites.ceilings import DiskRates, measure_disk
 from fastssl.cli import main
 from fastssl.cli.bench import bench
 

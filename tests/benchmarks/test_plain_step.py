@@ -29,7 +29,7 @@ def recipe(monkeypatch: pytest.MonkeyPatch) -> Recipe:
                 torch.nn.Conv2d(3, 8, 3, 2, 1), torch.nn.GELU(), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten()
             )
 
-    monkeypatch.setattr("fastssl.training.initial_backbone.create_backbone", lambda name, **options: Backbone())
+    monkeypatch.setattr("fastssl.training.networks.create_backbone", lambda name, **options: Backbone())
     changes = {
         "views.0.size": "16",
         "moco.queue": "64",

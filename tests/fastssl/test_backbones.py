@@ -269,15 +269,8 @@ def test_a_flipped_bit_in_a_weight_is_noticed(tmp_path: Path) -> None:
     assert read_header(path)["arch"] == "lcnet_035"
 
 
-def test_a_header_larger_than_any_networks_is_refused(tmp_path: Path) -> None:
-    """100 MB of brackets become gigabytes of lists."""
+def test_a_header_that_names_no_network_is_one_short_line(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
-    save_file({"w": torch.zeros(1)}, path, metadata={"fastssl": "[" + "[]," * 500_000 + "[]]"})
-    with pytest.raises(FastSSLError, match=r"x\.safetensors: .*its header is larger than any network's"):
-        read_header(path)
-    save_file({str(number): torch.zeros(0) for number in range(100_001)}, path, metadata={"fastssl": "{}"})
-    with pytest.raises(FastSSLError, match=r"x\.safetensors: .*its header is larger than any network's"):
-        load_backbone(path)
     save_file({"w": torch.zeros(1)}, path, metadata={"fastssl": '{"arch": "' + "x" * 100_000 + '"}'})
     with pytest.raises(FastSSLError, match=r"unknown network 'xxx.*\.\.\.") as error:
         load_backbone(path)

@@ -27,11 +27,12 @@ from fastssl.runs.checkpoint import (
     find_checkpoint,
     is_detector,
     load_checkpoint,
+    load_optimizer,
+    restore,
     save_checkpoint,
     set_aside,
     write_state,
 )
-from fastssl.runs.restore import load_optimizer, restore
 
 
 def make(seed: int = 0) -> tuple[MoCo, torch.optim.Optimizer]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from processes import run_processes
@@ -17,7 +19,6 @@ from fastssl.distributed.collectives import (
     broadcast_object,
     gather_objects,
     gather_rows,
-    gather_rows_with_gradient,
     gather_views,
     rank,
     world_size,
@@ -35,7 +36,7 @@ def test_alone_every_collective_is_the_identity() -> None:
             all_reduce_sum,
             all_reduce_mean,
             gather_rows,
-            gather_rows_with_gradient,
+            partial(gather_rows, gradient=True),
             lambda t: gather_views(t, 2),
             lambda t: gather_views(t, 2, True),
         ):
@@ -95,7 +96,7 @@ def together() -> dict[str, object]:
 
     contrast(own, gather_views(own, VIEWS, gradient=True), matrix).backward()
     found["gradient"], own.grad = own.grad, None
-    contrast(own, gather_rows_with_gradient(own), matrix).backward()
+    contrast(own, gather_rows(own, gradient=True), matrix).backward()
     found["gradient of rows"] = own.grad
     picture = images.clone().requires_grad_()
     (

@@ -58,9 +58,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> DetectionSet:
 def found(data: DetectionSet) -> tuple[list[dict[str, Any]], Oracle]:
     oracle = Oracle(data).train()
     done: list[int] = []
-    rows = predict(
-        oracle, data, short_side=240, long_side=400, workers=1, progress=done.append
-    )
+    rows = predict(oracle, data, short_side=240, long_side=400, workers=1, progress=done.append)
     assert done == [1, 2, 3, 4] and oracle.training
     return rows, oracle
 

@@ -16,11 +16,11 @@ from pycocotools.cocoeval import COCOeval
 from shapes import make_shapes
 
 from fastssl.evaluate.detection.annotations import DetectionError, load_coco
-from fastssl.evaluate.detection.protocol import FIGURES
 from fastssl.evaluate.detection.model import DetectorConfig
-from fastssl.evaluate.detection.protocol import detection_figures
+from fastssl.evaluate.detection.protocol import FIGURES, detection_figures
 from fastssl.evaluate.detection.train import TrainingConfig
 from fastssl.models.backbones import create_backbone
+
 
 class Bars:
     """Remembers what a bar was shown for."""
@@ -83,9 +83,7 @@ def test_a_detector_learns_eight_pictures_by_heart(tmp_path: Path) -> None:
     (out / "predictions-boxes.json").unlink()
     other = create_backbone("resnet10t")
     bars = Bars()
-    again = detection_figures(
-        other, data, data, shape, training, test_side=96, out=out, workers=1, bar=bars
-    )
+    again = detection_figures(other, data, data, shape, training, test_side=96, out=out, workers=1, bar=bars)
     assert [label for label, _ in bars.shown] == [
         "checking the validation pictures",
         "fine-tuning",
@@ -112,9 +110,7 @@ def test_damaged_training_pictures_are_found_before_the_training(tmp_path: Path)
     endless = TrainingConfig(iterations=10**9, batch_size=1, short_sides=(96,))
     bars = Bars()
     with pytest.raises(DetectionError, match=r"train/pictures/0002.jpg: cannot decode the picture"):
-        detection_figures(
-            create_backbone("lcnet_035"), train, val, DetectorConfig(), endless, workers=1, bar=bars
-        )
+        detection_figures(create_backbone("lcnet_035"), train, val, DetectorConfig(), endless, workers=1, bar=bars)
     assert bars.shown == [("checking the validation pictures", 4), ("checking the training pictures", 4)]
 
 

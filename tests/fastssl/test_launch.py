@@ -8,7 +8,7 @@ import pytest
 import yaml
 from small_run import Silent, options, same, small, state
 
-from fastssl.distributed.restarts import launch_from_environment
+from fastssl.distributed.world import launch_from_environment
 from fastssl.pretrain import pretrain
 from fastssl.runs.folder import RunFolder
 from fastssl.training import trainer

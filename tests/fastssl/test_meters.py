@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from fastssl.training.metrics import MetricRing
+from fastssl.training.step_log import MetricRing
 
 
 def fill(device: str) -> None:

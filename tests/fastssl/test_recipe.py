@@ -10,7 +10,7 @@ import yaml
 
 from fastssl.config.recipe import build_recipe, load_recipe, parse_overrides, recipe_names, recipe_path, recipe_to_dict
 from fastssl.errors import FastSSLError
-from fastssl.optim.schedules import learning_rate
+from fastssl.optim.schedules import RunLength
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -320,14 +320,8 @@ def _rates(name: str, **changes: object) -> tuple[float, float, float]:
     recipe = load_recipe(name, {key.replace("__", "."): str(value) for key, value in changes.items()})
     optim, batch = recipe.optim, recipe.train.batch_size
     steps = 100_000 // batch
-    run = {
-        "total_steps": steps * recipe.train.epochs,
-        "steps_per_epoch": steps,
-        "peak": optim.peak_lr(batch),
-        "final": optim.final_lr,
-    }
-    run |= {"warmup_epochs": optim.warmup_epochs, "warmup_lr": optim.warmup_lr, "per_epoch": optim.per_epoch}
-    rates = [learning_rate(step, **run) for step in (0, round(optim.warmup_epochs * steps), run["total_steps"])]
+    run = RunLength(steps * recipe.train.epochs, steps)
+    rates = [optim.rate(step, run, batch) for step in (0, round(optim.warmup_epochs * steps), run.total_steps)]
     return rates[0], max(rates), rates[-1]
 
 

@@ -181,15 +181,9 @@ def test_no_second_derivative_is_pretended() -> None:
 def test_inputs_that_make_no_sense() -> None:
     probabilities, logits = inputs(0, 2, 3, 4, 6)
     cases = [
-        ((probabilities[0], logits, 0.1), "targets is torch.float64 of shape"),
-        ((probabilities, logits.long(), 0.1), "logits is torch.int64"),
-        ((probabilities[:0], logits, 0.1), "each at least 1"),
         ((probabilities[:, :3], logits, 0.1), "must agree"),
         ((probabilities[..., :1], logits, 0.1), "must agree"),
         ((probabilities.clone().requires_grad_(), logits, 0.1), r"targets\.detach\(\)"),
-        ((probabilities.to("meta"), logits, 0.1), "move them to one device"),
-        ((probabilities, logits, 0.0), "positive"),
-        ((probabilities, logits, math.nan), "positive"),
     ]
     for arguments, message in cases:
         with pytest.raises(ValueError, match=message):
@@ -216,14 +210,3 @@ def test_teacher_probabilities_in_float32_under_autocast_and_from_a_scheduled_te
     torch.testing.assert_close(found, ((logits.float() - center) / 0.04).softmax(-1), rtol=1e-6, atol=0)
     assert torch.equal(found, teacher_probabilities(logits.float(), center, 0.04))
     assert torch.equal(logits, before)
-
-
-def test_teacher_inputs_that_make_no_sense() -> None:
-    logits = torch.zeros(2, 3, 4)
-    for center, temperature, message in [
-        (torch.zeros(3), 0.04, "one number for each class"),
-        (torch.zeros(4), 0.0, "positive"),
-        (torch.zeros(4), torch.ones(2), "one element"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            teacher_probabilities(logits, center, temperature)

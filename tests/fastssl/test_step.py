@@ -18,10 +18,8 @@ from fastssl.models.backbones import SHORT_NAMES, create_backbone
 from fastssl.optim.schedules import RunLength
 from fastssl.pipelines.loader import ViewLoader
 from fastssl.training import cuda_graph as graph_module
-from fastssl.training.bf16_weights import Bf16Weights
-from fastssl.training.channels_last import channels_last_breaks
-from fastssl.training.cuda_graph import RecordedCall
-from fastssl.training.initial_backbone import picture_sizes
+from fastssl.training.cuda_graph import RecordedStep, StepInputs
+from fastssl.training.networks import Bf16Weights, channels_last_breaks, picture_sizes
 from fastssl.training.step import TrainStep
 
 CPU, BATCH, SIZE = torch.device("cpu"), 8, 32
@@ -172,8 +170,8 @@ def test_compiled_networks_are_what_computes(monkeypatch: pytest.MonkeyPatch) ->
 def test_weights_cast_once_a_step_give_what_autocast_gives(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ours = TrainStep(recipe(arch), CPU, amp=True, seed=0)
     autocast = TrainStep(recipe(arch), CPU, amp=True, seed=0)
-    autocast._half = []
-    autocast.method.set_forward_modules(autocast.method.student, autocast.method.teacher)
+    autocast.bf16_weights = []
+    autocast.method.set_forward_modules(*autocast.method.networks)
     assert train(ours, 3) == train(autocast, 3)
     for name, value in autocast.method.state_dict().items():
         assert torch.equal(ours.method.state_dict()[name], value), name
@@ -197,8 +195,8 @@ def test_no_weight_is_cast_inside_the_passes() -> None:
     def casts(half: bool) -> int:
         step = TrainStep(recipe(moco__split_bn=4), CPU, amp=True, seed=0)
         if not half:
-            step._half = []
-            step.method.set_forward_modules(step.method.student, step.method.teacher)
+            step.bf16_weights = []
+            step.method.set_forward_modules(*step.method.networks)
         images = views(0).to(torch.bfloat16)
         step([images], step.noise(0, 0), rates(step))
         with Casts() as counter:
@@ -269,7 +267,7 @@ def test_accumulation_keeps_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
         def __init__(self) -> None:
             super().__init__(nn.Conv2d(3, 8, 3, 2, 1), nn.GELU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
-    monkeypatch.setattr("fastssl.training.initial_backbone.create_backbone", lambda name, **options: Backbone())
+    monkeypatch.setattr("fastssl.training.networks.create_backbone", lambda name, **options: Backbone())
     plain = {"moco__projector__norm": "false", "moco__projector__norm_out": "false"}
     whole, parts = (TrainStep(recipe(train__accumulate=n, **plain), CPU, amp=False, seed=0) for n in (1, 4))
     expected, found = np.array(train(whole)), np.array(train(parts))
@@ -377,13 +375,17 @@ def test_crops_with_their_tables_are_the_coloured_views(beton, crops_on: str) ->
     torch.testing.assert_close(first, second, rtol=1e-3, atol=1e-3)
 
 
-def test_a_recorded_call_takes_one_shape() -> None:
-    call = RecordedCall(lambda tensors: tensors[0] * 2, [torch.ones(4)], undo=lambda: None, record=replayed)
-    assert call([torch.full((4,), 3.0)]).tolist() == [6.0] * 4
+def inputs(*views: Tensor) -> StepInputs:
+    return StepInputs(views, {}, {}, [])
+
+
+def test_a_recorded_step_takes_one_shape() -> None:
+    step = RecordedStep(lambda given: given.views[0] * 2, inputs(torch.ones(4)), undo=lambda: None, record=replayed)
+    assert step(inputs(torch.full((4,), 3.0))).tolist() == [6.0] * 4
     with pytest.raises(ValueError, match="one shape"):
-        call([torch.ones(5)])
-    with pytest.raises(ValueError, match="recorded with 1 inputs, called with 2"):
-        call([torch.ones(4), torch.ones(4)])
+        step(inputs(torch.ones(5)))
+    with pytest.raises(ValueError, match="longer"):
+        step(inputs(torch.ones(4), torch.ones(4)))
 
 
 @pytest.mark.parametrize("waits", [False, True])
@@ -393,11 +395,11 @@ def test_the_last_run_before_a_recording_may_not_wait_for_the_device(
     """A recording that fails at it leaves torch's allocator in the midst of a capture, in which it frees little."""
     modes, calls = [0], []
 
-    def call(tensors: list[Tensor]) -> Tensor:
+    def call(given: StepInputs) -> Tensor:
         calls.append(modes[-1])
         if waits and modes[-1] == "error":
             raise RuntimeError("called a synchronizing CUDA operation")
-        return tensors[0] * 2
+        return given.views[0] * 2
 
     def set_mode(mode: object) -> None:
         if len(modes) == 1:
@@ -411,7 +413,7 @@ def test_the_last_run_before_a_recording_may_not_wait_for_the_device(
     undone: list[bool] = []
     with warnings.catch_warnings(), pytest.raises(RuntimeError, match="synchronizing") if waits else nullcontext():
         warnings.simplefilter("error")
-        RecordedCall(call, [torch.ones(4)], undo=lambda: undone.append(True), record=replayed)
+        RecordedStep(call, inputs(torch.ones(4)), undo=lambda: undone.append(True), record=replayed)
     assert calls == [0, 0, "error"] and modes == [0, "error", 0] and undone == [True]
 
 
@@ -426,9 +428,9 @@ def test_a_call_that_waits_for_the_gpu_is_found_before_it_is_recorded() -> None:
         raise AssertionError("recorded")
 
     with pytest.raises(RuntimeError, match="synchronizing"):
-        RecordedCall(
-            lambda tensors: tensors[0] * tensors[0].sum().item(),
-            [torch.ones(4, device=CUDA)],
+        RecordedStep(
+            lambda given: given.views[0] * given.views[0].sum().item(),
+            inputs(torch.ones(4, device=CUDA)),
             undo=lambda: None,
             record=record,
         )

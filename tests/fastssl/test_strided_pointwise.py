@@ -9,7 +9,7 @@ import torch
 from children import in_child
 from torch import nn
 
-from fastssl.models.strided_pointwise import StridedPointwise, guard_strided_pointwise
+from fastssl.models.pointwise import StridedPointwise, guard_strided_pointwise
 
 
 def compare(channels: int, stride: int, size: int) -> None:

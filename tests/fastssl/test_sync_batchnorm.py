@@ -22,7 +22,7 @@ from fastssl.distributed.sync_batchnorm import (
     synchronise_batchnorm,
 )
 from fastssl.errors import FastSSLError
-from fastssl.training.bf16_weights import Bf16Weights
+from fastssl.training.networks import Bf16Weights
 
 CPU, CHANNELS, SHARES = torch.device("cpu"), 6, (5, 3)
 

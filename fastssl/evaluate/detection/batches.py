@@ -84,7 +84,9 @@ def load_batches(
             yield _together(views, list(itertools.islice(parts, len(views))), divisible)
 
 
-def _load(views: Iterable[View], masks: bool, workers: int | None) -> Generator[tuple[Tensor, dict[str, Tensor]], None, None]:
+def _load(
+    views: Iterable[View], masks: bool, workers: int | None
+) -> Generator[tuple[Tensor, dict[str, Tensor]], None, None]:
     Image.init()  # here, because loading plugins is not made for several threads at once
     work = partial(load_view, masks=masks)
     return Deadline("pictures").map(work, views, workers or available_cores(), lambda view: f"at {view.picture.path}")

@@ -38,8 +38,7 @@ from fastssl.evaluate.detection.model import Detector
 from fastssl.optim.optimizers import set_lr
 from fastssl.pipelines.plan.order import batch_indices, steps_per_epoch
 from fastssl.pipelines.plan.philox import Stream, keyed_words
-from fastssl.runs.checkpoint import VERSION, load_checkpoint, write_state
-from fastssl.runs.restore import load_optimizer
+from fastssl.runs.checkpoint import VERSION, load_checkpoint, load_optimizer, write_state
 
 #: Iterations between two looks at the loss, for which the host waits.
 LOOK_EVERY = 20
