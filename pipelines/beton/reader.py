@@ -258,9 +258,9 @@ class BetonReader:
         """The class names, label k being ``classes[k]``, from the side file; None without one or for unlabelled
         photos.
         """
-        side = read_side_file(self.path) or {"classes": None, "bytes": self.num_bytes}
-        if side["bytes"] == self.num_bytes:
-            classes: list[str] | None = side.get("classes")
+        side = read_side_file(self.path)
+        if side is None or side["bytes"] == self.num_bytes:
+            classes: list[str] | None = side.get("classes") if side else None
             return classes
         what = "belongs to another version of the file; class names not used"
         warnings.warn(f"{side_path(self.path)}: {what}", stacklevel=2)

@@ -14,7 +14,6 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -61,7 +60,7 @@ class EngineSettings:
             if (value := getattr(self, name)) not in allowed:
                 raise FastSSLError(f"{name}={value!r} is not one of {', '.join(allowed)}")
         for name in ("batch_size", "workers"):
-            value: Any = getattr(self, name)
+            value = getattr(self, name)
             if isinstance(value, bool) or not hasattr(value, "__index__") or value < 1:
                 raise FastSSLError(f"{name} must be a whole number of at least 1, got {value!r}")
             object.__setattr__(self, name, operator.index(value))  # of NumPy's, too

@@ -69,7 +69,8 @@ def keyed_words(
 
 def stream_word(stream: Stream, view: ArrayLike) -> NDArray[np.uint64]:
     """The counter's last word for slot 0 of each view."""
-    return np.uint64(stream << 24) | (check_range("view", view, 16) << np.uint64(8))
+    word: NDArray[np.uint64] = np.uint64(stream << 24) | (check_range("view", view, 16) << np.uint64(8))
+    return word
 
 
 def check_range(name: str, value: ArrayLike, bits: int) -> NDArray[np.uint64]:
