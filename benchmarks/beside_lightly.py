@@ -55,7 +55,8 @@ _MODULE = "fastssl.benchmarks.beside_lightly"
 
 def train_lightly(method: str, data: str, arch: str, size: int, seed: int, out: str) -> None:
     """Train until stopped from outside; ``out`` (a file of weights) is written again every few seconds."""
-    from lightly import loss, transforms
+    import lightly.loss as loss
+    import lightly.transforms as transforms
     from lightly.models.modules import MoCoProjectionHead, SimCLRProjectionHead
     from lightly.models.utils import update_momentum
 

@@ -96,8 +96,9 @@ def comparison(records: Sequence[Record]) -> list[Block]:
     blocks: list[Block] = [Heading("Evaluations", 1)]
     tables: dict[str, dict[tuple[str, str, str], dict[str, str]]] = {}
     named: dict[str, list[Record]] = {}
-    for record, name in ((record, name) for record in records for name in figures(record)):
-        named.setdefault(name, []).append(record)
+    for record in records:
+        for name in figures(record):
+            named.setdefault(name, []).append(record)
     differing = {
         name: [key for key in SETTINGS if len({json.dumps(record.get(key)) for record in members}) > 1]
         for name, members in named.items()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -114,9 +115,9 @@ def _all_features(run: Setup, split: ProbeSplit) -> dict[str, tuple[Features, Fe
     if probe.teacher and (teacher := run.step.method.teacher) is not None:
         networks[TEACHER] = teacher.backbone
     if probe.reestimate_bn and has_batchnorm(run.backbone):
-        views = {"samples": probe.reestimate_bn, "size": probe.size, "seed": run.options.seed}
+        estimate = partial(reestimated, data=run.reader, samples=probe.reestimate_bn, size=probe.size)
         for name in (name for name in (TRAINED, TEACHER) if name in networks):
-            networks[name + REESTIMATED] = reestimated(networks[name], run.reader, **views, **options)
+            networks[name + REESTIMATED] = estimate(networks[name], seed=run.options.seed, **options)
     return found | {name: split.features(network, probe.size, **options) for name, network in networks.items()}
 
 

@@ -18,7 +18,8 @@ def _random_keys(count: int, seed: int, stream: Stream, epoch: int, high_word: i
     """(count,) 64-bit sort keys, two from each Philox block; the block's item is (high_word << 32) + position // 2."""
     blocks = np.arange((count + 1) // 2, dtype=np.int64) + (high_word << 32)
     words = keyed_words(seed, stream, epoch, blocks).astype(np.uint64)
-    return ((words[0::2] << np.uint64(32)) | words[1::2]).T.reshape(-1)[:count]
+    keys: NDArray[np.uint64] = ((words[0::2] << np.uint64(32)) | words[1::2]).T.reshape(-1)[:count]
+    return keys
 
 
 # Two entries: the current epoch's order and the next one's, which prefetching asks for before the current one ends.

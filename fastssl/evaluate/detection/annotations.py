@@ -196,9 +196,10 @@ def load_coco(
         content = annotations if isinstance(annotations, dict) else file.read_bytes()
     except OSError as error:
         raise DetectionError(f"{file}: cannot read the annotations: {error.strerror or error}") from None
-    check = _FORMATS[masks].validate_json if isinstance(content, bytes) else _FORMATS[masks].validate_python
+    format = _FORMATS[masks]
     try:
-        return _detection_set(check(content), Path(images), file.name, masks)
+        document = format.validate_json(content) if isinstance(content, bytes) else format.validate_python(content)
+        return _detection_set(document, Path(images), file.name, masks)
     except (ValidationError, DetectionError) as error:
         what = _problem(error) if isinstance(error, ValidationError) else error
         raise DetectionError(f"{file}: {what}") from None
