@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import io
 import json
 import os
 import shlex
@@ -25,7 +24,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import metadata
@@ -33,11 +31,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
+from fastssl.benchmarks.suites.peers import PillowPhotos
 from fastssl.config.recipe import load_recipe
 from fastssl.evaluate.online_probe import choose_split, probe_features
 from fastssl.models.backbones import create_backbone, feature_dim
@@ -52,78 +50,39 @@ METHODS = ("simclr", "moco")
 BATCH, RATE, QUEUE, MOMENTUM = 256, 0.06, 4096, 0.99
 #: Seconds of its own that a contender may lose between two snapshots.
 _SNAPSHOT_S = 10.0
+_MODULE = "fastssl.benchmarks.beside_lightly"
 
 
-# ---------------------------------------------------------------------- lightly's side
-
-
-class _Photos(Dataset):
-    """Photos of a ``.beton`` file through Pillow, as a folder of JPEG files would be read; ``transform`` makes the
-    views.
-    """
-
-    def __init__(self, path: Path, transform: Callable[[Any], Any]):
-        self.path, self.transform = path, transform
-        self._reader: BetonReader | None = None
-        with BetonReader(path) as reader:
-            self._length = len(reader)
-
-    def __len__(self) -> int:
-        return self._length
-
-    def __getitem__(self, index: int) -> Any:
-        if self._reader is None:  # in the worker
-            self._reader = BetonReader(self.path)
-        return self.transform(Image.open(io.BytesIO(self._reader.encoded(index).tobytes())).convert("RGB"))
-
-
-def train_lightly(method: str, data: Path, arch: str, size: int, seed: int, out: Path) -> None:
+def train_lightly(method: str, data: str, arch: str, size: int, seed: int, out: str) -> None:
     """Train until stopped from outside; ``out`` (a file of weights) is written again every few seconds."""
-    from lightly.loss import NTXentLoss
+    from lightly import loss, transforms
     from lightly.models.modules import MoCoProjectionHead, SimCLRProjectionHead
-    from lightly.models.utils import deactivate_requires_grad, update_momentum
-    from lightly.transforms import MoCoV2Transform, SimCLRTransform
+    from lightly.models.utils import update_momentum
 
     torch.manual_seed(seed)
-    backbone = create_backbone(arch)
-    width = feature_dim(backbone)
-    head, transform = {
-        "simclr": (SimCLRProjectionHead, SimCLRTransform),
-        "moco": (MoCoProjectionHead, MoCoV2Transform),
-    }[method]
-    model = nn.Sequential(backbone, head(width, 512, 128)).train()
-    keys = copy.deepcopy(model)
-    deactivate_requires_grad(keys)
-    loss_of = NTXentLoss(memory_bank_size=(QUEUE, 128)) if method == "moco" else NTXentLoss()
+    backbone, moco = create_backbone(arch), method == "moco"
+    head = (MoCoProjectionHead if moco else SimCLRProjectionHead)(feature_dim(backbone), 512, 128)
+    transform = (transforms.MoCoV2Transform if moco else transforms.SimCLRTransform)(input_size=size)
+    model = nn.Sequential(backbone, head).train()
+    keys = copy.deepcopy(model).requires_grad_(False) if moco else model
+    loss_of = loss.NTXentLoss(memory_bank_size=(QUEUE, 128)) if moco else loss.NTXentLoss()
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
-    loader = DataLoader(
-        _Photos(data, transform(input_size=size)),
-        batch_size=BATCH,
-        shuffle=True,
-        drop_last=True,
-        num_workers=available_cores(),
-        persistent_workers=True,
-    )
+    options: dict[str, Any] = {"shuffle": True, "drop_last": True, "persistent_workers": True}
+    loader = DataLoader(PillowPhotos(Path(data), transform), BATCH, num_workers=available_cores(), **options)
     saved = time.monotonic()
     while True:
         for first, second in loader:
-            if method == "moco":
+            if moco:
                 update_momentum(model, keys, m=MOMENTUM)
-                with torch.no_grad():
-                    other = keys(second)
-            else:
-                other = model(second)
-            loss = loss_of(model(first), other)
-            loss.backward()
+            with torch.set_grad_enabled(not moco):
+                other = keys(second)
+            loss_of(model(first), other).backward()
             optimizer.step()
             optimizer.zero_grad()
             if time.monotonic() - saved > _SNAPSHOT_S:
                 state = {name: value.contiguous() for name, value in backbone.state_dict().items()}
-                write_atomically(out, partial(save_file, state))
+                write_atomically(Path(out), partial(save_file, state))
                 saved = time.monotonic()
-
-
-# ---------------------------------------------------------------------- the race
 
 
 @dataclass
@@ -168,8 +127,8 @@ class Contender:
 
     def mark(self, minutes: float) -> None:
         """Keep what there is now as the state after ``minutes``."""
-        kept = self.snapshot.with_name(f"{self.snapshot.stem}-{minutes:g}{self.snapshot.suffix}")
         if self.snapshot.exists():
+            kept = self.snapshot.with_name(f"{self.snapshot.stem}-{minutes:g}{self.snapshot.suffix}")
             kept.write_bytes(self.snapshot.read_bytes())
             self.marks[minutes] = kept
 
@@ -217,40 +176,33 @@ def to_markdown(record: dict[str, Any]) -> str:
     return table_markdown(Table(("", *(f"{mark} min" for mark in marks)), rows, (False,) * (1 + len(marks))))
 
 
-def main(arguments: list[str] | None = None) -> int:
-    arguments = sys.argv[1:] if arguments is None else arguments
+def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("val", type=Path)
     parser.add_argument("--arch", default="mobilenetv3_large")
     parser.add_argument("--recipe", default="few-photos")
-    parser.add_argument(
-        "--epochs", type=int, required=True, help="of fastssl: they should fill the last mark's minutes"
-    )
+    words = "of fastssl: they should fill the last mark's minutes"
+    parser.add_argument("--epochs", type=int, required=True, help=words)
     parser.add_argument("--minutes", type=float, nargs="+", default=[5, 10, 20])
     parser.add_argument("--slice", type=float, default=60, dest="slice_s", help="seconds of a turn")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True, help="folder for record.json and table.md")
-    parser.add_argument("--train", choices=METHODS, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    probe = load_recipe(options.recipe).probe
-    if options.train:
-        train_lightly(options.train, options.data, options.arch, probe.size, options.seed, options.out)
-        return 0
-
+    arch, data, probe = options.arch, options.data, load_recipe(options.recipe).probe
     options.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
-        contenders = _contenders(options, Path(scratch))
+        contenders = _contenders(options, probe.size, Path(scratch))
         race(contenders, options.minutes, options.slice_s)
         rows = []
         for one in contenders:
             judged = {
-                f"{minutes:g}": judge(path, options.arch, options.data, options.val, probe.size, probe.crop)
+                f"{minutes:g}": judge(path, arch, data, options.val, probe.size, probe.crop)
                 for minutes, path in one.marks.items()
             }
             rows.append({"name": one.name, "seconds": round(one.seconds, 1), "marks": judged})
     record = {
-        "command": shlex.join(["python", "-m", "fastssl.benchmarks.beside_lightly", *arguments]),
+        "command": shlex.join(["python", "-m", _MODULE, *arguments]),
         "minutes": sorted(options.minutes),
         "size": probe.size,
         "rows": rows,
@@ -261,24 +213,23 @@ def main(arguments: list[str] | None = None) -> int:
     (options.out / "record.json").write_text(json.dumps(record, indent=2) + "\n")
     (options.out / "table.md").write_text(to_markdown(record))
     print(to_markdown(record))
-    return 0
 
 
-def _contenders(options: argparse.Namespace, folder: Path) -> list[Contender]:
-    """fastssl's own command, and this file once for each of lightly's methods."""
-    both = f"--arch {options.arch} --recipe {options.recipe} --seed {options.seed}".split()
-    ours = [sys.executable, "-m", "fastssl", "pretrain", *both, "--epochs", str(options.epochs), "--device", "cpu"]
-    ours += ["--data", str(options.data), "--out", str(folder / "fastssl")]
-    ours += ["--set", f"train.checkpoint_minutes={_SNAPSHOT_S / 60:.2f}", "--set", "probe.every_epochs=0"]
+def _contenders(options: argparse.Namespace, size: int, folder: Path) -> list[Contender]:
+    """fastssl's own command, and `train_lightly` for each of lightly's methods."""
+    arch, data, seed = options.arch, str(options.data), options.seed
+    words = f"pretrain --arch {arch} --recipe {options.recipe} --epochs {options.epochs} --seed {seed} --device cpu"
+    words += f" --set probe.every_epochs=0 --set train.checkpoint_minutes={_SNAPSHOT_S / 60:.2f}"
+    ours = [sys.executable, "-m", "fastssl", *words.split(), "--data", data, "--out", str(folder / "fastssl")]
     weights = folder / "fastssl" / "checkpoints" / "last.safetensors"
     found = [Contender(f"fastssl, {options.recipe}", ours, weights, folder / "fastssl.log")]
     for method in METHODS:
         weights = folder / f"{method}.safetensors"
-        theirs = [sys.executable, "-m", "fastssl.benchmarks.beside_lightly", str(options.data), str(options.val), *both]
-        theirs += ["--epochs", "1", "--train", method, "--out", str(weights)]
+        call = f"train_lightly{(method, data, arch, size, seed, str(weights))}"
+        theirs = [sys.executable, "-c", f"from {_MODULE} import train_lightly; {call}"]
         found.append(Contender(f"lightly, {method}", theirs, weights, folder / f"{method}.log"))
     return found
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main(sys.argv[1:])

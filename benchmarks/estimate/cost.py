@@ -1,13 +1,11 @@
-"""The arithmetic of an estimate: from a few measured figures to a run. No measuring here, only numbers in and numbers
-out.
-"""
+"""The arithmetic of an estimate, from a few measured figures to a run: only numbers in and numbers out."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from fastssl.methods.base import MethodConfig
@@ -17,8 +15,7 @@ if TYPE_CHECKING:
 USABLE = {"cpu": 0.75, "cuda": 0.9}
 
 
-@dataclass(frozen=True)
-class Line:
+class Line(NamedTuple):
     """``fixed + slope * x``."""
 
     fixed: float
@@ -32,10 +29,8 @@ def fit_line(points: Sequence[tuple[float, float]]) -> Line:
     """The line nearest to ``(x, y)`` points (least squares), for what cannot shrink when a batch grows: time, memory.
 
     Where noise would have it fall, or begin below zero, and where there is one point only, it is the line through the
-    origin and the point of the largest x: larger batches are then rather over- than underestimated.
-
-    Raises:
-        ValueError: no points, or an x that is not positive.
+    origin and the point of the largest x: larger batches are then rather over- than underestimated. Raises ValueError
+    without points, and where an x is not positive.
     """
     if not points or min(x for x, _ in points) <= 0:
         raise ValueError(f"a line needs points with positive x, got {list(points)}")
@@ -47,17 +42,6 @@ def fit_line(points: Sequence[tuple[float, float]]) -> Line:
     return Line(0.0, last_y / last_x)
 
 
-def combine_rates(loader: float, step: float, *, shared: bool) -> float:
-    """Pairs a second of loader and step together, from the rates that each has alone.
-
-    Args:
-        loader, step: pairs a second, positive.
-        shared: both run on the same cores, so that their times add up; otherwise they run side by side and the slower
-            one decides.
-    """
-    return 1 / (1 / loader + 1 / step) if shared else min(loader, step)
-
-
 def step_with_data_s(
     step_s: float, batch: int, loader: float, *, shared: bool, together: tuple[int, float, float] | None
 ) -> float:
@@ -66,24 +50,24 @@ def step_with_data_s(
     Args:
         step_s: of the step alone, at ``batch``.
         loader: its rate alone, pairs a second.
-        shared: see ``combine_rates``.
+        shared: both run on the same cores, so that their times add up; otherwise they run side by side and the slower
+            one decides.
         together: if both were measured at once: the batch of that, seconds a step of both, and of the step alone. At
             ``batch`` itself this is the answer; at another size, what data added to a pair there is added here, and on
             cores of its own the loader stays the least.
     """
+    loader_s = batch / loader
     if together is None:
-        return batch / combine_rates(loader, batch / step_s, shared=shared)
+        return loader_s + step_s if shared else max(loader_s, step_s)
     size, both_s, alone_s = together
     if size == batch:
         return both_s
     longer = step_s + max(0.0, both_s - alone_s) * batch / size
-    return longer if shared else max(longer, batch / loader)
+    return longer if shared else max(longer, loader_s)
 
 
 def probe_count(epochs: int, every: int) -> int:
-    """Online probes of a run: after every ``every`` epochs (0: never), but not after the last epoch, which has the
-    final one.
-    """
+    """Online probes of a run: after every ``every`` epochs (0: never) but the last, which has the final one."""
     return (epochs - 1) // every if every else 0
 
 
@@ -91,10 +75,7 @@ def run_seconds(
     samples: int, batch: int, epochs: int, step_s: float, *, probes: int = 0, probe_s: float = 0.0
 ) -> tuple[float, float]:
     """(seconds of an epoch's steps, seconds of all epochs with their probes); the last, partial batch of an epoch is
-    left out, as in training.
-
-    Raises:
-        ValueError: fewer samples than one batch.
+    left out, as in training. Raises ValueError for fewer samples than one batch.
     """
     if samples < batch:
         raise ValueError(f"{samples} samples are fewer than one batch of {batch}")
@@ -107,8 +88,7 @@ class MemoryModel:
     """Bytes that a training process holds at the peak of a step.
 
     Attributes:
-        static: networks, optimiser, queue.
-        step: what a step adds to that: a line over the pairs of one pass with gradient.
+        static, step: networks, optimiser, queue; what a step adds: a line over the pairs of one pass with gradient.
         images: of one pair's views as the network reads them; the keys' pass holds a second, shuffled copy of the whole
             batch.
         data: of one pair, whole batch: views and the loader's buffers, where they share this memory.
@@ -134,16 +114,9 @@ def allowed_batches(settings: MethodConfig, most: int) -> list[int]:
 def largest_batch(
     memory: MemoryModel, limit: float, *, settings: MethodConfig, most: int, parts: int = 1
 ) -> tuple[int | None, str]:
-    """The largest batch that a recipe allows and ``limit`` bytes hold, and what stops it: ``memory``, ``photos`` or the
-    recipe's key.
-
-    Args:
-        settings: the numbers of the recipe's method.
-        most: photos in the file.
-        parts: into which the pass with gradient is cut; they divide the batch into two pairs each or more.
-
-    Returns:
-        None for the batch where not even the smallest one fits, or none is allowed.
+    """The largest batch that the numbers of a recipe's method allow and ``limit`` bytes hold, None where there is none,
+    and what stops it: ``memory``, ``photos`` (``most`` are in the file) or the recipe's key. ``parts``, into which the
+    pass with gradient is cut, divide the batch into two pairs each or more.
     """
     allowed = [batch for batch in allowed_batches(settings, most) if batch % parts == 0 and batch >= 2 * parts]
     fitting = [batch for batch in allowed if memory.at(batch, parts) <= limit]
@@ -156,9 +129,6 @@ def largest_batch(
 
 
 def parts_that_fit(memory: MemoryModel, limit: float, batch: int) -> int | None:
-    """Fewest equal parts of at least two pairs (``train.accumulate``) with which steps of ``batch`` stay below
-    ``limit`` bytes; None: no number does.
-    """
-    return next(
-        (parts for parts in range(1, batch // 2 + 1) if batch % parts == 0 and memory.at(batch, parts) <= limit), None
-    )
+    """Fewest equal parts (``train.accumulate``) of two pairs or more, with which steps fit ``limit`` bytes, or None."""
+    possible = (parts for parts in range(1, batch // 2 + 1) if batch % parts == 0)
+    return next((parts for parts in possible if memory.at(batch, parts) <= limit), None)

@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fastssl.benchmarks.estimate import cost, memory
-from fastssl.benchmarks.estimate.gauge import Measured, measure
+from fastssl.benchmarks.estimate.gauge import Loading, Measured, measure
 from fastssl.config.recipe import Recipe
 from fastssl.errors import FastSSLError, counted
 from fastssl.evaluate.online_probe import choose_split, require_same_classes
@@ -31,90 +30,10 @@ from fastssl.utils.versions import describe_git, describe_host, describe_version
 
 
 def _final_passes(recipe: Recipe, photos: int) -> int:
-    """Photos that pass through a network at the run's end, ``photos`` of them for each network that is probed
-    (``finish.py``).
-    """
+    """Photos through a network at the run's end, ``photos`` for each network that is probed (``finish.py``)."""
     judged = 1 + (recipe.probe.teacher and METHODS[recipe.method][0].HAS_TEACHER)
     networks = 1 + judged * (2 if recipe.probe.reestimate_bn else 1)  # the first is the one before training
     return networks * photos + judged * recipe.probe.reestimate_bn
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """The cost of a run. Seconds, bytes, and pairs (source photos with both views) a second.
-
-    Attributes:
-        recipe, arch, pipeline, device, workers: what would run.
-        devices: how many of them.
-        data: name and number of photos of the file.
-        epochs, batch_size, accumulate, steps_per_epoch: of the run.
-        step_s: one step of the training loop, waiting for data included.
-        epoch_s: the steps of an epoch. run_s: all epochs, the online probes and the features of the final one.
-        device_hours: ``run_s`` in hours, times ``devices``.
-        probes: online probes; ``probe_s`` each. ``final_probe_s``: features of the last one.
-        loader_pair_per_s, step_pair_per_s: each alone; pair_per_s: the training loop.
-        limit: the slower of the two: ``data`` or ``step``.
-        memory_bytes: of the process at the peak of a step, on the device: ``static_bytes`` (networks, queue,
-            optimiser), ``activation_bytes`` (what a step adds, on a CPU with what the allocator keeps) and
-            ``data_bytes`` (views; on a CPU the loader's ring too). The interpreter and its libraries are not in it.
-        host_bytes: the loader's ring on the host, for a GPU run.
-        checkpoint_bytes: of the files in ``checkpoints/``; while one is written, the one before is there too.
-        available_bytes, total_bytes: memory of the device, before the measurement; ``usable_bytes`` is the share that
-            is planned with.
-        fits: whether the recipe's batch does.
-        largest_batch, largest_batch_limit: the largest batch that fits, in as many parts as the recipe has, and that
-            the recipe allows, and what stops it (``memory``, ``photos``, or a key of the recipe such as
-            ``moco.queue``).
-        fitting_accumulate: where the batch does not fit, the ``train.accumulate`` with which it would; None: none does,
-            or none is needed.
-        measured: the figures under the estimate.
-        extrapolated, left_out: in words.
-        seconds: that the measurement took.
-        host, versions, git: as in a benchmark's record.
-    """
-
-    recipe: str
-    arch: str
-    pipeline: str
-    device: str
-    workers: int
-    devices: int
-    data: dict[str, Any]
-    epochs: int
-    batch_size: int
-    accumulate: int
-    steps_per_epoch: int
-    step_s: float
-    epoch_s: float
-    run_s: float
-    device_hours: float
-    probes: int
-    probe_s: float
-    final_probe_s: float
-    loader_pair_per_s: float
-    step_pair_per_s: float
-    pair_per_s: float
-    limit: str
-    memory_bytes: int
-    static_bytes: int
-    activation_bytes: int
-    data_bytes: int
-    host_bytes: int
-    checkpoint_bytes: int
-    available_bytes: int
-    usable_bytes: int
-    total_bytes: int
-    fits: bool
-    largest_batch: int | None
-    largest_batch_limit: str
-    fitting_accumulate: int | None
-    measured: dict[str, Any]
-    extrapolated: list[str]
-    left_out: list[str]
-    seconds: float
-    host: dict[str, Any] = field(default_factory=describe_host)
-    versions: dict[str, str] = field(default_factory=describe_versions)
-    git: str | None = field(default_factory=describe_git)
 
 
 def run(
@@ -126,41 +45,53 @@ def run(
     pipeline: str = "auto",
     workers: int | None = None,
     seconds: float = 40.0,
-) -> Estimate:
-    """Measure for about ``seconds`` and work out what the run will cost.
+) -> dict[str, Any]:
+    """Measure for about ``seconds`` and work out what the run will cost that learns from the ``.beton`` file ``data``
+    and is probed on ``val``, with the loader's ``pipeline`` and ``workers``. Raises FastSSLError for a file, network,
+    batch or engine with which training would not begin either.
 
-    Args:
-        data: the ``.beton`` file to learn from.
-        val: a file to probe on, as in training.
-        pipeline, workers: of the loader.
+    Returns:
+        Seconds, bytes, and pairs (source photos with both views) a second.
 
-    Raises:
-        FastSSLError: a file, network, batch or engine with which training would not begin either.
+        recipe, arch, pipeline, device, workers, devices, epochs, batch_size, accumulate, steps_per_epoch: what would
+            run, and on how many devices. data: name and number of photos of the file.
+        step_s: one step of the training loop, waiting for data included. epoch_s: the steps of an epoch.
+        run_s: all epochs, the online probes and the features of the final one; device_hours: the same of all devices.
+        probes: online probes; ``probe_s`` each. ``final_probe_s``: features of the last one.
+        loader_pair_per_s, step_pair_per_s: each alone; pair_per_s: the loop. limit: ``data`` or ``step``.
+        memory_bytes: of the process at the peak of a step, on the device: ``static_bytes`` (networks, queue,
+            optimiser), ``activation_bytes`` (what a step adds, on a CPU with what the allocator keeps) and
+            ``data_bytes`` (views; on a CPU the loader's ring too). The interpreter and its libraries are not in it.
+        host_bytes: the loader's ring on the host, for a GPU run.
+        checkpoint_bytes: of the files in ``checkpoints/``; while one is written, the one before is there too.
+        available_bytes, total_bytes: memory of the device, before the measurement; ``usable_bytes`` is the share that
+            is planned with.
+        fits: whether the recipe's batch does.
+        largest_batch, largest_batch_limit: the largest batch that fits, in as many parts as the recipe has, and that
+            the recipe allows, and what stops it (``memory``, ``photos``, or a key of the recipe, ``moco.queue``).
+        fitting_accumulate: where the batch does not fit, the ``train.accumulate`` with which it would; None: none does,
+            or none is needed.
+        measured: the figures under the estimate. extrapolated, left_out: in words.
+        seconds: that the measurement took. host, versions, git: as in a benchmark's record.
     """
     started, device = time.perf_counter(), torch.device(device)
-    resolve_arch(recipe.arch)
-    batch = recipe.train.batch_size
+    arch = resolve_arch(recipe.arch)
+    train, cpu = recipe.train, device.type == "cpu"
+    batch, parts = train.batch_size, train.accumulate
     with BetonReader(data) as reader:
-        if len(reader) < batch:
-            how_many = counted(len(reader), "photo")
-            raise FastSSLError(f"{data}: {how_many}, fewer than one batch of {batch}; give a smaller --batch-size")
-        measured = measure(recipe, reader, device, pipeline, workers, started, seconds)
-        online, final = _probe_sizes(recipe, reader, val)
-        on_device: float
-        on_device, on_host = memory.loader_bytes(recipe, reader, device)
         photos = len(reader)
-    if pipeline == "auto":
-        pipeline = choose_engine(device)[0]
-    train, gauges, cpu = recipe.train, measured.gauges, device.type == "cpu"
-    parts, top = train.accumulate, gauges[-1]
-    part = batch // parts
-    groups = recipe.settings.groups
+        if photos < batch:
+            how_many = counted(photos, "photo")
+            raise FastSSLError(f"{data}: {how_many}, fewer than one batch of {batch}; give a smaller --batch-size")
+        measured = measure(Loading(reader, recipe, device, pipeline, workers), started, seconds)
+        online, final = _probe_sizes(recipe, reader, val)
+        on_device, on_host = map(float, memory.loader_bytes(recipe, reader, device))
+    gauges, top, part, groups = measured.gauges, measured.gauges[-1], batch // parts, recipe.settings.groups
     # Steps with fewer BatchNorm groups than the recipe's make other passes: they count only where there is nothing
     # else.
     alike = [one for one in gauges if one.batch >= groups] or gauges[-1:]
     time_line = cost.fit_line([(one.batch, one.median_s) for one in alike[-2:]])
-    part_s = top.median_s if top.batch == part else time_line.at(part)
-    alone_s = parts * part_s
+    alone_s = parts * (top.median_s if top.batch == part else time_line.at(part))
     together = measured.together if parts == 1 else None
     step_s = cost.step_with_data_s(alone_s, batch, measured.loader, shared=cpu, together=together)
     probes = cost.probe_count(train.epochs, recipe.probe.every_epochs)
@@ -173,72 +104,66 @@ def run(
     if not cpu and measured.device_data:
         on_device = measured.device_data / top.batch
     images = memory.image_bytes(recipe, device) if groups > 1 else 0
-    need = cost.MemoryModel(
-        static,
-        cost.fit_line([(one.batch, measured.overhead * one.peak_bytes) for one in alike]),
-        images,
-        on_device + (on_host if cpu else 0),
-    )
-    usable = cost.USABLE[device.type] * measured.available
-    fits = need.at(batch, parts) <= usable
+    of_step = cost.fit_line([(one.batch, top.overhead * one.peak_bytes) for one in alike])
+    need = cost.MemoryModel(static, of_step, images, on_device + (on_host if cpu else 0))
+    usable, peak = cost.USABLE[device.type] * measured.available, need.at(batch, parts)
+    fits = peak <= usable
     largest, stopped = cost.largest_batch(need, usable, settings=recipe.settings, most=photos, parts=parts)
-    peak = need.at(batch, parts)
+    steps = [
+        {"batch_size": one.batch, "median_s": one.median_s, "runs": len(one.seconds), "peak_bytes": one.peak_bytes}
+        for one in gauges
+    ]
     online_knn = "kNN of the online probes, " if recipe.probe.every_epochs else ""
-    return Estimate(
-        recipe=recipe_name,
-        arch=resolve_arch(recipe.arch),
-        pipeline=pipeline,
-        device=device.type,
-        workers=measured.workers,
-        devices=1,
-        data={"name": data.name, "samples": photos},
-        epochs=train.epochs,
-        batch_size=batch,
-        accumulate=parts,
-        steps_per_epoch=photos // batch,
-        step_s=step_s,
-        epoch_s=epoch_s,
-        run_s=run_s,
-        device_hours=run_s / 3600,
-        probes=probes,
-        probe_s=probe_s,
-        final_probe_s=final_s,
-        loader_pair_per_s=measured.loader,
-        step_pair_per_s=batch / min(alone_s, step_s),  # where the loop came out the faster one, that was noise
-        pair_per_s=batch / step_s,
-        limit="data" if measured.loader < batch / alone_s else "step",
-        memory_bytes=round(peak),
-        static_bytes=static,
-        activation_bytes=round(peak - static - need.data * batch),
-        data_bytes=round(need.data * batch),
-        host_bytes=0 if cpu else round(on_host * batch),
-        checkpoint_bytes=saved + backbone,
-        available_bytes=measured.available,
-        usable_bytes=round(usable),
-        total_bytes=measured.total,
-        fits=fits,
-        largest_batch=largest,
-        largest_batch_limit=stopped,
-        fitting_accumulate=None if fits else cost.parts_that_fit(need, usable, batch),
-        measured={
+    return {
+        "recipe": recipe_name,
+        "arch": arch,
+        "pipeline": choose_engine(device)[0] if pipeline == "auto" else pipeline,
+        "device": device.type,
+        "workers": measured.workers,
+        "devices": 1,
+        "data": {"name": data.name, "samples": photos},
+        "epochs": train.epochs,
+        "batch_size": batch,
+        "accumulate": parts,
+        "steps_per_epoch": photos // batch,
+        "step_s": step_s,
+        "epoch_s": epoch_s,
+        "run_s": run_s,
+        "device_hours": run_s / 3600,
+        "probes": probes,
+        "probe_s": probe_s,
+        "final_probe_s": final_s,
+        "loader_pair_per_s": measured.loader,
+        "step_pair_per_s": batch / min(alone_s, step_s),  # where the loop came out the faster one, that was noise
+        "pair_per_s": batch / step_s,
+        "limit": "data" if measured.loader < batch / alone_s else "step",
+        "memory_bytes": round(peak),
+        "static_bytes": static,
+        "activation_bytes": round(peak - static - need.data * batch),
+        "data_bytes": round(need.data * batch),
+        "host_bytes": 0 if cpu else round(on_host * batch),
+        "checkpoint_bytes": saved + backbone,
+        "available_bytes": measured.available,
+        "usable_bytes": round(usable),
+        "total_bytes": measured.total,
+        "fits": fits,
+        "largest_batch": largest,
+        "largest_batch_limit": stopped,
+        "fitting_accumulate": None if fits else cost.parts_that_fit(need, usable, batch),
+        "measured": {
             "loader": {"pair_per_s": measured.loader, "workers": measured.workers},
-            "step": [
-                {
-                    "batch_size": one.batch,
-                    "median_s": one.median_s,
-                    "runs": len(one.seconds),
-                    "peak_bytes": one.peak_bytes,
-                }
-                for one in gauges
-            ],
+            "step": steps,
             "together": measured.together and {"batch_size": measured.together[0], "step_s": measured.together[1]},
             "features_per_s": measured.features,
-            "step_overhead": measured.overhead,
+            "step_overhead": top.overhead,
         },
-        extrapolated=_extrapolated(recipe, measured, len(alike)),
-        left_out=[f"{online_knn}kNN, linear probe, pictures and report at the end", "writing checkpoints"],
-        seconds=time.perf_counter() - started,
-    )
+        "extrapolated": _extrapolated(recipe, measured, len(alike)),
+        "left_out": [f"{online_knn}kNN, linear probe, pictures and report at the end", "writing checkpoints"],
+        "seconds": time.perf_counter() - started,
+        "host": describe_host(),
+        "versions": describe_versions(),
+        "git": describe_git(),
+    }
 
 
 def _probe_sizes(recipe: Recipe, reader: BetonReader, val: Path | None) -> tuple[int, int]:

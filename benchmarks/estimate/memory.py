@@ -45,27 +45,22 @@ def half_bytes(step: Step) -> int:
     )
 
 
-def image_bytes(recipe: Recipe, device: torch.device) -> int:
-    """Bytes of one pair's views as the network reads them."""
-    size = 2 if use_amp(recipe.train.amp, device) else 4
+def image_bytes(recipe: Recipe, device: torch.device, size: int | None = None) -> int:
+    """Bytes of one pair's views as the network reads them, or with ``size`` bytes a number."""
+    size = size or (2 if use_amp(recipe.train.amp, device) else 4)
     return sum(spec.count * 3 * spec.size**2 for spec in recipe.views) * size
 
 
 def loader_bytes(recipe: Recipe, reader: BetonReader, device: torch.device) -> tuple[int, int]:
-    """(bytes a pair of the batch's views on the device, bytes a pair of the host's ring), computed from the native
-    engine's way to work.
-    """
-    views = sum(spec.count * 3 * spec.size**2 for spec in recipe.views)
+    """(bytes a pair of the views on the device, bytes a pair of the host's ring), as the native engine works."""
     if device.type == "cuda":  # the decoded pictures wait in pinned memory, a quarter of slack included
         pixels = float((reader.heights.astype(np.int64) * reader.widths).mean())
         return _FLOAT_BATCHES * image_bytes(recipe, device), round(_RING * 1.25 * 3 * pixels)
-    return _FLOAT_BATCHES * 4 * views, _RING * views
+    return _FLOAT_BATCHES * image_bytes(recipe, device, 4), _RING * image_bytes(recipe, device, 1)
 
 
 def memory_bytes(device: torch.device) -> tuple[int, int]:
-    """(bytes that a run could take now, bytes there are): the GPU's memory, or the computer's within the limits of a
-    container.
-    """
+    """(bytes that a run could take now, bytes there are) of the GPU, or of the computer within a container's limits."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)
     memory = psutil.virtual_memory()
@@ -75,7 +70,7 @@ def memory_bytes(device: torch.device) -> tuple[int, int]:
 def _within_group(free: int, total: int, group: Path) -> tuple[int, int]:
     """(available, total) bytes, within the limit of a control group where there is one."""
     try:
-        limit, used = int((group / "memory.max").read_text()), int((group / "memory.current").read_text())
+        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
         counts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
     except (OSError, ValueError):
         return free, total  # no control group, or one without a limit ("max")
@@ -85,9 +80,7 @@ def _within_group(free: int, total: int, group: Path) -> tuple[int, int]:
 
 
 def resident_bytes(key: str) -> int | None:
-    """Of this process, from Linux: ``VmRSS`` (now) or ``VmHWM`` (the most since ``forget_peak``); None on other
-    systems.
-    """
+    """Of this process, from Linux: ``VmRSS`` (now), ``VmHWM`` (the most since ``forget_peak``); else None."""
     try:
         lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
         return 1024 * int(lines[key].split()[0])
@@ -96,9 +89,7 @@ def resident_bytes(key: str) -> int | None:
 
 
 def forget_peak() -> None:
-    """Give freed memory back to the system and let ``VmHWM`` begin again at what is in use now, where the system allows
-    that.
-    """
+    """Give freed memory back to the system and let ``VmHWM`` begin again, where the system allows that."""
     gc.collect()
     try:
         ctypes.CDLL(None).malloc_trim(0)
@@ -108,17 +99,12 @@ def forget_peak() -> None:
 
 
 def step_overhead(grown: int, expected: int, step: int) -> float:
-    """How many times as much as its tensors a step takes from the system on a CPU: gaps in the heap, buffers of the
-    convolution library.
+    """How many times as much as its tensors a step takes from the system on a CPU (gaps in the heap, buffers of the
+    convolution library), 1 to 3: beyond that the growth has other reasons. The process grew by ``grown`` bytes until
+    the peak of its first steps, networks included; its tensors came with ``expected`` bytes, ``step`` of them the
+    step's own.
 
     glibc keeps what is freed in pieces below 32 MiB: MobileNet-V3-Large at 224 px took 1.4 times its tensors, and 1.1
     times with MALLOC_MMAP_THRESHOLD_=1048576.
-
-    Args:
-        grown: bytes by which the process grew until the peak of its first steps, networks included.
-        expected: bytes of all tensors that came with it, ``step`` of them the step's own.
-
-    Returns:
-        1 to 3: beyond that the growth has other reasons.
     """
     return min(3.0, max(1.0, 1 + (grown - expected) / max(step, 1)))

@@ -60,11 +60,8 @@ def make_photo(seed: int, height: int, width: int) -> NDArray[np.uint8]:
 
 
 def write_photos(path: Path, count: int, *, seed: int = 0, sizes: tuple[tuple[int, int], ...] = SIZES) -> None:
-    """Write ``count`` pictures, label 0 to 9 in turn, as a ``.beton`` file; the same bytes for the same arguments.
-
-    Args:
-        path: replaced when it exists; whole or absent, never half.
-        sizes: (height, width) in pixels, taken in turn.
+    """Write ``count`` pictures, label 0 to 9 and ``sizes`` (height, width) in turn, as the ``.beton`` file ``path``,
+    which is whole or absent, never half; the same bytes for the same arguments.
     """
 
     def encode(number: int) -> tuple[bytes, int, int]:
@@ -83,11 +80,8 @@ def write_photos(path: Path, count: int, *, seed: int = 0, sizes: tuple[tuple[in
 
 
 def ensure_photos(count: int = 512, cache_dir: Path | None = None) -> Path:
-    """The file of ``count`` synthetic pictures, made on first use (about 20 ms of a core each) and found again later.
-
-    Args:
-        cache_dir: default :func:`fastssl.data.sample_set.default_cache_dir`; where it cannot be written, a temporary
-            folder.
+    """The file of ``count`` synthetic pictures, made on first use (about 20 ms of a core each) and found again in
+    ``cache_dir`` (default: the sample set's); where that cannot be written, a temporary folder.
     """
     folder = default_cache_dir() if cache_dir is None else Path(cache_dir)
     path = folder / f"synthetic-photos-{count}-{_EDITION}.beton"
@@ -106,12 +100,8 @@ def ensure_photos(count: int = 512, cache_dir: Path | None = None) -> Path:
 
 
 def find_data(name: str, count: int = 512) -> tuple[Path, str]:
-    """What ``--data`` says: the file, and the name under which records speak of it.
-
-    Args:
-        name: ``synthetic`` (made here), ``samples`` (the sample set that installs with the package) or the path of a
-            ``.beton`` file.
-        count: of the synthetic pictures.
+    """The file, and the name under which records speak of it, for what ``--data`` says: ``synthetic`` (``count``
+    pictures made here), ``samples`` (the sample set that installs with the package) or the path of a ``.beton`` file.
     """
     if name == "synthetic":
         return ensure_photos(count), "synthetic"

@@ -1,7 +1,4 @@
-"""The plots of a report, as PNG: rates beside their ceilings, shares of the time, and how rates and costs grow.
-
-Each function gives the picture's bytes, or in words why there is none to draw.
-"""
+"""The plots of a report: rates beside their ceilings, shares of the time, how rates and costs grow; or why none."""
 
 from __future__ import annotations
 
@@ -13,9 +10,9 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import matplotlib
+import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch
-from matplotlib.ticker import FuncFormatter, LogLocator, MultipleLocator, NullLocator, PercentFormatter
+from matplotlib.ticker import LogLocator, NullLocator, PercentFormatter
 
 from fastssl.benchmarks.harness.records import Record
 from fastssl.benchmarks.harness.table import cells, figure, positive
@@ -64,8 +61,6 @@ def draw(plot: Callable[[Sequence[Record]], Figure | str], records: Sequence[Rec
     return buffer.getvalue()
 
 
-# Rates beside their ceilings
-
 #: (bench, stage) -> part, in the order of drawing
 _PARTS = {("loader", "views"): "loader", ("views", "whole"): "views", ("step", ""): "step", ("train", ""): "train"}
 
@@ -88,92 +83,65 @@ def measured_parts(records: Iterable[Record]) -> dict[tuple[str, str], Record]:
         more = [record.pipeline if record.pipeline != "native" else None, record.device if len(devices) > 1 else None]
         name = f"{part} ({', '.join(filter(None, more))})" if any(more) else part
         recipe = record.recipe or "no recipe"
-        first = networks.setdefault(recipe, record.arch) if record.arch else record.arch
-        key = (recipe if record.arch == first else f"{recipe} with {record.arch}", name)
-        if key not in found or record.pair_per_s > (found[key].pair_per_s or 0):
-            found[key] = record
+        if record.arch and record.arch != networks.setdefault(recipe, record.arch):
+            recipe = f"{recipe} with {record.arch}"
+        if (recipe, name) not in found or record.pair_per_s > (found[recipe, name].pair_per_s or 0):
+            found[recipe, name] = record
     recipes, parts = list(dict.fromkeys(recipe for recipe, _ in found)), list(_PARTS.values())
     order = sorted(found, key=lambda key: (recipes.index(key[0]), parts.index(key[1].split(" (")[0]), key[1]))
     return {key: found[key] for key in order}
 
 
 def images_per_s(records: Sequence[Record]) -> Figure | str:
-    """Pairs and views a second of each part of each recipe, with its ceiling as a second bar. The axes are
-    logarithmic.
-    """
+    """Pairs and views a second of each part of each recipe, beside its ceiling, on logarithmic axes."""
     parts = measured_parts(records)
     if not parts:
         return "no record of the loader, the views, the step or training has a rate"
-    places: list[float] = []
-    names: dict[str, float] = {}
-    y = 0.0
-    for recipe, _ in parts:
-        if recipe not in names:
-            y += 1.1 * bool(names)
-            names[recipe] = y - 0.75
-        places.append(y)
-        y += 1.0
-    canvas = Figure(figsize=(11, 1.5 + 0.46 * y), layout="constrained")
+    recipes = list(dict.fromkeys(recipe for recipe, _ in parts))
+    # A recipe's name stands above its bars, in a gap of its own.
+    places = [number + 1.1 * recipes.index(recipe) for number, (recipe, _) in enumerate(parts)]
+    canvas = Figure(figsize=(11, 2.5 + 0.46 * places[-1]), layout="constrained")
     for axes, field in zip(canvas.subplots(1, 2, sharey=True), ("pair_per_s", "view_per_s")):
         _draw_rates(axes, field, places, list(parts.values()))
         axes.set_title(f"{field.replace('_per_', '/')}, logarithmic", color=_QUIET, fontsize=10)
-        for recipe, place in names.items():
-            axes.text(
-                0.0,
-                place,
-                f" {_short(recipe, 48)}",
-                transform=axes.get_yaxis_transform(),
-                fontweight="bold",
-                va="center",
-            )
+        first = {recipe: place for (recipe, _), place in reversed(list(zip(parts, places)))}
+        for recipe, place in first.items():
+            options: dict[str, Any] = {"transform": axes.get_yaxis_transform(), "fontweight": "bold", "va": "center"}
+            axes.text(0.0, place - 0.75, f" {_short(recipe, 48)}", **options)
     canvas.axes[0].set_yticks(places, [part for _, part in parts])
-    canvas.axes[0].set_ylim(y - 0.4, -1.1)
-    handles = [
-        Patch(color=_COLOURS[0], label="measured (share of its ceiling)"),
-        Patch(color=_CEILING, label="ceiling"),
-    ]
-    canvas.legend(handles=handles, loc="outside lower center", ncols=2)
+    canvas.axes[0].set_ylim(places[-1] + 0.6, -1.1)
+    canvas.legend(*canvas.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return canvas
 
 
 def _draw_rates(axes: Axes, field: str, places: Sequence[float], records: Sequence[Record]) -> None:
-    limits = [(place, ceiling) for place, one in zip(places, records) if (ceiling := _ceiling(one, field))]
-    shown = [getattr(one, field) for one in records] + [ceiling for _, ceiling in limits]
+    rates, limits = [getattr(one, field) for one in records], [_ceiling(one, field) for one in records]
+    shown = [*rates, *filter(None, limits)]
     # A bar on a logarithmic axis begins at a power of ten below all; on the right there is room for the figures.
     left = 10.0 ** math.floor(math.log10(min(shown)) - 0.15)
     axes.set_xscale("log")
     axes.set_xlim(left, max(shown) * (max(shown) / min(shown) * 10) ** 0.36)
-    texts = [
-        figure(value) + (f"  ({one.fraction_of_ceiling:.0%})" if one.fraction_of_ceiling and one.ceiling else "")
-        for one, value in zip(records, shown)
-    ]
-    rates = zip(places, shown, texts)
-    _bars(axes, [(place - 0.17, value, text) for place, value, text in rates], left, 0.34, _COLOURS[0], fontsize=9)
-    ceilings = [(place + 0.17, value, figure(value)) for place, value in limits]
-    _bars(axes, ceilings, left, 0.28, _CEILING, fontsize=8, color=_QUIET)
+    share = [f"  ({one.fraction_of_ceiling:.0%})" if one.fraction_of_ceiling and one.ceiling else "" for one in records]
+    texts = [figure(value) + of_ceiling for value, of_ceiling in zip(rates, share)]
+    ceilings = [limit or left for limit in limits]  # no bar where there is none
+    words = [figure(limit) for limit in limits]
+    for values, labels, shift, colour, ink, name in (
+        (rates, texts, -0.17, _COLOURS[0], _INK, "measured (share of its ceiling)"),
+        (ceilings, words, 0.17, _CEILING, _QUIET, "ceiling"),
+    ):
+        widths = np.array(values) - left
+        bars = axes.barh(np.array(places) + shift, widths, 0.31, left=left, color=colour, label=name)
+        axes.bar_label(bars, labels, padding=4, fontsize=8.5, color=ink)
     axes.grid(axis="x")
     axes.xaxis.set_major_locator(LogLocator(10, numticks=12))
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(
-        FuncFormatter(lambda value, _: f"{value:,.10g}" if value < 1e6 else f"{value / 1e6:,.10g} M")
-    )
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.10g}" if value < 1e6 else f"{value / 1e6:,.10g} M")
     axes.tick_params(axis="y", length=0)
-
-
-def _bars(
-    axes: Axes, rows: Sequence[tuple[float, float, str]], left: float, height: float, colour: str, **text: Any
-) -> None:
-    """Bars from ``left`` to each row's value, its text behind it."""
-    for place, value, words in rows:
-        axes.bar_label(axes.barh(place, value - left, height, left=left, color=colour), [words], padding=4, **text)
 
 
 def _ceiling(record: Record, field: str) -> float | None:
     """The ceiling, which records hold in views a second, in the unit of ``field``; None when there is none."""
     return record.ceiling * getattr(record, field) / record.view_per_s if positive(record.ceiling) else None
-
-
-# Shares of the time
 
 
 def shares_of(record: Record) -> dict[str, float]:
@@ -189,54 +157,37 @@ def _figures(record: Record, key: str) -> dict[str, float]:
 
 def share_of_time(records: Sequence[Record]) -> Figure | str:
     """What the time of a batch or step goes into: a bar of parts for every record that has shares."""
-    rows = []
-    for record in records:
-        if shares := shares_of(record):
-            what, recipe, setting = cells(record)[:3]
-            rows.append((" · ".join(filter(None, (recipe, what, setting))), shares))
+    rows = [(cells(record)[:3], shares) for record in records if (shares := shares_of(record))][-_ROWS:]
     if not rows:
         return "no record has the shares of its time"
-    rows = rows[-_ROWS:]
     parts = list(dict.fromkeys(name for _, shares in rows for name in shares))
-    looks: dict[str, dict[str, Any]] = {
-        name: {
-            "facecolor": _COLOURS[number % len(_COLOURS)],
-            "hatch": "//" if number >= len(_COLOURS) else None,
-            "edgecolor": "white",
-        }
-        for number, name in enumerate(parts)
-    }
     columns = 3 if max(map(len, parts)) > 24 else 4
     height = 1.0 + 0.27 * -(-len(parts) // columns) + 0.62 * len(rows)
     canvas = Figure(figsize=(11, height), layout="constrained")
-    axes = canvas.subplots()
-    for place, (name, shares) in enumerate(rows):
-        begin = 0.0
-        for part, share in shares.items():
-            bar = axes.barh(place, share, 0.42, left=begin, linewidth=0.8, **looks[part])
-            if share >= 0.04:
-                axes.bar_label(bar, [f"{share:.0%}"], label_type="center", color="white", fontsize=9)
-            begin += share
+    axes, places, begin = canvas.subplots(), np.arange(len(rows)), np.zeros(len(rows))
+    for number, part in enumerate(parts):
+        widths = np.array([shares.get(part, 0.0) for _, shares in rows])
+        look: dict[str, Any] = {"facecolor": _COLOURS[number % len(_COLOURS)], "edgecolor": "white", "linewidth": 0.8}
+        look |= {"hatch": "//" if number >= len(_COLOURS) else None, "label": _short(part, 40)}
+        bars = axes.barh(places, widths, 0.42, left=begin, **look)
+        labels = [f"{width:.0%}" if width >= 0.04 else "" for width in widths]
+        axes.bar_label(bars, labels, label_type="center", color="white", fontsize=9)
+        begin += widths
+    for place, ((what, recipe, setting), _) in zip(places, rows):
+        name = " · ".join(filter(None, (recipe, what, setting)))
         axes.text(0.0, place - 0.27, _short(name, 120), va="bottom", fontsize=9)
     axes.set_ylim(len(rows) - 0.6, -0.75)
-    axes.set_xlim(0, max(1.0, *(sum(shares.values()) for _, shares in rows)))
+    axes.set_xlim(0, max(1.0, begin.max()))
     axes.set_yticks([])
     axes.spines["left"].set_visible(False)
-    axes.xaxis.set_major_locator(MultipleLocator(0.2))
     axes.xaxis.set_major_formatter(PercentFormatter(1.0))
     axes.set_xlabel("share of the time")
-    handles = [Patch(**looks[part], label=_short(part, 40)) for part in parts]
-    canvas.legend(handles=handles, loc="outside lower center", ncols=columns)
+    canvas.legend(loc="outside lower center", ncols=columns)
     return canvas
 
 
-# How it grows
-
-
 def scaling(records: Sequence[Record]) -> Figure | str:
-    """The loader's rate by its threads, beside the ceilings, and the host's time for a picture by the number of its
-    views.
-    """
+    """The loader's rate by its threads, beside the ceilings, and the host's time for a picture by its views."""
     groups: dict[str, list[Record]] = {}
     costs: dict[str, Record] = {}
     for record in records:
@@ -253,8 +204,7 @@ def scaling(records: Sequence[Record]) -> Figure | str:
     if not groups and not costs:
         return "no record of our loader has the part decode, views or host cost"
     # Where more thread counts were measured there is more to see.
-    counts = {name: len({record.workers for record in members}) for name, members in groups.items()}
-    shown = sorted(groups, key=lambda name: -counts[name])[: _PANELS - bool(costs)]
+    shown = sorted(groups, key=lambda name: -len({record.workers for record in groups[name]}))[: _PANELS - bool(costs)]
     panels = len(shown) + bool(costs)
     canvas = Figure(figsize=(5.4 * max(panels, 2), 4.9), layout="constrained")
     axes = canvas.subplots(1, panels, squeeze=False)[0]
@@ -271,28 +221,21 @@ def _setting(record: Record) -> str:
 
 
 def _draw_threads(axes: Axes, title: str, records: Sequence[Record]) -> None:
-    counts = sorted({record.workers or 0 for record in records})
     for colour, part, name in zip(_COLOURS, ("decode", "views"), ("decode", "whole loader")):
-        points = {r.workers or 0: r for r in records if (r.details or {}).get("part") == part}
-        if not points:
-            continue
-        members = [(count, points[count]) for count in sorted(points)]
-        axes.plot(*zip(*((count, r.pair_per_s or 0.0) for count, r in members)), "o-", color=colour, label=name)
-        limits = [(count, ceiling) for count, r in members if (ceiling := _ceiling(r, "pair_per_s"))]
-        if limits:
+        by_count = {one.workers or 0: one for one in records if (one.details or {}).get("part") == part}
+        found = [(count, by_count[count]) for count in sorted(by_count)]
+        points = [(count, one.pair_per_s or 0.0, _ceiling(one, "pair_per_s")) for count, one in found]
+        if points:
+            axes.plot(*zip(*((count, rate) for count, rate, _ in points)), "o-", color=colour, label=name)
+        if limits := [(count, limit) for count, _, limit in points if limit]:
             axes.plot(*zip(*limits), "o--", color=colour, alpha=0.5, markerfacecolor="white", label=f"{name}: ceiling")
-    high = max(counts)
-    axes.set_xlim(0, high * 1.06)
-    axes.set_ylim(0, None)
-    # Counts that lie too close for their labels, as 1 and 2 beside 64, get none.
-    ticks: list[int] = []
-    for count in reversed(counts):
-        if not ticks or ticks[-1] - count >= high / 16:
+    counts = sorted({record.workers or 0 for record in records}, reverse=True)
+    ticks = counts[:1]
+    for count in counts:
+        if ticks[-1] - count >= counts[0] / 16:  # closer ones, as 1 and 2 beside 64, have no room for their labels
             ticks.append(count)
-    axes.set_xticks(ticks)
-    axes.set_xlabel("decoding threads")
-    axes.set_ylabel("pair/s")
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+    axes.set(xlim=(0, counts[0] * 1.06), ylim=(0, None), xticks=ticks, xlabel="decoding threads", ylabel="pair/s")
+    axes.yaxis.set_major_formatter("{x:,.10g}")
     recipe, _, rest = title.partition(", ")
     axes.set_title(f"Loader: {_short(recipe, 50)}\n{_short(rest, 60)}", fontsize=10)
     axes.grid()
@@ -311,8 +254,7 @@ def _draw_costs(axes: Axes, records: Sequence[Record]) -> None:
     axes.set_xticks(list(names), list(names.values()))
     axes.margins(x=0.08)
     axes.set_ylim(0, 1.25 * axes.dataLim.y1)
-    axes.set_xlabel("views of a picture, cropped on the device")
-    axes.set_ylabel("ms of processor time")
+    axes.set(xlabel="views of a picture, cropped on the device", ylabel="ms of processor time")
     axes.set_title("Host time for a picture", fontsize=10)
     axes.grid()
     axes.legend(fontsize=9, loc="lower right")

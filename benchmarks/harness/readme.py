@@ -38,60 +38,47 @@ def part_table(records: Iterable[Record]) -> str:
 
 def in_words(record: Record) -> tuple[str, str] | None:
     """(what, figure) of one record; None: it has no row of its own (recipes and loaders have tables of theirs)."""
-    details = record.details or {}
-    part, times = details.get("part"), record.ratio_to_peer
-    threads = counted(record.workers, "thread") if record.workers else ""
-    if record.bench == "ceilings":
-        product = details["product_flop_per_s"]["float32"] / 1e9
-        disk = details.get("disk_read_bytes_per_s")
-        read = f", reading from disk {disk / 1e6:,.0f} MB/s" if disk else ""
-        return (
-            "ceilings of the machine",
-            f"JPEG decoding {details['decode_per_s_1_thread']:,.0f} photos/s on one thread and "
-            f"{details['decode_per_s']:,.0f} on "
-            f"{details['decode_threads']}, memory {details['copy_bytes_per_s'] / 1e9:.1f} GB/s, float32 "
-            f"products {product:,.0f} GFLOP/s{read}",
-        )
-    if record.bench == "loader" and "loader" not in details:
-        if part == "decode":
+    details, recipe, times = record.details or {}, record.recipe, record.ratio_to_peer
+    part, of_ceiling = details.get("part"), f"{record.fraction_of_ceiling or 0:.0%}"
+    threads, pair_per_s = counted(record.workers, "thread") if record.workers else "", figure(record.pair_per_s)
+    match record.bench:
+        case "ceilings":
+            product, memory = details["product_flop_per_s"]["float32"] / 1e9, details["copy_bytes_per_s"] / 1e9
+            one, all_, cores = (details[f"decode_{name}"] for name in ("per_s_1_thread", "per_s", "threads"))
+            disk = details.get("disk_read_bytes_per_s")
+            read = f", reading from disk {disk / 1e6:,.0f} MB/s" if disk else ""
+            decode = f"JPEG decoding {one:,.0f} photos/s on one thread and {all_:,.0f} on {cores}"
+            words = f"{decode}, memory {memory:.1f} GB/s, float32 products {product:,.0f} GFLOP/s{read}"
+            return "ceilings of the machine", words
+        case "loader" if "loader" in details:
+            return None
+        case "loader" if part == "decode":
+            return "decode-only rate of the engine, of a bare loop over the same JPEGs", f"{of_ceiling} ({threads})"
+        case "loader" if part == "host cost":
+            growth = details["times_1_view"]["2 + 6 views"]
+            return "host time of 2 + 6 views against 1 view, crops on the device", f"{growth:.2f}x ({threads})"
+        case "loader":
+            crops = details.get("engine_crops_of_bare_crops")
+            alone = f"; its crops alone {crops:.0%} of that loop" if crops else ""
+            words = f"{of_ceiling} of a loop that decodes and crops and does no colour{alone}"
             return (
-                "decode-only rate of the engine, of a bare loop over the same JPEGs",
-                f"{record.fraction_of_ceiling:.0%} ({threads})",
+                "whole loader: decode, two crops, colour, normalised",
+                f"{pair_per_s} photos/s ({threads}), {words}",
             )
-        if part == "host cost":
-            return (
-                "host time of 2 + 6 views against 1 view, crops on the device",
-                f"{details['times_1_view']['2 + 6 views']:.2f}x ({threads})",
-            )
-        crops = details.get("engine_crops_of_bare_crops")
-        alone = f"; its crops alone {crops:.0%} of that loop" if crops else ""
-        return (
-            "whole loader: decode, two crops, colour, normalised",
-            f"{figure(record.pair_per_s)} photos/s ({threads}), {record.fraction_of_ceiling:.0%} of a loop "
-            f"that decodes and crops and does no colour{alone}",
-        )
-    if record.bench == "step" and record.peer:
-        what = (
-            f"optimiser and moving average of {record.recipe}"
-            if part == "update"
-            else f"training step of {record.recipe}, batch {record.batch_size}"
-        )
-        return what, f"{times:.2f}x {'the loops over tensors' if part == 'update' else record.peer}"
-    if record.bench == "loss":
-        memory = details["peer_peak_extra_bytes"] / details["peak_extra_bytes"]
-        return (
-            f"smoothed InfoNCE, forward and backward, batch {record.batch_size}, queue {details['queue']:,}",
-            f"{times:.1f}x the dense way, 1/{memory:.0f} of its extra memory",
-        )
-    if record.bench == "convert":
-        beside = f", {times:.2f}x {record.peer}" if times else ""
-        rate = (
-            f"{figure(record.pair_per_s)} photos/s ({threads}), {record.fraction_of_ceiling:.0%} of its ceiling "
-            f"({record.ceiling_name})"
-        )
-        return f"convert-imagenet, {part}", rate + beside
-    if record.bench == "train" and details.get("remedies"):
-        return f"what would help {record.recipe} with {record.arch}, and did ({threads})", details["advice"]
+        case "step" if record.peer and part == "update":
+            return f"optimiser and moving average of {recipe}", f"{times:.2f}x the loops over tensors"
+        case "step" if record.peer:
+            return f"training step of {recipe}, batch {record.batch_size}", f"{times:.2f}x {record.peer}"
+        case "loss":
+            memory = details["peer_peak_extra_bytes"] / details["peak_extra_bytes"]
+            setting = f"batch {record.batch_size}, queue {details['queue']:,}"
+            words = f"{times:.1f}x the dense way, 1/{memory:.0f} of its extra memory"
+            return f"smoothed InfoNCE, forward and backward, {setting}", words
+        case "convert":
+            rate = f"{pair_per_s} photos/s ({threads}), {of_ceiling} of its ceiling ({record.ceiling_name})"
+            return f"convert-imagenet, {part}", rate + (f", {times:.2f}x {record.peer}" if times else "")
+        case "train" if details.get("remedies"):
+            return f"what would help {recipe} with {record.arch}, and did ({threads})", details["advice"]
     return None
 
 
@@ -116,9 +103,7 @@ def _beside(record: Record | None) -> str:
 
 
 def own_recipe_table(records: Iterable[Record]) -> str:
-    """``recipe_table`` of the recipes with the networks that they were made for, and below it which of our recipes are
-    not in it.
-    """
+    """``recipe_table`` of the recipes with the networks that they were made for; below it, which are missing."""
     own = [record for record in records if "--arch" not in str((record.details or {}).get("command")).split()]
     measured = {bench: {record.recipe for record in own if record.bench == bench} for bench in ("step", "train")}
     missing = [name for name in recipe_names() if name not in measured["step"] & measured["train"]]
@@ -129,11 +114,7 @@ TABLES = {"recipes": own_recipe_table, "parts": part_table, "loaders": loader_ta
 
 
 def fill(text: str, records: Sequence[Record]) -> str:
-    """``text`` with its marked places filled from ``records``.
-
-    Raises:
-        FastSSLError: a place has a name that is not one of TABLES.
-    """
+    """``text`` with its marked places filled from ``records``; FastSSLError where a place is not named in TABLES."""
 
     def replace(found: re.Match[str]) -> str:
         if found[2] not in TABLES:
@@ -152,11 +133,9 @@ def main(argv: Sequence[str]) -> int:
         records = [record for path in argv[1:] for record in read_records(path)]
         page = Path(argv[0])
         page.write_text(fill(page.read_text(), records))
-    except (KeyError, TypeError) as error:
-        print(f"readme: a record's details are damaged ({type(error).__name__}: {error})", file=sys.stderr)
-        return 1
-    except (OSError, FastSSLError) as error:
-        print(f"readme: {error}", file=sys.stderr)
+    except (KeyError, TypeError, OSError, FastSSLError) as error:
+        damaged = f"a record's details are damaged ({type(error).__name__}: {error})"
+        print(f"readme: {damaged if isinstance(error, (KeyError, TypeError)) else error}", file=sys.stderr)
         return 1
     return 0
 

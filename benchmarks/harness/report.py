@@ -1,8 +1,5 @@
 """``fastssl bench report``: what records say, for a reader: images a second of each recipe, what limits them, and what
-they are compared with.
-
-from fastssl.benchmarks.harness.report import write_report
-write_report([Path("train.jsonl"), Path("loader.jsonl")], Path("bench-report"))
+they are compared with. ``write_report([Path("train.jsonl"), Path("loader.jsonl")], Path("bench-report"))``
 """
 
 from __future__ import annotations
@@ -15,22 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from fastssl.benchmarks.harness import plots
-from fastssl.benchmarks.harness.complete import incomplete
-from fastssl.benchmarks.harness.records import Record, read_records
+from fastssl.benchmarks.harness.records import Record, incomplete, read_records
 from fastssl.benchmarks.harness.table import COLUMNS, RIGHT, ceilings, cells, figure, positive
 from fastssl.errors import FastSSLError
-from fastssl.report.document import (
-    Block,
-    Bullets,
-    Code,
-    Heading,
-    Paragraph,
-    Picture,
-    Table,
-    table_markdown,
-    to_html,
-    to_markdown,
-)
+from fastssl.report import document
+from fastssl.report.document import Block, Bullets, Code, Heading, Paragraph, Picture, Table
 from fastssl.utils.atomic_files import write_atomically
 
 TITLE = "Images per second"
@@ -43,39 +29,29 @@ PLOTS: tuple[tuple[str, Callable, str], ...] = (
 
 
 def write_report(results: Iterable[Path], out: Path) -> list[Path]:
-    """Write report.md, report.html, recipes.md and the plots of all records in ``results`` into ``out``.
-
-    Each file is written to a temporary name and renamed. Plots of a second and further machine have its number in their
-    names.
-
-    Returns:
-        The paths that were written.
-
-    Raises:
-        FastSSLError: a file is missing, damaged or holds no record, or ``out`` is a file; nothing is written then.
+    """Write report.md, report.html, recipes.md and the plots of all records in ``results`` into ``out``, and give their
+    paths. Plots of a second and further machine have its number in their names. Raises FastSSLError where a file is
+    missing, damaged or holds no record, or ``out`` is a file; nothing is written then.
     """
     records = [record for path in dict.fromkeys(results) for record in _read(path)]
     if out.exists() and not out.is_dir():
         raise FastSSLError(f"{out}: is a file; --out takes a folder")
     blocks = build(records)
     files = {block.name: block.png for block in blocks if isinstance(block, Picture)}
-    files["report.md"] = to_markdown(blocks).encode()
-    files["report.html"] = to_html(TITLE, blocks).encode()
+    files["report.md"] = document.to_markdown(blocks).encode()
+    files["report.html"] = document.to_html(TITLE, blocks).encode()
     files["recipes.md"] = (recipe_table(records) or "No record of a step or of training.").encode() + b"\n"
     out.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         write_atomically(out / name, partial(Path.write_bytes, data=content))
-    return [
-        out / name
-        for name in ("report.html", "report.md", "recipes.md", *(name for name in files if name.endswith(".png")))
-    ]
+    pictures = [name for name in files if name.endswith(".png")]
+    return [out / name for name in ("report.html", "report.md", "recipes.md", *pictures)]
 
 
 def _read(path: Path) -> list[Record]:
-    if path.is_dir():
-        raise FastSSLError(f"{path}: is a folder; give the files in it that `fastssl bench ... --json FILE` wrote")
-    if not path.exists():
-        raise FastSSLError(f"{path}: no such file; `fastssl bench ... --json FILE` writes one")
+    if path.is_dir() or not path.exists():
+        why = "is a folder; give the files in it that" if path.is_dir() else "no such file; one is what"
+        raise FastSSLError(f"{path}: {why} `fastssl bench ... --json FILE` wrote")
     records = read_records(path)
     if not records:
         raise FastSSLError(f"{path}: holds no records")
@@ -83,9 +59,8 @@ def _read(path: Path) -> list[Record]:
         try:
             cells(record)
         except (TypeError, ValueError, KeyError, AttributeError) as error:
-            raise FastSSLError(
-                f"{path}, record {number}: its details are damaged ({type(error).__name__}: {error})"
-            ) from error
+            why = f"its details are damaged ({type(error).__name__}: {error})"
+            raise FastSSLError(f"{path}, record {number}: {why}") from error
     return records
 
 
@@ -93,21 +68,17 @@ def build(records: Sequence[Record]) -> list[Block]:
     """The report's blocks, plots drawn."""
     machines = _grouped(records, _machine)
     blocks: list[Block] = [Heading(TITLE, 1)]
-    benches = {record.bench for record in records}
     for name, members in machines.items():
-        if len(machines) > 1:
-            blocks.append(Paragraph(f"On {name}:"))
-        blocks.extend(_lead(members))
-    blocks.append(
-        Paragraph(
-            "A pair is one source picture with all its views. Every figure is a median of alternating runs and "
-            "stands beside a ceiling that was measured in the same "
-            f"process{'; a soak is one run, judged by its own lines' if 'soak' in benches else ''}.",
-            quiet=True,
-        )
+        blocks += [Paragraph(f"On {name}:")] if len(machines) > 1 else []
+        blocks += _lead(members)
+    soak = "; a soak is one run, judged by its own lines" if any(one.bench == "soak" for one in records) else ""
+    words = (
+        "A pair is one source picture with all its views. Every figure is a median of alternating runs and stands "
+        f"beside a ceiling that was measured in the same process{soak}."
     )
+    blocks.append(Paragraph(words, quiet=True))
     for number, (name, members) in enumerate(machines.items(), 1):
-        blocks.extend(_section(name, members, f"-{number}" if number > 1 else ""))
+        blocks += _section(name, members, f"-{number}" if number > 1 else "")
     return blocks
 
 
@@ -125,30 +96,17 @@ def _machine(record: Record) -> str:
     return f"{gpu}{host.get('cpu') or 'unknown processor'}, {host.get('cores', '?')} cores"
 
 
-# ---------------------------------------------------------------------- what matters first
-
-
 def _lead(records: Sequence[Record]) -> list[Block]:
     """One sentence for each recipe that was trained end to end, and one for those that were not."""
-    rows = _by_recipe(records)
-    items = [
-        (", ".join(filter(None, [recipe, network])), _sentence(train))
-        for (recipe, network, _), (_, train) in rows.items()
-        if train
-    ]
-    trained = {recipe for (recipe, *_), (_, train) in rows.items() if train}
-    absent = [
-        recipe for recipe in dict.fromkeys(record.recipe for record in records) if recipe and recipe not in trained
-    ]
+    trains = [(key[:2], train) for key, (_, train) in _by_recipe(records).items() if train]
+    items = [(", ".join(filter(None, key)), _sentence(train)) for key, train in trains]
+    trained = {recipe for (recipe, _), _ in trains}
+    absent = list(dict.fromkeys(one.recipe for one in records if one.recipe and one.recipe not in trained))
     blocks: list[Block] = [Bullets(items, lead=True)] if items else []
     if absent or not items:
         which = f" of {_listed(absent)}" if absent else ""
-        blocks.append(
-            Paragraph(
-                f"Not measured: training{which} end to end. This measures it: fastssl bench train --recipe "
-                "NAME --json FILE"
-            )
-        )
+        how = "fastssl bench train --recipe NAME --json FILE"
+        blocks.append(Paragraph(f"Not measured: training{which} end to end. This measures it: {how}"))
     return blocks
 
 
@@ -197,18 +155,17 @@ def _short_machine(record: Record) -> str:
 
 
 def recipe_table(records: Iterable[Record]) -> str:
-    """Markdown table of each recipe's step and end-to-end rate, as README files show it; empty if there are no such
-    records.
+    """Markdown table of each recipe's step and end-to-end rate, as README files show it; empty without such records.
 
     A row is a recipe with its network on one machine. ``of its ceiling`` and ``bottleneck`` are those of the end-to-end
     figure; where there is none, the bottleneck is the step's.
     """
     table = _recipes(records)
-    return table_markdown(table) if table.rows else ""
+    return document.table_markdown(table) if table.rows else ""
 
 
 def _recipes(records: Iterable[Record]) -> Table:
-    header = (
+    header = [
         "recipe",
         "network",
         "step pair/s",
@@ -217,28 +174,17 @@ def _recipes(records: Iterable[Record]) -> Table:
         "bottleneck",
         "machine",
         "command",
-    )
-    rows = []
+    ]
+    rows: list[tuple[str | Code, ...]] = []
     for (recipe, network, machine), (step, train) in _by_recipe(records).items():
         fraction = train.fraction_of_ceiling if train else None
         bottleneck = train.bottleneck if train else step and f"step alone: {step.bottleneck}"
         commands = [(record.details or {}).get("command") for record in (step, train) if record]
-        rows.append(
-            (
-                recipe,
-                network or "",
-                figure(step.pair_per_s if step else None),
-                figure(train.pair_per_s if train else None),
-                "" if fraction is None else f"{fraction:.0%}",
-                bottleneck or "",
-                machine,
-                Code(tuple(dict.fromkeys(str(command) for command in commands if command))),
-            )
-        )
+        figures = [figure(record.pair_per_s if record else None) for record in (step, train)]
+        figures.append("" if fraction is None else f"{fraction:.0%}")
+        code = Code(tuple(dict.fromkeys(str(command) for command in commands if command)))
+        rows.append((recipe, network or "", *figures, bottleneck or "", machine, code))
     return Table(header, rows, (False, False, True, True, True, False, False, False))
-
-
-# ---------------------------------------------------------------------- one machine
 
 
 def _section(name: str, records: Sequence[Record], suffix: str) -> list[Block]:
@@ -254,7 +200,7 @@ def _section(name: str, records: Sequence[Record], suffix: str) -> list[Block]:
         else:
             blocks.append(Picture(f"{stem}{suffix}.png", words, drawn))
     blocks += [Heading("Beside other people's code", 3), *_peers(records)]
-    blocks += [Heading("Ceilings of this machine", 3), *_ceilings(records)]
+    blocks += [Heading("Ceilings of this machine", 3), _ceilings(records)]
     blocks += [Heading("All records", 3), *_incomplete(records)]
     for text, members in _grouped(records, _versions).items():
         blocks += [Paragraph(text, quiet=True), Table(COLUMNS, [cells(record) for record in members], RIGHT)]
@@ -262,51 +208,30 @@ def _section(name: str, records: Sequence[Record], suffix: str) -> list[Block]:
 
 
 def _versions(record: Record) -> str:
-    named = [
-        f"{name} {record.versions[name]}"
-        for name in ("python", "torch", "cuda", "timm", "fastssl")
-        if name in record.versions
-    ]
-    return f"{', '.join(named) or 'Versions unknown'}; commit {record.git or 'unknown'}"
+    wanted = [name for name in ("python", "torch", "cuda", "timm", "fastssl") if name in record.versions]
+    named = ", ".join(f"{name} {record.versions[name]}" for name in wanted) or "Versions unknown"
+    return f"{named}; commit {record.git or 'unknown'}"
 
 
 def _peers(records: Sequence[Record]) -> list[Block]:
     """Ratios above 1: ours is faster."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for number, record in enumerate(records):
         if record.peer is None or record.ratio_to_peer is None:
             continue
-        ours, theirs = _rates_beside(record, records[:number])
-        what, recipe, setting = cells(replace(record, details={**(record.details or {}), "loader": None}))[:3]
-        rows.append(
-            (
-                ", ".join(filter(None, [what, recipe, setting])),
-                record.peer,
-                f"{record.ratio_to_peer:.2f}",
-                figure(ours),
-                figure(theirs),
-            )
-        )
+        setting = cells(replace(record, details={**(record.details or {}), "loader": None}))[:3]
+        rates = map(figure, _rates_beside(record, records[:number]))
+        rows.append((", ".join(filter(None, setting)), record.peer, f"{record.ratio_to_peer:.2f}", *rates))
     if not rows:
-        return [
-            Paragraph(
-                "No record has a peer. These commands make some: fastssl bench loader --peers; fastssl bench "
-                "step --peers"
-            )
-        ]
-    return [
-        Paragraph(
-            "How many times as fast ours is, both in turns in one process group: the median of the rounds' ratios.",
-            quiet=True,
-        ),
-        Table(("what", "peer", "ratio", "ours, pair/s", "peer, pair/s"), rows, (False, False, True, True, True)),
-    ]
+        commands = "fastssl bench loader --peers; fastssl bench step --peers"
+        return [Paragraph(f"No record has a peer. These commands make some: {commands}")]
+    words = "How many times as fast ours is, both in turns in one process group: the median of the rounds' ratios."
+    header = ("what", "peer", "ratio", "ours, pair/s", "peer, pair/s")
+    return [Paragraph(words, quiet=True), Table(header, rows, (False, False, True, True, True))]
 
 
 def _rates_beside(record: Record, before: Sequence[Record]) -> tuple[float | None, float | None]:
-    """Pairs a second of ours and of the peer. A record is of the peer and follows ours, but where its details hold the
-    peer's time, as of the loss.
-    """
+    """Pairs a second of ours, which went before, and of the peer; of the loss, from the peer's time in the details."""
     details = record.details or {}
     if positive(details.get("peer_median_s")) and record.median_s and record.pair_per_s:
         return record.pair_per_s, record.pair_per_s * record.median_s / details["peer_median_s"]
@@ -319,34 +244,25 @@ def _rates_beside(record: Record, before: Sequence[Record]) -> tuple[float | Non
     return ours.pair_per_s if ours else None, record.pair_per_s
 
 
-def _ceilings(records: Sequence[Record]) -> list[Block]:
+def _ceilings(records: Sequence[Record]) -> Block:
     rows = []
-    for record in records:
+    for record in (record for record in records if record.bench == "ceilings"):
         details = record.details or {}
         missing = str(details.get("disk_problem") or "not measured")
-        if record.bench == "ceilings":
-            rows += [(words, shown or missing, record.device or "") for _, words, shown in ceilings(details)]
-    if not rows:
-        return [
-            Paragraph(
-                "Not measured: no record of ceilings. The ceilings in the tables are those that were measured "
-                "beside each figure."
-            )
-        ]
-    return [Table(("what", "at most", "device"), rows, (False, True, False))]
+        rows += [(words, shown or missing, record.device or "") for _, words, shown in ceilings(details)]
+    if rows:
+        return Table(("what", "at most", "device"), rows, (False, True, False))
+    beside = "The ceilings in the tables are those that were measured beside each figure."
+    return Paragraph(f"Not measured: no record of ceilings. {beside}")
 
 
 def _incomplete(records: Sequence[Record]) -> list[Block]:
     """Which records lack something that makes a figure evidence."""
     lacking = incomplete(records)
     if not lacking:
-        return [
-            Paragraph(
-                f"{'The one record is' if len(records) == 1 else f'All {len(records)} records are'} complete: "
-                "machine, versions, runs, commit, command, ceiling.",
-                quiet=True,
-            )
-        ]
+        those = "The one record is" if len(records) == 1 else f"All {len(records)} records are"
+        parts = "machine, versions, runs, commit, command, ceiling"
+        return [Paragraph(f"{those} complete: {parts}.", quiet=True)]
     items = []
     for part, members in lacking.items():
         kinds = Counter(cells(record)[0] for record in members)

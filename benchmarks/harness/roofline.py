@@ -10,17 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 
-@dataclass(frozen=True)
-class Layer:
-    """One layer's forward pass: floating-point operations (two for a multiplication with its addition) and bytes
-    moved.
-    """
+class Layer(NamedTuple):
+    """Of a forward pass: floating-point operations (two for a multiplication with its addition) and bytes moved."""
 
     flop: float
     bytes: float
@@ -28,11 +26,8 @@ class Layer:
 
 @dataclass(frozen=True)
 class Cost:
-    """A network's forward pass over one batch.
-
-    Attributes:
-        layers: convolutions and linear layers.
-        flop: of all matrix products and convolutions, those outside of layers (attention) included.
+    """A network's forward pass over one batch: convolutions and linear layers, and ``flop`` of all matrix products and
+    convolutions, those outside of layers (attention) included.
     """
 
     layers: tuple[Layer, ...]
@@ -50,20 +45,14 @@ class Cost:
 
     def seconds(self, flop_per_s: float, bytes_per_s: float) -> float:
         """The least time of the pass at these rates."""
-        outside = max(0.0, self.flop - sum(layer.flop for layer in self.layers))
-        return (
-            sum(max(layer.flop / flop_per_s, layer.bytes / bytes_per_s) for layer in self.layers) + outside / flop_per_s
-        )
+        of_layers = sum(max(layer.flop / flop_per_s, layer.bytes / bytes_per_s) for layer in self.layers)
+        return of_layers + max(0.0, self.flop - sum(layer.flop for layer in self.layers)) / flop_per_s
 
 
 @torch.no_grad()
 def forward_cost(network: nn.Module, images: Tensor | Sequence[Tensor], itemsize: int) -> Cost:
-    """Count one forward pass.
-
-    Args:
-        network: in the mode that is to be counted.
-        images: (N, 3, S, S), or what else the network takes.
-        itemsize: bytes of an activation: 2 under autocast, else 4.
+    """Count one forward pass of ``network``, in the mode that it is in, over ``images`` (N, 3, S, S), or what else it
+    takes. ``itemsize``: bytes of an activation, 2 under autocast, else 4.
     """
     layers: list[Layer] = []
 

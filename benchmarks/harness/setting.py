@@ -29,12 +29,10 @@ class Setting:
 
     Attributes:
         data, photos: see :func:`fastssl.benchmarks.harness.photos.find_data`.
-        workers: decoding threads; None: one for each core that this process may use.
-        batch_size: pictures; None: what the suite takes.
+        workers, batch_size: decoding threads and pictures; None: one thread for each core, and what the suite takes.
         seconds: of all counted windows together; warm-up comes on top.
         runs: counted runs or windows of each contender, at least five.
-        peers: in turns with other people's code.
-        folder: for temporary files, on the disk that is meant; None: the system's.
+        peers, folder: in turns with other people's code; for temporary files, None: the system's.
     """
 
     data: str = "synthetic"
@@ -73,10 +71,9 @@ class RecipeSetting(Setting):
 
     Attributes:
         recipe, recipe_name: all numbers of views and step; ``recipe.arch`` is the network.
-        amp: ``auto``, ``bf16`` or ``off``.
+        pipeline, amp: the engine; ``auto``, ``bf16`` or ``off``.
         compiled, graph: compile the networks; record the step as a CUDA graph. If that fails the record says so and is
             of the step without it.
-        pipeline: the engine.
     """
 
     recipe: Recipe

@@ -14,67 +14,6 @@ COLUMNS = ("what", "recipe", "setting", "pair/s", "view/s", "of ceiling", "ceili
 _WIDTHS = (-17, -26, -34, 9, 9, 10, -46, 0)
 #: Which columns hold figures.
 RIGHT = tuple(width > 0 for width in _WIDTHS)
-
-
-def cells(record: Record) -> tuple[str, ...]:
-    """A record in the order of COLUMNS; what does not apply is empty."""
-    details = record.details or {}
-    part = details.get("part") or details.get("stage")
-    fraction = record.fraction_of_ceiling
-    return (
-        f"{record.bench}: {part}" if part else record.bench,
-        record.recipe or "",
-        ", ".join(_setting(record, details)),
-        figure(record.pair_per_s),
-        figure(record.view_per_s),
-        "" if fraction is None else f"{fraction:.1%}",
-        record.ceiling_name or "",
-        "; ".join(filter(None, [record.bottleneck, *_remarks(record, details)])),
-    )
-
-
-def _setting(record: Record, details: dict) -> list[str]:
-    found = [
-        record.arch,
-        details.get("loader"),
-        record.device,
-        f"batch {record.batch_size}" if record.batch_size else None,
-    ]
-    if record.workers:
-        found.append(counted(record.workers, "thread"))
-    if "amp" in details:
-        found.append("bf16" if details["amp"] == "bf16" else "float32")
-        found += [name for key, name in (("compiled", "compiled"), ("graph", "CUDA graph")) if details.get(key)]
-    if "queue" in details:
-        found.append(f"queue {details['queue']}")
-    if details.get("data"):
-        found.append(details["data"]["name"])
-    return [item for item in found if item]
-
-
-def _remarks(record: Record, details: dict) -> list[str]:
-    remarks = []
-    remarks += [f"without {switch}: {reason}" for switch, reason in (details.get("fallbacks") or {}).items()]
-    if details.get("advice"):
-        remarks.append(details["advice"])
-    if details.get("asked_batch_size") not in (None, record.batch_size):
-        remarks.append(f"batch {details['asked_batch_size']} was too large for the memory")
-    if "times_1_view" in details:
-        remarks.append(
-            ", ".join(
-                f"{key}: {value:.2f}x the host time of one"
-                for key, value in details["times_1_view"].items()
-                if key != "1 view"
-            )
-        )
-    if "host_cpu_of_bare" in details:
-        remarks.append(f"{details['host_cpu_of_bare']:.2f}x the processor time of the bare loop")
-    if record.ratio_to_peer is not None:
-        ours = "native is " if "loader" in details else ""
-        remarks.append(f"{ours}{record.ratio_to_peer:.2f}x {record.peer}")
-    return remarks + (_limits(details) if record.bench == "ceilings" else [])
-
-
 #: Figures of a ``ceilings`` record: key in the details, words in a line and in a table of their own, factor, unit.
 _CEILINGS = (
     ("decode_per_s_1_thread", "decoding, 1 thread", "JPEG decoding, 1 thread", 1.0, "photos/s"),
@@ -84,6 +23,50 @@ _CEILINGS = (
     ("disk_read_bytes_per_s", "disk read", "reading from disk", 1e-6, "MB/s"),
     ("disk_write_bytes_per_s", "disk written", "writing to disk", 1e-6, "MB/s"),
 )
+
+
+def cells(record: Record) -> tuple[str, ...]:
+    """A record in the order of COLUMNS; what does not apply is empty."""
+    details = record.details or {}
+    part, fraction = details.get("part") or details.get("stage"), record.fraction_of_ceiling
+    return (
+        f"{record.bench}: {part}" if part else record.bench,
+        record.recipe or "",
+        ", ".join(filter(None, _setting(record, details))),
+        figure(record.pair_per_s),
+        figure(record.view_per_s),
+        "" if fraction is None else f"{fraction:.1%}",
+        record.ceiling_name or "",
+        "; ".join(filter(None, [record.bottleneck, *_remarks(record, details)])),
+    )
+
+
+def _setting(record: Record, details: dict) -> Iterator[str | None]:
+    yield from (record.arch, details.get("loader"), record.device)
+    yield f"batch {record.batch_size}" if record.batch_size else None
+    yield counted(record.workers, "thread") if record.workers else None
+    if "amp" in details:
+        yield "bf16" if details["amp"] == "bf16" else "float32"
+        yield details.get("compiled") and "compiled"
+        yield details.get("graph") and "CUDA graph"
+    yield f"queue {details['queue']}" if "queue" in details else None
+    yield details.get("data") and details["data"]["name"]
+
+
+def _remarks(record: Record, details: dict) -> Iterator[str | None]:
+    yield from (f"without {switch}: {reason}" for switch, reason in (details.get("fallbacks") or {}).items())
+    yield details.get("advice")
+    if details.get("asked_batch_size") not in (None, record.batch_size):
+        yield f"batch {details['asked_batch_size']} was too large for the memory"
+    times = {key: value for key, value in details.get("times_1_view", {}).items() if key != "1 view"}
+    yield ", ".join(f"{key}: {value:.2f}x the host time of one" for key, value in times.items())
+    if "host_cpu_of_bare" in details:
+        yield f"{details['host_cpu_of_bare']:.2f}x the processor time of the bare loop"
+    if record.ratio_to_peer is not None:
+        yield f"{'native is ' if 'loader' in details else ''}{record.ratio_to_peer:.2f}x {record.peer}"
+    if record.bench == "ceilings":  # which has no rate of its own
+        yield from (f"{short} {shown}" for short, _, shown in ceilings(details) if shown)
+        yield details.get("disk_problem") and f"disk: {details['disk_problem']}"
 
 
 def ceilings(details: dict) -> Iterator[tuple[str, str, str | None]]:
@@ -96,12 +79,6 @@ def ceilings(details: dict) -> Iterator[tuple[str, str, str | None]]:
         for kind, value in values.items() if isinstance(values, dict) else [("", values)]:
             shown = f"{figure(value * factor)} {unit}" if positive(value) else None
             yield short.format(kind=kind), long.format(threads=threads, kind=kind), shown
-
-
-def _limits(details: dict) -> list[str]:
-    """The figures of a ``ceilings`` record, which has no rate of its own."""
-    found = [f"{short} {shown}" for short, _, shown in ceilings(details) if shown]
-    return found + ([f"disk: {details['disk_problem']}"] if details.get("disk_problem") else [])
 
 
 def positive(value: object) -> TypeGuard[float]:
@@ -118,6 +95,5 @@ def figure(value: float | None) -> str:
 
 def line(texts: Sequence[str]) -> str:
     """One line for a terminal, columns aligned."""
-    return "  ".join(
-        text.ljust(-width) if width <= 0 else text.rjust(width) for text, width in zip(texts, _WIDTHS)
-    ).rstrip()
+    padded = (text.rjust(width) if width > 0 else text.ljust(-width) for text, width in zip(texts, _WIDTHS))
+    return "  ".join(padded).rstrip()

@@ -1,88 +1,89 @@
-"""How time and memory are measured, for every benchmark the same way.
+"""How time, memory and the device's own limits are measured, for every benchmark the same way.
 
 Contenders run in turns, in one process, and the order turns round with every round, so that a machine that warms up,
 throttles or is shared with others slows all of them alike. What is compared is the ratio within a round; medians are
-taken over rounds.
+taken over rounds. A call is timed as it is (`Timing`). What runs by itself, as a loader that works ahead of its
+consumer, runs for a while instead, and says how much it finished in it (`Window`).
 """
 
 from __future__ import annotations
 
 import json
-import statistics
 import tempfile
 import time
-from collections.abc import Callable, Hashable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from fastssl.pipelines.engines.base import EngineStats
+
 MIN_RUNS = 5
+#: Batches taken before a window opens: more than a loader's ring holds, so that those which were ready are gone.
+WARM_BATCHES = 6
 _Name = TypeVar("_Name", bound=Hashable)
+_Result = TypeVar("_Result")
 
 
-def in_turns(names: Iterable[_Name], runs: int) -> list[_Name]:
-    """Every name ``runs`` times.
-
-    Raises:
-        ValueError: fewer than five runs, whose median says little, or no names.
+def in_turns(contenders: Mapping[_Name, Callable[[], _Result]], runs: int) -> dict[_Name, list[_Result]]:
+    """What every contender gave in each of ``runs`` rounds. Raises ValueError without contenders, and for fewer than
+    five runs, whose median says little.
     """
-    names = list(names)
-    if runs < MIN_RUNS or not names:
-        raise ValueError(f"{runs} runs of {len(names)} contenders: a median of fewer than {MIN_RUNS} runs says little")
-    return [name for number in range(runs) for name in (names if number % 2 == 0 else reversed(names))]
+    if runs < MIN_RUNS or not contenders:
+        count = len(contenders)
+        raise ValueError(f"{runs} runs of {count} contenders: a median of fewer than {MIN_RUNS} runs says little")
+    found: dict[_Name, list[_Result]] = {name: [] for name in contenders}
+    for number in range(runs):
+        for name in found if number % 2 == 0 else reversed(found):
+            found[name].append(contenders[name]())
+    return found
 
 
 @dataclass
 class Timing:
-    """Times of one contender, one entry a round, in seconds.
-
-    Attributes:
-        wall: on a GPU between two events on the current stream, on a CPU by the clock.
-        cpu: processor time of this process, all threads together: on a shared machine it shows the work when ``wall``
-            shows the waiting.
+    """Times of one contender, one entry a round, in seconds: ``wall`` on a GPU between two events on the current
+    stream, on a CPU by the clock; ``cpu`` of this process, all threads together. On a shared machine that shows the
+    work when ``wall`` shows the waiting.
     """
 
-    wall: list[float] = field(default_factory=list)
-    cpu: list[float] = field(default_factory=list)
+    wall: Sequence[float]
+    cpu: Sequence[float]
 
     @property
     def median_s(self) -> float:
-        return statistics.median(self.wall)
+        return median(self.wall)
 
     @property
     def median_cpu_s(self) -> float:
-        return statistics.median(self.cpu)
+        return median(self.cpu)
 
     def times_faster_than(self, other: Timing) -> float:
         """Median over rounds of ``other``'s time over this one's: above 1, this one is faster."""
-        return statistics.median(theirs / ours for ours, theirs in zip(self.wall, other.wall))
+        return median(theirs / ours for ours, theirs in zip(self.wall, other.wall))
 
     def times_less_cpu_than(self, other: Timing) -> float:
         """The same ratio, of processor time."""
-        return statistics.median(theirs / ours for ours, theirs in zip(self.cpu, other.cpu))
+        return median(theirs / ours for ours, theirs in zip(self.cpu, other.cpu))
 
 
 def measure_in_turns(
     contenders: Mapping[str, Callable[[], object]], *, device: torch.device | str, runs: int = MIN_RUNS, warmup: int = 2
 ) -> dict[str, Timing]:
     """Time every contender ``runs`` times, in turns, after ``warmup`` runs each that are not counted."""
-    device, turns = torch.device(device), in_turns(contenders, runs)
-    for _ in range(warmup):
-        for run in contenders.values():
-            run()
-    timings = {name: Timing() for name in contenders}
-    for name in turns:
-        wall, cpu = _time_once(contenders[name], device)
-        timings[name].wall.append(wall)
-        timings[name].cpu.append(cpu)
-    return timings
+    for run in [*contenders.values()] * warmup:
+        run()
+    times = in_turns({name: partial(time_once, run, torch.device(device)) for name, run in contenders.items()}, runs)
+    return {name: Timing(*zip(*pairs)) for name, pairs in times.items()}
 
 
-def _time_once(run: Callable[[], object], device: torch.device) -> tuple[float, float]:
+def time_once(run: Callable[[], object], device: torch.device) -> tuple[float, float]:
+    """Seconds of one call, as those in `Timing`: (wall, cpu)."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -95,6 +96,129 @@ def _time_once(run: Callable[[], object], device: torch.device) -> tuple[float, 
     cpu, wall = time.process_time(), time.perf_counter()
     run()
     return time.perf_counter() - wall, time.process_time() - cpu
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until ``device`` has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@dataclass(frozen=True)
+class Window:
+    """What one contender did in one turn: ``samples`` source pictures in ``seconds``, from the first one asked for to
+    the last one finished.
+
+    ``decoded`` pictures were decoded meanwhile (some for later), with ``host_cpu_s`` of the threads that did it. For
+    ``wait_s`` the consumer stood waiting for data, for ``colour_s`` it was busy with the colours of its batches.
+    Processor time: ``cpu_s`` of the whole process, ``step_cpu_s`` of the consumer's own thread without the loader's
+    part in it.
+    """
+
+    seconds: float
+    samples: int
+    decoded: int = 0
+    host_cpu_s: float = 0.0
+    wait_s: float = 0.0
+    cpu_s: float = 0.0
+    colour_s: float = 0.0
+    step_cpu_s: float = 0.0
+
+
+#: Runs for about that many seconds, at least one sample.
+Contender = Callable[[float], Window]
+
+
+def measure_windows(
+    contenders: Mapping[_Name, Contender], *, seconds: float, runs: int = MIN_RUNS
+) -> dict[_Name, list[Window]]:
+    """``runs`` windows of each contender in turns, ``seconds`` all together, after a short round not counted."""
+    length = seconds / (runs * len(contenders))
+    for run in contenders.values():
+        run(length / 4)
+    return in_turns({name: partial(run, length) for name, run in contenders.items()}, runs)
+
+
+def rate(windows: Sequence[Window]) -> float:
+    """Median samples a second."""
+    return median(window.samples / window.seconds for window in windows)
+
+
+def ratio(ours: Sequence[Window], theirs: Sequence[Window]) -> float:
+    """Median over rounds of our rate over theirs: above 1, ours is faster."""
+    return median((a.samples / a.seconds) / (b.samples / b.seconds) for a, b in zip(ours, theirs))
+
+
+def wait_share(windows: Sequence[Window]) -> float:
+    """Median share of the time for which the consumer waited."""
+    return median(window.wait_s / window.seconds for window in windows)
+
+
+def largest_share(shares: Mapping[str, float]) -> str:
+    """A bottleneck in words."""
+    largest = max(shares, key=shares.__getitem__)
+    return f"{largest} ({shares[largest]:.0%} of the time)"
+
+
+def stream_window(
+    start: Callable[[], Generator[Any, None, None]],
+    consume: Callable[[Any], object],
+    stats: EngineStats,
+    batch_size: int,
+    device: torch.device,
+    seconds: float,
+) -> Window:
+    """A window over a stream of batches, in its steady state. ``start`` begins the stream, which is closed at the end,
+    so that its threads leave the other contenders alone; ``consume`` takes each batch; ``stats`` are those of the
+    engine behind it; ``device`` is waited for at both ends of the window.
+    """
+    stream = start()
+    try:
+        # Slow consumers (a large network on a CPU) fill the ring at once: for them two batches are warm-up enough.
+        warm_until = time.perf_counter() + seconds
+        for number in range(WARM_BATCHES):
+            if number >= 2 and time.perf_counter() > warm_until:
+                break
+            consume(next(stream))
+        synchronize(device)
+        before, thread = replace(stats), time.thread_time()
+        process, started, batches = time.process_time(), time.perf_counter(), 0
+        while batches == 0 or time.perf_counter() - started < seconds:
+            consume(next(stream))
+            batches += 1
+        synchronize(device)
+        elapsed, process = time.perf_counter() - started, time.process_time() - process
+        thread = time.thread_time() - thread
+        return Window(
+            elapsed,
+            batches * batch_size,
+            decoded=stats.samples - before.samples,
+            host_cpu_s=stats.host_cpu_s - before.host_cpu_s,
+            wait_s=stats.wait_s - before.wait_s,
+            cpu_s=process,
+            colour_s=stats.colour_s - before.colour_s,
+            step_cpu_s=thread - (stats.consumer_cpu_s - before.consumer_cpu_s),
+        )
+    finally:
+        stream.close()
+
+
+#: By the kind of device: bytes of the copy, several times any cache, and the side of the square matrices.
+LIMITS = {"cpu": (2**26, 1024), "cuda": (2**29, 8192)}
+
+
+def copy_limit(device: torch.device) -> tuple[Callable[[], object], int]:
+    """A call that copies memory, on a CPU with all of torch's threads, and its bytes, read and written counted."""
+    source = torch.zeros(LIMITS[device.type][0], dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source), 2 * source.numel()
+
+
+def product_limit(device: torch.device, dtype: torch.dtype) -> tuple[Callable[[], object], int]:
+    """A call that multiplies square matrices, and its operations, two for a multiplication with its addition."""
+    side = LIMITS[device.type][1]
+    left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    return lambda: left @ right, 2 * side**3
 
 
 def peak_extra_bytes(run: Callable[[], object], device: torch.device | str) -> int:
@@ -113,8 +237,7 @@ def peak_extra_bytes(run: Callable[[], object], device: torch.device | str) -> i
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
     events = traced(run, ProfilerActivity.CPU, profile_memory=True)
-    changes = [event for event in events if event.get("name") == "[memory]"]
-    changes.sort(key=lambda event: event["ts"])
+    changes = sorted((event for event in events if event.get("name") == "[memory]"), key=lambda event: event["ts"])
     return int(np.cumsum([event["args"]["Bytes"] for event in changes]).max(initial=0))
 
 
@@ -133,8 +256,7 @@ def busy_share(run: Callable[[], object], device: torch.device) -> tuple[float, 
     """Share of a run's time for which a kernel or copy was on the GPU, and how many there were; None on a CPU, or where
     the profiler sees no kernels.
 
-    What is left is the GPU waiting for the host. The profiler itself slows the host a little, so the share is a lower
-    bound.
+    What is left is the GPU waiting for the host. The profiler slows the host a little: the share is a lower bound.
     """
     if device.type != "cuda":
         return None
@@ -154,9 +276,3 @@ def busy_of_spans(spans: list[tuple[float, float]]) -> float:
     begin, end = np.array(sorted(spans)).T
     reached = np.concatenate([begin[:1], np.maximum.accumulate(end)])
     return float(np.maximum(0, end - np.maximum(begin, reached[:-1])).sum() / (reached[-1] - begin[0]))
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait until ``device`` has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

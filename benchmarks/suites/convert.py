@@ -1,4 +1,5 @@
-"""The converter, in photos a second: copying JPEGs through as they are, and re-encoding them at a smaller size.
+"""The converter, in photos a second: copying JPEGs through as they are, and re-encoding them at a smaller size; its
+peer is ffcv's own writer over the same photos.
 
 Every contender of a mode does one whole run over the same photos in its turn, into a new file that is removed before
 the next turn. The sources come from the page cache, where the first round has put them; the results go to the disk.
@@ -6,27 +7,25 @@ the next turn. The sources come from the page cache, where the first round has p
 
 from __future__ import annotations
 
-import contextlib
 import io
-import itertools
 import os
-import statistics
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stderr, suppress
+from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
-import simplejpeg
 from PIL import Image
 
 from fastssl.benchmarks.harness.photos import ensure_photos
 from fastssl.benchmarks.harness.records import Record
 from fastssl.benchmarks.harness.setting import Setting
-from fastssl.benchmarks.harness.windows import Contender, Window, largest_share, measure_windows, rate, ratio
-from fastssl.benchmarks.suites.ffcv_writer import FfcvWriter
+from fastssl.benchmarks.harness.timing import Contender, Window, largest_share, measure_windows, rate, ratio
 from fastssl.errors import FastSSLError, counted
 from fastssl.pipelines.beton.reader import BetonReader
 from fastssl.pipelines.convert.conversion import convert
@@ -53,11 +52,7 @@ def write_tree(folder: Path, count: int) -> None:
 
 
 class Convert:
-    """The converter itself, one whole run a turn, without what a stopped run would need.
-
-    Attributes:
-        last: what the last run did.
-    """
+    """The converter itself, a whole run a turn, without what a stopped run would need. ``last``: what it did."""
 
     def __init__(self, source: Path, count: int, options: ConvertOptions, folder: Path):
         self.source, self.count, self.options, self.folder = source, count, options, folder
@@ -71,30 +66,20 @@ class Convert:
         return Window(elapsed, self.count, cpu_s=cpu)
 
 
-class BareCopy:
-    """A plain copy of the photos' bytes into one file, brought to the disk once at the end: no look at them, no
-    tables.
-    """
-
-    def __init__(self, listing: Listing, chosen: Sequence[int], folder: Path):
-        self.listing, self.chosen, self.folder = listing, chosen, folder
-
-    def __call__(self, seconds: float) -> Window:
-        with tempfile.TemporaryFile(dir=self.folder, buffering=1 << 20) as file:
-            started = time.perf_counter()
-            for number in self.chosen:
-                file.write(self.listing.read(number))
-            file.flush()
-            os.fsync(file.fileno())
-            return Window(time.perf_counter() - started, len(self.chosen))
+def bare_copy(listing: Listing, chosen: Sequence[int], folder: Path, seconds: float) -> Window:
+    """A plain copy of the photos' bytes into one file, synced once at the end: no look at them, no tables."""
+    with tempfile.TemporaryFile(dir=folder, buffering=1 << 20) as file:
+        started = time.perf_counter()
+        for number in chosen:
+            file.write(listing.read(number))
+        file.flush()
+        os.fsync(file.fileno())
+        return Window(time.perf_counter() - started, len(chosen))
 
 
 class BareLoop:
     """Nothing but the work on the pixels: decode, scale, encode, with the converter's libraries on ``threads`` threads;
-    the result is dropped.
-
-    Attributes:
-        spent: processor time in seconds of all runs so far, by stage.
+    the result is dropped. ``spent``: processor time in seconds of all runs so far, by stage.
     """
 
     STAGES = ("reading", "decoding", "scaling", "encoding")
@@ -109,10 +94,8 @@ class BareLoop:
         with ThreadPoolExecutor(self.threads) as pool:
             try:
                 parts = list(pool.map(lambda _: self._loop(waiting), range(self.threads)))
-            except BaseException:  # Ctrl-C too: what is left is taken from the threads, which the pool waits for
-                for _ in waiting:
-                    pass
-                raise
+            finally:  # Ctrl-C too: what is left is taken from the threads, which the pool waits for
+                list(waiting)
         elapsed = time.perf_counter() - started
         self.spent += np.sum(parts, axis=0)
         return Window(elapsed, len(self.chosen), host_cpu_s=float(np.sum(parts)))
@@ -122,31 +105,29 @@ class BareLoop:
         """Of each stage in ``spent``; stages that never ran are left out."""
         return {name: float(spent / self.spent.sum()) for name, spent in zip(self.STAGES, self.spent) if spent}
 
-    def _loop(self, waiting: Iterator[int]) -> list[float]:
+    def _loop(self, waiting: Iterator[int]) -> np.ndarray:
         """One thread's processor time in each stage, in seconds."""
-        spent = [0.0] * len(self.STAGES)
+        spent = np.zeros(len(self.STAGES))
         for number in waiting:
             times = [time.thread_time()]
-            data = self.listing.read(number)
-            times.append(time.thread_time())
-            with contextlib.suppress(
-                Exception
-            ):  # a damaged photo, whose decoder raises anything at all: the converter goes on, too
-                self._photo(data, times)
-            for stage, (begin, end) in enumerate(itertools.pairwise(times)):
-                spent[stage] += end - begin
+            with suppress(Exception):  # decoders raise anything for damaged photos: the converter goes on, too
+                for _ in self._stages(number):
+                    times.append(time.thread_time())
+            spent[: len(times) - 1] += np.diff(times)
         return spent
 
-    def _photo(self, data: bytes, times: list[float]) -> None:
+    def _stages(self, number: int) -> Iterator[None]:
+        """Work on one photo; yields behind each stage."""
+        data = self.listing.read(number)
+        yield
         pixels = _decode(data, self.options)
-        times.append(time.thread_time())
-        height, width, _ = pixels.shape
-        size = self.options.target_size(height, width)
-        if size != (height, width):
+        yield
+        size = self.options.target_size(*pixels.shape[:2])
+        if size != pixels.shape[:2]:
             pixels = np.asarray(Image.fromarray(pixels).resize((size[1], size[0]), Image.Resampling.LANCZOS))
-            times.append(time.thread_time())
+            yield
             jpeg.encode(pixels, self.options.quality)
-            times.append(time.thread_time())
+            yield
 
 
 def _decode(data: bytes, options: ConvertOptions) -> np.ndarray:
@@ -154,36 +135,91 @@ def _decode(data: bytes, options: ConvertOptions) -> np.ndarray:
     converter does it.
     """
     if data[:3] != b"\xff\xd8\xff":
-        return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+        return _by_pillow(data)
     height, width, *_ = jpeg.read_header(data)
     goal = options.target_size(height, width)
     far = height >= 4 * goal[0] and width >= 4 * goal[1]
-    scale = {"min_height": 2 * goal[0], "min_width": 2 * goal[1], "min_factor": 2} if far else {}
-    pixels: np.ndarray = simplejpeg.decode_jpeg(data, colorspace="RGB", strict=True, **scale)
-    return pixels
+    return jpeg.decode(data, at_least=(2 * goal[0], 2 * goal[1]) if far else None)
+
+
+def _by_pillow(data: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+
+
+class FfcvWriter:
+    """ffcv's ``DatasetWriter`` with as many processes as the converter has threads, as its documentation shows it; it
+    does not wait for the disk. It is itself the indexable data set of (picture, label) that the writer takes.
+
+    It has no copying through: every JPEG is re-encoded. It scales to a longest side, which is set to the median of
+    what the converter's option gives; photos that Pillow cannot read are left out, because one of them would stop the
+    writer for good. Raises FastSSLError where ffcv is not installed, or Pillow can read none of the photos.
+    """
+
+    NAME = "ffcv's DatasetWriter"
+
+    def __init__(self, listing: Listing, chosen: Sequence[int], options: ConvertOptions, folder: Path):
+        if problem := engine_state("ffcv").problem:
+            raise FastSSLError(f"ffcv's writer cannot run here: {problem}")
+        self.listing, self.folder, self.options = listing, folder, options
+        self.readable: list[int] = []
+        sides, scaled = [], []
+        for number in chosen:
+            with suppress(Exception):  # decoders raise anything at all for damaged input
+                height, width, _ = _by_pillow(listing.read(number)).shape
+                self.readable.append(number)
+                sides.append(max(height, width))
+                scaled.append(max(options.target_size(height, width)))
+        if not sides:
+            raise FastSSLError(f"{listing.source}: Pillow can read none of its {len(chosen)} photos")
+        self.max_side = None if scaled == sides else round(median(scaled))
+
+    def __len__(self) -> int:
+        return len(self.readable)
+
+    def __getitem__(self, position: int) -> tuple[np.ndarray, int]:
+        number = self.readable[position]
+        return _by_pillow(self.listing.read(number)), int(self.listing.labels[number])
+
+    def __call__(self, seconds: float) -> Window:
+        with tempfile.TemporaryDirectory(dir=self.folder) as folder:
+            started = time.perf_counter()
+            self.write(Path(folder) / "photos.beton")
+            return Window(time.perf_counter() - started, len(self))
+
+    def write(self, path: Path) -> None:
+        """Write the file ``path`` once."""
+        from ffcv.fields import IntField, RGBImageField
+        from ffcv.writer import DatasetWriter
+
+        workers = self.options.workers or 1
+        image = RGBImageField(write_mode="jpg", max_resolution=self.max_side, jpeg_quality=self.options.quality)
+        # A sample that does not fit its page stops the writer for good, too.
+        page = max(2**23, 2 ** int(np.ceil(np.log2(4 * self.listing.sizes[self.readable].max()))))
+        writer = DatasetWriter(str(path), {"image": image, "label": IntField()}, page_size=page, num_workers=workers)
+        # Its usual portions of 100 photos would leave processes idle when there are few.
+        portion = max(1, min(100, len(self) // (4 * workers)))
+        with redirect_stderr(io.StringIO()):  # its progress bar
+            writer.from_indexed_dataset(self, chunksize=portion)
 
 
 def run(setting: Setting) -> list[Record]:
     """Measure the conversion of one source: ``data`` is ``synthetic`` (``photos`` JPEGs made here, written as a tree of
     class folders), or a folder or tar as ``convert-imagenet`` takes it, of which at most ``photos``, evenly spaced, are
-    converted. The peer is ffcv's writer, where that is installed.
+    converted. The peer is ffcv's writer, where that is installed. Raises FastSSLError where the source cannot be read,
+    or the folder not be written to.
 
     Returns:
         One record for each of MODES (``details["part"]``). The ceiling of ``copy`` is a plain copy of the same bytes
         with ``fsync``, that of re-encoding a bare loop over the pixels' work on as many threads.
         ``details["share"]``: of a run's time, by what that loop took.
-
-    Raises:
-        FastSSLError: the source cannot be read, or the folder not be written to.
     """
     data, folder, photos = setting.data, setting.folder, setting.photos
     problem = engine_state("ffcv").problem if setting.peers else None
     try:
         temporary = tempfile.TemporaryDirectory(prefix="fastssl-bench-", dir=folder)
     except OSError as error:
-        raise FastSSLError(
-            f"{folder or tempfile.gettempdir()}: cannot write temporary files: {error.strerror}"
-        ) from error
+        where = folder or tempfile.gettempdir()
+        raise FastSSLError(f"{where}: cannot write temporary files: {error.strerror}") from error
     with temporary as name:
         source = Path(name) / "photos" if data == "synthetic" else Path(data)
         if data == "synthetic":
@@ -191,12 +227,8 @@ def run(setting: Setting) -> list[Record]:
         with list_source(source) as listing:
             count = min(photos, len(listing))
             chosen = (np.arange(count) * len(listing) // count).tolist()
-            sizes = listing.sizes[chosen]
-            about = {
-                "name": data if data == "synthetic" else source.name,
-                "samples": count,
-                "bytes": round(float(sizes.mean())),
-            }
+            size = round(float(listing.sizes[chosen].mean()))
+            about = {"name": data if data == "synthetic" else source.name, "samples": count, "bytes": size}
             about = {"data": about, "missing": {"ffcv": problem} if problem else {}}
             peer = setting.peers and not problem
             return [_measure(setting, listing, chosen, part, Path(name), peer, about) for part in MODES]
@@ -206,20 +238,17 @@ def _measure(
     setting: Setting, listing: Listing, chosen: list[int], part: str, folder: Path, peer: bool, about: dict[str, Any]
 ) -> Record:
     """One mode's record."""
-    workers = setting.threads
-    options = ConvertOptions(workers=workers, limit=len(chosen), resume=False, **MODES[part])
-    ours, loop = Convert(listing.source, len(chosen), options, folder), BareLoop(listing, chosen, options, workers)
+    workers, count = setting.threads, len(chosen)
+    options = ConvertOptions(workers=workers, limit=count, resume=False, **MODES[part])
+    ours, loop = Convert(listing.source, count, options, folder), BareLoop(listing, chosen, options, workers)
     contenders: dict[str, Contender] = {"ours": ours, "loop": loop}
+    top, top_name = "loop", f"bare decode, scale and encode loop, {counted(workers, 'thread')}"
     if part == "copy":
-        contenders["copy"] = BareCopy(listing, chosen, folder)
+        top, top_name = "copy", "plain copy of the same bytes, with fsync"
+        contenders["copy"] = partial(bare_copy, listing, chosen, folder)
     if peer:
         contenders["peer"] = FfcvWriter(listing, chosen, options, folder)
     windows = measure_windows(contenders, seconds=1.0, runs=setting.runs)  # whole runs, however long they take
-    top = "copy" if part == "copy" else "loop"
-    names = {
-        "copy": "plain copy of the same bytes, with fsync",
-        "loop": f"bare decode, scale and encode loop, {counted(workers, 'thread')}",
-    }
     pair_per_s, fraction = rate(windows["ours"]), ratio(windows["ours"], windows[top])
     of_loop = ratio(windows["ours"], windows["loop"])
     share = {stage: of_the_loop * min(1.0, of_loop) for stage, of_the_loop in loop.shares.items()}
@@ -230,27 +259,25 @@ def _measure(
     assert ours.last is not None  # it has run
     details = {
         "part": part,
-        "photos": len(chosen),
-        "copied": ours.last.copied,
-        "reencoded": ours.last.reencoded,
-        "rejected": ours.last.rejected,
+        "photos": count,
+        **{name: getattr(ours.last, name) for name in ("copied", "reencoded", "rejected")},
         "bytes_in": int(listing.sizes[chosen].sum()),
         "bytes_out": ours.last.bytes,
         "share": share,
         "loop_per_s": rate(windows["loop"]),
-        "cpu_s": statistics.median(window.cpu_s for window in windows["ours"]),
+        "cpu_s": median(window.cpu_s for window in windows["ours"]),
         **about,
     }
     if peer:
-        details["peer_median_s"] = len(chosen) / rate(windows["peer"])
+        details["peer_median_s"] = count / rate(windows["peer"])
     return setting.record(
         "convert",
         pipeline="native",
         workers=workers,
         pair_per_s=pair_per_s,
-        median_s=len(chosen) / pair_per_s,
+        median_s=count / pair_per_s,
         ceiling=pair_per_s / fraction,
-        ceiling_name=names[top],
+        ceiling_name=top_name,
         fraction_of_ceiling=fraction,
         bottleneck=words,
         peer=FfcvWriter.NAME if peer else None,

@@ -1,7 +1,7 @@
 """The loader, stage by stage: what the host's decoding can give at most, what the engine makes of it, and what arrives
 as views.
 
-Three records for each setting:
+Three records for each setting (``details["part"]``):
 
 ``decode``      the engine with its device stage left out, beside a bare loop over the same JPEGs with the same
                 binding on as many threads
@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -26,18 +27,10 @@ import simplejpeg
 import torch
 from torch import Tensor
 
+from fastssl.benchmarks.harness import timing
 from fastssl.benchmarks.harness.records import Record
 from fastssl.benchmarks.harness.setting import RecipeSetting, rates
-from fastssl.benchmarks.harness.windows import (
-    Contender,
-    Window,
-    largest_share,
-    measure_windows,
-    rate,
-    ratio,
-    stream_window,
-    wait_share,
-)
+from fastssl.benchmarks.harness.timing import Contender, Window, rate, ratio
 from fastssl.errors import counted
 from fastssl.pipelines.beton.format import MODE_RAW
 from fastssl.pipelines.beton.reader import BetonReader
@@ -82,9 +75,7 @@ def requests_of(loader: ViewLoader) -> Iterator[Callable[[], Request]]:
 
 class BareLoop:
     """Nothing but the work itself: the same JPEGs through the same binding, on ``threads`` threads that share nothing.
-
-    Args:
-        specs: also cut these views from each picture, as the engine's host crops do; empty: only decode.
+    It also cuts the views ``specs`` from each picture, as the engine's host crops do.
     """
 
     def __init__(self, reader: BetonReader, threads: int, specs: Sequence[ViewSpec] = ()):
@@ -101,12 +92,13 @@ class BareLoop:
 
     def _loop(self, number: int, deadline: float) -> tuple[int, float]:
         """One thread's pictures and its processor time in seconds."""
-        cpu = time.thread_time()
+        cpu, done = time.thread_time(), 0
         reader, count = self.reader, len(self.reader)
         scratch = np.empty(int((reader.heights.astype(np.int64) * reader.widths).max()) * 3, np.uint8)
         outs = [np.empty((spec.count, 1, spec.size, spec.size, 3), np.uint8) for spec in self.specs]
-        # Each thread begins elsewhere: two that decode the same picture would share the caches' content.
-        for done in itertools.count(1):
+        while done == 0 or time.perf_counter() < deadline:
+            done += 1
+            # Each thread begins elsewhere: two that decode the same picture would share the caches' content.
             sample = (number * count // self.threads + done) % count
             height, width = int(reader.heights[sample]), int(reader.widths[sample])
             picture = scratch[: height * width * 3].reshape(height, width, 3)
@@ -116,27 +108,17 @@ class BareLoop:
                 simplejpeg.decode_jpeg(reader.encoded(sample), colorspace="RGB", buffer=picture, strict=True)
             for boxes, spec, out in zip(self.boxes, self.specs, outs):
                 crop_resize_host(picture, boxes[sample], spec, out, 0)
-            if time.perf_counter() >= deadline:
-                return done, time.thread_time() - cpu
-        raise AssertionError("unreachable: itertools.count does not end")
+        return done, time.thread_time() - cpu
 
 
 def run(setting: RecipeSetting) -> list[Record]:
     """Measure one recipe's loader on one file.
 
-    Of the engines ``dali`` and ``ffcv`` only the whole loader is measured: their stages cannot be taken apart.
-
-    Returns:
-        The records ``decode``, ``host cost`` and ``views`` (``details["part"]``). A pair is one source picture with all
-        views of the recipe, and ``median_s`` the time of one batch.
+    Of the engines ``dali`` and ``ffcv`` only the whole loader (``views``) is measured: their stages cannot be taken
+    apart. A pair is one source picture with all views of the recipe, and ``median_s`` the time of one batch.
     """
-    device, threads, size, engine, specs = (
-        setting.device,
-        setting.threads,
-        setting.batch,
-        setting.pipeline,
-        setting.recipe.views,
-    )
+    device, threads, size, engine = setting.device, setting.threads, setting.batch, setting.pipeline
+    specs, on_cpu = setting.recipe.views, setting.on_cpu
     # One global view; the recipe's two; two global and six local ones. The host does not look at a view's size when
     # crops run on the device.
     single, pair = replace(specs[0], count=1), replace(specs[0], count=2)
@@ -145,13 +127,10 @@ def run(setting: RecipeSetting) -> list[Record]:
     with ExitStack() as opened:
         reader, about = opened.enter_context(setting.open())
         whole = opened.enter_context(open_loader(reader, specs, size, device, workers=threads, pipeline=engine))
-        contenders: dict[str, Contender] = {
-            "bare, 1 thread": BareLoop(reader, 1),
-            "bare": BareLoop(reader, threads),
-        }
+        contenders: dict[str, Contender] = {"bare, 1 thread": BareLoop(reader, 1), "bare": BareLoop(reader, threads)}
 
         def stream(start: Callable[[], Generator[Any, None, None]], engine: Engine) -> Contender:
-            return partial(stream_window, start, lambda batch: None, engine.stats, size, device)
+            return partial(timing.stream_window, start, lambda batch: None, engine.stats, size, device)
 
         def decoding(views: list[ViewSpec]) -> Contender:
             loader = opened.enter_context(open_loader(reader, views, size, device, workers=threads, crops="device"))
@@ -160,63 +139,49 @@ def run(setting: RecipeSetting) -> list[Record]:
             return stream(lambda: decoder.run(requests_of(loader)), decoder)
 
         contenders |= {name: decoding(views) for name, views in groups.items()}
-        if setting.on_cpu:
+        if on_cpu:
             contenders["bare crops"] = BareLoop(reader, threads, specs)
             contenders["crops"] = stream(lambda: whole.engine.run(requests_of(whole)), whole.engine)
         contenders["views"] = stream(lambda: endless(whole), whole.engine)
-        windows = measure_windows(contenders, seconds=setting.seconds, runs=setting.runs)
+        windows = timing.measure_windows(contenders, seconds=setting.seconds, runs=setting.runs)
 
-    def record(part: str, ceiling_name: str, bottleneck: str | None, details: dict, **rate_fields: float) -> Record:
-        crops = "host" if setting.on_cpu else "device"
-        about_run = {"part": part, "data": about, "crops": crops, "seconds": setting.seconds}
-        return setting.record(
-            "loader",
-            pipeline=engine,
-            workers=threads,
-            ceiling_name=ceiling_name,
-            bottleneck=bottleneck,
-            details={**about_run, **details},
-            **rate_fields,
-        )
+    about_run = {"data": about, "crops": "host" if on_cpu else "device", "seconds": setting.seconds}
+
+    def record(part: str, ceiling: str, bottleneck: str | None, details: dict, rated: dict[str, float]) -> Record:
+        values = {"ceiling_name": ceiling, "bottleneck": bottleneck, "details": {"part": part, **about_run, **details}}
+        return setting.record("loader", pipeline=engine, workers=threads, **values, **rated)
 
     def of(mine: str, ceiling: str) -> dict[str, float]:
         return rates(rate(windows[mine]), size, setting.views, ratio(windows[mine], windows[ceiling]))
 
-    bare = {"bare_per_s": rate(windows["bare"]), "bare_per_s_1_thread": rate(windows["bare, 1 thread"])}
     words, shares = _bottleneck(windows)
-    top = "bare crops" if setting.on_cpu else "bare"
-    found = record(
-        "views",
-        f"bare decode {'and crop loop' if setting.on_cpu else 'loop'}, {counted(threads, 'thread')}",
-        words,
-        {**bare, **shares, "consumer_wait_share": wait_share(windows["views"])},
-        **of("views", top),
-    )
+    bare = {"bare_per_s": rate(windows["bare"]), "bare_per_s_1_thread": rate(windows["bare, 1 thread"])}
+    waits = {"consumer_wait_share": timing.wait_share(windows["views"])}
+    loop, on_threads = "bare crops" if on_cpu else "bare", counted(threads, "thread")
+    ceiling = f"bare decode {'and crop loop' if on_cpu else 'loop'}, {on_threads}"
+    found = [record("views", ceiling, words, {**bare, **shares, **waits}, of("views", loop))]
     if not groups:
-        return [found]
+        return found
 
     cost = {key: [1e3 * w.host_cpu_s / max(w.decoded, 1) for w in windows[key]] for key in ("bare", *groups)}
 
     def growth(key: str, base: str) -> float:
         return float(np.median([more / one for more, one in zip(cost[key], cost[base])]))
 
-    decode = {
-        **bare,
-        "threads_help": ratio(windows["bare"], windows["bare, 1 thread"]),
-        "host_cpu_of_bare": growth("2 views", "bare"),
-    }
+    help_of = {"threads_help": ratio(windows["bare"], windows["bare, 1 thread"])}
+    decode = {**bare, **help_of, "host_cpu_of_bare": growth("2 views", "bare")}
     host: dict[str, Any] = {
         "rates": "per processor second, of 2 + 6 views",
-        "host_cpu_ms": {key: float(np.median(values)) for key, values in cost.items()},
+        "host_cpu_ms": {key: median(values) for key, values in cost.items()},
         "times_1_view": {key: growth(key, "1 view") for key in groups},
         "times_2_views": growth("2 + 6 views", "2 views"),
     }
     # Photos a second of one core that does nothing else, with the most views; beside the bare loop's.
     alone = rates(1e3 / host["host_cpu_ms"]["2 + 6 views"], size, 8, 1 / growth("2 + 6 views", "bare"))
     return [
-        record("decode", f"bare decode loop, {counted(threads, 'thread')}", "decode", decode, **of("2 views", "bare")),
-        record("host cost", "bare decode loop, per processor second", "decode", host, **alone),
-        found,
+        record("decode", f"bare decode loop, {on_threads}", "decode", decode, of("2 views", "bare")),
+        record("host cost", "bare decode loop, per processor second", "decode", host, alone),
+        *found,
     ]
 
 
@@ -235,4 +200,4 @@ def _bottleneck(windows: dict[str, list[Window]]) -> tuple[str | None, dict[str,
     crops = min(1.0, max(decode, ratio(windows["views"], windows["bare crops"])))
     shares = {"decode": decode, "crop": crops - decode, "colour and hand-over": 1 - crops}
     details = {"share": shares, "engine_crops_of_bare_crops": ratio(windows["crops"], windows["bare crops"])}
-    return largest_share(shares), details
+    return timing.largest_share(shares), details

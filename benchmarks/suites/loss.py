@@ -26,9 +26,8 @@ def run(setting: RecipeSetting) -> list[Record]:
     A run is one call of the loss and its backward pass: a batch of queries against one positive each and the queue. The
     symmetric loss makes two calls a pair, so ``view_per_s`` is batch over ``median_s`` and ``pair_per_s`` half of it.
 
-    Returns:
-        One record, of the kernel, with ``ratio_to_peer`` and in ``details`` the peer's times, the ratio of processor
-        times and the peak extra memory of both in bytes.
+    The one record is the kernel's; its ``details`` hold the peer's times too, the ratio of processor times and the peak
+    extra memory of both in bytes.
     """
     if setting.recipe.method != "moco":
         raise FastSSLError(
@@ -39,10 +38,8 @@ def run(setting: RecipeSetting) -> list[Record]:
     queue, dim, batch_size = moco.queue, moco.projector.out, setting.batch_size or setting.recipe.train.batch_size
     target = (moco.temperature, moco.smoothing, moco.weighting, moco.neighbors)
     generator = torch.Generator().manual_seed(0)
-    queries, keys, negatives = (
-        F.normalize(torch.randn(rows, dim, generator=generator), dim=1).to(device)
-        for rows in (batch_size, batch_size, queue)
-    )
+    drawn = [torch.randn(rows, dim, generator=generator) for rows in (batch_size, batch_size, queue)]
+    queries, keys, negatives = (F.normalize(rows, dim=1).to(device) for rows in drawn)
     queries.requires_grad_()
     criterion = SmoothedInfoNCE(*target)
 
@@ -65,32 +62,31 @@ def run(setting: RecipeSetting) -> list[Record]:
             torch.mm(tile, queries.t(), out=part)
             gradient.addmm_(part.t(), tile)
 
-    timings = measure_in_turns(
-        {"kernel": kernel, "peer": peer, "ceiling": products_alone}, device=device, runs=setting.runs
-    )
-    ours, theirs, ceiling = timings["kernel"], timings["peer"], timings["ceiling"]
+    contenders = {"kernel": kernel, "peer": peer, "ceiling": products_alone}
+    ours, theirs, ceiling = measure_in_turns(contenders, device=device, runs=setting.runs).values()
     fraction = 1 / ceiling.times_faster_than(ours)
-    return [
-        setting.record(
-            "loss",
-            **{**rates(batch_size / ours.median_s / 2, batch_size, 2, fraction), "median_s": ours.median_s},
-            ceiling_name="the two matrix products with the queue alone",
-            bottleneck="matrix products" if fraction >= 0.5 else "exponentials and the search for the nearest",
-            peer=PEER,
-            ratio_to_peer=ours.times_faster_than(theirs),
-            details={
-                "queue": queue,
-                "dim": dim,
-                "weighting": moco.weighting,
-                "neighbors": criterion.neighbors,
-                "smoothing": moco.smoothing,
-                "threads": torch.get_num_threads(),
-                "cpu_s": ours.median_cpu_s,
-                "peer_median_s": theirs.median_s,
-                "peer_cpu_s": theirs.median_cpu_s,
-                "ratio_to_peer_cpu": ours.times_less_cpu_than(theirs),
-                "peak_extra_bytes": peak_extra_bytes(kernel, device),
-                "peer_peak_extra_bytes": peak_extra_bytes(peer, device),
-            },
-        )
-    ]
+    details = {
+        "queue": queue,
+        "dim": dim,
+        "weighting": moco.weighting,
+        "neighbors": criterion.neighbors,
+        "smoothing": moco.smoothing,
+        "threads": torch.get_num_threads(),
+        "cpu_s": ours.median_cpu_s,
+        "peer_median_s": theirs.median_s,
+        "peer_cpu_s": theirs.median_cpu_s,
+        "ratio_to_peer_cpu": ours.times_less_cpu_than(theirs),
+        "peak_extra_bytes": peak_extra_bytes(kernel, device),
+        "peer_peak_extra_bytes": peak_extra_bytes(peer, device),
+    }
+    values = {**rates(batch_size / ours.median_s / 2, batch_size, 2, fraction), "median_s": ours.median_s}
+    record = setting.record(
+        "loss",
+        **values,
+        ceiling_name="the two matrix products with the queue alone",
+        bottleneck="matrix products" if fraction >= 0.5 else "exponentials and the search for the nearest",
+        peer=PEER,
+        ratio_to_peer=ours.times_faster_than(theirs),
+        details=details,
+    )
+    return [record]

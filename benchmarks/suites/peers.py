@@ -13,7 +13,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import random
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import partial
@@ -24,11 +24,11 @@ import numpy as np
 import torch
 import torchvision.transforms as T
 from PIL import Image, ImageFilter
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 from fastssl.benchmarks.harness.records import Record
 from fastssl.benchmarks.harness.setting import CPU_BATCH, Setting, rates
-from fastssl.benchmarks.harness.windows import Contender, measure_windows, rate, ratio, stream_window
+from fastssl.benchmarks.harness.timing import Contender, measure_windows, rate, ratio, stream_window
 from fastssl.benchmarks.suites.loader import BareLoop, endless, open_loader, requests_of
 from fastssl.errors import counted
 from fastssl.pipelines.beton.reader import BetonReader
@@ -39,82 +39,68 @@ from fastssl.pipelines.plan.draw import ViewSpec
 #: The two views of MoCo-v2, and the same without colour.
 AUGMENTED = ViewSpec(size=224, count=2, area=(0.2, 1.0))
 CROPS = replace(AUGMENTED, jitter=0.0, grey=0.0, blur=0.0)
-_MEAN, _STD = AUGMENTED.mean, AUGMENTED.std
-
-#: The contender that is the ceiling of all others.
-BARE = ("bare", "bare")
+ENGINES = ("native", "dali", "ffcv")
 
 Stream = Callable[[], Generator[Any, None, None]]
 
 
-# ---------------------------------------------------------------------- DataLoader with Pillow
+class PillowPhotos(Dataset):
+    """Photos of a ``.beton`` file through Pillow, as of a folder of JPEGs; ``transform`` makes the views of one."""
+
+    def __init__(self, path: Path, transform: Callable[[Image.Image], Any]):
+        self.path, self.transform = path, transform
+        self._reader: BetonReader | None = None
+        with BetonReader(path) as reader:
+            self._length = len(reader)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> Any:
+        if self._reader is None:  # in the worker: this is how a careful user writes it
+            self._reader = BetonReader(self.path)
+        return self.transform(Image.open(io.BytesIO(self._reader.encoded(index).tobytes())).convert("RGB"))
 
 
-class _Photos(IterableDataset):
-    """Photos forever, in random order, decoded by Pillow; ``transform(picture)`` is called once a view."""
-
-    def __init__(self, path: Path, transform: Callable[[Image.Image], Any], views: int = 2):
-        self.path, self.transform, self.views = path, transform, views
-
-    def __iter__(self) -> Iterator[Any]:
-        # Opened here, in the worker: a map that is inherited would do, but this is how a careful user writes it.
-        with BetonReader(self.path) as reader:
-            while True:
-                for sample in torch.randperm(len(reader)).tolist():
-                    picture = Image.open(io.BytesIO(reader.encoded(sample).tobytes())).convert("RGB")
-                    yield (
-                        self.transform(picture)
-                        if self.views == 1
-                        else tuple(self.transform(picture) for _ in range(self.views))
-                    )
+def _twice(transform: Callable[[Image.Image], Any], picture: Image.Image) -> tuple[Any, Any]:
+    return transform(picture), transform(picture)
 
 
-def _as_bytes(picture: Image.Image) -> torch.Tensor:
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
-
-
-class _PillowBlur:
+def _blurred(picture: Image.Image) -> Image.Image:
     """MoCo's blur: Pillow's, sigma uniform in 0.1 .. 2."""
-
-    def __call__(self, picture: Image.Image) -> Image.Image:
-        return picture.filter(ImageFilter.GaussianBlur(random.uniform(*AUGMENTED.blur_sigma)))
+    return picture.filter(ImageFilter.GaussianBlur(random.uniform(*AUGMENTED.blur_sigma)))
 
 
 def torchvision_crops(size: int) -> Any:
-    """torchvision's random crop and flip on Pillow pictures."""
-    return T.Compose([T.RandomResizedCrop(size, scale=CROPS.area), T.RandomHorizontalFlip(), T.Lambda(_as_bytes)])
+    """Two of torchvision's random crops and flips of a Pillow picture."""
+    transforms = [T.RandomResizedCrop(size, scale=CROPS.area), T.RandomHorizontalFlip(), T.PILToTensor()]
+    return partial(_twice, T.Compose(transforms))
 
 
 def torchvision_moco(size: int) -> Any:
-    """MoCo-v2's augmentation from torchvision's transforms."""
-    return T.Compose(
-        [
-            T.RandomResizedCrop(size, scale=AUGMENTED.area),
-            T.RandomApply([T.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
-            T.RandomGrayscale(p=0.2),
-            T.RandomApply([_PillowBlur()], p=0.5),
-            T.RandomHorizontalFlip(),
-            T.ToTensor(),
-            T.Normalize(_MEAN, _STD),
-        ]
-    )
+    """MoCo-v2's augmentation from torchvision's transforms, twice."""
+    transforms = [
+        T.RandomResizedCrop(size, scale=AUGMENTED.area),
+        T.RandomApply([T.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
+        T.RandomGrayscale(p=0.2),
+        T.RandomApply([T.Lambda(_blurred)], p=0.5),
+        T.RandomHorizontalFlip(),
+        T.ToTensor(),
+        T.Normalize(AUGMENTED.mean, AUGMENTED.std),
+    ]
+    return partial(_twice, T.Compose(transforms))
 
 
-class _Workers:
-    """A ``DataLoader`` whose worker processes live from the first stream to ``close``: they take seconds to start,
-    which is not what is measured.
-
-    Between streams they fill their queue and sleep.
+class Workers:
+    """A ``DataLoader`` without end, whose worker processes live from the first stream to ``close``: they take seconds
+    to start, which is not what is measured. Between streams they fill their queue and sleep.
     """
 
-    def __init__(self, dataset: Dataset, batch_size: int, workers: int):
+    def __init__(self, dataset: PillowPhotos, batch_size: int, workers: int):
+        sampler = RandomSampler(dataset, replacement=True, num_samples=2**40)
         # Not by fork, for our engines have threads by then.
-        options: dict[str, Any] = {
-            "prefetch_factor": 2,
-            "multiprocessing_context": "forkserver",
-            "persistent_workers": True,
-        }
-        self._loader = DataLoader(dataset, batch_size=batch_size, num_workers=workers, **options)
+        options: dict[str, Any] = {"multiprocessing_context": "forkserver", "persistent_workers": True}
+        self._loader = DataLoader(dataset, batch_size, sampler=sampler, num_workers=workers, **options)
 
     def __call__(self) -> Generator[Any, None, None]:
         yield from self._loader
@@ -122,9 +108,6 @@ class _Workers:
     def close(self) -> None:
         if self._loader._iterator is not None:
             self._loader._iterator._shutdown_workers()  # type: ignore[attr-defined]  # private
-
-
-# ---------------------------------------------------------------------- FFCV and DALI as their documentation has them
 
 
 def _ffcv_per_view(path: Path, size: int, batch_size: int, workers: int) -> Stream:
@@ -141,18 +124,10 @@ def _ffcv_per_view(path: Path, size: int, batch_size: int, workers: int) -> Stre
         image, fields = reader.image_field, reader.field_names
         repeated = np.tile(np.arange(len(reader)), max(1, -(-64 * batch_size // len(reader))))
     second = PipelineSpec(image, decoder=None, transforms=pipeline())
-    threads = torch.get_num_threads()
     pipelines = {**dict.fromkeys(fields), image: pipeline(), "second": second}
-    loader = Loader(
-        str(path),
-        batch_size,
-        workers,
-        os_cache=True,
-        order=OrderOption.RANDOM,
-        indices=repeated,
-        pipelines=pipelines,
-        seed=0,
-    )
+    options = {"os_cache": True, "order": OrderOption.RANDOM, "indices": repeated, "pipelines": pipelines, "seed": 0}
+    threads = torch.get_num_threads()
+    loader = Loader(str(path), batch_size, workers, **options)
     torch.set_num_threads(threads)
 
     def stream() -> Generator[Any, None, None]:
@@ -196,24 +171,18 @@ def _dali_per_view(path: Path, size: int, batch_size: int, workers: int) -> Stre
     return stream
 
 
-# ---------------------------------------------------------------------- the run
-
-
 def missing() -> dict[str, str]:
     """What cannot take part here, and why."""
     found = {name: problem for name in ("dali", "ffcv") if (problem := engine_state(name).problem)}
-    if not importlib.util.find_spec("lightly"):
-        found["lightly"] = "not installed"
-    return found
+    return found if importlib.util.find_spec("lightly") else {**found, "lightly": "not installed"}
 
 
 def left_out() -> list[str]:
     """`missing` in words: an engine stands for our use of it and for that of its documentation."""
-    more = {"lightly": "; pip install -e '.[peers]'"}
-    return [
-        f"{name}{'' if name == 'lightly' else ', ours and as its documentation has it'} ({problem}{more.get(name, '')})"
-        for name, problem in missing().items()
-    ]
+    lines = {name: f"{name}, ours and as its documentation has it ({why})" for name, why in missing().items()}
+    if "lightly" in lines:
+        lines["lightly"] = "lightly (not installed; pip install -e '.[peers]')"
+    return list(lines.values())
 
 
 def run(setting: Setting) -> list[Record]:
@@ -234,52 +203,42 @@ def run(setting: Setting) -> list[Record]:
     with ExitStack() as opened:
         reader, about = opened.enter_context(setting.open())
         path = reader.path
-
-        def workers(transform: Callable[[Image.Image], Any], views: int = 2) -> _Workers:
-            return opened.enter_context(closing(_Workers(_Photos(path, transform, views), batch, threads)))
-
         for part, spec in (("crops", CROPS), ("augmented", AUGMENTED)):
-            for engine in ("native", "dali", "ffcv"):
-                if engine in absent:
-                    continue
-                loader = opened.enter_context(
-                    open_loader(reader, [spec], batch, device, workers=threads, pipeline=engine)
-                )
+            for engine in (name for name in ENGINES if name not in absent):
+                options: dict[str, Any] = {"workers": threads, "pipeline": engine}
+                loader = opened.enter_context(open_loader(reader, [spec], batch, device, **options))
                 if part == "crops":  # the engine's own work: uint8 views, as the peers give them
                     add(part, engine, partial(lambda one: one.engine.run(requests_of(one)), loader), loader.stats)
                 else:
                     add(part, engine, partial(endless, loader), loader.stats)
-        for part, transform in (("crops", torchvision_crops(size)), ("augmented", torchvision_moco(size))):
-            add(part, "torchvision on Pillow in a DataLoader", workers(transform))
+        pillow = "torchvision on Pillow in a DataLoader"
+        by_pillow: list[tuple[str, str, Callable[[int], Any]]]
+        by_pillow = [("crops", pillow, torchvision_crops), ("augmented", pillow, torchvision_moco)]
         if "lightly" not in absent:
             from lightly.transforms import MoCoV2Transform
 
-            add("augmented", "lightly's MoCoV2Transform in a DataLoader", workers(MoCoV2Transform(input_size=size), 1))
+            by_pillow.append(("augmented", "lightly's MoCoV2Transform in a DataLoader", MoCoV2Transform))
+        for part, name, transform in by_pillow:
+            add(part, name, opened.enter_context(closing(Workers(PillowPhotos(path, transform(size)), batch, threads))))
         if "ffcv" not in absent:
             add("crops", "FFCV, a pipeline for each view", _ffcv_per_view(path, size, batch, threads))
         if "dali" not in absent:
             add("crops", "DALI, decoding for each view", _dali_per_view(path, size, batch, threads))
         # What no loader on as many threads can pass: the same photos decoded and cropped, and nothing else.
-        contenders[BARE] = BareLoop(reader, threads, [CROPS])
+        contenders["bare", ""] = BareLoop(reader, threads, [CROPS])
         windows = measure_windows(contenders, seconds=setting.seconds, runs=setting.runs)
-    bare = windows.pop(BARE)
+    bare = windows.pop(("bare", ""))
+    common = {"data": about, "size": size, "seconds": setting.seconds, "missing": absent}
     return [
         setting.record(
             "loader",
             device="cpu",
-            pipeline=name if name in ("native", "dali", "ffcv") else None,
+            pipeline=name if name in ENGINES else None,
             workers=threads,
             ceiling_name=f"bare decode and crop loop, {counted(threads, 'thread')}",
             peer=None if name == "native" else name,
             ratio_to_peer=None if name == "native" else ratio(windows[part, "native"], found),
-            details={
-                "part": part,
-                "loader": name,
-                "data": about,
-                "size": size,
-                "seconds": setting.seconds,
-                "missing": absent,
-            },
+            details={"part": part, "loader": name, **common},
             **rates(rate(found), batch, 2, ratio(found, bare)),
         )
         for (part, name), found in windows.items()

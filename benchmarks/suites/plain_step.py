@@ -31,15 +31,10 @@ if TYPE_CHECKING:
 class PlainLARS(torch.optim.Optimizer):
     """LARS as its paper writes it, one tensor after the other; the formula is `fastssl.optim.optimizers.LARS`'s."""
 
-    def __init__(self, groups: list[dict], lr: float, momentum: float, trust: float):
-        super().__init__(groups, {"lr": lr, "momentum": momentum, "trust": trust})
-
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]  # without a closure
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
+            for parameter in (parameter for parameter in group["params"] if parameter.grad is not None):
                 direction = parameter.grad + group["weight_decay"] * parameter
                 weight, length = parameter.norm(), direction.norm()
                 if parameter.ndim > 1 and weight > 0 and length > 0:
@@ -52,14 +47,12 @@ class PlainLARS(torch.optim.Optimizer):
 
 def plain_optimizer(model: nn.Module, config: OptimConfig, lr: float) -> torch.optim.Optimizer:
     """The recipe's optimiser in the form that goes from tensor to tensor."""
-    groups = parameter_groups(model, config)
+    groups, loops = parameter_groups(model, config), {"lr": lr, "foreach": False, "fused": False}
     if config.name == "lars":
-        return PlainLARS(groups, lr, config.momentum, config.trust)
+        return PlainLARS(groups, {"lr": lr, "momentum": config.momentum, "trust": config.trust})
     if config.name == "sgd":
-        return torch.optim.SGD(
-            groups, lr=lr, momentum=config.momentum, nesterov=config.nesterov, foreach=False, fused=False
-        )
-    return torch.optim.AdamW(groups, lr=lr, foreach=False, fused=False)
+        return torch.optim.SGD(groups, momentum=config.momentum, nesterov=config.nesterov, **loops)
+    return torch.optim.AdamW(groups, **loops)
 
 
 def has_peer(recipe: Recipe) -> bool:
@@ -69,25 +62,15 @@ def has_peer(recipe: Recipe) -> bool:
 
 
 class PlainStep:
-    """Networks, queue, optimiser and one step.
-
-    Args:
-        recipe: arch, method, optimiser; as for `TrainStep`.
-        device: where everything lives.
-        batch_size: samples a step.
-        amp: autocast to bfloat16.
-        lr: of every step.
-        seed: of the first weights, the same as `TrainStep` begins with, and of the queue.
+    """Networks, queue, optimiser and one step of ``batch_size`` samples, always at ``lr``. ``recipe``, ``device`` and
+    ``amp`` are as for `TrainStep`, and so is ``seed``, of the queue and of the first weights, which are the same.
     """
 
     def __init__(self, recipe: Recipe, device: torch.device, batch_size: int, *, amp: bool, lr: float, seed: int = 0):
         self.moco, self.device, self.amp, self.batch_size = recipe.moco, device, amp, batch_size
-        backbone = initial_backbone(recipe, seed)
-        network = new_encoder(backbone, recipe.moco.projector).to(device)
+        network = new_encoder(initial_backbone(recipe, seed), recipe.moco.projector).to(device)
         self.query = network.to(memory_format=torch.contiguous_format).train()
-        self.key = copy.deepcopy(self.query)
-        for parameter in self.key.parameters():
-            parameter.requires_grad = False
+        self.key = copy.deepcopy(self.query).requires_grad_(False)
         queue = torch.randn(recipe.moco.projector.out, recipe.moco.queue, generator=torch.Generator().manual_seed(seed))
         self.queue = functional.normalize(queue, dim=0).to(device)  # (D, K), as MoCo keeps it
         self.pointer = 0
@@ -105,7 +88,8 @@ class PlainStep:
         loss.backward()
         self.optimizer.step()
         for batch in keys:
-            self._enqueue(batch)
+            self.queue[:, self.pointer : self.pointer + len(batch)] = batch.t().to(self.queue.dtype)
+            self.pointer = (self.pointer + len(batch)) % self.queue.shape[1]
         return loss.item()
 
     @torch.no_grad()
@@ -126,11 +110,6 @@ class PlainStep:
         return dense_step(
             query.float(), key.float(), self.queue.t(), moco.temperature, moco.smoothing, moco.weighting, moco.neighbors
         )
-
-    @torch.no_grad()
-    def _enqueue(self, keys: Tensor) -> None:
-        self.queue[:, self.pointer : self.pointer + len(keys)] = keys.t().to(self.queue.dtype)
-        self.pointer = (self.pointer + len(keys)) % self.queue.shape[1]
 
 
 def _plain(step: Step, amp: bool) -> PlainStep:

@@ -18,11 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastssl.benchmarks.harness.limits import copy_bytes, copy_call, product_call, product_flop
+from fastssl.benchmarks.harness import timing
 from fastssl.benchmarks.harness.records import Record
 from fastssl.benchmarks.harness.roofline import Cost, forward_cost
 from fastssl.benchmarks.harness.setting import RecipeSetting, rates
-from fastssl.benchmarks.harness.timing import Timing, busy_share, measure_in_turns, peak_extra_bytes, synchronize
 from fastssl.benchmarks.suites.plain_step import fill_gradients, has_peer, plain_steps, update_peers
 from fastssl.config.recipe import Recipe
 from fastssl.errors import FastSSLError
@@ -34,19 +33,15 @@ from fastssl.utils.transfer import to_device
 
 #: Runs of the optimiser alone, which takes milliseconds.
 _UPDATE_RUNS = 21
+#: What a step's rate is held against.
+CEILING_NAME = "roofline of both networks' layers"
 
 
 class Step:
-    """The training loop's own step, again and again at rates that stand still.
+    """The training loop's own step, again and again at rates that stand still, with ``batch_size`` source pictures in
+    the place of the recipe's, ``amp`` (autocast to bfloat16), and ``compiled`` and ``graph`` to turn those switches on.
 
-    Args:
-        recipe: arch, method and optimiser.
-        batch_size: source pictures a step.
-        amp: autocast to bfloat16.
-        compiled, graph: turn the recipe's switches of those names on.
-
-    Raises:
-        FastSSLError: the batch does not fit the recipe's queue or BatchNorm groups, or the network does not exist.
+    Raises FastSSLError where the batch does not fit the recipe's queue or BatchNorm groups, or no such network exists.
     """
 
     def __init__(
@@ -63,24 +58,18 @@ class Step:
         train = recipe.train
         # A batch smaller than the recipe's may have no parts of two samples and more.
         parts = train.accumulate if batch_size % train.accumulate == 0 and batch_size >= 2 * train.accumulate else 1
-        train = replace(
-            train,
-            batch_size=batch_size,
-            accumulate=parts,
-            compile=compiled or train.compile,
-            graph=graph or train.graph,
-        )
+        compiled, graph = compiled or train.compile, graph or train.graph
+        train = replace(train, batch_size=batch_size, accumulate=parts, compile=compiled, graph=graph)
         self.recipe = recipe = replace(recipe, train=train)
-        self.seed = seed
+        self.device, self.batch_size, self.amp, self.seed = device, batch_size, amp, seed
         self.inner = TrainStep(recipe, device, amp=amp, seed=seed)
-        self.device, self.batch_size, self.amp = device, batch_size, amp
         self.method, self.optimizer = self.inner.method, self.inner.optimizer
         self.number = 0
-        self.metrics: Tensor | None = None
+        self.small_lr = 1e-4 * recipe.optim.peak_lr(batch_size)
 
     def __call__(self, views: list[Tensor], tables: Sequence[Tensor] = ()) -> None:
         """Views (and colour tables) as ``ViewLoader`` gives them. Nothing here waits for the device."""
-        self.metrics = self.inner(views, self.inner.noise(0, self.number), self.rates, tables=tables)
+        self.inner(views, self.inner.noise(0, self.number), self.rates, tables=tables)
         self.number += 1
 
     @property
@@ -96,34 +85,23 @@ class Step:
             found["smoothing"] = getattr(self.recipe.settings, "smoothing", 0.0)
         return found
 
-    @property
-    def small_lr(self) -> float:
-        """A ten-thousandth of the peak."""
-        return 1e-4 * self.recipe.optim.peak_lr(self.batch_size)
-
     def networks_alone(self, views: list[Tensor]) -> None:
         """The passes through the networks that a step makes, and nothing else but the teacher's targets."""
-        method, parts = self.method, self.recipe.train.accumulate
-        images, noise = method.images(views), self.inner.noise(0, self.number)
-        with self.inner.autocast():
+        method, inner = self.method, self.inner
+        images, noise = method.images(views), inner.noise(0, self.number)
+        with inner.autocast():
             method.targets(images, noise, self.rates)
-        for part in range(parts):
+        for part in range(self.recipe.train.accumulate):
             if method.student.drop is not None:
-                method.student.drop.uniforms = self.inner.part_of(noise["drop_path"].t(), part).t()
-            with self.inner.autocast():
-                embeddings = method.encode(*self._student_pass([self.inner.part_of(rows, part) for rows in images]))
+                method.student.drop.uniforms = inner.part_of(noise["drop_path"].t(), part).t()
+            with inner.autocast():
+                embeddings = method.encode(*self._student_pass([inner.part_of(rows, part) for rows in images]))
             embeddings.sum().backward()
-        self.inner.clear_gradients()
+        inner.clear_gradients()
         self.number += 1
 
-    def update_alone(self) -> None:
-        """Optimiser and moving average over whatever gradients there are, and nothing else."""
-        self.inner.update(self.rates)
-
     def cost(self, views: list[Tensor]) -> Cost:
-        """The least work of the networks in a step: the student's pass, its backward pass taken as two more, and the
-        teacher's.
-        """
+        """The networks' least work: the student's pass, its backward pass taken as two more, and the teacher's."""
         itemsize, images = 2 if self.amp else 4, self.method.images(views)
         with self.inner.autocast():
             found = forward_cost(self.method.student, self._student_pass(images)[0], itemsize) * 3
@@ -145,12 +123,9 @@ class Fitted:
 
     Attributes:
         step, views: the step, and random views for its networks: a list of (count * B, 3, S, S) channels-last.
-        inputs: what the step is called with: ``views``, or uint8 crops with their colour tables where it colours them
-            itself.
-        asked: batch size before it was halved for want of memory.
-        cost: of a step's passes through the networks.
-        first_s: seconds of the first call, in which libraries choose kernels, networks are compiled and the step is
-            recorded.
+        asked: batch size before it was halved for want of memory. cost: of a step's passes through the networks.
+        first_s: seconds of the first call: libraries choose kernels, networks are compiled, the step is recorded.
+        inputs: of the step: ``views``, or uint8 crops with their colour tables where it colours them itself.
     """
 
     step: Step
@@ -163,7 +138,7 @@ class Fitted:
     @property
     def details(self) -> dict[str, object]:
         """The part of a record's details that says what ran."""
-        train, fallbacks = self.step.recipe.train, self.step.inner.fallbacks
+        train, fallbacks, on_cpu = self.step.recipe.train, self.step.inner.fallbacks, self.step.device.type == "cpu"
         return {
             "amp": "bf16" if self.step.amp else "off",
             "compiled": train.compile and "compile" not in fallbacks,
@@ -173,43 +148,40 @@ class Fitted:
             "first_s": self.first_s,
             "accumulate": train.accumulate,
             "asked_batch_size": self.asked,
-            "tf32": torch.backends.cudnn.allow_tf32 if self.step.device.type == "cuda" and not self.step.amp else None,
-            "threads": torch.get_num_threads() if self.step.device.type == "cpu" else None,
+            "tf32": None if on_cpu or self.step.amp else torch.backends.cudnn.allow_tf32,
+            "threads": torch.get_num_threads() if on_cpu else None,
         }
+
+
+def _shapes(recipe: Recipe, batch_size: int) -> list[tuple[int, int, int, int]]:
+    return [(spec.count * batch_size, 3, spec.size, spec.size) for spec in recipe.views]
 
 
 def random_views(recipe: Recipe, batch_size: int, device: torch.device) -> list[Tensor]:
     """Standard normal numbers in the shape and layout of the recipe's views."""
-    shapes = [(spec.count * batch_size, 3, spec.size, spec.size) for spec in recipe.views]
-    return [torch.randn(shape, device=device).contiguous(memory_format=torch.channels_last) for shape in shapes]
+    views = [torch.randn(shape, device=device) for shape in _shapes(recipe, batch_size)]
+    return [view.contiguous(memory_format=torch.channels_last) for view in views]
 
 
 def random_crops(recipe: Recipe, batch_size: int, device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
     """Random bytes in the shape and layout of the recipe's crops, and the colour tables of a drawn plan, as a loader
     with ``colour=False`` gives them.
     """
-    crops, side = [], np.full(batch_size, 512)
-    for spec in recipe.views:
-        shape = (spec.count * batch_size, 3, spec.size, spec.size)
-        pixels = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
-        crops.append(pixels.contiguous(memory_format=torch.channels_last))
+    crops = [torch.randint(0, 256, shape, dtype=torch.uint8, device=device) for shape in _shapes(recipe, batch_size)]
+    side = np.full(batch_size, 512)
     plans = draw_plans(recipe.views, 0, 0, np.arange(batch_size), side, side)
-    return crops, [to_device(parameter_table(plan.reshape(-1)), device) for plan in plans]
+    tables = [to_device(parameter_table(plan.reshape(-1)), device) for plan in plans]
+    return [crop.contiguous(memory_format=torch.channels_last) for crop in crops], tables
 
 
 def fit_step(setting: RecipeSetting) -> Fitted:
-    """A step of the largest batch that fits: the setting's, or half of it as often as memory runs out.
+    """A step of the largest batch that fits: the setting's, or half of it as often as memory runs out; FastSSLError
+    where not even two pictures a BatchNorm group fit.
 
     A network that cannot be compiled or recorded here runs as it is, and the result's details say why.
-
-    Raises:
-        FastSSLError: not even two pictures a BatchNorm group fit.
     """
     size, recipe, device = setting.batch, setting.recipe, setting.device
-    while True:
-        fitted = _try_step(setting, size)
-        if fitted is not None:
-            return fitted
+    while (fitted := _try_step(setting, size)) is None:
         # Only here, out of the exception's reach, are the tensors of the failed try nobody's.
         gc.collect()
         if device.type == "cuda":
@@ -219,6 +191,7 @@ def fit_step(setting: RecipeSetting) -> Fitted:
             raise FastSSLError(
                 f"{recipe.arch}: out of memory even with {2 * size} pictures a step on this {device.type} device"
             )
+    return fitted
 
 
 def _try_step(setting: RecipeSetting, size: int) -> Fitted | None:
@@ -230,15 +203,11 @@ def _try_step(setting: RecipeSetting, size: int) -> Fitted | None:
         inputs = random_crops(recipe, size, device) if step.inner.takes_crops else (views, [])
         started = time.perf_counter()
         step(*inputs)
-        synchronize(device)
+        timing.synchronize(device)
         first_s = time.perf_counter() - started
         return Fitted(step, views, setting.batch, step.cost(views), first_s, inputs)
     except torch.OutOfMemoryError:
         return None
-
-
-#: What a step's rate is held against.
-CEILING_NAME = "roofline of both networks' layers"
 
 
 def run(setting: RecipeSetting) -> list[Record]:
@@ -256,99 +225,85 @@ def run(setting: RecipeSetting) -> list[Record]:
             "--peers measures any recipe"
         )
     fitted = fit_step(setting)
-    step, cost, details = fitted.step, fitted.cost, fitted.details
+    step, cost, details, batch = fitted.step, fitted.cost, fitted.details, fitted.step.batch_size
     plain = plain_steps(step, fitted.views[0]) if setting.peers else {}
-    timings = measure_in_turns(
-        {
-            "step": lambda: step(*fitted.inputs),
-            "networks": lambda: step.networks_alone(fitted.views),
-            "product": product_call(device, torch.bfloat16 if step.amp else torch.float32),
-            "copy": copy_call(device),
-            **plain,
-        },
-        device=device,
-        runs=setting.runs,
-    )
+    product, flop = timing.product_limit(device, torch.bfloat16 if step.amp else torch.float32)
+    copy, moved = timing.copy_limit(device)
+
+    def whole() -> None:
+        step(*fitted.inputs)
+
+    parts = {"step": whole, "networks": lambda: step.networks_alone(fitted.views), "product": product, "copy": copy}
+    timings = timing.measure_in_turns({**parts, **plain}, device=device, runs=setting.runs)
     # Apart from the steps: the gradients that it works on lie in memory that a step would want.
     updates = _measure_updates(step, setting.runs, setting.peers)
-    flop_per_s = product_flop(device) / timings["product"].median_s
-    bytes_per_s = copy_bytes(device) / timings["copy"].median_s
-    least_s = cost.seconds(flop_per_s, bytes_per_s)
-    batch, ours = step.batch_size, timings["step"]
+    flop_per_s, bytes_per_s = flop / timings["product"].median_s, moved / timings["copy"].median_s
+    least_s, ours, update = cost.seconds(flop_per_s, bytes_per_s), timings["step"], updates["ours"]
 
-    def record(timing: Timing, **values: Any) -> Record:
-        limits = rates(batch / timing.median_s, batch, setting.views, least_s / timing.median_s)
-        return setting.record("step", **{"arch": setting.arch, "ceiling_name": CEILING_NAME, **limits, **values})
+    def record(timed: timing.Timing, fraction: float, **values: Any) -> Record:
+        shown = rates(batch / timed.median_s, batch, setting.views, fraction)
+        return setting.record("step", **{"arch": setting.arch, "ceiling_name": CEILING_NAME, **shown, **values})
 
-    arithmetic = cost.flop / ours.median_s
-    networks, update = 1 / timings["networks"].times_faster_than(ours), updates["ours"].median_s / ours.median_s
-    busy = busy_share(lambda: step(*fitted.inputs), device)
-    found = [
-        record(
-            ours,
-            bottleneck=bottleneck(arithmetic / flop_per_s, busy),
-            details={
-                **details,
-                # The parts are run as they are written: beside a recorded step their shares would say nothing.
-                "share": None if step.inner.recorded else _shares(networks, update),
-                "networks_fraction": networks,
-                "peak_bytes": _peak_bytes(lambda: step(*fitted.inputs), device, step.inner.recorded),
-                "cpu_s": ours.median_cpu_s,
-                "flop_per_pair": cost.flop / batch,
-                "bytes_per_pair": cost.bytes / batch,
-                "flop_per_s": arithmetic,
-                "product_flop_per_s": flop_per_s,
-                "copy_bytes_per_s": bytes_per_s,
-                "busy_share": busy and busy[0],
-                "kernels": busy and busy[1],
-            },
-        )
-    ]
-    for name in plain:
-        less_cpu = ours.times_less_cpu_than(timings[name])
-        beside = {"peer": name, "ratio_to_peer": ours.times_faster_than(timings[name])}
-        found.append(record(timings[name], **beside, details={**details, "cpu_ratio_to_peer": less_cpu}))
+    arithmetic, networks = cost.flop / ours.median_s, 1 / timings["networks"].times_faster_than(ours)
+    busy = timing.busy_share(whole, device)
+    # On a CPU what a step adds. A recorded step allocates nothing when it is replayed: its memory is what is reserved.
+    cuda, held = device.type == "cuda", 0
+    replayed = cuda and step.inner.recorded
+    if cuda:
+        held = torch.cuda.memory_reserved(device) if replayed else torch.cuda.memory_allocated(device)
+    figures = {
+        # The parts are run as they are written: beside a recorded step their shares would say nothing.
+        "share": None if step.inner.recorded else _shares(networks, update.median_s / ours.median_s),
+        "networks_fraction": networks,
+        "peak_bytes": held if replayed else held + timing.peak_extra_bytes(whole, device),
+        "cpu_s": ours.median_cpu_s,
+        "flop_per_pair": cost.flop / batch,
+        "bytes_per_pair": cost.bytes / batch,
+        "flop_per_s": arithmetic,
+        "product_flop_per_s": flop_per_s,
+        "copy_bytes_per_s": bytes_per_s,
+        "busy_share": busy and busy[0],
+        "kernels": busy and busy[1],
+    }
+    words = bottleneck(arithmetic / flop_per_s, busy)
+    found = [record(ours, least_s / ours.median_s, bottleneck=words, details={**details, **figures})]
+    for name, theirs in ((name, timings[name]) for name in plain):
+        beside = {"peer": name, "ratio_to_peer": ours.times_faster_than(theirs)}
+        less_cpu = {"cpu_ratio_to_peer": ours.times_less_cpu_than(theirs)}
+        found.append(record(theirs, least_s / theirs.median_s, **beside, details={**details, **less_cpu}))
     if setting.peers:
-        fraction, seconds = updates["ours"].times_faster_than(updates["flat"]), updates["ours"].median_s
-        found.append(
-            record(
-                updates["ours"],
-                runs=len(updates["ours"].wall),
-                **{
-                    **rates(batch / seconds, batch, setting.views, fraction),
-                    "ceiling_name": "the same on one flat tensor",
-                },
-                bottleneck="memory bandwidth" if fraction > 0.7 else "many small tensors",
-                peer="optimiser and moving average tensor by tensor",
-                ratio_to_peer=updates["ours"].times_faster_than(updates["loops"]),
-                details={
-                    "part": "update",
-                    "parameters": sum(p.numel() for p in step.method.student.parameters()),
-                    "optimiser": recipe.optim.name,
-                    "amp": details["amp"],
-                    "peer_median_s": updates["loops"].median_s,
-                },
-            )
-        )
+        fraction = update.times_faster_than(updates["flat"])
+        of_update = {
+            "part": "update",
+            "parameters": sum(p.numel() for p in step.method.student.parameters()),
+            "optimiser": recipe.optim.name,
+            "amp": details["amp"],
+            "peer_median_s": updates["loops"].median_s,
+        }
+        beside = {
+            "runs": len(update.wall),
+            "ceiling_name": "the same on one flat tensor",
+            "bottleneck": "memory bandwidth" if fraction > 0.7 else "many small tensors",
+            "peer": "optimiser and moving average tensor by tensor",
+            "ratio_to_peer": update.times_faster_than(updates["loops"]),
+        }
+        found.append(record(update, fraction, **beside, details=of_update))
     return found
 
 
 def _shares(networks: float, update: float) -> dict[str, float]:
-    """Where a step's time goes. The parts were measured alone: together they may come to more than the whole, and are
-    then scaled to it.
-    """
+    """Where a step's time goes; parts that come to more than the whole, as they were measured alone, are scaled."""
     total = max(1.0, networks + update)
     shares = {"networks": networks / total, "optimiser and moving average": update / total}
     return {**shares, "loss, queue, metrics": max(0.0, 1 - sum(shares.values()))}
 
 
-def _measure_updates(step: Step, runs: int, peers: bool) -> dict[str, Timing]:
-    """Optimiser and moving average on gradients that stay: ours; with ``peers`` in turns with the loops over tensors
-    and with one flat tensor.
-    """
+def _measure_updates(step: Step, runs: int, peers: bool) -> dict[str, timing.Timing]:
+    """Optimiser and moving average on gradients that stay; with ``peers`` in turns with loops and one flat tensor."""
     fill_gradients(step.method.student)
-    contenders: dict[str, Callable[[], None]] = {"ours": step.update_alone, **(update_peers(step) if peers else {})}
-    timings = measure_in_turns(contenders, device=step.device, runs=max(runs, _UPDATE_RUNS))
+    contenders: dict[str, Callable[[], None]] = {"ours": lambda: step.inner.update(step.rates)}
+    contenders |= update_peers(step) if peers else {}
+    timings = timing.measure_in_turns(contenders, device=step.device, runs=max(runs, _UPDATE_RUNS))
     step.inner.clear_gradients()
     return timings
 
@@ -360,16 +315,3 @@ def bottleneck(arithmetic: float, busy: tuple[float, int] | None) -> str:
     if arithmetic >= 0.5:
         return f"arithmetic ({arithmetic:.0%} of a matrix product's rate)"
     return f"memory traffic and small operations (arithmetic at {arithmetic:.0%} of a matrix product's rate)"
-
-
-def _peak_bytes(run: Callable[[], object], device: torch.device, recorded: bool) -> int:
-    """On a GPU all that is allocated at the peak of a step, weights and queue included; on a CPU what a step adds to
-    them.
-
-    A recorded step allocates nothing when it is replayed: its memory is what torch has reserved.
-    """
-    if device.type != "cuda":
-        return peak_extra_bytes(run, device)
-    if recorded:
-        return torch.cuda.memory_reserved(device)
-    return torch.cuda.memory_allocated(device) + peak_extra_bytes(run, device)

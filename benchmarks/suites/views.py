@@ -1,8 +1,7 @@
 """The views alone: crop and colour of pictures that are decoded already and lie on the device.
 
-The stages are those of a ``ViewLoader``: on a GPU all crops of a batch as matrix products, on a CPU one view after the
-other on one thread (the loader runs that on each decoding thread); then colour, blur and normalisation of the whole
-batch.
+The stages are a ``ViewLoader``'s: on a GPU all crops of a batch as matrix products, on a CPU a view after the other on
+one thread (the loader runs that on each decoding thread); then colour, blur and normalisation of the whole batch.
 """
 
 from __future__ import annotations
@@ -11,11 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastssl.benchmarks.harness.limits import copy_bytes, copy_call
 from fastssl.benchmarks.harness.records import Record
 from fastssl.benchmarks.harness.setting import RecipeSetting, rates
-from fastssl.benchmarks.harness.timing import measure_in_turns
-from fastssl.benchmarks.harness.windows import largest_share
+from fastssl.benchmarks.harness.timing import copy_limit, largest_share, measure_in_turns
 from fastssl.pipelines.ops.augment import augment
 from fastssl.pipelines.ops.crop import boxes_of, crop_resize_device, crop_resize_host
 from fastssl.pipelines.plan.draw import draw_plans
@@ -55,12 +52,10 @@ def run(setting: RecipeSetting) -> list[Record]:
     if setting.on_cpu:
         # `crop` writes its result again and again.
         cropped = [pixels.clone(memory_format=torch.channels_last) for pixels in cropped]
-    timings = measure_in_turns(
-        {"crop": crop, "colour": lambda: colour(cropped), "whole": lambda: colour(crop()), "copy": copy_call(device)},
-        device=device,
-        runs=setting.runs,
-    )
-    bandwidth = copy_bytes(device) / timings["copy"].median_s
+    copy, copied = copy_limit(device)
+    stages = {"crop": crop, "colour": lambda: colour(cropped), "whole": lambda: colour(crop()), "copy": copy}
+    timings = measure_in_turns(stages, device=device, runs=setting.runs)
+    bandwidth = copied / timings["copy"].median_s
     box_pixels = float(sum(3 * (plan["height"].astype(np.int64) * plan["width"]).sum() for plan in plans))
     pixels = float(sum(spec.count * batch * 3 * spec.size**2 for spec in specs))
     # crop: boxes in, bytes out. colour: bytes in, float32 out. whole: the bytes between the two need not exist.

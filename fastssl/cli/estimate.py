@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict
-from typing import TYPE_CHECKING
+from types import SimpleNamespace
+from typing import Any
 
 import click
 
 from fastssl.cli.common import console, finite, json_option, write_json
 from fastssl.cli.inputs import Wanted, choose_inputs, input_options
 from fastssl.errors import counted
-
-if TYPE_CHECKING:
-    from fastssl.benchmarks.estimate.estimate import Estimate
 
 
 @click.command()
@@ -45,44 +42,42 @@ def estimate(wanted: Wanted, seconds: float, json_path: str | None) -> None:
 
     inputs = choose_inputs(wanted)
     place = choose_device(wanted.device)
-    console.say(
-        f"measuring {inputs.name} with {inputs.recipe.arch} on this {_device(place.type)} for about {seconds:.0f} s ..."
-    )
+    where = f"{inputs.recipe.arch} on this {'GPU' if place.type == 'cuda' else 'CPU'}"
+    console.say(f"measuring {inputs.name} with {where} for about {seconds:.0f} s ...")
     result = run(inputs.recipe, inputs.name, inputs.data, inputs.val, place, wanted.pipeline, wanted.workers, seconds)
     for line in describe(result):
         console.say(line)
-    write_json(json_path, asdict(result))
+    write_json(json_path, result)
 
 
-def describe(result: Estimate) -> list[str]:
+def describe(estimate: dict[str, Any]) -> list[str]:
     """The estimate in words, the most wanted figures first."""
+    result = SimpleNamespace(**estimate)
     # From one small batch in proportion: what is fixed in a step was taken to grow with it.
     most = "at most " if any("in proportion" in item for item in result.extrapolated) else ""
-    steps = counted(result.steps_per_epoch, "step")
-    views = "views and loader" if result.device == "cpu" else "views"
+    steps, on_cpu = counted(result.steps_per_epoch, "step"), result.device == "cpu"
     host = f"; {_bytes(result.host_bytes)} on the host for the loader" if result.host_bytes else ""
-    lines = [
+    sizes = ", ".join(str(step["batch_size"]) for step in result.measured["step"])
+    online = f"{counted(result.probes, 'online probe')} of {_time(result.probe_s)}, " if result.probes else ""
+    extrapolated = f" Extrapolated: {'; '.join(result.extrapolated)}." if result.extrapolated else ""
+    return [
         f"One epoch: {most}{_time(result.epoch_s)} ({steps} of {result.batch_size:,}). "
-        f"{counted(result.epochs, 'epoch')}: {_time(result.run_s)} on this {_device(result.device)}, "
-        f"{_number(result.device_hours)} {'GPU-hours' if result.device == 'cuda' else 'device hours'}.",
+        f"{counted(result.epochs, 'epoch')}: {_time(result.run_s)} on this {'CPU' if on_cpu else 'GPU'}, "
+        f"{_number(result.device_hours)} {'device hours' if on_cpu else 'GPU-hours'}.",
         _limit(result),
         f"Memory: {_bytes(result.memory_bytes)} at the peak of a step (networks, queue, optimiser "
-        f"{_bytes(result.static_bytes)}, activations {_bytes(result.activation_bytes)}, {views} "
+        f"{_bytes(result.static_bytes)}, activations {_bytes(result.activation_bytes)}, "
+        f"{'views and loader' if on_cpu else 'views'} "
         f"{_bytes(result.data_bytes)}) of {_bytes(result.available_bytes)} free{host}. "
         f"Checkpoints: {_bytes(result.checkpoint_bytes)} on disk, twice that while one is written.",
         _batch(result),
-        _probes(result),
+        f"Included: {online}{_time(result.final_probe_s)} for the features of the final probe.",
+        f"Measured in {result.seconds:.0f} s: the step at batch {sizes}.{extrapolated}",
+        f"Not counted: {'; '.join(result.left_out)}.",
     ]
-    sizes = ", ".join(str(step["batch_size"]) for step in result.measured["step"])
-    lines.append(
-        f"Measured in {result.seconds:.0f} s: the step at batch {sizes}. "
-        + _sentence("Extrapolated", result.extrapolated)
-    )
-    lines.append(_sentence("Not counted", result.left_out))
-    return [line.strip() for line in lines]
 
 
-def _limit(result: Estimate) -> str:
+def _limit(result: SimpleNamespace) -> str:
     step, data = _number(result.step_pair_per_s), _number(result.loader_pair_per_s)
     threads = counted(result.workers, "decoding thread")
     if result.limit == "step":
@@ -92,7 +87,7 @@ def _limit(result: Estimate) -> str:
     return f"{text}. Both together: {_number(result.pair_per_s)} pair/s."
 
 
-def _batch(result: Estimate) -> str:
+def _batch(result: SimpleNamespace) -> str:
     """Whether the batch fits, and which would."""
     reason = {
         "memory": "memory is the limit",
@@ -107,19 +102,6 @@ def _batch(result: Estimate) -> str:
     ways += [f"--set train.accumulate={result.fitting_accumulate}"] if result.fitting_accumulate else []
     other = f"; {' or '.join(ways)} does" if ways else ", and no smaller one does"
     return f"The batch of {result.batch_size:,} does not fit{other}."
-
-
-def _probes(result: Estimate) -> str:
-    online = f"{counted(result.probes, 'online probe')} of {_time(result.probe_s)}, " if result.probes else ""
-    return f"Included: {online}{_time(result.final_probe_s)} for the features of the final probe."
-
-
-def _sentence(opening: str, items: list[str]) -> str:
-    return f"{opening}: {'; '.join(items)}." if items else ""
-
-
-def _device(kind: str) -> str:
-    return "GPU" if kind == "cuda" else "CPU"
 
 
 def _time(seconds: float) -> str:

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from fastssl.benchmarks.harness.photos import write_photos
-from fastssl.benchmarks.harness.windows import Window
-from fastssl.benchmarks.suites.advice import Loop, Remedy, in_words, more_threads, per_sample, shrunken
+from fastssl.benchmarks.harness.timing import Window
+from fastssl.benchmarks.suites.train import Loop, Remedy, in_words, more_threads, per_sample, shrunken
 from fastssl.pipelines.beton.format import MODE_RAW
 from fastssl.pipelines.beton.reader import BetonReader
 from fastssl.pipelines.beton.writer import BetonWriter

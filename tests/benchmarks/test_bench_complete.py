@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fastssl.benchmarks.harness.complete import incomplete, missing_parts
-from fastssl.benchmarks.harness.records import Record, read_records
+from fastssl.benchmarks.harness.records import Record, incomplete, missing_parts, read_records
 from fastssl.benchmarks.harness.table import cells
 
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"

@@ -17,8 +17,7 @@ from fastssl.benchmarks.harness.records import Record, read_records
 from fastssl.benchmarks.harness.setting import Setting
 from fastssl.benchmarks.harness.table import cells
 from fastssl.benchmarks.suites import convert as bench_convert
-from fastssl.benchmarks.suites import ffcv_writer
-from fastssl.benchmarks.suites.convert import MODES, BareCopy, BareLoop, Convert, run, write_tree
+from fastssl.benchmarks.suites.convert import MODES, BareLoop, Convert, bare_copy, run, write_tree
 from fastssl.cli import main
 from fastssl.cli.bench import bench
 from fastssl.errors import FastSSLError
@@ -94,7 +93,7 @@ def test_the_bare_copy_writes_every_byte_to_the_disk(
         chosen = list(range(0, 48, 2))
         expected = b"".join((photo_tree / listing.names[number]).read_bytes() for number in chosen)
         monkeypatch.setattr(bench_convert.os, "fsync", fsync)
-        assert BareCopy(listing, chosen, tmp_path)(1.0).samples == 24
+        assert bare_copy(listing, chosen, tmp_path, 1.0).samples == 24
         assert reads == Counter(listing.names[number] for number in chosen)
     assert synced == [expected] and list(tmp_path.iterdir()) == []
 
@@ -206,7 +205,7 @@ def test_ffcvs_writer_writes_the_same_photos(part: str, tmp_path: Path, capfd: p
     ours = tmp_path / "ours.beton"
     convert(source, ours, options)
     with list_source(source) as listing:
-        peer = ffcv_writer.FfcvWriter(listing, list(range(len(listing))), options, tmp_path)
+        peer = bench_convert.FfcvWriter(listing, list(range(len(listing))), options, tmp_path)
         peer.write(tmp_path / "theirs.beton")
     with BetonReader(ours) as mine, BetonReader(tmp_path / "theirs.beton") as theirs:
         assert len(mine) == len(theirs) == 10
@@ -237,8 +236,8 @@ def test_ffcv_takes_turns_with_ours(photo_tree: Path, tmp_path: Path) -> None:
 def test_a_peer_that_is_missing_is_named(photo_tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from fastssl.pipelines.engines.registry import EngineState
 
-    for module in (bench_convert, ffcv_writer):
-        monkeypatch.setattr(module, "engine_state", lambda name: EngineState(name, None, "not installed", "install it"))
+    absent = EngineState("ffcv", None, "not installed", "install it")
+    monkeypatch.setattr(bench_convert, "engine_state", lambda name: absent)
     for record in run(Setting(data=str(photo_tree), workers=1, photos=2, peers=True)):
         assert (
             record.peer is None
@@ -246,7 +245,7 @@ def test_a_peer_that_is_missing_is_named(photo_tree: Path, monkeypatch: pytest.M
             and record.details["missing"] == {"ffcv": "not installed"}
         )
     with list_source(photo_tree) as listing, pytest.raises(FastSSLError, match="not installed"):
-        ffcv_writer.FfcvWriter(listing, [0], SMALL, photo_tree)
+        bench_convert.FfcvWriter(listing, [0], SMALL, photo_tree)
 
 
 # ------------------------------------------------------------------ the command

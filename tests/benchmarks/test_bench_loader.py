@@ -16,7 +16,7 @@ from lines import to_line
 from fastssl.benchmarks.harness import photos
 from fastssl.benchmarks.harness.photos import describe_data, ensure_photos, find_data, write_photos
 from fastssl.benchmarks.harness.setting import RecipeSetting
-from fastssl.benchmarks.harness.windows import WARM_BATCHES, Window, measure_windows, rate, ratio, stream_window
+from fastssl.benchmarks.harness.timing import WARM_BATCHES, Window, measure_windows, rate, ratio, stream_window
 from fastssl.benchmarks.suites.loader import BareLoop, DecodeEngine, open_loader, requests_of, run
 from fastssl.config.recipe import Recipe, load_recipe
 from fastssl.pipelines.beton.reader import BetonReader

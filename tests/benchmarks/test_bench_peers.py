@@ -32,7 +32,7 @@ def take(stream, count: int = 2) -> list:
     ids=["crops", "augmented"],
 )
 def test_a_data_loader_gives_two_different_views(transform, dtype: torch.dtype, beton: Path) -> None:
-    workers = peers._Workers(peers._Photos(beton, transform(SIZE)), 4, 1)
+    workers = peers.Workers(peers.PillowPhotos(beton, transform(SIZE)), 4, 1)
     try:
         for _ in range(2):  # a stream that was left can be followed by another, from the same processes
             for first, second in take(workers()):

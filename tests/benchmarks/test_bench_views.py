@@ -9,9 +9,9 @@ import pytest
 import torch
 from lines import to_line
 
-from fastssl.benchmarks.harness import limits
+from fastssl.benchmarks.harness import timing
 from fastssl.benchmarks.harness.setting import RecipeSetting
-from fastssl.benchmarks.harness.windows import largest_share
+from fastssl.benchmarks.harness.timing import largest_share
 from fastssl.benchmarks.suites import views as bench
 from fastssl.config.recipe import load_recipe
 from fastssl.pipelines.beton.reader import BetonReader
@@ -19,7 +19,7 @@ from fastssl.pipelines.plan.draw import draw_plan
 
 
 def test_views_records(beton: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits, "_COPY_CPU", 2**22)
+    monkeypatch.setitem(timing.LIMITS, "cpu", (2**22, 64))
     recipe = load_recipe("quickstart", {"views.0.size": "32"})
     records = bench.run(RecipeSetting(recipe=recipe, recipe_name="quickstart", data=str(beton), batch_size=6))
     by_stage = {record.details["stage"]: record for record in records}
@@ -47,7 +47,7 @@ def test_views_records(beton: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_view_of_every_group_is_made(beton: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits, "_COPY_CPU", 2**20)
+    monkeypatch.setitem(timing.LIMITS, "cpu", (2**20, 64))
     shapes = set()
     real = bench.augment
 

@@ -86,6 +86,6 @@ def test_lightly_trains_and_leaves_snapshots(beton, tmp_path, monkeypatch):
     monkeypatch.setattr(beside_lightly, "write_atomically", stop)
     for method in beside_lightly.METHODS:
         with pytest.raises(Enough):
-            beside_lightly.train_lightly(method, beton, "lcnet_035", 32, 0, tmp_path / "out.safetensors")
+            beside_lightly.train_lightly(method, str(beton), "lcnet_035", 32, 0, str(tmp_path / "out.safetensors"))
         assert any(not torch.equal(value, written[2][name]) for name, value in written[0].items())
         written.clear()

@@ -13,22 +13,22 @@ import torch
 from click.testing import CliRunner
 from lines import to_line
 
-from fastssl.benchmarks.harness import disk, limits
-from fastssl.benchmarks.harness.disk import DiskRates, measure_disk
+from fastssl.benchmarks.harness import timing
 from fastssl.benchmarks.harness.records import Record, read_records
 from fastssl.benchmarks.harness.setting import Setting
 from fastssl.benchmarks.harness.table import cells
 from fastssl.benchmarks.suites import ceilings
+from fastssl.benchmarks.suites.ceilings import DiskRates, measure_disk
 from fastssl.cli import main
 from fastssl.cli.bench import bench
 
-SIZE = disk._LEAST
+SIZE = ceilings._LEAST
 
 
 @pytest.fixture
 def on_disk(tmp_path: Path) -> Path:
     """A folder whose disk can be measured."""
-    if kind := disk._kind_in_memory(tmp_path):
+    if kind := ceilings._kind_in_memory(tmp_path):
         pytest.skip(f"temporary files lie in memory ({kind})")
     return tmp_path
 
@@ -41,7 +41,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, int, bool
 
     def spy(handle: int, buffers: list, position: int, *flags: int) -> int:
         done = real(handle, buffers, position, *flags)
-        made.append((position, done, bool(disk.fcntl.fcntl(handle, disk.fcntl.F_GETFL) & os.O_DIRECT)))
+        made.append((position, done, bool(ceilings.fcntl.fcntl(handle, ceilings.fcntl.F_GETFL) & os.O_DIRECT)))
         return done
 
     monkeypatch.setattr(os, "preadv", spy)
@@ -65,7 +65,7 @@ def test_the_disk_is_read_past_the_page_cache_and_left_as_it_was(
     if any(direct for *_, direct in reads):
         assert all(direct for *_, direct in reads)
         blocks = [position for position, _, _ in reads]
-        assert blocks == [0, *range(0, SIZE, disk._BLOCK)] * 3  # the first tries whether this works
+        assert blocks == [0, *range(0, SIZE, ceilings._BLOCK)] * 3  # the first tries whether this works
 
 
 def test_the_files_content_differs_from_block_to_block(on_disk: Path) -> None:
@@ -74,19 +74,19 @@ def test_the_files_content_differs_from_block_to_block(on_disk: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "write", lambda handle, data: (written.append(bytes(data[:4096])), real(handle, data))[1])
         measure_disk(on_disk, runs=1, size=SIZE)
-    assert len(written) == 2 * SIZE // disk._BLOCK and len(set(written)) == SIZE // disk._BLOCK
+    assert len(written) == 2 * SIZE // ceilings._BLOCK and len(set(written)) == SIZE // ceilings._BLOCK
 
 
 def without_direct(monkeypatch: pytest.MonkeyPatch) -> None:
     """A file system that takes no O_DIRECT."""
-    real = disk.fcntl.fcntl
+    real = ceilings.fcntl.fcntl
 
     def refuse(handle: int, command: int, value: int = 0) -> int:
-        if command == disk.fcntl.F_SETFL and value & os.O_DIRECT:
+        if command == ceilings.fcntl.F_SETFL and value & os.O_DIRECT:
             raise OSError(errno.EINVAL, "Invalid argument")
         return real(handle, command, value)
 
-    monkeypatch.setattr(disk.fcntl, "fcntl", refuse)
+    monkeypatch.setattr(ceilings.fcntl, "fcntl", refuse)
 
 
 def test_without_direct_reads_the_page_cache_is_emptied_first(on_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,11 +117,11 @@ def test_what_cannot_be_measured_has_a_reason(on_disk: Path, monkeypatch: pytest
     with monkeypatch.context() as patch:
         patch.setattr(os, "write", full)
         assert measure_disk(on_disk, size=SIZE) == DiskRates(problem="No space left on device")
-    monkeypatch.setattr(disk.shutil, "disk_usage", lambda folder: SimpleNamespace(free=10_000_000))
+    monkeypatch.setattr(ceilings.shutil, "disk_usage", lambda folder: SimpleNamespace(free=10_000_000))
     assert measure_disk(on_disk, size=SIZE) == DiskRates(problem="only 10 MB are free, 67 MB are needed")
-    monkeypatch.setattr(disk.shutil, "disk_usage", lambda folder: SimpleNamespace(free=4 * SIZE + 4))
+    monkeypatch.setattr(ceilings.shutil, "disk_usage", lambda folder: SimpleNamespace(free=4 * SIZE + 4))
     sizes: list[int] = []
-    monkeypatch.setattr(disk, "_round", lambda folder, size, noise: (sizes.append(size), (1.0, 2.0))[1])
+    monkeypatch.setattr(ceilings, "_round", lambda folder, size, noise: (sizes.append(size), (1.0, 2.0))[1])
     assert measure_disk(on_disk, runs=5) == DiskRates(SIZE / 2, SIZE) and set(sizes) == {SIZE}
     assert list(on_disk.iterdir()) == [file]
 
@@ -133,7 +133,7 @@ def test_a_folder_that_cannot_be_written(on_disk: Path, monkeypatch: pytest.Monk
         def refuse(**options: object) -> None:
             raise PermissionError(errno.EACCES, "Permission denied")
 
-        monkeypatch.setattr(disk.tempfile, "TemporaryFile", refuse)
+        monkeypatch.setattr(ceilings.tempfile, "TemporaryFile", refuse)
     assert measure_disk(on_disk, size=SIZE) == DiskRates(problem="Permission denied")
 
 
@@ -151,9 +151,8 @@ def test_memory_is_not_taken_for_a_disk() -> None:
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits, "_COPY_CPU", 2**20)
-    monkeypatch.setattr(limits, "_SIDE_CPU", 64)
-    real = disk.measure_disk
+    monkeypatch.setitem(timing.LIMITS, "cpu", (2**20, 64))
+    real = ceilings.measure_disk
     monkeypatch.setattr(ceilings, "measure_disk", lambda folder, runs: real(folder, runs, SIZE))
 
 
@@ -187,10 +186,10 @@ def test_a_machine_has_one_record(beton: Path, tmp_path: Path, small: None) -> N
 
 def test_figures_are_rates_of_what_was_done(beton: Path, monkeypatch: pytest.MonkeyPatch, small: None) -> None:
     """The copy counts bytes twice, the product two operations for each of side cubed."""
-    timing = SimpleNamespace(median_s=0.5)
+    timed = SimpleNamespace(median_s=0.5)
     contenders: dict = {}
     monkeypatch.setattr(
-        ceilings, "measure_in_turns", lambda calls, **options: contenders.update(calls) or dict.fromkeys(calls, timing)
+        timing, "measure_in_turns", lambda calls, **options: contenders.update(calls) or dict.fromkeys(calls, timed)
     )
     monkeypatch.setattr(ceilings, "measure_disk", lambda folder, runs: DiskRates(1.0, 2.0))
     (record,) = ceilings.run(Setting(data=str(beton), workers=1, seconds=0.2))

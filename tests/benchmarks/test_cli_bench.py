@@ -9,7 +9,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from fastssl.benchmarks.harness import limits
+from fastssl.benchmarks.harness import timing
 from fastssl.benchmarks.harness.records import Record, read_records
 from fastssl.benchmarks.harness.setting import RecipeSetting, Setting
 from fastssl.benchmarks.suites import loader, loss, step, train, views
@@ -231,7 +231,7 @@ def test_debug_shows_the_cause(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_whole_measurement(beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits, "_COPY_CPU", 2**20)
+    monkeypatch.setitem(timing.LIMITS, "cpu", (2**20, 64))
     out = tmp_path / "out.jsonl"
     assert (
         invoke(

@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from dataclasses import replace
 
 import pytest
 
 from fastssl.benchmarks.estimate import estimate as bench
-from fastssl.benchmarks.estimate.estimate import Estimate
 from fastssl.cli import main
 from fastssl.cli.estimate import describe
 from fastssl.errors import FastSSLError
@@ -31,7 +29,7 @@ SMALL = (
     "--device",
     "cpu",
 )
-MADE = Estimate(
+MADE = dict(
     recipe="light-moco-mobilenetv3",
     arch="mobilenetv3_large_100",
     pipeline="native",
@@ -143,7 +141,7 @@ def test_words_that_a_person_understands():
     assert lines[5].endswith(
         "the step at batch 8, 16. Extrapolated: time and memory of a step: linearly from batch 16 to 512."
     )
-    gpu = replace(
+    gpu = dict(
         MADE,
         device="cuda",
         limit="data",
@@ -164,11 +162,11 @@ def test_words_that_a_person_understands():
 
 
 def test_what_would_fit_instead():
-    big = replace(MADE, fits=False, largest_batch=128, fitting_accumulate=4)
+    big = dict(MADE, fits=False, largest_batch=128, fitting_accumulate=4)
     assert describe(big)[3] == "The batch of 512 does not fit; --batch-size 128 or --set train.accumulate=4 does."
-    assert describe(replace(big, fitting_accumulate=None))[3] == "The batch of 512 does not fit; --batch-size 128 does."
+    assert describe(dict(big, fitting_accumulate=None))[3] == "The batch of 512 does not fit; --batch-size 128 does."
     assert (
-        describe(replace(big, largest_batch=None, fitting_accumulate=None))[3]
+        describe(dict(big, largest_batch=None, fitting_accumulate=None))[3]
         == "The batch of 512 does not fit, and no smaller one does."
     )
 

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import itertools
-import sys
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from fastssl.cli.command import command_line
 from fastssl.cli.common import console, write_json
 from fastssl.errors import FastSSLError, counted
-from fastssl.utils.json_text import to_json
 
 if TYPE_CHECKING:
     from fastssl.benchmarks.harness.records import Record
@@ -45,10 +42,9 @@ def settings(chosen: Mapping[str, Any]) -> list[tuple[str, Any]]:
     arch, changes = options.pop("arch", None), parse_overrides(options.pop("overrides", ()))
     if arch is not None:
         resolve_arch(arch)  # a mistyped network should fail before anything is measured
-    recipes = {}
-    for name in options.get("recipes", ()):
-        recipe = load_recipe(name, changes)
-        recipes[name] = replace(recipe, arch=arch) if arch else recipe
+    recipes = {name: load_recipe(name, changes) for name in options.get("recipes", ())}
+    if arch is not None:
+        recipes = {name: replace(recipe, arch=arch) for name, recipe in recipes.items()}
     repeated = [name for name in _REPEATED if isinstance(options.get(name), tuple)]
     found = []
     for values in itertools.product(*(options.pop(name) or (None,) for name in repeated)):
@@ -64,8 +60,7 @@ def settings(chosen: Mapping[str, Any]) -> list[tuple[str, Any]]:
             one.get("amps") and f"amp {one['amps']}",
             one.get("batch_sizes") and counted(one["batch_sizes"], "query"),
         ]
-        kind = RecipeSetting if recipes else Setting
-        found.append((", ".join(filter(None, words)), kind(**fields)))
+        found.append((", ".join(filter(None, words)), (RecipeSetting if recipes else Setting)(**fields)))
     return found
 
 
@@ -73,10 +68,8 @@ def measure(what: str, json_path: str | None, suite: str | None = None, **chosen
     """Measure each of a command's settings, one after the other; every record is printed and written when it is there,
     so that a stop loses none. ``suite``: the module of `fastssl.benchmarks.suites` that does it; None: ``what``.
 
-    Each gets the running command in its details, so that its reader can make it again.
-
-    Raises:
-        FastSSLError: after all settings, if some failed; the first failure is its cause.
+    Each gets the running command in its details, so that its reader can make it again. Raises FastSSLError after all
+    settings, if some failed; the first failure is its cause.
     """
     from fastssl.benchmarks.harness.table import COLUMNS, cells, line
 
@@ -84,57 +77,39 @@ def measure(what: str, json_path: str | None, suite: str | None = None, **chosen
     command = command_line(click.get_current_context())
     jobs = settings(chosen)
 
-    def show(texts: Iterable[str]) -> None:
-        console.say(line(tuple(texts)))
-
     failures: list[tuple[str, Exception]] = []
     written: list[dict] = []
-    with _open(json_path) as file:
-        show(COLUMNS)
-        for words, setting in jobs:
-            label = f"{what}, {words}"
-            try:
-                records = run(setting)
-            except Exception as error:  # the other settings are worth their figures all the same
-                failures.append((label, error))
-                console.say(f"failed: {label}: {in_words(error)}")
-                continue
-            for record in records:
-                record = replace(record, details={**(record.details or {}), "command": command})
-                show(cells(record))
-                written.append(asdict(record))
-                _add(file, json_path, written)
+    write_json(json_path, written)  # what cannot be written should fail before it is measured
+    console.say(line(COLUMNS))
+    for words, setting in jobs:
+        label = f"{what}, {words}"
+        try:
+            records = run(setting)
+        except Exception as error:  # the other settings are worth their figures all the same
+            failures.append((label, error))
+            console.say(f"failed: {label}: {in_words(error)}")
+            continue
+        for record in records:
+            record = replace(record, details={**(record.details or {}), "command": command})
+            console.say(line(cells(record)))
+            written.append(asdict(record))
+            _write(json_path, written)
     if failures:
         label, first = failures[0]
         others = f" ({len(failures)} of {counted(len(jobs), 'setting')} failed)" if len(jobs) > 1 else ""
         raise FastSSLError(f"{label}: {in_words(first)}{others}") from first
 
 
-def _add(file: TextIO | None, json_path: str | None, records: list[dict]) -> None:
-    """Bring the last of ``records`` to the file of lines; without one write the document of all of them again."""
+def _write(json_path: str | None, records: list[dict]) -> None:
+    """All records so far to a file, which is whole at every moment; to standard output, a pipe or a device the last."""
+    file = Path(json_path) if json_path is not None and json_path != "-" else None
     try:
-        if file is None:
-            write_json(json_path, records)
-        else:
-            file.write(to_json(records[-1]) + "\n")
-            file.flush()
+        write_json(json_path, records if file and (file.is_file() or not file.exists()) else records[-1:])
     except OSError as error:
-        with suppress(OSError):
-            if file is not None:
-                file.close()  # what is left in its buffer would be tried again at the end
-        raise FastSSLError(
-            f"{json_path}: a result was not written ({error.strerror or error}); it is in the table above"
-        ) from error
+        reason = f"a result was not written ({error.strerror or error}); it is in the table above"
+        raise FastSSLError(f"{json_path}: {reason}") from error
 
 
 def in_words(error: Exception) -> str:
     text = " ".join(str(error).split())
     return text if isinstance(error, FastSSLError) else f"{type(error).__name__}: {text}"
-
-
-def _open(json_path: str | None) -> nullcontext[TextIO | None] | TextIO:
-    """The file of lines; None where there is none, or a document is written."""
-    if json_path is None or json_path.lower().endswith(".json"):
-        write_json(json_path, [])  # what cannot be written should fail before it is measured
-        return nullcontext(None)
-    return nullcontext(sys.stdout) if json_path == "-" else open(json_path, "w", encoding="utf-8")
