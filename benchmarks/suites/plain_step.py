@@ -47,12 +47,13 @@ class PlainLARS(torch.optim.Optimizer):
 
 def plain_optimizer(model: nn.Module, config: OptimConfig, lr: float) -> torch.optim.Optimizer:
     """The recipe's optimiser in the form that goes from tensor to tensor."""
-    groups, loops = parameter_groups(model, config), {"lr": lr, "foreach": False, "fused": False}
+    groups = parameter_groups(model, config)
     if config.name == "lars":
         return PlainLARS(groups, {"lr": lr, "momentum": config.momentum, "trust": config.trust})
     if config.name == "sgd":
-        return torch.optim.SGD(groups, momentum=config.momentum, nesterov=config.nesterov, **loops)
-    return torch.optim.AdamW(groups, **loops)
+        nesterov = config.nesterov
+        return torch.optim.SGD(groups, lr, config.momentum, nesterov=nesterov, foreach=False, fused=False)
+    return torch.optim.AdamW(groups, lr, foreach=False, fused=False)
 
 
 def has_peer(recipe: Recipe) -> bool:
