@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,22 +21,18 @@ from fastssl.report.run_record import COLOURS, MAJORITY, RANDOM, RAW, TRAINED, n
 from fastssl.report.verdict import Evidence, judge
 from fastssl.training.bottleneck import WORTH, bottleneck, smaller_side
 from fastssl.training.step import initial_backbone
+from fastssl.training.trainer import TrainResult
 from fastssl.utils.atomic_files import write_atomically
 from fastssl.utils.json_text import to_json
 from fastssl.utils.versions import describe_host, describe_versions
-
-if TYPE_CHECKING:
-    from fastssl.training.trainer import TrainResult
 
 TEACHER = "its teacher"
 REESTIMATED = ", BatchNorm statistics of centre crops"
 
 
 def finish_run(run: TrainResult, started: float) -> dict[str, Any]:
-    """Probe the network beside the marks that cost nothing, give the verdict, and write the rest of the run's folder.
-
-    Returns:
-        what ``summary.json`` holds.
+    """Probe the network beside the marks that cost nothing, give the verdict, and write the rest of the run's folder;
+    returns what ``summary.json`` holds.
     """
     probe = run.recipe.probe
     split = choose_split(run.reader, run.val, probe.final_samples, run.options.seed)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastssl.config.differences import differences
+from fastssl.config.recipe import differences
 from fastssl.distributed.collectives import any_rank, average_gradients, broadcast_module, broadcast_object
 from fastssl.distributed.sync_batchnorm import synchronise_batchnorm
 from fastssl.distributed.world import World
