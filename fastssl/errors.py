@@ -13,11 +13,8 @@ from contextlib import contextmanager
 
 class FastSSLError(Exception):
     """Base of all failures that are the input's, the machine's or the caller's, not the program's. The command line
-    prints its message as one line and leaves with status 1.
-
-    Attributes:
-        reported: the user has read it already (of several processes that end with it together the first one speaks);
-            the command line does not repeat it.
+    prints its message as one line, unless the user has read it already (``reported``: of several processes that end
+    with it together the first one speaks), and leaves with status 1.
     """
 
     reported = False
@@ -52,24 +49,17 @@ def at_work_on(path: str | os.PathLike, what: str) -> Iterator[None]:
         yield
     except FastSSLError:
         raise
-    except MemoryError as error:
-        raise WorkerError(
-            f"{os.fspath(path)}: {what}: no memory left; fewer --workers or a smaller batch need less"
-        ) from error
     except Exception as error:
-        said = " ".join(str(error).split())
-        raise WorkerError(
-            f"{os.fspath(path)}: {what}: unexpected {type(error).__name__}: {said} (run again with --debug for the "
-            "traceback)"
-        ) from error
+        said = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        why = f"unexpected {said} (run again with --debug for the traceback)"
+        if isinstance(error, MemoryError):
+            why = "no memory left; fewer --workers or a smaller batch need less"
+        raise WorkerError(f"{os.fspath(path)}: {what}: {why}") from error
 
 
 def counted(number: int, noun: str) -> str:
     """``1 photo``, ``2,000 photos``, ``3 classes``, ``2 batches``, ``4 queries``: a number of things, for messages.
-
-    Args:
-        number: how many.
-        noun: its last word in the singular, as in "labelled photo"; of those alone that follow the rules of English.
+    ``noun``: its last word in the singular, as in "labelled photo"; of those alone that follow the rules of English.
     """
     if number == 1:
         return f"1 {noun}"

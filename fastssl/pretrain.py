@@ -35,10 +35,8 @@ class _Silence:
 
 
 def pretrain(recipe: Recipe, options: RunOptions, progress: Progress) -> dict[str, Any] | None:
-    """Train, probe, and write the run's folder.
-
-    Returns:
-        the summary, as in ``summary.json``; None in all processes but the first.
+    """Train, probe, and write the run's folder; returns the summary, as in ``summary.json``, or None in all processes
+    but the first.
 
     Raises:
         Interrupted: by a signal, after a checkpoint was written.

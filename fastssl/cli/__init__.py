@@ -24,39 +24,33 @@ from fastssl.utils.deadline import threads_given_up
 
 COMMANDS = {
     "convert-imagenet": LazyCommand(
-        "fastssl.cli.convert", "convert_imagenet", "Turn a folder or tar of photos into a .beton file."
+        ".convert", "convert_imagenet", "Turn a folder or tar of photos into a .beton file."
     ),
-    "verify": LazyCommand("fastssl.cli.verify", "verify", "Check a .beton file: header, tables, checksums, pictures."),
-    "pretrain": LazyCommand("fastssl.cli.pretrain", "pretrain", "Pre-train a backbone without labels."),
-    "evaluate": LazyCommand("fastssl.cli.evaluate", "evaluate", "What a checkpoint is worth: kNN, linear probe, ..."),
-    "export": LazyCommand("fastssl.cli.weights", "export", "Write a backbone for timm, torchvision or ONNX."),
-    "import": LazyCommand("fastssl.cli.weights", "import_", "Take over a backbone that others trained."),
-    "bench": LazyCommand(
-        "fastssl.cli.bench", "bench", "Measure images/s of every part, beside its ceiling; write the report."
-    ),
-    "estimate": LazyCommand(
-        "fastssl.cli.estimate", "estimate", "Say what a run will cost here, from a minute of measuring."
-    ),
-    "views": LazyCommand("fastssl.cli.views", "views", "Draw the views a recipe makes from your photos."),
-    "report": LazyCommand("fastssl.cli.report", "report", "Write the report page of a run again."),
-    "recipes": LazyCommand("fastssl.cli.info", "recipes", "List the recipes, or print one."),
-    "archs": LazyCommand("fastssl.cli.info", "archs", "List the networks with their short names."),
-    "doctor": LazyCommand("fastssl.cli.info", "doctor", "Say what this machine has and what is missing."),
+    "verify": LazyCommand(".verify", "verify", "Check a .beton file: header, tables, checksums, pictures."),
+    "pretrain": LazyCommand(".pretrain", "pretrain", "Pre-train a backbone without labels."),
+    "evaluate": LazyCommand(".evaluate", "evaluate", "What a checkpoint is worth: kNN, linear probe, ..."),
+    "export": LazyCommand(".weights", "export", "Write a backbone for timm, torchvision or ONNX."),
+    "import": LazyCommand(".weights", "import_", "Take over a backbone that others trained."),
+    "bench": LazyCommand(".bench", "bench", "Measure images/s of every part, beside its ceiling; write the report."),
+    "estimate": LazyCommand(".estimate", "estimate", "Say what a run will cost here, from a minute of measuring."),
+    "views": LazyCommand(".views", "views", "Draw the views a recipe makes from your photos."),
+    "report": LazyCommand(".info", "report", "Write the report page of a run again."),
+    "recipes": LazyCommand(".info", "recipes", "List the recipes, or print one."),
+    "archs": LazyCommand(".info", "archs", "List the networks with their short names."),
+    "doctor": LazyCommand(".info", "doctor", "Say what this machine has and what is missing."),
 }
 
 
 @click.group(cls=LazyGroup, lazy=COMMANDS, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="fastssl")
-@click.option("--debug", is_flag=True, help="Show the full traceback when something fails.")
-@click.pass_context
-def cli(ctx: click.Context, debug: bool) -> None:
+@click.option("--debug", is_flag=True, expose_value=False, help="Show the full traceback when something fails.")
+def cli() -> None:
     """Pre-train phone-sized vision networks without labels, as fast as the hardware decodes photos.
 
     \b
     fastssl convert-imagenet photos/ photos.beton
     fastssl pretrain --arch mobilenetv3_large --data photos.beton
     """
-    ctx.obj = {"debug": debug}
 
 
 #: commands that only print
@@ -88,15 +82,14 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command line and leave with 0 (done), 1 (failed), 2 (wrong usage) or 130 (interrupted)."""
     argv = sys.argv[1:] if argv is None else list(argv)
     # Read by GNU OpenMP when torch is loaded: how long a thread that waits for another spins before it sleeps. Its own
-    # 300,000 turns make a training step on the CPU several times slower as soon as a core is busy with anything else;
-    # sleeping at once costs a quarter on an idle machine. Quick-start step on 2 cores, idle / one core busy, pair/s,
-    # one noisy measurement each: spinning 391 / 107, sleeping 300 / 214, 3,000 turns 376 / 135.
+    # 300,000 turns make a training step several times slower as soon as a core is busy with anything else; sleeping at
+    # once costs a quarter on an idle machine. Quick-start step on 2 cores, idle / one core busy, pair/s, one noisy
+    # measurement each: spinning 391 / 107, sleeping 300 / 214, 3,000 turns 376 / 135.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "3000")
-    # Read when torch is loaded: where another process of the run has ended, torch writes a trace of its own C++ frames
-    # before our one line. Errors still come.
+    # Where another process of the run has ended, torch writes a trace of its own C++ frames before our one line.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    # --debug is accepted anywhere on the line: nobody remembers on which side of the command it goes.
+    # Anywhere on the line: nobody remembers on which side of the command it goes.
     debug = "--debug" in argv
     argv = [a for a in argv if a != "--debug"]
     global _interrupted_at
@@ -147,19 +140,17 @@ def _run(argv: list[str]) -> object:
             raise
 
 
-def _line(error: FastSSLError | OSError) -> str | None:
+def _line(error: Exception) -> str | None:
     """What is said of ``error``; None where it was said before."""
     return None if getattr(error, "reported", False) else f"fastssl: {error}"
 
 
-def _was_leaving(stop: BaseException) -> bool:
-    """Whether the interruption struck a process on its way out, whose reason was told: as soon as one process has left,
+def _was_leaving(error: BaseException | None) -> bool:
+    """Whether an interruption struck a process on its way out, whose reason was told: as soon as one process has left,
     torchrun ends the others.
     """
-    error: BaseException | None = stop
-    while error is not None and not getattr(error, "reported", False):
-        error = error.__cause__ or error.__context__
-    return error is not None
+    told = bool(getattr(error, "reported", False))
+    return told or (error is not None and _was_leaving(error.__cause__ or error.__context__))
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:

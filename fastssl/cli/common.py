@@ -12,17 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import click
+from rich import progress as bars
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    SpinnerColumn,
-    Task,
-    TextColumn,
-    TimeRemainingColumn,
-)
 from rich.text import Text
 
 from fastssl.errors import printable
@@ -32,10 +23,7 @@ from fastssl.utils.json_text import records_to_json
 
 class PlainConsole(Console):
     """A console to which text is text: names of files and of classes are strangers' and may hold markup or what a
-    terminal acts on.
-
-    Attributes:
-        notes: False with ``--quiet``, for all threads: no progress, and nothing of what is only noted.
+    terminal acts on. Without ``notes``, as with ``--quiet``, for all threads: no progress, and nothing that is noted.
     """
 
     notes = True
@@ -93,10 +81,9 @@ def _check_json_path(ctx: click.Context, param: click.Parameter, value: str | No
 
 
 #: endings of weights, recipes and pages
-_OF_OTHERS = tuple(
-    [".pt", ".pth", ".tar", ".safetensors", ".onnx", ".yaml", ".yml", ".html", ".md", ".png", ".jpg", ".jpeg"]
+_OF_OTHERS = frozenset(
+    {".pt", ".pth", ".tar", ".safetensors", ".onnx", ".yaml", ".yml", ".html", ".md", ".png", ".jpg", ".jpeg"}
 )
-
 
 json_option = click.option(
     "--json",
@@ -106,7 +93,6 @@ json_option = click.option(
     callback=_check_json_path,
     help="Also write the result as JSON to FILE ('-': standard output). FILE.jsonl gets a line a record.",
 )
-
 
 #: fastssl.pipelines.engines.base.PIPELINES, written out: that module loads torch, which --help should not wait for.
 PIPELINES = ("auto", "native", "dali", "ffcv")
@@ -164,26 +150,25 @@ def write_json(path: str | None, records: dict | list[dict]) -> None:
         target.write_text(text)
 
 
-class _RateColumn(ProgressColumn):
+class _RateColumn(bars.ProgressColumn):
     """Items a second, over the recent past."""
 
-    def render(self, task: Task) -> Text:
+    def render(self, task: bars.Task) -> Text:
         speed = task.finished_speed or task.speed
         return Text(f"{f'{speed:,.0f}' if speed else '-'} {task.fields['unit']}/s")
 
 
 @contextmanager
 def progress_bar(label: str, total: int | None, unit: str = "images") -> Iterator[Callable[[int], None]]:
-    """Yield ``advance(done_so_far)``; a live bar on a terminal, a plain line every ~10 % when piped.
-
-    ``total`` may be None when it is not known. With ``--quiet`` nothing is shown.
+    """Yield ``advance(done_so_far)``: a live bar on a terminal, a plain line now and then in a log, nothing with
+    ``--quiet``. ``total``: None when it is not known.
     """
     if not console.notes:
         yield lambda done: None
         return
     if console.is_terminal:
-        columns = SpinnerColumn(), TextColumn(label), BarColumn(), MofNCompleteColumn()
-        with Progress(*columns, _RateColumn(), TimeRemainingColumn(), console=console) as bar:
+        columns = bars.SpinnerColumn(), bars.TextColumn(label), bars.BarColumn(), bars.MofNCompleteColumn()
+        with bars.Progress(*columns, _RateColumn(), bars.TimeRemainingColumn(), console=console) as bar:
             task = bar.add_task(label, total=total, unit=unit)
             yield lambda done: bar.update(task, completed=done)
         return

@@ -12,7 +12,7 @@ from fastssl.cli.common import SomePath, console, json_option, late_progress_bar
 from fastssl.errors import counted
 
 
-@click.command("convert-imagenet")
+@click.command("convert-imagenet", context_settings={"show_default": True})
 @click.argument("src", type=SomePath())
 @click.argument("dst", type=SomePath())
 @click.option(
@@ -20,33 +20,15 @@ from fastssl.errors import counted
 )
 @click.option("--max-side", type=click.IntRange(min=1), help="Scale larger photos down to this longer side instead.")
 @click.option("--keep-size", is_flag=True, help="Scale nothing.")
-@click.option(
-    "--quality",
-    type=click.IntRange(1, 100),
-    default=90,
-    show_default=True,
-    help="JPEG quality of what is re-encoded.",
-)
-@click.option(
-    "--store",
-    type=click.Choice(["jpeg", "raw"]),
-    default="jpeg",
-    show_default=True,
-    help="Store JPEGs, or decoded pixels.",
-)
+@click.option("--quality", type=click.IntRange(1, 100), default=90, help="JPEG quality of what is re-encoded.")
+@click.option("--store", type=click.Choice(["jpeg", "raw"]), default="jpeg", help="Store JPEGs, or decoded pixels.")
 @click.option("--workers", type=click.IntRange(min=1), help="Threads.  [default: one a CPU]")
 @click.option("--limit", type=click.IntRange(min=1), help="Convert only N photos, evenly spaced over the source.")
-@click.option(
-    "--resume/--no-resume",
-    default=True,
-    show_default=True,
-    help="Go on where a stopped conversion stood, or start again.",
-)
+@click.option("--resume/--no-resume", default=True, help="Go on where a stopped conversion stood, or start again.")
 @click.option(
     "--on-bad",
     type=click.Choice(["skip", "fail"]),
     default="skip",
-    show_default=True,
     help="List bad photos and go on, or stop at the first.",
 )
 @quiet_option

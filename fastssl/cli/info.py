@@ -1,12 +1,13 @@
-"""``fastssl recipes``, ``fastssl archs``, ``fastssl doctor``."""
+"""``fastssl recipes``, ``fastssl archs``, ``fastssl doctor``, ``fastssl report``."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 
 import click
 
-from fastssl.cli.common import PIPELINES, json_option, write_json
+from fastssl.cli.common import PIPELINES, SomePath, json_option, write_json
 from fastssl.errors import counted
 
 
@@ -94,3 +95,16 @@ def doctor(json_path: str | None) -> None:
     record = {"host": host, "versions": versions, "cuda_build": cuda, "gpu": gpu}
     record |= {"engines": [asdict(engine) for engine in engines], "auto": {"engine": choice, "reason": reason}}
     write_json(json_path, {**record, "jpeg_hardware": jpegs})
+
+
+@click.command()
+@click.argument("run_dir", type=SomePath(), metavar="RUN_DIR")
+def report(run_dir: Path) -> None:
+    """Write RUN_DIR/report.html from what the run has left so far, also while it runs or after it was interrupted.
+
+    \b
+    fastssl report runs/quickstart-mobilenetv3_large
+    """
+    from fastssl.report.page import write_report
+
+    click.echo(write_report(run_dir))

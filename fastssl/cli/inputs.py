@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from fastssl.config.recipe import Recipe
     from fastssl.data.photo_source import Source
 
-
 _photos = functools.partial(click.option, type=SomePath(), metavar="FOLDER|TAR|FILE.beton")
 _PHOTOS_AND_RECIPE = (
     click.option(
@@ -66,13 +65,7 @@ _LENGTH_AND_MACHINE = (
 
 @dataclass(frozen=True)
 class Wanted:
-    """What the options of ``input_options`` say.
-
-    Attributes:
-        arch: None: the recipe's network.
-        data: a ``.beton`` file, folder or tar; None: the sample set.
-        recipe_name: None: the one that suits the photos, see ``recipe_choice.choose``.
-    """
+    """What the options of ``input_options`` say; None: what their help says."""
 
     arch: str | None
     data: Path | None
@@ -106,13 +99,7 @@ def input_options(*out: Callable[..., Any]) -> Callable[[Callable[..., None]], C
 
 @dataclass(frozen=True)
 class Inputs:
-    """Recipe and photos of a run.
-
-    Attributes:
-        recipe: with all changes, and with a batch and epochs that go with the photos.
-        name: the recipe's, for the records.
-        data, val: ``.beton`` files; ``val`` may be None.
-    """
+    """The recipe of a run, with a batch and epochs that go with the photos; its name; the ``.beton`` files."""
 
     recipe: Recipe
     name: str
@@ -121,14 +108,9 @@ class Inputs:
 
 
 def choose_inputs(wanted: Wanted, processes: int = 1) -> Inputs:
-    """Recipe and photos that the options ask for. What was chosen, converted or changed on the way is said.
-
-    Args:
-        processes: that will share a step.
-
-    Raises:
-        click.UsageError: an option and a --set of the same value.
-        FastSSLError: no such recipe, key, network or photos.
+    """Recipe and photos that the options ask for, of a run whose steps ``processes`` share. What was chosen, converted
+    or changed on the way is said. Raises click.UsageError for an option and a --set of the same value, FastSSLError
+    where there is no such recipe, key, network or photos.
     """
     from fastssl.config.recipe import load_recipe, parse_overrides
     from fastssl.config.recipe_choice import choose, fit, warnings_for
@@ -137,7 +119,15 @@ def choose_inputs(wanted: Wanted, processes: int = 1) -> Inputs:
     from fastssl.distributed.devices import choose_device
     from fastssl.models.backbones import resolve_arch
 
-    changes = _changes(parse_overrides(wanted.overrides), wanted.epochs, wanted.batch_size)
+    changes = parse_overrides(wanted.overrides)
+    for option, key in (("--epochs", "train.epochs"), ("--batch-size", "train.batch_size")):
+        value = wanted.epochs if option == "--epochs" else wanted.batch_size
+        if value is not None and key in changes:
+            raise click.UsageError(f"{option} and --set {key} say the same thing; give one")
+        if value is not None:
+            changes[key] = str(value)
+    if "train.epochs" in changes and "train.samples" in changes:
+        raise click.UsageError("train.samples says how many epochs there are: give either it or the epochs")
     recipe_name, reason, val = wanted.recipe_name, "", wanted.val
     if wanted.arch is not None:
         resolve_arch(wanted.arch)  # a mistyped network should fail before photos are looked at
@@ -146,8 +136,8 @@ def choose_inputs(wanted: Wanted, processes: int = 1) -> Inputs:
     source = None if wanted.data is None else look_at(wanted.data)
     if not recipe_name:
         kind = "cpu" if source is None else choose_device(wanted.device).type
-        chosen = choose(source.photos if source else None, source.short_side if source else None, kind)
-        recipe_name, reason = chosen.name, chosen.reason
+        seen = (None, None) if source is None else (source.photos, source.short_side)
+        recipe_name, reason = choose(*seen, kind)
     recipe = load_recipe(recipe_name, changes)
     own_arch = recipe.arch
     recipe = dataclasses.replace(recipe, arch=wanted.arch or own_arch)
@@ -180,15 +170,3 @@ def beton_of(source: Source, recipe: Recipe, workers: int | None = None) -> Path
 
     with late_progress_bar("converting") as progress:
         return as_beton(source, side_for(recipe), workers=workers, say=console.note, progress=progress)
-
-
-def _changes(changes: dict[str, str], epochs: int | None, batch_size: int | None) -> dict[str, str]:
-    """``changes`` of the recipe, and those that have an option of their own."""
-    for option, key, value in (("--epochs", "train.epochs", epochs), ("--batch-size", "train.batch_size", batch_size)):
-        if value is not None and key in changes:
-            raise click.UsageError(f"{option} and --set {key} say the same thing; give one")
-        if value is not None:
-            changes[key] = str(value)
-    if "train.epochs" in changes and "train.samples" in changes:
-        raise click.UsageError("train.samples says how many epochs there are: give either it or the epochs")
-    return changes

@@ -10,7 +10,7 @@ import click
 
 
 class LazyCommand(NamedTuple):
-    """Where a command is, and the line that its group's ``--help`` shows."""
+    """Where a command is (``.verify``: in this package), and the line that its group's ``--help`` shows."""
 
     module: str
     attribute: str
@@ -31,7 +31,7 @@ class LazyGroup(click.Group):
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if found := self.lazy.get(cmd_name):
-            command: click.Command = getattr(importlib.import_module(found.module), found.attribute)
+            command: click.Command = getattr(importlib.import_module(found.module, __package__), found.attribute)
             return command
         return None
 

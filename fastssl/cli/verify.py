@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,26 +11,17 @@ import click
 from fastssl.cli.common import SomePath, console, json_option, late_progress_bar, quiet_option, write_json
 from fastssl.errors import BetonError, counted
 
-#: How many damaged samples are printed; the JSON names all of them.
-SHOWN = 20
+
+def _count(ctx: click.Context, param: click.Parameter, value: str) -> int | None:
+    if value != "all" and not value.isdecimal():
+        raise click.BadParameter(f"{value!r} is neither 'all' nor a number of samples", ctx, param)
+    return None if value == "all" else int(value)
 
 
-class _Count(click.ParamType):
-    name = "all|N"
-
-    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> int | None:
-        if value == "all":
-            return None
-        with suppress(ValueError):
-            if (count := int(value)) >= 0:
-                return count
-        self.fail(f"{value!r} is neither 'all' nor a number of samples", param, ctx)
-
-
-@click.command("verify")
+@click.command("verify", context_settings={"show_default": True})
 @click.argument("file", type=SomePath())
 @click.option(
-    "--decode", type=_Count(), default="100", show_default=True, help="Decode this many samples, evenly spaced, or all."
+    "--decode", metavar="ALL|N", callback=_count, default="100", help="Decode this many samples, evenly spaced, or all."
 )
 @click.option("--workers", type=click.IntRange(min=1), help="Threads.  [default: one a CPU]")
 @quiet_option
@@ -63,9 +53,10 @@ def verify(file: Path, decode: int | None, workers: int | None, json_path: str |
     elif not report.checksummed:
         sums = "no checksums to compare"
     console.say(f"{file}: {samples}, tables in order, {sums}, {report.decoded:,} decoded, {report.seconds:,.1f} s")
-    damaged = [*report.problems, *(f"sample {sample}: {complaint}" for sample, complaint in report.damaged[:SHOWN])]
-    if len(report.damaged) > SHOWN:
-        damaged.append(f"and {counted(len(report.damaged) - SHOWN, 'more sample')}")
+    # The JSON names all of the samples.
+    damaged = [*report.problems, *(f"sample {sample}: {complaint}" for sample, complaint in report.damaged[:20])]
+    if len(report.damaged) > 20:
+        damaged.append(f"and {counted(len(report.damaged) - 20, 'more sample')}")
     for problem in damaged:
         console.say(f"damaged: {problem}")
     if not report.ok:

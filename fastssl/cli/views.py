@@ -11,7 +11,7 @@ from fastssl.cli.common import PIPELINES, SomePath, console
 from fastssl.cli.inputs import beton_of
 
 
-@click.command()
+@click.command(context_settings={"show_default": True})
 @click.argument("file", type=SomePath(), metavar="FOLDER|TAR|FILE.beton")
 @click.option("--recipe", "recipe_name", required=True, metavar="NAME|FILE.yaml", help="Whose views.")
 @click.option(
@@ -23,14 +23,11 @@ from fastssl.cli.inputs import beton_of
     "repeated.",
 )
 @click.option("--out", required=True, type=SomePath(), metavar="FILE.png", help="Where to write the picture.")
-@click.option(
-    "--samples", type=click.IntRange(1, 64), default=9, show_default=True, help="Photos, spread evenly over the file."
-)
+@click.option("--samples", type=click.IntRange(1, 64), default=9, help="Photos, spread evenly over the file.")
 @click.option(
     "--seed",
     type=click.IntRange(0, 2**63 - 1),
     default=0,
-    show_default=True,
     help="The seed of a run: the picture shows that run's views.",
 )
 @click.option(
@@ -41,7 +38,7 @@ from fastssl.cli.inputs import beton_of
     help="Engine that makes them; given more than once, the first view of each photo by every engine stands side by "
     "side, with the differences. Default: auto.",
 )
-@click.option("--epoch", type=click.IntRange(min=0), default=0, show_default=True, help="Which epoch's views.")
+@click.option("--epoch", type=click.IntRange(min=0), default=0, help="Which epoch's views.")
 def views(
     file: Path, recipe_name: str, overrides: tuple[str, ...], out: Path, pipelines: tuple[str, ...], **options: Any
 ) -> None:
@@ -70,7 +67,6 @@ def views(
         console.say(recipe.views.describe())
     # `auto` beside what it stands for would be a comparison with itself.
     named = [choose_engine(torch.device("cpu"))[0] if name == "auto" else name for name in pipelines or ("auto",)]
-    picture = views_picture(
-        file, recipe.views, out, pipelines=list(dict.fromkeys(named)), notice=console.say, **options
-    )
+    engines = list(dict.fromkeys(named))
+    picture = views_picture(file, recipe.views, out, pipelines=engines, notice=console.say, **options)
     click.echo(f"{out}: {picture.width}x{picture.height} px")

@@ -58,17 +58,15 @@ class TrainConfig:
         compile: compile the networks with ``torch.compile`` (minutes at the start).
         graph: capture the whole step as a CUDA graph, colour operations included: one launch a step.
         amp: ``auto`` (bfloat16 on a GPU, float32 on the CPU), ``bf16`` or ``off``. On a CPU torch's (2.15) bfloat16
-            reads unwritten memory, and may find NaN, where a convolution with a stride meets maps of one pixel (views
-            below 32 px).
+            may find NaN where a convolution with a stride meets maps of one pixel (views below 32 px).
         log_every: steps between two lines of metrics.jsonl; the host reads the device's metrics only then.
         checkpoint_minutes: a checkpoint is written when the last one is older than this (0: behind every step), and at
             the end; the first one a minute after the start at the latest.
         keep_last: how many checkpoints are kept, the newest included: what a damaged one falls back to.
         milestone_epochs: epochs between two checkpoints that are kept forever; 0: none.
         on_bad: what to do with a damaged picture: ``fail`` or ``skip``.
-        skip_nonfinite: how many steps of the run may be passed over because their loss or gradient is not finite. 0:
-            the first one ends the run. Otherwise the state is copied at the beginning of every block of ``log_every``
-            steps, to go back to.
+        skip_nonfinite: how many steps of the run may be passed over because their loss or gradient is not finite (0:
+            the first one ends the run); the state is copied every ``log_every`` steps, to go back to.
         deterministic: only algorithms that give the same bits at every call. On a CPU they do so anyway; on a GPU it
             costs speed, and a network that has an operation without such an algorithm is refused at its first step.
     """
@@ -141,9 +139,8 @@ class Recipe:
             (``models.backbones.zero_residual_branches``).
         drop_path: stochastic depth of the deepest block, of the student alone, for networks that have it.
         views: two views as a list of groups, or a multi-crop (``MultiCrop``), which a preset's name may stand for.
-        full_samples: pictures that a whole run of the published recipe sees (epochs x data set), the measure of "what
-            share of a full recipe was this"; None where the recipe is the full one.
-        full_recipe: the name of the recipe that ``full_samples`` belongs to.
+        full_samples: pictures that a whole run of the published recipe (``full_recipe``) sees (epochs x data set), the
+            measure of "what share of a full recipe was this"; None where the recipe is the full one.
     """
 
     arch: str
@@ -165,16 +162,14 @@ class Recipe:
     full_recipe: str | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.views, MultiCrop):
-            sizes = {spec.size for spec in self.views}
-            count = sum(spec.count for spec in self.views)
-            if count != 2 or len(sizes) != 1:
-                raise ValueError(
-                    f"views as a list must be two views of one size; this one has {count} of sizes {sorted(sizes)}. "
-                    "Local views come with a multi-crop: `views: {threshold: 0.3, local_count: 6, ...}`"
-                )
-        if self.train.accumulate > 1 and not METHODS[self.method][0].DIVISIBLE:
-            parts = self.train.accumulate
+        sizes, count = {spec.size for spec in self.views}, sum(spec.count for spec in self.views)
+        if not isinstance(self.views, MultiCrop) and (count != 2 or len(sizes) != 1):
+            raise ValueError(
+                f"views as a list must be two views of one size; this one has {count} of sizes {sorted(sizes)}. "
+                "Local views come with a multi-crop: `views: {threshold: 0.3, local_count: 6, ...}`"
+            )
+        parts = self.train.accumulate
+        if parts > 1 and not METHODS[self.method][0].DIVISIBLE:
             raise ValueError(f"train.accumulate={parts} must be 1: {self.method} looks at the whole batch at once")
 
     @property
@@ -197,34 +192,27 @@ def recipe_names() -> list[str]:
 
 
 def recipe_path(name: str) -> Path:
-    """The file of a recipe: one of ours by name, or any yaml file by path.
-
-    Raises:
-        FastSSLError: neither exists; the message names the nearest recipe.
+    """The file of a recipe: one of ours by name, or any yaml file by path. Raises FastSSLError, with the nearest of
+    ours, where there is neither.
     """
-    path = Path(name)
+    path, ours = Path(name), RECIPE_FOLDER / f"{name}.yaml"
     if path.suffix in (".yaml", ".yml"):
         if not path.exists():
             raise FastSSLError(f"{name}: no such recipe file")
         return path
-    ours = RECIPE_FOLDER / f"{name}.yaml"
     if not ours.is_file():
-        raise FastSSLError(
-            f"no recipe {name!r}{nearest(name, recipe_names())}; `fastssl recipes` lists them, a .yaml path works too"
-        )
+        lists = "`fastssl recipes` lists them, a .yaml path works too"
+        raise FastSSLError(f"no recipe {name!r}{nearest(name, recipe_names())}; {lists}")
     return ours
 
 
 def load_recipe(name: str, overrides: Mapping[str, str] | None = None) -> Recipe:
-    """Read and check a recipe. With another batch than the file's the whole schedule of the learning rate follows, see
-    ``with_batch``; epochs take the place of ``train.samples``.
+    """Read and check a recipe: one of ours by name, or a yaml file by path. Raises FastSSLError, with file and key, for
+    an unknown recipe or key (with the nearest), a wrong type, or a value out of range.
 
-    Args:
-        name: a recipe of ours, or the path of a yaml file.
-        overrides: ``{"optim.lr": "0.1", "views.0.size": "64"}``: values are yaml, and taken as they are.
-
-    Raises:
-        FastSSLError: unknown recipe or key (with the nearest), wrong type, or a value out of range; names file and key.
+    With another batch than the file's the whole schedule of the learning rate follows, see ``with_batch``; epochs take
+    the place of ``train.samples``. ``overrides``, as ``{"optim.lr": "0.1", "views.0.size": "64"}``, are yaml, and taken
+    as they are.
     """
     path, overrides = recipe_path(name), overrides or {}
     tree = read_yaml(path)
@@ -244,11 +232,8 @@ def load_recipe(name: str, overrides: Mapping[str, str] | None = None) -> Recipe
 
 
 def with_batch(recipe: Recipe, batch: int, own_batch: int, *, given: Container[str] = frozenset()) -> Recipe:
-    """The recipe with steps of ``batch`` photos, and with the rates of its schedule in proportion.
-
-    Args:
-        own_batch: the batch for which ``optim.warmup_lr`` and ``optim.final_lr`` were written.
-        given: keys (``optim.final_lr``) or sections (``optim``) whose values were asked for, and stay.
+    """The recipe with steps of ``batch`` photos, and with ``optim.warmup_lr`` and ``optim.final_lr``, which were
+    written for ``own_batch``, in proportion; keys (``optim.final_lr``) or sections (``optim``) of ``given`` stay.
     """
     keep = [name for name in ("warmup_lr", "final_lr") if is_given(f"optim.{name}", given)]
     optim = recipe.optim if batch == own_batch else recipe.optim.scaled(batch / own_batch, keep)
@@ -312,6 +297,20 @@ def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
     return plain
 
 
+def differences(mine: dict[str, Any], theirs: dict[str, Any], prefix: str = "") -> list[str]:
+    """``["optim.lr: 0.1 there, 0.2 here", ...]``: where two resolved configurations differ."""
+    found = []
+    for key in sorted({*mine, *theirs}):
+        here, there = mine.get(key), theirs.get(key)
+        if isinstance(here, dict) and isinstance(there, dict):
+            found += differences(here, there, f"{prefix}{key}.")
+        elif isinstance(here, dict) or isinstance(there, dict):
+            found.append(f"{prefix}{key}: only {'here' if there is None else 'there'}")
+        elif here != there:
+            found.append(f"{prefix}{key}: {shown(there)} there, {shown(here)} here")
+    return found
+
+
 def parse_overrides(pairs: Iterable[str]) -> dict[str, str]:
     """``["optim.lr=0.1"]`` -> ``{"optim.lr": "0.1"}``."""
     parsed = {}
@@ -326,16 +325,13 @@ def parse_overrides(pairs: Iterable[str]) -> dict[str, str]:
 def _override(tree: Any, key: str, value: Any) -> None:
     """Set ``a.b.0.c`` in nested mappings and lists, whether there is such a key or not."""
     if key == "views.preset":
-        _override_views(tree, value)
-        return
+        return _override_views(tree, value)
     parts, views = key.split("."), tree.get("views")
     if parts[0] == "views" and len(parts) > 1 and isinstance(views, str):  # of a preset one number is to be another
         tree["views"] = _preset(views, f"--set {key}")
     if parts[0] == "views" and len(parts) == 2 and isinstance(views, list) and not parts[1].isdigit():
-        raise FastSSLError(
-            f"--set {key}: this recipe lists its two views (views.0.size ...); a threshold belongs to a "
-            "multi-crop, e.g. --set views.preset=sslight-cnn"
-        )
+        belongs = "a threshold belongs to a multi-crop, e.g. --set views.preset=sslight-cnn"
+        raise FastSSLError(f"--set {key}: this recipe lists its two views (views.0.size ...); {belongs}")
     node, place = {"": tree}, ""
     for number, part in enumerate(parts):
         node = node[place] if isinstance(node, list) else node.setdefault(place, {})
@@ -351,11 +347,9 @@ def _override_views(tree: dict[str, Any], name: Any) -> None:
     """Put a preset's design of the views in the place of the recipe's; how a view is augmented stays as it is."""
     before = tree.get("views")
     if isinstance(before, list):
-        kept = [
-            {key: value for key, value in view.items() if key not in ("size", "count", "area", "center")}
-            for view in before
-            if isinstance(view, dict)
-        ]
+        kept = [dict(view) for view in before if isinstance(view, dict)]
+        for view, key in ((view, key) for view in kept for key in ("size", "count", "area", "center")):
+            view.pop(key, None)
         before = {"augment": kept[0]} if kept else {}
         if len(kept) == 2 and kept[0] != kept[1]:  # each global view keeps its own; local ones are as the first
             before = {"global_1": kept[0], "global_2": kept[1], "local": kept[0]}

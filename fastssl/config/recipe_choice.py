@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from fastssl.config.recipe import Recipe, is_given, with_batch
@@ -19,21 +19,14 @@ SAMPLE_RECIPE, FEW_RECIPE, FULL_RECIPE = "quickstart", "few-photos", "light-moco
 MANY_PHOTOS = 20_000
 #: Half of the full recipe's 224 px: views of smaller photos are mostly pixels that were made up.
 SMALL_SIDE = 112
-#: Bounds of the epochs that follow from the number of photos. Below the first, a schedule that changes once an epoch is
-#: none.
+#: Bounds of the epochs that follow from the number of photos; below them a schedule that changes once an epoch is none.
 FEWEST_EPOCHS, MOST_EPOCHS = 5, 1000
 
-
-@dataclass(frozen=True)
-class Choice:
-    """A recipe's name, and why it is this one: the end of a sentence."""
-
-    name: str
-    reason: str
+_BATCH = "train.batch_size"
 
 
-def choose(photos: int | None, short_side: float | None, device: str) -> Choice:
-    """The recipe for photos where none is named.
+def choose(photos: int | None, short_side: float | None, device: str) -> tuple[str, str]:
+    """The recipe for photos where none is named, and why it is this one: the end of a sentence.
 
     Args:
         photos: how many; None: there are none but the sample set.
@@ -41,20 +34,17 @@ def choose(photos: int | None, short_side: float | None, device: str) -> Choice:
         device: ``cpu`` or ``cuda``.
     """
     if photos is None:
-        return Choice(SAMPLE_RECIPE, "without --data, on the sample photos")
-    all_of_them, other = counted(photos, "photo"), f" (--recipe {FULL_RECIPE} is the full one)"
+        return SAMPLE_RECIPE, "without --data, on the sample photos"
+    all_of_them = counted(photos, "photo")
     if photos < MANY_PHOTOS:
-        return Choice(FEW_RECIPE, f"for {all_of_them}, which are fewer than {MANY_PHOTOS:,}{other}")
-    if short_side is not None and short_side < SMALL_SIDE:
-        small = f"of {short_side:g} px, which are too small for views of 224 px"
-        return Choice(FEW_RECIPE, f"for {all_of_them} {small}{other}")
-    if device != "cuda":
-        long = f"200 epochs of {all_of_them} at 224 px would take a CPU months or years"
-        return Choice(FEW_RECIPE, f"as there is no GPU: {long}{other}")
-    return Choice(FULL_RECIPE, f"for {all_of_them} on a GPU")
-
-
-# ---------------------------------------------------------------- batch and epochs
+        why = f"for {all_of_them}, which are fewer than {MANY_PHOTOS:,}"
+    elif short_side is not None and short_side < SMALL_SIDE:
+        why = f"for {all_of_them} of {short_side:g} px, which are too small for views of 224 px"
+    elif device != "cuda":
+        why = f"as there is no GPU: 200 epochs of {all_of_them} at 224 px would take a CPU months or years"
+    else:
+        return FULL_RECIPE, f"for {all_of_them} on a GPU"
+    return FEW_RECIPE, f"{why} (--recipe {FULL_RECIPE} is the full one)"
 
 
 def fit(
@@ -65,20 +55,13 @@ def fit(
     A batch that nobody asked for is lowered until an epoch has two steps, where that goes; then queue, neighbours and
     BatchNorm groups follow. With a batch that was asked for they follow only where they would not go with it.
 
-    Args:
-        given: keys of the recipe that were asked for, and stay as they are (``train.batch_size``, ``moco.queue``).
-        processes: that share a step.
-        where: the photos, for messages.
-
-    Returns:
-        the recipe, with ``train.samples`` resolved, and what was changed, in words.
-
-    Raises:
-        FastSSLError: too few photos for any batch, or for the one that was asked for; the message names one that works.
+    Keys of the recipe that were asked for (``given``: ``train.batch_size``, ``moco.queue``) stay as they are;
+    ``processes`` share a step; ``where``: the photos, for messages. Returns the recipe, with ``train.samples``
+    resolved, and what was changed, in words. Raises as ``require_photos``.
     """
     require_photos(recipe, photos, given=given, processes=processes, where=where)
     wanted = batch = recipe.train.batch_size
-    asked = is_given("train.batch_size", given)
+    asked = is_given(_BATCH, given)
     if not asked and photos < 2 * wanted:
         lower = _lower_batches(photos, wanted, processes * recipe.train.accumulate)
         batch = next(_allowed(recipe, lower, photos, given, processes), wanted)
@@ -96,19 +79,14 @@ def fit(
 
 
 def require_photos(
-    recipe: Recipe,
-    photos: int,
-    *,
-    given: Collection[str] = ("train.batch_size",),
-    processes: int = 1,
-    where: str = "the data",
+    recipe: Recipe, photos: int, *, given: Collection[str] = (_BATCH,), processes: int = 1, where: str = "the data"
 ) -> None:
     """Raise FastSSLError where the photos fill no batch, or not the one that was asked for; the message names the
     largest that works.
     """
     parts, batch = recipe.train.accumulate, recipe.train.batch_size
     unit = processes * parts  # divides a batch; each share of each process has two samples at least
-    asked = is_given("train.batch_size", given)
+    asked = is_given(_BATCH, given)
     if photos >= (batch if asked else 2 * batch):
         return
     have = counted(photos, "photo")
@@ -133,9 +111,7 @@ def follow_samples(recipe: Recipe, photos: int) -> Recipe:
 
 
 def _lower_batches(photos: int, wanted: int, unit: int) -> Iterator[int]:
-    """Batches below ``wanted``, the best first: two steps an epoch, a power of two; then any with two steps; then one
-    step.
-    """
+    """Below ``wanted``, the best first: two steps an epoch, a power of two; then any with two steps; then one step."""
     for most in (photos // 2, photos):
         parts = min(most, wanted) // unit
         if parts >= 2:
@@ -167,7 +143,7 @@ def _with_settings(recipe: Recipe, settings: MethodConfig) -> Recipe:
 
 def _changes(before: Recipe, after: Recipe) -> list[str]:
     """``train.batch_size 128 -> 16``, of all that a batch changes but the rates."""
-    found: list[tuple[str, Any, Any]] = [("train.batch_size", before.train.batch_size, after.train.batch_size)]
+    found: list[tuple[str, Any, Any]] = [(_BATCH, before.train.batch_size, after.train.batch_size)]
     for name in (field.name for field in dataclasses.fields(before.settings)):
         found.append((f"{before.method}.{name}", getattr(before.settings, name), getattr(after.settings, name)))
 
@@ -179,11 +155,8 @@ def _changes(before: Recipe, after: Recipe) -> list[str]:
 
 def _with_epochs(recipe: Recipe, photos: int, batch: int, given: Collection[str]) -> tuple[Recipe, list[str]]:
     """``train.samples`` resolved, and a line if that gave other epochs than the recipe's: what is counted in them keeps
-    its share of the run.
-
-    Args:
-        batch: with which ``train.samples`` are counted. A batch that was lowered for want of photos makes as many steps
-            as this one, not as many samples: ten photos would be seen 18,000 times.
+    its share of the run. A batch that was lowered for want of photos makes as many steps as ``batch``, not as many
+    samples: ten photos would be seen 18,000 times.
     """
     train, optim, settings = recipe.train, recipe.optim, recipe.settings
     if train.samples is None:
@@ -212,43 +185,29 @@ def _with_epochs(recipe: Recipe, photos: int, batch: int, given: Collection[str]
     return stretched, [f"{epochs:,} epochs for {counted(photos, 'photo')}: {meant} (--epochs says otherwise)"]
 
 
-# ---------------------------------------------------------------- warnings
-
-
 def warnings_for(recipe: Recipe, own_arch: str, photos: int, short_side: float) -> list[str]:
-    """What will run, but seldom as it was meant; a line each.
-
-    Args:
-        own_arch: the network that the recipe was made for.
-        short_side: of the photos, in pixels, the median.
+    """What will run, but seldom as it was meant; a line each. ``own_arch``: the network that the recipe was made for;
+    ``short_side``: of the photos, in pixels, the median.
     """
-    found = []
-    method, settings = recipe.method, recipe.settings
+    found, method, settings = [], recipe.method, recipe.settings
     queue = getattr(settings, "queue", 0)
     fewer = getattr(settings.scaled(recipe.train.batch_size, photos=photos), "queue", 0)
     if queue > max(photos, fewer):
-        found.append(
-            f"{method}.queue holds {queue:,} features of {counted(photos, 'photo')}: each meets those of its own photo "
-            f"from earlier epochs there; --set {method}.queue={fewer} holds fewer"
-        )
+        meets = "each meets those of its own photo from earlier epochs there"
+        holds = f"{method}.queue holds {queue:,} features of {counted(photos, 'photo')}"
+        found.append(f"{holds}: {meets}; --set {method}.queue={fewer} holds fewer")
     size = max(spec.size for spec in recipe.views)
     if short_side < size:
-        found.append(
-            f"half of the photos have a shorter side of {short_side:g} px or less, and are enlarged for views of "
-            f"{size} px: smaller views cost less and show as much"
-        )
+        enlarged = f"enlarged for views of {size} px: smaller views cost less and show as much"
+        found.append(f"half of the photos have a shorter side of {short_side:g} px or less, and are {enlarged}")
     keys = {"optim.warmup_epochs": recipe.optim.warmup_epochs}
     keys |= {f"{method}.{key}": getattr(settings, key) for key in settings.EPOCH_KEYS if key != "queue_epoch"}
     if late := [f"{key} {value:g}" for key, value in keys.items() if value >= recipe.train.epochs]:
-        found.append(
-            f"a run of {counted(recipe.train.epochs, 'epoch')} ends before its warm-up does ({', '.join(late)}): "
-            "give more --epochs, or lower it with --set"
-        )
+        ends = f"{counted(recipe.train.epochs, 'epoch')} ends before its warm-up does ({', '.join(late)})"
+        found.append(f"a run of {ends}: give more --epochs, or lower it with --set")
     mine, meant = (resizes_positions(resolve_arch(arch)) for arch in (recipe.arch, own_arch))
     if mine != meant:
         kinds = ("a convolutional network", "a vision transformer")
-        found.append(
-            f"{recipe.arch} is {kinds[mine]}, and the recipe was made for {kinds[meant]} ({own_arch}): its rates and "
-            "heads may not suit it"
-        )
+        made = f"the recipe was made for {kinds[meant]} ({own_arch}): its rates and heads may not suit it"
+        found.append(f"{recipe.arch} is {kinds[mine]}, and {made}")
     return found

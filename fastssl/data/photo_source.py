@@ -15,7 +15,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -31,14 +30,12 @@ from fastssl.pipelines.beton.reader import BetonReader
 from fastssl.pipelines.beton.side_file import read_side_file, side_path
 from fastssl.pipelines.convert.conversion import convert, rejects_path
 from fastssl.pipelines.convert.encode import pillow_formats
-from fastssl.pipelines.convert.options import ConvertOptions, ConvertSummary, chosen_photos
-from fastssl.pipelines.convert.sources import Listing, list_source
+from fastssl.pipelines.convert.options import ConvertOptions, chosen_photos
+from fastssl.pipelines.convert.sources import list_source
 from fastssl.utils.deadline import Deadline
 
 #: Endings of tars; of compressed ones, too, as the converter says what to do with those.
 _TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
-#: Photos whose size is looked at.
-_LOOKED_AT = 64
 
 
 @dataclass(frozen=True)
@@ -46,10 +43,9 @@ class Source:
     """What is known of photos before they are converted.
 
     Attributes:
-        path: the folder or tar; or a ``.beton`` file, which stays what it is.
         photos: how many, damaged ones included.
         short_side: in pixels, the median (of a folder or tar: of some); None: none of them could be read.
-        fingerprint: of the list of photos; None: the path is a ``.beton`` file.
+        fingerprint: of the list of photos; None: the path is a ``.beton`` file, which stays what it is.
     """
 
     path: Path
@@ -61,21 +57,15 @@ class Source:
 def is_source(path: str | os.PathLike) -> bool:
     """Whether this is a folder or a tar, which has to be converted first."""
     path = Path(path)
-    if path.is_dir():
-        return True
     if path.suffix == ".beton" or not path.is_file():
-        return False
-    if path.name.lower().endswith(_TARS):
-        return True
+        return path.is_dir()
     with path.open("rb") as file:
-        return file.read(262)[257:] == b"ustar"
+        return path.name.lower().endswith(_TARS) or file.read(262)[257:] == b"ustar"
 
 
 def look_at(path: str | os.PathLike) -> Source:
     """Number and size of the photos at ``path``; a folder or tar is listed, and the headers of some photos are read.
-
-    Raises:
-        FastSSLError: neither folder, tar nor ``.beton`` file; or no photos.
+    Raises FastSSLError where it is neither folder, tar nor ``.beton`` file, or has no photos.
     """
     path = Path(path)
     if not is_source(path):
@@ -83,28 +73,25 @@ def look_at(path: str | os.PathLike) -> Source:
             return Source(path, len(reader), float(np.median(np.minimum(reader.heights, reader.widths))))
     deadline = Deadline(path)
     with list_source(path, deadline) as listing:
-        some, names = chosen_photos(len(listing), _LOOKED_AT).tolist(), listing.names
-        looked = deadline.map(partial(_short_side, listing), some, 1, lambda i: f"at {printable(names[i])}")
-        sides = [side for side in looked if side]
+
+        def side(i: int) -> int:  # by the header; 0: it cannot be read, which the conversion will say
+            with warnings.catch_warnings(), suppress(Exception):  # decoders raise anything at all for damaged input
+                warnings.simplefilter("ignore")
+                with Image.open(io.BytesIO(listing.read(i)), formats=pillow_formats()) as image:
+                    return min(image.size)
+            return 0
+
+        some, names = chosen_photos(len(listing), 64).tolist(), listing.names
+        sides = list(filter(None, deadline.map(side, some, 1, lambda i: f"at {printable(names[i])}")))
         return Source(path, len(listing), median(sides) if sides else None, listing.fingerprint)
-
-
-def _short_side(listing: Listing, i: int) -> int | None:
-    """Of one photo, by its header; None: it cannot be read, which the conversion will say."""
-    with warnings.catch_warnings(), suppress(Exception):  # decoders raise anything at all for damaged input
-        warnings.simplefilter("ignore")
-        with Image.open(io.BytesIO(listing.read(i)), formats=pillow_formats()) as image:
-            side: int = min(image.size)
-            return side
-    return None
 
 
 def side_for(recipe: Recipe) -> int:
     """The short side, in pixels, to which larger photos are scaled down for a recipe: no more than its views can show.
 
-    Twice the largest view, 96 px for 48: the smallest crops, a fifth of the photo, are then hardly enlarged. For 224 px
-    that would be 448, three times the work of decoding the usual 256: of 384, twice that work, five of six crops are
-    not enlarged at all. Never less than the probe's crop needs.
+    Twice the largest view: the smallest crops, a fifth of the photo, are then hardly enlarged. For 224 px that would be
+    three times the work of decoding the usual 256 px: with 384, twice that work, five of six crops are not enlarged.
+    Never less than the probe's crop needs.
     """
     largest = max(spec.size for spec in recipe.views)
     return max(min(2 * largest, 384), largest, round(recipe.probe.size / recipe.probe.crop))
@@ -119,16 +106,13 @@ def as_beton(
     progress: Callable[[int, int], None] | None = None,
 ) -> Path:
     """The ``.beton`` file of ``source``: itself, or the one that was made of it before, or one that is made now. Any
-    number of processes may call this at once: one converts, the others wait and find the file.
+    number of processes may call this at once: one converts, the others wait and find the file. Raises FastSSLError
+    where there is nothing to convert, all photos are damaged, or no place can be written.
 
     Args:
-        short_side: photos whose shorter side is longer are scaled down to it.
-        workers: threads of the conversion; None: one a core.
+        short_side: in pixels; photos whose shorter side is longer are scaled down to it.
+        workers, progress: as of ``convert``.
         say: is told in one line what was made or found.
-        progress: as of ``convert``.
-
-    Raises:
-        FastSSLError: nothing to convert, all photos damaged, no space, or no place that can be written.
     """
     if source.fingerprint is None:
         return source.path
@@ -140,20 +124,35 @@ def as_beton(
         "options": options.deciding(),
         "tool": f"fastssl {__version__}",
     }
+
+    def holds(place: Path) -> bool:
+        """Whether the file is there, whole as far as its tables tell, and what a conversion now would make."""
+        side = (_side(place) if place.is_file() else None) or {}
+        if any(side.get(key) != value for key, value in wanted.items() if key != "source"):
+            return False
+        say(f"{source.path}: converted before, into {place}{_rejected(side.get('rejected') or 0, place)}")
+        return True
+
     places = _places(path, options)
     for place in places:
-        if _holds(place, wanted):
-            return _found(source, place, say)
+        if holds(place):
+            return place
     for place in places:
         with suppress(OSError):
             place.parent.mkdir(parents=True, exist_ok=True)
         with _alone(place, say) as alone:
-            if alone and _holds(place, wanted):
-                return _found(source, place, say)
+            if alone and holds(place):
+                return place
             if not alone or not _may_write(place, wanted):
                 continue
             done = convert(path, place, options, progress)
-        say(_made(source, done, short_side))
+        classes = "no labels" if done.classes is None else counted(len(done.classes), "class")
+        ignored = f"; {counted(done.ignored, 'other file')} passed over" if done.ignored else ""
+        say(
+            f"{source.path}: {counted(done.written, 'photo')}, {classes}, now also in {done.path} "
+            f"({done.bytes / 1e6:,.1f} MB, short side at most {short_side} px), which is used as long as they stay as "
+            f"they are{_rejected(done.rejected, done.path)}{ignored}"
+        )
         return place
     raise FastSSLError(
         f"{source.path}: neither {places[0]} nor {places[1]} can be written; "
@@ -183,22 +182,14 @@ def _side(place: Path) -> dict[str, Any] | None:
     return None
 
 
-def _holds(place: Path, wanted: dict[str, Any]) -> bool:
-    """Whether the file is there, whole as far as its tables tell, and what a conversion now would make."""
-    side = _side(place) if place.is_file() else None
-    return side is not None and all(side.get(key) == value for key, value in wanted.items() if key != "source")
-
-
 def _may_write(place: Path, wanted: dict[str, Any]) -> bool:
     """Whether nothing is there, or a file that nobody asked for, made the same way from these photos as they were."""
     if not os.access(place.parent, os.W_OK):
         return False
     if not os.path.lexists(place) and not os.path.lexists(side_path(place)):
         return True
-    side = _side(place)
-    if side is None or side.get("automatic") is not True or side.get("options") != wanted["options"]:
-        return False
-    return bool(side.get("source") == wanted["source"])  # `photos/` and `photos.tar` would both have photos.beton
+    side = _side(place) or {}  # `photos/` and `photos.tar` would both have photos.beton
+    return side.get("automatic") is True and all(side.get(key) == wanted[key] for key in ("options", "source"))
 
 
 @contextmanager
@@ -231,20 +222,5 @@ def _alone(place: Path, say: Callable[[str], None]) -> Iterator[bool]:
             path.unlink(missing_ok=True)
 
 
-def _found(source: Source, place: Path, say: Callable[[str], None]) -> Path:
-    say(f"{source.path}: converted before, into {place}{_rejected((_side(place) or {}).get('rejected') or 0, place)}")
-    return place
-
-
 def _rejected(count: int, place: Path) -> str:
     return f"; {count:,} rejected (see {rejects_path(place)})" if count else ""
-
-
-def _made(source: Source, done: ConvertSummary, short_side: int) -> str:
-    classes = "no labels" if done.classes is None else counted(len(done.classes), "class")
-    ignored = f"; {counted(done.ignored, 'other file')} passed over" if done.ignored else ""
-    return (
-        f"{source.path}: {counted(done.written, 'photo')}, {classes}, now also in {done.path} ({done.bytes / 1e6:,.1f} "
-        f"MB, short side at most {short_side} px), which is used as long as they stay as they are"
-        f"{_rejected(done.rejected, done.path)}{ignored}"
-    )

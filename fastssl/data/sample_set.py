@@ -1,9 +1,15 @@
 """The sample photos that install with the package: views of eighteen places, made into ``.beton`` files on first use.
 
-The package holds 18 panoramas (CC0, Poly Haven). From each, 200 views are rendered for training and 80 for judging, 64
-px wide, each as if by another camera in another light, so that colours alone do not name a place. Training looks into
-one half of the compass, judging into the other, and at the horizon their fields of view never meet. The views go the
-way a user's own photos go: written as folders of JPEG files, then through the converter.
+The package holds 18 panoramas (CC0, Poly Haven), equirectangular (width: longitude, height: latitude, 90 degrees at the
+top). From each, 200 views are rendered for training and 80 for judging, 64 px wide, each as if by another pinhole
+camera in another light, so that colours alone do not name a place:
+
+    pixel grid -> rays of the field of view -> roll, pitch, yaw -> longitude, latitude
+    -> bilinear look-up in linear light
+    -> mean over 2 x 2 rays a pixel -> exposure, white balance, saturation -> gamma, contrast
+
+Training looks into one half of the compass, judging into the other, and at the horizon their fields of view never meet.
+The views go the way a user's own photos go: written as folders of JPEG files, then through the converter.
 
 The ranges below were chosen by what can be learned: with fields of view of 35 to 60 degrees many views hold a wall or a
 piece of sky alone, and the network ends at 55 % even with labels; with 60 to 90 degrees at 68 % (at contrast 1.5), and
@@ -13,6 +19,7 @@ a colour histogram where it was.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import shutil
 import tempfile
@@ -24,9 +31,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
+from torch.nn import functional
 
 from fastssl._version import __version__
-from fastssl.data.panorama import Cameras, render
 from fastssl.errors import FastSSLError
 from fastssl.pipelines.beton.reader import BetonReader
 from fastssl.pipelines.convert.conversion import convert
@@ -38,12 +46,8 @@ PARTS: dict[str, int] = {"train": 200, "val": 80}
 SIZE = 64
 
 #: Ranges that a view's camera is drawn from, evenly: degrees, stops, factors.
-FIELD_OF_VIEW = (60.0, 90.0)
-PITCH = (-30.0, 22.0)
-ROLL = (-5.0, 5.0)
-EXPOSURE = (-1.3, 1.3)
-WHITE_BALANCE = (0.4, 1.6)
-SATURATION = (0.0, 1.0)
+FIELD_OF_VIEW, PITCH, ROLL = (60.0, 90.0), (-30.0, 22.0), (-5.0, 5.0)
+EXPOSURE, WHITE_BALANCE, SATURATION = (-1.3, 1.3), (0.4, 1.6), (0.0, 1.0)
 #: The contrast lies between its inverse and it, in equal ratios.
 CONTRAST = 1.6
 #: Degrees between a field of view's edge at the horizon and the border of its half of the compass: a camera that rolls
@@ -52,6 +56,73 @@ MARGIN = 3.0
 
 _QUALITY = 95
 _STORED = Path(__file__).parent / "samples"
+#: Of the stored pictures, so that exposure and white balance multiply light and not pixel values.
+GAMMA = 2.2
+SUPERSAMPLING = 2  # rays along each side of a pixel
+LUMINANCE = (0.2126, 0.7152, 0.0722)  # weights of red, green and blue (ITU-R BT.709)
+
+
+@dataclass(frozen=True)
+class Cameras:
+    """One camera a view; every field is a float tensor (N,), white_balance (N, 3). Angles in degrees.
+
+    Attributes:
+        yaw: compass direction; 0 is the panorama's middle column, positive to the right.
+        pitch: above the horizon. roll: clockwise turn of the camera about its own axis.
+        field_of_view: between the left and the right edge.
+        exposure: in stops. white_balance: factors of red, green and blue. saturation: 1 as it is, 0 grey.
+        contrast: exponent of the pixel values in 0 .. 1; above 1 shadows are darker.
+    """
+
+    yaw: Tensor
+    pitch: Tensor
+    roll: Tensor
+    field_of_view: Tensor
+    exposure: Tensor
+    white_balance: Tensor
+    saturation: Tensor
+    contrast: Tensor
+
+    def __len__(self) -> int:
+        return len(self.yaw)
+
+
+def directions(cameras: Cameras, size: int) -> tuple[Tensor, Tensor]:
+    """(longitude, latitude) in radians, both (N, size, size), of the rays through the pixels' centres."""
+    centres = (torch.arange(size) + 0.5) / size * 2 - 1
+    half = (cameras.field_of_view.deg2rad() / 2).tan()[:, None, None]
+    right, down = centres[None, None, :] * half, centres[None, :, None] * half
+    roll, pitch = cameras.roll.deg2rad()[:, None, None], cameras.pitch.deg2rad()[:, None, None]
+    x = right * roll.cos() - down * roll.sin()
+    y = -(right * roll.sin() + down * roll.cos())
+    up = y * pitch.cos() + pitch.sin()
+    forward = pitch.cos() - y * pitch.sin()
+    longitude = torch.atan2(x, forward) + cameras.yaw.deg2rad()[:, None, None]
+    return longitude, torch.atan2(up, torch.hypot(x, forward))
+
+
+def render(panorama: Tensor, cameras: Cameras, size: int) -> Tensor:
+    """The views of ``cameras``, (N, size, size, 3) uint8, of an equirectangular ``panorama``, (3, H, W) uint8, whose
+    width covers 360 degrees.
+    """
+    light = (panorama.float() / 255) ** GAMMA
+    # One column more on each side: the left and the right edge are neighbours.
+    light = torch.cat([light[:, :, -1:], light, light[:, :, :1]], 2)
+    width = panorama.shape[2]
+    longitude, latitude = directions(cameras, size * SUPERSAMPLING)
+    column = (longitude / (2 * math.pi) + 0.5) % 1 * width  # in pixels from the left edge
+    x = (column + 1) / (width + 2) * 2 - 1
+    y = -latitude / (math.pi / 2)
+    grid = torch.stack([x, y], -1)
+    rays = functional.grid_sample(
+        light[None].expand(len(cameras), -1, -1, -1), grid, mode="bilinear", padding_mode="border", align_corners=False
+    )
+    view = functional.avg_pool2d(rays, SUPERSAMPLING)
+    view = view * (2**cameras.exposure)[:, None, None, None] * cameras.white_balance[:, :, None, None]
+    grey = torch.einsum("nchw,c->nhw", view, view.new_tensor(LUMINANCE))[:, None]
+    view = grey + (view - grey) * cameras.saturation[:, None, None, None]
+    exponent = (cameras.contrast / GAMMA)[:, None, None, None]
+    return (view.clamp(0, 1) ** exponent * 255 + 0.5).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
 @dataclass(frozen=True)
@@ -68,17 +139,13 @@ def places() -> list[str]:
 
 
 def draw_cameras(part: str, place: int, count: int | None = None) -> Cameras:
-    """The cameras of one place's views: the same numbers at every call.
-
-    Args:
-        part: ``train`` looks into the compass's half around 90 degrees, ``val`` into the one around -90.
-        place: position in :func:`places`.
-        count: views; default: as many as the sample set has.
+    """The cameras of one place's views (``place``: position in :func:`places`): the same numbers at every call.
+    ``train`` looks into the compass's half around 90 degrees, ``val`` into the one around -90.
     """
     shape = PARTS[part] if count is None else count, 10
     words = np.random.default_rng([place, list(PARTS).index(part)]).random(shape)
 
-    def between(column: int, bounds: tuple[float, float]) -> torch.Tensor:
+    def between(column: int, bounds: tuple[float, float]) -> Tensor:
         return torch.from_numpy(bounds[0] + (bounds[1] - bounds[0]) * words[:, column]).float()
 
     field_of_view = between(0, FIELD_OF_VIEW)
@@ -95,12 +162,8 @@ def draw_cameras(part: str, place: int, count: int | None = None) -> Cameras:
     )
 
 
-def load_panorama(name: str) -> torch.Tensor:
-    """The stored panorama of a place, (3, 256, 512) uint8.
-
-    Raises:
-        FastSSLError: the package's file is damaged.
-    """
+def load_panorama(name: str) -> Tensor:
+    """The stored panorama of a place, (3, 256, 512) uint8. Raises FastSSLError where the file is damaged."""
     path = _STORED / f"{name}.jpg"
     try:
         with Image.open(path) as image:
@@ -118,14 +181,9 @@ def default_cache_dir() -> Path:
 def ensure_sample_set(cache_dir: Path | None = None) -> SampleSet:
     """The sample set as ``.beton`` files, converted on first use (a few seconds), found again later. Any number of
     processes may call this at once: each converts into a folder of its own, the first to finish renames it into place,
-    the others use that one. A cached set whose files are damaged or short is made again.
-
-    Args:
-        cache_dir: default :func:`default_cache_dir`. If it cannot be written, a temporary folder is used and a
-            warning says so.
-
-    Raises:
-        FastSSLError: the package's own data are damaged.
+    the others use that one. A cached set whose files are damaged or short is made again. Where ``cache_dir`` (default:
+    :func:`default_cache_dir`) cannot be written, a temporary folder is used and a warning says so. Raises FastSSLError
+    where the package's own data are damaged.
     """
     cache_dir = default_cache_dir() if cache_dir is None else Path(cache_dir)
     # The name holds everything that the files depend on: an update never meets an older version's files.

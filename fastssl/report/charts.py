@@ -36,10 +36,8 @@ _STYLE = dict(matplotlib.rcParamsDefault) | {
     "ytick.left": False,
 }
 del _STYLE["backend"]
-#: More points than pixels make a file heavy and a line no better.
-_MAX_POINTS = 400
-#: An axis has no room beside larger values. What a run measures lies far inside.
-_LARGEST = 1e12
+#: More points than pixels make a file heavy; beside larger values an axis has no room.
+_MAX_POINTS, _LARGEST = 400, 1e12
 
 Points = Sequence[tuple[float, float]]
 
@@ -56,8 +54,8 @@ def line_chart(
 
     Args:
         series: name -> (epoch, value) by rising epoch, one or two. Values that are not finite leave a gap.
-        reach: values that the axis holds in any case; else it goes from the data, to round numbers.
-        marks: name -> value of dashed lines to compare with; the axis holds them, too.
+        reach, marks: values, and name -> value of dashed lines, that the axis holds in any case; else it goes from the
+            data, to round numbers.
     """
     lines = {number: _thinned(points) for number, points in enumerate(series.values(), 1)}
     names = {number: name for number, name in enumerate(series, 1) if np.isfinite(lines[number][:, 1]).any()}

@@ -22,10 +22,7 @@ KINDS = ("knn", "knn_leave_one_out", "linear", "semi", "finetune", "detect")
 
 def figures(record: Record) -> dict[str, str]:
     """What of a record stands in the table, in percent: name of a column -> ``68.2 (67.8 to 68.7)``, where the 95 %
-    interval is known.
-
-    Raises:
-        ValueError: a figure is not finite.
+    interval is known. Raises ValueError where a figure is not finite.
     """
     if record["evaluation"] == "detect":
         names = {"box_ap": "box AP", "box_ap50": "box AP50", "mask_ap": "mask AP", "mask_ap50": "mask AP50"}
@@ -67,10 +64,7 @@ _HOW = (
 
 def read_evaluations(paths: Iterable[str | Path]) -> list[Record]:
     """The records in files that ``fastssl evaluate ... --json`` wrote: one JSON document each, or an object a line.
-
-    Raises:
-        FastSSLError: something is no such record; the message names file and line, or the record's number.
-        OSError: a file cannot be read.
+    Raises OSError where a file cannot be read, FastSSLError with file and line for what is no such record.
     """
     expected, found = "records of `fastssl evaluate ... --json FILE`", []
     for where, record in (place for path in paths for place in read_json_records(path, expected)):

@@ -7,7 +7,6 @@ from __future__ import annotations
 import base64
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,30 +15,26 @@ import jinja2
 from fastssl.errors import counted
 from fastssl.report.run_record import get, number
 
-
-@cache
-def _environment() -> jinja2.Environment:
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    environment.filters |= {
-        "base64": lambda content: base64.b64encode(content).decode("ascii"),
-        "counted": counted,
-        "get": get,
-        "number": number,
-        "sentence": lambda text: f"{str(text).rstrip().rstrip('.')}.",
-        "thousands": lambda value: f"{value:,}" if isinstance(value, int) else value,
-    }
-    return environment
+_TEMPLATES = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+    autoescape=True,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    undefined=jinja2.StrictUndefined,
+)
+_TEMPLATES.filters |= {
+    "base64": lambda content: base64.b64encode(content).decode("ascii"),
+    "counted": counted,
+    "get": get,
+    "number": number,
+    "sentence": lambda text: f"{str(text).rstrip().rstrip('.')}.",
+    "thousands": lambda value: f"{value:,}" if isinstance(value, int) else value,
+}
 
 
 def render_template(name: str, **values: Any) -> str:
     """``templates/NAME`` with ``values``; what is not ``markupsafe.Markup`` is text."""
-    return _environment().get_template(name).render(**values)
+    return _TEMPLATES.get_template(name).render(**values)
 
 
 @dataclass(frozen=True)

@@ -33,10 +33,8 @@ REESTIMATED = ", BatchNorm statistics of centre crops"
 
 
 def finish_run(run: Setup, started: float) -> dict[str, Any]:
-    """Probe the network beside the marks that cost nothing, give the verdict, and write the rest of the run's folder.
-
-    Returns:
-        what ``summary.json`` holds.
+    """Probe the network beside the marks that cost nothing, give the verdict, and write the rest of the run's folder;
+    returns what ``summary.json`` holds.
     """
     probe = run.recipe.probe
     split = choose_split(run.reader, run.val, probe.final_samples, run.options.seed)

@@ -3,30 +3,15 @@
 from __future__ import annotations
 
 import math
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fastssl.errors import duration
 from fastssl.report.document import render_template
-from fastssl.report.run_record import (
-    COLOURS,
-    LONGEST,
-    MARKS,
-    RANDOM,
-    RAW,
-    TRAINED,
-    RunRecord,
-    get,
-    number,
-    probe_rows,
-    read_run,
-)
+from fastssl.report.run_record import COLOURS, MARKS, RANDOM, RAW, TRAINED, RunRecord, get, number, probe_rows, read_run
 from fastssl.utils.atomic_files import write_atomically
-from fastssl.utils.plain_file import read_plain
 
-_PNG = b"\x89PNG\r\n\x1a\n"
 _ARCH_NAMES = {
     "mobilenetv3_large": "MobileNet-V3-Large",
     "mobilenetv2": "MobileNet-V2",
@@ -65,8 +50,8 @@ def render(run: RunRecord) -> str:
         curves=_curves(run),
         rates=_rates(run),
         not_finite=sum(number(row.get("loss")) is None for row in run.steps),
-        views=_picture(run, "views.png"),
-        neighbours=_picture(run, "neighbours.png"),
+        views=run.picture("views.png"),
+        neighbours=run.picture("neighbours.png"),
     )
 
 
@@ -165,14 +150,6 @@ def _drawn(*charts: tuple) -> list[tuple]:
     from fastssl.report.charts import line_chart  # matplotlib is loaded where a page is written, and nowhere else
 
     return [chart for arguments in charts if (chart := line_chart(*arguments))]
-
-
-def _picture(run: RunRecord, name: str) -> bytes:
-    with suppress(FileNotFoundError):
-        content = read_plain(run.folder / name, LONGEST)
-        # A page is passed on: of a folder that came from elsewhere this name may lead to any file of ours.
-        return content if content.startswith(_PNG) else b""
-    return b""
 
 
 def _arch(run: RunRecord) -> str:

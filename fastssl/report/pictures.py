@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -16,21 +15,17 @@ from torch import Tensor
 from fastssl.errors import FastSSLError, JpegError
 from fastssl.evaluate.features import Features
 from fastssl.evaluate.knn import nearest_neighbors
+from fastssl.evaluate.online_probe import ProbeSplit
 from fastssl.pipelines.beton.reader import BetonReader
 from fastssl.pipelines.loader import ViewLoader
 from fastssl.pipelines.plan.draw import ViewSpec
 from fastssl.pipelines.plan.multicrop import MultiCrop
 from fastssl.utils.atomic_files import write_atomically
 
-if TYPE_CHECKING:
-    from fastssl.evaluate.online_probe import ProbeSplit
-
 _PAPER, _INK, _QUIET, _LINE = "#ffffff", "#1c2430", "#667085", "#e4e7ec"
 #: Blue-green and orange-red: apart also for the colour-blind, who also have the counts in the captions.
 _SAME, _OTHER = "#0f9d76", "#e0533a"
-_MARGIN = 24
-#: At most this many view columns: 2 + 10 views fit, a picture of 100 columns helps nobody.
-_MAX_VIEWS = 12
+_MARGIN, _MAX_VIEWS = 24, 12
 
 
 def views_picture(
@@ -113,7 +108,8 @@ def neighbours_picture(
     neighbours: int = 6,
     tile: int = 70,
 ) -> Image.Image:
-    """Draw query photos with their nearest photos (cosine) by two networks, one row each.
+    """Draw query photos with their nearest photos (cosine) by two networks, one row each. Raises FastSSLError where
+    bank or queries have no photo.
 
     Args:
         split: its ``bank`` and ``queries`` are the open files that the features came from.
@@ -123,9 +119,6 @@ def neighbours_picture(
         queries: number of query photos, spread over the classes (the file when there are none).
         neighbours: photos in a row.
         tile: side of a drawn neighbour in pixels.
-
-    Raises:
-        FastSSLError: bank or queries have no photo.
     """
     before, after = (tuple(pair) for pair in zip(*(_paired(b, a) for b, a in zip(before, after))))
     bank, asked = after
@@ -176,7 +169,6 @@ def neighbours_picture(
 
 
 def _class_name(reader: BetonReader, label: int, otherwise: str) -> str:
-    """What the file calls the class; ``otherwise`` where it has no name for it."""
     return reader.classes[label] if reader.classes and 0 <= label < len(reader.classes) else otherwise
 
 

@@ -26,10 +26,8 @@ class RunRecord:
     """What a run directory holds.
 
     Attributes:
-        folder: the directory.
         summary: summary.json, or {} while the run is not finished.
-        config: config.yaml, or {}.
-        config_text: config.yaml as written.
+        config: config.yaml, or {}. config_text: as written.
         steps, probes: the two kinds of rows in metrics.jsonl, in order.
         unreadable: lines of metrics.jsonl that are no JSON object (a line may be cut off by a kill).
     """
@@ -42,13 +40,18 @@ class RunRecord:
     probes: list[dict[str, Any]]
     unreadable: int
 
+    def picture(self, name: str) -> bytes:
+        """The content of a PNG file; empty where there is none. The page is passed on, and of a folder that came from
+        elsewhere this name may lead to any file of ours.
+        """
+        with suppress(FileNotFoundError):
+            content = read_plain(self.folder / name, LONGEST)
+            return content if content.startswith(b"\x89PNG\r\n\x1a\n") else b""
+        return b""
+
 
 def read_run(folder: str | Path) -> RunRecord:
-    """Read a run directory.
-
-    Raises:
-        FastSSLError: it does not exist, holds none of a run's files, or one of them is damaged.
-    """
+    """Read a run directory. Raises FastSSLError where there is none, or one of its files is damaged."""
     folder = Path(folder)
     if not folder.is_dir():
         raise FastSSLError(f"{folder}: no such run directory; `fastssl pretrain --out DIR` makes one")
@@ -98,9 +101,8 @@ def get(mapping: Any, *keys: str) -> Any:
 
 def number(value: Any) -> float | None:
     """``value`` as a float, None when it is no finite number."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e300:
-        return None
-    return float(value)
+    plain = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
+    return float(value) if plain else None
 
 
 def _text(path: Path, at_most: int = LONGEST) -> str:

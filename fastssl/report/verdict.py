@@ -23,22 +23,19 @@ COLLAPSED, NO_BETTER, NOT_JUDGED = "collapsed", "no better than random", "not ju
 
 #: Collapse. Random networks have an effective rank of 30 and more and a spread above 0.5; trained ones 80 and 0.7.
 _LEAST_RANK, _LEAST_SPREAD, _LEAST_EMBEDDING = 2.0, 0.02, 0.1
-#: Photos below which rank and spread say nothing: the rank is less than their number, whatever the network.
-_FEW_PHOTOS = 20
-#: Steps below which they say nothing either: BatchNorm's running statistics still hold much of what they began with.
-_FEW_STEPS = 50
+#: Photos and steps below which these say nothing: the rank is less than the number of photos, whatever the network, and
+#: BatchNorm's running statistics still hold much of what they began with.
+_FEW_PHOTOS, _FEW_STEPS = 20, 50
 #: Points above which the chance of the judging set hides whether anything was learned.
 _TOO_WIDE = 10.0
 #: A target whose entropy is that share of ln K says nothing.
 _NO_TARGET = 0.99
-#: What of its first value the loss may keep and still count as fallen; and how much of it must go in a quarter of the
-#: run to count as falling.
+#: What of its first value the loss may keep and still count as fallen; what must go in a quarter of the run as falling.
 _UNMOVED, _FALLING = 0.98, 0.02
 #: Points of kNN below which more epochs are not worth a word.
 _LEAST_GAIN = 0.5
-#: Share of the sampling error that differs between two online probes, which judge the same photos.
-_OWN_ERROR = 0.3
-_Z = 1.96
+#: Share of the sampling error that differs between two online probes, which judge the same photos; of a 95 % interval.
+_OWN_ERROR, _Z = 0.3, 1.96
 
 
 @dataclass(frozen=True)
@@ -76,24 +73,16 @@ class Difference:
         """``better``, ``worse``, or ``level``: no larger than chance."""
         return "better" if self.low > 0 else "worse" if self.high < 0 else "level"
 
-
-@dataclass(frozen=True)
-class Gain(Difference):
-    """Points of online kNN that as many epochs again would bring, if the curve went on as it did; 95 % interval."""
-
     @property
     def rising(self) -> bool:
-        """The curve rises by more than its noise, and enough to matter."""
+        """Of a gain: by more than its noise, and enough to matter."""
         return self.low > 0 and self.points >= _LEAST_GAIN
 
 
 def judge(evidence: Evidence) -> dict[str, Any]:
-    """The verdict.
-
-    Returns:
-        ``state``; ``text``, some sentences; ``epochs`` that a longer run should have (None: nothing speaks for one) and
-        its expected ``gain``; ``signs`` of a collapse; ``against``: mark -> kind -> the difference from the trained
-        network.
+    """The verdict: ``state``; ``text``, some sentences; ``epochs`` that a longer run should have (None: nothing speaks
+    for one) and its expected ``gain``; ``signs`` of a collapse; ``against``: mark -> kind -> the difference from the
+    trained network.
     """
     signs, gain = collapse_signs(evidence), expected_gain(evidence)
     against = compare(evidence.rows, evidence.judged)
@@ -127,9 +116,6 @@ def judge(evidence: Evidence) -> dict[str, Any]:
     }
 
 
-# ---------------------------------------------------------------------- figures
-
-
 def difference(trained: float, mark: float, judged: int) -> Difference:
     """Of two accuracies (percent) on ``judged`` photos."""
     ours, theirs = (wilson_interval(round(value * judged / 100), judged) for value in (trained, mark))
@@ -152,8 +138,8 @@ def compare(rows: Sequence[Mapping[str, Any]], judged: int) -> dict[str, dict[st
     return against
 
 
-def expected_gain(evidence: Evidence) -> Gain | None:
-    """What the online kNN would gain by as many epochs again; None: fewer than three probes.
+def expected_gain(evidence: Evidence) -> Difference | None:
+    """Points of online kNN that as many epochs again would bring; None: fewer than three probes.
 
     The share of wrong answers is taken to fall as a power of the epoch, fitted to the second half of the run. Its
     noise is that of the residuals, but no less than what photos that are judged again and again leave.
@@ -175,7 +161,8 @@ def expected_gain(evidence: Evidence) -> Gain | None:
     floor = _OWN_ERROR * math.sqrt((1 - share) / (share * evidence.online_judged))  # of the logarithm of the share
     error = _Z * max(residual, floor) / math.sqrt(spread)
     now = min(math.exp(height + slope * (math.log(evidence.epochs) - middle)), 100.0)
-    return Gain(*(float(now * (1 - 2 ** min(exponent, 0.5))) for exponent in (slope, slope + error, slope - error)))
+    slopes = (slope, slope + error, slope - error)
+    return Difference(*(float(now * (1 - 2 ** min(exponent, 0.5))) for exponent in slopes))
 
 
 def loss_trend(steps: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -200,12 +187,12 @@ def collapse_signs(evidence: Evidence) -> list[str]:
     if "effective_rank" in evidence.features and number(evidence.features["effective_rank"]) is None:
         signs.append("features of the trained network are NaN or infinite")
     rank, spread = _telling(evidence)
+    entropy, embedding = (_last(evidence.steps, name) for name in ("target_entropy", "embedding_std"))
+    trend = loss_trend(evidence.steps)
     if rank is not None and rank < _LEAST_RANK:
         signs.append(f"the features use hardly more than one direction (effective rank {rank:.2f})")
     if spread is not None and spread < _LEAST_SPREAD:
         signs.append(f"the features of all photos are nearly equal (spread {spread:.3f}; 1: even over the sphere)")
-    entropy, embedding = (_last(evidence.steps, name) for name in ("target_entropy", "embedding_std"))
-    trend = loss_trend(evidence.steps)
     if entropy is None and embedding is not None and embedding < _LEAST_EMBEDDING:
         signs.append(f"the embeddings of all photos are nearly equal (spread {embedding:.3f}; 1: even over the sphere)")
     if entropy is not None and entropy > _NO_TARGET and trend and not trend["fallen"]:
@@ -215,14 +202,10 @@ def collapse_signs(evidence: Evidence) -> list[str]:
 
 def _telling(evidence: Evidence) -> tuple[float | None, float | None]:
     """Effective rank and spread of the features, where photos and steps are enough for them to tell anything."""
-    photos = number(evidence.features.get("photos"))
     steps = max(_values(evidence.steps, "step"), default=_FEW_STEPS)
-    if (photos is not None and photos < _FEW_PHOTOS) or steps < _FEW_STEPS:
+    if evidence.features.get("photos", _FEW_PHOTOS) < _FEW_PHOTOS or steps < _FEW_STEPS:
         return None, None
     return number(evidence.features.get("effective_rank")), number(evidence.features.get("feature_std"))
-
-
-# ---------------------------------------------------------------------- words
 
 
 def _in_words(against: Mapping[str, Mapping[str, Difference]], marks: Sequence[str], judged: int) -> str:
@@ -262,8 +245,7 @@ def _without_labels(evidence: Evidence) -> str:
     if alignment := _values(evidence.steps, "alignment"):
         ends = f"{alignment[-1]:.2f} apart ({alignment[0]:.2f} at the start; 0: equal, 2: unrelated)"
         parts.append(f"Two views of a photo lie {ends}")
-    parts.append("neighbours.png shows which photos it finds alike")
-    return ". ".join(parts)
+    return ". ".join([*parts, "neighbours.png shows which photos it finds alike"])
 
 
 def _of_the_loss(steps: Sequence[Mapping[str, Any]]) -> str:
@@ -281,7 +263,7 @@ def _ends(trend: Mapping[str, Any]) -> str:
     return f"{trend['first']:.2f} at the start, {trend['last']:.2f} at the end"
 
 
-def _more_epochs(epochs: int, more: int, gain: Gain | None) -> str:
+def _more_epochs(epochs: int, more: int, gain: Difference | None) -> str:
     run = f"Run {counted(more - epochs, 'more epoch')}: the same command with --epochs {more} and another --out"
     if gain is None or not gain.rising:
         return f"{run}; how much that brings cannot be told from this run."

@@ -9,8 +9,7 @@ from typing import Any, NoReturn, Protocol
 import torch
 from torch import nn
 
-from fastssl.config.differences import differences
-from fastssl.config.recipe import Recipe, recipe_to_dict
+from fastssl.config.recipe import Recipe, differences, recipe_to_dict
 from fastssl.config.recipe_choice import require_photos
 from fastssl.distributed.collectives import any_rank, barrier, broadcast_module, broadcast_object
 from fastssl.distributed.devices import use_amp

@@ -15,10 +15,7 @@ UNFINISHED = ".tmp"
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Call ``write(temporary path)``, flush it to disk and rename it to ``path``: a reader sees the old file or the new
     one, also after a power cut. The file gets the usual permissions: safetensors writes for its owner's eyes only.
-
-    Raises:
-        OSError: with the name of ``path``; of itself a write says "No space left on device" and not where.
-        Whatever else ``write`` raises.
+    Raises what ``write`` raises; an OSError names ``path``: of itself it says "No space left on device" and not where.
     """
     temporary = path.with_name(path.name + UNFINISHED)
     try:
@@ -55,15 +52,20 @@ def link_atomically(source: Path, path: Path) -> None:
     """Make ``path`` a second name of the file ``source``, or where the file system has no such thing a copy of it, in
     the place of what is there.
     """
-
-    def link(temporary: Path) -> None:
-        temporary.unlink()
-        try:
-            os.link(source, temporary)
-        except OSError:
-            temporary.write_bytes(source.read_bytes())
-
-    write_atomically(path, link)
+    temporary = path.with_name(path.name + UNFINISHED)
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(source, temporary)
+    except OSError:
+        write_atomically(path, lambda copy: copy.write_bytes(source.read_bytes()))
+        return
+    try:
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    finally:
+        # Renaming one name of a file to another name of it does nothing, and leaves both.
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:
@@ -77,9 +79,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def remove_unfinished(folder: Path, *patterns: str) -> None:
-    """Delete what a process that was killed left half-written in ``folder``, of files whose names match. Only where
-    nobody else is writing them.
-    """
+    """Delete what a process that was killed left half-written in ``folder``, of files whose names match."""
     for path in (path for pattern in patterns for path in folder.glob(pattern + UNFINISHED)):
         with suppress(OSError):
             path.unlink()

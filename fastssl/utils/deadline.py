@@ -26,8 +26,6 @@ WARN_SECONDS = 60.0
 STALL_MINUTES = 10.0
 #: How long one who leaves waits for what its threads have begun.
 LEAVE_SECONDS = 30.0
-#: Items of a long list for which a thread is asked together: each question costs some ten microseconds.
-_AT_ONCE = 100
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -41,15 +39,9 @@ def threads_given_up() -> bool:
 
 
 class Deadline:
-    """The waits of one consumer.
-
-    Args:
-        path: the file that is read, for messages.
-        minutes: how long one wait may take; ``math.inf``: forever.
-        deed: what was not done in that time, for messages.
-
-    Attributes:
-        given_up: a wait was not answered, or interrupted: threads may still hang, and nobody may wait for them.
+    """The waits of one consumer, each up to ``minutes`` (``math.inf``: forever). For messages: the file ``path``, and
+    the ``deed`` that was not done in that time. ``given_up``: a wait was not answered, or interrupted: threads may
+    still hang, and nobody may wait for them.
     """
 
     def __init__(self, path: str | os.PathLike, minutes: float = STALL_MINUTES, deed: str = "read"):
@@ -108,7 +100,8 @@ class Deadline:
         this item; None: what comes first.
         """
         last = None
-        taken = self.map(lambda _: list(itertools.islice(source, _AT_ONCE)), itertools.count(), 1, lambda _: what(last))
+        # 100 together: each question costs some ten microseconds.
+        taken = self.map(lambda _: list(itertools.islice(source, 100)), itertools.count(), 1, lambda _: what(last))
         with closing(taken):
             while some := next(taken):
                 yield from some

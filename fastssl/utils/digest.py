@@ -12,12 +12,8 @@ import torch
 
 
 def digest(content: Any) -> str:
-    """SHA-256, as 64 hexadecimal digits, of nested dicts, lists, tuples, tensors, numbers, strings and None.
-
-    Names, order, types, shapes and values all count; the device and the memory layout of a tensor do not.
-
-    Raises:
-        TypeError: there is something else in it.
+    """SHA-256, as 64 hexadecimal digits, of nested dicts, lists, tuples, tensors, numbers, strings and None; TypeError
+    for anything else. Names, order, types, shapes and values all count; device and memory layout of a tensor do not.
     """
     total = hashlib.sha256()
     _add(total, content)

@@ -21,6 +21,7 @@ class _Cache(FunctionCache):
     def load_overload(self, *arguments: Any) -> Any:
         with suppress(Exception):
             return super().load_overload(*arguments)
+        return None
 
     def save_overload(self, *arguments: Any) -> None:
         with suppress(Exception):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,15 +15,7 @@ def to_json(value: Any, indent: int | None = None) -> str:
     try:
         return json.dumps(value, indent=indent, allow_nan=False)
     except ValueError:
-        return json.dumps(_finite(value), indent=indent, allow_nan=False)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, (list, tuple)) else value
+        return json.dumps(json.loads(json.dumps(value), parse_constant=lambda name: None), indent=indent)
 
 
 def records_to_json(records: list[dict[str, Any]], name: str) -> str:
@@ -36,14 +27,9 @@ def records_to_json(records: list[dict[str, Any]], name: str) -> str:
 
 
 def read_json_records(path: Path | str, expected: str) -> Iterator[tuple[str, Any]]:
-    """What `records_to_json` wrote, in either form: (file and place in it, for messages; value).
-
-    Args:
-        expected: ends the error message, as in "a benchmark record".
-
-    Raises:
-        FastSSLError: not JSON; names file and line.
-        OSError: the file cannot be read.
+    """What `records_to_json` wrote, in either form: (file and place in it, for messages; value). Raises OSError where
+    the file cannot be read, FastSSLError with file and line for what is not JSON; ``expected`` ("a benchmark record")
+    ends the message.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")

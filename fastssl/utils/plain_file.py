@@ -10,10 +10,7 @@ from fastssl.errors import FastSSLError
 
 def read_plain(path: str | os.PathLike, at_most: int) -> bytes:
     """The content of a plain file; a pipe of that name would wait for its writer forever, and a device has no end.
-
-    Raises:
-        FileNotFoundError: there is none.
-        FastSSLError: it is no plain file, has more than ``at_most`` bytes, or cannot be read.
+    Raises FileNotFoundError, or FastSSLError where it is no plain file, longer than ``at_most`` bytes, or unreadable.
     """
     path = Path(path)
     try:

@@ -63,11 +63,8 @@ _UNKNOWN = "unexpected_keyword_argument"
 @dataclass_transform(frozen_default=True, field_specifiers=(field,))
 def settings(section: str = "", error: type[Exception] = ValueError) -> Callable[[Checked], Checked]:
     """Make a class a frozen dataclass whose values pydantic checks. A mistake raises ``error`` with one line that says
-    the key, what it must be and what it is. What several values must be together ``__post_init__`` checks; the message
-    of its ``ValueError`` begins with a field's name.
-
-    Args:
-        section: of the recipe, which opens the keys in messages.
+    the key, which the recipe's ``section`` opens, what it must be and what it is. What several values must be together
+    ``__post_init__`` checks; the message of its ``ValueError`` begins with a field's name.
     """
 
     def checked(kind: Checked) -> Checked:

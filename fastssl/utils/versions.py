@@ -31,10 +31,10 @@ def describe_versions() -> dict[str, str]:
 
 def describe_host() -> dict[str, str | int]:
     """Processor, cores that this process may use, memory, GPU."""
-    named: list[str] = []
-    with suppress(OSError):
-        named = re.findall(r"^model name\s*:\s*(.*?)\s*$", Path("/proc/cpuinfo").read_text(), re.M)
-    cpu = named[0] if named else platform.processor() or platform.machine()
+    try:
+        cpu, *_ = re.findall(r"^model name\s*:\s*(.*?)\s*$", Path("/proc/cpuinfo").read_text(), re.M)
+    except (OSError, ValueError):
+        cpu = platform.processor() or platform.machine()
     host: dict[str, str | int] = {"cpu": cpu, "cores": available_cores(), "system": platform.system()}
     host["memory_gib"] = round(psutil.virtual_memory().total / 2**30)
     if torch.cuda.is_available():
@@ -53,8 +53,7 @@ def describe_git() -> str | None:
 
 
 def _git(folder: Path, *arguments: str) -> str | None:
-    try:
-        done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
+    with suppress(OSError, subprocess.SubprocessError):
+        command = ["git", "-C", str(folder), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    return None

@@ -1,7 +1,6 @@
-"""Yaml from anywhere, as plain values: nothing in it is run, and no text makes it take long or much memory.
-
-PyYAML's safe loader builds no objects, but it lets an alias stand for an alias of aliases (a few lines are billions of
-values to whoever walks over them), takes seconds for a megabyte, and has Python's own errors for odd scalars.
+"""Yaml from anywhere, as plain values. PyYAML's safe loader builds no objects, but it lets an alias stand for an alias
+of aliases (a few lines are billions of values to whoever walks over them), takes seconds for a megabyte, and has
+Python's own errors for odd scalars.
 """
 
 from __future__ import annotations
@@ -64,11 +63,8 @@ def _measured(node: yaml.Node, known: dict[yaml.Node, tuple[int, int] | None]) -
 
 
 def read_yaml(path: Path) -> Any:
-    """The content of a yaml file.
-
-    Raises:
-        FastSSLError: it cannot be read, is longer than ``MAX_BYTES``, or is not what ``parse_yaml`` takes; names the
-            file.
+    """The content of a yaml file. Raises FastSSLError, with the file's name, where it cannot be read, is longer than
+    ``MAX_BYTES``, or is not what ``parse_yaml`` takes.
     """
     try:
         text = read_plain(path, MAX_BYTES).decode("utf-8")

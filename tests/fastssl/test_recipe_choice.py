@@ -61,10 +61,10 @@ def require_buildable(recipe: Recipe, processes: int = 1) -> None:
 def test_number_and_size_of_the_photos_choose(
     photos: int | None, short_side: float | None, device: str, name: str, why: str
 ) -> None:
-    chosen = choose(photos, short_side, device)
-    assert chosen.name == name and why in chosen.reason
-    assert ("--recipe light-moco-mobilenetv3" in chosen.reason) == (name == "few-photos")
-    load_recipe(chosen.name)
+    chosen, reason = choose(photos, short_side, device)
+    assert chosen == name and why in reason
+    assert ("--recipe light-moco-mobilenetv3" in reason) == (name == "few-photos")
+    load_recipe(chosen)
 
 
 # ---------------------------------------------------------------- batch and queue

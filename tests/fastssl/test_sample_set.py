@@ -14,15 +14,17 @@ import torch
 from PIL import Image
 
 from fastssl.data import sample_set
-from fastssl.data.panorama import Cameras, directions, render
 from fastssl.data.sample_set import (
     PARTS,
     SIZE,
+    Cameras,
     default_cache_dir,
+    directions,
     draw_cameras,
     ensure_sample_set,
     load_panorama,
     places,
+    render,
 )
 from fastssl.errors import FastSSLError
 from fastssl.pipelines.beton.reader import BetonReader

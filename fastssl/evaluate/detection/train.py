@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastssl.config.differences import differences
+from fastssl.config.recipe import differences
 from fastssl.distributed.collectives import (
     any_rank,
     average_gradients,
