@@ -136,8 +136,7 @@ def choose_inputs(wanted: Wanted, processes: int = 1) -> Inputs:
     source = None if wanted.data is None else look_at(wanted.data)
     if not recipe_name:
         kind = "cpu" if source is None else choose_device(wanted.device).type
-        seen = (None, None) if source is None else (source.photos, source.short_side)
-        recipe_name, reason = choose(*seen, kind)
+        recipe_name, reason = choose(source.photos if source else None, source.short_side if source else None, kind)
     recipe = load_recipe(recipe_name, changes)
     own_arch = recipe.arch
     recipe = dataclasses.replace(recipe, arch=wanted.arch or own_arch)

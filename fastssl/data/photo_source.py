@@ -78,7 +78,8 @@ def look_at(path: str | os.PathLike) -> Source:
             with warnings.catch_warnings(), suppress(Exception):  # decoders raise anything at all for damaged input
                 warnings.simplefilter("ignore")
                 with Image.open(io.BytesIO(listing.read(i)), formats=pillow_formats()) as image:
-                    return min(image.size)
+                    found: int = min(image.size)
+                    return found
             return 0
 
         some, names = chosen_photos(len(listing), 64).tolist(), listing.names
