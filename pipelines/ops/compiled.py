@@ -1,6 +1,8 @@
 """The inner loops of the host side, compiled by numba: pixels pass through the cache once, and the interpreter lock is
-free meanwhile. The same work in torch or NumPy calls takes six times as long on one core (every call is another pass
-over the planes), and gets no faster in several threads: each of hundreds of small calls has to come back for the lock.
+free meanwhile.
+
+The same work in torch or NumPy calls takes six times as long on one core (every call is another pass over the planes),
+and in several threads it does not get faster at all: each of its hundreds of small calls has to come back for the lock.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
-from fastssl.pipelines.plan.draw import CONTRAST, HUE, SATURATION
+from fastssl.pipelines.plan.draw import BRIGHTNESS, CONTRAST, HUE
 from fastssl.utils.jit import fast
 
 _RED, _GREEN, _BLUE = np.float32(0.2989), np.float32(0.587), np.float32(0.114)  # ITU-R 601-2, with torchvision's digits
@@ -88,9 +90,9 @@ def _weigh(
     """One output pixel in each of `_ROWS` rows: the weighted sum of neighbouring RGB pixels, two at a time, rounded and
     cut to 8 bits.
 
-    Numba's own vectoriser does not see that the colours of a pixel belong together. As vectors of eight bytes (red,
-    red, green, green, blue, blue, and two that come next), products and sums of a pair of taps become one instruction
-    where the processor has it: the resize is four times as fast.
+    Numba's own vectoriser does not see that the colours of a pixel belong together. Written as vectors of eight bytes
+    (red, red, green, green, blue, blue, and two that come next), products and sums of a pair of taps become one
+    instruction where the processor has it: the resize is four times as fast.
 
     ``weights`` is the array of `_whole`, of which row ``column`` is used and ``pairs`` pairs of it. (The array and not
     its address: numba frees what is not named any more.) The others are addresses or distances in bytes: the first tap
@@ -159,7 +161,8 @@ def crop_resize(image: np.ndarray, box: np.ndarray, cubic: bool, scratch: np.nda
     size = out.shape[0]
     row_first, row_taps, row_weights = _weights(height, size, cubic)
     column_first, column_taps, column_weights = _weights(width, size, cubic)
-    # Rounded and cut to 8 bits in between, as Pillow and torchvision do, which ends a cubic's overshoot at an edge.
+    # Rounded and cut to 8 bits in between, as Pillow and torchvision do: a cubic's overshoot at an edge is gone behind
+    # that.
     stride, narrow = image.strides[0], scratch.strides[0]
     whole = _whole(column_taps, column_weights)
     # As signed numbers: numba adds an unsigned and a signed one as floats.
@@ -206,10 +209,16 @@ def crop_views(
     boxes outside the image.
     """
     for k in range(len(boxes)):
-        for axis in range(2):
-            start, length = boxes[k, axis], boxes[k, axis + 2]
-            if start < 0 or length < 1 or start > image.shape[axis] - length:
-                raise ValueError("a box lies outside its picture")
+        top, left, height, width = boxes[k, 0], boxes[k, 1], boxes[k, 2], boxes[k, 3]
+        if (
+            top < 0
+            or left < 0
+            or height < 1
+            or width < 1
+            or top > image.shape[0] - height
+            or left > image.shape[1] - width
+        ):
+            raise ValueError("a box lies outside its picture")
     for k in range(len(boxes)):
         crop_resize(image, boxes[k], cubic, scratch, views[k, position])
 
@@ -226,23 +235,29 @@ def _clamp(value: float) -> float:
 def _blend(planes: np.ndarray, operation: int, factor: float) -> None:
     """Brightness, contrast or saturation in place: a blend with black, with the mean luminance, with the luminance."""
     red, green, blue = planes[0], planes[1], planes[2]
-    rest, count, mean = _ONE - factor, planes.shape[1], _ZERO
-    if operation == CONTRAST:
+    rest, count = _ONE - factor, planes.shape[1]
+    if operation == BRIGHTNESS:
+        for i in range(count):
+            red[i], green[i], blue[i] = _clamp(red[i] * factor), _clamp(green[i] * factor), _clamp(blue[i] * factor)
+    elif operation == CONTRAST:
         total = 0.0
         for i in range(count):
             total += _RED * red[i] + _GREEN * green[i] + _BLUE * blue[i]
         mean = np.float32(total / count) * rest
-    if operation != SATURATION:
         for i in range(count):
-            red[i] = _clamp(red[i] * factor + mean)
-            green[i] = _clamp(green[i] * factor + mean)
-            blue[i] = _clamp(blue[i] * factor + mean)
-        return
-    for i in range(count):
-        grey = (_RED * red[i] + _GREEN * green[i] + _BLUE * blue[i]) * rest
-        red[i] = _clamp(red[i] * factor + grey)
-        green[i] = _clamp(green[i] * factor + grey)
-        blue[i] = _clamp(blue[i] * factor + grey)
+            red[i], green[i], blue[i] = (
+                _clamp(red[i] * factor + mean),
+                _clamp(green[i] * factor + mean),
+                _clamp(blue[i] * factor + mean),
+            )
+    else:
+        for i in range(count):
+            grey = (_RED * red[i] + _GREEN * green[i] + _BLUE * blue[i]) * rest
+            red[i], green[i], blue[i] = (
+                _clamp(red[i] * factor + grey),
+                _clamp(green[i] * factor + grey),
+                _clamp(blue[i] * factor + grey),
+            )
 
 
 @fast
@@ -293,8 +308,11 @@ def _blur(plane: np.ndarray, weights: np.ndarray, half: np.ndarray, line: np.nda
         for x in range(size):
             out[x] = w * middle[x]
         for k in range(1, radius + 1):
-            w, start = weights[radius + k], radius - k
-            left, right = line[start : start + size], line[radius + k : radius + k + size]
+            w, left, right = (
+                weights[radius + k],
+                line[radius - k : radius - k + size],
+                line[radius + k : radius + k + size],
+            )
             for x in range(size):
                 out[x] += w * (left[x] + right[x])
 
@@ -337,8 +355,11 @@ def colour(
     """
     count = views.shape[1] // 3
     size = int(math.sqrt(count) + 0.5)
-    planes, half = np.empty((3, count), np.float32), np.empty((size, size), np.float32)
-    line = np.empty(size + 2 * radius, np.float32)
+    planes, half, line = (
+        np.empty((3, count), np.float32),
+        np.empty((size, size), np.float32),
+        np.empty(size + 2 * radius, np.float32),
+    )
     for sample in range(views.shape[0]):
         source, target = views[sample], out[sample]
         for i in range(count):
