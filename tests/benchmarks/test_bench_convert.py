@@ -221,6 +221,7 @@ def test_ffcvs_writer_writes_the_same_photos(part: str, tmp_path: Path, capfd: p
     assert capfd.readouterr().err == ""  # its progress bar
 
 
+@pytest.mark.slow
 @pytest.mark.engines
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_ffcv_takes_turns_with_ours(photo_tree: Path, tmp_path: Path) -> None:

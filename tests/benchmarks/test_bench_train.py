@@ -71,6 +71,7 @@ def test_a_slow_step_hides_the_loader(beton: Path, monkeypatch: pytest.MonkeyPat
     assert record.details["data_wait"] < 0.3
 
 
+@pytest.mark.slow
 def test_advice_is_tried_and_its_outcome_stands_beside_the_prediction(
     beton: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

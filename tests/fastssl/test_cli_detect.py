@@ -162,6 +162,7 @@ def as_process(arguments: list[str]) -> int:
     return stop.value.code
 
 
+@pytest.mark.slow
 def test_two_processes_write_one_record(checkpoint, shapes, tmp_path) -> None:
     arguments = ["evaluate", "detect", checkpoint, *files(shapes), *SMALL, "--masks", "--out", tmp_path / "out"]
     arguments += ["--json", tmp_path / "detect.json"]

@@ -223,6 +223,7 @@ OVER_PROCESSES = (
 )
 
 
+@pytest.mark.slow
 def test_two_processes_write_what_one_writes(capsys, small, beton, tmp_path):
     both(small, beton, tmp_path)
     run_processes(both, 2, small, beton, tmp_path, join=False, timeout=300)

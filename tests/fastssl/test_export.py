@@ -114,6 +114,7 @@ def test_the_folder_says_how_pictures_are_prepared(capsys: pytest.CaptureFixture
     )
 
 
+@pytest.mark.slow
 def test_torchvision_loads_strictly(capsys: pytest.CaptureFixture, runs: Path, tmp_path: Path) -> None:
     status, out, _ = run(capsys, runs / "mobilenetv3_large", tmp_path / "mine.pth", "--format", "torchvision")
     recipe = out.splitlines()[1]  # what the command says is what is run here

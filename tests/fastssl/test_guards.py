@@ -331,6 +331,7 @@ def test_sigterm_ends_a_conversion_like_ctrl_c(tmp_path: Path, photo_tree: Path)
     assert not (tmp_path / "x.beton.partial").exists()
 
 
+@pytest.mark.slow
 def test_a_reader_that_leaves_is_no_failure() -> None:
     process = subprocess.Popen([*COMMAND, "recipes"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.close()

@@ -62,6 +62,7 @@ def break_steps(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     return install
 
 
+@pytest.mark.slow
 def test_a_step_that_is_passed_over_leaves_no_trace(
     beton: Path, tmp_path: Path, break_steps: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -96,6 +96,7 @@ def test_killed_behind_every_single_step(
     assert status(out)["state"] == "finished"
 
 
+@pytest.mark.slow
 def test_a_damaged_newest_checkpoint_is_passed_over(whole: Path, beton: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     crash_behind(9, small("train.checkpoint_minutes=0"), options(beton, out))
@@ -239,6 +240,7 @@ def raw(path: Path, seed: int, labels: int = 3, count: int = 48) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_other_photos_under_the_same_tables_are_another_run(tmp_path: Path) -> None:
     out, data, val = tmp_path / "run", raw(tmp_path / "photos.beton", 0), raw(tmp_path / "val.beton", 1)
     pretrain(small("train.epochs=1"), options(data, out, val=val), Silent())

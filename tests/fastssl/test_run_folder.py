@@ -77,6 +77,7 @@ def test_going_back_to_an_older_step_holds_also_if_that_start_is_killed(
     assert steps == [*range(1, 9), 10, 12]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_elsewhere_is_not_mixed_with_another_run(beton: Path, tmp_path: Path) -> None:
     pretrain(small("train.epochs=1"), options(beton, tmp_path / "one"), Silent())
     pretrain(small("train.epochs=1"), options(beton, tmp_path / "two", seed=1), Silent())

@@ -166,6 +166,7 @@ def test_compiled_networks_are_what_computes(monkeypatch: pytest.MonkeyPatch) ->
 # ---------------------------------------------------------------------- precision
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ["mobilenetv3_small_050", "resnet10t", "vit_tiny_patch16_224"])
 def test_weights_cast_once_a_step_give_what_autocast_gives(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ours = TrainStep(recipe(arch), CPU, amp=True, seed=0)

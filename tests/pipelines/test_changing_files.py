@@ -145,6 +145,7 @@ with ViewLoader(path, [ViewSpec(size=16, count=2)], 8, pipeline="ffcv", on_bad="
 """
 
 
+@pytest.mark.slow
 @pytest.mark.engines
 def test_ffcv_is_stopped_before_it_touches_what_was_cut_off(copy: Path, tmp_path: Path) -> None:
     """It maps the file, so the file's length is asked for before each batch. What it opens is the reader's file,
