@@ -9,8 +9,11 @@ import os
 import shutil
 import tarfile
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 import pytest
 from conftest import jpeg_bytes, make_photo
@@ -172,17 +175,24 @@ def test_many_at_once_convert_once(photos: Path, monkeypatch: pytest.MonkeyPatch
     assert not list(photos.parent.glob(".*.lock"))
 
 
-def test_who_comes_between_the_file_and_its_side_file_waits(photos: Path, cache: Path, tmp_path: Path) -> None:
-    """The two take their names one after the other: without the second the first looks like a stranger's."""
-    path, _ = made(photos)
-    side, lock = side_path(path), path.with_name(f".{path.name}.lock")
-    side.rename(tmp_path / "side")
+@contextmanager
+def waiting(photos: Path, lock: Path) -> Iterator[tuple[IO[str], Future, list[str]]]:
+    """Another one that waits for the file of ``photos``: (what holds the lock against it, its result, what it says)."""
     said: list[str] = []
     with open(lock, "a") as held, ThreadPoolExecutor(1) as pool:
         fcntl.flock(held, fcntl.LOCK_EX)
         other = pool.submit(as_beton, look_at(photos), 32, workers=1, say=said.append)
         while not said:
             time.sleep(0.01)
+        yield held, other, said
+
+
+def test_who_comes_between_the_file_and_its_side_file_waits(photos: Path, cache: Path, tmp_path: Path) -> None:
+    """The two take their names one after the other: without the second the first looks like a stranger's."""
+    path, _ = made(photos)
+    side, lock = side_path(path), path.with_name(f".{path.name}.lock")
+    side.rename(tmp_path / "side")
+    with waiting(photos, lock) as (held, other, said):
         (tmp_path / "side").rename(side)
         lock.unlink()
         held.close()
@@ -194,12 +204,7 @@ def test_a_lock_on_a_file_that_was_taken_away_keeps_nobody_out(photos: Path) -> 
     """Three at once: the second waits for the first one's file, the third finds none there and makes a new one."""
     place = photos.parent / "photos.beton"
     lock = place.with_name(f".{place.name}.lock")
-    said: list[str] = []
-    with open(lock, "a") as first, ThreadPoolExecutor(1) as pool:
-        fcntl.flock(first, fcntl.LOCK_EX)
-        second = pool.submit(as_beton, look_at(photos), 32, workers=1, say=said.append)
-        while not said:
-            time.sleep(0.01)
+    with waiting(photos, lock) as (first, second, _):
         lock.unlink()
         with open(lock, "a") as third:
             fcntl.flock(third, fcntl.LOCK_EX)
