@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from fastssl.losses.pairs import PairWeights
-from fastssl.losses.smoothed_target import rank_weights
+from fastssl.losses.smoothed_target import CONSTANT_MASS, rank_weights
 from fastssl.models.backbones import feature_dim
 from fastssl.models.drop_path import DropTable
 from fastssl.models.heads import Projector, ProjectorConfig
@@ -48,6 +48,11 @@ class MethodConfig:
     @property
     def groups(self) -> int:
         """BatchNorm groups of the teacher's pass."""
+        return 1
+
+    @property
+    def student_groups(self) -> int:
+        """BatchNorm groups of the student's pass."""
         return 1
 
     @property
@@ -78,7 +83,8 @@ class SmoothedConfig(MethodConfig):
         smoothing: mass that the target gives to the nearest negatives (0: plain InfoNCE).
         weighting, neighbors: how many of them share the mass, and how: see ``losses.smoothed_target.rank_weights``.
         smoothing_schedule: ``constant``, ``warm`` (0 for ``smoothing_warm_epochs``, then all of it) or ``cosine``
-            (grows from 0).
+            (grows from 0). With the weightings ``geometric`` and ``nearest`` the mass is a constant, as published, and
+            the schedule only switches it on: a cosine does so behind the first epoch.
         smoothing_warm_epochs: read by ``warm`` only.
     """
 
@@ -113,7 +119,8 @@ class SmoothedConfig(MethodConfig):
         if not self.smoothing:
             return {}
         schedule, warm = self.smoothing_schedule, self.smoothing_warm_epochs
-        return {"smoothing": schedules.smoothing(step, run, self.smoothing, schedule, warm)}
+        mass = schedules.smoothing(step, run, self.smoothing, schedule, warm)
+        return {"smoothing": self.smoothing if mass and self.weighting in CONSTANT_MASS else mass}
 
 
 class Encoder(nn.Module):

@@ -9,8 +9,10 @@ multi-crop as in SSLight (arXiv 2210.02808).
                               g' the other global view
     after the step            key <- m * key + (1 - m) * query;  the keys enter the queue
 
-Both global views go through the query network in one pass: the light-moco views are drawn from one distribution, so
-BatchNorm sees two samples of the same statistics at once.
+BatchNorm sees what goes through a network together, and the keys' statistics must not give away their queries. As
+published (``bn_by_view``) each view is a pass of its own, cut into the shares of as many GPUs as the original ran on,
+the keys' in another order. Otherwise all views of one size are one pass of the queries, and the keys' groups are dealt
+over both views.
 """
 
 from __future__ import annotations
@@ -48,6 +50,10 @@ class MoCoConfig(SmoothedConfig):
         split_bn: groups into which the permuted keys of the whole batch are cut before the key network, so that a query
             and its key do not share BatchNorm statistics (shuffle-BN, also without a second GPU). 1: one group, the
             statistics of the whole batch.
+        bn_by_view: one view at a time goes through a network, as in the code of MoCo and light-moco; ``split_bn`` then
+            cuts each view of the keys.
+        split_bn_queries: groups into which each view of the queries is cut, in the order of the samples: a GPU's share
+            each, where the original had that many. 1: the statistics of the whole batch. Needs ``bn_by_view``.
         projector: shape of the head.
     """
 
@@ -56,9 +62,16 @@ class MoCoConfig(SmoothedConfig):
     momentum: Share = 0.999
     momentum_schedule: MomentumSchedule = "constant"
     split_bn: Count = 8
+    bn_by_view: Switch = False
+    split_bn_queries: Count = 1
     projector: ProjectorConfig = field(default_factory=ProjectorConfig)
 
     BATCH_KEY = "moco.queue"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.split_bn_queries > 1 and not self.bn_by_view:
+            raise ValueError("split_bn_queries cuts one view at a time: it needs bn_by_view: true")
 
     @property
     def key_views(self) -> int:
@@ -73,20 +86,38 @@ class MoCoConfig(SmoothedConfig):
     def largest_batch(self) -> int:
         return self.queue // self.key_views
 
+    @property
+    def student_groups(self) -> int:
+        return self.split_bn_queries
+
+    @property
+    def pass_views(self) -> int:
+        """Views of the keys that the groups are dealt over."""
+        return 1 if self.bn_by_view else self.key_views
+
     def allows(self, batch: int) -> bool:
-        keys = self.key_views * batch
-        return batch >= 2 and self.queue % keys == 0 and keys // self.split_bn >= 2
+        queries = self.split_bn_queries
+        return (
+            batch >= 2
+            and self.queue % (self.key_views * batch) == 0
+            and self.pass_views * batch // self.split_bn >= 2
+            and (queries == 1 or (batch % queries == 0 and batch >= 2 * queries))
+        )
 
     def scaled(self, batch: int, *, photos: int | None = None, processes: int = 1) -> MoCoConfig:
-        keys = self.key_views * batch
+        keys, dealt = self.key_views * batch, self.pass_views * batch
         steps = -(-self.queue // keys)
         if photos is not None:
             # One step's keys are the least; so are the neighbours that share the smoothing.
             steps = min(steps, max(1, photos // keys, -(-self.sharing // keys)))
-        groups = [min(self.split_bn, keys // 2)]
-        if processes > 1:  # each process makes as many groups as the others, all of one size
-            groups = [n for n in range(processes, self.split_bn + 1, processes) if keys % n == 0 and keys >= 2 * n]
-        return replace(self, queue=steps * keys, split_bn=max(groups, default=1))
+
+        def equal(most: int, rows: int) -> int:
+            """Each process makes as many groups as the others, all of one size."""
+            return max((n for n in range(processes, most + 1, processes) if rows % n == 0 and rows >= 2 * n), default=1)
+
+        groups = equal(self.split_bn, dealt) if processes > 1 else max(1, min(self.split_bn, dealt // 2))
+        queries = equal(self.split_bn_queries, batch)
+        return replace(self, queue=steps * keys, split_bn=groups, split_bn_queries=queries)
 
 
 class MoCo(Method):
@@ -110,19 +141,28 @@ class MoCo(Method):
         if config.queue % keys:
             times = "twice the batch size" if config.symmetric else "the batch size"
             raise ValueError(f"moco.queue={config.queue} must be a multiple of {times} ({keys})")
-        if keys // config.split_bn < 2:
-            raise ValueError(f"moco.split_bn={config.split_bn} leaves fewer than 2 of {keys} keys in a group")
-        if config.split_bn > 1 and (config.split_bn % views.world or (keys % config.split_bn and views.world > 1)):
+        dealt = config.pass_views * views.global_batch
+        if dealt // config.split_bn < 2:
+            raise ValueError(f"moco.split_bn={config.split_bn} leaves fewer than 2 of {dealt} keys in a group")
+        if config.split_bn > 1 and (config.split_bn % views.world or (dealt % config.split_bn and views.world > 1)):
             raise ValueError(
                 f"moco.split_bn={config.split_bn} must be 1, or a multiple of the {views.world} processes that "
-                f"divides their {keys} keys"
+                f"divides their {dealt} keys"
+            )
+        groups, batch = config.split_bn_queries, views.global_batch
+        if groups > 1 and (groups % views.world or batch % groups or batch < 2 * groups):
+            raise ValueError(
+                f"moco.split_bn_queries={groups} must be 1, or cut the batch of {batch} into equal groups of at least "
+                f"2, as many on each of {views.world} processes"
             )
         super().__init__(new_encoder(backbone, config.projector), views)
         self.config = config
         self.key_views = self.teacher_views = config.key_views
         self.hidden_views = 2 - config.key_views
-        # Running statistics of the keys' BatchNorm groups, put together over the ranks.
-        self._group_stats: SplitBatchNormStats | None = None
+        # Running statistics of BatchNorm groups, put together over the ranks.
+        self._key_stats: SplitBatchNormStats | None = None
+        self._query_stats: SplitBatchNormStats | None = None
+        self._before_queries: Tensor | None = None
         self.loss = SmoothedInfoNCE(**config.target)
         if self.loss.neighbors and self.loss.neighbors > config.queue:
             raise ValueError(
@@ -140,21 +180,29 @@ class MoCo(Method):
         return {"momentum": momentum, **config.smoothing_rates(step, run)}
 
     def synchronise(self, convert: Callable[[nn.Module], object]) -> None:
-        """Keys that are dealt into groups have the statistics of their group, and the running ones are put together."""
-        if self.config.split_bn == 1:
-            super().synchronise(convert)
-        else:
+        """Views that are cut into groups have the statistics of their group, and the running ones are put together."""
+        config, world = self.config, self.views.world
+        if config.split_bn_queries == 1:
             convert(self.student)
-            world = self.views.world
-            groups = self.config.split_bn // world
-            self._group_stats = SplitBatchNormStats(self.teacher, groups=groups, rank=rank(), world=world)
+        else:
+            passes = (self.views.count - self.hidden_views) * config.split_bn_queries // world
+            self._query_stats = SplitBatchNormStats(self.student, groups=passes, rank=rank(), world=world)
+        if config.split_bn == 1:
+            convert(self.teacher)
+        else:
+            passes = self.key_views // config.pass_views * config.split_bn // world
+            self._key_stats = SplitBatchNormStats(self.teacher, groups=passes, rank=rank(), world=world)
 
     def noise(self, seed: int, epoch: int, step: int) -> dict[str, Any]:
         """``permutation``: (key views * global batch,) int64, by which the keys are dealt into BatchNorm groups."""
-        return {"permutation": batch_permutation(self.key_views * self.views.global_batch, seed, epoch, step)}
+        parts = self.key_views // self.config.pass_views
+        return {
+            "permutation": batch_permutation(self.key_views * self.views.global_batch, seed, epoch, step, parts=parts)
+        }
 
     def targets(self, images: Sequence[Tensor], noise: Mapping[str, Tensor], rates: Rates) -> tuple[Tensor, ...]:
         """Keys (key views * B, out) of this rank's global views."""
+        self._before_queries = self._query_stats.before() if self._query_stats else None
         return (self.keys(images[0][: self.teacher_views * self.views.batch_size], noise["permutation"]),)
 
     def forward(self, images: Sequence[Tensor], targets: tuple[Tensor, ...], rates: Rates) -> StepOutput:
@@ -163,8 +211,7 @@ class MoCo(Method):
         """
         smoothing, (keys,) = rates.get("smoothing", 0.0), targets
         size = len(keys) // self.key_views
-        hidden = self.hidden_views * size
-        queries = self.encode([images[0][hidden:], *images[1:]], hidden)
+        queries = self.queries([images[0][self.hidden_views * size :], *images[1:]], size)
         terms = [self._term(queries, key, view, smoothing) for view, key in enumerate(keys.split(size))]
         loss = terms[0] + terms[1] if self.config.symmetric else terms[0]
         # The metrics' pair of global views is that of the first key: view 2's where there are two (light-moco's order).
@@ -181,6 +228,23 @@ class MoCo(Method):
         gl = self.loss(queries[rest:], key.repeat(local, 1), self.queue, smoothing) if local else None
         return reduce_pairs(gg, gl, self.views.weights)
 
+    def queries(self, images: Sequence[Tensor], size: int) -> Tensor:
+        """Embeddings (views * n, out), view-major, of the queries' views, of n = ``size`` samples each."""
+        hidden = self.hidden_views * size
+        if not self.config.bn_by_view:
+            return self.encode(images, hidden)
+        views = [view for joined in images for view in joined.split(size)]
+        # Of a part of the batch as many groups as are in it.
+        groups = max(1, self.config.split_bn_queries // self.views.world * size // self.views.batch_size)
+        found: list[list[Tensor]] = [[] for _ in views]
+        # The views of a group one after the other, as on one GPU: running statistics see the passes in this order.
+        for first in range(0, size, size // groups):
+            for number, view in enumerate(views):
+                # A compiled network would be compiled again for each row; only drop path reads it.
+                row = hidden + number * size + first if self.student.drop else 0
+                found[number].append(self.encode(view.narrow(0, first, size // groups), row))
+        return torch.cat([rows for view in found for rows in view])
+
     @torch.no_grad()
     def keys(self, images: Tensor, permutation: Tensor) -> Tensor:
         """Keys of ``images`` (key views * B, 3, S, S), each BatchNorm group normalised for itself, in their order.
@@ -188,25 +252,34 @@ class MoCo(Method):
         The groups are dealt over the samples of all ranks, and each rank makes the keys of its share of the groups. All
         images go to all ranks for that: a gather has the same shape at every step, which a recorded step needs.
         """
-        if self.config.split_bn == 1:
-            return self.teach(images)
-        views, world = self.key_views, self.views.world
-        groups = self.config.split_bn // world
+        config, views, world = self.config, self.key_views, self.views.world
+        passes = views // config.pass_views
+        if config.split_bn == 1:
+            return torch.cat([self.teach(part) for part in images.chunk(passes)])
         everyone = gather_views(images, views)
-        mine = permutation.view(world, -1)[rank()] if world > 1 else permutation
+        # The rows of every pass, those of the first rank first; the passes of a group follow each other.
+        dealt = [
+            rows
+            for share in permutation.view(passes, world, -1).unbind(1)
+            for group in share.tensor_split(config.split_bn // world, 1)
+            for rows in group
+        ]
+        own = len(dealt) // world
+        before = self._key_stats.before() if self._key_stats else None
         # index_select keeps channels-last; each group is one forward pass, so that any network's BatchNorm is served.
-        shuffled = everyone.index_select(0, mine)
-        before = self._group_stats.before() if self._group_stats else None
-        keys = gather_rows(torch.cat([self.teach(group) for group in shuffled.tensor_split(groups)]))
-        if self._group_stats and before is not None:
-            self._group_stats.combine(before)
-        keys = torch.empty_like(keys).index_copy_(0, permutation, keys)
+        mine = [self.teach(everyone.index_select(0, rows)) for rows in dealt[rank() * own : (rank() + 1) * own]]
+        keys = gather_rows(torch.cat(mine))
+        if self._key_stats and before is not None:
+            self._key_stats.combine(before)
+        keys = torch.empty_like(keys).index_copy_(0, torch.cat(dealt), keys)
         if world == 1:
             return keys
         batch, first = self.views.global_batch, rank() * self.views.batch_size
         return torch.cat([keys.narrow(0, view * batch + first, self.views.batch_size) for view in range(views)])
 
     def after_step(self, targets: tuple[Tensor, ...], kept: Sequence[Tensor], rates: Rates) -> None:
+        if self._query_stats and self._before_queries is not None:
+            self._query_stats.combine(self._before_queries)
         self.enqueue(gather_views(targets[0], self.key_views))
 
     @torch.no_grad()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -31,11 +31,13 @@ class OptimConfig:
         decay_depthwise: also on depth-wise filters (4-D, one input channel), which SSLight spares.
         final_weight_decay: half a cosine leads from ``weight_decay`` to it (DINO on vision transformers: 0.04 to 0.4);
             None: constant.
+        clip_grad: largest norm of each tensor's gradient, as DINO's code clips (3.0 in its recipe): tensor by tensor,
+            before weight decay; None: no bound.
         warmup_epochs: linear warm-up, in epochs.
         warmup_lr: rate of the very first step at the recipe's own batch, the last of the warm-up having the peak;
             None: a share of the peak. With another batch it follows as the peak does, see ``scaled``.
         final_lr: rate of the last step at the recipe's own batch; with another one it follows, too.
-        per_epoch: change the rate once an epoch, as MoCo does, instead of every step.
+        per_epoch: change the rate once an epoch, as MoCo and light-moco do, instead of every step.
     """
 
     name: Literal["sgd", "adamw", "lars"] = "sgd"
@@ -48,6 +50,7 @@ class OptimConfig:
     decay_1d: Switch = True
     decay_depthwise: Switch = True
     final_weight_decay: NotNegative | None = None
+    clip_grad: Positive | None = None
     warmup_epochs: NotNegative = 0.0
     warmup_lr: NotNegative | None = None
     final_lr: NotNegative = 0.0
@@ -69,10 +72,10 @@ class OptimConfig:
 
         With W units of warm-up out of U, unit u < W has ``peak * (u + 1) / (W + 1)``: no step is spent at rate zero,
         and unit W is the first at the peak. With ``warmup_lr`` the warm-up is a line with both end points instead,
-        ``warmup_lr`` at unit 0 and the peak at the last unit below W (DINO, SwAV, SSLight). The cosine begins at unit W
-        and reaches ``final_lr`` at u = U. A run no longer than its warm-up only climbs. A unit is a step, or with
-        ``per_epoch`` an epoch. (light-moco's code also multiplies its warm-up by the cosine continued to the left,
-        under 0.1 % in its recipes; that is left out.)
+        ``warmup_lr`` at unit 0 and the peak at the last unit below W (DINO, SwAV, SSLight; where W is 1, the unit has
+        ``warmup_lr``). The cosine begins at unit W and reaches ``final_lr`` at u = U. A run no longer than its warm-up
+        only climbs. A unit is a step, or with ``per_epoch`` an epoch; an epoch's warm-up without ``warmup_lr`` is
+        also multiplied by the cosine continued to the left, as in light-moco's code (0.1 % and less).
         """
         peak, warmup = self.peak_lr(batch_size), self.warmup_epochs
         if self.per_epoch:
@@ -83,9 +86,11 @@ class OptimConfig:
             # The last unit of a run that ends with its warm-up is the peak itself, whence the guard.
             return half_cosine((unit - warmup) / (units - warmup) if units > warmup else 0.0, peak, self.final_lr)
         if self.warmup_lr is None:
-            return peak * (unit + 1) / (warmup + 1)
+            climb = peak * (unit + 1) / (warmup + 1)
+            left = (warmup - unit) / (units - warmup) if self.per_epoch and units > warmup else 0.0
+            return climb * half_cosine(left, 1.0, 0.0)
         last = math.ceil(warmup) - 1
-        return self.warmup_lr + (peak - self.warmup_lr) * unit / last if last else peak
+        return self.warmup_lr + (peak - self.warmup_lr) * unit / max(last, 1)
 
     def scaled(self, factor: float, keep: Collection[str] = ()) -> OptimConfig:
         """For a batch ``factor`` times that for which the numbers were written: the schedule's two ends follow it.
@@ -189,6 +194,19 @@ def create_optimizer(model: nn.Module, config: OptimConfig, groups: list[dict] |
     # A step that is recorded as a CUDA graph counts on the device; torch asks for the promise beforehand.
     on_gpu = any(parameter.is_cuda for parameter in model.parameters())
     return torch.optim.AdamW(groups, lr=config.lr, fused=True, capturable=on_gpu)
+
+
+@torch.no_grad()
+def clip_gradients(parameters: Sequence[nn.Parameter], most: float | None) -> None:
+    """Scale down, in place, each gradient whose norm is above ``most``: by ``most / (norm + 1e-6)``. None: nothing.
+
+    Each tensor for itself, as in DINO's public code (arXiv 2104.14294); no norm is read by the host.
+    """
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if most is None or not gradients:
+        return
+    scales = most / (torch.stack(torch._foreach_norm(gradients)) + 1e-6)
+    torch._foreach_mul_(gradients, list(scales.clamp(max=1).unbind()))
 
 
 @torch.no_grad()

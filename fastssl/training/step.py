@@ -30,7 +30,7 @@ from fastssl.methods import METHODS
 from fastssl.methods.base import Method, Rates, Views
 from fastssl.models.depthwise import use_own_gradient
 from fastssl.models.pointwise import use_matrix_products
-from fastssl.optim.optimizers import apply_decay, create_optimizer, set_lr
+from fastssl.optim.optimizers import apply_decay, clip_gradients, create_optimizer, set_lr
 from fastssl.optim.schedules import RunLength, half_cosine
 from fastssl.pipelines.ops.augment import augment_device
 from fastssl.training.cuda_graph import RecordedStep, Recorder, StepInputs, record_cuda_graph
@@ -92,6 +92,12 @@ class TrainStep:
             raise FastSSLError(
                 f"batch of {total}: {world.size} processes with train.accumulate={parts} need equal parts of "
                 "at least 2 samples; --batch-size changes it"
+            )
+        groups = recipe.settings.student_groups
+        if groups > 1 and groups // world.size % parts:
+            raise FastSSLError(
+                f"train.accumulate={parts} must divide the {groups // world.size} BatchNorm groups of the queries on "
+                "each process (moco.split_bn_queries)"
             )
         self.batch_size = total // world.size
         self.without_effect: list[str] = []
@@ -261,7 +267,8 @@ class TrainStep:
         return torch.cat([rows.narrow(0, first + part * size, size) for first in range(0, len(rows), batch)])
 
     def update(self, rates: Rates) -> None:
-        """Weight decay and the optimiser's step on the gradients that are there, then the moving average."""
+        """Clipping, weight decay and the optimiser's step on the gradients that are there, then the moving average."""
+        clip_gradients(self._trained, self.recipe.optim.clip_grad)
         if "weight_decay" in rates:
             apply_decay(self.optimizer, rates["lr"], rates["weight_decay"])
         set_lr(self.optimizer, rates["lr"])

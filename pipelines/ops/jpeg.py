@@ -130,19 +130,21 @@ def require_few_scans(data: bytes | memoryview | np.ndarray, pixels: int) -> Non
 
     Sequential Huffman coding spends bits on every block of every scan: there the file's size is the bound.
     """
-    view = memoryview(data).cast("B")  # type: ignore[arg-type]  # arrays are buffers, by NumPy's types from 3.12 on
-    # Tables, reserved, and conditioning have markers among those that open a frame.
-    frames = (marker for marker, _, _ in _segments(view) if marker & 0xF0 == 0xC0 and marker not in (0xC4, 0xC8, 0xCC))
-    if next(frames, None) in (0xC0, 0xC1):  # sequential
-        return
+    data = bytes(data)  # type: ignore[arg-type]  # single bytes of it are read several times as fast as an array's
+    for marker, _, _ in _segments(data):
+        # Tables, reserved, and conditioning have markers among those that open a frame.
+        if marker & 0xF0 == 0xC0 and marker not in (0xC4, 0xC8, 0xCC):
+            if marker in (0xC0, 0xC1):  # sequential
+                return
+            break
     # 0xFF is followed by 0 in coded data: this is a marker, or a few bytes of a comment.
-    scans = bytes(view).count(b"\xff\xda")
+    scans = data.count(b"\xff\xda")
     if scans > MAX_SCANS or scans * pixels > MAX_SCANNED_PIXELS:
         limit = f"{MAX_SCANS} and of {MAX_SCANNED_PIXELS:,} pixels in all of them"
         raise JpegError(f"comes in {scans} scans, more than the limit of {limit}")
 
 
-def _segments(data: memoryview) -> Iterator[tuple[int, int, int]]:
+def _segments(data: bytes | memoryview) -> Iterator[tuple[int, int, int]]:
     """(second byte of the marker, where the content begins, where it ends) of what stands in front of the picture; it
     stops at what is not plain what a decoder takes for that.
     """

@@ -59,11 +59,17 @@ def batch_indices(
     return epoch_order(num_samples, seed, epoch)[start : start + batch_size]
 
 
-def batch_permutation(n: int, seed: int, epoch: int, step: int) -> NDArray[np.int64]:
-    """A permutation of the n rows of a batch, for split batch normalisation (the keys of MoCo). Returns (n,) int64."""
+def batch_permutation(n: int, seed: int, epoch: int, step: int, *, parts: int = 1) -> NDArray[np.int64]:
+    """A permutation of the n rows of a batch, for split batch normalisation (the keys of MoCo). Returns (n,) int64.
+
+    Args:
+        parts: that n is cut into, one after the other; rows stay in their own part, each part has a permutation of its
+            own.
+    """
     if not 0 <= step < 2**31:
         raise ValueError(f"step must lie in 0 .. 2**31 - 1, got {step}")
     if not 0 <= n < 2**32:
         raise ValueError(f"n must lie in 0 .. 2**32 - 1, got {n}")
-    keys = _random_keys(n, seed, Stream.BATCH_PERMUTATION, epoch, high_word=step)
-    return np.argsort(keys, kind="stable").astype(np.int64, copy=False)
+    keys = _random_keys(n, seed, Stream.BATCH_PERMUTATION, epoch, high_word=step).reshape(parts, -1)
+    order = np.argsort(keys, axis=1, kind="stable") + np.arange(0, n, keys.shape[1] or 1)[:parts, None]
+    return order.ravel().astype(np.int64, copy=False)

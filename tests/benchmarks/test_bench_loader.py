@@ -197,6 +197,7 @@ def test_the_decode_engine_decodes_and_renders_nothing(beton: Path, monkeypatch:
         engine.close()
 
 
+@pytest.mark.slow
 def test_loader_records(full_size: Path) -> None:
     recipe = load_recipe("quickstart", {"views.0.size": "32"})
     decode, cost, views = run(setting(recipe, full_size, workers=2, batch_size=32, seconds=2.0))

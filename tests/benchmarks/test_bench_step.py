@@ -156,6 +156,7 @@ def test_optimiser_and_average_beside_the_loops(tiny: Recipe) -> None:
     assert record.ceiling and record.fraction_of_ceiling == pytest.approx(2 * record.pair_per_s / record.ceiling)
 
 
+@pytest.mark.slow
 def test_memory_that_runs_out_halves_the_batch(tiny: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     real, tried = bench.random_views, []
 
@@ -258,6 +259,7 @@ WITH_LOCAL_VIEWS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WITH_LOCAL_VIEWS)
 def test_recipes_with_local_views_are_measured(name: str) -> None:
     recipe = load_recipe(name, {**LOCAL, **WITH_LOCAL_VIEWS[name]})

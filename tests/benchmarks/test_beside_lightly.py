@@ -28,6 +28,7 @@ def times(path) -> list[float]:
     return [float(line) for line in path.read_text().split()]
 
 
+@pytest.mark.slow
 def test_contenders_have_the_machine_in_turns(tmp_path):
     contenders = [clock(tmp_path, "a"), clock(tmp_path, "b")]
     race(contenders, [0.025, 0.05], slice_s=0.5)  # 1.5 and 3 seconds

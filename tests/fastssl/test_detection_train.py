@@ -205,6 +205,7 @@ def two(files: tuple[Path, Path]) -> list[dict]:
     return run_processes(of_a_process, 2, tuple(map(str, files)), CONFIG)
 
 
+@pytest.mark.slow
 def test_two_processes_find_what_one_finds(data: DetectionSet, two: list[dict]) -> None:
     found = predict(new_detector(), data, workers=1, **SMALL)
     assert len(found) > 50 and len({row["image_id"] for row in found}) == len(data)

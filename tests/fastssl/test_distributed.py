@@ -74,6 +74,7 @@ with joined(world, torch.device("cpu")):
 """
 
 
+@pytest.mark.slow
 def test_processes_that_srun_started_meet_where_the_first_host_is(tmp_path: Path) -> None:
     with start_processes(SUM, 2, tmp_path, srun=True) as started:
         assert started.ended([0, 1], timeout=90) == [0, 0]

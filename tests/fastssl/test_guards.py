@@ -184,6 +184,7 @@ def test_resuming_asks_for_the_same_photos(beton: Path, tmp_path: Path, capsys: 
     assert "data.tables" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_finished_run_without_its_metrics_is_reported_all_the_same(beton: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     assert pretrain(beton, out) == 0

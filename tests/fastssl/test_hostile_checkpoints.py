@@ -266,6 +266,7 @@ def read_bombs(folder: Path) -> None:
     check()
 
 
+@pytest.mark.slow
 def test_files_that_are_made_to_harm(tmp_path: Path) -> None:
     ended = in_child(read_bombs, tmp_path, seconds=60)
     assert ended.status == 0, ended

@@ -145,6 +145,19 @@ def test_split_bn_normalises_each_group_for_itself_and_puts_the_order_back() -> 
     assert not torch.allclose(keys, whole, atol=1e-3)
 
 
+def test_each_view_of_a_group_is_a_pass_of_its_own() -> None:
+    method, views = make(split_bn=3, bn_by_view=True, split_bn_queries=2), images()
+    permutation = torch.from_numpy(method.noise(0, 0, 5)["permutation"])
+    keys = method.keys(views, permutation)
+    for rows in (*permutation[:B].chunk(3), *permutation[B:].chunk(3)):
+        torch.testing.assert_close(keys[rows], method.teacher(views[rows]))
+        assert len(set((rows // B).tolist())) == 1
+    queries = method.queries([views], B)
+    for rows in torch.arange(2 * B).chunk(4):
+        torch.testing.assert_close(queries[rows], method.student(views[rows]))
+    assert not torch.allclose(queries, method.student(views), atol=1e-3)
+
+
 def test_teacher_follows_by_the_momentum_and_keeps_its_statistics() -> None:
     method = make()
     with torch.no_grad():
@@ -176,6 +189,7 @@ def test_collapse_shows_in_the_metrics() -> None:
         ({"smoothing_warm_epochs": 3}, "warm"),
         ({"momentum": 1.5}, "momentum"),
         ({"split_bn": 0}, "split_bn"),
+        ({"split_bn_queries": 2}, "bn_by_view: true"),
     ],
 )
 def test_wrong_settings_are_named(options: dict, message: str) -> None:
@@ -191,6 +205,9 @@ def test_wrong_settings_are_named(options: dict, message: str) -> None:
         ({"split_bn": B + 1}, 1, "fewer than 2"),
         ({"split_bn": 3}, 2, "must be 1, or a multiple of the 2 processes"),
         ({"queue": 2 * B}, 2, "multiple of twice the batch size"),
+        ({"bn_by_view": True, "split_bn": B}, 1, "fewer than 2 of 6 keys"),
+        ({"bn_by_view": True, "split_bn_queries": 4}, 1, "cut the batch of 6"),
+        ({"bn_by_view": True, "split_bn_queries": 3}, 2, "on each of 2 processes"),
     ],
 )
 def test_queue_must_be_whole_steps_and_groups_large_enough(options: dict, world: int, message: str) -> None:
@@ -218,3 +235,9 @@ def test_numbers_that_go_with_another_batch() -> None:
     assert scaled.allows(6) and (scaled.queue, scaled.split_bn) == (72, 6)
     one_sided = MoCoConfig(queue=64, split_bn=1, symmetric=False)
     assert one_sided.largest_batch == 64 and one_sided.allows(64)
+    by_view = MoCoConfig(queue=64, split_bn=8, bn_by_view=True, split_bn_queries=8)
+    assert [batch for batch in range(1, 40) if by_view.allows(batch)] == [16, 32]
+    fewer = by_view.scaled(12)
+    assert fewer.allows(12) and (fewer.split_bn, fewer.split_bn_queries) == (6, 6)
+    shared = by_view.scaled(20, processes=2)
+    assert shared.allows(20) and (shared.split_bn, shared.split_bn_queries) == (4, 4)

@@ -10,7 +10,15 @@ from torch import nn
 
 from fastssl.benchmarks.suites.plain_step import plain_optimizer
 from fastssl.models.backbones import create_backbone
-from fastssl.optim.optimizers import LARS, OptimConfig, apply_decay, create_optimizer, parameter_groups, set_lr
+from fastssl.optim.optimizers import (
+    LARS,
+    OptimConfig,
+    apply_decay,
+    clip_gradients,
+    create_optimizer,
+    parameter_groups,
+    set_lr,
+)
 
 
 def network() -> nn.Module:
@@ -44,6 +52,19 @@ def test_all_tensors_together_make_the_steps_of_the_loop(name: str, decay_1d: bo
         plain.step()
     for mine, other in zip(ours.parameters(), theirs.parameters()):
         torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6)
+
+
+def test_clipping_bounds_each_tensor_for_itself() -> None:
+    model = network()
+    gradients(model, 0)
+    before = [p.grad.clone() for p in model.parameters()]
+    clip_gradients(list(model.parameters()), None)
+    assert all(torch.equal(p.grad, old) for p, old in zip(model.parameters(), before))
+    clip_gradients(list(model.parameters()), 3.0)
+    scales = [min(1.0, 3.0 / (old.norm().item() + 1e-6)) for old in before]
+    assert min(scales) < 1.0 == max(scales)
+    for p, old, scale in zip(model.parameters(), before, scales):
+        torch.testing.assert_close(p.grad, old * scale)
 
 
 def test_a_lars_step_is_a_share_of_the_tensors_norm() -> None:

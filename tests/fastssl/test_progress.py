@@ -119,6 +119,7 @@ def test_a_run_begins_with_what_it_will_do_and_tells_its_online_probe(beton: Pat
     assert knn[:2] == [None, None] and knn[2] is not None and f"kNN {knn[2]:.1f} %" in probe
 
 
+@pytest.mark.slow
 def test_quiet_on_the_command_line(beton: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     arguments = [
         "--arch",

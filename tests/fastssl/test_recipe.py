@@ -44,6 +44,13 @@ def test_the_named_recipes_exist_with_the_published_numbers() -> None:
         assert (view.grey, view.blur, view.blur_sigma, view.flip) == (0.2, 0.5, (0.1, 2.0), 0.5)
     plain = load_recipe("moco-v2-resnet50")
     assert (plain.moco.temperature, plain.moco.smoothing, plain.train.batch_size) == (0.2, 0.0, 256)
+    # One-sided at the published rate, with torchvision's first weights.
+    assert (plain.moco.symmetric, plain.optim.peak_lr(256), plain.optim.weight_decay) == (False, 0.03, 1e-4)
+    assert plain.init == "kaiming"
+    published = [load_recipe(f"light-moco-{name}") for name in ("mobilenetv3", "efficientnet_b0", "resnet50")]
+    for recipe in (*published, plain):  # eight GPUs, each view a pass of its own; the rate of an epoch
+        assert (recipe.moco.bn_by_view, recipe.moco.split_bn, recipe.moco.split_bn_queries) == (True, 8, 8)
+        assert recipe.optim.per_epoch
 
 
 def test_overrides_reach_every_depth() -> None:

@@ -103,11 +103,9 @@ def test_few_photos_have_a_short_queue_and_plain_words() -> None:
         "for 120 photos: train.batch_size 512 -> 32, moco.queue 65,536 -> 64; the learning rate follows the batch"
     ]
     small, _ = fit(light("light-moco-mobilenetv3"), 10)
-    assert (small.train.batch_size, small.settings.queue, small.settings.split_bn) == (
-        4,
-        24,
-        4,
-    )  # 20 neighbours share the smoothing
+    # 20 neighbours share the smoothing; a group of a view has two samples at least.
+    groups = (small.settings.split_bn, small.settings.split_bn_queries)
+    assert (small.train.batch_size, small.settings.queue, groups) == (4, 24, (2, 2))
     simclr, lines = fit(light("simclr-mobilenetv3"), 12)
     assert simclr.settings.weighting == "nearest" and "simclr.weighting stepped -> nearest" in lines[0]
 

@@ -269,6 +269,7 @@ def test_a_finished_run_taken_over_into_another_folder_is_whole_there(whole: Pat
     assert same(state(out), state(whole)) and read_header(out / "checkpoints" / "last.safetensors")["step"] == "12"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("files", range(6))
 def test_killed_between_the_files_of_a_milestone(
     files: int, beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

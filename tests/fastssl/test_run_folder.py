@@ -91,6 +91,7 @@ def test_a_checkpoint_of_elsewhere_is_not_mixed_with_another_run(beton: Path, tm
     assert (tmp_path / "two" / "summary.json").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_files_that_no_run_wrote_are_not_deleted(beton: Path, tmp_path: Path) -> None:
     out = tmp_path / "mine"
     out.mkdir()
@@ -132,6 +133,7 @@ def test_a_configuration_that_cannot_be_read_does_not_stop_a_new_start(tmp_path:
     assert (tmp_path / "config.yaml").read_text() == "seed: 0\nlaunch: {}\n"
 
 
+@pytest.mark.slow
 def test_rows_that_are_none_do_not_stop_the_report(beton: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     pretrain(small("train.epochs=1"), options(beton, out), Silent())

@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import pytest
 
+from fastssl.methods.base import SmoothedConfig
 from fastssl.optim import schedules
 from fastssl.optim.optimizers import OptimConfig
 from fastssl.optim.schedules import RunLength
@@ -36,7 +37,10 @@ def test_learning_rate_per_epoch_is_a_staircase() -> None:
     def rate(step: int) -> float:
         return learning_rate(step, RUN, peak=0.12, warmup_epochs=3, per_epoch=True)
 
-    assert [rate(10 * epoch) for epoch in range(4)] == pytest.approx([0.03, 0.06, 0.09, 0.12])
+    # light-moco's warm-up is multiplied by its cosine, too, which at epoch 3 of 100 is 1.
+    left = [0.5 * (1 + math.cos(math.pi * (epoch - 3) / (100 - 3))) for epoch in range(4)]
+    climb = [0.03 * left[0], 0.06 * left[1], 0.09 * left[2], 0.12]
+    assert [rate(10 * epoch) for epoch in range(4)] == pytest.approx(climb, rel=1e-12)
     for epoch in range(100):
         assert {rate(10 * epoch + offset) for offset in range(10)} == {rate(10 * epoch)}
     # MoCo's formula after the warm-up, at an arbitrary epoch
@@ -65,6 +69,16 @@ def test_ema_momentum_end_points() -> None:
     assert schedules.ema_momentum(100, run, 0.99, "cosine") == 1.0
     quarter = 1 - (1 - 0.99) * (1 + math.cos(math.pi / 4)) / 2
     assert schedules.ema_momentum(25, run, 0.99, "cosine") == pytest.approx(quarter, rel=1e-15)
+
+
+@pytest.mark.parametrize("weighting", ["geometric", "nearest"])
+def test_a_constant_mass_is_only_switched_on(weighting: str) -> None:
+    """light-moco's code gives these two weightings 0.4 and 0.5, whatever the cosine says, once it is above 0."""
+    config = SmoothedConfig(smoothing=0.4, weighting=weighting, smoothing_schedule="cosine")
+    found = [config.smoothing_rates(10 * epoch, RUN)["smoothing"] for epoch in range(100)]
+    assert found == [0.0] + 99 * [0.4]
+    stepped = SmoothedConfig(smoothing=0.4, weighting="stepped", smoothing_schedule="cosine")
+    assert 0.0 < stepped.smoothing_rates(10, RUN)["smoothing"] < 0.001
 
 
 def test_smoothing_schedules() -> None:
@@ -100,7 +114,7 @@ def test_sslight_learning_rate_at_its_end_points() -> None:
     assert rate(SSLIGHT.total_steps - 1) == pytest.approx(0.0048, abs=1e-9)
     assert rate(0, start=0.075) == 0.075  # SwAV's warm-up begins there
     one = learning_rate(0, RunLength(10, 1), peak=1.0, warmup_epochs=1, warmup_lr=0.0)
-    assert one == 1.0  # a warm-up of one step has one end: the peak
+    assert one == 0.0  # a warm-up of one step is its first end, as numpy's linspace has it
 
 
 def test_sslight_ema_ends_at_one() -> None:

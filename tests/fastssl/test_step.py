@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastssl.config.recipe import Recipe, load_recipe
+from fastssl.errors import FastSSLError
 from fastssl.models.backbones import SHORT_NAMES, create_backbone
 from fastssl.optim.schedules import RunLength
 from fastssl.pipelines.loader import ViewLoader
@@ -277,6 +278,18 @@ def test_accumulation_keeps_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
         np.testing.assert_allclose(found[:, names.index(name)], expected[:, names.index(name)], rtol=1e-4)
     for name, value in whole.method.state_dict().items():
         torch.testing.assert_close(parts.method.state_dict()[name], value, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_parts_hold_whole_groups_of_queries_and_change_nothing() -> None:
+    """With BatchNorm by view and group a batch cut into parts is the batch: no group is cut."""
+    groups = {"moco__bn_by_view": "true", "moco__split_bn_queries": 4}
+    whole, cut = (TrainStep(recipe(**groups, train__accumulate=parts), CPU, amp=False, seed=0) for parts in (1, 2))
+    found, expected = (np.array(train(step, 1))[:, :3] for step in (cut, whole))  # not the spread, which is of a part
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    for name, value in cut.method.state_dict().items():
+        torch.testing.assert_close(value, whole.method.state_dict()[name], rtol=1e-4, atol=1e-5, msg=name)
+    with pytest.raises(FastSSLError, match=r"train\.accumulate=4 must divide the 2 BatchNorm groups"):
+        TrainStep(recipe(**{**groups, "moco__split_bn_queries": 2}, train__accumulate=4), CPU, amp=False, seed=0)
 
 
 def test_accumulation_bounds_the_pass_with_gradient() -> None:

@@ -168,6 +168,7 @@ def test_other_settings_in_the_same_folder_are_refused_by_name(finished: Path, b
         pretrain(small("optim.lr=0.5"), options(beton, finished), Silent())
 
 
+@pytest.mark.slow
 def test_the_same_seed_makes_the_same_run(finished: Path, beton: Path, tmp_path: Path) -> None:
     pretrain(small(), options(beton, tmp_path / "again", workers=2), Silent())
     pretrain(small(), options(beton, tmp_path / "other", seed=1), Silent())

@@ -6,10 +6,12 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from fastssl.pipelines.plan import compiled_draw as draw
 
 
+@pytest.mark.slow
 def test_compiled_code_that_cannot_be_read_or_kept_is_compiled_again(tmp_path: Path) -> None:
     """The files of an earlier run, cut short or replaced; and a folder without room."""
     code = "from fastssl.pipelines.plan import compiled_draw as draw; print(draw.portable_exp(1.5))"

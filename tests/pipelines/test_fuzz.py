@@ -44,6 +44,7 @@ def test_ten_thousand_corruptions() -> None:
     assert "10,000 cases" in done.stdout and "0 went wrong" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_thousand_pictures_through_the_converter() -> None:
     done = fuzz("--photos", "--count", "1000")
     assert done.returncode == 0, done.stdout + done.stderr

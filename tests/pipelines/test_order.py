@@ -77,3 +77,10 @@ def test_batch_permutation() -> None:
     assert not np.array_equal(batch_permutation(37, 0, 1, 5), epoch_order(37, 0, 1))
     with pytest.raises(ValueError, match="step"):
         batch_permutation(4, 0, 0, -1)
+
+
+def test_rows_of_a_batch_stay_in_their_own_part() -> None:
+    parts = batch_permutation(48, 0, 0, 5, parts=3).reshape(3, 16)
+    for number, rows in enumerate(parts):
+        assert np.array_equal(np.sort(rows), np.arange(16 * number, 16 * (number + 1)))
+    assert len({tuple(rows % 16) for rows in parts}) == 3, "each part has an order of its own"
