@@ -96,7 +96,7 @@ if [[ -n "$SMOKE" ]]; then
     # Tensors this small gain nothing from a second thread, and lose much when others use the cores.
     export OMP_NUM_THREADS=1
     DEVICE=(--device cpu)
-    TINY=("${DEVICE[@]}" --set views.0.size=32 --set moco.queue=256 --set moco.split_bn=2)
+    TINY=("${DEVICE[@]}" --set views.0.size=32 --set moco.queue=256 --set moco.split_bn=2 --set moco.split_bn_queries=1)
     TINY_LOCAL=("${DEVICE[@]}" --set views.global_size=32 --set views.local_size=16)
     NET=(--arch mobilenetv3_small_050 --batch-size 4)
     INPUT=(--photos 16)

@@ -63,17 +63,6 @@ def test_collapse_reads_as_ln_k() -> None:
     assert values["kl"] == pytest.approx(0, abs=1e-6) and values["target_entropy"] == pytest.approx(1.0)
 
 
-def test_centre_follows_the_mean_of_the_raw_teacher_logits() -> None:
-    method, views = make(), batch()
-    method.center.fill_(0.5)
-    targets = method.targets(views, {}, RATES)
-    method.after_step(targets, [], RATES)
-    torch.testing.assert_close(
-        method.center, 0.9 * torch.full((K,), 0.5) + 0.1 * method.teacher(views[0]).mean(0), rtol=1e-5, atol=1e-5
-    )
-    assert "center" in method.state_dict()
-
-
 def test_softmax_and_centring_are_float32_under_autocast() -> None:
     method, views = make(), batch()
     with torch.autocast("cpu", torch.bfloat16):

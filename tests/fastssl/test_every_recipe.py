@@ -49,6 +49,8 @@ def command(name: str, beton: Path, out: Path) -> list[str]:
     overrides = [*ALWAYS, *SMALLER[recipe.method], *sizes]
     if recipe.method == "moco" and recipe.moco.split_bn > 1:
         overrides.append("moco.split_bn=2")
+    if recipe.method == "moco" and recipe.moco.split_bn_queries > 1:
+        overrides.append("moco.split_bn_queries=2")
     found = [
         "pretrain",
         "--arch",

@@ -54,28 +54,6 @@ def test_loss_is_the_sum_of_both_directions_over_the_old_queue() -> None:
 SSLIGHT = PairWeights(3, 0.4, 0.6)
 
 
-def test_one_sided_loss_has_the_first_views_key_and_all_other_queries() -> None:
-    """SSLight: key of global view 1; queries of global view 2 (weight 0.4) and of the local views (0.6 for their
-    mean).
-    """
-    method, globals_, locals_ = make(SSLIGHT, symmetric=False), images(), images(1, views=3, size=7)
-    queue = method.queue.clone()
-    single = SmoothedInfoNCE(temperature=0.1, smoothing=0.0, weighting="stepped", neighbors=5)
-    with torch.no_grad():
-        key = method.teacher(globals_[:B])
-        second, local = method.student.backbone(globals_[B:]), method.student.backbone(locals_)
-        queries = method.student.projector(torch.cat([second, local]))
-    pairs = [single(query, key, queue) for query in queries.split(B)]
-    found = step(method, [globals_[:B], globals_[B:], locals_], smoothing=0.0)
-    torch.testing.assert_close(found.loss, 0.4 * pairs[0] + 0.6 * torch.stack(pairs[1:]).mean())
-    assert int(method.queue_pointer) == B
-    torch.testing.assert_close(method.queue[:B], key)
-    torch.testing.assert_close(method.queue[B:], queue[B:])
-    # Weights by the number of pairs: the plain mean over 1 + L of them.
-    plain = step(make(PairWeights(3, 1 / 4, 3 / 4), symmetric=False), [globals_, locals_], smoothing=0.0)
-    torch.testing.assert_close(plain.loss, torch.stack(pairs).mean())
-
-
 def test_symmetric_loss_with_local_views_is_the_sum_over_both_keys() -> None:
     method, globals_, locals_ = make(SSLIGHT), images(), images(1, views=3, size=7)
     queue = method.queue.clone()
@@ -105,19 +83,6 @@ def test_gradient_reaches_the_student_alone() -> None:
     step(method, [images()]).loss.backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in method.student.parameters())
     assert all(p.grad is None and not p.requires_grad for p in method.teacher.parameters())
-
-
-def test_queue_is_first_in_first_out_and_wraps() -> None:
-    method = make()
-    before = method.queue.clone()
-    for number in range(5):
-        keys = functional.normalize(torch.full((2 * B, 8), float(number + 1)) + torch.arange(2 * B)[:, None], dim=1)
-        place = number * 2 * B % len(before)
-        method.enqueue(keys)
-        torch.testing.assert_close(method.queue[place : place + 2 * B], keys)
-        if number == 0:
-            torch.testing.assert_close(method.queue[2 * B :], before[2 * B :])
-    assert int(method.queue_pointer) == 5 * 2 * B % len(before)
 
 
 def test_queue_and_pointer_are_in_the_state() -> None:

@@ -78,19 +78,6 @@ def test_published_queue_is_rounded_down_to_3072() -> None:
     assert method.queue.shape[1] == 3072 and method.queue_batches == 3
 
 
-def test_the_queue_is_first_in_first_out_for_each_view() -> None:
-    method = make()
-    entered = []
-    for number in range(4):
-        fresh = torch.full((2 * B, D), float(number)) + torch.arange(2 * B)[:, None] / 100
-        method.after_step((), [fresh], {**OFF, "fill": True})
-        entered.append(fresh.unflatten(0, (2, B)))
-    torch.testing.assert_close(method.queue, torch.cat(entered[1:], 1))
-    before = method.queue.clone()
-    method.after_step((), [torch.zeros(2 * B, D)], OFF)
-    assert torch.equal(method.queue, before) and "queue" in method.state_dict()
-
-
 def test_a_full_queue_shares_the_prototypes_out_over_more_samples() -> None:
     method = make()
     method.queue.copy_(
