@@ -1,0 +1,47 @@
+"""``fastssl recipes NAME --against``: a recipe beside what was published, on paper."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from itertools import zip_longest
+
+from fastssl.cli.common import PlainConsole
+from fastssl.config.against import Comparison, Setting, State, in_yaml
+
+_STYLES: dict[State, str] = {"ours": "yellow", "no source": "cyan", "as published": "green"}
+_TITLE = ("", "here", "published", "source")
+#: Columns of a key, a value here, and a published one; the source has what is left. What is longer is broken.
+_WIDEST = (34, 22, 22)
+
+
+def print_comparison(found: Comparison, *, equal: bool) -> None:
+    """Print what differs with its reasons, and how much does not; with ``equal`` that, too, setting by setting."""
+    out = PlainConsole()  # standard output; 80 columns where it is no terminal
+    number = f": {found.linear:g} % linear probe" if found.linear else ""
+    out.print(f"{found.recipe}, beside {found.beside}{number}", style="bold")
+    counts = (f"{sum(map(len, found.of(state).values()))} {state}" for state in _STYLES)
+    out.print(f"{', '.join(counts)}\n")
+    states = [state for state in _STYLES if equal or state != "as published"]
+    shown = [_TITLE, *(_cells(setting) for setting in found.settings if setting.state in states)]
+    widths = [min(max(map(len, column)), most) for column, most in zip(zip(*shown, strict=True), _WIDEST, strict=False)]
+    widths.append(max(10, out.width - sum(widths) - 8))
+    _print_row(out, _TITLE, widths, "bold")
+    for state in states:
+        for reason, settings in found.of(state).items():
+            for setting in settings:
+                _print_row(out, _cells(setting), widths, _STYLES[state])
+            if state != "as published":
+                why = textwrap.wrap(f"{state}: {reason or 'no reason is given'}", out.width - 6, break_on_hyphens=False)
+                out.print(textwrap.indent("\n".join(why), " " * 6))
+
+
+def _cells(setting: Setting) -> tuple[str, str, str, str]:
+    return setting.key, in_yaml(setting.here), in_yaml(setting.published) if setting.source else "?", setting.source
+
+
+def _print_row(out: PlainConsole, cells: Sequence[str], widths: Sequence[int], style: str) -> None:
+    wrapped = (textwrap.wrap(cell, width) for cell, width in zip(cells, widths, strict=True))
+    for line in zip_longest(*wrapped, fillvalue=""):
+        padded = (f"{cell:{width}}" for cell, width in zip(line, widths, strict=True))
+        out.print(f"  {'  '.join(padded)}".rstrip(), style=style)
