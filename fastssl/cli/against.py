@@ -11,21 +11,23 @@ from fastssl.config.against import Comparison, Setting, State, in_yaml
 
 _STYLES: dict[State, str] = {"ours": "yellow", "no source": "cyan", "as published": "green"}
 _TITLE = ("", "here", "published", "source")
-#: Columns of a key, a value here, and a published one; the source has what is left. What is longer is broken.
-_WIDEST = (34, 22, 22)
+#: Columns that are left for the source at least.
+_SOURCE = 16
 
 
 def print_comparison(found: Comparison, *, equal: bool) -> None:
     """Print what differs with its reasons, and how much does not; with ``equal`` that, too, setting by setting."""
     out = PlainConsole()  # standard output; 80 columns where it is no terminal
-    number = f": {found.linear:g} % linear probe" if found.linear else ""
+    number = f": {found.linear:g} %" if found.linear else ""
     out.print(f"{found.recipe}, beside {found.beside}{number}", style="bold")
     counts = (f"{sum(map(len, found.of(state).values()))} {state}" for state in _STYLES)
     out.print(f"{', '.join(counts)}\n")
     states = [state for state in _STYLES if equal or state != "as published"]
     shown = [_TITLE, *(_cells(setting) for setting in found.settings if setting.state in states)]
-    widths = [min(max(map(len, column)), most) for column, most in zip(zip(*shown, strict=True), _WIDEST, strict=False)]
-    widths.append(max(10, out.width - sum(widths) - 8))
+    key, here, published, _ = (max(map(len, column)) for column in zip(*shown, strict=True))
+    most = max(8, (out.width - key - _SOURCE - 8) // 2)  # of a value; what is longer than its column is broken
+    widths = [key, min(here, most), min(published, most)]
+    widths.append(max(8, out.width - sum(widths) - 8))
     _print_row(out, _TITLE, widths, "bold")
     for state in states:
         for reason, settings in found.of(state).items():

@@ -16,6 +16,7 @@ from fastssl.pipelines.plan.multicrop import AUGMENTATION, MultiCrop
 from fastssl.utils.yaml_file import read_yaml
 
 PUBLISHED = Path(__file__).with_name("published.yaml")
+_read = functools.cache(read_yaml)
 State = Literal["as published", "ours", "no source"]
 
 
@@ -72,23 +73,21 @@ def compare(name: str) -> Comparison:
     recipe_path(name)  # which names the nearest of a name that there is not
     if name not in recipe_names():
         raise FastSSLError(f"{name}: published settings are known for the recipes of `fastssl recipes` alone")
-    entry, facts = _entries()[name], facts_of(name)
-    here = {**_resolved(load_recipe(name)), **facts["here"]}
-    settings = []
-    for key, value in here.items():
-        if key not in facts["published"] and any(f"{key}.".startswith(f"{name}.") for name in facts["not compared"]):
+    facts, settings = facts_of(name), []
+    for key, value in {**_resolved(load_recipe(name)), **facts["here"]}.items():
+        if key not in facts["published"] and any(f"{key}.".startswith(f"{part}.") for part in facts["not compared"]):
             continue
         published, source, known = facts["published"].get(key, (None, "", "not in published.yaml"))
         reason = known if not source else "" if value == published else facts["ours"].get(key, "")
         settings.append(Setting(key, value, published, source, reason))
-    return Comparison(name, facts["beside"]["beside"], entry.get("linear"), tuple(settings))
+    return Comparison(name, facts["beside"]["beside"], _read(PUBLISHED)[name].get("linear"), tuple(settings))
 
 
 def facts_of(name: str) -> dict[str, dict[str, Any]]:
     """An entry of published.yaml with all that it is ``like``: by key ``published`` (value, source, what is known in
     place of a source), ``ours`` (the reason), ``here``, ``not compared``; ``beside`` holds itself.
     """
-    entry = _entries()[name]
+    entry = _read(PUBLISHED)[name]
     facts: dict[str, dict[str, Any]] = {part: {} for part in ("published", "ours", "here", "not compared", "beside")}
     for base in entry.get("like", ()):
         for part, values in facts_of(base).items():
@@ -101,12 +100,6 @@ def facts_of(name: str) -> dict[str, dict[str, Any]]:
     facts["here"] |= entry.get("here", {})
     facts["beside"] |= {"beside": entry["beside"]} if "beside" in entry else {}
     return facts
-
-
-@functools.cache
-def _entries() -> Mapping[str, Any]:
-    entries: Mapping[str, Any] = read_yaml(PUBLISHED)
-    return entries
 
 
 def _each(reasons: Mapping[str, str]) -> Iterator[tuple[str, str]]:
