@@ -11,8 +11,6 @@ from fastssl.config.against import Comparison, Setting, State, in_yaml
 
 _STYLES: dict[State, str] = {"ours": "yellow", "no source": "cyan", "as published": "green"}
 _TITLE = ("", "here", "published", "source")
-#: Columns that are left for the source at least.
-_SOURCE = 16
 
 
 def print_comparison(found: Comparison, *, equal: bool) -> None:
@@ -25,7 +23,7 @@ def print_comparison(found: Comparison, *, equal: bool) -> None:
     states = [state for state in _STYLES if equal or state != "as published"]
     shown = [_TITLE, *(_cells(setting) for setting in found.settings if setting.state in states)]
     key, here, published, _ = (max(map(len, column)) for column in zip(*shown, strict=True))
-    most = max(8, (out.width - key - _SOURCE - 8) // 2)  # of a value; what is longer than its column is broken
+    most = max(8, (out.width - key - 24) // 2)  # of a value, which is broken where it is longer; 16 are the source's
     widths = [key, min(here, most), min(published, most)]
     widths.append(max(8, out.width - sum(widths) - 8))
     _print_row(out, _TITLE, widths, "bold")

@@ -5,7 +5,7 @@ what no source says. The recipes' headers and the table of docs/recipes.md are m
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -94,17 +94,14 @@ def facts_of(name: str) -> dict[str, dict[str, Any]]:
             facts[part].update(values)
     for source, tree in entry.get("published", {}).items():
         facts["published"] |= {key: (value, source, "") for key, value in _flat(tree)}
-    facts["published"] |= {key: (None, "", why) for key, why in _each(entry.get("no source", {}))}
-    facts["ours"] |= dict(_each(entry.get("ours", {})))
+    for keys, why in entry.get("no source", {}).items():  # {"optim.lr, train.epochs": reason}
+        facts["published"] |= dict.fromkeys(keys.split(", "), (None, "", why))
+    for keys, why in entry.get("ours", {}).items():
+        facts["ours"] |= dict.fromkeys(keys.split(", "), why)
     facts["not compared"] |= dict.fromkeys(entry.get("not compared", ()))
     facts["here"] |= entry.get("here", {})
     facts["beside"] |= {"beside": entry["beside"]} if "beside" in entry else {}
     return facts
-
-
-def _each(reasons: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-    """(key, reason) of ``{"optim.lr, train.epochs": reason}``."""
-    return ((key, reason) for keys, reason in reasons.items() for key in keys.split(", "))
 
 
 def _flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
