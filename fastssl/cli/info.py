@@ -13,16 +13,32 @@ from fastssl.errors import counted
 
 @click.command()
 @click.argument("name", required=False)
+@click.option(
+    "--against", is_flag=True, help="Where it differs from the published settings, why, and what no source says."
+)
+@click.option("--all", "equal", is_flag=True, help="With --against: also the settings that are as published.")
 @json_option
-def recipes(name: str | None, json_path: str | None) -> None:
+def recipes(name: str | None, against: bool, equal: bool, json_path: str | None) -> None:
     """List the recipes, or print one with its sources.
 
     \b
     fastssl recipes
     fastssl recipes light-moco-mobilenetv3 > mine.yaml
+    fastssl recipes light-moco-mobilenetv3 --against
     """
     from fastssl.config.recipe import load_recipe, recipe_names, recipe_path, recipe_to_dict
 
+    if (against and name is None) or (equal and not against):
+        raise click.UsageError("--against goes with a NAME, and --all with --against")
+    if against and name is not None:
+        from fastssl.cli.against import print_comparison
+        from fastssl.config.against import compare
+
+        found = compare(name)
+        if json_path != "-":
+            print_comparison(found, equal=equal)
+        write_json(json_path, [{**asdict(setting), "state": setting.state} for setting in found.settings])
+        return
     if name is not None:
         recipe = load_recipe(name)
         if json_path != "-":

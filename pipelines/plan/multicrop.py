@@ -23,7 +23,7 @@ from fastssl.utils.settings import NotNegative, Share, Whole, settings
 
 #: What ``augment``, ``global_1``, ``global_2`` and ``local`` may set: everything of a view but what this object decides
 #: itself.
-_AUGMENTATION = tuple(f.name for f in dataclasses.fields(ViewSpec) if f.name not in ("size", "count", "area", "center"))
+AUGMENTATION = tuple(f.name for f in dataclasses.fields(ViewSpec) if f.name not in ("size", "count", "area", "center"))
 
 
 def _design(threshold: float, local_size: int, local_count: int, weights: list[float] | None) -> dict[str, Any]:
@@ -93,8 +93,8 @@ class MultiCrop(Sequence[ViewSpec]):
     def _spec(self, kind: str, size: int, count: int, area: tuple[float, float]) -> ViewSpec:
         for source in ("augment", kind):
             for name in getattr(self, source):
-                if name not in _AUGMENTATION:
-                    raise ViewSpecError(f"{source}.{name}: no such setting; there are {', '.join(_AUGMENTATION)}")
+                if name not in AUGMENTATION:
+                    raise ViewSpecError(f"{source}.{name}: no such setting; there are {', '.join(AUGMENTATION)}")
         try:
             return ViewSpec(size=size, count=count, area=area, **{**self.augment, **getattr(self, kind)})
         except ViewSpecError as error:
