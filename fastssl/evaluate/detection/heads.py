@@ -9,6 +9,7 @@ mask to learn is cut out of the drawn picture (Detectron2's ``bitmask``), not dr
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -110,7 +111,7 @@ class Heads(RoIHeads):
                 nn.init.normal_(parameter, std=0.01 if "cls_score" in name else 0.001)
 
     def losses(
-        self, maps: dict[str, Tensor], proposals: list[Tensor], sizes: list[tuple[int, int]], targets: list
+        self, maps: dict[str, Tensor], proposals: list[Tensor], sizes: list[tuple[int, int]], targets: list[Any]
     ) -> dict[str, Tensor]:
         """By name. What torchvision's ``forward`` does in training mode, which has smooth L1 in it."""
         boxes, matched, labels, wanted = self.select_training_samples(proposals, targets)
