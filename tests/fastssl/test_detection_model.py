@@ -180,7 +180,8 @@ def test_boxes_are_pooled_from_the_map_of_their_size() -> None:
 def test_losses_are_l1_over_what_was_to_be_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """By hand, from what the network says of the proposals that were drawn."""
     torch.manual_seed(3)
-    detector = Detector(create_backbone("lcnet_035"), 3, DetectorConfig(masks=True, anchor_sizes=SIZES, **SMALL))
+    config = DetectorConfig(masks=True, anchor_sizes=SIZES, **{**SMALL, "proposals": 1000})
+    detector = Detector(create_backbone("lcnet_035"), 3, config)
     for layer in (detector.heads.box_predictor.bbox_pred, detector.rpn.head.bbox_pred):
         nn.init.normal_(layer.weight, std=0.05)  # offsets on both sides of smooth L1's bend
     seen: dict[str, tuple] = {}

@@ -75,27 +75,33 @@ def test_whoever_knows_the_answers_gets_full_marks(data: DetectionSet) -> None:
     np.testing.assert_allclose(boxes, stored, atol=2e-3)
 
 
-def test_masks_cover_the_pixels_whose_middles_lie_in_their_boxes(data: DetectionSet) -> None:
+def laid_by_hand(mask: np.ndarray, box: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Between the middles of its values a mask is bilinear, and half a value outside of the box it is 0."""
+    weights = []
+    for low, high, side in zip(box[:2], box[2:], size[::-1]):
+        places = (np.arange(side) + 0.5 - low) / (high - low) * 28 - 0.5
+        weights.append(np.maximum(0, 1 - np.abs(places[:, None] - np.arange(28))))
+    return weights[1] @ mask @ weights[0].T
+
+
+def assert_laid(segmentation: dict[str, Any], mask: np.ndarray, box: np.ndarray, size: tuple[int, int]) -> None:
+    found = mask_tools.decode({**segmentation, "counts": segmentation["counts"].encode()})
+    expected = laid_by_hand(mask, box, size)
+    clear = np.abs(expected - 0.5) > 1e-3
+    assert found.shape == size and found.any() and clear.mean() > 0.9
+    assert np.array_equal(found[clear], expected[clear] > 0.5)
+
+
+def test_masks_lie_in_their_boxes(data: DetectionSet) -> None:
     rows, _ = found(data)
-    x, y = np.arange(128) + 0.5, np.arange(96)[:, None] + 0.5
-    for row in rows:
-        mask = mask_tools.decode({**row["segmentation"], "counts": row["segmentation"]["counts"].encode()})
-        left, top, width, height = row["bbox"]
-        sides = np.abs(x - left - width / 2) - width / 2, np.abs(y - top - height / 2) - height / 2
-        clear = (np.abs(sides[0]) > 0.01) & (np.abs(sides[1]) > 0.01)  # the box is written to a thousandth
-        assert mask.shape == (96, 128) and mask.any()
-        assert np.array_equal((mask > 0)[clear], ((sides[0] < 0) & (sides[1] < 0))[clear])
-
-
-def test_a_mask_is_laid_where_its_values_are() -> None:
-    """A half on the left and a quarter at the bottom, in a box that reaches out of the picture."""
-    mask = torch.zeros(1, 28, 28)
-    mask[:, :, :14] = mask[:, 21:] = 1
-    packed = _packed(mask, torch.tensor([-14.0, 20, 42, 132]), (100, 40))
-    laid = mask_tools.decode({**packed, "counts": packed["counts"].encode()})
-    expected = np.zeros((100, 40), np.uint8)
-    expected[20:, :14] = 1  # a value is 2 x 4 pixels large; the row 20 + 4 * 21 = 104 lies below
-    assert np.array_equal(laid, expected)
+    boxes = np.concatenate([picture.boxes for picture in data.pictures])
+    for row, box in zip(rows, boxes, strict=True):
+        assert_laid(row["segmentation"], np.ones((28, 28)), box, (96, 128))
+    generator = np.random.default_rng(0)
+    for box in ([10.3, 20.7, 33.1, 80.2], [-14, 20, 42, 132], [5.2, 5.4, 5.9, 70]):
+        mask = generator.random((28, 28)).astype(np.float32)
+        packed = _packed(torch.from_numpy(mask)[None], torch.tensor(box), (100, 40))
+        assert_laid(packed, mask, np.array(box), (100, 40))
 
 
 def test_nothing_found(data: DetectionSet, monkeypatch: pytest.MonkeyPatch) -> None:
