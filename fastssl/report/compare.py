@@ -54,7 +54,7 @@ def _accuracy_name(record: Record) -> str:
 #: What may differ between two figures of one name: where it does among the records compared, it goes into the name.
 SETTINGS = (
     *("size", "crop", "reestimate_bn", "epochs", "batch_size", "lr", "weight_decay", "cached_epochs", "chosen_on"),
-    *("optimizer", "head_lr_factor", "list", "seed", "levels", "test_side", "short_sides"),
+    *("optimizer", "head_lr_factor", "list", "seed", "levels", "test_side", "short_sides", "drops", "warmup"),
 )
 _HOW = (
     "Percent right, or average precision in percent; in brackets the 95 % interval by the number of photos that were "

@@ -17,6 +17,8 @@ from shapes import make_shapes, make_voc
 from fastssl.cli import main
 from fastssl.evaluate.detection import model
 from fastssl.evaluate.detection.model import DetectorConfig
+from fastssl.evaluate.detection.protocol import published
+from fastssl.evaluate.detection.train import TrainingConfig
 from fastssl.models.backbones import create_backbone, save_backbone
 
 #: Nothing is learned in one step of four small pictures: what runs is what counts.
@@ -108,8 +110,17 @@ def test_the_record_says_all(capsys, checkpoint, shapes, tmp_path) -> None:
         "long_side": 96,
         "left_out_crowd": 0,
         "processes": 1,
+        "warmup": 0,
+        "drops": [1, 1],
+        "bfloat16": False,
+        "mask_targets": "bitmask",
+        "metric": "coco",
     }
     assert {name: record[name] for name in expected} == expected
+    # Against the published protocol: all that this run did otherwise, and nothing else.
+    shorter = ["iterations", "drops", "batch_size", "warmup", "short_sides", "long_side", "test_side"]
+    assert record["changed"] == [*shorter, "levels", "mask_targets", "processes"]
+    assert f"not as published: {', '.join(record['changed'])}" in err
     assert 0 <= record["box_ap"] <= 100 and 0 <= record["mask_ap"] <= 100 and record["train_loss"] > 0
     assert "box AP" in err and "mask AP" in err and "on 8 pictures" in err
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
@@ -132,6 +143,8 @@ def test_pascal_voc_and_new_weights(capsys, checkpoint, shapes, tmp_path) -> Non
         records.append(json.loads(out))
     assert records[0]["data"] == "VOC2007 trainval" and records[0]["train_images"] == 6 and not records[0]["masks"]
     assert [record["from_scratch"] for record in records] == [False, True]
+    # SSLight's batch, rate and warm-up for it are others than for COCO, and its average precision is VOC's own.
+    assert {"lr", "metric"} < set(records[0]["changed"]) and "mask_targets" not in records[0]["changed"]
     assert records[0]["train_loss"] != records[1]["train_loss"]
 
 
@@ -153,6 +166,30 @@ def test_the_schedule_counts_passes(capsys, checkpoint, shapes) -> None:
     )
     assert status == 0, err
     assert json.loads(out)["iterations"] == 12
+
+
+def test_the_published_settings_are_no_change() -> None:
+    """By the files of SSLight, which lie over Detectron2's defaults."""
+    small = published("mobilenetv2_100")
+    assert small["levels"] == (16, 32) and published("resnet18")["levels"] == (4, 8, 16, 32)
+    assert small["drops"] == (60_000, 80_000) and small["short_sides"] == (640, 672, 704, 736, 768, 800)
+    usual = TrainingConfig(90_000)
+    warmup, drops = usual.warmup_and_drops()
+    mine = {**vars(usual), "warmup": warmup, "drops": drops}
+    assert [name for name, value in small.items() if mine.get(name, value) != value] == []
+    voc = published("resnet18", voc=True), published("mobilenetv2_100", voc=True)
+    assert [(each["iterations"], each["drops"]) for each in voc] == [(24_000, (18_000, 22_000))] * 2
+    assert [(each["warmup"], each["batch_size"]) for each in voc] == [(200, 32), (100, 16)]
+    # Rates are of 16 pictures here: 0.01 at 32.
+    assert [each["lr"] for each in voc] == [0.005, 0.001] and voc[0]["short_sides"][:2] == (480, 512)
+
+
+def test_schedule_and_precision_can_be_set(capsys, checkpoint, shapes) -> None:
+    more = ("--drops", "1,3", "--warmup", 2, "--float32", "--json", "-")
+    status, out, err = run(capsys, checkpoint, *files(shapes), *SMALL, *more)
+    assert status == 0, err
+    record = json.loads(out)
+    assert (record["drops"], record["warmup"], record["bfloat16"]) == ([1, 3], 2, False)
 
 
 def as_process(arguments: list[str]) -> int:
@@ -309,7 +346,8 @@ def test_wrong_files(capsys, checkpoint, shapes, beton, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("more", "word"),
     [
-        (("--levels", "4;8"), "strides"),
+        (("--levels", "4;8"), "whole numbers"),
+        (("--drops", "18000-22000"), "--drops"),
         (("--short-side", "800-640"), "640-800"),
         (("--short-side", "x"), "640-800"),
         (("--lr", "nan"), "nan"),

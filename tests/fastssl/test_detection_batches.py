@@ -27,6 +27,7 @@ from fastssl.evaluate.detection.batches import (
     to_device,
 )
 from fastssl.evaluate.detection.train import TrainingConfig, draw, training_requests
+from fastssl.pipelines.plan.order import epoch_order
 
 
 @pytest.fixture(scope="module")
@@ -57,27 +58,48 @@ def test_scaled_size(size, short, long, expected) -> None:
 def test_draws_depend_on_seed_epoch_and_id_alone(shapes: DetectionSet) -> None:
     sides = tuple(range(640, 801, 32))
     config = TrainingConfig(1, short_sides=sides, seed=3)
-    drawn = draw(shapes.pictures, config, 5)
-    for number, view in enumerate(drawn):
-        assert draw([shapes.pictures[number]], config, 5) == [view]
+    drawn = [draw(picture, config, 5) for picture in shapes.pictures]
     for seed, epoch in ((4, 5), (3, 6)):
-        assert draw(shapes.pictures, TrainingConfig(1, short_sides=sides, seed=seed), epoch) != drawn
+        other = TrainingConfig(1, short_sides=sides, seed=seed)
+        assert [draw(picture, other, epoch) for picture in shapes.pictures] != drawn
     # Every side as often as any other, half of them flipped, and the two have nothing to do with each other.
     many = [dataclasses.replace(shapes.pictures[0], id=number) for number in range(6000)]
-    views = draw(many, TrainingConfig(1, short_sides=sides), 0)
+    views = [draw(picture, TrainingConfig(1, short_sides=sides), 0) for picture in many]
     counts = {(side, flip): 0 for side in sides for flip in (False, True)}
     for view in views:
         counts[view.height, view.flip] += 1
     assert all(abs(count - 500) < 5 * 500**0.5 for count in counts.values()), counts
 
 
-def test_ranks_share_the_batches_of_one_process(shapes: DetectionSet) -> None:
-    config = TrainingConfig(1, batch_size=4, short_sides=(64, 96), long_side=128, seed=1)
-    whole = list(training_requests(shapes.pictures, range(2, 7), config))
-    parts = [list(training_requests(shapes.pictures, range(2, 7), config, rank, 2)) for rank in (0, 1)]
-    assert whole == [first + second for first, second in zip(*parts)]
-    # Nine pictures make two batches of four an epoch; no picture comes twice in it.
-    assert all(len({view.picture.id for view in whole[number] + whole[number + 1]}) == 8 for number in (0, 2))
+def grouped_by_hand(pictures: list[Picture], config: TrainingConfig, rank: int, world: int) -> list[list[View]]:
+    """All batches of a process, from the whole list of all pictures of all epochs."""
+    stream = [(epoch, int(number)) for epoch in range(30) for number in epoch_order(len(pictures), config.seed, epoch)]
+    batches, wide, high = [], [], []
+    for epoch, number in stream[rank::world]:
+        own = wide if pictures[number].width > pictures[number].height else high
+        own.append(draw(pictures[number], config, epoch))
+        if len(own) == config.batch_size / world:
+            batches.append(own.copy())
+            own.clear()
+    return batches
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_batches_are_grouped_by_aspect_ratio(shapes: DetectionSet, world: int) -> None:
+    """A batch is of one kind, no picture is lost, and what comes at an iteration does not depend on where one began."""
+    sizes = [(3, 4), (4, 3), (4, 4), (96, 97), (97, 96), (5, 9), (9, 5), (7, 8), (8, 9), (9, 10), (1, 2)]
+    pictures = [
+        dataclasses.replace(shapes.pictures[0], id=number, height=height, width=width)
+        for number, (height, width) in enumerate(sizes)
+    ]
+    config = TrainingConfig(40, batch_size=4, short_sides=(64, 96), long_side=128, seed=1)
+    for rank in range(world):
+        expected = grouped_by_hand(pictures, config, rank, world)[:40]
+        assert list(training_requests(pictures, range(40), config, rank, world)) == expected
+        assert list(training_requests(pictures, range(13, 17), config, rank, world)) == expected[13:17]
+        assert list(training_requests(pictures, range(40, 40), config, rank, world)) == []
+        kinds = [{view.picture.width > view.picture.height for view in views} for views in expected]
+        assert all(len(kind) == 1 for kind in kinds) and kinds.count({True}) > kinds.count({False}) > 5
 
 
 @pytest.mark.parametrize("flip", [False, True])

@@ -99,6 +99,12 @@ def test_a_stopped_run_goes_on_where_it_stood(
         DetectionError, match=r"other settings .about: 1 there|other settings .about: None there, 1 here"
     ):
         trained(data, checkpoint=path, about={"about": 1})
+    # Of a version whose anchors, batches and losses were others.
+    state = torch.load(path, weights_only=True)
+    del state["config"]["form"]
+    write_state(path, state)
+    with pytest.raises(DetectionError, match=r"other settings .form: None there, 2 here"):
+        trained(data, checkpoint=path)
     path.write_bytes(b"nothing")
     with pytest.raises(FastSSLError, match=r"damaged checkpoint"):
         trained(data, checkpoint=path)
@@ -234,7 +240,7 @@ def test_two_processes_make_the_mean_of_their_gradients(data: DetectionSet, two:
         optimizer.zero_grad()
         for half in (0, 1):
             requests = training_requests(data.with_boxes(), range(iteration, iteration + 1), CONFIG, half, 2)
-            [batch] = load_batches(requests, divisible=64, workers=1)
+            [batch] = load_batches(requests, divisible=detector.pyramid.divisible, workers=1)
             module._seed_sampling(CONFIG.seed, iteration, half)
             images, targets = to_device(batch, CPU, detector.normalise)
             (sum(detector(images, batch.sizes, targets).values()) / 2).backward()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ from fastssl.cli.evaluate.common import (
     checkpoint_argument,
     device_option,
     finish,
+    option,
     options,
     scratch_option,
     seed_option,
@@ -27,11 +27,11 @@ if TYPE_CHECKING:
     from fastssl.evaluate.detection.annotations import DetectionSet
 
 
-def _levels(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int, ...]:
+def _numbers(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, ...] | None:
     try:
-        return tuple(int(part) for part in value.split(","))
+        return None if value is None else tuple(int(part) for part in value.split(","))
     except ValueError:
-        raise click.BadParameter(f"{value!r} is not a list of strides such as 4,8,16,32", ctx, param) from None
+        raise click.BadParameter(f"{value!r} is not a list of whole numbers such as 16,32", ctx, param) from None
 
 
 def _short_sides(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int, ...]:
@@ -48,14 +48,13 @@ def _short_sides(ctx: click.Context, param: click.Parameter, value: str) -> tupl
     return tuple(range(first, last + 1, 32))
 
 
-def _option(name: str, text: str, **how: Any) -> Callable:
-    return click.option(*name.split(), help=text, show_default=True, **how)
-
-
 _FILE, _FOLDER = ({"type": SomePath(), "metavar": metavar} for metavar in ("FILE", "DIR"))
 _COUNT, _SIDE = click.IntRange(min=1), click.IntRange(min=32)
 _PASSES = "1x: 12.28 passes over the pictures with boxes, which is 90,000 iterations of 16 for COCO."
+_DROPS = "From which on the rate is a tenth of what it was. Default: two thirds and eight ninths of all."
+_WARMUP = "Iterations in which the rate rises. Default: 1000, or a tenth of all where that is less."
 _RATE = "Peak rate for 16 pictures, scaled with the batch. Default: 0.02, with adamw 0.0001."
+_SIDES, _RANGE = "Of training pictures, in steps of 32.", "PIXELS|FROM-TO"
 _MAPS = "Strides of the maps that are used; 16,32 is SSLight's form for MobileNetV2."
 _OUT = "Folder for detector and predictions. A run that was stopped goes on from there (at most ten minutes are lost)."
 
@@ -64,27 +63,24 @@ _OUT = "Folder for detector and predictions. A run that was stopped goes on from
 @options(
     checkpoint_argument,
     which_option,
-    _option("--data", "Annotations to learn from: .json or a VOC list.", required=True, multiple=True, **_FILE),
-    _option("--images", "Pictures that the .json of --data speaks of.", **_FOLDER),
-    _option("--val", "Annotations to judge on.", required=True, **_FILE),
-    _option("--val-images", "Their pictures. Default: --images.", **_FOLDER),
-    _option("--masks", "Also segment: Mask R-CNN in place of Faster R-CNN. Needs segmentations.", is_flag=True),
-    _option("--schedule", _PASSES, type=click.Choice(["1x", "2x"]), default="1x"),
-    _option("--iterations", "In place of --schedule.", type=_COUNT),
-    _option("--batch-size", "Pictures a step, of all processes.", type=_COUNT, default=16),
-    _option("--optimizer", "Default: sgd, for vision transformers adamw.", type=click.Choice(["sgd", "adamw"])),
-    _option("--lr", _RATE, type=click.FloatRange(min=0, min_open=True), callback=finite),
-    _option(
-        "--short-side short_sides",
-        "Of training pictures, in steps of 32.",
-        default="640-800",
-        callback=_short_sides,
-        metavar="PIXELS|FROM-TO",
-    ),
-    _option("--test-side", "Short side of the pictures to be judged on.", type=_SIDE, default=800),
-    _option("--long-side", "Of all pictures, at most.", type=_SIDE, default=1333),
-    _option("--levels", _MAPS, default="4,8,16,32", callback=_levels),
-    _option("--out", _OUT, **_FOLDER),
+    option("--data", "Annotations to learn from: .json or a VOC list.", required=True, multiple=True, **_FILE),
+    option("--images", "Pictures that the .json of --data speaks of.", **_FOLDER),
+    option("--val", "Annotations to judge on.", required=True, **_FILE),
+    option("--val-images", "Their pictures. Default: --images.", **_FOLDER),
+    option("--masks", "Also segment: Mask R-CNN in place of Faster R-CNN. Needs segmentations.", is_flag=True),
+    option("--schedule", _PASSES, type=click.Choice(["1x", "2x"]), default="1x"),
+    option("--iterations", "In place of --schedule.", type=_COUNT),
+    option("--drops", _DROPS, callback=_numbers, metavar="ITERATION,..."),
+    option("--warmup", _WARMUP, type=click.IntRange(min=0)),
+    option("--batch-size", "Pictures a step, of all processes.", type=_COUNT, default=16),
+    option("--optimizer", "Default: sgd, for vision transformers adamw.", type=click.Choice(["sgd", "adamw"])),
+    option("--lr", _RATE, type=click.FloatRange(min=0, min_open=True), callback=finite),
+    option("--short-side", _SIDES, variable="short_sides", default="640-800", callback=_short_sides, metavar=_RANGE),
+    option("--test-side", "Short side of the pictures to be judged on.", type=_SIDE, default=800),
+    option("--long-side", "Of all pictures, at most.", type=_SIDE, default=1333),
+    option("--levels", _MAPS, default="4,8,16,32", callback=_numbers),
+    option("--float32", "As published; on a GPU backbone and pyramid otherwise compute in bfloat16.", is_flag=True),
+    option("--out", _OUT, **_FOLDER),
     scratch_option,
     device_option,
     workers_option,
@@ -102,15 +98,16 @@ def detect(checkpoint: Path, which: str | None, device: str, json_path: str | No
     \b
     fastssl evaluate detect runs/mine --json detect.json \\
         --data instances_train2017.json --images train2017 --val instances_val2017.json --val-images val2017
-    fastssl evaluate detect runs/mine --iterations 24000 --short-side 480-800 \\
+    fastssl evaluate detect runs/mine --iterations 24000 --drops 18000,22000 --warmup 100 --short-side 480-800 \\
         --data VOC2007/ImageSets/Main/trainval.txt \\
         --data VOC2012/ImageSets/Main/trainval.txt --val VOC2007/ImageSets/Main/test.txt
     """
     import torch
 
+    from fastssl.distributed.devices import use_amp
     from fastssl.distributed.world import first_of_host_speaks
     from fastssl.evaluate.detection.model import DetectorConfig
-    from fastssl.evaluate.detection.protocol import detection_figures, require_pycocotools
+    from fastssl.evaluate.detection.protocol import detection_figures, published, require_pycocotools
     from fastssl.evaluate.detection.train import TrainingConfig, iterations_of
     from fastssl.evaluate.session import open_session
 
@@ -125,13 +122,14 @@ def detect(checkpoint: Path, which: str | None, device: str, json_path: str | No
             session.forget().to(session.device)
         arch, learned = session.trained.arch, len(train.with_boxes())
         optimizer = how["optimizer"] or ("adamw" if arch.startswith(("vit_", "deit")) else "sgd")
+        amp = "off" if how["float32"] else "auto"
         lr, weight_decay = {"sgd": (0.02, 1e-4), "adamw": (1e-4, 0.1)}[optimizer]
         training = TrainingConfig(
             iterations=how["iterations"] or iterations_of(how["schedule"], learned, how["batch_size"]),
             optimizer=optimizer,
             lr=how["lr"] or lr,
             weight_decay=weight_decay,
-            **{name: how[name] for name in ("batch_size", "short_sides", "long_side", "seed")},
+            **{name: how[name] for name in ("batch_size", "warmup", "drops", "short_sides", "long_side", "seed")},
         )
         about = {
             "data": train.name,
@@ -156,13 +154,17 @@ def detect(checkpoint: Path, which: str | None, device: str, json_path: str | No
             DetectorConfig(levels=how["levels"], masks=how["masks"]),
             training,
             about={**session.trained.record(), **about, **resumed},
+            amp=amp,
             bar=bar(session),
             **{name: how[name] for name in ("test_side", "out", "workers")},
         )
-        settings = {name: value for name, value in asdict(training).items() if name != "warmup"}
+        settings = {**asdict(training), **dict(zip(("warmup", "drops"), training.warmup_and_drops())), "metric": "coco"}
+        settings |= {"bfloat16": use_amp(amp, session.device)} | ({"mask_targets": "bitmask"} if how["masks"] else {})
         left_out = {f"left_out_{reason}": count for reason, count in train.left_out.items()}
         record = session.record("detect", **about, **settings, **left_out, **figures)
-        finish(session, _line(figures, len(judged)), record, json_path)
+        expected = published(arch, voc=how["data"][0].suffix == ".txt")
+        record["changed"] = [name for name, value in expected.items() if record.get(name, value) != value]
+        finish(session, _line(figures, len(judged), record["changed"]), record, json_path)
 
 
 def _read(
@@ -187,12 +189,13 @@ def _read(
     return load_coco(lists[0], images, masks=masks)
 
 
-def _line(figures: dict, pictures: int) -> str:
-    """``box AP 34.1 (AP50 53.6, AP75 36.5); mask AP ... on 5,000 pictures``."""
+def _line(figures: dict, pictures: int, changed: list[str]) -> str:
+    """``box AP 34.1 (AP50 53.6, AP75 36.5); mask AP ... on 5,000 pictures; not as published: lr``."""
     parts = []
     for name in ("box", "mask"):
         if f"{name}_ap" in figures:
             values = (figures[f"{name}_{figure}"] for figure in ("ap", "ap50", "ap75"))
             mean, half, strict = ("-" if value is None else f"{value:.1f}" for value in values)
             parts.append(f"{name} AP {mean} (AP50 {half}, AP75 {strict})")
-    return f"{'; '.join(parts)} on {counted(pictures, 'picture')}"
+    but = f"; not as published: {', '.join(changed)}" if changed else ""
+    return f"{'; '.join(parts)} on {counted(pictures, 'picture')}{but}"

@@ -240,9 +240,7 @@ def _detection_set(document: Any, folder: Path, name: str, masks: bool) -> Detec
     if not any(kept.values()):
         if left_out.get("without_mask"):
             raise DetectionError("not one of its annotations has a 'segmentation': leave out --masks to train on boxes")
-        raise DetectionError(
-            "not one box in it (crowds and empty ones do not count): there is nothing to learn or to find"
-        )
+        raise DetectionError("not one box in it (crowds and empty ones do not count): there is nothing to find")
     pictures = []
     for identity, row in images.items():
         boxes, numbers, segmentations = zip(*kept[identity]) if kept[identity] else ((), (), ())
@@ -326,12 +324,7 @@ def require_judgeable(train: DetectionSet, val: DetectionSet) -> None:
     """
     if differ := sorted(set(train.categories.items()) ^ set(val.categories.items())):
         identity, name = differ[0]
-        raise DetectionError(
-            f"{train.name} and {val.name} have other categories ({len(train.categories)} and "
-            f"{len(val.categories)}; first difference: id {identity}, {name!r}): "
-            "a detector can only be judged on what it was taught"
-        )
+        which = f"{len(train.categories)} and {len(val.categories)}; first difference: id {identity}, {name!r}"
+        raise DetectionError(f"{train.name} and {val.name} have other categories ({which})")
     if not any(not row["iscrowd"] and min(row["bbox"][2:]) > 0 for row in val.document["annotations"]):
-        raise DetectionError(
-            f"{val.name}: all of its objects are difficult, which nobody is to find: there is nothing to judge on"
-        )
+        raise DetectionError(f"{val.name}: all of its objects are difficult: there is nothing to judge on")

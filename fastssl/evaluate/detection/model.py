@@ -1,8 +1,5 @@
-"""Faster and Mask R-CNN over a backbone of ours: the very timm module, a feature pyramid on top, and torchvision's
-proposal network and heads, in Detectron2's configuration where torchvision has the switch.
-
-Ren et al., arXiv 1506.01497; He et al., arXiv 1703.06870. What remains different from Detectron2, whose figures SSLight
-publishes: smooth L1 with beta 1/9 in place of L1, two samples a bin in RoIAlign and no half-pixel shift.
+"""Faster and Mask R-CNN over a backbone of ours: the very timm module, a feature pyramid on top, and the proposal
+network and heads of ``heads``. Ren et al., arXiv 1506.01497; He et al., arXiv 1703.06870.
 """
 
 from __future__ import annotations
@@ -17,15 +14,12 @@ import torch
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 from torch.nn import functional
-from torchvision.models.detection import FasterRCNN, MaskRCNN
-from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.image_list import ImageList
-from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
-from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
+from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from fastssl.evaluate.detection.annotations import DetectionError
+from fastssl.evaluate.detection.heads import Anchors, Heads, Proposals
 from fastssl.evaluate.features import evaluating
 
 #: Strides of the maps that detectors use.
@@ -40,8 +34,7 @@ class Pyramid(nn.Module):
         body: the backbone, with the names of its tensors as they were.
         strides: of the maps without "pool".
         out_channels: of each.
-        divisible: H and W are multiples of it. Padding to the coarsest stride makes every map's size exact, and with
-            it the anchors' places.
+        divisible: H and W are multiples of it: of the last of the strides, as in Detectron2, and of a patch.
 
     Raises:
         DetectionError: a stride is none of those ``there``.
@@ -58,7 +51,7 @@ class Pyramid(nn.Module):
                 "--levels among them"
             )
         self.body, self.strides, self.out_channels = body, tuple(strides), out_channels
-        self.divisible = 2 * strides[-1]
+        self.divisible = strides[-1]
 
 
 class ConvolutionalPyramid(Pyramid):
@@ -101,17 +94,14 @@ class SimplePyramid(Pyramid):
     def __init__(self, body: Any, strides: Sequence[int], out_channels: int):
         patch, width = int(body.patch_embed.patch_size[0]), body.num_features
         super().__init__(body, strides, out_channels, (patch // 4, patch // 2, patch, patch * 2))
+        self.divisible = max(self.divisible, patch)
 
         def enlarge(channels: int) -> nn.ConvTranspose2d:
             return nn.ConvTranspose2d(channels, channels // 2, 2, stride=2)
 
         twice = nn.Sequential(enlarge(width), LayerNorm2d(width // 2), nn.GELU(), enlarge(width // 2))
-        scalings = {
-            patch // 4: (twice, width // 4),
-            patch // 2: (enlarge(width), width // 2),
-            patch: (nn.Identity(), width),
-            patch * 2: (nn.MaxPool2d(2), width),
-        }
+        finer = {patch // 4: (twice, width // 4), patch // 2: (enlarge(width), width // 2)}
+        scalings = {**finer, patch: (nn.Identity(), width), patch * 2: (nn.MaxPool2d(2), width)}
         self.levels = nn.ModuleList(
             nn.Sequential(
                 scaling,
@@ -143,15 +133,11 @@ def create_pyramid(backbone: Any, levels: Sequence[int] = LEVELS, out_channels: 
         DetectionError: the network shows no maps, or has none of such a stride.
     """
     if not levels or any(low < 1 or high != 2 * low for low, high in itertools.pairwise(levels)):
-        raise DetectionError(
-            "levels are strides that double from one to the next (4,8,16,32 or 16,32), not "
-            f"{','.join(map(str, levels)) or 'none'}"
-        )
+        found = ",".join(map(str, levels)) or "none"
+        raise DetectionError(f"levels are strides that double from one to the next, such as 16,32, not {found}")
     if not hasattr(backbone, "forward_intermediates"):
-        raise DetectionError(
-            f"timm's {type(backbone).__name__} does not show its feature maps (no forward_intermediates): detection "
-            "cannot use it"
-        )
+        name = type(backbone).__name__
+        raise DetectionError(f"timm's {name} does not show its feature maps (no forward_intermediates)")
     transformer = hasattr(backbone, "patch_embed") and hasattr(backbone, "blocks")
     kind = SimplePyramid if transformer else ConvolutionalPyramid
     return kind(backbone, levels, out_channels).to(memory_format=torch.channels_last)
@@ -205,9 +191,6 @@ class Detector(nn.Module):
         amp: compute backbone and pyramid in bfloat16; proposals, heads and losses stay float32.
     """
 
-    #: of photos with values from 0 to 255
-    MEAN = (123.675, 116.28, 103.53)
-    STD = (58.395, 57.12, 57.375)
     mean: Tensor
     std: Tensor
 
@@ -217,41 +200,14 @@ class Detector(nn.Module):
         super().__init__()
         self.config, self.amp = config, amp
         self.pyramid: Pyramid = create_pyramid(backbone, config.levels, config.width)
-        names = [str(level) for level in range(len(config.levels))]
-        sizes = anchor_sizes(config.anchor_sizes, len(names) + 1)
-        options = {
-            "rpn_anchor_generator": AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes)),
-            "rpn_post_nms_top_n_train": config.proposals or (1000 if len(names) == len(LEVELS) else 2000),
-            "box_roi_pool": self._pool(names, 7),
-            "box_head": TwoMLPHead(config.width * 7 * 7, config.head_width),
-            "box_predictor": FastRCNNPredictor(config.head_width, categories + 1),
-            "box_batch_size_per_image": config.box_samples,
-        }
-        if config.masks:
-            options |= {
-                "mask_roi_pool": self._pool(names, 14),
-                "mask_head": MaskRCNNHeads(config.width, (config.width,) * 4, 1),
-                "mask_predictor": MaskRCNNPredictor(config.width, config.width, categories + 1),
-            }
-        built = (MaskRCNN if config.masks else FasterRCNN)(self.pyramid, **options)
-        self.rpn, self.heads = built.rpn, built.roi_heads
-        # As in Detectron2: small first weights, so that a new head does not shake the pre-trained network. torchvision
-        # keeps torch's.
-        predictor = self.heads.box_predictor
-        for layer, std in ((predictor.cls_score, 0.01), (predictor.bbox_pred, 0.001)):
-            nn.init.normal_(layer.weight, std=std)
-            nn.init.zeros_(layer.bias)
-        self.register_buffer("mean", torch.tensor(self.MEAN).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(self.STD).view(3, 1, 1), persistent=False)
-
-    def _pool(self, names: list[str], size: int) -> MultiScaleRoIAlign:
-        """RoIAlign that knows the maps' strides. It would guess them from the first pictures' sizes, and guess wrong
-        where these are small and padded.
-        """
-        pool, side = MultiScaleRoIAlign(names, size, sampling_ratio=2), self.pyramid.divisible
-        sides = {name: side // stride for name, stride in zip(names, self.pyramid.strides)}
-        pool({name: torch.zeros(1, 1, own, own) for name, own in sides.items()}, [torch.zeros(0, 4)], [(side, side)])
-        return pool
+        levels, strides = config.levels, (*config.levels, 2 * config.levels[-1])
+        anchors = Anchors(anchor_sizes(config.anchor_sizes, len(strides)), strides)
+        self.rpn = Proposals(config.width, anchors, config.proposals or (1000 if len(levels) == len(LEVELS) else 2000))
+        outputs = categories + 1
+        self.heads = Heads(config.width, config.head_width, outputs, levels, config.box_samples, config.masks)
+        # of photos with values from 0 to 255
+        for name, values in (("mean", (123.675, 116.28, 103.53)), ("std", (58.395, 57.12, 57.375))):
+            self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
 
     def normalise(self, images: Tensor) -> Tensor:
         """uint8 (N, 3, H, W) -> float32, ImageNet's mean and deviation."""
@@ -273,7 +229,8 @@ class Detector(nn.Module):
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.amp):
             maps = self.pyramid(images)
         maps = {name: each.float() for name, each in maps.items()}
-        listed = ImageList(images, sizes)
-        proposals, proposal_losses = self.rpn(listed, maps, targets)
-        found, head_losses = self.heads(maps, proposals, sizes, targets)
-        return {**proposal_losses, **head_losses} if self.training else found
+        proposals, losses = self.rpn(ImageList(images, sizes), maps, targets)
+        if self.training and targets is not None:
+            return {**losses, **self.heads.losses(maps, proposals, sizes, targets)}
+        found: list[dict[str, Tensor]] = self.heads(maps, proposals, sizes)[0]
+        return found

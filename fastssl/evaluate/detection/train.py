@@ -2,12 +2,13 @@
 
 What is random is a function of (seed, iteration, process): the pictures, their scale and flip (``draw``), and the
 proposals that torchvision's heads sample, for which torch's generator is reseeded at every iteration. So a run that
-goes on from a checkpoint makes the steps that it would have made. Two processes do not sample the proposals that one
-would: the steps are equally good ones, not the same.
+goes on from a checkpoint makes the steps that it would have made. Two processes do not group the pictures, or sample
+the proposals, that one would: the steps are equally good ones, not the same.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import time
@@ -17,7 +18,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -36,7 +36,7 @@ from fastssl.evaluate.detection.annotations import DetectionError, DetectionSet,
 from fastssl.evaluate.detection.batches import View, load_batches, scaled_size, to_device
 from fastssl.evaluate.detection.model import Detector
 from fastssl.optim.optimizers import set_lr
-from fastssl.pipelines.plan.order import batch_indices, steps_per_epoch
+from fastssl.pipelines.plan.order import epoch_order
 from fastssl.pipelines.plan.philox import Stream, keyed_words
 from fastssl.runs.checkpoint import VERSION, load_checkpoint, load_optimizer, write_state
 
@@ -48,8 +48,7 @@ def iterations_of(schedule: str, pictures: int, batch_size: int) -> int:
     """Iterations of ``batch_size`` pictures (of all processes), at least one, that make as many passes as over COCO's
     117,266 pictures with boxes ``1x`` (Detectron2's 90,000 iterations of 16) or ``2x`` makes.
     """
-    passes = int(schedule[0]) * 90_000 * 16 / 117_266
-    return max(1, round(passes * pictures / batch_size))
+    return max(1, round(int(schedule[0]) * 90_000 * 16 / 117_266 * pictures / batch_size))
 
 
 @dataclass(frozen=True)
@@ -64,6 +63,7 @@ class TrainingConfig:
         weight_decay: on everything but norms.
         warmup: iterations on a line from a thousandth of the rate to all of it; None: 1000, or a tenth of all where
             that is less.
+        drops: iterations from which on the rate is a tenth of what it was; None: two thirds and eight ninths of all.
         short_sides: in pixels; each picture gets one of them.
         long_side: at most, in pixels.
         seed: of everything that is drawn.
@@ -75,43 +75,52 @@ class TrainingConfig:
     lr: float = 0.02
     weight_decay: float = 1e-4
     warmup: int | None = None
+    drops: tuple[int, ...] | None = None
     short_sides: tuple[int, ...] = (640, 672, 704, 736, 768, 800)
     long_side: int = 1333
     seed: int = 0
 
-    def rate(self, iteration: int) -> float:
-        """The rate of ``iteration``, from 0: a tenth of the peak from two thirds on, a hundredth from eight ninths."""
+    def warmup_and_drops(self) -> tuple[int, tuple[int, ...]]:
+        """As asked for, or what stands for None."""
         warmup = min(1000, self.iterations // 10) if self.warmup is None else self.warmup
-        rate = self.lr * self.batch_size / 16
-        if iteration < warmup:
-            rate *= 0.001 + 0.999 * iteration / warmup
-        drops = (3 * iteration >= 2 * self.iterations) + (9 * iteration >= 8 * self.iterations)
-        return rate * 0.1**drops
+        return warmup, self.drops or (-(-2 * self.iterations // 3), -(-8 * self.iterations // 9))
+
+    def rate(self, iteration: int) -> float:
+        """The rate of ``iteration``, from 0."""
+        warmup, drops = self.warmup_and_drops()
+        rate = self.lr * self.batch_size / 16 * 0.1 ** sum(iteration >= drop for drop in drops)
+        return rate * (0.001 + 0.999 * iteration / warmup if iteration < warmup else 1)
 
 
-def draw(pictures: Sequence[Picture], config: TrainingConfig, epoch: int) -> list[View]:
-    """A view of each picture, half of them flipped: a function of (seed, epoch, image id)."""
-    ids = np.array([picture.id for picture in pictures], np.int64)
-    words = keyed_words(config.seed, Stream.DETECTION, epoch, ids)
+def draw(picture: Picture, config: TrainingConfig, epoch: int) -> View:
+    """A view of it, one of two flipped: a function of (seed, epoch, image id)."""
+    words, sides = keyed_words(config.seed, Stream.DETECTION, epoch, picture.id), config.short_sides
     # The high half of a product, as for all ranges here: no division, no bias worth the name.
-    chosen = (words[0].astype(np.uint64) * np.uint64(len(config.short_sides))) >> np.uint64(32)
-    sides = [config.short_sides[int(side)] for side in chosen]
-    return [
-        View(picture, *scaled_size(picture.height, picture.width, side, config.long_side), bool(word >> 31))
-        for picture, side, word in zip(pictures, sides, words[1])
-    ]
+    side = sides[int(words[0]) * len(sides) >> 32]
+    return View(picture, *scaled_size(picture.height, picture.width, side, config.long_side), bool(words[1] >> 31))
 
 
 def training_requests(
     pictures: Sequence[Picture], iterations: range, config: TrainingConfig, rank: int = 0, world: int = 1
 ) -> Iterator[list[View]]:
-    """This rank's part of the batch of every iteration: epoch after epoch in a new order, whole batches only."""
-    size = config.batch_size // world
-    steps = steps_per_epoch(len(pictures), size, world)
-    for iteration in iterations:
-        epoch, step = divmod(iteration, steps)
-        chosen = batch_indices(len(pictures), config.seed, epoch, step, size, rank, world)
-        yield draw([pictures[number] for number in chosen], config, epoch)
+    """This process's part of the batch of every iteration, grouped as by Detectron2: of the epochs' orders, one behind
+    another, a process takes every ``world``-th picture; they wait in two groups, wider than high or not, and whichever
+    first has the process's share leaves. Earlier batches are formed again: a second for all of COCO's.
+    """
+    waiting: tuple[list[tuple[int, Picture]], ...] = [], []
+    left = 0
+    for place in itertools.count(rank, world):
+        epoch, position = divmod(place, len(pictures))
+        picture = pictures[epoch_order(len(pictures), config.seed, epoch)[position]]
+        group = waiting[picture.width > picture.height]
+        group.append((epoch, picture))
+        if len(group) == config.batch_size // world:
+            if left == iterations.stop:
+                return
+            if left >= iterations.start:
+                yield [draw(each, config, number) for number, each in group]
+            left += 1
+            group.clear()
 
 
 def fine_tune(
@@ -150,15 +159,14 @@ def fine_tune(
             f"a batch of {config.batch_size} cannot be shared by {world_size()} processes: make --batch-size a multiple"
         )
     if len(pictures) < config.batch_size:
-        how_many = counted(len(pictures), "picture")
-        raise DetectionError(
-            f"{data.name}: {how_many} with boxes, fewer than one batch of {config.batch_size}; lower --batch-size"
-        )
+        few = f"{counted(len(pictures), 'picture')} with boxes, fewer than one batch of {config.batch_size}"
+        raise DetectionError(f"{data.name}: {few}; lower --batch-size")
     device = detector.mean.device
     synchronise_batchnorm(detector.pyramid.body, device)
     optimizer = create_optimizer(detector, config)
-    # Through JSON, as what is read back: tuples are lists there. Of "flip" older files could say something else.
-    settings = json.loads(json.dumps({**(about or {}), **asdict(config), "flip": True}))
+    # Through JSON, as what is read back: tuples are lists there. Of "flip" older files could say something else; before
+    # "form" 2 anchors, batches and losses were others, and no such detector goes on.
+    settings = json.loads(json.dumps({**(about or {}), **asdict(config), "flip": True, "form": 2}))
     first, losses, saved = 0, dict[str, float](), time.monotonic()
     if checkpoint is not None and broadcast_object(checkpoint.is_file()):
         first, losses = _resume(checkpoint, settings, detector, optimizer)
@@ -166,9 +174,8 @@ def fine_tune(
 
     requests = training_requests(pictures, range(first, config.iterations), config, rank(), world_size())
     detector.train()
-    with closing(
-        load_batches(requests, divisible=detector.pyramid.divisible, masks=detector.config.masks, workers=workers)
-    ) as batches:
+    how: dict[str, Any] = {"divisible": detector.pyramid.divisible, "masks": detector.config.masks}
+    with closing(load_batches(requests, workers=workers, **how)) as batches:
         for iteration, batch in enumerate(batches, start=first):
             _seed_sampling(config.seed, iteration, rank())
             rate = config.rate(iteration)
