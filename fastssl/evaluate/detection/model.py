@@ -27,6 +27,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from fastssl.evaluate.detection.annotations import DetectionError
 from fastssl.evaluate.features import evaluating
+from fastssl.pipelines.plan.draw import IMAGENET, Normalisation
 
 #: Strides of the maps that detectors use.
 LEVELS = (4, 8, 16, 32)
@@ -170,6 +171,7 @@ class DetectorConfig:
         proposals: kept in training, behind non-maximum suppression; None: 1000 with all four levels, 2000 with fewer,
             as SSLight has it.
         box_samples: proposals a picture that the box head learns from.
+        normalisation: with which the backbone was trained.
     """
 
     levels: tuple[int, ...] = LEVELS
@@ -179,6 +181,7 @@ class DetectorConfig:
     head_width: int = 1024
     proposals: int | None = None
     box_samples: int = 512
+    normalisation: Normalisation = IMAGENET
 
 
 def anchor_sizes(sizes: Sequence[int], maps: int) -> tuple[tuple[int, ...], ...]:
@@ -205,9 +208,6 @@ class Detector(nn.Module):
         amp: compute backbone and pyramid in bfloat16; proposals, heads and losses stay float32.
     """
 
-    #: of photos with values from 0 to 255
-    MEAN = (123.675, 116.28, 103.53)
-    STD = (58.395, 57.12, 57.375)
     mean: Tensor
     std: Tensor
 
@@ -241,8 +241,8 @@ class Detector(nn.Module):
         for layer, std in ((predictor.cls_score, 0.01), (predictor.bbox_pred, 0.001)):
             nn.init.normal_(layer.weight, std=std)
             nn.init.zeros_(layer.bias)
-        self.register_buffer("mean", torch.tensor(self.MEAN).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(self.STD).view(3, 1, 1), persistent=False)
+        for name, values in config.normalisation._asdict().items():  # of photos with values from 0 to 255
+            self.register_buffer(name, torch.tensor([255 * value for value in values]).view(3, 1, 1), persistent=False)
 
     def _pool(self, names: list[str], size: int) -> MultiScaleRoIAlign:
         """RoIAlign that knows the maps' strides. It would guess them from the first pictures' sizes, and guess wrong
@@ -254,7 +254,7 @@ class Detector(nn.Module):
         return pool
 
     def normalise(self, images: Tensor) -> Tensor:
-        """uint8 (N, 3, H, W) -> float32, ImageNet's mean and deviation."""
+        """uint8 (N, 3, H, W) -> float32, less the mean, over the deviation."""
         return (images.float() - self.mean) / self.std
 
     def forward(
