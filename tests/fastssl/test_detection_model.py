@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fastssl.evaluate.detection.annotations import DetectionError
 from fastssl.evaluate.detection.model import Detector, DetectorConfig, anchor_sizes
 from fastssl.models.backbones import create_backbone
+from fastssl.pipelines.plan.draw import Normalisation
 
 SMALL = {"width": 32, "head_width": 64, "proposals": 50, "box_samples": 32}
 
@@ -55,6 +56,18 @@ def test_the_published_configurations() -> None:
     assert not any(
         isinstance(layer, norms) for part in (fpn.pyramid.fpn, fpn.rpn, fpn.heads) for layer in part.modules()
     )
+
+
+def test_pictures_are_normalised_as_the_backbone_was_trained() -> None:
+    images = torch.arange(0, 256, 5, dtype=torch.uint8).expand(1, 3, 2, -1)
+    usual = Detector(create_backbone("lcnet_035"), 1, DetectorConfig(**SMALL))
+    assert (
+        usual.mean.flatten().tolist() == torch.tensor([123.675, 116.28, 103.53]).tolist()
+    )  # of Detectron2, to the bit
+    assert usual.std.flatten().tolist() == torch.tensor([58.395, 57.12, 57.375]).tolist()
+    own = Normalisation((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    detector = Detector(create_backbone("lcnet_035"), 1, DetectorConfig(normalisation=own, **SMALL))
+    torch.testing.assert_close(detector.normalise(images), images.float() / 255)
 
 
 @pytest.mark.parametrize("size", [(40, 50), (300, 200)])
