@@ -61,7 +61,7 @@ class LinearProtocol:
 
     def view(self, size: int = 224, normalisation: Normalisation = IMAGENET) -> ViewSpec:
         """The training view: random resized crop and flip, no colour."""
-        plain = {"flip": 0.5, "jitter": 0.0, "grey": 0.0, "blur": 0.0, **normalisation._asdict()}
+        plain: dict[str, Any] = {"flip": 0.5, "jitter": 0.0, "grey": 0.0, "blur": 0.0, **normalisation._asdict()}
         return ViewSpec(size=size, area=self.area, interpolation=self.interpolation, **plain)
 
     def rate(self, lr: float, epoch: int, epochs: int, batch_size: int) -> float:
