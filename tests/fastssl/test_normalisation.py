@@ -93,7 +93,6 @@ def test_evaluate_gives_what_the_end_of_the_run_gave(
         ("semi", "--labels", "50%", "--epochs", 1, "--batch-size", 8),
         ("finetune", "--epochs", 1, "--batch-size", 16, "--out", "fine.safetensors"),
     ],
-    ids=" ".join,
 )
 def test_every_evaluation_looks_as_training_did(
     capsys: pytest.CaptureFixture,
