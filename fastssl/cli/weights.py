@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 FORMATS = ("timm", "torchvision", "safetensors", "onnx")
 LAYOUTS = ("auto", "timm", "torchvision", "moco", "dino", "sslight")
 WHICH = ("student", "teacher", "query", "key")
+_SEEN: dict[str, Any] = {"type": float, "nargs": 3, "metavar": "R G B"}
 
 
 @click.command()
@@ -105,8 +106,10 @@ def export(
     type=click.Choice(WHICH),
     help="Of two networks: the student is MoCo's query encoder, the teacher its key encoder.  [default: student]",
 )
+@click.option("--mean", help="Of its pictures, scaled to 0 .. 1. Default: an export's own, or ImageNet's.", **_SEEN)
+@click.option("--std", help="Likewise.", **_SEEN)
 @json_option
-def import_(foreign: Path, dst: Path, arch: str, layout: str, which: str | None, json_path: str | None) -> None:
+def import_(foreign: Path, dst: Path, arch: str, json_path: str | None, mean: Any, std: Any, **how: Any) -> None:
     """Take the backbone out of FOREIGN, a checkpoint of MoCo, light-moco, DINO or SSLight or weights for timm or
     torchvision, and write it to DST.safetensors, which every command here takes.
 
@@ -128,7 +131,8 @@ def import_(foreign: Path, dst: Path, arch: str, layout: str, which: str | None,
 
     from fastssl.weights.importing import import_backbone
 
-    matched = import_backbone(foreign, dst, arch, layout=layout, which=which)
+    seen = {name: value for name, value in (("mean", mean), ("std", std)) if value is not None}
+    matched = import_backbone(foreign, dst, arch, **how, **seen)
     _show(matched, foreign, dst, err=json_path == "-")
     write_json(json_path, {"source": foreign.name, "path": dst.name, **asdict(matched)})
 

@@ -17,7 +17,7 @@ from fastssl.losses.pairs import PairWeights
 from fastssl.methods import METHODS, DINOConfig, MoCoConfig, SimCLRConfig, SwAVConfig
 from fastssl.methods.base import MethodConfig
 from fastssl.optim.optimizers import OptimConfig
-from fastssl.pipelines.plan.draw import ViewSpec
+from fastssl.pipelines.plan.draw import IMAGENET, Normalisation, ViewSpec, ViewSpecError
 from fastssl.pipelines.plan.multicrop import PRESETS, MultiCrop
 from fastssl.utils.settings import (
     BY_FORM,
@@ -295,6 +295,21 @@ def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
     """
     plain: dict[str, Any] = _RECIPE.dump_python(recipe, mode="json", exclude={*METHODS} - {recipe.method})
     return plain
+
+
+def normalisation_of(config: object) -> Normalisation:
+    """With which a network is shown pictures wherever it is used: that of its run's first global view, as ``config``
+    says it, plain values as of config.yaml, also a stranger's. ImageNet's where it says none, or none that can be.
+    """
+    views = config.get("views") if isinstance(config, dict) else None
+    parts = views[:1] if isinstance(views, list) else []
+    parts = [views.get("augment"), views.get("global_1")] if isinstance(views, dict) else parts
+    told = [part for part in parts if isinstance(part, dict)]
+    try:
+        view = ViewSpec(**{name: part[name] for part in told for name in Normalisation._fields if name in part})
+    except ViewSpecError:
+        return IMAGENET
+    return Normalisation(view.mean, view.std)
 
 
 def differences(mine: dict[str, Any], theirs: dict[str, Any], prefix: str = "") -> list[str]:

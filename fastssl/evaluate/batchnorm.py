@@ -18,7 +18,7 @@ from fastssl.distributed.sync_batchnorm import separate_batchnorm
 from fastssl.errors import FastSSLError
 from fastssl.evaluate.features import EVALUATION_CROP, collect
 from fastssl.pipelines.beton.reader import BetonReader
-from fastssl.pipelines.plan.draw import ViewSpec
+from fastssl.pipelines.plan.draw import IMAGENET, Normalisation, ViewSpec
 from fastssl.pipelines.plan.order import epoch_order
 
 
@@ -43,6 +43,7 @@ def reestimated(
     batch_size: int = 256,
     amp: bool = False,
     crop: float = EVALUATION_CROP,
+    normalisation: Normalisation = IMAGENET,
     indices: np.ndarray | None = None,
     **how: Any,
 ) -> nn.Module:
@@ -55,7 +56,7 @@ def reestimated(
         samples: how many of them, at least 2, drawn by ``seed``: all where there are fewer, a few less where they do
             not fill equal batches.
         indices: draw from these sample ids alone; default: from all.
-        size, batch_size, amp, crop, how: as in ``extract_features``.
+        size, batch_size, amp, crop, normalisation, how: as in ``extract_features``.
 
     Raises:
         FastSSLError: the network has no BatchNorm, or there are fewer than two photos.
@@ -76,7 +77,8 @@ def reestimated(
     batch = max(2, count // -(-count // batch_size))
     chosen = np.sort(ids[epoch_order(len(ids), seed, 0)[: count - count % batch]])
     forward = torch.autocast(device.type, torch.bfloat16, enabled=amp)(network)
-    collect(forward, data, ViewSpec.evaluation(size, crop=crop), indices=chosen, batch_size=batch, device=device, **how)
+    view = ViewSpec.evaluation(size, crop, normalisation)
+    collect(forward, data, view, indices=chosen, batch_size=batch, device=device, **how)
     for layer, original in zip(_layers(network), _layers(backbone)):
         layer.momentum = original.momentum
     return network.train(backbone.training)

@@ -16,7 +16,7 @@ from fastssl.distributed.collectives import any_rank, gather_uneven, rank, world
 from fastssl.errors import FastSSLError, counted
 from fastssl.pipelines.beton.reader import BetonReader
 from fastssl.pipelines.loader import ViewLoader
-from fastssl.pipelines.plan.draw import ViewSpec
+from fastssl.pipelines.plan.draw import IMAGENET, Normalisation, ViewSpec
 from fastssl.pipelines.plan.order import epoch_order
 
 #: (what is counted, how many, [of what]) -> a block with a function to be told how many are done:
@@ -74,6 +74,7 @@ def extract_features(
     device: str | torch.device = "cpu",
     amp: bool = False,
     crop: float = EVALUATION_CROP,
+    normalisation: Normalisation = IMAGENET,
     interpolation: Literal["bilinear", "bicubic"] = "bilinear",
     **how: Any,
 ) -> Features:
@@ -83,9 +84,8 @@ def extract_features(
         backbone: images (B, 3, S, S), channels-last, normalised -> features (B, F). Its parameters must be on
             ``device``; each module's training flag is put back afterwards.
         data: a ``.beton`` file or an open reader (which stays open).
-        size: S, in pixels.
-        amp: bfloat16 autocast.
-        crop: side of the centre square relative to the photo's short side.
+        size: S, in pixels. amp: bfloat16 autocast.
+        crop: side of the centre square relative to the photo's short side. normalisation: as the network was trained.
         how: ``indices``, ``batch_size``, ``workers``, ``on_bad`` and ``progress``, see ``collect``.
 
     Raises:
@@ -93,7 +93,7 @@ def extract_features(
     """
     device = torch.device(device)
     forward = torch.autocast(device.type, torch.bfloat16, enabled=amp)(backbone)
-    spec = replace(ViewSpec.evaluation(size, crop=crop), interpolation=interpolation)
+    spec = replace(ViewSpec.evaluation(size, crop, normalisation), interpolation=interpolation)
     with evaluating(backbone):
         return collect(forward, data, spec, device=device, **how)
 

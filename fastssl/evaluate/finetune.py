@@ -30,7 +30,7 @@ from fastssl.evaluate.photos import LabelledSplit, require_classes, require_labe
 from fastssl.optim.optimizers import OptimConfig, create_optimizer, parameter_groups
 from fastssl.optim.schedules import RunLength
 from fastssl.pipelines.loader import ViewLoader
-from fastssl.pipelines.plan.draw import ViewSpec
+from fastssl.pipelines.plan.draw import IMAGENET, Normalisation, ViewSpec
 from fastssl.utils.host_memory import keep_freed_memory
 from fastssl.utils.settings import Count, Positive, Real, settings
 from fastssl.utils.transfer import to_device
@@ -50,7 +50,7 @@ class FinetuneConfig:
             that changes once an epoch; no warm-up, constant decay.
         batch_size: photos a step, of all processes together.
         head_lr_factor: the head's rate in units of the backbone's.
-        size: pixels of both views. crop: share of the short side that the centre crop shows.
+        size, normalisation: of both views. crop: share of the short side that the centre crop shows.
     """
 
     optim: OptimConfig = SSLIGHT_OPTIM
@@ -59,6 +59,7 @@ class FinetuneConfig:
     head_lr_factor: Positive = 1.0
     size: Count = 224
     crop: Real = EVALUATION_CROP
+    normalisation: Normalisation = IMAGENET
 
     def lr(self, epoch: int) -> float:
         """The backbone's rate in ``epoch`` (0 .. epochs; at ``epochs``, one past the last, it is the final one)."""
@@ -67,13 +68,14 @@ class FinetuneConfig:
     @property
     def train_view(self) -> ViewSpec:
         """Random resized crop and flip, no colour: torchvision's defaults for classification, bicubic."""
-        no_colour: dict[str, Any] = {"jitter": 0.0, "grey": 0.0, "blur": 0.0}
+        no_colour: dict[str, Any] = {"jitter": 0.0, "grey": 0.0, "blur": 0.0, **self.normalisation._asdict()}
         return ViewSpec(size=self.size, area=(0.08, 1.0), interpolation="bicubic", flip=0.5, **no_colour)
 
     @property
     def test_view(self) -> ViewSpec:
         """The centre crop, bicubic."""
-        return dataclasses.replace(ViewSpec.evaluation(self.size, self.crop), interpolation="bicubic")
+        view = ViewSpec.evaluation(self.size, self.crop, self.normalisation)
+        return dataclasses.replace(view, interpolation="bicubic")
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from fastssl.optim.schedules import half_cosine
-from fastssl.pipelines.plan.draw import ViewSpec
+from fastssl.pipelines.plan.draw import IMAGENET, Normalisation, ViewSpec
 
 #: A batch for which rates are stated.
 LR_BATCH = 256
@@ -59,11 +59,10 @@ class LinearProtocol:
     class_tokens: int = 0
     init_std: float = 0.01
 
-    def view(self, size: int = 224) -> ViewSpec:
+    def view(self, size: int = 224, normalisation: Normalisation = IMAGENET) -> ViewSpec:
         """The training view: random resized crop and flip, no colour."""
-        return ViewSpec(
-            size=size, area=self.area, interpolation=self.interpolation, flip=0.5, jitter=0.0, grey=0.0, blur=0.0
-        )
+        plain: dict[str, Any] = {"flip": 0.5, "jitter": 0.0, "grey": 0.0, "blur": 0.0, **normalisation._asdict()}
+        return ViewSpec(size=size, area=self.area, interpolation=self.interpolation, **plain)
 
     def rate(self, lr: float, epoch: int, epochs: int, batch_size: int) -> float:
         """The rate of all steps of ``epoch`` (from 0).

@@ -30,6 +30,7 @@ from fastssl.evaluate.features import (
 from fastssl.evaluate.photos import LabelledSplit, require_classes, require_labels
 from fastssl.evaluate.protocols import LinearProtocol, Trial
 from fastssl.optim.optimizers import OptimConfig, create_optimizer
+from fastssl.pipelines.plan.draw import IMAGENET, Normalisation
 
 #: Scores held at a time when classifiers are judged: 64 MiB of float32.
 _SCORES = 1 << 24
@@ -50,6 +51,7 @@ def published_probe(
     cached_epochs: int = 0,
     size: int = EVALUATION_SIZE,
     crop: float = EVALUATION_CROP,
+    normalisation: Normalisation = IMAGENET,
     seed: int = 0,
     workers: int | None = None,
     bar: Bar = silent,
@@ -66,7 +68,7 @@ def published_probe(
         choose_on: what the best epoch and the best trial are chosen on: the photos that are judged, or a tenth of the
             training photos, which are then not trained on.
         cached_epochs: see ``FeatureStream``.
-        size: pixels of both views. crop: of the test view, its share of the short side.
+        size: pixels of both views. crop: of the test view, its share of the short side. normalisation: of both views.
         seed: of the order, the views, the classifiers' weights and what is held out.
 
     Returns:
@@ -89,11 +91,11 @@ def published_probe(
         kept, held_out = split_indices(labels[learned], len(learned), fraction=HELD_OUT, seed=seed)
         learned, sets["held_out"] = learned[kept], ("held-out photos", split.train, learned[held_out])
     how: dict[str, Any] = {"device": device, "workers": workers, "amp": device.type == "cuda"}
-    targets, view = torch.from_numpy(split.targets(labels)), protocol.view(size)
+    targets, view = torch.from_numpy(split.targets(labels)), protocol.view(size, normalisation)
     shape: dict[str, Any] = {"batch_size": whole, "seed": seed, "cached_epochs": cached}
     # Opened first: a batch that does not fit is said before any photo is read.
     with FeatureStream(network, split.train, learned, targets, view, **shape, **how) as stream:
-        how |= {"size": size, "crop": crop, "interpolation": protocol.interpolation}
+        how |= {"size": size, "crop": crop, "normalisation": normalisation, "interpolation": protocol.interpolation}
         judged: dict[str, tuple[Tensor, Tensor, int]] = {}
         for name, (label, reader, index) in sets.items():
             found = share_features(network, reader, index, label, bar, batch_size=PASS, **how)

@@ -60,6 +60,7 @@ class Session:
         return {
             "evaluation": evaluation,
             **self.trained.record(),
+            **self.trained.normalisation._asdict(),
             "weights": self.weights if self.trained.network != "random" else None,
             **values,
             "device": self.device.type,

@@ -11,8 +11,10 @@ from typing import Any
 
 from torch import nn
 
+from fastssl.config.recipe import normalisation_of
 from fastssl.errors import FastSSLError
 from fastssl.models.backbones import create_backbone, load_backbone, read_header
+from fastssl.pipelines.plan.draw import IMAGENET, Normalisation
 from fastssl.runs.checkpoint import is_detector, load_checkpoint
 from fastssl.utils.yaml_file import read_yaml
 
@@ -30,6 +32,7 @@ class Trained:
         step: how many steps it was trained; None where the file does not say.
         name: the checkpoint for people: at most the run's folder and the file, no path to it.
         size, crop: with which its run was probed (``probe.size``, ``probe.crop``); None where no run is known.
+        normalisation: of the pictures that it was trained on; ImageNet's where neither file nor run says one.
     """
 
     backbone: nn.Module
@@ -39,6 +42,7 @@ class Trained:
     name: str
     size: int | None = None
     crop: float | None = None
+    normalisation: Normalisation = IMAGENET
 
     def record(self) -> dict[str, Any]:
         """What a result says of the network that it is about."""
@@ -81,7 +85,9 @@ def load_trained(path: str | Path, which: str | None = None) -> Trained:
     header = read_header(path)
     step = str(header.get("step"))
     made = int(step) if step.isascii() and step.isdigit() and len(step) <= 18 else None
-    return Trained(load_backbone(path), header["arch"], network, made, _short(path), *_probed(_config_beside(path)))
+    config = _config_beside(path)
+    seen = normalisation_of({"views": [header]} if "mean" in header else config)  # older files do not say it
+    return Trained(load_backbone(path), header["arch"], network, made, _short(path), *_probed(config), seen)
 
 
 def checkpoints_of(run: Path) -> Path:
@@ -141,7 +147,8 @@ def _from_run(path: Path, which: str) -> Trained:
     backbone = create_backbone(arch)
     if unfit := load_part(backbone, state, f"{which}.backbone."):
         raise FastSSLError(f"{path}: tensors do not fit {arch}: {unfit}")
-    return Trained(backbone.eval(), arch, which, state["position"]["step"], _short(path), *_probed(state["config"]))
+    pictures = *_probed(state["config"]), normalisation_of(state["config"])
+    return Trained(backbone.eval(), arch, which, state["position"]["step"], _short(path), *pictures)
 
 
 def _short(path: Path) -> str:

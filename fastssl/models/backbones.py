@@ -192,10 +192,10 @@ def feature_dim(backbone: nn.Module) -> int:
     return int(next(width for width in widths if width))
 
 
-def save_backbone(backbone: nn.Module, path: Path, *, arch: str, **notes: str) -> None:
+def save_backbone(backbone: nn.Module, path: Path, *, arch: str, **notes: Any) -> None:
     """Write the backbone's tensors as safetensors with what is needed to rebuild it in the header.
 
-    ``path`` is either whole or absent. ``notes`` go into the header.
+    ``path`` is either whole or absent. ``notes``, what JSON can hold, go into the header.
     """
     from safetensors.torch import save_file
 
@@ -211,8 +211,8 @@ def save_backbone(backbone: nn.Module, path: Path, *, arch: str, **notes: str) -
 
 
 def read_header(path: str | Path) -> dict[str, Any]:
-    """What a ``.safetensors`` checkpoint says of itself: ``arch`` and ``feature_dim``, as a rule ``step`` and
-    ``network``.
+    """What a ``.safetensors`` checkpoint says of itself: ``arch`` and ``feature_dim``, as a rule ``step``, ``network``,
+    and with which ``mean`` and ``std`` of pictures scaled to 0 .. 1 it was trained.
 
     Raises:
         FastSSLError: no such file, not safetensors, or not written by fastssl.

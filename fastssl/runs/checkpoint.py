@@ -29,6 +29,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from fastssl.config.recipe import normalisation_of
 from fastssl.errors import FastSSLError
 from fastssl.methods.base import Encoder, Method
 from fastssl.models.backbones import read_header, save_backbone
@@ -102,7 +103,8 @@ def save_checkpoint(
         write_state(path, state)
         link_atomically(path, folder / LAST)
         for name, network in networks.items():
-            notes = {"step": str(position.step), "network": "teacher" if network is method.teacher else "student"}
+            which = "teacher" if network is method.teacher else "student"
+            notes = {"step": str(position.step), "network": which, **normalisation_of(config)._asdict()}
             save_backbone(network.backbone, folder / f"{name}.safetensors", arch=arch, **notes)
         if milestone is not None:
             for name, kept in _kept_names(networks, milestone).items():

@@ -9,7 +9,7 @@ from typing import Any, NoReturn, Protocol
 import torch
 from torch import nn
 
-from fastssl.config.recipe import Recipe, differences, recipe_to_dict
+from fastssl.config.recipe import Recipe, differences, normalisation_of, recipe_to_dict
 from fastssl.config.recipe_choice import require_photos
 from fastssl.distributed.collectives import any_rank, barrier, broadcast_module, broadcast_object
 from fastssl.distributed.devices import use_amp
@@ -131,6 +131,7 @@ class Setup:
             "workers": self.options.workers,
             "amp": self.step.amp,
             "crop": self.recipe.probe.crop,
+            "normalisation": normalisation_of(self.config),
             "on_bad": self.recipe.train.on_bad,
         }
 

@@ -124,7 +124,8 @@ def export_backbone(trained: Trained, destination: Path, format: str = "timm", *
             session = f"onnxruntime.InferenceSession({target!r})"
             recipe = f"features = {session}.run(['features'], {{'images': images}})[0]"
         elif suffix == "":
-            difference = _write_folder(backbone, arch, place, about, size=side, crop=trained.crop or EVALUATION_CROP)
+            view = ViewSpec.evaluation(side, trained.crop or EVALUATION_CROP, trained.normalisation)
+            difference = _write_folder(backbone, arch, place, about, view)
             recipe = f"net = timm.create_model({f'local-dir:{destination}'!r}, pretrained=True)"
         else:
             difference = _write_file(backbone, arch, place, about, twin)
@@ -162,9 +163,7 @@ def _write_file(backbone: nn.Module, arch: str, path: Path, about: dict[str, str
     return check_features(path, backbone, taker.eval(), size=size, tolerance=1e-5)
 
 
-def _write_folder(
-    backbone: nn.Module, arch: str, path: Path, about: dict[str, str], *, size: int, crop: float
-) -> float:
+def _write_folder(backbone: nn.Module, arch: str, path: Path, about: dict[str, str], view: ViewSpec) -> float:
     """Write ``path/config.json``, by timm itself, and ``path/model.safetensors``; returns the largest difference of
     features.
 
@@ -172,14 +171,13 @@ def _write_folder(
     transform with which ``fastssl evaluate`` judges.
 
     Args:
-        size, crop: side of the pictures, and the centre crop's share of the short side, for the configuration.
+        view: that transform, for the configuration.
     """
-    view = ViewSpec()
     overlay = {
         **dict.fromkeys(_OF_OTHER_WEIGHTS),
-        "input_size": (3, size, size),
+        "input_size": (3, view.size, view.size),
         "interpolation": view.interpolation,
-        "crop_pct": crop,
+        "crop_pct": view.center,
         "crop_mode": "center",
         "mean": view.mean,
         "std": view.std,
@@ -198,6 +196,7 @@ def _about(trained: Trained) -> dict[str, str]:
     """What the file says of itself, as far as its format has a place for that."""
     origin = "that others trained" if trained.network == "imported" else "pre-trained without labels"
     said: dict[str, Any] = {"description": f"backbone {origin}, {SIGNATURE} {__version__}", **trained.record()}
+    said |= {name: list(values) for name, values in trained.normalisation._asdict().items()}  # such text is JSON, too
     return {name: str(value) for name, value in said.items() if value is not None}
 
 

@@ -4,6 +4,7 @@ shape, or one line says why not; kept as our own ``.safetensors``.
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -13,9 +14,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from fastssl.config.recipe import normalisation_of
 from fastssl.errors import FastSSLError
 from fastssl.models.backbones import (
     SHORT_NAMES,
@@ -25,6 +27,7 @@ from fastssl.models.backbones import (
     resolve_arch,
     save_backbone,
 )
+from fastssl.pipelines.plan.draw import Normalisation, ViewSpec
 from fastssl.utils.suggest import some_names
 from fastssl.weights.read import read_foreign
 from fastssl.weights.torchvision_names import TIMM_EPS, TWINS, torchvision_names, with_eps
@@ -111,7 +114,7 @@ class Matched:
 
 
 def import_backbone(
-    source: Path, destination: Path, arch: str, *, layout: str = "auto", which: str | None = None
+    source: Path, destination: Path, arch: str, *, layout: str = "auto", which: str | None = None, **seen: Any
 ) -> Matched:
     """Write the backbone in ``source`` to ``destination``, for ``fastssl.load_backbone``, ``fastssl evaluate`` and
     ``fastssl export``.
@@ -122,6 +125,7 @@ def import_backbone(
         destination: ends in ``.safetensors``; replaced if it was imported too, or else left alone.
         arch: short name or timm name of the network that is in there.
         layout, which: see ``find_network``.
+        seen: ``mean``, ``std`` with which it was trained; default: as one of our exports says, or else ImageNet's.
 
     Raises:
         FastSSLError: see ``read_foreign``, ``find_network`` and ``match``; or something at ``destination`` that was not
@@ -141,12 +145,21 @@ def import_backbone(
     found = find_network(source, read_foreign(source), layout=layout, which=which)
     backbone = create_backbone(arch)
     matched = match(source, found, arch, backbone)
+    view = ViewSpec(**{**normalisation_of({"views": [_told(source)]})._asdict(), **seen})
     origin = {"origin": source.name, "origin_layout": matched.layout, "origin_network": found.network or "the only one"}
     try:
-        save_backbone(backbone, destination, arch=arch, network="imported", **origin)
+        save_backbone(backbone, destination, arch=arch, network="imported", mean=view.mean, std=view.std, **origin)
     except (OSError, RuntimeError, SafetensorError) as error:
         raise FastSSLError(f"{destination}: not written ({error})") from error
     return matched
+
+
+def _told(path: Path) -> dict[str, Any]:
+    """``mean`` and ``std`` of one of our exports as safetensors."""
+    with suppress(SafetensorError, OSError, ValueError), safe_open(str(path), framework="pt") as file:
+        about = file.metadata() or {}
+        return {name: json.loads(about[name]) for name in Normalisation._fields if name in about}
+    return {}
 
 
 # ---------------------------------------------------------------------- where in the file the network is

@@ -22,7 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from itertools import permutations
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -72,6 +72,17 @@ Pixels = Annotated[Whole, Field(ge=1, le=4096)]
 AreaRange = tuple[_Area, _Area]
 
 
+class Normalisation(NamedTuple):
+    """What is done last to a picture scaled to 0 .. 1, per channel: (picture - mean) / std."""
+
+    mean: tuple[Share, Share, Share]
+    std: tuple[_Std, _Std, _Std]
+
+
+#: The field's usual one: of ImageNet's photos.
+IMAGENET = Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
 @settings(error=ViewSpecError)
 class ViewSpec:
     """A group of views that share their size and the distribution of their augmentation. ``ViewSpecError``: a field is
@@ -89,7 +100,7 @@ class ViewSpec:
         blur_sigma: range of its sigma in pixels of the view.
         solarise: probability of inverting the pixels at or above the threshold.
         solarise_threshold: 0 .. 256, in grey levels of 0 .. 255.
-        mean, std: per channel, of pictures scaled to 0 .. 1; the output is (picture - mean) / std.
+        mean, std: see ``Normalisation``.
         center: None, or the side of a centred square crop as a share of the picture's shorter side; then area and ratio
             are not used.
     """
@@ -110,8 +121,8 @@ class ViewSpec:
     blur_sigma: tuple[_Sigma, _Sigma] = (0.1, 2.0)
     solarise: Share = 0.0
     solarise_threshold: Annotated[Whole, Field(ge=0, le=256)] = 128
-    mean: tuple[Share, Share, Share] = (0.485, 0.456, 0.406)
-    std: tuple[_Std, _Std, _Std] = (0.229, 0.224, 0.225)
+    mean: tuple[Share, Share, Share] = IMAGENET.mean
+    std: tuple[_Std, _Std, _Std] = IMAGENET.std
     center: _Area | None = None
 
     def __post_init__(self) -> None:
@@ -121,12 +132,12 @@ class ViewSpec:
                 raise ViewSpecError(f"{name}: the lower end must not exceed the upper one, got {[low, high]}")
 
     @classmethod
-    def evaluation(cls, size: int, crop: float = 0.875) -> ViewSpec:
-        """The view for evaluation: the centred square of side ``crop`` x shorter side, resized; nothing random, no
-        colour. With the default it is what ``Resize(size / 0.875)`` and ``CenterCrop(size)`` show, up to a shift of
-        less than one pixel of the source, because boxes are whole pixels.
+    def evaluation(cls, size: int, crop: float = 0.875, normalisation: Normalisation = IMAGENET) -> ViewSpec:
+        """The view that a network is looked at with, normalised as in its training: the centred square of side ``crop``
+        x shorter side, resized; nothing random, no colour. With the default crop it is what ``Resize(size / 0.875)``
+        and ``CenterCrop(size)`` show, up to a shift of less than one pixel of the source: boxes are whole pixels.
         """
-        return cls(size=size, flip=0.0, jitter=0.0, grey=0.0, blur=0.0, solarise=0.0, center=crop)
+        return cls(size=size, flip=0.0, jitter=0.0, grey=0.0, blur=0.0, center=crop, **normalisation._asdict())
 
 
 def draw_plan(

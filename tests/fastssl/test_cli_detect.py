@@ -8,18 +8,21 @@ import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from processes import run_processes
 from shapes import make_shapes, make_voc
+from torch import nn
 
 from fastssl.cli import main
-from fastssl.evaluate.detection import model
+from fastssl.evaluate.detection import model, protocol
 from fastssl.evaluate.detection.model import DetectorConfig
 from fastssl.evaluate.detection.protocol import published
 from fastssl.evaluate.detection.train import TrainingConfig
-from fastssl.models.backbones import create_backbone, save_backbone
+from fastssl.models.backbones import create_backbone, load_backbone, save_backbone
+from fastssl.pipelines.plan.draw import IMAGENET, Normalisation
 
 #: Nothing is learned in one step of four small pictures: what runs is what counts.
 SMALL = (
@@ -272,7 +275,9 @@ def test_wrong_annotations(case: str, capsys, checkpoint, shapes, tmp_path) -> N
     assert_one_line(status, err, *words)
 
 
-def test_the_folder_of_another_network_or_other_boxes_is_refused(capsys, checkpoint, shapes, tmp_path) -> None:
+def test_the_folder_of_another_network_or_other_boxes_is_refused(
+    capsys, checkpoint, shapes, tmp_path, monkeypatch
+) -> None:
     """Of the same name, step and number of pictures."""
     for folder in ("one", "other"):
         (tmp_path / folder / "mine").mkdir(parents=True)
@@ -297,6 +302,23 @@ def test_the_folder_of_another_network_or_other_boxes_is_refused(capsys, checkpo
     assert status == 0, err
     status, _, err = run(capsys, tmp_path / "other/mine/last.safetensors", *more)
     assert_one_line(status, err, "detect.pt belongs to a run with other settings", "backbone_weights: ")
+    # The same weights, trained on pictures with another std: the file says it, and the detector hears of it.
+    (tmp_path / "own/mine").mkdir(parents=True)
+    backbone, std = load_backbone(tmp_path / "one/mine/last.safetensors"), (0.5, 0.5, 0.5)
+    seen = {"mean": IMAGENET.mean, "std": std}
+    save_backbone(backbone, tmp_path / "own/mine/last.safetensors", arch="lcnet_035", **seen)
+    shown: list[Normalisation] = []
+
+    def build(backbone: nn.Module, categories: int, config: DetectorConfig, **how: Any) -> model.Detector:
+        shown.append(config.normalisation)
+        return model.Detector(backbone, categories, config, **how)
+
+    monkeypatch.setattr(protocol, "Detector", build)
+    status, _, err = run(capsys, tmp_path / "own/mine/last.safetensors", *more)
+    assert_one_line(
+        status, err, "detect.pt belongs to a run with other settings", "std: None there, [0.5, 0.5, 0.5] here"
+    )
+    assert shown == [Normalisation(IMAGENET.mean, std)]
     document = json.loads(kept)
     document["annotations"][0]["bbox"][2] -= 1
     own.write_text(json.dumps(document))

@@ -15,6 +15,7 @@ from fastssl.evaluate.detection.annotations import DetectionError
 from fastssl.evaluate.detection.heads import Anchors, RoIPool
 from fastssl.evaluate.detection.model import Detector, DetectorConfig, anchor_sizes
 from fastssl.models.backbones import create_backbone
+from fastssl.pipelines.plan.draw import Normalisation
 
 SMALL = {"width": 32, "head_width": 64, "proposals": 50, "box_samples": 32}
 SIZES = (8, 16, 32, 64, 128)
@@ -131,6 +132,18 @@ def test_anchors_are_not_rounded() -> None:
     torch.testing.assert_close(found[0], torch.tensor(expected).float())
     # 45.25 x 22.63 pixels, around the picture's first corner
     torch.testing.assert_close(found[0][0], torch.tensor([-22.6274, -11.3137, 22.6274, 11.3137]))
+
+
+def test_pictures_are_normalised_as_the_backbone_was_trained() -> None:
+    images = torch.arange(0, 256, 5, dtype=torch.uint8).expand(1, 3, 2, -1)
+    usual = Detector(create_backbone("lcnet_035"), 1, DetectorConfig(**SMALL))
+    assert (
+        usual.mean.flatten().tolist() == torch.tensor([123.675, 116.28, 103.53]).tolist()
+    )  # of Detectron2, to the bit
+    assert usual.std.flatten().tolist() == torch.tensor([58.395, 57.12, 57.375]).tolist()
+    own = Normalisation((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    detector = Detector(create_backbone("lcnet_035"), 1, DetectorConfig(normalisation=own, **SMALL))
+    torch.testing.assert_close(detector.normalise(images), images.float() / 255)
 
 
 @pytest.mark.parametrize("size", [(40, 50), (300, 200)])

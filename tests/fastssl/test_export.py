@@ -30,14 +30,15 @@ ARCHS = {"lcnet_035": "lcnet_035", "mobilenetv3_large": "mobilenetv3_large_100",
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a run for each network; its student and teacher differ."""
+    """A folder with a run for each network; its student and teacher differ; lcnet_035 has a mean and std of its own."""
     root = tmp_path_factory.mktemp("runs")
     for seed, name in enumerate(ARCHS):
         (root / name / "checkpoints").mkdir(parents=True)
         for network, file in (("student", "last.safetensors"), ("teacher", "last-teacher.safetensors")):
             torch.manual_seed(2 * seed + (network == "teacher"))
             backbone = with_statistics(create_backbone(name), seed)
-            save_backbone(backbone, root / name / "checkpoints" / file, arch=name, network=network, step="7")
+            seen = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)} if name == "lcnet_035" else {}
+            save_backbone(backbone, root / name / "checkpoints" / file, arch=name, network=network, step="7", **seen)
     return root
 
 
@@ -149,6 +150,7 @@ def test_plain_safetensors_and_the_record(capsys: pytest.CaptureFixture, runs: P
         and about["arch"] == "lcnet_035"
         and "fastssl" not in about
     )
+    assert (json.loads(about["mean"]), json.loads(about["std"])) == ([0, 0, 0], [1, 1, 1])
 
 
 def test_pictures_are_prepared_as_the_run_took_them(capsys: pytest.CaptureFixture, runs: Path, tmp_path: Path) -> None:
@@ -157,6 +159,7 @@ def test_pictures_are_prepared_as_the_run_took_them(capsys: pytest.CaptureFixtur
 
     def prepared(name: str) -> tuple[list[int], float]:
         config = json.loads((tmp_path / name / "config.json").read_text())["pretrained_cfg"]
+        assert (config["mean"], config["std"]) == ([0, 0, 0], [1, 1, 1])
         return config["input_size"], config["crop_pct"]
 
     status, _, err = run(capsys, tmp_path / "run", tmp_path / "own")
@@ -165,6 +168,8 @@ def test_pictures_are_prepared_as_the_run_took_them(capsys: pytest.CaptureFixtur
     assert status == 0 and prepared("other") == ([3, 96, 96], 1.0)
     assert err == "--size 96: the run itself was probed with 48 (probe.size)\n"
     assert run(capsys, tmp_path / "run", tmp_path / "mine.pth")[0] == 0  # which has no place for a size
+    about = torch.load(tmp_path / "mine.pth", weights_only=True).about
+    assert (about["mean"], about["std"]) == ("[0.0, 0.0, 0.0]", "[1.0, 1.0, 1.0]")
     assert run(capsys, runs / "lcnet_035", tmp_path / "bare")[0] == 0 and prepared("bare") == ([3, 224, 224], 0.875)
 
 
@@ -185,7 +190,8 @@ def test_onnx_runs_at_any_batch(capsys: pytest.CaptureFixture, runs: Path, tmp_p
             expected = backbone(images)
         found = torch.from_numpy(session.run(["features"], {"images": images.numpy()})[0])
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-    assert session.get_modelmeta().custom_metadata_map["arch"] == "lcnet_035"
+    about = session.get_modelmeta().custom_metadata_map
+    assert (about["arch"], about["mean"], about["std"]) == ("lcnet_035", "[0.0, 0.0, 0.0]", "[1.0, 1.0, 1.0]")
 
 
 @pytest.mark.slow

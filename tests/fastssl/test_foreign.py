@@ -26,6 +26,7 @@ from fastssl.cli import main
 from fastssl.errors import FastSSLError
 from fastssl.evaluate.trained import load_trained
 from fastssl.models.backbones import create_backbone, read_header, save_backbone
+from fastssl.pipelines.plan.draw import IMAGENET, Normalisation
 from fastssl.weights.export import export_backbone
 from fastssl.weights.importing import LAYOUTS, NETWORK, find_network, import_backbone
 from fastssl.weights.read import read_foreign
@@ -261,6 +262,21 @@ def test_timm_with_its_classifier_and_without_counters(tmp_path: Path) -> None:
     matched = import_backbone(tmp_path / "old.pth", tmp_path / "imported.safetensors", "lcnet_035")
     assert matched.counters == sum(isinstance(layer, nn.BatchNorm2d) for layer in network.modules())
     assert matched.taken + matched.counters == len(network.state_dict())
+
+
+def test_mean_and_std_are_kept(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    """Those that are given; of an export those of its run; else ImageNet's."""
+    theirs, mine, arch = tmp_path / "theirs.pth", tmp_path / "mine.safetensors", ("--arch", "lcnet_035")
+    torch.save(timm.create_model("lcnet_035").state_dict(), theirs)
+    assert run(capsys, theirs, mine, *arch)[0] == 0 and load_trained(mine).normalisation == IMAGENET
+    assert run(capsys, theirs, mine, *arch, "--std", 0.5, 0.25, 1)[0] == 0
+    assert load_trained(mine).normalisation == Normalisation(IMAGENET.mean, (0.5, 0.25, 1.0))
+    export_backbone(load_trained(mine), tmp_path / "export.safetensors")
+    back = tmp_path / "back.safetensors"
+    assert run(capsys, tmp_path / "export.safetensors", back, *arch, "--mean", 0, 0, 0.5)[0] == 0
+    assert load_trained(back).normalisation == Normalisation((0.0, 0.0, 0.5), (0.5, 0.25, 1.0))
+    status, _, err = run(capsys, theirs, mine, *arch, "--mean", 123.675, 116.28, 103.53)
+    assert status == 1 and err == "fastssl: mean.0 must be at most 1, got 123.675\n"
 
 
 def test_evaluate_takes_it(capsys: pytest.CaptureFixture, tmp_path: Path, beton: Path) -> None:

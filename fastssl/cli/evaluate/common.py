@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 COUNT: dict[str, Any] = {"type": click.IntRange(min=1)}
 POSITIVE: dict[str, Any] = {"type": click.FloatRange(min=0, min_open=True), "callback": finite}
 NOT_NEGATIVE: dict[str, Any] = {"type": click.FloatRange(min=0), "callback": finite}
-_OF_FEATURES = ("size", "crop", "batch_size", "workers")
+OF_FEATURES = ("size", "crop", "normalisation", "batch_size", "workers")
 _PHOTOS: dict[str, Any] = {"type": SomePath(), "metavar": "FOLDER|TAR|FILE.beton"}
 
 
@@ -94,11 +94,11 @@ def bar(session: Session) -> Bar:
 
 def pictures(session: Session, asked: SimpleNamespace) -> dict[str, Any]:
     """``size`` and ``crop`` of the pictures: as asked for, which is said where the run's differ, or the run's, or the
-    usual ones.
+    usual ones; and the network's ``normalisation``.
     """
     from fastssl.evaluate.features import EVALUATION_CROP, EVALUATION_SIZE
 
-    found = {}
+    found: dict[str, Any] = {"normalisation": session.trained.normalisation}
     for name, usual in (("size", EVALUATION_SIZE), ("crop", EVALUATION_CROP)):
         wanted, own = getattr(asked, name), getattr(session.trained, name)
         if session.is_main and None not in (wanted, own) and wanted != own:
@@ -118,7 +118,7 @@ def network(
     require_size(backbone, asked.size, device)
     if not asked.reestimate_bn:
         return backbone
-    how = {name: getattr(asked, name) for name in (*_OF_FEATURES, "seed")}
+    how = {name: getattr(asked, name) for name in (*OF_FEATURES, "seed")}
     return reestimated(backbone, photos, samples=asked.reestimate_bn, device=device, indices=indices, **how)
 
 
@@ -128,7 +128,7 @@ def features_of(
     """This process's share of the features of the samples ``index``."""
     from fastssl.evaluate.features import share_features
 
-    how = {name: getattr(asked, name) for name in _OF_FEATURES}
+    how = {name: getattr(asked, name) for name in OF_FEATURES}
     return share_features(backbone, reader, index, label, bar(session), device=session.device, **how)
 
 

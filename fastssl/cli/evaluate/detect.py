@@ -110,6 +110,7 @@ def detect(checkpoint: Path, which: str | None, device: str, json_path: str | No
     from fastssl.evaluate.detection.protocol import detection_figures, published, require_pycocotools
     from fastssl.evaluate.detection.train import TrainingConfig, iterations_of
     from fastssl.evaluate.session import open_session
+    from fastssl.pipelines.plan.draw import IMAGENET
 
     require_pycocotools()
     with open_session(checkpoint, which=which, device=device) as session:
@@ -142,7 +143,9 @@ def detect(checkpoint: Path, which: str | None, device: str, json_path: str | No
         # Names and steps are alike in runs that are not. New weights are said by the seed, and may differ in their last
         # bit from machine to machine.
         weights = None if how["from_scratch"] else session.weights
-        resumed = {"backbone_weights": weights, "train_annotations": train.fingerprint()}
+        resumed: dict[str, Any] = {"backbone_weights": weights, "train_annotations": train.fingerprint()}
+        normalisation = session.trained.normalisation
+        resumed |= {} if normalisation == IMAGENET else normalisation._asdict()  # older files do not say it
         for reason, count in train.left_out.items():
             if count and session.is_main:
                 words = f"{reason.replace('_', ' ')} annotation"
@@ -151,7 +154,7 @@ def detect(checkpoint: Path, which: str | None, device: str, json_path: str | No
             session.trained.backbone,
             train,
             judged,
-            DetectorConfig(levels=how["levels"], masks=how["masks"]),
+            DetectorConfig(levels=how["levels"], masks=how["masks"], normalisation=normalisation),
             training,
             about={**session.trained.record(), **about, **resumed},
             amp=amp,

@@ -201,7 +201,7 @@ def _published(session: Session, asked: SimpleNamespace, split: LabelledSplit) -
 
     protocol = PROTOCOLS[asked.protocol]
     grid = trials(protocol, asked.lr, asked.weight_decay, sweep=asked.sweep)
-    chosen = {name: getattr(asked, name) for name in ("epochs", "batch_size", "size", "crop", "seed", "workers")}
+    chosen = {name: getattr(asked, name) for name in (*common.OF_FEATURES, "epochs", "seed")}
     chosen |= {"choose_on": (asked.select or "val").replace("-", "_"), "cached_epochs": asked.cached_epochs or 0}
     asked.batch_size = _PASS  # of what is left
     backbone = common.network(session, asked, split.train, split.train_index)

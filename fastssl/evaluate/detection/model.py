@@ -21,6 +21,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 from fastssl.evaluate.detection.annotations import DetectionError
 from fastssl.evaluate.detection.heads import Anchors, Heads, Proposals
 from fastssl.evaluate.features import evaluating
+from fastssl.pipelines.plan.draw import IMAGENET, Normalisation
 
 #: Strides of the maps that detectors use.
 LEVELS = (4, 8, 16, 32)
@@ -156,6 +157,7 @@ class DetectorConfig:
         proposals: kept in training, behind non-maximum suppression; None: 1000 with all four levels, 2000 with fewer,
             as SSLight has it.
         box_samples: proposals a picture that the box head learns from.
+        normalisation: with which the backbone was trained.
     """
 
     levels: tuple[int, ...] = LEVELS
@@ -165,6 +167,7 @@ class DetectorConfig:
     head_width: int = 1024
     proposals: int | None = None
     box_samples: int = 512
+    normalisation: Normalisation = IMAGENET
 
 
 def anchor_sizes(sizes: Sequence[int], maps: int) -> tuple[tuple[int, ...], ...]:
@@ -205,12 +208,11 @@ class Detector(nn.Module):
         self.rpn = Proposals(config.width, anchors, config.proposals or (1000 if len(levels) == len(LEVELS) else 2000))
         outputs = categories + 1
         self.heads = Heads(config.width, config.head_width, outputs, levels, config.box_samples, config.masks)
-        # of photos with values from 0 to 255
-        for name, values in (("mean", (123.675, 116.28, 103.53)), ("std", (58.395, 57.12, 57.375))):
-            self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
+        for name, values in config.normalisation._asdict().items():  # of photos with values from 0 to 255
+            self.register_buffer(name, torch.tensor([255 * value for value in values]).view(3, 1, 1), persistent=False)
 
     def normalise(self, images: Tensor) -> Tensor:
-        """uint8 (N, 3, H, W) -> float32, ImageNet's mean and deviation."""
+        """uint8 (N, 3, H, W) -> float32, less the mean, over the deviation."""
         return (images.float() - self.mean) / self.std
 
     def forward(
