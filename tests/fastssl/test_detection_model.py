@@ -280,16 +280,6 @@ def test_every_network_learns_and_predicts(name: str) -> None:
         assert each["labels"].min() >= 1 and each["labels"].max() <= 3
 
 
-def test_normalisation_is_imagenets() -> None:
-    detector = Detector(create_backbone("lcnet_035"), 1, DetectorConfig(**SMALL))
-    pixels = torch.arange(3, dtype=torch.uint8).view(1, 3, 1, 1) * 100
-    mean, std = (
-        torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1),
-        torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1),
-    )
-    torch.testing.assert_close(detector.normalise(pixels), (pixels / 255 - mean) / std)
-
-
 def test_bfloat16_is_the_pyramids_alone() -> None:
     torch.manual_seed(0)
     detector = Detector(create_backbone("lcnet_035"), 3, DetectorConfig(**SMALL), amp=True)
