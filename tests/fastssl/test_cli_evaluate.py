@@ -102,7 +102,7 @@ def test_knn_protocols(capsys, small, beton, options, k, temperature, name):
 
 
 def test_photos_that_the_file_has_scaled_down_are_a_change(capsys, small, beton, photo_tree, tmp_path):
-    """Of the file to learn from, by the converter's note or by the photos' sides; the other one has them as they were."""
+    """Of the file to learn from, by the converter's note or by the photos' sides; the other one has full size."""
     scaled = tmp_path / "scaled.beton"
     convert(photo_tree, scaled, ConvertOptions(short_side=40))
     for note in (True, False):
