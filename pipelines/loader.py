@@ -59,8 +59,8 @@ class ViewLoader:
         device, pipeline, workers, crops, on_bad, stall_minutes: see ``EngineSettings``.
         seed: of the order and of the views.
         shuffle: draw a new order every epoch; otherwise samples come as they are stored.
-        drop_last: leave out the last, partial batch. A kept one is as large on all ranks, see ``last_batch``; without
-            ``shuffle`` it holds what is left, and there may be one rank only.
+        drop_last: leave out the last, partial batch. Kept, it is as large on all ranks, see ``last_batch``; without
+            ``shuffle`` it may be kept on one rank alone.
         dtype: of the views.
         colour: apply the colour operations here. Without it the batch holds the uint8 crops and the tables that
             ``augment_device`` takes, for a step that does it itself.

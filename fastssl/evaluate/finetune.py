@@ -147,7 +147,7 @@ def finetune(
     classes, photos = len(split.classes), len(split.train_index)
     if config.batch_size < 2:
         raise ProbeError("a batch of 1: BatchNorm needs at least 2 photos; --batch-size changes it")
-    share_of(config.batch_size)
+    own = min(share_of(config.batch_size), -(-photos // world_size()))
     config = dataclasses.replace(config, batch_size=min(config.batch_size, photos))
     require_classes(split.classes, split.train, "labelled photos", "a classifier")
     if device.type == "cpu":
@@ -171,7 +171,6 @@ def finetune(
     # Views in the type that the first layer reads, so that no pass casts them again.
     how: dict[str, Any] = {"workers": workers, "dtype": torch.bfloat16 if amp else network.linear.weight.dtype}
     how |= {"seed": seed, "rank": rank(), "world": world_size(), "indices": split.train_index, "drop_last": False}
-    own = -(-config.batch_size // world_size())
     losses, train_accuracies, counts, rates = [], [], [], []
     with ViewLoader(split.train, [config.train_view], own, device, **how) as loader:
         for epoch in range(config.epochs):

@@ -84,8 +84,7 @@ def published_probe(
             wanted = torch.from_numpy(split.targets(found.labels.numpy()))
             judged[name] = found.features.to(device), wanted.to(device), len(index)
         width = judged["val"][0].shape[1]
-        # Rates move with the length of this training: the milestones of ``protocol`` are for its own.
-        classifiers = Classifiers(protocol, grid, width, classes, device=device, seed=seed)
+        classifiers = Classifiers(protocol, grid, width, classes, device=device, seed=seed)  # milestones: of its length
         with bar("training views", used.epochs * photos) as advance:
 
             def batches(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
