@@ -61,11 +61,10 @@ def batch_indices(
 
 
 def last_batch(num_samples: int, seed: int, epoch: int, batch_size: int, world: int = 1) -> NDArray[np.int64]:
-    """The samples of all ranks' parts of an epoch's last, partial batch, of at most ``batch_size`` per rank: (n,) int64
-    sample indices, n a multiple of ``world``.
+    """The samples of all ranks' parts of an epoch's last, partial batch, of at most ``batch_size`` per rank: (n,) int64.
 
-    The epoch's first samples fill it up to that, as torch's DistributedSampler does with its order; and to two, because
-    BatchNorm cannot train on one.
+    The epoch's first samples fill it up to a multiple of ``world``, as torch's DistributedSampler does with its order,
+    and to two, because BatchNorm cannot train on one.
     """
     start = num_samples // (batch_size * world) * batch_size * world
     count = max(num_samples - start, 2)
