@@ -61,7 +61,7 @@ def batch_indices(
 
 
 def last_batch(num_samples: int, seed: int, epoch: int, batch_size: int, world: int = 1) -> NDArray[np.int64]:
-    """The samples of all ranks' parts of an epoch's last, partial batch, of at most ``batch_size`` per rank: (n,) int64.
+    """The samples of all ranks' parts of an epoch's last, partial batch; ``batch_size`` is per rank: (n,) int64.
 
     The epoch's first samples fill it up to a multiple of ``world``, as torch's DistributedSampler does with its order,
     and to two, because BatchNorm cannot train on one.
