@@ -118,7 +118,7 @@ class LabelledSplit:
         place = np.searchsorted(classes, labels).clip(max=len(classes) - 1)
         return np.where(classes[place] == labels, place, -1)
 
-    def scaled(self) -> dict[str, int | None]:
+    def scaled(self) -> dict[str, Any]:
         """``scaled_to`` and ``val_scaled_to``: of both parts."""
         return {"scaled_to": scaled_to(self.train), "val_scaled_to": scaled_to(self.val)}
 
