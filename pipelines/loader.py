@@ -20,7 +20,7 @@ from fastssl.pipelines.engines.registry import open_engine
 from fastssl.pipelines.ops.augment import augment, parameter_table
 from fastssl.pipelines.ops.memory import RecycledMemory
 from fastssl.pipelines.plan.draw import ViewSpec, draw_plans
-from fastssl.pipelines.plan.order import batch_indices, steps_per_epoch
+from fastssl.pipelines.plan.order import batch_indices, last_batch, steps_per_epoch
 from fastssl.utils.cores import available_cores
 from fastssl.utils.deadline import STALL_MINUTES
 from fastssl.utils.transfer import to_device
@@ -59,7 +59,8 @@ class ViewLoader:
         device, pipeline, workers, crops, on_bad, stall_minutes: see ``EngineSettings``.
         seed: of the order and of the views.
         shuffle: draw a new order every epoch; otherwise samples come as they are stored.
-        drop_last: leave out the last, partial batch; it may be kept without ``shuffle`` on one rank.
+        drop_last: leave out the last, partial batch. Kept, it is as large on all ranks, see ``last_batch``; without
+            ``shuffle`` it may be kept on one rank alone.
         dtype: of the views.
         colour: apply the colour operations here. Without it the batch holds the uint8 crops and the tables that
             ``augment_device`` takes, for a step that does it itself.
@@ -91,10 +92,8 @@ class ViewLoader:
             raise FastSSLError("a loader needs at least one view")
         place, threads = checked_device(device), available_cores() if workers is None else workers
         settings = EngineSettings(place, batch_size, pipeline, threads, crops, on_bad, stall_minutes)
-        if not drop_last and (world > 1 or shuffle):
-            raise FastSSLError(
-                "drop_last=False goes with shuffle=False and one process: training has steps of one size"
-            )
+        if not (drop_last or shuffle) and world > 1:
+            raise FastSSLError("drop_last=False with shuffle=False goes with one process: what is left has no parts")
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise FastSSLError(f"dtype={dtype!r} is not a floating-point dtype of torch; views are normalised")
         self.seed, self.rank, self.world, self.shuffle = seed, rank, world, shuffle
@@ -123,9 +122,7 @@ class ViewLoader:
 
     def __len__(self) -> int:
         """Steps in an epoch."""
-        if self.drop_last:
-            return steps_per_epoch(len(self.indices), self.batch_size, self.world)
-        return -(-len(self.indices) // self.batch_size)
+        return steps_per_epoch(len(self.indices), self.batch_size, self.world, self.drop_last)
 
     @property
     def stats(self) -> EngineStats:
@@ -134,13 +131,16 @@ class ViewLoader:
 
     def request(self, epoch: int, step: int) -> Request:
         """The ids and the view plan of one step: a pure function, the same on any machine."""
-        total = self.batch_size * self.world
-        if self.shuffle:
-            everyone = batch_indices(len(self.indices), self.seed, epoch, step, total)
+        count, total = len(self.indices), self.batch_size * self.world
+        if not self.shuffle:
+            everyone = np.arange(step * total, min((step + 1) * total, count))
+        elif self.drop_last or (step + 1) * total <= count:
+            everyone = batch_indices(count, self.seed, epoch, step, total)
         else:
-            everyone = np.arange(step * total, min((step + 1) * total, len(self.indices)))
-        first = self.rank * self.batch_size
-        request = self._drawn(epoch, everyone[first : first + self.batch_size])
+            everyone = last_batch(count, self.seed, epoch, self.batch_size, self.world)
+        share = len(everyone) // self.world
+        first = self.rank * share
+        request = self._drawn(epoch, everyone[first : first + share])
         request.first, request.total = first, len(everyone)
         request.draw = lambda place: self._drawn(epoch, everyone[place : place + 1])
         return request

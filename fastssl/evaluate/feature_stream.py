@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from fastssl.evaluate.features import ProbeError
 from fastssl.pipelines.beton.reader import BetonReader
 from fastssl.pipelines.loader import ViewLoader
 from fastssl.pipelines.plan.draw import ViewSpec
-from fastssl.pipelines.plan.order import epoch_order
+from fastssl.pipelines.plan.order import epoch_order, steps_per_epoch
 
 #: Photos that go through the network at once, at most: a probe's batch of 4096 is a step of its classifier, not of the
 #: network.
@@ -27,7 +28,8 @@ class FeatureStream:
     """``stream.epoch(e)``: what the classifier's steps of epoch ``e`` read.
 
     Every photo's view is a function of (seed, epoch, sample), and this process has its part of every batch, so that all
-    processes together see what one would. A last, partial batch of an epoch is left out. A context manager.
+    processes together see what one would: but for the last, partial batch of an epoch, which is filled up until all
+    have equal parts (see ``last_batch``). A context manager.
 
     Args:
         network: images (B, 3, S, S) -> (B, F), on ``device``. It is put into evaluation mode, and no gradient is kept.
@@ -41,7 +43,7 @@ class FeatureStream:
 
     Attributes:
         steps: batches in an epoch.
-        batch: photos of this process in each.
+        batch: photos of this process in each but the last.
 
     Raises:
         ProbeError: fewer photos than one batch, or a batch that the processes cannot share.
@@ -62,24 +64,20 @@ class FeatureStream:
         cached_epochs: int = 0,
         **loading: Any,
     ):
-        world = world_size()
-        if batch_size % world:
-            raise ProbeError(
-                f"a batch of {batch_size} cannot be shared by {world} processes: choose a multiple (--batch-size)"
-            )
-        self.steps, self.batch = len(indices) // batch_size, batch_size // world
-        if not self.steps:
+        self.steps, self.batch = steps_per_epoch(len(indices), batch_size, drop_last=False), share_of(batch_size)
+        if len(indices) < batch_size:
             photos = counted(len(indices), "photo")
             raise ProbeError(
                 f"{reader.path}: {photos} to learn from, fewer than one batch of {batch_size}: lower --batch-size"
             )
         self._network, self._targets, self._device, self._amp, self._seed = network.eval(), targets, device, amp, seed
         self._passes = _passes(self.batch)
-        loading |= {"seed": seed, "rank": rank(), "world": world, "indices": indices}
+        loading |= {"seed": seed, "rank": rank(), "world": world_size(), "indices": indices, "drop_last": False}
         self._loader = ViewLoader(reader, [view], self.batch // self._passes, device, **loading)
         self._kept = cached_epochs
         self._features = torch.empty(0)  # then (epochs kept, steps, batch, F)
         self._labels = torch.empty(cached_epochs, self.steps, self.batch, dtype=torch.int64)
+        self._rows = [self.batch] * self.steps  # of each step; the last may have fewer
 
     def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """(features (B, F) float32, targets (B,) int64) of each step, on the device, B in this process's part of the
@@ -93,8 +91,7 @@ class FeatureStream:
         try:
             for step in range(self.steps):
                 parts = []
-                for _ in range(self._passes):
-                    batch = next(batches)
+                for batch in islice(batches, self._passes):
                     with torch.autocast(self._device.type, torch.bfloat16, enabled=self._amp):
                         found = self._network(batch.views[0])
                     parts.append((found.float(), self._targets[batch.index]))
@@ -102,10 +99,11 @@ class FeatureStream:
                 if epoch < self._kept:
                     if not len(self._features):
                         # Pinned for a GPU: copies both ways then go by its queue, and the host does not wait for them.
-                        shape = (self._kept, self.steps, *features.shape)
+                        shape = (self._kept, self.steps, self.batch, features.shape[1])
                         self._features = torch.empty(shape, pin_memory=self._device.type == "cuda")
-                    self._features[epoch, step].copy_(features, non_blocking=True)
-                    self._labels[epoch, step] = targets
+                    self._rows[step] = rows = len(features)
+                    self._features[epoch, step, :rows].copy_(features, non_blocking=True)
+                    self._labels[epoch, step, :rows] = targets
                 yield features, targets.to(self._device, non_blocking=True)
         finally:
             batches.close()
@@ -113,7 +111,8 @@ class FeatureStream:
     def _again(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         kept = epoch % self._kept
         for step in epoch_order(self.steps, self._seed, epoch).tolist():
-            features, targets = self._features[kept, step], self._labels[kept, step]
+            rows = self._rows[step]
+            features, targets = self._features[kept, step, :rows], self._labels[kept, step, :rows]
             yield features.to(self._device, non_blocking=True), targets.to(self._device, non_blocking=True)
 
     def __enter__(self) -> FeatureStream:
@@ -121,6 +120,14 @@ class FeatureStream:
 
     def __exit__(self, *error: object) -> None:
         self._loader.close()
+
+
+def share_of(batch: int) -> int:
+    """A process's photos of a whole batch; refuses one that cannot be dealt out."""
+    world = world_size()
+    if batch % world:
+        raise ProbeError(f"a batch of {batch} cannot be shared by {world} processes: choose a multiple (--batch-size)")
+    return batch // world
 
 
 def _passes(batch: int) -> int:

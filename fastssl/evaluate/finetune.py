@@ -4,9 +4,10 @@
     -> [half of a DINO head] -> Linear -> cross-entropy
     photo to be judged on -> bicubic centre crop (224 of 256) -> the same in evaluation mode
 
-Protocol of SSLight (Tan et al., arXiv 2210.02808) for 1 % and 10 % of the labels: ``SSLIGHT_OPTIM``, no warm-up,
-BatchNorm in training mode over all processes. Crops, order and first weights are functions of the seed: a run repeats
-bit for bit on a CPU, and several processes make the steps of one.
+Protocol of SSLight (Tan et al., arXiv 2210.02808) for 1 % and 10 % of the labels: ``SSLIGHT_OPTIM``, batch 1024, no
+warm-up, BatchNorm in training mode over all processes. Crops, order and first weights are functions of the seed: a run
+repeats bit for bit on a CPU, and several processes make the steps of one, but for an epoch's last batch, which is
+filled up until all have equal parts (see ``last_batch``).
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from torch.nn import functional
 
 from fastssl.distributed.collectives import all_reduce_sum, average_gradients, broadcast_module, rank, world_size
 from fastssl.distributed.sync_batchnorm import synchronise_batchnorm
-from fastssl.errors import counted
 from fastssl.evaluate.classifier import Classifier
+from fastssl.evaluate.feature_stream import PASS, share_of
 from fastssl.evaluate.features import EVALUATION_CROP, ProbeError, accuracies, collect, require_size, shard
 from fastssl.evaluate.photos import LabelledSplit, require_classes, require_labels
 from fastssl.optim.optimizers import OptimConfig, create_optimizer, parameter_groups
@@ -48,18 +49,25 @@ class FinetuneConfig:
     Attributes:
         optim: optimiser, with the rate for 256 photos, which scales with the batch, and half a cosine to ``final_lr``
             that changes once an epoch; no warm-up, constant decay.
-        batch_size: photos a step, of all processes together.
+        batch_size: photos a step, of all processes together; of fewer photos than that all are one batch.
         head_lr_factor: the head's rate in units of the backbone's.
         size, normalisation: of both views. crop: share of the short side that the centre crop shows.
     """
 
     optim: OptimConfig = SSLIGHT_OPTIM
     epochs: Count = 30
-    batch_size: Count = 256
+    batch_size: Count = 1024
     head_lr_factor: Positive = 1.0
     size: Count = 224
     crop: Real = EVALUATION_CROP
     normalisation: Normalisation = IMAGENET
+
+    def record(self) -> dict[str, Any]:
+        """All numbers by name, for a result."""
+        values = dataclasses.asdict(self)
+        optim = values.pop("optim")
+        momentum = optim["momentum"] if self.optim.name != "adamw" else None
+        return {"optimizer": optim.pop("name"), **optim, "momentum": momentum, **values}
 
     def lr(self, epoch: int) -> float:
         """The backbone's rate in ``epoch`` (0 .. epochs; at ``epochs``, one past the last, it is the final one)."""
@@ -90,7 +98,7 @@ class FinetuneResult:
         accuracies: by epoch. losses, train_accuracies: mean cross-entropy and top-1 over the epoch's training views,
             while the network was changing. learning_rates: of the backbone, by epoch.
         unseen: photos judged on of a class that the labelled ones do not have; they count as wrong.
-        steps_per_epoch: whole batches; what is left over is passed over, another part in every epoch.
+        batch_size: photos a step: as asked for, or all that there are. steps_per_epoch: the last with what is left.
     """
 
     accuracy: float
@@ -109,6 +117,7 @@ class FinetuneResult:
     val_samples: int
     classes: int
     unseen: int
+    batch_size: int
     steps_per_epoch: int
 
 
@@ -134,16 +143,19 @@ def finetune(
         progress: called with the number of photos (of all processes) trained on so far.
 
     Raises:
-        FastSSLError: fewer photos than a batch, one class alone, a size that the network cannot take, or a loss that is
-            no longer finite.
+        FastSSLError: a batch that cannot be dealt out, one class alone, a size that the network cannot take, or a loss
+            that is no longer finite.
     """
-    classes = len(split.classes)
-    own = _own_batch(config.batch_size, len(split.train_index))
+    classes, photos = len(split.classes), len(split.train_index)
+    if config.batch_size < 2:
+        raise ProbeError("a batch of 1: BatchNorm needs at least 2 photos; --batch-size changes it")
+    own = min(share_of(config.batch_size), -(-photos // world_size()))
+    config = dataclasses.replace(config, batch_size=min(config.batch_size, photos))
     require_classes(split.classes, split.train, "labelled photos", "a classifier")
     if device.type == "cpu":
         keep_freed_memory()
     else:
-        torch.backends.cudnn.benchmark = True  # every step has the same shapes
+        torch.backends.cudnn.benchmark = True  # all steps of an epoch but its last have the same shapes
     network.to(device).to(memory_format=torch.channels_last)
     require_size(network, config.size, device, network.linear.weight.dtype)
     broadcast_module(network)
@@ -160,15 +172,15 @@ def finetune(
     targets = split.targets(require_labels(split.train))
     # Views in the type that the first layer reads, so that no pass casts them again.
     how: dict[str, Any] = {"workers": workers, "dtype": torch.bfloat16 if amp else network.linear.weight.dtype}
-    how |= {"seed": seed, "rank": rank(), "world": world_size(), "indices": split.train_index}
+    how |= {"seed": seed, "rank": rank(), "world": world_size(), "indices": split.train_index, "drop_last": False}
     losses, train_accuracies, counts, rates = [], [], [], []
     with ViewLoader(split.train, [config.train_view], own, device, **how) as loader:
-        photos = len(loader) * config.batch_size  # an epoch
         for epoch in range(config.epochs):
             rates.append(config.lr(epoch))
             for group in optimizer.param_groups:
                 group["lr"] = rates[-1] * group["lr_factor"]
             network.train()
+            seen = 0  # by this process, as many as by any other
             sums = torch.zeros(2, dtype=torch.float64, device=device)  # loss, right; waited for behind the epoch
             for step, batch in enumerate(loader.epoch(epoch), 1):
                 wanted = to_device(targets[batch.index.numpy()], device)
@@ -181,8 +193,9 @@ def finetune(
                 optimizer.zero_grad(set_to_none=True)
                 with torch.no_grad():
                     sums += torch.stack([loss.double() * len(wanted), (logits.argmax(1) == wanted).sum().double()])
-                progress(epoch * photos + step * config.batch_size)
-            mean, right = (all_reduce_sum(sums) / photos).tolist()
+                seen += len(wanted)
+                progress(epoch * photos + min(step * config.batch_size, photos))
+            mean, right = (all_reduce_sum(sums) / (seen * world_size())).tolist()
             if not math.isfinite(mean):
                 raise ProbeError(
                     f"fine-tuning has diverged: the loss is {mean} in epoch {epoch + 1} of {config.epochs}; lower --lr"
@@ -201,10 +214,11 @@ def finetune(
         losses=losses,
         train_accuracies=train_accuracies,
         learning_rates=rates,
-        train_samples=len(split.train_index),
+        train_samples=photos,
         val_samples=total,
         classes=classes,
         unseen=int((split.targets(require_labels(split.val)[split.val_index]) < 0).sum()),
+        batch_size=config.batch_size,
         steps_per_epoch=len(loader),
     )
 
@@ -232,25 +246,9 @@ def count_correct(
                 logits: Tensor = network(images.to(dtype))
             return logits.topk(best, dim=1).indices  # float32 holds them exactly
 
-        how: dict[str, Any] = {"indices": mine, "batch_size": config.batch_size, "device": device, "workers": workers}
-        found = collect(guesses, split.val, config.test_view, **how)
+        how: dict[str, Any] = {"indices": mine, "batch_size": min(config.batch_size, PASS), "device": device}
+        found = collect(guesses, split.val, config.test_view, workers=workers, **how)
         hits = found.features.long() == torch.from_numpy(split.targets(found.labels.numpy()))[:, None]
         right[0], right[1] = hits[:, 0].sum(), hits.sum()
     first, five = all_reduce_sum(right).tolist()
     return first, five
-
-
-def _own_batch(batch: int, photos: int) -> int:
-    """This process's share of a batch; refuses one that cannot be dealt out, or that there are too few photos for."""
-    world = world_size()
-    if batch < 2 or batch % world:
-        wanted = "at least 2 photos" if batch < 2 else f"a multiple of the {world} processes"
-        raise ProbeError(f"a batch of {batch}: must be {wanted}; --batch-size changes it")
-    if photos < batch:
-        how_many, largest = counted(photos, "labelled photo"), photos - photos % world
-        if largest < 2:
-            raise ProbeError(f"{how_many}: too few to train on with {counted(world, 'process')}")
-        raise ProbeError(
-            f"{how_many}, fewer than one batch of {batch:,}; the largest that works is --batch-size {largest}"
-        )
-    return batch // world

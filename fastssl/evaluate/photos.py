@@ -77,6 +77,22 @@ def require_classes(classes: np.ndarray, reader: BetonReader, photos: str, what:
         raise ProbeError(f"{reader.path}: the {photos} are of one class only; {what} needs at least two")
 
 
+def scaled_to(reader: BetonReader) -> int | None:
+    """To how many pixels photos were scaled down when the file was made: of the short side, or of the long one where
+    ``--max-side`` was asked for; None: of none that is known.
+
+    The note beside the file says it. Without one, all short sides alike are taken for scaled ones.
+    """
+    note, heights, widths = read_side_file(reader.path) or {}, reader.heights, reader.widths
+    options = note.get("options")
+    if not isinstance(options, dict):
+        short = np.minimum(heights, widths)
+        return int(short[0]) if (short == short[0]).all() else None
+    limit = None if options.get("keep_size") else options.get("max_side") or options.get("short_side")
+    scaled = isinstance(limit, int) and note.get("copied") != len(reader)
+    return limit if scaled and ((heights == limit) | (widths == limit)).any() else None
+
+
 @dataclass
 class LabelledSplit:
     """The part to learn from and the part to be judged on: open files and (n,) int64 sample ids in them; one file where
@@ -102,10 +118,14 @@ class LabelledSplit:
         place = np.searchsorted(classes, labels).clip(max=len(classes) - 1)
         return np.where(classes[place] == labels, place, -1)
 
+    def scaled(self) -> dict[str, Any]:
+        """``scaled_to`` and ``val_scaled_to``: of both parts."""
+        return {"scaled_to": scaled_to(self.train), "val_scaled_to": scaled_to(self.val)}
+
     def record(self) -> dict[str, Any]:
         """What a result says of its photos."""
         val = None if self.held_out_seed is not None else self.val.path.name
-        return {"data": self.train.path.name, "val": val, "held_out_seed": self.held_out_seed}
+        return {"data": self.train.path.name, "val": val, "held_out_seed": self.held_out_seed, **self.scaled()}
 
 
 @contextmanager

@@ -1,16 +1,17 @@
-"""The numbers of the published linear probes, each with its source.
+"""The numbers of the published linear probes and kNN figures, each with its source; and what of them was changed.
 
-In all of them the backbone is frozen, in evaluation mode; a linear layer (bias 0 at first) is trained on its features
-of random resized crops, flipped at random; the rate changes once an epoch; judged is one centre crop (the photo's short
-side to 256 pixels, 224 of them), after every epoch.
+In all probes the backbone is frozen, in evaluation mode; a linear layer (bias 0 at first) is trained on its features
+of random resized crops, flipped at random; the rate changes once an epoch, whose last batch is what is left of the
+photos; judged is one centre crop (the photo's short side to 256 pixels, 224 of them), after every epoch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from fastssl.evaluate.features import EVALUATION_CROP, EVALUATION_SIZE
 from fastssl.optim.schedules import half_cosine
 from fastssl.pipelines.plan.draw import IMAGENET, Normalisation, ViewSpec
 
@@ -22,8 +23,30 @@ LR_BATCH = 256
 SWEEP = (1.0, 0.01, 0.03, 0.1, 0.3, 3.0, 10.0)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Pictures:
+    """What a network sees; the values here are those of all published figures.
+
+    Attributes:
+        size: pixels of all views. crop: the test view's share of the short side.
+        scaled_to, val_scaled_to: see ``photos.scaled_to``, of the photos to learn from and of those to be judged on.
+        bfloat16: whether the network computes in it; otherwise in float32.
+    """
+
+    size: int = EVALUATION_SIZE
+    crop: float = EVALUATION_CROP
+    scaled_to: int | None = None
+    val_scaled_to: int | None = None
+    bfloat16: bool = False
+
+
+def differing(used: Mapping[str, Any], published: Mapping[str, Any]) -> list[str]:
+    """Names of the settings, all that ``published`` has, whose values in ``used`` are others."""
+    return [name for name, value in published.items() if used[name] != value]
+
+
 @dataclass(frozen=True)
-class LinearProtocol:
+class LinearProtocol(Pictures):
     """How a linear classifier is trained on frozen features.
 
     Attributes:
@@ -41,6 +64,9 @@ class LinearProtocol:
         class_tokens: 0: the classifier reads what the backbone returns; n: a vision transformer's class tokens behind
             each of the last n blocks.
         init_std: standard deviation of the classifier's first weights, which are normal.
+        cached_epochs: see ``FeatureStream``. reestimate_bn: photos that gave the BatchNorm statistics anew, if any.
+        choose_on: what the best epoch and the best trial are chosen on: the photos that are judged, or a tenth of the
+            training photos, which are then not trained on.
     """
 
     name: str
@@ -58,11 +84,14 @@ class LinearProtocol:
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     class_tokens: int = 0
     init_std: float = 0.01
+    cached_epochs: int = 0
+    reestimate_bn: int | None = None
+    choose_on: Literal["val", "held_out"] = "val"
 
-    def view(self, size: int = 224, normalisation: Normalisation = IMAGENET) -> ViewSpec:
+    def view(self, normalisation: Normalisation = IMAGENET) -> ViewSpec:
         """The training view: random resized crop and flip, no colour."""
-        plain: dict[str, Any] = {"flip": 0.5, "jitter": 0.0, "grey": 0.0, "blur": 0.0, **normalisation._asdict()}
-        return ViewSpec(size=size, area=self.area, interpolation=self.interpolation, **plain)
+        shape: dict[str, Any] = {"size": self.size, "area": self.area, "interpolation": self.interpolation}
+        return ViewSpec(**shape, **normalisation._asdict(), flip=0.5, jitter=0.0, grey=0.0, blur=0.0)
 
     def rate(self, lr: float, epoch: int, epochs: int, batch_size: int) -> float:
         """The rate of all steps of ``epoch`` (from 0).
@@ -83,19 +112,32 @@ class LinearProtocol:
         return {"protocol": values.pop("name"), **values}
 
 
-_LIGHT_MOCO = "Lin et al., arXiv 2212.07158, public code of light-moco (MoCo's probe: He et al., arXiv 1911.05722)"
-_LARS_VARIANT = f"{_LIGHT_MOCO}, its LARS variant (SimSiam's probe: arXiv 2011.10566)"
+# Its other script, MoCo's probe, cannot load MobileNet-V3 or EfficientNet.
+_LIGHT_MOCO = (
+    "Lin et al., arXiv 2212.07158, public code of light-moco, the script that loads small networks (SimSiam's probe: "
+    "arXiv 2011.10566); it trains with SGD or, on demand, LARS: which of them gave the published figures is not known"
+)
+_MOCO = "He et al., arXiv 1911.05722 (MoCo), public code"
 _SSLIGHT = "Tan et al., arXiv 2210.02808 (SSLight), public code"
 _LONG: dict[str, Any] = {"epochs": 100, "final_lr": 1e-6, "interpolation": "bicubic"}
 
 PROTOCOLS = {
     protocol.name: protocol
     for protocol in (
-        LinearProtocol("light-moco", _LIGHT_MOCO, "sgd", lr=30.0, batch_size=256, epochs=100, milestones=(60, 80)),
-        LinearProtocol("light-moco-lars", _LARS_VARIANT, "lars", lr=0.1, batch_size=4096, epochs=90),
+        LinearProtocol("light-moco", _LIGHT_MOCO, "sgd", lr=0.1, batch_size=4096, epochs=90),
+        LinearProtocol("light-moco-lars", _LIGHT_MOCO, "lars", lr=0.1, batch_size=4096, epochs=90),
+        LinearProtocol("moco", _MOCO, "sgd", lr=30.0, batch_size=256, epochs=100, milestones=(60, 80)),
         LinearProtocol("sslight", f"{_SSLIGHT}, convolutional networks", "lars", 0.05, 4096, **_LONG),
         LinearProtocol("sslight-vit", f"{_SSLIGHT}, vision transformer", "sgd", 0.01, 1024, class_tokens=4, **_LONG),
     )
+}
+
+#: (k, temperature) of the vote of the training photos, by name.
+KNN_PROTOCOLS = {
+    "dino": (20, 0.07),  # Caron et al., arXiv 2104.14294, public code
+    "light-moco": (20, 0.1),  # Lin et al., arXiv 2212.07158: so does their public code call its monitor
+    "light-moco-200": (200, 0.1),  # the same with Wu et al.'s number of neighbours
+    "wu": (200, 0.07),  # Wu et al., CVPR 2018
 }
 
 

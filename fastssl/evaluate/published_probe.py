@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,18 +17,9 @@ from torch.nn import functional
 
 from fastssl.distributed.collectives import all_reduce_mean, all_reduce_sum, average_gradients
 from fastssl.evaluate.feature_stream import PASS, ClassTokens, FeatureStream
-from fastssl.evaluate.features import (
-    EVALUATION_CROP,
-    EVALUATION_SIZE,
-    Bar,
-    accuracies,
-    check_shared_input,
-    share_features,
-    silent,
-    split_indices,
-)
+from fastssl.evaluate.features import Bar, accuracies, check_shared_input, share_features, silent, split_indices
 from fastssl.evaluate.photos import LabelledSplit, require_classes, require_labels
-from fastssl.evaluate.protocols import LinearProtocol, Trial
+from fastssl.evaluate.protocols import LinearProtocol, Trial, differing
 from fastssl.optim.optimizers import OptimConfig, create_optimizer
 from fastssl.pipelines.plan.draw import IMAGENET, Normalisation
 
@@ -45,16 +36,11 @@ def published_probe(
     grid: list[Trial],
     *,
     device: torch.device,
-    epochs: int | None = None,
-    batch_size: int | None = None,
-    choose_on: Literal["val", "held_out"] = "val",
-    cached_epochs: int = 0,
-    size: int = EVALUATION_SIZE,
-    crop: float = EVALUATION_CROP,
     normalisation: Normalisation = IMAGENET,
     seed: int = 0,
     workers: int | None = None,
     bar: Bar = silent,
+    **settings: Any,
 ) -> dict[str, Any]:
     """Train the grid's classifiers on the split's first part, judge them on the second after every epoch.
 
@@ -64,16 +50,14 @@ def published_probe(
     Args:
         backbone: frozen, on ``device``. It is put into evaluation mode.
         grid: see ``protocols.trials``; its first is the headline.
-        epochs, batch_size (of all processes together): None: the protocol's.
-        choose_on: what the best epoch and the best trial are chosen on: the photos that are judged, or a tenth of the
-            training photos, which are then not trained on.
-        cached_epochs: see ``FeatureStream``.
-        size: pixels of both views. crop: of the test view, its share of the short side. normalisation: of both views.
+        normalisation: of both views.
         seed: of the order, the views, the classifiers' weights and what is held out.
+        settings: the protocol's that are to be others, by the names of its fields, as ``epochs`` and ``size``. For the
+            record alone: ``reestimate_bn``.
 
     Returns:
-        the record's values: the protocol's numbers, or those that were used in their place (``changed`` names them),
-        sizes, and ``summary``.
+        the record's values: all settings that were used (``changed`` names those that are not the protocol's), sizes,
+        and ``summary``.
 
     Raises:
         FastSSLError: one class only, fewer photos than a batch, a network that the protocol cannot read, features that
@@ -82,20 +66,25 @@ def published_probe(
     classes = len(split.classes)
     require_classes(split.classes, split.train, "training photos", "a linear probe")
     network = ClassTokens(backbone, protocol.class_tokens) if protocol.class_tokens else backbone
-    length, whole = epochs or protocol.epochs, batch_size or protocol.batch_size
-    # As many as there are, or more: none would be read again.
-    cached = cached_epochs if cached_epochs < length else 0
+    used = replace(protocol, **asdict(grid[0]), **settings, **split.scaled(), bfloat16=device.type == "cuda")
+    if used.cached_epochs >= used.epochs:  # none would be read again
+        used = replace(used, cached_epochs=0)
     learned, labels = split.train_index, require_labels(split.train)
     sets = {"val": ("validation photos", split.val, split.val_index)}
-    if choose_on == "held_out":
+    if used.choose_on == "held_out":
         kept, held_out = split_indices(labels[learned], len(learned), fraction=HELD_OUT, seed=seed)
         learned, sets["held_out"] = learned[kept], ("held-out photos", split.train, learned[held_out])
-    how: dict[str, Any] = {"device": device, "workers": workers, "amp": device.type == "cuda"}
-    targets, view = torch.from_numpy(split.targets(labels)), protocol.view(size, normalisation)
-    shape: dict[str, Any] = {"batch_size": whole, "seed": seed, "cached_epochs": cached}
+    how: dict[str, Any] = {"device": device, "workers": workers, "amp": used.bfloat16}
+    targets, photos, whole = torch.from_numpy(split.targets(labels)), len(learned), used.batch_size
+    shape: dict[str, Any] = {"batch_size": whole, "seed": seed, "cached_epochs": used.cached_epochs}
     # Opened first: a batch that does not fit is said before any photo is read.
-    with FeatureStream(network, split.train, learned, targets, view, **shape, **how) as stream:
-        how |= {"size": size, "crop": crop, "normalisation": normalisation, "interpolation": protocol.interpolation}
+    with FeatureStream(network, split.train, learned, targets, used.view(normalisation), **shape, **how) as stream:
+        how |= {
+            "size": used.size,
+            "crop": used.crop,
+            "normalisation": normalisation,
+            "interpolation": used.interpolation,
+        }
         judged: dict[str, tuple[Tensor, Tensor, int]] = {}
         for name, (label, reader, index) in sets.items():
             found = share_features(network, reader, index, label, bar, batch_size=PASS, **how)
@@ -103,31 +92,25 @@ def published_probe(
             wanted = torch.from_numpy(split.targets(found.labels.numpy()))
             judged[name] = found.features.to(device), wanted.to(device), len(index)
         width = judged["val"][0].shape[1]
-        classifiers = Classifiers(protocol, grid, width, classes, device=device, seed=seed)
-        with bar("training views", length * stream.steps * whole) as advance:
+        classifiers = Classifiers(protocol, grid, width, classes, device=device, seed=seed)  # milestones: of its length
+        with bar("training views", used.epochs * photos) as advance:
 
             def batches(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-                for step, batch in enumerate(stream.epoch(epoch)):
-                    advance((epoch * stream.steps + step + 1) * whole)
+                for step, batch in enumerate(stream.epoch(epoch), 1):
+                    advance(epoch * photos + min(step * whole, photos))
                     yield batch
 
-            curves = classifiers.train(batches, judged, epochs=length, batch_size=whole)
-    used = {**asdict(grid[0]), "epochs": length, "batch_size": whole}
-    changed = [name for name, value in used.items() if value != getattr(protocol, name)]
-    usual = {"size": EVALUATION_SIZE, "crop": EVALUATION_CROP, "cached_epochs": 0, "choose_on": "val"}
-    more = {"size": size, "crop": crop, "cached_epochs": cached, "choose_on": choose_on}
+            curves = classifiers.train(batches, judged, epochs=used.epochs, batch_size=whole)
     return {
-        **protocol.record(),
-        **used,
-        "changed": changed + [name for name, value in more.items() if value != usual[name]],
+        **used.record(),
+        "changed": differing(used.record(), protocol.record()),
         "steps_per_epoch": stream.steps,
-        "cached_epochs": cached,
-        "cache_dtype": "float32" if cached else None,
+        "cache_dtype": "float32" if used.cached_epochs else None,
         "features": width,
-        "train_samples": len(learned),
+        "train_samples": photos,
         "val_samples": len(split.val_index),
         "classes": classes,
-        **summary(curves, grid, classes, choose_on=choose_on),
+        **summary(curves, grid, classes, choose_on=used.choose_on),
     }
 
 
@@ -136,7 +119,7 @@ class Curves:
     """What became of R trials over E epochs, on the host.
 
     Attributes:
-        loss, train_accuracy: (E, R) float64, means over the epoch's steps, each taken before its step; accuracy in
+        loss, train_accuracy: (E, R) float64, means over the epoch's photos, each taken before its step; accuracy in
             percent, of the random crops.
         right: (E, 2, R) int64 by name of the set: how many were right behind the epoch, top-1 and top-5.
         totals: the sets' sizes.
@@ -248,8 +231,9 @@ class Classifiers:
         right: dict[str, list[Tensor]] = {name: [] for name in judged}
         for epoch in range(epochs):
             rates = [self._rate(trial.lr, epoch, epochs, batch_size) for trial in self._grid]
-            told = [torch.stack(self.step(*batch, rates)).double() for batch in batches(epoch)]
-            means = all_reduce_mean(sum(told, torch.zeros_like(told[0])) / len(told)).cpu()
+            told = [(len(batch[1]), torch.stack(self.step(*batch, rates)).double()) for batch in batches(epoch)]
+            photos = sum(count for count, _ in told)
+            means = all_reduce_mean(torch.stack([count / photos * mean for count, mean in told]).sum(dim=0)).cpu()
             losses.append(means[0])
             shares.append(100 * means[1])
             for name, (features, targets, _) in judged.items():

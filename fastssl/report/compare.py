@@ -44,7 +44,9 @@ def _accuracy_name(record: Record) -> str:
         return f"{among}kNN, k {record['k']}, T {record['temperature']:g}"
     if kind == "linear":  # what is not as published makes another figure of it
         changed = "; ".join(f"{_word(name)} {record[name]}" for name in record.get("changed", ()))
-        return f"linear probe, {record['protocol']}" + (f", but {changed}" if changed else "")
+        # MoCo's steps once went by light-moco's name.
+        protocol = "moco" if record["protocol"] == "light-moco" and record.get("milestones") else record["protocol"]
+        return f"linear probe, {protocol}" + (f", but {changed}" if changed else "")
     share = "all labels" if record["labels"] == 1 else f"{100 * record['labels']:.3g} % of the labels"
     head = ", half of the DINO head" if record["head"] == "dino" else ""
     epochs = counted(record["epochs"], "epoch")
@@ -55,6 +57,7 @@ def _accuracy_name(record: Record) -> str:
 SETTINGS = (
     *("size", "crop", "reestimate_bn", "epochs", "batch_size", "lr", "weight_decay", "cached_epochs", "chosen_on"),
     *("optimizer", "head_lr_factor", "list", "seed", "levels", "test_side", "short_sides", "drops", "warmup"),
+    "scaled_to",
 )
 _HOW = (
     "Percent right, or average precision in percent; in brackets the 95 % interval by the number of photos that were "

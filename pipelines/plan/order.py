@@ -35,11 +35,12 @@ def epoch_order(num_samples: int, seed: int, epoch: int) -> NDArray[np.int64]:
     return order
 
 
-def steps_per_epoch(num_samples: int, batch_size: int, world: int = 1) -> int:
-    """Whole global batches in an epoch; ``batch_size`` is per rank, and the last partial global batch is dropped."""
+def steps_per_epoch(num_samples: int, batch_size: int, world: int = 1, drop_last: bool = True) -> int:
+    """Global batches in an epoch; ``batch_size`` is per rank, and ``drop_last`` leaves out a last, partial batch."""
     if batch_size < 1 or world < 1:
         raise ValueError(f"batch_size and world must be at least 1, got {batch_size} and {world}")
-    return num_samples // (batch_size * world)
+    total = batch_size * world
+    return num_samples // total if drop_last else -(-num_samples // total)
 
 
 def batch_indices(
@@ -57,6 +58,18 @@ def batch_indices(
         )
     start = (step * world + rank) * batch_size
     return epoch_order(num_samples, seed, epoch)[start : start + batch_size]
+
+
+def last_batch(num_samples: int, seed: int, epoch: int, batch_size: int, world: int = 1) -> NDArray[np.int64]:
+    """The samples of all ranks' parts of an epoch's last, partial batch; ``batch_size`` is per rank: (n,) int64.
+
+    The epoch's first samples fill it up to a multiple of ``world``, as torch's DistributedSampler does with its order,
+    and to two, because BatchNorm cannot train on one.
+    """
+    start = num_samples // (batch_size * world) * batch_size * world
+    count = max(num_samples - start, 2)
+    places = np.arange(start, start + count + -count % world)
+    return epoch_order(num_samples, seed, epoch).take(places, mode="wrap")
 
 
 def batch_permutation(n: int, seed: int, epoch: int, step: int, *, parts: int = 1) -> NDArray[np.int64]:

@@ -106,6 +106,18 @@ def test_semi_equals_the_functions(capsys, dino: Path, beton: Path) -> None:
     assert (found["head"], found["from_scratch"], found["processes"], found["bfloat16"]) == ("linear", False, 1, False)
 
 
+def test_the_record_says_what_was_not_as_published(capsys, dino: Path, beton: Path, tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_text("".join(f"{n}\n" for n in (0, 1, 16, 17, 32, 33)))
+    common = ("semi", dino, "--data", beton, "--val", beton, *SMALL, "--epochs", 1)
+    drawn = record(capsys, *common, "--labels", "25%")
+    # Twelve photos, no whole batch of 1024: they are the batch, and the rate is theirs.
+    assert (drawn["batch_size"], drawn["steps_per_epoch"], drawn["peak_lr"]) == (12, 1, 0.03 * 12 / 256)
+    assert drawn["protocol"] == "sslight"
+    assert drawn["changed"] == ["size", "epochs", "batch_size", "head", "drawn"]
+    listed = record(capsys, *common, "--list", tmp_path / "list.txt", "--head", "dino", "--lr", 0.1)
+    assert listed["changed"] == ["size", "lr", "epochs", "batch_size"]
+
+
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list:
     """(split, config) of every fine-tuning that would have begun; none does."""
@@ -127,8 +139,8 @@ def test_the_published_epochs(capsys, dino: Path, beton: Path, labels: str, epoc
     ((split, config),) = asked
     # Of 16 photos a class round(0.05 * 16) = round(0.06 * 16) = 1: the share that was asked for decides, not the one
     # that was drawn.
-    assert (config.epochs, config.batch_size, len(split.train_index)) == (epochs, 256, 3)
-    assert config.lr(0) == pytest.approx(0.03) and config.lr(epochs) == pytest.approx(1e-6)
+    assert (config.epochs, config.batch_size, len(split.train_index)) == (epochs, 1024, 3)
+    assert config.lr(0) == pytest.approx(0.12) and config.lr(epochs) == pytest.approx(1e-6)
 
 
 def test_without_val_a_fifth_is_held_out_before_the_draw(capsys, dino: Path, beton: Path, asked: list) -> None:
@@ -261,7 +273,7 @@ def test_one_line_says_what_came_out(capsys, dino: Path, beton: Path, tmp_path: 
     found = json.loads((tmp_path / "a.json").read_text())
     assert status == 0 and len(out.splitlines()) == 1
     assert out.startswith(f"fine-tuned student, 24 of 48 labels, 3 classes: {found['accuracy']:.2f} % (95 %: ")
-    assert f"best epoch 1 of 1: {found['best_accuracy']:.2f} %" in out and "passed over" not in out
+    assert f"best epoch 1 of 1: {found['best_accuracy']:.2f} %" in out
     status, out, _ = run(
         capsys,
         "semi",
@@ -278,15 +290,11 @@ def test_one_line_says_what_came_out(capsys, dino: Path, beton: Path, tmp_path: 
         "--epochs",
         1,
     )
-    assert status == 0 and "of 4 labels no batch of 10 can be filled: passed over" in out
+    assert status == 0 and "one step an epoch" not in out  # 10, 10 and 4
+    assert "not as published: size, epochs, batch_size, head, drawn" in out
 
 
 # ---------------------------------------------------------------------- what cannot be
-
-
-def test_too_few_photos_for_a_batch(capsys, dino: Path, beton: Path) -> None:
-    result = run(capsys, "semi", dino, "--data", beton, "--val", beton, "--labels", "25%", *SMALL)
-    assert_one_line(result, "12 labelled photos, fewer than one batch of 256", "--batch-size 12")
 
 
 def test_photos_without_labels_or_with_others(

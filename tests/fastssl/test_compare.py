@@ -142,6 +142,10 @@ def test_every_kind_is_tried_here() -> None:
     assert list(figures(record("detect")).values()) == ["34.1", "53.6"]
     shorter = record("linear", protocol="sslight", changed=["epochs", "cached_epochs"], epochs=30, cached_epochs=3)
     assert list(figures(shorter)) == ["linear probe, sslight, but epochs 30; cached epochs 3"]
+    # A record of the time when MoCo's steps went by light-moco's name.
+    old = record("linear", protocol="light-moco", milestones=[60, 80], changed=[])
+    assert list(figures(old)) == ["linear probe, moco"]
+    assert list(figures({**old, "milestones": []})) == ["linear probe, light-moco"]
     scratch = record("semi", network="random", step=None)
     assert tables([scratch])[0].rows[0][:2] == ["random weights", "mobilenetv2_100"]
     # Neither what was learned from nor a held-out part: photos that are judged among themselves.

@@ -11,7 +11,13 @@ import pytest
 
 from fastssl.errors import FastSSLError
 from fastssl.evaluate import photos
-from fastssl.evaluate.photos import open_photos, open_split
+from fastssl.evaluate.photos import open_photos, open_split, scaled_to
+from fastssl.pipelines.beton.reader import BetonReader
+from fastssl.pipelines.beton.side_file import side_path
+from fastssl.pipelines.convert.conversion import convert
+from fastssl.pipelines.convert.options import ConvertOptions
+
+FULL = {"scaled_to": None, "val_scaled_to": None}
 
 
 def test_a_folder_is_as_good_as_a_file(beton: Path, photo_tree: Path) -> None:
@@ -31,11 +37,35 @@ def test_several_processes_want_a_file(photo_tree: Path, monkeypatch: pytest.Mon
 
 def test_a_split_holds_out_a_fifth_or_takes_another_file(beton: Path) -> None:
     with open_split(beton, None, seed=3) as split:
-        assert split.train is split.val and split.record() == {"data": beton.name, "val": None, "held_out_seed": 3}
+        assert split.train is split.val
+        assert split.record() == {"data": beton.name, "val": None, "held_out_seed": 3, **FULL}
         assert sorted([*split.train_index, *split.val_index]) == list(range(48)) and len(split.val_index) == 9
     with open_split(beton, beton) as split:
-        assert split.record() == {"data": beton.name, "val": beton.name, "held_out_seed": None}
+        assert split.record() == {"data": beton.name, "val": beton.name, "held_out_seed": None, **FULL}
         assert len(split.train_index) == len(split.val_index) == 48 and split.classes.tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("options", "noted", "without_note"),
+    [
+        ({"short_side": 40}, 40, 40),
+        ({"short_side": 50}, 50, None),  # some are smaller and stay so
+        ({"short_side": 256}, None, None),  # all are
+        ({"max_side": 50}, 50, None),
+        ({"keep_size": True}, None, None),
+    ],
+)
+def test_a_file_tells_to_what_it_has_scaled_its_photos(
+    photo_tree: Path, tmp_path: Path, options: dict, noted: int | None, without_note: int | None
+) -> None:
+    """The photos' short sides are 48, 50 and 56, the long ones 56 to 71."""
+    path = tmp_path / "photos.beton"
+    convert(photo_tree, path, ConvertOptions(**options))
+    with BetonReader(path) as reader:
+        assert scaled_to(reader) == noted
+    side_path(path).unlink()
+    with BetonReader(path) as reader:
+        assert scaled_to(reader) == without_note
 
 
 def test_a_class_that_the_first_part_lacks_has_no_number(beton: Path) -> None:

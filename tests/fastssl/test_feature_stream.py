@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from fastssl.evaluate.protocols import PROTOCOLS
 from fastssl.pipelines.beton.reader import BetonReader
 from fastssl.pipelines.loader import ViewLoader
 
-CPU, VIEW = torch.device("cpu"), PROTOCOLS["sslight"].view(16)
+CPU, VIEW = torch.device("cpu"), replace(PROTOCOLS["sslight"], size=16).view()
 TARGETS = 100 + torch.arange(48)
 
 
@@ -40,10 +41,12 @@ def plain(steps: list[tuple[torch.Tensor, torch.Tensor]]) -> list[tuple[list, li
 
 def test_equals_the_loader_and_the_network(beton: Path) -> None:
     chosen = np.arange(5, 45)
-    with BetonReader(beton) as reader, ViewLoader(reader, [VIEW], 12, seed=3, workers=1, indices=chosen) as loader:
+    how = {"seed": 3, "workers": 1, "indices": chosen, "drop_last": False}
+    with BetonReader(beton) as reader, ViewLoader(reader, [VIEW], 12, **how) as loader:
         found = read(reader, 2, indices=chosen)
         for epoch, steps in enumerate(found):
-            assert len(steps) == 3
+            assert [len(targets) for _, targets in steps] == [12, 12, 12, 4]
+            assert sorted(torch.cat([targets for _, targets in steps]).tolist()) == (100 + chosen).tolist()
             for (features, targets), batch in zip(steps, loader.epoch(epoch)):
                 # Dropout would show: the network is in evaluation mode.
                 torch.testing.assert_close(features, batch.views[0].mean(dim=(2, 3)), atol=1e-6, rtol=0)
@@ -53,10 +56,11 @@ def test_equals_the_loader_and_the_network(beton: Path) -> None:
 
 def test_passes_of_the_network_do_not_change_a_batch(beton: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with BetonReader(beton) as reader:
-        whole = read(reader, 1)
+        chosen = np.arange(42)  # of the last batch one pass and a half are there
+        whole = read(reader, 1, indices=chosen)
         monkeypatch.setattr(feature_stream, "PASS", 4)
-        parts = read(reader, 1)
-    assert len(whole[0]) == len(parts[0]) == 4
+        parts = read(reader, 1, indices=chosen)
+    assert len(whole[0]) == len(parts[0]) == 4 and len(whole[0][-1][1]) == 6
     for (one, targets), (other, others) in zip(whole[0], parts[0]):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=0)
         assert torch.equal(targets, others)
@@ -68,7 +72,8 @@ def test_equal_passes() -> None:
 
 def test_kept_epochs_are_gone_round_in_a_new_order(beton: Path) -> None:
     with BetonReader(beton) as reader:
-        fresh, kept = read(reader, 2), read(reader, 6, cached_epochs=2)
+        chosen = np.arange(40)
+        fresh, kept = (read(reader, epochs, indices=chosen, cached_epochs=n) for epochs, n in ((2, 0), (6, 2)))
     for epoch, steps in enumerate(kept):
         assert sorted(plain(steps)) == sorted(plain(fresh[epoch % 2]))
     orders = [[targets.tolist() for _, targets in steps] for steps in kept]
@@ -88,6 +93,20 @@ def test_processes_share_every_batch(beton: Path, monkeypatch: pytest.MonkeyPatc
             assert all(len(part[epoch]) == len(steps) for part in parts)
             torch.testing.assert_close(torch.cat([part[epoch][step][0] for part in parts]), features, atol=1e-6, rtol=0)
             assert torch.equal(torch.cat([part[epoch][step][1] for part in parts]), targets)
+
+
+def test_the_last_batch_is_filled_up_for_all_processes(beton: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """41 photos in batches of 12 leave 5: the epoch's first photo is read once more, as by torch's sampler."""
+    monkeypatch.setattr(feature_stream, "world_size", lambda: 2)
+    parts = []
+    with BetonReader(beton) as reader:
+        for rank in range(2):
+            monkeypatch.setattr(feature_stream, "rank", lambda rank=rank: rank)
+            parts.append(read(reader, 1, indices=np.arange(41))[0])
+    for part in parts:
+        assert [len(targets) for _, targets in part] == [6, 6, 6, 3]
+    seen = torch.cat([targets for steps in zip(*parts) for _, targets in steps]).tolist()
+    assert sorted(seen[:-1]) == list(range(100, 141)) and seen[-1] == seen[0]
 
 
 def test_batches_that_do_not_fit(beton: Path, monkeypatch: pytest.MonkeyPatch) -> None:

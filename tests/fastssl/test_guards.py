@@ -347,8 +347,8 @@ def test_ids_are_ids(beton: Path) -> None:
     for wrong in (np.arange(48) % 2 == 0, np.array([0.5, 1.5]), np.zeros((2, 2), int)):
         with pytest.raises(FastSSLError, match="indices must be a list of sample ids"):
             ViewLoader(beton, [ViewSpec(size=16)], 1, indices=wrong)
-    with pytest.raises(FastSSLError, match="drop_last=False goes with shuffle=False"):
-        ViewLoader(beton, [ViewSpec(size=16)], 5, drop_last=False)
+    with pytest.raises(FastSSLError, match="drop_last=False with shuffle=False goes with one process"):
+        ViewLoader(beton, [ViewSpec(size=16)], 5, drop_last=False, shuffle=False, world=2)
 
 
 def test_one_epoch_at_a_time(beton: Path) -> None:

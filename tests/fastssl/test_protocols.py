@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import math
+from dataclasses import fields, replace
 
 import pytest
 import torch
 
-from fastssl.cli.evaluate.frozen import _PROTOCOLS as ON_THE_COMMAND_LINE
-from fastssl.evaluate.protocols import PROTOCOLS, SWEEP, Trial, trials
+from fastssl.cli.evaluate import frozen
+from fastssl.evaluate.protocols import KNN_PROTOCOLS, PROTOCOLS, SWEEP, Trial, differing, trials
 
 
 def test_the_command_line_offers_them_all() -> None:
-    assert tuple(PROTOCOLS) == ON_THE_COMMAND_LINE
+    assert tuple(PROTOCOLS) == frozen._PROTOCOLS and tuple(KNN_PROTOCOLS) == frozen._KNN_PROTOCOLS
 
 
 @pytest.mark.parametrize(
     ("name", "peak", "batch", "epochs", "optimizer", "interpolation", "class_tokens"),
     [
-        ("light-moco", 30.0, 256, 100, "sgd", "bilinear", 0),
+        ("light-moco", 1.6, 4096, 90, "sgd", "bilinear", 0),
         ("light-moco-lars", 1.6, 4096, 90, "lars", "bilinear", 0),
+        ("moco", 30.0, 256, 100, "sgd", "bilinear", 0),
         ("sslight", 0.8, 4096, 100, "lars", "bicubic", 0),
         ("sslight-vit", 0.04, 1024, 100, "sgd", "bicubic", 4),
     ],
@@ -50,7 +52,7 @@ def test_schedules_equal_torchs() -> None:
     for name in PROTOCOLS:
         protocol = PROTOCOLS[name]
         optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=protocol.lr * protocol.batch_size / 256)
-        if name == "light-moco":
+        if name == "moco":
             schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [60, 80], 0.1)
         else:
             schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
@@ -63,7 +65,7 @@ def test_schedules_equal_torchs() -> None:
 
 
 def test_batch_and_length_move_the_rate() -> None:
-    assert rates("light-moco", 10, 64) == pytest.approx([7.5] * 6 + [0.75] * 2 + [0.075] * 2)
+    assert rates("moco", 10, 64) == pytest.approx([7.5] * 6 + [0.75] * 2 + [0.075] * 2)
     assert rates("sslight", 4, 256)[2] == pytest.approx(1e-6 + (0.05 - 1e-6) * (1 + math.cos(math.pi / 2)) / 2)
 
 
@@ -80,6 +82,23 @@ def test_the_grid() -> None:
         Trial(1.0, 1e-4),
         Trial(3.0, 1e-4),
     ]
+
+
+@pytest.mark.parametrize("name", PROTOCOLS)
+def test_no_setting_can_be_changed_unnoticed(name: str) -> None:
+    """Whatever fields a protocol has, each is found by its own name."""
+    protocol = PROTOCOLS[name]
+    record = protocol.record()
+    assert differing(record, record) == []
+    for field in fields(protocol):
+        key = "protocol" if field.name == "name" else field.name
+        assert differing(replace(protocol, **{field.name: "another"}).record(), record) == [key]
+    assert {"size", "crop", "scaled_to", "val_scaled_to", "bfloat16", "cached_epochs", "choose_on"} < record.keys()
+
+
+def test_light_mocos_source_says_what_is_not_known() -> None:
+    for name in ("light-moco", "light-moco-lars"):
+        assert "which of them gave the published figures is not known" in PROTOCOLS[name].source
 
 
 def test_a_record_names_the_protocol_and_its_source() -> None:

@@ -97,7 +97,7 @@ def train(grid: list[Trial], epochs: int = 4, protocol: str = "sslight") -> tupl
     return classifiers, classifiers.train(batches, judged, epochs=epochs, batch_size=16)
 
 
-@pytest.mark.parametrize("protocol", ["sslight", "light-moco"])
+@pytest.mark.parametrize("protocol", ["sslight", "moco"])
 def test_a_trial_among_others_is_what_it_would_be_alone(protocol: str) -> None:
     together, curves = train(GRID, protocol=protocol)
     for number, trial in enumerate(GRID):
@@ -124,7 +124,7 @@ def test_curves_equal_a_loop_by_hand() -> None:
 
 
 def test_what_counts_as_right() -> None:
-    classifiers = Classifiers(PROTOCOLS["light-moco"], [Trial(1.0, 0.0)] * 3, WIDTH, CLASSES, device=CPU)
+    classifiers = Classifiers(PROTOCOLS["moco"], [Trial(1.0, 0.0)] * 3, WIDTH, CLASSES, device=CPU)
     features, targets = make(50)
     targets[:10] = -1
     scores = classifiers.scores(features)
@@ -137,14 +137,14 @@ def test_what_counts_as_right() -> None:
 
 
 def test_right_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    classifiers = Classifiers(PROTOCOLS["light-moco"], GRID, WIDTH, CLASSES, device=CPU)
+    classifiers = Classifiers(PROTOCOLS["moco"], GRID, WIDTH, CLASSES, device=CPU)
     features, targets = make(50)
     whole = classifiers.right(features, targets)
     monkeypatch.setattr("fastssl.evaluate.published_probe._SCORES", 7 * len(GRID) * CLASSES)
     assert torch.equal(classifiers.right(features, targets), whole)
 
 
-@pytest.mark.parametrize(("protocol", "lr"), [("light-moco", 30.0), ("sslight", 3.0)])
+@pytest.mark.parametrize(("protocol", "lr"), [("moco", 30.0), ("sslight", 3.0)])
 def test_trained_to_convergence_equals_scikit_learn(protocol: str, lr: float) -> None:
     """And so does the fast probe: within half a point, on features that stay the same."""
     linear_model = pytest.importorskip("sklearn.linear_model")
@@ -208,7 +208,7 @@ def test_the_headline_is_the_last_epoch_of_the_first_trial() -> None:
     assert [row["held_out_accuracy"] for row in on_training["grid"]] == [75.0, 50.0]
 
 
-@pytest.mark.parametrize("protocol", ["light-moco", "sslight"])
+@pytest.mark.parametrize("protocol", ["moco", "sslight"])
 def test_a_diverged_trial_does_not_spoil_the_others(protocol: str) -> None:
     grid = [Trial(3.0, 0.0), Trial(1e300, 0.0)]
     _, curves = train(grid, protocol=protocol)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fastssl.pipelines.plan.order import batch_indices, batch_permutation, epoch_order, steps_per_epoch
+from fastssl.pipelines.plan.order import batch_indices, batch_permutation, epoch_order, last_batch, steps_per_epoch
 from fastssl.pipelines.plan.philox import Stream, keyed_words
 
 
@@ -67,6 +67,14 @@ def test_batches_of_an_epoch_are_disjoint() -> None:
 def test_wrong_steps_and_ranks_are_refused(arguments: tuple, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         batch_indices(*arguments)
+
+
+@pytest.mark.parametrize(("left", "world", "expected"), [(5, 1, 5), (5, 2, 6), (4, 2, 4), (1, 1, 2), (1, 4, 4)])
+def test_a_last_batch_is_filled_up_with_the_first_of_the_epoch(left: int, world: int, expected: int) -> None:
+    n = 3 * 8 * world + left
+    order, batch = epoch_order(n, 3, 1), last_batch(n, 3, 1, 8, world)
+    assert np.array_equal(batch, np.concatenate([order[-left:], order[: expected - left]]))
+    assert steps_per_epoch(n, 8, world) == 3 and steps_per_epoch(n, 8, world, drop_last=False) == 4
 
 
 def test_batch_permutation() -> None:

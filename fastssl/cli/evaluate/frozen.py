@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from fastssl.evaluate.session import Session
 
 #: fastssl.evaluate.protocols.PROTOCOLS, written out: that module loads torch, which --help should not wait for.
-_PROTOCOLS = ("light-moco", "light-moco-lars", "sslight", "sslight-vit")
+_PROTOCOLS = ("light-moco", "light-moco-lars", "moco", "sslight", "sslight-vit")
+#: The same of KNN_PROTOCOLS.
+_KNN_PROTOCOLS = ("dino", "light-moco", "light-moco-200", "wu")
 #: Photos a pass of the network, where nothing else is asked for.
 _PASS = 256
 
@@ -28,15 +30,15 @@ _PASS = 256
 @options(*common.FEATURES_OF)
 @option("--batch-size", "Photos a pass of the network.", default=_PASS, **COUNT)
 @options(*common.FEATURES_BY)
+@option("--protocol", "Whose number of neighbours and temperature.", default="dino", **choice(*_KNN_PROTOCOLS))
 @option(
     "--k",
-    "Neighbours that vote. May be repeated: one search, a result for each.",
+    "Neighbours that vote; repeated: a result for each. Default: protocol's.",
     variable="ks",
     multiple=True,
-    default=(20,),
     **COUNT,
 )
-@option("--temperature", "Of the votes' weights.", default=0.07, **POSITIVE)
+@option("--temperature", "Of the votes' weights. Default: protocol's.", **POSITIVE)
 @option(
     "--leave-one-out",
     "A monitor, not comparable with kNN figures: within --val (without it --data), each photo judged by all the "
@@ -52,9 +54,12 @@ def knn(**values: Any) -> None:
     fastssl evaluate knn runs/mine --data train.beton --val val.beton --k 20 --k 200 --json knn.json
     """
     from fastssl.evaluate.knn import knn_accuracies
+    from fastssl.evaluate.protocols import KNN_PROTOCOLS, Pictures, differing
     from fastssl.evaluate.session import open_session
 
     asked = SimpleNamespace(**values)
+    k, temperature = KNN_PROTOCOLS[asked.protocol]
+    asked.ks, asked.temperature = asked.ks or (k,), asked.temperature or temperature
     with open_session(asked.checkpoint, which=asked.which, device=asked.device) as session:
         vars(asked).update(common.pictures(session, asked))
         bank, judged, photos = _bank_and_judged(session, asked)
@@ -65,11 +70,14 @@ def knn(**values: Any) -> None:
             if asked.leave_one_out
             else ("knn", "kNN", None)
         )
+        names, usual = {vote: name for name, vote in KNN_PROTOCOLS.items()}, asdict(Pictures())
         lines, records = [], []
         for found in map(asdict, results):
             vote = f"k {found['k']}, T {found['temperature']:g}"
             lines.append(f"{kind} ({vote}): {percent(found)} of {photos_of(found, asked.size, among)}")
-            records.append(session.record(evaluation, **photos, **_pictures(asked), **found))
+            used = {**photos, **_pictures(asked), "bfloat16": False, **found}
+            used |= {"protocol": names.get((found["k"], found["temperature"])), "changed": differing(used, usual)}
+            records.append(session.record(evaluation, **used))
         common.finish(session, "\n".join(lines), records, asked.json_path)
 
 
@@ -80,7 +88,7 @@ def _bank_and_judged(session: Session, asked: SimpleNamespace) -> tuple[Features
     import numpy as np
 
     from fastssl.evaluate.features import gathered
-    from fastssl.evaluate.photos import open_photos, open_split, require_classes, require_labels
+    from fastssl.evaluate.photos import open_photos, open_split, require_classes, require_labels, scaled_to
 
     if not asked.leave_one_out:
         with open_split(asked.data, asked.val, seed=asked.seed, workers=asked.workers) as split:
@@ -95,7 +103,8 @@ def _bank_and_judged(session: Session, asked: SimpleNamespace) -> tuple[Features
         backbone = common.network(session, asked, train)
         bank = common.features_of(session, asked, backbone, "photos", reader, np.arange(len(reader)))
         read = train.path.name if reader is train or asked.reestimate_bn else None
-        return bank, gathered(bank), {"data": read, "val": asked.val and reader.path.name, "held_out_seed": None}
+        names = {"data": read, "val": asked.val and reader.path.name, "held_out_seed": None}
+        return bank, gathered(bank), {**names, **dict.fromkeys(("scaled_to", "val_scaled_to"), scaled_to(reader))}
 
 
 def _pictures(asked: SimpleNamespace) -> dict[str, Any]:
@@ -178,7 +187,7 @@ def linear(**values: Any) -> None:
     ):
         vars(asked).update(common.pictures(session, asked))
         line, figures = (_fast if asked.protocol == "fast" else _published)(session, asked, split)
-        record = session.record("linear", **split.record(), **_pictures(asked), **figures)
+        record = session.record("linear", **{**split.record(), **_pictures(asked), **figures})
         common.finish(session, line, record, asked.json_path)
 
 
@@ -201,14 +210,13 @@ def _published(session: Session, asked: SimpleNamespace, split: LabelledSplit) -
 
     protocol = PROTOCOLS[asked.protocol]
     grid = trials(protocol, asked.lr, asked.weight_decay, sweep=asked.sweep)
-    chosen = {name: getattr(asked, name) for name in (*common.OF_FEATURES, "epochs", "seed")}
-    chosen |= {"choose_on": (asked.select or "val").replace("-", "_"), "cached_epochs": asked.cached_epochs or 0}
+    names = (*common.OF_FEATURES, "epochs", "cached_epochs", "reestimate_bn", "seed")
+    chosen = {name: value for name in names if (value := getattr(asked, name)) is not None}
+    chosen["choose_on"] = (asked.select or "val").replace("-", "_")
     asked.batch_size = _PASS  # of what is left
     backbone = common.network(session, asked, split.train, split.train_index)
     chosen |= {"device": session.device, "bar": common.bar(session)}
     found = published_probe(backbone, split, protocol, grid, **chosen)
-    if asked.reestimate_bn:
-        found["changed"].append("reestimate_bn")
     changed = f"; not as published: {', '.join(found['changed'])}" if found["changed"] else ""
     steps = f"lr {found['lr']:g} per 256, batch {found['batch_size']}, {counted(found['epochs'], 'epoch')}{changed}"
     lines = [

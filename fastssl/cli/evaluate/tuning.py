@@ -15,7 +15,6 @@ from fastssl.cli.evaluate.common import COUNT, NOT_NEGATIVE, POSITIVE, choice, o
 from fastssl.errors import FastSSLError, counted
 
 if TYPE_CHECKING:
-    from fastssl.evaluate.finetune import FinetuneConfig, FinetuneResult
     from fastssl.evaluate.session import Session
     from fastssl.optim.optimizers import OptimConfig
 
@@ -76,7 +75,7 @@ _AFTER = options(
         default="linear",
         **choice("linear", "dino"),
     ),
-    option("--batch-size", "Photos a step, of all processes together.", type=click.IntRange(min=2), default=256),
+    option("--batch-size", "Photos a step, of all processes together.", type=click.IntRange(min=2), default=1024),
     option("--head-lr-factor", "The head's rate in units of the backbone's.", default=1.0, **POSITIVE),
     common.scratch_option,
     common.size_option,
@@ -119,8 +118,8 @@ def semi(lr: float, **how: Any) -> None:
     """Fine-tune the whole network with a few of the labels, as the field reports it for 1 % and 10 % of ImageNet.
 
     SGD with Nesterov momentum 0.9, no weight decay, half a cosine to 1e-6 that changes once an epoch; random crops and
-    flips. SSLight's published figures are those with --head dino, --batch-size 1024 and the published lists, of the
-    best epoch.
+    flips. SSLight's published figures are those with --head dino and the published lists, in float32 on photos of full
+    size, of the best epoch; the record names what was not so.
 
     \b
     fastssl evaluate semi runs/mine --data train.beton --val val.beton --labels 1%
@@ -192,6 +191,7 @@ def _fine_tune(evaluation: str, optim: OptimConfig, asked: SimpleNamespace) -> N
     from fastssl.evaluate.features import ProbeError
     from fastssl.evaluate.finetune import FinetuneConfig, finetune
     from fastssl.evaluate.photos import draw_labels, listed_labels, open_split, require_labels
+    from fastssl.evaluate.protocols import Pictures, differing
     from fastssl.evaluate.session import open_session
 
     dino, seed, out = asked.head == "dino", asked.seed, asked.out
@@ -216,7 +216,8 @@ def _fine_tune(evaluation: str, optim: OptimConfig, asked: SimpleNamespace) -> N
         if out is not None:
             timm_classifier_name(session.trained.arch)  # better said now than behind the work
         split = dataclasses.replace(split, train_index=chosen)
-        epochs = asked.epochs or (EPOCHS_FEW if share <= FEW else EPOCHS_MORE)
+        published = FinetuneConfig(epochs=EPOCHS_FEW if share <= FEW else EPOCHS_MORE)
+        epochs = asked.epochs or published.epochs
         seen = common.pictures(session, asked)
         config = FinetuneConfig(optim, epochs, asked.batch_size, asked.head_lr_factor, **seen)
         with torch.random.fork_rng(devices=[]):
@@ -227,46 +228,38 @@ def _fine_tune(evaluation: str, optim: OptimConfig, asked: SimpleNamespace) -> N
             hidden = load_half_head(checkpoint, "student" if fresh else source, fresh=fresh) if dino else None
         network = Classifier(session.trained.backbone, len(split.classes), hidden, seed=seed)
         amp = use_amp("auto", session.device)
-        photos = epochs * (len(chosen) // config.batch_size) * config.batch_size
-        with common.bar(session)(counted(epochs, "epoch"), photos) as advance:
+        with common.bar(session)(counted(epochs, "epoch"), epochs * len(chosen)) as advance:
             how: dict[str, Any] = {"device": session.device, "amp": amp, "seed": seed, "workers": asked.workers}
             result = finetune(network, split, config, progress=advance, **how)
-        record = session.record(
-            evaluation,
-            **split.record(),
-            labels=share,
-            **({"list": asked.list_path and asked.list_path.name} if evaluation == "semi" else {}),
-            head=asked.head,
-            from_scratch=fresh,
-            seed=seed,
-            bfloat16=amp,
-            optimizer=optim.name,
-            peak_lr=optim.peak_lr(config.batch_size),
-            momentum=optim.momentum if optim.name == "sgd" else None,
-            **{name: getattr(optim, name) for name in ("lr", "lr_batch", "final_lr", "nesterov", "weight_decay")},
-            **{name: getattr(config, name) for name in ("head_lr_factor", "epochs", "batch_size", "size", "crop")},
-            **dataclasses.asdict(result),
-        )
+        used = {**split.record(), **config.record(), **dataclasses.asdict(result)}  # of batches the one that was used
+        used |= {"labels": share, "head": asked.head, "from_scratch": fresh, "seed": seed, "bfloat16": amp}
+        used["peak_lr"] = optim.peak_lr(result.batch_size)
+        if evaluation == "semi":
+            used |= {"list": asked.list_path and asked.list_path.name, "drawn": asked.list_path is None}
+            sslight = {**dataclasses.asdict(Pictures()), **published.record(), "head": "dino", "drawn": False}
+            used |= {"protocol": "sslight", "changed": differing(used, sslight)}
+        record = session.record(evaluation, **used)
         # First: whatever becomes of --out, the figures are not lost.
-        common.finish(session, _line(session, result, len(available), config), record, asked.json_path)
+        common.finish(session, _line(session, record, len(available)), record, asked.json_path)
         if out is not None and session.is_main:
             names = split.train.classes or []
             classes = [names[label] if label < len(names) else str(label) for label in split.classes.tolist()]
             save_classifier(network, out, arch=session.trained.arch, classes=classes, view=config.test_view)
 
 
-def _line(session: Session, result: FinetuneResult, available: int, config: FinetuneConfig) -> str:
+def _line(session: Session, record: dict[str, Any], available: int) -> str:
     name = "random weights" if session.trained.network == "random" else session.trained.network
-    labels = counted(available, "label")
-    of_labels = f"{result.train_samples:,} of {labels}" if result.train_samples < available else labels
-    line = f"fine-tuned {name}, {of_labels}, {counted(result.classes, 'class')}: "
-    line += f"{common.percent(dataclasses.asdict(result))} of {counted(result.val_samples, 'photo')}"
-    if result.top5 is not None:
-        line += f", top-5 {result.top5:.2f} %"
-    line += f"; best epoch {result.best_epoch} of {len(result.accuracies)}: {result.best_accuracy:.2f} %"
-    if left := result.train_samples - result.steps_per_epoch * config.batch_size:
-        line += f"; of {counted(left, 'label')} no batch of {config.batch_size:,} can be filled: passed over, "
-        line += "others in every epoch"
-    if result.unseen:
-        line += f"; wrong by necessity, as of classes without a label: {counted(result.unseen, 'photo')}"
+    labels, learned = counted(available, "label"), record["train_samples"]
+    of_labels = f"{learned:,} of {labels}" if learned < available else labels
+    line = f"fine-tuned {name}, {of_labels}, {counted(record['classes'], 'class')}: "
+    line += f"{common.percent(record)} of {counted(record['val_samples'], 'photo')}"
+    if record["top5"] is not None:
+        line += f", top-5 {record['top5']:.2f} %"
+    line += f"; best epoch {record['best_epoch']} of {record['epochs']}: {record['best_accuracy']:.2f} %"
+    if record["steps_per_epoch"] == 1:
+        line += "; one step an epoch, with all labels there are: more with a smaller --batch-size"
+    if record.get("changed"):
+        line += f"; not as published: {', '.join(record['changed'])}"
+    if record["unseen"]:
+        line += f"; wrong by necessity, as of classes without a label: {counted(record['unseen'], 'photo')}"
     return line
