@@ -1,10 +1,12 @@
 """What the size at which photos are stored does to the views that are cut from them, and to the loader's rate.
 
-    python benchmarks/results/photo-size/measure.py SOURCES --json results.jsonl
+    python benchmarks/results/photo-size/measure.py views ROOT --json results.jsonl
+    python benchmarks/results/photo-size/measure.py rates ROOT --json results.jsonl
 
-SOURCES: a folder of large photos. Windows of them become JPEGs of ImageNet's usual sizes; the converter stores these as
-they are and with short sides of 256, 384 and 500 px. Every view is cut four times, from each of the files, with the
-same crop in shares of the photo. README.md says where the photos came from, and has the table that this prints.
+ROOT: where the packages of README.md were unpacked. Windows of their large photos become JPEGs of ImageNet's usual
+sizes; the converter stores these as they are and with short sides of 500, 384 and 256 px. Every view is cut four times,
+from each of the files, with the same crop in shares of the photo. The lines are added to results.jsonl; README.md has
+the tables that this prints.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import statistics
 import sys
 import tempfile
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +34,14 @@ from fastssl.pipelines.convert.options import ConvertOptions
 from fastssl.pipelines.plan.draw import draw_plans
 from fastssl.utils.versions import describe_git, describe_host, describe_versions
 
+#: Photos under usr/share/; drawings, and skies without anything in them, are left out.
+SOURCES = (
+    *("backgrounds/Bridge_*", "backgrounds/Dragonfly_*", "backgrounds/Kleiber_*", "backgrounds/Picture_*"),
+    *("backgrounds/Wine_*", "backgrounds/free_*", "backgrounds/greentock_*", "backgrounds/seeding_*"),
+    *("backgrounds/*_by_Aitzol_*", "backgrounds/mate/nature/*.jpg"),
+    *(f"wallpapers/{name}/contents/images/2560x1600.jpg" for name in ("BytheWater", "ColdRipple", "EveningGlow")),
+    *(f"wallpapers/{name}/contents/images/2560x1600.jpg" for name in ("FallenLeaf", "OneStandsOut", "Path")),
+)
 #: Share of the photos and the range of their longer side in pixels. ImageNet's median is 500 x 375; how far the others
 #: spread is assumed.
 SPREAD = ((0.70, 500, 500), (0.15, 320, 480), (0.15, 640, 1280))
@@ -51,16 +62,14 @@ FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BI
 ROUNDS = 5
 
 
-def make_photos(sources: Path, folder: Path, windows: int, rng: np.random.Generator) -> int:
-    """Write ``windows`` JPEGs of each photo of ``sources``; how many there are.
+def make_photos(root: Path, folder: Path, windows: int, rng: np.random.Generator) -> None:
+    """Write ``windows`` JPEGs of each photo, fewer of one that is not much larger than they are.
 
     Each is a window of the photo, scaled down by Lanczos so far that the window shows a quarter to most of its width:
     sharp to the pixel, as what photo sites hand out. Quality 95, three of four in full colour resolution.
     """
     done = 0
-    for path in sorted(sources.rglob("*")):
-        if path.suffix.lower() not in (".jpg", ".jpeg", ".png") or not path.is_file():
-            continue
+    for path in sorted(path for pattern in SOURCES for path in (root / "usr/share").glob(pattern)):
         with Image.open(path) as opened:
             photo = opened.convert("RGB")
         for _ in range(windows):
@@ -81,7 +90,6 @@ def make_photos(sources: Path, folder: Path, windows: int, rng: np.random.Genera
             sampling = 2 if rng.random() < 0.25 else 0
             picture.save(folder / f"{done:04}.jpg", quality=95, subsampling=sampling)
             done += 1
-    return done
 
 
 def energy(view: np.ndarray) -> float:
@@ -91,7 +99,12 @@ def energy(view: np.ndarray) -> float:
 
 
 def compare_views(readers: dict[str, BetonReader]) -> dict[str, dict[str, dict[str, float]]]:
-    """{file: {views: enlarged, sharpness, sharpness_median, grey_levels}}; the last three against the kept photos."""
+    """{file: {views: figures}}.
+
+    ``fewer_pixels``: share of the views whose crop has fewer pixels than the view; ``enlarged``: whose crop is enlarged
+    along one side at least. Against the views of the kept photos: ``sharpness``, the Laplacian energy of all views, and
+    the median of the single views' ratios; ``grey_levels``, the mean absolute difference.
+    """
     kept, count = readers["kept"], len(readers["kept"])
     ids = np.arange(count)
     sums: dict[str, dict[str, list[list[float]]]] = {file: {views: [] for views in VIEWS} for file in readers}
@@ -113,15 +126,17 @@ def compare_views(readers: dict[str, BetonReader]) -> dict[str, dict[str, dict[s
                     sharp = energy(view)
                     first = first or (view, sharp)
                     off = np.abs(view.astype(np.int16) - first[0]).mean()
-                    sums[file][views].append([wide * x * high * y < spec.size**2, sharp, first[1], off])
+                    w, h = wide * x, high * y
+                    sums[file][views].append([w * h < spec.size**2, min(w, h) < spec.size, sharp, first[1], off])
     found: dict[str, dict[str, dict[str, float]]] = {}
     for file, by_views in sums.items():
         found[file] = {}
         for views, rows in by_views.items():
-            enlarged, sharp, before, off = np.array(rows).T
+            fewer, narrower, sharp, before, off = np.array(rows).T
             ratios = sharp / np.maximum(before, 1e-9)
             found[file][views] = {
-                "enlarged": round(float(enlarged.mean()), 4),
+                "fewer_pixels": round(float(fewer.mean()), 4),
+                "enlarged": round(float(narrower.mean()), 4),
                 "sharpness": round(float(sharp.sum() / before.sum()), 4),
                 "sharpness_median": round(float(np.median(ratios)), 4),
                 "grey_levels": round(float(off.mean()), 3),
@@ -129,34 +144,39 @@ def compare_views(readers: dict[str, BetonReader]) -> dict[str, dict[str, dict[s
     return found
 
 
-def photos_per_s(reader: BetonReader, specs: list[ViewSpec], workers: int, colour: bool, epoch: int) -> float:
-    """Of one epoch in batches of 64 on the CPU, behind a first batch that starts the threads."""
+def photos_per_s(reader: BetonReader, specs: list[ViewSpec], workers: int, colour: bool, epoch: int) -> list[float]:
+    """Of one epoch in batches of 64 on the CPU, from the first photo asked for to the last batch: photos a second, and
+    photos a second of processor time in all threads, which other work on the machine hardly changes.
+    """
     with ViewLoader(reader, specs, 64, pipeline="native", workers=workers, colour=colour) as loader:
-        batches = loader.epoch(epoch)
-        next(batches)
-        started, photos = time.perf_counter(), 0
-        for batch in batches:
-            photos += len(batch.index)
-        return photos / (time.perf_counter() - started)
+        started, cpu = time.perf_counter(), time.process_time()
+        photos = sum(len(batch.index) for batch in loader.epoch(epoch))
+        return [photos / (time.perf_counter() - started), photos / (time.process_time() - cpu)]
 
 
-def rates(readers: dict[str, BetonReader]) -> dict[str, dict[str, dict[str, float]]]:
-    """{file: {what: median, least, most}} in photos/s: the files in turns, one round to warm up."""
+def rates(readers: dict[str, BetonReader]) -> dict[str, dict[str, dict[str, list[float]]]]:
+    """{file: {what: photos_per_s and photos_per_cpu_s: [median, least, most]}}: the files in turns, one round to warm
+    up.
+    """
     specs = list(load_recipe("light-moco-mobilenetv3").views)
     kinds = {"crops, 1 thread": (1, False), "crops, 2 threads": (2, False), "loader, 2 threads": (2, True)}
-    seen: dict[str, dict[str, list[float]]] = {file: {kind: [] for kind in kinds} for file in readers}
+    seen: dict[str, dict[str, list[list[float]]]] = {file: {kind: [] for kind in kinds} for file in readers}
     for turn in range(ROUNDS + 1):
         for kind, (workers, colour) in kinds.items():
             for file, reader in readers.items():
                 seen[file][kind].append(photos_per_s(reader, specs, workers, colour, turn))
-    found: dict[str, dict[str, dict[str, float]]] = {}
-    for file, by_kind in seen.items():
-        found[file] = {}
-        for kind, values in by_kind.items():
-            runs = sorted(values[1:])
-            figures = {"median": statistics.median(runs), "least": runs[0], "most": runs[-1]}
-            found[file][kind] = {name: round(value, 1) for name, value in figures.items()}
-    return found
+
+    def figures(values: list[float]) -> list[float]:
+        return [round(value, 1) for value in (statistics.median(values), min(values), max(values))]
+
+    names = ("photos_per_s", "photos_per_cpu_s")
+    return {
+        file: {
+            kind: {name: figures([run[i] for run in runs[1:]]) for i, name in enumerate(names)}
+            for kind, runs in by_kind.items()
+        }
+        for file, by_kind in seen.items()
+    }
 
 
 def table(records: list[dict[str, Any]]) -> str:
@@ -169,49 +189,45 @@ def table(records: list[dict[str, Any]]) -> str:
     row("photos scaled down", [f"{record['scaled'] / record['photos']:.0%}" for record in records])
     row("median short side, px", [f"{record['short_side']:.0f}" for record in records])
     row("kB a photo", [f"{record['bytes_per_photo'] / 1e3:.1f}" for record in records])
-    for views in VIEWS:
-        row(f"{views}: enlarged", [f"{record['views'][views]['enlarged']:.0%}" for record in records])
-        row(f"{views}: Laplacian energy", [f"{record['views'][views]['sharpness']:.0%}" for record in records])
-        row(f"{views}: grey levels off", [f"{record['views'][views]['grey_levels']:.1f}" for record in records])
-    for kind in records[0]["photos_per_s"]:
-        first = records[0]["photos_per_s"][kind]["median"]
-        cells = [record["photos_per_s"][kind]["median"] for record in records]
-        row(f"{kind}, photos/s", [f"{cell:,.0f} ({cell / first:.2f}x)" for cell in cells])
+    for views in records[0].get("views", ()):
+        found = [record["views"][views] for record in records]
+        row(f"{views}: enlarged", [f"{one['enlarged']:.0%}" for one in found])
+        row(f"{views}: of fewer pixels", [f"{one['fewer_pixels']:.0%}" for one in found])
+        row(f"{views}: Laplacian energy", [f"{one['sharpness']:.0%}" for one in found])
+        row(f"{views}: grey levels off", [f"{one['grey_levels']:.1f}" for one in found])
+    for kind in records[0].get("rates", ()):
+        for name, unit in (("photos_per_s", "photos/s"), ("photos_per_cpu_s", "photos a CPU second")):
+            cells = [record["rates"][kind][name][0] for record in records]
+            row(f"{kind}, {unit}", [f"{cell:,.0f} ({cell / cells[0]:.2f}x)" for cell in cells])
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sources", type=Path)
-    parser.add_argument("--windows", type=int, default=12, help="of each photo")
+    parser.add_argument("part", choices=["views", "rates"])
+    parser.add_argument("root", type=Path)
+    parser.add_argument("--windows", type=int, default=8, help="of each photo")
     parser.add_argument("--json", type=Path, required=True)
     given = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as files:
         photos = Path(folder, "photos")
         photos.mkdir()
-        count = make_photos(given.sources, photos, given.windows, np.random.default_rng(0))
-        print(f"{count} photos", file=sys.stderr)
-        records = []
+        make_photos(given.root, photos, given.windows, np.random.default_rng(0))
+        load, readers, records = os.getloadavg()[0], {}, []
         for file, options in FILES.items():
             done = convert(photos, Path(folder, f"{file}.beton"), options)
-            records.append({"file": file, "photos": done.written, "bytes_per_photo": round(done.bytes / done.written)})
-        readers = {file: BetonReader(Path(folder, f"{file}.beton")) for file in FILES}
-        load = os.getloadavg()[0]
-        by_file, by_rate = compare_views(readers), rates(readers)
-        kept = readers["kept"]
-        for record, (file, reader) in zip(records, readers.items()):
-            short = np.minimum(reader.heights, reader.widths)
-            record["scaled"] = int((short != np.minimum(kept.heights, kept.widths)).sum())
-            record |= {
-                "short_side": float(np.median(short)),
-                "long_side": float(np.median(np.maximum(reader.heights, reader.widths))),
-            }
-            record |= {"views": by_file[file], "photos_per_s": by_rate[file]}
-            reader.close()
-    command = shlex.join(["python", "benchmarks/results/photo-size/measure.py", "SOURCES", *sys.argv[2:]])
+            reader = readers[file] = files.enter_context(BetonReader(done.path))
+            record = {"file": file, "photos": done.written, "scaled": done.scaled}
+            record["bytes_per_photo"] = round(done.bytes / done.written)
+            record["short_side"] = float(np.median(np.minimum(reader.heights, reader.widths)))
+            records.append(record | {"long_side": float(np.median(np.maximum(reader.heights, reader.widths)))})
+        found = (compare_views if given.part == "views" else rates)(readers)
+        records = [record | {given.part: found[record["file"]]} for record in records]
+    command = shlex.join(["python", "benchmarks/results/photo-size/measure.py", given.part, "ROOT", *sys.argv[3:]])
     about = {"command": command, "host": describe_host(), "versions": describe_versions(), "git": describe_git()}
     about |= {"load_before": round(load, 2), "rounds": ROUNDS, "spread": SPREAD}
-    given.json.write_text("".join(json.dumps(record) + "\n" for record in [about, *records]))
+    with given.json.open("a") as out:
+        out.writelines(json.dumps(record) + "\n" for record in [about, *records])
     print(table(records))
 
 
