@@ -14,9 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shlex
 import statistics
-import sys
 import tempfile
 import time
 from contextlib import ExitStack
@@ -223,7 +221,8 @@ def main() -> None:
             records.append(record | {"long_side": float(np.median(np.maximum(reader.heights, reader.widths)))})
         found = (compare_views if given.part == "views" else rates)(readers)
         records = [record | {given.part: found[record["file"]]} for record in records]
-    command = shlex.join(["python", "benchmarks/results/photo-size/measure.py", given.part, "ROOT", *sys.argv[3:]])
+    options = f"{given.part} ROOT --windows {given.windows} --json {given.json.name}"
+    command = f"python benchmarks/results/photo-size/measure.py {options}"
     about = {"command": command, "host": describe_host(), "versions": describe_versions(), "git": describe_git()}
     about |= {"load_before": round(load, 2), "rounds": ROUNDS, "spread": SPREAD}
     with given.json.open("a") as out:
