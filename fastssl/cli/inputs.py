@@ -157,7 +157,7 @@ def choose_inputs(wanted: Wanted, processes: int = 1) -> Inputs:
     for line in lines:
         console.note(line)
     assert found.short_side is not None  # a .beton file says it
-    for line in warnings_for(recipe, own_arch, found.photos, found.short_side):
+    for line in warnings_for(recipe, own_arch, found.photos, found.short_side, found.shortened):
         # Through the console, which is silent in all processes but the first; and said also with --quiet.
         console.say(f"warning: {line}")
     return Inputs(recipe, Path(recipe_name).stem, data, val)

@@ -19,6 +19,8 @@ SAMPLE_RECIPE, FEW_RECIPE, FULL_RECIPE = "quickstart", "few-photos", "light-moco
 MANY_PHOTOS = 20_000
 #: Half of the full recipe's 224 px: views of smaller photos are mostly pixels that were made up.
 SMALL_SIDE = 112
+#: Of the published recipes: pixels of their views, and the median short side of ImageNet's photos, which they cut from.
+PUBLISHED_VIEW, PUBLISHED_SIDE = 224, 375
 #: Bounds of the epochs that follow from the number of photos; below them a schedule that changes once an epoch is none.
 FEWEST_EPOCHS, MOST_EPOCHS = 5, 1000
 
@@ -185,9 +187,9 @@ def _with_epochs(recipe: Recipe, photos: int, batch: int, given: Collection[str]
     return stretched, [f"{epochs:,} epochs for {counted(photos, 'photo')}: {meant} (--epochs says otherwise)"]
 
 
-def warnings_for(recipe: Recipe, own_arch: str, photos: int, short_side: float) -> list[str]:
+def warnings_for(recipe: Recipe, own_arch: str, photos: int, short_side: float, shortened: bool = False) -> list[str]:
     """What will run, but seldom as it was meant; a line each. ``own_arch``: the network that the recipe was made for;
-    ``short_side``: of the photos, in pixels, the median.
+    ``short_side``: of the photos, in pixels, the median; ``shortened``: they were scaled down to that.
     """
     found, method, settings = [], recipe.method, recipe.settings
     queue = getattr(settings, "queue", 0)
@@ -200,6 +202,9 @@ def warnings_for(recipe: Recipe, own_arch: str, photos: int, short_side: float) 
     if short_side < size:
         enlarged = f"enlarged for views of {size} px: smaller views cost less and show as much"
         found.append(f"half of the photos have a shorter side of {short_side:g} px or less, and are {enlarged}")
+    if shortened and size >= PUBLISHED_VIEW and short_side < PUBLISHED_SIDE:
+        softer = "crops are softer than in the published runs, which cut them from photos of full size (--keep-size)"
+        found.append(f"the photos were scaled down to a short side of {short_side:g} px when converted: {softer}")
     keys = {"optim.warmup_epochs": recipe.optim.warmup_epochs}
     keys |= {f"{method}.{key}": getattr(settings, key) for key in settings.EPOCH_KEYS if key != "queue_epoch"}
     if late := [f"{key} {value:g}" for key, value in keys.items() if value >= recipe.train.epochs]:

@@ -46,12 +46,14 @@ class Source:
         photos: how many, damaged ones included.
         short_side: in pixels, the median (of a folder or tar: of some); None: none of them could be read.
         fingerprint: of the list of photos; None: the path is a ``.beton`` file, which stays what it is.
+        shortened: half of a ``.beton`` file's photos or more are known to have been scaled down when it was made.
     """
 
     path: Path
     photos: int
     short_side: float | None
     fingerprint: str | None = None
+    shortened: bool = False
 
 
 def is_source(path: str | os.PathLike) -> bool:
@@ -70,7 +72,8 @@ def look_at(path: str | os.PathLike) -> Source:
     path = Path(path)
     if not is_source(path):
         with BetonReader(path) as reader:
-            return Source(path, len(reader), float(np.median(np.minimum(reader.heights, reader.widths))))
+            short = float(np.median(np.minimum(reader.heights, reader.widths)))
+            return Source(path, len(reader), short, shortened=_shortened(reader))
     deadline = Deadline(path)
     with list_source(path, deadline) as listing:
 
@@ -85,6 +88,18 @@ def look_at(path: str | os.PathLike) -> Source:
         some, names = chosen_photos(len(listing), 64).tolist(), listing.names
         sides = list(filter(None, deadline.map(side, some, 1, lambda i: f"at {printable(names[i])}")))
         return Source(path, len(listing), median(sides) if sides else None, listing.fingerprint)
+
+
+def _shortened(reader: BetonReader) -> bool:
+    """Whether half of a file's photos or more were scaled down when it was made, as far as its side file tells."""
+    sides, side = np.minimum(reader.heights, reader.widths), None
+    with suppress(FastSSLError):
+        side = read_side_file(reader.path)
+    if side is None or side["bytes"] != reader.num_bytes:
+        return False
+    # Older side files do not count them: half of the photos or more have the very same, largest side.
+    scaled = side.get("scaled", side.get("reencoded") if np.median(sides) == sides.max() else 0)
+    return isinstance(scaled, int) and 2 * scaled >= len(reader)
 
 
 def side_for(recipe: Recipe) -> int:

@@ -154,7 +154,7 @@ def _bottleneck(run: Setup, share: float, wait: float) -> str:
     if run.device.type == "cpu":
         text += ", decoding beside it on the same cores made it slower"
     side = smaller_side(run.reader, run.recipe.views)
-    smaller = f"photos converted with --short-side {side} take less to decode; " if side is not None else ""
+    smaller = f"photos converted with --short-side {side} decode faster, show less; " if side is not None else ""
     return f"{text}; {smaller}`fastssl bench train` says what would help, and tries it"
 
 

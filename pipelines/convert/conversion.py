@@ -95,7 +95,7 @@ def convert(
         job.run(progress)
         num_bytes = job.publish()
     written, copied, seconds = job.writer.num_samples, job.num_copied, time.monotonic() - started
-    counts = (written, copied, written - copied, len(job.rejects), listing.ignored, job.resumed)
+    counts = (written, copied, written - copied, job.num_scaled, len(job.rejects), listing.ignored, job.resumed)
     return ConvertSummary(dst, *counts, listing.classes, num_bytes, seconds)
 
 
@@ -125,7 +125,7 @@ class _Conversion:
         """Begin with no photo done; the records of those that are. ``why`` is said, where there was something."""
         if why:
             logger.warning("%s: %s; starting again", self.dst, why)
-        self.num_done = self.num_copied = 0
+        self.num_done = self.num_copied = self.num_scaled = 0
         self.checksums = array("I")
         self.rejects = list(self.listing.rejected)
         return np.zeros(0, RECORD_DTYPE)
@@ -185,7 +185,10 @@ class _Conversion:
             self.writer.add(result.data, result.height, result.width, int(self.listing.labels[i]), result.mode)
             self.checksums.append(result.crc32)
             self.num_copied += result.copied
-            line = [self.num_done, result.crc32, result.copied, *self.writer.records[-1].tolist()]
+            self.num_scaled += result.scaled
+            # How it was made: 1 copied, 2 scaled down, 0 re-encoded for another reason.
+            how = result.copied + 2 * result.scaled
+            line = [self.num_done, result.crc32, how, *self.writer.records[-1].tolist()]
         self.num_done += 1
         self.journal.append(line)
 
@@ -239,9 +242,10 @@ class _Conversion:
                 if len(row) == 1:
                     self.rejects.append((self.listing.names[self.chosen[position]], row[0]))
                 else:
-                    checksum, copied, *record = row
+                    checksum, how, *record = row
                     self.checksums.append(checksum)
-                    self.num_copied += copied
+                    self.num_copied += how == 1
+                    self.num_scaled += how == 2
                     rows.append(tuple(record))
                 self.num_done, good = position + 1, end
         except ValueError:
@@ -311,6 +315,7 @@ class _Conversion:
             "samples": len(samples),
             "copied": self.num_copied,
             "reencoded": len(samples) - self.num_copied,
+            "scaled": self.num_scaled,
             "rejected": len(self.rejects),
             "bytes": num_bytes,
             "classes": classes,

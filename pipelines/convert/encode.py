@@ -34,6 +34,7 @@ class Encoded(NamedTuple):
     mode: int
     copied: bool
     crc32: int
+    scaled: bool = False
 
 
 def encode_photo(data: bytes, options: ConvertOptions) -> Encoded:
@@ -53,7 +54,8 @@ def encode_photo(data: bytes, options: ConvertOptions) -> Encoded:
     if header is not None:
         size = options.target_size(header.height, header.width)
         orientation = jpeg.exif_orientation(data)
-        unchanged = size == (header.height, header.width) and orientation == 1
+        scaled = size != (header.height, header.width)
+        unchanged = not scaled and orientation == 1
         far = header.height >= 4 * size[0] and header.width >= 4 * size[1]
         rgb, clean = _decode_jpeg(data, (2 * size[0], 2 * size[1]) if far else None)
         if unchanged and clean and header.colorspace != "RGB" and options.store == "jpeg":
@@ -61,7 +63,8 @@ def encode_photo(data: bytes, options: ConvertOptions) -> Encoded:
     else:
         rgb, orientation = _decode_pillow(data, is_jpeg)
         size = options.target_size(*rgb.shape[:2])
-        unchanged = size == rgb.shape[:2] and orientation == 1
+        scaled = size != rgb.shape[:2]
+        unchanged = not scaled and orientation == 1
     if not unchanged:
         image = Image.fromarray(rgb).resize((size[1], size[0]), Image.Resampling.LANCZOS)
         # Turned after scaling, when there are fewer pixels; the filter does not know up from down.
@@ -72,7 +75,7 @@ def encode_photo(data: bytes, options: ConvertOptions) -> Encoded:
         raise JpegError(f"{height}x{width} pixels: the format stores sides up to 65535; scale it down")
     mode = MODE_JPEG if options.store == "jpeg" else MODE_RAW
     stored = jpeg.encode(rgb, options.quality) if mode == MODE_JPEG else rgb.tobytes()
-    return Encoded(stored, height, width, mode, False, zlib.crc32(stored))
+    return Encoded(stored, height, width, mode, False, zlib.crc32(stored), scaled)
 
 
 def _readable_header(data: bytes) -> jpeg.JpegHeader | None:

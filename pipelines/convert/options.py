@@ -72,7 +72,7 @@ class ConvertSummary:
     """What :func:`convert` did.
 
     Attributes:
-        path: the file. written: photos in it = copied (byte for byte) + reencoded.
+        path: the file. written: photos in it = copied (byte for byte) + reencoded. scaled: those that were scaled down.
         rejected: bad photos, listed in DST.rejects.jsonl. ignored: files that are no photos.
         resumed: photos, good or bad, that an earlier, stopped run had done already.
         classes: names, or None for photos without labels. bytes: size of the file. seconds: what this run took.
@@ -82,6 +82,7 @@ class ConvertSummary:
     written: int
     copied: int
     reencoded: int
+    scaled: int
     rejected: int
     ignored: int
     resumed: int

@@ -101,6 +101,19 @@ def test_many_photos_get_the_full_recipe_where_there_is_a_gpu(
     )
 
 
+def test_softer_crops_than_the_published_ones_are_said_once(
+    photo_tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    for options in (["--short-side", 32], ["--keep-size"]):
+        assert cli("convert-imagenet", photo_tree, tmp_path / "photos.beton", *options) == 0
+        capsys.readouterr()
+        for name in ("light-moco-mobilenetv3", "few-photos"):
+            chosen(data=tmp_path / "photos.beton", recipe_name=name)
+            said = capsys.readouterr().err
+            expected = name.startswith("light") and "--short-side" in options
+            assert said.count("scaled down to a short side of 32 px") == expected, (name, options)
+
+
 def test_val_may_be_a_folder_too(photo_tree: Path, tmp_path: Path) -> None:
     shutil.copytree(photo_tree, tmp_path / "train")
     shutil.copytree(photo_tree, tmp_path / "val")

@@ -5,6 +5,7 @@ else.
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import shutil
 import tarfile
@@ -251,6 +252,24 @@ def test_no_photos(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(FastSSLError, match="no photos found"):
         look_at(tmp_path / "empty")
+
+
+def test_whether_photos_were_scaled_down_is_known(photos: Path, tmp_path: Path) -> None:
+    path = tmp_path / "theirs.beton"
+    for options, shortened in (
+        (ConvertOptions(keep_size=True), False),
+        (ConvertOptions(short_side=32), True),
+    ):
+        convert(photos, path, options)
+        side = read_side_file(path)
+        assert look_at(path).shortened is shortened
+        old = {name: value for name, value in side.items() if name != "scaled"}  # of before it was counted
+        side_path(path).write_text(json.dumps(old))
+        assert look_at(path).shortened is shortened
+        side_path(path).write_text(json.dumps({**side, "bytes": 1}))  # another file's
+        assert not look_at(path).shortened
+    side_path(path).unlink()
+    assert not look_at(path).shortened
 
 
 def test_the_file_is_marked_as_ours(photos: Path, tmp_path: Path) -> None:

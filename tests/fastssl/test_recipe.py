@@ -19,6 +19,8 @@ def test_our_recipes_load_and_survive_a_round_trip(name: str) -> None:
     assert build_recipe(yaml.safe_load(yaml.safe_dump(recipe_to_dict(recipe))), where="again") == recipe
     header = [line for line in recipe_path(name).read_text().splitlines() if line.startswith("#")]
     assert any("fastssl pretrain" in line for line in header), "a recipe's header says the command that runs it"
+    if "ImageNet-1k" in header[0]:  # the published runs crop from photos of full size
+        assert "#   fastssl convert-imagenet ILSVRC2012_img_train.tar train.beton --keep-size" in header
 
 
 def test_the_named_recipes_exist_with_the_published_numbers() -> None:

@@ -271,6 +271,15 @@ def test_photos_smaller_than_the_views() -> None:
     assert "47.5 px or less, and are enlarged for views of 48 px" in line
 
 
+def test_photos_that_were_scaled_down_are_not_what_published_runs_saw() -> None:
+    for name in recipe_names():
+        recipe = load_recipe(name)
+        found = warnings_for(recipe, recipe.arch, 1_281_167, 256, shortened=True)
+        assert len(found) == (name not in ("quickstart", "few-photos", "few-photos-moco")), name
+        assert all("scaled down to a short side of 256 px" in line and "--keep-size" in line for line in found)
+        assert warnings_for(recipe, recipe.arch, 1_281_167, 384, shortened=True) == []
+
+
 def test_a_warm_up_longer_than_the_run() -> None:
     (line,) = warned(load_recipe("dino-mobilenetv2-sslight", {"train.epochs": "10"}))
     assert (

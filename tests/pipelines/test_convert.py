@@ -349,7 +349,7 @@ def test_a_folder_with_everything(folder, tmp_path):
     side = json.loads((tmp_path / "out.beton.json").read_text())
     assert side["class_counts"] == [12, kinds] and side["bytes"] == summary.bytes
     assert (side["samples"], side["copied"], side["reencoded"], side["rejected"]) == (12 + kinds, 5, 7 + kinds, bad)
-    assert side["options"]["short_side"] == 256
+    assert side["options"]["short_side"] == 256 and side["scaled"] == summary.scaled == 7
 
 
 def test_bytes_do_not_depend_on_workers_or_resume(folder, tmp_path):
@@ -675,6 +675,20 @@ def test_the_command(folder, tmp_path, capsys):
     assert "images/s" in captured.err and "rejects.jsonl" in captured.err and "2 other files ignored" in captured.err
     with BetonReader(dst) as reader:
         assert np.minimum(reader.heights, reader.widths).max() == 64
+
+
+def test_what_scaling_down_costs_is_said_where_nobody_asked_for_it(folder, tmp_path, capsys):
+    """The mixed photos are smaller than 256 px: re-encoded, some of them, but not scaled."""
+
+    def said(source, *options):
+        assert run("convert-imagenet", source, tmp_path / "out.beton", *options) == 0
+        return [line for line in capsys.readouterr().err.splitlines() if "softer" in line]
+
+    (line,) = said(folder)
+    assert line.startswith("7 photos scaled down to a short side of 256 px") and "--keep-size" in line
+    assert not any(said(folder, *how) for how in (["--keep-size"], ["--short-side", 256], ["-q"]))
+    assert not said(folder / "mixed")
+    assert run("convert-imagenet", "--help") == 0 and "softer" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
