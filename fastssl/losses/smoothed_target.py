@@ -29,8 +29,6 @@ DEFAULT_SMOOTHING = {
     "thirds": 0.2,
 }
 WEIGHTINGS = tuple(DEFAULT_SMOOTHING)
-# Those whose mass the paper's code does not let grow.
-CONSTANT_MASS = ("geometric", "nearest")
 
 _INT32_MAX = 2**31 - 1
 # More than any queue holds; each of them has a weight.

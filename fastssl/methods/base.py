@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from fastssl.losses.pairs import PairWeights
-from fastssl.losses.smoothed_target import CONSTANT_MASS, rank_weights
+from fastssl.losses.smoothed_target import rank_weights
 from fastssl.models.backbones import feature_dim
 from fastssl.models.drop_path import DropTable
 from fastssl.models.heads import Projector, ProjectorConfig
@@ -83,8 +83,8 @@ class SmoothedConfig(MethodConfig):
         smoothing: mass that the target gives to the nearest negatives (0: plain InfoNCE).
         weighting, neighbors: how many of them share the mass, and how: see ``losses.smoothed_target.rank_weights``.
         smoothing_schedule: ``constant``, ``warm`` (0 for ``smoothing_warm_epochs``, then all of it) or ``cosine``
-            (grows from 0). With the weightings ``geometric`` and ``nearest`` the mass is a constant, as published, and
-            the schedule only switches it on: a cosine does so behind the first epoch.
+            (grows from 0). light-moco's code gives the weightings ``geometric`` and ``nearest`` a constant mass, 0.4
+            and 0.5, which its cosine only switches on behind the first epoch: here ``warm`` with one warm epoch.
         smoothing_warm_epochs: read by ``warm`` only.
     """
 
@@ -119,8 +119,7 @@ class SmoothedConfig(MethodConfig):
         if not self.smoothing:
             return {}
         schedule, warm = self.smoothing_schedule, self.smoothing_warm_epochs
-        mass = schedules.smoothing(step, run, self.smoothing, schedule, warm)
-        return {"smoothing": self.smoothing if mass and self.weighting in CONSTANT_MASS else mass}
+        return {"smoothing": schedules.smoothing(step, run, self.smoothing, schedule, warm)}
 
 
 class Encoder(nn.Module):

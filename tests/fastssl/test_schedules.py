@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import pytest
 
+from fastssl.losses.smoothed_target import DEFAULT_SMOOTHING
 from fastssl.methods.base import SmoothedConfig
 from fastssl.optim import schedules
 from fastssl.optim.optimizers import OptimConfig
@@ -71,14 +72,15 @@ def test_ema_momentum_end_points() -> None:
     assert schedules.ema_momentum(25, run, 0.99, "cosine") == pytest.approx(quarter, rel=1e-15)
 
 
-@pytest.mark.parametrize("weighting", ["geometric", "nearest"])
-def test_a_constant_mass_is_only_switched_on(weighting: str) -> None:
-    """light-moco's code gives these two weightings 0.4 and 0.5, whatever the cosine says, once it is above 0."""
-    config = SmoothedConfig(smoothing=0.4, weighting=weighting, smoothing_schedule="cosine")
-    found = [config.smoothing_rates(10 * epoch, RUN)["smoothing"] for epoch in range(100)]
-    assert found == [0.0] + 99 * [0.4]
-    stepped = SmoothedConfig(smoothing=0.4, weighting="stepped", smoothing_schedule="cosine")
-    assert 0.0 < stepped.smoothing_rates(10, RUN)["smoothing"] < 0.001
+@pytest.mark.parametrize(("weighting", "mass"), [("geometric", 0.4), ("nearest", 0.5)])
+def test_a_constant_mass_that_a_cosine_switches_on(weighting: str, mass: float) -> None:
+    """light-moco's code gives these two weightings their mass whenever what its cosine says is above 0."""
+    schedule = {"smoothing_schedule": "warm", "smoothing_warm_epochs": 1}
+    config = SmoothedConfig(smoothing=mass, weighting=weighting, **schedule)
+    for epoch in range(100):
+        said = 0.2 * (1 - 0.5 * (1 + math.cos(math.pi * epoch / 100)))
+        assert config.smoothing_rates(10 * epoch, RUN)["smoothing"] == (mass if said > 0 else 0.0)
+    assert DEFAULT_SMOOTHING[weighting] == mass
 
 
 def test_smoothing_schedules() -> None:
