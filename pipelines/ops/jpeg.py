@@ -130,7 +130,7 @@ def require_few_scans(data: bytes | memoryview | np.ndarray, pixels: int) -> Non
 
     Sequential Huffman coding spends bits on every block of every scan: there the file's size is the bound.
     """
-    data = bytes(data)  # type: ignore[arg-type]  # single bytes of it are read several times as fast as an array's
+    data = bytes(data)  # single bytes of it are read several times as fast as an array's
     for marker, _, _ in _segments(data):
         # Tables, reserved, and conditioning have markers among those that open a frame.
         if marker & 0xF0 == 0xC0 and marker not in (0xC4, 0xC8, 0xCC):
