@@ -48,7 +48,8 @@ def _short_sides(ctx: click.Context, param: click.Parameter, value: str) -> tupl
     return tuple(range(first, last + 1, 32))
 
 
-_FILE, _FOLDER = ({"type": SomePath(), "metavar": metavar} for metavar in ("FILE", "DIR"))
+_FILE: dict[str, Any] = {"type": SomePath(), "metavar": "FILE"}
+_FOLDER: dict[str, Any] = {**_FILE, "metavar": "DIR"}
 _COUNT, _SIDE = click.IntRange(min=1), click.IntRange(min=32)
 _PASSES = "1x: 12.28 passes over the pictures with boxes, which is 90,000 iterations of 16 for COCO."
 _DROPS = "From which on the rate is a tenth of what it was. Default: two thirds and eight ninths of all."
@@ -121,9 +122,8 @@ def detect(checkpoint: Path, which: str | None, device: str, json_path: str | No
         if how["from_scratch"]:
             torch.manual_seed(how["seed"])
             session.forget().to(session.device)
-        arch, learned = session.trained.arch, len(train.with_boxes())
+        arch, learned, amp = session.trained.arch, len(train.with_boxes()), "off" if how["float32"] else "auto"
         optimizer = how["optimizer"] or ("adamw" if arch.startswith(("vit_", "deit")) else "sgd")
-        amp = "off" if how["float32"] else "auto"
         lr, weight_decay = {"sgd": (0.02, 1e-4), "adamw": (1e-4, 0.1)}[optimizer]
         training = TrainingConfig(
             iterations=how["iterations"] or iterations_of(how["schedule"], learned, how["batch_size"]),
