@@ -16,9 +16,7 @@ from fastssl.errors import counted
 @click.argument("src", type=SomePath())
 @click.argument("dst", type=SomePath())
 @click.option(
-    "--short-side",
-    type=click.IntRange(min=1),
-    help="Scale larger photos down to this shorter side: faster to read, but crops are softer.  [default: 256]",
+    "--short-side", type=click.IntRange(min=1), help="Scale larger photos to it: faster, softer crops.  [default: 256]"
 )
 @click.option("--max-side", type=click.IntRange(min=1), help="Scale larger photos down to this longer side instead.")
 @click.option("--keep-size", is_flag=True, help="Scale nothing: crops as sharp as the published runs'.")

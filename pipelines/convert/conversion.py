@@ -186,9 +186,8 @@ class _Conversion:
             self.checksums.append(result.crc32)
             self.num_copied += result.copied
             self.num_scaled += result.scaled
-            # How it was made: 1 copied, 2 scaled down, 0 re-encoded for another reason.
-            how = result.copied + 2 * result.scaled
-            line = [self.num_done, result.crc32, how, *self.writer.records[-1].tolist()]
+            # 1: copied, 2: scaled down, 0: re-encoded for another reason.
+            line = [self.num_done, result.crc32, result.copied + 2 * result.scaled, *self.writer.records[-1].tolist()]
         self.num_done += 1
         self.journal.append(line)
 

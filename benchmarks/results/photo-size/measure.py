@@ -215,16 +215,22 @@ def main() -> None:
         for file, options in FILES.items():
             done = convert(photos, Path(folder, f"{file}.beton"), options)
             reader = readers[file] = files.enter_context(BetonReader(done.path))
-            record = {"file": file, "photos": done.written, "scaled": done.scaled}
+            record: dict[str, Any] = {"file": file, "photos": done.written, "scaled": done.scaled}
             record["bytes_per_photo"] = round(done.bytes / done.written)
             record["short_side"] = float(np.median(np.minimum(reader.heights, reader.widths)))
             records.append(record | {"long_side": float(np.median(np.maximum(reader.heights, reader.widths)))})
         found = (compare_views if given.part == "views" else rates)(readers)
         records = [record | {given.part: found[record["file"]]} for record in records]
-    options = f"{given.part} ROOT --windows {given.windows} --json {given.json.name}"
-    command = f"python benchmarks/results/photo-size/measure.py {options}"
-    about = {"command": command, "host": describe_host(), "versions": describe_versions(), "git": describe_git()}
-    about |= {"load_before": round(load, 2), "rounds": ROUNDS, "spread": SPREAD}
+    how = f"{given.part} ROOT --windows {given.windows} --json {given.json.name}"
+    about = {
+        "command": f"python benchmarks/results/photo-size/measure.py {how}",
+        "host": describe_host(),
+        "versions": describe_versions(),
+        "git": describe_git(),
+        "load_before": round(load, 2),
+        "rounds": ROUNDS,
+        "spread": SPREAD,
+    }
     with given.json.open("a") as out:
         out.writelines(json.dumps(record) + "\n" for record in [about, *records])
     print(table(records))
