@@ -105,7 +105,7 @@ def training_requests(
 ) -> Iterator[list[View]]:
     """This process's part of the batch of every iteration, grouped as by Detectron2: of the epochs' orders, one behind
     another, a process takes every ``world``-th picture; they wait in two groups, wider than high or not, and whichever
-    first has the process's share leaves. Earlier batches are formed again: a second for all of COCO's.
+    first has the process's share leaves. Earlier batches are formed again: three seconds for all of COCO.
     """
     waiting: tuple[list[tuple[int, Picture]], ...] = [], []
     left = 0
