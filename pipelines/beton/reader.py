@@ -58,7 +58,7 @@ class OpenFile:
         """Fill ``out``, 1-D uint8, from byte ``offset`` on; how many bytes there were, fewer than wanted at the end of
         the file only.
         """
-        view, done = out.data, os.preadv(self.descriptor, [out], offset)
+        view, done = out.data, os.preadv(self.descriptor, [out.data], offset)
         while 0 < done < len(view) and (got := os.preadv(self.descriptor, [view[done:]], offset + done)):
             done += got
         return done
