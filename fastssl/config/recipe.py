@@ -5,6 +5,7 @@ they configure (``ViewSpec``, ``MoCoConfig``, ...); a key that does not exist is
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import field
 from pathlib import Path
@@ -307,7 +308,9 @@ def normalisation_of(config: object) -> Normalisation:
     told = [part for part in parts if isinstance(part, dict)]
     try:
         view = ViewSpec(**{name: part[name] for part in told for name in Normalisation._fields if name in part})
-    except ViewSpecError:
+    except ViewSpecError as error:
+        why = f"mean and std beside a network are of no use ({str(error)[:100]})"
+        warnings.warn(f"{why}: its pictures are normalised as ImageNet's", stacklevel=3)
         return IMAGENET
     return Normalisation(view.mean, view.std)
 

@@ -76,6 +76,15 @@ def read_foreign(path: Path) -> dict[str, Tensor]:
     return {name: tensor for name, (_, tensor) in found.items()}
 
 
+def notes_of(path: Path) -> Mapping[str, Any]:
+    """What an export of ours says of itself, as strings, in a file that ``read_foreign`` takes; others may say less."""
+    if path.suffix == ".safetensors":
+        with safe_open(str(path), framework="pt") as file:
+            return file.metadata() or {}
+    about = getattr(_read_torch(path)[0], "about", None)
+    return about if isinstance(about, Mapping) else {}
+
+
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], bool]:
     """(content, whether fastssl wrote it)."""
     try:
