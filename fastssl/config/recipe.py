@@ -317,9 +317,15 @@ def normalisation_of(config: object) -> Normalisation:
 
 def differences(mine: dict[str, Any], theirs: dict[str, Any], prefix: str = "") -> list[str]:
     """``["optim.lr: 0.1 there, 0.2 here", ...]``: where two resolved configurations differ."""
+
+    def numbered(value: Any) -> Any:
+        """Of a list of views each by its number: all of them in one line would be cut before what differs."""
+        by_number = isinstance(value, list) and value and isinstance(value[0], dict)
+        return {str(number): each for number, each in enumerate(value)} if by_number else value
+
     found = []
     for key in sorted({*mine, *theirs}):
-        here, there = mine.get(key), theirs.get(key)
+        here, there = numbered(mine.get(key)), numbered(theirs.get(key))
         if isinstance(here, dict) and isinstance(there, dict):
             found += differences(here, there, f"{prefix}{key}.")
         elif isinstance(here, dict) or isinstance(there, dict):
