@@ -32,7 +32,8 @@ def print_comparison(found: Comparison, *, equal: bool) -> None:
             for setting in settings:
                 _print_row(out, _cells(setting), widths, _STYLES[state])
             if state != "as published":
-                why = textwrap.wrap(f"{state}: {reason or 'no reason is given'}", out.width - 6, break_on_hyphens=False)
+                wide = max(8, out.width - 6)
+                why = textwrap.wrap(f"{state}: {reason or 'no reason is given'}", wide, break_on_hyphens=False)
                 out.print(textwrap.indent("\n".join(why), " " * 6))
 
 

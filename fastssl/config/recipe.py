@@ -5,6 +5,7 @@ they configure (``ViewSpec``, ``MoCoConfig``, ...); a key that does not exist is
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import field
 from pathlib import Path
@@ -307,16 +308,24 @@ def normalisation_of(config: object) -> Normalisation:
     told = [part for part in parts if isinstance(part, dict)]
     try:
         view = ViewSpec(**{name: part[name] for part in told for name in Normalisation._fields if name in part})
-    except ViewSpecError:
+    except ViewSpecError as error:
+        why = f"mean and std beside a network are of no use ({str(error)[:100]})"
+        warnings.warn(f"{why}: its pictures are normalised as ImageNet's", stacklevel=3)
         return IMAGENET
     return Normalisation(view.mean, view.std)
 
 
 def differences(mine: dict[str, Any], theirs: dict[str, Any], prefix: str = "") -> list[str]:
     """``["optim.lr: 0.1 there, 0.2 here", ...]``: where two resolved configurations differ."""
+
+    def numbered(value: Any) -> Any:
+        """Of a list of views each by its number: all of them in one line would be cut before what differs."""
+        by_number = isinstance(value, list) and value and isinstance(value[0], dict)
+        return {str(number): each for number, each in enumerate(value)} if by_number else value
+
     found = []
     for key in sorted({*mine, *theirs}):
-        here, there = mine.get(key), theirs.get(key)
+        here, there = numbered(mine.get(key)), numbered(theirs.get(key))
         if isinstance(here, dict) and isinstance(there, dict):
             found += differences(here, there, f"{prefix}{key}.")
         elif isinstance(here, dict) or isinstance(there, dict):

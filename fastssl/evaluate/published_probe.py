@@ -17,7 +17,15 @@ from torch.nn import functional
 
 from fastssl.distributed.collectives import all_reduce_mean, all_reduce_sum, average_gradients
 from fastssl.evaluate.feature_stream import PASS, ClassTokens, FeatureStream
-from fastssl.evaluate.features import Bar, accuracies, check_shared_input, share_features, silent, split_indices
+from fastssl.evaluate.features import (
+    Bar,
+    ProbeError,
+    accuracies,
+    check_shared_input,
+    share_features,
+    silent,
+    split_indices,
+)
 from fastssl.evaluate.photos import LabelledSplit, require_classes, require_labels
 from fastssl.evaluate.protocols import LinearProtocol, Trial, differing
 from fastssl.optim.optimizers import OptimConfig, create_optimizer
@@ -73,6 +81,8 @@ def published_probe(
     sets = {"val": ("validation photos", split.val, split.val_index)}
     if used.choose_on == "held_out":
         kept, held_out = split_indices(labels[learned], len(learned), fraction=HELD_OUT, seed=seed)
+        if not len(held_out):
+            raise ProbeError(f"{split.train.path}: one photo in each class leaves nothing to hold out; --select val")
         learned, sets["held_out"] = learned[kept], ("held-out photos", split.train, learned[held_out])
     how: dict[str, Any] = {"device": device, "workers": workers, "amp": used.bfloat16}
     targets, photos, whole = torch.from_numpy(split.targets(labels)), len(learned), used.batch_size

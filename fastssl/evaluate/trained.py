@@ -86,7 +86,8 @@ def load_trained(path: str | Path, which: str | None = None) -> Trained:
     step = str(header.get("step"))
     made = int(step) if step.isascii() and step.isdigit() and len(step) <= 18 else None
     config = _config_beside(path)
-    seen = normalisation_of({"views": [header]} if "mean" in header else config)  # older files do not say it
+    told = not header.keys().isdisjoint(Normalisation._fields)  # by older files it is not
+    seen = normalisation_of({"views": [header]} if told else config)
     return Trained(load_backbone(path), header["arch"], network, made, _short(path), *_probed(config), seen)
 
 

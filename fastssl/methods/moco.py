@@ -113,7 +113,8 @@ class MoCoConfig(SmoothedConfig):
 
         def equal(most: int, rows: int) -> int:
             """Each process makes as many groups as the others, all of one size."""
-            return max((n for n in range(processes, most + 1, processes) if rows % n == 0 and rows >= 2 * n), default=1)
+            bound = min(most, rows // 2)
+            return max((n for n in range(processes, bound + 1, processes) if rows % n == 0), default=1)
 
         groups = equal(self.split_bn, dealt) if processes > 1 else max(1, min(self.split_bn, dealt // 2))
         queries = equal(self.split_bn_queries, batch)

@@ -57,7 +57,7 @@ def _accuracy_name(record: Record) -> str:
 SETTINGS = (
     *("size", "crop", "reestimate_bn", "epochs", "batch_size", "lr", "weight_decay", "cached_epochs", "chosen_on"),
     *("optimizer", "head_lr_factor", "list", "seed", "levels", "test_side", "short_sides", "drops", "warmup"),
-    "scaled_to",
+    *("scaled_to", "val_scaled_to"),
 )
 _HOW = (
     "Percent right, or average precision in percent; in brackets the 95 % interval by the number of photos that were "

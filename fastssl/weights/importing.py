@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from fastssl.config.recipe import normalisation_of
@@ -29,7 +29,7 @@ from fastssl.models.backbones import (
 )
 from fastssl.pipelines.plan.draw import Normalisation, ViewSpec
 from fastssl.utils.suggest import some_names
-from fastssl.weights.read import read_foreign
+from fastssl.weights.read import notes_of, read_foreign
 from fastssl.weights.torchvision_names import TIMM_EPS, TWINS, torchvision_names, with_eps
 
 #: How a project's training state names the backbone's tensors, once ``module.`` (DistributedDataParallel) is taken off:
@@ -145,7 +145,9 @@ def import_backbone(
     found = find_network(source, read_foreign(source), layout=layout, which=which)
     backbone = create_backbone(arch)
     matched = match(source, found, arch, backbone)
-    view = ViewSpec(**{**normalisation_of({"views": [_told(source)]})._asdict(), **seen})
+    notes = notes_of(source)
+    told = {name: _parsed(notes[name]) for name in Normalisation._fields if name in notes and name not in seen}
+    view = ViewSpec(**{**normalisation_of({"views": [told]})._asdict(), **seen})
     origin = {"origin": source.name, "origin_layout": matched.layout, "origin_network": found.network or "the only one"}
     try:
         save_backbone(backbone, destination, arch=arch, network="imported", mean=view.mean, std=view.std, **origin)
@@ -154,12 +156,11 @@ def import_backbone(
     return matched
 
 
-def _told(path: Path) -> dict[str, Any]:
-    """``mean`` and ``std`` of one of our exports as safetensors."""
-    with suppress(SafetensorError, OSError, ValueError), safe_open(str(path), framework="pt") as file:
-        about = file.metadata() or {}
-        return {name: json.loads(about[name]) for name in Normalisation._fields if name in about}
-    return {}
+def _parsed(text: Any) -> Any:
+    """JSON's value, or what is none as it is."""
+    with suppress(ValueError, TypeError, RecursionError):
+        return json.loads(text)
+    return text
 
 
 # ---------------------------------------------------------------------- where in the file the network is

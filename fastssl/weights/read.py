@@ -9,6 +9,7 @@ import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -74,6 +75,15 @@ def read_foreign(path: Path) -> dict[str, Tensor]:
             f"{path}: holds no dict of tensors (a {type(content).__name__}); save the network's state_dict() there"
         )
     return {name: tensor for name, (_, tensor) in found.items()}
+
+
+def notes_of(path: Path) -> Mapping[str, Any]:
+    """What an export of ours says of itself, as strings, in a file that ``read_foreign`` takes; others may say less."""
+    if path.suffix == ".safetensors":
+        with safe_open(str(path), framework="pt") as file:
+            return file.metadata() or {}
+    about = getattr(_read_torch(path)[0], "about", None)
+    return about if isinstance(about, Mapping) else {}
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], bool]:

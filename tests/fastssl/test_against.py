@@ -152,6 +152,8 @@ def test_it_fits_the_terminal(
     assert max(map(len, text.splitlines())) <= columns and "\x1b" not in text
     said = " ".join(text.split())
     assert all(" ".join(setting.reason.split()) in said for setting in compare(name).settings)
+    monkeypatch.setenv("COLUMNS", "5")  # of a sliver of a window
+    assert run(name, "--against") == 0
 
 
 def test_only_what_differs_unless_asked(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:

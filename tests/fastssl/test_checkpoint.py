@@ -177,6 +177,14 @@ def test_a_detectors_state_is_told_from_a_runs(tmp_path: Path) -> None:
 def test_differences_are_named() -> None:
     found = differences({"a": 1, "b": {"c": 2}, "e": 5}, {"a": 1, "b": {"c": 3}, "d": 4, "e": 5})
     assert found == ["b.c: 3 there, 2 here", "d: 4 there, None here"]
+    views = [{"size": 32, "ratio": [0.75, 1.3], "std": [1, 1, 1]}]
+    assert differences({"views": views}, {"views": [{**views[0], "std": [2, 2, 2]}]}) == [
+        "views.0.std: [2, 2, 2] there, [1, 1, 1] here"
+    ]
+    assert differences({"views": views}, {"views": {"size": 3}}) == [
+        "views.0: only here",
+        "views.size: 3 there, None here",
+    ]
     assert differences({"moco": {"queue": 64}}, {"dino": {"out": 4}}) == ["dino: only there", "moco: only here"]
 
 

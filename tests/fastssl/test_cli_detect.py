@@ -188,7 +188,7 @@ def test_the_published_settings_are_no_change() -> None:
 
 
 def test_schedule_and_precision_can_be_set(capsys, checkpoint, shapes) -> None:
-    more = ("--drops", "1,3", "--warmup", 2, "--float32", "--json", "-")
+    more = ("--iterations", 4, "--drops", "1,3", "--warmup", 2, "--float32", "--json", "-")
     status, out, err = run(capsys, checkpoint, *files(shapes), *SMALL, *more)
     assert status == 0, err
     record = json.loads(out)

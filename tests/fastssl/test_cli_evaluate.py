@@ -99,6 +99,8 @@ def test_knn_protocols(capsys, small, beton, options, k, temperature, name):
     record = json.loads(out)
     assert status == 0 and (record["k"], record["temperature"], record["protocol"]) == (k, temperature, name)
     assert record["changed"] == ["size"]
+    command = ("knn", small, "--data", beton, "--val", beton, *SMALL, *options, "--reestimate-bn", 8, "--json", "-")
+    assert json.loads(run(capsys, *command)[1])["changed"] == ["size", "reestimate_bn"]
 
 
 def test_photos_that_the_file_has_scaled_down_are_a_change(capsys, small, beton, photo_tree, tmp_path):

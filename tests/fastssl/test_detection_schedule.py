@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from fastssl.evaluate.detection.annotations import DetectionError
 from fastssl.evaluate.detection.train import TrainingConfig, iterations_of
 
 
@@ -39,6 +40,9 @@ def test_drops_and_warm_up_can_be_set() -> None:
         assert voc.rate(iteration) == pytest.approx(rate), iteration
     assert TrainingConfig(100, drops=(10, 20, 30), warmup=0, lr=1.0).rate(99) == pytest.approx(0.001)
     # Not set, they follow the length, and the first iteration behind two thirds is the first of the lower rate.
+    for wrong in ({"drops": (0, 50)}, {"drops": (-5,)}, {"drops": (50, 100)}, {"drops": (60, 50)}, {"warmup": 101}):
+        with pytest.raises(DetectionError, match=r"--(drops|warmup)"):
+            TrainingConfig(100, **wrong)
     assert TrainingConfig(100).warmup_and_drops() == (10, (67, 89))
     assert TrainingConfig(90_000).warmup_and_drops() == (1000, (60_000, 80_000))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from tiny import TWO, B, TinyBackbone, images
@@ -204,5 +206,7 @@ def test_numbers_that_go_with_another_batch() -> None:
     assert [batch for batch in range(1, 40) if by_view.allows(batch)] == [16, 32]
     fewer = by_view.scaled(12)
     assert fewer.allows(12) and (fewer.split_bn, fewer.split_bn_queries) == (6, 6)
+    # No search through all numbers up to a typo.
+    assert dataclasses.replace(by_view, split_bn=10**18, split_bn_queries=10**18).scaled(12) == fewer
     shared = by_view.scaled(20, processes=2)
     assert shared.allows(20) and (shared.split_bn, shared.split_bn_queries) == (4, 4)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from small_run import Silent, options, small
 
 from fastssl.cli import main
@@ -21,6 +22,8 @@ from fastssl.models.backbones import read_header, save_backbone
 from fastssl.pipelines.loader import ViewLoader
 from fastssl.pipelines.plan.draw import IMAGENET, Normalisation
 from fastssl.pretrain import pretrain
+from fastssl.weights.export import export_backbone
+from fastssl.weights.importing import import_backbone
 
 OWN = Normalisation((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 Shown = set[tuple[int, Normalisation]]
@@ -118,6 +121,9 @@ def test_every_file_of_a_run_says_it(run: tuple[Path, dict, Shown], tmp_path: Pa
     for name in ("last.safetensors", "last-teacher.safetensors", "last.pt"):
         copy = shutil.copy(checkpoints / name, tmp_path)
         assert load_trained(copy).normalisation == load_trained(checkpoints / name).normalisation == OWN
+    half = tmp_path / "half.safetensors"
+    save_backbone(load_trained(run[0]).backbone, half, arch="lcnet_035", std=OWN.std)
+    assert load_trained(half).normalisation == Normalisation(IMAGENET.mean, OWN.std)
     # Files of older runs: what config.yaml says, and alone nothing.
     folder = tmp_path / "old" / "checkpoints"
     folder.mkdir(parents=True)
@@ -125,6 +131,20 @@ def test_every_file_of_a_run_says_it(run: tuple[Path, dict, Shown], tmp_path: Pa
     assert load_trained(folder).normalisation == IMAGENET
     shutil.copy(run[0] / "config.yaml", folder.parent)
     assert "mean" not in read_header(folder / "last.safetensors") and load_trained(folder).normalisation == OWN
+
+
+def test_exports_come_back_with_it_and_what_is_damaged_is_said(run: tuple[Path, dict, Shown], tmp_path: Path) -> None:
+    trained, back = load_trained(run[0]), tmp_path / "back.safetensors"
+    for name in ("mine.pth", "mine.safetensors"):
+        export_backbone(trained, tmp_path / name)
+        import_backbone(tmp_path / name, back, "lcnet_035")
+        assert load_trained(back).normalisation == OWN
+    tensors = load_file(tmp_path / "mine.safetensors")
+    for mean in ("[" * 100_000, "[NaN, 0, 0]", "0.5", ""):
+        save_file(tensors, tmp_path / "mine.safetensors", metadata={"mean": mean})
+        with pytest.warns(UserWarning, match="normalised as ImageNet's"):
+            import_backbone(tmp_path / "mine.safetensors", back, "lcnet_035")
+        assert load_trained(back).normalisation == IMAGENET
 
 
 def test_the_first_global_view_decides() -> None:
@@ -138,14 +158,15 @@ def test_the_first_global_view_decides() -> None:
         ({"augment": other, "global_1": own}, OWN),
         ({"local": own}, IMAGENET),
         # of a stranger
-        ([{"mean": [0, 0, 2]}], IMAGENET),
-        ([{"mean": "0, 0, 0", "std": [0, 0, 0]}], IMAGENET),
         ([3], IMAGENET),
         ({"augment": 3, "global_1": None}, IMAGENET),
         ("sslight-cnn", IMAGENET),
     ):
         assert normalisation_of({"views": views}) == expected, views
     assert normalisation_of(None) == normalisation_of({}) == IMAGENET
+    for wrong in ({"mean": [0, 0, 2]}, {"mean": "0, 0, 0", "std": [0, 0, 0]}):
+        with pytest.warns(UserWarning, match="normalised as ImageNet's"):
+            assert normalisation_of({"views": [wrong]}) == IMAGENET
     # What a run stores of its recipe.
     sslight = load_recipe(
         "dino-mobilenetv2-sslight", {"views.global_1.mean": "[0, 0, 0]", "views.local.std": "[1, 1, 1]"}

@@ -13,7 +13,8 @@ from torch.nn import functional
 
 from fastssl.evaluate import features
 from fastssl.evaluate import published_probe as module
-from fastssl.evaluate.photos import open_split
+from fastssl.evaluate.features import ProbeError
+from fastssl.evaluate.photos import open_split, require_labels
 from fastssl.evaluate.protocols import PROTOCOLS, LinearProtocol, Trial
 from fastssl.evaluate.published_probe import published_probe
 from fastssl.models.backbones import create_backbone
@@ -141,6 +142,10 @@ def test_held_out_photos_are_not_trained_on(beton: Path, backbone: nn.Module, mo
         and len(seen["learned"]) == record["train_samples"] == 36
     )
     assert record["val_samples"] == 9 and record["chosen_on"] == "held-out training photos"
+    with open_split(beton, None) as split, pytest.raises(ProbeError, match="nothing to hold out"):
+        first = np.unique(require_labels(split.train)[split.train_index], return_index=True)[1]
+        split = replace(split, train_index=split.train_index[first])
+        published_probe(backbone, split, PROTOCOLS["sslight"], [Trial(0.05, 0.0)], **options)
 
 
 def test_a_transformer_is_read_at_four_blocks(beton: Path) -> None:

@@ -62,7 +62,7 @@ def test_dealt_groups_leave_the_statistics_of_one_process(world: int) -> None:
 
 
 def test_a_layer_with_another_recurrence_is_refused_by_name() -> None:
-    with pytest.raises(FastSSLError, match=r"layer 0 averages .*momentum=None.*split_bn=1"):
+    with pytest.raises(FastSSLError, match=r"layer 0 averages .*momentum=None.*split_bn=1.*split_bn_queries=1"):
         SplitBatchNormStats(nn.Sequential(nn.BatchNorm1d(2, momentum=None)), groups=2, rank=0, world=2)
 
 

@@ -70,7 +70,8 @@ def knn(**values: Any) -> None:
             if asked.leave_one_out
             else ("knn", "kNN", None)
         )
-        names, usual = {vote: name for name, vote in KNN_PROTOCOLS.items()}, asdict(Pictures())
+        names = {vote: name for name, vote in KNN_PROTOCOLS.items()}
+        usual = {**asdict(Pictures()), "reestimate_bn": None}
         lines, records = [], []
         for found in map(asdict, results):
             vote = f"k {found['k']}, T {found['temperature']:g}"

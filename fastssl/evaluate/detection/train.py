@@ -80,6 +80,14 @@ class TrainingConfig:
     long_side: int = 1333
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        drops = list(self.drops or ())
+        if drops != sorted(drops) or not all(0 < drop < self.iterations for drop in drops):
+            wanted = f"must lie between 0 and the {counted(self.iterations, 'iteration')}, the first one first"
+            raise DetectionError(f"--drops {','.join(map(str, drops))}: {wanted}; --iterations changes how many")
+        if (self.warmup or 0) > self.iterations:
+            raise DetectionError(f"--warmup {self.warmup} is longer than {counted(self.iterations, 'iteration')}")
+
     def warmup_and_drops(self) -> tuple[int, tuple[int, ...]]:
         """As asked for, or what stands for None."""
         warmup = min(1000, self.iterations // 10) if self.warmup is None else self.warmup
