@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import textwrap
 from dataclasses import asdict
 from pathlib import Path
 
 import click
 
-from fastssl.cli.common import PIPELINES, SomePath, json_option, write_json
+from fastssl.cli.common import PIPELINES, PlainConsole, SomePath, console, json_option, write_json
 from fastssl.errors import counted
 
 
@@ -45,14 +46,22 @@ def recipes(name: str | None, against: bool, equal: bool, json_path: str | None)
             click.echo(recipe_path(name).read_text(), nl=False)
         write_json(json_path, recipe_to_dict(recipe))
         return
-    rows = []
+    from fastssl.config.against import published_linear
+
+    rows, out = [], PlainConsole()  # standard output
     for known in recipe_names():
         recipe = load_recipe(known)
         title = recipe_path(known).read_text().splitlines()[0].lstrip("# ")
         length = {"epochs": recipe.train.epochs, "batch_size": recipe.train.batch_size}
-        rows.append({"recipe": known, "arch": recipe.arch, "method": recipe.method, **length, "title": title})
+        number = published_linear(known)
+        what = {"recipe": known, "arch": recipe.arch, "method": recipe.method, **length}
+        rows.append({**what, "title": title, "linear": number})
         if json_path != "-":
-            click.echo(f"{known:34} {title}")
+            text = f"{known:34}  {f'{number:.1f} %' if number else '-':>6}  {title}"
+            # A line each for other programs; on a terminal none runs on below the names.
+            width = max(80, out.width) if out.is_terminal else 1000
+            click.echo(textwrap.fill(text, width, subsequent_indent=" " * 44, break_on_hyphens=False))
+    console.note("%: top-1 on ImageNet-1k by linear probe, the paper's; NAME --against says what is not as published")
     write_json(json_path, rows)
 
 

@@ -80,7 +80,12 @@ def compare(name: str) -> Comparison:
         published, source, known = facts["published"].get(key, (None, "", "not in published.yaml"))
         reason = known if not source else "" if value == published else facts["ours"].get(key, "")
         settings.append(Setting(key, value, published, source, reason))
-    return Comparison(name, facts["beside"]["beside"], _read(PUBLISHED)[name].get("linear"), tuple(settings))
+    return Comparison(name, facts["beside"]["beside"], published_linear(name), tuple(settings))
+
+
+def published_linear(name: str) -> float | None:
+    """``Comparison.linear`` by itself."""
+    return _read(PUBLISHED)[name].get("linear")
 
 
 def facts_of(name: str) -> dict[str, dict[str, Any]]:

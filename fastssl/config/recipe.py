@@ -19,7 +19,7 @@ from fastssl.methods import METHODS, DINOConfig, MoCoConfig, SimCLRConfig, SwAVC
 from fastssl.methods.base import MethodConfig
 from fastssl.optim.optimizers import OptimConfig
 from fastssl.pipelines.plan.draw import IMAGENET, Normalisation, ViewSpec, ViewSpecError
-from fastssl.pipelines.plan.multicrop import PRESETS, MultiCrop
+from fastssl.pipelines.plan.multicrop import AUGMENTATION, PRESETS, MultiCrop
 from fastssl.utils.settings import (
     BY_FORM,
     LIST,
@@ -279,6 +279,8 @@ def _keys(tree: Mapping[str, Any]) -> Iterator[str]:
     plain = recipe_to_dict(Recipe("", method if method in list(METHODS) else "moco", views=MultiCrop()))
     if isinstance(views, list):
         plain["views"] = dict(enumerate([dataclasses.asdict(ViewSpec())] * len(views)))
+    else:
+        plain["views"]["augment"] = dict.fromkeys(AUGMENTATION)
     return _leaves(plain)
 
 

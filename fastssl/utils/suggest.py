@@ -30,11 +30,12 @@ def did_you_mean(key: str, known: Iterable[str]) -> str:
 
 
 def _alike(one: str, other: str) -> float:
-    """1: the same; 0.8 and more: initials, beginning, or beginning of a word; else the share of equal characters."""
+    """1: the same; 0.8 and more: initials, words, beginning, or that of a word; else the share of equal characters."""
     if one == other:
         return 1.0
     initials, others = ("".join(word[:1] for word in name.split("_")) for name in (one, other))
-    if initials == other or one == others:
+    words, theirs = ({word[:4] for word in name.split("_")} for name in (one, other))  # gradient_clipping, clip_grad
+    if initials == other or one == others or words == theirs:
         return 0.95
     if min(len(one), len(other)) >= 3 and (one.startswith(other) or other.startswith(one)):
         return 0.9

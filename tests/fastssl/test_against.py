@@ -156,6 +156,24 @@ def test_it_fits_the_terminal(
     assert run(name, "--against") == 0
 
 
+@pytest.mark.parametrize("columns", [80, 120])
+def test_the_list_has_the_published_numbers_and_breaks_on_a_terminal(
+    columns: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def listed() -> str:
+        assert run() == 0
+        return capsys.readouterr().out
+
+    monkeypatch.setenv("COLUMNS", str(columns))
+    rows = {line.split()[0]: line.split()[1:3] for line in listed().splitlines()}
+    assert list(rows) == list(recipe_names())  # a line each where other programs read them
+    assert rows["light-moco-mobilenetv3"] == ["62.3", "%"] and rows["quickstart"][0] == "-"
+    monkeypatch.setenv("FORCE_COLOR", "1")  # stands for a terminal
+    lines = listed().splitlines()
+    assert max(map(len, lines)) <= columns and len(lines) > len(rows)
+    assert [line.split()[0] for line in lines if not line.startswith(" ")] == list(rows)
+
+
 def test_only_what_differs_unless_asked(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     name = "light-moco-mobilenetv3"
     assert run(name, "--against") == 0
