@@ -41,9 +41,9 @@ class SplitBatchNormStats:
             if layer.momentum is None:
                 raise FastSSLError(
                     f"layer {name or 'network'} averages its statistics over all batches (momentum=None), which "
-                    "several processes with BatchNorm groups of their own cannot: set moco.split_bn=1"
                     "several processes with BatchNorm groups of their own cannot: set moco.split_bn=1 and "
                     "moco.split_bn_queries=1"
+                )
             self._running += [layer.running_mean, layer.running_var]
             shares.append(torch.full((2 * layer.num_features,), 1 - layer.momentum, dtype=torch.float64))
             if layer.num_batches_tracked is not None:
