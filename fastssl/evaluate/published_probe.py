@@ -113,7 +113,7 @@ def published_probe(
             curves = classifiers.train(batches, judged, epochs=used.epochs, batch_size=whole)
     return {
         **used.record(),
-        "changed": differing(used.record(), protocol.record()),
+        "changed": differing(used.record() | normalisation._asdict(), protocol.record() | IMAGENET._asdict()),
         "steps_per_epoch": stream.steps,
         "cache_dtype": "float32" if used.cached_epochs else None,
         "features": width,

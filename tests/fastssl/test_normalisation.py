@@ -110,6 +110,8 @@ def test_every_evaluation_looks_as_training_did(
     with shown() as found:
         record = evaluate(capsys, str(command[0]), moved, "--data", beton, "--size", 32, *command[1:])
     assert found == {(32, OWN)} and (record["mean"], record["std"]) == ([0, 0, 0], [1, 1, 1])
+    if "--protocol" in command:
+        assert {"mean", "std"} <= {*record["changed"]}
     if "--out" in command:
         with safe_open("fine.safetensors", framework="pt") as file:
             about = json.loads(file.metadata()["fastssl-classifier"])
