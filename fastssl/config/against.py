@@ -85,7 +85,8 @@ def compare(name: str) -> Comparison:
 
 def published_linear(name: str) -> float | None:
     """``Comparison.linear`` by itself."""
-    return _read(PUBLISHED)[name].get("linear")
+    number: float | None = _read(PUBLISHED)[name].get("linear")
+    return number
 
 
 def facts_of(name: str) -> dict[str, dict[str, Any]]:
