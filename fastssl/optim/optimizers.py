@@ -202,8 +202,7 @@ def clip_gradients(parameters: Sequence[nn.Parameter], most: float | None) -> No
 
     Each tensor for itself, as in DINO's public code (arXiv 2104.14294); no norm is read by the host.
     """
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    if most is None or not gradients:
+    if most is None or not (gradients := [p.grad for p in parameters if p.grad is not None]):
         return
     scales = most / (torch.stack(torch._foreach_norm(gradients)) + 1e-6)
     torch._foreach_mul_(gradients, list(scales.clamp(max=1).unbind()))
