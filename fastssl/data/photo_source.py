@@ -29,7 +29,7 @@ from fastssl.errors import FastSSLError, counted, printable
 from fastssl.pipelines.beton.reader import BetonReader
 from fastssl.pipelines.beton.side_file import read_side_file, side_path
 from fastssl.pipelines.convert.conversion import convert, rejects_path
-from fastssl.pipelines.convert.encode import pillow_formats
+from fastssl.pipelines.convert.formats import pillow_formats
 from fastssl.pipelines.convert.options import ConvertOptions, chosen_photos
 from fastssl.pipelines.convert.sources import list_source
 from fastssl.utils.deadline import Deadline

@@ -35,7 +35,8 @@ from fastssl.pipelines.beton.format import DEFAULT_PAGE_SIZE, MIN_PAGE_SIZE, REC
 from fastssl.pipelines.beton.reader import BetonReader
 from fastssl.pipelines.beton.side_file import side_path
 from fastssl.pipelines.beton.writer import BetonWriter
-from fastssl.pipelines.convert.encode import Encoded, encode_photo, pillow_formats
+from fastssl.pipelines.convert.encode import Encoded, encode_photo
+from fastssl.pipelines.convert.formats import pillow_formats
 from fastssl.pipelines.convert.options import ConvertError, ConvertOptions, ConvertSummary, chosen_photos
 from fastssl.pipelines.convert.sources import Listing, list_source
 from fastssl.pipelines.convert.unfinished import Journal, reserve

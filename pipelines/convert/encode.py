@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import re
 import zlib
-from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -15,11 +14,10 @@ from PIL import Image
 
 from fastssl.errors import JpegError
 from fastssl.pipelines.beton.format import MODE_JPEG, MODE_RAW
+from fastssl.pipelines.convert.formats import pillow_formats
 from fastssl.pipelines.convert.options import ConvertOptions
 from fastssl.pipelines.ops import jpeg
 
-#: Only formats that Pillow decodes by itself: EPS, for one, would start Ghostscript on a stranger's program.
-PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 #: By EXIF orientation, from 2 on.
 _TURNS = ("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90")
 _TRANSPOSE = {number: Image.Transpose[name] for number, name in enumerate(_TURNS, 2)}
@@ -124,10 +122,3 @@ def _decode_pillow(data: bytes, is_jpeg: bool) -> tuple[np.ndarray, int]:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
     return np.asarray(image.convert("RGB")), orientation if orientation in _TRANSPOSE else 1
-
-
-@cache
-def pillow_formats() -> tuple[str, ...]:
-    """Those of our formats that this Pillow was built with."""
-    Image.init()
-    return tuple(name for name in PILLOW_FORMATS if name in Image.OPEN)

@@ -23,14 +23,11 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from fastssl.errors import FastSSLError, counted, printable
+from fastssl.pipelines.convert.formats import is_photo_name
 from fastssl.utils.deadline import Deadline
 
 #: Folders that programs of cameras and network disks put beside photos: thumbnails, what was deleted.
 _NOT_PHOTOS = frozenset({"@eaDir", "#recycle", "lost+found", "__MACOSX"})
-#: Compared in lower case; the contents decide how a file is decoded.
-IMAGE_EXTENSIONS = frozenset(
-    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
-)
 #: No photo has this many bytes; a larger file is a mistake or an attack on our memory.
 MAX_FILE_BYTES = 1 << 30
 
@@ -130,12 +127,6 @@ def list_source(source: str | os.PathLike, deadline: Deadline | None = None) -> 
         expected = f"{source}/CLASS/photo.jpg, {source}/photo.jpg, or a tar"
         raise SourceError(f"{source}: no photos found ({others}); expected {expected}")
     return listing
-
-
-def is_photo_name(name: str) -> bool:
-    """Whether a file of this name is taken for a photo: an image extension in any case, and not hidden."""
-    base = name.rsplit("/", 1)[-1]
-    return not base.startswith(".") and os.path.splitext(base)[1].lower() in IMAGE_EXTENSIONS
 
 
 def _list_folder(root: Path, deadline: Deadline) -> Listing:
