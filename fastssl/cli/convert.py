@@ -73,4 +73,4 @@ def convert_imagenet(
     if summary.scaled and short_side is max_side is None:
         soft = "faster to read, but crops come out softer than from the originals (--keep-size keeps them)"
         console.note(f"{counted(summary.scaled, 'photo')} scaled down to a short side of 256 px: {soft}")
-    write_json(json_path, {**asdict(summary), "path": summary.path.name})
+    write_json(json_path, {**asdict(summary), "ignored": summary.ignored, "path": summary.path.name})

@@ -20,7 +20,7 @@ import time
 import warnings
 import zlib
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import TypeVar
@@ -61,13 +61,13 @@ def rejects_path(dst: str | os.PathLike) -> Path:
 
 
 def convert(
-    src: str | os.PathLike,
+    src: str | os.PathLike | Sequence[str | os.PathLike],
     dst: str | os.PathLike,
     options: ConvertOptions | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> ConvertSummary:
-    """Convert the photos of ``src`` (see `sources.list_source`) into the ``.beton`` file ``dst``; an existing one is
-    replaced, at the very end. ``progress(done, total)`` is called ten times a second.
+    """Convert the photos of ``src``, one source or several (see `sources.list_source`), into the ``.beton`` file
+    ``dst``; an existing one is replaced, at the very end. ``progress(done, total)`` is called ten times a second.
 
     Raises:
         ConvertError, SourceError: nothing to convert, every photo rejected, a bad photo with ``on_bad='fail'``, no
@@ -77,6 +77,7 @@ def convert(
             process.
     """
     options, dst = options or ConvertOptions(), Path(dst)
+    sources = [src] if isinstance(src, (str, os.PathLike)) else list(src)
     if dst.is_dir():
         raise ConvertError(f"{dst}: is a folder; name the .beton file to write")
     if not dst.parent.is_dir():
@@ -85,18 +86,18 @@ def convert(
     # themselves.
     if dst.exists() and not dst.is_file():
         raise ConvertError(f"{dst}: exists and is not a plain file; name another DST")
-    if dst.exists() and os.path.samefile(src, dst):
+    if dst.exists() and any(os.path.exists(one) and os.path.samefile(one, dst) for one in sources):
         raise ConvertError(f"{dst}: SRC and DST are one file; the photos would be overwritten by the result")
     started = time.monotonic()
-    deadline = Deadline(src, options.stall_minutes, "read or written")
-    with warnings.catch_warnings(), list_source(src, deadline) as listing, reserve(dst) as unfinished:
+    deadline = Deadline(sources[0], options.stall_minutes, "read or written")
+    with warnings.catch_warnings(), list_source(sources, deadline) as listing, reserve(dst) as unfinished:
         # Pillow warns about odd metadata, which does not concern the pixels, in the middle of the progress bar.
         warnings.filterwarnings("ignore", module=r"PIL\.")
         job = _Conversion(listing, dst, unfinished, options, deadline)
         job.run(progress)
         num_bytes = job.publish()
     written, copied, seconds = job.writer.num_samples, job.num_copied, time.monotonic() - started
-    counts = (written, copied, written - copied, job.num_scaled, len(job.rejects), listing.ignored, job.resumed)
+    counts = (written, copied, written - copied, job.num_scaled, len(job.rejects), listing.passed_over, job.resumed)
     return ConvertSummary(dst, *counts, listing.classes, num_bytes, seconds)
 
 

@@ -73,7 +73,8 @@ class ConvertSummary:
 
     Attributes:
         path: the file. written: photos in it = copied (byte for byte) + reencoded. scaled: those that were scaled down.
-        rejected: bad photos, listed in DST.rejects.jsonl. ignored: files that are no photos.
+        rejected: bad photos, listed in DST.rejects.jsonl. passed_over: files that are no photos, by kind (see
+            `formats.kind_of`).
         resumed: photos, good or bad, that an earlier, stopped run had done already.
         classes: names, or None for photos without labels. bytes: size of the file. seconds: what this run took.
     """
@@ -84,11 +85,16 @@ class ConvertSummary:
     reencoded: int
     scaled: int
     rejected: int
-    ignored: int
+    passed_over: dict[str, int]
     resumed: int
     classes: list[str] | None
     bytes: int
     seconds: float
+
+    @property
+    def ignored(self) -> int:
+        """Files that are no photos."""
+        return sum(self.passed_over.values())
 
 
 def chosen_photos(count: int, limit: int | None) -> np.ndarray:

@@ -11,7 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from fastssl.pipelines.convert.sources import MAX_FILE_BYTES, SourceError, is_photo_name, list_source
+from fastssl.pipelines.convert.formats import is_photo_name
+from fastssl.pipelines.convert.sources import MAX_FILE_BYTES, SourceError, list_source
 
 
 def grow(root, files):
@@ -128,6 +129,60 @@ def test_links_loops_pipes_and_hidden_folders(tmp_path):
     with list_source(root) as listing:
         assert content(listing) == [("cat/a.jpg", "cat", b"a"), ("cat/c.jpg", "cat", b"b"), ("dog/b.jpg", "dog", b"b")]
         assert [name for name, _ in listing.rejected] == ["cat/dead.jpg"]
+
+
+def test_two_class_folders_may_be_one_folder(tmp_path):
+    """As for torchvision's ImageFolder; inside a class each folder is read once, so that chains of links end."""
+    root = grow(tmp_path / "src", {"real/a.jpg": b"a"})
+    for name in ("cat", "dog"):
+        (root / name).symlink_to(root / "real")
+    (tmp_path / "src/real/again").symlink_to(root / "dog")
+    with list_source(root) as listing:
+        assert content(listing) == [(f"{name}/a.jpg", name, b"a") for name in ("cat", "dog", "real")]
+
+
+def test_hidden_parts_of_paths_are_passed_over_and_counted(tmp_path):
+    hidden = [".ipynb_checkpoints/a.jpg", "__MACOSX/cat/._a.jpg", ".hidden/b.jpg", "cat/.thumbs/c.jpg", "@eaDir/d.jpg"]
+    files = dict.fromkeys(["cat/a.jpg", "dog/b.jpg", *hidden], b"x")
+    (tmp_path / "x.tar").write_bytes(tar_bytes({f"./{name}": data for name, data in files.items()}))
+    (tmp_path / "y.tar").write_bytes(tar_bytes({"n1.tar": tar_bytes(files), ".n2.tar": tar_bytes(files)}))
+    for source in (grow(tmp_path / "src", files), tmp_path / "x.tar"):
+        with list_source(source) as listing:
+            assert listing.names == ["cat/a.jpg", "dog/b.jpg"] and listing.classes == ["cat", "dog"]
+            assert sum(listing.passed_over.values()) == listing.ignored == 5 and listing.rejected == []
+    with list_source(tmp_path / "y.tar") as listing:
+        assert listing.names == ["n1.tar/cat/a.jpg", "n1.tar/dog/b.jpg"] and listing.classes == ["n1"]
+
+
+def test_joined_tars(tmp_path):
+    """cat a.tar b.tar c.tar > all.tar: tar itself would stop behind the first one."""
+    parts = [tar_bytes({f"{name}/{k}.jpg": f"{name}{k}".encode() for k in range(5)}) for name in ("cat", "dog", "cow")]
+    (tmp_path / "all.tar").write_bytes(b"".join(parts))
+    (tmp_path / "classes.tar").write_bytes(tar_bytes({"n1.tar": b"".join(parts[:2]), "n2.tar": parts[2]}))
+    with list_source(tmp_path / "all.tar") as listing:
+        assert listing.classes == ["cat", "cow", "dog"] and listing.rejected == []
+        assert [data for _, _, data in content(listing)] == [
+            f"{name}{k}".encode() for name in ("cat", "dog", "cow") for k in range(5)
+        ]
+    with list_source(tmp_path / "classes.tar") as listing:
+        assert np.bincount(listing.labels).tolist() == [10, 5]
+    (tmp_path / "all.tar").write_bytes(parts[0] + b"no tar at all" * 100)
+    with pytest.raises(SourceError, match=f"no valid member header at byte {len(parts[0])}"):
+        list_source(tmp_path / "all.tar")
+
+
+def test_several_sources_are_one_list(tmp_path):
+    (tmp_path / "more.tar").write_bytes(tar_bytes({"dog/a.jpg": b"d1", "cow/b.jpg": b"c1"}))
+    folder = grow(tmp_path / "some", {"cat/a.jpg": b"c0", "dog/a.jpg": b"d0"})
+    with list_source([folder, tmp_path / "more.tar"]) as listing:
+        assert content(listing) == [
+            ("some/cat/a.jpg", "cat", b"c0"),
+            ("some/dog/a.jpg", "dog", b"d0"),
+            ("more.tar/dog/a.jpg", "dog", b"d1"),
+            ("more.tar/cow/b.jpg", "cow", b"c1"),
+        ]
+    with list_source([folder, folder]) as listing:
+        assert listing.names == [f"{k}-some/{name}/a.jpg" for k in range(2) for name in ("cat", "dog")]
 
 
 @pytest.mark.parametrize("files", [{}, {"cat/readme.txt": b"x", ".hidden.jpg": b"x"}])
@@ -278,9 +333,7 @@ def test_random_damage_to_a_tar_ends(tmp_path):
         try:
             with list_source(path) as listing:
                 listed += 1
-                assert (listing.offsets >= 0).all() and (listing.offsets + listing.sizes <= len(bad)).all()
-                for i in range(len(listing)):
-                    assert len(listing.read(i)) == listing.sizes[i]
+                assert all(len(listing.read(i)) == listing.sizes[i] for i in range(len(listing)))
         except SourceError as error:
             assert "bad.tar" in str(error)
     assert 30 < listed < 300

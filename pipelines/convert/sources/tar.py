@@ -1,0 +1,166 @@
+"""Tars: of photos, with or without class folders, and the ILSVRC2012 tar of class tars.
+
+They are never extracted: a listing remembers where each member's bytes lie, so that any thread can read them with one
+``pread``. Member names are only ever data.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import tarfile
+from collections.abc import Collection, Generator, Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO
+
+from fastssl.pipelines.convert.formats import is_photo_name
+from fastssl.pipelines.convert.sources.base import Found, Passed, Source, SourceError, is_hidden
+
+
+class TarSource(Source):
+    """A tar of photos in folders, or one of tars, each a class. ``SourceError``: it is compressed."""
+
+    def __init__(self, path: Path):
+        super().__init__(path)
+        self._file = open(path, "rb")  # noqa: SIM115 - lives on, see close()
+        self._about = os.fstat(self._file.fileno())
+
+    def photos(self) -> Iterator[Found | Passed]:
+        taken: set[str] = set()
+        stamp = self._about.st_mtime_ns
+        for name, (member, start, end, label) in _all_members(self.name, self._file, self._about.st_size):
+            if isinstance(member, SourceError):
+                # What could be listed before the damage is used; the damage itself is on record.
+                yield Passed(name, str(member))
+            elif member.isdir():
+                continue
+            elif not is_photo_name(name) or is_hidden(name):
+                yield Passed(name)
+            elif why := _unusable(member, name, end - start, taken):
+                yield Passed(name, why)
+            else:
+                taken.add(name)
+                yield Found(name, member.size, stamp, start, label)
+
+    def read(self, place: Any, size: int) -> bytes:
+        data = os.pread(self._file.fileno(), size, place)
+        if len(data) != size:
+            raise SourceError(f"cut off: the tar ends after {len(data)} of {size} bytes")
+        return data
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class _Window(io.RawIOBase):
+    """A part of an open file as a file of its own: how a tar inside a tar is read without copying it."""
+
+    def __init__(self, file: BinaryIO, start: int, size: int):
+        self._file, self._start, self.size, self._position = file, start, size, 0
+
+    def seek(self, position: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self.size}[whence]
+        self._position = max(0, base + position)
+        return self._position
+
+    def read(self, count: int = -1) -> bytes:
+        left = max(0, self.size - self._position)
+        self._file.seek(self._start + self._position)
+        data = self._file.read(left if count < 0 else min(count, left))
+        self._position += len(data)
+        return data
+
+
+def _unusable(member: tarfile.TarInfo, name: str, room: int, taken: Collection[str]) -> str:
+    """Why a photo of the tar, with ``room`` bytes up to the tar's end, is rejected; empty: it is not."""
+    if member.issym() or member.islnk():
+        return "a link inside a tar, which is not followed"
+    if not member.isreg() or member.issparse():
+        return "not a plain file inside the tar"
+    if member.size > room:
+        return "cut off: the tar ends before the file does"
+    if ".." in name.split("/"):
+        return "its name leads out of the tar ('..')"
+    return "a second member of the same name; the first one is used" if name in taken else ""
+
+
+def _all_members(
+    what: str, handle: BinaryIO, size: int
+) -> Iterator[tuple[str, tuple[tarfile.TarInfo | SourceError, int, int, str | None]]]:
+    """Yield (name, (member, where its data begin and where they must end, class)) of the tar and of the tars in it, and
+    the name of a damaged one of these with its error in the member's place.
+    """
+    if handle.read(6).startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd")):
+        how = "uncompress it first (gunzip, bunzip2, unxz, unzstd)"
+        raise SourceError(f"{what}: a compressed tar cannot be read at random places; {how}")
+    for member in _members(handle, size, what):
+        name, start = _clean(member.name), member.offset_data
+        if not (member.isreg() and name.lower().endswith(".tar") and not is_hidden(name)):
+            yield name, (member, start, size, None)
+            continue
+        window, label = _Window(handle, start, min(member.size, size - start)), PurePosixPath(name).name[: -len(".tar")]
+        try:
+            for inner in _members(window, window.size, name):
+                place = (inner, start + inner.offset_data, start + window.size, label)
+                yield f"{name}/{_clean(inner.name)}", place
+        except SourceError as error:
+            yield name, (error, 0, 0, None)
+
+
+def _members(file: BinaryIO | _Window, size: int, what: str) -> Iterator[tarfile.TarInfo]:
+    """Yield the members of a tar, and of those joined to it (``cat a.tar b.tar``), in their order; ``SourceError`` when
+    it is no tar or damaged.
+    """
+    start: int | None = 0
+    while start is not None:
+        start = yield from _one_tar(file, start, size, what)
+
+
+def _one_tar(
+    file: BinaryIO | _Window, start: int, size: int, what: str
+) -> Generator[tarfile.TarInfo, None, int | None]:
+    """Yield the members of the tar that begins at byte ``start``; returns where the one behind it begins, if any."""
+    last, count = -1, 0
+    try:
+        file.seek(start)
+        with tarfile.open(fileobj=file, mode="r:") as archive:
+            while (member := archive.next()) is not None:
+                # A member of negative size sends older Pythons' tarfile backwards, forever (CVE-2025-8194).
+                if member.offset <= last or member.size < 0:
+                    raise SourceError(f"{what}: damaged tar: the member header at byte {member.offset} leads backwards")
+                last, count = member.offset, count + 1
+                # tarfile remembers every member: over a gigabyte for ImageNet.
+                archive.members = []  # type: ignore[attr-defined]  # not in its types
+                yield member
+            end = archive.offset
+    except (tarfile.TarError, ValueError, OverflowError, RecursionError, EOFError, MemoryError) as error:
+        kind = f"damaged or cut off tar, behind member {count} at byte {last}" if count or start else "not a tar file"
+        raise SourceError(f"{what}: {kind} ({error})") from None
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        kind = f"damaged tar: the member behind byte {last} claims more bytes than a file can have"
+        raise SourceError(f"{what}: {kind}") from None
+    # tarfile takes a damaged header for the end of the archive, without a word.
+    file.seek(min(end, size))
+    if file.read(tarfile.BLOCKSIZE).strip(b"\0"):
+        raise SourceError(f"{what}: damaged tar: no valid member header at byte {end}")
+    return _next_tar(file, end)
+
+
+def _next_tar(file: BinaryIO | _Window, end: int) -> int | None:
+    """Where the tar begins that was joined behind the zeros from byte ``end`` on; None: nothing follows."""
+    at = end
+    file.seek(at)
+    while block := file.read(1 << 20):
+        if rest := block.lstrip(b"\0"):
+            first = at + len(block) - len(rest)
+            return first - first % tarfile.BLOCKSIZE
+        at += len(block)
+    return None
+
+
+def _clean(name: str) -> str:
+    """Drop what carries no meaning from a member name: leading '/', './', doubled '/'."""
+    return "/".join(part for part in name.split("/") if part not in ("", "."))
