@@ -21,6 +21,7 @@ from fastssl.pipelines.ops.augment import augment, parameter_table
 from fastssl.pipelines.ops.memory import RecycledMemory
 from fastssl.pipelines.plan.draw import ViewSpec, draw_plans
 from fastssl.pipelines.plan.order import batch_indices, last_batch, steps_per_epoch
+from fastssl.pipelines.plan.windows import FileWindows
 from fastssl.utils.cores import available_cores
 from fastssl.utils.deadline import STALL_MINUTES
 from fastssl.utils.transfer import to_device
@@ -55,6 +56,7 @@ class ViewLoader:
         data: a ``.beton`` file, or an open ``BetonReader`` (which then stays open).
         views: the view groups, for instance two global and six local views.
         indices: restrict the loader to these sample ids.
+        window: files of a set that are shuffled among each other at a time, see ``FileWindows``; None: all.
         batch_size: samples a step on this rank. rank, world: which part of each global batch is ours.
         device, pipeline, workers, crops, on_bad, stall_minutes: see ``EngineSettings``.
         seed: of the order and of the views.
@@ -85,6 +87,7 @@ class ViewLoader:
         dtype: torch.dtype = torch.float32,
         colour: bool = True,
         stall_minutes: float = STALL_MINUTES,
+        window: int | None = None,
     ):
         if isinstance(views, ViewSpec):
             raise FastSSLError("views is a list of ViewSpec: [ViewSpec(...)]")
@@ -102,8 +105,10 @@ class ViewLoader:
         self._owns_reader = not isinstance(data, BetonReader)
         self.reader = data if isinstance(data, BetonReader) else BetonReader(data)
         try:
-            self.indices = np.arange(len(self.reader)) if indices is None else _sample_ids(indices)
+            self._indices = None if indices is None else _sample_ids(indices)
+            self.num_samples = len(self.reader) if self._indices is None else len(self._indices)
             self._check_size()
+            self._windows = None if window is None else self._file_windows(window)
             self.engine = open_engine(self.reader, self.views, settings)
         except Exception:
             self._close_reader()
@@ -113,8 +118,8 @@ class ViewLoader:
         self._memory = [RecycledMemory() for _ in self.views]
 
     def _check_size(self) -> None:
-        count = len(self.indices)
-        if count and (self.indices.min() < 0 or self.indices.max() >= len(self.reader)):
+        ids, count = self._indices, self.num_samples
+        if ids is not None and count and (ids.min() < 0 or ids.max() >= len(self.reader)):
             raise FastSSLError(f"{self.reader.path}: indices reach beyond its {counted(len(self.reader), 'sample')}")
         if len(self) < 1:
             few = f"{counted(count, 'sample')}, fewer than one batch of {self.batch_size * self.world}"
@@ -122,7 +127,16 @@ class ViewLoader:
 
     def __len__(self) -> int:
         """Steps in an epoch."""
-        return steps_per_epoch(len(self.indices), self.batch_size, self.world, self.drop_last)
+        return steps_per_epoch(self.num_samples, self.batch_size, self.world, self.drop_last)
+
+    def _file_windows(self, window: int) -> FileWindows:
+        if self._indices is not None or not self.shuffle:
+            raise FastSSLError(f"window={window} shuffles a set's files: it does not go with indices or shuffle=False")
+        return FileWindows(np.asarray(getattr(self.reader, "starts", [0, len(self.reader)])), window)
+
+    def ids_at(self, places: np.ndarray) -> np.ndarray:
+        """The sample ids at these places of what the loader reads: of all samples, or of ``indices``. A new array."""
+        return places.copy() if self._indices is None else self._indices[places]
 
     @property
     def stats(self) -> EngineStats:
@@ -131,13 +145,13 @@ class ViewLoader:
 
     def request(self, epoch: int, step: int) -> Request:
         """The ids and the view plan of one step: a pure function, the same on any machine."""
-        count, total = len(self.indices), self.batch_size * self.world
+        count, total = self.num_samples, self.batch_size * self.world
         if not self.shuffle:
             everyone = np.arange(step * total, min((step + 1) * total, count))
         elif self.drop_last or (step + 1) * total <= count:
-            everyone = batch_indices(count, self.seed, epoch, step, total)
+            everyone = batch_indices(count, self.seed, epoch, step, total, windows=self._windows)
         else:
-            everyone = last_batch(count, self.seed, epoch, self.batch_size, self.world)
+            everyone = last_batch(count, self.seed, epoch, self.batch_size, self.world, self._windows)
         share = len(everyone) // self.world
         first = self.rank * share
         request = self._drawn(epoch, everyone[first : first + share])
@@ -146,7 +160,7 @@ class ViewLoader:
         return request
 
     def _drawn(self, epoch: int, chosen: np.ndarray) -> Request:
-        index = self.indices[chosen]
+        index = self.ids_at(chosen)
         heights, widths = self.reader.heights[index], self.reader.widths[index]
         return Request(index, draw_plans(self.views, self.seed, epoch, index, heights, widths))
 

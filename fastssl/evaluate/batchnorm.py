@@ -19,7 +19,7 @@ from fastssl.errors import FastSSLError
 from fastssl.evaluate.features import EVALUATION_CROP, collect
 from fastssl.pipelines.beton.reader import BetonReader
 from fastssl.pipelines.plan.draw import IMAGENET, Normalisation, ViewSpec
-from fastssl.pipelines.plan.order import epoch_order
+from fastssl.pipelines.plan.order import samples_at
 
 
 def _layers(network: nn.Module) -> list[_BatchNorm]:
@@ -63,8 +63,8 @@ def reestimated(
     """
     if not has_batchnorm(backbone):
         raise FastSSLError("this network has no BatchNorm: there are no statistics to take again")
-    ids = np.arange(len(data)) if indices is None else np.asarray(indices)
-    count = min(samples, len(ids))
+    total = len(data) if indices is None else len(indices)
+    count = min(samples, total)
     if count < 2:
         raise FastSSLError(f"{data.path}: BatchNorm statistics need at least two photos, not {count}")
     device = torch.device(device)
@@ -75,7 +75,8 @@ def reestimated(
         layer.train()  # these layers alone: drop path and dropout stay still
     # Equal batches: a last one of a handful of photos would count as much as a whole one.
     batch = max(2, count // -(-count // batch_size))
-    chosen = np.sort(ids[epoch_order(len(ids), seed, 0)[: count - count % batch]])
+    chosen = samples_at(np.arange(count - count % batch), total, seed, 0)
+    chosen = np.sort(chosen if indices is None else np.asarray(indices)[chosen])
     forward = torch.autocast(device.type, torch.bfloat16, enabled=amp)(network)
     view = ViewSpec.evaluation(size, crop, normalisation)
     collect(forward, data, view, indices=chosen, batch_size=batch, device=device, **how)

@@ -162,16 +162,16 @@ def collect(
     how: dict[str, Any] = {"workers": workers, "on_bad": on_bad, "indices": indices}
     with ViewLoader(data, [spec], batch_size, device, shuffle=False, drop_last=False, **how) as loader:
         features: Tensor | None = None
-        index, labels = torch.empty(2, len(loader.indices), dtype=torch.int64).unbind()
+        index, labels = torch.empty(2, loader.num_samples, dtype=torch.int64).unbind()
         first = kept = 0
         for batch in loader.epoch(0):
             rows = function(batch.views[0])
             if features is None:
                 # One block filled in place: joining pieces at the end would need the memory twice.
-                features = torch.empty(len(loader.indices), rows.shape[1], dtype=torch.float32)
+                features = torch.empty(loader.num_samples, rows.shape[1], dtype=torch.float32)
             # Where a damaged photo was skipped, another sample stands in its place: counting that one twice
             # would bias the probe, so only rows whose sample is the one asked for are kept.
-            asked = torch.from_numpy(loader.indices[first : first + len(batch.index)])
+            asked = torch.from_numpy(loader.ids_at(np.arange(first, first + len(batch.index))))
             good = (batch.index == asked).nonzero().squeeze(1)
             first += len(batch.index)
             target = slice(kept, kept + len(good))

@@ -150,6 +150,7 @@ class Setup:
             on_bad=self.recipe.train.on_bad,
             dtype=self.step.view_dtype,
             colour=not self.step.takes_crops,
+            window=self.recipe.train.window,
         )
 
     def plan(self) -> list[str]:

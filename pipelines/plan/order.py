@@ -2,6 +2,10 @@
 
 One permutation per epoch, cut into global batches; each rank takes its contiguous part of a batch. The global batch
 therefore does not depend on how many processes share it, and a resumed run needs nothing but the step's number.
+
+Up to ``SORTED`` samples the permutation sorts one random 64-bit key per sample (32 bytes each while it is made). Above,
+it is a keyed one (permutation.py), which is asked for the places that are needed and takes no memory; so are the
+groups of files that windows.py draws.
 """
 
 from __future__ import annotations
@@ -12,6 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastssl.pipelines.plan.philox import Stream, keyed_words
+from fastssl.pipelines.plan.windows import FileWindows
+
+#: Samples up to which an epoch's order is sorted. Part of what a seed means: it never changes.
+SORTED = 1 << 24
 
 
 def _random_keys(count: int, seed: int, stream: Stream, epoch: int, high_word: int = 0) -> NDArray[np.uint64]:
@@ -25,14 +33,36 @@ def _random_keys(count: int, seed: int, stream: Stream, epoch: int, high_word: i
 # Two entries: the current epoch's order and the next one's, which prefetching asks for before the current one ends.
 @lru_cache(maxsize=2)
 def epoch_order(num_samples: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    """The order of samples in an epoch, position -> sample: (num_samples,) int64, shared with other callers and
-    read-only. The permutation sorts one random 64-bit key per sample; equal keys keep the samples' order.
+    """The whole order of samples in an epoch, position -> sample: (num_samples,) int64, shared with other callers and
+    read-only. Of a set that may be large ask for the positions that are needed: `samples_at`.
     """
     if num_samples < 0:
         raise ValueError(f"num_samples must not be negative, got {num_samples}")
-    order = np.argsort(_random_keys(num_samples, seed, Stream.ORDER, epoch), kind="stable").astype(np.int64, copy=False)
+    if num_samples > SORTED:
+        order = samples_at(np.arange(num_samples), num_samples, seed, epoch)
+    else:  # equal keys keep the samples' order
+        order = np.argsort(_random_keys(num_samples, seed, Stream.ORDER, epoch), kind="stable")
+        order = order.astype(np.int64, copy=False)
     order.setflags(write=False)
     return order
+
+
+def samples_at(
+    positions: NDArray[np.int64], num_samples: int, seed: int, epoch: int, windows: FileWindows | None = None
+) -> NDArray[np.int64]:
+    """The samples at these positions of an epoch's order: (k,) int64, of (k,) positions in 0 .. num_samples - 1.
+
+    Args:
+        windows: of these samples; the order is then theirs, unless one window holds all files.
+    """
+    if windows is not None and windows.divide:
+        return windows.samples_at(positions, seed, epoch)
+    if num_samples <= SORTED:
+        return epoch_order(num_samples, seed, epoch)[positions]
+    # numba, which comes with it, takes half a second to load.
+    from fastssl.pipelines.plan.permutation import permuted, random_keys
+
+    return permuted(positions, num_samples, random_keys(seed, Stream.ORDER, epoch, view=1))
 
 
 def steps_per_epoch(num_samples: int, batch_size: int, world: int = 1, drop_last: bool = True) -> int:
@@ -44,10 +74,17 @@ def steps_per_epoch(num_samples: int, batch_size: int, world: int = 1, drop_last
 
 
 def batch_indices(
-    num_samples: int, seed: int, epoch: int, step: int, batch_size: int, rank: int = 0, world: int = 1
+    num_samples: int,
+    seed: int,
+    epoch: int,
+    step: int,
+    batch_size: int,
+    rank: int = 0,
+    world: int = 1,
+    windows: FileWindows | None = None,
 ) -> NDArray[np.int64]:
-    """The samples of one rank's part of a global batch, of ``batch_size`` per rank: (batch_size,) int64 sample indices,
-    a read-only view of the epoch's order. ``ValueError``: there is no such step or rank.
+    """The samples of one rank's part of a global batch, of ``batch_size`` per rank: (batch_size,) int64 sample indices;
+    ``windows`` as in `samples_at`. ``ValueError``: there is no such step or rank.
     """
     steps = steps_per_epoch(num_samples, batch_size, world)
     if not 0 <= rank < world:
@@ -57,10 +94,12 @@ def batch_indices(
             f"step {step} is outside the epoch: {num_samples} samples make {steps} steps of {world} x {batch_size}"
         )
     start = (step * world + rank) * batch_size
-    return epoch_order(num_samples, seed, epoch)[start : start + batch_size]
+    return samples_at(np.arange(start, start + batch_size), num_samples, seed, epoch, windows)
 
 
-def last_batch(num_samples: int, seed: int, epoch: int, batch_size: int, world: int = 1) -> NDArray[np.int64]:
+def last_batch(
+    num_samples: int, seed: int, epoch: int, batch_size: int, world: int = 1, windows: FileWindows | None = None
+) -> NDArray[np.int64]:
     """The samples of all ranks' parts of an epoch's last, partial batch; ``batch_size`` is per rank: (n,) int64.
 
     The epoch's first samples fill it up to a multiple of ``world``, as torch's DistributedSampler does with its order,
@@ -69,7 +108,7 @@ def last_batch(num_samples: int, seed: int, epoch: int, batch_size: int, world: 
     start = num_samples // (batch_size * world) * batch_size * world
     count = max(num_samples - start, 2)
     places = np.arange(start, start + count + -count % world)
-    return epoch_order(num_samples, seed, epoch).take(places, mode="wrap")
+    return samples_at(places % num_samples, num_samples, seed, epoch, windows)
 
 
 def batch_permutation(n: int, seed: int, epoch: int, step: int, *, parts: int = 1) -> NDArray[np.int64]:

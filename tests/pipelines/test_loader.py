@@ -117,6 +117,27 @@ def test_indices_restrict_the_loader(beton: Path) -> None:
     assert sorted(seen.tolist()) == chosen.tolist()
 
 
+def test_window_takes_the_files_of_a_set_one_group_after_the_other(beton: Path) -> None:
+    with BetonReader(beton) as reader:
+        reader.starts = np.array([0, 16, 32, 48])
+        with ViewLoader(reader, views=[GLOBAL], batch_size=8, window=1) as loader:
+            files = torch.stack([b.index for b in loader.epoch(0)]) // 16
+            assert files[::2].equal(files[1::2]) and (files == files[:, :1]).all()
+            assert sorted(files[::2, 0].tolist()) == [0, 1, 2]
+        with pytest.raises(FastSSLError, match="window=1 .* indices or shuffle=False"):
+            ViewLoader(reader, views=[GLOBAL], batch_size=8, window=1, shuffle=False)
+    with ViewLoader(beton, views=[GLOBAL], batch_size=8) as loader, ViewLoader(beton, [GLOBAL], 8, window=1) as other:
+        assert np.array_equal(loader.request(1, 2).index, other.request(1, 2).index), "one file is one window"
+
+
+def test_samples_that_stand_in_for_others_leave_the_batch_of_all_processes_as_it_is(beton: Path) -> None:
+    with ViewLoader(beton, views=[GLOBAL], batch_size=8, rank=1, world=2) as loader:
+        request = loader.request(0, 0)
+        sample = int(request.index[3])
+        request.index[3] = request.index[4]
+        assert request.draw is not None and request.draw(8 + 3).index.tolist() == [sample]
+
+
 def threads() -> set[str]:
     """The loader's; those of depth-wise gradients stay for the next step."""
     names = {thread.name for thread in threading.enumerate()}
