@@ -54,9 +54,8 @@ class TrainConfig:
             with them all that is counted in epochs; ``epochs`` is then the length for which those numbers were written.
             None, as in a run's config.yaml: ``epochs`` holds for any number of photos.
         batch_size: samples a step.
-        window: of a set of many files on remote or spinning storage: how many of them are read at a time. An epoch takes
-            the files in a random order and shuffles the samples of each such group; those of a batch are then of one
-            group. None: all samples are shuffled among each other, and reads are random ones over the whole set.
+        window: files of a set that are shuffled at a time, for remote or spinning storage: an epoch takes them in a
+            random order, and a batch's photos are of one such group. None: all photos are shuffled among each other.
         accumulate: parts into which a step's batch is cut for the pass with gradient, to save memory. Learning rate,
             keys and queue stay those of the whole batch; the query network's BatchNorms see one part at a time.
         compile: compile the networks with ``torch.compile`` (minutes at the start).

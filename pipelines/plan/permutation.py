@@ -44,7 +44,7 @@ def permuted(places: NDArray[np.int64], n: int, keys: NDArray[np.uint64]) -> NDA
 
 @exact
 def _permute(places: np.ndarray, n: int, base: int, keys: np.ndarray, found: np.ndarray) -> None:
-    """``places``, ``n``, ``base`` and ``keys`` are uint64: with a signed number beside it numba makes floats of both."""
+    """``places``, ``n``, ``base`` and ``keys`` are uint64: of one and a signed number numba makes a float."""
     for i in range(len(places)):
         place = places[i]
         while True:
