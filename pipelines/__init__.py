@@ -13,10 +13,12 @@ from fastssl.errors import BetonError, FastSSLError, JpegError
 _LAZY = {
     "Batch": "loader",
     "BetonReader": "beton.reader",
+    "BetonSet": "beton.dataset",
     "BetonWriter": "beton.writer",
     "MultiCrop": "plan.multicrop",
     "ViewLoader": "loader",
     "ViewSpec": "plan.draw",
+    "open_beton": "beton.dataset",
 }
 
 __all__ = ["BetonError", "FastSSLError", "JpegError", *_LAZY]

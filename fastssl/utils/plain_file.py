@@ -8,16 +8,17 @@ from pathlib import Path
 from fastssl.errors import FastSSLError
 
 
-def read_plain(path: str | os.PathLike, at_most: int) -> bytes:
+def read_plain(path: str | os.PathLike, at_most: int, *, begin: bool = False) -> bytes:
     """The content of a plain file; a pipe of that name would wait for its writer forever, and a device has no end.
-    Raises FileNotFoundError, or FastSSLError where it is no plain file, longer than ``at_most`` bytes, or unreadable.
+    Raises FileNotFoundError, or FastSSLError where it is no plain file, longer than ``at_most`` bytes (``begin``: of
+    which no more are wanted), or unreadable.
     """
     path = Path(path)
     try:
         if path.exists() and not path.is_file():
             raise FastSSLError(f"{path}: is not a plain file")
         with path.open("rb") as file:
-            content = file.read(at_most + 1)
+            content = file.read(at_most + (not begin))
     except FileNotFoundError:
         raise
     except (OSError, ValueError) as error:

@@ -14,6 +14,7 @@ from fastssl.errors import BetonError, JpegError
 from fastssl.pipelines.beton import format as beton_format
 from fastssl.pipelines.beton import side_file
 from fastssl.pipelines.beton.format import MODE_JPEG, MODE_RAW
+from fastssl.pipelines.beton.open_file import BetonFile
 from fastssl.pipelines.beton.reader import BetonReader
 from fastssl.pipelines.beton.writer import BetonWriter
 from fastssl.pipelines.ops import jpeg
@@ -342,12 +343,12 @@ def test_some_photos_tell_a_file_from_another(tmp_path, monkeypatch):
     ):
         assert one.photo_checksum() == same.photo_checksum() != other.photo_checksum()
         assert one.table_checksums() == other.table_checksums()
-        read = BetonReader._read
+        read = BetonFile.read
 
-        def lost(reader, file, offset, out, what):
+        def lost(file, offset, out, what):
             if what == "sample 1":
                 raise BetonError("sample 1: cannot be read: Input/output error")
-            read(reader, file, offset, out, what)
+            read(file, offset, out, what)
 
-        monkeypatch.setattr(BetonReader, "_read", lost)
+        monkeypatch.setattr(BetonFile, "read", lost)
         assert one.photo_checksum() == other.photo_checksum()

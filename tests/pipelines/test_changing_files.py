@@ -18,7 +18,7 @@ from conftest import need_engine
 
 from fastssl.errors import BetonError, JpegError
 from fastssl.pipelines.beton import format as beton_format
-from fastssl.pipelines.beton import reader as beton_module
+from fastssl.pipelines.beton import open_file
 from fastssl.pipelines.beton.reader import BetonReader
 from fastssl.pipelines.beton.verify import verify
 from fastssl.pipelines.loader import ViewLoader
@@ -195,7 +195,7 @@ def test_a_disk_that_fails(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
                 raise OSError(errno.EIO, os.strerror(errno.EIO))
             return real(descriptor, buffers, offset)
 
-        monkeypatch.setattr(beton_module.os, "preadv", failing)
+        monkeypatch.setattr(open_file.os, "preadv", failing)
         with pytest.raises(BetonError, match=r"copy.beton: sample 7: cannot be read: Input/output error"):
             reader.decode(7)
         with ViewLoader(reader, TWO, 48) as loader, pytest.raises(BetonError, match="sample 7: cannot be read"):
@@ -211,7 +211,7 @@ def test_reads_that_come_in_pieces(copy: Path, monkeypatch: pytest.MonkeyPatch) 
         expected = [reader.decode(i) for i in range(48)]
     real = os.preadv
     monkeypatch.setattr(
-        beton_module.os,
+        open_file.os,
         "preadv",
         lambda file, buffers, at: real(file, [buffers[0][: max(1, len(buffers[0]) // 3)]], at),
     )
@@ -222,7 +222,7 @@ def test_reads_that_come_in_pieces(copy: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_a_reader_that_is_closed_while_it_is_read(copy: Path) -> None:
     """The descriptor's number may be another file's by then; the thread that reads keeps its own."""
     with BetonReader(copy) as reader:
-        file, expected = reader._file, reader.encoded(3).tobytes()
+        file, expected = reader._file.open(), reader.encoded(3).tobytes()
         reader.close()
         with open("/dev/zero", "rb") as other:
             assert other.fileno() != file.descriptor

@@ -22,6 +22,7 @@ from rich.console import Console
 from fastssl.cli import main
 from fastssl.cli.progress import RunProgress
 from fastssl.errors import FastSSLError, Stalled, WorkerError
+from fastssl.pipelines.beton import open_file
 from fastssl.pipelines.beton import reader as beton_module
 from fastssl.pipelines.engines import native
 from fastssl.pipelines.loader import ViewLoader
@@ -46,7 +47,7 @@ class DeadDisk:
     def __init__(self, monkeypatch: pytest.MonkeyPatch | None = None, answered: Collection[int] = ()):
         self.answer, self.all_answered, self.hangs = (threading.Event() for _ in range(3))
         left = set(answered)
-        real = beton_module.OpenFile.read_into
+        real = open_file.OpenFile.read_into
 
         def read_into(file, out, offset):
             if threading.current_thread() is not threading.main_thread() and offset not in answered:
@@ -59,9 +60,9 @@ class DeadDisk:
             return done
 
         if monkeypatch is None:
-            beton_module.OpenFile.read_into = read_into
+            open_file.OpenFile.read_into = read_into
         else:
-            monkeypatch.setattr(beton_module.OpenFile, "read_into", read_into)
+            monkeypatch.setattr(open_file.OpenFile, "read_into", read_into)
 
 
 @pytest.mark.engines

@@ -18,7 +18,8 @@ from children import in_child
 
 from fastssl.cli import main
 from fastssl.errors import FastSSLError, Stalled, WorkerError
-from fastssl.pipelines.beton.reader import BetonReader, OpenFile
+from fastssl.pipelines.beton.open_file import OpenFile
+from fastssl.pipelines.beton.reader import BetonReader
 from fastssl.pipelines.beton.verify import verify
 from fastssl.pipelines.beton.writer import BetonWriter
 from fastssl.pipelines.convert import conversion as convert_module

@@ -1,0 +1,295 @@
+"""Many ``.beton`` files that are read as one data set."""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+import zlib
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from fastssl.errors import BetonError, counted
+from fastssl.pipelines.beton.open_file import OpenFiles
+from fastssl.pipelines.beton.reader import BetonReader, Row
+from fastssl.pipelines.beton.tables import Tables, read_tables
+from fastssl.pipelines.ops.memory import ThreadMemory
+
+#: Samples above which a set keeps no tables: they take 33 bytes a sample, in every process.
+LAZY_ABOVE = 1 << 24
+#: Files that are asked at once when a set is opened; records of each that tell a set from another one; records that are
+#: remembered, those of some batches.
+_AT_ONCE, _RECORDS, _REMEMBERED = 16, 4, 1 << 16
+_OF = re.compile(r"(.*?)(\d+)-of-(\d+)(\D*)")
+#: Words in the names of files that are not of one set.
+_SPLITS = re.compile(r"(?<![a-z])(train|val|valid|validation|test)(?![a-z])")
+
+#: A file, a pattern (``train-*.beton``), a folder of ``.beton`` files, or several of them.
+Data = str | os.PathLike | Sequence[str | os.PathLike]
+Classes = tuple[str, ...]
+_Found = TypeVar("_Found")
+
+
+def open_beton(data: Data) -> BetonReader:
+    """The data set that ``data`` names: a ``BetonReader`` of one file, a ``BetonSet`` of more. ``BetonError``: as those
+    two and `beton_files`.
+    """
+    files, path = beton_files(data)
+    return BetonReader(files[0]) if len(files) == 1 else BetonSet(files, path=path)
+
+
+def beton_files(data: Data) -> tuple[list[Path], Path]:
+    """The files that ``data`` names, numbers in their names in order (2 before 10), and what messages call them all.
+    ``BetonError``: there is none, one of ``-00002-of-00064`` is missing, or a folder's are not of one set.
+    """
+    if not isinstance(data, (str, os.PathLike)):
+        named = [beton_files(one) for one in data]
+        files = _in_order(file for found, _ in named for file in found)
+        if not files:
+            raise BetonError("an empty list of .beton files: nothing to read")
+        more = f" and {counted(len(named) - 1, 'more file')}" if len(named) > 1 else ""
+        return files, named[0][1].with_name(f"{named[0][1].name}{more}")
+    path = Path(data)
+    if path.is_dir():
+        files = _in_order(one for one in path.iterdir() if one.suffix == ".beton" and not one.name.startswith("."))
+        splits = {match[1] for file in files for match in _SPLITS.finditer(file.stem.lower())}
+        if not files:
+            raise BetonError(f"{path}: no .beton files in this folder; fastssl convert-imagenet makes one from photos")
+        if len(splits) > 1:
+            raise BetonError(
+                f"{path}: holds files of {' and '.join(sorted(splits))}, which are not one data set; name those that "
+                f"are meant by a pattern in quotes, '{path}/*{min(splits)}*.beton'"
+            )
+    elif not glob.has_magic(os.fspath(path)) or os.path.lexists(path):
+        return [path], path
+    else:
+        files = _in_order(map(Path, glob.glob(os.fspath(path))))
+        files = [file for file in files if file.suffix == ".beton"] or files  # side files match, too
+        if not files:
+            raise BetonError(f"{path}: no file is named like this")
+    _require_complete(files)
+    return files, path
+
+
+def _in_order(files: Iterable[Path]) -> list[Path]:
+    def key(file: Path) -> list[tuple[int, str]]:
+        parts = re.split(r"(\d+)", os.fspath(file))
+        return [(int(part), part) if k % 2 else (0, part) for k, part in enumerate(parts)]
+
+    return sorted(files, key=key)
+
+
+def _require_complete(files: list[Path]) -> None:
+    """Refuse names of the kind ``train-00002-of-00064.beton`` of which not all are there."""
+    found: dict[tuple[Path, str, str, str], dict[int, str]] = {}
+    for file in files:
+        if match := _OF.fullmatch(file.name):
+            found.setdefault((file.parent, match[1], match[3], match[4]), {})[int(match[2])] = match[2]
+    for (folder, begin, total, end), numbers in found.items():
+        first = int(int(total) in numbers)  # they may count from 1
+        missing = set(range(first, first + min(int(total), 1_000_000))) - numbers.keys()
+        if missing:
+            width = len(next(iter(numbers.values())))
+            name = f"{begin}{min(missing):0{width}d}-of-{total}{end}"
+            more = f" (and {counted(len(missing) - 1, 'more file')})" if len(missing) > 1 else ""
+            raise BetonError(
+                f"{folder / name}: is missing{more}; put it beside the others, or name as a list the files that are "
+                "meant"
+            )
+
+
+class BetonSet(BetonReader):
+    """Several files read as one, their samples counted through: a ``BetonReader`` like that of one file. Errors name
+    the file and the sample in it.
+
+    A set of more than ``LAZY_ABOVE`` samples is ``lazy``: opening it reads headers alone, and records are read, two
+    reads each, and checked when they are asked for. Where a file's allocation table is not in the order of the samples
+    (FFCV writes such ones) its whole table is read then, and those of four files are kept: in such files a lazy set is
+    slow. Few files are open at once (a quarter of ``ulimit -n``); one that changed until it is opened again is an
+    error.
+
+    Class names come from the side files. Where those list different ones, labels are matched by name: the set's classes
+    are all names, sorted.
+
+    Args:
+        files: in the order of the samples. path: what messages call the set.
+        lazy: whether tables stay on the disk; None: of a large set.
+        localize: where a file is to be found, asked before it is opened for the first time: it may fetch it.
+        counts: samples of each file, where they are known. Files are then opened when they are needed; the set is lazy,
+            and all of its side files must list the same classes.
+
+    Raises:
+        BetonError: a file is damaged, files with and without labels, or classes that cannot be matched.
+    """
+
+    def __init__(
+        self,
+        files: Sequence[str | os.PathLike],
+        *,
+        path: str | os.PathLike | None = None,
+        lazy: bool | None = None,
+        localize: Callable[[str], Path] | None = None,
+        counts: Sequence[int] | None = None,
+    ):
+        self.files = [Path(file) for file in files]
+        self.path = Path(path or beton_files(files)[1])
+        self._names, self._localize, self._among = list(map(os.fspath, files)), localize or Path, OpenFiles()
+        self._pool, self._scratch = ThreadPoolExecutor(_AT_ONCE, "fastssl-tables"), ThreadMemory()
+        self._readers, self._recent = dict[int, BetonReader](), dict[int, Row]()
+        self._counts, numbers = counts, range(len(files))
+        try:
+            first = self._reader(0)
+            self.labelled, self.page_size, self.num_bytes = first.labelled, first.page_size, first.num_bytes
+            self.field_names, self.image_field = first.field_names, first.image_field
+            self._lists: dict[Classes | None, Classes | None] = {}
+            lists = list(self._each(self._classes_of, numbers if counts is None else [0]))
+            self._classes, maps = self._match_classes()
+            self._maps = [maps.get(one) for one in lists] if maps else None
+            if counts is None:
+                counts = [len(self._reader(k)) for k in numbers]
+                self.num_bytes = sum(self._reader(k).num_bytes for k in numbers)
+            self.starts = np.concatenate([[0], np.cumsum(np.asarray(counts, np.int64))])
+            self._starts: list[int] = self.starts.tolist()
+            self.num_samples = self._starts[-1]
+            self.lazy = self._counts is not None or (self.num_samples > LAZY_ABOVE if lazy is None else lazy)
+            if not self.lazy:
+                self._load()
+        except BaseException:
+            self.close()
+            raise
+
+    def _reader(self, k: int) -> BetonReader:
+        if (reader := self._readers.get(k)) is None:
+            reader = BetonReader(self._localize(self._names[k]), lazy=True, among=self._among)
+            reader._scratch = self._scratch
+            if self._counts is not None and len(reader) != self._counts[k]:
+                raise reader._error(f"{counted(len(reader), 'sample')}, not {self._counts[k]:,} as was said")
+            if self._counts is not None and k and self._classes_of(k, reader) not in self._lists:
+                raise reader._error(
+                    f"lists other classes than {self.files[0].name}; all files must be here to match them"
+                )
+            reader = self._readers.setdefault(k, reader)
+        return reader
+
+    def _classes_of(self, k: int, reader: BetonReader | None = None) -> Classes | None:
+        """What the file's side file lists."""
+        reader = reader or self._reader(k)
+        if reader.labelled != self.labelled:
+            have = ("has labels", "has none")[:: 1 if self.labelled else -1]
+            what = f"{self.files[0].name} {have[0]}, {self.files[k].name} {have[1]}"
+            raise self._error(f"{what}: they are not one data set; convert all with class folders, or all without")
+        classes = reader.classes if self.labelled else None
+        found = None if classes is None else tuple(classes)
+        return found if self._counts is not None and k else self._lists.setdefault(found, found)
+
+    def _match_classes(self) -> tuple[list[str] | None, dict[Classes | None, np.ndarray]]:
+        """The set's classes, and where those of each list stand in it; no lists where all are alike."""
+        named = [one for one in self._lists if one is not None]
+        if len(named) < 2:
+            return list(named[0]) if named else None, {}
+        if None in self._lists:
+            raise self._error("side files list different classes, and a file has no such list (FILE.beton.json)")
+        everything = sorted(set().union(*named))
+        place = {name: k for k, name in enumerate(everything)}
+        return everything, {one: np.array([place[name] for name in one], np.int64) for one in named}
+
+    def _set_labels(self, k: int, labels: np.ndarray, samples: np.ndarray) -> np.ndarray:
+        """The set's labels for those of the samples ``samples`` of file ``k``."""
+        if self._maps is None or not self.labelled:
+            return labels
+        table: np.ndarray = self._maps[k]
+        if (outside := np.flatnonzero(labels >= len(table))).size:
+            label = f"sample {samples[outside[0]]}: has the label {labels[outside[0]]}"
+            raise self._reader(k)._error(f"{label}, but its side file lists {counted(len(table), 'class')}")
+        return np.where(labels < 0, labels, table[labels])
+
+    def _each(self, look: Callable[[int], _Found], numbers: Iterable[int]) -> Iterable[_Found]:
+        return self._pool.map(look, numbers)
+
+    def _read_tables(self, out: Tables) -> None:
+        for k, (low, high) in enumerate(pairwise(self._starts)):
+            reader, part = self._reader(k), out.rows(slice(low, high))
+            read_tables(reader._file, reader._layout, part)
+            if part.labels is not None:
+                part.labels[:] = self._set_labels(k, part.labels, np.arange(high - low))
+
+    def _owner(self, i: int) -> tuple[BetonReader, int]:
+        super()._owner(i)
+        k = bisect_right(self._starts, i) - 1
+        return self._reader(k), i - self._starts[k]
+
+    def _row(self, i: int) -> Row:
+        return (self._recent.get(i) or self._rows(np.array([i]))[0]) if self.lazy else super()._row(i)
+
+    def _rows(self, index: np.ndarray) -> list[Row]:
+        # Who draws the views asks for the shapes, and so does the engine, twice: they are remembered for a while.
+        wanted, known = np.asarray(index, np.int64).tolist(), self._recent
+        new = np.array(sorted({i for i in wanted if i not in known}), np.int64)
+        if len(new):
+            super()._owner(int(new[0])), super()._owner(int(new[-1]))
+            if len(known) > _REMEMBERED:  # another thread may hold the old one
+                known = self._recent = {i: known[i] for i in wanted if i in known}
+            owners = np.searchsorted(self.starts, new, "right") - 1
+            parts = np.split(new, np.flatnonzero(np.diff(owners)) + 1)
+            groups = [parts[n::_AT_ONCE] for n in range(min(_AT_ONCE, len(parts)))]
+
+            def read(some: list[np.ndarray]) -> dict[int, Row]:
+                return {i: row for part in some for i, row in zip(part.tolist(), self._rows_of_one(part))}
+
+            # One file's are read here: who asks may be a thread of the pool.
+            for found in map(read, groups) if len(groups) == 1 else self._pool.map(read, groups):
+                known.update(found)
+        return [known[i] for i in wanted]
+
+    def _rows_of_one(self, index: np.ndarray) -> list[Row]:
+        """Of samples of one file."""
+        reader, first = self._owner(int(index[0]))
+        own = index - index[0] + first
+        rows = reader._rows(own)
+        k = bisect_right(self._starts, int(index[0])) - 1
+        labels = self._set_labels(k, np.array([row.label for row in rows]), own)
+        return [row._replace(label=label) for row, label in zip(rows, labels.tolist())]
+
+    @property
+    def classes(self) -> list[str] | None:
+        """The class names, label k being ``classes[k]``; None where no side file names any."""
+        return self._classes
+
+    def side_notes(self) -> list[dict[str, Any]]:
+        """As of one file."""
+        notes = self._each(lambda k: self._reader(k).side_notes(), range(len(self.files)))
+        return [note for some in notes for note in some]
+
+    def table_checksums(self) -> dict[str, int]:
+        """CRC-32 of the headers and sizes of all files (``head``), and of a few records of each (``table``): whole
+        tables of a thousand files are 48 GB. Where files are opened later, of their names and counts.
+        """
+        if self._counts is not None:
+            known = [f"{file.name} {count}" for file, count in zip(self.files, self._counts)]
+            return {"head": zlib.crc32("\n".join(known).encode()), "table": 0}
+        layouts = [(reader.num_bytes, reader._layout) for _, reader in sorted(self._readers.items())]
+        heads = [(size, one.num_samples, one.page_size, one.metadata_end, one.table_at) for size, one in layouts]
+        rows = b"".join(self._each(self._few_rows, range(len(self.files))))
+        return {"head": zlib.crc32(np.array(heads, np.int64).tobytes()), "table": zlib.crc32(rows)}
+
+    def _few_rows(self, k: int) -> bytes:
+        reader = self._reader(k)
+        return np.array(reader._rows(np.linspace(0, len(reader) - 1, _RECORDS).astype(np.int64)), np.int64).tobytes()
+
+    def _looked_at(self) -> list[int]:
+        if self._counts is not None:
+            return []
+        middles = (self.starts[:-1] + self.starts[1:]) // 2
+        return np.union1d(super()._looked_at(), middles).tolist()
+
+    def close(self) -> None:
+        """Let go of all files; a thread that is still reading from one finishes first."""
+        for reader in self._readers.values():
+            reader.close()
+        self._pool.shutdown(wait=False)
