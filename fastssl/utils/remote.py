@@ -1,0 +1,318 @@
+"""Files on servers: which texts are addresses, what a server says of a file, and its bytes.
+
+http and https are read here, with the standard library; all others (s3, gs, hf, ...) through fsspec, which torch brings
+and which asks for a package a protocol. Of an address only what is no secret is ever shown: neither a password in it
+nor the query string, in which signatures stand.
+"""
+
+from __future__ import annotations
+
+import base64
+import http.client
+import os
+import re
+import socket
+import ssl
+import time
+import urllib.error
+import urllib.request
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any, TypeVar
+from urllib.parse import unquote, urlsplit
+
+from fastssl.errors import FastSSLError, Stalled, duration, printable
+from fastssl.utils.deadline import STALL_MINUTES, Deadline
+
+#: Any protocol with two slashes, and with one, which is what pathlib leaves of them, those that no folder is called.
+_ADDRESS = re.compile(r"([a-zA-Z][a-zA-Z0-9+]*)://+(?=[^/])|(s3a?|gs|gcs|https?|hf|abfss?|az|memory):/(?=[^/])")
+#: Seconds in which a server has to say something.
+_TIMEOUT = 60.0
+#: Bytes that are asked for at a time, and how many such requests are under way.
+_PART, _REQUESTS = 4 << 20, 4
+#: Attempts where nobody ever answered, or where a file ends at the same wrong place.
+_FEW = 3
+#: What fsspec wants for a protocol.
+_PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "hf": "huggingface_hub", "abfs": "adlfs"}
+#: Names of a version in what file systems say of a file: S3's, Google's, the hub's, Azure's, fsspec's own.
+_VERSIONS = ("ETag", "etag", "md5Hash", "crc32c", "blob_id", "content_md5", "LastModified", "mtime", "created")
+
+_Result = TypeVar("_Result")
+
+
+class RemoteError(FastSSLError):
+    """A file of a server cannot be had: it is not there, not for us, changes, or does not fit."""
+
+
+class Changed(RemoteError):
+    """A file is no longer the one whose first bytes were read."""
+
+
+class Passing(Exception):
+    """What may be over in a moment: a dropped connection, a server that restarts. ``hopeless``: after few attempts."""
+
+    def __init__(self, what: str, hopeless: bool = False):
+        super().__init__(what)
+        self.hopeless = hopeless
+
+
+@dataclass(frozen=True)
+class About:
+    """What a server says of a file. ``size``: in bytes, None where it does not say; ``version``: its ETag or time of
+    change, empty where it has neither.
+    """
+
+    size: int | None
+    version: str
+
+
+def address(path: str | os.PathLike) -> str | None:
+    """The address that ``path`` is, with the two slashes of which pathlib leaves one; None: a path of this machine."""
+    text = os.fspath(path)
+    match = _ADDRESS.match(text) if isinstance(text, str) else None
+    protocol = (match[1] or match[2]).lower() if match else ""
+    return f"{protocol}://{text[match.end() :]}" if match and protocol != "file" else None
+
+
+def is_remote(path: str | os.PathLike) -> bool:
+    """Whether this is an address of a server and no path of this machine."""
+    return address(path) is not None
+
+
+def shown(text: str | os.PathLike) -> str:
+    """``text`` without the passwords and query strings of the addresses in it, for messages and records."""
+    text = re.sub(r"(\w:/{1,2})[^\s/@]+@", r"\1", printable(os.fspath(text)))
+    return re.sub(r"(\w+:/{1,2}[^\s?'\"]+)\?[^\s'\")\]]*", r"\1", text)
+
+
+class Patience:
+    """How long one file is tried for: with growing pauses, up to ``minutes`` without a byte. A warning comes once."""
+
+    def __init__(self, name: str, minutes: float = STALL_MINUTES):
+        self.name, self.minutes, self._warned = name, minutes, False
+        self.moved()
+
+    def moved(self) -> None:
+        """Something came: the count begins again."""
+        self._tries, self._since = 0, time.monotonic()
+
+    def again(self, error: Passing) -> None:
+        """Return when the next attempt is due, or raise RemoteError, Stalled: there is none."""
+        self._tries += 1
+        waited, pause = time.monotonic() - self._since, min(30.0, 0.25 * 2**self._tries)
+        if error.hopeless and self._tries >= _FEW:
+            raise RemoteError(f"{self.name}: {error}") from None
+        if waited + pause > 60 * self.minutes:
+            again = "see whether the server can be reached at all, then give the same command again"
+            raise Stalled(f"{self.name}: {error}; no byte for {duration(waited)}; {again}") from None
+        if self._tries == _FEW and not self._warned:
+            self._warned = True
+            end = f"an error after {self.minutes:g} min without a byte"
+            warnings.warn(f"{self.name}: {error}; trying again, {end}", stacklevel=3)
+        time.sleep(pause)
+
+    def ask(self, question: Callable[[], _Result]) -> _Result:
+        """``question()``, asked until it is answered."""
+        while True:
+            try:
+                return question()
+            except Passing as error:
+                self.again(error)
+
+
+class RemoteFile:
+    """One file. ``name``: its address as it is shown. Its methods raise RemoteError, and Passing for what another
+    attempt may mend.
+    """
+
+    def __init__(self, url: str):
+        self.url, self.name = url, shown(url)
+
+    def about(self) -> About:
+        """Size and version as they are now."""
+        raise NotImplementedError
+
+    def read(self, start: int, stop: int) -> bytes:
+        """The bytes from ``start`` to ``stop``, fewer only at the file's end."""
+        raise NotImplementedError
+
+    def parts(self, start: int, about: About) -> Iterator[bytes]:
+        """The bytes from ``start`` to the end, some at a time. Changed: this is another version than ``about``."""
+        raise NotImplementedError
+
+
+def remote_file(url: str | os.PathLike) -> RemoteFile:
+    """The file at an address; nothing is asked yet. RemoteError: no such protocol, or a package for it is missing."""
+    found = address(url)
+    if found is None:
+        raise RemoteError(f"{os.fspath(url)}: not an address like s3://bucket/name or https://host/name")
+    return _HttpFile(found) if found.startswith(("http://", "https://")) else _FsspecFile(found)
+
+
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    """To other files of the web alone, never from https to http, and without our password to another host."""
+
+    def redirect_request(self, req: urllib.request.Request, fp: Any, code: int, msg: str, headers: Any, newurl: str):  # type: ignore[no-untyped-def]  # noqa: E501
+        to = urlsplit(newurl)
+        if to.scheme != "https" and (to.scheme != "http" or req.type == "https"):
+            raise RemoteError(f"{shown(req.full_url)}: leads to {shown(newurl)}, which is not followed")
+        request = super().redirect_request(req, fp, code, msg, headers, newurl)
+        if request is not None and to.netloc != req.host:
+            request.remove_header("Authorization")
+        return request
+
+
+class _HttpFile(RemoteFile):
+    _opener = urllib.request.build_opener(_Redirects)
+    #: Hosts that answered once: that nobody is there then is no wrong name, and passes.
+    _known: set[str] = set()
+
+    def __init__(self, url: str):
+        super().__init__(url)
+        host, parts = "", urlsplit(url)
+        self._headers = {"Accept-Encoding": "identity", "User-Agent": "fastssl"}
+        login, _, host = parts.netloc.rpartition("@")
+        if login:
+            self._headers["Authorization"] = "Basic " + base64.b64encode(unquote(login).encode()).decode()
+        self._host, self._address = host, parts._replace(netloc=host, fragment="").geturl()
+
+    def about(self) -> About:
+        with self._errors(), self._ask(0, 1) as response:
+            total = response.headers.get("Content-Range", "").rpartition("/")[2]
+            total = total if response.status != 200 else response.headers.get("Content-Length", "")
+            return About(int(total) if re.fullmatch("[0-9]{1,18}", total) else None, _version(response.headers))
+
+    def read(self, start: int, stop: int) -> bytes:
+        with self._errors(), self._ask(start, stop) as response:
+            skipped = start if response.status == 200 else 0
+            return bytes(response.read(skipped + stop - start)[skipped:])
+
+    def parts(self, start: int, about: About) -> Iterator[bytes]:
+        with self._errors(), self._ask(start, None) as response:
+            if _version(response.headers) != about.version:
+                raise Changed(f"{self.name}: changed while it was read")
+            skip = start if response.status == 200 else 0  # a server that knows no ranges
+            if not skip and start and not response.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
+                raise RemoteError(f"{self.name}: the server sends other bytes than it was asked for")
+            while data := response.read1(1 << 20):
+                data, skip = data[skip:], max(0, skip - len(data))
+                if data:
+                    yield data
+
+    def _ask(self, start: int, stop: int | None) -> Any:
+        span = f"bytes={start}-{'' if stop is None else stop - 1}"
+        request = urllib.request.Request(self._address, headers={**self._headers, "Range": span})
+        response = self._opener.open(request, timeout=_TIMEOUT)
+        self._known.add(self._host)
+        return response
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except urllib.error.HTTPError as error:
+            with error:
+                raise self._refused(error) from None
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            why = error.reason if isinstance(error, urllib.error.URLError) else error
+            said = shown(" ".join(str(why).split())) or type(why).__name__
+            if isinstance(why, ssl.SSLCertVerificationError) or isinstance(error, ValueError | http.client.InvalidURL):
+                raise RemoteError(f"{self.name}: {said}") from None
+            nobody = isinstance(why, socket.gaierror | ConnectionRefusedError) and self._host not in self._known
+            raise Passing(f"no connection to {self._host} ({said})" if nobody else said, nobody) from None
+
+    def _refused(self, error: urllib.error.HTTPError) -> Exception:
+        said = f"{error.code} {error.reason}"
+        if error.code in (408, 425, 429) or error.code >= 500:
+            self._known.add(self._host)
+            return Passing(f"the server says {shown(said)}")
+        advice = {404: "is the name right?", 410: "it was removed", 416: "it is shorter than the server said, or empty"}
+        if error.code in (401, 403):
+            advice[error.code] = "access denied; a signed address may have run out"
+        return RemoteError(f"{self.name}: the server says {shown(said)}: {advice.get(error.code, 'not a file for us')}")
+
+
+def _version(headers: Any) -> str:
+    return str(headers.get("ETag") or headers.get("Last-Modified") or "")
+
+
+class _FsspecFile(RemoteFile):
+    def __init__(self, url: str):
+        super().__init__(url)
+        self.system, self.path = file_system(url)
+
+    def about(self) -> About:
+        with fsspec_errors(self.name):
+            # Listings that are kept would hide a change.
+            self.system.invalidate_cache()
+            info = self.system.info(self.path)
+        if info.get("type") == "directory":
+            raise RemoteError(f"{self.name}: a folder, not a file")
+        return said_of(info)
+
+    def read(self, start: int, stop: int) -> bytes:
+        with fsspec_errors(self.name):
+            return bytes(self.system.cat_file(self.path, start=start, end=stop))
+
+    def parts(self, start: int, about: About) -> Iterator[bytes]:
+        if about.size is None:
+            raise RemoteError(f"{self.name}: the server does not say how long it is")
+
+        def part(low: int) -> bytes:
+            wanted = min(_PART, size - low)
+            if len(data := self.read(low, low + wanted)) != wanted:
+                raise Passing(f"{len(data):,} of {wanted:,} bytes came from byte {low:,} on", hopeless=True)
+            return data
+
+        size, deadline = about.size, Deadline(self.name)
+        with closing(deadline.map(part, range(start, size, _PART), _REQUESTS, lambda low: f"at byte {low:,}")) as found:
+            yield from found
+
+
+def said_of(info: dict[str, Any]) -> About:
+    """Size and version in what a file system of fsspec says of a file."""
+    size = info.get("size")
+    versions = [str(info[key]) for key in _VERSIONS if info.get(key)]
+    return About(size if isinstance(size, int) and size >= 0 else None, " ".join(versions[:1]))
+
+
+def file_system(url: str) -> tuple[Any, str]:
+    """fsspec's file system of an address, and its path there. RemoteError: no such protocol, or its package is missing;
+    says which.
+    """
+    protocol = url.partition("://")[0]
+    try:
+        import fsspec
+
+        found: tuple[Any, str] = fsspec.core.url_to_fs(url)
+        return found
+    except ImportError:
+        package = _PACKAGES.get(protocol, "fsspec")
+        how = "pip install 'fastssl-vision[remote]'" if package == "s3fs" else f"pip install {package}"
+        raise RemoteError(f"{shown(url)}: {protocol}:// is read with {package}, which is not here: {how}") from None
+    except ValueError as error:
+        raise RemoteError(f"{shown(url)}: {shown(str(error))}") from None
+
+
+@contextmanager
+def fsspec_errors(name: str) -> Iterator[None]:
+    """What fsspec's file systems raise, of ``name``, as RemoteError, and Passing where another attempt may help."""
+    try:
+        yield
+    except (FastSSLError, Passing, MemoryError):
+        raise
+    except FileNotFoundError:
+        raise RemoteError(f"{name}: no such file on the server; is the name right?") from None
+    except Exception as error:  # each package has its own
+        said, kind = shown(" ".join(str(error).split())), type(error).__name__
+        code: Any = getattr(error, "status_code", None)
+        with suppress(AttributeError):
+            code = code or error.response.status_code  # type: ignore[attr-defined]
+        if isinstance(error, PermissionError) or "Credential" in kind or code in (401, 403):
+            how = "log in as for that service's own program; for a public bucket FSSPEC_S3_ANON=true"
+            raise RemoteError(f"{name}: access denied ({said or kind}): {how}") from None
+        if code == 404:
+            raise RemoteError(f"{name}: no such file on the server; is the name right?") from None
+        raise Passing(said or kind, hopeless="Connect" in kind or isinstance(error, TypeError | ValueError)) from None
