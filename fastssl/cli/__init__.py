@@ -26,6 +26,7 @@ COMMANDS = {
     "convert-imagenet": LazyCommand(
         ".convert", "convert_imagenet", "Turn a folder or tar of photos into a .beton file."
     ),
+    "data": LazyCommand(".data", "data", "Say what is in a set of photos; draw a contact sheet."),
     "verify": LazyCommand(".verify", "verify", "Check a .beton file: header, tables, checksums, pictures."),
     "pretrain": LazyCommand(".pretrain", "pretrain", "Pre-train a backbone without labels."),
     "evaluate": LazyCommand(".evaluate", "evaluate", "What a checkpoint is worth: kNN, linear probe, ..."),

@@ -17,22 +17,23 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
 
 from fastssl._version import __version__
-from fastssl.config.recipe import Recipe
-from fastssl.data.sample_set import default_cache_dir
 from fastssl.errors import FastSSLError, counted, printable
 from fastssl.pipelines.beton.reader import BetonReader
 from fastssl.pipelines.beton.side_file import read_side_file, side_path
 from fastssl.pipelines.convert.conversion import convert, rejects_path
 from fastssl.pipelines.convert.formats import pillow_formats
 from fastssl.pipelines.convert.options import ConvertOptions, chosen_photos
-from fastssl.pipelines.convert.sources import list_source
+from fastssl.pipelines.convert.sources import Listing, list_source
 from fastssl.utils.deadline import Deadline
+
+if TYPE_CHECKING:
+    from fastssl.config.recipe import Recipe
 
 #: Endings of tars; of compressed ones, too, as the converter says what to do with those.
 _TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
@@ -76,18 +77,25 @@ def look_at(path: str | os.PathLike) -> Source:
             return Source(path, len(reader), short, shortened=_shortened(reader))
     deadline = Deadline(path)
     with list_source(path, deadline) as listing:
-
-        def side(i: int) -> int:  # by the header; 0: it cannot be read, which the conversion will say
-            with warnings.catch_warnings(), suppress(Exception):  # decoders raise anything at all for damaged input
-                warnings.simplefilter("ignore")
-                with Image.open(io.BytesIO(listing.read(i)), formats=pillow_formats()) as image:
-                    found: int = min(image.size)
-                    return found
-            return 0
-
-        some, names = chosen_photos(len(listing), 64).tolist(), listing.names
-        sides = list(filter(None, deadline.map(side, some, 1, lambda i: f"at {printable(names[i])}")))
+        sides = listed_sides(listing, deadline, 64)
         return Source(path, len(listing), median(sides) if sides else None, listing.fingerprint)
+
+
+def listed_sides(listing: Listing, deadline: Deadline, most: int) -> list[int]:
+    """The short sides, in pixels, of at most so many photos that are evenly spread over a listing, by their headers;
+    without those whose header cannot be read, which the conversion will say.
+    """
+
+    def side(i: int) -> int:
+        with warnings.catch_warnings(), suppress(Exception):  # decoders raise anything at all for damaged input
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(listing.read(i)), formats=pillow_formats()) as image:
+                found: int = min(image.size)
+                return found
+        return 0
+
+    some, names = chosen_photos(len(listing), most).tolist(), listing.names
+    return list(filter(None, deadline.map(side, some, 1, lambda i: f"at {printable(names[i])}")))
 
 
 def _shortened(reader: BetonReader) -> bool:
@@ -180,6 +188,8 @@ def _places(path: Path, options: ConvertOptions) -> tuple[Path, Path]:
     """``photos/`` or ``photos.tar`` -> ``photos.beton`` in the same folder; and in the user's cache folder, one name
     for each place and way of converting.
     """
+    from fastssl.data.sample_set import default_cache_dir  # with torch, which listing does not need
+
     name = next((path.name[: -len(ending)] for ending in _TARS if path.name.lower().endswith(ending)), path.name)
     key = hashlib.sha256(f"{path} {options.deciding()}".encode("utf-8", "surrogateescape")).hexdigest()[:12]
     beside = path.parent / f"{name or 'photos'}.beton"

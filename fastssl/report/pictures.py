@@ -1,4 +1,6 @@
-"""views.png: what the network is shown. neighbours.png: what it finds alike, before and after training."""
+"""views.png: what the network is shown. neighbours.png: what it finds alike, before and after training. A contact
+sheet: what is in a set of photos.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from fastssl.errors import FastSSLError, JpegError
+from fastssl.data.contents import Photos
+from fastssl.errors import FastSSLError, JpegError, counted, printable
 from fastssl.evaluate.features import Features
 from fastssl.evaluate.knn import nearest_neighbors
 from fastssl.evaluate.online_probe import ProbeSplit
@@ -26,6 +29,8 @@ _PAPER, _INK, _QUIET, _LINE = "#ffffff", "#1c2430", "#667085", "#e4e7ec"
 #: Blue-green and orange-red: apart also for the colour-blind, who also have the counts in the captions.
 _SAME, _OTHER = "#0f9d76", "#e0533a"
 _MARGIN, _MAX_VIEWS = 24, 12
+#: Photos at whose classes a contact sheet looks, to choose some.
+_LOOKED_AT = 100_000
 
 
 def views_picture(
@@ -168,7 +173,39 @@ def neighbours_picture(
     return _written(picture, out)
 
 
-def _class_name(reader: BetonReader, label: int, otherwise: str) -> str:
+def contact_sheet(sets: Sequence[Photos], out: Path | None = None, *, photos: int = 30) -> Image.Image:
+    """Draw photos of each set with their classes' names: 1,400 px wide, with names that are read on a phone, too.
+
+    Args:
+        sets: open ``.beton`` files, folders or tars.
+        out: where to write the PNG; None: only return the picture.
+        photos: of each set, spread evenly over its classes, or over the set where there are none.
+    """
+    across, tile, gap, head, caption = 5, 256, 18, 76, 40
+    chosen = []
+    for one in sets:
+        some = _spread(len(one), _LOOKED_AT)
+        labels = None if one.labels is None else one.labels[some]
+        chosen.append(some[_choose_queries(labels, len(some), photos)])
+    heights = [head + -(-len(some) // across) * (tile + caption + gap) for some in chosen]
+    width = 2 * _MARGIN + across * (tile + gap) - gap
+    picture, top = Image.new("RGB", (width, _MARGIN + sum(heights)), _PAPER), _MARGIN
+    for one, some, height in zip(sets, chosen, heights):
+        classes = f", {counted(len(one.classes), 'class')}" if one.classes else ""
+        title = f"{printable(one.path.name)}: {counted(len(one), 'photo')}{classes}"
+        _text(picture, (_MARGIN, top), title, 36, _INK, width - 2 * _MARGIN)
+        for number, i in enumerate(some.tolist()):
+            x = _MARGIN + (number % across) * (tile + gap)
+            y = top + head + (number // across) * (tile + caption + gap)
+            picture.paste(_photo(one, i, tile), (x, y))
+            label = -1 if one.labels is None else int(one.labels[i])
+            otherwise = f"photo {i}" if one.labels is None else f"class {label}"
+            _text(picture, (x, y + tile + 2), printable(_class_name(one, label, otherwise)), 28, _INK, tile)
+        top += height
+    return _written(picture, out)
+
+
+def _class_name(reader: Photos, label: int, otherwise: str) -> str:
     return reader.classes[label] if reader.classes and 0 <= label < len(reader.classes) else otherwise
 
 
@@ -190,9 +227,10 @@ def _choose_queries(labels: np.ndarray | None, count: int, wanted: int) -> np.nd
     wanted = min(wanted, count)
     if labels is None:
         return _spread(count, wanted)
-    members = [np.flatnonzero(labels == label) for label in np.unique(labels)]
-    if len(members) >= wanted:
-        return np.array([members[k][len(members[k]) // 2] for k in _spread(len(members), wanted)])
+    found = np.unique(labels)
+    members = [np.flatnonzero(labels == label) for label in found[_spread(len(found), wanted)]]
+    if len(found) >= wanted:
+        return np.array([rows[len(rows) // 2] for rows in members])
     share = [wanted // len(members) + (k < wanted % len(members)) for k in range(len(members))]
     return np.concatenate([rows[_spread(len(rows), n)] for rows, n in zip(members, share) if n])
 
@@ -203,7 +241,7 @@ def _paired(first: Features, second: Features) -> tuple[Features, Features]:
     return first.subset(left), second.subset(right)
 
 
-def _photo(reader: BetonReader, sample: int, side: int) -> Image.Image:
+def _photo(reader: Photos, sample: int, side: int) -> Image.Image:
     """The whole photo, fitted into a square and centred; a damaged one becomes a grey square that says so."""
     square = Image.new("RGB", (side, side), "#f2f4f7")
     try:

@@ -1,0 +1,133 @@
+"""``fastssl data``: what is in a set of photos."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from fastssl.cli.common import PlainConsole, SomePath, console, json_option, late_progress_bar, quiet_option, write_json
+from fastssl.errors import counted, printable
+
+if TYPE_CHECKING:
+    from fastssl.data.contents import Contents, Copies
+
+#: Groups of equal photos that the JSON names.
+_NAMED = 1000
+
+
+@click.command()
+@click.argument("files", nargs=-1, required=True, type=SomePath(), metavar="FILE...")
+@click.option("--sheet", type=SomePath(), metavar="FILE.png", help="Draw photos of each FILE, spread over its classes.")
+@click.option("--copies/--no-copies", default=True, show_default=True, help="Look for photos that are there twice.")
+@quiet_option
+@json_option
+def data(files: tuple[Path, ...], sheet: Path | None, copies: bool, json_path: str | None) -> None:
+    """Say what is in each FILE, a .beton file, a folder or a tar of photos: classes, sizes, bytes, what was rejected
+    and why, and photos that are there twice, in one FILE or in two. Nothing is converted.
+
+    Copies are photos whose bytes are equal as they are stored. Files that fastssl made know their photos' checksums,
+    and hardly any photo is read; of others all may be, which --no-copies spares.
+
+    \b
+    fastssl data photos.beton --sheet photos.png
+    fastssl data train.beton val.beton        # is a photo of val in train, too?
+    """
+    if sheet is not None and (not sheet.parent.is_dir() or sheet.suffix.lower() != ".png"):
+        wrong = "name a .png" if sheet.parent.is_dir() else f"{sheet.parent}: no such folder"
+        raise click.BadParameter(f"{sheet}: {wrong}", param_hint="--sheet")
+    from fastssl.data.contents import find_copies, look_into, open_photos
+
+    with ExitStack() as opened:
+        sets = [opened.enter_context(open_photos(path)) for path in files]
+        contents = [look_into(photos) for photos in sets]
+        found = None
+        if copies:
+            with late_progress_bar("looking for copies", "photos") as progress:
+                found = find_copies(sets, progress)
+        if sheet is not None:
+            from fastssl.report.pictures import contact_sheet
+
+            picture = contact_sheet(sets, sheet)
+            console.note(f"{sheet}: {picture.width}x{picture.height} px")
+    if json_path != "-":
+        out = PlainConsole()  # standard output
+        for number, one in enumerate(contents):
+            _print(out, one, [*_rows(one), *([_copies(found, number, files)] if found else [])])
+    write_json(json_path, [_record(one, found, number, files) for number, one in enumerate(contents)])
+
+
+def _print(out: PlainConsole, contents: Contents, rows: Sequence[tuple[str, str]]) -> None:
+    """A table on a terminal; else a line each that names the file, for other programs."""
+    if not out.is_terminal:
+        for what, text in rows:
+            out.say(f"{contents.path}: {what}: {text}")
+        return
+    from rich import box
+    from rich.table import Column, Table
+    from rich.text import Text
+
+    table = Table(Column(style="bold", no_wrap=True), Column(), box=box.SIMPLE, show_header=False)
+    table.title, table.title_justify, table.title_style = Text(printable(str(contents.path))), "left", "bold"
+    for what, text in rows:
+        table.add_row(what, Text(printable(text)))
+    out.print(table)
+
+
+def _rows(one: Contents) -> list[tuple[str, str]]:
+    rows = [("photos", f"{one.photos:,}")]
+    if one.classes is None:
+        rows.append(("classes", "no labels"))
+    else:
+        named = [f"{name} ({count:,})" for name, count in sorted(one.classes.items(), key=lambda item: -item[1])]
+        named[3:-3] = ["..."] if len(named) > 6 else named[3:-3]
+        rows.append(("classes", f"{len(one.classes):,}: {', '.join(named)}"))
+    if (side := one.short_side) is not None:
+        of = f" of {side['measured']:,} looked at" if side["measured"] < one.photos else ""
+        most = f"median {side['median']:,} px, nine in ten from {side['p5']:,} to {side['p95']:,} px"
+        rows.append(("short side", f"{most}; {counted(side['below_224'], 'photo')}{of} below 224 px"))
+    how = "" if one.raw is None else "; all JPEG" if not one.raw else f"; {one.raw:,} stored as pixels"
+    rows.append(("bytes", f"{one.bytes / 1e6:,.1f} MB, {one.bytes / one.photos / 1e3:,.1f} kB a photo{how}"))
+    if one.made is not None:
+        rows.append(("made", _made(one.made)))
+    rejected = sum(one.rejects.values())
+    reasons = [f"{count:,} {reason}" for reason, count in one.rejects.items()]
+    reasons[8:] = [f"and {counted(len(reasons) - 8, 'more reason')}"] if len(reasons) > 8 else []
+    rows += [("rejected", f"{rejected:,}: {'; '.join(reasons)}")] if rejected else []
+    rows += [("ignored", counted(one.ignored, "other file"))] if one.ignored else []
+    return rows
+
+
+def _made(made: dict[str, Any]) -> str:
+    """Where a file comes from; whatever stands in the side file, which may be a stranger's."""
+    options = made["options"] if isinstance(made["options"], dict) else {}
+    limits = ((options.get(key), words) for key, words in (("max_side", "longer"), ("short_side", "short")))
+    size = next((f"{words} side at most {limit} px" for limit, words in limits if limit is not None), "sizes kept")
+    how = "sizes kept" if options.get("keep_size") else size
+    counts = [f"{made[key]:,} {words}" for key, words in _DONE if isinstance(made[key], int) and made[key]]
+    return "; ".join([f"of {made['source']} by {made['tool']}, {how}", *([", ".join(counts)] if counts else [])])
+
+
+_DONE = (("copied", "copied"), ("reencoded", "re-encoded"), ("scaled", "of these scaled down"))
+
+
+def _copies(found: Copies, number: int, files: Sequence[Path]) -> tuple[str, str]:
+    within, across = found.within[number], found.across[number]
+    parts = [f"{counted(within, 'photo')} like an earlier one" if within else "none within"]
+    parts += [f"{counted(count, 'photo')} also in {files[other]}" for other, count in enumerate(across) if count]
+    return "copies", "; ".join(parts)
+
+
+def _record(one: Contents, found: Copies | None, number: int, files: Sequence[Path]) -> dict[str, Any]:
+    record = {**asdict(one), "path": one.path.name, "copies": None}
+    if found is not None:
+        counts = [(path, count) for path, count in zip(files, found.across[number]) if count]
+        across = [{"path": path.name, "photos": count} for path, count in counts]
+        named = [group for group in found.groups if any(place == number for place, _ in group)][:_NAMED]
+        groups = [[[files[place].name, i] for place, i in group] for group in named]
+        record["copies"] = {"within": found.within[number], "also_in": across, "groups": groups}
+    return record

@@ -1,0 +1,265 @@
+"""The table of docs/data.md: every row is carried out. A builder makes the layout that the row's first cell names, the
+command of its second cell runs on it, and the output is compared with its third cell.
+
+To add a row: a line in the table, and here a builder with the first cell's very words, which writes what the command
+takes into the current folder::
+
+    @layout("a zip of class folders")
+    def _():
+        with zipfile.ZipFile("photos.zip", "w") as archive:
+            for name, data in CLASSES.items():
+                archive.writestr(name, data)
+
+The third cell holds parts of the output, between semicolons; what is rejected, ignored or passed over must stand there.
+Every picture is blue, green or red: where a label of that name (or its wnid) comes out, the pixels are of that colour.
+A row that needs an optional package asks for it in its builder: ``pytest.importorskip("pyarrow")``.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import shlex
+import tarfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from conftest import make_photo
+from PIL import Image
+
+from fastssl.cli import cli
+from fastssl.pipelines.beton.reader import BetonReader
+
+COLOURS = ("blue", "green", "red")
+#: ImageNet's names for three classes, in its order
+WNIDS = dict(zip(("n01440764", "n01443537", "n01484850"), COLOURS))
+BUILDERS: dict[str, Callable[[], object]] = {}
+
+
+def layout(name: str) -> Callable[[Callable[[], object]], Callable[[], object]]:
+    """Register the builder of the row whose first cell is ``name``."""
+
+    def register(builder: Callable[[], object]) -> Callable[[], object]:
+        assert name not in BUILDERS, f"two builders for {name!r}"
+        BUILDERS[name] = builder
+        return builder
+
+    return register
+
+
+def picture(colour: str, seed: int = 0) -> Image.Image:
+    """48 x 64 pixels, in which one channel leads clearly."""
+    rgb = (make_photo(seed, 48, 64) * 0.4).astype(np.uint8)
+    rgb[..., 2 - COLOURS.index(colour)] += 120
+    return Image.fromarray(rgb)
+
+
+def coded(image: Image.Image, format: str = "JPEG", **options: object) -> bytes:
+    """The bytes of a picture file, by Pillow."""
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+#: two photos of each of three classes, by their paths
+CLASSES = {f"{colour}/{n}.jpg": coded(picture(colour, n)) for colour in COLOURS for n in range(2)}
+BLUE, GREEN, RED = (picture(colour) for colour in COLOURS)
+
+
+def write(files: Mapping[str, bytes | Image.Image], root: str = "photos") -> None:
+    """Files below ``root``; a picture as its ending says."""
+    for name, content in files.items():
+        path = Path(root, name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(content, bytes):
+            path.write_bytes(content)
+        else:
+            content.save(path)
+
+
+def tar(files: Mapping[str, bytes], path: str | None = None, mode: str = "w") -> bytes:
+    """A tar of ``files`` at ``path``; its bytes."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode=mode) as archive:
+        for name, data in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    if path is not None:
+        Path(path).write_bytes(buffer.getvalue())
+    return buffer.getvalue()
+
+
+# ---- layouts
+
+
+@layout("class folders")
+def _() -> None:
+    write(CLASSES)
+
+
+@layout("a folder of photos")
+def _() -> None:
+    write({Path(name).parent.name + Path(name).name: data for name, data in CLASSES.items()})
+
+
+@layout("class folders with folders inside")
+def _() -> None:
+    write({name.replace("/", "/2024/summer/"): data for name, data in CLASSES.items()})
+
+
+@layout("a folder of photos, some edited ones in a folder of their own")
+def _() -> None:
+    write({f"{n}.jpg": BLUE for n in range(5)} | {"edited/0.jpg": BLUE})
+
+
+@layout("class folders that are links")
+def _() -> None:
+    write(CLASSES, "elsewhere")
+    os.mkdir("photos")
+    for colour in COLOURS:
+        os.symlink(f"../elsewhere/{colour}", f"photos/{colour}")
+
+
+@layout("hidden files and the folders of macOS, Jupyter and network disks")
+def _() -> None:
+    other = {".DS_Store": b"x", "blue/._0.jpg": b"x", "blue/.ipynb_checkpoints/0.jpg": CLASSES["blue/0.jpg"]}
+    write(CLASSES | other | {"__MACOSX/0.jpg": b"x", "@eaDir/0.jpg/thumb.jpg": b"x"})
+
+
+@layout("other files among the photos")
+def _() -> None:
+    write(CLASSES | {"readme.txt": b"x", "blue/labels.json": b"{}", "blue/x.xmp": b"x"})
+
+
+@layout("names beyond ASCII, spaces, endings in capitals")
+def _() -> None:
+    write({f"Österreich/sept {n} 写真.{ending}": BLUE for n, ending in enumerate(("JPG", "Jpeg", "PNG"))})
+
+
+# ---- tars
+
+
+@layout("a tar of class folders")
+def _() -> None:
+    tar({f"set/v2/{name}": data for name, data in CLASSES.items()}, "photos.tar")
+
+
+@layout("a tar of photos")
+def _() -> None:
+    tar({f"set/{name.replace('/', '-')}": data for name, data in CLASSES.items()}, "photos.tar")
+
+
+@layout("ImageNet's training tar")
+def _() -> None:
+    inner = {
+        f"{wnid}.tar": tar({f"{wnid}_{n}.JPEG": CLASSES[f"{colour}/{n}.jpg"] for n in range(2)})
+        for wnid, colour in WNIDS.items()
+    }
+    tar(inner, "ILSVRC2012_img_train.tar")
+
+
+@layout("two members of one name in a tar")
+def _() -> None:
+    with tarfile.open("photos.tar", "w") as archive:
+        for n in (0, 1, 1):
+            member = tarfile.TarInfo(f"{n}.jpg")
+            member.size = len(CLASSES[f"red/{n}.jpg"])
+            archive.addfile(member, io.BytesIO(CLASSES[f"red/{n}.jpg"]))
+
+
+# ---- formats
+
+
+@layout("PNG, BMP, TIFF, PPM, WebP without loss")
+def _() -> None:
+    write({f"green/{n}.{ending}": GREEN for n, ending in enumerate(("png", "bmp", "tif", "tiff", "ppm"))})
+    write({"green/5.webp": coded(GREEN, "WEBP", lossless=True), "red/0.png": RED})
+
+
+@layout("GIF, palettes, grey, two colours")
+def _() -> None:
+    write({"a.gif": BLUE.convert("P"), "b.png": BLUE.convert("P"), "c.jpg": BLUE.convert("L")})
+    write({"d.png": BLUE.convert("L"), "e.pgm": BLUE.convert("L"), "f.tif": BLUE.convert("1")})
+
+
+@layout("CMYK")
+def _() -> None:
+    write({"red/0.jpg": RED.convert("CMYK"), "red/1.tif": RED.convert("CMYK"), "green/0.jpg": GREEN.convert("CMYK")})
+
+
+@layout("transparency")
+def _() -> None:
+    clear = RED.copy()
+    clear.putalpha(Image.new("L", clear.size, 128))
+    write({"red/0.png": clear, "red/1.webp": clear, "blue/0.png": BLUE.convert("RGBA")})
+
+
+@layout("photos that a camera held sideways")
+def _() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    write({f"{n}.jpg": coded(GREEN, exif=exif.tobytes()) for n in range(3)})
+
+
+@layout("endings that do not fit the contents")
+def _() -> None:
+    write({"0.jpg": coded(BLUE, "PNG"), "1.png": coded(BLUE), "2.jpeg": coded(BLUE, "WEBP")})
+
+
+@layout("damaged and empty files among the photos")
+def _() -> None:
+    write(CLASSES | {"blue/2.jpg": CLASSES["blue/0.jpg"][:-300], "blue/3.jpg": b"", "red/2.png": b"no picture"})
+
+
+# ---- the table
+
+
+def rows() -> list[tuple[str, str, str]]:
+    """(what you have, command, what comes out) of each row of the page."""
+    lines = (Path(__file__).resolve().parents[2] / "docs" / "data.md").read_text("utf-8").splitlines()
+    begin = next(n for n, line in enumerate(lines) if line.startswith("| what you have |")) + 2
+    end = next(n for n, line in enumerate([*lines[begin:], ""], begin) if not line.startswith("|"))
+    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[begin:end]]
+    assert all(len(row) == 3 for row in table), "a row has other than three cells"
+    return [(what, command.strip("`"), out) for what, command, out in table]
+
+
+def test_every_row_has_a_builder_and_every_builder_a_row() -> None:
+    names = [what for what, _, _ in rows()]
+    assert sorted(names) == sorted(BUILDERS)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize(("what", "command", "out"), rows(), ids=[what for what, _, _ in rows()])
+def test_a_row(what: str, command: str, out: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    BUILDERS[what]()
+    program, *arguments = shlex.split(command)
+    assert program == "fastssl"
+    result = CliRunner().invoke(cli, arguments)
+    said = " ".join(result.output.split())
+    assert result.exit_code == 0, f"{said} {result.exception}"
+    for part in out.split("; "):
+        assert re.search(rf"(?<![\w,.]){re.escape(part)}(?!\w)", said), f"{part!r} is not in {said!r}"
+    lost = [word for word in ("rejected", "ignored", "passed over") if word in said and word not in out]
+    assert not lost, f"the row does not tell that something is {lost[0]}: {said}"
+    made = sorted(tmp_path.glob("*.beton"))
+    assert made, "no .beton file came out"
+    for path in made:
+        check_colours(path)
+
+
+def check_colours(path: Path) -> None:
+    """Of photos with a label that is a colour, the channel of that colour leads."""
+    with BetonReader(path) as reader:
+        for i in range(len(reader)):
+            mean = reader.decode(i).mean((0, 1))
+            name = reader.classes[reader.labels[i]] if reader.classes and reader.labels is not None else ""
+            colour = WNIDS.get(name, name)
+            if colour in COLOURS:
+                assert COLOURS[2 - int(mean.argmax())] == colour, f"{path.name}: sample {i} is labelled {name}"
