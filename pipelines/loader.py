@@ -108,7 +108,12 @@ class ViewLoader:
             self._indices = None if indices is None else _sample_ids(indices)
             self.num_samples = len(self.reader) if self._indices is None else len(self._indices)
             self._check_size()
-            self._windows = None if window is None else self._file_windows(window)
+            self._windows = None
+            if window is not None:
+                if indices is not None or not shuffle:
+                    raise FastSSLError(f"window={window} shuffles a set's files: not with indices or shuffle=False")
+                starts = getattr(self.reader, "starts", [0, len(self.reader)])
+                self._windows = FileWindows(np.asarray(starts), window)
             self.engine = open_engine(self.reader, self.views, settings)
         except Exception:
             self._close_reader()
@@ -128,11 +133,6 @@ class ViewLoader:
     def __len__(self) -> int:
         """Steps in an epoch."""
         return steps_per_epoch(self.num_samples, self.batch_size, self.world, self.drop_last)
-
-    def _file_windows(self, window: int) -> FileWindows:
-        if self._indices is not None or not self.shuffle:
-            raise FastSSLError(f"window={window} shuffles a set's files: it does not go with indices or shuffle=False")
-        return FileWindows(np.asarray(getattr(self.reader, "starts", [0, len(self.reader)])), window)
 
     def ids_at(self, places: np.ndarray) -> np.ndarray:
         """The sample ids at these places of what the loader reads: of all samples, or of ``indices``. A new array."""

@@ -12,6 +12,14 @@ from fastssl.cli.common import SomePath, console, json_option, late_progress_bar
 from fastssl.errors import counted
 
 
+def _shard(context: click.Context, option: click.Parameter, text: str | None) -> tuple[int, int] | None:
+    """``3/64`` -> (3, 64)."""
+    number, _, count = (text or "").partition("/")
+    if text is None or (number.isdecimal() and count.isdecimal() and int(number) < int(count) < 100_000):
+        return (int(number), int(count)) if text else None
+    raise click.BadParameter(f"{text}: write I/N, I counted from 0: of 64 files 0/64 is the first, 63/64 the last")
+
+
 @click.command("convert-imagenet", context_settings={"show_default": True})
 @click.argument("src", type=SomePath())
 @click.argument("dst", type=SomePath())
@@ -24,6 +32,10 @@ from fastssl.errors import counted
 @click.option("--store", type=click.Choice(["jpeg", "raw"]), default="jpeg", help="Store JPEGs, or decoded pixels.")
 @click.option("--workers", type=click.IntRange(min=1), help="Threads.  [default: one a CPU]")
 @click.option("--limit", type=click.IntRange(min=1), help="Convert only N photos, evenly spaced over the source.")
+@click.option("--shards", type=click.IntRange(1, 99_999), metavar="N", help="Write N files, a fair sample each.")
+@click.option(
+    "--shard", callback=_shard, metavar="I/N", help="Of N files only number I, from 0 on: hosts can share the work."
+)
 @click.option("--resume/--no-resume", default=True, help="Go on where a stopped conversion stood, or start again.")
 @click.option(
     "--on-bad",
@@ -46,31 +58,44 @@ def convert_imagenet(
     checksums) and, when there were bad photos, DST.rejects.jsonl. After a crash or Ctrl-C, the same command goes on
     where it was.
 
+    With --shards 64 the photos are dealt out to train-00000-of-00064.beton, ...; those that are finished stay when the
+    command is given again. With --shard 0/64 to 63/64 any number of processes and hosts make one file each.
+
     \b
     fastssl convert-imagenet photos/ photos.beton
     fastssl convert-imagenet ILSVRC2012_img_train.tar train.beton --keep-size --workers 16
+    fastssl convert-imagenet photos/ photos.beton --shards 64
     """
     if sum([short_side is not None, max_side is not None, options["keep_size"]]) > 1:
         raise click.UsageError("give one of --short-side, --max-side, --keep-size")
+    shards, shard = options.pop("shards"), options.pop("shard")
+    if shards and shard:
+        raise click.UsageError("give --shards N for all files, or --shard I/N for one of them")
     from fastssl.pipelines.convert.conversion import convert, rejects_path
     from fastssl.pipelines.convert.options import ConvertOptions
+    from fastssl.pipelines.convert.shards import convert_shards
 
     options |= {"short_side": 256 if short_side is None else short_side, "max_side": max_side}
+    only, count = shard or (None, shards)
     with late_progress_bar("converting") as progress:
-        summary = convert(src, dst, ConvertOptions(**options), progress)
+        if count is None:
+            summary = convert(src, dst, ConvertOptions(**options), progress)
+        else:
+            summary = convert_shards(src, dst, count, ConvertOptions(**options), progress, only=only)
     classes = counted(len(summary.classes), "class") if summary.classes is not None else "no labels"
     made = f"{summary.copied:,} copied, {summary.reencoded:,} re-encoded"
     parts = [f"{counted(summary.written, 'photo')}, {classes}: {made}"]
     if summary.rejected:
-        parts.append(f"{summary.rejected:,} rejected (see {rejects_path(dst)})")
+        parts.append(f"{summary.rejected:,} rejected (see {rejects_path(summary.path)})")
     if summary.ignored:
         parts.append(f"{counted(summary.ignored, 'other file')} ignored")
     if summary.resumed:
         parts.append(f"{summary.resumed:,} taken over from the stopped run")
     rate = (summary.written + summary.rejected - summary.resumed) / max(summary.seconds, 1e-9)
     parts.append(f"{summary.bytes / 1e6:,.1f} MB, {summary.seconds:,.1f} s, {rate:,.0f} images/s")
-    console.say(f"{dst}: {'; '.join(parts)}")
+    console.say(f"{summary.path}: {'; '.join(parts)}")
     if summary.scaled and short_side is max_side is None:
         soft = "faster to read, but crops come out softer than from the originals (--keep-size keeps them)"
         console.note(f"{counted(summary.scaled, 'photo')} scaled down to a short side of 256 px: {soft}")
-    write_json(json_path, {**asdict(summary), "ignored": summary.ignored, "path": summary.path.name})
+    names = {"path": summary.path.name, "files": [path.name for path in summary.files]}
+    write_json(json_path, {**asdict(summary), "ignored": summary.ignored, **names})

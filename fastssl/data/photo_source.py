@@ -26,7 +26,7 @@ from fastssl._version import __version__
 from fastssl.errors import FastSSLError, counted, printable
 from fastssl.pipelines.beton.reader import BetonReader
 from fastssl.pipelines.beton.side_file import read_side_file, side_path
-from fastssl.pipelines.convert.conversion import convert, rejects_path
+from fastssl.pipelines.convert.conversion import convert, rejects_path, whole_side_file
 from fastssl.pipelines.convert.formats import pillow_formats
 from fastssl.pipelines.convert.options import ConvertOptions, chosen_photos
 from fastssl.pipelines.convert.sources import Listing, list_source
@@ -151,7 +151,7 @@ def as_beton(
 
     def holds(place: Path) -> bool:
         """Whether the file is there, whole as far as its tables tell, and what a conversion now would make."""
-        side = (_side(place) if place.is_file() else None) or {}
+        side = (whole_side_file(place) if place.is_file() else None) or {}
         if any(side.get(key) != value for key, value in wanted.items() if key != "source"):
             return False
         say(f"{source.path}: converted before, into {place}{_rejected(side.get('rejected') or 0, place)}")
@@ -196,25 +196,13 @@ def _places(path: Path, options: ConvertOptions) -> tuple[Path, Path]:
     return beside, default_cache_dir() / "photos" / f"{beside.stem}-{key}.beton"
 
 
-def _side(place: Path) -> dict[str, Any] | None:
-    """The side file, if it is this very file's."""
-    with suppress(FastSSLError, OSError):
-        side = read_side_file(place)
-        if side is not None and isinstance(sums := side.get("crc32"), dict):
-            with BetonReader(place) as reader:
-                found = {"bytes": reader.num_bytes, **reader.table_checksums(), "samples": sums.get("samples")}
-            if {"bytes": side["bytes"], **sums} == found:
-                return side
-    return None
-
-
 def _may_write(place: Path, wanted: dict[str, Any]) -> bool:
     """Whether nothing is there, or a file that nobody asked for, made the same way from these photos as they were."""
     if not os.access(place.parent, os.W_OK):
         return False
     if not os.path.lexists(place) and not os.path.lexists(side_path(place)):
         return True
-    side = _side(place) or {}  # `photos/` and `photos.tar` would both have photos.beton
+    side = whole_side_file(place) or {}  # `photos/` and `photos.tar` would both have photos.beton
     return side.get("automatic") is True and all(side.get(key) == wanted[key] for key in ("options", "source"))
 
 

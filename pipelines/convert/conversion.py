@@ -21,9 +21,9 @@ import warnings
 import zlib
 from array import array
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext, suppress
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import PIL
@@ -33,7 +33,7 @@ from fastssl._version import __version__
 from fastssl.errors import FastSSLError, at_work_on, counted, printable
 from fastssl.pipelines.beton.format import DEFAULT_PAGE_SIZE, MIN_PAGE_SIZE, RECORD_DTYPE
 from fastssl.pipelines.beton.reader import BetonReader
-from fastssl.pipelines.beton.side_file import side_path
+from fastssl.pipelines.beton.side_file import read_side_file, side_path
 from fastssl.pipelines.beton.writer import BetonWriter
 from fastssl.pipelines.convert.encode import Encoded, encode_photo
 from fastssl.pipelines.convert.formats import pillow_formats
@@ -61,13 +61,14 @@ def rejects_path(dst: str | os.PathLike) -> Path:
 
 
 def convert(
-    src: str | os.PathLike | Sequence[str | os.PathLike],
+    src: str | os.PathLike | Sequence[str | os.PathLike] | Listing,
     dst: str | os.PathLike,
     options: ConvertOptions | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> ConvertSummary:
-    """Convert the photos of ``src``, one source or several (see `sources.list_source`), into the ``.beton`` file
-    ``dst``; an existing one is replaced, at the very end. ``progress(done, total)`` is called ten times a second.
+    """Convert the photos of ``src``, one source or several (see `sources.list_source`) or what was listed of them, into
+    the ``.beton`` file ``dst``; an existing one is replaced, at the very end. ``progress(done, total)`` is called ten
+    times a second.
 
     Raises:
         ConvertError, SourceError: nothing to convert, every photo rejected, a bad photo with ``on_bad='fail'``, no
@@ -77,7 +78,29 @@ def convert(
             process.
     """
     options, dst = options or ConvertOptions(), Path(dst)
-    sources = [src] if isinstance(src, (str, os.PathLike)) else list(src)
+    sources = as_sources(src.source if isinstance(src, Listing) else src)
+    require_target(dst, sources)
+    started = time.monotonic()
+    deadline = Deadline(sources[0], options.stall_minutes, "read or written")
+    listed = nullcontext(src) if isinstance(src, Listing) else list_source(sources, deadline)
+    with warnings.catch_warnings(), listed as listing, reserve(dst) as unfinished:
+        # Pillow warns about odd metadata, which does not concern the pixels, in the middle of the progress bar.
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        job = _Conversion(listing, dst, unfinished, options, deadline)
+        job.run(progress)
+        num_bytes = job.publish()
+    written, copied, seconds = job.writer.num_samples, job.num_copied, time.monotonic() - started
+    counts = (written, copied, written - copied, job.num_scaled, len(job.rejects), listing.passed_over, job.resumed)
+    return ConvertSummary(dst, *counts, listing.classes, num_bytes, seconds, [dst])
+
+
+def as_sources(src: str | os.PathLike | Sequence[str | os.PathLike]) -> list[str | os.PathLike]:
+    """One source or several as a list."""
+    return [src] if isinstance(src, (str, os.PathLike)) else list(src)
+
+
+def require_target(dst: Path, sources: list[str | os.PathLike]) -> None:
+    """``ConvertError``: nothing can be written to ``dst``, or one of ``sources`` is there."""
     if dst.is_dir():
         raise ConvertError(f"{dst}: is a folder; name the .beton file to write")
     if not dst.parent.is_dir():
@@ -88,17 +111,18 @@ def convert(
         raise ConvertError(f"{dst}: exists and is not a plain file; name another DST")
     if dst.exists() and any(os.path.exists(one) and os.path.samefile(one, dst) for one in sources):
         raise ConvertError(f"{dst}: SRC and DST are one file; the photos would be overwritten by the result")
-    started = time.monotonic()
-    deadline = Deadline(sources[0], options.stall_minutes, "read or written")
-    with warnings.catch_warnings(), list_source(sources, deadline) as listing, reserve(dst) as unfinished:
-        # Pillow warns about odd metadata, which does not concern the pixels, in the middle of the progress bar.
-        warnings.filterwarnings("ignore", module=r"PIL\.")
-        job = _Conversion(listing, dst, unfinished, options, deadline)
-        job.run(progress)
-        num_bytes = job.publish()
-    written, copied, seconds = job.writer.num_samples, job.num_copied, time.monotonic() - started
-    counts = (written, copied, written - copied, job.num_scaled, len(job.rejects), listing.passed_over, job.resumed)
-    return ConvertSummary(dst, *counts, listing.classes, num_bytes, seconds)
+
+
+def whole_side_file(dst: Path) -> dict[str, Any] | None:
+    """What stands beside the ``.beton`` file ``dst``, if it is this very file's, as far as sizes and tables tell."""
+    with suppress(FastSSLError, OSError):
+        side = read_side_file(dst)
+        if side is not None and isinstance(sums := side.get("crc32"), dict):
+            with BetonReader(dst) as reader:
+                found = {"bytes": reader.num_bytes, **reader.table_checksums(), "samples": sums.get("samples")}
+            if {"bytes": side["bytes"], **sums} == found:
+                return side
+    return None
 
 
 class _Conversion:
@@ -106,11 +130,14 @@ class _Conversion:
 
     def __init__(self, listing: Listing, dst: Path, partial: Path, options: ConvertOptions, deadline: Deadline):
         self.listing, self.dst, self.partial, self.options, self.deadline = listing, dst, partial, options, deadline
-        self.chosen = chosen_photos(len(listing), options.limit)
+        self.chosen = chosen_photos(len(listing), options.limit)[options.dealt]
+        self.never_photos = listing.rejected[options.dealt]
         total = len(self.chosen)
         # What has to be equal for a stopped conversion to be continued with the very same bytes.
         versions = {"simplejpeg": simplejpeg.__version__, "pillow": PIL.__version__, "fastssl": __version__}
         key = {"source": listing.fingerprint, "total": total, "options": options.deciding(), "versions": versions}
+        if options.part is not None:
+            key["part"] = [*options.part]
         self.journal = Journal(Path(f"{partial}.journal"), key)
         self._unsynced = 0  # bytes
         written = self._from_the_start()
@@ -129,7 +156,7 @@ class _Conversion:
             logger.warning("%s: %s; starting again", self.dst, why)
         self.num_done = self.num_copied = self.num_scaled = 0
         self.checksums = array("I")
-        self.rejects = list(self.listing.rejected)
+        self.rejects = list(self.never_photos)
         return np.zeros(0, RECORD_DTYPE)
 
     def run(self, progress: Callable[[int, int], None] | None) -> None:
@@ -138,8 +165,8 @@ class _Conversion:
         total = len(self.chosen)
         checkpoint_at, progress_at = time.monotonic() + CHECKPOINT_SECONDS, 0.0
         try:
-            if self.options.on_bad == "fail" and self.listing.rejected:
-                self._fail(*self.listing.rejected[0])
+            if self.options.on_bad == "fail" and self.never_photos:
+                self._fail(*self.never_photos[0])
             if self.options.resume:
                 self.journal.open(new=not self.resumed)
             if progress is not None:
@@ -313,6 +340,7 @@ class _Conversion:
             "fingerprint": self.listing.fingerprint,
             "automatic": self.options.automatic,
             "options": self.options.deciding(),
+            "part": self.options.part,
             "samples": len(samples),
             "copied": self.num_copied,
             "reencoded": len(samples) - self.num_copied,

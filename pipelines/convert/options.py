@@ -11,7 +11,7 @@ from pydantic import Field, SkipValidation
 
 from fastssl.errors import FastSSLError
 from fastssl.utils.deadline import STALL_MINUTES
-from fastssl.utils.settings import Count, Whole, settings
+from fastssl.utils.settings import Count, Natural, Whole, settings
 
 
 class ConvertError(FastSSLError):
@@ -34,6 +34,7 @@ class ConvertOptions:
         on_bad: 'skip' lists bad photos in DST.rejects.jsonl, 'fail' stops at the first.
         stall_minutes: how long one photo, or the disk under DST, is waited for; a warning comes after the first minute,
             ``Stalled`` at the end. ``math.inf``: forever.
+        part: (i, N): of those photos only every N-th, from the i-th on (counted from 0), see `shards`.
         automatic: no person asked for this file: who made it may make it again. Noted in the side file, no more.
     """
 
@@ -47,11 +48,19 @@ class ConvertOptions:
     resume: bool = True
     on_bad: Literal["skip", "fail"] = "skip"
     stall_minutes: SkipValidation[float] = STALL_MINUTES
+    part: tuple[Natural, Count] | None = None
     automatic: bool = False
 
     def __post_init__(self) -> None:
         if self.keep_size and self.max_side is not None:
             raise ConvertError("give max_side or keep_size, not both")
+        if self.part is not None and self.part[0] >= self.part[1]:
+            raise ConvertError(f"part is (i, N) with i of 0 .. N - 1, got {self.part}")
+
+    @property
+    def dealt(self) -> slice:
+        """The ``part`` of a list."""
+        return slice(None) if self.part is None else slice(self.part[0], None, self.part[1])
 
     def target_size(self, height: int, width: int) -> tuple[int, int]:
         """The (height, width) that a photo of this size gets; the aspect ratio is kept to the nearest pixel."""
@@ -62,8 +71,8 @@ class ConvertOptions:
         return max(1, round(height * limit / side)), max(1, round(width * limit / side))
 
     def deciding(self) -> dict:
-        """The options that decide about the bytes of the result."""
-        free = ("workers", "resume", "on_bad", "stall_minutes", "automatic")
+        """The options that decide about the bytes of each photo, and with ``part`` about those of the result."""
+        free = ("workers", "resume", "on_bad", "stall_minutes", "automatic", "part")
         return {name: value for name, value in asdict(self).items() if name not in free}
 
 
@@ -77,6 +86,7 @@ class ConvertSummary:
             `formats.kind_of`).
         resumed: photos, good or bad, that an earlier, stopped run had done already.
         classes: names, or None for photos without labels. bytes: size of the file. seconds: what this run took.
+        files: those that were made: ``path``, or those of its pattern.
     """
 
     path: Path
@@ -90,6 +100,7 @@ class ConvertSummary:
     classes: list[str] | None
     bytes: int
     seconds: float
+    files: list[Path]
 
     @property
     def ignored(self) -> int:

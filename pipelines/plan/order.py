@@ -55,7 +55,7 @@ def samples_at(
     Args:
         windows: of these samples; the order is then theirs, unless one window holds all files.
     """
-    if windows is not None and windows.divide:
+    if windows is not None and windows.window < len(windows.starts) - 1:
         return windows.samples_at(positions, seed, epoch)
     if num_samples <= SORTED:
         return epoch_order(num_samples, seed, epoch)[positions]

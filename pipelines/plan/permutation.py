@@ -30,11 +30,9 @@ def random_keys(seed: int, stream: Stream, epoch: int, item: int = 0, view: int 
 
 
 def permuted(places: NDArray[np.int64], n: int, keys: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """What stands at ``places`` of the permutation of 0 .. n - 1 that the ``keys``, (ROUNDS,) random 64-bit words, are
-    of: (k,) int64. ``ValueError``: a place outside, or n above 2^62.
+    """What stands at ``places``, (k,), of the permutation of 0 .. n - 1 with these ``keys``, (ROUNDS,) random words:
+    (k,) int64. n up to 2^62. ``ValueError``: a place outside.
     """
-    if not 0 <= n <= 1 << 62:
-        raise ValueError(f"a permutation of 0 to 2**62 numbers, not of {n}")
     if len(places) and not 0 <= places.min() <= places.max() < n:
         raise ValueError(f"places {places.min()} to {places.max()} do not all lie in 0 .. {n - 1}")
     found = np.empty(len(places), np.int64)

@@ -32,11 +32,6 @@ class FileWindows:
         if self.window < 1:
             raise ValueError(f"window must be at least 1, got {self.window}")
 
-    @property
-    def divide(self) -> bool:
-        """Whether there is more than one group."""
-        return self.window < len(self.starts) - 1
-
     def samples_at(self, positions: NDArray[np.int64], seed: int, epoch: int) -> NDArray[np.int64]:
         """The samples at these positions of an epoch: (k,) int64. ``ValueError``: a position outside."""
         from fastssl.pipelines.plan.permutation import permuted, random_keys  # numba takes half a second to load
@@ -44,9 +39,7 @@ class FileWindows:
         if len(positions) and not 0 <= positions.min() <= positions.max() < self.starts[-1]:
             raise ValueError(f"positions {positions.min()} to {positions.max()} reach beyond {self.starts[-1]} samples")
         files, ends = self._order(seed, epoch)
-        groups = (
-            np.searchsorted(ends, positions, "right") // self.window
-        )  # by the file that each would be in unshuffled
+        groups = np.searchsorted(ends, positions, "right") // self.window
         samples = np.empty(len(positions), np.int64)
         for group in np.unique(groups).tolist():  # a batch lies in one or two
             here, first = groups == group, group * self.window
@@ -58,14 +51,12 @@ class FileWindows:
         return samples
 
     def files_ahead(self, position: int, seed: int, epoch: int) -> list[list[int]]:
-        """The files' numbers, group by group, that an epoch still needs from ``position`` on, the group that it lies
-        in first: what a cache of files holds, and fetches next.
+        """The numbers of the files, group by group, that an epoch still needs from ``position`` on: what a cache holds,
+        and fetches next.
         """
         files, ends = self._order(seed, epoch)
         group = int(np.searchsorted(ends, position, "right")) // self.window
-        return [
-            files[first : first + self.window].tolist() for first in range(group * self.window, len(files), self.window)
-        ]
+        return [part.tolist() for part in np.split(files, range(self.window, len(files), self.window))[group:]]
 
     def _order(self, seed: int, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """The files in the epoch's order, and at which position each would end if none were shuffled."""
