@@ -112,8 +112,7 @@ class ViewLoader:
             if window is not None:
                 if indices is not None or not shuffle:
                     raise FastSSLError(f"window={window} shuffles a set's files: not with indices or shuffle=False")
-                starts = getattr(self.reader, "starts", [0, len(self.reader)])
-                self._windows = FileWindows(np.asarray(starts), window)
+                self._windows = FileWindows(self.reader.starts, window)
             self.engine = open_engine(self.reader, self.views, settings)
         except Exception:
             self._close_reader()

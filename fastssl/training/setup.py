@@ -232,6 +232,8 @@ def prepare(
         step = TrainStep(recipe, device, amp=use_amp(recipe.train.amp, device), seed=options.seed, world=world)
     if val is not None and val.labels is None and reader.labels is not None:
         progress.message("the photos of --val have no labels: the probes judge on a held-out fifth of --data")
+    if (window := recipe.train.window) is not None and window >= (files := len(reader.files)):
+        progress.message(f"train.window={window} has no effect: the photos are in {counted(files, 'file')}")
     for line in step.without_effect:
         progress.message(line)
     steps = steps_per_epoch(len(reader), recipe.train.batch_size)

@@ -8,6 +8,7 @@ network lies below n; one that does not is sent through again until it does.
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,10 +23,12 @@ _MIX_0, _MIX_1 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 _SHIFT_0, _SHIFT_1, _SHIFT_2, _HALF = (np.uint64(bits) for bits in (30, 27, 31, 32))
 
 
+@lru_cache(maxsize=8)  # of two epochs' orders, and of the groups of files that their batches lie in
 def random_keys(seed: int, stream: Stream, epoch: int, item: int = 0, view: int = 0) -> NDArray[np.uint64]:
-    """(ROUNDS,) 64-bit words, the key of one permutation."""
+    """(ROUNDS,) 64-bit words, the key of one permutation; shared with other callers and read-only."""
     words = keyed_words(seed, stream, epoch, item, view, np.arange(ROUNDS // 2)).astype(np.uint64)
     keys: NDArray[np.uint64] = ((words[0::2] << _HALF) | words[1::2]).T.reshape(-1)
+    keys.setflags(write=False)
     return keys
 
 
