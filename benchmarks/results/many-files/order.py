@@ -1,7 +1,7 @@
 """Time and memory of an epoch's order of many samples: python order.py > order.json
 
-Each row is a process of its own. Positions are those of one of 512 ranks, batch after batch, all over the epoch; time is
-the median of five runs, memory what the process's peak grows by, from behind the imports and the compilation to the end.
+Each row is a process of its own. Positions are those of one of 512 ranks, batches all over the epoch; time is the
+median of five runs, memory what the process's peak grows by, from behind the imports and the compilation to the end.
 """
 
 import json
