@@ -107,6 +107,11 @@ def _() -> None:
     write({Path(name).parent.name + Path(name).name: data for name, data in CLASSES.items()})
 
 
+@layout("class folders, to be dealt to three files")
+def _() -> None:
+    write(CLASSES)
+
+
 @layout("class folders with folders inside")
 def _() -> None:
     write({name.replace("/", "/2024/summer/"): data for name, data in CLASSES.items()})
