@@ -135,7 +135,8 @@ class ViewLoader:
 
     def ids_at(self, places: np.ndarray) -> np.ndarray:
         """The sample ids at these places of what the loader reads: of all samples, or of ``indices``. A new array."""
-        return places.copy() if self._indices is None else self._indices[places]
+        ids: np.ndarray = places.copy() if self._indices is None else self._indices[places]
+        return ids
 
     @property
     def stats(self) -> EngineStats:

@@ -69,10 +69,9 @@ def convert_shards(
             if other.is_file() and not _made_so(whole_side_file(other), listing, options):
                 again = f"was not made of the same photos in the same way as {path.name}: convert it again"
                 warnings.warn(f"{other}: {again}", stacklevel=2)
-    sums = {name: sum(getattr(one, name) for one in done) for name in _SUMMED}
-    name = path if only is not None else shard_path(dst, None, count)
-    found = {"path": name, "files": [*parts], "passed_over": listing.passed_over}
-    return replace(done[0], **found, **sums, seconds=time.monotonic() - started)
+    sums: dict[str, Any] = {name: sum(getattr(one, name) for one in done) for name in _SUMMED}
+    sums |= {"files": [*parts], "passed_over": listing.passed_over, "seconds": time.monotonic() - started}
+    return replace(done[0], path=path if only is not None else shard_path(dst, None, count), **sums)
 
 
 def _made_so(side: dict[str, Any] | None, listing: Listing, options: ConvertOptions) -> bool:
@@ -87,5 +86,6 @@ def _finished(path: Path, listing: Listing, options: ConvertOptions) -> ConvertS
         return None
     if side["rejected"] and options.on_bad == "fail":
         return None
-    counts = [side[name] for name in ("samples", "copied", "reencoded", "scaled", "rejected")]
-    return ConvertSummary(path, *counts, {}, counts[0] + counts[-1], listing.classes, side["bytes"], 0.0, [path])
+    known: dict[str, Any] = {name: side[name] for name in ("copied", "reencoded", "scaled", "rejected", "bytes")}
+    known |= {"written": side["samples"], "resumed": side["samples"] + side["rejected"], "classes": listing.classes}
+    return ConvertSummary(path=path, passed_over={}, seconds=0.0, files=[path], **known)
