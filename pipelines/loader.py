@@ -133,7 +133,7 @@ class ViewLoader:
     def _file_windows(self, window: int) -> FileWindows:
         if self._indices is not None or not self.shuffle:
             raise FastSSLError(f"window={window} shuffles a set's files: it does not go with indices or shuffle=False")
-        return FileWindows(np.asarray(getattr(self.reader, "starts", [0, len(self.reader)])), window)
+        return FileWindows(self.reader.starts, window)
 
     def ids_at(self, places: np.ndarray) -> np.ndarray:
         """The sample ids at these places of what the loader reads: of all samples, or of ``indices``. A new array."""

@@ -33,7 +33,7 @@ from fastssl.pipelines.convert.sources import list_source
 
 @contextmanager
 def open_photos(path: str | Path, workers: int | None = None) -> Iterator[BetonReader]:
-    """What `open_beton` takes; or a folder or tar of class folders, converted into a temporary one, JPEGs byte for byte.
+    """What `open_beton` takes; or a folder or tar of class folders, converted into a temporary file, JPEGs untouched.
 
     Raises:
         FastSSLError: neither; a folder without photos; or one that several processes would each convert.

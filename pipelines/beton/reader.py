@@ -67,7 +67,7 @@ class BetonReader:
         self._layout = read_layout(self._file)
         self.path, self.num_bytes, self.num_samples = self._file.path, self._file.num_bytes, self._layout.num_samples
         self.page_size, self.labelled = self._layout.page_size, self._layout.label is not None
-        self.field_names, self.image_field = self._layout.field_names, self._layout.image_field
+        self.field_names, self.image_field = list(self._layout.field_names), self._layout.image_field
         self.files, self.starts, self.lazy = [self.path], np.array([0, self.num_samples]), lazy
         if not lazy:
             self._load()
@@ -109,8 +109,9 @@ class BetonReader:
         self._file.close()
 
     def side_notes(self) -> list[dict[str, Any]]:
-        """What the side file of each file says, checksums left out; nothing where there is none."""
-        return [read_side_note(self.path) or {}]
+        """What the side file of each file says, checksums left out; nothing where there is none that belongs to it."""
+        note = read_side_note(self.path)
+        return [note if note is not None and note["bytes"] == self.num_bytes else {}]
 
     @property
     def classes(self) -> list[str] | None:
