@@ -15,8 +15,7 @@ from fastssl.distributed.devices import choose_device, only_deterministic
 from fastssl.distributed.group import joined
 from fastssl.distributed.world import first_of_host_speaks, world_from_environment
 from fastssl.errors import FastSSLError, Interrupted, counted
-from fastssl.pipelines.beton.reader import BetonReader
-from fastssl.pipelines.beton.side_file import read_side_file
+from fastssl.pipelines.beton.dataset import open_beton
 from fastssl.report.finish import finish_run
 from fastssl.runs.status import State
 from fastssl.training.setup import Progress, RunOptions, Setup, prepare
@@ -50,10 +49,10 @@ def pretrain(recipe: Recipe, options: RunOptions, progress: Progress) -> dict[st
             files.enter_context(only_deterministic())
         with first_of_host_speaks():
             device = choose_device(options.device, world)
-            reader = files.enter_context(BetonReader(options.data))
-            val = files.enter_context(BetonReader(options.val)) if options.val else None
+            reader = files.enter_context(open_beton(options.data))
+            val = files.enter_context(open_beton(options.val)) if options.val else None
             for one in filter(None, (reader, val)):
-                read_side_file(one.path)  # an unreadable one fails here: the report asks it for the classes' names
+                one.side_notes()  # an unreadable one fails here: the report asks it for the classes' names
         recipe = follow_samples(recipe, len(reader))
         log = progress if world.is_main else _Silence()
         if world.size > 1:

@@ -7,13 +7,13 @@ from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fastssl.errors import FastSSLError, counted
+from fastssl.pipelines.beton.dataset import Data, open_beton
 from fastssl.pipelines.beton.reader import BetonReader
 from fastssl.pipelines.engines.base import EngineSettings, EngineStats, Request, checked_device
 from fastssl.pipelines.engines.registry import open_engine
@@ -53,7 +53,8 @@ class ViewLoader:
     ``FastSSLError``: the file has fewer samples than one global batch, or an option a value that does not exist.
 
     Args:
-        data: a ``.beton`` file, or an open ``BetonReader`` (which then stays open).
+        data: a ``.beton`` file, a pattern, a folder or list of such files (see ``open_beton``), or an open
+            ``BetonReader`` (which then stays open).
         views: the view groups, for instance two global and six local views.
         indices: restrict the loader to these sample ids.
         window: files of a set that are shuffled among each other at a time, see ``FileWindows``; None: all.
@@ -70,7 +71,7 @@ class ViewLoader:
 
     def __init__(
         self,
-        data: str | Path | BetonReader,
+        data: Data | BetonReader,
         views: Sequence[ViewSpec],
         batch_size: int,
         device: str | torch.device = "cpu",
@@ -103,7 +104,7 @@ class ViewLoader:
         self.drop_last, self.dtype, self.colour = drop_last, dtype, colour
         self.device, self.views, self.batch_size = settings.device, list(views), settings.batch_size
         self._owns_reader = not isinstance(data, BetonReader)
-        self.reader = data if isinstance(data, BetonReader) else BetonReader(data)
+        self.reader = data if isinstance(data, BetonReader) else open_beton(data)
         try:
             self._indices = None if indices is None else _sample_ids(indices)
             self.num_samples = len(self.reader) if self._indices is None else len(self._indices)
@@ -161,8 +162,7 @@ class ViewLoader:
 
     def _drawn(self, epoch: int, chosen: np.ndarray) -> Request:
         index = self.ids_at(chosen)
-        heights, widths = self.reader.heights[index], self.reader.widths[index]
-        return Request(index, draw_plans(self.views, self.seed, epoch, index, heights, widths))
+        return Request(index, draw_plans(self.views, self.seed, epoch, index, *self.reader.shapes(index)))
 
     def epoch(self, epoch: int, start_step: int = 0) -> Generator[Batch, None, None]:
         """The batches of one epoch, from ``start_step`` on (to go on where a run was stopped)."""
@@ -173,8 +173,8 @@ class ViewLoader:
             for rendered in rendered_batches:
                 started = time.perf_counter()
                 index, plans = rendered.request.index, [plan.reshape(-1) for plan in rendered.request.plans]
-                labels = np.full(len(index), -1) if self.reader.labels is None else self.reader.labels[index]
-                batch = Batch(rendered.views, torch.from_numpy(index), torch.from_numpy(labels))
+                labels = torch.from_numpy(self.reader.labels_of(index))
+                batch = Batch(rendered.views, torch.from_numpy(index), labels)
                 if self.colour:
                     batch.views = [
                         augment(pixels, plan, spec, self.dtype, self._pool, memory)

@@ -24,6 +24,7 @@ from fastssl.errors import FastSSLError, counted
 from fastssl.evaluate.online_probe import choose_split, require_same_classes
 from fastssl.methods import METHODS
 from fastssl.models.backbones import resolve_arch
+from fastssl.pipelines.beton.dataset import open_beton
 from fastssl.pipelines.beton.reader import BetonReader
 from fastssl.pipelines.engines.registry import choose_engine
 from fastssl.utils.versions import describe_git, describe_host, describe_versions
@@ -78,7 +79,7 @@ def run(
     arch = resolve_arch(recipe.arch)
     train, cpu = recipe.train, device.type == "cpu"
     batch, parts = train.batch_size, train.accumulate
-    with BetonReader(data) as reader:
+    with open_beton(data) as reader:
         photos = len(reader)
         if photos < batch:
             how_many = counted(photos, "photo")
@@ -168,7 +169,7 @@ def run(
 
 def _probe_sizes(recipe: Recipe, reader: BetonReader, val: Path | None) -> tuple[int, int]:
     """Photos of an online probe, and of the final one."""
-    with BetonReader(val) if val else nullcontext() as queries:
+    with open_beton(val) if val else nullcontext() as queries:
         if queries is not None:
             require_same_classes(reader, queries)
         limits = (recipe.probe.online_samples, recipe.probe.final_samples)

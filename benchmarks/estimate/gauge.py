@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fastssl.benchmarks.estimate import memory
 from fastssl.benchmarks.estimate.cost import USABLE
+from fastssl.benchmarks.harness.photos import mean_pixels
 from fastssl.benchmarks.harness.setting import default_batch
 from fastssl.benchmarks.harness.timing import peak_extra_bytes, stream_window, time_once
 from fastssl.benchmarks.suites.loader import endless, open_loader
@@ -175,7 +176,7 @@ class Loading:
 def loader_rate(loading: Loading, seconds: float) -> tuple[float, int]:
     """(pairs a second that the loader delivers to a consumer who does nothing with them, decoding threads)."""
     reader, device = loading.reader, loading.device
-    pixels = float((reader.heights.astype(np.int64) * reader.widths).mean())
+    pixels = mean_pixels(reader)
     most = max(2, int(_PIXELS * (loading.workers or available_cores()) / pixels))
     batch = min(default_batch(loading.recipe, device), most)
     with loading.open(batch) as loader:

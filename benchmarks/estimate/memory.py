@@ -6,11 +6,11 @@ import ctypes
 import gc
 from pathlib import Path
 
-import numpy as np
 import psutil
 import torch
 from torch import Tensor
 
+from fastssl.benchmarks.harness.photos import mean_pixels
 from fastssl.benchmarks.suites.step import Step
 from fastssl.config.recipe import Recipe
 from fastssl.distributed.devices import use_amp
@@ -54,7 +54,7 @@ def image_bytes(recipe: Recipe, device: torch.device, size: int | None = None) -
 def loader_bytes(recipe: Recipe, reader: BetonReader, device: torch.device) -> tuple[int, int]:
     """(bytes a pair of the views on the device, bytes a pair of the host's ring), as the native engine works."""
     if device.type == "cuda":  # the decoded pictures wait in pinned memory, a quarter of slack included
-        pixels = float((reader.heights.astype(np.int64) * reader.widths).mean())
+        pixels = mean_pixels(reader)
         return _FLOAT_BATCHES * image_bytes(recipe, device), round(_RING * 1.25 * 3 * pixels)
     return _FLOAT_BATCHES * image_bytes(recipe, device, 4), _RING * image_bytes(recipe, device, 1)
 

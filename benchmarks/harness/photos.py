@@ -101,7 +101,7 @@ def ensure_photos(count: int = 512, cache_dir: Path | None = None) -> Path:
 
 def find_data(name: str, count: int = 512) -> tuple[Path, str]:
     """The file, and the name under which records speak of it, for what ``--data`` says: ``synthetic`` (``count``
-    pictures made here), ``samples`` (the sample set that installs with the package) or the path of a ``.beton`` file.
+    pictures made here), ``samples`` (the sample set that installs with the package) or what `open_beton` takes.
     """
     if name == "synthetic":
         return ensure_photos(count), "synthetic"
@@ -110,9 +110,15 @@ def find_data(name: str, count: int = 512) -> tuple[Path, str]:
     return Path(name), Path(name).name
 
 
+def mean_pixels(reader: BetonReader) -> float:
+    """Of a picture."""
+    heights, widths = reader.shapes(reader.some())
+    return float((heights.astype(np.int64) * widths).mean())
+
+
 def describe_data(reader: BetonReader, name: str) -> dict[str, str | int | float]:
     """What a rate depends on: how many pictures, their pixels and their bytes, as means."""
-    pixels, size = float((reader.heights.astype(np.int64) * reader.widths).mean()), float(reader.sizes.mean())
+    pixels, size = mean_pixels(reader), float(reader.take("sizes", reader.some()).mean())
     return {
         "name": name,
         "samples": len(reader),

@@ -16,6 +16,7 @@ from fastssl.benchmarks.harness.timing import MIN_RUNS
 from fastssl.config.recipe import Recipe
 from fastssl.distributed.devices import use_amp
 from fastssl.models.backbones import resolve_arch
+from fastssl.pipelines.beton.dataset import open_beton
 from fastssl.pipelines.beton.reader import BetonReader
 from fastssl.utils.cores import available_cores
 
@@ -57,7 +58,7 @@ class Setting:
     def open(self) -> Iterator[tuple[BetonReader, dict[str, str | int | float]]]:
         """The photos, and how a record speaks of them."""
         path, name = find_data(self.data, self.photos)
-        with BetonReader(path) as reader:
+        with open_beton(path) as reader:
             yield reader, describe_data(reader, name)
 
     def record(self, bench: str, **values: Any) -> Record:

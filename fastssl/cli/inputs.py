@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from fastssl.config.recipe import Recipe
     from fastssl.data.photo_source import Source
 
-_photos = functools.partial(click.option, type=SomePath(), metavar="FOLDER|TAR|FILE.beton")
+_photos = functools.partial(click.option, type=SomePath(), metavar="FOLDER|TAR|FILE.beton|'PATTERN'")
 _PHOTOS_AND_RECIPE = (
     click.option(
         "--arch",

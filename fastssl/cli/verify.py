@@ -19,34 +19,46 @@ def _count(ctx: click.Context, param: click.Parameter, value: str) -> int | None
 
 
 @click.command("verify", context_settings={"show_default": True})
-@click.argument("file", type=SomePath())
+@click.argument("files", nargs=-1, required=True, type=SomePath(), metavar="FILE...")
 @click.option(
     "--decode", metavar="ALL|N", callback=_count, default="100", help="Decode this many samples, evenly spaced, or all."
 )
 @click.option("--workers", type=click.IntRange(min=1), help="Threads.  [default: one a CPU]")
 @quiet_option
 @json_option
-def verify(file: Path, decode: int | None, workers: int | None, json_path: str | None) -> None:
-    """Check FILE's header and tables, its checksums if FILE.json is there, and decode samples. Status 1 when something
-    is damaged.
+def verify(files: tuple[Path, ...], decode: int | None, workers: int | None, json_path: str | None) -> None:
+    """Check each FILE's header and tables, its checksums if FILE.json is there, and decode samples. Status 1 when
+    something is damaged. A folder of .beton files, or a pattern in quotes, stands for all of its files.
 
     \b
     fastssl verify photos.beton --decode all
+    fastssl verify 'train-*.beton' --json checked.jsonl
     """
-    from fastssl.pipelines.beton.verify import verify as run
+    from fastssl.pipelines.beton.dataset import beton_files
 
-    def write(record: dict[str, Any]) -> None:
-        # As in every record: the file's name without the folders that tell where somebody works.
-        problems = [problem.replace(str(file), file.name) for problem in record["problems"]]
-        write_json(json_path, {**record, "path": file.name, "problems": problems})
+    records, failed = [], []
+    for file in [file for one in files for file in beton_files(one)[0]]:
+        record, error = _check(file, decode, workers)
+        records.append(record)
+        if error is not None:
+            failed.append(error)
+    write_json(json_path, records if len(records) > 1 else records[0])
+    if len(failed) > 1:
+        raise BetonError(f"{len(failed):,} of {counted(len(records), 'file')} are damaged; the first: {failed[0]}")
+    if failed:
+        raise failed[0]
+
+
+def _check(file: Path, decode: int | None, workers: int | None) -> tuple[dict[str, Any], BetonError | None]:
+    """The record of one file, whose lines are said; and the error it ends with."""
+    from fastssl.pipelines.beton.verify import verify as run
 
     try:
         with late_progress_bar("checking", "samples") as progress:
             report = run(file, decode, workers, progress)
     except BetonError as error:
-        write({"path": "", "ok": False, "problems": [str(error)], "damaged": []})
-        raise
-    write({**asdict(report), "ok": report.ok})
+        said = str(error).replace(str(file), file.name)
+        return {"path": file.name, "ok": False, "problems": [said], "damaged": []}, error
     samples, sums = counted(report.samples, "sample"), f"{counted(report.checksummed, 'checksum')} compared"
     if not report.side_file:
         sums = f"no side file {file}.json, so no checksums"
@@ -59,7 +71,12 @@ def verify(file: Path, decode: int | None, workers: int | None, json_path: str |
         damaged.append(f"and {counted(len(report.damaged) - 20, 'more sample')}")
     for problem in damaged:
         console.say(f"damaged: {problem}")
-    if not report.ok:
-        found = [f"{len(report.damaged):,} of {samples}"] if report.damaged else []
-        found += report.problems[:1]
-        raise BetonError(f"{file}: damaged ({'; '.join(found)}); convert it again, or copy it again from a good one")
+    # As in every record: the file's name without the folders that tell where somebody works.
+    problems = [problem.replace(str(file), file.name) for problem in report.problems]
+    record = {**asdict(report), "path": file.name, "problems": problems, "ok": report.ok}
+    if report.ok:
+        return record, None
+    found = [f"{len(report.damaged):,} of {samples}"] if report.damaged else []
+    found += report.problems[:1]
+    words = f"{file}: damaged ({'; '.join(found)}); convert it again, or copy it again from a good one"
+    return record, BetonError(words)

@@ -17,9 +17,9 @@ import numpy as np
 
 from fastssl.data.photo_source import is_source, listed_sides
 from fastssl.errors import FastSSLError, JpegError
+from fastssl.pipelines.beton.dataset import open_beton
 from fastssl.pipelines.beton.format import MODE_RAW
 from fastssl.pipelines.beton.reader import BetonReader
-from fastssl.pipelines.beton.side_file import read_side_file
 from fastssl.pipelines.beton.verify import sample_checksums
 from fastssl.pipelines.convert.conversion import rejects_path
 from fastssl.pipelines.convert.encode import encode_photo
@@ -67,7 +67,7 @@ def open_photos(path: str | os.PathLike) -> Iterator[Photos]:
         with list_source(path, deadline) as listing:
             yield ListedPhotos(listing)
     else:
-        with deadline.call(lambda: BetonReader(path), "at its tables") as reader:
+        with deadline.call(lambda: open_beton(path), "at its tables") as reader:
             yield reader
 
 
@@ -107,7 +107,7 @@ def look_into(photos: Photos) -> Contents:
         return Contents(*known, _spread(sides), int(photos.sizes.sum()), None, _sorted(reasons), listing.ignored)
     raw, size = int((photos.modes == MODE_RAW).sum()), int(photos.sizes.sum())
     sides = np.minimum(photos.heights, photos.widths)
-    return Contents(*known, _spread(sides), size, raw, _rejects(photos.path), made=_made(photos))
+    return Contents(*known, _spread(sides), size, raw, _rejects(photos.files), made=_made(photos))
 
 
 def _count(labels: np.ndarray, names: list[str] | None) -> dict[str, int]:
@@ -137,11 +137,11 @@ def _sorted(kinds: Counter[str]) -> dict[str, int]:
     return dict(kinds.most_common())
 
 
-def _rejects(path: Path) -> dict[str, int]:
-    """Of the list that the conversion left beside the file; lines that are not its own are not counted."""
+def _rejects(paths: list[Path]) -> dict[str, int]:
+    """Of the lists that the conversion left beside the files; lines that are not its own are not counted."""
     kinds: Counter[str] = Counter()
-    with suppress(FileNotFoundError):
-        if (listed := rejects_path(path)).is_file():  # a pipe of that name would wait for its writer
+    for listed in map(rejects_path, paths):
+        if listed.is_file():  # a pipe of that name would wait for its writer
             with listed.open(encoding="utf-8", errors="replace") as file:
                 for line in iter(lambda: file.readline(1 << 16), ""):
                     with suppress(ValueError, KeyError, TypeError, RecursionError):
@@ -151,9 +151,11 @@ def _rejects(path: Path) -> dict[str, int]:
 
 def _made(reader: BetonReader) -> dict[str, Any] | None:
     with suppress(FastSSLError):
-        side = read_side_file(reader.path)
-        if side is not None and side["bytes"] == reader.num_bytes:
-            return {key: side.get(key) for key in ("source", "tool", "options", "copied", "reencoded", "scaled")}
+        if all(notes := reader.side_notes()):
+            made = {key: notes[0].get(key) for key in ("source", "tool", "options")}
+            for key in ("copied", "reencoded", "scaled"):
+                made[key] = sum(count for note in notes if isinstance(count := note.get(key), int))
+            return made
     return None
 
 

@@ -24,10 +24,11 @@ from PIL import Image
 
 from fastssl._version import __version__
 from fastssl.errors import FastSSLError, counted, printable
+from fastssl.pipelines.beton.dataset import open_beton
 from fastssl.pipelines.beton.reader import BetonReader
 from fastssl.pipelines.beton.side_file import read_side_file, side_path
 from fastssl.pipelines.convert.conversion import convert, rejects_path, whole_side_file
-from fastssl.pipelines.convert.formats import pillow_formats
+from fastssl.pipelines.convert.formats import is_photo_name, pillow_formats
 from fastssl.pipelines.convert.options import ConvertOptions, chosen_photos
 from fastssl.pipelines.convert.sources import Listing, list_source
 from fastssl.utils.deadline import Deadline
@@ -58,22 +59,26 @@ class Source:
 
 
 def is_source(path: str | os.PathLike) -> bool:
-    """Whether this is a folder or a tar, which has to be converted first."""
+    """Whether this is a folder or a tar, which has to be converted first; not a folder of ``.beton`` files alone."""
     path = Path(path)
+    if path.is_dir():
+        seen = [one for one in os.scandir(path) if not one.name.startswith(".")]
+        photos = any(one.is_dir() or is_photo_name(one.name) for one in seen)
+        return photos or not any(one.name.endswith(".beton") for one in seen)
     if path.suffix == ".beton" or not path.is_file():
-        return path.is_dir()
+        return False
     with path.open("rb") as file:
         return path.name.lower().endswith(_TARS) or file.read(262)[257:] == b"ustar"
 
 
 def look_at(path: str | os.PathLike) -> Source:
     """Number and size of the photos at ``path``; a folder or tar is listed, and the headers of some photos are read.
-    Raises FastSSLError where it is neither folder, tar nor ``.beton`` file, or has no photos.
+    Raises FastSSLError where it is neither folder, tar nor what `open_beton` takes, or has no photos.
     """
     path = Path(path)
     if not is_source(path):
-        with BetonReader(path) as reader:
-            short = float(np.median(np.minimum(reader.heights, reader.widths)))
+        with open_beton(path) as reader:
+            short = float(np.median(np.minimum(*reader.shapes(reader.some()))))
             return Source(path, len(reader), short, shortened=_shortened(reader))
     deadline = Deadline(path)
     with list_source(path, deadline) as listing:
@@ -99,15 +104,16 @@ def listed_sides(listing: Listing, deadline: Deadline, most: int) -> list[int]:
 
 
 def _shortened(reader: BetonReader) -> bool:
-    """Whether half of a file's photos or more were scaled down when it was made, as far as its side file tells."""
-    sides, side = np.minimum(reader.heights, reader.widths), None
+    """Whether half of the photos or more were scaled down when the files were made, as far as side files tell."""
+    sides, notes, total = np.minimum(*reader.shapes(reader.some())), list[dict[str, Any]](), 0
     with suppress(FastSSLError):
-        side = read_side_file(reader.path)
-    if side is None or side["bytes"] != reader.num_bytes:
-        return False
+        notes = reader.side_notes()
     # Older side files do not count them: half of the photos or more have the very same, largest side.
-    scaled = side.get("scaled", side.get("reencoded") if np.median(sides) == sides.max() else 0)
-    return isinstance(scaled, int) and 2 * scaled >= len(reader)
+    older = "reencoded" if np.median(sides) == sides.max() else ""
+    for note in notes:
+        scaled = note.get("scaled", note.get(older))
+        total += scaled if isinstance(scaled, int) else 0
+    return 2 * total >= len(reader)
 
 
 def side_for(recipe: Recipe) -> int:

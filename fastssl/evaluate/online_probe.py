@@ -49,8 +49,7 @@ class ProbeSplit:
     @property
     def classes(self) -> int:
         """Number of classes in the bank."""
-        labels = self.bank.labels
-        return 0 if labels is None or not self.labelled else len(np.unique(labels[self.bank_index]))
+        return len(np.unique(self.bank.labels_of(self.bank_index))) if self.labelled else 0
 
     @property
     def can_judge(self) -> bool:
@@ -77,18 +76,17 @@ def choose_split(data: BetonReader, val: BetonReader | None, limit: int, seed: i
         val: photos of their own to judge on. None, or without labels where ``data`` has some: a fifth of ``data`` is
             held out from the probe. Where ``val`` alone has labels, a fifth of ``val``.
     """
-    if val is not None and (val.labels is None) == (data.labels is None):
+    if val is not None and val.labelled == data.labelled:
         total = len(data) + len(val)
         kept = _some_classes((data, val), limit, seed)
         shares = [round(min(1.0, limit / total) * len(reader)) if limit else 0 for reader in (data, val)]
-        bank, queries = (
-            _subset(reader.labels, len(reader), share, kept, seed) for reader, share in zip((data, val), shares)
-        )
+        bank, queries = (_subset(reader, share, kept, seed) for reader, share in zip((data, val), shares))
         split = ProbeSplit(data, bank, val, queries, held_out=False, seen=False)
     else:
-        reader = val if val is not None and val.labels is not None else data
-        some = _subset(reader.labels, len(reader), limit, _some_classes((reader,), limit, seed), seed)
-        keep, held_out = split_indices(None if reader.labels is None else reader.labels[some], len(some), seed=seed)
+        reader = val if val is not None and val.labelled else data
+        some = _subset(reader, limit, _some_classes((reader,), limit, seed), seed)
+        labels = reader.labels_of(some) if reader.labelled else None
+        keep, held_out = split_indices(labels, len(some), seed=seed)
         if not len(held_out):  # one photo in each class: the labels cannot judge anything
             keep, held_out = split_indices(None, len(some), seed=seed)
         seen = reader is data or _same_photos(reader, data)
@@ -100,9 +98,9 @@ def _obstacle(split: ProbeSplit) -> str:
     """Why labels cannot judge anything, in words; empty: they can."""
     found = []
     for reader, index in ((split.bank, split.bank_index), (split.queries, split.query_index)):
-        if reader.labels is None:
+        if not reader.labelled:
             return "the photos have no labels"
-        labels = reader.labels[index]
+        labels = reader.labels_of(index)
         if len(labels) and labels.min() < 0:
             return f"some photos in {reader.path.name} have no label"
         found.append(np.unique(labels))
@@ -119,8 +117,10 @@ def _obstacle(split: ProbeSplit) -> str:
 
 def _same_photos(one: BetonReader, other: BetonReader) -> bool:
     """Whether two files hold the same photos, in whatever order, as far as sizes and the bytes of some photos tell."""
-    if one.path.samefile(other.path):
+    if one.is_same(other):
         return True
+    if one.lazy or other.lazy:  # their tables are too large to be compared
+        return _alike(one, other)
     tables = [np.stack([reader.widths, reader.heights, reader.sizes]).astype(np.int64) for reader in (one, other)]
     mine, theirs = (table[:, np.lexsort(table)] for table in tables)
     if not np.array_equal(mine, theirs):
@@ -129,21 +129,24 @@ def _same_photos(one: BetonReader, other: BetonReader) -> bool:
     for size in np.unique(mine[2, np.linspace(0, len(one) - 1, _LOOKED_AT).astype(np.int64)]):
         groups = [(reader, np.flatnonzero(reader.sizes == size)) for reader in (one, other)]
         if len(groups[0][1]) > _MOST_OF_A_SIZE:
-            return one.table_checksums() == other.table_checksums() and one.photo_checksum() == other.photo_checksum()
+            return _alike(one, other)
         first, second = (sorted(bytes(reader.encoded(int(i))) for i in found) for reader, found in groups)
         if first != second:
             return False
     return True
 
 
+def _alike(one: BetonReader, other: BetonReader) -> bool:
+    return one.table_checksums() == other.table_checksums() and one.photo_checksum() == other.photo_checksum()
+
+
 def _some_classes(files: Sequence[BetonReader], limit: int, seed: int) -> np.ndarray | None:
     """The classes that a probe of ``limit`` photos is of, where that is too few for all of them; else None. Those of
     one photo, of which nothing can be held out, come last.
     """
-    labels = [reader.labels for reader in files if reader.labels is not None]
-    if not limit or len(labels) < len(files):
+    if not limit or not all(reader.labelled for reader in files):
         return None
-    everything = np.concatenate(labels)
+    everything = np.concatenate([reader.labels_of(reader.some()) for reader in files])
     known, counts = np.unique(everything, return_counts=True)
     most = max(2, limit // _LEAST_OF_A_CLASS)
     if len(everything) <= limit or len(known) <= most:
@@ -152,12 +155,13 @@ def _some_classes(files: Sequence[BetonReader], limit: int, seed: int) -> np.nda
     return np.take(known, np.concatenate([order[counts[order] > 1], order[counts[order] == 1]])[:most])
 
 
-def _subset(labels: np.ndarray | None, count: int, limit: int, kept: np.ndarray | None, seed: int) -> np.ndarray:
-    """About ``limit`` of ``count`` sample ids (0: all), sorted; an equal share of each class in ``kept`` (None: all)"""
-    chosen = np.arange(count)
+def _subset(reader: BetonReader, limit: int, kept: np.ndarray | None, seed: int) -> np.ndarray:
+    """About ``limit`` sample ids (0: all), sorted; an equal share of each class in ``kept`` (None: all)"""
+    chosen = reader.some() if limit else np.arange(len(reader))
+    labels = reader.labels_of(chosen) if limit and reader.labelled else None
     if kept is not None and labels is not None:
-        chosen = np.flatnonzero(np.isin(labels, kept))
-        labels = labels[chosen]
+        inside = np.isin(labels, kept)
+        chosen, labels = chosen[inside], labels[inside]
     if limit and limit < len(chosen):
         chosen = chosen[split_indices(labels, len(chosen), fraction=limit / len(chosen), seed=seed)[1]]
     return chosen
@@ -170,7 +174,7 @@ def require_same_classes(train: BetonReader, val: BetonReader) -> None:
     Raises:
         ProbeError: both files are labelled, and differently.
     """
-    if train.labels is None or val.labels is None:
+    if not train.labelled or not val.labelled:
         return
     if train.classes and val.classes:
         if train.classes == val.classes:

@@ -5,6 +5,7 @@ judged on; and which keep their label, where only a few do: a draw, or a publish
 from __future__ import annotations
 
 import json
+import os
 import re
 import tempfile
 import warnings
@@ -22,6 +23,7 @@ from fastssl.distributed.world import first_of_host_speaks
 from fastssl.errors import FastSSLError, counted
 from fastssl.evaluate.features import ProbeError, draw_of_each, split_indices
 from fastssl.evaluate.online_probe import require_same_classes
+from fastssl.pipelines.beton.dataset import open_beton
 from fastssl.pipelines.beton.reader import BetonReader
 from fastssl.pipelines.beton.side_file import read_side_file
 from fastssl.pipelines.convert.conversion import convert, rejects_path
@@ -31,14 +33,14 @@ from fastssl.pipelines.convert.sources import list_source
 
 @contextmanager
 def open_photos(path: str | Path, workers: int | None = None) -> Iterator[BetonReader]:
-    """A ``.beton`` file; or a folder or tar of class folders, converted into a temporary one, JPEGs byte for byte.
+    """What `open_beton` takes; or a folder or tar of class folders, converted into a temporary file, JPEGs untouched.
 
     Raises:
         FastSSLError: neither; a folder without photos; or one that several processes would each convert.
     """
     path = Path(path)
     if not is_source(path):
-        with BetonReader(path) as reader:
+        with open_beton(path) as reader:
             yield reader
         return
     if world_size() > 1:
@@ -66,9 +68,10 @@ def require_labels(reader: BetonReader) -> np.ndarray:
     Raises:
         ProbeError: the file has no labels.
     """
-    if reader.labels is None or (reader.labels < 0).any():
+    labels = reader.labels if reader.labelled else None
+    if labels is None or (labels < 0).any():
         raise ProbeError(f"{reader.path}: has no labels; convert a class/file folder tree to evaluate on")
-    return reader.labels
+    return labels
 
 
 def require_classes(classes: np.ndarray, reader: BetonReader, photos: str, what: str) -> None:
@@ -83,13 +86,14 @@ def scaled_to(reader: BetonReader) -> int | None:
 
     The note beside the file says it. Without one, all short sides alike are taken for scaled ones.
     """
-    note, heights, widths = read_side_file(reader.path) or {}, reader.heights, reader.widths
-    options = note.get("options")
-    if not isinstance(options, dict):
+    notes, (heights, widths) = reader.side_notes(), reader.shapes(reader.some())
+    found = [options for note in notes if isinstance(options := note.get("options"), dict)]
+    if len(found) < len(notes):
         short = np.minimum(heights, widths)
         return int(short[0]) if (short == short[0]).all() else None
-    limit = None if options.get("keep_size") else options.get("max_side") or options.get("short_side")
-    scaled = isinstance(limit, int) and note.get("copied") != len(reader)
+    limits = [None if one.get("keep_size") else one.get("max_side") or one.get("short_side") for one in found]
+    limit, copied = limits[0], sum(one for note in notes if isinstance(one := note.get("copied"), int))
+    scaled = isinstance(limit, int) and limits == [limit] * len(limits) and copied != len(reader)
     return limit if scaled and ((heights == limit) | (widths == limit)).any() else None
 
 
@@ -147,9 +151,10 @@ def open_split(
                     raise ProbeError(f"{data}: one photo in each class leaves nothing to hold out; give --val")
                 split = LabelledSplit(train, kept, train, held_out, held_out_seed=seed)
             else:
-                if Path(val).exists() and Path(val).samefile(data):
-                    warnings.warn(f"{val}: is --data itself; photos are judged that were learned from", stacklevel=3)
                 judged = files.enter_context(open_photos(val, workers))
+                folder = os.path.exists(val) and os.path.exists(data) and os.path.samefile(val, data)
+                if folder or judged.is_same(train):
+                    warnings.warn(f"{val}: is --data itself; photos are judged that were learned from", stacklevel=3)
                 require_labels(judged)
                 require_same_classes(train, judged)
                 split = LabelledSplit(train, np.arange(len(train)), judged, np.arange(len(judged)), None)
@@ -268,6 +273,8 @@ def listed_labels(path: str | Path, reader: BetonReader, photos: str | Path | No
             photo's; with file and line.
     """
     listed = read_list(path)
+    if len(reader.files) > 1 and listed[0].name is not None:
+        raise ProbeError(f"{path}: names photos of one folder, {reader.path} is several files: make one of that folder")
     if photos is not None and listed[0].name is not None:
         found = _by_name(path, listed, stored_names(reader, photos), reader.path)
     else:

@@ -187,11 +187,10 @@ def _majority(split: ProbeSplit) -> list[dict[str, Any]]:
     """What a constant answer gets, the bank's most frequent class; where that is half as large again as it would be if
     all were equal, or more.
     """
-    assert split.bank.labels is not None and split.queries.labels is not None  # the split is labelled
-    known, counts = np.unique(split.bank.labels[split.bank_index], return_counts=True)
+    known, counts = np.unique(split.bank.labels_of(split.bank_index), return_counts=True)
     if counts.max() * len(known) < 1.5 * counts.sum():
         return []
-    asked = split.queries.labels[split.query_index]
+    asked = split.queries.labels_of(split.query_index)
     share = 100 * float((asked == known[counts.argmax()]).mean())
     return [{"name": MAJORITY, "knn": share, "linear": share}]
 

@@ -19,6 +19,7 @@ from fastssl.errors import FastSSLError, JpegError, counted, printable
 from fastssl.evaluate.features import Features
 from fastssl.evaluate.knn import nearest_neighbors
 from fastssl.evaluate.online_probe import ProbeSplit
+from fastssl.pipelines.beton.dataset import open_beton
 from fastssl.pipelines.beton.reader import BetonReader
 from fastssl.pipelines.loader import ViewLoader
 from fastssl.pipelines.plan.draw import ViewSpec
@@ -49,7 +50,7 @@ def views_picture(
     this ``epoch``.
 
     Args:
-        data: a ``.beton`` file or an open reader.
+        data: what `open_beton` takes, or an open reader.
         views: the view groups of a recipe; the first twelve views are drawn.
         out: where to write the PNG; None: only return the picture.
         samples: rows, spread evenly over the file.
@@ -58,7 +59,7 @@ def views_picture(
             stands from the first engine's, 32 times enlarged.
         notice: called with a line of text when a damaged photo was left out.
     """
-    with nullcontext(data) if isinstance(data, BetonReader) else BetonReader(data) as reader:
+    with nullcontext(data) if isinstance(data, BetonReader) else open_beton(data) as reader:
         chosen = _spread(len(reader), samples)
         columns: list[tuple[str, str, np.ndarray]] = []
         for pipeline in pipelines:
@@ -287,8 +288,9 @@ def _draw_views(
     picture = Image.new("RGB", (width, 2 * _MARGIN + head + down * (tile + caption + gap) - gap), _PAPER)
     for number, sample in enumerate(rows):
         top = _MARGIN + head + (number // across) * (tile + caption + gap)
-        label = -1 if reader.labels is None else int(reader.labels[sample])
-        words = f"{_class_name(reader, label, f'photo {sample}')}, {reader.widths[sample]}x{reader.heights[sample]}"
+        one = np.array([sample])
+        (label,), (height,), (width,) = (found.tolist() for found in (reader.labels_of(one), *reader.shapes(one)))
+        words = f"{_class_name(reader, label, f'photo {sample}')}, {width}x{height}"
         for place, (title, note, pixels) in enumerate([("as stored", "the whole photo", None), *columns]):
             left = _MARGIN + (number % across) * (block + 2 * _MARGIN) + place * (tile + gap) + gap * (place > 0)
             if number < across:

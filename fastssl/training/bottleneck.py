@@ -61,7 +61,8 @@ def smaller_side(reader: BetonReader, views: Sequence[ViewSpec]) -> int | None:
 
     A crop of a fifth of the area is then still half as wide as the view, as it is with ImageNet's 256 for 224.
     """
-    if (np.asarray(reader.modes) == MODE_RAW).any():
+    some = reader.some()
+    if (reader.take("modes", some) == MODE_RAW).any():
         return None
     side = -(-max(spec.size for spec in views) * 8 // 7 // 16) * 16
-    return side if float(np.median(np.minimum(reader.heights, reader.widths))) > 1.1 * side else None
+    return side if float(np.median(np.minimum(*reader.shapes(some)))) > 1.1 * side else None

@@ -53,8 +53,9 @@ class RunOptions:
 
     Attributes:
         recipe_name: for the records.
-        data: the ``.beton`` file to learn from; its labels are used by the probes alone.
-        val: a labelled ``.beton`` to probe on; None: a fifth of ``data`` is held out from the probe (not from the
+        data: the ``.beton`` file to learn from, or what else `open_beton` takes; its labels are used by the probes
+            alone.
+        val: the same, labelled, to probe on; None: a fifth of ``data`` is held out from the probe (not from the
             training).
         out: the run's folder.
         device: ``auto``, ``cpu`` or ``cuda``.
@@ -230,7 +231,7 @@ def prepare(
             if world.is_main and recipe.train.on_bad == "fail":
                 _require_whole_photos(val, options.workers)
         step = TrainStep(recipe, device, amp=use_amp(recipe.train.amp, device), seed=options.seed, world=world)
-    if val is not None and val.labels is None and reader.labels is not None:
+    if val is not None and reader.labelled and not val.labelled:
         progress.message("the photos of --val have no labels: the probes judge on a held-out fifth of --data")
     if (window := recipe.train.window) is not None and window >= (files := len(reader.files)):
         progress.message(f"train.window={window} has no effect: the photos are in {counted(files, 'file')}")
@@ -258,13 +259,14 @@ def prepare(
 def _require_whole_photos(reader: BetonReader, workers: int | None) -> None:
     """Decode once the photos that the run is judged on at its end: better to know now that one is damaged."""
     # A wrong checksum alone is no reason: the photo decodes, and training would take it too.
-    found = verify(reader.path, workers=workers).damaged
-    if damaged := [(sample, complaint) for sample, complaint in found if complaint != "wrong checksum"]:
-        sample, complaint = damaged[0]
-        raise FastSSLError(
-            f"{reader.path}: damaged are {len(damaged):,} of {counted(len(reader), 'photo')}, the first is sample "
-            f"{sample} ({complaint}); convert again without them, or leave them out with --set train.on_bad=skip"
-        )
+    for path in reader.files:
+        report = verify(path, workers=workers)
+        if damaged := [(sample, complaint) for sample, complaint in report.damaged if complaint != "wrong checksum"]:
+            sample, complaint = damaged[0]
+            raise FastSSLError(
+                f"{path}: damaged are {len(damaged):,} of {counted(report.samples, 'photo')}, the first is sample "
+                f"{sample} ({complaint}); convert again without them, or leave them out with --set train.on_bad=skip"
+            )
 
 
 def _resolved(recipe: Recipe, options: RunOptions, reader: BetonReader, val: BetonReader | None) -> dict[str, Any]:

@@ -154,7 +154,7 @@ def remote_file(url: str | os.PathLike) -> RemoteFile:
 class _Redirects(urllib.request.HTTPRedirectHandler):
     """To other files of the web alone, never from https to http, and without our password to another host."""
 
-    def redirect_request(self, req: urllib.request.Request, fp: Any, code: int, msg: str, headers: Any, newurl: str):  # type: ignore[no-untyped-def]  # noqa: E501
+    def redirect_request(self, req: urllib.request.Request, fp: Any, code: int, msg: str, headers: Any, newurl: str):  # type: ignore[no-untyped-def]
         to = urlsplit(newurl)
         if to.scheme != "https" and (to.scheme != "http" or req.type == "https"):
             raise RemoteError(f"{shown(req.full_url)}: leads to {shown(newurl)}, which is not followed")

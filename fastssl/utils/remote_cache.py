@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import BinaryIO
 from urllib.parse import unquote, urlsplit
 
-from fastssl.errors import FastSSLError, Stalled, duration
+from fastssl.errors import Stalled, duration
 from fastssl.utils.deadline import STALL_MINUTES
 from fastssl.utils.remote import About, Changed, Passing, Patience, RemoteError, RemoteFile, remote_file
 

@@ -14,7 +14,7 @@ from fastssl.errors import BetonError, JpegError, counted
 from fastssl.pipelines.beton.format import MODE_RAW
 from fastssl.pipelines.beton.open_file import BetonFile, OpenFiles
 from fastssl.pipelines.beton.side_file import read_side_note, side_path
-from fastssl.pipelines.beton.tables import Tables, read_layout, read_some, read_tables
+from fastssl.pipelines.beton.tables import KINDS, Tables, read_layout, read_some, read_tables
 from fastssl.pipelines.ops import jpeg
 from fastssl.pipelines.ops.memory import ThreadMemory
 
@@ -22,7 +22,6 @@ from fastssl.pipelines.ops.memory import ThreadMemory
 #: for all where no table is in memory.
 _PART, _LOOKED_AT, _LOOK, _SOME = 16 << 20, 64, 4096, 1 << 16
 _Found = TypeVar("_Found")
-_COLUMNS = frozenset({"modes", "heights", "widths", "labels", "offsets", "sizes"})
 
 
 class Row(NamedTuple):
@@ -50,8 +49,8 @@ class BetonReader:
         path: the file. num_samples: N, also ``len(reader)``. labelled: whether it has labels.
         heights, widths: (N,) int32, in pixels. modes: (N,) uint8, 0 JPEG, 1 raw. offsets, sizes: (N,) int64, in bytes.
         labels: (N,) int64, or None when the file has no integer field.
-        lazy: the tables are not in memory: records are read and checked when they are asked for, which `shapes`,
-            `labels_of` and all that reads a photo do. Who asks for a whole column has all tables read.
+        lazy: the tables are not in memory: `take` and all that reads a photo read and check the records that they
+            need. Who asks for a whole column has all tables read.
         files: that it consists of. starts: (F + 1,) int64, the first sample of each, and N.
     """
 
@@ -68,7 +67,7 @@ class BetonReader:
         self._layout = read_layout(self._file)
         self.path, self.num_bytes, self.num_samples = self._file.path, self._file.num_bytes, self._layout.num_samples
         self.page_size, self.labelled = self._layout.page_size, self._layout.label is not None
-        self.field_names, self.image_field = self._layout.field_names, self._layout.image_field
+        self.field_names, self.image_field = list(self._layout.field_names), self._layout.image_field
         self.files, self.starts, self.lazy = [self.path], np.array([0, self.num_samples]), lazy
         if not lazy:
             self._load()
@@ -88,7 +87,7 @@ class BetonReader:
         read_tables(self._file, self._layout, out)
 
     def __getattr__(self, name: str) -> Any:
-        if name not in _COLUMNS:
+        if name not in KINDS and name != "labels":
             raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
         self._load()
         return getattr(self, name)
@@ -110,8 +109,9 @@ class BetonReader:
         self._file.close()
 
     def side_notes(self) -> list[dict[str, Any]]:
-        """What the side file of each file says, checksums left out; nothing where there is none."""
-        return [read_side_note(self.path) or {}]
+        """What the side file of each file says, checksums left out; nothing where there is none that belongs to it."""
+        note = read_side_note(self.path)
+        return [note if note is not None and note["bytes"] == self.num_bytes else {}]
 
     @property
     def classes(self) -> list[str] | None:
@@ -126,23 +126,22 @@ class BetonReader:
         warnings.warn(f"{side_path(self.path)}: {what}", stacklevel=2)
         return None
 
-    def shapes(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Heights and widths of the samples ``index``, (n,) int64: two (n,) int32. ``BetonError``: a record is damaged,
-        or cannot be read.
+    def take(self, name: str, index: np.ndarray) -> np.ndarray:
+        """What the column ``name``, one of those above, says of the samples ``index``, (n,) int64. ``BetonError``: of a
+        lazy one, a record is damaged, or cannot be read.
         """
-        if not self.lazy:
-            return self.heights[index], self.widths[index]
-        rows = self._rows(index)
-        return np.array([row.height for row in rows], np.int32), np.array([row.width for row in rows], np.int32)
+        if self.lazy:
+            return np.array([getattr(row, name[:-1]) for row in self._rows(index)], KINDS.get(name, np.int64))
+        found: np.ndarray = getattr(self, name)[index]
+        return found
+
+    def shapes(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Heights and widths of the samples ``index``, see `take`."""
+        return self.take("heights", index), self.take("widths", index)
 
     def labels_of(self, index: np.ndarray) -> np.ndarray:
-        """Labels of the samples ``index``, (n,) int64: -1 where the file has none. ``BetonError``: as `shapes`."""
-        if not self.labelled:
-            return np.full(len(index), -1)
-        if not self.lazy:
-            found: np.ndarray = self.labels[index]  # type: ignore[index]  # it is labelled
-            return found
-        return np.array([row.label for row in self._rows(index)], np.int64)
+        """Labels of the samples ``index``, see `take`; -1 where there are none."""
+        return self.take("labels", index) if self.labelled else np.full(len(index), -1)
 
     def some(self) -> np.ndarray:
         """Sample ids, (n,) int64 and sorted, by which the whole can be judged: all, or 65,536 of a lazy one."""

@@ -27,6 +27,8 @@ from fastssl.pipelines.beton.format import (
 from fastssl.pipelines.beton.open_file import BetonFile
 from fastssl.pipelines.ops import jpeg
 
+#: The columns of `Tables`.
+KINDS = {"modes": np.uint8, "heights": np.int32, "widths": np.int32, **dict.fromkeys(("offsets", "sizes"), np.int64)}
 #: Samples whose metadata is read at a time.
 _BLOCK = 1 << 20
 
@@ -73,8 +75,8 @@ class Tables:
     @classmethod
     def empty(cls, count: int, labelled: bool) -> Tables:
         """Of ``count`` samples, to be filled in."""
-        kinds = (np.uint8, np.int32, np.int32, np.int64, np.int64)
-        return cls(*(np.empty(count, kind) for kind in kinds), np.empty(count, np.int64) if labelled else None)
+        labels = np.empty(count, np.int64) if labelled else None
+        return cls(**{name: np.empty(count, kind) for name, kind in KINDS.items()}, labels=labels)
 
     def rows(self, which: slice) -> Tables:
         """Some neighbours, on the same memory."""

@@ -8,7 +8,7 @@ import os
 import time
 import zlib
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -98,9 +98,17 @@ def verify(
 
 
 def sample_checksums(reader: BetonReader) -> np.ndarray | None:
-    """CRC-32 of every sample's bytes, (N,) uint32, from the side file; None where there is none that fits this file."""
-    problems, checksums = _side_file_of(reader)
-    return None if problems else checksums
+    """CRC-32 of every sample's bytes, (N,) uint32, from the side files; None where a file has none that fits it, and of
+    a lazy set, whose tables are not to be in memory either.
+    """
+    found: list[np.ndarray] = []
+    for file in [] if reader.lazy else reader.files:
+        with nullcontext(reader) if len(reader.files) == 1 else BetonReader(file, lazy=True) as one:
+            problems, checksums = _side_file_of(one)
+        if problems or checksums is None:
+            return None
+        found.append(checksums)
+    return np.concatenate(found) if found else None
 
 
 def _side_file_of(reader: BetonReader) -> tuple[list[str], np.ndarray | None]:

@@ -65,8 +65,8 @@ class _Slot:
 class _Job:
     """A request on its way: what the workers were told, and what they found damaged."""
 
-    def __init__(self, request: Request, offsets: np.ndarray, numel: int):
-        self.request = request
+    def __init__(self, request: Request, shapes: list[tuple[int, int, int]], offsets: np.ndarray, numel: int):
+        self.request, self.shapes = request, shapes
         self.offsets = offsets  # (B,) int64, first byte of each decoded picture in the packed buffer
         self.numel = numel  # bytes of the packed buffer that are used
         self.parts: list[Future[None]] = []
@@ -133,8 +133,8 @@ class NativeEngine(Engine):
         there = [self._to_device(slot.copied, tensor) for tensor in host] if slot.copied else host
         if self.crops == "host":
             return [view.permute(0, 3, 1, 2) for view in there]
-        heights, widths = self.reader.heights[job.request.index], self.reader.widths[job.request.index]
-        return crop_resize_device(there[0], job.offsets, heights, widths, job.request.plans, self.specs)
+        shapes = self.reader.shapes(job.request.index)
+        return crop_resize_device(there[0], job.offsets, *shapes, job.request.plans, self.specs)
 
     def _to_device(self, copied: torch.cuda.Event, host: Tensor) -> Tensor:
         """Copy pinned memory on the long-lived copy stream; the current stream waits for it, the host does not."""
@@ -189,7 +189,7 @@ class NativeEngine(Engine):
 
     def _spare(self, request: Request) -> int:
         """Bytes behind the last picture: crop_resize_device reads rows in windows of the widest one."""
-        return 3 * (int(self.reader.widths[request.index].max()) + 8)
+        return 3 * (int(self.reader.take("widths", request.index).max()) + 8)
 
     def _free(self) -> None:
         self._slots = []
@@ -205,9 +205,11 @@ class NativeEngine(Engine):
             if slot.copied:
                 slot.copied.synchronize()  # the slot's last content may still be on its way to the GPU
             batch = len(request.index)
-            numel = self.reader.heights[request.index].astype(np.int64) * self.reader.widths[request.index] * 3
+            heights, widths = self.reader.shapes(request.index)
+            numel = heights.astype(np.int64) * widths * 3
             ends = np.cumsum(numel)
-            job = _Job(request, ends - numel, int(ends[-1]) + self._spare(request))
+            shapes = [(*shape, 3) for shape in zip(heights.tolist(), widths.tolist())]
+            job = _Job(request, shapes, ends - numel, int(ends[-1]) + self._spare(request))
             if self.crops == "host":
                 job.views = slot.reserve_views(self.specs, batch)
                 job.arrays = [view.numpy().reshape(-1, batch, *view.shape[1:]) for view in job.views]
@@ -242,8 +244,7 @@ class NativeEngine(Engine):
             self.stats.host_cpu_s += time.thread_time() - cpu
 
     def _render_one(self, slot: _Slot, job: _Job, position: int) -> None:
-        sample = int(job.request.index[position])
-        shape = (int(self.reader.heights[sample]), int(self.reader.widths[sample]), 3)
+        sample, shape = int(job.request.index[position]), job.shapes[position]
         numel, start = math.prod(shape), int(job.offsets[position])
         if self.crops == "device":
             self.reader.decode_into(sample, slot.packed[start : start + numel].numpy().reshape(shape))

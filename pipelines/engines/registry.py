@@ -90,8 +90,11 @@ def require_engine(name: str, reader: BetonReader, specs: Sequence[ViewSpec]) ->
     state = engine_state(name)
     if state.problem:
         raise FastSSLError(f"--pipeline {name}: {state.problem}; {state.remedy}")
+    if name == "ffcv" and (files := len(reader.files)) > 1:
+        maps = f"FFCV maps one file, and these are {files:,}"
+        raise FastSSLError(f"--pipeline ffcv: {reader.path}: {maps}; use --pipeline native")
     if name == "dali":
-        if raw := int((reader.modes == MODE_RAW).sum()):
+        if raw := int((reader.take("modes", reader.some()) == MODE_RAW).sum()):
             stored = f"{counted(raw, 'picture')} of it stored raw"
             raise FastSSLError(f"{reader.path}: {stored}, which DALI cannot decode; use --pipeline native")
         smallest = min(spec.size for spec in specs)

@@ -45,7 +45,7 @@ _OPTIONS: dict[str, Callable] = {
         "--data",
         "JPEGs to read; 'synthetic' makes some of ImageNet's usual size, 'samples' is the sample set of the package. "
         "May be repeated.",
-        metavar="FILE.beton",
+        metavar="FILE.beton|'PATTERN'",
         **_DATA,
     ),
     "photos": option("--photos", "Number of synthetic photos.", **_PHOTOS),
