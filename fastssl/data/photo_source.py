@@ -26,7 +26,7 @@ from fastssl._version import __version__
 from fastssl.errors import FastSSLError, counted, printable
 from fastssl.pipelines.beton.dataset import open_beton
 from fastssl.pipelines.beton.reader import BetonReader
-from fastssl.pipelines.beton.side_file import read_side_file, side_path
+from fastssl.pipelines.beton.side_file import side_path
 from fastssl.pipelines.convert.conversion import convert, rejects_path, whole_side_file
 from fastssl.pipelines.convert.formats import is_photo_name, pillow_formats
 from fastssl.pipelines.convert.options import ConvertOptions, chosen_photos
