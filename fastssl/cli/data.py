@@ -91,15 +91,21 @@ def _rows(one: Contents) -> list[tuple[str, str]]:
         most = f"median {side['median']:,} px, nine in ten from {side['p5']:,} to {side['p95']:,} px"
         rows.append(("short side", f"{most}; {counted(side['below_224'], 'photo')}{of} below 224 px"))
     how = "" if one.raw is None else "; all JPEG" if not one.raw else f"; {one.raw:,} stored as pixels"
-    rows.append(("bytes", f"{one.bytes / 1e6:,.1f} MB, {one.bytes / one.photos / 1e3:,.1f} kB a photo{how}"))
+    if one.bytes is not None:
+        rows.append(("bytes", f"{one.bytes / 1e6:,.1f} MB, {one.bytes / one.photos / 1e3:,.1f} kB a photo{how}"))
     if one.made is not None:
         rows.append(("made", _made(one.made)))
-    rejected = sum(one.rejects.values())
-    reasons = [f"{count:,} {reason}" for reason, count in one.rejects.items()]
-    reasons[8:] = [f"and {counted(len(reasons) - 8, 'more reason')}"] if len(reasons) > 8 else []
-    rows += [("rejected", f"{rejected:,}: {'; '.join(reasons)}")] if rejected else []
-    rows += [("ignored", counted(one.ignored, "other file"))] if one.ignored else []
+    for what, kinds in (("rejected", one.rejects), ("passed over", one.passed_over)):
+        shown = [f"{count:,} {kind}{_remedy(kind)}" for kind, count in kinds.items()]
+        shown[8:] = [f"and {counted(len(shown) - 8, 'more kind')}"] if len(shown) > 8 else []
+        rows += [(what, f"{sum(kinds.values()):,}: {'; '.join(shown)}")] if kinds else []
     return rows
+
+
+def _remedy(kind: str) -> str:
+    from fastssl.pipelines.convert.formats import remedy
+
+    return f" ({do})" if (do := remedy(kind)) else ""
 
 
 def _made(made: dict[str, Any]) -> str:

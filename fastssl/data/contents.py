@@ -9,7 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -79,9 +79,10 @@ class Contents:
         photos: how many. classes: photos of each class, in the order of the labels; None: no labels.
         short_side: in pixels: 'p5', 'median', 'p95'; 'below_224': how many photos, of those that were 'measured'. Of a
             folder or tar some are. None: none could be read.
-        bytes: of all photos as they are stored. raw: photos stored as pixels; None: not stored yet.
+        bytes: of all photos as they are stored; None: a source that does not know before they are read.
+        raw: photos stored as pixels; None: not stored yet.
         rejects: how many photos of a folder, tar or its conversion were rejected for which kind of reason.
-        ignored: files of a folder or tar that are no photos.
+        passed_over: files of a folder or tar that are no photos, by kind (see `formats.kind_of`).
         made: what the side file says of the conversion: source, tool, options, copied, reencoded, scaled.
     """
 
@@ -89,10 +90,10 @@ class Contents:
     photos: int
     classes: dict[str, int] | None
     short_side: dict[str, int] | None
-    bytes: int
+    bytes: int | None
     raw: int | None
     rejects: dict[str, int]
-    ignored: int = 0
+    passed_over: dict[str, int] = field(default_factory=dict)
     made: dict[str, Any] | None = None
 
 
@@ -104,10 +105,11 @@ def look_into(photos: Photos) -> Contents:
         listing = photos.listing
         sides = np.array(listed_sides(listing, Deadline(photos.path), _MEASURED))
         reasons = Counter(kind_of_reason(reason) for _, reason in listing.rejected)
-        return Contents(*known, _spread(sides), int(photos.sizes.sum()), None, _sorted(reasons), listing.ignored)
-    raw, size = int((photos.modes == MODE_RAW).sum()), int(photos.sizes.sum())
-    sides = np.minimum(photos.heights, photos.widths)
-    return Contents(*known, _spread(sides), size, raw, _rejects(photos.path), made=_made(photos))
+        size = None if (photos.sizes < 0).any() else int(photos.sizes.sum())
+        return Contents(*known, _spread(sides), size, None, _sorted(reasons), _sorted(Counter(listing.passed_over)))
+    raw, sides = int((photos.modes == MODE_RAW).sum()), np.minimum(photos.heights, photos.widths)
+    stored = (int(photos.sizes.sum()), raw, _rejects(photos.path))
+    return Contents(*known, _spread(sides), *stored, made=_made(photos))
 
 
 def _count(labels: np.ndarray, names: list[str] | None) -> dict[str, int]:

@@ -70,7 +70,9 @@ def test_a_folder_is_listed_and_not_converted(photos: Path) -> None:
         found = look_into(opened)
     assert (found.photos, found.classes) == (8, {"blue": 3, "green": 2, "red": 3})  # damage is not seen before decoding
     assert found.short_side is not None and found.short_side["measured"] == 7 and found.short_side["below_224"] == 2
-    assert (found.raw, found.made, found.ignored) == (None, None, 1) and sorted(photos.parent.iterdir()) == before
+    assert (found.raw, found.made, found.passed_over) == (None, None, {".txt": 1}) and sorted(
+        photos.parent.iterdir()
+    ) == before
 
 
 def test_labels_without_names_and_names_without_photos(tmp_path: Path) -> None:
@@ -192,6 +194,8 @@ def test_the_contact_sheet_of_damaged_photos_and_few(photos: Path, damaged: tupl
 
 
 def test_the_command(stored: Path, photos: Path, tmp_path: Path) -> None:
+    for number in range(2):
+        (photos / f"{number}.MOV").write_bytes(b"x")
     result = run(stored, photos, "--json", tmp_path / "a.json", "--sheet", tmp_path / "a.png")
     assert result.exit_code == 0, result.output
     for line in (
@@ -201,7 +205,7 @@ def test_the_command(stored: Path, photos: Path, tmp_path: Path) -> None:
         f"{stored}: made: of photos by fastssl",
         f"{stored}: rejected: 2: ",
         f"{stored}: copies: 2 photos like an earlier one; 6 photos also in {photos}",
-        f"{photos}: ignored: 1 other file",
+        f"{photos}: passed over: 3: 2 .mov (extract frames (ffmpeg -i FILE %06d.jpg)); 1 .txt",
     ):
         assert f"\n{line}" in f"\n{result.output}", line
     first, second = json.loads((tmp_path / "a.json").read_text())

@@ -81,10 +81,10 @@ def write(files: Mapping[str, bytes | Image.Image], root: str = "photos") -> Non
             content.save(path)
 
 
-def tar(files: Mapping[str, bytes], path: str | None = None, mode: str = "w") -> bytes:
+def tar(files: Mapping[str, bytes], path: str | None = None) -> bytes:
     """A tar of ``files`` at ``path``; its bytes."""
     buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode=mode) as archive:
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
         for name, data in files.items():
             member = tarfile.TarInfo(name)
             member.size = len(data)
@@ -130,6 +130,14 @@ def _() -> None:
         os.symlink(f"../elsewhere/{colour}", f"photos/{colour}")
 
 
+@layout("two class folders that are links to one")
+def _() -> None:
+    write(CLASSES, "elsewhere")
+    os.mkdir("photos")
+    for name in ("cat", "dog"):
+        os.symlink("../elsewhere/red", f"photos/{name}")
+
+
 @layout("hidden files and the folders of macOS, Jupyter and network disks")
 def _() -> None:
     other = {".DS_Store": b"x", "blue/._0.jpg": b"x", "blue/.ipynb_checkpoints/0.jpg": CLASSES["blue/0.jpg"]}
@@ -166,6 +174,18 @@ def _() -> None:
         for wnid, colour in WNIDS.items()
     }
     tar(inner, "ILSVRC2012_img_train.tar")
+
+
+@layout("three tars joined into one (`cat a.tar b.tar c.tar`)")
+def _() -> None:
+    parts = ({name: data for name, data in CLASSES.items() if name.startswith(colour)} for colour in COLOURS)
+    Path("photos.tar").write_bytes(b"".join(map(tar, parts)))
+
+
+@layout("hidden folders in a tar")
+def _() -> None:
+    hidden = {f"{name}/0.jpg": CLASSES["red/0.jpg"] for name in (".ipynb_checkpoints", "__MACOSX", "blue/.hidden")}
+    tar(CLASSES | hidden, "photos.tar")
 
 
 @layout("two members of one name in a tar")
