@@ -6,6 +6,7 @@ import io
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from PIL import Image
 
 from fastssl.cli import cli
 from fastssl.cli.common import PlainConsole
-from fastssl.data.contents import find_copies, kind_of_reason, look_into, open_photos
+from fastssl.data.contents import count_copies, find_copies, kind_of_reason, look_into, open_photos
 from fastssl.errors import FastSSLError
 from fastssl.pipelines.beton.writer import BetonWriter
 from fastssl.pipelines.convert.conversion import convert, rejects_path
@@ -87,6 +88,20 @@ def test_labels_without_names_and_names_without_photos(tmp_path: Path) -> None:
         assert look_into(opened).classes == {"zero": 0, "one": 0, "class -1": 1, "class 5": 2}
 
 
+def test_a_set_of_files_is_one(photos: Path, stored: Path, tmp_path: Path) -> None:
+    """Classes by name, rejects and copies of all its files, and two sources."""
+    (tmp_path / "more").mkdir()
+    (photos / "red").rename(tmp_path / "more" / "red")
+    for name in ("photos", "more"):
+        convert(tmp_path / name, tmp_path / f"set-{name}.beton", ConvertOptions(keep_size=True))
+    with open_photos(tmp_path / "set-*.beton") as together, open_photos(stored) as alone:
+        found, one = look_into(together), look_into(alone)
+        copies = find_copies([together])
+    assert one.made is not None and found.made == {**one.made, "source": "more and 1 more source"}
+    assert replace(found, path=one.path, made=one.made) == one
+    assert count_copies(copies, 1) == ([2], [[0]])
+
+
 def test_kinds_of_reasons_hold_neither_names_nor_numbers() -> None:
     kinds = {
         "cut off: the tar ends after 12 of 1,234 bytes": "cut off: the tar ends after N of N bytes",
@@ -139,11 +154,13 @@ def test_copies_are_those_of_comparing_all_with_all(tmp_path: Path, kinds: str, 
     found = find_copies([one.__enter__() for one in opened], lambda *progress: said.append(progress))
     for one in opened:
         one.__exit__(None, None, None)
-    assert (found.within, found.across) == slow_copies(*sets)
-    assert sum(found.within) and all(sum(row) for row in found.across) and said[-1][0] == said[-1][1]
-    for group in found.groups:
+    within, across = count_copies(found, len(sets))
+    assert (
+        (within, across) == slow_copies(*sets) and sum(within) and all(map(sum, across)) and said[-1][0] == said[-1][1]
+    )
+    for group in found:
         assert len({sets[place][i] for place, i in group}) == 1 < len(group)
-    named = {place for group in found.groups for place in group}
+    named = {place for group in found for place in group}
     every = [data for one in sets for data in one]
     assert named == {
         (place, i) for place, one in enumerate(sets) for i, data in enumerate(one) if every.count(data) > 1
@@ -156,14 +173,14 @@ def test_pixels_of_another_shape_are_no_copy(tmp_path: Path) -> None:
         for height, width in ((10, 20), (20, 10), (10, 20)):
             writer.add(flat(COLOURS["red"], height, width).tobytes(), height, width, 0, 1)
     with open_photos(path) as opened:
-        assert find_copies([opened]).groups == [[(0, 0), (0, 2)]]
+        assert find_copies([opened]) == [[(0, 0), (0, 2)]]
 
 
 def test_with_checksums_only_what_may_be_a_copy_is_read(stored: Path) -> None:
     with open_photos(stored) as opened:
         read, real = [], opened.encoded
         opened.encoded = lambda i: (read.append(i), real(i))[1]  # type: ignore[method-assign]
-        assert find_copies([opened]).within == [2]
+        assert sum(len(group) - 1 for group in find_copies([opened])) == 2
     assert sorted(read) == [0, 3, 4, 5]
 
 
