@@ -99,7 +99,9 @@ def _rows(one: Contents) -> list[tuple[str, str]]:
     else:
         named = [f"{name} ({count:,})" for name, count in sorted(one.classes.items(), key=lambda item: -item[1])]
         named[3:-3] = ["..."] if len(named) > 6 else named[3:-3]
-        rows.append(("classes", f"{len(one.classes):,}: {', '.join(named)}"))
+        alike = len(named) > 6 and len(counts := set(one.classes.values())) == 1
+        which = f" of {counted(counts.pop(), 'photo')} each" if alike else f": {', '.join(named)}"
+        rows.append(("classes", f"{len(one.classes):,}{which}"))
     if (side := one.short_side) is not None:
         of = f" of {side['measured']:,} looked at" if side["measured"] < one.photos else ""
         most = f"median {side['median']:,} px, nine in ten from {side['p5']:,} to {side['p95']:,} px"

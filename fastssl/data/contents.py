@@ -147,7 +147,7 @@ def _made(reader: BetonReader) -> dict[str, Any] | None:
     notes: list[dict[str, Any]] = []
     with suppress(FastSSLError):
         notes = reader.side_notes()
-    if not notes or sum(note.get("bytes", 0) for note in notes) != reader.num_bytes:
+    if sum(note.get("bytes", 0) for note in notes) != reader.num_bytes or not all("source" in note for note in notes):
         return None
     sources = list(dict.fromkeys(str(note.get("source")) for note in notes))
     more = f" and {counted(len(sources) - 1, 'more source')}" if len(sources) > 1 else ""

@@ -85,7 +85,8 @@ def test_labels_without_names_and_names_without_photos(tmp_path: Path) -> None:
         found = look_into(opened)
         assert (found.classes, found.raw, found.made) == ({"class -1": 1, "class 5": 2}, 3, None)
         Path(f"{path}.json").write_text(json.dumps({"bytes": path.stat().st_size, "classes": ["zero", "one"]}))
-        assert look_into(opened).classes == {"zero": 0, "one": 0, "class -1": 1, "class 5": 2}
+        found = look_into(opened)
+        assert (found.classes, found.made) == ({"zero": 0, "one": 0, "class -1": 1, "class 5": 2}, None)
 
 
 def test_a_set_of_files_is_one(photos: Path, stored: Path, tmp_path: Path) -> None:
@@ -237,6 +238,24 @@ def test_json_alone_on_standard_output_and_one_photo(tmp_path: Path) -> None:
     assert json.loads(run(tmp_path / "one", "--json", "-", "--no-copies").stdout)["copies"] is None
     lines = run(tmp_path / "one").output.splitlines()
     assert [line.split(": ", 2)[1] for line in lines] == ["photos", "classes", "short side", "bytes", "copies"]
+
+
+@pytest.mark.parametrize(
+    ("counts", "said"),
+    [
+        ((1, 2), "2: c1 (2), c0 (1)"),
+        ((2,) * 7, "7 of 2 photos each"),
+        ((1, 2, 3, 4, 5, 6, 7, 8), "8: c7 (8), c6 (7), c5 (6), ..., c2 (3), c1 (2), c0 (1)"),
+    ],
+)
+def test_many_classes_are_told_by_the_largest_and_the_smallest(
+    tmp_path: Path, counts: tuple[int, ...], said: str
+) -> None:
+    for label, count in enumerate(counts):
+        (tmp_path / "photos" / f"c{label}").mkdir(parents=True)
+        for number in range(count):
+            (tmp_path / "photos" / f"c{label}" / f"{number}.jpg").write_bytes(b"x")
+    assert f": classes: {said}\n" in run(tmp_path / "photos").output
 
 
 @pytest.mark.parametrize("width", [80, 120])
