@@ -186,7 +186,7 @@ def contact_sheet(sets: Sequence[Photos], out: Path | None = None, *, photos: in
     for one in sets:
         some = _spread(len(one), _LOOKED_AT)
         labels = None if one.labels is None else one.labels[some]
-        chosen.append(some[_choose_queries(labels, len(some), photos)])
+        chosen.append(some if len(some) <= photos else some[_choose_queries(labels, len(some), photos)])
     heights = [head + -(-len(some) // across) * (tile + caption + gap) for some in chosen]
     width = 2 * _MARGIN + across * (tile + gap) - gap
     picture, top = Image.new("RGB", (width, _MARGIN + sum(heights)), _PAPER), _MARGIN

@@ -149,6 +149,19 @@ def _() -> None:
     write(CLASSES | {"readme.txt": b"x", "blue/labels.json": b"{}", "blue/x.xmp": b"x"})
 
 
+@layout("links to photos, one of which leads nowhere")
+def _() -> None:
+    write({"a.jpg": CLASSES["red/0.jpg"]})
+    os.symlink("a.jpg", "photos/b.jpg")
+    os.symlink("none.jpg", "photos/c.jpg")
+
+
+@layout("the folder of a training run beside the photos")
+def _() -> None:
+    run = {"runs/mine/config.yaml": b"", "runs/mine/checkpoints/last.pt": b"", "runs/mine/views.png": BLUE}
+    write(CLASSES | run)
+
+
 @layout("names beyond ASCII, spaces, endings in capitals")
 def _() -> None:
     write({f"Österreich/sept {n} 写真.{ending}": BLUE for n, ending in enumerate(("JPG", "Jpeg", "PNG"))})
@@ -198,6 +211,13 @@ def _() -> None:
 
 
 # ---- formats
+
+
+@layout("JPEGs: progressive, grey, 4:4:4, with restart markers")
+def _() -> None:
+    kinds = {"progressive": True}, {"subsampling": 0}, {"restart_marker_rows": 1}
+    write({f"{n}.jpg": coded(BLUE, **options) for n, options in enumerate(kinds)})
+    write({"3.jpg": coded(BLUE.getchannel("B"))})
 
 
 @layout("PNG, BMP, TIFF, PPM, WebP without loss")
