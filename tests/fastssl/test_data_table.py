@@ -33,6 +33,7 @@ from PIL import Image
 
 from fastssl.cli import cli
 from fastssl.pipelines.beton.reader import BetonReader
+from fastssl.pipelines.convert.conversion import convert
 
 COLOURS = ("blue", "green", "red")
 #: ImageNet's names for three classes, in its order
@@ -259,6 +260,14 @@ def _() -> None:
 @layout("damaged and empty files among the photos")
 def _() -> None:
     write(CLASSES | {"blue/2.jpg": CLASSES["blue/0.jpg"][:-300], "blue/3.jpg": b"", "red/2.png": b"no picture"})
+
+
+@layout("several `.beton` files, as one set")
+def _() -> None:
+    for number, names in enumerate((("blue", "green"), ("red", "green"))):
+        files = {name: data for name, data in CLASSES.items() if name.split("/")[0] in names}
+        write({k: v for k, v in files.items() if "green" not in k or k == f"green/{number}.jpg"}, f"{number}")
+        convert(f"{number}", f"part-{number}.beton")
 
 
 # ---- the table
