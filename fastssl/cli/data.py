@@ -14,7 +14,7 @@ from fastssl.cli.common import PlainConsole, SomePath, console, json_option, lat
 from fastssl.errors import counted, printable
 
 if TYPE_CHECKING:
-    from fastssl.data.contents import Contents, Copies
+    from fastssl.data.contents import Contents, Group
 
 #: Groups of equal photos that the JSON names.
 _NAMED = 1000
@@ -27,8 +27,9 @@ _NAMED = 1000
 @quiet_option
 @json_option
 def data(files: tuple[Path, ...], sheet: Path | None, copies: bool, json_path: str | None) -> None:
-    """Say what is in each FILE, a .beton file, a folder or a tar of photos: classes, sizes, bytes, what was rejected
-    and why, and photos that are there twice, in one FILE or in two. Nothing is converted.
+    """Say what is in each FILE, a .beton file, a pattern of such files in quotes, a folder or a tar of photos: classes,
+    sizes, bytes, what was rejected and why, and photos that are there twice, in one FILE or in two. Nothing is
+    converted.
 
     Copies are photos whose bytes are equal as they are stored. Files that fastssl made know their photos' checksums,
     and hardly any photo is read; of others all may be, which --no-copies spares.
@@ -40,25 +41,36 @@ def data(files: tuple[Path, ...], sheet: Path | None, copies: bool, json_path: s
     if sheet is not None and (not sheet.parent.is_dir() or sheet.suffix.lower() != ".png"):
         wrong = "name a .png" if sheet.parent.is_dir() else f"{sheet.parent}: no such folder"
         raise click.BadParameter(f"{sheet}: {wrong}", param_hint="--sheet")
-    from fastssl.data.contents import find_copies, look_into, open_photos
+    from fastssl.data.contents import count_copies, find_copies, look_into, open_photos
 
     with ExitStack() as opened:
         sets = [opened.enter_context(open_photos(path)) for path in files]
         contents = [look_into(photos) for photos in sets]
-        found = None
+        groups: list[Group] = []
         if copies:
             with late_progress_bar("looking for copies", "photos") as progress:
-                found = find_copies(sets, progress)
+                groups = find_copies(sets, progress)
         if sheet is not None:
             from fastssl.report.pictures import contact_sheet
 
             picture = contact_sheet(sets, sheet)
             console.note(f"{sheet}: {picture.width}x{picture.height} px")
-    if json_path != "-":
-        out = PlainConsole()  # standard output
-        for number, one in enumerate(contents):
-            _print(out, one, [*_rows(one), *([_copies(found, number, files)] if found else [])])
-    write_json(json_path, [_record(one, found, number, files) for number, one in enumerate(contents)])
+    within, across = count_copies(groups, len(files))
+    out, records = PlainConsole(), []  # standard output
+    for number, one in enumerate(contents):
+        also = [(path, count) for path, count in zip(files, across[number]) if count]
+        record = {**asdict(one), "path": one.path.name, "copies": None}
+        rows = _rows(one)
+        if copies:
+            named = [[(files[k].name, i) for k, i in group] for group in groups if any(k == number for k, _ in group)]
+            counts = {"within": within[number], "also_in": [{"path": path.name, "photos": n} for path, n in also]}
+            record["copies"] = {**counts, "groups": named[:_NAMED]}
+            parts = [f"{counted(within[number], 'photo')} like an earlier one" if within[number] else "none within"]
+            rows.append(("copies", "; ".join([*parts, *(f"{counted(n, 'photo')} also in {path}" for path, n in also)])))
+        records.append(record)
+        if json_path != "-":
+            _print(out, one, rows)
+    write_json(json_path, records)
 
 
 def _print(out: PlainConsole, contents: Contents, rows: Sequence[tuple[str, str]]) -> None:
@@ -79,26 +91,30 @@ def _print(out: PlainConsole, contents: Contents, rows: Sequence[tuple[str, str]
 
 
 def _rows(one: Contents) -> list[tuple[str, str]]:
+    from fastssl.pipelines.convert.formats import remedy
+
     rows = [("photos", f"{one.photos:,}")]
     if one.classes is None:
         rows.append(("classes", "no labels"))
     else:
         named = [f"{name} ({count:,})" for name, count in sorted(one.classes.items(), key=lambda item: -item[1])]
         named[3:-3] = ["..."] if len(named) > 6 else named[3:-3]
-        rows.append(("classes", f"{len(one.classes):,}: {', '.join(named)}"))
+        alike = len(named) > 6 and len(counts := set(one.classes.values())) == 1
+        which = f" of {counted(counts.pop(), 'photo')} each" if alike else f": {', '.join(named)}"
+        rows.append(("classes", f"{len(one.classes):,}{which}"))
     if (side := one.short_side) is not None:
         of = f" of {side['measured']:,} looked at" if side["measured"] < one.photos else ""
         most = f"median {side['median']:,} px, nine in ten from {side['p5']:,} to {side['p95']:,} px"
         rows.append(("short side", f"{most}; {counted(side['below_224'], 'photo')}{of} below 224 px"))
     how = "" if one.raw is None else "; all JPEG" if not one.raw else f"; {one.raw:,} stored as pixels"
-    rows.append(("bytes", f"{one.bytes / 1e6:,.1f} MB, {one.bytes / one.photos / 1e3:,.1f} kB a photo{how}"))
+    if one.bytes is not None:
+        rows.append(("bytes", f"{one.bytes / 1e6:,.1f} MB, {one.bytes / one.photos / 1e3:,.1f} kB a photo{how}"))
     if one.made is not None:
         rows.append(("made", _made(one.made)))
-    rejected = sum(one.rejects.values())
-    reasons = [f"{count:,} {reason}" for reason, count in one.rejects.items()]
-    reasons[8:] = [f"and {counted(len(reasons) - 8, 'more reason')}"] if len(reasons) > 8 else []
-    rows += [("rejected", f"{rejected:,}: {'; '.join(reasons)}")] if rejected else []
-    rows += [("ignored", counted(one.ignored, "other file"))] if one.ignored else []
+    for what, kinds in (("rejected", one.rejects), ("passed over", one.passed_over)):
+        shown = [f"{count:,} {kind}{f' ({do})' if (do := remedy(kind)) else ''}" for kind, count in kinds.items()]
+        shown[8:] = [f"and {counted(len(shown) - 8, 'more kind')}"] if len(shown) > 8 else []
+        rows += [(what, f"{sum(kinds.values()):,}: {'; '.join(shown)}")] if kinds else []
     return rows
 
 
@@ -108,26 +124,6 @@ def _made(made: dict[str, Any]) -> str:
     limits = ((options.get(key), words) for key, words in (("max_side", "longer"), ("short_side", "short")))
     size = next((f"{words} side at most {limit} px" for limit, words in limits if limit is not None), "sizes kept")
     how = "sizes kept" if options.get("keep_size") else size
-    counts = [f"{made[key]:,} {words}" for key, words in _DONE if isinstance(made[key], int) and made[key]]
+    words = {"copied": "copied", "reencoded": "re-encoded", "scaled": "of these scaled down"}
+    counts = [f"{made[key]:,} {done}" for key, done in words.items() if made[key]]
     return "; ".join([f"of {made['source']} by {made['tool']}, {how}", *([", ".join(counts)] if counts else [])])
-
-
-_DONE = (("copied", "copied"), ("reencoded", "re-encoded"), ("scaled", "of these scaled down"))
-
-
-def _copies(found: Copies, number: int, files: Sequence[Path]) -> tuple[str, str]:
-    within, across = found.within[number], found.across[number]
-    parts = [f"{counted(within, 'photo')} like an earlier one" if within else "none within"]
-    parts += [f"{counted(count, 'photo')} also in {files[other]}" for other, count in enumerate(across) if count]
-    return "copies", "; ".join(parts)
-
-
-def _record(one: Contents, found: Copies | None, number: int, files: Sequence[Path]) -> dict[str, Any]:
-    record = {**asdict(one), "path": one.path.name, "copies": None}
-    if found is not None:
-        counts = [(path, count) for path, count in zip(files, found.across[number]) if count]
-        across = [{"path": path.name, "photos": count} for path, count in counts]
-        named = [group for group in found.groups if any(place == number for place, _ in group)][:_NAMED]
-        groups = [[[files[place].name, i] for place, i in group] for group in named]
-        record["copies"] = {"within": found.within[number], "also_in": across, "groups": groups}
-    return record

@@ -9,14 +9,14 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fastssl.data.photo_source import is_source, listed_sides
-from fastssl.errors import FastSSLError, JpegError
+from fastssl.errors import FastSSLError, JpegError, counted
 from fastssl.pipelines.beton.dataset import open_beton
 from fastssl.pipelines.beton.format import MODE_RAW
 from fastssl.pipelines.beton.reader import BetonReader
@@ -33,7 +33,7 @@ _MEASURED, _PART = 256, 64
 
 
 class ListedPhotos:
-    """The photos of a folder or tar with those parts of `BetonReader` that are asked for here."""
+    """The photos of a folder or tar, with those parts of `BetonReader` that are asked for here."""
 
     def __init__(self, listing: Listing):
         self.listing, self.path, self.sizes, self.classes = listing, listing.source, listing.sizes, listing.classes
@@ -46,10 +46,10 @@ class ListedPhotos:
         """The bytes of photo ``i``'s file, 1-D uint8."""
         return np.frombuffer(self.listing.read(i), np.uint8)
 
-    def decode(self, i: int, short_side: int = 512) -> np.ndarray:
+    def decode(self, i: int) -> np.ndarray:
         """Photo ``i`` as a conversion would store it, (H, W, 3) uint8. ``JpegError``: it would be rejected."""
         try:
-            photo = encode_photo(self.listing.read(i), ConvertOptions(short_side=short_side, store="raw"))
+            photo = encode_photo(self.listing.read(i), ConvertOptions(store="raw"))
         except Exception as error:  # decoders raise anything at all for damaged input
             raise JpegError(f"{self.path}: {self.listing.names[i]}: {error}") from None
         return np.frombuffer(photo.data, np.uint8).reshape(photo.height, photo.width, 3)
@@ -60,8 +60,7 @@ Photos = BetonReader | ListedPhotos
 
 @contextmanager
 def open_photos(path: str | os.PathLike) -> Iterator[Photos]:
-    """The photos of a ``.beton`` file, folder or tar, open. Raises FastSSLError where there are none."""
-    path = Path(path)
+    """The photos of a folder, a tar, a ``.beton`` file or a set of them. Raises FastSSLError where there are none."""
     deadline = Deadline(path)
     if is_source(path):
         with list_source(path, deadline) as listing:
@@ -73,49 +72,49 @@ def open_photos(path: str | os.PathLike) -> Iterator[Photos]:
 
 @dataclass(frozen=True)
 class Contents:
-    """What is in one file, folder or tar.
+    """What is in photos that `open_photos` opened.
 
     Attributes:
         photos: how many. classes: photos of each class, in the order of the labels; None: no labels.
-        short_side: in pixels: 'p5', 'median', 'p95'; 'below_224': how many photos, of those that were 'measured'. Of a
-            folder or tar some are. None: none could be read.
-        bytes: of all photos as they are stored. raw: photos stored as pixels; None: not stored yet.
-        rejects: how many photos of a folder, tar or its conversion were rejected for which kind of reason.
-        ignored: files of a folder or tar that are no photos.
-        made: what the side file says of the conversion: source, tool, options, copied, reencoded, scaled.
+        short_side: in pixels: 'p5', 'median', 'p95'; 'below_224': how many photos, of those that were 'measured': all,
+            or some of a folder or tar. None: none could be read.
+        bytes: of all photos as they are stored; None: not known before they are read. raw: photos stored as pixels;
+            None: not stored yet.
+        rejects: photos of a folder, tar or its conversion that were rejected, by kind of reason. passed_over: files
+            that are no photos, by kind (see `formats.kind_of`).
+        made: what side files say of the conversion: source, tool, options, copied, reencoded, scaled.
     """
 
     path: Path
     photos: int
     classes: dict[str, int] | None
     short_side: dict[str, int] | None
-    bytes: int
+    bytes: int | None
     raw: int | None
     rejects: dict[str, int]
-    ignored: int = 0
+    passed_over: dict[str, int] = field(default_factory=dict)
     made: dict[str, Any] | None = None
 
 
 def look_into(photos: Photos) -> Contents:
     """Count what is there; no picture is decoded."""
-    classes = None if photos.labels is None else _count(photos.labels, photos.classes)
-    known = (photos.path, len(photos), classes)
+    classes = None if photos.labels is None else _by_name(photos.labels, photos.classes or [])
     if isinstance(photos, ListedPhotos):
-        listing = photos.listing
-        sides = np.array(listed_sides(listing, Deadline(photos.path), _MEASURED))
-        reasons = Counter(kind_of_reason(reason) for _, reason in listing.rejected)
-        return Contents(*known, _spread(sides), int(photos.sizes.sum()), None, _sorted(reasons), listing.ignored)
-    raw, size = int((photos.modes == MODE_RAW).sum()), int(photos.sizes.sum())
-    sides = np.minimum(photos.heights, photos.widths)
-    return Contents(*known, _spread(sides), size, raw, _rejects(photos.files), made=_made(photos))
+        listing, sides = photos.listing, np.array(listed_sides(photos.listing, Deadline(photos.path), _MEASURED))
+        size, raw = None if (photos.sizes < 0).any() else int(photos.sizes.sum()), None
+        reasons, passed, made = (reason for _, reason in listing.rejected), listing.passed_over, None
+    else:
+        sides = np.minimum(photos.heights, photos.widths)
+        size, raw = int(photos.sizes.sum()), int((photos.modes == MODE_RAW).sum())
+        reasons, passed, made = _rejected(photos.files), {}, _made(photos)
+    kinds = (dict(Counter(found).most_common()) for found in (map(kind_of_reason, reasons), passed))
+    return Contents(photos.path, len(photos), classes, _spread(sides), size, raw, *kinds, made)
 
 
-def _count(labels: np.ndarray, names: list[str] | None) -> dict[str, int]:
-    found, counts = np.unique(labels, return_counts=True)
-    of_label = dict(zip(found.tolist(), counts.tolist()))
-    named: Counter[str] = Counter(dict.fromkeys(names or (), 0))  # classes whose photos are all gone, too
-    for label, count in of_label.items():
-        named[names[label] if names and 0 <= label < len(names) else f"class {label}"] += count
+def _by_name(labels: np.ndarray, names: list[str]) -> dict[str, int]:
+    named = Counter(dict.fromkeys(names, 0))  # classes whose photos are all gone, too
+    for label, count in zip(*(found.tolist() for found in np.unique(labels, return_counts=True))):
+        named[names[label] if 0 <= label < len(names) else f"class {label}"] += count
     return dict(named)
 
 
@@ -133,80 +132,80 @@ def kind_of_reason(reason: str) -> str:
     return re.sub(r"\b0x[0-9a-f]+|(?<![A-Za-wyz\d])\d+(?:[.,]\d+)*", "N", text)[:120]
 
 
-def _sorted(kinds: Counter[str]) -> dict[str, int]:
-    return dict(kinds.most_common())
-
-
-def _rejects(paths: list[Path]) -> dict[str, int]:
-    """Of the lists that the conversion left beside the files; lines that are not its own are not counted."""
-    kinds: Counter[str] = Counter()
-    for listed in map(rejects_path, paths):
+def _rejected(files: Sequence[Path]) -> Iterator[str]:
+    """The reasons in the lists that conversions left beside the files; lines that are not theirs are left out."""
+    for listed in map(rejects_path, files):
         if listed.is_file():  # a pipe of that name would wait for its writer
             with listed.open(encoding="utf-8", errors="replace") as file:
                 for line in iter(lambda: file.readline(1 << 16), ""):
                     with suppress(ValueError, KeyError, TypeError, RecursionError):
-                        kinds[kind_of_reason(str(json.loads(line)["reason"]))] += 1
-    return _sorted(kinds)
+                        yield str(json.loads(line)["reason"])
 
 
 def _made(reader: BetonReader) -> dict[str, Any] | None:
+    """What the side files say; None where they say nothing, or belong to other files."""
+    notes: list[dict[str, Any]] = []
     with suppress(FastSSLError):
-        if all(notes := reader.side_notes()):
-            made = {key: notes[0].get(key) for key in ("source", "tool", "options")}
-            for key in ("copied", "reencoded", "scaled"):
-                made[key] = sum(count for note in notes if isinstance(count := note.get(key), int))
-            return made
-    return None
+        notes = reader.side_notes()
+    if sum(note.get("bytes", 0) for note in notes) != reader.num_bytes or not all("source" in note for note in notes):
+        return None
+    sources = list(dict.fromkeys(str(note.get("source")) for note in notes))
+    more = f" and {counted(len(sources) - 1, 'more source')}" if len(sources) > 1 else ""
+    numbers = {key: [note.get(key) for note in notes] for key in ("copied", "reencoded", "scaled")}
+    sums = {key: sum(some) if all(isinstance(n, int) for n in some) else None for key, some in numbers.items()}
+    return {"source": sources[0] + more, "tool": notes[0].get("tool"), "options": notes[0].get("options"), **sums}
 
 
 # ---- photos that are there twice
 
-
-@dataclass(frozen=True)
-class Copies:
-    """Photos whose bytes are the same.
-
-    Attributes:
-        within: by set, how many of its photos are copies of an earlier one of the same set.
-        across: [a][b]: how many photos of set a are in set b, too.
-        groups: of each photo that is there more than once, all (set, number in the set).
-    """
-
-    within: list[int]
-    across: list[list[int]]
-    groups: list[list[tuple[int, int]]]
+#: Photos whose bytes are the same: (set, number in it) of each.
+Group = list[tuple[int, int]]
 
 
-def find_copies(sets: Sequence[Photos], progress: Callable[[int, int], None] | None = None) -> Copies:
-    """Find photos that are stored more than once, in one set or in several. Those are read, and compared by a digest of
-    their bytes, whose checksum and size are those of another one; where checksums are not known, in a folder, a tar or
-    a file without a side file: whose size alone is. 16 bytes of memory a photo.
+def find_copies(sets: Sequence[Photos], progress: Callable[[int, int], None] | None = None) -> list[Group]:
+    """Photos that are stored more than once, in one set or in several. Those are read, and compared by a digest of
+    their bytes, whose size and checksum are those of another one; where checksums are not known (of folders, tars,
+    files without a side file) whose size is. Some 50 bytes of memory a photo.
     """
     starts = np.cumsum([0, *map(len, sets)])
     sizes = np.concatenate([photos.sizes for photos in sets]).astype(np.uint64)
     keys, known = sizes << np.uint64(32), np.zeros(len(sizes), bool)
     for start, photos in zip(starts, sets):
-        if isinstance(photos, BetonReader) and (sums := sample_checksums(photos)) is not None:
-            keys[start : start + len(photos)] |= sums
-            known[start : start + len(photos)] = True
+        for first, file in zip(photos.starts, photos.files) if isinstance(photos, BetonReader) else ():
+            with BetonReader(file) as reader:
+                sums = sample_checksums(reader)
+            if sums is not None:
+                part = slice(start + first, start + first + len(sums))
+                keys[part], known[part] = keys[part] | sums, True
     there = np.flatnonzero(known)
     wanted = _shared(sizes) & ~known
     wanted[there[_shared(keys[there]) | np.isin(sizes[there], sizes[wanted])]] = True
-    chosen = np.flatnonzero(wanted)
-    digests = _digests(sets, starts, chosen, progress)
+    chosen, found = np.flatnonzero(wanted), list[int]()
+
+    def digest(number: int) -> int:
+        """One that cannot be read is like no other."""
+        place = int(np.searchsorted(starts, number, "right")) - 1
+        photos, i = sets[place], number - int(starts[place])
+        shape, data = b"", b"unreadable %d" % number
+        with suppress(FastSSLError, OSError):
+            data = photos.encoded(i).tobytes()
+            if isinstance(photos, BetonReader) and photos.modes[i] == MODE_RAW:  # pixels do not say how wide they are
+                shape = b"%dx%d" % (photos.heights[i], photos.widths[i])
+        return int.from_bytes(hashlib.blake2b(data, digest_size=8, key=shape).digest(), "little")
+
+    parts = np.split(chosen, range(_PART, len(chosen), _PART))
+    work = Deadline(sets[0].path).map(lambda part: list(map(digest, part.tolist())), parts, available_cores(), str)
+    with closing(work):
+        for some in work:
+            found += some
+            if progress is not None and len(chosen):
+                progress(len(found), len(chosen))
+    digests = np.array(found, np.uint64)
     order = np.argsort(digests, kind="stable")
-    chosen, digests = chosen[order], digests[order]
-    groups = [group for group in np.split(chosen, np.flatnonzero(digests[1:] != digests[:-1]) + 1) if len(group) > 1]
-    within, across = [0] * len(sets), [[0] * len(sets) for _ in sets]
-    told = []
-    for group in groups:
-        places = np.searchsorted(starts, group, side="right") - 1
-        for place, count in (counts := Counter(places.tolist())).items():
-            within[place] += count - 1
-            for other in counts:
-                across[place][other] += count * (other != place)
-        told.append(list(zip(places.tolist(), (group - starts[places]).tolist())))
-    return Copies(within, across, told)
+    groups = np.split(chosen[order], np.flatnonzero(np.diff(digests[order])) + 1)
+    groups = [group for group in groups if len(group) > 1]
+    places = [np.searchsorted(starts, group, "right") - 1 for group in groups]
+    return [list(zip(place.tolist(), (group - starts[place]).tolist())) for place, group in zip(places, groups)]
 
 
 def _shared(values: np.ndarray) -> np.ndarray:
@@ -215,31 +214,14 @@ def _shared(values: np.ndarray) -> np.ndarray:
     return np.isin(values, np.unique(ordered[1:][ordered[1:] == ordered[:-1]]))
 
 
-def _digests(
-    sets: Sequence[Photos], starts: np.ndarray, chosen: np.ndarray, progress: Callable[[int, int], None] | None
-) -> np.ndarray:
-    """A number for the content of each of the ``chosen`` photos, (C,) uint64; one that cannot be read is like no
-    other.
+def count_copies(groups: Sequence[Group], sets: int) -> tuple[list[int], list[list[int]]]:
+    """(within, across): how many photos of each set are copies of an earlier one of it; and [a][b]: how many photos of
+    set a are in set b, too.
     """
-
-    def digest(number: int) -> int:
-        place = int(np.searchsorted(starts, number, side="right")) - 1
-        photos, i = sets[place], number - int(starts[place])
-        shape, data = b"", b"unreadable %d" % number
-        with suppress(FastSSLError, OSError):
-            data = photos.encoded(i).tobytes()
-            if isinstance(photos, BetonReader) and photos.modes[i] == MODE_RAW:  # which does not say how wide it is
-                shape = b"%dx%d" % (photos.heights[i], photos.widths[i])
-        return int.from_bytes(hashlib.blake2b(data, digest_size=8, key=shape).digest(), "little")
-
-    found: list[int] = []
-    parts = np.split(chosen, range(_PART, len(chosen), _PART))
-    tasks = Deadline(sets[0].path).map(
-        lambda part: [digest(number) for number in part.tolist()], parts, available_cores(), lambda _: "at its photos"
-    )
-    with closing(tasks):
-        for some in tasks:
-            found += some
-            if progress is not None and len(chosen):
-                progress(len(found), len(chosen))
-    return np.array(found, np.uint64)
+    within, across = [0] * sets, [[0] * sets for _ in range(sets)]
+    for group in groups:
+        for place, count in (counts := Counter(place for place, _ in group)).items():
+            within[place] += count - 1
+            for other in counts:
+                across[place][other] += count * (other != place)
+    return within, across

@@ -187,7 +187,7 @@ def contact_sheet(sets: Sequence[Photos], out: Path | None = None, *, photos: in
     for one in sets:
         some = _spread(len(one), _LOOKED_AT)
         labels = None if one.labels is None else one.labels[some]
-        chosen.append(some[_choose_queries(labels, len(some), photos)])
+        chosen.append(some if len(some) <= photos else some[_choose_queries(labels, len(some), photos)])
     heights = [head + -(-len(some) // across) * (tile + caption + gap) for some in chosen]
     width = 2 * _MARGIN + across * (tile + gap) - gap
     picture, top = Image.new("RGB", (width, _MARGIN + sum(heights)), _PAPER), _MARGIN
@@ -249,7 +249,7 @@ def _photo(reader: Photos, sample: int, side: int) -> Image.Image:
         photo = _scaled(Image.fromarray(reader.decode(sample)), side)
         square.paste(photo, ((side - photo.width) // 2, (side - photo.height) // 2))
     except JpegError:
-        middle, font = (side / 2, side / 2), ImageFont.load_default(12)
+        middle, font = (side / 2, side / 2), ImageFont.load_default(max(12, side // 9))
         ImageDraw.Draw(square).text(middle, "damaged", fill=_QUIET, font=font, anchor="mm")
     return square
 
@@ -268,12 +268,21 @@ def _text(
     picture: Image.Image, at: tuple[float, float], text: str, size: int, fill: str, width: float = math.inf
 ) -> None:
     """Write ``text``, cut with an ellipsis to ``width`` pixels."""
-    font = ImageFont.load_default(size)
+    font = _font(text, size)
     if font.getlength(text) > width:
         while text and font.getlength(text + "…") > width:
             text = text[:-1]
         text = text.rstrip() + "…"
     ImageDraw.Draw(picture).text(at, text, fill=fill, font=font)
+
+
+def _font(text: str, size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """Pillow's own font has no letter beyond ASCII; matplotlib brings one that has those of most alphabets."""
+    if text.isascii():
+        return ImageFont.load_default(size)
+    import matplotlib
+
+    return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), size)
 
 
 def _draw_views(

@@ -6,6 +6,7 @@ import io
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from PIL import Image
 
 from fastssl.cli import cli
 from fastssl.cli.common import PlainConsole
-from fastssl.data.contents import find_copies, kind_of_reason, look_into, open_photos
+from fastssl.data.contents import count_copies, find_copies, kind_of_reason, look_into, open_photos
 from fastssl.errors import FastSSLError
 from fastssl.pipelines.beton.writer import BetonWriter
 from fastssl.pipelines.convert.conversion import convert, rejects_path
@@ -70,7 +71,9 @@ def test_a_folder_is_listed_and_not_converted(photos: Path) -> None:
         found = look_into(opened)
     assert (found.photos, found.classes) == (8, {"blue": 3, "green": 2, "red": 3})  # damage is not seen before decoding
     assert found.short_side is not None and found.short_side["measured"] == 7 and found.short_side["below_224"] == 2
-    assert (found.raw, found.made, found.ignored) == (None, None, 1) and sorted(photos.parent.iterdir()) == before
+    assert (found.raw, found.made, found.passed_over) == (None, None, {".txt": 1}) and sorted(
+        photos.parent.iterdir()
+    ) == before
 
 
 def test_labels_without_names_and_names_without_photos(tmp_path: Path) -> None:
@@ -82,7 +85,22 @@ def test_labels_without_names_and_names_without_photos(tmp_path: Path) -> None:
         found = look_into(opened)
         assert (found.classes, found.raw, found.made) == ({"class -1": 1, "class 5": 2}, 3, None)
         Path(f"{path}.json").write_text(json.dumps({"bytes": path.stat().st_size, "classes": ["zero", "one"]}))
-        assert look_into(opened).classes == {"zero": 0, "one": 0, "class -1": 1, "class 5": 2}
+        found = look_into(opened)
+        assert (found.classes, found.made) == ({"zero": 0, "one": 0, "class -1": 1, "class 5": 2}, None)
+
+
+def test_a_set_of_files_is_one(photos: Path, stored: Path, tmp_path: Path) -> None:
+    """Classes by name, rejects and copies of all its files, and two sources."""
+    (tmp_path / "more").mkdir()
+    (photos / "red").rename(tmp_path / "more" / "red")
+    for name in ("photos", "more"):
+        convert(tmp_path / name, tmp_path / f"set-{name}.beton", ConvertOptions(keep_size=True))
+    with open_photos(tmp_path / "set-*.beton") as together, open_photos(stored) as alone:
+        found, one = look_into(together), look_into(alone)
+        copies = find_copies([together])
+    assert one.made is not None and found.made == {**one.made, "source": "more and 1 more source"}
+    assert replace(found, path=one.path, made=one.made) == one
+    assert count_copies(copies, 1) == ([2], [[0]])
 
 
 def test_kinds_of_reasons_hold_neither_names_nor_numbers() -> None:
@@ -137,11 +155,13 @@ def test_copies_are_those_of_comparing_all_with_all(tmp_path: Path, kinds: str, 
     found = find_copies([one.__enter__() for one in opened], lambda *progress: said.append(progress))
     for one in opened:
         one.__exit__(None, None, None)
-    assert (found.within, found.across) == slow_copies(*sets)
-    assert sum(found.within) and all(sum(row) for row in found.across) and said[-1][0] == said[-1][1]
-    for group in found.groups:
+    within, across = count_copies(found, len(sets))
+    assert (
+        (within, across) == slow_copies(*sets) and sum(within) and all(map(sum, across)) and said[-1][0] == said[-1][1]
+    )
+    for group in found:
         assert len({sets[place][i] for place, i in group}) == 1 < len(group)
-    named = {place for group in found.groups for place in group}
+    named = {place for group in found for place in group}
     every = [data for one in sets for data in one]
     assert named == {
         (place, i) for place, one in enumerate(sets) for i, data in enumerate(one) if every.count(data) > 1
@@ -154,14 +174,14 @@ def test_pixels_of_another_shape_are_no_copy(tmp_path: Path) -> None:
         for height, width in ((10, 20), (20, 10), (10, 20)):
             writer.add(flat(COLOURS["red"], height, width).tobytes(), height, width, 0, 1)
     with open_photos(path) as opened:
-        assert find_copies([opened]).groups == [[(0, 0), (0, 2)]]
+        assert find_copies([opened]) == [[(0, 0), (0, 2)]]
 
 
 def test_with_checksums_only_what_may_be_a_copy_is_read(stored: Path) -> None:
     with open_photos(stored) as opened:
         read, real = [], opened.encoded
         opened.encoded = lambda i: (read.append(i), real(i))[1]  # type: ignore[method-assign]
-        assert find_copies([opened]).within == [2]
+        assert sum(len(group) - 1 for group in find_copies([opened])) == 2
     assert sorted(read) == [0, 3, 4, 5]
 
 
@@ -192,6 +212,8 @@ def test_the_contact_sheet_of_damaged_photos_and_few(photos: Path, damaged: tupl
 
 
 def test_the_command(stored: Path, photos: Path, tmp_path: Path) -> None:
+    for number in range(2):
+        (photos / f"{number}.MOV").write_bytes(b"x")
     result = run(stored, photos, "--json", tmp_path / "a.json", "--sheet", tmp_path / "a.png")
     assert result.exit_code == 0, result.output
     for line in (
@@ -201,7 +223,7 @@ def test_the_command(stored: Path, photos: Path, tmp_path: Path) -> None:
         f"{stored}: made: of photos by fastssl",
         f"{stored}: rejected: 2: ",
         f"{stored}: copies: 2 photos like an earlier one; 6 photos also in {photos}",
-        f"{photos}: ignored: 1 other file",
+        f"{photos}: passed over: 3: 2 .mov (extract frames (ffmpeg -i FILE %06d.jpg)); 1 .txt",
     ):
         assert f"\n{line}" in f"\n{result.output}", line
     first, second = json.loads((tmp_path / "a.json").read_text())
@@ -216,6 +238,24 @@ def test_json_alone_on_standard_output_and_one_photo(tmp_path: Path) -> None:
     assert json.loads(run(tmp_path / "one", "--json", "-", "--no-copies").stdout)["copies"] is None
     lines = run(tmp_path / "one").output.splitlines()
     assert [line.split(": ", 2)[1] for line in lines] == ["photos", "classes", "short side", "bytes", "copies"]
+
+
+@pytest.mark.parametrize(
+    ("counts", "said"),
+    [
+        ((1, 2), "2: c1 (2), c0 (1)"),
+        ((2,) * 7, "7 of 2 photos each"),
+        ((1, 2, 3, 4, 5, 6, 7, 8), "8: c7 (8), c6 (7), c5 (6), ..., c2 (3), c1 (2), c0 (1)"),
+    ],
+)
+def test_many_classes_are_told_by_the_largest_and_the_smallest(
+    tmp_path: Path, counts: tuple[int, ...], said: str
+) -> None:
+    for label, count in enumerate(counts):
+        (tmp_path / "photos" / f"c{label}").mkdir(parents=True)
+        for number in range(count):
+            (tmp_path / "photos" / f"c{label}" / f"{number}.jpg").write_bytes(b"x")
+    assert f": classes: {said}\n" in run(tmp_path / "photos").output
 
 
 @pytest.mark.parametrize("width", [80, 120])

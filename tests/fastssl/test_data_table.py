@@ -33,6 +33,7 @@ from PIL import Image
 
 from fastssl.cli import cli
 from fastssl.pipelines.beton.reader import BetonReader
+from fastssl.pipelines.convert.conversion import convert
 
 COLOURS = ("blue", "green", "red")
 #: ImageNet's names for three classes, in its order
@@ -81,10 +82,10 @@ def write(files: Mapping[str, bytes | Image.Image], root: str = "photos") -> Non
             content.save(path)
 
 
-def tar(files: Mapping[str, bytes], path: str | None = None, mode: str = "w") -> bytes:
+def tar(files: Mapping[str, bytes], path: str | None = None) -> bytes:
     """A tar of ``files`` at ``path``; its bytes."""
     buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode=mode) as archive:
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
         for name, data in files.items():
             member = tarfile.TarInfo(name)
             member.size = len(data)
@@ -130,6 +131,14 @@ def _() -> None:
         os.symlink(f"../elsewhere/{colour}", f"photos/{colour}")
 
 
+@layout("two class folders that are links to one")
+def _() -> None:
+    write(CLASSES, "elsewhere")
+    os.mkdir("photos")
+    for name in ("cat", "dog"):
+        os.symlink("../elsewhere/red", f"photos/{name}")
+
+
 @layout("hidden files and the folders of macOS, Jupyter and network disks")
 def _() -> None:
     other = {".DS_Store": b"x", "blue/._0.jpg": b"x", "blue/.ipynb_checkpoints/0.jpg": CLASSES["blue/0.jpg"]}
@@ -139,6 +148,19 @@ def _() -> None:
 @layout("other files among the photos")
 def _() -> None:
     write(CLASSES | {"readme.txt": b"x", "blue/labels.json": b"{}", "blue/x.xmp": b"x"})
+
+
+@layout("links to photos, one of which leads nowhere")
+def _() -> None:
+    write({"a.jpg": CLASSES["red/0.jpg"]})
+    os.symlink("a.jpg", "photos/b.jpg")
+    os.symlink("none.jpg", "photos/c.jpg")
+
+
+@layout("the folder of a training run beside the photos")
+def _() -> None:
+    run = {"runs/mine/config.yaml": b"", "runs/mine/checkpoints/last.pt": b"", "runs/mine/views.png": BLUE}
+    write(CLASSES | run)
 
 
 @layout("names beyond ASCII, spaces, endings in capitals")
@@ -168,6 +190,18 @@ def _() -> None:
     tar(inner, "ILSVRC2012_img_train.tar")
 
 
+@layout("three tars joined into one (`cat a.tar b.tar c.tar`)")
+def _() -> None:
+    parts = ({name: data for name, data in CLASSES.items() if name.startswith(colour)} for colour in COLOURS)
+    Path("photos.tar").write_bytes(b"".join(map(tar, parts)))
+
+
+@layout("hidden folders in a tar")
+def _() -> None:
+    hidden = {f"{name}/0.jpg": CLASSES["red/0.jpg"] for name in (".ipynb_checkpoints", "__MACOSX", "blue/.hidden")}
+    tar(CLASSES | hidden, "photos.tar")
+
+
 @layout("two members of one name in a tar")
 def _() -> None:
     with tarfile.open("photos.tar", "w") as archive:
@@ -178,6 +212,13 @@ def _() -> None:
 
 
 # ---- formats
+
+
+@layout("JPEGs: progressive, grey, 4:4:4, with restart markers")
+def _() -> None:
+    kinds = {"progressive": True}, {"subsampling": 0}, {"restart_marker_rows": 1}
+    write({f"{n}.jpg": coded(BLUE, **options) for n, options in enumerate(kinds)})
+    write({"3.jpg": coded(BLUE.getchannel("B"))})
 
 
 @layout("PNG, BMP, TIFF, PPM, WebP without loss")
@@ -219,6 +260,14 @@ def _() -> None:
 @layout("damaged and empty files among the photos")
 def _() -> None:
     write(CLASSES | {"blue/2.jpg": CLASSES["blue/0.jpg"][:-300], "blue/3.jpg": b"", "red/2.png": b"no picture"})
+
+
+@layout("several `.beton` files, as one set")
+def _() -> None:
+    for number, names in enumerate((("blue", "green"), ("red", "green"))):
+        files = {name: data for name, data in CLASSES.items() if name.split("/")[0] in names}
+        write({k: v for k, v in files.items() if "green" not in k or k == f"green/{number}.jpg"}, f"{number}")
+        convert(f"{number}", f"part-{number}.beton")
 
 
 # ---- the table

@@ -169,3 +169,15 @@ def test_small_photos_are_enlarged_with_sharp_blocks():
     # Twenty pixels a block: their middles are pure black or white, which a plain Lanczos enlargement would not give.
     assert set(np.unique(large[10::20, 10::20])) == {0, 255}
     assert pictures._scaled(Image.new("RGB", (400, 200)), 100).size == (100, 50)
+
+
+@pytest.mark.parametrize("letters", ["ÄÖ", "ДЖ", "λω", "žř"])
+def test_letters_beyond_ascii_are_drawn(letters):
+    """And not the box that stands for all that a font lacks."""
+
+    def drawn(text):
+        picture = Image.new("RGB", (60, 40), "white")
+        pictures._text(picture, (0, 0), text, 28, "black")
+        return np.asarray(picture)
+
+    assert not np.array_equal(drawn(letters[0]), drawn(letters[1]))
