@@ -124,8 +124,8 @@ def read_classes(path: Path) -> list[str]:
     else:
         try:
             classes = [line.strip() for line in _text(read_plain(path, _MOST)).splitlines() if line.strip()]
-        except OSError as error:
-            raise LabelError(f"{path}: cannot read: {error.strerror or error}") from None
+        except (OSError, ValueError) as error:
+            raise LabelError(f"{path}: cannot read: {error}") from None
         first = [line.split()[0] for line in classes]
         classes = first if all(len(one) == 9 and one[0] == "n" and one[1:].isdecimal() for one in first) else classes
     if not classes or len(set(classes)) < len(classes):
@@ -178,7 +178,7 @@ def _files(path: Path) -> Iterator[tuple[str, bytes]]:
             for file in (path / name, path / "data" / name, *sorted(path.glob(f"*/data/{name}"))):
                 if file.is_file():
                     yield name, read_plain(file, _MOST)
-    elif zipfile.is_zipfile(path):
+    elif path.suffix.lower() == ".zip":
         with zipfile.ZipFile(path) as archive:
             for about in archive.infolist():
                 if (name := about.filename.rsplit("/", 1)[-1]) in known and about.file_size < _MOST:
@@ -196,6 +196,8 @@ def _files(path: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def _text(data: bytes) -> str:
+    if b"\0" in data:
+        raise ValueError("not a text file in UTF-8 or Latin-1")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError:

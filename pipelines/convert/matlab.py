@@ -27,8 +27,17 @@ def read_synsets(data: bytes) -> dict[int, str]:
                 values = [content for _, content in islice(_elements(body), 5, None)]
                 ids, wnids = (values[fields.index(name) :: len(fields)] for name in (b"ILSVRC2012_ID", b"WNID"))
                 return {int(_array(one)[0]): "".join(map(chr, _array(wnid))) for one, wnid in zip(ids, wnids)}
-    except (struct.error, zlib.error, ValueError, IndexError, KeyError, OverflowError, RecursionError) as error:
-        raise ValueError(f"damaged ({error})") from None
+    except (
+        struct.error,
+        zlib.error,
+        LookupError,
+        StopIteration,
+        TypeError,
+        ValueError,
+        OverflowError,
+        RecursionError,
+    ) as error:
+        raise ValueError(f"damaged ({type(error).__name__}: {error})") from None
     raise ValueError("it has no 'synsets'")
 
 
