@@ -1,5 +1,5 @@
-"""The photos of one source or several as one list, each with its class. By its fingerprint a resumed conversion knows
-that it looks at the same photos.
+"""The photos of one source or several as one list, or one a split, each with its class. By its fingerprint a resumed
+conversion knows that it looks at the same photos.
 """
 
 from __future__ import annotations
@@ -7,7 +7,6 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -17,8 +16,9 @@ from typing import Any
 import numpy as np
 
 from fastssl.errors import counted
-from fastssl.pipelines.convert.formats import kind_of
 from fastssl.pipelines.convert.sources.base import MAX_FILE_BYTES, Found, Source, SourceError, listed_behind
+from fastssl.pipelines.convert.sources.classes import ListingRules
+from fastssl.pipelines.convert.sources.collect import Collected
 from fastssl.pipelines.convert.sources.folder import FolderSource
 from fastssl.pipelines.convert.sources.tar import TarSource
 from fastssl.utils.deadline import Deadline
@@ -35,6 +35,8 @@ class Listing:
         sizes: (N,) int64, in bytes; -1: not known.
         rejected: (path inside the source, reason) of what looks like a photo but cannot be one.
         passed_over: how many other files there are, by kind (see `formats.kind_of`).
+        split: 'train', 'val' or 'test', where these are a part of the source; else ''. notes: lines that tell what was
+            taken for a class or split, where somebody may have meant it otherwise.
         fingerprint: hex digest over names, sizes, times of change and labels.
     """
 
@@ -46,6 +48,8 @@ class Listing:
     rejected: list[tuple[str, str]]
     passed_over: dict[str, int]
     fingerprint: str
+    split: str
+    notes: list[str]
     _sources: list[Source] = field(repr=False)
     _places: list[tuple[int, Any]] = field(repr=False)
 
@@ -90,32 +94,63 @@ def open_source(path: str | os.PathLike) -> Source:
     raise SourceError(f"{path}: neither a folder nor a tar file")
 
 
-def list_source(sources: str | os.PathLike | Sequence[str | os.PathLike], deadline: Deadline | None = None) -> Listing:
-    """List the photos of a folder, a tar, ..., or of several of them as one.
+def list_source(
+    sources: str | os.PathLike | Sequence[str | os.PathLike],
+    deadline: Deadline | None = None,
+    rules: ListingRules | None = None,
+) -> Listing:
+    """`list_splits` of photos that have no splits, or of the one that ``rules`` name. ``SourceError``: there are
+    several.
+    """
+    listings = list_splits(sources, deadline, rules)
+    first, *others = listings.values()
+    if others:
+        first.close()
+        there = " and ".join(f"{name} ({counted(len(listing), 'photo')})" for name, listing in listings.items())
+        raise SourceError(
+            f"{first.source}: holds {there}, a file each; --split {first.split} takes one of them, --split none "
+            "takes them as classes"
+        )
+    return first
 
-    Folder: with photos in sub-folders, the first folder level is the class; with photos only directly inside, there are
-    no labels. Tar: a tar of tars takes each inner tar's name as the class; a plain tar is read as a folder would be,
-    below the folders that all its photos share, and without labels when all of them lie in one folder. Symbolic links
-    are followed in folders, never in tars. Hidden files and folders (``.x``, macOS' ``._x``) are passed over.
-    ``deadline``: with which a hundred files are waited for.
+
+def list_splits(
+    sources: str | os.PathLike | Sequence[str | os.PathLike],
+    deadline: Deadline | None = None,
+    rules: ListingRules | None = None,
+) -> dict[str, Listing]:
+    """List the photos of a folder, a tar, ..., or of several of them as one, by split (see `classes.find_splits`):
+    {"train": ..., "val": ...}; {"": ...} where there are none. They share their sources: closing one closes all. Those
+    with labels have one class list.
+
+    Folder: with photos in sub-folders, the first folder level that tells them apart is the class; with photos only
+    directly inside, there are no labels. Tar: a tar of tars takes each inner tar's name as the class; a plain tar is
+    read as a folder would be, and without labels when all photos lie in one folder. Symbolic links are followed in
+    folders, never in tars. Hidden files and folders (``.x``, macOS' ``._x``) are passed over. ``deadline``: with which
+    a hundred files are waited for.
 
     Raises:
-        SourceError: missing, of no kind that we read, damaged, or without a single photo.
+        SourceError: missing, of no kind that we read, damaged, without a single photo, or without the wanted split.
+        LabelError: a file of labels or classes that cannot be read, or does not belong to the photos.
         Stalled: the disk or network file system did not answer.
     """
     paths = [sources] if isinstance(sources, (str, os.PathLike)) else list(sources)
     deadline = deadline or Deadline(paths[0])
-    collected = _Collected()
+    collected = Collected(rules or ListingRules())
     with ExitStack() as opened:
         for number, path in enumerate(paths):
             try:
                 source = open_source(path)
                 opened.callback(source.close)
-                collected.take(source, deadline, prefix=_prefix(paths, number))
+                collected.take(source, deadline.each(source.photos(), listed_behind), _prefix(paths, number))
             except OSError as error:
                 raise SourceError(f"{error.filename or path}: cannot read: {error.strerror or error}") from None
-        listing = collected.listing(Path(paths[0]))
-        if not listing.names:
+        wanted = collected.choose(os.fspath(paths[0]))
+        classes = collected.class_list()
+        listings = {split: _listing(Path(paths[0]), collected, split, classes) for split in wanted}
+        for listing in listings.values():
+            if listing.names:
+                continue
             others = counted(listing.ignored, "other file")
             if listing.rejected:
                 others += (
@@ -124,7 +159,7 @@ def list_source(sources: str | os.PathLike | Sequence[str | os.PathLike], deadli
             expected = f"{paths[0]}/CLASS/photo.jpg, {paths[0]}/photo.jpg, or a tar"
             raise SourceError(f"{paths[0]}: no photos found ({others}); expected {expected}")
         opened.pop_all()
-    return listing
+    return listings
 
 
 def _prefix(paths: Sequence[str | os.PathLike], number: int) -> str:
@@ -136,77 +171,39 @@ def _prefix(paths: Sequence[str | os.PathLike], number: int) -> str:
     return f"{name}/" if names.count(name) == 1 else f"{number}-{name}/"
 
 
-class _Collected:
-    """What was found so far."""
-
-    def __init__(self) -> None:
-        self.sources: list[Source] = []
-        self.photos: list[tuple[str, Found, str | None]] = []  # name in the list, photo, class
-        self.places: list[tuple[int, Any]] = []
-        self.rejected: list[tuple[str, str]] = []
-        self.passed_over: Counter[str] = Counter()
-
-    def take(self, source: Source, deadline: Deadline, prefix: str) -> None:
-        """List ``source``."""
-        found: list[Found] = []
-        for one in deadline.each(source.photos(), listed_behind):
-            if isinstance(one, Found):
-                found.append(one)
-            elif one.reason:
-                self.rejected.append((f"{prefix}{one.name}", one.reason))
-            else:
-                self.passed_over[kind_of(one.name)] += 1
-        if source.sorts:
-            # By parts, so that a class's photos stay together: "cat-2/x" sorts before "cat/x" as a string.
-            found.sort(key=lambda one: one.name.split("/"))
-        number = len(self.sources)
-        self.sources.append(source)
-        self.places += [(number, one.place) for one in found]
-        classes = _classes(source, found)
-        self.photos += [
-            (f"{prefix}{one.name}", one, None if classes is None else classes.get(one.name, "")) for one in found
-        ]
-
-    def listing(self, source: Path) -> Listing:
-        """All of it as one list."""
-        labelled = any(label is not None for _, _, label in self.photos)
-        classes, labels = None, np.zeros(len(self.photos), np.int64)
-        if labelled:
-            outside = "not inside a class folder, unlike other photos here"
-            self.rejected += [(name, outside) for name, _, label in self.photos if not label]
-            kept = [k for k, (_, _, label) in enumerate(self.photos) if label]
-            self.photos, self.places = [self.photos[k] for k in kept], [self.places[k] for k in kept]
-            classes = sorted({label for _, _, label in self.photos if label})
-            index: dict[str | None, int] = {name: k for k, name in enumerate(classes)}
-            labels = np.array([index[label] for _, _, label in self.photos], np.int64)
-        digest = hashlib.sha256(repr(classes).encode())
-        for name, one, _ in self.photos:
-            digest.update(f"{name!r} {one.size} {one.stamp}\n".encode())
-        digest.update(repr(self.rejected).encode())
-        names, sizes = [name for name, _, _ in self.photos], np.array([one.size for _, one, _ in self.photos], np.int64)
-        found = (self.rejected, dict(self.passed_over), digest.hexdigest())
-        return Listing(source, names, labels, classes, sizes, *found, self.sources, self.places)
-
-
-def _classes(source: Source, found: list[Found]) -> dict[str, str] | None:
-    """The class of every photo that has one, by its name; None: they have no classes.
-
-    What the source itself says counts, otherwise the first folder. A folder of photos may have some folders in it
-    (thumbnails, a few edited ones), but at least half of its photos lie in none; or there is only one.
-    """
-    said = {one.name: _class_name(source, one.label) for one in found if one.label is not None}
-    if said:
-        return said
-    folders = {one.name.rpartition("/")[0] for one in found}
-    shared = len(os.path.commonpath(folders)) if folders and source.strips else 0
-    parts = {one.name: one.name[shared:].lstrip("/").split("/") for one in found}
-    class_of = {name: path[0] for name, path in parts.items() if len(path) > 1}
-    loose = len(found) - len(class_of)
-    return None if 2 * loose >= len(found) or (loose and len(set(class_of.values())) == 1) else class_of
-
-
-def _class_name(source: Source, label: str | int) -> str:
-    if isinstance(label, str):
-        return label
-    known = source.classes
-    return known[label] if known is not None and 0 <= label < len(known) else f"{label}"
+def _listing(source: Path, collected: Collected, split: str, classes: list[str]) -> Listing:
+    """The photos of one split, or all, as one list."""
+    groups, rules, first = collected.splits[split], collected.rules, next(iter(collected.splits))
+    # What lies in no split is listed with the first.
+    of = {one: one if one in collected.splits else first for one, _, _ in collected.rejected}
+    rejected = [(name, reason) for one, name, reason in collected.rejected if of[one] == split]
+    labelled = any(group.classes is not None for group in groups)
+    if rules.keep_all and not all(all(group.classes or [""]) for group in groups):
+        labelled = False
+    outside = "not inside a class folder, unlike other photos here"
+    if rules.labels is not None:
+        outside = f"{rules.labels.name} has no label for it"
+    elif rules.label_from or rules.depth:
+        outside = (
+            f"--{'depth' if rules.depth else 'label-from'} {rules.depth or rules.label_from} finds no class in its path"
+        )
+    index: dict[str, int] = {name: k for k, name in enumerate(classes)}
+    names, found, places, labels = list[str](), list[Found](), list[tuple[int, Any]](), list[int]()
+    for group in groups:
+        for name, one, label in zip(group.names, group.found, group.classes or [""] * len(group.names)):
+            if labelled and not label:
+                rejected.append((name, outside))
+                continue
+            names.append(name)
+            found.append(one)
+            places.append((group.source, one.place))
+            labels.append(index[label] if labelled else 0)
+    mine, numbers = classes if labelled else None, np.array(labels, np.int64)
+    digest = hashlib.sha256(repr(mine).encode())
+    for name, one in zip(names, found):
+        digest.update(f"{name!r} {one.size} {one.stamp}\n".encode())
+    digest.update(repr(rejected).encode())
+    digest.update(numbers.tobytes())
+    sizes, passed_over = np.array([one.size for one in found], np.int64), dict(collected.passed_over)
+    about = (rejected, passed_over, digest.hexdigest(), split, collected.notes, collected.sources, places)
+    return Listing(source, names, numbers, mine, sizes, *about)
