@@ -83,7 +83,9 @@ def run(
         photos = len(reader)
         if photos < batch:
             how_many = counted(photos, "photo")
-            raise FastSSLError(f"{data}: {how_many}, fewer than one batch of {batch}; give a smaller --batch-size")
+            raise FastSSLError(
+                f"{reader.path}: {how_many}, fewer than one batch of {batch}; give a smaller --batch-size"
+            )
         measured = measure(Loading(reader, recipe, device, pipeline, workers), started, seconds)
         online, final = _probe_sizes(recipe, reader, val)
         on_device, on_host = map(float, memory.loader_bytes(recipe, reader, device))
@@ -122,7 +124,7 @@ def run(
         "device": device.type,
         "workers": measured.workers,
         "devices": 1,
-        "data": {"name": data.name, "samples": photos},
+        "data": {"name": reader.path.name, "samples": photos},
         "epochs": train.epochs,
         "batch_size": batch,
         "accumulate": parts,

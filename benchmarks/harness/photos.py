@@ -17,12 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from fastssl.data.sample_set import default_cache_dir, ensure_sample_set
+from fastssl.data.sample_set import ensure_sample_set
 from fastssl.pipelines.beton.format import MIN_PAGE_SIZE
 from fastssl.pipelines.beton.reader import BetonReader
 from fastssl.pipelines.beton.writer import BetonWriter
 from fastssl.pipelines.ops import jpeg
 from fastssl.utils.cores import available_cores
+from fastssl.utils.remote_cache import default_cache_dir
 
 #: (height, width): about every fourth ImageNet photo is upright.
 SIZES = ((375, 500), (375, 500), (375, 500), (500, 375))

@@ -7,6 +7,8 @@ from pathlib import PureWindowsPath
 
 import click
 
+from fastssl.utils.addresses import shown
+
 
 def command_line(ctx: click.Context) -> str:
     """The call in ``ctx``, quoted for a shell: the options that were given, in the order of ``--help``, without
@@ -37,6 +39,6 @@ def _word(value: object) -> str:
     """As one would type it: 30 and not 30.0; file names without folders."""
     if isinstance(value, float):
         return f"{value:.10g}"
-    text = str(value)
+    text = shown(str(value))
     # This flavour of paths knows both separators.
     return PureWindowsPath(text).name or text if "/" in text or "\\" in text else text

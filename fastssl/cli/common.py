@@ -51,12 +51,35 @@ console = PlainConsole(stderr=True)
 
 
 class SomePath(click.Path):
-    """A path that is not the empty string: an unset ``"$VAR"`` in a script should not mean "the current folder"."""
+    """A path that is not the empty string: an unset ``"$VAR"`` in a script should not mean "the current folder".
+    ``remote``: or an address of a server, which stays the text that it is.
+    """
+
+    def __init__(self, remote: bool = False):
+        super().__init__()
+        self.remote = remote
 
     def convert(self, value: str | os.PathLike[str], param: click.Parameter | None, ctx: click.Context | None) -> Path:
         if value == "":
             self.fail("the path is empty", param, ctx)
+        if isinstance(value, str) and "://" in value:
+            return self._address(value, param, ctx)
         return Path(os.fsdecode(super().convert(value, param, ctx)))
+
+    def _address(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        from fastssl.utils import remote_cache
+        from fastssl.utils.addresses import shown
+
+        if not self.remote:
+            self.fail(f"{shown(value)}: an address; this has to be a path of this machine", param, ctx)
+
+        @contextmanager
+        def show(name: str) -> Iterator[Callable[[int, int], None]]:
+            with late_progress_bar(f"downloading {name}", "kB") as progress:
+                yield lambda done, total: progress(done // 1000, total // 1000)
+
+        remote_cache.show = show
+        return value  # type: ignore[return-value]  # pathlib would take one of the two slashes
 
 
 def _check_json_path(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:

@@ -21,7 +21,7 @@ def _shard(context: click.Context, option: click.Parameter, text: str | None) ->
 
 
 @click.command("convert-imagenet", context_settings={"show_default": True})
-@click.argument("src", type=SomePath())
+@click.argument("src", type=SomePath(remote=True))
 @click.argument("dst", type=SomePath())
 @click.option(
     "--short-side", type=click.IntRange(min=1), help="Scale larger photos to it: faster, softer crops.  [default: 256]"

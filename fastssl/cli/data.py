@@ -21,7 +21,7 @@ _NAMED = 1000
 
 
 @click.command()
-@click.argument("files", nargs=-1, required=True, type=SomePath(), metavar="FILE...")
+@click.argument("files", nargs=-1, required=True, type=SomePath(remote=True), metavar="FILE...")
 @click.option("--sheet", type=SomePath(), metavar="FILE.png", help="Draw photos of each FILE, spread over its classes.")
 @click.option("--copies/--no-copies", default=True, show_default=True, help="Look for photos that are there twice.")
 @quiet_option

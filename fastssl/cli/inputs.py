@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fastssl.cli.common import SomePath, console, late_progress_bar, pipeline_option
+from fastssl.utils.addresses import shown
 
 if TYPE_CHECKING:
     from fastssl.config.recipe import Recipe
     from fastssl.data.photo_source import Source
 
-_photos = functools.partial(click.option, type=SomePath(), metavar="FOLDER|TAR|FILE.beton|'PATTERN'")
+_photos = functools.partial(click.option, type=SomePath(remote=True), metavar="FOLDER|TAR|FILE.beton|'PATTERN'")
 _PHOTOS_AND_RECIPE = (
     click.option(
         "--arch",
@@ -152,7 +153,7 @@ def choose_inputs(wanted: Wanted, processes: int = 1) -> Inputs:
     if val_source is not None:
         val = beton_of(val_source, recipe, wanted.workers)
     found = look_at(data)  # as they are stored: photos that were rejected are gone, large ones scaled down
-    where = str(source.path if source else data)
+    where = shown(source.path if source else data)
     recipe, lines = fit(recipe, found.photos, given=changes.keys(), processes=processes, where=where)
     for line in lines:
         console.note(line)

@@ -19,7 +19,7 @@ def _count(ctx: click.Context, param: click.Parameter, value: str) -> int | None
 
 
 @click.command("verify", context_settings={"show_default": True})
-@click.argument("files", nargs=-1, required=True, type=SomePath(), metavar="FILE...")
+@click.argument("files", nargs=-1, required=True, type=SomePath(remote=True), metavar="FILE...")
 @click.option(
     "--decode", metavar="ALL|N", callback=_count, default="100", help="Decode this many samples, evenly spaced, or all."
 )

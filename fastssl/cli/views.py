@@ -12,7 +12,7 @@ from fastssl.cli.inputs import beton_of
 
 
 @click.command(context_settings={"show_default": True})
-@click.argument("file", type=SomePath(), metavar="FOLDER|TAR|FILE.beton|'PATTERN'")
+@click.argument("file", type=SomePath(remote=True), metavar="FOLDER|TAR|FILE.beton|'PATTERN'")
 @click.option("--recipe", "recipe_name", required=True, metavar="NAME|FILE.yaml", help="Whose views.")
 @click.option(
     "--set",

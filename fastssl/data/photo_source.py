@@ -26,12 +26,15 @@ from fastssl._version import __version__
 from fastssl.errors import FastSSLError, counted, printable
 from fastssl.pipelines.beton.dataset import open_beton
 from fastssl.pipelines.beton.reader import BetonReader
+from fastssl.pipelines.beton.remote_set import is_beton_address
 from fastssl.pipelines.beton.side_file import side_path
 from fastssl.pipelines.convert.conversion import convert, rejects_path, whole_side_file
 from fastssl.pipelines.convert.formats import is_photo_name, pillow_formats
 from fastssl.pipelines.convert.options import ConvertOptions, chosen_photos
 from fastssl.pipelines.convert.sources import Listing, list_source
+from fastssl.utils.addresses import address, is_remote, shown
 from fastssl.utils.deadline import Deadline
+from fastssl.utils.remote_cache import default_cache_dir
 
 if TYPE_CHECKING:
     from fastssl.config.recipe import Recipe
@@ -60,6 +63,8 @@ class Source:
 
 def is_source(path: str | os.PathLike) -> bool:
     """Whether this is a folder or a tar, which has to be converted first; not a folder of ``.beton`` files alone."""
+    if (url := address(path)) is not None:
+        return not is_beton_address(url)
     path = Path(path)
     if path.is_dir():
         seen = [one for one in os.scandir(path) if not one.name.startswith(".")]
@@ -146,7 +151,8 @@ def as_beton(
     """
     if source.fingerprint is None:
         return source.path
-    path = Path(os.path.abspath(source.path))
+    remote = is_remote(source.path)
+    path = Path(shown(source.path) if remote else os.path.abspath(source.path))
     options = ConvertOptions(short_side=short_side, workers=workers, automatic=True)
     wanted = {
         "source": path.name,
@@ -160,10 +166,10 @@ def as_beton(
         side = (whole_side_file(place) if place.is_file() else None) or {}
         if any(side.get(key) != value for key, value in wanted.items() if key != "source"):
             return False
-        say(f"{source.path}: converted before, into {place}{_rejected(side.get('rejected') or 0, place)}")
+        say(f"{shown(source.path)}: converted before, into {place}{_rejected(side.get('rejected') or 0, place)}")
         return True
 
-    places = _places(path, options)
+    places = _places(path, options)[remote:]
     for place in places:
         if holds(place):
             return place
@@ -175,17 +181,17 @@ def as_beton(
                 return place
             if not alone or not _may_write(place, wanted):
                 continue
-            done = convert(path, place, options, progress)
+            done = convert(source.path if remote else path, place, options, progress)
         classes = "no labels" if done.classes is None else counted(len(done.classes), "class")
         ignored = f"; {counted(done.ignored, 'other file')} passed over" if done.ignored else ""
         say(
-            f"{source.path}: {counted(done.written, 'photo')}, {classes}, now also in {done.path} "
+            f"{shown(source.path)}: {counted(done.written, 'photo')}, {classes}, now also in {done.path} "
             f"({done.bytes / 1e6:,.1f} MB, short side at most {short_side} px), which is used as long as they stay as "
             f"they are{_rejected(done.rejected, done.path)}{ignored}"
         )
         return place
     raise FastSSLError(
-        f"{source.path}: neither {places[0]} nor {places[1]} can be written; "
+        f"{shown(source.path)}: {' and '.join(map(str, places))} cannot be written; "
         "convert it with `fastssl convert-imagenet` to where there is room"
     )
 
@@ -194,8 +200,6 @@ def _places(path: Path, options: ConvertOptions) -> tuple[Path, Path]:
     """``photos/`` or ``photos.tar`` -> ``photos.beton`` in the same folder; and in the user's cache folder, one name
     for each place and way of converting.
     """
-    from fastssl.data.sample_set import default_cache_dir  # with torch, which listing does not need
-
     name = next((path.name[: -len(ending)] for ending in _TARS if path.name.lower().endswith(ending)), path.name)
     key = hashlib.sha256(f"{path} {options.deciding()}".encode("utf-8", "surrogateescape")).hexdigest()[:12]
     beside = path.parent / f"{name or 'photos'}.beton"

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 import shutil
 import tempfile
 import warnings
@@ -39,6 +38,7 @@ from fastssl.errors import FastSSLError
 from fastssl.pipelines.beton.reader import BetonReader
 from fastssl.pipelines.convert.conversion import convert
 from fastssl.pipelines.convert.options import ConvertOptions
+from fastssl.utils.remote_cache import default_cache_dir
 
 #: part -> views of each place
 PARTS: dict[str, int] = {"train": 200, "val": 80}
@@ -170,12 +170,6 @@ def load_panorama(name: str) -> Tensor:
             return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
     except (OSError, ValueError) as error:
         raise FastSSLError(f"{path}: not a whole picture ({error}); install fastssl-vision again") from error
-
-
-def default_cache_dir() -> Path:
-    """Where the converted files are kept: ``$XDG_CACHE_HOME/fastssl``, or ``~/.cache/fastssl``."""
-    root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / "fastssl"
 
 
 def ensure_sample_set(cache_dir: Path | None = None) -> SampleSet:

@@ -29,6 +29,7 @@ from fastssl.pipelines.beton.side_file import read_side_file
 from fastssl.pipelines.convert.conversion import convert, rejects_path
 from fastssl.pipelines.convert.options import ConvertOptions, chosen_photos
 from fastssl.pipelines.convert.sources import list_source
+from fastssl.utils.addresses import shown
 
 
 @contextmanager
@@ -43,13 +44,14 @@ def open_photos(path: str | Path, workers: int | None = None) -> Iterator[BetonR
         with open_beton(path) as reader:
             yield reader
         return
+    name = Path(shown(path)).name
     if world_size() > 1:
         raise ProbeError(
-            f"{path}: several processes read one .beton file; make it with `fastssl convert-imagenet "
-            f"{path.name} {path.name}.beton`"
+            f"{shown(path)}: several processes read one .beton file; make it with `fastssl convert-imagenet "
+            f"{name} {name}.beton`"
         )
     with tempfile.TemporaryDirectory(prefix="fastssl-") as folder:
-        target = Path(folder) / f"{path.name}.beton"
+        target = Path(folder) / f"{name}.beton"
         try:
             # As of a .beton file: a damaged photo is an error, and no figure is over what is left.
             how: dict[str, Any] = {"quality": 95, "workers": workers, "resume": False, "on_bad": "fail"}
@@ -58,7 +60,7 @@ def open_photos(path: str | Path, workers: int | None = None) -> Iterator[BetonR
                 yield reader
         except FastSSLError as error:  # whoever gave a folder knows nothing of the file
             advice = "mend or remove it; `fastssl convert-imagenet` can leave bad photos out"
-            said = str(error).replace(str(target), str(path))
+            said = str(error).replace(str(target), shown(path))
             raise FastSSLError(said.replace("--on-bad skip lists bad photos and goes on", advice)) from error
 
 

@@ -57,7 +57,7 @@ def finish_run(run: Setup, started: float) -> dict[str, Any]:
         features=collapse,
     )
     options, classes = run.options, run.reader.classes
-    data = {"name": options.data.name, "samples": len(run.reader), "classes": len(classes) if classes else None}
+    data = {"name": run.reader.path.name, "samples": len(run.reader), "classes": len(classes) if classes else None}
     summary = {
         "command": options.command,
         "arch": run.config["arch"],

@@ -276,13 +276,13 @@ def _resolved(recipe: Recipe, options: RunOptions, reader: BetonReader, val: Bet
         "arch": resolve_arch(recipe.arch),
         # Names, not paths: a report is passed on, and the folder it was made in is nobody's business.
         "data": {
-            "name": options.data.name,
+            "name": reader.path.name,
             "samples": len(reader),
             "tables": "{head:08x}{table:08x}".format(**reader.table_checksums()),
             "photos": f"{reader.photo_checksum():08x}",
             "val_photos": f"{val.photo_checksum():08x}" if val else None,
         },
-        "val": options.val.name if options.val else None,
+        "val": val.path.name if val else None,
         "seed": options.seed,
         **{key: value for key, value in recipe_to_dict(recipe).items() if key != "arch"},
     }

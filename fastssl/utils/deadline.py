@@ -15,10 +15,10 @@ from collections.abc import Callable, Collection, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, TimeoutError, wait
 from contextlib import closing, suppress
 from functools import partial
-from pathlib import Path
 from typing import TypeVar
 
 from fastssl.errors import FastSSLError, Stalled
+from fastssl.utils.addresses import is_remote, shown
 
 #: From then on a wait is worth a line: no disk that works is that slow.
 WARN_SECONDS = 60.0
@@ -47,7 +47,7 @@ class Deadline:
     def __init__(self, path: str | os.PathLike, minutes: float = STALL_MINUTES, deed: str = "read"):
         if isinstance(minutes, bool) or not isinstance(minutes, (int, float)) or not minutes > 0:
             raise FastSSLError(f"stall_minutes={minutes!r} is not a number of minutes above 0")
-        self.path, self.minutes, self.deed, self.given_up = Path(path), minutes, deed, False
+        self.path, self.minutes, self.deed, self.given_up = shown(path), minutes, deed, False
 
     def result(self, future: Future[_Result], what: Callable[[], str]) -> _Result:
         """``future.result()``. Raises what the future raised, or ``Stalled``, which says ``what()`` was waited for."""
@@ -57,6 +57,8 @@ class Deadline:
         if future.done():  # the time-out was the work's own, or it has ended since
             return future.result()
         nothing, silent = f"{self.path}: nothing was {self.deed} for", "the disk or network file system does not answer"
+        if remote := is_remote(self.path):
+            silent = "the server does not answer"
         if limit > WARN_SECONDS:
             end = "" if math.isinf(limit) else f"; an error in {(limit - WARN_SECONDS) / 60:.0f} min"
             warnings.warn(f"{nothing} {WARN_SECONDS:.0f} s, {what()}: {silent}{end}", stacklevel=2)
@@ -64,9 +66,14 @@ class Deadline:
                 return future.result()
         self.give_up()
         spent = f"{self.minutes:g} min" if self.minutes >= 1 else f"{limit:g} s"
+        see = (
+            "the server can be reached at all"
+            if remote
+            else "the file can be read at all (cat FILE > /dev/null, dmesg)"
+        )
         raise Stalled(
             f"{nothing} {spent}, since {time.strftime('%H:%M:%S', time.localtime(since))}, {what()}: {silent}; see "
-            "whether the file can be read at all (cat FILE > /dev/null, dmesg), then give the same command again"
+            f"whether {see}, then give the same command again"
         )
 
     def map(

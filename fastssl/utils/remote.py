@@ -1,13 +1,13 @@
-"""Files on servers: which texts are addresses, what a server says of a file, and its bytes.
+"""Files on servers: what a server says of one, and its bytes.
 
 http and https are read here, with the standard library; all others (s3, gs, hf, ...) through fsspec, which torch brings
-and which asks for a package a protocol. Of an address only what is no secret is ever shown: neither a password in it
-nor the query string, in which signatures stand.
+and which asks for a package a protocol.
 """
 
 from __future__ import annotations
 
 import base64
+import errno
 import http.client
 import os
 import re
@@ -23,11 +23,10 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
-from fastssl.errors import FastSSLError, Stalled, duration, printable
+from fastssl.errors import FastSSLError, Stalled, duration
+from fastssl.utils.addresses import address, is_web, shown
 from fastssl.utils.deadline import STALL_MINUTES, Deadline
 
-#: Any protocol with two slashes, and with one, which is what pathlib leaves of them, those that no folder is called.
-_ADDRESS = re.compile(r"([a-zA-Z][a-zA-Z0-9+]*)://+(?=[^/])|(s3a?|gs|gcs|https?|hf|abfss?|az|memory):/(?=[^/])")
 #: Seconds in which a server has to say something.
 _TIMEOUT = 60.0
 #: Bytes that are asked for at a time, and how many such requests are under way.
@@ -38,6 +37,9 @@ _FEW = 3
 _PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "hf": "huggingface_hub", "abfs": "adlfs"}
 #: Names of a version in what file systems say of a file: S3's, Google's, the hub's, Azure's, fsspec's own.
 _VERSIONS = ("ETag", "etag", "md5Hash", "crc32c", "blob_id", "content_md5", "LastModified", "mtime", "created")
+
+#: Servers that answered once: that nobody is there then is no wrong name, and passes.
+_known: set[str] = set()
 
 _Result = TypeVar("_Result")
 
@@ -50,7 +52,11 @@ class Changed(RemoteError):
     """A file is no longer the one whose first bytes were read."""
 
 
-class Passing(Exception):
+class NoAccess(RemoteError):
+    """A file is not for us: no login, a wrong one, or one that has run out."""
+
+
+class Passing(RemoteError):
     """What may be over in a moment: a dropped connection, a server that restarts. ``hopeless``: after few attempts."""
 
     def __init__(self, what: str, hopeless: bool = False):
@@ -68,30 +74,15 @@ class About:
     version: str
 
 
-def address(path: str | os.PathLike) -> str | None:
-    """The address that ``path`` is, with the two slashes of which pathlib leaves one; None: a path of this machine."""
-    text = os.fspath(path)
-    match = _ADDRESS.match(text) if isinstance(text, str) else None
-    protocol = (match[1] or match[2]).lower() if match else ""
-    return f"{protocol}://{text[match.end() :]}" if match and protocol != "file" else None
-
-
-def is_remote(path: str | os.PathLike) -> bool:
-    """Whether this is an address of a server and no path of this machine."""
-    return address(path) is not None
-
-
-def shown(text: str | os.PathLike) -> str:
-    """``text`` without the passwords and query strings of the addresses in it, for messages and records."""
-    text = re.sub(r"(\w:/{1,2})[^\s/@]+@", r"\1", printable(os.fspath(text)))
-    return re.sub(r"(\w+:/{1,2}[^\s?'\"]+)\?[^\s'\")\]]*", r"\1", text)
+def _server(name: str) -> str:
+    return "/".join(name.split("/")[:3])
 
 
 class Patience:
     """How long one file is tried for: with growing pauses, up to ``minutes`` without a byte. A warning comes once."""
 
-    def __init__(self, name: str, minutes: float = STALL_MINUTES):
-        self.name, self.minutes, self._warned = name, minutes, False
+    def __init__(self, minutes: float = STALL_MINUTES):
+        self.minutes, self._warned = minutes, False
         self.moved()
 
     def moved(self) -> None:
@@ -103,14 +94,14 @@ class Patience:
         self._tries += 1
         waited, pause = time.monotonic() - self._since, min(30.0, 0.25 * 2**self._tries)
         if error.hopeless and self._tries >= _FEW:
-            raise RemoteError(f"{self.name}: {error}") from None
+            raise RemoteError(str(error)) from None
         if waited + pause > 60 * self.minutes:
             again = "see whether the server can be reached at all, then give the same command again"
-            raise Stalled(f"{self.name}: {error}; no byte for {duration(waited)}; {again}") from None
+            raise Stalled(f"{error}; no byte for {duration(waited)}; {again}") from None
         if self._tries == _FEW and not self._warned:
             self._warned = True
             end = f"an error after {self.minutes:g} min without a byte"
-            warnings.warn(f"{self.name}: {error}; trying again, {end}", stacklevel=3)
+            warnings.warn(f"{error}; trying again, {end}", stacklevel=3)
         time.sleep(pause)
 
     def ask(self, question: Callable[[], _Result]) -> _Result:
@@ -148,17 +139,18 @@ def remote_file(url: str | os.PathLike) -> RemoteFile:
     found = address(url)
     if found is None:
         raise RemoteError(f"{os.fspath(url)}: not an address like s3://bucket/name or https://host/name")
-    return _HttpFile(found) if found.startswith(("http://", "https://")) else _FsspecFile(found)
+    return _HttpFile(found) if is_web(found) else _FsspecFile(found)
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
     """To other files of the web alone, never from https to http, and without our password to another host."""
 
-    def redirect_request(self, req: urllib.request.Request, fp: Any, code: int, msg: str, headers: Any, newurl: str):  # type: ignore[no-untyped-def]
+    def redirect_request(self, req: Any, *answer: Any) -> Any:
+        newurl = answer[-1]
         to = urlsplit(newurl)
         if to.scheme != "https" and (to.scheme != "http" or req.type == "https"):
             raise RemoteError(f"{shown(req.full_url)}: leads to {shown(newurl)}, which is not followed")
-        request = super().redirect_request(req, fp, code, msg, headers, newurl)
+        request = super().redirect_request(req, *answer)
         if request is not None and to.netloc != req.host:
             request.remove_header("Authorization")
         return request
@@ -166,8 +158,6 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
 
 class _HttpFile(RemoteFile):
     _opener = urllib.request.build_opener(_Redirects)
-    #: Hosts that answered once: that nobody is there then is no wrong name, and passes.
-    _known: set[str] = set()
 
     def __init__(self, url: str):
         super().__init__(url)
@@ -205,7 +195,7 @@ class _HttpFile(RemoteFile):
         span = f"bytes={start}-{'' if stop is None else stop - 1}"
         request = urllib.request.Request(self._address, headers={**self._headers, "Range": span})
         response = self._opener.open(request, timeout=_TIMEOUT)
-        self._known.add(self._host)
+        _known.add(_server(self.name))
         return response
 
     @contextmanager
@@ -220,18 +210,19 @@ class _HttpFile(RemoteFile):
             said = shown(" ".join(str(why).split())) or type(why).__name__
             if isinstance(why, ssl.SSLCertVerificationError) or isinstance(error, ValueError | http.client.InvalidURL):
                 raise RemoteError(f"{self.name}: {said}") from None
-            nobody = isinstance(why, socket.gaierror | ConnectionRefusedError) and self._host not in self._known
-            raise Passing(f"no connection to {self._host} ({said})" if nobody else said, nobody) from None
+            nobody = isinstance(why, socket.gaierror | ConnectionRefusedError) and _server(self.name) not in _known
+            said = f"no connection to {self._host} ({said})" if nobody else said
+            raise Passing(f"{self.name}: {said}", nobody) from None
 
     def _refused(self, error: urllib.error.HTTPError) -> Exception:
-        said = f"{error.code} {error.reason}"
+        said = f"{self.name}: the server says {error.code} {shown(str(error.reason))}"
         if error.code in (408, 425, 429) or error.code >= 500:
-            self._known.add(self._host)
-            return Passing(f"the server says {shown(said)}")
+            _known.add(_server(self.name))
+            return Passing(said)
         advice = {404: "is the name right?", 410: "it was removed", 416: "it is shorter than the server said, or empty"}
         if error.code in (401, 403):
-            advice[error.code] = "access denied; a signed address may have run out"
-        return RemoteError(f"{self.name}: the server says {shown(said)}: {advice.get(error.code, 'not a file for us')}")
+            return NoAccess(f"{said}: access denied; a signed address may have run out")
+        return RemoteError(f"{said}: {advice.get(error.code, 'not a file for us')}")
 
 
 def _version(headers: Any) -> str:
@@ -245,7 +236,6 @@ class _FsspecFile(RemoteFile):
 
     def about(self) -> About:
         with fsspec_errors(self.name):
-            # Listings that are kept would hide a change.
             self.system.invalidate_cache()
             info = self.system.info(self.path)
         if info.get("type") == "directory":
@@ -263,7 +253,8 @@ class _FsspecFile(RemoteFile):
         def part(low: int) -> bytes:
             wanted = min(_PART, size - low)
             if len(data := self.read(low, low + wanted)) != wanted:
-                raise Passing(f"{len(data):,} of {wanted:,} bytes came from byte {low:,} on", hopeless=True)
+                came = f"{len(data):,} of {wanted:,} bytes came from byte {low:,} on"
+                raise Passing(f"{self.name}: {came}", hopeless=True)
             return data
 
         size, deadline = about.size, Deadline(self.name)
@@ -286,8 +277,9 @@ def file_system(url: str) -> tuple[Any, str]:
     try:
         import fsspec
 
-        found: tuple[Any, str] = fsspec.core.url_to_fs(url)
-        return found
+        system, path = fsspec.core.url_to_fs(url)
+        system.invalidate_cache()  # listings that are kept would hide changes
+        return system, path
     except ImportError:
         package = _PACKAGES.get(protocol, "fsspec")
         how = "pip install 'fastssl-vision[remote]'" if package == "s3fs" else f"pip install {package}"
@@ -301,7 +293,8 @@ def fsspec_errors(name: str) -> Iterator[None]:
     """What fsspec's file systems raise, of ``name``, as RemoteError, and Passing where another attempt may help."""
     try:
         yield
-    except (FastSSLError, Passing, MemoryError):
+        _known.add(_server(name))
+    except (FastSSLError, MemoryError):
         raise
     except FileNotFoundError:
         raise RemoteError(f"{name}: no such file on the server; is the name right?") from None
@@ -312,7 +305,8 @@ def fsspec_errors(name: str) -> Iterator[None]:
             code = code or error.response.status_code  # type: ignore[attr-defined]
         if isinstance(error, PermissionError) or "Credential" in kind or code in (401, 403):
             how = "log in as for that service's own program; for a public bucket FSSPEC_S3_ANON=true"
-            raise RemoteError(f"{name}: access denied ({said or kind}): {how}") from None
+            raise NoAccess(f"{name}: access denied ({said or kind}): {how}") from None
         if code == 404:
             raise RemoteError(f"{name}: no such file on the server; is the name right?") from None
-        raise Passing(said or kind, hopeless="Connect" in kind or isinstance(error, TypeError | ValueError)) from None
+        odd = isinstance(error, TypeError | ValueError) or getattr(error, "errno", None) in (errno.EINVAL, errno.EPERM)
+        raise Passing(f"{name}: {said or kind}", odd or ("Connect" in kind and _server(name) not in _known)) from None

@@ -18,7 +18,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import BinaryIO
 from urllib.parse import unquote, urlsplit
@@ -36,16 +36,26 @@ _held: dict[Path, BinaryIO] = {}
 _guard = threading.Lock()
 
 
+def _show_nothing(name: str) -> AbstractContextManager[Callable[[int, int], None]]:
+    return nullcontext(lambda done, total: None)
+
+
+#: Shows how the download of a file of that name goes on: (bytes done, in all; 0: not known).
+show = _show_nothing
+
+
 def default_cache_dir() -> Path:
-    """Where files are kept that can be had again: ``$FASTSSL_CACHE``, ``$XDG_CACHE_HOME/fastssl``, ``~/.cache/fastssl``."""
+    """Where files are kept that can be had again: ``$FASTSSL_CACHE``, else ``fastssl`` in ``$XDG_CACHE_HOME`` or
+    ``~/.cache``.
+    """
     own, root = os.environ.get("FASTSSL_CACHE"), os.environ.get("XDG_CACHE_HOME")
     return Path(own) if own else (Path(root) if root else Path.home() / ".cache") / "fastssl"
 
 
-def local_copy(url: str | os.PathLike, progress: Callable[[int, int], None] | None = None) -> Path:
+def local_copy(url: str | os.PathLike, quiet: bool = False) -> Path:
     """The whole file at ``url`` on this machine, downloaded unless it is there as the server has it now. It stays until
     `release`, or until the process ends. Any number of processes may ask at once: one downloads. A ``.beton`` file's
-    side file comes with it. ``progress(done, total)``: in bytes; a total of 0 is not known.
+    side file comes with it. ``quiet``: nothing shows how it goes on.
 
     Raises:
         RemoteError: it cannot be had, changes all the time, or does not fit.
@@ -53,9 +63,9 @@ def local_copy(url: str | os.PathLike, progress: Callable[[int, int], None] | No
     """
     file = remote_file(url)
     for _ in range(3):
-        about = Patience(file.name).ask(file.about)
-        with suppress(Changed):
-            return _Copy(file, about, progress or (lambda done, total: None)).path()
+        about = Patience().ask(file.about)
+        with suppress(Changed), (_show_nothing if quiet else show)(file.name) as progress:
+            return _Copy(file, about, progress).path()
     raise RemoteError(f"{file.name}: changes while it is downloaded; wait until it is whole, then try again")
 
 
@@ -90,6 +100,7 @@ class _Copy:
         key = hashlib.sha256(f"{place} {about.version}".encode("utf-8", "surrogateescape")).hexdigest()[:20]
         # The server's name for it says people what it is, and programs how to read it; it is no path.
         name = re.sub(r"[^\w.-]", "_", unquote(parts.path).rstrip("/").rpartition("/")[2]).lstrip(".")[-100:]
+        self.time = 10**9 + int(key[:7], 16)
         self.folder = default_cache_dir() / "remote" / f"{key}-{about.size or 0}"
         self.whole = self.folder / (name or "file")
         self.part = self.whole.with_name(f"{self.whole.name}.part")
@@ -149,7 +160,8 @@ class _Copy:
             limit = room(root)
             others = [entry for entry in _entries(root) if entry[0] != self.folder]
             if size > limit:
-                raise RemoteError(f"{name}: {_gb(size)}, more than all of the cache ({root}, {_gb(limit)}); {more}")
+                whole = f"more than all of the cache ({root}, {gigabytes(limit)})"
+                raise RemoteError(f"{name}: {gigabytes(size)}, {whole}; {more}")
 
             def fits() -> bool:
                 coming = sum(max(0, wanted - there) for _, wanted, there in others)
@@ -164,15 +176,15 @@ class _Copy:
                 if _evict(entry[0]):
                     others.remove(entry)
             if not fits():
-                used = _gb(sum(max(wanted, there) for _, wanted, there in others))
-                free = _gb(shutil.disk_usage(root).free)
-                full = f"{root} holds {used} of {_gb(limit)}, all in use, and its disk has {free} left"
-                raise RemoteError(f"{name}: no room for its {_gb(size)}: {full}; {more}")
+                used = gigabytes(sum(max(wanted, there) for _, wanted, there in others))
+                free = gigabytes(shutil.disk_usage(root).free)
+                full = f"{root} holds {used} of {gigabytes(limit)}, all in use, and its disk has {free} left"
+                raise RemoteError(f"{name}: no room for its {gigabytes(size)}: {full}; {more}")
             self.folder.mkdir(exist_ok=True)
             (self.folder / "lock").touch()
 
     def _download(self) -> None:
-        file, about, patience = self.file, self.about, Patience(self.file.name)
+        file, about, patience = self.file, self.about, Patience()
         total, limit = about.size, room(self.folder.parent)
         with open(self.part, "ab") as out:
             if not about.version or total is None:  # nothing says that what is there is the beginning of the same file
@@ -189,11 +201,14 @@ class _Copy:
                     if total is None:
                         break
                     if out.tell() != total:
-                        raise Passing(f"ended after {out.tell():,} of {total:,} bytes", hopeless=True)
+                        ended = f"{file.name}: ended after {out.tell():,} of {total:,} bytes"
+                        raise Passing(ended, hopeless=True)
                 except Passing as error:
                     patience.again(error)
             out.flush()
             os.fsync(out.fileno())
+        # Part of the fingerprint of an archive's photos: another one for another version, the same when it comes again.
+        os.utime(self.part, (self.time, self.time))
         if patience.ask(file.about) != about:
             self.part.unlink()
             raise Changed(f"{file.name}: changed while it was read")
@@ -206,7 +221,7 @@ class _Copy:
         parts = urlsplit(self.file.url)
         beside = remote_file(parts._replace(path=f"{parts.path}.json").geturl())
         with suppress(RemoteError):
-            patience = Patience(beside.name)
+            patience = Patience()
             size = patience.ask(beside.about).size or 0
             if 0 < size <= 1 << 30:
                 found = patience.ask(lambda: beside.read(0, size))
@@ -256,5 +271,6 @@ def _time(path: Path) -> float:
     return 0.0
 
 
-def _gb(size: float) -> str:
+def gigabytes(size: float) -> str:
+    """1.2 GB, 3.4 MB."""
     return f"{size / 1e9:,.1f} GB" if size >= 1e8 else f"{size / 1e6:,.1f} MB"

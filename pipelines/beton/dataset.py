@@ -18,8 +18,10 @@ import numpy as np
 from fastssl.errors import BetonError, counted
 from fastssl.pipelines.beton.open_file import OpenFiles
 from fastssl.pipelines.beton.reader import BetonReader, Row
+from fastssl.pipelines.beton.remote_set import local_files, remote_names
 from fastssl.pipelines.beton.tables import Tables, read_tables
 from fastssl.pipelines.ops.memory import ThreadMemory
+from fastssl.utils.addresses import is_remote, shown
 
 #: Samples above which a set keeps no tables: they take 33 bytes a sample, in every process.
 LAZY_ABOVE = 1 << 24
@@ -34,6 +36,7 @@ _SPLITS = re.compile(r"(?<![a-z])(train|val|valid|validation|test)(?![a-z])")
 Data = str | os.PathLike | Sequence[str | os.PathLike]
 Classes = tuple[str, ...]
 _Found = TypeVar("_Found")
+_File = TypeVar("_File", str, Path)
 
 
 def open_beton(data: Data) -> BetonReader:
@@ -50,11 +53,17 @@ def beton_files(data: Data) -> tuple[list[Path], Path]:
     """
     if not isinstance(data, (str, os.PathLike)):
         named = [beton_files(one) for one in data]
-        files = _in_order(file for found, _ in named for file in found)
+        files = [file for found, _ in named for file in found]
+        if not any(map(is_remote, data)):  # names in the cache say nothing of an order
+            files = _in_order(files)
         if not files:
             raise BetonError("an empty list of .beton files: nothing to read")
         more = f" and {counted(len(named) - 1, 'more file')}" if len(named) > 1 else ""
         return files, named[0][1].with_name(f"{named[0][1].name}{more}")
+    if is_remote(data):
+        names = _in_order(remote_names(data))
+        _require_complete([Path(shown(name)) for name in names])
+        return local_files(names), Path(shown(data))
     path = Path(data)
     if path.is_dir():
         files = _in_order(one for one in path.iterdir() if one.suffix == ".beton" and not one.name.startswith("."))
@@ -77,8 +86,8 @@ def beton_files(data: Data) -> tuple[list[Path], Path]:
     return files, path
 
 
-def _in_order(files: Iterable[Path]) -> list[Path]:
-    def key(file: Path) -> list[tuple[int, str]]:
+def _in_order(files: Iterable[_File]) -> list[_File]:
+    def key(file: _File) -> list[tuple[int, str]]:
         parts = re.split(r"(\d+)", os.fspath(file))
         return [(int(part), part) if k % 2 else (0, part) for k, part in enumerate(parts)]
 

@@ -30,7 +30,7 @@ import PIL
 import simplejpeg
 
 from fastssl._version import __version__
-from fastssl.errors import FastSSLError, at_work_on, counted, printable
+from fastssl.errors import FastSSLError, Stalled, at_work_on, counted, printable
 from fastssl.pipelines.beton.format import DEFAULT_PAGE_SIZE, MIN_PAGE_SIZE, RECORD_DTYPE
 from fastssl.pipelines.beton.reader import BetonReader
 from fastssl.pipelines.beton.side_file import read_side_file, side_path
@@ -43,6 +43,7 @@ from fastssl.pipelines.convert.unfinished import Journal, reserve
 from fastssl.utils.atomic_files import sync_folder, write_atomically
 from fastssl.utils.cores import available_cores
 from fastssl.utils.deadline import Deadline
+from fastssl.utils.remote import NoAccess
 
 logger = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
@@ -195,6 +196,8 @@ class _Conversion:
     def _photo(self, i: int) -> Encoded | str:
         try:
             return encode_photo(self.listing.read(i), self.options)
+        except (Stalled, NoAccess):  # the server's state, not the photo's
+            raise
         except MemoryError:  # not the photo's fault: the next run may have more
             with at_work_on(self.listing.source, printable(self.listing.names[i])):
                 raise

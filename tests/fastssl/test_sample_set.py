@@ -18,7 +18,6 @@ from fastssl.data.sample_set import (
     PARTS,
     SIZE,
     Cameras,
-    default_cache_dir,
     directions,
     draw_cameras,
     ensure_sample_set,
@@ -28,6 +27,7 @@ from fastssl.data.sample_set import (
 )
 from fastssl.errors import FastSSLError
 from fastssl.pipelines.beton.reader import BetonReader
+from fastssl.utils.remote_cache import default_cache_dir
 
 
 @pytest.fixture(scope="module")

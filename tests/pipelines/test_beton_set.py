@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from fastssl.errors import BetonError, JpegError
-from fastssl.pipelines.beton.dataset import BetonSet, beton_files, open_beton
+from fastssl.pipelines.beton.dataset import BetonSet, beton_files
 from fastssl.pipelines.beton.format import MODE_JPEG, MODE_RAW
 from fastssl.pipelines.beton.reader import BetonReader
 from fastssl.pipelines.beton.writer import BetonWriter

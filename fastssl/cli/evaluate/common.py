@@ -25,7 +25,7 @@ COUNT: dict[str, Any] = {"type": click.IntRange(min=1)}
 POSITIVE: dict[str, Any] = {"type": click.FloatRange(min=0, min_open=True), "callback": finite}
 NOT_NEGATIVE: dict[str, Any] = {"type": click.FloatRange(min=0), "callback": finite}
 OF_FEATURES = ("size", "crop", "normalisation", "batch_size", "workers")
-_PHOTOS: dict[str, Any] = {"type": SomePath(), "metavar": "FOLDER|TAR|FILE.beton|'PATTERN'"}
+_PHOTOS: dict[str, Any] = {"type": SomePath(remote=True), "metavar": "FOLDER|TAR|FILE.beton|'PATTERN'"}
 
 
 def option(name: str, help: str | None = None, *, variable: str | None = None, **more: Any) -> Callable:

@@ -20,8 +20,11 @@ from fastssl.pipelines.convert.sources.base import MAX_FILE_BYTES, Found, Source
 from fastssl.pipelines.convert.sources.classes import ListingRules
 from fastssl.pipelines.convert.sources.collect import Collected
 from fastssl.pipelines.convert.sources.folder import FolderSource
+from fastssl.pipelines.convert.sources.remote import RemoteFolder, is_remote_folder
 from fastssl.pipelines.convert.sources.tar import TarSource
+from fastssl.utils.addresses import address, shown
 from fastssl.utils.deadline import Deadline
+from fastssl.utils.remote_cache import local_copy
 
 
 @dataclass
@@ -85,6 +88,12 @@ class Listing:
 
 def open_source(path: str | os.PathLike) -> Source:
     """The source at ``path``, by what it is. ``SourceError``: of no kind that we read; ``OSError`` as usual."""
+    if (url := address(path)) is not None:
+        if is_remote_folder(url):
+            return RemoteFolder(url)
+        source = open_source(local_copy(url))
+        source.name = shown(url)
+        return source
     path = Path(path)
     mode = os.stat(path).st_mode
     if stat.S_ISDIR(mode):
@@ -147,7 +156,7 @@ def list_splits(
                 raise SourceError(f"{error.filename or path}: cannot read: {error.strerror or error}") from None
         wanted = collected.choose(os.fspath(paths[0]))
         classes = collected.class_list()
-        listings = {split: _listing(Path(paths[0]), collected, split, classes) for split in wanted}
+        listings = {split: _listing(Path(shown(paths[0])), collected, split, classes) for split in wanted}
         for listing in listings.values():
             if listing.names:
                 continue

@@ -1,0 +1,90 @@
+"""``.beton`` files on servers: which ones an address stands for, and their copies on this machine."""
+
+from __future__ import annotations
+
+import os
+import re
+import resource
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TypeVar
+
+from fastssl.errors import BetonError, counted
+from fastssl.utils.addresses import address, is_web, shown
+from fastssl.utils.remote import Patience, file_system, fsspec_errors, remote_file
+from fastssl.utils.remote_cache import gigabytes, local_copy, room, show
+
+#: Files that are asked for, and fetched, at once.
+_ASKED, _FETCHED = 16, 4
+
+_Item = TypeVar("_Item")
+_Found = TypeVar("_Found")
+
+
+def remote_names(url: str | os.PathLike) -> list[str]:
+    """The addresses of the files that an address stands for: of itself, of numbers in braces, of a pattern with ``*``,
+    or of a folder of ``.beton`` files. ``BetonError``: there is none; ``RemoteError`` as usual.
+    """
+    text = address(url) or os.fspath(url)
+    if braces := re.fullmatch(r"(.*)\{(\d+)\.\.(\d+)\}(.*)", text):
+        begin, first, last, end = braces.groups()
+        return [f"{begin}{number:0{len(first)}d}{end}" for number in range(int(first), int(last) + 1)]
+    if is_web(text):
+        if "*" in text.partition("?")[0]:
+            how = "give numbers in braces, train-{00000..00063}-of-00064.beton"
+            raise BetonError(f"{shown(text)}: a web server has no list of its files; {how}")
+        return [text]
+    system, path = file_system(text)
+    with fsspec_errors(shown(text)):
+        pattern = path if path.endswith(".beton") else f"{path.rstrip('/')}/*.beton"
+        names = [system.unstrip_protocol(name) for name in system.glob(pattern)] if "*" in pattern else [text]
+    if not names:
+        raise BetonError(f"{shown(text)}: no .beton file is named like this")
+    return names
+
+
+def is_beton_address(url: str) -> bool:
+    """Whether an address is one of ``.beton`` files, or of a folder of them."""
+    if url.partition("?")[0].endswith(".beton"):
+        return True
+    if is_web(url):
+        return False
+    system, path = file_system(url)
+    with fsspec_errors(shown(url)):
+        return bool(system.glob(f"{path.rstrip('/')}/*.beton"))
+
+
+def local_files(names: Sequence[str]) -> list[Path]:
+    """Copies of all files on this machine, which stay until the process ends. ``BetonError``: the cache is too small
+    for all of them at once.
+    """
+    if len(names) == 1:
+        return [local_copy(names[0])]
+    size, most = sum(_at_once(lambda name: Patience().ask(remote_file(name).about).size or 0, names, _ASKED)), room()
+    if size > most:
+        raise BetonError(
+            f"{shown(names[0])} and {counted(len(names) - 1, 'more file')}: {gigabytes(size)}, and the cache may hold "
+            f"{gigabytes(most)}; FASTSSL_CACHE_GB allows more, FASTSSL_CACHE names a folder on a larger disk"
+        )
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)  # each has a lock, which stays open
+    wanted = max(soft, 1024 + len(names))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
+    with show(counted(len(names), "file")) as progress:
+        done: list[int] = []
+
+        def fetch(name: str) -> Path:
+            path = local_copy(name, quiet=True)
+            done.append(path.stat().st_size)
+            progress(sum(done), size)
+            return path
+
+        return _at_once(fetch, names, _FETCHED)
+
+
+def _at_once(work: Callable[[_Item], _Found], items: Sequence[_Item], threads: int) -> list[_Found]:
+    pool = ThreadPoolExecutor(threads, "fastssl-remote")
+    try:
+        return list(pool.map(work, items))
+    finally:  # a first failure need not wait for the others
+        pool.shutdown(wait=False, cancel_futures=True)

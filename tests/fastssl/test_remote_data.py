@@ -1,0 +1,245 @@
+"""Photos and ``.beton`` files on servers, through the commands: the same files and pixels as from this machine."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from file_server import Server
+from PIL import Image
+from small_run import SMALL
+
+from fastssl.cli import main
+from fastssl.errors import BetonError
+from fastssl.pipelines.beton.dataset import open_beton
+from fastssl.pipelines.beton.reader import BetonReader
+from fastssl.pipelines.convert.conversion import convert
+from fastssl.pipelines.convert.options import ConvertOptions
+from fastssl.pipelines.convert.sources import SourceError, list_source
+from fastssl.utils import remote, remote_cache
+from fastssl.utils.remote import NoAccess
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """12 photos of two classes, and what is passed over."""
+    folder = tmp_path_factory.mktemp("photos") / "photos"
+    random = np.random.default_rng(0)
+    for name in ("cat", "dog"):
+        (folder / name).mkdir(parents=True)
+        for k in range(6):
+            picture = Image.fromarray(random.integers(0, 255, (64, 64, 3), np.uint8))
+            picture.save(folder / name / f"{k}.{'png' if k == 5 else 'jpg'}")
+    (folder / "cat" / "notes.txt").write_text("none")
+    (folder / ".hidden").mkdir()
+    (folder / ".hidden" / "x.jpg").write_bytes((folder / "cat" / "0.jpg").read_bytes())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def local(photos: Path) -> Path:
+    """The photos, converted on this machine."""
+    convert(photos, photos.parent / "local.beton")
+    return photos.parent / "local.beton"
+
+
+@pytest.fixture(scope="module")
+def s3(photos: Path) -> Iterator[Any]:
+    """An S3 on this machine that holds the photos; the file system of it."""
+    fsspec, moto = pytest.importorskip("fsspec"), pytest.importorskip("moto.server")
+    pytest.importorskip("s3fs")
+    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            patch.setenv(name, "made-up")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        patch.setenv("NO_PROXY", "127.0.0.1")
+        system = fsspec.filesystem("s3", skip_instance_cache=True)
+        system.mkdir("bucket")
+        for path in filter(Path.is_file, photos.rglob("*")):
+            system.pipe_file(f"bucket/set/photos/{path.relative_to(photos)}", path.read_bytes())
+        yield system
+    server.stop()
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setenv("FASTSSL_CACHE", str(tmp_path / "cache"))
+    yield tmp_path / "cache"
+    for path in list(remote_cache._held):
+        remote_cache.release(path)
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    with Server() as found:
+        yield found
+        found.shutdown()
+
+
+@pytest.fixture
+def fastssl(capfd: pytest.CaptureFixture) -> Callable[..., str]:
+    """Run a command, which is to end with ``status``; what it said on both streams."""
+
+    def run(*words: object, status: int = 0) -> str:
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as left:
+            main([str(word) for word in words])
+        out, err = capfd.readouterr()
+        assert left.value.code == status, out + err
+        return out + err
+
+    return run
+
+
+def tar_of(folder: Path) -> bytes:
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as tar:
+        tar.add(folder, folder.name)
+    return file.getvalue()
+
+
+def test_a_folder_of_s3_gives_the_same_file(fastssl: Callable, s3: Any, local: Path, tmp_path: Path) -> None:
+    said = fastssl("convert-imagenet", "s3://bucket/set/photos/", tmp_path / "x.beton")
+    assert "12 photos, 2 classes" in said
+    assert (tmp_path / "x.beton").read_bytes() == local.read_bytes()
+    side = json.loads((tmp_path / "x.beton.json").read_text())
+    assert (side["source"], side["classes"]) == ("photos", ["cat", "dog"])
+    # Its objects were read one by one: nothing of it is kept.
+    assert not list((tmp_path / "cache").rglob("*.jpg"))
+
+
+def test_an_object_that_changes_is_another_source(s3: Any, photos: Path) -> None:
+    def fingerprint() -> str:
+        with list_source("s3://bucket/other/") as listing:
+            return listing.fingerprint
+
+    content = (photos / "cat" / "0.jpg").read_bytes()
+    s3.pipe_file("bucket/other/0.jpg", content)
+    first = fingerprint()
+    assert fingerprint() == first
+    s3.pipe_file("bucket/other/0.jpg", content[:-1] + b"\xd8")
+    assert fingerprint() != first
+    with list_source("s3://bucket/other") as listing:
+        s3.pipe_file("bucket/other/0.jpg", content + b"more")
+        with pytest.raises(SourceError, match="changed while it was being converted"):
+            listing.read(0)
+
+
+def test_login_that_runs_out_ends_a_conversion(
+    fastssl: Callable, s3: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(self: object, start: int, stop: int) -> bytes:
+        raise NoAccess("s3://bucket/set/photos/cat/0.jpg: access denied (ExpiredToken)")
+
+    monkeypatch.setattr(remote._FsspecFile, "read", read)
+    said = fastssl("convert-imagenet", "s3://bucket/set/photos", tmp_path / "x.beton", status=1)
+    assert "ExpiredToken" in said and not (tmp_path / "x.beton").exists()
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("s3://bucket/nothing/", "no such file on the server"),
+        ("s3://no-bucket/x.tar", "no such file on the server"),
+        ("HOST/photos/", "a web server has no list of the files"),
+        ("HOST/x.tar?X-Amz-Signature=secret", "404"),
+        ("ftp+x://host/x.tar", "ftp"),
+    ],
+)
+def test_sources_that_are_not_there(
+    fastssl: Callable, s3: Any, server: Server, tmp_path: Path, source: str, said: str
+) -> None:
+    source = source.replace("HOST", server.url(""))
+    found = fastssl("convert-imagenet", source, tmp_path / "x.beton", status=1)
+    assert said in found and "Traceback" not in found and "secret" not in found
+
+
+def test_an_archive_of_a_web_server(
+    fastssl: Callable, server: Server, photos: Path, local: Path, tmp_path: Path
+) -> None:
+    server.files["/photos.tar"] = tar_of(photos), '"one"'
+    url = server.url("/photos.tar?X-Amz-Signature=secret")
+    said = fastssl("convert-imagenet", url, tmp_path / "x.beton")
+    assert "12 photos, 2 classes" in said
+    with BetonReader(tmp_path / "x.beton") as found, BetonReader(local) as wanted:
+        assert found.labels.tolist() == wanted.labels.tolist()
+        assert all(np.array_equal(found.decode(i), wanted.decode(i)) for i in range(12))
+    assert "secret" not in said + (tmp_path / "x.beton.json").read_text()
+
+
+def test_training_on_photos_of_a_server(fastssl: Callable, server: Server, photos: Path, tmp_path: Path) -> None:
+    server.files["/photos.tar"] = tar_of(photos), '"one"'
+    changes = [word for change in [*SMALL, "train.epochs=1", "train.batch_size=4"] for word in ("--set", change)]
+    small = ("--recipe", "few-photos-moco", *changes, "--workers", 1, "--data", server.url("/photos.tar?token=secret"))
+    said = fastssl("pretrain", *small, "--out", tmp_path / "one")
+    assert "12 photos, 2 classes" in said and "secret" not in said
+    said = fastssl("views", small[-1], "--recipe", "few-photos-moco", "--set", SMALL[1], "--out", tmp_path / "x.png")
+    assert server.asked["/photos.tar"] == 1
+    for path in filter(Path.is_file, (tmp_path / "one").rglob("*")):
+        assert b"token=secret" not in path.read_bytes(), path
+
+
+def test_commands_on_a_file_of_a_server(fastssl: Callable, server: Server, local: Path, tmp_path: Path) -> None:
+    server.files["/set/train.beton"] = local.read_bytes(), '"b"'
+    server.files["/set/train.beton.json"] = Path(f"{local}.json").read_bytes(), '"s"'
+    url = server.url("/set/train.beton")
+    said = fastssl("verify", url, "--decode", "all", "--json", tmp_path / "verify.json")
+    assert "12 samples, tables in order, 12 checksums compared, 12 decoded" in said
+    assert json.loads((tmp_path / "verify.json").read_text())["path"] == "train.beton"
+    fastssl("views", url, "--recipe", "quickstart", "--out", tmp_path / "views.png", "--samples", 1)
+    assert server.asked["/set/train.beton"] == 1
+
+
+def test_where_an_address_has_no_place(fastssl: Callable, tmp_path: Path) -> None:
+    found = fastssl("convert-imagenet", tmp_path, "s3://me:secret@bucket/x.beton", status=2)
+    assert "has to be a path of this machine" in found and "secret" not in found
+
+
+@pytest.fixture(scope="module")
+def shards(local: Path, photos: Path) -> list[Path]:
+    """Some of the photos as three files."""
+    files = [local.with_name(f"part-{k:05d}-of-00003.beton") for k in range(3)]
+    for k, file in enumerate(files):
+        convert(photos, file, ConvertOptions(limit=4 + 2 * k))
+    return files
+
+
+def same_samples(one: BetonReader, other: BetonReader) -> bool:
+    pairs = ((one.decode(i), other.decode(i)) for i in range(len(other)))
+    return len(one) == len(other) and all(np.array_equal(*pair) for pair in pairs)
+
+
+@pytest.mark.parametrize("name", ["part-*-of-00003.beton", "", "part-{00000..00002}-of-00003.beton"])
+def test_a_set_of_s3(s3: Any, shards: list[Path], name: str) -> None:
+    for file in shards:
+        for one in (file, Path(f"{file}.json")):
+            s3.pipe_file(f"bucket/betons/{one.name}", one.read_bytes())
+    with open_beton(f"s3://bucket/betons/{name}") as found, open_beton(shards) as wanted:
+        assert same_samples(found, wanted)
+        assert found.classes == wanted.classes
+        assert [file.name for file in found.files] == [file.name for file in shards]
+
+
+def test_a_set_of_a_web_server(server: Server, shards: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    for file in shards:
+        server.files[f"/{file.name}"] = file.read_bytes(), '"e"'
+        server.files[f"/{file.name}.json"] = Path(f"{file}.json").read_bytes(), '"e"'
+    with open_beton(server.url("/part-{00000..00002}-of-00003.beton")) as found:
+        assert len(found) == sum(len(BetonReader(file)) for file in shards)
+    with pytest.raises(BetonError, match=r"part-00002-of-00003\.beton: is missing"):
+        open_beton(server.url("/part-{00000..00001}-of-00003.beton"))
+    with pytest.raises(BetonError, match="a web server has no list of its files; give numbers in braces"):
+        open_beton(server.url("/part-*.beton"))
+    monkeypatch.setenv("FASTSSL_CACHE_GB", "0.001")
+    with pytest.raises(BetonError, match=r"and 2 more files: .* MB, and the cache may hold 1\.0 MB"):
+        open_beton(server.url("/part-{00000..00002}-of-00003.beton"))
