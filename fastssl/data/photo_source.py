@@ -190,8 +190,9 @@ def as_beton(
             f"they are{_rejected(done.rejected, done.path)}{ignored}"
         )
         return place
+    nowhere = f"{places[0]} cannot" if remote else f"neither {places[0]} nor {places[1]} can"
     raise FastSSLError(
-        f"{shown(source.path)}: {' and '.join(map(str, places))} cannot be written; "
+        f"{shown(source.path)}: {nowhere} be written; "
         "convert it with `fastssl convert-imagenet` to where there is room"
     )
 
