@@ -44,7 +44,7 @@ def data(files: tuple[Path, ...], sheet: Path | None, copies: bool, json_path: s
     from fastssl.data.contents import count_copies, find_copies, look_into, open_photos
 
     with ExitStack() as opened:
-        sets = [opened.enter_context(open_photos(path)) for path in files]
+        sets = [photos for path in files for photos in opened.enter_context(open_photos(path))]
         contents = [look_into(photos) for photos in sets]
         groups: list[Group] = []
         if copies:
@@ -55,14 +55,14 @@ def data(files: tuple[Path, ...], sheet: Path | None, copies: bool, json_path: s
 
             picture = contact_sheet(sets, sheet)
             console.note(f"{sheet}: {picture.width}x{picture.height} px")
-    within, across = count_copies(groups, len(files))
-    out, records = PlainConsole(), []  # standard output
+    within, across = count_copies(groups, len(contents))
+    out, paths, records = PlainConsole(), [one.path for one in contents], []  # standard output
     for number, one in enumerate(contents):
-        also = [(path, count) for path, count in zip(files, across[number]) if count]
+        also = [(path, count) for path, count in zip(paths, across[number]) if count]
         record = {**asdict(one), "path": one.path.name, "copies": None}
         rows = _rows(one)
         if copies:
-            named = [[(files[k].name, i) for k, i in group] for group in groups if any(k == number for k, _ in group)]
+            named = [[(paths[k].name, i) for k, i in group] for group in groups if any(k == number for k, _ in group)]
             counts = {"within": within[number], "also_in": [{"path": path.name, "photos": n} for path, n in also]}
             record["copies"] = {**counts, "groups": named[:_NAMED]}
             parts = [f"{counted(within[number], 'photo')} like an earlier one" if within[number] else "none within"]

@@ -8,7 +8,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from fastssl.pipelines.beton.verify import sample_checksums
 from fastssl.pipelines.convert.conversion import rejects_path
 from fastssl.pipelines.convert.encode import encode_photo
 from fastssl.pipelines.convert.options import ConvertOptions
-from fastssl.pipelines.convert.sources import Listing, list_source
+from fastssl.pipelines.convert.sources import Listing, list_splits
 from fastssl.utils.cores import available_cores
 from fastssl.utils.deadline import Deadline
 
@@ -33,11 +33,13 @@ _MEASURED, _PART = 256, 64
 
 
 class ListedPhotos:
-    """The photos of a folder or tar, with those parts of `BetonReader` that are asked for here."""
+    """The photos of a folder or tar, with those parts of `BetonReader` that are asked for here. ``path``: with the
+    split's name at its end, where there is one.
+    """
 
     def __init__(self, listing: Listing):
-        self.listing, self.path, self.sizes, self.classes = listing, listing.source, listing.sizes, listing.classes
-        self.labels = None if listing.classes is None else listing.labels
+        self.listing, self.sizes, self.classes = listing, listing.sizes, listing.classes
+        self.path, self.labels = listing.source / listing.split, None if listing.classes is None else listing.labels
 
     def __len__(self) -> int:
         return len(self.listing)
@@ -59,15 +61,18 @@ Photos = BetonReader | ListedPhotos
 
 
 @contextmanager
-def open_photos(path: str | os.PathLike) -> Iterator[Photos]:
-    """The photos of a folder, a tar, a ``.beton`` file or a set of them. Raises FastSSLError where there are none."""
+def open_photos(path: str | os.PathLike) -> Iterator[list[Photos]]:
+    """The photos of a ``.beton`` file or a set of them; of a folder or tar, a list each where it holds train, val and
+    test. Raises FastSSLError where there are none.
+    """
     deadline = Deadline(path)
-    if is_source(path):
-        with list_source(path, deadline) as listing:
-            yield ListedPhotos(listing)
-    else:
+    if not is_source(path):
         with deadline.call(lambda: open_beton(path), "at its tables") as reader:
-            yield reader
+            yield [reader]
+        return
+    splits = list_splits(path, deadline)
+    with ExitStack() as opened:
+        yield [ListedPhotos(opened.enter_context(listing)) for listing in splits.values()]
 
 
 @dataclass(frozen=True)

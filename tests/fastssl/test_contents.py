@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +20,7 @@ from PIL import Image
 
 from fastssl.cli import cli
 from fastssl.cli.common import PlainConsole
-from fastssl.data.contents import count_copies, find_copies, kind_of_reason, look_into, open_photos
+from fastssl.data.contents import Photos, count_copies, find_copies, kind_of_reason, look_into, open_photos
 from fastssl.errors import FastSSLError
 from fastssl.pipelines.beton.writer import BetonWriter
 from fastssl.pipelines.convert.conversion import convert, rejects_path
@@ -51,12 +54,18 @@ def stored(photos: Path) -> Path:
     return path
 
 
+@contextmanager
+def one_set(path: Path) -> Iterator[Photos]:
+    with open_photos(path) as (photos,):
+        yield photos
+
+
 def run(*arguments: object) -> Result:
     return CliRunner().invoke(cli, ["data", *map(str, arguments)])
 
 
 def test_what_is_in_a_file(stored: Path) -> None:
-    with open_photos(stored) as opened:
+    with one_set(stored) as opened:
         found = look_into(opened)
     assert (found.photos, found.classes, found.raw) == (6, {"blue": 3, "green": 2, "red": 1}, 0)
     assert found.short_side == {"p5": 40, "median": 240, "p95": 240, "below_224": 2, "measured": 6}
@@ -67,7 +76,7 @@ def test_what_is_in_a_file(stored: Path) -> None:
 
 def test_a_folder_is_listed_and_not_converted(photos: Path) -> None:
     before = sorted(photos.parent.iterdir())
-    with open_photos(photos) as opened:
+    with one_set(photos) as opened:
         found = look_into(opened)
     assert (found.photos, found.classes) == (8, {"blue": 3, "green": 2, "red": 3})  # damage is not seen before decoding
     assert found.short_side is not None and found.short_side["measured"] == 7 and found.short_side["below_224"] == 2
@@ -81,7 +90,7 @@ def test_labels_without_names_and_names_without_photos(tmp_path: Path) -> None:
     with BetonWriter(path, 3) as writer:
         for label in (5, -1, 5):
             writer.add(flat(COLOURS["red"]).tobytes(), 40, 60, label, 1)
-    with open_photos(path) as opened:
+    with one_set(path) as opened:
         found = look_into(opened)
         assert (found.classes, found.raw, found.made) == ({"class -1": 1, "class 5": 2}, 3, None)
         Path(f"{path}.json").write_text(json.dumps({"bytes": path.stat().st_size, "classes": ["zero", "one"]}))
@@ -95,7 +104,7 @@ def test_a_set_of_files_is_one(photos: Path, stored: Path, tmp_path: Path) -> No
     (photos / "red").rename(tmp_path / "more" / "red")
     for name in ("photos", "more"):
         convert(tmp_path / name, tmp_path / f"set-{name}.beton", ConvertOptions(keep_size=True))
-    with open_photos(tmp_path / "set-*.beton") as together, open_photos(stored) as alone:
+    with one_set(tmp_path / "set-*.beton") as together, one_set(stored) as alone:
         found, one = look_into(together), look_into(alone)
         copies = find_copies([together])
     assert one.made is not None and found.made == {**one.made, "source": "more and 1 more source"}
@@ -117,7 +126,7 @@ def test_kinds_of_reasons_hold_neither_names_nor_numbers() -> None:
 def test_a_list_of_rejects_that_is_not_ours(stored: Path) -> None:
     lines = ['{"path": "a", "reason": "the file is empty"}', "[" * 9999, "null", '{"path": 1}', "\xff", ""]
     rejects_path(stored).write_text("\n".join(lines), "latin-1")
-    with open_photos(stored) as opened:
+    with one_set(stored) as opened:
         assert look_into(opened).rejects == {"the file is empty": 1}
 
 
@@ -145,16 +154,15 @@ def test_copies_are_those_of_comparing_all_with_all(tmp_path: Path, kinds: str, 
             path = tmp_path / f"{number}.beton"
             convert(folder, path, ConvertOptions(keep_size=True))
             Path(f"{path}.json").unlink() if not side_files else None
-            with open_photos(path) as opened:
+            with one_set(path) as opened:
                 chosen = [opened.encoded(i).tobytes() for i in range(len(opened))]
             folder = path
         sets.append(chosen)
         paths.append(folder)
-    opened = [open_photos(path) for path in paths]
     said: list[tuple[int, int]] = []
-    found = find_copies([one.__enter__() for one in opened], lambda *progress: said.append(progress))
-    for one in opened:
-        one.__exit__(None, None, None)
+    with ExitStack() as opened:
+        every = [opened.enter_context(one_set(path)) for path in paths]
+        found = find_copies(every, lambda *progress: said.append(progress))
     within, across = count_copies(found, len(sets))
     assert (
         (within, across) == slow_copies(*sets) and sum(within) and all(map(sum, across)) and said[-1][0] == said[-1][1]
@@ -173,12 +181,12 @@ def test_pixels_of_another_shape_are_no_copy(tmp_path: Path) -> None:
     with BetonWriter(path, 3, labels=False) as writer:
         for height, width in ((10, 20), (20, 10), (10, 20)):
             writer.add(flat(COLOURS["red"], height, width).tobytes(), height, width, 0, 1)
-    with open_photos(path) as opened:
+    with one_set(path) as opened:
         assert find_copies([opened]) == [[(0, 0), (0, 2)]]
 
 
 def test_with_checksums_only_what_may_be_a_copy_is_read(stored: Path) -> None:
-    with open_photos(stored) as opened:
+    with one_set(stored) as opened:
         read, real = [], opened.encoded
         opened.encoded = lambda i: (read.append(i), real(i))[1]  # type: ignore[method-assign]
         assert sum(len(group) - 1 for group in find_copies([opened])) == 2
@@ -193,7 +201,7 @@ def test_the_contact_sheet_shows_every_class(tmp_path: Path) -> None:
         (tmp_path / "photos" / name).mkdir(parents=True)
         for number in range(40):
             Image.fromarray(flat(colour, 64, 64)).save(tmp_path / "photos" / name / f"{number}.png")
-    with open_photos(tmp_path / "photos") as opened:
+    with one_set(tmp_path / "photos") as opened:
         picture = contact_sheet([opened], photos=6)
     pixels = np.asarray(picture, np.int16)
     for colour in COLOURS.values():
@@ -203,7 +211,7 @@ def test_the_contact_sheet_shows_every_class(tmp_path: Path) -> None:
 
 
 def test_the_contact_sheet_of_damaged_photos_and_few(photos: Path, damaged: tuple[Path, int], tmp_path: Path) -> None:
-    with open_photos(photos) as opened, open_photos(damaged[0]) as other:
+    with one_set(photos) as opened, one_set(damaged[0]) as other:
         picture = contact_sheet([opened, other], tmp_path / "a.png", photos=100)
     assert Image.open(tmp_path / "a.png").size == picture.size
 
@@ -230,6 +238,16 @@ def test_the_command(stored: Path, photos: Path, tmp_path: Path) -> None:
     assert (first["path"], second["path"]) == ("photos.beton", "photos") and str(tmp_path) not in json.dumps(first)
     assert first["copies"]["within"] == 2 and first["copies"]["also_in"] == [{"path": "photos", "photos": 6}]
     assert Image.open(tmp_path / "a.png").width == 1400
+
+
+def test_splits_of_a_folder_are_sets(photos: Path, tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        (tmp_path / "set" / split).mkdir(parents=True)
+    for name, split in (("blue", "train"), ("green", "val")):
+        shutil.copytree(photos / name, tmp_path / "set" / split / "blue")
+    output = run(tmp_path / "set", "--json", tmp_path / "a.json").output
+    assert f"{tmp_path}/set/val: copies: none within; 1 photo also in {tmp_path}/set/train\n" in output
+    assert [record["path"] for record in json.loads((tmp_path / "a.json").read_text())] == ["train", "val"]
 
 
 def test_json_alone_on_standard_output_and_one_photo(tmp_path: Path) -> None:
