@@ -220,7 +220,8 @@ def test_no_name_leads_out_of_the_cache(server: Server, cache: Path, name: str) 
 
 
 @pytest.mark.parametrize(
-    ("status", "said"), [(404, "is the name right"), (403, "access denied"), (401, "access denied"), (400, "not a file")]
+    ("status", "said"),
+    [(404, "is the name right"), (403, "access denied"), (401, "access denied"), (400, "not a file")],
 )
 def test_answers_that_will_not_change(server: Server, status: int, said: str) -> None:
     server.status = [status]
