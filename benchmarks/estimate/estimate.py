@@ -21,7 +21,7 @@ from fastssl.benchmarks.estimate import cost, memory
 from fastssl.benchmarks.estimate.gauge import Loading, Measured, measure
 from fastssl.config.recipe import Recipe
 from fastssl.errors import FastSSLError, counted
-from fastssl.evaluate.online_probe import choose_split, require_same_classes
+from fastssl.evaluate.online_probe import choose_split, match_classes
 from fastssl.methods import METHODS
 from fastssl.models.backbones import resolve_arch
 from fastssl.pipelines.beton.dataset import open_beton
@@ -173,7 +173,7 @@ def _probe_sizes(recipe: Recipe, reader: BetonReader, val: Path | None) -> tuple
     """Photos of an online probe, and of the final one."""
     with open_beton(val) if val else nullcontext() as queries:
         if queries is not None:
-            require_same_classes(reader, queries)
+            match_classes(reader, queries)
         limits = (recipe.probe.online_samples, recipe.probe.final_samples)
         online, final = (choose_split(reader, queries, limit, seed=0) for limit in limits)
         return len(online.bank_index) + len(online.query_index), len(final.bank_index) + len(final.query_index)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from fastssl.cli.common import SomePath, console, json_option, late_progress_bar, quiet_option, write_json
 from fastssl.errors import counted
+
+if TYPE_CHECKING:
+    from fastssl.pipelines.convert.options import ConvertSummary
 
 
 def _shard(context: click.Context, option: click.Parameter, text: str | None) -> tuple[int, int] | None:
@@ -43,6 +46,30 @@ def _shard(context: click.Context, option: click.Parameter, text: str | None) ->
     default="skip",
     help="List bad photos and go on, or stop at the first.",
 )
+@click.option(
+    "--split",
+    default="auto",
+    metavar="auto|train|val|test|none",
+    help="Of train/, val/ and test/ in SRC: a file each, one of them, or all as classes.",
+)
+@click.option("--depth", type=click.IntRange(min=1), help="Which folder level is the class.  [default: the first]")
+@click.option(
+    "--label-from",
+    metavar="parent|top|txt|REGEX",
+    help="The class: the folder that holds the photo, the first, a WebDataset's .txt, or a part of the path.",
+)
+@click.option(
+    "--labels",
+    type=SomePath(exists=True),
+    metavar="FILE",
+    help="Labels of photos in no class folders: CSV, TSV, a label a line, ImageNet's devkit, Kaggle's zip.",
+)
+@click.option(
+    "--classes",
+    type=SomePath(exists=True),
+    metavar="FILE",
+    help="All classes in their order: of a .beton file, or a list with one a line.",
+)
 @quiet_option
 @json_option
 def convert_imagenet(
@@ -58,12 +85,16 @@ def convert_imagenet(
     checksums) and, when there were bad photos, DST.rejects.jsonl. After a crash or Ctrl-C, the same command goes on
     where it was.
 
+    train/, val/ and test/ in SRC, also below ILSVRC/Data/CLS-LOC and in archives, become DST-train.beton,
+    DST-val.beton and DST-test.beton with one list of classes; --split val makes one of them, DST itself.
+
     With --shards 64 the photos are dealt out to train-00000-of-00064.beton, ...; those that are finished stay when the
     command is given again. With --shard 0/64 to 63/64 any number of processes and hosts make one file each.
 
     \b
     fastssl convert-imagenet photos/ photos.beton
     fastssl convert-imagenet ILSVRC2012_img_train.tar train.beton --keep-size --workers 16
+    fastssl convert-imagenet ILSVRC2012_img_val.tar val.beton --labels ILSVRC2012_devkit_t12.tar.gz --keep-size
     fastssl convert-imagenet photos/ photos.beton --shards 64
     """
     if sum([short_side is not None, max_side is not None, options["keep_size"]]) > 1:
@@ -71,17 +102,31 @@ def convert_imagenet(
     shards, shard = options.pop("shards"), options.pop("shard")
     if shards and shard:
         raise click.UsageError("give --shards N for all files, or --shard I/N for one of them")
-    from fastssl.pipelines.convert.conversion import convert, rejects_path
     from fastssl.pipelines.convert.options import ConvertOptions
-    from fastssl.pipelines.convert.shards import convert_shards
+    from fastssl.pipelines.convert.sources import ListingRules, SourceError
+    from fastssl.pipelines.convert.splits import convert_splits
 
     options |= {"short_side": 256 if short_side is None else short_side, "max_side": max_side}
     only, count = shard or (None, shards)
+    try:
+        names = ("split", "depth", "label_from", "labels", "classes")
+        rules = ListingRules(**{name: options.pop(name) for name in names})
+    except SourceError as error:
+        raise click.UsageError(str(error)) from None
     with late_progress_bar("converting") as progress:
-        if count is None:
-            summary = convert(src, dst, ConvertOptions(**options), progress)
-        else:
-            summary = convert_shards(src, dst, count, ConvertOptions(**options), progress, only=only)
+        how: dict[str, Any] = {"rules": rules, "shards": None if count is None else (only, count)}
+        summaries = convert_splits(src, dst, ConvertOptions(**options), progress, **how)
+    for summary in summaries:
+        _tell(summary, short_side is max_side is None)
+    for line in summaries[0].notes:
+        console.note(line)
+    write_json(json_path, [_record(summary) for summary in summaries])
+
+
+def _tell(summary: ConvertSummary, usual_side: bool) -> None:
+    """Say what was made. ``usual_side``: nobody said how large photos are to be."""
+    from fastssl.pipelines.convert.conversion import rejects_path
+
     classes = counted(len(summary.classes), "class") if summary.classes is not None else "no labels"
     made = f"{summary.copied:,} copied, {summary.reencoded:,} re-encoded"
     parts = [f"{counted(summary.written, 'photo')}, {classes}: {made}"]
@@ -94,8 +139,11 @@ def convert_imagenet(
     rate = (summary.written + summary.rejected - summary.resumed) / max(summary.seconds, 1e-9)
     parts.append(f"{summary.bytes / 1e6:,.1f} MB, {summary.seconds:,.1f} s, {rate:,.0f} images/s")
     console.say(f"{summary.path}: {'; '.join(parts)}")
-    if summary.scaled and short_side is max_side is None:
+    if summary.scaled and usual_side:
         soft = "faster to read, but crops come out softer than from the originals (--keep-size keeps them)"
         console.note(f"{counted(summary.scaled, 'photo')} scaled down to a short side of 256 px: {soft}")
+
+
+def _record(summary: ConvertSummary) -> dict[str, Any]:
     names = {"path": summary.path.name, "files": [path.name for path in summary.files]}
-    write_json(json_path, {**asdict(summary), "ignored": summary.ignored, **names})
+    return {**asdict(summary), "ignored": summary.ignored, **names}

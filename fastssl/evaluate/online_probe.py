@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from fastssl.errors import counted
 from fastssl.evaluate import collapse as monitor
 from fastssl.evaluate.features import Features, ProbeError, extract_features, is_finite, split_indices
 from fastssl.evaluate.knn import knn_accuracy
@@ -167,21 +168,24 @@ def _subset(reader: BetonReader, limit: int, kept: np.ndarray | None, seed: int)
     return chosen
 
 
-def require_same_classes(train: BetonReader, val: BetonReader) -> None:
-    """Label k must mean the same class in both files. Folders are numbered by name, so one missing folder shifts all
-    after it.
+def match_classes(train: BetonReader, val: BetonReader) -> None:
+    """Have label k mean the same class in both files: those of ``val`` are matched by name, if ``train`` has them all.
+    Folders are numbered by name, so one missing folder shifts all after it.
 
     Raises:
-        ProbeError: both files are labelled, and differently.
+        ProbeError: ``val`` has a class that ``train`` lacks; or both have labels, without names, of other numbers.
     """
     if not train.labelled or not val.labelled:
         return
     if train.classes and val.classes:
         if train.classes == val.classes:
             return
-        only = sorted(set(train.classes) ^ set(val.classes))
-        shown = ", ".join([*only[:5], *(["..."] if len(only) > 5 else [])])
-        what = f"{len(train.classes)} and {len(val.classes)} classes, different: {shown}"
+        lacking = sorted(set(val.classes) - set(train.classes))
+        if not lacking:
+            val.use_classes(train.classes)
+            return
+        shown = ", ".join([*lacking[:5], *(["..."] if len(lacking) > 5 else [])])
+        what = f"{counted(len(lacking), 'class')} of the second, of {len(val.classes)}, not in the first: {shown}"
     else:
         counts = [len(np.unique(labels)) for labels in (train.labels, val.labels)]
         if counts[0] == counts[1]:

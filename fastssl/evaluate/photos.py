@@ -22,7 +22,7 @@ from fastssl.distributed.collectives import world_size
 from fastssl.distributed.world import first_of_host_speaks
 from fastssl.errors import FastSSLError, counted
 from fastssl.evaluate.features import ProbeError, draw_of_each, split_indices
-from fastssl.evaluate.online_probe import require_same_classes
+from fastssl.evaluate.online_probe import match_classes
 from fastssl.pipelines.beton.dataset import open_beton
 from fastssl.pipelines.beton.reader import BetonReader
 from fastssl.pipelines.beton.side_file import read_side_file
@@ -158,7 +158,7 @@ def open_split(
                 if folder or judged.is_same(train):
                     warnings.warn(f"{val}: is --data itself; photos are judged that were learned from", stacklevel=3)
                 require_labels(judged)
-                require_same_classes(train, judged)
+                match_classes(train, judged)
                 split = LabelledSplit(train, np.arange(len(train)), judged, np.arange(len(judged)), None)
         yield split
 

@@ -15,7 +15,7 @@ from fastssl.distributed.collectives import any_rank, barrier, broadcast_module,
 from fastssl.distributed.devices import use_amp
 from fastssl.distributed.world import World, first_of_host_speaks, launch_from_environment
 from fastssl.errors import FastSSLError, counted, without_folders
-from fastssl.evaluate.online_probe import require_same_classes
+from fastssl.evaluate.online_probe import match_classes
 from fastssl.models.backbones import resolve_arch
 from fastssl.optim.schedules import RunLength
 from fastssl.pipelines.beton.reader import BetonReader
@@ -227,7 +227,7 @@ def prepare(
         require_photos(recipe, len(reader), processes=world.size, where=str(reader.path))
         require_engine(options.pipeline, reader, recipe.views)
         if val is not None:
-            require_same_classes(reader, val)
+            match_classes(reader, val)
             if world.is_main and recipe.train.on_bad == "fail":
                 _require_whole_photos(val, options.workers)
         step = TrainStep(recipe, device, amp=use_amp(recipe.train.amp, device), seed=options.seed, world=world)

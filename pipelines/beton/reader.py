@@ -60,6 +60,7 @@ class BetonReader:
     offsets: np.ndarray
     sizes: np.ndarray
     labels: np.ndarray | None
+    _classes: list[str] | None = None
 
     def __init__(self, path: str | os.PathLike, *, lazy: bool = False, among: OpenFiles | None = None):
         self._file = BetonFile(path, among)
@@ -118,6 +119,8 @@ class BetonReader:
         """The class names, label k being ``classes[k]``, from the side file; None without one or for unlabelled
         photos.
         """
+        if self._classes is not None:
+            return self._classes
         side = read_side_note(self.path)
         if side is None or side["bytes"] == self.num_bytes:
             classes: list[str] | None = side.get("classes") if side else None
@@ -134,6 +137,16 @@ class BetonReader:
             return np.array([getattr(row, name[:-1]) for row in self._rows(index)], KINDS.get(name, np.int64))
         found: np.ndarray = getattr(self, name)[index]
         return found
+
+    def use_classes(self, classes: list[str]) -> None:
+        """Have the labels count in ``classes``, where those of the file are found by name. ``BetonError``: one is not
+        there, or a label has no name.
+        """
+        own, place, labels = self.classes or [], {name: k for k, name in enumerate(classes)}, self.labels
+        if labels is None or labels.max(initial=-1) >= len(own) or not place.keys() >= set(own):
+            raise self._error("its labels or their names are not among the classes")
+        self.labels = np.where(labels < 0, labels, np.array([place[name] for name in own], np.int64)[labels])
+        self._classes = classes
 
     def shapes(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Heights and widths of the samples ``index``, see `take`."""

@@ -38,7 +38,7 @@ from fastssl.pipelines.beton.writer import BetonWriter
 from fastssl.pipelines.convert.encode import Encoded, encode_photo
 from fastssl.pipelines.convert.formats import pillow_formats
 from fastssl.pipelines.convert.options import ConvertError, ConvertOptions, ConvertSummary, chosen_photos
-from fastssl.pipelines.convert.sources import Listing, list_source
+from fastssl.pipelines.convert.sources import Listing, ListingRules, list_source
 from fastssl.pipelines.convert.unfinished import Journal, reserve
 from fastssl.utils.atomic_files import sync_folder, write_atomically
 from fastssl.utils.cores import available_cores
@@ -66,10 +66,12 @@ def convert(
     dst: str | os.PathLike,
     options: ConvertOptions | None = None,
     progress: Callable[[int, int], None] | None = None,
+    *,
+    rules: ListingRules | None = None,
 ) -> ConvertSummary:
     """Convert the photos of ``src``, one source or several (see `sources.list_source`) or what was listed of them, into
     the ``.beton`` file ``dst``; an existing one is replaced, at the very end. ``progress(done, total)`` is called ten
-    times a second.
+    times a second. ``rules`` say which split is meant, where there are several, and what the class is.
 
     Raises:
         ConvertError, SourceError: nothing to convert, every photo rejected, a bad photo with ``on_bad='fail'``, no
@@ -83,7 +85,7 @@ def convert(
     require_target(dst, sources)
     started = time.monotonic()
     deadline = Deadline(sources[0], options.stall_minutes, "read or written")
-    listed = nullcontext(src) if isinstance(src, Listing) else list_source(sources, deadline)
+    listed = nullcontext(src) if isinstance(src, Listing) else list_source(sources, deadline, rules)
     with warnings.catch_warnings(), listed as listing, reserve(dst) as unfinished:
         # Pillow warns about odd metadata, which does not concern the pixels, in the middle of the progress bar.
         warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -92,7 +94,8 @@ def convert(
         num_bytes = job.publish()
     written, copied, seconds = job.writer.num_samples, job.num_copied, time.monotonic() - started
     counts = (written, copied, written - copied, job.num_scaled, len(job.rejects), listing.passed_over, job.resumed)
-    return ConvertSummary(dst, *counts, listing.classes, num_bytes, seconds, [dst])
+    about = (listing.classes, num_bytes, seconds, [dst], listing.split, listing.notes)
+    return ConvertSummary(dst, *counts, *about)
 
 
 def as_sources(src: str | os.PathLike | Sequence[str | os.PathLike]) -> list[str | os.PathLike]:
@@ -341,6 +344,7 @@ class _Conversion:
             "tool": f"fastssl {__version__}",
             "source": self.listing.source.name,
             "fingerprint": self.listing.fingerprint,
+            "split": self.listing.split,
             "automatic": self.options.automatic,
             "options": self.options.deciding(),
             "part": self.options.part,

@@ -86,7 +86,7 @@ class ConvertSummary:
             `formats.kind_of`).
         resumed: photos, good or bad, that an earlier, stopped run had done already.
         classes: names, or None for photos without labels. bytes: size of the file. seconds: what this run took.
-        files: those that were made: ``path``, or those of its pattern.
+        files: those that were made: ``path``, or those of its pattern. split, notes: as of `Listing`.
     """
 
     path: Path
@@ -101,6 +101,8 @@ class ConvertSummary:
     bytes: int
     seconds: float
     files: list[Path]
+    split: str
+    notes: list[str]
 
     @property
     def ignored(self) -> int:

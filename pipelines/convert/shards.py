@@ -9,6 +9,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ def shard_path(dst: str | os.PathLike, number: int | None, count: int) -> Path:
 
 
 def convert_shards(
-    src: str | os.PathLike | Sequence[str | os.PathLike],
+    src: str | os.PathLike | Sequence[str | os.PathLike] | Listing,
     dst: str | os.PathLike,
     count: int,
     options: ConvertOptions | None = None,
@@ -42,7 +43,8 @@ def convert_shards(
     this number); those that an earlier run has finished stay, with ``options.resume``. Returns their sum, ``path``
     being their pattern. Raises what `convert` does.
     """
-    options, started, sources = options or ConvertOptions(), time.monotonic(), as_sources(src)
+    options, started = options or ConvertOptions(), time.monotonic()
+    sources = as_sources(src.source if isinstance(src, Listing) else src)
     numbers = range(count) if only is None else [only]
     parts = {shard_path(dst, k, count): replace(options, part=(k, count)) for k in numbers}
     for path in parts:
@@ -54,14 +56,15 @@ def convert_shards(
         if progress is not None:
             progress(before + now, total)
 
-    with list_source(sources, Deadline(sources[0], options.stall_minutes)) as listing:
+    deadline = Deadline(sources[0], options.stall_minutes)
+    with nullcontext(src) if isinstance(src, Listing) else list_source(sources, deadline) as listing:
         photos = chosen_photos(len(listing), options.limit)
         if (few := len(photos)) < count:
             raise ConvertError(f"{listing.source}: {counted(few, 'photo')} for {count} files; make {few} at most")
         total = sum(len(photos[part.dealt]) for part in parts.values())
         for path, part in parts.items():
-            finished = _finished(path, listing, part) if options.resume else None
-            done.append(finished or convert(listing, path, part, told))
+            there = finished(path, listing, part) if options.resume else None
+            done.append(there or convert(listing, path, part, told))
             before += len(photos[part.dealt])
             told(0, total)
     if only is not None:  # others may be of another host, whose photos were not these
@@ -79,13 +82,14 @@ def _made_so(side: dict[str, Any] | None, listing: Listing, options: ConvertOpti
     return side is not None and all(side.get(key) == value for key, value in mine.items())
 
 
-def _finished(path: Path, listing: Listing, options: ConvertOptions) -> ConvertSummary | None:
+def finished(path: Path, listing: Listing, options: ConvertOptions) -> ConvertSummary | None:
     """Of a file that is there, whole, and what this conversion would make; else None."""
     side = whole_side_file(path) if path.is_file() else None
-    if side is None or not _made_so(side, listing, options) or side.get("part") != [*(options.part or ())]:
+    if side is None or not _made_so(side, listing, options) or side.get("part") != (options.part and [*options.part]):
         return None
     if side["rejected"] and options.on_bad == "fail":
         return None
     known: dict[str, Any] = {name: side[name] for name in ("copied", "reencoded", "scaled", "rejected", "bytes")}
     known |= {"written": side["samples"], "resumed": side["samples"] + side["rejected"], "classes": listing.classes}
+    known |= {"split": listing.split, "notes": listing.notes}
     return ConvertSummary(path=path, passed_over={}, seconds=0.0, files=[path], **known)

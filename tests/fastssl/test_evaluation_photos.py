@@ -9,13 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastssl.errors import FastSSLError
+from fastssl.errors import BetonError, FastSSLError
 from fastssl.evaluate import photos
 from fastssl.evaluate.photos import open_photos, open_split, scaled_to
 from fastssl.pipelines.beton.reader import BetonReader
 from fastssl.pipelines.beton.side_file import side_path
 from fastssl.pipelines.convert.conversion import convert
 from fastssl.pipelines.convert.options import ConvertOptions
+from fastssl.pipelines.convert.sources import ListingRules
 
 FULL = {"scaled_to": None, "val_scaled_to": None}
 
@@ -75,6 +76,22 @@ def test_a_class_that_the_first_part_lacks_has_no_number(beton: Path) -> None:
         assert split.targets(np.array([0, 1, 2, 3])).tolist() == [0, -1, 1, -1]
 
 
+def test_val_that_lacks_classes_or_has_them_in_another_order_is_matched_by_name(
+    beton: Path, photo_tree: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(photo_tree, tmp_path / "val")
+    shutil.rmtree(tmp_path / "val" / "blue")
+    (tmp_path / "names.txt").write_text("red\ngreen\n")
+    rules = ListingRules(classes=tmp_path / "names.txt")
+    convert(tmp_path / "val", tmp_path / "val.beton", ConvertOptions(), rules=rules)
+    for val in (tmp_path / "val", tmp_path / "val.beton"):
+        with open_split(beton, val, workers=1) as split:
+            assert split.val.classes == split.train.classes == ["blue", "green", "red"]
+            assert split.val.labels_of(np.arange(32)).tolist() == [1] * 16 + [2] * 16
+    with BetonReader(tmp_path / "val.beton") as val, pytest.raises(BetonError, match=r"val\.beton: its labels"):
+        val.use_classes(["blue", "green"])
+
+
 def test_photos_without_labels(photo_tree: Path, beton: Path, tmp_path: Path) -> None:
     for number, photo in enumerate(sorted(photo_tree.rglob("*.jpg"))[:4]):
         shutil.copy(photo, tmp_path / f"{number}.jpg")
@@ -104,7 +121,7 @@ def test_a_damaged_photo_in_a_folder_is_an_error_that_names_the_folder(photo_tre
     with pytest.raises(FastSSLError, match=rf"photos: blue/{damaged.name}.*mend or remove it"), open_photos(folder, 1):
         pass
     damaged.write_bytes(whole)
-    shutil.rmtree(folder / "green")
+    (folder / "green").rename(folder / "grey")
     with pytest.raises(FastSSLError) as error, open_split(photo_tree, folder, workers=1):
         pass
     assert str(photo_tree) in str(error.value) and "fastssl-" not in str(error.value)

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from torchvision.datasets import ImageFolder
 
+from fastssl.cli.convert import convert_imagenet
+from fastssl.pipelines.beton.reader import BetonReader
+from fastssl.pipelines.beton.side_file import read_side_file
+from fastssl.pipelines.convert.options import ConvertOptions
 from fastssl.pipelines.convert.sources import ListingRules, SourceError, list_source, list_splits
+from fastssl.pipelines.convert.splits import convert_splits
 from tests.pipelines.test_sources import grow, tar_bytes
 
 
@@ -242,3 +251,113 @@ def test_labels_are_torchvisions(tmp_path):
         assert listing.classes == expected.classes
         assert [(str(tmp_path / name), label) for name, label in zip(listing.names, listing.labels)] == expected.samples
         assert listing.labels.dtype == np.int64
+
+
+# ---- files
+
+
+@pytest.fixture
+def photo_splits(tmp_path, photo_tree):
+    """24 photos of 3 classes to learn from, 4 of 2 to be judged on, 2 unlabelled ones."""
+    source = tmp_path / "src"
+    for split, name, numbers in (
+        *(("train", name, range(8)) for name in ("blue", "green", "red")),
+        *(("val", name, range(8, 10)) for name in ("green", "red")),
+        ("test", "", range(10, 12)),
+    ):
+        (source / split / name).mkdir(parents=True)
+        for number in numbers:
+            photo = photo_tree / (name or "blue") / f"{number:02}.jpg"
+            (source / split / name / photo.name).write_bytes(photo.read_bytes())
+    return source
+
+
+def run(*arguments):
+    result = CliRunner().invoke(convert_imagenet, list(map(str, arguments)))
+    return result.exit_code, result.stderr, result.exception
+
+
+def test_a_file_for_each_split(photo_splits, tmp_path):
+    status, said, _ = run(photo_splits, tmp_path / "x.beton", "--json", tmp_path / "x.json", "--keep-size")
+    assert status == 0 and not (tmp_path / "x.beton").exists()
+    paths = [tmp_path / f"x-{split}.beton" for split in ("train", "val", "test")]
+    assert [line.split(" copied")[0] for line in said.splitlines() if "copied" in line] == [
+        f"{paths[0]}: 24 photos, 3 classes: 24",
+        f"{paths[1]}: 4 photos, 3 classes: 4",
+        f"{paths[2]}: 2 photos, no labels: 2",
+    ]
+    records = json.loads((tmp_path / "x.json").read_text())
+    assert [(one["path"], one["split"], one["written"]) for one in records] == [
+        ("x-train.beton", "train", 24),
+        ("x-val.beton", "val", 4),
+        ("x-test.beton", "test", 2),
+    ]
+    with BetonReader(paths[0]) as train, BetonReader(paths[1]) as val, BetonReader(paths[2]) as test:
+        assert train.classes == val.classes == ["blue", "green", "red"] and not test.labelled
+        assert train.labels.tolist() == [0] * 8 + [1] * 8 + [2] * 8 and val.labels.tolist() == [1, 1, 2, 2]
+    assert read_side_file(paths[1])["split"] == "val"
+
+
+def test_one_split_goes_into_dst_itself(photo_splits, tmp_path):
+    assert run(photo_splits, tmp_path / "v.beton", "--split", "val")[0] == 0
+    assert run(photo_splits, tmp_path / "n.beton", "--split", "none")[0] == 0
+    assert sorted(path.name for path in tmp_path.glob("*.beton")) == ["n.beton", "v.beton"]
+    with BetonReader(tmp_path / "v.beton") as val, BetonReader(tmp_path / "n.beton") as none:
+        assert len(val) == 4 and val.labels.tolist() == [1, 1, 2, 2]
+        assert len(none) == 30 and none.classes == ["test", "train", "val"]
+
+
+def test_splits_resume_and_limit(photo_splits, tmp_path):
+    """Stopped behind the first file: it stays as it is, the others follow, and all is as if nothing happened."""
+    dst, options = tmp_path / "x.beton", ConvertOptions(workers=1)
+    convert_splits(photo_splits, tmp_path / "whole.beton", options)
+
+    def stop(done, total):
+        if done == 24 and (tmp_path / "x-train.beton").exists():
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert_splits(photo_splits, dst, options, stop)
+    first = (tmp_path / "x-train.beton").stat()
+    assert not (tmp_path / "x-val.beton").exists()
+    ticks = []
+    train, *_ = convert_splits(photo_splits, dst, options, lambda done, total: ticks.append((done, total)))
+    assert (tmp_path / "x-train.beton").stat() == first and train.resumed == 24
+    assert ticks[-1] == (30, 30) and ticks == sorted(ticks)
+    for split in ("train", "val", "test"):
+        assert (tmp_path / f"x-{split}.beton").read_bytes() == (tmp_path / f"whole-{split}.beton").read_bytes()
+    # Other options: nothing is taken over.
+    assert [one.written for one in convert_splits(photo_splits, dst, ConvertOptions(limit=3))] == [3, 3, 2]
+
+
+def test_shards_of_splits(photo_splits, tmp_path):
+    assert run(photo_splits, tmp_path / "x.beton", "--shards", 2)[0] == 0
+    names = [f"x-{split}-0000{k}-of-00002.beton" for split in ("test", "train", "val") for k in range(2)]
+    assert sorted(path.name for path in tmp_path.glob("*.beton")) == names
+    assert run(photo_splits, tmp_path / "y.beton", "--shard", "1/2")[0] == 0
+    for split in ("train", "val", "test"):
+        name = f"{split}-00001-of-00002.beton"
+        assert (tmp_path / f"x-{name}").read_bytes() == (tmp_path / f"y-{name}").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "words"),
+    [
+        (["--split", "all"], 2, "say auto, none, train, val, test"),
+        (["--depth", "2", "--label-from", "parent"], 2, "goes without --label-from"),
+        (["--label-from", "["], 2, "nor a regular expression"),
+        (["--labels", "nowhere.csv"], 2, "does not exist"),
+    ],
+)
+def test_wrong_usage(photo_splits, tmp_path, arguments, status, words):
+    found, said, _ = run(photo_splits, tmp_path / "x.beton", *arguments)
+    assert found == status and words in said and not list(tmp_path.glob("*.beton"))
+
+
+def test_what_was_taken_as_the_class_is_said(photo_tree, tmp_path):
+    shutil.copytree(photo_tree, tmp_path / "src" / "a" / "colours")
+    shutil.copytree(photo_tree / "red", tmp_path / "src" / "b" / "red")
+    _, said, _ = run(tmp_path / "src", tmp_path / "x.beton")
+    assert "classes are the first folders (a, b); --label-from parent would make 3 of the folders that hold" in said
+    _, said, _ = run(tmp_path / "src", tmp_path / "y.beton", "--label-from", "parent")
+    assert "64 photos, 3 classes" in said and "would make" not in said
