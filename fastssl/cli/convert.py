@@ -23,6 +23,16 @@ def _shard(context: click.Context, option: click.Parameter, text: str | None) ->
     raise click.BadParameter(f"{text}: write I/N, I counted from 0: of 64 files 0/64 is the first, 63/64 the last")
 
 
+def _low_high(_: click.Context, __: click.Parameter, value: str | None) -> tuple[float, float] | None:
+    if value is None:
+        return None
+    try:
+        low, high = map(float, value.split(","))
+    except ValueError:
+        raise click.BadParameter(f"two numbers with a comma between them, as in 0,4095, not {value!r}") from None
+    return low, high
+
+
 @click.command("convert-imagenet", context_settings={"show_default": True})
 @click.argument("src", type=SomePath(remote=True))
 @click.argument("dst", type=SomePath())
@@ -33,6 +43,15 @@ def _shard(context: click.Context, option: click.Parameter, text: str | None) ->
 @click.option("--keep-size", is_flag=True, help="Scale nothing: crops as sharp as the published runs'.")
 @click.option("--quality", type=click.IntRange(1, 100), default=90, help="JPEG quality of what is re-encoded.")
 @click.option("--store", type=click.Choice(["jpeg", "raw"]), default="jpeg", help="Store JPEGs, or decoded pixels.")
+@click.option(
+    "--range",
+    metavar="LOW,HIGH",
+    callback=_low_high,
+    help="Black and white of all photos of more than 8 bits.  [default: each one's own range]",
+)
+@click.option(
+    "--icc", type=click.Choice(["ignore", "srgb"]), default="ignore", help="Ignore colour profiles, or convert by them."
+)
 @click.option("--workers", type=click.IntRange(min=1), help="Threads.  [default: one a CPU]")
 @click.option("--limit", type=click.IntRange(min=1), help="Convert only N photos, evenly spaced over the source.")
 @click.option("--shards", type=click.IntRange(1, 99_999), metavar="N", help="Write N files, a fair sample each.")
@@ -102,6 +121,7 @@ def convert_imagenet(
     shards, shard = options.pop("shards"), options.pop("shard")
     if shards and shard:
         raise click.UsageError("give --shards N for all files, or --shard I/N for one of them")
+    from fastssl.pipelines.convert.formats import remedies
     from fastssl.pipelines.convert.options import ConvertOptions
     from fastssl.pipelines.convert.sources import ListingRules, SourceError
     from fastssl.pipelines.convert.splits import convert_splits
@@ -118,7 +138,7 @@ def convert_imagenet(
         summaries = convert_splits(src, dst, ConvertOptions(**options), progress, **how)
     for summary in summaries:
         _tell(summary, short_side is max_side is None)
-    for line in summaries[0].notes:
+    for line in [*summaries[0].notes, *remedies(summaries[0].passed_over)]:
         console.note(line)
     write_json(json_path, [_record(summary) for summary in summaries])
 
@@ -126,6 +146,7 @@ def convert_imagenet(
 def _tell(summary: ConvertSummary, usual_side: bool) -> None:
     """Say what was made. ``usual_side``: nobody said how large photos are to be."""
     from fastssl.pipelines.convert.conversion import rejects_path
+    from fastssl.pipelines.convert.formats import in_words
 
     classes = counted(len(summary.classes), "class") if summary.classes is not None else "no labels"
     made = f"{summary.copied:,} copied, {summary.reencoded:,} re-encoded"
@@ -133,7 +154,7 @@ def _tell(summary: ConvertSummary, usual_side: bool) -> None:
     if summary.rejected:
         parts.append(f"{summary.rejected:,} rejected (see {rejects_path(summary.path)})")
     if summary.ignored:
-        parts.append(f"{counted(summary.ignored, 'other file')} ignored")
+        parts.append(f"{counted(summary.ignored, 'other file')} ignored ({in_words(summary.passed_over)})")
     if summary.resumed:
         parts.append(f"{summary.resumed:,} taken over from the stopped run")
     rate = (summary.written + summary.rejected - summary.resumed) / max(summary.seconds, 1e-9)
@@ -142,6 +163,8 @@ def _tell(summary: ConvertSummary, usual_side: bool) -> None:
     if summary.scaled and usual_side:
         soft = "faster to read, but crops come out softer than from the originals (--keep-size keeps them)"
         console.note(f"{counted(summary.scaled, 'photo')} scaled down to a short side of 256 px: {soft}")
+    for line in summary.remarks():
+        console.note(line)
 
 
 def _record(summary: ConvertSummary) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from fastssl.pipelines.beton.reader import BetonReader
 from fastssl.pipelines.beton.remote_set import is_beton_address
 from fastssl.pipelines.beton.side_file import side_path
 from fastssl.pipelines.convert.conversion import convert, rejects_path, whole_side_file
-from fastssl.pipelines.convert.formats import is_photo_name, pillow_formats
+from fastssl.pipelines.convert.formats import is_photo_name, pillow_formats, remedies
 from fastssl.pipelines.convert.options import ConvertOptions, chosen_photos
 from fastssl.pipelines.convert.sources import Listing, list_source
 from fastssl.utils.addresses import address, is_remote, shown
@@ -184,6 +184,7 @@ def as_beton(
             done = convert(source.path if remote else path, place, options, progress)
         classes = "no labels" if done.classes is None else counted(len(done.classes), "class")
         ignored = f"; {counted(done.ignored, 'other file')} passed over" if done.ignored else ""
+        ignored += "".join(f"; {line}" for line in remedies(done.passed_over))
         say(
             f"{shown(source.path)}: {counted(done.written, 'photo')}, {classes}, now also in {done.path} "
             f"({done.bytes / 1e6:,.1f} MB, short side at most {short_side} px), which is used as long as they stay as "

@@ -186,13 +186,13 @@ class BetonReader:
         file, own = self._owner(i)
         return file._stored(own, self._row(i), lambda size: np.empty(size, np.uint8))
 
-    def decode_into(self, i: int, out: np.ndarray) -> None:
+    def decode_into(self, i: int, out: np.ndarray) -> bool:
         """Decode sample ``i`` into ``out``, (heights[i], widths[i], 3) uint8 C-contiguous; after an error its contents
-        are undefined. ``JpegError``, which names file and sample: the picture is damaged, or ``out`` is of another
-        shape; ``BetonError``: as `encoded`.
+        are undefined. Returns whether it had to be `jpeg.repaired`. ``JpegError``, which names file and sample: the
+        picture is damaged, or ``out`` is of another shape; ``BetonError``: as `encoded`.
         """
         file, own = self._owner(i)
-        file._decode(own, self._row(i), out)
+        return file._decode(own, self._row(i), out)
 
     def decode(self, i: int) -> np.ndarray:
         """Decode sample ``i`` to a new (heights[i], widths[i], 3) uint8 RGB array."""
@@ -202,16 +202,16 @@ class BetonReader:
         file._decode(own, row, out)
         return out
 
-    def _decode(self, i: int, row: Row, out: np.ndarray) -> None:
+    def _decode(self, i: int, row: Row, out: np.ndarray) -> bool:
         shape = row.height, row.width, 3
         if out.shape != shape or out.dtype != np.uint8 or not out.flags.c_contiguous:
             raise JpegError(f"{self.path}: sample {i} is {shape} uint8, the buffer {out.shape} {out.dtype}")
         if row.mode == MODE_RAW:
             self._stored(i, row, lambda _: out.reshape(-1))
-            return
+            return False
         data = self._stored(i, row, self._scratch.take)
         try:
-            jpeg.decode_into(data, out)
+            return jpeg.decode_into(data, out)
         except JpegError as error:
             raise JpegError(f"{self.path}: sample {i}: {error}") from None
 

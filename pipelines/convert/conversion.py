@@ -20,6 +20,7 @@ import time
 import warnings
 import zlib
 from array import array
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import closing, nullcontext, suppress
 from pathlib import Path
@@ -35,7 +36,7 @@ from fastssl.pipelines.beton.format import DEFAULT_PAGE_SIZE, MIN_PAGE_SIZE, REC
 from fastssl.pipelines.beton.reader import BetonReader
 from fastssl.pipelines.beton.side_file import read_side_file, side_path
 from fastssl.pipelines.beton.writer import BetonWriter
-from fastssl.pipelines.convert.encode import Encoded, encode_photo
+from fastssl.pipelines.convert.encode import Encoded, encode_photo, tally
 from fastssl.pipelines.convert.formats import pillow_formats
 from fastssl.pipelines.convert.options import ConvertError, ConvertOptions, ConvertSummary, chosen_photos
 from fastssl.pipelines.convert.sources import Listing, ListingRules, list_source
@@ -92,10 +93,21 @@ def convert(
         job = _Conversion(listing, dst, unfinished, options, deadline)
         job.run(progress)
         num_bytes = job.publish()
-    written, copied, seconds = job.writer.num_samples, job.num_copied, time.monotonic() - started
-    counts = (written, copied, written - copied, job.num_scaled, len(job.rejects), listing.passed_over, job.resumed)
-    about = (listing.classes, num_bytes, seconds, [dst], listing.split, listing.notes)
-    return ConvertSummary(dst, *counts, *about)
+    counts = tally(job.hows)
+    return ConvertSummary(
+        path=dst,
+        written=counts.pop("samples"),
+        rejected=len(job.rejects),
+        passed_over=listing.passed_over,
+        resumed=job.resumed,
+        classes=listing.classes,
+        bytes=num_bytes,
+        seconds=time.monotonic() - started,
+        files=[dst],
+        split=listing.split,
+        notes=listing.notes,
+        **counts,
+    )
 
 
 def as_sources(src: str | os.PathLike | Sequence[str | os.PathLike]) -> list[str | os.PathLike]:
@@ -158,7 +170,8 @@ class _Conversion:
         """Begin with no photo done; the records of those that are. ``why`` is said, where there was something."""
         if why:
             logger.warning("%s: %s; starting again", self.dst, why)
-        self.num_done = self.num_copied = self.num_scaled = 0
+        self.num_done = 0
+        self.hows: Counter[int] = Counter()
         self.checksums = array("I")
         self.rejects = list(self.never_photos)
         return np.zeros(0, RECORD_DTYPE)
@@ -219,10 +232,8 @@ class _Conversion:
             self._unsynced += len(result.data)
             self.writer.add(result.data, result.height, result.width, int(self.listing.labels[i]), result.mode)
             self.checksums.append(result.crc32)
-            self.num_copied += result.copied
-            self.num_scaled += result.scaled
-            # 1: copied, 2: scaled down, 0: re-encoded for another reason.
-            line = [self.num_done, result.crc32, result.copied + 2 * result.scaled, *self.writer.records[-1].tolist()]
+            self.hows[result.how] += 1
+            line = [self.num_done, result.crc32, result.how, *self.writer.records[-1].tolist()]
         self.num_done += 1
         self.journal.append(line)
 
@@ -278,8 +289,7 @@ class _Conversion:
                 else:
                     checksum, how, *record = row
                     self.checksums.append(checksum)
-                    self.num_copied += how == 1
-                    self.num_scaled += how == 2
+                    self.hows[how] += 1
                     rows.append(tuple(record))
                 self.num_done, good = position + 1, end
         except ValueError:
@@ -348,10 +358,7 @@ class _Conversion:
             "automatic": self.options.automatic,
             "options": self.options.deciding(),
             "part": self.options.part,
-            "samples": len(samples),
-            "copied": self.num_copied,
-            "reencoded": len(samples) - self.num_copied,
-            "scaled": self.num_scaled,
+            **tally(self.hows),
             "rejected": len(self.rejects),
             "bytes": num_bytes,
             "classes": classes,

@@ -3,104 +3,160 @@
 from __future__ import annotations
 
 import io
-import re
 import zlib
-from typing import NamedTuple
+from collections import Counter
+from enum import IntFlag
+from typing import Any, NamedTuple
 
 import numpy as np
 import PIL
-import simplejpeg
 from PIL import Image
 
 from fastssl.errors import JpegError
 from fastssl.pipelines.beton.format import MODE_JPEG, MODE_RAW
+from fastssl.pipelines.convert import colour, deep
 from fastssl.pipelines.convert.formats import pillow_formats
 from fastssl.pipelines.convert.options import ConvertOptions
-from fastssl.pipelines.ops import jpeg
+from fastssl.pipelines.ops import jpeg, jpeg_header
 
 #: By EXIF orientation, from 2 on.
 _TURNS = ("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90")
 _TRANSPOSE = {number: Image.Transpose[name] for number, name in enumerate(_TURNS, 2)}
 
 
+class How(IntFlag):
+    """What became of a photo. By these names, in lower case, they are counted."""
+
+    COPIED = 1
+    SCALED = 2
+    REPAIRED = 4
+    ANIMATED = 8
+    PROFILE_IGNORED = 16
+    PROFILE_APPLIED = 32
+    PROFILE_BROKEN = 64
+
+
+#: Above the flags stands which of `deep.RANGES` a photo of more than 8 bits was mapped from.
+_RANGE_SHIFT = 8
+
+
+def tally(hows: Counter[int]) -> dict[str, Any]:
+    """The counts of a conversion, as `ConvertSummary` and the side file have them, from how often each ``how`` was."""
+    samples = hows.total()
+    counts = {str(flag.name).lower(): sum(n for how, n in hows.items() if how & flag) for flag in How}
+    mapped: Counter[str] = Counter()
+    for how, photos in hows.items():
+        if how >> _RANGE_SHIFT:
+            mapped[deep.RANGES[(how >> _RANGE_SHIFT) - 1]] += photos
+    return {"samples": samples, "reencoded": samples - counts["copied"], **counts, "deep": dict(mapped)}
+
+
 class Encoded(NamedTuple):
-    """A photo as it goes into the file."""
+    """A photo as it goes into the file. how: `How`, and the range."""
 
     data: bytes
     height: int
     width: int
     mode: int
-    copied: bool
     crc32: int
-    scaled: bool = False
+    how: int
+
+    @property
+    def copied(self) -> bool:
+        """Byte for byte."""
+        return bool(self.how & How.COPIED)
+
+
+class _Decoded(NamedTuple):
+    """RGB pixels, the size that they get, the EXIF orientation still to be applied, `How` so far, and the JPEG that may
+    be stored for them if nothing else is to be done.
+    """
+
+    rgb: np.ndarray
+    size: tuple[int, int]
+    orientation: int
+    how: int
+    whole: bytes = b""
 
 
 def encode_photo(data: bytes, options: ConvertOptions) -> Encoded:
     """Turn the bytes of any picture file into what goes into the ``.beton``: a pure function of its arguments. Raises
     JpegError, OSError, ValueError or whatever else a decoder raises for a damaged picture.
 
-    * A JPEG in YCbCr or grey, upright and of fitting size, that decodes without complaint, is returned as it is.
+    * A JPEG in YCbCr or grey, upright and of fitting size, is returned as it is if it decodes without complaint, and
+      else as `jpeg.repaired` gives it.
     * Scaling: Pillow's Lanczos filter (antialiased); a JPEG more than four times too large is first reduced by the
       decoder, in the DCT, to no less than twice the size.
-    * EXIF orientation is applied. CMYK becomes RGB as Pillow does it. Transparency is laid over white. Of 16 bits the
-      high 8 stay. Of an animation the first picture is taken.
+    * EXIF orientation is applied. CMYK becomes RGB as Pillow does it. Transparency is laid over white. More than 8 bits
+      become 8 by the range that they use. Of an animation the first picture is taken. A colour profile is ignored, or
+      applied if ``options.icc`` says so.
     """
     if not data:
         raise JpegError("the file is empty")
     is_jpeg = data[:3] == b"\xff\xd8\xff"
-    header = _readable_header(data) if is_jpeg else None
-    if header is not None:
-        size = options.target_size(header.height, header.width)
-        orientation = jpeg.exif_orientation(data)
-        scaled = size != (header.height, header.width)
-        unchanged = not scaled and orientation == 1
-        far = header.height >= 4 * size[0] and header.width >= 4 * size[1]
-        rgb, clean = _decode_jpeg(data, (2 * size[0], 2 * size[1]) if far else None)
-        if unchanged and clean and header.colorspace != "RGB" and options.store == "jpeg":
-            return Encoded(data, header.height, header.width, MODE_JPEG, True, zlib.crc32(data))
-    else:
-        rgb, orientation = _decode_pillow(data, is_jpeg)
-        size = options.target_size(*rgb.shape[:2])
-        scaled = size != rgb.shape[:2]
-        unchanged = not scaled and orientation == 1
-    if not unchanged:
+    found = (_decode_jpeg(data, options) if is_jpeg else None) or _decode_pillow(data, is_jpeg, options)
+    rgb, size, orientation, how, whole = found
+    if size != rgb.shape[:2] or orientation != 1:
+        how |= How.SCALED if size != rgb.shape[:2] else 0
         image = Image.fromarray(rgb).resize((size[1], size[0]), Image.Resampling.LANCZOS)
         # Turned after scaling, when there are fewer pixels; the filter does not know up from down.
         image = image.transpose(_TRANSPOSE[orientation]) if orientation != 1 else image
         rgb = np.asarray(image)
+    elif whole and options.store == "jpeg":
+        how |= How.COPIED if whole is data else 0
+        return Encoded(whole, *size, MODE_JPEG, zlib.crc32(whole), int(how))
     height, width, _ = rgb.shape
     if max(height, width) > 0xFFFF:
         raise JpegError(f"{height}x{width} pixels: the format stores sides up to 65535; scale it down")
     mode = MODE_JPEG if options.store == "jpeg" else MODE_RAW
     stored = jpeg.encode(rgb, options.quality) if mode == MODE_JPEG else rgb.tobytes()
-    return Encoded(stored, height, width, mode, False, zlib.crc32(stored), scaled)
+    return Encoded(stored, height, width, mode, zlib.crc32(stored), int(how))
 
 
-def _readable_header(data: bytes) -> jpeg.JpegHeader | None:
-    """The header of a JPEG, or None when it is one that only Pillow can decode: CMYK, or unusual sampling factors."""
+def _decode_jpeg(data: bytes, options: ConvertOptions) -> _Decoded | None:
+    """Decode strictly; None: only Pillow can."""
+    try:
+        found = _strictly(data, options)
+        whole = data if found else jpeg.repaired(data)
+    except JpegError:
+        found, whole = None, jpeg.repaired(data)
+        if whole is None:
+            raise
+    if whole is None or (found := found or _strictly(whole, options)) is None:
+        return None
+    rgb, header, size = found
+    how = 0 if whole is data else How.REPAIRED
+    if not colour.is_srgb(profile := jpeg_header.icc_profile(data)):
+        image, by_profile = _by_profile(
+            Image.fromarray(rgb[..., 0] if header.colorspace == "Gray" else rgb), profile, options
+        )
+        rgb, how = np.asarray(image.convert("RGB")), how | by_profile
+    may_be_stored = header.colorspace != "RGB" and not how & How.PROFILE_APPLIED
+    return _Decoded(rgb, size, jpeg_header.exif_orientation(data), how, whole if may_be_stored else b"")
+
+
+def _strictly(data: bytes, options: ConvertOptions) -> tuple[np.ndarray, jpeg.JpegHeader, tuple[int, int]] | None:
+    """(RGB pixels, header, size to give them); None: only Pillow can decode it, as it is CMYK, or has unusual sampling
+    factors.
+    """
     try:
         header = jpeg.read_header(data)
     except JpegError:
         return None
-    return header if header.colorspace in jpeg.DECODABLE else None
+    if header.colorspace not in jpeg.DECODABLE:
+        return None
+    size = options.target_size(header.height, header.width)
+    far = header.height >= 4 * size[0] and header.width >= 4 * size[1]
+    return jpeg.decode(data, at_least=(2 * size[0], 2 * size[1]) if far else None, repair=False), header, size
 
 
-def _decode_jpeg(data: bytes, at_least: tuple[int, int] | None) -> tuple[np.ndarray, bool]:
-    """Decode strictly; (pixels, whether the file may be stored as it is)."""
+def _decode_pillow(data: bytes, is_jpeg: bool, options: ConvertOptions) -> _Decoded:
+    """Decode with Pillow."""
     try:
-        return jpeg.decode(data, at_least=at_least), True
-    except JpegError as error:
-        # Stray bytes between the last pixel and the end marker (0xd9): the picture is whole, only untidy.
-        if re.search(r"extraneous bytes before marker 0xd9$", str(error)) is None:
-            raise
-        return simplejpeg.decode_jpeg(data, colorspace="RGB", strict=False), False
-
-
-def _decode_pillow(data: bytes, is_jpeg: bool) -> tuple[np.ndarray, int]:
-    """Decode with Pillow; (RGB pixels, EXIF orientation still to be applied)."""
-    try:
-        image: Image.Image = Image.open(io.BytesIO(data), formats=pillow_formats())
+        image = Image.open(io.BytesIO(data), formats=pillow_formats())
     except PIL.UnidentifiedImageError:
+        if data[:4] in (b"II*\0", b"MM\0*"):
+            raise JpegError("a TIFF of a kind that Pillow does not read: save it with 8 bits a channel") from None
         raise JpegError("not a picture in a format that we read (by its contents, not by its name)") from None
     # Before load(): the size in the header costs nothing, the pixels behind it may cost gigabytes.
     jpeg.require_few_pixels(image.height, image.width)
@@ -109,16 +165,23 @@ def _decode_pillow(data: bytes, is_jpeg: bool) -> tuple[np.ndarray, int]:
     if image.format == "PNG":
         with Image.open(io.BytesIO(data), formats=("PNG",)) as check:
             check.verify()  # the chunks' checksums, which load() leaves out
-    image.load()
-    orientation = jpeg.exif_orientation(data) if is_jpeg else image.getexif().get(0x0112, 1)
-    if image.mode == "I" or image.mode.startswith("I;16"):
-        values = np.asarray(image)
-        if values.min() < 0 or values.max() > 0xFFFF:
-            raise JpegError("32 bits a pixel: of unknown range, convert it to 8 or 16 bits first")
-        image = Image.fromarray((values >> 8).astype(np.uint8))
-    elif image.mode == "F":
-        raise JpegError("floating-point pixels: of unknown range, convert it to 8 or 16 bits first")
-    elif image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
-    return np.asarray(image.convert("RGB")), orientation if orientation in _TRANSPOSE else 1
+    how = How.ANIMATED if getattr(image, "is_animated", False) else 0
+    picture, number = deep.load(image, data, options.range)
+    orientation = jpeg_header.exif_orientation(data) if is_jpeg else image.getexif().get(0x0112, 1)
+    if picture.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in picture.info:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, (255, 255, 255, 255)), picture)
+    if not colour.is_srgb(profile := image.info.get("icc_profile") or b""):
+        picture, by_profile = _by_profile(picture, profile, options)
+        how |= by_profile
+    rgb = np.asarray(picture.convert("RGB"))
+    orientation = orientation if orientation in _TRANSPOSE else 1
+    return _Decoded(rgb, options.target_size(*rgb.shape[:2]), orientation, how | number << _RANGE_SHIFT)
+
+
+def _by_profile(image: Image.Image, profile: bytes, options: ConvertOptions) -> tuple[Image.Image, int]:
+    """What becomes of a picture whose colour profile is not sRGB."""
+    if options.icc == "ignore":
+        return image, How.PROFILE_IGNORED
+    converted = colour.converted(image, profile)
+    return (image, How.PROFILE_BROKEN) if converted is None else (converted, How.PROFILE_APPLIED)

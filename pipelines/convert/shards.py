@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -17,11 +18,11 @@ from typing import Any
 from fastssl._version import __version__
 from fastssl.errors import counted
 from fastssl.pipelines.convert.conversion import as_sources, convert, require_target, whole_side_file
-from fastssl.pipelines.convert.options import ConvertError, ConvertOptions, ConvertSummary, chosen_photos
+from fastssl.pipelines.convert.options import COUNTS, ConvertError, ConvertOptions, ConvertSummary, chosen_photos
 from fastssl.pipelines.convert.sources import Listing, list_source
 from fastssl.utils.deadline import Deadline
 
-_SUMMED = ("written", "copied", "reencoded", "scaled", "rejected", "resumed", "bytes")
+_SUMMED = (*COUNTS, "written", "rejected", "resumed", "bytes")
 
 
 def shard_path(dst: str | os.PathLike, number: int | None, count: int) -> Path:
@@ -73,6 +74,7 @@ def convert_shards(
                 again = f"was not made of the same photos in the same way as {path.name}: convert it again"
                 warnings.warn(f"{other}: {again}", stacklevel=2)
     sums: dict[str, Any] = {name: sum(getattr(one, name) for one in done) for name in _SUMMED}
+    sums["deep"] = dict(sum((Counter(one.deep) for one in done), Counter()))
     sums |= {"files": [*parts], "passed_over": listing.passed_over, "seconds": time.monotonic() - started}
     return replace(done[0], path=path if only is not None else shard_path(dst, None, count), **sums)
 
@@ -87,9 +89,11 @@ def finished(path: Path, listing: Listing, options: ConvertOptions) -> ConvertSu
     side = whole_side_file(path) if path.is_file() else None
     if side is None or not _made_so(side, listing, options) or side.get("part") != (options.part and [*options.part]):
         return None
+    if not side.keys() >= {*COUNTS, "deep"}:  # of before these were counted
+        return None
     if side["rejected"] and options.on_bad == "fail":
         return None
-    known: dict[str, Any] = {name: side[name] for name in ("copied", "reencoded", "scaled", "rejected", "bytes")}
+    known: dict[str, Any] = {name: side[name] for name in (*COUNTS, "deep", "rejected", "bytes")}
     known |= {"written": side["samples"], "resumed": side["samples"] + side["rejected"], "classes": listing.classes}
     known |= {"split": listing.split, "notes": listing.notes}
     return ConvertSummary(path=path, passed_over={}, seconds=0.0, files=[path], **known)

@@ -136,7 +136,7 @@ class DaliEngine(Engine):
         encoded, lost = [], False
         for sample in request.index.tolist():
             try:
-                encoded.append(self.reader.encoded(sample))
+                encoded.append(self._check.encoded(sample))
             except BetonError as error:
                 self._check.lost(sample, error)
                 lost = True

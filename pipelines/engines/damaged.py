@@ -17,6 +17,7 @@ from fastssl.errors import BetonError, FastSSLError, JpegError, at_work_on
 from fastssl.pipelines.beton.reader import BetonReader
 from fastssl.pipelines.beton.verify import sample_checksums
 from fastssl.pipelines.engines.base import EngineStats, Request
+from fastssl.pipelines.ops import jpeg
 
 
 class SampleCheck:
@@ -29,6 +30,7 @@ class SampleCheck:
         self._checksums = sample_checksums(reader)
         self._sound = np.zeros(len(reader), bool)
         self._damaged: dict[int, FastSSLError] = {}
+        self._to_repair: set[int] = set()
 
     def __call__(self, request: Request) -> Request:
         """The request without damaged samples: each one's place is given to a good one of the batch. ``FastSSLError``:
@@ -59,6 +61,12 @@ class SampleCheck:
             else:
                 self._damaged[sample] = error
 
+    def encoded(self, sample: int) -> np.ndarray:
+        """The bytes of a sound sample as any decoder takes them: `jpeg.repaired`, where that is needed."""
+        data = self.reader.encoded(sample)
+        whole = jpeg.repaired(data) if sample in self._to_repair else None
+        return data if whole is None else np.frombuffer(whole, np.uint8)
+
     def lost(self, sample: int, error: BetonError) -> None:
         """``sample`` was sound when it was looked at, and can no longer be read."""
         self._sound[sample] = False
@@ -69,7 +77,9 @@ class SampleCheck:
             with at_work_on(self.reader.path, f"sample {sample}"):
                 # A wrong checksum alone is not damage here: the picture may still decode, as `native` would find.
                 if self._checksums is None or zlib.crc32(self.reader.encoded(sample).data) != self._checksums[sample]:
-                    self.reader.decode(sample)
+                    heights, widths = self.reader.shapes(np.array([sample]))
+                    if self.reader.decode_into(sample, np.empty((heights[0], widths[0], 3), np.uint8)):
+                        self._to_repair.add(sample)
         except (JpegError, BetonError) as error:
             return error
         return None

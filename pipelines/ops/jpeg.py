@@ -6,15 +6,15 @@ because a wrong picture in a training set is never noticed again. Every call rel
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Iterator
-from contextlib import suppress
+import re
+from bisect import bisect_left
 from typing import Any, NamedTuple
 
 import numpy as np
 import simplejpeg
 
 from fastssl.errors import JpegError
+from fastssl.pipelines.ops.jpeg_header import is_frame, segments, tidied
 
 #: Above this a header is taken for a decompression bomb (a few KB that ask for GBs). It is also Pillow's own limit.
 MAX_PIXELS = 178_956_970
@@ -25,6 +25,9 @@ MAX_SCANS, MAX_SCANNED_PIXELS = 100, 4_000_000_000
 
 #: From this quality on the encoder keeps full colour resolution: whoever asks for it wants the colours too.
 FULL_CHROMA_QUALITY = 95
+
+#: What the strict decoder says of bytes that belong to nothing.
+_STRAY = re.compile(r"(\d+) extraneous bytes before marker 0x(\w\w)")
 
 #: The colour spaces that :func:`decode` accepts.
 DECODABLE = frozenset({"YCbCr", "Gray", "RGB"})
@@ -47,23 +50,42 @@ def read_header(data: bytes | memoryview | np.ndarray) -> JpegHeader:
         raise JpegError(f"not a readable JPEG ({len(data)} bytes): {_cause(error)}") from None
 
 
-def decode(data: bytes | memoryview | np.ndarray, *, at_least: tuple[int, int] | None = None) -> np.ndarray:
+def decode(
+    data: bytes | memoryview | np.ndarray, *, at_least: tuple[int, int] | None = None, repair: bool = True
+) -> np.ndarray:
     """Decode to a new (H, W, 3) uint8 RGB array; grey pictures get three equal channels. ``JpegError``: not a JPEG,
-    damaged, cut off, CMYK, or more than ``MAX_PIXELS``.
+    damaged, cut off, CMYK, or more than ``MAX_PIXELS``; or, without ``repair``, one that has to be `repaired`.
 
     ``at_least``: (height, width) in pixels; the decoder may then shrink the picture by itself to n/8, at most to half
     its size (in the DCT, several times cheaper), as long as neither side falls below.
     """
-    _checked_header(data)
     scale = {} if at_least is None else {"min_height": at_least[0], "min_width": at_least[1], "min_factor": 2}
-    return _decoded(data, **scale)
+    try:
+        _checked_header(data)
+        return _decoded(data, **scale)
+    except JpegError:
+        if not repair or (whole := repaired(data)) is None:
+            raise
+        return _decoded(whole, **scale)
 
 
-def decode_into(data: bytes | memoryview | np.ndarray, out: np.ndarray) -> None:
+def decode_into(data: bytes | memoryview | np.ndarray, out: np.ndarray) -> bool:
     """Decode into ``out``, (H, W, 3) uint8 C-contiguous and exactly of the picture's size; else as :func:`decode`.
+    Returns whether the picture had to be `repaired` for it.
 
     After a ``JpegError`` the contents of ``out`` are undefined.
     """
+    try:
+        _strictly_into(data, out)
+        return False
+    except JpegError:
+        if (whole := repaired(data)) is None:
+            raise
+        _strictly_into(whole, out)
+        return True
+
+
+def _strictly_into(data: bytes | memoryview | np.ndarray, out: np.ndarray) -> None:
     header = _checked_header(data)
     if out.shape != (header.height, header.width, 3) or out.dtype != np.uint8 or not out.flags.c_contiguous:
         raise JpegError(
@@ -81,6 +103,42 @@ def _decoded(data: bytes | memoryview | np.ndarray, **options: Any) -> np.ndarra
     return rgb
 
 
+def repaired(data: bytes | memoryview | np.ndarray) -> bytes | None:
+    """A copy that the strict decoder takes without complaint and that has all the pixels: what it complained of were
+    headers alone, or bytes that belong to nothing between the parts of the file. None: pixels are missing or damaged,
+    or nobody could decode it.
+    """
+    whole = tidied(bytes(data))
+    if whole is None:
+        return None
+    try:
+        header = _checked_header(whole)
+    except JpegError:
+        return None
+    # No more work than the picture with the most scans may make.
+    left = MAX_SCANNED_PIXELS // (header.height * header.width * max(1, whole.count(b"\xff\xda")))
+    while stray := _STRAY.search(complaint := _complaint(whole)):
+        # So many bytes are passed over before such a marker. Which one: up to those in front of it, none were.
+        count, marker = int(stray[1]), bytes([0xFF, int(stray[2], 16)])
+        places = [found.start() for found in re.finditer(re.escape(marker), whole)]
+        left -= 1 + len(places).bit_length()
+        if not places or left < 0:
+            return None
+        passed_over = lambda k: _STRAY.search(_complaint(whole[: places[k]] + b"\xff\xd9")) is not None  # noqa: E731, B023
+        place = places[bisect_left(range(len(places) - 1), True, key=passed_over)]
+        whole = whole[: place - count] + whole[place:]
+    return None if complaint else whole
+
+
+def _complaint(data: bytes) -> str:
+    """Of the strict decoder; empty: none."""
+    try:
+        _decoded(data, min_height=1, min_width=1, min_factor=1)  # to an eighth: all of the data, less memory
+    except JpegError as error:
+        return str(error)
+    return ""
+
+
 def encode(rgb: np.ndarray, quality: int) -> bytes:
     """Encode (H, W, 3) uint8 RGB as a baseline JPEG: 4:2:0, or 4:4:4 from quality 95 on. Same pixels, same bytes."""
     if rgb.ndim != 3 or rgb.shape[2] != 3 or rgb.dtype != np.uint8:
@@ -95,30 +153,6 @@ def encode(rgb: np.ndarray, quality: int) -> bytes:
     return data
 
 
-def exif_orientation(data: bytes) -> int:
-    """The EXIF orientation of a JPEG, 1 (upright) to 8; 1 when it has none or its EXIF block is damaged (EXIF 2.3, tag
-    0x0112).
-    """
-    view = memoryview(data)
-    for marker, at, end in _segments(view):
-        if marker == 0xE1 and view[at : at + 6] == b"Exif\0\0":
-            return _tiff_orientation(bytes(view[at + 6 : end]))
-    return 1
-
-
-def _tiff_orientation(tiff: bytes) -> int:
-    order = {b"II*\0": "<", b"MM\0*": ">"}.get(tiff[:4], "not a TIFF")
-    with suppress(struct.error):  # that, or cut off
-        directory = struct.unpack_from(f"{order}I", tiff, 4)[0]
-        for entry in range(struct.unpack_from(f"{order}H", tiff, directory)[0]):
-            tag, kind, _, value = struct.unpack_from(f"{order}HHI4s", tiff, directory + 2 + 12 * entry)
-            if tag == 0x0112:
-                # A SHORT by the standard; some cameras write a LONG.
-                orientation: int = struct.unpack_from(f"{order}{'I' if kind == 4 else 'H'}", value)[0]
-                return orientation if 1 <= orientation <= 8 else 1
-    return 1
-
-
 def require_few_pixels(height: int, width: int) -> None:
     """``JpegError`` where a header asks for more than ``MAX_PIXELS``."""
     if height * width > MAX_PIXELS:
@@ -131,35 +165,13 @@ def require_few_scans(data: bytes | memoryview | np.ndarray, pixels: int) -> Non
     Sequential Huffman coding spends bits on every block of every scan: there the file's size is the bound.
     """
     data = bytes(data)  # single bytes of it are read several times as fast as an array's
-    for marker, _, _ in _segments(data):
-        # Tables, reserved, and conditioning have markers among those that open a frame.
-        if marker & 0xF0 == 0xC0 and marker not in (0xC4, 0xC8, 0xCC):
-            if marker in (0xC0, 0xC1):  # sequential
-                return
-            break
+    if next(filter(is_frame, (marker for marker, _, _ in segments(data))), 0) in (0xC0, 0xC1):  # sequential
+        return
     # 0xFF is followed by 0 in coded data: this is a marker, or a few bytes of a comment.
     scans = data.count(b"\xff\xda")
     if scans > MAX_SCANS or scans * pixels > MAX_SCANNED_PIXELS:
         limit = f"{MAX_SCANS} and of {MAX_SCANNED_PIXELS:,} pixels in all of them"
         raise JpegError(f"comes in {scans} scans, more than the limit of {limit}")
-
-
-def _segments(data: bytes | memoryview) -> Iterator[tuple[int, int, int]]:
-    """(second byte of the marker, where the content begins, where it ends) of what stands in front of the picture; it
-    stops at what is not plain what a decoder takes for that.
-    """
-    at, end = 2, len(data) - 3
-    while at < end and data[at] == 0xFF:
-        marker = data[at + 1]
-        if marker == 0xFF:  # fill byte
-            at += 1
-        elif marker == 0x01 or 0xD0 <= marker <= 0xD7:  # stand alone, without a length
-            at += 2
-        elif marker in (0xD9, 0xDA):  # end, or start of the picture
-            return
-        else:
-            start, at = at + 4, at + 2 + max(2, data[at + 2] << 8 | data[at + 3])
-            yield marker, start, at
 
 
 def _checked_header(data: bytes | memoryview | np.ndarray) -> JpegHeader:

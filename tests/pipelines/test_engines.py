@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import make_photo, need_engine
+from conftest import jpeg_bytes, make_photo, need_engine
+from untidy import untidy
 
 from fastssl.pipelines import BetonReader, BetonWriter, FastSSLError, JpegError, ViewLoader, ViewSpec
 from fastssl.pipelines.beton.format import MODE_RAW
@@ -169,6 +170,19 @@ def test_who_stands_in_does_not_depend_on_the_number_of_processes(
         np.testing.assert_array_equal(np.stack(others), np.stack(index))
         for mine, whole in zip(pixels, views):
             torch.testing.assert_close(mine, whole, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("engine", ["native", *OTHERS])
+def test_pictures_that_only_warn_are_pictures(engine: str, tmp_path: Path) -> None:
+    """In a file as FFCV writes it, without checksums. With the same views as the pictures had before."""
+    tidy = [jpeg_bytes(make_photo(k, 48, 64), progressive=k == 1) for k in range(2)]
+    made = {name: [data, whole] for whole in tidy for name, data in untidy(whole).items()}
+    for which, path in enumerate([tmp_path / "untidy.beton", tmp_path / "tidy.beton"]):
+        with BetonWriter(path, len(made)) as writer:
+            for pair in made.values():
+                writer.add(pair[which], 48, 64)
+    for mine, theirs in zip(*[views(tmp_path / f"{kind}.beton", TWO, pipeline=engine) for kind in ("untidy", "tidy")]):
+        assert mine[0] == theirs[0] and all(torch.equal(a, b) for a, b in zip(mine[1], theirs[1]))
 
 
 @pytest.mark.parametrize("engine", ["native", *OTHERS])

@@ -7,9 +7,10 @@ import io
 import numpy as np
 import pytest
 from PIL import Image
+from untidy import markers_behind_the_header, segment, untidy
 
 from fastssl.errors import JpegError
-from fastssl.pipelines.ops import jpeg
+from fastssl.pipelines.ops import jpeg, jpeg_header
 
 
 def picture(height=45, width=61, seed=0):
@@ -184,9 +185,9 @@ def tiff(order, value, kind=3):
 def test_exif_orientation_equals_pillow(order, kind):
     for value in range(1, 9):
         data = saved(picture(), exif=b"Exif\0\0" + tiff(order, value, kind))
-        assert jpeg.exif_orientation(data) == Image.open(io.BytesIO(data)).getexif()[0x0112] == value
-    assert jpeg.exif_orientation(saved(picture())) == 1
-    assert jpeg.exif_orientation(saved(picture(), exif=b"Exif\0\0" + tiff(order, 9, kind))) == 1
+        assert jpeg_header.exif_orientation(data) == Image.open(io.BytesIO(data)).getexif()[0x0112] == value
+    assert jpeg_header.exif_orientation(saved(picture())) == 1
+    assert jpeg_header.exif_orientation(saved(picture(), exif=b"Exif\0\0" + tiff(order, 9, kind))) == 1
 
 
 def test_damaged_exif_is_harmless():
@@ -195,5 +196,70 @@ def test_damaged_exif_is_harmless():
     for _ in range(500):
         bad = good.copy()
         bad[rng.integers(0, 100, 4)] = rng.integers(0, 256, 4)
-        assert 1 <= jpeg.exif_orientation(bad.tobytes()) <= 8
-        assert 1 <= jpeg.exif_orientation(bad[: rng.integers(0, 120)].tobytes()) <= 8
+        assert 1 <= jpeg_header.exif_orientation(bad.tobytes()) <= 8
+        assert 1 <= jpeg_header.exif_orientation(bad[: rng.integers(0, 120)].tobytes()) <= 8
+
+
+# ---------------------------------------------------------------- what only warns
+
+
+KINDS = [{}, {"mode": "L"}, {"subsampling": 0}, {"progressive": True}, {"restart_marker_blocks": 2}]
+
+
+@pytest.mark.parametrize("options", KINDS, ids=str)
+def test_what_only_warns_is_repaired(options):
+    """Headers that decoders never look at, and bytes that they pass over: Pillow's pixels, and those of the JPEG as it
+    was.
+    """
+    expected = jpeg.decode(saved(picture(), **options))
+    out = np.empty_like(expected)
+    for name, data in untidy(saved(picture(), **options)).items():
+        with pytest.raises(JpegError):
+            jpeg.decode(data, repair=False)
+        assert jpeg.decode_into(np.frombuffer(data, np.uint8), out), name
+        np.testing.assert_array_equal(out, expected, err_msg=name)
+        np.testing.assert_array_equal(out, opened(data), err_msg=name)
+        np.testing.assert_array_equal(jpeg.decode(jpeg.repaired(data), repair=False), expected, err_msg=name)
+
+
+def test_what_needs_no_repair_is_not_said_to_be_repaired():
+    data = saved(picture())
+    assert jpeg.decode_into(data, np.empty((45, 61, 3), np.uint8)) is False
+    assert jpeg.decode_into(data + bytes(1000), np.empty((45, 61, 3), np.uint8)) is False  # behind the end
+
+
+@pytest.mark.parametrize("options", KINDS, ids=str)
+def test_what_lacks_data_is_not_repaired(options):
+    """Also where the headers are untidy, too, and where the decoder's words are those that it has for stray bytes."""
+    data = saved(picture(), **options)
+    scan = data.index(b"\xff\xda") + 14
+    middle = scan + (len(data) - scan) // 2
+    restarts = data[: scan - 14] + segment(0xDD, b"\0\1") + data[scan - 14 :]  # announced, but there are none
+    lacking = [data[:-2], data[:-40], data[:middle], data[:middle] + b"\xff\xd9" + data[middle + 2 :]]
+    for bad in lacking if "restart_marker_blocks" in options else [*lacking, restarts]:
+        for lead in (b"", b"\xff\xfe\0\x04abcdefgh"):
+            assert jpeg.repaired(bad[:20] + lead + bad[20:]) is None
+            with pytest.raises(JpegError):
+                jpeg.decode(bad[:20] + lead + bad[20:])
+    assert jpeg.repaired(b"") is None and jpeg.repaired(b"\xff\xd8\xff\xda") is None
+
+
+def test_repairing_is_bounded(monkeypatch):
+    """No more passes over a picture than its scans may be."""
+    passes = []
+    complaint = jpeg._complaint
+    monkeypatch.setattr(jpeg, "_complaint", lambda data: passes.append(1) or complaint(data))
+    data = saved(picture(), progressive=True)
+    for at in reversed(markers_behind_the_header(data)):
+        data = data[:at] + bytes(20) + data[at:]
+    assert jpeg.repaired(data) is not None and len(passes) > 30
+    passes.clear()
+    monkeypatch.setattr(jpeg, "MAX_SCANNED_PIXELS", 45 * 61 * 10 * 20)
+    assert jpeg.repaired(data) is None and len(passes) < 25
+
+
+def test_a_colour_profile_of_several_segments():
+    profile = bytes(range(256)) * 500  # 128,000 bytes: two segments
+    data = saved(picture(), icc_profile=profile)
+    assert jpeg_header.icc_profile(data) == Image.open(io.BytesIO(data)).info["icc_profile"] == profile
+    assert jpeg_header.icc_profile(saved(picture())) == b""

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from fastssl.errors import counted
+from fastssl.pipelines.convert.formats import remedies
 from fastssl.pipelines.convert.sources.base import MAX_FILE_BYTES, Found, Source, SourceError, listed_behind
 from fastssl.pipelines.convert.sources.classes import ListingRules
 from fastssl.pipelines.convert.sources.collect import Collected
@@ -160,7 +161,7 @@ def list_splits(
         for listing in listings.values():
             if listing.names:
                 continue
-            others = counted(listing.ignored, "other file")
+            others = "; ".join([counted(listing.ignored, "other file"), *remedies(listing.passed_over)])
             if listing.rejected:
                 others += (
                     f"; {len(listing.rejected)} rejected, first {listing.rejected[0][0]}: {listing.rejected[0][1]}"
