@@ -13,7 +13,6 @@ from fastssl.errors import FastSSLError, counted
 from fastssl.utils.deadline import STALL_MINUTES
 from fastssl.utils.settings import Count, Natural, Real, Whole, settings
 
-
 #: By these names the photos are counted in `ConvertSummary` and in the side file.
 COUNTS = (
     *("copied", "reencoded", "scaled", "repaired", "animated"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import importlib
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -16,8 +17,10 @@ from untidy import untidy
 
 from fastssl.pipelines import BetonReader, BetonWriter, FastSSLError, JpegError, ViewLoader, ViewSpec
 from fastssl.pipelines.beton.format import MODE_RAW
-from fastssl.pipelines.engines.base import EngineSettings, thread_initializer
+from fastssl.pipelines.engines.base import EngineSettings, EngineStats, thread_initializer
+from fastssl.pipelines.engines.damaged import SampleCheck
 from fastssl.pipelines.engines.registry import choose_engine, engine_state
+from fastssl.pipelines.ops import jpeg
 
 pytestmark = pytest.mark.engines
 
@@ -183,6 +186,18 @@ def test_pictures_that_only_warn_are_pictures(engine: str, tmp_path: Path) -> No
                 writer.add(pair[which], 48, 64)
     for mine, theirs in zip(*[views(tmp_path / f"{kind}.beton", TWO, pipeline=engine) for kind in ("untidy", "tidy")]):
         assert mine[0] == theirs[0] and all(torch.equal(a, b) for a, b in zip(mine[1], theirs[1]))
+
+
+def test_other_decoders_are_given_pictures_that_do_not_warn(tmp_path: Path) -> None:
+    good = jpeg_bytes(make_photo(0, 48, 64))
+    with BetonWriter(tmp_path / "untidy.beton", 2) as writer:
+        for data in (good, next(iter(untidy(good).values()))):
+            writer.add(data, 48, 64)
+    with BetonReader(tmp_path / "untidy.beton") as reader, ThreadPoolExecutor(1) as pool:
+        check = SampleCheck(reader, "fail", EngineStats(), pool)
+        check._look_at([0, 1])
+        assert check.encoded(0).tobytes() == good
+        jpeg.decode(check.encoded(1), repair=False)
 
 
 @pytest.mark.parametrize("engine", ["native", *OTHERS])
