@@ -49,7 +49,7 @@ class OpenFiles:
     def __init__(self, most: int | None = None):
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         # A quarter: there may be a second set to judge on, and all else that a process opens.
-        self.most = most or (4096 if limit == resource.RLIM_INFINITY else max(8, limit // 4))
+        self.most = most or max(8, min(limit if limit > 0 else 1 << 14, 1 << 14) // 4)
         self._open: OrderedDict[BetonFile, OpenFile] = OrderedDict()
         self._lock = threading.Lock()
 
