@@ -18,7 +18,7 @@ from fastssl.errors import BetonError, FastSSLError, JpegError
 from fastssl.pipelines.beton import dataset
 from fastssl.pipelines.beton.dataset import BetonSet, beton_files, open_beton
 from fastssl.pipelines.beton.format import MODE_JPEG, MODE_RAW, TABLE_DTYPE
-from fastssl.pipelines.beton.open_file import OpenFiles
+from fastssl.pipelines.beton.open_file import open_files
 from fastssl.pipelines.beton.reader import BetonReader
 from fastssl.pipelines.beton.side_file import read_side_file, read_side_note
 from fastssl.pipelines.beton.writer import BetonWriter
@@ -232,9 +232,9 @@ def test_a_side_file_is_read_up_to_its_checksums(tmp_path: Path) -> None:
 def numbers_of(path: Path, sample: int, change: dict[str, int]) -> None:
     """Write other numbers into the metadata record and the table entry of a sample."""
     with BetonReader(path) as reader:
-        layout = reader._layout
+        layout = reader._file
     content = bytearray(path.read_bytes())
-    record = np.frombuffer(content, layout.record, len(reader), layout.metadata_at)[sample]
+    record = np.frombuffer(content, layout._record, len(reader), layout._metadata_at)[sample]
     entry = np.frombuffer(content, TABLE_DTYPE, len(reader), layout.table_at)[sample]
     for name, value in change.items():
         if name in ("size", "sample_id", "ptr"):
@@ -282,7 +282,7 @@ def test_a_table_that_is_out_of_order(shards: Path) -> None:
     """As FFCV's workers write it."""
     for path in shards.iterdir():
         with BetonReader(path) as reader:
-            at, count = reader._layout.table_at, len(reader)
+            at, count = reader._file.table_at, len(reader)
         content = bytearray(path.read_bytes())
         table = np.frombuffer(content, TABLE_DTYPE, count, at)
         table[:] = table[np.random.default_rng(0).permutation(count)]
@@ -294,7 +294,7 @@ def test_a_table_that_is_out_of_order(shards: Path) -> None:
 
 def test_few_files_are_open(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = len(os.listdir("/proc/self/fd"))
-    monkeypatch.setattr(dataset, "OpenFiles", functools.partial(OpenFiles, 2))
+    monkeypatch.setattr(dataset, "open_files", functools.partial(open_files, 2))
     with BetonSet(beton_files(shards)[0], lazy=True) as many:
         for i in (0, 5, 6, 20, 0, 23):
             many.decode(i)
@@ -309,7 +309,7 @@ def test_few_files_are_open(shards: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert len(os.listdir("/proc/self/fd")) <= before
     with pytest.raises(BetonError, match="the reader is closed"):
         many.decode(0)
-    assert 8 <= OpenFiles().most <= 4096
+    assert 8 <= open_files().cache_info().maxsize <= 4096
 
 
 def test_files_that_come_later(shards: Path) -> None:
