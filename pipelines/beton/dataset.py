@@ -16,10 +16,10 @@ from typing import Any, TypeVar
 import numpy as np
 
 from fastssl.errors import BetonError, counted
-from fastssl.pipelines.beton.open_file import OpenFiles
+from fastssl.pipelines.beton.open_file import open_files
 from fastssl.pipelines.beton.reader import BetonReader, Row
 from fastssl.pipelines.beton.remote_set import local_files, remote_names
-from fastssl.pipelines.beton.tables import Tables, read_tables
+from fastssl.pipelines.beton.tables import Tables
 from fastssl.pipelines.ops.memory import ThreadMemory
 from fastssl.utils.addresses import is_remote, shown
 
@@ -148,7 +148,7 @@ class BetonSet(BetonReader):
     ):
         self.files = [Path(file) for file in files]
         self.path = Path(path or beton_files(files)[1])
-        self._names, self._localize, self._among = list(map(os.fspath, files)), localize or Path, OpenFiles()
+        self._names, self._localize, self._opened = list(map(os.fspath, files)), localize or Path, open_files()
         self._pool, self._scratch = ThreadPoolExecutor(_AT_ONCE, "fastssl-tables"), ThreadMemory()
         self._readers, self._recent = dict[int, BetonReader](), dict[int, Row]()
         self._counts, numbers = counts, range(len(files))
@@ -175,7 +175,7 @@ class BetonSet(BetonReader):
 
     def _reader(self, k: int) -> BetonReader:
         if (reader := self._readers.get(k)) is None:
-            reader = BetonReader(self._localize(self._names[k]), lazy=True, among=self._among)
+            reader = BetonReader(self._localize(self._names[k]), lazy=True, opened=self._opened)
             reader._scratch = self._scratch
             if self._counts is not None and len(reader) != self._counts[k]:
                 raise reader._error(f"{counted(len(reader), 'sample')}, not {self._counts[k]:,} as was said")
@@ -224,7 +224,7 @@ class BetonSet(BetonReader):
     def _read_tables(self, out: Tables) -> None:
         for k, (low, high) in enumerate(pairwise(self._starts)):
             reader, part = self._reader(k), out.rows(slice(low, high))
-            read_tables(reader._file, reader._layout, part)
+            reader._file.read_all(part)
             if part.labels is not None:
                 part.labels[:] = self._set_labels(k, part.labels, np.arange(high - low))
 
@@ -282,8 +282,8 @@ class BetonSet(BetonReader):
         if self._counts is not None:
             known = [f"{file.name} {count}" for file, count in zip(self.files, self._counts)]
             return {"head": zlib.crc32("\n".join(known).encode()), "table": 0}
-        layouts = [(reader.num_bytes, reader._layout) for _, reader in sorted(self._readers.items())]
-        heads = [(size, one.num_samples, one.page_size, one.metadata_end, one.table_at) for size, one in layouts]
+        found = [reader._file for _, reader in sorted(self._readers.items())]
+        heads = [(one.num_bytes, one.num_samples, one.page_size, one.metadata_end, one.table_at) for one in found]
         rows = b"".join(self._each(self._few_rows, range(len(self.files))))
         return {"head": zlib.crc32(np.array(heads, np.int64).tobytes()), "table": zlib.crc32(rows)}
 
@@ -302,3 +302,4 @@ class BetonSet(BetonReader):
         for reader in self._readers.values():
             reader.close()
         self._pool.shutdown(wait=False)
+        self._opened.cache_clear()  # type: ignore[attr-defined]  # of an lru_cache

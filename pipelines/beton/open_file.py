@@ -7,8 +7,8 @@ from __future__ import annotations
 import os
 import resource
 import stat
-import threading
-from collections import OrderedDict
+from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -43,73 +43,44 @@ class OpenFile:
         return done
 
 
-class OpenFiles:
-    """The files of a set that are open, the ones used last: a process may have 1,024 open where nobody raised that."""
-
-    def __init__(self, most: int | None = None):
-        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        # A quarter: there may be a second set to judge on, and all else that a process opens.
-        self.most = most or (4096 if limit == resource.RLIM_INFINITY else max(8, limit // 4))
-        self._open: OrderedDict[BetonFile, OpenFile] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def find(self, file: BetonFile) -> OpenFile | None:
-        """``file``, if it is open still."""
-        with self._lock:
-            if (found := self._open.get(file)) is not None:
-                self._open.move_to_end(file)
-            return found
-
-    def keep(self, file: BetonFile, found: OpenFile) -> None:
-        """``file`` was opened; threads that read from one that goes for it have their own reference."""
-        with self._lock:
-            self._open[file] = found
-            while len(self._open) > self.most:
-                self._open.popitem(last=False)
-
-    def drop(self, file: BetonFile) -> None:
-        """``file`` is not wanted any more."""
-        with self._lock:
-            self._open.pop(file, None)
+def open_files(most: int = 0) -> Callable[[str], OpenFile]:
+    """A function that opens files and keeps open those asked for last: 1,024 may be where nobody raised that."""
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    # A quarter: there may be a second set to judge on, and all else that a process opens.
+    return lru_cache(most or max(8, min(limit if limit > 0 else 1 << 14, 1 << 14) // 4))(OpenFile)
 
 
 class BetonFile:
-    """One file, and what a message says when it cannot be read. It stays open until it is closed; among ``files``, as
-    long as it is in use: the next read opens it again, which must give the very same file.
+    """One file, and what a message says when it cannot be read. It stays open until it is closed; with ``opened``, of
+    `open_files`, as long as it is in use: the next read opens it again, which must give the very same file.
 
     ``path``, ``num_bytes``: when it was first opened. ``BetonError``: it is missing, or no plain file.
     """
 
-    def __init__(self, path: str | os.PathLike, files: OpenFiles | None = None):
+    def __init__(self, path: str | os.PathLike, opened: Callable[[str], OpenFile] | None = None):
         self.path, self._place = Path(path), os.path.abspath(path)
-        self._files, self._closed = OpenFiles(1) if files is None else files, False
-        file = self._opened()
+        self._opened: Callable[[str], OpenFile] | None = opened or open_files(1)
+        self._identity: tuple[int, ...] | None = None
+        file = self.open()
         self.num_bytes, self._identity = file.num_bytes, file.identity
         if not file.plain:
             raise self.error("is not a plain file")
-        self._files.keep(self, file)
 
     def open(self) -> OpenFile:
         """The open file, whose reader may close it meanwhile."""
-        if self._closed:
+        if (opened := self._opened) is None:
             raise self.error("the reader is closed")
-        if (file := self._files.find(self)) is None:
-            file = self._opened()
-            if file.identity != self._identity:
-                raise self.error("was replaced or written to since it was first opened; start again with whole files")
-            self._files.keep(self, file)
-        return file
-
-    def _opened(self) -> OpenFile:
         try:
-            return OpenFile(self._place)
+            file = opened(self._place)
         except OSError as error:
             raise self.error(f"cannot open: {error.strerror or error}") from None
+        if self._identity not in (None, file.identity):
+            raise self.error("was replaced or written to since it was first opened; start again with whole files")
+        return file
 
     def close(self) -> None:
         """Let go of it; a thread that is still reading from it finishes first."""
-        self._closed = True
-        self._files.drop(self)
+        self._opened = None
 
     def error(self, message: str) -> BetonError:
         """To be raised."""

@@ -12,9 +12,9 @@ import numpy as np
 
 from fastssl.errors import BetonError, JpegError, counted
 from fastssl.pipelines.beton.format import MODE_RAW
-from fastssl.pipelines.beton.open_file import BetonFile, OpenFiles
+from fastssl.pipelines.beton.open_file import OpenFile
 from fastssl.pipelines.beton.side_file import read_side_note, side_path
-from fastssl.pipelines.beton.tables import KINDS, Tables, read_layout, read_some, read_tables
+from fastssl.pipelines.beton.tables import KINDS, TableFile, Tables
 from fastssl.pipelines.ops import jpeg
 from fastssl.pipelines.ops.memory import ThreadMemory
 
@@ -62,13 +62,16 @@ class BetonReader:
     labels: np.ndarray | None
     _classes: list[str] | None = None
 
-    def __init__(self, path: str | os.PathLike, *, lazy: bool = False, among: OpenFiles | None = None):
-        self._file = BetonFile(path, among)
+    def __init__(self, path: str | os.PathLike, *, lazy: bool = False, opened: Callable[[str], OpenFile] | None = None):
+        self._file = file = TableFile(path, opened)
         self._scratch = ThreadMemory()
-        self._layout = read_layout(self._file)
-        self.path, self.num_bytes, self.num_samples = self._file.path, self._file.num_bytes, self._layout.num_samples
-        self.page_size, self.labelled = self._layout.page_size, self._layout.label is not None
-        self.field_names, self.image_field = list(self._layout.field_names), self._layout.image_field
+        self.path, self.num_bytes, self.num_samples, self.page_size = (
+            file.path,
+            file.num_bytes,
+            file.num_samples,
+            file.page_size,
+        )
+        self.labelled, self.field_names, self.image_field = file.labelled, file.field_names, file.image_field
         self.files, self.starts, self.lazy = [self.path], np.array([0, self.num_samples]), lazy
         if not lazy:
             self._load()
@@ -85,7 +88,7 @@ class BetonReader:
         self.lazy = False
 
     def _read_tables(self, out: Tables) -> None:
-        read_tables(self._file, self._layout, out)
+        self._file.read_all(out)
 
     def __getattr__(self, name: str) -> Any:
         if name not in KINDS and name != "labels":
@@ -162,7 +165,7 @@ class BetonReader:
         return np.arange(count, dtype=np.int64) * self.num_samples // count
 
     def _rows(self, index: np.ndarray) -> list[Row]:
-        found = read_some(self._file, self._layout, np.asarray(index, np.int64))
+        found = self._file.read_some(np.asarray(index, np.int64))
         labels = np.full(len(found.modes), -1) if found.labels is None else found.labels
         columns = found.heights, found.widths, found.modes, found.offsets, found.sizes, labels
         return list(map(Row, *(column.tolist() for column in columns)))
@@ -226,7 +229,7 @@ class BetonReader:
 
     def table_checksums(self) -> dict[str, int]:
         """CRC-32 of header + descriptors + metadata (``head``) and of the allocation table (``table``)."""
-        end, table_at = self._layout.metadata_end, self._layout.table_at
+        end, table_at = self._file.metadata_end, self._file.table_at
         return {"head": self._checksum(0, end), "table": self._checksum(table_at, self.num_bytes)}
 
     def photo_checksum(self) -> int:

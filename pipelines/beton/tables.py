@@ -6,7 +6,9 @@ No number from a file is trusted before it was compared with the file's size: a 
 
 from __future__ import annotations
 
+import os
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -24,36 +26,13 @@ from fastssl.pipelines.beton.format import (
     TYPE_INT,
     VERSION,
 )
-from fastssl.pipelines.beton.open_file import BetonFile
+from fastssl.pipelines.beton.open_file import BetonFile, OpenFile
 from fastssl.pipelines.ops import jpeg
 
 #: The columns of `Tables`.
 KINDS = {"modes": np.uint8, "heights": np.int32, "widths": np.int32, **dict.fromkeys(("offsets", "sizes"), np.int64)}
 #: Samples whose metadata is read at a time.
 _BLOCK = 1 << 20
-
-
-@dataclass(frozen=True)
-class Layout:
-    """What header and field descriptors say, checked.
-
-    Attributes:
-        record: dtype of a sample's metadata; ``image`` and ``label`` are names in it (f0, f1, ...).
-        field_names, image_field: as the file calls them.
-        metadata_at, metadata_end, table_at: in bytes. entries: of the allocation table.
-    """
-
-    num_samples: int
-    page_size: int
-    record: np.dtype
-    image: str
-    label: str | None
-    field_names: tuple[str, ...]
-    image_field: str
-    metadata_at: int
-    metadata_end: int
-    table_at: int
-    entries: int
 
 
 @dataclass
@@ -88,122 +67,160 @@ class Tables:
         return self.heights.astype(np.int64) * self.widths
 
 
-def read_layout(file: BetonFile) -> Layout:
-    """``BetonError``: the file is damaged, unfinished or empty, or has a field of a custom type."""
-    if file.num_bytes < HEADER_DTYPE.itemsize:
-        raise file.error(f"only {file.num_bytes} bytes, shorter than a header: empty or cut off")
-    # Python integers from here on: they cannot overflow, whatever the file says.
-    version, num_fields, page_size, num_samples, table_at = file.array(0, 1, HEADER_DTYPE)[0].item()
-    if version in (0, VERSION) and table_at == 0:
-        raise file.error("unfinished: its writer was stopped before the header was written; convert again")
-    if version != VERSION:
-        about = "a photo" if version in (0xD8FF, 0x5089) else f"the first two bytes say {version}"
-        raise file.error(
-            f"not a .beton file of version {VERSION} ({about}); fastssl convert-imagenet makes one from photos"
-        )
-    if page_size < MIN_PAGE_SIZE or page_size & (page_size - 1):
-        raise file.error(f"damaged header: page size {page_size} is not a power of two of at least {MIN_PAGE_SIZE}")
-    if num_samples == 0:
-        raise file.error("holds no samples")
-    fields_end = HEADER_DTYPE.itemsize + num_fields * FIELD_DTYPE.itemsize
-    if num_fields == 0 or fields_end > file.num_bytes:
-        raise file.error(f"damaged header: {num_fields} field descriptors do not fit into {file.num_bytes} bytes")
-    descriptors = file.array(HEADER_DTYPE.itemsize, num_fields, FIELD_DTYPE)
-    record, image, label, names = _read_fields(file, descriptors)
+class TableFile(BetonFile):
+    """An open ``.beton`` file, of which header and field descriptors are read and checked.
 
-    metadata_end = fields_end + num_samples * record.itemsize
-    if metadata_end > file.num_bytes:
-        raise file.error(
-            f"damaged header or cut off: {num_samples} samples need {metadata_end} bytes of metadata, "
-            f"the file has {file.num_bytes}"
-        )
-    if not metadata_end <= table_at <= file.num_bytes:
-        raise file.error(
-            f"cut off or damaged header: the allocation table should start at byte {table_at}, "
-            f"between {metadata_end} and {file.num_bytes}"
-        )
-    if table_at == file.num_bytes or (file.num_bytes - table_at) % TABLE_DTYPE.itemsize:
-        raise file.error(f"cut off: the allocation table has {file.num_bytes - table_at} bytes, not a multiple of 24")
-    entries = (file.num_bytes - table_at) // TABLE_DTYPE.itemsize
-    if entries > num_samples * num_fields:
-        raise file.error(
-            f"damaged header: {entries} entries in the allocation table for {num_samples} samples of "
-            f"{num_fields} fields"
-        )
-    fields = f"f{image}", None if label is None else f"f{label}", tuple(names), names[image]
-    return Layout(num_samples, page_size, record, *fields, fields_end, metadata_end, table_at, entries)
+    Attributes:
+        num_samples, page_size, table_at, metadata_end: as the header says, the last two in bytes.
+        field_names, image_field: as the file calls them. labelled: whether there is an integer field.
 
+    ``BetonError``: it is damaged, unfinished or empty, or has a field of a custom type.
+    """
 
-def _read_fields(file: BetonFile, descriptors: np.ndarray) -> tuple[np.dtype, int, int | None, list[str]]:
-    """The metadata record's dtype, which fields are the image and the label, and all names."""
-    ended = (bytes(name).split(b"\0")[0] for name in descriptors["name"])
-    names = [printable(name.decode("ascii", "backslashreplace")) for name in ended]
-    types = descriptors["type_id"].tolist()
-    for name, type_id in zip(names, types):
-        if type_id not in FIELD_TYPES:
-            raise file.error(
-                f"field {name!r} has the unknown or custom type {type_id}, whose size only its own program knows"
+    def __init__(self, path: str | os.PathLike, opened: Callable[[str], OpenFile] | None = None):
+        super().__init__(path, opened)
+        if self.num_bytes < HEADER_DTYPE.itemsize:
+            raise self.error(f"only {self.num_bytes} bytes, shorter than a header: empty or cut off")
+        # Python integers from here on: they cannot overflow, whatever the file says.
+        version, num_fields, page_size, num_samples, table_at = self.array(0, 1, HEADER_DTYPE)[0].item()
+        self.page_size, self.num_samples, self.table_at = page_size, num_samples, table_at
+        if version in (0, VERSION) and table_at == 0:
+            raise self.error("unfinished: its writer was stopped before the header was written; convert again")
+        if version != VERSION:
+            about = "a photo" if version in (0xD8FF, 0x5089) else f"the first two bytes say {version}"
+            raise self.error(
+                f"not a .beton file of version {VERSION} ({about}); fastssl convert-imagenet makes one from photos"
             )
-    if TYPE_IMAGE not in types:
-        raise file.error(f"has no image field, only {', '.join(names)}")
-    image, label = types.index(TYPE_IMAGE), types.index(TYPE_INT) if TYPE_INT in types else None
-    skipped = [
-        f"{name} ({FIELD_TYPES[t][0]})" for k, (name, t) in enumerate(zip(names, types)) if k not in (image, label)
-    ]
-    if skipped:
-        warnings.warn(f"{file.path}: fields not read: {', '.join(skipped)}", stacklevel=4)
-    return np.dtype([("", FIELD_TYPES[type_id][1]) for type_id in types], align=True), image, label, names
+        if page_size < MIN_PAGE_SIZE or page_size & (page_size - 1):
+            raise self.error(f"damaged header: page size {page_size} is not a power of two of at least {MIN_PAGE_SIZE}")
+        if num_samples == 0:
+            raise self.error("holds no samples")
+        self._metadata_at = HEADER_DTYPE.itemsize + num_fields * FIELD_DTYPE.itemsize
+        if num_fields == 0 or self._metadata_at > self.num_bytes:
+            raise self.error(f"damaged header: {num_fields} field descriptors do not fit into {self.num_bytes} bytes")
+        self._read_fields(self.array(HEADER_DTYPE.itemsize, num_fields, FIELD_DTYPE))
+        self.metadata_end = self._metadata_at + num_samples * self._record.itemsize
+        if self.metadata_end > self.num_bytes:
+            raise self.error(
+                f"damaged header or cut off: {num_samples} samples need {self.metadata_end} bytes of metadata, "
+                f"the file has {self.num_bytes}"
+            )
+        if not self.metadata_end <= table_at <= self.num_bytes:
+            raise self.error(
+                f"cut off or damaged header: the allocation table should start at byte {table_at}, "
+                f"between {self.metadata_end} and {self.num_bytes}"
+            )
+        room = self.num_bytes - table_at
+        if room == 0 or room % TABLE_DTYPE.itemsize:
+            raise self.error(f"cut off: the allocation table has {room} bytes, not a multiple of 24")
+        self._entries = room // TABLE_DTYPE.itemsize
+        if self._entries > num_samples * num_fields:
+            raise self.error(
+                f"damaged header: {self._entries} entries in the allocation table for {num_samples} samples of "
+                f"{num_fields} fields"
+            )
 
+    def _read_fields(self, descriptors: np.ndarray) -> None:
+        ended = (bytes(name).split(b"\0")[0] for name in descriptors["name"])
+        names = [printable(name.decode("ascii", "backslashreplace")) for name in ended]
+        types = descriptors["type_id"].tolist()
+        for name, type_id in zip(names, types):
+            if type_id not in FIELD_TYPES:
+                raise self.error(
+                    f"field {name!r} has the unknown or custom type {type_id}, whose size only its own program knows"
+                )
+        if TYPE_IMAGE not in types:
+            raise self.error(f"has no image field, only {', '.join(names)}")
+        image, label = types.index(TYPE_IMAGE), types.index(TYPE_INT) if TYPE_INT in types else None
+        self.field_names, self.image_field, self.labelled = names, names[image], label is not None
+        skipped = [
+            f"{name} ({FIELD_TYPES[t][0]})" for k, (name, t) in enumerate(zip(names, types)) if k not in (image, label)
+        ]
+        if skipped:
+            warnings.warn(f"{self.path}: fields not read: {', '.join(skipped)}", stacklevel=5)
+        self._record = np.dtype([("", FIELD_TYPES[type_id][1]) for type_id in types], align=True)
+        self._image, self._label = f"f{image}", f"f{label}"
 
-def read_tables(file: BetonFile, layout: Layout, out: Tables) -> None:
-    """All of them into ``out``, about 0.2 s per million samples.
+    def read_all(self, out: Tables) -> None:
+        """All tables into ``out``, about 0.2 s per million samples.
 
-    In blocks, and each is checked before memory for the next is touched: a file with terabytes of holes is refused at
-    its first one.
-    """
-    count = layout.num_samples
-    pointers = np.empty(count, np.uint64)
-    for low in range(0, count, _BLOCK):
-        part = slice(low, min(low + _BLOCK, count))
-        records = file.array(layout.metadata_at + low * layout.record.itemsize, part.stop - low, layout.record)
-        pointers[part] = _fill_in(file, layout, records, out.rows(part), np.arange(low, part.stop))
-    table = file.array(layout.table_at, layout.entries, TABLE_DTYPE)
-    last, samples = int(table["sample_id"].max()), np.arange(count, dtype=np.uint64)
-    if not np.array_equal(table["ptr"], pointers):
-        table = _entries_of(file, _sorted(table), pointers, samples)
-    if last >= count:
-        raise file.error(f"damaged header: the allocation table knows more samples than the {count} of the header")
-    _fill_in_regions(file, layout, pointers, table, out, samples)
+        In blocks, and each is checked before memory for the next is touched: a file with terabytes of holes is refused
+        at its first one.
+        """
+        count = self.num_samples
+        pointers, samples = np.empty(count, np.uint64), np.arange(count, dtype=np.uint64)
+        for low in range(0, count, _BLOCK):
+            part = slice(low, min(low + _BLOCK, count))
+            pointers[part] = self._fill_in(self._records(low, part.stop - low), out.rows(part), samples[part])
+        table = self._table()
+        last = int(table["sample_id"].max())
+        if not np.array_equal(table["ptr"], pointers):
+            table = self._entries_of(_sorted(table), pointers, samples)
+        if last >= count:
+            raise self.error(f"damaged header: the allocation table knows more samples than the {count} of the header")
+        self._fill_in_regions(pointers, table, out, samples)
 
+    def read_some(self, index: np.ndarray) -> Tables:
+        """Those of the samples ``index``, (n,) int64: two reads a sample, checked as `read_all` does; the whole
+        allocation table where it is not in the samples' order.
+        """
+        out, ids = Tables.empty(len(index), self.labelled), index.tolist()
+        pointers = self._fill_in(np.concatenate([self._records(i, 1) for i in ids]), out, index)
+        one_each = self._entries == self.num_samples
+        table = np.concatenate([self._table(i, 1) for i in ids]) if one_each else np.empty(0, TABLE_DTYPE)
+        if not np.array_equal(table["ptr"], pointers):
+            table = self._entries_of(_sorted_table(self), pointers, index)
+        self._fill_in_regions(pointers, table, out, index)
+        return out
 
-def read_some(file: BetonFile, layout: Layout, index: np.ndarray) -> Tables:
-    """Those of the samples ``index``, (n,) int64, within the file: two reads a sample, checked as `read_tables` does;
-    the whole allocation table where it is not in the samples' order.
-    """
-    out, record = Tables.empty(len(index), layout.label is not None), layout.record
-    records = np.concatenate([file.array(layout.metadata_at + i * record.itemsize, 1, record) for i in index.tolist()])
-    pointers = _fill_in(file, layout, records, out, index)
-    if layout.entries == layout.num_samples:
-        places = (layout.table_at + i * TABLE_DTYPE.itemsize for i in index.tolist())
-        table = np.concatenate([file.array(place, 1, TABLE_DTYPE) for place in places])
-    if layout.entries != layout.num_samples or not np.array_equal(table["ptr"], pointers):
-        table = _entries_of(file, _sorted_table(file, layout), pointers, index)
-    _fill_in_regions(file, layout, pointers, table, out, index)
-    return out
+    def _records(self, first: int, count: int) -> np.ndarray:
+        return self.array(self._metadata_at + first * self._record.itemsize, count, self._record)
 
+    def _table(self, first: int = 0, count: int | None = None) -> np.ndarray:
+        return self.array(self.table_at + first * TABLE_DTYPE.itemsize, count or self._entries, TABLE_DTYPE)
 
-def _fill_in(file: BetonFile, layout: Layout, records: np.ndarray, out: Tables, samples: np.ndarray) -> np.ndarray:
-    """Fill in what stands in the samples' records; returns their data pointers, (n,) uint64."""
-    images = records[layout.image]
-    out.modes[:], out.heights[:], out.widths[:] = images["mode"], images["height"], images["width"]
-    if out.labels is not None:
-        out.labels[:] = records[layout.label]
-    pixels = out.pixels
-    _require(file, pixels > 0, "height or width is zero", samples)
-    _require(file, pixels <= jpeg.MAX_PIXELS, f"more than {jpeg.MAX_PIXELS:,} pixels", samples)
-    _require(file, out.modes <= MODE_RAW, "its storage mode is neither 0 (JPEG) nor 1 (raw)", samples)
-    pointers: np.ndarray = images["data_ptr"]
-    return pointers
+    def _fill_in(self, records: np.ndarray, out: Tables, samples: np.ndarray) -> np.ndarray:
+        """Fill in what stands in the samples' records; returns their data pointers, (n,) uint64."""
+        images = records[self._image]
+        out.modes[:], out.heights[:], out.widths[:] = images["mode"], images["height"], images["width"]
+        if out.labels is not None:
+            out.labels[:] = records[self._label]
+        pixels = out.pixels
+        self._require(pixels > 0, "height or width is zero", samples)
+        self._require(pixels <= jpeg.MAX_PIXELS, f"more than {jpeg.MAX_PIXELS:,} pixels", samples)
+        self._require(out.modes <= MODE_RAW, "its storage mode is neither 0 (JPEG) nor 1 (raw)", samples)
+        pointers: np.ndarray = images["data_ptr"]
+        return pointers
+
+    def _entries_of(self, table: np.ndarray, pointers: np.ndarray, samples: np.ndarray) -> np.ndarray:
+        """The entries of a sorted table that belong to the images at ``pointers``."""
+        place = np.searchsorted(table["ptr"], pointers)
+        self._require(place < len(table), "no entry in the allocation table for its image", samples)
+        table = table[place]
+        self._require(table["ptr"] == pointers, "no entry in the allocation table for its image", samples)
+        return table
+
+    def _fill_in_regions(self, pointers: np.ndarray, table: np.ndarray, out: Tables, samples: np.ndarray) -> None:
+        """Fill in where every image lies, and check that it lies between the metadata and the table."""
+        sizes, low, high = np.ascontiguousarray(table["size"]), np.uint64(self.metadata_end), np.uint64(self.table_at)
+        inside = (pointers >= low) & (pointers <= high)
+        # Subtract before comparing: ptr + size could wrap around.
+        fits = inside & (sizes <= high - np.where(inside, pointers, high))
+        self._require(fits, "its image lies outside the data pages", samples)
+        self._require(sizes > 0, "its image has no bytes", samples)
+        self._require(sizes <= self.page_size, f"its image is larger than a page of {self.page_size} bytes", samples)
+        own = table["sample_id"] == samples.astype(np.uint64, copy=False)
+        self._require(own, "its image belongs to another sample", samples)
+        out.offsets[:], out.sizes[:] = pointers.astype(np.int64), sizes.astype(np.int64)
+        whole = (out.modes != MODE_RAW) | (out.sizes == 3 * out.pixels)
+        self._require(whole, "raw pixels whose size is not height x width x 3", samples)
+
+    def _require(self, good: np.ndarray, complaint: str, samples: np.ndarray) -> None:
+        """Refuse the file where not all of these samples are ``good``."""
+        if not good.all():
+            bad = np.flatnonzero(~good)
+            more = f" (and {counted(len(bad) - 1, 'more sample')})" if len(bad) > 1 else ""
+            raise self.error(f"sample {samples[bad[0]]}: {complaint}{more}")
 
 
 def _sorted(table: np.ndarray) -> np.ndarray:
@@ -217,39 +234,5 @@ def _sorted(table: np.ndarray) -> np.ndarray:
 
 # A few: 24 bytes a sample.
 @lru_cache(maxsize=4)
-def _sorted_table(file: BetonFile, layout: Layout) -> np.ndarray:
-    return _sorted(file.array(layout.table_at, layout.entries, TABLE_DTYPE))
-
-
-def _entries_of(file: BetonFile, table: np.ndarray, pointers: np.ndarray, samples: np.ndarray) -> np.ndarray:
-    """The entries of a sorted table that belong to the images at ``pointers``."""
-    place = np.searchsorted(table["ptr"], pointers)
-    _require(file, place < len(table), "no entry in the allocation table for its image", samples)
-    table = table[place]
-    _require(file, table["ptr"] == pointers, "no entry in the allocation table for its image", samples)
-    return table
-
-
-def _fill_in_regions(
-    file: BetonFile, layout: Layout, pointers: np.ndarray, table: np.ndarray, out: Tables, samples: np.ndarray
-) -> None:
-    """Fill in where every image lies, and check that it lies between the metadata and the table."""
-    sizes, low, high = np.ascontiguousarray(table["size"]), np.uint64(layout.metadata_end), np.uint64(layout.table_at)
-    inside = (pointers >= low) & (pointers <= high)
-    # Subtract before comparing: ptr + size could wrap around.
-    fits = inside & (sizes <= high - np.where(inside, pointers, high))
-    _require(file, fits, "its image lies outside the data pages", samples)
-    _require(file, sizes > 0, "its image has no bytes", samples)
-    _require(file, sizes <= layout.page_size, f"its image is larger than a page of {layout.page_size} bytes", samples)
-    _require(file, table["sample_id"] == samples.astype(np.uint64), "its image belongs to another sample", samples)
-    out.offsets[:], out.sizes[:] = pointers.astype(np.int64), sizes.astype(np.int64)
-    whole = (out.modes != MODE_RAW) | (out.sizes == 3 * out.pixels)
-    _require(file, whole, "raw pixels whose size is not height x width x 3", samples)
-
-
-def _require(file: BetonFile, good: np.ndarray, complaint: str, samples: np.ndarray) -> None:
-    """Refuse the file where not all of these samples are ``good``."""
-    if not good.all():
-        bad = np.flatnonzero(~good)
-        more = f" (and {counted(len(bad) - 1, 'more sample')})" if len(bad) > 1 else ""
-        raise file.error(f"sample {samples[bad[0]]}: {complaint}{more}")
+def _sorted_table(file: TableFile) -> np.ndarray:
+    return _sorted(file._table())
