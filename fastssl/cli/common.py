@@ -52,11 +52,11 @@ console = PlainConsole(stderr=True)
 
 class SomePath(click.Path):
     """A path that is not the empty string: an unset ``"$VAR"`` in a script should not mean "the current folder".
-    ``remote``: or an address of a server, which stays the text that it is.
+    ``remote``: or an address of a server, which stays the text that it is. ``exists``: something has to be there.
     """
 
-    def __init__(self, remote: bool = False):
-        super().__init__()
+    def __init__(self, remote: bool = False, exists: bool = False):
+        super().__init__(exists=exists)
         self.remote = remote
 
     def convert(self, value: str | os.PathLike[str], param: click.Parameter | None, ctx: click.Context | None) -> Path:

@@ -12,6 +12,7 @@ import click
 
 from fastssl.cli.common import PlainConsole, SomePath, console, json_option, late_progress_bar, quiet_option, write_json
 from fastssl.errors import counted, printable
+from fastssl.utils.addresses import shown
 
 if TYPE_CHECKING:
     from fastssl.data.contents import Contents, Group
@@ -56,35 +57,37 @@ def data(files: tuple[Path, ...], sheet: Path | None, copies: bool, json_path: s
             picture = contact_sheet(sets, sheet)
             console.note(f"{sheet}: {picture.width}x{picture.height} px")
     within, across = count_copies(groups, len(contents))
-    out, paths, records = PlainConsole(), [one.path for one in contents], []  # standard output
+    out, records = PlainConsole(), []  # standard output
     for number, one in enumerate(contents):
-        also = [(path, count) for path, count in zip(paths, across[number]) if count]
+        also = [(other.path, count) for other, count in zip(contents, across[number]) if count]
         record = {**asdict(one), "path": one.path.name, "copies": None}
         rows = _rows(one)
         if copies:
-            named = [[(paths[k].name, i) for k, i in group] for group in groups if any(k == number for k, _ in group)]
+            mine = [group for group in groups if any(k == number for k, _ in group)][:_NAMED]
+            named = [[(contents[k].path.name, i) for k, i in group] for group in mine]
             counts = {"within": within[number], "also_in": [{"path": path.name, "photos": n} for path, n in also]}
-            record["copies"] = {**counts, "groups": named[:_NAMED]}
+            record["copies"] = {**counts, "groups": named}
             parts = [f"{counted(within[number], 'photo')} like an earlier one" if within[number] else "none within"]
-            rows.append(("copies", "; ".join([*parts, *(f"{counted(n, 'photo')} also in {path}" for path, n in also)])))
+            parts += [f"{counted(n, 'photo')} also in {shown(path)}" for path, n in also]
+            rows.append(("copies", "; ".join(parts)))
         records.append(record)
         if json_path != "-":
-            _print(out, one, rows)
+            _print(out, shown(one.path), rows)
     write_json(json_path, records)
 
 
-def _print(out: PlainConsole, contents: Contents, rows: Sequence[tuple[str, str]]) -> None:
-    """A table on a terminal; else a line each that names the file, for other programs."""
+def _print(out: PlainConsole, title: str, rows: Sequence[tuple[str, str]]) -> None:
+    """A table on a terminal; else a line each that begins with the title, for other programs."""
     if not out.is_terminal:
         for what, text in rows:
-            out.say(f"{contents.path}: {what}: {text}")
+            out.say(f"{title}: {what}: {text}")
         return
     from rich import box
     from rich.table import Column, Table
     from rich.text import Text
 
     table = Table(Column(style="bold", no_wrap=True), Column(), box=box.SIMPLE, show_header=False)
-    table.title, table.title_justify, table.title_style = Text(printable(str(contents.path))), "left", "bold"
+    table.title, table.title_justify, table.title_style = Text(title), "left", "bold"
     for what, text in rows:
         table.add_row(what, Text(printable(text)))
     out.print(table)

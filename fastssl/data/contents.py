@@ -25,6 +25,7 @@ from fastssl.pipelines.convert.conversion import rejects_path
 from fastssl.pipelines.convert.encode import encode_photo
 from fastssl.pipelines.convert.options import ConvertOptions
 from fastssl.pipelines.convert.sources import Listing, list_splits
+from fastssl.utils.addresses import shown
 from fastssl.utils.cores import available_cores
 from fastssl.utils.deadline import Deadline
 
@@ -39,7 +40,8 @@ class ListedPhotos:
 
     def __init__(self, listing: Listing):
         self.listing, self.sizes, self.classes = listing, listing.sizes, listing.classes
-        self.path, self.labels = listing.source / listing.split, None if listing.classes is None else listing.labels
+        self.path = Path(shown(listing.source), listing.split)
+        self.labels = None if listing.classes is None else listing.labels
 
     def __len__(self) -> int:
         return len(self.listing)
@@ -65,7 +67,7 @@ def open_photos(path: str | os.PathLike) -> Iterator[list[Photos]]:
     """The photos of a ``.beton`` file or a set of them; of a folder or tar, a list each where it holds train, val and
     test. Raises FastSSLError where there are none.
     """
-    deadline = Deadline(path)
+    deadline = Deadline(shown(path))
     if not is_source(path):
         with deadline.call(lambda: open_beton(path), "at its tables") as reader:
             yield [reader]
