@@ -193,8 +193,7 @@ def as_beton(
         return place
     nowhere = f"{places[0]} cannot" if remote else f"neither {places[0]} nor {places[1]} can"
     raise FastSSLError(
-        f"{shown(source.path)}: {nowhere} be written; "
-        "convert it with `fastssl convert-imagenet` to where there is room"
+        f"{shown(source.path)}: {nowhere} be written; convert it with `fastssl convert-imagenet` to where there is room"
     )
 
 
