@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import io
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -26,21 +27,18 @@ from fastssl._version import __version__
 from fastssl.errors import FastSSLError, counted, printable
 from fastssl.pipelines.beton.dataset import open_beton
 from fastssl.pipelines.beton.reader import BetonReader
-from fastssl.pipelines.beton.remote_set import is_beton_address
 from fastssl.pipelines.beton.side_file import side_path
 from fastssl.pipelines.convert.conversion import convert, rejects_path, whole_side_file
-from fastssl.pipelines.convert.formats import is_photo_name, pillow_formats, remedies
+from fastssl.pipelines.convert.formats import pillow_formats, remedies
 from fastssl.pipelines.convert.options import ConvertOptions, chosen_photos
-from fastssl.pipelines.convert.sources import Listing, list_source
-from fastssl.utils.addresses import address, is_remote, shown
+from fastssl.pipelines.convert.sources import SOURCE_ENDINGS, Listing, is_source, list_source
+from fastssl.pipelines.convert.sources.patterns import has_pattern
+from fastssl.utils.addresses import is_remote, shown
 from fastssl.utils.deadline import Deadline
 from fastssl.utils.remote_cache import default_cache_dir
 
 if TYPE_CHECKING:
     from fastssl.config.recipe import Recipe
-
-#: Endings of tars; of compressed ones, too, as the converter says what to do with those.
-_TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 
 @dataclass(frozen=True)
@@ -61,24 +59,9 @@ class Source:
     shortened: bool = False
 
 
-def is_source(path: str | os.PathLike) -> bool:
-    """Whether this is a folder or a tar, which has to be converted first; not a folder of ``.beton`` files alone."""
-    if (url := address(path)) is not None:
-        return not is_beton_address(url)
-    path = Path(path)
-    if path.is_dir():
-        seen = [one for one in os.scandir(path) if not one.name.startswith(".")]
-        photos = any(one.is_dir() or is_photo_name(one.name) for one in seen)
-        return photos or not any(one.name.endswith(".beton") for one in seen)
-    if path.suffix == ".beton" or not path.is_file():
-        return False
-    with path.open("rb") as file:
-        return path.name.lower().endswith(_TARS) or file.read(262)[257:] == b"ustar"
-
-
 def look_at(path: str | os.PathLike) -> Source:
-    """Number and size of the photos at ``path``; a folder or tar is listed, and the headers of some photos are read.
-    Raises FastSSLError where it is neither folder, tar nor what `open_beton` takes, or has no photos.
+    """Number and size of the photos at ``path``; a folder, an archive, ... is listed, and the headers of some photos
+    are read. Raises FastSSLError where it is neither that nor what `open_beton` takes, or has no photos.
     """
     path = Path(path)
     if not is_source(path):
@@ -199,9 +182,11 @@ def as_beton(
 
 def _places(path: Path, options: ConvertOptions) -> tuple[Path, Path]:
     """``photos/`` or ``photos.tar`` -> ``photos.beton`` in the same folder; and in the user's cache folder, one name
-    for each place and way of converting.
+    for each place and way of converting. What stands for several files in a pattern becomes ``_``.
     """
-    name = next((path.name[: -len(ending)] for ending in _TARS if path.name.lower().endswith(ending)), path.name)
+    endings = [len(ending) for ending in SOURCE_ENDINGS if path.name.lower().endswith(ending)]
+    name = path.name[: -max(endings)] if endings else path.name
+    name = re.sub(r"\{[^{}]*\}|\[[^][]*\]|[][{}*?]", "_", name) if has_pattern(path) else name
     key = hashlib.sha256(f"{path} {options.deciding()}".encode("utf-8", "surrogateescape")).hexdigest()[:12]
     beside = path.parent / f"{name or 'photos'}.beton"
     return beside, default_cache_dir() / "photos" / f"{beside.stem}-{key}.beton"

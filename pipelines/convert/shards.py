@@ -58,7 +58,8 @@ def convert_shards(
             progress(before + now, total)
 
     deadline = Deadline(sources[0], options.stall_minutes)
-    with nullcontext(src) if isinstance(src, Listing) else list_source(sources, deadline) as listing:
+    listed = nullcontext(src) if isinstance(src, Listing) else list_source(sources, deadline, scratch=Path(dst).parent)
+    with listed as listing:
         photos = chosen_photos(len(listing), options.limit)
         if (few := len(photos)) < count:
             raise ConvertError(f"{listing.source}: {counted(few, 'photo')} for {count} files; make {few} at most")
