@@ -15,7 +15,7 @@ from PIL import Image
 from fastssl.errors import JpegError
 from fastssl.pipelines.beton.format import MODE_JPEG, MODE_RAW
 from fastssl.pipelines.convert import colour, deep
-from fastssl.pipelines.convert.formats import pillow_formats
+from fastssl.pipelines.convert.formats import pillow_formats, remedy
 from fastssl.pipelines.convert.options import ConvertOptions
 from fastssl.pipelines.ops import jpeg, jpeg_header
 
@@ -157,6 +157,8 @@ def _decode_pillow(data: bytes, is_jpeg: bool, options: ConvertOptions) -> _Deco
     except PIL.UnidentifiedImageError:
         if data[:4] in (b"II*\0", b"MM\0*"):
             raise JpegError("a TIFF of a kind that Pillow does not read: save it with 8 bits a channel") from None
+        if data[4:8] == b"ftyp" and (what := remedy(".avif" if data[8:12] == b"avif" else ".heic")):
+            raise JpegError(f"HEIC or AVIF: {what}") from None
         raise JpegError("not a picture in a format that we read (by its contents, not by its name)") from None
     # Before load(): the size in the header costs nothing, the pixels behind it may cost gigabytes.
     jpeg.require_few_pixels(image.height, image.width)

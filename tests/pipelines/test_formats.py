@@ -14,10 +14,11 @@ from test_deep import GREY, png
 from untidy import untidy
 
 from fastssl.cli import main
+from fastssl.errors import JpegError
 from fastssl.pipelines.beton.reader import BetonReader
 from fastssl.pipelines.beton.verify import verify
 from fastssl.pipelines.beton.writer import BetonWriter
-from fastssl.pipelines.convert import formats
+from fastssl.pipelines.convert import encode, formats
 from fastssl.pipelines.convert.conversion import convert
 from fastssl.pipelines.convert.encode import How, encode_photo
 from fastssl.pipelines.convert.formats import IMAGE_EXTENSIONS, in_words, is_photo_name, kind_of, remedies, remedy
@@ -218,3 +219,11 @@ def test_a_repaired_jpeg_keeps_its_orientation() -> None:
     for bad in (good[:scan] + bytes(3) + good[scan + 3 :], good[:2] + good[2:].replace(b"\xff\xdb", b"xyz\xff\xdb", 1)):
         assert encode_photo(bad, KEEP).how == How.REPAIRED
         np.testing.assert_array_equal(encoded(bad)[0], encoded(good)[0])
+
+
+def test_heic_under_another_name_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = written(RGB, "HEIF")
+    for module in (formats, encode):
+        monkeypatch.setattr(module, "pillow_formats", lambda: ("JPEG", "PNG"))
+    with pytest.raises(JpegError, match="pip install pillow-heif"):
+        encoded(data)
