@@ -164,6 +164,9 @@ def _decode_pillow(data: bytes, is_jpeg: bool, options: ConvertOptions) -> _Deco
     jpeg.require_few_pixels(image.height, image.width)
     if is_jpeg:
         jpeg.require_few_scans(data, image.width * image.height)
+    if image.format == "JPEG2000" and image.height * image.width > max(1 << 24, 1000 * len(data)):
+        # Its decoder takes 18 bytes for each pixel that a header of 200 bytes asks for.
+        raise JpegError(f"{len(data):,} bytes of JPEG 2000 for {image.height}x{image.width} pixels: save it as PNG")
     if image.format == "PNG":
         with Image.open(io.BytesIO(data), formats=("PNG",)) as check:
             check.verify()  # the chunks' checksums, which load() leaves out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -227,3 +228,12 @@ def test_heic_under_another_name_says_what_to_install(monkeypatch: pytest.Monkey
         monkeypatch.setattr(module, "pillow_formats", lambda: ("JPEG", "PNG"))
     with pytest.raises(JpegError, match="pip install pillow-heif"):
         encoded(data)
+
+
+def test_a_header_of_jpeg_2000_that_asks_for_gigabytes() -> None:
+    data = bytearray(written(RGB, "JPEG2000"))
+    sizes, codestream = data.index(b"ihdr") + 4, data.index(b"\xff\x4f\xff\x51") + 8
+    for at in (sizes, codestream, codestream + 16):
+        data[at : at + 8] = struct.pack(">II", 13_000, 13_000)
+    with pytest.raises(JpegError, match="bytes of JPEG 2000 for 13000x13000 pixels: save"):
+        encoded(bytes(data))
