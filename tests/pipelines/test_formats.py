@@ -212,6 +212,15 @@ def test_jpegs_that_only_warn_are_stored_as_jpegs_that_do_not(tmp_path: Path) ->
             np.testing.assert_array_equal(reader.decode(sample), jpeg.decode(good))
 
 
+def test_pillow_is_not_asked_for_what_lacks_data() -> None:
+    """It would give a picture that is half grey."""
+    good = jpeg_bytes(RGB)
+    for lead in (b"", b"\xff\xfe\0\x04abcdefgh"):  # with it, the strict decoder does not get to the header's end
+        bad = good[:20] + lead + good[20 : len(good) // 2] + b"\xff\xd9"
+        with pytest.raises(JpegError):
+            encoded(bad)
+
+
 def test_a_repaired_jpeg_keeps_its_orientation() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -230,6 +239,7 @@ def test_heic_under_another_name_says_what_to_install(monkeypatch: pytest.Monkey
         encoded(data)
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_a_header_of_jpeg_2000_that_asks_for_gigabytes() -> None:
     data = bytearray(written(RGB, "JPEG2000"))
     sizes, codestream = data.index(b"ihdr") + 4, data.index(b"\xff\x4f\xff\x51") + 8
