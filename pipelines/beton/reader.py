@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -42,6 +42,9 @@ class BetonReader:
             need. Who asks for a whole column has all tables read.
         files: that it consists of. starts: (F + 1,) int64, the first sample of each, and N.
     """
+
+    #: Not all of it fits on this machine at once.
+    streamed = False
 
     modes: np.ndarray
     heights: np.ndarray
@@ -147,6 +150,12 @@ class BetonReader:
     def labels_of(self, index: np.ndarray) -> np.ndarray:
         """Labels of the samples ``index``, see `take`; -1 where there are none."""
         return self.take("labels", index) if self.labelled else np.full(len(index), -1)
+
+    def require_here(self, window: int | None) -> None:
+        """``BetonError``: reading with so many files at a time (None: all) needs more room than there is."""
+
+    def hold(self, files: Sequence[int]) -> None:
+        """These files are needed now or next, in this order, others no longer: of a ``streamed`` one, what to fetch."""
 
     def some(self) -> np.ndarray:
         """Sample ids, (n,) int64 and sorted, by which the whole can be judged: all, or 65,536 of a lazy one."""
