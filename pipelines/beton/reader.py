@@ -17,6 +17,7 @@ from fastssl.pipelines.beton.side_file import read_side_note, side_path
 from fastssl.pipelines.beton.tables import KINDS, Row, TableFile, Tables
 from fastssl.pipelines.ops import jpeg
 from fastssl.pipelines.ops.memory import ThreadMemory
+from fastssl.utils.addresses import shown
 
 #: Bytes that are summed up at a time; photos that tell a file from another one, and bytes of each; samples that stand
 #: for all where no table is in memory.
@@ -89,7 +90,7 @@ class BetonReader:
         return getattr(self, name)
 
     def _error(self, message: str) -> BetonError:
-        return BetonError(f"{self.path}: {message}")
+        return BetonError(f"{shown(self.path)}: {message}")
 
     def __len__(self) -> int:
         return self.num_samples

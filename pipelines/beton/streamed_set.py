@@ -6,6 +6,7 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -19,15 +20,15 @@ from fastssl.utils.addresses import shown
 from fastssl.utils.remote import Patience, remote_file
 from fastssl.utils.remote_cache import gigabytes, local_copy, release, room
 
-#: Samples by which the whole is judged: of the first file alone, as others may be gone again.
+#: Samples by which the whole is judged.
 _SOME = 1 << 16
 #: Files that are fetched at once.
 _FETCHED = 2
 
 
 class StreamedSet(BetonSet):
-    """A file is fetched when it is first asked for, or ahead of that (`hold`), and makes room for others afterwards.
-    Numbers of samples are known from the headers.
+    """A file is fetched when it is first asked for, or ahead of that (`hold`), and makes room for others afterwards;
+    but for the first, which stays: the whole is judged by it. Numbers of samples are known from the headers.
 
     Args:
         names: addresses, in the order of the samples. sizes: of the files, in bytes. path: what messages call the set.
@@ -61,23 +62,27 @@ class StreamedSet(BetonSet):
                 f"{gigabytes(size)}, and the cache may hold {gigabytes(most)}: {more}; or train on a few files at a "
                 "time, --set train.window=FILES"
             )
-        largest = sum(sorted(self._bytes)[-2 * window :])
+        largest = self._bytes[0] + sum(sorted(self._bytes[1:])[-2 * window :])
         if largest > most:
-            groups = f"{counted(min(2 * window, len(self.files)), 'file')} have to be here at once"
+            files = counted(min(2 * window + 1, len(self.files)), "file")
             raise self._error(
-                f"train.window={window}: {groups}, {gigabytes(largest)}, and the cache may hold {gigabytes(most)}: "
+                f"train.window={window}: {files} have to be here at once, {gigabytes(largest)}, and the cache may hold {gigabytes(most)}: "
                 f"{more}; or give a smaller window"
             )
 
     def hold(self, files: Sequence[int]) -> None:
         self._coming = {k: future for k, future in self._coming.items() if not future.done()}
-        for k in set(self._readers) - set(files):
+        for k in set(self._readers) - {0, *files}:
             with self._locks[k]:
                 reader = self._readers.pop(k)
             release(reader.path)  # who reads from it still has it open
         for k in files:
             if k not in self._readers and k not in self._coming:
                 self._coming[k] = self._fetcher.submit(self._reader, k)
+
+    def side_notes(self) -> list[dict[str, Any]]:
+        """Of the first file."""
+        return self._reader(0).side_notes()
 
     def some(self) -> np.ndarray:
         """Sample ids of the first file."""
