@@ -19,10 +19,11 @@ import numpy as np
 from fastssl.errors import BetonError, counted
 from fastssl.pipelines.beton.open_file import OpenFiles
 from fastssl.pipelines.beton.reader import BetonReader
-from fastssl.pipelines.beton.remote_set import local_files, remote_names
+from fastssl.pipelines.beton.remote_set import local_files, remote_names, sizes_of
 from fastssl.pipelines.beton.tables import Row, Tables
 from fastssl.pipelines.ops.memory import ThreadMemory
 from fastssl.utils.addresses import is_remote, shown
+from fastssl.utils.remote_cache import room
 
 #: Samples above which a set keeps no tables: they take 33 bytes a sample, in every process.
 LAZY_ABOVE = 1 << 24
@@ -44,7 +45,16 @@ def open_beton(data: Data) -> BetonReader:
     """The data set that ``data`` names: a ``BetonReader`` of one file, a ``BetonSet`` of more. ``BetonError``: as those
     two and `beton_files`.
     """
-    files, path = beton_files(data)
+    if isinstance(data, (str, os.PathLike)) and is_remote(data):
+        names, path = _remote_files(data)
+        sizes = sizes_of(names)
+        if len(names) > 1 and sum(sizes) > room():
+            from fastssl.pipelines.beton.streamed_set import StreamedSet  # which is a BetonSet
+
+            return StreamedSet(names, sizes, path)
+        files = local_files(names, sum(sizes))
+    else:
+        files, path = beton_files(data)
     return BetonReader(files[0]) if len(files) == 1 else BetonSet(files, path=path)
 
 
@@ -62,9 +72,8 @@ def beton_files(data: Data) -> tuple[list[Path], Path]:
         more = f" and {counted(len(named) - 1, 'more file')}" if len(named) > 1 else ""
         return files, named[0][1].with_name(f"{named[0][1].name}{more}")
     if is_remote(data):
-        names = _in_order(remote_names(data))
-        _require_complete([Path(shown(name)) for name in names])
-        return local_files(names), Path(shown(data))
+        names, path = _remote_files(data)
+        return local_files(names), path
     path = Path(data)
     if path.is_dir():
         files = _in_order(one for one in path.iterdir() if one.suffix == ".beton" and not one.name.startswith("."))
@@ -85,6 +94,12 @@ def beton_files(data: Data) -> tuple[list[Path], Path]:
             raise BetonError(f"{path}: no file is named like this")
     _require_complete(files)
     return files, path
+
+
+def _remote_files(url: str | os.PathLike) -> tuple[list[str], Path]:
+    names = _in_order(remote_names(url))
+    _require_complete([Path(shown(name)) for name in names])
+    return names, Path(shown(url))
 
 
 def _in_order(files: Iterable[_File]) -> list[_File]:

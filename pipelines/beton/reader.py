@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -17,6 +17,7 @@ from fastssl.pipelines.beton.side_file import read_side_note, side_path
 from fastssl.pipelines.beton.tables import KINDS, Row, TableFile, Tables
 from fastssl.pipelines.ops import jpeg
 from fastssl.pipelines.ops.memory import ThreadMemory
+from fastssl.utils.addresses import shown
 
 #: Bytes that are summed up at a time; photos that tell a file from another one, and bytes of each; samples that stand
 #: for all where no table is in memory.
@@ -42,6 +43,9 @@ class BetonReader:
             need. Who asks for a whole column has all tables read.
         files: that it consists of. starts: (F + 1,) int64, the first sample of each, and N.
     """
+
+    #: Not all of it fits on this machine at once.
+    streamed = False
 
     modes: np.ndarray
     heights: np.ndarray
@@ -89,7 +93,7 @@ class BetonReader:
         return getattr(self, name)
 
     def _error(self, message: str) -> BetonError:
-        return BetonError(f"{self.path}: {message}")
+        return BetonError(f"{shown(self.path)}: {message}")
 
     def __len__(self) -> int:
         return self.num_samples
@@ -150,6 +154,12 @@ class BetonReader:
     def labels_of(self, index: np.ndarray) -> np.ndarray:
         """Labels of the samples ``index``, see `take`; -1 where there are none."""
         return self.take("labels", index) if self.labelled else np.full(len(index), -1)
+
+    def require_here(self, window: int | None) -> None:
+        """``BetonError``: reading with so many files at a time (None: all) needs more room than there is."""
+
+    def hold(self, files: Sequence[int]) -> None:
+        """These files are needed now or next, in this order, others no longer: of a ``streamed`` one, what to fetch."""
 
     def some(self) -> np.ndarray:
         """Sample ids, (n,) int64 and sorted, by which the whole can be judged: all, or 65,536 of a lazy one."""
