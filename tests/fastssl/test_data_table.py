@@ -12,7 +12,8 @@ takes into the current folder::
 
 The third cell holds parts of the output, between semicolons; what is rejected, ignored or passed over must stand there.
 Every picture is blue, green or red: where a label of that name (or its wnid) comes out, the pixels are of that colour.
-A row that needs an optional package asks for it in its builder: ``pytest.importorskip("pyarrow")``.
+A row that needs an optional package asks for it in its builder: ``pytest.importorskip("pyarrow")``. What has to go on
+while the command runs (a server) is begun before a ``yield`` of the builder, and ended behind it.
 """
 
 from __future__ import annotations
@@ -22,8 +23,11 @@ import os
 import re
 import shlex
 import tarfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -311,6 +315,87 @@ def _() -> None:
     write(CLASSES | {"blue/2.jpg": CLASSES["blue/0.jpg"][:-300], "blue/3.jpg": b"", "red/2.png": b"no picture"})
 
 
+# ---- splits, and where the class stands
+
+
+@layout("train and val folders")
+def _() -> None:
+    write({f"{'val' if '1' in name else 'train'}/{name}": data for name, data in CLASSES.items()})
+
+
+@layout("train, val and test folders, of which one is wanted")
+def _() -> None:
+    write({f"{split}/{name}": data for name, data in CLASSES.items() for split in ("train", "validation", "test")})
+
+
+@layout("classes in the folders that hold the photos")
+def _() -> None:
+    write({f"{name[0]}-to-z/{name}": data for name, data in CLASSES.items()})
+
+
+@layout("classes in the names of the files")
+def _() -> None:
+    write({name.replace("/", "_0"): data for name, data in CLASSES.items()})
+
+
+@layout("a folder of photos, and a CSV of their labels")
+def _() -> None:
+    write({name.replace("/", "-"): data for name, data in CLASSES.items()})
+    lines = ["file,label", *(f"{name.replace('/', '-')},{name.split('/')[0]}" for name in CLASSES)]
+    Path("labels.csv").write_text("\n".join(lines[:-1]))
+
+
+@layout("a folder of photos, and a label a line")
+def _() -> None:
+    write({f"{n:03}.jpg": data for n, data in enumerate(CLASSES.values())})
+    Path("labels.txt").write_text("\n".join(name.split("/")[0] for name in CLASSES))
+
+
+# ---- sets of .beton files, and servers
+
+
+@layout("class folders in a bucket")
+def _() -> Iterator[None]:
+    with bucket() as system:
+        for name, data in CLASSES.items():
+            system.pipe_file(f"my-bucket/photos/{name}", data)
+        yield
+
+
+@layout("`.beton` files in a bucket, as one set")
+def _() -> Iterator[None]:
+    BUILDERS["several `.beton` files, as one set"]()
+    with bucket() as system:
+        for path in Path().glob("part-*"):
+            system.pipe_file(f"my-bucket/{path.name}", path.read_bytes())
+        yield
+
+
+@cache
+def s3() -> str:
+    """The address of an S3 on this machine, which ends with the process."""
+    server = pytest.importorskip("moto.server").ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    return "http://{}:{}".format(*server.get_host_and_port())
+
+
+@contextmanager
+def bucket() -> Iterator[Any]:
+    """The file system of an S3 that has the bucket ``my-bucket``."""
+    s3fs = pytest.importorskip("s3fs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", s3())
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            patch.setenv(name, "made-up")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        patch.setenv("NO_PROXY", "127.0.0.1")
+        s3fs.S3FileSystem.clear_instance_cache()  # those of other tests know other servers
+        system = s3fs.S3FileSystem(skip_instance_cache=True)
+        system.makedirs("my-bucket", exist_ok=True)
+        yield system
+        s3fs.S3FileSystem.clear_instance_cache()
+
+
 @layout("several `.beton` files, as one set")
 def _() -> None:
     for number, names in enumerate((("blue", "green"), ("red", "green"))):
@@ -341,10 +426,14 @@ def test_every_row_has_a_builder_and_every_builder_a_row() -> None:
 @pytest.mark.parametrize(("what", "command", "out"), rows(), ids=[what for what, _, _ in rows()])
 def test_a_row(what: str, command: str, out: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    BUILDERS[what]()
+    monkeypatch.setenv("FASTSSL_CACHE", "cache")
+    if isinstance(built := BUILDERS[what](), Iterator):
+        next(built)
     program, *arguments = shlex.split(command)
     assert program == "fastssl"
     result = CliRunner().invoke(cli, arguments)
+    if isinstance(built, Iterator):
+        assert next(built, None) is None
     said = " ".join(result.output.split())
     assert result.exit_code == 0, f"{said} {result.exception}"
     for part in out.split("; "):
