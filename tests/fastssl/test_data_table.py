@@ -18,11 +18,17 @@ while the command runs (a server) is begun before a ``yield`` of the builder, an
 
 from __future__ import annotations
 
+import bz2
+import csv
+import gzip
 import io
+import json
+import lzma
 import os
 import re
 import shlex
 import tarfile
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
@@ -215,6 +221,66 @@ def _() -> None:
             member = tarfile.TarInfo(f"{n}.jpg")
             member.size = len(CLASSES[f"red/{n}.jpg"])
             archive.addfile(member, io.BytesIO(CLASSES[f"red/{n}.jpg"]))
+
+
+# ---- other archives, tables and lists
+
+
+@layout("a zip of class folders")
+def _() -> None:
+    with zipfile.ZipFile("photos.zip", "w") as archive:
+        for name, data in CLASSES.items():
+            archive.writestr(f"photos/{name}", data)
+
+
+@layout("a compressed tar: .tar.gz, .tar.bz2, .tar.xz")
+def _() -> None:
+    for number, packed in enumerate((gzip.compress, bz2.compress, lzma.compress)):
+        some = dict(list(CLASSES.items())[number::3])
+        Path(f"photos.tar.{('gz', 'bz2', 'xz')[number]}").write_bytes(packed(tar(some)))
+
+
+@layout("WebDataset shards")
+def _() -> None:
+    webdataset = pytest.importorskip("webdataset")
+    with webdataset.ShardWriter("train-%06d.tar", maxcount=2, verbose=0) as writer:
+        for number, (name, data) in enumerate(CLASSES.items()):
+            writer.write({"__key__": f"{number:06}", "jpg": data, "json": {"label": name.split("/")[0]}})
+
+
+@layout("parquet of the Hugging Face hub, train and validation")
+def _() -> None:
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    names = ["red", "green", "blue"]  # the hub's order
+    features = {"image": {"_type": "Image"}, "label": {"names": names, "_type": "ClassLabel"}}
+    about = {"huggingface": json.dumps({"info": {"features": features}})}
+    os.mkdir("data")
+    for number, split in enumerate(("train", "validation")):
+        rows = [(data, names.index(name.split("/")[0])) for name, data in CLASSES.items() if f"{number}" in name]
+        images = [{"bytes": data, "path": None} for data, _ in rows]
+        table = arrow.table({"image": images, "label": [label for _, label in rows]})
+        parquet.write_table(table.replace_schema_metadata(about), f"data/{split}-00000-of-00001.parquet")
+
+
+@layout("a CSV of paths and labels")
+def _() -> None:
+    write({name.replace("/", "-"): data for name, data in CLASSES.items()})
+    with open("photos.csv", "w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(("path", "label"))
+        rows.writerows((f"photos/{name.replace('/', '-')}", name.split("/")[0]) for name in CLASSES)
+
+
+@layout("paths on standard input, of `find photos -name '*.jpg'`")
+def _() -> None:
+    write(CLASSES)
+    Path("paths.txt").write_text("".join(f"photos/{name}\n" for name in CLASSES))
+
+
+@layout("several folders and archives as one")
+def _() -> None:
+    write({name: data for name, data in CLASSES.items() if "0" in name}, "old")
+    tar({name: data for name, data in CLASSES.items() if "1" in name}, "new.tar")
 
 
 # ---- formats
@@ -431,7 +497,8 @@ def test_a_row(what: str, command: str, out: str, tmp_path: Path, monkeypatch: p
         next(built)
     program, *arguments = shlex.split(command)
     assert program == "fastssl"
-    result = CliRunner().invoke(cli, arguments)
+    *arguments, given = [*arguments, None] if "<" not in arguments else [*arguments[:-2], arguments[-1]]
+    result = CliRunner().invoke(cli, arguments, input=given and Path(given).read_bytes())
     if isinstance(built, Iterator):
         assert next(built, None) is None
     said = " ".join(result.output.split())
