@@ -381,42 +381,6 @@ def _() -> None:
     write(CLASSES | {"blue/2.jpg": CLASSES["blue/0.jpg"][:-300], "blue/3.jpg": b"", "red/2.png": b"no picture"})
 
 
-# ---- splits, and where the class stands
-
-
-@layout("train and val folders")
-def _() -> None:
-    write({f"{'val' if '1' in name else 'train'}/{name}": data for name, data in CLASSES.items()})
-
-
-@layout("train, val and test folders, of which one is wanted")
-def _() -> None:
-    write({f"{split}/{name}": data for name, data in CLASSES.items() for split in ("train", "validation", "test")})
-
-
-@layout("classes in the folders that hold the photos")
-def _() -> None:
-    write({f"{name[0]}-to-z/{name}": data for name, data in CLASSES.items()})
-
-
-@layout("classes in the names of the files")
-def _() -> None:
-    write({name.replace("/", "_0"): data for name, data in CLASSES.items()})
-
-
-@layout("a folder of photos, and a CSV of their labels")
-def _() -> None:
-    write({name.replace("/", "-"): data for name, data in CLASSES.items()})
-    lines = ["file,label", *(f"{name.replace('/', '-')},{name.split('/')[0]}" for name in CLASSES)]
-    Path("labels.csv").write_text("\n".join(lines[:-1]))
-
-
-@layout("a folder of photos, and a label a line")
-def _() -> None:
-    write({f"{n:03}.jpg": data for n, data in enumerate(CLASSES.values())})
-    Path("labels.txt").write_text("\n".join(name.split("/")[0] for name in CLASSES))
-
-
 # ---- sets of .beton files, and servers
 
 
