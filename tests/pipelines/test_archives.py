@@ -159,7 +159,7 @@ def test_compressed_tars(tmp_path, ending, caplog):
     (tmp_path / "scratch").mkdir()
     with (
         list_source(tmp_path / "x.tar") as plain,
-        list_source(tmp_path / f"x.{ending}", None, tmp_path / "scratch") as listing,
+        list_source(tmp_path / f"x.{ending}", scratch=tmp_path / "scratch") as listing,
     ):
         assert content(listing) == content(plain) and listing.classes == ["cat", "dog"] and listing.ignored == 1
         assert listing.fingerprint != plain.fingerprint  # by the time of change
