@@ -84,7 +84,7 @@ class UnpackedFile(io.RawIOBase):
 
 def _opened(path: Path, how: str) -> Any:
     if how != "zstd":
-        return {"gzip": gzip.open, "bzip2": bz2.open, "xz": lzma.open}[how](path)
+        return {"gzip": gzip.GzipFile, "bzip2": bz2.BZ2File, "xz": lzma.LZMAFile}[how](path)
     with suppress(ImportError):  # with Python 3.14
         from compression import zstd  # type: ignore[import-not-found]
 
