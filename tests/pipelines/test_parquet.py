@@ -218,3 +218,18 @@ def test_random_damage_to_a_table_ends(tmp_path):
         except SourceError as error:
             assert "bad.parquet" in str(error)
     assert 20 < listed < 200
+
+
+def test_tables_on_a_server(tmp_path, monkeypatch):
+    """By a pattern; the names are the server's, not the cache's."""
+    fsspec = pytest.importorskip("fsspec")
+    monkeypatch.setenv("FASTSSL_CACHE", str(tmp_path / "cache"))
+    system = fsspec.filesystem("memory")
+    for k in (2, 10):
+        path = write(tmp_path / "x.parquet", [(photo(k), 1)])
+        system.pipe(f"/hub/data/train-{k}.parquet", path.read_bytes())
+    for pattern in ("memory://hub/data/train-*.parquet", "memory://hub/data/train-{2,10}.parquet"):
+        with list_source(pattern) as listing:
+            assert content(listing) == [(f"train-{k}.parquet/0", "cat", photo(k)) for k in (2, 10)]
+    with pytest.raises(SourceError, match=r"it holds 2 \.parquet files: .* 'memory://hub/data/\*\.parquet'"):
+        list_source("memory://hub/data")
