@@ -63,7 +63,7 @@ def test_splits_are_no_classes(tmp_path, above, packed):
     assert listings["train"].classes == listings["val"].classes == ["cat", "dog"] and listings["val"].labels == [1]
     assert list_source(source, rules=ListingRules(split="validation")).names == [f"{above}val/dog/3.jpg"]
     with pytest.raises(
-        SourceError, match=r"holds train \(2 photos\) and val \(1 photo\) and test.*--split train takes"
+        SourceError, match=r"holds train \(2 photos\) and val \(1 photo\) and test.*with --split train of one"
     ):
         list_source(source)
 
@@ -241,6 +241,15 @@ def test_the_fingerprint_knows_labels(tmp_path):
         list_source(tmp_path, rules=ListingRules(labels=tmp_path / name)).fingerprint for name in ("x.csv", "y.csv")
     ]
     assert prints[0] != prints[1]
+
+
+def test_one_of_several_splits_may_be_preferred(tmp_path):
+    with list_source(grow(tmp_path, TREE), prefer="val") as listing:
+        assert listing.names == ["val/dog/3.jpg"] and listing.splits == ["train", "val", "test"]
+        holds = f"{tmp_path}: holds train (2 photos) and val (1 photo) and test (2 photos): val is taken"
+        assert listing.notes == [holds]
+    with list_source(tmp_path / "train", prefer="val") as listing:
+        assert listing.splits == [] and listing.notes == [] and listing.classes == ["cat", "dog"]
 
 
 def test_labels_are_torchvisions(tmp_path):

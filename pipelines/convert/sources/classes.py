@@ -143,7 +143,7 @@ def folder_classes(
     if loose and rules.keep_all:
         return None, f"{counted(loose, 'photo')} beside the folders {listed(names)}: all are taken, without classes"
     parents = {path[-1] for path in parts.values() if path}
-    if len(parents) > len(names):
+    if len(parents) > len(names) and not rules.keep_all:
         said = said or f"classes are the first folders ({listed(names)})"
         said += f"; --label-from parent would make {len(parents)} of the folders that hold the photos"
     return below, said

@@ -39,9 +39,9 @@ class Listing:
         sizes: (N,) int64, in bytes; -1: not known.
         rejected: (path inside the source, reason) of what looks like a photo but cannot be one.
         passed_over: how many other files there are, by kind (see `formats.kind_of`).
-        split: 'train', 'val' or 'test', where these are a part of the source; else ''. notes: lines that tell what was
-            taken for a class or split, where somebody may have meant it otherwise.
-        fingerprint: hex digest over names, sizes, times of change and labels.
+        split: 'train', 'val' or 'test', where these are a part of the source; else ''. splits: the names of all, where
+            one of several was preferred. notes: lines that tell what was taken for a class or split, where somebody may
+            have meant it otherwise.
     """
 
     source: Path
@@ -56,6 +56,7 @@ class Listing:
     notes: list[str]
     _sources: list[Source] = field(repr=False)
     _places: list[tuple[int, Any]] = field(repr=False)
+    splits: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -108,20 +109,25 @@ def list_source(
     sources: str | os.PathLike | Sequence[str | os.PathLike],
     deadline: Deadline | None = None,
     rules: ListingRules | None = None,
+    prefer: str = "",
 ) -> Listing:
-    """`list_splits` of photos that have no splits, or of the one that ``rules`` name. ``SourceError``: there are
-    several.
+    """`list_splits` of photos that have no splits, or of the one that ``rules`` name, or, of several, of ``prefer``,
+    which its notes then say. ``SourceError``: there are several.
     """
     listings = list_splits(sources, deadline, rules)
     first, *others = listings.values()
-    if others:
+    if not others:
+        return first
+    there = " and ".join(f"{name} ({counted(len(listing), 'photo')})" for name, listing in listings.items())
+    if (chosen := listings.get(prefer)) is None:
         first.close()
-        there = " and ".join(f"{name} ({counted(len(listing), 'photo')})" for name, listing in listings.items())
         raise SourceError(
-            f"{first.source}: holds {there}, a file each; --split {first.split} takes one of them, --split none "
-            "takes them as classes"
+            f"{first.source}: holds {there}; `fastssl convert-imagenet` makes a file of each, or with --split "
+            f"{first.split} of one, with --split none takes them as classes"
         )
-    return first
+    chosen.splits = list(listings)
+    chosen.notes.insert(0, f"{first.source}: holds {there}: {prefer} is taken")
+    return chosen
 
 
 def list_splits(
