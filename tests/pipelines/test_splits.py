@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -190,6 +191,18 @@ def test_photos_for_which_the_rule_finds_no_class(tmp_path):
         assert len(listing.rejected) == 3 and "--depth 3 finds no class in its path" in listing.rejected[0][1]
     with list_source(tmp_path, rules=ListingRules(label_from="t(r)ee")) as listing:
         assert set(of(listing).values()) == {"r"} and len(listing.rejected) == 2
+
+
+def test_a_rule_that_finds_no_class_at_all_is_an_error(tmp_path):
+    for rules, name in (({"depth": 9}, "--depth 9"), ({"label_from": "x(y)"}, "--label-from x(y)")):
+        with pytest.raises(SourceError, match=rf"{re.escape(name)} finds no class in any path"):
+            list_source(grow(tmp_path, NESTED), rules=ListingRules(**rules))
+
+
+def test_the_rule_is_for_each_split_and_test_may_have_no_classes(tmp_path):
+    files = tree("train/1/cat/a.jpg", "train/2/dog/b.jpg", "val/3/cat/c.jpg", "test/d.jpg")
+    found, notes = split_up(grow(tmp_path, files), label_from="parent")
+    assert [list(one.values()) for one in found.values()] == [["cat", "dog"], ["cat"], [None]] and notes == []
 
 
 @pytest.mark.parametrize(

@@ -75,6 +75,11 @@ class ListingRules:
         return None if self.label_from in (None, "parent", "top", "txt") else self.label_from
 
     @property
+    def named(self) -> str:
+        """The option that finds classes in paths, for messages."""
+        return f"--depth {self.depth}" if self.depth else f"--label-from {self.label_from}"
+
+    @property
     def by_path(self) -> bool:
         """Whether paths decide, also where the source itself knows classes."""
         return self.depth is not None or self.label_from not in (None, "txt")

@@ -96,8 +96,8 @@ class Collected:
             group = Photos(len(self.sources), [f"{prefix}{one.name}" for one in photos], photos)
             self.splits.setdefault(split, []).append(group)
         for name, reason in rejected:
-            split = next((split for split in map(split_name, name.split("/")) if split in groups), None)
-            self.rejected.append((split or "", f"{prefix}{name}", reason))
+            inside = next((split for split in map(split_name, name.split("/")) if split in groups), None)
+            self.rejected.append((inside or "", f"{prefix}{name}", reason))
         self.sources.append(source)
         self._below.append(placed or {})
 
@@ -122,12 +122,14 @@ class Collected:
                 said = group.decide(self.sources[group.source], self.rules, below, known)
                 self.notes += [f"{split}: {said}" if split else said] if said else []
                 if known and group.by_path and group.classes is not None and known.isdisjoint(group.classes):
+                    self.notes += [f"{split}: its folders are no classes of train: no labels"] * any(group.classes)
                     group.classes = None
-                    self.notes.append(f"{split}: its folders are no classes of train: no labels")
             names = {name for group in self.splits[split] for name in group.classes or ()} - {""}
             if known and (new := names - known):
                 self.notes.append(f"{split}: {counted(len(new), 'class')} that train lacks ({listed(new)})")
             known |= names
+        if self.rules.by_path and not known:
+            raise SourceError(f"{where}: {self.rules.named} finds no class in any path")
         wanted = there if self.rules.split in ("auto", "none") else [self.rules.split]
         if self.labels is not None:
             self._give_labels(self.labels, wanted)

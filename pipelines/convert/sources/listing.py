@@ -199,10 +199,8 @@ def _listing(source: Path, collected: Collected, split: str, classes: list[str])
     outside = "not inside a class folder, unlike other photos here"
     if rules.labels is not None:
         outside = f"{rules.labels.name} has no label for it"
-    elif rules.label_from or rules.depth:
-        outside = (
-            f"--{'depth' if rules.depth else 'label-from'} {rules.depth or rules.label_from} finds no class in its path"
-        )
+    elif rules.by_path:
+        outside = f"{rules.named} finds no class in its path"
     index: dict[str, int] = {name: k for k, name in enumerate(classes)}
     names, found, places, labels = list[str](), list[Found](), list[tuple[int, Any]](), list[int]()
     for group in groups:
