@@ -161,9 +161,11 @@ def list_splits(
                 collected.take(source, deadline.each(source.photos(), listed_behind), _prefix(paths, number))
             except OSError as error:
                 raise SourceError(f"{error.filename or path}: cannot read: {error.strerror or error}") from None
-        wanted = collected.choose(os.fspath(paths[0]))
+        wanted = collected.choose(shown(paths[0]))
         classes = collected.class_list()
-        listings = {split: _listing(Path(shown(paths[0])), collected, split, classes) for split in wanted}
+        listings = {
+            split: _listing(Path(shown(paths[0])), collected, split, classes, split == wanted[0]) for split in wanted
+        }
         for listing in listings.values():
             if listing.names:
                 continue
@@ -187,12 +189,11 @@ def _prefix(paths: Sequence[str | os.PathLike], number: int) -> str:
     return f"{name}/" if names.count(name) == 1 else f"{number}-{name}/"
 
 
-def _listing(source: Path, collected: Collected, split: str, classes: list[str]) -> Listing:
-    """The photos of one split, or all, as one list."""
-    groups, rules, first = collected.splits[split], collected.rules, next(iter(collected.splits))
-    # What lies in no split is listed with the first.
-    of = {one: one if one in collected.splits else first for one, _, _ in collected.rejected}
-    rejected = [(name, reason) for one, name, reason in collected.rejected if of[one] == split]
+def _listing(source: Path, collected: Collected, split: str, classes: list[str], first: bool) -> Listing:
+    """The photos of one split, or all, as one list. What lies in no split is counted with the ``first``."""
+    groups, rules, known = collected.splits[split], collected.rules, collected.splits
+    mine = {split, *({one for one, _, _ in collected.rejected} - known.keys() if first else ())}
+    rejected = [(name, reason) for one, name, reason in collected.rejected if one in mine]
     labelled = any(group.classes is not None for group in groups)
     if rules.keep_all and not all(all(group.classes or [""]) for group in groups):
         labelled = False
@@ -212,12 +213,12 @@ def _listing(source: Path, collected: Collected, split: str, classes: list[str])
             found.append(one)
             places.append((group.source, one.place))
             labels.append(index[label] if labelled else 0)
-    mine, numbers = classes if labelled else None, np.array(labels, np.int64)
-    digest = hashlib.sha256(repr(mine).encode())
+    named, numbers = classes if labelled else None, np.array(labels, np.int64)
+    digest = hashlib.sha256(repr(named).encode())
     for name, one in zip(names, found):
         digest.update(f"{name!r} {one.size} {one.stamp}\n".encode())
     digest.update(repr(rejected).encode())
     digest.update(numbers.tobytes())
-    sizes, passed_over = np.array([one.size for one in found], np.int64), dict(collected.passed_over)
+    sizes, passed_over = np.array([one.size for one in found], np.int64), dict(collected.passed_over) if first else {}
     about = (rejected, passed_over, digest.hexdigest(), split, collected.notes, collected.sources, places)
-    return Listing(source, names, numbers, mine, sizes, *about)
+    return Listing(source, names, numbers, named, sizes, *about)
