@@ -34,7 +34,7 @@ def _low_high(_: click.Context, __: click.Parameter, value: str | None) -> tuple
 
 
 @click.command("convert-imagenet", context_settings={"show_default": True})
-@click.argument("src", type=SomePath(remote=True))
+@click.argument("src", type=SomePath(remote=True), nargs=-1, required=True)
 @click.argument("dst", type=SomePath())
 @click.option(
     "--short-side", type=click.IntRange(min=1), help="Scale larger photos to it: faster, softer crops.  [default: 256]"
@@ -92,12 +92,19 @@ def _low_high(_: click.Context, __: click.Parameter, value: str | None) -> tuple
 @quiet_option
 @json_option
 def convert_imagenet(
-    src: Path, dst: Path, short_side: int | None, max_side: int | None, json_path: str | None, **options: Any
+    src: tuple[Path, ...],
+    dst: Path,
+    short_side: int | None,
+    max_side: int | None,
+    json_path: str | None,
+    **options: Any,
 ) -> None:
     """Turn the photos of SRC into one file, DST, that training reads as fast as it decodes.
 
-    SRC is a folder of class folders (SRC/cat/1.jpg), a folder of photos without labels, the ILSVRC2012 train tar, or
-    any tar that holds such a folder. JPEGs that need no change are copied byte for byte; others are turned upright,
+    SRC is a folder of class folders (SRC/cat/1.jpg), a folder of photos without labels, a tar (.tar.gz, ...) or zip
+    that holds such a folder, the ILSVRC2012 train tar, WebDataset shards, parquet files of the Hugging Face hub or a
+    folder of them, or a list of photos (.csv, .tsv, .txt; - is standard input). Several SRC, and all files of a
+    pattern in quotes, become one set. JPEGs that need no change are copied byte for byte; others are turned upright,
     scaled and re-encoded.
 
     DST is whole or absent: an existing one is replaced at the end. Beside it stand DST.json (classes, counts,
@@ -115,6 +122,8 @@ def convert_imagenet(
     fastssl convert-imagenet ILSVRC2012_img_train.tar train.beton --keep-size --workers 16
     fastssl convert-imagenet ILSVRC2012_img_val.tar val.beton --labels ILSVRC2012_devkit_t12.tar.gz --keep-size
     fastssl convert-imagenet photos/ photos.beton --shards 64
+    fastssl convert-imagenet 'shards/train-{000000..000146}.tar' train.beton
+    find . -name '*.jpg' -print0 | fastssl convert-imagenet - photos.beton
     """
     if sum([short_side is not None, max_side is not None, options["keep_size"]]) > 1:
         raise click.UsageError("give one of --short-side, --max-side, --keep-size")

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from fastssl.data.photo_source import is_source, listed_sides
+from fastssl.data.photo_source import listed_sides
 from fastssl.errors import FastSSLError, JpegError, counted
 from fastssl.pipelines.beton.dataset import open_beton
 from fastssl.pipelines.beton.format import MODE_RAW
@@ -24,7 +24,7 @@ from fastssl.pipelines.beton.verify import sample_checksums
 from fastssl.pipelines.convert.conversion import rejects_path
 from fastssl.pipelines.convert.encode import encode_photo
 from fastssl.pipelines.convert.options import ConvertOptions
-from fastssl.pipelines.convert.sources import Listing, list_splits
+from fastssl.pipelines.convert.sources import Listing, is_source, list_splits
 from fastssl.utils.addresses import shown
 from fastssl.utils.cores import available_cores
 from fastssl.utils.deadline import Deadline

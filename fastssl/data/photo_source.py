@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import io
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -26,22 +27,19 @@ from fastssl._version import __version__
 from fastssl.errors import FastSSLError, counted, printable
 from fastssl.pipelines.beton.dataset import open_beton
 from fastssl.pipelines.beton.reader import BetonReader
-from fastssl.pipelines.beton.remote_set import is_beton_address
 from fastssl.pipelines.beton.side_file import side_path
 from fastssl.pipelines.convert.conversion import convert, rejects_path, whole_side_file
-from fastssl.pipelines.convert.formats import is_photo_name, pillow_formats, remedies
+from fastssl.pipelines.convert.formats import pillow_formats, remedies
 from fastssl.pipelines.convert.options import ConvertOptions, chosen_photos
-from fastssl.pipelines.convert.sources import Listing, ListingRules, list_source
+from fastssl.pipelines.convert.sources import SOURCE_ENDINGS, Listing, ListingRules, is_source, list_source
+from fastssl.pipelines.convert.sources.patterns import has_pattern
 from fastssl.pipelines.convert.splits import split_path
-from fastssl.utils.addresses import address, is_remote, shown
+from fastssl.utils.addresses import is_remote, shown
 from fastssl.utils.deadline import Deadline
 from fastssl.utils.remote_cache import default_cache_dir
 
 if TYPE_CHECKING:
     from fastssl.config.recipe import Recipe
-
-#: Endings of tars; of compressed ones, too, as the converter says what to do with those.
-_TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 
 @dataclass(frozen=True)
@@ -67,25 +65,10 @@ class Source:
     notes: Sequence[str] = ()
 
 
-def is_source(path: str | os.PathLike) -> bool:
-    """Whether this is a folder or a tar, which has to be converted first; not a folder of ``.beton`` files alone."""
-    if (url := address(path)) is not None:
-        return not is_beton_address(url)
-    path = Path(path)
-    if path.is_dir():
-        seen = [one for one in os.scandir(path) if not one.name.startswith(".")]
-        photos = any(one.is_dir() or is_photo_name(one.name) for one in seen)
-        return photos or not any(one.name.endswith(".beton") for one in seen)
-    if path.suffix == ".beton" or not path.is_file():
-        return False
-    with path.open("rb") as file:
-        return path.name.lower().endswith(_TARS) or file.read(262)[257:] == b"ustar"
-
-
 def look_at(path: str | os.PathLike, split: str = "train") -> Source:
-    """Number and size of the photos at ``path``; a folder or tar is listed, and the headers of some photos are read. Of
-    several splits ``split`` is looked at; what is learned from (train) takes all photos, also those that have no class.
-    Raises FastSSLError where it is neither folder, tar nor what `open_beton` takes, or has no photos.
+    """Number and size of the photos at ``path``; a folder, an archive, ... is listed, and the headers of some photos
+    are read. Of several splits ``split`` is looked at; what is learned from (train) takes all photos, also those that
+    have no class. Raises FastSSLError where it is neither that nor what `open_beton` takes, or has no photos.
     """
     path = Path(path)
     if not is_source(path):
@@ -94,7 +77,7 @@ def look_at(path: str | os.PathLike, split: str = "train") -> Source:
             return Source(path, len(reader), short, shortened=_shortened(reader))
     deadline = Deadline(path)
     rules = ListingRules(keep_all=split == "train")
-    with list_source(path, deadline, rules, split) as listing:
+    with list_source(path, deadline, rules, prefer=split) as listing:
         sides = listed_sides(listing, deadline, 64)
         rules = replace(rules, split=split if listing.splits else "auto")
         about = (median(sides) if sides else None, listing.fingerprint, False, rules, listing.splits, listing.notes)
@@ -209,9 +192,12 @@ def as_beton(
 
 def _places(path: Path, options: ConvertOptions, split: str) -> tuple[Path, Path]:
     """``photos/`` or ``photos.tar`` -> ``photos.beton`` in the same folder, of a split ``photos-train.beton``; and in
-    the user's cache folder, one name for each place and way of converting.
+    the user's cache folder, one name for each place and way of converting. What stands for several files in a pattern
+    becomes ``_``.
     """
-    name = next((path.name[: -len(ending)] for ending in _TARS if path.name.lower().endswith(ending)), path.name)
+    endings = [len(ending) for ending in SOURCE_ENDINGS if path.name.lower().endswith(ending)]
+    name = path.name[: -max(endings)] if endings else path.name
+    name = re.sub(r"\{[^{}]*\}|\[[^][]*\]|[][{}*?]", "_", name) if has_pattern(path) else name
     key = hashlib.sha256(f"{path} {options.deciding()}".encode("utf-8", "surrogateescape")).hexdigest()[:12]
     beside = path.parent / f"{name or 'photos'}.beton"
     beside = split_path(beside, split) if split else beside

@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 
-from fastssl.data.photo_source import is_source
 from fastssl.distributed.collectives import world_size
 from fastssl.distributed.world import first_of_host_speaks
 from fastssl.errors import FastSSLError, counted
@@ -28,7 +27,7 @@ from fastssl.pipelines.beton.reader import BetonReader
 from fastssl.pipelines.beton.side_file import read_side_file
 from fastssl.pipelines.convert.conversion import convert, rejects_path
 from fastssl.pipelines.convert.options import ConvertOptions, chosen_photos
-from fastssl.pipelines.convert.sources import list_source
+from fastssl.pipelines.convert.sources import SOURCE_ENDINGS, is_source, list_source
 from fastssl.utils.addresses import shown
 
 
@@ -312,7 +311,10 @@ def _by_position(path: str | Path, listed: list[ListedPhoto], reader: BetonReade
         raise ProbeError(f"{path}: a list of file names, which {reader.path} does not hold; {advice}")
     side = (read_side_file(reader.path) if listed[0].name is not None else None) or {}
     for reason, why in (
-        (str(side.get("source", "")).lower().endswith(".tar"), "was made from a tar, whose order is its own"),
+        (
+            str(side.get("source", "")).lower().endswith(SOURCE_ENDINGS),
+            "was made from an archive, a table or a list, whose order is its own",
+        ),
         (side.get("rejected"), f"lacks {counted(side.get('rejected') or 0, 'rejected photo')}"),
         ((side.get("options") or {}).get("limit"), "holds a part of its source's photos (--limit)"),
     ):
@@ -365,7 +367,8 @@ def stored_names(reader: BetonReader, photos: str | Path) -> list[str]:
         same = listing.classes is not None and np.array_equal(listing.labels[chosen], require_labels(reader))
         # Photos that went in as they were still have their size.
         if same and side.get("copied") == len(reader):
-            same = np.array_equal(listing.sizes[chosen], reader.sizes)
+            sizes = listing.sizes[chosen]
+            same = bool(((sizes == reader.sizes) | (sizes < 0)).all())  # -1: of a table's photos, not known
         if not same:
             raise ProbeError(
                 f"{photos}: not the photos that {reader.path} was converted from ({len(chosen):,} here, "

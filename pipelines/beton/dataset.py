@@ -17,17 +17,17 @@ import numpy as np
 
 from fastssl.errors import BetonError, counted
 from fastssl.pipelines.beton.open_file import open_files
-from fastssl.pipelines.beton.reader import BetonReader, Row
+from fastssl.pipelines.beton.reader import BetonReader
 from fastssl.pipelines.beton.remote_set import local_files, remote_names
-from fastssl.pipelines.beton.tables import Tables
+from fastssl.pipelines.beton.tables import Row, Tables
 from fastssl.pipelines.ops.memory import ThreadMemory
 from fastssl.utils.addresses import is_remote, shown
 
 #: Samples above which a set keeps no tables: they take 33 bytes a sample, in every process.
 LAZY_ABOVE = 1 << 24
-#: Files that are asked at once when a set is opened; records of each that tell a set from another one; records that are
-#: remembered, those of some batches.
-_AT_ONCE, _RECORDS, _REMEMBERED = 16, 4, 1 << 16
+#: Files that are asked at once when a set is opened; records of each that tell a set from another one; records that a
+#: disk is asked for at once; that are remembered, those of some batches.
+_AT_ONCE, _RECORDS, _AHEAD, _REMEMBERED = 16, 4, 64, 1 << 16
 _OF = re.compile(r"(.*?)(\d+)-of-(\d+)(\D*)")
 #: Words in the names of files that are not of one set.
 _SPLITS = re.compile(r"(?<![a-z])(train|val|valid|validation|test)(?![a-z])")
@@ -228,42 +228,36 @@ class BetonSet(BetonReader):
             if part.labels is not None:
                 part.labels[:] = self._set_labels(k, part.labels, np.arange(high - low))
 
-    def _owner(self, i: int) -> tuple[BetonReader, int]:
+    def _place(self, i: int) -> tuple[int, int]:
+        """The file of sample ``i``, and its number there."""
         super()._owner(i)
         k = bisect_right(self._starts, i) - 1
-        return self._reader(k), i - self._starts[k]
+        return k, i - self._starts[k]
+
+    def _owner(self, i: int) -> tuple[BetonReader, int]:
+        k, own = self._place(i)
+        return self._reader(k), own
 
     def _row(self, i: int) -> Row:
         return (self._recent.get(i) or self._rows(np.array([i]))[0]) if self.lazy else super()._row(i)
 
     def _rows(self, index: np.ndarray) -> list[Row]:
         # Who draws the views asks for the shapes, and so does the engine, twice: they are remembered for a while.
-        wanted, known = np.asarray(index, np.int64).tolist(), self._recent
-        new = np.array(sorted({i for i in wanted if i not in known}), np.int64)
-        if len(new):
-            super()._owner(int(new[0])), super()._owner(int(new[-1]))
-            if len(known) > _REMEMBERED:  # another thread may hold the old one
-                known = self._recent = {i: known[i] for i in wanted if i in known}
-            owners = np.searchsorted(self.starts, new, "right") - 1
-            parts = np.split(new, np.flatnonzero(np.diff(owners)) + 1)
-            groups = [parts[n::_AT_ONCE] for n in range(min(_AT_ONCE, len(parts)))]
-
-            def read(some: list[np.ndarray]) -> dict[int, Row]:
-                return {i: row for part in some for i, row in zip(part.tolist(), self._rows_of_one(part))}
-
-            # One file's are read here: who asks may be a thread of the pool.
-            for found in map(read, groups) if len(groups) == 1 else self._pool.map(read, groups):
-                known.update(found)
+        wanted, known = np.asarray(index).tolist(), self._recent
+        if len(known) > _REMEMBERED:  # another thread may hold the old one
+            known = self._recent = {i: known[i] for i in wanted if i in known}
+        new = sorted({i for i in wanted if i not in known})
+        for some in (new[low : low + _AHEAD] for low in range(0, len(new), _AHEAD)):
+            places = [(i, *self._place(i)) for i in some]
+            for _, k, own in places:
+                self._reader(k)._file.expect(own)
+            for i, k, own in places:
+                row = self._reader(k)._file.row(own)
+                if self._maps is not None:
+                    (label,) = self._set_labels(k, np.array([row.label]), np.array([own])).tolist()
+                    row = row._replace(label=label)
+                known[i] = row
         return [known[i] for i in wanted]
-
-    def _rows_of_one(self, index: np.ndarray) -> list[Row]:
-        """Of samples of one file."""
-        reader, first = self._owner(int(index[0]))
-        own = index - index[0] + first
-        rows = reader._rows(own)
-        k = bisect_right(self._starts, int(index[0])) - 1
-        labels = self._set_labels(k, np.array([row.label for row in rows]), own)
-        return [row._replace(label=label) for row, label in zip(rows, labels.tolist())]
 
     @property
     def classes(self) -> list[str] | None:

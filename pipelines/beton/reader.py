@@ -6,7 +6,7 @@ import os
 import warnings
 import zlib
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -14,7 +14,7 @@ from fastssl.errors import BetonError, JpegError, counted
 from fastssl.pipelines.beton.format import MODE_RAW
 from fastssl.pipelines.beton.open_file import OpenFile
 from fastssl.pipelines.beton.side_file import read_side_note, side_path
-from fastssl.pipelines.beton.tables import KINDS, TableFile, Tables
+from fastssl.pipelines.beton.tables import KINDS, Row, TableFile, Tables
 from fastssl.pipelines.ops import jpeg
 from fastssl.pipelines.ops.memory import ThreadMemory
 
@@ -22,17 +22,6 @@ from fastssl.pipelines.ops.memory import ThreadMemory
 #: for all where no table is in memory.
 _PART, _LOOKED_AT, _LOOK, _SOME = 16 << 20, 64, 4096, 1 << 16
 _Found = TypeVar("_Found")
-
-
-class Row(NamedTuple):
-    """What the tables say of one sample: see `Tables`. ``label``: -1 where there is none."""
-
-    height: int
-    width: int
-    mode: int
-    offset: int
-    size: int
-    label: int
 
 
 class BetonReader:
@@ -165,14 +154,11 @@ class BetonReader:
         return np.arange(count, dtype=np.int64) * self.num_samples // count
 
     def _rows(self, index: np.ndarray) -> list[Row]:
-        found = self._file.read_some(np.asarray(index, np.int64))
-        labels = np.full(len(found.modes), -1) if found.labels is None else found.labels
-        columns = found.heights, found.widths, found.modes, found.offsets, found.sizes, labels
-        return list(map(Row, *(column.tolist() for column in columns)))
+        return [self._file.row(i) for i in np.asarray(index).tolist()]
 
     def _row(self, i: int) -> Row:
         if self.lazy:
-            return self._rows(np.array([i]))[0]
+            return self._file.row(i)
         columns = self.heights, self.widths, self.modes, self.offsets, self.sizes
         return Row(*(int(column[i]) for column in columns), -1)
 

@@ -86,7 +86,7 @@ def convert(
     require_target(dst, sources)
     started = time.monotonic()
     deadline = Deadline(sources[0], options.stall_minutes, "read or written")
-    listed = nullcontext(src) if isinstance(src, Listing) else list_source(sources, deadline, rules)
+    listed = nullcontext(src) if isinstance(src, Listing) else list_source(sources, deadline, rules, dst.parent)
     with warnings.catch_warnings(), listed as listing, reserve(dst) as unfinished:
         # Pillow warns about odd metadata, which does not concern the pixels, in the middle of the progress bar.
         warnings.filterwarnings("ignore", module=r"PIL\.")

@@ -58,7 +58,8 @@ def convert_shards(
             progress(before + now, total)
 
     deadline = Deadline(sources[0], options.stall_minutes)
-    with nullcontext(src) if isinstance(src, Listing) else list_source(sources, deadline) as listing:
+    listed = nullcontext(src) if isinstance(src, Listing) else list_source(sources, deadline, scratch=Path(dst).parent)
+    with listed as listing:
         photos = chosen_photos(len(listing), options.limit)
         if (few := len(photos)) < count:
             raise ConvertError(f"{listing.source}: {counted(few, 'photo')} for {count} files; make {few} at most")
@@ -69,10 +70,10 @@ def convert_shards(
             before += len(photos[part.dealt])
             told(0, total)
     if only is not None:  # others may be of another host, whose photos were not these
-        for other in (shard_path(dst, k, count) for k in range(count)):
-            if other.is_file() and not _made_so(whole_side_file(other), listing, options):
-                again = f"was not made of the same photos in the same way as {path.name}: convert it again"
-                warnings.warn(f"{other}: {again}", stacklevel=2)
+        others = [other for k in range(count) if (other := shard_path(dst, k, count)).is_file()]
+        if strange := [other for other in others if not _made_so(whole_side_file(other), listing, options)]:
+            many = f"{counted(len(strange), 'file')} made of other photos, or in another way, than {path.name}"
+            warnings.warn(f"{strange[0]}: {many}; convert again what is out of date", stacklevel=2)
     sums: dict[str, Any] = {name: sum(getattr(one, name) for one in done) for name in _SUMMED}
     sums["deep"] = dict(sum((Counter(one.deep) for one in done), Counter()))
     sums |= {"files": [*parts], "passed_over": listing.passed_over, "seconds": time.monotonic() - started}

@@ -36,7 +36,7 @@ def convert_splits(
     """
     options, sources, mark = options or ConvertOptions(), as_sources(src), time.monotonic()
     require_target(Path(dst), sources)
-    listings = list_splits(sources, Deadline(sources[0], options.stall_minutes), rules)
+    listings = list_splits(sources, Deadline(sources[0], options.stall_minutes), rules, Path(dst).parent)
     with next(iter(listings.values())):  # they share their sources
         several, part = len(listings) > 1, slice(shards and shards[0], None, shards[1] if shards else 1)
         paths = [split_path(dst, split) if several else Path(dst) for split in listings]

@@ -45,7 +45,9 @@ def tidied(data: bytes) -> bytes | None:
     in the header of a sequential scan (Samsung's phones wrote 0, 0, 0), JFIF 1.1, a transform that Adobe knew, no stray
     bytes. None: there are no pixels, or it is no JPEG that decoders know.
     """
-    parts, sequential = [b"\xff\xd8"], False
+    if not data.startswith(b"\xff\xd8"):
+        return None
+    parts, sequential = [data[:2]], False
     for marker, start, end in segments(data):
         body = data[start:end]
         if marker == 0xE0 and len(body) >= 14 and body.startswith(b"JFIF\0"):

@@ -31,6 +31,8 @@ import pytest
 from click.testing import CliRunner
 from conftest import make_photo
 from PIL import Image
+from profiles import ADOBE, with_primaries
+from untidy import untidy
 
 from fastssl.cli import cli
 from fastssl.pipelines.beton.reader import BetonReader
@@ -257,6 +259,53 @@ def _() -> None:
 @layout("endings that do not fit the contents")
 def _() -> None:
     write({"0.jpg": coded(BLUE, "PNG"), "1.png": coded(BLUE), "2.jpeg": coded(BLUE, "WEBP")})
+
+
+@layout("HEIC of phones (`pip install pillow-heif`)")
+def _() -> None:
+    pytest.importorskip("pillow_heif")
+    write({f"{colour}/0.HEIC": coded(picture(colour), "HEIF") for colour in COLOURS})
+
+
+@layout("AVIF, JPEG 2000")
+def _() -> None:
+    write({f"{colour}/0.{form}": picture(colour) for colour, form in zip(COLOURS, ("avif", "jp2", "j2k"))})
+
+
+@layout("animations, TIFFs of several pages")
+def _() -> None:
+    frames = {"save_all": True, "append_images": [picture("red")]}
+    forms = enumerate(("gif", "webp", "tiff"))
+    write({f"blue/{n}.{form}": coded(picture("blue"), form, **frames) for n, form in forms})
+
+
+@layout("PNG, TIFF and PGM of 16 bits that hold 12")
+def _() -> None:
+    grey = Image.fromarray(np.arange(4096, dtype=np.uint16).reshape(64, 64))
+    pgm = b"P5 64 64 65535\n" + np.asarray(grey).astype(">u2").tobytes()
+    write({"a.png": grey, "b.tiff": grey, "c.pgm": pgm})
+
+
+@layout("TIFF of 32 bits, floats")
+def _() -> None:
+    values = np.arange(4096).reshape(64, 64) / 16
+    write({"a.tiff": Image.fromarray(values.astype(np.int32)), "b.tiff": Image.fromarray(values.astype(np.float32))})
+
+
+@layout("JPEGs with headers that decoders complain of, Samsung's among them")
+def _() -> None:
+    write({f"{colour}/0.jpg": next(iter(untidy(coded(picture(colour))).values())) for colour in COLOURS})
+
+
+@layout("photos with another colour profile than sRGB")
+def _() -> None:
+    data = with_primaries(ADOBE)
+    write({f"{colour}/0.jpg": coded(picture(colour), icc_profile=data) for colour in COLOURS})
+
+
+@layout("raw photos and films among the photos")
+def _() -> None:
+    write(CLASSES | {"blue/2.nef": b"II", "blue/3.mp4": b"ftyp"})
 
 
 @layout("damaged and empty files among the photos")

@@ -221,7 +221,7 @@ def test_where_positions_are_not_those_of_the_folder(photos: Path, tmp_path: Pat
     for source, options, reason, sample in (
         (broken, AS_IS, "lacks 1 rejected photo", 5),
         (photos, ConvertOptions(keep_size=True, short_side=None, limit=4), r"holds a part of its source's photos", 3),
-        (archive, AS_IS, "made from a tar, whose order is its own", 1),
+        (archive, AS_IS, "was made from an archive, a table or a list", 1),
     ):
         path = tmp_path / f"{source.stem}.beton"
         convert(source, path, options)

@@ -278,6 +278,39 @@ def test_a_hostile_record_is_the_same_error(shards: Path, change: dict[str, int]
         assert np.array_equal(many.decode(6 + 8), BetonReader(shards.parent / "whole.beton").decode(14))
 
 
+def test_rows_by_themselves_equal_whole_tables(shards: Path) -> None:
+    """Whatever is written over the tables: a row is what the whole tables say, or an error where they are one."""
+    source = shards / "train-00002-of-00004.beton"
+    content, outcomes = source.read_bytes(), {True: 0, False: 0}
+    with BetonReader(source) as reader:
+        file, count = reader._file, len(reader)
+        places = [*range(file._metadata_at, file.metadata_end), *range(file.table_at, reader.num_bytes)]
+    path = shards.parent / "changed.beton"
+    for seed in range(300):
+        rng, changed = np.random.default_rng(seed), bytearray(content)
+        for place in rng.choice(places, rng.integers(1, 3)):
+            changed[place] ^= 1 << rng.integers(8)
+        path.write_bytes(changed)
+        with BetonReader(path, lazy=True) as lazy:
+            found = []
+            for i in range(count):
+                try:
+                    found.append(lazy._file.row(i))
+                except BetonError as error:
+                    found.append(re.sub(r" \(and .*\)", "", str(error)))
+        wrong = {row for row in found if isinstance(row, str)}
+        try:
+            with BetonReader(path) as whole:
+                names = ("heights", "widths", "modes", "offsets", "sizes", "labels")
+                rows = zip(*(getattr(whole, name).tolist() for name in names))
+                assert [tuple(row) for row in found] == list(rows)
+        except BetonError as error:
+            said = re.sub(r" \(and .*\)", "", str(error))
+            assert said in wrong or "knows more samples" in said, (seed, said, wrong)
+        outcomes[not wrong] += 1
+    assert min(outcomes.values()) > 20  # a label or a side may be any; most else is an error
+
+
 def test_a_table_that_is_out_of_order(shards: Path) -> None:
     """As FFCV's workers write it."""
     for path in shards.iterdir():

@@ -695,7 +695,7 @@ def test_what_scaling_down_costs_is_said_where_nobody_asked_for_it(folder, tmp_p
     [
         (["nowhere", "out.beton"], 1, "nowhere: cannot read"),
         (["photos", "no/out.beton"], 1, "no such folder"),
-        (["photos/mixed/readme.txt", "out.beton"], 1, "not a tar file"),
+        (["photos/mixed/readme.txt", "out.beton"], 1, "no photos found"),
         (["photos", "out.beton", "--on-bad", "fail"], 1, "b00.png"),
         (["photos", "out.beton", "--keep-size", "--max-side", "9"], 2, "give one of"),
         (["photos", "out.beton", "--quality", "0"], 2, "0"),

@@ -241,7 +241,11 @@ def test_what_lacks_data_is_not_repaired(options):
             assert jpeg.repaired(bad[:20] + lead + bad[20:]) is None
             with pytest.raises(JpegError):
                 jpeg.decode(bad[:20] + lead + bad[20:])
-    assert jpeg.repaired(b"") is None and jpeg.repaired(b"\xff\xd8\xff\xda") is None
+    assert (
+        jpeg.repaired(b"\0" + data[1:]) is None
+        and jpeg.repaired(b"") is None
+        and jpeg.repaired(b"\xff\xd8\xff\xda") is None
+    )
 
 
 def test_repairing_is_bounded(monkeypatch):

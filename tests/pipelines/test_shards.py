@@ -123,7 +123,18 @@ def test_what_is_finished_stays_and_what_was_stopped_goes_on(
     assert convert_shards(photos, dst, 4, ConvertOptions(resume=False)).resumed == 0
 
 
-@pytest.mark.parametrize("harm", ["cut", "swapped", "no side file", "other options", "other photos"])
+def test_a_journal_of_another_part_is_not_gone_on_with(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("fastssl.pipelines.convert.conversion.CHECKPOINT_SECONDS", 0.0)
+    one, other = (ConvertOptions(limit=22, part=(k, 2)) for k in range(2))
+    with pytest.raises(KeyboardInterrupt):
+        convert(photos, tmp_path / "x.beton", one, stop_after(1))
+    assert convert(photos, tmp_path / "x.beton", other).resumed == 0
+    assert "starting again" in caplog.text
+
+
+@pytest.mark.parametrize("harm", ["cut", "swapped", "renamed", "no side file", "other options", "other photos"])
 def test_a_file_that_is_not_what_would_be_made_is_made_again(
     photos: Path, whole: Path, tmp_path: Path, harm: str
 ) -> None:
@@ -132,8 +143,10 @@ def test_a_file_that_is_not_what_would_be_made_is_made_again(
     convert_shards(photos, dst, 4, ConvertOptions(quality=50) if harm == "other options" else options)
     if harm == "cut":
         os.truncate(first, first.stat().st_size - 24)
-    elif harm == "swapped":
+    elif harm in ("swapped", "renamed"):
         first.write_bytes(shard_path(dst, 1, 4).read_bytes())
+        if harm == "renamed":
+            first.with_name(first.name + ".json").write_bytes((tmp_path / "set-00001-of-00004.beton.json").read_bytes())
     elif harm == "no side file":
         first.with_name(first.name + ".json").unlink()
     elif harm == "other photos":
@@ -146,7 +159,11 @@ def test_a_file_that_is_not_what_would_be_made_is_made_again(
 def test_a_file_of_other_photos_beside_it_is_told(photos: Path, tmp_path: Path) -> None:
     dst = tmp_path / "set.beton"
     convert_shards(photos, dst, 4, ConvertOptions(limit=20), only=1)
-    with pytest.warns(UserWarning, match=r"set-00001-of-00004\.beton: .* as set-00003-of-00004\.beton: convert it ag"):
+    with pytest.warns(UserWarning, match=r"set-00001-of-00004\.beton: 1 file made .* than set-00003-of-00004\.beton;"):
+        convert_shards(photos, dst, 4, only=3)
+    with pytest.warns(UserWarning, match=r"set-00003"):
+        convert_shards(photos, dst, 4, ConvertOptions(limit=20), only=2)
+    with pytest.warns(UserWarning, match=r"set-00001-of-00004\.beton: 2 files made of other"):
         convert_shards(photos, dst, 4, only=3)
 
 

@@ -47,14 +47,16 @@ class Source(ABC):
     """Photos in a folder, an archive, a table or a list.
 
     Attributes:
-        name: as messages and the side file call it. classes: names of numbered labels, where the source has them.
+        name: as messages and the side file call it. classes: names of all classes in an order of their own, where the
+            source has them; numbered labels count in it.
         sorts: photos come in no order of their own, and are sorted by the parts of their paths.
-        strips: the folders that all photos share name no class.
+        strips: the folders that all photos share name no class. in_folders: the others may.
     """
 
     classes: list[str] | None = None
     sorts = False
     strips = True
+    in_folders = True
 
     def __init__(self, name: str | os.PathLike):
         self.name = os.fspath(name)

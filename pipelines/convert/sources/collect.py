@@ -44,6 +44,8 @@ class Photos:
             classes = [_class_name(source, one.label) for one in self.found]
             self.classes = classes if any(classes) else None
             return ""
+        if not source.in_folders:
+            return ""
         self.by_path = True
         if rules.pattern is not None:
             matches = [re.search(rules.pattern, one.name) for one in self.found]

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-import stat
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -20,12 +20,9 @@ from fastssl.pipelines.convert.formats import remedies
 from fastssl.pipelines.convert.sources.base import MAX_FILE_BYTES, Found, Source, SourceError, listed_behind
 from fastssl.pipelines.convert.sources.classes import ListingRules
 from fastssl.pipelines.convert.sources.collect import Collected
-from fastssl.pipelines.convert.sources.folder import FolderSource
-from fastssl.pipelines.convert.sources.remote import RemoteFolder, is_remote_folder
-from fastssl.pipelines.convert.sources.tar import TarSource
-from fastssl.utils.addresses import address, shown
+from fastssl.pipelines.convert.sources.kinds import expected, files_of, open_source
+from fastssl.utils.addresses import shown
 from fastssl.utils.deadline import Deadline
-from fastssl.utils.remote_cache import local_copy
 
 
 @dataclass
@@ -88,33 +85,17 @@ class Listing:
         return self._sources[number].read(place, size)
 
 
-def open_source(path: str | os.PathLike) -> Source:
-    """The source at ``path``, by what it is. ``SourceError``: of no kind that we read; ``OSError`` as usual."""
-    if (url := address(path)) is not None:
-        if is_remote_folder(url):
-            return RemoteFolder(url)
-        source = open_source(local_copy(url))
-        source.name = shown(url)
-        return source
-    path = Path(path)
-    mode = os.stat(path).st_mode
-    if stat.S_ISDIR(mode):
-        return FolderSource(path)
-    if stat.S_ISREG(mode):
-        return TarSource(path)
-    raise SourceError(f"{path}: neither a folder nor a tar file")
-
-
 def list_source(
     sources: str | os.PathLike | Sequence[str | os.PathLike],
     deadline: Deadline | None = None,
     rules: ListingRules | None = None,
+    scratch: str | os.PathLike | None = None,
     prefer: str = "",
 ) -> Listing:
     """`list_splits` of photos that have no splits, or of the one that ``rules`` name, or, of several, of ``prefer``,
     which its notes then say. ``SourceError``: there are several.
     """
-    listings = list_splits(sources, deadline, rules)
+    listings = list_splits(sources, deadline, rules, scratch)
     first, *others = listings.values()
     if not others:
         return first
@@ -134,8 +115,10 @@ def list_splits(
     sources: str | os.PathLike | Sequence[str | os.PathLike],
     deadline: Deadline | None = None,
     rules: ListingRules | None = None,
+    scratch: str | os.PathLike | None = None,
 ) -> dict[str, Listing]:
-    """List the photos of a folder, a tar, ..., or of several of them as one, by split (see `classes.find_splits`):
+    """List the photos of a folder, a tar, ... (see `kinds.open_source`), of several of them or of all that a pattern
+    stands for (``train-{000..146}.tar``, ``data/*.parquet``) as one, by split (see `classes.find_splits`):
     {"train": ..., "val": ...}; {"": ...} where there are none. They share their sources: closing one closes all. Those
     with labels have one class list.
 
@@ -143,28 +126,28 @@ def list_splits(
     directly inside, there are no labels. Tar: a tar of tars takes each inner tar's name as the class; a plain tar is
     read as a folder would be, and without labels when all photos lie in one folder. Symbolic links are followed in
     folders, never in tars. Hidden files and folders (``.x``, macOS' ``._x``) are passed over. ``deadline``: with which
-    a hundred files are waited for.
+    a hundred files are waited for. ``scratch``: where a compressed tar is uncompressed, unless TMPDIR says it.
 
     Raises:
         SourceError: missing, of no kind that we read, damaged, without a single photo, or without the wanted split.
         LabelError: a file of labels or classes that cannot be read, or does not belong to the photos.
         Stalled: the disk or network file system did not answer.
     """
-    paths = [sources] if isinstance(sources, (str, os.PathLike)) else list(sources)
-    deadline = deadline or Deadline(paths[0])
-    collected = Collected(rules or ListingRules())
+    given = [sources] if isinstance(sources, (str, os.PathLike)) else list(sources)
+    deadline, rules, parts = deadline or Deadline(given[0]), rules or ListingRules(), files_of(given)
+    collected = Collected(rules)
     with ExitStack() as opened:
-        for number, path in enumerate(paths):
+        for files, prefix in zip(parts, _prefixes(parts)):
             try:
-                source = open_source(path)
+                source = open_source(files, rules.label_from, scratch)
                 opened.callback(source.close)
-                collected.take(source, deadline.each(source.photos(), listed_behind), _prefix(paths, number))
+                collected.take(source, deadline.each(source.photos(), listed_behind), prefix)
             except OSError as error:
-                raise SourceError(f"{error.filename or path}: cannot read: {error.strerror or error}") from None
-        wanted = collected.choose(shown(paths[0]))
+                raise SourceError(f"{error.filename or files[0]}: cannot read: {error.strerror or error}") from None
+        wanted = collected.choose(shown(given[0]))
         classes = collected.class_list()
         listings = {
-            split: _listing(Path(shown(paths[0])), collected, split, classes, split == wanted[0]) for split in wanted
+            split: _listing(Path(shown(given[0])), collected, split, classes, split == wanted[0]) for split in wanted
         }
         for listing in listings.values():
             if listing.names:
@@ -174,19 +157,19 @@ def list_splits(
                 others += (
                     f"; {len(listing.rejected)} rejected, first {listing.rejected[0][0]}: {listing.rejected[0][1]}"
                 )
-            expected = f"{paths[0]}/CLASS/photo.jpg, {paths[0]}/photo.jpg, or a tar"
-            raise SourceError(f"{paths[0]}: no photos found ({others}); expected {expected}")
+            raise SourceError(f"{given[0]}: no photos found ({others}); {expected(given[0], listing.passed_over)}")
         opened.pop_all()
     return listings
 
 
-def _prefix(paths: Sequence[str | os.PathLike], number: int) -> str:
-    """What stands before the names of one source of several, so that no two photos have one name."""
-    if len(paths) == 1:
-        return ""
-    names = [os.path.basename(os.path.normpath(path)) for path in paths]
-    name = names[number]
-    return f"{name}/" if names.count(name) == 1 else f"{number}-{name}/"
+def _prefixes(parts: Sequence[Sequence[str]]) -> list[str]:
+    """What stands before the names of each source of several, so that no two photos have one name."""
+    if len(parts) == 1:
+        return [""]
+    # Tables that are one source have the names of their files in their photos' names.
+    names = [os.path.basename(os.path.normpath(files[0] if len(files) == 1 else "tables")) for files in parts]
+    count = Counter(names)
+    return [f"{name}/" if count[name] == 1 else f"{number}-{name}/" for number, name in enumerate(names)]
 
 
 def _listing(source: Path, collected: Collected, split: str, classes: list[str], first: bool) -> Listing:
@@ -207,7 +190,9 @@ def _listing(source: Path, collected: Collected, split: str, classes: list[str],
     for group in groups:
         for name, one, label in zip(group.names, group.found, group.classes or [""] * len(group.names)):
             if labelled and not label:
-                rejected.append((name, outside))
+                rejected.append(
+                    (name, outside if group.by_path or rules.labels else "no label, unlike other photos here")
+                )
                 continue
             names.append(name)
             found.append(one)

@@ -1,7 +1,7 @@
-"""Tars: of photos, with or without class folders, and the ILSVRC2012 tar of class tars.
+"""Tars: of photos, with or without class folders, WebDataset's, and the ILSVRC2012 tar of class tars.
 
 They are never extracted: a listing remembers where each member's bytes lie, so that any thread can read them with one
-``pread``. Member names are only ever data.
+``pread``; of a compressed one, in a temporary file. Member names are only ever data.
 """
 
 from __future__ import annotations
@@ -9,39 +9,54 @@ from __future__ import annotations
 import errno
 import io
 import os
+import sys
 import tarfile
 from collections.abc import Collection, Generator, Iterator
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeAlias
 
 from fastssl.pipelines.convert.formats import is_photo_name
 from fastssl.pipelines.convert.sources.base import Found, Passed, Source, SourceError, is_hidden
+from fastssl.pipelines.convert.sources.unpacked import UnpackedFile, compression
+from fastssl.pipelines.convert.sources.webdataset import Side, with_labels
 
 
 class TarSource(Source):
-    """A tar of photos in folders, or one of tars, each a class. ``SourceError``: it is compressed."""
+    """A tar of photos in folders, of WebDataset's samples, or of tars, each a class. ``label_from``: see
+    `webdataset.with_labels`. ``scratch``: see `list_source`.
+    """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, scratch: str | os.PathLike | None = None, label_from: str | None = None):
         super().__init__(path)
-        self._file = open(path, "rb")  # noqa: SIM115 - lives on, see close()
-        self._about = os.fstat(self._file.fileno())
+        self._file: BinaryIO | UnpackedFile = open(path, "rb")  # noqa: SIM115 - lives on, see close()
+        about = os.fstat(self._file.fileno())
+        self._stamp, self._size, self._label_from = about.st_mtime_ns, about.st_size, label_from
+        if how := compression(self._file.read(6)):
+            self._file.close()
+            # Where it ends is known when it was read.
+            self._file, self._size = UnpackedFile(path, how, scratch), sys.maxsize
 
     def photos(self) -> Iterator[Found | Passed]:
+        return with_labels(self._contents(), self.read, self._label_from)
+
+    def _contents(self) -> Iterator[Found | Passed | Side]:
         taken: set[str] = set()
-        stamp = self._about.st_mtime_ns
-        for name, (member, start, end, label) in _all_members(self.name, self._file, self._about.st_size):
+        for name, (member, start, end, label) in _all_members(self.name, self._file, self._size):
             if isinstance(member, SourceError):
                 # What could be listed before the damage is used; the damage itself is on record.
                 yield Passed(name, str(member))
             elif member.isdir():
                 continue
-            elif not is_photo_name(name) or is_hidden(name):
+            elif is_hidden(name):
                 yield Passed(name)
+            elif not is_photo_name(name):
+                plain = member.isreg() and member.size <= end - start
+                yield Side(name, member.size, start) if plain else Passed(name)
             elif why := _unusable(member, name, end - start, taken):
                 yield Passed(name, why)
             else:
                 taken.add(name)
-                yield Found(name, member.size, stamp, start, label)
+                yield Found(name, member.size, self._stamp, start, label)
 
     def read(self, place: Any, size: int) -> bytes:
         data = os.pread(self._file.fileno(), size, place)
@@ -56,7 +71,7 @@ class TarSource(Source):
 class _Window(io.RawIOBase):
     """A part of an open file as a file of its own: how a tar inside a tar is read without copying it."""
 
-    def __init__(self, file: BinaryIO, start: int, size: int):
+    def __init__(self, file: BinaryIO | UnpackedFile, start: int, size: int):
         self._file, self._start, self.size, self._position = file, start, size, 0
 
     def seek(self, position: int, whence: int = os.SEEK_SET) -> int:
@@ -70,6 +85,9 @@ class _Window(io.RawIOBase):
         data = self._file.read(left if count < 0 else min(count, left))
         self._position += len(data)
         return data
+
+
+_File: TypeAlias = BinaryIO | UnpackedFile | _Window
 
 
 def _unusable(member: tarfile.TarInfo, name: str, room: int, taken: Collection[str]) -> str:
@@ -86,16 +104,13 @@ def _unusable(member: tarfile.TarInfo, name: str, room: int, taken: Collection[s
 
 
 def _all_members(
-    what: str, handle: BinaryIO, size: int
+    what: str, handle: _File, size: int
 ) -> Iterator[tuple[str, tuple[tarfile.TarInfo | SourceError, int, int, str | None]]]:
     """Yield (name, (member, where its data begin and where they must end, class)) of the tar and of the tars in it, and
     the name of a damaged one of these with its error in the member's place.
     """
-    if handle.read(6).startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd")):
-        how = "uncompress it first (gunzip, bunzip2, unxz, unzstd)"
-        raise SourceError(f"{what}: a compressed tar cannot be read at random places; {how}")
     for member in _members(handle, size, what):
-        name, start = _clean(member.name), member.offset_data
+        name, start = clean_name(member.name), member.offset_data
         if not (member.isreg() and name.lower().endswith(".tar") and not is_hidden(name)):
             yield name, (member, start, size, None)
             continue
@@ -103,12 +118,12 @@ def _all_members(
         try:
             for inner in _members(window, window.size, name):
                 place = (inner, start + inner.offset_data, start + window.size, label)
-                yield f"{name}/{_clean(inner.name)}", place
+                yield f"{name}/{clean_name(inner.name)}", place
         except SourceError as error:
             yield name, (error, 0, 0, None)
 
 
-def _members(file: BinaryIO | _Window, size: int, what: str) -> Iterator[tarfile.TarInfo]:
+def _members(file: _File, size: int, what: str) -> Iterator[tarfile.TarInfo]:
     """Yield the members of a tar, and of those joined to it (``cat a.tar b.tar``), in their order; ``SourceError`` when
     it is no tar or damaged.
     """
@@ -117,9 +132,7 @@ def _members(file: BinaryIO | _Window, size: int, what: str) -> Iterator[tarfile
         start = yield from _one_tar(file, start, size, what)
 
 
-def _one_tar(
-    file: BinaryIO | _Window, start: int, size: int, what: str
-) -> Generator[tarfile.TarInfo, None, int | None]:
+def _one_tar(file: _File, start: int, size: int, what: str) -> Generator[tarfile.TarInfo, None, int | None]:
     """Yield the members of the tar that begins at byte ``start``; returns where the one behind it begins, if any."""
     last, count = -1, 0
     try:
@@ -149,7 +162,7 @@ def _one_tar(
     return _next_tar(file, end)
 
 
-def _next_tar(file: BinaryIO | _Window, end: int) -> int | None:
+def _next_tar(file: _File, end: int) -> int | None:
     """Where the tar begins that was joined behind the zeros from byte ``end`` on; None: nothing follows."""
     at = end
     file.seek(at)
@@ -161,6 +174,6 @@ def _next_tar(file: BinaryIO | _Window, end: int) -> int | None:
     return None
 
 
-def _clean(name: str) -> str:
+def clean_name(name: str) -> str:
     """Drop what carries no meaning from a member name: leading '/', './', doubled '/'."""
     return "/".join(part for part in name.split("/") if part not in ("", "."))

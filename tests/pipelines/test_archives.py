@@ -1,0 +1,206 @@
+"""Zips and compressed tars."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import io
+import lzma
+import os
+import stat
+import struct
+import sys
+import warnings
+import zipfile
+from collections import namedtuple
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+from fastssl.pipelines.convert.sources import SourceError, list_source, unpacked
+from tests.pipelines.test_sources import content, tar_bytes
+
+PACKERS = {"tar.gz": gzip.compress, "tgz": gzip.compress, "tar.bz2": bz2.compress, "tar.xz": lzma.compress}
+
+
+def zip_bytes(files, how=zipfile.ZIP_DEFLATED, **attributes):
+    """``files``: name -> bytes; ``attributes``: of every member."""
+    buffer = io.BytesIO()
+    with warnings.catch_warnings(), zipfile.ZipFile(buffer, "w") as archive:
+        warnings.simplefilter("ignore")  # of names that are there twice
+        for name, data in files.items() if isinstance(files, dict) else files:
+            info = zipfile.ZipInfo(name)
+            info.compress_type = how
+            for key, value in attributes.items():
+                setattr(info, key, value)
+            archive.writestr(info, data)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("how", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+@pytest.mark.parametrize("prefix", ["", "./", "data/train/"])
+def test_a_zip_is_as_a_folder(tmp_path, how, prefix):
+    """In its order, from any thread, below the folders that all share; unpacked nowhere."""
+    rng = np.random.default_rng(0)
+    data = {"dog/2.jpg": rng.bytes(5000), "cat/\u00e4.png": bytes(9000), "dog/1.JPEG": b""}
+    others = {"notes.txt": b"x", "__MACOSX/dog/._2.jpg": b"", "dog/.hidden.jpg": b""}
+    (tmp_path / "x.zip").write_bytes(zip_bytes({prefix + name: one for name, one in (data | others).items()}, how))
+    with list_source(tmp_path / "x.zip") as listing, ThreadPoolExecutor(4) as pool:
+        clean = prefix.removeprefix("./")
+        assert content(listing) == [
+            (clean + name, label, data[name]) for name, label in zip(data, ("dog", "cat", "dog"), strict=True)
+        ]
+        assert list(pool.map(listing.read, [0, 1, 2] * 20)) == list(data.values()) * 20
+        assert listing.ignored == 3 and listing.rejected == []
+    assert os.listdir(tmp_path) == ["x.zip"]
+
+
+def test_zips_without_labels_of_windows_and_behind_something_else(tmp_path):
+    """Flat; with Windows' separators; names in the old encoding; as what unpacks itself; of more than 65,535 files."""
+    (tmp_path / "flat.zip").write_bytes(zip_bytes({f"x/{k}.jpg": b"%d" % k for k in range(3)}))
+    old = (
+        zip_bytes({"cat_a.jpg": b"a", "dog_b.jpg": b"b"}, create_system=0)
+        .replace(b"_", b"\\")
+        .replace(b"a.jpg", b"\x84.jpg")
+    )
+    (tmp_path / "old.zip").write_bytes(b"MZ" + bytes(1000) + old)
+    many = zip_bytes({f"{'cat' if k % 2 else 'dog'}/{k}.jpg": b"" for k in range(65_600)}, zipfile.ZIP_STORED)
+    (tmp_path / "many.zip").write_bytes(many)
+    with list_source(tmp_path / "flat.zip") as listing:
+        assert listing.classes is None and len(listing) == 3
+    with list_source(tmp_path / "old.zip") as listing:
+        assert content(listing) == [("cat/\u00e4.jpg", "cat", b"a"), ("dog/b.jpg", "dog", b"b")]
+    with list_source(tmp_path / "many.zip") as listing:
+        assert len(listing) == 65_600 and listing.names[-1] == "cat/65599.jpg"
+
+
+def test_hostile_zip_members(tmp_path):
+    good = {"cat/a.jpg": b"a" * 100}
+    parts = [
+        (zip_bytes([("cat/a.jpg", b"a"), ("cat/a.jpg", b"b")]), "a second file of the same name"),
+        (zip_bytes(good | {"../../evil.jpg": b"e", "cat/../x.jpg": b"e"}), "leads out of the zip"),
+        (zip_bytes(good | {"l.jpg": b"/etc/passwd"}, external_attr=(stat.S_IFLNK | 0o777) << 16), "a link inside"),
+        (zip_bytes(good, zipfile.ZIP_LZMA), "compressed by lzma, which is not read"),
+    ]
+    for data, why in parts:
+        (tmp_path / "bad.zip").write_bytes(data)
+        try:
+            with list_source(tmp_path / "bad.zip") as listing:
+                assert len(listing) == 1 and why in listing.rejected[0][1]
+        except SourceError as error:  # of the only ones
+            assert why in str(error)
+    assert os.listdir(tmp_path) == ["bad.zip"]
+
+
+def directory(data):
+    """Where the entry of a zip's first file begins in its directory."""
+    return struct.unpack_from("<L", data, data.rindex(b"PK\5\6") + 16)[0]
+
+
+@pytest.mark.parametrize(
+    ("at", "how", "value", "why"),
+    [
+        (8, "<H", 1, "encrypted"),
+        (16, "<L", 5, "not the size or the checksum"),
+        (20, "<L", 1 << 31, "larger compressed than not"),
+        (20, "<L", 30, "not the size or the checksum|damaged in the zip"),
+        (24, "<L", 999_999, "not the size or the checksum"),  # a bomb would have more than it says
+        (24, "<L", 3_000, "larger compressed than not"),
+        (42, "<L", 7, "no file at byte 7"),
+        (42, "<L", 1 << 30, "no file at byte"),
+    ],
+)
+def test_a_directory_that_lies(tmp_path, at, how, value, why):
+    data = bytearray(zip_bytes({"a.jpg": bytes(1_000_000) + np.random.default_rng(0).bytes(4000), "b.jpg": b"b"}))
+    struct.pack_into(how, data, directory(data) + at, value)
+    (tmp_path / "bad.zip").write_bytes(data)
+    with list_source(tmp_path / "bad.zip") as listing:
+        if listing.rejected:
+            assert why in listing.rejected[0][1]
+        else:
+            with pytest.raises(SourceError, match=why):
+                listing.read(0)
+        assert listing.read(len(listing) - 1) == b"b"
+
+
+def test_cut_zips_and_random_damage(tmp_path):
+    path, good = tmp_path / "bad.zip", zip_bytes({f"{k % 3}/{k}.jpg": b"%03d" % k * 40 for k in range(20)})
+    for part in (good[:-10], good[: len(good) // 2], b"PK\3\4", b""):
+        path.write_bytes(part)
+        with pytest.raises(SourceError, match=r"bad\.zip: damaged, cut off or not a zip file"):
+            list_source(path)
+    rng, listed = np.random.default_rng(0), 0
+    for k in range(400):
+        bad = np.frombuffer(good, np.uint8).copy()
+        where = rng.integers(directory(good) if k % 2 else 0, len(bad), 3)
+        bad[where] ^= rng.integers(1, 256, 3, dtype=np.uint8)
+        path.write_bytes(bad.tobytes())
+        try:
+            with list_source(path) as listing:
+                listed += 1
+                for i in range(len(listing)):
+                    try:
+                        assert len(listing.read(i)) == listing.sizes[i]
+                    except SourceError:
+                        continue
+        except SourceError as error:
+            assert "bad.zip" in str(error)
+    assert 50 < listed < 400
+
+
+@pytest.mark.parametrize("ending", PACKERS)
+def test_compressed_tars(tmp_path, ending, caplog):
+    """As the tar itself; what is uncompressed leaves nothing behind."""
+    inner = {f"{name}.tar": tar_bytes({f"{k}.jpg": os.urandom(9000) for k in range(40)}) for name in ("cat", "dog")}
+    whole = tar_bytes(inner | {"x.txt": b""})
+    (tmp_path / "x.tar").write_bytes(whole)
+    (tmp_path / f"x.{ending}").write_bytes(PACKERS[ending](whole))
+    (tmp_path / "scratch").mkdir()
+    with (
+        list_source(tmp_path / "x.tar") as plain,
+        list_source(tmp_path / f"x.{ending}", None, tmp_path / "scratch") as listing,
+    ):
+        assert content(listing) == content(plain) and listing.classes == ["cat", "dog"] and listing.ignored == 1
+        assert listing.fingerprint != plain.fingerprint  # by the time of change
+    assert os.listdir(tmp_path / "scratch") == []
+    assert f"compressed; uncompressed first, into a temporary file in {tmp_path}/scratch" in caplog.text
+
+
+def test_damaged_and_bottomless_compressed_tars(tmp_path, monkeypatch):
+    whole = tar_bytes({f"{k}.jpg": np.random.default_rng(k).bytes(3000) for k in range(40)})
+    for ending, pack in PACKERS.items():
+        path, data = tmp_path / f"x.{ending}", pack(whole)
+        for bad in (data[:-100], data[: len(data) // 2], data[:3000] + bytes(500) + data[3500:]):
+            path.write_bytes(bad)
+            with pytest.raises(SourceError, match=rf"x\.{ending}: damaged"):
+                list_source(path)
+    path.with_name("x.tar.gz").write_bytes(gzip.compress(tar_bytes({"a.jpg": bytes(60 << 20)})))
+    monkeypatch.setattr(unpacked, "_LEFT_FREE", 1 << 20)
+    with pytest.raises(SourceError, match="more than 200 times as large uncompressed"):
+        list_source(path.with_name("x.tar.gz"))
+    monkeypatch.setattr(unpacked.shutil, "disk_usage", lambda folder: namedtuple("Usage", "free")(1 << 20))
+    with pytest.raises(SourceError, match=r"no room in .* to uncompress it"):
+        list_source(path.with_name("x.tar.gz"))
+
+
+def test_zstd_where_nothing_reads_it(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    monkeypatch.setitem(sys.modules, "compression", None)
+    (tmp_path / "x.tar.zst").write_bytes(b"\x28\xb5\x2f\xfd" + bytes(100))
+    with pytest.raises(SourceError, match="pip install zstandard, or uncompress it first"):
+        list_source(tmp_path / "x.tar.zst")
+
+
+def test_zstd(tmp_path):
+    zstandard = pytest.importorskip("zstandard")
+    whole = tar_bytes({f"{name}/{k}.jpg": os.urandom(3000) for name in ("cat", "dog") for k in range(20)})
+    half = len(whole) // 2
+    packed = zstandard.compress(whole[:half]) + zstandard.compress(whole[half:])
+    (tmp_path / "x.tar.zst").write_bytes(packed)
+    (tmp_path / "x.tar").write_bytes(whole)
+    with list_source(tmp_path / "x.tar.zst") as listing, list_source(tmp_path / "x.tar") as plain:
+        assert content(listing) == content(plain)
+    (tmp_path / "x.tar.zst").write_bytes(packed[:3000] + bytes(5000) + packed[8000:])
+    with pytest.raises(SourceError, match=r"x\.tar\.zst: damaged"):
+        list_source(tmp_path / "x.tar.zst")
