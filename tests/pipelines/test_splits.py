@@ -112,6 +112,17 @@ def test_splits_inside_class_folders(tmp_path):
     assert found == {"train": dict(zip(names[::2], ("cat", "dog"))), "test": dict(zip(names[1::2], ("cat", "dog")))}
 
 
+def test_tars_of_splits_in_a_tar(tmp_path):
+    inner = {f"{split}.tar": tar_bytes(tree("cat/1.jpg", "dog/2.jpg")) for split in ("train", "val")}
+    (tmp_path / "all.tar").write_bytes(tar_bytes(inner))
+    found, _ = split_up(tmp_path / "all.tar")
+    assert list(found) == ["train", "val"] and all(list(one.values()) == ["cat", "dog"] for one in found.values())
+    # But vehicles are classes.
+    vehicles = {f"{name}.tar": tar_bytes(tree(f"{name}.jpg")) for name in ("train", "bus")}
+    (tmp_path / "classes.tar").write_bytes(tar_bytes(vehicles))
+    assert list(split_up(tmp_path / "classes.tar")[0][""].values()) == ["train", "bus"]
+
+
 def test_what_lies_beside_splits_is_said(tmp_path):
     found, notes = split_up(grow(tmp_path, TREE | tree("unlabeled/6.jpg", "teaser.jpg")))
     assert list(found) == ["train", "val", "test"] and sum(map(len, found.values())) == 5
@@ -236,6 +247,18 @@ def test_loose_photos_beside_class_folders(tmp_path):
     with list_source(tmp_path, rules=ListingRules(keep_all=True)) as listing:
         assert len(listing) == 9 and listing.classes is None and listing.rejected == []
         assert listing.notes == ["1 photo beside the folders cat, dog: all are taken, without classes"]
+
+
+def test_photos_without_a_label_among_labelled_ones(tmp_path):
+    files = {"1.jpg": b"x", "1.cls": b"3", "2.jpg": b"x", "3.jpg": b"x", "3.cls": b"5"}
+    (tmp_path / "x.tar").write_bytes(tar_bytes(files))
+    with list_source(tmp_path / "x.tar") as listing:
+        assert of(listing) == {"1.jpg": "3", "3.jpg": "5"} and [name for name, _ in listing.rejected] == ["2.jpg"]
+    with list_source(tmp_path / "x.tar", rules=ListingRules(keep_all=True)) as listing:
+        assert len(listing) == 3 and listing.classes is None
+        assert listing.notes == ["1 photo without a label: all are taken, without classes"]
+    with pytest.raises(SourceError, match="--label-from txt finds no class"):
+        list_source(tmp_path / "x.tar", rules=ListingRules(label_from="txt"))
 
 
 def test_a_hundred_loose_photos_beside_a_folder_of_three(tmp_path):

@@ -15,18 +15,16 @@ from fastssl.errors import counted, printable
 from fastssl.pipelines.convert.sources.base import SourceError
 
 _NAMES = {"train": "train|training", "val": "val|valid|validation|dev", "test": "test|testing"}
-#: A split's folder (also of COCO: train2017, and of who unpacks where the tar is: ILSVRC2012_img_val), or its part of
-#: the hub's files: validation-00000-of-00014.parquet.
+#: A split's folder (also of COCO: train2017, and of who unpacks where the tar is: ILSVRC2012_img_val), a tar in a tar,
+#: or one of the hub's files: validation-00000-of-00014.parquet.
 _SPLITS = {
     name: re.compile(
         rf"(?:ilsvrc\d*_(?:img_)?)?(?:{words})"
-        r"(?:[_-]?(?:19|20)\d\d|[_-](?:set|split|data|images|img))?(?:(?:[_-][\w-]*)?\.parquet)?",
+        r"(?:[_-]?(?:19|20)\d\d|[_-](?:set|split|data|images|img))?(?:(?:[_-][\w-]*)?\.(?:parquet|tar))?",
         re.IGNORECASE,
     )
     for name, words in _NAMES.items()
 }
-
-
 #: In the order in which they are written.
 SPLITS = tuple(_NAMES)
 

@@ -40,11 +40,15 @@ class Photos:
         """Say which class each photo has; returns what is to be told of it. ``below``: of each folder in the split the
         part that follows it.
         """
-        if not rules.by_path and any(one.label is not None for one in self.found):
-            classes = [_class_name(source, one.label) for one in self.found]
-            self.classes = classes if any(classes) else None
-            return ""
-        if not source.in_folders:
+        labels = [_class_name(source, one.label) for one in self.found]
+        # A tar in a tar is a class by its name, unless that is a split's.
+        if any(labels) and not rules.by_path and not (below and all(map(split_name, labels))):
+            missing = labels.count("")
+            self.classes = None if rules.keep_all and missing else labels
+            return (
+                "" if self.classes else f"{counted(missing, 'photo')} without a label: all are taken, without classes"
+            )
+        if not source.in_folders or rules.label_from == "txt":
             return ""
         self.by_path = True
         if rules.pattern is not None:
@@ -130,7 +134,7 @@ class Collected:
             if known and (new := names - known):
                 self.notes.append(f"{split}: {counted(len(new), 'class')} that train lacks ({listed(new)})")
             known |= names
-        if self.rules.by_path and not known:
+        if (self.rules.by_path or self.rules.label_from) and not known:
             raise SourceError(f"{where}: {self.rules.named} finds no class in any path")
         wanted = there if self.rules.split in ("auto", "none") else [self.rules.split]
         if self.labels is not None:

@@ -177,9 +177,7 @@ def _listing(source: Path, collected: Collected, split: str, classes: list[str],
     groups, rules, known = collected.splits[split], collected.rules, collected.splits
     mine = {split, *({one for one, _, _ in collected.rejected} - known.keys() if first else ())}
     rejected = [(name, reason) for one, name, reason in collected.rejected if one in mine]
-    labelled = any(group.classes is not None for group in groups)
-    if rules.keep_all and not all(all(group.classes or [""]) for group in groups):
-        labelled = False
+    labelled = (all if rules.keep_all else any)(group.classes is not None for group in groups)
     outside = "not inside a class folder, unlike other photos here"
     if rules.labels is not None:
         outside = f"{rules.labels.name} has no label for it"
