@@ -149,6 +149,7 @@ def test_classes_of_val_that_train_lacks_are_said(tmp_path):
     found, notes = split_up(grow(tmp_path, files))
     assert found["val"] == {"val/a/1.jpg": "a", "val/b/1.jpg": "b"} and set(found["test"].values()) == {None}
     assert notes == ["val: 1 class that train lacks (a)", "test: its folders are no classes of train: no labels"]
+    assert split_up(tmp_path, split="val")[1] == notes[:1]
 
 
 def test_a_split_that_is_not_there(tmp_path):

@@ -121,22 +121,24 @@ class Collected:
         if self.rules.split not in ("auto", "none", *there):
             found = f"it has {' and '.join(there)}" if any(there) else f"no folders are called {', '.join(SPLITS)}"
             raise SourceError(f"{where}: no split {self.rules.split}: {found}")
+        wanted = there if self.rules.split in ("auto", "none") else [self.rules.split]
         known: set[str] = set()
         for split in there:  # train comes first: its classes are classes elsewhere, too
+            said = []
             for group in self.splits[split]:
                 below = {folder: rest for folder, (name, rest) in self._below[group.source].items() if split == name}
-                said = group.decide(self.sources[group.source], self.rules, below, known)
-                self.notes += [f"{split}: {said}" if split else said] if said else []
+                said.append(group.decide(self.sources[group.source], self.rules, below, known))
                 if known and group.by_path and group.classes is not None and known.isdisjoint(group.classes):
-                    self.notes += [f"{split}: its folders are no classes of train: no labels"] * any(group.classes)
+                    said += ["its folders are no classes of train: no labels"] * any(group.classes)
                     group.classes = None
             names = {name for group in self.splits[split] for name in group.classes or ()} - {""}
             if known and (new := names - known):
-                self.notes.append(f"{split}: {counted(len(new), 'class')} that train lacks ({listed(new)})")
+                said.append(f"{counted(len(new), 'class')} that train lacks ({listed(new)})")
             known |= names
+            if split in wanted:
+                self.notes += [f"{split}: {line}" if split else line for line in said if line]
         if (self.rules.by_path or self.rules.label_from) and not known:
             raise SourceError(f"{where}: {self.rules.named} finds no class in any path")
-        wanted = there if self.rules.split in ("auto", "none") else [self.rules.split]
         if self.labels is not None:
             self._give_labels(self.labels, wanted)
         return wanted
