@@ -79,13 +79,13 @@ def _low_high(_: click.Context, __: click.Parameter, value: str | None) -> tuple
 )
 @click.option(
     "--labels",
-    type=SomePath(exists=True),
+    type=click.Path(exists=True, path_type=Path),
     metavar="FILE",
     help="Labels of photos in no class folders: CSV, TSV, a label a line, ImageNet's devkit, Kaggle's zip.",
 )
 @click.option(
     "--classes",
-    type=SomePath(exists=True),
+    type=click.Path(exists=True, path_type=Path),
     metavar="FILE",
     help="All classes in their order: of a .beton file, or a list with one a line.",
 )

@@ -31,7 +31,7 @@ _PHOTOS_AND_RECIPE = (
         help="Photos to learn from; a folder or tar is converted once. Default: the sample set that installs with the "
         "package.",
     ),
-    _photos("--val", help="Labelled photos to probe on. Default: a held-out fifth of --data."),
+    _photos("--val", help="Labelled photos to probe on. Default: val/ in --data, or a held-out fifth."),
     click.option(
         "--recipe",
         "recipe_name",
@@ -142,7 +142,11 @@ def choose_inputs(wanted: Wanted, processes: int = 1) -> Inputs:
     own_arch = recipe.arch
     recipe = dataclasses.replace(recipe, arch=wanted.arch or own_arch)
     resolve_arch(recipe.arch)
-    val_source = None if val is None else look_at(val)
+    if val is None and source and "val" in source.splits:
+        val = wanted.data
+    val_source = None if val is None else look_at(val, "val")
+    for line in (*(source.notes if source else ()), *(val_source.notes if val_source else ())):
+        console.note(line)
     if reason:
         console.note(f"recipe {recipe_name} {reason}")
     if source is None:

@@ -13,9 +13,9 @@ import io
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -31,8 +31,9 @@ from fastssl.pipelines.beton.side_file import side_path
 from fastssl.pipelines.convert.conversion import convert, rejects_path, whole_side_file
 from fastssl.pipelines.convert.formats import pillow_formats, remedies
 from fastssl.pipelines.convert.options import ConvertOptions, chosen_photos
-from fastssl.pipelines.convert.sources import SOURCE_ENDINGS, Listing, is_source, list_source
+from fastssl.pipelines.convert.sources import SOURCE_ENDINGS, Listing, ListingRules, is_source, list_source
 from fastssl.pipelines.convert.sources.patterns import has_pattern
+from fastssl.pipelines.convert.splits import split_path
 from fastssl.utils.addresses import is_remote, shown
 from fastssl.utils.deadline import Deadline
 from fastssl.utils.remote_cache import default_cache_dir
@@ -50,6 +51,8 @@ class Source:
         short_side: in pixels, the median (of a folder or tar: of some); None: none of them could be read.
         fingerprint: of the list of photos; None: the path is a ``.beton`` file, which stays what it is.
         shortened: half of a ``.beton`` file's photos or more are known to have been scaled down when it was made.
+        splits: of a folder or tar that holds several; ``rules`` name the one that is meant. notes: what is to be said
+            of the way in which the photos were taken.
     """
 
     path: Path
@@ -57,11 +60,15 @@ class Source:
     short_side: float | None
     fingerprint: str | None = None
     shortened: bool = False
+    rules: ListingRules | None = None
+    splits: Sequence[str] = ()
+    notes: Sequence[str] = ()
 
 
-def look_at(path: str | os.PathLike) -> Source:
+def look_at(path: str | os.PathLike, split: str = "train") -> Source:
     """Number and size of the photos at ``path``; a folder, an archive, ... is listed, and the headers of some photos
-    are read. Raises FastSSLError where it is neither that nor what `open_beton` takes, or has no photos.
+    are read. Of several splits ``split`` is looked at; what is learned from (train) takes all photos, also those that
+    have no class. Raises FastSSLError where it is neither that nor what `open_beton` takes, or has no photos.
     """
     path = Path(path)
     if not is_source(path):
@@ -69,9 +76,12 @@ def look_at(path: str | os.PathLike) -> Source:
             short = float(np.median(np.minimum(*reader.shapes(reader.some()))))
             return Source(path, len(reader), short, shortened=_shortened(reader))
     deadline = Deadline(path)
-    with list_source(path, deadline) as listing:
+    rules = ListingRules(keep_all=split == "train")
+    with list_source(path, deadline, rules, prefer=split) as listing:
         sides = listed_sides(listing, deadline, 64)
-        return Source(path, len(listing), median(sides) if sides else None, listing.fingerprint)
+        rules = replace(rules, split=split if listing.splits else "auto")
+        about = (median(sides) if sides else None, listing.fingerprint, False, rules, listing.splits, listing.notes)
+        return Source(path, len(listing), *about)
 
 
 def listed_sides(listing: Listing, deadline: Deadline, most: int) -> list[int]:
@@ -152,7 +162,7 @@ def as_beton(
         say(f"{shown(source.path)}: converted before, into {place}{_rejected(side.get('rejected') or 0, place)}")
         return True
 
-    places = _places(path, options)[remote:]
+    places = _places(path, options, source.rules.split if source.rules and source.splits else "")[remote:]
     for place in places:
         if holds(place):
             return place
@@ -164,7 +174,7 @@ def as_beton(
                 return place
             if not alone or not _may_write(place, wanted):
                 continue
-            done = convert(source.path if remote else path, place, options, progress)
+            done = convert(source.path if remote else path, place, options, progress, rules=source.rules)
         classes = "no labels" if done.classes is None else counted(len(done.classes), "class")
         ignored = f"; {counted(done.ignored, 'other file')} passed over" if done.ignored else ""
         ignored += "".join(f"; {line}" for line in remedies(done.passed_over))
@@ -180,15 +190,17 @@ def as_beton(
     )
 
 
-def _places(path: Path, options: ConvertOptions) -> tuple[Path, Path]:
-    """``photos/`` or ``photos.tar`` -> ``photos.beton`` in the same folder; and in the user's cache folder, one name
-    for each place and way of converting. What stands for several files in a pattern becomes ``_``.
+def _places(path: Path, options: ConvertOptions, split: str) -> tuple[Path, Path]:
+    """``photos/`` or ``photos.tar`` -> ``photos.beton`` in the same folder, of a split ``photos-train.beton``; and in
+    the user's cache folder, one name for each place and way of converting. What stands for several files in a pattern
+    becomes ``_``.
     """
     endings = [len(ending) for ending in SOURCE_ENDINGS if path.name.lower().endswith(ending)]
     name = path.name[: -max(endings)] if endings else path.name
     name = re.sub(r"\{[^{}]*\}|\[[^][]*\]|[][{}*?]", "_", name) if has_pattern(path) else name
     key = hashlib.sha256(f"{path} {options.deciding()}".encode("utf-8", "surrogateescape")).hexdigest()[:12]
     beside = path.parent / f"{name or 'photos'}.beton"
+    beside = split_path(beside, split) if split else beside
     return beside, default_cache_dir() / "photos" / f"{beside.stem}-{key}.beton"
 
 

@@ -32,8 +32,9 @@ from fastssl.utils.addresses import shown
 
 
 @contextmanager
-def open_photos(path: str | Path, workers: int | None = None) -> Iterator[BetonReader]:
-    """What `open_beton` takes; or a folder or tar of class folders, converted into a temporary file, JPEGs untouched.
+def open_photos(path: str | Path, workers: int | None = None, split: str = "train") -> Iterator[BetonReader]:
+    """What `open_beton` takes; or a folder or tar of class folders, converted into a temporary file, JPEGs untouched;
+    where it holds train/, val/, ..., of those ``split``.
 
     Raises:
         FastSSLError: neither; a folder without photos; or one that several processes would each convert.
@@ -54,7 +55,10 @@ def open_photos(path: str | Path, workers: int | None = None) -> Iterator[BetonR
         try:
             # As of a .beton file: a damaged photo is an error, and no figure is over what is left.
             how: dict[str, Any] = {"quality": 95, "workers": workers, "resume": False, "on_bad": "fail"}
-            convert(path, target, ConvertOptions(keep_size=True, short_side=None, **how))
+            with list_source(path, prefer=split) as listing:
+                if listing.splits:
+                    warnings.warn(listing.notes[0], stacklevel=3)
+                convert(listing, target, ConvertOptions(keep_size=True, short_side=None, **how))
             with BetonReader(target) as reader:
                 yield reader
         except FastSSLError as error:  # whoever gave a folder knows nothing of the file
@@ -152,9 +156,10 @@ def open_split(
                     raise ProbeError(f"{data}: one photo in each class leaves nothing to hold out; give --val")
                 split = LabelledSplit(train, kept, train, held_out, held_out_seed=seed)
             else:
-                judged = files.enter_context(open_photos(val, workers))
+                judged = files.enter_context(open_photos(val, workers, "val"))
                 folder = os.path.exists(val) and os.path.exists(data) and os.path.samefile(val, data)
-                if folder or judged.is_same(train):
+                splits = [[note.get("split") for note in one.side_notes()] for one in (train, judged)]
+                if (folder and splits[0] == splits[1]) or judged.is_same(train):
                     warnings.warn(f"{val}: is --data itself; photos are judged that were learned from", stacklevel=3)
                 require_labels(judged)
                 match_classes(train, judged)
@@ -356,7 +361,7 @@ def stored_names(reader: BetonReader, photos: str | Path) -> list[str]:
             rejected = {json.loads(line)["path"] for line in rejects.read_text(encoding="utf-8").splitlines()}
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise ProbeError(f"{rejects}: unreadable list of rejected photos ({error}); convert again") from None
-    with list_source(photos) as listing:
+    with list_source(photos, prefer=side.get("split") or "train") as listing:
         limit = (side.get("options") or {}).get("limit")
         chosen = [i for i in chosen_photos(len(listing), limit) if listing.names[i] not in rejected]
         same = listing.classes is not None and np.array_equal(listing.labels[chosen], require_labels(reader))

@@ -6,6 +6,7 @@ import csv
 import re
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,8 @@ _TRUTH, _META, _SOLUTION = "ILSVRC2012_validation_ground_truth.txt", "meta.mat",
 #: Names of columns, in lower case and without "_" and " ".
 _PATHS = re.compile("(image|img|photo|file)(name|path|id)?|path|name|id")
 _LABELS = re.compile("(label|class|category)(name|id)?|labels|target|wnid|synset|predictionstring")
+#: What a damaged file of some kind raises; RuntimeError: a zip with a password.
+_UNREADABLE = (OSError, ValueError, EOFError, RuntimeError, csv.Error, tarfile.TarError, zipfile.BadZipFile, zlib.error)
 #: Bytes that a file of labels may have: a hundred each of ten million photos.
 _MOST = 1 << 30
 
@@ -106,9 +109,11 @@ def read_labels(path: Path, classes: Sequence[str] | None = None) -> Labels:
         if name == _TRUTH:
             if _META not in files:
                 raise LabelError(f"{path}: counts classes in an order that {_META} of the devkit says; put it beside")
-            wnid = read_synsets(files[_META])
-            return Labels(path, [wnid[int(label)] for label in labels])
-    except (OSError, ValueError, KeyError, EOFError, csv.Error, tarfile.TarError, zipfile.BadZipFile) as error:
+            wnids = {f"{number}": wnid for number, wnid in read_synsets(files[_META]).items()}
+            if strange := set(labels) - wnids.keys():
+                raise LabelError(f"{path}: class {printable(min(strange))} is none of those in {_META}")
+            return Labels(path, [wnids[label] for label in labels])
+    except _UNREADABLE as error:
         raise LabelError(f"{path}: no labels can be read: {type(error).__name__}: {error}") from None
     if not labels:
         raise LabelError(f"{path}: no labels in it")

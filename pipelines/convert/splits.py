@@ -50,11 +50,13 @@ def convert_splits(
                 if progress is not None:
                     progress(before + now, sum(photos))
 
-            summary = finished(path, listing, options) if several and options.resume and not shards else None
             if shards:
                 summary = convert_shards(listing, path, shards[1], options, told, only=shards[0])
-            summary = summary or convert(listing, path, options, told)
-            told(photos[k], 0)
+            elif several and options.resume and (there := finished(path, listing, options)):
+                summary = there
+                told(photos[k], 0)
+            else:
+                summary = convert(listing, path, options, told)
             done.append(replace(summary, seconds=time.monotonic() - mark))
             mark = time.monotonic()
     return done

@@ -228,3 +228,16 @@ def test_views_of_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture) -> Non
     assert cli("views", folder, "--recipe", "quickstart", "--out", tmp_path / "views.png", "--samples", 2) == 0
     assert (tmp_path / "views.png").is_file() and (tmp_path / "photos.beton").is_file()
     assert "3 photos, no labels, now also in" in capsys.readouterr().err
+
+
+def test_a_folder_of_splits_is_learned_from_and_judged_on(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    for split, number in (("train", 12), ("val", 4), ("test", 3)):
+        photos(tmp_path / "set" / split, number)
+    inputs = chosen(data=tmp_path / "set")
+    assert (inputs.data.name, inputs.val and inputs.val.name) == ("set-train.beton", "set-val.beton")
+    said = capsys.readouterr().err
+    assert "holds train (12 photos) and val (4 photos) and test (3 photos): train is taken" in said
+    assert "and test (3 photos): val is taken" in said
+    other = photos(tmp_path / "other", 5)
+    inputs = chosen(data=tmp_path / "set", val=other)
+    assert (inputs.data.name, inputs.val and inputs.val.name) == ("set-train.beton", "other.beton")

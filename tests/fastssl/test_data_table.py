@@ -46,6 +46,7 @@ from untidy import untidy
 from fastssl.cli import cli
 from fastssl.pipelines.beton.reader import BetonReader
 from fastssl.pipelines.convert.conversion import convert
+from tests.pipelines.test_labels import synsets
 
 COLOURS = ("blue", "green", "red")
 #: ImageNet's names for three classes, in its order
@@ -432,6 +433,87 @@ def _() -> None:
         files = {name: data for name, data in CLASSES.items() if name.split("/")[0] in names}
         write({k: v for k, v in files.items() if "green" not in k or k == f"green/{number}.jpg"}, f"{number}")
         convert(f"{number}", f"part-{number}.beton")
+
+
+FLAT = {name.replace("/", ""): data for name, data in CLASSES.items()}
+JUDGED = {"blue/7.jpg": CLASSES["blue/0.jpg"], "red/8.jpg": CLASSES["red/0.jpg"]}
+SPLITS = {f"train/{name}": data for name, data in CLASSES.items()} | {
+    f"val/{name}": one for name, one in JUDGED.items()
+}
+SPLITS |= {"test/1.jpg": CLASSES["green/0.jpg"], "test/2.jpg": CLASSES["green/1.jpg"]}
+
+
+@layout("class folders inside one folder")
+def _() -> None:
+    write(CLASSES, "photos/imagenet")
+
+
+@layout("folders of class folders")
+@layout("folders of class folders, of which the second level counts")
+def _() -> None:
+    write({f"{'warm' if name[0] == 'r' else 'cold'}/{name}": data for name, data in CLASSES.items()})
+
+
+@layout("class folders with a few photos beside them")
+def _() -> None:
+    write(CLASSES | {"loose.jpg": BLUE})
+
+
+@layout("the class as a part of names")
+def _() -> None:
+    write(FLAT)
+
+
+@layout("train, val and test folders")
+@layout("train, val and test folders, of which one is wanted")
+def _() -> None:
+    write(SPLITS)
+
+
+@layout("train and test in each class folder")
+def _() -> None:
+    write({f"{name[:-5]}{('train', 'test')[int(name[-5])]}/{name[-5:]}": data for name, data in CLASSES.items()})
+
+
+@layout("Tiny ImageNet")
+def _() -> None:
+    names = {f"train/{Path(name).parent}/images/{Path(name).name}": data for name, data in CLASSES.items()}
+    names |= {f"val/images/val_{k}.jpg": data for k, data in enumerate(JUDGED.values())}
+    boxes = b"val_0.jpg\tblue\t0\t0\t63\t63\nval_1.jpg\tred\t0\t0\t63\t63\n"
+    tests = {f"test/images/test_{k}.jpg": BLUE for k in range(2)}
+    write(names | tests | {"val/val_annotations.txt": boxes}, "tiny")
+
+
+@layout("a folder of photos and a CSV of their labels")
+def _() -> None:
+    write(FLAT)
+    lines = [f"{name},{name[:-5]}" for name in FLAT][1:]
+    Path("labels.csv").write_text("\n".join(["filename,label", *lines, "gone.jpg,red"]))
+
+
+@layout("a folder of photos and a label a line")
+def _() -> None:
+    write(FLAT)
+    Path("labels.txt").write_text("blue\nblue\ngreen\ngreen\nred\nred\n")
+
+
+@layout("photos and numbers of their classes, and the classes of another file")
+def _() -> None:
+    write(CLASSES, "train")
+    convert("train", "train.beton")
+    write({Path(name).name: data for name, data in JUDGED.items()})
+    Path("val.txt").write_text("7.jpg 0\n8.jpg 2\n")
+
+
+@layout("ImageNet's validation tar and the devkit")
+def _() -> None:
+    names = {f"ILSVRC2012_val_{k:08}.JPEG": data for k, data in enumerate(CLASSES.values(), 1)}
+    tar(dict(reversed(names.items())), "ILSVRC2012_img_val.tar")
+    truth = b"".join(b"%d\n" % number for number in (3, 3, 1, 1, 2, 2))
+    order = [list(WNIDS)[k] for k in (1, 2, 0)]
+    files = {"ILSVRC2012_validation_ground_truth.txt": truth, "meta.mat": synsets(order)}
+    data = tar({f"ILSVRC2012_devkit_t12/data/{name}": content for name, content in files.items()})
+    Path("ILSVRC2012_devkit_t12.tar.gz").write_bytes(gzip.compress(data))
 
 
 # ---- the table

@@ -17,6 +17,7 @@ from fastssl.pipelines.beton.side_file import side_path
 from fastssl.pipelines.convert.conversion import convert
 from fastssl.pipelines.convert.options import ConvertOptions
 from fastssl.pipelines.convert.sources import ListingRules
+from fastssl.pipelines.convert.splits import convert_splits
 
 FULL = {"scaled_to": None, "val_scaled_to": None}
 
@@ -138,3 +139,27 @@ def test_a_tar_is_taken_as_a_folder_is(photo_tree: Path, tmp_path: Path) -> None
     with open_photos(photo_tree, 1) as folder, open_photos(tmp_path / "photos.tar", 1) as tar:
         assert tar.classes == folder.classes and tar.labels.tolist() == folder.labels.tolist()
     assert [path.name for path in tmp_path.iterdir()] == ["photos.tar"]
+
+
+def test_of_a_tree_train_is_learned_from_and_val_judged_on(photo_tree: Path, tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        shutil.copytree(photo_tree, tmp_path / "set" / split)
+    for number in range(8):
+        (tmp_path / "set" / "val" / "red" / f"{number:02}.jpg").unlink()
+    with (
+        pytest.warns(UserWarning, match=r"holds train.*: (train|val) is taken") as said,
+        open_split(tmp_path / "set", tmp_path / "set", workers=1) as split,
+    ):
+        assert (len(split.train), len(split.val)) == (48, 40)
+    assert not any("is --data itself" in str(one.message) for one in said)
+    with pytest.warns(UserWarning), open_split(tmp_path / "set", None, workers=1) as split:
+        assert len(split.train) == 48 and split.train is split.val
+
+
+def test_a_list_names_photos_of_a_split(photo_tree: Path, tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        shutil.copytree(photo_tree, tmp_path / "set" / split)
+    convert_splits(tmp_path / "set", tmp_path / "x.beton", ConvertOptions(keep_size=True))
+    with BetonReader(tmp_path / "x-val.beton") as reader:
+        assert photos.stored_names(reader, tmp_path / "set")[0] == "val/blue/00.jpg"
+        assert photos.stored_names(reader, tmp_path / "set" / "val")[0] == "blue/00.jpg"

@@ -158,6 +158,13 @@ def test_the_devkits_numbers_alone_say_nothing(tmp_path):
         read_labels(path, ["n01", "n02", "n03"])
 
 
+def test_a_number_that_the_devkit_does_not_know(tmp_path):
+    path = devkit(tmp_path, "file")
+    path.write_bytes(b"2\n9\n")
+    with pytest.raises(LabelError, match=r"class 9 is none of those in meta\.mat"):
+        read_labels(path)
+
+
 def test_kaggles_solution(tmp_path):
     text = b"ImageId,PredictionString\nval_2,n02 1 2 3 4 \nval_1,n01 5 6 7 8 n01 1 2 3 4 \n"
     (tmp_path / "LOC_val_solution.csv").write_bytes(text)
@@ -196,6 +203,25 @@ def test_files_that_say_nothing(tmp_path, name, content, words):
     with pytest.raises(FastSSLError, match=words) as caught:
         read_labels(tmp_path / name).of(PHOTOS)
     assert name in str(caught.value)
+
+
+def test_random_damage_to_files_of_labels_ends(tmp_path):
+    with zipfile.ZipFile(tmp_path / "x.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        lines = "".join(f"val_{k},n{k} 1 2 3 4\n" for k in range(50))
+        archive.writestr("x/LOC_val_solution.csv", f"ImageId,PredictionString\n{lines}")
+    (tmp_path / "x.csv").write_bytes(b'ImageId,label\n"a, b.jpg",cat\nx/b.jpg,dog\n')
+    draw = np.random.default_rng(1)
+    for path in (tmp_path / "x.zip", tmp_path / "x.csv", devkit(tmp_path, "tar.gz")):
+        whole = path.read_bytes()
+        for _ in range(150):
+            damaged = bytearray(whole[: draw.integers(1, len(whole) * 2)])
+            for at in draw.integers(0, len(damaged), 2):
+                damaged[at] = draw.integers(256)
+            path.write_bytes(damaged)
+            try:
+                read_labels(path)
+            except FastSSLError as error:
+                assert path.name in str(error)
 
 
 def test_class_lists_that_say_nothing(tmp_path):

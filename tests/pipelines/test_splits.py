@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -63,7 +64,7 @@ def test_splits_are_no_classes(tmp_path, above, packed):
     assert listings["train"].classes == listings["val"].classes == ["cat", "dog"] and listings["val"].labels == [1]
     assert list_source(source, rules=ListingRules(split="validation")).names == [f"{above}val/dog/3.jpg"]
     with pytest.raises(
-        SourceError, match=r"holds train \(2 photos\) and val \(1 photo\) and test.*--split train takes"
+        SourceError, match=r"holds train \(2 photos\) and val \(1 photo\) and test.*with --split train of one"
     ):
         list_source(source)
 
@@ -111,6 +112,17 @@ def test_splits_inside_class_folders(tmp_path):
     assert found == {"train": dict(zip(names[::2], ("cat", "dog"))), "test": dict(zip(names[1::2], ("cat", "dog")))}
 
 
+def test_tars_of_splits_in_a_tar(tmp_path):
+    inner = {f"{split}.tar": tar_bytes(tree("cat/1.jpg", "dog/2.jpg")) for split in ("train", "val")}
+    (tmp_path / "all.tar").write_bytes(tar_bytes(inner))
+    found, _ = split_up(tmp_path / "all.tar")
+    assert list(found) == ["train", "val"] and all(list(one.values()) == ["cat", "dog"] for one in found.values())
+    # But vehicles are classes.
+    vehicles = {f"{name}.tar": tar_bytes(tree(f"{name}.jpg")) for name in ("train", "bus")}
+    (tmp_path / "classes.tar").write_bytes(tar_bytes(vehicles))
+    assert list(split_up(tmp_path / "classes.tar")[0][""].values()) == ["train", "bus"]
+
+
 def test_what_lies_beside_splits_is_said(tmp_path):
     found, notes = split_up(grow(tmp_path, TREE | tree("unlabeled/6.jpg", "teaser.jpg")))
     assert list(found) == ["train", "val", "test"] and sum(map(len, found.values())) == 5
@@ -137,6 +149,7 @@ def test_classes_of_val_that_train_lacks_are_said(tmp_path):
     found, notes = split_up(grow(tmp_path, files))
     assert found["val"] == {"val/a/1.jpg": "a", "val/b/1.jpg": "b"} and set(found["test"].values()) == {None}
     assert notes == ["val: 1 class that train lacks (a)", "test: its folders are no classes of train: no labels"]
+    assert split_up(tmp_path, split="val")[1] == notes[:1]
 
 
 def test_a_split_that_is_not_there(tmp_path):
@@ -192,6 +205,18 @@ def test_photos_for_which_the_rule_finds_no_class(tmp_path):
         assert set(of(listing).values()) == {"r"} and len(listing.rejected) == 2
 
 
+def test_a_rule_that_finds_no_class_at_all_is_an_error(tmp_path):
+    for rules, name in (({"depth": 9}, "--depth 9"), ({"label_from": "x(y)"}, "--label-from x(y)")):
+        with pytest.raises(SourceError, match=rf"{re.escape(name)} finds no class in any path"):
+            list_source(grow(tmp_path, NESTED), rules=ListingRules(**rules))
+
+
+def test_the_rule_is_for_each_split_and_test_may_have_no_classes(tmp_path):
+    files = tree("train/1/cat/a.jpg", "train/2/dog/b.jpg", "val/3/cat/c.jpg", "test/d.jpg")
+    found, notes = split_up(grow(tmp_path, files), label_from="parent")
+    assert [list(one.values()) for one in found.values()] == [["cat", "dog"], ["cat"], [None]] and notes == []
+
+
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
@@ -225,6 +250,18 @@ def test_loose_photos_beside_class_folders(tmp_path):
         assert listing.notes == ["1 photo beside the folders cat, dog: all are taken, without classes"]
 
 
+def test_photos_without_a_label_among_labelled_ones(tmp_path):
+    files = {"1.jpg": b"x", "1.cls": b"3", "2.jpg": b"x", "3.jpg": b"x", "3.cls": b"5"}
+    (tmp_path / "x.tar").write_bytes(tar_bytes(files))
+    with list_source(tmp_path / "x.tar") as listing:
+        assert of(listing) == {"1.jpg": "3", "3.jpg": "5"} and [name for name, _ in listing.rejected] == ["2.jpg"]
+    with list_source(tmp_path / "x.tar", rules=ListingRules(keep_all=True)) as listing:
+        assert len(listing) == 3 and listing.classes is None
+        assert listing.notes == ["1 photo without a label: all are taken, without classes"]
+    with pytest.raises(SourceError, match="--label-from txt finds no class"):
+        list_source(tmp_path / "x.tar", rules=ListingRules(label_from="txt"))
+
+
 def test_a_hundred_loose_photos_beside_a_folder_of_three(tmp_path):
     files = tree(*(f"{k}.jpg" for k in range(100)), "a/1.jpg", "a/2.jpg", "a/3.jpg")
     found, notes = split_up(grow(tmp_path, files))
@@ -241,6 +278,15 @@ def test_the_fingerprint_knows_labels(tmp_path):
         list_source(tmp_path, rules=ListingRules(labels=tmp_path / name)).fingerprint for name in ("x.csv", "y.csv")
     ]
     assert prints[0] != prints[1]
+
+
+def test_one_of_several_splits_may_be_preferred(tmp_path):
+    with list_source(grow(tmp_path, TREE), prefer="val") as listing:
+        assert listing.names == ["val/dog/3.jpg"] and listing.splits == ["train", "val", "test"]
+        holds = f"{tmp_path}: holds train (2 photos) and val (1 photo) and test (2 photos): val is taken"
+        assert listing.notes == [holds]
+    with list_source(tmp_path / "train", prefer="val") as listing:
+        assert listing.splits == [] and listing.notes == [] and listing.classes == ["cat", "dog"]
 
 
 def test_labels_are_torchvisions(tmp_path):

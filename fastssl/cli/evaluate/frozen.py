@@ -98,7 +98,7 @@ def _bank_and_judged(session: Session, asked: SimpleNamespace) -> tuple[Features
             return bank, gathered(judged), split.record()
     with (
         open_photos(asked.data, asked.workers) as train,
-        open_photos(asked.val, asked.workers) if asked.val else nullcontext(train) as reader,
+        open_photos(asked.val, asked.workers, "val") if asked.val else nullcontext(train) as reader,
     ):
         require_classes(np.unique(require_labels(reader)), reader, "photos that vote", "kNN")
         backbone = common.network(session, asked, train)

@@ -15,18 +15,16 @@ from fastssl.errors import counted, printable
 from fastssl.pipelines.convert.sources.base import SourceError
 
 _NAMES = {"train": "train|training", "val": "val|valid|validation|dev", "test": "test|testing"}
-#: A split's folder (also of COCO: train2017, and of who unpacks where the tar is: ILSVRC2012_img_val), or its part of
-#: the hub's files: validation-00000-of-00014.parquet.
+#: A split's folder (also of COCO: train2017, and of who unpacks where the tar is: ILSVRC2012_img_val), a tar in a tar,
+#: or one of the hub's files: validation-00000-of-00014.parquet.
 _SPLITS = {
     name: re.compile(
         rf"(?:ilsvrc\d*_(?:img_)?)?(?:{words})"
-        r"(?:[_-]?(?:19|20)\d\d|[_-](?:set|split|data|images|img))?(?:(?:[_-][\w-]*)?\.parquet)?",
+        r"(?:[_-]?(?:19|20)\d\d|[_-](?:set|split|data|images|img))?(?:(?:[_-][\w-]*)?\.(?:parquet|tar))?",
         re.IGNORECASE,
     )
     for name, words in _NAMES.items()
 }
-
-
 #: In the order in which they are written.
 SPLITS = tuple(_NAMES)
 
@@ -73,6 +71,11 @@ class ListingRules:
     def pattern(self) -> str | None:
         """The regular expression of ``label_from``."""
         return None if self.label_from in (None, "parent", "top", "txt") else self.label_from
+
+    @property
+    def named(self) -> str:
+        """The option that finds classes in paths, for messages."""
+        return f"--depth {self.depth}" if self.depth else f"--label-from {self.label_from}"
 
     @property
     def by_path(self) -> bool:
@@ -143,7 +146,7 @@ def folder_classes(
     if loose and rules.keep_all:
         return None, f"{counted(loose, 'photo')} beside the folders {listed(names)}: all are taken, without classes"
     parents = {path[-1] for path in parts.values() if path}
-    if len(parents) > len(names):
+    if len(parents) > len(names) and not rules.keep_all:
         said = said or f"classes are the first folders ({listed(names)})"
         said += f"; --label-from parent would make {len(parents)} of the folders that hold the photos"
     return below, said

@@ -40,11 +40,15 @@ class Photos:
         """Say which class each photo has; returns what is to be told of it. ``below``: of each folder in the split the
         part that follows it.
         """
-        if not rules.by_path and any(one.label is not None for one in self.found):
-            classes = [_class_name(source, one.label) for one in self.found]
-            self.classes = classes if any(classes) else None
-            return ""
-        if not source.in_folders:
+        labels = [_class_name(source, one.label) for one in self.found]
+        # A tar in a tar is a class by its name, unless that is a split's.
+        if any(labels) and not rules.by_path and not (below and all(map(split_name, labels))):
+            missing = labels.count("")
+            self.classes = None if rules.keep_all and missing else labels
+            return (
+                "" if self.classes else f"{counted(missing, 'photo')} without a label: all are taken, without classes"
+            )
+        if not source.in_folders or rules.label_from == "txt":
             return ""
         self.by_path = True
         if rules.pattern is not None:
@@ -98,8 +102,8 @@ class Collected:
             group = Photos(len(self.sources), [f"{prefix}{one.name}" for one in photos], photos)
             self.splits.setdefault(split, []).append(group)
         for name, reason in rejected:
-            split = next((split for split in map(split_name, name.split("/")) if split in groups), None)
-            self.rejected.append((split or "", f"{prefix}{name}", reason))
+            inside = next((split for split in map(split_name, name.split("/")) if split in groups), None)
+            self.rejected.append((inside or "", f"{prefix}{name}", reason))
         self.sources.append(source)
         self._below.append(placed or {})
 
@@ -117,20 +121,24 @@ class Collected:
         if self.rules.split not in ("auto", "none", *there):
             found = f"it has {' and '.join(there)}" if any(there) else f"no folders are called {', '.join(SPLITS)}"
             raise SourceError(f"{where}: no split {self.rules.split}: {found}")
+        wanted = there if self.rules.split in ("auto", "none") else [self.rules.split]
         known: set[str] = set()
         for split in there:  # train comes first: its classes are classes elsewhere, too
+            said = []
             for group in self.splits[split]:
                 below = {folder: rest for folder, (name, rest) in self._below[group.source].items() if split == name}
-                said = group.decide(self.sources[group.source], self.rules, below, known)
-                self.notes += [f"{split}: {said}" if split else said] if said else []
+                said.append(group.decide(self.sources[group.source], self.rules, below, known))
                 if known and group.by_path and group.classes is not None and known.isdisjoint(group.classes):
+                    said += ["its folders are no classes of train: no labels"] * any(group.classes)
                     group.classes = None
-                    self.notes.append(f"{split}: its folders are no classes of train: no labels")
             names = {name for group in self.splits[split] for name in group.classes or ()} - {""}
             if known and (new := names - known):
-                self.notes.append(f"{split}: {counted(len(new), 'class')} that train lacks ({listed(new)})")
+                said.append(f"{counted(len(new), 'class')} that train lacks ({listed(new)})")
             known |= names
-        wanted = there if self.rules.split in ("auto", "none") else [self.rules.split]
+            if split in wanted:
+                self.notes += [f"{split}: {line}" if split else line for line in said if line]
+        if (self.rules.by_path or self.rules.label_from) and not known:
+            raise SourceError(f"{where}: {self.rules.named} finds no class in any path")
         if self.labels is not None:
             self._give_labels(self.labels, wanted)
         return wanted

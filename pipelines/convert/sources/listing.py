@@ -36,9 +36,9 @@ class Listing:
         sizes: (N,) int64, in bytes; -1: not known.
         rejected: (path inside the source, reason) of what looks like a photo but cannot be one.
         passed_over: how many other files there are, by kind (see `formats.kind_of`).
-        split: 'train', 'val' or 'test', where these are a part of the source; else ''. notes: lines that tell what was
-            taken for a class or split, where somebody may have meant it otherwise.
-        fingerprint: hex digest over names, sizes, times of change and labels.
+        split: 'train', 'val' or 'test', where these are a part of the source; else ''. splits: the names of all, where
+            one of several was preferred. notes: lines that tell what was taken for a class or split, where somebody may
+            have meant it otherwise.
     """
 
     source: Path
@@ -53,6 +53,7 @@ class Listing:
     notes: list[str]
     _sources: list[Source] = field(repr=False)
     _places: list[tuple[int, Any]] = field(repr=False)
+    splits: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -89,20 +90,25 @@ def list_source(
     deadline: Deadline | None = None,
     rules: ListingRules | None = None,
     scratch: str | os.PathLike | None = None,
+    prefer: str = "",
 ) -> Listing:
-    """`list_splits` of photos that have no splits, or of the one that ``rules`` name. ``SourceError``: there are
-    several.
+    """`list_splits` of photos that have no splits, or of the one that ``rules`` name, or, of several, of ``prefer``,
+    which its notes then say. ``SourceError``: there are several.
     """
     listings = list_splits(sources, deadline, rules, scratch)
     first, *others = listings.values()
-    if others:
+    if not others:
+        return first
+    there = " and ".join(f"{name} ({counted(len(listing), 'photo')})" for name, listing in listings.items())
+    if (chosen := listings.get(prefer)) is None:
         first.close()
-        there = " and ".join(f"{name} ({counted(len(listing), 'photo')})" for name, listing in listings.items())
         raise SourceError(
-            f"{first.source}: holds {there}, a file each; --split {first.split} takes one of them, --split none "
-            "takes them as classes"
+            f"{first.source}: holds {there}; `fastssl convert-imagenet` makes a file of each, or with --split "
+            f"{first.split} of one, with --split none takes them as classes"
         )
-    return first
+    chosen.splits = list(listings)
+    chosen.notes.insert(0, f"{first.source}: holds {there}: {prefer} is taken")
+    return chosen
 
 
 def list_splits(
@@ -138,9 +144,11 @@ def list_splits(
                 collected.take(source, deadline.each(source.photos(), listed_behind), prefix)
             except OSError as error:
                 raise SourceError(f"{error.filename or files[0]}: cannot read: {error.strerror or error}") from None
-        wanted = collected.choose(os.fspath(given[0]))
+        wanted = collected.choose(shown(given[0]))
         classes = collected.class_list()
-        listings = {split: _listing(Path(shown(given[0])), collected, split, classes) for split in wanted}
+        listings = {
+            split: _listing(Path(shown(given[0])), collected, split, classes, split == wanted[0]) for split in wanted
+        }
         for listing in listings.values():
             if listing.names:
                 continue
@@ -164,22 +172,17 @@ def _prefixes(parts: Sequence[Sequence[str]]) -> list[str]:
     return [f"{name}/" if count[name] == 1 else f"{number}-{name}/" for number, name in enumerate(names)]
 
 
-def _listing(source: Path, collected: Collected, split: str, classes: list[str]) -> Listing:
-    """The photos of one split, or all, as one list."""
-    groups, rules, first = collected.splits[split], collected.rules, next(iter(collected.splits))
-    # What lies in no split is listed with the first.
-    of = {one: one if one in collected.splits else first for one, _, _ in collected.rejected}
-    rejected = [(name, reason) for one, name, reason in collected.rejected if of[one] == split]
-    labelled = any(group.classes is not None for group in groups)
-    if rules.keep_all and not all(all(group.classes or [""]) for group in groups):
-        labelled = False
+def _listing(source: Path, collected: Collected, split: str, classes: list[str], first: bool) -> Listing:
+    """The photos of one split, or all, as one list. What lies in no split is counted with the ``first``."""
+    groups, rules, known = collected.splits[split], collected.rules, collected.splits
+    mine = {split, *({one for one, _, _ in collected.rejected} - known.keys() if first else ())}
+    rejected = [(name, reason) for one, name, reason in collected.rejected if one in mine]
+    labelled = (all if rules.keep_all else any)(group.classes is not None for group in groups)
     outside = "not inside a class folder, unlike other photos here"
     if rules.labels is not None:
         outside = f"{rules.labels.name} has no label for it"
-    elif rules.label_from or rules.depth:
-        outside = (
-            f"--{'depth' if rules.depth else 'label-from'} {rules.depth or rules.label_from} finds no class in its path"
-        )
+    elif rules.by_path:
+        outside = f"{rules.named} finds no class in its path"
     index: dict[str, int] = {name: k for k, name in enumerate(classes)}
     names, found, places, labels = list[str](), list[Found](), list[tuple[int, Any]](), list[int]()
     for group in groups:
@@ -193,12 +196,12 @@ def _listing(source: Path, collected: Collected, split: str, classes: list[str])
             found.append(one)
             places.append((group.source, one.place))
             labels.append(index[label] if labelled else 0)
-    mine, numbers = classes if labelled else None, np.array(labels, np.int64)
-    digest = hashlib.sha256(repr(mine).encode())
+    named, numbers = classes if labelled else None, np.array(labels, np.int64)
+    digest = hashlib.sha256(repr(named).encode())
     for name, one in zip(names, found):
         digest.update(f"{name!r} {one.size} {one.stamp}\n".encode())
     digest.update(repr(rejected).encode())
     digest.update(numbers.tobytes())
-    sizes, passed_over = np.array([one.size for one in found], np.int64), dict(collected.passed_over)
+    sizes, passed_over = np.array([one.size for one in found], np.int64), dict(collected.passed_over) if first else {}
     about = (rejected, passed_over, digest.hexdigest(), split, collected.notes, collected.sources, places)
-    return Listing(source, names, numbers, mine, sizes, *about)
+    return Listing(source, names, numbers, named, sizes, *about)
