@@ -109,6 +109,8 @@ class ViewLoader:
             self._indices = None if indices is None else _sample_ids(indices)
             self.num_samples = len(self.reader) if self._indices is None else len(self._indices)
             self._check_size()
+            if indices is None:
+                self.reader.require_here(window)
             self._windows = None
             if window is not None:
                 if indices is not None or not shuffle:
@@ -164,13 +166,24 @@ class ViewLoader:
         index = self.ids_at(chosen)
         return Request(index, draw_plans(self.views, self.seed, epoch, index, *self.reader.shapes(index)))
 
+    def _hold(self, epoch: int, step: int) -> None:
+        """Files of this step's group are to be here, and those of the next to come."""
+        if self._windows is not None and self.reader.streamed:
+            position = min(step * self.batch_size * self.world, self.num_samples - 1)
+            groups = self._windows.files_ahead(position, self.seed, epoch)
+            if len(groups) < 2:
+                groups += self._windows.files_ahead(0, self.seed, epoch + 1)
+            self.reader.hold([file for group in groups[:2] for file in group])
+
     def epoch(self, epoch: int, start_step: int = 0) -> Generator[Batch, None, None]:
         """The batches of one epoch, from ``start_step`` on (to go on where a run was stopped)."""
+        self._hold(epoch, start_step)
         requests = (partial(self.request, epoch, step) for step in range(start_step, len(self)))
         rendered_batches, stats = self.engine.run(requests), self.stats
         cpu = time.thread_time()
         try:
-            for rendered in rendered_batches:
+            for step, rendered in enumerate(rendered_batches, start_step):
+                self._hold(epoch, step)
                 started = time.perf_counter()
                 index, plans = rendered.request.index, [plan.reshape(-1) for plan in rendered.request.plans]
                 labels = torch.from_numpy(self.reader.labels_of(index))

@@ -24,7 +24,7 @@ class Server(ThreadingHTTPServer):
         self.pause = 0.0  # seconds before each 16 KiB
         self.redirect: dict[str, str] = {}
         self.after: dict[str, tuple[bytes, str | None]] = {}  # what the files become with their last byte
-        self.asked: Counter[str] = Counter()  # answers that ran to their end, but for the first byte alone
+        self.asked: Counter[str] = Counter()  # whole answers, or such from some byte to the end
         self.headers: list[dict[str, str]] = []
         threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
         self.host = f"127.0.0.1:{self.server_address[1]}"
@@ -75,6 +75,6 @@ class Handler(BaseHTTPRequestHandler):
         for low in range(0, len(body), 1 << 14):
             time.sleep(server.pause)
             self.wfile.write(body[low : low + (1 << 14)])
-        server.asked[path] += 1
+        server.asked[path] += not (span and span[2])
         server.files.update(server.after)
         server.after = {}

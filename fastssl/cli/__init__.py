@@ -114,7 +114,8 @@ def main(argv: list[str] | None = None) -> None:
         _leave(130, None if _was_leaving(stop) else "interrupted")
     except click.ClickException as error:
         if "unexpected extra argument" in error.message and sum(word.endswith(".beton") for word in argv) > 1:
-            error.message += "; one option takes many files as a pattern in quotes: --data 'train-*.beton'"
+            how = "one option takes many files as a pattern in quotes: --data 'train-*.beton'"
+            error = click.UsageError(f"{error.message}; {how}", getattr(error, "ctx", None))
         error.show()
         _leave(2)
     except Interrupted as stop:

@@ -94,7 +94,7 @@ def _print(out: PlainConsole, title: str, rows: Sequence[tuple[str, str]]) -> No
 
 
 def _rows(one: Contents) -> list[tuple[str, str]]:
-    from fastssl.pipelines.convert.formats import remedy
+    from fastssl.pipelines.convert.formats import in_words, remedies
 
     rows = [("photos", f"{one.photos:,}")]
     if one.classes is None:
@@ -114,10 +114,12 @@ def _rows(one: Contents) -> list[tuple[str, str]]:
         rows.append(("bytes", f"{one.bytes / 1e6:,.1f} MB, {one.bytes / one.photos / 1e3:,.1f} kB a photo{how}"))
     if one.made is not None:
         rows.append(("made", _made(one.made)))
-    for what, kinds in (("rejected", one.rejects), ("passed over", one.passed_over)):
-        shown = [f"{count:,} {kind}{f' ({do})' if (do := remedy(kind)) else ''}" for kind, count in kinds.items()]
-        shown[8:] = [f"and {counted(len(shown) - 8, 'more kind')}"] if len(shown) > 8 else []
-        rows += [(what, f"{sum(kinds.values()):,}: {'; '.join(shown)}")] if kinds else []
+    if one.rejects:
+        kinds = [f"{count:,} {kind}" for kind, count in one.rejects.items()]
+        kinds[8:] = [f"and {counted(len(kinds) - 8, 'more kind')}"] if len(kinds) > 8 else []
+        rows.append(("rejected", f"{sum(one.rejects.values()):,}: {'; '.join(kinds)}"))
+    if one.passed_over:
+        rows.append(("passed over", "; ".join([in_words(one.passed_over), *remedies(one.passed_over)])))
     return rows
 
 

@@ -7,7 +7,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -107,15 +107,16 @@ def look_into(photos: Photos) -> Contents:
     """Count what is there; no picture is decoded."""
     classes = None if photos.labels is None else _by_name(photos.labels, photos.classes or [])
     if isinstance(photos, ListedPhotos):
+        reasons: Iterable[str]
         listing, sides = photos.listing, np.array(listed_sides(photos.listing, Deadline(photos.path), _MEASURED))
         size, raw = None if (photos.sizes < 0).any() else int(photos.sizes.sum()), None
-        reasons, passed, made = (reason for _, reason in listing.rejected), listing.passed_over, None
+        reasons, passed, made = [reason for _, reason in listing.rejected], listing.passed_over, None
     else:
         sides = np.minimum(photos.heights, photos.widths)
         size, raw = int(photos.sizes.sum()), int((photos.modes == MODE_RAW).sum())
         reasons, passed, made = _rejected(photos.files), {}, _made(photos)
-    kinds = (dict(Counter(found).most_common()) for found in (map(kind_of_reason, reasons), passed))
-    return Contents(photos.path, len(photos), classes, _spread(sides), size, raw, *kinds, made)
+    rejects = dict(Counter(map(kind_of_reason, reasons)).most_common())
+    return Contents(photos.path, len(photos), classes, _spread(sides), size, raw, rejects, passed, made)
 
 
 def _by_name(labels: np.ndarray, names: list[str]) -> dict[str, int]:
@@ -139,7 +140,7 @@ def kind_of_reason(reason: str) -> str:
     return re.sub(r"\b0x[0-9a-f]+|(?<![A-Za-wyz\d])\d+(?:[.,]\d+)*", "N", text)[:120]
 
 
-def _rejected(files: Sequence[Path]) -> Iterator[str]:
+def _rejected(files: Sequence[Path]) -> Iterable[str]:
     """The reasons in the lists that conversions left beside the files; lines that are not theirs are left out."""
     for listed in map(rejects_path, files):
         if listed.is_file():  # a pipe of that name would wait for its writer
@@ -158,8 +159,8 @@ def _made(reader: BetonReader) -> dict[str, Any] | None:
         return None
     sources = list(dict.fromkeys(str(note.get("source")) for note in notes))
     more = f" and {counted(len(sources) - 1, 'more source')}" if len(sources) > 1 else ""
-    numbers = {key: [note.get(key) for note in notes] for key in ("copied", "reencoded", "scaled")}
-    sums = {key: sum(some) if all(isinstance(n, int) for n in some) else None for key, some in numbers.items()}
+    known = {key: [note.get(key) for note in notes] for key in ("copied", "reencoded", "scaled")}
+    sums = {key: sum(n for n in some if isinstance(n, int)) for key, some in known.items()}
     return {"source": sources[0] + more, "tool": notes[0].get("tool"), "options": notes[0].get("options"), **sums}
 
 

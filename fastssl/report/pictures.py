@@ -60,7 +60,8 @@ def views_picture(
         notice: called with a line of text when a damaged photo was left out.
     """
     with nullcontext(data) if isinstance(data, BetonReader) else open_beton(data) as reader:
-        chosen = _spread(len(reader), samples)
+        some = reader.some()
+        chosen = some[_spread(len(some), samples)]
         columns: list[tuple[str, str, np.ndarray]] = []
         for pipeline in pipelines:
             with ViewLoader(

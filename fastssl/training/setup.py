@@ -226,7 +226,9 @@ def prepare(
     with first_of_host_speaks():  # all find the same faults, before they first wait for each other
         require_photos(recipe, len(reader), processes=world.size, where=str(reader.path))
         require_engine(options.pipeline, reader, recipe.views)
+        reader.require_here(recipe.train.window)
         if val is not None:
+            val.require_here(None)
             match_classes(reader, val)
             if world.is_main and recipe.train.on_bad == "fail":
                 _require_whole_photos(val, options.workers)

@@ -13,6 +13,7 @@ import os
 import re
 import socket
 import ssl
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -31,6 +32,8 @@ from fastssl.utils.deadline import STALL_MINUTES, Deadline
 _TIMEOUT = 60.0
 #: Bytes that are asked for at a time, and how many such requests are under way.
 _PART, _REQUESTS = 4 << 20, 4
+#: Half the seconds before the second attempt; each further pause is twice as long.
+_PAUSE = 0.25
 #: Attempts where nobody ever answered, or where a file ends at the same wrong place.
 _FEW = 3
 #: What fsspec wants for a protocol.
@@ -79,20 +82,24 @@ def _server(name: str) -> str:
 
 
 class Patience:
-    """How long one file is tried for: with growing pauses, up to ``minutes`` without a byte. A warning comes once."""
+    """How long one file is tried for: with growing pauses, up to ``minutes`` without a byte, and no longer than until
+    ``stop`` is set. A warning comes once.
+    """
 
-    def __init__(self, minutes: float = STALL_MINUTES):
-        self.minutes, self._warned = minutes, False
+    def __init__(self, stop: threading.Event | None = None, minutes: float = STALL_MINUTES):
+        self.stop, self.minutes, self._warned = stop or threading.Event(), minutes, False
         self.moved()
 
     def moved(self) -> None:
-        """Something came: the count begins again."""
+        """Something came: the count begins again. RemoteError: nobody waits for more."""
+        if self.stop.is_set():
+            raise RemoteError("not wanted any more")
         self._tries, self._since = 0, time.monotonic()
 
     def again(self, error: Passing) -> None:
         """Return when the next attempt is due, or raise RemoteError, Stalled: there is none."""
         self._tries += 1
-        waited, pause = time.monotonic() - self._since, min(30.0, 0.25 * 2**self._tries)
+        waited, pause = time.monotonic() - self._since, min(30.0, _PAUSE * 2**self._tries)
         if error.hopeless and self._tries >= _FEW:
             raise RemoteError(str(error)) from None
         if waited + pause > 60 * self.minutes:
@@ -102,7 +109,9 @@ class Patience:
             self._warned = True
             end = f"an error after {self.minutes:g} min without a byte"
             warnings.warn(f"{error}; trying again, {end}", stacklevel=3)
-        time.sleep(pause)
+        self.stop.wait(pause)
+        if self.stop.is_set():
+            raise RemoteError("not wanted any more")
 
     def ask(self, question: Callable[[], _Result]) -> _Result:
         """``question()``, asked until it is answered."""

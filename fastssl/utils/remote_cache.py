@@ -52,10 +52,11 @@ def default_cache_dir() -> Path:
     return Path(own) if own else (Path(root) if root else Path.home() / ".cache") / "fastssl"
 
 
-def local_copy(url: str | os.PathLike, quiet: bool = False) -> Path:
+def local_copy(url: str | os.PathLike, quiet: bool = False, stop: threading.Event | None = None) -> Path:
     """The whole file at ``url`` on this machine, downloaded unless it is there as the server has it now. It stays until
     `release`, or until the process ends. Any number of processes may ask at once: one downloads. A ``.beton`` file's
-    side file comes with it. ``quiet``: nothing shows how it goes on.
+    side file comes with it. ``quiet``: nothing shows how it goes on. ``stop``: when it is set, nobody
+    waits any more; the next one goes on with what has come.
 
     Raises:
         RemoteError: it cannot be had, changes all the time, or does not fit.
@@ -63,9 +64,9 @@ def local_copy(url: str | os.PathLike, quiet: bool = False) -> Path:
     """
     file = remote_file(url)
     for _ in range(3):
-        about = Patience().ask(file.about)
+        about = Patience(stop).ask(file.about)
         with suppress(Changed), (_show_nothing if quiet else show)(file.name) as progress:
-            return _Copy(file, about, progress).path()
+            return _Copy(file, about, progress, stop).path()
     raise RemoteError(f"{file.name}: changes while it is downloaded; wait until it is whole, then try again")
 
 
@@ -92,8 +93,10 @@ def room(folder: Path | None = None) -> int:
 class _Copy:
     """One file in the cache, in a version of its own."""
 
-    def __init__(self, file: RemoteFile, about: About, progress: Callable[[int, int], None]):
-        self.file, self.about, self.progress = file, about, progress
+    def __init__(
+        self, file: RemoteFile, about: About, progress: Callable[[int, int], None], stop: threading.Event | None
+    ):
+        self.file, self.about, self.progress, self.stop = file, about, progress, stop
         parts = urlsplit(file.url)
         query = "&".join(part for part in parts.query.split("&") if not _SIGNATURE.match(part))
         place = parts._replace(netloc=parts.netloc.rpartition("@")[2], query=query, fragment="").geturl()
@@ -184,7 +187,7 @@ class _Copy:
             (self.folder / "lock").touch()
 
     def _download(self) -> None:
-        file, about, patience = self.file, self.about, Patience()
+        file, about, patience = self.file, self.about, Patience(self.stop)
         total, limit = about.size, room(self.folder.parent)
         with open(self.part, "ab") as out:
             if not about.version or total is None:  # nothing says that what is there is the beginning of the same file
@@ -221,7 +224,7 @@ class _Copy:
         parts = urlsplit(self.file.url)
         beside = remote_file(parts._replace(path=f"{parts.path}.json").geturl())
         with suppress(RemoteError):
-            patience = Patience()
+            patience = Patience(self.stop)
             size = patience.ask(beside.about).size or 0
             if 0 < size <= 1 << 30:
                 found = patience.ask(lambda: beside.read(0, size))

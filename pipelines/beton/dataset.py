@@ -5,23 +5,25 @@ from __future__ import annotations
 import glob
 import os
 import re
+import sys
 import zlib
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
 from fastssl.errors import BetonError, counted
-from fastssl.pipelines.beton.open_file import open_files
+from fastssl.pipelines.beton.open_file import OpenFiles
 from fastssl.pipelines.beton.reader import BetonReader
-from fastssl.pipelines.beton.remote_set import local_files, remote_names
+from fastssl.pipelines.beton.remote_set import local_files, remote_names, sizes_of
 from fastssl.pipelines.beton.tables import Row, Tables
 from fastssl.pipelines.ops.memory import ThreadMemory
 from fastssl.utils.addresses import is_remote, shown
+from fastssl.utils.remote_cache import room
 
 #: Samples above which a set keeps no tables: they take 33 bytes a sample, in every process.
 LAZY_ABOVE = 1 << 24
@@ -43,7 +45,16 @@ def open_beton(data: Data) -> BetonReader:
     """The data set that ``data`` names: a ``BetonReader`` of one file, a ``BetonSet`` of more. ``BetonError``: as those
     two and `beton_files`.
     """
-    files, path = beton_files(data)
+    if isinstance(data, (str, os.PathLike)) and is_remote(data):
+        names, path = _remote_files(data)
+        sizes = sizes_of(names)
+        if len(names) > 1 and sum(sizes) > room():
+            from fastssl.pipelines.beton.streamed_set import StreamedSet  # which is a BetonSet
+
+            return StreamedSet(names, sizes, path)
+        files = local_files(names, sum(sizes))
+    else:
+        files, path = beton_files(data)
     return BetonReader(files[0]) if len(files) == 1 else BetonSet(files, path=path)
 
 
@@ -61,9 +72,8 @@ def beton_files(data: Data) -> tuple[list[Path], Path]:
         more = f" and {counted(len(named) - 1, 'more file')}" if len(named) > 1 else ""
         return files, named[0][1].with_name(f"{named[0][1].name}{more}")
     if is_remote(data):
-        names = _in_order(remote_names(data))
-        _require_complete([Path(shown(name)) for name in names])
-        return local_files(names), Path(shown(data))
+        names, path = _remote_files(data)
+        return local_files(names), path
     path = Path(data)
     if path.is_dir():
         files = _in_order(one for one in path.iterdir() if one.suffix == ".beton" and not one.name.startswith("."))
@@ -84,6 +94,12 @@ def beton_files(data: Data) -> tuple[list[Path], Path]:
             raise BetonError(f"{path}: no file is named like this")
     _require_complete(files)
     return files, path
+
+
+def _remote_files(url: str | os.PathLike) -> tuple[list[str], Path]:
+    names = _in_order(remote_names(url))
+    _require_complete([Path(shown(name)) for name in names])
+    return names, Path(shown(url))
 
 
 def _in_order(files: Iterable[_File]) -> list[_File]:
@@ -146,97 +162,81 @@ class BetonSet(BetonReader):
         localize: Callable[[str], Path] | None = None,
         counts: Sequence[int] | None = None,
     ):
-        self.files = [Path(file) for file in files]
+        self.files, self._names = [Path(file) for file in files], [os.fspath(file) for file in files]
         self.path = Path(path or beton_files(files)[1])
-        self._names, self._localize, self._opened = list(map(os.fspath, files)), localize or Path, open_files()
-        self._pool, self._scratch = ThreadPoolExecutor(_AT_ONCE, "fastssl-tables"), ThreadMemory()
+        self._localize, self._among, self._scratch = localize or Path, OpenFiles(), ThreadMemory()
         self._readers, self._recent = dict[int, BetonReader](), dict[int, Row]()
-        self._counts, numbers = counts, range(len(files))
-        try:
-            first = self._reader(0)
-            self.labelled, self.page_size, self.num_bytes = first.labelled, first.page_size, first.num_bytes
-            self.field_names, self.image_field = first.field_names, first.image_field
-            self._lists: dict[Classes | None, Classes | None] = {}
-            lists = list(self._each(self._classes_of, numbers if counts is None else [0]))
-            self._classes, maps = self._match_classes()
-            self._maps = [maps.get(one) for one in lists] if maps else None
-            if counts is None:
-                counts = [len(self._reader(k)) for k in numbers]
-                self.num_bytes = sum(self._reader(k).num_bytes for k in numbers)
-            self.starts = np.concatenate([[0], np.cumsum(np.asarray(counts, np.int64))])
-            self._starts: list[int] = self.starts.tolist()
-            self.num_samples = self._starts[-1]
-            self.lazy = self._counts is not None or (self.num_samples > LAZY_ABOVE if lazy is None else lazy)
-            if not self.lazy:
-                self._load()
-        except BaseException:
-            self.close()
-            raise
+        self._counts, numbers = counts, range(len(files) if counts is None else 1)
+        self.labelled, self.num_bytes = self._reader(0).labelled, 0
+        lists = self._each(lambda k: self._classes_of(self._reader(k)), numbers)
+        self._listed, self._classes = lists[0], self._match_classes(lists)
+        if counts is None:
+            counts = [len(self._reader(k)) for k in numbers]
+            self.num_bytes = sum(self._reader(k).num_bytes for k in numbers)
+        self._starts = [0, *accumulate(map(int, counts))]
+        self.starts, self.num_samples = np.array(self._starts), self._starts[-1]
+        self.lazy = self._counts is not None or (self.num_samples > LAZY_ABOVE if lazy is None else lazy)
+        if not self.lazy:
+            self._load()
 
     def _reader(self, k: int) -> BetonReader:
         if (reader := self._readers.get(k)) is None:
-            reader = BetonReader(self._localize(self._names[k]), lazy=True, opened=self._opened)
+            reader = BetonReader(self._localize(self._names[k]), lazy=True, among=self._among)
             reader._scratch = self._scratch
             if self._counts is not None and len(reader) != self._counts[k]:
                 raise reader._error(f"{counted(len(reader), 'sample')}, not {self._counts[k]:,} as was said")
-            if self._counts is not None and k and self._classes_of(k, reader) not in self._lists:
-                raise reader._error(
-                    f"lists other classes than {self.files[0].name}; all files must be here to match them"
-                )
+            if self._counts is not None and k and self._classes_of(reader) != self._listed:
+                first = self.files[0].name
+                raise reader._error(f"lists other classes than {first}; all files must be here to match them")
             reader = self._readers.setdefault(k, reader)
         return reader
 
-    def _classes_of(self, k: int, reader: BetonReader | None = None) -> Classes | None:
-        """What the file's side file lists."""
-        reader = reader or self._reader(k)
+    def _classes_of(self, reader: BetonReader) -> Classes | None:
+        """What the side file lists."""
         if reader.labelled != self.labelled:
             have = ("has labels", "has none")[:: 1 if self.labelled else -1]
-            what = f"{self.files[0].name} {have[0]}, {self.files[k].name} {have[1]}"
+            what = f"{self.files[0].name} {have[0]}, {reader.path.name} {have[1]}"
             raise self._error(f"{what}: they are not one data set; convert all with class folders, or all without")
         classes = reader.classes if self.labelled else None
-        found = None if classes is None else tuple(classes)
-        return found if self._counts is not None and k else self._lists.setdefault(found, found)
+        return None if classes is None else tuple(map(sys.intern, classes))  # a thousand lists of the same names
 
-    def _match_classes(self) -> tuple[list[str] | None, dict[Classes | None, np.ndarray]]:
-        """The set's classes, and where those of each list stand in it; no lists where all are alike."""
-        named = [one for one in self._lists if one is not None]
+    def _match_classes(self, lists: list[Classes | None]) -> list[str] | None:
+        """The set's classes, of those that each file lists."""
+        named = [one for one in dict.fromkeys(lists) if one is not None]
         if len(named) < 2:
-            return list(named[0]) if named else None, {}
-        if None in self._lists:
+            return list(named[0]) if named else None
+        if None in lists:
             raise self._error("side files list different classes, and a file has no such list (FILE.beton.json)")
         everything = sorted(set().union(*named))
         place = {name: k for k, name in enumerate(everything)}
-        return everything, {one: np.array([place[name] for name in one], np.int64) for one in named}
+        for k, classes in enumerate(lists):
+            self._reader(k)._class_map = np.array([place[name] for name in classes or ()], np.int64)
+        return everything
 
-    def _set_labels(self, k: int, labels: np.ndarray, samples: np.ndarray) -> np.ndarray:
-        """The set's labels for those of the samples ``samples`` of file ``k``."""
-        if self._maps is None or not self.labelled:
+    def _set_labels(self, reader: BetonReader, labels: np.ndarray, samples: np.ndarray) -> np.ndarray:
+        """The set's labels for those of the samples ``samples`` of a file."""
+        if (table := reader._class_map) is None:
             return labels
-        table: np.ndarray = self._maps[k]
         if (outside := np.flatnonzero(labels >= len(table))).size:
             label = f"sample {samples[outside[0]]}: has the label {labels[outside[0]]}"
-            raise self._reader(k)._error(f"{label}, but its side file lists {counted(len(table), 'class')}")
+            raise reader._error(f"{label}, but its side file lists {counted(len(table), 'class')}")
         return np.where(labels < 0, labels, table[labels])
 
-    def _each(self, look: Callable[[int], _Found], numbers: Iterable[int]) -> Iterable[_Found]:
-        return self._pool.map(look, numbers)
+    def _each(self, look: Callable[[int], _Found], numbers: Iterable[int]) -> list[_Found]:
+        with ThreadPoolExecutor(_AT_ONCE, "fastssl-tables") as pool:
+            return list(pool.map(look, numbers))
 
     def _read_tables(self, out: Tables) -> None:
         for k, (low, high) in enumerate(pairwise(self._starts)):
             reader, part = self._reader(k), out.rows(slice(low, high))
             reader._file.read_all(part)
             if part.labels is not None:
-                part.labels[:] = self._set_labels(k, part.labels, np.arange(high - low))
-
-    def _place(self, i: int) -> tuple[int, int]:
-        """The file of sample ``i``, and its number there."""
-        super()._owner(i)
-        k = bisect_right(self._starts, i) - 1
-        return k, i - self._starts[k]
+                part.labels[:] = self._set_labels(reader, part.labels, np.arange(high - low))
 
     def _owner(self, i: int) -> tuple[BetonReader, int]:
-        k, own = self._place(i)
-        return self._reader(k), own
+        super()._owner(i)
+        k = bisect_right(self._starts, i) - 1
+        return self._reader(k), i - self._starts[k]
 
     def _row(self, i: int) -> Row:
         return (self._recent.get(i) or self._rows(np.array([i]))[0]) if self.lazy else super()._row(i)
@@ -248,14 +248,14 @@ class BetonSet(BetonReader):
             known = self._recent = {i: known[i] for i in wanted if i in known}
         new = sorted({i for i in wanted if i not in known})
         for some in (new[low : low + _AHEAD] for low in range(0, len(new), _AHEAD)):
-            places = [(i, *self._place(i)) for i in some]
-            for _, k, own in places:
-                self._reader(k)._file.expect(own)
-            for i, k, own in places:
-                row = self._reader(k)._file.row(own)
-                if self._maps is not None:
-                    (label,) = self._set_labels(k, np.array([row.label]), np.array([own])).tolist()
-                    row = row._replace(label=label)
+            owners = [(i, *self._owner(i)) for i in some]
+            for _, reader, own in owners:
+                reader._file.expect(own)
+            for i, reader, own in owners:
+                row = reader._file.row(own)
+                if reader._class_map is not None:
+                    label = self._set_labels(reader, np.array([row.label]), np.array([own]))
+                    row = row._replace(label=int(label[0]))
                 known[i] = row
         return [known[i] for i in wanted]
 
@@ -286,14 +286,10 @@ class BetonSet(BetonReader):
         return np.array(reader._rows(np.linspace(0, len(reader) - 1, _RECORDS).astype(np.int64)), np.int64).tobytes()
 
     def _looked_at(self) -> list[int]:
-        if self._counts is not None:
-            return []
-        middles = (self.starts[:-1] + self.starts[1:]) // 2
-        return np.union1d(super()._looked_at(), middles).tolist()
+        middles = [(low + high) // 2 for low, high in pairwise(self._starts)]
+        return sorted({*super()._looked_at(), *middles}) if self._counts is None else []
 
     def close(self) -> None:
         """Let go of all files; a thread that is still reading from one finishes first."""
         for reader in self._readers.values():
             reader.close()
-        self._pool.shutdown(wait=False)
-        self._opened.cache_clear()  # type: ignore[attr-defined]  # of an lru_cache

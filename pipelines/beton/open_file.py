@@ -7,8 +7,8 @@ from __future__ import annotations
 import os
 import resource
 import stat
-from collections.abc import Callable
-from functools import lru_cache
+import threading
+from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
@@ -43,23 +43,44 @@ class OpenFile:
         return done
 
 
-def open_files(most: int = 0) -> Callable[[str], OpenFile]:
-    """A function that opens files and keeps open those asked for last: 1,024 may be where nobody raised that."""
-    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    # A quarter: there may be a second set to judge on, and all else that a process opens.
-    return lru_cache(most or max(8, min(limit if limit > 0 else 1 << 14, 1 << 14) // 4))(OpenFile)
+class OpenFiles:
+    """The files that are open, those asked for last: a process may have 1,024 where nobody raised that."""
+
+    def __init__(self, most: int = 0):
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        # A quarter: there may be a second set to judge on, and all else that a process opens.
+        self.most = most or max(8, min(limit if limit > 0 else 1 << 14, 1 << 14) // 4)
+        self._open, self._lock = OrderedDict[BetonFile, OpenFile](), threading.Lock()
+
+    def open(self, file: BetonFile) -> OpenFile:
+        """``file``, which stays open as long as it is in use."""
+        with self._lock:
+            if (found := self._open.get(file)) is not None:
+                self._open.move_to_end(file)
+                return found
+        found = OpenFile(file.place)
+        with self._lock:
+            self._open[file] = found
+            while len(self._open) > self.most:
+                self._open.popitem(last=False)  # a thread that reads from it has its own reference
+        return found
+
+    def drop(self, file: BetonFile) -> None:
+        """``file`` is not wanted any more."""
+        with self._lock:
+            self._open.pop(file, None)
 
 
 class BetonFile:
-    """One file, and what a message says when it cannot be read. It stays open until it is closed; with ``opened``, of
-    `open_files`, as long as it is in use: the next read opens it again, which must give the very same file.
+    """One file, and what a message says when it cannot be read. It stays open until it is closed; ``among`` those of a
+    set, as long as it is in use: the next read opens it again, which must give the very same file.
 
     ``path``, ``num_bytes``: when it was first opened. ``BetonError``: it is missing, or no plain file.
     """
 
-    def __init__(self, path: str | os.PathLike, opened: Callable[[str], OpenFile] | None = None):
-        self.path, self._place = Path(path), os.path.abspath(path)
-        self._opened: Callable[[str], OpenFile] | None = opened or open_files(1)
+    def __init__(self, path: str | os.PathLike, among: OpenFiles | None = None):
+        self.path, self.place = Path(path), os.path.abspath(path)
+        self._among, self._closed = among or OpenFiles(1), False
         self._identity: tuple[int, ...] | None = None
         file = self.open()
         self.num_bytes, self._identity = file.num_bytes, file.identity
@@ -68,10 +89,10 @@ class BetonFile:
 
     def open(self) -> OpenFile:
         """The open file, whose reader may close it meanwhile."""
-        if (opened := self._opened) is None:
+        if self._closed:
             raise self.error("the reader is closed")
         try:
-            file = opened(self._place)
+            file = self._among.open(self)
         except OSError as error:
             raise self.error(f"cannot open: {error.strerror or error}") from None
         if self._identity not in (None, file.identity):
@@ -80,7 +101,8 @@ class BetonFile:
 
     def close(self) -> None:
         """Let go of it; a thread that is still reading from it finishes first."""
-        self._opened = None
+        self._closed = True
+        self._among.drop(self)
 
     def error(self, message: str) -> BetonError:
         """To be raised."""

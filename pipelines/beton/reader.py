@@ -5,18 +5,19 @@ from __future__ import annotations
 import os
 import warnings
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
 
 from fastssl.errors import BetonError, JpegError, counted
 from fastssl.pipelines.beton.format import MODE_RAW
-from fastssl.pipelines.beton.open_file import OpenFile
+from fastssl.pipelines.beton.open_file import OpenFiles
 from fastssl.pipelines.beton.side_file import read_side_note, side_path
 from fastssl.pipelines.beton.tables import KINDS, Row, TableFile, Tables
 from fastssl.pipelines.ops import jpeg
 from fastssl.pipelines.ops.memory import ThreadMemory
+from fastssl.utils.addresses import shown
 
 #: Bytes that are summed up at a time; photos that tell a file from another one, and bytes of each; samples that stand
 #: for all where no table is in memory.
@@ -43,24 +44,30 @@ class BetonReader:
         files: that it consists of. starts: (F + 1,) int64, the first sample of each, and N.
     """
 
+    #: Not all of it fits on this machine at once.
+    streamed = False
+
     modes: np.ndarray
     heights: np.ndarray
     widths: np.ndarray
     offsets: np.ndarray
     sizes: np.ndarray
     labels: np.ndarray | None
+    num_samples: int
+    #: Of a file in a set: where its classes stand in the set's, if they are others.
+    _class_map: np.ndarray | None = None
     _classes: list[str] | None = None
 
-    def __init__(self, path: str | os.PathLike, *, lazy: bool = False, opened: Callable[[str], OpenFile] | None = None):
-        self._file = file = TableFile(path, opened)
+    def __init__(self, path: str | os.PathLike, *, lazy: bool = False, among: OpenFiles | None = None):
+        self._file = file = TableFile(path, among)
         self._scratch = ThreadMemory()
-        self.path, self.num_bytes, self.num_samples, self.page_size = (
-            file.path,
-            file.num_bytes,
-            file.num_samples,
+        self.path, self.num_bytes, self.num_samples = file.path, file.num_bytes, int(file.num_samples)
+        self.page_size, self.labelled, self.field_names, self.image_field = (
             file.page_size,
+            file.labelled,
+            file.field_names,
+            file.image_field,
         )
-        self.labelled, self.field_names, self.image_field = file.labelled, file.field_names, file.image_field
         self.files, self.starts, self.lazy = [self.path], np.array([0, self.num_samples]), lazy
         if not lazy:
             self._load()
@@ -86,7 +93,7 @@ class BetonReader:
         return getattr(self, name)
 
     def _error(self, message: str) -> BetonError:
-        return BetonError(f"{self.path}: {message}")
+        return BetonError(f"{shown(self.path)}: {message}")
 
     def __len__(self) -> int:
         return self.num_samples
@@ -148,10 +155,17 @@ class BetonReader:
         """Labels of the samples ``index``, see `take`; -1 where there are none."""
         return self.take("labels", index) if self.labelled else np.full(len(index), -1)
 
+    def require_here(self, window: int | None) -> None:
+        """``BetonError``: reading with so many files at a time (None: all) needs more room than there is."""
+
+    def hold(self, files: Sequence[int]) -> None:
+        """These files are needed now or next, in this order, others no longer: of a ``streamed`` one, what to fetch."""
+
     def some(self) -> np.ndarray:
         """Sample ids, (n,) int64 and sorted, by which the whole can be judged: all, or 65,536 of a lazy one."""
         count = min(self.num_samples, _SOME) if self.lazy else self.num_samples
-        return np.arange(count, dtype=np.int64) * self.num_samples // count
+        found: np.ndarray = np.arange(count, dtype=np.int64) * self.num_samples // count
+        return found
 
     def _rows(self, index: np.ndarray) -> list[Row]:
         return [self._file.row(i) for i in np.asarray(index).tolist()]
@@ -159,8 +173,8 @@ class BetonReader:
     def _row(self, i: int) -> Row:
         if self.lazy:
             return self._file.row(i)
-        columns = self.heights, self.widths, self.modes, self.offsets, self.sizes
-        return Row(*(int(column[i]) for column in columns), -1)
+        height, width, mode = int(self.heights[i]), int(self.widths[i]), int(self.modes[i])
+        return Row(height, width, mode, int(self.offsets[i]), int(self.sizes[i]), -1)
 
     def _owner(self, i: int) -> tuple[BetonReader, int]:
         """The file that holds sample ``i``, and its number there."""
@@ -229,7 +243,7 @@ class BetonReader:
         return found
 
     def _looked_at(self) -> list[int]:
-        return np.unique(np.linspace(0, self.num_samples - 1, _LOOKED_AT).astype(np.int64)).tolist()
+        return sorted(set(map(int, np.linspace(0, self.num_samples - 1, _LOOKED_AT))))
 
     def _each(self, look: Callable[[int], _Found], numbers: Iterable[int]) -> Iterable[_Found]:
         return map(look, numbers)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import resource
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,12 +14,11 @@ from typing import TypeVar
 from fastssl.errors import BetonError, counted
 from fastssl.utils.addresses import address, is_web, shown
 from fastssl.utils.remote import Patience, file_system, fsspec_errors, remote_file
-from fastssl.utils.remote_cache import gigabytes, local_copy, room, show
+from fastssl.utils.remote_cache import local_copy, show
 
 #: Files that are asked for, and fetched, at once.
 _ASKED, _FETCHED = 16, 4
 
-_Item = TypeVar("_Item")
 _Found = TypeVar("_Found")
 
 
@@ -55,36 +55,37 @@ def is_beton_address(url: str) -> bool:
         return bool(system.glob(f"{path.rstrip('/')}/*.beton"))
 
 
-def local_files(names: Sequence[str]) -> list[Path]:
-    """Copies of all files on this machine, which stay until the process ends. ``BetonError``: the cache is too small
-    for all of them at once.
-    """
-    if len(names) == 1:
-        return [local_copy(names[0])]
-    size, most = sum(_at_once(lambda name: Patience().ask(remote_file(name).about).size or 0, names, _ASKED)), room()
-    if size > most:
-        raise BetonError(
-            f"{shown(names[0])} and {counted(len(names) - 1, 'more file')}: {gigabytes(size)}, and the cache may hold "
-            f"{gigabytes(most)}; FASTSSL_CACHE_GB allows more, FASTSSL_CACHE names a folder on a larger disk"
-        )
+def sizes_of(names: Sequence[str]) -> list[int]:
+    """Bytes of each file, as the servers say."""
+    return at_once(lambda name: Patience().ask(remote_file(name).about).size or 0, names)
+
+
+def local_files(names: Sequence[str], size: int = 0) -> list[Path]:
+    """Copies of all files, of ``size`` bytes, on this machine, which stay until the process ends."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)  # each has a lock, which stays open
     wanted = max(soft, 1024 + len(names))
     resource.setrlimit(resource.RLIMIT_NOFILE, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
+    if len(names) == 1:
+        return [local_copy(names[0])]
     with show(counted(len(names), "file")) as progress:
-        done: list[int] = []
+        done, stop = list[int](), threading.Event()
 
         def fetch(name: str) -> Path:
-            path = local_copy(name, quiet=True)
+            path = local_copy(name, quiet=True, stop=stop)
             done.append(path.stat().st_size)
             progress(sum(done), size)
             return path
 
-        return _at_once(fetch, names, _FETCHED)
+        try:
+            return at_once(fetch, names, _FETCHED)
+        finally:  # after Ctrl-C, or where one of them cannot be had
+            stop.set()
 
 
-def _at_once(work: Callable[[_Item], _Found], items: Sequence[_Item], threads: int) -> list[_Found]:
+def at_once(work: Callable[[str], _Found], names: Sequence[str], threads: int = _ASKED) -> list[_Found]:
+    """``work(name)`` of all names, in threads."""
     pool = ThreadPoolExecutor(threads, "fastssl-remote")
     try:
-        return list(pool.map(work, items))
+        return list(pool.map(work, names))
     finally:  # a first failure need not wait for the others
         pool.shutdown(wait=False, cancel_futures=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import struct
 import warnings
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -30,7 +29,7 @@ from fastssl.pipelines.beton.format import (
     TYPE_INT,
     VERSION,
 )
-from fastssl.pipelines.beton.open_file import BetonFile, OpenFile
+from fastssl.pipelines.beton.open_file import BetonFile, OpenFiles
 from fastssl.pipelines.ops import jpeg
 
 #: The columns of `Tables`.
@@ -65,12 +64,14 @@ class Tables:
 
     def rows(self, which: slice) -> Tables:
         """Some neighbours, on the same memory."""
-        return Tables(**{name: None if one is None else one[which] for name, one in vars(self).items()})
+        labels = None if self.labels is None else self.labels[which]
+        return Tables(**{name: getattr(self, name)[which] for name in KINDS}, labels=labels)
 
     @property
     def pixels(self) -> np.ndarray:
         """(N,) int64."""
-        return self.heights.astype(np.int64) * self.widths
+        found: np.ndarray = self.heights.astype(np.int64) * self.widths
+        return found
 
 
 class Row(NamedTuple):
@@ -94,8 +95,8 @@ class TableFile(BetonFile):
     ``BetonError``: it is damaged, unfinished or empty, or has a field of a custom type.
     """
 
-    def __init__(self, path: str | os.PathLike, opened: Callable[[str], OpenFile] | None = None):
-        super().__init__(path, opened)
+    def __init__(self, path: str | os.PathLike, among: OpenFiles | None = None):
+        super().__init__(path, among)
         if self.num_bytes < HEADER_DTYPE.itemsize:
             raise self.error(f"only {self.num_bytes} bytes, shorter than a header: empty or cut off")
         # Python integers from here on: they cannot overflow, whatever the file says.

@@ -92,19 +92,24 @@ def _colours(
     image: ImageFile.ImageFile, data: bytes, raw: str, bits: int, given: tuple[float, float] | None
 ) -> np.ndarray:
     """(H, W, C) uint16 of a loaded picture that Pillow reduced to 8 bits."""
-    high = np.asarray(image).astype(np.uint16)
+    values = np.asarray(image).astype(np.uint16)
     if raw[:-1].endswith(";16") and not raw.startswith("RGBa"):
         # Grey and its alpha make four bytes, as four channels of 8 bits do.
         twin = "RGBA" if raw.startswith("LA") else raw[:-1] + _OTHER_ORDER[raw[-1]]
         again = Image.open(io.BytesIO(data), formats=(str(image.format),))
         _mended(again)
         _call_pixels(again, twin)
-        other = np.asarray(again).astype(np.uint16)
-        return other[..., 0::2] << 8 | other[..., 1::2] if twin == "RGBA" else high << 8 | other
-    if given is not None or (bits == 16 and high[..., :3].max() < 64):
+        low = np.asarray(again)
+        if twin == "RGBA":
+            values, low = low[..., 0::2].astype(np.uint16), low[..., 1::2]
+        values <<= 8
+        values |= low
+        return values
+    if given is not None or (bits == 16 and values[..., :3].max() < 64):
         # What Pillow leaves of 14 bits and less is too dark and too coarse.
         raise JpegError(f"{bits} bits a channel, of which Pillow gives 8 in this kind of file: {_REMEDY}")
-    return high * 257
+    values *= 257
+    return values
 
 
 def _range(

@@ -15,7 +15,7 @@ from PIL import Image
 from fastssl.errors import JpegError
 from fastssl.pipelines.beton.format import MODE_JPEG, MODE_RAW
 from fastssl.pipelines.convert import colour, deep
-from fastssl.pipelines.convert.formats import pillow_formats
+from fastssl.pipelines.convert.formats import pillow_formats, remedy
 from fastssl.pipelines.convert.options import ConvertOptions
 from fastssl.pipelines.ops import jpeg, jpeg_header
 
@@ -25,7 +25,7 @@ _TRANSPOSE = {number: Image.Transpose[name] for number, name in enumerate(_TURNS
 
 
 class How(IntFlag):
-    """What became of a photo. By these names, in lower case, they are counted."""
+    """What became of a photo."""
 
     COPIED = 1
     SCALED = 2
@@ -36,6 +36,8 @@ class How(IntFlag):
     PROFILE_BROKEN = 64
 
 
+#: By these names photos are counted in `ConvertSummary` and in the side file.
+COUNTS = ("reencoded", *(str(flag.name).lower() for flag in How))
 #: Above the flags stands which of `deep.RANGES` a photo of more than 8 bits was mapped from.
 _RANGE_SHIFT = 8
 
@@ -43,7 +45,7 @@ _RANGE_SHIFT = 8
 def tally(hows: Counter[int]) -> dict[str, Any]:
     """The counts of a conversion, as `ConvertSummary` and the side file have them, from how often each ``how`` was."""
     samples = hows.total()
-    counts = {str(flag.name).lower(): sum(n for how, n in hows.items() if how & flag) for flag in How}
+    counts = {name: sum(n for how, n in hows.items() if how & flag) for name, flag in zip(COUNTS[1:], How)}
     mapped: Counter[str] = Counter()
     for how, photos in hows.items():
         if how >> _RANGE_SHIFT:
@@ -115,39 +117,34 @@ def encode_photo(data: bytes, options: ConvertOptions) -> Encoded:
 
 def _decode_jpeg(data: bytes, options: ConvertOptions) -> _Decoded | None:
     """Decode strictly; None: only Pillow can."""
-    try:
-        found = _strictly(data, options)
-        whole = data if found else jpeg.repaired(data)
-    except JpegError:
-        found, whole = None, jpeg.repaired(data)
-        if whole is None:
-            raise
-    if whole is None or (found := found or _strictly(whole, options)) is None:
+    header = _readable_header(data) or _readable_header(jpeg_header.tidied(data) or b"")
+    if header is None:
         return None
-    rgb, header, size = found
-    how = 0 if whole is data else How.REPAIRED
+    size = options.target_size(header.height, header.width)
+    far = header.height >= 4 * size[0] and header.width >= 4 * size[1]
+    at_least = (2 * size[0], 2 * size[1]) if far else None
+    whole, how = data, 0
+    try:
+        rgb = jpeg.decode(data, at_least=at_least, repair=False)
+    except JpegError:
+        if (mended := jpeg.repaired(data)) is None:
+            raise
+        rgb, whole, how = jpeg.decode(mended, at_least=at_least, repair=False), mended, How.REPAIRED
     if not colour.is_srgb(profile := jpeg_header.icc_profile(data)):
-        image, by_profile = _by_profile(
-            Image.fromarray(rgb[..., 0] if header.colorspace == "Gray" else rgb), profile, options
-        )
+        image = Image.fromarray(rgb[..., 0] if header.colorspace == "Gray" else rgb)
+        image, by_profile = _by_profile(image, profile, options)
         rgb, how = np.asarray(image.convert("RGB")), how | by_profile
     may_be_stored = header.colorspace != "RGB" and not how & How.PROFILE_APPLIED
     return _Decoded(rgb, size, jpeg_header.exif_orientation(data), how, whole if may_be_stored else b"")
 
 
-def _strictly(data: bytes, options: ConvertOptions) -> tuple[np.ndarray, jpeg.JpegHeader, tuple[int, int]] | None:
-    """(RGB pixels, header, size to give them); None: only Pillow can decode it, as it is CMYK, or has unusual sampling
-    factors.
-    """
+def _readable_header(data: bytes) -> jpeg.JpegHeader | None:
+    """The header of a JPEG, or None when it is one that only Pillow can decode: CMYK, or unusual sampling factors."""
     try:
         header = jpeg.read_header(data)
     except JpegError:
         return None
-    if header.colorspace not in jpeg.DECODABLE:
-        return None
-    size = options.target_size(header.height, header.width)
-    far = header.height >= 4 * size[0] and header.width >= 4 * size[1]
-    return jpeg.decode(data, at_least=(2 * size[0], 2 * size[1]) if far else None, repair=False), header, size
+    return header if header.colorspace in jpeg.DECODABLE else None
 
 
 def _decode_pillow(data: bytes, is_jpeg: bool, options: ConvertOptions) -> _Decoded:
@@ -157,11 +154,16 @@ def _decode_pillow(data: bytes, is_jpeg: bool, options: ConvertOptions) -> _Deco
     except PIL.UnidentifiedImageError:
         if data[:4] in (b"II*\0", b"MM\0*"):
             raise JpegError("a TIFF of a kind that Pillow does not read: save it with 8 bits a channel") from None
+        if data[4:8] == b"ftyp" and (what := remedy(".avif" if data[8:12] == b"avif" else ".heic")):
+            raise JpegError(f"HEIC or AVIF: {what}") from None
         raise JpegError("not a picture in a format that we read (by its contents, not by its name)") from None
     # Before load(): the size in the header costs nothing, the pixels behind it may cost gigabytes.
     jpeg.require_few_pixels(image.height, image.width)
     if is_jpeg:
         jpeg.require_few_scans(data, image.width * image.height)
+    if image.format == "JPEG2000" and image.height * image.width > max(1 << 24, 1000 * len(data)):
+        # Its decoder takes 18 bytes for each pixel that a header of 200 bytes asks for.
+        raise JpegError(f"{len(data):,} bytes of JPEG 2000 for {image.height}x{image.width} pixels: save it as PNG")
     if image.format == "PNG":
         with Image.open(io.BytesIO(data), formats=("PNG",)) as check:
             check.verify()  # the chunks' checksums, which load() leaves out

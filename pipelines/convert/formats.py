@@ -60,6 +60,10 @@ def pillow_formats() -> tuple[str, ...]:
     if "AVIF" not in Image.OPEN:  # before Pillow 11.3
         with suppress(ImportError):
             import pillow_avif  # noqa: F401 (registers itself)
+    with suppress(ImportError):
+        from PIL import AvifImagePlugin
+
+        AvifImagePlugin.DEFAULT_MAX_THREADS = 1
     return tuple(name for name in _ENDINGS if name in Image.OPEN)
 
 

@@ -13,12 +13,6 @@ from fastssl.errors import FastSSLError, counted
 from fastssl.utils.deadline import STALL_MINUTES
 from fastssl.utils.settings import Count, Natural, Real, Whole, settings
 
-#: By these names the photos are counted in `ConvertSummary` and in the side file.
-COUNTS = (
-    *("copied", "reencoded", "scaled", "repaired", "animated"),
-    *("profile_ignored", "profile_applied", "profile_broken"),
-)
-
 
 class ConvertError(FastSSLError):
     """A conversion cannot start, or was stopped by a bad photo or by the disk."""

@@ -18,7 +18,8 @@ from typing import Any
 from fastssl._version import __version__
 from fastssl.errors import counted
 from fastssl.pipelines.convert.conversion import as_sources, convert, require_target, whole_side_file
-from fastssl.pipelines.convert.options import COUNTS, ConvertError, ConvertOptions, ConvertSummary, chosen_photos
+from fastssl.pipelines.convert.encode import COUNTS
+from fastssl.pipelines.convert.options import ConvertError, ConvertOptions, ConvertSummary, chosen_photos
 from fastssl.pipelines.convert.sources import Listing, list_source
 from fastssl.utils.deadline import Deadline
 

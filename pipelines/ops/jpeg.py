@@ -124,8 +124,8 @@ def repaired(data: bytes | memoryview | np.ndarray) -> bytes | None:
         left -= 1 + len(places).bit_length()
         if not places or left < 0:
             return None
-        passed_over = lambda k: _STRAY.search(_complaint(whole[: places[k]] + b"\xff\xd9")) is not None  # noqa: E731, B023
-        place = places[bisect_left(range(len(places) - 1), True, key=passed_over)]
+        up_to = lambda place, whole=whole: "extraneous" in _complaint(whole[:place] + b"\xff\xd9")  # noqa: E731
+        place = places[bisect_left(places[:-1], True, key=up_to)]
         whole = whole[: place - count] + whole[place:]
     return None if complaint else whole
 

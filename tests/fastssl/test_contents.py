@@ -231,7 +231,7 @@ def test_the_command(stored: Path, photos: Path, tmp_path: Path) -> None:
         f"{stored}: made: of photos by fastssl",
         f"{stored}: rejected: 2: ",
         f"{stored}: copies: 2 photos like an earlier one; 6 photos also in {photos}",
-        f"{photos}: passed over: 3: 2 .mov (extract frames (ffmpeg -i FILE %06d.jpg)); 1 .txt",
+        f"{photos}: passed over: 2 .mov, 1 .txt; 2 .mov: extract frames (ffmpeg -i FILE %06d.jpg)",
     ):
         assert f"\n{line}" in f"\n{result.output}", line
     first, second = json.loads((tmp_path / "a.json").read_text())

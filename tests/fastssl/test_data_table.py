@@ -12,19 +12,28 @@ takes into the current folder::
 
 The third cell holds parts of the output, between semicolons; what is rejected, ignored or passed over must stand there.
 Every picture is blue, green or red: where a label of that name (or its wnid) comes out, the pixels are of that colour.
-A row that needs an optional package asks for it in its builder: ``pytest.importorskip("pyarrow")``.
+A row that needs an optional package asks for it in its builder: ``pytest.importorskip("pyarrow")``. What has to go on
+while the command runs (a server) is begun before a ``yield`` of the builder, and ended behind it.
 """
 
 from __future__ import annotations
 
+import bz2
+import csv
 import gzip
 import io
+import json
+import lzma
 import os
 import re
 import shlex
 import tarfile
-from collections.abc import Callable, Mapping
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -215,6 +224,66 @@ def _() -> None:
             archive.addfile(member, io.BytesIO(CLASSES[f"red/{n}.jpg"]))
 
 
+# ---- other archives, tables and lists
+
+
+@layout("a zip of class folders")
+def _() -> None:
+    with zipfile.ZipFile("photos.zip", "w") as archive:
+        for name, data in CLASSES.items():
+            archive.writestr(f"photos/{name}", data)
+
+
+@layout("a compressed tar: .tar.gz, .tar.bz2, .tar.xz")
+def _() -> None:
+    for number, packed in enumerate((gzip.compress, bz2.compress, lzma.compress)):
+        some = dict(list(CLASSES.items())[number::3])
+        Path(f"photos.tar.{('gz', 'bz2', 'xz')[number]}").write_bytes(packed(tar(some)))
+
+
+@layout("WebDataset shards")
+def _() -> None:
+    webdataset = pytest.importorskip("webdataset")
+    with webdataset.ShardWriter("train-%06d.tar", maxcount=2, verbose=0) as writer:
+        for number, (name, data) in enumerate(CLASSES.items()):
+            writer.write({"__key__": f"{number:06}", "jpg": data, "json": {"label": name.split("/")[0]}})
+
+
+@layout("parquet of the Hugging Face hub, train and validation")
+def _() -> None:
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    names = ["red", "green", "blue"]  # the hub's order
+    features = {"image": {"_type": "Image"}, "label": {"names": names, "_type": "ClassLabel"}}
+    about = {"huggingface": json.dumps({"info": {"features": features}})}
+    os.mkdir("data")
+    for number, split in enumerate(("train", "validation")):
+        rows = [(data, names.index(name.split("/")[0])) for name, data in CLASSES.items() if f"{number}" in name]
+        images = [{"bytes": data, "path": None} for data, _ in rows]
+        table = arrow.table({"image": images, "label": [label for _, label in rows]})
+        parquet.write_table(table.replace_schema_metadata(about), f"data/{split}-00000-of-00001.parquet")
+
+
+@layout("a CSV of paths and labels")
+def _() -> None:
+    write({name.replace("/", "-"): data for name, data in CLASSES.items()})
+    with open("photos.csv", "w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(("path", "label"))
+        rows.writerows((f"photos/{name.replace('/', '-')}", name.split("/")[0]) for name in CLASSES)
+
+
+@layout("paths on standard input, of `find photos -name '*.jpg'`")
+def _() -> None:
+    write(CLASSES)
+    Path("paths.txt").write_text("".join(f"photos/{name}\n" for name in CLASSES))
+
+
+@layout("several folders and archives as one")
+def _() -> None:
+    write({name: data for name, data in CLASSES.items() if "0" in name}, "old")
+    tar({name: data for name, data in CLASSES.items() if "1" in name}, "new.tar")
+
+
 # ---- formats
 
 
@@ -311,6 +380,51 @@ def _() -> None:
 @layout("damaged and empty files among the photos")
 def _() -> None:
     write(CLASSES | {"blue/2.jpg": CLASSES["blue/0.jpg"][:-300], "blue/3.jpg": b"", "red/2.png": b"no picture"})
+
+
+# ---- sets of .beton files, and servers
+
+
+@layout("class folders in a bucket")
+def _() -> Iterator[None]:
+    with bucket() as system:
+        for name, data in CLASSES.items():
+            system.pipe_file(f"my-bucket/photos/{name}", data)
+        yield
+
+
+@layout("`.beton` files in a bucket, as one set")
+def _() -> Iterator[None]:
+    BUILDERS["several `.beton` files, as one set"]()
+    with bucket() as system:
+        for path in Path().glob("part-*"):
+            system.pipe_file(f"my-bucket/{path.name}", path.read_bytes())
+        yield
+
+
+@cache
+def s3() -> str:
+    """The address of an S3 on this machine, which ends with the process."""
+    server = pytest.importorskip("moto.server").ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    return "http://{}:{}".format(*server.get_host_and_port())
+
+
+@contextmanager
+def bucket() -> Iterator[Any]:
+    """The file system of an S3 that has the bucket ``my-bucket``."""
+    s3fs = pytest.importorskip("s3fs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", s3())
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            patch.setenv(name, "made-up")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        patch.setenv("NO_PROXY", "127.0.0.1")
+        s3fs.S3FileSystem.clear_instance_cache()  # those of other tests know other servers
+        system = s3fs.S3FileSystem(skip_instance_cache=True)
+        system.makedirs("my-bucket", exist_ok=True)
+        yield system
+        s3fs.S3FileSystem.clear_instance_cache()
 
 
 @layout("several `.beton` files, as one set")
@@ -424,10 +538,15 @@ def test_every_row_has_a_builder_and_every_builder_a_row() -> None:
 @pytest.mark.parametrize(("what", "command", "out"), rows(), ids=[what for what, _, _ in rows()])
 def test_a_row(what: str, command: str, out: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    BUILDERS[what]()
+    monkeypatch.setenv("FASTSSL_CACHE", "cache")
+    if isinstance(built := BUILDERS[what](), Iterator):
+        next(built)
     program, *arguments = shlex.split(command)
     assert program == "fastssl"
-    result = CliRunner().invoke(cli, arguments)
+    *arguments, given = [*arguments, None] if "<" not in arguments else [*arguments[:-2], arguments[-1]]
+    result = CliRunner().invoke(cli, arguments, input=given and Path(given).read_bytes())
+    if isinstance(built, Iterator):
+        assert next(built, None) is None
     said = " ".join(result.output.split())
     assert result.exit_code == 0, f"{said} {result.exception}"
     for part in out.split("; "):

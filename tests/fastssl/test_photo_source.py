@@ -134,7 +134,8 @@ def test_what_was_left_out_is_said_each_time(photos: Path) -> None:
     (photos / "clip.mov").write_bytes(b"a film")
     assert "1 rejected (see " in made(photos)[1][0] and "1 rejected (see " in made(photos)[1][0]
     (photos / "5.jpg").write_bytes((photos / "0.jpg").read_bytes())
-    assert "photos.beton.rejects.jsonl); 1 other file passed over; 1 .mov: extract frames" in made(photos)[1][0]
+    left_out = "photos.beton.rejects.jsonl); 1 other file passed over; 1 .mov: extract frames (ffmpeg -i FILE %06d.jpg)"
+    assert made(photos)[1][0].endswith(left_out)
 
 
 def test_a_conversion_that_somebody_made_the_same_way_is_taken(photos: Path, cache: Path) -> None:

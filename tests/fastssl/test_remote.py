@@ -12,7 +12,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from file_server import Server
@@ -38,8 +37,7 @@ def server() -> Iterator[Server]:
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty cache, and pauses that nobody waits for."""
     monkeypatch.setenv("FASTSSL_CACHE", str(tmp_path / "cache"))
-    short = SimpleNamespace(sleep=lambda seconds: time.sleep(min(seconds, 0.05)), monotonic=time.monotonic)
-    monkeypatch.setattr(remote, "time", short)
+    monkeypatch.setattr(remote, "_PAUSE", 0.01)
     yield tmp_path / "cache" / "remote"
     for path in list(remote_cache._held):
         release(path)

@@ -19,9 +19,12 @@ from fastssl.cli import main
 from fastssl.errors import BetonError
 from fastssl.pipelines.beton.dataset import open_beton
 from fastssl.pipelines.beton.reader import BetonReader
+from fastssl.pipelines.beton.streamed_set import StreamedSet
 from fastssl.pipelines.convert.conversion import convert
 from fastssl.pipelines.convert.options import ConvertOptions
 from fastssl.pipelines.convert.sources import SourceError, list_source
+from fastssl.pipelines.loader import ViewLoader
+from fastssl.pipelines.plan.draw import ViewSpec
 from fastssl.utils import remote, remote_cache
 from fastssl.utils.remote import NoAccess
 
@@ -230,7 +233,7 @@ def test_a_set_of_s3(s3: Any, shards: list[Path], name: str) -> None:
         assert [file.name for file in found.files] == [file.name for file in shards]
 
 
-def test_a_set_of_a_web_server(server: Server, shards: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_set_of_a_web_server(server: Server, shards: list[Path]) -> None:
     for file in shards:
         server.files[f"/{file.name}"] = file.read_bytes(), '"e"'
         server.files[f"/{file.name}.json"] = Path(f"{file}.json").read_bytes(), '"e"'
@@ -240,6 +243,57 @@ def test_a_set_of_a_web_server(server: Server, shards: list[Path], monkeypatch: 
         open_beton(server.url("/part-{00000..00001}-of-00003.beton"))
     with pytest.raises(BetonError, match="a web server has no list of its files; give numbers in braces"):
         open_beton(server.url("/part-*.beton"))
-    monkeypatch.setenv("FASTSSL_CACHE_GB", "0.001")
-    with pytest.raises(BetonError, match=r"and 2 more files: .* MB, and the cache may hold 1\.0 MB"):
-        open_beton(server.url("/part-{00000..00002}-of-00003.beton"))
+
+
+def batches(data: object, window: int | None = 1, epochs: int = 2) -> list[tuple[list[int], bytes]]:
+    views = [ViewSpec(size=32, count=1)]
+    with ViewLoader(data, views, batch_size=1, workers=1, window=window, drop_last=False) as loader:
+        return [
+            (batch.index.tolist(), batch.views[0].numpy().tobytes())
+            for epoch in range(epochs)
+            for batch in loader.epoch(epoch)
+        ]
+
+
+def test_a_set_larger_than_the_cache(
+    server: Server, local: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path
+) -> None:
+    files = [tmp_path / f"part-{k}.beton" for k in range(6)]
+    for k, file in enumerate(files):
+        file.write_bytes(local.read_bytes())
+        server.files[f"/{file.name}"] = local.read_bytes(), f'"{k}"'
+    url, size = server.url("/part-{0..5}.beton?token=secret"), local.stat().st_size
+    wanted = batches(files)
+
+    def there() -> int:
+        return sum(path.stat().st_size for path in cache.rglob("*.beton*") if path.is_file())
+
+    monkeypatch.setenv("FASTSSL_CACHE_GB", str(3.5 * size / 1e9))
+    seen: list[int] = []
+    hold = StreamedSet.hold
+    monkeypatch.setattr(StreamedSet, "hold", lambda self, files: seen.append(there()) or hold(self, files))
+    assert batches(url) == wanted
+    assert max(seen) <= 3.5 * size and not remote_cache._held
+    # Twice each but for those that were still there when the second epoch began; none is fetched to be thrown away.
+    asked = [server.asked[f"/{file.name}"] for file in files]
+    assert 8 <= sum(asked) <= 12 and max(asked) <= 2
+
+    with pytest.raises(BetonError, match=r"12\.8 MB, and the cache may hold 7\.5 MB: .*train\.window=FILES") as error:
+        batches(url, window=None)
+    assert "secret" not in str(error.value)
+    with pytest.raises(BetonError, match=r"train\.window=2: 5 files have to be here at once, 10\.7 MB, and"):
+        batches(url, window=2)
+    monkeypatch.setenv("FASTSSL_CACHE_GB", "1")
+    assert batches(url, window=None) == batches(files, window=None)
+
+
+def test_samples_that_judge_a_set_larger_than_the_cache(server: Server, local: Path, cache: Path) -> None:
+    for k in range(3):
+        server.files[f"/part-{k}.beton"] = local.read_bytes(), f'"{k}"'
+    with StreamedSet([server.url(f"/part-{k}.beton") for k in range(3)], [1, 1, 1], Path("x")) as found:
+        assert (len(found), found.some().tolist()) == (36, list(range(12)))
+        assert found.table_checksums() != {"head": 0, "table": 0} and found.photo_checksum() == 0
+        assert len(list(cache.rglob("*.beton"))) == 1  # nothing else was asked for
+    server.files["/part-1.beton"] = b"no header", '"x"'
+    with pytest.raises(BetonError, match=r"part-1\.beton: not a \.beton file"):
+        StreamedSet([server.url(f"/part-{k}.beton") for k in range(3)], [1, 1, 1], Path("x"))

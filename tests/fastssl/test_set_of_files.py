@@ -45,13 +45,13 @@ def folder(beton: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run_to(step: int, data: Path, out: Path) -> None:
+def run_to(step: int, data: Path, out: Path, *changes: str) -> Silent:
     """A run of 16 steps, which ends behind ``step`` as a killed one does; called in one process or more."""
 
     class Crash(Exception):
         pass
 
-    original = trainer.make_step
+    original, said = trainer.make_step, Silent()
 
     def make_step(run: object, batch: object) -> object:
         if run.position.step == step:
@@ -59,16 +59,14 @@ def run_to(step: int, data: Path, out: Path) -> None:
         return original(run, batch)
 
     trainer.make_step = make_step
+    always = ("train.batch_size=16", "train.checkpoint_minutes=0", "moco.split_bn=2", "probe.every_epochs=0")
     try:
-        pretrain(
-            small("train.batch_size=16", "train.checkpoint_minutes=0", "moco.split_bn=2", "probe.every_epochs=0"),
-            options(data, out),
-            Silent(),
-        )
+        pretrain(small(*always, *changes), options(data, out), said)
     except Crash:
         assert step < 16
     finally:
         trainer.make_step = original
+    return said
 
 
 @pytest.mark.slow
@@ -83,6 +81,30 @@ def test_a_run_on_64_files_is_the_run_on_one(folder: Path, tmp_path: Path) -> No
     assert same(state(tmp_path / "shards"), state(tmp_path / "whole.beton"))
     mine, theirs = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("shards", "whole.beton"))
     assert mine["probe"] == theirs["probe"] and mine["data"]["name"] == "shards"
+
+
+@pytest.mark.slow
+def test_windows_of_files_are_part_of_the_run(folder: Path, tmp_path: Path) -> None:
+    """Gone on with in the middle of an epoch, and only with the same groups of files."""
+    shards, window = folder / "shards", "train.window=24"
+    run_to(16, shards, tmp_path / "whole", window)
+    run_to(3, shards, tmp_path / "run", window)
+    with pytest.raises(FastSSLError, match=r"train\.window: 24 there, 25 here"):
+        run_to(16, shards, tmp_path / "run", "train.window=25")
+    run_to(11, shards, tmp_path / "run", window)
+    run_to(16, shards, tmp_path / "run", window)
+    assert same(state(tmp_path / "run"), state(tmp_path / "whole"))
+    run_to(16, shards, tmp_path / "other")
+    assert not same(state(tmp_path / "other"), state(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize(
+    ("data", "files", "window"), [("whole.beton", "1 file", 1), ("shards", "64 files", 64), ("shards", None, 63)]
+)
+def test_a_window_of_all_files_is_told(folder: Path, tmp_path: Path, data: str, files: str | None, window: int) -> None:
+    told = run_to(0, folder / data, tmp_path / "run", f"train.window={window}").messages
+    line = f"train.window={window} has no effect: the photos are in {files}"
+    assert [text for text in told if "train.window" in text] == [line] * (files is not None)
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ from fastssl.errors import BetonError, FastSSLError, JpegError
 from fastssl.pipelines.beton import dataset
 from fastssl.pipelines.beton.dataset import BetonSet, beton_files, open_beton
 from fastssl.pipelines.beton.format import MODE_JPEG, MODE_RAW, TABLE_DTYPE
-from fastssl.pipelines.beton.open_file import open_files
+from fastssl.pipelines.beton.open_file import OpenFiles
 from fastssl.pipelines.beton.reader import BetonReader
 from fastssl.pipelines.beton.side_file import read_side_file, read_side_note
 from fastssl.pipelines.beton.writer import BetonWriter
@@ -327,7 +327,7 @@ def test_a_table_that_is_out_of_order(shards: Path) -> None:
 
 def test_few_files_are_open(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = len(os.listdir("/proc/self/fd"))
-    monkeypatch.setattr(dataset, "open_files", functools.partial(open_files, 2))
+    monkeypatch.setattr(dataset, "OpenFiles", functools.partial(OpenFiles, 2))
     with BetonSet(beton_files(shards)[0], lazy=True) as many:
         for i in (0, 5, 6, 20, 0, 23):
             many.decode(i)
@@ -342,7 +342,7 @@ def test_few_files_are_open(shards: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert len(os.listdir("/proc/self/fd")) <= before
     with pytest.raises(BetonError, match="the reader is closed"):
         many.decode(0)
-    assert 8 <= open_files().cache_info().maxsize <= 4096
+    assert 8 <= OpenFiles().most <= 4096
 
 
 def test_files_that_come_later(shards: Path) -> None:

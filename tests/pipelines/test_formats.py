@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +15,11 @@ from test_deep import GREY, png
 from untidy import untidy
 
 from fastssl.cli import main
+from fastssl.errors import JpegError
 from fastssl.pipelines.beton.reader import BetonReader
 from fastssl.pipelines.beton.verify import verify
 from fastssl.pipelines.beton.writer import BetonWriter
-from fastssl.pipelines.convert import formats
+from fastssl.pipelines.convert import encode, formats
 from fastssl.pipelines.convert.conversion import convert
 from fastssl.pipelines.convert.encode import How, encode_photo
 from fastssl.pipelines.convert.formats import IMAGE_EXTENSIONS, in_words, is_photo_name, kind_of, remedies, remedy
@@ -210,6 +212,15 @@ def test_jpegs_that_only_warn_are_stored_as_jpegs_that_do_not(tmp_path: Path) ->
             np.testing.assert_array_equal(reader.decode(sample), jpeg.decode(good))
 
 
+def test_pillow_is_not_asked_for_what_lacks_data() -> None:
+    """It would give a picture that is half grey."""
+    good = jpeg_bytes(RGB)
+    for lead in (b"", b"\xff\xfe\0\x04abcdefgh"):  # with it, the strict decoder does not get to the header's end
+        bad = good[:20] + lead + good[20 : len(good) // 2] + b"\xff\xd9"
+        with pytest.raises(JpegError):
+            encoded(bad)
+
+
 def test_a_repaired_jpeg_keeps_its_orientation() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -218,3 +229,21 @@ def test_a_repaired_jpeg_keeps_its_orientation() -> None:
     for bad in (good[:scan] + bytes(3) + good[scan + 3 :], good[:2] + good[2:].replace(b"\xff\xdb", b"xyz\xff\xdb", 1)):
         assert encode_photo(bad, KEEP).how == How.REPAIRED
         np.testing.assert_array_equal(encoded(bad)[0], encoded(good)[0])
+
+
+def test_heic_under_another_name_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = written(RGB, "HEIF")
+    for module in (formats, encode):
+        monkeypatch.setattr(module, "pillow_formats", lambda: ("JPEG", "PNG"))
+    with pytest.raises(JpegError, match="pip install pillow-heif"):
+        encoded(data)
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_a_header_of_jpeg_2000_that_asks_for_gigabytes() -> None:
+    data = bytearray(written(RGB, "JPEG2000"))
+    sizes, codestream = data.index(b"ihdr") + 4, data.index(b"\xff\x4f\xff\x51") + 8
+    for at in (sizes, codestream, codestream + 16):
+        data[at : at + 8] = struct.pack(">II", 13_000, 13_000)
+    with pytest.raises(JpegError, match="bytes of JPEG 2000 for 13000x13000 pixels: save"):
+        encoded(bytes(data))

@@ -114,6 +114,10 @@ def test_what_a_seed_means_never_changes() -> None:
     last = [74, 24, 973, 545, 217, 324, 528, 834, 221, 579, 121, 155, 398, 263, 37, 1002, 701, 44, 458, 0, 232]
     assert last_batch(1003, 7, 3, 8, 3).tolist() == last
     assert SORTED == 1 << 24
+    # Of the code that first could be asked for positions alone.
+    many = [622051213, 319284382, 349185523, 725823433, 155457087, 592478677]
+    assert batch_indices(10**9, 7, 3, 11, 6, 1, 2).tolist() == many
+    assert batch_indices(SORTED + 1, 2**63 + 9, 70_000, 0, 4).tolist() == [4047491, 4993104, 4528932, 7704307]
 
 
 def test_above_the_stated_size_positions_are_asked_for_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,6 +48,12 @@ def test_other_epochs_and_seeds_have_other_files_and_orders() -> None:
     assert len(files) == len(orders) == 10
 
 
+def test_what_a_seed_means_never_changes() -> None:
+    windows = FileWindows(STARTS, 3)
+    assert windows.samples_at(np.arange(66, 72), 7, 3).tolist() == [174, 1505, 56, 250, 58, 139]
+    assert windows.files_ahead(0, 7, 3) == [[1, 6, 7], [3, 4, 2], [9, 5, 8], [0]]
+
+
 def test_groups_of_an_epoch_have_orders_of_their_own() -> None:
     same = FileWindows(np.arange(0, 501, 50), 1)
     parts = whole(same).reshape(10, 50) % 50

@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -55,12 +56,12 @@ def memory(name: str) -> float:
     return int(found[1]) / 1000
 
 
-def measure(pattern: str) -> dict:
+def measure(pattern: str) -> dict[str, Any]:
     """Of one row, in this process."""
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     before, started = memory("VmRSS"), time.perf_counter()
     with open_beton(pattern) as reader:
-        row = {"files": len(reader.files), "photos": len(reader), "lazy": reader.lazy}
+        row: dict[str, Any] = {"files": len(reader.files), "photos": len(reader), "lazy": reader.lazy}
         row |= {"open_s": time.perf_counter() - started, "kept_mb": memory("VmRSS") - before}
         row["peak_mb"] = memory("VmHWM") - before
         assert len(reader.classes or ()) == CLASSES

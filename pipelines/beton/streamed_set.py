@@ -1,0 +1,109 @@
+"""A set of ``.beton`` files on a server that is larger than the cache: some files at a time."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastssl.errors import BetonError, counted
+from fastssl.pipelines.beton.dataset import BetonSet
+from fastssl.pipelines.beton.format import HEADER_DTYPE, VERSION
+from fastssl.pipelines.beton.open_file import open_files
+from fastssl.pipelines.beton.reader import BetonReader
+from fastssl.pipelines.beton.remote_set import at_once
+from fastssl.utils.addresses import shown
+from fastssl.utils.remote import Patience, remote_file
+from fastssl.utils.remote_cache import gigabytes, local_copy, release, room
+
+#: Samples by which the whole is judged.
+_SOME = 1 << 16
+#: Files that are fetched at once.
+_FETCHED = 2
+
+
+class StreamedSet(BetonSet):
+    """A file is fetched when it is first asked for, or ahead of that (`hold`), and makes room for others afterwards;
+    but for the first, which stays: the whole is judged by it. Numbers of samples are known from the headers.
+
+    Args:
+        names: addresses, in the order of the samples. sizes: of the files, in bytes. path: what messages call the set.
+    """
+
+    streamed = True
+
+    def __init__(self, names: Sequence[str], sizes: Sequence[int], path: Path):
+        self._bytes, self._locks = list(sizes), [threading.Lock() for _ in names]
+        self._coming, self._closed = dict[int, Future](), threading.Event()
+        self._fetcher = ThreadPoolExecutor(_FETCHED, "fastssl-fetch")
+        super().__init__(names, path=path, localize=self._fetch, counts=at_once(_count, names))
+        self.files = [Path(shown(name)) for name in names]
+
+    def _reader(self, k: int) -> BetonReader:
+        if (reader := self._readers.get(k)) is None:
+            with self._locks[k]:  # one copy is asked for, which `hold` lets go
+                # Of its own: a file that comes again is another one, and one that went has to free its room.
+                self._opened = open_files()
+                reader = super()._reader(k)
+        return reader
+
+    def _fetch(self, name: str) -> Path:
+        return local_copy(name, threading.current_thread() is not threading.main_thread(), self._closed)
+
+    def require_here(self, window: int | None) -> None:
+        size, most = sum(self._bytes), room()
+        more = "FASTSSL_CACHE_GB allows more, FASTSSL_CACHE names a folder on a larger disk"
+        if window is None:
+            raise self._error(
+                f"{gigabytes(size)}, and the cache may hold {gigabytes(most)}: {more}; or train on a few files at a "
+                "time, --set train.window=FILES"
+            )
+        largest = self._bytes[0] + sum(sorted(self._bytes[1:])[-2 * window :])
+        if largest > most:
+            files = counted(min(2 * window + 1, len(self.files)), "file")
+            raise self._error(
+                f"train.window={window}: {files} have to be here at once, {gigabytes(largest)}, and the cache may hold {gigabytes(most)}: "
+                f"{more}; or give a smaller window"
+            )
+
+    def hold(self, files: Sequence[int]) -> None:
+        self._coming = {k: future for k, future in self._coming.items() if not future.done()}
+        for k in set(self._readers) - {0, *files}:
+            with self._locks[k]:
+                reader = self._readers.pop(k)
+            release(reader.path)  # who reads from it still has it open
+        for k in files:
+            if k not in self._readers and k not in self._coming:
+                self._coming[k] = self._fetcher.submit(self._reader, k)
+
+    def side_notes(self) -> list[dict[str, Any]]:
+        """Of the first file."""
+        return self._reader(0).side_notes()
+
+    def some(self) -> np.ndarray:
+        """Sample ids of the first file."""
+        count = min(self._starts[1], _SOME)
+        return np.arange(count, dtype=np.int64) * self._starts[1] // count
+
+    def close(self) -> None:
+        self._closed.set()
+        self._fetcher.shutdown(wait=False, cancel_futures=True)
+        super().close()
+        for reader in self._readers.values():
+            release(reader.path)
+        self._readers.clear()
+
+
+def _count(name: str) -> int:
+    """Samples of one file, by its header."""
+    file = remote_file(name)
+    head = Patience().ask(lambda: file.read(0, HEADER_DTYPE.itemsize))
+    if len(head) == HEADER_DTYPE.itemsize:
+        header = np.frombuffer(head, HEADER_DTYPE)[0]
+        if header["version"] == VERSION and 0 < (count := int(header["num_samples"])) < 1 << 48:
+            return count
+    raise BetonError(f"{file.name}: not a .beton file, or one without samples")
