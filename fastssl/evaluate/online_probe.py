@@ -187,7 +187,7 @@ def match_classes(train: BetonReader, val: BetonReader) -> None:
         shown = ", ".join([*lacking[:5], *(["..."] if len(lacking) > 5 else [])])
         what = f"{counted(len(lacking), 'class')} of the second, of {len(val.classes)}, not in the first: {shown}"
     else:
-        counts = [len(np.unique(reader.labels_of(reader.some()))) for reader in (train, val)]
+        counts = [len(np.unique(one.labels_of(one.some()))) for one in (train, val)]
         if counts[0] == counts[1]:
             return
         what = f"{counts[0]} and {counts[1]} classes"

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 from urllib.parse import unquote, urlsplit
 
 from fastssl.errors import Stalled, duration
@@ -32,7 +32,8 @@ _SHARE = 0.8
 #: Parts of a query string that sign an address, and change while the file stays the same.
 _SIGNATURE = re.compile(r"(x-(amz|goog)-\w+|signature|expires|awsaccesskeyid|key-pair-id|policy|sig|token)=", re.I)
 
-_held: dict[Path, BinaryIO] = {}
+#: The locks of files in use here, and how often each was asked for.
+_held: dict[Path, list[Any]] = {}
 _guard = threading.Lock()
 
 
@@ -73,9 +74,11 @@ def local_copy(url: str | os.PathLike, quiet: bool = False, stop: threading.Even
 def release(path: Path) -> None:
     """What `local_copy` gave is no longer needed here, and may make room for others."""
     with _guard:
-        if (lock := _held.pop(path, None)) is not None:
-            with lock:
-                _used(lock)
+        if (held := _held.get(path)) is not None:
+            held[1] -= 1
+            _used(held[0])
+            if not held[1]:
+                _held.pop(path)[0].close()
 
 
 def room(folder: Path | None = None) -> int:
@@ -120,7 +123,11 @@ class _Copy:
             raise RemoteError(f"{self.file.name}: cannot be kept here: {what}; {where}") from None
         _used(lock)
         with _guard:
-            _held.setdefault(self.whole, lock)
+            if (held := _held.get(self.whole)) is None:
+                _held[self.whole] = [lock, 1]
+            else:
+                held[1] += 1
+                lock.close()
         return self.whole
 
     def _locked(self) -> BinaryIO | None:

@@ -65,10 +65,8 @@ class StreamedSet(BetonSet):
         largest = self._bytes[0] + sum(sorted(self._bytes[1:])[-2 * window :])
         if largest > most:
             files = counted(min(2 * window + 1, len(self.files)), "file")
-            raise self._error(
-                f"train.window={window}: {files} have to be here at once, {gigabytes(largest)}, and the cache may hold {gigabytes(most)}: "
-                f"{more}; or give a smaller window"
-            )
+            here = f"{files} have to be here at once, {gigabytes(largest)}, and the cache may hold {gigabytes(most)}"
+            raise self._error(f"train.window={window}: {here}: {more}; or give a smaller window")
 
     def hold(self, files: Sequence[int]) -> None:
         self._coming = {k: future for k, future in self._coming.items() if not future.done()}

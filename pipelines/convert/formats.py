@@ -87,7 +87,7 @@ def kind_of(name: str) -> str:
         return "hidden"
     ending = os.path.splitext(parts[-1])[1].lower()
     # Numbers and long ones are parts of names, not kinds: there may be a million of them.
-    return ending if re.fullmatch(r"\.(?=.*[a-z])[a-z0-9]{1,6}", ending) else "other"
+    return ending if re.fullmatch(r"\.(?=.*[a-z])[a-z0-9]{1,7}", ending) else "other"
 
 
 def remedy(kind: str) -> str | None:

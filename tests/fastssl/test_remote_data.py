@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from file_server import Server
 from PIL import Image
+from s3_server import s3_server
 from small_run import SMALL
 
 from fastssl.cli import main
@@ -55,31 +56,18 @@ def local(photos: Path) -> Path:
 @pytest.fixture(scope="module")
 def s3(photos: Path) -> Iterator[Any]:
     """An S3 on this machine that holds the photos; the file system of it."""
-    fsspec, moto = pytest.importorskip("fsspec"), pytest.importorskip("moto.server")
-    pytest.importorskip("s3fs")
-    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-            patch.setenv(name, "made-up")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        patch.setenv("NO_PROXY", "127.0.0.1")
-        system = fsspec.filesystem("s3", skip_instance_cache=True)
-        system.mkdir("bucket")
+    with s3_server() as system:
         for path in filter(Path.is_file, photos.rglob("*")):
             system.pipe_file(f"bucket/set/photos/{path.relative_to(photos)}", path.read_bytes())
         yield system
-    server.stop()
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("FASTSSL_CACHE", str(tmp_path / "cache"))
     yield tmp_path / "cache"
-    for path in list(remote_cache._held):
-        remote_cache.release(path)
+    while remote_cache._held:
+        remote_cache.release(next(iter(remote_cache._held)))
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from fastssl.pipelines.convert.sources import SourceError, list_source
+from fastssl.pipelines.convert.sources import ListingRules, SourceError, list_source, list_splits
 from fastssl.pipelines.convert.sources import parquet as ours
 from fastssl.utils.deadline import Deadline
 from tests.pipelines.test_sources import content, grow
@@ -74,14 +74,22 @@ def test_tables_beside_photos_hold_something_else(tmp_path, files):
         assert listing.names == files
 
 
-def test_folders_of_splits(tmp_path):
-    """As in the hub's own conversions; which split is meant, the user says."""
-    for split in ("train", "test"):
-        write(tmp_path / f"default/{split}/0000.parquet", [(photo(k), k) for k in range(2)])
-    with list_source(tmp_path) as listing:
-        assert listing.names == [f"{split}/0000.parquet/{k}" for split in ("test", "train") for k in range(2)]
-    with list_source(tmp_path / "default/train") as listing:
-        assert listing.names == ["0000.parquet/0", "0000.parquet/1"]
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"train": "default/train/0000.parquet", "test": "default/test/0000.parquet"},  # the hub's own conversions
+        {"train": "data/train-00000-of-00001.parquet", "test": "data/test-00000-of-00001.parquet"},
+    ],
+)
+def test_splits(tmp_path, files):
+    for split, name in files.items():
+        write(tmp_path / name, [(photo(k), -1 if split == "test" else k) for k in range(2)])
+    listings = list_splits(tmp_path)
+    assert {split: len(listing) for split, listing in listings.items()} == {"train": 2, "test": 2}
+    assert listings["train"].classes == NAMES and listings["test"].classes is None
+    listings["train"].close()
+    with list_source(tmp_path, rules=ListingRules(split="train")) as listing:
+        assert listing.labels.tolist() == [0, 1]
 
 
 @pytest.mark.parametrize(
@@ -210,3 +218,18 @@ def test_random_damage_to_a_table_ends(tmp_path):
         except SourceError as error:
             assert "bad.parquet" in str(error)
     assert 20 < listed < 200
+
+
+def test_tables_on_a_server(tmp_path, monkeypatch):
+    """By a pattern; the names are the server's, not the cache's."""
+    fsspec = pytest.importorskip("fsspec")
+    monkeypatch.setenv("FASTSSL_CACHE", str(tmp_path / "cache"))
+    system = fsspec.filesystem("memory")
+    for k in (2, 10):
+        path = write(tmp_path / "x.parquet", [(photo(k), 1)])
+        system.pipe(f"/hub/data/train-{k}.parquet", path.read_bytes())
+    for pattern in ("memory://hub/data/train-*.parquet", "memory://hub/data/train-{2,10}.parquet"):
+        with list_source(pattern) as listing:
+            assert content(listing) == [(f"train-{k}.parquet/0", "cat", photo(k)) for k in (2, 10)]
+    with pytest.raises(SourceError, match=r"it holds 2 \.parquet files: .* 'memory://hub/data/\*\.parquet'"):
+        list_source("memory://hub/data")

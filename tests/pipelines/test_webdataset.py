@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 
 import numpy as np
 import pytest
@@ -96,6 +97,7 @@ def test_a_tar_of_class_folders_stays_one(tmp_path):
 
 def test_patterns(tmp_path):
     assert expand("a-{0..2}.tar") == ["a-0.tar", "a-1.tar", "a-2.tar"]
+    assert expand("a-{0..10}.tar")[-2:] == ["a-9.tar", "a-10.tar"]
     assert expand("a-{08..10}.tar") == ["a-08.tar", "a-09.tar", "a-10.tar"]
     assert expand("{b,a{10,9}}/x-{2..1}") == ["a9/x-1", "a9/x-2", "a10/x-1", "a10/x-2", "b/x-1", "b/x-2"]
     grow(tmp_path, {"s-10.tar": b"", "s-9.tar": b"", "t-1.tar": b"", "odd{1,2}.tar": b"", "odd1.tar": b""})
@@ -107,3 +109,16 @@ def test_patterns(tmp_path):
     for pattern in ("x{0..99999999999}", "{0..9999}{0..9999}", "{1,2}" * 40):
         with pytest.raises(SourceError, match="more than 1,000,000 files"):
             expand(pattern)
+
+
+def test_more_shards_than_files_may_be_open(tmp_path):
+    """The soft limit of most systems is 1,024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    for k in range(80):
+        write(tmp_path / f"s-{k}.tar", [{"__key__": f"{k}", "jpg": photo(k), "cls": k % 2}])
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
+        with list_source(tmp_path / "s-{0..79}.tar") as listing:
+            assert [listing.read(k) for k in range(80)] == [photo(k) for k in range(80)]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

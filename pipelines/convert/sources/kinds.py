@@ -38,7 +38,7 @@ def is_source(path: str | os.PathLike) -> bool:
         return not is_beton_address(url)
     name = os.fspath(path).lower()
     if os.path.isdir(path):
-        seen = [one for one in os.scandir(path) if not one.name.startswith(".")]
+        seen = [one for one in os.scandir(os.fspath(path)) if not one.name.startswith(".")]
         photos = any(one.is_dir() or is_photo_name(one.name) or one.name.endswith(".parquet") for one in seen)
         return photos or not any(one.name.endswith(".beton") for one in seen)
     if name.endswith(".beton") or not os.path.isfile(path):

@@ -78,10 +78,10 @@ class ListSource(Source):
 
     def _entries(self) -> Iterator[tuple[str, str | None]]:
         """(path, label) of each line."""
-        lines = filter(_says_something, self._lines())
-        if (first := next(lines, None)) is None:
+        others = filter(_says_something, self._lines())
+        if (first := next(others, None)) is None:
             return
-        apart, lines = self._delimiter(first.strip()), chain([first], lines)
+        apart, lines = self._delimiter(first.strip()), chain([first], others)
         if apart is None:
             yield from ((path, None) for line in lines if (path := line.rstrip("\r\n")))
             return

@@ -207,7 +207,7 @@ def _image_column(path: Path, schema: Any, features: dict[str, dict[str, Any]]) 
             return kind.get_field_index("bytes") >= 0 and holds_bytes(kind.field("bytes").type)
         return str(kind) in ("binary", "large_binary", "binary_view")
 
-    able = [field.name for field in schema if holds_bytes(field.type)]
+    able: list[str] = [field.name for field in schema if holds_bytes(field.type)]
     called = sorted(able, key=lambda name: (*_IMAGES, name.lower()).index(name.lower()))
     said = [name for name in called if features.get(name, {}).get("_type") == "Image"]
     named = [name for name in called if name.lower() in _IMAGES or str(schema.field(name).type).startswith("struct")]
@@ -218,7 +218,7 @@ def _image_column(path: Path, schema: Any, features: dict[str, dict[str, Any]]) 
 
 
 def _label_column(schema: Any, features: dict[str, dict[str, Any]]) -> str | None:
-    able = [field.name for field in schema if str(field.type).lstrip("u").startswith(_LABEL_TYPES)]
+    able: list[str] = [field.name for field in schema if str(field.type).lstrip("u").startswith(_LABEL_TYPES)]
     said = [name for name in able if features.get(name, {}).get("_type") == "ClassLabel"]
     called = [name for one in _LABELS for name in (*said, *able) if name.lower() == one]
     return called[0] if called else said[0] if len(said) == 1 else None

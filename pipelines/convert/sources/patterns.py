@@ -59,5 +59,6 @@ def _found(pattern: str) -> list[str]:
 
 def _numbers(first: str, last: str) -> list[str]:
     low, high = sorted((int(first), int(last)))
-    width = max(len(first), len(last)) if "0" in (first[0], last[0]) else 0
+    padded = any(len(one) > 1 and one[0] == "0" for one in (first, last))
+    width = max(len(first), len(last)) if padded else 0
     return [f"{number:0{width}d}" for number in range(low, min(high, low + _MOST_NAMES) + 1)]

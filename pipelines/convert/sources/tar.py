@@ -71,7 +71,7 @@ class TarSource(Source):
 class _Window(io.RawIOBase):
     """A part of an open file as a file of its own: how a tar inside a tar is read without copying it."""
 
-    def __init__(self, file: BinaryIO | UnpackedFile, start: int, size: int):
+    def __init__(self, file: _File, start: int, size: int):
         self._file, self._start, self.size, self._position = file, start, size, 0
 
     def seek(self, position: int, whence: int = os.SEEK_SET) -> int:

@@ -36,7 +36,7 @@ class UnpackedFile(io.RawIOBase):
 
     def __init__(self, path: Path, how: str, scratch: str | os.PathLike | None):
         self._path, self._packed_size, self._done, self._position = path, path.stat().st_size, 0, 0
-        self._folder = tempfile.gettempdir() if scratch is None or "TMPDIR" in os.environ else os.fspath(scratch)
+        self._folder = tempfile.gettempdir() if scratch is None or "TMPDIR" in os.environ else os.path.abspath(scratch)
         logger.warning("%s: compressed; uncompressed first, into a temporary file in %s", path, self._folder)
         self._packed = _opened(path, how)
         self._file = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115 - lives on, see close()
@@ -84,7 +84,7 @@ class UnpackedFile(io.RawIOBase):
 
 def _opened(path: Path, how: str) -> Any:
     if how != "zstd":
-        return {"gzip": gzip.open, "bzip2": bz2.open, "xz": lzma.open}[how](path)
+        return {"gzip": gzip.GzipFile, "bzip2": bz2.BZ2File, "xz": lzma.LZMAFile}[how](path)
     with suppress(ImportError):  # with Python 3.14
         from compression import zstd  # type: ignore[import-not-found]
 

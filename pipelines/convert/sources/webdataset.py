@@ -35,14 +35,14 @@ def with_labels(
     """
     for _, group in groupby(members, lambda one: _key(one.name)):
         sample = list(group)
-        photos, sides = ([one for one in sample if isinstance(one, kind)] for kind in (Found, Side))
-        label = _label(sides, read, label_from) if photos else None
+        has_photo = any(isinstance(one, Found) for one in sample)
+        label = _label([one for one in sample if isinstance(one, Side)], read, label_from) if has_photo else None
         for one in sample:
             if isinstance(one, Found) and one.label is None and label is not None:
                 one = one._replace(label=label)
             if not isinstance(one, Side):
                 yield one
-            elif not photos or remedy(kind_of(one.name)):
+            elif not has_photo or remedy(kind_of(one.name)):
                 yield Passed(one.name)
 
 

@@ -51,11 +51,11 @@ class ZipSource(Source):
                 yield Passed(name, why)
             else:
                 taken.add(name)
-                place = (member.header_offset, member.compress_size, member.compress_type, member.CRC)
+                place = (max(0, member.header_offset), member.compress_size, member.compress_type, member.CRC)
                 yield Found(name, member.file_size, stamp, place)
 
     def read(self, place: Any, size: int) -> bytes:
-        offset, packed, how, checksum = max(0, place[0]), *place[1:]
+        offset, packed, how, checksum = place
         begin = os.pread(self._file.fileno(), _HEADER.size, offset)
         if len(begin) < _HEADER.size or not begin.startswith(b"PK\3\4"):
             raise SourceError(f"damaged: the zip has no file at byte {offset}")
@@ -83,8 +83,7 @@ def _unusable(member: zipfile.ZipInfo, name: str, taken: Collection[str]) -> str
     if member.flag_bits & 1:
         return "encrypted; unpack the zip with its password"
     if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        how = zipfile.compressor_names.get(member.compress_type, f"method {member.compress_type}")
-        return f"compressed by {how}, which is not read; unpack the zip"
+        return f"compressed in a way that is not read (method {member.compress_type}); unpack the zip"
     if ".." in name.split("/"):
         return "its name leads out of the zip ('..')"
     # Deflated data are hardly ever larger than what they hold.
