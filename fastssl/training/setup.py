@@ -53,8 +53,7 @@ class RunOptions:
 
     Attributes:
         recipe_name: for the records.
-        data: the ``.beton`` file to learn from, or what else `open_beton` takes; its labels are used by the probes
-            alone.
+        data: the ``.beton`` file to learn from, or a pattern or folder of such; labels are used by the probes alone.
         val: the same, labelled, to probe on; None: a fifth of ``data`` is held out from the probe (not from the
             training).
         out: the run's folder.

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import need_engine
 from processes import run_processes
 from small_run import Silent, options, rows, same, small, state
 
@@ -21,6 +22,8 @@ from fastssl.pipelines.beton import reader as reader_module
 from fastssl.pipelines.beton.dataset import BetonSet, beton_files
 from fastssl.pipelines.beton.reader import BetonReader
 from fastssl.pipelines.beton.writer import BetonWriter
+from fastssl.pipelines.loader import ViewLoader
+from fastssl.pipelines.plan.draw import ViewSpec
 from fastssl.pretrain import pretrain
 from fastssl.training import trainer
 
@@ -189,8 +192,38 @@ def test_a_folder_of_files_is_no_folder_of_photos(folder: Path, tmp_path: Path) 
     assert found.short_side == look_at(folder / "whole.beton").short_side
     shutil.copy(folder / "whole.beton", tmp_path)
     assert not is_source(tmp_path)
+    (tmp_path / "runs").mkdir()
+    assert is_source(tmp_path)
+    with pytest.raises(FastSSLError, match=r"it holds 1 \.beton file: give those themselves, as in '.*/\*\.beton'"):
+        look_at(tmp_path)
+    (tmp_path / "runs").rmdir()
     (tmp_path / "a.JPG").touch()
     assert is_source(tmp_path)
+
+
+@pytest.mark.engines
+@pytest.mark.parametrize("lazy", [False, True])
+def test_dali_reads_sets(folder: Path, tmp_path: Path, lazy: bool) -> None:
+    need_engine("dali")
+    files = []
+    for path in beton_files(folder / "shards")[0][:8]:
+        files.append(shutil.copy(path, tmp_path))
+    views, found = [ViewSpec(size=24, count=2)], []
+    with BetonReader(files[5]) as one:
+        start, size = int(one.offsets[1]), int(one.sizes[1])
+    content = bytearray(Path(files[5]).read_bytes())
+    content[start + size // 2 : start + size] = bytes(size - size // 2)
+    Path(files[5]).write_bytes(content)
+    for engine in ("dali", "native"):
+        with (
+            BetonSet(files, lazy=lazy) as many,
+            ViewLoader(many, views, 8, pipeline=engine, workers=1, on_bad="skip") as loader,
+        ):
+            batches = list(loader.epoch(0))
+            assert loader.stats.skipped == [11]
+            found.append((torch.cat([batch.index for batch in batches]), torch.cat([one.views[0] for one in batches])))
+    assert torch.equal(found[0][0], found[1][0])
+    assert float((found[0][1] - found[1][1]).abs().mean()) < 0.05
 
 
 def test_verify_checks_every_file(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

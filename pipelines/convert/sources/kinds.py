@@ -105,7 +105,7 @@ def files_of(given: Sequence[str | os.PathLike]) -> list[list[str]]:
 
 def expected(given: str | os.PathLike, passed_over: Mapping[str, int]) -> str:
     """What to give instead of a source in which there are no photos."""
-    if inside := [kind for kind in passed_over if kind in SOURCE_ENDINGS[:-2]]:
+    if inside := [kind for kind in passed_over if kind in (*SOURCE_ENDINGS[:-2], ".beton")]:
         held = counted(passed_over[inside[0]], f"{inside[0]} file")
         return f"it holds {held}: give those themselves, as in '{shown(given)}/*{inside[0]}'"
     if not os.path.isdir(given):
