@@ -25,7 +25,7 @@ def s3_server() -> Iterator[Any]:
         patch.setenv("NO_PROXY", "127.0.0.1")
         fsspec.filesystem("s3").clear_instance_cache()  # those of another such server
         system = fsspec.filesystem("s3")
-        system.mkdir("bucket")
+        system.makedirs("bucket", exist_ok=True)  # all servers of a process have the same
         try:
             yield system
         finally:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from fastssl.data.photo_source import listed_sides
-from fastssl.errors import FastSSLError, JpegError, counted
+from fastssl.errors import BetonError, FastSSLError, JpegError, counted
 from fastssl.pipelines.beton.dataset import open_beton
 from fastssl.pipelines.beton.format import MODE_RAW
 from fastssl.pipelines.beton.reader import BetonReader
@@ -70,6 +70,8 @@ def open_photos(path: str | os.PathLike) -> Iterator[list[Photos]]:
     deadline = Deadline(shown(path))
     if not is_source(path):
         with deadline.call(lambda: open_beton(path), "at its tables") as reader:
+            if reader.streamed:
+                raise BetonError(f"{shown(path)}: larger than the cache ($FASTSSL_CACHE_GB); name some files at a time")
             yield [reader]
         return
     splits = list_splits(path, deadline)

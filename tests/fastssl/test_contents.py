@@ -298,6 +298,17 @@ def test_what_cannot_be_looked_at_is_a_line(tmp_path: Path, stored: Path) -> Non
         assert isinstance(run(path).exception, FastSSLError)
 
 
+def test_a_set_larger_than_the_cache_is_refused(stored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = pytest.importorskip("fsspec").filesystem("memory")
+    monkeypatch.setenv("FASTSSL_CACHE", str(tmp_path / "cache"))
+    for number in range(2):
+        memory.pipe(f"/set/{number}.beton", stored.read_bytes())
+    assert "memory://set/*.beton: photos: 12\n" in run("memory://set/*.beton").output
+    monkeypatch.setenv("FASTSSL_CACHE_GB", "0.003")
+    assert "larger than the cache" in str(run("memory://set/*.beton").exception)
+    memory.rm("/set", recursive=True)
+
+
 def test_torch_is_not_loaded(stored: Path) -> None:
     script = f"import sys; from fastssl.cli import cli; cli.main(['data', {str(stored)!r}], standalone_mode=False)"
     command = [sys.executable, "-c", f"{script}; assert 'torch' not in sys.modules"]
