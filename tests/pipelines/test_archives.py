@@ -124,6 +124,14 @@ def test_a_directory_that_lies(tmp_path, at, how, value, why):
         assert listing.read(len(listing) - 1) == b"b"
 
 
+def test_a_file_without_a_name(tmp_path):
+    data = bytearray(zip_bytes({"a.jpg": b"a", "b.jpg": b"b"}))
+    data[directory(data) + 46] = 0
+    (tmp_path / "bad.zip").write_bytes(data)
+    with list_source(tmp_path / "bad.zip") as listing:
+        assert listing.names == ["b.jpg"] and listing.ignored == 1
+
+
 def test_cut_zips_and_random_damage(tmp_path):
     path, good = tmp_path / "bad.zip", zip_bytes({f"{k % 3}/{k}.jpg": b"%03d" % k * 40 for k in range(20)})
     for part in (good[:-10], good[: len(good) // 2], b"PK\3\4", b""):
