@@ -16,10 +16,14 @@ from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import pyarrow as pa
 import pytest
+from pyarrow import parquet
 
+from fastssl.pipelines.convert.conversion import convert
 from fastssl.pipelines.convert.sources import SourceError, list_source, unpacked
-from tests.pipelines.test_sources import content, tar_bytes
+from tests.pipelines.test_convert import picture, saved, stopped
+from tests.pipelines.test_sources import content, grow, tar_bytes
 
 PACKERS = {"tar.gz": gzip.compress, "tgz": gzip.compress, "tar.bz2": bz2.compress, "tar.xz": lzma.compress}
 
@@ -124,6 +128,14 @@ def test_a_directory_that_lies(tmp_path, at, how, value, why):
         assert listing.read(len(listing) - 1) == b"b"
 
 
+def test_a_file_without_a_name(tmp_path):
+    data = bytearray(zip_bytes({"a.jpg": b"a", "b.jpg": b"b"}))
+    data[directory(data) + 46] = 0
+    (tmp_path / "bad.zip").write_bytes(data)
+    with list_source(tmp_path / "bad.zip") as listing:
+        assert listing.names == ["b.jpg"] and listing.ignored == 1
+
+
 def test_cut_zips_and_random_damage(tmp_path):
     path, good = tmp_path / "bad.zip", zip_bytes({f"{k % 3}/{k}.jpg": b"%03d" % k * 40 for k in range(20)})
     for part in (good[:-10], good[: len(good) // 2], b"PK\3\4", b""):
@@ -204,3 +216,32 @@ def test_zstd(tmp_path):
     (tmp_path / "x.tar.zst").write_bytes(packed[:3000] + bytes(5000) + packed[8000:])
     with pytest.raises(SourceError, match=r"x\.tar\.zst: damaged"):
         list_source(tmp_path / "x.tar.zst")
+
+
+@pytest.mark.parametrize("kind", ["x.zip", "x.tar.gz", "x.parquet", "x.csv", "s-{0..1}.tar"])
+def test_a_conversion_of_every_kind_goes_on(tmp_path, kind):
+    """Stopped half-way: the same bytes as in one go. Photos that changed meanwhile are not mixed with the old ones."""
+    photos = {f"{'cat' if k % 2 else 'dog'}/{k}.jpg": saved(picture(30, 40, k)) for k in range(12)}
+
+    def make(names, stamp):
+        some = {name: photos[name] for name in names}
+        grow(tmp_path / "in", some)
+        table = {"image": pa.array(some.values(), pa.binary()), "label": [name[:3] for name in names]}
+        parquet.write_table(pa.table(table), tmp_path / "x.parquet", row_group_size=5)
+        files = {"x.zip": zip_bytes(some), "x.tar.gz": gzip.compress(tar_bytes(some))}
+        files |= {f"s-{k}.tar": tar_bytes({name: some[name] for name in names[k::2]}) for k in range(2)}
+        grow(tmp_path, files | {"x.csv": "".join(f"in/{name},{name[:3]}\n" for name in names).encode()})
+        for path in tmp_path.glob("[xs]*.[ztpc]*"):
+            os.utime(path, ns=(stamp, stamp))
+
+    names = list(photos)
+    make(names, 1)
+    whole, dst = tmp_path / "whole.beton", tmp_path / "out.beton"
+    convert(tmp_path / kind, whole)
+    stopped(tmp_path / kind, dst, 1)
+    assert convert(tmp_path / kind, dst).resumed > 0 and dst.read_bytes() == whole.read_bytes()
+    stopped(tmp_path / kind, dst, 1)
+    make(names[::-1], 2)
+    assert convert(tmp_path / kind, dst).resumed == 0
+    convert(tmp_path / kind, whole)
+    assert dst.read_bytes() == whole.read_bytes()

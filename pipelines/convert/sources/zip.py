@@ -43,7 +43,7 @@ class ZipSource(Source):
             name = member.filename
             # Some programs of Windows write its separator, against the format.
             name = clean_name(name.replace("\\", "/") if member.create_system == 0 and "/" not in name else name)
-            if member.is_dir():
+            if member.filename.endswith("/"):
                 continue
             if not is_photo_name(name) or is_hidden(name):
                 yield Passed(name)
