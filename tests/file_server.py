@@ -22,6 +22,7 @@ class Server(ThreadingHTTPServer):
         self.drop_after: list[int] = []  # bytes behind which the next whole answers break
         self.lie = 0  # bytes more than there are
         self.pause = 0.0  # seconds before each 16 KiB
+        self.silent: list[float] = []  # seconds before the next whole answers' contents
         self.redirect: dict[str, str] = {}
         self.after: dict[str, tuple[bytes, str | None]] = {}  # what the files become with their last byte
         self.asked: Counter[str] = Counter()  # whole answers, or such from some byte to the end
@@ -70,6 +71,8 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.headers.get("Range") == "bytes=0-0":  # a question, whose asker hangs up
             return self.wfile.write(body) and None
+        if server.silent:
+            time.sleep(server.silent.pop(0))
         if server.drop_after:
             body = body[: server.drop_after.pop(0)]
         for low in range(0, len(body), 1 << 14):

@@ -135,7 +135,7 @@ class _Copy:
         if not self.whole.exists():
             self._make_room()
         try:
-            lock = open(self.folder / "lock", "ab")  # noqa: SIM115 (held open)
+            lock = open(self.folder / "lock", "a+b")  # noqa: SIM115 (held open)
         except FileNotFoundError:
             return None
         size, since = -1, time.monotonic()
@@ -247,7 +247,7 @@ def _entries(root: Path) -> Iterator[tuple[Path, int, int]]:
 
 def _evict(folder: Path) -> bool:
     """Delete a file of the cache unless somebody has it, or downloads it."""
-    with suppress(OSError), open(folder / "lock", "ab") as lock:
+    with suppress(OSError), open(folder / "lock", "a+b") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         (folder / "lock").unlink()
         shutil.rmtree(folder)
@@ -259,7 +259,7 @@ def _evict(folder: Path) -> bool:
 def _alone(root: Path) -> Iterator[None]:
     """One process at a time decides what goes and what comes."""
     root.mkdir(parents=True, exist_ok=True)
-    with open(root / "lock", "ab") as lock:
+    with open(root / "lock", "a+b") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 

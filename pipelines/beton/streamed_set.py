@@ -13,7 +13,6 @@ import numpy as np
 from fastssl.errors import BetonError, counted
 from fastssl.pipelines.beton.dataset import BetonSet
 from fastssl.pipelines.beton.format import HEADER_DTYPE, VERSION
-from fastssl.pipelines.beton.open_file import open_files
 from fastssl.pipelines.beton.reader import BetonReader
 from fastssl.pipelines.beton.remote_set import at_once
 from fastssl.utils.addresses import shown
@@ -46,8 +45,6 @@ class StreamedSet(BetonSet):
     def _reader(self, k: int) -> BetonReader:
         if (reader := self._readers.get(k)) is None:
             with self._locks[k]:  # one copy is asked for, which `hold` lets go
-                # Of its own: a file that comes again is another one, and one that went has to free its room.
-                self._opened = open_files()
                 reader = super()._reader(k)
         return reader
 
@@ -73,7 +70,8 @@ class StreamedSet(BetonSet):
         for k in set(self._readers) - {0, *files}:
             with self._locks[k]:
                 reader = self._readers.pop(k)
-            release(reader.path)  # who reads from it still has it open
+            self._among.drop(reader._file)  # a thread that reads from it still has it open
+            release(reader.path)
         for k in files:
             if k not in self._readers and k not in self._coming:
                 self._coming[k] = self._fetcher.submit(self._reader, k)

@@ -40,6 +40,7 @@ from fastssl.pipelines.convert.encode import Encoded, encode_photo, tally
 from fastssl.pipelines.convert.formats import pillow_formats
 from fastssl.pipelines.convert.options import ConvertError, ConvertOptions, ConvertSummary, chosen_photos
 from fastssl.pipelines.convert.sources import Listing, ListingRules, list_source
+from fastssl.pipelines.convert.sources.patterns import expand
 from fastssl.pipelines.convert.unfinished import Journal, reserve
 from fastssl.utils.atomic_files import sync_folder, write_atomically
 from fastssl.utils.cores import available_cores
@@ -125,7 +126,8 @@ def require_target(dst: Path, sources: list[str | os.PathLike]) -> None:
     # themselves.
     if dst.exists() and not dst.is_file():
         raise ConvertError(f"{dst}: exists and is not a plain file; name another DST")
-    if dst.exists() and any(os.path.exists(one) and os.path.samefile(one, dst) for one in sources):
+    names = (name for one in sources for name in expand(one)) if dst.exists() else ()
+    if any(os.path.exists(name) and os.path.samefile(name, dst) for name in names):
         raise ConvertError(f"{dst}: SRC and DST are one file; the photos would be overwritten by the result")
 
 

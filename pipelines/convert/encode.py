@@ -130,12 +130,13 @@ def _decode_jpeg(data: bytes, options: ConvertOptions) -> _Decoded | None:
         if (mended := jpeg.repaired(data)) is None:
             raise
         rgb, whole, how = jpeg.decode(mended, at_least=at_least, repair=False), mended, How.REPAIRED
-    if not colour.is_srgb(profile := jpeg_header.icc_profile(data)):
+    orientation, profile = jpeg_header.orientation_and_profile(data)
+    if not colour.is_srgb(profile):
         image = Image.fromarray(rgb[..., 0] if header.colorspace == "Gray" else rgb)
         image, by_profile = _by_profile(image, profile, options)
         rgb, how = np.asarray(image.convert("RGB")), how | by_profile
     may_be_stored = header.colorspace != "RGB" and not how & How.PROFILE_APPLIED
-    return _Decoded(rgb, size, jpeg_header.exif_orientation(data), how, whole if may_be_stored else b"")
+    return _Decoded(rgb, size, orientation, how, whole if may_be_stored else b"")
 
 
 def _readable_header(data: bytes) -> jpeg.JpegHeader | None:
@@ -169,7 +170,7 @@ def _decode_pillow(data: bytes, is_jpeg: bool, options: ConvertOptions) -> _Deco
             check.verify()  # the chunks' checksums, which load() leaves out
     how = How.ANIMATED if getattr(image, "is_animated", False) else 0
     picture, number = deep.load(image, data, options.range)
-    orientation = jpeg_header.exif_orientation(data) if is_jpeg else image.getexif().get(0x0112, 1)
+    orientation = jpeg_header.orientation_and_profile(data)[0] if is_jpeg else image.getexif().get(0x0112, 1)
     if picture.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in picture.info:
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, (255, 255, 255, 255)), picture)

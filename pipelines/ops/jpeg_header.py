@@ -66,14 +66,18 @@ def tidied(data: bytes) -> bytes | None:
     return None
 
 
-def exif_orientation(data: bytes) -> int:
-    """The EXIF orientation of a JPEG, 1 (upright) to 8; 1 when it has none or its EXIF block is damaged (EXIF 2.3, tag
-    0x0112).
+def orientation_and_profile(data: bytes) -> tuple[int, bytes]:
+    """The EXIF orientation of a JPEG, 1 (upright) to 8, 1 when it has none or its EXIF block is damaged (EXIF 2.3, tag
+    0x0112); and its colour profile, joined from its numbered APP2 segments, empty when it has none.
     """
+    orientation, parts = 0, []
     for marker, at, end in segments(data):
-        if marker == 0xE1 and data[at : at + 6] == b"Exif\0\0":
-            return _tiff_orientation(data[at + 6 : end])
-    return 1
+        if marker == 0xE1 and not orientation and data.startswith(b"Exif\0\0", at):
+            orientation = _tiff_orientation(data[at + 6 : end])
+        elif marker == 0xE2 and data.startswith(b"ICC_PROFILE\0", at):
+            parts.append(data[at + 12 : end])
+    # Number and count of the part, then its bytes.
+    return orientation or 1, b"".join(part[2:] for part in sorted(parts, key=lambda part: part[:1]))
 
 
 def _tiff_orientation(tiff: bytes) -> int:
@@ -87,11 +91,3 @@ def _tiff_orientation(tiff: bytes) -> int:
                 orientation: int = struct.unpack_from(f"{order}{'I' if kind == 4 else 'H'}", value)[0]
                 return orientation if 1 <= orientation <= 8 else 1
     return 1
-
-
-def icc_profile(data: bytes) -> bytes:
-    """The colour profile of a JPEG, joined from its numbered APP2 segments; empty: it has none."""
-    mark = b"ICC_PROFILE\0"
-    found = [data[at + 12 : end] for kind, at, end in segments(data) if kind == 0xE2 and data.startswith(mark, at)]
-    # Number and count of the part, then its bytes.
-    return b"".join(part[2:] for part in sorted(found, key=lambda part: part[:1]))

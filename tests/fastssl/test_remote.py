@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -19,6 +22,7 @@ from file_server import Server
 from fastssl.errors import FastSSLError, Stalled
 from fastssl.utils import remote, remote_cache
 from fastssl.utils.addresses import address, is_remote, shown
+from fastssl.utils.deadline import Deadline
 from fastssl.utils.remote import Passing, Patience, RemoteError, remote_file
 from fastssl.utils.remote_cache import local_copy, release
 
@@ -184,11 +188,42 @@ def test_a_server_that_does_not_come_back() -> None:
             patience.again(Passing("s3://b/x: 503"))
 
 
-def test_a_silent_server_is_a_passing_failure(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "_TIMEOUT", 0.1)
-    server.pause = 0.5
-    with pytest.raises(Passing, match="timed out"):
-        list(remote_file(server.url("/set/train.tar")).parts(0, remote.About(len(CONTENT), '"one"')))
+def test_a_server_that_is_silent_for_a_while(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "_TIMEOUT", 0.2)
+    server.silent = [1.0, 1.0]
+    began = time.monotonic()
+    assert local_copy(server.url("/set/train.tar")).read_bytes() == CONTENT
+    assert time.monotonic() - began < 2
+
+
+def test_a_file_system_that_does_not_answer() -> None:
+    with warnings.catch_warnings(), pytest.raises(Stalled) as error:
+        Deadline("s3://bucket/x.tar?sig=secret", 0.1 / 60).result(Future(), lambda: "at byte 0")
+    assert re.match(
+        r"s3://bucket/x\.tar: nothing was read for 0\.1 s, since .*, at byte 0: the server does not answer; see "
+        r"whether the server can be reached at all, then give the same command again$",
+        str(error.value),
+    )
+
+
+def test_a_download_that_nobody_waits_for(server: Server, cache: Path) -> None:
+    server.pause, stop = 0.02, threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        download = pool.submit(local_copy, server.url("/set/train.tar"), stop=stop)
+        while not (parts := parts_of(cache)) or not parts[0].stat().st_size:
+            time.sleep(0.01)
+        stop.set()
+        with pytest.raises(RemoteError, match="not wanted any more"):
+            download.result(5)
+    assert 0 < parts_of(cache)[0].stat().st_size < len(CONTENT)
+    server.pause = 0.0
+    assert local_copy(server.url("/set/train.tar")).read_bytes() == CONTENT
+    stop = threading.Event()
+    threading.Timer(0.2, stop.set).start()
+    server.status = [503] * 100
+    with pytest.raises(RemoteError, match="not wanted any more"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        local_copy(server.url("/set/other.tar"), stop=stop)
 
 
 @pytest.mark.parametrize("ranges", [True, False])
@@ -307,8 +342,9 @@ print(local_copy(sys.argv[1]), flush=True)
 """
 
 
-def child(url: str) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, "-c", CHILD, url], stdout=subprocess.PIPE, text=True)
+def child(url: str, then: str = "") -> subprocess.Popen:
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    return subprocess.Popen([sys.executable, "-c", CHILD + then, url], text=True, **pipes)
 
 
 def test_processes_download_once(server: Server) -> None:
@@ -333,6 +369,21 @@ def test_a_killed_download_goes_on(server: Server, cache: Path, etag: str | None
     assert path.read_bytes() == CONTENT and not parts_of(cache)
     starts = [int(headers["Range"][6:].partition("-")[0]) for headers in server.headers]
     assert max(starts) == (there if etag else 0)
+
+
+def test_what_another_process_has_stays_until_it_dies(
+    server: Server, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FASTSSL_CACHE_GB", "0.0006")
+    server.files["/b"] = CONTENT, '"b"'
+    other = child(server.url("/set/train.tar"), then="sys.stdin.read()")
+    path = Path(other.stdout.readline().strip())
+    with pytest.raises(RemoteError, match="/b: no room for its"):
+        local_copy(server.url("/b"))
+    assert path.read_bytes() == CONTENT
+    os.kill(other.pid, signal.SIGKILL)
+    other.wait()
+    assert local_copy(server.url("/b")).read_bytes() == CONTENT and not path.exists()
 
 
 def test_what_a_killed_download_left_makes_room(server: Server, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

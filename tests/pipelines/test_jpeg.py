@@ -185,9 +185,9 @@ def tiff(order, value, kind=3):
 def test_exif_orientation_equals_pillow(order, kind):
     for value in range(1, 9):
         data = saved(picture(), exif=b"Exif\0\0" + tiff(order, value, kind))
-        assert jpeg_header.exif_orientation(data) == Image.open(io.BytesIO(data)).getexif()[0x0112] == value
-    assert jpeg_header.exif_orientation(saved(picture())) == 1
-    assert jpeg_header.exif_orientation(saved(picture(), exif=b"Exif\0\0" + tiff(order, 9, kind))) == 1
+        assert jpeg_header.orientation_and_profile(data)[0] == Image.open(io.BytesIO(data)).getexif()[0x0112] == value
+    assert jpeg_header.orientation_and_profile(saved(picture()))[0] == 1
+    assert jpeg_header.orientation_and_profile(saved(picture(), exif=b"Exif\0\0" + tiff(order, 9, kind)))[0] == 1
 
 
 def test_damaged_exif_is_harmless():
@@ -196,8 +196,8 @@ def test_damaged_exif_is_harmless():
     for _ in range(500):
         bad = good.copy()
         bad[rng.integers(0, 100, 4)] = rng.integers(0, 256, 4)
-        assert 1 <= jpeg_header.exif_orientation(bad.tobytes()) <= 8
-        assert 1 <= jpeg_header.exif_orientation(bad[: rng.integers(0, 120)].tobytes()) <= 8
+        assert 1 <= jpeg_header.orientation_and_profile(bad.tobytes())[0] <= 8
+        assert 1 <= jpeg_header.orientation_and_profile(bad[: rng.integers(0, 120)].tobytes())[0] <= 8
 
 
 # ---------------------------------------------------------------- what only warns
@@ -265,5 +265,5 @@ def test_repairing_is_bounded(monkeypatch):
 def test_a_colour_profile_of_several_segments():
     profile = bytes(range(256)) * 500  # 128,000 bytes: two segments
     data = saved(picture(), icc_profile=profile)
-    assert jpeg_header.icc_profile(data) == Image.open(io.BytesIO(data)).info["icc_profile"] == profile
-    assert jpeg_header.icc_profile(saved(picture())) == b""
+    assert jpeg_header.orientation_and_profile(data)[1] == Image.open(io.BytesIO(data)).info["icc_profile"] == profile
+    assert jpeg_header.orientation_and_profile(saved(picture()))[1] == b""

@@ -13,7 +13,7 @@ from PIL import Image
 from fastssl.cli import main
 from fastssl.pipelines.beton.reader import BetonReader
 from fastssl.pipelines.convert.conversion import convert
-from fastssl.pipelines.convert.options import ConvertOptions
+from fastssl.pipelines.convert.options import ConvertError, ConvertOptions
 from fastssl.pipelines.convert.sources import SourceError, list_source, lists
 from tests.pipelines.test_sources import content, grow
 
@@ -156,6 +156,13 @@ def test_the_command_takes_several_sources(tmp_path, stdin, monkeypatch):
     with BetonReader(tmp_path / "all.beton") as reader:
         assert reader.classes == ["cat", "cow", "dog", "owl"]
         assert [reader.classes[label] for label in reader.labels] == ["cat", "dog", "cow", "owl", "cat"]
+
+
+def test_no_source_is_written_over(tmp_path):
+    grow(tmp_path, {"a.png": picture("red"), "s-1.csv": b"a.png\n", "s-2.csv": b"a.png\n"})
+    with pytest.raises(ConvertError, match="SRC and DST are one file"):
+        convert(tmp_path / "s-*.csv", tmp_path / "s-2.csv")
+    assert (tmp_path / "s-2.csv").read_bytes() == b"a.png\n"
 
 
 def test_a_list_with_other_labels_is_another_source(tmp_path):

@@ -140,7 +140,7 @@ def test_rows_without_a_photo_or_a_label(tmp_path):
 
 def test_threads_decode_every_row_once(tmp_path, monkeypatch):
     """In the order of a conversion, in a little memory."""
-    monkeypatch.setattr(ours, "_BATCH_BYTES", 4000)
+    monkeypatch.setattr(ours, "_BATCH_ROWS", 8)
     monkeypatch.setattr(ours, "_KEPT_BYTES", 20_000)
     decoded, lock = [], threading.Lock()
     real = ours._Table._decode_some

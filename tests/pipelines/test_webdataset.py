@@ -8,9 +8,8 @@ import resource
 import numpy as np
 import pytest
 
-from fastssl.pipelines.convert.sources import SourceError, list_source
+from fastssl.pipelines.convert.sources import ListingRules, SourceError, list_source
 from fastssl.pipelines.convert.sources.patterns import expand
-from fastssl.pipelines.convert.sources.tar import TarSource
 from tests.pipelines.test_sources import content, grow, tar_bytes
 
 webdataset = pytest.importorskip("webdataset")
@@ -59,9 +58,8 @@ def test_what_names_the_class(tmp_path):
     with list_source(tmp_path / "a.tar") as listing:
         assert content(listing) == [("x/0.jpg", "cow", photo(0)), ("x/1.jpg", "7", photo(1))]
         assert [name for name, _ in listing.rejected] == ["x/2.jpg", "x/3.jpg"]
-    source = TarSource(tmp_path / "a.tar", label_from="txt")
-    assert [one.label for one in source.photos()] == [None, None, None, "dog"]
-    source.close()
+    with list_source(tmp_path / "a.tar", rules=ListingRules(label_from="txt")) as listing:
+        assert content(listing) == [("x/3.jpg", "dog", photo(3))]
     write(tmp_path / "captions.tar", [{"__key__": f"{k}", "jpg": photo(k), "txt": "a dog"} for k in range(3)])
     with list_source(tmp_path / "captions.tar") as listing:
         assert listing.classes is None and len(listing) == 3 and listing.ignored == 0

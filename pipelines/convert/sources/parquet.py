@@ -13,6 +13,7 @@ from bisect import bisect_right
 from collections import OrderedDict, deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,8 @@ from fastssl.pipelines.convert.sources.base import Found, Passed, Source, Source
 _IMAGES = ("image", "img", "jpg", "jpeg", "png", "webp", "picture", "photo", "bytes")
 _LABELS = ("label", "labels", "fine_label", "cls", "class", "category", "class_label", "class_id", "class_name")
 _LABEL_TYPES = ("int", "string", "large_string", "dictionary<values=string")
-#: About what is decoded at once, and what is kept of a file, in bytes.
-_BATCH_BYTES, _KEPT_BYTES = 8 << 20, 128 << 20
+#: What is decoded at once, in rows (few, as a small file may hold large ones), and what is kept of a file, in bytes.
+_BATCH_ROWS, _KEPT_BYTES = 16, 32 << 20
 #: Files that have a window: threads are in one, some still in the last.
 _OPEN_FILES = 3
 
@@ -90,14 +91,11 @@ class _Table:
         self.stamp = self.path.stat().st_mtime_ns
         with self._damage():
             file = self._opened()
-            features, groups = _features(file.schema_arrow), range(file.metadata.num_row_groups)
+            features = _features(file.schema_arrow)
             self._image = _image_column(self.path, file.schema_arrow, features)
             self._label = _label_column(file.schema_arrow, features)
-            self._starts, size = [0], 1  # where each row group begins, and the end
-            for group in map(file.metadata.row_group, groups):
-                self._starts.append(self._starts[-1] + group.num_rows)
-                size += group.total_byte_size
-            self._batch_rows = max(1, min(256, _BATCH_BYTES * self._starts[-1] // size))
+            groups = map(file.metadata.row_group, range(file.metadata.num_row_groups))
+            self._starts = [0, *accumulate(group.num_rows for group in groups)]  # of row groups, and the end
         names = features.get(self._label or "", {}).get("names")
         if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
             return None
@@ -154,7 +152,7 @@ class _Table:
                         raise SourceError("changed while it was being converted")
                     # Group by group, as damage in one spares the others. The iterator holds the file open.
                     columns = [self._image]
-                    self._batches = self._opened().iter_batches(self._batch_rows, [group], columns, use_threads=False)
+                    self._batches = self._opened().iter_batches(_BATCH_ROWS, [group], columns, use_threads=False)
                 batch = next(self._batches, None)
                 if not batch:
                     raise SourceError(f"{self.path}: cut off: has fewer rows than it says")

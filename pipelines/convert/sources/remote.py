@@ -9,7 +9,7 @@ from typing import Any
 from fastssl.pipelines.convert.formats import is_photo_name
 from fastssl.pipelines.convert.sources.base import Found, Passed, Source, SourceError, is_hidden
 from fastssl.utils.addresses import is_web, shown
-from fastssl.utils.remote import Patience, file_system, fsspec_errors, remote_file, said_of
+from fastssl.utils.remote import Patience, file_system, fsspec_errors, said_of
 
 
 class RemoteFolder(Source):
@@ -18,8 +18,8 @@ class RemoteFolder(Source):
     sorts, strips = True, False
 
     def __init__(self, url: str):
-        super().__init__(shown(url))
-        self._url, (self._system, self._root) = url.rstrip("/"), file_system(url)
+        super().__init__(shown(url).rstrip("/"))
+        self._system, self._root = file_system(url)
 
     def photos(self) -> Iterator[Found | Passed]:
         with fsspec_errors(self.name):
@@ -38,9 +38,12 @@ class RemoteFolder(Source):
                         yield Passed(path)
 
     def read(self, place: Any, size: int) -> bytes:
-        file = remote_file(f"{self._url}/{place}")
-        # One byte more than expected shows an object that has grown.
-        data = Patience().ask(lambda: file.read(0, size + 1)) if size else b""
+        def ask() -> bytes:
+            with fsspec_errors(f"{self.name}/{place}"):
+                # One byte more than expected shows an object that has grown.
+                return bytes(self._system.cat_file(f"{self._root}/{place}", start=0, end=size + 1))
+
+        data = Patience().ask(ask) if size else b""
         if len(data) != size:
             raise SourceError("changed while it was being converted")
         return data
