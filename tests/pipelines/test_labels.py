@@ -12,9 +12,9 @@ import pytest
 from scipy.io import savemat
 
 from fastssl.errors import FastSSLError
-from fastssl.pipelines.convert.labels import LabelError, Labels, read_classes, read_labels, read_table
-from fastssl.pipelines.convert.matlab import read_synsets
 from fastssl.pipelines.convert.sources import ListingRules, list_source
+from fastssl.pipelines.convert.sources.labels import LabelError, Labels, read_classes, read_labels, read_table
+from fastssl.pipelines.convert.sources.matlab import read_synsets
 from tests.pipelines.test_sources import grow
 from tests.pipelines.test_splits import of, tree
 
@@ -46,6 +46,7 @@ def synsets(wnids, **how):
         ("my cat.jpg 3\n", (["my cat.jpg"], ["3"])),
         ("ImageId,PredictionString\nval_1,n02 1 2 3 4 n02 5 6 7 8 \n", (["val_1"], ["n02"])),
         ("polar bear\n\ncat\n", (None, ["polar bear", "cat"])),
+        ('"tench, Tinca"\ncat\n', (None, ["tench, Tinca", "cat"])),
         ("490\n361\n", (None, ["490", "361"])),
         ("id,species,when\n7,owl,x\n", (["7"], ["owl"])),
     ],

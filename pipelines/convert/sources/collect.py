@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 from fastssl.errors import counted, printable
 from fastssl.pipelines.convert.formats import kind_of
-from fastssl.pipelines.convert.labels import LabelError, Labels, read_classes, read_labels
 from fastssl.pipelines.convert.sources.base import Found, Passed, Source, SourceError
 from fastssl.pipelines.convert.sources.classes import (
     SPLITS,
@@ -19,6 +18,7 @@ from fastssl.pipelines.convert.sources.classes import (
     listed,
     split_name,
 )
+from fastssl.pipelines.convert.sources.labels import LabelError, Labels, read_classes, read_labels
 
 
 @dataclass

@@ -21,7 +21,7 @@ from fastssl.pipelines.convert.sources.webdataset import as_label
 #: The name that stands for standard input.
 STANDARD_INPUT = "-"
 #: What columns are called, in lower case and without what stands between words; the first that is there counts.
-_PATHS = (
+PATH_COLUMNS = (
     "path",
     "file",
     "filename",
@@ -34,7 +34,18 @@ _PATHS = (
     "photo",
     "name",
 )
-_LABELS = ("label", "labels", "class", "classname", "category", "labelname", "target", "cls", "classid", "labelid")
+LABEL_COLUMNS = (
+    "label",
+    "labels",
+    "class",
+    "classname",
+    "category",
+    "labelname",
+    "target",
+    "cls",
+    "classid",
+    "labelid",
+)
 #: No line of a list is longer, in characters: it is something else.
 _LONGEST_LINE = 1 << 16
 
@@ -105,14 +116,14 @@ class ListSource(Source):
             return None
         for apart in "\t,;":
             cells = first.split(apart)
-            if len(cells) > 1 and any(is_photo_name(cell) or _plain(cell) in _PATHS for cell in cells):
+            if len(cells) > 1 and any(is_photo_name(cell) or plain(cell) in PATH_COLUMNS for cell in cells):
                 return apart
         return " " if not is_photo_name(first) and is_photo_name(first.rpartition(" ")[0]) else None
 
     def _columns(self, first: list[str]) -> tuple[int, int | None, bool]:
         """Where path and label stand, and whether the first row says so."""
-        cells = list(map(_plain, first))
-        paths, labels = ([cells.index(one) for one in known if one in cells] for known in (_PATHS, _LABELS))
+        cells = list(map(plain, first))
+        paths, labels = ([cells.index(one) for one in known if one in cells] for known in (PATH_COLUMNS, LABEL_COLUMNS))
         at = paths or [k for k, cell in enumerate(first) if is_photo_name(cell)]
         if not at or not (paths or len(first) <= 2):
             raise SourceError(f"{self.name}: which column is the path, which the label? Put a line before: path,label")
@@ -140,7 +151,8 @@ class ListSource(Source):
 _UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 
 
-def _plain(cell: str) -> str:
+def plain(cell: str) -> str:
+    """A column's name as it is looked for."""
     return cell.strip().lower().replace("_", "").replace(" ", "")
 
 

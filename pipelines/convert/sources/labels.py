@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import re
 import tarfile
 import zipfile
 import zlib
@@ -14,13 +13,14 @@ from pathlib import Path
 from fastssl.errors import FastSSLError, counted, printable
 from fastssl.pipelines.beton.side_file import read_side_file
 from fastssl.pipelines.convert.formats import is_photo_name
-from fastssl.pipelines.convert.matlab import read_synsets
+from fastssl.pipelines.convert.sources.lists import LABEL_COLUMNS, PATH_COLUMNS, plain
+from fastssl.pipelines.convert.sources.matlab import read_synsets
 from fastssl.utils.plain_file import read_plain
 
 _TRUTH, _META, _SOLUTION = "ILSVRC2012_validation_ground_truth.txt", "meta.mat", "LOC_val_solution.csv"
-#: Names of columns, in lower case and without "_" and " ".
-_PATHS = re.compile("(image|img|photo|file)(name|path|id)?|path|name|id")
-_LABELS = re.compile("(label|class|category)(name|id)?|labels|target|wnid|synset|predictionstring")
+#: What columns of photos and of labels are called, also by Kaggle and others.
+_PATHS = (*PATH_COLUMNS, "imageid", "id")
+_LABELS = (*LABEL_COLUMNS, "wnid", "synset", "predictionstring")
 #: What a damaged file of some kind raises; RuntimeError: a zip with a password.
 _UNREADABLE = (OSError, ValueError, EOFError, RuntimeError, csv.Error, tarfile.TarError, zipfile.BadZipFile, zlib.error)
 #: Bytes that a file of labels may have: a hundred each of ten million photos.
@@ -149,10 +149,12 @@ def read_table(data: bytes) -> tuple[list[str] | None, list[str]]:
         rows = [[part.strip() for part in line.strip().rpartition(" ")[::2]] for line in lines]
     else:
         rows = [[cell.strip() for cell in row] for row in csv.reader(lines, delimiter=delimiter)]
-    heads = [cell.lower().replace("_", "").replace(" ", "") for cell in rows[0]]
-    at = next((k for k, head in enumerate(heads) if _PATHS.fullmatch(head)), 0)
-    label = next((k for k, head in enumerate(heads) if _LABELS.fullmatch(head) and k != at), 1 - min(at, 1))
-    if _PATHS.fullmatch(heads[at]) or _LABELS.fullmatch(heads[label]):
+    if len(rows[0]) == 1:
+        return None, [row[0] for row in rows]
+    heads = list(map(plain, rows[0]))
+    at = next((k for k, head in enumerate(heads) if head in _PATHS), 0)
+    label = next((k for k, head in enumerate(heads) if head in _LABELS and k != at), 1 - min(at, 1))
+    if heads[at] in _PATHS or heads[label] in _LABELS:
         rows = rows[1:]
     if short := next((row for row in rows if len(row) <= max(at, label) or not row[label]), None):
         raise ValueError(f"a line without photo or label: {printable(' '.join(short))[:80]}")
