@@ -13,7 +13,6 @@ import numpy as np
 from fastssl.errors import BetonError, counted
 from fastssl.pipelines.beton.dataset import BetonSet
 from fastssl.pipelines.beton.format import HEADER_DTYPE, VERSION
-from fastssl.pipelines.beton.open_file import open_files
 from fastssl.pipelines.beton.reader import BetonReader
 from fastssl.pipelines.beton.remote_set import at_once
 from fastssl.utils.addresses import shown
@@ -40,16 +39,18 @@ class StreamedSet(BetonSet):
         self._bytes, self._locks = list(sizes), [threading.Lock() for _ in names]
         self._coming, self._closed = dict[int, Future](), threading.Event()
         self._fetcher = ThreadPoolExecutor(_FETCHED, "fastssl-fetch")
-        super().__init__(names, path=path, localize=self._fetch, counts=at_once(_count, names))
+        super().__init__(names, path=path, counts=at_once(_count, names))
         self.files = [Path(shown(name)) for name in names]
 
     def _reader(self, k: int) -> BetonReader:
         if (reader := self._readers.get(k)) is None:
             with self._locks[k]:  # one copy is asked for, which `hold` lets go
-                # Of its own: a file that comes again is another one, and one that went has to free its room.
-                self._opened = open_files()
                 reader = super()._reader(k)
         return reader
+
+    def _open(self, k: int) -> BetonReader:
+        # Not among the set's open files: who reads from one that has to go still has it open, and nobody else.
+        return BetonReader(self._fetch(self._names[k]), lazy=True)
 
     def _fetch(self, name: str) -> Path:
         return local_copy(name, threading.current_thread() is not threading.main_thread(), self._closed)
