@@ -181,7 +181,7 @@ class BetonSet(BetonReader):
 
     def _reader(self, k: int) -> BetonReader:
         if (reader := self._readers.get(k)) is None:
-            reader = BetonReader(self._localize(self._names[k]), lazy=True, among=self._among)
+            reader = self._open(k)
             reader._scratch = self._scratch
             if self._counts is not None and len(reader) != self._counts[k]:
                 raise reader._error(f"{counted(len(reader), 'sample')}, not {self._counts[k]:,} as was said")
@@ -190,6 +190,9 @@ class BetonSet(BetonReader):
                 raise reader._error(f"lists other classes than {first}; all files must be here to match them")
             reader = self._readers.setdefault(k, reader)
         return reader
+
+    def _open(self, k: int) -> BetonReader:
+        return BetonReader(self._localize(self._names[k]), lazy=True, among=self._among)
 
     def _classes_of(self, reader: BetonReader) -> Classes | None:
         """What the side file lists."""

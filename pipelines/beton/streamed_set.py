@@ -39,7 +39,7 @@ class StreamedSet(BetonSet):
         self._bytes, self._locks = list(sizes), [threading.Lock() for _ in names]
         self._coming, self._closed = dict[int, Future](), threading.Event()
         self._fetcher = ThreadPoolExecutor(_FETCHED, "fastssl-fetch")
-        super().__init__(names, path=path, localize=self._fetch, counts=at_once(_count, names))
+        super().__init__(names, path=path, counts=at_once(_count, names))
         self.files = [Path(shown(name)) for name in names]
 
     def _reader(self, k: int) -> BetonReader:
@@ -47,6 +47,10 @@ class StreamedSet(BetonSet):
             with self._locks[k]:  # one copy is asked for, which `hold` lets go
                 reader = super()._reader(k)
         return reader
+
+    def _open(self, k: int) -> BetonReader:
+        # Not among the set's open files: who reads from one that has to go still has it open, and nobody else.
+        return BetonReader(self._fetch(self._names[k]), lazy=True)
 
     def _fetch(self, name: str) -> Path:
         return local_copy(name, threading.current_thread() is not threading.main_thread(), self._closed)
