@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # Measure everything that `fastssl bench` knows on this machine's NVIDIA GPU, for every recipe, in under nine minutes and without network.
 #
-#   bash benchmarks/gpu.sh [--python PATH] [--out DIR] [--data FILE.beton] [--budget SECONDS] [--smoke]
+#   bash benchmarks/gpu.sh [--python PATH] [--out DIR] [--data FILE.beton] [--budget SECONDS] [--only PART,...] [--smoke]
 #
 #   --python  Python with torch and fastssl's other needs.   [default: the checkout's .venv, else python3]
 #   --out     gets results.jsonl, the report (report.html, report.md, recipes.md, plots) and log.txt.    [default: runs/bench in the checkout]
 #   --data    real JPEGs to read.                            [default: the sample set that comes with the package]
 #   --budget  seconds for all parts together.                [default: 520; with the report at the end that stays below nine minutes]
+#   --only    these parts alone.                             [default: all]
 #   --smoke   the same parts with tiny settings, a few minutes on two CPU cores: shows that they run, its figures mean nothing.
 #
 # Parts run one after the other, the most valuable first, each as its own process with its own time limit. One that fails or runs out of time leaves
@@ -17,7 +18,7 @@
 set -uo pipefail
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
-PYTHON="" OUT="" DATA="" SMOKE=""
+PYTHON="" OUT="" DATA="" SMOKE="" ONLY=""
 BUDGET=520
 
 usage() { sed -n '2,/^set /p' "${BASH_SOURCE[0]}" | grep '^#' | cut -c3-; }
@@ -26,9 +27,9 @@ absolute() { (cd "$(dirname "$1")" 2>/dev/null && echo "$PWD/$(basename "$1")") 
 
 while (($#)); do
     case "$1" in
-        --python | --out | --data | --budget)
+        --python | --out | --data | --budget | --only)
             (($# > 1)) && [[ -n "$2" ]] || refuse "$1 needs a value"
-            case "$1" in --python) PYTHON="$2" ;; --out) OUT="$2" ;; --data) DATA="$2" ;; --budget) BUDGET="$2" ;; esac
+            case "$1" in --python) PYTHON="$2" ;; --out) OUT="$2" ;; --data) DATA="$2" ;; --only) ONLY="$2" ;; --budget) BUDGET="$2" ;; esac
             shift 2
             ;;
         --smoke) SMOKE=1; shift ;;
@@ -37,6 +38,10 @@ while (($#)); do
     esac
 done
 [[ "$BUDGET" =~ ^[1-9][0-9]*$ ]] || refuse "--budget $BUDGET: give a whole number of seconds"
+PARTS="$(grep -oP '^ *part \K[a-z-]+' "${BASH_SOURCE[0]}")"
+for name in ${ONLY//,/ }; do
+    grep -qx -- "$name" <<<"$PARTS" || refuse "--only $name: the parts are ${PARTS//$'\n'/, }"
+done
 if [[ -z "$PYTHON" ]]; then
     PYTHON=python3
     [[ -x "$ROOT/.venv/bin/python" ]] && PYTHON="$ROOT/.venv/bin/python"
@@ -133,6 +138,7 @@ mkfifo "$WORK/pipe" || exit 1
 part() { # NAME SECONDS ARGUMENTS-OF-BENCH...
     local name="$1" limit="$2" left=$((BUDGET - SECONDS)) status reader began=$SECONDS
     shift 2
+    [[ -z "$ONLY" || ",$ONLY," == *",$name,"* ]] || return 0
     [[ -z "$SMOKE" ]] || limit=$((2 * limit)) # a slow or busy machine is no fault of the part
     ((limit > left)) && limit=$left
     if ((limit < 3)); then

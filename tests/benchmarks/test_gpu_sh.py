@@ -179,11 +179,19 @@ def test_a_stop_keeps_what_is_finished(stand_in, tmp_path: Path) -> None:
         (["--python", "/nowhere/python"], "no such program"),
         (["--data", "/nowhere.beton"], "no such file"),
         (["--budget", "soon"], "whole number"),
+        (["--only", "steps"], "the parts are ceilings, step,"),
     ],
 )
 def test_wrong_use(arguments: list[str], message: str) -> None:
     done = script(*arguments)
     assert done.returncode == 2 and message in done.stderr
+
+
+def test_only_some_parts(stand_in, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = script("--smoke", "--only", "views,step", "--python", stand_in(failing="loader"), "--out", out)
+    assert done.returncode == 0 and " step: done" in done.stdout and " views: done" in done.stdout
+    assert done.stdout.count(" done in ") == 2
 
 
 def test_help() -> None:
