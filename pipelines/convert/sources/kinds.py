@@ -13,7 +13,7 @@ from pathlib import Path
 from fastssl.errors import counted
 from fastssl.pipelines.beton.remote_set import is_beton_address
 from fastssl.pipelines.convert.formats import is_photo_name
-from fastssl.pipelines.convert.sources.base import Source, SourceError, is_hidden
+from fastssl.pipelines.convert.sources.base import Source, SourceError, is_hidden, listed_behind
 from fastssl.pipelines.convert.sources.folder import FolderSource
 from fastssl.pipelines.convert.sources.lists import STANDARD_INPUT, ListSource
 from fastssl.pipelines.convert.sources.parquet import ParquetSource
@@ -22,6 +22,7 @@ from fastssl.pipelines.convert.sources.remote import RemoteFolder, is_remote_fol
 from fastssl.pipelines.convert.sources.tar import TarSource
 from fastssl.pipelines.convert.sources.zip import ZipSource
 from fastssl.utils.addresses import address, is_remote, shown
+from fastssl.utils.deadline import Deadline
 from fastssl.utils.remote_cache import local_copy
 
 _TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst")
@@ -47,14 +48,17 @@ def is_source(path: str | os.PathLike) -> bool:
 
 
 def open_source(
-    files: Sequence[str], label_from: str | None = None, scratch: str | os.PathLike | None = None
+    files: Sequence[str],
+    deadline: Deadline,
+    label_from: str | None = None,
+    scratch: str | os.PathLike | None = None,
 ) -> Source:
     """The source at a path or address, or of several parquet files as one, by what it is: a folder; parquet; a zip; a
     list of photos (.csv, .tsv, .txt; ``-``: standard input); otherwise a tar. ``label_from``: see
-    `webdataset.with_labels`. ``scratch``: see `list_splits`.
+    `webdataset.with_labels`. ``deadline``, ``scratch``: see `list_splits`.
 
     Raises:
-        SourceError: of no kind that we read. OSError: as usual.
+        SourceError: of no kind that we read. OSError: as usual. Stalled: the disk did not answer.
     """
     if len(files) == 1 and is_remote(files[0]) and is_remote_folder(url := address(files[0]) or ""):
         return RemoteFolder(url)
@@ -62,7 +66,7 @@ def open_source(
     names = [shown(one) if is_remote(one) else one for one in files]
     if len(files) > 1:
         return ParquetSource(names, copies)
-    source = _open(copies[0], label_from, scratch)
+    source = deadline.call(lambda: _open(copies[0], label_from, scratch), listed_behind(None))
     source.name = source.name.replace(copies[0], names[0])
     return source
 

@@ -139,7 +139,7 @@ def list_splits(
     with ExitStack() as opened:
         for files, prefix in zip(parts, _prefixes(parts)):
             try:
-                source = open_source(files, rules.label_from, scratch)
+                source = open_source(files, deadline, rules.label_from, scratch)
                 opened.callback(source.close)
                 collected.take(source, deadline.each(source.photos(), listed_behind), prefix)
             except OSError as error:
