@@ -162,8 +162,9 @@ def test_cut_zips_and_random_damage(tmp_path):
 
 
 @pytest.mark.parametrize("ending", PACKERS)
-def test_compressed_tars(tmp_path, ending, caplog):
+def test_compressed_tars(tmp_path, ending, caplog, monkeypatch):
     """As the tar itself; what is uncompressed leaves nothing behind."""
+    monkeypatch.delenv("TMPDIR", raising=False)
     inner = {f"{name}.tar": tar_bytes({f"{k}.jpg": os.urandom(9000) for k in range(40)}) for name in ("cat", "dog")}
     whole = tar_bytes(inner | {"x.txt": b""})
     (tmp_path / "x.tar").write_bytes(whole)

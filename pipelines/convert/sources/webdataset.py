@@ -15,6 +15,7 @@ from fastssl.pipelines.convert.sources.base import Found, Passed
 
 #: No label is longer, in bytes.
 _LARGEST_SIDE = 1 << 18
+_STEM = re.compile(r"(?:.*/)?[^./]+(?=\.)").match
 _FIELDS = ("label", "cls", "class", "class_id", "class_name", "label_name")
 
 
@@ -35,6 +36,9 @@ def with_labels(
     """
     for _, group in groupby(members, lambda one: _key(one.name)):
         sample = list(group)
+        if len(sample) == 1 and not isinstance(sample[0], Side):  # most of a tar of class folders
+            yield sample[0]
+            continue
         has_photo = any(isinstance(one, Found) for one in sample)
         label = _label([one for one in sample if isinstance(one, Side)], read, label_from) if has_photo else None
         for one in sample:
@@ -57,7 +61,7 @@ def as_label(value: Any) -> str | int | None:
 
 
 def _key(name: str) -> str:
-    stem = re.match(r"(?:.*/)?[^./]+(?=\.)", name)
+    stem = _STEM(name)
     return stem[0] if stem else name  # hidden files are nobody's
 
 
