@@ -70,8 +70,8 @@ def open_photos(path: str | os.PathLike) -> Iterator[list[Photos]]:
     deadline = Deadline(shown(path))
     if not is_source(path):
         # A download has a patience of its own, and ends at once with the thread that asked for it.
-        opened = open_beton(path) if is_remote(path) else deadline.call(lambda: open_beton(path), "at its tables")
-        with opened as reader:
+        found = open_beton(path) if is_remote(path) else deadline.call(lambda: open_beton(path), "at its tables")
+        with found as reader:
             if reader.streamed:
                 raise BetonError(f"{shown(path)}: larger than the cache ($FASTSSL_CACHE_GB); name some files at a time")
             yield [reader]

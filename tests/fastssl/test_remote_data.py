@@ -309,3 +309,10 @@ def test_ctrl_c_does_not_wait_for_downloads(server: Server, local: Path, cache: 
     said = child.communicate(timeout=60)[1]
     assert child.returncode == 130 and "interrupted" in said and "Traceback" not in said
     assert time.monotonic() - began < 15  # a whole file takes over two minutes
+
+
+def test_a_folder_of_s3_in_the_place_of_a_file(fastssl: Callable, s3: Any, tmp_path: Path, cache: Path) -> None:
+    for said in ("12 photos, 2 classes, now also in", "converted before"):
+        found = fastssl("views", "s3://bucket/set/photos/", "--recipe", "quickstart", "--out", tmp_path / "x.png")
+        assert f"s3://bucket/set/photos: {said}" in found
+    assert [path.name[:7] for path in (cache / "photos").glob("*.beton")] == ["photos-"]
