@@ -25,7 +25,7 @@ from fastssl.pipelines.convert.conversion import rejects_path
 from fastssl.pipelines.convert.encode import encode_photo
 from fastssl.pipelines.convert.options import ConvertOptions
 from fastssl.pipelines.convert.sources import Listing, is_source, list_splits
-from fastssl.utils.addresses import shown
+from fastssl.utils.addresses import is_remote, shown
 from fastssl.utils.cores import available_cores
 from fastssl.utils.deadline import Deadline
 
@@ -69,7 +69,9 @@ def open_photos(path: str | os.PathLike) -> Iterator[list[Photos]]:
     """
     deadline = Deadline(shown(path))
     if not is_source(path):
-        with deadline.call(lambda: open_beton(path), "at its tables") as reader:
+        # A download has a patience of its own, and ends at once with the thread that asked for it.
+        found = open_beton(path) if is_remote(path) else deadline.call(lambda: open_beton(path), "at its tables")
+        with found as reader:
             if reader.streamed:
                 raise BetonError(f"{shown(path)}: larger than the cache ($FASTSSL_CACHE_GB); name some files at a time")
             yield [reader]

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import signal
+import subprocess
+import sys
 import tarfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -288,3 +292,27 @@ def test_samples_that_judge_a_set_larger_than_the_cache(server: Server, local: P
     server.files["/part-1.beton"] = b"no header", '"x"'
     with pytest.raises(BetonError, match=r"part-1\.beton: not a \.beton file"):
         StreamedSet([server.url(f"/part-{k}.beton") for k in range(3)], [1, 1, 1], Path("x"))
+
+
+@pytest.mark.slow
+def test_ctrl_c_does_not_wait_for_downloads(server: Server, local: Path, cache: Path) -> None:
+    for k in range(6):
+        server.files[f"/part-{k}.beton"] = local.read_bytes(), f'"{k}"'
+    server.pause = 1.0
+    command = [sys.executable, "-m", "fastssl", "data", server.url("/part-{0..5}.beton")]
+    child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while not any(part.stat().st_size for part in cache.rglob("*.part")):
+        assert child.poll() is None
+        time.sleep(0.05)
+    began = time.monotonic()
+    child.send_signal(signal.SIGINT)
+    said = child.communicate(timeout=60)[1]
+    assert child.returncode == 130 and "interrupted" in said and "Traceback" not in said
+    assert time.monotonic() - began < 15  # a whole file takes over two minutes
+
+
+def test_a_folder_of_s3_in_the_place_of_a_file(fastssl: Callable, s3: Any, tmp_path: Path, cache: Path) -> None:
+    for said in ("12 photos, 2 classes, now also in", "converted before"):
+        found = fastssl("views", "s3://bucket/set/photos/", "--recipe", "quickstart", "--out", tmp_path / "x.png")
+        assert f"s3://bucket/set/photos: {said}" in found
+    assert [path.name[:7] for path in (cache / "photos").glob("*.beton")] == ["photos-"]
