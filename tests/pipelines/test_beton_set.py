@@ -345,6 +345,14 @@ def test_few_files_are_open(shards: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert 8 <= OpenFiles().most <= 4096
 
 
+def test_few_records_are_remembered(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dataset, "_REMEMBERED", 6)
+    with BetonSet(beton_files(shards)[0], lazy=True) as many, BetonReader(shards.parent / "whole.beton") as one:
+        for low in (0, 3, 6, 12, 18, 0):
+            index = np.arange(low, low + 6)
+            assert np.array_equal(many.shapes(index)[0], one.heights[index]) and len(many._recent) <= 12
+
+
 def test_files_that_come_later(shards: Path) -> None:
     asked: list[str] = []
 
@@ -386,6 +394,13 @@ def test_sets_are_told_apart(shards: Path) -> None:
     first, second = moved / "train-00000-of-00004.beton", moved / "train-00003-of-00004.beton"
     first.rename(moved / "x"), second.rename(first), (moved / "x").rename(second)
     assert identity(moved)[0] != tables
+    # Another number in the first record, of a file as long as it was.
+    changed = shards.parent / "changed"
+    shutil.copytree(shards, changed)
+    numbers_of(changed / "train-00001-of-00004.beton", 0, {"height": 7, "width": 10})
+    with BetonSet(beton_files(changed)[0], lazy=True) as many:
+        found = many.table_checksums()
+    assert found["head"] == tables["head"] and found["table"] != tables["table"]
     with BetonReader(second) as reader:
         place = int(reader.offsets[2]) + int(reader.sizes[2]) // 2
     content = bytearray(second.read_bytes())
