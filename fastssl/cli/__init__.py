@@ -24,8 +24,9 @@ from fastssl.utils.deadline import threads_given_up
 
 COMMANDS = {
     "convert-imagenet": LazyCommand(
-        ".convert", "convert_imagenet", "Turn a folder or tar of photos into a .beton file."
+        ".convert", "convert_imagenet", "Turn photos, however they come, into .beton files."
     ),
+    "convert": LazyCommand(".convert", "convert_imagenet", ""),
     "data": LazyCommand(".data", "data", "Say what is in a set of photos; draw a contact sheet."),
     "verify": LazyCommand(".verify", "verify", "Check a .beton file: header, tables, checksums, pictures."),
     "pretrain": LazyCommand(".pretrain", "pretrain", "Pre-train a backbone without labels."),

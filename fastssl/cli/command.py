@@ -3,11 +3,34 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 from pathlib import PureWindowsPath
+from typing import Any
 
 import click
 
 from fastssl.utils.addresses import shown
+
+
+class SectionedCommand(click.Command):
+    """A command of many options, which ``--help`` shows in sections. ``sections``: the heading of each, by the name of
+    the first option that belongs to it.
+    """
+
+    def __init__(self, *args: Any, sections: Mapping[str, str], **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.sections = sections
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        rows: dict[str, list[tuple[str, str]]] = {}
+        heading = "Options"
+        for param in self.get_params(ctx):
+            heading = self.sections.get(param.name or "", heading)
+            if isinstance(param, click.Option) and (row := param.get_help_record(ctx)) is not None:
+                rows.setdefault(heading, []).append(row)
+        for heading, some in rows.items():
+            with formatter.section(heading):
+                formatter.write_dl(some)
 
 
 def command_line(ctx: click.Context) -> str:

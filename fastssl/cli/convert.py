@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from fastssl.cli.command import SectionedCommand
 from fastssl.cli.common import SomePath, console, json_option, late_progress_bar, quiet_option, write_json
 from fastssl.errors import counted
 
@@ -33,9 +34,39 @@ def _low_high(_: click.Context, __: click.Parameter, value: str | None) -> tuple
     return low, high
 
 
-@click.command("convert-imagenet", context_settings={"show_default": True})
+@click.command(
+    "convert-imagenet",
+    cls=SectionedCommand,
+    sections={"split": "Photos and classes", "short_side": "What is stored", "shards": "Files and work"},
+    context_settings={"show_default": True},
+)
 @click.argument("src", type=SomePath(remote=True), nargs=-1, required=True)
 @click.argument("dst", type=SomePath())
+@click.option(
+    "--split",
+    default="auto",
+    metavar="auto|train|val|test|none",
+    help="Of train/, val/ and test/ in SRC: a file each, one of them, or all as classes.",
+)
+@click.option(
+    "--labels",
+    type=click.Path(exists=True, path_type=Path),
+    metavar="FILE",
+    help="Labels of photos in no class folders: CSV, TSV, a label a line, ImageNet's devkit, Kaggle's zip.",
+)
+@click.option(
+    "--classes",
+    type=click.Path(exists=True, path_type=Path),
+    metavar="FILE",
+    help="All classes in their order: of a .beton file, or a list with one a line.",
+)
+@click.option("--depth", type=click.IntRange(min=1), help="Which folder level is the class.  [default: the first]")
+@click.option(
+    "--label-from",
+    metavar="parent|top|txt|REGEX",
+    help="The class: the folder that holds the photo, the first, a WebDataset's .txt, or a part of the path.",
+)
+@click.option("--limit", type=click.IntRange(min=1), help="Convert only N photos, evenly spaced over the source.")
 @click.option(
     "--short-side", type=click.IntRange(min=1), help="Scale larger photos to it: faster, softer crops.  [default: 256]"
 )
@@ -52,42 +83,17 @@ def _low_high(_: click.Context, __: click.Parameter, value: str | None) -> tuple
 @click.option(
     "--icc", type=click.Choice(["ignore", "srgb"]), default="ignore", help="Ignore colour profiles, or convert by them."
 )
-@click.option("--workers", type=click.IntRange(min=1), help="Threads.  [default: one a CPU]")
-@click.option("--limit", type=click.IntRange(min=1), help="Convert only N photos, evenly spaced over the source.")
 @click.option("--shards", type=click.IntRange(1, 99_999), metavar="N", help="Write N files, a fair sample each.")
 @click.option(
     "--shard", callback=_shard, metavar="I/N", help="Of N files only number I, from 0 on: hosts can share the work."
 )
+@click.option("--workers", type=click.IntRange(min=1), help="Threads.  [default: one a CPU]")
 @click.option("--resume/--no-resume", default=True, help="Go on where a stopped conversion stood, or start again.")
 @click.option(
     "--on-bad",
     type=click.Choice(["skip", "fail"]),
     default="skip",
     help="List bad photos and go on, or stop at the first.",
-)
-@click.option(
-    "--split",
-    default="auto",
-    metavar="auto|train|val|test|none",
-    help="Of train/, val/ and test/ in SRC: a file each, one of them, or all as classes.",
-)
-@click.option("--depth", type=click.IntRange(min=1), help="Which folder level is the class.  [default: the first]")
-@click.option(
-    "--label-from",
-    metavar="parent|top|txt|REGEX",
-    help="The class: the folder that holds the photo, the first, a WebDataset's .txt, or a part of the path.",
-)
-@click.option(
-    "--labels",
-    type=click.Path(exists=True, path_type=Path),
-    metavar="FILE",
-    help="Labels of photos in no class folders: CSV, TSV, a label a line, ImageNet's devkit, Kaggle's zip.",
-)
-@click.option(
-    "--classes",
-    type=click.Path(exists=True, path_type=Path),
-    metavar="FILE",
-    help="All classes in their order: of a .beton file, or a list with one a line.",
 )
 @quiet_option
 @json_option
@@ -99,13 +105,14 @@ def convert_imagenet(
     json_path: str | None,
     **options: Any,
 ) -> None:
-    """Turn the photos of SRC into one file, DST, that training reads as fast as it decodes.
+    """Turn the photos of SRC into one file, DST, that training reads as fast as it decodes. `fastssl convert` is the
+    same.
 
     SRC is a folder of class folders (SRC/cat/1.jpg), a folder of photos without labels, a tar (.tar.gz, ...) or zip
     that holds such a folder, the ILSVRC2012 train tar, WebDataset shards, parquet files of the Hugging Face hub or a
-    folder of them, or a list of photos (.csv, .tsv, .txt; - is standard input). Several SRC, and all files of a
-    pattern in quotes, become one set. JPEGs that need no change are copied byte for byte; others are turned upright,
-    scaled and re-encoded.
+    folder of them, a list of photos (.csv, .tsv, .txt; - is standard input), or one of these at s3://, gs://, https://
+    or hf://. Several SRC, and all files of a pattern in quotes, become one set. JPEGs that need no change are copied
+    byte for byte; others are turned upright, scaled and re-encoded.
 
     DST is whole or absent: an existing one is replaced at the end. Beside it stand DST.json (classes, counts,
     checksums) and, when there were bad photos, DST.rejects.jsonl. After a crash or Ctrl-C, the same command goes on
@@ -147,7 +154,11 @@ def convert_imagenet(
         summaries = convert_splits(src, dst, ConvertOptions(**options), progress, **how)
     for summary in summaries:
         _tell(summary, short_side is max_side is None)
-    for line in [*summaries[0].notes, *remedies(summaries[0].passed_over)]:
+    passed_over = summaries[0].passed_over
+    tables = [f"{passed_over[kind]:,} {kind}" for kind in (".csv", ".tsv") if kind in passed_over]
+    if tables and rules.labels is None and not any(len(summary.classes or ()) > 1 for summary in summaries):
+        console.note(f"{', '.join(tables)}: where labels are in it, give it as --labels FILE")
+    for line in [*summaries[0].notes, *remedies(passed_over)]:
         console.note(line)
     write_json(json_path, [_record(summary) for summary in summaries])
 
@@ -165,7 +176,7 @@ def _tell(summary: ConvertSummary, usual_side: bool) -> None:
     if summary.ignored:
         parts.append(f"{counted(summary.ignored, 'other file')} ignored ({in_words(summary.passed_over)})")
     if summary.resumed:
-        parts.append(f"{summary.resumed:,} taken over from the stopped run")
+        parts.append(f"{summary.resumed:,} taken over from an earlier run")
     rate = (summary.written + summary.rejected - summary.resumed) / max(summary.seconds, 1e-9)
     parts.append(f"{summary.bytes / 1e6:,.1f} MB, {summary.seconds:,.1f} s, {rate:,.0f} images/s")
     console.say(f"{summary.path}: {'; '.join(parts)}")

@@ -12,10 +12,10 @@ import click
 
 from fastssl.cli.common import PlainConsole, SomePath, console, json_option, late_progress_bar, quiet_option, write_json
 from fastssl.errors import counted, printable
-from fastssl.utils.addresses import shown
+from fastssl.utils.addresses import is_remote, shown
 
 if TYPE_CHECKING:
-    from fastssl.data.contents import Contents, Group
+    from fastssl.data.contents import Contents, Group, Photos
 
 #: Groups of equal photos that the JSON names.
 _NAMED = 1000
@@ -45,34 +45,40 @@ def data(files: tuple[Path, ...], sheet: Path | None, copies: bool, json_path: s
     from fastssl.data.contents import count_copies, find_copies, look_into, open_photos
 
     with ExitStack() as opened:
-        sets = [photos for path in files for photos in opened.enter_context(open_photos(path))]
+        sets: list[Photos] = []
+        titles: list[str] = []
+        for path in files:
+            sets += (found := opened.enter_context(open_photos(path)))
+            # Of an address the copy in the cache was opened.
+            titles += [shown(path) if is_remote(path) and len(found) == 1 else shown(one.path) for one in found]
         contents = [look_into(photos) for photos in sets]
         groups: list[Group] = []
         if copies:
             with late_progress_bar("looking for copies", "photos") as progress:
                 groups = find_copies(sets, progress)
         if sheet is not None:
-            from fastssl.report.pictures import contact_sheet
+            from fastssl.report.drawing import contact_sheet
 
             picture = contact_sheet(sets, sheet)
             console.note(f"{sheet}: {picture.width}x{picture.height} px")
     within, across = count_copies(groups, len(contents))
     out, records = PlainConsole(), []  # standard output
     for number, one in enumerate(contents):
-        also = [(other.path, count) for other, count in zip(contents, across[number]) if count]
+        also = [(other, count) for other, count in enumerate(across[number]) if count]
         record = {**asdict(one), "path": one.path.name, "copies": None}
         rows = _rows(one)
         if copies:
             mine = [group for group in groups if any(k == number for k, _ in group)][:_NAMED]
             named = [[(contents[k].path.name, i) for k, i in group] for group in mine]
-            counts = {"within": within[number], "also_in": [{"path": path.name, "photos": n} for path, n in also]}
-            record["copies"] = {**counts, "groups": named}
+            shared = [{"path": contents[k].path.name, "photos": n} for k, n in also]
+            record["copies"] = {"within": within[number], "also_in": shared, "groups": named}
             parts = [f"{counted(within[number], 'photo')} like an earlier one" if within[number] else "none within"]
-            parts += [f"{counted(n, 'photo')} also in {shown(path)}" for path, n in also]
+            parts += [f"{counted(n, 'photo')} also in {titles[k]}" for k, n in also]
+            parts += [] if also or len(contents) == 1 else ["none in the other" + "s" * (len(contents) > 2)]
             rows.append(("copies", "; ".join(parts)))
         records.append(record)
         if json_path != "-":
-            _print(out, shown(one.path), rows)
+            _print(out, titles[number], rows)
     write_json(json_path, records)
 
 
@@ -107,11 +113,14 @@ def _rows(one: Contents) -> list[tuple[str, str]]:
         rows.append(("classes", f"{len(one.classes):,}{which}"))
     if (side := one.short_side) is not None:
         of = f" of {side['measured']:,} looked at" if side["measured"] < one.photos else ""
-        most = f"median {side['median']:,} px, nine in ten from {side['p5']:,} to {side['p95']:,} px"
-        rows.append(("short side", f"{most}; {counted(side['below_224'], 'photo')}{of} below 224 px"))
+        spread = f"nine in ten from {side['p5']:,} to {side['p95']:,} px"
+        most = f"median {side['median']:,} px, {spread if side['p5'] < side['p95'] else 'as nine in ten have'}"
+        small = counted(side["below_224"], "photo") if side["below_224"] else "none"
+        rows.append(("short side", f"{most}; {small}{of} below 224 px"))
     how = "" if one.raw is None else "; all JPEG" if not one.raw else f"; {one.raw:,} stored as pixels"
     if one.bytes is not None:
-        rows.append(("bytes", f"{one.bytes / 1e6:,.1f} MB, {one.bytes / one.photos / 1e3:,.1f} kB a photo{how}"))
+        total = f"{one.bytes / 1e6:,.1f} MB" if one.bytes >= 1e6 else f"{one.bytes / 1e3:,.1f} kB"
+        rows.append(("bytes", f"{total}, {one.bytes / one.photos / 1e3:,.1f} kB a photo{how}"))
     if one.made is not None:
         rows.append(("made", _made(one.made)))
     if one.rejects:

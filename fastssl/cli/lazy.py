@@ -10,7 +10,7 @@ import click
 
 
 class LazyCommand(NamedTuple):
-    """Where a command is (``.verify``: in this package), and the line that its group's ``--help`` shows."""
+    """Where a command is (``.verify``: in this package), and the line that its group's ``--help`` shows; '': none."""
 
     module: str
     attribute: str
@@ -46,4 +46,4 @@ class LazyGroup(click.Group):
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
-            formatter.write_dl([(name, found.line) for name, found in self.lazy.items()])
+            formatter.write_dl([(name, found.line) for name, found in self.lazy.items() if found.line])

@@ -10,6 +10,7 @@ import click
 
 from fastssl.cli.common import SomePath, console, json_option, late_progress_bar, quiet_option, write_json
 from fastssl.errors import BetonError, counted
+from fastssl.utils.addresses import is_remote, shown
 
 
 def _count(ctx: click.Context, param: click.Parameter, value: str) -> int | None:
@@ -37,8 +38,10 @@ def verify(files: tuple[Path, ...], decode: int | None, workers: int | None, jso
     from fastssl.pipelines.beton.dataset import beton_files
 
     records, failed = [], []
-    for file in [file for one in files for file in beton_files(one)[0]]:
-        record, error = _check(file, decode, workers)
+    for given, file in [(one, file) for one in files for file in beton_files(one)[0]]:
+        # Of an address the copy in the cache is checked.
+        name = f"{shown(given).rpartition('/')[0]}/{file.name}" if is_remote(given) else str(file)
+        record, error = _check(file, name, decode, workers)
         records.append(record)
         if error is not None:
             failed.append(error)
@@ -49,28 +52,28 @@ def verify(files: tuple[Path, ...], decode: int | None, workers: int | None, jso
         raise failed[0]
 
 
-def _check(file: Path, decode: int | None, workers: int | None) -> tuple[dict[str, Any], BetonError | None]:
-    """The record of one file, whose lines are said; and the error it ends with."""
+def _check(file: Path, name: str, decode: int | None, workers: int | None) -> tuple[dict[str, Any], BetonError | None]:
+    """The record of one file, whose lines are said; and the error it ends with. ``name``: what messages call it."""
     from fastssl.pipelines.beton.verify import verify as run
 
     try:
         with late_progress_bar("checking", "samples") as progress:
             report = run(file, decode, workers, progress)
     except BetonError as error:
-        said = str(error).replace(str(file), file.name)
-        return {"path": file.name, "ok": False, "problems": [said], "damaged": []}, error
+        said, told = (str(error).replace(str(file), one) for one in (file.name, name))
+        return {"path": file.name, "ok": False, "problems": [said], "damaged": []}, BetonError(told)
     samples, sums = counted(report.samples, "sample"), f"{counted(report.checksummed, 'checksum')} compared"
     if not report.side_file:
-        sums = f"no side file {file}.json, so no checksums"
+        sums = f"no side file {name}.json, so no checksums"
     elif not report.checksummed:
         sums = "no checksums to compare"
-    console.say(f"{file}: {samples}, tables in order, {sums}, {report.decoded:,} decoded, {report.seconds:,.1f} s")
+    console.say(f"{name}: {samples}, tables in order, {sums}, {report.decoded:,} decoded, {report.seconds:,.1f} s")
     # The JSON names all of the samples.
     damaged = [*report.problems, *(f"sample {sample}: {complaint}" for sample, complaint in report.damaged[:20])]
     if len(report.damaged) > 20:
         damaged.append(f"and {counted(len(report.damaged) - 20, 'more sample')}")
     for problem in damaged:
-        console.say(f"damaged: {problem}")
+        console.say(f"damaged: {problem.replace(str(file), name)}")
     # As in every record: the file's name without the folders that tell where somebody works.
     problems = [problem.replace(str(file), file.name) for problem in report.problems]
     record = {**asdict(report), "path": file.name, "problems": problems, "ok": report.ok}
@@ -78,5 +81,5 @@ def _check(file: Path, decode: int | None, workers: int | None) -> tuple[dict[st
         return record, None
     found = [f"{len(report.damaged):,} of {samples}"] if report.damaged else []
     found += report.problems[:1]
-    words = f"{file}: damaged ({'; '.join(found)}); convert it again, or copy it again from a good one"
+    words = f"{name}: damaged ({'; '.join(found)}); convert it again, or copy it again from a good one"
     return record, BetonError(words)

@@ -75,7 +75,7 @@ def require_labels(reader: BetonReader) -> np.ndarray:
     """
     labels = reader.labels if reader.labelled else None
     if labels is None or (labels < 0).any():
-        raise ProbeError(f"{reader.path}: has no labels; convert a class/file folder tree to evaluate on")
+        raise ProbeError(f"{reader.path}: has no labels; convert class folders, or with --labels FILE, to evaluate on")
     return labels
 
 

@@ -1,21 +1,17 @@
-"""views.png: what the network is shown. neighbours.png: what it finds alike, before and after training. A contact
-sheet: what is in a set of photos.
-"""
+"""views.png: what the network is shown. neighbours.png: what it finds alike, before and after training."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import Tensor
 
-from fastssl.data.contents import Photos
-from fastssl.errors import FastSSLError, JpegError, counted, printable
+from fastssl.errors import FastSSLError
 from fastssl.evaluate.features import Features
 from fastssl.evaluate.knn import nearest_neighbors
 from fastssl.evaluate.online_probe import ProbeSplit
@@ -24,14 +20,11 @@ from fastssl.pipelines.beton.reader import BetonReader
 from fastssl.pipelines.loader import ViewLoader
 from fastssl.pipelines.plan.draw import ViewSpec
 from fastssl.pipelines.plan.multicrop import MultiCrop
-from fastssl.utils.atomic_files import write_atomically
+from fastssl.report.drawing import INK, MARGIN, PAPER, QUIET, choose, class_name, fitted, scaled, spread, write, written
 
-_PAPER, _INK, _QUIET, _LINE = "#ffffff", "#1c2430", "#667085", "#e4e7ec"
 #: Blue-green and orange-red: apart also for the colour-blind, who also have the counts in the captions.
-_SAME, _OTHER = "#0f9d76", "#e0533a"
-_MARGIN, _MAX_VIEWS = 24, 12
-#: Photos at whose classes a contact sheet looks, to choose some.
-_LOOKED_AT = 100_000
+_SAME, _OTHER, _LINE = "#0f9d76", "#e0533a", "#e4e7ec"
+_MAX_VIEWS = 12
 
 
 def views_picture(
@@ -61,7 +54,7 @@ def views_picture(
     """
     with nullcontext(data) if isinstance(data, BetonReader) else open_beton(data) as reader:
         some = reader.some()
-        chosen = some[_spread(len(some), samples)]
+        chosen = some[spread(len(some), samples)]
         columns: list[tuple[str, str, np.ndarray]] = []
         for pipeline in pipelines:
             with ViewLoader(
@@ -82,7 +75,7 @@ def views_picture(
                 apart = np.abs(side.astype(np.int16) - columns[0][2])
                 columns.append((pipeline, f"mean {apart.mean():.2f} / 255", side))
                 columns.append(("difference", f"x 32, max {apart.max()}", np.minimum(32 * apart, 255).astype(np.uint8)))
-        return _written(_draw_views(reader, batch.index.tolist(), columns, tile), out)
+        return written(_draw_views(reader, batch.index.tolist(), columns, tile), out)
 
 
 def _named_views(views: Sequence[ViewSpec], rendered: Sequence[Tensor]) -> list[tuple[str, np.ndarray]]:
@@ -94,15 +87,6 @@ def _named_views(views: Sequence[ViewSpec], rendered: Sequence[Tensor]) -> list[
         names = views.names[group] if isinstance(views, MultiCrop) else plain
         found += zip(names, to_pictures(pixels, spec).reshape(spec.count, -1, spec.size, spec.size, 3))
     return found
-
-
-def _written(picture: Image.Image, out: Path | None) -> Image.Image:
-    """Whole or as it was before; into a pipe or a device as it comes."""
-    if out is not None and out.exists() and not out.is_file():
-        picture.save(out, format="PNG", optimize=True)
-    elif out is not None:
-        write_atomically(out, lambda temporary: picture.save(temporary, format="PNG", optimize=True))
-    return picture
 
 
 def neighbours_picture(
@@ -132,7 +116,7 @@ def neighbours_picture(
     if not len(bank) or not len(asked):
         raise FastSSLError("a picture of neighbours needs at least one photo in the bank and one query")
     labelled = bank.labelled and asked.labelled
-    rows = _choose_queries(asked.labels.numpy() if labelled else None, len(asked), queries)
+    rows = choose(asked.labels.numpy() if labelled else None, len(asked), queries)
     nearest = [
         nearest_neighbors(part[0].features, part[1].features[torch.from_numpy(rows)], k=neighbours)[1].tolist()
         for part in (before, after)
@@ -144,71 +128,35 @@ def neighbours_picture(
     block_height = 2 * line + 26
     per_row = min(len(rows), 2)
     block_rows = -(-len(rows) // per_row)
-    width = per_row * (block_width + 2 * _MARGIN)
-    picture = Image.new("RGB", (width, 2 * _MARGIN + head + block_rows * block_height - 26), _PAPER)
+    width = per_row * (block_width + 2 * MARGIN)
+    picture = Image.new("RGB", (width, 2 * MARGIN + head + block_rows * block_height - 26), PAPER)
     frames = ImageDraw.Draw(picture)
     words = f"Query, and its {neighbours} nearest photos by feature similarity"
-    _text(picture, (_MARGIN, _MARGIN - 4), words, 17, _INK)
+    write(picture, (MARGIN, MARGIN - 4), words, 17, INK)
     for text, colour, x in (("same class", _SAME, 274), ("another class", _OTHER, 154)) if labelled else ():
-        frames.rectangle((width - x, _MARGIN - 2, width - x + 12, _MARGIN + 10), outline=colour, width=frame)
-        _text(picture, (width - x + 20, _MARGIN - 3), text, 14, _QUIET)
+        frames.rectangle((width - x, MARGIN - 2, width - x + 12, MARGIN + 10), outline=colour, width=frame)
+        write(picture, (width - x + 20, MARGIN - 3), text, 14, QUIET)
     for number, row in enumerate(rows.tolist()):
-        left = _MARGIN + (number % per_row) * (block_width + 2 * _MARGIN)
-        top = _MARGIN + head + (number // per_row) * block_height
+        left = MARGIN + (number % per_row) * (block_width + 2 * MARGIN)
+        top = MARGIN + head + (number // per_row) * block_height
         sample, label = int(asked.index[row]), int(asked.labels[row])
-        title = _class_name(split.bank, label, f"class {label}") if labelled else f"photo {sample}"
-        _text(picture, (left, top), title, 15, _INK, 2 * tile)
-        picture.paste(_photo(split.queries, sample, 2 * tile), (left, top + caption))
+        title = class_name(split.bank, label, f"class {label}") if labelled else f"photo {sample}"
+        write(picture, (left, top), title, 15, INK, 2 * tile)
+        picture.paste(fitted(split.queries, sample, 2 * tile), (left, top + caption))
         frames.rectangle((left, top + caption, left + 2 * tile - 1, top + caption + 2 * tile - 1), outline=_LINE)
         left += 2 * tile + 16
-        for words, found, colour in zip(("random initialisation", "after pre-training"), nearest, (_QUIET, _INK)):
+        for words, found, colour in zip(("random initialisation", "after pre-training"), nearest, (QUIET, INK)):
             hits = [bool(bank.labels[i] == label) for i in found[number]]
             count = f": {sum(hits)} of {len(hits)} of the same class" if labelled else ""
-            _text(picture, (left, top), words + count, 14, colour)
+            write(picture, (left, top), words + count, 14, colour)
             for place, (i, hit) in enumerate(zip(found[number], hits)):
                 x, y = left + place * (cell + gap), top + caption
-                picture.paste(_photo(split.bank, int(bank.index[i]), tile), (x + frame, y + frame))
+                picture.paste(fitted(split.bank, int(bank.index[i]), tile), (x + frame, y + frame))
                 if labelled:
                     box = (x, y, x + cell - 1, y + cell - 1)
                     frames.rectangle(box, outline=_SAME if hit else _OTHER, width=frame)
             top += line
-    return _written(picture, out)
-
-
-def contact_sheet(sets: Sequence[Photos], out: Path | None = None, *, photos: int = 30) -> Image.Image:
-    """Draw photos of each set with their classes' names: 1,400 px wide, with names that are read on a phone, too.
-
-    Args:
-        sets: open ``.beton`` files, folders or tars.
-        out: where to write the PNG; None: only return the picture.
-        photos: of each set, spread evenly over its classes, or over the set where there are none.
-    """
-    across, tile, gap, head, caption = 5, 256, 18, 76, 40
-    chosen = []
-    for one in sets:
-        some = _spread(len(one), _LOOKED_AT)
-        labels = None if one.labels is None else one.labels[some]
-        chosen.append(some if len(some) <= photos else some[_choose_queries(labels, len(some), photos)])
-    heights = [head + -(-len(some) // across) * (tile + caption + gap) for some in chosen]
-    width = 2 * _MARGIN + across * (tile + gap) - gap
-    picture, top = Image.new("RGB", (width, _MARGIN + sum(heights)), _PAPER), _MARGIN
-    for one, some, height in zip(sets, chosen, heights):
-        classes = f", {counted(len(one.classes), 'class')}" if one.classes else ""
-        title = f"{printable(one.path.name)}: {counted(len(one), 'photo')}{classes}"
-        _text(picture, (_MARGIN, top), title, 36, _INK, width - 2 * _MARGIN)
-        for number, i in enumerate(some.tolist()):
-            x = _MARGIN + (number % across) * (tile + gap)
-            y = top + head + (number // across) * (tile + caption + gap)
-            picture.paste(_photo(one, i, tile), (x, y))
-            label = -1 if one.labels is None else int(one.labels[i])
-            otherwise = f"photo {i}" if one.labels is None else f"class {label}"
-            _text(picture, (x, y + tile + 2), printable(_class_name(one, label, otherwise)), 28, _INK, tile)
-        top += height
-    return _written(picture, out)
-
-
-def _class_name(reader: Photos, label: int, otherwise: str) -> str:
-    return reader.classes[label] if reader.classes and 0 <= label < len(reader.classes) else otherwise
+    return written(picture, out)
 
 
 def to_pictures(views: Tensor, spec: ViewSpec) -> np.ndarray:
@@ -218,72 +166,10 @@ def to_pictures(views: Tensor, spec: ViewSpec) -> np.ndarray:
     return pixels.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
 
 
-def _spread(count: int, wanted: int) -> np.ndarray:
-    """At most ``wanted`` of ``count`` positions, evenly spaced, each in the middle of its part. int64, sorted."""
-    wanted = max(1, min(wanted, count))
-    return (2 * np.arange(wanted, dtype=np.int64) + 1) * count // (2 * wanted)
-
-
-def _choose_queries(labels: np.ndarray | None, count: int, wanted: int) -> np.ndarray:
-    """Positions of the queries: of evenly spaced classes the middle photo, more of each when classes are few."""
-    wanted = min(wanted, count)
-    if labels is None:
-        return _spread(count, wanted)
-    found = np.unique(labels)
-    members = [np.flatnonzero(labels == label) for label in found[_spread(len(found), wanted)]]
-    if len(found) >= wanted:
-        return np.array([rows[len(rows) // 2] for rows in members])
-    share = [wanted // len(members) + (k < wanted % len(members)) for k in range(len(members))]
-    return np.concatenate([rows[_spread(len(rows), n)] for rows, n in zip(members, share) if n])
-
-
 def _paired(first: Features, second: Features) -> tuple[Features, Features]:
     """Both, restricted to the sample ids that they share, in the same order."""
     _, left, right = np.intersect1d(first.index.numpy(), second.index.numpy(), return_indices=True)
     return first.subset(left), second.subset(right)
-
-
-def _photo(reader: Photos, sample: int, side: int) -> Image.Image:
-    """The whole photo, fitted into a square and centred; a damaged one becomes a grey square that says so."""
-    square = Image.new("RGB", (side, side), "#f2f4f7")
-    try:
-        photo = _scaled(Image.fromarray(reader.decode(sample)), side)
-        square.paste(photo, ((side - photo.width) // 2, (side - photo.height) // 2))
-    except JpegError:
-        middle, font = (side / 2, side / 2), ImageFont.load_default(max(12, side // 9))
-        ImageDraw.Draw(square).text(middle, "damaged", fill=_QUIET, font=font, anchor="mm")
-    return square
-
-
-def _scaled(photo: Image.Image, side: int) -> Image.Image:
-    """Scale so that the longer side is ``side``. Thumbnails are enlarged in whole pixels first: blocks stay sharp."""
-    factor = side / max(photo.size)
-    width, height = (max(1, round(length * factor)) for length in photo.size)
-    if factor > 1.5:
-        whole = int(np.ceil(factor))
-        photo = photo.resize((photo.width * whole, photo.height * whole), Image.Resampling.NEAREST)
-    return photo.resize((width, height), Image.Resampling.LANCZOS)
-
-
-def _text(
-    picture: Image.Image, at: tuple[float, float], text: str, size: int, fill: str, width: float = math.inf
-) -> None:
-    """Write ``text``, cut with an ellipsis to ``width`` pixels."""
-    font = _font(text, size)
-    if font.getlength(text) > width:
-        while text and font.getlength(text + "…") > width:
-            text = text[:-1]
-        text = text.rstrip() + "…"
-    ImageDraw.Draw(picture).text(at, text, fill=fill, font=font)
-
-
-def _font(text: str, size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """Pillow's own font has no letter beyond ASCII; matplotlib brings one that has those of most alphabets."""
-    if text.isascii():
-        return ImageFont.load_default(size)
-    import matplotlib
-
-    return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), size)
 
 
 def _draw_views(
@@ -294,21 +180,21 @@ def _draw_views(
     block = (1 + len(columns)) * (tile + gap)  # the photo stands apart from its views
     across = next(n for n in (3, 2, 1) if n == 1 or (n * (1 + len(columns)) <= 9 and n <= len(rows)))
     down = -(-len(rows) // across)
-    width = across * (block + 2 * _MARGIN)
-    picture = Image.new("RGB", (width, 2 * _MARGIN + head + down * (tile + caption + gap) - gap), _PAPER)
+    width = across * (block + 2 * MARGIN)
+    picture = Image.new("RGB", (width, 2 * MARGIN + head + down * (tile + caption + gap) - gap), PAPER)
     for number, sample in enumerate(rows):
-        top = _MARGIN + head + (number // across) * (tile + caption + gap)
+        top = MARGIN + head + (number // across) * (tile + caption + gap)
         one = np.array([sample])
         (label,), (height,), (width,) = (found.tolist() for found in (reader.labels_of(one), *reader.shapes(one)))
-        words = f"{_class_name(reader, label, f'photo {sample}')}, {width}x{height}"
+        words = f"{class_name(reader, label, f'photo {sample}')}, {width}x{height}"
         for place, (title, note, pixels) in enumerate([("as stored", "the whole photo", None), *columns]):
-            left = _MARGIN + (number % across) * (block + 2 * _MARGIN) + place * (tile + gap) + gap * (place > 0)
+            left = MARGIN + (number % across) * (block + 2 * MARGIN) + place * (tile + gap) + gap * (place > 0)
             if number < across:
-                _text(picture, (left, _MARGIN), title, 13, _INK, tile)
-                _text(picture, (left, _MARGIN + 17), note, 11, _QUIET, tile)
+                write(picture, (left, MARGIN), title, 13, INK, tile)
+                write(picture, (left, MARGIN + 17), note, 11, QUIET, tile)
             if pixels is None:
-                picture.paste(_photo(reader, sample, tile), (left, top))
-                _text(picture, (left, top + tile + 3), words, 11, _QUIET, tile)
+                picture.paste(fitted(reader, sample, tile), (left, top))
+                write(picture, (left, top + tile + 3), words, 11, QUIET, tile)
             else:
-                picture.paste(_scaled(Image.fromarray(pixels[number]), tile), (left, top))
+                picture.paste(scaled(Image.fromarray(pixels[number]), tile), (left, top))
     return picture

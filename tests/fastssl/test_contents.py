@@ -25,7 +25,7 @@ from fastssl.errors import FastSSLError
 from fastssl.pipelines.beton.writer import BetonWriter
 from fastssl.pipelines.convert.conversion import convert, rejects_path
 from fastssl.pipelines.convert.options import ConvertOptions
-from fastssl.report.pictures import contact_sheet
+from fastssl.report.drawing import contact_sheet
 
 COLOURS = {"blue": (20, 40, 220), "green": (20, 200, 40), "red": (220, 30, 20)}
 
@@ -250,6 +250,17 @@ def test_splits_of_a_folder_are_sets(photos: Path, tmp_path: Path) -> None:
     assert [record["path"] for record in json.loads((tmp_path / "a.json").read_text())] == ["train", "val"]
 
 
+def test_nothing_in_common_is_said_and_sides_that_are_all_alike(tmp_path: Path) -> None:
+    for name in "abc":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "0.jpg").write_bytes(jpeg_bytes(make_photo(ord(name), 300, 300)))
+    assert f"{tmp_path}/a: copies: none within; none in the other\n" in run(tmp_path / "a", tmp_path / "b").output
+    output = run(*(tmp_path / name for name in "abc")).output
+    assert output.count("copies: none within; none in the others\n") == 3
+    assert output.count("short side: median 300 px, as nine in ten have; none below 224 px\n") == 3
+    assert output.count(" kB, ") == 3
+
+
 def test_json_alone_on_standard_output_and_one_photo(tmp_path: Path) -> None:
     (tmp_path / "one").mkdir()
     (tmp_path / "one" / "0.jpg").write_bytes(jpeg_bytes(make_photo(0, 300, 300)))
@@ -309,7 +320,8 @@ def test_a_set_larger_than_the_cache_is_refused(stored: Path, tmp_path: Path, mo
     memory.rm("/set", recursive=True)
 
 
-def test_torch_is_not_loaded(stored: Path) -> None:
-    script = f"import sys; from fastssl.cli import cli; cli.main(['data', {str(stored)!r}], standalone_mode=False)"
+def test_torch_is_not_loaded(stored: Path, tmp_path: Path) -> None:
+    words = ["data", str(stored), f"--sheet={tmp_path / 'a.png'}"]
+    script = f"import sys; from fastssl.cli import cli; cli.main({words}, standalone_mode=False)"
     command = [sys.executable, "-c", f"{script}; assert 'torch' not in sys.modules"]
     assert subprocess.run(command, timeout=120, check=False).returncode == 0

@@ -16,7 +16,7 @@ from fastssl.pipelines.beton.writer import BetonWriter
 from fastssl.pipelines.loader import ViewLoader
 from fastssl.pipelines.ops import jpeg
 from fastssl.pipelines.plan.draw import ViewSpec
-from fastssl.report import pictures
+from fastssl.report.drawing import choose, scaled, spread, write
 from fastssl.report.pictures import neighbours_picture, to_pictures, views_picture
 
 PLAIN = ViewSpec(size=32, count=2, area=(0.9, 1.0), flip=0.0, jitter=0.0, grey=0.0, blur=0.0)
@@ -87,18 +87,18 @@ def test_views_picture_of_one_photo_of_damaged_photos_and_of_many_views(tmp_path
 
 
 def test_spread_is_even_and_complete():
-    assert pictures._spread(100, 4).tolist() == [12, 37, 62, 87]
-    assert pictures._spread(3, 10).tolist() == [0, 1, 2]
-    assert pictures._spread(1, 1).tolist() == [0]
+    assert spread(100, 4).tolist() == [12, 37, 62, 87]
+    assert spread(3, 10).tolist() == [0, 1, 2]
+    assert spread(1, 1).tolist() == [0]
 
 
 def test_queries_cover_the_classes():
     labels = np.repeat([0, 1, 2], [10, 4, 1])
-    chosen = pictures._choose_queries(labels, 15, 8)
+    chosen = choose(labels, 15, 8)
     assert len(np.unique(chosen)) == len(chosen) and set(labels[chosen]) == {0, 1, 2}
-    many = pictures._choose_queries(np.repeat(np.arange(50), 3), 150, 5)
+    many = choose(np.repeat(np.arange(50), 3), 150, 5)
     assert len(np.unique(np.repeat(np.arange(50), 3)[many])) == 5
-    assert pictures._choose_queries(None, 15, 5).tolist() == [1, 4, 7, 10, 13]
+    assert choose(None, 15, 5).tolist() == [1, 4, 7, 10, 13]
 
 
 def features(rows, labels, index=None):
@@ -164,11 +164,11 @@ def test_small_photos_are_enlarged_with_sharp_blocks():
     checker = Image.fromarray(
         np.kron(np.indices((4, 4)).sum(axis=0) % 2, np.ones((1, 1))).astype(np.uint8) * 255
     ).convert("RGB")
-    large = np.asarray(pictures._scaled(checker, 80))[..., 0]
+    large = np.asarray(scaled(checker, 80))[..., 0]
     assert large.shape == (80, 80)
     # Twenty pixels a block: their middles are pure black or white, which a plain Lanczos enlargement would not give.
     assert set(np.unique(large[10::20, 10::20])) == {0, 255}
-    assert pictures._scaled(Image.new("RGB", (400, 200)), 100).size == (100, 50)
+    assert scaled(Image.new("RGB", (400, 200)), 100).size == (100, 50)
 
 
 @pytest.mark.parametrize("letters", ["ÄÖ", "ДЖ", "λω", "žř"])
@@ -177,7 +177,7 @@ def test_letters_beyond_ascii_are_drawn(letters):
 
     def drawn(text):
         picture = Image.new("RGB", (60, 40), "white")
-        pictures._text(picture, (0, 0), text, 28, "black")
+        write(picture, (0, 0), text, 28, "black")
         return np.asarray(picture)
 
     assert not np.array_equal(drawn(letters[0]), drawn(letters[1]))

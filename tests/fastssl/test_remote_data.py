@@ -192,6 +192,7 @@ def test_commands_on_a_file_of_a_server(fastssl: Callable, server: Server, local
     server.files["/set/train.beton.json"] = Path(f"{local}.json").read_bytes(), '"s"'
     url = server.url("/set/train.beton")
     said = fastssl("verify", url, "--decode", "all", "--json", tmp_path / "verify.json")
+    assert f"\n{url}: 12 samples" in f"\n{said}" and fastssl("data", url).startswith(f"{url}: photos: 12")
     assert "12 samples, tables in order, 12 checksums compared, 12 decoded" in said
     assert json.loads((tmp_path / "verify.json").read_text())["path"] == "train.beton"
     fastssl("views", url, "--recipe", "quickstart", "--out", tmp_path / "views.png", "--samples", 1)

@@ -676,6 +676,25 @@ def test_the_command(folder, tmp_path, capsys):
         assert np.minimum(reader.heights, reader.widths).max() == 64
 
 
+def test_convert_is_short_for_it_and_help_has_sections(capsys):
+    assert run("convert", "--help") == 0
+    said = capsys.readouterr().out
+    places = [said.index(words) for words in ("Photos and classes:", "  --labels", "What is stored:", "  --keep-size")]
+    assert places == sorted(places) and "Options:" not in said
+    assert run("--help") == 0 and "\n  convert " not in capsys.readouterr().out
+
+
+def test_a_table_among_photos_without_classes_may_hold_their_labels(tmp_path, capsys):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "0.jpg").write_bytes(saved(picture()))
+    (tmp_path / "photos" / "labels.csv").write_text("0.jpg,cat\n")
+    hint = "1 .csv: where labels are in it, give it as --labels FILE"
+    assert run("convert", tmp_path / "photos", tmp_path / "out.beton") == 0 and hint in capsys.readouterr().err
+    labels = ("--labels", tmp_path / "photos" / "labels.csv")
+    assert run("convert", tmp_path / "photos", tmp_path / "out.beton", *labels) == 0
+    assert hint not in capsys.readouterr().err
+
+
 def test_what_scaling_down_costs_is_said_where_nobody_asked_for_it(folder, tmp_path, capsys):
     """The mixed photos are smaller than 256 px: re-encoded, some of them, but not scaled."""
 

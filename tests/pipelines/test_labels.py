@@ -251,6 +251,14 @@ def test_a_flat_folder_gets_its_labels(tmp_path):
     assert listing.notes == [f"{tmp_path / 'x.csv'}: 2 labels without a photo here"]
 
 
+def test_labels_that_all_have_a_photo_are_not_counted(tmp_path):
+    """A label a line has no names to count."""
+    grow(tmp_path / "photos", tree("1.jpg", "2.jpg"))
+    (tmp_path / "x.txt").write_text("dog\ncat\n")
+    listing = listed(tmp_path / "photos", labels=tmp_path / "x.txt")
+    assert of(listing) == {"1.jpg": "dog", "2.jpg": "cat"} and listing.notes == []
+
+
 def test_numbers_are_sorted_by_value(tmp_path):
     grow(tmp_path / "photos", tree(*(f"{k}.jpg" for k in range(12))))
     (tmp_path / "x.csv").write_text("".join(f"{k}.jpg,{k}\n" for k in range(12)))

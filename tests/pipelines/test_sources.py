@@ -195,9 +195,11 @@ def test_missing_and_strange_sources(tmp_path):
         list_source(tmp_path / "nowhere")
     with pytest.raises(SourceError, match="neither a folder nor a tar"):
         list_source("/dev/null")
-    grow(tmp_path, {"text": b"not a tar " * 100, "empty.tar": b"", "one.jpg": b"\xff\xd8\xff" + bytes(3000)})
-    for name in ("text", "one.jpg", "empty.tar"):
-        with pytest.raises(SourceError, match=f"{name}: not a tar file"):
+    jpeg = b"\xff\xd8\xff" + bytes(3000)
+    grow(tmp_path, {"text": b"not a tar " * 100, "empty.tar": b"", "one.jpg": jpeg, "a.beton": bytes(9)})
+    said = {"one.jpg": "one photo; give its folder", "a.beton": "converted already; give its photos"}
+    for name in ("text", "one.jpg", "a.beton", "empty.tar"):
+        with pytest.raises(SourceError, match=f"{name}: {said.get(name, 'not a tar file')}"):
             list_source(tmp_path / name)
 
 

@@ -162,7 +162,7 @@ class Collected:
         if not given:
             first = printable((labels.names or [""])[0])
             raise LabelError(f"{labels.path}: names none of the photos; the first that it names is {first}")
-        if unused := len(set(labels.names or [])) - given:
+        if (unused := len(set(labels.names or [])) - given) > 0:
             self.notes.append(f"{labels.path}: {counted(unused, 'label')} without a photo here")
 
     def class_list(self) -> list[str]:

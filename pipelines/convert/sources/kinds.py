@@ -89,6 +89,9 @@ def _open(name: str, label_from: str | None, scratch: str | os.PathLike | None) 
         return ParquetSource([name])
     if "zip" in (kind, ending[1:]):
         return ZipSource(path)
+    if not kind and (ending == ".beton" or is_photo_name(path.name)):
+        what = "converted already; give its photos" if ending == ".beton" else "one photo; give its folder"
+        raise SourceError(f"{path}: {what}")
     return ListSource(name) if not kind and ending in _LISTS else TarSource(path, scratch, label_from)
 
 
