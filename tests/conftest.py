@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 from collections.abc import Generator
 from pathlib import Path
 
@@ -63,6 +64,16 @@ def jpeg_bytes(rgb: np.ndarray, quality: int = 90, **options: object) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(rgb).save(buffer, "JPEG", quality=quality, **options)
     return buffer.getvalue()
+
+
+@pytest.fixture(autouse=True)
+def signals() -> Generator[None, None, None]:
+    """The command line sets handlers for the whole process; the tests' process wants its own back (a socket
+    whose other end is gone would end it)."""
+    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGPIPE)}
+    yield
+    for number, handler in kept.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

@@ -59,15 +59,6 @@ def pretrain(data: Path, out: Path, *more: object) -> int:
     )
 
 
-@pytest.fixture(autouse=True)
-def signals():
-    """The command line sets handlers for the whole process; the tests' process wants its own back."""
-    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGPIPE)}
-    yield
-    for number, handler in kept.items():
-        signal.signal(number, handler)
-
-
 def test_the_source_is_never_overwritten(photo_tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     source = tmp_path / "photos.tar"
     with tarfile.open(source, "w") as tar:
