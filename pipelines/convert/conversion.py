@@ -36,7 +36,7 @@ from fastssl.pipelines.beton.format import DEFAULT_PAGE_SIZE, MIN_PAGE_SIZE, REC
 from fastssl.pipelines.beton.reader import BetonReader
 from fastssl.pipelines.beton.side_file import read_side_file, side_path
 from fastssl.pipelines.beton.writer import BetonWriter
-from fastssl.pipelines.convert.encode import Encoded, encode_photo, tally
+from fastssl.pipelines.convert.encode import COUNTS, Encoded, encode_photo, tally
 from fastssl.pipelines.convert.formats import pillow_formats
 from fastssl.pipelines.convert.options import ConvertError, ConvertOptions, ConvertSummary, chosen_photos
 from fastssl.pipelines.convert.sources import Listing, ListingRules, list_source
@@ -93,22 +93,16 @@ def convert(
         warnings.filterwarnings("ignore", module=r"PIL\.")
         job = _Conversion(listing, dst, unfinished, options, deadline)
         job.run(progress)
-        num_bytes = job.publish()
-    counts = tally(job.hows)
-    return ConvertSummary(
-        path=dst,
-        written=counts.pop("samples"),
-        rejected=len(job.rejects),
-        passed_over=listing.passed_over,
-        resumed=job.resumed,
-        classes=listing.classes,
-        bytes=num_bytes,
-        seconds=time.monotonic() - started,
-        files=[dst],
-        split=listing.split,
-        notes=listing.notes,
-        **counts,
-    )
+        return summary_of(dst, listing, job.publish(), job.resumed, time.monotonic() - started)
+
+
+def summary_of(
+    path: Path, listing: Listing, side: dict[str, Any], resumed: int, seconds: float = 0.0
+) -> ConvertSummary:
+    """What is told of a file, by what stands beside it. ``KeyError``: it is of before all of that was counted."""
+    known = {name: side[name] for name in (*COUNTS, "deep", "rejected", "bytes")}
+    known |= {name: getattr(listing, name) for name in ("passed_over", "classes", "split", "notes")}
+    return ConvertSummary(path=path, files=[path], written=side["samples"], resumed=resumed, seconds=seconds, **known)
 
 
 def as_sources(src: str | os.PathLike | Sequence[str | os.PathLike]) -> list[str | os.PathLike]:
@@ -309,8 +303,8 @@ class _Conversion:
 
     # ---- the end
 
-    def publish(self) -> int:
-        """Finish the file, write what stands beside it, and rename; returns the file's size in bytes."""
+    def publish(self) -> dict[str, Any]:
+        """Finish the file, write what stands beside it, which is returned, and rename."""
         if self.writer.num_samples == 0:
             self._close()
             self.partial.unlink(missing_ok=True)
@@ -326,7 +320,7 @@ class _Conversion:
             self._stop(error)
             raise
 
-    def _finish(self) -> int:
+    def _finish(self) -> dict[str, Any]:
         self.writer.finish()
         self._close()
         side = self._side_file()
@@ -341,9 +335,9 @@ class _Conversion:
         os.replace(self.partial, self.dst)
         sync_folder(self.dst.parent)
         self.journal.remove()
-        return int(side["bytes"])
+        return side
 
-    def _side_file(self) -> dict:
+    def _side_file(self) -> dict[str, Any]:
         with BetonReader(self.partial) as reader:  # also proves that the tables can be read
             checksums = reader.table_checksums()
             num_bytes = reader.num_bytes

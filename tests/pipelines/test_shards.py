@@ -14,9 +14,22 @@ from PIL import Image
 from fastssl.cli import main
 from fastssl.pipelines.beton.reader import BetonReader
 from fastssl.pipelines.convert.conversion import convert, rejects_path
-from fastssl.pipelines.convert.options import ConvertError, ConvertOptions
-from fastssl.pipelines.convert.shards import convert_shards, shard_path
+from fastssl.pipelines.convert.options import ConvertError, ConvertOptions, ConvertSummary
+from fastssl.pipelines.convert.shards import shard_path
+from fastssl.pipelines.convert.splits import convert_splits
 from fastssl.pipelines.convert.unfinished import reserve
+
+
+def convert_shards(
+    src: Path,
+    dst: Path,
+    count: int,
+    options: ConvertOptions | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    only: int | None = None,
+) -> ConvertSummary:
+    (summary,) = convert_splits(src, dst, options, progress, shards=(only, count))
+    return summary
 
 
 @pytest.fixture(scope="module")
