@@ -184,6 +184,25 @@ def test_several_sources_are_one_list(tmp_path):
         assert listing.names == [f"{k}-some/{name}/a.jpg" for k in range(2) for name in ("cat", "dog")]
 
 
+@pytest.mark.parametrize(
+    ("tars", "classes"),
+    [
+        ({"a": "cat/", "b": "dog/"}, ["cat", "dog"]),
+        ({"n01440764": "", "n01443537": ""}, ["n01440764", "n01443537"]),
+        ({"a": "n01440764/", "b": "n01443537/"}, ["n01440764", "n01443537"]),
+        ({"train-000": "", "train-001": ""}, None),
+        ({"a": "part-0/", "b": "part-1/"}, None),
+        ({"a": "cat/", "b": "cat/"}, None),
+    ],
+)
+def test_tars_of_one_class_each(tmp_path, tars, classes):
+    for name, folder in tars.items():
+        (tmp_path / f"{name}.tar").write_bytes(tar_bytes({f"{folder}{k}.jpg": b"x" for k in range(2)}))
+    with list_source(tmp_path / "*.tar") as listing:
+        assert listing.classes == classes and len(listing) == 4
+        assert listing.labels.tolist() == ([0, 0, 1, 1] if classes else [0] * 4)
+
+
 @pytest.mark.parametrize("files", [{}, {"cat/readme.txt": b"x", ".hidden.jpg": b"x"}])
 def test_a_folder_of_nothing(tmp_path, files):
     with pytest.raises(SourceError, match=f"{len(files)} other files"):

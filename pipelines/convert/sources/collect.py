@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
@@ -128,6 +129,11 @@ class Collected:
             for group in self.splits[split]:
                 below = {folder: rest for folder, (name, rest) in self._below[group.source].items() if split == name}
                 said.append(group.decide(self.sources[group.source], self.rules, below, known))
+            if not known and not self.rules.by_path and (classes := self._class_a_source(self.splits[split])):
+                for group, name in zip(self.splits[split], classes):
+                    group.classes, group.by_path = [name] * len(group.found), True
+                said = [f"classes are the sources ({listed(classes)})"]
+            for group in self.splits[split]:
                 if known and group.by_path and group.classes is not None and known.isdisjoint(group.classes):
                     said += ["its folders are no classes of train: no labels"] * any(group.classes)
                     group.classes = None
@@ -142,6 +148,22 @@ class Collected:
         if self.labels is not None:
             self._give_labels(self.labels, wanted)
         return wanted
+
+    def _class_a_source(self, groups: Sequence[Photos]) -> list[str]:
+        """A class for each of several sources, by the name of the one folder in each; or by the source's own, where
+        that is a WordNet id, as those of ImageNet's class tars are. Empty: they are no classes, as names are not that
+        differ by a number (part-1, part-2).
+        """
+        folders = [{_folder(one) for one in group.found} for group in groups]
+        if any(len(some) != 1 for some in folders) or not all(g.by_path and g.classes is None for g in groups):
+            return []
+        names = [some.pop().rpartition("/")[2] for some in folders]
+        if not any(names):
+            names = [os.path.basename(self.sources[group.source].name).partition(".")[0] for group in groups]
+            kinds = {name if re.fullmatch(r"n\d{8}", name) else "" for name in names}
+        else:
+            kinds = {name if re.fullmatch(r"n\d{8}", name) else re.sub(r"\d+", "", name) for name in names}
+        return names if all(names) and "" not in kinds and len(kinds) > 1 else []
 
     def _give_labels(self, labels: Labels, wanted: Sequence[str]) -> None:
         """Give the photos of a file their labels: those without class folders, if any of them is named there."""
