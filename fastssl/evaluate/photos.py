@@ -24,10 +24,11 @@ from fastssl.evaluate.features import ProbeError, draw_of_each, split_indices
 from fastssl.evaluate.online_probe import match_classes
 from fastssl.pipelines.beton.dataset import open_beton
 from fastssl.pipelines.beton.reader import BetonReader
-from fastssl.pipelines.beton.side_file import read_side_file
+from fastssl.pipelines.beton.side_file import read_side_file, side_path
 from fastssl.pipelines.convert.conversion import convert, rejects_path
 from fastssl.pipelines.convert.options import ConvertOptions, chosen_photos
 from fastssl.pipelines.convert.sources import SOURCE_ENDINGS, is_source, list_source
+from fastssl.pipelines.convert.sources.classes import ListingRules
 from fastssl.utils.addresses import shown
 
 
@@ -361,10 +362,18 @@ def stored_names(reader: BetonReader, photos: str | Path) -> list[str]:
             rejected = {json.loads(line)["path"] for line in rejects.read_text(encoding="utf-8").splitlines()}
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise ProbeError(f"{rejects}: unreadable list of rejected photos ({error}); convert again") from None
-    with list_source(photos, prefer=side.get("split") or "train") as listing:
+    given = side.get("rules") or {}
+    try:
+        rules = ListingRules(depth=given.get("depth"), label_from=given.get("label_from"))
+    except (FastSSLError, TypeError, AttributeError) as error:
+        raise ProbeError(f"{side_path(reader.path)}: unreadable rules ({error}); convert again") from None
+    with list_source(photos, rules=rules, prefer=side.get("split") or "train") as listing:
         limit = (side.get("options") or {}).get("limit")
         chosen = [i for i in chosen_photos(len(listing), limit) if listing.names[i] not in rejected]
-        same = listing.classes is not None and np.array_equal(listing.labels[chosen], require_labels(reader))
+        if given.get("labels"):  # they came from a file, and are not to be seen here
+            same = len(chosen) == len(reader)
+        else:
+            same = listing.classes is not None and np.array_equal(listing.labels[chosen], require_labels(reader))
         # Photos that went in as they were still have their size.
         if same and side.get("copied") == len(reader):
             sizes = listing.sizes[chosen]

@@ -342,6 +342,7 @@ class _Conversion:
             checksums = reader.table_checksums()
             num_bytes = reader.num_bytes
         samples, classes, counts = np.array(self.checksums, "<u4"), self.listing.classes, None
+        rules = self.listing.rules
         if classes is not None:
             counts = np.bincount(self.writer.records["label"], minlength=len(classes)).tolist()
         return {
@@ -351,6 +352,7 @@ class _Conversion:
             "source": self.listing.source.name,
             "fingerprint": self.listing.fingerprint,
             "split": self.listing.split,
+            "rules": {"depth": rules.depth, "label_from": rules.label_from, "labels": rules.labels is not None},
             "automatic": self.options.automatic,
             "options": self.options.deciding(),
             "part": self.options.part,

@@ -16,6 +16,7 @@ from fastssl.pipelines.beton.reader import BetonReader
 from fastssl.pipelines.beton.side_file import side_path
 from fastssl.pipelines.convert.conversion import convert
 from fastssl.pipelines.convert.options import ConvertOptions
+from fastssl.pipelines.convert.sources.classes import ListingRules
 
 AS_IS = ConvertOptions(keep_size=True, short_side=None)
 
@@ -232,6 +233,18 @@ def test_where_positions_are_not_those_of_the_folder(photos: Path, tmp_path: Pat
             assert len(names) == len(reader)
             if "n03/n03_8.JPEG" in names:
                 assert listed_labels(line, reader, source).tolist() == [names.index("n03/n03_8.JPEG")] == [sample]
+
+
+def test_the_rules_that_found_the_classes_are_found_again(photos: Path, tmp_path: Path) -> None:
+    labels = write(tmp_path, *(f"{name},{name[:2]}{k % 2}" for k, name in enumerate(ORDER[1:])))
+    for number, rules in enumerate((ListingRules(label_from=r"n0(\d)"), ListingRules(labels=labels))):
+        path = tmp_path / f"{number}.beton"
+        convert(photos, path, AS_IS, rules=rules)
+        with BetonReader(path) as reader:
+            assert stored_names(reader, photos) == ORDER[number:]
+    side_path(path).write_text(side_path(path).read_text().replace('"label_from": null', '"label_from": 7'))
+    with BetonReader(path) as reader, pytest.raises(ProbeError, match="unreadable rules"):
+        stored_names(reader, photos)
 
 
 def test_a_file_without_side_file_is_read_by_position(photos: Path, tmp_path: Path) -> None:

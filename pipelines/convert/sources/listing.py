@@ -38,7 +38,7 @@ class Listing:
         passed_over: how many other files there are, by kind (see `formats.kind_of`).
         split: 'train', 'val' or 'test', where these are a part of the source; else ''. splits: the names of all, where
             one of several was preferred. notes: lines that tell what was taken for a class or split, where somebody may
-            have meant it otherwise.
+            have meant it otherwise. rules: what the classes were found by.
     """
 
     source: Path
@@ -51,6 +51,7 @@ class Listing:
     fingerprint: str
     split: str
     notes: list[str]
+    rules: ListingRules
     _sources: list[Source] = field(repr=False)
     _places: list[tuple[int, Any]] = field(repr=False)
     splits: list[str] = field(default_factory=list)
@@ -203,5 +204,5 @@ def _listing(source: Path, collected: Collected, split: str, classes: list[str],
     digest.update(repr(rejected).encode())
     digest.update(numbers.tobytes())
     sizes, passed_over = np.array([one.size for one in found], np.int64), dict(collected.passed_over) if first else {}
-    about = (rejected, passed_over, digest.hexdigest(), split, collected.notes, collected.sources, places)
+    about = (rejected, passed_over, digest.hexdigest(), split, collected.notes, rules, collected.sources, places)
     return Listing(source, names, numbers, named, sizes, *about)
