@@ -32,10 +32,10 @@ from fastssl.pipelines.convert.conversion import convert, rejects_path, whole_si
 from fastssl.pipelines.convert.formats import pillow_formats, remedies
 from fastssl.pipelines.convert.options import ConvertOptions, chosen_photos
 from fastssl.pipelines.convert.sources import SOURCE_ENDINGS, Listing, ListingRules, is_source, list_source
-from fastssl.pipelines.convert.sources.patterns import has_pattern
 from fastssl.pipelines.convert.splits import split_path
 from fastssl.utils.addresses import is_remote, shown
 from fastssl.utils.deadline import Deadline
+from fastssl.utils.patterns import has_pattern
 from fastssl.utils.remote_cache import default_cache_dir
 
 if TYPE_CHECKING:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import os
 import re
 import sys
@@ -23,6 +22,7 @@ from fastssl.pipelines.beton.remote_set import local_files, remote_names, sizes_
 from fastssl.pipelines.beton.tables import Row, Tables
 from fastssl.pipelines.ops.memory import ThreadMemory
 from fastssl.utils.addresses import is_remote, shown
+from fastssl.utils.patterns import expand, has_pattern, natural_key
 from fastssl.utils.remote_cache import room
 
 #: Samples above which a set keeps no tables: they take 33 bytes a sample, in every process.
@@ -38,7 +38,6 @@ _SPLITS = re.compile(r"(?<![a-z])(train|val|valid|validation|test)(?![a-z])")
 Data = str | os.PathLike | Sequence[str | os.PathLike]
 Classes = tuple[str, ...]
 _Found = TypeVar("_Found")
-_File = TypeVar("_File", str, Path)
 
 
 def open_beton(data: Data) -> BetonReader:
@@ -60,13 +59,13 @@ def open_beton(data: Data) -> BetonReader:
 
 def beton_files(data: Data) -> tuple[list[Path], Path]:
     """The files that ``data`` names, numbers in their names in order (2 before 10), and what messages call them all.
-    ``BetonError``: there is none, one of ``-00002-of-00064`` is missing, or a folder's are not of one set.
+    ``FastSSLError``: there is none, one of ``-00002-of-00064`` is missing, or a folder's are not of one set.
     """
     if not isinstance(data, (str, os.PathLike)):
         named = [beton_files(one) for one in data]
         files = [file for found, _ in named for file in found]
         if not any(map(is_remote, data)):  # names in the cache say nothing of an order
-            files = _in_order(files)
+            files.sort(key=natural_key)
         if not files:
             raise BetonError("an empty list of .beton files: nothing to read")
         more = f" and {counted(len(named) - 1, 'more file')}" if len(named) > 1 else ""
@@ -76,7 +75,8 @@ def beton_files(data: Data) -> tuple[list[Path], Path]:
         return local_files(names), path
     path = Path(data)
     if path.is_dir():
-        files = _in_order(one for one in path.iterdir() if one.suffix == ".beton" and not one.name.startswith("."))
+        inside = (one for one in path.iterdir() if one.suffix == ".beton" and not one.name.startswith("."))
+        files = sorted(inside, key=natural_key)
         splits = {match[1] for file in files for match in _SPLITS.finditer(file.stem.lower())}
         if not files:
             raise BetonError(f"{path}: no .beton files in this folder; fastssl convert-imagenet makes one from photos")
@@ -85,29 +85,19 @@ def beton_files(data: Data) -> tuple[list[Path], Path]:
                 f"{path}: holds files of {' and '.join(sorted(splits))}, which are not one data set; name those that "
                 f"are meant by a pattern in quotes, '{path}/*{min(splits)}*.beton'"
             )
-    elif not glob.has_magic(os.fspath(path)) or os.path.lexists(path):
+    elif not has_pattern(path):
         return [path], path
     else:
-        files = _in_order(map(Path, glob.glob(os.fspath(path))))
+        files = list(map(Path, expand(path)))
         files = [file for file in files if file.suffix == ".beton"] or files  # side files match, too
-        if not files:
-            raise BetonError(f"{path}: no file is named like this")
     _require_complete(files)
     return files, path
 
 
 def _remote_files(url: str | os.PathLike) -> tuple[list[str], Path]:
-    names = _in_order(remote_names(url))
+    names = remote_names(url)
     _require_complete([Path(shown(name)) for name in names])
     return names, Path(shown(url))
-
-
-def _in_order(files: Iterable[_File]) -> list[_File]:
-    def key(file: _File) -> list[tuple[int, str]]:
-        parts = re.split(r"(\d+)", os.fspath(file))
-        return [(int(part), part) if k % 2 else (0, part) for k, part in enumerate(parts)]
-
-    return sorted(files, key=key)
 
 
 def _require_complete(files: list[Path]) -> None:

@@ -162,9 +162,12 @@ class BetonReader:
         """These files are needed now or next, in this order, others no longer: of a ``streamed`` one, what to fetch."""
 
     def some(self) -> np.ndarray:
-        """Sample ids, (n,) int64 and sorted, by which the whole can be judged: all, or 65,536 of a lazy one."""
-        count = min(self.num_samples, _SOME) if self.lazy else self.num_samples
-        found: np.ndarray = np.arange(count, dtype=np.int64) * self.num_samples // count
+        """Sample ids, (n,) int64 and sorted, by which the whole can be judged: all; 65,536 of a lazy one; of a streamed
+        one those of its first file.
+        """
+        total = int(self.starts[1]) if self.streamed else self.num_samples
+        count = min(total, _SOME) if self.lazy else total
+        found: np.ndarray = np.arange(count, dtype=np.int64) * total // count
         return found
 
     def _rows(self, index: np.ndarray) -> list[Row]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import resource
 import threading
 from collections.abc import Callable, Sequence
@@ -13,6 +12,7 @@ from typing import TypeVar
 
 from fastssl.errors import BetonError, counted
 from fastssl.utils.addresses import address, is_web, shown
+from fastssl.utils.patterns import expand
 from fastssl.utils.remote import Patience, file_system, fsspec_errors, remote_file
 from fastssl.utils.remote_cache import local_copy, show
 
@@ -23,25 +23,16 @@ _Found = TypeVar("_Found")
 
 
 def remote_names(url: str | os.PathLike) -> list[str]:
-    """The addresses of the files that an address stands for: of itself, of numbers in braces, of a pattern with ``*``,
-    or of a folder of ``.beton`` files. ``BetonError``: there is none; ``RemoteError`` as usual.
+    """The addresses of the files that an address stands for, numbers in their names in order: of itself, of a pattern,
+    or of a folder of ``.beton`` files. ``FastSSLError``: there is none, or the server cannot be asked.
     """
     text = address(url) or os.fspath(url)
-    if braces := re.fullmatch(r"(.*)\{(\d+)\.\.(\d+)\}(.*)", text):
-        begin, first, last, end = braces.groups()
-        return [f"{begin}{number:0{len(first)}d}{end}" for number in range(int(first), int(last) + 1)]
-    if is_web(text):
-        if "*" in text.partition("?")[0]:
-            how = "give numbers in braces, train-{00000..00063}-of-00064.beton"
-            raise BetonError(f"{shown(text)}: a web server has no list of its files; {how}")
-        return [text]
-    system, path = file_system(text)
-    with fsspec_errors(shown(text)):
-        pattern = path if path.endswith(".beton") else f"{path.rstrip('/')}/*.beton"
-        names = [system.unstrip_protocol(name) for name in system.glob(pattern)] if "*" in pattern else [text]
-    if not names:
-        raise BetonError(f"{shown(text)}: no .beton file is named like this")
-    return names
+    if is_web(text) and "*" in text.partition("?")[0]:
+        how = "give numbers in braces, train-{00000..00063}-of-00064.beton"
+        raise BetonError(f"{shown(text)}: a web server has no list of its files; {how}")
+    if not is_web(text) and not text.endswith(".beton"):
+        text = f"{text.rstrip('/')}/*.beton"
+    return expand(text)
 
 
 def is_beton_address(url: str) -> bool:

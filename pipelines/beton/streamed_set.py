@@ -19,8 +19,6 @@ from fastssl.utils.addresses import shown
 from fastssl.utils.remote import Patience, remote_file
 from fastssl.utils.remote_cache import gigabytes, local_copy, release, room
 
-#: Samples by which the whole is judged.
-_SOME = 1 << 16
 #: Files that are fetched at once.
 _FETCHED = 2
 
@@ -83,11 +81,6 @@ class StreamedSet(BetonSet):
     def side_notes(self) -> list[dict[str, Any]]:
         """Of the first file."""
         return self._reader(0).side_notes()
-
-    def some(self) -> np.ndarray:
-        """Sample ids of the first file."""
-        count = min(self._starts[1], _SOME)
-        return np.arange(count, dtype=np.int64) * self._starts[1] // count
 
     def close(self) -> None:
         self._closed.set()

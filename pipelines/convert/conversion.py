@@ -40,11 +40,11 @@ from fastssl.pipelines.convert.encode import COUNTS, Encoded, encode_photo, tall
 from fastssl.pipelines.convert.formats import pillow_formats
 from fastssl.pipelines.convert.options import ConvertError, ConvertOptions, ConvertSummary, chosen_photos
 from fastssl.pipelines.convert.sources import Listing, ListingRules, list_source
-from fastssl.pipelines.convert.sources.patterns import expand
 from fastssl.pipelines.convert.unfinished import Journal, reserve
 from fastssl.utils.atomic_files import sync_folder, write_atomically
 from fastssl.utils.cores import available_cores
 from fastssl.utils.deadline import Deadline
+from fastssl.utils.patterns import expand
 from fastssl.utils.remote import NoAccess
 
 logger = logging.getLogger(__name__)

@@ -138,7 +138,7 @@ def test_a_shard_is_missing(shards: Path) -> None:
 def test_what_names_no_set(tmp_path: Path, names: list[str], asked: str, message: str) -> None:
     for name in names:
         write(tmp_path / name, [1])
-    with pytest.raises(BetonError, match=message):
+    with pytest.raises(FastSSLError, match=message):
         open_beton(tmp_path / asked)
     with pytest.raises(BetonError, match="empty list"):
         open_beton([])

@@ -2,22 +2,18 @@
 them, `list_splits` one for each split.
 """
 
-from fastssl.pipelines.convert.sources.base import MAX_FILE_BYTES, Found, Passed, Source, SourceError
+from fastssl.pipelines.convert.sources.base import MAX_FILE_BYTES, SourceError
 from fastssl.pipelines.convert.sources.classes import ListingRules
-from fastssl.pipelines.convert.sources.kinds import SOURCE_ENDINGS, is_source, open_source
+from fastssl.pipelines.convert.sources.kinds import SOURCE_ENDINGS, is_source
 from fastssl.pipelines.convert.sources.listing import Listing, list_source, list_splits
 
 __all__ = [
     "MAX_FILE_BYTES",
     "SOURCE_ENDINGS",
-    "Found",
     "Listing",
     "ListingRules",
-    "Passed",
-    "Source",
     "SourceError",
     "is_source",
     "list_source",
     "list_splits",
-    "open_source",
 ]

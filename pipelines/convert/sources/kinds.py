@@ -17,12 +17,12 @@ from fastssl.pipelines.convert.sources.base import Source, SourceError, is_hidde
 from fastssl.pipelines.convert.sources.folder import FolderSource
 from fastssl.pipelines.convert.sources.lists import STANDARD_INPUT, ListSource
 from fastssl.pipelines.convert.sources.parquet import ParquetSource
-from fastssl.pipelines.convert.sources.patterns import expand, has_pattern, natural_key
 from fastssl.pipelines.convert.sources.remote import RemoteFolder, is_remote_folder
 from fastssl.pipelines.convert.sources.tar import TarSource
 from fastssl.pipelines.convert.sources.zip import ZipSource
 from fastssl.utils.addresses import address, is_remote, shown
 from fastssl.utils.deadline import Deadline
+from fastssl.utils.patterns import expand, has_pattern, natural_key
 from fastssl.utils.remote_cache import local_copy
 
 _TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst")

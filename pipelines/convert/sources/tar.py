@@ -33,6 +33,8 @@ class TarSource(Source):
         self._stamp, self._size, self._label_from = about.st_mtime_ns, about.st_size, label_from
         if how := compression(self._file.read(6)):
             self._file.close()
+            if how == "zstd":
+                raise SourceError(f"{path}: compressed with zstd, which is not read: uncompress it first (unzstd)")
             # Where it ends is known when it was read.
             self._file, self._size = UnpackedFile(path, how, scratch), sys.maxsize
 

@@ -10,7 +10,6 @@ import lzma
 import os
 import shutil
 import tempfile
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +37,7 @@ class UnpackedFile(io.RawIOBase):
         self._path, self._packed_size, self._done, self._position = path, path.stat().st_size, 0, 0
         self._folder = tempfile.gettempdir() if scratch is None or "TMPDIR" in os.environ else os.path.abspath(scratch)
         logger.warning("%s: compressed; uncompressed first, into a temporary file in %s", path, self._folder)
-        self._packed = _opened(path, how)
+        self._packed: Any = {"gzip": gzip.GzipFile, "bzip2": bz2.BZ2File, "xz": lzma.LZMAFile}[how](path)
         self._file = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115 - lives on, see close()
 
     def fileno(self) -> int:
@@ -80,17 +79,3 @@ class UnpackedFile(io.RawIOBase):
                 f"free behind {self._done:,} bytes; free some, or name another folder with TMPDIR"
             )
         return data
-
-
-def _opened(path: Path, how: str) -> Any:
-    if how != "zstd":
-        return {"gzip": gzip.GzipFile, "bzip2": bz2.BZ2File, "xz": lzma.LZMAFile}[how](path)
-    with suppress(ImportError):  # with Python 3.14
-        from compression import zstd  # type: ignore[import-not-found]
-
-        return zstd.open(path)
-    with suppress(ImportError):
-        import zstandard
-
-        return zstandard.ZstdDecompressor().stream_reader(open(path, "rb"), read_across_frames=True)
-    raise SourceError(f"{path}: compressed with zstd: pip install zstandard, or uncompress it first (unzstd)")

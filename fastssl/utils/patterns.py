@@ -1,4 +1,4 @@
-"""Names that stand for several sources: ``train-{000000..000146}.tar``, ``data/train-*.parquet``."""
+"""Names that stand for several files, also of servers: ``train-{000000..000146}.tar``, ``s3://bucket/train-*.beton``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import glob
 import os
 import re
 
-from fastssl.pipelines.convert.sources.base import SourceError
+from fastssl.errors import FastSSLError
 from fastssl.utils.addresses import address, is_web, shown
 from fastssl.utils.remote import file_system, fsspec_errors
 
@@ -24,7 +24,7 @@ def has_pattern(name: str | os.PathLike) -> bool:
 
 def expand(pattern: str | os.PathLike) -> list[str]:
     """The names that a pattern stands for, as a shell would find them, in natural order (2 before 10); the name itself
-    where it is none. ``SourceError``: no file fits, or a million.
+    where it is none. ``FastSSLError``: no file fits, or a million.
     """
     names, left = set[str](), [os.fspath(pattern)]
     while left:
@@ -38,15 +38,16 @@ def expand(pattern: str | os.PathLike) -> list[str]:
         elif found := _found(name):
             names.update(found)
         else:
-            raise SourceError(f"{name}: no file fits this pattern")
+            raise FastSSLError(f"{shown(name)}: no file is named like this")
         if len(left) + len(names) > _MOST_NAMES:
-            raise SourceError(f"{pattern}: stands for more than {_MOST_NAMES:,} files")
+            raise FastSSLError(f"{shown(pattern)}: stands for more than {_MOST_NAMES:,} files")
     return sorted(names, key=natural_key)
 
 
-def natural_key(name: str) -> list[tuple[int, str]]:
+def natural_key(name: str | os.PathLike) -> list[tuple[int, str]]:
     """Sorts numbers inside names as numbers."""
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"([0-9]{1,18})", name)]
+    parts = re.split(r"([0-9]{1,18})", os.fspath(name))
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts]
 
 
 def _found(pattern: str) -> list[str]:
