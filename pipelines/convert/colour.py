@@ -10,6 +10,8 @@ from PIL import Image, ImageCms
 
 #: By the colour space that a profile names.
 _MODES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}
+#: No profile has as many bytes; a hundred strangers' would fill our memory.
+_LARGEST = 4 << 20
 #: The colours by which a profile is judged: 9 levels a channel, (1, 729, 3), or all greys.
 _COLOURS = np.stack(np.meshgrid(*[np.linspace(0, 255, 9).astype(np.uint8)] * 3), 3).reshape(1, -1, 3)
 _GREYS = np.arange(256, dtype=np.uint8)[None]
@@ -33,12 +35,13 @@ def _way(profile: bytes) -> tuple[str, ImageCms.ImageCmsTransform | None]:
 
 def is_srgb(profile: bytes) -> bool:
     """Whether colours are sRGB by their profile; empty: there is none, and so they are."""
-    return not profile or (_way(profile)[0] != "" and _way(profile)[1] is None)
+    mode, way = _way(profile[:_LARGEST])
+    return not profile or (mode != "" and way is None)
 
 
 def converted(image: Image.Image, profile: bytes) -> Image.Image | None:
     """The picture as sRGB; None: the profile is broken, or one of another kind of colours."""
-    mode, way = _way(profile)
+    mode, way = _way(profile[:_LARGEST])
     if mode == "RGB":
         image = image.convert(mode)
     return None if way is None or image.mode != mode else ImageCms.applyTransform(image, way)

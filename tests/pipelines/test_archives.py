@@ -229,3 +229,9 @@ def test_a_conversion_of_every_kind_goes_on(tmp_path, kind):
     assert convert(tmp_path / kind, dst).resumed == 0
     convert(tmp_path / kind, whole)
     assert dst.read_bytes() == whole.read_bytes()
+
+
+def test_archives_in_a_zip_are_to_be_unpacked(tmp_path):
+    (tmp_path / "x.zip").write_bytes(zip_bytes({"cat.zip": b"", "dog.zip": b""}))
+    with pytest.raises(SourceError, match=r"it holds 2 \.zip files: unpack it first, and give those$"):
+        list_source(tmp_path / "x.zip")

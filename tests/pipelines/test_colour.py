@@ -11,7 +11,7 @@ from conftest import make_photo
 from PIL import Image, ImageCms
 from profiles import ADOBE, SRGB, with_primaries
 
-from fastssl.pipelines.convert.colour import is_srgb
+from fastssl.pipelines.convert.colour import _way, is_srgb
 from fastssl.pipelines.convert.encode import How, encode_photo
 from fastssl.pipelines.convert.options import ConvertOptions
 
@@ -96,3 +96,12 @@ def test_a_profile_that_does_not_fit_is_ignored(form: str, profile: bytes) -> No
     pixels, how = encoded(data, "srgb")
     assert how == How.PROFILE_BROKEN
     np.testing.assert_array_equal(pixels, encoded(data, "ignore")[0])
+
+
+def test_profiles_of_strangers_do_not_fill_memory() -> None:
+    """One of many megabytes is kept in no cache; its end, which belongs to nothing, decides nothing."""
+    assert is_srgb(SRGB + bytes(8 << 20)) and not is_srgb(with_primaries(ADOBE) + bytes(8 << 20))
+    before = _way.cache_info().currsize
+    for k in range(3):
+        is_srgb(with_primaries(ADOBE) + bytes(8 << 20) + bytes([k]))
+    assert _way.cache_info().currsize == before

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import struct
 import tarfile
 import zipfile
+import zlib
 
 import numpy as np
 import pytest
@@ -49,6 +51,9 @@ def synsets(wnids, **how):
         ('"tench, Tinca"\ncat\n', (None, ["tench, Tinca", "cat"])),
         ("490\n361\n", (None, ["490", "361"])),
         ("id,species,when\n7,owl,x\n", (["7"], ["owl"])),
+        ("a.jpg,cat\nb.jpg,-1\n", (["a.jpg", "b.jpg"], ["cat", ""])),
+        ("a\x85.jpg,cat\n\u2028.jpg,dog\n", (["a\x85.jpg", ".jpg"], ["cat", "dog"])),
+        ("label\ncat\ndog\n", (None, ["cat", "dog"])),
     ],
 )  # fmt: skip
 def test_tables(text, expected):
@@ -56,7 +61,9 @@ def test_tables(text, expected):
 
 
 def test_a_table_in_another_encoding():
-    assert read_table("a.jpg,Käfer\n".encode("latin-1")) == (["a.jpg"], ["Käfer"])
+    for encoding in ("latin-1", "utf-16"):
+        assert read_table("a.jpg,Käfer\n".encode(encoding)) == (["a.jpg"], ["Käfer"])
+    assert read_table(b"\xfe\xff" + "a.jpg\tKäfer\r\n".encode("utf-16-be")) == (["a.jpg"], ["Käfer"])
 
 
 @pytest.mark.parametrize(
@@ -195,6 +202,7 @@ def test_classes_of_a_list_and_of_a_file(tmp_path):
         ("blank.csv", b"path,label\na.jpg,\n", "a line without photo or label: a.jpg"),
         ("x.zip", b"PK\3\4 no zip", "no labels can be read: BadZipFile"),
         ("x.csv", b"a.jpg,\0", "not a text file"),
+        ("quote.csv", b'a.jpg,cat\n"b.jpg,dog\nc.jpg,dog\n', "no labels can be read: Error: unexpected end of data"),
         ("x.tar.gz", b"\x1f\x8b no tar", "no labels can be read"),
     ],
 )
@@ -286,3 +294,44 @@ def test_labels_that_belong_to_other_photos(tmp_path):
     with pytest.raises(LabelError, match="labels without names are of one split; say --split val"):
         listed(tmp_path / "splits", labels=tmp_path / "x.txt")
     assert of(listed(tmp_path / "splits", labels=tmp_path / "x.txt", split="val")) == {"val/2.jpg": "dog"}
+
+
+def test_names_of_other_systems_are_found(tmp_path):
+    """Backslashes, accents taken apart, Latin-1: of lists from Windows, of disks of Macs, of old archives."""
+    photos = ["x/cafe\u0301.jpg", "x/caf\udce9 2.jpg", "y/a.jpg"]
+    lines = ".\\x\\café.jpg,cat\nx\\café 2.jpg,dog\ny\\a.jpg,owl\n"
+    for encoding in ("utf-8", "latin-1", "utf-16"):
+        (tmp_path / "x.csv").write_bytes(lines.encode(encoding))
+        assert read_labels(tmp_path / "x.csv").of(photos) == ["cat", "dog", "owl"]
+
+
+def test_numbers_that_are_none_and_unused_labels(tmp_path):
+    """01 and 1 are two classes, always in one order; -1 is no class; a label a line leaves none over."""
+    grow(tmp_path / "p", {f"{k}.jpg": b"x" for k in range(4)})
+    (tmp_path / "x.csv").write_text("0.jpg,1\n1.jpg,01\n2.jpg,10\n3.jpg,-1\n")
+    with listed(tmp_path / "p", labels=tmp_path / "x.csv") as found:
+        assert found.classes == ["01", "1", "10"] and found.labels.tolist() == [1, 0, 2] and found.notes == []
+        assert found.rejected == [("3.jpg", "x.csv has no label for it")]
+    (tmp_path / "c.txt").write_text("cat\ndog\n")
+    (tmp_path / "n.csv").write_text("0.jpg,0\n1.jpg,1\n2.jpg,-1\n3.jpg,-1\n")
+    with listed(tmp_path / "p", labels=tmp_path / "n.csv", classes=tmp_path / "c.txt") as found:
+        assert found.classes == ["cat", "dog"] and len(found) == 2
+    (tmp_path / "x.txt").write_text(f"cat\ndog\ncat\n{'9' * 5000}\n")
+    with listed(tmp_path / "p", labels=tmp_path / "x.txt") as found:
+        assert len(found.classes) == 3 and found.notes == []
+    (tmp_path / "x.txt").write_text(f"1\n2\n3\n{'9' * 5000}\n")
+    with listed(tmp_path / "p", labels=tmp_path / "x.txt") as found:
+        assert found.classes == ["1", "2", "3", "9" * 5000]
+
+
+def test_matlab_files_that_unpack_without_end():
+    """Compressed in itself, which no program writes: time and memory would be a power of the file's size."""
+
+    def packed(content):
+        content = zlib.compress(content)
+        return struct.pack("<II", 15, len(content)) + content
+
+    start = bytes(124) + b"\x00\x01IM"
+    for data in (packed(packed(bytes(100)) * 3), packed(bytes(33 << 20)) * 2 + packed(bytes(100))):
+        with pytest.raises(ValueError, match="more compressed than such a file holds"):
+            read_synsets(start + data)

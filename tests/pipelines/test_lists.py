@@ -176,3 +176,18 @@ def test_a_list_with_other_labels_is_another_source(tmp_path):
     convert(tmp_path / "x.csv", tmp_path / "x.beton", ConvertOptions())
     with BetonReader(tmp_path / "x.beton") as reader:
         assert reader.labels.tolist() == [1, 0] and reader.classes == ["cat", "dog"]
+
+
+def test_lists_of_other_systems(tmp_path):
+    """Backslashes of Windows; accents in one piece, where the disk has them in two; names that have both stay."""
+    grow(tmp_path, {"x/cafe\u0301.jpg": b"1", "x/a.jpg": b"2", "x\\b.jpg": b"3"})
+    (tmp_path / "l.csv").write_text(".\\x\\café.jpg,cat\nx\\a.jpg,dog\nx\\b.jpg,owl\n")
+    with list_source(tmp_path / "l.csv") as listing:
+        assert [data for _, _, data in content(listing)] == [b"1", b"2", b"3"] and listing.rejected == []
+
+
+@pytest.mark.parametrize("text", ['a.jpg,cat\n"b.jpg,dog\nc.jpg,cat\n', 'path,label\na.jpg,"big\nb.jpg,dog\n'])
+def test_a_quote_that_is_not_closed_swallows_no_photos(tmp_path, text):
+    grow(tmp_path, {f"{name}.jpg": b"x" for name in "abc"} | {"l.csv": text.encode()})
+    with pytest.raises(SourceError, match=r"l\.csv: line 3: not a table .*are all quotes closed\?"):
+        list_source(tmp_path / "l.csv")

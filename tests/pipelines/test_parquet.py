@@ -233,3 +233,30 @@ def test_tables_on_a_server(tmp_path, monkeypatch):
             assert content(listing) == [(f"train-{k}.parquet/0", "cat", photo(k)) for k in (2, 10)]
     with pytest.raises(SourceError, match=r"it holds 2 \.parquet files: .* 'memory://hub/data/\*\.parquet'"):
         list_source("memory://hub/data")
+
+
+def test_labels_that_pandas_made_floats_and_those_that_are_none(tmp_path, caplog):
+    path = tmp_path / "x.parquet"
+    for labels, classes in (([1.0, None, 0.0, float("nan")], ["0", "1"]), ([0.5, 1.0, 2.0, None], None)):
+        write(path, list(zip(map(photo, range(4)), labels)), names=None)
+        with list_source(path) as listing:
+            assert listing.classes == classes and len(listing) == (4 if classes is None else 2)
+    write(path, [(photo(0), [0, 1])], names=None)
+    with list_source(path) as listing:
+        assert listing.classes is None
+    assert [record.message.split(": ", 1)[1] for record in caplog.records] == [
+        "no labels: its column label holds double, no classes",
+        "no labels: its column label holds list<element: int64>, no classes",
+    ]
+    write(path, [(photo(0), "cat"), (photo(1), "-1")], names=None)
+    with list_source(path) as listing:
+        assert listing.classes == ["cat"] and len(listing.rejected) == 1
+
+
+def test_tables_that_expand(tmp_path):
+    """Few bytes that stand for gigabytes: photos, or rows without any."""
+    write(tmp_path / "x.parquet", [(bytes(32 << 20), 0)], compression="zstd")
+    parquet.write_table(pa.table({"image": pa.nulls(300_000, pa.binary())}), tmp_path / "y.parquet")
+    for name, what in (("x", "1 row, 33,554,"), ("y", "300,000 rows, ")):
+        with pytest.raises(SourceError, match=rf"{name}\.parquet: {what}.* in a file of [0-9,]+ bytes: no photos are"):
+            list_source(tmp_path / f"{name}.parquet")

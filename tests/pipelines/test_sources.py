@@ -377,3 +377,24 @@ def test_the_fingerprint_knows_the_photos(tmp_path):
         change()
         seen.append(fingerprint())
     assert len(set(seen)) == len(seen)
+
+
+def test_hard_links_in_a_tar_are_photos(tmp_path):
+    """To a photo of this very tar that came before; anything else stays a reject."""
+    inner = io.BytesIO()
+    with tarfile.open(fileobj=inner, mode="w") as archive:
+        add(archive, "cat/1.jpg", b"one")
+        for name, target in {"dog/1.jpg": "./cat/1.jpg", "dog/2.jpg": "cat/2.jpg", "cat/1.jpg": "cat/1.jpg"}.items():
+            add(archive, name, type=tarfile.LNKTYPE, linkname=target)
+        add(archive, "cat/2.jpg", b"two")
+    (tmp_path / "x.tar").write_bytes(inner.getvalue())
+    with list_source(tmp_path / "x.tar") as listing:
+        assert content(listing) == [
+            ("cat/1.jpg", "cat", b"one"), ("dog/1.jpg", "dog", b"one"), ("cat/2.jpg", "cat", b"two")
+        ]  # fmt: skip
+        assert [name for name, _ in listing.rejected] == ["dog/2.jpg", "cat/1.jpg"]
+    (tmp_path / "y.tar").write_bytes(tar_bytes({"a.tar": inner.getvalue(), "b.tar": inner.getvalue()}))
+    with list_source(tmp_path / "y.tar") as listing:
+        assert [name for name, _, data in content(listing) if data == b"one"] == [
+            f"{tar}.tar/{name}" for tar in "ab" for name in ("cat/1.jpg", "dog/1.jpg")
+        ]

@@ -121,3 +121,17 @@ def test_more_shards_than_files_may_be_open(tmp_path):
             assert [listing.read(k) for k in range(80)] == [photo(k) for k in range(80)]
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_names_with_dots_keep_their_labels(tmp_path):
+    """By WebDataset's rule the first four are one sample; the class of each is its own file's."""
+    photos = {f"2024.01.{k}.jpg": photo(k) for k in range(4)}
+    classes = {f"2024.01.{k}.cls": b"\xef\xbb\xbf%d" % k for k in range(3)} | {"2024.02.9.cls": b"9"}
+    (tmp_path / "x.tar").write_bytes(tar_bytes(photos | classes))
+    with list_source(tmp_path / "x.tar") as listing:
+        assert content(listing) == [(f"2024.01.{k}.jpg", f"{k}", photo(k)) for k in range(3)]
+        assert listing.rejected == [("2024.01.3.jpg", "no label, unlike other photos here")]
+    both = {"1.left.jpg": photo(1), "1.right.jpg": photo(2), "1.cls": b"7", "2.jpg": photo(3)}
+    (tmp_path / "x.tar").write_bytes(tar_bytes(both | {"2.info.json": b'{"label": 8.0}'}))
+    with list_source(tmp_path / "x.tar") as listing:
+        assert listing.classes == ["7", "8"] and listing.labels.tolist() == [0, 0, 1]

@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import compress
 
 from fastssl.errors import counted, printable
 from fastssl.pipelines.convert.formats import kind_of
@@ -19,7 +20,7 @@ from fastssl.pipelines.convert.sources.classes import (
     listed,
     split_name,
 )
-from fastssl.pipelines.convert.sources.labels import LabelError, Labels, read_classes, read_labels
+from fastssl.pipelines.convert.sources.labels import LabelError, Labels, is_number, read_classes, read_labels
 
 
 @dataclass
@@ -184,7 +185,7 @@ class Collected:
         if not given:
             first = printable((labels.names or [""])[0])
             raise LabelError(f"{labels.path}: names none of the photos; the first that it names is {first}")
-        if (unused := len(set(labels.names or [])) - given) > 0:
+        if labels.names is not None and (unused := len({*compress(labels.names, labels.classes)}) - given) > 0:
             self.notes.append(f"{labels.path}: {counted(unused, 'label')} without a photo here")
 
     def class_list(self) -> list[str]:
@@ -198,8 +199,8 @@ class Collected:
             own[0] if own and all(one == own[0] for one in own) and names <= set(own[0] or ()) else None
         )
         if order is None:
-            by_value = all(name.isdecimal() for name in names) and not any(group.by_path for group in groups)
-            return sorted(names, key=int if by_value else None)
+            by_value = all(map(is_number, names)) and not any(group.by_path for group in groups)
+            return sorted(names, key=lambda name: (int(name) if by_value else 0, name))  # 1, 01 and 2
         if strange := sorted(names - set(order)):
             more = f" and {counted(len(strange) - 1, 'other class')}" if len(strange) > 1 else ""
             raise LabelError(f"{self.rules.classes}: does not list the class {printable(strange[0])}{more}")
@@ -212,7 +213,7 @@ def _folder(photo: Found) -> str:
 
 def _class_name(source: Source, label: str | int | None) -> str:
     if label is None or isinstance(label, str):
-        return label or ""
+        return "" if label in (None, "-1") else label
     if label < 0:  # what the Hugging Face hub says of photos whose label is kept back
         return ""
     known = source.classes

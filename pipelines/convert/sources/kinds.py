@@ -114,6 +114,8 @@ def expected(given: str | os.PathLike, passed_over: Mapping[str, int]) -> str:
     """What to give instead of a source in which there are no photos."""
     if inside := [kind for kind in passed_over if kind in (*SOURCE_ENDINGS[:-2], ".beton")]:
         held = counted(passed_over[inside[0]], f"{inside[0]} file")
+        if os.path.isfile(given):
+            return f"it holds {held}: unpack it first, and give those"
         return f"it holds {held}: give those themselves, as in '{shown(given)}/*{inside[0]}'"
     if not os.path.isdir(given):
         return "no photo is in it, or named by a line of it"

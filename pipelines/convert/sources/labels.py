@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
+import io
 import tarfile
+import unicodedata
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -83,12 +86,26 @@ class Labels:
         return found
 
 
+def _respelled(path: str) -> str:
+    """One spelling of names that come from different systems: separators, accents, bytes that are no UTF-8."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        path = path.encode("utf-8", "surrogateescape").decode("latin-1")
+    return unicodedata.normalize("NFC", path.replace("\\", "/"))
+
+
+def _base(path: str) -> str:
+    return _respelled(path).rsplit("/", 1)[-1]
+
+
 #: By which a photo and a line are brought together, the surest first.
 _KEYS: tuple[Callable[[str], str], ...] = (
     lambda path: path.removeprefix("./").lstrip("/"),
-    lambda path: "/".join(path.split("/")[-2:]),
-    lambda path: path.rsplit("/", 1)[-1],
-    lambda path: path.rsplit("/", 1)[-1].rpartition(".")[0] if is_photo_name(path) else path.rsplit("/", 1)[-1],
+    lambda path: _respelled(path).removeprefix("./").lstrip("/"),
+    lambda path: "/".join(_respelled(path).split("/")[-2:]),
+    _base,
+    lambda path: _base(path).rpartition(".")[0] if is_photo_name(_base(path)) else _base(path),
 )
 
 
@@ -128,7 +145,7 @@ def read_classes(path: Path) -> list[str]:
         classes = (read_side_file(path) or {}).get("classes") or []
     else:
         try:
-            classes = [line.strip() for line in _text(read_plain(path, _MOST)).splitlines() if line.strip()]
+            classes = [line.strip() for line in _lines(read_plain(path, _MOST))]
         except (OSError, ValueError) as error:
             raise LabelError(f"{path}: cannot read: {error}") from None
         first = [line.split()[0] for line in classes]
@@ -139,16 +156,16 @@ def read_classes(path: Path) -> list[str]:
 
 
 def read_table(data: bytes) -> tuple[list[str] | None, list[str]]:
-    """(names of photos or None, labels) of a text file's lines."""
-    lines = [line for line in _text(data).splitlines() if line.strip()]
-    first = lines[0] if lines else ""
+    """(names of photos or None, labels) of a text file's lines; a label is '' where the table says -1."""
+    lines = _lines(data)
+    first = lines[0].strip() if lines else ""
     delimiter = next((one for one in "\t,;" if one in first), None)
     if delimiter is None:
-        if not is_photo_name(first.strip().rpartition(" ")[0].strip()):
-            return None, [line.strip() for line in lines]
+        if not is_photo_name(first.rpartition(" ")[0].strip()):
+            return None, [line.strip() for line in lines[1 if plain(first) in _LABELS else 0 :]]
         rows = [[part.strip() for part in line.strip().rpartition(" ")[::2]] for line in lines]
     else:
-        rows = [[cell.strip() for cell in row] for row in csv.reader(lines, delimiter=delimiter)]
+        rows = [[cell.strip() for cell in row] for row in csv.reader(lines, delimiter=delimiter, strict=True)]
     if len(rows[0]) == 1:
         return None, [row[0] for row in rows]
     heads = list(map(plain, rows[0]))
@@ -160,21 +177,28 @@ def read_table(data: bytes) -> tuple[list[str] | None, list[str]]:
         raise ValueError(f"a line without photo or label: {printable(' '.join(short))[:80]}")
     # Of Kaggle's "n01440764 1 2 3 4" the boxes do not concern us.
     boxes = heads[label] == "predictionstring"
-    return [row[at] for row in rows], [row[label].split()[0] if boxes else row[label] for row in rows]
+    labels = [row[label].split()[0] if boxes else row[label] for row in rows]
+    return [row[at] for row in rows], ["" if label == "-1" else label for label in labels]
+
+
+def is_number(label: str) -> bool:
+    """Whether a label may count classes."""
+    return label.isdecimal() and len(label) < 19
 
 
 def _by_number(path: Path, labels: list[str], classes: Sequence[str] | None) -> list[str]:
     """The labels by name, where they are places in ``classes``."""
-    if classes is None or not all(label.isdecimal() for label in labels) or set(labels) <= set(classes):
+    said = set(labels) - {""}
+    if classes is None or not said or not all(map(is_number, said)) or said <= set(classes):
         return labels
-    numbers = [int(label) for label in labels]
+    numbers = [int(label) for label in said]
     first = 1 if len(classes) in numbers else 0
     if min(numbers) < first or max(numbers) - first >= len(classes) or (0 not in numbers and not first):
         raise LabelError(
             f"{path}: numbers from {min(numbers)} to {max(numbers)} do not say which of {len(classes)} classes are "
             "meant; write names"
         )
-    return [classes[number - first] for number in numbers]
+    return [classes[int(label) - first] if label else "" for label in labels]
 
 
 def _files(path: Path) -> Iterator[tuple[str, bytes]]:
@@ -202,10 +226,13 @@ def _files(path: Path) -> Iterator[tuple[str, bytes]]:
             yield _META, read_plain(path.with_name(_META), _MOST)
 
 
-def _text(data: bytes) -> str:
-    if b"\0" in data:
-        raise ValueError("not a text file in UTF-8 or Latin-1")
+def _lines(data: bytes) -> list[str]:
+    """Those of a text that say something, with their ends."""
+    wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))  # Excel's "Unicode text"
+    if b"\0" in data and not wide:
+        raise ValueError("not a text file in UTF-8, UTF-16 or Latin-1")
     try:
-        return data.decode("utf-8-sig")
+        text = data.decode("utf-16" if wide else "utf-8-sig")
     except UnicodeDecodeError:
-        return data.decode("latin-1")
+        text = data.decode("latin-1")
+    return [line for line in io.StringIO(text, newline="") if line.strip()]

@@ -7,6 +7,7 @@ import io
 import os
 import stat
 import sys
+import unicodedata
 from collections.abc import Iterator
 from functools import cache
 from itertools import chain
@@ -67,6 +68,7 @@ class ListSource(Source):
     def photos(self) -> Iterator[Found | Passed]:
         taken = set[str]()
         for path, label in self._entries():
+            path = self._respelled(path)
             name, place = os.path.normpath(path).lstrip("/"), self._folder / path
             if not is_photo_name(name):
                 yield Passed(os.path.basename(name))  # whose kind does not depend on where it is
@@ -87,6 +89,13 @@ class ListSource(Source):
     def read(self, place: Any, size: int) -> bytes:
         return read_whole(place, size)
 
+    def _respelled(self, path: str) -> str:
+        """A path as it is on this disk: lists of Windows have backslashes, disks of Macs take accents apart."""
+        if "\\" not in path and path.isascii():
+            return path
+        others = [unicodedata.normalize(form, path.replace("\\", "/")) for form in ("NFC", "NFD")]
+        return next((one for one in (path, *others) if os.path.lexists(self._folder / one)), path)
+
     def _entries(self) -> Iterator[tuple[str, str | None]]:
         """(path, label) of each line."""
         others = filter(_says_something, self._lines())
@@ -96,7 +105,7 @@ class ListSource(Source):
         if apart is None:
             yield from ((path, None) for line in lines if (path := line.rstrip("\r\n")))
             return
-        table = csv.reader(lines, delimiter=apart, skipinitialspace=True)
+        table = csv.reader(lines, delimiter=apart, skipinitialspace=True, strict=True)
         # A path may have blanks in it; the label is behind the last one.
         rows = iter(table) if apart != " " else (line.strip().rsplit(None, 1) for line in lines)
         try:
@@ -106,7 +115,8 @@ class ListSource(Source):
                 if len(row) > path_at and row[path_at]:
                     yield row[path_at], row[label_at] if label_at is not None and label_at < len(row) else None
         except csv.Error as error:
-            raise SourceError(f"{self.name}: line {table.line_num}: not a table of photos ({error})") from None
+            what = f"line {table.line_num}: not a table of photos ({error}; are all quotes closed?)"
+            raise SourceError(f"{self.name}: {what}") from None
 
     def _delimiter(self, first: str) -> str | None:
         """What stands between the columns, by the first line; None: a path a line."""
@@ -124,7 +134,7 @@ class ListSource(Source):
         """Where path and label stand, and whether the first row says so."""
         cells = list(map(plain, first))
         paths, labels = ([cells.index(one) for one in known if one in cells] for known in (PATH_COLUMNS, LABEL_COLUMNS))
-        at = paths or [k for k, cell in enumerate(first) if is_photo_name(cell)]
+        at = paths or [k for k, cell in enumerate(first) if is_photo_name(cell.replace("\\", "/"))]
         if not at or not (paths or len(first) <= 2):
             raise SourceError(f"{self.name}: which column is the path, which the label? Put a line before: path,label")
         others = [*labels, *range(2)] if len(first) == 2 else labels

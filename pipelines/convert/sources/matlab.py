@@ -10,7 +10,7 @@ from itertools import islice
 #: Letters of `struct` for the format's types of numbers; 16 is text. Element 14 holds others, 15 is compressed.
 _NUMBERS = {1: "b", 2: "B", 3: "h", 4: "H", 5: "i", 6: "I", 7: "f", 9: "d", 12: "q", 13: "Q", 16: "B"}
 _MATRIX, _COMPRESSED = 14, 15
-#: Bytes that an element may uncompress to; the devkit's has half a megabyte.
+#: Bytes that all elements may uncompress to; the devkit's has half a megabyte.
 _MOST = 64 << 20
 
 
@@ -19,7 +19,7 @@ def read_synsets(data: bytes) -> dict[int, str]:
     if data[124:128] != b"\x00\x01IM":
         raise ValueError("not a MATLAB file of version 5, little-endian")
     try:
-        for _, body in _elements(data[128:]):
+        for _, body in _elements(data[128:], _MOST):
             parts = [content for _, content in islice(_elements(body), 5)]
             if len(parts) == 5 and parts[2] == b"synsets":
                 width, names = struct.unpack("<i", parts[3])[0], parts[4]
@@ -41,8 +41,8 @@ def read_synsets(data: bytes) -> dict[int, str]:
     raise ValueError("it has no 'synsets'")
 
 
-def _elements(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """(type, content) of each; of compressed ones, of those in them."""
+def _elements(data: bytes, room: int = 0) -> Iterator[tuple[int, bytes]]:
+    """(type, content) of each; of compressed ones, of those in them, which take ``room`` bytes at most."""
     at = 0
     while at + 8 <= len(data):
         kind, size = struct.unpack_from("<II", data, at)
@@ -53,7 +53,11 @@ def _elements(data: bytes) -> Iterator[tuple[int, bytes]]:
         if len(content) < size:
             raise ValueError("cut off")
         if kind == _COMPRESSED:
-            yield from _elements(zlib.decompressobj().decompress(content, _MOST))
+            if room <= 0:  # compressed twice, or without end
+                raise ValueError("more compressed than such a file holds")
+            unpacked = zlib.decompressobj().decompress(content, room)
+            room -= len(unpacked)
+            yield from _elements(unpacked)
         else:
             yield kind, content
         at += step

@@ -7,6 +7,7 @@ order find them in a window of what was decoded last.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import threading
 from bisect import bisect_right
@@ -17,11 +18,18 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from fastssl.errors import counted
 from fastssl.pipelines.convert.sources.base import Found, Passed, Source, SourceError
+from fastssl.pipelines.convert.sources.webdataset import as_label
 
+logger = logging.getLogger(__name__)
 _IMAGES = ("image", "img", "jpg", "jpeg", "png", "webp", "picture", "photo", "bytes")
 _LABELS = ("label", "labels", "fine_label", "cls", "class", "category", "class_label", "class_id", "class_name")
-_LABEL_TYPES = ("int", "string", "large_string", "dictionary<values=string")
+_LABEL_TYPES = ("int", "string", "large_string", "dictionary<values=string", "dictionary<values=large_string")
+#: What pandas makes of whole numbers, some of which are missing.
+_FLOATS = ("float", "double")
+#: How many times its own size a file may have uncompressed, and how many bytes beyond that.
+_LARGEST_GROWTH, _ROOM = 200, 8 << 20
 #: What is decoded at once, in rows (few, as a small file may hold large ones), and what is kept of a file, in bytes.
 _BATCH_ROWS, _KEPT_BYTES = 16, 32 << 20
 #: Files that have a window: threads are in one, some still in the last.
@@ -94,13 +102,31 @@ class _Table:
             features = _features(file.schema_arrow)
             self._image = _image_column(self.path, file.schema_arrow, features)
             self._label = _label_column(file.schema_arrow, features)
-            groups = map(file.metadata.row_group, range(file.metadata.num_row_groups))
+            groups = list(map(file.metadata.row_group, range(file.metadata.num_row_groups)))
             self._starts = [0, *accumulate(group.num_rows for group in groups)]  # of row groups, and the end
+            packed, size = self.path.stat().st_size, sum(group.total_byte_size for group in groups)
+            if self._starts[-1] > packed or size > _LARGEST_GROWTH * packed + _ROOM:
+                what = f"{counted(self._starts[-1], 'row')}, {counted(size, 'byte')} uncompressed"
+                raise SourceError(f"{self.path}: {what}, in a file of {counted(packed, 'byte')}: no photos are")
+            if self._label is None:
+                self._label = self._whole_floats(file)
         names = features.get(self._label or "", {}).get("names")
         if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
             return None
         # A name that two classes share would make them one.
         return [name if names.count(name) == 1 else f"{name} #{number}" for number, name in enumerate(names)]
+
+    def _whole_floats(self, file: Any) -> str | None:
+        """The column of labels, where it has no type of labels but could have; it is said if not."""
+        named = [field for name in _LABELS for field in file.schema_arrow if field.name.lower() == name]
+        for field in named[:1]:
+            if str(field.type) in _FLOATS and file.metadata.num_rows:
+                batches = file.iter_batches(65536, columns=[field.name], use_threads=False)
+                values = [one for batch in batches for one in batch.column(0).to_pylist() if one == one]
+                if all(one is None or one.is_integer() for one in values):
+                    return str(field.name)
+            logger.warning("%s: no labels: its column %s holds %s, no classes", self.path, field.name, field.type)
+        return None
 
     def labels(self) -> Iterator[str | int | None]:
         """Of all rows, in their order."""
@@ -109,7 +135,8 @@ class _Table:
             return
         with self._damage():
             for batch in self._opened().iter_batches(65536, columns=[self._label], use_threads=False):
-                yield from batch.column(0).to_pylist()
+                column = batch.column(0).to_pylist()
+                yield from map(as_label, column) if str(batch.column(0).type) in _FLOATS else column
 
     def read(self, row: int) -> bytes:
         """The photo of a row. ``SourceError``: there is none, or none that can be read."""

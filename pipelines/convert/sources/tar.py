@@ -11,7 +11,7 @@ import io
 import os
 import sys
 import tarfile
-from collections.abc import Collection, Generator, Iterator
+from collections.abc import Collection, Generator, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, TypeAlias
 
@@ -42,7 +42,7 @@ class TarSource(Source):
         return with_labels(self._contents(), self.read, self._label_from)
 
     def _contents(self) -> Iterator[Found | Passed | Side]:
-        taken: set[str] = set()
+        taken: dict[str, Found] = {}
         for name, (member, start, end, label) in _all_members(self.name, self._file, self._size):
             if isinstance(member, SourceError):
                 # What could be listed before the damage is used; the damage itself is on record.
@@ -54,11 +54,13 @@ class TarSource(Source):
             elif not is_photo_name(name):
                 plain = member.isreg() and member.size <= end - start
                 yield Side(name, member.size, start) if plain else Passed(name)
+            elif (first := _linked(member, name, taken)) and name not in taken:
+                yield first._replace(name=name, label=label)
             elif why := _unusable(member, name, end - start, taken):
                 yield Passed(name, why)
             else:
-                taken.add(name)
-                yield Found(name, member.size, self._stamp, start, label)
+                taken[name] = Found(name, member.size, self._stamp, start, label)
+                yield taken[name]
 
     def read(self, place: Any, size: int) -> bytes:
         data = os.pread(self._file.fileno(), size, place)
@@ -90,6 +92,12 @@ class _Window(io.RawIOBase):
 
 
 _File: TypeAlias = BinaryIO | UnpackedFile | _Window
+
+
+def _linked(member: tarfile.TarInfo, name: str, taken: Mapping[str, Found]) -> Found | None:
+    """What a hard link stands for: a photo of this tar that came before it."""
+    above = name.removesuffix(clean_name(member.name))
+    return taken.get(above + clean_name(member.linkname)) if member.islnk() else None
 
 
 def _unusable(member: tarfile.TarInfo, name: str, room: int, taken: Collection[str]) -> str:

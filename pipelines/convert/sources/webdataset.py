@@ -39,14 +39,20 @@ def with_labels(
         if len(sample) == 1 and not isinstance(sample[0], Side):  # most of a tar of class folders
             yield sample[0]
             continue
-        has_photo = any(isinstance(one, Found) for one in sample)
-        label = _label([one for one in sample if isinstance(one, Side)], read, label_from) if has_photo else None
+        photos = {_stem(one.name) for one in sample if isinstance(one, Found)}
+        sides: dict[str, list[Side]] = {}
+        for one in filter(lambda one: photos and isinstance(one, Side), sample):
+            sides.setdefault(stem if (stem := _stem(one.name)) in photos else "", []).append(one)
+        of_all = _label(sides.pop("", []), read, label_from)
+        if len(photos) > 1 and sides:  # names with dots, of which each is its own: IMG.2024.1.jpg, IMG.2024.1.cls
+            of_all = None
         for one in sample:
-            if isinstance(one, Found) and one.label is None and label is not None:
-                one = one._replace(label=label)
+            if isinstance(one, Found) and one.label is None:
+                label = _label(sides.get(_stem(one.name), []), read, label_from)
+                one = one._replace(label=of_all if label is None else label)
             if not isinstance(one, Side):
                 yield one
-            elif not has_photo or remedy(kind_of(one.name)):
+            elif not photos or remedy(kind_of(one.name)):
                 yield Passed(one.name)
 
 
@@ -55,9 +61,15 @@ def as_label(value: Any) -> str | int | None:
     if isinstance(value, str):
         value = value.strip()
         value = int(value) if re.fullmatch(r"-?[0-9]{1,18}", value) else value or None
+    if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:  # of tables in which some had none
+        value = int(value)
     if isinstance(value, int) and not isinstance(value, bool):
         return value if value >= 0 else None
     return value if isinstance(value, str) else None
+
+
+def _stem(name: str) -> str:
+    return name.rpartition(".")[0]
 
 
 def _key(name: str) -> str:
@@ -70,7 +82,7 @@ def _label(sides: list[Side], read: Callable[[Any, int], bytes], label_from: str
         for side in sides:
             if kind_of(side.name) != kind or side.size > _LARGEST_SIDE:
                 continue
-            said: Any = read(side.place, side.size).decode("utf-8", "replace")
+            said: Any = read(side.place, side.size).decode("utf-8-sig", "replace")
             if kind == ".json":
                 try:
                     said = json.loads(said)
