@@ -14,7 +14,7 @@ import numpy as np
 import simplejpeg
 
 from fastssl.errors import JpegError
-from fastssl.pipelines.ops.jpeg_header import is_frame, segments, tidied
+from fastssl.pipelines.ops.jpeg_header import count_scans, is_frame, segments, tidied
 
 #: Above this a header is taken for a decompression bomb (a few KB that ask for GBs). It is also Pillow's own limit.
 MAX_PIXELS = 178_956_970
@@ -167,9 +167,9 @@ def require_few_scans(data: bytes | memoryview | np.ndarray, pixels: int) -> Non
     data = bytes(data)  # single bytes of it are read several times as fast as an array's
     if next(filter(is_frame, (marker for marker, _, _ in segments(data))), 0) in (0xC0, 0xC1):  # sequential
         return
-    # 0xFF is followed by 0 in coded data: this is a marker, or a few bytes of a comment.
-    scans = data.count(b"\xff\xda")
-    if scans > MAX_SCANS or scans * pixels > MAX_SCANNED_PIXELS:
+    most = min(MAX_SCANS, MAX_SCANNED_PIXELS // max(1, pixels))
+    # These bytes stand before each scan, and a few times elsewhere: in comments, and in films behind the picture.
+    if data.count(b"\xff\xda") > most and (scans := count_scans(data)) > most:
         limit = f"{MAX_SCANS} and of {MAX_SCANNED_PIXELS:,} pixels in all of them"
         raise JpegError(f"comes in {scans} scans, more than the limit of {limit}")
 

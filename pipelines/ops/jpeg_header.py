@@ -10,6 +10,8 @@ import struct
 from collections.abc import Iterator
 from contextlib import suppress
 
+#: A marker behind coded data, in which 0xFF is followed by 0 or a restart's number.
+_MARKER = re.compile(rb"\xff+([^\x00\x01\xd0-\xd8\xff])")
 #: The scan headers of a sequential JPEG: marker, length, 1 to 4 components, then three bytes that say what every
 #: sequential scan holds, so that decoders need not read them.
 _SCAN = re.compile(rb"(\xff\xda\0(?:\x08\x01..|\x0a\x02.{4}|\x0c\x03.{6}|\x0e\x04.{8}))...", re.DOTALL)
@@ -38,6 +40,15 @@ def segments(data: bytes) -> Iterator[tuple[int, int, int]]:
 def is_frame(marker: int) -> bool:
     """Whether this marker begins a frame: tables, reserved, and conditioning stand among those that do."""
     return marker & 0xF0 == 0xC0 and marker not in (0xC4, 0xC8, 0xCC)
+
+
+def count_scans(data: bytes) -> int:
+    """Scans of a JPEG up to its end marker, or that of the file."""
+    at, scans = 2, 0
+    while (found := _MARKER.search(data, at)) and (marker := found[1][0]) != 0xD9:
+        scans += marker == 0xDA
+        at = found.end() + max(2, int.from_bytes(data[found.end() : found.end() + 2], "big"))
+    return scans
 
 
 def tidied(data: bytes) -> bytes | None:

@@ -262,6 +262,22 @@ def test_repairing_is_bounded(monkeypatch):
     assert jpeg.repaired(data) is None and len(passes) < 25
 
 
+def test_scans_are_counted_in_the_picture_alone(monkeypatch):
+    """Behind a phone's picture may stand a film; and what looks like an end may stand in a comment."""
+    data = saved(picture(), progressive=True)
+    count = data.count(b"\xff\xda")
+    assert jpeg_header.count_scans(data) == count > 5
+    film = data + b"\xff\xda" * 1000
+    assert (jpeg.decode(film) == jpeg.decode(data)).all() and jpeg_header.count_scans(film) == count
+    first = markers_behind_the_header(data)[0]
+    hidden = data[:first] + b"\xff\xff\xfe\0\x06\xff\xd9\xff\xda" + data[first:]
+    assert jpeg_header.count_scans(hidden) == count and (jpeg.decode(hidden) == jpeg.decode(data)).all()
+    monkeypatch.setattr(jpeg, "MAX_SCANS", count - 1)
+    for one in (data, film, hidden):
+        with pytest.raises(JpegError, match=f"comes in {count} scans"):
+            jpeg.decode(one)
+
+
 def test_a_colour_profile_of_several_segments():
     profile = bytes(range(256)) * 500  # 128,000 bytes: two segments
     data = saved(picture(), icc_profile=profile)

@@ -41,8 +41,9 @@ def with_labels(
             continue
         photos = {_stem(one.name) for one in sample if isinstance(one, Found)}
         sides: dict[str, list[Side]] = {}
-        for one in filter(lambda one: photos and isinstance(one, Side), sample):
-            sides.setdefault(stem if (stem := _stem(one.name)) in photos else "", []).append(one)
+        for one in sample:
+            if photos and isinstance(one, Side):
+                sides.setdefault(stem if (stem := _stem(one.name)) in photos else "", []).append(one)
         of_all = _label(sides.pop("", []), read, label_from)
         if len(photos) > 1 and sides:  # names with dots, of which each is its own: IMG.2024.1.jpg, IMG.2024.1.cls
             of_all = None
