@@ -407,3 +407,11 @@ def test_what_was_taken_as_the_class_is_said(photo_tree, tmp_path):
     assert "classes are the first folders (a, b); --label-from parent would make 3 of the folders that hold" in said
     _, said, _ = run(tmp_path / "src", tmp_path / "y.beton", "--label-from", "parent")
     assert "64 photos, 3 classes" in said and "would make" not in said
+
+
+@pytest.mark.parametrize("only", [None, 0])
+def test_the_bar_of_shards_ends_where_they_do(photo_splits, tmp_path, only):
+    ticks = []
+    done = convert_splits(photo_splits, tmp_path / "x.beton", None, lambda *tick: ticks.append(tick), shards=(only, 2))
+    photos = sum(one.written for one in done)
+    assert {total for _, total in ticks} == {photos} and max(now for now, _ in ticks) == photos
