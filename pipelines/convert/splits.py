@@ -51,7 +51,10 @@ def convert_splits(
             jobs = [{shard_path(path, k, count): part for k, part in parts.items()} for path in paths]
         for listing, some, job in zip(listings.values(), photos, jobs):
             if (few := len(some)) < count:
-                raise ConvertError(f"{listing.source}: {counted(few, 'photo')} for {count} files; make {few} at most")
+                part = f" of {listing.split}" if listing.split else ""
+                raise ConvertError(
+                    f"{listing.source}: {counted(few, 'photo')}{part} for {count} files; make {few} at most"
+                )
             for path in job:
                 require_target(path, sources)
         total = sum(len(some[part.dealt]) for some, job in zip(photos, jobs) for part in job.values())
