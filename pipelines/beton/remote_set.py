@@ -13,11 +13,13 @@ from typing import TypeVar
 
 from fastssl.errors import BetonError, counted
 from fastssl.utils.addresses import address, is_web, shown
-from fastssl.utils.remote import Patience, file_system, fsspec_errors, remote_file
+from fastssl.utils.remote import About, Patience, file_system, fsspec_errors, remote_file
 from fastssl.utils.remote_cache import local_copy, show
 
 #: Files that are asked for, and fetched, at once.
 _ASKED, _FETCHED = 16, 4
+#: Files that numbers in braces may stand for.
+_MOST = 100_000
 
 _Found = TypeVar("_Found")
 
@@ -29,6 +31,8 @@ def remote_names(url: str | os.PathLike) -> list[str]:
     text = address(url) or os.fspath(url)
     if braces := re.fullmatch(r"(.*)\{(\d+)\.\.(\d+)\}(.*)", text):
         begin, first, last, end = braces.groups()
+        if not 0 <= int(last) - int(first) < _MOST:
+            raise BetonError(f"{shown(text)}: {{{first}..{last}}} does not count up, or {_MOST:,} files and more")
         return [f"{begin}{number:0{len(first)}d}{end}" for number in range(int(first), int(last) + 1)]
     if is_web(text):
         if "*" in text.partition("?")[0]:
@@ -55,9 +59,9 @@ def is_beton_address(url: str) -> bool:
         return bool(system.glob(f"{path.rstrip('/')}/*.beton"))
 
 
-def sizes_of(names: Sequence[str]) -> list[int]:
-    """Bytes of each file, as the servers say."""
-    return at_once(lambda name: Patience().ask(remote_file(name).about).size or 0, names)
+def said_of_all(names: Sequence[str]) -> list[About]:
+    """What the servers say of each file."""
+    return at_once(lambda name: Patience().ask(remote_file(name).about), names)
 
 
 def local_files(names: Sequence[str], size: int = 0) -> list[Path]:

@@ -196,7 +196,7 @@ def test_labels_or_none(tmp_path: Path) -> None:
     files = [write(tmp_path / "0.beton", [1], [0]), write(tmp_path / "1.beton", [2])]
     with pytest.raises(BetonError, match=r"0.beton has labels, 1.beton has none: they are not one data set"):
         BetonSet(files)
-    with BetonSet([files[1], files[1]]) as many:
+    with BetonSet([files[1], write(tmp_path / "2.beton", [3])]) as many:
         assert not many.labelled and many.labels is None and many.classes is None
         assert many.labels_of(np.arange(2)).tolist() == [-1, -1]
 
