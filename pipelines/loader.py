@@ -169,7 +169,7 @@ class ViewLoader:
         return Request(index, draw_plans(self.views, self.seed, epoch, index, *self.reader.shapes(index)))
 
     def _hold(self, epoch: int, step: int) -> None:
-        """Files of the groups that this step and those begun ahead of it are of are to be here; and the next to come."""
+        """Files of the groups of this step and of those begun ahead of it are to be here, and the next to come."""
         if self._windows is not None and self.reader.streamed:
             total, last = self.batch_size * self.world, self.num_samples - 1
             begin, rest = step * total, self.num_samples % total

@@ -297,9 +297,7 @@ def file_system(url: str) -> tuple[Any, str]:
     """
     protocol, _, rest = url.partition("://")
     if protocol in ("s3", "s3a", "gs", "gcs") and "@" in rest.partition("/")[0]:
-        raise RemoteError(
-            f"{shown(url)}: a bucket's name has no @, and takes no login; see AWS_PROFILE, or gcloud's own"
-        )
+        raise RemoteError(f"{shown(url)}: a bucket's name has no @, and takes no login: see AWS_PROFILE, or gcloud")
     try:
         import fsspec
 
@@ -336,9 +334,6 @@ def fsspec_errors(name: str) -> Iterator[None]:
             raise NoAccess(f"{name}: access denied ({said or kind}): {how}") from None
         if code == 404:
             raise RemoteError(f"{name}: no such file on the server; is the name right?") from None
-        odd = (
-            isinstance(error, TypeError | ValueError)
-            or "ParamValidation" in kind
-            or getattr(error, "errno", None) in (errno.EINVAL, errno.EPERM)
-        )
+        odd = isinstance(error, TypeError | ValueError) or "ParamValidation" in kind
+        odd = odd or getattr(error, "errno", None) in (errno.EINVAL, errno.EPERM)
         raise Passing(f"{name}: {said or kind}", odd or ("Connect" in kind and _server(name) not in _known)) from None

@@ -125,8 +125,8 @@ def _require_complete(files: list[Path]) -> None:
             found.setdefault((file.parent, begin, total, end), {})[int(number)] = number
             if (other := totals.setdefault((file.parent, begin, end), total)) != total:
                 raise BetonError(
-                    f"{shown(file.parent / begin)}*{end}: files of two sets, -of-{other} and -of-{total}; photos would count "
-                    f"twice: delete one, or name the other by a pattern in quotes, '{begin}*-of-{total}{end}'"
+                    f"{shown(file.parent / begin)}*{end}: files of two sets, -of-{other} and -of-{total}; photos would "
+                    f"count twice: delete one, or name the other by a pattern in quotes, '{begin}*-of-{total}{end}'"
                 )
     for (folder, begin, total, end), numbers in found.items():
         first = int(int(total) in numbers)  # they may count from 1
@@ -136,8 +136,8 @@ def _require_complete(files: list[Path]) -> None:
             name = f"{begin}{min(missing):0{width}d}-of-{total}{end}"
             more = f" (and {counted(len(missing) - 1, 'more file')})" if len(missing) > 1 else ""
             raise BetonError(
-                f"{shown(folder / name)}: is missing{more}; put it beside the others, or name as a list the files that are "
-                "meant"
+                f"{shown(folder / name)}: is missing{more}; put it beside the others, or name as a list the files that "
+                "are meant"
             )
 
 
@@ -157,7 +157,6 @@ class BetonSet(BetonReader):
     Args:
         files: in the order of the samples. path: what messages call the set.
         lazy: whether tables stay on the disk; None: of a large set.
-        localize: where a file is to be found, asked before it is opened for the first time: it may fetch it.
         counts: samples of each file, where they are known. Files are then opened when they are needed; the set is lazy,
             and all of its side files must list the same classes.
 
@@ -171,12 +170,11 @@ class BetonSet(BetonReader):
         *,
         path: str | os.PathLike | None = None,
         lazy: bool | None = None,
-        localize: Callable[[str], Path] | None = None,
         counts: Sequence[int] | None = None,
     ):
-        self.files, self._names = [Path(file) for file in files], [os.fspath(file) for file in files]
+        self.files = [Path(file) for file in files]
         self.path = Path(path or beton_files(files)[1])
-        self._localize, self._among, self._scratch = localize or Path, OpenFiles(), ThreadMemory()
+        self._among, self._scratch = OpenFiles(), ThreadMemory()
         self._readers, self._recent = dict[int, BetonReader](), dict[int, Row]()
         self._counts, numbers = counts, range(len(files) if counts is None else 1)
         self.labelled, self.num_bytes = self._reader(0).labelled, 0
@@ -205,7 +203,7 @@ class BetonSet(BetonReader):
         return reader
 
     def _open(self, k: int) -> BetonReader:
-        return BetonReader(self._localize(self._names[k]), lazy=True, among=self._among)
+        return BetonReader(self.files[k], lazy=True, among=self._among)
 
     def _noted(self, reader: BetonReader) -> tuple[Classes | None, str]:
         """The classes that the side file lists, and what the file was made from and how."""

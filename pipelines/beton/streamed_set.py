@@ -38,7 +38,7 @@ class StreamedSet(BetonSet):
     streamed = True
 
     def __init__(self, names: Sequence[str], said: Sequence[About], path: Path):
-        self._said, self._bytes = list(said), [about.size or 0 for about in said]
+        self._names, self._said, self._bytes = names, said, [about.size or 0 for about in said]
         self._locks = [threading.Lock() for _ in names]
         self._coming, self._closed = dict[int, Future](), threading.Event()
         self._fetcher = ThreadPoolExecutor(_FETCHED, "fastssl-fetch")

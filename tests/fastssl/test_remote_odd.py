@@ -19,7 +19,7 @@ from fastssl.pipelines.loader import ViewLoader
 from fastssl.pipelines.plan.draw import ViewSpec
 from fastssl.utils import remote_cache
 from fastssl.utils.addresses import shown
-from fastssl.utils.remote import RemoteError, remote_file
+from fastssl.utils.remote import RemoteError
 from fastssl.utils.remote_cache import _evict, local_copy
 
 FILES, PHOTOS = 6, 12
@@ -164,7 +164,7 @@ def test_batches_that_reach_over_several_files(
     many, bytes_ = server.url("/p{0..5}.beton"), files[0].stat().st_size
     monkeypatch.setenv("FASTSSL_CACHE_GB", str((room + 0.1) * bytes_ / 1e9))
     if how:  # two processes' batches reach further
-        with pytest.raises(BetonError, match="6 files have to be here at once, .* or a smaller batch"):
+        with pytest.raises(BetonError, match=r"6 files have to be here at once, .* or a smaller batch"):
             seen(many, size, window=window, **how)
     else:
         assert seen(many, size, window=window) == seen(files, size, window=window)
@@ -205,4 +205,9 @@ def test_a_set_of_other_sizes_is_another_one(server: Server, files: list[Path]) 
     server.files["/p5.beton"] = content + bytes(24), etag
     with StreamedSet(names, said_of_all(names), Path("x")) as found:
         assert found.table_checksums() != before
-    assert remote_file(names[0]).about().size == files[0].stat().st_size
+
+
+def test_a_set_of_a_server_is_compared_with_one_of_here(server: Server, files: list[Path]) -> None:
+    names = remote_names(server.url("/p{0..5}.beton"))
+    with StreamedSet(names, said_of_all(names), Path("x")) as far, open_beton(files) as here:
+        assert (far.is_same(here), here.is_same(far), far.is_same(far)) == (False, False, True)

@@ -348,23 +348,24 @@ def test_few_files_are_open(shards: Path, monkeypatch: pytest.MonkeyPatch) -> No
 def test_files_that_come_later(shards: Path) -> None:
     asked: list[str] = []
 
-    def fetch(name: str) -> Path:
-        asked.append(name)
-        return shards / Path(name).name
+    class Fetched(BetonSet):
+        def _open(self, k: int) -> BetonReader:
+            asked.append(str(self.files[k]))
+            return BetonReader(shards / self.files[k].name, lazy=True)
 
     names = [f"far/{file.name}" for file in beton_files(shards)[0]]
-    with BetonSet(names, localize=fetch, counts=COUNTS) as many, BetonReader(shards.parent / "whole.beton") as one:
+    with Fetched(names, counts=COUNTS) as many, BetonReader(shards.parent / "whole.beton") as one:
         assert asked == names[:1] and many.starts.tolist() == [0, 5, 6, 18, 24]
         assert many.table_checksums()["head"] and asked == names[:1]
         for i in (20, 19, 0):
             assert np.array_equal(many.decode(i), one.decode(i))
         assert asked == [names[0], names[3]]
         assert np.array_equal(many.sizes, one.sizes) and sorted(asked) == sorted(names)
-    wrong = BetonSet(names, localize=fetch, counts=(5, 2, 12, 6))
+    wrong = Fetched(names, counts=(5, 2, 12, 6))
     with wrong, pytest.raises(BetonError, match=r"train-00001-of-00004.beton: 1 sample, not 2"):
         wrong.decode(5)
     write(shards / "train-00001-of-00004.beton", [5], [0], ["other"])
-    other = BetonSet(names, localize=fetch, counts=COUNTS)
+    other = Fetched(names, counts=COUNTS)
     with other, pytest.raises(BetonError, match=r"lists other classes than train-00000-of-00004.beton"):
         other.decode(5)
 
