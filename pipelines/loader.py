@@ -109,14 +109,16 @@ class ViewLoader:
             self._indices = None if indices is None else _sample_ids(indices)
             self.num_samples = len(self.reader) if self._indices is None else len(self._indices)
             self._check_size()
-            if indices is None:
-                self.reader.require_here(window)
             self._windows = None
             if window is not None:
                 if indices is not None or not shuffle:
                     raise FastSSLError(f"window={window} shuffles a set's files: not with indices or shuffle=False")
                 self._windows = FileWindows(self.reader.starts, window)
             self.engine = open_engine(self.reader, self.views, settings)
+            # Samples from the consumer's batch to the last one that the engine may be asked for meanwhile.
+            self._ahead = (self.engine.ahead + 3) * batch_size * world
+            if indices is None:
+                self.reader.require_here(window, self._ahead)
         except Exception:
             self._close_reader()
             raise
@@ -167,13 +169,19 @@ class ViewLoader:
         return Request(index, draw_plans(self.views, self.seed, epoch, index, *self.reader.shapes(index)))
 
     def _hold(self, epoch: int, step: int) -> None:
-        """Files of this step's group are to be here, and those of the next to come."""
+        """Files of the groups of this step and of those begun ahead of it are to be here, and the next to come."""
         if self._windows is not None and self.reader.streamed:
-            position = min(step * self.batch_size * self.world, self.num_samples - 1)
-            groups = self._windows.files_ahead(position, self.seed, epoch)
-            if len(groups) < 2:
+            total, last = self.batch_size * self.world, self.num_samples - 1
+            begin, rest = step * total, self.num_samples % total
+            groups = self._windows.files_ahead(min(begin, last), self.seed, epoch)
+            behind = self._windows.files_ahead(min(begin + self._ahead - 1, last), self.seed, epoch)
+            wanted = max(2, 1 + len(groups) - len(behind))
+            if len(groups) < wanted:
                 groups += self._windows.files_ahead(0, self.seed, epoch + 1)
-            self.reader.hold([file for group in groups[:2] for file in group])
+            filled = not self.drop_last and (rest == 1 or rest % self.world)
+            if filled and len(behind) == 1:  # the epoch's first samples fill up its last batch
+                groups[:0], wanted = self._windows.files_ahead(0, self.seed, epoch)[:1], wanted + 1
+            self.reader.hold([file for group in groups[:wanted] for file in group])
 
     def epoch(self, epoch: int, start_step: int = 0) -> Generator[Batch, None, None]:
         """The batches of one epoch, from ``start_step`` on (to go on where a run was stopped)."""

@@ -21,6 +21,7 @@ class Server(ThreadingHTTPServer):
         self.status: list[int] = []  # of the next answers
         self.drop_after: list[int] = []  # bytes behind which the next whole answers break
         self.lie = 0  # bytes more than there are
+        self.packed = ""  # Content-Encoding of all answers
         self.pause = 0.0  # seconds before each 16 KiB
         self.silent: list[float] = []  # seconds before the next whole answers' contents
         self.redirect: dict[str, str] = {}
@@ -66,6 +67,8 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Range", f"bytes {first}-{first + len(body) - 1}/{len(content) + server.lie}")
         if server.lengths:
             self.send_header("Content-Length", str(len(body) + (server.lie if last else 0)))
+        if server.packed:
+            self.send_header("Content-Encoding", server.packed)
         if etag:
             self.send_header("ETag", etag)
         self.end_headers()

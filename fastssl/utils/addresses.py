@@ -33,6 +33,9 @@ def shown(text: str | os.PathLike) -> str:
     """``text`` for messages and records: without the passwords and the query strings, in which signatures stand, of the
     addresses in it.
     """
-    text = address(text) or os.fspath(text)
-    text = re.sub(r"(\w:/{1,2})[^\s/@]+@", r"\1", printable(text))
+    whole = address(text)
+    blank = "" if whole else r"\s"  # between an address and what else a message says
+    # Up to the last @ in front of a slash; and behind a slash in a password, unless a port stands there.
+    login = rf"(?:[^/{blank}]+@|[^/:\s]+:(?!\d+(?:/|$))[^@\s]+@)"
+    text = re.sub(rf"(\w:/{{1,2}}){login}", r"\1", printable(whole or os.fspath(text)))
     return re.sub(r"(\w:/{1,2}[^\s?'\"]+)\?[^\s'\")\]]*", r"\1", text)

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 from fastssl.errors import FastSSLError, Stalled, duration
 from fastssl.utils.addresses import address, is_web, shown
@@ -40,6 +40,9 @@ _FEW = 3
 _PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "hf": "huggingface_hub", "abfs": "adlfs"}
 #: Names of a version in what file systems say of a file: S3's, Google's, the hub's, Azure's, fsspec's own.
 _VERSIONS = ("ETag", "etag", "md5Hash", "crc32c", "blob_id", "content_md5", "LastModified", "mtime", "created")
+
+#: What an address may hold beside letters and digits; all else, spaces and letters of other scripts, is quoted.
+_AS_THEY_ARE = "/%:@!$&'()*+,;=~[]"
 
 #: Servers that answered once: that nobody is there then is no wrong name, and passes.
 _known: set[str] = set()
@@ -148,7 +151,10 @@ def remote_file(url: str | os.PathLike) -> RemoteFile:
     found = address(url)
     if found is None:
         raise RemoteError(f"{os.fspath(url)}: not an address like s3://bucket/name or https://host/name")
-    return _HttpFile(found) if is_web(found) else _FsspecFile(found)
+    try:
+        return _HttpFile(found) if is_web(found) else _FsspecFile(found)
+    except ValueError as error:  # of urlsplit
+        raise RemoteError(f"{shown(found)}: {error}") from None
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
@@ -175,7 +181,8 @@ class _HttpFile(RemoteFile):
         login, _, host = parts.netloc.rpartition("@")
         if login:
             self._headers["Authorization"] = "Basic " + base64.b64encode(unquote(login).encode()).decode()
-        self._host, self._address = host, parts._replace(netloc=host, fragment="").geturl()
+        path, query = quote(parts.path, safe=_AS_THEY_ARE), quote(parts.query, safe=_AS_THEY_ARE + "?")
+        self._host, self._address = host, parts._replace(netloc=host, path=path, query=query, fragment="").geturl()
 
     def about(self) -> About:
         with self._errors(), self._ask(0, 1) as response:
@@ -204,6 +211,10 @@ class _HttpFile(RemoteFile):
         span = f"bytes={start}-{'' if stop is None else stop - 1}"
         request = urllib.request.Request(self._address, headers={**self._headers, "Range": span})
         response = self._opener.open(request, timeout=_TIMEOUT)
+        packed = response.headers.get("Content-Encoding", "identity").lower()
+        if packed not in ("", "identity") and not re.search(r"\.(gz|tgz)$", urlsplit(self._address).path, re.I):
+            response.close()  # of x.tar.gz the bytes as they come are the file
+            raise RemoteError(f"{self.name}: the server sends it packed ({shown(packed)}), not as it was asked to")
         _known.add(_server(self.name))
         return response
 
@@ -217,7 +228,9 @@ class _HttpFile(RemoteFile):
         except (OSError, http.client.HTTPException, ValueError) as error:
             why = error.reason if isinstance(error, urllib.error.URLError) else error
             said = shown(" ".join(str(why).split())) or type(why).__name__
-            if isinstance(why, ssl.SSLCertVerificationError) or isinstance(error, ValueError | http.client.InvalidURL):
+            if isinstance(error, http.client.InvalidURL):  # it repeats a part, which may be of the password
+                raise RemoteError(f"{self.name}: no such address; in a password / is written %2F, @ %40") from None
+            if isinstance(why, ssl.SSLCertVerificationError) or isinstance(error, ValueError):
                 raise RemoteError(f"{self.name}: {said}") from None
             nobody = isinstance(why, socket.gaierror | ConnectionRefusedError) and _server(self.name) not in _known
             said = f"no connection to {self._host} ({said})" if nobody else said
@@ -282,13 +295,17 @@ def file_system(url: str) -> tuple[Any, str]:
     """fsspec's file system of an address, and its path there. RemoteError: no such protocol, or its package is missing;
     says which.
     """
-    protocol = url.partition("://")[0]
+    protocol, _, rest = url.partition("://")
+    if protocol in ("s3", "s3a", "gs", "gcs") and "@" in rest.partition("/")[0]:
+        raise RemoteError(f"{shown(url)}: a bucket's name has no @, and takes no login: see AWS_PROFILE, or gcloud")
     try:
         import fsspec
 
-        system, path = fsspec.core.url_to_fs(url)
+        # Not url_to_fs: to that, x::file:///y in the name of an object is the address of another file.
+        kind = fsspec.get_filesystem_class(protocol)
+        system = kind(**kind._get_kwargs_from_urls(url))
         system.invalidate_cache()  # listings that are kept would hide changes
-        return system, path
+        return system, kind._strip_protocol(url)
     except ImportError:
         package = _PACKAGES.get(protocol, "fsspec")
         how = "pip install 'fastssl-vision[remote]'" if package == "s3fs" else f"pip install {package}"
@@ -317,5 +334,6 @@ def fsspec_errors(name: str) -> Iterator[None]:
             raise NoAccess(f"{name}: access denied ({said or kind}): {how}") from None
         if code == 404:
             raise RemoteError(f"{name}: no such file on the server; is the name right?") from None
-        odd = isinstance(error, TypeError | ValueError) or getattr(error, "errno", None) in (errno.EINVAL, errno.EPERM)
+        odd = isinstance(error, TypeError | ValueError) or "ParamValidation" in kind
+        odd = odd or getattr(error, "errno", None) in (errno.EINVAL, errno.EPERM)
         raise Passing(f"{name}: {said or kind}", odd or ("Connect" in kind and _server(name) not in _known)) from None

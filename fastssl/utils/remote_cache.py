@@ -21,9 +21,10 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 from fastssl.errors import Stalled, duration
+from fastssl.utils.addresses import is_web
 from fastssl.utils.deadline import STALL_MINUTES
 from fastssl.utils.remote import About, Changed, Passing, Patience, RemoteError, RemoteFile, remote_file
 
@@ -53,19 +54,23 @@ def default_cache_dir() -> Path:
     return Path(own) if own else (Path(root) if root else Path.home() / ".cache") / "fastssl"
 
 
-def local_copy(url: str | os.PathLike, quiet: bool = False, stop: threading.Event | None = None) -> Path:
+def local_copy(
+    url: str | os.PathLike, quiet: bool = False, stop: threading.Event | None = None, expected: About | None = None
+) -> Path:
     """The whole file at ``url`` on this machine, downloaded unless it is there as the server has it now. It stays until
     `release`, or until the process ends. Any number of processes may ask at once: one downloads. A ``.beton`` file's
     side file comes with it. ``quiet``: nothing shows how it goes on. ``stop``: when it is set, nobody
-    waits any more; the next one goes on with what has come.
+    waits any more; the next one goes on with what has come. ``expected``: what its server said of it before.
 
     Raises:
-        RemoteError: it cannot be had, changes all the time, or does not fit.
+        RemoteError: it cannot be had, changes all the time, does not fit, or is not what was ``expected``.
         Stalled: no byte came for ten minutes.
     """
     file = remote_file(url)
     for _ in range(3):
         about = Patience(stop).ask(file.about)
+        if expected not in (None, about):
+            raise RemoteError(f"{file.name}: was replaced since the set was opened; start again with whole files")
         with suppress(Changed), (_show_nothing if quiet else show)(file.name) as progress:
             return _Copy(file, about, progress, stop).path()
     raise RemoteError(f"{file.name}: changes while it is downloaded; wait until it is whole, then try again")
@@ -100,7 +105,7 @@ class _Copy:
         self, file: RemoteFile, about: About, progress: Callable[[int, int], None], stop: threading.Event | None
     ):
         self.file, self.about, self.progress, self.stop = file, about, progress, stop
-        parts = urlsplit(file.url)
+        self.parts = parts = urlsplit(file.url if is_web(file.url) else quote(file.url, safe="/:@"))
         query = "&".join(part for part in parts.query.split("&") if not _SIGNATURE.match(part))
         place = parts._replace(netloc=parts.netloc.rpartition("@")[2], query=query, fragment="").geturl()
         key = hashlib.sha256(f"{place} {about.version}".encode("utf-8", "surrogateescape")).hexdigest()[:20]
@@ -228,8 +233,8 @@ class _Copy:
 
     def _side_file(self) -> None:
         """Class names and checksums, where they are there."""
-        parts = urlsplit(self.file.url)
-        beside = remote_file(parts._replace(path=f"{parts.path}.json").geturl())
+        web = self.parts._replace(path=f"{self.parts.path}.json").geturl()
+        beside = remote_file(web if is_web(web) else f"{self.file.url}.json")
         with suppress(RemoteError):
             patience = Patience(self.stop)
             size = patience.ask(beside.about).size or 0
@@ -250,7 +255,10 @@ def _evict(folder: Path) -> bool:
     with suppress(OSError), open(folder / "lock", "a+b") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         (folder / "lock").unlink()
-        shutil.rmtree(folder)
+        # Killed here it would leave a whole file without its class names: those go last.
+        for path in sorted(folder.iterdir(), key=lambda path: path.suffix == ".json"):
+            path.unlink()
+        folder.rmdir()
         return True
     return False
 

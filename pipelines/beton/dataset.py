@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import re
 import sys
+import warnings
 import zlib
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate, pairwise
@@ -18,7 +20,7 @@ import numpy as np
 from fastssl.errors import BetonError, counted
 from fastssl.pipelines.beton.open_file import OpenFiles
 from fastssl.pipelines.beton.reader import BetonReader
-from fastssl.pipelines.beton.remote_set import local_files, remote_names, sizes_of
+from fastssl.pipelines.beton.remote_set import local_files, remote_names, said_of_all
 from fastssl.pipelines.beton.tables import Row, Tables
 from fastssl.pipelines.ops.memory import ThreadMemory
 from fastssl.utils.addresses import is_remote, shown
@@ -46,12 +48,13 @@ def open_beton(data: Data) -> BetonReader:
     """
     if isinstance(data, (str, os.PathLike)) and is_remote(data):
         names, path = _remote_files(data)
-        sizes = sizes_of(names)
-        if len(names) > 1 and sum(sizes) > room():
+        said = said_of_all(names)
+        size = sum(about.size or 0 for about in said)
+        if len(names) > 1 and size > room():
             from fastssl.pipelines.beton.streamed_set import StreamedSet  # which is a BetonSet
 
-            return StreamedSet(names, sizes, path)
-        files = local_files(names, sum(sizes))
+            return StreamedSet(names, said, path)
+        files = local_files(names, size)
     else:
         files, path = beton_files(data)
     return BetonReader(files[0]) if len(files) == 1 else BetonSet(files, path=path)
@@ -68,6 +71,8 @@ def beton_files(data: Data) -> tuple[list[Path], Path]:
             files.sort(key=natural_key)
         if not files:
             raise BetonError("an empty list of .beton files: nothing to read")
+        if twice := [file for file, times in Counter(map(os.path.abspath, files)).items() if times > 1]:
+            raise BetonError(f"{twice[0]}: is named twice; its photos would count twice: name every file once")
         more = f" and {counted(len(named) - 1, 'more file')}" if len(named) > 1 else ""
         return files, named[0][1].with_name(f"{named[0][1].name}{more}")
     if is_remote(data):
@@ -103,9 +108,16 @@ def _remote_files(url: str | os.PathLike) -> tuple[list[str], Path]:
 def _require_complete(files: list[Path]) -> None:
     """Refuse names of the kind ``train-00002-of-00064.beton`` of which not all are there."""
     found: dict[tuple[Path, str, str, str], dict[int, str]] = {}
+    totals: dict[tuple[Path, str, str], str] = {}
     for file in files:
         if match := _OF.fullmatch(file.name):
-            found.setdefault((file.parent, match[1], match[3], match[4]), {})[int(match[2])] = match[2]
+            begin, number, total, end = match.groups()
+            found.setdefault((file.parent, begin, total, end), {})[int(number)] = number
+            if (other := totals.setdefault((file.parent, begin, end), total)) != total:
+                raise BetonError(
+                    f"{shown(file.parent / begin)}*{end}: files of two sets, -of-{other} and -of-{total}; photos would "
+                    f"count twice: delete one, or name the other by a pattern in quotes, '{begin}*-of-{total}{end}'"
+                )
     for (folder, begin, total, end), numbers in found.items():
         first = int(int(total) in numbers)  # they may count from 1
         missing = set(range(first, first + min(int(total), 1_000_000))) - numbers.keys()
@@ -114,8 +126,8 @@ def _require_complete(files: list[Path]) -> None:
             name = f"{begin}{min(missing):0{width}d}-of-{total}{end}"
             more = f" (and {counted(len(missing) - 1, 'more file')})" if len(missing) > 1 else ""
             raise BetonError(
-                f"{folder / name}: is missing{more}; put it beside the others, or name as a list the files that are "
-                "meant"
+                f"{shown(folder / name)}: is missing{more}; put it beside the others, or name as a list the files that "
+                "are meant"
             )
 
 
@@ -135,7 +147,6 @@ class BetonSet(BetonReader):
     Args:
         files: in the order of the samples. path: what messages call the set.
         lazy: whether tables stay on the disk; None: of a large set.
-        localize: where a file is to be found, asked before it is opened for the first time: it may fetch it.
         counts: samples of each file, where they are known. Files are then opened when they are needed; the set is lazy,
             and all of its side files must list the same classes.
 
@@ -149,17 +160,17 @@ class BetonSet(BetonReader):
         *,
         path: str | os.PathLike | None = None,
         lazy: bool | None = None,
-        localize: Callable[[str], Path] | None = None,
         counts: Sequence[int] | None = None,
     ):
-        self.files, self._names = [Path(file) for file in files], [os.fspath(file) for file in files]
+        self.files = [Path(file) for file in files]
         self.path = Path(path or beton_files(files)[1])
-        self._localize, self._among, self._scratch = localize or Path, OpenFiles(), ThreadMemory()
+        self._among, self._scratch = OpenFiles(), ThreadMemory()
         self._readers, self._recent = dict[int, BetonReader](), dict[int, Row]()
         self._counts, numbers = counts, range(len(files) if counts is None else 1)
         self.labelled, self.num_bytes = self._reader(0).labelled, 0
-        lists = self._each(lambda k: self._classes_of(self._reader(k)), numbers)
-        self._listed, self._classes = lists[0], self._match_classes(lists)
+        lists, made = zip(*self._each(lambda k: self._noted(self._reader(k)), numbers))
+        self._listed, self._classes = lists[0], self._match_classes(list(lists))
+        self._warn_of_mixed(made)
         if counts is None:
             counts = [len(self._reader(k)) for k in numbers]
             self.num_bytes = sum(self._reader(k).num_bytes for k in numbers)
@@ -175,23 +186,39 @@ class BetonSet(BetonReader):
             reader._scratch = self._scratch
             if self._counts is not None and len(reader) != self._counts[k]:
                 raise reader._error(f"{counted(len(reader), 'sample')}, not {self._counts[k]:,} as was said")
-            if self._counts is not None and k and self._classes_of(reader) != self._listed:
+            if self._counts is not None and k and self._noted(reader)[0] != self._listed:
                 first = self.files[0].name
                 raise reader._error(f"lists other classes than {first}; all files must be here to match them")
             reader = self._readers.setdefault(k, reader)
         return reader
 
     def _open(self, k: int) -> BetonReader:
-        return BetonReader(self._localize(self._names[k]), lazy=True, among=self._among)
+        return BetonReader(self.files[k], lazy=True, among=self._among)
 
-    def _classes_of(self, reader: BetonReader) -> Classes | None:
-        """What the side file lists."""
+    def _noted(self, reader: BetonReader) -> tuple[Classes | None, str]:
+        """The classes that the side file lists, and what the file was made from and how."""
         if reader.labelled != self.labelled:
             have = ("has labels", "has none")[:: 1 if self.labelled else -1]
             what = f"{self.files[0].name} {have[0]}, {reader.path.name} {have[1]}"
             raise self._error(f"{what}: they are not one data set; convert all with class folders, or all without")
-        classes = reader.classes if self.labelled else None
-        return None if classes is None else tuple(map(sys.intern, classes))  # a thousand lists of the same names
+        note = reader._note() or {}
+        made = f"{note['fingerprint']} {note.get('options')}" if "fingerprint" in note else ""
+        classes = note.get("classes") if self.labelled else None
+        # Interned: a thousand lists of the same names.
+        return None if classes is None else tuple(map(sys.intern, classes)), sys.intern(made)
+
+    def _warn_of_mixed(self, made: Sequence[str]) -> None:
+        """Warn where files -00002-of-00064 were not made of the same photos in the same way: then some photos are
+        missing, and others there twice.
+        """
+        first: dict[tuple[Path, str, str], tuple[Path, str]] = {}
+        for file, how in zip(self.files, made):
+            if how and (match := _OF.fullmatch(file.name)):
+                other, was = first.setdefault((file.parent, match[1], match[3]), (file, how))
+                if how != was:
+                    what = f"made of other photos, or in another way, than {other.name}"
+                    warnings.warn(f"{file}: {what}; convert again what is out of date", stacklevel=4)
+                    return
 
     def _match_classes(self, lists: list[Classes | None]) -> list[str] | None:
         """The set's classes, of those that each file lists."""

@@ -6,6 +6,7 @@ import os
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import numpy as np
@@ -120,12 +121,16 @@ class BetonReader:
         """
         if self._classes is not None:
             return self._classes
+        classes: list[str] | None = (self._note() or {}).get("classes")
+        return classes
+
+    def _note(self) -> dict[str, Any] | None:
+        """What the side file says, checksums left out; None without one that belongs to the file."""
         side = read_side_note(self.path)
         if side is None or side["bytes"] == self.num_bytes:
-            classes: list[str] | None = side.get("classes") if side else None
-            return classes
+            return side
         what = "belongs to another version of the file; class names not used"
-        warnings.warn(f"{side_path(self.path)}: {what}", stacklevel=2)
+        warnings.warn(f"{side_path(self.path)}: {what}", stacklevel=3)
         return None
 
     def take(self, name: str, index: np.ndarray) -> np.ndarray:
@@ -155,8 +160,10 @@ class BetonReader:
         """Labels of the samples ``index``, see `take`; -1 where there are none."""
         return self.take("labels", index) if self.labelled else np.full(len(index), -1)
 
-    def require_here(self, window: int | None) -> None:
-        """``BetonError``: reading with so many files at a time (None: all) needs more room than there is."""
+    def require_here(self, window: int | None, ahead: int = 1) -> None:
+        """``BetonError``: reading groups of so many files (None: of all), ``ahead`` samples at a time, needs more room
+        than there is.
+        """
 
     def hold(self, files: Sequence[int]) -> None:
         """These files are needed now or next, in this order, others no longer: of a ``streamed`` one, what to fetch."""
@@ -278,5 +285,6 @@ class BetonReader:
 
     def is_same(self, other: BetonReader) -> bool:
         """Whether both are of the same files."""
-        pairs = zip(self.files, other.files)
-        return len(self.files) == len(other.files) and all(os.path.samefile(*pair) for pair in pairs)
+        with suppress(FileNotFoundError):  # of a server's files
+            return len(self.files) == len(other.files) and all(map(os.path.samefile, self.files, other.files))
+        return self.files == other.files

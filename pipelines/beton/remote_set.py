@@ -13,11 +13,12 @@ from typing import TypeVar
 from fastssl.errors import BetonError, counted
 from fastssl.utils.addresses import address, is_web, shown
 from fastssl.utils.patterns import expand
-from fastssl.utils.remote import Patience, file_system, fsspec_errors, remote_file
+from fastssl.utils.remote import About, Patience, file_system, fsspec_errors, remote_file
 from fastssl.utils.remote_cache import local_copy, show
 
 #: Files that are asked for, and fetched, at once.
 _ASKED, _FETCHED = 16, 4
+#: Files that numbers in braces may stand for.
 
 _Found = TypeVar("_Found")
 
@@ -46,9 +47,9 @@ def is_beton_address(url: str) -> bool:
         return bool(system.glob(f"{path.rstrip('/')}/*.beton"))
 
 
-def sizes_of(names: Sequence[str]) -> list[int]:
-    """Bytes of each file, as the servers say."""
-    return at_once(lambda name: Patience().ask(remote_file(name).about).size or 0, names)
+def said_of_all(names: Sequence[str]) -> list[About]:
+    """What the servers say of each file."""
+    return at_once(lambda name: Patience().ask(remote_file(name).about), names)
 
 
 def local_files(names: Sequence[str], size: int = 0) -> list[Path]:

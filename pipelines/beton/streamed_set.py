@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
+import zlib
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from fastssl.pipelines.beton.format import HEADER_DTYPE, VERSION
 from fastssl.pipelines.beton.reader import BetonReader
 from fastssl.pipelines.beton.remote_set import at_once
 from fastssl.utils.addresses import shown
-from fastssl.utils.remote import Patience, remote_file
+from fastssl.utils.remote import About, Patience, remote_file
 from fastssl.utils.remote_cache import gigabytes, local_copy, release, room
 
 #: Files that are fetched at once.
@@ -28,13 +29,15 @@ class StreamedSet(BetonSet):
     but for the first, which stays: the whole is judged by it. Numbers of samples are known from the headers.
 
     Args:
-        names: addresses, in the order of the samples. sizes: of the files, in bytes. path: what messages call the set.
+        names: addresses, in the order of the samples. said: what servers say of the files; one that is another one when
+            it comes is an error. path: what messages call the set.
     """
 
     streamed = True
 
-    def __init__(self, names: Sequence[str], sizes: Sequence[int], path: Path):
-        self._bytes, self._locks = list(sizes), [threading.Lock() for _ in names]
+    def __init__(self, names: Sequence[str], said: Sequence[About], path: Path):
+        self._names, self._said, self._bytes = names, said, [about.size or 0 for about in said]
+        self._locks = [threading.Lock() for _ in names]
         self._coming, self._closed = dict[int, Future](), threading.Event()
         self._fetcher = ThreadPoolExecutor(_FETCHED, "fastssl-fetch")
         super().__init__(names, path=path, counts=at_once(_count, names))
@@ -48,12 +51,10 @@ class StreamedSet(BetonSet):
 
     def _open(self, k: int) -> BetonReader:
         # Not among the set's open files: who reads from one that has to go still has it open, and nobody else.
-        return BetonReader(self._fetch(self._names[k]), lazy=True)
+        quiet = threading.current_thread() is not threading.main_thread()
+        return BetonReader(local_copy(self._names[k], quiet, self._closed, self._said[k]), lazy=True)
 
-    def _fetch(self, name: str) -> Path:
-        return local_copy(name, threading.current_thread() is not threading.main_thread(), self._closed)
-
-    def require_here(self, window: int | None) -> None:
+    def require_here(self, window: int | None, ahead: int = 1) -> None:
         size, most = sum(self._bytes), room()
         more = "FASTSSL_CACHE_GB allows more, FASTSSL_CACHE names a folder on a larger disk"
         if window is None:
@@ -61,13 +62,18 @@ class StreamedSet(BetonSet):
                 f"{gigabytes(size)}, and the cache may hold {gigabytes(most)}: {more}; or train on a few files at a "
                 "time, --set train.window=FILES"
             )
-        largest = self._bytes[0] + sum(sorted(self._bytes[1:])[-2 * window :])
+        group = sum(sorted(np.diff(self._starts).tolist())[:window])
+        wanted = window * max(2, 2 + (ahead - 2) // group)  # of the groups that so many samples reach into
+        largest = self._bytes[0] + sum(sorted(self._bytes[1:])[-wanted:])
         if largest > most:
-            files = counted(min(2 * window + 1, len(self.files)), "file")
+            files = counted(min(wanted + 1, len(self.files)), "file")
             here = f"{files} have to be here at once, {gigabytes(largest)}, and the cache may hold {gigabytes(most)}"
-            raise self._error(f"train.window={window}: {here}: {more}; or give a smaller window")
+            raise self._error(f"train.window={window}: {here}: {more}; or give a smaller window, or a smaller batch")
 
     def hold(self, files: Sequence[int]) -> None:
+        for k, future in self._coming.items():
+            if k not in files and not future.cancel():  # of an epoch that was left: it takes others' room
+                wait([future])
         self._coming = {k: future for k, future in self._coming.items() if not future.done()}
         for k in set(self._readers) - {0, *files}:
             with self._locks[k]:
@@ -77,6 +83,10 @@ class StreamedSet(BetonSet):
         for k in files:
             if k not in self._readers and k not in self._coming:
                 self._coming[k] = self._fetcher.submit(self._reader, k)
+
+    def table_checksums(self) -> dict[str, int]:
+        """Of the files' names, counts and sizes."""
+        return {**super().table_checksums(), "table": zlib.crc32(str(self._bytes).encode())}
 
     def side_notes(self) -> list[dict[str, Any]]:
         """Of the first file."""

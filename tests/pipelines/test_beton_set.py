@@ -196,7 +196,7 @@ def test_labels_or_none(tmp_path: Path) -> None:
     files = [write(tmp_path / "0.beton", [1], [0]), write(tmp_path / "1.beton", [2])]
     with pytest.raises(BetonError, match=r"0.beton has labels, 1.beton has none: they are not one data set"):
         BetonSet(files)
-    with BetonSet([files[1], files[1]]) as many:
+    with BetonSet([files[1], write(tmp_path / "2.beton", [3])]) as many:
         assert not many.labelled and many.labels is None and many.classes is None
         assert many.labels_of(np.arange(2)).tolist() == [-1, -1]
 
@@ -356,23 +356,24 @@ def test_few_records_are_remembered(shards: Path, monkeypatch: pytest.MonkeyPatc
 def test_files_that_come_later(shards: Path) -> None:
     asked: list[str] = []
 
-    def fetch(name: str) -> Path:
-        asked.append(name)
-        return shards / Path(name).name
+    class Fetched(BetonSet):
+        def _open(self, k: int) -> BetonReader:
+            asked.append(str(self.files[k]))
+            return BetonReader(shards / self.files[k].name, lazy=True)
 
     names = [f"far/{file.name}" for file in beton_files(shards)[0]]
-    with BetonSet(names, localize=fetch, counts=COUNTS) as many, BetonReader(shards.parent / "whole.beton") as one:
+    with Fetched(names, counts=COUNTS) as many, BetonReader(shards.parent / "whole.beton") as one:
         assert asked == names[:1] and many.starts.tolist() == [0, 5, 6, 18, 24]
         assert many.table_checksums()["head"] and asked == names[:1]
         for i in (20, 19, 0):
             assert np.array_equal(many.decode(i), one.decode(i))
         assert asked == [names[0], names[3]]
         assert np.array_equal(many.sizes, one.sizes) and sorted(asked) == sorted(names)
-    wrong = BetonSet(names, localize=fetch, counts=(5, 2, 12, 6))
+    wrong = Fetched(names, counts=(5, 2, 12, 6))
     with wrong, pytest.raises(BetonError, match=r"train-00001-of-00004.beton: 1 sample, not 2"):
         wrong.decode(5)
     write(shards / "train-00001-of-00004.beton", [5], [0], ["other"])
-    other = BetonSet(names, localize=fetch, counts=COUNTS)
+    other = Fetched(names, counts=COUNTS)
     with other, pytest.raises(BetonError, match=r"lists other classes than train-00000-of-00004.beton"):
         other.decode(5)
 
