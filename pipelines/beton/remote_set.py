@@ -18,7 +18,6 @@ from fastssl.utils.remote_cache import local_copy, show
 
 #: Files that are asked for, and fetched, at once.
 _ASKED, _FETCHED = 16, 4
-#: Files that numbers in braces may stand for.
 
 _Found = TypeVar("_Found")
 

@@ -51,9 +51,9 @@ def convert_splits(
             jobs = [{shard_path(path, k, count): part for k, part in parts.items()} for path in paths]
         for listing, some, job in zip(listings.values(), photos, jobs):
             if (few := len(some)) < count:
-                part = f" of {listing.split}" if listing.split else ""
+                whose = f" of {listing.split}" if listing.split else ""
                 raise ConvertError(
-                    f"{listing.source}: {counted(few, 'photo')}{part} for {count} files; make {few} at most"
+                    f"{listing.source}: {counted(few, 'photo')}{whose} for {count} files; make {few} at most"
                 )
             for path in job:
                 require_target(path, sources)
