@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -121,8 +121,6 @@ def _rows(one: Contents) -> list[tuple[str, str]]:
     if one.bytes is not None:
         total = f"{one.bytes / 1e6:,.1f} MB" if one.bytes >= 1e6 else f"{one.bytes / 1e3:,.1f} kB"
         rows.append(("bytes", f"{total}, {one.bytes / one.photos / 1e3:,.1f} kB a photo{how}"))
-    if one.made is not None:
-        rows.append(("made", _made(one.made)))
     if one.rejects:
         kinds = [f"{count:,} {kind}" for kind, count in one.rejects.items()]
         kinds[8:] = [f"and {counted(len(kinds) - 8, 'more kind')}"] if len(kinds) > 8 else []
@@ -130,14 +128,3 @@ def _rows(one: Contents) -> list[tuple[str, str]]:
     if one.passed_over:
         rows.append(("passed over", "; ".join([in_words(one.passed_over), *remedies(one.passed_over)])))
     return rows
-
-
-def _made(made: dict[str, Any]) -> str:
-    """Where a file comes from; whatever stands in the side file, which may be a stranger's."""
-    options = made["options"] if isinstance(made["options"], dict) else {}
-    limits = ((options.get(key), words) for key, words in (("max_side", "longer"), ("short_side", "short")))
-    size = next((f"{words} side at most {limit} px" for limit, words in limits if limit is not None), "sizes kept")
-    how = "sizes kept" if options.get("keep_size") else size
-    words = {"copied": "copied", "reencoded": "re-encoded", "scaled": "of these scaled down"}
-    counts = [f"{made[key]:,} {done}" for key, done in words.items() if made[key]]
-    return "; ".join([f"of {made['source']} by {made['tool']}, {how}", *([", ".join(counts)] if counts else [])])

@@ -11,12 +11,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from fastssl.data.photo_source import listed_sides
-from fastssl.errors import BetonError, FastSSLError, JpegError, counted
+from fastssl.errors import BetonError, FastSSLError, JpegError
 from fastssl.pipelines.beton.dataset import open_beton
 from fastssl.pipelines.beton.format import MODE_RAW
 from fastssl.pipelines.beton.reader import BetonReader
@@ -93,7 +92,6 @@ class Contents:
             None: not stored yet.
         rejects: photos of a folder, tar or its conversion that were rejected, by kind of reason. passed_over: files
             that are no photos, by kind (see `formats.kind_of`).
-        made: what side files say of the conversion: source, tool, options, copied, reencoded, scaled.
     """
 
     path: Path
@@ -104,7 +102,6 @@ class Contents:
     raw: int | None
     rejects: dict[str, int]
     passed_over: dict[str, int] = field(default_factory=dict)
-    made: dict[str, Any] | None = None
 
 
 def look_into(photos: Photos) -> Contents:
@@ -114,13 +111,13 @@ def look_into(photos: Photos) -> Contents:
         reasons: Iterable[str]
         listing, sides = photos.listing, np.array(listed_sides(photos.listing, Deadline(photos.path), _MEASURED))
         size, raw = None if (photos.sizes < 0).any() else int(photos.sizes.sum()), None
-        reasons, passed, made = [reason for _, reason in listing.rejected], listing.passed_over, None
+        reasons, passed = [reason for _, reason in listing.rejected], listing.passed_over
     else:
         sides = np.minimum(photos.heights, photos.widths)
         size, raw = int(photos.sizes.sum()), int((photos.modes == MODE_RAW).sum())
-        reasons, passed, made = _rejected(photos.files), {}, _made(photos)
+        reasons, passed = _rejected(photos.files), {}
     rejects = dict(Counter(map(kind_of_reason, reasons)).most_common())
-    return Contents(photos.path, len(photos), classes, _spread(sides), size, raw, rejects, passed, made)
+    return Contents(photos.path, len(photos), classes, _spread(sides), size, raw, rejects, passed)
 
 
 def _by_name(labels: np.ndarray, names: list[str]) -> dict[str, int]:
@@ -152,20 +149,6 @@ def _rejected(files: Sequence[Path]) -> Iterable[str]:
                 for line in iter(lambda: file.readline(1 << 16), ""):
                     with suppress(ValueError, KeyError, TypeError, RecursionError):
                         yield str(json.loads(line)["reason"])
-
-
-def _made(reader: BetonReader) -> dict[str, Any] | None:
-    """What the side files say; None where they say nothing, or belong to other files."""
-    notes: list[dict[str, Any]] = []
-    with suppress(FastSSLError):
-        notes = reader.side_notes()
-    if sum(note.get("bytes", 0) for note in notes) != reader.num_bytes or not all("source" in note for note in notes):
-        return None
-    sources = list(dict.fromkeys(str(note.get("source")) for note in notes))
-    more = f" and {counted(len(sources) - 1, 'more source')}" if len(sources) > 1 else ""
-    known = {key: [note.get(key) for note in notes] for key in ("copied", "reencoded", "scaled")}
-    sums = {key: sum(n for n in some if isinstance(n, int)) for key, some in known.items()}
-    return {"source": sources[0] + more, "tool": notes[0].get("tool"), "options": notes[0].get("options"), **sums}
 
 
 # ---- photos that are there twice

@@ -71,7 +71,6 @@ def test_what_is_in_a_file(stored: Path) -> None:
     assert found.short_side == {"p5": 40, "median": 240, "p95": 240, "below_224": 2, "measured": 6}
     assert found.bytes == sum(path.stat().st_size for path in stored.with_suffix("").rglob("*.jpg")) - 5000
     assert sum(found.rejects.values()) == 2 and found.rejects["the file is empty"] == 1
-    assert found.made is not None and found.made["source"] == "photos" and found.made["copied"] == 6
 
 
 def test_a_folder_is_listed_and_not_converted(photos: Path) -> None:
@@ -80,9 +79,7 @@ def test_a_folder_is_listed_and_not_converted(photos: Path) -> None:
         found = look_into(opened)
     assert (found.photos, found.classes) == (8, {"blue": 3, "green": 2, "red": 3})  # damage is not seen before decoding
     assert found.short_side is not None and found.short_side["measured"] == 7 and found.short_side["below_224"] == 2
-    assert (found.raw, found.made, found.passed_over) == (None, None, {".txt": 1}) and sorted(
-        photos.parent.iterdir()
-    ) == before
+    assert (found.raw, found.passed_over) == (None, {".txt": 1}) and sorted(photos.parent.iterdir()) == before
 
 
 def test_labels_without_names_and_names_without_photos(tmp_path: Path) -> None:
@@ -92,14 +89,14 @@ def test_labels_without_names_and_names_without_photos(tmp_path: Path) -> None:
             writer.add(flat(COLOURS["red"]).tobytes(), 40, 60, label, 1)
     with one_set(path) as opened:
         found = look_into(opened)
-        assert (found.classes, found.raw, found.made) == ({"class -1": 1, "class 5": 2}, 3, None)
+        assert (found.classes, found.raw) == ({"class -1": 1, "class 5": 2}, 3)
         Path(f"{path}.json").write_text(json.dumps({"bytes": path.stat().st_size, "classes": ["zero", "one"]}))
         found = look_into(opened)
-        assert (found.classes, found.made) == ({"zero": 0, "one": 0, "class -1": 1, "class 5": 2}, None)
+        assert found.classes == {"zero": 0, "one": 0, "class -1": 1, "class 5": 2}
 
 
 def test_a_set_of_files_is_one(photos: Path, stored: Path, tmp_path: Path) -> None:
-    """Classes by name, rejects and copies of all its files, and two sources."""
+    """Classes by name, rejects and copies of all its files."""
     (tmp_path / "more").mkdir()
     (photos / "red").rename(tmp_path / "more" / "red")
     for name in ("photos", "more"):
@@ -107,8 +104,7 @@ def test_a_set_of_files_is_one(photos: Path, stored: Path, tmp_path: Path) -> No
     with one_set(tmp_path / "set-*.beton") as together, one_set(stored) as alone:
         found, one = look_into(together), look_into(alone)
         copies = find_copies([together])
-    assert one.made is not None and found.made == {**one.made, "source": "more and 1 more source"}
-    assert replace(found, path=one.path, made=one.made) == one
+    assert replace(found, path=one.path) == one
     assert count_copies(copies, 1) == ([2], [[0]])
 
 
@@ -228,7 +224,6 @@ def test_the_command(stored: Path, photos: Path, tmp_path: Path) -> None:
         f"{stored}: photos: 6",
         f"{stored}: classes: 3: blue (3), green (2), red (1)",
         f"{stored}: short side: median 240 px, nine in ten from 40 to 240 px; 2 photos below 224 px",
-        f"{stored}: made: of photos by fastssl",
         f"{stored}: rejected: 2: ",
         f"{stored}: copies: 2 photos like an earlier one; 6 photos also in {photos}",
         f"{photos}: passed over: 2 .mov, 1 .txt; 2 .mov: extract frames (ffmpeg -i FILE %06d.jpg)",
