@@ -156,7 +156,7 @@ def convert_imagenet(
         _tell(summary, short_side is max_side is None)
     passed_over = summaries[0].passed_over
     tables = [f"{passed_over[kind]:,} {kind}" for kind in (".csv", ".tsv") if kind in passed_over]
-    if tables and rules.labels is None and not any(len(summary.classes or ()) > 1 for summary in summaries):
+    if tables and rules.labels is None and any(len(one.classes or ()) < 2 and one.split != "test" for one in summaries):
         console.note(f"{', '.join(tables)}: where labels are in it, give it as --labels FILE")
     for line in [*summaries[0].notes, *remedies(passed_over)]:
         console.note(line)

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -690,6 +691,11 @@ def test_a_table_among_photos_without_classes_may_hold_their_labels(tmp_path, ca
     (tmp_path / "photos" / "labels.csv").write_text("0.jpg,cat\n")
     hint = "1 .csv: where labels are in it, give it as --labels FILE"
     assert run("convert", tmp_path / "photos", tmp_path / "out.beton") == 0 and hint in capsys.readouterr().err
+    shutil.copytree(tmp_path / "photos", tmp_path / "set" / "val")  # train has classes, and val none
+    for name in ("cat", "dog"):
+        shutil.copytree(tmp_path / "photos", tmp_path / "set" / "train" / name)
+    assert run("convert", tmp_path / "set", tmp_path / "set.beton") == 0
+    assert hint.replace("1", "3", 1) in capsys.readouterr().err
     labels = ("--labels", tmp_path / "photos" / "labels.csv")
     assert run("convert", tmp_path / "photos", tmp_path / "out.beton", *labels) == 0
     assert hint not in capsys.readouterr().err
