@@ -215,7 +215,7 @@ class _HttpFile(RemoteFile):
         if packed not in ("", "identity") and not re.search(r"\.(gz|tgz)$", urlsplit(self._address).path, re.I):
             response.close()  # of x.tar.gz the bytes as they come are the file
             raise RemoteError(f"{self.name}: the server sends it packed ({shown(packed)}), not as it was asked to")
-        _known.add(_server(self.name))
+        _known.add(_server(self._address))
         return response
 
     @contextmanager
@@ -232,14 +232,14 @@ class _HttpFile(RemoteFile):
                 raise RemoteError(f"{self.name}: no such address; in a password / is written %2F, @ %40") from None
             if isinstance(why, ssl.SSLCertVerificationError) or isinstance(error, ValueError):
                 raise RemoteError(f"{self.name}: {said}") from None
-            nobody = isinstance(why, socket.gaierror | ConnectionRefusedError) and _server(self.name) not in _known
+            nobody = isinstance(why, socket.gaierror | ConnectionRefusedError) and _server(self._address) not in _known
             said = f"no connection to {self._host} ({said})" if nobody else said
             raise Passing(f"{self.name}: {said}", nobody) from None
 
     def _refused(self, error: urllib.error.HTTPError) -> Exception:
         said = f"{self.name}: the server says {error.code} {shown(str(error.reason))}"
         if error.code in (408, 425, 429) or error.code >= 500:
-            _known.add(_server(self.name))
+            _known.add(_server(self._address))
             return Passing(said)
         advice = {404: "is the name right?", 410: "it was removed", 416: "it is shorter than the server said, or empty"}
         if error.code in (401, 403):

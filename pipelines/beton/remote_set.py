@@ -48,7 +48,7 @@ def is_beton_address(url: str) -> bool:
 
 def said_of_all(names: Sequence[str]) -> list[About]:
     """What the servers say of each file."""
-    return at_once(lambda name: Patience().ask(remote_file(name).about), names)
+    return at_once(lambda name, stop: Patience(stop).ask(remote_file(name).about), names)
 
 
 def local_files(names: Sequence[str], size: int = 0) -> list[Path]:
@@ -59,24 +59,24 @@ def local_files(names: Sequence[str], size: int = 0) -> list[Path]:
     if len(names) == 1:
         return [local_copy(names[0])]
     with show(counted(len(names), "file")) as progress:
-        done, stop = list[int](), threading.Event()
+        done = list[int]()
 
-        def fetch(name: str) -> Path:
+        def fetch(name: str, stop: threading.Event) -> Path:
             path = local_copy(name, quiet=True, stop=stop)
             done.append(path.stat().st_size)
             progress(sum(done), size)
             return path
 
-        try:
-            return at_once(fetch, names, _FETCHED)
-        finally:  # after Ctrl-C, or where one of them cannot be had
-            stop.set()
+        return at_once(fetch, names, _FETCHED)
 
 
-def at_once(work: Callable[[str], _Found], names: Sequence[str], threads: int = _ASKED) -> list[_Found]:
-    """``work(name)`` of all names, in threads."""
-    pool = ThreadPoolExecutor(threads, "fastssl-remote")
+def at_once(
+    work: Callable[[str, threading.Event], _Found], names: Sequence[str], threads: int = _ASKED
+) -> list[_Found]:
+    """``work(name, stop)`` of all names, in threads. ``stop`` is set when nobody waits any more."""
+    pool, stop = ThreadPoolExecutor(threads, "fastssl-remote"), threading.Event()
     try:
-        return list(pool.map(work, names))
-    finally:  # a first failure need not wait for the others
+        return list(pool.map(lambda name: work(name, stop), names))
+    finally:  # after Ctrl-C, or a first failure: Python would wait for the others before it ends
+        stop.set()
         pool.shutdown(wait=False, cancel_futures=True)

@@ -101,10 +101,10 @@ class StreamedSet(BetonSet):
         self._readers.clear()
 
 
-def _count(name: str) -> int:
+def _count(name: str, stop: threading.Event) -> int:
     """Samples of one file, by its header."""
     file = remote_file(name)
-    head = Patience().ask(lambda: file.read(0, HEADER_DTYPE.itemsize))
+    head = Patience(stop).ask(lambda: file.read(0, HEADER_DTYPE.itemsize))
     if len(head) == HEADER_DTYPE.itemsize:
         header = np.frombuffer(head, HEADER_DTYPE)[0]
         if header["version"] == VERSION and 0 < (count := int(header["num_samples"])) < 1 << 48:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,14 +14,14 @@ from s3_server import s3_server
 
 from fastssl.errors import BetonError, FastSSLError
 from fastssl.pipelines.beton.dataset import open_beton
-from fastssl.pipelines.beton.remote_set import remote_names, said_of_all
+from fastssl.pipelines.beton.remote_set import at_once, remote_names, said_of_all
 from fastssl.pipelines.beton.streamed_set import StreamedSet
 from fastssl.pipelines.beton.writer import BetonWriter
 from fastssl.pipelines.loader import ViewLoader
 from fastssl.pipelines.plan.draw import ViewSpec
 from fastssl.utils import remote_cache
 from fastssl.utils.addresses import shown
-from fastssl.utils.remote import RemoteError
+from fastssl.utils.remote import Patience, RemoteError, remote_file
 from fastssl.utils.remote_cache import _evict, local_copy
 
 FILES, PHOTOS = 6, 12
@@ -210,3 +212,19 @@ def test_a_set_of_a_server_is_compared_with_one_of_here(server: Server, files: l
     names = remote_names(server.url("/p{0..5}.beton"))
     with StreamedSet(names, said_of_all(names), Path("x")) as far, open_beton(files) as here:
         assert (far.is_same(here), here.is_same(far), far.is_same(far)) == (False, False, True)
+
+
+def test_nobody_waits_for_others_where_one_is_missing(server: Server) -> None:
+    server.status = [503] * 1000  # those that are asked again and again
+    with pytest.raises(RemoteError, match="no such host: the others stop, too"):
+        at_once(asked, ["missing", server.url("/p0.beton")])
+    ended = time.monotonic() + 10
+    while threads := [one for one in threading.enumerate() if one.name.startswith("fastssl-remote")]:
+        assert time.monotonic() < ended, threads
+        time.sleep(0.05)
+
+
+def asked(name: str, stop: threading.Event) -> int | None:
+    if name == "missing":
+        raise RemoteError("no such host: the others stop, too")
+    return Patience(stop).ask(remote_file(name).about).size
