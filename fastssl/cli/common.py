@@ -198,14 +198,15 @@ def progress_bar(label: str, total: int | None, unit: str = "images") -> Iterato
 
     started = last = time.monotonic()
     first: int | None = None  # what was taken over from a stopped run is not this run's speed
+    told = -1
 
     def advance(done: int) -> None:
-        nonlocal last, first
+        nonlocal last, first, told
         now = time.monotonic()
         first = done if first is None else first
-        if done == first or (done != total and now - last < 10):
+        if done in (first, told) or (done != total and now - last < 10):
             return
-        last = now
+        last, told = now, done
         rate = (done - first) / max(now - started, 1e-9)
         left = f", {(total - done) / rate:,.0f} s left" if total and done < total else ""
         console.print(f"{label}: {done:,}{f'/{total:,}' if total else ''} {unit}, {rate:,.0f} {unit}/s{left}")
