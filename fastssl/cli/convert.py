@@ -121,7 +121,7 @@ def convert_imagenet(
     train/, val/ and test/ in SRC, also below ILSVRC/Data/CLS-LOC and in archives, become DST-train.beton,
     DST-val.beton and DST-test.beton with one list of classes; --split val makes one of them, DST itself.
 
-    With --shards 64 the photos are dealt out to train-00000-of-00064.beton, ...; those that are finished stay when the
+    With --shards 64 the photos are dealt out to DST-00000-of-00064.beton, ...; those that are finished stay when the
     command is given again. With --shard 0/64 to 63/64 any number of processes and hosts make one file each.
 
     \b
