@@ -63,12 +63,8 @@ class BetonReader:
         self._file = file = TableFile(path, among)
         self._scratch = ThreadMemory()
         self.path, self.num_bytes, self.num_samples = file.path, file.num_bytes, int(file.num_samples)
-        self.page_size, self.labelled, self.field_names, self.image_field = (
-            file.page_size,
-            file.labelled,
-            file.field_names,
-            file.image_field,
-        )
+        self.page_size, self.labelled = file.page_size, file.labelled
+        self.field_names, self.image_field = file.field_names, file.image_field
         self.files, self.starts, self.lazy = [self.path], np.array([0, self.num_samples]), lazy
         if not lazy:
             self._load()

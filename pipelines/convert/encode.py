@@ -63,11 +63,6 @@ class Encoded(NamedTuple):
     crc32: int
     how: int
 
-    @property
-    def copied(self) -> bool:
-        """Byte for byte."""
-        return bool(self.how & How.COPIED)
-
 
 class _Decoded(NamedTuple):
     """RGB pixels, the size that they get, the EXIF orientation still to be applied, `How` so far, and the JPEG that may
