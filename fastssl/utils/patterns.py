@@ -47,7 +47,7 @@ def expand(pattern: str | os.PathLike) -> list[str]:
 def natural_key(name: str | os.PathLike) -> list[tuple[int, str]]:
     """Sorts numbers inside names as numbers."""
     parts = re.split(r"([0-9]{1,18})", os.fspath(name))
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts]
+    return [(int(part), part) if part.isdecimal() else (-1, part) for part in parts]
 
 
 def _found(pattern: str) -> list[str]:

@@ -57,7 +57,12 @@ def open_beton(data: Data) -> BetonReader:
         files = local_files(names, size)
     else:
         files, path = beton_files(data)
-    return BetonReader(files[0]) if len(files) == 1 else BetonSet(files, path=path)
+    if len(files) == 1:
+        return BetonReader(files[0])
+    found = BetonSet(files, path=path)
+    if isinstance(data, (str, os.PathLike)) and is_remote(data):
+        found.served = [(Path(shown(name)).name, about.size or 0) for name, about in zip(names, said)]
+    return found
 
 
 def beton_files(data: Data) -> tuple[list[Path], Path]:
@@ -150,9 +155,14 @@ class BetonSet(BetonReader):
         counts: samples of each file, where they are known. Files are then opened when they are needed; the set is lazy,
             and all of its side files must list the same classes.
 
+    Attributes:
+        served: name and bytes of each file, where it is a server's.
+
     Raises:
         BetonError: a file is damaged, files with and without labels, or classes that cannot be matched.
     """
+
+    served: Sequence[tuple[str, int]] = ()
 
     def __init__(
         self,
@@ -291,11 +301,13 @@ class BetonSet(BetonReader):
 
     def table_checksums(self) -> dict[str, int]:
         """CRC-32 of the headers and sizes of all files (``head``), and of a few records of each (``table``): whole
-        tables of a thousand files are 48 GB. Where files are opened later, of their names and counts.
+        tables of a thousand files are 48 GB. Of files of a server, of which not all may be here, now or later, names
+        and counts, and sizes.
         """
-        if self._counts is not None:
-            known = [f"{file.name} {count}" for file, count in zip(self.files, self._counts)]
-            return {"head": zlib.crc32("\n".join(known).encode()), "table": 0}
+        if self.served:
+            counts, (names, sizes) = self.starts[1:] - self.starts[:-1], zip(*self.served)
+            known = "\n".join(f"{name} {count}" for name, count in zip(names, counts.tolist()))
+            return {"head": zlib.crc32(known.encode()), "table": zlib.crc32(str(list(sizes)).encode())}
         found = [reader._file for _, reader in sorted(self._readers.items())]
         heads = [(one.num_bytes, one.num_samples, one.page_size, one.metadata_end, one.table_at) for one in found]
         rows = b"".join(self._each(self._few_rows, range(len(self.files))))
@@ -307,7 +319,7 @@ class BetonSet(BetonReader):
 
     def _looked_at(self) -> list[int]:
         middles = [(low + high) // 2 for low, high in pairwise(self._starts)]
-        return sorted({*super()._looked_at(), *middles}) if self._counts is None else []
+        return [] if self.served else sorted({*super()._looked_at(), *middles})
 
     def close(self) -> None:
         """Let go of all files; a thread that is still reading from one finishes first."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import zlib
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
@@ -42,6 +41,7 @@ class StreamedSet(BetonSet):
         self._fetcher = ThreadPoolExecutor(_FETCHED, "fastssl-fetch")
         super().__init__(names, path=path, counts=at_once(_count, names))
         self.files = [Path(shown(name)) for name in names]
+        self.served = [(file.name, size) for file, size in zip(self.files, self._bytes)]
 
     def _reader(self, k: int) -> BetonReader:
         if (reader := self._readers.get(k)) is None:
@@ -83,10 +83,6 @@ class StreamedSet(BetonSet):
         for k in files:
             if k not in self._readers and k not in self._coming:
                 self._coming[k] = self._fetcher.submit(self._reader, k)
-
-    def table_checksums(self) -> dict[str, int]:
-        """Of the files' names, counts and sizes."""
-        return {**super().table_checksums(), "table": zlib.crc32(str(self._bytes).encode())}
 
     def side_notes(self) -> list[dict[str, Any]]:
         """Of the first file."""

@@ -282,8 +282,12 @@ def test_a_set_larger_than_the_cache(
     assert "secret" not in str(error.value)
     with pytest.raises(BetonError, match=r"train\.window=2: 5 files have to be here at once, 10\.7 MB, and"):
         batches(url, window=2)
+    with open_beton(url) as streamed:
+        identity = streamed.table_checksums(), streamed.photo_checksum()
     monkeypatch.setenv("FASTSSL_CACHE_GB", "1")
     assert batches(url, window=None) == batches(files, window=None)
+    with open_beton(url) as whole:  # a run that was begun with the smaller cache goes on
+        assert not whole.streamed and (whole.table_checksums(), whole.photo_checksum()) == identity
 
 
 def test_samples_that_judge_a_set_larger_than_the_cache(server: Server, local: Path, cache: Path) -> None:
