@@ -36,6 +36,8 @@ class How(IntFlag):
     PROFILE_BROKEN = 64
 
 
+#: A number, because most photos of a large set are copied and flags are slow.
+_COPIED = int(How.COPIED)
 #: By these names photos are counted in `ConvertSummary` and in the side file.
 COUNTS = ("reencoded", *(str(flag.name).lower() for flag in How))
 #: Above the flags stands which of `deep.RANGES` a photo of more than 8 bits was mapped from.
@@ -100,8 +102,8 @@ def encode_photo(data: bytes, options: ConvertOptions) -> Encoded:
         image = image.transpose(_TRANSPOSE[orientation]) if orientation != 1 else image
         rgb = np.asarray(image)
     elif whole and options.store == "jpeg":
-        how |= How.COPIED if whole is data else 0
-        return Encoded(whole, *size, MODE_JPEG, zlib.crc32(whole), int(how))
+        how = int(how) | _COPIED if whole is data else int(how)
+        return Encoded(whole, *size, MODE_JPEG, zlib.crc32(whole), how)
     height, width, _ = rgb.shape
     if max(height, width) > 0xFFFF:
         raise JpegError(f"{height}x{width} pixels: the format stores sides up to 65535; scale it down")
@@ -130,7 +132,7 @@ def _decode_jpeg(data: bytes, options: ConvertOptions) -> _Decoded | None:
         image = Image.fromarray(rgb[..., 0] if header.colorspace == "Gray" else rgb)
         image, by_profile = _by_profile(image, profile, options)
         rgb, how = np.asarray(image.convert("RGB")), how | by_profile
-    may_be_stored = header.colorspace != "RGB" and not how & How.PROFILE_APPLIED
+    may_be_stored = header.colorspace != "RGB" and not (how and how & How.PROFILE_APPLIED)
     return _Decoded(rgb, size, orientation, how, whole if may_be_stored else b"")
 
 
