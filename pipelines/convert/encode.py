@@ -122,7 +122,7 @@ def _decode_jpeg(data: bytes, options: ConvertOptions) -> _Decoded | None:
     at_least = (2 * size[0], 2 * size[1]) if far else None
     whole, how = data, 0
     try:
-        rgb = jpeg.decode(data, at_least=at_least, repair=False)
+        rgb = jpeg.decode(data, at_least=at_least, repair=False, header=header)
     except JpegError:
         if (mended := jpeg.repaired(data)) is None:
             raise

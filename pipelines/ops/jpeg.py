@@ -51,17 +51,22 @@ def read_header(data: bytes | memoryview | np.ndarray) -> JpegHeader:
 
 
 def decode(
-    data: bytes | memoryview | np.ndarray, *, at_least: tuple[int, int] | None = None, repair: bool = True
+    data: bytes | memoryview | np.ndarray,
+    *,
+    at_least: tuple[int, int] | None = None,
+    repair: bool = True,
+    header: JpegHeader | None = None,
 ) -> np.ndarray:
     """Decode to a new (H, W, 3) uint8 RGB array; grey pictures get three equal channels. ``JpegError``: not a JPEG,
     damaged, cut off, CMYK, or more than ``MAX_PIXELS``; or, without ``repair``, one that has to be `repaired`.
 
     ``at_least``: (height, width) in pixels; the decoder may then shrink the picture by itself to n/8, at most to half
-    its size (in the DCT, several times cheaper), as long as neither side falls below.
+    its size (in the DCT, several times cheaper), as long as neither side falls below. ``header``: what `read_header`
+    said, if it was asked.
     """
     scale = {} if at_least is None else {"min_height": at_least[0], "min_width": at_least[1], "min_factor": 2}
     try:
-        _checked_header(data)
+        _checked_header(data, header)
         return _decoded(data, **scale)
     except JpegError:
         if not repair or (whole := repaired(data)) is None:
@@ -165,8 +170,11 @@ def require_few_scans(data: bytes | memoryview | np.ndarray, pixels: int) -> Non
     Sequential Huffman coding spends bits on every block of every scan: there the file's size is the bound.
     """
     data = bytes(data)  # single bytes of it are read several times as fast as an array's
-    if next(filter(is_frame, (marker for marker, _, _ in segments(data))), 0) in (0xC0, 0xC1):  # sequential
-        return
+    for marker, _, _ in segments(data):
+        if is_frame(marker):
+            if marker in (0xC0, 0xC1):  # sequential
+                return
+            break
     most = min(MAX_SCANS, MAX_SCANNED_PIXELS // max(1, pixels))
     # These bytes stand before each scan, and a few times elsewhere: in comments, and in films behind the picture.
     if data.count(b"\xff\xda") > most and (scans := count_scans(data)) > most:
@@ -174,8 +182,8 @@ def require_few_scans(data: bytes | memoryview | np.ndarray, pixels: int) -> Non
         raise JpegError(f"comes in {scans} scans, more than the limit of {limit}")
 
 
-def _checked_header(data: bytes | memoryview | np.ndarray) -> JpegHeader:
-    header = read_header(data)
+def _checked_header(data: bytes | memoryview | np.ndarray, header: JpegHeader | None = None) -> JpegHeader:
+    header = header or read_header(data)
     require_few_pixels(header.height, header.width)
     if header.colorspace not in DECODABLE:
         # libjpeg-turbo would turn it into RGB with a formula that ignores ink inversion: plausible, wrong colours.
