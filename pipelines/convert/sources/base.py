@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -12,7 +13,8 @@ from fastssl.errors import FastSSLError, printable
 #: No photo has this many bytes; a larger file is a mistake or an attack on our memory.
 MAX_FILE_BYTES = 1 << 30
 #: Folders that programs of cameras and network disks put beside photos: thumbnails, what was deleted.
-_NOT_PHOTOS = frozenset({"@eaDir", "#recycle", "lost+found", "__MACOSX"})
+_NOT_PHOTOS = ("@eaDir", "#recycle", "lost+found", "__MACOSX")
+_HIDDEN = re.compile(rf"(?:^|/)(?:\.(?!\.(?:/|$))|(?:{'|'.join(map(re.escape, _NOT_PHOTOS))})(?:/|$))").search
 
 
 class SourceError(FastSSLError):
@@ -79,7 +81,7 @@ class Source(ABC):
 
 def is_hidden(name: str) -> bool:
     """Whether some part of a path is hidden, or a folder that programs keep beside photos."""
-    return any((part.startswith(".") and part != "..") or part in _NOT_PHOTOS for part in name.split("/"))
+    return _HIDDEN(name) is not None
 
 
 def listed_behind(found: Found | Passed | None) -> str:
