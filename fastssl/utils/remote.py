@@ -18,6 +18,7 @@ import time
 import urllib.error
 import urllib.request
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
@@ -125,7 +126,7 @@ class Patience:
                 self.again(error)
 
 
-class RemoteFile:
+class RemoteFile(ABC):
     """One file. ``name``: its address as it is shown. Its methods raise RemoteError, and Passing for what another
     attempt may mend.
     """
@@ -133,17 +134,17 @@ class RemoteFile:
     def __init__(self, url: str):
         self.url, self.name = url, shown(url)
 
+    @abstractmethod
     def about(self) -> About:
         """Size and version as they are now."""
-        raise NotImplementedError
 
+    @abstractmethod
     def read(self, start: int, stop: int) -> bytes:
         """The bytes from ``start`` to ``stop``, fewer only at the file's end."""
-        raise NotImplementedError
 
+    @abstractmethod
     def parts(self, start: int, about: About) -> Iterator[bytes]:
         """The bytes from ``start`` to the end, some at a time. Changed: this is another version than ``about``."""
-        raise NotImplementedError
 
 
 def remote_file(url: str | os.PathLike) -> RemoteFile:
