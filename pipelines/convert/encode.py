@@ -67,8 +67,8 @@ class Encoded(NamedTuple):
 
 
 class _Decoded(NamedTuple):
-    """RGB pixels, the size that they get, the EXIF orientation still to be applied, `How` so far, and the JPEG that may
-    be stored for them if nothing else is to be done.
+    """RGB pixels, the size that they get, the EXIF orientation still to be applied, `How` so far; or the JPEG that is
+    stored as it is, and pixels of no use.
     """
 
     rgb: np.ndarray
@@ -95,15 +95,15 @@ def encode_photo(data: bytes, options: ConvertOptions) -> Encoded:
     is_jpeg = data[:3] == b"\xff\xd8\xff"
     found = (_decode_jpeg(data, options) if is_jpeg else None) or _decode_pillow(data, is_jpeg, options)
     rgb, size, orientation, how, whole = found
+    if whole:
+        how = int(how) | _COPIED if whole is data else int(how)
+        return Encoded(whole, *size, MODE_JPEG, zlib.crc32(whole), how)
     if size != rgb.shape[:2] or orientation != 1:
         how |= How.SCALED if size != rgb.shape[:2] else 0
         image = Image.fromarray(rgb).resize((size[1], size[0]), Image.Resampling.LANCZOS)
         # Turned after scaling, when there are fewer pixels; the filter does not know up from down.
         image = image.transpose(_TRANSPOSE[orientation]) if orientation != 1 else image
         rgb = np.asarray(image)
-    elif whole and options.store == "jpeg":
-        how = int(how) | _COPIED if whole is data else int(how)
-        return Encoded(whole, *size, MODE_JPEG, zlib.crc32(whole), how)
     height, width, _ = rgb.shape
     if max(height, width) > 0xFFFF:
         raise JpegError(f"{height}x{width} pixels: the format stores sides up to 65535; scale it down")
@@ -120,6 +120,10 @@ def _decode_jpeg(data: bytes, options: ConvertOptions) -> _Decoded | None:
     size = options.target_size(header.height, header.width)
     far = header.height >= 4 * size[0] and header.width >= 4 * size[1]
     at_least = (2 * size[0], 2 * size[1]) if far else None
+    orientation, profile = jpeg_header.orientation_and_profile(data)
+    stays = options.store == "jpeg" and orientation == 1 and size == header[:2] and header.colorspace != "RGB"
+    if stays and (options.icc == "ignore" or colour.is_srgb(profile)):
+        at_least = (1, 1)  # all of the data is decoded, to an eighth of the size: its pixels are not looked at
     whole, how = data, 0
     try:
         rgb = jpeg.decode(data, at_least=at_least, repair=False, header=header)
@@ -127,13 +131,11 @@ def _decode_jpeg(data: bytes, options: ConvertOptions) -> _Decoded | None:
         if (mended := jpeg.repaired(data)) is None:
             raise
         rgb, whole, how = jpeg.decode(mended, at_least=at_least, repair=False), mended, How.REPAIRED
-    orientation, profile = jpeg_header.orientation_and_profile(data)
     if not colour.is_srgb(profile):
         image = Image.fromarray(rgb[..., 0] if header.colorspace == "Gray" else rgb)
         image, by_profile = _by_profile(image, profile, options)
         rgb, how = np.asarray(image.convert("RGB")), how | by_profile
-    may_be_stored = header.colorspace != "RGB" and not (how and how & How.PROFILE_APPLIED)
-    return _Decoded(rgb, size, orientation, how, whole if may_be_stored else b"")
+    return _Decoded(rgb, size, orientation, how, b"" if not stays or how & How.PROFILE_APPLIED else whole)
 
 
 def _readable_header(data: bytes) -> jpeg.JpegHeader | None:

@@ -121,6 +121,27 @@ def test_random_damage_gives_an_error_or_a_picture_of_the_right_size():
     assert 30 < refused < 300
 
 
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}, {"restart_marker_rows": 1}])
+def test_an_eighth_of_the_size_finds_every_damage(options):
+    """A photo that is copied is checked at an eighth of its size: no other verdict than at the whole."""
+    rng = np.random.default_rng(7)
+    whole, refused = saved(picture(64, 80), **options), 0
+    for _ in range(150):
+        data = bytearray(whole)
+        for _ in range(rng.integers(1, 4)):
+            data[rng.integers(2, len(data))] ^= 1 << rng.integers(8)
+        verdicts = []
+        for at_least in (None, (1, 1)):
+            try:
+                jpeg.decode(bytes(data), at_least=at_least, repair=False)
+                verdicts.append("sound")
+            except JpegError:
+                verdicts.append("damaged")
+        assert verdicts[0] == verdicts[1]
+        refused += verdicts[0] == "damaged"
+    assert 20 < refused < 130
+
+
 def test_a_bomb_is_refused_by_its_header():
     data = bytearray(saved(picture()))
     at = data.index(b"\xff\xc0") + 5
