@@ -58,6 +58,8 @@ def _remarks(record: Record, details: dict) -> Iterator[str | None]:
     yield details.get("advice")
     if details.get("asked_batch_size") not in (None, record.batch_size):
         yield f"batch {details['asked_batch_size']} was too large for the memory"
+    yield f"colour adds {details['colour_of_step']:.1%}" if details.get("colour_of_step") else None
+    yield f"no memory for {', '.join(details['no_memory_for'])}" if details.get("no_memory_for") else None
     times = {key: value for key, value in details.get("times_1_view", {}).items() if key != "1 view"}
     yield ", ".join(f"{key}: {value:.2f}x the host time of one" for key, value in times.items())
     if "host_cpu_of_bare" in details:

@@ -8,10 +8,12 @@ consumer, runs for a while instead, and says how much it finished in it (`Window
 
 from __future__ import annotations
 
+import gc
 import json
+import math
 import tempfile
 import time
-from collections.abc import Callable, Generator, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -73,13 +75,33 @@ class Timing:
 
 
 def measure_in_turns(
-    contenders: Mapping[str, Callable[[], object]], *, device: torch.device | str, runs: int = MIN_RUNS, warmup: int = 2
+    contenders: Mapping[str, Callable[[], object]],
+    *,
+    device: torch.device | str,
+    runs: int = MIN_RUNS,
+    warmup: int = 2,
+    optional: Collection[str] = (),
 ) -> dict[str, Timing]:
-    """Time every contender ``runs`` times, in turns, after ``warmup`` runs each that are not counted."""
-    for run in [*contenders.values()] * warmup:
-        run()
-    times = in_turns({name: partial(time_once, run, torch.device(device)) for name, run in contenders.items()}, runs)
-    return {name: Timing(*zip(*pairs)) for name, pairs in times.items()}
+    """Time every contender ``runs`` times, in turns, after ``warmup`` runs each that are not counted. One of the
+    ``optional`` for which memory runs out is left out of the result: the others are worth their figures.
+    """
+    device, gone = torch.device(device), set[str]()
+
+    def once(name: str) -> tuple[float, float]:
+        if name not in gone:
+            try:
+                return time_once(contenders[name], device)
+            except torch.OutOfMemoryError:
+                if name not in optional:
+                    raise
+                gone.add(name)
+            free_memory(device)
+        return math.nan, math.nan
+
+    for name in [*contenders] * warmup:
+        once(name)
+    times = in_turns({name: partial(once, name) for name in contenders}, runs)
+    return {name: Timing(*zip(*pairs)) for name, pairs in times.items() if name not in gone}
 
 
 def time_once(run: Callable[[], object], device: torch.device) -> tuple[float, float]:
@@ -102,6 +124,13 @@ def synchronize(device: torch.device) -> None:
     """Wait until ``device`` has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def free_memory(device: torch.device) -> None:
+    """Give back what no living object holds. Not to be called where an exception is handled, whose frames live."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 @dataclass(frozen=True)

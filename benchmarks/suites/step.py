@@ -1,14 +1,14 @@
 """The training step alone, on views that are on the device already: no loader, no files.
 
-Its ceiling is a roofline (``roofline.py``) over both networks' layers, at the rates of a matrix product and of a large
-copy that are measured in the same turns. Where the time goes is measured too: the networks' passes alone, optimiser and
-moving average alone, and what is left for loss and queue; on a GPU also the share of the time for which any kernel ran:
-what is missing there is waiting for launches.
+All contenders get the same views, recorded steps too, which in training colour crops themselves: what colour operations
+add to a step is a figure of its own. The ceiling is a roofline (``roofline.py``) over both networks' layers, at the
+rates of a matrix product and of a large copy that are measured in the same turns. Where the time goes is measured too:
+the networks' passes alone, optimiser and moving average alone, and what is left for loss and queue; on a GPU also the
+share of the time for which any kernel ran: what is missing there is waiting for launches.
 """
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fastssl.benchmarks.harness import timing
@@ -23,13 +24,12 @@ from fastssl.benchmarks.harness.records import Record
 from fastssl.benchmarks.harness.roofline import Cost, forward_cost
 from fastssl.benchmarks.harness.setting import RecipeSetting, rates
 from fastssl.benchmarks.suites.plain_step import fill_gradients, has_peer, plain_steps, update_peers
+from fastssl.benchmarks.suites.views import colour_tables, colouring
 from fastssl.config.recipe import Recipe
 from fastssl.errors import FastSSLError
 from fastssl.optim.schedules import RunLength
-from fastssl.pipelines.ops.augment import parameter_table
 from fastssl.pipelines.plan.draw import draw_plans
 from fastssl.training.step import TrainStep
-from fastssl.utils.transfer import to_device
 
 #: Runs of the optimiser alone, which takes milliseconds.
 _UPDATE_RUNS = 21
@@ -125,7 +125,7 @@ class Fitted:
         step, views: the step, and random views for its networks: a list of (count * B, 3, S, S) channels-last.
         asked: batch size before it was halved for want of memory. cost: of a step's passes through the networks.
         first_s: seconds of the first call: libraries choose kernels, networks are compiled, the step is recorded.
-        inputs: of the step: ``views``, or uint8 crops with their colour tables where it colours them itself.
+        inputs: of the first call: ``views``, or uint8 crops with their colour tables.
     """
 
     step: Step
@@ -163,29 +163,24 @@ def random_views(recipe: Recipe, batch_size: int, device: torch.device) -> list[
     return [view.contiguous(memory_format=torch.channels_last) for view in views]
 
 
-def random_crops(recipe: Recipe, batch_size: int, device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
-    """Random bytes in the shape and layout of the recipe's crops, and the colour tables of a drawn plan, as a loader
-    with ``colour=False`` gives them.
-    """
+def random_crops(recipe: Recipe, batch_size: int, device: torch.device) -> tuple[list[Tensor], list[NDArray[np.void]]]:
+    """Random bytes in the shape and layout of the recipe's crops, and the plans that were drawn for them."""
     crops = [torch.randint(0, 256, shape, dtype=torch.uint8, device=device) for shape in _shapes(recipe, batch_size)]
     side = np.full(batch_size, 512)
     plans = draw_plans(recipe.views, 0, 0, np.arange(batch_size), side, side)
-    tables = [to_device(parameter_table(plan.reshape(-1)), device) for plan in plans]
-    return [crop.contiguous(memory_format=torch.channels_last) for crop in crops], tables
+    return [crop.contiguous(memory_format=torch.channels_last) for crop in crops], plans
 
 
-def fit_step(setting: RecipeSetting) -> Fitted:
+def fit_step(setting: RecipeSetting, *, crops: bool = False) -> Fitted:
     """A step of the largest batch that fits: the setting's, or half of it as often as memory runs out; FastSSLError
-    where not even two pictures a BatchNorm group fit.
+    where not even two pictures a BatchNorm group fit. ``crops``: it gets what training gives it, uint8 crops where it
+    colours them itself.
 
     A network that cannot be compiled or recorded here runs as it is, and the result's details say why.
     """
     size, recipe, device = setting.batch, setting.recipe, setting.device
-    while (fitted := _try_step(setting, size)) is None:
-        # Only here, out of the exception's reach, are the tensors of the failed try nobody's.
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+    while (fitted := _try_step(setting, size, crops)) is None:
+        timing.free_memory(device)
         size //= 2
         if size < max(2, recipe.settings.groups):
             raise FastSSLError(
@@ -194,13 +189,16 @@ def fit_step(setting: RecipeSetting) -> Fitted:
     return fitted
 
 
-def _try_step(setting: RecipeSetting, size: int) -> Fitted | None:
+def _try_step(setting: RecipeSetting, size: int, crops: bool) -> Fitted | None:
     """None: out of memory."""
     recipe, device = setting.recipe, setting.device
     try:
         step = Step(recipe, device, size, amp=setting.in_bf16, compiled=setting.compiled, graph=setting.graph)
         views = [view.to(step.inner.view_dtype) for view in random_views(recipe, size, device)]
-        inputs = random_crops(recipe, size, device) if step.inner.takes_crops else (views, [])
+        inputs: tuple[list[Tensor], list[Tensor]] = views, []
+        if crops and step.inner.takes_crops:
+            pixels, plans = random_crops(recipe, size, device)
+            inputs = pixels, colour_tables(plans, device)
         started = time.perf_counter()
         step(*inputs)
         timing.synchronize(device)
@@ -224,17 +222,21 @@ def run(setting: RecipeSetting) -> list[Record]:
             f"{setting.recipe_name}: the peers are steps of MoCo with two views of one kind; bench step without "
             "--peers measures any recipe"
         )
-    fitted = fit_step(setting)
-    step, cost, details, batch = fitted.step, fitted.cost, fitted.details, fitted.step.batch_size
-    plain = plain_steps(step, fitted.views[0]) if setting.peers else {}
-    product, flop = timing.product_limit(device, torch.bfloat16 if step.amp else torch.float32)
+    # First, as their memory is not the step's.
+    product, flop = timing.product_limit(device, torch.bfloat16 if setting.in_bf16 else torch.float32)
     copy, moved = timing.copy_limit(device)
+    fitted = fit_step(setting)
+    step, cost, details, batch, views = fitted.step, fitted.cost, fitted.details, fitted.step.batch_size, fitted.views
+    crops, plans = random_crops(recipe, batch, device)
+    colour = colouring(plans, recipe.views, step.inner.view_dtype, device)
 
     def whole() -> None:
-        step(*fitted.inputs)
+        step(views)
 
-    parts = {"step": whole, "networks": lambda: step.networks_alone(fitted.views), "product": product, "copy": copy}
-    timings = timing.measure_in_turns({**parts, **plain}, device=device, runs=setting.runs)
+    beside = {"networks": lambda: step.networks_alone(views), "colour": lambda: colour(crops)}
+    plain = plain_steps(step, views[0]) if setting.peers else {}
+    contenders = {"step": whole, "product": product, "copy": copy, **beside, **plain}
+    timings = timing.measure_in_turns(contenders, device=device, runs=setting.runs, optional=[*beside, *plain])
     # Apart from the steps: the gradients that it works on lie in memory that a step would want.
     updates = _measure_updates(step, setting.runs, setting.peers)
     flop_per_s, bytes_per_s = flop / timings["product"].median_s, moved / timings["copy"].median_s
@@ -244,7 +246,10 @@ def run(setting: RecipeSetting) -> list[Record]:
         shown = rates(batch / timed.median_s, batch, setting.views, fraction)
         return setting.record("step", **{"arch": setting.arch, "ceiling_name": CEILING_NAME, **shown, **values})
 
-    arithmetic, networks = cost.flop / ours.median_s, 1 / timings["networks"].times_faster_than(ours)
+    def of_step(name: str) -> float | None:
+        return 1 / timings[name].times_faster_than(ours) if name in timings else None
+
+    arithmetic, networks = cost.flop / ours.median_s, of_step("networks")
     busy = timing.busy_share(whole, device)
     # On a CPU what a step adds. A recorded step allocates nothing when it is replayed: its memory is what is reserved.
     cuda, held = device.type == "cuda", 0
@@ -253,8 +258,11 @@ def run(setting: RecipeSetting) -> list[Record]:
         held = torch.cuda.memory_reserved(device) if replayed else torch.cuda.memory_allocated(device)
     figures = {
         # The parts are run as they are written: beside a recorded step their shares would say nothing.
-        "share": None if step.inner.recorded else _shares(networks, update.median_s / ours.median_s),
+        "share": _shares(networks, update.median_s / ours.median_s) if networks and not step.inner.recorded else None,
         "networks_fraction": networks,
+        # Time of the colour operations over the step's, which is made on views that are coloured already.
+        "colour_of_step": of_step("colour"),
+        "no_memory_for": [name for name in contenders if name not in timings],
         "peak_bytes": held if replayed else held + timing.peak_extra_bytes(whole, device),
         "cpu_s": ours.median_cpu_s,
         "flop_per_pair": cost.flop / batch,
@@ -267,10 +275,10 @@ def run(setting: RecipeSetting) -> list[Record]:
     }
     words = bottleneck(arithmetic / flop_per_s, busy)
     found = [record(ours, least_s / ours.median_s, bottleneck=words, details={**details, **figures})]
-    for name, theirs in ((name, timings[name]) for name in plain):
-        beside = {"peer": name, "ratio_to_peer": ours.times_faster_than(theirs)}
+    for name, theirs in ((name, timings[name]) for name in plain if name in timings):
+        compared = {"peer": name, "ratio_to_peer": ours.times_faster_than(theirs)}
         less_cpu = {"cpu_ratio_to_peer": ours.times_less_cpu_than(theirs)}
-        found.append(record(theirs, least_s / theirs.median_s, **beside, details={**details, **less_cpu}))
+        found.append(record(theirs, least_s / theirs.median_s, **compared, details={**details, **less_cpu}))
     if setting.peers:
         fraction = update.times_faster_than(updates["flat"])
         of_update = {
@@ -280,14 +288,14 @@ def run(setting: RecipeSetting) -> list[Record]:
             "amp": details["amp"],
             "peer_median_s": updates["loops"].median_s,
         }
-        beside = {
+        compared = {
             "runs": len(update.wall),
             "ceiling_name": "the same on one flat tensor",
             "bottleneck": "memory bandwidth" if fraction > 0.7 else "many small tensors",
             "peer": "optimiser and moving average tensor by tensor",
             "ratio_to_peer": update.times_faster_than(updates["loops"]),
         }
-        found.append(record(update, fraction, **beside, details=of_update))
+        found.append(record(update, fraction, **compared, details=of_update))
     return found
 
 

@@ -62,7 +62,7 @@ def run(setting: RecipeSetting) -> list[Record]:
         ``remedies`` with ``predicted`` and ``measured`` gain.
     """
     device, recipe, threads = setting.device, setting.recipe, setting.threads
-    fitted = fit_step(setting)
+    fitted = fit_step(setting, crops=True)
     step, size = fitted.step, fitted.step.batch_size
     views = {"dtype": step.inner.view_dtype, "colour": not step.inner.takes_crops}
     options = {"pipeline": setting.pipeline, "on_bad": recipe.train.on_bad, **views}

@@ -22,6 +22,21 @@ def test_contenders_take_turns_and_the_order_turns_round() -> None:
     assert {name: len(timing.wall) for name, timing in timings.items()} == {"a": 5, "b": 5}
 
 
+@pytest.mark.parametrize("enough_for", [0, 1, 4])
+def test_one_that_runs_out_of_memory_is_left_out_if_it_may_be(enough_for: int) -> None:
+    left = iter(range(enough_for))
+
+    def greedy() -> None:
+        if next(left, None) is None:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    contenders = {"a": lambda: None, "greedy": greedy}
+    timings = measure_in_turns(contenders, device="cpu", runs=5, warmup=2, optional=["greedy"])
+    assert list(timings) == ["a"] and len(timings["a"].wall) == 5 and timings["a"].median_s > 0
+    with pytest.raises(torch.OutOfMemoryError):
+        measure_in_turns(contenders, device="cpu", runs=5, optional=["a"])
+
+
 def test_time_of_waiting_is_wall_time_but_not_processor_time() -> None:
     timings = measure_in_turns(
         {"wait": lambda: time.sleep(0.02), "nothing": lambda: None}, device="cpu", runs=5, warmup=0

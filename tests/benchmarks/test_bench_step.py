@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -11,15 +12,25 @@ from lines import to_line
 from fastssl.benchmarks.estimate import gauge
 from fastssl.benchmarks.harness.roofline import Cost, Layer, forward_cost
 from fastssl.benchmarks.harness.setting import RecipeSetting
+from fastssl.benchmarks.harness.table import cells
 from fastssl.benchmarks.harness.timing import busy_of_spans, busy_share
 from fastssl.benchmarks.suites import step as bench
+from fastssl.benchmarks.suites.plain_step import PlainStep
 from fastssl.benchmarks.suites.step import Step, bottleneck, fit_step, random_views, run
 from fastssl.config.recipe import Recipe, load_recipe
 from fastssl.distributed.devices import use_amp
 from fastssl.errors import FastSSLError
 from fastssl.pipelines.plan.order import batch_permutation
+from fastssl.training.cuda_graph import RecordedStep, StepInputs
+from fastssl.training.step import TrainStep
 
 CPU = torch.device("cpu")
+
+
+def replayed(call):
+    """A stand-in for a recording: the call itself, again and again."""
+    result = torch.zeros(4)
+    return lambda: result.copy_(call()), result
 
 
 def setting(recipe: Recipe, name: str = "few-photos-moco", **options: object) -> RecipeSetting:
@@ -118,6 +129,8 @@ def test_step_record(tiny: Recipe) -> None:
     )
     assert details["peak_bytes"] > 16 * 8 * 8 * 8 * 4  # at least the first feature map
     assert details["flop_per_s"] == pytest.approx(details["flop_per_pair"] * record.pair_per_s)
+    assert details["colour_of_step"] > 0 and details["no_memory_for"] == []
+    assert f"colour adds {details['colour_of_step']:.1%}" in cells(record)[-1]
     assert sum(details["share"].values()) == pytest.approx(1) and min(details["share"].values()) >= 0
     to_line(record)
 
@@ -173,6 +186,46 @@ def test_memory_that_runs_out_halves_the_batch(tiny: Recipe, monkeypatch: pytest
     monkeypatch.setattr(bench, "random_views", lambda *args: limited(tiny, 99, CPU))
     with pytest.raises(FastSSLError, match="out of memory even with 2 pictures"):
         fit_step(setting(tiny, batch_size=16))
+
+
+def test_all_contenders_get_the_same_views(tiny: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A recorded step too, which in training takes crops, and so would do the peers' work and the colours' beside."""
+    monkeypatch.setattr(bench, "TrainStep", partial(TrainStep, record=replayed))
+    given: dict[str, list[torch.Tensor]] = {"peer": [], "step": []}
+    monkeypatch.setattr(PlainStep, "__call__", lambda self, *views: given["peer"].append(torch.cat(views)))
+    real = RecordedStep.__call__
+
+    def spy(self: RecordedStep, inputs: StepInputs) -> torch.Tensor:
+        assert not inputs.tables
+        given["step"] += inputs.views
+        return real(self, inputs)
+
+    monkeypatch.setattr(RecordedStep, "__call__", spy)
+    step, peer, _ = run(setting(tiny, batch_size=4, graph=True, peers=True))
+    assert step.details["graph"] and peer.ratio_to_peer > 0 and step.details["share"] is None
+    assert given["peer"] and all(torch.equal(given["step"][0], views) for one in given.values() for views in one)
+
+
+@pytest.mark.parametrize("short", ["plain MoCo step, NCHW, float32", "networks", "colour"])
+def test_memory_that_runs_out_beside_the_step_costs_no_record(
+    short: str, tiny: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*args: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(PlainStep, "__call__", fails if "plain" in short else lambda *args: None)
+    if short == "networks":
+        monkeypatch.setattr(Step, "networks_alone", fails)
+    elif short == "colour":
+        monkeypatch.setattr(bench, "colouring", lambda *args: fails)
+    records = run(setting(tiny, batch_size=4, peers=True))
+    ours = records[0]
+    assert (
+        ours.pair_per_s > 0 and ours.details["no_memory_for"] == [short] and f"no memory for {short}" in cells(ours)[-1]
+    )
+    assert len(records) == (2 if "plain" in short else 3) and records[-1].details["part"] == "update"
+    assert (ours.details["share"] is None) == (ours.details["networks_fraction"] is None) == (short == "networks")
+    assert (ours.details["colour_of_step"] is None) == (short == "colour")
 
 
 def test_switches_that_cannot_be_used_are_reported(tiny: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,9 +12,11 @@ from lines import to_line
 from fastssl.benchmarks.harness import timing
 from fastssl.benchmarks.harness.setting import RecipeSetting
 from fastssl.benchmarks.harness.timing import largest_share
+from fastssl.benchmarks.suites import step as step_bench
 from fastssl.benchmarks.suites import views as bench
 from fastssl.config.recipe import load_recipe
 from fastssl.pipelines.beton.reader import BetonReader
+from fastssl.pipelines.ops.augment import augment_host
 from fastssl.pipelines.plan.draw import draw_plan
 
 
@@ -51,17 +53,36 @@ def test_every_view_of_every_group_is_made(beton: Path, monkeypatch: pytest.Monk
     shapes = set()
     real = bench.augment
 
-    def spy(pixels, plan, spec):
+    def spy(pixels, plan, spec, dtype):
+        assert dtype == torch.bfloat16
         shapes.add((tuple(pixels.shape), len(plan)))
         assert pixels.is_contiguous(memory_format=torch.channels_last)
         # Decoded photos, not empty memory: every view has more than one colour.
         assert all(view.float().std() > 1 for view in pixels)
-        return real(pixels, plan, spec)
+        return real(pixels, plan, spec, dtype)
 
     monkeypatch.setattr(bench, "augment", spy)
     recipe = load_recipe("quickstart", {"views.0.size": "24"})
-    bench.run(RecipeSetting(recipe=recipe, recipe_name="quickstart", data=str(beton), batch_size=3))
+    records = bench.run(
+        RecipeSetting(recipe=recipe, recipe_name="quickstart", data=str(beton), batch_size=3, amp="bf16")
+    )
+    # Bytes in and floats of the step's size out.
+    assert records[1].details["bytes_per_view"] == 3 * 24 * 24 * (1 + 2) and records[1].details["amp"] == "bf16"
     assert shapes == {((6, 3, 24, 24), 6)}
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_colours_come_from_what_is_ready(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU the tables are on the device before anything is timed; both ways give the same views."""
+    recipe = load_recipe("quickstart", {"views.0.size": "24"})
+    crops, plans = step_bench.random_crops(recipe, 3, torch.device("cpu"))
+    monkeypatch.setattr(bench, "to_device", lambda table, device: torch.from_numpy(table))
+    colour = bench.colouring(plans, recipe.views, torch.float32, torch.device(kind))
+    if kind == "cuda":
+        monkeypatch.setattr(bench, "parameter_table", None)
+    (views,) = colour(crops)
+    expected = augment_host(crops[0], plans[0].reshape(-1), recipe.views[0])
+    torch.testing.assert_close(views, expected, atol=2e-2, rtol=0)
 
 
 def test_the_larger_stage_is_named() -> None:

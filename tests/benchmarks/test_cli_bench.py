@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from pathlib import Path
 
 import pytest
@@ -173,6 +175,56 @@ def test_one_setting_that_fails_leaves_the_others(
     errors = capfd.readouterr().err
     assert "failed: step, quickstart, amp auto: RuntimeError: the device is gone" in errors
     assert "fastssl: step, quickstart, amp auto: RuntimeError: the device is gone (1 of 2 settings failed)" in errors
+
+
+def test_a_setting_that_fails_keeps_nothing_of_its_own_alive(
+    calls: list[RecipeSetting], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its tensors would lie on the GPU, where the next setting wants the memory."""
+    alive: list[weakref.ref] = []
+
+    def run(setting: RecipeSetting) -> list[Record]:
+        assert all(one() is None for one in alive)
+        tensor = torch.zeros(8)
+        alive.append(weakref.ref(tensor))
+        try:
+            raise KeyError("inside")
+        except KeyError:
+            raise RuntimeError("outside")  # noqa: B904 (an error on the way is kept, too)
+
+    monkeypatch.setattr(step, "run", run)
+    assert invoke("step", "--recipe", "quickstart", "--recipe", "moco-v2-resnet50", "--device", "cpu") == 1
+    assert len(alive) == 2
+
+
+@pytest.mark.parametrize("failures", [1, 2])
+def test_memory_that_runs_out_is_tried_once_more(
+    failures: int, calls: list[RecipeSetting], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """What is in the way may be an earlier step that only a collection frees: one that refers to itself."""
+    real, tried, made = step.run, [], []
+
+    class Network:
+        pass
+
+    def run(setting: RecipeSetting) -> list[Record]:
+        assert all(one() is None for one in made)
+        tried.append(setting)
+        if len(tried) <= failures:
+            network = Network()
+            network.itself = network
+            made.append(weakref.ref(network))
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(setting)
+
+    monkeypatch.setattr(step, "run", run)
+    gc.disable()
+    try:
+        status = invoke("step", "--recipe", "quickstart", "--device", "cpu")
+    finally:
+        gc.enable()
+    assert len(tried) == 2 and status == failures - 1
+    assert ("CUDA out of memory" in capfd.readouterr().err) == bool(status)
 
 
 def test_records_are_on_disk_before_the_next_setting_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

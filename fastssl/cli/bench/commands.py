@@ -133,9 +133,9 @@ def loader(ctx: click.Context, peers: bool, **chosen: Any) -> None:
 
 
 @click.command()
-@options("recipe", "set", "data", "photos", "device", "batch", "runs", "json")
+@options("recipe", "set", "data", "photos", "device", "batch", "amp", "runs", "json")
 def views(**chosen: Any) -> None:
-    """Crop and colour of decoded pictures that lie on the device.
+    """Crop and colour of decoded pictures that lie on the device, into the precision of the step.
 
     \b
     fastssl bench views --recipe light-moco-mobilenetv3 --recipe quickstart --json out.jsonl

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from importlib import import_module
@@ -84,8 +85,9 @@ def measure(what: str, json_path: str | None, suite: str | None = None, **chosen
     for words, setting in jobs:
         label = f"{what}, {words}"
         try:
-            records = run(setting)
+            records = _attempt(run, setting)
         except Exception as error:  # the other settings are worth their figures all the same
+            _let_go(error)
             failures.append((label, error))
             console.say(f"failed: {label}: {in_words(error)}")
             continue
@@ -98,6 +100,28 @@ def measure(what: str, json_path: str | None, suite: str | None = None, **chosen
         label, first = failures[0]
         others = f" ({len(failures)} of {counted(len(jobs), 'setting')} failed)" if len(jobs) > 1 else ""
         raise FastSSLError(f"{label}: {in_words(first)}{others}") from first
+
+
+def _attempt(run: Callable[[Any], list[Record]], setting: Any) -> list[Record]:
+    """``run(setting)`` without what earlier settings left in memory; once more where it runs out all the same."""
+    import torch
+
+    from fastssl.benchmarks.harness.timing import free_memory
+
+    free_memory(setting.device)
+    try:
+        return run(setting)
+    except torch.OutOfMemoryError as error:
+        _let_go(error)
+    free_memory(setting.device)
+    return run(setting)
+
+
+def _let_go(error: BaseException | None) -> None:
+    """Of all that the frames of ``error`` hold, tensors on a GPU too. Its traceback can still be printed."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def _write(json_path: str | None, records: list[dict]) -> None:
