@@ -15,6 +15,7 @@ from fastssl.benchmarks.suites.step import Step
 from fastssl.config.recipe import Recipe
 from fastssl.distributed.devices import use_amp
 from fastssl.pipelines.beton.reader import BetonReader
+from fastssl.utils.transfer import pinned_bytes
 
 #: Batches that the loader keeps ready (the native engine's ring), and float batches that are alive at once: the step's
 #: and the next.
@@ -53,9 +54,10 @@ def image_bytes(recipe: Recipe, device: torch.device, size: int | None = None) -
 
 def loader_bytes(recipe: Recipe, reader: BetonReader, device: torch.device) -> tuple[int, int]:
     """(bytes a pair of the views on the device, bytes a pair of the host's ring), as the native engine works."""
-    if device.type == "cuda":  # the decoded pictures wait in pinned memory, a quarter of slack included
-        pixels = mean_pixels(reader)
-        return _FLOAT_BATCHES * image_bytes(recipe, device), round(_RING * 1.25 * 3 * pixels)
+    if device.type == "cuda":  # the decoded pictures wait in pinned memory, of batches up to a tenth above the mean
+        batch = recipe.train.batch_size
+        ring = _RING * pinned_bytes(1.1 * 3 * mean_pixels(reader) * batch)
+        return _FLOAT_BATCHES * image_bytes(recipe, device), -(-ring // batch)
     return _FLOAT_BATCHES * image_bytes(recipe, device, 4), _RING * image_bytes(recipe, device, 1)
 
 

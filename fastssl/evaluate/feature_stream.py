@@ -22,6 +22,8 @@ from fastssl.pipelines.plan.order import epoch_order, steps_per_epoch
 #: Photos that go through the network at once, at most: a probe's batch of 4096 is a step of its classifier, not of the
 #: network.
 PASS = 256
+#: Bytes of a block of kept features. Torch takes a power of two where memory is pinned, for 66 GB in one block 128.
+BLOCK = 2**30
 
 
 class FeatureStream:
@@ -75,7 +77,7 @@ class FeatureStream:
         loading |= {"seed": seed, "rank": rank(), "world": world_size(), "indices": indices, "drop_last": False}
         self._loader = ViewLoader(reader, [view], self.batch // self._passes, device, **loading)
         self._kept = cached_epochs
-        self._features = torch.empty(0)  # then (epochs kept, steps, batch, F)
+        self._features: list[Tensor] = []  # then (batch, F) of each step that is kept
         self._labels = torch.empty(cached_epochs, self.steps, self.batch, dtype=torch.int64)
         self._rows = [self.batch] * self.steps  # of each step; the last may have fewer
 
@@ -97,12 +99,14 @@ class FeatureStream:
                     parts.append((found.float(), self._targets[batch.index]))
                 features, targets = map(torch.cat, zip(*parts))
                 if epoch < self._kept:
-                    if not len(self._features):
+                    if not self._features:
                         # Pinned for a GPU: copies both ways then go by its queue, and the host does not wait for them.
-                        shape = (self._kept, self.steps, self.batch, features.shape[1])
-                        self._features = torch.empty(shape, pin_memory=self._device.type == "cuda")
+                        shape, pin = (self.batch, features.shape[1]), self._device.type == "cuda"
+                        steps, some = self._kept * self.steps, max(1, BLOCK // (4 * shape[0] * shape[1]))
+                        for begin in range(0, steps, some):
+                            self._features += torch.empty(min(some, steps - begin), *shape, pin_memory=pin).unbind()
                     self._rows[step] = rows = len(features)
-                    self._features[epoch, step, :rows].copy_(features, non_blocking=True)
+                    self._features[epoch * self.steps + step][:rows].copy_(features, non_blocking=True)
                     self._labels[epoch, step, :rows] = targets
                 yield features, targets.to(self._device, non_blocking=True)
         finally:
@@ -112,7 +116,7 @@ class FeatureStream:
         kept = epoch % self._kept
         for step in epoch_order(self.steps, self._seed, epoch).tolist():
             rows = self._rows[step]
-            features, targets = self._features[kept, step, :rows], self._labels[kept, step, :rows]
+            features, targets = self._features[kept * self.steps + step][:rows], self._labels[kept, step, :rows]
             yield features.to(self._device, non_blocking=True), targets.to(self._device, non_blocking=True)
 
     def __enter__(self) -> FeatureStream:

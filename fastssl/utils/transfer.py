@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -11,3 +13,8 @@ def to_device(table: NDArray, device: torch.device) -> Tensor:
     """A small host table as a tensor on the device; through pinned memory, so that the host does not wait."""
     tensor = torch.from_numpy(table)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def pinned_bytes(size: float) -> int:
+    """What torch takes for ``size`` bytes of pinned memory: the next power of two."""
+    return 1 << (math.ceil(size) - 1).bit_length()

@@ -67,14 +67,16 @@ class EngineSettings:
 
 
 def checked_device(device: str | torch.device) -> torch.device:
-    """``device`` as torch's own; ``FastSSLError`` where it is none, or not here."""
+    """``device`` as torch's own, ``cuda`` as the GPU that is current now; ``FastSSLError``: it is none, or not here."""
     try:
         found = torch.device(device)
     except (RuntimeError, TypeError) as error:
         raise FastSSLError(f"device={device!r} is not a device of torch (cpu, cuda, cuda:1)") from error
-    if found.type == "cuda" and not torch.cuda.is_available():
+    if found.type != "cuda":
+        return found
+    if not torch.cuda.is_available():
         raise FastSSLError(f"device={device!r}: torch sees no NVIDIA GPU here; `fastssl doctor` says what is missing")
-    return found
+    return found if found.index is not None else torch.device("cuda", torch.cuda.current_device())
 
 
 @dataclass
@@ -109,6 +111,16 @@ def thread_initializer(device: torch.device) -> Callable[[], None]:
     if device.type != "cuda":
         return lambda: None
     return partial(torch.cuda.set_device, torch.cuda.current_device() if device.index is None else device.index)
+
+
+def take_over(tensors: Sequence[Tensor], made: torch.cuda.Event, device: torch.device) -> None:
+    """Let the current stream read ``tensors``, which another one has written by the time of ``made``. The host does not
+    wait.
+    """
+    current = torch.cuda.current_stream(device)
+    current.wait_event(made)
+    for tensor in tensors:  # the allocator could else hand their memory on while it is being read
+        tensor.record_stream(current)
 
 
 @dataclass

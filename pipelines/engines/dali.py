@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fastssl.errors import BetonError, FastSSLError, at_work_on
 from fastssl.pipelines.beton.reader import BetonReader
-from fastssl.pipelines.engines.base import Engine, EngineSettings, Rendered, Request, batch_name
+from fastssl.pipelines.engines.base import Engine, EngineSettings, Rendered, Request, batch_name, take_over
 from fastssl.pipelines.engines.damaged import SampleCheck
 from fastssl.pipelines.plan.draw import ViewSpec
 
@@ -37,6 +37,7 @@ class DaliEngine(Engine):
         self._drawer = self._threads(1, "dali-plan")
         self._check = SampleCheck(reader, self.on_bad, self.stats, self._threads(self.workers, "dali-check"))
         self._copy_stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self._lent: deque[tuple[torch.cuda.Event, list[Tensor]]] = deque()
         self._pipeline: Any = None
         self._requests: Iterator[Callable[[], Request]] = iter(())
         self._drawn: deque[Future[tuple[Request, list[np.ndarray]]]] = deque()
@@ -54,7 +55,8 @@ class DaliEngine(Engine):
             while True:
                 started = time.perf_counter()
                 try:
-                    outputs = self._pipeline.run()
+                    # On this stream: without one the host would wait for the GPU.
+                    outputs = self._pipeline.run(self._copy_stream)
                 except StopIteration:
                     finished = True
                     break
@@ -74,16 +76,21 @@ class DaliEngine(Engine):
         """
         if self._copy_stream is None:
             return self._groups([torch.from_dlpack(output.as_tensor()) for output in outputs])
-        current = torch.cuda.current_stream(self.device)
         with torch.cuda.stream(self._copy_stream):
             views = [torch.from_dlpack(output.as_tensor()) for output in outputs]
             groups = self._groups(views, copy=True)
-        # What torch lets go of is DALI's to write to at once, whatever torch's streams have yet to read. So the copies
-        # are waited for, on a stream where they do not stand behind the steps that the host is ahead of.
-        self._copy_stream.synchronize()
-        for group in groups:
-            group.record_stream(current)
+            copied = torch.cuda.Event(blocking=True)
+            copied.record(self._copy_stream)
+        # What torch lets go of is DALI's to write to at once, whatever torch's streams have yet to read.
+        self._lent.append((copied, views))
+        while self._lent and (len(self._lent) > self.ahead or self._lent[0][0].query()):
+            self._give_back()
+        take_over(groups, copied, self.device)
         return groups
+
+    def _give_back(self) -> None:
+        self._lent[0][0].synchronize()
+        self._lent.popleft()
 
     def _groups(self, views: list[Tensor], copy: bool = False) -> list[Tensor]:
         """``copy``: also of a single view."""
@@ -100,6 +107,8 @@ class DaliEngine(Engine):
         self.deadline.settled(self._drawn)
         self._drawn.clear()
         self._fed.clear()
+        while self._lent:
+            self._give_back()
         if finished:
             self._pipeline.reset()
         else:
@@ -158,6 +167,14 @@ class DaliEngine(Engine):
                 inputs += [start, start + size, view["flip"].astype(np.int32)]
         return inputs
 
+    def _largest(self) -> list[int]:
+        """(height, width) that nvJPEG is to have memory for: else it takes it anew at each picture that is larger than
+        those before. It may do so for every picture of a batch: 2 GiB in all, then.
+        """
+        largest = np.array([lengths.max() for lengths in self.reader.shapes(self.reader.some())], np.int64)
+        fits = 2**31 / (3 * self.settings.batch_size * largest.prod())
+        return (largest * min(1.0, fits**0.5)).astype(np.int64).tolist()
+
     def _build(self) -> Any:
         from nvidia.dali import fn, pipeline_def, types
         from nvidia.dali.backend import GetSchema
@@ -169,7 +186,7 @@ class DaliEngine(Engine):
         @pipeline_def(
             batch_size=self.settings.batch_size,
             num_threads=self.workers,
-            device_id=(self.device.index or 0) if gpu else None,
+            device_id=self.device.index if gpu else None,
             prefetch_queue_depth=self.ahead,
         )
         def graph() -> tuple:
@@ -186,7 +203,7 @@ class DaliEngine(Engine):
                 # DALI 2 turns by EXIF unasked; the converter has done it, other engines never do.
                 options["adjust_orientation"] = False
             if gpu:
-                options["hw_decoder_load"] = 0.65  # of the pictures; CUDA kernels decode the others
+                options |= dict(zip(("preallocate_height_hint", "preallocate_width_hint"), self._largest()))
             pictures = fn.decoders.image(encoded, device="mixed" if gpu else "cpu", **options)
             outputs = []
             every_view = [spec for spec in self.specs for _ in range(spec.count)]

@@ -12,12 +12,8 @@ memory is taken for every place of a batch and of the queue at the size of the f
 
 from __future__ import annotations
 
-import itertools
 import threading
-import time
-from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import Future
 from ctypes import c_int, c_ulong, c_void_p
 from dataclasses import replace
 from typing import Any
@@ -33,10 +29,9 @@ from ffcv.pipeline.allocation_query import AllocationQuery
 from ffcv.pipeline.compiler import Compiler
 from torch import Tensor
 
-from fastssl.errors import at_work_on
 from fastssl.pipelines.beton.reader import BetonReader
-from fastssl.pipelines.engines.base import Engine, EngineSettings, Rendered, Request, batch_name, thread_initializer
-from fastssl.pipelines.engines.damaged import SampleCheck
+from fastssl.pipelines.engines.ahead import AheadEngine
+from fastssl.pipelines.engines.base import EngineSettings, Rendered, Request
 from fastssl.pipelines.ops.compiled import crop_resize
 from fastssl.pipelines.ops.crop import BOX, boxes_of
 from fastssl.pipelines.plan.draw import ViewSpec
@@ -102,76 +97,44 @@ class _DecodeOnce(SimpleRGBImageDecoder):
         return decode
 
 
-class FfcvEngine(Engine):
+class FfcvEngine(AheadEngine):
     """Decode and crop with FFCV; see the module's text."""
 
     name = "ffcv"
 
     def __init__(self, reader: BetonReader, specs: Sequence[ViewSpec], settings: EngineSettings):
-        super().__init__(reader, specs, settings)
         # numba starts its threads once, as many as the machine has cores, and refuses more.
-        self.workers = min(self.workers, numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]  # made on import
-        self._check = SampleCheck(reader, self.on_bad, self.stats, self._threads(self.workers, "ffcv-check"))
-        at_device = thread_initializer(self.device)
-
-        def begin() -> None:
-            numba.set_num_threads(self.workers)
-            at_device()
-
-        self._renderer = self._threads(1, "ffcv", begin)
+        most: int = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]  # made on import
+        super().__init__(reader, specs, replace(settings, workers=min(settings.workers, most)))
         self._loader: Loader | None = None
+
+    def _begin_thread(self) -> None:
+        numba.set_num_threads(self.workers)
 
     def _run(self, requests: Iterator[Callable[[], Request]]) -> Generator[Rendered, None, None]:
         if self._loader is None:
             self._loader = self._open()
-        epoch, slots = _Epoch(self._loader, np.zeros(0, np.int64)), itertools.cycle(range(self.ahead + 2))
-        pending: deque[Future[tuple[Request, Sequence[np.ndarray], float]]] = deque()
-
-        def fill() -> None:
-            for draw in itertools.islice(requests, self.ahead + 1 - len(pending)):
-                pending.append(self._renderer.submit(self._render, epoch, draw, next(slots)))
-
+        self._ffcv = _Epoch(self._loader, np.zeros(0, np.int64))
         try:
-            fill()
-            while pending:
-                started = time.perf_counter()
-                request, views, cpu = self.deadline.result(pending[0], lambda: "while a batch was to come")
-                groups = self._groups(views, len(request.index))
-                self.stats.wait_s += time.perf_counter() - started
-                self.stats.samples += len(request.index)
-                self.stats.host_cpu_s += cpu
-                pending.popleft()
-                fill()
-                yield Rendered(request, groups)
+            yield from super()._run(requests)
         finally:
-            if self.deadline.settled(pending):
-                epoch.close()  # lets go of the map, which a thread may be reading
-            epoch.closed = True
+            if not self.deadline.given_up:
+                self._ffcv.close()  # lets go of the map, which a thread may be reading
+            self._ffcv.closed = True
 
-    def _render(
-        self, epoch: _Epoch, draw: Callable[[], Request], slot: int
-    ) -> tuple[Request, Sequence[np.ndarray], float]:
-        """A request, its views on memory of FFCV's, and the CPU seconds that they took."""
-        cpu = time.thread_time()
-        with at_work_on(self.reader.path, "drawing the views of a batch"):
-            request = self._check(draw())
+    def _views(self, request: Request) -> list[Tensor]:
         # FFCV maps the file, and what is cut off of a map would end the process.
         self.reader.require_whole()
-        with at_work_on(self.reader.path, batch_name(request)), _COMPILED_LOOP:
-            views = epoch.run_pipeline(0, _table(request), slot, None)[0]
-        return request, views, time.thread_time() - cpu
-
-    def _groups(self, views: Sequence[np.ndarray], batch: int) -> list[Tensor]:
-        """FFCV's buffers as (count * B, 3, S, S) tensors on memory of their own: FFCV will write over its."""
-        groups, first = [], 0
+        with _COMPILED_LOOP:
+            views = self._ffcv.run_pipeline(0, _table(request), 0, None)[0]
+        groups, left, pin = [], iter(views), self._stream is not None
         for spec in self.specs:
             # Pinned memory from torch's cache is not handed out again before a copy from it has arrived.
-            shape, pin = (spec.count * batch, spec.size, spec.size, 3), self.device.type == "cuda"
+            shape = (spec.count, len(request.index), spec.size, spec.size, 3)
             host = torch.empty(shape, dtype=torch.uint8, pin_memory=pin)
-            for number, part in enumerate(host.numpy().reshape(spec.count, batch, *shape[1:]), first):
-                np.copyto(part, views[number])
-            first += spec.count
-            groups.append(host.to(self.device, non_blocking=True).permute(0, 3, 1, 2))
+            for own in host.numpy():
+                np.copyto(own, next(left))
+            groups.append(host.to(self.device, non_blocking=True).flatten(0, 1).permute(0, 3, 1, 2))
         return groups
 
     def _open(self) -> Loader:
@@ -186,7 +149,7 @@ class FfcvEngine(Engine):
                 os_cache=True,
                 pipelines=fields,
                 drop_last=False,
-                batches_ahead=self.ahead,
+                batches_ahead=0,  # its memory is written to and read from in one thread
             )
         finally:
             torch.set_num_threads(threads)

@@ -29,11 +29,20 @@ from torch import Tensor
 
 from fastssl.errors import BetonError, JpegError, at_work_on
 from fastssl.pipelines.beton.reader import BetonReader
-from fastssl.pipelines.engines.base import Engine, EngineSettings, Rendered, Request, batch_name, thread_initializer
+from fastssl.pipelines.engines.base import (
+    Engine,
+    EngineSettings,
+    Rendered,
+    Request,
+    batch_name,
+    take_over,
+    thread_initializer,
+)
 from fastssl.pipelines.engines.damaged import give_places
 from fastssl.pipelines.ops.crop import boxes_of, crop_resize_device, crop_resize_host
 from fastssl.pipelines.ops.memory import ThreadMemory
 from fastssl.pipelines.plan.draw import ViewSpec
+from fastssl.utils.transfer import pinned_bytes
 
 
 class _Slot:
@@ -46,13 +55,14 @@ class _Slot:
         self.pin = pin
         self.packed = torch.empty(0, dtype=torch.uint8)
         self.views: list[Tensor] = []
-        self.copied = torch.cuda.Event() if pin else None
+        self.copied = torch.cuda.Event(blocking=True) if pin else None  # others spin: a core of the decoders' lost
 
     def reserve(self, numel: int) -> None:
         """Make room for ``numel`` bytes of packed source memory."""
         if self.packed.numel() < numel:
-            # A quarter of slack: batches of photos differ by a few percent, and pinning memory is slow.
-            self.packed = torch.empty(numel + numel // 4, dtype=torch.uint8, pin_memory=self.pin)
+            # Slack, as batches of photos differ by a few percent, and pinning memory is slow.
+            room = pinned_bytes(numel) if self.pin else numel + numel // 4
+            self.packed = torch.empty(room, dtype=torch.uint8, pin_memory=self.pin)
 
     def reserve_views(self, specs: Sequence[ViewSpec], batch: int) -> list[Tensor]:
         """One (count * batch, S, S, 3) uint8 tensor a group, on memory that is kept for the largest batch."""
@@ -138,13 +148,10 @@ class NativeEngine(Engine):
 
     def _to_device(self, copied: torch.cuda.Event, host: Tensor) -> Tensor:
         """Copy pinned memory on the long-lived copy stream; the current stream waits for it, the host does not."""
-        current = torch.cuda.current_stream(self.device)
         with torch.cuda.stream(self._copy_stream):
             copy = host.to(self.device, non_blocking=True)
             copied.record(self._copy_stream)
-        current.wait_event(copied)
-        # The memory was taken on the copy stream; without this the allocator could hand it on while it is being read.
-        copy.record_stream(current)
+        take_over([copy], copied, self.device)
         return copy
 
     def _replace_bad(self, slot: _Slot, job: _Job) -> None:

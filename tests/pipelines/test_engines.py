@@ -6,7 +6,6 @@ import gc
 import importlib
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,7 @@ from untidy import untidy
 
 from fastssl.pipelines import BetonReader, BetonWriter, FastSSLError, JpegError, ViewLoader, ViewSpec
 from fastssl.pipelines.beton.format import MODE_RAW
-from fastssl.pipelines.engines.base import EngineSettings, EngineStats, thread_initializer
+from fastssl.pipelines.engines.base import EngineStats, thread_initializer
 from fastssl.pipelines.engines.damaged import SampleCheck
 from fastssl.pipelines.engines.registry import choose_engine, engine_state
 from fastssl.pipelines.ops import jpeg
@@ -287,49 +286,13 @@ def test_every_thread_of_an_engine_is_told_its_device(
     engine: str, beton: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told: list[tuple[int, torch.device]] = []
-    module = importlib.import_module(f"fastssl.pipelines.engines.{engine}")
+    module = importlib.import_module(f"fastssl.pipelines.engines.{'native' if engine == 'native' else 'ahead'}")
     monkeypatch.setattr(
         module, "thread_initializer", lambda device: lambda: told.append((threading.get_ident(), device))
     )
     views(beton, TWO, pipeline=engine, workers=2)
     assert {device for _, device in told} == {torch.device("cpu")}
     assert len({thread for thread, _ in told} - {threading.get_ident()}) == (2 if engine == "native" else 1)
-
-
-def test_what_dali_gets_back_was_copied_before(beton: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """DALI writes to memory that torch has let go of, and knows nothing of the kernels on torch's streams that have yet
-    to read it.
-    """
-    from fastssl.pipelines.engines.dali import DaliEngine
-
-    class Stream:
-        waited = 0
-
-        def synchronize(self) -> None:
-            assert all(source.sum() for source in sources)
-            self.waited += 1
-
-    class Output:
-        def __init__(self, source: torch.Tensor):
-            self.as_tensor = lambda: source
-
-    stream, current, used = Stream(), object(), []
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: stream)
-    monkeypatch.setattr(torch.cuda, "stream", lambda entered: nullcontext(entered))
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
-    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, reader: used.append((tensor.data_ptr(), reader)))
-    specs = [ViewSpec(size=8), ViewSpec(size=8, count=2)]
-    sources = [torch.full((4, 8, 8, 3), number, dtype=torch.uint8) for number in (1, 2, 3)]
-    with BetonReader(beton) as reader:
-        engine = DaliEngine(reader, specs, EngineSettings(torch.device("cuda", 0), 4, workers=1))
-        groups = engine._views(tuple(map(Output, sources)))
-        engine.close()
-    assert stream.waited == 1 and used == [(group.data_ptr(), current) for group in groups]
-    for source in sources:
-        source.zero_()
-    assert [group.shape for group in groups] == [(4, 3, 8, 8), (8, 3, 8, 8)]
-    assert [group[row, 0, 0, 0].item() for group, row in zip((groups[0], groups[1], groups[1]), (0, 0, 4))] == [1, 2, 3]
 
 
 @pytest.mark.gpu
