@@ -256,6 +256,10 @@ def test_memory_grows_with_the_batch() -> None:
 def test_loader_bytes(beton: Path) -> None:
     with BetonReader(beton) as reader:
         assert memory.loader_bytes(tiny(), reader, CPU) == (2 * 2 * 3 * 32 * 32 * 4, 5 * 2 * 3 * 32 * 32)
+        # Five batches of some 3,200 pixels a photo, each pinned as a power of two.
+        recipe, gpu = tiny(train__batch_size="24", moco__queue="960"), torch.device("cuda")
+        assert 1.1 * 24 * 3 * 48 * 64 < 2**18 < 2 * 24 * 3 * 48 * 64
+        assert memory.loader_bytes(recipe, reader, gpu)[1] * 24 == pytest.approx(5 * 2**18, rel=1e-3)
 
 
 @pytest.mark.timed

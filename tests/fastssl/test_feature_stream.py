@@ -16,6 +16,7 @@ from fastssl.evaluate.features import ProbeError
 from fastssl.evaluate.protocols import PROTOCOLS
 from fastssl.pipelines.beton.reader import BetonReader
 from fastssl.pipelines.loader import ViewLoader
+from fastssl.utils.transfer import pinned_bytes
 
 CPU, VIEW = torch.device("cpu"), replace(PROTOCOLS["sslight"], size=16).view()
 TARGETS = 100 + torch.arange(48)
@@ -68,6 +69,20 @@ def test_passes_of_the_network_do_not_change_a_batch(beton: Path, monkeypatch: p
 
 def test_equal_passes() -> None:
     assert [_passes(batch) for batch in (1, 256, 257, 258, 512, 4096, 4099)] == [1, 1, 1, 2, 2, 16, 1]
+
+
+def test_features_are_kept_in_blocks_that_waste_little_where_they_are_pinned(
+    beton: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torch takes the next power of two: in one block two epochs of these would be 2,048 bytes."""
+    step = 12 * 3 * 4
+    monkeypatch.setattr(feature_stream, "BLOCK", 512)
+    with BetonReader(beton) as reader, stream(reader, cached_epochs=2) as source:
+        kept = [list(source.epoch(epoch)) for epoch in range(4)]
+        blocks = {own.untyped_storage().data_ptr(): own.untyped_storage().nbytes() for own in source._features}
+    assert sorted(map(str, plain(kept[0] + kept[1]))) == sorted(map(str, plain(kept[2] + kept[3])))
+    assert list(blocks.values()) == [3 * step, 3 * step, 2 * step]
+    assert sum(map(pinned_bytes, blocks.values())) == 3 * 512 and pinned_bytes(8 * step) == 2048
 
 
 def test_kept_epochs_are_gone_round_in_a_new_order(beton: Path) -> None:

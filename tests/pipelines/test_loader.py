@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from fastssl.pipelines import BetonReader, FastSSLError, JpegError, ViewLoader, ViewSpec
+from fastssl.pipelines.engines.base import checked_device
 
 GLOBAL = ViewSpec(size=32, count=2, area=(0.3, 1.0))
 LOCAL = ViewSpec(size=16, count=3, area=(0.05, 0.3), solarise=0.3)
@@ -223,6 +224,14 @@ def test_a_missing_gpu_is_said_at_once(beton: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(FastSSLError, match="torch sees no NVIDIA GPU here"):
         ViewLoader(beton, views=[GLOBAL], batch_size=4, device="cuda")
+
+
+def test_cuda_is_the_gpu_that_is_current(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    assert [checked_device(name) for name in ("cuda", "cuda:1", "cpu")] == [
+        torch.device(name) for name in ("cuda:3", "cuda:1", "cpu")
+    ]
 
 
 def test_host_work_is_counted(beton: Path) -> None:

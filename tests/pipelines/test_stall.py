@@ -267,8 +267,7 @@ def test_what_a_thread_throws_reaches_the_consumer(
     with ViewLoader(beton, TWO, 24, pipeline=engine, on_bad=on_bad, workers=2) as loader:
         if engine == "ffcv":
             monkeypatch.setattr(type(loader.engine), "_open", lambda self: Opened())
-            monkeypatch.setattr("fastssl.pipelines.engines.ffcv._Epoch.run_pipeline", lambda self, *rest: [[]])
-            monkeypatch.setattr(type(loader.engine), "_groups", lambda self, *rest: [])
+            monkeypatch.setattr(type(loader.engine), "_views", lambda self, request: [])
             batches = (
                 rendered
                 for rendered in loader.engine.run(iter([lambda: loader.request(0, 0), lambda: loader.request(0, 1)]))
