@@ -91,11 +91,9 @@ class Step:
         images, noise = method.images(views), inner.noise(0, self.number)
         with inner.autocast():
             method.targets(images, noise, self.rates)
-        for part in range(self.recipe.train.accumulate):
-            if method.student.drop is not None:
-                method.student.drop.uniforms = inner.part_of(noise["drop_path"].t(), part).t()
+        for part in inner.parts.images(images, noise):
             with inner.autocast():
-                embeddings = method.encode(*self._student_pass([inner.part_of(rows, part) for rows in images]))
+                embeddings = method.encode(*self._student_pass(part))
             embeddings.sum().backward()
         inner.clear_gradients()
         self.number += 1

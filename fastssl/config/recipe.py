@@ -172,9 +172,6 @@ class Recipe:
                 f"views as a list must be two views of one size; this one has {count} of sizes {sorted(sizes)}. "
                 "Local views come with a multi-crop: `views: {threshold: 0.3, local_count: 6, ...}`"
             )
-        parts = self.train.accumulate
-        if parts > 1 and not METHODS[self.method][0].DIVISIBLE:
-            raise ValueError(f"train.accumulate={parts} must be 1: {self.method} looks at the whole batch at once")
 
     @property
     def pair_weights(self) -> PairWeights:

@@ -3,10 +3,11 @@
     rates    what the schedules say for a step, by name: numbers, and switches (True or False)
     noise    what is drawn for a step
     targets  without gradient: keys, or a teacher's probabilities
-    forward  the student's pass and the loss
+    embed    the student's pass
+    loss     of the embeddings
     after_step   queues and centres, once the optimiser has moved
 
-Those five are what a method fills in. It knows nothing of processes but through the collectives it calls, nothing of
+Those six are what a method fills in. It knows nothing of processes but through the collectives it calls, nothing of
 parts of a batch, and nothing of recording: a recorded step reads numbers from the device, and a switch that flips is a
 new recording.
 """
@@ -186,19 +187,35 @@ class Views:
 
 @dataclass
 class StepOutput:
-    """What the student's pass gives.
+    """What a batch's embeddings give.
 
     Attributes:
         loss: scalar with gradient, float32.
-        metrics: (len(METRICS),) float32 without gradient, on the device.
-        kept: what ``after_step`` wants to see again, without gradient.
+        entropy: of the target, the least that the loss can be.
+        pair: two views' unit vectors (B, D) without gradient.
+        more: further metrics, means over the samples.
         frozen: parameters whose gradient is dropped at this step, so that the optimiser passes them over.
     """
 
     loss: Tensor
-    metrics: Tensor
-    kept: Tensor | None = None
+    entropy: Tensor | float
+    pair: tuple[Tensor, Tensor]
+    more: tuple[Tensor, ...] = ()
     frozen: Sequence[nn.Parameter] = ()
+
+    @property
+    def metrics(self) -> Tensor:
+        """(len(METRICS),) float32 without gradient, on the device."""
+        return view_metrics(self.loss, self.entropy, *self.pair, *self.more)
+
+    @classmethod
+    def of_parts(cls, parts: Sequence[StepOutput]) -> StepOutput:
+        """That of a batch whose loss is the mean of its equal parts' losses; without gradient."""
+        mean = [
+            sum(values) / len(parts) for values in zip(*((one.loss.detach(), one.entropy, *one.more) for one in parts))
+        ]
+        first, second = (torch.cat(views) for views in zip(*(one.pair for one in parts)))
+        return cls(mean[0], mean[1], (first, second), tuple(mean[2:]), parts[0].frozen)
 
 
 class Method(nn.Module):
@@ -207,7 +224,7 @@ class Method(nn.Module):
     Attributes:
         METRICS: names of the values in ``StepOutput.metrics``; these four, as ``view_metrics`` gives them, come first.
         HAS_TEACHER: whether there is a moving average of the student.
-        DIVISIBLE: whether a batch's loss is the mean of its parts' losses, so that ``train.accumulate`` may cut it.
+        DIVISIBLE: whether a batch's loss is the mean of its parts' losses: parts of it need one pass, others two.
         student, teacher: the network that is trained, and its moving average, or None.
         teacher_views: how many global views the teacher's pass is over.
         hidden_views: how many of the first views the student's pass leaves out.
@@ -274,22 +291,24 @@ class Method(nn.Module):
         """What the student is to match, without gradient: tensors whose rows are view-major, as those of ``images``."""
         return ()
 
-    def forward(self, images: Sequence[Tensor], targets: tuple[Tensor, ...], rates: Rates) -> StepOutput:
-        """The student's pass and the loss.
+    def embed(self, images: Sequence[Tensor]) -> Tensor:
+        """The student's pass: all that the loss is told of the images, rows view-major, without the hidden views.
 
         Args:
             images: (n B, 3, S, S) for each size, see ``images``; of a part of the batch under ``train.accumulate``.
-            targets: of the same samples.
         """
+        return self.encode(images)
+
+    def loss(self, embeddings: Tensor, targets: tuple[Tensor, ...], rates: Rates) -> StepOutput:
+        """The loss of what ``embed`` gave; ``targets`` are of the same samples."""
         raise NotImplementedError
 
-    def after_step(self, targets: tuple[Tensor, ...], kept: Sequence[Tensor], rates: Rates) -> None:
-        """Move queues and centres.
+    def forward(self, images: Sequence[Tensor], targets: tuple[Tensor, ...], rates: Rates) -> StepOutput:
+        """The student's pass and the loss."""
+        return self.loss(self.embed(images), targets, rates)
 
-        Args:
-            targets: of the whole batch.
-            kept: ``StepOutput.kept`` of each part.
-        """
+    def after_step(self, targets: tuple[Tensor, ...], pair: tuple[Tensor, Tensor], rates: Rates) -> None:
+        """Move queues and centres. ``pair``: of ``StepOutput``; like ``targets`` of the whole batch."""
 
     @torch.no_grad()
     def update_teacher(self, momentum: float | Tensor) -> None:

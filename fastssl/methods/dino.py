@@ -24,7 +24,7 @@ from torch.nn import functional
 from fastssl.distributed.collectives import all_reduce_mean
 from fastssl.losses.pairs import reduce_pairs, split_pairs
 from fastssl.losses.soft_targets import soft_cross_entropy, teacher_probabilities
-from fastssl.methods.base import Encoder, Method, MethodConfig, Rates, StepOutput, Views, view_metrics
+from fastssl.methods.base import Encoder, Method, MethodConfig, Rates, StepOutput, Views
 from fastssl.models.backbones import feature_dim
 from fastssl.models.heads import CosineLogits, Projector, ProjectorConfig
 from fastssl.optim import schedules
@@ -116,8 +116,8 @@ class DINO(Method):
         logits = self.teach(images[0][: self.teacher_views * self.views.batch_size])
         return logits, teacher_probabilities(logits, self.center, rates["teacher_temperature"])
 
-    def forward(self, images: Sequence[Tensor], targets: tuple[Tensor, ...], rates: Rates) -> StepOutput:
-        logits = self.encode(images).unflatten(0, (self.views.count, -1))
+    def loss(self, embeddings: Tensor, targets: tuple[Tensor, ...], rates: Rates) -> StepOutput:
+        logits = embeddings.unflatten(0, (self.views.count, -1))
         probabilities = targets[1].unflatten(0, (2, -1))
         pairs = soft_cross_entropy(probabilities, logits, self.config.student_temperature)
         loss = reduce_pairs(*split_pairs(pairs), self.views.weights)
@@ -125,11 +125,10 @@ class DINO(Method):
         with torch.no_grad():
             entropy = torch.special.entr(probabilities).sum(-1).mean()
             first, second = functional.normalize(logits[:2].float(), dim=-1)
-            metrics = view_metrics(loss, entropy, first, second, entropy / math.log(self.config.out))
-        return StepOutput(loss, metrics, frozen=frozen)
+        return StepOutput(loss, entropy, (first, second), (entropy / math.log(self.config.out),), frozen)
 
     @torch.no_grad()
-    def after_step(self, targets: tuple[Tensor, ...], kept: Sequence[Tensor], rates: Rates) -> None:
+    def after_step(self, targets: tuple[Tensor, ...], pair: tuple[Tensor, Tensor], rates: Rates) -> None:
         """Move the centre towards the mean of the teacher's logits over both global views of all ranks."""
         mean = all_reduce_mean(targets[0].unflatten(0, (2, -1)).mean((0, 1)))
         self.center.lerp_(mean, 1 - self.config.center_momentum)

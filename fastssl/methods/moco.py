@@ -29,7 +29,7 @@ from fastssl.distributed.collectives import gather_rows, gather_views, rank
 from fastssl.distributed.split_batchnorm import SplitBatchNormStats
 from fastssl.losses import SmoothedInfoNCE
 from fastssl.losses.pairs import reduce_pairs
-from fastssl.methods.base import Encoder, Method, Rates, SmoothedConfig, StepOutput, Views, new_encoder, view_metrics
+from fastssl.methods.base import Encoder, Method, Rates, SmoothedConfig, StepOutput, Views, new_encoder
 from fastssl.models.heads import ProjectorConfig
 from fastssl.optim import schedules
 from fastssl.optim.schedules import MomentumSchedule, RunLength
@@ -164,10 +164,10 @@ class MoCo(Method):
         self._key_stats: SplitBatchNormStats | None = None
         self._query_stats: SplitBatchNormStats | None = None
         self._before_queries: Tensor | None = None
-        self.loss = SmoothedInfoNCE(**config.target)
-        if self.loss.neighbors and self.loss.neighbors > config.queue:
+        self.criterion = SmoothedInfoNCE(**config.target)
+        if self.criterion.neighbors and self.criterion.neighbors > config.queue:
             raise ValueError(
-                f"moco.queue={config.queue} holds fewer keys than the {self.loss.neighbors} neighbours that "
+                f"moco.queue={config.queue} holds fewer keys than the {self.criterion.neighbors} neighbours that "
                 "share the smoothing"
             )
         queue = torch.randn(config.queue, config.projector.out, generator=generator)
@@ -206,27 +206,29 @@ class MoCo(Method):
         self._before_queries = self._query_stats.before() if self._query_stats else None
         return (self.keys(images[0][: self.teacher_views * self.views.batch_size], noise["permutation"]),)
 
-    def forward(self, images: Sequence[Tensor], targets: tuple[Tensor, ...], rates: Rates) -> StepOutput:
-        """The loss against the queue as it stands: all views are queries, or all but the one that the
-        key is made of.
-        """
+    def embed(self, images: Sequence[Tensor]) -> Tensor:
+        """Queries: of all views, or all but the one that the key is made of."""
+        size = sum(map(len, images)) // self.views.count
+        return self.queries([images[0][self.hidden_views * size :], *images[1:]], size)
+
+    def loss(self, embeddings: Tensor, targets: tuple[Tensor, ...], rates: Rates) -> StepOutput:
+        """The loss against the queue as it stands."""
         smoothing, (keys,) = rates.get("smoothing", 0.0), targets
         size = len(keys) // self.key_views
-        queries = self.queries([images[0][self.hidden_views * size :], *images[1:]], size)
-        terms = [self._term(queries, key, view, smoothing) for view, key in enumerate(keys.split(size))]
+        terms = [self._term(embeddings, key, view, smoothing) for view, key in enumerate(keys.split(size))]
         loss = terms[0] + terms[1] if self.config.symmetric else terms[0]
         # The metrics' pair of global views is that of the first key: view 2's where there are two (light-moco's order).
         key = keys[size:] if self.config.symmetric else keys
-        entropy = self.loss.target_entropy(smoothing, negatives=len(self.queue))
-        return StepOutput(loss, view_metrics(loss, self.key_views * entropy, queries[:size], key))
+        entropy = self.criterion.target_entropy(smoothing, negatives=len(self.queue))
+        return StepOutput(loss, self.key_views * entropy, (embeddings[:size].detach(), key))
 
     def _term(self, queries: Tensor, key: Tensor, view: int, smoothing: Tensor | float) -> Tensor:
         """All queries but those of the key's own view against ``key`` (n, out): the reduced loss."""
         size, local = len(key), self.views.weights.local_views
         other = (1 - view) * size if self.config.symmetric else 0
         rest = (2 if self.config.symmetric else 1) * size
-        gg = self.loss(queries[other : other + size], key, self.queue, smoothing)
-        gl = self.loss(queries[rest:], key.repeat(local, 1), self.queue, smoothing) if local else None
+        gg = self.criterion(queries[other : other + size], key, self.queue, smoothing)
+        gl = self.criterion(queries[rest:], key.repeat(local, 1), self.queue, smoothing) if local else None
         return reduce_pairs(gg, gl, self.views.weights)
 
     def queries(self, images: Sequence[Tensor], size: int) -> Tensor:
@@ -278,7 +280,7 @@ class MoCo(Method):
         batch, first = self.views.global_batch, rank() * self.views.batch_size
         return torch.cat([keys.narrow(0, view * batch + first, self.views.batch_size) for view in range(views)])
 
-    def after_step(self, targets: tuple[Tensor, ...], kept: Sequence[Tensor], rates: Rates) -> None:
+    def after_step(self, targets: tuple[Tensor, ...], pair: tuple[Tensor, Tensor], rates: Rates) -> None:
         if self._query_stats and self._before_queries is not None:
             self._query_stats.combine(self._before_queries)
         self.enqueue(gather_views(targets[0], self.key_views))

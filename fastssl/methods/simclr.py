@@ -9,7 +9,6 @@ smoothing is light-moco's (arXiv 2212.07158), local views are paired as in SSLig
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import field, replace
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from fastssl.distributed.collectives import gather_views, rank
 from fastssl.losses.nt_xent import SmoothedNTXent
 from fastssl.losses.pairs import reduce_pairs, split_pairs
-from fastssl.methods.base import Method, Rates, SmoothedConfig, StepOutput, Views, new_encoder, view_metrics
+from fastssl.methods.base import Method, Rates, SmoothedConfig, StepOutput, Views, new_encoder
 from fastssl.models.heads import ProjectorConfig
 from fastssl.optim.schedules import RunLength
 from fastssl.utils.settings import settings
@@ -56,26 +55,26 @@ class SimCLR(Method):
     ):
         super().__init__(new_encoder(backbone, config.projector), views)
         self.config = config
-        self.loss = SmoothedNTXent(**config.target)
+        self.criterion = SmoothedNTXent(**config.target)
         if not config.allows(views.global_batch):
             raise ValueError(
-                f"the batch gives {2 * (views.global_batch - 1)} negatives, fewer than the {self.loss.neighbors} "
+                f"the batch gives {2 * (views.global_batch - 1)} negatives, fewer than the {self.criterion.neighbors} "
                 "neighbours that share the smoothing"
             )
 
     def rates(self, step: int, run: RunLength) -> dict[str, float | bool]:
         return self.config.smoothing_rates(step, run)
 
-    def forward(self, images: Sequence[Tensor], targets: tuple[Tensor, ...], rates: Rates) -> StepOutput:
+    def loss(self, embeddings: Tensor, targets: tuple[Tensor, ...], rates: Rates) -> StepOutput:
         batch, smoothing = self.views.batch_size, rates.get("smoothing", 0.0)
-        anchors = self.encode(images)
-        candidates = gather_views(anchors[: 2 * batch], 2, gradient=True)
-        pairs = self.loss(
-            anchors.unflatten(0, (self.views.count, -1)),
+        candidates = gather_views(embeddings[: 2 * batch], 2, gradient=True)
+        pairs = self.criterion(
+            embeddings.unflatten(0, (self.views.count, -1)),
             candidates.unflatten(0, (2, -1)),
             first=rank() * batch,
             smoothing=smoothing,
         )
         loss = reduce_pairs(*split_pairs(pairs), self.views.weights)
-        entropy = self.loss.target_entropy(smoothing, negatives=2 * (self.views.global_batch - 1))
-        return StepOutput(loss, view_metrics(loss, entropy, *anchors[: 2 * batch].chunk(2)))
+        entropy = self.criterion.target_entropy(smoothing, negatives=2 * (self.views.global_batch - 1))
+        first, second = embeddings[: 2 * batch].detach().chunk(2)
+        return StepOutput(loss, entropy, (first, second))

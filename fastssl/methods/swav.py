@@ -13,7 +13,7 @@ There is no teacher.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import field, replace
 from typing import Annotated, cast
 
@@ -25,7 +25,7 @@ from fastssl.distributed.collectives import all_reduce_sum, gather_views, rank
 from fastssl.losses.pairs import reduce_pairs, split_pairs
 from fastssl.losses.sinkhorn import sinkhorn
 from fastssl.losses.soft_targets import soft_cross_entropy
-from fastssl.methods.base import Encoder, Method, MethodConfig, Rates, StepOutput, Views, view_metrics
+from fastssl.methods.base import Encoder, Method, MethodConfig, Rates, StepOutput, Views
 from fastssl.models.backbones import feature_dim
 from fastssl.models.heads import Projector, ProjectorConfig, Prototypes
 from fastssl.optim.schedules import RunLength
@@ -132,19 +132,22 @@ class SwAV(Method):
         frozen = run.epoch(step) < self.config.freeze_epochs
         return {"frozen": frozen, "fill": since >= 0, "queue": since >= self.queue_batches}
 
-    def forward(self, images: Sequence[Tensor], targets: tuple[Tensor, ...], rates: Rates) -> StepOutput:
+    def targets(self, images: Sequence[Tensor], noise: Mapping[str, Tensor], rates: Rates) -> tuple[Tensor, ...]:
+        """None: assignments come of the embeddings. Prototypes get unit length here, before any pass of the step."""
         self.prototypes.normalise_()
-        out, width = self.encode(images), self.config.projector.out
-        embeddings, scores = out[:, :width], out[:, width:].unflatten(0, (self.views.count, -1))
-        kept = embeddings[: 2 * self.views.batch_size].detach()
+        return ()
+
+    def loss(self, embeddings: Tensor, targets: tuple[Tensor, ...], rates: Rates) -> StepOutput:
+        width = self.config.projector.out
+        scores = embeddings[:, width:].unflatten(0, (self.views.count, -1))
+        first, second = embeddings[: 2 * self.views.batch_size, :width].detach().chunk(2)
         assigned = self.assign(scores[:2].detach(), use_queue=bool(rates["queue"]))
         pairs = soft_cross_entropy(assigned, scores, self.config.temperature)
         loss = reduce_pairs(*split_pairs(pairs), self.views.weights)
         frozen = (self.prototypes.weight,) if rates["frozen"] else ()
         with torch.no_grad():
             entropy = torch.special.entr(assigned).sum(-1).mean()
-            metrics = view_metrics(loss, entropy, *kept.chunk(2), entropy / math.log(self.config.prototypes))
-        return StepOutput(loss, metrics, kept, frozen)
+        return StepOutput(loss, entropy, (first, second), (entropy / math.log(self.config.prototypes),), frozen)
 
     @torch.no_grad()
     def assign(self, scores: Tensor, *, use_queue: bool) -> Tensor:
@@ -163,9 +166,9 @@ class SwAV(Method):
         return torch.stack(found)
 
     @torch.no_grad()
-    def after_step(self, targets: tuple[Tensor, ...], kept: Sequence[Tensor], rates: Rates) -> None:
+    def after_step(self, targets: tuple[Tensor, ...], pair: tuple[Tensor, Tensor], rates: Rates) -> None:
         """Put this step's embeddings of all ranks into the queue, in the place of the oldest."""
         if not rates["fill"]:
             return
-        fresh = gather_views(kept[0], 2).unflatten(0, (2, -1))  # (2, global batch, D)
+        fresh = gather_views(torch.cat(pair), 2).unflatten(0, (2, -1))  # (2, global batch, D)
         self.queue.copy_(torch.cat([self.queue[:, fresh.shape[1] :], fresh], 1))

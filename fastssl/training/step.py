@@ -35,6 +35,7 @@ from fastssl.optim.schedules import RunLength, half_cosine
 from fastssl.pipelines.ops.augment import augment_device
 from fastssl.training.cuda_graph import RecordedStep, Recorder, StepInputs, record_cuda_graph
 from fastssl.training.networks import Bf16Weights, channels_last_breaks, initial_backbone, require_channels_last
+from fastssl.training.parts import Parts
 from fastssl.utils.host_memory import keep_freed_memory
 from fastssl.utils.transfer import to_device
 
@@ -59,6 +60,7 @@ class TrainStep:
 
     Attributes:
         method: the networks, the queue or centre; what is saved.
+        parts: into which the student's pass is cut.
         batch_size: samples a step on this rank.
         without_effect: a line for each setting of the recipe that changes nothing in this network, with the reason.
         fallbacks: {switch: why it is not used here}; also ``channels_last``, where a network does not keep the layout.
@@ -109,6 +111,7 @@ class TrainStep:
             use_matrix_products(self.method)
         if world.size > 1:
             self.method.synchronise(lambda network: synchronise_batchnorm(network, device))
+        self.parts = Parts(self.method, parts, in_groups=groups > 1)
         self.optimizer = create_optimizer(self.method, recipe.optim)
         self._trained = [p for p in self.method.parameters() if p.requires_grad]
         self.bf16_weights: list[Bf16Weights] = []
@@ -230,7 +233,7 @@ class TrainStep:
 
     def _run(self, inputs: StepInputs) -> Tensor:
         views, noise, rates, tables = inputs
-        method, parts = self.method, self.recipe.train.accumulate
+        method = self.method
         if tables:
             specs = zip(views, tables, self.recipe.views)
             with torch.no_grad():
@@ -238,33 +241,20 @@ class TrainStep:
         images = method.images(views)
         with self.autocast():
             targets = method.targets(images, noise, rates)
-        metrics, kept = [], []
-        for part in range(parts):
-            if method.student.drop is not None:
-                method.student.drop.uniforms = self.part_of(noise["drop_path"].t(), part).t()
-            mine = [self.part_of(rows, part) for rows in images], tuple(self.part_of(rows, part) for rows in targets)
-            with self.autocast():
-                output = method(*mine, rates)
-            (output.loss / parts if parts > 1 else output.loss).backward()
-            if self.bf16_weights:
-                self.bf16_weights[0].collect_gradients()
-            metrics.append(output.metrics)
-            kept.append(output.kept)
+        output = self.parts.backward(
+            images, targets, noise, rates, autocast=self.autocast, collect=self._collect_gradients
+        )
         for parameter in output.frozen:
             parameter.grad = None
         average_gradients(self._trained)
         self.update(rates)
         self.clear_gradients()
-        method.after_step(targets, kept, rates)
-        return metrics[0] if parts == 1 else torch.stack(metrics).mean(0)
+        method.after_step(targets, output.pair, rates)
+        return output.metrics
 
-    def part_of(self, rows: Tensor, part: int) -> Tensor:
-        """Of view-major ``rows`` (n B, ...) those of the ``part``-th share of the samples, view-major."""
-        parts, batch = self.recipe.train.accumulate, self.batch_size
-        if parts == 1:
-            return rows
-        size = batch // parts
-        return torch.cat([rows.narrow(0, first + part * size, size) for first in range(0, len(rows), batch)])
+    def _collect_gradients(self) -> None:
+        if self.bf16_weights:
+            self.bf16_weights[0].collect_gradients()
 
     def update(self, rates: Rates) -> None:
         """Clipping, weight decay and the optimiser's step on the gradients that are there, then the moving average."""

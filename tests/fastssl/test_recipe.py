@@ -315,12 +315,9 @@ def test_mistakes_in_a_multi_crop_recipe_are_named(override: str, message: str) 
         load_recipe("dino-mobilenetv2-sslight", parse_overrides([override]))
 
 
-def test_a_threshold_for_a_list_of_views_and_parts_of_a_whole_batch_are_refused() -> None:
+def test_a_threshold_for_a_list_of_views_is_refused() -> None:
     with pytest.raises(FastSSLError, match=r"lists its two views.*views\.preset=sslight-cnn"):
         load_recipe("few-photos-moco", {"views.threshold": "0.2"})
-    for name in ("swav-mobilenetv2-sslight", "simclr-mobilenetv3"):
-        with pytest.raises(FastSSLError, match="looks at the whole batch at once"):
-            load_recipe(name, {"train.accumulate": "2"})
 
 
 def test_only_the_methods_own_section_is_in_the_resolved_recipe() -> None:

@@ -52,7 +52,7 @@ def test_prototypes_are_normalised_before_the_pass_and_frozen_in_the_first_epoch
     method, run = make(), RunLength(100, 10)
     with torch.no_grad():
         method.prototypes.weight.mul_(5)
-    method(batch(), (), OFF)
+    method.targets(batch(), {}, OFF)
     torch.testing.assert_close(method.prototypes.weight.detach().norm(dim=1), torch.ones(K))
     (frozen,) = method(batch(), (), method.rates(9, run)).frozen
     assert frozen is method.prototypes.weight and not method(batch(), (), method.rates(10, run)).frozen
@@ -101,7 +101,7 @@ def test_assignment_and_loss_are_float32_under_autocast() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         found = method(batch(), (), OFF)
         assigned = method.assign(torch.rand(2, B, K).bfloat16(), use_queue=True)
-    assert {found.loss.dtype, found.metrics.dtype, found.kept.dtype, assigned.dtype} == {torch.float32}
+    assert {found.loss.dtype, found.metrics.dtype, found.pair[0].dtype, assigned.dtype} == {torch.float32}
     torch.testing.assert_close(assigned.sum(-1), torch.ones(2, B), rtol=1e-6, atol=1e-6)
     found.loss.backward()
     assert method.prototypes.weight.grad.abs().sum() > 0
