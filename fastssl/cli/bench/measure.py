@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from importlib import import_module
@@ -86,6 +87,7 @@ def measure(what: str, json_path: str | None, suite: str | None = None, **chosen
         try:
             records = run(setting)
         except Exception as error:  # the other settings are worth their figures all the same
+            _let_go(error)
             failures.append((label, error))
             console.say(f"failed: {label}: {in_words(error)}")
             continue
@@ -108,6 +110,13 @@ def _write(json_path: str | None, records: list[dict]) -> None:
     except OSError as error:
         reason = f"a result was not written ({error.strerror or error}); it is in the table above"
         raise FastSSLError(f"{json_path}: {reason}") from error
+
+
+def _let_go(error: BaseException | None) -> None:
+    """Free what the frames of an error that is kept hold: a step's tensors, up to a whole GPU of them."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def in_words(error: Exception) -> str:
