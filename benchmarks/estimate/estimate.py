@@ -195,6 +195,6 @@ def _extrapolated(recipe: Recipe, measured: Measured, points: int) -> list[str]:
     elif top < train.batch_size:
         found.append(f"loader and step together: measured at batch {top}")
     for switch in ("compile", "graph"):
-        if getattr(train, switch):
+        if (asked := getattr(train, switch)) is True or (asked and measured.gauges[-1].step.device.type == "cuda"):
             found.append(f"train.{switch}: measured without it, the run should be faster")
     return found

@@ -58,7 +58,7 @@ class Step:
         train = recipe.train
         # A batch smaller than the recipe's may have no parts of two samples and more.
         parts = train.accumulate if batch_size % train.accumulate == 0 and batch_size >= 2 * train.accumulate else 1
-        compiled, graph = compiled or train.compile, graph or train.graph
+        compiled, graph = compiled or train.compile is True, graph or train.graph is True
         train = replace(train, batch_size=batch_size, accumulate=parts, compile=compiled, graph=graph)
         self.recipe = recipe = replace(recipe, train=train)
         self.device, self.batch_size, self.amp, self.seed = device, batch_size, amp, seed
@@ -176,9 +176,12 @@ def fit_step(setting: RecipeSetting, *, crops: bool = False) -> Fitted:
 
     A network that cannot be compiled or recorded here runs as it is, and the result's details say why.
     """
-    size, recipe, device = setting.batch, setting.recipe, setting.device
+    size, recipe, device, again = setting.batch, setting.recipe, setting.device, True
     while (fitted := _try_step(setting, size, crops)) is None:
         timing.free_memory(device)
+        if again:  # once: what lay there may have been left by another step
+            again = False
+            continue
         size //= 2
         if size < max(2, recipe.settings.groups):
             raise FastSSLError(

@@ -24,9 +24,15 @@ from fastssl.errors import counted, without_folders
     "of a checkpoint to go on from. Where torchrun or Slurm starts a failed run again,"
     " it goes on with what it has made, whatever is said here.",
 )
+@click.option(
+    "--check",
+    is_flag=True,
+    help="Compare some compiled or recorded steps with eager ones at the start, and go on without what differs. "
+    "The run is otherwise the same.",
+)
 @quiet_option
 @json_option
-def pretrain(wanted: Wanted, out: Path | None, seed: int, resume: str, json_path: str | None) -> None:
+def pretrain(wanted: Wanted, out: Path | None, seed: int, resume: str, check: bool, json_path: str | None) -> None:
     """Pre-train a backbone without labels, and show what it learned.
 
     \b
@@ -64,6 +70,7 @@ def pretrain(wanted: Wanted, out: Path | None, seed: int, resume: str, json_path
         seed=seed,
         workers=wanted.workers,
         resume=resume,
+        check=check,
         command=without_folders(command_line(click.get_current_context())),
     )
     with RunProgress(console, quiet=not console.notes) as progress:

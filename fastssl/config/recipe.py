@@ -24,6 +24,7 @@ from fastssl.utils.settings import (
     BY_FORM,
     LIST,
     MAPPING,
+    AutoSwitch,
     BelowOne,
     Count,
     Natural,
@@ -58,8 +59,10 @@ class TrainConfig:
             random order, and a batch's photos are of one such group. None: all photos are shuffled among each other.
         accumulate: parts into which a step's batch is cut for the pass with gradient, to save memory. Learning rate,
             keys and queue stay those of the whole batch; the query network's BatchNorms see one part at a time.
-        compile: compile the networks with ``torch.compile`` (minutes at the start).
-        graph: capture the whole step as a CUDA graph, colour operations included: one launch a step.
+        compile: compile the networks with ``torch.compile`` (minutes at the start). ``auto``: in one process on a GPU,
+            if the run has steps enough for that to pay; not in a deterministic run.
+        graph: capture the whole step as a CUDA graph, colour operations included: one launch a step. ``auto``: in one
+            process on a GPU; not in a deterministic run.
         amp: ``auto`` (bfloat16 on a GPU, float32 on the CPU), ``bf16`` or ``off``. On a CPU torch's (2.15) bfloat16
             may find NaN where a convolution with a stride meets maps of one pixel (views below 32 px).
         log_every: steps between two lines of metrics.jsonl; the host reads the device's metrics only then.
@@ -79,8 +82,8 @@ class TrainConfig:
     batch_size: Annotated[Whole, Field(ge=2)] = 512
     window: Count | None = None
     accumulate: Count = 1
-    compile: Switch = False
-    graph: Switch = False
+    compile: AutoSwitch = "auto"
+    graph: AutoSwitch = "auto"
     # yaml takes the bare word off for false
     amp: Annotated[Literal["auto", "bf16", "off"], BeforeValidator(lambda it: "off" if it is False else it)] = "auto"
     log_every: Count = 50

@@ -29,10 +29,19 @@ from fastssl.utils.yaml_file import read_yaml
 _RESULTS = ("summary.json", "report.html", "views.png", "neighbours.png", "status.json")
 _CHECKPOINTS = ("last*.pt", "last*.safetensors", "step-*.pt", "epoch-*.pt", "epoch-*.safetensors", "*.aside")
 #: What may be another when a run goes on: it decides what is told, kept and put up with, and no step that was made.
-#: next_mark: in the records of older versions.
+#: compile, graph: round differently, as another machine does. next_mark: in the records of older versions.
 _FREE = {"data.name", "data.val_photos", "val", "probe", "full_samples", "full_recipe", "next_mark"} | {
     f"train.{key}"
-    for key in ("log_every", "checkpoint_minutes", "keep_last", "milestone_epochs", "skip_nonfinite", "on_bad")
+    for key in [
+        "compile",
+        "graph",
+        "log_every",
+        "checkpoint_minutes",
+        "keep_last",
+        "milestone_epochs",
+        "skip_nonfinite",
+        "on_bad",
+    ]
 }
 _RECIPE_KEYS = frozenset(field.name for field in dataclasses.fields(Recipe))
 

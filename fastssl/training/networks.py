@@ -10,6 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from fastssl.config.recipe import Recipe
+from fastssl.errors import FastSSLError
+from fastssl.methods import METHODS
+from fastssl.methods.base import Method, Views
 from fastssl.models.backbones import create_backbone, require_sizes, resolve_arch
 from fastssl.pipelines.plan.multicrop import MultiCrop
 
@@ -32,6 +35,30 @@ def initial_backbone(recipe: Recipe, seed: int, say: Callable[[str], None] = lam
     )
     require_sizes(backbone, recipe.arch, picture_sizes(recipe))
     return backbone
+
+
+def new_method(
+    recipe: Recipe, seed: int, batch_size: int, ranks: int, say: Callable[[str], None] = lambda text: None
+) -> Method:
+    """The recipe's method as a run begins with it, on the CPU, for ``batch_size`` samples a step on each rank.
+
+    Raises:
+        FastSSLError: a batch that does not fit the method's numbers, no memory for the networks, or as
+            ``initial_backbone``.
+    """
+    kind: Callable[..., Method] = METHODS[recipe.method][0]
+    views = Views(batch_size, recipe.pair_weights, ranks)
+    backbone = initial_backbone(recipe, seed, say)
+    try:
+        return kind(backbone, recipe.settings, views=views, generator=torch.Generator().manual_seed(seed))
+    except ValueError as error:
+        batch = recipe.train.batch_size
+        raise FastSSLError(f"batch of {batch}: {error}; --batch-size or --set changes that") from error
+    except RuntimeError as error:  # torch's allocator: "you tried to allocate ... bytes"
+        raise FastSSLError(
+            f"no memory for the networks of {recipe.method} ({' '.join(str(error).split())[:120]}); lower "
+            "its sizes (queue, out, prototypes, projector.hidden) with --set"
+        ) from error
 
 
 def picture_sizes(recipe: Recipe) -> dict[str, int]:

@@ -60,6 +60,7 @@ class RunOptions:
         device: ``auto``, ``cpu`` or ``cuda``.
         resume: ``auto`` (go on if the folder holds a run, from its newest checkpoint that is whole), ``never``, or the
             path of a checkpoint; of the last two only the first start of a launch takes notice (``Launch``).
+        check: compare a compiled or recorded step with the eager one at the start (``TrainStep``).
         command: the call of the command line that this is part of, for the report; folders left out.
     """
 
@@ -73,6 +74,7 @@ class RunOptions:
     workers: int | None = None
     resume: str = "auto"
     command: str | None = None
+    check: bool = False
 
 
 @dataclass(eq=False)
@@ -231,17 +233,26 @@ def prepare(
             match_classes(reader, val)
             if world.is_main and recipe.train.on_bad == "fail":
                 _require_whole_photos(val, options.workers)
-        step = TrainStep(recipe, device, amp=use_amp(recipe.train.amp, device), seed=options.seed, world=world)
+        steps = steps_per_epoch(len(reader), recipe.train.batch_size)
+        length = RunLength(recipe.train.epochs * steps, steps)
+        step = TrainStep(
+            recipe,
+            device,
+            amp=use_amp(recipe.train.amp, device),
+            seed=options.seed,
+            world=world,
+            steps=length.total_steps,
+            check=options.check,
+            say=progress.note,
+        )
     if val is not None and reader.labelled and not val.labelled:
         progress.message("the photos of --val have no labels: the probes judge on a held-out fifth of --data")
     if (window := recipe.train.window) is not None and window >= (files := len(reader.files)):
         progress.message(f"train.window={window} has no effect: the photos are in {counted(files, 'file')}")
     for line in step.without_effect:
         progress.message(line)
-    steps = steps_per_epoch(len(reader), recipe.train.batch_size)
     ring = MetricRing(step.method.METRICS, min(recipe.train.log_every, steps), device)
     config = _resolved(recipe, options, reader, val)
-    length = RunLength(recipe.train.epochs * steps, steps)
     run = Setup(recipe, options, reader, val, progress, world, device, step, ring, config, length, git)
     _require_same_settings(run)
     try:
@@ -292,7 +303,7 @@ def _resolved(recipe: Recipe, options: RunOptions, reader: BetonReader, val: Bet
 def _require_same_settings(run: Setup) -> None:
     """Processes that were started with different settings would wait for each other forever: better to say so now."""
     place = {"out": str(run.options.out), "resume": run.options.resume, "device": run.device.type}
-    mine = {**run.config, **place, "bfloat16": run.step.amp}
+    mine = {**run.config, **place, "bfloat16": run.step.amp, "check": run.options.check}
     found = differences(mine, broadcast_object(mine))
     if any_rank(bool(found)):
         what = f"this is process {run.world.rank}: {'; '.join(found[:3])}" if found else "another one says which"

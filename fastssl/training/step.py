@@ -8,14 +8,14 @@
 
 What is computed between views and loss is the method's (``methods/``). Two switches of the recipe change how it runs
 and not what it computes: ``train.compile`` compiles the networks, ``train.graph`` records all of the above as one CUDA
-graph. Where one cannot be had here, the step runs without it and `TrainStep.fallbacks` says why.
+graph. Where one cannot be had here, the step runs without it and `TrainStep.switches` says why.
 """
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,16 +26,17 @@ from fastssl.distributed.collectives import any_rank, average_gradients
 from fastssl.distributed.sync_batchnorm import synchronise_batchnorm
 from fastssl.distributed.world import World
 from fastssl.errors import FastSSLError, without_folders
-from fastssl.methods import METHODS
-from fastssl.methods.base import Method, Rates, Views
+from fastssl.methods.base import Rates
 from fastssl.models.depthwise import use_own_gradient
 from fastssl.models.pointwise import use_matrix_products
 from fastssl.optim.optimizers import apply_decay, clip_gradients, create_optimizer, set_lr
 from fastssl.optim.schedules import RunLength, half_cosine
 from fastssl.pipelines.ops.augment import augment_device
 from fastssl.training.cuda_graph import RecordedStep, Recorder, StepInputs, record_cuda_graph
-from fastssl.training.networks import Bf16Weights, channels_last_breaks, initial_backbone, require_channels_last
+from fastssl.training.networks import Bf16Weights, channels_last_breaks, new_method, require_channels_last
 from fastssl.training.parts import Parts
+from fastssl.training.state import StepState
+from fastssl.training.switches import CHECKED_RATES, SWITCHES, Trial, compare, left_out, telling
 from fastssl.utils.host_memory import keep_freed_memory
 from fastssl.utils.transfer import to_device
 
@@ -57,13 +58,20 @@ class TrainStep:
         seed: of the first weights, of the queue's first content and of what is drawn for each step.
         record: how a step is recorded for ``train.graph``; tests give another.
         world: which of how many processes this is; the process group is there already.
+        steps: of the whole run, for what is ``auto``; 0: unknown, and taken for few.
+        check: compare what was compiled or recorded with the eager step, and go on without it where it differs.
+        say: is told what takes minutes.
 
     Attributes:
         method: the networks, the queue or centre; what is saved.
         parts: into which the student's pass is cut.
         batch_size: samples a step on this rank.
         without_effect: a line for each setting of the recipe that changes nothing in this network, with the reason.
-        fallbacks: {switch: why it is not used here}; also ``channels_last``, where a network does not keep the layout.
+        left_out: {switch: why it is not tried}, see ``switches.left_out``.
+        fallbacks: {switch: why it cannot be used here}; also ``channels_last``, where a network does not keep the
+            layout.
+        checked: {switch: the verdict}, with ``check``.
+        state: all that a step changes; ``snapshot`` and ``is_finite`` are its.
         networks: student and, if there is one, teacher in the form that computes: with ``amp`` copies, see
             ``Bf16Weights``.
         bf16_weights: of student and teacher; none without ``amp``.
@@ -85,6 +93,9 @@ class TrainStep:
         seed: int,
         record: Recorder = record_cuda_graph,
         world: World = World(),  # noqa: B008 (frozen)
+        steps: int = 0,
+        check: bool = False,
+        say: Callable[[str], None] = lambda text: None,
     ):
         self.recipe, self.device, self.amp, self.seed, self.world = recipe, device, amp, seed, world
         if device.type == "cpu":
@@ -105,7 +116,8 @@ class TrainStep:
         self.without_effect: list[str] = []
         if device.type == "cuda":
             torch.backends.cudnn.benchmark = not recipe.train.deterministic  # every step has the same shapes
-        self.method = self._new_method().to(device).to(memory_format=torch.channels_last).train()
+        method = new_method(recipe, seed, self.batch_size, world.size, self.without_effect.append)
+        self.method = method.to(device).to(memory_format=torch.channels_last).train()
         if device.type == "cpu":
             use_own_gradient(self.method)
             use_matrix_products(self.method)
@@ -119,32 +131,27 @@ class TrainStep:
         if amp:
             self.bf16_weights = [Bf16Weights(network) for network in self.networks]
             self.networks = [half.network for half in self.bf16_weights]
-            self.method.register_load_state_dict_post_hook(lambda *_: self._refresh())
+            for half in self.bf16_weights:  # a hook that knew the step would keep it alive, graph and all
+                self.method.register_load_state_dict_post_hook(lambda *_, half=half: half.refresh())
         self.method.set_forward_modules(*self.networks)
+        self.state = StepState(self.method, self.optimizer, self.bf16_weights)
+        self.snapshot, self.is_finite = self.state.snapshot, self.state.is_finite
         self.fallbacks: dict[str, str] = {}
+        self.left_out = left_out(recipe.train, device, processes=world.size, steps=steps)
+        self.check, self.checked, self.say = check, dict[str, str](), say
         self._record = record
         self._recorded: RecordedStep | None = None
         self._switches: dict[str, bool] = {}
         self.prepared, self.prepare_s = False, 0.0
-        if recipe.train.graph and device.type != "cuda" and record is record_cuda_graph:
+        if "graph" not in self.left_out and device.type != "cuda" and record is record_cuda_graph:
             self.fallbacks["graph"] = f"a CUDA graph needs an NVIDIA GPU, this is the {device.type}"
-        self.takes_crops = recipe.train.graph and "graph" not in self.fallbacks
+        self.takes_crops = "graph" not in {**self.left_out, **self.fallbacks}
 
-    def _new_method(self) -> Method:
-        recipe = self.recipe
-        kind: Callable[..., Method] = METHODS[recipe.method][0]
-        views = Views(self.batch_size, recipe.pair_weights, self.world.size)
-        backbone = initial_backbone(recipe, self.seed, self.without_effect.append)
-        try:
-            return kind(backbone, recipe.settings, views=views, generator=torch.Generator().manual_seed(self.seed))
-        except ValueError as error:
-            batch = recipe.train.batch_size
-            raise FastSSLError(f"batch of {batch}: {error}; --batch-size or --set changes that") from error
-        except RuntimeError as error:  # torch's allocator: "you tried to allocate ... bytes"
-            raise FastSSLError(
-                f"no memory for the networks of {recipe.method} ({' '.join(str(error).split())[:120]}); lower "
-                "its sizes (queue, out, prototypes, projector.hidden) with --set"
-            ) from error
+    @property
+    def switches(self) -> dict[str, str]:
+        """{switch: ``on``, or ``off`` and why}."""
+        off = {**self.left_out, **self.fallbacks}
+        return {switch: f"off ({off[switch]})" if switch in off else "on" for switch in SWITCHES}
 
     @property
     def recorded(self) -> bool:
@@ -217,7 +224,7 @@ class TrainStep:
             self.prepare_s = time.monotonic() - started
         elif self._recorded is not None and inputs.switches() != self._switches:  # what was recorded is another step
             self._recorded = None
-            self._try("graph", lambda: self._capture(inputs))
+            self._try("graph", self._capture, inputs)
         self._switches = inputs.switches()
         return (self._recorded or self._run)(inputs)
 
@@ -265,7 +272,7 @@ class TrainStep:
         self.optimizer.step()
         if "momentum" in rates:
             self.method.update_teacher(rates["momentum"])
-        self._refresh()
+        self.state.refresh()
 
     def clear_gradients(self) -> None:
         """Forget all gradients."""
@@ -273,32 +280,32 @@ class TrainStep:
         for half in self.bf16_weights:
             half.network.zero_grad(set_to_none=True)
 
-    def _refresh(self) -> None:
-        for half in self.bf16_weights:
-            half.refresh()
-
     # ------------------------------------------------------------------ the first call
 
     def _prepare(self, inputs: StepInputs) -> None:
-        """Compile and record as the recipe asks, on the first batch; the state is afterwards as it was before."""
+        """Compile and record as it was chosen, on the first batch; the state is afterwards as it was before."""
         self.prepared = True
-        train, backbone = self.recipe.train, self.method.student.backbone
+        backbone = self.method.student.backbone
         sample = torch.zeros(2, *inputs.views[0].shape[1:], device=self.device)
         sample = sample.contiguous(memory_format=torch.channels_last)
         if broken := channels_last_breaks(backbone, sample):
             self.fallbacks["channels_last"] = f"{self.recipe.arch} leaves the layout behind {', '.join(broken[:3])}"
-        if train.compile:
-            self._try("compile", lambda: self._compile(inputs))
-        if self.takes_crops:
-            self._try("graph", lambda: self._capture(inputs))
+        wanted = [switch for switch in SWITCHES if switch not in {**self.left_out, **self.fallbacks}]
+        eager = self._trial(inputs) if self.check and wanted else None
+        for switch in wanted:
+            self._try(switch, self._compile if switch == "compile" else self._capture, inputs)
+            if eager and switch not in self.fallbacks:  # all ranks make the steps of a trial, or none
+                self._try(switch, self._verify, switch, eager, inputs)
+        if self.check and not wanted:
+            self.checked["step"] = "runs eagerly, there is nothing to compare"
 
-    def _try(self, switch: str, prepare: Callable[[], None]) -> None:
+    def _try(self, switch: str, prepare: Callable[..., None], *inputs: Any) -> None:
         undo, reason = self.snapshot(), ""
         try:
-            prepare()
-        except torch.OutOfMemoryError:
-            raise
+            prepare(*inputs)
         except Exception as error:  # whatever a compiler or a capture may fail with, the step runs without it
+            if isinstance(error, torch.OutOfMemoryError) and getattr(self.recipe.train, switch) is True:
+                raise
             # A compiler quotes its command line, with all folders in it.
             reason = f"{type(error).__name__}: {without_folders(' '.join(str(error).split()))[:200]}"
         finally:
@@ -309,44 +316,37 @@ class TrainStep:
             if switch == "compile":
                 self.method.set_forward_modules(*self.networks)
             else:
-                self._recorded = None
+                self.close()
 
     def _compile(self, inputs: StepInputs) -> None:
         if torch._dynamo.config.disable:
             raise FastSSLError("switched off by TORCH_COMPILE_DISABLE")
-        self.method.set_forward_modules(*(torch.compile(network, dynamic=False) for network in self.networks))
-        self._run(inputs)
+        names = " and ".join(("student", "teacher")[: len(self.networks)])
+        with telling(f"compiling {names}", self.say):
+            self.method.set_forward_modules(*(torch.compile(network, dynamic=False) for network in self.networks))
+            self._run(inputs)
 
     def _capture(self, inputs: StepInputs) -> None:
         self._recorded = RecordedStep(self._run, inputs, undo=self.snapshot(), record=self._record)
 
-    def _optimizer_tensors(self) -> list[Tensor]:
-        return [t for state in self.optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
+    def _trial(self, inputs: StepInputs) -> Trial:
+        """Some steps as they are made now, of these views in turns forwards and backwards; the state stays."""
+        undo, before, losses = self.snapshot(), self.state.copy(), []
+        lr = 0.1 * self.recipe.optim.peak_lr(self.recipe.train.batch_size)  # the first one's may be next to nothing
+        for number, share in enumerate(CHECKED_RATES):
+            views, tables = ([t.flip(0) if number % 2 else t for t in ts] for ts in (inputs.views, inputs.tables))
+            scheduled: dict[str, Any] = {**inputs.rates, "lr": lr}
+            rates = {name: value * share for name, value in numbers(scheduled).items()}
+            step = StepInputs(views, self.noise(0, number), {**inputs.rates, **rates}, tables)
+            losses.append((self._recorded or self._run)(step)[0].clone())
+        way = {
+            name: end - before[name] if name in before else end.clone() for name, end in self.state.tensors().items()
+        }
+        undo()
+        return Trial(torch.stack(losses), way)
 
-    def is_finite(self) -> bool:
-        """Whether all numbers of the networks, the queue or centre and the optimiser are. Waits for the device."""
-        floats = [
-            tensor
-            for tensor in (*self.method.state_dict().values(), *self._optimizer_tensors())
-            if tensor.is_floating_point() and tensor.numel() and tensor.device.type == self.device.type
-        ]
-        # The largest magnitude is finite if all are: one launch for all tensors, and one number to wait for.
-        return bool(torch.isfinite(torch.stack(torch._foreach_norm(floats, math.inf)).sum()))
-
-    def snapshot(self) -> Callable[[], None]:
-        """What puts networks, queue and optimiser back, in place, as they are now. Takes as much memory as they do, and
-        does not wait for the device.
-        """
-        kept = [(tensor, tensor.clone()) for tensor in self.method.state_dict().values()]
-        before = {id(tensor): tensor.clone() for tensor in self._optimizer_tensors()}
-
-        @torch.no_grad()
-        def undo() -> None:
-            for tensor, value in kept:
-                tensor.copy_(value)
-            for tensor in self._optimizer_tensors():
-                # A buffer that was made meanwhile is one that the first step would have begun at zero.
-                tensor.copy_(before[id(tensor)]) if id(tensor) in before else tensor.zero_()
-            self._refresh()
-
-        return undo
+    def _verify(self, switch: str, eager: Trial, inputs: StepInputs) -> None:
+        agrees, words = compare(eager, self._trial(inputs), amp=self.amp)
+        self.checked[switch] = f"{'agrees' if agrees else 'DIFFERS, and is left out'}: {words}"
+        if not agrees:
+            raise FastSSLError(f"not the eager step ({words})")

@@ -143,7 +143,7 @@ class StepLog:
             bad = row.pop("nonfinite", None)
             if run.saver:
                 run.saver.write(row)
-            run.progress.row({**row, "knn": run.online_knn}, run.position.step, run.length.total_steps)
+            run.progress.row({**row, "knn": run.online_knn}, row["step"], run.length.total_steps)
             if bad is not None:
                 raise diverged(run, bad, f"the loss is {row['loss']}")
 

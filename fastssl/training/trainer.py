@@ -87,6 +87,10 @@ def make_step(run: Setup, batch: Batch) -> Tensor:
     if first:
         for switch, reason in step.fallbacks.items():
             run.progress.message(f"without {switch}: {reason}")
+        for switch, verdict in step.checked.items():
+            run.progress.message(f"check: {switch} {verdict}")
+        if run.device.type == "cuda":
+            run.progress.note(", ".join(f"{switch} {how}" for switch, how in step.switches.items()))
     return metrics
 
 

@@ -6,7 +6,7 @@ import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import field
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Strict, Tag, ValidationError
 from pydantic.dataclasses import dataclass
@@ -35,6 +35,10 @@ Positive = Annotated[Real, Field(gt=0)]
 NotNegative = Annotated[Real, Field(ge=0)]
 Share = Annotated[Real, Field(ge=0, le=1)]
 BelowOne = Annotated[Real, Field(ge=0, lt=1)]
+#: A switch that by itself is on where that is known to pay. (A number would equal true or false.)
+AutoSwitch = Annotated[
+    Literal["auto", True, False], BeforeValidator(lambda value: value if isinstance(value, bool) else str(value))
+]
 
 #: For a union of a list and a mapping: the value's form says which is meant. The names stand in pydantic's places of
 #: mistakes, and are no part of a key.

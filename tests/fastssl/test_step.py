@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import warnings
+import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
 
@@ -34,6 +36,8 @@ def recipe(arch: str = "mobilenetv3_small_050", **changes: object) -> Recipe:
         "moco.queue": 32,
         "moco.projector.hidden": 16,
         "moco.split_bn": 2,
+        "train.compile": "false",
+        "train.graph": "false",
     }
     given = {name.replace("__", "."): value for name, value in changes.items()}
     return load_recipe(
@@ -162,6 +166,35 @@ def test_compiled_networks_are_what_computes(monkeypatch: pytest.MonkeyPatch) ->
     with torch._dynamo.config.patch(disable=True):
         train(off, 1)
     assert "TORCH_COMPILE_DISABLE" in off.fallbacks["compile"]
+
+
+@pytest.mark.parametrize("amp", [False, True])
+@pytest.mark.parametrize("switch", [None, "graph", "compile"])
+def test_a_dropped_step_is_freed_without_the_collector(
+    amp: bool, switch: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU it would keep its graph's memory, up to all of it, from the next one."""
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda network, **options: real(network, backend="eager", **options))
+
+    def record(call: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        """As CUDA, which keeps nothing of the call."""
+        result = call()
+        return lambda: None, result
+
+    changes = {f"train__{switch}": "true"} if switch else {}
+    gc.collect()
+    gc.disable()
+    try:
+        with torch._dynamo.config.patch(disable=False):
+            step = TrainStep(recipe("test_resnet", **changes), CPU, amp=amp, seed=0, record=record, check=True)
+            train(step, 2)
+        assert not step.fallbacks or switch == "graph"  # a replay that does nothing is not the eager step
+        kept = [weakref.ref(it) for it in (step, step.method, step.optimizer, next(step.method.parameters()))]
+        del step
+        assert [reference() for reference in kept] == [None] * 4
+    finally:
+        gc.enable()
 
 
 # ---------------------------------------------------------------------- precision
@@ -545,6 +578,8 @@ def multicrop(case: str, **changes: object) -> Recipe:
         "views.local_size": 16,
         "views.local_count": 2,
         "train.batch_size": BATCH,
+        "train.compile": "false",
+        "train.graph": "false",
     }
     given = {key.replace("__", "."): value for key, value in changes.items()}
     return load_recipe(name, {key: str(value) for key, value in {**small, **given}.items()})
