@@ -101,6 +101,7 @@ class FfcvEngine(AheadEngine):
     """Decode and crop with FFCV; see the module's text."""
 
     name = "ffcv"
+    reads = False  # FFCV maps the file
 
     def __init__(self, reader: BetonReader, specs: Sequence[ViewSpec], settings: EngineSettings):
         # numba starts its threads once, as many as the machine has cores, and refuses more.
@@ -122,7 +123,7 @@ class FfcvEngine(AheadEngine):
                 self._ffcv.close()  # lets go of the map, which a thread may be reading
             self._ffcv.closed = True
 
-    def _views(self, request: Request) -> list[Tensor]:
+    def _views(self, request: Request, encoded: list[np.ndarray]) -> list[Tensor]:
         # FFCV maps the file, and what is cut off of a map would end the process.
         self.reader.require_whole()
         with _COMPILED_LOOP:

@@ -6,7 +6,6 @@ import importlib
 import re
 import weakref
 from collections.abc import Iterator
-from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,9 +17,10 @@ from fake_gpu import FakeEvent, fake_gpu
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from fastssl.pipelines import BetonReader, ViewLoader, ViewSpec
-from fastssl.pipelines.engines.base import EngineSettings
+from fastssl.pipelines.engines.base import EngineSettings, Request
 from fastssl.pipelines.engines.dali import DaliEngine
 from fastssl.pipelines.engines.native import NativeEngine
+from fastssl.pipelines.plan.draw import VIEW_DTYPE
 
 pytestmark = pytest.mark.engines
 
@@ -118,13 +118,11 @@ def test_dali_takes_memory_for_the_largest_photo_as_far_as_a_batch_of_them_has_r
 
 def test_dali_gets_nothing_back_that_is_still_being_copied(dali: DaliEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     """DALI writes to memory that torch has let go of, and knows nothing of the kernels on torch's streams that have yet
-    to read it. The host waits for none, but for those of three batches ago.
+    to read it. Its thread waits for a batch's copies when the next batch is decoded.
     """
-    events, waited, used = [], [], []
+    events, waited = [], []
 
     class Event:
-        done = False
-
         def __init__(self, blocking: bool):
             assert blocking
             events.append(self)
@@ -132,50 +130,35 @@ def test_dali_gets_nothing_back_that_is_still_being_copied(dali: DaliEngine, mon
         def record(self, stream: object) -> None:
             assert stream == "copies of cuda:1"
 
-        def query(self) -> bool:
-            return self.done
-
         def synchronize(self) -> None:
             waited.append(events.index(self))
 
-    class Output:
-        def __init__(self, source: torch.Tensor):
-            self.as_tensor = lambda: source
-
-    current = SimpleNamespace(wait_event=lambda event: used.append(event))
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "stream", lambda entered: nullcontext(entered))
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
-    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, reader: used.append(tensor.data_ptr()))
-    monkeypatch.setattr(torch, "from_dlpack", lambda tensor: tensor)
 
     def batch() -> tuple[list[torch.Tensor], list[weakref.ref[torch.Tensor]]]:
         sizes = [spec.size for spec in SPECS for _ in range(spec.count)]
-        sources = [torch.full((4, size, size, 3), number, dtype=torch.uint8) for number, size in enumerate(sizes)]
-        groups = dali._views(tuple(map(Output, sources)))
-        assert used == [events[-1], *[group.data_ptr() for group in groups]]
-        used.clear()
-        return groups, [weakref.ref(source) for source in sources]
+        views = [torch.full((4, size, size, 3), number, dtype=torch.uint8) for number, size in enumerate(sizes)]
+        return dali._groups(views), [weakref.ref(view) for view in views]
 
     groups, lent = batch()
     assert [group.shape for group in groups] == [(8, 3, 32, 32), (12, 3, 16, 16)]
     assert [groups[0][row, 0, 0, 0].item() for row in (0, 4)] == [0, 1]
-    assert all(source() is not None for source in lent)
-    events[0].done = True
-    (_, second), (_, third) = batch(), batch()
-    assert not any(source() is not None for source in lent) and waited == [0]
-    batch()
-    assert waited == [0, 1] and all(source() is None for source in second) and third[0]() is not None
-    dali._pipeline = SimpleNamespace(reset=lambda: None)
-    dali._end_epoch(finished=True)
-    assert waited == [0, 1, 2, 3] and third[0]() is None
+    assert all(view() is not None for view in lent) and waited == []
+    _, second = batch()
+    assert all(view() is None for view in lent) and waited == [0]
+    dali._free()
+    assert all(view() is None for view in second) and waited == [0, 1]
 
 
-def test_dali_is_not_asked_to_make_the_host_wait(dali: DaliEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    def run(*streams: object) -> None:
-        asked.extend(streams)
-        raise StopIteration
-
-    asked: list[object] = []
-    monkeypatch.setattr(dali, "_build", lambda: SimpleNamespace(run=run, reset=lambda: None))
-    assert list(dali.run(iter(()))) == [] and asked == ["copies of cuda:1"]
+def test_dali_is_not_asked_to_make_its_thread_wait(dali: DaliEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    fed, asked = [], []
+    pipeline = SimpleNamespace(
+        feed_input=lambda name, values: fed.append((name, len(values))),
+        run=lambda *streams: asked.extend(streams) or (),
+    )
+    monkeypatch.setattr(dali, "_build", lambda: pipeline)
+    monkeypatch.setattr(dali, "_groups", lambda views: views)
+    plans = [np.zeros((spec.count, 4), VIEW_DTYPE) for spec in SPECS]
+    assert dali._views(Request(np.arange(4), plans), [np.zeros(1, np.uint8)] * 4) == []
+    assert asked == ["copies of cuda:1"]
+    assert fed == [("pictures", 4), *[(f"{what}{view}", 4) for view in range(5) for what in ("start", "end", "flip")]]
