@@ -173,12 +173,9 @@ def fit_step(setting: RecipeSetting, *, crops: bool = False) -> Fitted:
 
     A network that cannot be compiled or recorded here runs as it is, and the result's details say why.
     """
-    size, recipe, device, again = setting.batch, setting.recipe, setting.device, True
+    size, recipe, device = setting.batch, setting.recipe, setting.device
     while (fitted := _try_step(setting, size, crops)) is None:
         timing.free_memory(device)
-        if again:  # once: what lay there may have been left by another step
-            again = False
-            continue
         size //= 2
         if size < max(2, recipe.settings.groups):
             raise FastSSLError(
