@@ -1,11 +1,10 @@
 #!/usr/bin/env bash
 # Measure everything that `fastssl bench` knows on this machine's NVIDIA GPU, in eight minutes and without network.
 #
-#   bash benchmarks/gpu.sh [--python PATH] [--out DIR] [--data FILE.beton] [--minutes N] [--only PART,...] [--smoke]
+#   bash benchmarks/gpu.sh [--python PATH] [--out DIR] [--minutes N] [--only PART,...] [--smoke]
 #
 #   --python   Python with torch and fastssl's other needs.  [default: the checkout's .venv, else python3]
 #   --out      gets results.jsonl, the report (report.html, report.md, recipes.md, plots) and log.txt.    [default: runs/bench in the checkout]
-#   --data     real JPEGs to read.                           [default: the sample set that comes with the package]
 #   --minutes  for all of it, the report included.           [default: 8]
 #   --only     these parts alone, also if they were done before.    [default: all]
 #   --smoke    the same parts with tiny settings, a few minutes on two CPU cores: shows that they run, its figures mean nothing.
@@ -14,23 +13,21 @@
 # the others alone; what it had finished is kept. Eight minutes reach the first ten parts even if each takes all of its time. The same command again
 # goes on: a part that ended well, by log.txt, is left out. Exit status: 0 all done, 1 a part failed or was not reached (they are listed), 2 wrong usage.
 #
-# fastssl need not be installed: where Python does not import this checkout, a temporary folder of links is put on PYTHONPATH, with pipelines/ and
-# benchmarks/ where the installed package has them.
+# fastssl need not be installed: a temporary folder of links is put on PYTHONPATH, with pipelines/ and benchmarks/ where the installed package has them.
 set -uo pipefail
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
-PYTHON="" OUT="" DATA="" SMOKE="" ONLY=""
+PYTHON="" OUT="" SMOKE="" ONLY=""
 MINUTES=8
 
 usage() { sed -n '2,/^set /p' "${BASH_SOURCE[0]}" | grep '^#' | cut -c3-; }
 refuse() { echo "gpu.sh: $1 (gpu.sh --help)" >&2; exit 2; }
-absolute() { (cd "$(dirname "$1")" 2>/dev/null && echo "$PWD/$(basename "$1")") || echo "$1"; }
 
 while (($#)); do
     case "$1" in
-        --python | --out | --data | --minutes | --only)
+        --python | --out | --minutes | --only)
             (($# > 1)) && [[ -n "$2" ]] || refuse "$1 needs a value"
-            case "$1" in --python) PYTHON="$2" ;; --out) OUT="$2" ;; --data) DATA="$2" ;; --only) ONLY="$2" ;; --minutes) MINUTES="$2" ;; esac
+            case "$1" in --python) PYTHON="$2" ;; --out) OUT="$2" ;; --only) ONLY="$2" ;; --minutes) MINUTES="$2" ;; esac
             shift 2
             ;;
         --smoke) SMOKE=1; shift ;;
@@ -49,13 +46,9 @@ if [[ -z "$PYTHON" ]]; then
     PYTHON=python3
     [[ -x "$ROOT/.venv/bin/python" ]] && PYTHON="$ROOT/.venv/bin/python"
 fi
-# Parts run in another folder: relative paths are made absolute here. A virtual environment's python is a link and must stay one.
-[[ "$PYTHON" == */* ]] && PYTHON="$(absolute "$PYTHON")"
+# Parts run in another folder; a virtual environment's python is a link and must stay one.
+[[ "$PYTHON" == */* ]] && PYTHON="$(realpath -sm "$PYTHON")"
 command -v "$PYTHON" >/dev/null || refuse "--python $PYTHON: no such program"
-if [[ -n "$DATA" ]]; then
-    [[ -f "$DATA" ]] || refuse "--data $DATA: no such file"
-    DATA="$(absolute "$DATA")"
-fi
 OUT="${OUT:-$ROOT/runs/bench}"
 mkdir -p "$OUT" && OUT="$(cd "$OUT" && pwd)" || { echo "gpu.sh: cannot make the folder $OUT" >&2; exit 1; }
 
@@ -78,23 +71,16 @@ trap stop INT TERM
 
 say() { printf '[%3d s] %s\n' "$SECONDS" "$*" | tee -a "$LOG"; }
 
-# Is it this checkout that Python imports, or nothing, or some other copy?
-imported() { (cd "$WORK" && "$PYTHON" -c 'import os, fastssl.pipelines as p, fastssl.benchmarks; print(os.path.realpath(p.__path__[0]))' 2>/dev/null); }
-if [[ "$(imported)" != "$ROOT/pipelines" ]]; then
-    mkdir -p "$WORK/links/fastssl"
-    ln -s "$ROOT"/fastssl/* "$ROOT/pipelines" "$ROOT/benchmarks" "$WORK/links/fastssl/"
-    export PYTHONPATH="$WORK/links${PYTHONPATH:+:$PYTHONPATH}"
-    [[ "$(imported)" == "$ROOT/pipelines" ]] || { echo "gpu.sh: $PYTHON cannot import fastssl from $ROOT" >&2; exit 1; }
-    say "fastssl is not installed here: importing it from $ROOT"
-fi
+# Python must not find fastssl/ without its two parts in the folder where it runs.
+mkdir "$WORK/fastssl" && ln -s "$ROOT"/fastssl/* "$ROOT/pipelines" "$ROOT/benchmarks" "$WORK/fastssl/" && cd "$WORK" || exit 1
+export PYTHONPATH="$WORK${PYTHONPATH:+:$PYTHONPATH}"
 missing="$("$PYTHON" -c '
 from importlib.util import find_spec
 print(*[name for name in "torch torchvision timm numpy PIL click rich yaml safetensors simplejpeg numba matplotlib psutil pydantic jinja2".split() if find_spec(name) is None])')" || exit 1
 [[ -z "$missing" ]] || { echo "gpu.sh: $PYTHON lacks the packages: $missing" >&2; exit 1; }
 
 export PYTHONUNBUFFERED=1 PYTHONWARNINGS="${PYTHONWARNINGS:-ignore}"
-REAL="${DATA:-samples}"
-MAIN=(--recipe light-moco-mobilenetv3)
+MAIN=(--recipe light-moco-mobilenetv3) BOTH=(--data synthetic --data samples)
 OTHER=(--recipe light-moco-efficientnet_b0 --recipe moco-v2-resnet50 --recipe few-photos-moco)
 # Local views beside the global ones: every method that takes them, and the ViT.
 LOCAL=(--recipe dino-mobilenetv2-sslight --recipe dino-vit_tiny-sslight --recipe swav-mobilenetv2-sslight --recipe moco-mobilenetv2-sslight)
@@ -112,7 +98,6 @@ if [[ -n "$SMOKE" ]]; then
     QUERIES=(--batch-size 16)
     LONG=(--seconds 0.5) SHORT=(--seconds 0.2)
     THREADS=(--workers 2 --workers 1)
-    REST=(--data "$REAL")
     PEERS=(--photos 16 --batch-size 4 --seconds 2)
     # bfloat16 is several times slower than float32 on a CPU without its instructions: one part shows that it runs.
     AMP=(--amp off)
@@ -132,7 +117,6 @@ else
     CORES="$(nproc)"
     THREADS=(--workers "$CORES")
     for threads in 8 4 1; do ((threads < CORES)) && THREADS+=(--workers "$threads"); done
-    REST=(--data synthetic --data "$REAL")
     # Fewer seconds a turn than the command's own: rates of slow loaders are then rough, and what is left of the time decides.
     PEERS=(--seconds 45)
     FILES=(--photos 512)
@@ -162,8 +146,7 @@ part() { # NAME SECONDS ARGUMENTS-OF-BENCH...
     # In the background, since bash answers signals only between commands or while it waits; each line of output gets the clock.
     while IFS= read -r line; do say "  $line"; done <"$WORK/pipe" &
     reader=$!
-    (cd "$WORK" && exec timeout --kill-after=5 "$limit" "$PYTHON" -c 'from fastssl.cli import main; main()' bench "$@" --json "$unfinished") \
-        >"$WORK/pipe" 2>&1 &
+    timeout --kill-after=5 "$limit" "$PYTHON" -m fastssl bench "$@" --json "$unfinished" >"$WORK/pipe" 2>&1 &
     running=$!
     wait "$running"
     status=$?
@@ -185,22 +168,22 @@ part() { # NAME SECONDS ARGUMENTS-OF-BENCH...
 part ceilings 25 ceilings "${DEVICE[@]}" "${INPUT[@]}" "${SHORT[@]}"
 part step-graph 50 step "${MAIN[@]}" "${TINY[@]}" "${NET[@]}" "${AMP[@]}" --graph --peers
 part step 40 step "${MAIN[@]}" "${TINY[@]}" "${NET[@]}" --amp bf16 --peers
-part views 30 views "${MAIN[@]}" "${TINY[@]}" "${BATCH[@]}" "${INPUT[@]}" --data synthetic --data "$REAL" --amp bf16
-part train 55 train "${MAIN[@]}" "${TINY[@]}" "${NET[@]}" "${INPUT[@]}" --data synthetic --data "$REAL" "${AMP[@]}" --graph "${LONG[@]}"
-part loader 40 loader "${MAIN[@]}" "${TINY[@]}" "${BATCH[@]}" "${INPUT[@]}" "${THREADS[@]}" --data synthetic --data "$REAL" "${SHORT[@]}"
+part views 30 views "${MAIN[@]}" "${TINY[@]}" "${BATCH[@]}" "${INPUT[@]}" "${BOTH[@]}" --amp bf16
+part train 55 train "${MAIN[@]}" "${TINY[@]}" "${NET[@]}" "${INPUT[@]}" "${BOTH[@]}" "${AMP[@]}" --graph "${LONG[@]}"
+part loader 40 loader "${MAIN[@]}" "${TINY[@]}" "${BATCH[@]}" "${INPUT[@]}" "${THREADS[@]}" "${BOTH[@]}" "${SHORT[@]}"
 part step-compiled 115 step "${MAIN[@]}" "${TINY[@]}" "${NET[@]}" "${AMP[@]}" --compile --graph --peers
 part step-local 55 step "${LOCAL[@]}" "${TINY_LOCAL[@]}" "${NET[@]}" "${FITTING[@]}" "${AMP[@]}" --graph
 part loss 20 loss "${MAIN[@]}" "${TINY[@]}" "${QUERIES[@]}"
 part step-recipes 35 step "${OTHER[@]}" "${TINY[@]}" "${NET[@]}" "${AMP[@]}" --graph
 
 # As time is left.
-part train-recipes 80 train "${OTHER[@]}" "${TINY[@]}" "${NET[@]}" "${INPUT[@]}" "${REST[@]}" "${AMP[@]}" --graph "${SHORT[@]}"
+part train-recipes 80 train "${OTHER[@]}" "${TINY[@]}" "${NET[@]}" "${INPUT[@]}" "${BOTH[@]}" "${AMP[@]}" --graph "${SHORT[@]}"
 part train-local 40 train --recipe dino-mobilenetv2-sslight "${TINY_LOCAL[@]}" "${NET[@]}" "${FITTING[@]}" "${INPUT[@]}" --data synthetic "${AMP[@]}" --graph "${SHORT[@]}"
 part loader-local 30 loader --recipe dino-mobilenetv2-sslight "${TINY_LOCAL[@]}" "${BATCH[@]}" "${INPUT[@]}" --data synthetic "${SHORT[@]}"
-part loader-recipes 50 loader "${OTHER[@]}" "${TINY[@]}" "${BATCH[@]}" "${INPUT[@]}" "${REST[@]}" "${SHORT[@]}"
+part loader-recipes 50 loader "${OTHER[@]}" "${TINY[@]}" "${BATCH[@]}" "${INPUT[@]}" "${BOTH[@]}" "${SHORT[@]}"
 # Other engines, where they are installed: each with 1, 4, 8 and all threads.
 ENGINES=()
-ready="$(cd "$WORK" && "$PYTHON" -c '
+ready="$("$PYTHON" -c '
 from fastssl.pipelines.engines.registry import engine_state
 print(*[name for name in ("dali", "ffcv") if not engine_state(name).problem])' 2>/dev/null)"
 for engine in $ready; do ENGINES+=(--pipeline "$engine"); done
@@ -212,16 +195,12 @@ fi
 
 part convert 60 convert "${FILES[@]}"
 part peers 110 loader --peers "${PEERS[@]}"
-part views-recipes 40 views "${OTHER[@]}" "${TINY[@]}" "${BATCH[@]}" "${INPUT[@]}" "${REST[@]}" --amp bf16
+part views-recipes 40 views "${OTHER[@]}" "${TINY[@]}" "${BATCH[@]}" "${INPUT[@]}" "${BOTH[@]}" --amp bf16
 part step-compiled-recipes 180 step "${OTHER[@]}" "${TINY[@]}" "${NET[@]}" "${AMP[@]}" --compile --graph
 part step-float32 60 step "${MAIN[@]}" "${TINY[@]}" "${NET[@]}" --amp off --peers
 
 if [[ -s "$RESULTS" ]]; then
-    (cd "$WORK" && "$PYTHON" -c '
-import sys
-from pathlib import Path
-from fastssl.benchmarks.harness.report import write_report
-write_report([Path(sys.argv[1])], Path(sys.argv[2]))' "$RESULTS" "$OUT") || failed+=("the report")
+    "$PYTHON" -m fastssl bench report "$RESULTS" --out "$OUT" >/dev/null || failed+=("the report")
 else
     failed+=("no record at all")
 fi

@@ -78,7 +78,7 @@ else
     FIRST=(pipelines/test_augment.py pipelines/test_crop.py pipelines/test_loader.py fastssl/test_meters.py)
     mapfile -t OTHERS < <(cd "$ROOT/tests" && grep -rl "mark\.gpu" --include='test_*.py' . | grep -vF "$(printf '%s\n' "${FIRST[@]}")")
     FIRST+=(fastssl/test_step.py)
-    LEARN=(--device cuda --set views.0.size=128 --set "views.0.blur_sigma=[0.1, 1.15]" --set probe.size=128)
+    LEARN=(--device cuda --check --set views.0.size=128 --set "views.0.blur_sigma=[0.1, 1.15]" --set probe.size=128)
 fi
 TESTS=("$PYTHON" -m pytest --rootdir "$ROOT" -c "$ROOT/setup.cfg" -o addopts= -p no:cacheprovider -m "$MARK" -v --tb=short --durations=5
     --continue-on-collection-errors)

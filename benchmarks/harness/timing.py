@@ -13,7 +13,7 @@ import json
 import math
 import tempfile
 import time
-from collections.abc import Callable, Collection, Generator, Hashable, Mapping, Sequence
+from collections.abc import Callable, Generator, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -80,7 +80,7 @@ def measure_in_turns(
     device: torch.device | str,
     runs: int = MIN_RUNS,
     warmup: int = 2,
-    optional: Collection[str] = (),
+    optional: Sequence[str] = (),
 ) -> dict[str, Timing]:
     """Time every contender ``runs`` times, in turns, after ``warmup`` runs each that are not counted. One of the
     ``optional`` for which memory runs out is left out of the result: the others are worth their figures.
@@ -88,14 +88,13 @@ def measure_in_turns(
     device, gone = torch.device(device), set[str]()
 
     def once(name: str) -> tuple[float, float]:
-        if name not in gone:
-            try:
-                return time_once(contenders[name], device)
-            except torch.OutOfMemoryError:
-                if name not in optional:
-                    raise
-                gone.add(name)
-            free_memory(device)
+        try:
+            return (math.nan, math.nan) if name in gone else time_once(contenders[name], device)
+        except torch.OutOfMemoryError:
+            if name not in optional:
+                raise
+        gone.add(name)
+        free_memory(device)
         return math.nan, math.nan
 
     for name in [*contenders] * warmup:

@@ -123,7 +123,6 @@ class Fitted:
         step, views: the step, and random views for its networks: a list of (count * B, 3, S, S) channels-last.
         asked: batch size before it was halved for want of memory. cost: of a step's passes through the networks.
         first_s: seconds of the first call: libraries choose kernels, networks are compiled, the step is recorded.
-        inputs: of the first call: ``views``, or uint8 crops with their colour tables.
     """
 
     step: Step
@@ -131,7 +130,6 @@ class Fitted:
     asked: int
     cost: Cost
     first_s: float = 0.0
-    inputs: tuple[list[Tensor], list[Tensor]] = ([], [])
 
     @property
     def details(self) -> dict[str, object]:
@@ -142,7 +140,6 @@ class Fitted:
             "compiled": train.compile and "compile" not in fallbacks,
             "graph": train.graph and "graph" not in fallbacks,
             "fallbacks": fallbacks,
-            "colours_crops": bool(self.inputs[1]),
             "first_s": self.first_s,
             "accumulate": train.accumulate,
             "asked_batch_size": self.asked,
@@ -176,12 +173,9 @@ def fit_step(setting: RecipeSetting, *, crops: bool = False) -> Fitted:
 
     A network that cannot be compiled or recorded here runs as it is, and the result's details say why.
     """
-    size, recipe, device, again = setting.batch, setting.recipe, setting.device, True
+    size, recipe, device = setting.batch, setting.recipe, setting.device
     while (fitted := _try_step(setting, size, crops)) is None:
         timing.free_memory(device)
-        if again:  # once: what lay there may have been left by another step
-            again = False
-            continue
         size //= 2
         if size < max(2, recipe.settings.groups):
             raise FastSSLError(
@@ -204,7 +198,7 @@ def _try_step(setting: RecipeSetting, size: int, crops: bool) -> Fitted | None:
         step(*inputs)
         timing.synchronize(device)
         first_s = time.perf_counter() - started
-        return Fitted(step, views, setting.batch, step.cost(views), first_s, inputs)
+        return Fitted(step, views, setting.batch, step.cost(views), first_s)
     except torch.OutOfMemoryError:
         return None
 
@@ -247,10 +241,8 @@ def run(setting: RecipeSetting) -> list[Record]:
         shown = rates(batch / timed.median_s, batch, setting.views, fraction)
         return setting.record("step", **{"arch": setting.arch, "ceiling_name": CEILING_NAME, **shown, **values})
 
-    def of_step(name: str) -> float | None:
-        return 1 / timings[name].times_faster_than(ours) if name in timings else None
-
-    arithmetic, networks = cost.flop / ours.median_s, of_step("networks")
+    of_step = {name: 1 / timings[name].times_faster_than(ours) for name in beside if name in timings}
+    arithmetic, networks = cost.flop / ours.median_s, of_step.get("networks")
     busy = timing.busy_share(whole, device)
     # On a CPU what a step adds. A recorded step allocates nothing when it is replayed: its memory is what is reserved.
     cuda, held = device.type == "cuda", 0
@@ -262,7 +254,7 @@ def run(setting: RecipeSetting) -> list[Record]:
         "share": _shares(networks, update.median_s / ours.median_s) if networks and not step.inner.recorded else None,
         "networks_fraction": networks,
         # Time of the colour operations over the step's, which is made on views that are coloured already.
-        "colour_of_step": of_step("colour"),
+        "colour_of_step": of_step.get("colour"),
         "no_memory_for": [name for name in contenders if name not in timings],
         "peak_bytes": held if replayed else held + timing.peak_extra_bytes(whole, device),
         "cpu_s": ours.median_cpu_s,

@@ -122,6 +122,7 @@ def run(setting: RecipeSetting) -> list[Record]:
             remedies.sort(key=lambda pair: -pair[0].predicted)
     details = {
         **fitted.details,
+        "colours_crops": step.inner.takes_crops,
         "data": about,
         "data_wait": wait_share(windows["real"]),
         "headspace": 1 / fraction - 1,

@@ -73,6 +73,7 @@ def measure(what: str, json_path: str | None, suite: str | None = None, **chosen
     settings, if some failed; the first failure is its cause.
     """
     from fastssl.benchmarks.harness.table import COLUMNS, cells, line
+    from fastssl.benchmarks.harness.timing import free_memory
 
     run: Callable[[Any], list[Record]] = import_module(f"fastssl.benchmarks.suites.{suite or what}").run
     command = command_line(click.get_current_context())
@@ -85,7 +86,8 @@ def measure(what: str, json_path: str | None, suite: str | None = None, **chosen
     for words, setting in jobs:
         label = f"{what}, {words}"
         try:
-            records = _attempt(run, setting)
+            free_memory(setting.device)  # of what earlier settings left in cycles
+            records = run(setting)
         except Exception as error:  # the other settings are worth their figures all the same
             _let_go(error)
             failures.append((label, error))
@@ -100,21 +102,6 @@ def measure(what: str, json_path: str | None, suite: str | None = None, **chosen
         label, first = failures[0]
         others = f" ({len(failures)} of {counted(len(jobs), 'setting')} failed)" if len(jobs) > 1 else ""
         raise FastSSLError(f"{label}: {in_words(first)}{others}") from first
-
-
-def _attempt(run: Callable[[Any], list[Record]], setting: Any) -> list[Record]:
-    """``run(setting)`` without what earlier settings left in memory; once more where it runs out all the same."""
-    import torch
-
-    from fastssl.benchmarks.harness.timing import free_memory
-
-    free_memory(setting.device)
-    try:
-        return run(setting)
-    except torch.OutOfMemoryError as error:
-        _let_go(error)
-    free_memory(setting.device)
-    return run(setting)
 
 
 def _let_go(error: BaseException | None) -> None:
