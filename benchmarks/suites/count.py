@@ -25,14 +25,14 @@ from fastssl.benchmarks.harness.records import Record
 from fastssl.benchmarks.harness.setting import RecipeSetting
 from fastssl.benchmarks.harness.traffic import Counter
 from fastssl.benchmarks.suites.step import Step, random_crops
+from fastssl.benchmarks.suites.views import colour_tables
 from fastssl.config.recipe import Recipe
-from fastssl.errors import counted
 from fastssl.training.networks import Bf16Weights
 
 #: Bytes a second of a large copy, read and written, as they were seen: what a step is held against where no GPU is.
 COPY_RATES = {"H100": 3.0e12, "H200": 4.3e12}
-#: What calls are the parts of a step: {part: (methods of the method, of the step's object or of a class)}.
-_OF_METHOD = {"targets": "teacher", "encode": "student", "forward": "loss", "after_step": "queue or centre"}
+#: Which parts of a step the method's calls are.
+_OF_METHOD = {"targets": "teacher", "embed": "student", "loss": "loss", "after_step": "queue or centre"}
 
 
 def count_step(recipe: Recipe, batch: int, *, amp: bool, compiled: bool) -> dict[str, Any]:
@@ -65,7 +65,8 @@ def count_step(recipe: Recipe, batch: int, *, amp: bool, compiled: bool) -> dict
         if compiled:
             networks = [torch.compile(network, dynamic=False) for network in step.inner.networks]
             step.method.set_forward_modules(*networks)
-        state, inputs = counter.alive, random_crops(step.recipe, batch, device)
+        state, (crops, plans) = counter.alive, random_crops(step.recipe, batch, device)
+        inputs = crops, colour_tables(plans, device)
         step(*inputs)  # caches and moments of the optimiser are made
         counter.reset()
         step(*inputs)
@@ -81,11 +82,36 @@ def count_step(recipe: Recipe, batch: int, *, amp: bool, compiled: bool) -> dict
     }
 
 
+def _hide_gpus() -> None:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def count_apart(recipe: Recipe, batch: int, *, amp: bool, compiled: bool) -> dict[str, Any]:
     """`count_step` in a process of its own, which sees no GPU: what is patched in it is nobody else's."""
-    hide = {"initializer": os.environ.update, "initargs": ({"CUDA_VISIBLE_DEVICES": ""},)}
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), **hide) as pool:
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_hide_gpus) as pool:
         return pool.submit(count_step, recipe, batch, amp=amp, compiled=compiled).result()
+
+
+def beside_time(recipe: Recipe, batch: int, *, amp: bool, compiled: bool, seconds: float, rate: float) -> dict:
+    """For the details of a step that was measured, on views that were coloured before it.
+
+    Args:
+        seconds: that it took. rate: of a copy in the same turns, bytes a second.
+
+    Returns:
+        ``counted_launches``, ``counted_bytes``, and ``byte_floor_fraction``, the byte floor over ``seconds``; or
+        ``not_counted``, the reason: a step that was measured is worth its figure without them.
+    """
+    try:
+        parts = count_apart(recipe, batch, amp=amp, compiled=compiled)["parts"]
+    except Exception as error:  # whatever another version of torch may lack
+        return {"not_counted": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
+    launches, moved = (sum(one[key] for name, one in parts.items() if name != "colour") for key in ("launches", "bytes"))
+    return {
+        "counted_launches": launches,
+        "counted_bytes": moved,
+        "byte_floor_fraction": moved / rate / seconds,
+    }
 
 
 def run(setting: RecipeSetting) -> list[Record]:
@@ -114,7 +140,7 @@ def table(record: Record) -> str:
     lines.append(f"{'step; GB alive at most':<30}{details['launches']:>10,}{moved:>10}{'':>8}{peak:>10}")
     for name, per_s in COPY_RATES.items():
         floor = details["bytes"] / per_s
-        rate = f"{floor * 1e3:.0f} ms a step, {counted(round(batch / floor), 'pair')} a second"
-        lines.append(f"byte floor at {per_s / 1e12:.1f} TB/s, a large copy's rate on an {name}: {rate}")
+        rate = f"{floor * 1e3:.0f} ms, {round(batch / floor):,} pair/s"
+        lines.append(f"byte floor at {per_s / 1e12:.1f} TB/s (a large copy on an {name}): {rate}")
     lines += [f"without {switch}: {reason}" for switch, reason in details["fallbacks"].items()]
     return "\n".join(lines)
