@@ -8,8 +8,9 @@ counts; what stays a kernel of torch (convolutions, products) is counted as `tra
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from functools import wraps
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial, wraps
 from typing import Any
 from unittest.mock import patch
 
@@ -18,6 +19,10 @@ from torch._inductor import compile_fx, config, scheduler
 from torch.utils._python_dispatch import _pop_mode_temporarily
 
 from fastssl.benchmarks.harness.traffic import Counter, Traffic, traffic
+
+
+#: What Inductor would run on the GPU to decide, or keep on the disk.
+_NOTHING_TRIED = {"shape_padding": False, "joint_graph_constant_folding": False, "force_disable_caches": True}
 
 
 class _Scheduled(BaseException):
@@ -32,26 +37,20 @@ def _leave(schedule: scheduler.Scheduler) -> None:
     raise _Scheduled(Traffic(sum(one.launches for one in kernels), sum(one.bytes for one in kernels)))
 
 
-def counting_compile(counter: Counter) -> Callable[..., Any]:
-    """`torch.compile` whose functions count for ``counter``, whatever backend they were meant for."""
+@contextmanager
+def counting_compile(counter: Counter) -> Iterator[None]:
+    """While it is entered, what `torch.compile` makes counts for ``counter``, whatever backend it is meant for."""
     real = torch.compile
 
     def backend(graph: torch.fx.GraphModule, inputs: Any, **options: Any) -> Any:
-        settings = {"shape_padding": False, "force_disable_caches": True}  # which would time products
-        with (
-            counter.paused(),
-            patch.object(scheduler, "has_triton", lambda **_: True),
-            patch.object(compile_fx, "_check_triton_bf16_support", lambda graph: None),
-            config.patch(settings),
-        ):
-            return compile_fx.compile_fx(graph, inputs, inner_compile=_counted_graph)
+        return compile_fx.compile_fx(graph, inputs, inner_compile=counted_graph)
 
-    def _counted_graph(graph: torch.fx.GraphModule, inputs: Any, **options: Any) -> Callable[..., Any]:
+    def counted_graph(graph: torch.fx.GraphModule, inputs: Any, **options: Any) -> Callable[..., Any]:
         plain = torch.fx.GraphModule(graph, copy.deepcopy(graph.graph))  # Inductor changes its own
+        total = Traffic(0, 0)
         try:
-            with patch.object(scheduler.Scheduler, "codegen", _leave):
+            with counter.paused(), patch.object(scheduler.Scheduler, "codegen", _leave):
                 compile_fx.compile_fx_inner(graph, inputs, **options)
-            total = Traffic(0, 0)  # a graph without a kernel
         except _Scheduled as scheduled:
             total = scheduled.total
 
@@ -67,16 +66,24 @@ def counting_compile(counter: Counter) -> Callable[..., Any]:
 
     @wraps(real)
     def compiled(model: Any = None, **options: Any) -> Any:
+        if model is None:
+            return partial(compiled, **options)
         function = real(model, **{**options, "backend": backend, "mode": None})
 
         @wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
-            with _pop_mode_temporarily():  # the counter, with which torch.compile would compile nothing
+            with counter.paused(), _pop_mode_temporarily():  # within its mode torch.compile would compile nothing
                 return function(*args, **kwargs)
 
         return call
 
-    return compiled
+    with (
+        patch.object(torch, "compile", compiled),
+        patch.object(scheduler, "has_triton", lambda **_: True),
+        patch.object(compile_fx, "_check_triton_bf16_support", lambda graph: None),
+        config.patch(_NOTHING_TRIED),
+    ):
+        yield
 
 
 def _of_node(node: Any) -> Traffic:

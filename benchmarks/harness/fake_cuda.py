@@ -120,8 +120,8 @@ def _apply(self: nn.Module, function: Callable[[Tensor], Tensor], recurse: bool 
 
 
 @register_op_impl([torch.ops.aten._fused_sgd_.default, torch.ops.aten._fused_sgd_.tensor_lr])
-def _fused_sgd(mode: FakeTensorMode, func: Any, params: Any, grads: Any, momentum: Any, **options: Any) -> None:
-    _require_same_layout(func, params, grads, momentum)
+def _fused_sgd(mode: FakeTensorMode, func: Any, params: Any, grads: Any, buffers: Any, **options: Any) -> None:
+    _require_same_layout(func, params, grads, buffers)
 
 
 @register_op_impl([torch.ops.aten._fused_adamw_.default, torch.ops.aten._fused_adamw_.tensor_lr])

@@ -46,15 +46,22 @@ def run_backward(
     roots = [get_gradient_edge(tensor) for tensor in tensors]
     wanted = [one if hasattr(one, "node") else get_gradient_edge(one) for one in inputs]
     found: dict[Any, Tensor | None] = {}
-    waiting: dict[Any, int] = defaultdict(int)
+    before: dict[Any, list[Any]] = defaultdict(list)
     reached, stack = set(), [edge.node for edge in roots]
     while stack:
         if (node := stack.pop()) not in reached:
             reached.add(node)
             for after, _ in node.next_functions:
                 if after is not None:
-                    waiting[after] += 1
+                    before[after].append(node)
                     stack.append(after)
+    waiting = {node: len(before[node]) for node in reached}
+    if wanted:  # what leads to none of them is left out
+        reached, stack = set(), [edge.node for edge in wanted]
+        while stack:
+            if (node := stack.pop()) not in reached:
+                reached.add(node)
+                stack += before[node]
     given: dict[Any, dict[int, Tensor]] = defaultdict(dict)
     ready: list[tuple[int, int, Any]] = []
     numbers = count()  # nodes are never compared
@@ -72,7 +79,7 @@ def run_backward(
 
     for edge, tensor, grad in zip(roots, tensors, grads):
         give(edge.node, edge.output_nr, torch.ones_like(tensor) if grad is None else grad)
-    for node in dict.fromkeys(edge.node for edge in roots):
+    for node in dict.fromkeys(edge.node for edge in roots if edge.node in reached):
         queue(node)
     while ready:
         node = heappop(ready)[2]
@@ -82,9 +89,9 @@ def run_backward(
             if accumulate_grad and not inputs and at:
                 _accumulate(node.variable, at.pop(0))
             continue
-        results = _call(node, at) if at else ()
+        results = _call(node, at) if at and any(after in reached for after, _ in node.next_functions) else ()
         for number, (after, place) in enumerate(node.next_functions):
-            if after is not None:
+            if after in reached:
                 give(after, place, results[number] if number < len(results) else None)
                 waiting[after] -= 1
                 queue(after)

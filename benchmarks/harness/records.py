@@ -101,7 +101,8 @@ def missing_parts(record: Record) -> list[str]:
 
     Every record needs its machine (processor and cores), the versions of Python and torch, at least five runs, the
     commit and the command that made it, and a rate or time beside a ceiling. A ``ceilings`` record is one itself and
-    needs a rate in its details instead, a ``soak``, which asks whether a rate stays what it is, its verdicts.
+    needs a rate in its details instead, a ``soak``, which asks whether a rate stays what it is, its verdicts; a
+    ``count`` ran nothing on any machine, and needs what it counted.
     """
     details = record.details or {}
     checks: dict[str, Any] = {
@@ -113,6 +114,8 @@ def missing_parts(record: Record) -> list[str]:
     }
     if record.bench == "ceilings":
         checks["figure"] = any(value for name, value in details.items() if "_per_s" in name)
+    elif record.bench == "count":
+        checks |= {"runs": True, "figure": details.get("launches") and details.get("bytes")}
     elif record.bench == "soak":
         checks["verdicts"] = details.get("verdicts")
     else:

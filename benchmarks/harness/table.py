@@ -58,6 +58,9 @@ def _remarks(record: Record, details: dict) -> Iterator[str | None]:
     yield details.get("advice")
     if details.get("asked_batch_size") not in (None, record.batch_size):
         yield f"batch {details['asked_batch_size']} was too large for the memory"
+    floor = details.get("byte_floor_fraction")
+    yield f"its bytes alone take {floor:.0%} of the time" if positive(floor) else None
+    yield details.get("not_counted") and f"bytes not counted: {details['not_counted']}"
     yield f"colour adds {details['colour_of_step']:.1%}" if details.get("colour_of_step") else None
     yield f"no memory for {', '.join(details['no_memory_for'])}" if details.get("no_memory_for") else None
     times = {key: value for key, value in details.get("times_1_view", {}).items() if key != "1 view"}

@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 #: Tensors that a launch of torch's list kernels takes, by the number of lists.
 _LIST_DEPTH = {1: 110, 2: 64, 3: 48, 4: 36, 5: 30}
@@ -41,8 +40,14 @@ def distinct_bytes(tensor: Tensor) -> int:
 
 
 def tensors_of(*values: Any) -> list[Tensor]:
-    """All tensors in nested arguments."""
-    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
+    """All tensors among ``values``, and in lists and dicts among them."""
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple, dict)):
+            found += tensors_of(*(value.values() if isinstance(value, dict) else value))
+    return found
 
 
 def traffic(func: Any, args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> Traffic:
@@ -143,8 +148,10 @@ class Counter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        if not self._paused and any(t.device.type == "cuda" for t in tensors_of(result, args, kwargs)):
-            name = func._schema.name.split("::")[1]
+        space, name = func._schema.name.split("::")
+        if space == "prim" or self._paused:
+            return result
+        if any(tensor.is_cuda for tensor in tensors_of(result, args, kwargs)):
             self.operators[name] = self.operators.get(name, 0) + 1
             self.add(traffic(func, args, kwargs, result), result)
         return result
@@ -156,7 +163,7 @@ class Counter(TorchDispatchMode):
         part.bytes += found.bytes
         for tensor in tensors_of(result):
             storage = tensor.untyped_storage()
-            if tensor.device.type == "cuda" and storage._cdata not in self._known:
+            if storage._cdata not in self._known and tensor.is_cuda:
                 self._known.add(storage._cdata)
                 self.alive += storage.nbytes()
                 weakref.finalize(storage, self._free, storage._cdata, storage.nbytes()).atexit = False

@@ -266,6 +266,11 @@ def run(setting: RecipeSetting) -> list[Record]:
         "busy_share": busy and busy[0],
         "kernels": busy and busy[1],
     }
+    if cuda:
+        from fastssl.benchmarks.suites.count import beside_time
+
+        switches = {"amp": step.amp, "compiled": details["compiled"] is True}
+        figures |= beside_time(step.recipe, batch, **switches, seconds=ours.median_s, rate=bytes_per_s)
     words = bottleneck(arithmetic / flop_per_s, busy)
     found = [record(ours, least_s / ours.median_s, bottleneck=words, details={**details, **figures})]
     for name, theirs in ((name, timings[name]) for name in plain if name in timings):

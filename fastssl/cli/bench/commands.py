@@ -158,16 +158,29 @@ def loss(**chosen: Any) -> None:
 @click.command()
 @options("recipe", "arch", "set", "device", "batch", "many amps", "compile", "graph", "runs")
 @option("--peers", "In turns with a MoCo step as public code writes it, in NCHW memory.", is_flag=True)
+@option(
+    "--count",
+    "Instead: launches, bytes, memory by part of a GPU's step, counted on any machine, at the recipe's own batch.",
+    is_flag=True,
+)
 @options("json")
-def step(**chosen: Any) -> None:
+def step(count: bool, **chosen: Any) -> None:
     """The training step on views that are on the device already. A batch that does not fit is halved.
 
     \b
+    fastssl bench step --count --recipe light-moco-mobilenetv3 --json out.jsonl
     fastssl bench step --peers --json out.jsonl
     fastssl bench step --recipe light-moco-mobilenetv3 --amp bf16 --compile --graph --json out.jsonl
     fastssl bench step --arch resnet18 --batch-size 64
     """
-    measure("step", **chosen)
+    if not count:
+        measure("step", **chosen)
+        return
+    if chosen["peers"] or chosen["graph"]:
+        raise click.UsageError("--count takes our step as it is written, or with --compile; leave --peers, --graph out")
+    from fastssl.benchmarks.suites.count import table
+
+    measure("count", show=table, **chosen)
 
 
 @click.command()

@@ -65,9 +65,16 @@ def settings(chosen: Mapping[str, Any]) -> list[tuple[str, Any]]:
     return found
 
 
-def measure(what: str, json_path: str | None, suite: str | None = None, **chosen: Any) -> None:
+def measure(
+    what: str,
+    json_path: str | None,
+    suite: str | None = None,
+    show: Callable[[Record], str] | None = None,
+    **chosen: Any,
+) -> None:
     """Measure each of a command's settings, one after the other; every record is printed and written when it is there,
     so that a stop loses none. ``suite``: the module of `fastssl.benchmarks.suites` that does it; None: ``what``.
+    ``show``: how a record is printed; None: as a line of the table.
 
     Each gets the running command in its details, so that its reader can make it again. Raises FastSSLError after all
     settings, if some failed; the first failure is its cause.
@@ -82,7 +89,8 @@ def measure(what: str, json_path: str | None, suite: str | None = None, **chosen
     failures: list[tuple[str, Exception]] = []
     written: list[dict] = []
     write_json(json_path, written)  # what cannot be written should fail before it is measured
-    console.say(line(COLUMNS))
+    if show is None:
+        console.say(line(COLUMNS))
     for words, setting in jobs:
         label = f"{what}, {words}"
         try:
@@ -95,7 +103,7 @@ def measure(what: str, json_path: str | None, suite: str | None = None, **chosen
             continue
         for record in records:
             record = replace(record, details={**(record.details or {}), "command": command})
-            console.say(line(cells(record)))
+            console.say(line(cells(record)) if show is None else show(record))
             written.append(asdict(record))
             _write(json_path, written)
     if failures:
