@@ -52,9 +52,16 @@ def at_work_on(path: str | os.PathLike, what: str) -> Iterator[None]:
     except Exception as error:
         said = f"{type(error).__name__}: {' '.join(str(error).split())}"
         why = f"unexpected {said} (run again with --debug for the traceback)"
-        if isinstance(error, MemoryError):
+        if is_out_of_memory(error):
             why = "no memory left; fewer --workers or a smaller batch need less"
         raise WorkerError(f"{os.fspath(path)}: {what}: {why}") from error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocator has failed: Python's, or torch's, which on a CPU has words for it and no class."""
+    words = ("you tried to allocate", "ALLOC_FAILED")
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or any(word in str(error) for word in words)
 
 
 def counted(number: int, noun: str) -> str:

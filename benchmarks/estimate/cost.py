@@ -128,7 +128,10 @@ def largest_batch(
     return fitting[0], "photos" if bound is None or allowed_batches(settings, bound)[0] > most else settings.BATCH_KEY
 
 
-def parts_that_fit(memory: MemoryModel, limit: float, batch: int) -> int | None:
-    """Fewest equal parts (``train.accumulate``) of two pairs or more, with which steps fit ``limit`` bytes, or None."""
-    possible = (parts for parts in range(1, batch // 2 + 1) if batch % parts == 0)
+def parts_that_fit(memory: MemoryModel, limit: float, batch: int, groups: int = 1) -> int | None:
+    """Fewest equal parts (``train.accumulate``) of two pairs or more, with which steps fit ``limit`` bytes, or None.
+    ``groups``: BatchNorm groups of the student's pass; if there are several, no part cuts one.
+    """
+    whole = groups if groups > 1 else 0
+    possible = (parts for parts in range(1, batch // 2 + 1) if batch % parts == 0 and whole % parts == 0)
     return next((parts for parts in possible if memory.at(batch, parts) <= limit), None)

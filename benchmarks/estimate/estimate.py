@@ -78,7 +78,7 @@ def run(
     started, device = time.perf_counter(), torch.device(device)
     arch = resolve_arch(recipe.arch)
     train, cpu = recipe.train, device.type == "cpu"
-    batch, parts = train.batch_size, train.accumulate
+    batch, parts = train.batch_size, train.parts
     with open_beton(data) as reader:
         photos = len(reader)
         if photos < batch:
@@ -89,10 +89,23 @@ def run(
         measured = measure(Loading(reader, recipe, device, pipeline, workers), started, seconds)
         online, final = _probe_sizes(recipe, reader, val)
         on_device, on_host = map(float, memory.loader_bytes(recipe, reader, device))
-    gauges, top, part, groups = measured.gauges, measured.gauges[-1], batch // parts, recipe.settings.groups
+    gauges, top, groups = measured.gauges, measured.gauges[-1], recipe.settings.groups
     # Steps with fewer BatchNorm groups than the recipe's make other passes: they count only where there is nothing
     # else.
     alike = [one for one in gauges if one.batch >= groups] or gauges[-1:]
+    saved, backbone = memory.state_bytes(top.step)
+    static = saved + memory.half_bytes(top.step)
+    if not cpu and measured.device_data:
+        on_device = measured.device_data / top.batch
+    images = memory.image_bytes(recipe, device) if groups > 1 else 0
+    of_step = cost.fit_line([(one.batch, top.overhead * one.peak_bytes) for one in alike])
+    need = cost.MemoryModel(static, of_step, images, on_device + (on_host if cpu else 0))
+    usable = cost.USABLE[device.type] * measured.available
+    if train.accumulate == "auto":
+        parts = cost.parts_that_fit(need, usable, batch, recipe.settings.student_groups) or 1
+    peak, part = need.at(batch, parts), batch // parts
+    fits = peak <= usable
+    largest, stopped = cost.largest_batch(need, usable, settings=recipe.settings, most=photos, parts=parts)
     time_line = cost.fit_line([(one.batch, one.median_s) for one in alike[-2:]])
     alone_s = parts * (top.median_s if top.batch == part else time_line.at(part))
     together = measured.together if parts == 1 else None
@@ -101,17 +114,6 @@ def run(
     probe_s, final_s = online / measured.features, _final_passes(recipe, final) / measured.features
     epoch_s, run_s = cost.run_seconds(photos, batch, train.epochs, step_s, probes=probes, probe_s=probe_s)
     run_s += final_s
-
-    saved, backbone = memory.state_bytes(top.step)
-    static = saved + memory.half_bytes(top.step)
-    if not cpu and measured.device_data:
-        on_device = measured.device_data / top.batch
-    images = memory.image_bytes(recipe, device) if groups > 1 else 0
-    of_step = cost.fit_line([(one.batch, top.overhead * one.peak_bytes) for one in alike])
-    need = cost.MemoryModel(static, of_step, images, on_device + (on_host if cpu else 0))
-    usable, peak = cost.USABLE[device.type] * measured.available, need.at(batch, parts)
-    fits = peak <= usable
-    largest, stopped = cost.largest_batch(need, usable, settings=recipe.settings, most=photos, parts=parts)
     steps = [
         {"batch_size": one.batch, "median_s": one.median_s, "runs": len(one.seconds), "peak_bytes": one.peak_bytes}
         for one in gauges
@@ -152,7 +154,9 @@ def run(
         "fits": fits,
         "largest_batch": largest,
         "largest_batch_limit": stopped,
-        "fitting_accumulate": None if fits else cost.parts_that_fit(need, usable, batch),
+        "fitting_accumulate": None
+        if fits
+        else cost.parts_that_fit(need, usable, batch, recipe.settings.student_groups),
         "measured": {
             "loader": {"pair_per_s": measured.loader, "workers": measured.workers},
             "step": steps,
@@ -160,7 +164,7 @@ def run(
             "features_per_s": measured.features,
             "step_overhead": top.overhead,
         },
-        "extrapolated": _extrapolated(recipe, measured, len(alike)),
+        "extrapolated": _extrapolated(recipe, measured, parts, len(alike)),
         "left_out": [f"{online_knn}kNN, linear probe, pictures and report at the end", "writing checkpoints"],
         "seconds": time.perf_counter() - started,
         "host": describe_host(),
@@ -179,18 +183,17 @@ def _probe_sizes(recipe: Recipe, reader: BetonReader, val: Path | None) -> tuple
         return len(online.bank_index) + len(online.query_index), len(final.bank_index) + len(final.query_index)
 
 
-def _extrapolated(recipe: Recipe, measured: Measured, points: int) -> list[str]:
+def _extrapolated(recipe: Recipe, measured: Measured, parts: int, points: int) -> list[str]:
     """What was not measured as the run will do it, in words."""
     train, top = recipe.train, measured.gauges[-1].batch
-    part, found = train.batch_size // train.accumulate, []
+    part, found = train.batch_size // parts, []
     if top < part:
         how = "linearly" if points > 1 else "in proportion"
         found.append(f"time and memory of a step: {how} from batch {top} to {part}")
-    if train.accumulate > 1:
-        found.append(
-            f"train.accumulate: {train.accumulate} times the time of a whole step of {part}, which is a little too long"
-        )
-    if measured.together is None or train.accumulate > 1:
+    if parts > 1:
+        off = "long" if METHODS[recipe.method][0].DIVISIBLE else "short: its loss takes each part through twice"
+        found.append(f"train.accumulate: {parts} times the time of a whole step of {part}, which is a little too {off}")
+    if measured.together is None or parts > 1:
         found.append("loader and step together: from the rates that each has alone")
     elif top < train.batch_size:
         found.append(f"loader and step together: measured at batch {top}")

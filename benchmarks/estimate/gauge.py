@@ -24,7 +24,7 @@ from fastssl.benchmarks.suites.loader import endless, open_loader
 from fastssl.benchmarks.suites.step import Step, random_views
 from fastssl.config.recipe import Recipe
 from fastssl.distributed.devices import use_amp
-from fastssl.errors import FastSSLError
+from fastssl.errors import FastSSLError, is_out_of_memory
 from fastssl.evaluate.features import extract_features
 from fastssl.pipelines.beton.reader import BetonReader
 from fastssl.pipelines.loader import Batch, ViewLoader
@@ -95,8 +95,7 @@ def gauge_step(recipe: Recipe, device: torch.device, batch: int) -> Gauge:
             gauge.overhead = memory.step_overhead(peak - before, alive, gauge.peak_bytes)
     except (RuntimeError, AssertionError, ValueError) as error:
         reason = " ".join(str(error).split())
-        # On a CPU torch has words for it, and no class.
-        if isinstance(error, torch.OutOfMemoryError) or "you tried to allocate" in reason:
+        if is_out_of_memory(error):
             words = f": out of memory with {batch} pictures a step on this {device.type} device"
         else:
             sizes = ", ".join(map(str, sorted({spec.size for spec in recipe.views})))
@@ -256,7 +255,7 @@ def measure(loading: Loading, started: float, seconds: float) -> Measured:
     eager = replace(recipe, train=replace(recipe.train, compile=False, graph=False))
     Step(eager, device, recipe.train.batch_size, amp=use_amp(recipe.train.amp, device))
     rate, threads = loader_rate(loading, 0.05 * seconds)
-    part = recipe.train.batch_size // recipe.train.accumulate
+    part = recipe.train.batch_size // recipe.train.parts
     first = first_gauge(recipe, device, part, 0.08 * seconds)
     features = feature_rate(first.step.method.student.backbone, loading, 0.05 * seconds)
     gauges = gauge_steps(recipe, device, part, first, started + 0.9 * seconds, USABLE[device.type] * available)

@@ -57,7 +57,7 @@ class Step:
     ):
         train = recipe.train
         # A batch smaller than the recipe's may have no parts of two samples and more.
-        parts = train.accumulate if batch_size % train.accumulate == 0 and batch_size >= 2 * train.accumulate else 1
+        parts = train.accumulate if batch_size % train.parts == 0 and batch_size >= 2 * train.parts else 1
         compiled, graph = compiled or train.compile is True, graph or train.graph is True
         train = replace(train, batch_size=batch_size, accumulate=parts, compile=compiled, graph=graph)
         self.recipe = recipe = replace(recipe, train=train)
@@ -141,7 +141,7 @@ class Fitted:
             "graph": train.graph and "graph" not in fallbacks,
             "fallbacks": fallbacks,
             "first_s": self.first_s,
-            "accumulate": train.accumulate,
+            "accumulate": self.step.inner.parts.count,
             "asked_batch_size": self.asked,
             "tf32": None if on_cpu or self.step.amp else torch.backends.cudnn.allow_tf32,
             "threads": torch.get_num_threads() if on_cpu else None,

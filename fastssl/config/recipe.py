@@ -5,7 +5,6 @@ they configure (``ViewSpec``, ``MoCoConfig``, ...); a key that does not exist is
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import field
 from pathlib import Path
@@ -18,7 +17,7 @@ from fastssl.losses.pairs import PairWeights
 from fastssl.methods import METHODS, DINOConfig, MoCoConfig, SimCLRConfig, SwAVConfig
 from fastssl.methods.base import MethodConfig
 from fastssl.optim.optimizers import OptimConfig
-from fastssl.pipelines.plan.draw import IMAGENET, Normalisation, ViewSpec, ViewSpecError
+from fastssl.pipelines.plan.draw import ViewSpec
 from fastssl.pipelines.plan.multicrop import AUGMENTATION, PRESETS, MultiCrop
 from fastssl.utils.settings import (
     BY_FORM,
@@ -27,6 +26,7 @@ from fastssl.utils.settings import (
     AutoSwitch,
     BelowOne,
     Count,
+    CountOrAuto,
     Natural,
     NotNegative,
     Real,
@@ -57,8 +57,9 @@ class TrainConfig:
         batch_size: samples a step.
         window: files of a set that are shuffled at a time, for remote or spinning storage: an epoch takes them in a
             random order, and a batch's photos are of one such group. None: all photos are shuffled among each other.
-        accumulate: parts into which a step's batch is cut for the pass with gradient, to save memory. Learning rate,
-            keys and queue stay those of the whole batch; the query network's BatchNorms see one part at a time.
+        accumulate: parts into which a step's batch is cut for the pass with gradient, to save memory: the loss and the
+            gradients are the whole batch's, BatchNorms see a part at a time. ``auto``: the fewest that fit, tried at
+            the start of a run: 1, 2, 4, ...
         compile: compile the networks with ``torch.compile`` (minutes at the start). ``auto``: in one process on a GPU,
             if the run has steps enough for that to pay; not in a deterministic run.
         graph: capture the whole step as a CUDA graph, colour operations included: one launch a step. ``auto``: in one
@@ -81,7 +82,7 @@ class TrainConfig:
     samples: Count | None = None
     batch_size: Annotated[Whole, Field(ge=2)] = 512
     window: Count | None = None
-    accumulate: Count = 1
+    accumulate: CountOrAuto = 1
     compile: AutoSwitch = "auto"
     graph: AutoSwitch = "auto"
     # yaml takes the bare word off for false
@@ -95,11 +96,16 @@ class TrainConfig:
     deterministic: Switch = False
 
     def __post_init__(self) -> None:
-        if self.batch_size % self.accumulate or self.batch_size < 2 * self.accumulate:
+        if self.batch_size % self.parts or self.batch_size < 2 * self.parts:
             raise ValueError(
                 f"accumulate={self.accumulate} must divide the batch of {self.batch_size} into equal parts of at least "
                 "2 samples"
             )
+
+    @property
+    def parts(self) -> int:
+        """``accumulate``, or where its tries begin."""
+        return 1 if self.accumulate == "auto" else self.accumulate
 
 
 @settings("probe")
@@ -301,43 +307,6 @@ def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
     """
     plain: dict[str, Any] = _RECIPE.dump_python(recipe, mode="json", exclude={*METHODS} - {recipe.method})
     return plain
-
-
-def normalisation_of(config: object) -> Normalisation:
-    """With which a network is shown pictures wherever it is used: that of its run's first global view, as ``config``
-    says it, plain values as of config.yaml, also a stranger's. ImageNet's where it says none, or none that can be.
-    """
-    views = config.get("views") if isinstance(config, dict) else None
-    parts = views[:1] if isinstance(views, list) else []
-    parts = [views.get("augment"), views.get("global_1")] if isinstance(views, dict) else parts
-    told = [part for part in parts if isinstance(part, dict)]
-    try:
-        view = ViewSpec(**{name: part[name] for part in told for name in Normalisation._fields if name in part})
-    except ViewSpecError as error:
-        why = f"mean and std beside a network are of no use ({str(error)[:100]})"
-        warnings.warn(f"{why}: its pictures are normalised as ImageNet's", stacklevel=3)
-        return IMAGENET
-    return Normalisation(view.mean, view.std)
-
-
-def differences(mine: dict[str, Any], theirs: dict[str, Any], prefix: str = "") -> list[str]:
-    """``["optim.lr: 0.1 there, 0.2 here", ...]``: where two resolved configurations differ."""
-
-    def numbered(value: Any) -> Any:
-        """Of a list of views each by its number: all of them in one line would be cut before what differs."""
-        by_number = isinstance(value, list) and value and isinstance(value[0], dict)
-        return {str(number): each for number, each in enumerate(value)} if by_number else value
-
-    found = []
-    for key in sorted({*mine, *theirs}):
-        here, there = numbered(mine.get(key)), numbered(theirs.get(key))
-        if isinstance(here, dict) and isinstance(there, dict):
-            found += differences(here, there, f"{prefix}{key}.")
-        elif isinstance(here, dict) or isinstance(there, dict):
-            found.append(f"{prefix}{key}: only {'here' if there is None else 'there'}")
-        elif here != there:
-            found.append(f"{prefix}{key}: {shown(there)} there, {shown(here)} here")
-    return found
 
 
 def parse_overrides(pairs: Iterable[str]) -> dict[str, str]:

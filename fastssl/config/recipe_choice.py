@@ -65,7 +65,7 @@ def fit(
     wanted = batch = recipe.train.batch_size
     asked = is_given(_BATCH, given)
     if not asked and photos < 2 * wanted:
-        lower = _lower_batches(photos, wanted, processes * recipe.train.accumulate)
+        lower = _lower_batches(photos, wanted, processes * recipe.train.parts)
         batch = next(_allowed(recipe, lower, photos, given, processes), wanted)
     fitted, lines = recipe, []
     if batch != wanted or not recipe.settings.allows(batch):
@@ -86,7 +86,7 @@ def require_photos(
     """Raise FastSSLError where the photos fill no batch, or not the one that was asked for; the message names the
     largest that works.
     """
-    parts, batch = recipe.train.accumulate, recipe.train.batch_size
+    parts, batch = recipe.train.parts, recipe.train.batch_size
     unit = processes * parts  # divides a batch; each share of each process has two samples at least
     asked = is_given(_BATCH, given)
     if photos >= (batch if asked else 2 * batch):

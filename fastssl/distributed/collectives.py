@@ -7,7 +7,8 @@ ones in the same order. None waits for the device but those that answer the host
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -20,6 +21,23 @@ _Value = TypeVar("_Value")
 #: alone. None: the default group.
 _voting: dist.ProcessGroup | None = None
 _waiting: dist.ProcessGroup | None = None
+
+
+#: Set in ``rehearsed``.
+_alone = False
+
+
+@contextmanager
+def rehearsed() -> Iterator[None]:
+    """In here each rank is alone: collectives on the device take their memory, and hear this rank's rows from all. For
+    a try that may fail on one rank while another waits for it.
+    """
+    global _alone
+    _alone = True
+    try:
+        yield
+    finally:
+        _alone = False
 
 
 def use_host_groups(voting: dist.ProcessGroup | None, waiting: dist.ProcessGroup | None) -> None:
@@ -41,12 +59,17 @@ def world_size() -> int:
 # ---------------------------------------------------------------------- collectives on the device
 
 
+def _all_reduce(tensor: Tensor) -> None:
+    if not _alone:
+        dist.all_reduce(tensor)
+
+
 @torch.no_grad()
 def all_reduce_sum(tensor: Tensor) -> Tensor:
     """The sum over ranks, in place, without gradient. Returns ``tensor``."""
     if world_size() > 1:
         whole = tensor.contiguous()
-        dist.all_reduce(whole)
+        _all_reduce(whole)
         tensor.copy_(whole)  # nothing where it is the same one
     return tensor
 
@@ -74,7 +97,10 @@ def gather_rows(tensor: Tensor, gradient: bool = False) -> Tensor:
     rows, last = _channels_to_the_end(tensor.detach())
     rows = rows.contiguous()
     everyone = rows.new_empty((world_size() * len(rows), *rows.shape[1:]))
-    dist.all_gather_into_tensor(everyone, rows)
+    if _alone:
+        everyone.view(world_size(), *rows.shape).copy_(rows)
+    else:
+        dist.all_gather_into_tensor(everyone, rows)
     return everyone.movedim(-1, 1) if last else everyone
 
 
@@ -158,7 +184,7 @@ def average_gradients(parameters: Iterable[Tensor]) -> None:
         buffer = torch.empty(sum(sizes), dtype=dtype, device=device)
         pieces = [_shaped_like(parameter, piece) for (parameter, _), piece in zip(group, buffer.split(sizes))]
         torch._foreach_copy_(pieces, gradients)
-        dist.all_reduce(buffer)
+        _all_reduce(buffer)
         buffer.div_(size)
         torch._foreach_copy_(gradients, pieces)
 

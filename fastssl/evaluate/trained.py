@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from fastssl.config.recipe import normalisation_of
+from fastssl.config.resolved import normalisation_of
 from fastssl.errors import FastSSLError
 from fastssl.models.backbones import create_backbone, load_backbone, read_header
 from fastssl.pipelines.plan.draw import IMAGENET, Normalisation

@@ -65,6 +65,7 @@ def finish_run(run: Setup, started: float) -> dict[str, Any]:
         "data": {**data, "val_name": options.val.name if options.val else None},
         "device": run.device.type,
         "fallbacks": run.step.fallbacks,
+        "accumulate": run.step.parts.count,
         "switches": run.step.switches,
         "check": run.step.checked,
         "host": describe_host(),

@@ -29,7 +29,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from fastssl.config.recipe import normalisation_of
+from fastssl.config.resolved import normalisation_of
 from fastssl.errors import FastSSLError
 from fastssl.methods.base import Encoder, Method
 from fastssl.models.backbones import read_header, save_backbone
@@ -58,6 +58,7 @@ class Position:
         train_seconds: spent on them.
         skipped: ids of damaged samples that were passed over so far.
         passed_over: steps (counted from 1) that were not made because their loss or gradient was not finite.
+        parts: that ``train.accumulate: auto`` has found; None: it was not asked.
     """
 
     step: int = 0
@@ -66,6 +67,7 @@ class Position:
     train_seconds: float = 0.0
     skipped: list[int] = field(default_factory=list)
     passed_over: list[int] = field(default_factory=list)
+    parts: int | None = None
 
 
 def save_checkpoint(

@@ -16,7 +16,8 @@ from typing import Any, TextIO
 
 import yaml
 
-from fastssl.config.recipe import Recipe, build_recipe, differences, recipe_to_dict
+from fastssl.config.recipe import Recipe, build_recipe, recipe_to_dict
+from fastssl.config.resolved import differences
 from fastssl.distributed.world import Launch
 from fastssl.errors import FastSSLError, counted
 from fastssl.runs.checkpoint import LAST, find_checkpoint, load_checkpoint, set_aside

@@ -29,16 +29,29 @@ class Parts:
     Args:
         method: whose student makes them.
         count: of parts, equal ones.
-        in_groups: the method cuts the batch into BatchNorm groups, of which parts hold whole ones: running statistics
-            then move from group to group, parts or not.
+        groups: BatchNorm groups into which the method cuts this rank's share of the batch, of which parts hold whole
+            ones: running statistics then move from group to group, parts or not. None: it does not.
     """
 
-    def __init__(self, method: Method, count: int, *, in_groups: bool):
-        self.method, self.count = method, count
-        layers = [] if in_groups else [one for one in method.student.modules() if isinstance(one, _BatchNorm)]
+    def __init__(self, method: Method, count: int, *, groups: int | None):
+        self.method, self.count, self._groups = method, count, groups
+        layers = [] if groups else [one for one in method.student.modules() if isinstance(one, _BatchNorm)]
         running = [(one.running_mean, one.running_var) for one in layers]
         self._running = [tensor for pair in running for tensor in pair if tensor is not None]
         self._counters = [one.num_batches_tracked for one in layers if one.num_batches_tracked is not None]
+
+    @property
+    def changes_batchnorm(self) -> bool:
+        """Whether there are BatchNorms that see less in more parts."""
+        return bool(self._running)
+
+    def tries(self) -> list[int]:
+        """The count, and more parts: each at least twice as many as the one before, of two samples or more."""
+        batch, groups, found = self.method.views.batch_size, self._groups or 0, [self.count]
+        for more in range(self.count + 1, batch // 2 + 1):
+            if more >= 2 * found[-1] and batch % more == 0 and groups % more == 0:
+                found.append(more)
+        return found
 
     def of(self, rows: Tensor, part: int) -> Tensor:
         """Of view-major ``rows`` (n B, ...) those of the ``part``-th share of the samples, view-major."""

@@ -9,8 +9,9 @@ from typing import Any, NoReturn, Protocol
 import torch
 from torch import nn
 
-from fastssl.config.recipe import Recipe, differences, normalisation_of, recipe_to_dict
+from fastssl.config.recipe import Recipe, recipe_to_dict
 from fastssl.config.recipe_choice import require_photos
+from fastssl.config.resolved import differences, normalisation_of
 from fastssl.distributed.collectives import any_rank, barrier, broadcast_module, broadcast_object
 from fastssl.distributed.devices import use_amp
 from fastssl.distributed.world import World, first_of_host_speaks, launch_from_environment
@@ -330,6 +331,7 @@ def _resume(run: Setup) -> None:
         run.end_together(FastSSLError(found))
     if found is not None:
         run.position = put_in(found)
+        run.step.parts.count = run.position.parts or run.step.parts.count
         if run.saver:
             run.saver.saved_step = run.position.step
         run.progress.note(f"resumed at step {run.position.step:,} (epoch {run.position.epoch})")

@@ -25,7 +25,7 @@ from fastssl.config.recipe import Recipe
 from fastssl.distributed.collectives import any_rank, average_gradients
 from fastssl.distributed.sync_batchnorm import synchronise_batchnorm
 from fastssl.distributed.world import World
-from fastssl.errors import FastSSLError, without_folders
+from fastssl.errors import FastSSLError, is_out_of_memory, without_folders
 from fastssl.methods.base import Rates
 from fastssl.models.depthwise import use_own_gradient
 from fastssl.models.pointwise import use_matrix_products
@@ -35,6 +35,7 @@ from fastssl.pipelines.ops.augment import augment_device
 from fastssl.training.cuda_graph import RecordedStep, Recorder, StepInputs, record_cuda_graph
 from fastssl.training.networks import Bf16Weights, channels_last_breaks, new_method, require_channels_last
 from fastssl.training.parts import Parts
+from fastssl.training.room import fewest_parts
 from fastssl.training.state import StepState
 from fastssl.training.switches import CHECKED_RATES, SWITCHES, Trial, compare, left_out, telling
 from fastssl.utils.host_memory import keep_freed_memory
@@ -100,7 +101,7 @@ class TrainStep:
         self.recipe, self.device, self.amp, self.seed, self.world = recipe, device, amp, seed, world
         if device.type == "cpu":
             keep_freed_memory()
-        total, parts = recipe.train.batch_size, recipe.train.accumulate
+        total, parts = recipe.train.batch_size, recipe.train.parts
         if total % world.size or total // world.size < 2 * parts or total // world.size % parts:
             raise FastSSLError(
                 f"batch of {total}: {world.size} processes with train.accumulate={parts} need equal parts of "
@@ -123,7 +124,7 @@ class TrainStep:
             use_matrix_products(self.method)
         if world.size > 1:
             self.method.synchronise(lambda network: synchronise_batchnorm(network, device))
-        self.parts = Parts(self.method, parts, in_groups=groups > 1)
+        self.parts = Parts(self.method, parts, groups=groups // world.size if groups > 1 else None)
         self.optimizer = create_optimizer(self.method, recipe.optim)
         self._trained = [p for p in self.method.parameters() if p.requires_grad]
         self.bf16_weights: list[Bf16Weights] = []
@@ -290,6 +291,8 @@ class TrainStep:
         sample = sample.contiguous(memory_format=torch.channels_last)
         if broken := channels_last_breaks(backbone, sample):
             self.fallbacks["channels_last"] = f"{self.recipe.arch} leaves the layout behind {', '.join(broken[:3])}"
+        if self.recipe.train.accumulate == "auto":
+            self.parts.count = fewest_parts(self, inputs)
         wanted = [switch for switch in SWITCHES if switch not in {**self.left_out, **self.fallbacks}]
         eager = self._trial(inputs) if self.check and wanted else None
         for switch in wanted:
@@ -304,7 +307,7 @@ class TrainStep:
         try:
             prepare(*inputs)
         except Exception as error:  # whatever a compiler or a capture may fail with, the step runs without it
-            if isinstance(error, torch.OutOfMemoryError) and getattr(self.recipe.train, switch) is True:
+            if is_out_of_memory(error) and getattr(self.recipe.train, switch) is True:
                 raise
             # A compiler quotes its command line, with all folders in it.
             reason = f"{type(error).__name__}: {without_folders(' '.join(str(error).split()))[:200]}"

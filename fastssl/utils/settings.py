@@ -42,9 +42,13 @@ AutoSwitch = Annotated[
 
 #: For a union of a list and a mapping: the value's form says which is meant. The names stand in pydantic's places of
 #: mistakes, and are no part of a key.
-_KINDS = ("(list)", "(mapping)")
-LIST, MAPPING = map(Tag, _KINDS)
+_KINDS = ("(list)", "(mapping)", "(number)", "(word)")
+LIST, MAPPING, _NUMBER, _WORD = map(Tag, _KINDS)
 BY_FORM = Discriminator(lambda value: _KINDS[not isinstance(value, list)])
+CountOrAuto = Annotated[
+    Annotated[Count, _NUMBER] | Annotated[Literal["auto"], _WORD],
+    Discriminator(lambda value: _KINDS[2 + isinstance(value, str)]),
+]
 
 #: pydantic's kinds of mistakes -> what the key must be; by the names of pydantic's documentation
 _WORDS = {

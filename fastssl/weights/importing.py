@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from fastssl.config.recipe import normalisation_of
+from fastssl.config.resolved import normalisation_of
 from fastssl.errors import FastSSLError
 from fastssl.models.backbones import (
     SHORT_NAMES,

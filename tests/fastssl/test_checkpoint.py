@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastssl.config.recipe import differences
+from fastssl.config.resolved import differences
 from fastssl.errors import FastSSLError
 from fastssl.losses.pairs import PairWeights
 from fastssl.methods.base import Views

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from small_run import Silent, options, small
 
 from fastssl.cli import main
-from fastssl.config.recipe import load_recipe, normalisation_of, recipe_to_dict
+from fastssl.config.recipe import load_recipe, recipe_to_dict
+from fastssl.config.resolved import normalisation_of
 from fastssl.evaluate.collapse import feature_std
 from fastssl.evaluate.features import extract_features
 from fastssl.evaluate.trained import load_trained

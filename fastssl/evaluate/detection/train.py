@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastssl.config.recipe import differences
+from fastssl.config.resolved import differences
 from fastssl.distributed.collectives import (
     any_rank,
     average_gradients,
