@@ -59,6 +59,8 @@ class TrainConfig:
             random order, and a batch's photos are of one such group. None: all photos are shuffled among each other.
         accumulate: parts into which a step's batch is cut for the pass with gradient, to save memory. Learning rate,
             keys and queue stay those of the whole batch; the query network's BatchNorms see one part at a time.
+        checkpoint: keep the inputs of the backbone's blocks alone for the backward pass, and compute what is inside
+            again (``models.recompute``): the same step, in a fraction of the memory, for a forward pass more.
         compile: compile the networks with ``torch.compile`` (minutes at the start). ``auto``: in one process on a GPU,
             if the run has steps enough for that to pay; not in a deterministic run.
         graph: capture the whole step as a CUDA graph, colour operations included: one launch a step. ``auto``: in one
@@ -82,6 +84,7 @@ class TrainConfig:
     batch_size: Annotated[Whole, Field(ge=2)] = 512
     window: Count | None = None
     accumulate: Count = 1
+    checkpoint: Switch = False
     compile: AutoSwitch = "auto"
     graph: AutoSwitch = "auto"
     # yaml takes the bare word off for false
