@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fastssl.benchmarks.estimate import cost, memory
-from fastssl.benchmarks.estimate.gauge import Loading, Measured, measure
+from fastssl.benchmarks.estimate.gauge import Gauge, Loading, Measured, gauge_step, measure
 from fastssl.config.recipe import Recipe
 from fastssl.errors import FastSSLError, counted
 from fastssl.evaluate.online_probe import choose_split, match_classes
@@ -35,6 +36,17 @@ def _final_passes(recipe: Recipe, photos: int) -> int:
     judged = 1 + (recipe.probe.teacher and METHODS[recipe.method][0].HAS_TEACHER)
     networks = 1 + judged * (2 if recipe.probe.reestimate_bn else 1)  # the first is the one before training
     return networks * photos + judged * recipe.probe.reestimate_bn
+
+
+def _recomputed(
+    recipe: Recipe, device: torch.device, gauges: list[Gauge], need: cost.MemoryModel
+) -> cost.MemoryModel | None:
+    """``need`` with ``train.checkpoint``, by steps of the smaller batches that were measured; None: that cannot be."""
+    recipe = replace(recipe, train=replace(recipe.train, checkpoint=True))
+    lean = [gauge_step(recipe, device, one.batch) for one in gauges[:2]]
+    if "checkpoint" in lean[0].step.inner.fallbacks:
+        return None
+    return replace(need, step=cost.fit_line([(one.batch, gauges[-1].overhead * one.peak_bytes) for one in lean]))
 
 
 def run(
@@ -72,6 +84,8 @@ def run(
             the recipe allows, and what stops it (``memory``, ``photos``, or a key of the recipe, ``moco.queue``).
         fitting_accumulate: where the batch does not fit, the ``train.accumulate`` with which it would; None: none does,
             or none is needed.
+        recomputed_bytes: where the batch does not fit, ``memory_bytes`` with ``train.checkpoint``; None: the recipe has
+            it, the network cannot, or it is not needed.
         measured: the figures under the estimate. extrapolated, left_out: in words.
         seconds: that the measurement took. host, versions, git: as in a benchmark's record.
     """
@@ -105,6 +119,7 @@ def run(
         parts = cost.parts_that_fit(need, usable, batch, recipe.settings.student_groups) or 1
     peak, part = need.at(batch, parts), batch // parts
     fits = peak <= usable
+    lean = None if fits or train.checkpoint else _recomputed(recipe, device, alike, need)
     largest, stopped = cost.largest_batch(need, usable, settings=recipe.settings, most=photos, parts=parts)
     time_line = cost.fit_line([(one.batch, one.median_s) for one in alike[-2:]])
     alone_s = parts * (top.median_s if top.batch == part else time_line.at(part))
@@ -157,6 +172,7 @@ def run(
         "fitting_accumulate": None
         if fits
         else cost.parts_that_fit(need, usable, batch, recipe.settings.student_groups),
+        "recomputed_bytes": lean and round(lean.at(batch, parts)),
         "measured": {
             "loader": {"pair_per_s": measured.loader, "workers": measured.workers},
             "step": steps,

@@ -20,7 +20,6 @@ from torch.utils._python_dispatch import _pop_mode_temporarily
 
 from fastssl.benchmarks.harness.traffic import Counter, Traffic, traffic
 
-
 #: What Inductor would run on the GPU to decide, or keep on the disk.
 _NOTHING_TRIED = {"shape_padding": False, "joint_graph_constant_folding": False, "force_disable_caches": True}
 

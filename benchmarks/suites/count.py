@@ -106,7 +106,9 @@ def beside_time(recipe: Recipe, batch: int, *, amp: bool, compiled: bool, second
         parts = count_apart(recipe, batch, amp=amp, compiled=compiled)["parts"]
     except Exception as error:  # whatever another version of torch may lack
         return {"not_counted": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
-    launches, moved = (sum(one[key] for name, one in parts.items() if name != "colour") for key in ("launches", "bytes"))
+    launches, moved = (
+        sum(one[key] for name, one in parts.items() if name != "colour") for key in ("launches", "bytes")
+    )
     return {
         "counted_launches": launches,
         "counted_bytes": moved,

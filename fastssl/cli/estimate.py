@@ -98,7 +98,10 @@ def _batch(result: SimpleNamespace) -> str:
     }[result.largest_batch_limit]
     if result.fits:
         return f"Largest batch that fits and that the recipe allows: {result.largest_batch:,} ({reason})."
-    ways = [f"--batch-size {result.largest_batch}"] if result.largest_batch else []
+    less, ways = result.recomputed_bytes, []
+    if less and less <= result.usable_bytes:
+        ways = [f"--set train.checkpoint=true ({_bytes(less)}, the same steps)"]
+    ways += [f"--batch-size {result.largest_batch}"] if result.largest_batch else []
     ways += [f"--set train.accumulate={result.fitting_accumulate}"] if result.fitting_accumulate else []
     other = f"; {' or '.join(ways)} does" if ways else ", and no smaller one does"
     return f"The batch of {result.batch_size:,} does not fit{other}."

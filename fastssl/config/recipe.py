@@ -60,6 +60,8 @@ class TrainConfig:
         accumulate: parts into which a step's batch is cut for the pass with gradient, to save memory: the loss and the
             gradients are the whole batch's, BatchNorms see a part at a time. ``auto``: the fewest that fit, tried at
             the start of a run: 1, 2, 4, ...
+        checkpoint: keep the inputs of the backbone's blocks alone for the backward pass, and compute what is inside
+            again (``models.recompute``): the same step, in a fraction of the memory, for a forward pass more.
         compile: compile the networks with ``torch.compile`` (minutes at the start). ``auto``: in one process on a GPU,
             if the run has steps enough for that to pay; not in a deterministic run.
         graph: capture the whole step as a CUDA graph, colour operations included: one launch a step. ``auto``: in one
@@ -83,6 +85,7 @@ class TrainConfig:
     batch_size: Annotated[Whole, Field(ge=2)] = 512
     window: Count | None = None
     accumulate: CountOrAuto = 1
+    checkpoint: Switch = False
     compile: AutoSwitch = "auto"
     graph: AutoSwitch = "auto"
     # yaml takes the bare word off for false

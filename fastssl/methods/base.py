@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from fastssl.losses.pairs import PairWeights
 from fastssl.losses.smoothed_target import rank_weights
+from fastssl.models.activations import keep_less
 from fastssl.models.backbones import feature_dim
 from fastssl.models.drop_path import DropTable
 from fastssl.models.heads import Projector, ProjectorConfig
@@ -242,6 +243,7 @@ class Method(nn.Module):
         self.views = views
         self.student = student
         self.teacher = student.as_teacher() if self.HAS_TEACHER else None
+        keep_less(student)  # the teacher's activations, without gradient, stay in place
         if self.teacher is not None:
             self._student_parameters: list[Tensor] = list(self.student.parameters())
             self._teacher_parameters: list[Tensor] = list(self.teacher.parameters())

@@ -6,9 +6,10 @@
       -> gradients averaged over the ranks
       -> optimiser, moving average, queue or centre
 
-What is computed between views and loss is the method's (``methods/``). Two switches of the recipe change how it runs
-and not what it computes: ``train.compile`` compiles the networks, ``train.graph`` records all of the above as one CUDA
-graph. Where one cannot be had here, the step runs without it and `TrainStep.switches` says why.
+What is computed between views and loss is the method's (``methods/``). Three switches of the recipe change how it runs
+and not what it computes: ``train.checkpoint`` keeps less for the backward pass, ``train.compile`` compiles the
+networks, ``train.graph`` records all of the above as one CUDA graph. Where one cannot be had here, the step runs
+without it and `TrainStep.switches` says why.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from fastssl.errors import FastSSLError, is_out_of_memory, without_folders
 from fastssl.methods.base import Rates
 from fastssl.models.depthwise import use_own_gradient
 from fastssl.models.pointwise import use_matrix_products
+from fastssl.models.recompute import recompute_blocks
 from fastssl.optim.optimizers import apply_decay, clip_gradients, create_optimizer, set_lr
 from fastssl.optim.schedules import RunLength, half_cosine
 from fastssl.pipelines.ops.augment import augment_device
@@ -117,8 +119,11 @@ class TrainStep:
         self.without_effect: list[str] = []
         if device.type == "cuda":
             torch.backends.cudnn.benchmark = not recipe.train.deterministic  # every step has the same shapes
+        self.fallbacks: dict[str, str] = {}
         method = new_method(recipe, seed, self.batch_size, world.size, self.without_effect.append)
         self.method = method.to(device).to(memory_format=torch.channels_last).train()
+        if recipe.train.checkpoint and (reason := recompute_blocks(self.method.student.backbone)):
+            self.fallbacks["checkpoint"] = reason
         if device.type == "cpu":
             use_own_gradient(self.method)
             use_matrix_products(self.method)
@@ -137,7 +142,6 @@ class TrainStep:
         self.method.set_forward_modules(*self.networks)
         self.state = StepState(self.method, self.optimizer, self.bf16_weights)
         self.snapshot, self.is_finite = self.state.snapshot, self.state.is_finite
-        self.fallbacks: dict[str, str] = {}
         self.left_out = left_out(recipe.train, device, processes=world.size, steps=steps)
         self.check, self.checked, self.say = check, dict[str, str](), say
         self._record = record

@@ -305,6 +305,9 @@ def test_a_batch_beyond_the_memory(beton: Path, monkeypatch: pytest.MonkeyPatch)
     assert not found.fits and found.memory_bytes > found.usable_bytes
     assert found.largest_batch in (2, 4) and found.largest_batch_limit == "memory"
     assert found.fitting_accumulate in (2, 4)
+    assert found.recomputed_bytes < found.memory_bytes
+    lean = replace(tiny(), train=replace(tiny().train, checkpoint=True))
+    assert SimpleNamespace(**run(lean, "few-photos-moco", beton, workers=1, seconds=2)).recomputed_bytes is None
 
 
 @pytest.mark.parametrize(

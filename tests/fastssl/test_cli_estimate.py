@@ -65,6 +65,7 @@ MADE = dict(
     largest_batch=512,
     largest_batch_limit="memory",
     fitting_accumulate=None,
+    recomputed_bytes=None,
     measured={"step": [{"batch_size": 8}, {"batch_size": 16}]},
     extrapolated=["time and memory of a step: linearly from batch 16 to 512"],
     left_out=["writing checkpoints"],
@@ -164,6 +165,12 @@ def test_words_that_a_person_understands():
 def test_what_would_fit_instead():
     big = dict(MADE, fits=False, largest_batch=128, fitting_accumulate=4)
     assert describe(big)[3] == "The batch of 512 does not fit; --batch-size 128 or --set train.accumulate=4 does."
+    lean = dict(big, recomputed_bytes=10 * 2**30)
+    same = "--set train.checkpoint=true (10.0 GiB, the same steps) or "
+    assert (
+        describe(lean)[3] == f"The batch of 512 does not fit; {same}--batch-size 128 or --set train.accumulate=4 does."
+    )
+    assert describe(dict(lean, recomputed_bytes=55 * 2**30)) == describe(big), "more than there is"
     assert describe(dict(big, fitting_accumulate=None))[3] == "The batch of 512 does not fit; --batch-size 128 does."
     assert (
         describe(dict(big, largest_batch=None, fitting_accumulate=None))[3]
