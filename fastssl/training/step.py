@@ -29,6 +29,7 @@ from fastssl.errors import FastSSLError, without_folders
 from fastssl.methods import METHODS
 from fastssl.methods.base import Method, Rates, Views
 from fastssl.models.depthwise import use_own_gradient
+from fastssl.models.group_batchnorm import ordinary_batchnorm
 from fastssl.models.pointwise import use_matrix_products
 from fastssl.optim.optimizers import apply_decay, clip_gradients, create_optimizer, set_lr
 from fastssl.optim.schedules import RunLength, half_cosine
@@ -108,7 +109,7 @@ class TrainStep:
             use_own_gradient(self.method)
             use_matrix_products(self.method)
         if world.size > 1:
-            self.method.synchronise(lambda network: synchronise_batchnorm(network, device))
+            self.method.synchronise(lambda network: synchronise_batchnorm(ordinary_batchnorm(network), device))
         self.optimizer = create_optimizer(self.method, recipe.optim)
         self._trained = [p for p in self.method.parameters() if p.requires_grad]
         self.bf16_weights: list[Bf16Weights] = []
