@@ -29,6 +29,7 @@ from fastssl.losses.smoothed_target import rank_weights
 from fastssl.models.activations import keep_less
 from fastssl.models.backbones import feature_dim
 from fastssl.models.drop_path import DropTable
+from fastssl.models.group_batchnorm import BatchNorms
 from fastssl.models.heads import Projector, ProjectorConfig
 from fastssl.optim import schedules
 from fastssl.optim.schedules import RunLength, SmoothingSchedule
@@ -133,6 +134,7 @@ class Encoder(nn.Module):
 
     Attributes:
         drop: the table that the backbone's drop-path layers read; None: it has none.
+        norms: what its BatchNorms share.
     """
 
     def __init__(self, backbone: nn.Module, head: nn.Module):
@@ -140,25 +142,48 @@ class Encoder(nn.Module):
         self.backbone = backbone
         self.projector = head
         self.drop = DropTable.install(backbone)  # no module: no part of the state
+        self.norms = BatchNorms(self)  # nor is this
 
-    def forward(self, images: Tensor | Sequence[Tensor], first: int = 0) -> Tensor:
-        """One backbone pass for each tensor of ``images``, one head pass over all: (sum of N, out). ``first``: row of
-        the first image among the views that drop path was drawn for.
+    def forward(self, images: Tensor | Sequence[Tensor], first: int = 0, *, groups: int = 1, views: int = 1) -> Tensor:
+        """One backbone pass for each tensor of ``images``, one head pass over all: (sum of N, out).
+
+        Args:
+            first: row of the first image among the views that drop path was drawn for.
+            groups: into which the rows are cut, all of one size and one behind the other; BatchNorm sees each alone.
+            views: in the rows, one behind the other; as many groups each. See ``BatchNorms.count``.
         """
+        images = [images] if isinstance(images, Tensor) else images
+        size = sum(map(len, images)) // groups
+        if groups > 1 and not self.norms.complete:
+            return self._pass_by_pass([part for batch in images for part in batch.split(size)], first, views)
         features = []
-        for batch in [images] if isinstance(images, Tensor) else images:
-            if self.drop is not None:
-                self.drop.first = first
-            features.append(self.backbone(batch))
-            first += len(batch)
-        embeddings: Tensor = self.projector(features[0] if len(features) == 1 else torch.cat(features))
+        try:
+            for batch in images:
+                if self.drop is not None:
+                    self.drop.first = first
+                self.norms.groups = len(batch) // size if groups > 1 else 1
+                features.append(self.backbone(batch))
+                first += len(batch)
+            self.norms.groups = groups
+            embeddings: Tensor = self.projector(features[0] if len(features) == 1 else torch.cat(features))
+            self.norms.count(views)
+        finally:
+            self.norms.forget()
         return embeddings
+
+    def _pass_by_pass(self, parts: Sequence[Tensor], first: int, views: int) -> Tensor:
+        """For networks with other layers that look at a whole batch: each group is a pass."""
+        each = len(parts) // views
+        found: dict[int, Tensor] = {}
+        for number in (view * each + group for group in range(each) for view in range(views)):
+            found[number] = self(parts[number], first + number * len(parts[number]))
+        return torch.cat([found[number] for number in range(len(parts))])
 
     def as_teacher(self) -> Encoder:
         """A copy without gradient and drop path."""
         teacher = copy.deepcopy(self).requires_grad_(False)
         DropTable.remove(teacher.backbone)
-        teacher.drop = None
+        teacher.drop, teacher.norms = None, BatchNorms(teacher)
         return teacher
 
 
@@ -266,13 +291,13 @@ class Method(nn.Module):
         groups = [list(group) for _, group in groupby(views, lambda view: view.shape[1:])]
         return [group[0] if len(group) == 1 else torch.cat(group) for group in groups]
 
-    def encode(self, images: Tensor | Sequence[Tensor], first: int = 0) -> Tensor:
-        """The student's embeddings of ``images``, by the form of it that computes."""
-        return self._computing[0](images, first)
+    def encode(self, images: Tensor | Sequence[Tensor], first: int = 0, *, groups: int = 1, views: int = 1) -> Tensor:
+        """The student's embeddings of ``images``, by the form of it that computes; see ``Encoder.forward``."""
+        return self._computing[0](images, first, groups=groups, views=views)
 
-    def teach(self, images: Tensor) -> Tensor:
+    def teach(self, images: Tensor, *, groups: int = 1) -> Tensor:
         """The teacher's output for ``images``, by the form of it that computes."""
-        return self._computing[1](images)
+        return self._computing[1](images, groups=groups)
 
     def synchronise(self, convert: Callable[[nn.Module], object]) -> None:
         """Let the BatchNorms look at the samples of all ranks; ``convert`` makes those of a network do so, in place."""

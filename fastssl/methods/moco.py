@@ -236,17 +236,10 @@ class MoCo(Method):
         hidden = self.hidden_views * size
         if not self.config.bn_by_view:
             return self.encode(images, hidden)
-        views = [view for joined in images for view in joined.split(size)]
+        views = sum(map(len, images)) // size
         # Of a part of the batch as many groups as are in it.
         groups = max(1, self.config.split_bn_queries // self.views.world * size // self.views.batch_size)
-        found: list[list[Tensor]] = [[] for _ in views]
-        # The views of a group one after the other, as on one GPU: running statistics see the passes in this order.
-        for first in range(0, size, size // groups):
-            for number, view in enumerate(views):
-                # A compiled network would be compiled again for each row; only drop path reads it.
-                row = hidden + number * size + first if self.student.drop else 0
-                found[number].append(self.encode(view.narrow(0, first, size // groups), row))
-        return torch.cat([rows for view in found for rows in view])
+        return self.encode(images, hidden, groups=views * groups, views=views)
 
     @torch.no_grad()
     def keys(self, images: Tensor, permutation: Tensor) -> Tensor:
@@ -258,7 +251,7 @@ class MoCo(Method):
         config, views, world = self.config, self.key_views, self.views.world
         passes = views // config.pass_views
         if config.split_bn == 1:
-            return torch.cat([self.teach(part) for part in images.chunk(passes)])
+            return self.teach(images, groups=passes)
         everyone = gather_views(images, views)
         # The rows of every pass, those of the first rank first; the passes of a group follow each other.
         dealt = [
@@ -269,9 +262,12 @@ class MoCo(Method):
         ]
         own = len(dealt) // world
         before = self._key_stats.before() if self._key_stats else None
-        # index_select keeps channels-last; each group is one forward pass, so that any network's BatchNorm is served.
-        mine = [self.teach(everyone.index_select(0, rows)) for rows in dealt[rank() * own : (rank() + 1) * own]]
-        keys = gather_rows(torch.cat(mine))
+        mine = dealt[rank() * own : (rank() + 1) * own]
+        # Groups of one size are one pass, unequal ones (of one process) a pass each. index_select keeps channels-last.
+        passes = [torch.cat(mine)] if len({len(rows) for rows in mine}) == 1 else mine
+        keys = gather_rows(
+            torch.cat([self.teach(everyone.index_select(0, rows), groups=len(mine) // len(passes)) for rows in passes])
+        )
         if self._key_stats and before is not None:
             self._key_stats.combine(before)
         keys = torch.empty_like(keys).index_copy_(0, torch.cat(dealt), keys)

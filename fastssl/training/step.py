@@ -29,6 +29,7 @@ from fastssl.distributed.world import World
 from fastssl.errors import FastSSLError, is_out_of_memory, without_folders
 from fastssl.methods.base import Rates
 from fastssl.models.depthwise import use_own_gradient
+from fastssl.models.group_batchnorm import ordinary_batchnorm
 from fastssl.models.pointwise import use_matrix_products
 from fastssl.models.recompute import recompute_blocks
 from fastssl.optim.optimizers import apply_decay, clip_gradients, create_optimizer, set_lr
@@ -128,7 +129,7 @@ class TrainStep:
             use_own_gradient(self.method)
             use_matrix_products(self.method)
         if world.size > 1:
-            self.method.synchronise(lambda network: synchronise_batchnorm(network, device))
+            self.method.synchronise(lambda network: synchronise_batchnorm(ordinary_batchnorm(network), device))
         self.parts = Parts(self.method, parts, groups=groups // world.size if groups > 1 else None)
         self.optimizer = create_optimizer(self.method, recipe.optim)
         self._trained = [p for p in self.method.parameters() if p.requires_grad]

@@ -1,0 +1,244 @@
+"""BatchNorm by groups: one pass in which every layer normalises each group of the rows by the group's own mean and
+variance, as if the groups had gone through the network one after the other.
+
+    rows      group after group: all rows of a group lie together
+    output    as of a pass for each group; so are the gradients
+    running   r <- a^G r + m * sum over g of a^(G - 1 - g) x_g       a = 1 - m: what G passes do to a statistic r
+
+The statistics of all layers move at the end of the pass, in a handful of launches for the whole network, and so do
+their counters, without groups too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from timm.layers import BatchNormAct2d
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from fastssl.models.heads import at_least_float32
+from fastssl.utils.compiled import Compiled
+
+
+class BatchNorms:
+    """What the BatchNorms of a network share: the groups of the pass that runs, and the statistics that it took.
+
+    Attributes:
+        complete: whether all layers with statistics of a batch take them by group; otherwise groups need passes of
+            their own.
+        groups: of the rows that go through the layers now; 0: no pass runs, and the layers are the ordinary ones.
+    """
+
+    def __init__(self, network: nn.Module):
+        """Let all ``nn.BatchNorm1d``, ``nn.BatchNorm2d`` and timm's ``BatchNormAct2d`` of ``network`` do so, in place:
+        a layer only changes its class.
+        """
+        self.complete, self.groups = True, 0
+        number = 0
+        for layer in network.modules():
+            if type(layer) in _BY_GROUP and layer.momentum is not None:
+                layer.__class__ = _BY_GROUP[type(layer)]
+            if isinstance(layer, GroupBatchNorm):
+                layer.norms, layer.number = self, number
+                number += 1
+            elif isinstance(layer, _BatchNorm) or "running_var" in layer._buffers:
+                self.complete = False
+        self.forget()
+
+    def __deepcopy__(self, memo: dict) -> BatchNorms:
+        return self  # a copy of the network that computes in its place makes the same passes
+
+    def forget(self) -> None:
+        """No pass runs, and none is remembered."""
+        self.groups = 0
+        self._taken: dict[int, list[tuple[GroupBatchNorm, int, Sequence[Tensor]]]] = {}  # no cycle outlives a pass
+
+    def took(self, layer: GroupBatchNorm, statistics: Sequence[Tensor] = ()) -> None:
+        """Note means and variances, (groups, C) both, of a layer; none: its running ones have seen its one group."""
+        self._taken.setdefault(layer.number, []).append((layer, self.groups, statistics))
+
+    @torch.no_grad()
+    def count(self, views: int) -> None:
+        """Behind a pass, move the statistics and counters of all its layers.
+
+        Args:
+            views: the groups are those of that many views, view after view; the running statistics see the first group
+                of every view, then the second ones.
+        """
+        counters: list[tuple[Tensor, int]] = []
+        moves: dict[float, tuple[list[Tensor], list[list[Tensor]]]] = {}
+        for taken in self._taken.values():
+            layer = taken[0][0]
+            if layer.num_batches_tracked is not None:
+                counters.append((layer.num_batches_tracked, sum(groups for _, groups, _ in taken)))
+            if taken[0][2]:
+                running, found = moves.setdefault(layer.momentum, ([], []))
+                running += [layer.running_mean, layer.running_var]
+                found += [[statistics[n] for *_, statistics in taken] for n in range(2)]
+        if counters:
+            torch._foreach_add_(*map(list, zip(*counters)))
+        for momentum, (running, found) in moves.items():
+            _move(running, found, momentum, views)
+
+
+def _move(running: list[Tensor], found: list[list[Tensor]], momentum: float, views: int) -> None:
+    """Move ``running`` statistics (C) by ``found``, (groups, C) of each size of pictures; see ``BatchNorms.count``."""
+    values = torch.cat([sizes[0] if len(sizes) == 1 else torch.cat(sizes) for sizes in found], 1)  # all of a channel
+    total = len(values)
+    behind = torch.arange(total - 1, -1, -1, device=values.device, dtype=values.dtype)  # groups that follow each
+    behind = behind.view(-1, views).t().reshape(-1, 1)
+    added = (values * (momentum * (1 - momentum) ** behind)).sum(0)
+    torch._foreach_mul_(running, (1 - momentum) ** total)
+    torch._foreach_add_(running, list(added.split([len(one) for one in running])))
+
+
+class GroupBatchNorm(_BatchNorm):
+    """What a layer has before its ordinary class."""
+
+    norms: BatchNorms
+    number: int
+
+    def forward(self, input: Tensor) -> Tensor:
+        norms = self.norms
+        if not self.training or not norms.groups:
+            return super().forward(input)
+        self._check_input_dim(input)
+        tracked = self.running_mean is not None
+        if norms.groups == 1:
+            running = (self.running_mean, self.running_var) if tracked else (None, None)
+            output = functional.batch_norm(input, *running, self.weight, self.bias, True, self.momentum, self.eps)
+            if tracked:
+                norms.took(self)
+        else:
+            output, *statistics = _Normalise.apply(input, self.weight, self.bias, norms.groups, self.eps)
+            if tracked:
+                norms.took(self, statistics)
+        return self.act(self.drop(output)) if isinstance(self, BatchNormAct2d) else output
+
+
+class GroupBatchNorm1d(GroupBatchNorm, nn.BatchNorm1d):
+    """``nn.BatchNorm1d`` by groups."""
+
+
+class GroupBatchNorm2d(GroupBatchNorm, nn.BatchNorm2d):
+    """``nn.BatchNorm2d`` by groups."""
+
+
+class GroupBatchNormAct2d(GroupBatchNorm, BatchNormAct2d):
+    """timm's ``BatchNormAct2d`` by groups, with its own activation and drop layers."""
+
+
+_BY_GROUP: dict[type, type] = {
+    nn.BatchNorm1d: GroupBatchNorm1d,
+    nn.BatchNorm2d: GroupBatchNorm2d,
+    BatchNormAct2d: GroupBatchNormAct2d,
+}
+
+
+def ordinary_batchnorm(network: nn.Module) -> nn.Module:
+    """Undo it, in place, for layers that are to become something else. Returns ``network``."""
+    kinds = {by_group: kind for kind, by_group in _BY_GROUP.items()}
+    for layer in network.modules():
+        if isinstance(layer, GroupBatchNorm):
+            layer.norms.complete = False
+            layer.__class__ = kinds[type(layer)]
+    return network
+
+
+# ---------------------------------------------------------------------- one layer
+
+
+class _Normalise(torch.autograd.Function):
+    """(input (N, C, ...), weight, bias, groups, eps) -> output, mean, unbiased variance (groups, C). It keeps what
+    ``nn.BatchNorm2d`` keeps: the input, and two numbers for each group and channel.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, input: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        output = torch.empty_like(input)
+        normalise = _chosen(input, FORWARD, forward_together, forward_in_turn)
+        mean, variance, invstd = normalise(output, input, weight, bias, groups, eps)
+        ctx.save_for_backward(input, weight, mean, invstd)
+        ctx.mark_non_differentiable(mean, variance)
+        return output, mean, variance
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        input, weight, mean, invstd = ctx.saved_tensors
+        found = _chosen(input, BACKWARD, backward_together, backward_in_turn)(grad, input, weight, mean, invstd)
+        return *(found if weight is not None else (found[0], None, None)), None, None
+
+
+def _chosen(input: Tensor, compiled: Compiled, together: Callable, in_turn: Callable) -> Callable:
+    """Within a compiled network plain operations, which the compiler joins with their neighbours. None of its kernels
+    where bits have to stay: it chooses them by the clock.
+    """
+    if torch.compiler.is_compiling():
+        return together
+    return compiled if input.is_cuda and not torch.are_deterministic_algorithms_enabled() else in_turn
+
+
+def forward_together(
+    output: Tensor, input: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Normalise ``input`` (N, C, ...) into ``output``; mean, unbiased variance and 1 / deviation, (groups, C) each."""
+    wide, shape = at_least_float32(input).unflatten(0, (groups, -1)), _of_channels(input)
+    dims = [1, *range(3, wide.dim())]
+    variance, mean = torch.var_mean(wide, dims, correction=0, keepdim=True)
+    invstd = (variance + eps).rsqrt()
+    normal = (wide - mean) * (invstd if weight is None else invstd * weight.view(shape))
+    output.copy_((normal if bias is None else normal + bias.view(shape)).flatten(0, 1))
+    rows = wide[0, :, 0].numel()
+    return mean.flatten(1), variance.flatten(1) * (rows / (rows - 1)), invstd.flatten(1)
+
+
+def forward_in_turn(
+    output: Tensor, input: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``forward_together`` by torch's own kernels, one group after the other."""
+    mean, variance, unused, invstd = at_least_float32(input[:0]).new_zeros(4, groups, input.shape[1])
+    for n, (group, place) in enumerate(zip(input.chunk(groups), output.chunk(groups))):
+        # With a momentum of 1 the running statistics become those of the group.
+        running, out = (mean[n], variance[n]), (place, unused[n], invstd[n])
+        torch.native_batch_norm(group, weight, bias, *running, True, 1.0, eps, out=out)
+    return mean, variance, invstd
+
+
+def backward_together(
+    grad: Tensor, input: Tensor, weight: Tensor | None, mean: Tensor, invstd: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradient by the output, (N, C, ...) -> those by the input, weight and bias."""
+    grads, maps = (at_least_float32(tensor).unflatten(0, (len(mean), -1)) for tensor in (grad, input))
+    shape = _of_channels(input)
+    mean, invstd = (tensor.view(len(mean), 1, *shape) for tensor in (mean, invstd))
+    dims, normal = [1, *range(3, maps.dim())], (maps - mean) * invstd
+    to_bias, to_weight = grads.sum(dims, keepdim=True), (grads * normal).sum(dims, keepdim=True)
+    scale = invstd if weight is None else invstd * weight.view(shape)
+    to_input = (grads - (to_bias + normal * to_weight) / maps[0, :, 0].numel()) * scale
+    return to_input.flatten(0, 1).to(input.dtype), to_weight.flatten(1).sum(0), to_bias.flatten(1).sum(0)
+
+
+def backward_in_turn(
+    grad: Tensor, input: Tensor, weight: Tensor | None, mean: Tensor, invstd: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``backward_together`` by torch's own kernels, one group after the other."""
+    kernel, groups = torch.ops.aten.native_batch_norm_backward, len(mean)
+    each = zip(grad.chunk(groups), input.chunk(groups), mean, invstd)
+    found = [kernel(g, x, weight, None, None, *kept, True, 0.0, [True] * 3) for g, x, *kept in each]
+    to_input, to_weight, to_bias = zip(*found)
+    return torch.cat(to_input), torch.stack(to_weight).sum(0), torch.stack(to_bias).sum(0)
+
+
+def _of_channels(input: Tensor) -> tuple[int, ...]:
+    """The shape by which (C) numbers go with (N, C, ...)."""
+    return -1, *[1] * (input.dim() - 2)
+
+
+FORWARD = Compiled(forward_together, otherwise=forward_in_turn)
+BACKWARD = Compiled(backward_together, otherwise=backward_in_turn)
