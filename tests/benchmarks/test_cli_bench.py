@@ -160,9 +160,17 @@ def test_one_setting_that_fails_leaves_the_others(
 ) -> None:
     real = step.run
 
+    kept: list[weakref.ref] = []
+
     def run(setting: RecipeSetting) -> list[Record]:
         if setting.recipe_name == "quickstart":
-            raise RuntimeError("the device\nis gone")
+            tensor = torch.zeros(1)
+            kept.append(weakref.ref(tensor))
+            try:
+                raise MemoryError
+            except MemoryError:
+                raise RuntimeError("the device\nis gone")  # noqa: B904 (its context holds the tensor, too)
+        assert kept[0]() is None, "a failed step's memory is free for the next one"
         return real(setting)
 
     monkeypatch.setattr(step, "run", run)

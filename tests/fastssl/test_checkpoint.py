@@ -332,6 +332,32 @@ def test_a_checkpoint_of_another_version_is_not_passed_over(save: Callable, tmp_
         find_checkpoint(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), "out of memory"),
+        (RuntimeError("CUDA error: an illegal memory access\nCompile with"), "an illegal memory access Compile with"),
+    ],
+)
+def test_a_gpu_that_fails_is_no_disk_that_is_full(
+    error: RuntimeError, says: str, save: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(3)
+
+    def broken(*args: object) -> None:
+        raise error
+
+    monkeypatch.setattr(torch, "save", broken)
+    with pytest.raises(FastSSLError, match=f"the GPU failed before a checkpoint of step 4 .*{says}") as found:
+        save(4)
+    assert not isinstance(found.value, NotSaved), "the run would go on"
+    error.args = ("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0",)
+    if type(error) is RuntimeError:
+        with pytest.raises(NotSaved, match="unexpected pos"):
+            save(4)
+    assert names(tmp_path) == ["last.pt", "step-00000003.pt"]
+
+
 def test_a_full_disk_takes_the_oldest_never_the_newest(
     save: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -107,7 +107,7 @@ def test_overrides_reach_every_depth() -> None:
         ("train.epochs=2.0", r"train\.epochs must be a whole number, got 2\.0$"),
         ("train.epochs='2'", r"train\.epochs must be a whole number, got '2'$"),
         ("train.epochs=0", r"train\.epochs must be at least 1, got 0$"),
-        ("train.compile=1", r"train\.compile must be true or false, got 1$"),
+        ("train.compile=1", r"train\.compile must be 'auto', True or False, got '1'$"),
         ("train.accumulate=3", r"train\.accumulate=3 must divide the batch of 128 into equal parts"),
         ("optim.lr=true", r"optim\.lr must be a finite number, got True$"),
         ("optim.lr=fast", r"optim\.lr must be a finite number, got 'fast'$"),

@@ -331,6 +331,8 @@ def test_what_decides_no_step_may_be_another(whole: Path, beton: Path, tmp_path:
         "train.on_bad=skip",
         "train.milestone_epochs=2",
         "probe.every_epochs=2",
+        "train.compile=false",  # as every run before these two could be auto
+        "train.graph=false",
     )
     pretrain(changed, options(renamed, out), Silent())
     assert same(state(out), state(whole)) and (out / "checkpoints" / "epoch-0002.safetensors").exists()

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import copy
+import html
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
+from small_run import Silent, options, same, small, state
 from test_step import BATCH, CPU, METHODS, all_views, multicrop, recipe, replayed, train
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from fastssl.config.recipe import TrainConfig
+from fastssl.pretrain import pretrain
+from fastssl.training import setup, switches
 from fastssl.training import step as step_module
-from fastssl.training import switches
 from fastssl.training.cuda_graph import RecordedStep, StepInputs
 from fastssl.training.step import TrainStep
 from fastssl.training.switches import COMPILE_PAYS, Trial, compare, left_out, telling
@@ -161,7 +165,7 @@ def test_a_wrong_compiler_is_found_and_the_rest_goes_on(
 
 def test_a_compiler_that_computes_the_same_agrees(monkeypatch: pytest.MonkeyPatch) -> None:
     real = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda network, **options: real(network, backend="aot_eager", **options))
+    monkeypatch.setattr(torch, "compile", lambda network, **options: real(network, backend="eager", **options))
     said: list[str] = []
     step = TrainStep(recipe("test_resnet", train__compile="true"), CPU, amp=False, seed=0, check=True, say=said.append)
     with torch._dynamo.config.patch(disable=False):
@@ -183,6 +187,26 @@ def test_nan_is_no_agreement() -> None:
     for bad in (good._replace(losses=torch.tensor([torch.nan])), good._replace(way=nowhere)):
         assert not compare(good, bad, amp=True)[0]
         assert not compare(bad, good, amp=True)[0]
+
+
+def test_a_check_is_in_the_report_and_changes_no_bit(
+    beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def recorded(*args: object, **changes: object) -> TrainStep:
+        return TrainStep(*args, **changes, record=replayed)
+
+    monkeypatch.setattr(setup, "TrainStep", recorded)
+    said, both = Silent(), []
+    for check in (False, True):
+        out = tmp_path / str(check)
+        summary = pretrain(small("train.graph=true", "train.epochs=1"), options(beton, out, check=check), said)
+        both.append(state(out))
+    assert same(*both) and summary["switches"] == {"compile": "off (auto is for NVIDIA GPUs)", "graph": "on"}
+    verdict = summary["check"]["graph"]
+    assert verdict.startswith("agrees: 3 steps") and said.messages.count(f"check: graph {verdict}") == 1
+    page = (out / "report.html").read_text()
+    assert f"graph {verdict}" in html.unescape(page) and "recorded" in page
+    assert "agrees" not in (tmp_path / "False" / "report.html").read_text()
 
 
 # ---------------------------------------------------------------------- memory
