@@ -19,8 +19,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.checkpoint import checkpoint
 
-from fastssl.models.drop_path import PlannedDropPath
-
 
 def blocks_of(backbone: nn.Module) -> list[nn.Module]:
     """The blocks in which timm counts this network's depth, in their order; empty where it names none."""
@@ -71,23 +69,25 @@ def _recomputed(kind: Any) -> type:
 
 def _second_pass(block: nn.Module) -> AbstractContextManager[None]:
     """What surrounds the second pass of ``block``, whose first one begins now."""
-    norms = [layer for layer in block.modules() if isinstance(layer, _BatchNorm)]
-    tables = {layer.table for layer in block.modules() if isinstance(layer, PlannedDropPath)}
-    rows = [(table, {**vars(table)}) for table in tables]  # of the samples that pass now
+    layers = list(block.modules())
+    norms = [layer for layer in layers if isinstance(layer, _BatchNorm)]
+    # What layers share and what changes from pass to pass: drop path's table, BatchNorm's groups.
+    shared = {id(one): one for layer in layers for name, one in vars(layer).items() if name in ("table", "norms")}
+    first = {key: {**vars(one)} for key, one in shared.items()}
 
     @contextmanager
     def again() -> Iterator[None]:
         statistics = [(layer, layer.momentum, layer.num_batches_tracked) for layer in norms]
-        others = [(table, {**vars(table)}) for table in tables]
+        now = {key: {**vars(one)} for key, one in shared.items()}
         try:
-            for table, values in rows:
-                vars(table).update(values)
+            for key, one in shared.items():
+                vars(one).update(first[key])
             for layer in norms:
                 layer.momentum, layer.num_batches_tracked = 0.0, None  # statistics stay as the first pass left them
             yield
         finally:
-            for table, values in others:
-                vars(table).update(values)
+            for key, one in shared.items():
+                vars(one).update(now[key])
             for layer, momentum, counter in statistics:
                 layer.momentum, layer.num_batches_tracked = momentum, counter
 

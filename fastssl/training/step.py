@@ -9,7 +9,7 @@
 What is computed between views and loss is the method's (``methods/``). Three switches of the recipe change how it runs
 and not what it computes: ``train.checkpoint`` keeps less for the backward pass, ``train.compile`` compiles the
 networks, ``train.graph`` records all of the above as one CUDA graph. Where one cannot be had here, the step runs
-without it and `TrainStep.switches` says why.
+without it and `TrainStep.fallbacks` says why.
 """
 
 from __future__ import annotations
